@@ -1,0 +1,399 @@
+//! The reference sampler: one row of logits to one token.
+//!
+//! Random choice is by the Gumbel-max method with counter-based random numbers:
+//! the noise of a token depends on (seed, position, token id) only, so the choice
+//! depends neither on the batch, nor on the order in which tokens are visited, nor
+//! on what was drawn before.
+
+use super::SamplingParams;
+use std::sync::Arc;
+
+/// What the sampler needs to know of a sequence for one row of logits.
+#[derive(Clone, Debug)]
+pub struct SampleRow {
+    /// How to choose.
+    pub params: Arc<SamplingParams>,
+    /// Index in the sequence that the chosen token will have; with the seed it
+    /// determines the random numbers.
+    pub position: u32,
+    /// The sequence's tokens so far, if [`SamplingParams::needs_history`]; empty
+    /// otherwise.
+    pub history: Vec<u32>,
+    /// How many of `history` are the prompt.
+    pub prompt_tokens: usize,
+    /// Tokens that must not be chosen (the end tokens under `ignore_eos`).
+    pub banned: Arc<[u32]>,
+}
+
+/// A chosen token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampled {
+    /// Its id.
+    pub token: u32,
+    /// Its log-probability under the unmodified logits; 0 unless asked for.
+    pub logprob: f32,
+    /// The likeliest tokens with their log-probabilities, likeliest first, as many
+    /// as asked for.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// Chooses a token. `logits` is changed: penalties, bias and temperature are
+/// applied in place.
+///
+/// A row in which no token is possible (every logit NaN or −∞) gives the lowest
+/// token id that is not banned.
+pub fn sample(logits: &mut [f32], row: &SampleRow) -> Sampled {
+    let params = &*row.params;
+    let mut report = params.logprobs.map(|k| LogProbs::of(logits, k as usize));
+    apply_penalties(logits, row);
+    for &(token, bias) in &params.logit_bias {
+        if let Some(logit) = logits.get_mut(token as usize) {
+            *logit += bias;
+        }
+    }
+    for &token in row.banned.iter() {
+        if let Some(logit) = logits.get_mut(token as usize) {
+            *logit = f32::NEG_INFINITY;
+        }
+    }
+    let best = argmax(logits);
+    let token = if params.temperature == 0.0 || logits[best] == f32::INFINITY {
+        best
+    } else {
+        draw(logits, best, row)
+    };
+    let token = token as u32;
+    match report.as_mut() {
+        Some(report) => Sampled {
+            token,
+            logprob: report.chosen(token),
+            top: std::mem::take(&mut report.top),
+        },
+        None => Sampled { token, logprob: 0.0, top: Vec::new() },
+    }
+}
+
+/// Log-probabilities of the unmodified logits, taken before they are changed.
+struct LogProbs {
+    raw: Vec<f32>,
+    log_sum: f32,
+    top: Vec<(u32, f32)>,
+}
+
+impl LogProbs {
+    fn of(logits: &[f32], count: usize) -> Self {
+        let max = logits[argmax(logits)];
+        let sum: f64 = logits.iter().map(|&logit| f64::from((logit - max).exp())).sum();
+        let log_sum = max + sum.ln() as f32;
+        let count = count.min(logits.len());
+        let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+        let descending = |&a: &u32, &b: &u32| {
+            logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b))
+        };
+        if count > 0 && count < order.len() {
+            order.select_nth_unstable_by(count - 1, descending);
+        }
+        order.truncate(count);
+        order.sort_unstable_by(descending);
+        let top = order.iter().map(|&id| (id, logits[id as usize] - log_sum)).collect();
+        Self { raw: logits.to_vec(), log_sum, top }
+    }
+
+    fn chosen(&self, token: u32) -> f32 {
+        self.raw[token as usize] - self.log_sum
+    }
+}
+
+/// Index of the largest logit, the lowest of equal ones; NaN never wins.
+fn argmax(logits: &[f32]) -> usize {
+    let mut best = 0;
+    let mut value = f32::NEG_INFINITY;
+    for (index, &logit) in logits.iter().enumerate() {
+        if logit > value {
+            (best, value) = (index, logit);
+        }
+    }
+    best
+}
+
+fn apply_penalties(logits: &mut [f32], row: &SampleRow) {
+    let params = &*row.params;
+    if !params.needs_history() {
+        return;
+    }
+    let mut counts: std::collections::BTreeMap<u32, u32> = std::collections::BTreeMap::new();
+    for (index, &token) in row.history.iter().enumerate() {
+        *counts.entry(token).or_default() += u32::from(index >= row.prompt_tokens);
+    }
+    for (token, generated) in counts {
+        let Some(logit) = logits.get_mut(token as usize) else { continue };
+        if *logit > 0.0 {
+            *logit /= params.repetition_penalty;
+        } else {
+            *logit *= params.repetition_penalty;
+        }
+        if generated > 0 {
+            *logit -= params.presence_penalty + params.frequency_penalty * generated as f32;
+        }
+    }
+}
+
+/// Draws among the tokens that top-k, top-p and min-p leave.
+fn draw(logits: &mut [f32], best: usize, row: &SampleRow) -> usize {
+    let params = &*row.params;
+    let inverse = 1.0 / params.temperature;
+    let max = logits[best];
+    // (l − max) / T is at most 0: neither infinite nor NaN for any temperature.
+    let scaled = |logit: f32| (logit - max) * inverse;
+    let noise = |token: usize| gumbel(params.seed, row.position, token as u32);
+
+    if params.top_k == 0 && params.top_p >= 1.0 {
+        let floor = if params.min_p > 0.0 { params.min_p.ln() } else { f32::NEG_INFINITY };
+        let all = 0..logits.len();
+        return strongest(all.map(|token| (token, scaled(logits[token]))), floor, best, noise);
+    }
+    let mut kept: Vec<(usize, f32)> = logits
+        .iter()
+        .enumerate()
+        .map(|(token, &logit)| (token, scaled(logit)))
+        .filter(|(_, score)| *score > f32::NEG_INFINITY)
+        .collect();
+    if kept.is_empty() {
+        return best;
+    }
+    let descending =
+        |a: &(usize, f32), b: &(usize, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+    let top_k = params.top_k as usize;
+    if top_k > 0 && top_k < kept.len() {
+        kept.select_nth_unstable_by(top_k - 1, descending);
+        kept.truncate(top_k);
+    }
+    if params.top_p < 1.0 {
+        kept.sort_unstable_by(descending);
+        let total: f64 = kept.iter().map(|(_, score)| f64::from(score.exp())).sum();
+        let mut sum = 0.0;
+        let enough = kept.iter().position(|(_, score)| {
+            sum += f64::from(score.exp());
+            sum >= f64::from(params.top_p) * total
+        });
+        kept.truncate(enough.map_or(kept.len(), |index| index + 1));
+    }
+    let floor = if params.min_p > 0.0 { params.min_p.ln() } else { f32::NEG_INFINITY };
+    strongest(kept.into_iter(), floor, best, noise)
+}
+
+/// The token with the largest score + noise among those at or above `floor`.
+///
+/// Noise is at most [`MAX_GUMBEL`], so tokens that cannot reach the best so far
+/// are passed over without computing theirs.
+fn strongest(
+    candidates: impl Iterator<Item = (usize, f32)>,
+    floor: f32,
+    best: usize,
+    noise: impl Fn(usize) -> f32,
+) -> usize {
+    let (mut winner, mut value) = (best, noise(best));
+    for (token, score) in candidates {
+        if score < floor || !(score + MAX_GUMBEL >= value) || token == best {
+            continue;
+        }
+        let candidate = score + noise(token);
+        if candidate > value || (candidate == value && token < winner) {
+            (winner, value) = (token, candidate);
+        }
+    }
+    winner
+}
+
+/// Above −ln(−ln(u)) for the largest u below 1 that [`gumbel`] uses, 1 − 2⁻²⁵.
+const MAX_GUMBEL: f32 = 17.4;
+
+/// Standard Gumbel noise for one token, from Philox 4×32-10.
+fn gumbel(seed: u64, position: u32, token: u32) -> f32 {
+    let bits = philox([token, position, 0, 0], [seed as u32, (seed >> 32) as u32])[0];
+    // 24 bits, centred, so that neither 0 nor 1 occurs.
+    let uniform = ((bits >> 8) as f64 + 0.5) / f64::from(1u32 << 24);
+    -(-uniform.ln()).ln() as f32
+}
+
+/// Philox 4×32-10, a counter-based random number generator.
+/// Salmon et al., *Parallel Random Numbers: As Easy as 1, 2, 3*, 2011.
+fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
+    for _ in 0..10 {
+        let a = u64::from(counter[0]) * 0xD251_1F53;
+        let b = u64::from(counter[2]) * 0xCD9E_8D57;
+        counter = [
+            (b >> 32) as u32 ^ counter[1] ^ key[0],
+            b as u32,
+            (a >> 32) as u32 ^ counter[3] ^ key[1],
+            a as u32,
+        ];
+        key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
+    }
+    counter
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(params: SamplingParams, position: u32) -> SampleRow {
+        SampleRow {
+            params: Arc::new(params),
+            position,
+            history: Vec::new(),
+            prompt_tokens: 0,
+            banned: Arc::from([]),
+        }
+    }
+
+    fn draws(params: &SamplingParams, logits: &[f32], count: u32) -> Vec<usize> {
+        let mut seen = vec![0; logits.len()];
+        for position in 0..count {
+            let sampled = sample(&mut logits.to_vec(), &row(params.clone(), position));
+            seen[sampled.token as usize] += 1;
+        }
+        seen
+    }
+
+    #[test]
+    fn philox_matches_the_published_test_vectors() {
+        assert_eq!(
+            philox([0; 4], [0; 2]),
+            [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]
+        );
+        assert_eq!(
+            philox([u32::MAX; 4], [u32::MAX; 2]),
+            [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]
+        );
+    }
+
+    #[test]
+    fn greedy_takes_the_largest_and_the_lowest_of_equals() {
+        let mut logits = [1.0, 3.0, f32::NAN, 3.0];
+        assert_eq!(sample(&mut logits, &row(SamplingParams::greedy(), 0)).token, 1);
+    }
+
+    #[test]
+    fn a_row_without_any_possible_token_gives_a_token_and_no_panic() {
+        for value in [f32::NAN, f32::NEG_INFINITY, f32::INFINITY] {
+            let mut logits = [value; 4];
+            assert_eq!(sample(&mut logits, &row(SamplingParams::default(), 0)).token, 0);
+        }
+    }
+
+    #[test]
+    fn frequencies_follow_the_softmax() {
+        let logits = [2.0f32, 1.0, 0.0, -1.0];
+        let total: f32 = logits.iter().map(|l| l.exp()).sum();
+        let count = 40_000;
+        let seen = draws(&SamplingParams::default(), &logits, count);
+        for (token, &times) in seen.iter().enumerate() {
+            let expected = logits[token].exp() / total;
+            let found = times as f32 / count as f32;
+            assert!((found - expected).abs() < 0.01, "token {token}: {found} for {expected}");
+        }
+    }
+
+    #[test]
+    fn temperature_flattens_and_sharpens() {
+        let logits = [1.0f32, 0.0];
+        let share = |temperature| {
+            let params = SamplingParams { temperature, ..SamplingParams::default() };
+            draws(&params, &logits, 20_000)[0] as f32 / 20_000.0
+        };
+        assert!((share(0.5) - 0.881).abs() < 0.01);
+        assert!((share(2.0) - 0.622).abs() < 0.015);
+    }
+
+    #[test]
+    fn top_k_top_p_and_min_p_cut_the_tail() {
+        let logits = [3.0f32, 2.0, 1.0, 0.0];
+        let cut = |params: SamplingParams| {
+            draws(&params, &logits, 4_000).iter().filter(|&&times| times > 0).count()
+        };
+        let base = SamplingParams::default();
+        assert_eq!(cut(base.clone()), 4);
+        assert_eq!(cut(SamplingParams { top_k: 2, ..base.clone() }), 2);
+        // Probabilities 0.644, 0.237, 0.087, 0.032.
+        assert_eq!(cut(SamplingParams { top_p: 0.7, ..base.clone() }), 2);
+        assert_eq!(cut(SamplingParams { top_p: 0.6, ..base.clone() }), 1);
+        assert_eq!(cut(SamplingParams { min_p: 0.1, ..base.clone() }), 3);
+        assert_eq!(cut(SamplingParams { min_p: 1.0, ..base }), 1);
+    }
+
+    #[test]
+    fn a_seed_and_a_position_fix_the_token() {
+        let logits: Vec<f32> = (0..500).map(|i| (i as f32 * 0.37).sin()).collect();
+        let params = |seed| SamplingParams { seed, ..SamplingParams::default() };
+        let token = |seed, position| {
+            sample(&mut logits.clone(), &row(params(seed), position)).token
+        };
+        assert_eq!(token(7, 3), token(7, 3));
+        let sequence = |seed| (0..20).map(|p| token(seed, p)).collect::<Vec<_>>();
+        assert_ne!(sequence(7), sequence(8));
+    }
+
+    #[test]
+    fn penalties_count_prompt_and_answer_as_documented() {
+        let mut sampling = row(
+            SamplingParams {
+                repetition_penalty: 2.0,
+                presence_penalty: 0.5,
+                frequency_penalty: 0.25,
+                ..SamplingParams::greedy()
+            },
+            0,
+        );
+        sampling.history = vec![0, 1, 1, 2];
+        sampling.prompt_tokens = 1;
+        let mut logits = [4.0, 4.0, -1.0, 1.5];
+        sample(&mut logits, &sampling);
+        assert_eq!(logits, [2.0, 2.0 - 1.0, -2.0 - 0.75, 1.5]);
+    }
+
+    #[test]
+    fn bias_and_bans_decide_and_logprobs_are_of_the_unmodified_logits() {
+        let mut sampling = row(
+            SamplingParams {
+                logit_bias: vec![(2, 10.0)],
+                logprobs: Some(2),
+                ..SamplingParams::greedy()
+            },
+            0,
+        );
+        let logits = [1.0f32, 2.0, 0.0];
+        let chosen = sample(&mut logits.clone(), &sampling);
+        let log_sum = logits.iter().map(|l| l.exp()).sum::<f32>().ln();
+        assert_eq!(chosen.token, 2);
+        assert!((chosen.logprob - (0.0 - log_sum)).abs() < 1e-6);
+        assert_eq!(chosen.top.iter().map(|t| t.0).collect::<Vec<_>>(), [1, 0]);
+        sampling.banned = Arc::from([2]);
+        assert_eq!(sample(&mut logits.clone(), &sampling).token, 1);
+    }
+
+    #[test]
+    fn parameters_outside_their_range_are_named() {
+        let check = |params: SamplingParams| params.validate(10).map_err(|error| error.name);
+        let base = SamplingParams::default();
+        assert_eq!(check(base.clone()), Ok(()));
+        for temperature in [f32::NAN, -1.0, f32::INFINITY] {
+            assert_eq!(check(SamplingParams { temperature, ..base.clone() }), Err("temperature"));
+        }
+        assert_eq!(check(SamplingParams { top_p: 0.0, ..base.clone() }), Err("top_p"));
+        assert_eq!(check(SamplingParams { min_p: f32::NAN, ..base.clone() }), Err("min_p"));
+        assert_eq!(
+            check(SamplingParams { repetition_penalty: 0.0, ..base.clone() }),
+            Err("repetition_penalty")
+        );
+        assert_eq!(
+            check(SamplingParams { presence_penalty: 2.5, ..base.clone() }),
+            Err("presence_penalty")
+        );
+        assert_eq!(
+            check(SamplingParams { logit_bias: vec![(10, 1.0)], ..base.clone() }),
+            Err("logit_bias")
+        );
+        assert_eq!(check(SamplingParams { logprobs: Some(1025), ..base }), Err("logprobs"));
+    }
+}

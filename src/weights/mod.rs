@@ -1,0 +1,11 @@
+//! Model files: what tensors and metadata a file holds, read without trusting it.
+//!
+//! [`gguf`] reads GGUF files, [`folder`] reads Hugging Face folders, and both
+//! give the same [`WeightSource`] to the model builder.
+
+mod dtype;
+pub mod quant;
+mod source;
+
+pub use dtype::DType;
+pub use source::{TensorView, WeightSource, WeightsError};

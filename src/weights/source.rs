@@ -1,0 +1,108 @@
+//! What a model file offers to the model builder: named tensors.
+
+use super::DType;
+use std::path::PathBuf;
+use thiserror::Error;
+
+/// One stored tensor, borrowed from the file's memory map.
+#[derive(Clone, Debug)]
+pub struct TensorView<'a> {
+    /// The tensor's name in the file.
+    pub name: &'a str,
+    /// How its numbers are stored.
+    pub dtype: DType,
+    /// Its dimensions, outermost first: a weight matrix is `[outputs, inputs]`.
+    pub shape: &'a [usize],
+    /// Its bytes: exactly as many as `dtype` and `shape` need, row after row.
+    pub data: &'a [u8],
+}
+
+impl<'a> TensorView<'a> {
+    /// Number of weights.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Entry `index` of the outermost dimension (an expert of a stacked tensor).
+    /// `None` when there is no such entry.
+    pub fn slice(&self, index: usize) -> Option<TensorView<'a>> {
+        let (&count, inner) = self.shape.split_first()?;
+        if index >= count {
+            return None;
+        }
+        let bytes = self.data.len() / count;
+        Some(TensorView {
+            name: self.name,
+            dtype: self.dtype,
+            shape: inner,
+            data: &self.data[index * bytes..(index + 1) * bytes],
+        })
+    }
+
+    /// Rows `rows` of a matrix. `None` when the tensor is no matrix or has
+    /// fewer rows. The shape of the result is `[rows.len(), columns]` and is
+    /// returned beside it, since a view borrows its shape.
+    pub fn row_bytes(&self, rows: std::ops::Range<usize>) -> Option<&'a [u8]> {
+        let &[count, _] = self.shape else { return None };
+        if rows.end > count || rows.start > rows.end || count == 0 {
+            return None;
+        }
+        let bytes = self.data.len() / count;
+        Some(&self.data[rows.start * bytes..rows.end * bytes])
+    }
+}
+
+/// A set of named tensors: a GGUF file or a Hugging Face folder.
+pub trait WeightSource: Send + Sync {
+    /// The tensor called `name`, if there is one.
+    fn tensor(&self, name: &str) -> Option<TensorView<'_>>;
+
+    /// The names of all tensors, in the file's order.
+    fn names(&self) -> Vec<&str>;
+
+    /// Tells the source that the tensor's bytes will not be read again soon, so
+    /// that its pages need not stay in memory. Reading it later still works.
+    fn release(&self, name: &str);
+}
+
+/// Why a model file could not be read.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum WeightsError {
+    /// The file could not be opened or read.
+    #[error("cannot read {path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// The file's bytes are not what its format prescribes.
+    #[error("{path} is not a valid {format} file: {problem}")]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// `GGUF`, `safetensors`, `config.json`, …
+        format: &'static str,
+        /// What was found and what was expected, with the offset where known.
+        problem: String,
+    },
+    /// The file is valid, but uses something that quell does not read.
+    #[error("{path}: {what} is not supported; {expected}")]
+    Unsupported {
+        /// The file.
+        path: PathBuf,
+        /// What the file uses.
+        what: String,
+        /// What would have been accepted.
+        expected: String,
+    },
+    /// A file that the model needs is not there.
+    #[error("{path} is missing: {reason}")]
+    MissingFile {
+        /// The file.
+        path: PathBuf,
+        /// Who needs it.
+        reason: String,
+    },
+}
