@@ -65,6 +65,16 @@ pub enum DeviceError {
         /// The device's own words.
         reason: String,
     },
+    /// The device cannot be used any more.
+    #[error("the {device} device is lost since {operation}: {reason}")]
+    Lost {
+        /// `cpu` or `cuda`.
+        device: &'static str,
+        /// The operation that showed it.
+        operation: &'static str,
+        /// The device's own words.
+        reason: String,
+    },
 }
 
 /// What a device is, for `quell inspect` and the start-up log.

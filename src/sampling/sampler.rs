@@ -21,8 +21,6 @@ pub struct SampleRow {
     pub history: Vec<u32>,
     /// How many of `history` are the prompt.
     pub prompt_tokens: usize,
-    /// Tokens that must not be chosen (the end tokens under `ignore_eos`).
-    pub banned: Arc<[u32]>,
 }
 
 /// A chosen token.
@@ -41,7 +39,7 @@ pub struct Sampled {
 /// applied in place.
 ///
 /// A row in which no token is possible (every logit NaN or −∞) gives the lowest
-/// token id that is not banned.
+/// token id.
 pub fn sample(logits: &mut [f32], row: &SampleRow) -> Sampled {
     let params = &*row.params;
     let mut report = params.logprobs.map(|k| LogProbs::of(logits, k as usize));
@@ -49,11 +47,6 @@ pub fn sample(logits: &mut [f32], row: &SampleRow) -> Sampled {
     for &(token, bias) in &params.logit_bias {
         if let Some(logit) = logits.get_mut(token as usize) {
             *logit += bias;
-        }
-    }
-    for &token in row.banned.iter() {
-        if let Some(logit) = logits.get_mut(token as usize) {
-            *logit = f32::NEG_INFINITY;
         }
     }
     let best = argmax(logits);
@@ -243,7 +236,6 @@ mod tests {
             position,
             history: Vec::new(),
             prompt_tokens: 0,
-            banned: Arc::from([]),
         }
     }
 
@@ -353,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn bias_and_bans_decide_and_logprobs_are_of_the_unmodified_logits() {
+    fn bias_decides_and_logprobs_are_of_the_unmodified_logits() {
         let mut sampling = row(
             SamplingParams {
                 logit_bias: vec![(2, 10.0)],
@@ -368,8 +360,6 @@ mod tests {
         assert_eq!(chosen.token, 2);
         assert!((chosen.logprob - (0.0 - log_sum)).abs() < 1e-6);
         assert_eq!(chosen.top.iter().map(|t| t.0).collect::<Vec<_>>(), [1, 0]);
-        sampling.banned = Arc::from([2]);
-        assert_eq!(sample(&mut logits.clone(), &sampling).token, 1);
     }
 
     #[test]

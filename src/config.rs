@@ -1,0 +1,39 @@
+//! The engine's settings.
+
+/// Limits and sizes of an engine; every field has a working default.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EngineConfig {
+    /// Tokens (rows) of one step: the decodes and the prompt chunk that fills up.
+    pub max_batch_tokens: usize,
+    /// Sequences that run at the same time.
+    pub max_sequences: usize,
+    /// Requests that may be open at the same time, waiting ones included; one more
+    /// is refused as overload.
+    pub max_open_requests: usize,
+    /// Bytes of the key-value cache.
+    pub kv_cache_bytes: usize,
+    /// Tokens a block of the key-value cache.
+    pub block_tokens: usize,
+    /// Longest sequence, prompt and answer together; the model's own limit if `None`.
+    pub max_context: Option<usize>,
+    /// Tokens that wait for a slow reader before its sequence is paused.
+    pub stream_buffer: usize,
+    /// Whether the cache's books are checked after every step. An imbalance closes
+    /// the engine. The check costs time in the number of blocks.
+    pub audit: bool,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            max_batch_tokens: 512,
+            max_sequences: 256,
+            max_open_requests: 4096,
+            kv_cache_bytes: 512 << 20,
+            block_tokens: 16,
+            max_context: None,
+            stream_buffer: 256,
+            audit: cfg!(debug_assertions),
+        }
+    }
+}

@@ -1,0 +1,33 @@
+//! The commands: the only way into the scheduler thread.
+
+use super::event::{EventSender, SessionCell};
+use super::handle::{EngineStats, Permit};
+use crate::id::SessionId;
+use crate::schedule::SequenceSpec;
+use crossbeam_channel::Sender;
+use std::sync::Arc;
+
+/// What callers post to the scheduler thread; per session in the order posted (I7).
+pub(crate) enum Command {
+    /// A new request.
+    Submit(Box<Submission>),
+    /// Look at the session's cancel flag: the flag is the truth, this only wakes.
+    Cancel(SessionId),
+    /// The session's reader has made room.
+    Resume(SessionId),
+    /// Report the state; answered at once.
+    Inspect(Sender<EngineStats>),
+    /// Cancel every session.
+    AbortAll,
+    /// Cancel every session, then end the thread.
+    Shutdown,
+}
+
+/// A request on its way to the scheduler thread.
+pub(crate) struct Submission {
+    pub id: SessionId,
+    pub spec: SequenceSpec,
+    pub cell: Arc<SessionCell>,
+    pub events: EventSender,
+    pub permit: Permit,
+}

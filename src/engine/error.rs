@@ -1,0 +1,139 @@
+//! What can go wrong: at load, at submit, and while generating.
+
+use super::CancelReason;
+use crate::cache::Imbalance;
+use crate::device::DeviceError;
+use crate::model::ModelError;
+use crate::sampling::ParamError;
+use crate::text::TextError;
+use crate::weights::WeightsError;
+use thiserror::Error;
+
+/// Why an engine could not be started.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum LoadError {
+    /// The model's files could not be read.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// The files hold no model that quell can run.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The tokenizer or the chat template is broken.
+    #[error(transparent)]
+    Text(#[from] TextError),
+    /// The device cannot hold or run the model.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// A setting is out of range.
+    #[error("{name} is {value}, but must be {expected}")]
+    Config {
+        /// The setting.
+        name: &'static str,
+        /// What was given.
+        value: String,
+        /// What is accepted.
+        expected: String,
+    },
+    /// The scheduler thread could not be started.
+    #[error("cannot start the scheduler thread: {0}")]
+    Thread(String),
+}
+
+/// Why a request was not accepted.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum SubmitError {
+    /// The prompt has no tokens.
+    #[error("the prompt is empty: at least one token is needed")]
+    EmptyPrompt,
+    /// The prompt leaves no room for an answer.
+    #[error(
+        "the prompt has {tokens} tokens, but must have fewer than {limit}, the {limited_by}"
+    )]
+    PromptTooLong {
+        /// Tokens of the prompt.
+        tokens: usize,
+        /// The limit on prompt and answer together.
+        limit: usize,
+        /// `context length of the model`, or `size of the key-value cache`.
+        limited_by: &'static str,
+    },
+    /// A token id of the prompt is not in the vocabulary.
+    #[error("token {token} of the prompt is outside the vocabulary of {vocabulary} tokens")]
+    UnknownToken {
+        /// The id.
+        token: u32,
+        /// Size of the vocabulary.
+        vocabulary: usize,
+    },
+    /// A sampling parameter is out of range.
+    #[error(transparent)]
+    Params(#[from] ParamError),
+    /// `max_tokens` is 0.
+    #[error("max_tokens is 0, but must be at least 1")]
+    NoTokens,
+    /// A stop string is empty.
+    #[error("stop string {index} is empty, but must have at least one character")]
+    EmptyStop {
+        /// Which one.
+        index: usize,
+    },
+    /// The model has no tokenizer, and the request needs one.
+    #[error("the model has no tokenizer files, which {needed_for} needs; give token ids instead")]
+    NoTokenizer {
+        /// What needs it.
+        needed_for: &'static str,
+    },
+    /// The model has no chat template, and the prompt is a conversation.
+    #[error("the model has no chat template; give the prompt as text instead")]
+    NoChatTemplate,
+    /// The prompt could not be turned into tokens.
+    #[error(transparent)]
+    Text(#[from] TextError),
+    /// Too many requests are open.
+    #[error("{open} requests are open, the most that this engine accepts; try again later")]
+    Overloaded {
+        /// How many are open.
+        open: usize,
+    },
+    /// The session is already generating.
+    #[error("the session is already generating; one turn at a time")]
+    Conflict,
+    /// The engine has closed.
+    #[error("the engine has closed: {0}")]
+    Closed(EngineFault),
+}
+
+/// Why generation ended without an answer.
+#[derive(Clone, Debug, Error)]
+#[non_exhaustive]
+pub enum GenerateError {
+    /// A step that this request was part of failed.
+    #[error("generation failed: {0}")]
+    Failed(EngineFault),
+    /// The request was cancelled before it had finished.
+    #[error("generation was cancelled: {}", .0.as_str())]
+    Cancelled(CancelReason),
+    /// The engine has closed.
+    #[error("the engine has closed: {0}")]
+    Closed(EngineFault),
+}
+
+/// What broke on the scheduler thread.
+#[derive(Clone, Debug, Error)]
+#[non_exhaustive]
+pub enum EngineFault {
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The cache's books did not balance.
+    #[error(transparent)]
+    Books(#[from] Imbalance),
+    /// The scheduler thread panicked: a bug in quell.
+    #[error("the scheduler thread panicked: {0}")]
+    Panic(String),
+    /// The engine was shut down.
+    #[error("it was shut down")]
+    Shutdown,
+}

@@ -1,0 +1,251 @@
+//! The events: the only way out of the scheduler thread.
+
+use super::EngineFault;
+use crate::id::StepId;
+use crate::schedule::FinishReason;
+use atomic_waker::AtomicWaker;
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
+
+/// Why a request was cancelled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum CancelReason {
+    /// Its stream was dropped.
+    StreamDropped = 1,
+    /// `cancel` was called.
+    Explicit = 2,
+    /// `abort_all` was called.
+    AbortAll = 3,
+    /// The engine was shut down.
+    Shutdown = 4,
+    /// Its text came to a stop string: the caller's side has ended it as a normal
+    /// stop, and the scheduler thread only frees what it held.
+    StopString = 5,
+}
+
+impl CancelReason {
+    /// The reason as logs and metrics name it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::StreamDropped => "stream_dropped",
+            Self::Explicit => "explicit",
+            Self::AbortAll => "abort_all",
+            Self::Shutdown => "shutdown",
+            Self::StopString => "stop_string",
+        }
+    }
+
+    fn from_flag(flag: u8) -> Option<Self> {
+        [Self::StreamDropped, Self::Explicit, Self::AbortAll, Self::Shutdown, Self::StopString]
+            .into_iter()
+            .find(|reason| *reason as u8 == flag)
+    }
+}
+
+/// How an accepted request ended, exactly once (I1).
+#[derive(Clone, Debug)]
+pub(crate) enum Terminal {
+    Finished(FinishReason),
+    Cancelled(CancelReason),
+    Failed(EngineFault),
+}
+
+/// How a request ended, for its caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Outcome {
+    /// A stop token, a stop string, or the model's end of turn.
+    Stop,
+    /// The limit on new tokens, or the context limit.
+    Length,
+    /// It was cancelled.
+    Cancelled(CancelReason),
+}
+
+impl Outcome {
+    /// `stop`, `length` or `cancelled`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::Cancelled(_) => "cancelled",
+        }
+    }
+}
+
+/// A generated token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Token {
+    /// Its id.
+    pub id: u32,
+    /// Its log-probability under the model's unmodified logits; 0 unless asked for.
+    pub logprob: f32,
+    /// The likeliest tokens of its step, as many as asked for.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// What a session's reader gets for one step: at most one message a step.
+#[derive(Debug)]
+pub(crate) struct Event {
+    pub token: Option<Token>,
+    pub terminal: Option<Terminal>,
+    pub at: Instant,
+}
+
+/// Proof that a request's resources are free.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Receipt {
+    /// Blocks of the key-value cache that it held and that are free now.
+    pub blocks_freed: usize,
+    /// Tokens it had generated.
+    pub tokens_generated: usize,
+    /// Tokens that steps in flight produced after its end.
+    pub tokens_discarded: usize,
+    /// The step after whose completion the blocks were free.
+    pub step: StepId,
+    /// When the cancel was posted; when it ended, if it was not cancelled.
+    pub posted_at: Instant,
+    /// When its blocks were free.
+    pub freed_at: Instant,
+}
+
+/// What a session's two sides share: flags and wakers, no lock.
+#[derive(Debug, Default)]
+pub(crate) struct SessionCell {
+    cancel: AtomicU8,
+    posted: OnceLock<Instant>,
+    /// Set by the thread when it pauses the session for its reader's sake.
+    pub paused: AtomicBool,
+    reader: AtomicWaker,
+    receipt: AtomicWaker,
+}
+
+impl SessionCell {
+    /// Raises the cancel flag; `true` for the first to do so.
+    pub fn cancel(&self, reason: CancelReason) -> bool {
+        // The time first: whoever sees the flag finds it.
+        let _ = self.posted.set(Instant::now());
+        self.cancel
+            .compare_exchange(0, reason as u8, Ordering::AcqRel, Ordering::Acquire)
+            .is_ok()
+    }
+
+    /// The reason, if the flag is up.
+    pub fn cancelled(&self) -> Option<CancelReason> {
+        CancelReason::from_flag(self.cancel.load(Ordering::Acquire))
+    }
+
+    pub fn posted_at(&self) -> Option<Instant> {
+        self.posted.get().copied()
+    }
+
+    pub fn register_reader(&self, waker: &std::task::Waker) {
+        self.reader.register(waker);
+    }
+
+    pub fn register_receipt(&self, waker: &std::task::Waker) {
+        self.receipt.register(waker);
+    }
+}
+
+/// The scheduler thread's end of a session.
+pub(crate) struct EventSender {
+    cell: Arc<SessionCell>,
+    events: Option<Sender<Event>>,
+    receipt: Option<Sender<Receipt>>,
+    capacity: usize,
+}
+
+/// The caller's end of a session.
+pub(crate) struct EventReceiver {
+    pub events: Receiver<Event>,
+    pub receipt: Receiver<Receipt>,
+}
+
+/// Room beyond the pause threshold: the tokens of the steps in flight when the
+/// threshold is reached, and the terminal.
+const HEADROOM: usize = 8;
+
+/// Makes the two ends; the session is paused when `buffer` events wait.
+pub(crate) fn channel(cell: &Arc<SessionCell>, buffer: usize) -> (EventSender, EventReceiver) {
+    let (events, event_receiver) = bounded(buffer + HEADROOM);
+    let (receipt, receipt_receiver) = bounded(1);
+    let sender = EventSender {
+        cell: Arc::clone(cell),
+        events: Some(events),
+        receipt: Some(receipt),
+        capacity: buffer,
+    };
+    (sender, EventReceiver { events: event_receiver, receipt: receipt_receiver })
+}
+
+impl EventSender {
+    /// Sends without ever blocking (I9). `false` when the reader is gone or, which
+    /// the pause threshold rules out, the buffer is full.
+    pub fn send(&self, event: Event) -> bool {
+        let Some(events) = &self.events else { return false };
+        let sent = events.try_send(event);
+        if let Err(TrySendError::Full(event)) = &sent {
+            tracing::error!(?event, "a session's buffer overflowed; the event is lost");
+        }
+        self.cell.reader.wake();
+        sent.is_ok()
+    }
+
+    /// Whether so many events wait that the session is to be paused.
+    pub fn is_full(&self) -> bool {
+        self.events.as_ref().is_some_and(|events| events.len() >= self.capacity)
+    }
+
+    /// Whether the reader has caught up enough to go on.
+    pub fn has_room(&self) -> bool {
+        self.events.as_ref().is_some_and(|events| has_room(events.len(), self.capacity))
+    }
+
+    pub fn send_receipt(&mut self, receipt: Receipt) {
+        if let Some(sender) = self.receipt.take() {
+            // The slot is empty: a receipt is sent once. No reader is no failure.
+            let _ = sender.try_send(receipt);
+        }
+        self.cell.receipt.wake();
+    }
+}
+
+/// Whether a reader with `waiting` of `buffer` events has caught up enough.
+pub(crate) fn has_room(waiting: usize, buffer: usize) -> bool {
+    waiting <= buffer / 2
+}
+
+impl Drop for EventSender {
+    fn drop(&mut self) {
+        // Disconnect first, so that whoever wakes sees it.
+        self.events = None;
+        self.receipt = None;
+        self.cell.reader.wake();
+        self.cell.receipt.wake();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_reason_to_cancel_wins() {
+        let cell = SessionCell::default();
+        assert_eq!(cell.cancelled(), None);
+        assert!(cell.cancel(CancelReason::Explicit));
+        assert!(!cell.cancel(CancelReason::StreamDropped));
+        assert_eq!(cell.cancelled(), Some(CancelReason::Explicit));
+    }
+
+    #[test]
+    fn every_reason_survives_its_flag() {
+        for flag in 1..=5 {
+            assert_eq!(CancelReason::from_flag(flag).map(|reason| reason as u8), Some(flag));
+        }
+        assert_eq!(CancelReason::from_flag(0), None);
+    }
+}

@@ -1,0 +1,428 @@
+//! [`Engine`]: the handle that callers clone, submit through, and load with.
+
+use super::command::{Command, Submission};
+use super::event::{SessionCell, channel};
+use super::ledger::Outcomes;
+use super::stream::{StreamParts, TextState};
+use super::thread::SchedulerThread;
+use super::{EngineFault, LoadError, Session, SubmitError, TokenStream};
+use crate::cache::{BlockCache, Books};
+use crate::config::EngineConfig;
+use crate::id::{SessionId, StepId};
+use crate::runner::{LoadOptions, Runner, RunnerInfo};
+use crate::sampling::SamplingParams;
+use crate::schedule::{Policy, Scheduler, SequenceSpec};
+use crate::text::{EncodeOptions, Message, RenderOptions, Tokenizer};
+use crossbeam_channel::{Sender, bounded, unbounded};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+
+/// What to continue.
+#[derive(Clone, Debug)]
+pub enum Prompt {
+    /// Raw text; the names of special tokens in it mean these tokens.
+    Text(String),
+    /// Token ids.
+    Tokens(Vec<u32>),
+    /// A conversation, rendered by the model's own chat template.
+    Chat(Vec<Message>),
+}
+
+impl From<&str> for Prompt {
+    fn from(text: &str) -> Self {
+        Self::Text(text.to_owned())
+    }
+}
+
+impl From<String> for Prompt {
+    fn from(text: String) -> Self {
+        Self::Text(text)
+    }
+}
+
+impl From<Vec<u32>> for Prompt {
+    fn from(tokens: Vec<u32>) -> Self {
+        Self::Tokens(tokens)
+    }
+}
+
+impl From<Vec<Message>> for Prompt {
+    fn from(messages: Vec<Message>) -> Self {
+        Self::Chat(messages)
+    }
+}
+
+/// What to generate.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// What to continue.
+    pub prompt: Prompt,
+    /// At most this many new tokens; up to the context limit if `None`.
+    pub max_tokens: Option<usize>,
+    /// How to choose tokens.
+    pub sampling: SamplingParams,
+    /// Strings that end the answer; they are not part of it.
+    pub stop: Vec<String>,
+    /// Tokens that end the answer beside the model's own.
+    pub stop_token_ids: Vec<u32>,
+    /// Go on past the model's end-of-sequence tokens.
+    pub ignore_eos: bool,
+}
+
+impl Request {
+    /// A request with default settings: sampling at temperature 1, up to the
+    /// context limit.
+    pub fn new(prompt: impl Into<Prompt>) -> Self {
+        Self {
+            prompt: prompt.into(),
+            max_tokens: None,
+            sampling: SamplingParams::default(),
+            stop: Vec::new(),
+            stop_token_ids: Vec::new(),
+            ignore_eos: false,
+        }
+    }
+
+    /// Sets the limit on new tokens.
+    pub fn max_tokens(mut self, tokens: usize) -> Self {
+        self.max_tokens = Some(tokens);
+        self
+    }
+
+    /// Sets how to choose tokens.
+    pub fn sampling(mut self, sampling: SamplingParams) -> Self {
+        self.sampling = sampling;
+        self
+    }
+
+    /// Chooses the likeliest token at each step.
+    pub fn greedy(mut self) -> Self {
+        self.sampling.temperature = 0.0;
+        self
+    }
+}
+
+/// The state of an engine at one moment, read off its books.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EngineStats {
+    /// Use of the key-value cache.
+    pub blocks: Books,
+    /// Tokens a block.
+    pub block_tokens: usize,
+    /// Requests that hold blocks and are computed.
+    pub running: usize,
+    /// Requests that wait for blocks.
+    pub waiting: usize,
+    /// Of both, those whose reader is too slow.
+    pub paused: usize,
+    /// Requests without a terminal.
+    pub open: usize,
+    /// Ended requests whose blocks a step in flight may still touch.
+    pub closing: usize,
+    /// Preemptions since the start.
+    pub preemptions: u64,
+    /// How requests ended since the start.
+    pub outcomes: Outcomes,
+    /// Prompt tokens accepted since the start.
+    pub prompt_tokens: u64,
+    /// Tokens generated since the start.
+    pub tokens_generated: u64,
+    /// The last completed step.
+    pub steps: StepId,
+}
+
+impl EngineStats {
+    /// Nothing open, nothing held: invariant I12.
+    pub fn is_idle(&self) -> bool {
+        self.open == 0
+            && self.closing == 0
+            && self.running + self.waiting == 0
+            && self.blocks.free == self.blocks.total
+    }
+}
+
+/// A place among the open requests, given back when dropped.
+pub(crate) struct Permit(Arc<AtomicUsize>);
+
+impl Permit {
+    fn acquire(open: &Arc<AtomicUsize>, limit: usize) -> Result<Self, SubmitError> {
+        let taken = open.fetch_update(Ordering::AcqRel, Ordering::Acquire, |count| {
+            (count < limit).then_some(count + 1)
+        });
+        match taken {
+            Ok(_) => Ok(Self(Arc::clone(open))),
+            Err(open) => Err(SubmitError::Overloaded { open }),
+        }
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+struct Shared {
+    config: EngineConfig,
+    info: RunnerInfo,
+    tokenizer: Option<Arc<Tokenizer>>,
+    fault: Arc<OnceLock<EngineFault>>,
+    open: Arc<AtomicUsize>,
+    next_id: AtomicU64,
+    /// Tokens of the longest sequence, and what limits it.
+    limit: (usize, &'static str),
+}
+
+/// A running engine. Clone it freely; all clones are the same engine.
+///
+/// The engine runs as long as a handle or a stream of it exists.
+#[derive(Clone)]
+pub struct Engine {
+    shared: Arc<Shared>,
+    commands: Sender<Command>,
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Engine").field("info", &self.shared.info).finish_non_exhaustive()
+    }
+}
+
+impl Engine {
+    /// Loads a model, a `.gguf` file or a Hugging Face folder, and starts its
+    /// scheduler thread. Blocks until the model is ready.
+    pub fn load(
+        path: impl AsRef<Path>,
+        config: EngineConfig,
+        options: LoadOptions,
+    ) -> Result<Self, LoadError> {
+        let files = crate::runner::ModelFiles::open(path.as_ref())?;
+        let tokenizer = files.tokenizer()?;
+        let limits = config.clone();
+        Self::with_runner(config, tokenizer, move || files.build_runner(&limits, options))
+    }
+
+    /// Starts an engine over any [`Runner`]. `make_runner` is called on the
+    /// scheduler thread, which owns the runner from then on.
+    pub fn with_runner(
+        config: EngineConfig,
+        tokenizer: Option<Tokenizer>,
+        make_runner: impl FnOnce() -> Result<(Box<dyn Runner>, RunnerInfo), LoadError>
+        + Send
+        + 'static,
+    ) -> Result<Self, LoadError> {
+        validate(&config)?;
+        let (commands, inbox) = unbounded();
+        let (ready, started) = bounded(1);
+        let fault = Arc::new(OnceLock::new());
+        let (thread_fault, policy, audit) = (
+            Arc::clone(&fault),
+            Policy {
+                max_batch_tokens: config.max_batch_tokens,
+                max_sequences: config.max_sequences,
+            },
+            config.audit,
+        );
+        std::thread::Builder::new()
+            .name("quell-scheduler".to_owned())
+            .spawn(move || {
+                let (runner, info) = match make_runner() {
+                    Ok(made) => made,
+                    Err(error) => {
+                        let _ = ready.send(Err(error));
+                        return;
+                    }
+                };
+                let cache = BlockCache::new(info.cache_blocks, info.block_tokens);
+                let _ = ready.send(Ok(info));
+                let scheduler = Scheduler::new(policy, cache);
+                SchedulerThread::new(inbox, scheduler, runner, audit).run(&thread_fault);
+            })
+            .map_err(|error| LoadError::Thread(error.to_string()))?;
+        let info = started.recv().map_err(|_| {
+            LoadError::Thread("it panicked while the model was loaded".to_owned())
+        })??;
+        let cache_tokens = info.cache_blocks * info.block_tokens;
+        let limit = if cache_tokens < info.context_tokens {
+            (cache_tokens, "size of the key-value cache in tokens")
+        } else {
+            (info.context_tokens, "context length in tokens")
+        };
+        let shared = Shared {
+            config,
+            info,
+            tokenizer: tokenizer.map(Arc::new),
+            fault,
+            open: Arc::default(),
+            next_id: AtomicU64::new(1),
+            limit,
+        };
+        Ok(Self { shared: Arc::new(shared), commands })
+    }
+
+    /// The model, the device and the memory plan.
+    pub fn info(&self) -> &RunnerInfo {
+        &self.shared.info
+    }
+
+    /// The model's tokenizer, if its files have one.
+    pub fn tokenizer(&self) -> Option<&Arc<Tokenizer>> {
+        self.shared.tokenizer.as_ref()
+    }
+
+    /// Tokens of the longest sequence that this engine accepts, prompt and answer.
+    pub fn max_sequence_tokens(&self) -> usize {
+        self.shared.limit.0
+    }
+
+    /// A conversation whose tokens carry over from turn to turn.
+    pub fn session(&self) -> Session {
+        Session::new(self.clone())
+    }
+
+    /// Turns a prompt into token ids, as [`Engine::generate`] does.
+    pub fn tokenize(&self, prompt: &Prompt) -> Result<Vec<u32>, SubmitError> {
+        let tokenizer = |needed_for| {
+            self.shared.tokenizer.as_deref().ok_or(SubmitError::NoTokenizer { needed_for })
+        };
+        match prompt {
+            Prompt::Tokens(tokens) => Ok(tokens.clone()),
+            Prompt::Text(text) => {
+                let options = EncodeOptions { add_special: true, parse_special: true };
+                Ok(tokenizer("a text prompt")?.encode(text, options)?)
+            }
+            Prompt::Chat(messages) => {
+                let tokenizer = tokenizer("a conversation")?;
+                let template = tokenizer.chat_template().ok_or(SubmitError::NoChatTemplate)?;
+                let text = template.render(messages, &RenderOptions::default())?;
+                // The template writes the special tokens itself.
+                let options = EncodeOptions { add_special: false, parse_special: true };
+                Ok(tokenizer.encode(&text, options)?)
+            }
+        }
+    }
+
+    /// Submits a request: one synchronous enqueue, no waiting. Dropping the stream
+    /// cancels.
+    pub fn generate(&self, request: Request) -> Result<TokenStream, SubmitError> {
+        if let Some(fault) = self.shared.fault.get() {
+            return Err(SubmitError::Closed(fault.clone()));
+        }
+        let prompt = self.tokenize(&request.prompt)?;
+        let spec = self.sequence_spec(&request, prompt)?;
+        let text = match &self.shared.tokenizer {
+            Some(tokenizer) => Some(TextState::new(Arc::clone(tokenizer), request.stop)),
+            None if request.stop.is_empty() => None,
+            None => return Err(SubmitError::NoTokenizer { needed_for: "a stop string" }),
+        };
+        let permit = Permit::acquire(&self.shared.open, self.shared.config.max_open_requests)?;
+        let id = SessionId(self.shared.next_id.fetch_add(1, Ordering::Relaxed));
+        let cell = Arc::new(SessionCell::default());
+        let (events, receiver) = channel(&cell, self.shared.config.stream_buffer);
+        // The guard exists before the request does: dropping it from here on cancels.
+        let stream = TokenStream::new(StreamParts {
+            id,
+            cell: Arc::clone(&cell),
+            receiver,
+            commands: self.commands.clone(),
+            fault: Arc::clone(&self.shared.fault),
+            text,
+            prompt: spec.prompt.clone(),
+            stop_tokens: Arc::clone(&spec.stop_tokens),
+            buffer: self.shared.config.stream_buffer,
+        });
+        let submission = Submission { id, spec, cell, events, permit };
+        self.post(Command::Submit(Box::new(submission)))?;
+        Ok(stream)
+    }
+
+    /// Cancels every open request.
+    pub fn abort_all(&self) -> Result<(), SubmitError> {
+        self.post(Command::AbortAll)
+    }
+
+    /// Cancels every open request and ends the scheduler thread. Does not wait;
+    /// streams end with their terminal.
+    pub fn shutdown(&self) {
+        // A closed engine is shut down already.
+        let _ = self.commands.send(Command::Shutdown);
+    }
+
+    /// The engine's state; waits for the scheduler thread, at most for one step.
+    pub fn stats(&self) -> Result<EngineStats, SubmitError> {
+        let (reply, answer) = bounded(1);
+        self.post(Command::Inspect(reply))?;
+        answer.recv().map_err(|_| self.closed())
+    }
+
+    fn post(&self, command: Command) -> Result<(), SubmitError> {
+        self.commands.send(command).map_err(|_| self.closed())
+    }
+
+    fn closed(&self) -> SubmitError {
+        let fault = self.shared.fault.get().cloned();
+        SubmitError::Closed(fault.unwrap_or(EngineFault::Shutdown))
+    }
+
+    /// Checks a request and completes it with the model's defaults.
+    fn sequence_spec(
+        &self,
+        request: &Request,
+        prompt: Vec<u32>,
+    ) -> Result<SequenceSpec, SubmitError> {
+        let vocabulary = self.shared.info.vocabulary;
+        request.sampling.validate(vocabulary)?;
+        if request.max_tokens == Some(0) {
+            return Err(SubmitError::NoTokens);
+        }
+        if let Some(index) = request.stop.iter().position(String::is_empty) {
+            return Err(SubmitError::EmptyStop { index });
+        }
+        if prompt.is_empty() {
+            return Err(SubmitError::EmptyPrompt);
+        }
+        let (limit, limited_by) = self.shared.limit;
+        if prompt.len() >= limit {
+            return Err(SubmitError::PromptTooLong { tokens: prompt.len(), limit, limited_by });
+        }
+        if let Some(&token) = prompt.iter().find(|&&token| token as usize >= vocabulary) {
+            return Err(SubmitError::UnknownToken { token, vocabulary });
+        }
+        let mut stop_tokens = request.stop_token_ids.clone();
+        if !request.ignore_eos {
+            stop_tokens.extend_from_slice(&self.shared.info.end_tokens);
+            if let Some(tokenizer) = &self.shared.tokenizer {
+                stop_tokens.extend_from_slice(tokenizer.end_tokens());
+            }
+        }
+        stop_tokens.sort_unstable();
+        stop_tokens.dedup();
+        let answer = request.max_tokens.unwrap_or(limit);
+        Ok(SequenceSpec {
+            max_tokens: limit.min(prompt.len().saturating_add(answer)),
+            prompt,
+            params: Arc::new(request.sampling.clone()),
+            stop_tokens: stop_tokens.into(),
+        })
+    }
+}
+
+fn validate(config: &EngineConfig) -> Result<(), LoadError> {
+    for (name, value) in [
+        ("max_batch_tokens", config.max_batch_tokens),
+        ("max_sequences", config.max_sequences),
+        ("max_open_requests", config.max_open_requests),
+        ("block_tokens", config.block_tokens),
+        ("stream_buffer", config.stream_buffer),
+    ] {
+        if value == 0 {
+            return Err(LoadError::Config {
+                name,
+                value: value.to_string(),
+                expected: "at least 1".to_owned(),
+            });
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,21 @@
+//! The engine: async handles on one side, the scheduler thread on the other.
+//!
+//! [`Engine`] and [`TokenStream`] belong to callers: they post commands and read
+//! events, and never clean up. The scheduler thread owns every sequence, every
+//! block and all clean-up; its loop is in `thread.rs`, its accounts with callers
+//! in `ledger.rs`, the wire between the two in `command.rs` and `event.rs`.
+
+mod command;
+mod error;
+mod event;
+mod handle;
+mod ledger;
+mod session;
+mod stream;
+mod thread;
+
+pub use error::{EngineFault, GenerateError, LoadError, SubmitError};
+pub use event::{CancelReason, Outcome, Receipt, Token};
+pub use handle::{Engine, EngineStats, Prompt, Request};
+pub use session::Session;
+pub use stream::{Cancellation, Chunk, Finish, Generation, Timing, TokenStream};

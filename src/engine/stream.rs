@@ -1,0 +1,430 @@
+//! [`TokenStream`]: one request's answer as it is generated; dropping it cancels.
+
+use super::command::Command;
+use super::event::{
+    CancelReason, Event, EventReceiver, Outcome, Receipt, SessionCell, Terminal, Token, has_room,
+};
+use super::{EngineFault, GenerateError};
+use crate::id::SessionId;
+use crate::schedule::FinishReason;
+use crate::text::{Detokenizer, StopMatcher, Tokenizer};
+use crossbeam_channel::{Receiver, RecvError, Sender, TryRecvError};
+use futures_core::Stream;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+/// A piece of the answer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Chunk {
+    /// Text that became complete: whole characters only, no special tokens, nothing
+    /// of a stop string. Empty without a tokenizer.
+    pub text: String,
+    /// The token of this step, if the message carries one.
+    pub token: Option<Token>,
+    /// In the last chunk: how the request ended.
+    pub finish: Option<Finish>,
+}
+
+/// How a request ended.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Finish {
+    /// The reason.
+    pub outcome: Outcome,
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Tokens generated, a final stop token included.
+    pub generated_tokens: usize,
+    /// How long it took.
+    pub timing: Timing,
+}
+
+/// How long a request took, from its submission on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Timing {
+    /// Until its first token.
+    pub first_token: Option<Duration>,
+    /// Until its end.
+    pub total: Duration,
+}
+
+impl Timing {
+    /// Tokens a second after the first one; `None` for fewer than two tokens.
+    pub fn decode_rate(&self, generated_tokens: usize) -> Option<f64> {
+        let seconds = (self.total.checked_sub(self.first_token?)?).as_secs_f64();
+        (generated_tokens > 1 && seconds > 0.0).then(|| (generated_tokens - 1) as f64 / seconds)
+    }
+}
+
+/// A finished answer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Generation {
+    /// The prompt's tokens.
+    pub prompt_ids: Vec<u32>,
+    /// The answer's text; `None` without a tokenizer.
+    pub text: Option<String>,
+    /// The answer's tokens, a final stop token included.
+    pub tokens: Vec<Token>,
+    /// How it ended.
+    pub finish: Finish,
+}
+
+/// Turns a stream's tokens into text, on the caller's side.
+pub(crate) struct TextState {
+    detokenizer: Detokenizer,
+    stop: StopMatcher,
+}
+
+impl TextState {
+    pub fn new(tokenizer: Arc<Tokenizer>, stop: Vec<String>) -> Self {
+        Self { detokenizer: Detokenizer::new(tokenizer), stop: StopMatcher::new(stop) }
+    }
+}
+
+/// What a stream is made of.
+pub(crate) struct StreamParts {
+    pub id: SessionId,
+    pub cell: Arc<SessionCell>,
+    pub receiver: EventReceiver,
+    pub commands: Sender<Command>,
+    pub fault: Arc<OnceLock<EngineFault>>,
+    pub text: Option<TextState>,
+    pub prompt: Vec<u32>,
+    pub stop_tokens: Arc<[u32]>,
+    pub buffer: usize,
+}
+
+/// A finished turn's tokens, given back to its session.
+pub(super) trait TurnEnd: Send {
+    /// The turn ended by itself after these tokens.
+    fn finished(&mut self, tokens: Vec<u32>);
+}
+
+/// The answer to one request, token by token: a [`futures_core::Stream`], or an
+/// iterator through [`TokenStream::blocking`].
+///
+/// Dropping it cancels the request: a flag is raised and a command posted, nothing
+/// else; the scheduler thread frees what the request held. This works with no
+/// runtime, while a runtime shuts down, during unwinding, and after the engine.
+pub struct TokenStream {
+    parts: StreamParts,
+    turn: Option<Box<dyn TurnEnd>>,
+    /// Kept for a session, which continues from them.
+    answer: Vec<u32>,
+    submitted: Instant,
+    first_token: Option<Duration>,
+    generated: usize,
+    ended: bool,
+}
+
+impl std::fmt::Debug for TokenStream {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("TokenStream")
+            .field("id", &self.parts.id)
+            .field("generated", &self.generated)
+            .field("ended", &self.ended)
+            .finish_non_exhaustive()
+    }
+}
+
+impl TokenStream {
+    pub(crate) fn new(parts: StreamParts) -> Self {
+        Self {
+            parts,
+            turn: None,
+            answer: Vec::new(),
+            submitted: Instant::now(),
+            first_token: None,
+            generated: 0,
+            ended: false,
+        }
+    }
+
+    pub(super) fn set_turn(&mut self, turn: Box<dyn TurnEnd>) {
+        self.turn = Some(turn);
+    }
+
+    /// The request's identity, as the logs name it.
+    pub fn id(&self) -> SessionId {
+        self.parts.id
+    }
+
+    /// The tokens of the prompt.
+    pub fn prompt_ids(&self) -> &[u32] {
+        &self.parts.prompt
+    }
+
+    /// Cancels the request. The cancel is posted before this returns; the future
+    /// (or [`Cancellation::wait`]) is the acknowledgement that its blocks are free.
+    pub fn cancel(mut self) -> Cancellation {
+        self.post_cancel(CancelReason::Explicit);
+        Cancellation {
+            cell: Arc::clone(&self.parts.cell),
+            receipt: self.parts.receiver.receipt.clone(),
+            fault: Arc::clone(&self.parts.fault),
+        }
+    }
+
+    /// The stream as a blocking iterator.
+    pub fn blocking(self) -> Blocking {
+        Blocking { stream: self }
+    }
+
+    /// The next chunk, waiting for it on this thread. `None` after the last.
+    pub fn next_blocking(&mut self) -> Option<Result<Chunk, GenerateError>> {
+        if self.ended {
+            return None;
+        }
+        Some(match self.parts.receiver.events.recv() {
+            Ok(event) => self.take(event),
+            Err(RecvError) => self.disconnected(),
+        })
+    }
+
+    /// Waits for the whole answer.
+    pub async fn complete(mut self) -> Result<Generation, GenerateError> {
+        let mut collector = Collector::new(&self);
+        loop {
+            let next = std::future::poll_fn(|context| Pin::new(&mut self).poll_next(context));
+            if let Some(generation) = collector.add(next.await)? {
+                return Ok(generation);
+            }
+        }
+    }
+
+    /// Waits for the whole answer on this thread.
+    pub fn complete_blocking(mut self) -> Result<Generation, GenerateError> {
+        let mut collector = Collector::new(&self);
+        loop {
+            if let Some(generation) = collector.add(self.next_blocking())? {
+                return Ok(generation);
+            }
+        }
+    }
+
+    /// Raises the flag and posts the wake-up, once. Never blocks, never fails: when
+    /// the engine is gone, there is nothing left to cancel.
+    fn post_cancel(&mut self, reason: CancelReason) {
+        if !self.ended {
+            self.ended = true;
+            if self.parts.cell.cancel(reason) {
+                let _ = self.parts.commands.send(Command::Cancel(self.parts.id));
+            }
+        }
+    }
+
+    /// Makes a chunk of an event.
+    fn take(&mut self, event: Event) -> Result<Chunk, GenerateError> {
+        self.resume_if_paused();
+        let mut text = String::new();
+        let mut matched = false;
+        if let Some(token) = &event.token {
+            self.generated += 1;
+            self.first_token.get_or_insert_with(|| event.at - self.submitted);
+            if self.turn.is_some() {
+                self.answer.push(token.id);
+            }
+            // A token that ends the answer is no part of its text.
+            let ends = matches!(event.terminal, Some(Terminal::Finished(FinishReason::Stop)))
+                && self.parts.stop_tokens.contains(&token.id);
+            if let (Some(state), false) = (&mut self.parts.text, ends) {
+                let step = state.stop.push(&state.detokenizer.push(token.id));
+                text = step.text;
+                matched = step.matched.is_some();
+            }
+        }
+        let mut outcome = match event.terminal {
+            None => None,
+            Some(Terminal::Finished(FinishReason::Stop)) => Some(Outcome::Stop),
+            Some(Terminal::Finished(FinishReason::Length)) => Some(Outcome::Length),
+            Some(Terminal::Cancelled(reason)) => Some(Outcome::Cancelled(reason)),
+            Some(Terminal::Failed(fault)) => {
+                self.ended = true;
+                return Err(GenerateError::Failed(fault));
+            }
+        };
+        if let (Some(state), Some(_), false) = (&mut self.parts.text, outcome, matched) {
+            // What was held back as half a character or half a stop string.
+            let step = state.stop.push(&state.detokenizer.finish());
+            text.push_str(&step.text);
+            matched = step.matched.is_some();
+            if !matched {
+                text.push_str(&state.stop.finish());
+            }
+        }
+        if matched {
+            if outcome.is_none() {
+                self.post_cancel(CancelReason::StopString);
+            }
+            outcome = Some(Outcome::Stop);
+        }
+        let finish = outcome.map(|outcome| Finish {
+            outcome,
+            prompt_tokens: self.parts.prompt.len(),
+            generated_tokens: self.generated,
+            timing: Timing {
+                first_token: self.first_token,
+                total: event.at - self.submitted,
+            },
+        });
+        if let Some(finish) = &finish {
+            self.ended = true;
+            if let (Some(mut turn), Outcome::Stop | Outcome::Length) =
+                (self.turn.take(), finish.outcome)
+            {
+                let mut tokens = std::mem::take(&mut self.parts.prompt);
+                tokens.append(&mut self.answer);
+                turn.finished(tokens);
+            }
+        }
+        Ok(Chunk { text, token: event.token, finish })
+    }
+
+    /// Tells the scheduler thread once that a paused session's reader caught up.
+    fn resume_if_paused(&self) {
+        let cell = &self.parts.cell;
+        if cell.paused.load(Ordering::SeqCst)
+            && has_room(self.parts.receiver.events.len(), self.parts.buffer)
+            && cell.paused.swap(false, Ordering::SeqCst)
+        {
+            // Without an engine there is nothing to resume.
+            let _ = self.parts.commands.send(Command::Resume(self.parts.id));
+        }
+    }
+
+    fn disconnected(&mut self) -> Result<Chunk, GenerateError> {
+        self.ended = true;
+        Err(GenerateError::Closed(closed_by(&self.parts.fault)))
+    }
+}
+
+fn closed_by(fault: &OnceLock<EngineFault>) -> EngineFault {
+    fault.get().cloned().unwrap_or(EngineFault::Shutdown)
+}
+
+impl Stream for TokenStream {
+    type Item = Result<Chunk, GenerateError>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        let mut received = self.parts.receiver.events.try_recv();
+        if matches!(received, Err(TryRecvError::Empty)) {
+            self.parts.cell.register_reader(context.waker());
+            // Once more: it may have come before the waker was there.
+            received = self.parts.receiver.events.try_recv();
+        }
+        match received {
+            Ok(event) => Poll::Ready(Some(self.take(event))),
+            Err(TryRecvError::Empty) => Poll::Pending,
+            Err(TryRecvError::Disconnected) => Poll::Ready(Some(self.disconnected())),
+        }
+    }
+}
+
+impl Drop for TokenStream {
+    fn drop(&mut self) {
+        self.post_cancel(CancelReason::StreamDropped);
+    }
+}
+
+/// [`TokenStream`] as an iterator that waits on the calling thread.
+#[derive(Debug)]
+pub struct Blocking {
+    stream: TokenStream,
+}
+
+impl Iterator for Blocking {
+    type Item = Result<Chunk, GenerateError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.stream.next_blocking()
+    }
+}
+
+/// Gathers a stream's chunks to a [`Generation`].
+struct Collector {
+    prompt_ids: Vec<u32>,
+    text: Option<String>,
+    tokens: Vec<Token>,
+}
+
+impl Collector {
+    fn new(stream: &TokenStream) -> Self {
+        Self {
+            prompt_ids: stream.parts.prompt.clone(),
+            text: stream.parts.text.as_ref().map(|_| String::new()),
+            tokens: Vec::new(),
+        }
+    }
+
+    /// Adds a chunk; gives the whole at the last.
+    fn add(
+        &mut self,
+        chunk: Option<Result<Chunk, GenerateError>>,
+    ) -> Result<Option<Generation>, GenerateError> {
+        let Some(chunk) = chunk.transpose()? else {
+            return Err(GenerateError::Closed(EngineFault::Shutdown));
+        };
+        if let Some(text) = &mut self.text {
+            text.push_str(&chunk.text);
+        }
+        self.tokens.extend(chunk.token);
+        let Some(finish) = chunk.finish else { return Ok(None) };
+        if let Outcome::Cancelled(reason) = finish.outcome {
+            return Err(GenerateError::Cancelled(reason));
+        }
+        Ok(Some(Generation {
+            prompt_ids: std::mem::take(&mut self.prompt_ids),
+            text: self.text.take(),
+            tokens: std::mem::take(&mut self.tokens),
+            finish,
+        }))
+    }
+}
+
+/// A posted cancel; await it, or [`Cancellation::wait`], for the receipt. Dropping
+/// it changes nothing: the request is cancelled either way.
+#[must_use = "the cancel is posted; await it, or drop it, to go on"]
+pub struct Cancellation {
+    cell: Arc<SessionCell>,
+    receipt: Receiver<Receipt>,
+    fault: Arc<OnceLock<EngineFault>>,
+}
+
+impl std::fmt::Debug for Cancellation {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Cancellation").finish_non_exhaustive()
+    }
+}
+
+impl Cancellation {
+    /// Waits for the receipt on this thread.
+    pub fn wait(self) -> Result<Receipt, GenerateError> {
+        self.receipt.recv().map_err(|_| GenerateError::Closed(closed_by(&self.fault)))
+    }
+}
+
+impl Future for Cancellation {
+    type Output = Result<Receipt, GenerateError>;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut received = self.receipt.try_recv();
+        if matches!(received, Err(TryRecvError::Empty)) {
+            self.cell.register_receipt(context.waker());
+            received = self.receipt.try_recv();
+        }
+        match received {
+            Ok(receipt) => Poll::Ready(Ok(receipt)),
+            Err(TryRecvError::Empty) => Poll::Pending,
+            Err(TryRecvError::Disconnected) => {
+                Poll::Ready(Err(GenerateError::Closed(closed_by(&self.fault))))
+            }
+        }
+    }
+}

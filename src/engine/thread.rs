@@ -1,0 +1,339 @@
+//! The scheduler thread: one loop that owns everything.
+
+use super::command::{Command, Submission};
+use super::event::{CancelReason, Terminal, Token};
+use super::handle::EngineStats;
+use super::ledger::{Ledger, Remains};
+use super::EngineFault;
+use crate::device::DeviceError;
+use crate::id::StepId;
+use crate::runner::Runner;
+use crate::schedule::{Commit, FinishReason, Scheduler, SequenceKey, StepPlan};
+use crossbeam_channel::{Receiver, TryRecvError};
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, OnceLock};
+
+/// What the scheduler thread owns.
+pub(super) struct SchedulerThread {
+    commands: Receiver<Command>,
+    scheduler: Scheduler,
+    ledger: Ledger,
+    runner: Box<dyn Runner>,
+    /// Launched and not collected, oldest first.
+    in_flight: VecDeque<StepPlan>,
+    completed: StepId,
+    audit: bool,
+    closing: bool,
+    tokens_generated: u64,
+    prompt_tokens: u64,
+    /// Kept for its memory.
+    pause: Vec<SequenceKey>,
+}
+
+/// Why the loop ended without a fault.
+enum Exit {
+    /// `Shutdown` was posted, or nobody is left to post anything.
+    Done,
+}
+
+impl SchedulerThread {
+    pub fn new(
+        commands: Receiver<Command>,
+        scheduler: Scheduler,
+        runner: Box<dyn Runner>,
+        audit: bool,
+    ) -> Self {
+        Self {
+            commands,
+            scheduler,
+            ledger: Ledger::default(),
+            runner,
+            in_flight: VecDeque::new(),
+            completed: StepId::default(),
+            audit,
+            closing: false,
+            tokens_generated: 0,
+            prompt_tokens: 0,
+            pause: Vec::new(),
+        }
+    }
+
+    /// Runs until nobody can post a command any more, a shutdown, or a fault. A
+    /// panic is a fault: every waiter learns of it, and the engine closes.
+    pub fn run(mut self, fault: &Arc<OnceLock<EngineFault>>) {
+        let outcome = catch_unwind(AssertUnwindSafe(|| self.serve()));
+        let cause = match outcome {
+            Ok(Ok(Exit::Done)) => EngineFault::Shutdown,
+            Ok(Err(cause)) => cause,
+            Err(panic) => EngineFault::Panic(panic_message(&*panic)),
+        };
+        if !matches!(cause, EngineFault::Shutdown) {
+            tracing::error!(%cause, "the engine has failed and closes");
+        }
+        // Before any waiter wakes, so that it finds the reason.
+        let _ = fault.set(cause.clone());
+        // The runner may be what broke: nothing below touches it.
+        let rest = catch_unwind(AssertUnwindSafe(|| self.fail_everything(&cause)));
+        if let Err(panic) = rest {
+            tracing::error!(panic = panic_message(&*panic), "clean-up after a fault panicked");
+        }
+        // Dropping the receiver refuses later commands and drops those in the
+        // queue; a dropped submission wakes its reader.
+    }
+
+    /// The loop, in full.
+    fn serve(&mut self) -> Result<Exit, EngineFault> {
+        let mut idle = true;
+        loop {
+            if self.drain_commands(idle) {
+                return Ok(Exit::Done);
+            }
+            let plan = if self.closing { None } else { self.scheduler.plan() };
+            let planned = plan.is_some();
+            if let Some(plan) = plan {
+                self.launch(plan)?;
+            }
+            if self.in_flight.len() >= self.runner.depth() || (!planned && !self.in_flight.is_empty())
+            {
+                self.collect()?;
+            }
+            idle = !planned && self.in_flight.is_empty();
+            if self.closing && idle {
+                return Ok(Exit::Done);
+            }
+        }
+    }
+
+    /// Applies every command that has been posted; waits for one when `idle`: when
+    /// nothing can be planned and nothing is in flight, only a command changes that.
+    /// `true` when nobody is left who could post.
+    fn drain_commands(&mut self, mut idle: bool) -> bool {
+        loop {
+            match self.commands.try_recv() {
+                Ok(command) => self.apply(command),
+                Err(TryRecvError::Disconnected) => return true,
+                Err(TryRecvError::Empty) => {
+                    self.ledger.settle(self.completed);
+                    if !idle || self.closing {
+                        return false;
+                    }
+                    match self.commands.recv() {
+                        Ok(command) => self.apply(command),
+                        Err(_) => return true,
+                    }
+                    idle = false;
+                }
+            }
+        }
+    }
+
+    fn apply(&mut self, command: Command) {
+        match command {
+            Command::Submit(submission) => self.submit(*submission),
+            Command::Cancel(id) => {
+                if let Some(key) = self.ledger.key_of(id) {
+                    self.apply_cancel(key);
+                }
+            }
+            Command::Resume(id) => {
+                if let Some(key) = self.ledger.key_of(id) {
+                    self.scheduler.set_paused(key, false);
+                }
+            }
+            Command::Inspect(reply) => {
+                // The asker may be gone; that is its affair.
+                let _ = reply.try_send(self.stats());
+            }
+            Command::AbortAll => self.cancel_all(CancelReason::AbortAll),
+            Command::Shutdown => {
+                self.closing = true;
+                self.cancel_all(CancelReason::Shutdown);
+            }
+        }
+    }
+
+    fn submit(&mut self, submission: Submission) {
+        self.prompt_tokens += submission.spec.prompt.len() as u64;
+        let key = self.scheduler.add(submission.id, submission.spec.clone());
+        self.ledger.open(key, submission);
+        // Cancelled on the way here: it never runs (I5).
+        self.apply_cancel(key);
+        if self.closing {
+            self.end(key, Terminal::Cancelled(CancelReason::Shutdown));
+        }
+    }
+
+    /// Ends a session if its cancel flag is up.
+    fn apply_cancel(&mut self, key: SequenceKey) -> bool {
+        let Some(reason) = self.ledger.cell_of(key).and_then(|cell| cell.cancelled()) else {
+            return false;
+        };
+        let terminal = match reason {
+            CancelReason::StopString => Terminal::Finished(FinishReason::Stop),
+            reason => Terminal::Cancelled(reason),
+        };
+        self.end(key, terminal);
+        true
+    }
+
+    fn cancel_all(&mut self, reason: CancelReason) {
+        for key in self.ledger.open_keys() {
+            if let Some(cell) = self.ledger.cell_of(key) {
+                cell.cancel(reason);
+            }
+            self.apply_cancel(key);
+        }
+    }
+
+    /// The one door out for a session, whatever the reason.
+    fn end(&mut self, key: SequenceKey, terminal: Terminal) {
+        let Some((sequence, blocks)) = self.scheduler.remove(key) else { return };
+        let remains = Remains {
+            blocks,
+            tokens_generated: sequence.generated(),
+            fence: sequence.touched(),
+        };
+        self.ledger.close(key, terminal, remains);
+    }
+
+    /// Enqueues a step. A failed launch fails the sessions of that step.
+    fn launch(&mut self, plan: StepPlan) -> Result<(), EngineFault> {
+        match self.runner.launch(&plan, self.scheduler.sequences()) {
+            Ok(()) => {
+                self.in_flight.push_back(plan);
+                Ok(())
+            }
+            Err(error) => {
+                self.fail_step(&plan, &error);
+                self.step_completed(self.completed);
+                self.closes_engine(error)
+            }
+        }
+    }
+
+    /// Waits for the oldest step and commits it.
+    fn collect(&mut self) -> Result<(), EngineFault> {
+        let outcome = self.runner.collect();
+        let Some(plan) = self.in_flight.pop_front() else { return Ok(()) };
+        // What was cancelled while the step ran gets no token from it.
+        while let Ok(command) = self.commands.try_recv() {
+            self.apply(command);
+        }
+        let failed = match outcome {
+            Ok(samples) => {
+                for (item, sample) in plan.samples().zip(samples) {
+                    self.commit(
+                        item.key,
+                        Token { id: sample.token, logprob: sample.logprob, top: sample.top },
+                    );
+                }
+                Ok(())
+            }
+            Err(error) => {
+                self.fail_step(&plan, &error);
+                self.closes_engine(error)
+            }
+        };
+        self.step_completed(plan.step);
+        self.flush();
+        if self.audit {
+            self.scheduler.audit()?;
+        }
+        failed
+    }
+
+    fn commit(&mut self, key: SequenceKey, token: Token) {
+        // The flag is read again here: a cancel posted since wins over the token.
+        if self.apply_cancel(key) {
+            self.ledger.discarded(key);
+            return;
+        }
+        match self.scheduler.commit(key, token.id) {
+            Commit::Discarded => self.ledger.discarded(key),
+            Commit::Token => {
+                self.tokens_generated += 1;
+                self.ledger.token(key, token);
+            }
+            Commit::Finished(reason) => {
+                self.tokens_generated += 1;
+                self.ledger.token(key, token);
+                self.end(key, Terminal::Finished(reason));
+            }
+        }
+    }
+
+    /// Steps up to `step` have completed. When none is in flight, so have all that
+    /// were planned, a failed launch included.
+    fn step_completed(&mut self, step: StepId) {
+        let step = if self.in_flight.is_empty() { self.scheduler.launched() } else { step };
+        self.completed = self.completed.max(step);
+        self.scheduler.completed(self.completed);
+        self.ledger.settle(self.completed);
+    }
+
+    fn flush(&mut self) {
+        let mut pause = std::mem::take(&mut self.pause);
+        self.ledger.flush(&mut pause);
+        for key in pause.drain(..) {
+            self.scheduler.set_paused(key, true);
+        }
+        self.pause = pause;
+    }
+
+    fn fail_step(&mut self, plan: &StepPlan, error: &DeviceError) {
+        tracing::error!(%error, step = %plan.step, sessions = plan.items.len(), "a step failed");
+        for item in &plan.items {
+            self.end(item.key, Terminal::Failed(EngineFault::Device(error.clone())));
+        }
+    }
+
+    /// Whether a device error ends the engine, not only the step's sessions.
+    fn closes_engine(&self, error: DeviceError) -> Result<(), EngineFault> {
+        match error {
+            DeviceError::Lost { .. } => Err(EngineFault::Device(error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Ends every session; used when the thread is about to end.
+    fn fail_everything(&mut self, cause: &EngineFault) {
+        for key in self.ledger.open_keys() {
+            let terminal = match cause {
+                EngineFault::Shutdown => Terminal::Cancelled(CancelReason::Shutdown),
+                fault => Terminal::Failed(fault.clone()),
+            };
+            self.end(key, terminal);
+        }
+        while let Ok(command) = self.commands.try_recv() {
+            // A submission's reader wakes and finds the fault.
+            drop(command);
+        }
+    }
+
+    fn stats(&self) -> EngineStats {
+        let counts = self.scheduler.counts();
+        EngineStats {
+            blocks: self.scheduler.cache().books(),
+            block_tokens: self.scheduler.cache().block_tokens(),
+            running: counts.running,
+            waiting: counts.waiting,
+            paused: counts.paused,
+            open: self.ledger.open_accounts(),
+            closing: self.ledger.closing_accounts(),
+            preemptions: counts.preemptions,
+            outcomes: self.ledger.outcomes(),
+            prompt_tokens: self.prompt_tokens,
+            tokens_generated: self.tokens_generated,
+            steps: self.completed,
+        }
+    }
+}
+
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+    panic
+        .downcast_ref::<&str>()
+        .map(|message| (*message).to_owned())
+        .or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "no message".to_owned())
+}
