@@ -6,8 +6,8 @@ use super::reader::Reader;
 use super::types::tensor_type;
 use super::value::Value;
 use crate::weights::DType;
+use crate::weights::directory::TensorEntry;
 use std::collections::{BTreeMap, HashSet};
-use std::ops::Range;
 
 /// Where tensor data is aligned unless `general.alignment` says otherwise.
 const DEFAULT_ALIGNMENT: u64 = 32;
@@ -20,17 +20,6 @@ pub(super) struct Header {
     pub(super) metadata: BTreeMap<String, Value>,
     /// In the file's order. No two names are equal, no two ranges overlap.
     pub(super) tensors: Vec<TensorEntry>,
-}
-
-/// One tensor of the directory.
-#[derive(Debug)]
-pub(super) struct TensorEntry {
-    pub(super) name: String,
-    pub(super) dtype: DType,
-    /// Outermost dimension first.
-    pub(super) shape: Vec<usize>,
-    /// The tensor's bytes in the file: inside it, as many as the shape needs.
-    pub(super) range: Range<usize>,
 }
 
 impl Header {

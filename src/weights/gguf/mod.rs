@@ -15,50 +15,21 @@ mod value;
 
 pub use value::{Array, Value};
 
+use super::directory::{Contents, Directory, Repeated, TensorEntry};
 use super::map::MappedFile;
 use super::{TensorView, WeightSource, WeightsError};
-use header::{Header, TensorEntry};
-use std::collections::{BTreeMap, HashMap};
+use header::Header;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// An open GGUF file: its metadata, and its tensors in place.
 #[derive(Debug)]
 pub struct Gguf {
+    /// The file, or the first part of a split one.
+    path: PathBuf,
     version: u32,
     metadata: BTreeMap<String, Value>,
-    /// The file, or all parts of a split one in order; never empty.
-    parts: Vec<Part>,
-    tensors: Vec<Tensor>,
-    /// Position in `tensors` by name.
-    by_name: HashMap<String, usize>,
-}
-
-#[derive(Debug)]
-struct Part {
-    path: PathBuf,
-    contents: Contents,
-}
-
-#[derive(Debug)]
-enum Contents {
-    Mapped(MappedFile),
-    Owned(Vec<u8>),
-}
-
-impl Contents {
-    fn bytes(&self) -> &[u8] {
-        match self {
-            Self::Mapped(file) => file.bytes(),
-            Self::Owned(bytes) => bytes,
-        }
-    }
-}
-
-#[derive(Debug)]
-struct Tensor {
-    /// Position in `parts`.
-    part: usize,
-    entry: TensorEntry,
+    directory: Directory,
 }
 
 impl Gguf {
@@ -90,11 +61,10 @@ impl Gguf {
     fn from_contents(path: &Path, contents: Contents) -> Result<Self, WeightsError> {
         let header = Header::read(contents.bytes()).map_err(|problem| problem.at(path))?;
         let mut file = Self {
+            path: path.to_owned(),
             version: header.version,
             metadata: header.metadata,
-            parts: Vec::new(),
-            tensors: Vec::new(),
-            by_name: HashMap::new(),
+            directory: Directory::default(),
         };
         file.add_part(path, contents, header.tensors)?;
         Ok(file)
@@ -106,25 +76,11 @@ impl Gguf {
         contents: Contents,
         entries: Vec<TensorEntry>,
     ) -> Result<(), WeightsError> {
-        let part = self.parts.len();
-        for entry in entries {
-            let index = self.tensors.len();
-            if let Some(first) = self.by_name.insert(entry.name.clone(), index) {
-                let first = &self.parts[self.tensors[first].part].path;
-                return Err(Problem::malformed(format!(
-                    "tensor {:?} is also in {}",
-                    entry.name,
-                    first.display()
-                ))
-                .at(path));
-            }
-            self.tensors.push(Tensor { part, entry });
-        }
-        self.parts.push(Part {
-            path: path.to_owned(),
-            contents,
-        });
-        Ok(())
+        let added = self.directory.add(path, contents, entries);
+        added.map_err(|Repeated { name, first }| {
+            let first = first.display();
+            Problem::malformed(format!("tensor {name:?} is also in {first}")).at(path)
+        })
     }
 
     /// The format's version: 2 or 3.
@@ -144,13 +100,12 @@ impl Gguf {
 
     /// Where the file is: the first part of a split one.
     pub fn path(&self) -> &Path {
-        self.parts.first().map_or(Path::new(""), |part| &part.path)
+        &self.path
     }
 
     /// Size in bytes, all parts together.
     pub fn file_bytes(&self) -> u64 {
-        let sizes = self.parts.iter();
-        sizes.map(|part| part.contents.bytes().len() as u64).sum()
+        self.directory.file_bytes()
     }
 
     /// The usual name of the recipe that the file was quantised by, such as
@@ -159,36 +114,19 @@ impl Gguf {
     pub fn file_type(&self) -> Option<&'static str> {
         types::file_type(self.metadata("general.file_type")?.as_u64()?)
     }
-
-    fn view<'a>(&'a self, tensor: &'a Tensor) -> Option<TensorView<'a>> {
-        let entry = &tensor.entry;
-        let bytes = self.parts.get(tensor.part)?.contents.bytes();
-        Some(TensorView {
-            name: &entry.name,
-            dtype: entry.dtype,
-            shape: &entry.shape,
-            data: bytes.get(entry.range.clone())?,
-        })
-    }
 }
 
 impl WeightSource for Gguf {
     fn tensor(&self, name: &str) -> Option<TensorView<'_>> {
-        self.view(self.tensors.get(*self.by_name.get(name)?)?)
+        self.directory.tensor(name)
     }
 
     fn names(&self) -> Vec<&str> {
-        let tensors = self.tensors.iter();
-        tensors.map(|tensor| tensor.entry.name.as_str()).collect()
+        self.directory.names()
     }
 
     fn release(&self, name: &str) {
-        let Some(tensor) = self.by_name.get(name).map(|&index| &self.tensors[index]) else {
-            return;
-        };
-        if let Contents::Mapped(file) = &self.parts[tensor.part].contents {
-            file.release(tensor.entry.range.clone());
-        }
+        self.directory.release(name);
     }
 }
 

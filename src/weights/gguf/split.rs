@@ -1,8 +1,9 @@
 //! GGUF files that were split into parts: finding and joining them.
 
 use super::header::Header;
-use super::{Contents, Gguf, Problem};
+use super::{Gguf, Problem};
 use crate::weights::WeightsError;
+use crate::weights::directory::Contents;
 use crate::weights::map::MappedFile;
 use std::path::{Path, PathBuf};
 
@@ -85,10 +86,10 @@ impl Gguf {
             .metadata("split.tensors.count")
             .and_then(|value| value.as_u64());
         match stated {
-            Some(stated) if stated != self.tensors.len() as u64 => {
+            Some(stated) if stated != self.directory.len() as u64 => {
                 Err(Problem::malformed(format!(
                     "metadata \"split.tensors.count\" is {stated}, but the parts hold {} tensors",
-                    self.tensors.len()
+                    self.directory.len()
                 ))
                 .at(first))
             }
