@@ -1,6 +1,50 @@
 //! quell: an inference engine for large language models.
+//!
+//! One dedicated *scheduler thread* owns the device and the key-value cache and
+//! batches decode steps. Callers hold cheap handles: [`Engine`] to submit through
+//! and [`TokenStream`] to read from. Cancellation is a command, posted from `Drop`:
+//! the scheduler thread frees the cache even when the caller, its task or its whole
+//! runtime is already gone.
+//!
+//! ```no_run
+//! use quell::{Engine, EngineConfig, LoadOptions, Request};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let engine = Engine::load("model.gguf", EngineConfig::default(), LoadOptions::default())?;
+//! let request = Request::new("The quick brown fox").greedy().max_tokens(32);
+//! for chunk in engine.generate(request)?.blocking() {
+//!     print!("{}", chunk?.text);
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! [`TokenStream`] is a [`futures_core::Stream`] as well. Dropping it at any moment
+//! cancels the request; [`TokenStream::cancel`] does the same and gives a
+//! [`Receipt`]: how many blocks were freed, after which step, and when.
 
+#![deny(missing_docs, unsafe_op_in_unsafe_fn)]
+
+pub mod cache;
+pub mod config;
 pub mod device;
+pub mod engine;
+mod id;
+pub mod model;
+pub mod runner;
 pub mod sampling;
+pub mod schedule;
 pub mod text;
 pub mod weights;
+
+pub use config::EngineConfig;
+pub use device::cpu::{Activations, CpuOptions, KvType, SimdLevel};
+pub use engine::{
+    CancelReason, Cancellation, Chunk, Engine, EngineFault, EngineStats, Finish, GenerateError,
+    Generation, Outcome, Prompt, Receipt, Request, Session, SubmitError, Timing, Token,
+    TokenStream,
+};
+pub use id::{SessionId, StepId};
+pub use runner::{DeviceChoice, LoadError, LoadOptions, RunnerInfo};
+pub use sampling::SamplingParams;
+pub use text::Message;

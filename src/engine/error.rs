@@ -1,44 +1,11 @@
-//! What can go wrong: at load, at submit, and while generating.
+//! What can go wrong at submit and while generating.
 
 use super::CancelReason;
 use crate::cache::Imbalance;
 use crate::device::DeviceError;
-use crate::model::ModelError;
 use crate::sampling::ParamError;
 use crate::text::TextError;
-use crate::weights::WeightsError;
 use thiserror::Error;
-
-/// Why an engine could not be started.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum LoadError {
-    /// The model's files could not be read.
-    #[error(transparent)]
-    Weights(#[from] WeightsError),
-    /// The files hold no model that quell can run.
-    #[error(transparent)]
-    Model(#[from] ModelError),
-    /// The tokenizer or the chat template is broken.
-    #[error(transparent)]
-    Text(#[from] TextError),
-    /// The device cannot hold or run the model.
-    #[error(transparent)]
-    Device(#[from] DeviceError),
-    /// A setting is out of range.
-    #[error("{name} is {value}, but must be {expected}")]
-    Config {
-        /// The setting.
-        name: &'static str,
-        /// What was given.
-        value: String,
-        /// What is accepted.
-        expected: String,
-    },
-    /// The scheduler thread could not be started.
-    #[error("cannot start the scheduler thread: {0}")]
-    Thread(String),
-}
 
 /// Why a request was not accepted.
 #[derive(Debug, Error)]

@@ -5,11 +5,11 @@ use super::event::{SessionCell, channel};
 use super::ledger::Outcomes;
 use super::stream::{StreamParts, TextState};
 use super::thread::SchedulerThread;
-use super::{EngineFault, LoadError, Session, SubmitError, TokenStream};
+use super::{EngineFault, Session, SubmitError, TokenStream};
 use crate::cache::{BlockCache, Books};
 use crate::config::EngineConfig;
 use crate::id::{SessionId, StepId};
-use crate::runner::{LoadOptions, Runner, RunnerInfo};
+use crate::runner::{LoadError, LoadOptions, ModelFiles, Runner, RunnerInfo};
 use crate::sampling::SamplingParams;
 use crate::schedule::{Policy, Scheduler, SequenceSpec};
 use crate::text::{EncodeOptions, Message, RenderOptions, Tokenizer};
@@ -197,8 +197,8 @@ impl Engine {
         config: EngineConfig,
         options: LoadOptions,
     ) -> Result<Self, LoadError> {
-        let files = crate::runner::ModelFiles::open(path.as_ref())?;
-        let tokenizer = files.tokenizer()?;
+        let mut files = ModelFiles::open(path.as_ref())?;
+        let tokenizer = files.take_tokenizer();
         let limits = config.clone();
         Self::with_runner(config, tokenizer, move || files.build_runner(&limits, options))
     }
@@ -283,13 +283,22 @@ impl Engine {
 
     /// Turns a prompt into token ids, as [`Engine::generate`] does.
     pub fn tokenize(&self, prompt: &Prompt) -> Result<Vec<u32>, SubmitError> {
+        self.tokenize_part(prompt, true)
+    }
+
+    /// As [`Engine::tokenize`]; `first` when nothing comes before the prompt.
+    pub(super) fn tokenize_part(
+        &self,
+        prompt: &Prompt,
+        first: bool,
+    ) -> Result<Vec<u32>, SubmitError> {
         let tokenizer = |needed_for| {
             self.shared.tokenizer.as_deref().ok_or(SubmitError::NoTokenizer { needed_for })
         };
         match prompt {
             Prompt::Tokens(tokens) => Ok(tokens.clone()),
             Prompt::Text(text) => {
-                let options = EncodeOptions { add_special: true, parse_special: true };
+                let options = EncodeOptions { add_special: first, parse_special: true };
                 Ok(tokenizer("a text prompt")?.encode(text, options)?)
             }
             Prompt::Chat(messages) => {

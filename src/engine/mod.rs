@@ -14,7 +14,7 @@ mod session;
 mod stream;
 mod thread;
 
-pub use error::{EngineFault, GenerateError, LoadError, SubmitError};
+pub use error::{EngineFault, GenerateError, SubmitError};
 pub use event::{CancelReason, Outcome, Receipt, Token};
 pub use handle::{Engine, EngineStats, Prompt, Request};
 pub use session::Session;

@@ -63,7 +63,9 @@ impl Session {
         }
         let turn = Turn(Arc::clone(&self.state));
         let mut tokens = self.state.context().clone();
-        tokens.extend(self.engine.tokenize(&request.prompt)?);
+        // Tokens that begin a text belong to the first turn only.
+        let first = tokens.is_empty();
+        tokens.extend(self.engine.tokenize_part(&request.prompt, first)?);
         request.prompt = Prompt::Tokens(tokens);
         let mut stream = self.engine.generate(request)?;
         stream.set_turn(Box::new(turn));

@@ -80,7 +80,7 @@ pub(crate) struct TextState {
 
 impl TextState {
     pub fn new(tokenizer: Arc<Tokenizer>, stop: Vec<String>) -> Self {
-        Self { detokenizer: Detokenizer::new(tokenizer), stop: StopMatcher::new(stop) }
+        Self { detokenizer: Detokenizer::new(tokenizer, true), stop: StopMatcher::new(stop) }
     }
 }
 

@@ -1,0 +1,261 @@
+//! Rotary position embeddings: from a checkpoint's settings to frequencies.
+
+use super::ModelError;
+use crate::device::RopeSpec;
+use std::f32::consts::PI;
+
+/// The position embedding of a model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RopeConfig {
+    /// The base of the frequencies.
+    pub theta: f32,
+    /// Elements of a head that are rotated.
+    pub rotary_dim: usize,
+    /// How the frequencies are changed for longer contexts.
+    pub scaling: RopeScaling,
+}
+
+/// How frequencies are changed for longer contexts than the model was trained on.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RopeScaling {
+    /// Not at all.
+    None,
+    /// Positions are divided (Chen et al., *Position Interpolation*, 2023).
+    Linear {
+        /// By this.
+        factor: f32,
+    },
+    /// Low frequencies are divided, high ones kept, those between blended
+    /// (Llama 3.1).
+    Llama3 {
+        /// By this.
+        factor: f32,
+        /// Wavelengths above `original / low` are divided.
+        low_freq_factor: f32,
+        /// Wavelengths below `original / high` are kept.
+        high_freq_factor: f32,
+        /// Context that the model was trained on.
+        original_context: f32,
+    },
+    /// Peng et al., *YaRN*, 2023.
+    Yarn {
+        /// Context extension.
+        factor: f32,
+        /// Context that the model was trained on.
+        original_context: f32,
+        /// Rotations above which a frequency is kept.
+        beta_fast: f32,
+        /// Rotations below which a frequency is divided.
+        beta_slow: f32,
+        /// Factor on cosine and sine; derived from `factor` if `None`.
+        attention_factor: Option<f32>,
+    },
+    /// Each frequency is divided by its own factor: LongRoPE (Ding et al., 2024),
+    /// and the `rope_freqs` tensor of GGUF files.
+    Factors {
+        /// One a rotated pair.
+        factors: Vec<f32>,
+        /// Factor on cosine and sine.
+        magnitude: f32,
+    },
+}
+
+impl RopeConfig {
+    pub(super) fn validate(&self, head_dim: usize) -> Result<(), ModelError> {
+        let positive = |key: &str, value: f32| {
+            if value.is_finite() && value > 0.0 {
+                Ok(())
+            } else {
+                Err(ModelError::setting(format!("RoPE {key}"), value, "a positive number"))
+            }
+        };
+        positive("base", self.theta)?;
+        if self.rotary_dim == 0 || self.rotary_dim > head_dim || !self.rotary_dim.is_multiple_of(2)
+        {
+            let expected = format!("even and from 2 to the head size of {head_dim}");
+            return Err(ModelError::setting("RoPE dimension", self.rotary_dim, expected));
+        }
+        match &self.scaling {
+            RopeScaling::None => Ok(()),
+            RopeScaling::Linear { factor } => positive("factor", *factor),
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+                positive("factor", *factor)?;
+                positive("low frequency factor", *low_freq_factor)?;
+                positive("original context", *original_context)?;
+                if high_freq_factor > low_freq_factor {
+                    return Ok(());
+                }
+                let expected = format!("above the low frequency factor of {low_freq_factor}");
+                Err(ModelError::setting("RoPE high frequency factor", high_freq_factor, expected))
+            }
+            RopeScaling::Yarn {
+                factor,
+                original_context,
+                beta_fast,
+                beta_slow,
+                attention_factor,
+            } => {
+                positive("factor", *factor)?;
+                positive("original context", *original_context)?;
+                positive("beta_fast", *beta_fast)?;
+                positive("beta_slow", *beta_slow)?;
+                positive("attention factor", attention_factor.unwrap_or(1.0))
+            }
+            RopeScaling::Factors { factors, magnitude } => {
+                positive("attention factor", *magnitude)?;
+                if factors.len() != self.rotary_dim / 2 {
+                    return Err(ModelError::setting(
+                        "RoPE factors",
+                        format!("{} numbers", factors.len()),
+                        format!("{} numbers, one a rotated pair", self.rotary_dim / 2),
+                    ));
+                }
+                factors.iter().try_for_each(|&factor| positive("factors", factor))
+            }
+        }
+    }
+
+    /// The frequencies, for positions below `max_positions`.
+    pub fn spec(&self, max_positions: usize) -> RopeSpec {
+        let pairs = self.rotary_dim / 2;
+        let plain: Vec<f32> = (0..pairs)
+            .map(|pair| 1.0 / self.theta.powf((2 * pair) as f32 / self.rotary_dim as f32))
+            .collect();
+        let (inverse_frequencies, magnitude) = match &self.scaling {
+            RopeScaling::None => (plain, 1.0),
+            RopeScaling::Linear { factor } => {
+                (plain.into_iter().map(|frequency| frequency / factor).collect(), 1.0)
+            }
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+                let scaled = |frequency: f32| {
+                    let wavelength = 2.0 * PI / frequency;
+                    if wavelength > original_context / low_freq_factor {
+                        return frequency / factor;
+                    }
+                    if wavelength < original_context / high_freq_factor {
+                        return frequency;
+                    }
+                    let smooth = (original_context / wavelength - low_freq_factor)
+                        / (high_freq_factor - low_freq_factor);
+                    (1.0 - smooth) * frequency / factor + smooth * frequency
+                };
+                (plain.into_iter().map(scaled).collect(), 1.0)
+            }
+            RopeScaling::Yarn {
+                factor,
+                original_context,
+                beta_fast,
+                beta_slow,
+                attention_factor,
+            } => {
+                let frequencies =
+                    self.yarn(&plain, *factor, *original_context, *beta_fast, *beta_slow);
+                let derived = if *factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 };
+                (frequencies, attention_factor.unwrap_or(derived))
+            }
+            RopeScaling::Factors { factors, magnitude } => (
+                plain.iter().zip(factors).map(|(frequency, factor)| frequency / factor).collect(),
+                *magnitude,
+            ),
+        };
+        RopeSpec { inverse_frequencies, magnitude, max_positions }
+    }
+
+    /// Blends interpolated and extrapolated frequencies by a ramp over the pairs
+    /// that rotate `beta_fast` to `beta_slow` times in the original context.
+    fn yarn(&self, plain: &[f32], factor: f32, original: f32, fast: f32, slow: f32) -> Vec<f32> {
+        let dim = self.rotary_dim as f32;
+        let pair_with = |rotations: f32| {
+            dim * (original / (rotations * 2.0 * PI)).ln() / (2.0 * self.theta.ln())
+        };
+        let low = pair_with(fast).floor().max(0.0);
+        let mut high = pair_with(slow).ceil().min(dim - 1.0);
+        if high <= low {
+            high = low + 0.001;
+        }
+        plain
+            .iter()
+            .enumerate()
+            .map(|(pair, frequency)| {
+                let ramp = ((pair as f32 - low) / (high - low)).clamp(0.0, 1.0);
+                frequency / factor * ramp + frequency * (1.0 - ramp)
+            })
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rope(scaling: RopeScaling) -> RopeConfig {
+        RopeConfig { theta: 10_000.0, rotary_dim: 8, scaling }
+    }
+
+    #[test]
+    fn plain_frequencies_are_powers_of_the_base() {
+        let spec = rope(RopeScaling::None).spec(100);
+        for (found, expected) in spec.inverse_frequencies.iter().zip([1.0, 0.1, 0.01, 0.001]) {
+            assert!((found / expected - 1.0f32).abs() < 1e-5);
+        }
+        assert_eq!(spec.magnitude, 1.0);
+    }
+
+    #[test]
+    fn llama3_keeps_high_and_divides_low_frequencies() {
+        let spec = rope(RopeScaling::Llama3 {
+            factor: 8.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_context: 100.0,
+        })
+        .spec(100);
+        // Wavelengths 6.3, 63, 628, 6283; kept below 25, divided above 100.
+        let expected = [1.0, 0.1 * (0.469_16 + 0.530_84 * 0.125), 0.01 / 8.0, 0.001 / 8.0];
+        let smooth = (100.0 / (2.0 * PI / 0.1) - 1.0) / 3.0;
+        let blended = (1.0 - smooth) * 0.1 / 8.0 + smooth * 0.1;
+        let found = spec.inverse_frequencies;
+        assert!((found[0] - expected[0]).abs() < 1e-6);
+        assert!((found[1] - blended).abs() < 1e-6);
+        assert!((found[2] - expected[2]).abs() < 1e-8);
+        assert!((found[3] - expected[3]).abs() < 1e-9);
+    }
+
+    #[test]
+    fn factors_divide_each_frequency_by_its_own() {
+        let scaling =
+            RopeScaling::Factors { factors: vec![1.0, 2.0, 4.0, 8.0], magnitude: 1.5 };
+        let spec = rope(scaling).spec(100);
+        for (found, expected) in
+            spec.inverse_frequencies.iter().zip([1.0, 0.05, 0.0025, 0.000_125])
+        {
+            assert!((found / expected - 1.0f32).abs() < 1e-5);
+        }
+        assert_eq!(spec.magnitude, 1.5);
+    }
+
+    #[test]
+    fn yarn_keeps_the_fastest_and_divides_the_slowest() {
+        let spec = rope(RopeScaling::Yarn {
+            factor: 4.0,
+            original_context: 2048.0,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            attention_factor: None,
+        })
+        .spec(100);
+        assert!((spec.inverse_frequencies[0] - 1.0).abs() < 1e-6);
+        assert!((spec.inverse_frequencies[3] - 0.001 / 4.0).abs() < 1e-8);
+        assert!((spec.magnitude - (0.1 * 4.0f32.ln() + 1.0)).abs() < 1e-6);
+    }
+
+    #[test]
+    fn nonsense_is_named() {
+        let bad = RopeConfig { theta: f32::NAN, ..rope(RopeScaling::None) };
+        assert!(bad.validate(8).unwrap_err().to_string().contains("RoPE base"));
+        let wide = rope(RopeScaling::None);
+        assert!(wide.validate(4).unwrap_err().to_string().contains("RoPE dimension"));
+        let few = rope(RopeScaling::Factors { factors: vec![1.0], magnitude: 1.0 });
+        assert!(few.validate(8).unwrap_err().to_string().contains("one a rotated pair"));
+    }
+}

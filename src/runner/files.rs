@@ -1,0 +1,107 @@
+//! From a path to a runner: which files, which device.
+
+use super::{LoadError, ModelRunner, Runner, RunnerInfo};
+use crate::config::EngineConfig;
+use crate::device::DeviceError;
+use crate::device::cpu::{CpuDevice, CpuOptions};
+use crate::model::ModelSource;
+use crate::text::{GgufVocabulary, Tokenizer};
+use crate::weights::{Gguf, ModelFolder};
+use std::path::{Path, PathBuf};
+
+/// Where a model is to run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// The best device that this machine has.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// A CUDA device, by its index.
+    Cuda(usize),
+}
+
+/// How to load a model.
+#[derive(Default)]
+pub struct LoadOptions {
+    /// Where it is to run.
+    pub device: DeviceChoice,
+    /// Settings of the CPU device.
+    pub cpu: CpuOptions,
+    /// Told after each part of the model how many of how many are loaded.
+    pub progress: Option<Box<dyn FnMut(usize, usize) + Send>>,
+}
+
+impl std::fmt::Debug for LoadOptions {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("LoadOptions")
+            .field("device", &self.device)
+            .field("cpu", &self.cpu)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The files of a model, opened and checked, its weights not yet read.
+#[derive(Debug)]
+pub struct ModelFiles {
+    path: PathBuf,
+    source: ModelSource,
+    tokenizer: Option<Tokenizer>,
+}
+
+impl ModelFiles {
+    /// Opens a `.gguf` file or a Hugging Face folder.
+    pub fn open(path: &Path) -> Result<Self, LoadError> {
+        let (source, tokenizer) = if path.is_dir() {
+            let tokenizer = if path.join("tokenizer.json").exists() {
+                Some(Tokenizer::from_folder(path)?)
+            } else {
+                None
+            };
+            (ModelSource::from_folder(ModelFolder::open(path)?)?, tokenizer)
+        } else {
+            let file = Gguf::open(path)?;
+            let tokenizer = match GgufVocabulary::from_metadata(&file)? {
+                Some(vocabulary) => Some(Tokenizer::from_gguf(vocabulary)?),
+                None => None,
+            };
+            (ModelSource::from_gguf(file)?, tokenizer)
+        };
+        Ok(Self { path: path.to_owned(), source, tokenizer })
+    }
+
+    /// Where they are.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The model's numbers and tensors.
+    pub fn source(&self) -> &ModelSource {
+        &self.source
+    }
+
+    /// The tokenizer, if the files have one; it is given away once.
+    pub fn take_tokenizer(&mut self) -> Option<Tokenizer> {
+        self.tokenizer.take()
+    }
+
+    /// Loads the model onto its device, with a key-value cache.
+    pub fn build_runner(
+        self,
+        config: &EngineConfig,
+        options: LoadOptions,
+    ) -> Result<(Box<dyn Runner>, RunnerInfo), LoadError> {
+        let LoadOptions { device, cpu, progress } = options;
+        if let DeviceChoice::Cuda(index) = device {
+            return Err(LoadError::Device(DeviceError::Unavailable {
+                device: format!("cuda:{index}"),
+                reason: "this version of quell has no CUDA device; use --device cpu".to_owned(),
+            }));
+        }
+        let mut progress = progress.unwrap_or_else(|| Box::new(|_, _| {}));
+        let device = CpuDevice::new(&cpu)?;
+        let (runner, info) = ModelRunner::load(device, &self.source, config, &mut progress)?;
+        Ok((Box::new(runner), info))
+    }
+}

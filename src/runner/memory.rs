@@ -1,0 +1,54 @@
+//! The memory plan: how many blocks the key-value cache gets.
+
+use super::LoadError;
+use crate::config::EngineConfig;
+use crate::device::{CacheShape, Device};
+use crate::model::ModelConfig;
+
+/// What takes how much memory on the device, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// Weights, as the device keeps them.
+    pub weights: usize,
+    /// Key-value cache of one token, all layers.
+    pub cache_per_token: usize,
+    /// Blocks of the key-value cache.
+    pub cache_blocks: usize,
+    /// Tokens a block.
+    pub block_tokens: usize,
+}
+
+impl MemoryPlan {
+    /// The key-value cache in all.
+    pub fn cache(&self) -> usize {
+        self.cache_per_token * self.block_tokens * self.cache_blocks
+    }
+}
+
+/// The cache that fits in the bytes asked for.
+pub(super) fn cache_shape<D: Device>(
+    model: &ModelConfig,
+    config: &EngineConfig,
+    device: &D,
+) -> Result<CacheShape, LoadError> {
+    let block = CacheShape {
+        layers: model.layers,
+        kv_heads: model.heads.kv_heads,
+        head_dim: model.heads.head_dim,
+        blocks: 1,
+        block_tokens: config.block_tokens,
+    };
+    let block_bytes = device.cache_bytes(&block).max(1);
+    // More than one sequence of full length for each place would never be used.
+    let context = config.max_context.unwrap_or(model.context).min(model.context);
+    let useful = context.div_ceil(config.block_tokens).saturating_mul(config.max_sequences);
+    let blocks = (config.kv_cache_bytes / block_bytes).min(useful).min(u32::MAX as usize >> 8);
+    if blocks == 0 {
+        return Err(LoadError::Config {
+            name: "kv_cache_bytes",
+            value: config.kv_cache_bytes.to_string(),
+            expected: format!("at least {block_bytes}, one block of this model"),
+        });
+    }
+    Ok(CacheShape { blocks, ..block })
+}

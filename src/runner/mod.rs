@@ -1,0 +1,64 @@
+//! A plan made into device work: the model, its inputs, and its memory.
+//!
+//! [`Runner`] is all that the scheduler thread knows of models and devices.
+//! [`ModelRunner`] is the real one; tests bring their own to reach states that a
+//! real device can't be brought into on demand.
+
+mod error;
+mod files;
+mod inputs;
+mod memory;
+mod model_runner;
+
+pub use error::LoadError;
+pub use files::{DeviceChoice, LoadOptions, ModelFiles};
+pub use memory::MemoryPlan;
+pub use model_runner::ModelRunner;
+
+use crate::device::{DeviceError, DeviceInfo};
+use crate::model::{ModelConfig, ParameterCount};
+use crate::sampling::Sampled;
+use crate::schedule::{Sequences, StepPlan};
+
+/// Carries out steps, in the order in which they are launched.
+pub trait Runner {
+    /// Steps that may be in flight at the same time; at least 1.
+    fn depth(&self) -> usize;
+
+    /// Enqueues a step. An error means that nothing of it is in flight.
+    fn launch(&mut self, plan: &StepPlan, sequences: &Sequences) -> Result<(), DeviceError>;
+
+    /// Waits for the oldest step in flight and gives its samples, in the order of
+    /// [`StepPlan::samples`].
+    fn collect(&mut self) -> Result<Vec<Sampled>, DeviceError>;
+}
+
+/// What an engine runs, and in how much memory.
+#[derive(Clone, Debug)]
+pub struct RunnerInfo {
+    /// Tokens of the vocabulary.
+    pub vocabulary: usize,
+    /// Longest sequence that the model and the settings allow.
+    pub context_tokens: usize,
+    /// Tokens that end a sequence, by the model's own settings.
+    pub end_tokens: Vec<u32>,
+    /// Blocks of the key-value cache.
+    pub cache_blocks: usize,
+    /// Tokens a block.
+    pub block_tokens: usize,
+    /// The model; `None` for a runner without one.
+    pub model: Option<ModelInfo>,
+}
+
+/// A loaded model.
+#[derive(Clone, Debug)]
+pub struct ModelInfo {
+    /// Its numbers.
+    pub config: ModelConfig,
+    /// Its weights in the file.
+    pub parameters: ParameterCount,
+    /// The device that holds it.
+    pub device: DeviceInfo,
+    /// The memory that it takes there.
+    pub memory: MemoryPlan,
+}

@@ -1,0 +1,97 @@
+//! [`ModelRunner`]: a decoder on a device.
+
+use super::memory::{MemoryPlan, cache_shape};
+use super::{LoadError, ModelInfo, Runner, RunnerInfo, inputs};
+use crate::config::EngineConfig;
+use crate::device::{Batch, Device, DeviceError};
+use crate::model::{Decoder, ModelSource, StepLimits};
+use crate::sampling::{SampleRow, Sampled};
+use crate::schedule::{Sequences, StepPlan};
+use std::collections::VecDeque;
+
+/// A decoder on a device, with the key-value cache.
+pub struct ModelRunner<D: Device> {
+    device: D,
+    decoder: Decoder<D>,
+    cache: D::Cache,
+    block_tokens: usize,
+    /// Steps in flight; `None` for one without samples.
+    in_flight: VecDeque<Option<D::Pending>>,
+    batch: Batch,
+    samples: Vec<SampleRow>,
+}
+
+impl<D: Device> ModelRunner<D> {
+    /// Loads `source` onto `device` and allocates the cache.
+    pub fn load(
+        mut device: D,
+        source: &ModelSource,
+        config: &EngineConfig,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<(Self, RunnerInfo), LoadError> {
+        let model = source.config();
+        let context = config.max_context.unwrap_or(model.context).min(model.context);
+        let limits = StepLimits {
+            rows: config.max_batch_tokens,
+            samples: config.max_sequences.min(config.max_batch_tokens),
+            positions: context,
+        };
+        let shape = cache_shape(model, config, &device)?;
+        let decoder = Decoder::load(source, &mut device, limits, progress)?;
+        let cache = device.allocate_cache(&shape)?;
+        let memory = MemoryPlan {
+            weights: device.weight_bytes(),
+            cache_per_token: device.cache_bytes(&shape) / (shape.blocks * shape.block_tokens),
+            cache_blocks: shape.blocks,
+            block_tokens: shape.block_tokens,
+        };
+        let info = RunnerInfo {
+            vocabulary: model.vocabulary,
+            context_tokens: context,
+            end_tokens: model.end_tokens.clone(),
+            cache_blocks: shape.blocks,
+            block_tokens: shape.block_tokens,
+            model: Some(ModelInfo {
+                config: model.clone(),
+                parameters: source.parameters(),
+                device: device.info(),
+                memory,
+            }),
+        };
+        let runner = Self {
+            device,
+            decoder,
+            cache,
+            block_tokens: shape.block_tokens,
+            in_flight: VecDeque::new(),
+            batch: Batch::default(),
+            samples: Vec::new(),
+        };
+        Ok((runner, info))
+    }
+}
+
+impl<D: Device> Runner for ModelRunner<D> {
+    fn depth(&self) -> usize {
+        1
+    }
+
+    fn launch(&mut self, plan: &StepPlan, sequences: &Sequences) -> Result<(), DeviceError> {
+        inputs::fill(plan, sequences, self.block_tokens, &mut self.batch, &mut self.samples);
+        let logits = self.decoder.forward(&mut self.device, &self.batch, &mut self.cache)?;
+        let pending = if self.samples.is_empty() {
+            None
+        } else {
+            Some(self.device.sample(logits, &self.samples)?)
+        };
+        self.in_flight.push_back(pending);
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<Vec<Sampled>, DeviceError> {
+        match self.in_flight.pop_front().flatten() {
+            Some(pending) => self.device.collect(pending),
+            None => Ok(Vec::new()),
+        }
+    }
+}
