@@ -3,9 +3,17 @@
 //! [`gguf`] reads GGUF files, [`folder`] reads Hugging Face folders, and both
 //! give the same [`WeightSource`] to the model builder.
 
+mod directory;
 mod dtype;
+pub mod folder;
+pub mod gguf;
+mod map;
 pub mod quant;
+mod safetensors;
 mod source;
 
 pub use dtype::DType;
+pub use folder::ModelFolder;
+pub use gguf::Gguf;
+pub use map::MappedFile;
 pub use source::{TensorView, WeightSource, WeightsError};

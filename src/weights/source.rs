@@ -1,6 +1,7 @@
 //! What a model file offers to the model builder: named tensors.
 
 use super::DType;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use thiserror::Error;
 
@@ -13,7 +14,8 @@ pub struct TensorView<'a> {
     pub dtype: DType,
     /// Its dimensions, outermost first: a weight matrix is `[outputs, inputs]`.
     pub shape: &'a [usize],
-    /// Its bytes: exactly as many as `dtype` and `shape` need, row after row.
+    /// Its bytes: exactly as many as `dtype` and `shape` need, row after row,
+    /// little-endian. They may begin at any address.
     pub data: &'a [u8],
 }
 
@@ -63,6 +65,31 @@ pub trait WeightSource: Send + Sync {
     /// Tells the source that the tensor's bytes will not be read again soon, so
     /// that its pages need not stay in memory. Reading it later still works.
     fn release(&self, name: &str);
+
+    /// Number of weights in all tensors together.
+    fn parameters(&self) -> u64 {
+        let names = self.names().into_iter();
+        let tensors = names.filter_map(|name| self.tensor(name));
+        tensors
+            .map(|tensor| tensor.elements() as u64)
+            .fold(0, u64::saturating_add)
+    }
+
+    /// The format that most weights are stored in, to show as the model's
+    /// quantisation. `None` when there are no weights.
+    fn dominant_dtype(&self) -> Option<DType> {
+        let mut weights = BTreeMap::new();
+        for tensor in self
+            .names()
+            .into_iter()
+            .filter_map(|name| self.tensor(name))
+        {
+            let count: &mut u64 = weights.entry(tensor.dtype).or_default();
+            *count = count.saturating_add(tensor.elements() as u64);
+        }
+        let most = weights.into_iter().max_by_key(|&(_, count)| count);
+        most.filter(|&(_, count)| count > 0).map(|(dtype, _)| dtype)
+    }
 }
 
 /// Why a model file could not be read.

@@ -1,0 +1,42 @@
+//! Any bytes as a GGUF file: it opens or gives an error, and what opens can be read.
+#![no_main]
+
+use libfuzzer_sys::{Corpus, fuzz_target};
+use quell::weights::quant::dequantize;
+use quell::weights::{Gguf, WeightSource};
+use std::path::Path;
+
+/// Weights dequantised of each tensor.
+const WEIGHTS: usize = 1024;
+
+fuzz_target!(|bytes: &[u8]| -> Corpus {
+    let Ok(file) = Gguf::from_bytes(bytes.to_vec(), Path::new("fuzz.gguf")) else {
+        return Corpus::Keep;
+    };
+    for key in file.metadata_keys() {
+        let value = file.metadata(key).expect("a listed key is there");
+        let _ = (
+            value.as_u64s(),
+            value.as_f64(),
+            value.as_strings(),
+            value.type_name(),
+        );
+    }
+    for name in file.names() {
+        let tensor = file.tensor(name).expect("a listed tensor is there");
+        assert_eq!(
+            tensor.dtype.bytes_for(tensor.elements()),
+            Some(tensor.data.len())
+        );
+        let weights = tensor.elements().min(WEIGHTS);
+        let bytes = tensor.dtype.bytes_for(weights).expect("whole blocks");
+        let mut row = vec![0.0; weights];
+        dequantize(tensor.dtype, &tensor.data[..bytes], &mut row);
+        for index in 0..tensor.shape[0].min(4) {
+            assert!(tensor.slice(index).is_some());
+        }
+        file.release(name);
+    }
+    let _ = (file.parameters(), file.dominant_dtype(), file.file_type());
+    Corpus::Keep
+});

@@ -1,0 +1,38 @@
+//! Any bytes as the weights of a Hugging Face folder: it opens or gives an error,
+//! and what opens can be read.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use quell::weights::{ModelFolder, WeightSource};
+use std::path::PathBuf;
+use std::sync::LazyLock;
+
+/// A folder that has all but the weights.
+static FOLDER: LazyLock<PathBuf> = LazyLock::new(|| {
+    let folder = tempfile::tempdir().expect("a temporary folder").keep();
+    std::fs::write(folder.join("config.json"), "{}").expect("a temporary file");
+    folder
+});
+
+fuzz_target!(|bytes: &[u8]| {
+    std::fs::write(FOLDER.join("model.safetensors"), bytes).expect("a temporary file");
+    let Ok(model) = ModelFolder::open(&FOLDER) else {
+        return;
+    };
+    for name in model.names() {
+        let tensor = model.tensor(name).expect("a listed tensor is there");
+        assert_eq!(
+            tensor.dtype.bytes_for(tensor.elements()),
+            Some(tensor.data.len())
+        );
+        for index in 0..tensor.shape.first().map_or(0, |&count| count.min(4)) {
+            assert!(tensor.slice(index).is_some());
+        }
+        model.release(name);
+    }
+    let _ = (
+        model.parameters(),
+        model.dominant_dtype(),
+        model.file_bytes(),
+    );
+});

@@ -1,0 +1,213 @@
+//! Hugging Face model folders: `config.json` and safetensors weights, in one file
+//! or in shards.
+
+use super::directory::{Contents, Directory};
+use super::map::MappedFile;
+use super::{TensorView, WeightSource, WeightsError, safetensors};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use std::collections::{BTreeMap, HashSet};
+use std::path::{Path, PathBuf};
+
+const CONFIG: &str = "config.json";
+const WEIGHTS: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// The largest JSON file that is read; real ones are a thousandth of it.
+const LARGEST_JSON: u64 = 64 << 20;
+
+/// An open model folder: its configuration, and its tensors in place.
+#[derive(Debug)]
+pub struct ModelFolder {
+    path: PathBuf,
+    config: Value,
+    directory: Directory,
+}
+
+/// `model.safetensors.index.json`.
+#[derive(serde::Deserialize)]
+struct Index {
+    /// The shard that holds each tensor.
+    weight_map: BTreeMap<String, String>,
+}
+
+impl ModelFolder {
+    /// Opens the folder at `path`: reads `config.json`, and maps
+    /// `model.safetensors` or, where there is none, the shards named by
+    /// `model.safetensors.index.json`. The files must not be changed while they
+    /// are open; see [`MappedFile`].
+    ///
+    /// # Errors
+    /// [`WeightsError::Io`] when a file cannot be read,
+    /// [`WeightsError::MissingFile`] when one is not there,
+    /// [`WeightsError::Unsupported`] for tensors that are not F32, F16 or BF16 and
+    /// for folders without safetensors weights, [`WeightsError::Malformed`] for
+    /// anything else.
+    pub fn open(path: &Path) -> Result<Self, WeightsError> {
+        let config_path = path.join(CONFIG);
+        if !config_path.exists() {
+            return Err(WeightsError::MissingFile {
+                path: config_path,
+                reason: "a model folder is described by it".into(),
+            });
+        }
+        let config: Value = read_json(&config_path, CONFIG)?;
+        if !config.is_object() {
+            return Err(WeightsError::Malformed {
+                path: config_path,
+                format: CONFIG,
+                problem: "it is not a JSON object".into(),
+            });
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            config,
+            directory: open_weights(path)?,
+        })
+    }
+
+    /// The contents of `config.json`: a JSON object.
+    pub fn config(&self) -> &Value {
+        &self.config
+    }
+
+    /// Where the folder is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Size of the weight files in bytes.
+    pub fn file_bytes(&self) -> u64 {
+        self.directory.file_bytes()
+    }
+}
+
+impl WeightSource for ModelFolder {
+    fn tensor(&self, name: &str) -> Option<TensorView<'_>> {
+        self.directory.tensor(name)
+    }
+
+    fn names(&self) -> Vec<&str> {
+        self.directory.names()
+    }
+
+    fn release(&self, name: &str) {
+        self.directory.release(name);
+    }
+}
+
+fn open_weights(folder: &Path) -> Result<Directory, WeightsError> {
+    let single = folder.join(WEIGHTS);
+    if single.exists() {
+        let mut directory = Directory::default();
+        add_file(&mut directory, &single, None)?;
+        return Ok(directory);
+    }
+    let index = folder.join(INDEX);
+    if index.exists() {
+        return open_shards(folder, &index);
+    }
+    for other in ["pytorch_model.bin", "pytorch_model.bin.index.json"] {
+        let path = folder.join(other);
+        if path.exists() {
+            return Err(WeightsError::Unsupported {
+                path,
+                what: "a PyTorch checkpoint".into(),
+                expected: format!("convert it to {WEIGHTS}"),
+            });
+        }
+    }
+    Err(WeightsError::MissingFile {
+        path: single,
+        reason: format!("a model folder has it or {INDEX}"),
+    })
+}
+
+fn open_shards(folder: &Path, index_path: &Path) -> Result<Directory, WeightsError> {
+    let index: Index = read_json(index_path, INDEX)?;
+    let mut shards: BTreeMap<&str, HashSet<&str>> = BTreeMap::new();
+    for (tensor, shard) in &index.weight_map {
+        shards.entry(shard).or_default().insert(tensor);
+    }
+    let mut directory = Directory::default();
+    for (shard, tensors) in &shards {
+        let path = shard_path(folder, shard, index_path)?;
+        if !path.exists() {
+            return Err(WeightsError::MissingFile {
+                path,
+                reason: format!("{INDEX} names it for {} tensors", tensors.len()),
+            });
+        }
+        add_file(&mut directory, &path, Some(tensors))?;
+    }
+    Ok(directory)
+}
+
+/// Where shard `name` is: a file directly in the folder, nowhere else.
+fn shard_path(folder: &Path, name: &str, index: &Path) -> Result<PathBuf, WeightsError> {
+    let plain = name.ends_with(".safetensors") && !name.contains(['/', '\\', ':', '\0']);
+    if plain {
+        return Ok(folder.join(name));
+    }
+    Err(WeightsError::Malformed {
+        path: index.to_owned(),
+        format: INDEX,
+        problem: format!(
+            "it names the shard {name:?}; a shard is a .safetensors file beside the index"
+        ),
+    })
+}
+
+/// Maps a weight file and adds its tensors, or only `wanted` of them, all of
+/// which it must have.
+fn add_file(
+    directory: &mut Directory,
+    path: &Path,
+    wanted: Option<&HashSet<&str>>,
+) -> Result<(), WeightsError> {
+    let malformed = |problem: String| WeightsError::Malformed {
+        path: path.to_owned(),
+        format: "safetensors",
+        problem,
+    };
+    let file = MappedFile::open(path)?;
+    let mut entries = safetensors::read(file.bytes(), path)?;
+    if let Some(wanted) = wanted {
+        entries.retain(|entry| wanted.contains(entry.name.as_str()));
+        if entries.len() < wanted.len() {
+            let held: HashSet<&str> = entries.iter().map(|entry| entry.name.as_str()).collect();
+            let absent = wanted.difference(&held).min().copied().unwrap_or_default();
+            return Err(malformed(format!(
+                "it does not hold tensor {absent:?}, which {INDEX} says it does"
+            )));
+        }
+    }
+    let contents = Contents::Mapped(file);
+    directory.add(path, contents, entries).map_err(|repeated| {
+        malformed(format!(
+            "tensor {:?} is also in {}",
+            repeated.name,
+            repeated.first.display()
+        ))
+    })
+}
+
+fn read_json<T: DeserializeOwned>(path: &Path, format: &'static str) -> Result<T, WeightsError> {
+    let failed = |source| WeightsError::Io {
+        path: path.to_owned(),
+        source,
+    };
+    let malformed = |problem: String| WeightsError::Malformed {
+        path: path.to_owned(),
+        format,
+        problem,
+    };
+    let size = std::fs::metadata(path).map_err(failed)?.len();
+    if size > LARGEST_JSON {
+        return Err(malformed(format!(
+            "it has {size} bytes; at most {LARGEST_JSON} are read"
+        )));
+    }
+    let text = std::fs::read(path).map_err(failed)?;
+    serde_json::from_slice(&text).map_err(|error| malformed(error.to_string()))
+}
