@@ -1,0 +1,286 @@
+//! Chat templates: a conversation into the prompt that the model was trained on.
+//!
+//! Templates are Jinja, run as transformers runs them: `trim_blocks` and
+//! `lstrip_blocks`, loop controls, Python's string methods, `raise_exception`,
+//! `strftime_now`, and JSON as Python writes it.
+
+use super::TextError;
+use super::clock::strftime;
+use super::message::Message;
+use super::python_json::dumps;
+use minijinja::value::{Kwargs, Value, ValueKind};
+use minijinja::{Environment, Error, ErrorKind};
+use serde_json::Map;
+use std::collections::BTreeMap;
+use std::error::Error as _;
+use std::fmt;
+use std::io::{self, Write};
+use std::time::SystemTime;
+
+/// How many instructions a rendering may take; real ones take some thousands.
+const FUEL: u64 = 20_000_000;
+
+/// How long a prompt may get, in bytes.
+const MAX_PROMPT_BYTES: usize = 256 << 20;
+
+/// The widest indentation that `tojson` grants.
+const MAX_INDENT: usize = 64;
+
+/// A model's chat template, parsed and ready.
+///
+/// A rendering is bounded in instructions and in what it writes, so that it
+/// ends whatever the template says. What a template holds in variables while it
+/// runs is not bounded.
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    source: String,
+    bos: Option<String>,
+    eos: Option<String>,
+}
+
+/// What a template is given besides the messages.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RenderOptions {
+    /// End the prompt with the beginning of an answer. True by default.
+    pub add_generation_prompt: bool,
+    /// The tools that the model may call, as OpenAI clients write them.
+    pub tools: Option<serde_json::Value>,
+    /// More variables, such as `enable_thinking`. They win over all others.
+    pub extra: Map<String, serde_json::Value>,
+    /// The time that `strftime_now` tells, in UTC; the present by default.
+    pub now: Option<SystemTime>,
+}
+
+impl Default for RenderOptions {
+    fn default() -> Self {
+        Self {
+            add_generation_prompt: true,
+            tools: None,
+            extra: Map::new(),
+            now: None,
+        }
+    }
+}
+
+impl fmt::Debug for ChatTemplate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ChatTemplate")
+            .field("source", &self.source)
+            .finish_non_exhaustive()
+    }
+}
+
+impl ChatTemplate {
+    /// Parses a template. `bos` and `eos` are the texts that it knows as
+    /// `bos_token` and `eos_token`.
+    ///
+    /// # Errors
+    /// [`TextError::TemplateSyntax`] when it does not parse.
+    pub fn new(source: &str, bos: Option<&str>, eos: Option<&str>) -> Result<Self, TextError> {
+        let mut environment = Environment::new();
+        environment.set_trim_blocks(true);
+        environment.set_lstrip_blocks(true);
+        environment.set_fuel(Some(FUEL));
+        environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+        environment.set_formatter(write_as_python);
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_filter("tojson", tojson);
+        environment.add_function("raise_exception", raise_exception);
+        let source = without_generation_marks(source);
+        environment
+            .template_from_str(&source)
+            .map_err(|error| TextError::TemplateSyntax {
+                line: error.line().unwrap_or(0),
+                message: message_of(&error),
+            })?;
+        let owned = |text: Option<&str>| text.map(str::to_owned);
+        Ok(Self {
+            environment,
+            source,
+            bos: owned(bos),
+            eos: owned(eos),
+        })
+    }
+
+    /// The prompt for a conversation.
+    ///
+    /// # Errors
+    /// [`TextError::TemplateRaised`] when the template refuses the conversation,
+    /// [`TextError::TemplateFailed`] when it fails, and
+    /// [`TextError::TemplateTooExpensive`] when it exceeds its limits.
+    pub fn render(
+        &self,
+        messages: &[Message],
+        options: &RenderOptions,
+    ) -> Result<String, TextError> {
+        let now = options.now.unwrap_or_else(SystemTime::now);
+        let mut variables: BTreeMap<&str, Value> = BTreeMap::from([
+            ("messages", Value::from_serialize(messages)),
+            (
+                "add_generation_prompt",
+                Value::from(options.add_generation_prompt),
+            ),
+            ("tools", Value::from_serialize(&options.tools)),
+            ("documents", Value::from(())),
+            (
+                "strftime_now",
+                Value::from_function(move |format: &str| strftime(now, format)),
+            ),
+        ]);
+        for (name, text) in [("bos_token", &self.bos), ("eos_token", &self.eos)] {
+            variables.extend(text.iter().map(|text| (name, Value::from(text.as_str()))));
+        }
+        for (name, value) in &options.extra {
+            variables.insert(name, Value::from_serialize(value));
+        }
+        let mut prompt = Prompt::default();
+        let rendered = self
+            .environment
+            .template_from_str(&self.source)
+            .and_then(|template| {
+                template
+                    .render_captured_to(variables, &mut prompt)
+                    .map(drop)
+            });
+        match rendered {
+            _ if prompt.overflowed => Err(TextError::TemplateTooExpensive {
+                limit: MAX_PROMPT_BYTES as u64,
+                unit: "bytes",
+            }),
+            Ok(()) => String::from_utf8(prompt.bytes).map_err(|error| TextError::TemplateFailed {
+                line: 0,
+                message: error.to_string(),
+            }),
+            Err(error) => Err(failure(&error)),
+        }
+    }
+
+    /// The template's source.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+}
+
+/// Collects a prompt up to its limit.
+#[derive(Default)]
+struct Prompt {
+    bytes: Vec<u8>,
+    overflowed: bool,
+}
+
+impl Write for Prompt {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.bytes.len() + bytes.len() > MAX_PROMPT_BYTES {
+            self.overflowed = true;
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        self.bytes.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What a template said with `raise_exception`.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Raised(String);
+
+fn raise_exception(message: String) -> Result<Value, Error> {
+    Err(Error::new(ErrorKind::InvalidOperation, message.clone()).with_source(Raised(message)))
+}
+
+/// `tojson` with the arguments of Python's `json.dumps`.
+fn tojson(value: &Value, arguments: Kwargs) -> Result<Value, Error> {
+    let indent: Option<usize> = arguments.get("indent")?;
+    for ignored in ["ensure_ascii", "separators", "sort_keys"] {
+        let _: Option<Value> = arguments.get(ignored)?;
+    }
+    arguments.assert_all_used()?;
+    let bad = |error: serde_json::Error| {
+        Error::new(
+            ErrorKind::BadSerialization,
+            "cannot write the value as JSON",
+        )
+        .with_source(error)
+    };
+    let value = serde_json::to_value(value).map_err(bad)?;
+    dumps(&value, indent.map(|indent| indent.min(MAX_INDENT)))
+        .map(Value::from)
+        .map_err(bad)
+}
+
+/// Prints true, false and none as Python does.
+fn write_as_python(
+    output: &mut minijinja::Output<'_>,
+    state: &minijinja::State<'_, '_>,
+    value: &Value,
+) -> Result<(), Error> {
+    let text = match value.kind() {
+        ValueKind::Bool if value.is_true() => "True",
+        ValueKind::Bool => "False",
+        ValueKind::None => "None",
+        _ => return minijinja::escape_formatter(output, state, value),
+    };
+    output.write_str(text).map_err(Error::from)
+}
+
+fn message_of(error: &Error) -> String {
+    error.detail().map_or_else(
+        || error.kind().to_string(),
+        |detail| format!("{}: {detail}", error.kind()),
+    )
+}
+
+fn failure(error: &Error) -> TextError {
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        if let Some(Raised(message)) = inner.downcast_ref() {
+            return TextError::TemplateRaised {
+                message: message.clone(),
+            };
+        }
+        cause = inner.source();
+    }
+    if error.kind() == ErrorKind::OutOfFuel {
+        return TextError::TemplateTooExpensive {
+            limit: FUEL,
+            unit: "instructions",
+        };
+    }
+    TextError::TemplateFailed {
+        line: error.line().unwrap_or(0),
+        message: message_of(error),
+    }
+}
+
+/// Makes the `generation` blocks, by which transformers marks the assistant's
+/// words for training, into blocks that are always taken.
+fn without_generation_marks(source: &str) -> String {
+    let mut result = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(at) = rest.find("{%") {
+        let (before, tag) = rest.split_at(at + 2);
+        result.push_str(before);
+        let sign = tag.len() - tag.trim_start_matches(['-', '+']).len();
+        let (sign, body) = tag.split_at(sign.min(1));
+        let word = body
+            .find("%}")
+            .map(|end| body[..end].trim_end_matches(['-', '+']).trim());
+        rest = tag;
+        let replacement = match word {
+            Some("generation") => " if true ",
+            Some("endgeneration") => " endif ",
+            _ => continue,
+        };
+        let close = body.find(['-', '+', '%']).unwrap_or(body.len());
+        result.push_str(sign);
+        result.push_str(replacement);
+        rest = &body[close..];
+    }
+    result.push_str(rest);
+    result
+}

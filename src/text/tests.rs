@@ -1,0 +1,1 @@
+//! Whole tokenizers, small ones and hostile ones.
