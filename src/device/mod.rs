@@ -451,12 +451,7 @@ pub trait Device: Sized + 'static {
     ) -> Result<(), DeviceError>;
 
     /// `x → cap · tanh(x / cap)`.
-    fn softcap(
-        &mut self,
-        x: &mut Self::Tensor,
-        cap: f32,
-        rows: usize,
-    ) -> Result<(), DeviceError>;
+    fn softcap(&mut self, x: &mut Self::Tensor, cap: f32, rows: usize) -> Result<(), DeviceError>;
 
     /// Chooses a token for each row of `logits`, as `rows` prescribes.
     fn sample(

@@ -7,4 +7,4 @@ mod params;
 mod sampler;
 
 pub use params::{ParamError, SamplingParams};
-pub use sampler::{Sampled, SampleRow, sample};
+pub use sampler::{SampleRow, Sampled, sample};

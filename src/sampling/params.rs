@@ -69,7 +69,10 @@ impl SamplingParams {
 
     /// Greedy decoding.
     pub fn greedy() -> Self {
-        Self { temperature: 0.0, ..Self::default() }
+        Self {
+            temperature: 0.0,
+            ..Self::default()
+        }
     }
 
     /// Whether the sampler needs to know the tokens so far.
@@ -82,16 +85,34 @@ impl SamplingParams {
     /// Checks every parameter against its range.
     pub fn validate(&self, vocabulary: usize) -> Result<(), ParamError> {
         let check = |ok: bool, name, value: f32, expected| {
-            if ok { Ok(()) } else { Err(ParamError { name, value: value.to_string(), expected }) }
+            if ok {
+                Ok(())
+            } else {
+                Err(ParamError {
+                    name,
+                    value: value.to_string(),
+                    expected,
+                })
+            }
         };
         let t = self.temperature;
-        check(t.is_finite() && t >= 0.0, "temperature", t, "a finite number, 0 or more")?;
+        check(
+            t.is_finite() && t >= 0.0,
+            "temperature",
+            t,
+            "a finite number, 0 or more",
+        )?;
         let p = self.top_p;
         check(p > 0.0 && p <= 1.0, "top_p", p, "more than 0 and at most 1")?;
         let m = self.min_p;
         check((0.0..=1.0).contains(&m), "min_p", m, "from 0 to 1")?;
         let r = self.repetition_penalty;
-        check(r.is_finite() && r > 0.0, "repetition_penalty", r, "a finite number above 0")?;
+        check(
+            r.is_finite() && r > 0.0,
+            "repetition_penalty",
+            r,
+            "a finite number above 0",
+        )?;
         for (name, value) in [
             ("presence_penalty", self.presence_penalty),
             ("frequency_penalty", self.frequency_penalty),

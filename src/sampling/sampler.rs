@@ -69,7 +69,11 @@ pub fn sample(logits: &mut [f32], row: &SampleRow) -> Sampled {
             logprob: report.chosen(token),
             top: std::mem::take(&mut report.top),
         },
-        None => Sampled { token, logprob: 0.0, top: Vec::new() },
+        None => Sampled {
+            token,
+            logprob: 0.0,
+            top: Vec::new(),
+        },
     }
 }
 
@@ -83,20 +87,32 @@ struct LogProbs {
 impl LogProbs {
     fn of(logits: &[f32], count: usize) -> Self {
         let max = logits[argmax(logits)];
-        let sum: f64 = logits.iter().map(|&logit| f64::from((logit - max).exp())).sum();
+        let sum: f64 = logits
+            .iter()
+            .map(|&logit| f64::from((logit - max).exp()))
+            .sum();
         let log_sum = max + sum.ln() as f32;
         let count = count.min(logits.len());
         let mut order: Vec<u32> = (0..logits.len() as u32).collect();
         let descending = |&a: &u32, &b: &u32| {
-            logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b))
+            logits[b as usize]
+                .total_cmp(&logits[a as usize])
+                .then(a.cmp(&b))
         };
         if count > 0 && count < order.len() {
             order.select_nth_unstable_by(count - 1, descending);
         }
         order.truncate(count);
         order.sort_unstable_by(descending);
-        let top = order.iter().map(|&id| (id, logits[id as usize] - log_sum)).collect();
-        Self { raw: logits.to_vec(), log_sum, top }
+        let top = order
+            .iter()
+            .map(|&id| (id, logits[id as usize] - log_sum))
+            .collect();
+        Self {
+            raw: logits.to_vec(),
+            log_sum,
+            top,
+        }
     }
 
     fn chosen(&self, token: u32) -> f32 {
@@ -126,7 +142,9 @@ fn apply_penalties(logits: &mut [f32], row: &SampleRow) {
         *counts.entry(token).or_default() += u32::from(index >= row.prompt_tokens);
     }
     for (token, generated) in counts {
-        let Some(logit) = logits.get_mut(token as usize) else { continue };
+        let Some(logit) = logits.get_mut(token as usize) else {
+            continue;
+        };
         if *logit > 0.0 {
             *logit /= params.repetition_penalty;
         } else {
@@ -148,9 +166,18 @@ fn draw(logits: &mut [f32], best: usize, row: &SampleRow) -> usize {
     let noise = |token: usize| gumbel(params.seed, row.position, token as u32);
 
     if params.top_k == 0 && params.top_p >= 1.0 {
-        let floor = if params.min_p > 0.0 { params.min_p.ln() } else { f32::NEG_INFINITY };
+        let floor = if params.min_p > 0.0 {
+            params.min_p.ln()
+        } else {
+            f32::NEG_INFINITY
+        };
         let all = 0..logits.len();
-        return strongest(all.map(|token| (token, scaled(logits[token]))), floor, best, noise);
+        return strongest(
+            all.map(|token| (token, scaled(logits[token]))),
+            floor,
+            best,
+            noise,
+        );
     }
     let mut kept: Vec<(usize, f32)> = logits
         .iter()
@@ -161,8 +188,7 @@ fn draw(logits: &mut [f32], best: usize, row: &SampleRow) -> usize {
     if kept.is_empty() {
         return best;
     }
-    let descending =
-        |a: &(usize, f32), b: &(usize, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+    let descending = |a: &(usize, f32), b: &(usize, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
     let top_k = params.top_k as usize;
     if top_k > 0 && top_k < kept.len() {
         kept.select_nth_unstable_by(top_k - 1, descending);
@@ -178,7 +204,11 @@ fn draw(logits: &mut [f32], best: usize, row: &SampleRow) -> usize {
         });
         kept.truncate(enough.map_or(kept.len(), |index| index + 1));
     }
-    let floor = if params.min_p > 0.0 { params.min_p.ln() } else { f32::NEG_INFINITY };
+    let floor = if params.min_p > 0.0 {
+        params.min_p.ln()
+    } else {
+        f32::NEG_INFINITY
+    };
     strongest(kept.into_iter(), floor, best, noise)
 }
 
@@ -228,7 +258,10 @@ fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
             (a >> 32) as u32 ^ counter[3] ^ key[1],
             a as u32,
         ];
-        key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
+        key = [
+            key[0].wrapping_add(0x9E37_79B9),
+            key[1].wrapping_add(0xBB67_AE85),
+        ];
     }
     counter
 }
@@ -271,14 +304,20 @@ mod tests {
     #[test]
     fn greedy_takes_the_largest_and_the_lowest_of_equals() {
         let mut logits = [1.0, 3.0, f32::NAN, 3.0];
-        assert_eq!(sample(&mut logits, &row(SamplingParams::greedy(), 0)).token, 1);
+        assert_eq!(
+            sample(&mut logits, &row(SamplingParams::greedy(), 0)).token,
+            1
+        );
     }
 
     #[test]
     fn a_row_without_any_possible_token_gives_a_token_and_no_panic() {
         for value in [f32::NAN, f32::NEG_INFINITY, f32::INFINITY] {
             let mut logits = [value; 4];
-            assert_eq!(sample(&mut logits, &row(SamplingParams::default(), 0)).token, 0);
+            assert_eq!(
+                sample(&mut logits, &row(SamplingParams::default(), 0)).token,
+                0
+            );
         }
     }
 
@@ -291,7 +330,10 @@ mod tests {
         for (token, &times) in seen.iter().enumerate() {
             let expected = logits[token].exp() / total;
             let found = times as f32 / count as f32;
-            assert!((found - expected).abs() < 0.01, "token {token}: {found} for {expected}");
+            assert!(
+                (found - expected).abs() < 0.01,
+                "token {token}: {found} for {expected}"
+            );
         }
     }
 
@@ -299,7 +341,10 @@ mod tests {
     fn temperature_flattens_and_sharpens() {
         let logits = [1.0f32, 0.0];
         let share = |temperature| {
-            let params = SamplingParams { temperature, ..SamplingParams::default() };
+            let params = SamplingParams {
+                temperature,
+                ..SamplingParams::default()
+            };
             draws(&params, &logits, 20_000)[0] as f32 / 20_000.0
         };
         assert!((share(0.5) - 0.881).abs() < 0.01);
@@ -310,25 +355,54 @@ mod tests {
     fn top_k_top_p_and_min_p_cut_the_tail() {
         let logits = [3.0f32, 2.0, 1.0, 0.0];
         let cut = |params: SamplingParams| {
-            draws(&params, &logits, 4_000).iter().filter(|&&times| times > 0).count()
+            draws(&params, &logits, 4_000)
+                .iter()
+                .filter(|&&times| times > 0)
+                .count()
         };
         let base = SamplingParams::default();
         assert_eq!(cut(base.clone()), 4);
-        assert_eq!(cut(SamplingParams { top_k: 2, ..base.clone() }), 2);
+        assert_eq!(
+            cut(SamplingParams {
+                top_k: 2,
+                ..base.clone()
+            }),
+            2
+        );
         // Probabilities 0.644, 0.237, 0.087, 0.032.
-        assert_eq!(cut(SamplingParams { top_p: 0.7, ..base.clone() }), 2);
-        assert_eq!(cut(SamplingParams { top_p: 0.6, ..base.clone() }), 1);
-        assert_eq!(cut(SamplingParams { min_p: 0.1, ..base.clone() }), 3);
+        assert_eq!(
+            cut(SamplingParams {
+                top_p: 0.7,
+                ..base.clone()
+            }),
+            2
+        );
+        assert_eq!(
+            cut(SamplingParams {
+                top_p: 0.6,
+                ..base.clone()
+            }),
+            1
+        );
+        assert_eq!(
+            cut(SamplingParams {
+                min_p: 0.1,
+                ..base.clone()
+            }),
+            3
+        );
         assert_eq!(cut(SamplingParams { min_p: 1.0, ..base }), 1);
     }
 
     #[test]
     fn a_seed_and_a_position_fix_the_token() {
         let logits: Vec<f32> = (0..500).map(|i| (i as f32 * 0.37).sin()).collect();
-        let params = |seed| SamplingParams { seed, ..SamplingParams::default() };
-        let token = |seed, position| {
-            sample(&mut logits.clone(), &row(params(seed), position)).token
+        let params = |seed| SamplingParams {
+            seed,
+            ..SamplingParams::default()
         };
+        let token =
+            |seed, position| sample(&mut logits.clone(), &row(params(seed), position)).token;
         assert_eq!(token(7, 3), token(7, 3));
         let sequence = |seed| (0..20).map(|p| token(seed, p)).collect::<Vec<_>>();
         assert_ne!(sequence(7), sequence(8));
@@ -378,22 +452,55 @@ mod tests {
         let base = SamplingParams::default();
         assert_eq!(check(base.clone()), Ok(()));
         for temperature in [f32::NAN, -1.0, f32::INFINITY] {
-            assert_eq!(check(SamplingParams { temperature, ..base.clone() }), Err("temperature"));
+            assert_eq!(
+                check(SamplingParams {
+                    temperature,
+                    ..base.clone()
+                }),
+                Err("temperature")
+            );
         }
-        assert_eq!(check(SamplingParams { top_p: 0.0, ..base.clone() }), Err("top_p"));
-        assert_eq!(check(SamplingParams { min_p: f32::NAN, ..base.clone() }), Err("min_p"));
         assert_eq!(
-            check(SamplingParams { repetition_penalty: 0.0, ..base.clone() }),
+            check(SamplingParams {
+                top_p: 0.0,
+                ..base.clone()
+            }),
+            Err("top_p")
+        );
+        assert_eq!(
+            check(SamplingParams {
+                min_p: f32::NAN,
+                ..base.clone()
+            }),
+            Err("min_p")
+        );
+        assert_eq!(
+            check(SamplingParams {
+                repetition_penalty: 0.0,
+                ..base.clone()
+            }),
             Err("repetition_penalty")
         );
         assert_eq!(
-            check(SamplingParams { presence_penalty: 2.5, ..base.clone() }),
+            check(SamplingParams {
+                presence_penalty: 2.5,
+                ..base.clone()
+            }),
             Err("presence_penalty")
         );
         assert_eq!(
-            check(SamplingParams { logit_bias: vec![(10, 1.0)], ..base.clone() }),
+            check(SamplingParams {
+                logit_bias: vec![(10, 1.0)],
+                ..base.clone()
+            }),
             Err("logit_bias")
         );
-        assert_eq!(check(SamplingParams { logprobs: Some(1025), ..base }), Err("logprobs"));
+        assert_eq!(
+            check(SamplingParams {
+                logprobs: Some(1025),
+                ..base
+            }),
+            Err("logprobs")
+        );
     }
 }

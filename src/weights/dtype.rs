@@ -26,6 +26,24 @@ pub enum DType {
 }
 
 impl DType {
+    /// Every format that quell reads.
+    pub const ALL: [Self; 14] = [
+        Self::F32,
+        Self::F16,
+        Self::BF16,
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q5_0,
+        Self::Q5_1,
+        Self::Q8_0,
+        Self::Q2K,
+        Self::Q3K,
+        Self::Q4K,
+        Self::Q5K,
+        Self::Q6K,
+        Self::Iq4Nl,
+    ];
+
     /// Weights in a block; 1 for the plain formats.
     pub fn block_elements(self) -> usize {
         match self {

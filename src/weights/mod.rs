@@ -4,8 +4,12 @@
 //! give the same [`WeightSource`] to the model builder.
 
 mod dtype;
+pub mod gguf;
+mod map;
 pub mod quant;
 mod source;
 
 pub use dtype::DType;
+pub use gguf::Gguf;
+pub use map::MappedFile;
 pub use source::{TensorView, WeightSource, WeightsError};

@@ -1,0 +1,283 @@
+//! The header of one GGUF file: its metadata and its directory of tensors, both
+//! checked against the file they describe.
+
+use super::Problem;
+use super::reader::Reader;
+use super::types::tensor_type;
+use super::value::Value;
+use crate::weights::DType;
+use std::collections::{BTreeMap, HashSet};
+use std::ops::Range;
+
+/// Where tensor data is aligned unless `general.alignment` says otherwise.
+const DEFAULT_ALIGNMENT: u64 = 32;
+const MOST_DIMENSIONS: u32 = 4;
+
+/// What a GGUF file says about itself.
+#[derive(Debug)]
+pub(super) struct Header {
+    pub(super) version: u32,
+    pub(super) metadata: BTreeMap<String, Value>,
+    /// In the file's order. No two names are equal, no two ranges overlap.
+    pub(super) tensors: Vec<TensorEntry>,
+}
+
+/// One tensor of the directory.
+#[derive(Debug)]
+pub(super) struct TensorEntry {
+    pub(super) name: String,
+    pub(super) dtype: DType,
+    /// Outermost dimension first.
+    pub(super) shape: Vec<usize>,
+    /// The tensor's bytes in the file: inside it, as many as the shape needs.
+    pub(super) range: Range<usize>,
+}
+
+impl Header {
+    /// Reads the header of a file whose contents are `bytes`.
+    pub(super) fn read(bytes: &[u8]) -> Result<Self, Problem> {
+        let mut reader = Reader::new(bytes);
+        check_magic(&mut reader)?;
+        let version = read_version(&mut reader)?;
+        let tensor_count = reader.count(SMALLEST_TENSOR, "the tensor count")?;
+        let metadata_count = reader.count(SMALLEST_METADATA, "the metadata count")?;
+        let metadata = read_metadata(&mut reader, metadata_count)?;
+        let alignment = alignment(&metadata)?;
+        let infos = read_tensor_infos(&mut reader, tensor_count)?;
+        let data_start = align_up(reader.position() as u64, alignment)
+            .ok_or_else(|| Problem::malformed("the start of the tensor data overflows".into()))?;
+        let data = Data {
+            start: data_start,
+            end: bytes.len() as u64,
+            alignment,
+        };
+        let tensors = infos
+            .into_iter()
+            .map(|info| data.place(info))
+            .collect::<Result<Vec<_>, _>>()?;
+        check_no_overlap(&tensors)?;
+        Ok(Self {
+            version,
+            metadata,
+            tensors,
+        })
+    }
+}
+
+/// An empty name, one dimension, the type and the offset.
+const SMALLEST_TENSOR: usize = 8 + 4 + 8 + 4 + 8;
+/// An empty key, the type and one byte.
+const SMALLEST_METADATA: usize = 8 + 4 + 1;
+
+fn check_magic(reader: &mut Reader<'_>) -> Result<(), Problem> {
+    let magic = reader.take(4, "the magic number")?;
+    if magic == b"GGUF" {
+        return Ok(());
+    }
+    Err(Problem::malformed(format!(
+        "it begins with {:?}, not \"GGUF\"",
+        magic.escape_ascii().to_string()
+    )))
+}
+
+fn read_version(reader: &mut Reader<'_>) -> Result<u32, Problem> {
+    let version: u32 = reader.number("the version")?;
+    match version {
+        2 | 3 => Ok(version),
+        _ if matches!(version.swap_bytes(), 1..=3) => Err(Problem::Unsupported {
+            what: format!("a big-endian GGUF file (version {})", version.swap_bytes()),
+            expected: "little-endian files of version 2 and 3 are".into(),
+        }),
+        _ => Err(Problem::Unsupported {
+            what: format!("GGUF version {version}"),
+            expected: "versions 2 and 3 are".into(),
+        }),
+    }
+}
+
+fn read_metadata(
+    reader: &mut Reader<'_>,
+    count: usize,
+) -> Result<BTreeMap<String, Value>, Problem> {
+    let mut metadata = BTreeMap::new();
+    for index in 0..count {
+        let key = reader.name(&format!("metadata key {index}"))?;
+        let value = reader.value(key)?;
+        if metadata.insert(key.to_owned(), value).is_some() {
+            return Err(Problem::malformed(format!(
+                "metadata {key:?} appears twice"
+            )));
+        }
+    }
+    Ok(metadata)
+}
+
+fn alignment(metadata: &BTreeMap<String, Value>) -> Result<u64, Problem> {
+    let Some(value) = metadata.get("general.alignment") else {
+        return Ok(DEFAULT_ALIGNMENT);
+    };
+    match value.as_u64() {
+        Some(alignment) if alignment.is_power_of_two() => Ok(alignment),
+        Some(alignment) => Err(Problem::malformed(format!(
+            "metadata \"general.alignment\" is {alignment}; it must be a power of two"
+        ))),
+        None => Err(Problem::malformed(format!(
+            "metadata \"general.alignment\" is of type {}; it must be an integer",
+            value.type_name()
+        ))),
+    }
+}
+
+/// A directory entry as stored, its offset not yet checked.
+struct TensorInfo {
+    name: String,
+    dtype: DType,
+    shape: Vec<usize>,
+    bytes: u64,
+    offset: u64,
+}
+
+fn read_tensor_infos(reader: &mut Reader<'_>, count: usize) -> Result<Vec<TensorInfo>, Problem> {
+    let mut names = HashSet::new();
+    let mut infos = Vec::new();
+    for index in 0..count {
+        let name = reader.name(&format!("the name of tensor {index}"))?;
+        if !names.insert(name) {
+            return Err(Problem::malformed(format!("tensor {name:?} appears twice")));
+        }
+        infos.push(read_tensor_info(reader, name)?);
+    }
+    Ok(infos)
+}
+
+fn read_tensor_info(reader: &mut Reader<'_>, name: &str) -> Result<TensorInfo, Problem> {
+    let what = format!("tensor {name:?}");
+    let dimensions: u32 = reader.number(&what)?;
+    if !(1..=MOST_DIMENSIONS).contains(&dimensions) {
+        return Err(Problem::malformed(format!(
+            "{what} has {dimensions} dimensions; a tensor has 1 to {MOST_DIMENSIONS}"
+        )));
+    }
+    let mut shape = Vec::new();
+    for _ in 0..dimensions {
+        let dimension: u64 = reader.number(&what)?;
+        match usize::try_from(dimension) {
+            Ok(dimension) if dimension > 0 => shape.push(dimension),
+            _ => {
+                return Err(Problem::malformed(format!(
+                    "{what} has a dimension of {dimension}; it must be positive and fit the machine"
+                )));
+            }
+        }
+    }
+    // The file stores the innermost dimension first.
+    let row = shape[0];
+    shape.reverse();
+    let dtype = read_dtype(reader, &what)?;
+    let bytes = tensor_bytes(dtype, row, &shape).ok_or_else(|| {
+        if row.is_multiple_of(dtype.block_elements()) {
+            Problem::malformed(format!(
+                "{what} of shape {shape:?} has more bytes than can be addressed"
+            ))
+        } else {
+            Problem::malformed(format!(
+                "{what} has rows of {row} weights; {dtype} needs a multiple of {}",
+                dtype.block_elements()
+            ))
+        }
+    })?;
+    let offset = reader.number(&what)?;
+    Ok(TensorInfo {
+        name: name.to_owned(),
+        dtype,
+        shape,
+        bytes,
+        offset,
+    })
+}
+
+fn read_dtype(reader: &mut Reader<'_>, what: &str) -> Result<DType, Problem> {
+    let number: u32 = reader.number(what)?;
+    let kind = match tensor_type(number) {
+        Some(Ok(dtype)) => return Ok(dtype),
+        Some(Err(name)) => format!("type {name} ({number})"),
+        None => format!("type {number}"),
+    };
+    let readable: Vec<_> = DType::ALL.iter().map(|dtype| dtype.name()).collect();
+    Err(Problem::Unsupported {
+        what: format!("{what}: {kind}"),
+        expected: format!("supported are {}", readable.join(", ")),
+    })
+}
+
+/// Bytes of a tensor, or `None` when a row is not a whole number of blocks or the
+/// number of weights or bytes overflows.
+fn tensor_bytes(dtype: DType, row: usize, shape: &[usize]) -> Option<u64> {
+    if !row.is_multiple_of(dtype.block_elements()) {
+        return None;
+    }
+    let elements = shape
+        .iter()
+        .try_fold(1usize, |product, &dimension| product.checked_mul(dimension))?;
+    dtype.bytes_for(elements).map(|bytes| bytes as u64)
+}
+
+fn align_up(offset: u64, alignment: u64) -> Option<u64> {
+    Some(offset.checked_add(alignment - 1)? & !(alignment - 1))
+}
+
+/// The part of the file that holds the tensors' bytes.
+struct Data {
+    start: u64,
+    end: u64,
+    alignment: u64,
+}
+
+impl Data {
+    /// Checks a tensor's offset and turns it into a range of the file.
+    fn place(&self, info: TensorInfo) -> Result<TensorEntry, Problem> {
+        let TensorInfo {
+            name,
+            dtype,
+            shape,
+            bytes,
+            offset,
+        } = info;
+        if !offset.is_multiple_of(self.alignment) {
+            return Err(Problem::malformed(format!(
+                "tensor {name:?} is at offset {offset}, which is not a multiple of the alignment {}",
+                self.alignment
+            )));
+        }
+        let start = self.start.checked_add(offset);
+        let end = start.and_then(|start| start.checked_add(bytes));
+        let (Some(start), Some(end)) = (start, end.filter(|&end| end <= self.end)) else {
+            return Err(Problem::malformed(format!(
+                "tensor {name:?} of {bytes} bytes at offset {offset} of the tensor data, which \
+                 begins at {}, ends behind the file's {} bytes",
+                self.start, self.end
+            )));
+        };
+        Ok(TensorEntry {
+            name,
+            dtype,
+            shape,
+            // Both fit: they are at most the length of a slice.
+            range: start as usize..end as usize,
+        })
+    }
+}
+
+fn check_no_overlap(tensors: &[TensorEntry]) -> Result<(), Problem> {
+    let mut by_start: Vec<&TensorEntry> = tensors.iter().collect();
+    by_start.sort_by_key(|tensor| tensor.range.start);
+    for pair in by_start.windows(2) {
+        if pair[0].range.end > pair[1].range.start {
+            return Err(Problem::malformed(format!(
+                "tensors {:?} (bytes {:?}) and {:?} (bytes {:?}) overlap",
+                pair[0].name, pair[0].range, pair[1].name, pair[1].range
+            )));
+        }
+    }
+    Ok(())
+}
