@@ -139,7 +139,10 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn fma(self, a: F, b: F, c: F) -> F {
-        register!(F(_mm256_fmadd_ps(a.0, b.0, c.0), _mm256_fmadd_ps(a.1, b.1, c.1)))
+        register!(F(
+            _mm256_fmadd_ps(a.0, b.0, c.0),
+            _mm256_fmadd_ps(a.1, b.1, c.1)
+        ))
     }
     #[inline(always)]
     fn max(self, a: F, b: F) -> F {
@@ -157,7 +160,10 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn round(self, a: F) -> F {
         const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-        register!(F(_mm256_round_ps::<NEAREST>(a.0), _mm256_round_ps::<NEAREST>(a.1)))
+        register!(F(
+            _mm256_round_ps::<NEAREST>(a.0),
+            _mm256_round_ps::<NEAREST>(a.1)
+        ))
     }
     #[inline(always)]
     fn select_lt(self, a: F, b: F, yes: F, no: F) -> F {
@@ -192,7 +198,12 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn load_bytes(self, from: *const u8) -> I {
         // SAFETY: the caller vouches for the pointer, `self` for the features.
-        unsafe { I(_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(32).cast())) }
+        unsafe {
+            I(
+                _mm256_loadu_si256(from.cast()),
+                _mm256_loadu_si256(from.add(32).cast()),
+            )
+        }
     }
     #[inline(always)]
     unsafe fn store_low_bytes(self, to: *mut i8, value: I) {

@@ -116,7 +116,11 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     fn select_lt(self, a: __m512, b: __m512, yes: __m512, no: __m512) -> __m512 {
-        register!(_mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), no, yes))
+        register!(_mm512_mask_blend_ps(
+            _mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b),
+            no,
+            yes
+        ))
     }
     #[inline(always)]
     fn reduce_add(self, a: __m512) -> f32 {
@@ -181,10 +185,9 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     fn power_of_two(self, n: __m512i) -> __m512 {
-        register!(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_add_epi32(
-            n,
-            _mm512_set1_epi32(127)
-        ))))
+        register!(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(
+            _mm512_add_epi32(n, _mm512_set1_epi32(127))
+        )))
     }
 
     #[inline(always)]

@@ -157,9 +157,13 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         let r = self.fma(n, self.splat(2.121_944_4e-4), r);
         // Cephes' expf polynomial.
         let mut p = self.splat(1.987_569_1e-4);
-        for coefficient in
-            [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1]
-        {
+        for coefficient in [
+            1.398_199_9e-3,
+            8.333_452e-3,
+            4.166_579_6e-2,
+            1.666_666_5e-1,
+            0.5,
+        ] {
             p = self.fma(p, r, self.splat(coefficient));
         }
         let y = self.add(self.fma(self.mul(r, r), p, r), self.splat(1.0));

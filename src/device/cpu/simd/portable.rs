@@ -140,7 +140,10 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn store_low_bytes(self, to: *mut i8, value: Self::I) {
         // SAFETY: the caller vouches for the pointer.
-        unsafe { to.cast::<[i8; LANES]>().write_unaligned(lanes(value, |v| v as i8)) }
+        unsafe {
+            to.cast::<[i8; LANES]>()
+                .write_unaligned(lanes(value, |v| v as i8))
+        }
     }
     #[inline(always)]
     fn add_i(self, a: Self::I, b: Self::I) -> Self::I {
