@@ -1,1 +1,694 @@
-//! The CPU device.
+//! The CPU device: the embedded default, and the second opinion that other devices
+//! are compared with.
+//!
+//! Weights are repacked once at load (`packed`), into the layout that the kernels
+//! (`integer`, `float`) stream. Kernels are written once against sixteen-lane
+//! vectors (`simd`) and run on a few threads with one barrier an operation
+//! (`workers`). Operations compute at once: nothing is left for
+//! [`Device::collect`] to wait for.
+//!
+//! Why results depend on nothing but their own row: every kernel does the same
+//! float operations in the same order for a row and an output, however many rows
+//! or outputs share its registers, and no sum is ever split between threads.
+
+#![deny(unsafe_op_in_unsafe_fn, missing_docs)]
+
+mod attention;
+mod cache;
+mod experts;
+mod float;
+mod integer;
+mod linear;
+mod memory;
+mod options;
+mod packed;
+mod quantise;
+mod rope;
+mod rowwise;
+mod simd;
+mod stage;
+mod tensor;
+mod workers;
+
+pub use cache::CpuCache;
+pub use experts::CpuExperts;
+pub use linear::CpuLinear;
+pub use options::{Activations, CpuOptions, KvType, SimdLevel};
+pub use rope::CpuRope;
+pub use tensor::CpuTensor;
+
+use crate::device::*;
+use crate::sampling::{self, SampleRow, Sampled};
+use attention::{Attend, Attention};
+use linear::Multiplier;
+use memory::Disjoint;
+use rope::{NormWeights, RopeStore, RopeTables};
+use rowwise::{Add, Gate, Largest, RmsNorm, RmsNormAdd, Softcap};
+use simd::{Isa, Kernel};
+use stage::Staged;
+use workers::Workers;
+
+/// A vector of float32 numbers.
+pub struct CpuVector(Vec<f32>);
+
+impl CpuVector {
+    /// The numbers.
+    pub fn values(&self) -> &[f32] {
+        &self.0
+    }
+}
+
+/// Samples that are ready.
+pub struct CpuPending(Vec<Sampled>);
+
+/// Computes on the processor.
+pub struct CpuDevice {
+    workers: Workers,
+    multiplier: Multiplier,
+    kv_half: bool,
+    weight_bytes: usize,
+    staged: Staged,
+    ropes: RopeTables,
+    attention: Attention,
+    experts: experts::Scratch,
+    /// What the last step sampled, for rows that wait for it.
+    sampled: Vec<u32>,
+}
+
+impl CpuDevice {
+    /// Starts the worker threads. `Unsupported` if the machine lacks the
+    /// instruction set asked for.
+    pub fn new(options: &CpuOptions) -> Result<Self, DeviceError> {
+        let isa = Isa::choose(options.simd)?;
+        let available = || std::thread::available_parallelism().map_or(1, |count| count.get());
+        let threads = options.threads.unwrap_or_else(available);
+        let kv_half = match options.kv {
+            KvType::F16 => true,
+            KvType::F32 => false,
+            KvType::Auto => options.activations != Activations::F32,
+        };
+        Ok(Self {
+            workers: Workers::new(threads)?,
+            multiplier: Multiplier::new(isa, options.activations),
+            kv_half,
+            weight_bytes: 0,
+            staged: Staged::default(),
+            ropes: RopeTables::default(),
+            attention: Attention::default(),
+            experts: experts::Scratch::default(),
+            sampled: Vec::new(),
+        })
+    }
+
+    /// Runs `kernel(first row, rows' elements of out)` over the rows of `out` on
+    /// all threads; `weight` is how many elements a row costs.
+    fn rowwise<'a, K: Kernel>(
+        &mut self,
+        operation: &'static str,
+        (rows, weight): (usize, usize),
+        out: &'a mut [f32],
+        kernel: impl Fn(std::ops::Range<usize>, &'a mut [f32]) -> K + Sync,
+    ) -> Result<(), DeviceError> {
+        let isa = self.multiplier.isa;
+        let columns = out.len() / rows.max(1);
+        let out = Disjoint::new(out);
+        // A few rows are done sooner than a second thread would join.
+        let grain = (8192 / weight.max(1)).max(1);
+        self.workers.run(operation, rows, grain, |range| {
+            // SAFETY: rows are items; the elements live as long as `out` was lent.
+            let elements = unsafe {
+                let part = out.range(range.start * columns, range.len() * columns);
+                std::slice::from_raw_parts_mut(part.as_mut_ptr(), part.len())
+            };
+            isa.dispatch(kernel(range, elements));
+        })
+    }
+}
+
+/// `Failed` unless `holds`.
+fn require(
+    holds: bool,
+    operation: &'static str,
+    reason: impl FnOnce() -> String,
+) -> Result<(), DeviceError> {
+    if holds {
+        return Ok(());
+    }
+    Err(DeviceError::Failed {
+        device: "cpu",
+        operation,
+        reason: reason(),
+    })
+}
+
+/// A matrix has `columns` columns and at least `rows` rows.
+fn require_shape(
+    operation: &'static str,
+    name: &str,
+    tensor: &CpuTensor,
+    (rows, columns): (usize, usize),
+) -> Result<(), DeviceError> {
+    require(
+        tensor.rows() >= rows && tensor.columns() == columns,
+        operation,
+        || {
+            let (has_rows, has_columns) = (tensor.rows(), tensor.columns());
+            format!("{name} is {has_rows} × {has_columns}, but {rows} × {columns} is needed")
+        },
+    )
+}
+
+fn require_cache(
+    operation: &'static str,
+    cache: &CpuCache,
+    layer: usize,
+    heads: HeadShape,
+) -> Result<(), DeviceError> {
+    let shape = cache.shape();
+    let fits = layer < shape.layers
+        && heads.kv_heads == shape.kv_heads
+        && heads.head_dim == shape.head_dim
+        && heads.kv_heads > 0
+        && heads.q_heads > 0
+        && heads.q_heads.is_multiple_of(heads.kv_heads);
+    require(fits, operation, || {
+        format!("{heads:?} of layer {layer} do not fit the cache, {shape:?}")
+    })
+}
+
+impl Device for CpuDevice {
+    type Linear = CpuLinear;
+    type Vector = CpuVector;
+    type Rope = CpuRope;
+    type Experts = CpuExperts;
+    type Tensor = CpuTensor;
+    type Cache = CpuCache;
+    type Pending = CpuPending;
+
+    fn info(&self) -> DeviceInfo {
+        let (isa, threads) = (self.multiplier.isa.name(), self.workers.count());
+        let activations = match self.multiplier.activations {
+            Activations::F32 => "float32",
+            Activations::Auto | Activations::Int8 => "int8 for quantised weights",
+        };
+        let kv = if self.kv_half { "float16" } else { "float32" };
+        DeviceInfo {
+            name: "cpu".to_owned(),
+            description: format!(
+                "{isa}, {threads} threads, activations in {activations}, keys and values in {kv}"
+            ),
+        }
+    }
+
+    fn cache_bytes(&self, shape: &CacheShape) -> usize {
+        cache::block_bytes(shape, self.kv_half).saturating_mul(shape.blocks)
+    }
+
+    fn load_linear(&mut self, spec: &LinearSpec<'_>) -> Result<CpuLinear, DeviceError> {
+        let linear = CpuLinear::load(&mut self.workers, spec)?;
+        self.weight_bytes += linear.bytes();
+        Ok(linear)
+    }
+
+    fn load_vector(&mut self, values: &[f32]) -> Result<CpuVector, DeviceError> {
+        self.weight_bytes += size_of_val(values);
+        Ok(CpuVector(values.to_vec()))
+    }
+
+    fn load_rope(&mut self, spec: &RopeSpec) -> Result<CpuRope, DeviceError> {
+        Ok(CpuRope {
+            spec: spec.clone(),
+            index: self.ropes.add(),
+        })
+    }
+
+    fn load_experts(
+        &mut self,
+        gate_up: &[LinearSpec<'_>],
+        down: &[LinearSpec<'_>],
+    ) -> Result<CpuExperts, DeviceError> {
+        let count = (gate_up.len(), down.len());
+        require(count.0 == count.1, "load_experts", || {
+            format!(
+                "{} experts have a gate and {} a down projection",
+                count.0, count.1
+            )
+        })?;
+        let mut load = |specs: &[LinearSpec<'_>]| {
+            specs
+                .iter()
+                .map(|spec| self.load_linear(spec))
+                .collect::<Result<Vec<_>, _>>()
+        };
+        let experts = CpuExperts {
+            gate_up: load(gate_up)?,
+            down: load(down)?,
+        };
+        for (gate_up, down) in experts.gate_up.iter().zip(&experts.down) {
+            let fits = gate_up.rows() == 2 * down.columns() && gate_up.columns() == down.rows();
+            let first = &experts.gate_up[0];
+            let alike = (first.rows(), first.columns()) == (gate_up.rows(), gate_up.columns());
+            require(fits && alike, "load_experts", || {
+                let (rows, columns) = (gate_up.rows(), gate_up.columns());
+                let (down_rows, down_columns) = (down.rows(), down.columns());
+                format!(
+                    "gate and up are {rows} × {columns}, down is {down_rows} × {down_columns}; \
+                     all experts must fit together"
+                )
+            })?;
+        }
+        Ok(experts)
+    }
+
+    fn weight_bytes(&self) -> usize {
+        self.weight_bytes
+    }
+
+    fn allocate(&mut self, rows: usize, columns: usize) -> Result<CpuTensor, DeviceError> {
+        CpuTensor::zeroed(rows, columns)
+    }
+
+    fn allocate_cache(&mut self, shape: &CacheShape) -> Result<CpuCache, DeviceError> {
+        CpuCache::new(*shape, self.kv_half)
+    }
+
+    fn stage(&mut self, batch: &Batch) -> Result<(), DeviceError> {
+        self.staged.take(batch, &self.sampled)
+    }
+
+    fn embed(
+        &mut self,
+        table: &CpuLinear,
+        scale: f32,
+        out: &mut CpuTensor,
+    ) -> Result<(), DeviceError> {
+        let (rows, columns) = (self.staged.rows(), table.columns());
+        require_shape("embed", "the result", out, (rows, columns))?;
+        let vocabulary = table.rows();
+        let beyond = self
+            .staged
+            .tokens
+            .iter()
+            .find(|&&token| token as usize >= vocabulary);
+        require(beyond.is_none(), "embed", || {
+            format!(
+                "token {} is not below {vocabulary}",
+                beyond.copied().unwrap_or_default()
+            )
+        })?;
+        let tokens = &self.staged.tokens;
+        let out = Disjoint::new(out.leading_mut(rows));
+        self.workers
+            .run("embed", rows, (4096 / columns.max(1)).max(1), |range| {
+                for row in range {
+                    // SAFETY: a row is one item.
+                    let out = unsafe { out.range(row * columns, columns) };
+                    table.read_row(tokens[row] as usize, out);
+                    if scale != 1.0 {
+                        out.iter_mut().for_each(|value| *value *= scale);
+                    }
+                }
+            })
+    }
+
+    fn rms_norm(
+        &mut self,
+        x: &CpuTensor,
+        weight: &CpuVector,
+        epsilon: f32,
+        rows: usize,
+        out: &mut CpuTensor,
+    ) -> Result<(), DeviceError> {
+        let columns = weight.0.len();
+        require_shape("rms_norm", "x", x, (rows, columns))?;
+        require_shape("rms_norm", "the result", out, (rows, columns))?;
+        let (x, weight) = (x.leading(rows), &weight.0[..]);
+        self.rowwise(
+            "rms_norm",
+            (rows, columns),
+            out.leading_mut(rows),
+            |range, out| {
+                let x = &x[range.start * columns..range.end * columns];
+                RmsNorm {
+                    x,
+                    weight,
+                    epsilon,
+                    out,
+                }
+            },
+        )
+    }
+
+    fn add_rms_norm(
+        &mut self,
+        residual: &mut CpuTensor,
+        x: &CpuTensor,
+        weight: &CpuVector,
+        epsilon: f32,
+        rows: usize,
+        out: &mut CpuTensor,
+    ) -> Result<(), DeviceError> {
+        self.add(residual, x, rows)?;
+        self.rms_norm(residual, weight, epsilon, rows, out)
+    }
+
+    fn rms_norm_add(
+        &mut self,
+        x: &CpuTensor,
+        weight: &CpuVector,
+        epsilon: f32,
+        rows: usize,
+        residual: &mut CpuTensor,
+    ) -> Result<(), DeviceError> {
+        let columns = weight.0.len();
+        require_shape("rms_norm_add", "x", x, (rows, columns))?;
+        require_shape("rms_norm_add", "the residual", residual, (rows, columns))?;
+        let (x, weight) = (x.leading(rows), &weight.0[..]);
+        let residual = residual.leading_mut(rows);
+        self.rowwise(
+            "rms_norm_add",
+            (rows, columns),
+            residual,
+            |range, residual| {
+                let x = &x[range.start * columns..range.end * columns];
+                RmsNormAdd {
+                    x,
+                    weight,
+                    epsilon,
+                    residual,
+                }
+            },
+        )
+    }
+
+    fn add(
+        &mut self,
+        residual: &mut CpuTensor,
+        x: &CpuTensor,
+        rows: usize,
+    ) -> Result<(), DeviceError> {
+        let columns = x.columns();
+        require_shape("add", "x", x, (rows, columns))?;
+        require_shape("add", "the residual", residual, (rows, columns))?;
+        let x = x.leading(rows);
+        self.rowwise(
+            "add",
+            (rows, columns),
+            residual.leading_mut(rows),
+            |range, a| Add {
+                a,
+                b: &x[range.start * columns..range.end * columns],
+                factor: 1.0,
+            },
+        )
+    }
+
+    fn linear(
+        &mut self,
+        x: &CpuTensor,
+        weight: &CpuLinear,
+        rows: usize,
+        out: &mut CpuTensor,
+    ) -> Result<(), DeviceError> {
+        require_shape("linear", "x", x, (rows, weight.columns()))?;
+        require_shape("linear", "the result", out, (rows, weight.rows()))?;
+        let (x, out) = (x.leading(rows), out.leading_mut(rows));
+        self.multiplier
+            .multiply(&mut self.workers, x, weight, rows, out)
+    }
+
+    fn rope_store(
+        &mut self,
+        qkv: &mut CpuTensor,
+        heads: HeadShape,
+        norm: Option<&QkNorm<'_, Self>>,
+        rope: &CpuRope,
+        cache: &mut CpuCache,
+        layer: usize,
+    ) -> Result<(), DeviceError> {
+        const NAME: &str = "rope_store";
+        let rows = self.staged.rows();
+        require_shape(NAME, "qkv", qkv, (rows, heads.qkv_columns()))?;
+        require_cache(NAME, cache, layer, heads)?;
+        let slots = cache.shape().blocks * cache.shape().block_tokens;
+        require(self.staged.slot_end <= slots, NAME, || {
+            format!(
+                "slot {} is beyond the cache's {slots}",
+                self.staged.slot_end - 1
+            )
+        })?;
+        let positions = rope.spec.max_positions;
+        require(self.staged.position_end <= positions, NAME, || {
+            format!(
+                "position {} is beyond the model's {positions}",
+                self.staged.position_end - 1
+            )
+        })?;
+        let half = rope.spec.inverse_frequencies.len();
+        require(2 * half <= heads.head_dim, NAME, || {
+            format!("{half} pairs are rotated in a head of {}", heads.head_dim)
+        })?;
+        if let Some(norm) = norm {
+            let size =
+                |heads_in_row: usize| heads.head_dim * if norm.per_head { 1 } else { heads_in_row };
+            let fits =
+                norm.q.0.len() == size(heads.q_heads) && norm.k.0.len() == size(heads.kv_heads);
+            require(fits, NAME, || {
+                format!(
+                    "norms of {} and {} do not fit {heads:?}",
+                    norm.q.0.len(),
+                    norm.k.0.len()
+                )
+            })?;
+        }
+        if rows == 0 {
+            return Ok(());
+        }
+        let norm = norm.map(|norm| NormWeights {
+            q: &norm.q.0,
+            k: &norm.k.0,
+            epsilon: norm.epsilon,
+            per_head: norm.per_head,
+        });
+        let angles = self.ropes.angles(&mut self.workers, rope, &self.staged)?;
+        let store = RopeStore {
+            heads,
+            norm,
+            half,
+            angles,
+            batch: &self.staged,
+        };
+        let isa = self.multiplier.isa;
+        store.all_rows(&mut self.workers, isa, qkv.leading_mut(rows), cache, layer)
+    }
+
+    fn attend(
+        &mut self,
+        qkv: &CpuTensor,
+        spec: &AttentionSpec,
+        cache: &CpuCache,
+        layer: usize,
+        out: &mut CpuTensor,
+    ) -> Result<(), DeviceError> {
+        const NAME: &str = "attend";
+        let rows = self.staged.rows();
+        require_shape(NAME, "qkv", qkv, (rows, spec.heads.qkv_columns()))?;
+        require_shape(NAME, "the result", out, (rows, spec.heads.q_columns()))?;
+        require_cache(NAME, cache, layer, spec.heads)?;
+        require(spec.window != Some(0), NAME, || {
+            "a window of 0 tokens sees nothing".to_owned()
+        })?;
+        let blocks = cache.shape().blocks;
+        require(self.staged.block_end <= blocks, NAME, || {
+            format!(
+                "block {} is beyond the cache's {blocks}",
+                self.staged.block_end - 1
+            )
+        })?;
+        for (index, sequence) in self.staged.sequences.iter().enumerate() {
+            let Some(last) = sequence.rows.clone().last() else {
+                continue;
+            };
+            let position = self.staged.positions[last] as usize;
+            let tokens = sequence.table.len() * cache.shape().block_tokens;
+            require(position < tokens, NAME, || {
+                format!("the table of sequence {index} ends at {tokens}, before {position}")
+            })?;
+        }
+        let (qkv, out) = (qkv.leading(rows), out.leading_mut(rows));
+        let attend = Attend {
+            qkv,
+            spec,
+            cache,
+            layer,
+            batch: &self.staged,
+        };
+        self.attention
+            .all_rows(&mut self.workers, self.multiplier.isa, &attend, out)
+    }
+
+    fn gated_activation(
+        &mut self,
+        gate_up: &CpuTensor,
+        activation: Activation,
+        rows: usize,
+        out: &mut CpuTensor,
+    ) -> Result<(), DeviceError> {
+        let columns = out.columns();
+        require_shape(
+            "gated_activation",
+            "gate and up",
+            gate_up,
+            (rows, 2 * columns),
+        )?;
+        require_shape("gated_activation", "the result", out, (rows, columns))?;
+        let gate_up = gate_up.leading(rows);
+        let weight = 4 * columns;
+        self.rowwise(
+            "gated_activation",
+            (rows, weight),
+            out.leading_mut(rows),
+            |range, out| {
+                let gate_up = &gate_up[range.start * 2 * columns..range.end * 2 * columns];
+                Gate {
+                    gate_up,
+                    activation,
+                    columns,
+                    out,
+                }
+            },
+        )
+    }
+
+    fn experts(
+        &mut self,
+        x: &CpuTensor,
+        router: &CpuTensor,
+        routing: RoutingSpec,
+        experts: &CpuExperts,
+        rows: usize,
+        out: &mut CpuTensor,
+    ) -> Result<(), DeviceError> {
+        let count = experts.gate_up.len();
+        let (width, result) = experts
+            .gate_up
+            .first()
+            .zip(experts.down.first())
+            .map_or((x.columns(), out.columns()), |(gate_up, down)| {
+                (gate_up.columns(), down.rows())
+            });
+        require_shape("experts", "x", x, (rows, width))?;
+        require_shape("experts", "the router", router, (rows, count))?;
+        require_shape("experts", "the result", out, (rows, result))?;
+        require((1..=count).contains(&routing.top_k), "experts", || {
+            format!("a token cannot go to {} of {count} experts", routing.top_k)
+        })?;
+        let (x, router) = (x.leading(rows), router.leading(rows));
+        let operands = experts::Operands {
+            x,
+            router,
+            routing,
+            rows,
+        };
+        let (workers, multiplier) = (&mut self.workers, &mut self.multiplier);
+        experts.apply(
+            workers,
+            multiplier,
+            &mut self.experts,
+            &operands,
+            out.leading_mut(rows),
+        )
+    }
+
+    fn gather_samples(&mut self, x: &CpuTensor, out: &mut CpuTensor) -> Result<(), DeviceError> {
+        let (rows, samples) = (self.staged.rows(), self.staged.sample_rows.len());
+        require_shape("gather_samples", "x", x, (rows, x.columns()))?;
+        require_shape("gather_samples", "the result", out, (samples, x.columns()))?;
+        for (to, &from) in self.staged.sample_rows.iter().enumerate() {
+            out.row_mut(to).copy_from_slice(x.row(from));
+        }
+        Ok(())
+    }
+
+    fn softcap(&mut self, x: &mut CpuTensor, cap: f32, rows: usize) -> Result<(), DeviceError> {
+        let columns = x.columns();
+        require_shape("softcap", "x", x, (rows, columns))?;
+        let weight = 4 * columns;
+        self.rowwise("softcap", (rows, weight), x.leading_mut(rows), |_, x| {
+            Softcap { x, cap }
+        })
+    }
+
+    fn sample(
+        &mut self,
+        logits: &CpuTensor,
+        rows: &[SampleRow],
+    ) -> Result<CpuPending, DeviceError> {
+        require_shape("sample", "logits", logits, (rows.len(), logits.columns()))?;
+        require(logits.columns() > 0, "sample", || {
+            "there are no logits".to_owned()
+        })?;
+        let isa = self.multiplier.isa;
+        let nothing = Sampled {
+            token: 0,
+            logprob: 0.0,
+            top: Vec::new(),
+        };
+        let mut samples = vec![nothing; rows.len()];
+        let out = Disjoint::new(&mut samples);
+        self.workers.run("sample", rows.len(), 1, |range| {
+            for row in range {
+                // SAFETY: a row is one item.
+                let out = unsafe { &mut out.range(row, 1)[0] };
+                *out = choose(isa, logits.row(row), &rows[row]);
+            }
+        })?;
+        self.sampled.clear();
+        self.sampled
+            .extend(samples.iter().map(|sample| sample.token));
+        Ok(CpuPending(samples))
+    }
+
+    fn collect(&mut self, pending: CpuPending) -> Result<Vec<Sampled>, DeviceError> {
+        Ok(pending.0)
+    }
+
+    fn poison(&mut self, cache: &mut CpuCache, blocks: &[u32]) -> Result<(), DeviceError> {
+        let count = cache.shape().blocks;
+        let beyond = blocks.iter().find(|&&block| block as usize >= count);
+        require(beyond.is_none(), "poison", || {
+            format!(
+                "block {} is beyond the cache's {count}",
+                beyond.copied().unwrap_or_default()
+            )
+        })?;
+        cache.poison(blocks);
+        Ok(())
+    }
+}
+
+/// The reference sampler; the plain greedy case without its copy of the logits.
+fn choose(isa: Isa, logits: &[f32], row: &SampleRow) -> Sampled {
+    let params = &*row.params;
+    let plain = params.temperature == 0.0
+        && !params.needs_history()
+        && params.logit_bias.is_empty()
+        && params.logprobs.is_none()
+        && row.banned.is_empty();
+    if !plain {
+        return sampling::sample(&mut logits.to_vec(), row);
+    }
+    let largest = isa.dispatch(Largest(logits));
+    let token = match largest == f32::NEG_INFINITY {
+        true => 0,
+        false => logits
+            .iter()
+            .position(|&logit| logit == largest)
+            .unwrap_or(0),
+    };
+    Sampled {
+        token: token as u32,
+        logprob: 0.0,
+        top: Vec::new(),
+    }
+}

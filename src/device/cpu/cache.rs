@@ -1,0 +1,169 @@
+//! The paged key-value cache, laid out for attention.
+//!
+//! For each layer, block and head, sixteen tokens at a time: their keys transposed,
+//! `[head_dim][16 tokens]`, so that sixteen scores are one vector and need no
+//! horizontal sums; then their values, `[16 tokens][head_dim, padded to 16]`.
+
+use super::memory::Buffer;
+use super::simd::{LANES, Simd};
+use crate::device::{CacheShape, DeviceError};
+
+/// The key-value cache of all layers.
+pub struct CpuCache {
+    shape: CacheShape,
+    pub(crate) half: bool,
+    layers: Vec<Buffer<u8>>,
+}
+
+/// Where the parts of a tile lie, in elements.
+#[derive(Clone, Copy)]
+pub(crate) struct TileShape {
+    pub(crate) head_dim: usize,
+    /// Elements from one value to the next.
+    pub(crate) value_stride: usize,
+}
+
+impl TileShape {
+    pub(crate) fn new(head_dim: usize) -> Self {
+        Self {
+            head_dim,
+            value_stride: head_dim.next_multiple_of(LANES),
+        }
+    }
+
+    /// Elements of a tile's keys; the values follow.
+    pub(crate) fn keys(self) -> usize {
+        self.head_dim * LANES
+    }
+
+    /// Elements of a tile.
+    pub(crate) fn elements(self) -> usize {
+        (self.head_dim + self.value_stride) * LANES
+    }
+}
+
+fn unsupported(what: String, expected: &str) -> DeviceError {
+    DeviceError::Unsupported {
+        device: "cpu",
+        what,
+        expected: expected.to_owned(),
+    }
+}
+
+/// Bytes of one block of all layers.
+pub(crate) fn block_bytes(shape: &CacheShape, half: bool) -> usize {
+    let element = if half { 2 } else { 4 };
+    let tiles = shape.block_tokens / LANES * shape.kv_heads * shape.layers;
+    tiles * TileShape::new(shape.head_dim).elements() * element
+}
+
+impl CpuCache {
+    pub(crate) fn new(shape: CacheShape, half: bool) -> Result<Self, DeviceError> {
+        if shape.block_tokens == 0 || !shape.block_tokens.is_multiple_of(LANES) {
+            let what = format!("blocks of {} tokens", shape.block_tokens);
+            return Err(unsupported(what, "a block is a multiple of 16 tokens"));
+        }
+        if shape.head_dim == 0 || !shape.head_dim.is_multiple_of(8) || shape.head_dim > 1024 {
+            let what = format!("heads of {} elements", shape.head_dim);
+            return Err(unsupported(
+                what,
+                "a head has a multiple of 8 elements, at most 1024",
+            ));
+        }
+        let one_layer = CacheShape { layers: 1, ..shape };
+        let bytes = block_bytes(&one_layer, half).saturating_mul(shape.blocks);
+        let layers = (0..shape.layers).map(|_| Buffer::zeroed(bytes, "the key-value cache"));
+        Ok(Self {
+            shape,
+            half,
+            layers: layers.collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// What it was allocated for.
+    pub fn shape(&self) -> &CacheShape {
+        &self.shape
+    }
+
+    /// The bytes of a layer.
+    pub(crate) fn layer(&self, layer: usize) -> &[u8] {
+        &self.layers[layer]
+    }
+
+    pub(crate) fn layer_mut(&mut self, layer: usize) -> &mut [u8] {
+        &mut self.layers[layer]
+    }
+
+    /// The element at which a tile begins: sixteen tokens of a block, one head.
+    pub(crate) fn tile(&self, block: usize, head: usize, tile_in_block: usize) -> usize {
+        let tiles = self.shape.block_tokens / LANES;
+        let tile = (block * self.shape.kv_heads + head) * tiles + tile_in_block;
+        tile * TileShape::new(self.shape.head_dim).elements()
+    }
+
+    /// Overwrites blocks with NaN in every layer.
+    pub(crate) fn poison(&mut self, blocks: &[u32]) {
+        let bytes = block_bytes(
+            &CacheShape {
+                layers: 1,
+                ..self.shape
+            },
+            self.half,
+        );
+        for layer in &mut self.layers {
+            for &block in blocks {
+                let block = &mut layer[block as usize * bytes..][..bytes];
+                if self.half {
+                    for element in block.as_chunks_mut::<2>().0 {
+                        *element = 0x7e00u16.to_ne_bytes();
+                    }
+                } else {
+                    for element in block.as_chunks_mut::<4>().0 {
+                        *element = f32::NAN.to_ne_bytes();
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A number as the cache keeps it.
+pub(crate) trait KvElement: Copy + Default + Send + Sync + 'static {
+    /// # Safety
+    /// `from` is readable for 16 elements.
+    unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::F;
+    /// # Safety
+    /// `to` is writable for 16 elements.
+    unsafe fn store<S: Simd>(s: S, to: *mut Self, value: S::F);
+}
+
+impl KvElement for f32 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::F {
+        // SAFETY: the caller vouches for `from`.
+        unsafe { s.load(from) }
+    }
+    #[inline(always)]
+    unsafe fn store<S: Simd>(s: S, to: *mut Self, value: S::F) {
+        // SAFETY: the caller vouches for `to`.
+        unsafe { s.store(to, value) }
+    }
+}
+
+/// The bits of a float16.
+#[derive(Clone, Copy, Default)]
+#[repr(transparent)]
+pub(crate) struct HalfBits(u16);
+
+impl KvElement for HalfBits {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::F {
+        // SAFETY: the caller vouches for `from`; `HalfBits` is a `u16`.
+        unsafe { s.load_f16(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn store<S: Simd>(s: S, to: *mut Self, value: S::F) {
+        // SAFETY: the caller vouches for `to`; `HalfBits` is a `u16`.
+        unsafe { s.store_f16(to.cast(), value) }
+    }
+}

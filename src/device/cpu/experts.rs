@@ -1,0 +1,116 @@
+//! Mixture-of-experts layers: routing on the host, one multiplication an expert.
+
+use super::linear::{CpuLinear, Multiplier};
+use super::rowwise::{Add, Gate};
+use super::workers::Workers;
+use crate::device::{DeviceError, RoutingSpec};
+
+/// The loaded experts of a layer.
+pub struct CpuExperts {
+    pub(crate) gate_up: Vec<CpuLinear>,
+    pub(crate) down: Vec<CpuLinear>,
+}
+
+/// Memory that is kept from call to call.
+#[derive(Default)]
+pub(crate) struct Scratch {
+    /// For each expert the rows that chose it, with their weights.
+    chosen: Vec<Vec<(usize, f32)>>,
+    order: Vec<(usize, f32)>,
+    x: Vec<f32>,
+    gate_up: Vec<f32>,
+    hidden: Vec<f32>,
+    y: Vec<f32>,
+}
+
+/// The operands; they were checked against each other.
+pub(crate) struct Operands<'a> {
+    /// One row a token.
+    pub(crate) x: &'a [f32],
+    /// One logit an expert, one row a token.
+    pub(crate) router: &'a [f32],
+    pub(crate) routing: RoutingSpec,
+    pub(crate) rows: usize,
+}
+
+impl CpuExperts {
+    /// `out = Σ weight · expert(x)` over each row's experts, in the order of their
+    /// index.
+    pub(crate) fn apply(
+        &self,
+        workers: &mut Workers,
+        multiplier: &mut Multiplier,
+        scratch: &mut Scratch,
+        operands: &Operands<'_>,
+        out: &mut [f32],
+    ) -> Result<(), DeviceError> {
+        let isa = multiplier.isa;
+        let columns = out.len() / operands.rows.max(1);
+        scratch.choose(operands, self.gate_up.len());
+        out.fill(0.0);
+        for (expert, (gate_up, down)) in self.gate_up.iter().zip(&self.down).enumerate() {
+            let rows = std::mem::take(&mut scratch.chosen[expert]);
+            if rows.is_empty() {
+                continue;
+            }
+            scratch.x.clear();
+            for &(row, _) in &rows {
+                let width = gate_up.columns();
+                scratch
+                    .x
+                    .extend_from_slice(&operands.x[row * width..][..width]);
+            }
+            let n = rows.len();
+            scratch.gate_up.resize(n * gate_up.rows(), 0.0);
+            multiplier.multiply(workers, &scratch.x, gate_up, n, &mut scratch.gate_up)?;
+            let width = gate_up.rows() / 2;
+            scratch.hidden.resize(n * width, 0.0);
+            isa.dispatch(Gate {
+                gate_up: &scratch.gate_up,
+                activation: operands.routing.activation,
+                columns: width,
+                out: &mut scratch.hidden,
+            });
+            scratch.y.resize(n * columns, 0.0);
+            multiplier.multiply(workers, &scratch.hidden, down, n, &mut scratch.y)?;
+            for (&(row, factor), y) in rows.iter().zip(scratch.y.chunks_exact(columns)) {
+                isa.dispatch(Add {
+                    a: &mut out[row * columns..][..columns],
+                    b: y,
+                    factor,
+                });
+            }
+            scratch.chosen[expert] = rows;
+        }
+        Ok(())
+    }
+}
+
+impl Scratch {
+    /// Fills `chosen`.
+    fn choose(&mut self, operands: &Operands<'_>, experts: usize) {
+        let routing = operands.routing;
+        self.chosen
+            .resize_with(self.chosen.len().max(experts), Vec::new);
+        self.chosen.iter_mut().for_each(Vec::clear);
+        for (row, logits) in operands.router.chunks_exact(experts).enumerate() {
+            let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            self.order.clear();
+            self.order.extend(
+                logits
+                    .iter()
+                    .map(|logit| (logit - largest).exp())
+                    .enumerate(),
+            );
+            let total: f32 = self.order.iter().map(|(_, weight)| weight).sum();
+            self.order
+                .sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+            self.order.truncate(routing.top_k);
+            let kept: f32 = self.order.iter().map(|(_, weight)| weight).sum();
+            let divisor = if routing.normalize { kept } else { total };
+            for &(expert, weight) in &self.order {
+                self.chosen[expert].push((row, weight / divisor));
+            }
+        }
+    }
+}

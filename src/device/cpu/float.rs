@@ -1,0 +1,276 @@
+//! Weights times float32 activations: floating-point weights always, quantised
+//! ones on the reference path.
+//!
+//! Every output is one chain of fused multiply-adds over the inputs in order, so
+//! it does not depend on how many rows or tiles share the registers; several rows
+//! or tiles at once only hide the latency of the chain.
+
+use super::linear::Operands;
+use super::packed::{FloatType, Packed, QuantLayout};
+use super::simd::{Kernel, LANES, Simd};
+use std::cell::RefCell;
+use std::ops::Range;
+
+/// Bytes of activations that stay in the second-level cache while the tiles of an
+/// item pass over them.
+const ROW_BYTES: usize = 384 * 1024;
+
+/// Tiles that a single row takes at once.
+pub(crate) const TILES: usize = 4;
+
+/// Some tiles of a part times all rows.
+pub(crate) struct FloatTiles<'a> {
+    pub(crate) part: &'a Packed,
+    pub(crate) float: FloatType,
+    pub(crate) tiles: Range<usize>,
+    pub(crate) operands: &'a Operands<'a>,
+}
+
+impl Kernel for FloatTiles<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let panels = Panels {
+            part: self.part,
+            operands: self.operands,
+        };
+        let tiles = self.tiles;
+        let load = |tile| self.part.tile(tile).as_ptr();
+        match self.float {
+            FloatType::F32 => panels.tiles::<S, F32>(s, tiles, load),
+            FloatType::F16 => panels.tiles::<S, F16>(s, tiles, load),
+            FloatType::Bf16 => panels.tiles::<S, Bf16>(s, tiles, load),
+        }
+    }
+}
+
+/// Some tiles of quantised weights times all rows, the weights made float32 first.
+pub(crate) struct DequantisedTiles<'a> {
+    pub(crate) part: &'a Packed,
+    pub(crate) layout: QuantLayout,
+    pub(crate) tiles: Range<usize>,
+    pub(crate) operands: &'a Operands<'a>,
+}
+
+thread_local! {
+    static PANEL: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+impl Kernel for DequantisedTiles<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let panels = Panels {
+            part: self.part,
+            operands: self.operands,
+        };
+        PANEL.with_borrow_mut(|panel| {
+            panel.resize(LANES * self.part.columns, 0.0);
+            for tile in self.tiles {
+                dequantise(s, self.part.tile(tile), &self.layout, panel);
+                panels.tiles::<S, F32>(s, tile..tile + 1, |_| panel.as_ptr().cast());
+            }
+        });
+    }
+}
+
+/// Expands a tile to `[input][16]`.
+#[inline(always)]
+fn dequantise<S: Simd>(s: S, tile: &[u8], layout: &QuantLayout, out: &mut [f32]) {
+    let affine = &layout.affine;
+    let group = affine.group;
+    let (byte, zero) = (s.splat_i(0xff), s.splat_i(-affine.zero));
+    let groups = tile.chunks_exact(layout.group_bytes());
+    for (from, out) in groups.zip(out.chunks_exact_mut(group * LANES)) {
+        let (header, codes) = from.split_at(layout.header_bytes());
+        // SAFETY: a header is sixteen scales and, with `has_min`, sixteen minimums.
+        let scales = |from: &[u8]| unsafe {
+            match affine.native_f16_scales {
+                true => s.load_f16(from.as_ptr().cast()),
+                false => s.load(from.as_ptr().cast()),
+            }
+        };
+        let scale = scales(header);
+        let min = if affine.has_min {
+            scales(&header[layout.scale_bytes()..])
+        } else {
+            scale
+        };
+        let quad = |codes: S::I, out: &mut [f32]| {
+            let planes = [
+                codes,
+                s.shift_right::<8>(codes),
+                s.shift_right::<16>(codes),
+                s.shift_right::<24>(codes),
+            ];
+            for (plane, out) in planes.into_iter().zip(out.chunks_exact_mut(LANES)) {
+                let weight = s.mul(scale, s.to_float(s.add_i(s.and_i(plane, byte), zero)));
+                let weight = if affine.has_min {
+                    s.add(weight, min)
+                } else {
+                    weight
+                };
+                // SAFETY: a chunk of `LANES`.
+                unsafe { s.store(out.as_mut_ptr(), weight) };
+            }
+        };
+        if affine.bits == 4 {
+            let nibble = s.splat_i(0x0f0f_0f0f);
+            for (from, out) in codes.chunks_exact(64).zip(out.chunks_exact_mut(8 * LANES)) {
+                // SAFETY: a chunk of 64 bytes.
+                let bytes = unsafe { s.load_bytes(from.as_ptr()) };
+                let (first, second) = out.split_at_mut(4 * LANES);
+                quad(s.and_i(bytes, nibble), first);
+                quad(s.and_i(s.shift_right::<4>(bytes), nibble), second);
+            }
+        } else {
+            for (from, out) in codes.chunks_exact(64).zip(out.chunks_exact_mut(4 * LANES)) {
+                // SAFETY: a chunk of 64 bytes.
+                quad(unsafe { s.load_bytes(from.as_ptr()) }, out);
+            }
+        }
+    }
+}
+
+/// A floating-point weight format, as the kernel loads it.
+trait Weight {
+    const BYTES: usize;
+    /// # Safety
+    /// `at` is readable for 16 weights.
+    unsafe fn load<S: Simd>(s: S, at: *const u8) -> S::F;
+}
+
+struct F32;
+struct F16;
+struct Bf16;
+
+impl Weight for F32 {
+    const BYTES: usize = 4;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, at: *const u8) -> S::F {
+        // SAFETY: the caller vouches for `at`.
+        unsafe { s.load(at.cast()) }
+    }
+}
+
+impl Weight for F16 {
+    const BYTES: usize = 2;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, at: *const u8) -> S::F {
+        // SAFETY: the caller vouches for `at`.
+        unsafe { s.load_f16(at.cast()) }
+    }
+}
+
+impl Weight for Bf16 {
+    const BYTES: usize = 2;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, at: *const u8) -> S::F {
+        // SAFETY: the caller vouches for `at`.
+        unsafe { s.load_bf16(at.cast()) }
+    }
+}
+
+/// Where the outputs of tiles go.
+struct Panels<'a> {
+    part: &'a Packed,
+    operands: &'a Operands<'a>,
+}
+
+impl Panels<'_> {
+    /// `load` gives where a tile of `W` lies: `columns · 16` weights.
+    #[inline(always)]
+    fn tiles<S: Simd, W: Weight>(
+        &self,
+        s: S,
+        tiles: Range<usize>,
+        load: impl Fn(usize) -> *const u8,
+    ) {
+        let row_bytes = self.part.columns.max(1) * 4;
+        let chunk = (ROW_BYTES / row_bytes).max(8) / 8 * 8;
+        let mut first = 0;
+        while first < self.operands.rows {
+            let end = self.operands.rows.min(first + chunk);
+            let mut tile = tiles.start;
+            while tiles.end - tile >= TILES {
+                let at: [_; TILES] = std::array::from_fn(|t| load(tile + t));
+                self.rows::<S, W, TILES>(s, tile, at, first..end);
+                tile += TILES;
+            }
+            while tile < tiles.end {
+                self.rows::<S, W, 1>(s, tile, [load(tile)], first..end);
+                tile += 1;
+            }
+            first = end;
+        }
+    }
+
+    /// `T` tiles times some rows: few rows take several tiles at once, many rows one.
+    #[inline(always)]
+    fn rows<S: Simd, W: Weight, const T: usize>(
+        &self,
+        s: S,
+        tile: usize,
+        at: [*const u8; T],
+        rows: Range<usize>,
+    ) {
+        let mut row = rows.start;
+        for (t, &at) in at.iter().enumerate() {
+            let mut row = row;
+            while S::ROWS >= 8 && rows.end - row >= 8 {
+                self.block::<S, W, 1, 8>(s, tile + t, [at], row);
+                row += 8;
+            }
+            while S::ROWS >= 4 && rows.end - row >= 4 {
+                self.block::<S, W, 1, 4>(s, tile + t, [at], row);
+                row += 4;
+            }
+        }
+        if S::ROWS >= 4 {
+            row += (rows.end - row) / 4 * 4;
+        }
+        while row < rows.end {
+            self.block::<S, W, T, 1>(s, tile, at, row);
+            row += 1;
+        }
+    }
+
+    /// `T` tiles times `M` rows.
+    #[inline(always)]
+    fn block<S: Simd, W: Weight, const T: usize, const M: usize>(
+        &self,
+        s: S,
+        tile: usize,
+        at: [*const u8; T],
+        row: usize,
+    ) {
+        let columns = self.part.columns;
+        let x = &self.operands.x[row * columns..][..M * columns];
+        let mut total = [[s.splat(0.0); M]; T];
+        for k in 0..columns {
+            // SAFETY: every tile holds `columns · 16` weights, `x` has `M` rows.
+            unsafe {
+                for (total, &at) in total.iter_mut().zip(&at) {
+                    let weight = W::load(s, at.add(k * LANES * W::BYTES));
+                    for (m, total) in total.iter_mut().enumerate() {
+                        let x = s.splat(*x.get_unchecked(m * columns + k));
+                        *total = s.fma(weight, x, *total);
+                    }
+                }
+            }
+        }
+        for (t, total) in total.into_iter().enumerate() {
+            let (first, output) = (
+                (tile + t) * LANES,
+                self.part.first_output + (tile + t) * LANES,
+            );
+            let count = LANES.min(self.part.rows - first);
+            for (m, total) in total.into_iter().enumerate() {
+                // SAFETY: these outputs of these rows belong to this tile alone.
+                unsafe { self.operands.store(s, row + m, output, count, total) };
+            }
+        }
+    }
+}

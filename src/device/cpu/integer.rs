@@ -1,0 +1,171 @@
+//! Quantised weights times 8-bit activations: integer dot products, scaled a group
+//! at a time.
+//!
+//! For a row and an output, the float operations are a multiplication and one or
+//! two fused additions a group, in the order of the groups, whatever the number
+//! of rows in the register block: that keeps results independent of the batch.
+
+use super::linear::Operands;
+use super::packed::{Packed, QuantLayout};
+use super::quantise::Quantised;
+use super::simd::{Kernel, LANES, Simd};
+use std::ops::Range;
+
+/// Bytes of activations that stay in the second-level cache while the tiles of an
+/// item pass over them.
+const ROW_BYTES: usize = 384 * 1024;
+
+/// Some tiles of a part times all rows.
+pub(crate) struct IntegerTiles<'a> {
+    pub(crate) part: &'a Packed,
+    pub(crate) layout: QuantLayout,
+    pub(crate) tiles: Range<usize>,
+    pub(crate) x: &'a Quantised,
+    pub(crate) operands: &'a Operands<'a>,
+}
+
+impl Kernel for IntegerTiles<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        match (self.layout.affine.bits, self.layout.affine.group) {
+            (4, 16) => self.tiles::<S, true, 16>(s),
+            (4, _) => self.tiles::<S, true, 32>(s),
+            (_, 16) => self.tiles::<S, false, 16>(s),
+            (_, _) => self.tiles::<S, false, 32>(s),
+        }
+    }
+}
+
+impl IntegerTiles<'_> {
+    #[inline(always)]
+    fn tiles<S: Simd, const FOUR: bool, const GROUP: usize>(self, s: S) {
+        let chunk = (ROW_BYTES / self.part.columns.max(1)).max(8) / 8 * 8;
+        let mut first = 0;
+        while first < self.operands.rows {
+            let end = self.operands.rows.min(first + chunk);
+            for tile in self.tiles.clone() {
+                self.rows::<S, FOUR, GROUP>(s, tile, first..end);
+            }
+            first = end;
+        }
+    }
+
+    /// One tile times some rows, in blocks of at most [`Simd::ROWS`].
+    #[inline(always)]
+    fn rows<S: Simd, const FOUR: bool, const GROUP: usize>(
+        &self,
+        s: S,
+        tile: usize,
+        rows: Range<usize>,
+    ) {
+        let mut row = rows.start;
+        while S::ROWS >= 8 && rows.end - row >= 8 {
+            self.block::<S, FOUR, GROUP, 8>(s, tile, row);
+            row += 8;
+        }
+        while S::ROWS >= 4 && rows.end - row >= 4 {
+            self.block::<S, FOUR, GROUP, 4>(s, tile, row);
+            row += 4;
+        }
+        while rows.end - row >= 2 {
+            self.block::<S, FOUR, GROUP, 2>(s, tile, row);
+            row += 2;
+        }
+        if row < rows.end {
+            self.block::<S, FOUR, GROUP, 1>(s, tile, row);
+        }
+    }
+
+    /// One tile times `M` rows.
+    #[inline(always)]
+    fn block<S: Simd, const FOUR: bool, const GROUP: usize, const M: usize>(
+        &self,
+        s: S,
+        tile: usize,
+        row: usize,
+    ) {
+        let (layout, columns) = (&self.layout, self.part.columns);
+        let (groups, scale_bytes) = (layout.groups, layout.scale_bytes());
+        let (header_bytes, has_min) = (layout.header_bytes(), layout.affine.has_min);
+        let native_f16 = layout.affine.native_f16_scales;
+        let codes = &self.x.codes()[row * columns..][..M * columns];
+        let meta = &self.x.meta(layout)[row * groups..][..M * groups];
+        let weights = self.part.tile(tile);
+        assert!(layout.affine.group == GROUP && groups * GROUP == columns);
+        assert!(weights.len() == groups * layout.group_bytes());
+        let low = s.splat_i(0x0f0f_0f0f);
+        let mut total = [s.splat(0.0); M];
+        let mut at = weights.as_ptr();
+        for g in 0..groups {
+            // SAFETY: `at` walks over `groups` groups of the tile, whose lengths were
+            // asserted to add up to it; codes and meta hold `M` rows, as sliced.
+            unsafe {
+                let scale = load_scale(s, at, native_f16);
+                let min = if has_min {
+                    load_scale(s, at.add(scale_bytes), native_f16)
+                } else {
+                    scale
+                };
+                at = at.add(header_bytes);
+                let x = codes.as_ptr().add(g * GROUP);
+                let quad = |m: usize, q: usize| {
+                    let quad = x.add(m * columns + q * 4).cast::<i32>().read_unaligned();
+                    s.splat_i(quad)
+                };
+                let meta = |m: usize| meta.get_unchecked(m * groups + g);
+                let mut dots: [S::I; M] = std::array::from_fn(|m| s.splat_i(meta(m).start));
+                if FOUR {
+                    for pair in 0..GROUP / 8 {
+                        let bytes = s.load_bytes(at.add(pair * 64));
+                        let (first, second) =
+                            (s.and_i(bytes, low), s.and_i(s.shift_right::<4>(bytes), low));
+                        for (m, dot) in dots.iter_mut().enumerate() {
+                            *dot = s.dot4(*dot, first, quad(m, pair * 2));
+                            *dot = s.dot4(*dot, second, quad(m, pair * 2 + 1));
+                        }
+                    }
+                    at = at.add(GROUP * 8);
+                } else {
+                    for q in 0..GROUP / 4 {
+                        let bytes = s.load_bytes(at.add(q * 64));
+                        for (m, dot) in dots.iter_mut().enumerate() {
+                            *dot = s.dot4(*dot, bytes, quad(m, q));
+                        }
+                    }
+                    at = at.add(GROUP * 16);
+                }
+                for m in 0..M {
+                    let scaled = s.mul(s.to_float(dots[m]), scale);
+                    total[m] = s.fma(scaled, s.splat(meta(m).scale), total[m]);
+                    if has_min {
+                        total[m] = s.fma(min, s.splat(meta(m).sum), total[m]);
+                    }
+                }
+            }
+        }
+        let output = self.part.first_output + tile * LANES;
+        let count = LANES.min(self.part.rows - tile * LANES);
+        for (m, total) in total.into_iter().enumerate() {
+            // SAFETY: these outputs of these rows belong to this tile alone.
+            unsafe { self.operands.store(s, row + m, output, count, total) };
+        }
+    }
+}
+
+/// Sixteen scales.
+///
+/// # Safety
+/// `at` is readable for 16 of them.
+#[inline(always)]
+unsafe fn load_scale<S: Simd>(s: S, at: *const u8, native_f16: bool) -> S::F {
+    // SAFETY: the caller vouches for `at`; the loads need no alignment.
+    unsafe {
+        if native_f16 {
+            s.load_f16(at.cast())
+        } else {
+            s.load(at.cast())
+        }
+    }
+}

@@ -1,0 +1,247 @@
+//! Linear layers: loading, and choosing the kernel that multiplies.
+
+use super::float::{DequantisedTiles, FloatTiles, TILES};
+use super::integer::IntegerTiles;
+use super::memory::Disjoint;
+use super::options::Activations;
+use super::packed::{Format, Packed};
+use super::quantise::Quantised;
+use super::simd::{Isa, LANES, Simd};
+use super::workers::Workers;
+use crate::device::{DeviceError, LinearSpec, RowOrder, WeightRows};
+use std::ops::Range;
+
+/// A linear layer whose weights have been packed for the CPU.
+pub struct CpuLinear {
+    parts: Vec<Packed>,
+    rows: usize,
+    columns: usize,
+    bias: Option<Vec<f32>>,
+}
+
+impl CpuLinear {
+    /// Outputs.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Inputs.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Bytes that the weights and the bias take.
+    pub fn bytes(&self) -> usize {
+        let bias = self
+            .bias
+            .as_ref()
+            .map_or(0, |bias| bias.len() * size_of::<f32>());
+        self.parts.iter().map(Packed::bytes).sum::<usize>() + bias
+    }
+
+    pub(crate) fn load(workers: &mut Workers, spec: &LinearSpec<'_>) -> Result<Self, DeviceError> {
+        let columns = spec.parts.first().map_or(0, |part| part.columns);
+        for part in &spec.parts {
+            check(part, columns)?;
+        }
+        let rows = spec.parts.iter().map(|part| part.rows).sum::<usize>();
+        if let Some(bias) = &spec.bias
+            && bias.len() != rows
+        {
+            return Err(invalid(format!(
+                "a bias has {} values for {rows} rows",
+                bias.len()
+            )));
+        }
+        let mut parts = Vec::new();
+        let mut first_output = 0;
+        // Neighbours of one format become one part: only its last tile is padded.
+        for same in spec.parts.chunk_by(|a, b| a.dtype == b.dtype) {
+            parts.push(Packed::new(workers, same, first_output)?);
+            first_output += same.iter().map(|part| part.rows).sum::<usize>();
+        }
+        Ok(Self {
+            parts,
+            rows,
+            columns,
+            bias: spec.bias.clone(),
+        })
+    }
+
+    /// Row `row` of the weights in float32, without the bias.
+    pub(crate) fn read_row(&self, row: usize, out: &mut [f32]) {
+        let holds =
+            |part: &&Packed| (part.first_output..part.first_output + part.rows).contains(&row);
+        if let Some(part) = self.parts.iter().find(holds) {
+            part.read_row(row - part.first_output, out);
+        }
+    }
+}
+
+fn invalid(reason: String) -> DeviceError {
+    DeviceError::Failed {
+        device: "cpu",
+        operation: "load_linear",
+        reason,
+    }
+}
+
+fn check(part: &WeightRows<'_>, columns: usize) -> Result<(), DeviceError> {
+    if part.columns != columns {
+        return Err(invalid(format!(
+            "parts of one layer have {columns} and {} columns",
+            part.columns
+        )));
+    }
+    let bytes = part
+        .dtype
+        .bytes_for(columns)
+        .and_then(|row| row.checked_mul(part.rows));
+    if bytes != Some(part.data.len()) {
+        return Err(invalid(format!(
+            "{} × {columns} weights of {} cannot be {} bytes",
+            part.rows,
+            part.dtype,
+            part.data.len()
+        )));
+    }
+    if let RowOrder::RopeInterleaved { head_dim } = part.order
+        && (head_dim == 0 || !head_dim.is_multiple_of(2) || !part.rows.is_multiple_of(head_dim))
+    {
+        return Err(invalid(format!(
+            "{} rows are no heads of {head_dim}",
+            part.rows
+        )));
+    }
+    Ok(())
+}
+
+/// What a multiplication reads and writes beside the weights.
+pub(crate) struct Operands<'a> {
+    /// `rows` rows of `columns` activations.
+    pub(crate) x: &'a [f32],
+    pub(crate) rows: usize,
+    /// `rows` rows of `outputs` results.
+    pub(crate) out: Disjoint<'a, f32>,
+    pub(crate) outputs: usize,
+    pub(crate) bias: Option<&'a [f32]>,
+}
+
+impl Operands<'_> {
+    /// Adds the bias to `count` outputs of a row and writes them.
+    ///
+    /// # Safety
+    /// Nobody else writes these outputs. `count` is at most 16.
+    #[inline(always)]
+    pub(crate) unsafe fn store<S: Simd>(
+        &self,
+        s: S,
+        row: usize,
+        output: usize,
+        count: usize,
+        value: S::F,
+    ) {
+        let to = self.out.pointer(row * self.outputs + output, count);
+        // SAFETY: `count` outputs lie at `to`, as many biases were sliced.
+        unsafe {
+            let value = match self.bias {
+                Some(bias) => s.add(
+                    value,
+                    s.load_part(bias[output..output + count].as_ptr(), count),
+                ),
+                None => value,
+            };
+            if count == LANES {
+                s.store(to, value);
+            } else {
+                s.store_part(to, value, count);
+            }
+        }
+    }
+}
+
+/// What multiplications share from call to call.
+pub(crate) struct Multiplier {
+    pub(crate) isa: Isa,
+    pub(crate) activations: Activations,
+    quantised: Quantised,
+}
+
+impl Multiplier {
+    pub(crate) fn new(isa: Isa, activations: Activations) -> Self {
+        Self {
+            isa,
+            activations,
+            quantised: Quantised::default(),
+        }
+    }
+
+    /// `out = W x + b` for `rows` rows; `x` and `out` hold exactly these rows.
+    pub(crate) fn multiply(
+        &mut self,
+        workers: &mut Workers,
+        x: &[f32],
+        weight: &CpuLinear,
+        rows: usize,
+        out: &mut [f32],
+    ) -> Result<(), DeviceError> {
+        let integer = self.activations != Activations::F32;
+        let layouts = weight.parts.iter().filter_map(|part| match part.format {
+            Format::Quantised(layout) => Some(layout),
+            Format::Float(_) => None,
+        });
+        if integer && layouts.clone().next().is_some() {
+            let shape = (rows, weight.columns);
+            self.quantised.fill(workers, self.isa, x, shape, layouts)?;
+        }
+        let operands = Operands {
+            x,
+            rows,
+            out: Disjoint::new(out),
+            outputs: weight.rows,
+            bias: weight.bias.as_deref(),
+        };
+        let (isa, quantised, operands) = (self.isa, &self.quantised, &operands);
+        let multiply_part = |part: &Packed, tiles: Range<usize>| match part.format {
+            Format::Float(float) => isa.dispatch(FloatTiles {
+                part,
+                float,
+                tiles,
+                operands,
+            }),
+            Format::Quantised(layout) if integer => {
+                isa.dispatch(IntegerTiles {
+                    part,
+                    layout,
+                    tiles,
+                    x: quantised,
+                    operands,
+                });
+            }
+            Format::Quantised(layout) => {
+                isa.dispatch(DequantisedTiles {
+                    part,
+                    layout,
+                    tiles,
+                    operands,
+                });
+            }
+        };
+        let tiles = weight.parts.iter().map(Packed::tiles).sum::<usize>();
+        // A few claims a thread even out what else the machine does.
+        let grain = (tiles / (workers.count() * 4))
+            .next_multiple_of(TILES)
+            .max(1);
+        workers.run("linear", tiles, grain, |range| {
+            let mut first = 0;
+            for part in &weight.parts {
+                let end = first + part.tiles();
+                let (from, to) = (range.start.max(first), range.end.min(end));
+                if from < to {
+                    multiply_part(part, from - first..to - first);
+                }
+                first = end;
+            }
+        })
+    }
+}

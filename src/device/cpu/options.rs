@@ -1,0 +1,57 @@
+//! What can be chosen about the CPU device.
+
+/// How many threads, which instructions, which number formats.
+///
+/// The default is the fastest that the machine has; every combination keeps the
+/// determinism contract of [`crate::device`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CpuOptions {
+    /// Threads that compute, the calling one included; all that the process may
+    /// use when `None`.
+    pub threads: Option<usize>,
+    /// The instruction set.
+    pub simd: SimdLevel,
+    /// What activations are multiplied as.
+    pub activations: Activations,
+    /// What cached keys and values are kept as.
+    pub kv: KvType,
+}
+
+/// An instruction set to compute with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SimdLevel {
+    /// The best one that the machine has.
+    #[default]
+    Auto,
+    /// AVX-512 F, BW, DQ, VL and VNNI.
+    Avx512,
+    /// AVX2, FMA and F16C; the same bits as AVX-512.
+    Avx2,
+    /// Plain Rust.
+    Portable,
+}
+
+/// What activations are multiplied with weights as.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Activations {
+    /// Int8 for quantised weights, float32 for floating-point weights.
+    #[default]
+    Auto,
+    /// Float32 for all weights: the reference.
+    F32,
+    /// As `Auto`: int8 wherever the weights are quantised. Floating-point weights
+    /// are always multiplied in float32.
+    Int8,
+}
+
+/// What cached keys and values are kept as.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum KvType {
+    /// Float32 with [`Activations::F32`], float16 otherwise.
+    #[default]
+    Auto,
+    /// Float32.
+    F32,
+    /// Float16; what it cannot hold becomes its largest finite number.
+    F16,
+}

@@ -1,0 +1,257 @@
+//! Rotary position embedding, the norms before it, and writing the cache.
+
+use super::cache::{CpuCache, HalfBits, KvElement, TileShape};
+use super::memory::Disjoint;
+use super::rowwise::normalize;
+use super::simd::{Isa, Kernel, LANES, Simd};
+use super::stage::Staged;
+use super::workers::Workers;
+use crate::device::{DeviceError, HeadShape, RopeSpec};
+use std::ops::Range;
+
+/// A loaded [`RopeSpec`].
+pub struct CpuRope {
+    pub(crate) spec: RopeSpec,
+    /// Where its table is among [`RopeTables`].
+    pub(crate) index: usize,
+}
+
+/// Cosines and sines of the staged batch's positions, computed once for all layers.
+#[derive(Default)]
+pub(crate) struct RopeTables {
+    tables: Vec<Table>,
+}
+
+#[derive(Default)]
+struct Table {
+    generation: u64,
+    /// One row a batch row: the cosines, then the sines.
+    angles: Vec<f32>,
+}
+
+impl RopeTables {
+    /// A place for one more rope.
+    pub(crate) fn add(&mut self) -> usize {
+        self.tables.push(Table::default());
+        self.tables.len() - 1
+    }
+
+    /// The angles for `batch`.
+    pub(crate) fn angles(
+        &mut self,
+        workers: &mut Workers,
+        rope: &CpuRope,
+        batch: &Staged,
+    ) -> Result<&[f32], DeviceError> {
+        let wrong = || DeviceError::Failed {
+            device: "cpu",
+            operation: "rope_store",
+            reason: "this rotary embedding was loaded by another device".to_owned(),
+        };
+        let table = self.tables.get_mut(rope.index).ok_or_else(wrong)?;
+        if table.generation != batch.generation {
+            let frequencies = &rope.spec.inverse_frequencies;
+            let half = frequencies.len();
+            table.angles.resize(batch.rows() * 2 * half, 0.0);
+            let angles = Disjoint::new(&mut table.angles);
+            let grain = (512 / half.max(1)).max(1);
+            workers.run("rope_store", batch.rows(), grain, |range| {
+                for row in range {
+                    // SAFETY: a row is one item.
+                    let angles = unsafe { angles.range(row * 2 * half, 2 * half) };
+                    let (cosines, sines) = angles.split_at_mut(half);
+                    let position = batch.positions[row] as f32;
+                    for i in 0..half {
+                        let (sine, cosine) = (position * frequencies[i]).sin_cos();
+                        cosines[i] = cosine * rope.spec.magnitude;
+                        sines[i] = sine * rope.spec.magnitude;
+                    }
+                }
+            })?;
+            table.generation = batch.generation;
+        }
+        Ok(&table.angles)
+    }
+}
+
+/// A norm on queries and keys, its weights as slices.
+#[derive(Clone, Copy)]
+pub(crate) struct NormWeights<'a> {
+    pub(crate) q: &'a [f32],
+    pub(crate) k: &'a [f32],
+    pub(crate) epsilon: f32,
+    pub(crate) per_head: bool,
+}
+
+/// What `rope_store` works on; operands were checked against each other.
+pub(crate) struct RopeStore<'a> {
+    pub(crate) heads: HeadShape,
+    pub(crate) norm: Option<NormWeights<'a>>,
+    pub(crate) half: usize,
+    pub(crate) angles: &'a [f32],
+    pub(crate) batch: &'a Staged,
+}
+
+impl RopeStore<'_> {
+    /// Rotates all rows of `qkv` and writes their keys and values to `layer`.
+    pub(crate) fn all_rows(
+        &self,
+        workers: &mut Workers,
+        isa: Isa,
+        qkv: &mut [f32],
+        cache: &mut CpuCache,
+        layer: usize,
+    ) -> Result<(), DeviceError> {
+        let qkv = Disjoint::new(qkv);
+        // Where a token's keys and values go; worked out before the layer is borrowed.
+        let block_tokens = cache.shape().block_tokens;
+        let tile_elements = TileShape::new(self.heads.head_dim).elements();
+        let place = |slot: usize, head: usize| {
+            let tiles = block_tokens / LANES;
+            let (block, offset) = (slot / block_tokens, slot % block_tokens);
+            let tile = (block * self.heads.kv_heads + head) * tiles + offset / LANES;
+            (tile * tile_elements, offset % LANES)
+        };
+        let (half, bytes) = (cache.half, Disjoint::new(cache.layer_mut(layer)));
+        let grain = (4096 / self.heads.qkv_columns().max(1)).max(1);
+        workers.run("rope_store", self.batch.rows(), grain, |rows| {
+            if half {
+                isa.dispatch(Rows::<HalfBits, _> {
+                    store: self,
+                    rows,
+                    qkv: &qkv,
+                    cache: &bytes,
+                    place,
+                    of: Default::default(),
+                });
+            } else {
+                isa.dispatch(Rows::<f32, _> {
+                    store: self,
+                    rows,
+                    qkv: &qkv,
+                    cache: &bytes,
+                    place,
+                    of: Default::default(),
+                });
+            }
+        })
+    }
+}
+
+/// Some rows of the batch.
+struct Rows<'a, E, P> {
+    store: &'a RopeStore<'a>,
+    rows: Range<usize>,
+    qkv: &'a Disjoint<'a, f32>,
+    cache: &'a Disjoint<'a, u8>,
+    place: P,
+    of: std::marker::PhantomData<E>,
+}
+
+impl<E: KvElement, P: Fn(usize, usize) -> (usize, usize)> Kernel for Rows<'_, E, P> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let RopeStore {
+            heads,
+            norm,
+            half,
+            angles,
+            batch,
+        } = *self.store;
+        let dim = heads.head_dim;
+        let columns = heads.qkv_columns();
+        for row in self.rows {
+            // SAFETY: a row is one item.
+            let qkv = unsafe { self.qkv.range(row * columns, columns) };
+            let (q, kv) = qkv.split_at_mut(heads.q_columns());
+            let (k, v) = kv.split_at_mut(heads.kv_heads * dim);
+            if let Some(norm) = norm {
+                let size = |all: usize| if norm.per_head { dim } else { all };
+                let (q_size, k_size) = (size(q.len()), size(k.len()));
+                q.chunks_exact_mut(q_size)
+                    .for_each(|q| normalize(s, q, norm.q, norm.epsilon));
+                k.chunks_exact_mut(k_size)
+                    .for_each(|k| normalize(s, k, norm.k, norm.epsilon));
+            }
+            let (cosines, sines) = angles[row * 2 * half..][..2 * half].split_at(half);
+            for head in q.chunks_exact_mut(dim).chain(k.chunks_exact_mut(dim)) {
+                rotate(s, head, cosines, sines);
+            }
+            let slot = batch.slots[row] as usize;
+            let shape = TileShape::new(dim);
+            for head in 0..heads.kv_heads {
+                let (tile, token) = (self.place)(slot, head);
+                let bytes = size_of::<E>();
+                let to = self
+                    .cache
+                    .pointer(tile * bytes, shape.elements() * bytes)
+                    .cast::<E>();
+                let (k, v) = (&k[head * dim..][..dim], &v[head * dim..][..dim]);
+                // SAFETY: `to` is a whole tile; no other row writes this token of it.
+                unsafe { store_token(s, to, shape, token, k, v) };
+            }
+        }
+    }
+}
+
+/// Rotates the pairs `(i, i + half)` of a head.
+#[inline(always)]
+fn rotate<S: Simd>(s: S, head: &mut [f32], cosines: &[f32], sines: &[f32]) {
+    let half = cosines.len();
+    assert!(2 * half <= head.len() && sines.len() == half);
+    let mut at = 0;
+    while at < half {
+        let count = LANES.min(half - at);
+        // SAFETY: `at + count` is at most `half`, twice which is inside the head.
+        unsafe {
+            let (first, second) = (head.as_mut_ptr().add(at), head.as_mut_ptr().add(half + at));
+            let (a, b) = (s.load_part(first, count), s.load_part(second, count));
+            let cosine = s.load_part(cosines.as_ptr().add(at), count);
+            let sine = s.load_part(sines.as_ptr().add(at), count);
+            let rotated = s.sub(s.mul(a, cosine), s.mul(b, sine));
+            s.store_part(first, rotated, count);
+            let rotated = s.add(s.mul(b, cosine), s.mul(a, sine));
+            s.store_part(second, rotated, count);
+        }
+        at += LANES;
+    }
+}
+
+/// Writes one token's key and value into its tile.
+///
+/// # Safety
+/// `tile` is writable for a whole tile; nobody else uses this token of it.
+#[inline(always)]
+unsafe fn store_token<S: Simd, E: KvElement>(
+    s: S,
+    tile: *mut E,
+    shape: TileShape,
+    token: usize,
+    k: &[f32],
+    v: &[f32],
+) {
+    let mut converted = [E::default(); LANES];
+    for at in (0..shape.head_dim).step_by(LANES) {
+        let count = LANES.min(shape.head_dim - at);
+        // SAFETY: `count` elements are left of key and value; the tile has room for
+        // the keys' `head_dim` rows and for whole vectors of values.
+        unsafe {
+            E::store(
+                s,
+                converted.as_mut_ptr(),
+                s.load_part(k.as_ptr().add(at), count),
+            );
+            for (i, &element) in converted[..count].iter().enumerate() {
+                tile.add((at + i) * LANES + token).write(element);
+            }
+            let value = s.load_part(v.as_ptr().add(at), count);
+            E::store(
+                s,
+                tile.add(shape.keys() + token * shape.value_stride + at),
+                value,
+            );
+        }
+    }
+}

@@ -1,0 +1,269 @@
+//! Operations on each row alone: norms, sums, activations.
+
+use super::simd::{Kernel, LANES, Simd};
+use crate::device::Activation;
+
+/// Calls `f` with the start and length of each vector of a row of `columns`.
+#[inline(always)]
+fn vectors(columns: usize, mut f: impl FnMut(usize, usize)) {
+    let whole = columns / LANES * LANES;
+    let mut at = 0;
+    while at < whole {
+        f(at, LANES);
+        at += LANES;
+    }
+    if whole < columns {
+        f(whole, columns - whole);
+    }
+}
+
+/// # Safety
+/// `from` is readable for `count` numbers; `count` is at most 16.
+#[inline(always)]
+unsafe fn load<S: Simd>(s: S, from: *const f32, count: usize) -> S::F {
+    // SAFETY: the caller vouches for `from`.
+    unsafe {
+        if count == LANES {
+            s.load(from)
+        } else {
+            s.load_part(from, count)
+        }
+    }
+}
+
+/// # Safety
+/// `to` is writable for `count` numbers; `count` is at most 16.
+#[inline(always)]
+unsafe fn store<S: Simd>(s: S, to: *mut f32, value: S::F, count: usize) {
+    // SAFETY: the caller vouches for `to`.
+    unsafe {
+        if count == LANES {
+            s.store(to, value)
+        } else {
+            s.store_part(to, value, count)
+        }
+    }
+}
+
+/// `1 / √(mean square + ε)`.
+#[inline(always)]
+fn inverse_rms<S: Simd>(s: S, x: &[f32], epsilon: f32) -> f32 {
+    let mut sum = s.splat(0.0);
+    vectors(x.len(), |at, count| {
+        // SAFETY: `vectors` stays inside the row.
+        let v = unsafe { load(s, x.as_ptr().add(at), count) };
+        sum = s.fma(v, v, sum);
+    });
+    1.0 / (s.reduce_add(sum) / x.len() as f32 + epsilon).sqrt()
+}
+
+/// `x = x / rms(x) · weight`.
+#[inline(always)]
+pub(crate) fn normalize<S: Simd>(s: S, x: &mut [f32], weight: &[f32], epsilon: f32) {
+    assert!(weight.len() >= x.len());
+    let factor = s.splat(inverse_rms(s, x, epsilon));
+    vectors(x.len(), |at, count| {
+        // SAFETY: `vectors` stays inside the row; the weight is as long.
+        unsafe {
+            let v = load(s, x.as_ptr().add(at), count);
+            let w = load(s, weight.as_ptr().add(at), count);
+            store(s, x.as_mut_ptr().add(at), s.mul(s.mul(v, factor), w), count);
+        }
+    });
+}
+
+/// `out = x / rms(x) · weight` for rows of `weight.len()` columns.
+pub(crate) struct RmsNorm<'a> {
+    pub(crate) x: &'a [f32],
+    pub(crate) weight: &'a [f32],
+    pub(crate) epsilon: f32,
+    pub(crate) out: &'a mut [f32],
+}
+
+impl Kernel for RmsNorm<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let columns = self.weight.len();
+        for (x, out) in self
+            .x
+            .chunks_exact(columns)
+            .zip(self.out.chunks_exact_mut(columns))
+        {
+            let factor = s.splat(inverse_rms(s, x, self.epsilon));
+            vectors(columns, |at, count| {
+                // SAFETY: `vectors` stays inside the rows, which are equally long.
+                unsafe {
+                    let v = load(s, x.as_ptr().add(at), count);
+                    let w = load(s, self.weight.as_ptr().add(at), count);
+                    store(
+                        s,
+                        out.as_mut_ptr().add(at),
+                        s.mul(s.mul(v, factor), w),
+                        count,
+                    );
+                }
+            });
+        }
+    }
+}
+
+/// `residual += x / rms(x) · weight` for rows of `weight.len()` columns.
+pub(crate) struct RmsNormAdd<'a> {
+    pub(crate) x: &'a [f32],
+    pub(crate) weight: &'a [f32],
+    pub(crate) epsilon: f32,
+    pub(crate) residual: &'a mut [f32],
+}
+
+impl Kernel for RmsNormAdd<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let columns = self.weight.len();
+        let residuals = self.residual.chunks_exact_mut(columns);
+        for (x, residual) in self.x.chunks_exact(columns).zip(residuals) {
+            let factor = s.splat(inverse_rms(s, x, self.epsilon));
+            vectors(columns, |at, count| {
+                // SAFETY: `vectors` stays inside the rows, which are equally long.
+                unsafe {
+                    let v = load(s, x.as_ptr().add(at), count);
+                    let w = load(s, self.weight.as_ptr().add(at), count);
+                    let r = load(s, residual.as_ptr().add(at), count);
+                    let sum = s.add(r, s.mul(s.mul(v, factor), w));
+                    store(s, residual.as_mut_ptr().add(at), sum, count);
+                }
+            });
+        }
+    }
+}
+
+/// `a += b`, element by element.
+pub(crate) struct Add<'a> {
+    pub(crate) a: &'a mut [f32],
+    pub(crate) b: &'a [f32],
+    /// Factor on `b`.
+    pub(crate) factor: f32,
+}
+
+impl Kernel for Add<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let factor = s.splat(self.factor);
+        vectors(self.a.len().min(self.b.len()), |at, count| {
+            // SAFETY: `vectors` stays inside the shorter of the two.
+            unsafe {
+                let a = load(s, self.a.as_ptr().add(at), count);
+                let b = load(s, self.b.as_ptr().add(at), count);
+                store(s, self.a.as_mut_ptr().add(at), s.fma(factor, b, a), count);
+            }
+        });
+    }
+}
+
+/// `out = activation(gate) · up` for rows of `columns` results.
+pub(crate) struct Gate<'a> {
+    pub(crate) gate_up: &'a [f32],
+    pub(crate) activation: Activation,
+    pub(crate) columns: usize,
+    pub(crate) out: &'a mut [f32],
+}
+
+impl Gate<'_> {
+    #[inline(always)]
+    fn rows<S: Simd>(self, s: S, activation: impl Fn(S::F) -> S::F) {
+        let columns = self.columns;
+        let rows = self.gate_up.chunks_exact(2 * columns);
+        for (gate_up, out) in rows.zip(self.out.chunks_exact_mut(columns)) {
+            vectors(columns, |at, count| {
+                // SAFETY: `vectors` stays inside the row, and inside each half of the
+                // row of the operand.
+                unsafe {
+                    let gate = load(s, gate_up.as_ptr().add(at), count);
+                    let up = load(s, gate_up.as_ptr().add(columns + at), count);
+                    store(
+                        s,
+                        out.as_mut_ptr().add(at),
+                        s.mul(activation(gate), up),
+                        count,
+                    );
+                }
+            });
+        }
+    }
+}
+
+impl Kernel for Gate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let one = s.splat(1.0);
+        match self.activation {
+            Activation::Silu => self.rows(s, |x| {
+                let e = s.exp(s.sub(s.splat(0.0), x));
+                s.div(x, s.add(one, e))
+            }),
+            Activation::GeluTanh => self.rows(s, |x| {
+                // x/2 · (1 + tanh u) = x / (1 + e^(−2u)), which does not cancel.
+                const MINUS_2_SQRT_2_OVER_PI: f32 = -1.595_769;
+                let cubic = s.fma(s.mul(s.mul(x, x), x), s.splat(0.044_715), x);
+                let e = s.exp(s.mul(cubic, s.splat(MINUS_2_SQRT_2_OVER_PI)));
+                s.div(x, s.add(one, e))
+            }),
+        }
+    }
+}
+
+/// `x → cap · tanh(x / cap)`, element by element.
+pub(crate) struct Softcap<'a> {
+    pub(crate) x: &'a mut [f32],
+    pub(crate) cap: f32,
+}
+
+impl Kernel for Softcap<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let cap = s.splat(self.cap);
+        vectors(self.x.len(), |at, count| {
+            // SAFETY: `vectors` stays inside the slice.
+            unsafe {
+                let x = load(s, self.x.as_ptr().add(at), count);
+                store(
+                    s,
+                    self.x.as_mut_ptr().add(at),
+                    s.mul(cap, s.tanh(s.div(x, cap))),
+                    count,
+                );
+            }
+        });
+    }
+}
+
+/// The largest number, −∞ for none; NaN never wins.
+pub(crate) struct Largest<'a>(pub(crate) &'a [f32]);
+
+impl Kernel for Largest<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f32 {
+        let (whole, rest) = self.0.as_chunks::<LANES>();
+        let mut best = [s.splat(f32::NEG_INFINITY); 4];
+        for (i, chunk) in whole.iter().enumerate() {
+            // SAFETY: a chunk of `LANES`. The operand order keeps NaN out.
+            best[i % 4] = s.max(unsafe { s.load(chunk.as_ptr()) }, best[i % 4]);
+        }
+        let best = s.max(s.max(best[0], best[1]), s.max(best[2], best[3]));
+        rest.iter().fold(
+            s.reduce_max(best),
+            |best, &x| if x > best { x } else { best },
+        )
+    }
+}

@@ -1,0 +1,253 @@
+//! Sixteen-lane vectors: what the kernels are written in, whatever the machine.
+//!
+//! A kernel is a [`Kernel`]: a struct of operands with one function generic over
+//! [`Simd`]. [`Isa::dispatch`] runs it inside a function compiled for the chosen
+//! instruction set, so every `#[inline(always)]` operation becomes one
+//! instruction (two on AVX2) there.
+//!
+//! AVX-512 and AVX2 give the same bits: every operation is lane by lane, `fma`
+//! is fused in both, and reductions use one tree order. The portable form may
+//! differ in the last bit, because it does not fuse where the target has no FMA.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod portable;
+
+use super::options::SimdLevel;
+use crate::device::DeviceError;
+
+/// Lanes of a vector, rows of a weight tile, tokens of a key tile.
+pub(crate) const LANES: usize = 16;
+
+/// An instruction set. A value of an implementing type is the proof that the
+/// machine has it.
+///
+/// `F` is sixteen `f32`, `I` sixteen `i32` (or 64 bytes).
+pub(crate) trait Simd: Copy + Send + Sync + 'static {
+    /// Sixteen `f32`.
+    type F: Copy;
+    /// Sixteen `i32`.
+    type I: Copy;
+    /// Activation rows that share one expanded weight tile: as many as the
+    /// registers hold accumulators for. 8, 4, 2 or 1.
+    const ROWS: usize;
+
+    /// All lanes `value`.
+    fn splat(self, value: f32) -> Self::F;
+    /// Sixteen consecutive numbers.
+    ///
+    /// # Safety
+    /// `from` is readable for 16 elements.
+    unsafe fn load(self, from: *const f32) -> Self::F;
+    /// Sixteen consecutive float16 numbers.
+    ///
+    /// # Safety
+    /// `from` is readable for 16 elements.
+    unsafe fn load_f16(self, from: *const u16) -> Self::F;
+    /// Sixteen consecutive bfloat16 numbers.
+    ///
+    /// # Safety
+    /// `from` is readable for 16 elements.
+    unsafe fn load_bf16(self, from: *const u16) -> Self::F;
+    /// Writes sixteen numbers.
+    ///
+    /// # Safety
+    /// `to` is writable for 16 elements.
+    unsafe fn store(self, to: *mut f32, value: Self::F);
+    /// Writes sixteen numbers as float16, the nearest finite one; NaN stays NaN.
+    ///
+    /// # Safety
+    /// `to` is writable for 16 elements.
+    unsafe fn store_f16(self, to: *mut u16, value: Self::F);
+
+    /// `a + b`.
+    fn add(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a − b`.
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a · b`.
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a / b`.
+    fn div(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a · b + c`.
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// `a > b ? a : b`, so `b` where either is NaN.
+    fn max(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a < b ? a : b`, so `b` where either is NaN.
+    fn min(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `|a|`.
+    fn abs(self, a: Self::F) -> Self::F;
+    /// To the nearest integer, ties to even.
+    fn round(self, a: Self::F) -> Self::F;
+    /// `a < b ? yes : no`; `no` where either is NaN.
+    fn select_lt(self, a: Self::F, b: Self::F, yes: Self::F, no: Self::F) -> Self::F;
+    /// The sum of the lanes: halves are added to each other until one lane is left.
+    fn reduce_add(self, a: Self::F) -> f32;
+    /// The largest lane, in the same tree order.
+    fn reduce_max(self, a: Self::F) -> f32;
+
+    /// All lanes `value`.
+    fn splat_i(self, value: i32) -> Self::I;
+    /// 64 consecutive bytes.
+    ///
+    /// # Safety
+    /// `from` is readable for 64 bytes.
+    unsafe fn load_bytes(self, from: *const u8) -> Self::I;
+    /// Writes the lanes' low bytes.
+    ///
+    /// # Safety
+    /// `to` is writable for 16 bytes.
+    unsafe fn store_low_bytes(self, to: *mut i8, value: Self::I);
+    /// Lane-wise sum.
+    fn add_i(self, a: Self::I, b: Self::I) -> Self::I;
+    /// Bitwise and.
+    fn and_i(self, a: Self::I, b: Self::I) -> Self::I;
+    /// Logical shift right of every 32-bit lane.
+    fn shift_right<const BITS: u32>(self, a: Self::I) -> Self::I;
+    /// Per lane: `acc` + the four products of an unsigned byte of `w` with a
+    /// signed byte of `x`.
+    fn dot4(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
+    /// The sum of the lanes.
+    fn reduce_add_i(self, a: Self::I) -> i32;
+    /// Numbers to the nearest integers, ties to even.
+    fn to_int(self, a: Self::F) -> Self::I;
+    /// Integers to numbers.
+    fn to_float(self, a: Self::I) -> Self::F;
+    /// `2^n` for integers `n` from −126 to 127.
+    fn power_of_two(self, n: Self::I) -> Self::F;
+
+    /// The first `count` of sixteen numbers, the rest 0.
+    ///
+    /// # Safety
+    /// `from` is readable for `count` elements; `count` is at most 16.
+    #[inline(always)]
+    unsafe fn load_part(self, from: *const f32, count: usize) -> Self::F {
+        let mut lanes = [0.0f32; LANES];
+        // SAFETY: the caller vouches for `from`; `lanes` holds 16.
+        unsafe {
+            std::ptr::copy_nonoverlapping(from, lanes.as_mut_ptr(), count);
+            self.load(lanes.as_ptr())
+        }
+    }
+    /// Writes the first `count` of sixteen numbers.
+    ///
+    /// # Safety
+    /// `to` is writable for `count` elements; `count` is at most 16.
+    #[inline(always)]
+    unsafe fn store_part(self, to: *mut f32, value: Self::F, count: usize) {
+        let mut lanes = [0.0f32; LANES];
+        // SAFETY: `lanes` holds 16; the caller vouches for `to`.
+        unsafe {
+            self.store(lanes.as_mut_ptr(), value);
+            std::ptr::copy_nonoverlapping(lanes.as_ptr(), to, count);
+        }
+    }
+
+    /// `e^x`, within 2 units in the last place; exactly 1 at 0, exactly 0 below
+    /// −87.3 (the online softmax counts on both).
+    #[inline(always)]
+    fn exp(self, x: Self::F) -> Self::F {
+        let lowest = self.splat(-87.3);
+        // The operand order lets NaN through.
+        let clamped = self.min(self.splat(88.0), self.max(lowest, x));
+        let n = self.round(self.mul(clamped, self.splat(std::f32::consts::LOG2_E)));
+        // ln 2 in two parts, so that n · ln 2 is subtracted without rounding.
+        let r = self.fma(n, self.splat(-0.693_359_4), clamped);
+        let r = self.fma(n, self.splat(2.121_944_4e-4), r);
+        // Cephes' expf polynomial.
+        let mut p = self.splat(1.987_569_1e-4);
+        for coefficient in [
+            1.398_199_9e-3,
+            8.333_452e-3,
+            4.166_579_6e-2,
+            1.666_666_5e-1,
+            0.5,
+        ] {
+            p = self.fma(p, r, self.splat(coefficient));
+        }
+        let y = self.add(self.fma(self.mul(r, r), p, r), self.splat(1.0));
+        let y = self.mul(y, self.power_of_two(self.to_int(n)));
+        self.select_lt(x, lowest, self.splat(0.0), y)
+    }
+
+    /// `tanh x`, within 2e-7; exactly 0 at 0.
+    #[inline(always)]
+    fn tanh(self, x: Self::F) -> Self::F {
+        let one = self.splat(1.0);
+        let e = self.exp(self.add(x, x));
+        self.sub(one, self.div(self.splat(2.0), self.add(e, one)))
+    }
+}
+
+/// A computation written once for every instruction set.
+pub(crate) trait Kernel {
+    /// What it gives.
+    type Output;
+    /// Computes it. Implementations are `#[inline(always)]`.
+    fn run<S: Simd>(self, simd: S) -> Self::Output;
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    Portable,
+}
+
+/// An instruction set that this machine is known to have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Isa(Kind);
+
+impl Isa {
+    /// The instruction set for `level`, or `Unsupported` where the machine lacks it.
+    pub(crate) fn choose(level: SimdLevel) -> Result<Self, DeviceError> {
+        let missing = |what: &str| DeviceError::Unsupported {
+            device: "cpu",
+            what: format!("{what} on this machine"),
+            expected: "the SIMD level 'auto' takes the best one there is".to_owned(),
+        };
+        #[cfg(target_arch = "x86_64")]
+        match level {
+            SimdLevel::Portable => Ok(Self(Kind::Portable)),
+            SimdLevel::Auto | SimdLevel::Avx512 if avx512::available() => Ok(Self(Kind::Avx512)),
+            SimdLevel::Auto | SimdLevel::Avx2 if avx2::available() => Ok(Self(Kind::Avx2)),
+            SimdLevel::Auto => Ok(Self(Kind::Portable)),
+            SimdLevel::Avx512 => Err(missing("AVX-512 with VNNI")),
+            SimdLevel::Avx2 => Err(missing("AVX2 with FMA and F16C")),
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        match level {
+            SimdLevel::Auto | SimdLevel::Portable => Ok(Self(Kind::Portable)),
+            SimdLevel::Avx512 => Err(missing("AVX-512")),
+            SimdLevel::Avx2 => Err(missing("AVX2")),
+        }
+    }
+
+    /// Its name, for the start-up log.
+    pub(crate) fn name(self) -> &'static str {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512 => "AVX-512",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2 => "AVX2",
+            Kind::Portable => "portable",
+        }
+    }
+
+    /// Runs `kernel` compiled for this instruction set.
+    #[inline]
+    pub(crate) fn dispatch<K: Kernel>(self, kernel: K) -> K::Output {
+        match self.0 {
+            // SAFETY: an `Isa` of this kind is made only where `available` said so.
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512 => unsafe { avx512::enter(kernel) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2 => unsafe { avx2::enter(kernel) },
+            Kind::Portable => kernel.run(portable::Portable),
+        }
+    }
+}

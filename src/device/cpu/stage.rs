@@ -1,0 +1,131 @@
+//! The inputs of the step in progress, checked so that operations need not.
+
+use crate::device::{Batch, BatchSequence, DeviceError};
+
+/// A checked batch: every row has a token, sequences cover the rows in order, and
+/// no two rows write the same slot.
+#[derive(Default)]
+pub(crate) struct Staged {
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) positions: Vec<u32>,
+    pub(crate) slots: Vec<u32>,
+    pub(crate) sequences: Vec<BatchSequence>,
+    pub(crate) tables: Vec<u32>,
+    pub(crate) sample_rows: Vec<usize>,
+    /// Which batch this is; what was computed for another one is stale.
+    pub(crate) generation: u64,
+    /// Beyond the largest position, slot and block; 0 for an empty batch.
+    pub(crate) position_end: usize,
+    pub(crate) slot_end: usize,
+    pub(crate) block_end: usize,
+    sorted: Vec<u32>,
+}
+
+fn end(values: &[u32]) -> usize {
+    values
+        .iter()
+        .max()
+        .map_or(0, |&largest| largest as usize + 1)
+}
+
+fn copy<T: Clone>(to: &mut Vec<T>, from: &[T]) {
+    to.clear();
+    to.extend_from_slice(from);
+}
+
+impl Staged {
+    /// Number of rows.
+    pub(crate) fn rows(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Takes `batch`; tokens that only the device knows come from `sampled`.
+    pub(crate) fn take(&mut self, batch: &Batch, sampled: &[u32]) -> Result<(), DeviceError> {
+        self.generation += 1;
+        let outcome = self.check(batch, sampled);
+        if outcome.is_err() {
+            // Nothing may be computed from a batch that was refused.
+            self.tokens.clear();
+            self.sequences.clear();
+            self.sample_rows.clear();
+        }
+        outcome.map_err(|reason| DeviceError::Failed {
+            device: "cpu",
+            operation: "stage",
+            reason,
+        })
+    }
+
+    fn check(&mut self, batch: &Batch, sampled: &[u32]) -> Result<(), String> {
+        let rows = batch.rows();
+        if batch.positions.len() != rows || batch.slots.len() != rows {
+            let (positions, slots) = (batch.positions.len(), batch.slots.len());
+            return Err(format!(
+                "{rows} tokens have {positions} positions and {slots} slots"
+            ));
+        }
+        copy(&mut self.tokens, &batch.tokens);
+        copy(&mut self.positions, &batch.positions);
+        copy(&mut self.slots, &batch.slots);
+        copy(&mut self.sequences, &batch.sequences);
+        copy(&mut self.tables, &batch.tables);
+        copy(&mut self.sample_rows, &batch.sample_rows);
+        for feedback in &batch.feedback {
+            let (row, sample) = (feedback.row, feedback.sample);
+            let token = self.tokens.get_mut(row);
+            let token = token.ok_or_else(|| format!("row {row} of {rows} awaits a sample"))?;
+            *token = *sampled.get(sample).ok_or_else(|| {
+                format!(
+                    "row {row} awaits sample {sample}, but the last step had {}",
+                    sampled.len()
+                )
+            })?;
+        }
+        self.check_sequences(rows)?;
+        if let Some(row) = self.sample_rows.iter().find(|&&row| row >= rows) {
+            return Err(format!("logits are wanted of row {row} of {rows}"));
+        }
+        copy(&mut self.sorted, &batch.slots);
+        self.sorted.sort_unstable();
+        if let Some(pair) = self.sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(format!("two rows write slot {}", pair[0]));
+        }
+        self.position_end = end(&self.positions);
+        self.slot_end = end(&self.slots);
+        self.block_end = end(&self.tables);
+        Ok(())
+    }
+
+    fn check_sequences(&self, rows: usize) -> Result<(), String> {
+        let mut next = 0;
+        for (index, sequence) in self.sequences.iter().enumerate() {
+            let range = &sequence.rows;
+            if range.start != next || range.end < range.start || range.end > rows {
+                return Err(format!(
+                    "sequence {index} has rows {range:?}, row {next} is next"
+                ));
+            }
+            next = range.end;
+            let positions = &self.positions[range.clone()];
+            if positions
+                .windows(2)
+                .any(|pair| pair[0].checked_add(1) != Some(pair[1]))
+            {
+                return Err(format!(
+                    "the positions of sequence {index} do not follow each other"
+                ));
+            }
+            let table = &sequence.table;
+            if table.start > table.end || table.end > self.tables.len() {
+                let tables = self.tables.len();
+                return Err(format!(
+                    "sequence {index} has table {table:?} of {tables} entries"
+                ));
+            }
+        }
+        if next != rows {
+            return Err(format!("sequences cover {next} of {rows} rows"));
+        }
+        Ok(())
+    }
+}
