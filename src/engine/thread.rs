@@ -25,6 +25,10 @@ pub(super) struct SchedulerThread {
     completed: StepId,
     audit: bool,
     closing: bool,
+    /// Nothing to do until a command arrives.
+    idle: bool,
+    /// A command was applied since the last plan.
+    applied: bool,
     tokens_generated: u64,
     prompt_tokens: u64,
     /// Kept for its memory.
@@ -53,6 +57,8 @@ impl SchedulerThread {
             completed: StepId::default(),
             audit,
             closing: false,
+            idle: true,
+            applied: false,
             tokens_generated: 0,
             prompt_tokens: 0,
             pause: Vec::new(),
@@ -84,11 +90,11 @@ impl SchedulerThread {
 
     /// The loop, in full.
     fn serve(&mut self) -> Result<Exit, EngineFault> {
-        let mut idle = true;
         loop {
-            if self.drain_commands(idle) {
+            if self.drain_commands() {
                 return Ok(Exit::Done);
             }
+            self.applied = false;
             let plan = if self.closing { None } else { self.scheduler.plan() };
             let planned = plan.is_some();
             if let Some(plan) = plan {
@@ -98,37 +104,39 @@ impl SchedulerThread {
             {
                 self.collect()?;
             }
-            idle = !planned && self.in_flight.is_empty();
-            if self.closing && idle {
+            // A command may have come while a step was collected: then plan again.
+            self.idle = !planned && self.in_flight.is_empty() && !self.applied;
+            if self.closing && self.idle {
                 return Ok(Exit::Done);
             }
         }
     }
 
-    /// Applies every command that has been posted; waits for one when `idle`: when
+    /// Applies every command that has been posted; waits for one when idle: when
     /// nothing can be planned and nothing is in flight, only a command changes that.
     /// `true` when nobody is left who could post.
-    fn drain_commands(&mut self, mut idle: bool) -> bool {
+    fn drain_commands(&mut self) -> bool {
         loop {
             match self.commands.try_recv() {
                 Ok(command) => self.apply(command),
                 Err(TryRecvError::Disconnected) => return true,
                 Err(TryRecvError::Empty) => {
                     self.ledger.settle(self.completed);
-                    if !idle || self.closing {
+                    if !self.idle || self.closing {
                         return false;
                     }
                     match self.commands.recv() {
                         Ok(command) => self.apply(command),
                         Err(_) => return true,
                     }
-                    idle = false;
                 }
             }
         }
     }
 
     fn apply(&mut self, command: Command) {
+        self.idle = false;
+        self.applied = true;
         match command {
             Command::Submit(submission) => self.submit(*submission),
             Command::Cancel(id) => {

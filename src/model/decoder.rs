@@ -276,7 +276,7 @@ impl<D: Device> Layer<D> {
         let placement = config.family.norm_placement();
         let before = placement != NormPlacement::After;
         let after = placement != NormPlacement::Before;
-        let mut norm = |device: &mut D, wanted: bool, part: Part| -> Result<_, ModelError> {
+        let norm = |device: &mut D, wanted: bool, part: Part| -> Result<_, ModelError> {
             if !wanted {
                 return Ok(None);
             }
@@ -344,7 +344,7 @@ impl<D: Device> Workspace<D> {
     ) -> Result<Self, DeviceError> {
         let StepLimits { rows, samples, .. } = limits;
         let dense = (0..config.layers).any(|layer| config.layer_experts(layer).is_none());
-        let mut optional = |device: &mut D, wanted: bool, columns: usize| {
+        let optional = |device: &mut D, wanted: bool, columns: usize| {
             wanted.then(|| device.allocate(rows, columns)).transpose()
         };
         Ok(Self {

@@ -6,6 +6,16 @@ use thiserror::Error;
 /// A tokenizer or chat template that cannot be built, or cannot do what was asked.
 #[derive(Debug, Error)]
 pub enum TextError {
+    /// A metadata value has another type than its key calls for.
+    #[error("metadata {key} is of type {found}, but must be {expected}")]
+    MetadataType {
+        /// The key.
+        key: &'static str,
+        /// The type found.
+        found: &'static str,
+        /// What is accepted.
+        expected: &'static str,
+    },
     /// A tokenizer file cannot be read.
     #[error("cannot read {}: {source}", path.display())]
     Read {

@@ -1,0 +1,190 @@
+//! A simulated runner: a device whose "model" is a hash of the cached tokens.
+//!
+//! It keeps one token a slot of the key-value cache, writes and reads it through
+//! the block tables, and only when a step is collected: a block that is handed out
+//! too early, or a table that is wrong, changes the tokens that come out.
+
+use quell::device::DeviceError;
+use quell::runner::{Runner, RunnerInfo};
+use quell::sampling::Sampled;
+use quell::schedule::{Sequences, StepPlan, TokenInput};
+use quell::{Engine, EngineConfig, LoadError};
+use std::collections::VecDeque;
+use std::sync::mpsc;
+
+pub const VOCABULARY: u32 = 1000;
+
+/// What the simulated device is to do.
+pub struct SimOptions {
+    /// Steps in flight.
+    pub depth: usize,
+    /// Blocks of the cache.
+    pub blocks: usize,
+    pub block_tokens: usize,
+    pub context: usize,
+    /// Each collected step takes one permit from here, if there is a gate.
+    pub gate: Option<mpsc::Receiver<()>>,
+    /// What happens when the step with this number is collected.
+    pub fault: Option<(u64, Fault)>,
+}
+
+/// What a step can be made to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The launch is refused.
+    Launch,
+    /// The step fails.
+    Step,
+    /// The device is lost.
+    Lost,
+    /// The runner panics.
+    Panic,
+}
+
+impl Default for SimOptions {
+    fn default() -> Self {
+        Self { depth: 1, blocks: 256, block_tokens: 4, context: 512, gate: None, fault: None }
+    }
+}
+
+struct Item {
+    tokens: Vec<u32>,
+    feedback: Option<usize>,
+    /// Slots of the tokens of this step.
+    written: Vec<usize>,
+    /// Slots of all tokens up to the last of this step.
+    read: Vec<usize>,
+    sample: bool,
+}
+
+struct SimRunner {
+    options: SimOptions,
+    memory: Vec<u32>,
+    previous: Vec<u32>,
+    in_flight: VecDeque<(u64, Vec<Item>)>,
+}
+
+fn failure(operation: &'static str) -> DeviceError {
+    DeviceError::Failed { device: "sim", operation, reason: "made to fail".to_owned() }
+}
+
+impl SimRunner {
+    fn fault(&self, step: u64) -> Option<Fault> {
+        self.options.fault.filter(|(at, _)| *at == step).map(|(_, fault)| fault)
+    }
+}
+
+impl Runner for SimRunner {
+    fn depth(&self) -> usize {
+        self.options.depth
+    }
+
+    fn launch(&mut self, plan: &StepPlan, sequences: &Sequences) -> Result<(), DeviceError> {
+        if self.fault(plan.step.as_u64()) == Some(Fault::Launch) {
+            return Err(failure("launch"));
+        }
+        let items = plan
+            .items
+            .iter()
+            .map(|item| {
+                let sequence = &sequences[item.key];
+                let end = item.start + item.count;
+                let slots: Vec<usize> = (0..end)
+                    .map(|position| {
+                        let slot = sequence.table.slot(position, self.options.block_tokens);
+                        slot.expect("every planned position has a block") as usize
+                    })
+                    .collect();
+                let (tokens, feedback) = match item.input {
+                    TokenInput::Known => (sequence.tokens[item.start..end].to_vec(), None),
+                    TokenInput::Feedback { sample } => (vec![0], Some(sample)),
+                };
+                Item {
+                    tokens,
+                    feedback,
+                    written: slots[item.start..].to_vec(),
+                    read: slots,
+                    sample: item.sample,
+                }
+            })
+            .collect();
+        self.in_flight.push_back((plan.step.as_u64(), items));
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<Vec<Sampled>, DeviceError> {
+        if let Some(gate) = &self.options.gate {
+            // A closed gate lets everything through.
+            let _ = gate.recv();
+        }
+        let (step, items) = self.in_flight.pop_front().expect("a step is in flight");
+        match self.fault(step) {
+            Some(Fault::Panic) => panic!("made to panic"),
+            Some(Fault::Step) => return Err(failure("step")),
+            Some(Fault::Lost) => {
+                return Err(DeviceError::Lost {
+                    device: "sim",
+                    operation: "step",
+                    reason: "made to be lost".to_owned(),
+                });
+            }
+            _ => {}
+        }
+        for item in &items {
+            for (index, &slot) in item.written.iter().enumerate() {
+                self.memory[slot] = match item.feedback {
+                    Some(sample) => self.previous[sample],
+                    None => item.tokens[index],
+                };
+            }
+        }
+        self.previous = items
+            .iter()
+            .filter(|item| item.sample)
+            .map(|item| next_token(item.read.iter().map(|&slot| self.memory[slot])))
+            .collect();
+        let sampled =
+            |&token: &u32| Sampled { token, logprob: 0.0, top: Vec::new() };
+        Ok(self.previous.iter().map(sampled).collect())
+    }
+}
+
+/// The "model": the next token after these.
+pub fn next_token(tokens: impl Iterator<Item = u32>) -> u32 {
+    let hash = tokens.fold(0xcbf2_9ce4_8422_2325u64, |hash, token| {
+        (hash ^ u64::from(token)).wrapping_mul(0x0100_0000_01b3)
+    });
+    ((hash >> 20) % u64::from(VOCABULARY)) as u32
+}
+
+/// What the model answers to a prompt.
+pub fn expected(prompt: &[u32], count: usize) -> Vec<u32> {
+    let mut tokens = prompt.to_vec();
+    for _ in 0..count {
+        tokens.push(next_token(tokens.iter().copied()));
+    }
+    tokens.split_off(prompt.len())
+}
+
+/// An engine over a simulated device; its books are checked after every step.
+pub fn engine(options: SimOptions, config: EngineConfig) -> Engine {
+    let config = EngineConfig { audit: true, ..config };
+    let info = RunnerInfo {
+        vocabulary: VOCABULARY as usize,
+        context_tokens: options.context,
+        end_tokens: Vec::new(),
+        cache_blocks: options.blocks,
+        block_tokens: options.block_tokens,
+        model: None,
+    };
+    Engine::with_runner(config, None, move || {
+        let runner = SimRunner {
+            memory: vec![u32::MAX; options.blocks * options.block_tokens],
+            previous: Vec::new(),
+            in_flight: VecDeque::new(),
+            options,
+        };
+        Ok::<_, LoadError>((Box::new(runner) as Box<dyn Runner>, info))
+    })
+    .expect("a simulated engine starts")
+}

@@ -1,0 +1,449 @@
+//! The engine's contract, over a simulated device.
+
+#[path = "common/sim.rs"]
+mod sim;
+
+use futures_util::StreamExt;
+use quell::{
+    Engine, EngineConfig, EngineFault, GenerateError, Outcome, Request, SamplingParams, SubmitError,
+};
+use sim::{Fault, SimOptions, engine, expected};
+use std::sync::mpsc;
+use std::time::Duration;
+
+fn request(prompt: Vec<u32>, tokens: usize) -> Request {
+    Request::new(prompt).max_tokens(tokens)
+}
+
+fn prompt(index: usize, length: usize) -> Vec<u32> {
+    (0..length).map(|position| ((index * 131 + position * 7 + 3) % 1000) as u32).collect()
+}
+
+fn token_ids(engine: &Engine, prompt: Vec<u32>, tokens: usize) -> Vec<u32> {
+    let generation = engine.generate(request(prompt, tokens)).unwrap().complete_blocking().unwrap();
+    generation.tokens.iter().map(|token| token.id).collect()
+}
+
+/// Waits, by asking the scheduler thread, until nothing is open.
+fn idle(engine: &Engine) -> quell::EngineStats {
+    loop {
+        let stats = engine.stats().unwrap();
+        if stats.open == 0 && stats.closing == 0 {
+            assert!(stats.is_idle(), "{stats:?}");
+            return stats;
+        }
+    }
+}
+
+#[test]
+fn tokens_arrive_in_order_with_one_finish_at_the_end() {
+    let engine = engine(SimOptions::default(), EngineConfig::default());
+    let stream = engine.generate(request(prompt(1, 9), 20)).unwrap();
+    let chunks: Vec<_> = stream.blocking().map(Result::unwrap).collect();
+    let tokens: Vec<u32> = chunks.iter().filter_map(|chunk| Some(chunk.token.as_ref()?.id)).collect();
+    assert_eq!(tokens, expected(&prompt(1, 9), 20));
+    assert_eq!(chunks.iter().filter(|chunk| chunk.finish.is_some()).count(), 1);
+    let finish = chunks.last().unwrap().finish.unwrap();
+    assert_eq!(finish.outcome, Outcome::Length);
+    assert_eq!((finish.prompt_tokens, finish.generated_tokens), (9, 20));
+    assert!(finish.timing.first_token.unwrap() <= finish.timing.total);
+}
+
+#[test]
+fn many_requests_in_a_quarter_of_the_cache_they_need_give_the_tokens_of_each_alone() {
+    for depth in [1, 2] {
+        let lengths: Vec<(usize, usize)> =
+            (0..64).map(|index| (1 + index * 7 % 50, 5 + index * 11 % 60)).collect();
+        let needed: usize = lengths.iter().map(|(p, n)| (p + n).div_ceil(4)).sum();
+        let options = SimOptions { depth, blocks: needed / 4, ..SimOptions::default() };
+        let config = EngineConfig { max_batch_tokens: 128, ..EngineConfig::default() };
+        let engine = engine(options, config);
+        let streams: Vec<_> = lengths
+            .iter()
+            .enumerate()
+            .map(|(index, &(p, n))| engine.generate(request(prompt(index, p), n)).unwrap())
+            .collect();
+        for (index, (stream, &(p, n))) in streams.into_iter().zip(&lengths).enumerate() {
+            let generation = stream.complete_blocking().unwrap();
+            let tokens: Vec<u32> = generation.tokens.iter().map(|token| token.id).collect();
+            assert_eq!(tokens, expected(&prompt(index, p), n), "request {index}, depth {depth}");
+        }
+        let stats = idle(&engine);
+        assert!(stats.preemptions > 0, "the cache was large enough: the test proves nothing");
+        assert_eq!((stats.outcomes.accepted, stats.outcomes.length), (64, 64));
+    }
+}
+
+#[test]
+fn one_sequence_as_long_as_the_whole_cache_finishes() {
+    let options = SimOptions { blocks: 8, ..SimOptions::default() };
+    let engine = engine(options, EngineConfig::default());
+    assert_eq!(engine.max_sequence_tokens(), 32);
+    let streams: Vec<_> =
+        (0..3).map(|i| engine.generate(request(prompt(i, 10), 100)).unwrap()).collect();
+    for (index, stream) in streams.into_iter().enumerate() {
+        let generation = stream.complete_blocking().unwrap();
+        assert_eq!(generation.finish.outcome, Outcome::Length);
+        let tokens: Vec<u32> = generation.tokens.iter().map(|token| token.id).collect();
+        assert_eq!(tokens, expected(&prompt(index, 10), 22));
+    }
+    idle(&engine);
+}
+
+#[test]
+fn dropping_half_of_the_streams_frees_every_block_and_leaves_the_others_their_tokens() {
+    for depth in [1, 2] {
+        let options = SimOptions { depth, blocks: 120, ..SimOptions::default() };
+        let engine = engine(options, EngineConfig { max_batch_tokens: 32, ..EngineConfig::default() });
+        let threads: Vec<_> = (0..64usize)
+            .map(|index| {
+                let engine = engine.clone();
+                std::thread::spawn(move || {
+                    let (p, n) = (1 + index * 5 % 40, 10 + index % 30);
+                    let mut stream = engine.generate(request(prompt(index, p), n)).unwrap();
+                    if index % 2 == 0 {
+                        // Before the first token, at it, in the middle, near the end.
+                        for _ in 0..index % 7 * 5 {
+                            match stream.next_blocking() {
+                                Some(chunk) => drop(chunk.unwrap()),
+                                None => break,
+                            }
+                        }
+                        drop(stream);
+                    } else {
+                        let generation = stream.complete_blocking().unwrap();
+                        let tokens: Vec<u32> = generation.tokens.iter().map(|t| t.id).collect();
+                        assert_eq!(tokens, expected(&prompt(index, p), n));
+                    }
+                })
+            })
+            .collect();
+        for thread in threads {
+            thread.join().unwrap();
+        }
+        let stats = idle(&engine);
+        let outcomes = stats.outcomes;
+        assert_eq!(outcomes.accepted, 64);
+        assert_eq!(outcomes.length + outcomes.cancelled, 64);
+        assert!(outcomes.cancelled > 0);
+    }
+}
+
+#[test]
+fn a_cancel_is_acknowledged_with_what_it_freed() {
+    let engine = engine(SimOptions::default(), EngineConfig::default());
+    let mut stream = engine.generate(request(prompt(1, 9), 400)).unwrap();
+    let first = stream.next_blocking().unwrap().unwrap();
+    assert!(first.finish.is_none());
+    let receipt = stream.cancel().wait().unwrap();
+    assert!(receipt.blocks_freed >= 3, "9 tokens and more hold three blocks: {receipt:?}");
+    assert!(receipt.tokens_generated >= 1);
+    assert!(receipt.freed_at >= receipt.posted_at);
+    idle(&engine);
+}
+
+#[test]
+fn a_cancel_of_a_waiting_request_frees_nothing_and_is_acknowledged() {
+    let (permit, gate) = mpsc::channel();
+    let engine = engine(
+        SimOptions { gate: Some(gate), blocks: 8, ..SimOptions::default() },
+        EngineConfig { max_sequences: 1, ..EngineConfig::default() },
+    );
+    let first = engine.generate(request(prompt(1, 8), 4)).unwrap();
+    let second = engine.generate(request(prompt(2, 8), 4)).unwrap();
+    let cancellation = second.cancel();
+    drop(permit);
+    let receipt = cancellation.wait().unwrap();
+    assert_eq!((receipt.blocks_freed, receipt.tokens_generated), (0, 0));
+    assert_eq!(first.complete_blocking().unwrap().tokens.len(), 4);
+    idle(&engine);
+}
+
+#[test]
+fn tokens_of_steps_in_flight_at_a_cancel_are_discarded_and_counted() {
+    let (permit, gate) = mpsc::channel();
+    let options = SimOptions { depth: 2, gate: Some(gate), ..SimOptions::default() };
+    let engine = engine(options, EngineConfig::default());
+    let mut stream = engine.generate(request(prompt(1, 4), 400)).unwrap();
+    permit.send(()).unwrap();
+    assert!(stream.next_blocking().unwrap().unwrap().token.is_some());
+    // The thread waits at the gate with two steps in flight, or is on its way there.
+    let cancellation = stream.cancel();
+    drop(permit);
+    let receipt = cancellation.wait().unwrap();
+    assert!((1..=2).contains(&receipt.tokens_discarded), "{receipt:?}");
+    assert_eq!(receipt.tokens_generated, 1);
+    assert_eq!(idle(&engine).tokens_generated, 1);
+}
+
+#[test]
+fn a_finished_request_still_has_a_receipt() {
+    let engine = engine(SimOptions::default(), EngineConfig::default());
+    let mut stream = engine.generate(request(prompt(1, 4), 3)).unwrap();
+    while stream.next_blocking().is_some() {}
+    let receipt = stream.cancel().wait().unwrap();
+    assert_eq!(receipt.tokens_generated, 3);
+    assert_eq!(idle(&engine).outcomes.cancelled, 0);
+}
+
+#[test]
+fn requests_submitted_while_the_engine_falls_idle_are_served() {
+    for depth in [1, 2] {
+        let options = SimOptions { depth, ..SimOptions::default() };
+        let engine = engine(options, EngineConfig::default());
+        for round in 0..3000 {
+            let first = engine.generate(request(prompt(round, 3), 2)).unwrap();
+            let second = engine.generate(request(prompt(round, 4), 1)).unwrap();
+            assert_eq!(first.complete_blocking().unwrap().tokens.len(), 2);
+            assert_eq!(second.complete_blocking().unwrap().tokens.len(), 1);
+        }
+    }
+}
+
+#[test]
+fn a_slow_reader_is_paused_and_stops_nobody() {
+    let config = EngineConfig { stream_buffer: 4, ..EngineConfig::default() };
+    for depth in [1, 2] {
+        let options = SimOptions { depth, ..SimOptions::default() };
+        let engine = engine(options, config.clone());
+        let slow = engine.generate(request(prompt(1, 9), 100)).unwrap();
+        assert_eq!(token_ids(&engine, prompt(2, 30), 200), expected(&prompt(2, 30), 200));
+        let stats = engine.stats().unwrap();
+        assert_eq!(stats.paused, 1);
+        let generation = slow.complete_blocking().unwrap();
+        let tokens: Vec<u32> = generation.tokens.iter().map(|token| token.id).collect();
+        assert_eq!(tokens, expected(&prompt(1, 9), 100), "depth {depth}");
+        idle(&engine);
+    }
+}
+
+#[test]
+fn paused_requests_give_their_blocks_to_those_who_read() {
+    let config = EngineConfig { stream_buffer: 2, ..EngineConfig::default() };
+    let engine = engine(SimOptions { blocks: 20, ..SimOptions::default() }, config);
+    let slow: Vec<_> =
+        (0..4).map(|i| engine.generate(request(prompt(i, 14), 40)).unwrap()).collect();
+    assert_eq!(token_ids(&engine, prompt(9, 40), 30), expected(&prompt(9, 40), 30));
+    for (index, stream) in slow.into_iter().enumerate() {
+        let generation = stream.complete_blocking().unwrap();
+        let tokens: Vec<u32> = generation.tokens.iter().map(|token| token.id).collect();
+        assert_eq!(tokens, expected(&prompt(index, 14), 40));
+    }
+    idle(&engine);
+}
+
+#[test]
+fn a_failed_step_fails_its_sessions_with_the_real_error_and_the_engine_goes_on() {
+    for (depth, fault) in [(1, Fault::Step), (2, Fault::Step), (1, Fault::Launch), (2, Fault::Launch)] {
+        let options = SimOptions { depth, fault: Some((4, fault)), ..SimOptions::default() };
+        let engine = engine(options, EngineConfig::default());
+        let failed = engine.generate(request(prompt(1, 5), 50)).unwrap().complete_blocking();
+        match failed {
+            Err(GenerateError::Failed(EngineFault::Device(error))) => {
+                assert!(error.to_string().contains("made to fail"), "{error}");
+            }
+            other => panic!("{other:?}"),
+        }
+        idle(&engine);
+        assert_eq!(token_ids(&engine, prompt(2, 5), 20), expected(&prompt(2, 5), 20));
+        assert_eq!(idle(&engine).outcomes.failed, 1);
+    }
+}
+
+#[test]
+fn a_lost_device_or_a_panic_closes_the_engine_and_wakes_every_waiter() {
+    for fault in [Fault::Lost, Fault::Panic] {
+        for depth in [1, 2] {
+            let options = SimOptions { depth, fault: Some((6, fault)), ..SimOptions::default() };
+            let config = EngineConfig { max_sequences: 4, ..EngineConfig::default() };
+            let engine = engine(options, config);
+            let streams: Vec<_> =
+                (0..8).map(|i| engine.generate(request(prompt(i, 5), 50))).collect();
+            for stream in streams {
+                // One submitted after the end is refused, with the same reason.
+                let error = match stream {
+                    Ok(stream) => stream.complete_blocking().unwrap_err().to_string(),
+                    Err(error) => error.to_string(),
+                };
+                assert!(error.contains("made to"), "{error}");
+            }
+            let refused = loop {
+                // The thread's last act is to close the door.
+                match engine.generate(request(prompt(1, 5), 5)) {
+                    Ok(stream) => drop(stream.complete_blocking()),
+                    Err(refused) => break refused,
+                }
+            };
+            assert!(matches!(refused, SubmitError::Closed(_)), "{refused}");
+            assert!(matches!(engine.stats(), Err(SubmitError::Closed(_))));
+        }
+    }
+}
+
+#[test]
+fn shutdown_ends_every_stream_as_cancelled() {
+    let (permit, gate) = mpsc::channel();
+    let options = SimOptions { gate: Some(gate), ..SimOptions::default() };
+    let engine = engine(options, EngineConfig::default());
+    let streams: Vec<_> =
+        (0..5).map(|i| engine.generate(request(prompt(i, 5), 400)).unwrap()).collect();
+    engine.shutdown();
+    drop(permit);
+    for stream in streams {
+        let last = stream.blocking().last().unwrap().unwrap();
+        assert_eq!(last.finish.unwrap().outcome.as_str(), "cancelled");
+    }
+    let refused = loop {
+        match engine.generate(request(prompt(1, 5), 5)) {
+            Ok(stream) => drop(stream),
+            Err(refused) => break refused,
+        }
+    };
+    assert!(matches!(refused, SubmitError::Closed(EngineFault::Shutdown)));
+}
+
+#[test]
+fn streams_outlive_every_handle() {
+    let engine = engine(SimOptions::default(), EngineConfig::default());
+    let stream = engine.generate(request(prompt(1, 5), 30)).unwrap();
+    drop(engine);
+    let generation = stream.complete_blocking().unwrap();
+    assert_eq!(generation.tokens.len(), 30);
+}
+
+#[test]
+fn streams_and_cancels_work_in_any_runtime_and_survive_its_end() {
+    let engine = engine(SimOptions::default(), EngineConfig::default());
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let tokens = runtime.block_on(async {
+        let stream = engine.generate(request(prompt(3, 5), 10)).unwrap();
+        stream
+            .filter_map(|chunk| async { chunk.unwrap().token.map(|token| token.id) })
+            .collect::<Vec<u32>>()
+            .await
+    });
+    assert_eq!(tokens, expected(&prompt(3, 5), 10));
+    let receipt = runtime.block_on(async {
+        let mut stream = engine.generate(request(prompt(4, 5), 400)).unwrap();
+        stream.next().await.unwrap().unwrap();
+        stream.cancel().await.unwrap()
+    });
+    assert!(receipt.blocks_freed > 0);
+    // A hundred tasks in the middle of their streams, and the runtime goes away.
+    for index in 0..100 {
+        let mut stream = engine.generate(request(prompt(index, 5), 400)).unwrap();
+        runtime.spawn(async move { while stream.next().await.is_some() {} });
+    }
+    runtime.shutdown_timeout(Duration::from_secs(5));
+    idle(&engine);
+}
+
+#[test]
+fn a_stream_dropped_while_its_thread_unwinds_is_cancelled() {
+    let engine = engine(SimOptions::default(), EngineConfig::default());
+    let stream = engine.generate(request(prompt(1, 5), 400)).unwrap();
+    let unwound = std::thread::spawn(move || {
+        let _stream = stream;
+        panic!("the caller's own affair");
+    });
+    assert!(unwound.join().is_err());
+    assert_eq!(idle(&engine).outcomes.cancelled, 1);
+}
+
+#[test]
+fn every_public_future_can_be_dropped_after_any_number_of_polls() {
+    let engine = engine(SimOptions::default(), EngineConfig::default());
+    for polls in 0..12 {
+        let completion = engine.generate(request(prompt(1, 5), 6)).unwrap().complete();
+        poll_then_drop(completion, polls);
+        idle(&engine);
+        let cancellation = engine.generate(request(prompt(1, 5), 6)).unwrap().cancel();
+        poll_then_drop(cancellation, polls);
+        idle(&engine);
+    }
+}
+
+fn poll_then_drop(future: impl std::future::Future, polls: usize) {
+    let mut future = std::pin::pin!(future);
+    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+    for _ in 0..polls {
+        if future.as_mut().poll(&mut context).is_ready() {
+            break;
+        }
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn requests_that_make_no_sense_are_refused_with_what_is_wrong() {
+    let engine = engine(SimOptions { context: 64, ..SimOptions::default() }, EngineConfig::default());
+    let refused = |request: Request| engine.generate(request).unwrap_err();
+    assert!(matches!(refused(request(vec![], 5)), SubmitError::EmptyPrompt));
+    let long = refused(request(prompt(1, 64), 5));
+    assert!(long.to_string().contains("64 tokens"), "{long}");
+    assert!(long.to_string().contains("fewer than 64"), "{long}");
+    let unknown = refused(request(vec![5, 1000], 5));
+    assert!(unknown.to_string().contains("token 1000"), "{unknown}");
+    assert!(matches!(refused(request(vec![5], 0)), SubmitError::NoTokens));
+    let nan = SamplingParams { temperature: f32::NAN, ..SamplingParams::default() };
+    let nan = refused(request(vec![5], 5).sampling(nan));
+    assert!(nan.to_string().contains("temperature is NaN"), "{nan}");
+    assert!(matches!(refused(Request::new("text")), SubmitError::NoTokenizer { .. }));
+    let mut stop = request(vec![5], 5);
+    stop.stop = vec![String::new()];
+    assert!(matches!(refused(stop), SubmitError::EmptyStop { index: 0 }));
+    idle(&engine);
+}
+
+#[test]
+fn requests_beyond_the_limit_are_refused_as_overload_until_others_end() {
+    let (permit, gate) = mpsc::channel();
+    let options = SimOptions { gate: Some(gate), ..SimOptions::default() };
+    let engine = engine(options, EngineConfig { max_open_requests: 2, ..EngineConfig::default() });
+    let first = engine.generate(request(prompt(1, 5), 5)).unwrap();
+    let second = engine.generate(request(prompt(2, 5), 5)).unwrap();
+    let refused = engine.generate(request(prompt(3, 5), 5)).unwrap_err();
+    assert!(matches!(refused, SubmitError::Overloaded { open: 2 }), "{refused}");
+    drop(permit);
+    first.complete_blocking().unwrap();
+    second.complete_blocking().unwrap();
+    idle(&engine);
+    assert_eq!(token_ids(&engine, prompt(3, 5), 5).len(), 5);
+}
+
+#[test]
+fn stop_tokens_end_the_answer_and_are_its_last_token() {
+    let engine = engine(SimOptions::default(), EngineConfig::default());
+    let all = expected(&prompt(1, 5), 20);
+    let stop = all[7];
+    let end = all.iter().position(|token| *token == stop).unwrap();
+    let mut stopping = request(prompt(1, 5), 20);
+    stopping.stop_token_ids = vec![stop];
+    let generation = engine.generate(stopping).unwrap().complete_blocking().unwrap();
+    assert_eq!(generation.finish.outcome, Outcome::Stop);
+    let tokens: Vec<u32> = generation.tokens.iter().map(|token| token.id).collect();
+    assert_eq!(tokens, all[..=end]);
+}
+
+#[test]
+fn a_session_continues_from_its_finished_turns_and_forgets_cancelled_ones() {
+    let engine = engine(SimOptions::default(), EngineConfig::default());
+    let session = engine.session();
+    let first = session.generate(request(prompt(1, 5), 6)).unwrap().complete_blocking().unwrap();
+    let mut context = prompt(1, 5);
+    context.extend(first.tokens.iter().map(|token| token.id));
+    assert_eq!(session.context_tokens(), 11);
+    drop(session.generate(request(prompt(2, 3), 300)).unwrap());
+    let busy = session.generate(request(prompt(2, 3), 300)).unwrap();
+    assert!(matches!(
+        session.generate(request(prompt(2, 3), 3)),
+        Err(SubmitError::Conflict)
+    ));
+    busy.cancel().wait().unwrap();
+    let second = session.generate(request(prompt(3, 2), 4)).unwrap().complete_blocking().unwrap();
+    context.extend(prompt(3, 2));
+    let tokens: Vec<u32> = second.tokens.iter().map(|token| token.id).collect();
+    assert_eq!(tokens, expected(&context, 4));
+    session.rewind(5);
+    assert_eq!(session.context_tokens(), 5);
+}
