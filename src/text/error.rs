@@ -24,6 +24,16 @@ pub enum TextError {
         /// What should be there.
         expected: &'static str,
     },
+    /// A value in a GGUF file is missing or of the wrong type.
+    #[error("metadata {key} is {found}, expected {expected}")]
+    Metadata {
+        /// The key.
+        key: &'static str,
+        /// The type that is there.
+        found: String,
+        /// The type that should be there.
+        expected: &'static str,
+    },
     /// The vocabulary has no tokens.
     #[error("the tokenizer's vocabulary is empty, expected at least one token")]
     EmptyVocabulary,

@@ -14,6 +14,7 @@ mod end_tokens;
 mod error;
 mod folder;
 pub mod fuzz;
+mod gguf_metadata;
 mod gguf_vocabulary;
 mod message;
 mod pre_tokenizer;

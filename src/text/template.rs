@@ -284,3 +284,125 @@ fn without_generation_marks(source: &str) -> String {
     result.push_str(rest);
     result
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use std::time::{Duration, UNIX_EPOCH};
+
+    fn render(source: &str, messages: &[Message]) -> Result<String, TextError> {
+        ChatTemplate::new(source, Some("<s>"), None)?.render(messages, &RenderOptions::default())
+    }
+
+    fn user() -> [Message; 1] {
+        [Message::new("user", " Hi <b> ")]
+    }
+
+    #[test]
+    fn blocks_leave_no_lines_behind() {
+        let source = "{% for m in messages %}\n  {% if m.role == 'user' %}\nU:{{ m.content | trim }}\n  {% endif %}\n{% endfor %}\nend\n";
+        assert_eq!(render(source, &user()).unwrap(), "U:Hi <b>\nend");
+    }
+
+    #[test]
+    fn python_habits_work() {
+        let source = "{{ messages[0]['content'].strip().upper() }}|{{ 'a,b'.split(',')[-1] }}|{{ true }} {{ none }} {{ missing }}|{{ bos_token }}{{ eos_token }}|{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}{% if i > 3 %}{% break %}{% endif %}{{ i }}{% endfor %}|{{ messages[0].content.startswith(' H') }}";
+        assert_eq!(
+            render(source, &user()).unwrap(),
+            "HI <B>|b|True None |<s>|013|True"
+        );
+    }
+
+    #[test]
+    fn tools_are_written_as_python_writes_json() {
+        let options = RenderOptions {
+            tools: Some(json!([{"type": "function", "a": {"z": 1, "b": "<é>"}}])),
+            ..RenderOptions::default()
+        };
+        let template = ChatTemplate::new(
+            "{% for tool in tools %}{{ tool | tojson }}{{ tool.a | tojson(indent=2) }}{% endfor %}",
+            None,
+            None,
+        );
+        assert_eq!(
+            template.unwrap().render(&[], &options).unwrap(),
+            "{\"type\": \"function\", \"a\": {\"z\": 1, \"b\": \"<é>\"}}{\n  \"z\": 1,\n  \"b\": \"<é>\"\n}"
+        );
+    }
+
+    #[test]
+    fn extra_fields_and_variables_reach_the_template() {
+        let message =
+            serde_json::from_value(json!({"role": "assistant", "tool_calls": [{"id": "x7"}]}));
+        let mut options = RenderOptions {
+            add_generation_prompt: false,
+            ..RenderOptions::default()
+        };
+        options
+            .extra
+            .insert("enable_thinking".to_owned(), json!(false));
+        options.now = Some(UNIX_EPOCH + Duration::from_secs(86_400));
+        let source = "{{ messages[0].tool_calls[0].id }} {{ enable_thinking is false }} {{ add_generation_prompt }} {{ strftime_now('%d %b %Y') }} {{ tools is none }}";
+        let template = ChatTemplate::new(source, None, None).unwrap();
+        assert_eq!(
+            template.render(&[message.unwrap()], &options).unwrap(),
+            "x7 True False 02 Jan 1970 True"
+        );
+    }
+
+    #[test]
+    fn generation_marks_for_training_are_ignored() {
+        let source = "{% generation %}\na{%- endgeneration -%}\n b{% if add_generation_prompt %}c{% endif %}";
+        assert_eq!(render(source, &[]).unwrap(), "abc");
+    }
+
+    #[test]
+    fn what_a_template_raises_reaches_the_caller() {
+        let source = "{% macro check(m) %}{% if m.role == 'user' %}{{ raise_exception('No users, ' ~ m.role) }}{% endif %}{% endmacro %}{{ check(messages[0]) }}";
+        let error = render(source, &user()).unwrap_err();
+        assert!(
+            matches!(&error, TextError::TemplateRaised { message } if message == "No users, user"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_broken_template_is_refused_with_its_line() {
+        let error = ChatTemplate::new("a\n{% for %}", None, None).unwrap_err();
+        assert!(
+            matches!(error, TextError::TemplateSyntax { line: 2, .. }),
+            "{error}"
+        );
+        let error = render("a\n\n{{ messages[0].none.none }}", &user()).unwrap_err();
+        assert!(
+            matches!(error, TextError::TemplateFailed { line: 3, .. }),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_template_cannot_run_or_write_without_end() {
+        let nested = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}";
+        let error = render(nested, &[]).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                TextError::TemplateTooExpensive {
+                    unit: "instructions",
+                    ..
+                }
+            ),
+            "{error}"
+        );
+        let wide =
+            "{% set s = 'xxxxxxxxxx' * 100000 %}{% for a in range(999) %}{{ s }}{% endfor %}";
+        let error = render(wide, &[]).unwrap_err();
+        assert!(
+            matches!(error, TextError::TemplateTooExpensive { unit: "bytes", .. }),
+            "{error}"
+        );
+        let recursive = "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}";
+        assert!(render(recursive, &[]).is_err());
+    }
+}
