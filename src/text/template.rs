@@ -6,9 +6,9 @@
 
 use super::TextError;
 use super::clock::strftime;
+use super::jinja::{Raised, python_environment, without_generation_marks};
 use super::message::Message;
-use super::python_json::dumps;
-use minijinja::value::{Kwargs, Value, ValueKind};
+use minijinja::Value;
 use minijinja::{Environment, Error, ErrorKind};
 use serde_json::Map;
 use std::collections::BTreeMap;
@@ -22,9 +22,6 @@ const FUEL: u64 = 20_000_000;
 
 /// How long a prompt may get, in bytes.
 const MAX_PROMPT_BYTES: usize = 256 << 20;
-
-/// The widest indentation that `tojson` grants.
-const MAX_INDENT: usize = 64;
 
 /// A model's chat template, parsed and ready.
 ///
@@ -77,16 +74,8 @@ impl ChatTemplate {
     /// # Errors
     /// [`TextError::TemplateSyntax`] when it does not parse.
     pub fn new(source: &str, bos: Option<&str>, eos: Option<&str>) -> Result<Self, TextError> {
-        let mut environment = Environment::new();
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
+        let mut environment = python_environment();
         environment.set_fuel(Some(FUEL));
-        environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-        environment.set_formatter(write_as_python);
-        environment
-            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_filter("tojson", tojson);
-        environment.add_function("raise_exception", raise_exception);
         let source = without_generation_marks(source);
         environment
             .template_from_str(&source)
@@ -184,50 +173,6 @@ impl Write for Prompt {
     }
 }
 
-/// What a template said with `raise_exception`.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-struct Raised(String);
-
-fn raise_exception(message: String) -> Result<Value, Error> {
-    Err(Error::new(ErrorKind::InvalidOperation, message.clone()).with_source(Raised(message)))
-}
-
-/// `tojson` with the arguments of Python's `json.dumps`.
-fn tojson(value: &Value, arguments: Kwargs) -> Result<Value, Error> {
-    let indent: Option<usize> = arguments.get("indent")?;
-    for ignored in ["ensure_ascii", "separators", "sort_keys"] {
-        let _: Option<Value> = arguments.get(ignored)?;
-    }
-    arguments.assert_all_used()?;
-    let bad = |error: serde_json::Error| {
-        Error::new(
-            ErrorKind::BadSerialization,
-            "cannot write the value as JSON",
-        )
-        .with_source(error)
-    };
-    let value = serde_json::to_value(value).map_err(bad)?;
-    dumps(&value, indent.map(|indent| indent.min(MAX_INDENT)))
-        .map(Value::from)
-        .map_err(bad)
-}
-
-/// Prints true, false and none as Python does.
-fn write_as_python(
-    output: &mut minijinja::Output<'_>,
-    state: &minijinja::State<'_, '_>,
-    value: &Value,
-) -> Result<(), Error> {
-    let text = match value.kind() {
-        ValueKind::Bool if value.is_true() => "True",
-        ValueKind::Bool => "False",
-        ValueKind::None => "None",
-        _ => return minijinja::escape_formatter(output, state, value),
-    };
-    output.write_str(text).map_err(Error::from)
-}
-
 fn message_of(error: &Error) -> String {
     error.detail().map_or_else(
         || error.kind().to_string(),
@@ -255,34 +200,6 @@ fn failure(error: &Error) -> TextError {
         line: error.line().unwrap_or(0),
         message: message_of(error),
     }
-}
-
-/// Makes the `generation` blocks, by which transformers marks the assistant's
-/// words for training, into blocks that are always taken.
-fn without_generation_marks(source: &str) -> String {
-    let mut result = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(at) = rest.find("{%") {
-        let (before, tag) = rest.split_at(at + 2);
-        result.push_str(before);
-        let sign = tag.len() - tag.trim_start_matches(['-', '+']).len();
-        let (sign, body) = tag.split_at(sign.min(1));
-        let word = body
-            .find("%}")
-            .map(|end| body[..end].trim_end_matches(['-', '+']).trim());
-        rest = tag;
-        let replacement = match word {
-            Some("generation") => " if true ",
-            Some("endgeneration") => " endif ",
-            _ => continue,
-        };
-        let close = body.find(['-', '+', '%']).unwrap_or(body.len());
-        result.push_str(sign);
-        result.push_str(replacement);
-        rest = &body[close..];
-    }
-    result.push_str(rest);
-    result
 }
 
 #[cfg(test)]

@@ -1,6 +1,5 @@
-//! Whole tokenizers: small ones against llama.cpp's answers, and hostile ones.
+//! Whole tokenizers: small ones against llama.cpp's answers, and broken ones.
 
-use super::fuzz::check_vocabulary;
 use super::*;
 use proptest::prelude::*;
 use serde_json::Value;
@@ -188,6 +187,26 @@ fn a_folder_gives_its_default_chat_template() {
 }
 
 #[test]
+fn a_unigram_model_puts_its_space_before_words_only() {
+    let mut description = vocabulary("scored_bpe.json");
+    description.model = "t5".to_owned();
+    let encode = |description: &GgufVocabulary, text: &str| {
+        let tokenizer = Tokenizer::from_gguf(description.clone()).unwrap();
+        let encoded = tokenizer.encode(text, FRAMED).unwrap();
+        assert_eq!(encoded.last(), Some(&2));
+        let words: Vec<_> = encoded
+            .iter()
+            .filter_map(|&id| tokenizer.token_bytes(id))
+            .collect();
+        String::from_utf8_lossy(&words.concat()).replace("</s>", "")
+    };
+    assert_eq!(encode(&description, "a  b漢\u{1F680}"), " a  b漢\u{1F680}");
+    assert_eq!(encode(&description, "  "), "  ");
+    description.remove_extra_whitespaces = Some(true);
+    assert_eq!(encode(&description, "  a  b "), " a b");
+}
+
+#[test]
 fn long_texts_take_time_in_proportion() {
     for unit in ["a", " ", "\n", "the cat ", "漢", "A1 "] {
         let text = unit.repeat(100_000 / unit.len());
@@ -330,49 +349,7 @@ fn a_decoder_that_is_not_understood_is_refused() {
     );
 }
 
-fn hostile_token() -> impl Strategy<Value = String> {
-    prop_oneof![
-        "[abĠ▁é ]{0,4}",
-        "<0x[0-9A-F]{1,2}>",
-        Just("<|end|>".to_owned()),
-        Just("<|call|>".to_owned()),
-        Just("<s>".to_owned()),
-        any::<String>(),
-    ]
-}
-
-prop_compose! {
-    fn hostile_vocabulary()(
-        model in prop_oneof![Just("gpt2"), Just("llama"), Just("t5"), Just("")],
-        pre in prop_oneof![Just(None), Just(Some("llama-bpe".to_owned())), Just(Some("?".to_owned()))],
-        tokens in proptest::collection::btree_set(hostile_token(), 0..12),
-        types in proptest::collection::vec(1..7i32, 12),
-        all_normal in any::<bool>(),
-        scores in proptest::collection::vec(prop_oneof![any::<f32>(), -5.0..0.0f32, Just(0.0)], 12),
-        merges in proptest::collection::vec("[ab]{1,2} [abĠ]{1,2}", 0..2),
-        ids in proptest::collection::vec(proptest::option::weighted(0.3, 0..13u32), 6),
-        flags in proptest::collection::vec(proptest::option::of(any::<bool>()), 4),
-        chat_template in proptest::option::weighted(0.1, "[{}% a-z]{0,9}"),
-    ) -> GgufVocabulary {
-        let count = tokens.len();
-        GgufVocabulary {
-            model: model.to_owned(),
-            pre,
-            scores: scores.into_iter().take(count).collect(),
-            token_types: if all_normal { Vec::new() } else { types[..count].to_vec() },
-            tokens: tokens.into_iter().collect(),
-            merges: if model == "gpt2" { merges } else { Vec::new() },
-            bos: ids[0], eos: ids[1], unk: ids[2], pad: ids[3], eot: ids[4], eom: ids[5],
-            add_bos: flags[0],
-            add_eos: flags[1],
-            add_space_prefix: flags[2],
-            remove_extra_whitespaces: flags[3],
-            chat_template,
-        }
-    }
-}
-
-fn any_text() -> impl Strategy<Value = String> {
+pub(super) fn any_text() -> impl Strategy<Value = String> {
     prop_oneof![
         any::<String>(),
         "[ab ▁é<>|s0x\n]{0,40}",
@@ -404,14 +381,5 @@ proptest! {
                 prop_assert_eq!(text, tokenizer.decode(&ids, skip_special));
             }
         }
-    }
-
-    #[test]
-    fn no_description_makes_a_tokenizer_panic(
-        vocabulary in hostile_vocabulary(),
-        text in any_text(),
-        ids in proptest::collection::vec(prop_oneof![0..14u32, any::<u32>()], 0..20),
-    ) {
-        let _ = check_vocabulary(vocabulary, &text, &ids);
     }
 }
