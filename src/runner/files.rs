@@ -62,8 +62,8 @@ impl ModelFiles {
             (ModelSource::from_folder(ModelFolder::open(path)?)?, tokenizer)
         } else {
             let file = Gguf::open(path)?;
-            let tokenizer = match GgufVocabulary::from_metadata(&file)? {
-                Some(vocabulary) => Some(Tokenizer::from_gguf(vocabulary)?),
+            let tokenizer = match file.metadata("tokenizer.ggml.model") {
+                Some(_) => Some(Tokenizer::from_gguf(GgufVocabulary::from_file(&file)?)?),
                 None => None,
             };
             (ModelSource::from_gguf(file)?, tokenizer)

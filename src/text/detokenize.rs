@@ -142,7 +142,8 @@ mod tests {
                 prop_assert!(assembler.pending.len() < 4);
             }
             assembler.finish(&mut text);
-            prop_assert_eq!(text, String::from_utf8_lossy(&chunks.concat()));
+            let whole = chunks.concat();
+            prop_assert_eq!(text, String::from_utf8_lossy(&whole));
         }
     }
 

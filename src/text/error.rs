@@ -6,16 +6,6 @@ use thiserror::Error;
 /// A tokenizer or chat template that cannot be built, or cannot do what was asked.
 #[derive(Debug, Error)]
 pub enum TextError {
-    /// A metadata value has another type than its key calls for.
-    #[error("metadata {key} is of type {found}, but must be {expected}")]
-    MetadataType {
-        /// The key.
-        key: &'static str,
-        /// The type found.
-        found: &'static str,
-        /// What is accepted.
-        expected: &'static str,
-    },
     /// A tokenizer file cannot be read.
     #[error("cannot read {}: {source}", path.display())]
     Read {
@@ -32,6 +22,16 @@ pub enum TextError {
         /// What is there.
         found: String,
         /// What should be there.
+        expected: &'static str,
+    },
+    /// A value in a GGUF file is missing or of the wrong type.
+    #[error("metadata {key} is {found}, expected {expected}")]
+    Metadata {
+        /// The key.
+        key: &'static str,
+        /// The type that is there.
+        found: String,
+        /// The type that should be there.
         expected: &'static str,
     },
     /// The vocabulary has no tokens.

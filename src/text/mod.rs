@@ -16,6 +16,7 @@ mod folder;
 pub mod fuzz;
 mod gguf_metadata;
 mod gguf_vocabulary;
+mod jinja;
 mod message;
 mod pre_tokenizer;
 mod python_json;

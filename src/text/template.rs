@@ -6,9 +6,9 @@
 
 use super::TextError;
 use super::clock::strftime;
+use super::jinja::{Raised, python_environment, without_generation_marks};
 use super::message::Message;
-use super::python_json::dumps;
-use minijinja::value::{Kwargs, Value, ValueKind};
+use minijinja::Value;
 use minijinja::{Environment, Error, ErrorKind};
 use serde_json::Map;
 use std::collections::BTreeMap;
@@ -22,9 +22,6 @@ const FUEL: u64 = 20_000_000;
 
 /// How long a prompt may get, in bytes.
 const MAX_PROMPT_BYTES: usize = 256 << 20;
-
-/// The widest indentation that `tojson` grants.
-const MAX_INDENT: usize = 64;
 
 /// A model's chat template, parsed and ready.
 ///
@@ -77,16 +74,8 @@ impl ChatTemplate {
     /// # Errors
     /// [`TextError::TemplateSyntax`] when it does not parse.
     pub fn new(source: &str, bos: Option<&str>, eos: Option<&str>) -> Result<Self, TextError> {
-        let mut environment = Environment::new();
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
+        let mut environment = python_environment();
         environment.set_fuel(Some(FUEL));
-        environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-        environment.set_formatter(write_as_python);
-        environment
-            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_filter("tojson", tojson);
-        environment.add_function("raise_exception", raise_exception);
         let source = without_generation_marks(source);
         environment
             .template_from_str(&source)
@@ -184,50 +173,6 @@ impl Write for Prompt {
     }
 }
 
-/// What a template said with `raise_exception`.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-struct Raised(String);
-
-fn raise_exception(message: String) -> Result<Value, Error> {
-    Err(Error::new(ErrorKind::InvalidOperation, message.clone()).with_source(Raised(message)))
-}
-
-/// `tojson` with the arguments of Python's `json.dumps`.
-fn tojson(value: &Value, arguments: Kwargs) -> Result<Value, Error> {
-    let indent: Option<usize> = arguments.get("indent")?;
-    for ignored in ["ensure_ascii", "separators", "sort_keys"] {
-        let _: Option<Value> = arguments.get(ignored)?;
-    }
-    arguments.assert_all_used()?;
-    let bad = |error: serde_json::Error| {
-        Error::new(
-            ErrorKind::BadSerialization,
-            "cannot write the value as JSON",
-        )
-        .with_source(error)
-    };
-    let value = serde_json::to_value(value).map_err(bad)?;
-    dumps(&value, indent.map(|indent| indent.min(MAX_INDENT)))
-        .map(Value::from)
-        .map_err(bad)
-}
-
-/// Prints true, false and none as Python does.
-fn write_as_python(
-    output: &mut minijinja::Output<'_>,
-    state: &minijinja::State<'_, '_>,
-    value: &Value,
-) -> Result<(), Error> {
-    let text = match value.kind() {
-        ValueKind::Bool if value.is_true() => "True",
-        ValueKind::Bool => "False",
-        ValueKind::None => "None",
-        _ => return minijinja::escape_formatter(output, state, value),
-    };
-    output.write_str(text).map_err(Error::from)
-}
-
 fn message_of(error: &Error) -> String {
     error.detail().map_or_else(
         || error.kind().to_string(),
@@ -257,30 +202,124 @@ fn failure(error: &Error) -> TextError {
     }
 }
 
-/// Makes the `generation` blocks, by which transformers marks the assistant's
-/// words for training, into blocks that are always taken.
-fn without_generation_marks(source: &str) -> String {
-    let mut result = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(at) = rest.find("{%") {
-        let (before, tag) = rest.split_at(at + 2);
-        result.push_str(before);
-        let sign = tag.len() - tag.trim_start_matches(['-', '+']).len();
-        let (sign, body) = tag.split_at(sign.min(1));
-        let word = body
-            .find("%}")
-            .map(|end| body[..end].trim_end_matches(['-', '+']).trim());
-        rest = tag;
-        let replacement = match word {
-            Some("generation") => " if true ",
-            Some("endgeneration") => " endif ",
-            _ => continue,
-        };
-        let close = body.find(['-', '+', '%']).unwrap_or(body.len());
-        result.push_str(sign);
-        result.push_str(replacement);
-        rest = &body[close..];
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use std::time::{Duration, UNIX_EPOCH};
+
+    fn render(source: &str, messages: &[Message]) -> Result<String, TextError> {
+        ChatTemplate::new(source, Some("<s>"), None)?.render(messages, &RenderOptions::default())
     }
-    result.push_str(rest);
-    result
+
+    fn user() -> [Message; 1] {
+        [Message::new("user", " Hi <b> ")]
+    }
+
+    #[test]
+    fn blocks_leave_no_lines_behind() {
+        let source = "{% for m in messages %}\n  {% if m.role == 'user' %}\nU:{{ m.content | trim }}\n  {% endif %}\n{% endfor %}\nend\n";
+        assert_eq!(render(source, &user()).unwrap(), "U:Hi <b>\nend");
+    }
+
+    #[test]
+    fn python_habits_work() {
+        let source = "{{ messages[0]['content'].strip().upper() }}|{{ 'a,b'.split(',')[-1] }}|{{ true }} {{ none }} {{ missing }}|{{ bos_token }}{{ eos_token }}|{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}{% if i > 3 %}{% break %}{% endif %}{{ i }}{% endfor %}|{{ messages[0].content.startswith(' H') }}";
+        assert_eq!(
+            render(source, &user()).unwrap(),
+            "HI <B>|b|True None |<s>|013|True"
+        );
+    }
+
+    #[test]
+    fn tools_are_written_as_python_writes_json() {
+        let options = RenderOptions {
+            tools: Some(json!([{"type": "function", "a": {"z": 1, "b": "<é>"}}])),
+            ..RenderOptions::default()
+        };
+        let template = ChatTemplate::new(
+            "{% for tool in tools %}{{ tool | tojson }}{{ tool.a | tojson(indent=2) }}{% endfor %}",
+            None,
+            None,
+        );
+        assert_eq!(
+            template.unwrap().render(&[], &options).unwrap(),
+            "{\"type\": \"function\", \"a\": {\"z\": 1, \"b\": \"<é>\"}}{\n  \"z\": 1,\n  \"b\": \"<é>\"\n}"
+        );
+    }
+
+    #[test]
+    fn extra_fields_and_variables_reach_the_template() {
+        let message =
+            serde_json::from_value(json!({"role": "assistant", "tool_calls": [{"id": "x7"}]}));
+        let mut options = RenderOptions {
+            add_generation_prompt: false,
+            ..RenderOptions::default()
+        };
+        options
+            .extra
+            .insert("enable_thinking".to_owned(), json!(false));
+        options.now = Some(UNIX_EPOCH + Duration::from_secs(86_400));
+        let source = "{{ messages[0].tool_calls[0].id }} {{ enable_thinking is false }} {{ add_generation_prompt }} {{ strftime_now('%d %b %Y') }} {{ tools is none }}";
+        let template = ChatTemplate::new(source, None, None).unwrap();
+        assert_eq!(
+            template.render(&[message.unwrap()], &options).unwrap(),
+            "x7 True False 02 Jan 1970 True"
+        );
+    }
+
+    #[test]
+    fn generation_marks_for_training_are_ignored() {
+        let source = "{% generation %}\na{%- endgeneration -%}\n b{% if add_generation_prompt %}c{% endif %}";
+        assert_eq!(render(source, &[]).unwrap(), "abc");
+    }
+
+    #[test]
+    fn what_a_template_raises_reaches_the_caller() {
+        let source = "{% macro check(m) %}{% if m.role == 'user' %}{{ raise_exception('No users, ' ~ m.role) }}{% endif %}{% endmacro %}{{ check(messages[0]) }}";
+        let error = render(source, &user()).unwrap_err();
+        assert!(
+            matches!(&error, TextError::TemplateRaised { message } if message == "No users, user"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_broken_template_is_refused_with_its_line() {
+        let error = ChatTemplate::new("a\n{% for %}", None, None).unwrap_err();
+        assert!(
+            matches!(error, TextError::TemplateSyntax { line: 2, .. }),
+            "{error}"
+        );
+        let error = render("a\n\n{{ messages[0].none.none }}", &user()).unwrap_err();
+        assert!(
+            matches!(error, TextError::TemplateFailed { line: 3, .. }),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_template_cannot_run_or_write_without_end() {
+        let nested = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}";
+        let error = render(nested, &[]).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                TextError::TemplateTooExpensive {
+                    unit: "instructions",
+                    ..
+                }
+            ),
+            "{error}"
+        );
+        let wide =
+            "{% set s = 'xxxxxxxxxx' * 100000 %}{% for a in range(999) %}{{ s }}{% endfor %}";
+        let error = render(wide, &[]).unwrap_err();
+        assert!(
+            matches!(error, TextError::TemplateTooExpensive { unit: "bytes", .. }),
+            "{error}"
+        );
+        let recursive = "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}";
+        assert!(render(recursive, &[]).is_err());
+    }
 }

@@ -147,11 +147,8 @@ impl Tokenizer {
                 } else {
                     text.to_owned()
                 };
-                let prefix = if *space_prefix && !words.is_empty() {
-                    SPACE
-                } else {
-                    ""
-                };
+                let spaced = (*space_prefix || *merge_spaces) && words.contains(|c| c != ' ');
+                let prefix = if spaced { SPACE } else { "" };
                 let text = format!("{prefix}{}", words.replace(' ', SPACE));
                 model.encode(&self.vocabulary, &text, ids);
             }
