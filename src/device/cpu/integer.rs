@@ -15,6 +15,9 @@ use std::ops::Range;
 /// item pass over them.
 const ROW_BYTES: usize = 384 * 1024;
 
+/// How far ahead of the weights in use memory is asked for.
+const AHEAD: usize = 4096;
+
 /// Some tiles of a part times all rows.
 pub(crate) struct IntegerTiles<'a> {
     pub(crate) part: &'a Packed,
@@ -102,6 +105,11 @@ impl IntegerTiles<'_> {
             // SAFETY: `at` walks over `groups` groups of the tile, whose lengths were
             // asserted to add up to it; codes and meta hold `M` rows, as sliced.
             unsafe {
+                let mut line = 0;
+                while line < layout.group_bytes() {
+                    s.prefetch(at.wrapping_add(AHEAD + line));
+                    line += 64;
+                }
                 let scale = load_scale(s, at, native_f16);
                 let min = if has_min {
                     load_scale(s, at.add(scale_bytes), native_f16)

@@ -55,6 +55,10 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// registers hold accumulators for. 8, 4, 2 or 1.
     const ROWS: usize;
 
+    /// Asks for the cache line at `address`, which need not be readable.
+    #[inline(always)]
+    fn prefetch(self, _address: *const u8) {}
+
     /// All lanes `value`.
     fn splat(self, value: f32) -> Self::F;
     /// Sixteen consecutive numbers.
