@@ -10,11 +10,12 @@
 
 use super::cache::{CpuCache, HalfBits, KvElement, TileShape};
 use super::memory::Disjoint;
-use super::simd::{Isa, Kernel, LANES, Simd};
+use super::simd::{Isa, Kernel, LANES, Simd, unroll};
 use super::stage::Staged;
 use super::workers::Workers;
 use crate::device::{AttentionSpec, DeviceError};
 use std::cell::RefCell;
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Elements of query state that stay in the first-level cache.
@@ -75,40 +76,35 @@ impl Attention {
                 // no thread is left with a long item at the end.
                 let item = &items[items.len() - 1 - index / heads.kv_heads];
                 let head = index % heads.kv_heads;
-                if attend.cache.half {
-                    isa.dispatch(ItemHead::<HalfBits>::new(attend, item, head, &out));
-                } else {
-                    isa.dispatch(ItemHead::<f32>::new(attend, item, head, &out));
-                }
+                STATES.with_borrow_mut(|state| {
+                    let work = Work {
+                        attend,
+                        item,
+                        head,
+                        out: &out,
+                        state,
+                    };
+                    match attend.cache.half {
+                        true => isa.dispatch(ItemHead::<HalfBits>(work, PhantomData)),
+                        false => isa.dispatch(ItemHead::<f32>(work, PhantomData)),
+                    }
+                });
             }
         })
     }
 }
 
-struct ItemHead<'a, E> {
+/// The queries of an item that share a key-value head.
+struct Work<'a> {
     attend: &'a Attend<'a>,
     item: &'a Item,
     head: usize,
     out: &'a Disjoint<'a, f32>,
-    of: std::marker::PhantomData<E>,
+    state: &'a mut State,
 }
 
-impl<'a, E> ItemHead<'a, E> {
-    fn new(
-        attend: &'a Attend<'a>,
-        item: &'a Item,
-        head: usize,
-        out: &'a Disjoint<'a, f32>,
-    ) -> Self {
-        Self {
-            attend,
-            item,
-            head,
-            out,
-            of: std::marker::PhantomData,
-        }
-    }
-}
+/// The same, over a cache that holds `E`.
+struct ItemHead<'a, E>(Work<'a>, PhantomData<E>);
 
 /// The running softmax of the queries of an item; kept by each thread.
 #[derive(Default)]
@@ -149,15 +145,6 @@ impl State {
     }
 }
 
-impl<E: KvElement> Kernel for ItemHead<'_, E> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        STATES.with_borrow_mut(|state| self.run_with(s, state));
-    }
-}
-
 /// Queries are processed in blocks of 8, 4, 2 or 1; others are filled up with
 /// queries that nobody reads.
 fn padded<S: Simd>(queries: usize) -> usize {
@@ -168,20 +155,29 @@ fn padded<S: Simd>(queries: usize) -> usize {
     }
 }
 
-impl<E: KvElement> ItemHead<'_, E> {
+impl<E: KvElement> Kernel for ItemHead<'_, E> {
+    type Output = ();
+
     #[inline(always)]
-    fn run_with<S: Simd>(&self, s: S, state: &mut State) {
+    fn run<S: Simd>(self, s: S) {
+        let Work {
+            attend,
+            item,
+            head,
+            out,
+            state,
+        } = self.0;
         let Attend {
             qkv,
             spec,
             cache,
             batch,
             ..
-        } = *self.attend;
+        } = *attend;
         let heads = spec.heads;
         let (dim, group) = (heads.head_dim, heads.q_heads / heads.kv_heads);
         let shape = TileShape::new(dim);
-        let queries = self.item.rows.len() * group;
+        let queries = item.rows.len() * group;
         let blocks = padded::<S>(queries);
         state.reset(blocks, shape);
         let sees = |row: usize| {
@@ -191,23 +187,23 @@ impl<E: KvElement> ItemHead<'_, E> {
                 .map_or(0, |window| (position + 1).saturating_sub(window));
             (first, position)
         };
-        for (index, row) in self.item.rows.clone().enumerate() {
-            let from = row * heads.qkv_columns() + self.head * group * dim;
+        for (index, row) in item.rows.clone().enumerate() {
+            let from = row * heads.qkv_columns() + head * group * dim;
             let to = index * group;
             state.queries[to * dim..][..group * dim].copy_from_slice(&qkv[from..][..group * dim]);
             state.sees[to..to + group].fill(sees(row));
         }
-        let (first, _) = sees(self.item.rows.start);
-        let (_, last) = sees(self.item.rows.end - 1);
+        let (first, _) = sees(item.rows.start);
+        let (_, last) = sees(item.rows.end - 1);
         // Padding sees what the last row sees.
-        state.sees[queries..].fill(sees(self.item.rows.end - 1));
+        state.sees[queries..].fill(sees(item.rows.end - 1));
 
-        let table = &batch.tables[batch.sequences[self.item.sequence].table.clone()];
-        let layer = cache.layer(self.attend.layer);
+        let table = &batch.tables[batch.sequences[item.sequence].table.clone()];
+        let layer = cache.layer(attend.layer);
         let tiles_per_block = cache.shape().block_tokens / LANES;
         for tile in first / LANES..=last / LANES {
             let block = table[tile / tiles_per_block] as usize;
-            let at = cache.tile(block, self.head, tile % tiles_per_block) * size_of::<E>();
+            let at = cache.tile(block, head, tile % tiles_per_block) * size_of::<E>();
             let bytes = &layer[at..][..shape.elements() * size_of::<E>()];
             let positions = tile * LANES..(tile + 1) * LANES;
             // Slots outside were never written for this sequence: they may hold
@@ -238,10 +234,10 @@ impl<E: KvElement> ItemHead<'_, E> {
             }
         }
 
-        for (index, row) in self.item.rows.clone().enumerate() {
-            let to = row * heads.q_columns() + self.head * group * dim;
+        for (index, row) in item.rows.clone().enumerate() {
+            let to = row * heads.q_columns() + head * group * dim;
             // SAFETY: the outputs of this row and these heads belong to this item.
-            let out = unsafe { self.out.range(to, group * dim) };
+            let out = unsafe { out.range(to, group * dim) };
             for (g, out) in out.chunks_exact_mut(dim).enumerate() {
                 let query = index * group + g;
                 // SAFETY: 16 sums a query.
@@ -284,9 +280,9 @@ impl<E: KvElement> Tile<E> {
     ) {
         let scores = self.scores::<S, M>(s, &state.queries[first * self.shape.head_dim..]);
         let mut decays = false;
-        for (m, score) in scores.into_iter().enumerate() {
+        unroll!(m < M => {
             let query = first + m;
-            let mut score = s.mul(score, s.splat(spec.scale));
+            let mut score = s.mul(scores[m], s.splat(spec.scale));
             if let Some(cap) = spec.softcap {
                 let cap = s.splat(cap);
                 score = s.mul(cap, s.tanh(s.div(score, cap)));
@@ -321,7 +317,7 @@ impl<E: KvElement> Tile<E> {
                 );
             }
             state.largest[query] = largest;
-        }
+        });
         self.add_values::<S, M>(s, state, first, decays);
     }
 
@@ -336,17 +332,15 @@ impl<E: KvElement> Tile<E> {
         for d in (0..dim / 2 * 2).step_by(2) {
             // SAFETY: a tile has `head_dim` rows of keys, `queries` has `M` of them.
             unsafe {
+                let q = queries.as_ptr().add(d);
                 let k = E::load(s, self.elements.add(d * LANES));
-                for (m, sum) in even.iter_mut().enumerate() {
-                    *sum = s.fma(s.splat(*queries.get_unchecked(m * dim + d)), k, *sum);
-                }
+                unroll!(m < M => { even[m] = s.fma(s.splat(*q.add(m * dim)), k, even[m]); });
                 let k = E::load(s, self.elements.add((d + 1) * LANES));
-                for (m, sum) in odd.iter_mut().enumerate() {
-                    *sum = s.fma(s.splat(*queries.get_unchecked(m * dim + d + 1)), k, *sum);
-                }
+                unroll!(m < M => { odd[m] = s.fma(s.splat(*q.add(m * dim + 1)), k, odd[m]); });
             }
         }
-        std::array::from_fn(|m| s.add(even[m], odd[m]))
+        unroll!(m < M => { even[m] = s.add(even[m], odd[m]); });
+        even
     }
 
     /// −∞ for the tokens that a query does not see.
@@ -385,24 +379,22 @@ impl<E: KvElement> Tile<E> {
             // SAFETY: results hold `M` rows of `value_stride`, a multiple of 16; the
             // tile holds sixteen values after its keys; `tokens` is within 0..16.
             unsafe {
-                let mut sums: [S::F; M] = std::array::from_fn(|m| {
-                    let sum = s.load(results.as_ptr().add(m * value_stride + at));
+                let results = results.as_mut_ptr().add(at);
+                let mut sums = [s.splat(0.0); M];
+                unroll!(m < M => {
+                    sums[m] = s.load(results.add(m * value_stride));
                     if decays {
-                        s.mul(sum, s.splat(decay[m]))
-                    } else {
-                        sum
+                        sums[m] = s.mul(sums[m], s.splat(decay[m]));
                     }
                 });
                 for token in self.tokens.clone() {
                     let v = E::load(s, self.elements.add(values + token * value_stride + at));
-                    for (m, sum) in sums.iter_mut().enumerate() {
-                        let weight = s.splat(*weights.get_unchecked(m * LANES + token));
-                        *sum = s.fma(weight, v, *sum);
-                    }
+                    let weights = weights.as_ptr().add(token);
+                    unroll!(m < M => {
+                        sums[m] = s.fma(s.splat(*weights.add(m * LANES)), v, sums[m]);
+                    });
                 }
-                for (m, sum) in sums.into_iter().enumerate() {
-                    s.store(results.as_mut_ptr().add(m * value_stride + at), sum);
-                }
+                unroll!(m < M => { s.store(results.add(m * value_stride), sums[m]); });
             }
         }
     }

@@ -5,9 +5,10 @@
 //! it does not depend on how many rows or tiles share the registers; several rows
 //! or tiles at once only hide the latency of the chain.
 
+use super::integer::load_scale;
 use super::linear::Operands;
 use super::packed::{FloatType, Packed, QuantLayout};
-use super::simd::{Kernel, LANES, Simd};
+use super::simd::{Isa, Kernel, LANES, Simd, unroll};
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -57,22 +58,39 @@ thread_local! {
     static PANEL: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-impl Kernel for DequantisedTiles<'_> {
+impl DequantisedTiles<'_> {
+    /// Runs on this thread's panel.
+    pub(crate) fn dispatch(self, isa: Isa) {
+        PANEL.with_borrow_mut(|panel| {
+            panel.resize(LANES * self.part.columns, 0.0);
+            isa.dispatch(Dequantised { tiles: self, panel });
+        });
+    }
+}
+
+struct Dequantised<'a> {
+    tiles: DequantisedTiles<'a>,
+    /// `[input][16]`.
+    panel: &'a mut [f32],
+}
+
+impl Kernel for Dequantised<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let panels = Panels {
-            part: self.part,
-            operands: self.operands,
-        };
-        PANEL.with_borrow_mut(|panel| {
-            panel.resize(LANES * self.part.columns, 0.0);
-            for tile in self.tiles {
-                dequantise(s, self.part.tile(tile), &self.layout, panel);
-                panels.tiles::<S, F32>(s, tile..tile + 1, |_| panel.as_ptr().cast());
-            }
-        });
+        let DequantisedTiles {
+            part,
+            layout,
+            tiles,
+            operands,
+        } = self.tiles;
+        let panels = Panels { part, operands };
+        for tile in tiles {
+            dequantise(s, part.tile(tile), &layout, self.panel);
+            let panel = self.panel.as_ptr();
+            panels.tiles::<S, F32>(s, tile..tile + 1, |_| panel.cast());
+        }
     }
 }
 
@@ -80,41 +98,21 @@ impl Kernel for DequantisedTiles<'_> {
 #[inline(always)]
 fn dequantise<S: Simd>(s: S, tile: &[u8], layout: &QuantLayout, out: &mut [f32]) {
     let affine = &layout.affine;
-    let group = affine.group;
-    let (byte, zero) = (s.splat_i(0xff), s.splat_i(-affine.zero));
     let groups = tile.chunks_exact(layout.group_bytes());
-    for (from, out) in groups.zip(out.chunks_exact_mut(group * LANES)) {
+    for (from, out) in groups.zip(out.chunks_exact_mut(affine.group * LANES)) {
         let (header, codes) = from.split_at(layout.header_bytes());
+        let (scales, mins) = header.split_at(layout.scale_bytes());
         // SAFETY: a header is sixteen scales and, with `has_min`, sixteen minimums.
-        let scales = |from: &[u8]| unsafe {
-            match affine.native_f16_scales {
-                true => s.load_f16(from.as_ptr().cast()),
-                false => s.load(from.as_ptr().cast()),
-            }
+        let scale = unsafe { load_scale(s, scales.as_ptr(), affine.native_f16_scales) };
+        let min = match affine.has_min {
+            // SAFETY: as above.
+            true => Some(unsafe { load_scale(s, mins.as_ptr(), affine.native_f16_scales) }),
+            false => None,
         };
-        let scale = scales(header);
-        let min = if affine.has_min {
-            scales(&header[layout.scale_bytes()..])
-        } else {
-            scale
-        };
-        let quad = |codes: S::I, out: &mut [f32]| {
-            let planes = [
-                codes,
-                s.shift_right::<8>(codes),
-                s.shift_right::<16>(codes),
-                s.shift_right::<24>(codes),
-            ];
-            for (plane, out) in planes.into_iter().zip(out.chunks_exact_mut(LANES)) {
-                let weight = s.mul(scale, s.to_float(s.add_i(s.and_i(plane, byte), zero)));
-                let weight = if affine.has_min {
-                    s.add(weight, min)
-                } else {
-                    weight
-                };
-                // SAFETY: a chunk of `LANES`.
-                unsafe { s.store(out.as_mut_ptr(), weight) };
-            }
+        let group = Group {
+            zero: s.splat_i(-affine.zero),
+            scale,
+            min,
         };
         if affine.bits == 4 {
             let nibble = s.splat_i(0x0f0f_0f0f);
@@ -122,14 +120,39 @@ fn dequantise<S: Simd>(s: S, tile: &[u8], layout: &QuantLayout, out: &mut [f32])
                 // SAFETY: a chunk of 64 bytes.
                 let bytes = unsafe { s.load_bytes(from.as_ptr()) };
                 let (first, second) = out.split_at_mut(4 * LANES);
-                quad(s.and_i(bytes, nibble), first);
-                quad(s.and_i(s.shift_right::<4>(bytes), nibble), second);
+                group.expand(s, s.and_i(bytes, nibble), first);
+                group.expand(s, s.and_i(s.shift_right::<4>(bytes), nibble), second);
             }
         } else {
             for (from, out) in codes.chunks_exact(64).zip(out.chunks_exact_mut(4 * LANES)) {
                 // SAFETY: a chunk of 64 bytes.
-                quad(unsafe { s.load_bytes(from.as_ptr()) }, out);
+                group.expand(s, unsafe { s.load_bytes(from.as_ptr()) }, out);
             }
+        }
+    }
+}
+
+/// What the weights of a group have in common.
+struct Group<S: Simd> {
+    zero: S::I,
+    scale: S::F,
+    min: Option<S::F>,
+}
+
+impl<S: Simd> Group<S> {
+    /// The weights of four inputs, one byte of each lane an input.
+    #[inline(always)]
+    fn expand(&self, s: S, codes: S::I, out: &mut [f32]) {
+        let mut codes = codes;
+        for out in out.chunks_exact_mut(LANES) {
+            let code = s.and_i(codes, s.splat_i(0xff));
+            let mut weight = s.mul(self.scale, s.to_float(s.add_i(code, self.zero)));
+            if let Some(min) = self.min {
+                weight = s.add(weight, min);
+            }
+            // SAFETY: a chunk of `LANES`.
+            unsafe { s.store(out.as_mut_ptr(), weight) };
+            codes = s.shift_right::<8>(codes);
         }
     }
 }
@@ -249,28 +272,27 @@ impl Panels<'_> {
         let columns = self.part.columns;
         let x = &self.operands.x[row * columns..][..M * columns];
         let mut total = [[s.splat(0.0); M]; T];
+        let x = x.as_ptr();
         for k in 0..columns {
             // SAFETY: every tile holds `columns · 16` weights, `x` has `M` rows.
             unsafe {
-                for (total, &at) in total.iter_mut().zip(&at) {
-                    let weight = W::load(s, at.add(k * LANES * W::BYTES));
-                    for (m, total) in total.iter_mut().enumerate() {
-                        let x = s.splat(*x.get_unchecked(m * columns + k));
-                        *total = s.fma(weight, x, *total);
-                    }
-                }
+                unroll!(t < T => {
+                    let weight = W::load(s, at[t].add(k * LANES * W::BYTES));
+                    unroll!(m < M => {
+                        let x = s.splat(*x.add(m * columns + k));
+                        total[t][m] = s.fma(weight, x, total[t][m]);
+                    });
+                });
             }
         }
-        for (t, total) in total.into_iter().enumerate() {
-            let (first, output) = (
-                (tile + t) * LANES,
-                self.part.first_output + (tile + t) * LANES,
-            );
+        unroll!(t < T => {
+            let first = (tile + t) * LANES;
+            let output = self.part.first_output + first;
             let count = LANES.min(self.part.rows - first);
-            for (m, total) in total.into_iter().enumerate() {
+            unroll!(m < M => {
                 // SAFETY: these outputs of these rows belong to this tile alone.
-                unsafe { self.operands.store(s, row + m, output, count, total) };
-            }
-        }
+                unsafe { self.operands.store(s, row + m, output, count, total[t][m]) };
+            });
+        });
     }
 }

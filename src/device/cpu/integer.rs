@@ -7,13 +7,16 @@
 
 use super::linear::Operands;
 use super::packed::{Packed, QuantLayout};
-use super::quantise::Quantised;
-use super::simd::{Kernel, LANES, Simd};
+use super::quantise::{GroupMeta, Quantised};
+use super::simd::{Kernel, LANES, Simd, unroll};
 use std::ops::Range;
 
 /// Bytes of activations that stay in the second-level cache while the tiles of an
 /// item pass over them.
 const ROW_BYTES: usize = 384 * 1024;
+
+/// How far ahead of the weights in use memory is asked for.
+const AHEAD: usize = 4096;
 
 /// Some tiles of a part times all rows.
 pub(crate) struct IntegerTiles<'a> {
@@ -102,6 +105,11 @@ impl IntegerTiles<'_> {
             // SAFETY: `at` walks over `groups` groups of the tile, whose lengths were
             // asserted to add up to it; codes and meta hold `M` rows, as sliced.
             unsafe {
+                let mut line = 0;
+                while line < layout.group_bytes() {
+                    s.prefetch(at.wrapping_add(AHEAD + line));
+                    line += 64;
+                }
                 let scale = load_scale(s, at, native_f16);
                 let min = if has_min {
                     load_scale(s, at.add(scale_bytes), native_f16)
@@ -110,47 +118,48 @@ impl IntegerTiles<'_> {
                 };
                 at = at.add(header_bytes);
                 let x = codes.as_ptr().add(g * GROUP);
-                let quad = |m: usize, q: usize| {
-                    let quad = x.add(m * columns + q * 4).cast::<i32>().read_unaligned();
-                    s.splat_i(quad)
-                };
-                let meta = |m: usize| meta.get_unchecked(m * groups + g);
-                let mut dots: [S::I; M] = std::array::from_fn(|m| s.splat_i(meta(m).start));
+                let meta = meta.as_ptr().add(g);
+                let mut dots = [low; M];
+                unroll!(m < M => { dots[m] = s.splat_i((*meta.add(m * groups)).start); });
                 if FOUR {
                     for pair in 0..GROUP / 8 {
                         let bytes = s.load_bytes(at.add(pair * 64));
-                        let (first, second) =
-                            (s.and_i(bytes, low), s.and_i(s.shift_right::<4>(bytes), low));
-                        for (m, dot) in dots.iter_mut().enumerate() {
-                            *dot = s.dot4(*dot, first, quad(m, pair * 2));
-                            *dot = s.dot4(*dot, second, quad(m, pair * 2 + 1));
-                        }
+                        let first = s.and_i(bytes, low);
+                        let second = s.and_i(s.shift_right::<4>(bytes), low);
+                        let x = x.add(pair * 8);
+                        unroll!(m < M => {
+                            let x = x.add(m * columns);
+                            dots[m] = s.dot4(dots[m], first, splat_quad(s, x));
+                            dots[m] = s.dot4(dots[m], second, splat_quad(s, x.add(4)));
+                        });
                     }
                     at = at.add(GROUP * 8);
                 } else {
-                    for q in 0..GROUP / 4 {
-                        let bytes = s.load_bytes(at.add(q * 64));
-                        for (m, dot) in dots.iter_mut().enumerate() {
-                            *dot = s.dot4(*dot, bytes, quad(m, q));
-                        }
+                    for quad in 0..GROUP / 4 {
+                        let bytes = s.load_bytes(at.add(quad * 64));
+                        let x = x.add(quad * 4);
+                        unroll!(m < M => {
+                            dots[m] = s.dot4(dots[m], bytes, splat_quad(s, x.add(m * columns)));
+                        });
                     }
                     at = at.add(GROUP * 16);
                 }
-                for m in 0..M {
+                unroll!(m < M => {
+                    let GroupMeta { scale: factor, sum, .. } = *meta.add(m * groups);
                     let scaled = s.mul(s.to_float(dots[m]), scale);
-                    total[m] = s.fma(scaled, s.splat(meta(m).scale), total[m]);
+                    total[m] = s.fma(scaled, s.splat(factor), total[m]);
                     if has_min {
-                        total[m] = s.fma(min, s.splat(meta(m).sum), total[m]);
+                        total[m] = s.fma(min, s.splat(sum), total[m]);
                     }
-                }
+                });
             }
         }
         let output = self.part.first_output + tile * LANES;
         let count = LANES.min(self.part.rows - tile * LANES);
-        for (m, total) in total.into_iter().enumerate() {
+        unroll!(m < M => {
             // SAFETY: these outputs of these rows belong to this tile alone.
-            unsafe { self.operands.store(s, row + m, output, count, total) };
-        }
+            unsafe { self.operands.store(s, row + m, output, count, total[m]) };
+        });
     }
 }
 
@@ -159,7 +168,7 @@ impl IntegerTiles<'_> {
 /// # Safety
 /// `at` is readable for 16 of them.
 #[inline(always)]
-unsafe fn load_scale<S: Simd>(s: S, at: *const u8, native_f16: bool) -> S::F {
+pub(crate) unsafe fn load_scale<S: Simd>(s: S, at: *const u8, native_f16: bool) -> S::F {
     // SAFETY: the caller vouches for `at`; the loads need no alignment.
     unsafe {
         if native_f16 {
@@ -168,4 +177,14 @@ unsafe fn load_scale<S: Simd>(s: S, at: *const u8, native_f16: bool) -> S::F {
             s.load(at.cast())
         }
     }
+}
+
+/// Four codes in every lane.
+///
+/// # Safety
+/// `x` is readable for 4 bytes.
+#[inline(always)]
+unsafe fn splat_quad<S: Simd>(s: S, x: *const i8) -> S::I {
+    // SAFETY: the caller vouches for `x`.
+    s.splat_i(unsafe { x.cast::<i32>().read_unaligned() })
 }

@@ -219,12 +219,13 @@ impl Multiplier {
                 });
             }
             Format::Quantised(layout) => {
-                isa.dispatch(DequantisedTiles {
+                DequantisedTiles {
                     part,
                     layout,
                     tiles,
                     operands,
-                });
+                }
+                .dispatch(isa);
             }
         };
         let tiles = weight.parts.iter().map(Packed::tiles).sum::<usize>();

@@ -3,18 +3,12 @@
 use super::simd::{Kernel, LANES, Simd};
 use crate::device::Activation;
 
-/// Calls `f` with the start and length of each vector of a row of `columns`.
+/// The start and length of each vector of a row of `columns`.
 #[inline(always)]
-fn vectors(columns: usize, mut f: impl FnMut(usize, usize)) {
-    let whole = columns / LANES * LANES;
-    let mut at = 0;
-    while at < whole {
-        f(at, LANES);
-        at += LANES;
-    }
-    if whole < columns {
-        f(whole, columns - whole);
-    }
+fn vectors(columns: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..columns)
+        .step_by(LANES)
+        .map(move |at| (at, LANES.min(columns - at)))
 }
 
 /// # Safety
@@ -49,11 +43,11 @@ unsafe fn store<S: Simd>(s: S, to: *mut f32, value: S::F, count: usize) {
 #[inline(always)]
 fn inverse_rms<S: Simd>(s: S, x: &[f32], epsilon: f32) -> f32 {
     let mut sum = s.splat(0.0);
-    vectors(x.len(), |at, count| {
+    for (at, count) in vectors(x.len()) {
         // SAFETY: `vectors` stays inside the row.
         let v = unsafe { load(s, x.as_ptr().add(at), count) };
         sum = s.fma(v, v, sum);
-    });
+    }
     1.0 / (s.reduce_add(sum) / x.len() as f32 + epsilon).sqrt()
 }
 
@@ -62,14 +56,14 @@ fn inverse_rms<S: Simd>(s: S, x: &[f32], epsilon: f32) -> f32 {
 pub(crate) fn normalize<S: Simd>(s: S, x: &mut [f32], weight: &[f32], epsilon: f32) {
     assert!(weight.len() >= x.len());
     let factor = s.splat(inverse_rms(s, x, epsilon));
-    vectors(x.len(), |at, count| {
+    for (at, count) in vectors(x.len()) {
         // SAFETY: `vectors` stays inside the row; the weight is as long.
         unsafe {
             let v = load(s, x.as_ptr().add(at), count);
             let w = load(s, weight.as_ptr().add(at), count);
             store(s, x.as_mut_ptr().add(at), s.mul(s.mul(v, factor), w), count);
         }
-    });
+    }
 }
 
 /// `out = x / rms(x) · weight` for rows of `weight.len()` columns.
@@ -92,7 +86,7 @@ impl Kernel for RmsNorm<'_> {
             .zip(self.out.chunks_exact_mut(columns))
         {
             let factor = s.splat(inverse_rms(s, x, self.epsilon));
-            vectors(columns, |at, count| {
+            for (at, count) in vectors(columns) {
                 // SAFETY: `vectors` stays inside the rows, which are equally long.
                 unsafe {
                     let v = load(s, x.as_ptr().add(at), count);
@@ -104,7 +98,7 @@ impl Kernel for RmsNorm<'_> {
                         count,
                     );
                 }
-            });
+            }
         }
     }
 }
@@ -126,7 +120,7 @@ impl Kernel for RmsNormAdd<'_> {
         let residuals = self.residual.chunks_exact_mut(columns);
         for (x, residual) in self.x.chunks_exact(columns).zip(residuals) {
             let factor = s.splat(inverse_rms(s, x, self.epsilon));
-            vectors(columns, |at, count| {
+            for (at, count) in vectors(columns) {
                 // SAFETY: `vectors` stays inside the rows, which are equally long.
                 unsafe {
                     let v = load(s, x.as_ptr().add(at), count);
@@ -135,7 +129,7 @@ impl Kernel for RmsNormAdd<'_> {
                     let sum = s.add(r, s.mul(s.mul(v, factor), w));
                     store(s, residual.as_mut_ptr().add(at), sum, count);
                 }
-            });
+            }
         }
     }
 }
@@ -154,14 +148,14 @@ impl Kernel for Add<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let factor = s.splat(self.factor);
-        vectors(self.a.len().min(self.b.len()), |at, count| {
+        for (at, count) in vectors(self.a.len().min(self.b.len())) {
             // SAFETY: `vectors` stays inside the shorter of the two.
             unsafe {
                 let a = load(s, self.a.as_ptr().add(at), count);
                 let b = load(s, self.b.as_ptr().add(at), count);
                 store(s, self.a.as_mut_ptr().add(at), s.fma(factor, b, a), count);
             }
-        });
+        }
     }
 }
 
@@ -173,50 +167,44 @@ pub(crate) struct Gate<'a> {
     pub(crate) out: &'a mut [f32],
 }
 
-impl Gate<'_> {
-    #[inline(always)]
-    fn rows<S: Simd>(self, s: S, activation: impl Fn(S::F) -> S::F) {
-        let columns = self.columns;
-        let rows = self.gate_up.chunks_exact(2 * columns);
-        for (gate_up, out) in rows.zip(self.out.chunks_exact_mut(columns)) {
-            vectors(columns, |at, count| {
-                // SAFETY: `vectors` stays inside the row, and inside each half of the
-                // row of the operand.
-                unsafe {
-                    let gate = load(s, gate_up.as_ptr().add(at), count);
-                    let up = load(s, gate_up.as_ptr().add(columns + at), count);
-                    store(
-                        s,
-                        out.as_mut_ptr().add(at),
-                        s.mul(activation(gate), up),
-                        count,
-                    );
-                }
-            });
-        }
-    }
-}
-
 impl Kernel for Gate<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let one = s.splat(1.0);
-        match self.activation {
-            Activation::Silu => self.rows(s, |x| {
-                let e = s.exp(s.sub(s.splat(0.0), x));
-                s.div(x, s.add(one, e))
-            }),
-            Activation::GeluTanh => self.rows(s, |x| {
-                // x/2 · (1 + tanh u) = x / (1 + e^(−2u)), which does not cancel.
-                const MINUS_2_SQRT_2_OVER_PI: f32 = -1.595_769;
-                let cubic = s.fma(s.mul(s.mul(x, x), x), s.splat(0.044_715), x);
-                let e = s.exp(s.mul(cubic, s.splat(MINUS_2_SQRT_2_OVER_PI)));
-                s.div(x, s.add(one, e))
-            }),
+        let columns = self.columns;
+        let rows = self.gate_up.chunks_exact(2 * columns);
+        for (gate_up, out) in rows.zip(self.out.chunks_exact_mut(columns)) {
+            for (at, count) in vectors(columns) {
+                // SAFETY: `vectors` stays inside the row, and inside each half of the
+                // row of the operand.
+                unsafe {
+                    let gate = load(s, gate_up.as_ptr().add(at), count);
+                    let up = load(s, gate_up.as_ptr().add(columns + at), count);
+                    let activated = match self.activation {
+                        Activation::Silu => silu(s, gate),
+                        Activation::GeluTanh => gelu_tanh(s, gate),
+                    };
+                    store(s, out.as_mut_ptr().add(at), s.mul(activated, up), count);
+                }
+            }
         }
     }
+}
+
+#[inline(always)]
+fn silu<S: Simd>(s: S, x: S::F) -> S::F {
+    let e = s.exp(s.sub(s.splat(0.0), x));
+    s.div(x, s.add(s.splat(1.0), e))
+}
+
+/// `x/2 · (1 + tanh u)` as `x / (1 + e^(−2u))`, which does not cancel.
+#[inline(always)]
+fn gelu_tanh<S: Simd>(s: S, x: S::F) -> S::F {
+    const MINUS_2_SQRT_2_OVER_PI: f32 = -1.595_769;
+    let cubic = s.fma(s.mul(s.mul(x, x), x), s.splat(0.044_715), x);
+    let e = s.exp(s.mul(cubic, s.splat(MINUS_2_SQRT_2_OVER_PI)));
+    s.div(x, s.add(s.splat(1.0), e))
 }
 
 /// `x → cap · tanh(x / cap)`, element by element.
@@ -231,7 +219,7 @@ impl Kernel for Softcap<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let cap = s.splat(self.cap);
-        vectors(self.x.len(), |at, count| {
+        for (at, count) in vectors(self.x.len()) {
             // SAFETY: `vectors` stays inside the slice.
             unsafe {
                 let x = load(s, self.x.as_ptr().add(at), count);
@@ -242,7 +230,7 @@ impl Kernel for Softcap<'_> {
                     count,
                 );
             }
-        });
+        }
     }
 }
 

@@ -71,6 +71,10 @@ impl Simd for Avx2 {
     const ROWS: usize = 2;
 
     #[inline(always)]
+    fn prefetch(self, address: *const u8) {
+        register!(_mm_prefetch::<_MM_HINT_T0>(address.cast()))
+    }
+    #[inline(always)]
     fn splat(self, value: f32) -> F {
         register!(F(_mm256_set1_ps(value), _mm256_set1_ps(value)))
     }

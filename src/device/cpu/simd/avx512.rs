@@ -42,6 +42,10 @@ impl Simd for Avx512 {
     const ROWS: usize = 8;
 
     #[inline(always)]
+    fn prefetch(self, address: *const u8) {
+        register!(_mm_prefetch::<_MM_HINT_T0>(address.cast()))
+    }
+    #[inline(always)]
     fn splat(self, value: f32) -> __m512 {
         register!(_mm512_set1_ps(value))
     }

@@ -5,6 +5,9 @@
 //! instruction set, so every `#[inline(always)]` operation becomes one
 //! instruction (two on AVX2) there.
 //!
+//! Kernels keep vector operations out of closures: a closure is compiled for the
+//! machine at large, and every operation in it may become a call.
+//!
 //! AVX-512 and AVX2 give the same bits: every operation is lane by lane, `fma`
 //! is fused in both, and reductions use one tree order. The portable form may
 //! differ in the last bit, because it does not fuse where the target has no FMA.
@@ -17,6 +20,24 @@ mod portable;
 
 use super::options::SimdLevel;
 use crate::device::DeviceError;
+
+/// Repeats a block for each `m` below `count`, at most 8 times, with `m` a constant.
+///
+/// Accumulators in an array live in registers only if every index is a constant;
+/// the optimiser unrolls a loop too late for that.
+macro_rules! unroll {
+    ($m:ident < $count:expr => $body:block) => {
+        $crate::device::cpu::simd::unroll!(@ $m, $count, $body, 0 1 2 3 4 5 6 7);
+    };
+    (@ $m:ident, $count:expr, $body:block, $($index:literal)*) => {
+        $(if $index < $count {
+            #[allow(non_upper_case_globals)]
+            const $m: usize = $index;
+            $body
+        })*
+    };
+}
+pub(crate) use unroll;
 
 /// Lanes of a vector, rows of a weight tile, tokens of a key tile.
 pub(crate) const LANES: usize = 16;
@@ -33,6 +54,10 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Activation rows that share one expanded weight tile: as many as the
     /// registers hold accumulators for. 8, 4, 2 or 1.
     const ROWS: usize;
+
+    /// Asks for the cache line at `address`, which need not be readable.
+    #[inline(always)]
+    fn prefetch(self, _address: *const u8) {}
 
     /// All lanes `value`.
     fn splat(self, value: f32) -> Self::F;

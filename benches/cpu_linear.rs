@@ -1,0 +1,133 @@
+//! How near the CPU device's linear layers come to what the machine can do:
+//! GB/s for one row next to the read bandwidth, GMAC/s for many.
+//!
+//! `cargo bench --bench cpu_linear [-- THREADS]`
+
+use quell::device::cpu::{CpuDevice, CpuLinear, CpuOptions};
+use quell::device::{Device, LinearSpec, RowOrder, WeightRows};
+use quell::weights::DType;
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+/// More than the last-level cache: one row must find its weights in memory.
+const WORKING_SET: usize = 192 << 20;
+
+/// The median time of `work`, over at least a quarter of a second.
+fn median(mut work: impl FnMut()) -> Duration {
+    work();
+    let begin = Instant::now();
+    let mut times = Vec::new();
+    while times.len() < 7 || begin.elapsed() < Duration::from_millis(250) {
+        let start = Instant::now();
+        work();
+        times.push(start.elapsed());
+    }
+    times.sort_unstable();
+    times[times.len() / 2]
+}
+
+/// GB/s at which `threads` threads read memory.
+fn read_bandwidth(threads: usize) -> f64 {
+    let words = vec![1u64; WORKING_SET / 8];
+    let time = median(|| {
+        std::thread::scope(|scope| {
+            for part in words.chunks(words.len().div_ceil(threads)) {
+                scope.spawn(move || {
+                    let mut sums = [0u64; 32];
+                    for chunk in part.chunks_exact(32) {
+                        for (sum, word) in sums.iter_mut().zip(chunk) {
+                            *sum ^= word;
+                        }
+                    }
+                    black_box(sums);
+                });
+            }
+        });
+    });
+    WORKING_SET as f64 / time.as_secs_f64() / 1e9
+}
+
+/// Weights whose bytes are all alike: the kernels' speed does not depend on them.
+fn load(device: &mut CpuDevice, dtype: DType, rows: usize, columns: usize) -> CpuLinear {
+    let data = vec![0x11; dtype.bytes_for(columns).unwrap_or(0) * rows];
+    let part = WeightRows {
+        dtype,
+        rows,
+        columns,
+        data: &data,
+        order: RowOrder::AsStored,
+    };
+    match device.load_linear(&LinearSpec {
+        parts: vec![part],
+        bias: None,
+    }) {
+        Ok(linear) => linear,
+        Err(error) => panic!("{error}"),
+    }
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let threads = std::env::args()
+        .skip(1)
+        .find_map(|argument| argument.parse().ok());
+    let mut device = CpuDevice::new(&CpuOptions {
+        threads,
+        ..Default::default()
+    })?;
+    let threads = threads.unwrap_or(std::thread::available_parallelism()?.get());
+    println!("{}", device.info().description);
+    println!("read bandwidth: {:.1} GB/s", read_bandwidth(threads));
+    println!(
+        "{:>16} {:>6} {:>10} {:>10} {:>10} {:>10}",
+        "columns × rows", "", "1: GB/s", "16: GMAC/s", "128", "512"
+    );
+    for (columns, rows) in [
+        (576, 960),
+        (576, 576),
+        (576, 3072),
+        (1536, 576),
+        (576, 49152),
+    ] {
+        for dtype in [DType::Q4_1, DType::Q8_0, DType::BF16] {
+            let first = load(&mut device, dtype, rows, columns);
+            let bytes = first.bytes();
+            let copies = (WORKING_SET / 2 / bytes).clamp(1, 200);
+            let mut weights = vec![first];
+            weights.resize_with(copies, || load(&mut device, dtype, rows, columns));
+            print!("{columns:>7} × {rows:>6} {:>6}", dtype.name());
+            for count in [1, 16, 128, 512] {
+                if count * rows > 1 << 23 {
+                    continue;
+                }
+                let mut x = device.allocate(count, columns)?;
+                for row in 0..count {
+                    x.row_mut(row)
+                        .iter_mut()
+                        .enumerate()
+                        .for_each(|(i, x)| *x = (i % 13) as f32);
+                }
+                let mut out = device.allocate(count, rows)?;
+                let used = if count == 1 {
+                    weights.len()
+                } else {
+                    4.min(weights.len())
+                };
+                let time = median(|| {
+                    for weight in &weights[..used] {
+                        if let Err(error) = device.linear(&x, weight, count, &mut out) {
+                            panic!("{error}");
+                        }
+                    }
+                });
+                let seconds = time.as_secs_f64() / used as f64;
+                if count == 1 {
+                    print!(" {:>10.1}", bytes as f64 / seconds / 1e9);
+                } else {
+                    print!(" {:>10.1}", (count * rows * columns) as f64 / seconds / 1e9);
+                }
+            }
+            println!();
+        }
+    }
+    Ok(())
+}
