@@ -1,1 +1,40 @@
-//! Text.
+//! Text: what lies between a caller's words and the model's token ids.
+//!
+//! [`Tokenizer`] turns text into token ids and back, [`Detokenizer`] does the
+//! way back one token at a time, [`StopMatcher`] finds stop strings across token
+//! borders, and [`ChatTemplate`] turns a conversation into a prompt.
+//!
+//! Everything a model file says is checked: a tokenizer that is built answers
+//! every string and every id without a panic.
+
+mod byte_level;
+mod clock;
+mod detokenize;
+mod end_tokens;
+mod error;
+mod folder;
+pub mod fuzz;
+mod gguf_metadata;
+mod gguf_vocabulary;
+mod jinja;
+mod message;
+mod pre_tokenizer;
+mod python_json;
+mod sentencepiece;
+mod special;
+mod stop;
+mod template;
+mod tokenizer;
+mod unigram;
+mod vocabulary;
+
+#[cfg(test)]
+mod tests;
+
+pub use detokenize::Detokenizer;
+pub use error::TextError;
+pub use gguf_vocabulary::GgufVocabulary;
+pub use message::Message;
+pub use stop::{StopMatcher, StopStep};
+pub use template::{ChatTemplate, RenderOptions};
+pub use tokenizer::{EncodeOptions, Tokenizer};

@@ -1,0 +1,374 @@
+//! A tokenizer from a Hugging Face folder: `tokenizer.json` and the files beside it.
+
+use super::TextError;
+use super::byte_level::token_bytes;
+use super::end_tokens::end_tokens;
+use super::gguf_vocabulary::named_byte;
+use super::template::ChatTemplate;
+use super::tokenizer::{EncodeOptions, Frame, Model, Tokenizer};
+use super::vocabulary::{MAX_TOKENS, TokenKind, Vocabulary};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::io::ErrorKind;
+use std::path::Path;
+use std::sync::OnceLock;
+
+/// The `tokenizers` crate's tokenizer, twice where both readings are wanted.
+pub(super) struct HuggingFace {
+    /// Reads the text of a special token as that token.
+    parsing: tokenizers::Tokenizer,
+    /// Reads it as plain text; made when first needed.
+    plain: OnceLock<tokenizers::Tokenizer>,
+    /// Whether `add_special` is the tokenizer's own business.
+    frames: bool,
+}
+
+impl HuggingFace {
+    pub(super) fn encode(
+        &self,
+        text: &str,
+        options: EncodeOptions,
+        ids: &mut Vec<u32>,
+    ) -> Result<(), TextError> {
+        let tokenizer = if options.parse_special {
+            &self.parsing
+        } else {
+            self.plain.get_or_init(|| {
+                let mut plain = self.parsing.clone();
+                plain.set_encode_special_tokens(true);
+                plain
+            })
+        };
+        let encoding = tokenizer
+            .encode_fast(text, options.add_special && self.frames)
+            .map_err(|error| TextError::Encode {
+                bytes: text.len(),
+                message: error.to_string(),
+            })?;
+        ids.extend_from_slice(encoding.get_ids());
+        Ok(())
+    }
+}
+
+impl Tokenizer {
+    /// Builds the tokenizer of a Hugging Face folder.
+    ///
+    /// `tokenizer.json` must be there. `tokenizer_config.json`,
+    /// `special_tokens_map.json`, `generation_config.json`, `config.json` and
+    /// `chat_template.jinja` or `chat_template.json` are read where they are.
+    ///
+    /// # Errors
+    /// When a file cannot be read or understood; the error names it.
+    pub fn from_folder(dir: &Path) -> Result<Tokenizer, TextError> {
+        let files = Files::read(dir)?;
+        let mut parsing = files.tokenizer;
+        parsing.with_padding(None);
+        parsing
+            .with_truncation(None)
+            .map_err(|error| TextError::Build {
+                part: "truncation",
+                message: error.to_string(),
+            })?;
+        let mut vocabulary = vocabulary(&parsing)?;
+        let id_of = |name: &str| -> Option<u32> {
+            let text = special_text(&files.config, &files.special, name)?;
+            vocabulary.id(text)
+        };
+        let bos =
+            id_of("bos_token").or_else(|| ids(&files.generation, "bos_token_id").first().copied());
+        let mut named = ids(&files.generation, "eos_token_id");
+        if named.is_empty() {
+            named = ids(&files.model, "eos_token_id");
+        }
+        let eos = id_of("eos_token").or_else(|| named.first().copied());
+        named.extend(eos);
+        for (name, id) in named
+            .iter()
+            .map(|&id| ("eos", id))
+            .chain(bos.map(|id| ("bos", id)))
+        {
+            if vocabulary.text(id).is_none() {
+                return Err(TextError::SpecialId {
+                    name,
+                    id,
+                    vocabulary: vocabulary.len(),
+                });
+            }
+        }
+        let ends = end_tokens(&mut vocabulary, named, true);
+        let text = |name| special_text(&files.config, &files.special, name);
+        let template = files
+            .template
+            .map(|source| ChatTemplate::new(&source, text("bos_token"), text("eos_token")))
+            .transpose()?;
+        let explicit = explicit_frame(&files.config, bos, eos)?;
+        let strip_leading_space = Decoding::of(&parsing)?.strip_leading_space;
+        let model = HuggingFace {
+            parsing,
+            plain: OnceLock::new(),
+            frames: explicit.is_none(),
+        };
+        Ok(Tokenizer {
+            vocabulary,
+            model: Model::HuggingFace(Box::new(model)),
+            bos,
+            eos,
+            ends,
+            frame: explicit.unwrap_or_default(),
+            strip_leading_space,
+            template,
+        })
+    }
+}
+
+/// What the folder's files say; null where there is no such file.
+struct Files {
+    tokenizer: tokenizers::Tokenizer,
+    config: Value,
+    special: Value,
+    generation: Value,
+    model: Value,
+    template: Option<String>,
+}
+
+impl Files {
+    fn read(dir: &Path) -> Result<Self, TextError> {
+        let path = dir.join("tokenizer.json");
+        let bytes = std::fs::read(&path).map_err(|source| TextError::Read {
+            path: path.clone(),
+            source,
+        })?;
+        let tokenizer =
+            tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| TextError::File {
+                path,
+                found: format!("not readable ({error})"),
+                expected: "a tokenizer as the tokenizers library writes it",
+            })?;
+        let config = json(dir, "tokenizer_config.json")?;
+        Ok(Self {
+            tokenizer,
+            special: json(dir, "special_tokens_map.json")?,
+            generation: json(dir, "generation_config.json")?,
+            model: json(dir, "config.json")?,
+            template: template_source(dir, &config)?,
+            config,
+        })
+    }
+}
+
+/// The text of an optional file.
+fn read(path: &Path) -> Result<Option<String>, TextError> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(TextError::Read {
+            path: path.to_owned(),
+            source,
+        }),
+    }
+}
+
+/// An optional JSON file; null when it is not there.
+fn json(dir: &Path, name: &str) -> Result<Value, TextError> {
+    let path = dir.join(name);
+    let Some(text) = read(&path)? else {
+        return Ok(Value::Null);
+    };
+    serde_json::from_str(&text).map_err(|error| TextError::File {
+        path,
+        found: format!("not readable ({error})"),
+        expected: "JSON",
+    })
+}
+
+/// The chat template: its own file before the tokenizer's configuration, and of
+/// several the one called `default`.
+fn template_source(dir: &Path, config: &Value) -> Result<Option<String>, TextError> {
+    if let Some(text) = read(&dir.join("chat_template.jinja"))? {
+        return Ok(Some(text));
+    }
+    let file = json(dir, "chat_template.json")?;
+    let found = [&file["chat_template"], &config["chat_template"]]
+        .into_iter()
+        .find(|template| !template.is_null());
+    let source = match found {
+        None => return Ok(None),
+        Some(Value::Array(named)) => named
+            .iter()
+            .find(|entry| entry["name"] == "default")
+            .or_else(|| named.first())
+            .and_then(|entry| entry["template"].as_str()),
+        Some(template) => template.as_str(),
+    };
+    source
+        .map(|text| Some(text.to_owned()))
+        .ok_or_else(|| TextError::File {
+            path: dir.to_owned(),
+            found: "a folder whose chat_template is no text".to_owned(),
+            expected: "a string, or a list of names with templates",
+        })
+}
+
+/// The text of a special token: a string, or an object with `content`.
+fn special_text<'a>(config: &'a Value, special: &'a Value, name: &str) -> Option<&'a str> {
+    [config, special].into_iter().find_map(|file| {
+        let token = &file[name];
+        token.as_str().or_else(|| token["content"].as_str())
+    })
+}
+
+/// Token ids written as a number or a list of numbers.
+fn ids(file: &Value, name: &str) -> Vec<u32> {
+    let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    match &file[name] {
+        Value::Array(ids) => ids.iter().filter_map(id).collect(),
+        value => id(value).into_iter().collect(),
+    }
+}
+
+/// What goes around a prompt by `add_bos_token` and `add_eos_token`. Only these
+/// classes heed them, in place of what `tokenizer.json` says.
+fn explicit_frame(
+    config: &Value,
+    bos: Option<u32>,
+    eos: Option<u32>,
+) -> Result<Option<Frame>, TextError> {
+    let class = config["tokenizer_class"].as_str().unwrap_or_default();
+    let heeds = ["Llama", "CodeLlama", "Gemma"].iter().any(|family| {
+        class
+            .strip_prefix(family)
+            .is_some_and(|rest| rest.starts_with("Tokenizer"))
+    });
+    let (before, after) = (
+        config["add_bos_token"].as_bool(),
+        config["add_eos_token"].as_bool(),
+    );
+    if !heeds || (before.is_none() && after.is_none()) {
+        return Ok(None);
+    }
+    let token = |wanted: bool, id: Option<u32>, name| match (wanted, id) {
+        (true, None) => Err(TextError::MissingSpecial { name }),
+        (wanted, id) => Ok(id.filter(|_| wanted)),
+    };
+    Ok(Some(Frame {
+        before: token(before.unwrap_or(true), bos, "bos")?,
+        after: token(after.unwrap_or(false), eos, "eos")?,
+    }))
+}
+
+/// Every token with its bytes, by id.
+fn vocabulary(tokenizer: &tokenizers::Tokenizer) -> Result<Vocabulary, TextError> {
+    let decoding = Decoding::of(tokenizer)?;
+    let mut by_id: BTreeMap<u32, String> = BTreeMap::new();
+    for (text, id) in tokenizer.get_vocab(true) {
+        by_id
+            .entry(id)
+            .and_modify(|first| *first = first.clone().min(text.clone()))
+            .or_insert(text);
+    }
+    let added = tokenizer.get_added_tokens_decoder();
+    by_id.extend(added.iter().map(|(id, token)| (*id, token.content.clone())));
+    let size = by_id.last_key_value().map_or(0, |(id, _)| *id as usize + 1);
+    if size == 0 {
+        return Err(TextError::EmptyVocabulary);
+    }
+    if size > MAX_TOKENS {
+        return Err(TextError::VocabularyTooLarge {
+            tokens: size,
+            limit: MAX_TOKENS,
+        });
+    }
+    let mut vocabulary = Vocabulary::default();
+    for (id, text) in by_id {
+        while vocabulary.len() < id as usize {
+            vocabulary.push("", TokenKind::Absent, b"")?;
+        }
+        match added.get(&id) {
+            Some(token) => {
+                let kind = if token.special {
+                    TokenKind::Control
+                } else {
+                    TokenKind::UserDefined
+                };
+                vocabulary.push(&text, kind, text.as_bytes())?
+            }
+            None => vocabulary.push(&text, TokenKind::Normal, &decoding.bytes(&text))?,
+        };
+    }
+    Ok(vocabulary)
+}
+
+/// What `tokenizer.json`'s decoder does, as far as models' decoders differ.
+#[derive(Default)]
+struct Decoding {
+    byte_level: bool,
+    byte_fallback: bool,
+    /// What stands for a space.
+    space: Option<String>,
+    strip_leading_space: bool,
+}
+
+const DECODERS: &str =
+    "ByteLevel, Metaspace, or a Sequence of Replace, ByteFallback, Fuse and Strip, for spaces";
+
+impl Decoding {
+    fn of(tokenizer: &tokenizers::Tokenizer) -> Result<Self, TextError> {
+        let decoder =
+            serde_json::to_value(tokenizer.get_decoder()).map_err(|error| TextError::Build {
+                part: "decoder",
+                message: error.to_string(),
+            })?;
+        let mut decoding = Self::default();
+        let steps = match &decoder["decoders"] {
+            Value::Array(steps) if decoder["type"] == "Sequence" => steps.as_slice(),
+            _ => std::slice::from_ref(&decoder),
+        };
+        for step in steps {
+            decoding.add(step)?;
+        }
+        Ok(decoding)
+    }
+
+    fn add(&mut self, step: &Value) -> Result<(), TextError> {
+        let unsupported = || TextError::Unsupported {
+            part: "decoder",
+            found: step.to_string(),
+            expected: DECODERS,
+        };
+        match step["type"].as_str() {
+            Some("ByteLevel") => self.byte_level = true,
+            Some("ByteFallback") => self.byte_fallback = true,
+            Some("Fuse") => {}
+            Some("Metaspace") => {
+                self.space = step["replacement"].as_str().map(str::to_owned);
+                self.strip_leading_space = step["prepend_scheme"] != "never";
+            }
+            Some("Replace") if step["content"] == " " => {
+                let pattern = step["pattern"]["String"].as_str().ok_or_else(unsupported)?;
+                self.space = Some(pattern.to_owned());
+            }
+            Some("Strip") if step["content"] == " " && step["stop"] == 0 => {
+                match step["start"].as_u64() {
+                    Some(0) => {}
+                    Some(1) => self.strip_leading_space = true,
+                    _ => return Err(unsupported()),
+                }
+            }
+            _ => return Err(unsupported()),
+        }
+        Ok(())
+    }
+
+    fn bytes(&self, text: &str) -> Vec<u8> {
+        if self.byte_level {
+            return token_bytes(text);
+        }
+        match named_byte(text) {
+            Some(byte) if self.byte_fallback => vec![byte],
+            _ => match &self.space {
+                Some(space) => text.replace(space.as_str(), " ").into_bytes(),
+                None => text.as_bytes().to_vec(),
+            },
+        }
+    }
+}

@@ -1,0 +1,385 @@
+//! Whole tokenizers: small ones against llama.cpp's answers, and broken ones.
+
+use super::*;
+use proptest::prelude::*;
+use serde_json::Value;
+use std::path::PathBuf;
+use std::sync::{Arc, LazyLock};
+
+const PARSE: EncodeOptions = EncodeOptions {
+    add_special: false,
+    parse_special: true,
+};
+const PLAIN: EncodeOptions = EncodeOptions {
+    add_special: false,
+    parse_special: false,
+};
+const FRAMED: EncodeOptions = EncodeOptions {
+    add_special: true,
+    parse_special: true,
+};
+
+fn fixtures() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/text")
+}
+
+fn fixture(name: &str) -> Value {
+    serde_json::from_slice(&std::fs::read(fixtures().join(name)).unwrap()).unwrap()
+}
+
+fn vocabulary(name: &str) -> GgufVocabulary {
+    let file = fixture(name);
+    let read = |key: &str| file["vocabulary"][key].clone();
+    let strings = |key: &str| serde_json::from_value(read(key)).unwrap_or_default();
+    GgufVocabulary {
+        model: serde_json::from_value(read("model")).unwrap(),
+        pre: serde_json::from_value(read("pre")).unwrap(),
+        tokens: strings("tokens"),
+        merges: strings("merges"),
+        scores: serde_json::from_value(read("scores")).unwrap_or_default(),
+        token_types: serde_json::from_value(read("token_types")).unwrap(),
+        bos: serde_json::from_value(read("bos")).unwrap(),
+        eos: serde_json::from_value(read("eos")).unwrap(),
+        ..GgufVocabulary::default()
+    }
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    serde_json::from_value(value.clone()).unwrap()
+}
+
+static BYTE_LEVEL: LazyLock<Arc<Tokenizer>> =
+    LazyLock::new(|| Arc::new(Tokenizer::from_gguf(vocabulary("byte_level_bpe.json")).unwrap()));
+
+static SCORED: LazyLock<Arc<Tokenizer>> =
+    LazyLock::new(|| Arc::new(Tokenizer::from_gguf(vocabulary("scored_bpe.json")).unwrap()));
+
+static FOLDER: LazyLock<Arc<Tokenizer>> =
+    LazyLock::new(|| Arc::new(Tokenizer::from_folder(&fixtures().join("folder")).unwrap()));
+
+#[test]
+fn byte_level_bpe_gives_the_references_ids_from_either_kind_of_file() {
+    for case in fixture("byte_level_bpe.json")["cases"].as_array().unwrap() {
+        let text = case["text"].as_str().unwrap();
+        let plain = if case["plain"].is_null() {
+            &case["ids"]
+        } else {
+            &case["plain"]
+        };
+        for tokenizer in [&*BYTE_LEVEL, &*FOLDER] {
+            let parsed = tokenizer.encode(text, PARSE).unwrap();
+            assert_eq!(parsed, ids(&case["ids"]), "{text:?}");
+            assert_eq!(
+                tokenizer.encode(text, PLAIN).unwrap(),
+                ids(plain),
+                "plain {text:?}"
+            );
+            assert_eq!(tokenizer.decode(&parsed, false), text);
+        }
+    }
+}
+
+#[test]
+fn scored_bpe_gives_the_references_ids() {
+    let mut bare = vocabulary("scored_bpe.json");
+    bare.add_space_prefix = Some(false);
+    let bare = Tokenizer::from_gguf(bare).unwrap();
+    let mut decoded = 0;
+    for case in fixture("scored_bpe.json")["cases"].as_array().unwrap() {
+        let text = case["text"].as_str().unwrap();
+        let parsed = bare.encode(text, PARSE).unwrap();
+        assert_eq!(parsed, ids(&case["ids"]), "{text:?}");
+        assert_eq!(
+            SCORED.encode(text, PARSE).unwrap(),
+            ids(&case["prefixed"]),
+            "{text:?}"
+        );
+        // The reference reads "<0x0A>" in plain text as the byte that it names.
+        if !text.contains("<0x") {
+            assert_eq!(
+                bare.encode(text, PLAIN).unwrap(),
+                ids(&case["plain"]),
+                "plain {text:?}"
+            );
+            let prefixed = SCORED.encode(text, PLAIN).unwrap();
+            assert_eq!(prefixed, ids(&case["prefixed_plain"]), "plain {text:?}");
+        }
+        if !text.contains('\u{2581}') {
+            assert_eq!(bare.decode(&parsed, false), text);
+            // A word after a user-defined token gets a space of its own.
+            if !text.contains("<tag>") {
+                let prefixed = SCORED.encode(text, PLAIN).unwrap();
+                assert_eq!(SCORED.decode(&prefixed, false), text);
+            }
+            decoded += 1;
+        }
+    }
+    assert!(decoded > 200);
+}
+
+#[test]
+fn special_tokens_frame_a_text_as_the_model_wants() {
+    let encoded = SCORED.encode("a", FRAMED).unwrap();
+    assert_eq!(encoded[0], 1);
+    assert_eq!(SCORED.decode(&encoded, true), "a");
+    assert_eq!(
+        BYTE_LEVEL.encode("a", FRAMED).unwrap(),
+        BYTE_LEVEL.encode("a", PARSE).unwrap()
+    );
+    let mut vocabulary = vocabulary("scored_bpe.json");
+    vocabulary.add_bos = Some(false);
+    vocabulary.add_eos = Some(true);
+    let encoded = Tokenizer::from_gguf(vocabulary)
+        .unwrap()
+        .encode("", FRAMED)
+        .unwrap();
+    assert_eq!(encoded, [2]);
+}
+
+#[test]
+fn control_tokens_come_from_parsed_text_only_and_can_be_skipped() {
+    for tokenizer in [&*BYTE_LEVEL, &*FOLDER] {
+        let text = "<|im_start|>user<|im_end|>";
+        let parsed = tokenizer.encode(text, PARSE).unwrap();
+        assert_eq!((parsed[0], parsed.last()), (1, Some(&2)));
+        assert_eq!(tokenizer.decode(&parsed, true), "user");
+        let plain = tokenizer.encode(text, PLAIN).unwrap();
+        assert!(plain.iter().all(|&id| !tokenizer.is_special(id)));
+        assert_eq!(tokenizer.decode(&plain, true), text);
+        assert_eq!(tokenizer.encode("<tool>", PLAIN).unwrap().len(), 1);
+        assert_eq!(tokenizer.end_tokens(), [0, 2, 4]);
+        assert_eq!((tokenizer.bos(), tokenizer.eos()), (Some(1), Some(2)));
+    }
+}
+
+#[test]
+fn a_token_gives_its_bytes_even_where_they_are_half_a_character() {
+    let euro = BYTE_LEVEL.encode("€", PLAIN).unwrap();
+    assert!(euro.len() > 1);
+    for tokenizer in [&*BYTE_LEVEL, &*FOLDER] {
+        let bytes: Vec<u8> = euro
+            .iter()
+            .flat_map(|&id| tokenizer.token_bytes(id).unwrap())
+            .copied()
+            .collect();
+        assert_eq!(bytes, "€".as_bytes());
+    }
+    assert_eq!(SCORED.token_bytes(4 + 0xE2), Some(&[0xE2][..]));
+    let size = SCORED.vocabulary_size() as u32;
+    assert_eq!(
+        (SCORED.token_bytes(size), SCORED.token_text(size)),
+        (None, None)
+    );
+    assert_eq!(SCORED.decode(&[size, u32::MAX], false), "\u{FFFD}\u{FFFD}");
+    assert_eq!(SCORED.id_of("<tag>"), Some(3));
+}
+
+#[test]
+fn a_folder_gives_its_default_chat_template() {
+    let template = FOLDER.chat_template().unwrap();
+    let prompt = template
+        .render(&[Message::new("user", "hi")], &RenderOptions::default())
+        .unwrap();
+    assert!(
+        prompt.ends_with("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"),
+        "{prompt}"
+    );
+}
+
+#[test]
+fn a_unigram_model_puts_its_space_before_words_only() {
+    let mut description = vocabulary("scored_bpe.json");
+    description.model = "t5".to_owned();
+    let encode = |description: &GgufVocabulary, text: &str| {
+        let tokenizer = Tokenizer::from_gguf(description.clone()).unwrap();
+        let encoded = tokenizer.encode(text, FRAMED).unwrap();
+        assert_eq!(encoded.last(), Some(&2));
+        let words: Vec<_> = encoded
+            .iter()
+            .filter_map(|&id| tokenizer.token_bytes(id))
+            .collect();
+        String::from_utf8_lossy(&words.concat()).replace("</s>", "")
+    };
+    assert_eq!(encode(&description, "a  b漢\u{1F680}"), " a  b漢\u{1F680}");
+    assert_eq!(encode(&description, "  "), "  ");
+    description.remove_extra_whitespaces = Some(true);
+    assert_eq!(encode(&description, "  a  b "), " a b");
+}
+
+#[test]
+fn long_texts_take_time_in_proportion() {
+    for unit in ["a", " ", "\n", "the cat ", "漢", "A1 "] {
+        let text = unit.repeat(100_000 / unit.len());
+        for tokenizer in [&*BYTE_LEVEL, &*SCORED] {
+            let encoded = tokenizer.encode(&text, PLAIN).unwrap();
+            assert_eq!(tokenizer.decode(&encoded, false), text);
+        }
+    }
+}
+
+/// The error of a description that one change made wrong.
+fn refusal(fixture: &str, change: impl FnOnce(&mut GgufVocabulary)) -> String {
+    let mut vocabulary = vocabulary(fixture);
+    change(&mut vocabulary);
+    Tokenizer::from_gguf(vocabulary).unwrap_err().to_string()
+}
+
+#[test]
+fn a_broken_description_is_refused_with_what_is_wrong() {
+    let bpe = "byte_level_bpe.json";
+    let scored = "scored_bpe.json";
+    let cases = [
+        (refusal(bpe, |v| v.tokens.clear()), "vocabulary is empty"),
+        (
+            refusal(bpe, |v| v.model = "rwkv".into()),
+            "tokenizer model is \"rwkv\", expected gpt2",
+        ),
+        (
+            refusal(bpe, |v| v.pre = Some("xyz".into())),
+            "pre-tokenizer is \"xyz\", expected one of default",
+        ),
+        (
+            refusal(bpe, |v| v.merges[3] = "ab".into()),
+            "merge 3 is \"ab\"",
+        ),
+        (
+            refusal(bpe, |v| v.merges[3] = "a b c".into()),
+            "merge 3 is \"a b c\"",
+        ),
+        (
+            refusal(bpe, |v| v.merges[3] = "Q 漢".into()),
+            "needs token \"漢\"",
+        ),
+        (
+            refusal(bpe, |v| v.merges[3] = "Q Q".into()),
+            "needs token \"QQ\"",
+        ),
+        (
+            refusal(bpe, |v| v.tokens[40] = v.tokens[30].clone()),
+            "token 40 is",
+        ),
+        (refusal(bpe, |v| v.token_types[5] = 9), "token 5 has type 9"),
+        (
+            refusal(bpe, |v| v.bos = Some(99_999)),
+            "bos is 99999, expected an id below",
+        ),
+        (
+            refusal(bpe, |v| (v.bos, v.add_bos) = (None, Some(true))),
+            "names no such token",
+        ),
+        (
+            refusal(bpe, |v| v.chat_template = Some("\n{% if".into())),
+            "chat template, line 2",
+        ),
+        (
+            refusal(bpe, |v| v.tokens[400] = "x".repeat(5000)),
+            "5000 bytes long",
+        ),
+        (
+            refusal(scored, |v| v.scores.truncate(9)),
+            "list scores has 9 entries",
+        ),
+        (
+            refusal(scored, |v| v.token_types.push(1)),
+            "list token_types has",
+        ),
+        (
+            refusal(scored, |v| v.scores[7] = f32::NAN),
+            "token 7 has score NaN",
+        ),
+        (
+            refusal(scored, |v| v.tokens[9] = "<0x5>".into()),
+            "byte token 9 is \"<0x5>\"",
+        ),
+    ];
+    for (message, part) in cases {
+        assert!(message.contains(part), "{message:?} lacks {part:?}");
+    }
+}
+
+#[test]
+fn a_folder_without_a_tokenizer_or_with_a_broken_one_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let error = Tokenizer::from_folder(folder.path()).unwrap_err();
+    assert!(matches!(error, TextError::Read { .. }), "{error}");
+    std::fs::write(folder.path().join("tokenizer.json"), "{\"model\": 1}").unwrap();
+    let error = Tokenizer::from_folder(folder.path()).unwrap_err();
+    assert!(matches!(error, TextError::File { .. }), "{error}");
+}
+
+/// A SentencePiece-like `tokenizer.json`, as Llama 2 has it.
+const LLAMA2_JSON: &str = r#"{"version":"1.0","truncation":{"max_length":2,"strategy":"LongestFirst","stride":0,"direction":"Right"},
+"added_tokens":[{"id":0,"content":"<s>","special":true,"single_word":false,"lstrip":false,"rstrip":false,"normalized":false}],
+"normalizer":{"type":"Sequence","normalizers":[{"type":"Prepend","prepend":"▁"},{"type":"Replace","pattern":{"String":" "},"content":"▁"}]},
+"decoder":{"type":"Sequence","decoders":[{"type":"Replace","pattern":{"String":"▁"},"content":" "},{"type":"ByteFallback"},{"type":"Fuse"},{"type":"Strip","content":" ","start":1,"stop":0}]},
+"model":{"type":"BPE","byte_fallback":true,"fuse_unk":true,"unk_token":"<unk>","vocab":{"<s>":0,"<unk>":1,"<0xC3>":2,"<0xA9>":3,"▁":4,"a":5,"b":6,"▁a":9},"merges":["▁ a"]}}"#;
+
+#[test]
+fn a_folder_of_llama_2s_kind_falls_back_to_bytes_and_strips_its_space() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("tokenizer.json"), LLAMA2_JSON).unwrap();
+    let config = r#"{"tokenizer_class":"LlamaTokenizer","bos_token":"<s>","add_bos_token":true}"#;
+    std::fs::write(folder.path().join("tokenizer_config.json"), config).unwrap();
+    let tokenizer = Tokenizer::from_folder(folder.path()).unwrap();
+    let encoded = tokenizer.encode("a éb a", FRAMED).unwrap();
+    assert_eq!(encoded, [0, 9, 4, 2, 3, 6, 9]);
+    assert_eq!(tokenizer.decode(&encoded, true), "a éb a");
+    assert_eq!(tokenizer.decode(&encoded, false), "<s> a éb a");
+    assert_eq!(tokenizer.decode(&[2, 9], true), "\u{FFFD} a");
+    assert_eq!(
+        (tokenizer.vocabulary_size(), tokenizer.token_text(7)),
+        (10, None)
+    );
+}
+
+#[test]
+fn a_decoder_that_is_not_understood_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = LLAMA2_JSON.replace(
+        r#"{"type":"Fuse"}"#,
+        r#"{"type":"BPEDecoder","suffix":"</w>"}"#,
+    );
+    std::fs::write(folder.path().join("tokenizer.json"), text).unwrap();
+    let error = Tokenizer::from_folder(folder.path())
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("BPEDecoder") && error.contains("expected ByteLevel"),
+        "{error}"
+    );
+}
+
+pub(super) fn any_text() -> impl Strategy<Value = String> {
+    prop_oneof![
+        any::<String>(),
+        "[ab ▁é<>|s0x\n]{0,40}",
+        "(<s>|<\\|end\\|>|<tag>|<\\|im_end\\|>|the| |€)*"
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+
+    #[test]
+    fn any_text_comes_back_from_a_byte_level_tokenizer(text in any_text(), parse_special: bool) {
+        for tokenizer in [&*BYTE_LEVEL, &*FOLDER] {
+            let encoded = tokenizer.encode(&text, EncodeOptions { add_special: false, parse_special }).unwrap();
+            prop_assert_eq!(tokenizer.decode(&encoded, false), &*text);
+        }
+    }
+
+    #[test]
+    fn pieces_of_any_ids_are_the_decoding_of_the_whole(
+        ids in proptest::collection::vec(0..1700u32, 0..40),
+        skip_special: bool,
+    ) {
+        for tokenizer in [&*BYTE_LEVEL, &*SCORED] {
+            let mut detokenizer = Detokenizer::new(tokenizer.clone(), skip_special);
+            for _ in 0..2 {
+                let mut text: String = ids.iter().map(|&id| detokenizer.push(id)).collect();
+                text.push_str(&detokenizer.finish());
+                prop_assert_eq!(text, tokenizer.decode(&ids, skip_special));
+            }
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! Text into token ids and back, whatever kind of tokenizer the model has.
+
+use super::TextError;
+use super::byte_level::ByteLevelBpe;
+use super::detokenize::Utf8Assembler;
+use super::folder::HuggingFace;
+use super::sentencepiece::{SPACE, ScoredBpe};
+use super::special::{Fragment, SpecialTokens};
+use super::template::ChatTemplate;
+use super::unigram::Unigram;
+use super::vocabulary::Vocabulary;
+use std::fmt;
+
+/// How to read a text; see [`Tokenizer::encode`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EncodeOptions {
+    /// Put the tokens around the text that the model wants there, such as the
+    /// beginning-of-text token. A rendered chat template usually has them already.
+    pub add_special: bool,
+    /// Read the text of a control token as that token. Without it such a text
+    /// is plain text, which is what anything that a user typed should be.
+    pub parse_special: bool,
+}
+
+/// A model's tokenizer. Shared between threads freely; nothing in it changes.
+pub struct Tokenizer {
+    pub(super) vocabulary: Vocabulary,
+    pub(super) model: Model,
+    pub(super) bos: Option<u32>,
+    pub(super) eos: Option<u32>,
+    /// All tokens that end an answer, sorted.
+    pub(super) ends: Vec<u32>,
+    pub(super) frame: Frame,
+    /// Whether the space before the first word is the tokenizer's own.
+    pub(super) strip_leading_space: bool,
+    pub(super) template: Option<ChatTemplate>,
+}
+
+/// What `add_special` puts around a text.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Frame {
+    pub(super) before: Option<u32>,
+    pub(super) after: Option<u32>,
+}
+
+/// How text becomes tokens.
+pub(super) enum Model {
+    /// A `tokenizer.json`, which finds its special tokens itself.
+    HuggingFace(Box<HuggingFace>),
+    /// Special tokens are found first; what lies between is plain text.
+    Fragments {
+        specials: Box<SpecialTokens>,
+        plain: PlainModel,
+    },
+}
+
+/// How plain text becomes tokens.
+pub(super) enum PlainModel {
+    ByteLevel(Box<ByteLevelBpe>),
+    Scored {
+        model: ScoredBpe,
+        space_prefix: bool,
+    },
+    Unigram {
+        model: Unigram,
+        space_prefix: bool,
+        merge_spaces: bool,
+    },
+}
+
+impl fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tokenizer")
+            .field("vocabulary", &self.vocabulary.len())
+            .field("bos", &self.bos)
+            .field("eos", &self.eos)
+            .field("end_tokens", &self.ends)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Tokenizer {
+    /// The tokens of `text`.
+    ///
+    /// Every text can be encoded; text that the vocabulary cannot write becomes
+    /// the unknown token, or nothing where there is none.
+    ///
+    /// # Errors
+    /// Only when a pattern of the tokenizer gives up, which takes a text of many
+    /// megabytes or a `tokenizer.json` that is at odds with itself.
+    pub fn encode(&self, text: &str, options: EncodeOptions) -> Result<Vec<u32>, TextError> {
+        let mut ids = Vec::with_capacity(text.len() / 3 + 2);
+        if options.add_special {
+            ids.extend(self.frame.before);
+        }
+        match &self.model {
+            Model::HuggingFace(model) => model.encode(text, options, &mut ids)?,
+            Model::Fragments { specials, plain } => {
+                let mut after_special = true;
+                for fragment in specials.split(text, options.parse_special) {
+                    match fragment {
+                        Fragment::Token(id) => ids.push(id),
+                        Fragment::Text(text) => {
+                            self.encode_plain(plain, text, after_special, &mut ids)?;
+                        }
+                    }
+                    after_special = matches!(fragment, Fragment::Token(_));
+                }
+            }
+        }
+        if options.add_special {
+            ids.extend(self.frame.after);
+        }
+        Ok(ids)
+    }
+
+    /// Appends the tokens of a text without special tokens. `after_special` says
+    /// that it begins the prompt or follows a special token.
+    fn encode_plain(
+        &self,
+        plain: &PlainModel,
+        text: &str,
+        after_special: bool,
+        ids: &mut Vec<u32>,
+    ) -> Result<(), TextError> {
+        match plain {
+            PlainModel::ByteLevel(model) => model.encode(text, ids)?,
+            PlainModel::Scored {
+                model,
+                space_prefix,
+            } => {
+                let prefix = if *space_prefix && after_special {
+                    SPACE
+                } else {
+                    ""
+                };
+                let text = format!("{prefix}{}", text.replace(' ', SPACE));
+                model.encode(&self.vocabulary, &text, ids);
+            }
+            PlainModel::Unigram {
+                model,
+                space_prefix,
+                merge_spaces,
+            } => {
+                let words = if *merge_spaces {
+                    single_spaces(text)
+                } else {
+                    text.to_owned()
+                };
+                let spaced = (*space_prefix || *merge_spaces) && words.contains(|c| c != ' ');
+                let prefix = if spaced { SPACE } else { "" };
+                let text = format!("{prefix}{}", words.replace(' ', SPACE));
+                model.encode(&self.vocabulary, &text, ids);
+            }
+        }
+        Ok(())
+    }
+
+    /// The text of `ids`; without special tokens if `skip_special`.
+    ///
+    /// Bytes that are no UTF-8, and ids that no token has, become U+FFFD. The
+    /// space that a SentencePiece model puts before the first word is taken away
+    /// again, as transformers does.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> String {
+        let mut assembler = self.assembler();
+        let mut text = String::new();
+        for &id in ids {
+            self.decode_step(&mut assembler, id, skip_special, &mut text);
+        }
+        assembler.finish(&mut text);
+        text
+    }
+
+    /// A fresh state for [`decode_step`](Self::decode_step).
+    pub(super) fn assembler(&self) -> Utf8Assembler {
+        Utf8Assembler::new(self.strip_leading_space)
+    }
+
+    /// Appends to `text` what `id` completes.
+    pub(super) fn decode_step(
+        &self,
+        assembler: &mut Utf8Assembler,
+        id: u32,
+        skip_special: bool,
+        text: &mut String,
+    ) {
+        if skip_special && self.is_special(id) {
+            return;
+        }
+        let unknown = char::REPLACEMENT_CHARACTER
+            .encode_utf8(&mut [0; 4])
+            .to_owned();
+        assembler.push(
+            self.vocabulary.bytes(id).unwrap_or(unknown.as_bytes()),
+            text,
+        );
+    }
+
+    /// The bytes that a token stands for, which may be part of a character;
+    /// `None` for an id that no token has.
+    pub fn token_bytes(&self, id: u32) -> Option<&[u8]> {
+        self.vocabulary.bytes(id)
+    }
+
+    /// What the vocabulary calls a token; `None` for an id that no token has.
+    pub fn token_text(&self, id: u32) -> Option<&str> {
+        self.vocabulary.text(id)
+    }
+
+    /// The token that the vocabulary calls `text`.
+    pub fn id_of(&self, text: &str) -> Option<u32> {
+        self.vocabulary.id(text)
+    }
+
+    /// Number of ids: every token's id is below it. A model's logits may be more.
+    pub fn vocabulary_size(&self) -> usize {
+        self.vocabulary.len()
+    }
+
+    /// Whether a token steers the model and is no part of the text.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.vocabulary.kind(id).is_special()
+    }
+
+    /// The beginning-of-text token.
+    pub fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
+    /// The end-of-text token that the model names first; see
+    /// [`end_tokens`](Self::end_tokens) for all that end an answer.
+    pub fn eos(&self) -> Option<u32> {
+        self.eos
+    }
+
+    /// Every token that ends an answer, in order of id: those that the model
+    /// names, and those with a well-known name, such as `<|im_end|>`.
+    pub fn end_tokens(&self) -> &[u32] {
+        &self.ends
+    }
+
+    /// The model's chat template, if it has one.
+    pub fn chat_template(&self) -> Option<&ChatTemplate> {
+        self.template.as_ref()
+    }
+}
+
+/// `text` with runs of spaces made one space, and none at either end.
+fn single_spaces(text: &str) -> String {
+    text.split(' ')
+        .filter(|word| !word.is_empty())
+        .collect::<Vec<_>>()
+        .join(" ")
+}

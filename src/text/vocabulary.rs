@@ -1,0 +1,167 @@
+//! The table of tokens: what each id is called, which bytes it stands for, and of what kind it is.
+
+use super::TextError;
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::Arc;
+
+/// The most tokens that a vocabulary may have: eight times the largest known.
+pub(super) const MAX_TOKENS: usize = 1 << 21;
+
+/// The longest token, in bytes. Bounds the work a byte of text can cause.
+pub(super) const MAX_TOKEN_BYTES: usize = 4096;
+
+/// What a token is for; the numbers are those of `tokenizer.ggml.token_type`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum TokenKind {
+    /// An ordinary piece of text.
+    Normal,
+    /// Stands for text that the vocabulary cannot write.
+    Unknown,
+    /// Steers the model (a turn's end, for one); never made from plain text.
+    Control,
+    /// Added by the model's makers: found in text before all else, and visible.
+    UserDefined,
+    /// In the table, but no longer used.
+    Unused,
+    /// One raw byte.
+    Byte,
+    /// An id without a token.
+    Absent,
+}
+
+impl TokenKind {
+    /// Whether the token is left out of text that is made for people.
+    pub(super) fn is_special(self) -> bool {
+        matches!(self, Self::Control | Self::Unknown)
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Token {
+    text: Arc<str>,
+    kind: TokenKind,
+    /// Where its bytes lie in the arena.
+    start: u32,
+    end: u32,
+}
+
+/// All tokens of a model, by id and by text.
+#[derive(Debug, Default)]
+pub(super) struct Vocabulary {
+    tokens: Vec<Token>,
+    ids: HashMap<Arc<str>, u32>,
+    bytes: Vec<u8>,
+}
+
+impl Vocabulary {
+    /// Appends a token that stands for `bytes`. An empty text, or an absent
+    /// token, has an id but is found under no text.
+    ///
+    /// # Errors
+    /// When the text is there already, is too long, or there are too many tokens.
+    pub(super) fn push(
+        &mut self,
+        text: &str,
+        kind: TokenKind,
+        bytes: &[u8],
+    ) -> Result<u32, TextError> {
+        let id = self.next_id()?;
+        let too_long = |bytes| TextError::TokenTooLong {
+            id,
+            bytes,
+            limit: MAX_TOKEN_BYTES,
+        };
+        if text.len().max(bytes.len()) > MAX_TOKEN_BYTES {
+            return Err(too_long(text.len().max(bytes.len())));
+        }
+        let start = self.arena_offset(id)?;
+        let text: Arc<str> = Arc::from(text);
+        if !text.is_empty() && kind != TokenKind::Absent {
+            match self.ids.entry(text.clone()) {
+                Entry::Vacant(place) => place.insert(id),
+                Entry::Occupied(first) => {
+                    return Err(TextError::DuplicateToken {
+                        text: text.to_string(),
+                        first: *first.get(),
+                        second: id,
+                    });
+                }
+            };
+        }
+        self.bytes.extend_from_slice(bytes);
+        let end = self.arena_offset(id)?;
+        self.tokens.push(Token {
+            text,
+            kind,
+            start,
+            end,
+        });
+        Ok(id)
+    }
+
+    fn next_id(&self) -> Result<u32, TextError> {
+        let tokens = self.tokens.len() + 1;
+        if tokens > MAX_TOKENS {
+            return Err(TextError::VocabularyTooLarge {
+                tokens,
+                limit: MAX_TOKENS,
+            });
+        }
+        u32::try_from(self.tokens.len()).map_err(|_| TextError::VocabularyTooLarge {
+            tokens,
+            limit: MAX_TOKENS,
+        })
+    }
+
+    fn arena_offset(&self, id: u32) -> Result<u32, TextError> {
+        u32::try_from(self.bytes.len()).map_err(|_| TextError::TokenTooLong {
+            id,
+            bytes: self.bytes.len(),
+            limit: u32::MAX as usize,
+        })
+    }
+
+    /// Number of ids, absent ones too.
+    pub(super) fn len(&self) -> usize {
+        self.tokens.len()
+    }
+
+    pub(super) fn id(&self, text: &str) -> Option<u32> {
+        self.ids.get(text).copied()
+    }
+
+    pub(super) fn text(&self, id: u32) -> Option<&str> {
+        self.known(id).map(|token| &*token.text)
+    }
+
+    pub(super) fn kind(&self, id: u32) -> TokenKind {
+        self.known(id).map_or(TokenKind::Absent, |token| token.kind)
+    }
+
+    /// The bytes that a token stands for; `None` for an id without a token.
+    pub(super) fn bytes(&self, id: u32) -> Option<&[u8]> {
+        self.known(id)
+            .and_then(|token| self.bytes.get(token.start as usize..token.end as usize))
+    }
+
+    pub(super) fn set_kind(&mut self, id: u32, kind: TokenKind) {
+        if let Some(token) = self.tokens.get_mut(id as usize) {
+            token.kind = kind;
+        }
+    }
+
+    /// Every token that there is: id, text, kind.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (u32, &str, TokenKind)> {
+        (0u32..)
+            .zip(&self.tokens)
+            .filter(|(_, token)| token.kind != TokenKind::Absent)
+            .map(|(id, token)| (id, &*token.text, token.kind))
+    }
+
+    fn known(&self, id: u32) -> Option<&Token> {
+        self.tokens
+            .get(id as usize)
+            .filter(|token| token.kind != TokenKind::Absent)
+    }
+}
