@@ -4,6 +4,7 @@
 use super::WeightsError;
 use memmap2::Mmap;
 use std::fs::File;
+use std::io::{Error, ErrorKind};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -24,13 +25,19 @@ impl MappedFile {
     /// Maps the file at `path`.
     ///
     /// # Errors
-    /// [`WeightsError::Io`] when it cannot be opened or mapped.
+    /// [`WeightsError::Io`] when it is no regular file, or cannot be opened or
+    /// mapped.
     #[allow(unsafe_code)]
     pub fn open(path: &Path) -> Result<Self, WeightsError> {
         let failed = |source| WeightsError::Io {
             path: path.to_owned(),
             source,
         };
+        // Asked before opening: opening a pipe waits for its writer.
+        if !std::fs::metadata(path).map_err(failed)?.is_file() {
+            let problem = "it is a folder or a device; a file was expected";
+            return Err(failed(Error::new(ErrorKind::InvalidInput, problem)));
+        }
         let file = File::open(path).map_err(failed)?;
         // SAFETY: the mapping is read-only and private to this value, and that
         // nobody changes the file underneath it is the documented duty of the
@@ -99,12 +106,14 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_file_maps_to_no_bytes_and_a_missing_one_is_named() {
+    fn an_empty_file_maps_to_no_bytes_and_what_is_no_file_is_named() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("empty");
         std::fs::write(&path, []).unwrap();
         assert!(MappedFile::open(&path).unwrap().bytes().is_empty());
         let error = MappedFile::open(&directory.path().join("absent")).unwrap_err();
         assert!(error.to_string().contains("absent"), "{error}");
+        let error = MappedFile::open(directory.path()).unwrap_err();
+        assert!(error.to_string().contains("a file was expected"), "{error}");
     }
 }
