@@ -48,6 +48,18 @@ pub struct ParameterCount {
     pub bytes: usize,
 }
 
+impl ParameterCount {
+    /// Whether any weights are stored in a block format.
+    pub fn is_quantised(&self) -> bool {
+        self.by_format.keys().any(|format| !format.is_float())
+    }
+
+    /// The format that most weights are stored in.
+    pub fn main_format(&self) -> Option<DType> {
+        self.by_format.iter().max_by_key(|(_, count)| **count).map(|(format, _)| *format)
+    }
+}
+
 /// A model's numbers together with its weights.
 pub struct ModelSource {
     config: ModelConfig,

@@ -100,7 +100,8 @@ impl ModelFiles {
             }));
         }
         let mut progress = progress.unwrap_or_else(|| Box::new(|_, _| {}));
-        let device = CpuDevice::new(&cpu)?;
+        let quantised = self.source.parameters().is_quantised();
+        let device = CpuDevice::new(&cpu.for_weights(quantised))?;
         let (runner, info) = ModelRunner::load(device, &self.source, config, &mut progress)?;
         Ok((Box::new(runner), info))
     }

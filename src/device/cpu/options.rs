@@ -17,6 +17,18 @@ pub struct CpuOptions {
     pub kv: KvType,
 }
 
+impl CpuOptions {
+    /// Settles [`KvType::Auto`] for a model: a cache in float16 adds an error that
+    /// is small beside that of int8 activations, and large beside float32's.
+    pub fn for_weights(mut self, quantised: bool) -> Self {
+        if self.kv == KvType::Auto {
+            let integer = quantised && self.activations != Activations::F32;
+            self.kv = if integer { KvType::F16 } else { KvType::F32 };
+        }
+        self
+    }
+}
+
 /// An instruction set to compute with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SimdLevel {
@@ -47,7 +59,8 @@ pub enum Activations {
 /// What cached keys and values are kept as.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum KvType {
-    /// Float32 with [`Activations::F32`], float16 otherwise.
+    /// Float16 where quantised weights are multiplied in int8, float32 otherwise; see
+    /// [`CpuOptions::for_weights`].
     #[default]
     Auto,
     /// Float32.
