@@ -1,1 +1,9 @@
-fn main() {}
+//! The `quell` program.
+
+#![deny(missing_docs)]
+
+mod cli;
+
+fn main() -> std::process::ExitCode {
+    cli::main()
+}

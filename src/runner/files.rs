@@ -1,8 +1,9 @@
 //! From a path to a runner: which files, which device.
 
+use super::memory::{MemoryPlan, cache_shape};
 use super::{LoadError, ModelRunner, Runner, RunnerInfo};
 use crate::config::EngineConfig;
-use crate::device::DeviceError;
+use crate::device::{Device, DeviceError, DeviceInfo};
 use crate::device::cpu::{CpuDevice, CpuOptions};
 use crate::model::ModelSource;
 use crate::text::{GgufVocabulary, Tokenizer};
@@ -48,32 +49,64 @@ pub struct ModelFiles {
     path: PathBuf,
     source: ModelSource,
     tokenizer: Option<Tokenizer>,
+    /// The name of the recipe that the file was quantised by, if it says.
+    recipe: Option<&'static str>,
 }
 
 impl ModelFiles {
     /// Opens a `.gguf` file or a Hugging Face folder.
     pub fn open(path: &Path) -> Result<Self, LoadError> {
-        let (source, tokenizer) = if path.is_dir() {
+        let (source, tokenizer, recipe) = if path.is_dir() {
             let tokenizer = if path.join("tokenizer.json").exists() {
                 Some(Tokenizer::from_folder(path)?)
             } else {
                 None
             };
-            (ModelSource::from_folder(ModelFolder::open(path)?)?, tokenizer)
+            (ModelSource::from_folder(ModelFolder::open(path)?)?, tokenizer, None)
         } else {
             let file = Gguf::open(path)?;
             let tokenizer = match file.metadata("tokenizer.ggml.model") {
                 Some(_) => Some(Tokenizer::from_gguf(GgufVocabulary::from_file(&file)?)?),
                 None => None,
             };
-            (ModelSource::from_gguf(file)?, tokenizer)
+            let recipe = file.file_type();
+            (ModelSource::from_gguf(file)?, tokenizer, recipe)
         };
-        Ok(Self { path: path.to_owned(), source, tokenizer })
+        Ok(Self { path: path.to_owned(), source, tokenizer, recipe })
     }
 
     /// Where they are.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The usual name of the weights' format: of the recipe, such as `Q4_K_M`, or of
+    /// most weights.
+    pub fn quantisation(&self) -> String {
+        match (self.recipe, self.source.parameters().main_format()) {
+            (Some(recipe), _) => recipe.to_owned(),
+            (None, Some(format)) => format.to_string(),
+            (None, None) => "none".to_owned(),
+        }
+    }
+
+    /// The tokenizer, if the files have one and it was not taken.
+    pub fn tokenizer(&self) -> Option<&Tokenizer> {
+        self.tokenizer.as_ref()
+    }
+
+    /// The memory that the model would take on the CPU device, without loading it:
+    /// weights as in the file.
+    pub fn plan(
+        &self,
+        config: &EngineConfig,
+        cpu: &CpuOptions,
+    ) -> Result<(DeviceInfo, MemoryPlan), LoadError> {
+        let parameters = self.source.parameters();
+        let cpu = cpu.clone().for_weights(parameters.is_quantised());
+        let device = CpuDevice::new(&CpuOptions { threads: Some(1), ..cpu })?;
+        let shape = cache_shape(self.source.config(), config, &device)?;
+        Ok((device.info(), MemoryPlan::new(parameters.bytes, &shape, &device)))
     }
 
     /// The model's numbers and tensors.

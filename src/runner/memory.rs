@@ -19,6 +19,16 @@ pub struct MemoryPlan {
 }
 
 impl MemoryPlan {
+    /// The plan for so many bytes of weights and a cache of this shape.
+    pub(super) fn new<D: Device>(weights: usize, shape: &CacheShape, device: &D) -> Self {
+        Self {
+            weights,
+            cache_per_token: device.cache_bytes(shape) / (shape.blocks * shape.block_tokens),
+            cache_blocks: shape.blocks,
+            block_tokens: shape.block_tokens,
+        }
+    }
+
     /// The key-value cache in all.
     pub fn cache(&self) -> usize {
         self.cache_per_token * self.block_tokens * self.cache_blocks

@@ -39,12 +39,7 @@ impl<D: Device> ModelRunner<D> {
         let shape = cache_shape(model, config, &device)?;
         let decoder = Decoder::load(source, &mut device, limits, progress)?;
         let cache = device.allocate_cache(&shape)?;
-        let memory = MemoryPlan {
-            weights: device.weight_bytes(),
-            cache_per_token: device.cache_bytes(&shape) / (shape.blocks * shape.block_tokens),
-            cache_blocks: shape.blocks,
-            block_tokens: shape.block_tokens,
-        };
+        let memory = MemoryPlan::new(device.weight_bytes(), &shape, &device);
         let info = RunnerInfo {
             vocabulary: model.vocabulary,
             context_tokens: context,

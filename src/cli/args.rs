@@ -1,0 +1,299 @@
+//! Arguments that several subcommands share: raw flags made into checked settings.
+
+use super::progress;
+use clap::{Args, ValueEnum};
+use quell::{
+    Activations, CpuOptions, DeviceChoice, Engine, EngineConfig, GenerateError, KvType, LoadError,
+    LoadOptions, SamplingParams, SimdLevel, SubmitError,
+};
+use std::path::PathBuf;
+use std::str::FromStr;
+use thiserror::Error;
+
+/// Why a subcommand failed.
+#[derive(Debug, Error)]
+pub enum CliError {
+    /// The command line makes no sense.
+    #[error("{0}")]
+    Usage(String),
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Submit(#[from] SubmitError),
+    #[error(transparent)]
+    Generate(#[from] GenerateError),
+    #[error(transparent)]
+    Text(#[from] quell::text::TextError),
+    #[error(transparent)]
+    Chat(#[from] super::chat::ChatError),
+    #[cfg(feature = "hub")]
+    #[error(transparent)]
+    Hub(#[from] super::hub::HubError),
+    #[error("cannot read {path}: {source}")]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("{path} is no list of messages: {problem}")]
+    Messages { path: PathBuf, problem: String },
+    #[error("{model} has no tokenizer files, which this command needs")]
+    NoTokenizer { model: String },
+    #[error("cannot write the output: {0}")]
+    Output(#[from] std::io::Error),
+}
+
+impl CliError {
+    /// 2 for a command line that makes no sense, 1 for anything else.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Usage(_) => 2,
+            Self::Submit(SubmitError::Params(_) | SubmitError::NoTokens) => 2,
+            Self::Submit(SubmitError::EmptyStop { .. }) => 2,
+            Self::Load(LoadError::Config { .. }) => 2,
+            _ => 1,
+        }
+    }
+}
+
+/// How results are printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people.
+    #[default]
+    Text,
+    /// For programs.
+    Json,
+}
+
+/// `auto`, `cpu`, `cuda` or `cuda:N`.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceArg(DeviceChoice);
+
+impl FromStr for DeviceArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let choice = match text.split_once(':') {
+            None if text == "auto" => Some(DeviceChoice::Auto),
+            None if text == "cpu" => Some(DeviceChoice::Cpu),
+            None if text == "cuda" => Some(DeviceChoice::Cuda(0)),
+            Some(("cuda", index)) => index.parse().ok().map(DeviceChoice::Cuda),
+            _ => None,
+        };
+        choice.map(Self).ok_or_else(|| "expected auto, cpu, cuda or cuda:N".to_owned())
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum SimdArg {
+    Auto,
+    Avx512,
+    Avx2,
+    Portable,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum ActivationsArg {
+    Auto,
+    F32,
+    Int8,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum KvArg {
+    Auto,
+    F32,
+    F16,
+}
+
+/// Which model, and how it is to run.
+#[derive(Debug, Args)]
+pub struct ModelArgs {
+    /// A .gguf file, a Hugging Face folder, or hf:ORG/NAME[/FILE] to download.
+    #[arg(long, value_name = "PATH")]
+    pub model: String,
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+/// How a model is to run.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// auto, cpu, cuda or cuda:N.
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    device: DeviceArg,
+    /// Memory for the key-value cache, in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 512)]
+    kv_cache_mib: usize,
+    /// Tokens of one step, decodes and prompt chunks together.
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    max_batch_tokens: usize,
+    /// Longest sequence, prompt and answer together [default: the model's own limit].
+    #[arg(long, value_name = "N")]
+    context: Option<usize>,
+    /// Threads of the CPU device [default: all].
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// Instruction set of the CPU device.
+    #[arg(long, value_enum, default_value_t = SimdArg::Auto)]
+    simd: SimdArg,
+    /// What the CPU device multiplies quantised weights with.
+    #[arg(long, value_enum, default_value_t = ActivationsArg::Auto)]
+    activations: ActivationsArg,
+    /// What the CPU device keeps cached keys and values as.
+    #[arg(long, value_enum, default_value_t = KvArg::Auto)]
+    kv_type: KvArg,
+}
+
+impl ModelArgs {
+    /// The model's path, downloaded first if it is a name on a hub.
+    pub fn path(&self) -> Result<PathBuf, CliError> {
+        resolve(&self.model)
+    }
+
+    /// Loads the model and starts its engine, with a progress bar on a terminal.
+    pub fn start(&self) -> Result<Engine, CliError> {
+        let config = self.run.config()?;
+        let options = self.run.load_options()?;
+        let path = self.path()?;
+        let bar = progress::bar(0, "loading");
+        let ticks = bar.clone();
+        let options = LoadOptions {
+            progress: Some(Box::new(move |done, total| {
+                ticks.set_length(total as u64);
+                ticks.set_position(done as u64);
+            })),
+            ..options
+        };
+        let engine = Engine::load(path, config, options);
+        bar.finish_and_clear();
+        Ok(engine?)
+    }
+}
+
+impl RunArgs {
+    /// The engine's settings.
+    pub fn config(&self) -> Result<EngineConfig, CliError> {
+        for (flag, value) in [
+            ("--kv-cache-mib", Some(self.kv_cache_mib)),
+            ("--max-batch-tokens", Some(self.max_batch_tokens)),
+            ("--context", self.context),
+            ("--threads", self.threads),
+        ] {
+            if value == Some(0) {
+                return Err(CliError::Usage(format!("{flag} is 0, but must be at least 1")));
+            }
+        }
+        Ok(EngineConfig {
+            kv_cache_bytes: self.kv_cache_mib.saturating_mul(1 << 20),
+            max_batch_tokens: self.max_batch_tokens,
+            max_context: self.context,
+            ..EngineConfig::default()
+        })
+    }
+
+    /// The settings of the CPU device.
+    pub fn cpu(&self) -> CpuOptions {
+        CpuOptions {
+            threads: self.threads,
+            simd: match self.simd {
+                SimdArg::Auto => SimdLevel::Auto,
+                SimdArg::Avx512 => SimdLevel::Avx512,
+                SimdArg::Avx2 => SimdLevel::Avx2,
+                SimdArg::Portable => SimdLevel::Portable,
+            },
+            activations: match self.activations {
+                ActivationsArg::Auto => Activations::Auto,
+                ActivationsArg::F32 => Activations::F32,
+                ActivationsArg::Int8 => Activations::Int8,
+            },
+            kv: match self.kv_type {
+                KvArg::Auto => KvType::Auto,
+                KvArg::F32 => KvType::F32,
+                KvArg::F16 => KvType::F16,
+            },
+        }
+    }
+
+    fn load_options(&self) -> Result<LoadOptions, CliError> {
+        Ok(LoadOptions { device: self.device.0, cpu: self.cpu(), progress: None })
+    }
+}
+
+#[cfg(feature = "hub")]
+fn resolve(model: &str) -> Result<PathBuf, CliError> {
+    Ok(super::hub::resolve(model, progress::on_terminal())?)
+}
+
+#[cfg(not(feature = "hub"))]
+fn resolve(model: &str) -> Result<PathBuf, CliError> {
+    if model.starts_with("hf:") {
+        let built = "this quell was built without the feature 'hub'; download the model by hand";
+        return Err(CliError::Usage(format!("cannot download {model}: {built}")));
+    }
+    Ok(PathBuf::from(model))
+}
+
+/// The model at a path that needs no flag.
+pub fn resolve_path(model: &str) -> Result<PathBuf, CliError> {
+    resolve(model)
+}
+
+/// How tokens are chosen.
+#[derive(Debug, Args)]
+pub struct SamplingArgs {
+    /// Divides the logits; 0 always takes the likeliest token.
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    temperature: Option<f32>,
+    /// Only the K likeliest tokens; 0 means all.
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    top_k: u32,
+    /// Only the likeliest tokens whose probabilities sum up to P.
+    #[arg(long, value_name = "P", default_value_t = 1.0, allow_negative_numbers = true)]
+    top_p: f32,
+    /// Only tokens at least P times as likely as the likeliest.
+    #[arg(long, value_name = "P", default_value_t = 0.0, allow_negative_numbers = true)]
+    min_p: f32,
+    /// Divides the logits of tokens that have occurred; 1 means no penalty.
+    #[arg(long, value_name = "X", default_value_t = 1.0, allow_negative_numbers = true)]
+    repetition_penalty: f32,
+    /// Subtracted from the logits of tokens that the answer contains.
+    #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
+    presence_penalty: f32,
+    /// Subtracted for each time that the answer contains a token.
+    #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
+    frequency_penalty: f32,
+    /// Added to a token's logit, as ID=BIAS; may be repeated.
+    #[arg(long, value_name = "ID=BIAS", value_parser = parse_bias, allow_hyphen_values = true)]
+    logit_bias: Vec<(u32, f32)>,
+    /// The same seed gives the same tokens.
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    seed: u64,
+}
+
+fn parse_bias(text: &str) -> Result<(u32, f32), String> {
+    text.split_once('=')
+        .and_then(|(id, bias)| Some((id.parse().ok()?, bias.parse().ok()?)))
+        .ok_or_else(|| "expected a token id and a number, as in 42=-1.5".to_owned())
+}
+
+impl SamplingArgs {
+    /// The settings, checked as far as they can be without a model.
+    pub fn params(
+        &self,
+        default_temperature: f32,
+        logprobs: Option<u32>,
+    ) -> Result<SamplingParams, CliError> {
+        let params = SamplingParams {
+            temperature: self.temperature.unwrap_or(default_temperature),
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
+            logit_bias: self.logit_bias.clone(),
+            seed: self.seed,
+            logprobs,
+        };
+        params.validate(usize::MAX).map_err(|error| CliError::Usage(error.to_string()))?;
+        Ok(params)
+    }
+}

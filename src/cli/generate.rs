@@ -1,0 +1,188 @@
+//! `quell generate`: continue a prompt, or answer a message.
+
+use super::args::{CliError, Format, ModelArgs, SamplingArgs};
+use clap::Args;
+use quell::{Engine, Finish, Generation, Message, Prompt, Request};
+use serde_json::{Value, json};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// Continue a prompt, or answer a message.
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("input").required(true).args(["prompt", "messages", "prompt_ids"]))]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Text to continue; names of special tokens in it mean these tokens.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    prompt: Option<String>,
+    /// Take the prompt as a user's message and answer it.
+    #[arg(long, requires = "prompt", conflicts_with_all = ["messages", "prompt_ids"])]
+    chat: bool,
+    /// A conversation to answer: a JSON list of {"role": …, "content": …}.
+    #[arg(long, value_name = "FILE")]
+    messages: Option<PathBuf>,
+    /// Token ids to continue, separated by commas.
+    #[arg(long, value_name = "IDS", value_delimiter = ',')]
+    prompt_ids: Option<Vec<u32>>,
+    /// At most this many new tokens.
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    max_tokens: usize,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    /// A string that ends the answer; may be repeated.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    stop: Vec<String>,
+    /// Go on past the model's end-of-sequence tokens.
+    #[arg(long)]
+    ignore_eos: bool,
+    /// Report each token's log-probability and those of the K likeliest.
+    #[arg(long, value_name = "K")]
+    logprobs: Option<u32>,
+    /// How the result is printed.
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+    /// After the answer, print a line of figures to stderr.
+    #[arg(long)]
+    stats: bool,
+}
+
+/// Runs the subcommand.
+pub fn run(args: GenerateArgs) -> Result<(), CliError> {
+    let sampling = args.sampling.params(0.0, args.logprobs)?;
+    if args.max_tokens == 0 {
+        return Err(CliError::Usage("--max-tokens is 0, but must be at least 1".to_owned()));
+    }
+    if args.stop.iter().any(String::is_empty) {
+        return Err(CliError::Usage("--stop is empty, but must have a character".to_owned()));
+    }
+    let request = Request {
+        prompt: prompt(&args)?,
+        max_tokens: Some(args.max_tokens),
+        sampling,
+        stop: args.stop.clone(),
+        stop_token_ids: Vec::new(),
+        ignore_eos: args.ignore_eos,
+    };
+    let engine = args.model.start()?;
+    match args.format {
+        Format::Json => {
+            let generation = engine.generate(request)?.complete_blocking()?;
+            println_json(&result(&generation, args.logprobs.is_some()))?;
+            if args.stats {
+                print_stats(&engine, &generation.finish)?;
+            }
+        }
+        Format::Text => {
+            let finish = stream_text(&engine, request)?;
+            if args.stats {
+                print_stats(&engine, &finish)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn prompt(args: &GenerateArgs) -> Result<Prompt, CliError> {
+    Ok(match (&args.prompt, &args.messages, &args.prompt_ids) {
+        (Some(text), ..) if args.chat => Prompt::Chat(vec![Message::new("user", text)]),
+        (Some(text), ..) => Prompt::Text(text.clone()),
+        (_, Some(path), _) => Prompt::Chat(read_messages(path)?),
+        (_, _, Some(ids)) => Prompt::Tokens(ids.clone()),
+        // The argument group requires one of them.
+        (None, None, None) => return Err(CliError::Usage("a prompt is missing".to_owned())),
+    })
+}
+
+fn read_messages(path: &Path) -> Result<Vec<Message>, CliError> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|source| CliError::Read { path: path.to_owned(), source })?;
+    let value: Value = serde_json::from_str(&text).map_err(|error| CliError::Messages {
+        path: path.to_owned(),
+        problem: error.to_string(),
+    })?;
+    // A whole chat request is accepted as well as its list of messages.
+    let list = match value.get("messages") {
+        Some(list) => list.clone(),
+        None => value,
+    };
+    serde_json::from_value(list).map_err(|error| CliError::Messages {
+        path: path.to_owned(),
+        problem: error.to_string(),
+    })
+}
+
+/// Prints the answer as it comes: text, or token ids where there is no tokenizer.
+fn stream_text(engine: &Engine, request: Request) -> Result<Finish, CliError> {
+    let mut out = std::io::stdout().lock();
+    let has_text = engine.tokenizer().is_some();
+    let mut separator = "";
+    let mut finish = None;
+    for chunk in engine.generate(request)?.blocking() {
+        let chunk = chunk?;
+        match chunk.token {
+            Some(token) if !has_text => {
+                write!(out, "{separator}{}", token.id)?;
+                separator = ",";
+            }
+            _ => out.write_all(chunk.text.as_bytes())?,
+        }
+        out.flush()?;
+        finish = chunk.finish.or(finish);
+    }
+    writeln!(out)?;
+    finish.ok_or_else(|| CliError::Usage("the stream ended without a finish".to_owned()))
+}
+
+fn result(generation: &Generation, logprobs: bool) -> Value {
+    let finish = &generation.finish;
+    let steps: Vec<Value> = generation
+        .tokens
+        .iter()
+        .map(|token| {
+            json!({"token": token.id, "logprob": token.logprob, "top": token.top})
+        })
+        .collect();
+    let token_ids: Vec<u32> = generation.tokens.iter().map(|token| token.id).collect();
+    json!({
+        "prompt_ids": generation.prompt_ids,
+        "token_ids": token_ids,
+        "text": generation.text,
+        "finish_reason": finish.outcome.as_str(),
+        "logprobs": logprobs.then_some(steps),
+        "timing": {
+            "first_token_s": finish.timing.first_token.map(|time| time.as_secs_f64()),
+            "total_s": finish.timing.total.as_secs_f64(),
+            "prompt_tokens": finish.prompt_tokens,
+            "generated_tokens": finish.generated_tokens,
+            "decode_tokens_per_s": finish.timing.decode_rate(finish.generated_tokens),
+        },
+    })
+}
+
+/// Prints a JSON value as one line.
+pub fn println_json(value: &Value) -> Result<(), CliError> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{value}")?;
+    Ok(out.flush()?)
+}
+
+fn print_stats(engine: &Engine, finish: &Finish) -> Result<(), CliError> {
+    let stats = engine.stats()?;
+    let used = (finish.prompt_tokens + finish.generated_tokens).div_ceil(stats.block_tokens);
+    let rate = match finish.timing.decode_rate(finish.generated_tokens) {
+        Some(rate) => format!("{rate:.0} tokens/s"),
+        None => "a single token".to_owned(),
+    };
+    let first = finish.timing.first_token.unwrap_or_default();
+    writeln!(
+        std::io::stderr(),
+        "[{} + {} tokens, {rate}, first token after {:.0} ms, {used} KV blocks used, {} of {} free again]",
+        finish.prompt_tokens,
+        finish.generated_tokens,
+        first.as_secs_f64() * 1e3,
+        stats.blocks.free,
+        stats.blocks.total,
+    )?;
+    Ok(())
+}

@@ -1,0 +1,137 @@
+//! `quell inspect`: what a model file holds, and the memory that it needs.
+
+use super::args::{CliError, Format, RunArgs, resolve_path};
+use super::generate::println_json;
+use clap::Args;
+use quell::model::ModelConfig;
+use quell::runner::ModelFiles;
+use serde_json::{Value, json};
+use std::io::Write;
+
+/// Show what a model file holds and the memory that it needs.
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// A .gguf file, a Hugging Face folder, or hf:ORG/NAME[/FILE] to download.
+    #[arg(value_name = "PATH")]
+    model: String,
+    #[command(flatten)]
+    run: RunArgs,
+    /// How the result is printed.
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+}
+
+/// Runs the subcommand.
+pub fn run(args: InspectArgs) -> Result<(), CliError> {
+    let files = ModelFiles::open(&resolve_path(&args.model)?)?;
+    let (device, plan) = files.plan(&args.run.config()?, &args.run.cpu())?;
+    let config = files.source().config();
+    let parameters = files.source().parameters();
+    let formats: Value = parameters
+        .by_format
+        .iter()
+        .map(|(format, count)| (format.name().to_owned(), json!(count)))
+        .collect::<serde_json::Map<_, _>>()
+        .into();
+    let quantisation = files.quantisation();
+    let tokens = plan.cache_blocks * plan.block_tokens;
+    let tokenizer = files.tokenizer();
+    if args.format == Format::Json {
+        return println_json(&json!({
+            "path": args.model,
+            "architecture": config.family.huggingface_name(),
+            "quantisation": quantisation,
+            "parameters": parameters.total,
+            "parameters_by_format": formats,
+            "layers": config.layers,
+            "hidden_size": config.hidden,
+            "attention_heads": config.heads.q_heads,
+            "kv_heads": config.heads.kv_heads,
+            "head_dim": config.heads.head_dim,
+            "vocabulary": config.vocabulary,
+            "context": config.context,
+            "sliding_window": config.window,
+            "experts": config.experts.map(|experts| experts.count),
+            "tokenizer": tokenizer.is_some(),
+            "chat_template": tokenizer.is_some_and(|t| t.chat_template().is_some()),
+            "device": device.name,
+            "memory": {
+                "weights_bytes": plan.weights,
+                "kv_bytes_per_token": plan.cache_per_token,
+                "kv_blocks": plan.cache_blocks,
+                "kv_block_tokens": plan.block_tokens,
+                "kv_tokens": tokens,
+                "kv_bytes": plan.cache(),
+            },
+        }));
+    }
+    let text = match tokenizer {
+        Some(tokenizer) => format!(
+            "{} tokens, {}",
+            tokenizer.vocabulary_size(),
+            if tokenizer.chat_template().is_some() { "chat template" } else { "no chat template" }
+        ),
+        None => "none: token ids only".to_owned(),
+    };
+    let by_format: Vec<String> = parameters
+        .by_format
+        .iter()
+        .map(|(format, count)| format!("{} {format}", millions(*count)))
+        .collect();
+    let mib = |bytes: usize| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
+    let rows = [
+        ("model", args.model.clone()),
+        ("architecture", config.family.huggingface_name().to_owned()),
+        ("quantisation", quantisation),
+        ("parameters", format!("{} ({})", millions(parameters.total), by_format.join(", "))),
+        ("shape", shape(config)),
+        ("context", format!("{} tokens", config.context)),
+        ("tokenizer", text),
+        ("device", format!("{}: {}", device.name, device.description)),
+        ("weights", mib(plan.weights)),
+        ("KV per token", format!("{} bytes", plan.cache_per_token)),
+        (
+            "KV cache",
+            format!(
+                "{}: {} blocks of {} tokens, {tokens} tokens",
+                mib(plan.cache()),
+                plan.cache_blocks,
+                plan.block_tokens
+            ),
+        ),
+    ];
+    let mut out = std::io::stdout().lock();
+    for (name, value) in rows {
+        writeln!(out, "{name:<13} {value}")?;
+    }
+    Ok(())
+}
+
+fn shape(config: &ModelConfig) -> String {
+    let heads = config.heads;
+    let mut shape = format!(
+        "{} layers, hidden {}, feed-forward {}, {} heads ({} KV) of {}, vocabulary {}",
+        config.layers,
+        config.hidden,
+        config.intermediate,
+        heads.q_heads,
+        heads.kv_heads,
+        heads.head_dim,
+        config.vocabulary
+    );
+    if let Some(experts) = config.experts {
+        shape += &format!(", {} experts, {} a token", experts.count, experts.top_k);
+    }
+    if let Some(window) = config.window {
+        shape += &format!(", window {window}");
+    }
+    shape
+}
+
+fn millions(count: usize) -> String {
+    match count {
+        0..1_000_000 => count.to_string(),
+        1_000_000..1_000_000_000 => format!("{:.1} M", count as f64 / 1e6),
+        _ => format!("{:.2} G", count as f64 / 1e9),
+    }
+}
