@@ -26,6 +26,7 @@ mod quantise;
 mod rope;
 mod rowwise;
 mod simd;
+mod softmax;
 mod stage;
 mod tensor;
 mod workers;
