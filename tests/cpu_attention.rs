@@ -345,7 +345,7 @@ fn a_prompt_in_chunks_a_prompt_at_once_and_token_by_token_give_the_same_bits() {
         let qkv = random.numbers(tokens * spec.heads.qkv_columns());
         for level in levels() {
             for kv in [KvType::F32, KvType::F16] {
-                let mut layer =
+                let layer =
                     |threads, block| Layer::new(&options(level, threads, kv), spec, rotary, block);
                 let whole = in_chunks(&mut layer(1, 16), &qkv, [tokens].into_iter());
                 for (threads, block, chunks) in [

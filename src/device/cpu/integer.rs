@@ -5,8 +5,9 @@
 //! two fused additions a group, in the order of the groups, whatever the number
 //! of rows in the register block: that keeps results independent of the batch.
 
+use super::layout::QuantLayout;
 use super::linear::Operands;
-use super::packed::{Packed, QuantLayout};
+use super::packed::Packed;
 use super::quantise::{GroupMeta, Quantised};
 use super::simd::{Kernel, LANES, Simd, unroll};
 use std::ops::Range;
@@ -90,33 +91,29 @@ impl IntegerTiles<'_> {
         row: usize,
     ) {
         let (layout, columns) = (&self.layout, self.part.columns);
-        let (groups, scale_bytes) = (layout.groups, layout.scale_bytes());
-        let (header_bytes, has_min) = (layout.header_bytes(), layout.affine.has_min);
-        let native_f16 = layout.affine.native_f16_scales;
+        let (groups, has_min) = (layout.groups, layout.affine.has_min);
         let codes = &self.x.codes()[row * columns..][..M * columns];
         let meta = &self.x.meta(layout)[row * groups..][..M * groups];
         let weights = self.part.tile(tile);
         assert!(layout.affine.group == GROUP && groups * GROUP == columns);
-        assert!(weights.len() == groups * layout.group_bytes());
+        assert!(weights.len() == layout.tile_bytes());
+        let (header_bytes, code_bytes) = (layout.header_bytes(), layout.code_bytes());
         let low = s.splat_i(0x0f0f_0f0f);
         let mut total = [s.splat(0.0); M];
         let mut at = weights.as_ptr();
+        let (mut header, mut within) = (at, layout.block_groups);
         for g in 0..groups {
-            // SAFETY: `at` walks over `groups` groups of the tile, whose lengths were
-            // asserted to add up to it; codes and meta hold `M` rows, as sliced.
+            // SAFETY: `at` walks over the blocks of the tile, whose lengths were asserted
+            // to add up to it; codes and meta hold `M` rows, as sliced.
             unsafe {
-                let mut line = 0;
-                while line < layout.group_bytes() {
-                    s.prefetch(at.wrapping_add(AHEAD + line));
-                    line += 64;
+                if within == layout.block_groups {
+                    prefetch(s, at, header_bytes);
+                    (header, within) = (at, 0);
+                    at = at.add(header_bytes);
                 }
-                let scale = load_scale(s, at, native_f16);
-                let min = if has_min {
-                    load_scale(s, at.add(scale_bytes), native_f16)
-                } else {
-                    scale
-                };
-                at = at.add(header_bytes);
+                prefetch(s, at, code_bytes);
+                let (scale, min) = layout.load_scales(s, header, within);
+                within += 1;
                 let x = codes.as_ptr().add(g * GROUP);
                 let meta = meta.as_ptr().add(g);
                 let mut dots = [low; M];
@@ -163,19 +160,13 @@ impl IntegerTiles<'_> {
     }
 }
 
-/// Sixteen scales.
-///
-/// # Safety
-/// `at` is readable for 16 of them.
+/// Asks for the weights that lie [`AHEAD`] of these.
 #[inline(always)]
-pub(crate) unsafe fn load_scale<S: Simd>(s: S, at: *const u8, native_f16: bool) -> S::F {
-    // SAFETY: the caller vouches for `at`; the loads need no alignment.
-    unsafe {
-        if native_f16 {
-            s.load_f16(at.cast())
-        } else {
-            s.load(at.cast())
-        }
+fn prefetch<S: Simd>(s: S, at: *const u8, bytes: usize) {
+    let mut line = 0;
+    while line < bytes {
+        s.prefetch(at.wrapping_add(AHEAD + line));
+        line += 64;
     }
 }
 

@@ -18,6 +18,7 @@ mod cache;
 mod experts;
 mod float;
 mod integer;
+mod layout;
 mod linear;
 mod memory;
 mod options;
