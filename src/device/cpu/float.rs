@@ -5,7 +5,7 @@
 //! it does not depend on how many rows or tiles share the registers; several rows
 //! or tiles at once only hide the latency of the chain.
 
-use super::layout::QuantLayout;
+use super::layout::{QuantLayout, load_scales};
 use super::linear::Operands;
 use super::packed::{FloatType, Packed};
 use super::simd::{Isa, Kernel, LANES, Simd, unroll};
@@ -106,7 +106,15 @@ fn dequantise<S: Simd>(s: S, tile: &[u8], layout: &QuantLayout, out: &mut [f32])
         let outs = out.chunks_exact_mut(affine.group * LANES);
         for (index, (codes, out)) in groups.zip(outs).enumerate() {
             // SAFETY: a block begins with its header, and has `block_groups` groups.
-            let (scale, min) = unsafe { layout.load_scales(s, header.as_ptr(), index) };
+            let (scale, min) = unsafe {
+                let header = header.as_ptr();
+                match (affine.has_min, layout.nested()) {
+                    (false, false) => load_scales::<S, false, false>(s, header, index),
+                    (false, true) => load_scales::<S, false, true>(s, header, index),
+                    (true, false) => load_scales::<S, true, false>(s, header, index),
+                    (true, true) => load_scales::<S, true, true>(s, header, index),
+                }
+            };
             let min = if affine.has_min { Some(min) } else { None };
             let group = Group {
                 zero: s.splat_i(-affine.zero),

@@ -43,6 +43,39 @@ pub(crate) struct Row {
     mins: Vec<f32>,
 }
 
+/// Scales and minimums of group `group` of a block, as constants of the layout; the
+/// scales twice where there are no minimums.
+///
+/// # Safety
+/// `header` is a header of a layout with minimums if `MIN`, with nested scales if
+/// `NEST`; `group` is below its `block_groups`.
+#[inline(always)]
+pub(crate) unsafe fn load_scales<S: Simd, const MIN: bool, const NEST: bool>(
+    s: S,
+    header: *const u8,
+    group: usize,
+) -> (S::F, S::F) {
+    let kinds = if MIN { 2 } else { 1 };
+    // SAFETY: all offsets are inside the header; the loads need no alignment.
+    unsafe {
+        let integers = header
+            .wrapping_add(LANES * kinds * (2 + group))
+            .cast::<i8>();
+        let mut scale = s.load_f16(header.cast());
+        if NEST {
+            scale = s.mul(scale, s.load_i8(integers));
+        }
+        if !MIN {
+            return (scale, scale);
+        }
+        let mut min = s.load_f16(header.add(LANES * 2).cast());
+        if NEST {
+            min = s.mul(min, s.load_i8(integers.add(LANES)));
+        }
+        (scale, min)
+    }
+}
+
 /// Where a K-quant's block has its float16 factors of scales and minimums.
 fn factor_offsets(dtype: DType) -> Option<(usize, usize)> {
     match dtype {
@@ -70,10 +103,11 @@ impl QuantLayout {
         let Some(affine) = quant::affine(dtype) else {
             return Ok(None);
         };
-        let block_groups = match (affine.native_f16_scales, factor_offsets(dtype)) {
-            (true, _) => 1,
-            (false, Some(_)) => NESTED / affine.group,
-            (false, None) => {
+        let nested = factor_offsets(dtype).is_some();
+        let block_groups = match (affine.native_f16_scales, affine.group) {
+            (true, 32) => 1,
+            (false, 16 | 32) if nested => NESTED / affine.group,
+            _ => {
                 return Err(DeviceError::Unsupported {
                     device: "cpu",
                     what: format!("the scales of {dtype}"),
@@ -90,7 +124,8 @@ impl QuantLayout {
         }))
     }
 
-    fn nested(&self) -> bool {
+    /// Whether scales are integers times a float16.
+    pub(crate) fn nested(&self) -> bool {
         !self.affine.native_f16_scales
     }
 
@@ -128,36 +163,6 @@ impl QuantLayout {
     /// `kind` 1, its minimums.
     fn integers(&self, group: usize, kind: usize) -> usize {
         LANES * (self.kinds() * (2 + group) + kind)
-    }
-
-    /// Scales and minimums of group `group` of a block; without minimums, the
-    /// scales twice.
-    ///
-    /// # Safety
-    /// `header` is readable for [`Self::header_bytes`], and `group` is below
-    /// `block_groups`.
-    #[inline(always)]
-    pub(crate) unsafe fn load_scales<S: Simd>(
-        &self,
-        s: S,
-        header: *const u8,
-        group: usize,
-    ) -> (S::F, S::F) {
-        // SAFETY: both offsets are inside the header; the loads need no alignment.
-        unsafe {
-            let mut scale = s.load_f16(header.cast());
-            if self.nested() {
-                scale = s.mul(scale, s.load_i8(header.add(self.integers(group, 0)).cast()));
-            }
-            if !self.affine.has_min {
-                return (scale, scale);
-            }
-            let mut min = s.load_f16(header.add(LANES * 2).cast());
-            if self.nested() {
-                min = s.mul(min, s.load_i8(header.add(self.integers(group, 1)).cast()));
-            }
-            (scale, min)
-        }
     }
 
     /// Scale and minimum of one lane.
