@@ -269,13 +269,13 @@ fn assert_near(out: &[f32], expected: &[f64], tolerance: f64, what: &str) {
 fn attention_agrees_with_float64() {
     let mut random = Random::new(11);
     for (spec, rotary) in specs() {
-        for tokens in [1, 15, 16, 17, 45] {
+        for tokens in [1, 15, 16, 17, 45, 200] {
             let qkv = random.numbers(tokens * spec.heads.qkv_columns());
             let expected = reference(&spec, &rope_spec(rotary), None, &qkv);
             for level in levels() {
                 for (kv, tolerance) in [(KvType::F32, 2e-5), (KvType::F16, 4e-3)] {
                     let mut layer = Layer::new(&options(level, 2, kv), spec, rotary, BLOCK);
-                    let table = table(5, 4);
+                    let table = table(5, 13);
                     let out = layer.step(&[Part {
                         qkv: &qkv,
                         range: 0..tokens,
@@ -314,41 +314,51 @@ fn queries_and_keys_are_normalised_by_head_or_by_row() {
     }
 }
 
+/// The prompt's results, taken in the given chunks.
+fn in_chunks(layer: &mut Layer, qkv: &[f32], chunks: impl Iterator<Item = usize>) -> Vec<u32> {
+    let tokens = qkv.len() / layer.spec.heads.qkv_columns();
+    let table = table(3, tokens.div_ceil(layer.cache.shape().block_tokens));
+    let (mut start, mut out) = (0, Vec::new());
+    for chunk in chunks {
+        let range = start..tokens.min(start + chunk);
+        start = range.end;
+        let part = Part {
+            qkv,
+            range,
+            table: &table,
+        };
+        out.extend(layer.step(&[part]).remove(0));
+        if start == tokens {
+            break;
+        }
+    }
+    assert_eq!(start, tokens);
+    bits(&out)
+}
+
 #[test]
 fn a_prompt_in_chunks_a_prompt_at_once_and_token_by_token_give_the_same_bits() {
     let mut random = Random::new(13);
-    let tokens = 53;
-    for (spec, rotary) in specs() {
+    let long = specs().into_iter().map(|spec| (spec, 53));
+    let longer = [0, 3, 6].map(|index| (specs()[index], 401));
+    for ((spec, rotary), tokens) in long.chain(longer) {
         let qkv = random.numbers(tokens * spec.heads.qkv_columns());
         for level in levels() {
             for kv in [KvType::F32, KvType::F16] {
-                let mut results = Vec::new();
+                let layer =
+                    |threads, block| Layer::new(&options(level, threads, kv), spec, rotary, block);
+                let whole = in_chunks(&mut layer(1, 16), &qkv, [tokens].into_iter());
                 for (threads, block, chunks) in [
-                    (1, 16, vec![tokens]),
-                    (2, 32, vec![1; tokens]),
-                    (3, 48, vec![5, 11, 1, 16, 19, 1]),
-                    (2, 16, vec![17, 36]),
+                    (1, 16, &[1][..]),
+                    (2, 32, &[1]),
+                    (3, 48, &[5, 11, 1, 16, 19, 1]),
+                    (2, 16, &[17, 36]),
+                    (3, 16, &[130]),
+                    (8, 16, &[200, 1]),
                 ] {
-                    let options = options(level, threads, kv);
-                    let mut layer = Layer::new(&options, spec, rotary, block);
-                    let table = table(3, tokens.div_ceil(block));
-                    let mut start = 0;
-                    let mut out = Vec::new();
-                    for chunk in chunks {
-                        let range = start..start + chunk;
-                        start += chunk;
-                        let part = Part {
-                            qkv: &qkv,
-                            range,
-                            table: &table,
-                        };
-                        out.extend(layer.step(&[part]).remove(0));
-                    }
-                    assert_eq!(start, tokens);
-                    results.push(bits(&out));
-                }
-                for result in &results[1..] {
-                    assert!(*result == results[0], "{spec:?} {level:?} {kv:?}");
+                    let chunks = chunks.iter().copied().cycle();
+                    let out = in_chunks(&mut layer(threads, block), &qkv, chunks);
+                    assert!(out == whole, "{spec:?} {level:?} {kv:?} {threads} {block}");
                 }
             }
         }

@@ -1,22 +1,29 @@
-//! Causal attention over the paged cache, with an online softmax.
+//! Causal attention over the paged cache.
 //!
 //! An item of work is some consecutive rows of a sequence and one key-value head:
 //! all query heads of the group and all rows of the item share each tile of
-//! sixteen keys. A row goes through the tiles in the order of the keys, and a tile
-//! of which it sees nothing leaves its state as it is, to the bit; so its result
-//! does not depend on the rows it shares an item with.
+//! sixteen keys.
 //!
-//! Milakov & Gimelshein, *Online normalizer calculation for softmax*, 2018.
+//! Keys are gathered in spans of [`SPAN`] positions, counted from the sequence's
+//! beginning, each with its own running softmax; spans are merged in their order.
+//! Where there are few rows, spans are items of their own, so that a long sequence
+//! keeps all threads busy. A row goes through the same tiles and merges in either
+//! case, and a tile or span of which it sees nothing leaves its state as it is, to
+//! the bit; so its result does not depend on the rows that it is computed with.
 
 use super::cache::{CpuCache, HalfBits, KvElement, TileShape};
 use super::memory::Disjoint;
 use super::simd::{Isa, Kernel, LANES, Simd, unroll};
+use super::softmax::{Softmax, SoftmaxShape};
 use super::stage::Staged;
 use super::workers::Workers;
 use crate::device::{AttentionSpec, DeviceError};
 use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ops::Range;
+
+/// Positions that share a running softmax: a multiple of 16.
+const SPAN: usize = 128;
 
 /// Elements of query state that stay in the first-level cache.
 const STATE: usize = 3072;
@@ -26,12 +33,25 @@ const STATE: usize = 3072;
 struct Item {
     sequence: usize,
     rows: Range<usize>,
+    /// The positions that any of the rows sees.
+    sees: Range<usize>,
+    /// Where its first span is among all items' spans.
+    first_span: usize,
+}
+
+impl Item {
+    /// The spans that `sees` touches.
+    fn spans(&self) -> Range<usize> {
+        self.sees.start / SPAN..self.sees.end.div_ceil(SPAN)
+    }
 }
 
 /// Cuts batches into items; kept from call to call for its memory.
 #[derive(Default)]
 pub(crate) struct Attention {
     items: Vec<Item>,
+    /// Softmaxes of single spans, until they are merged.
+    partial: Vec<f32>,
 }
 
 /// The operands; they were checked against each other.
@@ -41,6 +61,34 @@ pub(crate) struct Attend<'a> {
     pub(crate) cache: &'a CpuCache,
     pub(crate) layer: usize,
     pub(crate) batch: &'a Staged,
+}
+
+impl Attend<'_> {
+    /// First and last position that a row sees.
+    fn sees(&self, row: usize) -> (usize, usize) {
+        let position = self.batch.positions[row] as usize;
+        let before = |window| (position + 1).saturating_sub(window);
+        (self.spec.window.map_or(0, before), position)
+    }
+
+    /// Query heads of a key-value head.
+    fn group(&self) -> usize {
+        self.spec.heads.q_heads / self.spec.heads.kv_heads
+    }
+
+    fn softmax_shape(&self, rows: usize) -> SoftmaxShape {
+        let queries = rows * self.group();
+        // Queries are processed in blocks of 8, 4, 2 or 1; others are filled up with
+        // queries that nobody reads.
+        let padded = match queries {
+            0..=2 => queries,
+            _ => queries.next_multiple_of(4),
+        };
+        SoftmaxShape {
+            queries: padded,
+            stride: TileShape::new(self.spec.heads.head_dim).value_stride,
+        }
+    }
 }
 
 impl Attention {
@@ -53,214 +101,291 @@ impl Attention {
         out: &mut [f32],
     ) -> Result<(), DeviceError> {
         let heads = attend.spec.heads;
-        let group = heads.q_heads / heads.kv_heads;
-        let queries = (STATE / heads.head_dim).clamp(4, 48);
-        let rows = (queries / group).max(1);
+        let spans = self.cut(attend);
+        let whole = self.items.len() * heads.kv_heads;
+        let out = &Disjoint::new(out);
+        let items = &self.items;
+        if whole >= 4 * workers.count() || spans == items.len() {
+            return workers.run("attend", whole, 1, |range| {
+                for index in range {
+                    // The last rows of a prompt see most keys: they come first, so
+                    // that no thread is left with a long item at the end.
+                    let item = &items[items.len() - 1 - index / heads.kv_heads];
+                    let head = index % heads.kv_heads;
+                    attend.gather(isa, item, head, item.spans(), Target::Finish(out));
+                }
+            });
+        }
+        // All items have the same room, that of the largest.
+        let rows = items.iter().map(|item| item.rows.len()).max();
+        let room = attend.softmax_shape(rows.unwrap_or(0)).len();
+        self.partial.resize(spans * heads.kv_heads * room, 0.0);
+        let partial = Disjoint::new(&mut self.partial);
+        workers.run("attend", spans * heads.kv_heads, 1, |range| {
+            for index in range {
+                let (span, head) = (index / heads.kv_heads, index % heads.kv_heads);
+                let item = &items[items.partition_point(|item| item.first_span <= span) - 1];
+                let span = item.spans().start + span - item.first_span;
+                // SAFETY: each span and head has its own room.
+                let target = Target::Keep(unsafe { partial.range(index * room, room) });
+                attend.gather(isa, item, head, span..span + 1, target);
+            }
+        })?;
+        let partial = &self.partial[..];
+        workers.run("attend", whole, 4, |range| {
+            for index in range {
+                let (item, head) = (&items[index / heads.kv_heads], index % heads.kv_heads);
+                let first = item.first_span * heads.kv_heads + head;
+                let parts = partial
+                    .chunks_exact(room)
+                    .skip(first)
+                    .step_by(heads.kv_heads);
+                let parts = parts.take(item.spans().len());
+                STATES.with_borrow_mut(|state| {
+                    isa.dispatch(Merge {
+                        attend,
+                        item,
+                        head,
+                        parts,
+                        out,
+                        state,
+                    });
+                });
+            }
+        })
+    }
+
+    /// Cuts the batch into items; gives the number of their spans.
+    fn cut(&mut self, attend: &Attend<'_>) -> usize {
+        let queries = (STATE / attend.spec.heads.head_dim).clamp(4, 48);
+        let rows = (queries / attend.group()).max(1);
+        let mut spans = 0;
         self.items.clear();
         for (sequence, of) in attend.batch.sequences.iter().enumerate() {
             let mut start = of.rows.start;
             while start < of.rows.end {
                 let end = of.rows.end.min(start + rows);
-                self.items.push(Item {
+                let item = Item {
                     sequence,
                     rows: start..end,
-                });
+                    sees: attend.sees(start).0..attend.sees(end - 1).1 + 1,
+                    first_span: spans,
+                };
+                spans += item.spans().len();
+                self.items.push(item);
                 start = end;
             }
         }
-        let out = Disjoint::new(out);
-        let items = &self.items;
-        workers.run("attend", items.len() * heads.kv_heads, 1, |range| {
-            for index in range {
-                // The last rows of a prompt see most keys: they come first, so that
-                // no thread is left with a long item at the end.
-                let item = &items[items.len() - 1 - index / heads.kv_heads];
-                let head = index % heads.kv_heads;
-                STATES.with_borrow_mut(|state| {
-                    let work = Work {
-                        attend,
-                        item,
-                        head,
-                        out: &out,
-                        state,
-                    };
-                    match attend.cache.half {
-                        true => isa.dispatch(ItemHead::<HalfBits>(work, PhantomData)),
-                        false => isa.dispatch(ItemHead::<f32>(work, PhantomData)),
-                    }
-                });
-            }
-        })
+        spans
     }
 }
 
-/// The queries of an item that share a key-value head.
-struct Work<'a> {
-    attend: &'a Attend<'a>,
-    item: &'a Item,
-    head: usize,
-    out: &'a Disjoint<'a, f32>,
-    state: &'a mut State,
+/// What becomes of a softmax.
+enum Target<'a> {
+    /// It is complete: its means are results.
+    Finish(&'a Disjoint<'a, f32>),
+    /// It is merged later.
+    Keep(&'a mut [f32]),
 }
 
-/// The same, over a cache that holds `E`.
-struct ItemHead<'a, E>(Work<'a>, PhantomData<E>);
+impl Attend<'_> {
+    /// Gathers some spans of an item and a head.
+    fn gather(&self, isa: Isa, item: &Item, head: usize, spans: Range<usize>, target: Target<'_>) {
+        STATES.with_borrow_mut(|state| {
+            let gather = Gather {
+                attend: self,
+                item,
+                head,
+                spans,
+                target,
+                state,
+            };
+            match self.cache.half {
+                true => isa.dispatch(Of::<HalfBits>(gather, PhantomData)),
+                false => isa.dispatch(Of::<f32>(gather, PhantomData)),
+            }
+        });
+    }
 
-/// The running softmax of the queries of an item; kept by each thread.
+    /// Writes the results of an item and a head.
+    #[inline(always)]
+    fn finish<S: Simd>(
+        &self,
+        s: S,
+        item: &Item,
+        head: usize,
+        total: &Softmax<'_>,
+        out: &Disjoint<'_, f32>,
+    ) {
+        let (heads, group) = (self.spec.heads, self.group());
+        for (index, row) in item.rows.clone().enumerate() {
+            let to = row * heads.q_columns() + head * group * heads.head_dim;
+            // SAFETY: the outputs of this row and these heads belong to this item.
+            let out = unsafe { out.range(to, group * heads.head_dim) };
+            for (g, out) in out.chunks_exact_mut(heads.head_dim).enumerate() {
+                total.finish(s, index * group + g, out);
+            }
+        }
+    }
+}
+
+/// Memory that each thread keeps.
 #[derive(Default)]
 struct State {
     /// `[query][head_dim]`.
     queries: Vec<f32>,
-    /// Unnormalised results, `[query][value_stride]`.
-    results: Vec<f32>,
-    /// The largest score so far.
-    largest: Vec<f32>,
-    /// Sums of the weights, `[query][16]`: one for each token of a tile.
-    sums: Vec<f32>,
     /// Weights of the tile in progress, `[query][16]`.
     weights: Vec<f32>,
-    /// What results and sums are multiplied by before this tile is added.
+    /// What softmaxes are multiplied by before this tile is added.
     decay: Vec<f32>,
     /// First and last position that a query sees.
     sees: Vec<(usize, usize)>,
+    /// The softmax of the span in progress.
+    span: Vec<f32>,
+    /// The softmax of all spans so far.
+    total: Vec<f32>,
 }
 
 thread_local! {
     static STATES: RefCell<State> = RefCell::default();
 }
 
-impl State {
-    fn reset(&mut self, queries: usize, shape: TileShape) {
-        fn fill<T: Clone>(values: &mut Vec<T>, len: usize, value: T) {
-            values.clear();
-            values.resize(len, value);
-        }
-        fill(&mut self.queries, queries * shape.head_dim, 0.0);
-        fill(&mut self.results, queries * shape.value_stride, 0.0);
-        fill(&mut self.largest, queries, f32::NEG_INFINITY);
-        fill(&mut self.sums, queries * LANES, 0.0);
-        fill(&mut self.weights, queries * LANES, 0.0);
-        fill(&mut self.decay, queries, 1.0);
-        fill(&mut self.sees, queries, (0, 0));
-    }
+/// Merges the softmaxes of an item's spans.
+struct Merge<'a, P> {
+    attend: &'a Attend<'a>,
+    item: &'a Item,
+    head: usize,
+    parts: P,
+    out: &'a Disjoint<'a, f32>,
+    state: &'a mut State,
 }
 
-/// Queries are processed in blocks of 8, 4, 2 or 1; others are filled up with
-/// queries that nobody reads.
-fn padded<S: Simd>(queries: usize) -> usize {
-    if queries <= 2 || S::ROWS < 4 {
-        queries.next_multiple_of(S::ROWS.min(queries.max(1)))
-    } else {
-        queries.next_multiple_of(4)
-    }
-}
-
-impl<E: KvElement> Kernel for ItemHead<'_, E> {
+impl<'p, P: Iterator<Item = &'p [f32]>> Kernel for Merge<'_, P> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Work {
+        let shape = self.attend.softmax_shape(self.item.rows.len());
+        self.state.total.resize(shape.len(), 0.0);
+        let mut total = Softmax::new(&mut self.state.total, shape);
+        total.reset();
+        for part in self.parts {
+            total.merge(s, part);
+        }
+        self.attend
+            .finish(s, self.item, self.head, &total, self.out);
+    }
+}
+
+/// Some spans of an item, for one key-value head.
+struct Gather<'a> {
+    attend: &'a Attend<'a>,
+    item: &'a Item,
+    head: usize,
+    spans: Range<usize>,
+    target: Target<'a>,
+    state: &'a mut State,
+}
+
+/// The same, over a cache that holds `E`.
+struct Of<'a, E>(Gather<'a>, PhantomData<E>);
+
+impl<E: KvElement> Kernel for Of<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Gather {
             attend,
             item,
             head,
-            out,
+            spans,
+            target,
             state,
         } = self.0;
-        let Attend {
-            qkv,
-            spec,
-            cache,
-            batch,
-            ..
-        } = *attend;
-        let heads = spec.heads;
-        let (dim, group) = (heads.head_dim, heads.q_heads / heads.kv_heads);
-        let shape = TileShape::new(dim);
-        let queries = item.rows.len() * group;
-        let blocks = padded::<S>(queries);
-        state.reset(blocks, shape);
-        let sees = |row: usize| {
-            let position = batch.positions[row] as usize;
-            let first = spec
-                .window
-                .map_or(0, |window| (position + 1).saturating_sub(window));
-            (first, position)
+        let shape = attend.softmax_shape(item.rows.len());
+        let State {
+            queries,
+            weights,
+            decay,
+            sees,
+            span: span_memory,
+            total: own,
+        } = state;
+        attend.copy_queries(item, head, shape, queries, sees);
+        weights.resize(shape.queries * LANES, 0.0);
+        decay.resize(shape.queries, 1.0);
+        span_memory.resize(shape.len(), 0.0);
+        own.resize(shape.len(), 0.0);
+        let (memory, out) = match target {
+            Target::Finish(out) => (&mut own[..], Some(out)),
+            Target::Keep(memory) => (memory, None),
         };
-        for (index, row) in item.rows.clone().enumerate() {
-            let from = row * heads.qkv_columns() + head * group * dim;
-            let to = index * group;
-            state.queries[to * dim..][..group * dim].copy_from_slice(&qkv[from..][..group * dim]);
-            state.sees[to..to + group].fill(sees(row));
-        }
-        let (first, _) = sees(item.rows.start);
-        let (_, last) = sees(item.rows.end - 1);
-        // Padding sees what the last row sees.
-        state.sees[queries..].fill(sees(item.rows.end - 1));
-
-        let table = &batch.tables[batch.sequences[item.sequence].table.clone()];
-        let layer = cache.layer(attend.layer);
-        let tiles_per_block = cache.shape().block_tokens / LANES;
-        for tile in first / LANES..=last / LANES {
-            let block = table[tile / tiles_per_block] as usize;
-            let at = cache.tile(block, head, tile % tiles_per_block) * size_of::<E>();
-            let bytes = &layer[at..][..shape.elements() * size_of::<E>()];
-            let positions = tile * LANES..(tile + 1) * LANES;
-            // Slots outside were never written for this sequence: they may hold
-            // anything, and 0 · NaN would not be 0.
-            let tokens =
-                first.saturating_sub(positions.start)..(last + 1 - positions.start).min(LANES);
-            let tile = Tile {
-                elements: bytes.as_ptr().cast::<E>(),
-                shape,
-                positions,
-                tokens,
+        let mut total = Softmax::new(memory, shape);
+        total.reset();
+        for span in spans {
+            let mut softmax = Softmax::new(span_memory, shape);
+            softmax.reset();
+            let mut block = Block {
+                queries,
+                weights,
+                decay,
+                sees,
+                softmax,
             };
-            let mut q = 0;
-            while S::ROWS >= 8 && blocks - q >= 8 {
-                tile.add::<S, 8>(s, spec, state, q);
-                q += 8;
+            let seen = item.sees.start.max(span * SPAN)..item.sees.end.min((span + 1) * SPAN);
+            for tile in seen.start / LANES..seen.end.div_ceil(LANES) {
+                let tile = Tile::<E>::of(attend, item, head, tile);
+                tile.prefetch_next(s);
+                tile.add_all(s, attend.spec, &mut block);
             }
-            while S::ROWS >= 4 && blocks - q >= 4 {
-                tile.add::<S, 4>(s, spec, state, q);
-                q += 4;
-            }
-            while blocks - q >= 2 {
-                tile.add::<S, 2>(s, spec, state, q);
-                q += 2;
-            }
-            if q < blocks {
-                tile.add::<S, 1>(s, spec, state, q);
-            }
+            total.merge(s, span_memory);
         }
-
-        for (index, row) in item.rows.clone().enumerate() {
-            let to = row * heads.q_columns() + head * group * dim;
-            // SAFETY: the outputs of this row and these heads belong to this item.
-            let out = unsafe { out.range(to, group * dim) };
-            for (g, out) in out.chunks_exact_mut(dim).enumerate() {
-                let query = index * group + g;
-                // SAFETY: 16 sums a query.
-                let sums = unsafe { s.load(state.sums[query * LANES..][..LANES].as_ptr()) };
-                let sum = s.splat(s.reduce_add(sums));
-                let result = &state.results[query * shape.value_stride..][..shape.value_stride];
-                for at in (0..dim).step_by(LANES) {
-                    let count = LANES.min(dim - at);
-                    // SAFETY: results are padded to whole vectors; `count` outputs are left.
-                    unsafe {
-                        let value = s.div(s.load(result.as_ptr().add(at)), sum);
-                        s.store_part(out.as_mut_ptr().add(at), value, count);
-                    }
-                }
-            }
+        if let Some(out) = out {
+            attend.finish(s, item, head, &total, out);
         }
     }
+}
+
+impl Attend<'_> {
+    /// Copies the queries of an item that share a key-value head.
+    fn copy_queries(
+        &self,
+        item: &Item,
+        head: usize,
+        shape: SoftmaxShape,
+        queries: &mut Vec<f32>,
+        sees: &mut Vec<(usize, usize)>,
+    ) {
+        let (heads, group) = (self.spec.heads, self.group());
+        queries.clear();
+        sees.clear();
+        for row in item.rows.clone() {
+            let from = row * heads.qkv_columns() + head * group * heads.head_dim;
+            queries.extend_from_slice(&self.qkv[from..][..group * heads.head_dim]);
+            sees.extend(std::iter::repeat_n(self.sees(row), group));
+        }
+        // Padding sees what the last row sees.
+        queries.resize(shape.queries * heads.head_dim, 0.0);
+        sees.resize(shape.queries, self.sees(item.rows.end - 1));
+    }
+}
+
+/// The queries that share tiles, and what they have gathered.
+struct Block<'a> {
+    queries: &'a [f32],
+    weights: &'a mut [f32],
+    decay: &'a mut [f32],
+    sees: &'a [(usize, usize)],
+    softmax: Softmax<'a>,
 }
 
 /// Sixteen tokens of one head.
 struct Tile<E> {
     /// `shape.elements()` of them.
     elements: *const E,
+    /// Where the next sixteen tokens are, or null.
+    next: *const u8,
     shape: TileShape,
     /// The positions of the sixteen.
     positions: Range<usize>,
@@ -269,16 +394,76 @@ struct Tile<E> {
 }
 
 impl<E: KvElement> Tile<E> {
+    /// Tile `tile` of the item's sequence.
+    #[inline(always)]
+    fn of(attend: &Attend<'_>, item: &Item, head: usize, tile: usize) -> Self {
+        let Attend { cache, batch, .. } = *attend;
+        let shape = TileShape::new(attend.spec.heads.head_dim);
+        let table = &batch.tables[batch.sequences[item.sequence].table.clone()];
+        let layer = cache.layer(attend.layer);
+        let in_block = cache.shape().block_tokens / LANES;
+        let at = |tile: usize| {
+            let block = *table.get(tile / in_block)? as usize;
+            let at = cache.tile(block, head, tile % in_block) * size_of::<E>();
+            layer.get(at..at + shape.elements() * size_of::<E>())
+        };
+        // The table covers every position of the batch, as `attend` has checked.
+        let elements = at(tile).unwrap_or_else(|| panic!("tile {tile} has no block"));
+        let start = tile * LANES;
+        // Slots outside were never written for this sequence: they may hold anything,
+        // and 0 · NaN would not be 0.
+        let tokens = item.sees.start.saturating_sub(start)..(item.sees.end - start).min(LANES);
+        Self {
+            elements: elements.as_ptr().cast(),
+            next: at(tile + 1).map_or(std::ptr::null(), <[u8]>::as_ptr),
+            shape,
+            positions: start..start + LANES,
+            tokens,
+        }
+    }
+
+    /// Asks for the next tile: blocks lie anywhere, so the machine cannot guess.
+    #[inline(always)]
+    fn prefetch_next<S: Simd>(&self, s: S) {
+        if self.next.is_null() {
+            return;
+        }
+        for line in (0..self.shape.elements() * size_of::<E>()).step_by(64) {
+            s.prefetch(self.next.wrapping_add(line));
+        }
+    }
+
+    /// Adds the tile to all queries.
+    #[inline(always)]
+    fn add_all<S: Simd>(&self, s: S, spec: &AttentionSpec, block: &mut Block<'_>) {
+        let (mut q, end) = (0, block.sees.len());
+        while S::ROWS >= 8 && end - q >= 8 {
+            self.add::<S, 8>(s, spec, block, q);
+            q += 8;
+        }
+        while S::ROWS >= 4 && end - q >= 4 {
+            self.add::<S, 4>(s, spec, block, q);
+            q += 4;
+        }
+        while end - q >= 2 {
+            self.add::<S, 2>(s, spec, block, q);
+            q += 2;
+        }
+        if q < end {
+            self.add::<S, 1>(s, spec, block, q);
+        }
+    }
+
     /// Adds the tile to `M` queries from `first`.
     #[inline(always)]
     fn add<S: Simd, const M: usize>(
         &self,
         s: S,
         spec: &AttentionSpec,
-        state: &mut State,
+        block: &mut Block<'_>,
         first: usize,
     ) {
-        let scores = self.scores::<S, M>(s, &state.queries[first * self.shape.head_dim..]);
+        let scores = self.scores::<S, M>(s, &block.queries[first * self.shape.head_dim..]);
         let mut decays = false;
         unroll!(m < M => {
             let query = first + m;
@@ -287,8 +472,8 @@ impl<E: KvElement> Tile<E> {
                 let cap = s.splat(cap);
                 score = s.mul(cap, s.tanh(s.div(score, cap)));
             }
-            let score = self.masked(s, score, state.sees[query]);
-            let before = state.largest[query];
+            let score = self.masked(s, score, block.sees[query]);
+            let before = block.softmax.largest[query];
             let here = s.reduce_max(score);
             let largest = if here > before { here } else { before };
             // Nothing seen so far: any finite number will do, the weights are 0.
@@ -298,27 +483,27 @@ impl<E: KvElement> Tile<E> {
                 largest
             };
             let weights = s.exp(s.sub(score, s.splat(pivot)));
-            let sums = &mut state.sums[query * LANES..][..LANES];
+            let sums = &mut block.softmax.sums[query * LANES..][..LANES];
             // SAFETY: 16 sums and 16 weights a query.
             unsafe {
                 let mut sum = s.load(sums.as_ptr());
                 if largest != before {
                     let decay = s.exp(s.splat(before - pivot));
                     sum = s.mul(sum, decay);
-                    state.decay[query] = s.reduce_max(decay);
+                    block.decay[query] = s.reduce_max(decay);
                     decays = true;
                 } else {
-                    state.decay[query] = 1.0;
+                    block.decay[query] = 1.0;
                 }
                 s.store(sums.as_mut_ptr(), s.add(sum, weights));
                 s.store(
-                    state.weights[query * LANES..][..LANES].as_mut_ptr(),
+                    block.weights[query * LANES..][..LANES].as_mut_ptr(),
                     weights,
                 );
             }
-            state.largest[query] = largest;
+            block.softmax.largest[query] = largest;
         });
-        self.add_values::<S, M>(s, state, first, decays);
+        self.add_values::<S, M>(s, block, first, decays);
     }
 
     /// `q · k` of `M` queries with the sixteen tokens.
@@ -366,14 +551,14 @@ impl<E: KvElement> Tile<E> {
     fn add_values<S: Simd, const M: usize>(
         &self,
         s: S,
-        state: &mut State,
+        block: &mut Block<'_>,
         first: usize,
         decays: bool,
     ) {
         let TileShape { value_stride, .. } = self.shape;
-        let results = &mut state.results[first * value_stride..][..M * value_stride];
-        let weights = &state.weights[first * LANES..][..M * LANES];
-        let decay = &state.decay[first..][..M];
+        let results = &mut block.softmax.results[first * value_stride..][..M * value_stride];
+        let weights = &block.weights[first * LANES..][..M * LANES];
+        let decay = &block.decay[first..][..M];
         let values = self.shape.keys();
         for at in (0..value_stride).step_by(LANES) {
             // SAFETY: results hold `M` rows of `value_stride`, a multiple of 16; the

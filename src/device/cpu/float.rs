@@ -5,9 +5,9 @@
 //! it does not depend on how many rows or tiles share the registers; several rows
 //! or tiles at once only hide the latency of the chain.
 
-use super::integer::load_scale;
+use super::layout::{QuantLayout, load_scales};
 use super::linear::Operands;
-use super::packed::{FloatType, Packed, QuantLayout};
+use super::packed::{FloatType, Packed};
 use super::simd::{Isa, Kernel, LANES, Simd, unroll};
 use std::cell::RefCell;
 use std::ops::Range;
@@ -98,35 +98,43 @@ impl Kernel for Dequantised<'_> {
 #[inline(always)]
 fn dequantise<S: Simd>(s: S, tile: &[u8], layout: &QuantLayout, out: &mut [f32]) {
     let affine = &layout.affine;
-    let groups = tile.chunks_exact(layout.group_bytes());
-    for (from, out) in groups.zip(out.chunks_exact_mut(affine.group * LANES)) {
-        let (header, codes) = from.split_at(layout.header_bytes());
-        let (scales, mins) = header.split_at(layout.scale_bytes());
-        // SAFETY: a header is sixteen scales and, with `has_min`, sixteen minimums.
-        let scale = unsafe { load_scale(s, scales.as_ptr(), affine.native_f16_scales) };
-        let min = match affine.has_min {
-            // SAFETY: as above.
-            true => Some(unsafe { load_scale(s, mins.as_ptr(), affine.native_f16_scales) }),
-            false => None,
-        };
-        let group = Group {
-            zero: s.splat_i(-affine.zero),
-            scale,
-            min,
-        };
-        if affine.bits == 4 {
-            let nibble = s.splat_i(0x0f0f_0f0f);
-            for (from, out) in codes.chunks_exact(64).zip(out.chunks_exact_mut(8 * LANES)) {
-                // SAFETY: a chunk of 64 bytes.
-                let bytes = unsafe { s.load_bytes(from.as_ptr()) };
-                let (first, second) = out.split_at_mut(4 * LANES);
-                group.expand(s, s.and_i(bytes, nibble), first);
-                group.expand(s, s.and_i(s.shift_right::<4>(bytes), nibble), second);
-            }
-        } else {
-            for (from, out) in codes.chunks_exact(64).zip(out.chunks_exact_mut(4 * LANES)) {
-                // SAFETY: a chunk of 64 bytes.
-                group.expand(s, unsafe { s.load_bytes(from.as_ptr()) }, out);
+    let blocks = tile.chunks_exact(layout.block_bytes());
+    let outs = out.chunks_exact_mut(layout.block_groups * affine.group * LANES);
+    for (block, out) in blocks.zip(outs) {
+        let (header, codes) = block.split_at(layout.header_bytes());
+        let groups = codes.chunks_exact(layout.code_bytes());
+        let outs = out.chunks_exact_mut(affine.group * LANES);
+        for (index, (codes, out)) in groups.zip(outs).enumerate() {
+            // SAFETY: a block begins with its header, and has `block_groups` groups.
+            let (scale, min) = unsafe {
+                let header = header.as_ptr();
+                match (affine.has_min, layout.nested()) {
+                    (false, false) => load_scales::<S, false, false>(s, header, index),
+                    (false, true) => load_scales::<S, false, true>(s, header, index),
+                    (true, false) => load_scales::<S, true, false>(s, header, index),
+                    (true, true) => load_scales::<S, true, true>(s, header, index),
+                }
+            };
+            let min = if affine.has_min { Some(min) } else { None };
+            let group = Group {
+                zero: s.splat_i(-affine.zero),
+                scale,
+                min,
+            };
+            if affine.bits == 4 {
+                let nibble = s.splat_i(0x0f0f_0f0f);
+                for (from, out) in codes.chunks_exact(64).zip(out.chunks_exact_mut(8 * LANES)) {
+                    // SAFETY: a chunk of 64 bytes.
+                    let bytes = unsafe { s.load_bytes(from.as_ptr()) };
+                    let (first, second) = out.split_at_mut(4 * LANES);
+                    group.expand(s, s.and_i(bytes, nibble), first);
+                    group.expand(s, s.and_i(s.shift_right::<4>(bytes), nibble), second);
+                }
+            } else {
+                for (from, out) in codes.chunks_exact(64).zip(out.chunks_exact_mut(4 * LANES)) {
+                    // SAFETY: a chunk of 64 bytes.
+                    group.expand(s, unsafe { s.load_bytes(from.as_ptr()) }, out);
+                }
             }
         }
     }

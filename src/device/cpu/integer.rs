@@ -5,8 +5,9 @@
 //! two fused additions a group, in the order of the groups, whatever the number
 //! of rows in the register block: that keeps results independent of the batch.
 
+use super::layout::{QuantLayout, load_scales};
 use super::linear::Operands;
-use super::packed::{Packed, QuantLayout};
+use super::packed::Packed;
 use super::quantise::{GroupMeta, Quantised};
 use super::simd::{Kernel, LANES, Simd, unroll};
 use std::ops::Range;
@@ -32,24 +33,70 @@ impl Kernel for IntegerTiles<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        match (self.layout.affine.bits, self.layout.affine.group) {
-            (4, 16) => self.tiles::<S, true, 16>(s),
-            (4, _) => self.tiles::<S, true, 32>(s),
-            (_, 16) => self.tiles::<S, false, 16>(s),
-            (_, _) => self.tiles::<S, false, 32>(s),
+        let affine = &self.layout.affine;
+        match (
+            affine.bits,
+            affine.group,
+            self.layout.nested(),
+            affine.has_min,
+        ) {
+            (4, 16, _, false) => self.tiles::<S, Shape<4, 16, true, false>>(s),
+            (4, 16, _, true) => self.tiles::<S, Shape<4, 16, true, true>>(s),
+            (4, _, false, false) => self.tiles::<S, Shape<4, 32, false, false>>(s),
+            (4, _, false, true) => self.tiles::<S, Shape<4, 32, false, true>>(s),
+            (4, _, true, false) => self.tiles::<S, Shape<4, 32, true, false>>(s),
+            (4, _, true, true) => self.tiles::<S, Shape<4, 32, true, true>>(s),
+            (_, 16, _, false) => self.tiles::<S, Shape<8, 16, true, false>>(s),
+            (_, 16, _, true) => self.tiles::<S, Shape<8, 16, true, true>>(s),
+            (_, _, false, false) => self.tiles::<S, Shape<8, 32, false, false>>(s),
+            (_, _, false, true) => self.tiles::<S, Shape<8, 32, false, true>>(s),
+            (_, _, true, false) => self.tiles::<S, Shape<8, 32, true, false>>(s),
+            (_, _, true, true) => self.tiles::<S, Shape<8, 32, true, true>>(s),
         }
+    }
+}
+
+/// A layout as constants: a branch in the innermost loop would keep accumulators
+/// out of registers.
+struct Shape<const BITS: usize, const GROUP: usize, const NESTED: bool, const MIN: bool>;
+
+/// The constants of a [`Shape`].
+trait TileShape {
+    const BITS: usize;
+    const GROUP: usize;
+    const MIN: bool;
+    /// Groups of a block.
+    const BLOCK: usize;
+
+    /// # Safety
+    /// `header` is a header of this layout, `group` is below `BLOCK`.
+    unsafe fn scales<S: Simd>(s: S, header: *const u8, group: usize) -> (S::F, S::F);
+}
+
+impl<const BITS: usize, const GROUP: usize, const NESTED: bool, const MIN: bool> TileShape
+    for Shape<BITS, GROUP, NESTED, MIN>
+{
+    const BITS: usize = BITS;
+    const GROUP: usize = GROUP;
+    const MIN: bool = MIN;
+    const BLOCK: usize = if NESTED { 256 / GROUP } else { 1 };
+
+    #[inline(always)]
+    unsafe fn scales<S: Simd>(s: S, header: *const u8, group: usize) -> (S::F, S::F) {
+        // SAFETY: the caller vouches for the header.
+        unsafe { load_scales::<S, MIN, NESTED>(s, header, group) }
     }
 }
 
 impl IntegerTiles<'_> {
     #[inline(always)]
-    fn tiles<S: Simd, const FOUR: bool, const GROUP: usize>(self, s: S) {
+    fn tiles<S: Simd, T: TileShape>(self, s: S) {
         let chunk = (ROW_BYTES / self.part.columns.max(1)).max(8) / 8 * 8;
         let mut first = 0;
         while first < self.operands.rows {
             let end = self.operands.rows.min(first + chunk);
             for tile in self.tiles.clone() {
-                self.rows::<S, FOUR, GROUP>(s, tile, first..end);
+                self.rows::<S, T>(s, tile, first..end);
             }
             first = end;
         }
@@ -57,98 +104,80 @@ impl IntegerTiles<'_> {
 
     /// One tile times some rows, in blocks of at most [`Simd::ROWS`].
     #[inline(always)]
-    fn rows<S: Simd, const FOUR: bool, const GROUP: usize>(
-        &self,
-        s: S,
-        tile: usize,
-        rows: Range<usize>,
-    ) {
+    fn rows<S: Simd, T: TileShape>(&self, s: S, tile: usize, rows: Range<usize>) {
         let mut row = rows.start;
         while S::ROWS >= 8 && rows.end - row >= 8 {
-            self.block::<S, FOUR, GROUP, 8>(s, tile, row);
+            self.block::<S, T, 8>(s, tile, row);
             row += 8;
         }
         while S::ROWS >= 4 && rows.end - row >= 4 {
-            self.block::<S, FOUR, GROUP, 4>(s, tile, row);
+            self.block::<S, T, 4>(s, tile, row);
             row += 4;
         }
         while rows.end - row >= 2 {
-            self.block::<S, FOUR, GROUP, 2>(s, tile, row);
+            self.block::<S, T, 2>(s, tile, row);
             row += 2;
         }
         if row < rows.end {
-            self.block::<S, FOUR, GROUP, 1>(s, tile, row);
+            self.block::<S, T, 1>(s, tile, row);
         }
     }
 
     /// One tile times `M` rows.
     #[inline(always)]
-    fn block<S: Simd, const FOUR: bool, const GROUP: usize, const M: usize>(
-        &self,
-        s: S,
-        tile: usize,
-        row: usize,
-    ) {
+    fn block<S: Simd, T: TileShape, const M: usize>(&self, s: S, tile: usize, row: usize) {
         let (layout, columns) = (&self.layout, self.part.columns);
-        let (groups, scale_bytes) = (layout.groups, layout.scale_bytes());
-        let (header_bytes, has_min) = (layout.header_bytes(), layout.affine.has_min);
-        let native_f16 = layout.affine.native_f16_scales;
+        let groups = layout.groups;
         let codes = &self.x.codes()[row * columns..][..M * columns];
         let meta = &self.x.meta(layout)[row * groups..][..M * groups];
         let weights = self.part.tile(tile);
-        assert!(layout.affine.group == GROUP && groups * GROUP == columns);
-        assert!(weights.len() == groups * layout.group_bytes());
+        let (header_bytes, code_bytes) = (layout.header_bytes(), LANES * T::GROUP * T::BITS / 8);
+        assert!(layout.affine.group == T::GROUP && groups * T::GROUP == columns);
+        assert!(layout.block_groups == T::BLOCK && layout.code_bytes() == code_bytes);
+        assert!(weights.len() == layout.tile_bytes());
         let low = s.splat_i(0x0f0f_0f0f);
         let mut total = [s.splat(0.0); M];
         let mut at = weights.as_ptr();
+        let (mut header, mut within) = (at, T::BLOCK);
         for g in 0..groups {
-            // SAFETY: `at` walks over `groups` groups of the tile, whose lengths were
-            // asserted to add up to it; codes and meta hold `M` rows, as sliced.
+            // SAFETY: `at` walks over the blocks of the tile, whose lengths were asserted
+            // to add up to it; codes and meta hold `M` rows, as sliced.
             unsafe {
-                let mut line = 0;
-                while line < layout.group_bytes() {
-                    s.prefetch(at.wrapping_add(AHEAD + line));
-                    line += 64;
+                if T::BLOCK == 1 || within == T::BLOCK {
+                    prefetch(s, at, header_bytes);
+                    (header, within) = (at, 0);
+                    at = at.add(header_bytes);
                 }
-                let scale = load_scale(s, at, native_f16);
-                let min = if has_min {
-                    load_scale(s, at.add(scale_bytes), native_f16)
-                } else {
-                    scale
-                };
-                at = at.add(header_bytes);
-                let x = codes.as_ptr().add(g * GROUP);
+                prefetch(s, at, code_bytes);
+                let (scale, min) = T::scales(s, header, within);
+                within += 1;
+                let x = codes.as_ptr().add(g * T::GROUP);
                 let meta = meta.as_ptr().add(g);
                 let mut dots = [low; M];
                 unroll!(m < M => { dots[m] = s.splat_i((*meta.add(m * groups)).start); });
-                if FOUR {
-                    for pair in 0..GROUP / 8 {
-                        let bytes = s.load_bytes(at.add(pair * 64));
+                for vector in 0..code_bytes / 64 {
+                    let bytes = s.load_bytes(at.add(vector * 64));
+                    let x = x.add(vector * 32 / T::BITS);
+                    if T::BITS == 4 {
                         let first = s.and_i(bytes, low);
                         let second = s.and_i(s.shift_right::<4>(bytes), low);
-                        let x = x.add(pair * 8);
                         unroll!(m < M => {
                             let x = x.add(m * columns);
                             dots[m] = s.dot4(dots[m], first, splat_quad(s, x));
                             dots[m] = s.dot4(dots[m], second, splat_quad(s, x.add(4)));
                         });
-                    }
-                    at = at.add(GROUP * 8);
-                } else {
-                    for quad in 0..GROUP / 4 {
-                        let bytes = s.load_bytes(at.add(quad * 64));
-                        let x = x.add(quad * 4);
+                    } else {
                         unroll!(m < M => {
                             dots[m] = s.dot4(dots[m], bytes, splat_quad(s, x.add(m * columns)));
                         });
                     }
-                    at = at.add(GROUP * 16);
                 }
+                at = at.add(code_bytes);
                 unroll!(m < M => {
                     let GroupMeta { scale: factor, sum, .. } = *meta.add(m * groups);
                     let scaled = s.mul(s.to_float(dots[m]), scale);
                     total[m] = s.fma(scaled, s.splat(factor), total[m]);
-                    if has_min {
+                    if T::MIN {
                         total[m] = s.fma(min, s.splat(sum), total[m]);
                     }
                 });
@@ -163,19 +192,13 @@ impl IntegerTiles<'_> {
     }
 }
 
-/// Sixteen scales.
-///
-/// # Safety
-/// `at` is readable for 16 of them.
+/// Asks for the weights that lie [`AHEAD`] of these.
 #[inline(always)]
-pub(crate) unsafe fn load_scale<S: Simd>(s: S, at: *const u8, native_f16: bool) -> S::F {
-    // SAFETY: the caller vouches for `at`; the loads need no alignment.
-    unsafe {
-        if native_f16 {
-            s.load_f16(at.cast())
-        } else {
-            s.load(at.cast())
-        }
+fn prefetch<S: Simd>(s: S, at: *const u8, bytes: usize) {
+    let mut line = 0;
+    while line < bytes {
+        s.prefetch(at.wrapping_add(AHEAD + line));
+        line += 64;
     }
 }
 

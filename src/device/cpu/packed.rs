@@ -3,21 +3,18 @@
 //! Sixteen output rows are interleaved into a *tile*, so that one vector load
 //! brings the weights of sixteen outputs. A tile is read from front to back:
 //!
-//! - quantised: for each group of 16 or 32 inputs, sixteen scales, sixteen
-//!   minimums where the format has them, then the codes. 64 bytes hold, for each
-//!   of the sixteen rows, four consecutive inputs as bytes, or eight as nibbles:
-//!   the low ones are the first four inputs, the high ones the next four.
+//! - quantised: scales and codes as `layout` describes.
 //! - floating-point: for each input, sixteen weights in the format they came in.
 //!
 //! The last tile is filled up with zeros. There is no other copy of the weights:
 //! [`Packed::read_row`] serves embeddings from the same tiles.
 
+use super::layout::{QuantLayout, Row};
 use super::memory::{Buffer, Disjoint};
 use super::simd::LANES;
 use super::workers::Workers;
 use crate::device::{DeviceError, WeightRows};
 use crate::weights::DType;
-use crate::weights::quant::{self, Affine};
 use half::{bf16, f16};
 use std::cell::RefCell;
 
@@ -43,116 +40,6 @@ impl FloatType {
     }
 }
 
-/// Where things lie in a quantised tile.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct QuantLayout {
-    /// The format's constants.
-    pub(crate) affine: Affine,
-    /// Groups of a row.
-    pub(crate) groups: usize,
-}
-
-impl QuantLayout {
-    /// Bytes of sixteen scales.
-    pub(crate) fn scale_bytes(&self) -> usize {
-        LANES * if self.affine.native_f16_scales { 2 } else { 4 }
-    }
-
-    /// Bytes of a group's scales and minimums.
-    pub(crate) fn header_bytes(&self) -> usize {
-        self.scale_bytes() * if self.affine.has_min { 2 } else { 1 }
-    }
-
-    /// Bytes of a group of a tile.
-    pub(crate) fn group_bytes(&self) -> usize {
-        self.header_bytes() + LANES * self.affine.group * usize::from(self.affine.bits) / 8
-    }
-
-    fn write_scale(&self, to: &mut [u8], lane: usize, value: f32) {
-        if self.affine.native_f16_scales {
-            to[lane * 2..lane * 2 + 2].copy_from_slice(&f16::from_f32(value).to_le_bytes());
-        } else {
-            to[lane * 4..lane * 4 + 4].copy_from_slice(&value.to_le_bytes());
-        }
-    }
-
-    fn read_scale(&self, from: &[u8], lane: usize) -> f32 {
-        if self.affine.native_f16_scales {
-            FloatType::F16.read(&from[lane * 2..])
-        } else {
-            FloatType::F32.read(&from[lane * 4..])
-        }
-    }
-
-    /// Spreads one row, as [`quant::unpack_row`] gives it, over its lane of `tile`.
-    fn write_lane(&self, tile: &mut [u8], lane: usize, row: &Row) {
-        let group = self.affine.group;
-        for (g, to) in tile.chunks_exact_mut(self.group_bytes()).enumerate() {
-            let (header, to) = to.split_at_mut(self.header_bytes());
-            self.write_scale(header, lane, row.scales[g]);
-            if self.affine.has_min {
-                self.write_scale(&mut header[self.scale_bytes()..], lane, row.mins[g]);
-            }
-            let codes = &row.codes[g * group..][..group];
-            let lanes = to
-                .chunks_exact_mut(64)
-                .map(|vector| &mut vector[lane * 4..][..4]);
-            if self.affine.bits == 8 {
-                for (to, codes) in lanes.zip(codes.chunks_exact(4)) {
-                    to.copy_from_slice(codes);
-                }
-            } else {
-                for (to, codes) in lanes.zip(codes.chunks_exact(8)) {
-                    for j in 0..4 {
-                        to[j] = codes[j] | codes[j + 4] << 4;
-                    }
-                }
-            }
-        }
-    }
-
-    /// The weights of one lane.
-    fn read_lane(&self, tile: &[u8], lane: usize, out: &mut [f32]) {
-        let group = self.affine.group;
-        for (from, out) in tile
-            .chunks_exact(self.group_bytes())
-            .zip(out.chunks_exact_mut(group))
-        {
-            let (header, codes) = from.split_at(self.header_bytes());
-            let scale = self.read_scale(header, lane);
-            let min = match self.affine.has_min {
-                true => self.read_scale(&header[self.scale_bytes()..], lane),
-                false => 0.0,
-            };
-            let weight = |code: u8| {
-                let weight = scale * (i32::from(code) - self.affine.zero) as f32;
-                if self.affine.has_min {
-                    weight + min
-                } else {
-                    weight
-                }
-            };
-            let lanes = codes
-                .chunks_exact(64)
-                .map(|vector| &vector[lane * 4..][..4]);
-            if self.affine.bits == 8 {
-                for (from, out) in lanes.zip(out.chunks_exact_mut(4)) {
-                    for j in 0..4 {
-                        out[j] = weight(from[j]);
-                    }
-                }
-            } else {
-                for (from, out) in lanes.zip(out.chunks_exact_mut(8)) {
-                    for j in 0..4 {
-                        out[j] = weight(from[j] & 15);
-                        out[j + 4] = weight(from[j] >> 4);
-                    }
-                }
-            }
-        }
-    }
-}
-
 /// What a tile holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Format {
@@ -162,15 +49,14 @@ pub(crate) enum Format {
 
 impl Format {
     pub(crate) fn of(dtype: DType, columns: usize) -> Result<Self, DeviceError> {
-        match (dtype, quant::affine(dtype)) {
-            (_, Some(affine)) => Ok(Self::Quantised(QuantLayout {
-                affine,
-                groups: columns / affine.group,
-            })),
-            (DType::F16, _) => Ok(Self::Float(FloatType::F16)),
-            (DType::BF16, _) => Ok(Self::Float(FloatType::Bf16)),
-            (DType::F32, _) => Ok(Self::Float(FloatType::F32)),
-            (other, None) => Err(DeviceError::Unsupported {
+        if let Some(layout) = QuantLayout::of(dtype, columns)? {
+            return Ok(Self::Quantised(layout));
+        }
+        match dtype {
+            DType::F16 => Ok(Self::Float(FloatType::F16)),
+            DType::BF16 => Ok(Self::Float(FloatType::Bf16)),
+            DType::F32 => Ok(Self::Float(FloatType::F32)),
+            other => Err(DeviceError::Unsupported {
                 device: "cpu",
                 what: format!("weights stored as {other}"),
                 expected: "F32, F16, BF16 or a block format".to_owned(),
@@ -181,7 +67,7 @@ impl Format {
     fn tile_bytes(&self, columns: usize) -> usize {
         match self {
             Self::Float(float) => LANES * columns * float.bytes(),
-            Self::Quantised(layout) => layout.groups * layout.group_bytes(),
+            Self::Quantised(layout) => layout.tile_bytes(),
         }
     }
 }
@@ -197,14 +83,6 @@ pub(crate) struct Packed {
     pub(crate) first_output: usize,
     tile_bytes: usize,
     data: Buffer<u8>,
-}
-
-/// One unpacked row.
-#[derive(Default)]
-struct Row {
-    codes: Vec<u8>,
-    scales: Vec<f32>,
-    mins: Vec<f32>,
 }
 
 thread_local! {
@@ -240,7 +118,7 @@ impl Packed {
                     let (part, row) = find(parts, tile * LANES + lane);
                     let stored = part.order.stored_row(row);
                     let from = &part.data[stored * row_bytes..][..row_bytes];
-                    pack_lane(format, dtype, columns, from, to, lane);
+                    pack_lane(format, from, to, lane);
                 }
             }
         })?;
@@ -297,28 +175,18 @@ fn find<'a, 'b>(parts: &'a [WeightRows<'b>], mut row: usize) -> (&'a WeightRows<
     (part, row)
 }
 
-fn pack_lane(
-    format: Format,
-    dtype: DType,
-    columns: usize,
-    from: &[u8],
-    to: &mut [u8],
-    lane: usize,
-) {
+/// Spreads a stored row over its lane of a tile.
+fn pack_lane(format: Format, stored: &[u8], tile: &mut [u8], lane: usize) {
     match format {
         Format::Float(float) => {
             let bytes = float.bytes();
-            let lanes = to.chunks_exact_mut(LANES * bytes);
-            for (from, to) in from.chunks_exact(bytes).zip(lanes) {
+            let lanes = tile.chunks_exact_mut(LANES * bytes);
+            for (from, to) in stored.chunks_exact(bytes).zip(lanes) {
                 to[lane * bytes..][..bytes].copy_from_slice(from);
             }
         }
-        Format::Quantised(layout) => ROW.with_borrow_mut(|row| {
-            row.codes.resize(columns, 0);
-            row.scales.resize(layout.groups, 0.0);
-            row.mins.resize(layout.groups, 0.0);
-            quant::unpack_row(dtype, from, &mut row.codes, &mut row.scales, &mut row.mins);
-            layout.write_lane(to, lane, row);
-        }),
+        Format::Quantised(layout) => {
+            ROW.with_borrow_mut(|row| layout.write_lane(tile, lane, stored, row));
+        }
     }
 }

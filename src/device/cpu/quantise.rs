@@ -4,8 +4,8 @@
 //! Sums over the weights' groups are kept next to it: they stand for the weights'
 //! zero points (exactly, in integers) and minimums.
 
+use super::layout::QuantLayout;
 use super::memory::Disjoint;
-use super::packed::QuantLayout;
 use super::simd::{Isa, Kernel, LANES, Simd};
 use super::workers::Workers;
 use crate::device::DeviceError;
@@ -28,8 +28,8 @@ pub(crate) struct GroupMeta {
 /// Rows of activations as integers; kept from call to call for its memory.
 #[derive(Default)]
 pub(crate) struct Quantised {
-    columns: usize,
     codes: Vec<i8>,
+    meta: Vec<GroupMeta>,
     views: Vec<View>,
 }
 
@@ -37,7 +37,8 @@ pub(crate) struct Quantised {
 struct View {
     group: usize,
     zero: i32,
-    meta: Vec<GroupMeta>,
+    /// Where they lie in [`Quantised::meta`], row after row.
+    meta: Range<usize>,
 }
 
 impl Quantised {
@@ -50,39 +51,24 @@ impl Quantised {
         (rows, columns): (usize, usize),
         layouts: impl Iterator<Item = QuantLayout>,
     ) -> Result<(), DeviceError> {
-        self.columns = columns;
         self.codes.resize(rows * columns, 0);
-        let mut used = 0;
+        self.views.clear();
+        let mut end = 0;
         for layout in layouts {
             let (group, zero) = (layout.affine.group, layout.affine.zero);
-            if self.views[..used]
+            if !self
+                .views
                 .iter()
                 .any(|view| view.group == group && view.zero == zero)
             {
-                continue;
+                let meta = end..end + rows * columns / group;
+                end = meta.end;
+                self.views.push(View { group, zero, meta });
             }
-            if used == self.views.len() {
-                self.views.push(View {
-                    group,
-                    zero,
-                    meta: Vec::new(),
-                });
-            }
-            let view = &mut self.views[used];
-            (view.group, view.zero) = (group, zero);
-            view.meta
-                .resize(rows * columns / group, GroupMeta::default());
-            used += 1;
         }
-        let codes = Disjoint::new(&mut self.codes);
-        let views: Vec<Sums<'_>> = self.views[..used]
-            .iter_mut()
-            .map(|view| Sums {
-                group: view.group,
-                zero: view.zero,
-                meta: Disjoint::new(&mut view.meta),
-            })
-            .collect();
+        self.meta.resize(end, GroupMeta::default());
+        let codes = &Disjoint::new(&mut self.codes);
+        let (views, meta) = (&self.views[..], &Disjoint::new(&mut self.meta));
         // A few rows are done sooner than a second thread would join.
         let grain = (16_384 / columns.max(1)).max(1);
         workers.run("linear", rows, grain, |range| {
@@ -90,8 +76,9 @@ impl Quantised {
                 x,
                 columns,
                 range,
-                codes: &codes,
-                views: &views,
+                codes,
+                meta,
+                views,
             });
         })
     }
@@ -103,16 +90,13 @@ impl Quantised {
 
     /// What weights of `layout` need: one entry a row and group.
     pub(crate) fn meta(&self, layout: &QuantLayout) -> &[GroupMeta] {
-        let fits =
-            |view: &&View| view.group == layout.affine.group && view.zero == layout.affine.zero;
-        self.views.iter().find(fits).map_or(&[], |view| &view.meta)
+        let affine = &layout.affine;
+        let fits = |view: &&View| view.group == affine.group && view.zero == affine.zero;
+        self.views
+            .iter()
+            .find(fits)
+            .map_or(&[], |view| &self.meta[view.meta.clone()])
     }
-}
-
-struct Sums<'a> {
-    group: usize,
-    zero: i32,
-    meta: Disjoint<'a, GroupMeta>,
 }
 
 struct QuantiseRows<'a> {
@@ -120,7 +104,8 @@ struct QuantiseRows<'a> {
     columns: usize,
     range: Range<usize>,
     codes: &'a Disjoint<'a, i8>,
-    views: &'a [Sums<'a>],
+    meta: &'a Disjoint<'a, GroupMeta>,
+    views: &'a [View],
 }
 
 impl Kernel for QuantiseRows<'_> {
@@ -136,9 +121,9 @@ impl Kernel for QuantiseRows<'_> {
                 let (scale, sums) = unsafe { quantise(s, x, codes) };
                 for view in self.views {
                     let groups = GROUP / view.group;
-                    let first = row * (self.columns / view.group) + g * groups;
+                    let first = view.meta.start + row * (self.columns / view.group) + g * groups;
                     // SAFETY: entries of this row only.
-                    let meta = unsafe { view.meta.range(first, groups) };
+                    let meta = unsafe { self.meta.range(first, groups) };
                     for (i, meta) in meta.iter_mut().enumerate() {
                         let sum = if groups == 1 {
                             sums[0].wrapping_add(sums[1])

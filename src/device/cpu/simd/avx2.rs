@@ -106,6 +106,17 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn load_i8(self, from: *const i8) -> F {
+        // SAFETY: the caller vouches for the pointer, `self` for the features.
+        unsafe {
+            let bytes = _mm_loadu_si128(from.cast());
+            F(
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128::<8>(bytes))),
+            )
+        }
+    }
+    #[inline(always)]
     unsafe fn store(self, to: *mut f32, value: F) {
         // SAFETY: the caller vouches for the pointer, `self` for the features.
         unsafe {

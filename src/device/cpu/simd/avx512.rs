@@ -68,6 +68,11 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn load_i8(self, from: *const i8) -> __m512 {
+        // SAFETY: the caller vouches for the pointer, `self` for the features.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) }
+    }
+    #[inline(always)]
     unsafe fn store(self, to: *mut f32, value: __m512) {
         // SAFETY: the caller vouches for the pointer, `self` for the features.
         unsafe { _mm512_storeu_ps(to, value) }

@@ -76,6 +76,11 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `from` is readable for 16 elements.
     unsafe fn load_bf16(self, from: *const u16) -> Self::F;
+    /// Sixteen consecutive signed bytes, as numbers.
+    ///
+    /// # Safety
+    /// `from` is readable for 16 elements.
+    unsafe fn load_i8(self, from: *const i8) -> Self::F;
     /// Writes sixteen numbers.
     ///
     /// # Safety

@@ -66,6 +66,14 @@ impl Simd for Portable {
         lanes(bits, |b| bf16::from_bits(b).to_f32())
     }
     #[inline(always)]
+    unsafe fn load_i8(self, from: *const i8) -> Self::F {
+        // SAFETY: the caller vouches for the pointer.
+        lanes(
+            unsafe { from.cast::<[i8; LANES]>().read_unaligned() },
+            f32::from,
+        )
+    }
+    #[inline(always)]
     unsafe fn store(self, to: *mut f32, value: Self::F) {
         // SAFETY: the caller vouches for the pointer.
         unsafe { to.cast::<[f32; LANES]>().write_unaligned(value) }

@@ -1,0 +1,277 @@
+//! Where codes and scales of a quantised tile lie.
+//!
+//! A tile is a sequence of blocks, and a block is a header of scales, sixteen of
+//! each (one a row), followed by the codes of its groups.
+//!
+//! - Formats with float16 scales: a block is one group; its header is the scales
+//!   and, where the format has them, the minimums.
+//! - K-quants, whose scales are small integers times a float16: a block is 256
+//!   inputs; its header is the float16 factors of scales and minimums, then for
+//!   each group the integers as signed bytes. Expanded to float32 they have the
+//!   bits that the format's definition gives.
+//!
+//! 64 bytes of codes hold, for each of the sixteen rows, four consecutive inputs
+//! as bytes, or eight as nibbles: the low ones are the first four inputs, the high
+//! ones the next four.
+
+use super::simd::{LANES, Simd};
+use crate::device::DeviceError;
+use crate::weights::DType;
+use crate::weights::quant::{self, Affine};
+use half::f16;
+
+/// Inputs of a block with nested scales.
+const NESTED: usize = 256;
+
+/// The layout of a quantised tile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct QuantLayout {
+    /// The format's constants.
+    pub(crate) affine: Affine,
+    /// Groups of a row.
+    pub(crate) groups: usize,
+    /// Groups of a block.
+    pub(crate) block_groups: usize,
+    dtype: DType,
+}
+
+/// Some consecutive weights of one row, unpacked.
+#[derive(Default)]
+pub(crate) struct Row {
+    codes: Vec<u8>,
+    scales: Vec<f32>,
+    mins: Vec<f32>,
+}
+
+/// Scales and minimums of group `group` of a block, as constants of the layout; the
+/// scales twice where there are no minimums.
+///
+/// # Safety
+/// `header` is a header of a layout with minimums if `MIN`, with nested scales if
+/// `NEST`; `group` is below its `block_groups`.
+#[inline(always)]
+pub(crate) unsafe fn load_scales<S: Simd, const MIN: bool, const NEST: bool>(
+    s: S,
+    header: *const u8,
+    group: usize,
+) -> (S::F, S::F) {
+    let kinds = if MIN { 2 } else { 1 };
+    // SAFETY: all offsets are inside the header; the loads need no alignment.
+    unsafe {
+        let integers = header
+            .wrapping_add(LANES * kinds * (2 + group))
+            .cast::<i8>();
+        let mut scale = s.load_f16(header.cast());
+        if NEST {
+            scale = s.mul(scale, s.load_i8(integers));
+        }
+        if !MIN {
+            return (scale, scale);
+        }
+        let mut min = s.load_f16(header.add(LANES * 2).cast());
+        if NEST {
+            min = s.mul(min, s.load_i8(integers.add(LANES)));
+        }
+        (scale, min)
+    }
+}
+
+/// Where a K-quant's block has its float16 factors of scales and minimums.
+fn factor_offsets(dtype: DType) -> Option<(usize, usize)> {
+    match dtype {
+        DType::Q2K => Some((80, 82)),
+        DType::Q3K => Some((108, 108)),
+        DType::Q4K | DType::Q5K => Some((0, 2)),
+        DType::Q6K => Some((208, 208)),
+        _ => None,
+    }
+}
+
+fn half_at(bytes: &[u8], at: usize) -> f16 {
+    f16::from_le_bytes([bytes[at], bytes[at + 1]])
+}
+
+/// The integer that `value` is a multiple of `factor` by.
+fn multiple(value: f32, factor: f16) -> u8 {
+    // Exact: a float16 times an integer of 8 bits is a float32. 0 / 0 becomes 0.
+    (value / factor.to_f32()).round() as i8 as u8
+}
+
+impl QuantLayout {
+    /// The layout for `columns` inputs of `dtype`; `None` for plain numbers.
+    pub(crate) fn of(dtype: DType, columns: usize) -> Result<Option<Self>, DeviceError> {
+        let Some(affine) = quant::affine(dtype) else {
+            return Ok(None);
+        };
+        let nested = factor_offsets(dtype).is_some();
+        let block_groups = match (affine.native_f16_scales, affine.group) {
+            (true, 32) => 1,
+            (false, 16 | 32) if nested => NESTED / affine.group,
+            _ => {
+                return Err(DeviceError::Unsupported {
+                    device: "cpu",
+                    what: format!("the scales of {dtype}"),
+                    expected: "float16 scales or a K-quant's are read".to_owned(),
+                });
+            }
+        };
+        let groups = columns / affine.group;
+        Ok(Some(Self {
+            affine,
+            groups,
+            block_groups,
+            dtype,
+        }))
+    }
+
+    /// Whether scales are integers times a float16.
+    pub(crate) fn nested(&self) -> bool {
+        !self.affine.native_f16_scales
+    }
+
+    /// Scales and minimums, or scales alone.
+    fn kinds(&self) -> usize {
+        if self.affine.has_min { 2 } else { 1 }
+    }
+
+    /// Bytes of a block's scales.
+    pub(crate) fn header_bytes(&self) -> usize {
+        let halves = LANES * 2 * self.kinds();
+        match self.nested() {
+            // Codes begin at a cache line.
+            true => (halves + LANES * self.kinds() * self.block_groups).next_multiple_of(64),
+            false => halves,
+        }
+    }
+
+    /// Bytes of a group's codes.
+    pub(crate) fn code_bytes(&self) -> usize {
+        LANES * self.affine.group * usize::from(self.affine.bits) / 8
+    }
+
+    /// Bytes of a block.
+    pub(crate) fn block_bytes(&self) -> usize {
+        self.header_bytes() + self.block_groups * self.code_bytes()
+    }
+
+    /// Bytes of a tile.
+    pub(crate) fn tile_bytes(&self) -> usize {
+        self.groups / self.block_groups * self.block_bytes()
+    }
+
+    /// Where in a header the integers of a group begin: its scales, or, with
+    /// `kind` 1, its minimums.
+    fn integers(&self, group: usize, kind: usize) -> usize {
+        LANES * (self.kinds() * (2 + group) + kind)
+    }
+
+    /// Scale and minimum of one lane.
+    fn read_scale(&self, header: &[u8], group: usize, lane: usize) -> (f32, f32) {
+        let read = |kind: usize| {
+            let factor = half_at(header, kind * LANES * 2 + lane * 2).to_f32();
+            match self.nested() {
+                true => factor * f32::from(header[self.integers(group, kind) + lane] as i8),
+                false => factor,
+            }
+        };
+        (read(0), if self.affine.has_min { read(1) } else { 0.0 })
+    }
+
+    /// Spreads a row, as stored in a file, over its lane of `tile`.
+    pub(crate) fn write_lane(&self, tile: &mut [u8], lane: usize, stored: &[u8], row: &mut Row) {
+        row.codes.resize(self.groups * self.affine.group, 0);
+        row.scales.resize(self.groups, 0.0);
+        row.mins.resize(self.groups, 0.0);
+        let Row {
+            codes,
+            scales,
+            mins,
+        } = row;
+        quant::unpack_row(self.dtype, stored, codes, scales, mins);
+        let code_bytes = self.code_bytes();
+        for (index, block) in tile.chunks_exact_mut(self.block_bytes()).enumerate() {
+            let first = index * self.block_groups;
+            let (header, to) = block.split_at_mut(self.header_bytes());
+            let scales = [&scales[first..], &mins[first..]];
+            let block = &stored[index * self.dtype.block_bytes()..];
+            self.write_header(header, lane, &scales[..self.kinds()], block);
+            let codes = codes[first * self.affine.group..].chunks_exact(self.affine.group);
+            for (to, codes) in to.chunks_exact_mut(code_bytes).zip(codes) {
+                self.write_codes(to, lane, codes);
+            }
+        }
+    }
+
+    /// `scales`: those of the block's groups and of what follows, then the minimums.
+    fn write_header(&self, header: &mut [u8], lane: usize, scales: &[&[f32]], stored: &[u8]) {
+        let offsets = factor_offsets(self.dtype).unwrap_or_default();
+        for (kind, values) in scales.iter().enumerate() {
+            let factor = match self.nested() {
+                true => half_at(stored, if kind == 0 { offsets.0 } else { offsets.1 }),
+                false => f16::from_f32(values[0]),
+            };
+            let at = kind * LANES * 2 + lane * 2;
+            header[at..at + 2].copy_from_slice(&factor.to_le_bytes());
+            if self.nested() {
+                for (group, &value) in values[..self.block_groups].iter().enumerate() {
+                    header[self.integers(group, kind) + lane] = multiple(value, factor);
+                }
+            }
+        }
+    }
+
+    fn write_codes(&self, to: &mut [u8], lane: usize, codes: &[u8]) {
+        let lanes = to
+            .chunks_exact_mut(64)
+            .map(|vector| &mut vector[lane * 4..][..4]);
+        if self.affine.bits == 8 {
+            for (to, codes) in lanes.zip(codes.chunks_exact(4)) {
+                to.copy_from_slice(codes);
+            }
+        } else {
+            for (to, codes) in lanes.zip(codes.chunks_exact(8)) {
+                for j in 0..4 {
+                    to[j] = codes[j] | codes[j + 4] << 4;
+                }
+            }
+        }
+    }
+
+    /// The weights of one lane.
+    pub(crate) fn read_lane(&self, tile: &[u8], lane: usize, out: &mut [f32]) {
+        let outs = out.chunks_exact_mut(self.affine.group * self.block_groups);
+        for (block, out) in tile.chunks_exact(self.block_bytes()).zip(outs) {
+            let (header, codes) = block.split_at(self.header_bytes());
+            let groups = codes.chunks_exact(self.code_bytes());
+            let outs = out.chunks_exact_mut(self.affine.group);
+            for (group, (codes, out)) in groups.zip(outs).enumerate() {
+                let (scale, min) = self.read_scale(header, group, lane);
+                let weight = |code: u8| {
+                    let weight = scale * (i32::from(code) - self.affine.zero) as f32;
+                    if self.affine.has_min {
+                        weight + min
+                    } else {
+                        weight
+                    }
+                };
+                let lanes = codes
+                    .chunks_exact(64)
+                    .map(|vector| &vector[lane * 4..][..4]);
+                if self.affine.bits == 8 {
+                    for (from, out) in lanes.zip(out.chunks_exact_mut(4)) {
+                        for j in 0..4 {
+                            out[j] = weight(from[j]);
+                        }
+                    }
+                } else {
+                    for (from, out) in lanes.zip(out.chunks_exact_mut(8)) {
+                        for j in 0..4 {
+                            out[j] = weight(from[j] & 15);
+                            out[j + 4] = weight(from[j] >> 4);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

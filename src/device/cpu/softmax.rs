@@ -1,0 +1,115 @@
+//! The running softmax of some queries: what attention has gathered so far.
+//!
+//! Milakov & Gimelshein, *Online normalizer calculation for softmax*, 2018.
+
+use super::simd::{LANES, Simd};
+
+/// How much memory the queries of an item take.
+#[derive(Clone, Copy)]
+pub(crate) struct SoftmaxShape {
+    /// Queries, padding included.
+    pub(crate) queries: usize,
+    /// Elements of a result, a multiple of 16.
+    pub(crate) stride: usize,
+}
+
+impl SoftmaxShape {
+    /// Numbers that a [`Softmax`] takes.
+    pub(crate) fn len(self) -> usize {
+        self.queries * (1 + LANES + self.stride)
+    }
+}
+
+/// For each query: the largest score so far, sums of the weights relative to it,
+/// one for each token of a tile, and the weighted sum of the values.
+pub(crate) struct Softmax<'a> {
+    pub(crate) largest: &'a mut [f32],
+    /// `[query][16]`.
+    pub(crate) sums: &'a mut [f32],
+    /// `[query][stride]`.
+    pub(crate) results: &'a mut [f32],
+    stride: usize,
+}
+
+impl<'a> Softmax<'a> {
+    /// Takes the first [`SoftmaxShape::len`] numbers of `memory`.
+    #[inline(always)]
+    pub(crate) fn new(memory: &'a mut [f32], shape: SoftmaxShape) -> Self {
+        let (largest, memory) = memory[..shape.len()].split_at_mut(shape.queries);
+        let (sums, results) = memory.split_at_mut(shape.queries * LANES);
+        Self {
+            largest,
+            sums,
+            results,
+            stride: shape.stride,
+        }
+    }
+
+    /// Nothing gathered.
+    #[inline(always)]
+    pub(crate) fn reset(&mut self) {
+        self.largest.fill(f32::NEG_INFINITY);
+        self.sums.fill(0.0);
+        self.results.fill(0.0);
+    }
+
+    /// Adds what another one of this shape gathered from later keys. One that saw
+    /// nothing changes nothing, to the bit.
+    #[inline(always)]
+    pub(crate) fn merge<S: Simd>(&mut self, s: S, part: &[f32]) {
+        let (theirs, part) = part.split_at(self.largest.len());
+        let (their_sums, their_results) = part.split_at(self.sums.len());
+        for (query, &theirs) in theirs.iter().enumerate() {
+            let ours = self.largest[query];
+            let largest = if theirs > ours { theirs } else { ours };
+            let pivot = if largest == f32::NEG_INFINITY {
+                0.0
+            } else {
+                largest
+            };
+            let keep = s.exp(s.splat(ours - pivot));
+            let take = s.exp(s.splat(theirs - pivot));
+            self.largest[query] = largest;
+            let at = query * LANES..(query + 1) * LANES;
+            weigh(s, &mut self.sums[at.clone()], keep, &their_sums[at], take);
+            let at = query * self.stride..(query + 1) * self.stride;
+            weigh(
+                s,
+                &mut self.results[at.clone()],
+                keep,
+                &their_results[at],
+                take,
+            );
+        }
+    }
+
+    /// The softmax-weighted mean of the values, for one query.
+    #[inline(always)]
+    pub(crate) fn finish<S: Simd>(&self, s: S, query: usize, out: &mut [f32]) {
+        assert!(out.len() <= self.stride);
+        let sums = &self.sums[query * LANES..][..LANES];
+        let result = &self.results[query * self.stride..][..self.stride];
+        // SAFETY: 16 sums a query.
+        let sum = s.splat(s.reduce_add(unsafe { s.load(sums.as_ptr()) }));
+        for at in (0..out.len()).step_by(LANES) {
+            let count = LANES.min(out.len() - at);
+            // SAFETY: the stride is a multiple of 16; `count` outputs are left.
+            unsafe {
+                let value = s.div(s.load(result.as_ptr().add(at)), sum);
+                s.store_part(out.as_mut_ptr().add(at), value, count);
+            }
+        }
+    }
+}
+
+/// `a = a · keep + b · take`, for whole vectors.
+#[inline(always)]
+fn weigh<S: Simd>(s: S, a: &mut [f32], keep: S::F, b: &[f32], take: S::F) {
+    for (a, b) in a.chunks_exact_mut(LANES).zip(b.chunks_exact(LANES)) {
+        // SAFETY: chunks of `LANES`.
+        unsafe {
+            let sum = s.fma(s.load(b.as_ptr()), take, s.mul(s.load(a.as_ptr()), keep));
+            s.store(a.as_mut_ptr(), sum);
+        }
+    }
+}
