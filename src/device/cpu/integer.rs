@@ -1,14 +1,15 @@
 //! Quantised weights times 8-bit activations: integer dot products, scaled a group
 //! at a time.
 //!
-//! For a row and an output, the float operations are a multiplication and one or
-//! two fused additions a group, in the order of the groups, whatever the number
-//! of rows in the register block: that keeps results independent of the batch.
+//! For a row and an output, the float operations are a fused addition a span of
+//! activations and one or two a group of weights, in the order of the groups,
+//! whatever the number of rows in the register block: that keeps results
+//! independent of the batch.
 
 use super::layout::{QuantLayout, load_scales};
 use super::linear::Operands;
 use super::packed::Packed;
-use super::quantise::{GroupMeta, Quantised};
+use super::quantise::{Quantised, SPAN};
 use super::simd::{Kernel, LANES, Simd, unroll};
 use std::ops::Range;
 
@@ -153,32 +154,41 @@ impl IntegerTiles<'_> {
                 within += 1;
                 let x = codes.as_ptr().add(g * T::GROUP);
                 let meta = meta.as_ptr().add(g);
-                let mut dots = [low; M];
-                unroll!(m < M => { dots[m] = s.splat_i((*meta.add(m * groups)).start); });
-                for vector in 0..code_bytes / 64 {
-                    let bytes = s.load_bytes(at.add(vector * 64));
-                    let x = x.add(vector * 32 / T::BITS);
-                    if T::BITS == 4 {
-                        let first = s.and_i(bytes, low);
-                        let second = s.and_i(s.shift_right::<4>(bytes), low);
-                        unroll!(m < M => {
-                            let x = x.add(m * columns);
-                            dots[m] = s.dot4(dots[m], first, splat_quad(s, x));
-                            dots[m] = s.dot4(dots[m], second, splat_quad(s, x.add(4)));
-                        });
-                    } else {
-                        unroll!(m < M => {
-                            dots[m] = s.dot4(dots[m], bytes, splat_quad(s, x.add(m * columns)));
-                        });
+                let mut scaled = [s.splat(0.0); M];
+                let vectors = code_bytes / 64 * SPAN / T::GROUP;
+                for span in 0..T::GROUP / SPAN {
+                    let mut dots = [low; M];
+                    unroll!(m < M => {
+                        dots[m] = s.splat_i((*meta.add(m * groups)).starts[span]);
+                    });
+                    for vector in span * vectors..(span + 1) * vectors {
+                        let bytes = s.load_bytes(at.add(vector * 64));
+                        let x = x.add(vector * 32 / T::BITS);
+                        if T::BITS == 4 {
+                            let first = s.and_i(bytes, low);
+                            let second = s.and_i(s.shift_right::<4>(bytes), low);
+                            unroll!(m < M => {
+                                let x = x.add(m * columns);
+                                dots[m] = s.dot4(dots[m], first, splat_quad(s, x));
+                                dots[m] = s.dot4(dots[m], second, splat_quad(s, x.add(4)));
+                            });
+                        } else {
+                            unroll!(m < M => {
+                                let x = splat_quad(s, x.add(m * columns));
+                                dots[m] = s.dot4(dots[m], bytes, x);
+                            });
+                        }
                     }
+                    unroll!(m < M => {
+                        let factor = s.splat((*meta.add(m * groups)).scales[span]);
+                        scaled[m] = s.fma(s.to_float(dots[m]), factor, scaled[m]);
+                    });
                 }
                 at = at.add(code_bytes);
                 unroll!(m < M => {
-                    let GroupMeta { scale: factor, sum, .. } = *meta.add(m * groups);
-                    let scaled = s.mul(s.to_float(dots[m]), scale);
-                    total[m] = s.fma(scaled, s.splat(factor), total[m]);
+                    total[m] = s.fma(scaled[m], scale, total[m]);
                     if T::MIN {
-                        total[m] = s.fma(min, s.splat(sum), total[m]);
+                        total[m] = s.fma(min, s.splat((*meta.add(m * groups)).sum), total[m]);
                     }
                 });
             }

@@ -1,8 +1,9 @@
 //! Activations as 8-bit integers, for integer dot products with quantised weights.
 //!
-//! Each group of 32 values of a row has its own scale, `largest magnitude / 127`.
-//! Sums over the weights' groups are kept next to it: they stand for the weights'
-//! zero points (exactly, in integers) and minimums.
+//! Each span of 16 values of a row has its own scale, `largest magnitude / 127`:
+//! spans of 32, as in ggml, have a third more error in the log-probabilities. Sums
+//! over the weights' groups are kept next to it: they stand for the weights' zero
+//! points (exactly, in integers) and minimums.
 
 use super::layout::QuantLayout;
 use super::memory::Disjoint;
@@ -12,17 +13,21 @@ use crate::device::DeviceError;
 use std::ops::Range;
 
 /// Values that share a scale.
-const GROUP: usize = 32;
+pub(crate) const SPAN: usize = 16;
 
-/// What a kernel needs to know of a row's group beside its codes.
+/// Values that are quantised at a time: the largest group of weights.
+const GROUP: usize = 2 * SPAN;
+
+/// What a kernel needs to know of a row's values beside their codes, for one group
+/// of weights: one or two spans.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct GroupMeta {
-    /// Value of code 1.
-    pub(crate) scale: f32,
-    /// `scale · Σ codes`: what a weight minimum is multiplied by.
+    /// Value of code 1 in each span.
+    pub(crate) scales: [f32; 2],
+    /// `−zero · Σ codes` of each span: where the integer dot product starts.
+    pub(crate) starts: [i32; 2],
+    /// `Σ scale · Σ codes`: what a weight minimum is multiplied by.
     pub(crate) sum: f32,
-    /// `−zero · Σ codes`: where the integer dot product starts.
-    pub(crate) start: i32,
 }
 
 /// Rows of activations as integers; kept from call to call for its memory.
@@ -118,25 +123,21 @@ impl Kernel for QuantiseRows<'_> {
             for (g, x) in x.as_chunks::<GROUP>().0.iter().enumerate() {
                 let codes = self.codes.pointer(row * self.columns + g * GROUP, GROUP);
                 // SAFETY: 32 values in, 32 codes out; the row belongs to this item.
-                let (scale, sums) = unsafe { quantise(s, x, codes) };
+                let spans = unsafe {
+                    let (first, second) = x.split_at(SPAN);
+                    [quantise(s, first, codes), quantise(s, second, codes.add(SPAN))]
+                };
                 for view in self.views {
                     let groups = GROUP / view.group;
                     let first = view.meta.start + row * (self.columns / view.group) + g * groups;
                     // SAFETY: entries of this row only.
                     let meta = unsafe { self.meta.range(first, groups) };
-                    for (i, meta) in meta.iter_mut().enumerate() {
-                        let sum = if groups == 1 {
-                            sums[0].wrapping_add(sums[1])
-                        } else {
-                            sums[i]
-                        };
-                        // A NaN's integers are arbitrary, but its scale is NaN as well.
-                        let start = sum.wrapping_mul(-view.zero);
-                        *meta = GroupMeta {
-                            scale,
-                            sum: scale * sum as f32,
-                            start,
-                        };
+                    if let [whole] = meta {
+                        *whole = GroupMeta::new(view.zero, spans);
+                    } else {
+                        for (meta, span) in meta.iter_mut().zip(spans) {
+                            *meta = GroupMeta::new(view.zero, [span, Span::default()]);
+                        }
                     }
                 }
             }
@@ -144,31 +145,47 @@ impl Kernel for QuantiseRows<'_> {
     }
 }
 
-/// Writes the codes of one group; gives its scale and the sums of its two halves.
+/// The scale and the sum of codes of some values.
+#[derive(Clone, Copy, Debug, Default)]
+struct Span {
+    scale: f32,
+    sum: i32,
+}
+
+impl GroupMeta {
+    #[inline(always)]
+    fn new(zero: i32, [first, second]: [Span; 2]) -> Self {
+        Self {
+            scales: [first.scale, second.scale],
+            // A NaN's integers are arbitrary, but its scale is NaN as well.
+            starts: [
+                first.sum.wrapping_mul(-zero),
+                second.sum.wrapping_mul(-zero),
+            ],
+            sum: first.scale * first.sum as f32 + second.scale * second.sum as f32,
+        }
+    }
+}
+
+/// Writes the codes of one span.
 ///
 /// # Safety
-/// `codes` is writable for [`GROUP`] bytes.
+/// `x` holds [`SPAN`] values, and `codes` is writable for as many bytes.
 #[inline(always)]
-unsafe fn quantise<S: Simd>(s: S, x: &[f32; GROUP], codes: *mut i8) -> (f32, [i32; 2]) {
-    let zero = s.splat(0.0);
-    // SAFETY: two vectors are the group.
-    let (a, b) = unsafe { (s.load(x.as_ptr()), s.load(x.as_ptr().add(LANES))) };
-    let largest = s.reduce_max(s.max(s.abs(a), s.abs(b)));
+unsafe fn quantise<S: Simd>(s: S, x: &[f32], codes: *mut i8) -> Span {
+    const { assert!(SPAN == LANES) };
+    debug_assert_eq!(x.len(), SPAN);
+    // SAFETY: one vector is the span.
+    let x = unsafe { s.load(x.as_ptr()) };
+    let largest = s.reduce_max(s.abs(x));
     // 0 for finite values, else NaN: integers could not carry a NaN any further.
-    let poison = s.reduce_add(s.fma(a, zero, s.mul(b, zero)));
-    let inverse = s.splat(if largest > 1e-30 {
-        127.0 / largest
-    } else {
-        0.0
-    });
-    let (a, b) = (s.to_int(s.mul(a, inverse)), s.to_int(s.mul(b, inverse)));
-    // SAFETY: the caller vouches for 32 bytes.
-    unsafe {
-        s.store_low_bytes(codes, a);
-        s.store_low_bytes(codes.add(LANES), b);
+    let poison = s.reduce_add(s.mul(x, s.splat(0.0)));
+    let inverse = if largest > 1e-30 { 127.0 / largest } else { 0.0 };
+    let quantised = s.to_int(s.mul(x, s.splat(inverse)));
+    // SAFETY: the caller vouches for 16 bytes.
+    unsafe { s.store_low_bytes(codes, quantised) };
+    Span {
+        scale: largest / 127.0 + poison,
+        sum: s.reduce_add_i(quantised),
     }
-    (
-        largest / 127.0 + poison,
-        [s.reduce_add_i(a), s.reduce_add_i(b)],
-    )
 }
