@@ -1,0 +1,39 @@
+MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
+CARGO := cargo
+PYTHON := python3
+
+.PHONY: demo test lint bench kernels model
+
+## Fetches a small model if it is missing, builds, and answers a question.
+demo: model
+	$(CARGO) build --release --locked
+	./target/release/quell generate --model $(MODEL) --chat --max-tokens 96 --stats \
+	    --prompt "Give me three tips for staying healthy."
+
+## Runs everything: unit, integration, golden and documentation tests, and the examples.
+test: model
+	$(CARGO) test --locked
+	$(CARGO) test --locked --no-default-features --lib
+	$(CARGO) run --locked --release --example quickstart -- $(MODEL)
+	$(CARGO) run --locked --release --example batch -- $(MODEL)
+
+## Formatting, lints and documentation.
+lint:
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+	$(CARGO) clippy --locked --no-default-features -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps
+
+## Measures this machine: kernels, then the whole engine.
+bench: model
+	$(CARGO) bench --locked --bench cpu_linear
+	$(CARGO) bench --locked --bench cpu_step
+	$(CARGO) build --release --locked
+	./target/release/quell bench --model $(MODEL)
+
+## CUDA kernels to portable images. There are none yet.
+kernels:
+	@echo "there are no CUDA kernels yet: nothing to generate"
+
+model:
+	@$(PYTHON) scripts/fetch-model

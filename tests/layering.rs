@@ -1,0 +1,117 @@
+//! The dependency direction of ARCHITECTURE.md: which module may use which.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+/// What each top-level module of the library may name.
+const MAY_USE: &[(&str, &[&str])] = &[
+    ("id", &[]),
+    ("config", &[]),
+    ("sampling", &[]),
+    ("weights", &[]),
+    ("text", &["weights"]),
+    ("cache", &["id"]),
+    ("schedule", &["cache", "id", "sampling"]),
+    ("device", &["sampling", "weights"]),
+    ("model", &["device", "weights"]),
+    ("runner", &["config", "device", "model", "sampling", "schedule", "text", "weights"]),
+    ("engine", &["cache", "config", "device", "id", "runner", "sampling", "schedule", "text"]),
+];
+
+fn source() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("src")
+}
+
+fn rust_files(path: &Path, found: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(path).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            rust_files(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+/// Every library file with its module and its text.
+fn files() -> Vec<(String, PathBuf, String)> {
+    let mut paths = Vec::new();
+    rust_files(&source(), &mut paths);
+    paths
+        .into_iter()
+        .filter_map(|path| {
+            let relative = path.strip_prefix(source()).unwrap();
+            let first = relative.components().next().unwrap().as_os_str().to_str().unwrap();
+            let module = first.trim_end_matches(".rs").to_owned();
+            let text = std::fs::read_to_string(&path).unwrap();
+            (!["lib", "main", "cli"].contains(&module.as_str())).then_some((module, path, text))
+        })
+        .collect()
+}
+
+/// The top-level modules that a text names with `crate::`.
+fn used(text: &str) -> BTreeSet<String> {
+    text.lines()
+        .filter(|line| !line.trim_start().starts_with("//"))
+        .flat_map(|line| line.split("crate::").skip(1))
+        .map(|rest| {
+            rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect::<String>()
+        })
+        .filter(|name| !name.is_empty())
+        .collect()
+}
+
+#[test]
+fn modules_use_only_what_the_direction_allows() {
+    let allowed: BTreeMap<&str, &[&str]> = MAY_USE.iter().copied().collect();
+    let mut checked = 0;
+    for (module, path, text) in files() {
+        let allowed = allowed
+            .get(module.as_str())
+            .unwrap_or_else(|| panic!("module '{module}' is not in the list of layers"));
+        for name in used(&text) {
+            checked += 1;
+            assert!(
+                name == module || allowed.contains(&name.as_str()),
+                "{} uses crate::{name}, which '{module}' may not",
+                path.display()
+            );
+        }
+    }
+    assert!(checked > 50, "only {checked} uses were found: the test reads nothing");
+}
+
+#[test]
+fn unsafe_code_is_in_devices_and_the_file_map_only() {
+    for (module, path, text) in files() {
+        let has_unsafe = text
+            .lines()
+            .filter(|line| !line.trim_start().starts_with("//"))
+            .any(|line| line.contains("unsafe {") || line.contains("unsafe fn"));
+        let allowed = module == "device" || path.ends_with("weights/map.rs");
+        assert!(!has_unsafe || allowed, "{} has unsafe code", path.display());
+    }
+}
+
+#[test]
+fn tokio_and_locks_stay_on_the_callers_side() {
+    for (module, path, text) in files() {
+        let callers_side = ["handle.rs", "session.rs", "stream.rs"]
+            .iter()
+            .any(|name| module == "engine" && path.ends_with(name));
+        let code: Vec<&str> =
+            text.lines().filter(|line| !line.trim_start().starts_with("//")).collect();
+        assert!(
+            callers_side || !code.iter().any(|line| line.contains("tokio::")),
+            "{} uses tokio",
+            path.display()
+        );
+        let locks = code.iter().any(|line| line.contains("Mutex<") || line.contains("RwLock<"));
+        let engine_state = ["engine", "schedule", "cache", "runner"].contains(&module.as_str());
+        assert!(
+            !locks || !engine_state || callers_side,
+            "{} has a lock on engine state",
+            path.display()
+        );
+    }
+}
