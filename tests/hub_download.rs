@@ -146,7 +146,7 @@ fn answer(mut stream: TcpStream, shelf: &Mutex<Shelf>) {
     }
     let extra = format!(
         "x-repo-commit: {COMMIT}\r\netag: \"etag-of-{}\"\r\ncontent-range: bytes {first}-{}/{}\r\n",
-        name.replace('/', "-").replace('.', "-"),
+        name.replace(['/', '.'], "-"),
         end - 1,
         bytes.len()
     );
@@ -238,7 +238,7 @@ fn generate(hub: &FakeHub, model: &str) -> String {
     stdout(&hub.quell(&[&GENERATE[..], &[model]].concat()))
 }
 
-fn is_file_request(request: &String) -> bool {
+fn is_file_request(request: &str) -> bool {
     request.contains("/resolve/")
 }
 
@@ -273,10 +273,31 @@ fn a_downloaded_folder_generates_as_the_original_does() {
 fn the_second_run_downloads_nothing() {
     let hub = FakeHub::new(tiny());
     stdout(&hub.quell(&["inspect", "hf:org/tiny"]));
-    assert!(hub.requests().iter().any(is_file_request));
+    assert!(
+        hub.requests()
+            .iter()
+            .any(|request| is_file_request(request))
+    );
     stdout(&hub.quell(&["inspect", "hf:org/tiny"]));
-    let again: Vec<_> = hub.requests().into_iter().filter(is_file_request).collect();
+    let again: Vec<_> = hub
+        .requests()
+        .into_iter()
+        .filter(|request| is_file_request(request))
+        .collect();
     assert_eq!(again, [""; 0]);
+}
+
+#[test]
+fn a_cached_model_with_its_tokenizer_asks_nobody() {
+    let mut files = tiny();
+    files.push(("tokenizer.json".to_owned(), b"not JSON".to_vec()));
+    let hub = FakeHub::new(files);
+    // It is downloaded, then refused by the reader of tokenizers.
+    let first = failure(&hub.quell(&["inspect", "hf:org/tiny"]));
+    contains_all(&first, &["tokenizer.json"]);
+    assert!(!hub.requests().is_empty());
+    assert_eq!(failure(&hub.quell(&["inspect", "hf:org/tiny"])), first);
+    assert_eq!(hub.requests(), [""; 0]);
 }
 
 #[test]

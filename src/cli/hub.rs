@@ -2,18 +2,23 @@
 //!
 //! The cache is the one that the other programs of that hub use: `HF_HOME` moves it,
 //! `HF_ENDPOINT` names another hub, and `HF_TOKEN` opens repositories that ask for it.
-//! A branch's name in the cache is written after the last file of its commit, so that
-//! a folder that is found there was downloaded to its end.
+//! The weights of a folder come last, so that a folder that has them has all it needs.
 
+mod error;
+mod name;
+
+pub use error::HubError;
+
+use error::What;
 use hf_hub::api::sync::{Api, ApiBuilder, ApiError};
 use hf_hub::api::{Progress, RepoInfo};
 use hf_hub::{Cache, Repo, RepoType};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use name::{ModelName, is_commit, is_gguf, is_segment};
 use serde::Deserialize;
 use std::cell::Cell;
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
-use thiserror::Error;
 
 const PREFIX: &str = "hf:";
 const ENDPOINT: &str = "https://huggingface.co";
@@ -24,150 +29,6 @@ const WEIGHTS_INDEX: &str = "model.safetensors.index.json";
 
 /// How often a download that breaks off is taken up again.
 const ATTEMPTS: usize = 3;
-
-/// Why a model could not be fetched from a hub.
-#[derive(Debug, Error)]
-pub enum HubError {
-    /// The name does not follow the form.
-    #[error(
-        "'{PREFIX}{name}' names no model: {problem}; expected {PREFIX}ORG/NAME or \
-         {PREFIX}ORG/NAME/FILE.gguf, with @REVISION after NAME to pin one"
-    )]
-    Malformed {
-        /// What follows `hf:`.
-        name: String,
-        /// What is wrong with it.
-        problem: &'static str,
-    },
-    /// The hub knows no such repository, revision or file.
-    #[error("{endpoint} has no {what} (404); check the spelling")]
-    NotFound {
-        /// The hub.
-        endpoint: String,
-        /// The file, repository and revision.
-        what: What,
-    },
-    /// The hub wants to know who asks.
-    #[error(
-        "{endpoint} refuses {what} ({status}): it does not exist, is private or asks for \
-         consent; accept its terms there and set HF_TOKEN"
-    )]
-    Refused {
-        /// The hub.
-        endpoint: String,
-        /// The file, repository and revision.
-        what: What,
-        /// The HTTP status.
-        status: u16,
-    },
-    /// The hub answered with another error.
-    #[error("{endpoint} answered the request for {what} with status {status}; try again later")]
-    Status {
-        /// The hub.
-        endpoint: String,
-        /// The file, repository and revision.
-        what: What,
-        /// The HTTP status.
-        status: u16,
-    },
-    /// The hub cannot be reached.
-    #[error(
-        "cannot reach {endpoint} for {what}: {source}; check the network, set HF_ENDPOINT to a \
-         mirror, or give the path of a model that is already here"
-    )]
-    Network {
-        /// The hub.
-        endpoint: String,
-        /// The file, repository and revision.
-        what: What,
-        /// What went wrong.
-        source: Box<ureq::Error>,
-    },
-    /// The transfer of a file broke off, or the file could not be written.
-    #[error("the download of {what} broke off: {source}; the next try goes on from there")]
-    Transfer {
-        /// The file, repository and revision.
-        what: What,
-        /// What went wrong.
-        source: std::io::Error,
-    },
-    /// The hub's answer makes no sense.
-    #[error("{endpoint} gave an answer about {what} that makes no sense: {problem}")]
-    Answer {
-        /// The hub.
-        endpoint: String,
-        /// The file, repository and revision.
-        what: What,
-        /// What is wrong with it.
-        problem: String,
-    },
-    /// A file arrived with another size than the hub had announced.
-    #[error("{what} arrived with {found} bytes, expected {expected}; it was discarded, try again")]
-    Size {
-        /// The file, repository and revision.
-        what: What,
-        /// Bytes that arrived.
-        found: u64,
-        /// Bytes announced.
-        expected: u64,
-    },
-    /// Another process is at the same file.
-    #[error("another process is downloading {what}; try again when it is done")]
-    Locked {
-        /// The file, repository and revision.
-        what: What,
-    },
-    /// The repository has no weights in a format that a folder is loaded from.
-    #[error("{what} has no {WEIGHTS}{}", gguf_hint(.gguf))]
-    NoWeights {
-        /// The repository and revision.
-        what: What,
-        /// The GGUF files that it has.
-        gguf: Vec<String>,
-    },
-    /// There is no place for the cache.
-    #[error("there is no home folder to keep downloads in; set HF_HOME to a folder")]
-    NoHome,
-}
-
-impl HubError {
-    fn is_network(&self) -> bool {
-        matches!(self, Self::Network { .. })
-    }
-}
-
-fn gguf_hint(files: &[String]) -> String {
-    match files.first() {
-        None => ", which a model is loaded from".to_owned(),
-        Some(file) => {
-            format!(
-                ", but {} GGUF files; name one of them, such as {file}",
-                files.len()
-            )
-        }
-    }
-}
-
-/// A file or a whole repository, as errors name it.
-#[derive(Clone, Debug)]
-pub struct What {
-    file: Option<String>,
-    repository: String,
-    revision: String,
-}
-
-impl std::fmt::Display for What {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        if let Some(file) = &self.file {
-            write!(formatter, "file '{file}' in ")?;
-        }
-        write!(
-            formatter,
-            "repository '{}' at revision '{}'",
-            self.repository, self.revision
-        )
-    }
-}
 
 /// The path of a model: `model` itself, or where the download of `hf:ORG/NAME`,
 /// `hf:ORG/NAME@REVISION` (a folder) or `hf:ORG/NAME/FILE.gguf` (a file) lies.
@@ -184,91 +45,6 @@ pub fn resolve(model: &str, progress: bool) -> Result<PathBuf, HubError> {
         Some(file) => hub.single_file(&name, file),
         None => hub.folder(&name),
     }
-}
-
-/// What `hf:` is followed by, taken apart.
-#[derive(Clone, Debug, PartialEq)]
-struct ModelName {
-    /// `ORG/NAME`.
-    repository: String,
-    /// A branch, a tag or a commit.
-    revision: String,
-    /// A GGUF file's path; a whole folder is meant if `None`.
-    file: Option<String>,
-}
-
-impl ModelName {
-    fn parse(name: &str) -> Result<Self, HubError> {
-        let malformed = |problem| HubError::Malformed {
-            name: name.to_owned(),
-            problem,
-        };
-        let (place, pinned) = match name.split_once('@') {
-            Some((place, pinned)) => (place, Some(pinned)),
-            None => (name, None),
-        };
-        let mut parts = place.splitn(3, '/');
-        let (Some(org), Some(repo)) = (parts.next(), parts.next()) else {
-            return Err(malformed("there is no '/' between organisation and name"));
-        };
-        let mut file = parts.next();
-        let mut revision = "main";
-        if let Some(pinned) = pinned {
-            if file.is_some() {
-                return Err(malformed("the revision belongs right after the name"));
-            }
-            (revision, file) = split_revision(pinned);
-        }
-        let mut segments = [org, repo].into_iter().chain(revision.split('/'));
-        if !segments.all(is_segment) || !file.is_none_or(|file| file.split('/').all(is_segment)) {
-            return Err(malformed(
-                "a part of it is empty or has characters that names don't have",
-            ));
-        }
-        if file.is_some_and(|file| !is_gguf(file)) {
-            return Err(malformed("a single file must be a .gguf file"));
-        }
-        Ok(Self {
-            repository: format!("{org}/{repo}"),
-            revision: revision.to_owned(),
-            file: file.map(str::to_owned),
-        })
-    }
-
-    fn repo(&self) -> Repo {
-        repo_at(&self.repository, &self.revision)
-    }
-
-    fn what(&self, file: Option<&str>) -> What {
-        What {
-            file: file.map(str::to_owned),
-            repository: self.repository.clone(),
-            revision: self.revision.clone(),
-        }
-    }
-}
-
-/// `REVISION[/FILE.gguf]`; revisions such as `refs/pr/1` have slashes of their own.
-fn split_revision(pinned: &str) -> (&str, Option<&str>) {
-    let slashes = if pinned.starts_with("refs/") { 3 } else { 1 };
-    match pinned.match_indices('/').nth(slashes - 1) {
-        Some((end, _)) if is_gguf(pinned) => (&pinned[..end], Some(&pinned[end + 1..])),
-        _ => (pinned, None),
-    }
-}
-
-fn is_gguf(file: &str) -> bool {
-    file.to_ascii_lowercase().ends_with(".gguf")
-}
-
-/// Whether it can be a part of a name, an address and a path, with the same meaning.
-fn is_segment(text: &str) -> bool {
-    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-+=,".contains(&byte);
-    !matches!(text, "" | "." | "..") && text.bytes().all(allowed)
-}
-
-fn is_commit(text: &str) -> bool {
-    text.len() >= 40 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 fn repo_at(repository: &str, revision: &str) -> Repo {
@@ -394,7 +170,8 @@ impl Hub {
             .iter()
             .map(|sibling| sibling.rfilename.as_str())
             .collect();
-        // All of one commit, even if the branch moves on meanwhile.
+        // All of one commit, even if the branch moves on meanwhile; the branch's name is
+        // written to the cache after the last file.
         let fetch = |file: &str| self.cached_or_download(name, &info.sha, file);
         for file in files.iter().filter(|file| is_wanted(file)) {
             fetch(file)?;
@@ -639,72 +416,6 @@ impl Progress for Bar<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn parsed(name: &str) -> (String, String, Option<String>) {
-        let name = ModelName::parse(name).unwrap();
-        (name.repository, name.revision, name.file)
-    }
-
-    fn expected(
-        repository: &str,
-        revision: &str,
-        file: Option<&str>,
-    ) -> (String, String, Option<String>) {
-        (
-            repository.to_owned(),
-            revision.to_owned(),
-            file.map(str::to_owned),
-        )
-    }
-
-    #[test]
-    fn names_are_taken_apart() {
-        for (name, wanted) in [
-            ("o/m", expected("o/m", "main", None)),
-            ("o/m@v1.0", expected("o/m", "v1.0", None)),
-            ("o/m@refs/pr/1", expected("o/m", "refs/pr/1", None)),
-            ("o/m/a.gguf", expected("o/m", "main", Some("a.gguf"))),
-            (
-                "o/m/sub/a.GGUF",
-                expected("o/m", "main", Some("sub/a.GGUF")),
-            ),
-            (
-                "o/m@v1/sub/a.gguf",
-                expected("o/m", "v1", Some("sub/a.gguf")),
-            ),
-            (
-                "o/m@refs/pr/1/a.gguf",
-                expected("o/m", "refs/pr/1", Some("a.gguf")),
-            ),
-        ] {
-            assert_eq!(parsed(name), wanted, "{name}");
-        }
-    }
-
-    #[test]
-    fn malformed_names_are_refused_with_the_form_expected() {
-        for name in [
-            "",
-            "m",
-            "/m",
-            "o/",
-            "o/m/",
-            "o/m@",
-            "o/..",
-            "o/m/../a.gguf",
-            "o/m//a.gguf",
-            "o/m/a.txt",
-            "o/m?x",
-            "o/m /a.gguf",
-            "o/m/a.gguf@v1",
-            "o/m@../a.gguf",
-            "o/m%2f",
-        ] {
-            let error = ModelName::parse(name).unwrap_err().to_string();
-            assert!(error.contains(&format!("'hf:{name}'")), "{error}");
-            assert!(error.contains("expected hf:ORG/NAME"), "{error}");
-        }
-    }
 
     #[test]
     fn a_path_stays_as_it_is() {
