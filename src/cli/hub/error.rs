@@ -1,0 +1,152 @@
+//! What can go wrong between a model's name and its files.
+
+use super::{PREFIX, WEIGHTS};
+use thiserror::Error;
+
+/// Why a model could not be fetched from a hub.
+#[derive(Debug, Error)]
+pub enum HubError {
+    /// The name does not follow the form.
+    #[error(
+        "'{PREFIX}{name}' names no model: {problem}; expected {PREFIX}ORG/NAME or \
+         {PREFIX}ORG/NAME/FILE.gguf, with @REVISION after NAME to pin one"
+    )]
+    Malformed {
+        /// What follows `hf:`.
+        name: String,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// The hub knows no such repository, revision or file.
+    #[error("{endpoint} has no {what} (404); check the spelling")]
+    NotFound {
+        /// The hub.
+        endpoint: String,
+        /// The file, repository and revision.
+        what: What,
+    },
+    /// The hub wants to know who asks.
+    #[error(
+        "{endpoint} refuses {what} ({status}): it does not exist, is private or asks for \
+         consent; accept its terms there and set HF_TOKEN"
+    )]
+    Refused {
+        /// The hub.
+        endpoint: String,
+        /// The file, repository and revision.
+        what: What,
+        /// The HTTP status.
+        status: u16,
+    },
+    /// The hub answered with another error.
+    #[error("{endpoint} answered the request for {what} with status {status}; try again later")]
+    Status {
+        /// The hub.
+        endpoint: String,
+        /// The file, repository and revision.
+        what: What,
+        /// The HTTP status.
+        status: u16,
+    },
+    /// The hub cannot be reached.
+    #[error(
+        "cannot reach {endpoint} for {what}: {source}; check the network, set HF_ENDPOINT to a \
+         mirror, or give the path of a model that is already here"
+    )]
+    Network {
+        /// The hub.
+        endpoint: String,
+        /// The file, repository and revision.
+        what: What,
+        /// What went wrong.
+        source: Box<ureq::Error>,
+    },
+    /// The transfer of a file broke off, or the file could not be written.
+    #[error("the download of {what} broke off: {source}; the next try goes on from there")]
+    Transfer {
+        /// The file, repository and revision.
+        what: What,
+        /// What went wrong.
+        source: std::io::Error,
+    },
+    /// The hub's answer makes no sense.
+    #[error("{endpoint} gave an answer about {what} that makes no sense: {problem}")]
+    Answer {
+        /// The hub.
+        endpoint: String,
+        /// The file, repository and revision.
+        what: What,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A file arrived with another size than the hub had announced.
+    #[error("{what} arrived with {found} bytes, expected {expected}; it was discarded, try again")]
+    Size {
+        /// The file, repository and revision.
+        what: What,
+        /// Bytes that arrived.
+        found: u64,
+        /// Bytes announced.
+        expected: u64,
+    },
+    /// Another process is at the same file.
+    #[error("another process is downloading {what}; try again when it is done")]
+    Locked {
+        /// The file, repository and revision.
+        what: What,
+    },
+    /// The repository has no weights in a format that a folder is loaded from.
+    #[error("{what} has no {WEIGHTS}{}", gguf_hint(.gguf))]
+    NoWeights {
+        /// The repository and revision.
+        what: What,
+        /// The GGUF files that it has.
+        gguf: Vec<String>,
+    },
+    /// There is no place for the cache.
+    #[error("there is no home folder to keep downloads in; set HF_HOME to a folder")]
+    NoHome,
+}
+
+impl HubError {
+    /// Whether the hub could not be asked at all.
+    pub fn is_network(&self) -> bool {
+        matches!(self, Self::Network { .. })
+    }
+}
+
+fn gguf_hint(files: &[String]) -> String {
+    match files.first() {
+        None => ", which a model is loaded from".to_owned(),
+        Some(file) => {
+            format!(
+                ", but {} GGUF files; name one of them, such as {file}",
+                files.len()
+            )
+        }
+    }
+}
+
+/// A file or a whole repository, as errors name it.
+#[derive(Clone, Debug)]
+pub struct What {
+    /// The file, if one is meant.
+    pub file: Option<String>,
+    /// `ORG/NAME`.
+    pub repository: String,
+    /// The branch, tag or commit.
+    pub revision: String,
+}
+
+impl std::fmt::Display for What {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if let Some(file) = &self.file {
+            write!(formatter, "file '{file}' in ")?;
+        }
+        write!(
+            formatter,
+            "repository '{}' at revision '{}'",
+            self.repository, self.revision
+        )
+    }
+}
