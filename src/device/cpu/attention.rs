@@ -232,7 +232,7 @@ impl Attend<'_> {
 /// Memory that each thread keeps.
 #[derive(Default)]
 struct State {
-    /// `[query][head_dim]`.
+    /// `[head_dim][query]`.
     queries: Vec<f32>,
     /// Weights of the tile in progress, `[query][16]`.
     weights: Vec<f32>,
@@ -359,20 +359,27 @@ impl Attend<'_> {
     ) {
         let (heads, group) = (self.spec.heads, self.group());
         queries.clear();
+        queries.resize(heads.head_dim * shape.queries, 0.0);
         sees.clear();
-        for row in item.rows.clone() {
+        for (index, row) in item.rows.clone().enumerate() {
             let from = row * heads.qkv_columns() + head * group * heads.head_dim;
-            queries.extend_from_slice(&self.qkv[from..][..group * heads.head_dim]);
+            let rows = self.qkv[from..].chunks_exact(heads.head_dim);
+            for (g, query) in rows.take(group).enumerate() {
+                let column = queries[index * group + g..].iter_mut();
+                for (to, &from) in column.step_by(shape.queries).zip(query) {
+                    *to = from;
+                }
+            }
             sees.extend(std::iter::repeat_n(self.sees(row), group));
         }
         // Padding sees what the last row sees.
-        queries.resize(shape.queries * heads.head_dim, 0.0);
         sees.resize(shape.queries, self.sees(item.rows.end - 1));
     }
 }
 
 /// The queries that share tiles, and what they have gathered.
 struct Block<'a> {
+    /// `[head_dim][query]`.
     queries: &'a [f32],
     weights: &'a mut [f32],
     decay: &'a mut [f32],
@@ -463,7 +470,7 @@ impl<E: KvElement> Tile<E> {
         block: &mut Block<'_>,
         first: usize,
     ) {
-        let scores = self.scores::<S, M>(s, &block.queries[first * self.shape.head_dim..]);
+        let scores = self.scores::<S, M>(s, block.queries, first);
         let mut decays = false;
         unroll!(m < M => {
             let query = first + m;
@@ -506,22 +513,27 @@ impl<E: KvElement> Tile<E> {
         self.add_values::<S, M>(s, block, first, decays);
     }
 
-    /// `q · k` of `M` queries with the sixteen tokens.
+    /// `q · k` of `M` queries from `first` with the sixteen tokens.
     #[inline(always)]
-    fn scores<S: Simd, const M: usize>(&self, s: S, queries: &[f32]) -> [S::F; M] {
+    fn scores<S: Simd, const M: usize>(&self, s: S, queries: &[f32], first: usize) -> [S::F; M] {
         let dim = self.shape.head_dim;
-        let queries = &queries[..M * dim];
+        let stride = queries.len() / dim;
+        assert!(dim.is_multiple_of(2) && first + M <= stride);
         // Two chains a query hide half of the latency.
         let mut even = [s.splat(0.0); M];
         let mut odd = [s.splat(0.0); M];
-        for d in (0..dim / 2 * 2).step_by(2) {
-            // SAFETY: a tile has `head_dim` rows of keys, `queries` has `M` of them.
+        let mut k = self.elements;
+        let mut q = queries[first..].as_ptr();
+        for _ in 0..dim / 2 {
+            // SAFETY: a tile has `dim` rows of keys; `queries` has `dim` rows of `stride`,
+            // of which `M` from `first` exist. The pointers end where those do.
             unsafe {
-                let q = queries.as_ptr().add(d);
-                let k = E::load(s, self.elements.add(d * LANES));
-                unroll!(m < M => { even[m] = s.fma(s.splat(*q.add(m * dim)), k, even[m]); });
-                let k = E::load(s, self.elements.add((d + 1) * LANES));
-                unroll!(m < M => { odd[m] = s.fma(s.splat(*q.add(m * dim + 1)), k, odd[m]); });
+                let keys = E::load(s, k);
+                unroll!(m < M => { even[m] = s.fma(s.splat(*q.add(m)), keys, even[m]); });
+                let (keys, next) = (E::load(s, k.add(LANES)), q.wrapping_add(stride));
+                unroll!(m < M => { odd[m] = s.fma(s.splat(*next.add(m)), keys, odd[m]); });
+                k = k.add(2 * LANES);
+                q = next.wrapping_add(stride);
             }
         }
         unroll!(m < M => { even[m] = s.add(even[m], odd[m]); });

@@ -115,7 +115,7 @@ impl CpuDevice {
         let columns = out.len() / rows.max(1);
         let out = Disjoint::new(out);
         // A few rows are done sooner than a second thread would join.
-        let grain = (8192 / weight.max(1)).max(1);
+        let grain = (16_384 / weight.max(1)).max(1);
         self.workers.run(operation, rows, grain, |range| {
             // SAFETY: rows are items; the elements live as long as `out` was lent.
             let elements = unsafe {

@@ -57,29 +57,31 @@ impl<'a> Softmax<'a> {
     /// nothing changes nothing, to the bit.
     #[inline(always)]
     pub(crate) fn merge<S: Simd>(&mut self, s: S, part: &[f32]) {
-        let (theirs, part) = part.split_at(self.largest.len());
+        let queries = self.largest.len();
+        let (theirs, part) = part.split_at(queries);
         let (their_sums, their_results) = part.split_at(self.sums.len());
-        for (query, &theirs) in theirs.iter().enumerate() {
-            let ours = self.largest[query];
-            let largest = if theirs > ours { theirs } else { ours };
-            let pivot = if largest == f32::NEG_INFINITY {
-                0.0
-            } else {
-                largest
-            };
-            let keep = s.exp(s.splat(ours - pivot));
-            let take = s.exp(s.splat(theirs - pivot));
-            self.largest[query] = largest;
-            let at = query * LANES..(query + 1) * LANES;
-            weigh(s, &mut self.sums[at.clone()], keep, &their_sums[at], take);
-            let at = query * self.stride..(query + 1) * self.stride;
-            weigh(
-                s,
-                &mut self.results[at.clone()],
-                keep,
-                &their_results[at],
-                take,
-            );
+        let (mut keep, mut take) = ([0.0; LANES], [0.0; LANES]);
+        for first in (0..queries).step_by(LANES) {
+            let count = LANES.min(queries - first);
+            // SAFETY: `count` queries are left; the arrays hold 16.
+            unsafe {
+                let ours = s.load_part(self.largest[first..].as_ptr(), count);
+                let theirs = s.load_part(theirs[first..].as_ptr(), count);
+                let largest = s.max(theirs, ours);
+                // Nothing seen so far: any finite number will do, the weights are 0.
+                let pivot = s.max(largest, s.splat(f32::MIN));
+                s.store(keep.as_mut_ptr(), s.exp(s.sub(ours, pivot)));
+                s.store(take.as_mut_ptr(), s.exp(s.sub(theirs, pivot)));
+                s.store_part(self.largest[first..].as_mut_ptr(), largest, count);
+            }
+            for (index, (&keep, &take)) in keep[..count].iter().zip(&take).enumerate() {
+                let (query, keep, take) = (first + index, s.splat(keep), s.splat(take));
+                let at = query * LANES..(query + 1) * LANES;
+                weigh(s, &mut self.sums[at.clone()], keep, &their_sums[at], take);
+                let at = query * self.stride..(query + 1) * self.stride;
+                let theirs = &their_results[at.clone()];
+                weigh(s, &mut self.results[at], keep, theirs, take);
+            }
         }
     }
 
