@@ -22,7 +22,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     for (animal, stream) in animals.iter().zip(streams) {
         let generation = stream.complete_blocking()?;
         tokens += generation.tokens.len();
-        println!("{animal}:{}", generation.text.unwrap_or_default().replace('\n', " "));
+        println!(
+            "{animal}:{}",
+            generation.text.unwrap_or_default().replace('\n', " ")
+        );
     }
     println!("{tokens} tokens in {:.2} s", start.elapsed().as_secs_f64());
     Ok(())

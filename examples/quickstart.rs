@@ -24,6 +24,9 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
     }
     let receipt = story.cancel().await?;
-    println!(" … (cancelled: {} blocks are free again)", receipt.blocks_freed);
+    println!(
+        " … (cancelled: {} blocks are free again)",
+        receipt.blocks_freed
+    );
     Ok(())
 }

@@ -293,14 +293,12 @@ fn samples_are_those_of_the_reference_sampler() {
             position: i as u32,
             history: (0..50).collect(),
             prompt_tokens: 20,
-            banned: Arc::from(vec![i as u32]),
         })
         .chain([SampleRow {
             params: Arc::new(SamplingParams::greedy()),
             position: 0,
             history: vec![],
             prompt_tokens: 0,
-            banned: Arc::from(vec![]),
         }])
         .collect();
     let mut logits = random.numbers(rows.len() * vocabulary);
@@ -340,7 +338,6 @@ fn a_row_that_waits_for_a_sample_gets_the_token_of_the_step_before() {
         position: 0,
         history: vec![],
         prompt_tokens: 0,
-        banned: Arc::from(vec![]),
     };
     d.sample(&logits, &[row.clone(), row]).unwrap();
     let mut batch = batch(2);

@@ -16,11 +16,17 @@ fn request(prompt: Vec<u32>, tokens: usize) -> Request {
 }
 
 fn prompt(index: usize, length: usize) -> Vec<u32> {
-    (0..length).map(|position| ((index * 131 + position * 7 + 3) % 1000) as u32).collect()
+    (0..length)
+        .map(|position| ((index * 131 + position * 7 + 3) % 1000) as u32)
+        .collect()
 }
 
 fn token_ids(engine: &Engine, prompt: Vec<u32>, tokens: usize) -> Vec<u32> {
-    let generation = engine.generate(request(prompt, tokens)).unwrap().complete_blocking().unwrap();
+    let generation = engine
+        .generate(request(prompt, tokens))
+        .unwrap()
+        .complete_blocking()
+        .unwrap();
     generation.tokens.iter().map(|token| token.id).collect()
 }
 
@@ -40,9 +46,15 @@ fn tokens_arrive_in_order_with_one_finish_at_the_end() {
     let engine = engine(SimOptions::default(), EngineConfig::default());
     let stream = engine.generate(request(prompt(1, 9), 20)).unwrap();
     let chunks: Vec<_> = stream.blocking().map(Result::unwrap).collect();
-    let tokens: Vec<u32> = chunks.iter().filter_map(|chunk| Some(chunk.token.as_ref()?.id)).collect();
+    let tokens: Vec<u32> = chunks
+        .iter()
+        .filter_map(|chunk| Some(chunk.token.as_ref()?.id))
+        .collect();
     assert_eq!(tokens, expected(&prompt(1, 9), 20));
-    assert_eq!(chunks.iter().filter(|chunk| chunk.finish.is_some()).count(), 1);
+    assert_eq!(
+        chunks.iter().filter(|chunk| chunk.finish.is_some()).count(),
+        1
+    );
     let finish = chunks.last().unwrap().finish.unwrap();
     assert_eq!(finish.outcome, Outcome::Length);
     assert_eq!((finish.prompt_tokens, finish.generated_tokens), (9, 20));
@@ -52,11 +64,19 @@ fn tokens_arrive_in_order_with_one_finish_at_the_end() {
 #[test]
 fn many_requests_in_a_quarter_of_the_cache_they_need_give_the_tokens_of_each_alone() {
     for depth in [1, 2] {
-        let lengths: Vec<(usize, usize)> =
-            (0..64).map(|index| (1 + index * 7 % 50, 5 + index * 11 % 60)).collect();
+        let lengths: Vec<(usize, usize)> = (0..64)
+            .map(|index| (1 + index * 7 % 50, 5 + index * 11 % 60))
+            .collect();
         let needed: usize = lengths.iter().map(|(p, n)| (p + n).div_ceil(4)).sum();
-        let options = SimOptions { depth, blocks: needed / 4, ..SimOptions::default() };
-        let config = EngineConfig { max_batch_tokens: 128, ..EngineConfig::default() };
+        let options = SimOptions {
+            depth,
+            blocks: needed / 4,
+            ..SimOptions::default()
+        };
+        let config = EngineConfig {
+            max_batch_tokens: 128,
+            ..EngineConfig::default()
+        };
         let engine = engine(options, config);
         let streams: Vec<_> = lengths
             .iter()
@@ -66,21 +86,32 @@ fn many_requests_in_a_quarter_of_the_cache_they_need_give_the_tokens_of_each_alo
         for (index, (stream, &(p, n))) in streams.into_iter().zip(&lengths).enumerate() {
             let generation = stream.complete_blocking().unwrap();
             let tokens: Vec<u32> = generation.tokens.iter().map(|token| token.id).collect();
-            assert_eq!(tokens, expected(&prompt(index, p), n), "request {index}, depth {depth}");
+            assert_eq!(
+                tokens,
+                expected(&prompt(index, p), n),
+                "request {index}, depth {depth}"
+            );
         }
         let stats = idle(&engine);
-        assert!(stats.preemptions > 0, "the cache was large enough: the test proves nothing");
+        assert!(
+            stats.preemptions > 0,
+            "the cache was large enough: the test proves nothing"
+        );
         assert_eq!((stats.outcomes.accepted, stats.outcomes.length), (64, 64));
     }
 }
 
 #[test]
 fn one_sequence_as_long_as_the_whole_cache_finishes() {
-    let options = SimOptions { blocks: 8, ..SimOptions::default() };
+    let options = SimOptions {
+        blocks: 8,
+        ..SimOptions::default()
+    };
     let engine = engine(options, EngineConfig::default());
     assert_eq!(engine.max_sequence_tokens(), 32);
-    let streams: Vec<_> =
-        (0..3).map(|i| engine.generate(request(prompt(i, 10), 100)).unwrap()).collect();
+    let streams: Vec<_> = (0..3)
+        .map(|i| engine.generate(request(prompt(i, 10), 100)).unwrap())
+        .collect();
     for (index, stream) in streams.into_iter().enumerate() {
         let generation = stream.complete_blocking().unwrap();
         assert_eq!(generation.finish.outcome, Outcome::Length);
@@ -93,8 +124,18 @@ fn one_sequence_as_long_as_the_whole_cache_finishes() {
 #[test]
 fn dropping_half_of_the_streams_frees_every_block_and_leaves_the_others_their_tokens() {
     for depth in [1, 2] {
-        let options = SimOptions { depth, blocks: 120, ..SimOptions::default() };
-        let engine = engine(options, EngineConfig { max_batch_tokens: 32, ..EngineConfig::default() });
+        let options = SimOptions {
+            depth,
+            blocks: 120,
+            ..SimOptions::default()
+        };
+        let engine = engine(
+            options,
+            EngineConfig {
+                max_batch_tokens: 32,
+                ..EngineConfig::default()
+            },
+        );
         let threads: Vec<_> = (0..64usize)
             .map(|index| {
                 let engine = engine.clone();
@@ -136,7 +177,10 @@ fn a_cancel_is_acknowledged_with_what_it_freed() {
     let first = stream.next_blocking().unwrap().unwrap();
     assert!(first.finish.is_none());
     let receipt = stream.cancel().wait().unwrap();
-    assert!(receipt.blocks_freed >= 3, "9 tokens and more hold three blocks: {receipt:?}");
+    assert!(
+        receipt.blocks_freed >= 3,
+        "9 tokens and more hold three blocks: {receipt:?}"
+    );
     assert!(receipt.tokens_generated >= 1);
     assert!(receipt.freed_at >= receipt.posted_at);
     idle(&engine);
@@ -146,8 +190,15 @@ fn a_cancel_is_acknowledged_with_what_it_freed() {
 fn a_cancel_of_a_waiting_request_frees_nothing_and_is_acknowledged() {
     let (permit, gate) = mpsc::channel();
     let engine = engine(
-        SimOptions { gate: Some(gate), blocks: 8, ..SimOptions::default() },
-        EngineConfig { max_sequences: 1, ..EngineConfig::default() },
+        SimOptions {
+            gate: Some(gate),
+            blocks: 8,
+            ..SimOptions::default()
+        },
+        EngineConfig {
+            max_sequences: 1,
+            ..EngineConfig::default()
+        },
     );
     let first = engine.generate(request(prompt(1, 8), 4)).unwrap();
     let second = engine.generate(request(prompt(2, 8), 4)).unwrap();
@@ -162,7 +213,11 @@ fn a_cancel_of_a_waiting_request_frees_nothing_and_is_acknowledged() {
 #[test]
 fn tokens_of_steps_in_flight_at_a_cancel_are_discarded_and_counted() {
     let (permit, gate) = mpsc::channel();
-    let options = SimOptions { depth: 2, gate: Some(gate), ..SimOptions::default() };
+    let options = SimOptions {
+        depth: 2,
+        gate: Some(gate),
+        ..SimOptions::default()
+    };
     let engine = engine(options, EngineConfig::default());
     let mut stream = engine.generate(request(prompt(1, 4), 400)).unwrap();
     permit.send(()).unwrap();
@@ -189,7 +244,10 @@ fn a_finished_request_still_has_a_receipt() {
 #[test]
 fn requests_submitted_while_the_engine_falls_idle_are_served() {
     for depth in [1, 2] {
-        let options = SimOptions { depth, ..SimOptions::default() };
+        let options = SimOptions {
+            depth,
+            ..SimOptions::default()
+        };
         let engine = engine(options, EngineConfig::default());
         for round in 0..3000 {
             let first = engine.generate(request(prompt(round, 3), 2)).unwrap();
@@ -202,12 +260,21 @@ fn requests_submitted_while_the_engine_falls_idle_are_served() {
 
 #[test]
 fn a_slow_reader_is_paused_and_stops_nobody() {
-    let config = EngineConfig { stream_buffer: 4, ..EngineConfig::default() };
+    let config = EngineConfig {
+        stream_buffer: 4,
+        ..EngineConfig::default()
+    };
     for depth in [1, 2] {
-        let options = SimOptions { depth, ..SimOptions::default() };
+        let options = SimOptions {
+            depth,
+            ..SimOptions::default()
+        };
         let engine = engine(options, config.clone());
         let slow = engine.generate(request(prompt(1, 9), 100)).unwrap();
-        assert_eq!(token_ids(&engine, prompt(2, 30), 200), expected(&prompt(2, 30), 200));
+        assert_eq!(
+            token_ids(&engine, prompt(2, 30), 200),
+            expected(&prompt(2, 30), 200)
+        );
         let stats = engine.stats().unwrap();
         assert_eq!(stats.paused, 1);
         let generation = slow.complete_blocking().unwrap();
@@ -219,11 +286,24 @@ fn a_slow_reader_is_paused_and_stops_nobody() {
 
 #[test]
 fn paused_requests_give_their_blocks_to_those_who_read() {
-    let config = EngineConfig { stream_buffer: 2, ..EngineConfig::default() };
-    let engine = engine(SimOptions { blocks: 20, ..SimOptions::default() }, config);
-    let slow: Vec<_> =
-        (0..4).map(|i| engine.generate(request(prompt(i, 14), 40)).unwrap()).collect();
-    assert_eq!(token_ids(&engine, prompt(9, 40), 30), expected(&prompt(9, 40), 30));
+    let config = EngineConfig {
+        stream_buffer: 2,
+        ..EngineConfig::default()
+    };
+    let engine = engine(
+        SimOptions {
+            blocks: 20,
+            ..SimOptions::default()
+        },
+        config,
+    );
+    let slow: Vec<_> = (0..4)
+        .map(|i| engine.generate(request(prompt(i, 14), 40)).unwrap())
+        .collect();
+    assert_eq!(
+        token_ids(&engine, prompt(9, 40), 30),
+        expected(&prompt(9, 40), 30)
+    );
     for (index, stream) in slow.into_iter().enumerate() {
         let generation = stream.complete_blocking().unwrap();
         let tokens: Vec<u32> = generation.tokens.iter().map(|token| token.id).collect();
@@ -234,10 +314,22 @@ fn paused_requests_give_their_blocks_to_those_who_read() {
 
 #[test]
 fn a_failed_step_fails_its_sessions_with_the_real_error_and_the_engine_goes_on() {
-    for (depth, fault) in [(1, Fault::Step), (2, Fault::Step), (1, Fault::Launch), (2, Fault::Launch)] {
-        let options = SimOptions { depth, fault: Some((4, fault)), ..SimOptions::default() };
+    for (depth, fault) in [
+        (1, Fault::Step),
+        (2, Fault::Step),
+        (1, Fault::Launch),
+        (2, Fault::Launch),
+    ] {
+        let options = SimOptions {
+            depth,
+            fault: Some((4, fault)),
+            ..SimOptions::default()
+        };
         let engine = engine(options, EngineConfig::default());
-        let failed = engine.generate(request(prompt(1, 5), 50)).unwrap().complete_blocking();
+        let failed = engine
+            .generate(request(prompt(1, 5), 50))
+            .unwrap()
+            .complete_blocking();
         match failed {
             Err(GenerateError::Failed(EngineFault::Device(error))) => {
                 assert!(error.to_string().contains("made to fail"), "{error}");
@@ -245,7 +337,10 @@ fn a_failed_step_fails_its_sessions_with_the_real_error_and_the_engine_goes_on()
             other => panic!("{other:?}"),
         }
         idle(&engine);
-        assert_eq!(token_ids(&engine, prompt(2, 5), 20), expected(&prompt(2, 5), 20));
+        assert_eq!(
+            token_ids(&engine, prompt(2, 5), 20),
+            expected(&prompt(2, 5), 20)
+        );
         assert_eq!(idle(&engine).outcomes.failed, 1);
     }
 }
@@ -254,11 +349,19 @@ fn a_failed_step_fails_its_sessions_with_the_real_error_and_the_engine_goes_on()
 fn a_lost_device_or_a_panic_closes_the_engine_and_wakes_every_waiter() {
     for fault in [Fault::Lost, Fault::Panic] {
         for depth in [1, 2] {
-            let options = SimOptions { depth, fault: Some((6, fault)), ..SimOptions::default() };
-            let config = EngineConfig { max_sequences: 4, ..EngineConfig::default() };
+            let options = SimOptions {
+                depth,
+                fault: Some((6, fault)),
+                ..SimOptions::default()
+            };
+            let config = EngineConfig {
+                max_sequences: 4,
+                ..EngineConfig::default()
+            };
             let engine = engine(options, config);
-            let streams: Vec<_> =
-                (0..8).map(|i| engine.generate(request(prompt(i, 5), 50))).collect();
+            let streams: Vec<_> = (0..8)
+                .map(|i| engine.generate(request(prompt(i, 5), 50)))
+                .collect();
             for stream in streams {
                 // One submitted after the end is refused, with the same reason.
                 let error = match stream {
@@ -283,10 +386,14 @@ fn a_lost_device_or_a_panic_closes_the_engine_and_wakes_every_waiter() {
 #[test]
 fn shutdown_ends_every_stream_as_cancelled() {
     let (permit, gate) = mpsc::channel();
-    let options = SimOptions { gate: Some(gate), ..SimOptions::default() };
+    let options = SimOptions {
+        gate: Some(gate),
+        ..SimOptions::default()
+    };
     let engine = engine(options, EngineConfig::default());
-    let streams: Vec<_> =
-        (0..5).map(|i| engine.generate(request(prompt(i, 5), 400)).unwrap()).collect();
+    let streams: Vec<_> = (0..5)
+        .map(|i| engine.generate(request(prompt(i, 5), 400)).unwrap())
+        .collect();
     engine.shutdown();
     drop(permit);
     for stream in streams {
@@ -299,7 +406,10 @@ fn shutdown_ends_every_stream_as_cancelled() {
             Err(refused) => break refused,
         }
     };
-    assert!(matches!(refused, SubmitError::Closed(EngineFault::Shutdown)));
+    assert!(matches!(
+        refused,
+        SubmitError::Closed(EngineFault::Shutdown)
+    ));
 }
 
 #[test]
@@ -354,7 +464,10 @@ fn a_stream_dropped_while_its_thread_unwinds_is_cancelled() {
 fn every_public_future_can_be_dropped_after_any_number_of_polls() {
     let engine = engine(SimOptions::default(), EngineConfig::default());
     for polls in 0..12 {
-        let completion = engine.generate(request(prompt(1, 5), 6)).unwrap().complete();
+        let completion = engine
+            .generate(request(prompt(1, 5), 6))
+            .unwrap()
+            .complete();
         poll_then_drop(completion, polls);
         idle(&engine);
         let cancellation = engine.generate(request(prompt(1, 5), 6)).unwrap().cancel();
@@ -376,19 +489,37 @@ fn poll_then_drop(future: impl std::future::Future, polls: usize) {
 
 #[test]
 fn requests_that_make_no_sense_are_refused_with_what_is_wrong() {
-    let engine = engine(SimOptions { context: 64, ..SimOptions::default() }, EngineConfig::default());
+    let engine = engine(
+        SimOptions {
+            context: 64,
+            ..SimOptions::default()
+        },
+        EngineConfig::default(),
+    );
     let refused = |request: Request| engine.generate(request).unwrap_err();
-    assert!(matches!(refused(request(vec![], 5)), SubmitError::EmptyPrompt));
+    assert!(matches!(
+        refused(request(vec![], 5)),
+        SubmitError::EmptyPrompt
+    ));
     let long = refused(request(prompt(1, 64), 5));
     assert!(long.to_string().contains("64 tokens"), "{long}");
     assert!(long.to_string().contains("fewer than 64"), "{long}");
     let unknown = refused(request(vec![5, 1000], 5));
     assert!(unknown.to_string().contains("token 1000"), "{unknown}");
-    assert!(matches!(refused(request(vec![5], 0)), SubmitError::NoTokens));
-    let nan = SamplingParams { temperature: f32::NAN, ..SamplingParams::default() };
+    assert!(matches!(
+        refused(request(vec![5], 0)),
+        SubmitError::NoTokens
+    ));
+    let nan = SamplingParams {
+        temperature: f32::NAN,
+        ..SamplingParams::default()
+    };
     let nan = refused(request(vec![5], 5).sampling(nan));
     assert!(nan.to_string().contains("temperature is NaN"), "{nan}");
-    assert!(matches!(refused(Request::new("text")), SubmitError::NoTokenizer { .. }));
+    assert!(matches!(
+        refused(Request::new("text")),
+        SubmitError::NoTokenizer { .. }
+    ));
     let mut stop = request(vec![5], 5);
     stop.stop = vec![String::new()];
     assert!(matches!(refused(stop), SubmitError::EmptyStop { index: 0 }));
@@ -398,12 +529,24 @@ fn requests_that_make_no_sense_are_refused_with_what_is_wrong() {
 #[test]
 fn requests_beyond_the_limit_are_refused_as_overload_until_others_end() {
     let (permit, gate) = mpsc::channel();
-    let options = SimOptions { gate: Some(gate), ..SimOptions::default() };
-    let engine = engine(options, EngineConfig { max_open_requests: 2, ..EngineConfig::default() });
+    let options = SimOptions {
+        gate: Some(gate),
+        ..SimOptions::default()
+    };
+    let engine = engine(
+        options,
+        EngineConfig {
+            max_open_requests: 2,
+            ..EngineConfig::default()
+        },
+    );
     let first = engine.generate(request(prompt(1, 5), 5)).unwrap();
     let second = engine.generate(request(prompt(2, 5), 5)).unwrap();
     let refused = engine.generate(request(prompt(3, 5), 5)).unwrap_err();
-    assert!(matches!(refused, SubmitError::Overloaded { open: 2 }), "{refused}");
+    assert!(
+        matches!(refused, SubmitError::Overloaded { open: 2 }),
+        "{refused}"
+    );
     drop(permit);
     first.complete_blocking().unwrap();
     second.complete_blocking().unwrap();
@@ -419,7 +562,11 @@ fn stop_tokens_end_the_answer_and_are_its_last_token() {
     let end = all.iter().position(|token| *token == stop).unwrap();
     let mut stopping = request(prompt(1, 5), 20);
     stopping.stop_token_ids = vec![stop];
-    let generation = engine.generate(stopping).unwrap().complete_blocking().unwrap();
+    let generation = engine
+        .generate(stopping)
+        .unwrap()
+        .complete_blocking()
+        .unwrap();
     assert_eq!(generation.finish.outcome, Outcome::Stop);
     let tokens: Vec<u32> = generation.tokens.iter().map(|token| token.id).collect();
     assert_eq!(tokens, all[..=end]);
@@ -429,7 +576,11 @@ fn stop_tokens_end_the_answer_and_are_its_last_token() {
 fn a_session_continues_from_its_finished_turns_and_forgets_cancelled_ones() {
     let engine = engine(SimOptions::default(), EngineConfig::default());
     let session = engine.session();
-    let first = session.generate(request(prompt(1, 5), 6)).unwrap().complete_blocking().unwrap();
+    let first = session
+        .generate(request(prompt(1, 5), 6))
+        .unwrap()
+        .complete_blocking()
+        .unwrap();
     let mut context = prompt(1, 5);
     context.extend(first.tokens.iter().map(|token| token.id));
     assert_eq!(session.context_tokens(), 11);
@@ -440,7 +591,11 @@ fn a_session_continues_from_its_finished_turns_and_forgets_cancelled_ones() {
         Err(SubmitError::Conflict)
     ));
     busy.cancel().wait().unwrap();
-    let second = session.generate(request(prompt(3, 2), 4)).unwrap().complete_blocking().unwrap();
+    let second = session
+        .generate(request(prompt(3, 2), 4))
+        .unwrap()
+        .complete_blocking()
+        .unwrap();
     context.extend(prompt(3, 2));
     let tokens: Vec<u32> = second.tokens.iter().map(|token| token.id).collect();
     assert_eq!(tokens, expected(&context, 4));

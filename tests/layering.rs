@@ -14,8 +14,18 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("schedule", &["cache", "id", "sampling"]),
     ("device", &["sampling", "weights"]),
     ("model", &["device", "weights"]),
-    ("runner", &["config", "device", "model", "sampling", "schedule", "text", "weights"]),
-    ("engine", &["cache", "config", "device", "id", "runner", "sampling", "schedule", "text"]),
+    (
+        "runner",
+        &[
+            "config", "device", "model", "sampling", "schedule", "text", "weights",
+        ],
+    ),
+    (
+        "engine",
+        &[
+            "cache", "config", "device", "id", "runner", "sampling", "schedule", "text",
+        ],
+    ),
 ];
 
 fn source() -> PathBuf {
@@ -41,7 +51,13 @@ fn files() -> Vec<(String, PathBuf, String)> {
         .into_iter()
         .filter_map(|path| {
             let relative = path.strip_prefix(source()).unwrap();
-            let first = relative.components().next().unwrap().as_os_str().to_str().unwrap();
+            let first = relative
+                .components()
+                .next()
+                .unwrap()
+                .as_os_str()
+                .to_str()
+                .unwrap();
             let module = first.trim_end_matches(".rs").to_owned();
             let text = std::fs::read_to_string(&path).unwrap();
             (!["lib", "main", "cli"].contains(&module.as_str())).then_some((module, path, text))
@@ -55,7 +71,9 @@ fn used(text: &str) -> BTreeSet<String> {
         .filter(|line| !line.trim_start().starts_with("//"))
         .flat_map(|line| line.split("crate::").skip(1))
         .map(|rest| {
-            rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect::<String>()
+            rest.chars()
+                .take_while(|c| c.is_alphanumeric() || *c == '_')
+                .collect::<String>()
         })
         .filter(|name| !name.is_empty())
         .collect()
@@ -78,7 +96,10 @@ fn modules_use_only_what_the_direction_allows() {
             );
         }
     }
-    assert!(checked > 50, "only {checked} uses were found: the test reads nothing");
+    assert!(
+        checked > 50,
+        "only {checked} uses were found: the test reads nothing"
+    );
 }
 
 #[test]
@@ -99,14 +120,18 @@ fn tokio_and_locks_stay_on_the_callers_side() {
         let callers_side = ["handle.rs", "session.rs", "stream.rs"]
             .iter()
             .any(|name| module == "engine" && path.ends_with(name));
-        let code: Vec<&str> =
-            text.lines().filter(|line| !line.trim_start().starts_with("//")).collect();
+        let code: Vec<&str> = text
+            .lines()
+            .filter(|line| !line.trim_start().starts_with("//"))
+            .collect();
         assert!(
             callers_side || !code.iter().any(|line| line.contains("tokio::")),
             "{} uses tokio",
             path.display()
         );
-        let locks = code.iter().any(|line| line.contains("Mutex<") || line.contains("RwLock<"));
+        let locks = code
+            .iter()
+            .any(|line| line.contains("Mutex<") || line.contains("RwLock<"));
         let engine_state = ["engine", "schedule", "cache", "runner"].contains(&module.as_str());
         assert!(
             !locks || !engine_state || callers_side,

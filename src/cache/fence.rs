@@ -26,7 +26,9 @@ impl Fence {
 
     /// The blocks held back.
     pub fn iter(&self) -> impl Iterator<Item = BlockId> + '_ {
-        self.waiting.iter().flat_map(|(_, blocks)| blocks.iter().copied())
+        self.waiting
+            .iter()
+            .flat_map(|(_, blocks)| blocks.iter().copied())
     }
 
     pub(super) fn defer(&mut self, blocks: Vec<BlockId>, until: StepId) {
@@ -37,8 +39,9 @@ impl Fence {
 
     pub(super) fn complete(&mut self, step: StepId, mut free: impl FnMut(&[BlockId])) {
         self.completed = self.completed.max(step);
-        while let Some((_, blocks)) =
-            self.waiting.pop_front_if(|(until, _)| *until <= self.completed)
+        while let Some((_, blocks)) = self
+            .waiting
+            .pop_front_if(|(until, _)| *until <= self.completed)
         {
             self.blocks -= blocks.len();
             free(&blocks);

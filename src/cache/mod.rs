@@ -57,7 +57,11 @@ impl BlockCache {
     /// A cache of `blocks` blocks of `block_tokens` tokens, all free.
     pub fn new(blocks: usize, block_tokens: usize) -> Self {
         assert!(block_tokens > 0, "a block holds at least one token");
-        Self { pool: Pool::new(blocks), fence: Fence::default(), block_tokens }
+        Self {
+            pool: Pool::new(blocks),
+            fence: Fence::default(),
+            block_tokens,
+        }
     }
 
     /// Tokens a block holds.
@@ -84,7 +88,10 @@ impl BlockCache {
     pub fn grow(&mut self, table: &mut BlockTable, tokens: usize) -> Result<(), OutOfBlocks> {
         let needed = self.blocks_for(tokens).saturating_sub(table.len());
         if needed > self.pool.free_blocks() {
-            return Err(OutOfBlocks { needed, free: self.pool.free_blocks() });
+            return Err(OutOfBlocks {
+                needed,
+                free: self.pool.free_blocks(),
+            });
         }
         for _ in 0..needed {
             if let Some(block) = self.pool.allocate() {
@@ -99,8 +106,10 @@ impl BlockCache {
     pub fn release(&mut self, table: &mut BlockTable, touched: StepId) -> usize {
         let blocks = table.take();
         let count = blocks.len();
-        let idle: Vec<BlockId> =
-            blocks.into_iter().filter(|&block| self.pool.drop_reference(block)).collect();
+        let idle: Vec<BlockId> = blocks
+            .into_iter()
+            .filter(|&block| self.pool.drop_reference(block))
+            .collect();
         if self.fence.is_completed(touched) {
             self.pool.make_free(&idle);
         } else {
@@ -142,7 +151,9 @@ impl BlockCache {
                 None => return Err(Imbalance(format!("a table holds {block:?} of {books:?}"))),
             }
         }
-        self.pool.audit(&held, self.fence.iter()).map_err(Imbalance)?;
+        self.pool
+            .audit(&held, self.fence.iter())
+            .map_err(Imbalance)?;
         Ok(books)
     }
 }
@@ -171,7 +182,15 @@ mod tests {
         let mut table = BlockTable::default();
         cache.grow(&mut table, 32).unwrap();
         assert_eq!(cache.release(&mut table, StepId(3)), 2);
-        assert_eq!(cache.books(), Books { total: 2, free: 0, referenced: 0, deferred: 2 });
+        assert_eq!(
+            cache.books(),
+            Books {
+                total: 2,
+                free: 0,
+                referenced: 0,
+                deferred: 2
+            }
+        );
         cache.completed(StepId(2));
         assert_eq!(cache.free_blocks(), 0);
         cache.completed(StepId(3));

@@ -128,7 +128,10 @@ impl Pool {
             }
         }
         if steps != self.free {
-            return Err(format!("{steps} blocks on the free list, {} counted", self.free));
+            return Err(format!(
+                "{steps} blocks on the free list, {} counted",
+                self.free
+            ));
         }
         for block in deferred {
             idle[block.index()] += 1;

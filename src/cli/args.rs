@@ -30,7 +30,10 @@ pub enum CliError {
     #[error(transparent)]
     Hub(#[from] super::hub::HubError),
     #[error("cannot read {path}: {source}")]
-    Read { path: PathBuf, source: std::io::Error },
+    Read {
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("{path} is no list of messages: {problem}")]
     Messages { path: PathBuf, problem: String },
     #[error("{model} has no tokenizer files, which this command needs")]
@@ -77,7 +80,9 @@ impl FromStr for DeviceArg {
             Some(("cuda", index)) => index.parse().ok().map(DeviceChoice::Cuda),
             _ => None,
         };
-        choice.map(Self).ok_or_else(|| "expected auto, cpu, cuda or cuda:N".to_owned())
+        choice
+            .map(Self)
+            .ok_or_else(|| "expected auto, cpu, cuda or cuda:N".to_owned())
     }
 }
 
@@ -178,7 +183,9 @@ impl RunArgs {
             ("--threads", self.threads),
         ] {
             if value == Some(0) {
-                return Err(CliError::Usage(format!("{flag} is 0, but must be at least 1")));
+                return Err(CliError::Usage(format!(
+                    "{flag} is 0, but must be at least 1"
+                )));
             }
         }
         Ok(EngineConfig {
@@ -213,7 +220,11 @@ impl RunArgs {
     }
 
     fn load_options(&self) -> Result<LoadOptions, CliError> {
-        Ok(LoadOptions { device: self.device.0, cpu: self.cpu(), progress: None })
+        Ok(LoadOptions {
+            device: self.device.0,
+            cpu: self.cpu(),
+            progress: None,
+        })
     }
 }
 
@@ -246,19 +257,44 @@ pub struct SamplingArgs {
     #[arg(long, value_name = "K", default_value_t = 0)]
     top_k: u32,
     /// Only the likeliest tokens whose probabilities sum up to P.
-    #[arg(long, value_name = "P", default_value_t = 1.0, allow_negative_numbers = true)]
+    #[arg(
+        long,
+        value_name = "P",
+        default_value_t = 1.0,
+        allow_negative_numbers = true
+    )]
     top_p: f32,
     /// Only tokens at least P times as likely as the likeliest.
-    #[arg(long, value_name = "P", default_value_t = 0.0, allow_negative_numbers = true)]
+    #[arg(
+        long,
+        value_name = "P",
+        default_value_t = 0.0,
+        allow_negative_numbers = true
+    )]
     min_p: f32,
     /// Divides the logits of tokens that have occurred; 1 means no penalty.
-    #[arg(long, value_name = "X", default_value_t = 1.0, allow_negative_numbers = true)]
+    #[arg(
+        long,
+        value_name = "X",
+        default_value_t = 1.0,
+        allow_negative_numbers = true
+    )]
     repetition_penalty: f32,
     /// Subtracted from the logits of tokens that the answer contains.
-    #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
+    #[arg(
+        long,
+        value_name = "X",
+        default_value_t = 0.0,
+        allow_negative_numbers = true
+    )]
     presence_penalty: f32,
     /// Subtracted for each time that the answer contains a token.
-    #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
+    #[arg(
+        long,
+        value_name = "X",
+        default_value_t = 0.0,
+        allow_negative_numbers = true
+    )]
     frequency_penalty: f32,
     /// Added to a token's logit, as ID=BIAS; may be repeated.
     #[arg(long, value_name = "ID=BIAS", value_parser = parse_bias, allow_hyphen_values = true)]
@@ -293,7 +329,9 @@ impl SamplingArgs {
             seed: self.seed,
             logprobs,
         };
-        params.validate(usize::MAX).map_err(|error| CliError::Usage(error.to_string()))?;
+        params
+            .validate(usize::MAX)
+            .map_err(|error| CliError::Usage(error.to_string()))?;
         Ok(params)
     }
 }

@@ -107,7 +107,9 @@ fn measure(
             let mut state = round * 7919 + stream as u64 + 1;
             let ids: Vec<u32> = (0..prompt)
                 .map(|_| {
-                    state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                    state = state
+                        .wrapping_mul(6_364_136_223_846_793_005)
+                        .wrapping_add(1);
                     ((state >> 33) % vocabulary) as u32
                 })
                 .collect();
@@ -129,11 +131,7 @@ fn measure(
     })
 }
 
-fn report(
-    engine: &Engine,
-    args: &BenchArgs,
-    rows: &[(&Figure, Vec<f64>)],
-) -> Result<(), CliError> {
+fn report(engine: &Engine, args: &BenchArgs, rows: &[(&Figure, Vec<f64>)]) -> Result<(), CliError> {
     let median = |rates: &[f64]| rates[rates.len() / 2];
     let model = engine.info().model.as_ref();
     let device = model.map(|model| format!("{}: {}", model.device.name, model.device.description));
@@ -161,7 +159,11 @@ fn report(
     }
     let mut out = std::io::stdout().lock();
     writeln!(out, "{}, {}", args.model.model, device.unwrap_or_default())?;
-    writeln!(out, "{:<18} {:>10}   {:>9} – {}", "tokens/s", "median", "min", "max")?;
+    writeln!(
+        out,
+        "{:<18} {:>10}   {:>9} – max",
+        "tokens/s", "median", "min"
+    )?;
     for (figure, rates) in rows {
         writeln!(
             out,

@@ -51,10 +51,14 @@ pub struct GenerateArgs {
 pub fn run(args: GenerateArgs) -> Result<(), CliError> {
     let sampling = args.sampling.params(0.0, args.logprobs)?;
     if args.max_tokens == 0 {
-        return Err(CliError::Usage("--max-tokens is 0, but must be at least 1".to_owned()));
+        return Err(CliError::Usage(
+            "--max-tokens is 0, but must be at least 1".to_owned(),
+        ));
     }
     if args.stop.iter().any(String::is_empty) {
-        return Err(CliError::Usage("--stop is empty, but must have a character".to_owned()));
+        return Err(CliError::Usage(
+            "--stop is empty, but must have a character".to_owned(),
+        ));
     }
     let request = Request {
         prompt: prompt(&args)?,
@@ -95,8 +99,10 @@ fn prompt(args: &GenerateArgs) -> Result<Prompt, CliError> {
 }
 
 fn read_messages(path: &Path) -> Result<Vec<Message>, CliError> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|source| CliError::Read { path: path.to_owned(), source })?;
+    let text = std::fs::read_to_string(path).map_err(|source| CliError::Read {
+        path: path.to_owned(),
+        source,
+    })?;
     let value: Value = serde_json::from_str(&text).map_err(|error| CliError::Messages {
         path: path.to_owned(),
         problem: error.to_string(),
@@ -139,9 +145,7 @@ fn result(generation: &Generation, logprobs: bool) -> Value {
     let steps: Vec<Value> = generation
         .tokens
         .iter()
-        .map(|token| {
-            json!({"token": token.id, "logprob": token.logprob, "top": token.top})
-        })
+        .map(|token| json!({"token": token.id, "logprob": token.logprob, "top": token.top}))
         .collect();
     let token_ids: Vec<u32> = generation.tokens.iter().map(|token| token.id).collect();
     json!({

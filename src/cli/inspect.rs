@@ -69,7 +69,11 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
         Some(tokenizer) => format!(
             "{} tokens, {}",
             tokenizer.vocabulary_size(),
-            if tokenizer.chat_template().is_some() { "chat template" } else { "no chat template" }
+            if tokenizer.chat_template().is_some() {
+                "chat template"
+            } else {
+                "no chat template"
+            }
         ),
         None => "none: token ids only".to_owned(),
     };
@@ -83,7 +87,10 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
         ("model", args.model.clone()),
         ("architecture", config.family.huggingface_name().to_owned()),
         ("quantisation", quantisation),
-        ("parameters", format!("{} ({})", millions(parameters.total), by_format.join(", "))),
+        (
+            "parameters",
+            format!("{} ({})", millions(parameters.total), by_format.join(", ")),
+        ),
         ("shape", shape(config)),
         ("context", format!("{} tokens", config.context)),
         ("tokenizer", text),

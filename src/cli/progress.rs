@@ -10,8 +10,11 @@ pub fn on_terminal() -> bool {
 
 /// A bar of `total` steps on stderr; hidden when that is no terminal.
 pub fn bar(total: u64, message: &'static str) -> ProgressBar {
-    let target =
-        if on_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+    let target = if on_terminal() {
+        ProgressDrawTarget::stderr()
+    } else {
+        ProgressDrawTarget::hidden()
+    };
     let bar = ProgressBar::with_draw_target(Some(total), target).with_message(message);
     if let Ok(style) = ProgressStyle::with_template("{msg} [{bar:30}] {pos}/{len}") {
         bar.set_style(style.progress_chars("=> "));

@@ -27,8 +27,13 @@ pub fn run(args: TokenizeArgs) -> Result<(), CliError> {
     let mut files = ModelFiles::open(&resolve_path(&args.model)?)?;
     let tokenizer = files
         .take_tokenizer()
-        .ok_or_else(|| CliError::NoTokenizer { model: args.model.clone() })?;
-    let options = EncodeOptions { add_special: true, parse_special: true };
+        .ok_or_else(|| CliError::NoTokenizer {
+            model: args.model.clone(),
+        })?;
+    let options = EncodeOptions {
+        add_special: true,
+        parse_special: true,
+    };
     let ids = tokenizer.encode(&args.text, options)?;
     // A token may be half a character: shown with the replacement character then.
     let text_of = |id: u32| match tokenizer.token_bytes(id) {
@@ -36,8 +41,10 @@ pub fn run(args: TokenizeArgs) -> Result<(), CliError> {
         None => String::new(),
     };
     if args.format == Format::Json {
-        let tokens: Vec<Value> =
-            ids.iter().map(|&id| json!({"id": id, "text": text_of(id)})).collect();
+        let tokens: Vec<Value> = ids
+            .iter()
+            .map(|&id| json!({"id": id, "text": text_of(id)}))
+            .collect();
         return println_json(&json!({"ids": ids, "tokens": tokens, "count": ids.len()}));
     }
     let mut out = std::io::stdout().lock();

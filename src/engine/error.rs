@@ -15,9 +15,7 @@ pub enum SubmitError {
     #[error("the prompt is empty: at least one token is needed")]
     EmptyPrompt,
     /// The prompt leaves no room for an answer.
-    #[error(
-        "the prompt has {tokens} tokens, but must have fewer than {limit}, the {limited_by}"
-    )]
+    #[error("the prompt has {tokens} tokens, but must have fewer than {limit}, the {limited_by}")]
     PromptTooLong {
         /// Tokens of the prompt.
         tokens: usize,

@@ -39,9 +39,15 @@ impl CancelReason {
     }
 
     fn from_flag(flag: u8) -> Option<Self> {
-        [Self::StreamDropped, Self::Explicit, Self::AbortAll, Self::Shutdown, Self::StopString]
-            .into_iter()
-            .find(|reason| *reason as u8 == flag)
+        [
+            Self::StreamDropped,
+            Self::Explicit,
+            Self::AbortAll,
+            Self::Shutdown,
+            Self::StopString,
+        ]
+        .into_iter()
+        .find(|reason| *reason as u8 == flag)
     }
 }
 
@@ -178,14 +184,22 @@ pub(crate) fn channel(cell: &Arc<SessionCell>, buffer: usize) -> (EventSender, E
         receipt: Some(receipt),
         capacity: buffer,
     };
-    (sender, EventReceiver { events: event_receiver, receipt: receipt_receiver })
+    (
+        sender,
+        EventReceiver {
+            events: event_receiver,
+            receipt: receipt_receiver,
+        },
+    )
 }
 
 impl EventSender {
     /// Sends without ever blocking (I9). `false` when the reader is gone or, which
     /// the pause threshold rules out, the buffer is full.
     pub fn send(&self, event: Event) -> bool {
-        let Some(events) = &self.events else { return false };
+        let Some(events) = &self.events else {
+            return false;
+        };
         let sent = events.try_send(event);
         if let Err(TrySendError::Full(event)) = &sent {
             tracing::error!(?event, "a session's buffer overflowed; the event is lost");
@@ -196,12 +210,16 @@ impl EventSender {
 
     /// Whether so many events wait that the session is to be paused.
     pub fn is_full(&self) -> bool {
-        self.events.as_ref().is_some_and(|events| events.len() >= self.capacity)
+        self.events
+            .as_ref()
+            .is_some_and(|events| events.len() >= self.capacity)
     }
 
     /// Whether the reader has caught up enough to go on.
     pub fn has_room(&self) -> bool {
-        self.events.as_ref().is_some_and(|events| has_room(events.len(), self.capacity))
+        self.events
+            .as_ref()
+            .is_some_and(|events| has_room(events.len(), self.capacity))
     }
 
     pub fn send_receipt(&mut self, receipt: Receipt) {
@@ -244,7 +262,10 @@ mod tests {
     #[test]
     fn every_reason_survives_its_flag() {
         for flag in 1..=5 {
-            assert_eq!(CancelReason::from_flag(flag).map(|reason| reason as u8), Some(flag));
+            assert_eq!(
+                CancelReason::from_flag(flag).map(|reason| reason as u8),
+                Some(flag)
+            );
         }
         assert_eq!(CancelReason::from_flag(0), None);
     }

@@ -185,7 +185,10 @@ pub struct Engine {
 
 impl std::fmt::Debug for Engine {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.debug_struct("Engine").field("info", &self.shared.info).finish_non_exhaustive()
+        formatter
+            .debug_struct("Engine")
+            .field("info", &self.shared.info)
+            .finish_non_exhaustive()
     }
 }
 
@@ -200,7 +203,9 @@ impl Engine {
         let mut files = ModelFiles::open(path.as_ref())?;
         let tokenizer = files.take_tokenizer();
         let limits = config.clone();
-        Self::with_runner(config, tokenizer, move || files.build_runner(&limits, options))
+        Self::with_runner(config, tokenizer, move || {
+            files.build_runner(&limits, options)
+        })
     }
 
     /// Starts an engine over any [`Runner`]. `make_runner` is called on the
@@ -208,9 +213,7 @@ impl Engine {
     pub fn with_runner(
         config: EngineConfig,
         tokenizer: Option<Tokenizer>,
-        make_runner: impl FnOnce() -> Result<(Box<dyn Runner>, RunnerInfo), LoadError>
-        + Send
-        + 'static,
+        make_runner: impl FnOnce() -> Result<(Box<dyn Runner>, RunnerInfo), LoadError> + Send + 'static,
     ) -> Result<Self, LoadError> {
         validate(&config)?;
         let (commands, inbox) = unbounded();
@@ -258,7 +261,10 @@ impl Engine {
             next_id: AtomicU64::new(1),
             limit,
         };
-        Ok(Self { shared: Arc::new(shared), commands })
+        Ok(Self {
+            shared: Arc::new(shared),
+            commands,
+        })
     }
 
     /// The model, the device and the memory plan.
@@ -293,20 +299,31 @@ impl Engine {
         first: bool,
     ) -> Result<Vec<u32>, SubmitError> {
         let tokenizer = |needed_for| {
-            self.shared.tokenizer.as_deref().ok_or(SubmitError::NoTokenizer { needed_for })
+            self.shared
+                .tokenizer
+                .as_deref()
+                .ok_or(SubmitError::NoTokenizer { needed_for })
         };
         match prompt {
             Prompt::Tokens(tokens) => Ok(tokens.clone()),
             Prompt::Text(text) => {
-                let options = EncodeOptions { add_special: first, parse_special: true };
+                let options = EncodeOptions {
+                    add_special: first,
+                    parse_special: true,
+                };
                 Ok(tokenizer("a text prompt")?.encode(text, options)?)
             }
             Prompt::Chat(messages) => {
                 let tokenizer = tokenizer("a conversation")?;
-                let template = tokenizer.chat_template().ok_or(SubmitError::NoChatTemplate)?;
+                let template = tokenizer
+                    .chat_template()
+                    .ok_or(SubmitError::NoChatTemplate)?;
                 let text = template.render(messages, &RenderOptions::default())?;
                 // The template writes the special tokens itself.
-                let options = EncodeOptions { add_special: false, parse_special: true };
+                let options = EncodeOptions {
+                    add_special: false,
+                    parse_special: true,
+                };
                 Ok(tokenizer.encode(&text, options)?)
             }
         }
@@ -323,7 +340,11 @@ impl Engine {
         let text = match &self.shared.tokenizer {
             Some(tokenizer) => Some(TextState::new(Arc::clone(tokenizer), request.stop)),
             None if request.stop.is_empty() => None,
-            None => return Err(SubmitError::NoTokenizer { needed_for: "a stop string" }),
+            None => {
+                return Err(SubmitError::NoTokenizer {
+                    needed_for: "a stop string",
+                });
+            }
         };
         let permit = Permit::acquire(&self.shared.open, self.shared.config.max_open_requests)?;
         let id = SessionId(self.shared.next_id.fetch_add(1, Ordering::Relaxed));
@@ -341,7 +362,13 @@ impl Engine {
             stop_tokens: Arc::clone(&spec.stop_tokens),
             buffer: self.shared.config.stream_buffer,
         });
-        let submission = Submission { id, spec, cell, events, permit };
+        let submission = Submission {
+            id,
+            spec,
+            cell,
+            events,
+            permit,
+        };
         self.post(Command::Submit(Box::new(submission)))?;
         Ok(stream)
     }
@@ -393,7 +420,11 @@ impl Engine {
         }
         let (limit, limited_by) = self.shared.limit;
         if prompt.len() >= limit {
-            return Err(SubmitError::PromptTooLong { tokens: prompt.len(), limit, limited_by });
+            return Err(SubmitError::PromptTooLong {
+                tokens: prompt.len(),
+                limit,
+                limited_by,
+            });
         }
         if let Some(&token) = prompt.iter().find(|&&token| token as usize >= vocabulary) {
             return Err(SubmitError::UnknownToken { token, vocabulary });

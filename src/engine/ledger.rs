@@ -95,10 +95,26 @@ impl Ledger {
 
     /// Opens the account of an accepted request.
     pub fn open(&mut self, key: SequenceKey, submission: Submission) {
-        let Submission { id, cell, events, permit, .. } = submission;
+        let Submission {
+            id,
+            cell,
+            events,
+            permit,
+            ..
+        } = submission;
         self.outcomes.accepted += 1;
         self.by_id.insert(id, key);
-        self.open.insert(key, Account { id, key, cell, events, permit, token: None });
+        self.open.insert(
+            key,
+            Account {
+                id,
+                key,
+                cell,
+                events,
+                permit,
+                token: None,
+            },
+        );
     }
 
     /// Books a token; it is sent by the flush, or with the terminal.
@@ -119,7 +135,9 @@ impl Ledger {
     /// Closes an account: the one terminal goes out, the receipt follows when the
     /// blocks are free. A second close of the same account does nothing (I8).
     pub fn close(&mut self, key: SequenceKey, terminal: Terminal, remains: Remains) {
-        let Some(mut account) = self.open.remove(&key) else { return };
+        let Some(mut account) = self.open.remove(&key) else {
+            return;
+        };
         self.by_id.remove(&account.id);
         let count = match &terminal {
             Terminal::Finished(FinishReason::Stop) => &mut self.outcomes.stopped,
@@ -137,8 +155,15 @@ impl Ledger {
             "request ended"
         );
         // A cancelled request's last token is dropped: no token follows a cancel.
-        let token = account.token.take().filter(|_| matches!(terminal, Terminal::Finished(_)));
-        account.events.send(Event { token, terminal: Some(terminal), at });
+        let token = account
+            .token
+            .take()
+            .filter(|_| matches!(terminal, Terminal::Finished(_)));
+        account.events.send(Event {
+            token,
+            terminal: Some(terminal),
+            at,
+        });
         self.closing.push(Closing {
             key: account.key,
             fence: remains.fence,
@@ -162,8 +187,15 @@ impl Ledger {
             return;
         }
         let freed_at = Instant::now();
-        for mut closing in self.closing.extract_if(.., |closing| closing.fence <= completed) {
-            closing.events.send_receipt(Receipt { step: completed, freed_at, ..closing.receipt });
+        for mut closing in self
+            .closing
+            .extract_if(.., |closing| closing.fence <= completed)
+        {
+            closing.events.send_receipt(Receipt {
+                step: completed,
+                freed_at,
+                ..closing.receipt
+            });
         }
     }
 
@@ -172,9 +204,17 @@ impl Ledger {
     pub fn flush(&mut self, pause: &mut Vec<SequenceKey>) {
         let at = Instant::now();
         for key in self.dirty.drain(..) {
-            let Some(account) = self.open.get_mut(&key) else { continue };
-            let Some(token) = account.token.take() else { continue };
-            account.events.send(Event { token: Some(token), terminal: None, at });
+            let Some(account) = self.open.get_mut(&key) else {
+                continue;
+            };
+            let Some(token) = account.token.take() else {
+                continue;
+            };
+            account.events.send(Event {
+                token: Some(token),
+                terminal: None,
+                at,
+            });
             if account.events.is_full() {
                 account.cell.paused.store(true, Ordering::SeqCst);
                 // The reader may have caught up before it could see the flag.

@@ -47,7 +47,10 @@ impl Drop for Turn {
 
 impl Session {
     pub(super) fn new(engine: Engine) -> Self {
-        Self { engine, state: Arc::default() }
+        Self {
+            engine,
+            state: Arc::default(),
+        }
     }
 
     /// Tokens of the finished turns.

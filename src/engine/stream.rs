@@ -80,7 +80,10 @@ pub(crate) struct TextState {
 
 impl TextState {
     pub fn new(tokenizer: Arc<Tokenizer>, stop: Vec<String>) -> Self {
-        Self { detokenizer: Detokenizer::new(tokenizer, true), stop: StopMatcher::new(stop) }
+        Self {
+            detokenizer: Detokenizer::new(tokenizer, true),
+            stop: StopMatcher::new(stop),
+        }
     }
 }
 
@@ -224,7 +227,8 @@ impl TokenStream {
         let mut matched = false;
         if let Some(token) = &event.token {
             self.generated += 1;
-            self.first_token.get_or_insert_with(|| event.at - self.submitted);
+            self.first_token
+                .get_or_insert_with(|| event.at - self.submitted);
             if self.turn.is_some() {
                 self.answer.push(token.id);
             }
@@ -281,7 +285,11 @@ impl TokenStream {
                 turn.finished(tokens);
             }
         }
-        Ok(Chunk { text, token: event.token, finish })
+        Ok(Chunk {
+            text,
+            token: event.token,
+            finish,
+        })
     }
 
     /// Tells the scheduler thread once that a paused session's reader caught up.
@@ -375,7 +383,9 @@ impl Collector {
             text.push_str(&chunk.text);
         }
         self.tokens.extend(chunk.token);
-        let Some(finish) = chunk.finish else { return Ok(None) };
+        let Some(finish) = chunk.finish else {
+            return Ok(None);
+        };
         if let Outcome::Cancelled(reason) = finish.outcome {
             return Err(GenerateError::Cancelled(reason));
         }
@@ -399,14 +409,18 @@ pub struct Cancellation {
 
 impl std::fmt::Debug for Cancellation {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.debug_struct("Cancellation").finish_non_exhaustive()
+        formatter
+            .debug_struct("Cancellation")
+            .finish_non_exhaustive()
     }
 }
 
 impl Cancellation {
     /// Waits for the receipt on this thread.
     pub fn wait(self) -> Result<Receipt, GenerateError> {
-        self.receipt.recv().map_err(|_| GenerateError::Closed(closed_by(&self.fault)))
+        self.receipt
+            .recv()
+            .map_err(|_| GenerateError::Closed(closed_by(&self.fault)))
     }
 }
 

@@ -1,10 +1,10 @@
 //! The scheduler thread: one loop that owns everything.
 
+use super::EngineFault;
 use super::command::{Command, Submission};
 use super::event::{CancelReason, Terminal, Token};
 use super::handle::EngineStats;
 use super::ledger::{Ledger, Remains};
-use super::EngineFault;
 use crate::device::DeviceError;
 use crate::id::StepId;
 use crate::runner::Runner;
@@ -82,7 +82,10 @@ impl SchedulerThread {
         // The runner may be what broke: nothing below touches it.
         let rest = catch_unwind(AssertUnwindSafe(|| self.fail_everything(&cause)));
         if let Err(panic) = rest {
-            tracing::error!(panic = panic_message(&*panic), "clean-up after a fault panicked");
+            tracing::error!(
+                panic = panic_message(&*panic),
+                "clean-up after a fault panicked"
+            );
         }
         // Dropping the receiver refuses later commands and drops those in the
         // queue; a dropped submission wakes its reader.
@@ -95,12 +98,17 @@ impl SchedulerThread {
                 return Ok(Exit::Done);
             }
             self.applied = false;
-            let plan = if self.closing { None } else { self.scheduler.plan() };
+            let plan = if self.closing {
+                None
+            } else {
+                self.scheduler.plan()
+            };
             let planned = plan.is_some();
             if let Some(plan) = plan {
                 self.launch(plan)?;
             }
-            if self.in_flight.len() >= self.runner.depth() || (!planned && !self.in_flight.is_empty())
+            if self.in_flight.len() >= self.runner.depth()
+                || (!planned && !self.in_flight.is_empty())
             {
                 self.collect()?;
             }
@@ -196,7 +204,9 @@ impl SchedulerThread {
 
     /// The one door out for a session, whatever the reason.
     fn end(&mut self, key: SequenceKey, terminal: Terminal) {
-        let Some((sequence, blocks)) = self.scheduler.remove(key) else { return };
+        let Some((sequence, blocks)) = self.scheduler.remove(key) else {
+            return;
+        };
         let remains = Remains {
             blocks,
             tokens_generated: sequence.generated(),
@@ -223,7 +233,9 @@ impl SchedulerThread {
     /// Waits for the oldest step and commits it.
     fn collect(&mut self) -> Result<(), EngineFault> {
         let outcome = self.runner.collect();
-        let Some(plan) = self.in_flight.pop_front() else { return Ok(()) };
+        let Some(plan) = self.in_flight.pop_front() else {
+            return Ok(());
+        };
         // What was cancelled while the step ran gets no token from it.
         while let Ok(command) = self.commands.try_recv() {
             self.apply(command);
@@ -233,7 +245,11 @@ impl SchedulerThread {
                 for (item, sample) in plan.samples().zip(samples) {
                     self.commit(
                         item.key,
-                        Token { id: sample.token, logprob: sample.logprob, top: sample.top },
+                        Token {
+                            id: sample.token,
+                            logprob: sample.logprob,
+                            top: sample.top,
+                        },
                     );
                 }
                 Ok(())
@@ -274,7 +290,11 @@ impl SchedulerThread {
     /// Steps up to `step` have completed. When none is in flight, so have all that
     /// were planned, a failed launch included.
     fn step_completed(&mut self, step: StepId) {
-        let step = if self.in_flight.is_empty() { self.scheduler.launched() } else { step };
+        let step = if self.in_flight.is_empty() {
+            self.scheduler.launched()
+        } else {
+            step
+        };
         self.completed = self.completed.max(step);
         self.scheduler.completed(self.completed);
         self.ledger.settle(self.completed);
@@ -292,7 +312,10 @@ impl SchedulerThread {
     fn fail_step(&mut self, plan: &StepPlan, error: &DeviceError) {
         tracing::error!(%error, step = %plan.step, sessions = plan.items.len(), "a step failed");
         for item in &plan.items {
-            self.end(item.key, Terminal::Failed(EngineFault::Device(error.clone())));
+            self.end(
+                item.key,
+                Terminal::Failed(EngineFault::Device(error.clone())),
+            );
         }
     }
 

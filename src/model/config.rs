@@ -60,7 +60,11 @@ pub struct ModelConfig {
 impl ModelConfig {
     /// Checks that the numbers are consistent and of a size that can be meant.
     pub(super) fn validate(self) -> Result<Self, ModelError> {
-        let HeadShape { q_heads, kv_heads, head_dim } = self.heads;
+        let HeadShape {
+            q_heads,
+            kv_heads,
+            head_dim,
+        } = self.heads;
         let sizes = [
             ("number of layers", self.layers, 4096),
             ("hidden size", self.hidden, 1 << 20),
@@ -73,12 +77,20 @@ impl ModelConfig {
         ];
         for (key, value, limit) in sizes {
             if value == 0 || value > limit {
-                return Err(ModelError::setting(key, value, format!("from 1 to {limit}")));
+                return Err(ModelError::setting(
+                    key,
+                    value,
+                    format!("from 1 to {limit}"),
+                ));
             }
         }
         if !q_heads.is_multiple_of(kv_heads) {
             let expected = format!("a multiple of the {kv_heads} key-value heads");
-            return Err(ModelError::setting("number of attention heads", q_heads, expected));
+            return Err(ModelError::setting(
+                "number of attention heads",
+                q_heads,
+                expected,
+            ));
         }
         if !head_dim.is_multiple_of(2) {
             return Err(ModelError::setting("head size", head_dim, "even"));
@@ -105,13 +117,26 @@ impl ModelConfig {
             ));
         }
         if let Some(experts) = self.experts {
-            let ExpertConfig { count, top_k, intermediate, .. } = experts;
+            let ExpertConfig {
+                count,
+                top_k,
+                intermediate,
+                ..
+            } = experts;
             if count == 0 || count > 4096 || intermediate == 0 || intermediate > 1 << 22 {
-                return Err(ModelError::setting("number of experts", count, "from 1 to 4096"));
+                return Err(ModelError::setting(
+                    "number of experts",
+                    count,
+                    "from 1 to 4096",
+                ));
             }
             if top_k == 0 || top_k > count {
                 let expected = format!("from 1 to the {count} experts");
-                return Err(ModelError::setting("number of experts a token", top_k, expected));
+                return Err(ModelError::setting(
+                    "number of experts a token",
+                    top_k,
+                    expected,
+                ));
             }
         }
         self.rope.validate(head_dim)?;

@@ -19,8 +19,15 @@ struct Layer<D: Device> {
 }
 
 enum FeedForward<D: Device> {
-    Dense { gate_up: D::Linear, down: D::Linear },
-    Experts { router: D::Linear, experts: D::Experts, routing: RoutingSpec },
+    Dense {
+        gate_up: D::Linear,
+        down: D::Linear,
+    },
+    Experts {
+        router: D::Linear,
+        experts: D::Experts,
+        routing: RoutingSpec,
+    },
 }
 
 /// Activations of a step, allocated once.
@@ -132,19 +139,39 @@ impl<D: Device> Decoder<D> {
         // Whether `delta` is still to be added to the residual stream.
         let mut pending = false;
         for (index, layer) in self.layers.iter().enumerate() {
-            let step = LayerStep { config, index, rows };
+            let step = LayerStep {
+                config,
+                index,
+                rows,
+            };
             let rope = match config.layer_window(index) {
                 Some(_) => &self.sliding_rope,
                 None => &self.rope,
             };
-            step.input(device, &mut self.workspace, layer.attention_norm.as_ref(), pending)?;
+            step.input(
+                device,
+                &mut self.workspace,
+                layer.attention_norm.as_ref(),
+                pending,
+            )?;
             step.attention(device, &mut self.workspace, layer, rope, cache)?;
-            pending =
-                step.output(device, &mut self.workspace, layer.post_attention_norm.as_ref())?;
-            step.input(device, &mut self.workspace, layer.feed_forward_norm.as_ref(), pending)?;
+            pending = step.output(
+                device,
+                &mut self.workspace,
+                layer.post_attention_norm.as_ref(),
+            )?;
+            step.input(
+                device,
+                &mut self.workspace,
+                layer.feed_forward_norm.as_ref(),
+                pending,
+            )?;
             step.feed_forward(device, &mut self.workspace, layer)?;
-            pending =
-                step.output(device, &mut self.workspace, layer.post_feed_forward_norm.as_ref())?;
+            pending = step.output(
+                device,
+                &mut self.workspace,
+                layer.post_feed_forward_norm.as_ref(),
+            )?;
         }
         if pending {
             device.add(&mut self.workspace.residual, &self.workspace.delta, rows)?;
@@ -158,7 +185,13 @@ impl<D: Device> Decoder<D> {
         if samples == 0 {
             return Ok(());
         }
-        let Workspace { residual, normed, gathered, logits, .. } = &mut self.workspace;
+        let Workspace {
+            residual,
+            normed,
+            gathered,
+            logits,
+            ..
+        } = &mut self.workspace;
         device.gather_samples(residual, gathered)?;
         let epsilon = self.config.norm_epsilon;
         device.rms_norm(gathered, &self.final_norm, epsilon, samples, normed)?;
@@ -187,7 +220,12 @@ impl LayerStep<'_> {
         norm: Option<&D::Vector>,
         pending: bool,
     ) -> Result<(), DeviceError> {
-        let Workspace { residual, normed, delta, .. } = workspace;
+        let Workspace {
+            residual,
+            normed,
+            delta,
+            ..
+        } = workspace;
         let (epsilon, rows) = (self.config.norm_epsilon, self.rows);
         match norm {
             Some(weight) if pending => {
@@ -206,7 +244,9 @@ impl LayerStep<'_> {
         workspace: &mut Workspace<D>,
         norm: Option<&D::Vector>,
     ) -> Result<bool, DeviceError> {
-        let Workspace { residual, delta, .. } = workspace;
+        let Workspace {
+            residual, delta, ..
+        } = workspace;
         match norm {
             Some(weight) => {
                 let epsilon = self.config.norm_epsilon;
@@ -226,8 +266,19 @@ impl LayerStep<'_> {
         cache: &mut D::Cache,
     ) -> Result<(), DeviceError> {
         let config = self.config;
-        let Workspace { residual, normed, qkv, attention, delta, .. } = workspace;
-        let input = if layer.attention_norm.is_some() { normed } else { residual };
+        let Workspace {
+            residual,
+            normed,
+            qkv,
+            attention,
+            delta,
+            ..
+        } = workspace;
+        let input = if layer.attention_norm.is_some() {
+            normed
+        } else {
+            residual
+        };
         device.linear(input, &layer.qkv, self.rows, qkv)?;
         let norm = layer.qk_norm.as_ref().map(|(q, k)| QkNorm {
             q,
@@ -252,16 +303,45 @@ impl LayerStep<'_> {
         workspace: &mut Workspace<D>,
         layer: &Layer<D>,
     ) -> Result<(), DeviceError> {
-        let Workspace { residual, normed, delta, gate_up, hidden, router, .. } = workspace;
-        let input = if layer.feed_forward_norm.is_some() { normed } else { residual };
+        let Workspace {
+            residual,
+            normed,
+            delta,
+            gate_up,
+            hidden,
+            router,
+            ..
+        } = workspace;
+        let input = if layer.feed_forward_norm.is_some() {
+            normed
+        } else {
+            residual
+        };
         match (&layer.feed_forward, gate_up, hidden, router) {
-            (FeedForward::Dense { gate_up: weight, down }, Some(gate_up), Some(hidden), _) => {
+            (
+                FeedForward::Dense {
+                    gate_up: weight,
+                    down,
+                },
+                Some(gate_up),
+                Some(hidden),
+                _,
+            ) => {
                 device.linear(input, weight, self.rows, gate_up)?;
                 let activation = self.config.family.activation();
                 device.gated_activation(gate_up, activation, self.rows, hidden)?;
                 device.linear(hidden, down, self.rows, delta)
             }
-            (FeedForward::Experts { router: weight, experts, routing }, _, _, Some(router)) => {
+            (
+                FeedForward::Experts {
+                    router: weight,
+                    experts,
+                    routing,
+                },
+                _,
+                _,
+                Some(router),
+            ) => {
                 device.linear(input, weight, self.rows, router)?;
                 device.experts(input, router, *routing, experts, self.rows, delta)
             }
@@ -280,16 +360,18 @@ impl<D: Device> Layer<D> {
             if !wanted {
                 return Ok(None);
             }
-            Ok(Some(device.load_vector(&source.norm(layer, part, config.hidden)?)?))
+            Ok(Some(device.load_vector(&source.norm(
+                layer,
+                part,
+                config.hidden,
+            )?)?))
         };
         let heads = config.heads;
         let qk_norm = match config.family.qk_norm() {
             Some(kind) => {
                 let (q, k) = match kind {
                     QkNormKind::PerHead => (heads.head_dim, heads.head_dim),
-                    QkNormKind::WholeRow => {
-                        (heads.q_columns(), heads.kv_heads * heads.head_dim)
-                    }
+                    QkNormKind::WholeRow => (heads.q_columns(), heads.kv_heads * heads.head_dim),
                 };
                 Some((
                     device.load_vector(&source.norm(layer, Part::QueryNorm, q)?)?,
@@ -332,7 +414,11 @@ impl<D: Device> FeedForward<D> {
             normalize: mixture.normalize,
             activation: config.family.activation(),
         };
-        Ok(Self::Experts { router, experts, routing })
+        Ok(Self::Experts {
+            router,
+            experts,
+            routing,
+        })
     }
 }
 

@@ -69,6 +69,10 @@ impl ModelError {
         value: impl ToString,
         expected: impl Into<String>,
     ) -> Self {
-        Self::BadSetting { key: key.into(), value: value.to_string(), expected: expected.into() }
+        Self::BadSetting {
+            key: key.into(),
+            value: value.to_string(),
+            expected: expected.into(),
+        }
     }
 }

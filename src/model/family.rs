@@ -94,14 +94,22 @@ impl Family {
     /// The family that `config.json` names, `gemma3` (with vision) read as its text
     /// part.
     pub fn from_huggingface(name: &str) -> Option<Self> {
-        let name = if name == "gemma3" { "gemma3_text" } else { name };
-        Self::ALL.into_iter().find(|family| family.huggingface_name() == name)
+        let name = if name == "gemma3" {
+            "gemma3_text"
+        } else {
+            name
+        };
+        Self::ALL
+            .into_iter()
+            .find(|family| family.huggingface_name() == name)
     }
 
     /// The family that GGUF metadata names; [`Family::Llama`] for all that call
     /// themselves so.
     pub fn from_gguf(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|family| family.gguf_name() == name)
+        Self::ALL
+            .into_iter()
+            .find(|family| family.gguf_name() == name)
     }
 
     /// All names of one kind, for an error message.

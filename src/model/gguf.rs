@@ -23,7 +23,9 @@ impl<'a> Settings<'a> {
         read: impl Fn(&'a Value) -> Option<T>,
     ) -> Result<Option<T>, ModelError> {
         let key = self.key(key);
-        let Some(value) = self.file.metadata(&key) else { return Ok(None) };
+        let Some(value) = self.file.metadata(&key) else {
+            return Ok(None);
+        };
         match read(value) {
             Some(value) => Ok(Some(value)),
             None => Err(ModelError::setting(key, value.type_name(), expected)),
@@ -32,12 +34,15 @@ impl<'a> Settings<'a> {
 
     fn size(&self, key: &str) -> Result<Option<usize>, ModelError> {
         self.optional(key, "a whole number", |value| {
-            value.as_u64().and_then(|number| usize::try_from(number).ok())
+            value
+                .as_u64()
+                .and_then(|number| usize::try_from(number).ok())
         })
     }
 
     fn required_size(&self, key: &str) -> Result<usize, ModelError> {
-        self.size(key)?.ok_or_else(|| ModelError::MissingSetting { key: self.key(key) })
+        self.size(key)?
+            .ok_or_else(|| ModelError::MissingSetting { key: self.key(key) })
     }
 
     /// A number that some files give once and some for each layer; quell needs it
@@ -72,10 +77,12 @@ impl<'a> Settings<'a> {
 /// The model that a GGUF file describes.
 pub(super) fn read(file: &Gguf) -> Result<ModelConfig, ModelError> {
     let key = "general.architecture";
-    let architecture = file
-        .metadata(key)
-        .and_then(Value::as_str)
-        .ok_or_else(|| ModelError::MissingSetting { key: key.to_owned() })?;
+    let architecture =
+        file.metadata(key)
+            .and_then(Value::as_str)
+            .ok_or_else(|| ModelError::MissingSetting {
+                key: key.to_owned(),
+            })?;
     let family =
         Family::from_gguf(architecture).ok_or_else(|| ModelError::UnknownArchitecture {
             found: architecture.to_owned(),
@@ -87,7 +94,9 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig, ModelError> {
     let hidden = settings.required_size("embedding_length")?;
     let q_heads = settings
         .uniform_size("attention.head_count")?
-        .ok_or_else(|| ModelError::MissingSetting { key: settings.key("attention.head_count") })?;
+        .ok_or_else(|| ModelError::MissingSetting {
+            key: settings.key("attention.head_count"),
+        })?;
     let head_dim = match settings.size("attention.key_length")? {
         Some(head_dim) => head_dim,
         None if q_heads > 0 => hidden / q_heads,
@@ -97,11 +106,17 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig, ModelError> {
         && value_dim != head_dim
     {
         let expected = format!("{head_dim}, the key length");
-        return Err(ModelError::setting("attention.value_length", value_dim, expected));
+        return Err(ModelError::setting(
+            "attention.value_length",
+            value_dim,
+            expected,
+        ));
     }
     let heads = HeadShape {
         q_heads,
-        kv_heads: settings.uniform_size("attention.head_count_kv")?.unwrap_or(q_heads),
+        kv_heads: settings
+            .uniform_size("attention.head_count_kv")?
+            .unwrap_or(q_heads),
         head_dim,
     };
     let context = settings.required_size("context_length")?;
@@ -127,7 +142,9 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig, ModelError> {
         heads,
         vocabulary: vocabulary(file, &settings)?,
         context,
-        norm_epsilon: settings.number("attention.layer_norm_rms_epsilon")?.unwrap_or(1e-6),
+        norm_epsilon: settings
+            .number("attention.layer_norm_rms_epsilon")?
+            .unwrap_or(1e-6),
         attention_scale: 1.0 / query_scale(family, layers, hidden, heads).sqrt(),
         attention_softcap: settings
             .number("attn_logit_softcapping")?
@@ -135,7 +152,9 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig, ModelError> {
         logit_softcap: settings.number("final_logit_softcapping")?,
         rope,
         sliding_rope,
-        window: settings.size("attention.sliding_window")?.filter(|&window| window > 0),
+        window: settings
+            .size("attention.sliding_window")?
+            .filter(|&window| window > 0),
         sliding_layers: sliding_layers(family, layers),
         experts,
         dense_layers: Vec::new(),
@@ -147,7 +166,10 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig, ModelError> {
 /// The number whose root divides `q · k`. The largest Gemmas divide by the width of
 /// a head as if the hidden size were split evenly; GGUF has no key for it.
 fn query_scale(family: Family, layers: usize, hidden: usize, heads: HeadShape) -> f32 {
-    let gemma_27b = matches!((family, layers), (Family::Gemma2, 46) | (Family::Gemma3, 62));
+    let gemma_27b = matches!(
+        (family, layers),
+        (Family::Gemma2, 46) | (Family::Gemma3, 62)
+    );
     if gemma_27b && heads.q_heads > 0 {
         (hidden / heads.q_heads) as f32
     } else {
@@ -175,23 +197,29 @@ fn sliding_layers(family: Family, layers: usize) -> Vec<bool> {
         .collect()
 }
 
-fn experts(
-    settings: &Settings<'_>,
-    family: Family,
-) -> Result<Option<ExpertConfig>, ModelError> {
+fn experts(settings: &Settings<'_>, family: Family) -> Result<Option<ExpertConfig>, ModelError> {
     let Some(count) = settings.size("expert_count")?.filter(|&count| count > 0) else {
         return Ok(None);
     };
     if !matches!(family, Family::Llama | Family::Qwen3Moe) {
         let expected = format!("0 for the architecture '{}'", settings.architecture);
-        return Err(ModelError::setting(settings.key("expert_count"), count, expected));
+        return Err(ModelError::setting(
+            settings.key("expert_count"),
+            count,
+            expected,
+        ));
     }
     let intermediate = match settings.size("expert_feed_forward_length")? {
         Some(intermediate) => intermediate,
         None => settings.required_size("feed_forward_length")?,
     };
     let top_k = settings.required_size("expert_used_count")?;
-    Ok(Some(ExpertConfig { count, top_k, normalize: true, intermediate }))
+    Ok(Some(ExpertConfig {
+        count,
+        top_k,
+        normalize: true,
+        intermediate,
+    }))
 }
 
 fn rope(
@@ -201,23 +229,44 @@ fn rope(
 ) -> Result<RopeConfig, ModelError> {
     let rotary_dim = settings.size("rope.dimension_count")?.unwrap_or(head_dim);
     let theta = settings.number("rope.freq_base")?.unwrap_or(10_000.0);
-    let original = settings.size("rope.scaling.original_context_length")?.unwrap_or(context);
+    let original = settings
+        .size("rope.scaling.original_context_length")?
+        .unwrap_or(context);
     let magnitude = settings.number("rope.scaling.attn_factor")?;
     let factors = |name: &str| -> Result<Option<Vec<f32>>, ModelError> {
-        let Some(tensor) = settings.file.tensor(name) else { return Ok(None) };
+        let Some(tensor) = settings.file.tensor(name) else {
+            return Ok(None);
+        };
         let mut factors = vec![0.0; tensor.elements()];
         quant::dequantize(tensor.dtype, tensor.data, &mut factors);
         Ok(Some(factors))
     };
-    let long =
-        if context > original { "rope_factors_long.weight" } else { "rope_factors_short.weight" };
+    let long = if context > original {
+        "rope_factors_long.weight"
+    } else {
+        "rope_factors_short.weight"
+    };
     if let Some(factors) = factors(long)? {
-        let scaling = RopeScaling::Factors { factors, magnitude: magnitude.unwrap_or(1.0) };
-        return Ok(RopeConfig { theta, rotary_dim, scaling });
+        let scaling = RopeScaling::Factors {
+            factors,
+            magnitude: magnitude.unwrap_or(1.0),
+        };
+        return Ok(RopeConfig {
+            theta,
+            rotary_dim,
+            scaling,
+        });
     }
     if let Some(factors) = factors("rope_freqs.weight")? {
-        let scaling = RopeScaling::Factors { factors, magnitude: 1.0 };
-        return Ok(RopeConfig { theta, rotary_dim, scaling });
+        let scaling = RopeScaling::Factors {
+            factors,
+            magnitude: 1.0,
+        };
+        return Ok(RopeConfig {
+            theta,
+            rotary_dim,
+            scaling,
+        });
     }
     let factor = match settings.number("rope.scaling.factor")? {
         Some(factor) => Some(factor),
@@ -229,14 +278,26 @@ fn rope(
         (Some("yarn"), Some(factor)) => RopeScaling::Yarn {
             factor,
             original_context: original as f32,
-            beta_fast: settings.number("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0),
-            beta_slow: settings.number("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
+            beta_fast: settings
+                .number("rope.scaling.yarn_beta_fast")?
+                .unwrap_or(32.0),
+            beta_slow: settings
+                .number("rope.scaling.yarn_beta_slow")?
+                .unwrap_or(1.0),
             attention_factor: magnitude,
         },
         (Some(other), Some(_)) => {
             let expected = "none, linear or yarn";
-            return Err(ModelError::setting(settings.key("rope.scaling.type"), other, expected));
+            return Err(ModelError::setting(
+                settings.key("rope.scaling.type"),
+                other,
+                expected,
+            ));
         }
     };
-    Ok(RopeConfig { theta, rotary_dim, scaling })
+    Ok(RopeConfig {
+        theta,
+        rotary_dim,
+        scaling,
+    })
 }

@@ -19,7 +19,9 @@ impl<'a> Settings<'a> {
         expected: &str,
         read: impl Fn(&'a Value) -> Option<T>,
     ) -> Result<Option<T>, ModelError> {
-        let Some(value) = self.get(key) else { return Ok(None) };
+        let Some(value) = self.get(key) else {
+            return Ok(None);
+        };
         match read(value) {
             Some(value) => Ok(Some(value)),
             None => Err(ModelError::setting(key, value, expected)),
@@ -28,16 +30,22 @@ impl<'a> Settings<'a> {
 
     fn size(&self, key: &str) -> Result<Option<usize>, ModelError> {
         self.optional(key, "a whole number", |value| {
-            value.as_u64().and_then(|number| usize::try_from(number).ok())
+            value
+                .as_u64()
+                .and_then(|number| usize::try_from(number).ok())
         })
     }
 
     fn required_size(&self, key: &str) -> Result<usize, ModelError> {
-        self.size(key)?.ok_or_else(|| ModelError::MissingSetting { key: key.to_owned() })
+        self.size(key)?.ok_or_else(|| ModelError::MissingSetting {
+            key: key.to_owned(),
+        })
     }
 
     fn number(&self, key: &str) -> Result<Option<f32>, ModelError> {
-        self.optional(key, "a number", |value| value.as_f64().map(|number| number as f32))
+        self.optional(key, "a number", |value| {
+            value.as_f64().map(|number| number as f32)
+        })
     }
 
     fn flag(&self, key: &str) -> Result<Option<bool>, ModelError> {
@@ -54,7 +62,9 @@ pub(super) fn read(config: &Value) -> Result<ModelConfig, ModelError> {
     let root = Settings(config);
     let name = root
         .text("model_type")?
-        .ok_or_else(|| ModelError::MissingSetting { key: "model_type".to_owned() })?;
+        .ok_or_else(|| ModelError::MissingSetting {
+            key: "model_type".to_owned(),
+        })?;
     let family = Family::from_huggingface(name).ok_or_else(|| ModelError::UnknownArchitecture {
         found: name.to_owned(),
         supported: Family::supported(Family::huggingface_name),
@@ -78,7 +88,9 @@ pub(super) fn read(config: &Value) -> Result<ModelConfig, ModelError> {
     };
     let context = settings.required_size("max_position_embeddings")?;
     let (rope, sliding_rope) = ropes(&settings, family, head_dim, context)?;
-    let query_scale = settings.number("query_pre_attn_scalar")?.unwrap_or(head_dim as f32);
+    let query_scale = settings
+        .number("query_pre_attn_scalar")?
+        .unwrap_or(head_dim as f32);
     let window = settings.size("sliding_window")?;
     let uses_window = settings.flag("use_sliding_window")?.unwrap_or(true);
     let gemma2 = family == Family::Gemma2;
@@ -93,7 +105,9 @@ pub(super) fn read(config: &Value) -> Result<ModelConfig, ModelError> {
         context,
         norm_epsilon: settings.number("rms_norm_eps")?.unwrap_or(1e-6),
         attention_scale: 1.0 / query_scale.sqrt(),
-        attention_softcap: settings.number("attn_logit_softcapping")?.filter(|_| gemma2),
+        attention_softcap: settings
+            .number("attn_logit_softcapping")?
+            .filter(|_| gemma2),
         logit_softcap: settings.number("final_logit_softcapping")?,
         rope,
         sliding_rope,
@@ -176,7 +190,9 @@ fn experts(
         count,
         top_k: settings.required_size("num_experts_per_tok")?,
         normalize: mixtral || settings.flag("norm_topk_prob")?.unwrap_or(false),
-        intermediate: settings.size("moe_intermediate_size")?.unwrap_or(intermediate),
+        intermediate: settings
+            .size("moe_intermediate_size")?
+            .unwrap_or(intermediate),
     }))
 }
 
@@ -184,17 +200,18 @@ fn experts(
 fn dense_layers(settings: &Settings<'_>, layers: usize) -> Result<Vec<usize>, ModelError> {
     let step = settings.size("decoder_sparse_step")?.unwrap_or(1).max(1);
     let listed = settings.optional("mlp_only_layers", "a list of layers", |value| {
-        value.as_array()?.iter().map(|layer| layer.as_u64().map(|layer| layer as usize)).collect()
+        value
+            .as_array()?
+            .iter()
+            .map(|layer| layer.as_u64().map(|layer| layer as usize))
+            .collect()
     })?;
     let mut dense: Vec<usize> = listed.unwrap_or_default();
     dense.extend((0..layers.min(1 << 16)).filter(|layer| (layer + 1) % step != 0));
     Ok(dense)
 }
 
-fn end_tokens(
-    root: &Settings<'_>,
-    settings: &Settings<'_>,
-) -> Result<Vec<u32>, ModelError> {
+fn end_tokens(root: &Settings<'_>, settings: &Settings<'_>) -> Result<Vec<u32>, ModelError> {
     let read = |value: &Value| -> Option<Vec<u32>> {
         let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
         match value {
@@ -206,7 +223,9 @@ fn end_tokens(
     let own = root.optional(key, "a token id or a list of them", read)?;
     Ok(match own {
         Some(ids) => ids,
-        None => settings.optional(key, "a token id or a list of them", read)?.unwrap_or_default(),
+        None => settings
+            .optional(key, "a token id or a list of them", read)?
+            .unwrap_or_default(),
     })
 }
 
@@ -250,7 +269,10 @@ fn rope(
     let none = Value::Null;
     let own = Settings(parameters.unwrap_or(&none));
     let theta = own.number("rope_theta")?.or(theta).unwrap_or(10_000.0);
-    let partial = own.number("partial_rotary_factor")?.or(partial).unwrap_or(1.0);
+    let partial = own
+        .number("partial_rotary_factor")?
+        .or(partial)
+        .unwrap_or(1.0);
     let rotary_dim = (head_dim as f32 * partial) as usize;
     let kind = match own.text("rope_type")? {
         Some(kind) => kind,
@@ -258,11 +280,15 @@ fn rope(
     };
     let factor = || {
         own.number("factor")?
-            .ok_or_else(|| ModelError::MissingSetting { key: "RoPE factor".to_owned() })
+            .ok_or_else(|| ModelError::MissingSetting {
+                key: "RoPE factor".to_owned(),
+            })
     };
     let original = match own.size("original_max_position_embeddings")? {
         Some(original) => original,
-        None => settings.size("original_max_position_embeddings")?.unwrap_or(context),
+        None => settings
+            .size("original_max_position_embeddings")?
+            .unwrap_or(context),
     };
     let scaling = match kind {
         // Dynamic scaling changes nothing below the context length, quell's limit.
@@ -287,7 +313,11 @@ fn rope(
             return Err(ModelError::setting("RoPE type", other, expected));
         }
     };
-    Ok(RopeConfig { theta, rotary_dim, scaling })
+    Ok(RopeConfig {
+        theta,
+        rotary_dim,
+        scaling,
+    })
 }
 
 /// LongRoPE's factors: the long ones where the context is longer than the original.
@@ -296,7 +326,11 @@ fn longrope(
     original: usize,
     context: usize,
 ) -> Result<RopeScaling, ModelError> {
-    let key = if context > original { "long_factor" } else { "short_factor" };
+    let key = if context > original {
+        "long_factor"
+    } else {
+        "short_factor"
+    };
     let factors = own
         .optional(key, "a list of numbers", |value| {
             value
@@ -305,10 +339,15 @@ fn longrope(
                 .map(|factor| factor.as_f64().map(|factor| factor as f32))
                 .collect::<Option<Vec<f32>>>()
         })?
-        .ok_or_else(|| ModelError::MissingSetting { key: key.to_owned() })?;
+        .ok_or_else(|| ModelError::MissingSetting {
+            key: key.to_owned(),
+        })?;
     let ratio = context as f32 / original as f32;
-    let derived =
-        if ratio <= 1.0 { 1.0 } else { (1.0 + ratio.ln() / (original as f32).ln()).sqrt() };
+    let derived = if ratio <= 1.0 {
+        1.0
+    } else {
+        (1.0 + ratio.ln() / (original as f32).ln()).sqrt()
+    };
     let magnitude = own.number("attention_factor")?.unwrap_or(derived);
     Ok(RopeScaling::Factors { factors, magnitude })
 }

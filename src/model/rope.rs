@@ -66,19 +66,32 @@ impl RopeConfig {
             if value.is_finite() && value > 0.0 {
                 Ok(())
             } else {
-                Err(ModelError::setting(format!("RoPE {key}"), value, "a positive number"))
+                Err(ModelError::setting(
+                    format!("RoPE {key}"),
+                    value,
+                    "a positive number",
+                ))
             }
         };
         positive("base", self.theta)?;
         if self.rotary_dim == 0 || self.rotary_dim > head_dim || !self.rotary_dim.is_multiple_of(2)
         {
             let expected = format!("even and from 2 to the head size of {head_dim}");
-            return Err(ModelError::setting("RoPE dimension", self.rotary_dim, expected));
+            return Err(ModelError::setting(
+                "RoPE dimension",
+                self.rotary_dim,
+                expected,
+            ));
         }
         match &self.scaling {
             RopeScaling::None => Ok(()),
             RopeScaling::Linear { factor } => positive("factor", *factor),
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+            RopeScaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_context,
+            } => {
                 positive("factor", *factor)?;
                 positive("low frequency factor", *low_freq_factor)?;
                 positive("original context", *original_context)?;
@@ -86,7 +99,11 @@ impl RopeConfig {
                     return Ok(());
                 }
                 let expected = format!("above the low frequency factor of {low_freq_factor}");
-                Err(ModelError::setting("RoPE high frequency factor", high_freq_factor, expected))
+                Err(ModelError::setting(
+                    "RoPE high frequency factor",
+                    high_freq_factor,
+                    expected,
+                ))
             }
             RopeScaling::Yarn {
                 factor,
@@ -110,7 +127,9 @@ impl RopeConfig {
                         format!("{} numbers, one a rotated pair", self.rotary_dim / 2),
                     ));
                 }
-                factors.iter().try_for_each(|&factor| positive("factors", factor))
+                factors
+                    .iter()
+                    .try_for_each(|&factor| positive("factors", factor))
             }
         }
     }
@@ -123,10 +142,19 @@ impl RopeConfig {
             .collect();
         let (inverse_frequencies, magnitude) = match &self.scaling {
             RopeScaling::None => (plain, 1.0),
-            RopeScaling::Linear { factor } => {
-                (plain.into_iter().map(|frequency| frequency / factor).collect(), 1.0)
-            }
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+            RopeScaling::Linear { factor } => (
+                plain
+                    .into_iter()
+                    .map(|frequency| frequency / factor)
+                    .collect(),
+                1.0,
+            ),
+            RopeScaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_context,
+            } => {
                 let scaled = |frequency: f32| {
                     let wavelength = 2.0 * PI / frequency;
                     if wavelength > original_context / low_freq_factor {
@@ -150,15 +178,27 @@ impl RopeConfig {
             } => {
                 let frequencies =
                     self.yarn(&plain, *factor, *original_context, *beta_fast, *beta_slow);
-                let derived = if *factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 };
+                let derived = if *factor <= 1.0 {
+                    1.0
+                } else {
+                    0.1 * factor.ln() + 1.0
+                };
                 (frequencies, attention_factor.unwrap_or(derived))
             }
             RopeScaling::Factors { factors, magnitude } => (
-                plain.iter().zip(factors).map(|(frequency, factor)| frequency / factor).collect(),
+                plain
+                    .iter()
+                    .zip(factors)
+                    .map(|(frequency, factor)| frequency / factor)
+                    .collect(),
                 *magnitude,
             ),
         };
-        RopeSpec { inverse_frequencies, magnitude, max_positions }
+        RopeSpec {
+            inverse_frequencies,
+            magnitude,
+            max_positions,
+        }
     }
 
     /// Blends interpolated and extrapolated frequencies by a ramp over the pairs
@@ -189,7 +229,11 @@ mod tests {
     use super::*;
 
     fn rope(scaling: RopeScaling) -> RopeConfig {
-        RopeConfig { theta: 10_000.0, rotary_dim: 8, scaling }
+        RopeConfig {
+            theta: 10_000.0,
+            rotary_dim: 8,
+            scaling,
+        }
     }
 
     #[test]
@@ -211,7 +255,12 @@ mod tests {
         })
         .spec(100);
         // Wavelengths 6.3, 63, 628, 6283; kept below 25, divided above 100.
-        let expected = [1.0, 0.1 * (0.469_16 + 0.530_84 * 0.125), 0.01 / 8.0, 0.001 / 8.0];
+        let expected = [
+            1.0,
+            0.1 * (0.469_16 + 0.530_84 * 0.125),
+            0.01 / 8.0,
+            0.001 / 8.0,
+        ];
         let smooth = (100.0 / (2.0 * PI / 0.1) - 1.0) / 3.0;
         let blended = (1.0 - smooth) * 0.1 / 8.0 + smooth * 0.1;
         let found = spec.inverse_frequencies;
@@ -223,11 +272,15 @@ mod tests {
 
     #[test]
     fn factors_divide_each_frequency_by_its_own() {
-        let scaling =
-            RopeScaling::Factors { factors: vec![1.0, 2.0, 4.0, 8.0], magnitude: 1.5 };
+        let scaling = RopeScaling::Factors {
+            factors: vec![1.0, 2.0, 4.0, 8.0],
+            magnitude: 1.5,
+        };
         let spec = rope(scaling).spec(100);
-        for (found, expected) in
-            spec.inverse_frequencies.iter().zip([1.0, 0.05, 0.0025, 0.000_125])
+        for (found, expected) in spec
+            .inverse_frequencies
+            .iter()
+            .zip([1.0, 0.05, 0.0025, 0.000_125])
         {
             assert!((found / expected - 1.0f32).abs() < 1e-5);
         }
@@ -251,11 +304,32 @@ mod tests {
 
     #[test]
     fn nonsense_is_named() {
-        let bad = RopeConfig { theta: f32::NAN, ..rope(RopeScaling::None) };
-        assert!(bad.validate(8).unwrap_err().to_string().contains("RoPE base"));
+        let bad = RopeConfig {
+            theta: f32::NAN,
+            ..rope(RopeScaling::None)
+        };
+        assert!(
+            bad.validate(8)
+                .unwrap_err()
+                .to_string()
+                .contains("RoPE base")
+        );
         let wide = rope(RopeScaling::None);
-        assert!(wide.validate(4).unwrap_err().to_string().contains("RoPE dimension"));
-        let few = rope(RopeScaling::Factors { factors: vec![1.0], magnitude: 1.0 });
-        assert!(few.validate(8).unwrap_err().to_string().contains("one a rotated pair"));
+        assert!(
+            wide.validate(4)
+                .unwrap_err()
+                .to_string()
+                .contains("RoPE dimension")
+        );
+        let few = rope(RopeScaling::Factors {
+            factors: vec![1.0],
+            magnitude: 1.0,
+        });
+        assert!(
+            few.validate(8)
+                .unwrap_err()
+                .to_string()
+                .contains("one a rotated pair")
+        );
     }
 }

@@ -10,7 +10,9 @@ use std::collections::BTreeMap;
 enum Naming {
     Gguf,
     /// With what stands before `layers.0` in this checkpoint.
-    HuggingFace { prefix: &'static str },
+    HuggingFace {
+        prefix: &'static str,
+    },
 }
 
 /// A tensor of a layer, by its role.
@@ -56,7 +58,10 @@ impl ParameterCount {
 
     /// The format that most weights are stored in.
     pub fn main_format(&self) -> Option<DType> {
-        self.by_format.iter().max_by_key(|(_, count)| **count).map(|(format, _)| *format)
+        self.by_format
+            .iter()
+            .max_by_key(|(_, count)| **count)
+            .map(|(format, _)| *format)
     }
 }
 
@@ -84,7 +89,12 @@ impl ModelSource {
     /// The model of a GGUF file.
     pub fn from_gguf(file: Gguf) -> Result<Self, ModelError> {
         let config = gguf::read(&file)?;
-        Ok(Self { config, weights: Box::new(file), naming: Naming::Gguf, tied: false })
+        Ok(Self {
+            config,
+            weights: Box::new(file),
+            naming: Naming::Gguf,
+            tied: false,
+        })
     }
 
     /// The model of a Hugging Face folder.
@@ -93,14 +103,27 @@ impl ModelSource {
         let settings = folder.config();
         let tied = [settings, settings.get("text_config").unwrap_or(settings)]
             .iter()
-            .any(|part| part.get("tie_word_embeddings").and_then(|tied| tied.as_bool()) == Some(true));
+            .any(|part| {
+                part.get("tie_word_embeddings")
+                    .and_then(|tied| tied.as_bool())
+                    == Some(true)
+            });
         let prefixes = ["model.", "language_model.model.", "model.language_model."];
         let prefix = prefixes
             .into_iter()
-            .find(|prefix| folder.tensor(&format!("{prefix}embed_tokens.weight")).is_some())
+            .find(|prefix| {
+                folder
+                    .tensor(&format!("{prefix}embed_tokens.weight"))
+                    .is_some()
+            })
             .unwrap_or("model.");
         let naming = Naming::HuggingFace { prefix };
-        Ok(Self { config, weights: Box::new(folder), naming, tied })
+        Ok(Self {
+            config,
+            weights: Box::new(folder),
+            naming,
+            tied,
+        })
     }
 
     /// The model's numbers.
@@ -111,7 +134,11 @@ impl ModelSource {
     /// How many weights the file holds.
     pub fn parameters(&self) -> ParameterCount {
         let mut count = ParameterCount::default();
-        for tensor in self.weights.names().into_iter().filter_map(|name| self.weights.tensor(name))
+        for tensor in self
+            .weights
+            .names()
+            .into_iter()
+            .filter_map(|name| self.weights.tensor(name))
         {
             count.total += tensor.elements();
             *count.by_format.entry(tensor.dtype).or_default() += tensor.elements();
@@ -172,7 +199,9 @@ impl ModelSource {
         let parts = [(Part::Query, q), (Part::Key, kv), (Part::Value, kv)];
         let mut spec = self.linear(layer, &parts, self.config.hidden)?;
         if self.naming == Naming::Gguf && self.config.family.gguf_interleaves_rope() {
-            let order = RowOrder::RopeInterleaved { head_dim: heads.head_dim };
+            let order = RowOrder::RopeInterleaved {
+                head_dim: heads.head_dim,
+            };
             spec.parts[0].order = order;
             spec.parts[1].order = order;
             if let Some(bias) = &mut spec.bias {
@@ -201,7 +230,11 @@ impl ModelSource {
 
     /// Down projection of a dense layer.
     pub(super) fn down(&self, layer: usize) -> Result<LinearSpec<'_>, ModelError> {
-        self.linear(layer, &[(Part::Down, self.config.hidden)], self.config.intermediate)
+        self.linear(
+            layer,
+            &[(Part::Down, self.config.hidden)],
+            self.config.intermediate,
+        )
     }
 
     /// The router of a mixture of experts.
@@ -262,7 +295,9 @@ impl ModelSource {
     fn tensor(&self, name: &str) -> Result<TensorView<'_>, ModelError> {
         self.weights
             .tensor(name)
-            .ok_or_else(|| ModelError::MissingTensor { name: name.to_owned() })
+            .ok_or_else(|| ModelError::MissingTensor {
+                name: name.to_owned(),
+            })
     }
 
     /// A linear layer of stacked parts, each of so many rows, with their biases if
@@ -378,7 +413,13 @@ fn as_rows<'a>(
         });
     }
     let order = RowOrder::AsStored;
-    Ok(WeightRows { dtype: tensor.dtype, rows, columns, data: tensor.data, order })
+    Ok(WeightRows {
+        dtype: tensor.dtype,
+        rows,
+        columns,
+        data: tensor.data,
+        order,
+    })
 }
 
 fn reorder(values: &mut [f32], order: RowOrder) {

@@ -3,8 +3,8 @@
 use super::memory::{MemoryPlan, cache_shape};
 use super::{LoadError, ModelRunner, Runner, RunnerInfo};
 use crate::config::EngineConfig;
-use crate::device::{Device, DeviceError, DeviceInfo};
 use crate::device::cpu::{CpuDevice, CpuOptions};
+use crate::device::{Device, DeviceError, DeviceInfo};
 use crate::model::ModelSource;
 use crate::text::{GgufVocabulary, Tokenizer};
 use crate::weights::{Gguf, ModelFolder};
@@ -62,7 +62,11 @@ impl ModelFiles {
             } else {
                 None
             };
-            (ModelSource::from_folder(ModelFolder::open(path)?)?, tokenizer, None)
+            (
+                ModelSource::from_folder(ModelFolder::open(path)?)?,
+                tokenizer,
+                None,
+            )
         } else {
             let file = Gguf::open(path)?;
             let tokenizer = match file.metadata("tokenizer.ggml.model") {
@@ -72,7 +76,12 @@ impl ModelFiles {
             let recipe = file.file_type();
             (ModelSource::from_gguf(file)?, tokenizer, recipe)
         };
-        Ok(Self { path: path.to_owned(), source, tokenizer, recipe })
+        Ok(Self {
+            path: path.to_owned(),
+            source,
+            tokenizer,
+            recipe,
+        })
     }
 
     /// Where they are.
@@ -104,9 +113,15 @@ impl ModelFiles {
     ) -> Result<(DeviceInfo, MemoryPlan), LoadError> {
         let parameters = self.source.parameters();
         let cpu = cpu.clone().for_weights(parameters.is_quantised());
-        let device = CpuDevice::new(&CpuOptions { threads: Some(1), ..cpu })?;
+        let device = CpuDevice::new(&CpuOptions {
+            threads: Some(1),
+            ..cpu
+        })?;
         let shape = cache_shape(self.source.config(), config, &device)?;
-        Ok((device.info(), MemoryPlan::new(parameters.bytes, &shape, &device)))
+        Ok((
+            device.info(),
+            MemoryPlan::new(parameters.bytes, &shape, &device),
+        ))
     }
 
     /// The model's numbers and tensors.
@@ -125,7 +140,11 @@ impl ModelFiles {
         config: &EngineConfig,
         options: LoadOptions,
     ) -> Result<(Box<dyn Runner>, RunnerInfo), LoadError> {
-        let LoadOptions { device, cpu, progress } = options;
+        let LoadOptions {
+            device,
+            cpu,
+            progress,
+        } = options;
         if let DeviceChoice::Cuda(index) = device {
             return Err(LoadError::Device(DeviceError::Unavailable {
                 device: format!("cuda:{index}"),

@@ -31,9 +31,14 @@ fn add_item(item: &PlanItem, sequence: &Sequence, block_tokens: usize, batch: &m
     let first_row = batch.rows();
     let end = item.start + item.count;
     match item.input {
-        TokenInput::Known => batch.tokens.extend_from_slice(&sequence.tokens[item.start..end]),
+        TokenInput::Known => batch
+            .tokens
+            .extend_from_slice(&sequence.tokens[item.start..end]),
         TokenInput::Feedback { sample } => {
-            batch.feedback.push(Feedback { row: first_row, sample });
+            batch.feedback.push(Feedback {
+                row: first_row,
+                sample,
+            });
             batch.tokens.push(0);
         }
     }
@@ -46,7 +51,9 @@ fn add_item(item: &PlanItem, sequence: &Sequence, block_tokens: usize, batch: &m
     }
     let first_block = batch.tables.len();
     let blocks = &sequence.table.blocks()[..end.div_ceil(block_tokens)];
-    batch.tables.extend(blocks.iter().map(|block| block.index() as u32));
+    batch
+        .tables
+        .extend(blocks.iter().map(|block| block.index() as u32));
     batch.sequences.push(BatchSequence {
         rows: first_row..batch.rows(),
         table: first_block..batch.tables.len(),
@@ -55,7 +62,11 @@ fn add_item(item: &PlanItem, sequence: &Sequence, block_tokens: usize, batch: &m
 
 fn sample_row(item: &PlanItem, sequence: &Sequence) -> SampleRow {
     let params = &sequence.spec.params;
-    let history = if params.needs_history() { sequence.tokens.clone() } else { Vec::new() };
+    let history = if params.needs_history() {
+        sequence.tokens.clone()
+    } else {
+        Vec::new()
+    };
     SampleRow {
         params: Arc::clone(params),
         position: (item.start + item.count) as u32,

@@ -50,9 +50,16 @@ pub(super) fn cache_shape<D: Device>(
     };
     let block_bytes = device.cache_bytes(&block).max(1);
     // More than one sequence of full length for each place would never be used.
-    let context = config.max_context.unwrap_or(model.context).min(model.context);
-    let useful = context.div_ceil(config.block_tokens).saturating_mul(config.max_sequences);
-    let blocks = (config.kv_cache_bytes / block_bytes).min(useful).min(u32::MAX as usize >> 8);
+    let context = config
+        .max_context
+        .unwrap_or(model.context)
+        .min(model.context);
+    let useful = context
+        .div_ceil(config.block_tokens)
+        .saturating_mul(config.max_sequences);
+    let blocks = (config.kv_cache_bytes / block_bytes)
+        .min(useful)
+        .min(u32::MAX as usize >> 8);
     if blocks == 0 {
         return Err(LoadError::Config {
             name: "kv_cache_bytes",

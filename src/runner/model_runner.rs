@@ -30,7 +30,10 @@ impl<D: Device> ModelRunner<D> {
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<(Self, RunnerInfo), LoadError> {
         let model = source.config();
-        let context = config.max_context.unwrap_or(model.context).min(model.context);
+        let context = config
+            .max_context
+            .unwrap_or(model.context)
+            .min(model.context);
         let limits = StepLimits {
             rows: config.max_batch_tokens,
             samples: config.max_sequences.min(config.max_batch_tokens),
@@ -72,8 +75,16 @@ impl<D: Device> Runner for ModelRunner<D> {
     }
 
     fn launch(&mut self, plan: &StepPlan, sequences: &Sequences) -> Result<(), DeviceError> {
-        inputs::fill(plan, sequences, self.block_tokens, &mut self.batch, &mut self.samples);
-        let logits = self.decoder.forward(&mut self.device, &self.batch, &mut self.cache)?;
+        inputs::fill(
+            plan,
+            sequences,
+            self.block_tokens,
+            &mut self.batch,
+            &mut self.samples,
+        );
+        let logits = self
+            .decoder
+            .forward(&mut self.device, &self.batch, &mut self.cache)?;
         let pending = if self.samples.is_empty() {
             None
         } else {

@@ -217,7 +217,8 @@ fn strongest(
 ) -> usize {
     let (mut winner, mut value) = (best, noise(best));
     for (token, score) in candidates {
-        if score < floor || !(score + MAX_GUMBEL >= value) || token == best {
+        let hopeless = score.is_nan() || score < floor || score + MAX_GUMBEL < value;
+        if hopeless || token == best {
             continue;
         }
         let candidate = score + noise(token);
@@ -420,7 +421,7 @@ mod tests {
 
     #[test]
     fn bias_decides_and_logprobs_are_of_the_unmodified_logits() {
-        let mut sampling = row(
+        let sampling = row(
             SamplingParams {
                 logit_bias: vec![(2, 10.0)],
                 logprobs: Some(2),

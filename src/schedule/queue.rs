@@ -21,7 +21,12 @@ impl ArrivalQueue {
     pub fn insert(&mut self, key: SequenceKey, sequences: &Sequences) {
         let arrival = |key: &SequenceKey| sequences.get(*key).map_or(0, |s| s.arrival);
         let own = arrival(&key);
-        let later = self.keys.iter().rev().take_while(|other| arrival(other) > own).count();
+        let later = self
+            .keys
+            .iter()
+            .rev()
+            .take_while(|other| arrival(other) > own)
+            .count();
         self.keys.insert(self.keys.len() - later, key);
     }
 

@@ -5,7 +5,7 @@ use super::{
     FinishReason, PlanItem, Policy, Sequence, SequenceKey, SequenceSpec, Sequences, StepPlan,
     TokenInput,
 };
-use crate::cache::{Books, BlockCache, Imbalance};
+use crate::cache::{BlockCache, Books, Imbalance};
 use crate::id::{SessionId, StepId};
 
 /// Sequences by state.
@@ -89,21 +89,31 @@ impl Scheduler {
         Counts {
             running: self.running.len(),
             waiting: self.waiting.len(),
-            paused: self.sequences.values().filter(|sequence| sequence.paused).count(),
+            paused: self
+                .sequences
+                .values()
+                .filter(|sequence| sequence.paused)
+                .count(),
             preemptions: self.preemptions,
         }
     }
 
     /// Checks the books (I3) and that every sequence is in exactly one queue (I2).
     pub fn audit(&self) -> Result<Books, Imbalance> {
-        debug_assert_eq!(self.running.len() + self.waiting.len(), self.sequences.len());
-        self.cache.audit(self.sequences.values().map(|sequence| &sequence.table))
+        debug_assert_eq!(
+            self.running.len() + self.waiting.len(),
+            self.sequences.len()
+        );
+        self.cache
+            .audit(self.sequences.values().map(|sequence| &sequence.table))
     }
 
     /// Takes a new sequence to the end of the queue.
     pub fn add(&mut self, id: SessionId, spec: SequenceSpec) -> SequenceKey {
         self.arrivals += 1;
-        let key = self.sequences.insert(Sequence::new(id, spec, self.arrivals));
+        let key = self
+            .sequences
+            .insert(Sequence::new(id, spec, self.arrivals));
         self.waiting.insert(key, &self.sequences);
         key
     }
@@ -135,7 +145,10 @@ impl Scheduler {
     /// is nothing to do before a step completes or a command arrives.
     pub fn plan(&mut self) -> Option<StepPlan> {
         let step = self.launched.next();
-        let mut plan = StepPlan { step, items: Vec::new() };
+        let mut plan = StepPlan {
+            step,
+            items: Vec::new(),
+        };
         let mut budget = self.policy.max_batch_tokens;
         let mut samples = 0;
         self.plan_running(&mut plan, &mut budget, &mut samples, true);
@@ -161,7 +174,9 @@ impl Scheduler {
         keys.clear();
         keys.extend_from_slice(self.running.keys());
         for &key in &keys {
-            let Some(sequence) = self.sequences.get(key) else { continue };
+            let Some(sequence) = self.sequences.get(key) else {
+                continue;
+            };
             let pending = sequence.pending();
             let skip = sequence.paused || !sequence.running || *budget == 0;
             if skip || pending == 0 || (pending == 1) != decodes {
@@ -185,11 +200,15 @@ impl Scheduler {
         count: usize,
         samples: &mut usize,
     ) {
-        let Some(sequence) = self.sequences.get_mut(key) else { return };
+        let Some(sequence) = self.sequences.get_mut(key) else {
+            return;
+        };
         let start = sequence.computed;
         let sample = start + count == sequence.length();
         let input = if start >= sequence.tokens.len() {
-            TokenInput::Feedback { sample: sequence.last_sample }
+            TokenInput::Feedback {
+                sample: sequence.last_sample,
+            }
         } else {
             TokenInput::Known
         };
@@ -200,15 +219,25 @@ impl Scheduler {
             sequence.last_sample = *samples;
             *samples += 1;
         }
-        plan.items.push(PlanItem { key, start, count, input, sample });
+        plan.items.push(PlanItem {
+            key,
+            start,
+            count,
+            input,
+            sample,
+        });
     }
 
     /// Makes the table of `key` long enough for `tokens`, preempting others if it
     /// must. `false` when it can't be now: then nothing was booked for `key`.
     fn make_room(&mut self, key: SequenceKey, tokens: usize, plan: &StepPlan) -> bool {
         loop {
-            let Some(sequence) = self.sequences.get_mut(key) else { return false };
-            let Err(short) = self.cache.grow(&mut sequence.table, tokens) else { return true };
+            let Some(sequence) = self.sequences.get_mut(key) else {
+                return false;
+            };
+            let Err(short) = self.cache.grow(&mut sequence.table, tokens) else {
+                return true;
+            };
             if self.cache.free_blocks() + self.cache.deferred_blocks() >= short.needed {
                 return false; // a step in flight frees enough: wait for it
             }
@@ -216,7 +245,11 @@ impl Scheduler {
                 Some(victim) => self.preempt(victim),
                 None => return false,
             }
-            if self.sequences.get(key).is_none_or(|sequence| !sequence.running) {
+            if self
+                .sequences
+                .get(key)
+                .is_none_or(|sequence| !sequence.running)
+            {
                 return false; // it was its own victim
             }
         }
@@ -228,12 +261,17 @@ impl Scheduler {
     fn victim(&self, key: SequenceKey, plan: &StepPlan) -> Option<SequenceKey> {
         let own = self.sequences.get(key)?.arrival;
         let candidates = || {
-            self.running.keys().iter().rev().copied().filter(|candidate| {
-                !plan.items.iter().any(|item| item.key == *candidate)
-            })
+            self.running
+                .keys()
+                .iter()
+                .rev()
+                .copied()
+                .filter(|candidate| !plan.items.iter().any(|item| item.key == *candidate))
         };
         let holds = |key: &SequenceKey| {
-            self.sequences.get(*key).filter(|sequence| !sequence.table.is_empty())
+            self.sequences
+                .get(*key)
+                .filter(|sequence| !sequence.table.is_empty())
         };
         candidates()
             .find(|other| *other != key && holds(other).is_some_and(|s| s.paused))
@@ -242,7 +280,9 @@ impl Scheduler {
 
     /// Takes a sequence's blocks; it waits to be computed anew.
     fn preempt(&mut self, key: SequenceKey) {
-        let Some(sequence) = self.sequences.get_mut(key) else { return };
+        let Some(sequence) = self.sequences.get_mut(key) else {
+            return;
+        };
         self.cache.release(&mut sequence.table, sequence.touched);
         sequence.computed = 0;
         sequence.running = false;
@@ -257,8 +297,12 @@ impl Scheduler {
     fn admit(&mut self, plan: &mut StepPlan, budget: &mut usize, samples: &mut usize) {
         let mut index = 0;
         while *budget > 0 && self.running.len() < self.policy.max_sequences {
-            let Some(&key) = self.waiting.keys().get(index) else { break };
-            let Some(sequence) = self.sequences.get(key) else { break };
+            let Some(&key) = self.waiting.keys().get(index) else {
+                break;
+            };
+            let Some(sequence) = self.sequences.get(key) else {
+                break;
+            };
             // One that was preempted with a sample in flight waits for that sample.
             if sequence.paused || sequence.in_flight > 0 {
                 index += 1;
@@ -270,7 +314,9 @@ impl Scheduler {
             }
             self.waiting.remove(key);
             self.running.insert(key, &self.sequences);
-            let Some(sequence) = self.sequences.get_mut(key) else { break };
+            let Some(sequence) = self.sequences.get_mut(key) else {
+                break;
+            };
             sequence.running = true;
             let count = sequence.pending().min(*budget);
             *budget -= count;
@@ -284,7 +330,9 @@ impl Scheduler {
     fn room_to_admit(&mut self, key: SequenceKey, tokens: usize, plan: &StepPlan) -> bool {
         loop {
             let reserve = self.running.len();
-            let Some(sequence) = self.sequences.get_mut(key) else { return false };
+            let Some(sequence) = self.sequences.get_mut(key) else {
+                return false;
+            };
             let needed = self.cache.blocks_for(tokens) + reserve;
             if needed <= self.cache.free_blocks() {
                 return self.cache.grow(&mut sequence.table, tokens).is_ok();
@@ -308,7 +356,9 @@ impl Scheduler {
 
     /// Takes the sample of one plan item.
     pub fn commit(&mut self, key: SequenceKey, token: u32) -> Commit {
-        let Some(sequence) = self.sequences.get_mut(key) else { return Commit::Discarded };
+        let Some(sequence) = self.sequences.get_mut(key) else {
+            return Commit::Discarded;
+        };
         sequence.in_flight -= 1;
         sequence.tokens.push(token);
         if sequence.spec.stop_tokens.contains(&token) {

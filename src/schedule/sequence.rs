@@ -104,7 +104,11 @@ impl Sequence {
 
     /// Tokens that could be computed now; 1 means a decode.
     pub(super) fn pending(&self) -> usize {
-        if self.length() >= self.spec.max_tokens { 0 } else { self.length() - self.computed }
+        if self.length() >= self.spec.max_tokens {
+            0
+        } else {
+            self.length() - self.computed
+        }
     }
 
     /// Answer tokens committed so far.

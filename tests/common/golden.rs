@@ -19,14 +19,16 @@ pub struct Case {
 /// How near is near enough.
 #[derive(Clone, Copy, Debug)]
 pub struct Tolerance {
-    pub mean: f32,
     pub max: f32,
     /// The greedy token may differ where the reference's margin is below this.
     pub margin: f32,
 }
 
 fn request(prompt: Vec<u32>, tokens: usize, logprobs: Option<u32>) -> Request {
-    let sampling = SamplingParams { logprobs, ..SamplingParams::greedy() };
+    let sampling = SamplingParams {
+        logprobs,
+        ..SamplingParams::greedy()
+    };
     let mut request = Request::new(prompt).max_tokens(tokens).sampling(sampling);
     request.ignore_eos = true;
     request
@@ -43,7 +45,10 @@ pub fn teacher_forced_errors(engine: &Engine, case: &Case, report: u32) -> Vec<f
         .map(|(index, step)| {
             let mut prompt = case.prompt.clone();
             prompt.extend(case.steps[..index].iter().map(|step| step.token));
-            (step, engine.generate(request(prompt, 1, Some(report))).unwrap())
+            (
+                step,
+                engine.generate(request(prompt, 1, Some(report))).unwrap(),
+            )
         })
         .collect();
     let mut errors = Vec::new();
@@ -66,9 +71,15 @@ pub fn teacher_forced_errors(engine: &Engine, case: &Case, report: u32) -> Vec<f
 pub fn check(engine: &Engine, case: &Case, report: u32, tolerance: Tolerance) -> Vec<f32> {
     let errors = teacher_forced_errors(engine, case, report);
     let max = errors.iter().copied().fold(0.0, f32::max);
-    assert!(max <= tolerance.max, "{}: max error {max} above {tolerance:?}", case.name);
+    assert!(
+        max <= tolerance.max,
+        "{}: max error {max} above {tolerance:?}",
+        case.name
+    );
 
-    let stream = engine.generate(request(case.prompt.clone(), case.steps.len(), None)).unwrap();
+    let stream = engine
+        .generate(request(case.prompt.clone(), case.steps.len(), None))
+        .unwrap();
     let generation = stream.complete_blocking().unwrap();
     assert_eq!(generation.tokens.len(), case.steps.len());
     for (index, (token, step)) in generation.tokens.iter().zip(&case.steps).enumerate() {

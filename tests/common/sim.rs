@@ -43,7 +43,14 @@ pub enum Fault {
 
 impl Default for SimOptions {
     fn default() -> Self {
-        Self { depth: 1, blocks: 256, block_tokens: 4, context: 512, gate: None, fault: None }
+        Self {
+            depth: 1,
+            blocks: 256,
+            block_tokens: 4,
+            context: 512,
+            gate: None,
+            fault: None,
+        }
     }
 }
 
@@ -65,12 +72,19 @@ struct SimRunner {
 }
 
 fn failure(operation: &'static str) -> DeviceError {
-    DeviceError::Failed { device: "sim", operation, reason: "made to fail".to_owned() }
+    DeviceError::Failed {
+        device: "sim",
+        operation,
+        reason: "made to fail".to_owned(),
+    }
 }
 
 impl SimRunner {
     fn fault(&self, step: u64) -> Option<Fault> {
-        self.options.fault.filter(|(at, _)| *at == step).map(|(_, fault)| fault)
+        self.options
+            .fault
+            .filter(|(at, _)| *at == step)
+            .map(|(_, fault)| fault)
     }
 }
 
@@ -143,8 +157,11 @@ impl Runner for SimRunner {
             .filter(|item| item.sample)
             .map(|item| next_token(item.read.iter().map(|&slot| self.memory[slot])))
             .collect();
-        let sampled =
-            |&token: &u32| Sampled { token, logprob: 0.0, top: Vec::new() };
+        let sampled = |&token: &u32| Sampled {
+            token,
+            logprob: 0.0,
+            top: Vec::new(),
+        };
         Ok(self.previous.iter().map(sampled).collect())
     }
 }
@@ -168,7 +185,10 @@ pub fn expected(prompt: &[u32], count: usize) -> Vec<u32> {
 
 /// An engine over a simulated device; its books are checked after every step.
 pub fn engine(options: SimOptions, config: EngineConfig) -> Engine {
-    let config = EngineConfig { audit: true, ..config };
+    let config = EngineConfig {
+        audit: true,
+        ..config
+    };
     let info = RunnerInfo {
         vocabulary: VOCABULARY as usize,
         context_tokens: options.context,

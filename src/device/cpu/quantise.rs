@@ -125,7 +125,10 @@ impl Kernel for QuantiseRows<'_> {
                 // SAFETY: 32 values in, 32 codes out; the row belongs to this item.
                 let spans = unsafe {
                     let (first, second) = x.split_at(SPAN);
-                    [quantise(s, first, codes), quantise(s, second, codes.add(SPAN))]
+                    [
+                        quantise(s, first, codes),
+                        quantise(s, second, codes.add(SPAN)),
+                    ]
                 };
                 for view in self.views {
                     let groups = GROUP / view.group;
@@ -180,7 +183,11 @@ unsafe fn quantise<S: Simd>(s: S, x: &[f32], codes: *mut i8) -> Span {
     let largest = s.reduce_max(s.abs(x));
     // 0 for finite values, else NaN: integers could not carry a NaN any further.
     let poison = s.reduce_add(s.mul(x, s.splat(0.0)));
-    let inverse = if largest > 1e-30 { 127.0 / largest } else { 0.0 };
+    let inverse = if largest > 1e-30 {
+        127.0 / largest
+    } else {
+        0.0
+    };
     let quantised = s.to_int(s.mul(x, s.splat(inverse)));
     // SAFETY: the caller vouches for 16 bytes.
     unsafe { s.store_low_bytes(codes, quantised) };
