@@ -13,9 +13,10 @@
 
 use super::cache::{CpuCache, HalfBits, KvElement, TileShape};
 use super::memory::Disjoint;
-use super::simd::{Isa, Kernel, LANES, Simd, unroll};
+use super::simd::{Isa, Kernel, LANES, Simd};
 use super::softmax::{Softmax, SoftmaxShape};
 use super::stage::Staged;
+use super::tile::{Block, Tile};
 use super::workers::Workers;
 use crate::device::{AttentionSpec, DeviceError};
 use std::cell::RefCell;
@@ -30,11 +31,11 @@ const STATE: usize = 3072;
 
 /// Consecutive rows of one sequence.
 #[derive(Clone, Debug)]
-struct Item {
-    sequence: usize,
-    rows: Range<usize>,
+pub(crate) struct Item {
+    pub(crate) sequence: usize,
+    pub(crate) rows: Range<usize>,
     /// The positions that any of the rows sees.
-    sees: Range<usize>,
+    pub(crate) sees: Range<usize>,
     /// Where its first span is among all items' spans.
     first_span: usize,
 }
@@ -374,225 +375,5 @@ impl Attend<'_> {
         }
         // Padding sees what the last row sees.
         sees.resize(shape.queries, self.sees(item.rows.end - 1));
-    }
-}
-
-/// The queries that share tiles, and what they have gathered.
-struct Block<'a> {
-    /// `[head_dim][query]`.
-    queries: &'a [f32],
-    weights: &'a mut [f32],
-    decay: &'a mut [f32],
-    sees: &'a [(usize, usize)],
-    softmax: Softmax<'a>,
-}
-
-/// Sixteen tokens of one head.
-struct Tile<E> {
-    /// `shape.elements()` of them.
-    elements: *const E,
-    /// Where the next sixteen tokens are, or null.
-    next: *const u8,
-    shape: TileShape,
-    /// The positions of the sixteen.
-    positions: Range<usize>,
-    /// Which of the sixteen any row of the item sees.
-    tokens: Range<usize>,
-}
-
-impl<E: KvElement> Tile<E> {
-    /// Tile `tile` of the item's sequence.
-    #[inline(always)]
-    fn of(attend: &Attend<'_>, item: &Item, head: usize, tile: usize) -> Self {
-        let Attend { cache, batch, .. } = *attend;
-        let shape = TileShape::new(attend.spec.heads.head_dim);
-        let table = &batch.tables[batch.sequences[item.sequence].table.clone()];
-        let layer = cache.layer(attend.layer);
-        let in_block = cache.shape().block_tokens / LANES;
-        let at = |tile: usize| {
-            let block = *table.get(tile / in_block)? as usize;
-            let at = cache.tile(block, head, tile % in_block) * size_of::<E>();
-            layer.get(at..at + shape.elements() * size_of::<E>())
-        };
-        // The table covers every position of the batch, as `attend` has checked.
-        let elements = at(tile).unwrap_or_else(|| panic!("tile {tile} has no block"));
-        let start = tile * LANES;
-        // Slots outside were never written for this sequence: they may hold anything,
-        // and 0 · NaN would not be 0.
-        let tokens = item.sees.start.saturating_sub(start)..(item.sees.end - start).min(LANES);
-        Self {
-            elements: elements.as_ptr().cast(),
-            next: at(tile + 1).map_or(std::ptr::null(), <[u8]>::as_ptr),
-            shape,
-            positions: start..start + LANES,
-            tokens,
-        }
-    }
-
-    /// Asks for the next tile: blocks lie anywhere, so the machine cannot guess.
-    #[inline(always)]
-    fn prefetch_next<S: Simd>(&self, s: S) {
-        if self.next.is_null() {
-            return;
-        }
-        for line in (0..self.shape.elements() * size_of::<E>()).step_by(64) {
-            s.prefetch(self.next.wrapping_add(line));
-        }
-    }
-
-    /// Adds the tile to all queries.
-    #[inline(always)]
-    fn add_all<S: Simd>(&self, s: S, spec: &AttentionSpec, block: &mut Block<'_>) {
-        let (mut q, end) = (0, block.sees.len());
-        while S::ROWS >= 8 && end - q >= 8 {
-            self.add::<S, 8>(s, spec, block, q);
-            q += 8;
-        }
-        while S::ROWS >= 4 && end - q >= 4 {
-            self.add::<S, 4>(s, spec, block, q);
-            q += 4;
-        }
-        while end - q >= 2 {
-            self.add::<S, 2>(s, spec, block, q);
-            q += 2;
-        }
-        if q < end {
-            self.add::<S, 1>(s, spec, block, q);
-        }
-    }
-
-    /// Adds the tile to `M` queries from `first`.
-    #[inline(always)]
-    fn add<S: Simd, const M: usize>(
-        &self,
-        s: S,
-        spec: &AttentionSpec,
-        block: &mut Block<'_>,
-        first: usize,
-    ) {
-        let scores = self.scores::<S, M>(s, block.queries, first);
-        let mut decays = false;
-        unroll!(m < M => {
-            let query = first + m;
-            let mut score = s.mul(scores[m], s.splat(spec.scale));
-            if let Some(cap) = spec.softcap {
-                let cap = s.splat(cap);
-                score = s.mul(cap, s.tanh(s.div(score, cap)));
-            }
-            let score = self.masked(s, score, block.sees[query]);
-            let before = block.softmax.largest[query];
-            let here = s.reduce_max(score);
-            let largest = if here > before { here } else { before };
-            // Nothing seen so far: any finite number will do, the weights are 0.
-            let pivot = if largest == f32::NEG_INFINITY {
-                0.0
-            } else {
-                largest
-            };
-            let weights = s.exp(s.sub(score, s.splat(pivot)));
-            let sums = &mut block.softmax.sums[query * LANES..][..LANES];
-            // SAFETY: 16 sums and 16 weights a query.
-            unsafe {
-                let mut sum = s.load(sums.as_ptr());
-                if largest != before {
-                    let decay = s.exp(s.splat(before - pivot));
-                    sum = s.mul(sum, decay);
-                    block.decay[query] = s.reduce_max(decay);
-                    decays = true;
-                } else {
-                    block.decay[query] = 1.0;
-                }
-                s.store(sums.as_mut_ptr(), s.add(sum, weights));
-                s.store(
-                    block.weights[query * LANES..][..LANES].as_mut_ptr(),
-                    weights,
-                );
-            }
-            block.softmax.largest[query] = largest;
-        });
-        self.add_values::<S, M>(s, block, first, decays);
-    }
-
-    /// `q · k` of `M` queries from `first` with the sixteen tokens.
-    #[inline(always)]
-    fn scores<S: Simd, const M: usize>(&self, s: S, queries: &[f32], first: usize) -> [S::F; M] {
-        let dim = self.shape.head_dim;
-        let stride = queries.len() / dim;
-        assert!(dim.is_multiple_of(2) && first + M <= stride);
-        // Two chains a query hide half of the latency.
-        let mut even = [s.splat(0.0); M];
-        let mut odd = [s.splat(0.0); M];
-        let mut k = self.elements;
-        let mut q = queries[first..].as_ptr();
-        for _ in 0..dim / 2 {
-            // SAFETY: a tile has `dim` rows of keys; `queries` has `dim` rows of `stride`,
-            // of which `M` from `first` exist. The pointers end where those do.
-            unsafe {
-                let keys = E::load(s, k);
-                unroll!(m < M => { even[m] = s.fma(s.splat(*q.add(m)), keys, even[m]); });
-                let (keys, next) = (E::load(s, k.add(LANES)), q.wrapping_add(stride));
-                unroll!(m < M => { odd[m] = s.fma(s.splat(*next.add(m)), keys, odd[m]); });
-                k = k.add(2 * LANES);
-                q = next.wrapping_add(stride);
-            }
-        }
-        unroll!(m < M => { even[m] = s.add(even[m], odd[m]); });
-        even
-    }
-
-    /// −∞ for the tokens that a query does not see.
-    #[inline(always)]
-    fn masked<S: Simd>(&self, s: S, score: S::F, (first, last): (usize, usize)) -> S::F {
-        const LANE: [f32; LANES] = [
-            0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.,
-        ];
-        let Range { start, end } = self.positions;
-        if first <= start && end <= last + 1 {
-            return score;
-        }
-        let limit = |position: usize| position.saturating_sub(start).min(LANES) as f32;
-        let nothing = s.splat(f32::NEG_INFINITY);
-        // SAFETY: 16 of them.
-        let lane = unsafe { s.load(LANE.as_ptr()) };
-        let score = s.select_lt(lane, s.splat(limit(last + 1)), score, nothing);
-        s.select_lt(lane, s.splat(limit(first)), nothing, score)
-    }
-
-    /// `result = result · decay + Σ weight · value` of `M` queries.
-    #[inline(always)]
-    fn add_values<S: Simd, const M: usize>(
-        &self,
-        s: S,
-        block: &mut Block<'_>,
-        first: usize,
-        decays: bool,
-    ) {
-        let TileShape { value_stride, .. } = self.shape;
-        let results = &mut block.softmax.results[first * value_stride..][..M * value_stride];
-        let weights = &block.weights[first * LANES..][..M * LANES];
-        let decay = &block.decay[first..][..M];
-        let values = self.shape.keys();
-        for at in (0..value_stride).step_by(LANES) {
-            // SAFETY: results hold `M` rows of `value_stride`, a multiple of 16; the
-            // tile holds sixteen values after its keys; `tokens` is within 0..16.
-            unsafe {
-                let results = results.as_mut_ptr().add(at);
-                let mut sums = [s.splat(0.0); M];
-                unroll!(m < M => {
-                    sums[m] = s.load(results.add(m * value_stride));
-                    if decays {
-                        sums[m] = s.mul(sums[m], s.splat(decay[m]));
-                    }
-                });
-                for token in self.tokens.clone() {
-                    let v = E::load(s, self.elements.add(values + token * value_stride + at));
-                    let weights = weights.as_ptr().add(token);
-                    unroll!(m < M => {
-                        sums[m] = s.fma(s.splat(*weights.add(m * LANES)), v, sums[m]);
-                    });
-                }
-                unroll!(m < M => { s.store(results.add(m * value_stride), sums[m]); });
-            }
-        }
     }
 }

@@ -30,6 +30,7 @@ mod simd;
 mod softmax;
 mod stage;
 mod tensor;
+mod tile;
 mod workers;
 
 pub use cache::CpuCache;
