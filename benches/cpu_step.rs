@@ -210,7 +210,6 @@ impl Model {
                 position: 0,
                 history: vec![],
                 prompt_tokens: 0,
-                banned: Arc::from(vec![]),
             };
             let pending = d.sample(&self.logits, &vec![row; samples])?;
             d.collect(pending)?;

@@ -3,24 +3,13 @@
 
 #[path = "common/golden.rs"]
 mod golden;
+#[path = "common/model.rs"]
+mod model;
 
 use golden::{Case, Step, Tolerance};
 use quell::{Activations, CpuOptions, Engine, EngineConfig, LoadOptions, Message, Prompt};
 use serde_json::Value;
-use std::path::{Path, PathBuf};
-
-fn model() -> PathBuf {
-    let path = std::env::var_os("QUELL_TEST_MODEL").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("models/SmolLM2-135M-Instruct.Q4_1.gguf"),
-        PathBuf::from,
-    );
-    assert!(
-        path.exists(),
-        "{} is missing: run `make model`",
-        path.display()
-    );
-    path
-}
+use std::path::Path;
 
 fn reference() -> Vec<Value> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -78,7 +67,7 @@ fn engine(activations: Activations) -> Engine {
         ..CpuOptions::default()
     };
     Engine::load(
-        model(),
+        model::smollm2(),
         config,
         LoadOptions {
             cpu,

@@ -1,0 +1,375 @@
+//! The program: what scripts rely on, and what it says when something is wrong.
+
+#[path = "common/model.rs"]
+mod model;
+
+use model::smollm2;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+fn quell(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_quell"))
+        .args(args)
+        .output()
+        .unwrap()
+}
+
+fn tiny(name: &str) -> String {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    root.join("tests/fixtures/golden/tiny")
+        .join(name)
+        .to_str()
+        .unwrap()
+        .to_owned()
+}
+
+fn smollm2_text() -> String {
+    smollm2().to_str().unwrap().to_owned()
+}
+
+fn json(output: &Output) -> Value {
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// Exits with `code`, prints nothing to stdout and one line to stderr that names
+/// each of `parts`.
+fn assert_refused(args: &[&str], code: i32, parts: &[&str]) {
+    let output = quell(args);
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{args:?}: {message}");
+    assert!(output.stdout.is_empty(), "{args:?}");
+    assert_eq!(message.trim_end().lines().count(), 1, "{args:?}: {message}");
+    for part in parts {
+        assert!(
+            message.contains(part),
+            "{args:?}: '{part}' is not in: {message}"
+        );
+    }
+}
+
+#[test]
+fn generate_prints_everything_a_script_needs_as_json() {
+    let model = smollm2_text();
+    let output = quell(&[
+        "generate",
+        "--model",
+        &model,
+        "--prompt",
+        "The quick brown fox",
+        "--temperature",
+        "0",
+        "--max-tokens",
+        "6",
+        "--logprobs",
+        "3",
+        "--format",
+        "json",
+    ]);
+    let result = json(&output);
+    assert_eq!(
+        result["prompt_ids"],
+        serde_json::json!([504, 2365, 6354, 16438])
+    );
+    assert_eq!(result["token_ids"].as_array().unwrap().len(), 6);
+    assert!(!result["text"].as_str().unwrap().is_empty());
+    assert_eq!(result["finish_reason"], "length");
+    let step = &result["logprobs"][0];
+    assert_eq!(step["token"], result["token_ids"][0]);
+    assert_eq!(step["top"].as_array().unwrap().len(), 3);
+    assert_eq!(step["top"][0][0], step["token"]);
+    assert_eq!(step["top"][0][1], step["logprob"]);
+    assert!(result["timing"]["total_s"].as_f64().unwrap() > 0.0);
+}
+
+#[test]
+fn chat_text_and_messages_render_the_same_prompt_and_stop_strings_cut_the_text() {
+    let model = smollm2_text();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("messages.json");
+    std::fs::write(&file, r#"[{"role": "user", "content": "Count to ten."}]"#).unwrap();
+    let common = ["--max-tokens", "24", "--format", "json", "--stop", "3"];
+    let run = |input: &[&str]| {
+        json(&quell(
+            &[&["generate", "--model", &model], input, &common].concat(),
+        ))
+    };
+    let chat = run(&["--prompt", "Count to ten.", "--chat"]);
+    let messages = run(&["--messages", file.to_str().unwrap()]);
+    assert_eq!(chat["prompt_ids"], messages["prompt_ids"]);
+    assert_eq!(chat["text"], messages["text"]);
+    assert!(
+        chat["prompt_ids"].as_array().unwrap().len() > 20,
+        "the template was applied"
+    );
+    assert!(!chat["text"].as_str().unwrap().contains('3'));
+    assert!(chat["logprobs"].is_null());
+}
+
+#[test]
+fn a_folder_without_tokenizer_runs_on_token_ids_and_has_no_text() {
+    let output = quell(&[
+        "generate",
+        "--model",
+        &tiny("llama"),
+        "--prompt-ids",
+        "1,2,3",
+        "--max-tokens",
+        "4",
+        "--ignore-eos",
+        "--format",
+        "json",
+    ]);
+    let result = json(&output);
+    assert_eq!(result["token_ids"].as_array().unwrap().len(), 4);
+    assert!(result["text"].is_null());
+    assert_refused(
+        &["generate", "--model", &tiny("llama"), "--prompt", "hello"],
+        1,
+        &["no tokenizer"],
+    );
+}
+
+#[test]
+fn the_same_seed_gives_the_same_tokens() {
+    let run = |seed: &str| {
+        let output = quell(&[
+            "generate",
+            "--model",
+            &tiny("qwen3"),
+            "--prompt-ids",
+            "5,6",
+            "--max-tokens",
+            "12",
+            "--temperature",
+            "1",
+            "--seed",
+            seed,
+            "--ignore-eos",
+            "--format",
+            "json",
+        ]);
+        json(&output)["token_ids"].clone()
+    };
+    assert_eq!(run("7"), run("7"));
+    assert_ne!(run("7"), run("8"));
+}
+
+#[test]
+fn tokenize_and_inspect_print_text_and_json() {
+    let model = smollm2_text();
+    let tokens = json(&quell(&[
+        "tokenize",
+        "--model",
+        &model,
+        "--text",
+        "Hello <|im_end|>",
+        "--format",
+        "json",
+    ]));
+    assert_eq!(tokens["ids"], serde_json::json!([19556, 216, 2]));
+    let inspect = json(&quell(&[
+        "inspect",
+        &model,
+        "--format",
+        "json",
+        "--kv-cache-mib",
+        "16",
+    ]));
+    assert_eq!(inspect["architecture"], "llama");
+    assert_eq!(inspect["quantisation"], "Q4_1");
+    assert_eq!(inspect["parameters"], 134_515_008);
+    assert_eq!(inspect["memory"]["kv_bytes_per_token"], 23_040);
+    assert_eq!(inspect["memory"]["kv_blocks"], 45);
+    let text = quell(&["inspect", &model]);
+    assert!(String::from_utf8_lossy(&text.stdout).contains("KV per token  23040 bytes"));
+}
+
+#[test]
+fn bench_measures_what_it_is_asked_for() {
+    let output = quell(&[
+        "bench",
+        "--model",
+        &tiny("llama"),
+        "--prompt",
+        "32",
+        "--generate",
+        "4",
+        "--concurrency",
+        "1,3",
+        "--repetitions",
+        "2",
+        "--format",
+        "json",
+    ]);
+    let result = json(&output);
+    let streams: Vec<u64> = result["figures"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|figure| {
+            assert!(figure["tokens_per_s"].as_f64().unwrap() > 0.0);
+            figure["streams"].as_u64().unwrap()
+        })
+        .collect();
+    assert_eq!(streams, [1, 1, 3]);
+}
+
+#[test]
+fn command_lines_that_make_no_sense_end_with_one_line_and_code_2() {
+    let model = tiny("llama");
+    let generate = ["generate", "--model", &model, "--prompt-ids", "1"];
+    let with = |flags: &[&'static str]| [&generate[..], flags].concat();
+    assert_refused(&["generate", "--model", &model], 2, &["--prompt"]);
+    assert_refused(&["generate", "--prompt", "x"], 2, &["--model"]);
+    assert_refused(&["nonsense"], 2, &["nonsense"]);
+    assert_refused(&with(&["--nonsense"]), 2, &["--nonsense"]);
+    assert_refused(&with(&["--prompt", "x"]), 2, &["--prompt"]);
+    assert_refused(&with(&["--chat"]), 2, &["--chat"]);
+    assert_refused(&with(&["--temperature", "nan"]), 2, &["temperature is NaN"]);
+    assert_refused(&with(&["--temperature", "-1"]), 2, &["temperature is -1"]);
+    assert_refused(&with(&["--top-p", "0"]), 2, &["top_p is 0"]);
+    assert_refused(&with(&["--max-tokens", "0"]), 2, &["--max-tokens is 0"]);
+    assert_refused(&with(&["--max-tokens", "-3"]), 2, &["-3"]);
+    assert_refused(&with(&["--threads", "0"]), 2, &["--threads is 0"]);
+    assert_refused(&with(&["--kv-cache-mib", "0"]), 2, &["--kv-cache-mib is 0"]);
+    assert_refused(&with(&["--device", "tpu"]), 2, &["tpu", "cuda:N"]);
+    assert_refused(&with(&["--logit-bias", "x"]), 2, &["42=-1.5"]);
+    assert_refused(&with(&["--logprobs", "5000"]), 2, &["logprobs is 5000"]);
+    assert_refused(&with(&["--stop", ""]), 2, &["--stop is empty"]);
+    assert_refused(
+        &["generate", "--model", &model, "--prompt-ids", "1,x"],
+        2,
+        &["x"],
+    );
+    assert_refused(
+        &["bench", "--model", &model, "--concurrency", "0"],
+        2,
+        &["--concurrency"],
+    );
+}
+
+#[test]
+fn what_cannot_be_run_ends_with_one_line_that_names_it_and_code_1() {
+    let model = tiny("llama");
+    let generate = |model: &str, rest: &[&str]| {
+        let args: Vec<String> = ["generate", "--model", model]
+            .iter()
+            .chain(rest)
+            .map(|arg| (*arg).to_owned())
+            .collect();
+        args
+    };
+    let refused = |args: Vec<String>, parts: &[&str]| {
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        assert_refused(&args, 1, parts);
+    };
+    refused(
+        generate("no/such/file.gguf", &["--prompt", "x"]),
+        &["no/such/file.gguf"],
+    );
+    refused(
+        generate(&model, &["--prompt-ids", "1", "--device", "cuda"]),
+        &["cuda:0"],
+    );
+    refused(
+        generate(&model, &["--prompt-ids", "512"]),
+        &["token 512", "vocabulary of 512"],
+    );
+    refused(
+        generate(&model, &["--messages", "no/such.json"]),
+        &["no/such.json"],
+    );
+    let long: Vec<String> = (0..600).map(|id| (id % 500).to_string()).collect();
+    refused(
+        generate(&model, &["--prompt-ids", &long.join(",")]),
+        &["600 tokens", "512"],
+    );
+    refused(
+        generate(&smollm2_text(), &["--prompt", ""]),
+        &["the prompt is empty"],
+    );
+
+    let folder = tempfile::tempdir().unwrap();
+    let broken = |name: &str, text: &str| -> PathBuf {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    let messages = broken("messages.json", r#"{"role": "user"}"#);
+    refused(
+        generate(&model, &["--messages", messages.to_str().unwrap()]),
+        &["messages.json"],
+    );
+    let gguf = broken("broken.gguf", "GGUFnonsense");
+    refused(
+        generate(gguf.to_str().unwrap(), &["--prompt", "x"]),
+        &["broken.gguf"],
+    );
+    broken("config.json", r#"{"model_type": "bert"}"#);
+    refused(
+        generate(folder.path().to_str().unwrap(), &["--prompt-ids", "1"]),
+        &[folder.path().to_str().unwrap()],
+    );
+}
+
+#[test]
+fn a_folder_whose_settings_and_tensors_disagree_is_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let copy = |name: &str| {
+        std::fs::copy(
+            Path::new(&tiny("llama")).join(name),
+            folder.path().join(name),
+        )
+        .unwrap()
+    };
+    copy("model.safetensors");
+    let text = std::fs::read_to_string(Path::new(&tiny("llama")).join("config.json")).unwrap();
+    let refused = |from: &str, to: &str, parts: &[&str]| {
+        assert!(text.contains(from));
+        std::fs::write(folder.path().join("config.json"), text.replace(from, to)).unwrap();
+        let path = folder.path().to_str().unwrap();
+        assert_refused(
+            &["generate", "--model", path, "--prompt-ids", "1"],
+            1,
+            parts,
+        );
+    };
+    refused("\"llama\"", "\"bert\"", &["'bert'", "qwen3"]);
+    refused(
+        "\"hidden_size\": 64",
+        "\"hidden_size\": 96",
+        &["has shape", "96"],
+    );
+    refused(
+        "\"num_hidden_layers\": 2",
+        "\"num_hidden_layers\": 3",
+        &["model.layers.2", "missing"],
+    );
+    refused("\"hidden_size\": 64,", "", &["hidden_size is missing"]);
+    refused(
+        "\"vocab_size\": 512",
+        "\"vocab_size\": -1",
+        &["vocab_size is -1"],
+    );
+    refused(
+        "\"num_attention_heads\": 4",
+        "\"num_attention_heads\": 0",
+        &["attention heads is 0"],
+    );
+    refused(
+        "\"rope_type\": \"llama3\"",
+        "\"rope_type\": \"spiral\"",
+        &["spiral"],
+    );
+    refused(
+        "\"hidden_act\": \"silu\"",
+        "\"hidden_act\": \"relu\"",
+        &["relu", "silu"],
+    );
+}
