@@ -20,7 +20,7 @@ fn engine(kv_blocks: usize) -> Engine {
 }
 
 fn lengths(index: usize) -> (usize, usize) {
-    (1 + index * 13 % 90, 4 + index * 7 % 28)
+    (1 + index * 13 % 30, 48 + index * 7 % 40)
 }
 
 /// Requests of all kinds: greedy, sampled, with penalties, bias and log-probabilities.
