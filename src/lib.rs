@@ -6,15 +6,27 @@
 //! the scheduler thread frees the cache even when the caller, its task or its whole
 //! runtime is already gone.
 //!
-//! ```no_run
+//! ```
 //! use quell::{Engine, EngineConfig, LoadOptions, Request};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! let engine = Engine::load("model.gguf", EngineConfig::default(), LoadOptions::default())?;
-//! let request = Request::new("The quick brown fox").greedy().max_tokens(32);
+//! # let model = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/golden/tiny/llama");
+//! // `model`: a .gguf file or a Hugging Face folder.
+//! let engine = Engine::load(model, EngineConfig::default(), LoadOptions::default())?;
+//! // A prompt is text, a conversation, or token ids.
+//! let request = Request::new(vec![126, 36, 304]).greedy().max_tokens(8);
+//! let mut tokens = Vec::new();
 //! for chunk in engine.generate(request)?.blocking() {
-//!     print!("{}", chunk?.text);
+//!     let chunk = chunk?;
+//!     print!("{}", chunk.text);
+//!     tokens.extend(chunk.token.map(|token| token.id));
 //! }
+//! assert_eq!(tokens.len(), 8);
+//!
+//! let endless = engine.generate(Request::new(vec![1, 2, 3]))?;
+//! let receipt = endless.cancel().wait()?;
+//! assert_eq!(engine.stats()?.blocks.referenced, 0);
+//! # let _ = receipt;
 //! # Ok(())
 //! # }
 //! ```

@@ -319,6 +319,35 @@ fn what_cannot_be_run_ends_with_one_line_that_names_it_and_code_1() {
 }
 
 #[test]
+fn a_broken_tokenizer_or_template_is_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().to_str().unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(
+            Path::new(&tiny("llama")).join(name),
+            folder.path().join(name),
+        )
+        .unwrap();
+    }
+    let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/text/folder");
+    for entry in std::fs::read_dir(text).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
+    }
+    let refused = |parts: &[&str]| {
+        assert_refused(&["generate", "--model", path, "--prompt", "x"], 1, parts);
+    };
+    let template = folder.path().join("chat_template.jinja");
+    std::fs::write(&template, "{% for message in messages %}").unwrap();
+    refused(&["template"]);
+    std::fs::remove_file(template).unwrap();
+    for broken in ["", "{}", "{\"model\": 5}"] {
+        std::fs::write(folder.path().join("tokenizer.json"), broken).unwrap();
+        refused(&["tokenizer.json"]);
+    }
+}
+
+#[test]
 fn a_folder_whose_settings_and_tensors_disagree_is_refused_by_name() {
     let folder = tempfile::tempdir().unwrap();
     let copy = |name: &str| {

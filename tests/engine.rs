@@ -103,22 +103,149 @@ fn many_requests_in_a_quarter_of_the_cache_they_need_give_the_tokens_of_each_alo
 
 #[test]
 fn one_sequence_as_long_as_the_whole_cache_finishes() {
-    let options = SimOptions {
-        blocks: 8,
-        ..SimOptions::default()
+    for depth in [1, 2] {
+        let options = SimOptions {
+            depth,
+            blocks: 8,
+            ..SimOptions::default()
+        };
+        let engine = engine(options, EngineConfig::default());
+        assert_eq!(engine.max_sequence_tokens(), 32);
+        let streams: Vec<_> = (0..3)
+            .map(|i| engine.generate(request(prompt(i, 10), 100)).unwrap())
+            .collect();
+        for (index, stream) in streams.into_iter().enumerate() {
+            let generation = stream.complete_blocking().unwrap();
+            assert_eq!(generation.finish.outcome, Outcome::Length);
+            let tokens: Vec<u32> = generation.tokens.iter().map(|token| token.id).collect();
+            assert_eq!(tokens, expected(&prompt(index, 10), 22));
+        }
+        idle(&engine);
+    }
+}
+
+#[test]
+fn a_step_that_makes_room_as_the_last_in_flight_lets_the_next_request_in() {
+    for depth in [1, 2] {
+        let options = SimOptions {
+            depth,
+            ..SimOptions::default()
+        };
+        let config = EngineConfig {
+            max_sequences: 1,
+            ..EngineConfig::default()
+        };
+        let engine = engine(options, config);
+        let streams: Vec<_> = (0..20)
+            .map(|i| engine.generate(request(prompt(i, 3), 3)).unwrap())
+            .collect();
+        // Nothing but the streams is asked: no command wakes the thread.
+        for stream in streams {
+            assert_eq!(stream.complete_blocking().unwrap().tokens.len(), 3);
+        }
+    }
+}
+
+#[test]
+fn paused_requests_give_their_places_to_those_who_read() {
+    let config = EngineConfig {
+        stream_buffer: 2,
+        max_sequences: 2,
+        ..EngineConfig::default()
     };
-    let engine = engine(options, EngineConfig::default());
-    assert_eq!(engine.max_sequence_tokens(), 32);
-    let streams: Vec<_> = (0..3)
-        .map(|i| engine.generate(request(prompt(i, 10), 100)).unwrap())
+    let engine = engine(SimOptions::default(), config);
+    let slow: Vec<_> = (0..3)
+        .map(|i| engine.generate(request(prompt(i, 6), 40)).unwrap())
         .collect();
-    for (index, stream) in streams.into_iter().enumerate() {
+    assert_eq!(
+        token_ids(&engine, prompt(9, 5), 30),
+        expected(&prompt(9, 5), 30)
+    );
+    for (index, stream) in slow.into_iter().enumerate() {
         let generation = stream.complete_blocking().unwrap();
-        assert_eq!(generation.finish.outcome, Outcome::Length);
         let tokens: Vec<u32> = generation.tokens.iter().map(|token| token.id).collect();
-        assert_eq!(tokens, expected(&prompt(index, 10), 22));
+        assert_eq!(tokens, expected(&prompt(index, 6), 40));
     }
     idle(&engine);
+}
+
+#[test]
+fn a_cancel_is_acknowledged_although_no_handle_is_left() {
+    for depth in [1, 2] {
+        for tokens in 0..6 {
+            let options = SimOptions {
+                depth,
+                ..SimOptions::default()
+            };
+            let engine = engine(options, EngineConfig::default());
+            let mut stream = engine.generate(request(prompt(1, 5), 400)).unwrap();
+            drop(engine);
+            for _ in 0..tokens {
+                stream.next_blocking().unwrap().unwrap();
+            }
+            let receipt = stream.cancel().wait().unwrap();
+            assert!(receipt.tokens_generated >= tokens);
+        }
+    }
+}
+
+#[test]
+fn a_place_is_free_again_when_the_answer_is_complete() {
+    let config = EngineConfig {
+        max_open_requests: 1,
+        ..EngineConfig::default()
+    };
+    for depth in [1, 2] {
+        let options = SimOptions {
+            depth,
+            ..SimOptions::default()
+        };
+        let engine = engine(options, config.clone());
+        for round in 0..300 {
+            assert_eq!(token_ids(&engine, prompt(round, 3), 2).len(), 2);
+            let stream = engine.generate(request(prompt(round, 3), 50)).unwrap();
+            stream.cancel().wait().unwrap();
+        }
+    }
+}
+
+#[test]
+fn settings_out_of_range_are_refused_by_name() {
+    let base = EngineConfig::default;
+    for (config, name) in [
+        (
+            EngineConfig {
+                stream_buffer: usize::MAX,
+                ..base()
+            },
+            "stream_buffer",
+        ),
+        (
+            EngineConfig {
+                max_batch_tokens: 0,
+                ..base()
+            },
+            "max_batch_tokens",
+        ),
+        (
+            EngineConfig {
+                block_tokens: 1 << 40,
+                ..base()
+            },
+            "block_tokens",
+        ),
+        (
+            EngineConfig {
+                max_context: Some(0),
+                ..base()
+            },
+            "max_context",
+        ),
+    ] {
+        let refused = quell::Engine::with_runner(config, None, || unreachable!());
+        let message = refused.unwrap_err().to_string();
+        assert!(message.contains(name), "{message}");
+    }
 }
 
 #[test]
@@ -445,7 +572,7 @@ fn streams_and_cancels_work_in_any_runtime_and_survive_its_end() {
         runtime.spawn(async move { while stream.next().await.is_some() {} });
     }
     runtime.shutdown_timeout(Duration::from_secs(5));
-    idle(&engine);
+    assert!(idle(&engine).outcomes.cancelled > 1, "no stream was cut");
 }
 
 #[test]
@@ -462,28 +589,35 @@ fn a_stream_dropped_while_its_thread_unwinds_is_cancelled() {
 
 #[test]
 fn every_public_future_can_be_dropped_after_any_number_of_polls() {
-    let engine = engine(SimOptions::default(), EngineConfig::default());
     for polls in 0..12 {
-        let completion = engine
-            .generate(request(prompt(1, 5), 6))
-            .unwrap()
-            .complete();
-        poll_then_drop(completion, polls);
-        idle(&engine);
-        let cancellation = engine.generate(request(prompt(1, 5), 6)).unwrap().cancel();
-        poll_then_drop(cancellation, polls);
-        idle(&engine);
+        for cancel in [false, true] {
+            let (permit, gate) = mpsc::channel();
+            let options = SimOptions {
+                gate: Some(gate),
+                ..SimOptions::default()
+            };
+            let engine = engine(options, EngineConfig::default());
+            let stream = engine.generate(request(prompt(1, 5), 6)).unwrap();
+            if cancel {
+                poll_then_drop(stream.cancel(), polls, &permit);
+            } else {
+                poll_then_drop(stream.complete(), polls, &permit);
+            }
+            drop(permit);
+            idle(&engine);
+        }
     }
 }
 
-fn poll_then_drop(future: impl std::future::Future, polls: usize) {
+/// Polls `polls` times, letting one step complete before each, then drops.
+fn poll_then_drop(future: impl std::future::Future, polls: usize, permit: &mpsc::Sender<()>) {
     let mut future = std::pin::pin!(future);
     let mut context = std::task::Context::from_waker(std::task::Waker::noop());
     for _ in 0..polls {
+        let _ = permit.send(());
         if future.as_mut().poll(&mut context).is_ready() {
             break;
         }
-        std::thread::yield_now();
     }
 }
 
@@ -590,6 +724,7 @@ fn a_session_continues_from_its_finished_turns_and_forgets_cancelled_ones() {
         session.generate(request(prompt(2, 3), 3)),
         Err(SubmitError::Conflict)
     ));
+    assert!(matches!(session.rewind(1), Err(SubmitError::Conflict)));
     busy.cancel().wait().unwrap();
     let second = session
         .generate(request(prompt(3, 2), 4))
@@ -599,6 +734,6 @@ fn a_session_continues_from_its_finished_turns_and_forgets_cancelled_ones() {
     context.extend(prompt(3, 2));
     let tokens: Vec<u32> = second.tokens.iter().map(|token| token.id).collect();
     assert_eq!(tokens, expected(&context, 4));
-    session.rewind(5);
+    session.rewind(5).unwrap();
     assert_eq!(session.context_tokens(), 5);
 }

@@ -3,50 +3,8 @@
 #[path = "common/golden.rs"]
 mod golden;
 
-use golden::{Case, Step, Tolerance};
+use golden::{Tolerance, tiny, tiny_cases};
 use quell::{CpuOptions, Engine, EngineConfig, LoadOptions, SimdLevel};
-use serde_json::Value;
-use std::path::PathBuf;
-
-fn fixture(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/fixtures/golden/tiny")
-        .join(name)
-}
-
-fn cases(name: &str) -> Vec<Case> {
-    let text = std::fs::read_to_string(fixture(name).join("golden.json")).unwrap();
-    let golden: Value = serde_json::from_str(&text).unwrap();
-    let ids = |value: &Value| -> Vec<u32> {
-        value
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|id| id.as_u64().unwrap() as u32)
-            .collect()
-    };
-    let step = |step: &Value| {
-        let logprobs = step["top_logprobs"].as_array().unwrap().iter();
-        let logprobs = logprobs.map(|value| value.as_f64().unwrap() as f32);
-        let top: Vec<(u32, f32)> = ids(&step["top_ids"]).into_iter().zip(logprobs).collect();
-        Step {
-            token: step["token"].as_u64().unwrap() as u32,
-            margin: top[0].1 - top[1].1,
-            top,
-        }
-    };
-    let case = |case: &Value| Case {
-        name: name.to_owned(),
-        prompt: ids(&case["prompt_ids"]),
-        steps: case["steps"].as_array().unwrap().iter().map(step).collect(),
-    };
-    golden["cases"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(case)
-        .collect()
-}
 
 fn check(name: &str) {
     // The rule for float32 activations, on every instruction set of the machine.
@@ -71,13 +29,13 @@ fn check(name: &str) {
             audit: true,
             ..EngineConfig::default()
         };
-        let engine = match Engine::load(fixture(name), config, options) {
+        let engine = match Engine::load(tiny(name), config, options) {
             Ok(engine) => engine,
             Err(error) if simd == SimdLevel::Avx2 && error.to_string().contains("AVX2") => continue,
             Err(error) => panic!("{name}: {error}"),
         };
         let mut worst = 0.0f32;
-        for case in cases(name) {
+        for case in tiny_cases(name) {
             let errors = golden::check(&engine, &case, 512, tolerance);
             assert_eq!(errors.len(), 12 * 5);
             worst = errors.into_iter().fold(worst, f32::max);
@@ -113,7 +71,7 @@ golden! {
 
 #[test]
 fn every_checkpoint_of_the_fixtures_has_a_test() {
-    let mut found: Vec<String> = std::fs::read_dir(fixture(""))
+    let mut found: Vec<String> = std::fs::read_dir(tiny(""))
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();

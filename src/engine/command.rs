@@ -1,7 +1,8 @@
 //! The commands: the only way into the scheduler thread.
 
 use super::event::{EventSender, SessionCell};
-use super::handle::{EngineStats, Permit};
+use super::permit::Permit;
+use super::stats::EngineStats;
 use crate::id::SessionId;
 use crate::schedule::SequenceSpec;
 use crossbeam_channel::Sender;

@@ -5,6 +5,7 @@ use crate::id::StepId;
 use crate::schedule::FinishReason;
 use atomic_waker::AtomicWaker;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
@@ -151,8 +152,24 @@ impl SessionCell {
         self.reader.register(waker);
     }
 
+    fn wake_reader(&self) {
+        wake(&self.reader);
+    }
+
+    fn wake_receipt(&self) {
+        wake(&self.receipt);
+    }
+
     pub fn register_receipt(&self, waker: &std::task::Waker) {
         self.receipt.register(waker);
+    }
+}
+
+/// Wakes a caller. A waker is the caller's code: if it panics, that is the caller's
+/// loss, and no other session's.
+fn wake(waker: &AtomicWaker) {
+    if catch_unwind(AssertUnwindSafe(|| waker.wake())).is_err() {
+        tracing::error!("the waker of a caller panicked");
     }
 }
 
@@ -204,7 +221,7 @@ impl EventSender {
         if let Err(TrySendError::Full(event)) = &sent {
             tracing::error!(?event, "a session's buffer overflowed; the event is lost");
         }
-        self.cell.reader.wake();
+        self.cell.wake_reader();
         sent.is_ok()
     }
 
@@ -227,7 +244,7 @@ impl EventSender {
             // The slot is empty: a receipt is sent once. No reader is no failure.
             let _ = sender.try_send(receipt);
         }
-        self.cell.receipt.wake();
+        self.cell.wake_receipt();
     }
 }
 
@@ -241,8 +258,8 @@ impl Drop for EventSender {
         // Disconnect first, so that whoever wakes sees it.
         self.events = None;
         self.receipt = None;
-        self.cell.reader.wake();
-        self.cell.receipt.wake();
+        self.cell.wake_reader();
+        self.cell.wake_receipt();
     }
 }
 

@@ -2,13 +2,13 @@
 
 use super::command::{Command, Submission};
 use super::event::{SessionCell, channel};
-use super::ledger::Outcomes;
+use super::permit::Permit;
 use super::stream::{StreamParts, TextState};
 use super::thread::SchedulerThread;
-use super::{EngineFault, Session, SubmitError, TokenStream};
-use crate::cache::{BlockCache, Books};
+use super::{EngineFault, EngineStats, Session, SubmitError, TokenStream};
+use crate::cache::BlockCache;
 use crate::config::EngineConfig;
-use crate::id::{SessionId, StepId};
+use crate::id::SessionId;
 use crate::runner::{LoadError, LoadOptions, ModelFiles, Runner, RunnerInfo};
 use crate::sampling::SamplingParams;
 use crate::schedule::{Policy, Scheduler, SequenceSpec};
@@ -100,66 +100,6 @@ impl Request {
     pub fn greedy(mut self) -> Self {
         self.sampling.temperature = 0.0;
         self
-    }
-}
-
-/// The state of an engine at one moment, read off its books.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct EngineStats {
-    /// Use of the key-value cache.
-    pub blocks: Books,
-    /// Tokens a block.
-    pub block_tokens: usize,
-    /// Requests that hold blocks and are computed.
-    pub running: usize,
-    /// Requests that wait for blocks.
-    pub waiting: usize,
-    /// Of both, those whose reader is too slow.
-    pub paused: usize,
-    /// Requests without a terminal.
-    pub open: usize,
-    /// Ended requests whose blocks a step in flight may still touch.
-    pub closing: usize,
-    /// Preemptions since the start.
-    pub preemptions: u64,
-    /// How requests ended since the start.
-    pub outcomes: Outcomes,
-    /// Prompt tokens accepted since the start.
-    pub prompt_tokens: u64,
-    /// Tokens generated since the start.
-    pub tokens_generated: u64,
-    /// The last completed step.
-    pub steps: StepId,
-}
-
-impl EngineStats {
-    /// Nothing open, nothing held: invariant I12.
-    pub fn is_idle(&self) -> bool {
-        self.open == 0
-            && self.closing == 0
-            && self.running + self.waiting == 0
-            && self.blocks.free == self.blocks.total
-    }
-}
-
-/// A place among the open requests, given back when dropped.
-pub(crate) struct Permit(Arc<AtomicUsize>);
-
-impl Permit {
-    fn acquire(open: &Arc<AtomicUsize>, limit: usize) -> Result<Self, SubmitError> {
-        let taken = open.fetch_update(Ordering::AcqRel, Ordering::Acquire, |count| {
-            (count < limit).then_some(count + 1)
-        });
-        match taken {
-            Ok(_) => Ok(Self(Arc::clone(open))),
-            Err(open) => Err(SubmitError::Overloaded { open }),
-        }
-    }
-}
-
-impl Drop for Permit {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -449,18 +389,23 @@ impl Engine {
 }
 
 fn validate(config: &EngineConfig) -> Result<(), LoadError> {
-    for (name, value) in [
-        ("max_batch_tokens", config.max_batch_tokens),
-        ("max_sequences", config.max_sequences),
-        ("max_open_requests", config.max_open_requests),
-        ("block_tokens", config.block_tokens),
-        ("stream_buffer", config.stream_buffer),
+    for (name, value, limit) in [
+        ("max_batch_tokens", config.max_batch_tokens, 1 << 20),
+        ("max_sequences", config.max_sequences, 1 << 20),
+        ("max_open_requests", config.max_open_requests, usize::MAX),
+        ("block_tokens", config.block_tokens, 1 << 16),
+        ("max_context", config.max_context.unwrap_or(1), usize::MAX),
+        // Each request has a buffer of this many events from its start.
+        ("stream_buffer", config.stream_buffer, 1 << 16),
     ] {
-        if value == 0 {
+        if value == 0 || value > limit {
             return Err(LoadError::Config {
                 name,
                 value: value.to_string(),
-                expected: "at least 1".to_owned(),
+                expected: match limit {
+                    usize::MAX => "at least 1".to_owned(),
+                    limit => format!("from 1 to {limit}"),
+                },
             });
         }
     }

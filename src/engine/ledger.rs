@@ -6,28 +6,14 @@
 
 use super::command::Submission;
 use super::event::{Event, EventSender, Receipt, SessionCell, Terminal, Token};
-use super::handle::Permit;
+use super::permit::Permit;
+use super::stats::Outcomes;
 use crate::id::{SessionId, StepId};
 use crate::schedule::{FinishReason, SequenceKey};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
-
-/// How many requests were accepted, and how they ended.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Outcomes {
-    /// Requests accepted by the scheduler thread.
-    pub accepted: u64,
-    /// Ended at a stop token or stop string.
-    pub stopped: u64,
-    /// Ended at a length limit.
-    pub length: u64,
-    /// Cancelled.
-    pub cancelled: u64,
-    /// Failed.
-    pub failed: u64,
-}
 
 /// An open request.
 struct Account {
@@ -46,7 +32,6 @@ struct Closing {
     fence: StepId,
     events: EventSender,
     receipt: Receipt,
-    _permit: Permit,
 }
 
 /// What an ended request leaves behind.
@@ -159,6 +144,8 @@ impl Ledger {
             .token
             .take()
             .filter(|_| matches!(terminal, Terminal::Finished(_)));
+        // Before the caller learns of the end: it may submit the next at once.
+        drop(account.permit);
         account.events.send(Event {
             token,
             terminal: Some(terminal),
@@ -176,7 +163,6 @@ impl Ledger {
                 freed_at: at,
             },
             events: account.events,
-            _permit: account.permit,
         });
     }
 

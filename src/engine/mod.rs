@@ -10,12 +10,15 @@ mod error;
 mod event;
 mod handle;
 mod ledger;
+mod permit;
 mod session;
+mod stats;
 mod stream;
 mod thread;
 
 pub use error::{EngineFault, GenerateError, SubmitError};
 pub use event::{CancelReason, Outcome, Receipt, Token};
-pub use handle::{Engine, EngineStats, Prompt, Request};
+pub use handle::{Engine, Prompt, Request};
 pub use session::Session;
+pub use stats::{EngineStats, Outcomes};
 pub use stream::{Cancellation, Chunk, Finish, Generation, Timing, TokenStream};

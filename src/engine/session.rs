@@ -75,8 +75,15 @@ impl Session {
         Ok(stream)
     }
 
-    /// Keeps the first `tokens` tokens of the context and forgets the rest.
-    pub fn rewind(&self, tokens: usize) {
+    /// Keeps the first `tokens` tokens of the context and forgets the rest. Refused
+    /// with [`SubmitError::Conflict`] while a turn is generating.
+    pub fn rewind(&self, tokens: usize) -> Result<(), SubmitError> {
+        if self.state.busy.swap(true, Ordering::AcqRel) {
+            return Err(SubmitError::Conflict);
+        }
+        let turn = Turn(Arc::clone(&self.state));
         self.state.context().truncate(tokens);
+        drop(turn);
+        Ok(())
     }
 }

@@ -248,6 +248,7 @@ impl TokenStream {
             Some(Terminal::Cancelled(reason)) => Some(Outcome::Cancelled(reason)),
             Some(Terminal::Failed(fault)) => {
                 self.ended = true;
+                self.turn = None;
                 return Err(GenerateError::Failed(fault));
             }
         };
@@ -255,8 +256,9 @@ impl TokenStream {
             // What was held back as half a character or half a stop string.
             let step = state.stop.push(&state.detokenizer.finish());
             text.push_str(&step.text);
-            matched = step.matched.is_some();
-            if !matched {
+            // A cancel stays a cancel, whatever the last characters say.
+            matched = step.matched.is_some() && !matches!(outcome, Some(Outcome::Cancelled(_)));
+            if step.matched.is_none() {
                 text.push_str(&state.stop.finish());
             }
         }
@@ -306,6 +308,7 @@ impl TokenStream {
 
     fn disconnected(&mut self) -> Result<Chunk, GenerateError> {
         self.ended = true;
+        self.turn = None;
         Err(GenerateError::Closed(closed_by(&self.parts.fault)))
     }
 }

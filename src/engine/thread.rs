@@ -3,8 +3,8 @@
 use super::EngineFault;
 use super::command::{Command, Submission};
 use super::event::{CancelReason, Terminal, Token};
-use super::handle::EngineStats;
 use super::ledger::{Ledger, Remains};
+use super::stats::EngineStats;
 use crate::device::DeviceError;
 use crate::id::StepId;
 use crate::runner::Runner;
@@ -20,6 +20,8 @@ pub(super) struct SchedulerThread {
     scheduler: Scheduler,
     ledger: Ledger,
     runner: Box<dyn Runner>,
+    /// Steps in flight at most.
+    depth: usize,
     /// Launched and not collected, oldest first.
     in_flight: VecDeque<StepPlan>,
     completed: StepId,
@@ -52,6 +54,8 @@ impl SchedulerThread {
             commands,
             scheduler,
             ledger: Ledger::default(),
+            // Feedback reaches back one step, not two.
+            depth: runner.depth().clamp(1, 2),
             runner,
             in_flight: VecDeque::new(),
             completed: StepId::default(),
@@ -107,13 +111,14 @@ impl SchedulerThread {
             if let Some(plan) = plan {
                 self.launch(plan)?;
             }
-            if self.in_flight.len() >= self.runner.depth()
-                || (!planned && !self.in_flight.is_empty())
-            {
+            let due =
+                self.in_flight.len() >= self.depth || (!planned && !self.in_flight.is_empty());
+            if due {
                 self.collect()?;
             }
-            // A command may have come while a step was collected: then plan again.
-            self.idle = !planned && self.in_flight.is_empty() && !self.applied;
+            // A collected step may have made room, and a command may have come while it
+            // was collected: then plan once more before sleeping.
+            self.idle = !planned && !due && !self.applied;
             if self.closing && self.idle {
                 return Ok(Exit::Done);
             }
@@ -124,10 +129,23 @@ impl SchedulerThread {
     /// nothing can be planned and nothing is in flight, only a command changes that.
     /// `true` when nobody is left who could post.
     fn drain_commands(&mut self) -> bool {
+        // Not more than are there now: whoever posts without end does not stop the rest.
+        let mut rest = self.commands.len();
         loop {
             match self.commands.try_recv() {
-                Ok(command) => self.apply(command),
-                Err(TryRecvError::Disconnected) => return true,
+                Ok(command) => {
+                    self.apply(command);
+                    if rest <= 1 {
+                        return false;
+                    }
+                    rest -= 1;
+                }
+                Err(TryRecvError::Disconnected) => {
+                    // What is in flight is collected, so that every receipt goes out.
+                    self.ledger.settle(self.completed);
+                    self.closing = true;
+                    return self.in_flight.is_empty();
+                }
                 Err(TryRecvError::Empty) => {
                     self.ledger.settle(self.completed);
                     if !self.idle || self.closing {
@@ -224,6 +242,10 @@ impl SchedulerThread {
             }
             Err(error) => {
                 self.fail_step(&plan, &error);
+                // Feedback refers to the step before, which this one no longer is.
+                while !self.in_flight.is_empty() {
+                    self.collect()?;
+                }
                 self.step_completed(self.completed);
                 self.closes_engine(error)
             }
@@ -237,10 +259,26 @@ impl SchedulerThread {
             return Ok(());
         };
         // What was cancelled while the step ran gets no token from it.
-        while let Ok(command) = self.commands.try_recv() {
-            self.apply(command);
+        for _ in 0..self.commands.len() {
+            match self.commands.try_recv() {
+                Ok(command) => self.apply(command),
+                Err(_) => break,
+            }
         }
         let failed = match outcome {
+            Ok(samples) if samples.len() != plan.samples().count() => {
+                let error = DeviceError::Failed {
+                    device: "runner",
+                    operation: "collect",
+                    reason: format!(
+                        "{} samples for a step of {}",
+                        samples.len(),
+                        plan.samples().count()
+                    ),
+                };
+                self.fail_step(&plan, &error);
+                Ok(())
+            }
             Ok(samples) => {
                 for (item, sample) in plan.samples().zip(samples) {
                     self.commit(

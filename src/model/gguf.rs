@@ -65,6 +65,11 @@ impl<'a> Settings<'a> {
         }
     }
 
+    fn size_if_single(&self, key: &str) -> Option<usize> {
+        let value = self.file.metadata(&self.key(key))?;
+        usize::try_from(value.as_u64()?).ok()
+    }
+
     fn number(&self, key: &str) -> Result<Option<f32>, ModelError> {
         self.optional(key, "a number", Value::as_f32)
     }
@@ -132,7 +137,19 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig, ModelError> {
             scaling: RopeScaling::None,
             ..rope.clone()
         },
+        // OLMo 3 is called olmo2 here; its sliding layers are not extended.
+        Family::Olmo2 => RopeConfig {
+            theta: settings.number("rope.freq_base_swa")?.unwrap_or(rope.theta),
+            scaling: RopeScaling::None,
+            ..rope.clone()
+        },
         _ => rope.clone(),
+    };
+    // Early Gemma 2 files lack what never differs.
+    let gemma2 = |value: f32| (family == Family::Gemma2).then_some(value);
+    let window = match settings.size("attention.sliding_window")? {
+        None if family == Family::Gemma2 => Some(4096),
+        window => window.filter(|&window| window > 0),
     };
     ModelConfig {
         family,
@@ -148,14 +165,13 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig, ModelError> {
         attention_scale: 1.0 / query_scale(family, layers, hidden, heads).sqrt(),
         attention_softcap: settings
             .number("attn_logit_softcapping")?
+            .or(gemma2(50.0))
             .filter(|_| family == Family::Gemma2),
-        logit_softcap: settings.number("final_logit_softcapping")?,
+        logit_softcap: settings.number("final_logit_softcapping")?.or(gemma2(30.0)),
         rope,
         sliding_rope,
-        window: settings
-            .size("attention.sliding_window")?
-            .filter(|&window| window > 0),
-        sliding_layers: sliding_layers(family, layers),
+        window,
+        sliding_layers: sliding_layers(&settings, family, layers)?,
         experts,
         dense_layers: Vec::new(),
         end_tokens: Vec::new(),
@@ -187,14 +203,31 @@ fn vocabulary(file: &Gguf, settings: &Settings<'_>) -> Result<usize, ModelError>
     settings.required_size("vocab_size")
 }
 
-fn sliding_layers(family: Family, layers: usize) -> Vec<bool> {
-    (0..layers.min(1 << 16))
-        .map(|layer| match family {
-            Family::Gemma2 => layer % 2 == 0,
-            Family::Gemma3 => (layer + 1) % 6 != 0,
-            _ => true,
-        })
-        .collect()
+/// Which layers have a window: every layer but the last of a period, or as listed.
+fn sliding_layers(
+    settings: &Settings<'_>,
+    family: Family,
+    layers: usize,
+) -> Result<Vec<bool>, ModelError> {
+    let key = "attention.sliding_window_pattern";
+    let expected = "a number or a list of true and false";
+    let listed = settings.optional(key, expected, |value| match value {
+        Value::Array(_) => value.as_bools().map(|list| Some(list.to_vec())),
+        _ => value.as_u64().map(|_| None),
+    })?;
+    if let Some(Some(list)) = listed {
+        return Ok(list);
+    }
+    let period = match (settings.size_if_single(key), family) {
+        (Some(period), _) => period,
+        (None, Family::Gemma2) => 2,
+        (None, Family::Gemma3) => 6,
+        (None, Family::Olmo2) => 4,
+        // 0: every layer.
+        _ => 0,
+    };
+    let slides = |layer: usize| period == 0 || layer % period < period - 1;
+    Ok((0..layers.min(1 << 16)).map(slides).collect())
 }
 
 fn experts(settings: &Settings<'_>, family: Family) -> Result<Option<ExpertConfig>, ModelError> {
@@ -211,7 +244,11 @@ fn experts(settings: &Settings<'_>, family: Family) -> Result<Option<ExpertConfi
     }
     let intermediate = match settings.size("expert_feed_forward_length")? {
         Some(intermediate) => intermediate,
-        None => settings.required_size("feed_forward_length")?,
+        None => settings
+            .uniform_size("feed_forward_length")?
+            .ok_or_else(|| ModelError::MissingSetting {
+                key: settings.key("feed_forward_length"),
+            })?,
     };
     let top_k = settings.required_size("expert_used_count")?;
     Ok(Some(ExpertConfig {
@@ -241,14 +278,12 @@ fn rope(
         quant::dequantize(tensor.dtype, tensor.data, &mut factors);
         Ok(Some(factors))
     };
-    let long = if context > original {
-        "rope_factors_long.weight"
-    } else {
-        "rope_factors_short.weight"
-    };
-    if let Some(factors) = factors(long)? {
-        let scaling = RopeScaling::Factors {
-            factors,
+    let (short, long) = ("rope_factors_short.weight", "rope_factors_long.weight");
+    if let (Some(short), Some(long)) = (factors(short)?, factors(long)?) {
+        let scaling = RopeScaling::Long {
+            short,
+            long,
+            original_context: original,
             magnitude: magnitude.unwrap_or(1.0),
         };
         return Ok(RopeConfig {
@@ -258,20 +293,18 @@ fn rope(
         });
     }
     if let Some(factors) = factors("rope_freqs.weight")? {
-        let scaling = RopeScaling::Factors {
-            factors,
-            magnitude: 1.0,
-        };
         return Ok(RopeConfig {
             theta,
             rotary_dim,
-            scaling,
+            scaling: RopeScaling::Factors { factors },
         });
     }
+    // A factor of 0 stands for none.
     let factor = match settings.number("rope.scaling.factor")? {
         Some(factor) => Some(factor),
         None => settings.number("rope.scale_linear")?,
     };
+    let factor = factor.filter(|&factor| factor != 0.0);
     let scaling = match (settings.text("rope.scaling.type")?, factor) {
         (Some("none"), _) | (_, None) => RopeScaling::None,
         (Some("linear") | None, Some(factor)) => RopeScaling::Linear { factor },
@@ -284,7 +317,8 @@ fn rope(
             beta_slow: settings
                 .number("rope.scaling.yarn_beta_slow")?
                 .unwrap_or(1.0),
-            attention_factor: magnitude,
+            // GGUF's factor comes on top of the derived one.
+            attention_factor: magnitude.map(|own| own * (0.1 * factor.ln() + 1.0)),
         },
         (Some(other), Some(_)) => {
             let expected = "none, linear or yarn";

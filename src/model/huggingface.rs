@@ -36,6 +36,11 @@ impl<'a> Settings<'a> {
         })
     }
 
+    /// Whether the setting is there at all, null included.
+    fn says(&self, key: &str) -> bool {
+        self.0.get(key).is_some()
+    }
+
     fn required_size(&self, key: &str) -> Result<usize, ModelError> {
         self.size(key)?.ok_or_else(|| ModelError::MissingSetting {
             key: key.to_owned(),
@@ -73,51 +78,85 @@ pub(super) fn read(config: &Value) -> Result<ModelConfig, ModelError> {
     let settings = Settings(root.get("text_config").unwrap_or(config));
     check_activation(&settings, family)?;
 
-    let layers = settings.required_size("num_hidden_layers")?;
-    let hidden = settings.required_size("hidden_size")?;
-    let q_heads = settings.required_size("num_attention_heads")?;
+    // Gemma 3 checkpoints with vision leave out what is as in its configuration class.
+    let gemma3 = family == Family::Gemma3;
+    let size_or = |key: &str, default: usize| match settings.size(key)? {
+        Some(value) => Ok(value),
+        None if gemma3 => Ok(default),
+        None => Err(ModelError::MissingSetting {
+            key: key.to_owned(),
+        }),
+    };
+    let layers = size_or("num_hidden_layers", 26)?;
+    let hidden = size_or("hidden_size", 2304)?;
+    let q_heads = size_or("num_attention_heads", 8)?;
     let head_dim = match settings.size("head_dim")? {
         Some(head_dim) => head_dim,
+        None if gemma3 => 256,
         None if q_heads > 0 => hidden / q_heads,
         None => 0,
     };
+    let kv_heads = match settings.size("num_key_value_heads")? {
+        Some(kv_heads) => kv_heads,
+        None if gemma3 => 4,
+        None => q_heads,
+    };
     let heads = HeadShape {
         q_heads,
-        kv_heads: settings.size("num_key_value_heads")?.unwrap_or(q_heads),
+        kv_heads,
         head_dim,
     };
-    let context = settings.required_size("max_position_embeddings")?;
-    let (rope, sliding_rope) = ropes(&settings, family, head_dim, context)?;
-    let query_scale = settings
-        .number("query_pre_attn_scalar")?
-        .unwrap_or(head_dim as f32);
-    let window = settings.size("sliding_window")?;
-    let uses_window = settings.flag("use_sliding_window")?.unwrap_or(true);
-    let gemma2 = family == Family::Gemma2;
-    let intermediate = settings.required_size("intermediate_size")?;
+    let trained_context = size_or("max_position_embeddings", 131_072)?;
+    let (rope, sliding_rope) = ropes(&settings, family, head_dim, trained_context)?;
+    let intermediate = size_or("intermediate_size", 9216)?;
+    let query_scale = settings.number("query_pre_attn_scalar")?;
+    let default_scale = if gemma3 { 256.0 } else { head_dim as f32 };
+    if settings.flag("use_bidirectional_attention")? == Some(true) {
+        let key = "use_bidirectional_attention";
+        return Err(ModelError::setting(
+            key,
+            true,
+            "false: quell decodes causally",
+        ));
+    }
     ModelConfig {
         family,
         layers,
         hidden,
         intermediate,
         heads,
-        vocabulary: settings.required_size("vocab_size")?,
-        context,
+        vocabulary: size_or("vocab_size", 262_208)?,
+        context: rope.extended_context(trained_context),
         norm_epsilon: settings.number("rms_norm_eps")?.unwrap_or(1e-6),
-        attention_scale: 1.0 / query_scale.sqrt(),
+        attention_scale: 1.0 / query_scale.unwrap_or(default_scale).sqrt(),
         attention_softcap: settings
             .number("attn_logit_softcapping")?
-            .filter(|_| gemma2),
+            .filter(|_| family == Family::Gemma2),
         logit_softcap: settings.number("final_logit_softcapping")?,
         rope,
         sliding_rope,
-        window: window.filter(|_| uses_window),
+        window: window(&settings, family)?,
         sliding_layers: sliding_layers(&settings, family, layers)?,
         experts: experts(&settings, family, intermediate)?,
         dense_layers: dense_layers(&settings, layers)?,
         end_tokens: end_tokens(&root, &settings)?,
     }
     .validate()
+}
+
+/// The sliding window, where the family has one and it is switched on.
+fn window(settings: &Settings<'_>, family: Family) -> Result<Option<usize>, ModelError> {
+    let key = "sliding_window";
+    let window = settings.size(key)?;
+    Ok(match family {
+        Family::Llama | Family::Olmo2 => None,
+        Family::Gemma2 | Family::Gemma3 if !settings.says(key) => Some(4096),
+        Family::Qwen2 | Family::Qwen3 | Family::Qwen3Moe => {
+            let used = settings.flag("use_sliding_window")?.unwrap_or(false);
+            window.filter(|_| used)
+        }
+        _ => window,
+    })
 }
 
 /// Refuses non-linearities that the family is not computed with.
@@ -212,12 +251,15 @@ fn dense_layers(settings: &Settings<'_>, layers: usize) -> Result<Vec<usize>, Mo
 }
 
 fn end_tokens(root: &Settings<'_>, settings: &Settings<'_>) -> Result<Vec<u32>, ModelError> {
+    // A negative id stands for none.
     let read = |value: &Value| -> Option<Vec<u32>> {
-        let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
-        match value {
-            Value::Array(ids) => ids.iter().map(id).collect(),
-            single => Some(vec![id(single)?]),
-        }
+        let ids = match value {
+            Value::Array(ids) => ids.as_slice(),
+            single => std::slice::from_ref(single),
+        };
+        let ids: Option<Vec<i64>> = ids.iter().map(Value::as_i64).collect();
+        let ids = ids?.into_iter().filter(|&id| id >= 0);
+        ids.map(|id| u32::try_from(id).ok()).collect()
     };
     let key = "eos_token_id";
     let own = root.optional(key, "a token id or a list of them", read)?;
@@ -246,7 +288,8 @@ fn ropes(
         let sliding = one(by_type.get("sliding_attention"), None)?;
         return Ok((full, sliding));
     }
-    let theta = settings.number("rope_theta")?;
+    let default_theta = (family == Family::Gemma3).then_some(1e6);
+    let theta = settings.number("rope_theta")?.or(default_theta);
     let full = one(parameters.or_else(|| settings.get("rope_scaling")), theta)?;
     let sliding = if family == Family::Gemma3 {
         let local = settings.number("rope_local_base_freq")?.unwrap_or(10_000.0);
@@ -320,19 +363,14 @@ fn rope(
     })
 }
 
-/// LongRoPE's factors: the long ones where the context is longer than the original.
+/// LongRoPE's two lists of factors.
 fn longrope(
     own: &Settings<'_>,
     original: usize,
     context: usize,
 ) -> Result<RopeScaling, ModelError> {
-    let key = if context > original {
-        "long_factor"
-    } else {
-        "short_factor"
-    };
-    let factors = own
-        .optional(key, "a list of numbers", |value| {
+    let factors = |key: &str| {
+        own.optional(key, "a list of numbers", |value| {
             value
                 .as_array()?
                 .iter()
@@ -341,13 +379,124 @@ fn longrope(
         })?
         .ok_or_else(|| ModelError::MissingSetting {
             key: key.to_owned(),
-        })?;
+        })
+    };
     let ratio = context as f32 / original as f32;
     let derived = if ratio <= 1.0 {
         1.0
     } else {
         (1.0 + ratio.ln() / (original as f32).ln()).sqrt()
     };
-    let magnitude = own.number("attention_factor")?.unwrap_or(derived);
-    Ok(RopeScaling::Factors { factors, magnitude })
+    Ok(RopeScaling::Long {
+        short: factors("short_factor")?,
+        long: factors("long_factor")?,
+        original_context: original,
+        magnitude: own.number("attention_factor")?.unwrap_or(derived),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn llama() -> Value {
+        json!({
+            "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64,
+            "num_attention_heads": 4, "max_position_embeddings": 512,
+            "intermediate_size": 128, "vocab_size": 100,
+        })
+    }
+
+    fn with(mut config: Value, changes: Value) -> Value {
+        for (key, value) in changes.as_object().cloned().unwrap_or_default() {
+            config[key] = value;
+        }
+        config
+    }
+
+    #[test]
+    fn gemma3_with_vision_gets_what_its_configuration_leaves_out() {
+        let config = read(&json!({
+            "model_type": "gemma3",
+            "eos_token_id": [1, 106],
+            "text_config": {
+                "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240,
+                "num_hidden_layers": 34, "sliding_window": 1024,
+                "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            },
+        }))
+        .unwrap();
+        let HeadShape {
+            q_heads,
+            kv_heads,
+            head_dim,
+        } = config.heads;
+        assert_eq!((q_heads, kv_heads, head_dim), (8, 4, 256));
+        assert_eq!(config.attention_scale, 1.0 / 16.0);
+        assert_eq!((config.context, config.vocabulary), (131_072, 262_208));
+        assert_eq!((config.rope.theta, config.sliding_rope.theta), (1e6, 1e4));
+        assert_eq!(config.rope.scaling, RopeScaling::Linear { factor: 8.0 });
+        assert_eq!(config.sliding_rope.scaling, RopeScaling::None);
+        assert_eq!(config.layer_window(4), Some(1024));
+        assert_eq!(config.layer_window(5), None);
+        assert_eq!(config.end_tokens, [1, 106]);
+    }
+
+    #[test]
+    fn a_window_counts_only_where_the_family_has_one_and_it_is_on() {
+        let window = |changes| read(&with(llama(), changes)).unwrap().window;
+        assert_eq!(window(json!({"sliding_window": 16})), None);
+        assert_eq!(
+            window(json!({"model_type": "mistral", "sliding_window": 16})),
+            Some(16)
+        );
+        let qwen = json!({"model_type": "qwen2", "sliding_window": 16});
+        assert_eq!(window(qwen.clone()), None);
+        assert_eq!(
+            window(with(qwen, json!({"use_sliding_window": true}))),
+            Some(16)
+        );
+    }
+
+    #[test]
+    fn yarn_extends_the_context() {
+        let rope = json!({
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512,
+        });
+        let config = read(&with(llama(), json!({"rope_scaling": rope}))).unwrap();
+        assert_eq!(config.context, 2048);
+    }
+
+    #[test]
+    fn what_cannot_be_run_is_refused_by_its_key() {
+        for (changes, key) in [
+            (json!({"num_hidden_layers": null}), "num_hidden_layers"),
+            (json!({"hidden_size": "64"}), "hidden_size"),
+            (json!({"vocab_size": 0}), "vocabulary size"),
+            (json!({"num_key_value_heads": 3}), "attention heads"),
+            (json!({"rms_norm_eps": -1.0}), "norm epsilon"),
+            (
+                json!({"use_bidirectional_attention": true}),
+                "use_bidirectional_attention",
+            ),
+            (json!({"layer_types": ["full_attention"]}), "layer types"),
+            (json!({"rope_theta": 0.0}), "RoPE base"),
+        ] {
+            let error = read(&with(llama(), changes)).unwrap_err().to_string();
+            assert!(error.contains(key), "{key}: {error}");
+        }
+    }
+
+    #[test]
+    fn end_tokens_may_be_one_many_or_none() {
+        let ends = |id: Value| {
+            let config = with(llama(), json!({"eos_token_id": id}));
+            read(&config).unwrap().end_tokens
+        };
+        assert_eq!(ends(json!(2)), [2]);
+        assert_eq!(ends(json!([2, 5])), [2, 5]);
+        assert_eq!(ends(json!(null)), [0u32; 0]);
+        assert_eq!(ends(json!(-1)), [0u32; 0]);
+    }
 }

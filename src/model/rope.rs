@@ -50,11 +50,23 @@ pub enum RopeScaling {
         /// Factor on cosine and sine; derived from `factor` if `None`.
         attention_factor: Option<f32>,
     },
-    /// Each frequency is divided by its own factor: LongRoPE (Ding et al., 2024),
-    /// and the `rope_freqs` tensor of GGUF files.
+    /// Each frequency is divided by its own factor: the `rope_freqs` tensor of GGUF
+    /// files.
     Factors {
         /// One a rotated pair.
         factors: Vec<f32>,
+    },
+    /// Ding et al., *LongRoPE*, 2024: each frequency is divided by its own factor, of
+    /// one list or the other. Which one depends on the longest sequence that the
+    /// engine accepts, as in llama.cpp; the same for all sequences, since cached keys
+    /// are rotated already.
+    Long {
+        /// For contexts up to the original one; one a rotated pair.
+        short: Vec<f32>,
+        /// For longer contexts.
+        long: Vec<f32>,
+        /// Context that the model was trained on.
+        original_context: usize,
         /// Factor on cosine and sine.
         magnitude: f32,
     },
@@ -118,19 +130,51 @@ impl RopeConfig {
                 positive("beta_slow", *beta_slow)?;
                 positive("attention factor", attention_factor.unwrap_or(1.0))
             }
-            RopeScaling::Factors { factors, magnitude } => {
+            RopeScaling::Factors { factors } => self.check_factors(factors),
+            RopeScaling::Long {
+                short,
+                long,
+                magnitude,
+                ..
+            } => {
                 positive("attention factor", *magnitude)?;
-                if factors.len() != self.rotary_dim / 2 {
-                    return Err(ModelError::setting(
-                        "RoPE factors",
-                        format!("{} numbers", factors.len()),
-                        format!("{} numbers, one a rotated pair", self.rotary_dim / 2),
-                    ));
-                }
-                factors
-                    .iter()
-                    .try_for_each(|&factor| positive("factors", factor))
+                self.check_factors(short)?;
+                self.check_factors(long)
             }
+        }
+    }
+
+    fn check_factors(&self, factors: &[f32]) -> Result<(), ModelError> {
+        let pairs = self.rotary_dim / 2;
+        if factors.len() != pairs {
+            return Err(ModelError::setting(
+                "RoPE factors",
+                format!("{} numbers", factors.len()),
+                format!("{pairs} numbers, one a rotated pair"),
+            ));
+        }
+        match factors
+            .iter()
+            .find(|factor| !(factor.is_finite() && **factor > 0.0))
+        {
+            Some(factor) => Err(ModelError::setting(
+                "RoPE factors",
+                factor,
+                "positive numbers",
+            )),
+            None => Ok(()),
+        }
+    }
+
+    /// The context that the scaling extends `trained` to.
+    pub(super) fn extended_context(&self, trained: usize) -> usize {
+        match self.scaling {
+            RopeScaling::Yarn {
+                factor,
+                original_context,
+                ..
+            } => trained.max((original_context * factor) as usize),
+            _ => trained,
         }
     }
 
@@ -185,14 +229,20 @@ impl RopeConfig {
                 };
                 (frequencies, attention_factor.unwrap_or(derived))
             }
-            RopeScaling::Factors { factors, magnitude } => (
-                plain
-                    .iter()
-                    .zip(factors)
-                    .map(|(frequency, factor)| frequency / factor)
-                    .collect(),
-                *magnitude,
-            ),
+            RopeScaling::Factors { factors } => (divide(&plain, factors), 1.0),
+            RopeScaling::Long {
+                short,
+                long,
+                original_context,
+                magnitude,
+            } => {
+                let factors = if max_positions > *original_context {
+                    long
+                } else {
+                    short
+                };
+                (divide(&plain, factors), *magnitude)
+            }
         };
         RopeSpec {
             inverse_frequencies,
@@ -222,6 +272,13 @@ impl RopeConfig {
             })
             .collect()
     }
+}
+
+fn divide(frequencies: &[f32], factors: &[f32]) -> Vec<f32> {
+    let pairs = frequencies.iter().zip(factors);
+    pairs
+        .map(|(frequency, factor)| frequency / factor)
+        .collect()
 }
 
 #[cfg(test)]
@@ -271,20 +328,24 @@ mod tests {
     }
 
     #[test]
-    fn factors_divide_each_frequency_by_its_own() {
-        let scaling = RopeScaling::Factors {
-            factors: vec![1.0, 2.0, 4.0, 8.0],
+    fn longrope_takes_the_factors_of_the_context_in_use() {
+        let config = rope(RopeScaling::Long {
+            short: vec![1.0, 2.0, 4.0, 8.0],
+            long: vec![2.0, 4.0, 8.0, 16.0],
+            original_context: 100,
             magnitude: 1.5,
-        };
-        let spec = rope(scaling).spec(100);
-        for (found, expected) in spec
-            .inverse_frequencies
-            .iter()
-            .zip([1.0, 0.05, 0.0025, 0.000_125])
-        {
-            assert!((found / expected - 1.0f32).abs() < 1e-5);
+        });
+        for (context, scale) in [(100, 1.0), (101, 2.0)] {
+            let spec = config.spec(context);
+            for (found, expected) in spec
+                .inverse_frequencies
+                .iter()
+                .zip([1.0, 0.05, 0.0025, 0.000_125])
+            {
+                assert!((found * scale / expected - 1.0f32).abs() < 1e-5);
+            }
+            assert_eq!(spec.magnitude, 1.5);
         }
-        assert_eq!(spec.magnitude, 1.5);
     }
 
     #[test]
@@ -321,10 +382,7 @@ mod tests {
                 .to_string()
                 .contains("RoPE dimension")
         );
-        let few = rope(RopeScaling::Factors {
-            factors: vec![1.0],
-            magnitude: 1.0,
-        });
+        let few = rope(RopeScaling::Factors { factors: vec![1.0] });
         assert!(
             few.validate(8)
                 .unwrap_err()

@@ -193,12 +193,14 @@ impl ModelSource {
     pub(super) fn qkv(&self, layer: usize) -> Result<LinearSpec<'_>, ModelError> {
         let heads = self.config.heads;
         let (q, kv) = (heads.q_columns(), heads.kv_heads * heads.head_dim);
-        if self.has(layer, Part::FusedQkv) {
+        // Fused rows would have to be taken apart to undo an interleaving.
+        let interleaved = self.naming == Naming::Gguf && self.config.family.gguf_interleaves_rope();
+        if !interleaved && self.has(layer, Part::FusedQkv) {
             return self.linear(layer, &[(Part::FusedQkv, q + 2 * kv)], self.config.hidden);
         }
         let parts = [(Part::Query, q), (Part::Key, kv), (Part::Value, kv)];
         let mut spec = self.linear(layer, &parts, self.config.hidden)?;
-        if self.naming == Naming::Gguf && self.config.family.gguf_interleaves_rope() {
+        if interleaved {
             let order = RowOrder::RopeInterleaved {
                 head_dim: heads.head_dim,
             };

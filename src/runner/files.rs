@@ -113,10 +113,7 @@ impl ModelFiles {
     ) -> Result<(DeviceInfo, MemoryPlan), LoadError> {
         let parameters = self.source.parameters();
         let cpu = cpu.clone().for_weights(parameters.is_quantised());
-        let device = CpuDevice::new(&CpuOptions {
-            threads: Some(1),
-            ..cpu
-        })?;
+        let device = CpuDevice::new(&cpu)?;
         let shape = cache_shape(self.source.config(), config, &device)?;
         Ok((
             device.info(),

@@ -41,6 +41,13 @@ pub(super) fn cache_shape<D: Device>(
     config: &EngineConfig,
     device: &D,
 ) -> Result<CacheShape, LoadError> {
+    if config.block_tokens == 0 || config.block_tokens > 1 << 16 {
+        return Err(LoadError::Config {
+            name: "block_tokens",
+            value: config.block_tokens.to_string(),
+            expected: format!("from 1 to {}", 1 << 16),
+        });
+    }
     let block = CacheShape {
         layers: model.layers,
         kv_heads: model.heads.kv_heads,

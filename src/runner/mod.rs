@@ -22,7 +22,7 @@ use crate::schedule::{Sequences, StepPlan};
 
 /// Carries out steps, in the order in which they are launched.
 pub trait Runner {
-    /// Steps that may be in flight at the same time; at least 1.
+    /// Steps that may be in flight at the same time: 1 or 2.
     fn depth(&self) -> usize;
 
     /// Enqueues a step. An error means that nothing of it is in flight.

@@ -80,13 +80,17 @@ struct LogProbs {
 impl LogProbs {
     fn of(logits: &[f32], count: usize) -> Self {
         let max = logits[argmax(logits)];
+        // NaN counts as impossible here as it does when a token is chosen.
         let sum: f64 = logits
             .iter()
             .map(|&logit| f64::from((logit - max).exp()))
+            .filter(|weight| !weight.is_nan())
             .sum();
         let log_sum = max + sum.ln() as f32;
-        let count = count.min(logits.len());
-        let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+        let mut order: Vec<u32> = (0..logits.len() as u32)
+            .filter(|&id| !logits[id as usize].is_nan())
+            .collect();
+        let count = count.min(order.len());
         let descending = |&a: &u32, &b: &u32| {
             logits[b as usize]
                 .total_cmp(&logits[a as usize])
@@ -154,7 +158,7 @@ fn draw(logits: &mut [f32], best: usize, row: &SampleRow) -> usize {
     let params = &*row.params;
     let inverse = 1.0 / params.temperature;
     let max = logits[best];
-    // (l − max) / T is at most 0: neither infinite nor NaN for any temperature.
+    // At most 0; NaN (0 · ∞ at the smallest temperatures) never wins over `best`.
     let scaled = |logit: f32| (logit - max) * inverse;
     let noise = |token: usize| gumbel(params.seed, row.position, token as u32);
 

@@ -296,7 +296,7 @@ impl Scheduler {
     /// A sequence starts only when all its known tokens fit.
     fn admit(&mut self, plan: &mut StepPlan, budget: &mut usize, samples: &mut usize) {
         let mut index = 0;
-        while *budget > 0 && self.running.len() < self.policy.max_sequences {
+        while *budget > 0 {
             let Some(&key) = self.waiting.keys().get(index) else {
                 break;
             };
@@ -309,6 +309,14 @@ impl Scheduler {
                 continue;
             }
             let tokens = sequence.tokens.len();
+            if self.running.len() >= self.policy.max_sequences {
+                // A paused sequence holds a place that others could use.
+                match self.paused_victim(plan) {
+                    Some(paused) => self.preempt(paused),
+                    None => break,
+                }
+                continue;
+            }
             if !self.room_to_admit(key, tokens, plan) {
                 break;
             }
@@ -340,18 +348,21 @@ impl Scheduler {
             if needed <= self.cache.free_blocks() + self.cache.deferred_blocks() {
                 return false;
             }
-            let paused = self.running.keys().iter().rev().copied().find(|other| {
-                self.sequences.get(*other).is_some_and(|sequence| {
-                    sequence.paused
-                        && !sequence.table.is_empty()
-                        && !plan.items.iter().any(|item| item.key == *other)
-                })
-            });
-            match paused {
-                Some(other) => self.preempt(other),
+            match self.paused_victim(plan) {
+                Some(paused) => self.preempt(paused),
                 None => return false,
             }
         }
+    }
+
+    /// The latest running sequence that is paused and not in the plan.
+    fn paused_victim(&self, plan: &StepPlan) -> Option<SequenceKey> {
+        let paused = |key: &SequenceKey| self.sequences.get(*key).is_some_and(|s| s.paused);
+        let planned = |key: &SequenceKey| plan.items.iter().any(|item| item.key == *key);
+        let latest_first = self.running.keys().iter().rev().copied();
+        latest_first
+            .into_iter()
+            .find(|key| paused(key) && !planned(key))
     }
 
     /// Takes the sample of one plan item.

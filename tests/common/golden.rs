@@ -1,6 +1,10 @@
 //! Compares an engine with reference outputs, by the rule of ARCHITECTURE.md.
 
+#![allow(dead_code)] // each test file uses its part
+
 use quell::{Engine, Request, SamplingParams, TokenStream};
+use serde_json::Value;
+use std::path::PathBuf;
 
 /// One step of a reference: the likeliest tokens with their log-probabilities.
 pub struct Step {
@@ -22,6 +26,48 @@ pub struct Tolerance {
     pub max: f32,
     /// The greedy token may differ where the reference's margin is below this.
     pub margin: f32,
+}
+
+/// A tiny checkpoint's folder.
+pub fn tiny(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures/golden/tiny")
+        .join(name)
+}
+
+/// The reference for a tiny checkpoint.
+pub fn tiny_cases(name: &str) -> Vec<Case> {
+    let text = std::fs::read_to_string(tiny(name).join("golden.json")).unwrap();
+    let golden: Value = serde_json::from_str(&text).unwrap();
+    let ids = |value: &Value| -> Vec<u32> {
+        value
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|id| id.as_u64().unwrap() as u32)
+            .collect()
+    };
+    let step = |step: &Value| {
+        let logprobs = step["top_logprobs"].as_array().unwrap().iter();
+        let logprobs = logprobs.map(|value| value.as_f64().unwrap() as f32);
+        let top: Vec<(u32, f32)> = ids(&step["top_ids"]).into_iter().zip(logprobs).collect();
+        Step {
+            token: step["token"].as_u64().unwrap() as u32,
+            margin: top[0].1 - top[1].1,
+            top,
+        }
+    };
+    let case = |case: &Value| Case {
+        name: name.to_owned(),
+        prompt: ids(&case["prompt_ids"]),
+        steps: case["steps"].as_array().unwrap().iter().map(step).collect(),
+    };
+    golden["cases"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(case)
+        .collect()
 }
 
 fn request(prompt: Vec<u32>, tokens: usize, logprobs: Option<u32>) -> Request {

@@ -7,7 +7,7 @@
 use quell::device::DeviceError;
 use quell::runner::{Runner, RunnerInfo};
 use quell::sampling::Sampled;
-use quell::schedule::{Sequences, StepPlan, TokenInput};
+use quell::schedule::{SequenceKey, Sequences, StepPlan, TokenInput};
 use quell::{Engine, EngineConfig, LoadError};
 use std::collections::VecDeque;
 use std::sync::mpsc;
@@ -55,6 +55,7 @@ impl Default for SimOptions {
 }
 
 struct Item {
+    key: SequenceKey,
     tokens: Vec<u32>,
     feedback: Option<usize>,
     /// Slots of the tokens of this step.
@@ -97,7 +98,7 @@ impl Runner for SimRunner {
         if self.fault(plan.step.as_u64()) == Some(Fault::Launch) {
             return Err(failure("launch"));
         }
-        let items = plan
+        let items: Vec<Item> = plan
             .items
             .iter()
             .map(|item| {
@@ -114,6 +115,7 @@ impl Runner for SimRunner {
                     TokenInput::Feedback { sample } => (vec![0], Some(sample)),
                 };
                 Item {
+                    key: item.key,
                     tokens,
                     feedback,
                     written: slots[item.start..].to_vec(),
@@ -122,6 +124,19 @@ impl Runner for SimRunner {
                 }
             })
             .collect();
+        // I4: nobody writes where a step in flight of another sequence reads.
+        for (step, earlier) in &self.in_flight {
+            for (new, old) in items
+                .iter()
+                .flat_map(|new| earlier.iter().map(move |old| (new, old)))
+            {
+                let shared = new.written.iter().find(|slot| old.read.contains(slot));
+                assert!(
+                    new.key == old.key || shared.is_none(),
+                    "slot {shared:?} is handed out again while step {step} is in flight"
+                );
+            }
+        }
         self.in_flight.push_back((plan.step.as_u64(), items));
         Ok(())
     }

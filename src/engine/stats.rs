@@ -1,0 +1,58 @@
+//! The state of an engine at one moment, as the scheduler thread reports it.
+
+use crate::cache::Books;
+use crate::id::StepId;
+
+/// How many requests were accepted, and how they ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Outcomes {
+    /// Requests accepted by the scheduler thread.
+    pub accepted: u64,
+    /// Ended at a stop token or stop string.
+    pub stopped: u64,
+    /// Ended at a length limit.
+    pub length: u64,
+    /// Cancelled.
+    pub cancelled: u64,
+    /// Failed.
+    pub failed: u64,
+}
+
+/// The state of an engine at one moment, read off its books.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EngineStats {
+    /// Use of the key-value cache.
+    pub blocks: Books,
+    /// Tokens a block.
+    pub block_tokens: usize,
+    /// Requests that hold blocks and are computed.
+    pub running: usize,
+    /// Requests that wait for blocks.
+    pub waiting: usize,
+    /// Of both, those whose reader is too slow.
+    pub paused: usize,
+    /// Requests without a terminal.
+    pub open: usize,
+    /// Ended requests whose blocks a step in flight may still touch.
+    pub closing: usize,
+    /// Preemptions since the start.
+    pub preemptions: u64,
+    /// How requests ended since the start.
+    pub outcomes: Outcomes,
+    /// Prompt tokens accepted since the start.
+    pub prompt_tokens: u64,
+    /// Tokens generated since the start.
+    pub tokens_generated: u64,
+    /// The last completed step.
+    pub steps: StepId,
+}
+
+impl EngineStats {
+    /// Nothing open, nothing held: invariant I12.
+    pub fn is_idle(&self) -> bool {
+        self.open == 0
+            && self.closing == 0
+            && self.running + self.waiting == 0
+            && self.blocks.free == self.blocks.total
+    }
+}
