@@ -1,0 +1,39 @@
+//! How much memory a loaded model takes. Linux only: the kernel keeps the peak.
+#![cfg(target_os = "linux")]
+
+#[path = "common/model.rs"]
+mod model;
+
+use quell::{Engine, EngineConfig, LoadOptions, Request};
+
+const KV_CACHE: usize = 64 << 20;
+
+/// The most memory that this process has had resident, in bytes.
+fn peak_resident() -> usize {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"));
+    let kib = line.unwrap().split_whitespace().nth(1).unwrap();
+    kib.parse::<usize>().unwrap() << 10
+}
+
+// The only test of this file: another one would be in the same process.
+#[test]
+fn a_model_takes_less_than_sixteen_tenths_of_its_file_and_the_cache_asked_for() {
+    let path = model::smollm2();
+    let file = std::fs::metadata(&path).unwrap().len() as usize;
+    let config = EngineConfig {
+        kv_cache_bytes: KV_CACHE,
+        ..EngineConfig::default()
+    };
+    let engine = Engine::load(&path, config, LoadOptions::default()).unwrap();
+    let request = Request::new("Once upon a time").greedy().max_tokens(100);
+    engine
+        .generate(request)
+        .unwrap()
+        .complete_blocking()
+        .unwrap();
+    let peak = peak_resident();
+    assert!(peak > file, "{peak} bytes cannot hold the weights");
+    let limit = file * 16 / 10 + KV_CACHE;
+    assert!(peak < limit, "{peak} bytes resident, {limit} allowed");
+}
