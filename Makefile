@@ -21,7 +21,7 @@ test: model
 lint:
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
-	# Without the tests, whose dependencies switch features on that the product needs itself.
+	@# Without the tests, whose dependencies switch features on that the product needs itself.
 	$(CARGO) clippy --locked -- -D warnings
 	$(CARGO) clippy --locked --no-default-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps

@@ -28,6 +28,11 @@ pub(crate) enum Command {
 pub(crate) struct Submission {
     pub id: SessionId,
     pub spec: SequenceSpec,
+    pub account: AccountSpec,
+}
+
+/// The scheduler thread's side of a new session.
+pub(crate) struct AccountSpec {
     pub cell: Arc<SessionCell>,
     pub events: EventSender,
     pub permit: Permit,

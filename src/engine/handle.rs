@@ -1,6 +1,6 @@
 //! [`Engine`]: the handle that callers clone, submit through, and load with.
 
-use super::command::{Command, Submission};
+use super::command::{AccountSpec, Command, Submission};
 use super::event::{SessionCell, channel};
 use super::permit::Permit;
 use super::stream::{StreamParts, TextState};
@@ -302,13 +302,12 @@ impl Engine {
             stop_tokens: Arc::clone(&spec.stop_tokens),
             buffer: self.shared.config.stream_buffer,
         });
-        let submission = Submission {
-            id,
-            spec,
+        let account = AccountSpec {
             cell,
             events,
             permit,
         };
+        let submission = Submission { id, spec, account };
         self.post(Command::Submit(Box::new(submission)))?;
         Ok(stream)
     }

@@ -4,7 +4,7 @@
 //! After the terminal it is *closing* until its blocks are free; then the caller
 //! gets the receipt. There is one door out, [`Ledger::close`], whatever the reason.
 
-use super::command::Submission;
+use super::command::AccountSpec;
 use super::event::{Event, EventSender, Receipt, SessionCell, Terminal, Token};
 use super::permit::Permit;
 use super::stats::Outcomes;
@@ -79,27 +79,23 @@ impl Ledger {
     }
 
     /// Opens the account of an accepted request.
-    pub fn open(&mut self, key: SequenceKey, submission: Submission) {
-        let Submission {
-            id,
+    pub fn open(&mut self, key: SequenceKey, id: SessionId, spec: AccountSpec) {
+        let AccountSpec {
             cell,
             events,
             permit,
-            ..
-        } = submission;
+        } = spec;
         self.outcomes.accepted += 1;
         self.by_id.insert(id, key);
-        self.open.insert(
+        let account = Account {
+            id,
             key,
-            Account {
-                id,
-                key,
-                cell,
-                events,
-                permit,
-                token: None,
-            },
-        );
+            cell,
+            events,
+            permit,
+            token: None,
+        };
+        self.open.insert(key, account);
     }
 
     /// Books a token; it is sent by the flush, or with the terminal.

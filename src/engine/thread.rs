@@ -37,12 +37,6 @@ pub(super) struct SchedulerThread {
     pause: Vec<SequenceKey>,
 }
 
-/// Why the loop ended without a fault.
-enum Exit {
-    /// `Shutdown` was posted, or nobody is left to post anything.
-    Done,
-}
-
 impl SchedulerThread {
     pub fn new(
         commands: Receiver<Command>,
@@ -74,7 +68,7 @@ impl SchedulerThread {
     pub fn run(mut self, fault: &Arc<OnceLock<EngineFault>>) {
         let outcome = catch_unwind(AssertUnwindSafe(|| self.serve()));
         let cause = match outcome {
-            Ok(Ok(Exit::Done)) => EngineFault::Shutdown,
+            Ok(Ok(())) => EngineFault::Shutdown,
             Ok(Err(cause)) => cause,
             Err(panic) => EngineFault::Panic(panic_message(&*panic)),
         };
@@ -95,11 +89,12 @@ impl SchedulerThread {
         // queue; a dropped submission wakes its reader.
     }
 
-    /// The loop, in full.
-    fn serve(&mut self) -> Result<Exit, EngineFault> {
+    /// The loop, in full. Ends without a fault after a shutdown, or when nobody is
+    /// left who could post a command.
+    fn serve(&mut self) -> Result<(), EngineFault> {
         loop {
             if self.drain_commands() {
-                return Ok(Exit::Done);
+                return Ok(());
             }
             self.applied = false;
             let plan = if self.closing {
@@ -120,7 +115,7 @@ impl SchedulerThread {
             // was collected: then plan once more before sleeping.
             self.idle = !planned && !due && !self.applied;
             if self.closing && self.idle {
-                return Ok(Exit::Done);
+                return Ok(());
             }
         }
     }
@@ -188,9 +183,10 @@ impl SchedulerThread {
     }
 
     fn submit(&mut self, submission: Submission) {
-        self.prompt_tokens += submission.spec.prompt.len() as u64;
-        let key = self.scheduler.add(submission.id, submission.spec.clone());
-        self.ledger.open(key, submission);
+        let Submission { id, spec, account } = submission;
+        self.prompt_tokens += spec.prompt.len() as u64;
+        let key = self.scheduler.add(id, spec);
+        self.ledger.open(key, id, account);
         // Cancelled on the way here: it never runs (I5).
         self.apply_cancel(key);
         if self.closing {
