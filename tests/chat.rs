@@ -2,30 +2,23 @@
 
 #![cfg(all(unix, feature = "cli"))]
 
+#[path = "common/model.rs"]
+mod model;
+
 use rexpect::process::WaitStatus;
 use rexpect::session::{PtySession, spawn_command};
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 /// How long the terminal may take to show what is expected, in milliseconds.
 const PATIENCE: u64 = 120_000;
 
-fn model() -> PathBuf {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/SmolLM2-135M-Instruct.Q4_1.gguf");
-    assert!(
-        path.is_file(),
-        "{} is missing; `make test` fetches it",
-        path.display()
-    );
-    path
-}
-
 fn chat(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_quell"));
     command
         .args(["chat", "--temperature", "0", "--model"])
-        .arg(model())
+        .arg(model::smollm2())
         .args(arguments);
     command
         .env("NO_COLOR", "1")

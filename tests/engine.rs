@@ -21,13 +21,18 @@ fn prompt(index: usize, length: usize) -> Vec<u32> {
         .collect()
 }
 
+fn ids(generation: &quell::Generation) -> Vec<u32> {
+    let tokens = generation.tokens.iter();
+    tokens.map(|token| token.id).collect()
+}
+
 fn token_ids(engine: &Engine, prompt: Vec<u32>, tokens: usize) -> Vec<u32> {
     let generation = engine
         .generate(request(prompt, tokens))
         .unwrap()
         .complete_blocking()
         .unwrap();
-    generation.tokens.iter().map(|token| token.id).collect()
+    ids(&generation)
 }
 
 /// Waits, by asking the scheduler thread, until nothing is open.
@@ -85,7 +90,7 @@ fn many_requests_in_a_quarter_of_the_cache_they_need_give_the_tokens_of_each_alo
             .collect();
         for (index, (stream, &(p, n))) in streams.into_iter().zip(&lengths).enumerate() {
             let generation = stream.complete_blocking().unwrap();
-            let tokens: Vec<u32> = generation.tokens.iter().map(|token| token.id).collect();
+            let tokens = ids(&generation);
             assert_eq!(
                 tokens,
                 expected(&prompt(index, p), n),
@@ -117,7 +122,7 @@ fn one_sequence_as_long_as_the_whole_cache_finishes() {
         for (index, stream) in streams.into_iter().enumerate() {
             let generation = stream.complete_blocking().unwrap();
             assert_eq!(generation.finish.outcome, Outcome::Length);
-            let tokens: Vec<u32> = generation.tokens.iter().map(|token| token.id).collect();
+            let tokens = ids(&generation);
             assert_eq!(tokens, expected(&prompt(index, 10), 22));
         }
         idle(&engine);
@@ -163,7 +168,7 @@ fn paused_requests_give_their_places_to_those_who_read() {
     );
     for (index, stream) in slow.into_iter().enumerate() {
         let generation = stream.complete_blocking().unwrap();
-        let tokens: Vec<u32> = generation.tokens.iter().map(|token| token.id).collect();
+        let tokens = ids(&generation);
         assert_eq!(tokens, expected(&prompt(index, 6), 40));
     }
     idle(&engine);
@@ -280,7 +285,7 @@ fn dropping_half_of_the_streams_frees_every_block_and_leaves_the_others_their_to
                         drop(stream);
                     } else {
                         let generation = stream.complete_blocking().unwrap();
-                        let tokens: Vec<u32> = generation.tokens.iter().map(|t| t.id).collect();
+                        let tokens = ids(&generation);
                         assert_eq!(tokens, expected(&prompt(index, p), n));
                     }
                 })
@@ -405,7 +410,7 @@ fn a_slow_reader_is_paused_and_stops_nobody() {
         let stats = engine.stats().unwrap();
         assert_eq!(stats.paused, 1);
         let generation = slow.complete_blocking().unwrap();
-        let tokens: Vec<u32> = generation.tokens.iter().map(|token| token.id).collect();
+        let tokens = ids(&generation);
         assert_eq!(tokens, expected(&prompt(1, 9), 100), "depth {depth}");
         idle(&engine);
     }
@@ -433,7 +438,7 @@ fn paused_requests_give_their_blocks_to_those_who_read() {
     );
     for (index, stream) in slow.into_iter().enumerate() {
         let generation = stream.complete_blocking().unwrap();
-        let tokens: Vec<u32> = generation.tokens.iter().map(|token| token.id).collect();
+        let tokens = ids(&generation);
         assert_eq!(tokens, expected(&prompt(index, 14), 40));
     }
     idle(&engine);
@@ -702,7 +707,7 @@ fn stop_tokens_end_the_answer_and_are_its_last_token() {
         .complete_blocking()
         .unwrap();
     assert_eq!(generation.finish.outcome, Outcome::Stop);
-    let tokens: Vec<u32> = generation.tokens.iter().map(|token| token.id).collect();
+    let tokens = ids(&generation);
     assert_eq!(tokens, all[..=end]);
 }
 

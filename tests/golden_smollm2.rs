@@ -6,7 +6,7 @@ mod golden;
 #[path = "common/model.rs"]
 mod model;
 
-use golden::{Case, Step, Tolerance};
+use golden::{Case, Step, Tolerance, ids};
 use quell::{Activations, CpuOptions, Engine, EngineConfig, LoadOptions, Message, Prompt};
 use serde_json::Value;
 use std::path::Path;
@@ -45,15 +45,6 @@ fn case(value: &Value) -> Case {
             .map(step)
             .collect(),
     }
-}
-
-fn ids(value: &Value) -> Vec<u32> {
-    value
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|id| id.as_u64().unwrap() as u32)
-        .collect()
 }
 
 fn engine(activations: Activations) -> Engine {

@@ -1,10 +1,13 @@
 //! The tokenizer and chat template of SmolLM2 as its GGUF file describes them,
 //! against llama.cpp's token ids and transformers' prompts.
 
+#[path = "common/model.rs"]
+mod model;
+
 use quell::text::{EncodeOptions, GgufVocabulary, Message, RenderOptions, Tokenizer};
 use quell::weights::Gguf;
 use serde_json::Value;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 const PARSE: EncodeOptions = EncodeOptions {
     add_special: false,
@@ -16,14 +19,7 @@ const PLAIN: EncodeOptions = EncodeOptions {
 };
 
 fn tokenizer() -> Tokenizer {
-    let path = std::env::var_os("QUELL_TEST_MODEL")
-        .map(PathBuf::from)
-        .unwrap_or_else(|| root().join("models/SmolLM2-135M-Instruct.Q4_1.gguf"));
-    assert!(
-        path.exists(),
-        "{} is missing: `make test` fetches it",
-        path.display()
-    );
+    let path = model::smollm2();
     Tokenizer::from_gguf(GgufVocabulary::from_file(&Gguf::open(&path).unwrap()).unwrap()).unwrap()
 }
 

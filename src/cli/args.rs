@@ -148,16 +148,10 @@ pub struct RunArgs {
 }
 
 impl ModelArgs {
-    /// The model's path, downloaded first if it is a name on a hub.
-    pub fn path(&self) -> Result<PathBuf, CliError> {
-        resolve(&self.model)
-    }
-
     /// Loads the model and starts its engine, with a progress bar on a terminal.
     pub fn start(&self) -> Result<Engine, CliError> {
         let config = self.run.config()?;
-        let options = self.run.load_options()?;
-        let path = self.path()?;
+        let path = resolve(&self.model)?;
         let bar = progress::bar(0, "loading");
         let ticks = bar.clone();
         let options = LoadOptions {
@@ -165,7 +159,8 @@ impl ModelArgs {
                 ticks.set_length(total as u64);
                 ticks.set_position(done as u64);
             })),
-            ..options
+            device: self.run.device.0,
+            cpu: self.run.cpu(),
         };
         let engine = Engine::load(path, config, options);
         bar.finish_and_clear();
@@ -218,33 +213,22 @@ impl RunArgs {
             },
         }
     }
-
-    fn load_options(&self) -> Result<LoadOptions, CliError> {
-        Ok(LoadOptions {
-            device: self.device.0,
-            cpu: self.cpu(),
-            progress: None,
-        })
-    }
 }
 
+/// The model's path, downloaded first if it is a name on a hub.
 #[cfg(feature = "hub")]
-fn resolve(model: &str) -> Result<PathBuf, CliError> {
+pub fn resolve(model: &str) -> Result<PathBuf, CliError> {
     Ok(super::hub::resolve(model, progress::on_terminal())?)
 }
 
+/// The model's path; names on a hub are refused.
 #[cfg(not(feature = "hub"))]
-fn resolve(model: &str) -> Result<PathBuf, CliError> {
+pub fn resolve(model: &str) -> Result<PathBuf, CliError> {
     if model.starts_with("hf:") {
         let built = "this quell was built without the feature 'hub'; download the model by hand";
         return Err(CliError::Usage(format!("cannot download {model}: {built}")));
     }
     Ok(PathBuf::from(model))
-}
-
-/// The model at a path that needs no flag.
-pub fn resolve_path(model: &str) -> Result<PathBuf, CliError> {
-    resolve(model)
 }
 
 /// How tokens are chosen.

@@ -1,6 +1,6 @@
 //! `quell inspect`: what a model file holds, and the memory that it needs.
 
-use super::args::{CliError, Format, RunArgs, resolve_path};
+use super::args::{CliError, Format, RunArgs, resolve};
 use super::generate::println_json;
 use clap::Args;
 use quell::model::ModelConfig;
@@ -23,7 +23,7 @@ pub struct InspectArgs {
 
 /// Runs the subcommand.
 pub fn run(args: InspectArgs) -> Result<(), CliError> {
-    let files = ModelFiles::open(&resolve_path(&args.model)?)?;
+    let files = ModelFiles::open(&resolve(&args.model)?)?;
     let (device, plan) = files.plan(&args.run.config()?, &args.run.cpu())?;
     let config = files.source().config();
     let parameters = files.source().parameters();

@@ -1,6 +1,6 @@
 //! `quell tokenize`: turn text into token ids.
 
-use super::args::{CliError, Format, resolve_path};
+use super::args::{CliError, Format, resolve};
 use super::generate::println_json;
 use clap::Args;
 use quell::runner::ModelFiles;
@@ -24,7 +24,7 @@ pub struct TokenizeArgs {
 
 /// Runs the subcommand.
 pub fn run(args: TokenizeArgs) -> Result<(), CliError> {
-    let mut files = ModelFiles::open(&resolve_path(&args.model)?)?;
+    let mut files = ModelFiles::open(&resolve(&args.model)?)?;
     let tokenizer = files
         .take_tokenizer()
         .ok_or_else(|| CliError::NoTokenizer {

@@ -9,6 +9,7 @@ use super::{EngineFault, EngineStats, Session, SubmitError, TokenStream};
 use crate::cache::BlockCache;
 use crate::config::EngineConfig;
 use crate::id::SessionId;
+use crate::runner::limits;
 use crate::runner::{LoadError, LoadOptions, ModelFiles, Runner, RunnerInfo};
 use crate::sampling::SamplingParams;
 use crate::schedule::{Policy, Scheduler, SequenceSpec};
@@ -155,7 +156,7 @@ impl Engine {
         tokenizer: Option<Tokenizer>,
         make_runner: impl FnOnce() -> Result<(Box<dyn Runner>, RunnerInfo), LoadError> + Send + 'static,
     ) -> Result<Self, LoadError> {
-        validate(&config)?;
+        limits::validate(&config)?;
         let (commands, inbox) = unbounded();
         let (ready, started) = bounded(1);
         let fault = Arc::new(OnceLock::new());
@@ -385,28 +386,4 @@ impl Engine {
             stop_tokens: stop_tokens.into(),
         })
     }
-}
-
-fn validate(config: &EngineConfig) -> Result<(), LoadError> {
-    for (name, value, limit) in [
-        ("max_batch_tokens", config.max_batch_tokens, 1 << 20),
-        ("max_sequences", config.max_sequences, 1 << 20),
-        ("max_open_requests", config.max_open_requests, usize::MAX),
-        ("block_tokens", config.block_tokens, 1 << 16),
-        ("max_context", config.max_context.unwrap_or(1), usize::MAX),
-        // Each request has a buffer of this many events from its start.
-        ("stream_buffer", config.stream_buffer, 1 << 16),
-    ] {
-        if value == 0 || value > limit {
-            return Err(LoadError::Config {
-                name,
-                value: value.to_string(),
-                expected: match limit {
-                    usize::MAX => "at least 1".to_owned(),
-                    limit => format!("from 1 to {limit}"),
-                },
-            });
-        }
-    }
-    Ok(())
 }

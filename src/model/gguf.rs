@@ -65,11 +65,6 @@ impl<'a> Settings<'a> {
         }
     }
 
-    fn size_if_single(&self, key: &str) -> Option<usize> {
-        let value = self.file.metadata(&self.key(key))?;
-        usize::try_from(value.as_u64()?).ok()
-    }
-
     fn number(&self, key: &str) -> Result<Option<f32>, ModelError> {
         self.optional(key, "a number", Value::as_f32)
     }
@@ -203,6 +198,12 @@ fn vocabulary(file: &Gguf, settings: &Settings<'_>) -> Result<usize, ModelError>
     settings.required_size("vocab_size")
 }
 
+/// How a file says which layers have a window.
+enum Pattern {
+    List(Vec<bool>),
+    Period(usize),
+}
+
 /// Which layers have a window: every layer but the last of a period, or as listed.
 fn sliding_layers(
     settings: &Settings<'_>,
@@ -211,15 +212,13 @@ fn sliding_layers(
 ) -> Result<Vec<bool>, ModelError> {
     let key = "attention.sliding_window_pattern";
     let expected = "a number or a list of true and false";
-    let listed = settings.optional(key, expected, |value| match value {
-        Value::Array(_) => value.as_bools().map(|list| Some(list.to_vec())),
-        _ => value.as_u64().map(|_| None),
+    let pattern = settings.optional(key, expected, |value| match value {
+        Value::Array(_) => value.as_bools().map(|list| Pattern::List(list.to_vec())),
+        _ => Some(Pattern::Period(usize::try_from(value.as_u64()?).ok()?)),
     })?;
-    if let Some(Some(list)) = listed {
-        return Ok(list);
-    }
-    let period = match (settings.size_if_single(key), family) {
-        (Some(period), _) => period,
+    let period = match (pattern, family) {
+        (Some(Pattern::List(list)), _) => return Ok(list),
+        (Some(Pattern::Period(period)), _) => period,
         (None, Family::Gemma2) => 2,
         (None, Family::Gemma3) => 6,
         (None, Family::Olmo2) => 4,

@@ -19,4 +19,4 @@ pub use decoder::{Decoder, StepLimits};
 pub use error::ModelError;
 pub use family::{Family, NormPlacement, QkNormKind};
 pub use rope::{RopeConfig, RopeScaling};
-pub use tensors::{ModelSource, ParameterCount};
+pub use tensors::ModelSource;

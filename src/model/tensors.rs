@@ -2,8 +2,7 @@
 
 use super::{Family, ModelConfig, ModelError, NormPlacement, gguf, huggingface};
 use crate::device::{LinearSpec, RowOrder, WeightRows};
-use crate::weights::{DType, Gguf, ModelFolder, TensorView, WeightSource, quant};
-use std::collections::BTreeMap;
+use crate::weights::{Gguf, ModelFolder, ParameterCount, TensorView, WeightSource, quant};
 
 /// Who named the tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,32 +36,6 @@ pub(super) enum Part {
     ExpertGate(usize),
     ExpertUp(usize),
     ExpertDown(usize),
-}
-
-/// How many weights a model has, and in which formats.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ParameterCount {
-    /// All weights.
-    pub total: usize,
-    /// Weights by format.
-    pub by_format: BTreeMap<DType, usize>,
-    /// Their bytes in the file.
-    pub bytes: usize,
-}
-
-impl ParameterCount {
-    /// Whether any weights are stored in a block format.
-    pub fn is_quantised(&self) -> bool {
-        self.by_format.keys().any(|format| !format.is_float())
-    }
-
-    /// The format that most weights are stored in.
-    pub fn main_format(&self) -> Option<DType> {
-        self.by_format
-            .iter()
-            .max_by_key(|(_, count)| **count)
-            .map(|(format, _)| *format)
-    }
 }
 
 /// A model's numbers together with its weights.
@@ -133,18 +106,7 @@ impl ModelSource {
 
     /// How many weights the file holds.
     pub fn parameters(&self) -> ParameterCount {
-        let mut count = ParameterCount::default();
-        for tensor in self
-            .weights
-            .names()
-            .into_iter()
-            .filter_map(|name| self.weights.tensor(name))
-        {
-            count.total += tensor.elements();
-            *count.by_format.entry(tensor.dtype).or_default() += tensor.elements();
-            count.bytes += tensor.data.len();
-        }
-        count
+        self.weights.count()
     }
 
     /// The token embedding.

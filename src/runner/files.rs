@@ -1,7 +1,7 @@
 //! From a path to a runner: which files, which device.
 
 use super::memory::{MemoryPlan, cache_shape};
-use super::{LoadError, ModelRunner, Runner, RunnerInfo};
+use super::{LoadError, ModelRunner, Runner, RunnerInfo, limits};
 use crate::config::EngineConfig;
 use crate::device::cpu::{CpuDevice, CpuOptions};
 use crate::device::{Device, DeviceError, DeviceInfo};
@@ -111,6 +111,7 @@ impl ModelFiles {
         config: &EngineConfig,
         cpu: &CpuOptions,
     ) -> Result<(DeviceInfo, MemoryPlan), LoadError> {
+        limits::validate(config)?;
         let parameters = self.source.parameters();
         let cpu = cpu.clone().for_weights(parameters.is_quantised());
         let device = CpuDevice::new(&cpu)?;

@@ -1,6 +1,7 @@
 //! The memory plan: how many blocks the key-value cache gets.
 
 use super::LoadError;
+use super::limits::context_tokens;
 use crate::config::EngineConfig;
 use crate::device::{CacheShape, Device};
 use crate::model::ModelConfig;
@@ -41,13 +42,6 @@ pub(super) fn cache_shape<D: Device>(
     config: &EngineConfig,
     device: &D,
 ) -> Result<CacheShape, LoadError> {
-    if config.block_tokens == 0 || config.block_tokens > 1 << 16 {
-        return Err(LoadError::Config {
-            name: "block_tokens",
-            value: config.block_tokens.to_string(),
-            expected: format!("from 1 to {}", 1 << 16),
-        });
-    }
     let block = CacheShape {
         layers: model.layers,
         kv_heads: model.heads.kv_heads,
@@ -57,11 +51,7 @@ pub(super) fn cache_shape<D: Device>(
     };
     let block_bytes = device.cache_bytes(&block).max(1);
     // More than one sequence of full length for each place would never be used.
-    let context = config
-        .max_context
-        .unwrap_or(model.context)
-        .min(model.context);
-    let useful = context
+    let useful = context_tokens(model, config)
         .div_ceil(config.block_tokens)
         .saturating_mul(config.max_sequences);
     let blocks = (config.kv_cache_bytes / block_bytes)

@@ -7,6 +7,7 @@
 mod error;
 mod files;
 mod inputs;
+pub(crate) mod limits;
 mod memory;
 mod model_runner;
 
@@ -16,9 +17,10 @@ pub use memory::MemoryPlan;
 pub use model_runner::ModelRunner;
 
 use crate::device::{DeviceError, DeviceInfo};
-use crate::model::{ModelConfig, ParameterCount};
+use crate::model::ModelConfig;
 use crate::sampling::Sampled;
 use crate::schedule::{Sequences, StepPlan};
+use crate::weights::ParameterCount;
 
 /// Carries out steps, in the order in which they are launched.
 pub trait Runner {

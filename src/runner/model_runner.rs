@@ -1,5 +1,6 @@
 //! [`ModelRunner`]: a decoder on a device.
 
+use super::limits::context_tokens;
 use super::memory::{MemoryPlan, cache_shape};
 use super::{LoadError, ModelInfo, Runner, RunnerInfo, inputs};
 use crate::config::EngineConfig;
@@ -30,10 +31,7 @@ impl<D: Device> ModelRunner<D> {
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<(Self, RunnerInfo), LoadError> {
         let model = source.config();
-        let context = config
-            .max_context
-            .unwrap_or(model.context)
-            .min(model.context);
+        let context = context_tokens(model, config);
         let limits = StepLimits {
             rows: config.max_batch_tokens,
             samples: config.max_sequences.min(config.max_batch_tokens),

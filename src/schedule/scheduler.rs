@@ -255,27 +255,24 @@ impl Scheduler {
         }
     }
 
-    /// Who gives way to `key`: the latest paused sequence that holds blocks, else
-    /// the latest one that arrived no earlier than `key` itself. Nobody who is in
-    /// the plan already.
+    /// Who gives way to `key`, which is not paused: the latest paused sequence, else
+    /// the latest one that arrived no earlier than `key` itself.
     fn victim(&self, key: SequenceKey, plan: &StepPlan) -> Option<SequenceKey> {
         let own = self.sequences.get(key)?.arrival;
-        let candidates = || {
-            self.running
-                .keys()
-                .iter()
-                .rev()
-                .copied()
-                .filter(|candidate| !plan.items.iter().any(|item| item.key == *candidate))
-        };
-        let holds = |key: &SequenceKey| {
-            self.sequences
-                .get(*key)
-                .filter(|sequence| !sequence.table.is_empty())
-        };
-        candidates()
-            .find(|other| *other != key && holds(other).is_some_and(|s| s.paused))
-            .or_else(|| candidates().find(|other| holds(other).is_some_and(|s| s.arrival >= own)))
+        self.latest_outside(plan, |sequence| sequence.paused)
+            .or_else(|| self.latest_outside(plan, |sequence| sequence.arrival >= own))
+    }
+
+    /// The latest running sequence of a kind that is not in the plan. What runs holds
+    /// blocks.
+    fn latest_outside(
+        &self,
+        plan: &StepPlan,
+        kind: impl Fn(&Sequence) -> bool,
+    ) -> Option<SequenceKey> {
+        let planned = |key: &SequenceKey| plan.items.iter().any(|item| item.key == *key);
+        let mut latest_first = self.running.keys().iter().rev().copied();
+        latest_first.find(|key| self.sequences.get(*key).is_some_and(&kind) && !planned(key))
     }
 
     /// Takes a sequence's blocks; it waits to be computed anew.
@@ -286,7 +283,6 @@ impl Scheduler {
         self.cache.release(&mut sequence.table, sequence.touched);
         sequence.computed = 0;
         sequence.running = false;
-        sequence.preemptions += 1;
         self.preemptions += 1;
         self.running.remove(key);
         self.waiting.insert(key, &self.sequences);
@@ -311,7 +307,7 @@ impl Scheduler {
             let tokens = sequence.tokens.len();
             if self.running.len() >= self.policy.max_sequences {
                 // A paused sequence holds a place that others could use.
-                match self.paused_victim(plan) {
+                match self.latest_outside(plan, |sequence| sequence.paused) {
                     Some(paused) => self.preempt(paused),
                     None => break,
                 }
@@ -348,21 +344,11 @@ impl Scheduler {
             if needed <= self.cache.free_blocks() + self.cache.deferred_blocks() {
                 return false;
             }
-            match self.paused_victim(plan) {
+            match self.latest_outside(plan, |sequence| sequence.paused) {
                 Some(paused) => self.preempt(paused),
                 None => return false,
             }
         }
-    }
-
-    /// The latest running sequence that is paused and not in the plan.
-    fn paused_victim(&self, plan: &StepPlan) -> Option<SequenceKey> {
-        let paused = |key: &SequenceKey| self.sequences.get(*key).is_some_and(|s| s.paused);
-        let planned = |key: &SequenceKey| plan.items.iter().any(|item| item.key == *key);
-        let latest_first = self.running.keys().iter().rev().copied();
-        latest_first
-            .into_iter()
-            .find(|key| paused(key) && !planned(key))
     }
 
     /// Takes the sample of one plan item.

@@ -73,8 +73,6 @@ pub struct Sequence {
     pub(super) paused: bool,
     /// Whether it is among the running.
     pub(super) running: bool,
-    /// Times it was preempted.
-    pub(super) preemptions: usize,
 }
 
 impl Sequence {
@@ -93,7 +91,6 @@ impl Sequence {
             arrival,
             paused: false,
             running: false,
-            preemptions: 0,
         }
     }
 

@@ -16,4 +16,4 @@ pub use dtype::DType;
 pub use folder::ModelFolder;
 pub use gguf::Gguf;
 pub use map::MappedFile;
-pub use source::{TensorView, WeightSource, WeightsError};
+pub use source::{ParameterCount, TensorView, WeightSource, WeightsError};

@@ -66,29 +66,54 @@ pub trait WeightSource: Send + Sync {
     /// that its pages need not stay in memory. Reading it later still works.
     fn release(&self, name: &str);
 
+    /// How many weights there are, and in which formats.
+    fn count(&self) -> ParameterCount {
+        let mut count = ParameterCount::default();
+        let names = self.names().into_iter();
+        for tensor in names.filter_map(|name| self.tensor(name)) {
+            let elements = tensor.elements();
+            let of_format = count.by_format.entry(tensor.dtype).or_default();
+            *of_format = of_format.saturating_add(elements);
+            count.total = count.total.saturating_add(elements);
+            count.bytes += tensor.data.len();
+        }
+        count
+    }
+
     /// Number of weights in all tensors together.
     fn parameters(&self) -> u64 {
-        let names = self.names().into_iter();
-        let tensors = names.filter_map(|name| self.tensor(name));
-        tensors
-            .map(|tensor| tensor.elements() as u64)
-            .fold(0, u64::saturating_add)
+        self.count().total as u64
     }
 
     /// The format that most weights are stored in, to show as the model's
     /// quantisation. `None` when there are no weights.
     fn dominant_dtype(&self) -> Option<DType> {
-        let mut weights = BTreeMap::new();
-        for tensor in self
-            .names()
-            .into_iter()
-            .filter_map(|name| self.tensor(name))
-        {
-            let count: &mut u64 = weights.entry(tensor.dtype).or_default();
-            *count = count.saturating_add(tensor.elements() as u64);
-        }
-        let most = weights.into_iter().max_by_key(|&(_, count)| count);
-        most.filter(|&(_, count)| count > 0).map(|(dtype, _)| dtype)
+        self.count().main_format()
+    }
+}
+
+/// How many weights a model has, and in which formats.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ParameterCount {
+    /// All weights.
+    pub total: usize,
+    /// Weights by format.
+    pub by_format: BTreeMap<DType, usize>,
+    /// Their bytes in the file.
+    pub bytes: usize,
+}
+
+impl ParameterCount {
+    /// Whether any weights are stored in a block format.
+    pub fn is_quantised(&self) -> bool {
+        self.by_format.keys().any(|format| !format.is_float())
+    }
+
+    /// The format that most weights are stored in. `None` when there are none.
+    pub fn main_format(&self) -> Option<DType> {
+        let most = self.by_format.iter().max_by_key(|(_, count)| **count);
+        most.filter(|(_, count)| **count > 0)
+            .map(|(format, _)| *format)
     }
 }
 

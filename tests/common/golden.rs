@@ -35,18 +35,16 @@ pub fn tiny(name: &str) -> PathBuf {
         .join(name)
 }
 
+/// Token ids of a reference file.
+pub fn ids(value: &Value) -> Vec<u32> {
+    let ids = value.as_array().unwrap().iter();
+    ids.map(|id| id.as_u64().unwrap() as u32).collect()
+}
+
 /// The reference for a tiny checkpoint.
 pub fn tiny_cases(name: &str) -> Vec<Case> {
     let text = std::fs::read_to_string(tiny(name).join("golden.json")).unwrap();
     let golden: Value = serde_json::from_str(&text).unwrap();
-    let ids = |value: &Value| -> Vec<u32> {
-        value
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|id| id.as_u64().unwrap() as u32)
-            .collect()
-    };
     let step = |step: &Value| {
         let logprobs = step["top_logprobs"].as_array().unwrap().iter();
         let logprobs = logprobs.map(|value| value.as_f64().unwrap() as f32);

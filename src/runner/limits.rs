@@ -1,0 +1,38 @@
+//! The engine's settings held against what makes sense, and against the model.
+
+use super::LoadError;
+use crate::config::EngineConfig;
+use crate::model::ModelConfig;
+
+/// Longest sequence that the model and the settings allow.
+pub(super) fn context_tokens(model: &ModelConfig, config: &EngineConfig) -> usize {
+    config
+        .max_context
+        .unwrap_or(model.context)
+        .min(model.context)
+}
+
+/// Refuses settings that are out of range, by name.
+pub(crate) fn validate(config: &EngineConfig) -> Result<(), LoadError> {
+    for (name, value, limit) in [
+        ("max_batch_tokens", config.max_batch_tokens, 1 << 20),
+        ("max_sequences", config.max_sequences, 1 << 20),
+        ("max_open_requests", config.max_open_requests, usize::MAX),
+        ("block_tokens", config.block_tokens, 1 << 16),
+        ("max_context", config.max_context.unwrap_or(1), usize::MAX),
+        // Each request has a buffer of this many events from its start.
+        ("stream_buffer", config.stream_buffer, 1 << 16),
+    ] {
+        if value == 0 || value > limit {
+            return Err(LoadError::Config {
+                name,
+                value: value.to_string(),
+                expected: match limit {
+                    usize::MAX => "at least 1".to_owned(),
+                    limit => format!("from 1 to {limit}"),
+                },
+            });
+        }
+    }
+    Ok(())
+}
