@@ -73,9 +73,12 @@ fn many_requests_in_a_quarter_of_the_cache_they_need_give_the_tokens_of_each_alo
             .map(|index| (1 + index * 7 % 50, 5 + index * 11 % 60))
             .collect();
         let needed: usize = lengths.iter().map(|(p, n)| (p + n).div_ceil(4)).sum();
+        // No step ends before every request is there: they do compete for the cache.
+        let (open, gate) = mpsc::channel::<()>();
         let options = SimOptions {
             depth,
             blocks: needed / 4,
+            gate: Some(gate),
             ..SimOptions::default()
         };
         let config = EngineConfig {
@@ -88,6 +91,7 @@ fn many_requests_in_a_quarter_of_the_cache_they_need_give_the_tokens_of_each_alo
             .enumerate()
             .map(|(index, &(p, n))| engine.generate(request(prompt(index, p), n)).unwrap())
             .collect();
+        drop(open);
         for (index, (stream, &(p, n))) in streams.into_iter().zip(&lengths).enumerate() {
             let generation = stream.complete_blocking().unwrap();
             let tokens = ids(&generation);
