@@ -1,0 +1,1 @@
+//! PTX: reading it, and running it with every access checked.
