@@ -244,7 +244,7 @@ fn check(name: &str, architecture: &'static str) {
     std::fs::write(&path, conversion.file.build()).unwrap();
     let config = EngineConfig {
         max_batch_tokens: 32,
-        kv_cache_bytes: 8 << 20,
+        kv_cache_bytes: Some(8 << 20),
         audit: true,
         ..EngineConfig::default()
     };

@@ -115,7 +115,11 @@ impl ModelFiles {
         let parameters = self.source.parameters();
         let cpu = cpu.clone().for_weights(parameters.is_quantised());
         let device = CpuDevice::new(&cpu)?;
-        let shape = cache_shape(self.source.config(), config, &device)?;
+        let budget = match config.kv_cache_bytes {
+            Some(bytes) => bytes,
+            None => device.cache_budget()?,
+        };
+        let shape = cache_shape(self.source.config(), config, budget, &device)?;
         Ok((
             device.info(),
             MemoryPlan::new(parameters.bytes, &shape, &device),
