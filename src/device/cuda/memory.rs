@@ -355,6 +355,11 @@ impl CudaTensor {
         self.buffer.ptr()
     }
 
+    /// The memory of all rows.
+    pub(super) fn buffer(&self) -> &Buffer {
+        &self.buffer
+    }
+
     /// Rows that there is room for.
     pub fn rows(&self) -> usize {
         self.rows

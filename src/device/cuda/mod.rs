@@ -120,6 +120,43 @@ impl CudaDevice {
         })
     }
 
+    /// A matrix that holds `values`, rounded to what the precision keeps. For tests
+    /// and benches.
+    pub fn tensor(
+        &mut self,
+        columns: usize,
+        precision: Precision,
+        values: &[f32],
+    ) -> Result<CudaTensor, DeviceError> {
+        let rows = values.len().checked_div(columns).unwrap_or(0);
+        let tensor = CudaTensor::new(&self.context, rows, columns, precision)?;
+        let values = &values[..rows * columns];
+        let buffer = tensor.buffer();
+        match precision {
+            Precision::Full => self.context.write(buffer, 0, values)?,
+            Precision::Activation => {
+                let encode = |value: &f32| self.options.activations.encode(*value);
+                let encoded: Vec<u16> = values.iter().map(encode).collect();
+                self.context.write(buffer, 0, &encoded)?;
+            }
+        }
+        Ok(tensor)
+    }
+
+    /// The first `rows` rows of a matrix, after waiting for all that is enqueued. For
+    /// tests and benches.
+    pub fn values(&self, tensor: &CudaTensor, rows: usize) -> Result<Vec<f32>, DeviceError> {
+        let count = rows.min(tensor.rows()) * tensor.columns();
+        match tensor.precision() {
+            Precision::Full => self.context.read(tensor.ptr(), count),
+            Precision::Activation => {
+                let encoded: Vec<u16> = self.context.read(tensor.ptr(), count)?;
+                let decode = |bits| self.options.activations.decode(bits);
+                Ok(encoded.into_iter().map(decode).collect())
+            }
+        }
+    }
+
     /// Loads something and counts its device memory as weights.
     fn weights<T>(
         &mut self,

@@ -1,5 +1,7 @@
 //! What can be chosen about the CUDA device.
 
+use half::{bf16, f16};
+
 /// Which GPU, and how it is used.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CudaOptions {
@@ -43,6 +45,23 @@ impl CudaActivations {
         match self {
             Self::Bf16 => "bf16",
             Self::F16 => "f16",
+        }
+    }
+
+    /// The bits of the nearest number of this type; float16 saturates.
+    pub(super) fn encode(self, value: f32) -> u16 {
+        match self {
+            Self::Bf16 => bf16::from_f32(value).to_bits(),
+            Self::F16 if value.is_nan() => f16::NAN.to_bits(),
+            Self::F16 => f16::from_f32(value.clamp(-65504.0, 65504.0)).to_bits(),
+        }
+    }
+
+    /// The number that these bits are.
+    pub(super) fn decode(self, bits: u16) -> f32 {
+        match self {
+            Self::Bf16 => bf16::from_bits(bits).to_f32(),
+            Self::F16 => f16::from_bits(bits).to_f32(),
         }
     }
 }
