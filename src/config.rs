@@ -19,8 +19,9 @@ pub struct EngineConfig {
     pub max_context: Option<usize>,
     /// Tokens that wait for a slow reader before its sequence is paused.
     pub stream_buffer: usize,
-    /// Whether the cache's books are checked after every step. An imbalance closes
-    /// the engine. The check costs time in the number of blocks.
+    /// Whether the cache's books are checked after every step, and freed blocks
+    /// overwritten with NaN, so that a step that still reads them shows it. An
+    /// imbalance closes the engine. The check costs time in the number of blocks.
     pub audit: bool,
 }
 

@@ -16,7 +16,7 @@ fn engine(kv_blocks: usize) -> Engine {
         audit: true,
         ..EngineConfig::default()
     };
-    Engine::load(smollm2(), config, LoadOptions::default()).unwrap()
+    Engine::load(smollm2(), config, LoadOptions::cpu()).unwrap()
 }
 
 fn lengths(index: usize) -> (usize, usize) {

@@ -62,7 +62,7 @@ fn engine(activations: Activations) -> Engine {
         config,
         LoadOptions {
             cpu,
-            ..LoadOptions::default()
+            ..LoadOptions::cpu()
         },
     )
     .unwrap()

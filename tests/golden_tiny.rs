@@ -20,7 +20,7 @@ fn check(name: &str) {
                 threads: Some(2),
                 ..CpuOptions::default()
             },
-            ..LoadOptions::default()
+            ..LoadOptions::cpu()
         };
         // Small steps, so that the longest prompt is prefilled in chunks.
         let config = EngineConfig {

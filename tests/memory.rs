@@ -25,7 +25,7 @@ fn a_model_takes_less_than_sixteen_tenths_of_its_file_and_the_cache_asked_for() 
         kv_cache_bytes: Some(KV_CACHE),
         ..EngineConfig::default()
     };
-    let engine = Engine::load(&path, config, LoadOptions::default()).unwrap();
+    let engine = Engine::load(&path, config, LoadOptions::cpu()).unwrap();
     let request = Request::new("Once upon a time").greedy().max_tokens(100);
     engine
         .generate(request)

@@ -33,6 +33,16 @@ pub struct LoadOptions {
     pub progress: Option<Box<dyn FnMut(usize, usize) + Send>>,
 }
 
+impl LoadOptions {
+    /// On the CPU, whatever else there is.
+    pub fn cpu() -> Self {
+        Self {
+            device: DeviceChoice::Cpu,
+            ..Self::default()
+        }
+    }
+}
+
 impl std::fmt::Debug for LoadOptions {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter

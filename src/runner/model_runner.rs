@@ -3,6 +3,7 @@
 use super::limits::context_tokens;
 use super::memory::{MemoryPlan, cache_shape};
 use super::{LoadError, ModelInfo, Runner, RunnerInfo, inputs};
+use crate::cache::BlockId;
 use crate::config::EngineConfig;
 use crate::device::{Batch, Device, DeviceError, DeviceLimits};
 use crate::model::{Decoder, ModelSource, StepLimits};
@@ -101,6 +102,11 @@ impl<D: Device> Runner for ModelRunner<D> {
         };
         self.in_flight.push_back(pending);
         Ok(())
+    }
+
+    fn poison(&mut self, blocks: &[BlockId]) -> Result<(), DeviceError> {
+        let blocks: Vec<u32> = blocks.iter().map(|block| block.index() as u32).collect();
+        self.device.poison(&mut self.cache, &blocks)
     }
 
     fn collect(&mut self) -> Result<Vec<Sampled>, DeviceError> {
