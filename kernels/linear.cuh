@@ -75,12 +75,15 @@ INLINE void copy_rows(u32 shared, const T* x, const u32* source, u32 k, u32 inpu
     // Rows of a thread are a multiple of eight apart: their chunks lie alike.
     u32 row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
     u32 column = k + chunk * 8;
+    bool inside = column < inputs;
+    // Where nothing is wanted, the address is another one of x, and nothing is read.
+    x += inside ? column : 0;
     shared += swizzled<CHUNKS>(row, chunk);
 #pragma unroll
     for (int i = 0; i < ROWS / ROWS_AT_ONCE; i++) {
         u32 from = source[row + i * ROWS_AT_ONCE];
-        bool wanted = from != NONE && column < inputs;
-        copy_to_shared(shared + i * ROWS_AT_ONCE * DEPTH * 2, wanted ? x + (u64)from * inputs + column : x, wanted);
+        bool exists = from != NONE;
+        copy_to_shared(shared + i * ROWS_AT_ONCE * DEPTH * 2, x + (u64)(exists ? from : 0) * inputs, exists & inside);
     }
 }
 
