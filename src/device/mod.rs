@@ -18,6 +18,8 @@
 //! this to the bit; the tests in `tests/` rely on it.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 
 use crate::sampling::{SampleRow, Sampled};
 use crate::weights::DType;
