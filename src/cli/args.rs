@@ -124,9 +124,10 @@ pub struct RunArgs {
     /// auto, cpu, cuda or cuda:N.
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: DeviceArg,
-    /// Memory for the key-value cache, in MiB.
-    #[arg(long, value_name = "MIB", default_value_t = 512)]
-    kv_cache_mib: usize,
+    /// Memory for the key-value cache, in MiB [default: 512 on the CPU, on a GPU what
+    /// the weights leave].
+    #[arg(long, value_name = "MIB")]
+    kv_cache_mib: Option<usize>,
     /// Tokens of one step, decodes and prompt chunks together.
     #[arg(long, value_name = "N", default_value_t = 512)]
     max_batch_tokens: usize,
@@ -172,7 +173,7 @@ impl RunArgs {
     /// The engine's settings.
     pub fn config(&self) -> Result<EngineConfig, CliError> {
         for (flag, value) in [
-            ("--kv-cache-mib", Some(self.kv_cache_mib)),
+            ("--kv-cache-mib", self.kv_cache_mib),
             ("--max-batch-tokens", Some(self.max_batch_tokens)),
             ("--context", self.context),
             ("--threads", self.threads),
@@ -184,7 +185,7 @@ impl RunArgs {
             }
         }
         Ok(EngineConfig {
-            kv_cache_bytes: self.kv_cache_mib.saturating_mul(1 << 20),
+            kv_cache_bytes: self.kv_cache_mib.map(|mib| mib.saturating_mul(1 << 20)),
             max_batch_tokens: self.max_batch_tokens,
             max_context: self.context,
             ..EngineConfig::default()

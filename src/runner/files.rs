@@ -33,6 +33,16 @@ pub struct LoadOptions {
     pub progress: Option<Box<dyn FnMut(usize, usize) + Send>>,
 }
 
+impl LoadOptions {
+    /// On the CPU, whatever else there is.
+    pub fn cpu() -> Self {
+        Self {
+            device: DeviceChoice::Cpu,
+            ..Self::default()
+        }
+    }
+}
+
 impl std::fmt::Debug for LoadOptions {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter
@@ -115,7 +125,11 @@ impl ModelFiles {
         let parameters = self.source.parameters();
         let cpu = cpu.clone().for_weights(parameters.is_quantised());
         let device = CpuDevice::new(&cpu)?;
-        let shape = cache_shape(self.source.config(), config, &device)?;
+        let budget = match config.kv_cache_bytes {
+            Some(bytes) => bytes,
+            None => device.cache_budget()?,
+        };
+        let shape = cache_shape(self.source.config(), config, budget, &device)?;
         Ok((
             device.info(),
             MemoryPlan::new(parameters.bytes, &shape, &device),

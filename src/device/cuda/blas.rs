@@ -1,0 +1,1 @@
+//! cuBLASLt for large products, where it is present.
