@@ -51,6 +51,7 @@ use cache::CacheKernels;
 use context::Context;
 use embedding::EmbeddingKernels;
 use experts::ExpertKernels;
+use graphs::Graphs;
 use images::Modules;
 use linear::{LinearKernels, QuantKernels};
 use norm::NormKernels;
@@ -62,6 +63,8 @@ use step::StepInputs;
 ///
 /// Belongs to the thread that made it.
 pub struct CudaDevice {
+    /// First, because graphs refer to the memory of what follows.
+    graphs: Graphs,
     info: DeviceInfo,
     options: CudaOptions,
     activation: ActivationKernels,
@@ -98,6 +101,7 @@ impl CudaDevice {
             options.activations.name(),
         );
         Ok(Self {
+            graphs: Graphs::default(),
             info: DeviceInfo {
                 name: format!("cuda:{}", options.device),
                 description,
@@ -167,6 +171,12 @@ impl CudaDevice {
         let after = self.context.handle.allocated.get();
         self.weight_bytes += after.saturating_sub(before);
         Ok(loaded)
+    }
+}
+
+impl Drop for CudaDevice {
+    fn drop(&mut self) {
+        self.graphs.abandon(&self.context);
     }
 }
 
@@ -240,12 +250,13 @@ impl Device for CudaDevice {
     }
 
     fn stage(&mut self, batch: &Batch) -> Result<Staged, DeviceError> {
-        self.step.take(&self.context, batch)?;
-        Ok(Staged::Enqueue)
+        self.graphs.abandon(&self.context);
+        self.step.take(&self.context, batch, self.options.graphs)?;
+        self.graphs.begin(&self.context, &self.step)
     }
 
-    fn finish(&mut self) -> Result<(), DeviceError> {
-        Ok(())
+    fn finish(&mut self, outcome: Result<(), DeviceError>) -> Result<Finished, DeviceError> {
+        self.graphs.finish(&self.context, outcome)
     }
 
     fn embed(
@@ -368,7 +379,9 @@ impl Device for CudaDevice {
         logits: &CudaTensor,
         rows: &[SampleRow],
     ) -> Result<CudaPending, DeviceError> {
-        self.sample_op(logits, rows)
+        let pending = self.sample_op(logits, rows)?;
+        self.step.set_sampled(rows.len());
+        Ok(pending)
     }
 
     fn collect(&mut self, pending: CudaPending) -> Result<Vec<Sampled>, DeviceError> {
