@@ -139,9 +139,15 @@ impl Plan {
         };
         let float = sys::cudaDataType_t::CUDA_R_32F;
         let result_type = if shape.out_full { float } else { activation };
-        let (rows, outputs, inputs) = (shape.rows as u64, shape.outputs as u64, shape.inputs as u64);
+        let (rows, outputs, inputs) =
+            (shape.rows as u64, shape.outputs as u64, shape.inputs as u64);
         let layout = |kind, rows, columns, stride: usize| {
-            check(result::create_matrix_layout(kind, rows, columns, stride as i64))
+            check(result::create_matrix_layout(
+                kind,
+                rows,
+                columns,
+                stride as i64,
+            ))
         };
         let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
         // Descriptors leak only if a later one cannot be made, and then the step fails.

@@ -256,9 +256,12 @@ impl CudaDevice {
         let size = if full { 4 } else { 2 };
         let out = operands.out.offset_bytes(segment.first_output * size);
         let bias = weight.bias.as_ref();
-        if let (Kind::Dense, None, None, Some(blas)) =
-            (segment.kind, operands.experts, bias, &mut self.products.blas)
-            && operands.rows >= Blas::LEAST_ROWS
+        if let (Kind::Dense, None, None, Some(blas)) = (
+            segment.kind,
+            operands.experts,
+            bias,
+            &mut self.products.blas,
+        ) && operands.rows >= Blas::LEAST_ROWS
         {
             let shape = super::blas::Shape {
                 rows: operands.rows,
@@ -288,12 +291,36 @@ impl CudaDevice {
         let (context, weights) = (&self.context, segment.weights.ptr());
         match segment.kind {
             Kind::Dense => self.linear.linear_(
-                tile.variant, context, grid, out, operands.x, weights, bias, row_index, offsets,
-                rows, outputs, inputs, stride, full.into(),
+                tile.variant,
+                context,
+                grid,
+                out,
+                operands.x,
+                weights,
+                bias,
+                row_index,
+                offsets,
+                rows,
+                outputs,
+                inputs,
+                stride,
+                full.into(),
             ),
             Kind::Quantised(..) => self.quant.linear_(
-                tile.variant, context, grid, out, operands.x, weights, bias, row_index, offsets,
-                rows, outputs, inputs, stride, full.into(),
+                tile.variant,
+                context,
+                grid,
+                out,
+                operands.x,
+                weights,
+                bias,
+                row_index,
+                offsets,
+                rows,
+                outputs,
+                inputs,
+                stride,
+                full.into(),
             ),
         }
     }
@@ -324,7 +351,14 @@ impl CudaDevice {
         let (resolved, columns) = (self.step.resolved(), table.inputs as u32);
         let (context, weights) = (&self.context, segment.weights.ptr());
         self.quant.embed_(
-            format.name, context, grid, out.ptr(), weights, resolved, scale, columns,
+            format.name,
+            context,
+            grid,
+            out.ptr(),
+            weights,
+            resolved,
+            scale,
+            columns,
             table.outputs as u32,
         )
     }

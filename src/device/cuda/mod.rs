@@ -55,7 +55,7 @@ use images::Modules;
 use linear::{LinearKernels, QuantKernels};
 use norm::NormKernels;
 use rope::RopeKernels;
-use sampling::SamplingKernels;
+use sampling::{Sampler, SamplingKernels};
 use step::StepInputs;
 
 /// Computes on an NVIDIA GPU.
@@ -74,6 +74,7 @@ pub struct CudaDevice {
     quant: QuantKernels,
     rope: RopeKernels,
     sampling: SamplingKernels,
+    sampler: Sampler,
     step: StepInputs,
     limits: Option<DeviceLimits>,
     weight_bytes: usize,
@@ -113,6 +114,7 @@ impl CudaDevice {
             quant: QuantKernels::load(&modules)?,
             rope: RopeKernels::load(&modules)?,
             sampling: SamplingKernels::load(&modules)?,
+            sampler: Sampler::new(),
             step: StepInputs::new(),
             limits: None,
             weight_bytes: 0,
