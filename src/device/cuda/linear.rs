@@ -1,11 +1,13 @@
 //! Linear layers: which kernel multiplies, with which tile.
 
 use super::CudaDevice;
-use super::blas::Blas;
+use super::blas::{Blas, Shape};
+use super::context::Context;
 use super::error::{require, unsupported};
 use super::launch::{Grid, kernels};
 use super::load;
 use super::memory::{Buffer, CudaTensor, Ptr, Scratch};
+use super::options::CudaOptions;
 use super::pack::Format;
 use crate::device::{DeviceError, LinearSpec, Precision};
 use crate::weights::DType;
@@ -93,12 +95,22 @@ impl CudaLinear {
 }
 
 /// What the products of a device share beside their kernels.
-#[derive(Default)]
 pub(super) struct Products {
     /// Float32 operands in the activation type.
     converted: Scratch,
     /// cuBLASLt, if it was asked for.
-    pub(super) blas: Option<Blas>,
+    blas: Option<Blas>,
+}
+
+impl Products {
+    /// `Unavailable` when the options ask for a library that is not there.
+    pub(super) fn new(context: &Context, options: &CudaOptions) -> Result<Self, DeviceError> {
+        let blas = || Blas::new(context, options);
+        Ok(Self {
+            converted: Scratch::default(),
+            blas: options.blas.then(blas).transpose()?,
+        })
+    }
 }
 
 /// The operands of a product beside the weights.
@@ -263,7 +275,7 @@ impl CudaDevice {
             &mut self.products.blas,
         ) && operands.rows >= Blas::LEAST_ROWS
         {
-            let shape = super::blas::Shape {
+            let shape = Shape {
                 rows: operands.rows,
                 outputs: segment.outputs,
                 inputs: weight.inputs,

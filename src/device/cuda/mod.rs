@@ -24,6 +24,7 @@ mod graphs;
 mod images;
 mod launch;
 mod linear;
+mod load;
 mod memory;
 mod norm;
 mod options;
@@ -50,9 +51,9 @@ use attention::AttentionKernels;
 use cache::CacheKernels;
 use context::Context;
 use embedding::EmbeddingKernels;
-use experts::ExpertKernels;
+use experts::{ExpertKernels, ExpertScratch};
 use images::Modules;
-use linear::{LinearKernels, QuantKernels};
+use linear::{LinearKernels, Products, QuantKernels};
 use norm::NormKernels;
 use rope::RopeKernels;
 use sampling::{Sampler, SamplingKernels};
@@ -68,9 +69,11 @@ pub struct CudaDevice {
     attention: AttentionKernels,
     cache: CacheKernels,
     embedding: EmbeddingKernels,
+    expert_scratch: ExpertScratch,
     experts: ExpertKernels,
     linear: LinearKernels,
     norm: NormKernels,
+    products: Products,
     quant: QuantKernels,
     rope: RopeKernels,
     sampling: SamplingKernels,
@@ -108,9 +111,11 @@ impl CudaDevice {
             attention: AttentionKernels::load(&modules)?,
             cache: CacheKernels::load(&modules)?,
             embedding: EmbeddingKernels::load(&modules)?,
+            expert_scratch: ExpertScratch::default(),
             experts: ExpertKernels::load(&modules)?,
             linear: LinearKernels::load(&modules)?,
             norm: NormKernels::load(&modules)?,
+            products: Products::new(&context, options)?,
             quant: QuantKernels::load(&modules)?,
             rope: RopeKernels::load(&modules)?,
             sampling: SamplingKernels::load(&modules)?,
