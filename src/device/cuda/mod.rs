@@ -57,7 +57,7 @@ use images::Modules;
 use linear::{LinearKernels, Products, QuantKernels};
 use norm::NormKernels;
 use rope::RopeKernels;
-use sampling::SamplingKernels;
+use sampling::{Sampler, SamplingKernels};
 use step::StepInputs;
 
 /// Computes on an NVIDIA GPU.
@@ -80,6 +80,7 @@ pub struct CudaDevice {
     quant: QuantKernels,
     rope: RopeKernels,
     sampling: SamplingKernels,
+    sampler: Sampler,
     step: StepInputs,
     limits: Option<DeviceLimits>,
     weight_bytes: usize,
@@ -122,6 +123,7 @@ impl CudaDevice {
             quant: QuantKernels::load(&modules)?,
             rope: RopeKernels::load(&modules)?,
             sampling: SamplingKernels::load(&modules)?,
+            sampler: Sampler::new(),
             step: StepInputs::new(),
             limits: None,
             weight_bytes: 0,
