@@ -5,9 +5,9 @@
 //! is an option, off by default.
 
 use super::context::Context;
-use super::error::{DEVICE, failed};
+use super::error::failed;
 use super::memory::{Buffer, Ptr};
-use super::options::CudaActivations;
+use super::options::{CudaActivations, CudaOptions};
 use crate::device::DeviceError;
 use cudarc::cublaslt::{result, sys};
 use std::collections::HashMap;
@@ -41,14 +41,11 @@ impl Blas {
     pub(super) const LEAST_ROWS: usize = 128;
 
     /// `Unavailable` when the library is not there.
-    pub(super) fn new(
-        context: &Context,
-        activations: CudaActivations,
-    ) -> Result<Self, DeviceError> {
+    pub(super) fn new(context: &Context, options: &CudaOptions) -> Result<Self, DeviceError> {
         // SAFETY: loads the library if there is one; that has no other effect.
         if !unsafe { sys::is_culib_present() } {
             return Err(DeviceError::Unavailable {
-                device: DEVICE.to_owned(),
+                device: format!("cuda:{}", options.device),
                 reason: "cuBLASLt was asked for, but libcublasLt.so.12 is not on the loader's path"
                     .to_owned(),
             });
@@ -56,7 +53,7 @@ impl Blas {
         let workspace = context.allocate(WORKSPACE, "cuBLASLt's workspace")?;
         Ok(Self {
             handle: check(result::create_handle())?,
-            activations,
+            activations: options.activations,
             workspace,
             plans: HashMap::new(),
         })
@@ -139,9 +136,15 @@ impl Plan {
         };
         let float = sys::cudaDataType_t::CUDA_R_32F;
         let result_type = if shape.out_full { float } else { activation };
-        let (rows, outputs, inputs) = (shape.rows as u64, shape.outputs as u64, shape.inputs as u64);
+        let (rows, outputs, inputs) =
+            (shape.rows as u64, shape.outputs as u64, shape.inputs as u64);
         let layout = |kind, rows, columns, stride: usize| {
-            check(result::create_matrix_layout(kind, rows, columns, stride as i64))
+            check(result::create_matrix_layout(
+                kind,
+                rows,
+                columns,
+                stride as i64,
+            ))
         };
         let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
         // Descriptors leak only if a later one cannot be made, and then the step fails.
@@ -149,7 +152,8 @@ impl Plan {
         let weight = layout(activation, inputs, outputs, shape.inputs)?;
         let x = layout(activation, inputs, rows, shape.inputs)?;
         let out = layout(result_type, outputs, rows, shape.out_stride)?;
-        let transposed = sys::cublasOperation_t::CUBLAS_OP_T as i32;
+        // CUBLAS_OP_T, of a header that cudarc has no part of here.
+        let transposed = 1i32;
         let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
         // SAFETY: the descriptor was just made; the attribute is a 32-bit integer.
         check(unsafe {

@@ -76,7 +76,16 @@ impl ExpertScratch {
         let sizes = sizes.map(|size: usize| size.next_multiple_of(256));
         let start = self.0.get(context, sizes.iter().sum())?;
         let mut offset = 0;
-        let [expert, weight, offsets, row_index, slot, gate_up, hidden, out] = sizes.map(|size| {
+        let [
+            expert,
+            weight,
+            offsets,
+            row_index,
+            slot,
+            gate_up,
+            hidden,
+            out,
+        ] = sizes.map(|size| {
             let ptr = start.offset_bytes(offset);
             offset += size;
             ptr
@@ -174,7 +183,10 @@ impl CudaDevice {
             }),
         };
         self.multiply(&experts.gate_up, &product)?;
-        let grid = Grid::new([(pairs * hidden / 8).div_ceil(256) as u32, 1, 1], [256, 1, 1]);
+        let grid = Grid::new(
+            [(pairs * hidden / 8).div_ceil(256) as u32, 1, 1],
+            [256, 1, 1],
+        );
         let gelu = u32::from(routing.activation == Activation::GeluTanh);
         self.activation.gated_activation(
             &self.context,

@@ -1,11 +1,13 @@
 //! Linear layers: which kernel multiplies, with which tile.
 
 use super::CudaDevice;
-use super::blas::Blas;
+use super::blas::{Blas, Shape};
+use super::context::Context;
 use super::error::{require, unsupported};
 use super::launch::{Grid, kernels};
 use super::load;
 use super::memory::{Buffer, CudaTensor, Ptr, Scratch};
+use super::options::CudaOptions;
 use super::pack::Format;
 use crate::device::{DeviceError, LinearSpec, Precision};
 use crate::weights::DType;
@@ -93,12 +95,22 @@ impl CudaLinear {
 }
 
 /// What the products of a device share beside their kernels.
-#[derive(Default)]
 pub(super) struct Products {
     /// Float32 operands in the activation type.
     converted: Scratch,
     /// cuBLASLt, if it was asked for.
-    pub(super) blas: Option<Blas>,
+    blas: Option<Blas>,
+}
+
+impl Products {
+    /// `Unavailable` when the options ask for a library that is not there.
+    pub(super) fn new(context: &Context, options: &CudaOptions) -> Result<Self, DeviceError> {
+        let blas = || Blas::new(context, options);
+        Ok(Self {
+            converted: Scratch::default(),
+            blas: options.blas.then(blas).transpose()?,
+        })
+    }
 }
 
 /// The operands of a product beside the weights.
@@ -256,11 +268,14 @@ impl CudaDevice {
         let size = if full { 4 } else { 2 };
         let out = operands.out.offset_bytes(segment.first_output * size);
         let bias = weight.bias.as_ref();
-        if let (Kind::Dense, None, None, Some(blas)) =
-            (segment.kind, operands.experts, bias, &mut self.products.blas)
-            && operands.rows >= Blas::LEAST_ROWS
+        if let (Kind::Dense, None, None, Some(blas)) = (
+            segment.kind,
+            operands.experts,
+            bias,
+            &mut self.products.blas,
+        ) && operands.rows >= Blas::LEAST_ROWS
         {
-            let shape = super::blas::Shape {
+            let shape = Shape {
                 rows: operands.rows,
                 outputs: segment.outputs,
                 inputs: weight.inputs,
@@ -288,12 +303,36 @@ impl CudaDevice {
         let (context, weights) = (&self.context, segment.weights.ptr());
         match segment.kind {
             Kind::Dense => self.linear.linear_(
-                tile.variant, context, grid, out, operands.x, weights, bias, row_index, offsets,
-                rows, outputs, inputs, stride, full.into(),
+                tile.variant,
+                context,
+                grid,
+                out,
+                operands.x,
+                weights,
+                bias,
+                row_index,
+                offsets,
+                rows,
+                outputs,
+                inputs,
+                stride,
+                full.into(),
             ),
             Kind::Quantised(..) => self.quant.linear_(
-                tile.variant, context, grid, out, operands.x, weights, bias, row_index, offsets,
-                rows, outputs, inputs, stride, full.into(),
+                tile.variant,
+                context,
+                grid,
+                out,
+                operands.x,
+                weights,
+                bias,
+                row_index,
+                offsets,
+                rows,
+                outputs,
+                inputs,
+                stride,
+                full.into(),
             ),
         }
     }
@@ -324,7 +363,14 @@ impl CudaDevice {
         let (resolved, columns) = (self.step.resolved(), table.inputs as u32);
         let (context, weights) = (&self.context, segment.weights.ptr());
         self.quant.embed_(
-            format.name, context, grid, out.ptr(), weights, resolved, scale, columns,
+            format.name,
+            context,
+            grid,
+            out.ptr(),
+            weights,
+            resolved,
+            scale,
+            columns,
             table.outputs as u32,
         )
     }

@@ -253,7 +253,8 @@ fn in_parallel(
         }
         for thread in running {
             let outcome = thread.join();
-            outcome.map_err(|_| failed("load_linear", "a thread that converts weights panicked"))??;
+            outcome
+                .map_err(|_| failed("load_linear", "a thread that converts weights panicked"))??;
         }
         Ok(())
     })

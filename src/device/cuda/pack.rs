@@ -150,7 +150,13 @@ impl Format {
     }
 
     /// Writes the four codes of a lane in one step.
-    fn put_codes(&self, record: &mut [u8], lane: usize, (half, step): (usize, usize), codes: [u8; 4]) {
+    fn put_codes(
+        &self,
+        record: &mut [u8],
+        lane: usize,
+        (half, step): (usize, usize),
+        codes: [u8; 4],
+    ) {
         let place = half * 32 + lane;
         if self.bits == 8 {
             record[place * 16 + step * 4..][..4].copy_from_slice(&codes);
@@ -189,10 +195,7 @@ impl Packer {
     /// largest weight that the activation type can hold.
     pub(super) fn new(dtype: DType, inputs: usize, largest: f32) -> Result<Self, DeviceError> {
         let (Some(format), Some(view)) = (Format::of(dtype), quant::affine(dtype)) else {
-            return Err(failed(
-                "load_linear",
-                format!("{dtype} is no block format"),
-            ));
+            return Err(failed("load_linear", format!("{dtype} is no block format")));
         };
         let groups = inputs / view.group;
         Ok(Self {
@@ -254,10 +257,18 @@ impl Packer {
         let widest = f32::from(1u16 << self.format.bits.min(8)) - zero as f32;
         let widest = widest.max(zero as f32);
         let scale = self.scales.iter().fold(0f32, |most, &scale| {
-            if scale.is_nan() { f32::INFINITY } else { most.max(scale.abs()) }
+            if scale.is_nan() {
+                f32::INFINITY
+            } else {
+                most.max(scale.abs())
+            }
         });
         let minimum = self.minimums.iter().fold(0f32, |most, &minimum| {
-            if minimum.is_nan() { f32::INFINITY } else { most.max(minimum.abs()) }
+            if minimum.is_nan() {
+                f32::INFINITY
+            } else {
+                most.max(minimum.abs())
+            }
         });
         if scale * widest + minimum <= self.largest {
             return Ok(());
@@ -314,7 +325,9 @@ impl Packer {
     /// stored block.
     fn shared(&self, stored: &[u8], index: usize) -> [f16; 2] {
         let block = index * RECORD_INPUTS / self.dtype.block_elements() * self.dtype.block_bytes();
-        let at = |offset: usize| f16::from_le_bytes([stored[block + offset], stored[block + offset + 1]]);
+        let at = |offset: usize| {
+            f16::from_le_bytes([stored[block + offset], stored[block + offset + 1]])
+        };
         match self.dtype {
             DType::Q2K => [at(80), at(82)],
             DType::Q3K => [at(108), f16::ZERO],
@@ -397,7 +410,11 @@ mod tests {
             let Some(format) = Format::of(dtype) else {
                 continue;
             };
-            let inputs = if dtype.block_elements() == 256 { 512 } else { 224 };
+            let inputs = if dtype.block_elements() == 256 {
+                512
+            } else {
+                224
+            };
             let bytes = dtype.bytes_for(inputs).unwrap();
             let mut records = vec![0; format.eight_bytes(inputs)];
             let mut packer = Packer::new(dtype, inputs, f32::MAX).unwrap();
