@@ -12,12 +12,6 @@ constexpr u32 DECODE_SLOTS = HEAD <= 64 ? 8 : HEAD <= 128 ? 4 : 2;
 template <int HEAD>
 constexpr u32 DECODE_SLOT_BYTES = GRANULE * PITCH_BYTES<HEAD>;
 
-// Where the units of a listed sequence begin among all partial results. Tables follow one
-// another in the order of their sequences, and each covers its sequence's length.
-INLINE u32 first_partial(const uint4& sequence, u32 listed, u32 block_tokens) {
-    return u32(u64(sequence.w) * block_tokens / UNIT) + listed;
-}
-
 // What a warp of the decode kernel copies: the granules of a unit, tile by tile, of each
 // first two of keys (parts 0 and 1), then two of values.
 template <int HEAD>
@@ -67,14 +61,16 @@ struct DecodeCopies {
 
 // grid (any, kv_heads · ceil(group / 16), listed sequences), 128 threads. Warp w of block x
 // does the units 4 x + w, 4 (x + gridDim.x) + w, … of those that the sequence's token sees.
+// An entry of the list is {sequence, where its units begin among all partial results}.
 template <int HEAD>
 INLINE void attend_decode(
     float* partial_out, float2* partial_stats, const T* qkv, const T* k_cache, const T* v_cache, const u32* tables,
-    const uint4* sequences, const u32* decode_list, u32 q_heads, u32 kv_heads, u32 block_tokens, float scale,
+    const uint4* sequences, const uint2* decode_list, u32 q_heads, u32 kv_heads, u32 block_tokens, float scale,
     float softcap, u32 window
 ) {
     extern __shared__ __align__(16) u8 shared[];
-    const uint4 sequence = sequences[decode_list[blockIdx.z]];
+    const uint2 listed = decode_list[blockIdx.z];
+    const uint4 sequence = sequences[listed.x];
     if (sequence.z == 0) return;
     const Sight sight = Sight::of(sequence.z - 1, window);
     const u32 first_unit = sight.begin / UNIT, units = (sight.end - 1) / UNIT + 1 - first_unit;
@@ -92,7 +88,6 @@ INLINE void attend_decode(
     const Pages pages = {tables + sequence.w, block_tokens, kv_heads, kv_head};
     const Scoring scoring(scale, softcap);
     const Sight sights[2] = {sight, sight};
-    const u32 partials = first_partial(sequence, blockIdx.z, block_tokens);
     const u32 ring = shared_address(shared) + warp_id() * DECODE_SLOTS<HEAD> * DECODE_SLOT_BYTES<HEAD>;
     Softmax<HEAD> softmax;
 #pragma unroll 1
@@ -119,7 +114,7 @@ INLINE void attend_decode(
         copy_async_wait<0>();
         softmax.finish();
 
-        const u64 partial = u64(partials + index) * q_heads + head;
+        const u64 partial = u64(listed.y + index) * q_heads + head;
         const u32 column = lane_id() % 4 * 2;
         float* out = partial_out + partial * HEAD + column;
 #pragma unroll
@@ -138,11 +133,12 @@ INLINE void attend_decode(
 // grid (q_heads, listed sequences), a thread an element of a head, whole warps. Merges a
 // sequence's units in ascending order; zeros for a sequence of length 0.
 KERNEL attend_combine(
-    T* out, const float* partial_out, const float2* partial_stats, const uint4* sequences, const u32* decode_list,
-    u32 q_heads, u32 head_dim, u32 block_tokens, u32 window
+    T* out, const float* partial_out, const float2* partial_stats, const uint4* sequences, const uint2* decode_list,
+    u32 q_heads, u32 head_dim, u32 window
 ) {
     constexpr u32 AT_ONCE = 16;
-    const uint4 sequence = sequences[decode_list[blockIdx.y]];
+    const uint2 listed = decode_list[blockIdx.y];
+    const uint4 sequence = sequences[listed.x];
     const u32 head = blockIdx.x, lane = lane_id();
     // Threads beyond the head read its last element.
     const u32 column = min(threadIdx.x, head_dim - 1);
@@ -151,7 +147,7 @@ KERNEL attend_combine(
         const Sight sight = Sight::of(sequence.z - 1, window);
         units = (sight.end - 1) / UNIT + 1 - sight.begin / UNIT;
     }
-    const u64 partial = u64(first_partial(sequence, blockIdx.y, block_tokens)) * q_heads + head;
+    const u64 partial = u64(listed.y) * q_heads + head;
     const u64 stride = u64(q_heads) * head_dim;
     partial_out += partial * head_dim + column;
     partial_stats += partial;
@@ -404,7 +400,7 @@ INLINE void attend_prefill(
 #define ATTEND(HEAD)                                                                                                   \
     KERNEL __launch_bounds__(128) attend_decode_hd##HEAD(                                                              \
         float* partial_out, float2* partial_stats, const T* qkv, const T* k_cache, const T* v_cache,                  \
-        const u32* tables, const uint4* sequences, const u32* decode_list, u32 q_heads, u32 kv_heads,                 \
+        const u32* tables, const uint4* sequences, const uint2* decode_list, u32 q_heads, u32 kv_heads,                 \
         u32 block_tokens, float scale, float softcap, u32 window                                                       \
     ) {                                                                                                                \
         attend_decode<HEAD>(partial_out, partial_stats, qkv, k_cache, v_cache, tables, sequences, decode_list,        \
