@@ -2,6 +2,7 @@
 
 use super::progress;
 use clap::{Args, ValueEnum};
+use quell::runner::ModelFiles;
 use quell::{
     Activations, CpuOptions, DeviceChoice, Engine, EngineConfig, GenerateError, KvType, LoadError,
     LoadOptions, SamplingParams, SimdLevel, SubmitError,
@@ -36,6 +37,8 @@ pub enum CliError {
     },
     #[error("{path} is no list of messages: {problem}")]
     Messages { path: PathBuf, problem: String },
+    #[error("{path} is no config.json: {problem}")]
+    Config { path: PathBuf, problem: String },
     #[error("{model} has no tokenizer files, which this command needs")]
     NoTokenizer { model: String },
     #[error("cannot write the output: {0}")]
@@ -151,8 +154,15 @@ pub struct RunArgs {
 impl ModelArgs {
     /// Loads the model and starts its engine, with a progress bar on a terminal.
     pub fn start(&self) -> Result<Engine, CliError> {
-        let config = self.run.config()?;
-        let path = resolve(&self.model)?;
+        // Before the download.
+        self.run.config()?;
+        self.run.start(ModelFiles::open(&resolve(&self.model)?)?)
+    }
+}
+
+impl RunArgs {
+    /// Loads a model and starts its engine, with a progress bar on a terminal.
+    pub fn start(&self, files: ModelFiles) -> Result<Engine, CliError> {
         let bar = progress::bar(0, "loading");
         let ticks = bar.clone();
         let options = LoadOptions {
@@ -160,16 +170,14 @@ impl ModelArgs {
                 ticks.set_length(total as u64);
                 ticks.set_position(done as u64);
             })),
-            device: self.run.device.0,
-            cpu: self.run.cpu(),
+            device: self.device.0,
+            cpu: self.cpu(),
         };
-        let engine = Engine::load(path, config, options);
+        let engine = Engine::from_files(files, self.config()?, options);
         bar.finish_and_clear();
         Ok(engine?)
     }
-}
 
-impl RunArgs {
     /// The engine's settings.
     pub fn config(&self) -> Result<EngineConfig, CliError> {
         for (flag, value) in [

@@ -18,8 +18,8 @@ pub(super) struct Handle {
     pub(super) errors: ErrorDoor,
     /// Bytes of device memory that are allocated now.
     pub(super) allocated: Cell<usize>,
-    /// Counts allocations and releases: addresses recorded before it changed may be stale.
-    pub(super) generation: Cell<u64>,
+    /// Counts releases of device memory: addresses recorded before it changed may be stale.
+    pub(super) releases: Cell<u64>,
 }
 
 impl Handle {
@@ -181,7 +181,7 @@ impl Context {
             context,
             errors,
             allocated: Cell::new(0),
-            generation: Cell::new(0),
+            releases: Cell::new(0),
         });
         Ok(Self {
             uploader: RefCell::default(),

@@ -56,7 +56,7 @@ impl Drop for Buffer {
         }
         let handle = &self.handle;
         handle.allocated.set(handle.allocated.get() - self.bytes);
-        handle.generation.set(handle.generation.get() + 1);
+        handle.releases.set(handle.releases.get() + 1);
         handle.cleanup("waiting before a release", result::ctx::synchronize);
         // SAFETY: allocated by `Context::allocate`, freed once, and no longer in use.
         let free = || unsafe { result::free_sync(self.ptr.0) };
@@ -219,7 +219,6 @@ impl Context {
         let address = handle.call(OPERATION, allocate)?;
         let ptr = Ptr(address.ok_or_else(|| out_of_memory_for(bytes, what))?);
         handle.allocated.set(handle.allocated.get() + bytes);
-        handle.generation.set(handle.generation.get() + 1);
         Ok(Buffer { ptr, bytes, handle })
     }
 

@@ -52,6 +52,7 @@ use cache::CacheKernels;
 use context::Context;
 use embedding::EmbeddingKernels;
 use experts::{ExpertKernels, ExpertScratch};
+use graphs::Graphs;
 use images::Modules;
 use linear::{LinearKernels, Products, QuantKernels};
 use norm::NormKernels;
@@ -63,6 +64,8 @@ use step::StepInputs;
 ///
 /// Belongs to the thread that made it.
 pub struct CudaDevice {
+    /// First, because graphs refer to the memory of what follows.
+    graphs: Graphs,
     info: DeviceInfo,
     options: CudaOptions,
     activation: ActivationKernels,
@@ -102,6 +105,7 @@ impl CudaDevice {
             options.activations.name(),
         );
         Ok(Self {
+            graphs: Graphs::default(),
             info: DeviceInfo {
                 name: format!("cuda:{}", options.device),
                 description,
@@ -177,6 +181,12 @@ impl CudaDevice {
     }
 }
 
+impl Drop for CudaDevice {
+    fn drop(&mut self) {
+        self.graphs.abandon(&self.context);
+    }
+}
+
 impl Device for CudaDevice {
     type Linear = CudaLinear;
     type Vector = CudaVector;
@@ -247,12 +257,13 @@ impl Device for CudaDevice {
     }
 
     fn stage(&mut self, batch: &Batch) -> Result<Staged, DeviceError> {
-        self.step.take(&self.context, batch)?;
-        Ok(Staged::Enqueue)
+        self.graphs.abandon(&self.context);
+        self.step.take(&self.context, batch, self.options.graphs)?;
+        self.graphs.begin(&self.context, &self.step)
     }
 
-    fn finish(&mut self) -> Result<(), DeviceError> {
-        Ok(())
+    fn finish(&mut self, outcome: Result<(), DeviceError>) -> Result<Finished, DeviceError> {
+        self.graphs.finish(&self.context, outcome)
     }
 
     fn embed(
@@ -375,7 +386,9 @@ impl Device for CudaDevice {
         logits: &CudaTensor,
         rows: &[SampleRow],
     ) -> Result<CudaPending, DeviceError> {
-        self.sample_op(logits, rows)
+        let pending = self.sample_op(logits, rows)?;
+        self.step.set_sampled(rows.len());
+        Ok(pending)
     }
 
     fn collect(&mut self, pending: CudaPending) -> Result<Vec<Sampled>, DeviceError> {
