@@ -36,7 +36,10 @@ fn check(name: &str, activations: CudaActivations, tolerance: Tolerance) {
         assert_eq!(errors.len(), 12 * 5);
         worst = errors.into_iter().fold(worst, f32::max);
     }
-    println!("{name} {activations:?}: max error {worst} of {}", tolerance.max);
+    println!(
+        "{name} {activations:?}: max error {worst} of {}",
+        tolerance.max
+    );
 }
 
 fn float16(name: &str) {

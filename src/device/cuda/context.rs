@@ -4,7 +4,7 @@
 //! on the *results* stream, so that the copy overlaps with the next step.
 
 use super::error::{self, ErrorDoor};
-use super::memory::Uploader;
+use super::memory::{Uploader, out_of_memory, unless_full};
 use crate::device::DeviceError;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
@@ -174,8 +174,9 @@ impl Context {
     pub(super) fn new(device: sys::CUdevice) -> Result<Self, DeviceError> {
         let errors = ErrorDoor::default();
         // SAFETY: `device` is one that the driver gave.
-        let context = unsafe { result::primary_ctx::retain(device) }
-            .map_err(|error| errors.admit("making a context", error))?;
+        let context = unless_full(unsafe { result::primary_ctx::retain(device) })
+            .map_err(|error| errors.admit("making a context", error))?
+            .ok_or_else(|| out_of_memory(0, "a context"))?;
         let handle = Rc::new(Handle {
             device,
             context,

@@ -88,10 +88,17 @@ pub struct CudaDevice {
 }
 
 impl CudaDevice {
+    /// Whether there is a GPU `index` that quell can use; cheap. `Unavailable` says in
+    /// one line why there is none.
+    pub fn available(index: usize) -> Result<(), DeviceError> {
+        probe::find(index).map(|_| ())
+    }
+
     /// Makes the GPU ready. `Unavailable` says in one line why there is none.
     pub fn new(options: &CudaOptions) -> Result<Self, DeviceError> {
         let found = probe::find(options.device)?;
-        let context = Context::new(found.device)?;
+        let context = Context::new(found.device)
+            .map_err(|error| probe::refused(options.device, &found, error))?;
         let modules = Modules::new(&context, options.activations, found.capability);
         let (capability, memory) = (found.capability, found.memory >> 20);
         let description = format!(
