@@ -24,6 +24,7 @@ mod graphs;
 mod images;
 mod launch;
 mod linear;
+mod load;
 mod memory;
 mod norm;
 mod options;
@@ -50,30 +51,36 @@ use attention::AttentionKernels;
 use cache::CacheKernels;
 use context::Context;
 use embedding::EmbeddingKernels;
-use experts::ExpertKernels;
+use experts::{ExpertKernels, ExpertScratch};
+use graphs::Graphs;
 use images::Modules;
-use linear::{LinearKernels, QuantKernels};
+use linear::{LinearKernels, Products, QuantKernels};
 use norm::NormKernels;
 use rope::RopeKernels;
-use sampling::SamplingKernels;
+use sampling::{Sampler, SamplingKernels};
 use step::StepInputs;
 
 /// Computes on an NVIDIA GPU.
 ///
 /// Belongs to the thread that made it.
 pub struct CudaDevice {
+    /// First, because graphs refer to the memory of what follows.
+    graphs: Graphs,
     info: DeviceInfo,
     options: CudaOptions,
     activation: ActivationKernels,
     attention: AttentionKernels,
     cache: CacheKernels,
     embedding: EmbeddingKernels,
+    expert_scratch: ExpertScratch,
     experts: ExpertKernels,
     linear: LinearKernels,
     norm: NormKernels,
+    products: Products,
     quant: QuantKernels,
     rope: RopeKernels,
     sampling: SamplingKernels,
+    sampler: Sampler,
     step: StepInputs,
     limits: Option<DeviceLimits>,
     weight_bytes: usize,
@@ -81,10 +88,17 @@ pub struct CudaDevice {
 }
 
 impl CudaDevice {
+    /// Whether there is a GPU `index` that quell can use; cheap. `Unavailable` says in
+    /// one line why there is none.
+    pub fn available(index: usize) -> Result<(), DeviceError> {
+        probe::find(index).map(|_| ())
+    }
+
     /// Makes the GPU ready. `Unavailable` says in one line why there is none.
     pub fn new(options: &CudaOptions) -> Result<Self, DeviceError> {
         let found = probe::find(options.device)?;
-        let context = Context::new(found.device)?;
+        let context = Context::new(found.device)
+            .map_err(|error| probe::refused(options.device, &found, error))?;
         let modules = Modules::new(&context, options.activations, found.capability);
         let (capability, memory) = (found.capability, found.memory >> 20);
         let description = format!(
@@ -98,6 +112,7 @@ impl CudaDevice {
             options.activations.name(),
         );
         Ok(Self {
+            graphs: Graphs::default(),
             info: DeviceInfo {
                 name: format!("cuda:{}", options.device),
                 description,
@@ -107,12 +122,15 @@ impl CudaDevice {
             attention: AttentionKernels::load(&modules)?,
             cache: CacheKernels::load(&modules)?,
             embedding: EmbeddingKernels::load(&modules)?,
+            expert_scratch: ExpertScratch::default(),
             experts: ExpertKernels::load(&modules)?,
             linear: LinearKernels::load(&modules)?,
             norm: NormKernels::load(&modules)?,
+            products: Products::new(&context, options)?,
             quant: QuantKernels::load(&modules)?,
             rope: RopeKernels::load(&modules)?,
             sampling: SamplingKernels::load(&modules)?,
+            sampler: Sampler::new(),
             step: StepInputs::new(),
             limits: None,
             weight_bytes: 0,
@@ -167,6 +185,12 @@ impl CudaDevice {
         let after = self.context.handle.allocated.get();
         self.weight_bytes += after.saturating_sub(before);
         Ok(loaded)
+    }
+}
+
+impl Drop for CudaDevice {
+    fn drop(&mut self) {
+        self.graphs.abandon(&self.context);
     }
 }
 
@@ -240,12 +264,13 @@ impl Device for CudaDevice {
     }
 
     fn stage(&mut self, batch: &Batch) -> Result<Staged, DeviceError> {
-        self.step.take(&self.context, batch)?;
-        Ok(Staged::Enqueue)
+        self.graphs.abandon(&self.context);
+        self.step.take(&self.context, batch, self.options.graphs)?;
+        self.graphs.begin(&self.context, &self.step)
     }
 
-    fn finish(&mut self) -> Result<(), DeviceError> {
-        Ok(())
+    fn finish(&mut self, outcome: Result<(), DeviceError>) -> Result<Finished, DeviceError> {
+        self.graphs.finish(&self.context, outcome)
     }
 
     fn embed(
@@ -368,7 +393,9 @@ impl Device for CudaDevice {
         logits: &CudaTensor,
         rows: &[SampleRow],
     ) -> Result<CudaPending, DeviceError> {
-        self.sample_op(logits, rows)
+        let pending = self.sample_op(logits, rows)?;
+        self.step.set_sampled(rows.len());
+        Ok(pending)
     }
 
     fn collect(&mut self, pending: CudaPending) -> Result<Vec<Sampled>, DeviceError> {

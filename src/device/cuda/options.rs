@@ -15,6 +15,9 @@ pub struct CudaOptions {
     /// Share of the GPU's memory that may be used, weights and cache together, from
     /// 0 to 1.
     pub utilisation: f32,
+    /// Whether cuBLASLt, which must be installed, multiplies large floating-point
+    /// matrices. A row's result may then depend on the rows beside it.
+    pub blas: bool,
 }
 
 impl Default for CudaOptions {
@@ -24,6 +27,7 @@ impl Default for CudaOptions {
             activations: CudaActivations::default(),
             graphs: true,
             utilisation: 0.9,
+            blas: false,
         }
     }
 }
