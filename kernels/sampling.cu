@@ -31,8 +31,6 @@ constexpr u32 BINS = 512;
 // The longest list that sample_compact makes; a row that needs more is read as a whole.
 constexpr u32 LIST = 4096;
 constexpr u32 MAX_TOP = 1024;
-// Flags of a row.
-constexpr u32 FED_BACK = 1;
 
 // What a row asks for: 16 words.
 struct Row {
@@ -43,10 +41,10 @@ struct Row {
     float top_p;
     float floor;  // lowest score that min-p leaves
     float repetition, presence, frequency;
-    u32 history_start, history_count;  // entries {token, times generated}, one more is set aside
+    u32 history_start, history_count;  // entries {token, times generated} and one set aside; or NONE
     u32 bias_start, bias_count;        // entries {token, bias}, equal tokens together
     u32 logprobs;                      // likeliest tokens to report; NONE: no report at all
-    u32 flags;
+    u32 unused;
 };
 
 // The state of a row with top-k or top-p: 8 words, zeroed by sample_best.
@@ -379,15 +377,19 @@ INLINE float penalised(float logit, const Row& row, u32 generated) {
 // Applies penalties and biases to the logits and keeps what they were in `saved`, entry by
 // entry. The token that was fed back in this step counts as generated once more; if the
 // history lacks it, it becomes the entry set aside. Grid rows, 256 threads.
-KERNEL sample_edit(float* logits, float* saved, uint2* entries, const Row* rows, const u32* resolved,
-                   const u32* sample_rows, u32 columns) {
+KERNEL sample_edit(float* logits, float* saved, uint2* entries, const Row* rows, const u32* feedback,
+                   const u32* resolved, const u32* sample_rows, u32 columns) {
     __shared__ u32 known;
     const Row& row = rows[blockIdx.x];
     u32 count = row.history_count;
     logits += u64(blockIdx.x) * columns;
     uint2* history = entries + row.history_start;
     float* saved_history = saved + row.history_start;
-    u32 fed = row.flags & FED_BACK ? resolved[sample_rows[blockIdx.x]] : NONE;
+    u32 fed = NONE;
+    if (row.history_start != NONE) {
+        u32 input = sample_rows[blockIdx.x];
+        if (feedback[input] != NONE) fed = resolved[input];
+    }
     if (threadIdx.x == 0) known = 0;
     __syncthreads();
     for (u32 i = threadIdx.x; i < count; i += blockDim.x) {

@@ -56,8 +56,8 @@ impl Drop for Buffer {
         }
         let handle = &self.handle;
         handle.allocated.set(handle.allocated.get() - self.bytes);
-        handle.generation.set(handle.generation.get() + 1);
-        handle.cleanup("waiting before a release", result::ctx::synchronize);
+        handle.releases.set(handle.releases.get() + 1);
+        handle.drain();
         // SAFETY: allocated by `Context::allocate`, freed once, and no longer in use.
         let free = || unsafe { result::free_sync(self.ptr.0) };
         handle.cleanup("freeing device memory", free);
@@ -95,18 +95,10 @@ impl Pinned {
             PinnedUse::Download => 0,
         };
         // SAFETY: a plain allocation.
-        let allocate = || unsafe { result::malloc_host(bytes, flags) };
-        let start = context.call(OPERATION, allocate).map_err(|error| {
-            let out_of_memory = format!("{:?}", sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY);
-            match error {
-                DeviceError::Failed { reason, .. } if reason.starts_with(&out_of_memory) => {
-                    out_of_memory_for(bytes, "pinned host memory")
-                }
-                error => error,
-            }
-        })?;
-        let start = NonNull::new(start.cast::<u8>())
-            .ok_or_else(|| out_of_memory_for(bytes, "pinned host memory"))?;
+        let allocate = || unless_full(unsafe { result::malloc_host(bytes, flags) });
+        let start = context.call(OPERATION, allocate)?;
+        let start = start.and_then(|start| NonNull::new(start.cast::<u8>()));
+        let start = start.ok_or_else(|| out_of_memory(bytes, "pinned host memory"))?;
         // SAFETY: the memory was just allocated with this size.
         unsafe { start.write_bytes(0, bytes) };
         Ok(Self {
@@ -137,18 +129,28 @@ impl Pinned {
 impl Drop for Pinned {
     fn drop(&mut self) {
         let handle = &self.handle;
-        handle.cleanup("waiting before a release", result::ctx::synchronize);
+        handle.drain();
         // SAFETY: allocated by `new`, freed once, and no copy is under way.
         let free = || unsafe { result::free_host(self.start.as_ptr().cast()) };
         handle.cleanup("freeing pinned memory", free);
     }
 }
 
-fn out_of_memory_for(bytes: usize, what: &str) -> DeviceError {
+/// `OutOfMemory` of this device.
+pub(super) fn out_of_memory(bytes: usize, what: &str) -> DeviceError {
     DeviceError::OutOfMemory {
         device: DEVICE,
         bytes,
         what: what.to_owned(),
+    }
+}
+
+/// What was allocated; `None` when there is no memory left.
+pub(super) fn unless_full<T>(allocated: Result<T, DriverError>) -> Result<Option<T>, DriverError> {
+    match allocated {
+        Ok(allocated) => Ok(Some(allocated)),
+        Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => Ok(None),
+        Err(error) => Err(error),
     }
 }
 
@@ -191,8 +193,14 @@ impl Uploader {
             piece.copied.synchronize("upload")?;
             piece.memory.as_mut_slice()[..part.len()].copy_from_slice(part);
             let to = to.offset_bytes(index * PIECE);
-            context.copy_from_pinned(to, &piece.memory, part.len())?;
-            piece.copied.record(&context.compute)?;
+            let copied = context
+                .copy_from_pinned(to, &piece.memory, part.len())
+                .and_then(|()| piece.copied.record(&context.compute));
+            if copied.is_err() {
+                // Nobody would know when the piece may be written again.
+                *place = None;
+                return copied;
+            }
         }
         Ok(())
     }
@@ -208,18 +216,11 @@ impl Context {
             let ptr = Ptr::NULL;
             return Ok(Buffer { ptr, bytes, handle });
         }
-        let allocate = || {
-            // SAFETY: a plain allocation.
-            match unsafe { result::malloc_sync(bytes) } {
-                Ok(address) => Ok(Some(address)),
-                Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => Ok(None),
-                Err(error) => Err(error),
-            }
-        };
+        // SAFETY: a plain allocation.
+        let allocate = || unless_full(unsafe { result::malloc_sync(bytes) });
         let address = handle.call(OPERATION, allocate)?;
-        let ptr = Ptr(address.ok_or_else(|| out_of_memory_for(bytes, what))?);
+        let ptr = Ptr(address.ok_or_else(|| out_of_memory(bytes, what))?);
         handle.allocated.set(handle.allocated.get() + bytes);
-        handle.generation.set(handle.generation.get() + 1);
         Ok(Buffer { ptr, bytes, handle })
     }
 
@@ -341,7 +342,7 @@ impl CudaTensor {
         let bytes = rows
             .checked_mul(columns)
             .and_then(|elements| elements.checked_mul(element))
-            .ok_or_else(|| out_of_memory_for(usize::MAX, "activations"))?;
+            .ok_or_else(|| out_of_memory(usize::MAX, "activations"))?;
         Ok(Self {
             buffer: context.allocate(bytes, "activations")?,
             rows,
