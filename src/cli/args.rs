@@ -2,6 +2,7 @@
 
 use super::progress;
 use clap::{Args, ValueEnum};
+use quell::runner::ModelFiles;
 use quell::{
     Activations, CpuOptions, DeviceChoice, Engine, EngineConfig, GenerateError, KvType, LoadError,
     LoadOptions, SamplingParams, SimdLevel, SubmitError,
@@ -38,6 +39,8 @@ pub enum CliError {
     },
     #[error("{path} is no list of messages: {problem}")]
     Messages { path: PathBuf, problem: String },
+    #[error("{path} is no config.json: {problem}")]
+    Config { path: PathBuf, problem: String },
     #[error("{model} has no tokenizer files, which this command needs")]
     NoTokenizer { model: String },
     #[error("cannot write the output: {0}")]
@@ -175,8 +178,15 @@ enum CudaActivationsArg {
 impl ModelArgs {
     /// Loads the model and starts its engine, with a progress bar on a terminal.
     pub fn start(&self) -> Result<Engine, CliError> {
-        let config = self.run.config()?;
-        let path = resolve(&self.model)?;
+        // Before the download.
+        self.run.config()?;
+        self.run.start(ModelFiles::open(&resolve(&self.model)?)?)
+    }
+}
+
+impl RunArgs {
+    /// Loads a model and starts its engine, with a progress bar on a terminal.
+    pub fn start(&self, files: ModelFiles) -> Result<Engine, CliError> {
         let bar = progress::bar(0, "loading");
         let ticks = bar.clone();
         let options = LoadOptions {
@@ -184,18 +194,16 @@ impl ModelArgs {
                 ticks.set_length(total as u64);
                 ticks.set_position(done as u64);
             })),
-            device: self.run.device.0,
-            cpu: self.run.cpu(),
+            device: self.device.0,
+            cpu: self.cpu(),
             #[cfg(feature = "cuda")]
-            cuda: self.run.cuda()?,
+            cuda: self.cuda()?,
         };
-        let engine = Engine::load(path, config, options);
+        let engine = Engine::from_files(files, self.config()?, options);
         bar.finish_and_clear();
         Ok(engine?)
     }
-}
 
-impl RunArgs {
     /// The engine's settings.
     pub fn config(&self) -> Result<EngineConfig, CliError> {
         for (flag, value) in [

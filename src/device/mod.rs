@@ -251,6 +251,16 @@ pub enum Staged {
     Replayed,
 }
 
+/// What remains to be done for a step whose operations were enqueued.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finished {
+    /// Nothing: only sampling is left.
+    Done,
+    /// The device wanted to record the operations and could not. Nothing of them was
+    /// computed: they are to be enqueued again, then [`Device::finish`] called.
+    Repeat,
+}
+
 /// The largest step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceLimits {
@@ -410,9 +420,10 @@ pub trait Device: Sized + 'static {
     /// Takes the inputs of the next step; the operations below refer to them.
     fn stage(&mut self, batch: &Batch) -> Result<Staged, DeviceError>;
 
-    /// Ends the forward pass that `stage` asked to enqueue; `sample` comes after it.
-    fn finish(&mut self) -> Result<(), DeviceError> {
-        Ok(())
+    /// Ends the forward pass that `stage` asked to enqueue, which went as `outcome`
+    /// says; `sample` comes after it.
+    fn finish(&mut self, outcome: Result<(), DeviceError>) -> Result<Finished, DeviceError> {
+        outcome.map(|()| Finished::Done)
     }
 
     /// `out[r] = scale · table[token of row r]` for every row of the batch.

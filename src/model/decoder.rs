@@ -3,7 +3,7 @@
 use super::tensors::Part;
 use super::{ModelConfig, ModelError, ModelSource, NormPlacement, QkNormKind};
 use crate::device::{
-    AttentionSpec, Batch, Device, DeviceError, LinearSpec, Precision, QkNorm, RopeSpec,
+    AttentionSpec, Batch, Device, DeviceError, Finished, LinearSpec, Precision, QkNorm, RopeSpec,
     RoutingSpec, Staged,
 };
 
@@ -128,9 +128,24 @@ impl<D: Device> Decoder<D> {
         batch: &Batch,
         cache: &mut D::Cache,
     ) -> Result<&D::Tensor, DeviceError> {
-        if device.stage(batch)? == Staged::Replayed {
-            return Ok(&self.workspace.logits);
+        if device.stage(batch)? == Staged::Enqueue {
+            loop {
+                let outcome = self.enqueue(device, batch, cache);
+                if device.finish(outcome)? == Finished::Done {
+                    break;
+                }
+            }
         }
+        Ok(&self.workspace.logits)
+    }
+
+    /// Enqueues the operations of a staged step.
+    fn enqueue(
+        &mut self,
+        device: &mut D,
+        batch: &Batch,
+        cache: &mut D::Cache,
+    ) -> Result<(), DeviceError> {
         let rows = batch.rows();
         let config = &self.config;
         let scale = if config.family.scales_embeddings() {
@@ -179,9 +194,7 @@ impl<D: Device> Decoder<D> {
         if pending {
             device.add(&mut self.workspace.residual, &self.workspace.delta, rows)?;
         }
-        self.logits(device, batch.sample_rows.len())?;
-        device.finish()?;
-        Ok(&self.workspace.logits)
+        self.logits(device, batch.sample_rows.len())
     }
 
     /// The logits of the sampled rows.

@@ -9,7 +9,8 @@ use crate::device::cuda::{CudaDevice, CudaOptions};
 use crate::device::{Device, DeviceError, DeviceInfo};
 use crate::model::ModelSource;
 use crate::text::{GgufVocabulary, Tokenizer};
-use crate::weights::{Gguf, ModelFolder};
+use crate::weights::{DType, Gguf, ModelFolder};
+use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// Where a model is to run.
@@ -96,6 +97,17 @@ impl ModelFiles {
             source,
             tokenizer,
             recipe,
+        })
+    }
+
+    /// No files at all: random weights in `format`, of a model of the size that a
+    /// Hugging Face `config.json` says, to measure its speed. `name` stands for its path.
+    pub fn random(name: &str, settings: &Value, format: DType) -> Result<Self, LoadError> {
+        Ok(Self {
+            path: PathBuf::from(name),
+            source: ModelSource::random(settings, format)?,
+            tokenizer: None,
+            recipe: None,
         })
     }
 

@@ -4,7 +4,7 @@
 //! on the *results* stream, so that the copy overlaps with the next step.
 
 use super::error::{self, ErrorDoor};
-use super::memory::Uploader;
+use super::memory::{Uploader, out_of_memory, unless_full};
 use crate::device::DeviceError;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
@@ -18,8 +18,8 @@ pub(super) struct Handle {
     pub(super) errors: ErrorDoor,
     /// Bytes of device memory that are allocated now.
     pub(super) allocated: Cell<usize>,
-    /// Counts allocations and releases: addresses recorded before it changed may be stale.
-    pub(super) generation: Cell<u64>,
+    /// Counts releases of device memory: addresses recorded before it changed may be stale.
+    pub(super) releases: Cell<u64>,
 }
 
 impl Handle {
@@ -174,14 +174,15 @@ impl Context {
     pub(super) fn new(device: sys::CUdevice) -> Result<Self, DeviceError> {
         let errors = ErrorDoor::default();
         // SAFETY: `device` is one that the driver gave.
-        let context = unsafe { result::primary_ctx::retain(device) }
-            .map_err(|error| errors.admit("making a context", error))?;
+        let context = unless_full(unsafe { result::primary_ctx::retain(device) })
+            .map_err(|error| errors.admit("making a context", error))?
+            .ok_or_else(|| out_of_memory(0, "a context"))?;
         let handle = Rc::new(Handle {
             device,
             context,
             errors,
             allocated: Cell::new(0),
-            generation: Cell::new(0),
+            releases: Cell::new(0),
         });
         Ok(Self {
             uploader: RefCell::default(),

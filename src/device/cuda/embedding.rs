@@ -1,10 +1,11 @@
 //! Token embeddings.
 
 use super::CudaDevice;
-use super::error;
-use super::launch::kernels;
+use super::launch::{Grid, kernels};
+use super::linear::CudaLinear;
 use super::memory::{CudaTensor, Ptr};
-use crate::device::*;
+use super::norm::{require_shape, row_grid};
+use crate::device::{DeviceError, Precision};
 
 kernels! {
     /// Kernels of `kernels/embedding.cu`.
@@ -15,13 +16,38 @@ kernels! {
 }
 
 impl CudaDevice {
-    #[allow(unused_variables, clippy::too_many_arguments)]
     pub(super) fn embed_op(
         &mut self,
-        table: &super::CudaLinear,
+        table: &CudaLinear,
         scale: f32,
         out: &mut CudaTensor,
     ) -> Result<(), DeviceError> {
-        Err(error::failed("embed_op", "not written yet"))
+        let rows = self.step.padded(self.step.rows());
+        let (columns, vocabulary) = (table.columns(), table.rows());
+        let shape = (rows, columns);
+        require_shape("embed", "the result", out, shape, Precision::Full)?;
+        let resolved = self.step.resolved();
+        self.embedding.resolve_tokens(
+            &self.context,
+            Grid::new([rows.div_ceil(256) as u32, 1, 1], [256, 1, 1]),
+            resolved,
+            self.step.tokens(),
+            self.step.feedback(),
+            self.step.sampled(),
+            rows as u32,
+        )?;
+        let Some(dense) = table.dense() else {
+            return self.embed_quant(table, scale, out);
+        };
+        self.embedding.embed_dense(
+            &self.context,
+            row_grid(rows),
+            out.ptr(),
+            dense,
+            resolved,
+            scale,
+            columns as u32,
+            vocabulary as u32,
+        )
     }
 }

@@ -56,7 +56,7 @@ impl Drop for Buffer {
         }
         let handle = &self.handle;
         handle.allocated.set(handle.allocated.get() - self.bytes);
-        handle.generation.set(handle.generation.get() + 1);
+        handle.releases.set(handle.releases.get() + 1);
         handle.cleanup("waiting before a release", result::ctx::synchronize);
         // SAFETY: allocated by `Context::allocate`, freed once, and no longer in use.
         let free = || unsafe { result::free_sync(self.ptr.0) };
@@ -95,18 +95,10 @@ impl Pinned {
             PinnedUse::Download => 0,
         };
         // SAFETY: a plain allocation.
-        let allocate = || unsafe { result::malloc_host(bytes, flags) };
-        let start = context.call(OPERATION, allocate).map_err(|error| {
-            let out_of_memory = format!("{:?}", sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY);
-            match error {
-                DeviceError::Failed { reason, .. } if reason.starts_with(&out_of_memory) => {
-                    out_of_memory_for(bytes, "pinned host memory")
-                }
-                error => error,
-            }
-        })?;
-        let start = NonNull::new(start.cast::<u8>())
-            .ok_or_else(|| out_of_memory_for(bytes, "pinned host memory"))?;
+        let allocate = || unless_full(unsafe { result::malloc_host(bytes, flags) });
+        let start = context.call(OPERATION, allocate)?;
+        let start = start.and_then(|start| NonNull::new(start.cast::<u8>()));
+        let start = start.ok_or_else(|| out_of_memory(bytes, "pinned host memory"))?;
         // SAFETY: the memory was just allocated with this size.
         unsafe { start.write_bytes(0, bytes) };
         Ok(Self {
@@ -144,11 +136,21 @@ impl Drop for Pinned {
     }
 }
 
-fn out_of_memory_for(bytes: usize, what: &str) -> DeviceError {
+/// `OutOfMemory` of this device.
+pub(super) fn out_of_memory(bytes: usize, what: &str) -> DeviceError {
     DeviceError::OutOfMemory {
         device: DEVICE,
         bytes,
         what: what.to_owned(),
+    }
+}
+
+/// What was allocated; `None` when there is no memory left.
+pub(super) fn unless_full<T>(allocated: Result<T, DriverError>) -> Result<Option<T>, DriverError> {
+    match allocated {
+        Ok(allocated) => Ok(Some(allocated)),
+        Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => Ok(None),
+        Err(error) => Err(error),
     }
 }
 
@@ -208,18 +210,11 @@ impl Context {
             let ptr = Ptr::NULL;
             return Ok(Buffer { ptr, bytes, handle });
         }
-        let allocate = || {
-            // SAFETY: a plain allocation.
-            match unsafe { result::malloc_sync(bytes) } {
-                Ok(address) => Ok(Some(address)),
-                Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => Ok(None),
-                Err(error) => Err(error),
-            }
-        };
+        // SAFETY: a plain allocation.
+        let allocate = || unless_full(unsafe { result::malloc_sync(bytes) });
         let address = handle.call(OPERATION, allocate)?;
-        let ptr = Ptr(address.ok_or_else(|| out_of_memory_for(bytes, what))?);
+        let ptr = Ptr(address.ok_or_else(|| out_of_memory(bytes, what))?);
         handle.allocated.set(handle.allocated.get() + bytes);
-        handle.generation.set(handle.generation.get() + 1);
         Ok(Buffer { ptr, bytes, handle })
     }
 
@@ -341,7 +336,7 @@ impl CudaTensor {
         let bytes = rows
             .checked_mul(columns)
             .and_then(|elements| elements.checked_mul(element))
-            .ok_or_else(|| out_of_memory_for(usize::MAX, "activations"))?;
+            .ok_or_else(|| out_of_memory(usize::MAX, "activations"))?;
         Ok(Self {
             buffer: context.allocate(bytes, "activations")?,
             rows,

@@ -33,6 +33,7 @@ mod probe;
 mod rope;
 mod sampling;
 mod step;
+mod timing;
 mod transfer;
 
 pub use cache::CudaCache;
@@ -52,17 +53,20 @@ use cache::CacheKernels;
 use context::Context;
 use embedding::EmbeddingKernels;
 use experts::{ExpertKernels, ExpertScratch};
+use graphs::Graphs;
 use images::Modules;
 use linear::{LinearKernels, Products, QuantKernels};
 use norm::NormKernels;
 use rope::RopeKernels;
-use sampling::SamplingKernels;
+use sampling::{Sampler, SamplingKernels};
 use step::StepInputs;
 
 /// Computes on an NVIDIA GPU.
 ///
 /// Belongs to the thread that made it.
 pub struct CudaDevice {
+    /// First, because graphs refer to the memory of what follows.
+    graphs: Graphs,
     info: DeviceInfo,
     options: CudaOptions,
     activation: ActivationKernels,
@@ -77,6 +81,7 @@ pub struct CudaDevice {
     quant: QuantKernels,
     rope: RopeKernels,
     sampling: SamplingKernels,
+    sampler: Sampler,
     step: StepInputs,
     limits: Option<DeviceLimits>,
     weight_bytes: usize,
@@ -84,10 +89,17 @@ pub struct CudaDevice {
 }
 
 impl CudaDevice {
+    /// Whether there is a GPU `index` that quell can use; cheap. `Unavailable` says in
+    /// one line why there is none.
+    pub fn available(index: usize) -> Result<(), DeviceError> {
+        probe::find(index).map(|_| ())
+    }
+
     /// Makes the GPU ready. `Unavailable` says in one line why there is none.
     pub fn new(options: &CudaOptions) -> Result<Self, DeviceError> {
         let found = probe::find(options.device)?;
-        let context = Context::new(found.device)?;
+        let context = Context::new(found.device)
+            .map_err(|error| probe::refused(options.device, &found, error))?;
         let modules = Modules::new(&context, options.activations, found.capability);
         let (capability, memory) = (found.capability, found.memory >> 20);
         let description = format!(
@@ -101,6 +113,7 @@ impl CudaDevice {
             options.activations.name(),
         );
         Ok(Self {
+            graphs: Graphs::default(),
             info: DeviceInfo {
                 name: format!("cuda:{}", options.device),
                 description,
@@ -118,6 +131,7 @@ impl CudaDevice {
             quant: QuantKernels::load(&modules)?,
             rope: RopeKernels::load(&modules)?,
             sampling: SamplingKernels::load(&modules)?,
+            sampler: Sampler::new(),
             step: StepInputs::new(),
             limits: None,
             weight_bytes: 0,
@@ -172,6 +186,12 @@ impl CudaDevice {
         let after = self.context.handle.allocated.get();
         self.weight_bytes += after.saturating_sub(before);
         Ok(loaded)
+    }
+}
+
+impl Drop for CudaDevice {
+    fn drop(&mut self) {
+        self.graphs.abandon(&self.context);
     }
 }
 
@@ -245,12 +265,13 @@ impl Device for CudaDevice {
     }
 
     fn stage(&mut self, batch: &Batch) -> Result<Staged, DeviceError> {
-        self.step.take(&self.context, batch)?;
-        Ok(Staged::Enqueue)
+        self.graphs.abandon(&self.context);
+        self.step.take(&self.context, batch, self.options.graphs)?;
+        self.graphs.begin(&self.context, &self.step)
     }
 
-    fn finish(&mut self) -> Result<(), DeviceError> {
-        Ok(())
+    fn finish(&mut self, outcome: Result<(), DeviceError>) -> Result<Finished, DeviceError> {
+        self.graphs.finish(&self.context, outcome)
     }
 
     fn embed(
@@ -373,7 +394,9 @@ impl Device for CudaDevice {
         logits: &CudaTensor,
         rows: &[SampleRow],
     ) -> Result<CudaPending, DeviceError> {
-        self.sample_op(logits, rows)
+        let pending = self.sample_op(logits, rows)?;
+        self.step.set_sampled(rows.len());
+        Ok(pending)
     }
 
     fn collect(&mut self, pending: CudaPending) -> Result<Vec<Sampled>, DeviceError> {
