@@ -1,0 +1,246 @@
+//! Makes handlers out of functions of one lane.
+//!
+//! A handler exists twice: compiled for any processor, and for those with AVX2 and FMA, where
+//! the loops over the lanes become vector instructions. Which is used is decided at decoding.
+
+use super::half::{Brain, Half};
+use crate::ptx::instruction::{ALL, Handler, Instruction, LANES};
+use crate::ptx::types::Class;
+
+/// A value of one lane, and how it is kept in a register.
+pub trait Value: Copy + 'static {
+    /// `u32` or `u64`.
+    type Store: Copy + Default;
+    /// The class of the register.
+    const CLASS: Class;
+    fn get(store: Self::Store) -> Self;
+    fn put(self) -> Self::Store;
+}
+
+macro_rules! value {
+    ($($of:ty, $store:ty, $class:ident, $get:expr, $put:expr;)*) => {$(
+        impl Value for $of {
+            type Store = $store;
+            const CLASS: Class = Class::$class;
+            #[inline(always)]
+            fn get(store: $store) -> Self {
+                let get: fn($store) -> $of = $get;
+                get(store)
+            }
+            #[inline(always)]
+            fn put(self) -> $store {
+                let put: fn($of) -> $store = $put;
+                put(self)
+            }
+        }
+    )*};
+}
+
+// Bits above a narrow value are never read; signed ones extend their sign, as PTX asks of a
+// destination that is wider than the type.
+value! {
+    u8, u32, Word, |s| s as u8, u32::from;
+    i8, u32, Word, |s| s as i8, |v| i32::from(v) as u32;
+    u16, u32, Word, |s| s as u16, u32::from;
+    i16, u32, Word, |s| s as i16, |v| i32::from(v) as u32;
+    u32, u32, Word, |s| s, |v| v;
+    i32, u32, Word, |s| s as i32, |v| v as u32;
+    f32, u32, Word, f32::from_bits, f32::to_bits;
+    Half, u32, Word, |s| Half(s as u16), |v| u32::from(v.0);
+    Brain, u32, Word, |s| Brain(s as u16), |v| u32::from(v.0);
+    u64, u64, Wide, |s| s, |v| v;
+    i64, u64, Wide, |s| s as i64, |v| v as u64;
+    f64, u64, Wide, f64::from_bits, f64::to_bits;
+}
+
+/// A handler and the classes of its operands: the destination, then the sources.
+#[derive(Clone, Debug)]
+pub struct Lanes {
+    pub run: Handler,
+    pub write: Class,
+    pub reads: Vec<Class>,
+}
+
+/// The row of the register file where a slot begins.
+///
+/// # Safety
+/// The file must hold the slot.
+#[inline(always)]
+unsafe fn row<S>(file: *mut u32, slot: u16) -> *mut [S; LANES] {
+    // SAFETY: the caller's.
+    unsafe { file.add(usize::from(slot) * LANES).cast() }
+}
+
+/// Writes the lanes of `mask`.
+///
+/// # Safety
+/// As for [`row`].
+#[inline(always)]
+unsafe fn write<S: Copy>(file: *mut u32, slot: u16, mask: u32, values: &[S; LANES]) {
+    // SAFETY: the caller's.
+    let to = unsafe { &mut *row::<S>(file, slot) };
+    if mask == ALL {
+        *to = *values;
+    } else {
+        for lane in 0..LANES {
+            if mask >> lane & 1 == 1 {
+                to[lane] = values[lane];
+            }
+        }
+    }
+}
+
+/// The value of a type that has exactly one, such as a function that captures nothing.
+#[inline(always)]
+fn only<F: Copy>() -> F {
+    const { assert!(size_of::<F>() == 0) };
+    // SAFETY: there are no bytes to be wrong, and a value was given to the builder.
+    unsafe { std::mem::MaybeUninit::<F>::uninit().assume_init() }
+}
+
+/// Whether this processor has what the second version of the handlers needs.
+pub fn has_vectors() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        std::is_x86_feature_detected!("avx2")
+            && std::is_x86_feature_detected!("fma")
+            && std::is_x86_feature_detected!("bmi2")
+            && std::is_x86_feature_detected!("lzcnt")
+            && std::is_x86_feature_detected!("popcnt")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// The body of a handler, compiled in both versions.
+macro_rules! handler {
+    ($(#[$doc:meta])* $name:ident<$($of:ident),*>($($argument:ty),*) -> $out:ty { $write:expr, $reads:expr } $body:expr) => {
+        $(#[$doc])*
+        pub fn $name<$($of: Value,)* F: Fn($($argument),*) -> $out + Copy + 'static>(_: F) -> Lanes {
+            #[inline(always)]
+            unsafe fn body<$($of: Value,)* F: Fn($($argument),*) -> $out + Copy>(
+                file: *mut u32,
+                instruction: &Instruction,
+                mask: u32,
+            ) {
+                // SAFETY: `Handler`'s contract, which the caller keeps.
+                unsafe { $body(file, instruction, mask, only::<F>()) }
+            }
+            unsafe fn plain<$($of: Value,)* F: Fn($($argument),*) -> $out + Copy>(f: *mut u32, i: &Instruction, m: u32) {
+                // SAFETY: the caller's.
+                unsafe { body::<$($of,)* F>(f, i, m) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,bmi1,bmi2,lzcnt,popcnt")]
+            unsafe fn vector<$($of: Value,)* F: Fn($($argument),*) -> $out + Copy>(f: *mut u32, i: &Instruction, m: u32) {
+                // SAFETY: the caller's.
+                unsafe { body::<$($of,)* F>(f, i, m) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            let run: Handler = if has_vectors() { vector::<$($of,)* F> } else { plain::<$($of,)* F> };
+            #[cfg(not(target_arch = "x86_64"))]
+            let run: Handler = plain::<$($of,)* F>;
+            Lanes { run, write: $write, reads: $reads }
+        }
+    };
+}
+
+handler! {
+    /// `d = f(a)`.
+    unary<A, D>(A) -> D { D::CLASS, vec![A::CLASS] }
+    |file, i: &Instruction, mask, f: F| {
+        let a = &*row::<A::Store>(file, i.slots[1]);
+        let mut d = [D::Store::default(); LANES];
+        for lane in 0..LANES {
+            d[lane] = f(A::get(a[lane])).put();
+        }
+        write(file, i.slots[0], mask, &d);
+    }
+}
+
+handler! {
+    /// `d = f(a, b)`.
+    binary<A, B, D>(A, B) -> D { D::CLASS, vec![A::CLASS, B::CLASS] }
+    |file, i: &Instruction, mask, f: F| {
+        let (a, b) = (&*row::<A::Store>(file, i.slots[1]), &*row::<B::Store>(file, i.slots[2]));
+        let mut d = [D::Store::default(); LANES];
+        for lane in 0..LANES {
+            d[lane] = f(A::get(a[lane]), B::get(b[lane])).put();
+        }
+        write(file, i.slots[0], mask, &d);
+    }
+}
+
+handler! {
+    /// `d = f(a, b, c)`.
+    ternary<A, B, C, D>(A, B, C) -> D { D::CLASS, vec![A::CLASS, B::CLASS, C::CLASS] }
+    |file, i: &Instruction, mask, f: F| {
+        let (a, b) = (&*row::<A::Store>(file, i.slots[1]), &*row::<B::Store>(file, i.slots[2]));
+        let c = &*row::<C::Store>(file, i.slots[3]);
+        let mut d = [D::Store::default(); LANES];
+        for lane in 0..LANES {
+            d[lane] = f(A::get(a[lane]), B::get(b[lane]), C::get(c[lane])).put();
+        }
+        write(file, i.slots[0], mask, &d);
+    }
+}
+
+handler! {
+    /// `d = f(a, b, c, e)`.
+    quaternary<A, B, C, E, D>(A, B, C, E) -> D { D::CLASS, vec![A::CLASS, B::CLASS, C::CLASS, E::CLASS] }
+    |file, i: &Instruction, mask, f: F| {
+        let (a, b) = (&*row::<A::Store>(file, i.slots[1]), &*row::<B::Store>(file, i.slots[2]));
+        let (c, e) = (&*row::<C::Store>(file, i.slots[3]), &*row::<E::Store>(file, i.slots[4]));
+        let mut d = [D::Store::default(); LANES];
+        for lane in 0..LANES {
+            d[lane] = f(A::get(a[lane]), B::get(b[lane]), C::get(c[lane]), E::get(e[lane])).put();
+        }
+        write(file, i.slots[0], mask, &d);
+    }
+}
+
+handler! {
+    /// `predicate = f(a, b)`.
+    compare<A, B>(A, B) -> bool { Class::Predicate, vec![A::CLASS, B::CLASS] }
+    |file: *mut u32, i: &Instruction, mask: u32, f: F| {
+        let (a, b) = (&*row::<A::Store>(file, i.slots[1]), &*row::<B::Store>(file, i.slots[2]));
+        let mut bits = 0u32;
+        for lane in 0..LANES {
+            bits |= u32::from(f(A::get(a[lane]), B::get(b[lane]))) << lane;
+        }
+        let to = file.add(usize::from(i.slots[0]));
+        *to = (*to & !mask) | (bits & mask);
+    }
+}
+
+handler! {
+    /// `d = f(a, b, predicate)`.
+    select<A, D>(A, A, bool) -> D { D::CLASS, vec![A::CLASS, A::CLASS, Class::Predicate] }
+    |file: *mut u32, i: &Instruction, mask, f: F| {
+        let (a, b) = (&*row::<A::Store>(file, i.slots[1]), &*row::<A::Store>(file, i.slots[2]));
+        let bits = *file.add(usize::from(i.slots[3]));
+        let mut d = [D::Store::default(); LANES];
+        for lane in 0..LANES {
+            d[lane] = f(A::get(a[lane]), A::get(b[lane]), bits >> lane & 1 == 1).put();
+        }
+        write(file, i.slots[0], mask, &d);
+    }
+}
+
+/// `predicate = f(predicate, predicate)`, on the bits of all lanes at once.
+pub fn predicates<F: Fn(u32, u32) -> u32 + Copy + 'static>(_: F) -> Lanes {
+    unsafe fn run<F: Fn(u32, u32) -> u32 + Copy>(file: *mut u32, i: &Instruction, mask: u32) {
+        // SAFETY: `Handler`'s contract: the file holds these words.
+        unsafe {
+            let word = |slot: u16| file.add(usize::from(slot));
+            let bits = only::<F>()(*word(i.slots[1]), *word(i.slots[2]));
+            let to = word(i.slots[0]);
+            *to = (*to & !mask) | (bits & mask);
+        }
+    }
+    Lanes {
+        run: run::<F>,
+        write: Class::Predicate,
+        reads: vec![Class::Predicate; 2],
+    }
+}

@@ -1,0 +1,138 @@
+//! A kernel that is ready to run, and the memory of its module.
+
+use super::instruction::{Instruction, Place};
+use super::memory::Region;
+use super::types::{Class, Type};
+use std::cell::UnsafeCell;
+use std::collections::HashMap;
+
+/// Where the module's own variables lie.
+pub const MODULE_WINDOW: u64 = 0xd000_0000_0000_0000;
+/// Where local memory lies among the generic addresses.
+pub const LOCAL_WINDOW: u64 = 0xe000_0000_0000_0000;
+/// Where shared memory lies among the generic addresses.
+pub const SHARED_WINDOW: u64 = 0xf000_0000_0000_0000;
+/// Bytes of each window.
+pub const WINDOW_SIZE: u64 = 1 << 32;
+
+/// A kernel's parameter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Parameter {
+    /// Bytes from the beginning of the parameters.
+    pub offset: usize,
+    pub size: usize,
+    pub align: usize,
+    /// The declared type; `U64` for pointers.
+    pub of: Type,
+}
+
+/// A value that a register has when a thread begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Preset {
+    Thread(u8),
+    BlockSize(u8),
+    Block(u8),
+    Grid(u8),
+    Lane,
+    Warp,
+    Warps,
+    MaskEqual,
+    MaskLess,
+    MaskLessEqual,
+    MaskGreater,
+    MaskGreaterEqual,
+    DynamicSize,
+    DynamicShared,
+    DynamicSharedWide,
+}
+
+/// A kernel, decoded.
+#[derive(Debug)]
+pub struct Kernel {
+    pub name: String,
+    pub parameters: Vec<Parameter>,
+    /// Bytes of shared memory that the kernel declares itself.
+    pub static_shared: usize,
+    pub(super) code: Vec<Instruction>,
+    /// One for each instruction.
+    pub(super) places: Vec<Place>,
+    pub(super) constants: Vec<(u16, Class, u64)>,
+    pub(super) presets: Vec<(Preset, u16)>,
+    /// Rows of 32 words that a warp's registers need.
+    pub(super) rows: usize,
+    /// Where the shared memory that the launch sizes begins.
+    pub(super) dynamic_shared_at: usize,
+    /// Bytes of local memory of a thread.
+    pub(super) local: usize,
+    /// The smallest access to shared memory, in bytes: checks are kept for pieces of this size.
+    pub(super) granule: usize,
+    pub(super) max_threads: Option<u32>,
+    pub(super) required_block: Option<[u32; 3]>,
+    pub(super) globals: std::sync::Arc<Globals>,
+}
+
+impl Kernel {
+    /// Bytes of all parameters.
+    pub fn parameter_bytes(&self) -> usize {
+        self.parameters.last().map_or(0, |p| p.offset + p.size)
+    }
+
+    /// Bytes of local memory that a thread has, such as arrays that are indexed at run time.
+    pub fn local_bytes(&self) -> usize {
+        self.local
+    }
+
+    /// Instructions after decoding.
+    pub fn instructions(&self) -> usize {
+        self.code.len()
+    }
+
+    /// The most threads that a block may have, if the kernel says.
+    pub fn max_threads(&self) -> Option<u32> {
+        self.max_threads
+    }
+
+    /// `file:line` of the source, if the PTX tells.
+    pub(super) fn source(&self, place: Place) -> Option<String> {
+        let name = self.globals.files.get(&place.location.0)?;
+        (place.location.1 > 0).then(|| format!("{name}:{}", place.location.1))
+    }
+}
+
+/// The variables of a module and the names of its source files.
+#[derive(Debug)]
+pub struct Globals {
+    data: Box<[UnsafeCell<u64>]>,
+    pub(super) files: HashMap<u32, String>,
+}
+
+// SAFETY: the bytes are only reached through raw pointers, by kernels, as other device memory is.
+unsafe impl Sync for Globals {}
+// SAFETY: nothing in it belongs to a thread.
+unsafe impl Send for Globals {}
+
+impl Globals {
+    pub fn new(bytes: &[u8], files: HashMap<u32, String>) -> Self {
+        let words = bytes.chunks(8).map(|chunk| {
+            let mut word = [0; 8];
+            word[..chunk.len()].copy_from_slice(chunk);
+            UnsafeCell::new(u64::from_ne_bytes(word))
+        });
+        // One more, so that the data is aligned even when it is empty.
+        let data = words
+            .chain([UnsafeCell::new(0), UnsafeCell::new(0)])
+            .collect();
+        Globals { data, files }
+    }
+
+    /// The variables as a region of device memory.
+    pub fn region(&self) -> Region {
+        Region {
+            base: MODULE_WINDOW,
+            len: self.data.len() * 8,
+            data: self.data.as_ptr().cast_mut().cast(),
+            defined: std::ptr::null(),
+            label: "variables of the module".to_string(),
+        }
+    }
+}

@@ -1,0 +1,282 @@
+//! The device memory that a kernel may touch.
+
+use super::kernel::Kernel;
+use std::sync::atomic::AtomicU8;
+
+/// One allocation.
+#[derive(Clone, Debug)]
+pub struct Region {
+    /// Device address.
+    pub base: u64,
+    /// Bytes.
+    pub len: usize,
+    /// Where the bytes are; as well aligned as `base`, at least to 16 bytes.
+    pub data: *mut u8,
+    /// One byte for each byte of data, 0 if it was never written; null if that is not tracked.
+    pub defined: *const AtomicU8,
+    /// What it is, for reports.
+    pub label: String,
+}
+
+// SAFETY: a region only names memory; `run` demands that it stays while a kernel runs, and
+// kernels reach it through atomic accesses.
+unsafe impl Send for Region {}
+// SAFETY: as above.
+unsafe impl Sync for Region {}
+
+/// All allocations, by ascending base, none overlapping. They must stay as they are while a
+/// kernel runs, and nobody else may touch their bytes.
+pub struct Regions<'a>(pub &'a [Region]);
+
+/// Finds regions, beginning with the one that was found last.
+pub struct Map<'a> {
+    regions: &'a [Region],
+    module: Region,
+}
+
+impl<'a> Map<'a> {
+    pub fn new(regions: &'a [Region], kernel: &Kernel) -> Self {
+        Map {
+            regions,
+            module: kernel.globals.region(),
+        }
+    }
+
+    /// The region that `hint` numbers.
+    pub fn get(&self, hint: usize) -> &Region {
+        self.regions.get(hint).unwrap_or(&self.module)
+    }
+
+    /// The number of the region that holds all these bytes.
+    pub fn find(&self, address: u64, bytes: u64) -> Option<usize> {
+        if self.module.holds(address, bytes) {
+            return Some(usize::MAX);
+        }
+        let at = self
+            .regions
+            .partition_point(|r| r.base <= address)
+            .checked_sub(1)?;
+        self.regions[at].holds(address, bytes).then_some(at)
+    }
+
+    /// Where an address is, in words; the nearest allocation below if it is in none.
+    pub fn describe(&self, address: u64) -> String {
+        if address < 256 {
+            return "a null pointer".to_string();
+        }
+        let nearest = match self
+            .regions
+            .partition_point(|r| r.base <= address)
+            .checked_sub(1)
+        {
+            _ if address >= self.module.base => &self.module,
+            Some(at) => &self.regions[at],
+            None => return "below every allocation".to_string(),
+        };
+        let offset = address - nearest.base;
+        let Region { label, len, .. } = nearest;
+        if offset < *len as u64 {
+            format!("`{label}` + {offset} of {len} bytes")
+        } else {
+            format!(
+                "{} bytes past the end of `{label}`, which has {len}",
+                offset - *len as u64
+            )
+        }
+    }
+}
+
+impl Region {
+    pub(super) fn holds(&self, address: u64, bytes: u64) -> bool {
+        let len = self.len as u64;
+        address >= self.base && bytes <= len && address - self.base <= len - bytes
+    }
+}
+
+/// Numbers whose bytes can be copied to a device and back.
+///
+/// # Safety
+/// Every pattern of bits is a value, and there is no padding.
+pub unsafe trait Plain: Copy + Default + 'static {}
+
+macro_rules! plain {
+    ($($of:ty),*) => {$(
+        // SAFETY: a primitive number.
+        unsafe impl Plain for $of {}
+    )*};
+}
+plain!(u8, i8, u16, i16, u32, i32, u64, i64, f32, f64);
+
+/// Device memory for tests of kernels, owned by the host.
+///
+/// ```
+/// # use virtual_gpu::ptx::HostMemory;
+/// let mut memory = HostMemory::new();
+/// let x = memory.alloc("x", &[1.0f32, 2.0]);
+/// let out = memory.alloc_uninitialised("out", 8);
+/// assert_eq!(memory.read::<f32>(x, 2), [1.0, 2.0]);
+/// assert_eq!(memory.regions().0.len(), 2);
+/// # let _ = out;
+/// ```
+#[derive(Default)]
+pub struct HostMemory {
+    regions: Vec<Region>,
+    /// What the regions point to.
+    data: Vec<(Box<[u128]>, Box<[AtomicU8]>)>,
+}
+
+// SAFETY: the pointers lead to the boxes beside them.
+unsafe impl Send for HostMemory {}
+
+/// Between allocations, so that an access past an end meets nothing.
+const GAP: u64 = 1 << 16;
+const FIRST: u64 = 0x7000_0000_0000;
+
+impl HostMemory {
+    pub fn new() -> Self {
+        HostMemory::default()
+    }
+
+    /// Allocates and fills memory; gives its address, a multiple of 256.
+    pub fn alloc<T: Plain>(&mut self, label: &str, values: &[T]) -> u64 {
+        let address = self.alloc_uninitialised(label, size_of_val(values));
+        self.write(address, values);
+        address
+    }
+
+    /// Allocates memory that a kernel must write before it reads.
+    pub fn alloc_uninitialised(&mut self, label: &str, bytes: usize) -> u64 {
+        // Not zeros, so that a read that escapes the checks does not look right.
+        let data = vec![u128::from_ne_bytes([0xcd; 16]); bytes.div_ceil(16) + 1].into_boxed_slice();
+        let defined: Box<[AtomicU8]> = (0..bytes).map(|_| AtomicU8::new(0)).collect();
+        let end = self
+            .regions
+            .last()
+            .map_or(FIRST, |r| r.base + r.len as u64 + GAP);
+        let base = end.next_multiple_of(256);
+        self.data.push((data, defined));
+        let (data, defined) = self
+            .data
+            .last_mut()
+            .map(|(data, defined)| (data.as_mut_ptr(), defined.as_ptr()))
+            .unzip();
+        self.regions.push(Region {
+            base,
+            len: bytes,
+            data: data.unwrap_or(std::ptr::null_mut()).cast(),
+            defined: defined.unwrap_or(std::ptr::null()),
+            label: label.to_string(),
+        });
+        base
+    }
+
+    fn find(&self, address: u64, bytes: usize) -> &Region {
+        let found = self.regions.iter().find(|r| r.holds(address, bytes as u64));
+        found.unwrap_or_else(|| panic!("{bytes} bytes at {address:#x} are in no allocation"))
+    }
+
+    /// Writes values at an address inside an allocation.
+    ///
+    /// # Panics
+    /// If they do not lie in one allocation.
+    pub fn write<T: Plain>(&mut self, address: u64, values: &[T]) {
+        let bytes = size_of_val(values);
+        let region = self.find(address, bytes);
+        let offset = (address - region.base) as usize;
+        // SAFETY: `find` checked the range; `Plain` values are just bytes.
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                values.as_ptr().cast::<u8>(),
+                region.data.add(offset),
+                bytes,
+            );
+            for byte in offset..offset + bytes {
+                (*region.defined.add(byte)).store(1, std::sync::atomic::Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Reads values at an address inside an allocation.
+    ///
+    /// # Panics
+    /// If they do not lie in one allocation, or a byte was never written.
+    pub fn read<T: Plain>(&self, address: u64, count: usize) -> Vec<T> {
+        let bytes = count * size_of::<T>();
+        let region = self.find(address, bytes);
+        let offset = (address - region.base) as usize;
+        let mut values = vec![T::default(); count];
+        // SAFETY: `find` checked the range; any bytes are `Plain` values.
+        unsafe {
+            for byte in offset..offset + bytes {
+                let defined =
+                    (*region.defined.add(byte)).load(std::sync::atomic::Ordering::Relaxed);
+                assert!(
+                    defined != 0,
+                    "byte {byte} of `{}` was never written",
+                    region.label
+                );
+            }
+            std::ptr::copy_nonoverlapping(
+                region.data.add(offset),
+                values.as_mut_ptr().cast::<u8>(),
+                bytes,
+            );
+        }
+        values
+    }
+
+    /// The bytes of an allocation that were never written.
+    pub fn unwritten(&self, address: u64) -> usize {
+        let region = self.find(address, 1);
+        let Some(at) = self.regions.iter().position(|r| r.base == region.base) else {
+            return 0;
+        };
+        self.data[at]
+            .1
+            .iter()
+            .filter(|d| d.load(std::sync::atomic::Ordering::Relaxed) == 0)
+            .count()
+    }
+
+    /// What a kernel may touch.
+    pub fn regions(&self) -> Regions<'_> {
+        Regions(&self.regions)
+    }
+}
+
+/// A kernel's argument, for [`arguments`].
+#[derive(Clone, Copy, Debug)]
+pub enum Argument {
+    Pointer(u64),
+    U32(u32),
+    F32(f32),
+}
+
+/// The bytes of a launch's parameters.
+///
+/// # Panics
+/// If the kernel takes another number of parameters, or of other sizes.
+pub fn arguments(kernel: &Kernel, values: &[Argument]) -> Vec<u8> {
+    assert_eq!(
+        values.len(),
+        kernel.parameters.len(),
+        "`{}` takes another number of parameters",
+        kernel.name
+    );
+    let mut bytes = vec![0; kernel.parameter_bytes()];
+    for (index, (parameter, value)) in kernel.parameters.iter().zip(values).enumerate() {
+        let value = match value {
+            Argument::Pointer(address) => address.to_le_bytes().to_vec(),
+            Argument::U32(number) => number.to_le_bytes().to_vec(),
+            Argument::F32(number) => number.to_le_bytes().to_vec(),
+        };
+        assert_eq!(
+            value.len(),
+            parameter.size,
+            "parameter {index} of `{}`",
+            kernel.name
+        );
+        bytes[parameter.offset..][..parameter.size].copy_from_slice(&value);
+    }
+    bytes
+}
