@@ -149,7 +149,10 @@ fn norm(image: &str) -> Result<bool, Fault> {
     let module = Module::parse(image).unwrap();
     let kernel = module.kernel("rms_norm").unwrap();
     for seed in [None, Some(1), Some(2), Some(3)] {
-        let x: Vec<f32> = values(rows * columns, 3).into_iter().map(from_bf16).collect();
+        let x: Vec<f32> = values(rows * columns, 3)
+            .into_iter()
+            .map(from_bf16)
+            .collect();
         let mut memory = HostMemory::new();
         let out = memory.alloc_uninitialised("out", rows * columns * 2);
         let parameters = arguments(
@@ -216,7 +219,9 @@ fn a_missing_barrier_inside_a_block_reduction_is_found() {
         std::panic::catch_unwind(|| with_bug("norm", "rms_norm", nth, is_barrier, without)).is_ok()
     });
     let last = last.last().expect("the reduction has a barrier");
-    let found = outcome(norm(&with_bug("norm", "rms_norm", last, is_barrier, without)));
+    let found = outcome(norm(&with_bug(
+        "norm", "rms_norm", last, is_barrier, without,
+    )));
     assert!(found.is_err(), "nothing was found");
 }
 
@@ -232,7 +237,13 @@ fn waiting_for_one_group_of_copies_too_few_is_found() {
             .unwrap();
         format!("cp.async.wait_group {};", pending + 1)
     };
-    let found = outcome(product(&with_bug("linear", "linear_m16", 0, is_wait, one_more)));
+    let found = outcome(product(&with_bug(
+        "linear",
+        "linear_m16",
+        0,
+        is_wait,
+        one_more,
+    )));
     assert!(found.is_err(), "nothing was found");
 }
 
@@ -254,8 +265,7 @@ fn swapped_operands_of_a_matrix_instruction_give_a_wrong_result() {
 #[test]
 fn a_missing_guard_of_the_rows_reads_out_of_bounds() {
     // Which row of x a row of the tile is, NONE beyond the last.
-    let is_guard =
-        |_: &str, line: &str| line.starts_with("selp.b32") && line.contains(", -1, ");
+    let is_guard = |_: &str, line: &str| line.starts_with("selp.b32") && line.contains(", -1, ");
     let unguarded = |line: &str| {
         let mut operands = line["selp.b32 ".len()..].split(',').map(str::trim);
         let (to, from) = (operands.next().unwrap(), operands.next().unwrap());
@@ -270,6 +280,12 @@ fn wrong_lanes_of_a_matrix_load_give_a_wrong_result() {
     // The row of x that a lane points at: lane % 16.
     let is_lane = |_: &str, line: &str| line.starts_with("and.b32") && line.ends_with(", 15;");
     let wrong = |line: &str| line.replace(", 15;", ", 7;");
-    let found = outcome(product(&with_bug("linear", "linear_m16", 0, is_lane, wrong)));
+    let found = outcome(product(&with_bug(
+        "linear",
+        "linear_m16",
+        0,
+        is_lane,
+        wrong,
+    )));
     assert!(found.is_err(), "nothing was found");
 }
