@@ -10,50 +10,47 @@
 template <int HEAD>
 constexpr u32 DECODE_SLOTS = HEAD <= 64 ? 8 : HEAD <= 128 ? 4 : 2;
 template <int HEAD>
-constexpr u32 DECODE_SLOT = GRANULE * PITCH<HEAD>;
-
-// Where the units of a listed sequence begin among all partial results. Tables follow one
-// another in the order of their sequences, and each covers its sequence's length.
-INLINE u32 first_partial(const uint4& sequence, u32 listed, u32 block_tokens) {
-    return u32(u64(sequence.w) * block_tokens / UNIT) + listed;
-}
+constexpr u32 DECODE_SLOT_BYTES = GRANULE * PITCH_BYTES<HEAD>;
 
 // What a warp of the decode kernel copies: the granules of a unit, tile by tile, of each
-// first two of keys, then two of values.
+// first two of keys (parts 0 and 1), then two of values.
 template <int HEAD>
 struct DecodeCopies {
     const T *k_cache, *v_cache;
-    T* ring;
-    u32 unit, rows, end_tile;
+    // In shared memory.
+    u32 ring;
+    // The unit's number and where its granules begin; see `Pages::locate`.
+    u32 unit, rows;
+    u32 end_tile;
     Sight sight;
 
-    // Copies part `part` (0, 1: keys; 2, 3: values) of the unit's tile `tile`; nothing
-    // beyond the last one, but a group in any case.
+    // Starts a part of a tile of the unit; nothing beyond the last tile, but a group of
+    // copies in any case.
     INLINE void start(u32 tile, u32 part) const {
         if (tile < end_tile) {
             const u32 granule = tile * 2 + part % 2;
-            const u32 first_row = __shfl_sync(FULL_WARP, rows, granule);
-            const u32 first_key = unit * UNIT + granule * GRANULE;
+            const u32 first = __shfl_sync(FULL_WARP, rows, granule);
             const T* cache = part < 2 ? k_cache : v_cache;
-            T* slot = at(tile, part);
-#pragma unroll
-            for (u32 piece = 0; piece < GRANULE * HEAD / 8; piece += 32) {
-                const u32 i = piece + lane_id();
-                const u32 row = i / (HEAD / 8), column = i % (HEAD / 8) * 8;
-                const bool wanted = sight.sees(first_key + row);
-                copy_piece<HEAD>(slot + row * PITCH<HEAD> + column, cache, first_row + row, column, wanted);
-            }
+            copy_rows<HEAD, 32, GRANULE>(
+                at(tile, part), cache, first, 0, lane_id(), unit * UNIT + granule * GRANULE, sight
+            );
         }
         copy_async_commit();
     }
 
-    INLINE T* at(u32 tile, u32 part) const {
-        return ring + (tile * 4 + part) % DECODE_SLOTS<HEAD> * DECODE_SLOT<HEAD>;
+    INLINE u32 at(u32 tile, u32 part) const {
+        return ring + (tile * 4 + part) % DECODE_SLOTS<HEAD> * DECODE_SLOT_BYTES<HEAD>;
     }
 
-    // Waits until part `part` of `tile` is there, and starts on the one that takes the
-    // place of the part before it.
-    INLINE const T* next(u32 tile, u32 part) const {
+    // Starts all that there is room for but one.
+    INLINE void begin(u32 tile) const {
+#pragma unroll 1
+        for (u32 part = 0; part < DECODE_SLOTS<HEAD> - 1; part++) start(tile + part / 4, part % 4);
+    }
+
+    // Waits until a part of a tile is there, and starts the one that takes the place of the
+    // part before it.
+    INLINE u32 next(u32 tile, u32 part) const {
         constexpr u32 ahead = DECODE_SLOTS<HEAD> - 1;
         copy_async_wait<int(ahead) - 1>();
         __syncwarp();
@@ -64,57 +61,51 @@ struct DecodeCopies {
 
 // grid (any, kv_heads · ceil(group / 16), listed sequences), 128 threads. Warp w of block x
 // does the units 4 x + w, 4 (x + gridDim.x) + w, … of those that the sequence's token sees.
+// An entry of the list is {sequence, where its units begin among all partial results}.
 template <int HEAD>
 INLINE void attend_decode(
     float* partial_out, float2* partial_stats, const T* qkv, const T* k_cache, const T* v_cache, const u32* tables,
-    const uint4* sequences, const u32* decode_list, u32 q_heads, u32 kv_heads, u32 block_tokens, float scale,
+    const uint4* sequences, const uint2* decode_list, u32 q_heads, u32 kv_heads, u32 block_tokens, float scale,
     float softcap, u32 window
 ) {
     extern __shared__ __align__(16) u8 shared[];
-    const uint4 sequence = sequences[decode_list[blockIdx.z]];
+    const uint2 listed = decode_list[blockIdx.z];
+    const uint4 sequence = sequences[listed.x];
     if (sequence.z == 0) return;
     const Sight sight = Sight::of(sequence.z - 1, window);
     const u32 first_unit = sight.begin / UNIT, units = (sight.end - 1) / UNIT + 1 - first_unit;
-    const u32 group = q_heads / kv_heads, tiles = (group + WARP_ROWS - 1) / WARP_ROWS;
-    const u32 kv_head = blockIdx.y / tiles, head_in_group = blockIdx.y % tiles * WARP_ROWS;
     u32 index = blockIdx.x * WARPS + warp_id();
     if (index >= units) return;
 
-    const T* rows[2];
-    u32 heads[2];
-#pragma unroll
-    for (u32 r = 0; r < 2; r++) {
-        const u32 in_group = head_in_group + lane_id() / 4 + 8 * r;
-        heads[r] = in_group < group ? kv_head * group + in_group : NONE;
-        const u64 row = u64(sequence.x) * (q_heads + 2 * kv_heads);
-        rows[r] = heads[r] == NONE ? nullptr : qkv + (row + heads[r]) * HEAD;
-    }
-    u32 queries[HEAD / 16][4];
-    load_queries<HEAD>(queries, rows);
+    // The heads of this warp: some of the group, beside copies of the last one.
+    const u32 group = q_heads / kv_heads, tiles = (group + WARP_ROWS - 1) / WARP_ROWS;
+    const u32 kv_head = blockIdx.y / tiles, in_group = blockIdx.y % tiles * WARP_ROWS + lane_id() / 4;
+    const u32 head = kv_head * group + in_group;
+    const u32 last_head = kv_head * group + group - 1;
+    qkv += u64(sequence.x) * (q_heads + 2 * kv_heads) * HEAD;
+    const Queries<HEAD> queries(qkv + min(head, last_head) * HEAD, qkv + min(head + 8, last_head) * HEAD);
 
     const Pages pages = {tables + sequence.w, block_tokens, kv_heads, kv_head};
     const Scoring scoring(scale, softcap);
     const Sight sights[2] = {sight, sight};
-    const u32 partials = first_partial(sequence, blockIdx.z, block_tokens);
-    T* ring = reinterpret_cast<T*>(shared) + warp_id() * DECODE_SLOTS<HEAD> * DECODE_SLOT<HEAD>;
+    const u32 ring = shared_address(shared) + warp_id() * DECODE_SLOTS<HEAD> * DECODE_SLOT_BYTES<HEAD>;
     Softmax<HEAD> softmax;
+#pragma unroll 1
     for (; index < units; index += gridDim.x * WARPS) {
         const u32 unit = first_unit + index, unit_key = unit * UNIT;
-        const u32 begin = max(sight.begin, unit_key) - unit_key;
-        const u32 end = min(sight.end - unit_key, UNIT);
+        const u32 begin = max(sight.begin, unit_key) - unit_key, end = min(sight.end - unit_key, UNIT);
         const u32 end_tile = (end + TILE - 1) / TILE;
         const DecodeCopies<HEAD> copies = {k_cache, v_cache, ring, unit, pages.locate(unit, sight), end_tile, sight};
-        softmax.reset();
         u32 tile = begin / TILE;
         __syncwarp();
-#pragma unroll
-        for (u32 part = 0; part < DECODE_SLOTS<HEAD> - 1; part++) copies.start(tile + part / 4, part % 4);
+        copies.begin(tile);
+        softmax.reset();
 #pragma unroll 1
         for (; tile < end_tile; tile++) {
             float scores[4][4];
             u32 weights[2][4];
-            multiply_keys<HEAD>(scores[0], scores[1], queries, copies.next(tile, 0));
-            multiply_keys<HEAD>(scores[2], scores[3], queries, copies.next(tile, 1));
+            queries.multiply(scores[0], scores[1], copies.next(tile, 0));
+            queries.multiply(scores[2], scores[3], copies.next(tile, 1));
             const bool masked = tile * TILE < begin || (tile + 1) * TILE > end;
             softmax.weigh(scores, weights, scoring, sights, unit_key + tile * TILE, masked);
             softmax.add(weights[0], copies.next(tile, 2));
@@ -123,17 +114,18 @@ INLINE void attend_decode(
         copy_async_wait<0>();
         softmax.finish();
 
-        const u64 partial = u64(partials + index) * q_heads;
+        const u64 partial = u64(listed.y + index) * q_heads + head;
+        const u32 column = lane_id() % 4 * 2;
+        float* out = partial_out + partial * HEAD + column;
 #pragma unroll
         for (u32 r = 0; r < 2; r++) {
-            if (heads[r] == NONE) continue;
-            const u32 column = lane_id() % 4 * 2;
-            float* out = partial_out + (partial + heads[r]) * HEAD + column;
+            if (in_group + 8 * r >= group) break;
 #pragma unroll
             for (int n = 0; n < HEAD / 8; n++) {
-                *reinterpret_cast<float2*>(out + n * 8) = make_float2(softmax.out[n][2 * r], softmax.out[n][2 * r + 1]);
+                const float2 x = make_float2(softmax.out[n][2 * r], softmax.out[n][2 * r + 1]);
+                *reinterpret_cast<float2*>(out + 8 * r * HEAD + n * 8) = x;
             }
-            if (column == 0) partial_stats[partial + heads[r]] = make_float2(softmax.largest[r], softmax.sum[r]);
+            if (column == 0) partial_stats[partial + 8 * r] = make_float2(softmax.largest[r], softmax.sum[r]);
         }
     }
 }
@@ -141,29 +133,29 @@ INLINE void attend_decode(
 // grid (q_heads, listed sequences), a thread an element of a head, whole warps. Merges a
 // sequence's units in ascending order; zeros for a sequence of length 0.
 KERNEL attend_combine(
-    T* out, const float* partial_out, const float2* partial_stats, const uint4* sequences, const u32* decode_list,
-    u32 q_heads, u32 head_dim, u32 block_tokens, u32 window
+    T* out, const float* partial_out, const float2* partial_stats, const uint4* sequences, const uint2* decode_list,
+    u32 q_heads, u32 head_dim, u32 window
 ) {
-    const uint4 sequence = sequences[decode_list[blockIdx.y]];
-    const u32 head = blockIdx.x, column = threadIdx.x, lane = lane_id();
+    constexpr u32 AT_ONCE = 16;
+    const uint2 listed = decode_list[blockIdx.y];
+    const uint4 sequence = sequences[listed.x];
+    const u32 head = blockIdx.x, lane = lane_id();
+    // Threads beyond the head read its last element.
+    const u32 column = min(threadIdx.x, head_dim - 1);
     u32 units = 0;
     if (sequence.z != 0) {
         const Sight sight = Sight::of(sequence.z - 1, window);
         units = (sight.end - 1) / UNIT + 1 - sight.begin / UNIT;
     }
-    const u64 partial = u64(first_partial(sequence, blockIdx.y, block_tokens)) * q_heads + head;
+    const u64 partial = u64(listed.y) * q_heads + head;
+    const u64 stride = u64(q_heads) * head_dim;
+    partial_out += partial * head_dim + column;
+    partial_stats += partial;
     float largest = UNSEEN, sum = 0.0f, total = 0.0f;
     for (u32 first = 0; first < units; first += 32) {
-        const u32 count = min(units - first, 32);
-        float values[32];
-#pragma unroll
-        for (u32 i = 0; i < 32; i++) {
-            const u64 at = (partial + u64(first + i) * q_heads) * head_dim + column;
-            values[i] = i < count && column < head_dim ? partial_out[at] : 0.0f;
-        }
         // Lane i prepares unit i: the largest score of all units before it, then the factors.
         float2 stats = make_float2(UNSEEN, 0.0f);
-        if (lane < count) stats = partial_stats[partial + u64(first + lane) * q_heads];
+        if (first + lane < units) stats = partial_stats[u64(first + lane) * q_heads];
         float upto = fmaxf(stats.x, largest);
 #pragma unroll
         for (u32 distance = 1; distance < 32; distance *= 2) {
@@ -174,15 +166,26 @@ KERNEL attend_combine(
         if (lane == 0) previous = largest;
         join(previous, stats.x, keep, add);
         largest = __shfl_sync(FULL_WARP, upto, 31);
+        // Beyond the last unit nothing is added.
+#pragma unroll 1
+        for (u32 some = 0; some < 32 && first + some < units; some += AT_ONCE) {
+            float values[AT_ONCE];
 #pragma unroll
-        for (u32 i = 0; i < 32; i++) {
-            const float keep_i = __shfl_sync(FULL_WARP, keep, i), add_i = __shfl_sync(FULL_WARP, add, i);
-            const float sum_i = __shfl_sync(FULL_WARP, stats.y, i);
-            sum = merge(sum, keep_i, sum_i, add_i);
-            total = merge(total, keep_i, values[i], add_i);
+            for (u32 i = 0; i < AT_ONCE; i++) {
+                const bool any = first + some + i < units;
+                values[i] = any ? *partial_out : 0.0f;
+                partial_out += stride;
+            }
+#pragma unroll
+            for (u32 i = 0; i < AT_ONCE; i++) {
+                const float keep_i = __shfl_sync(FULL_WARP, keep, some + i);
+                const float add_i = __shfl_sync(FULL_WARP, add, some + i);
+                sum = merge(sum, keep_i, __shfl_sync(FULL_WARP, stats.y, some + i), add_i);
+                total = merge(total, keep_i, values[i], add_i);
+            }
         }
     }
-    if (column >= head_dim) return;
+    if (threadIdx.x >= head_dim) return;
     out[(u64(sequence.x) * q_heads + head) * head_dim + column] = to_t(result(total, inverse(sum)));
 }
 
@@ -194,7 +197,7 @@ constexpr u32 BLOCK_ROWS = WARPS * WARP_ROWS;
 template <int HEAD>
 constexpr u32 PREFILL_SLOTS = HEAD <= 128 ? 4 : 2;
 template <int HEAD>
-constexpr u32 PREFILL_SLOT = TILE * PITCH<HEAD>;
+constexpr u32 PREFILL_SLOT_BYTES = TILE * PITCH_BYTES<HEAD>;
 
 // The merged units of a warp's rows: in registers, or for large heads in shared memory,
 // where every thread has its own places.
@@ -202,7 +205,7 @@ template <int HEAD, bool SHARED = (HEAD > 128)>
 struct Total {
     float out[HEAD / 8][4];
 
-    INLINE void reset(float4*) {
+    INLINE void reset(u8*) {
 #pragma unroll
         for (int n = 0; n < HEAD / 8; n++) {
 #pragma unroll
@@ -216,174 +219,154 @@ struct Total {
             for (int i = 0; i < 4; i++) out[n][i] = merge(out[n][i], keep[i / 2], unit.out[n][i], add[i / 2]);
         }
     }
-    INLINE float4 get(int n) const { return make_float4(out[n][0], out[n][1], out[n][2], out[n][3]); }
+    // The two elements of the lane's row `r` in columns 8 n ...
+    INLINE float2 get(int n, int r) const { return make_float2(out[n][2 * r], out[n][2 * r + 1]); }
 };
 template <int HEAD>
 struct Total<HEAD, true> {
-    float4* out;
+    float2* out;
 
-    INLINE void reset(float4* shared) {
-        out = shared + threadIdx.x;
+    INLINE float2& at(int n, int r) const { return out[(2 * n + r) * WARPS * 32]; }
+    INLINE void reset(u8* shared) {
+        out = reinterpret_cast<float2*>(shared) + threadIdx.x;
 #pragma unroll
-        for (int n = 0; n < HEAD / 8; n++) out[n * WARPS * 32] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        for (int n = 0; n < HEAD / 8; n++) at(n, 0) = at(n, 1) = make_float2(0.0f, 0.0f);
     }
     INLINE void add(const Softmax<HEAD>& unit, const float (&keep)[2], const float (&add)[2]) {
 #pragma unroll
         for (int n = 0; n < HEAD / 8; n++) {
-            float4 x = get(n);
-            x.x = merge(x.x, keep[0], unit.out[n][0], add[0]);
-            x.y = merge(x.y, keep[0], unit.out[n][1], add[0]);
-            x.z = merge(x.z, keep[1], unit.out[n][2], add[1]);
-            x.w = merge(x.w, keep[1], unit.out[n][3], add[1]);
-            out[n * WARPS * 32] = x;
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const float2 x = at(n, r);
+                at(n, r) = make_float2(
+                    merge(x.x, keep[r], unit.out[n][2 * r], add[r]), merge(x.y, keep[r], unit.out[n][2 * r + 1], add[r])
+                );
+            }
         }
     }
-    INLINE float4 get(int n) const { return out[n * WARPS * 32]; }
+    INLINE float2 get(int n, int r) const { return at(n, r); }
 };
 
-// What a block of the prefill kernel copies: tile by tile, keys and then values. Copies
-// run `PREFILL_SLOTS - 1` ahead.
+// What a block of the prefill kernel copies: tile by tile, keys (part 0) and then values
+// (part 1).
 template <int HEAD>
 struct PrefillCopies {
     const T *k_cache, *v_cache;
-    T* ring;
-    Pages pages;
-    u32 end_tile;
+    // In shared memory.
+    u32 ring;
+    u32 first_tile, end_tile;
     Sight sight;
-    // Where granules begin: of the units of the next keys, the next values, and of the
-    // unit after that of the next keys.
+    Pages pages;
+    // Where granules begin, see `Pages::locate`: of the unit of the keys that come next, of
+    // the unit of the values that come next, and of the unit after that of the keys.
     u32 key_rows, value_rows, later_rows;
 
-    INLINE void begin(u32 tile) {
-        key_rows = value_rows = pages.locate(tile / UNIT_TILES, sight);
-        later_rows = pages.locate(tile / UNIT_TILES + 1, sight);
+    // Starts all that there is room for but one.
+    INLINE void begin() {
+        key_rows = pages.locate(first_tile / UNIT_TILES, sight);
+        value_rows = key_rows;
+        later_rows = pages.locate(first_tile / UNIT_TILES + 1, sight);
+#pragma unroll 1
+        for (u32 part = 0; part < PREFILL_SLOTS<HEAD> - 1; part++) start(first_tile + part / 2, part % 2);
     }
-    INLINE void start_keys(u32 tile, bool first) {
-        if (tile % UNIT_TILES == 0 && !first) {
-            key_rows = later_rows;
-            later_rows = pages.locate(tile / UNIT_TILES + 1, sight);
+
+    // Starts a part of a tile; nothing beyond the last tile, but a group of copies in any case.
+    INLINE void start(u32 tile, u32 part) {
+        if (tile % UNIT_TILES == 0 && tile != first_tile) {
+            if (part == 0) {
+                key_rows = later_rows;
+                later_rows = pages.locate(tile / UNIT_TILES + 1, sight);
+            } else {
+                value_rows = key_rows;
+            }
         }
-        start(tile, 0, k_cache, key_rows);
-    }
-    INLINE void start_values(u32 tile) {
-        if (tile % UNIT_TILES == 0) value_rows = key_rows;
-        start(tile, 1, v_cache, value_rows);
-    }
-    INLINE void start(u32 tile, u32 part, const T* cache, u32 rows) const {
         if (tile < end_tile) {
-            const u32 granule = tile % UNIT_TILES * 2;
+            const u32 rows = part == 0 || PREFILL_SLOTS<HEAD> == 2 ? key_rows : value_rows, granule = tile % UNIT_TILES * 2;
             const u32 first = __shfl_sync(FULL_WARP, rows, granule);
             const u32 second = __shfl_sync(FULL_WARP, rows, granule + 1);
-            T* slot = at(tile, part);
-#pragma unroll
-            for (u32 piece = 0; piece < TILE * HEAD / 8; piece += WARPS * 32) {
-                const u32 i = piece + threadIdx.x;
-                if (TILE * HEAD / 8 % (WARPS * 32) != 0 && i >= TILE * HEAD / 8) break;
-                const u32 row = i / (HEAD / 8), column = i % (HEAD / 8) * 8;
-                const bool wanted = sight.sees(tile * TILE + row);
-                const u32 from = (row < GRANULE ? first : second) + row % GRANULE;
-                copy_piece<HEAD>(slot + row * PITCH<HEAD> + column, cache, from, column, wanted);
-            }
+            const T* cache = part == 0 ? k_cache : v_cache;
+            copy_rows<HEAD, WARPS * 32, TILE>(
+                at(tile, part), cache, first, second, threadIdx.x, tile * TILE, sight
+            );
         }
         copy_async_commit();
     }
-    INLINE T* at(u32 tile, u32 part) const {
-        return ring + (tile * 2 + part) % PREFILL_SLOTS<HEAD> * PREFILL_SLOT<HEAD>;
+
+    INLINE u32 at(u32 tile, u32 part) const {
+        return ring + (tile * 2 + part) % PREFILL_SLOTS<HEAD> * PREFILL_SLOT_BYTES<HEAD>;
     }
 
-    // Wait until the keys, or the values, of `tile` are there for all threads; start on
-    // what takes the place of the part before it.
-    INLINE const T* next_keys(u32 tile) {
-        copy_async_wait<PREFILL_SLOTS<HEAD> - 2>();
+    // Waits until a part of a tile is there for all threads, and starts what takes the place
+    // of the part before it.
+    INLINE u32 next(u32 tile, u32 part) {
+        constexpr u32 ahead = PREFILL_SLOTS<HEAD> - 1;
+        copy_async_wait<int(ahead) - 1>();
         __syncthreads();
-        start_values(tile + PREFILL_SLOTS<HEAD> / 2 - 1);
-        return at(tile, 0);
-    }
-    INLINE const T* next_values(u32 tile) {
-        copy_async_wait<PREFILL_SLOTS<HEAD> - 2>();
-        __syncthreads();
-        start_keys(tile + PREFILL_SLOTS<HEAD> / 2, false);
-        return at(tile, 1);
+        start(tile + (part + ahead) / 2, (part + ahead) % 2);
+        return at(tile, part);
     }
 };
 
 // grid (work items, kv_heads), 128 threads. A work item is {sequence, first packed row},
-// and stands for 64 packed rows: token · group + head.
+// and stands for 64 packed rows: token · group + head. The last items, which see the most
+// keys, come first.
 template <int HEAD>
 INLINE void attend_prefill(
     T* out, const T* qkv, const T* k_cache, const T* v_cache, const u32* tables, const uint4* sequences,
     const uint2* prefill_work, u32 q_heads, u32 kv_heads, u32 block_tokens, float scale, float softcap, u32 window
 ) {
     extern __shared__ __align__(16) u8 shared[];
-    const uint2 work = prefill_work[blockIdx.x];
+    const uint2 work = prefill_work[gridDim.x - 1 - blockIdx.x];
     const uint4 sequence = sequences[work.x];
-    const u32 group = q_heads / kv_heads, kv_head = blockIdx.y, packed = sequence.y * group;
+    const u32 group = q_heads / kv_heads, kv_head = blockIdx.y, last = sequence.y * group - 1;
     const u32 first_position = sequence.z - sequence.y;
+    const auto sight_of = [&](u32 packed) { return Sight::of(first_position + packed / group, window); };
 
-    // What the block, the warp and each of the lane's two rows see.
-    const u32 last_of_block = min(work.y + BLOCK_ROWS, packed) - 1;
-    const Sight block_first = Sight::of(first_position + work.y / group, window);
-    const Sight block = {block_first.begin, first_position + last_of_block / group + 1};
-    const u32 first_of_warp = work.y + warp_id() * WARP_ROWS;
-    Sight warp_first = Sight::nothing(), warp_last = Sight::nothing();
-    if (first_of_warp < packed) {
-        warp_first = Sight::of(first_position + first_of_warp / group, window);
-        warp_last = Sight::of(first_position + min(first_of_warp + WARP_ROWS - 1, packed - 1) / group, window);
-    }
+    // What the block, the warp and each of the lane's two rows see. Beyond the last row
+    // are copies of it, which are not written.
+    const u32 block_row = work.y, warp_row = block_row + warp_id() * WARP_ROWS;
+    const Sight block = {sight_of(block_row).begin, sight_of(min(block_row + BLOCK_ROWS - 1, last)).end};
+    const Sight warp_first = sight_of(min(warp_row, last)), warp_last = sight_of(min(warp_row + WARP_ROWS - 1, last));
     const Sight warp = {warp_first.begin, warp_last.end};
-    Sight sights[2];
-    const T* rows[2];
-    u64 out_rows[2];
-#pragma unroll
-    for (u32 r = 0; r < 2; r++) {
-        const u32 row = first_of_warp + lane_id() / 4 + 8 * r;
-        const u32 token = row / group, head = kv_head * group + row % group;
-        const bool any = row < packed;
-        sights[r] = any ? Sight::of(first_position + token, window) : Sight::nothing();
-        rows[r] = any ? qkv + (u64(sequence.x + token) * (q_heads + 2 * kv_heads) + head) * HEAD : nullptr;
-        out_rows[r] = any ? (u64(sequence.x + token) * q_heads + head) * HEAD : ~u64(0);
-    }
-    u32 queries[HEAD / 16][4];
-    load_queries<HEAD>(queries, rows);
+    const u32 lane_row = warp_row + lane_id() / 4;
+    const Sight sights[2] = {sight_of(min(lane_row, last)), sight_of(min(lane_row + 8, last))};
+    const auto queries_of = [&](u32 packed) {
+        const u64 row = u64(sequence.x + packed / group) * (q_heads + 2 * kv_heads);
+        return qkv + (row + kv_head * group + packed % group) * HEAD;
+    };
+    const Queries<HEAD> queries(queries_of(min(lane_row, last)), queries_of(min(lane_row + 8, last)));
 
-    const u32 first_tile = block.begin / TILE, end_tile = (block.end + TILE - 1) / TILE;
-    T* ring = reinterpret_cast<T*>(shared);
-    PrefillCopies<HEAD> copies = {k_cache, v_cache, ring, {tables + sequence.w, block_tokens, kv_heads, kv_head},
-                                  end_tile, block, 0, 0, 0};
-    copies.begin(first_tile);
-    copies.start_keys(first_tile, true);
-    if constexpr (PREFILL_SLOTS<HEAD> == 4) {
-        copies.start_values(first_tile);
-        copies.start_keys(first_tile + 1, false);
-    }
-
+    PrefillCopies<HEAD> copies = {
+        k_cache, v_cache, shared_address(shared), block.begin / TILE, (block.end + TILE - 1) / TILE, block,
+        {tables + sequence.w, block_tokens, kv_heads, kv_head}, 0, 0, 0
+    };
+    copies.begin();
     const Scoring scoring(scale, softcap);
     Softmax<HEAD> unit;
     Total<HEAD> total;
-    total.reset(reinterpret_cast<float4*>(ring + PREFILL_SLOTS<HEAD> * PREFILL_SLOT<HEAD>));
+    total.reset(shared + PREFILL_SLOTS<HEAD> * PREFILL_SLOT_BYTES<HEAD>);
     float largest[2] = {UNSEEN, UNSEEN}, sum[2] = {0.0f, 0.0f};
     unit.reset();
-    bool touched = false;
 #pragma unroll 1
-    for (u32 tile = first_tile; tile < end_tile; tile++) {
+    for (u32 tile = copies.first_tile; tile < copies.end_tile; tile++) {
         const u32 key = tile * TILE;
         const bool visible = warp.sees_any(key, TILE);
-        const T* keys = copies.next_keys(tile);
+        const u32 keys = copies.next(tile, 0);
         float scores[4][4];
         if (visible) {
-            multiply_keys<HEAD>(scores[0], scores[1], queries, keys);
-            multiply_keys<HEAD>(scores[2], scores[3], queries, keys + GRANULE * PITCH<HEAD>);
+            queries.multiply(scores[0], scores[1], keys);
+            queries.multiply(scores[2], scores[3], keys + GRANULE * PITCH_BYTES<HEAD>);
         }
-        const T* values = copies.next_values(tile);
+        const u32 values = copies.next(tile, 1);
         if (visible) {
             u32 weights[2][4];
             const bool masked = key < warp_last.begin || key + TILE > warp_first.end;
             unit.weigh(scores, weights, scoring, sights, key, masked);
             unit.add(weights[0], values);
-            unit.add(weights[1], values + GRANULE * PITCH<HEAD>);
-            touched = true;
+            unit.add(weights[1], values + GRANULE * PITCH_BYTES<HEAD>);
         }
-        if (touched && (tile % UNIT_TILES == UNIT_TILES - 1 || tile + 1 == end_tile)) {
+        const bool ends = tile % UNIT_TILES == UNIT_TILES - 1 || tile + 1 == copies.end_tile;
+        if (ends && warp.sees_any(key - tile % UNIT_TILES * TILE, UNIT)) {
             unit.finish();
             float keep[2], add[2];
 #pragma unroll
@@ -393,23 +376,21 @@ INLINE void attend_prefill(
             }
             total.add(unit, keep, add);
             unit.reset();
-            touched = false;
         }
     }
     copy_async_wait<0>();
 
-    const float inverses[2] = {inverse(sum[0]), inverse(sum[1])};
-    const u32 column = lane_id() % 4 * 2;
 #pragma unroll
-    for (int n = 0; n < HEAD / 8; n++) {
-        const float4 x = total.get(n);
-        if (rows[0] != nullptr) {
-            const T2 y = to_t2(result(x.x, inverses[0]), result(x.y, inverses[0]));
-            *reinterpret_cast<T2*>(out + out_rows[0] + n * 8 + column) = y;
-        }
-        if (rows[1] != nullptr) {
-            const T2 y = to_t2(result(x.z, inverses[1]), result(x.w, inverses[1]));
-            *reinterpret_cast<T2*>(out + out_rows[1] + n * 8 + column) = y;
+    for (int r = 0; r < 2; r++) {
+        const u32 row = lane_row + 8 * r;
+        if (row > last) break;
+        const u64 out_row = u64(sequence.x + row / group) * q_heads + kv_head * group + row % group;
+        T* to = out + out_row * HEAD + lane_id() % 4 * 2;
+        const float inverse_sum = inverse(sum[r]);
+#pragma unroll
+        for (int n = 0; n < HEAD / 8; n++) {
+            const float2 x = total.get(n, r);
+            *reinterpret_cast<T2*>(to + n * 8) = pair_of(result(x.x, inverse_sum), result(x.y, inverse_sum));
         }
     }
 }
@@ -419,7 +400,7 @@ INLINE void attend_prefill(
 #define ATTEND(HEAD)                                                                                                   \
     KERNEL __launch_bounds__(128) attend_decode_hd##HEAD(                                                              \
         float* partial_out, float2* partial_stats, const T* qkv, const T* k_cache, const T* v_cache,                  \
-        const u32* tables, const uint4* sequences, const u32* decode_list, u32 q_heads, u32 kv_heads,                 \
+        const u32* tables, const uint4* sequences, const uint2* decode_list, u32 q_heads, u32 kv_heads,                 \
         u32 block_tokens, float scale, float softcap, u32 window                                                       \
     ) {                                                                                                                \
         attend_decode<HEAD>(partial_out, partial_stats, qkv, k_cache, v_cache, tables, sequences, decode_list,        \

@@ -58,7 +58,16 @@ INLINE float merge(float total, float keep, float part, float add) {
 // One over a softmax's sum; 0 where nothing was seen.
 INLINE float inverse(float sum) { return sum == 0.0f ? 0.0f : __frcp_rn(sum); }
 
-// A result; adding zero makes a negative zero a positive one.
+// Two numbers that are in the range of T for sure.
+INLINE T2 pair_of(float x, float y) {
+#if QUELL_F16
+    return __floats2half2_rn(x, y);
+#else
+    return __floats2bfloat162_rn(x, y);
+#endif
+}
+
+// A result, which lies among the values; adding zero makes a negative zero a positive one.
 INLINE float result(float total, float inverse_sum) { return __fmaf_rn(total, inverse_sum, 0.0f); }
 
 // How scores are made of products: the factor with log2(e) in it, so that the softmax is
@@ -104,28 +113,97 @@ struct Pages {
     }
 };
 
-// Copies 16 bytes of a key or value to shared memory; zeros, reading nothing, for a row
-// that is not seen.
+// Bytes from one row of a tile in shared memory to the next.
 template <int HEAD>
-INLINE void copy_piece(T* shared, const T* cache, u32 row, u32 column, bool wanted) {
-    copy_async(shared, cache + (wanted ? u64(row) * HEAD + column : 0), wanted);
-}
+constexpr u32 PITCH_BYTES = PITCH<HEAD> * sizeof(T);
 
-// Scores of 16 rows with the 16 keys at `keys`, as sums of products.
-template <int HEAD>
-INLINE void multiply_keys(float (&first)[4], float (&second)[4], const u32 (&queries)[HEAD / 16][4], const T* keys) {
+// Copies `ROWS` keys or values, 16 from row `first` of the cache on and then, if there are
+// more, 16 from row `second` on, to shared memory: the work of `THREADS` threads, of which
+// this is number `thread`. Keys that are not seen become zeros, and are not read.
+template <int HEAD, u32 THREADS, u32 ROWS>
+INLINE void copy_rows(
+    u32 shared, const T* cache, u32 first, u32 second, u32 thread, u32 first_key, const Sight& sight
+) {
+    // Pieces of 16 bytes; as many side by side in one access as is a power of two.
+    constexpr u32 PIECES = HEAD / 8, ACROSS = PIECES & (0 - PIECES), STEP = THREADS / ACROSS;
+    const u32 thread_row = thread / ACROSS, column = thread % ACROSS * 8;
+    if (STEP > ROWS && thread_row >= ROWS) return;
+    const u32 to = shared + thread_row * PITCH_BYTES<HEAD> + column * sizeof(T);
 #pragma unroll
-    for (int i = 0; i < 4; i++) first[i] = second[i] = 0.0f;
-    const u32 lane = lane_id();
-    const T* row = keys + (lane / 16 * 8 + lane % 8) * PITCH<HEAD> + lane / 8 % 2 * 8;
+    for (u32 granule_row = 0; granule_row < ROWS; granule_row += STEP < GRANULE ? GRANULE : STEP) {
+        const u32 start = STEP <= GRANULE ? (granule_row == 0 ? first : second) + thread_row
+                                          : (thread_row < GRANULE ? first : second) + thread_row % GRANULE;
+        const T* from = cache + u64(start) * HEAD + column;
 #pragma unroll
-    for (int step = 0; step < HEAD / 16; step++) {
-        u32 b[4];
-        load_matrices(b, row + step * 16);
-        matrix_multiply(first, queries[step], b[0], b[1]);
-        matrix_multiply(second, queries[step], b[2], b[3]);
+        for (u32 row = 0; row < GRANULE; row += STEP) {
+            const u32 bytes = sight.sees(first_key + thread_row + granule_row + row) ? 16 : 0;
+#pragma unroll
+            for (u32 piece = 0; piece < PIECES; piece += ACROSS) {
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                                 to + (granule_row + row) * PITCH_BYTES<HEAD> + piece * 16
+                             ),
+                             "l"(from + row * HEAD + piece * 8), "r"(bytes)
+                             : "memory");
+            }
+        }
     }
 }
+
+// Four 8 × 8 matrices; see `load_matrices` of common.cuh.
+INLINE void load_matrices_at(u32 (&out)[4], u32 row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(row)
+                 : "memory");
+}
+INLINE void load_matrices_transposed_at(u32 (&out)[4], u32 row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(row)
+                 : "memory");
+}
+
+// The queries of a lane's rows, lane / 4 and lane / 4 + 8 of the warp's, as left operands
+// of products, 16 columns each. Registers hold all but the last ones of large heads, which
+// are read anew from the cache of the multiprocessor.
+template <int HEAD>
+struct Queries {
+    static constexpr int STEPS = HEAD / 16;
+    static constexpr int KEPT = HEAD <= 128 ? STEPS : STEPS - 6;
+    u32 kept[KEPT][4];
+    const T* rows[2];
+
+    INLINE Queries(const T* first, const T* second) : rows{first + lane_id() % 4 * 2, second + lane_id() % 4 * 2} {
+#pragma unroll
+        for (int step = 0; step < KEPT; step++) load(kept[step], step);
+    }
+    INLINE void load(u32 (&out)[4], int step) const {
+#pragma unroll
+        for (int i = 0; i < 4; i++) out[i] = *reinterpret_cast<const u32*>(rows[i % 2] + step * 16 + i / 2 * 8);
+    }
+
+    // Scores with the 16 keys at `keys`, as sums of products.
+    INLINE void multiply(float (&first)[4], float (&second)[4], u32 keys) const {
+#pragma unroll
+        for (int i = 0; i < 4; i++) first[i] = second[i] = 0.0f;
+        const u32 lane = lane_id();
+        const u32 row = keys + (lane / 16 * 8 + lane % 8) * PITCH_BYTES<HEAD> + lane / 8 % 2 * 16;
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) {
+            u32 b[4];
+            load_matrices_at(b, row + step * 32);
+            if (step < KEPT) {
+                matrix_multiply(first, kept[step], b[0], b[1]);
+                matrix_multiply(second, kept[step], b[2], b[3]);
+            } else {
+                u32 a[4];
+                load(a, step);
+                matrix_multiply(first, a, b[0], b[1]);
+                matrix_multiply(second, a, b[2], b[3]);
+            }
+        }
+    }
+};
 
 // The online softmax of a warp's 16 rows over the keys of one unit. A lane holds, of rows
 // lane / 4 and lane / 4 + 8, the columns 2 (lane % 4) and the next of every eight; its
@@ -185,7 +263,7 @@ struct Softmax {
                 const float b = power_of_two(scores[n][2 * r + 1] - reference);
                 tile_sum += a;
                 tile_sum += b;
-                weights[n / 2][n % 2 * 2 + r] = bits(to_t2(a, b));
+                weights[n / 2][n % 2 * 2 + r] = bits(pair_of(a, b));
             }
             sum[r] = fmaf(sum[r], decay[r], tile_sum);
         }
@@ -200,13 +278,13 @@ struct Softmax {
     }
 
     // Adds 16 values, at `values`, times their weights.
-    INLINE void add(const u32 (&weights)[4], const T* values) {
+    INLINE void add(const u32 (&weights)[4], u32 values) {
         const u32 lane = lane_id();
-        const T* row = values + lane % 16 * PITCH<HEAD> + lane / 16 * 8;
+        const u32 row = values + lane % 16 * PITCH_BYTES<HEAD> + lane / 16 * 16;
 #pragma unroll
         for (int pair = 0; pair < HEAD / 16; pair++) {
             u32 b[4];
-            load_matrices_transposed(b, row + pair * 16);
+            load_matrices_transposed_at(b, row + pair * 32);
             matrix_multiply(out[2 * pair], weights, b[0], b[1]);
             matrix_multiply(out[2 * pair + 1], weights, b[2], b[3]);
         }
@@ -221,19 +299,3 @@ struct Softmax {
         }
     }
 };
-
-// The queries of rows lane / 4 and lane / 4 + 8, as the left operand of products; zeros
-// where there is no row (null).
-template <int HEAD>
-INLINE void load_queries(u32 (&queries)[HEAD / 16][4], const T* const (&rows)[2]) {
-    const u32 column = lane_id() % 4 * 2;
-#pragma unroll
-    for (int step = 0; step < HEAD / 16; step++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const T* row = rows[i % 2];
-            const T* from = row + step * 16 + i / 2 * 8 + column;
-            queries[step][i] = row == nullptr ? 0 : *reinterpret_cast<const u32*>(from);
-        }
-    }
-}

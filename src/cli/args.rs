@@ -7,6 +7,8 @@ use quell::{
     Activations, CpuOptions, DeviceChoice, Engine, EngineConfig, GenerateError, KvType, LoadError,
     LoadOptions, SamplingParams, SimdLevel, SubmitError,
 };
+#[cfg(feature = "cuda")]
+use quell::{CudaActivations, CudaOptions};
 use std::path::PathBuf;
 use std::str::FromStr;
 use thiserror::Error;
@@ -149,6 +151,28 @@ pub struct RunArgs {
     /// What the CPU device keeps cached keys and values as.
     #[arg(long, value_enum, default_value_t = KvArg::Auto)]
     kv_type: KvArg,
+    #[cfg(feature = "cuda")]
+    #[command(flatten)]
+    cuda: CudaArgs,
+}
+
+/// How the CUDA device is used.
+#[cfg(feature = "cuda")]
+#[derive(Debug, Args)]
+struct CudaArgs {
+    /// What the CUDA device keeps activations, keys and values as.
+    #[arg(long, value_enum, default_value_t = CudaActivationsArg::Bf16)]
+    cuda_activations: CudaActivationsArg,
+    /// Share of the GPU's memory that may be used, from 0 to 1.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.9)]
+    gpu_memory_utilization: f32,
+}
+
+#[cfg(feature = "cuda")]
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum CudaActivationsArg {
+    Bf16,
+    F16,
 }
 
 impl ModelArgs {
@@ -172,6 +196,8 @@ impl RunArgs {
             })),
             device: self.device.0,
             cpu: self.cpu(),
+            #[cfg(feature = "cuda")]
+            cuda: self.cuda()?,
         };
         let engine = Engine::from_files(files, self.config()?, options);
         bar.finish_and_clear();
@@ -197,6 +223,25 @@ impl RunArgs {
             max_batch_tokens: self.max_batch_tokens,
             max_context: self.context,
             ..EngineConfig::default()
+        })
+    }
+
+    /// The settings of the CUDA device.
+    #[cfg(feature = "cuda")]
+    pub fn cuda(&self) -> Result<CudaOptions, CliError> {
+        let utilisation = self.cuda.gpu_memory_utilization;
+        if !(utilisation > 0.0 && utilisation <= 1.0) {
+            return Err(CliError::Usage(format!(
+                "--gpu-memory-utilization is {utilisation}, but must be more than 0 and at most 1"
+            )));
+        }
+        Ok(CudaOptions {
+            activations: match self.cuda.cuda_activations {
+                CudaActivationsArg::Bf16 => CudaActivations::Bf16,
+                CudaActivationsArg::F16 => CudaActivations::F16,
+            },
+            utilisation,
+            ..CudaOptions::default()
         })
     }
 

@@ -4,6 +4,8 @@ use super::memory::{MemoryPlan, cache_shape};
 use super::{LoadError, ModelRunner, Runner, RunnerInfo, limits};
 use crate::config::EngineConfig;
 use crate::device::cpu::{CpuDevice, CpuOptions};
+#[cfg(feature = "cuda")]
+use crate::device::cuda::{CudaDevice, CudaOptions};
 use crate::device::{Device, DeviceError, DeviceInfo};
 use crate::model::ModelSource;
 use crate::text::{GgufVocabulary, Tokenizer};
@@ -30,6 +32,9 @@ pub struct LoadOptions {
     pub device: DeviceChoice,
     /// Settings of the CPU device.
     pub cpu: CpuOptions,
+    /// Settings of the CUDA device; [`DeviceChoice::Cuda`] says which it is.
+    #[cfg(feature = "cuda")]
+    pub cuda: CudaOptions,
     /// Told after each part of the model how many of how many are loaded.
     pub progress: Option<Box<dyn FnMut(usize, usize) + Send>>,
 }
@@ -46,11 +51,11 @@ impl LoadOptions {
 
 impl std::fmt::Debug for LoadOptions {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter
-            .debug_struct("LoadOptions")
-            .field("device", &self.device)
-            .field("cpu", &self.cpu)
-            .finish_non_exhaustive()
+        let mut debug = formatter.debug_struct("LoadOptions");
+        debug.field("device", &self.device).field("cpu", &self.cpu);
+        #[cfg(feature = "cuda")]
+        debug.field("cuda", &self.cuda);
+        debug.finish_non_exhaustive()
     }
 }
 
@@ -167,18 +172,61 @@ impl ModelFiles {
         let LoadOptions {
             device,
             cpu,
+            #[cfg(feature = "cuda")]
+            cuda,
             progress,
         } = options;
-        if let DeviceChoice::Cuda(index) = device {
-            return Err(LoadError::Device(DeviceError::Unavailable {
-                device: format!("cuda:{index}"),
-                reason: "this version of quell has no CUDA device; use --device cpu".to_owned(),
-            }));
-        }
         let mut progress = progress.unwrap_or_else(|| Box::new(|_, _| {}));
+        #[cfg(feature = "cuda")]
+        if let Some(device) = cuda_device(device, cuda)? {
+            return self.run_on(device, config, &mut progress);
+        }
+        #[cfg(not(feature = "cuda"))]
+        refuse_cuda(device)?;
         let quantised = self.source.parameters().is_quantised();
         let device = CpuDevice::new(&cpu.for_weights(quantised))?;
-        let (runner, info) = ModelRunner::load(device, &self.source, config, &mut progress)?;
+        self.run_on(device, config, &mut progress)
+    }
+
+    fn run_on<D: Device>(
+        &self,
+        device: D,
+        config: &EngineConfig,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<(Box<dyn Runner>, RunnerInfo), LoadError> {
+        let (runner, info) = ModelRunner::load(device, &self.source, config, progress)?;
         Ok((Box::new(runner), info))
+    }
+}
+
+/// The CUDA device, if it is to be used.
+#[cfg(feature = "cuda")]
+fn cuda_device(
+    choice: DeviceChoice,
+    options: CudaOptions,
+) -> Result<Option<CudaDevice>, DeviceError> {
+    match choice {
+        DeviceChoice::Cpu => Ok(None),
+        DeviceChoice::Cuda(device) => CudaDevice::new(&CudaOptions { device, ..options }).map(Some),
+        DeviceChoice::Auto => match CudaDevice::new(&options) {
+            Ok(device) => Ok(Some(device)),
+            Err(DeviceError::Unavailable { reason, .. }) => {
+                tracing::info!("running on the CPU: {reason}");
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        },
+    }
+}
+
+/// Without the CUDA device there is nothing but the CPU.
+#[cfg(not(feature = "cuda"))]
+fn refuse_cuda(choice: DeviceChoice) -> Result<(), DeviceError> {
+    match choice {
+        DeviceChoice::Cuda(index) => Err(DeviceError::Unavailable {
+            device: format!("cuda:{index}"),
+            reason: "this quell was built without the feature 'cuda'".to_owned(),
+        }),
+        DeviceChoice::Auto | DeviceChoice::Cpu => Ok(()),
     }
 }

@@ -1,4 +1,4 @@
-//! The kernels' images: which is embedded, which fits the device, what it holds.
+//! The kernels' images: which are embedded, which fits the device, what it holds.
 
 use super::CudaActivations;
 use super::context::{Context, Handle};
@@ -171,12 +171,7 @@ impl Modules {
 }
 
 /// The portable image of a file, if it is embedded.
-fn portable(file: &str, activations: &str) -> Option<&'static [u8]> {
+pub(super) fn portable(file: &str, activations: &str) -> Option<&'static [u8]> {
     let mut images = PORTABLE.iter();
     images.find_map(|&(name, of, bytes)| ((name, of) == (file, activations)).then_some(bytes))
-}
-
-/// Whether a file's image is embedded at all.
-pub(super) fn is_embedded(file: &str, activations: CudaActivations) -> bool {
-    portable(file, activations.name()).is_some()
 }

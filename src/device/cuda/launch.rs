@@ -329,3 +329,139 @@ macro_rules! kernels {
     };
 }
 pub(super) use kernels;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::cuda::{
+        CudaActivations, activation::ActivationKernels, attention::AttentionKernels,
+        cache::CacheKernels, embedding::EmbeddingKernels, experts::ExpertKernels, images,
+        linear::LinearKernels, linear::QuantKernels, norm::NormKernels, rope::RopeKernels,
+        sampling::SamplingKernels,
+    };
+    use std::collections::BTreeSet;
+
+    const ALL: &[(&str, &[Signature])] = &[
+        (ActivationKernels::FILE, ActivationKernels::SIGNATURES),
+        (AttentionKernels::FILE, AttentionKernels::SIGNATURES),
+        (CacheKernels::FILE, CacheKernels::SIGNATURES),
+        (EmbeddingKernels::FILE, EmbeddingKernels::SIGNATURES),
+        (ExpertKernels::FILE, ExpertKernels::SIGNATURES),
+        (LinearKernels::FILE, LinearKernels::SIGNATURES),
+        (NormKernels::FILE, NormKernels::SIGNATURES),
+        (QuantKernels::FILE, QuantKernels::SIGNATURES),
+        (RopeKernels::FILE, RopeKernels::SIGNATURES),
+        (SamplingKernels::FILE, SamplingKernels::SIGNATURES),
+    ];
+
+    /// Names of the parameters of the kernels in a source. A kernel's name may be made
+    /// by a macro: its parts are those between `##`, and one in capitals is any text.
+    fn sources(text: &str) -> Vec<(Vec<String>, Vec<String>)> {
+        let text = text.replace('\\', " ");
+        let starts = ["KERNEL ", "__global__ void "];
+        let starts = starts.iter().flat_map(|start| {
+            let found = text.match_indices(start);
+            found.map(|(at, start)| &text[at + start.len()..])
+        });
+        let mut kernels = Vec::new();
+        for rest in starts {
+            let mut rest = rest.trim_start();
+            if let Some(bounds) = rest.strip_prefix("__launch_bounds__(") {
+                rest = bounds.split_once(')').unwrap().1.trim_start();
+            }
+            let Some((name, rest)) = rest.split_once('(') else {
+                continue;
+            };
+            let list = rest.split_once(')').unwrap().0;
+            let is_name = |c: char| c.is_alphanumeric() || c == '_' || c == '#';
+            if !name.trim().chars().all(is_name) {
+                continue;
+            }
+            let last_word = |parameter: &str| {
+                let mut words = parameter.split(|c: char| !is_name(c));
+                words.rfind(|word| !word.is_empty()).unwrap().to_owned()
+            };
+            let parts = name.trim().split("##").map(str::to_owned).collect();
+            kernels.push((parts, list.split(',').map(last_word).collect()));
+        }
+        kernels
+    }
+
+    /// How many characters of `name` a name of a source gives literally; `None` if it
+    /// is another one.
+    fn matches(parts: &[String], name: &str) -> Option<usize> {
+        let (part, others) = match parts {
+            [] => return name.is_empty().then_some(0),
+            [part, others @ ..] => (part, others),
+        };
+        if part.chars().all(|c| c.is_ascii_uppercase() || c == '_') {
+            let ends = (0..=name.len()).rev();
+            return ends.filter_map(|end| matches(others, &name[end..])).max();
+        }
+        let rest = matches(others, name.strip_prefix(part.as_str())?)?;
+        Some(rest + part.len())
+    }
+
+    #[test]
+    fn the_sources_name_the_parameters_as_they_are_declared() {
+        for (file, signatures) in ALL {
+            let path = format!("{}/kernels/{file}.cu", env!("CARGO_MANIFEST_DIR"));
+            let text = std::fs::read_to_string(&path).unwrap();
+            let kernels = sources(&text);
+            assert!(!signatures.is_empty(), "{file} declares no kernel");
+            for signature in *signatures {
+                let found = kernels
+                    .iter()
+                    .filter_map(|(parts, names)| Some((matches(parts, signature.name)?, names)))
+                    .max_by_key(|(literal, _)| *literal);
+                let (_, names) = found.unwrap_or_else(|| panic!("{path}: no {}", signature.name));
+                let declared: Vec<&str> =
+                    signature.parameters.iter().map(|(name, _)| *name).collect();
+                assert_eq!(*names, declared, "{path}: {}", signature.name);
+            }
+        }
+    }
+
+    #[test]
+    fn the_images_hold_exactly_the_declared_kernels() {
+        for activations in [CudaActivations::Bf16, CudaActivations::F16] {
+            for (file, signatures) in ALL {
+                let text = images::portable(file, activations.name());
+                let text = text.unwrap_or_else(|| panic!("no image of {file}"));
+                let text = std::str::from_utf8(text.strip_suffix(&[0]).unwrap()).unwrap();
+                for signature in *signatures {
+                    let kinds: Vec<_> =
+                        signature.parameters.iter().map(|(_, kind)| *kind).collect();
+                    assert_eq!(
+                        images::parameters(text, signature.name),
+                        Some(kinds),
+                        "{file}: {}",
+                        signature.name
+                    );
+                }
+                let entries: BTreeSet<&str> = text
+                    .split(".entry")
+                    .skip(1)
+                    .map(|rest| rest.trim_start().split('(').next().unwrap().trim())
+                    .collect();
+                let declared: BTreeSet<&str> = signatures.iter().map(|one| one.name).collect();
+                assert_eq!(entries, declared, "{file}");
+            }
+        }
+    }
+
+    #[test]
+    fn parameters_are_read_from_the_image() {
+        use ParameterKind::*;
+        let text = ".visible .entry first(\n.param .u64 .ptr .align 1 first_param_0,\n\
+                    .param .f32 first_param_1)\n.maxntid 128\n{}\n.visible .entry second()\n\
+                    .visible .entry third(.param .align 8 .b8 third_param_0[16])";
+        assert_eq!(
+            images::parameters(text, "first"),
+            Some(vec![Pointer, Float])
+        );
+        assert_eq!(images::parameters(text, "second"), Some(vec![]));
+        assert_eq!(images::parameters(text, "third"), None);
+        assert_eq!(images::parameters(text, "fir"), None);
+    }
+}

@@ -33,6 +33,7 @@ mod probe;
 mod rope;
 mod sampling;
 mod step;
+mod timing;
 mod transfer;
 
 pub use cache::CudaCache;

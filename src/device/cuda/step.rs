@@ -86,6 +86,9 @@ pub(super) struct StepInputs {
     samples: usize,
     decodes: usize,
     max_units: usize,
+    decode_units: usize,
+    /// Units that attention has room for; `None` before its first use.
+    unit_room: Option<usize>,
     key: Option<StepKey>,
     ends: Ends,
     /// Index and rows of the sequences with several rows.
@@ -145,6 +148,8 @@ impl StepInputs {
             samples: 0,
             decodes: 0,
             max_units: 0,
+            decode_units: 0,
+            unit_room: None,
             key: None,
             ends: Ends::NONE,
             prefills: Vec::new(),
@@ -216,7 +221,8 @@ impl StepInputs {
         self.at(self.layout.tables)
     }
 
-    /// `u32` each: the sequences with one row, [`StepInputs::decodes`] of them.
+    /// `uint2` each: the sequences with one row, [`StepInputs::decodes`] of them, and
+    /// how many units of attention those before it have.
     pub(super) fn decode_list(&self) -> Ptr {
         self.at(self.layout.decode_list)
     }
@@ -230,6 +236,17 @@ impl StepInputs {
     /// has; a power of two, so that few values occur.
     pub(super) fn max_units(&self) -> usize {
         self.max_units
+    }
+
+    /// Units of 128 keys that all sequences of the decode list have together.
+    pub(super) fn decode_units(&self) -> usize {
+        self.decode_units
+    }
+
+    /// Notes that a recorded step may have so many units together: longer ones are
+    /// enqueued anew.
+    pub(super) fn set_unit_room(&mut self, units: usize) {
+        self.unit_room = Some(units);
     }
 
     /// Prefill attention's work, for `group` query heads a kv head: `uint2` each,
@@ -313,7 +330,7 @@ impl StepInputs {
         let blocks = limits.sequence_tokens.div_ceil(limits.block_tokens.max(1));
         // Many long sequences at once are rare: room for more is made when they come.
         let tables = limits.sequences.saturating_mul(blocks).min(1 << 18);
-        let arrays = 5 * limits.rows + 6 * limits.sequences;
+        let arrays = 5 * limits.rows + 7 * limits.sequences;
         self.uploads
             .reserve(context, arrays + tables + 9 * ALIGNMENT)?;
         self.make_room(context, limits.rows, limits.sequences)?;
@@ -392,7 +409,8 @@ impl StepInputs {
             slots: end(batch.slots.iter().copied()),
             blocks: end(batch.tables.iter().copied()),
         };
-        self.key = recorded.then_some(StepKey {
+        let fits = self.unit_room.is_none_or(|room| self.decode_units <= room);
+        self.key = (recorded && fits).then_some(StepKey {
             rows: padded,
             units: self.max_units,
         });
@@ -417,7 +435,7 @@ impl StepInputs {
         let padding = padding.map(|row| row as u32);
         let sample_rows = append(words, samples.chain(padding.clone()));
         let sequences = append(words, []);
-        let mut units = 0;
+        let (mut longest, mut units) = (0, 0);
         let mut decodes = Vec::new();
         for (index, sequence) in batch.sequences.iter().enumerate() {
             let (first, count) = (sequence.rows.start, sequence.rows.len());
@@ -428,8 +446,9 @@ impl StepInputs {
             match count {
                 0 => {}
                 1 => {
-                    decodes.push(index as u32);
-                    units = units.max(length.div_ceil(UNIT));
+                    decodes.extend([index as u32, units as u32]);
+                    longest = longest.max(length.div_ceil(UNIT));
+                    units += length.div_ceil(UNIT);
                 }
                 _ => self.prefills.push((index as u32, count)),
             }
@@ -437,10 +456,11 @@ impl StepInputs {
         let count = batch.sequences.len() as u32;
         for (offset, row) in padding.enumerate() {
             words.extend([row, 1, 0, 0]);
-            decodes.push(count + offset as u32);
+            decodes.extend([count + offset as u32, units as u32]);
         }
-        self.decodes = decodes.len();
-        self.max_units = units.next_power_of_two();
+        self.decodes = decodes.len() / 2;
+        self.max_units = longest.next_power_of_two();
+        self.decode_units = units;
         let decode_list = append(words, decodes);
         let tables = append(words, batch.tables.iter().copied());
         self.layout = Layout {
@@ -594,8 +614,8 @@ mod tests {
         assert_eq!(at(layout.sample_rows, 4), [0, 1, 2, 3]);
         let sequences = [0, 1, 1, 0, 1, 1, 301, 1, 2, 1, 128, 20, 3, 1, 0, 0];
         assert_eq!(at(layout.sequences, 16), sequences);
-        assert_eq!(at(layout.decode_list, 4), [0, 1, 2, 3]);
-        assert_eq!((step.decodes, step.max_units), (4, 4));
+        assert_eq!(at(layout.decode_list, 8), [0, 0, 1, 1, 2, 4, 3, 5]);
+        assert_eq!((step.decodes, step.max_units, step.decode_units), (4, 4, 5));
         assert_eq!(at(layout.tables, 28), &batch.tables[..]);
     }
 
@@ -610,9 +630,9 @@ mod tests {
     fn sequences_are_listed_by_what_they_are() {
         let step = laid_out(&batch(&[(5, 4), (1, 40), (3, 130)]), 9);
         assert_eq!(step.decodes, 1);
-        assert_eq!(step.words[step.layout.decode_list], 1);
+        assert_eq!(step.words[step.layout.decode_list..][..2], [1, 0]);
         assert_eq!(step.prefills, [(0, 5), (2, 3)]);
-        assert_eq!(step.max_units, 1);
+        assert_eq!((step.max_units, step.decode_units), (1, 1));
     }
 
     #[test]
@@ -632,6 +652,6 @@ mod tests {
         refused(|batch| batch.sequences[1].table = 0..1000);
         refused(|batch| batch.sample_rows[0] = 3);
         refused(|batch| batch.feedback.push(Feedback { row: 9, sample: 0 }));
-        refused(|batch| drop(batch.sequences.pop()));
+        refused(|batch| batch.sequences.truncate(batch.sequences.len() - 1));
     }
 }
