@@ -97,6 +97,13 @@ impl CudaDevice {
 
     /// Makes the GPU ready. `Unavailable` says in one line why there is none.
     pub fn new(options: &CudaOptions) -> Result<Self, DeviceError> {
+        let utilisation = options.utilisation;
+        if !(utilisation > 0.0 && utilisation <= 1.0) {
+            return Err(error::unsupported(
+                format!("a utilisation of {utilisation}"),
+                "it is more than 0 and at most 1",
+            ));
+        }
         let found = probe::find(options.device)?;
         let context = Context::new(found.device)
             .map_err(|error| probe::refused(options.device, &found, error))?;
