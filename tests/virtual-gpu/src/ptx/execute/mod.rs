@@ -7,6 +7,7 @@
 
 mod barrier;
 pub mod convert;
+mod directed;
 pub mod float;
 pub mod half;
 pub mod integer;
