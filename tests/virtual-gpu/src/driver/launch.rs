@@ -88,13 +88,13 @@ impl KernelLaunch {
             })
     }
 
-    /// Runs it on the memory that it may reach.
+    /// Runs it on the memory that it may reach. The error is a fault with its report.
     pub fn run(
         &self,
         regions: &[ptx::Region],
         settings: &Settings,
         salt: u64,
-    ) -> Result<ptx::Statistics, ptx::Fault> {
+    ) -> Result<ptx::Statistics, (ptx::FaultKind, String)> {
         let options = ptx::Options {
             threads: settings.threads,
             check_races: settings.check_races,
@@ -105,7 +105,8 @@ impl KernelLaunch {
             },
         };
         match self.image.kernel(&self.name) {
-            Some(kernel) => ptx::run(kernel, &self.launch, &ptx::Regions(regions), &options),
+            Some(kernel) => ptx::run(kernel, &self.launch, &ptx::Regions(regions), &options)
+                .map_err(|fault| (fault.kind, fault.to_string())),
             None => Ok(ptx::Statistics::default()),
         }
     }

@@ -1,7 +1,6 @@
 //! Streams and events: how work gets into the queue, and what waiting means.
 
 use super::codes;
-use super::memory::Stage;
 use super::objects::{Exec, Recorded, Stream, StreamRole};
 use super::queue::{HostSource, NodeId, Op};
 use super::settings::Schedule;
@@ -72,9 +71,7 @@ impl Driver {
     fn wrong_memory(&mut self, op: &Op) -> Option<String> {
         let context = super::current_context();
         let leaving = |memory: &super::memory::DeviceMemory, address| {
-            let found = memory
-                .containing(address)
-                .filter(|found| found.stage == Stage::Leaving)?;
+            let found = memory.containing(address).filter(|found| found.leaving)?;
             Some(format!("{} is used after cuMemFreeAsync", found.label))
         };
         if let Op::Kernel(launch) = op {
@@ -167,8 +164,7 @@ impl Driver {
             Schedule::Late => Ok(()),
             Schedule::Eager => self.run_context(context),
             Schedule::Shuffle(_) => {
-                let count = (self.queue.random() % 4).saturating_sub(1);
-                for _ in 0..count {
+                for _ in 0..self.queue.run_ahead() {
                     self.run_one(context);
                 }
                 Ok(())
