@@ -93,10 +93,9 @@ INLINE void attend_decode(
 #pragma unroll 1
     for (; index < units; index += gridDim.x * WARPS) {
         const u32 unit = first_unit + index, unit_key = unit * UNIT;
-        const u32 begin = max(sight.begin, unit_key) - unit_key, end = min(sight.end - unit_key, UNIT);
-        const u32 end_tile = (end + TILE - 1) / TILE;
+        const u32 end_tile = (min(sight.end - unit_key, UNIT) + TILE - 1) / TILE;
         const DecodeCopies<HEAD> copies = {k_cache, v_cache, ring, unit, pages.locate(unit, sight), end_tile, sight};
-        u32 tile = begin / TILE;
+        u32 tile = (max(sight.begin, unit_key) - unit_key) / TILE;
         __syncwarp();
         copies.begin(tile);
         softmax.reset();
@@ -106,8 +105,9 @@ INLINE void attend_decode(
             u32 weights[2][4];
             queries.multiply(scores[0], scores[1], copies.next(tile, 0));
             queries.multiply(scores[2], scores[3], copies.next(tile, 1));
-            const bool masked = tile * TILE < begin || (tile + 1) * TILE > end;
-            softmax.weigh(scores, weights, scoring, sights, unit_key + tile * TILE, masked);
+            const u32 key = unit_key + tile * TILE;
+            const bool masked = key < sight.begin || key + TILE > sight.end;
+            softmax.weigh(scores, weights, scoring, sights, key, masked);
             softmax.add(weights[0], copies.next(tile, 2));
             softmax.add(weights[1], copies.next(tile, 3));
         }

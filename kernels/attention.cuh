@@ -39,7 +39,14 @@ INLINE float power_of_two(float x) {
     return y;
 }
 
-// The maximum of a score that is subtracted before the exponential: 0 where nothing was seen.
+// 1 / x, to the last bit but one; 0 for infinity.
+INLINE float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// The largest score, as it is subtracted before the exponential: 0 where nothing was seen.
 INLINE float finite(float largest) { return largest == UNSEEN ? 0.0f : largest; }
 
 // Joins the largest score of a part to that of all before it; gives the factors on both sums.
@@ -56,7 +63,7 @@ INLINE float merge(float total, float keep, float part, float add) {
 }
 
 // One over a softmax's sum; 0 where nothing was seen.
-INLINE float inverse(float sum) { return sum == 0.0f ? 0.0f : __frcp_rn(sum); }
+INLINE float inverse(float sum) { return sum == 0.0f ? 0.0f : reciprocal(sum); }
 
 // Two numbers that are in the range of T for sure.
 INLINE T2 pair_of(float x, float y) {
@@ -81,7 +88,7 @@ struct Scoring {
         if (softcap != 0.0f) scale = scale_ * (2.0f * LOG2_E / softcap);
     }
     INLINE float capped(float product) const {
-        return fmaf(-2.0f * cap, __frcp_rn(1.0f + power_of_two(product * scale)), cap);
+        return fmaf(-2.0f * cap, reciprocal(1.0f + power_of_two(product * scale)), cap);
     }
 };
 
@@ -169,7 +176,7 @@ INLINE void load_matrices_transposed_at(u32 (&out)[4], u32 row) {
 template <int HEAD>
 struct Queries {
     static constexpr int STEPS = HEAD / 16;
-    static constexpr int KEPT = HEAD <= 128 ? STEPS : STEPS - 6;
+    static constexpr int KEPT = HEAD <= 128 ? STEPS : STEPS - 9;
     u32 kept[KEPT][4];
     const T* rows[2];
 

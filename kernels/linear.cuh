@@ -130,40 +130,40 @@ INLINE void write_tile(const Output& to, const Tile& tile, const float* shared, 
     u64 start = reinterpret_cast<u64>(to.out);
     u32 size = to.full ? 4 : 2;
     // Whether every group of four results lies where it can be written at once.
-    bool wide = (start + first * size) % (WIDTH * size) == 0 && to.stride % WIDTH == 0;
+    bool aligned = (start + first * size) % (WIDTH * size) == 0 && to.stride % WIDTH == 0;
 #pragma unroll 1
     for (u32 i = threadIdx.x; i < ROWS * COLUMNS / WIDTH; i += blockDim.x) {
         u32 row = i / (COLUMNS / WIDTH), column = i % (COLUMNS / WIDTH) * WIDTH;
         u32 output = first + column;
         if (tile.row + row >= tile.row_end || output >= to.outputs) continue;
-        u32 count = min(WIDTH, to.outputs - output);
-        float4 value = *reinterpret_cast<const float4*>(shared + row * (COLUMNS + 8) + column);
-        if (to.bias) {
-            value.x += to.bias[output];
-            if (count > 1) value.y += to.bias[output + 1];
-            if (count > 2) value.z += to.bias[output + 2];
-            if (count > 3) value.w += to.bias[output + 3];
-        }
+        const float* from = shared + row * (COLUMNS + 8) + column;
         u64 index = (u64)(tile.row + row) * to.stride + output;
-        if (to.full) {
-            float* out = static_cast<float*>(to.out) + index;
-            if (wide && count == WIDTH) {
-                *reinterpret_cast<float4*>(out) = value;
-            } else {
-                out[0] = value.x;
-                if (count > 1) out[1] = value.y;
-                if (count > 2) out[2] = value.z;
-                if (count > 3) out[3] = value.w;
+        float* out_full = static_cast<float*>(to.out) + index;
+        T* out = static_cast<T*>(to.out) + index;
+        if (aligned && output + WIDTH <= to.outputs) {
+            float4 value = *reinterpret_cast<const float4*>(from);
+            if (to.bias) {
+                value.x += to.bias[output];
+                value.y += to.bias[output + 1];
+                value.z += to.bias[output + 2];
+                value.w += to.bias[output + 3];
             }
-        } else {
-            T* out = static_cast<T*>(to.out) + index;
-            if (wide && count == WIDTH) {
-                *reinterpret_cast<uint2*>(out) = make_uint2(bits(to_t2(value.x, value.y)), bits(to_t2(value.z, value.w)));
+            if (to.full) {
+                *reinterpret_cast<float4*>(out_full) = value;
             } else {
-                out[0] = to_t(value.x);
-                if (count > 1) out[1] = to_t(value.y);
-                if (count > 2) out[2] = to_t(value.z);
-                if (count > 3) out[3] = to_t(value.w);
+                u32 low = bits(to_t2(value.x, value.y)), high = bits(to_t2(value.z, value.w));
+                *reinterpret_cast<uint2*>(out) = make_uint2(low, high);
+            }
+            continue;
+        }
+#pragma unroll 1
+        for (u32 c = 0; c < WIDTH && output + c < to.outputs; c++) {
+            float value = from[c];
+            if (to.bias) value += to.bias[output + c];
+            if (to.full) {
+                out_full[c] = value;
+            } else {
+                out[c] = to_t(value);
             }
         }
     }

@@ -302,8 +302,8 @@ INLINE u64 select(const Ranks& ranks, u64 lowest, u32 need, double target, Selec
 // their exponentials. A row of `result` has 4 + 2 · top_stride words: token, its
 // log-probability, how many tokens follow, the log of the sum; then ids with log-probabilities.
 // Grid rows, 1024 threads.
-KERNEL sample_top(u32* result, const float* logits, const float2* sums, const Row* rows, u32 columns, u32 slices,
-                  u32 top_stride) {
+KERNEL __launch_bounds__(1024)
+    sample_top(u32* result, const float* logits, const float2* sums, const Row* rows, u32 columns, u32 slices, u32 top_stride) {
     __shared__ SelectScratch scratch;
     __shared__ u64 sorted[MAX_TOP];
     __shared__ u32 length;
@@ -575,8 +575,9 @@ KERNEL sample_compact(u64* lists, Filter* filters, const u32* counts, const u64*
 }
 
 // Top-k and top-p exactly, then min-p and the draw. Grid rows, 1024 threads.
-KERNEL sample_filter(uint2* winners, const u64* lists, const Filter* filters, const float* logits, const uint2* best,
-                     const Row* rows, u32 columns, u32 slices) {
+KERNEL __launch_bounds__(1024)
+    sample_filter(uint2* winners, const u64* lists, const Filter* filters, const float* logits, const uint2* best,
+                  const Row* rows, u32 columns, u32 slices) {
     __shared__ SelectScratch scratch;
     const Row& row = rows[blockIdx.x];
     if (!is_filtered(row)) return;

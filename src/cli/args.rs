@@ -180,6 +180,7 @@ impl ModelArgs {
     pub fn start(&self) -> Result<Engine, CliError> {
         // Before the download.
         self.run.config()?;
+        self.run.options()?;
         self.run.start(ModelFiles::open(&resolve(&self.model)?)?)
     }
 }
@@ -194,10 +195,7 @@ impl RunArgs {
                 ticks.set_length(total as u64);
                 ticks.set_position(done as u64);
             })),
-            device: self.device.0,
-            cpu: self.cpu(),
-            #[cfg(feature = "cuda")]
-            cuda: self.cuda()?,
+            ..self.options()?
         };
         let engine = Engine::from_files(files, self.config()?, options);
         bar.finish_and_clear();
@@ -226,9 +224,25 @@ impl RunArgs {
         })
     }
 
+    /// Whether a CUDA device is asked for, by name.
+    pub fn wants_cuda(&self) -> bool {
+        matches!(self.device.0, DeviceChoice::Cuda(_))
+    }
+
+    /// How a model is to be loaded.
+    pub fn options(&self) -> Result<LoadOptions, CliError> {
+        Ok(LoadOptions {
+            device: self.device.0,
+            cpu: self.cpu(),
+            #[cfg(feature = "cuda")]
+            cuda: self.cuda()?,
+            progress: None,
+        })
+    }
+
     /// The settings of the CUDA device.
     #[cfg(feature = "cuda")]
-    pub fn cuda(&self) -> Result<CudaOptions, CliError> {
+    fn cuda(&self) -> Result<CudaOptions, CliError> {
         let utilisation = self.cuda.gpu_memory_utilization;
         if !(utilisation > 0.0 && utilisation <= 1.0) {
             return Err(CliError::Usage(format!(
@@ -246,7 +260,7 @@ impl RunArgs {
     }
 
     /// The settings of the CPU device.
-    pub fn cpu(&self) -> CpuOptions {
+    fn cpu(&self) -> CpuOptions {
         CpuOptions {
             threads: self.threads,
             simd: match self.simd {

@@ -153,11 +153,11 @@ impl CudaDevice {
         blocks: &[u32],
     ) -> Result<(), DeviceError> {
         cache.require_blocks("poison", blocks.iter().copied())?;
-        let list = self.context.upload(blocks, "a list of blocks")?;
+        let list = self.context.list(blocks)?;
         let (grid, count, vectors) = cache.launch(blocks.len());
         let (context, array) = (&self.context, cache.buffer.ptr());
         self.cache
-            .poison_blocks(context, grid, array, list.ptr(), count, vectors)
+            .poison_blocks(context, grid, array, list, count, vectors)
     }
 
     /// Copies blocks, keys and values of every layer: each pair is a source and a
@@ -180,10 +180,10 @@ impl CudaDevice {
             let block = clash.unwrap_or_default();
             format!("block {block} is written and used again")
         })?;
-        let list = self.context.upload(pairs, "a list of blocks")?;
+        let list = self.context.list(pairs.as_flattened())?;
         let (grid, count, vectors) = cache.launch(pairs.len());
         let (context, array) = (&self.context, cache.buffer.ptr());
         self.cache
-            .copy_blocks(context, grid, array, list.ptr(), count, vectors)
+            .copy_blocks(context, grid, array, list, count, vectors)
     }
 }

@@ -4,7 +4,8 @@
 //! on the *results* stream, so that the copy overlaps with the next step.
 
 use super::error::{self, ErrorDoor};
-use super::memory::{Uploader, out_of_memory, unless_full};
+use super::memory::{Ptr, Uploader, out_of_memory, unless_full};
+use super::transfer::Uploads;
 use crate::device::DeviceError;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
@@ -42,6 +43,19 @@ impl Handle {
         self.bind()
             .and_then(|()| call())
             .map_err(|error| self.errors.admit(operation, error))
+    }
+
+    /// Waits until nothing runs, so that memory can be given back. One failure may be
+    /// an older one that surfaces here: it is logged, and the wait tried again.
+    pub(super) fn drain(&self) {
+        self.errors.cleanup("binding the context", self.bind());
+        let first = result::ctx::synchronize();
+        let failed = first.is_err();
+        self.errors.cleanup("waiting before a release", first);
+        if failed && self.errors.check().is_ok() {
+            let again = result::ctx::synchronize();
+            self.errors.cleanup("waiting before a release", again);
+        }
     }
 
     /// Calls the driver to give something back. Happens even when the device is lost.
@@ -161,6 +175,7 @@ impl Drop for Event {
 /// The context of one device, with its streams.
 pub(super) struct Context {
     pub(super) uploader: RefCell<Uploader>,
+    lists: RefCell<Uploads>,
     pub(super) compute: Stream,
     pub(super) results: Stream,
     /// Whether a graph is being recorded on the compute stream: then nothing may be
@@ -186,6 +201,7 @@ impl Context {
         });
         Ok(Self {
             uploader: RefCell::default(),
+            lists: RefCell::new(Uploads::new("a list")),
             compute: Stream::new(&handle)?,
             results: Stream::new(&handle)?,
             capturing: Cell::new(false),
@@ -205,6 +221,12 @@ impl Context {
         call: impl FnOnce() -> Result<T, DriverError>,
     ) -> Result<T, DeviceError> {
         self.handle.call(operation, call)
+    }
+
+    /// Uploads a few words for the next kernels: they stay where they are until the
+    /// next call enqueues its own.
+    pub(super) fn list(&self, words: &[u32]) -> Result<Ptr, DeviceError> {
+        self.lists.borrow_mut().write(self, words)
     }
 
     /// Refuses what cannot be done while a graph is being recorded.

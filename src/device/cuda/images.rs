@@ -64,7 +64,7 @@ impl Drop for Module {
             return;
         };
         let handle = &self.handle;
-        handle.cleanup("waiting before a release", result::ctx::synchronize);
+        handle.drain();
         // SAFETY: loaded by `Modules`, unloaded once, and no kernel of it runs.
         let unload = || unsafe { result::module::unload(module) };
         handle.cleanup("unloading kernels", unload);

@@ -57,7 +57,7 @@ impl Drop for Buffer {
         let handle = &self.handle;
         handle.allocated.set(handle.allocated.get() - self.bytes);
         handle.releases.set(handle.releases.get() + 1);
-        handle.cleanup("waiting before a release", result::ctx::synchronize);
+        handle.drain();
         // SAFETY: allocated by `Context::allocate`, freed once, and no longer in use.
         let free = || unsafe { result::free_sync(self.ptr.0) };
         handle.cleanup("freeing device memory", free);
@@ -129,7 +129,7 @@ impl Pinned {
 impl Drop for Pinned {
     fn drop(&mut self) {
         let handle = &self.handle;
-        handle.cleanup("waiting before a release", result::ctx::synchronize);
+        handle.drain();
         // SAFETY: allocated by `new`, freed once, and no copy is under way.
         let free = || unsafe { result::free_host(self.start.as_ptr().cast()) };
         handle.cleanup("freeing pinned memory", free);
@@ -193,8 +193,14 @@ impl Uploader {
             piece.copied.synchronize("upload")?;
             piece.memory.as_mut_slice()[..part.len()].copy_from_slice(part);
             let to = to.offset_bytes(index * PIECE);
-            context.copy_from_pinned(to, &piece.memory, part.len())?;
-            piece.copied.record(&context.compute)?;
+            let copied = context
+                .copy_from_pinned(to, &piece.memory, part.len())
+                .and_then(|()| piece.copied.record(&context.compute));
+            if copied.is_err() {
+                // Nobody would know when the piece may be written again.
+                *place = None;
+                return copied;
+            }
         }
         Ok(())
     }

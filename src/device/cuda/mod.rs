@@ -97,6 +97,13 @@ impl CudaDevice {
 
     /// Makes the GPU ready. `Unavailable` says in one line why there is none.
     pub fn new(options: &CudaOptions) -> Result<Self, DeviceError> {
+        let utilisation = options.utilisation;
+        if !(utilisation > 0.0 && utilisation <= 1.0) {
+            return Err(error::unsupported(
+                format!("a utilisation of {utilisation}"),
+                "it is more than 0 and at most 1",
+            ));
+        }
         let found = probe::find(options.device)?;
         let context = Context::new(found.device)
             .map_err(|error| probe::refused(options.device, &found, error))?;
@@ -117,6 +124,21 @@ impl CudaDevice {
             info: DeviceInfo {
                 name: format!("cuda:{}", options.device),
                 description,
+                details: vec![
+                    ("gpu", found.name.clone()),
+                    (
+                        "compute capability",
+                        format!("{}.{}", capability / 10, capability % 10),
+                    ),
+                    ("multiprocessors", found.multiprocessors.to_string()),
+                    ("memory", format!("{memory} MiB")),
+                    (
+                        "driver",
+                        format!("CUDA {}.{}", found.driver / 1000, found.driver % 1000 / 10),
+                    ),
+                    ("kernels", modules.description()),
+                    ("activations", options.activations.name().to_owned()),
+                ],
             },
             options: options.clone(),
             activation: ActivationKernels::load(&modules)?,

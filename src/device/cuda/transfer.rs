@@ -79,9 +79,14 @@ impl Uploads {
             place.copied.synchronize(OPERATION)?;
         }
         place.memory.as_mut_slice()[..bytes.len()].copy_from_slice(bytes);
-        context.copy_from_pinned(ptr, &place.memory, bytes.len())?;
-        place.copied.record(&context.compute)?;
-        Ok(ptr)
+        let copied = context
+            .copy_from_pinned(ptr, &place.memory, bytes.len())
+            .and_then(|()| place.copied.record(&context.compute));
+        if copied.is_err() {
+            // Nobody would know when the place may be written again.
+            self.places[index] = None;
+        }
+        copied.map(|()| ptr)
     }
 }
 

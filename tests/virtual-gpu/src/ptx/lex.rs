@@ -85,14 +85,15 @@ fn is_word(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'$' | b'%' | b'.')
 }
 
-/// A word goes on over `::`, as in `.L1::no_allocate`; one colon ends it.
+/// A word goes on over `::`, as in `.L1::no_allocate`; one colon ends it. A directive, which
+/// begins with a dot, ends before the next one: `.reg.b16` are two words.
 fn word_length(bytes: &[u8]) -> usize {
-    let mut length = 0;
+    let mut length = 1;
     while length < bytes.len() {
-        if is_word(bytes[length]) {
-            length += 1;
-        } else if bytes[length..].starts_with(b"::") {
+        if bytes[length..].starts_with(b"::") {
             length += 2;
+        } else if is_word(bytes[length]) && !(bytes[length] == b'.' && bytes[0] == b'.') {
+            length += 1;
         } else {
             break;
         }

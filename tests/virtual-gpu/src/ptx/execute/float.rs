@@ -4,6 +4,7 @@
 //! IEEE 754 says. The `.approx` functions are computed in double precision and rounded, so
 //! they are more exact than any GPU. A NaN that is computed is PTX's canonical one.
 
+use super::directed;
 use super::half::{Brain, Half, Small, fused};
 use super::lanes::{Lanes, Value, binary, compare, select, ternary, unary};
 use crate::ptx::decode::form::Form;
@@ -127,6 +128,9 @@ fn single(form: &Form) -> Option<Lanes> {
         "div" | "sqrt" | "rsqrt" | "rcp" | "sin" | "cos" | "lg2" | "ex2" | "tanh"
     ) {
         form.ignore(&["approx", "full"]);
+    }
+    if let Some(lanes) = directed::find(form) {
+        return Some(lanes);
     }
     Some(match form.base {
         "add" => singles!(form, binary, |a, b| a + b),
@@ -346,7 +350,7 @@ fn small<S: Small + Value>(form: &Form) -> Option<Lanes> {
 }
 
 #[inline(always)]
-fn split<S: Small>(both: u32) -> (S, S) {
+pub fn split<S: Small>(both: u32) -> (S, S) {
     (S::from_bits(both as u16), S::from_bits((both >> 16) as u16))
 }
 

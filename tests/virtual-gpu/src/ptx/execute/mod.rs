@@ -7,6 +7,7 @@
 
 mod barrier;
 pub mod convert;
+mod directed;
 pub mod float;
 pub mod half;
 pub mod integer;
@@ -14,6 +15,7 @@ pub mod lanes;
 mod matrix;
 mod memory;
 mod registers;
+pub mod set;
 mod shared_access;
 mod warp;
 
