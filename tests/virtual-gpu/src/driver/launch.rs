@@ -23,7 +23,7 @@ pub struct KernelLaunch {
 
 impl KernelLaunch {
     /// Checks a launch and takes it. The error says what is wrong with it.
-    pub fn new(function: &Function, launch: Launch, settings: &Settings) -> Result<Self, String> {
+    pub fn new(function: &Function, launch: Launch, most_shared: usize) -> Result<Self, String> {
         let name = function.name().to_owned();
         let kernel = function.kernel().ok_or("the kernel is gone")?;
         check_size("grid", launch.grid, MAX_GRID)?;
@@ -45,10 +45,9 @@ impl KernelLaunch {
             ));
         }
         let shared = dynamic + kernel.static_shared;
-        if shared > settings.shared_optin() {
-            let most = settings.shared_optin();
+        if shared > most_shared {
             return Err(format!(
-                "{name}: {shared} bytes of shared memory; the device has {most}"
+                "{name}: {shared} bytes of shared memory; the device has {most_shared}"
             ));
         }
         Ok(Self {

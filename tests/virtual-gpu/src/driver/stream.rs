@@ -306,12 +306,17 @@ impl Driver {
     /// is pending is answered with `NOT_READY`, the second makes it run: so a caller
     /// meets both answers, and a loop comes to its end.
     pub fn query_event(&mut self, event: u64) -> Result<(), Failure> {
-        self.forbidden_on_captured_event(event)?;
-        self.forbidden_while_capturing()?;
-        let (context, recorded, asked) = {
-            let event = self.event(event)?;
-            (event.context, event.recorded.clone(), event.asked)
+        // An event knows its context, which need not be the current one.
+        let Some(found) = self.events.get(event) else {
+            let text = self.events.explain(event);
+            return self.refuse(codes::INVALID_HANDLE, &text);
         };
+        let (context, recorded, asked) = (found.context, found.recorded.clone(), found.asked);
+        if let Recorded::Captured { capture, .. } = recorded {
+            let text = "the event was last recorded in a capture";
+            return self.spoil(capture, codes::CAPTURED_EVENT, text);
+        }
+        self.forbidden_while_capturing()?;
         self.sound(context)?;
         let Recorded::Node(node) = recorded else {
             return Ok(());
@@ -322,7 +327,9 @@ impl Driver {
         if asked {
             return self.run(context, vec![node]);
         }
-        self.event_mut(event)?.asked = true;
+        if let Some(found) = self.events.get_mut(event) {
+            found.asked = true;
+        }
         Err(Failure(codes::NOT_READY))
     }
 

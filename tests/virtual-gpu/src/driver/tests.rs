@@ -7,7 +7,7 @@ use super::api::{
 use super::codes::{self, Code};
 use super::control::*;
 use std::ffi::{CStr, CString, c_void};
-use std::ptr::{null, null_mut};
+use std::ptr::{null, null_mut, without_provenance_mut};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -408,7 +408,7 @@ fn the_legacy_default_stream_is_in_order_with_blocking_streams_only() {
         unsafe {
             assert_eq!(cuStreamCreate(&mut blocking, 0), OK);
             assert_eq!(launch(k.add, blocking, x, 1), OK);
-            assert_eq!(launch(k.shift, 0, x + 0, x), OK);
+            assert_eq!(launch(k.shift, 0, x, x), OK);
             assert_eq!(launch(k.add, 2, x, 2), OK);
         }
         assert_eq!(read(x, 4), [3; 4], "{schedule}");
@@ -1131,42 +1131,32 @@ fn launches_are_checked() {
         expect("no parameters");
         // Parameters in a buffer: their number is known and checked.
         let buffer = [x, 5];
-        let mut len = 12usize;
-        let extra = [
-            1 as *mut c_void,
-            buffer.as_ptr() as *mut c_void,
-            2 as *mut c_void,
-            (&raw mut len).cast(),
-            null_mut(),
-        ];
-        assert_eq!(
-            cuLaunchKernel(k.add, 1, 1, 1, 4, 1, 1, 0, 0, null(), extra.as_ptr()),
-            OK
-        );
-        len = 8;
-        assert_eq!(
-            cuLaunchKernel(k.add, 1, 1, 1, 4, 1, 1, 0, 0, null(), extra.as_ptr()),
-            codes::INVALID_VALUE
-        );
+        for (len, code) in [(12usize, OK), (8, codes::INVALID_VALUE)] {
+            let (pointer, size): (*mut c_void, *mut c_void) =
+                (without_provenance_mut(1), without_provenance_mut(2));
+            let extra = [
+                pointer,
+                buffer.as_ptr().cast_mut().cast(),
+                size,
+                (&raw const len).cast_mut().cast(),
+                null_mut(),
+            ];
+            assert_eq!(
+                cuLaunchKernel(k.add, 1, 1, 1, 4, 1, 1, 0, 0, null(), extra.as_ptr()),
+                code
+            );
+        }
         expect("8 bytes of parameters are passed; the kernel has 12");
         let stale = device(&[1; 4]);
         free(stale);
         assert_eq!(launch(k.add, 0, stale, 1), codes::INVALID_VALUE);
         expect("which is freed");
+        assert_eq!(cuCtxSynchronize(), OK);
         assert_eq!(cuModuleUnload(k.module), OK);
     }
-    violations();
     assert_eq!(read(x, 4), [6; 4]);
     free(x);
-    // The launches that were queued when the module went.
-    assert!(
-        violations()
-            .iter()
-            .all(|text| text.contains("cuModuleUnload")),
-        "{:?}",
-        violations()
-    );
-    drop(gpu);
+    gpu.finish();
 }
 
 #[test]
@@ -1318,4 +1308,77 @@ fn the_device_is_what_the_settings_say() {
         assert_eq!(cuMemPoolCreate(), codes::NOT_SUPPORTED);
     }
     gpu.finish();
+}
+
+#[test]
+fn eager_calls_report_their_own_fault() {
+    let gpu = gpu(&[("schedule", "eager")]);
+    let (s, k) = (stream(), kernels());
+    let x = device(&[1; 4]);
+    assert_eq!(launch(k.add, s, x, 1), OK);
+    assert_eq!(vgpu_pending(), 0);
+    assert_eq!(launch(k.add, s, x + 8, 1), codes::ILLEGAL_ADDRESS);
+    expect("OutOfBounds");
+    drop(gpu);
+}
+
+#[test]
+fn a_destroyed_stream_ends_its_capture() {
+    let gpu = gpu(&[]);
+    let (a, b, e) = (stream(), stream(), event());
+    unsafe {
+        assert_eq!(cuStreamBeginCapture_v2(a, 0), OK);
+        assert_eq!(cuEventRecord(e, a), OK);
+        assert_eq!(cuStreamWaitEvent(b, e, 0), OK);
+        assert_eq!(cuStreamDestroy_v2(a), codes::STREAM_CAPTURE_UNSUPPORTED);
+        expect("is being captured");
+        assert_eq!(cuStreamSynchronize(b), OK);
+        assert_eq!(cuStreamDestroy_v2(b), OK);
+        assert_eq!(cuEventDestroy_v2(e), OK);
+    }
+    gpu.finish();
+}
+
+#[test]
+fn nothing_unwinds_out_of_a_call() {
+    let gpu = gpu(&[]);
+    let code = super::call("cuTest", super::Need::NOTHING, |_| panic!("on purpose"));
+    assert_eq!(code, codes::UNKNOWN);
+    expect("cuTest: the virtual GPU itself failed: on purpose");
+    assert_eq!(unsafe { cuCtxSynchronize() }, OK, "the driver still works");
+    gpu.finish();
+}
+
+#[test]
+fn threads_share_the_device() {
+    for schedule in ["late", "shuffle:9"] {
+        let gpu = gpu(&[("schedule", schedule)]);
+        let context = gpu.context;
+        let work = move |seed: u32| {
+            unsafe { assert_eq!(cuCtxSetCurrent(context), OK) };
+            let (s, k, x) = (stream(), kernels(), device(&[seed; 4]));
+            let back = pinned(4);
+            for round in 1..=20 {
+                unsafe {
+                    assert_eq!(launch(k.add, s, x, 1), OK);
+                    assert_eq!(cuMemcpyDtoHAsync_v2(back.as_mut_ptr().cast(), x, 16, s), OK);
+                    assert_eq!(cuStreamSynchronize(s), OK);
+                }
+                assert_eq!(back, [seed + round; 4]);
+            }
+            unsafe {
+                assert_eq!(cuModuleUnload(k.module), OK);
+                assert_eq!(cuStreamDestroy_v2(s), OK);
+            }
+            free(x);
+            assert_eq!(unpin(back), OK);
+        };
+        std::thread::scope(|scope| {
+            for seed in 0..4 {
+                scope.spawn(move || work(seed * 1000));
+            }
+        });
+        assert_eq!(statistic("launches"), 80);
+        gpu.finish();
+    }
 }
