@@ -303,3 +303,75 @@ fn what_a_program_forgets_is_reported() {
     assert!(text.contains("was an event and is destroyed"), "{text}");
     assert!(!text.contains("leaked: event"), "{text}");
 }
+
+/// What the process does that `settings_come_from_the_environment` starts.
+#[test]
+#[ignore = "started by another test"]
+fn child() {
+    // Without `gpu()`: the environment alone decides.
+    let path = std::env::current_exe()
+        .unwrap()
+        .parent()
+        .unwrap()
+        .join("libvirtual_gpu.so");
+    // SAFETY: nothing runs when the library is loaded.
+    let _library = unsafe { Library::new(&path) }.unwrap();
+    let context = context();
+    assert_eq!(context.compute_capability().unwrap(), (8, 9));
+    assert_eq!(context.total_mem().unwrap(), 64 << 20);
+    let stream = context.default_stream();
+    let _kept = stream.alloc_zeros::<u8>(1000).unwrap();
+    let failed = stream.alloc_zeros::<u8>(1000);
+    assert_eq!(
+        failed.err(),
+        Some(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY))
+    );
+    // SAFETY: the address is looked up, not followed.
+    assert!(unsafe { result::free_sync(0x7000_1234_0000) }.is_err());
+    std::process::exit(0);
+}
+
+#[test]
+fn settings_come_from_the_environment() {
+    let report = std::env::temp_dir().join(format!("vgpu-report-{}", std::process::id()));
+    let done = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--ignored", "--exact", "child"])
+        .env("VGPU_COMPUTE_CAPABILITY", "8.9")
+        .env("VGPU_MEMORY", "64M")
+        .env(
+            "VGPU_FAIL",
+            "cuMemAllocAsync:2:OUT_OF_MEMORY,cuStreamCreate:9:1:2",
+        )
+        .env("VGPU_REPORT", &report)
+        .output()
+        .unwrap();
+    let errors = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success(), "{errors}");
+    assert!(errors.contains("violation: cuMemFree_v2"), "{errors}");
+    let text = std::fs::read_to_string(&report).unwrap();
+    std::fs::remove_file(&report).unwrap();
+    for line in [
+        "statistic injected 1",
+        "call cuMemAllocAsync 2",
+        "violation cuMemFree_v2: 0x700012340000 is no allocation",
+        "alive device memory",
+    ] {
+        assert!(text.contains(line), "{line}: {text}");
+    }
+}
+
+#[test]
+fn settings_that_make_no_sense_end_the_process() {
+    for (variable, value) in [
+        ("VGPU_SCHEDULE", "sideways"),
+        ("VGPU_FAIL", "cuMemAlloc:first:2"),
+    ] {
+        let done = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--ignored", "--exact", "child"])
+            .env(variable, value)
+            .output()
+            .unwrap();
+        assert!(!done.status.success());
+        assert!(String::from_utf8_lossy(&done.stderr).contains(variable));
+    }
+}

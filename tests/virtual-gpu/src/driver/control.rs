@@ -35,7 +35,9 @@
 //! In the environment of a process: `VGPU_` and a setting's key in capitals
 //! (`VGPU_SCHEDULE=shuffle:7`); `VGPU_FAIL=FUNCTION:NTH:CODE[:TIMES]`, several with
 //! commas between; `VGPU_REPORT=FILE` writes the books to a file when the process ends.
-//! Violations are printed to the standard error output in any case.
+//! Violations are printed to the standard error output in any case. For a process to
+//! find the library without being changed, a folder on its `LD_LIBRARY_PATH` has it
+//! under the names `libcuda.so` and `libcuda.so.1`.
 
 use super::lock;
 use super::report::{Injection, Report, parse_injection};

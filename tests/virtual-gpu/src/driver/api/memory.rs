@@ -67,7 +67,7 @@ fn freeable(driver: &mut Driver, address: u64) -> Result<(), Failure> {
     let context = driver.current()?;
     let why = match driver.memory.get(address) {
         Some(found) if found.of_module => format!("{} is freed with its module", found.label),
-        Some(found) if found.stage == Stage::Leaving => format!("{} is freed twice", found.label),
+        Some(found) if found.leaving => format!("{} is freed twice", found.label),
         Some(found) if found.context != context => {
             format!("{} belongs to another context", found.label)
         }
@@ -133,11 +133,8 @@ pub unsafe extern "C" fn cuMemFreeAsync(address: u64, stream: u64) -> Code {
         let stream = driver.resolve_stream(stream)?;
         driver.forbidden_on_captured(stream)?;
         if let Some(found) = driver.memory.get_mut(address) {
-            // The memory is there until the free runs: after this, nothing may be queued that uses it.
-            found.stage = match found.stage {
-                Stage::Reserved => Stage::Reserved,
-                Stage::Live | Stage::Leaving => Stage::Leaving,
-            };
+            // The memory is there until the free runs.
+            found.leaving = true;
         }
         driver.submit(stream, Op::Free { address })
     })
