@@ -5,7 +5,8 @@
 // outputs and 128 inputs, codes first, in the order in which the lanes of a warp want
 // them as operand b, then scales. The records of eight outputs follow each other, so a
 // warp streams W from front to back. A weight is expanded in registers,
-// `scale · code + offset` in float32, and rounded once to the activation type.
+// `scale · code + offset` in float32 by one fused operation, and rounded once to the
+// activation type.
 //
 // Beyond that it is linear.cu: x through shared memory, one accumulator an output, the
 // same meaning of every parameter. `weight` of expert e starts `e · records` further.
@@ -37,9 +38,13 @@ struct Format {
     static constexpr int STAGES = BITS == 4 ? 12 : BITS == 8 ? 8 : 10;      // of the tile of 16 rows
     static_assert(BYTES % 16 == 0, "records are copied by 16 bytes");
 
-    // What multiplies and is added to `expand`.
+    // A weight is `scale · (expand − 1) + offset`, or `scale · expand + folded`.
     struct Factors {
         float scale, offset;
+
+        // One instruction less a weight. Exact without minimums; with one, rounded to
+        // the precision of the scale, far below that of a 16-bit weight.
+        INLINE float folded() const { return offset - scale; }
     };
 
     // A code's number is `1 + code / UNIT`: its bits in the mantissa of 1.
@@ -77,21 +82,20 @@ struct Format {
     // Which word of an output's scales of a half holds those of `group` of the half.
     static INLINE int scale_word(int group) { return group * GROUP_BYTES / 4; }
 
-    // Scales are multiplied by UNIT, offsets make up for the 1: exact but for the last
-    // addition of a minimum, and then within float32's rounding of it.
+    // All products are exact: a scale has 11 bits, or 19 if nested.
     static INLINE Factors factors(u32 word, u32 shared, int group) {
         if constexpr (SCALES == Scales::Plain) {
             float scale = half_of(word >> group % 2 * 16) * UNIT;
-            return {scale, scale * -(1.0f + ZERO / UNIT)};
+            return {scale, scale * -(ZERO / UNIT)};
         } else if constexpr (SCALES == Scales::PlainMinimum) {
             float scale = half_of(word) * UNIT;
-            return {scale, half_of(word >> 16) - scale};
+            return {scale, half_of(word >> 16)};
         } else if constexpr (SCALES == Scales::Nested) {
             // 1 + multiple / 32768
             float multiple = __uint_as_float(__byte_perm(word, 0x3f800000u, 0x7604u | group % 4 << 4));
             float unit = half_of(shared) * (32768.0f * UNIT);
             float scale = fmaf(multiple, unit, unit * -(1.0f + 128.0f / 32768.0f));
-            return {scale, scale * -(1.0f + ZERO / UNIT)};
+            return {scale, scale * -(ZERO / UNIT)};
         } else {
             // 1 + multiple / 128
             u32 index = group % 2 * 2;
@@ -99,7 +103,7 @@ struct Format {
             float minimum = __uint_as_float(__byte_perm(word, 0x3f000000u, 0x7044u | (index + 1) << 8));
             float unit = half_of(shared) * (128.0f * UNIT), unit_minimum = half_of(shared >> 16) * 128.0f;
             float scale = fmaf(multiple, unit, -unit);
-            return {scale, fmaf(-minimum, unit_minimum, unit_minimum) - scale};
+            return {scale, fmaf(-minimum, unit_minimum, unit_minimum)};
         }
     }
 
@@ -131,7 +135,7 @@ INLINE void load_words(u32 (&words)[WORDS], const u8* from) {
 template <class F>
 struct Weights {
     u32 low[F::LOW_WORDS / 2], high[1], scales[F::SCALE_WORDS / 2], shared;
-    typename F::Factors factors;
+    float scale, offset;
 
     INLINE void load(const u8* record, u32 half) {
         u32 lane = lane_id();
@@ -145,12 +149,14 @@ struct Weights {
     INLINE void operand(u32 (&b)[2], int step) {
         if (step % F::GROUP_STEPS == 0) {
             int group = step / F::GROUP_STEPS;
-            factors = F::factors(scales[F::scale_word(group)], shared, group);
+            typename F::Factors factors = F::factors(scales[F::scale_word(group)], shared, group);
+            scale = factors.scale;
+            offset = factors.folded();
         }
         u32 codes = F::codes(low[F::low_word(step)], F::HIGH_WORDS ? high[0] : 0, step);
         float weights[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) weights[i] = fmaf(F::expand(codes, i), factors.scale, factors.offset);
+        for (int i = 0; i < 4; i++) weights[i] = fmaf(F::expand(codes, i), scale, offset);
 #if QUELL_F16
         b[0] = bits(__floats2half2_rn(weights[0], weights[1]));
         b[1] = bits(__floats2half2_rn(weights[2], weights[3]));
@@ -275,8 +281,8 @@ INLINE void embed_quant(float* out, const u8* table, const u32* resolved, float 
 #pragma unroll
         for (int pair = 0; pair < 4; pair += 2, column += 8) {
             if (column >= columns) continue;
-            float first = fmaf(F::expand(codes, pair), factors.scale, factors.offset);
-            float second = fmaf(F::expand(codes, pair + 1), factors.scale, factors.offset);
+            float first = fmaf(F::expand(codes, pair) - 1.0f, factors.scale, factors.offset);
+            float second = fmaf(F::expand(codes, pair + 1) - 1.0f, factors.scale, factors.offset);
             *reinterpret_cast<float2*>(out + column) = make_float2(first * scale, second * scale);
         }
     }
