@@ -258,6 +258,15 @@ fn bench_runs_on_random_weights_of_a_models_size() {
 }
 
 #[test]
+fn inspect_needs_a_path_unless_a_gpu_is_asked_for() {
+    assert_refused(&["inspect"], 2, &["PATH", "--device cuda"]);
+    assert_refused(&["inspect", "--device", "cpu"], 2, &["PATH"]);
+    // More GPUs than any machine has.
+    let missing = ["inspect", "--device", "cuda:4096"];
+    assert_refused(&missing, 1, &["cuda:4096"]);
+}
+
+#[test]
 fn command_lines_that_make_no_sense_end_with_one_line_and_code_2() {
     let model = tiny("llama");
     let generate = ["generate", "--model", &model, "--prompt-ids", "1"];

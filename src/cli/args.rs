@@ -224,6 +224,11 @@ impl RunArgs {
         })
     }
 
+    /// Whether a CUDA device is asked for, by name.
+    pub fn wants_cuda(&self) -> bool {
+        matches!(self.device.0, DeviceChoice::Cuda(_))
+    }
+
     /// How a model is to be loaded.
     pub fn options(&self) -> Result<LoadOptions, CliError> {
         Ok(LoadOptions {

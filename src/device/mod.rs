@@ -86,6 +86,8 @@ pub struct DeviceInfo {
     pub name: String,
     /// The hardware, the instruction set or image chosen, the number of threads.
     pub description: String,
+    /// What else `quell inspect` lists, by name.
+    pub details: Vec<(&'static str, String)>,
 }
 
 /// The order in which the rows of a stored matrix are to be used.

@@ -47,6 +47,17 @@ impl LoadOptions {
             ..Self::default()
         }
     }
+
+    /// The device that these options choose. It is made ready and given back.
+    pub fn device_info(&self) -> Result<DeviceInfo, LoadError> {
+        #[cfg(feature = "cuda")]
+        if let Some(device) = cuda_device(self.device, self.cuda.clone())? {
+            return Ok(device.info());
+        }
+        #[cfg(not(feature = "cuda"))]
+        refuse_cuda(self.device)?;
+        Ok(CpuDevice::new(&self.cpu)?.info())
+    }
 }
 
 impl std::fmt::Debug for LoadOptions {
@@ -131,26 +142,39 @@ impl ModelFiles {
         self.tokenizer.as_ref()
     }
 
-    /// The memory that the model would take on the CPU device, without loading it:
-    /// weights as in the file.
+    /// The device that the options choose and the memory that the model would take
+    /// there, without loading it: weights as in the file.
     pub fn plan(
         &self,
         config: &EngineConfig,
-        cpu: &CpuOptions,
+        options: &LoadOptions,
     ) -> Result<(DeviceInfo, MemoryPlan), LoadError> {
         limits::validate(config)?;
         let parameters = self.source.parameters();
-        let cpu = cpu.clone().for_weights(parameters.is_quantised());
+        #[cfg(feature = "cuda")]
+        if let Some(device) = cuda_device(options.device, options.cuda.clone())? {
+            // Its cache gets what the weights leave.
+            let budget = device.cache_budget()?.saturating_sub(parameters.bytes);
+            return self.plan_on(&device, config, budget);
+        }
+        #[cfg(not(feature = "cuda"))]
+        refuse_cuda(options.device)?;
+        let cpu = options.cpu.clone().for_weights(parameters.is_quantised());
         let device = CpuDevice::new(&cpu)?;
-        let budget = match config.kv_cache_bytes {
-            Some(bytes) => bytes,
-            None => device.cache_budget()?,
-        };
-        let shape = cache_shape(self.source.config(), config, budget, &device)?;
-        Ok((
-            device.info(),
-            MemoryPlan::new(parameters.bytes, &shape, &device),
-        ))
+        self.plan_on(&device, config, device.cache_budget()?)
+    }
+
+    /// The plan where the device would give the cache `budget` bytes.
+    fn plan_on<D: Device>(
+        &self,
+        device: &D,
+        config: &EngineConfig,
+        budget: usize,
+    ) -> Result<(DeviceInfo, MemoryPlan), LoadError> {
+        let budget = config.kv_cache_bytes.unwrap_or(budget);
+        let shape = cache_shape(self.source.config(), config, budget, device)?;
+        let weights = self.source.parameters().bytes;
+        Ok((device.info(), MemoryPlan::new(weights, &shape, device)))
     }
 
     /// The model's numbers and tensors.

@@ -200,6 +200,7 @@ impl Device for CpuDevice {
             description: format!(
                 "{isa}, {threads} threads, activations in {activations}, keys and values in {kv}"
             ),
+            details: Vec::new(),
         }
     }
 

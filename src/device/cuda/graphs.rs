@@ -178,6 +178,9 @@ struct Captured {
 
 impl Drop for Captured {
     fn drop(&mut self) {
+        if self.graph.is_null() {
+            return;
+        }
         // SAFETY: given by the end of a capture, and destroyed once.
         let destroy = || unsafe { result::graph::destroy(self.graph) };
         self.handle.cleanup("destroying a recording", destroy);
@@ -186,16 +189,38 @@ impl Drop for Captured {
 
 /// Ends the recording; what the stream is given from now on runs again.
 fn end_capture(context: &Context) -> Result<Captured, DeviceError> {
-    context.capturing.set(false);
+    const OPERATION: &str = "recording a step";
     let stream = context.compute.raw();
-    // SAFETY: the stream lives, and is being recorded.
-    let end = || unsafe { result::stream::end_capture(stream) };
-    let graph = context.call("recording a step", end)?;
-    error::require(!graph.is_null(), "recording a step", || {
+    let end = || -> Result<sys::CUgraph, DeviceError> {
+        // SAFETY: the stream lives, and is being recorded.
+        context.call(OPERATION, || unsafe { result::stream::end_capture(stream) })
+    };
+    let ended = end();
+    if ended.is_err() && is_capturing(context) {
+        // A stream that records for ever would be of no use.
+        drop(end().map(|graph| captured(context, graph)));
+    }
+    context.capturing.set(false);
+    let graph = ended?;
+    error::require(!graph.is_null(), OPERATION, || {
         "the driver has no graph".to_owned()
     })?;
+    Ok(captured(context, graph))
+}
+
+fn captured(context: &Context, graph: sys::CUgraph) -> Captured {
     let handle = Rc::clone(&context.handle);
-    Ok(Captured { graph, handle })
+    Captured { graph, handle }
+}
+
+fn is_capturing(context: &Context) -> bool {
+    let stream = context.compute.raw();
+    // SAFETY: the stream lives.
+    let ask = || unsafe { result::stream::is_capturing(stream) };
+    let none = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+    context
+        .call("recording a step", ask)
+        .is_ok_and(|status| status != none)
 }
 
 impl Graph {

@@ -124,6 +124,21 @@ impl CudaDevice {
             info: DeviceInfo {
                 name: format!("cuda:{}", options.device),
                 description,
+                details: vec![
+                    ("gpu", found.name.clone()),
+                    (
+                        "compute capability",
+                        format!("{}.{}", capability / 10, capability % 10),
+                    ),
+                    ("multiprocessors", found.multiprocessors.to_string()),
+                    ("memory", format!("{memory} MiB")),
+                    (
+                        "driver",
+                        format!("CUDA {}.{}", found.driver / 1000, found.driver % 1000 / 10),
+                    ),
+                    ("kernels", modules.description()),
+                    ("activations", options.activations.name().to_owned()),
+                ],
             },
             options: options.clone(),
             activation: ActivationKernels::load(&modules)?,

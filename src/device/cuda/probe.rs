@@ -59,6 +59,7 @@ const FUNCTIONS: &[&str] = &[
     "cuStreamCreate",
     "cuStreamDestroy_v2",
     "cuStreamEndCapture",
+    "cuStreamIsCapturing",
     "cuStreamSynchronize",
     "cuStreamWaitEvent",
 ];
@@ -81,6 +82,8 @@ pub(super) struct Found {
     /// Bytes of its memory.
     pub(super) memory: usize,
     pub(super) multiprocessors: u32,
+    /// The newest CUDA version that the driver supports: 12040 is 12.4.
+    pub(super) driver: i32,
 }
 
 /// Looks for GPU `index`, without making a context.
@@ -144,10 +147,7 @@ fn driver() -> Result<(), String> {
             ));
         }
     }
-    let mut version = 0;
-    // SAFETY: the driver writes one integer.
-    let outcome = unsafe { sys::cuDriverGetVersion(&mut version) }.result();
-    outcome.map_err(|error| {
+    let version = version().map_err(|error| {
         let reason = error::describe(error);
         format!("the NVIDIA driver does not say its version: {reason}")
     })?;
@@ -159,6 +159,14 @@ fn driver() -> Result<(), String> {
         ));
     }
     Ok(())
+}
+
+/// The newest CUDA version that the driver supports: 12040 is 12.4.
+fn version() -> Result<i32, DriverError> {
+    let mut version = 0;
+    // SAFETY: the driver writes one integer.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result()?;
+    Ok(version)
 }
 
 /// How many GPUs there are; not 0.
@@ -191,5 +199,6 @@ fn describe(ordinal: i32) -> Result<Found, DriverError> {
         // SAFETY: `device` was given by the driver.
         memory: unsafe { result::device::total_mem(device) }?,
         multiprocessors,
+        driver: version()?,
     })
 }

@@ -3,6 +3,7 @@
 //! Calls are decoded in place of the call, so a kernel is one piece of code without a stack.
 
 mod allocate;
+mod carry;
 pub mod form;
 mod memory;
 mod statement;
@@ -70,6 +71,8 @@ pub struct Assembler<'a> {
     last_label: Option<&'a str>,
     place: Place,
     guard: Option<(Virtual, bool)>,
+    /// The carry flag, if it is used.
+    carry: Option<Virtual>,
     shared: usize,
     shared_align: usize,
     local: usize,
@@ -97,6 +100,7 @@ pub fn kernel<'a>(
         last_label: None,
         place: Place::default(),
         guard: None,
+        carry: None,
         shared: 0,
         shared_align: 1,
         local: 0,

@@ -2,12 +2,18 @@
 
 use super::form::Form;
 use super::{Assembler, Result};
-use crate::ptx::execute::lanes::{Lanes, binary, compare, predicates, quaternary, unary};
-use crate::ptx::execute::{convert, float, integer};
+use crate::ptx::execute::lanes::{Lanes, binary, compare, predicates, quaternary, select, unary};
+use crate::ptx::execute::{convert, float, integer, set};
 use crate::ptx::instruction::Action;
 use crate::ptx::kernel::{LOCAL_WINDOW, SHARED_WINDOW, WINDOW_SIZE};
 use crate::ptx::syntax::{Operand, Statement};
 use crate::ptx::types::{Class, Space, Type};
+
+/// What `set` and `setp` compare for.
+const RELATIONS: [&str; 18] = [
+    "eq", "ne", "lt", "le", "gt", "ge", "lo", "ls", "hi", "hs", "equ", "neu", "ltu", "leu", "gtu",
+    "geu", "num", "nan",
+];
 
 impl<'a> Assembler<'a> {
     /// Decodes one instruction; its guard is set.
@@ -46,6 +52,7 @@ impl<'a> Assembler<'a> {
             "brkpt" | "pmevent" => self.emit(Action::Nothing, &[], &[]),
             "mov" => self.move_value(&form, operands)?,
             "setp" => self.compare(&form, operands)?,
+            "set" => self.set(&form, operands)?,
             "not" if form.of() == Some(Type::Pred) => {
                 self.lanes(
                     predicates(|a, _| !a),
@@ -75,6 +82,7 @@ impl<'a> Assembler<'a> {
                 self.collective(&form, operands)?
             }
             "ldmatrix" | "mma" => self.matrix(&form, operands)?,
+            _ if self.with_carry(&form, operands)? => {}
             _ => {
                 let found = integer::find(&form).or_else(|| float::find(&form));
                 let (Some(lanes), Some(of)) = (found, form.of()) else {
@@ -291,12 +299,44 @@ impl<'a> Assembler<'a> {
         Ok(())
     }
 
+    /// `set.relation.to.from d, a, b`: 1.0 or all ones where the relation holds, else 0.
+    fn set(&mut self, form: &Form, operands: &[Operand<'a>]) -> Result<()> {
+        let (Some(relation), [to, of]) = (form.one_of(&RELATIONS), form.types.as_slice()) else {
+            return self.error("this comparison is not known");
+        };
+        if let Some(lanes) = set::pairs(relation, *to, *of) {
+            return self.lanes(lanes, *of, operands);
+        }
+        let found = integer::comparison(relation, *of)
+            .or_else(|| float::comparison(relation, *of, form.has("ftz")));
+        let ([d, a, b], Some(lanes)) = (operands, found) else {
+            return self.error("this comparison is not known");
+        };
+        let a = self.read(a, lanes.reads[0], Some(*of))?;
+        let b = self.read(b, lanes.reads[1], Some(*of))?;
+        let holds = self.compute(lanes, &[a, b]);
+        let yes = match to {
+            Type::F32 => 1f32.to_bits(),
+            Type::U32 | Type::S32 => u32::MAX,
+            Type::F16 => 0x3c00,
+            Type::Bf16 => 0x3f80,
+            _ => return self.error("this comparison is not known"),
+        };
+        let (yes, no) = (
+            self.constant(Class::Word, u64::from(yes)),
+            self.constant(Class::Word, 0),
+        );
+        let d = self.write(d, Class::Word)?;
+        self.emit(
+            Action::Lanes(select(|a: u32, b: u32, p| if p { a } else { b }).run),
+            &[d],
+            &[yes, no, holds],
+        );
+        Ok(())
+    }
+
     /// `setp.relation[.and|.or|.xor].type p[|q], a, b[, c]`
     fn compare(&mut self, form: &Form, operands: &[Operand<'a>]) -> Result<()> {
-        const RELATIONS: [&str; 18] = [
-            "eq", "ne", "lt", "le", "gt", "ge", "lo", "ls", "hi", "hs", "equ", "neu", "ltu", "leu",
-            "gtu", "geu", "num", "nan",
-        ];
         let (Some(relation), Some(of)) = (form.one_of(&RELATIONS), form.of()) else {
             return self.error("this comparison is not known");
         };

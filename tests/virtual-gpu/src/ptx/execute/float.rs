@@ -350,7 +350,7 @@ fn small<S: Small + Value>(form: &Form) -> Option<Lanes> {
 }
 
 #[inline(always)]
-fn split<S: Small>(both: u32) -> (S, S) {
+pub fn split<S: Small>(both: u32) -> (S, S) {
     (S::from_bits(both as u16), S::from_bits((both >> 16) as u16))
 }
 

@@ -146,15 +146,7 @@ fn product(form: &Form, of: Type) -> Option<Lanes> {
             }
             _ => return None,
         },
-        "mul" if form.has("hi") => match of {
-            U16 => binary(|a: u16, b: u16| ((u32::from(a) * u32::from(b)) >> 16) as u16),
-            S16 => binary(|a: i16, b: i16| ((i32::from(a) * i32::from(b)) >> 16) as i16),
-            U32 => binary(high_u32),
-            S32 => binary(high_s32),
-            U64 => binary(|a: u64, b: u64| ((u128::from(a) * u128::from(b)) >> 64) as u64),
-            S64 => binary(|a: i64, b: i64| ((i128::from(a) * i128::from(b)) >> 64) as i64),
-            _ => return None,
-        },
+        "mul" if form.has("hi") => return high_product(of),
         "mad" if form.has("hi") => match of {
             U32 => ternary(|a: u32, b: u32, c: u32| high_u32(a, b).wrapping_add(c)),
             S32 => ternary(|a: i32, b: i32, c: i32| high_s32(a, b).wrapping_add(c)),
@@ -178,6 +170,19 @@ fn product(form: &Form, of: Type) -> Option<Lanes> {
             (S32, Some(S32)) => ternary(|a: u32, b: u32, c: u32| dot4(a, b, c, s32_byte, s32_byte)),
             _ => return None,
         },
+        _ => return None,
+    })
+}
+
+/// `mul.hi`: the upper half of a product.
+pub fn high_product(of: Type) -> Option<Lanes> {
+    Some(match of {
+        U16 => binary(|a: u16, b: u16| ((u32::from(a) * u32::from(b)) >> 16) as u16),
+        S16 => binary(|a: i16, b: i16| ((i32::from(a) * i32::from(b)) >> 16) as i16),
+        U32 => binary(high_u32),
+        S32 => binary(high_s32),
+        U64 => binary(|a: u64, b: u64| ((u128::from(a) * u128::from(b)) >> 64) as u64),
+        S64 => binary(|a: i64, b: i64| ((i128::from(a) * i128::from(b)) >> 64) as i64),
         _ => return None,
     })
 }

@@ -227,6 +227,21 @@ handler! {
     }
 }
 
+handler! {
+    /// `predicate = f(a, b, predicate)`.
+    judge<A>(A, A, bool) -> bool { Class::Predicate, vec![A::CLASS, A::CLASS, Class::Predicate] }
+    |file: *mut u32, i: &Instruction, mask: u32, f: F| {
+        let (a, b) = (&*row::<A::Store>(file, i.slots[1]), &*row::<A::Store>(file, i.slots[2]));
+        let given = *file.add(usize::from(i.slots[3]));
+        let mut bits = 0u32;
+        for lane in 0..LANES {
+            bits |= u32::from(f(A::get(a[lane]), A::get(b[lane]), given >> lane & 1 == 1)) << lane;
+        }
+        let to = file.add(usize::from(i.slots[0]));
+        *to = (*to & !mask) | (bits & mask);
+    }
+}
+
 /// `predicate = f(predicate, predicate)`, on the bits of all lanes at once.
 pub fn predicates<F: Fn(u32, u32) -> u32 + Copy + 'static>(_: F) -> Lanes {
     unsafe fn run<F: Fn(u32, u32) -> u32 + Copy>(file: *mut u32, i: &Instruction, mask: u32) {

@@ -15,6 +15,7 @@ pub mod lanes;
 mod matrix;
 mod memory;
 mod registers;
+pub mod set;
 mod shared_access;
 mod warp;
 
