@@ -153,7 +153,7 @@ fn graphs_change_no_token() {
 fn preempted_requests_give_the_tokens_of_each_alone() {
     let _gpu = gpu::lock();
     let expected = alone(&engine("llama", CudaOptions::default(), 64));
-    let crowd = engine("llama", CudaOptions::default(), 9);
+    let crowd = engine("llama", CudaOptions::default(), 5);
     let streams: Vec<_> = (0..REQUESTS)
         .map(|index| crowd.generate(request(index)).unwrap())
         .collect();
