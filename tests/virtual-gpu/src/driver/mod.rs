@@ -178,6 +178,14 @@ impl Driver {
             found.sticky.get_or_insert(code);
         }
         self.queue.drop_context(context);
+        // Nothing can end a capture in it any more.
+        self.captures
+            .retain(|_, capture| capture.context != context);
+        for stream in self.streams.values_mut() {
+            if stream.context == context {
+                stream.capture = None;
+            }
+        }
     }
 }
 
