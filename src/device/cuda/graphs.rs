@@ -201,6 +201,7 @@ fn end_capture(context: &Context) -> Result<Captured, DeviceError> {
         drop(end().map(|graph| captured(context, graph)));
     }
     context.capturing.set(false);
+    // On a lost device the driver has ended it.
     let graph = ended?;
     error::require(!graph.is_null(), OPERATION, || {
         "the driver has no graph".to_owned()
