@@ -2,7 +2,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CARGO := cargo
 PYTHON := python3
 
-.PHONY: demo test lint bench kernels model
+.PHONY: demo test lint bench kernels kernels-check model
 
 ## Fetches a small model if it is missing, builds, and answers a question.
 demo: model
@@ -33,9 +33,14 @@ bench: model
 	$(CARGO) build --release --locked
 	./target/release/quell bench --model $(MODEL)
 
-## CUDA kernels to portable images. There are none yet.
+## CUDA kernels to the portable images of kernels/ptx; run it after a change of kernels/.
 kernels:
-	@echo "there are no CUDA kernels yet: nothing to generate"
+	$(PYTHON) scripts/compile-kernels
+
+## Fails if the images are not what the kernels compile to, or if a kernel wastes the GPU.
+kernels-check:
+	$(PYTHON) scripts/compile-kernels --check
+	$(PYTHON) scripts/check-resources
 
 model:
 	@$(PYTHON) scripts/fetch-model

@@ -4,7 +4,7 @@
 //! `cargo bench --bench cpu_linear [-- THREADS]`
 
 use quell::device::cpu::{CpuDevice, CpuLinear, CpuOptions};
-use quell::device::{Device, LinearSpec, RowOrder, WeightRows};
+use quell::device::{Device, LinearSpec, Precision, RowOrder, WeightRows};
 use quell::weights::DType;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -99,14 +99,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 if count * rows > 1 << 23 {
                     continue;
                 }
-                let mut x = device.allocate(count, columns)?;
+                let mut x = device.allocate(count, columns, Precision::Full)?;
                 for row in 0..count {
                     x.row_mut(row)
                         .iter_mut()
                         .enumerate()
                         .for_each(|(i, x)| *x = (i % 13) as f32);
                 }
-                let mut out = device.allocate(count, rows)?;
+                let mut out = device.allocate(count, rows, Precision::Full)?;
                 let used = if count == 1 {
                     weights.len()
                 } else {

@@ -126,14 +126,14 @@ impl Model {
             norm: d.load_vector(&ones(HIDDEN))?,
             rope: d.load_rope(&rope)?,
             cache: d.allocate_cache(&shape)?,
-            residual: d.allocate(rows, HIDDEN)?,
-            x: d.allocate(rows, HIDDEN)?,
-            qkv: d.allocate(rows, HEADS.qkv_columns())?,
-            attended: d.allocate(rows, HEADS.q_columns())?,
-            gate_up: d.allocate(rows, 2 * INNER)?,
-            inner: d.allocate(rows, INNER)?,
-            samples: d.allocate(64, HIDDEN)?,
-            logits: d.allocate(64, VOCABULARY)?,
+            residual: d.allocate(rows, HIDDEN, Precision::Full)?,
+            x: d.allocate(rows, HIDDEN, Precision::Full)?,
+            qkv: d.allocate(rows, HEADS.qkv_columns(), Precision::Full)?,
+            attended: d.allocate(rows, HEADS.q_columns(), Precision::Full)?,
+            gate_up: d.allocate(rows, 2 * INNER, Precision::Full)?,
+            inner: d.allocate(rows, INNER, Precision::Full)?,
+            samples: d.allocate(64, HIDDEN, Precision::Full)?,
+            logits: d.allocate(64, VOCABULARY, Precision::Full)?,
             times: BTreeMap::new(),
             device,
         })
@@ -182,8 +182,8 @@ impl Model {
             d.linear(&self.attended, &layer.output, rows, &mut self.x)?;
             lap("linear output");
             let (residual, x) = (&mut self.residual, &mut self.x);
-            let mut normed = std::mem::replace(x, d.allocate(0, 0)?);
-            let mut out = d.allocate(rows, HIDDEN)?;
+            let mut normed = std::mem::replace(x, d.allocate(0, 0, Precision::Full)?);
+            let mut out = d.allocate(rows, HIDDEN, Precision::Full)?;
             d.add_rms_norm(residual, &normed, &layer.norms[1], 1e-5, rows, &mut out)?;
             lap("norm");
             d.linear(&out, &layer.gate_up, rows, &mut self.gate_up)?;

@@ -10,16 +10,18 @@ pub struct EngineConfig {
     /// Requests that may be open at the same time, waiting ones included; one more
     /// is refused as overload.
     pub max_open_requests: usize,
-    /// Bytes of the key-value cache.
-    pub kv_cache_bytes: usize,
+    /// Bytes of the key-value cache; what the device gives if `None`: 512 MiB on the
+    /// CPU, on a GPU what the weights leave of its memory.
+    pub kv_cache_bytes: Option<usize>,
     /// Tokens a block of the key-value cache.
     pub block_tokens: usize,
     /// Longest sequence, prompt and answer together; the model's own limit if `None`.
     pub max_context: Option<usize>,
     /// Tokens that wait for a slow reader before its sequence is paused.
     pub stream_buffer: usize,
-    /// Whether the cache's books are checked after every step. An imbalance closes
-    /// the engine. The check costs time in the number of blocks.
+    /// Whether the cache's books are checked after every step, and freed blocks
+    /// overwritten with NaN, so that a step that still reads them shows it. An
+    /// imbalance closes the engine. The check costs time in the number of blocks.
     pub audit: bool,
 }
 
@@ -29,7 +31,7 @@ impl Default for EngineConfig {
             max_batch_tokens: 512,
             max_sequences: 256,
             max_open_requests: 4096,
-            kv_cache_bytes: 512 << 20,
+            kv_cache_bytes: None,
             block_tokens: 16,
             max_context: None,
             stream_buffer: 256,

@@ -51,6 +51,8 @@ pub mod weights;
 
 pub use config::EngineConfig;
 pub use device::cpu::{Activations, CpuOptions, KvType, SimdLevel};
+#[cfg(feature = "cuda")]
+pub use device::cuda::{CudaActivations, CudaOptions};
 pub use engine::{
     CancelReason, Cancellation, Chunk, Engine, EngineFault, EngineStats, Finish, GenerateError,
     Generation, Outcome, Prompt, Receipt, Request, Session, SubmitError, Timing, Token,

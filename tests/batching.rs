@@ -11,12 +11,12 @@ const REQUESTS: usize = 64;
 fn engine(kv_blocks: usize) -> Engine {
     // A block of 16 tokens is 16 × 23,040 bytes with float16 keys and values.
     let config = EngineConfig {
-        kv_cache_bytes: kv_blocks * 16 * 23_040,
+        kv_cache_bytes: Some(kv_blocks * 16 * 23_040),
         max_batch_tokens: 160,
         audit: true,
         ..EngineConfig::default()
     };
-    Engine::load(smollm2(), config, LoadOptions::default()).unwrap()
+    Engine::load(smollm2(), config, LoadOptions::cpu()).unwrap()
 }
 
 fn lengths(index: usize) -> (usize, usize) {

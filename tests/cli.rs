@@ -221,6 +221,52 @@ fn bench_measures_what_it_is_asked_for() {
 }
 
 #[test]
+fn bench_runs_on_random_weights_of_a_models_size() {
+    let config = format!("{}/config.json", tiny("llama"));
+    let report = json(&quell(&[
+        "bench",
+        "--random-weights",
+        &config,
+        "--weights-format",
+        "q8_0",
+        "--device",
+        "cpu",
+        "--prompt",
+        "8",
+        "--generate",
+        "4",
+        "--concurrency",
+        "2",
+        "--repetitions",
+        "1",
+        "--format",
+        "json",
+    ]));
+    assert_eq!(report["model"], config.as_str());
+    assert_eq!(report["random_weights"], true);
+    assert_eq!(report["weights_format"], "Q8_0");
+    assert_eq!(report["figures"].as_array().unwrap().len(), 2);
+    assert!(report["figures"][1]["tokens_per_s"].as_f64().unwrap() > 0.0);
+
+    assert_refused(&["bench"], 2, &["--model"]);
+    let both = ["bench", "--model", &config, "--random-weights", &config];
+    assert_refused(&both, 2, &["--random-weights"]);
+    let missing = ["bench", "--random-weights", "llama-9-1b"];
+    assert_refused(&missing, 1, &["llama-9-1b"]);
+    let weights = format!("{}/model.safetensors", tiny("llama"));
+    assert_refused(&["bench", "--random-weights", &weights], 1, &[&weights]);
+}
+
+#[test]
+fn inspect_needs_a_path_unless_a_gpu_is_asked_for() {
+    assert_refused(&["inspect"], 2, &["PATH", "--device cuda"]);
+    assert_refused(&["inspect", "--device", "cpu"], 2, &["PATH"]);
+    // More GPUs than any machine has.
+    let missing = ["inspect", "--device", "cuda:4096"];
+    assert_refused(&missing, 1, &["cuda:4096"]);
+}
+
+#[test]
 fn command_lines_that_make_no_sense_end_with_one_line_and_code_2() {
     let model = tiny("llama");
     let generate = ["generate", "--model", &model, "--prompt-ids", "1"];

@@ -93,7 +93,7 @@ impl Layer {
         let mut qkv = tensor(&mut self.device, columns, &rows);
         let mut out = self
             .device
-            .allocate(count, self.spec.heads.q_columns())
+            .allocate(count, self.spec.heads.q_columns(), Precision::Full)
             .unwrap();
         self.device.stage(&batch).unwrap();
         let norm = self.norm.as_ref().map(|(q, k, per_head)| QkNorm {
@@ -571,8 +571,11 @@ fn blocks_slots_positions_and_layers_beyond_the_cache_are_refused() {
     let (spec, rotary) = specs()[0];
     let mut layer = Layer::new(&CpuOptions::default(), spec, rotary, 16);
     let columns = spec.heads.qkv_columns();
-    let mut qkv = layer.device.allocate(1, columns).unwrap();
-    let mut out = layer.device.allocate(1, spec.heads.q_columns()).unwrap();
+    let mut qkv = layer.device.allocate(1, columns, Precision::Full).unwrap();
+    let mut out = layer
+        .device
+        .allocate(1, spec.heads.q_columns(), Precision::Full)
+        .unwrap();
     for (slot, position, block, of_layer, ok) in [
         (0, 0, 0, 0, (true, true)),
         (64 * 16, 0, 0, 0, (false, true)),

@@ -5,7 +5,9 @@
 mod support;
 
 use quell::device::cpu::{Activations, CpuDevice, CpuOptions, SimdLevel};
-use quell::device::{Batch, BatchSequence, Device, DeviceError, LinearSpec, RowOrder, WeightRows};
+use quell::device::{
+    Batch, BatchSequence, Device, DeviceError, LinearSpec, Precision, RowOrder, WeightRows,
+};
 use quell::weights::DType;
 use support::*;
 
@@ -222,7 +224,7 @@ fn embeddings_are_rows_of_the_packed_table() {
             ..Default::default()
         };
         device.stage(&batch).unwrap();
-        let mut out = device.allocate(5, columns).unwrap();
+        let mut out = device.allocate(5, columns, Precision::Full).unwrap();
         device.embed(&weight, 2.0, &mut out).unwrap();
         for (row, &token) in tokens.iter().enumerate() {
             let expected = &table[token as usize * columns..][..columns];
@@ -338,11 +340,11 @@ fn specifications_that_do_not_fit_together_are_refused() {
         })
         .unwrap();
     let (x, mut out) = (
-        device.allocate(1, 5).unwrap(),
-        device.allocate(1, 4).unwrap(),
+        device.allocate(1, 5, Precision::Full).unwrap(),
+        device.allocate(1, 4, Precision::Full).unwrap(),
     );
     assert!(device.linear(&x, &weight, 1, &mut out).is_err());
-    let x = device.allocate(1, 4).unwrap();
+    let x = device.allocate(1, 4, Precision::Full).unwrap();
     assert!(device.linear(&x, &weight, 2, &mut out).is_err());
     assert!(device.linear(&x, &weight, 1, &mut out).is_ok());
 }

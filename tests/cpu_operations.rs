@@ -56,7 +56,7 @@ fn norms_agree_with_float64() {
             let w = d.load_vector(&weight).unwrap();
             let what = format!("{level:?} {rows} × {columns}");
             let x_tensor = tensor(&mut d, columns, &x);
-            let mut out = d.allocate(rows, columns).unwrap();
+            let mut out = d.allocate(rows, columns, Precision::Full).unwrap();
             d.rms_norm(&x_tensor, &w, 1e-6, rows, &mut out).unwrap();
             assert_near(
                 &values(&out, rows),
@@ -98,7 +98,7 @@ fn activations_agree_with_float64_far_from_zero_too() {
             let mut d = device(level, 2, Activations::Auto);
             let gate_up = tensor(&mut d, 2 * columns, &x);
             for activation in [Activation::Silu, Activation::GeluTanh] {
-                let mut out = d.allocate(rows, columns).unwrap();
+                let mut out = d.allocate(rows, columns, Precision::Full).unwrap();
                 d.gated_activation(&gate_up, activation, rows, &mut out)
                     .unwrap();
                 let expected: Vec<f64> = wide(&x)
@@ -230,7 +230,7 @@ fn experts_are_chosen_weighted_and_summed() {
             )
             .unwrap();
         let (x, router) = (tensor(&mut d, width, &x), tensor(&mut d, count, &router));
-        let mut out = d.allocate(rows, width).unwrap();
+        let mut out = d.allocate(rows, width, Precision::Full).unwrap();
         d.experts(&x, &router, routing, &experts, rows, &mut out)
             .unwrap();
         assert_near(
@@ -245,7 +245,7 @@ fn experts_are_chosen_weighted_and_summed() {
                 tensor(&mut d, width, x.row(row)),
                 tensor(&mut d, count, router.row(row)),
             );
-            let mut alone = d.allocate(1, width).unwrap();
+            let mut alone = d.allocate(1, width, Precision::Full).unwrap();
             d.experts(&x, &router, routing, &experts, 1, &mut alone)
                 .unwrap();
             assert_eq!(bits(alone.row(0)), all[row * width..][..width], "row {row}");
@@ -345,12 +345,12 @@ fn a_row_that_waits_for_a_sample_gets_the_token_of_the_step_before() {
     batch.tokens[1] = 5;
     batch.sample_rows = vec![1];
     d.stage(&batch).unwrap();
-    let mut out = d.allocate(2, 4).unwrap();
+    let mut out = d.allocate(2, 4, Precision::Full).unwrap();
     d.embed(&table, 1.0, &mut out).unwrap();
     let w = dequantized(DType::F32, &data, 40);
     assert_eq!(out.row(0), &w[8 * 4..][..4]);
     assert_eq!(out.row(1), &w[5 * 4..][..4]);
-    let mut gathered = d.allocate(3, 4).unwrap();
+    let mut gathered = d.allocate(3, 4, Precision::Full).unwrap();
     d.gather_samples(&out, &mut gathered).unwrap();
     assert_eq!(gathered.row(0), out.row(1));
 }

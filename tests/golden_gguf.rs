@@ -244,11 +244,11 @@ fn check(name: &str, architecture: &'static str) {
     std::fs::write(&path, conversion.file.build()).unwrap();
     let config = EngineConfig {
         max_batch_tokens: 32,
-        kv_cache_bytes: 8 << 20,
+        kv_cache_bytes: Some(8 << 20),
         audit: true,
         ..EngineConfig::default()
     };
-    let engine = Engine::load(&path, config, LoadOptions::default()).unwrap();
+    let engine = Engine::load(&path, config, LoadOptions::cpu()).unwrap();
     let tolerance = Tolerance {
         max: 0.01,
         margin: 0.01,

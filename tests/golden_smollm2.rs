@@ -49,7 +49,7 @@ fn case(value: &Value) -> Case {
 
 fn engine(activations: Activations) -> Engine {
     let config = EngineConfig {
-        kv_cache_bytes: 64 << 20,
+        kv_cache_bytes: Some(64 << 20),
         audit: true,
         ..EngineConfig::default()
     };
@@ -62,7 +62,7 @@ fn engine(activations: Activations) -> Engine {
         config,
         LoadOptions {
             cpu,
-            ..LoadOptions::default()
+            ..LoadOptions::cpu()
         },
     )
     .unwrap()

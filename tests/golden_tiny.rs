@@ -20,12 +20,12 @@ fn check(name: &str) {
                 threads: Some(2),
                 ..CpuOptions::default()
             },
-            ..LoadOptions::default()
+            ..LoadOptions::cpu()
         };
         // Small steps, so that the longest prompt is prefilled in chunks.
         let config = EngineConfig {
             max_batch_tokens: 32,
-            kv_cache_bytes: 8 << 20,
+            kv_cache_bytes: Some(8 << 20),
             audit: true,
             ..EngineConfig::default()
         };

@@ -17,7 +17,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     (
         "runner",
         &[
-            "config", "device", "model", "sampling", "schedule", "text", "weights",
+            "cache", "config", "device", "model", "sampling", "schedule", "text", "weights",
         ],
     ),
     (

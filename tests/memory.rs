@@ -22,10 +22,10 @@ fn a_model_takes_less_than_sixteen_tenths_of_its_file_and_the_cache_asked_for() 
     let path = model::smollm2();
     let file = std::fs::metadata(&path).unwrap().len() as usize;
     let config = EngineConfig {
-        kv_cache_bytes: KV_CACHE,
+        kv_cache_bytes: Some(KV_CACHE),
         ..EngineConfig::default()
     };
-    let engine = Engine::load(&path, config, LoadOptions::default()).unwrap();
+    let engine = Engine::load(&path, config, LoadOptions::cpu()).unwrap();
     let request = Request::new("Once upon a time").greedy().max_tokens(100);
     engine
         .generate(request)

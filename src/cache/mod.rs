@@ -124,6 +124,12 @@ impl BlockCache {
         fence.complete(step, |blocks| pool.make_free(blocks));
     }
 
+    /// The blocks that became free since the last call; the first call starts the
+    /// record.
+    pub fn take_freed(&mut self) -> Vec<BlockId> {
+        self.pool.take_freed()
+    }
+
     /// How the blocks are used now.
     pub fn books(&self) -> Books {
         Books {
@@ -198,6 +204,19 @@ mod tests {
         cache.grow(&mut table, 1).unwrap();
         cache.release(&mut table, StepId(3));
         assert_eq!(cache.free_blocks(), 2, "a completed step defers nothing");
+    }
+
+    #[test]
+    fn freed_blocks_are_recorded_once_asked_for() {
+        let mut cache = BlockCache::new(4, 16);
+        let mut table = BlockTable::default();
+        assert_eq!(cache.take_freed(), []);
+        cache.grow(&mut table, 32).unwrap();
+        cache.release(&mut table, StepId(1));
+        assert_eq!(cache.take_freed(), [], "step 1 may still touch them");
+        cache.completed(StepId(1));
+        assert_eq!(cache.take_freed(), [BlockId(0), BlockId(1)]);
+        assert_eq!(cache.take_freed(), []);
     }
 
     #[test]

@@ -27,6 +27,8 @@ pub struct Pool {
     tail: u32,
     free: usize,
     referenced: usize,
+    /// What became free since it was last asked, if anybody asks.
+    freed: Option<Vec<BlockId>>,
 }
 
 impl Pool {
@@ -40,6 +42,7 @@ impl Pool {
             tail: NONE,
             free: 0,
             referenced: 0,
+            freed: None,
         };
         for block in 0..blocks as u32 {
             pool.append(block);
@@ -96,6 +99,15 @@ impl Pool {
             debug_assert_eq!(self.references[block.index()], 0, "{block:?} is in use");
             self.append(block.0);
         }
+        if let Some(freed) = &mut self.freed {
+            freed.extend_from_slice(blocks);
+        }
+    }
+
+    /// The blocks that became free since the last call; the first call starts the
+    /// record.
+    pub fn take_freed(&mut self) -> Vec<BlockId> {
+        self.freed.replace(Vec::new()).unwrap_or_default()
     }
 
     fn append(&mut self, block: u32) {

@@ -2,10 +2,13 @@
 
 use super::progress;
 use clap::{Args, ValueEnum};
+use quell::runner::ModelFiles;
 use quell::{
     Activations, CpuOptions, DeviceChoice, Engine, EngineConfig, GenerateError, KvType, LoadError,
     LoadOptions, SamplingParams, SimdLevel, SubmitError,
 };
+#[cfg(feature = "cuda")]
+use quell::{CudaActivations, CudaOptions};
 use std::path::PathBuf;
 use std::str::FromStr;
 use thiserror::Error;
@@ -36,6 +39,8 @@ pub enum CliError {
     },
     #[error("{path} is no list of messages: {problem}")]
     Messages { path: PathBuf, problem: String },
+    #[error("{path} is no config.json: {problem}")]
+    Config { path: PathBuf, problem: String },
     #[error("{model} has no tokenizer files, which this command needs")]
     NoTokenizer { model: String },
     #[error("cannot write the output: {0}")]
@@ -124,9 +129,10 @@ pub struct RunArgs {
     /// auto, cpu, cuda or cuda:N.
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: DeviceArg,
-    /// Memory for the key-value cache, in MiB.
-    #[arg(long, value_name = "MIB", default_value_t = 512)]
-    kv_cache_mib: usize,
+    /// Memory for the key-value cache, in MiB [default: 512 on the CPU, on a GPU what
+    /// the weights leave].
+    #[arg(long, value_name = "MIB")]
+    kv_cache_mib: Option<usize>,
     /// Tokens of one step, decodes and prompt chunks together.
     #[arg(long, value_name = "N", default_value_t = 512)]
     max_batch_tokens: usize,
@@ -145,13 +151,43 @@ pub struct RunArgs {
     /// What the CPU device keeps cached keys and values as.
     #[arg(long, value_enum, default_value_t = KvArg::Auto)]
     kv_type: KvArg,
+    #[cfg(feature = "cuda")]
+    #[command(flatten)]
+    cuda: CudaArgs,
+}
+
+/// How the CUDA device is used.
+#[cfg(feature = "cuda")]
+#[derive(Debug, Args)]
+struct CudaArgs {
+    /// What the CUDA device keeps activations, keys and values as.
+    #[arg(long, value_enum, default_value_t = CudaActivationsArg::Bf16)]
+    cuda_activations: CudaActivationsArg,
+    /// Share of the GPU's memory that may be used, from 0 to 1.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.9)]
+    gpu_memory_utilization: f32,
+}
+
+#[cfg(feature = "cuda")]
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum CudaActivationsArg {
+    Bf16,
+    F16,
 }
 
 impl ModelArgs {
     /// Loads the model and starts its engine, with a progress bar on a terminal.
     pub fn start(&self) -> Result<Engine, CliError> {
-        let config = self.run.config()?;
-        let path = resolve(&self.model)?;
+        // Before the download.
+        self.run.config()?;
+        self.run.options()?;
+        self.run.start(ModelFiles::open(&resolve(&self.model)?)?)
+    }
+}
+
+impl RunArgs {
+    /// Loads a model and starts its engine, with a progress bar on a terminal.
+    pub fn start(&self, files: ModelFiles) -> Result<Engine, CliError> {
         let bar = progress::bar(0, "loading");
         let ticks = bar.clone();
         let options = LoadOptions {
@@ -159,20 +195,17 @@ impl ModelArgs {
                 ticks.set_length(total as u64);
                 ticks.set_position(done as u64);
             })),
-            device: self.run.device.0,
-            cpu: self.run.cpu(),
+            ..self.options()?
         };
-        let engine = Engine::load(path, config, options);
+        let engine = Engine::from_files(files, self.config()?, options);
         bar.finish_and_clear();
         Ok(engine?)
     }
-}
 
-impl RunArgs {
     /// The engine's settings.
     pub fn config(&self) -> Result<EngineConfig, CliError> {
         for (flag, value) in [
-            ("--kv-cache-mib", Some(self.kv_cache_mib)),
+            ("--kv-cache-mib", self.kv_cache_mib),
             ("--max-batch-tokens", Some(self.max_batch_tokens)),
             ("--context", self.context),
             ("--threads", self.threads),
@@ -184,15 +217,50 @@ impl RunArgs {
             }
         }
         Ok(EngineConfig {
-            kv_cache_bytes: self.kv_cache_mib.saturating_mul(1 << 20),
+            kv_cache_bytes: self.kv_cache_mib.map(|mib| mib.saturating_mul(1 << 20)),
             max_batch_tokens: self.max_batch_tokens,
             max_context: self.context,
             ..EngineConfig::default()
         })
     }
 
+    /// Whether a CUDA device is asked for, by name.
+    pub fn wants_cuda(&self) -> bool {
+        matches!(self.device.0, DeviceChoice::Cuda(_))
+    }
+
+    /// How a model is to be loaded.
+    pub fn options(&self) -> Result<LoadOptions, CliError> {
+        Ok(LoadOptions {
+            device: self.device.0,
+            cpu: self.cpu(),
+            #[cfg(feature = "cuda")]
+            cuda: self.cuda()?,
+            progress: None,
+        })
+    }
+
+    /// The settings of the CUDA device.
+    #[cfg(feature = "cuda")]
+    fn cuda(&self) -> Result<CudaOptions, CliError> {
+        let utilisation = self.cuda.gpu_memory_utilization;
+        if !(utilisation > 0.0 && utilisation <= 1.0) {
+            return Err(CliError::Usage(format!(
+                "--gpu-memory-utilization is {utilisation}, but must be more than 0 and at most 1"
+            )));
+        }
+        Ok(CudaOptions {
+            activations: match self.cuda.cuda_activations {
+                CudaActivationsArg::Bf16 => CudaActivations::Bf16,
+                CudaActivationsArg::F16 => CudaActivations::F16,
+            },
+            utilisation,
+            ..CudaOptions::default()
+        })
+    }
+
     /// The settings of the CPU device.
-    pub fn cpu(&self) -> CpuOptions {
+    fn cpu(&self) -> CpuOptions {
         CpuOptions {
             threads: self.threads,
             simd: match self.simd {

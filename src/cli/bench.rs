@@ -1,18 +1,23 @@
 //! `quell bench`: prefill and decode speed, as medians with their spread.
 
-use super::args::{CliError, Format, ModelArgs};
+use super::args::{CliError, Format, RunArgs, resolve};
 use super::generate::println_json;
 use super::progress;
-use clap::Args;
+use clap::{Args, ValueEnum};
+use quell::runner::ModelFiles;
+use quell::weights::DType;
 use quell::{Engine, Request};
 use serde_json::{Value, json};
 use std::io::Write;
+use std::path::PathBuf;
 
 /// Measure prefill and decode speed.
 #[derive(Debug, Args)]
 pub struct BenchArgs {
     #[command(flatten)]
-    model: ModelArgs,
+    model: WhichModel,
+    #[command(flatten)]
+    run: RunArgs,
     /// Tokens of the prompt whose prefill is measured; 0 leaves prefill out.
     #[arg(long, value_name = "N", default_value_t = 512)]
     prompt: usize,
@@ -28,6 +33,93 @@ pub struct BenchArgs {
     /// How the result is printed.
     #[arg(long, value_enum, default_value_t)]
     format: Format,
+}
+
+/// The model that is measured.
+#[derive(Debug, Args)]
+struct WhichModel {
+    /// A .gguf file, a Hugging Face folder, or hf:ORG/NAME[/FILE] to download.
+    #[arg(long, value_name = "PATH", required_unless_present = "random_weights")]
+    model: Option<String>,
+    /// Instead of a model, random weights of the size that a Hugging Face config.json
+    /// says; llama-3.1-8b and llama-3.2-1b need no file.
+    #[arg(long, value_name = "CONFIG", conflicts_with = "model")]
+    random_weights: Option<String>,
+    /// What random weights are stored as.
+    #[arg(long, value_enum, default_value_t, conflicts_with = "model")]
+    weights_format: WeightsFormat,
+}
+
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+enum WeightsFormat {
+    #[default]
+    Bf16,
+    F16,
+    F32,
+    #[value(name = "q4_0")]
+    Q4_0,
+    #[value(name = "q4_1")]
+    Q4_1,
+    #[value(name = "q8_0")]
+    Q8_0,
+    #[value(name = "q4_k")]
+    Q4K,
+    #[value(name = "q6_k")]
+    Q6K,
+}
+
+impl WeightsFormat {
+    fn dtype(self) -> DType {
+        match self {
+            Self::Bf16 => DType::BF16,
+            Self::F16 => DType::F16,
+            Self::F32 => DType::F32,
+            Self::Q4_0 => DType::Q4_0,
+            Self::Q4_1 => DType::Q4_1,
+            Self::Q8_0 => DType::Q8_0,
+            Self::Q4K => DType::Q4K,
+            Self::Q6K => DType::Q6K,
+        }
+    }
+}
+
+/// The models whose `config.json` is at hand.
+const BUILT_IN: [(&str, &str); 2] = [
+    ("llama-3.1-8b", include_str!("bench/llama-3.1-8b.json")),
+    ("llama-3.2-1b", include_str!("bench/llama-3.2-1b.json")),
+];
+
+impl WhichModel {
+    fn open(&self) -> Result<ModelFiles, CliError> {
+        if let Some(model) = &self.model {
+            return Ok(ModelFiles::open(&resolve(model)?)?);
+        }
+        let name = self.name();
+        let settings = random_settings(name)?;
+        let format = self.weights_format.dtype();
+        Ok(ModelFiles::random(name, &settings, format)?)
+    }
+
+    /// What the user called it.
+    fn name(&self) -> &str {
+        let name = self.model.as_deref().or(self.random_weights.as_deref());
+        name.unwrap_or_default()
+    }
+}
+
+/// The settings of a model without weights: a built-in name's, or a file's.
+fn random_settings(name: &str) -> Result<Value, CliError> {
+    let text = match BUILT_IN.iter().find(|(built_in, _)| *built_in == name) {
+        Some((_, text)) => (*text).to_owned(),
+        None => std::fs::read_to_string(name).map_err(|source| CliError::Read {
+            path: PathBuf::from(name),
+            source,
+        })?,
+    };
+    serde_json::from_str(&text).map_err(|error| CliError::Config {
+        path: PathBuf::from(name),
+        problem: error.to_string(),
+    })
 }
 
 /// What is measured: a name and how to measure it once, in tokens a second.
@@ -56,7 +148,8 @@ pub fn run(args: BenchArgs) -> Result<(), CliError> {
         let problem = "--generate is 1, but must be 0 or at least 2: the first token is prefill";
         return Err(CliError::Usage(problem.to_owned()));
     }
-    let engine = args.model.start()?;
+    args.run.config()?;
+    let engine = args.run.start(args.model.open()?)?;
     let mut figures = Vec::new();
     if args.prompt > 0 {
         figures.push(Figure {
@@ -134,6 +227,8 @@ fn measure(
 fn report(engine: &Engine, args: &BenchArgs, rows: &[(&Figure, Vec<f64>)]) -> Result<(), CliError> {
     let median = |rates: &[f64]| rates[rates.len() / 2];
     let model = engine.info().model.as_ref();
+    let format = model.and_then(|model| model.parameters.main_format());
+    let format = format.map(|format| format.name());
     let device = model.map(|model| format!("{}: {}", model.device.name, model.device.description));
     if args.format == Format::Json {
         let figures: Vec<Value> = rows
@@ -151,14 +246,16 @@ fn report(engine: &Engine, args: &BenchArgs, rows: &[(&Figure, Vec<f64>)]) -> Re
             })
             .collect();
         return println_json(&json!({
-            "model": args.model.model,
+            "model": args.model.name(),
+            "random_weights": args.model.model.is_none(),
+            "weights_format": format,
             "device": device,
             "version": env!("CARGO_PKG_VERSION"),
             "figures": figures,
         }));
     }
     let mut out = std::io::stdout().lock();
-    writeln!(out, "{}, {}", args.model.model, device.unwrap_or_default())?;
+    writeln!(out, "{}, {}", args.model.name(), device.unwrap_or_default())?;
     writeln!(
         out,
         "{:<18} {:>10}   {:>9} – max",

@@ -1,8 +1,10 @@
-//! `quell inspect`: what a model file holds, and the memory that it needs.
+//! `quell inspect`: what a model file holds, and the memory that it needs; or what a GPU
+//! is.
 
 use super::args::{CliError, Format, RunArgs, resolve};
 use super::generate::println_json;
 use clap::Args;
+use quell::device::DeviceInfo;
 use quell::model::ModelConfig;
 use quell::runner::ModelFiles;
 use serde_json::{Value, json};
@@ -12,8 +14,9 @@ use std::io::Write;
 #[derive(Debug, Args)]
 pub struct InspectArgs {
     /// A .gguf file, a Hugging Face folder, or hf:ORG/NAME[/FILE] to download.
+    /// May be left out with --device cuda[:N]: then the GPU is shown.
     #[arg(value_name = "PATH")]
-    model: String,
+    model: Option<String>,
     #[command(flatten)]
     run: RunArgs,
     /// How the result is printed.
@@ -23,8 +26,16 @@ pub struct InspectArgs {
 
 /// Runs the subcommand.
 pub fn run(args: InspectArgs) -> Result<(), CliError> {
-    let files = ModelFiles::open(&resolve(&args.model)?)?;
-    let (device, plan) = files.plan(&args.run.config()?, &args.run.cpu())?;
+    let (config, options) = (args.run.config()?, args.run.options()?);
+    let Some(model) = &args.model else {
+        if !args.run.wants_cuda() {
+            let problem = "<PATH> is missing; only --device cuda[:N] can be shown without a model";
+            return Err(CliError::Usage(problem.to_owned()));
+        }
+        return show_device(&options.device_info()?, args.format);
+    };
+    let files = ModelFiles::open(&resolve(model)?)?;
+    let (device, plan) = files.plan(&config, &options)?;
     let config = files.source().config();
     let parameters = files.source().parameters();
     let formats: Value = parameters
@@ -38,7 +49,7 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
     let tokenizer = files.tokenizer();
     if args.format == Format::Json {
         return println_json(&json!({
-            "path": args.model,
+            "path": model,
             "architecture": config.family.huggingface_name(),
             "quantisation": quantisation,
             "parameters": parameters.total,
@@ -55,6 +66,7 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
             "tokenizer": tokenizer.is_some(),
             "chat_template": tokenizer.is_some_and(|t| t.chat_template().is_some()),
             "device": device.name,
+            "device_details": details(&device),
             "memory": {
                 "weights_bytes": plan.weights,
                 "kv_bytes_per_token": plan.cache_per_token,
@@ -84,7 +96,7 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
         .collect();
     let mib = |bytes: usize| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
     let rows = [
-        ("model", args.model.clone()),
+        ("model", model.clone()),
         ("architecture", config.family.huggingface_name().to_owned()),
         ("quantisation", quantisation),
         (
@@ -112,6 +124,30 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
         writeln!(out, "{name:<13} {value}")?;
     }
     Ok(())
+}
+
+/// What there is to know of a device alone.
+fn show_device(device: &DeviceInfo, format: Format) -> Result<(), CliError> {
+    if format == Format::Json {
+        return println_json(&json!({
+            "device": device.name,
+            "device_details": details(device),
+        }));
+    }
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{:<18} {}", "device", device.name)?;
+    for (name, value) in &device.details {
+        writeln!(out, "{name:<18} {value}")?;
+    }
+    Ok(())
+}
+
+fn details(device: &DeviceInfo) -> Value {
+    let details = device.details.iter();
+    details
+        .map(|(name, value)| (name.replace(' ', "_"), json!(value)))
+        .collect::<serde_json::Map<_, _>>()
+        .into()
 }
 
 fn shape(config: &ModelConfig) -> String {

@@ -96,10 +96,12 @@ fn one_line(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// Logs go to stderr: warnings and errors, or what `QUELL_LOG` asks for.
+/// Logs go to stderr: what quell has to say, others' warnings and errors; or what
+/// `QUELL_LOG` asks for.
 fn start_logging() {
     use tracing_subscriber::EnvFilter;
-    let filter = EnvFilter::try_from_env("QUELL_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    let default = |_| EnvFilter::new("warn,quell=info");
+    let filter = EnvFilter::try_from_env("QUELL_LOG").unwrap_or_else(default);
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

@@ -18,6 +18,8 @@
 //! this to the bit; the tests in `tests/` rely on it.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 
 use crate::sampling::{SampleRow, Sampled};
 use crate::weights::DType;
@@ -84,6 +86,8 @@ pub struct DeviceInfo {
     pub name: String,
     /// The hardware, the instruction set or image chosen, the number of threads.
     pub description: String,
+    /// What else `quell inspect` lists, by name.
+    pub details: Vec<(&'static str, String)>,
 }
 
 /// The order in which the rows of a stored matrix are to be used.
@@ -229,6 +233,51 @@ pub struct RoutingSpec {
     pub activation: Activation,
 }
 
+/// How exactly a matrix of activations has to be kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// In the device's own type for activations.
+    Activation,
+    /// In float32: the residual stream, logits.
+    Full,
+}
+
+/// What remains to be done for a step whose inputs were staged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Staged {
+    /// The operations of the forward pass are to be enqueued, then
+    /// [`Device::finish`] called.
+    Enqueue,
+    /// The device has recorded the forward pass of such a step before and has
+    /// enqueued all of it: only sampling is left.
+    Replayed,
+}
+
+/// What remains to be done for a step whose operations were enqueued.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finished {
+    /// Nothing: only sampling is left.
+    Done,
+    /// The device wanted to record the operations and could not. Nothing of them was
+    /// computed: they are to be enqueued again, then [`Device::finish`] called.
+    Repeat,
+}
+
+/// The largest step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceLimits {
+    /// Tokens of a step.
+    pub rows: usize,
+    /// Sequences of a step, and rows that are sampled.
+    pub sequences: usize,
+    /// Tokens of a sequence.
+    pub sequence_tokens: usize,
+    /// Tokens a block of the key-value cache.
+    pub block_tokens: usize,
+    /// Logits of a sampled row.
+    pub vocabulary: usize,
+}
+
 /// The size of the paged key-value cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CacheShape {
@@ -345,13 +394,39 @@ pub trait Device: Sized + 'static {
     /// Bytes of weights loaded so far, as this device keeps them.
     fn weight_bytes(&self) -> usize;
 
+    /// Tells the device how large steps will be, before anything is allocated, so
+    /// that it can set aside what their inputs and intermediates need.
+    fn reserve(&mut self, limits: &DeviceLimits) -> Result<(), DeviceError> {
+        let _ = limits;
+        Ok(())
+    }
     /// Allocates a matrix of activations.
-    fn allocate(&mut self, rows: usize, columns: usize) -> Result<Self::Tensor, DeviceError>;
+    fn allocate(
+        &mut self,
+        rows: usize,
+        columns: usize,
+        precision: Precision,
+    ) -> Result<Self::Tensor, DeviceError>;
+    /// Bytes that the key-value cache may take when the settings name none. Asked
+    /// when all else is loaded and allocated.
+    fn cache_budget(&self) -> Result<usize, DeviceError>;
     /// Allocates the key-value cache.
     fn allocate_cache(&mut self, shape: &CacheShape) -> Result<Self::Cache, DeviceError>;
 
+    /// Steps that may be in flight at the same time: 1 or 2. With 2, `collect` is
+    /// asked for a step when the next one is enqueued already.
+    fn depth(&self) -> usize {
+        1
+    }
+
     /// Takes the inputs of the next step; the operations below refer to them.
-    fn stage(&mut self, batch: &Batch) -> Result<(), DeviceError>;
+    fn stage(&mut self, batch: &Batch) -> Result<Staged, DeviceError>;
+
+    /// Ends the forward pass that `stage` asked to enqueue, which went as `outcome`
+    /// says; `sample` comes after it.
+    fn finish(&mut self, outcome: Result<(), DeviceError>) -> Result<Finished, DeviceError> {
+        outcome.map(|()| Finished::Done)
+    }
 
     /// `out[r] = scale · table[token of row r]` for every row of the batch.
     fn embed(

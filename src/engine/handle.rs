@@ -141,7 +141,15 @@ impl Engine {
         config: EngineConfig,
         options: LoadOptions,
     ) -> Result<Self, LoadError> {
-        let mut files = ModelFiles::open(path.as_ref())?;
+        Self::from_files(ModelFiles::open(path.as_ref())?, config, options)
+    }
+
+    /// Loads a model whose files are open, and starts its engine.
+    pub fn from_files(
+        mut files: ModelFiles,
+        config: EngineConfig,
+        options: LoadOptions,
+    ) -> Result<Self, LoadError> {
         let tokenizer = files.take_tokenizer();
         let limits = config.clone();
         Self::with_runner(config, tokenizer, move || {

@@ -231,6 +231,9 @@ impl SchedulerThread {
 
     /// Enqueues a step. A failed launch fails the sessions of that step.
     fn launch(&mut self, plan: StepPlan) -> Result<(), EngineFault> {
+        if self.audit {
+            self.poison_freed()?;
+        }
         match self.runner.launch(&plan, self.scheduler.sequences()) {
             Ok(()) => {
                 self.in_flight.push_back(plan);
@@ -246,6 +249,15 @@ impl SchedulerThread {
                 self.closes_engine(error)
             }
         }
+    }
+
+    /// Overwrites what was freed: whoever still reads it shows it by its tokens.
+    fn poison_freed(&mut self) -> Result<(), EngineFault> {
+        let freed = self.scheduler.take_freed();
+        if freed.is_empty() {
+            return Ok(());
+        }
+        self.runner.poison(&freed).map_err(EngineFault::Device)
     }
 
     /// Waits for the oldest step and commits it.

@@ -3,7 +3,8 @@
 use super::tensors::Part;
 use super::{ModelConfig, ModelError, ModelSource, NormPlacement, QkNormKind};
 use crate::device::{
-    AttentionSpec, Batch, Device, DeviceError, LinearSpec, QkNorm, RopeSpec, RoutingSpec,
+    AttentionSpec, Batch, Device, DeviceError, Finished, LinearSpec, Precision, QkNorm, RopeSpec,
+    RoutingSpec, Staged,
 };
 
 /// A layer's weights on a device.
@@ -127,7 +128,24 @@ impl<D: Device> Decoder<D> {
         batch: &Batch,
         cache: &mut D::Cache,
     ) -> Result<&D::Tensor, DeviceError> {
-        device.stage(batch)?;
+        if device.stage(batch)? == Staged::Enqueue {
+            loop {
+                let outcome = self.enqueue(device, batch, cache);
+                if device.finish(outcome)? == Finished::Done {
+                    break;
+                }
+            }
+        }
+        Ok(&self.workspace.logits)
+    }
+
+    /// Enqueues the operations of a staged step.
+    fn enqueue(
+        &mut self,
+        device: &mut D,
+        batch: &Batch,
+        cache: &mut D::Cache,
+    ) -> Result<(), DeviceError> {
         let rows = batch.rows();
         let config = &self.config;
         let scale = if config.family.scales_embeddings() {
@@ -176,8 +194,7 @@ impl<D: Device> Decoder<D> {
         if pending {
             device.add(&mut self.workspace.residual, &self.workspace.delta, rows)?;
         }
-        self.logits(device, batch.sample_rows.len())?;
-        Ok(&self.workspace.logits)
+        self.logits(device, batch.sample_rows.len())
     }
 
     /// The logits of the sampled rows.
@@ -430,23 +447,26 @@ impl<D: Device> Workspace<D> {
     ) -> Result<Self, DeviceError> {
         let StepLimits { rows, samples, .. } = limits;
         let dense = (0..config.layers).any(|layer| config.layer_experts(layer).is_none());
+        let (activation, full) = (Precision::Activation, Precision::Full);
         let optional = |device: &mut D, wanted: bool, columns: usize| {
-            wanted.then(|| device.allocate(rows, columns)).transpose()
+            wanted
+                .then(|| device.allocate(rows, columns, activation))
+                .transpose()
         };
         Ok(Self {
             gate_up: optional(device, dense, 2 * config.intermediate)?,
             hidden: optional(device, dense, config.intermediate)?,
             router: match config.experts {
-                Some(experts) => optional(device, true, experts.count)?,
+                Some(experts) => Some(device.allocate(rows, experts.count, full)?),
                 None => None,
             },
-            residual: device.allocate(rows, config.hidden)?,
-            normed: device.allocate(rows.max(samples), config.hidden)?,
-            qkv: device.allocate(rows, config.heads.qkv_columns())?,
-            attention: device.allocate(rows, config.heads.q_columns())?,
-            delta: device.allocate(rows, config.hidden)?,
-            gathered: device.allocate(samples, config.hidden)?,
-            logits: device.allocate(samples, config.vocabulary)?,
+            residual: device.allocate(rows, config.hidden, full)?,
+            normed: device.allocate(rows.max(samples), config.hidden, activation)?,
+            qkv: device.allocate(rows, config.heads.qkv_columns(), activation)?,
+            attention: device.allocate(rows, config.heads.q_columns(), activation)?,
+            delta: device.allocate(rows, config.hidden, activation)?,
+            gathered: device.allocate(samples, config.hidden, full)?,
+            logits: device.allocate(samples, config.vocabulary, full)?,
         })
     }
 }

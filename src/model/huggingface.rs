@@ -144,6 +144,15 @@ pub(super) fn read(config: &Value) -> Result<ModelConfig, ModelError> {
     .validate()
 }
 
+/// Whether the output projection is the embedding.
+pub(super) fn ties_embeddings(config: &Value) -> bool {
+    let parts = [config, config.get("text_config").unwrap_or(config)];
+    let key = "tie_word_embeddings";
+    parts
+        .iter()
+        .any(|part| part.get(key).and_then(Value::as_bool) == Some(true))
+}
+
 /// The sliding window, where the family has one and it is switched on.
 fn window(settings: &Settings<'_>, family: Family) -> Result<Option<usize>, ModelError> {
     let key = "sliding_window";

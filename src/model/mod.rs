@@ -11,6 +11,7 @@ mod error;
 mod family;
 mod gguf;
 mod huggingface;
+mod random;
 mod rope;
 mod tensors;
 

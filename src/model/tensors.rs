@@ -1,8 +1,8 @@
 //! Finds a model's tensors, whatever its file calls them.
 
-use super::{Family, ModelConfig, ModelError, NormPlacement, gguf, huggingface};
+use super::{Family, ModelConfig, ModelError, NormPlacement, gguf, huggingface, random};
 use crate::device::{LinearSpec, RowOrder, WeightRows};
-use crate::weights::{Gguf, ModelFolder, ParameterCount, TensorView, WeightSource, quant};
+use crate::weights::{DType, Gguf, ModelFolder, ParameterCount, TensorView, WeightSource, quant};
 
 /// Who named the tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,14 +73,7 @@ impl ModelSource {
     /// The model of a Hugging Face folder.
     pub fn from_folder(folder: ModelFolder) -> Result<Self, ModelError> {
         let config = huggingface::read(folder.config())?;
-        let settings = folder.config();
-        let tied = [settings, settings.get("text_config").unwrap_or(settings)]
-            .iter()
-            .any(|part| {
-                part.get("tie_word_embeddings")
-                    .and_then(|tied| tied.as_bool())
-                    == Some(true)
-            });
+        let tied = huggingface::ties_embeddings(folder.config());
         let prefixes = ["model.", "language_model.model.", "model.language_model."];
         let prefix = prefixes
             .into_iter()
@@ -95,6 +88,26 @@ impl ModelSource {
             config,
             weights: Box::new(folder),
             naming,
+            tied,
+        })
+    }
+
+    /// A model with random weights in `format`, of the size that a Hugging Face
+    /// `config.json` says.
+    ///
+    /// # Errors
+    /// What is wrong with the settings, or that the weights cannot be had in the format.
+    pub fn random(settings: &serde_json::Value, format: DType) -> Result<Self, ModelError> {
+        let config = huggingface::read(settings)?;
+        let tied = huggingface::ties_embeddings(settings);
+        // Gemma's configurations leave out that they are tied.
+        let tied = tied || config.family.scales_embeddings();
+        let prefix = "model.";
+        let tensors = random::tensors(&config, prefix, tied);
+        Ok(Self {
+            weights: Box::new(random::weights(tensors, format)?),
+            config,
+            naming: Naming::HuggingFace { prefix },
             tied,
         })
     }
@@ -416,7 +429,7 @@ fn gguf_name(part: Part) -> String {
     }
 }
 
-fn huggingface_name(family: Family, part: Part) -> String {
+pub(super) fn huggingface_name(family: Family, part: Part) -> String {
     let mixtral = family == Family::Mixtral;
     let expert = |index: usize, mixtral_name: &str, name: &str| {
         if mixtral {

@@ -4,10 +4,13 @@ use super::memory::{MemoryPlan, cache_shape};
 use super::{LoadError, ModelRunner, Runner, RunnerInfo, limits};
 use crate::config::EngineConfig;
 use crate::device::cpu::{CpuDevice, CpuOptions};
+#[cfg(feature = "cuda")]
+use crate::device::cuda::{CudaDevice, CudaOptions};
 use crate::device::{Device, DeviceError, DeviceInfo};
 use crate::model::ModelSource;
 use crate::text::{GgufVocabulary, Tokenizer};
-use crate::weights::{Gguf, ModelFolder};
+use crate::weights::{DType, Gguf, ModelFolder};
+use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// Where a model is to run.
@@ -29,17 +32,41 @@ pub struct LoadOptions {
     pub device: DeviceChoice,
     /// Settings of the CPU device.
     pub cpu: CpuOptions,
+    /// Settings of the CUDA device; [`DeviceChoice::Cuda`] says which it is.
+    #[cfg(feature = "cuda")]
+    pub cuda: CudaOptions,
     /// Told after each part of the model how many of how many are loaded.
     pub progress: Option<Box<dyn FnMut(usize, usize) + Send>>,
 }
 
+impl LoadOptions {
+    /// On the CPU, whatever else there is.
+    pub fn cpu() -> Self {
+        Self {
+            device: DeviceChoice::Cpu,
+            ..Self::default()
+        }
+    }
+
+    /// The device that these options choose. It is made ready and given back.
+    pub fn device_info(&self) -> Result<DeviceInfo, LoadError> {
+        #[cfg(feature = "cuda")]
+        if let Some(device) = cuda_device(self.device, self.cuda.clone())? {
+            return Ok(device.info());
+        }
+        #[cfg(not(feature = "cuda"))]
+        refuse_cuda(self.device)?;
+        Ok(CpuDevice::new(&self.cpu)?.info())
+    }
+}
+
 impl std::fmt::Debug for LoadOptions {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter
-            .debug_struct("LoadOptions")
-            .field("device", &self.device)
-            .field("cpu", &self.cpu)
-            .finish_non_exhaustive()
+        let mut debug = formatter.debug_struct("LoadOptions");
+        debug.field("device", &self.device).field("cpu", &self.cpu);
+        #[cfg(feature = "cuda")]
+        debug.field("cuda", &self.cuda);
+        debug.finish_non_exhaustive()
     }
 }
 
@@ -84,6 +111,17 @@ impl ModelFiles {
         })
     }
 
+    /// No files at all: random weights in `format`, of a model of the size that a
+    /// Hugging Face `config.json` says, to measure its speed. `name` stands for its path.
+    pub fn random(name: &str, settings: &Value, format: DType) -> Result<Self, LoadError> {
+        Ok(Self {
+            path: PathBuf::from(name),
+            source: ModelSource::random(settings, format)?,
+            tokenizer: None,
+            recipe: None,
+        })
+    }
+
     /// Where they are.
     pub fn path(&self) -> &Path {
         &self.path
@@ -104,22 +142,39 @@ impl ModelFiles {
         self.tokenizer.as_ref()
     }
 
-    /// The memory that the model would take on the CPU device, without loading it:
-    /// weights as in the file.
+    /// The device that the options choose and the memory that the model would take
+    /// there, without loading it: weights as in the file.
     pub fn plan(
         &self,
         config: &EngineConfig,
-        cpu: &CpuOptions,
+        options: &LoadOptions,
     ) -> Result<(DeviceInfo, MemoryPlan), LoadError> {
         limits::validate(config)?;
         let parameters = self.source.parameters();
-        let cpu = cpu.clone().for_weights(parameters.is_quantised());
+        #[cfg(feature = "cuda")]
+        if let Some(device) = cuda_device(options.device, options.cuda.clone())? {
+            // Its cache gets what the weights leave.
+            let budget = device.cache_budget()?.saturating_sub(parameters.bytes);
+            return self.plan_on(&device, config, budget);
+        }
+        #[cfg(not(feature = "cuda"))]
+        refuse_cuda(options.device)?;
+        let cpu = options.cpu.clone().for_weights(parameters.is_quantised());
         let device = CpuDevice::new(&cpu)?;
-        let shape = cache_shape(self.source.config(), config, &device)?;
-        Ok((
-            device.info(),
-            MemoryPlan::new(parameters.bytes, &shape, &device),
-        ))
+        self.plan_on(&device, config, device.cache_budget()?)
+    }
+
+    /// The plan where the device would give the cache `budget` bytes.
+    fn plan_on<D: Device>(
+        &self,
+        device: &D,
+        config: &EngineConfig,
+        budget: usize,
+    ) -> Result<(DeviceInfo, MemoryPlan), LoadError> {
+        let budget = config.kv_cache_bytes.unwrap_or(budget);
+        let shape = cache_shape(self.source.config(), config, budget, device)?;
+        let weights = self.source.parameters().bytes;
+        Ok((device.info(), MemoryPlan::new(weights, &shape, device)))
     }
 
     /// The model's numbers and tensors.
@@ -141,18 +196,61 @@ impl ModelFiles {
         let LoadOptions {
             device,
             cpu,
+            #[cfg(feature = "cuda")]
+            cuda,
             progress,
         } = options;
-        if let DeviceChoice::Cuda(index) = device {
-            return Err(LoadError::Device(DeviceError::Unavailable {
-                device: format!("cuda:{index}"),
-                reason: "this version of quell has no CUDA device; use --device cpu".to_owned(),
-            }));
-        }
         let mut progress = progress.unwrap_or_else(|| Box::new(|_, _| {}));
+        #[cfg(feature = "cuda")]
+        if let Some(device) = cuda_device(device, cuda)? {
+            return self.run_on(device, config, &mut progress);
+        }
+        #[cfg(not(feature = "cuda"))]
+        refuse_cuda(device)?;
         let quantised = self.source.parameters().is_quantised();
         let device = CpuDevice::new(&cpu.for_weights(quantised))?;
-        let (runner, info) = ModelRunner::load(device, &self.source, config, &mut progress)?;
+        self.run_on(device, config, &mut progress)
+    }
+
+    fn run_on<D: Device>(
+        &self,
+        device: D,
+        config: &EngineConfig,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<(Box<dyn Runner>, RunnerInfo), LoadError> {
+        let (runner, info) = ModelRunner::load(device, &self.source, config, progress)?;
         Ok((Box::new(runner), info))
+    }
+}
+
+/// The CUDA device, if it is to be used.
+#[cfg(feature = "cuda")]
+fn cuda_device(
+    choice: DeviceChoice,
+    options: CudaOptions,
+) -> Result<Option<CudaDevice>, DeviceError> {
+    match choice {
+        DeviceChoice::Cpu => Ok(None),
+        DeviceChoice::Cuda(device) => CudaDevice::new(&CudaOptions { device, ..options }).map(Some),
+        DeviceChoice::Auto => match CudaDevice::new(&options) {
+            Ok(device) => Ok(Some(device)),
+            Err(DeviceError::Unavailable { reason, .. }) => {
+                tracing::info!("running on the CPU: {reason}");
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        },
+    }
+}
+
+/// Without the CUDA device there is nothing but the CPU.
+#[cfg(not(feature = "cuda"))]
+fn refuse_cuda(choice: DeviceChoice) -> Result<(), DeviceError> {
+    match choice {
+        DeviceChoice::Cuda(index) => Err(DeviceError::Unavailable {
+            device: format!("cuda:{index}"),
+            reason: "this quell was built without the feature 'cuda'".to_owned(),
+        }),
+        DeviceChoice::Auto | DeviceChoice::Cpu => Ok(()),
     }
 }

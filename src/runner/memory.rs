@@ -36,10 +36,11 @@ impl MemoryPlan {
     }
 }
 
-/// The cache that fits in the bytes asked for.
+/// The cache that fits in `budget` bytes.
 pub(super) fn cache_shape<D: Device>(
     model: &ModelConfig,
     config: &EngineConfig,
+    budget: usize,
     device: &D,
 ) -> Result<CacheShape, LoadError> {
     let block = CacheShape {
@@ -54,13 +55,13 @@ pub(super) fn cache_shape<D: Device>(
     let useful = context_tokens(model, config)
         .div_ceil(config.block_tokens)
         .saturating_mul(config.max_sequences);
-    let blocks = (config.kv_cache_bytes / block_bytes)
+    let blocks = (budget / block_bytes)
         .min(useful)
         .min(u32::MAX as usize >> 8);
     if blocks == 0 {
         return Err(LoadError::Config {
             name: "kv_cache_bytes",
-            value: config.kv_cache_bytes.to_string(),
+            value: budget.to_string(),
             expected: format!("at least {block_bytes}, one block of this model"),
         });
     }

@@ -16,6 +16,7 @@ pub use files::{DeviceChoice, LoadOptions, ModelFiles};
 pub use memory::MemoryPlan;
 pub use model_runner::ModelRunner;
 
+use crate::cache::BlockId;
 use crate::device::{DeviceError, DeviceInfo};
 use crate::model::ModelConfig;
 use crate::sampling::Sampled;
@@ -29,6 +30,13 @@ pub trait Runner {
 
     /// Enqueues a step. An error means that nothing of it is in flight.
     fn launch(&mut self, plan: &StepPlan, sequences: &Sequences) -> Result<(), DeviceError>;
+
+    /// Overwrites blocks that nobody holds, so that a step that reads them shows it.
+    /// Comes after what is in flight and before what is launched next.
+    fn poison(&mut self, blocks: &[BlockId]) -> Result<(), DeviceError> {
+        let _ = blocks;
+        Ok(())
+    }
 
     /// Waits for the oldest step in flight and gives its samples, in the order of
     /// [`StepPlan::samples`].

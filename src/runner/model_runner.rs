@@ -3,8 +3,9 @@
 use super::limits::context_tokens;
 use super::memory::{MemoryPlan, cache_shape};
 use super::{LoadError, ModelInfo, Runner, RunnerInfo, inputs};
+use crate::cache::BlockId;
 use crate::config::EngineConfig;
-use crate::device::{Batch, Device, DeviceError};
+use crate::device::{Batch, Device, DeviceError, DeviceLimits};
 use crate::model::{Decoder, ModelSource, StepLimits};
 use crate::sampling::{SampleRow, Sampled};
 use crate::schedule::{Sequences, StepPlan};
@@ -37,8 +38,19 @@ impl<D: Device> ModelRunner<D> {
             samples: config.max_sequences.min(config.max_batch_tokens),
             positions: context,
         };
-        let shape = cache_shape(model, config, &device)?;
+        device.reserve(&DeviceLimits {
+            rows: limits.rows,
+            sequences: limits.samples,
+            sequence_tokens: context,
+            block_tokens: config.block_tokens,
+            vocabulary: model.vocabulary,
+        })?;
         let decoder = Decoder::load(source, &mut device, limits, progress)?;
+        let budget = match config.kv_cache_bytes {
+            Some(bytes) => bytes,
+            None => device.cache_budget()?,
+        };
+        let shape = cache_shape(model, config, budget, &device)?;
         let cache = device.allocate_cache(&shape)?;
         let memory = MemoryPlan::new(device.weight_bytes(), &shape, &device);
         let info = RunnerInfo {
@@ -69,7 +81,7 @@ impl<D: Device> ModelRunner<D> {
 
 impl<D: Device> Runner for ModelRunner<D> {
     fn depth(&self) -> usize {
-        1
+        self.device.depth()
     }
 
     fn launch(&mut self, plan: &StepPlan, sequences: &Sequences) -> Result<(), DeviceError> {
@@ -90,6 +102,11 @@ impl<D: Device> Runner for ModelRunner<D> {
         };
         self.in_flight.push_back(pending);
         Ok(())
+    }
+
+    fn poison(&mut self, blocks: &[BlockId]) -> Result<(), DeviceError> {
+        let blocks: Vec<u32> = blocks.iter().map(|block| block.index() as u32).collect();
+        self.device.poison(&mut self.cache, &blocks)
     }
 
     fn collect(&mut self) -> Result<Vec<Sampled>, DeviceError> {

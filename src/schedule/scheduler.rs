@@ -5,7 +5,7 @@ use super::{
     FinishReason, PlanItem, Policy, Sequence, SequenceKey, SequenceSpec, Sequences, StepPlan,
     TokenInput,
 };
-use crate::cache::{BlockCache, Books, Imbalance};
+use crate::cache::{BlockCache, BlockId, Books, Imbalance};
 use crate::id::{SessionId, StepId};
 
 /// Sequences by state.
@@ -72,6 +72,12 @@ impl Scheduler {
     /// The cache's books.
     pub fn cache(&self) -> &BlockCache {
         &self.cache
+    }
+
+    /// The blocks that became free since the last call; the first call starts the
+    /// record.
+    pub fn take_freed(&mut self) -> Vec<BlockId> {
+        self.cache.take_freed()
     }
 
     /// The last step that was planned.

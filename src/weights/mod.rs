@@ -9,6 +9,7 @@ pub mod folder;
 pub mod gguf;
 mod map;
 pub mod quant;
+mod random;
 mod safetensors;
 mod source;
 
@@ -16,4 +17,5 @@ pub use dtype::DType;
 pub use folder::ModelFolder;
 pub use gguf::Gguf;
 pub use map::MappedFile;
+pub use random::{RANDOM_DEVIATION, RandomContent, RandomTensor, RandomWeights, UnfitTensor};
 pub use source::{ParameterCount, TensorView, WeightSource, WeightsError};

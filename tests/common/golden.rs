@@ -68,6 +68,15 @@ pub fn tiny_cases(name: &str) -> Vec<Case> {
         .collect()
 }
 
+/// The largest error that transformers itself makes on a tiny checkpoint in another
+/// type than float32.
+pub fn transformers_error(name: &str, dtype: &str) -> f32 {
+    let text = std::fs::read_to_string(tiny(name).join("golden.json")).unwrap();
+    let golden: Value = serde_json::from_str(&text).unwrap();
+    let error = &golden["transformers_error"][dtype]["max_abs_logprob_error"];
+    error.as_f64().unwrap() as f32
+}
+
 fn request(prompt: Vec<u32>, tokens: usize, logprobs: Option<u32>) -> Request {
     let sampling = SamplingParams {
         logprobs,

@@ -4,6 +4,7 @@
 //! the block tables, and only when a step is collected: a block that is handed out
 //! too early, or a table that is wrong, changes the tokens that come out.
 
+use quell::cache::BlockId;
 use quell::device::DeviceError;
 use quell::runner::{Runner, RunnerInfo};
 use quell::sampling::Sampled;
@@ -138,6 +139,14 @@ impl Runner for SimRunner {
             }
         }
         self.in_flight.push_back((plan.step.as_u64(), items));
+        Ok(())
+    }
+
+    fn poison(&mut self, blocks: &[BlockId]) -> Result<(), DeviceError> {
+        let size = self.options.block_tokens;
+        for block in blocks {
+            self.memory[block.index() * size..][..size].fill(u32::MAX);
+        }
         Ok(())
     }
 

@@ -4,7 +4,7 @@
 use quell::device::cpu::{
     Activations, CpuDevice, CpuLinear, CpuOptions, CpuTensor, KvType, SimdLevel,
 };
-use quell::device::{Device, LinearSpec, RowOrder, WeightRows};
+use quell::device::{Device, LinearSpec, Precision, RowOrder, WeightRows};
 use quell::weights::{DType, quant};
 
 /// A xorshift generator: the same numbers on every machine.
@@ -62,7 +62,7 @@ pub fn device(simd: SimdLevel, threads: usize, activations: Activations) -> CpuD
 
 pub fn tensor(device: &mut CpuDevice, columns: usize, values: &[f32]) -> CpuTensor {
     let rows = values.len() / columns;
-    let mut tensor = device.allocate(rows, columns).unwrap();
+    let mut tensor = device.allocate(rows, columns, Precision::Full).unwrap();
     for (row, values) in values.chunks_exact(columns).enumerate() {
         tensor.row_mut(row).copy_from_slice(values);
     }
@@ -148,7 +148,9 @@ pub fn linear(
 pub fn multiply(device: &mut CpuDevice, weight: &CpuLinear, x: &[f32]) -> Vec<f32> {
     let x = tensor(device, weight.columns(), x);
     let rows = x.rows();
-    let mut out = device.allocate(rows, weight.rows()).unwrap();
+    let mut out = device
+        .allocate(rows, weight.rows(), Precision::Full)
+        .unwrap();
     device.linear(&x, weight, rows, &mut out).unwrap();
     values(&out, rows)
 }

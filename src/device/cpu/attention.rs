@@ -15,7 +15,7 @@ use super::cache::{CpuCache, HalfBits, KvElement, TileShape};
 use super::memory::Disjoint;
 use super::simd::{Isa, Kernel, LANES, Simd};
 use super::softmax::{Softmax, SoftmaxShape};
-use super::stage::Staged;
+use super::stage::StagedBatch;
 use super::tile::{Block, Tile};
 use super::workers::Workers;
 use crate::device::{AttentionSpec, DeviceError};
@@ -61,7 +61,7 @@ pub(crate) struct Attend<'a> {
     pub(crate) spec: &'a AttentionSpec,
     pub(crate) cache: &'a CpuCache,
     pub(crate) layer: usize,
-    pub(crate) batch: &'a Staged,
+    pub(crate) batch: &'a StagedBatch,
 }
 
 impl Attend<'_> {

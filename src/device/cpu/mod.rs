@@ -48,7 +48,7 @@ use memory::Disjoint;
 use rope::{NormWeights, RopeStore, RopeTables};
 use rowwise::{Add, Gate, Largest, RmsNorm, RmsNormAdd, Softcap};
 use simd::{Isa, Kernel};
-use stage::Staged;
+use stage::StagedBatch;
 use workers::Workers;
 
 /// A vector of float32 numbers.
@@ -70,7 +70,7 @@ pub struct CpuDevice {
     multiplier: Multiplier,
     kv_half: bool,
     weight_bytes: usize,
-    staged: Staged,
+    staged: StagedBatch,
     ropes: RopeTables,
     attention: Attention,
     experts: experts::Scratch,
@@ -95,7 +95,7 @@ impl CpuDevice {
             multiplier: Multiplier::new(isa, options.activations),
             kv_half,
             weight_bytes: 0,
-            staged: Staged::default(),
+            staged: StagedBatch::default(),
             ropes: RopeTables::default(),
             attention: Attention::default(),
             experts: experts::Scratch::default(),
@@ -200,6 +200,7 @@ impl Device for CpuDevice {
             description: format!(
                 "{isa}, {threads} threads, activations in {activations}, keys and values in {kv}"
             ),
+            details: Vec::new(),
         }
     }
 
@@ -267,16 +268,27 @@ impl Device for CpuDevice {
         self.weight_bytes
     }
 
-    fn allocate(&mut self, rows: usize, columns: usize) -> Result<CpuTensor, DeviceError> {
+    /// All activations are float32 here.
+    fn allocate(
+        &mut self,
+        rows: usize,
+        columns: usize,
+        _: Precision,
+    ) -> Result<CpuTensor, DeviceError> {
         CpuTensor::zeroed(rows, columns)
+    }
+
+    fn cache_budget(&self) -> Result<usize, DeviceError> {
+        Ok(512 << 20)
     }
 
     fn allocate_cache(&mut self, shape: &CacheShape) -> Result<CpuCache, DeviceError> {
         CpuCache::new(*shape, self.kv_half)
     }
 
-    fn stage(&mut self, batch: &Batch) -> Result<(), DeviceError> {
-        self.staged.take(batch, &self.sampled)
+    fn stage(&mut self, batch: &Batch) -> Result<Staged, DeviceError> {
+        self.staged.take(batch, &self.sampled)?;
+        Ok(Staged::Enqueue)
     }
 
     fn embed(

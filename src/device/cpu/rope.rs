@@ -4,7 +4,7 @@ use super::cache::{CpuCache, HalfBits, KvElement, TileShape};
 use super::memory::Disjoint;
 use super::rowwise::normalize;
 use super::simd::{Isa, Kernel, LANES, Simd};
-use super::stage::Staged;
+use super::stage::StagedBatch;
 use super::workers::Workers;
 use crate::device::{DeviceError, HeadShape, RopeSpec};
 use std::ops::Range;
@@ -41,7 +41,7 @@ impl RopeTables {
         &mut self,
         workers: &mut Workers,
         rope: &CpuRope,
-        batch: &Staged,
+        batch: &StagedBatch,
     ) -> Result<&[f32], DeviceError> {
         let wrong = || DeviceError::Failed {
             device: "cpu",
@@ -89,7 +89,7 @@ pub(crate) struct RopeStore<'a> {
     pub(crate) norm: Option<NormWeights<'a>>,
     pub(crate) half: usize,
     pub(crate) angles: &'a [f32],
-    pub(crate) batch: &'a Staged,
+    pub(crate) batch: &'a StagedBatch,
 }
 
 impl RopeStore<'_> {

@@ -5,7 +5,7 @@ use crate::device::{Batch, BatchSequence, DeviceError};
 /// A checked batch: every row has a token, sequences cover the rows in order, and
 /// no two rows write the same slot.
 #[derive(Default)]
-pub(crate) struct Staged {
+pub(crate) struct StagedBatch {
     pub(crate) tokens: Vec<u32>,
     pub(crate) positions: Vec<u32>,
     pub(crate) slots: Vec<u32>,
@@ -33,7 +33,7 @@ fn copy<T: Clone>(to: &mut Vec<T>, from: &[T]) {
     to.extend_from_slice(from);
 }
 
-impl Staged {
+impl StagedBatch {
     /// Number of rows.
     pub(crate) fn rows(&self) -> usize {
         self.tokens.len()

@@ -1,0 +1,151 @@
+//! How near the CUDA kernels come to what the GPU can do: time by the GPU's clock, TB/s,
+//! TFLOP/s, and the share of the bandwidth that a copy reaches in the same run.
+//!
+//! `cargo bench --bench kernels [-- --format json] [--small] [--only KERNEL]`
+//!
+//! `--small` takes tiny shapes, to try the program out on the virtual GPU. Without a
+//! usable GPU it says so and ends.
+
+#[path = "attention.rs"]
+mod attention;
+#[path = "linear.rs"]
+mod linear;
+#[path = "report.rs"]
+mod report;
+#[path = "rows.rs"]
+mod rows;
+#[path = "shapes.rs"]
+mod shapes;
+
+use quell::device::cuda::{CudaDevice, CudaOptions};
+use quell::device::{Device, DeviceError, DeviceLimits};
+use report::{Report, Work};
+use std::process::ExitCode;
+
+/// More than the L2 cache of any GPU: operands must be found in memory.
+const WORKING_SET: usize = 512 << 20;
+
+/// Launches of each measurement.
+const SAMPLES: usize = 15;
+
+/// What all measurements share.
+pub struct Bench {
+    pub device: CudaDevice,
+    pub report: Report,
+    pub small: bool,
+    only: Option<String>,
+}
+
+impl Bench {
+    /// Operands that are used in turn, so that each is read from memory.
+    pub fn copies(&self, bytes: usize) -> usize {
+        let set = if self.small { 1 } else { WORKING_SET };
+        set.div_ceil(bytes.max(1)).clamp(1, 64)
+    }
+
+    /// Whether this kernel was asked for.
+    pub fn wants(&self, kernel: &str) -> bool {
+        self.only
+            .as_deref()
+            .is_none_or(|only| kernel.contains(only))
+    }
+
+    /// Measures `run`, which enqueues the operation `repeats` times. A failure is noted.
+    pub fn measure(
+        &mut self,
+        work: Work,
+        repeats: usize,
+        run: impl FnMut(&mut CudaDevice) -> Result<(), DeviceError>,
+    ) {
+        let samples = if self.small { 2 } else { SAMPLES };
+        let times = self.device.time(samples, run);
+        self.report.add(work, repeats, times);
+    }
+
+    /// The same for an operation that cannot be recorded as a graph.
+    pub fn measure_unrecorded(
+        &mut self,
+        work: Work,
+        run: impl FnMut(&mut CudaDevice) -> Result<(), DeviceError>,
+    ) {
+        let samples = if self.small { 2 } else { SAMPLES };
+        let times = self.device.time_unrecorded(samples, run);
+        self.report.add(work, 1, times);
+    }
+}
+
+/// Numbers between −1 and 1 that look random.
+pub fn values(count: usize) -> Vec<f32> {
+    let mut state = 0x9e37_79b9u32;
+    let next = |_| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+    };
+    (0..count).map(next).collect()
+}
+
+fn run() -> Result<bool, DeviceError> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let has = |flag: &str| arguments.iter().any(|argument| argument == flag);
+    let after = |flag: &str| {
+        let at = arguments.iter().position(|argument| argument == flag)?;
+        arguments.get(at + 1).cloned()
+    };
+    let small = has("--small");
+    let options = CudaOptions {
+        graphs: false,
+        ..CudaOptions::default()
+    };
+    let mut device = match CudaDevice::new(&options) {
+        Ok(device) => device,
+        Err(error @ DeviceError::Unavailable { .. }) => {
+            eprintln!("kernels: nothing is measured: {error}");
+            return Ok(true);
+        }
+        Err(error) => return Err(error),
+    };
+    let shapes = if small { shapes::SMALL } else { shapes::MODELS };
+    device.reserve(&DeviceLimits {
+        rows: if small { 32 } else { 2048 },
+        sequences: if small { 4 } else { 256 },
+        sequence_tokens: if small { 64 } else { 8192 },
+        block_tokens: shapes::BLOCK,
+        vocabulary: shapes
+            .iter()
+            .map(|shape| shape.vocabulary)
+            .max()
+            .unwrap_or(0),
+    })?;
+    let (bytes, samples) = if small {
+        (1 << 16, 2)
+    } else {
+        (2 << 30, SAMPLES)
+    };
+    let bandwidth = device.copy_bandwidth(bytes, samples)?;
+    let report = Report::new(device.info(), bandwidth, after("--format").as_deref());
+    let mut bench = Bench {
+        device,
+        report,
+        small,
+        only: after("--only"),
+    };
+    for shape in shapes {
+        linear::run(&mut bench, shape)?;
+        rows::run(&mut bench, shape)?;
+        attention::run(&mut bench, shape)?;
+    }
+    rows::sampling(&mut bench, &shapes[0])?;
+    linear::experts(&mut bench)?;
+    Ok(bench.report.finish())
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("kernels: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

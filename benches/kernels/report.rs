@@ -1,0 +1,107 @@
+//! What was measured, as a table or as JSON.
+
+use quell::device::{DeviceError, DeviceInfo};
+use serde_json::{Value, json};
+
+/// A measurement: which operation, and the least that it has to do.
+pub struct Work {
+    pub kernel: String,
+    pub shape: String,
+    pub rows: usize,
+    /// Bytes that it must read and write at least.
+    pub bytes: usize,
+    /// Floating-point operations that it must do at least; 0 where they do not matter.
+    pub operations: usize,
+}
+
+/// All measurements of a run.
+pub struct Report {
+    device: DeviceInfo,
+    /// Bytes that a copy moves in a second.
+    bandwidth: f64,
+    json: bool,
+    measured: Vec<Value>,
+    failed: Vec<String>,
+}
+
+impl Report {
+    pub fn new(device: DeviceInfo, bandwidth: f64, format: Option<&str>) -> Self {
+        let json = format == Some("json");
+        if !json {
+            println!("{}: {}", device.name, device.description);
+            println!("copy: {:.3} TB/s, read and written", bandwidth / 1e12);
+            println!(
+                "{:<18} {:<34} {:>5} {:>10} {:>8} {:>9} {:>7}",
+                "kernel", "shape", "rows", "µs", "TB/s", "TFLOP/s", "of copy"
+            );
+        }
+        Self {
+            device,
+            bandwidth,
+            json,
+            measured: Vec::new(),
+            failed: Vec::new(),
+        }
+    }
+
+    /// Adds a measurement of `repeats` operations a launch.
+    pub fn add(&mut self, work: Work, repeats: usize, times: Result<Vec<f64>, DeviceError>) {
+        let Work {
+            kernel,
+            shape,
+            rows,
+            bytes,
+            operations,
+        } = work;
+        let mut times = match times {
+            Ok(times) => times,
+            Err(error) => {
+                eprintln!("kernels: {kernel} {shape}, {rows} rows: {error}");
+                self.failed.push(format!("{kernel} {shape}: {error}"));
+                return;
+            }
+        };
+        times.iter_mut().for_each(|time| *time /= repeats as f64);
+        times.sort_by(f64::total_cmp);
+        let seconds = times[times.len() / 2];
+        let (rate, speed) = (bytes as f64 / seconds, operations as f64 / seconds);
+        let share = rate / self.bandwidth;
+        if !self.json {
+            println!(
+                "{kernel:<18} {shape:<34} {rows:>5} {:>10.2} {:>8.3} {:>9.2} {:>6.1} %",
+                seconds * 1e6,
+                rate / 1e12,
+                speed / 1e12,
+                share * 100.0
+            );
+        }
+        self.measured.push(json!({
+            "kernel": kernel,
+            "shape": shape,
+            "rows": rows,
+            "microseconds": seconds * 1e6,
+            "fastest": times[0] * 1e6,
+            "slowest": times[times.len() - 1] * 1e6,
+            "bytes": bytes,
+            "operations": operations,
+            "tb_per_s": rate / 1e12,
+            "tflop_per_s": speed / 1e12,
+            "share_of_copy": share,
+        }));
+    }
+
+    /// Prints what is left to print; whether everything could be measured.
+    pub fn finish(self) -> bool {
+        if self.json {
+            let report = json!({
+                "device": self.device.name,
+                "description": self.device.description,
+                "copy_tb_per_s": self.bandwidth / 1e12,
+                "kernels": self.measured,
+                "failed": self.failed,
+            });
+            println!("{report:#}");
+        }
+        self.failed.is_empty()
+    }
+}

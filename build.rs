@@ -1,0 +1,231 @@
+//! Picks the kernel images that the binary carries: writes `OUT_DIR/images.rs`, which
+//! `src/device/cuda/images.rs` includes.
+//!
+//! The portable images of `kernels/ptx` always; machine code for the usual GPUs as well
+//! where a CUDA toolkit is found. Nothing here needs one: without it, or where it fails,
+//! the NVIDIA driver compiles the portable images when the program starts.
+//!
+//! `QUELL_NATIVE_KERNELS=1` embeds machine code in a debug build, too; `0` in none.
+
+use std::collections::VecDeque;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+use std::{env, fs, io};
+
+const IMAGES: &str = "kernels/ptx";
+
+/// Compute capabilities that machine code is made for, as far as the toolkit knows them:
+/// A100, RTX 30, RTX 40 and L4, H100, B200, RTX 50.
+const ARCHITECTURES: [u32; 6] = [80, 86, 89, 90, 100, 120];
+
+/// A portable image: of `kernels/NAME.cu` for one type of activations.
+struct Portable {
+    name: String,
+    activations: String,
+    path: PathBuf,
+}
+
+/// Machine code made of a portable image.
+struct Native<'a> {
+    portable: &'a Portable,
+    architecture: u32,
+    /// Its name in `OUT_DIR`.
+    file: String,
+}
+
+fn main() -> io::Result<()> {
+    println!("cargo:rerun-if-changed=build.rs");
+    if env::var_os("CARGO_FEATURE_CUDA").is_none() {
+        return Ok(());
+    }
+    println!("cargo:rerun-if-changed={IMAGES}");
+    for variable in ["QUELL_NATIVE_KERNELS", "NVCC", "CUDA_HOME", "CUDA_PATH"] {
+        println!("cargo:rerun-if-env-changed={variable}");
+    }
+    let out = PathBuf::from(env::var_os("OUT_DIR").ok_or(io::ErrorKind::NotFound)?);
+    let portable = portable_images(Path::new(IMAGES))?;
+    for image in &portable {
+        // The driver takes PTX as a C string.
+        let mut text = fs::read(&image.path)?;
+        text.push(0);
+        fs::write(out.join(format!("{}.ptx", image.stem())), text)?;
+    }
+    let native = match assembler() {
+        Some(ptxas) => native_images(&ptxas, &portable, &out).unwrap_or_else(|problem| {
+            println!("cargo:warning=no machine code for GPUs is embedded: {problem}");
+            Vec::new()
+        }),
+        None => Vec::new(),
+    };
+    fs::write(out.join("images.rs"), table(&portable, &native))
+}
+
+impl Portable {
+    fn stem(&self) -> String {
+        format!("{}.{}", self.name, self.activations)
+    }
+}
+
+/// The images of `kernels/ptx`, by name. There may be none.
+fn portable_images(folder: &Path) -> io::Result<Vec<Portable>> {
+    let mut images = Vec::new();
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(images),
+        Err(error) => return Err(error),
+    };
+    for entry in entries {
+        let path = entry?.path();
+        let file = path.file_name().and_then(|name| name.to_str());
+        let parts: Vec<&str> = file.unwrap_or_default().split('.').collect();
+        if let [name, activations, "ptx"] = parts[..] {
+            images.push(Portable {
+                name: name.to_owned(),
+                activations: activations.to_owned(),
+                path: path.clone(),
+            });
+        }
+    }
+    images.sort_by_key(Portable::stem);
+    Ok(images)
+}
+
+/// The toolkit's assembler, if machine code is wanted and there is a toolkit: `NVCC`,
+/// `CUDA_HOME`, `CUDA_PATH` or the search path say where. It stands beside nvcc.
+fn assembler() -> Option<PathBuf> {
+    let asked = env::var("QUELL_NATIVE_KERNELS").ok();
+    let release = env::var("PROFILE").is_ok_and(|profile| profile == "release");
+    match asked.as_deref() {
+        Some("0") => return None,
+        Some("1") => {}
+        _ if !release => return None,
+        _ => {}
+    }
+    let nvcc = env::var_os("NVCC").map(PathBuf::from);
+    let homes = ["CUDA_HOME", "CUDA_PATH"]
+        .into_iter()
+        .filter_map(env::var_os);
+    let search = env::var_os("PATH").unwrap_or_default();
+    let folders = nvcc
+        .iter()
+        // It may be a link into the toolkit.
+        .flat_map(|nvcc| [Some(nvcc.clone()), nvcc.canonicalize().ok()])
+        .filter_map(|nvcc| Some(nvcc?.parent()?.to_owned()))
+        .chain(homes.map(|home| PathBuf::from(home).join("bin")))
+        .chain(env::split_paths(&search));
+    let name = format!("ptxas{}", env::consts::EXE_SUFFIX);
+    let found = folders
+        .map(|folder| folder.join(&name))
+        .find(|path| path.is_file());
+    if found.is_none() && asked.is_some() {
+        println!("cargo:warning=no machine code for GPUs is embedded: there is no CUDA toolkit");
+    }
+    found
+}
+
+/// Assembles every image for every architecture that `ptxas` knows, several at a time.
+fn native_images<'a>(
+    ptxas: &Path,
+    portable: &'a [Portable],
+    out: &Path,
+) -> Result<Vec<Native<'a>>, String> {
+    let help = run(Command::new(ptxas).arg("--help"))?;
+    let known = |architecture: &u32| help.contains(&format!("'sm_{architecture}'"));
+    let jobs: VecDeque<Native> = portable
+        .iter()
+        .flat_map(|portable| {
+            ARCHITECTURES
+                .into_iter()
+                .filter(known)
+                .map(move |architecture| Native {
+                    portable,
+                    architecture,
+                    file: format!("{}.sm_{architecture}.cubin", portable.stem()),
+                })
+        })
+        .collect();
+    let threads = env::var("NUM_JOBS")
+        .ok()
+        .and_then(|count| count.parse().ok());
+    let jobs = Mutex::new(jobs);
+    let next = || jobs.lock().ok()?.pop_front();
+    let work = || {
+        let mut done = Vec::new();
+        while let Some(image) = next() {
+            run(Command::new(ptxas)
+                .arg(format!("-arch=sm_{}", image.architecture))
+                .arg("-o")
+                .arg(out.join(&image.file))
+                .arg(&image.portable.path))?;
+            done.push(image);
+        }
+        Ok(done)
+    };
+    let parts: Vec<Result<Vec<Native>, String>> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads.unwrap_or(1))
+            .map(|_| scope.spawn(work))
+            .collect();
+        let stopped = || Err("a thread panicked".to_owned());
+        let results = workers.into_iter().map(|worker| worker.join());
+        results
+            .map(|result| result.unwrap_or_else(|_| stopped()))
+            .collect()
+    });
+    let mut images = Vec::new();
+    for part in parts {
+        images.extend(part?);
+    }
+    images.sort_by_key(|image| (image.portable.stem(), image.architecture));
+    Ok(images)
+}
+
+/// What the command writes to its standard output.
+fn run(command: &mut Command) -> Result<String, String> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let output = command
+        .output()
+        .map_err(|error| format!("{program}: {error}"))?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    let line = said.lines().next().unwrap_or_default();
+    Err(format!("{program} fails ({}): {line}", output.status))
+}
+
+/// The tables that the program looks images up in.
+fn table(portable: &[Portable], native: &[Native]) -> String {
+    let mut text = String::from(
+        "/// Portable images: name, type of activations, PTX that ends with a NUL.\n\
+         pub(super) static PORTABLE: &[(&str, &str, &[u8])] = &[\n",
+    );
+    for image in portable {
+        let Portable {
+            name, activations, ..
+        } = image;
+        let _ = writeln!(
+            text,
+            "    ({name:?}, {activations:?}, include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{}.ptx\"))),",
+            image.stem()
+        );
+    }
+    text += "];\n\n";
+    if !native.is_empty() {
+        text += "#[repr(C, align(64))]\nstruct Aligned<T>(T);\n\n";
+    }
+    text += "/// Machine code: name, type of activations, compute capability (90 is 9.0), ELF image.\n\
+         pub(super) static NATIVE: &[(&str, &str, u32, &[u8])] = &[\n";
+    for image in native {
+        let Portable {
+            name, activations, ..
+        } = image.portable;
+        let _ = writeln!(
+            text,
+            "    ({name:?}, {activations:?}, {}, &Aligned(*include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{}\"))).0),",
+            image.architecture, image.file
+        );
+    }
+    text + "];\n"
+}

@@ -1,0 +1,30 @@
+// Non-linearities.
+#include "vector.cuh"
+
+// x · sigmoid(z); 0 where e^(−z) overflows.
+INLINE float gate(float x, float z) { return __fdividef(x, 1.0f + __expf(-z)); }
+
+// out = activation(gate) · up, where a row of `gate_up` is [gate | up] and `columns` is a
+// multiple of eight. `gelu`: its tanh form, x/2 · (1 + tanh u) = x · sigmoid(2u); else SiLU.
+KERNEL gated_activation(T* out, const T* gate_up, u32 rows, u32 columns, u32 gelu) {
+    u32 vectors = columns / 8;
+    u32 index = blockIdx.x * blockDim.x + threadIdx.x;
+    u32 row = index / vectors;
+    if (row >= rows) return;
+    const T* from = gate_up + u64(row) * 2 * columns + (index - row * vectors) * 8;
+    float x[8], up[8];
+    load8(x, from);
+    load8(up, from + columns);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        float cubic = fmaf(x[i] * x[i] * x[i], 0.044715f, x[i]);
+        x[i] = gate(x[i], gelu ? cubic * 1.595769f : x[i]) * up[i];
+    }
+    store8(out + u64(index) * 8, x);
+}
+
+// x → cap · tanh(x / cap), for `count` numbers.
+KERNEL softcap(float* x, float cap, u32 count) {
+    u32 index = blockIdx.x * blockDim.x + threadIdx.x;
+    if (index < count) x[index] = cap * tanhf(x[index] / cap);
+}

@@ -1,0 +1,424 @@
+// Attention over the paged cache: one kernel for sequences with one row (decode), which
+// spreads a sequence's units of keys over warps, one that merges those units, and one for
+// sequences with more rows (prefill). See attention.cuh for what they share.
+#include "attention.cuh"
+
+// Decode ---------------------------------------------------------------------------------
+
+// Granules of keys or values that a warp has on their way or at hand: a power of two, so
+// many that four warps fill no more than 72 KiB.
+template <int HEAD>
+constexpr u32 DECODE_SLOTS = HEAD <= 64 ? 8 : HEAD <= 128 ? 4 : 2;
+template <int HEAD>
+constexpr u32 DECODE_SLOT_BYTES = GRANULE * PITCH_BYTES<HEAD>;
+
+// What a warp of the decode kernel copies: the granules of a unit, tile by tile, of each
+// first two of keys (parts 0 and 1), then two of values.
+template <int HEAD>
+struct DecodeCopies {
+    const T *k_cache, *v_cache;
+    // In shared memory.
+    u32 ring;
+    // The unit's number and where its granules begin; see `Pages::locate`.
+    u32 unit, rows;
+    u32 end_tile;
+    Sight sight;
+
+    // Starts a part of a tile of the unit; nothing beyond the last tile, but a group of
+    // copies in any case.
+    INLINE void start(u32 tile, u32 part) const {
+        if (tile < end_tile) {
+            const u32 granule = tile * 2 + part % 2;
+            const u32 first = __shfl_sync(FULL_WARP, rows, granule);
+            const T* cache = part < 2 ? k_cache : v_cache;
+            copy_rows<HEAD, 32, GRANULE>(
+                at(tile, part), cache, first, 0, lane_id(), unit * UNIT + granule * GRANULE, sight
+            );
+        }
+        copy_async_commit();
+    }
+
+    INLINE u32 at(u32 tile, u32 part) const {
+        return ring + (tile * 4 + part) % DECODE_SLOTS<HEAD> * DECODE_SLOT_BYTES<HEAD>;
+    }
+
+    // Starts all that there is room for but one.
+    INLINE void begin(u32 tile) const {
+#pragma unroll 1
+        for (u32 part = 0; part < DECODE_SLOTS<HEAD> - 1; part++) start(tile + part / 4, part % 4);
+    }
+
+    // Waits until a part of a tile is there, and starts the one that takes the place of the
+    // part before it.
+    INLINE u32 next(u32 tile, u32 part) const {
+        constexpr u32 ahead = DECODE_SLOTS<HEAD> - 1;
+        copy_async_wait<int(ahead) - 1>();
+        __syncwarp();
+        start(tile + (part + ahead) / 4, (part + ahead) % 4);
+        return at(tile, part);
+    }
+};
+
+// grid (any, kv_heads · ceil(group / 16), listed sequences), 128 threads. Warp w of block x
+// does the units 4 x + w, 4 (x + gridDim.x) + w, … of those that the sequence's token sees.
+// An entry of the list is {sequence, where its units begin among all partial results}.
+template <int HEAD>
+INLINE void attend_decode(
+    float* partial_out, float2* partial_stats, const T* qkv, const T* k_cache, const T* v_cache, const u32* tables,
+    const uint4* sequences, const uint2* decode_list, u32 q_heads, u32 kv_heads, u32 block_tokens, float scale,
+    float softcap, u32 window
+) {
+    extern __shared__ __align__(16) u8 shared[];
+    const uint2 listed = decode_list[blockIdx.z];
+    const uint4 sequence = sequences[listed.x];
+    if (sequence.z == 0) return;
+    const Sight sight = Sight::of(sequence.z - 1, window);
+    const u32 first_unit = sight.begin / UNIT, units = (sight.end - 1) / UNIT + 1 - first_unit;
+    u32 index = blockIdx.x * WARPS + warp_id();
+    if (index >= units) return;
+
+    // The heads of this warp: some of the group, beside copies of the last one.
+    const u32 group = q_heads / kv_heads, tiles = (group + WARP_ROWS - 1) / WARP_ROWS;
+    const u32 kv_head = blockIdx.y / tiles, in_group = blockIdx.y % tiles * WARP_ROWS + lane_id() / 4;
+    const u32 head = kv_head * group + in_group;
+    const u32 last_head = kv_head * group + group - 1;
+    qkv += u64(sequence.x) * (q_heads + 2 * kv_heads) * HEAD;
+    const Queries<HEAD> queries(qkv + min(head, last_head) * HEAD, qkv + min(head + 8, last_head) * HEAD);
+
+    const Pages pages = {tables + sequence.w, block_tokens, kv_heads, kv_head};
+    const Scoring scoring(scale, softcap);
+    const Sight sights[2] = {sight, sight};
+    const u32 ring = shared_address(shared) + warp_id() * DECODE_SLOTS<HEAD> * DECODE_SLOT_BYTES<HEAD>;
+    Softmax<HEAD> softmax;
+#pragma unroll 1
+    for (; index < units; index += gridDim.x * WARPS) {
+        const u32 unit = first_unit + index, unit_key = unit * UNIT;
+        const u32 end_tile = (min(sight.end - unit_key, UNIT) + TILE - 1) / TILE;
+        const DecodeCopies<HEAD> copies = {k_cache, v_cache, ring, unit, pages.locate(unit, sight), end_tile, sight};
+        u32 tile = (max(sight.begin, unit_key) - unit_key) / TILE;
+        __syncwarp();
+        copies.begin(tile);
+        softmax.reset();
+#pragma unroll 1
+        for (; tile < end_tile; tile++) {
+            float scores[4][4];
+            u32 weights[2][4];
+            queries.multiply(scores[0], scores[1], copies.next(tile, 0));
+            queries.multiply(scores[2], scores[3], copies.next(tile, 1));
+            const u32 key = unit_key + tile * TILE;
+            const bool masked = key < sight.begin || key + TILE > sight.end;
+            softmax.weigh(scores, weights, scoring, sights, key, masked);
+            softmax.add(weights[0], copies.next(tile, 2));
+            softmax.add(weights[1], copies.next(tile, 3));
+        }
+        copy_async_wait<0>();
+        softmax.finish();
+
+        const u64 partial = u64(listed.y + index) * q_heads + head;
+        const u32 column = lane_id() % 4 * 2;
+        float* out = partial_out + partial * HEAD + column;
+#pragma unroll
+        for (u32 r = 0; r < 2; r++) {
+            if (in_group + 8 * r >= group) break;
+#pragma unroll
+            for (int n = 0; n < HEAD / 8; n++) {
+                const float2 x = make_float2(softmax.out[n][2 * r], softmax.out[n][2 * r + 1]);
+                *reinterpret_cast<float2*>(out + 8 * r * HEAD + n * 8) = x;
+            }
+            if (column == 0) partial_stats[partial + 8 * r] = make_float2(softmax.largest[r], softmax.sum[r]);
+        }
+    }
+}
+
+// grid (q_heads, listed sequences), a thread an element of a head, whole warps. Merges a
+// sequence's units in ascending order; zeros for a sequence of length 0.
+KERNEL attend_combine(
+    T* out, const float* partial_out, const float2* partial_stats, const uint4* sequences, const uint2* decode_list,
+    u32 q_heads, u32 head_dim, u32 window
+) {
+    constexpr u32 AT_ONCE = 16;
+    const uint2 listed = decode_list[blockIdx.y];
+    const uint4 sequence = sequences[listed.x];
+    const u32 head = blockIdx.x, lane = lane_id();
+    // Threads beyond the head read its last element.
+    const u32 column = min(threadIdx.x, head_dim - 1);
+    u32 units = 0;
+    if (sequence.z != 0) {
+        const Sight sight = Sight::of(sequence.z - 1, window);
+        units = (sight.end - 1) / UNIT + 1 - sight.begin / UNIT;
+    }
+    const u64 partial = u64(listed.y) * q_heads + head;
+    const u64 stride = u64(q_heads) * head_dim;
+    partial_out += partial * head_dim + column;
+    partial_stats += partial;
+    float largest = UNSEEN, sum = 0.0f, total = 0.0f;
+    for (u32 first = 0; first < units; first += 32) {
+        // Lane i prepares unit i: the largest score of all units before it, then the factors.
+        float2 stats = make_float2(UNSEEN, 0.0f);
+        if (first + lane < units) stats = partial_stats[u64(first + lane) * q_heads];
+        float upto = fmaxf(stats.x, largest);
+#pragma unroll
+        for (u32 distance = 1; distance < 32; distance *= 2) {
+            const float before = __shfl_up_sync(FULL_WARP, upto, distance);
+            if (lane >= distance) upto = fmaxf(upto, before);
+        }
+        float previous = __shfl_up_sync(FULL_WARP, upto, 1), keep, add;
+        if (lane == 0) previous = largest;
+        join(previous, stats.x, keep, add);
+        largest = __shfl_sync(FULL_WARP, upto, 31);
+        // Beyond the last unit nothing is added.
+#pragma unroll 1
+        for (u32 some = 0; some < 32 && first + some < units; some += AT_ONCE) {
+            float values[AT_ONCE];
+#pragma unroll
+            for (u32 i = 0; i < AT_ONCE; i++) {
+                const bool any = first + some + i < units;
+                values[i] = any ? *partial_out : 0.0f;
+                partial_out += stride;
+            }
+#pragma unroll
+            for (u32 i = 0; i < AT_ONCE; i++) {
+                const float keep_i = __shfl_sync(FULL_WARP, keep, some + i);
+                const float add_i = __shfl_sync(FULL_WARP, add, some + i);
+                sum = merge(sum, keep_i, __shfl_sync(FULL_WARP, stats.y, some + i), add_i);
+                total = merge(total, keep_i, values[i], add_i);
+            }
+        }
+    }
+    if (threadIdx.x >= head_dim) return;
+    out[(u64(sequence.x) * q_heads + head) * head_dim + column] = to_t(result(total, inverse(sum)));
+}
+
+// Prefill --------------------------------------------------------------------------------
+
+// Packed query rows of a block.
+constexpr u32 BLOCK_ROWS = WARPS * WARP_ROWS;
+// Tiles of keys or values that are on their way or at hand: a power of two.
+template <int HEAD>
+constexpr u32 PREFILL_SLOTS = HEAD <= 128 ? 4 : 2;
+template <int HEAD>
+constexpr u32 PREFILL_SLOT_BYTES = TILE * PITCH_BYTES<HEAD>;
+
+// The merged units of a warp's rows: in registers, or for large heads in shared memory,
+// where every thread has its own places.
+template <int HEAD, bool SHARED = (HEAD > 128)>
+struct Total {
+    float out[HEAD / 8][4];
+
+    INLINE void reset(u8*) {
+#pragma unroll
+        for (int n = 0; n < HEAD / 8; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) out[n][i] = 0.0f;
+        }
+    }
+    INLINE void add(const Softmax<HEAD>& unit, const float (&keep)[2], const float (&add)[2]) {
+#pragma unroll
+        for (int n = 0; n < HEAD / 8; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) out[n][i] = merge(out[n][i], keep[i / 2], unit.out[n][i], add[i / 2]);
+        }
+    }
+    // The two elements of the lane's row `r` in columns 8 n ...
+    INLINE float2 get(int n, int r) const { return make_float2(out[n][2 * r], out[n][2 * r + 1]); }
+};
+template <int HEAD>
+struct Total<HEAD, true> {
+    float2* out;
+
+    INLINE float2& at(int n, int r) const { return out[(2 * n + r) * WARPS * 32]; }
+    INLINE void reset(u8* shared) {
+        out = reinterpret_cast<float2*>(shared) + threadIdx.x;
+#pragma unroll
+        for (int n = 0; n < HEAD / 8; n++) at(n, 0) = at(n, 1) = make_float2(0.0f, 0.0f);
+    }
+    INLINE void add(const Softmax<HEAD>& unit, const float (&keep)[2], const float (&add)[2]) {
+#pragma unroll
+        for (int n = 0; n < HEAD / 8; n++) {
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const float2 x = at(n, r);
+                at(n, r) = make_float2(
+                    merge(x.x, keep[r], unit.out[n][2 * r], add[r]), merge(x.y, keep[r], unit.out[n][2 * r + 1], add[r])
+                );
+            }
+        }
+    }
+    INLINE float2 get(int n, int r) const { return at(n, r); }
+};
+
+// What a block of the prefill kernel copies: tile by tile, keys (part 0) and then values
+// (part 1).
+template <int HEAD>
+struct PrefillCopies {
+    const T *k_cache, *v_cache;
+    // In shared memory.
+    u32 ring;
+    u32 first_tile, end_tile;
+    Sight sight;
+    Pages pages;
+    // Where granules begin, see `Pages::locate`: of the unit of the keys that come next, of
+    // the unit of the values that come next, and of the unit after that of the keys.
+    u32 key_rows, value_rows, later_rows;
+
+    // Starts all that there is room for but one.
+    INLINE void begin() {
+        key_rows = pages.locate(first_tile / UNIT_TILES, sight);
+        value_rows = key_rows;
+        later_rows = pages.locate(first_tile / UNIT_TILES + 1, sight);
+#pragma unroll 1
+        for (u32 part = 0; part < PREFILL_SLOTS<HEAD> - 1; part++) start(first_tile + part / 2, part % 2);
+    }
+
+    // Starts a part of a tile; nothing beyond the last tile, but a group of copies in any case.
+    INLINE void start(u32 tile, u32 part) {
+        if (tile % UNIT_TILES == 0 && tile != first_tile) {
+            if (part == 0) {
+                key_rows = later_rows;
+                later_rows = pages.locate(tile / UNIT_TILES + 1, sight);
+            } else {
+                value_rows = key_rows;
+            }
+        }
+        if (tile < end_tile) {
+            const u32 rows = part == 0 || PREFILL_SLOTS<HEAD> == 2 ? key_rows : value_rows, granule = tile % UNIT_TILES * 2;
+            const u32 first = __shfl_sync(FULL_WARP, rows, granule);
+            const u32 second = __shfl_sync(FULL_WARP, rows, granule + 1);
+            const T* cache = part == 0 ? k_cache : v_cache;
+            copy_rows<HEAD, WARPS * 32, TILE>(
+                at(tile, part), cache, first, second, threadIdx.x, tile * TILE, sight
+            );
+        }
+        copy_async_commit();
+    }
+
+    INLINE u32 at(u32 tile, u32 part) const {
+        return ring + (tile * 2 + part) % PREFILL_SLOTS<HEAD> * PREFILL_SLOT_BYTES<HEAD>;
+    }
+
+    // Waits until a part of a tile is there for all threads, and starts what takes the place
+    // of the part before it.
+    INLINE u32 next(u32 tile, u32 part) {
+        constexpr u32 ahead = PREFILL_SLOTS<HEAD> - 1;
+        copy_async_wait<int(ahead) - 1>();
+        __syncthreads();
+        start(tile + (part + ahead) / 2, (part + ahead) % 2);
+        return at(tile, part);
+    }
+};
+
+// grid (work items, kv_heads), 128 threads. A work item is {sequence, first packed row},
+// and stands for 64 packed rows: token · group + head. The last items, which see the most
+// keys, come first.
+template <int HEAD>
+INLINE void attend_prefill(
+    T* out, const T* qkv, const T* k_cache, const T* v_cache, const u32* tables, const uint4* sequences,
+    const uint2* prefill_work, u32 q_heads, u32 kv_heads, u32 block_tokens, float scale, float softcap, u32 window
+) {
+    extern __shared__ __align__(16) u8 shared[];
+    const uint2 work = prefill_work[gridDim.x - 1 - blockIdx.x];
+    const uint4 sequence = sequences[work.x];
+    const u32 group = q_heads / kv_heads, kv_head = blockIdx.y, last = sequence.y * group - 1;
+    const u32 first_position = sequence.z - sequence.y;
+    const auto sight_of = [&](u32 packed) { return Sight::of(first_position + packed / group, window); };
+
+    // What the block, the warp and each of the lane's two rows see. Beyond the last row
+    // are copies of it, which are not written.
+    const u32 block_row = work.y, warp_row = block_row + warp_id() * WARP_ROWS;
+    const Sight block = {sight_of(block_row).begin, sight_of(min(block_row + BLOCK_ROWS - 1, last)).end};
+    const Sight warp_first = sight_of(min(warp_row, last)), warp_last = sight_of(min(warp_row + WARP_ROWS - 1, last));
+    const Sight warp = {warp_first.begin, warp_last.end};
+    const u32 lane_row = warp_row + lane_id() / 4;
+    const Sight sights[2] = {sight_of(min(lane_row, last)), sight_of(min(lane_row + 8, last))};
+    const auto queries_of = [&](u32 packed) {
+        const u64 row = u64(sequence.x + packed / group) * (q_heads + 2 * kv_heads);
+        return qkv + (row + kv_head * group + packed % group) * HEAD;
+    };
+    const Queries<HEAD> queries(queries_of(min(lane_row, last)), queries_of(min(lane_row + 8, last)));
+
+    PrefillCopies<HEAD> copies = {
+        k_cache, v_cache, shared_address(shared), block.begin / TILE, (block.end + TILE - 1) / TILE, block,
+        {tables + sequence.w, block_tokens, kv_heads, kv_head}, 0, 0, 0
+    };
+    copies.begin();
+    const Scoring scoring(scale, softcap);
+    Softmax<HEAD> unit;
+    Total<HEAD> total;
+    total.reset(shared + PREFILL_SLOTS<HEAD> * PREFILL_SLOT_BYTES<HEAD>);
+    float largest[2] = {UNSEEN, UNSEEN}, sum[2] = {0.0f, 0.0f};
+    unit.reset();
+#pragma unroll 1
+    for (u32 tile = copies.first_tile; tile < copies.end_tile; tile++) {
+        const u32 key = tile * TILE;
+        const bool visible = warp.sees_any(key, TILE);
+        const u32 keys = copies.next(tile, 0);
+        float scores[4][4];
+        if (visible) {
+            queries.multiply(scores[0], scores[1], keys);
+            queries.multiply(scores[2], scores[3], keys + GRANULE * PITCH_BYTES<HEAD>);
+        }
+        const u32 values = copies.next(tile, 1);
+        if (visible) {
+            u32 weights[2][4];
+            const bool masked = key < warp_last.begin || key + TILE > warp_first.end;
+            unit.weigh(scores, weights, scoring, sights, key, masked);
+            unit.add(weights[0], values);
+            unit.add(weights[1], values + GRANULE * PITCH_BYTES<HEAD>);
+        }
+        const bool ends = tile % UNIT_TILES == UNIT_TILES - 1 || tile + 1 == copies.end_tile;
+        if (ends && warp.sees_any(key - tile % UNIT_TILES * TILE, UNIT)) {
+            unit.finish();
+            float keep[2], add[2];
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                join(largest[r], unit.largest[r], keep[r], add[r]);
+                sum[r] = merge(sum[r], keep[r], unit.sum[r], add[r]);
+            }
+            total.add(unit, keep, add);
+            unit.reset();
+        }
+    }
+    copy_async_wait<0>();
+
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const u32 row = lane_row + 8 * r;
+        if (row > last) break;
+        const u64 out_row = u64(sequence.x + row / group) * q_heads + kv_head * group + row % group;
+        T* to = out + out_row * HEAD + lane_id() % 4 * 2;
+        const float inverse_sum = inverse(sum[r]);
+#pragma unroll
+        for (int n = 0; n < HEAD / 8; n++) {
+            const float2 x = total.get(n, r);
+            *reinterpret_cast<T2*>(to + n * 8) = pair_of(result(x.x, inverse_sum), result(x.y, inverse_sum));
+        }
+    }
+}
+
+// The kernels of each head dimension.
+
+#define ATTEND(HEAD)                                                                                                   \
+    KERNEL __launch_bounds__(128) attend_decode_hd##HEAD(                                                              \
+        float* partial_out, float2* partial_stats, const T* qkv, const T* k_cache, const T* v_cache,                  \
+        const u32* tables, const uint4* sequences, const uint2* decode_list, u32 q_heads, u32 kv_heads,                 \
+        u32 block_tokens, float scale, float softcap, u32 window                                                       \
+    ) {                                                                                                                \
+        attend_decode<HEAD>(partial_out, partial_stats, qkv, k_cache, v_cache, tables, sequences, decode_list,        \
+                            q_heads, kv_heads, block_tokens, scale, softcap, window);                                  \
+    }                                                                                                                  \
+    KERNEL __launch_bounds__(128) attend_prefill_hd##HEAD(                                                             \
+        T* out, const T* qkv, const T* k_cache, const T* v_cache, const u32* tables, const uint4* sequences,          \
+        const uint2* prefill_work, u32 q_heads, u32 kv_heads, u32 block_tokens, float scale, float softcap,           \
+        u32 window                                                                                                     \
+    ) {                                                                                                                \
+        attend_prefill<HEAD>(out, qkv, k_cache, v_cache, tables, sequences, prefill_work, q_heads, kv_heads,          \
+                             block_tokens, scale, softcap, window);                                                    \
+    }
+
+ATTEND(16)
+ATTEND(32)
+ATTEND(64)
+ATTEND(80)
+ATTEND(96)
+ATTEND(128)
+ATTEND(256)

@@ -1,0 +1,27 @@
+// Token ids and their rows of an unquantised embedding table.
+#include "vector.cuh"
+
+// resolved[r] = the token of row r: what the previous step sampled where `feedback`
+// names a sample, `tokens[r]` elsewhere.
+KERNEL resolve_tokens(u32* resolved, const u32* tokens, const u32* feedback, const u32* previous, u32 rows) {
+    u32 row = blockIdx.x * blockDim.x + threadIdx.x;
+    if (row >= rows) return;
+    u32 sample = feedback[row];
+    resolved[row] = sample == NONE ? tokens[row] : previous[sample];
+}
+
+// out[r] = scale · table[resolved[r]]; a token that is not below `vocabulary` reads row 0.
+// One block a row.
+KERNEL embed_dense(float* out, const T* table, const u32* resolved, float scale, u32 columns, u32 vocabulary) {
+    u32 token = resolved[blockIdx.x];
+    if (token >= vocabulary) token = 0;
+    const T* from = table + u64(token) * columns;
+    float* to = out + u64(blockIdx.x) * columns;
+    for (u32 column = threadIdx.x * 8; column < columns; column += blockDim.x * 8) {
+        float x[8];
+        load8(x, from + column);
+#pragma unroll
+        for (int i = 0; i < 8; i++) x[i] *= scale;
+        store8(to + column, x);
+    }
+}

@@ -1,0 +1,143 @@
+// Mixture-of-experts layers beside their matrix products: which experts a row goes to,
+// the rows of each expert together, and the sum of the experts' results.
+//
+// A pair is a row and one of its experts; pair `row · top_k + i` is the row's i-th
+// expert by index.
+#include "common.cuh"
+
+constexpr u32 MAX_EXPERTS = 256;
+constexpr u32 MAX_TOP_K = 32;
+
+// Softmax over a row's logits, the `top_k` largest (ties: the lower index), divided by
+// their sum if `normalize`. One warp a row; the sums run in a fixed order.
+KERNEL route(u32* pair_expert, float* pair_weight, const float* router, u32 rows, u32 experts, u32 top_k,
+             u32 normalize) {
+    __shared__ float weights[MAX_EXPERTS];
+    __shared__ u32 chosen[MAX_TOP_K];
+    __shared__ float chosen_weights[MAX_TOP_K];
+    u32 row = blockIdx.x, lane = lane_id();
+    if (row >= rows) return;
+    router += (u64)row * experts;
+
+    float largest = __int_as_float(0xff800000);
+    for (u32 i = lane; i < experts; i += 32) largest = fmaxf(largest, router[i]);
+    largest = warp_max(largest);
+    float total = 0.0f;
+    for (u32 i = lane; i < experts; i += 32) {
+        float weight = expf(router[i] - largest);
+        weights[i] = weight;
+        total += weight;
+    }
+    total = warp_sum(total);
+
+    // A lane looks after its own experts only; a chosen one becomes negative.
+    float kept = 0.0f;
+    for (u32 k = 0; k < top_k; k++) {
+        float best = -1.0f;
+        u32 expert = NONE;
+        for (u32 i = lane; i < experts; i += 32) {
+            float weight = weights[i];
+            // NaN is as good as the least: something is chosen in any case.
+            if (!(weight < 0.0f) && (expert == NONE || weight > best)) best = weight, expert = i;
+        }
+#pragma unroll
+        for (int offset = 16; offset > 0; offset >>= 1) {
+            float other = __shfl_xor_sync(FULL_WARP, best, offset);
+            u32 other_expert = __shfl_xor_sync(FULL_WARP, expert, offset);
+            bool better = other > best || (!(other < best) && other_expert < expert);
+            if (other_expert != NONE && (expert == NONE || better)) best = other, expert = other_expert;
+        }
+        best = __shfl_sync(FULL_WARP, best, 0);
+        expert = __shfl_sync(FULL_WARP, expert, 0);
+        kept += best;
+        if (expert % 32 == lane) weights[expert] = -1.0f;
+        if (lane == 0) chosen[k] = expert, chosen_weights[k] = best;
+    }
+    __syncwarp();
+
+    if (lane < top_k) {
+        u32 expert = chosen[lane], place = 0;
+        for (u32 k = 0; k < top_k; k++) place += chosen[k] < expert;
+        pair_expert[row * top_k + place] = expert;
+        pair_weight[row * top_k + place] = chosen_weights[lane] / (normalize ? kept : total);
+    }
+}
+
+// Sorts the pairs by expert, rows ascending within an expert: the pairs of expert e get
+// slots `expert_offsets[e] .. expert_offsets[e + 1]`; `row_index` is the row of each
+// slot, `pair_slot` the slot of each pair. One block of 1024 threads.
+//
+// Each warp counts the experts of its share of the pairs, the counts become the first
+// slot of each warp and expert, and each warp hands its slots out.
+KERNEL group_pairs(u32* expert_offsets, u32* row_index, u32* pair_slot, const u32* pair_expert, u32 rows, u32 experts,
+                   u32 top_k) {
+    constexpr u32 WARPS = 32;
+    __shared__ u32 next[MAX_EXPERTS][WARPS + 1];
+    __shared__ u32 totals[MAX_EXPERTS];
+    u32 lane = lane_id(), warp = warp_id(), pairs = rows * top_k;
+    u32 share = (pairs + WARPS * 32 - 1) / (WARPS * 32) * 32;
+    u32 begin = min(warp * share, pairs), end = min(begin + share, pairs);
+
+    for (u32 e = lane; e < experts; e += 32) next[e][warp] = 0;
+    __syncwarp();
+    // First to count, then to hand out.
+    for (u32 pass = 0; pass < 2; pass++) {
+        for (u32 first = begin; first < end; first += 32) {
+            u32 pair = first + lane;
+            u32 expert = pair < end ? pair_expert[pair] : NONE;
+            // Pairs of the same expert in lower and in higher lanes.
+            u32 before = 0, after = 0;
+#pragma unroll 4
+            for (u32 other = 0; other < 32; other++) {
+                bool same = __shfl_sync(FULL_WARP, expert, other) == expert;
+                before += same && other < lane;
+                after += same && other > lane;
+            }
+            u32 slot = expert != NONE ? next[expert][warp] + before : 0;
+            __syncwarp();
+            if (expert != NONE) {
+                if (after == 0) next[expert][warp] = slot + 1;
+                if (pass == 1) {
+                    pair_slot[pair] = slot;
+                    row_index[slot] = pair / top_k;
+                }
+            }
+            __syncwarp();
+        }
+        if (pass == 1) break;
+        __syncthreads();
+        // An expert a thread: where its warps start, from the expert's first pair.
+        for (u32 e = threadIdx.x; e < experts; e += blockDim.x) {
+            u32 sum = 0;
+            for (u32 w = 0; w < WARPS; w++) {
+                u32 count = next[e][w];
+                next[e][w] = sum;
+                sum += count;
+            }
+            totals[e] = sum;
+        }
+        __syncthreads();
+        for (u32 e = threadIdx.x; e < experts; e += blockDim.x) {
+            u32 offset = 0;
+            for (u32 i = 0; i < e; i++) offset += totals[i];
+            for (u32 w = 0; w < WARPS; w++) next[e][w] += offset;
+            expert_offsets[e] = offset;
+            if (e + 1 == experts) expert_offsets[experts] = offset + totals[e];
+        }
+        __syncthreads();
+    }
+}
+
+// `out[row] = Σ weight · pair_out[slot]` over the row's experts by index.
+// Grid (ceil(columns / 256), rows).
+KERNEL combine_experts(T* out, const T* pair_out, const u32* pair_slot, const float* pair_weight, u32 rows,
+                       u32 columns, u32 top_k) {
+    u32 row = blockIdx.y, column = blockIdx.x * blockDim.x + threadIdx.x;
+    if (row >= rows || column >= columns) return;
+    float sum = 0.0f;
+    for (u32 k = 0; k < top_k; k++) {
+        u32 pair = row * top_k + k;
+        sum = fmaf(pair_weight[pair], to_float(pair_out[(u64)pair_slot[pair] * columns + column]), sum);
+    }
+    out[(u64)row * columns + column] = to_t(sum);
+}

@@ -1,0 +1,135 @@
+// y = W x + b with weights in the activation type, on tensor cores.
+//
+// W is `outputs × inputs`, x has one row a token; `inputs` is a multiple of 8. Tiles of
+// both stream through shared memory in a ring of stages, and every warp multiplies a
+// part of the tile. Three tiles: 16 rows for decoding, where reading W is all the work
+// and many small blocks keep memory busy; 64 rows for large batches; 128 rows for
+// prompts, where the tensor cores are the limit.
+//
+// With `expert_offsets` it is one product an expert: expert e has weights
+// `weight + e · outputs · inputs` and computes the pairs `expert_offsets[e] ..
+// expert_offsets[e + 1]`; pair p reads row `row_index[p]` of x and writes row p.
+#include "linear.cuh"
+
+// `ROWS × OUTPUTS` is the tile, `DEPTH` the inputs of a stage, `WARPS_M × WARPS_N` how
+// the warps divide the tile among them.
+template <int ROWS, int OUTPUTS, int DEPTH, int WARPS_M, int WARPS_N, int STAGES>
+INLINE void linear(void* out, const T* x, const T* weight, const float* bias, const u32* row_index,
+                   const u32* expert_offsets, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_full) {
+    constexpr int THREADS = WARPS_M * WARPS_N * 32;
+    constexpr int CHUNKS = DEPTH / 8, STEPS = DEPTH / 16;
+    // Sixteens of rows and eights of outputs that a warp computes.
+    constexpr int M = ROWS / WARPS_M / 16, N = OUTPUTS / WARPS_N / 8;
+    constexpr int STAGE = (ROWS + OUTPUTS) * DEPTH * sizeof(T);
+    static_assert(N == 1 || N % 2 == 0, "weights are read by one eight or by two");
+    extern __shared__ __align__(128) u8 stages[];
+    __shared__ u32 source_rows[ROWS], source_outputs[OUTPUTS];
+
+    Tile tile = tile_of_block(expert_offsets, rows, ROWS);
+    if (tile.row >= tile.row_end) return;
+    weight += (u64)tile.expert * outputs * inputs;
+    if (bias) bias += (u64)tile.expert * outputs;
+    find_rows<ROWS>(source_rows, tile, row_index);
+    for (u32 i = threadIdx.x; i < OUTPUTS; i += THREADS) {
+        u32 output = tile.column * OUTPUTS + i;
+        source_outputs[i] = output < outputs ? output : NONE;
+    }
+    __syncthreads();
+
+    u32 chunks = (inputs + DEPTH - 1) / DEPTH;
+    u32 warp_row = warp_id() / WARPS_N * (M * 16), warp_output = warp_id() % WARPS_N * (N * 8);
+    u32 lane = lane_id(), shared = shared_address(stages);
+    LaneAddress a_lane = rows_address<CHUNKS>(warp_row);
+    // Operand b: eight outputs and the inputs of two steps, or sixteen and those of one.
+    LaneAddress b_lane = N == 1 ? lane_address<CHUNKS>(warp_output + (lane & 7), lane >> 3)
+                                : lane_address<CHUNKS>(warp_output + (lane & 7) + (lane >> 4) * 8, lane >> 3 & 1);
+    float sum[M][N][4] = {};
+
+    u32 reading = 0, writing = 0;
+#pragma unroll 1
+    for (u32 chunk = 0; chunk < chunks + STAGES - 1; chunk++) {
+        if (chunk >= STAGES - 1) {
+            // The oldest stage is there, of all threads, and none reads the one before.
+            copy_async_wait<STAGES - 2>();
+            __syncthreads();
+        }
+        if (chunk < chunks) {
+            u32 to = shared + writing * STAGE;
+            copy_rows<ROWS, DEPTH, THREADS>(to, x, source_rows, chunk * DEPTH, inputs);
+            copy_rows<OUTPUTS, DEPTH, THREADS>(to + ROWS * DEPTH * 2, weight, source_outputs, chunk * DEPTH, inputs);
+        }
+        copy_async_commit();
+        writing = writing + 1 == STAGES ? 0 : writing + 1;
+        if (chunk < STAGES - 1) continue;
+
+        u32 a_stage = shared + reading * STAGE, b_stage = a_stage + ROWS * DEPTH * 2;
+        if constexpr (N == 1) {
+#pragma unroll
+            for (int step = 0; step < STEPS; step += 2) {
+                u32 b[4];
+                load_matrices(b, b_stage + b_lane.at(step));
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+#pragma unroll
+                    for (int m = 0; m < M; m++) {
+                        u32 a[4];
+                        load_matrices(a, a_stage + a_lane.at(step + half) + m * 16 * DEPTH * 2);
+                        matrix_multiply(sum[m][0], a, b[half * 2], b[half * 2 + 1]);
+                    }
+                }
+            }
+        } else {
+            u32 a[2][M][4], b[2][N / 2][4];
+            auto load = [&](int step) {
+                u32 a_row = a_stage + a_lane.at(step), b_row = b_stage + b_lane.at(step);
+#pragma unroll
+                for (int m = 0; m < M; m++) load_matrices(a[step & 1][m], a_row + m * 16 * DEPTH * 2);
+#pragma unroll
+                for (int n = 0; n < N / 2; n++) load_matrices(b[step & 1][n], b_row + n * 16 * DEPTH * 2);
+            };
+            load(0);
+#pragma unroll
+            for (int step = 0; step < STEPS; step++) {
+                // The next operands are on their way while these are multiplied.
+                if (step + 1 < STEPS) load(step + 1);
+#pragma unroll
+                for (int m = 0; m < M; m++) {
+#pragma unroll
+                    for (int n = 0; n < N; n++) {
+                        const u32(&pair)[4] = b[step & 1][n / 2];
+                        matrix_multiply(sum[m][n], a[step & 1][m], pair[n % 2 * 2], pair[n % 2 * 2 + 1]);
+                    }
+                }
+            }
+        }
+        reading = reading + 1 == STAGES ? 0 : reading + 1;
+    }
+
+    // The stages are read; their memory takes the results.
+    __syncthreads();
+    float* results = reinterpret_cast<float*>(stages);
+    static_assert(ROWS * (OUTPUTS + 8) * 4 <= STAGES * STAGE, "the results fit where the stages were");
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            keep_matrix(results, OUTPUTS, warp_row + m * 16, warp_output + n * 8, sum[m][n]);
+        }
+    }
+    __syncthreads();
+    Output to = {out, bias, outputs, out_stride, out_full};
+    write_tile<ROWS, OUTPUTS>(to, tile, results, tile.column * OUTPUTS);
+}
+
+// Shared memory: `STAGES · (ROWS + OUTPUTS) · DEPTH · 2` bytes.
+#define LINEAR(NAME, ROWS, OUTPUTS, DEPTH, WARPS_M, WARPS_N, STAGES)                                                 \
+    extern "C" __global__ void __launch_bounds__(WARPS_M * WARPS_N * 32)                                             \
+        NAME(void* out, const T* x, const T* weight, const float* bias, const u32* row_index,                        \
+             const u32* expert_offsets, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_full) {           \
+        linear<ROWS, OUTPUTS, DEPTH, WARPS_M, WARPS_N, STAGES>(out, x, weight, bias, row_index, expert_offsets, rows, \
+                                                               outputs, inputs, out_stride, out_full);               \
+    }
+
+LINEAR(linear_m16, 16, 32, 128, 1, 4, 5)
+LINEAR(linear_m64, 64, 64, 64, 2, 2, 4)
+LINEAR(linear_m128, 128, 128, 64, 2, 2, 3)

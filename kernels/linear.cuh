@@ -1,0 +1,170 @@
+// What the matrix products share: which rows and outputs a block computes, how its
+// rows of x come to shared memory, and how results are written.
+//
+// All products keep one order of addition: an output has one accumulator that goes
+// through the inputs sixteen at a time, ascending, whatever the tile. So a row's
+// results do not depend on the tile, nor on the rows beside it.
+#pragma once
+#include "common.cuh"
+
+// As `copy_async` and `load_matrices` of common.cuh, for an address that is already one
+// of shared memory.
+INLINE void copy_to_shared(u32 shared, const void* global, bool wanted) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(wanted ? 16 : 0)
+                 : "memory");
+}
+INLINE void load_matrices(u32 (&out)[4], u32 row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(row)
+                 : "memory");
+}
+
+// The part of the result that a block computes.
+struct Tile {
+    // The first row and the end of the rows of its expert (or of all rows).
+    u32 row, row_end;
+    // Which tile of outputs.
+    u32 column;
+    u32 expert;
+};
+
+// Blocks that run at the same time share rows of x and outputs of the weights: up to
+// eight tiles of rows go together through the outputs.
+INLINE Tile tile_of_block(const u32* expert_offsets, u32 rows, u32 tile_rows) {
+    constexpr u32 TOGETHER = 8;
+    u32 index = blockIdx.y * gridDim.x + blockIdx.x;
+    u32 first = index / (TOGETHER * gridDim.x) * TOGETHER;
+    u32 together = min(TOGETHER, gridDim.y - first);
+    index -= first * gridDim.x;
+    Tile tile;
+    tile.column = index / together;
+    tile.expert = blockIdx.z;
+    tile.row = (first + index % together) * tile_rows;
+    tile.row_end = rows;
+    if (expert_offsets) {
+        tile.row += expert_offsets[tile.expert];
+        tile.row_end = expert_offsets[tile.expert + 1];
+    }
+    return tile;
+}
+
+// Notes which row of x each row of the tile is; NONE beyond the last.
+template <int ROWS>
+INLINE void find_rows(u32* source, const Tile& tile, const u32* row_index) {
+    for (u32 i = threadIdx.x; i < ROWS; i += blockDim.x) {
+        u32 row = tile.row + i;
+        source[i] = row >= tile.row_end ? NONE : row_index ? row_index[row] : row;
+    }
+}
+
+// Where the 16 bytes `chunk` of row `row` lie in a tile in shared memory: eight rows of
+// the same chunk lie in eight different sets of banks. `CHUNKS`, those of a row, is 8 or
+// 16.
+template <int CHUNKS>
+INLINE u32 swizzled(u32 row, u32 chunk) {
+    return (row * CHUNKS + (chunk ^ (row & 7))) * 16;
+}
+
+// Starts to copy inputs `k .. k + DEPTH` of `ROWS` rows, zeros beyond the last input
+// and for rows that are not there.
+template <int ROWS, int DEPTH, int THREADS>
+INLINE void copy_rows(u32 shared, const T* x, const u32* source, u32 k, u32 inputs) {
+    constexpr int CHUNKS = DEPTH / 8, ROWS_AT_ONCE = THREADS / CHUNKS;
+    static_assert(THREADS % (CHUNKS * 8) == 0 && ROWS % ROWS_AT_ONCE == 0, "each thread copies equally much");
+    // Rows of a thread are a multiple of eight apart: their chunks lie alike.
+    u32 row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+    u32 column = k + chunk * 8;
+    bool inside = column < inputs;
+    // Where nothing is wanted, the address is another one of x, and nothing is read.
+    x += inside ? column : 0;
+    shared += swizzled<CHUNKS>(row, chunk);
+#pragma unroll
+    for (int i = 0; i < ROWS / ROWS_AT_ONCE; i++) {
+        u32 from = source[row + i * ROWS_AT_ONCE];
+        bool exists = from != NONE;
+        copy_to_shared(shared + i * ROWS_AT_ONCE * DEPTH * 2, x + (u64)(exists ? from : 0) * inputs, exists & inside);
+    }
+}
+
+// Where a lane of the warp finds its row of a 16 × 16 operand: the address in a tile is
+// `row + (chunk ^ step · 32)`.
+struct LaneAddress {
+    u32 row, chunk;
+    INLINE u32 at(int step) const { return row + (chunk ^ (step * 32)); }
+};
+
+template <int CHUNKS>
+INLINE LaneAddress lane_address(u32 row, u32 chunk) {
+    return {row * CHUNKS * 16, (chunk ^ (row & 7)) * 16};
+}
+
+// The operand a: 16 rows of x from `row`.
+template <int CHUNKS>
+INLINE LaneAddress rows_address(u32 row) {
+    u32 lane = lane_id();
+    return lane_address<CHUNKS>(row + (lane & 15), lane >> 4);
+}
+
+// Where and how results are written.
+struct Output {
+    void* out;
+    const float* bias;
+    u32 outputs, stride, full;
+};
+
+// Puts the 16 × 8 results of an accumulator into a tile in shared memory; rows of the
+// tile are `columns + 8` apart, so that the lanes use all banks.
+INLINE void keep_matrix(float* shared, u32 columns, u32 row, u32 column, const float (&sum)[4]) {
+    u32 lane = lane_id();
+    float* to = shared + (row + lane / 4) * (columns + 8) + column + lane % 4 * 2;
+    *reinterpret_cast<float2*>(to) = make_float2(sum[0], sum[1]);
+    *reinterpret_cast<float2*>(to + 8 * (columns + 8)) = make_float2(sum[2], sum[3]);
+}
+
+// Adds the bias to the tile's results and writes them; `ROWS × COLUMNS` of them lie in
+// shared memory as `keep_matrix` put them, the first is output `first`.
+template <int ROWS, int COLUMNS>
+INLINE void write_tile(const Output& to, const Tile& tile, const float* shared, u32 first) {
+    constexpr u32 WIDTH = 4;
+    u64 start = reinterpret_cast<u64>(to.out);
+    u32 size = to.full ? 4 : 2;
+    // Whether every group of four results lies where it can be written at once.
+    bool aligned = (start + first * size) % (WIDTH * size) == 0 && to.stride % WIDTH == 0;
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < ROWS * COLUMNS / WIDTH; i += blockDim.x) {
+        u32 row = i / (COLUMNS / WIDTH), column = i % (COLUMNS / WIDTH) * WIDTH;
+        u32 output = first + column;
+        if (tile.row + row >= tile.row_end || output >= to.outputs) continue;
+        const float* from = shared + row * (COLUMNS + 8) + column;
+        u64 index = (u64)(tile.row + row) * to.stride + output;
+        float* out_full = static_cast<float*>(to.out) + index;
+        T* out = static_cast<T*>(to.out) + index;
+        if (aligned && output + WIDTH <= to.outputs) {
+            float4 value = *reinterpret_cast<const float4*>(from);
+            if (to.bias) {
+                value.x += to.bias[output];
+                value.y += to.bias[output + 1];
+                value.z += to.bias[output + 2];
+                value.w += to.bias[output + 3];
+            }
+            if (to.full) {
+                *reinterpret_cast<float4*>(out_full) = value;
+            } else {
+                u32 low = bits(to_t2(value.x, value.y)), high = bits(to_t2(value.z, value.w));
+                *reinterpret_cast<uint2*>(out) = make_uint2(low, high);
+            }
+            continue;
+        }
+#pragma unroll 1
+        for (u32 c = 0; c < WIDTH && output + c < to.outputs; c++) {
+            float value = from[c];
+            if (to.bias) value += to.bias[output + c];
+            if (to.full) {
+                out_full[c] = value;
+            } else {
+                out[c] = to_t(value);
+            }
+        }
+    }
+}

@@ -1,0 +1,120 @@
+// Root-mean-square norms, sums and copies of rows. Zhang & Sennrich, RMSNorm, 2019.
+//
+// One block a row. Each thread takes eight neighbouring columns at a time; what it adds
+// up, and in which order, depends on the number of columns and the block's size only.
+#include "vector.cuh"
+
+// 1 / √(mean square + ε) of a row whose threads hold `sum` of their squares.
+INLINE float inverse_rms(float sum, float epsilon, u32 columns) {
+    __shared__ float scratch[32];
+    return 1.0f / sqrtf(block_sum(sum, scratch) / float(columns) + epsilon);
+}
+
+INLINE float add_squares(float sum, const float (&x)[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) sum = fmaf(x[i], x[i], sum);
+    return sum;
+}
+
+// x · factor · weight for eight columns.
+INLINE void scale8(float (&x)[8], float factor, const float* weight) {
+    float w[8];
+    load8(w, weight);
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = x[i] * factor * w[i];
+}
+
+// out = x / rms(x) · weight.
+KERNEL rms_norm(T* out, const float* x, const float* weight, float epsilon, u32 columns) {
+    x += u64(blockIdx.x) * columns;
+    out += u64(blockIdx.x) * columns;
+    float sum = 0.0f;
+    float v[8];
+    for (u32 column = threadIdx.x * 8; column < columns; column += blockDim.x * 8) {
+        load8(v, x + column);
+        sum = add_squares(sum, v);
+    }
+    float factor = inverse_rms(sum, epsilon, columns);
+    for (u32 column = threadIdx.x * 8; column < columns; column += blockDim.x * 8) {
+        load8(v, x + column);
+        scale8(v, factor, weight + column);
+        store8(out + column, v);
+    }
+}
+
+// residual += x; out = residual / rms(residual) · weight.
+KERNEL add_rms_norm(T* out, float* residual, const T* x, const float* weight, float epsilon, u32 columns) {
+    x += u64(blockIdx.x) * columns;
+    residual += u64(blockIdx.x) * columns;
+    out += u64(blockIdx.x) * columns;
+    float sum = 0.0f;
+    float v[8], r[8];
+    for (u32 column = threadIdx.x * 8; column < columns; column += blockDim.x * 8) {
+        load8(v, x + column);
+        load8(r, residual + column);
+#pragma unroll
+        for (int i = 0; i < 8; i++) r[i] += v[i];
+        store8(residual + column, r);
+        sum = add_squares(sum, r);
+    }
+    float factor = inverse_rms(sum, epsilon, columns);
+    // Each thread reads again what it has written itself.
+    for (u32 column = threadIdx.x * 8; column < columns; column += blockDim.x * 8) {
+        load8(r, residual + column);
+        scale8(r, factor, weight + column);
+        store8(out + column, r);
+    }
+}
+
+// residual += x / rms(x) · weight.
+KERNEL rms_norm_add(float* residual, const T* x, const float* weight, float epsilon, u32 columns) {
+    x += u64(blockIdx.x) * columns;
+    residual += u64(blockIdx.x) * columns;
+    float sum = 0.0f;
+    float v[8], r[8];
+    for (u32 column = threadIdx.x * 8; column < columns; column += blockDim.x * 8) {
+        load8(v, x + column);
+        sum = add_squares(sum, v);
+    }
+    float factor = inverse_rms(sum, epsilon, columns);
+    for (u32 column = threadIdx.x * 8; column < columns; column += blockDim.x * 8) {
+        load8(v, x + column);
+        load8(r, residual + column);
+        scale8(v, factor, weight + column);
+#pragma unroll
+        for (int i = 0; i < 8; i++) r[i] += v[i];
+        store8(residual + column, r);
+    }
+}
+
+// residual += x, for `count` numbers, a multiple of eight.
+KERNEL add(float* residual, const T* x, u32 count) {
+    u32 index = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (index >= count) return;
+    float v[8], r[8];
+    load8(v, x + index);
+    load8(r, residual + index);
+#pragma unroll
+    for (int i = 0; i < 8; i++) r[i] += v[i];
+    store8(residual + index, r);
+}
+
+// out = x, for `count` numbers, a multiple of eight.
+KERNEL convert(T* out, const float* x, u32 count) {
+    u32 index = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (index >= count) return;
+    float v[8];
+    load8(v, x + index);
+    store8(out + index, v);
+}
+
+// out[r] = x[indices[r]].
+KERNEL gather_rows(float* out, const float* x, const u32* indices, u32 columns) {
+    x += u64(indices[blockIdx.x]) * columns;
+    out += u64(blockIdx.x) * columns;
+    float v[8];
+    for (u32 column = threadIdx.x * 8; column < columns; column += blockDim.x * 8) {
+        load8(v, x + column);
+        store8(out + column, v);
+    }
+}

@@ -1,0 +1,677 @@
+// Chooses a token for each row of logits, as src/sampling/sampler.rs does, and reports
+// log-probabilities.
+//
+// A row of logits is cut into slices of 4096; grids over (slices, rows) let several blocks
+// work at one row. The order of the kernels, each of them launched only if a row needs it:
+//   sample_sums       max and sum of exponentials of each slice of the unmodified logits
+//   sample_top        the likeliest tokens and the log of the sum
+//   sample_edit       penalties and bias, in place
+//   sample_best       the largest logit of each slice
+//   sample_histogram  rows with top-k or top-p: how many tokens have which score
+//   sample_compact    those rows: the list of the tokens that may be kept
+//   sample_filter     those rows: which of them are kept, and the draw among them
+//   sample_draw       other rows with a temperature: the draw among each slice
+//   sample_finish     the token; what sample_edit changed is put back
+//
+// A score is (logit − largest logit) / temperature. A token with the score s weighs e^s, in
+// units of 2⁻⁴⁴: sums of integers do not depend on their order. Where tokens are ranked, a rank
+// is one number that no two tokens of a row share: it orders by score, then by lower id. Rank 0
+// is a token that cannot be chosen.
+#include "common.cuh"
+
+#define INFINITE __uint_as_float(0x7f800000u)
+// Below every score.
+#define NEVER (-INFINITE)
+
+constexpr u32 SLICE = 4096;
+constexpr u32 SLICE_THREADS = 256;
+constexpr u32 PER_THREAD = SLICE / SLICE_THREADS;
+// Bins of a row's histogram, 1/16 wide; the last holds all lower scores.
+constexpr u32 BINS = 512;
+// The longest list that sample_compact makes; a row that needs more is read as a whole.
+constexpr u32 LIST = 4096;
+constexpr u32 MAX_TOP = 1024;
+
+// What a row asks for: 16 words.
+struct Row {
+    u32 seed_low, seed_high;
+    u32 position;
+    u32 top_k;
+    float inverse_temperature;  // 0: greedy
+    float top_p;
+    float floor;  // lowest score that min-p leaves
+    float repetition, presence, frequency;
+    u32 history_start, history_count;  // entries {token, times generated} and one set aside; or NONE
+    u32 bias_start, bias_count;        // entries {token, bias}, equal tokens together
+    u32 logprobs;                      // likeliest tokens to report; NONE: no report at all
+    u32 unused;
+};
+
+// The state of a row with top-k or top-p: 8 words, zeroed by sample_best.
+struct Filter {
+    u64 mass;     // of all tokens
+    u32 tokens;   // that can be chosen
+    u32 listed;   // that may be kept
+    u32 length;   // of the list, while it is made
+    u32 unused[3];
+};
+
+// A token and what it is compared by.
+struct Candidate {
+    float value;
+    u32 token;
+};
+
+// Larger values win, then lower ids; NaN never does.
+INLINE void take_better(Candidate& best, float value, u32 token) {
+    if (value > best.value || (value == best.value && token < best.token)) best = {value, token};
+}
+
+INLINE Candidate warp_best(Candidate best) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset >>= 1) {
+        float value = __shfl_xor_sync(FULL_WARP, best.value, offset);
+        u32 token = __shfl_xor_sync(FULL_WARP, best.token, offset);
+        take_better(best, value, token);
+    }
+    return best;
+}
+
+// The best of a block of whole warps, in the threads of its first warp.
+INLINE Candidate block_best(Candidate best) {
+    __shared__ float values[32];
+    __shared__ u32 tokens[32];
+    best = warp_best(best);
+    if (lane_id() == 0) {
+        values[warp_id()] = best.value;
+        tokens[warp_id()] = best.token;
+    }
+    __syncthreads();
+    if (warp_id() == 0) {
+        bool used = lane_id() < blockDim.x / 32;
+        best.value = used ? values[lane_id()] : NEVER;
+        best.token = used ? tokens[lane_id()] : NONE;
+        best = warp_best(best);
+    }
+    return best;
+}
+
+// The best of `count` candidates in memory, in every thread of the warp.
+INLINE Candidate best_of(const uint2* candidates, u32 count) {
+    Candidate best = {NEVER, NONE};
+    for (u32 i = lane_id(); i < count; i += 32) {
+        uint2 candidate = candidates[i];
+        take_better(best, __uint_as_float(candidate.x), candidate.y);
+    }
+    return warp_best(best);
+}
+
+INLINE uint2 packed(Candidate candidate) { return make_uint2(__float_as_uint(candidate.value), candidate.token); }
+
+INLINE bool is_filtered(const Row& row) {
+    return row.inverse_temperature != 0.0f && (row.top_k != 0 || row.top_p < 1.0f);
+}
+
+// Whether there is anything to draw among when `largest` is the largest logit.
+INLINE bool is_finite(float largest) { return fabsf(largest) < INFINITE; }
+
+INLINE float score_of(float logit, float largest, float inverse) { return __fmul_rn(__fsub_rn(logit, largest), inverse); }
+
+INLINE u64 mass_of(float score) { return __float2ull_rn(expf(score) * 0x1p44f); }
+
+// A score and a token as a rank: 32 bits in the order of the scores, 24 of the ids.
+INLINE u64 rank_of(float score, u32 token) {
+    u32 bits = __float_as_uint(score);
+    bits = bits >> 31 ? ~bits : bits | 0x80000000u;
+    return u64(bits) << 24 | (0xffffffu - token);
+}
+INLINE u32 token_of(u64 rank) { return 0xffffffu - (u32(rank) & 0xffffffu); }
+INLINE float score_at(u64 rank) {
+    u32 bits = u32(rank >> 24);
+    return __uint_as_float(bits >> 31 ? bits & 0x7fffffffu : ~bits);
+}
+
+// Philox 4×32-10, first word. Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011.
+INLINE u32 philox(const Row& row, u32 token) {
+    u32 a = token, b = row.position, c = 0, d = 0;
+    u32 key = row.seed_low, other_key = row.seed_high;
+#pragma unroll
+    for (int round = 0; round < 10; round++) {
+        u64 first = u64(a) * 0xD2511F53u;
+        u64 second = u64(c) * 0xCD9E8D57u;
+        a = u32(second >> 32) ^ b ^ key;
+        b = u32(second);
+        c = u32(first >> 32) ^ d ^ other_key;
+        d = u32(first);
+        key += 0x9E3779B9u;
+        other_key += 0xBB67AE85u;
+    }
+    return a;
+}
+
+// Takes a token into account: its score plus Gumbel noise −ln(−ln u), u uniform in (0, 1).
+//
+// Most tokens are passed over sooner. Noise is below 17.4. And the token must reach the value t
+// of the best so far: −ln(−ln u) ≥ t − score means u ≥ e^−e^(score − t), so 1 − u ≤ e^(score − t).
+// The margin is far above what rounding does to either side.
+INLINE void draw(Candidate& best, const Row& row, float score, u32 token) {
+    if (!(score >= row.floor) || score + 17.4f < best.value) return;
+    u32 random = philox(row, token) >> 8;
+    float rest = (float(0xffffffu - random) + 0.5f) * 0x1p-24f;
+    if (rest > __expf(score - best.value) * 1.001f) return;
+    double uniform = (double(random) + 0.5) * 0x1p-24;
+    float noise = float(-log(-log(uniform)));
+    take_better(best, __fadd_rn(score, noise), token);
+}
+// Below all noise, which is at least −ln(−ln 2⁻²⁵) = −2.852.
+constexpr Candidate NOTHING_DRAWN = {-2.86f, NONE};
+
+// {max, sum of e^(logit − max)} of each slice. Grid (slices, rows), 256 threads.
+KERNEL sample_sums(float2* sums, const float* logits, const Row* rows, u32 columns) {
+    __shared__ float scratch[32];
+    if (rows[blockIdx.y].logprobs == NONE) return;
+    logits += u64(blockIdx.y) * columns;
+    u32 first = blockIdx.x * SLICE + threadIdx.x;
+    float x[PER_THREAD];
+    float max = NEVER;
+#pragma unroll
+    for (u32 i = 0; i < PER_THREAD; i++) {
+        u32 token = first + i * SLICE_THREADS;
+        x[i] = token < columns ? logits[token] : NEVER;
+        max = fmaxf(max, x[i]);
+    }
+    max = warp_max(max);
+    if (lane_id() == 0) scratch[warp_id()] = max;
+    __syncthreads();
+    max = warp_max(lane_id() < SLICE_THREADS / 32 ? scratch[lane_id()] : NEVER);
+    float sum = 0.0f;
+#pragma unroll
+    for (u32 i = 0; i < PER_THREAD; i++) {
+        float weight = expf(x[i] - max);
+        if (weight == weight) sum += weight;
+    }
+    sum = block_sum(sum, scratch);
+    if (threadIdx.x == 0) sums[u64(blockIdx.y) * gridDim.x + blockIdx.x] = make_float2(max, sum);
+}
+
+// Where the ranks of a row come from: a list of them, or its logits.
+struct Ranks {
+    const u64* list;  // null: logits
+    const float* logits;
+    float largest, inverse;
+    bool infinite;  // whether a score of −∞ counts
+    u32 count;
+
+    INLINE u64 at(u32 i) const {
+        if (list) return list[i];
+        float score = score_of(logits[i], largest, inverse);
+        bool counts = infinite ? score == score : score > NEVER;
+        return counts ? rank_of(score, i) : 0;
+    }
+};
+
+struct SelectScratch {
+    u64 masses[256];
+    u32 counts[256];
+    u64 mass;
+    u32 count;
+    u32 digit;
+    u32 done;
+};
+
+// The rank down to which ranks from `lowest` on number `need` – or, BY_MASS, weigh at least
+// `target`; `lowest` if all together do not. Digit by digit, the highest first. For a block of
+// at least 256 threads.
+template <bool BY_MASS>
+INLINE u64 select(const Ranks& ranks, u64 lowest, u32 need, double target, SelectScratch& scratch) {
+    u64 prefix = 0;
+    // Above the digits so far.
+    u32 count = 0;
+    u64 mass = 0;
+#pragma unroll 1
+    for (int shift = 48; shift >= 0; shift -= 8) {
+        if (threadIdx.x < 256) {
+            scratch.counts[threadIdx.x] = 0;
+            if (BY_MASS) scratch.masses[threadIdx.x] = 0;
+        }
+        if (threadIdx.x == 0) scratch.done = 2;
+        __syncthreads();
+        for (u32 i = threadIdx.x; i < ranks.count; i += blockDim.x) {
+            u64 rank = ranks.at(i);
+            if (rank >= lowest && (rank ^ prefix) >> (shift + 8) == 0) {
+                u32 digit = u32(rank >> shift) & 255;
+                atomicAdd(&scratch.counts[digit], 1);
+                if (BY_MASS) atomicAdd(&scratch.masses[digit], mass_of(score_at(rank)));
+            }
+        }
+        __syncthreads();
+        // Lane i of the first warp looks at the digits 255 − 8i … 248 − 8i.
+        if (warp_id() == 0) {
+            u32 top = 255 - 8 * lane_id();
+            u32 own_count = 0;
+            u64 own_mass = 0;
+#pragma unroll
+            for (u32 i = 0; i < 8; i++) {
+                own_count += scratch.counts[top - i];
+                if (BY_MASS) own_mass += scratch.masses[top - i];
+            }
+            u32 upto_count = own_count;
+            u64 upto_mass = own_mass;
+#pragma unroll
+            for (u32 offset = 1; offset < 32; offset <<= 1) {
+                u32 other_count = __shfl_up_sync(FULL_WARP, upto_count, offset);
+                if (lane_id() >= offset) upto_count += other_count;
+                if (BY_MASS) {
+                    u64 other_mass = __shfl_up_sync(FULL_WARP, upto_mass, offset);
+                    if (lane_id() >= offset) upto_mass += other_mass;
+                }
+            }
+            u32 above_count = count + upto_count - own_count;
+            u64 above_mass = mass + upto_mass - own_mass;
+            bool before = BY_MASS ? double(above_mass) >= target : above_count >= need;
+#pragma unroll
+            for (u32 i = 0; i < 8; i++) {
+                u32 here = scratch.counts[top - i];
+                u64 here_mass = BY_MASS ? scratch.masses[top - i] : 0;
+                bool reached = BY_MASS ? double(above_mass + here_mass) >= target : above_count + here >= need;
+                // True of one digit of one lane.
+                if (reached && !before) {
+                    scratch.digit = top - i;
+                    scratch.count = above_count;
+                    scratch.mass = above_mass;
+                    scratch.done = BY_MASS ? here == 1 : above_count + here == need;
+                }
+                before = reached;
+                above_count += here;
+                above_mass += here_mass;
+            }
+        }
+        __syncthreads();
+        u32 done = scratch.done;
+        if (done == 2) return lowest;
+        prefix |= u64(scratch.digit) << shift;
+        count = scratch.count;
+        mass = scratch.mass;
+        if (done) break;
+        __syncthreads();
+    }
+    // The digits that were not looked at are zeros.
+    return prefix > lowest ? prefix : lowest;
+}
+
+// The likeliest tokens of the unmodified logits, likeliest first, and the log of the sum of
+// their exponentials. A row of `result` has 4 + 2 · top_stride words: token, its
+// log-probability, how many tokens follow, the log of the sum; then ids with log-probabilities.
+// Grid rows, 1024 threads.
+KERNEL __launch_bounds__(1024)
+    sample_top(u32* result, const float* logits, const float2* sums, const Row* rows, u32 columns, u32 slices, u32 top_stride) {
+    __shared__ SelectScratch scratch;
+    __shared__ u64 sorted[MAX_TOP];
+    __shared__ u32 length;
+    __shared__ float shared_log_sum;
+    u32 wanted = min(rows[blockIdx.x].logprobs, columns);
+    if (rows[blockIdx.x].logprobs == NONE) return;
+    logits += u64(blockIdx.x) * columns;
+    result += u64(blockIdx.x) * (4 + 2 * top_stride);
+    if (warp_id() == 0) {
+        sums += u64(blockIdx.x) * slices;
+        float max = NEVER;
+        for (u32 i = lane_id(); i < slices; i += 32) max = fmaxf(max, sums[i].x);
+        max = warp_max(max);
+        float sum = 0.0f;
+        for (u32 i = lane_id(); i < slices; i += 32) {
+            float2 slice = sums[i];
+            // 0 · NaN of a slice, or a row, without a finite logit.
+            if (slice.y > 0.0f) sum += slice.y * expf(slice.x - max);
+        }
+        sum = warp_sum(sum);
+        if (lane_id() == 0) {
+            shared_log_sum = max + logf(sum);
+            result[3] = __float_as_uint(shared_log_sum);
+            if (wanted == 0) result[2] = 0;
+        }
+    }
+    if (wanted == 0) return;
+    sorted[threadIdx.x] = 0;
+    if (threadIdx.x == 0) length = 0;
+    Ranks ranks = {nullptr, logits, 0.0f, 1.0f, true, columns};
+    u64 lowest = select<false>(ranks, 1, wanted, 0.0, scratch);
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < columns; i += blockDim.x) {
+        u64 rank = ranks.at(i);
+        if (rank >= lowest) {
+            u32 place = atomicAdd(&length, 1);
+            if (place < MAX_TOP) sorted[place] = rank;
+        }
+    }
+    __syncthreads();
+    u32 found = length;
+    // Bitonic sort, descending.
+    for (u32 size = 2; size < 2 * found; size <<= 1) {
+        for (u32 stride = size >> 1; stride > 0; stride >>= 1) {
+            u32 other = threadIdx.x ^ stride;
+            if (other > threadIdx.x) {
+                u64 mine = sorted[threadIdx.x], theirs = sorted[other];
+                bool descending = (threadIdx.x & size) == 0;
+                if (descending ? mine < theirs : mine > theirs) {
+                    sorted[threadIdx.x] = theirs;
+                    sorted[other] = mine;
+                }
+            }
+            __syncthreads();
+        }
+    }
+    if (threadIdx.x < found) {
+        u32 token = token_of(sorted[threadIdx.x]);
+        result[4 + 2 * threadIdx.x] = token;
+        result[5 + 2 * threadIdx.x] = __float_as_uint(logits[token] - shared_log_sum);
+    }
+    if (threadIdx.x == 0) result[2] = found;
+}
+
+INLINE float penalised(float logit, const Row& row, u32 generated) {
+    logit = logit > 0.0f ? __fdiv_rn(logit, row.repetition) : __fmul_rn(logit, row.repetition);
+    if (generated > 0) logit = __fsub_rn(logit, __fadd_rn(row.presence, __fmul_rn(row.frequency, float(generated))));
+    return logit;
+}
+
+// Applies penalties and biases to the logits and keeps what they were in `saved`, entry by
+// entry. The token that was fed back in this step counts as generated once more; if the
+// history lacks it, it becomes the entry set aside. Grid rows, 256 threads.
+KERNEL sample_edit(float* logits, float* saved, uint2* entries, const Row* rows, const u32* feedback,
+                   const u32* resolved, const u32* sample_rows, u32 columns) {
+    __shared__ u32 known;
+    const Row& row = rows[blockIdx.x];
+    u32 count = row.history_count;
+    logits += u64(blockIdx.x) * columns;
+    uint2* history = entries + row.history_start;
+    float* saved_history = saved + row.history_start;
+    u32 fed = NONE;
+    if (row.history_start != NONE) {
+        u32 input = sample_rows[blockIdx.x];
+        if (feedback[input] != NONE) fed = resolved[input];
+    }
+    if (threadIdx.x == 0) known = 0;
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < count; i += blockDim.x) {
+        uint2 entry = history[i];
+        if (entry.x >= columns) continue;
+        float logit = logits[entry.x];
+        saved_history[i] = logit;
+        if (entry.x == fed) known = 1;
+        logits[entry.x] = penalised(logit, row, entry.y + (entry.x == fed ? 1 : 0));
+    }
+    __syncthreads();
+    if (threadIdx.x == 0 && fed < columns && !known) {
+        float logit = logits[fed];
+        saved_history[count] = logit;
+        history[count] = make_uint2(fed, 1);
+        logits[fed] = penalised(logit, row, 1);
+    }
+    __syncthreads();
+    const uint2* biases = entries + row.bias_start;
+    for (u32 i = threadIdx.x; i < row.bias_count; i += blockDim.x) {
+        u32 token = biases[i].x;
+        if (token >= columns || (i > 0 && biases[i - 1].x == token)) continue;
+        float logit = logits[token];
+        saved[row.bias_start + i] = logit;
+        for (u32 j = i; j < row.bias_count && biases[j].x == token; j++)
+            logit = __fadd_rn(logit, __uint_as_float(biases[j].y));
+        logits[token] = logit;
+    }
+}
+
+// The largest logit of each slice, and clean counters for rows with top-k or top-p.
+// Grid (slices, rows), 256 threads.
+KERNEL sample_best(uint2* best, u32* counts, u64* masses, Filter* filters, const float* logits, const Row* rows,
+                   u32 columns) {
+    if (blockIdx.x == 0 && is_filtered(rows[blockIdx.y])) {
+        for (u32 i = threadIdx.x; i < BINS; i += SLICE_THREADS) {
+            counts[blockIdx.y * BINS + i] = 0;
+            masses[blockIdx.y * BINS + i] = 0;
+        }
+        if (threadIdx.x == 0) filters[blockIdx.y].length = 0;
+    }
+    logits += u64(blockIdx.y) * columns;
+    u32 first = blockIdx.x * SLICE + threadIdx.x;
+    Candidate largest = {NEVER, NONE};
+#pragma unroll
+    for (u32 i = 0; i < PER_THREAD; i++) {
+        u32 token = first + i * SLICE_THREADS;
+        float logit = token < columns ? logits[token] : NEVER;
+        if (logit > largest.value) largest = {logit, token};
+    }
+    largest = block_best(largest);
+    if (threadIdx.x == 0) best[u64(blockIdx.y) * gridDim.x + blockIdx.x] = packed(largest);
+}
+
+// Rises as the score falls.
+INLINE u32 bin_of(float score) { return u32(fminf(score * -16.0f, float(BINS - 1))); }
+
+// Counts, and for top-p weighs, the tokens of each bin of scores. Grid (slices, rows), 256 threads.
+KERNEL sample_histogram(u32* counts, u64* masses, const float* logits, const uint2* best, const Row* rows, u32 columns) {
+    __shared__ u32 own_counts[BINS];
+    __shared__ u64 own_masses[BINS];
+    const Row& row = rows[blockIdx.y];
+    if (!is_filtered(row)) return;
+    float largest = best_of(best + u64(blockIdx.y) * gridDim.x, gridDim.x).value;
+    if (!is_finite(largest)) return;
+    for (u32 i = threadIdx.x; i < BINS; i += SLICE_THREADS) {
+        own_counts[i] = 0;
+        own_masses[i] = 0;
+    }
+    __syncthreads();
+    float inverse = row.inverse_temperature;
+    bool weigh = row.top_p < 1.0f;
+    logits += u64(blockIdx.y) * columns;
+    u32 first = blockIdx.x * SLICE + threadIdx.x;
+#pragma unroll 4
+    for (u32 i = 0; i < PER_THREAD; i++) {
+        u32 token = first + i * SLICE_THREADS;
+        float score = token < columns ? score_of(logits[token], largest, inverse) : NEVER;
+        if (score > NEVER) {
+            u32 bin = bin_of(score);
+            atomicAdd(&own_counts[bin], 1);
+            if (weigh) atomicAdd(&own_masses[bin], mass_of(score));
+        }
+    }
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < BINS; i += SLICE_THREADS) {
+        if (own_counts[i] == 0) continue;
+        atomicAdd(&counts[blockIdx.y * BINS + i], own_counts[i]);
+        if (weigh) atomicAdd(&masses[blockIdx.y * BINS + i], own_masses[i]);
+    }
+}
+
+INLINE bool limits_count(const Row& row, u32 tokens) { return row.top_k != 0 && row.top_k < tokens; }
+
+// Lists the ranks of the tokens in the bins that top-k, or top-p, can reach into, in any
+// order; makes no list if they are too many. Grid (slices, rows), 256 threads.
+KERNEL sample_compact(u64* lists, Filter* filters, const u32* counts, const u64* masses, const float* logits,
+                      const uint2* best, const Row* rows, u32 columns) {
+    constexpr u32 LANE_BINS = BINS / 32;
+    __shared__ u32 last_bin;
+    __shared__ u32 listed;
+    const Row& row = rows[blockIdx.y];
+    if (!is_filtered(row)) return;
+    float largest = best_of(best + u64(blockIdx.y) * gridDim.x, gridDim.x).value;
+    if (!is_finite(largest)) return;
+    Filter& filter = filters[blockIdx.y];
+    if (warp_id() == 0) {
+        counts += blockIdx.y * BINS + lane_id() * LANE_BINS;
+        masses += blockIdx.y * BINS + lane_id() * LANE_BINS;
+        u32 count = 0;
+        u64 mass = 0;
+        for (u32 i = 0; i < LANE_BINS; i++) {
+            count += counts[i];
+            mass += masses[i];
+        }
+        u32 own_count = count;
+        u64 own_mass = mass;
+#pragma unroll
+        for (u32 offset = 1; offset < 32; offset <<= 1) {
+            u32 other_count = __shfl_up_sync(FULL_WARP, count, offset);
+            u64 other_mass = __shfl_up_sync(FULL_WARP, mass, offset);
+            if (lane_id() >= offset) {
+                count += other_count;
+                mass += other_mass;
+            }
+        }
+        u32 tokens = __shfl_sync(FULL_WARP, count, 31);
+        u64 all_mass = __shfl_sync(FULL_WARP, mass, 31);
+        bool by_count = limits_count(row, tokens);
+        bool by_mass = !by_count && row.top_p < 1.0f;
+        double target = double(row.top_p) * double(all_mass);
+        count -= own_count;
+        mass -= own_mass;
+        // The first bin with which there are enough; the last if there never are.
+        u32 enough = NONE, enough_count = tokens;
+        for (u32 i = 0; i < LANE_BINS; i++) {
+            count += counts[i];
+            mass += masses[i];
+            bool reached = (by_count && count >= row.top_k) || (by_mass && double(mass) >= target);
+            if (reached && enough == NONE) {
+                enough = lane_id() * LANE_BINS + i;
+                enough_count = count;
+            }
+        }
+#pragma unroll
+        for (int offset = 16; offset > 0; offset >>= 1) {
+            u32 bin = __shfl_xor_sync(FULL_WARP, enough, offset);
+            u32 bin_count = __shfl_xor_sync(FULL_WARP, enough_count, offset);
+            if (bin < enough) {
+                enough = bin;
+                enough_count = bin_count;
+            }
+        }
+        if (lane_id() == 0) {
+            last_bin = enough;
+            listed = enough_count;
+            if (blockIdx.x == 0) {
+                filter.mass = all_mass;
+                filter.tokens = tokens;
+                filter.listed = enough_count;
+            }
+        }
+    }
+    __syncthreads();
+    if (listed > LIST) return;
+    u32 bins = last_bin;
+    float inverse = row.inverse_temperature;
+    logits += u64(blockIdx.y) * columns;
+    lists += u64(blockIdx.y) * LIST;
+    u32 first = blockIdx.x * SLICE + threadIdx.x;
+#pragma unroll 4
+    for (u32 i = 0; i < PER_THREAD; i++) {
+        u32 token = first + i * SLICE_THREADS;
+        float score = token < columns ? score_of(logits[token], largest, inverse) : NEVER;
+        bool wanted = score > NEVER && bin_of(score) <= bins;
+        u32 ballot = __ballot_sync(FULL_WARP, wanted);
+        if (ballot == 0) continue;
+        u32 start = 0;
+        if (lane_id() == 0) start = atomicAdd(&filter.length, __popc(ballot));
+        start = __shfl_sync(FULL_WARP, start, 0);
+        if (wanted) lists[start + __popc(ballot & ((1u << lane_id()) - 1))] = rank_of(score, token);
+    }
+}
+
+// Top-k and top-p exactly, then min-p and the draw. Grid rows, 1024 threads.
+KERNEL __launch_bounds__(1024)
+    sample_filter(uint2* winners, const u64* lists, const Filter* filters, const float* logits, const uint2* best,
+                  const Row* rows, u32 columns, u32 slices) {
+    __shared__ SelectScratch scratch;
+    const Row& row = rows[blockIdx.x];
+    if (!is_filtered(row)) return;
+    float largest = best_of(best + u64(blockIdx.x) * slices, slices).value;
+    if (!is_finite(largest)) return;
+    const Filter& filter = filters[blockIdx.x];
+    bool is_listed = filter.listed <= LIST;
+    Ranks ranks = {is_listed ? lists + u64(blockIdx.x) * LIST : nullptr,
+                   logits + u64(blockIdx.x) * columns,
+                   largest,
+                   row.inverse_temperature,
+                   false,
+                   is_listed ? filter.listed : columns};
+    u64 lowest = 1;
+    u64 mass = filter.mass;
+    if (limits_count(row, filter.tokens)) {
+        lowest = select<false>(ranks, lowest, row.top_k, 0.0, scratch);
+        __syncthreads();
+        if (row.top_p < 1.0f) {
+            if (threadIdx.x == 0) scratch.mass = 0;
+            __syncthreads();
+            u64 own = 0;
+            for (u32 i = threadIdx.x; i < ranks.count; i += blockDim.x) {
+                u64 rank = ranks.at(i);
+                if (rank >= lowest) own += mass_of(score_at(rank));
+            }
+            if (own) atomicAdd(&scratch.mass, own);
+            __syncthreads();
+            mass = scratch.mass;
+            __syncthreads();
+        }
+    }
+    if (row.top_p < 1.0f) lowest = select<true>(ranks, lowest, 0, double(row.top_p) * double(mass), scratch);
+    Candidate winner = NOTHING_DRAWN;
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < ranks.count; i += blockDim.x) {
+        u64 rank = ranks.at(i);
+        if (rank >= lowest) draw(winner, row, score_at(rank), token_of(rank));
+    }
+    winner = block_best(winner);
+    if (threadIdx.x == 0) winners[u64(blockIdx.x) * slices] = packed(winner);
+}
+
+// The draw among all tokens of each slice. Grid (slices, rows), 256 threads.
+KERNEL sample_draw(uint2* winners, const float* logits, const uint2* best, const Row* rows, u32 columns) {
+    Row row = rows[blockIdx.y];
+    if (row.inverse_temperature == 0.0f || is_filtered(row)) return;
+    float largest = best_of(best + u64(blockIdx.y) * gridDim.x, gridDim.x).value;
+    if (!is_finite(largest)) return;
+    logits += u64(blockIdx.y) * columns;
+    u32 token = blockIdx.x * SLICE + threadIdx.x;
+    u32 end = min(columns, (blockIdx.x + 1) * SLICE);
+    Candidate winner = NOTHING_DRAWN;
+    float logit = token < end ? logits[token] : NEVER;
+#pragma unroll 1
+    for (; token < end; token += SLICE_THREADS) {
+        // The next one is on its way meanwhile.
+        u32 next = token + SLICE_THREADS;
+        float next_logit = next < end ? logits[next] : NEVER;
+        draw(winner, row, score_of(logit, largest, row.inverse_temperature), token);
+        logit = next_logit;
+    }
+    winner = block_best(winner);
+    if (threadIdx.x == 0) winners[u64(blockIdx.y) * gridDim.x + blockIdx.x] = packed(winner);
+}
+
+// The tokens, for the next step and for the host (rows of `result` as in sample_top); puts
+// back what sample_edit changed. Grid rows, 256 threads.
+KERNEL sample_finish(u32* sampled, u32* result, float* logits, const float* saved, const uint2* entries,
+                     const uint2* best, const uint2* winners, const Row* rows, u32 columns, u32 slices, u32 top_stride) {
+    const Row& row = rows[blockIdx.x];
+    logits += u64(blockIdx.x) * columns;
+    result += u64(blockIdx.x) * (4 + 2 * top_stride);
+    for (u32 i = threadIdx.x; i < row.bias_count; i += blockDim.x) {
+        u32 token = entries[row.bias_start + i].x;
+        bool again = i > 0 && entries[row.bias_start + i - 1].x == token;
+        if (token < columns && !again) logits[token] = saved[row.bias_start + i];
+    }
+    __syncthreads();
+    u32 history = row.history_start == NONE ? 0 : row.history_count + 1;
+    for (u32 i = threadIdx.x; i < history; i += blockDim.x) {
+        u32 token = entries[row.history_start + i].x;
+        if (token < columns) logits[token] = saved[row.history_start + i];
+    }
+    __syncthreads();
+    if (warp_id() != 0) return;
+    Candidate chosen = best_of(best + u64(blockIdx.x) * slices, slices);
+    if (row.inverse_temperature != 0.0f && is_finite(chosen.value))
+        chosen = best_of(winners + u64(blockIdx.x) * slices, is_filtered(row) ? 1 : slices);
+    if (lane_id() != 0) return;
+    // No token is possible.
+    u32 token = chosen.token < columns ? chosen.token : 0;
+    sampled[blockIdx.x] = token;
+    result[0] = token;
+    if (row.logprobs != NONE) result[1] = __float_as_uint(logits[token] - __uint_as_float(result[3]));
+}

@@ -1,0 +1,95 @@
+"""NVIDIA's compilers out of their pinned PyPI wheels, for the scripts beside this file.
+
+No CUDA toolkit has to be installed. A wheel is downloaded once into target/, checked
+against its SHA-256, and unpacked there; a broken or interrupted download is fetched
+again. Linux on x86-64 only, which is what the wheels below are built for.
+"""
+
+import hashlib
+import platform
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGET = ROOT / "target"
+
+
+class Wheel(NamedTuple):
+    """A file on PyPI: the requirement that names it, and its SHA-256."""
+
+    requirement: str
+    sha256: str
+
+
+# Compiles CUDA C++ to PTX ISA 8.4, which drivers from 550 on understand.
+NVRTC = [
+    Wheel("nvidia-cuda-nvrtc-cu12==12.4.127", "a178759ebb095827bd30ef56598ec182b85547f1508941a3d560eb7ea1fbf338"),
+    Wheel("nvidia-cuda-runtime-cu12==12.4.127", "64403288fa2136ee8e467cdc9c9427e0434110899d07c779f25b5c068934faa5"),
+]
+
+# ptxas, the assembler, alone.
+PTXAS = [
+    Wheel("nvidia-cuda-nvcc==13.0.88", "56fe502eb77625a12f25172caa3cdddb4e4c8ba2c8c17dba44b164761b380f03"),
+]
+
+# All of nvcc 13.0: what a machine with a CUDA toolkit has. It needs a host C++ compiler.
+NVCC = PTXAS + [
+    Wheel("nvidia-cuda-crt==13.0.88", "2c8043c7c9e02492716426e9919fc78d2c5b3b2a7a768a88e952676b08aa55a4"),
+    Wheel("nvidia-cuda-runtime==13.0.96", "7f82250d7782aa23b6cfe765ecc7db554bd3c2870c43f3d1821f1d18aebf0548"),
+    Wheel("nvidia-nvvm==13.0.88", "c5f41ffeb6466944a026dfa5317d7d85355c119bbec279205d22f1869d1054e0"),
+]
+
+
+def say(text):
+    print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+
+
+def unpacked(wheels, folder):
+    """The folder target/FOLDER/nvidia with the contents of `wheels`, fetched if need be."""
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        found = f"{sys.platform} on {platform.machine()}"
+        sys.exit(f"{Path(sys.argv[0]).name}: the compilers are for Linux on x86-64; this is {found}")
+    home = TARGET / folder
+    for wheel in wheels:
+        # Written last: whatever it names has been unpacked whole.
+        done = home / f"{wheel.sha256[:16]}.unpacked"
+        if not done.exists():
+            archive = fetch(wheel, home / "download")
+            with zipfile.ZipFile(archive) as contents:
+                for member in contents.infolist():
+                    path = contents.extract(member, home)
+                    if (mode := member.external_attr >> 16) and not member.is_dir():
+                        Path(path).chmod(mode & 0o777 | 0o600)
+            shutil.rmtree(home / "download")
+            done.touch()
+    return home / "nvidia"
+
+
+def fetch(wheel, folder):
+    """Downloads a wheel, checks it, and gives its path."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    say(f"downloading {wheel.requirement} from PyPI")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+    command += ["--disable-pip-version-check", "--platform", "manylinux2014_x86_64", "--dest", str(folder)]
+    if subprocess.run(command + [wheel.requirement], stdout=sys.stderr).returncode != 0:
+        sys.exit(f"{Path(sys.argv[0]).name}: {wheel.requirement} could not be downloaded; run this again")
+    [archive] = folder.glob("*.whl")
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if digest != wheel.sha256:
+        sys.exit(f"{Path(sys.argv[0]).name}: {archive.name} has SHA-256 {digest}, but must have {wheel.sha256}")
+    return archive
+
+
+def ptxas():
+    """The path of ptxas."""
+    return unpacked(PTXAS, "nvcc") / "cu13" / "bin" / "ptxas"
+
+
+def nvcc():
+    """The path of nvcc."""
+    return unpacked(NVCC, "nvcc") / "cu13" / "bin" / "nvcc"

@@ -1,0 +1,81 @@
+//! Element-wise non-linearities.
+
+use super::CudaDevice;
+use super::error::require;
+use super::launch::{Grid, kernels};
+use super::memory::{CudaTensor, Ptr};
+use super::norm::{require_shape, vector_grid};
+use crate::device::{Activation, DeviceError, Precision};
+
+kernels! {
+    /// Kernels of `kernels/activation.cu`.
+    pub(super) struct ActivationKernels in "activation" {
+        gated_activation(out: Ptr, gate_up: Ptr, rows: u32, columns: u32, gelu: u32);
+        softcap(x: Ptr, cap: f32, count: u32);
+    }
+}
+
+impl CudaDevice {
+    pub(super) fn gated_activation_op(
+        &mut self,
+        gate_up: &CudaTensor,
+        activation: Activation,
+        rows: usize,
+        out: &mut CudaTensor,
+    ) -> Result<(), DeviceError> {
+        const NAME: &str = "gated_activation";
+        let rows = self.step.padded(rows);
+        let columns = out.columns();
+        let (wide, narrow) = ((rows, 2 * columns), (rows, columns));
+        require_shape(NAME, "gate and up", gate_up, wide, Precision::Activation)?;
+        require_shape(NAME, "the result", out, narrow, Precision::Activation)?;
+        self.gate(gate_up.ptr(), activation, rows, columns, out.ptr())
+    }
+
+    /// `out = activation(gate) · up` for `rows` rows of `columns` results.
+    pub(super) fn gate(
+        &self,
+        gate_up: Ptr,
+        activation: Activation,
+        rows: usize,
+        columns: usize,
+        out: Ptr,
+    ) -> Result<(), DeviceError> {
+        let gelu = match activation {
+            Activation::Silu => 0,
+            Activation::GeluTanh => 1,
+        };
+        self.activation.gated_activation(
+            &self.context,
+            vector_grid(rows * columns),
+            out,
+            gate_up,
+            rows as u32,
+            columns as u32,
+            gelu,
+        )
+    }
+
+    pub(super) fn softcap_op(
+        &mut self,
+        x: &mut CudaTensor,
+        cap: f32,
+        rows: usize,
+    ) -> Result<(), DeviceError> {
+        let rows = self.step.padded(rows);
+        let count = rows.saturating_mul(x.columns());
+        let fits =
+            x.rows() >= rows && x.precision() == Precision::Full && u32::try_from(count).is_ok();
+        require(fits, "softcap", || {
+            let (has_rows, columns) = (x.rows(), x.columns());
+            format!(
+                "x is {has_rows} × {columns} in {:?} precision, but {rows} rows in Full, less \
+                 than 2³² numbers, are needed",
+                x.precision()
+            )
+        })?;
+        let grid = Grid::new([count.div_ceil(256) as u32, 1, 1], [256, 1, 1]);
+        self.activation
+            .softcap(&self.context, grid, x.ptr(), cap, count as u32)
+    }
+}

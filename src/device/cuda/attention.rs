@@ -1,0 +1,360 @@
+//! Paged attention.
+//!
+//! Sequences with one row are spread over the GPU by units of 128 keys, whose results a
+//! second kernel merges; sequences with more rows have a kernel of their own. A row has
+//! the same bits either way: see `kernels/attention.cuh`.
+
+use super::context::Context;
+use super::error::{require, unsupported};
+use super::images::Modules;
+use super::launch::{Grid, Signature, kernels};
+use super::memory::{CudaTensor, Ptr, Scratch};
+use super::norm::require_shape;
+use super::step::{Ends, UNIT};
+use super::{CudaCache, CudaDevice};
+use crate::device::{AttentionSpec, DeviceError, HeadShape, Precision};
+
+kernels! {
+    /// Kernels of `kernels/attention.cu`.
+    pub(super) struct Kernels in "attention" {
+        attend_decode_hd[16, 32, 64, 80, 96, 128, 256](
+            partial_out: Ptr,
+            partial_stats: Ptr,
+            qkv: Ptr,
+            k_cache: Ptr,
+            v_cache: Ptr,
+            tables: Ptr,
+            sequences: Ptr,
+            decode_list: Ptr,
+            q_heads: u32,
+            kv_heads: u32,
+            block_tokens: u32,
+            scale: f32,
+            softcap: f32,
+            window: u32,
+        );
+        attend_combine(
+            out: Ptr,
+            partial_out: Ptr,
+            partial_stats: Ptr,
+            sequences: Ptr,
+            decode_list: Ptr,
+            q_heads: u32,
+            head_dim: u32,
+            window: u32,
+        );
+        attend_prefill_hd[16, 32, 64, 80, 96, 128, 256](
+            out: Ptr,
+            qkv: Ptr,
+            k_cache: Ptr,
+            v_cache: Ptr,
+            tables: Ptr,
+            sequences: Ptr,
+            prefill_work: Ptr,
+            q_heads: u32,
+            kv_heads: u32,
+            block_tokens: u32,
+            scale: f32,
+            softcap: f32,
+            window: u32,
+        );
+    }
+}
+
+/// Sizes of heads that there are kernels for.
+const HEAD_DIMS: [usize; 7] = [16, 32, 64, 80, 96, 128, 256];
+
+/// Warps of a block.
+const WARPS: usize = 4;
+
+/// Packed query rows of a warp.
+const WARP_ROWS: usize = 16;
+
+/// Blocks of a decode launch beyond which warps do several units each.
+const MOST_BLOCKS: usize = 4096;
+
+/// The kernels, and room for what units of keys come to until they are merged.
+pub(super) struct AttentionKernels {
+    kernels: Kernels,
+    partial_out: Scratch,
+    partial_stats: Scratch,
+}
+
+impl AttentionKernels {
+    pub(super) const FILE: &'static str = Kernels::FILE;
+    pub(super) const SIGNATURES: &'static [Signature] = Kernels::SIGNATURES;
+
+    pub(super) fn load(modules: &Modules) -> Result<Self, DeviceError> {
+        Ok(Self {
+            kernels: Kernels::load(modules)?,
+            partial_out: Scratch::default(),
+            partial_stats: Scratch::default(),
+        })
+    }
+}
+
+/// `Unsupported` for heads that there are no kernels for.
+pub(super) fn require_head_dim(head_dim: usize) -> Result<(), DeviceError> {
+    if HEAD_DIMS.contains(&head_dim) {
+        return Ok(());
+    }
+    let known = HEAD_DIMS.map(|dim| dim.to_string()).join(", ");
+    Err(unsupported(
+        format!("attention heads of {head_dim} elements"),
+        format!("heads of {known} elements are"),
+    ))
+}
+
+/// Dynamic shared memory of a decode block: each warp's ring of 16 keys or values a slot,
+/// with 16 bytes beside each.
+fn decode_shared(head_dim: usize) -> usize {
+    let slots = match head_dim {
+        ..=64 => 8,
+        ..=128 => 4,
+        _ => 2,
+    };
+    WARPS * slots * 16 * (2 * head_dim + 16)
+}
+
+/// Dynamic shared memory of a prefill block: a ring of 32 keys or values a slot, and for
+/// large heads the float32 sums of all rows.
+fn prefill_shared(head_dim: usize) -> usize {
+    let (slots, sums) = match head_dim {
+        ..=128 => (4, 0),
+        _ => (2, WARPS * WARP_ROWS * head_dim * 4),
+    };
+    slots * 32 * (2 * head_dim + 16) + sums
+}
+
+/// `u32`s of a layer's attention, as kernels take them.
+struct Numbers {
+    q_heads: u32,
+    kv_heads: u32,
+    block_tokens: u32,
+    scale: f32,
+    softcap: f32,
+    window: u32,
+}
+
+impl Numbers {
+    fn new(spec: &AttentionSpec, block_tokens: usize) -> Self {
+        Self {
+            q_heads: spec.heads.q_heads as u32,
+            kv_heads: spec.heads.kv_heads as u32,
+            block_tokens: block_tokens as u32,
+            scale: spec.scale,
+            softcap: spec.softcap.unwrap_or(0.0),
+            // A window beyond all positions is none.
+            window: spec.window.map_or(0, |window| {
+                u32::try_from(window).map_or(0, |window| window.max(1))
+            }),
+        }
+    }
+}
+
+/// `Failed` unless the heads fit each other and the cache.
+pub(super) fn require_heads(
+    operation: &'static str,
+    heads: HeadShape,
+    cache: &CudaCache,
+    layer: usize,
+) -> Result<(), DeviceError> {
+    let shape = cache.shape();
+    let fits = heads.kv_heads == shape.kv_heads
+        && heads.head_dim == shape.head_dim
+        && heads.kv_heads > 0
+        && heads.q_heads > 0
+        && heads.q_heads.is_multiple_of(heads.kv_heads)
+        && layer < shape.layers;
+    require(fits, operation, || {
+        format!("{heads:?} in layer {layer} do not fit the cache, {shape:?}")
+    })
+}
+
+impl CudaDevice {
+    pub(super) fn attend_op(
+        &mut self,
+        qkv: &CudaTensor,
+        spec: &AttentionSpec,
+        cache: &CudaCache,
+        layer: usize,
+        out: &mut CudaTensor,
+    ) -> Result<(), DeviceError> {
+        const NAME: &str = "attend";
+        let (heads, shape) = (spec.heads, *cache.shape());
+        require_head_dim(heads.head_dim)?;
+        require_heads(NAME, heads, cache, layer)?;
+        let known = self.limits.map(|limits| limits.block_tokens);
+        require(known == Some(shape.block_tokens), NAME, || {
+            format!("the cache is {shape:?}, but the limits said blocks of {known:?} tokens")
+        })?;
+        let rows_of_heads = shape.kv_heads * shape.blocks * shape.block_tokens;
+        if rows_of_heads > u32::MAX as usize {
+            let what = format!("a cache of {rows_of_heads} keys a layer");
+            return Err(unsupported(what, "less than 2³² are, over all heads"));
+        }
+        let rows = self.step.padded(self.step.rows());
+        let activation = Precision::Activation;
+        require_shape(NAME, "qkv", qkv, (rows, heads.qkv_columns()), activation)?;
+        require_shape(
+            NAME,
+            "the result",
+            out,
+            (rows, heads.q_columns()),
+            activation,
+        )?;
+        let ends = Ends {
+            blocks: shape.blocks,
+            ..Ends::NONE
+        };
+        self.step.require_within(ends, NAME)?;
+        self.graphs.limit(ends);
+        let numbers = Numbers::new(spec, shape.block_tokens);
+        let operands = Operands {
+            qkv: qkv.ptr(),
+            keys: cache.keys(layer),
+            values: cache.values(layer),
+            out: out.ptr(),
+        };
+        self.attend_single_rows(&operands, heads, &numbers, cache)?;
+        self.attend_many_rows(&operands, heads, &numbers)
+    }
+
+    /// Attention of the sequences with one row.
+    fn attend_single_rows(
+        &mut self,
+        operands: &Operands,
+        heads: HeadShape,
+        numbers: &Numbers,
+        cache: &CudaCache,
+    ) -> Result<(), DeviceError> {
+        let decodes = self.step.decodes();
+        if decodes == 0 {
+            return Ok(());
+        }
+        let room = self.unit_room(cache);
+        let (context, attention) = (&self.context, &mut self.attention);
+        let partials = room * heads.q_heads;
+        let partial_out = attention
+            .partial_out
+            .get(context, partials * heads.head_dim * size_of::<f32>())?;
+        let partial_stats = attention
+            .partial_stats
+            .get(context, partials * size_of::<[f32; 2]>())?;
+        self.step.set_unit_room(room);
+
+        let group = heads.q_heads / heads.kv_heads;
+        let (y, z) = (heads.kv_heads * group.div_ceil(WARP_ROWS), decodes);
+        let wanted = self.step.max_units().div_ceil(WARPS);
+        let x = wanted.min((MOST_BLOCKS / (y * z)).max(1));
+        let threads = [32 * WARPS as u32, 1, 1];
+        let grid = Grid::new([x as u32, y as u32, z as u32], threads)
+            .shared(decode_shared(heads.head_dim) as u32);
+        let (sequences, decode_list) = (self.step.sequences(), self.step.decode_list());
+        let kernels = &self.attention.kernels;
+        kernels.attend_decode_hd(
+            heads.head_dim,
+            &self.context,
+            grid,
+            partial_out,
+            partial_stats,
+            operands.qkv,
+            operands.keys,
+            operands.values,
+            self.step.tables(),
+            sequences,
+            decode_list,
+            numbers.q_heads,
+            numbers.kv_heads,
+            numbers.block_tokens,
+            numbers.scale,
+            numbers.softcap,
+            numbers.window,
+        )?;
+        let threads = heads.head_dim.next_multiple_of(32) as u32;
+        kernels.attend_combine(
+            &self.context,
+            Grid::new([numbers.q_heads, decodes as u32, 1], [threads, 1, 1]),
+            operands.out,
+            partial_out,
+            partial_stats,
+            sequences,
+            decode_list,
+            numbers.q_heads,
+            heads.head_dim as u32,
+            numbers.window,
+        )
+    }
+
+    /// How many units of keys there is to be room for: what the step has, and what any
+    /// step can have whose sequences share no blocks, so that the room grows once.
+    fn unit_room(&self, cache: &CudaCache) -> usize {
+        let sequences = self.limits.map_or(0, |limits| limits.sequences);
+        let tokens = cache.shape().blocks * cache.shape().block_tokens;
+        self.step
+            .decode_units()
+            .max(tokens.div_ceil(UNIT) + sequences)
+    }
+
+    /// Attention of the sequences with more rows.
+    fn attend_many_rows(
+        &mut self,
+        operands: &Operands,
+        heads: HeadShape,
+        numbers: &Numbers,
+    ) -> Result<(), DeviceError> {
+        let group = heads.q_heads / heads.kv_heads;
+        let context: &Context = &self.context;
+        let (work, items) = self.step.prefill_work(context, group)?;
+        let blocks = [items as u32, numbers.kv_heads, 1];
+        let grid = Grid::new(blocks, [32 * WARPS as u32, 1, 1])
+            .shared(prefill_shared(heads.head_dim) as u32);
+        self.attention.kernels.attend_prefill_hd(
+            heads.head_dim,
+            context,
+            grid,
+            operands.out,
+            operands.qkv,
+            operands.keys,
+            operands.values,
+            self.step.tables(),
+            self.step.sequences(),
+            work,
+            numbers.q_heads,
+            numbers.kv_heads,
+            numbers.block_tokens,
+            numbers.scale,
+            numbers.softcap,
+            numbers.window,
+        )
+    }
+}
+
+/// Where the operands of a layer's attention lie.
+struct Operands {
+    qkv: Ptr,
+    keys: Ptr,
+    values: Ptr,
+    out: Ptr,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_fit_the_shared_memory_of_every_supported_gpu() {
+        for head_dim in HEAD_DIMS {
+            assert!(decode_shared(head_dim) <= 99 << 10, "{head_dim}");
+            assert!(prefill_shared(head_dim) <= 99 << 10, "{head_dim}");
+        }
+    }
+
+    #[test]
+    fn other_heads_are_refused_with_the_list_of_those_that_work() {
+        let error = require_head_dim(48).unwrap_err().to_string();
+        assert!(error.contains("heads of 48 elements"), "{error}");
+        assert!(error.contains("16, 32, 64, 80, 96, 128, 256"), "{error}");
+        HEAD_DIMS.map(|head_dim| require_head_dim(head_dim).unwrap());
+    }
+}

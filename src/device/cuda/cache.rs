@@ -1,0 +1,189 @@
+//! The paged key-value cache.
+//!
+//! Two arrays a layer, keys and values: `[blocks][kv_heads][block_tokens][head_dim]` of
+//! the activation type; all arrays one after the other.
+
+use super::CudaDevice;
+use super::error::{require, unsupported};
+use super::launch::{Grid, kernels};
+use super::memory::{Buffer, Ptr};
+use crate::device::{CacheShape, DeviceError};
+
+kernels! {
+    /// Kernels of `kernels/cache.cu`.
+    pub(super) struct CacheKernels in "cache" {
+        copy_blocks(cache: Ptr, pairs: Ptr, blocks: u32, vectors: u32);
+        poison_blocks(cache: Ptr, list: Ptr, blocks: u32, vectors: u32);
+    }
+}
+
+/// Bytes of a key's or value's element.
+const ELEMENT: usize = 2;
+
+/// The key-value cache of all layers.
+pub struct CudaCache {
+    shape: CacheShape,
+    buffer: Buffer,
+}
+
+impl CudaCache {
+    /// What it was allocated for.
+    pub fn shape(&self) -> &CacheShape {
+        &self.shape
+    }
+
+    /// The keys of a layer, which is below `shape().layers`.
+    pub(super) fn keys(&self, layer: usize) -> Ptr {
+        self.array(2 * layer)
+    }
+
+    /// The values of a layer, likewise.
+    pub(super) fn values(&self, layer: usize) -> Ptr {
+        self.array(2 * layer + 1)
+    }
+
+    fn array(&self, index: usize) -> Ptr {
+        let bytes = block_bytes(&self.shape) * self.shape.blocks;
+        self.buffer.ptr().offset_bytes(index * bytes)
+    }
+
+    /// Reads the keys and the values of a block of a layer, as bits of the activation
+    /// type: `[kv_heads][block_tokens][head_dim]`. For tests.
+    pub fn read(
+        &self,
+        device: &CudaDevice,
+        layer: usize,
+        block: usize,
+    ) -> Result<(Vec<u16>, Vec<u16>), DeviceError> {
+        let inside = layer < self.shape.layers && block < self.shape.blocks;
+        require(inside, "read", || {
+            format!(
+                "there is no block {block} of layer {layer} in {:?}",
+                self.shape
+            )
+        })?;
+        let bytes = block_bytes(&self.shape);
+        let read = |array: Ptr| {
+            let from = array.offset_bytes(block * bytes);
+            device.context.read(from, bytes / ELEMENT)
+        };
+        Ok((read(self.keys(layer))?, read(self.values(layer))?))
+    }
+
+    /// A block for each entry and array, and the parameters that all kernels take.
+    fn launch(&self, entries: usize) -> (Grid, u32, u32) {
+        let grid = Grid::new(
+            [entries as u32, 2 * self.shape.layers as u32, 1],
+            [256, 1, 1],
+        );
+        let vectors = block_bytes(&self.shape) / 16;
+        (grid, self.shape.blocks as u32, vectors as u32)
+    }
+
+    fn require_blocks(
+        &self,
+        operation: &'static str,
+        mut blocks: impl Iterator<Item = u32>,
+    ) -> Result<(), DeviceError> {
+        let count = self.shape.blocks;
+        let beyond = blocks.find(|&block| block as usize >= count);
+        require(beyond.is_none(), operation, || {
+            let block = beyond.unwrap_or_default();
+            format!("block {block} is beyond the cache's {count}")
+        })
+    }
+}
+
+/// Bytes of the keys, or the values, of a block of one layer.
+fn block_bytes(shape: &CacheShape) -> usize {
+    shape.kv_heads * shape.block_tokens * shape.head_dim * ELEMENT
+}
+
+/// Bytes of a cache; `None` if it has more than can be counted.
+fn bytes(shape: &CacheShape) -> Option<usize> {
+    [
+        2,
+        shape.layers,
+        shape.blocks,
+        shape.kv_heads,
+        shape.head_dim,
+    ]
+    .into_iter()
+    .try_fold(shape.block_tokens * ELEMENT, usize::checked_mul)
+}
+
+impl CudaDevice {
+    pub(super) fn allocate_cache_op(
+        &mut self,
+        shape: &CacheShape,
+    ) -> Result<CudaCache, DeviceError> {
+        if shape.block_tokens == 0 || !shape.block_tokens.is_multiple_of(16) {
+            let what = format!("blocks of {} tokens", shape.block_tokens);
+            return Err(unsupported(what, "a block is a multiple of 16 tokens"));
+        }
+        if shape.head_dim == 0 || !shape.head_dim.is_multiple_of(8) {
+            let what = format!("heads of {} elements", shape.head_dim);
+            return Err(unsupported(what, "a head has a multiple of 8 elements"));
+        }
+        let slots = shape.blocks.checked_mul(shape.block_tokens);
+        let countable = slots.is_some_and(|slots| slots < u32::MAX as usize)
+            && shape.layers <= 1 << 14
+            && bytes(shape).is_some();
+        if !countable {
+            return Err(unsupported(
+                format!("a cache of {shape:?}"),
+                "less than 2³² tokens and at most 16384 layers",
+            ));
+        }
+        let bytes = self.cache_bytes_op(shape);
+        Ok(CudaCache {
+            shape: *shape,
+            buffer: self.context.allocate_zeroed(bytes, "the key-value cache")?,
+        })
+    }
+
+    /// Bytes of a cache of this shape.
+    pub(super) fn cache_bytes_op(&self, shape: &CacheShape) -> usize {
+        bytes(shape).unwrap_or(usize::MAX)
+    }
+
+    pub(super) fn poison_op(
+        &mut self,
+        cache: &mut CudaCache,
+        blocks: &[u32],
+    ) -> Result<(), DeviceError> {
+        cache.require_blocks("poison", blocks.iter().copied())?;
+        let list = self.context.list(blocks)?;
+        let (grid, count, vectors) = cache.launch(blocks.len());
+        let (context, array) = (&self.context, cache.buffer.ptr());
+        self.cache
+            .poison_blocks(context, grid, array, list, count, vectors)
+    }
+
+    /// Copies blocks, keys and values of every layer: each pair is a source and a
+    /// target. No block may be a target twice, or a source and a target.
+    pub fn copy_blocks(
+        &mut self,
+        cache: &mut CudaCache,
+        pairs: &[[u32; 2]],
+    ) -> Result<(), DeviceError> {
+        const NAME: &str = "copy_blocks";
+        cache.require_blocks(NAME, pairs.iter().flatten().copied())?;
+        let mut targets: Vec<u32> = pairs.iter().map(|pair| pair[1]).collect();
+        targets.sort_unstable();
+        let clash = targets.windows(2).find(|pair| pair[0] == pair[1]);
+        let clash = clash.map(|pair| pair[0]).or_else(|| {
+            let mut sources = pairs.iter().map(|pair| pair[0]);
+            sources.find(|source| targets.binary_search(source).is_ok())
+        });
+        require(clash.is_none(), NAME, || {
+            let block = clash.unwrap_or_default();
+            format!("block {block} is written and used again")
+        })?;
+        let list = self.context.list(pairs.as_flattened())?;
+        let (grid, count, vectors) = cache.launch(pairs.len());
+        let (context, array) = (&self.context, cache.buffer.ptr());
+        self.cache
+            .copy_blocks(context, grid, array, list, count, vectors)
+    }
+}

@@ -1,0 +1,127 @@
+//! The one door through which CUDA's errors become [`DeviceError`]s.
+
+use crate::device::DeviceError;
+use cudarc::driver::result::DriverError;
+use cudarc::driver::sys::CUresult;
+use std::cell::{Cell, OnceCell};
+
+/// The name of this device in errors.
+pub(super) const DEVICE: &str = "cuda";
+
+/// `Failed`, with a reason of our own.
+pub(super) fn failed(operation: &'static str, reason: impl Into<String>) -> DeviceError {
+    DeviceError::Failed {
+        device: DEVICE,
+        operation,
+        reason: reason.into(),
+    }
+}
+
+/// `Unsupported`: `what` was asked for, `expected` would have been accepted.
+pub(super) fn unsupported(what: impl Into<String>, expected: impl Into<String>) -> DeviceError {
+    DeviceError::Unsupported {
+        device: DEVICE,
+        what: what.into(),
+        expected: expected.into(),
+    }
+}
+
+/// `Failed` unless `holds`.
+pub(super) fn require(
+    holds: bool,
+    operation: &'static str,
+    reason: impl FnOnce() -> String,
+) -> Result<(), DeviceError> {
+    if holds {
+        Ok(())
+    } else {
+        Err(failed(operation, reason()))
+    }
+}
+
+/// CUDA's name and text of an error: `CUDA_ERROR_INVALID_VALUE, invalid argument`.
+pub(super) fn describe(error: DriverError) -> String {
+    let text = error.error_string().map(|text| text.to_string_lossy());
+    match text {
+        Ok(text) => format!("{:?}, {text}", error.0),
+        Err(_) => format!("{:?}", error.0),
+    }
+}
+
+/// Whether an error leaves the context unusable: every later call would fail too.
+fn is_sticky(error: DriverError) -> bool {
+    use CUresult::*;
+    matches!(
+        error.0,
+        CUDA_ERROR_DEINITIALIZED
+            | CUDA_ERROR_ECC_UNCORRECTABLE
+            | CUDA_ERROR_NVLINK_UNCORRECTABLE
+            | CUDA_ERROR_CONTEXT_IS_DESTROYED
+            | CUDA_ERROR_ILLEGAL_ADDRESS
+            | CUDA_ERROR_LAUNCH_TIMEOUT
+            | CUDA_ERROR_ASSERT
+            | CUDA_ERROR_HARDWARE_STACK_ERROR
+            | CUDA_ERROR_ILLEGAL_INSTRUCTION
+            | CUDA_ERROR_MISALIGNED_ADDRESS
+            | CUDA_ERROR_INVALID_ADDRESS_SPACE
+            | CUDA_ERROR_INVALID_PC
+            | CUDA_ERROR_LAUNCH_FAILED
+            | CUDA_ERROR_EXTERNAL_DEVICE
+            | CUDA_ERROR_SYSTEM_NOT_READY
+            | CUDA_ERROR_UNKNOWN
+    )
+}
+
+/// The errors of one context.
+#[derive(Default)]
+pub(super) struct ErrorDoor {
+    lost: OnceCell<DeviceError>,
+    cleanup: Cell<u64>,
+}
+
+impl ErrorDoor {
+    /// The first sticky error, if there was one.
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        match self.lost.get() {
+            Some(lost) => Err(lost.clone()),
+            None => Ok(()),
+        }
+    }
+
+    /// What a driver call's error means for whoever made it.
+    pub(super) fn admit(&self, operation: &'static str, error: DriverError) -> DeviceError {
+        let reason = describe(error);
+        if !is_sticky(error) {
+            return failed(operation, reason);
+        }
+        let lost = self.lost.get_or_init(|| {
+            tracing::error!(operation, %reason, "the CUDA device is lost");
+            DeviceError::Lost {
+                device: DEVICE,
+                operation,
+                reason,
+            }
+        });
+        lost.clone()
+    }
+
+    /// Logs and counts an error of a clean-up, which nobody waits for. Once the
+    /// device is lost every clean-up fails; that is counted, and logged at debug level.
+    pub(super) fn cleanup(&self, operation: &'static str, outcome: Result<(), DriverError>) {
+        if let Err(error) = outcome {
+            self.cleanup.set(self.cleanup.get() + 1);
+            let was_lost = self.lost.get().is_some();
+            let error = self.admit(operation, error);
+            if was_lost {
+                tracing::debug!(operation, %error, "cleaning up after a lost CUDA device");
+            } else {
+                tracing::error!(operation, %error, "a CUDA resource could not be given back");
+            }
+        }
+    }
+
+    /// Errors of clean-ups so far.
+    pub(super) fn cleanup_errors(&self) -> u64 {
+        self.cleanup.get()
+    }
+}

@@ -1,0 +1,255 @@
+//! Mixture-of-experts layers: rows are routed and grouped by expert on the device,
+//! and one launch multiplies for all experts.
+
+use super::CudaDevice;
+use super::error::{failed, require, unsupported};
+use super::launch::{Grid, kernels};
+use super::linear::{CudaLinear, Operands, Routed};
+use super::load;
+use super::memory::{CudaTensor, Ptr, Scratch};
+use crate::device::{Activation, DeviceError, LinearSpec, Precision, RoutingSpec};
+
+kernels! {
+    /// Kernels of `kernels/experts.cu`.
+    pub(super) struct ExpertKernels in "experts" {
+        route(
+            pair_expert: Ptr, pair_weight: Ptr, router: Ptr, rows: u32, experts: u32, top_k: u32,
+            normalize: u32
+        );
+        group_pairs(
+            expert_offsets: Ptr, row_index: Ptr, pair_slot: Ptr, pair_expert: Ptr, rows: u32,
+            experts: u32, top_k: u32
+        );
+        combine_experts(
+            out: Ptr, pair_out: Ptr, pair_slot: Ptr, pair_weight: Ptr, rows: u32, columns: u32,
+            top_k: u32
+        );
+    }
+}
+
+/// The most experts of a layer, and of them for a row; `experts.cu` has the same.
+const MAX_EXPERTS: usize = 256;
+const MAX_TOP_K: usize = 32;
+
+/// The loaded experts of a layer.
+pub struct CudaExperts {
+    gate_up: CudaLinear,
+    down: CudaLinear,
+}
+
+/// Memory for the pairs of rows and experts, kept from call to call.
+#[derive(Default)]
+pub(super) struct ExpertScratch(Scratch);
+
+/// Where the intermediate results lie; a pair is a row and one of its experts.
+struct Pairs {
+    expert: Ptr,
+    weight: Ptr,
+    /// Where each expert's pairs begin when sorted by expert, and their number.
+    offsets: Ptr,
+    /// The row of each sorted pair.
+    row_index: Ptr,
+    /// The sorted place of each pair.
+    slot: Ptr,
+    gate_up: Ptr,
+    hidden: Ptr,
+    out: Ptr,
+}
+
+impl ExpertScratch {
+    fn pairs(
+        &mut self,
+        context: &super::context::Context,
+        (pairs, experts): (usize, usize),
+        (hidden, columns): (usize, usize),
+    ) -> Result<Pairs, DeviceError> {
+        let sizes = [
+            4 * pairs,
+            4 * pairs,
+            4 * (experts + 1),
+            4 * pairs,
+            4 * pairs,
+            2 * pairs * 2 * hidden,
+            2 * pairs * hidden,
+            2 * pairs * columns,
+        ];
+        let sizes = sizes.map(|size: usize| size.next_multiple_of(256));
+        let start = self.0.get(context, sizes.iter().sum())?;
+        let mut offset = 0;
+        let [
+            expert,
+            weight,
+            offsets,
+            row_index,
+            slot,
+            gate_up,
+            hidden,
+            out,
+        ] = sizes.map(|size| {
+            let ptr = start.offset_bytes(offset);
+            offset += size;
+            ptr
+        });
+        Ok(Pairs {
+            expert,
+            weight,
+            offsets,
+            row_index,
+            slot,
+            gate_up,
+            hidden,
+            out,
+        })
+    }
+}
+
+impl CudaDevice {
+    pub(super) fn load_experts_op(
+        &mut self,
+        gate_up: &[LinearSpec<'_>],
+        down: &[LinearSpec<'_>],
+    ) -> Result<CudaExperts, DeviceError> {
+        let (gates, downs) = (gate_up.len(), down.len());
+        if gates != downs {
+            let reason = format!("{gates} experts have a gate and {downs} a down projection");
+            return Err(failed("load_experts", reason));
+        }
+        if gates > MAX_EXPERTS {
+            return Err(unsupported(
+                format!("{gates} experts in a layer"),
+                format!("up to {MAX_EXPERTS}"),
+            ));
+        }
+        let activations = self.options.activations;
+        let gate_up = load::load(&self.context, activations, gate_up)?;
+        let down = load::load(&self.context, activations, down)?;
+        let fits = gate_up.outputs == 2 * down.inputs && gate_up.inputs == down.outputs;
+        require(fits, "load_experts", || {
+            format!(
+                "gate and up are {} × {}, down is {} × {}; they must fit together",
+                gate_up.outputs, gate_up.inputs, down.outputs, down.inputs
+            )
+        })?;
+        Ok(CudaExperts { gate_up, down })
+    }
+
+    pub(super) fn experts_op(
+        &mut self,
+        x: &CudaTensor,
+        router: &CudaTensor,
+        routing: RoutingSpec,
+        experts: &CudaExperts,
+        rows: usize,
+        out: &mut CudaTensor,
+    ) -> Result<(), DeviceError> {
+        let rows = self.step.padded(rows);
+        let (count, top_k) = (experts.gate_up.matrices, routing.top_k);
+        let (hidden, columns) = (experts.down.inputs, experts.down.outputs);
+        if top_k == 0 || top_k > MAX_TOP_K.min(count) {
+            return Err(unsupported(
+                format!("{top_k} of {count} experts for a row"),
+                format!("1 to {}", MAX_TOP_K.min(count)),
+            ));
+        }
+        let is = |tensor: &CudaTensor, width: usize, precision: Precision| {
+            tensor.rows() >= rows && tensor.columns() == width && tensor.precision() == precision
+        };
+        let fits = x.rows() >= rows
+            && x.columns() == columns
+            && is(router, count, Precision::Full)
+            && is(out, columns, Precision::Activation);
+        require(fits, "experts", || {
+            format!(
+                "{rows} rows of x, router and result must be {columns}, {count} (float32) and \
+                 {columns} wide"
+            )
+        })?;
+        let x = self.as_activations(x, rows)?;
+        let pairs = rows * top_k;
+        let scratch = &mut self.expert_scratch;
+        let places = scratch.pairs(&self.context, (pairs, count), (hidden, columns))?;
+        self.route(&places, router, routing, (rows, count))?;
+
+        let average = pairs.div_ceil(count);
+        let mut product = Operands {
+            x,
+            out: places.gate_up,
+            precision: Precision::Activation,
+            rows,
+            experts: Some(Routed {
+                offsets: places.offsets,
+                row_index: places.row_index,
+                average,
+            }),
+        };
+        self.multiply(&experts.gate_up, &product)?;
+        let grid = Grid::new(
+            [(pairs * hidden / 8).div_ceil(256) as u32, 1, 1],
+            [256, 1, 1],
+        );
+        let gelu = u32::from(routing.activation == Activation::GeluTanh);
+        self.activation.gated_activation(
+            &self.context,
+            grid,
+            places.hidden,
+            places.gate_up,
+            pairs as u32,
+            hidden as u32,
+            gelu,
+        )?;
+        product.x = places.hidden;
+        product.out = places.out;
+        product.experts = Some(Routed {
+            offsets: places.offsets,
+            row_index: Ptr::NULL,
+            average,
+        });
+        self.multiply(&experts.down, &product)?;
+
+        let grid = Grid::new([columns.div_ceil(256) as u32, rows as u32, 1], [256, 1, 1]);
+        self.experts.combine_experts(
+            &self.context,
+            grid,
+            out.ptr(),
+            places.out,
+            places.slot,
+            places.weight,
+            rows as u32,
+            columns as u32,
+            top_k as u32,
+        )
+    }
+
+    /// Chooses the experts of each row and sorts the pairs by expert.
+    fn route(
+        &mut self,
+        places: &Pairs,
+        router: &CudaTensor,
+        routing: RoutingSpec,
+        (rows, count): (usize, usize),
+    ) -> Result<(), DeviceError> {
+        let (rows, count, top_k) = (rows as u32, count as u32, routing.top_k as u32);
+        self.experts.route(
+            &self.context,
+            Grid::new([rows, 1, 1], [32, 1, 1]),
+            places.expert,
+            places.weight,
+            router.ptr(),
+            rows,
+            count,
+            top_k,
+            routing.normalize.into(),
+        )?;
+        self.experts.group_pairs(
+            &self.context,
+            Grid::new([1, 1, 1], [1024, 1, 1]),
+            places.offsets,
+            places.row_index,
+            places.slot,
+            places.expert,
+            rows,
+            count,
+            top_k,
+        )
+    }
+}

@@ -1,0 +1,246 @@
+//! Decode steps recorded as CUDA graphs, one a size, and replayed.
+//!
+//! The first step of a size runs as it is enqueued, which makes scratch memory grow
+//! to what the size needs. The second is recorded and launched as a graph, later ones
+//! are launched again: hundreds of launches become one. Where recording fails, the
+//! operations of the step are enqueued once more, and steps of that size are never
+//! recorded again.
+
+use super::context::{Context, Handle};
+use super::error;
+use super::step::{Ends, StepInputs, StepKey};
+use crate::device::{DeviceError, Finished, Staged};
+use cudarc::driver::result;
+use cudarc::driver::sys;
+use std::collections::HashMap;
+use std::rc::Rc;
+
+/// An executable graph.
+struct Graph {
+    exec: sys::CUgraphExec,
+    handle: Rc<Handle>,
+    /// What the memory that the graph refers to can hold.
+    ends: Ends,
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: instantiated once and destroyed once; one that still runs is destroyed by the
+        // driver when it is done.
+        let destroy = || unsafe { result::graph::exec_destroy(self.exec) };
+        self.handle.cleanup("destroying a graph", destroy);
+    }
+}
+
+/// What is known of the steps of one size.
+enum Record {
+    /// Such a step has run.
+    Warm,
+    Recorded(Graph),
+    /// Recording failed.
+    Refused,
+}
+
+/// The recorded steps of a device.
+#[derive(Default)]
+pub(super) struct Graphs {
+    records: HashMap<StepKey, Record>,
+    /// [`Handle::releases`] when the graphs were recorded.
+    releases: u64,
+    /// The step that is being enqueued, if it is one that can be recorded.
+    current: Option<StepKey>,
+    /// What its operations' memory can hold.
+    ends: Option<Ends>,
+    replays: u64,
+}
+
+impl Graphs {
+    /// Replays a step of this size if one was recorded; else its operations are to be
+    /// enqueued, and are recorded if such a step has run before.
+    pub(super) fn begin(
+        &mut self,
+        context: &Context,
+        step: &StepInputs,
+    ) -> Result<Staged, DeviceError> {
+        self.forget_stale(context)?;
+        self.current = step.key();
+        self.ends = Some(Ends::NONE);
+        let Some(key) = self.current else {
+            return Ok(Staged::Enqueue);
+        };
+        match self.records.get(&key) {
+            Some(Record::Recorded(graph)) => {
+                self.current = None;
+                step.require_within(graph.ends, "stage")?;
+                graph.launch(context)?;
+                self.replays += 1;
+                return Ok(Staged::Replayed);
+            }
+            Some(Record::Warm) => self.record(context, key),
+            Some(Record::Refused) | None => {}
+        }
+        Ok(Staged::Enqueue)
+    }
+
+    /// Starts recording; where that fails, the step is enqueued as usual.
+    fn record(&mut self, context: &Context, key: StepKey) {
+        let stream = context.compute.raw();
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream lives.
+        let begin = || unsafe { result::stream::begin_capture(stream, mode) };
+        match context.call("recording a step", begin) {
+            Ok(()) => context.capturing.set(true),
+            Err(error) => self.refuse(key, &error),
+        }
+    }
+
+    fn refuse(&mut self, key: StepKey, error: &DeviceError) {
+        let (rows, units) = (key.rows, key.units);
+        tracing::warn!(rows, units, %error, "steps of this size are not recorded as a graph");
+        self.records.insert(key, Record::Refused);
+    }
+
+    /// Notes what the memory of an operation can hold, which a replay must not exceed.
+    pub(super) fn limit(&mut self, ends: Ends) {
+        self.ends = self.ends.map(|known| known.min(ends));
+    }
+
+    /// Ends a step whose operations were enqueued with this outcome.
+    pub(super) fn finish(
+        &mut self,
+        context: &Context,
+        outcome: Result<(), DeviceError>,
+    ) -> Result<Finished, DeviceError> {
+        let key = self.current.take();
+        if !context.capturing.get() {
+            outcome?;
+            if let Some(key) = key {
+                self.records.entry(key).or_insert(Record::Warm);
+            }
+            return Ok(Finished::Done);
+        }
+        let captured = end_capture(context);
+        let recorded = outcome.and(captured).and_then(|graph| {
+            let ends = self.ends.unwrap_or(Ends::NONE);
+            Graph::instantiate(context, graph, ends)
+        });
+        match (key, recorded) {
+            (Some(key), Ok(graph)) => {
+                graph.launch(context)?;
+                self.records.insert(key, Record::Recorded(graph));
+                Ok(Finished::Done)
+            }
+            (_, Err(error @ DeviceError::Lost { .. })) => Err(error),
+            (Some(key), Err(error)) => {
+                self.refuse(key, &error);
+                Ok(Finished::Repeat)
+            }
+            (None, recorded) => recorded.map(|_| Finished::Repeat),
+        }
+    }
+
+    /// Ends a recording that was not finished, because its step failed.
+    pub(super) fn abandon(&mut self, context: &Context) {
+        self.current = None;
+        if context.capturing.get() {
+            drop(end_capture(context));
+        }
+    }
+
+    /// Drops graphs that may refer to memory that was given back since.
+    fn forget_stale(&mut self, context: &Context) -> Result<(), DeviceError> {
+        let releases = context.handle.releases.get();
+        if self.releases == releases {
+            return Ok(());
+        }
+        self.releases = releases;
+        let recorded = |record: &Record| matches!(record, Record::Recorded(_));
+        if self.records.values().any(recorded) {
+            context.compute.synchronize("forgetting recorded steps")?;
+            for record in self.records.values_mut().filter(|record| recorded(record)) {
+                *record = Record::Warm;
+            }
+        }
+        Ok(())
+    }
+
+    /// Steps that were replayed so far.
+    pub(super) fn replays(&self) -> u64 {
+        self.replays
+    }
+}
+
+/// A recorded graph, not yet executable.
+struct Captured {
+    graph: sys::CUgraph,
+    handle: Rc<Handle>,
+}
+
+impl Drop for Captured {
+    fn drop(&mut self) {
+        if self.graph.is_null() {
+            return;
+        }
+        // SAFETY: given by the end of a capture, and destroyed once.
+        let destroy = || unsafe { result::graph::destroy(self.graph) };
+        self.handle.cleanup("destroying a recording", destroy);
+    }
+}
+
+/// Ends the recording; what the stream is given from now on runs again.
+fn end_capture(context: &Context) -> Result<Captured, DeviceError> {
+    const OPERATION: &str = "recording a step";
+    let stream = context.compute.raw();
+    let end = || -> Result<sys::CUgraph, DeviceError> {
+        // SAFETY: the stream lives, and is being recorded.
+        context.call(OPERATION, || unsafe { result::stream::end_capture(stream) })
+    };
+    let ended = end();
+    if ended.is_err() && is_capturing(context) {
+        // A stream that records for ever would be of no use.
+        drop(end().map(|graph| captured(context, graph)));
+    }
+    context.capturing.set(false);
+    // On a lost device the driver has ended it.
+    let graph = ended?;
+    error::require(!graph.is_null(), OPERATION, || {
+        "the driver has no graph".to_owned()
+    })?;
+    Ok(captured(context, graph))
+}
+
+fn captured(context: &Context, graph: sys::CUgraph) -> Captured {
+    let handle = Rc::clone(&context.handle);
+    Captured { graph, handle }
+}
+
+fn is_capturing(context: &Context) -> bool {
+    let stream = context.compute.raw();
+    // SAFETY: the stream lives.
+    let ask = || unsafe { result::stream::is_capturing(stream) };
+    let none = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+    context
+        .call("recording a step", ask)
+        .is_ok_and(|status| status != none)
+}
+
+impl Graph {
+    fn instantiate(context: &Context, captured: Captured, ends: Ends) -> Result<Self, DeviceError> {
+        let flags = sys::CUgraphInstantiate_flags(0);
+        // SAFETY: the graph lives until `captured` is dropped.
+        let instantiate = || unsafe { result::graph::instantiate(captured.graph, flags) };
+        Ok(Self {
+            exec: context.call("making a graph", instantiate)?,
+            handle: Rc::clone(&context.handle),
+            ends,
+        })
+    }
+
+    fn launch(&self, context: &Context) -> Result<(), DeviceError> {
+        let stream = context.compute.raw();
+        // SAFETY: the graph is executable, and the memory that it refers to was not given back:
+        // `forget_stale` has seen to that.
+        let launch = || unsafe { result::graph::launch(self.exec, stream) };
+        context.call("replaying a step", launch)
+    }
+}

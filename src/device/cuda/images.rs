@@ -1,0 +1,177 @@
+//! The kernels' images: which are embedded, which fits the device, what it holds.
+
+use super::CudaActivations;
+use super::context::{Context, Handle};
+use super::error;
+use super::launch::{Kernel, ParameterKind, Signature};
+use crate::device::DeviceError;
+use cudarc::driver::result;
+use cudarc::driver::sys;
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::rc::Rc;
+
+// `PORTABLE` and `NATIVE`, by build.rs.
+include!(concat!(env!("OUT_DIR"), "/images.rs"));
+
+/// What the portable images are written for; any later GPU runs them.
+const PORTABLE_TARGET: &str = "compute_80";
+
+/// A loaded image.
+pub(super) struct Module {
+    /// `None` while this build has no image of the file: its kernels then fail when they
+    /// are launched.
+    module: Option<sys::CUmodule>,
+    /// The portable image of the same file, which tells the kernels' parameters.
+    ptx: &'static str,
+    handle: Rc<Handle>,
+}
+
+impl Module {
+    /// The kernel `name`, one of `signatures`; `Failed` if the image has none or one
+    /// with other parameters.
+    pub(super) fn kernel(
+        self: &Rc<Self>,
+        name: &'static str,
+        signatures: &[Signature],
+    ) -> Result<Kernel, DeviceError> {
+        const OPERATION: &str = "loading the kernels";
+        let Some(module) = self.module else {
+            return Ok(Kernel::new(None, name, Rc::clone(self)));
+        };
+        let parameters = parameters(self.ptx, name)
+            .ok_or_else(|| error::failed(OPERATION, format!("the image has no kernel {name}")))?;
+        let declared = signatures.iter().find(|signature| signature.name == name);
+        let declared: Vec<ParameterKind> = declared
+            .map(|signature| signature.parameters.iter().map(|(_, kind)| *kind).collect())
+            .unwrap_or_default();
+        error::require(parameters == declared, OPERATION, || {
+            format!("the image's {name} takes {parameters:?}, but {declared:?} is declared")
+        })?;
+        let entry = CString::new(name)
+            .map_err(|_| error::failed(OPERATION, format!("{name} is not a name")))?;
+        // SAFETY: the module is loaded.
+        let find = || unsafe { result::module::get_function(module, entry) };
+        let function = self.handle.call(OPERATION, find)?;
+        Ok(Kernel::new(Some(function), name, Rc::clone(self)))
+    }
+}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        let Some(module) = self.module.take() else {
+            return;
+        };
+        let handle = &self.handle;
+        handle.drain();
+        // SAFETY: loaded by `Modules`, unloaded once, and no kernel of it runs.
+        let unload = || unsafe { result::module::unload(module) };
+        handle.cleanup("unloading kernels", unload);
+    }
+}
+
+/// Kinds of the parameters of an entry of a PTX text; `None` if there is no such
+/// entry or a parameter is of no kind that a kernel here has.
+pub(super) fn parameters(ptx: &str, entry: &str) -> Option<Vec<ParameterKind>> {
+    let list = ptx.split(".entry").skip(1).find_map(|rest| {
+        let rest = rest.trim_start().strip_prefix(entry)?.trim_start();
+        rest.strip_prefix('(')?
+            .split_once(')')
+            .map(|(list, _)| list)
+    })?;
+    let kind = |parameter: &str| {
+        parameter.split_whitespace().find_map(|word| match word {
+            ".u64" | ".b64" => Some(ParameterKind::Pointer),
+            ".u32" | ".b32" => Some(ParameterKind::Unsigned),
+            ".f32" => Some(ParameterKind::Float),
+            _ => None,
+        })
+    };
+    let list = list.trim();
+    if list.is_empty() {
+        return Some(Vec::new());
+    }
+    list.split(',').map(kind).collect()
+}
+
+/// The images of one device, loaded as they are asked for.
+pub(super) struct Modules {
+    handle: Rc<Handle>,
+    /// The type of activations, `bf16` or `f16`.
+    activations: &'static str,
+    /// 90 is compute capability 9.0.
+    capability: u32,
+    loaded: RefCell<HashMap<&'static str, Rc<Module>>>,
+}
+
+impl Modules {
+    /// For a device of compute capability `capability`: 90 is 9.0.
+    pub(super) fn new(context: &Context, activations: CudaActivations, capability: u32) -> Self {
+        Self {
+            handle: Rc::clone(&context.handle),
+            activations: activations.name(),
+            capability,
+            loaded: RefCell::default(),
+        }
+    }
+
+    /// Machine code of a file for exactly this device, if it is embedded.
+    fn native(&self, file: &str) -> Option<&'static [u8]> {
+        let key = (file, self.activations, self.capability);
+        let mut images = NATIVE.iter();
+        images.find_map(|&(name, activations, capability, bytes)| {
+            ((name, activations, capability) == key).then_some(bytes)
+        })
+    }
+
+    /// What the kernels run as, for people.
+    pub(super) fn description(&self) -> String {
+        match PORTABLE.iter().find_map(|(file, ..)| self.native(file)) {
+            Some(_) => format!("machine code for sm_{}", self.capability),
+            None => format!("PTX {PORTABLE_TARGET}, compiled by the driver"),
+        }
+    }
+
+    /// The loaded image of `kernels/FILE.cu`.
+    pub(super) fn file(&self, file: &'static str) -> Result<Rc<Module>, DeviceError> {
+        const OPERATION: &str = "loading the kernels";
+        if let Some(module) = self.loaded.borrow().get(file) {
+            return Ok(Rc::clone(module));
+        }
+        let missing = || {
+            let activations = self.activations;
+            error::failed(
+                OPERATION,
+                format!("this build of quell has no image of {file} for {activations}"),
+            )
+        };
+        let Some(portable) = portable(file, self.activations) else {
+            let (module, ptx, handle) = (None, "", Rc::clone(&self.handle));
+            return Ok(Rc::new(Module {
+                module,
+                ptx,
+                handle,
+            }));
+        };
+        let text = portable.strip_suffix(&[0]).ok_or_else(missing)?;
+        let ptx = std::str::from_utf8(text).map_err(|_| missing())?;
+        let image = self.native(file).unwrap_or(portable);
+        // SAFETY: machine code carries its size; a portable image ends with a zero byte, as was
+        // seen above.
+        let load = || unsafe { result::module::load_data(image.as_ptr().cast()) };
+        let module = Rc::new(Module {
+            module: Some(self.handle.call(OPERATION, load)?),
+            ptx,
+            handle: Rc::clone(&self.handle),
+        });
+        self.loaded.borrow_mut().insert(file, Rc::clone(&module));
+        Ok(module)
+    }
+}
+
+/// The portable image of a file, if it is embedded.
+pub(super) fn portable(file: &str, activations: &str) -> Option<&'static [u8]> {
+    let mut images = PORTABLE.iter();
+    images.find_map(|&(name, of, bytes)| ((name, of) == (file, activations)).then_some(bytes))
+}

@@ -1,0 +1,377 @@
+//! Linear layers: which kernel multiplies, with which tile.
+
+use super::CudaDevice;
+use super::blas::{Blas, Shape};
+use super::context::Context;
+use super::error::{require, unsupported};
+use super::launch::{Grid, kernels};
+use super::load;
+use super::memory::{Buffer, CudaTensor, Ptr, Scratch};
+use super::options::CudaOptions;
+use super::pack::Format;
+use crate::device::{DeviceError, LinearSpec, Precision};
+use crate::weights::DType;
+
+kernels! {
+    /// Kernels of `kernels/linear.cu`.
+    pub(super) struct LinearKernels in "linear" {
+        linear_[m16, m64, m128](
+            out: Ptr, x: Ptr, weight: Ptr, bias: Ptr, row_index: Ptr, expert_offsets: Ptr,
+            rows: u32, outputs: u32, inputs: u32, out_stride: u32, out_full: u32
+        );
+    }
+}
+
+kernels! {
+    /// Kernels of `kernels/linear_quant.cu`.
+    pub(super) struct QuantKernels in "linear_quant" {
+        linear_[
+            q4_m16, q4_m64, q4m_m16, q4m_m64, q4k_m16, q4k_m64, q2k_m16, q2k_m64, q5_m16, q5_m64,
+            q5m_m16, q5m_m64, q5k_m16, q5k_m64, q6k_m16, q6k_m64, q8_m16, q8_m64
+        ](
+            out: Ptr, x: Ptr, weight: Ptr, bias: Ptr, row_index: Ptr, expert_offsets: Ptr,
+            rows: u32, outputs: u32, inputs: u32, out_stride: u32, out_full: u32
+        );
+        embed_[q4, q4m, q4k, q2k, q5, q5m, q5k, q6k, q8](
+            out: Ptr, table: Ptr, resolved: Ptr, scale: f32, columns: u32, vocabulary: u32
+        );
+    }
+}
+
+/// Which kernels multiply by some weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Floating-point weights, kept as activations are.
+    Dense,
+    /// A block format, with the type it was stored in.
+    Quantised(Format, DType),
+}
+
+impl Kind {
+    pub(super) fn of(dtype: DType) -> Self {
+        Format::of(dtype).map_or(Self::Dense, |format| Self::Quantised(format, dtype))
+    }
+}
+
+/// Consecutive outputs of one kind.
+pub(super) struct Segment {
+    pub(super) first_output: usize,
+    pub(super) outputs: usize,
+    pub(super) kind: Kind,
+    /// Matrix after matrix.
+    pub(super) weights: Buffer,
+}
+
+/// A loaded linear layer, or the same layer of all experts.
+pub struct CudaLinear {
+    pub(super) segments: Vec<Segment>,
+    pub(super) outputs: usize,
+    pub(super) inputs: usize,
+    /// How many matrices: 1, or one an expert.
+    pub(super) matrices: usize,
+    /// float32, one an output.
+    pub(super) bias: Option<Buffer>,
+}
+
+impl CudaLinear {
+    /// Outputs.
+    pub fn rows(&self) -> usize {
+        self.outputs
+    }
+
+    /// Inputs.
+    pub fn columns(&self) -> usize {
+        self.inputs
+    }
+
+    /// The weights, if they are one floating-point matrix: `rows × columns` of the
+    /// activation type.
+    pub(super) fn dense(&self) -> Option<Ptr> {
+        match &self.segments[..] {
+            [segment] if segment.kind == Kind::Dense => Some(segment.weights.ptr()),
+            _ => None,
+        }
+    }
+}
+
+/// What the products of a device share beside their kernels.
+pub(super) struct Products {
+    /// Float32 operands in the activation type.
+    converted: Scratch,
+    /// cuBLASLt, if it was asked for.
+    blas: Option<Blas>,
+}
+
+impl Products {
+    /// `Unavailable` when the options ask for a library that is not there.
+    pub(super) fn new(context: &Context, options: &CudaOptions) -> Result<Self, DeviceError> {
+        let blas = || Blas::new(context, options);
+        Ok(Self {
+            converted: Scratch::default(),
+            blas: options.blas.then(blas).transpose()?,
+        })
+    }
+}
+
+/// The operands of a product beside the weights.
+#[derive(Clone, Copy)]
+pub(super) struct Operands {
+    /// Rows of the activation type, `weight.columns()` each.
+    pub(super) x: Ptr,
+    /// Rows of `weight.rows()`.
+    pub(super) out: Ptr,
+    pub(super) precision: Precision,
+    /// How many; with `experts` the most that one expert has.
+    pub(super) rows: usize,
+    pub(super) experts: Option<Routed>,
+}
+
+/// How rows are divided among experts.
+#[derive(Clone, Copy)]
+pub(super) struct Routed {
+    /// `u32` each: where the pairs of each expert begin, and their number.
+    pub(super) offsets: Ptr,
+    /// `u32` a pair: its row of x; NULL if that is the pair's own number.
+    pub(super) row_index: Ptr,
+    /// Rows of an expert, on average.
+    pub(super) average: usize,
+}
+
+/// The tile of a kernel.
+struct Tile {
+    variant: &'static str,
+    rows: usize,
+    outputs: usize,
+    /// Bytes of dynamic shared memory.
+    shared: usize,
+}
+
+impl Tile {
+    /// The tile for `rows` rows in each of `matrices` products. The choice decides
+    /// how fast it is; the results are the same to the bit.
+    fn choose(kind: Kind, rows: usize, outputs: usize, matrices: usize) -> Self {
+        // Blocks that fill a GPU; fewer would leave parts of it idle.
+        const ENOUGH: usize = 96;
+        let few = rows <= 16;
+        match kind {
+            Kind::Dense => {
+                let large = rows.div_ceil(128) * outputs.div_ceil(128) * matrices;
+                let (variant, rows, outputs, depth, stages) = if few {
+                    ("m16", 16, 32, 128, 5)
+                } else if rows <= 64 || large < ENOUGH {
+                    ("m64", 64, 64, 64, 4)
+                } else {
+                    ("m128", 128, 128, 64, 3)
+                };
+                Self {
+                    variant,
+                    rows,
+                    outputs,
+                    shared: stages * (rows + outputs) * depth * 2,
+                }
+            }
+            Kind::Quantised(format, _) => {
+                let (variant, rows, outputs, stages) = if few {
+                    (format.kernels[0], 16, 32, format.stages())
+                } else {
+                    (format.kernels[1], 64, 64, 4)
+                };
+                let records = outputs / 8 * format.record_bytes();
+                Self {
+                    variant,
+                    rows,
+                    outputs,
+                    shared: stages * (rows * 256 + records),
+                }
+            }
+        }
+    }
+}
+
+impl CudaDevice {
+    pub(super) fn load_linear_op(
+        &mut self,
+        spec: &LinearSpec<'_>,
+    ) -> Result<CudaLinear, DeviceError> {
+        let activations = self.options.activations;
+        load::load(&self.context, activations, std::slice::from_ref(spec))
+    }
+
+    pub(super) fn linear_op(
+        &mut self,
+        x: &CudaTensor,
+        weight: &CudaLinear,
+        rows: usize,
+        out: &mut CudaTensor,
+    ) -> Result<(), DeviceError> {
+        let rows = self.step.padded(rows);
+        let fits = x.rows() >= rows && x.columns() == weight.inputs;
+        let fits = fits && out.rows() >= rows && out.columns() == weight.outputs;
+        require(fits && weight.matrices == 1, "linear", || {
+            format!(
+                "{rows} rows of x {} × {}, weights {} × {} and a result {} × {} do not fit",
+                x.rows(),
+                x.columns(),
+                weight.outputs,
+                weight.inputs,
+                out.rows(),
+                out.columns()
+            )
+        })?;
+        let operands = Operands {
+            x: self.as_activations(x, rows)?,
+            out: out.ptr(),
+            precision: out.precision(),
+            rows,
+            experts: None,
+        };
+        self.multiply(weight, &operands)
+    }
+
+    /// The leading rows of `x` in the activation type, converted if they are float32.
+    pub(super) fn as_activations(
+        &mut self,
+        x: &CudaTensor,
+        rows: usize,
+    ) -> Result<Ptr, DeviceError> {
+        if x.precision() == Precision::Activation {
+            return Ok(x.ptr());
+        }
+        let count = rows * x.columns();
+        let converted = self.products.converted.get(&self.context, count * 2)?;
+        // Eight numbers a thread.
+        let grid = Grid::new([count.div_ceil(8 * 256) as u32, 1, 1], [256, 1, 1]);
+        self.norm
+            .convert(&self.context, grid, converted, x.ptr(), count as u32)?;
+        Ok(converted)
+    }
+
+    /// `out = W x + b`.
+    pub(super) fn multiply(
+        &mut self,
+        weight: &CudaLinear,
+        operands: &Operands,
+    ) -> Result<(), DeviceError> {
+        for segment in &weight.segments {
+            self.multiply_segment(weight, segment, operands)?;
+        }
+        Ok(())
+    }
+
+    fn multiply_segment(
+        &mut self,
+        weight: &CudaLinear,
+        segment: &Segment,
+        operands: &Operands,
+    ) -> Result<(), DeviceError> {
+        let full = operands.precision == Precision::Full;
+        let size = if full { 4 } else { 2 };
+        let out = operands.out.offset_bytes(segment.first_output * size);
+        let bias = weight.bias.as_ref();
+        if let (Kind::Dense, None, None, Some(blas)) = (
+            segment.kind,
+            operands.experts,
+            bias,
+            &mut self.products.blas,
+        ) && operands.rows >= Blas::LEAST_ROWS
+        {
+            let shape = Shape {
+                rows: operands.rows,
+                outputs: segment.outputs,
+                inputs: weight.inputs,
+                out_stride: weight.outputs,
+                out_full: full,
+            };
+            return blas.multiply(&self.context, shape, operands.x, segment.weights.ptr(), out);
+        }
+        let bias = bias.map_or(Ptr::NULL, |bias| {
+            bias.ptr().offset_bytes(segment.first_output * 4)
+        });
+        let (row_index, offsets, average) = match operands.experts {
+            Some(routed) => (routed.row_index, routed.offsets, routed.average),
+            None => (Ptr::NULL, Ptr::NULL, operands.rows),
+        };
+        let tile = Tile::choose(segment.kind, average, segment.outputs, weight.matrices);
+        let blocks = [
+            segment.outputs.div_ceil(tile.outputs) as u32,
+            operands.rows.div_ceil(tile.rows) as u32,
+            weight.matrices as u32,
+        ];
+        let grid = Grid::new(blocks, [128, 1, 1]).shared(tile.shared as u32);
+        let (rows, outputs) = (operands.rows as u32, segment.outputs as u32);
+        let (inputs, stride) = (weight.inputs as u32, weight.outputs as u32);
+        let (context, weights) = (&self.context, segment.weights.ptr());
+        match segment.kind {
+            Kind::Dense => self.linear.linear_(
+                tile.variant,
+                context,
+                grid,
+                out,
+                operands.x,
+                weights,
+                bias,
+                row_index,
+                offsets,
+                rows,
+                outputs,
+                inputs,
+                stride,
+                full.into(),
+            ),
+            Kind::Quantised(..) => self.quant.linear_(
+                tile.variant,
+                context,
+                grid,
+                out,
+                operands.x,
+                weights,
+                bias,
+                row_index,
+                offsets,
+                rows,
+                outputs,
+                inputs,
+                stride,
+                full.into(),
+            ),
+        }
+    }
+
+    /// `out[row] = scale · table[token of the row]` for a table in a block format;
+    /// the step's tokens were resolved.
+    pub(super) fn embed_quant(
+        &mut self,
+        table: &CudaLinear,
+        scale: f32,
+        out: &mut CudaTensor,
+    ) -> Result<(), DeviceError> {
+        let [segment] = &table.segments[..] else {
+            return Err(unsupported(
+                "an embedding that is stored in parts",
+                "one matrix in one format",
+            ));
+        };
+        let Kind::Quantised(format, _) = segment.kind else {
+            return Err(unsupported("a floating-point table", "a block format"));
+        };
+        let rows = self.step.padded(self.step.rows());
+        let fits = out.rows() >= rows && out.columns() == table.inputs;
+        require(fits && out.precision() == Precision::Full, "embed", || {
+            format!("the result must be {rows} × {} of float32", table.inputs)
+        })?;
+        let grid = Grid::new([rows as u32, 1, 1], [128, 1, 1]);
+        let (resolved, columns) = (self.step.resolved(), table.inputs as u32);
+        let (context, weights) = (&self.context, segment.weights.ptr());
+        self.quant.embed_(
+            format.name,
+            context,
+            grid,
+            out.ptr(),
+            weights,
+            resolved,
+            scale,
+            columns,
+            table.outputs as u32,
+        )
+    }
+}

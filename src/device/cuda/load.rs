@@ -1,0 +1,288 @@
+//! Bringing weight matrices to the device: floating-point weights as the activation
+//! type, block formats as records (`pack`).
+//!
+//! Weights are converted on a few threads, a slab of rows at a time, so that loading
+//! takes little memory beside the model file's pages.
+
+use super::context::Context;
+use super::error::{failed, unsupported};
+use super::linear::{CudaLinear, Kind, Segment};
+use super::memory::Buffer;
+use super::options::CudaActivations;
+use super::pack::{Packer, RECORD_OUTPUTS, stored_row};
+use crate::device::{DeviceError, LinearSpec, RowOrder, WeightRows};
+use crate::weights::{DType, quant};
+use half::{bf16, f16};
+use std::ops::Range;
+
+/// Bytes converted before they are uploaded, about.
+const SLAB: usize = 16 << 20;
+
+/// The largest float16.
+const LARGEST_F16: f32 = 65504.0;
+
+/// Loads matrices of one shape, the experts of a layer or just one, as one stack.
+pub(super) fn load(
+    context: &Context,
+    activations: CudaActivations,
+    specs: &[LinearSpec<'_>],
+) -> Result<CudaLinear, DeviceError> {
+    let Some(first) = specs.first() else {
+        return Err(failed("load_linear", "there are no weights"));
+    };
+    let inputs = first.parts.first().map_or(0, |part| part.columns);
+    if inputs == 0 || !inputs.is_multiple_of(8) {
+        return Err(unsupported(
+            format!("a linear layer with {inputs} inputs"),
+            "a multiple of 8",
+        ));
+    }
+    for spec in specs {
+        for part in &spec.parts {
+            check(part, inputs)?;
+        }
+        if segments_of(spec) != segments_of(first) {
+            return Err(unsupported(
+                "experts that are stored differently",
+                "the same shapes and formats in all experts of a layer",
+            ));
+        }
+        if specs.len() > 1 && spec.bias.is_some() {
+            return Err(unsupported("a bias in an expert", "experts without one"));
+        }
+    }
+    let outputs = first.parts.iter().map(|part| part.rows).sum::<usize>();
+    if u32::try_from(outputs).is_err() || u32::try_from(inputs).is_err() {
+        return Err(unsupported(
+            format!("{outputs} × {inputs} weights"),
+            "fewer than 2³² outputs and inputs",
+        ));
+    }
+    let bias = match &first.bias {
+        Some(bias) if bias.len() != outputs => {
+            let reason = format!("a bias has {} values for {outputs} rows", bias.len());
+            return Err(failed("load_linear", reason));
+        }
+        Some(bias) => Some(context.upload(bias, "a bias")?),
+        None => None,
+    };
+    let mut segments = Vec::new();
+    let (mut first_output, mut first_part) = (0, 0);
+    for (kind, rows, parts) in segments_of(first) {
+        let stack = Stack {
+            parts: specs
+                .iter()
+                .map(|spec| &spec.parts[first_part..first_part + parts])
+                .collect(),
+            rows,
+            inputs,
+        };
+        segments.push(Segment {
+            first_output,
+            outputs: rows,
+            kind,
+            weights: stack.upload(context, activations, kind)?,
+        });
+        first_output += rows;
+        first_part += parts;
+    }
+    Ok(CudaLinear {
+        segments,
+        outputs,
+        inputs,
+        matrices: specs.len(),
+        bias,
+    })
+}
+
+/// Neighbouring parts that one kernel multiplies: their kind, rows and number.
+fn segments_of(spec: &LinearSpec<'_>) -> Vec<(Kind, usize, usize)> {
+    let alike = |a: &WeightRows<'_>, b: &WeightRows<'_>| Kind::of(a.dtype) == Kind::of(b.dtype);
+    let segments = spec.parts.chunk_by(alike).map(|parts| {
+        let rows = parts.iter().map(|part| part.rows).sum();
+        (Kind::of(parts[0].dtype), rows, parts.len())
+    });
+    segments.collect()
+}
+
+fn check(part: &WeightRows<'_>, columns: usize) -> Result<(), DeviceError> {
+    if part.columns != columns {
+        return Err(failed(
+            "load_linear",
+            format!(
+                "parts of one layer have {columns} and {} columns",
+                part.columns
+            ),
+        ));
+    }
+    let bytes = part
+        .dtype
+        .bytes_for(columns)
+        .and_then(|row| row.checked_mul(part.rows));
+    if bytes != Some(part.data.len()) {
+        return Err(failed(
+            "load_linear",
+            format!(
+                "{} × {columns} weights of {} cannot be {} bytes",
+                part.rows,
+                part.dtype,
+                part.data.len()
+            ),
+        ));
+    }
+    if let RowOrder::RopeInterleaved { head_dim } = part.order
+        && (head_dim == 0 || !head_dim.is_multiple_of(2) || !part.rows.is_multiple_of(head_dim))
+    {
+        return Err(failed(
+            "load_linear",
+            format!("{} rows are no heads of {head_dim}", part.rows),
+        ));
+    }
+    Ok(())
+}
+
+/// The same segment of every matrix of a stack.
+struct Stack<'a> {
+    parts: Vec<&'a [WeightRows<'a>]>,
+    rows: usize,
+    inputs: usize,
+}
+
+impl Stack<'_> {
+    /// Converts all rows and uploads them, matrix after matrix.
+    fn upload(
+        &self,
+        context: &Context,
+        activations: CudaActivations,
+        kind: Kind,
+    ) -> Result<Buffer, DeviceError> {
+        // Rows that are converted together, and what they become.
+        let (unit_rows, unit_bytes) = match kind {
+            Kind::Dense => (1, self.inputs * 2),
+            Kind::Quantised(format, _) => (RECORD_OUTPUTS, format.eight_bytes(self.inputs)),
+        };
+        let units_each = self.rows.div_ceil(unit_rows);
+        let units = units_each * self.parts.len();
+        let bytes = units
+            .checked_mul(unit_bytes)
+            .ok_or_else(|| DeviceError::OutOfMemory {
+                device: super::error::DEVICE,
+                bytes: usize::MAX,
+                what: "weights".to_owned(),
+            })?;
+        let buffer = context.allocate(bytes, "weights")?;
+        let rows_of = |unit: usize| {
+            let first = unit % units_each * unit_rows;
+            let rows = first..self.rows.min(first + unit_rows);
+            rows.map(move |row| self.row(unit / units_each, row))
+        };
+        let convert = |range: Range<usize>, out: &mut [u8]| -> Result<(), DeviceError> {
+            let out = out.chunks_exact_mut(unit_bytes);
+            match kind {
+                Kind::Dense => {
+                    let mut floats = vec![0.0; self.inputs];
+                    for (unit, out) in range.zip(out) {
+                        for (dtype, stored) in rows_of(unit) {
+                            to_activations(dtype, stored, activations, &mut floats, out);
+                        }
+                    }
+                }
+                Kind::Quantised(_, dtype) => {
+                    let largest = match activations {
+                        CudaActivations::F16 => LARGEST_F16,
+                        CudaActivations::Bf16 => f32::MAX,
+                    };
+                    let mut packer = Packer::new(dtype, self.inputs, largest)?;
+                    for (unit, out) in range.zip(out) {
+                        for (output, (_, stored)) in rows_of(unit).enumerate() {
+                            packer.put(out, output, stored)?;
+                        }
+                    }
+                }
+            }
+            Ok(())
+        };
+        let slab_units = (SLAB / unit_bytes).clamp(1, units.max(1));
+        let mut slab = vec![0u8; slab_units * unit_bytes];
+        for first in (0..units).step_by(slab_units) {
+            let range = first..units.min(first + slab_units);
+            let slab = &mut slab[..range.len() * unit_bytes];
+            slab.fill(0);
+            in_parallel(range, unit_bytes, slab, &convert)?;
+            context.write(&buffer, first * unit_bytes, slab)?;
+        }
+        Ok(buffer)
+    }
+
+    /// Row `row` of matrix `matrix`, as stored.
+    fn row(&self, matrix: usize, mut row: usize) -> (DType, &[u8]) {
+        let parts = self.parts[matrix];
+        let mut part = &parts[0];
+        for candidate in parts {
+            part = candidate;
+            if row < candidate.rows {
+                break;
+            }
+            row -= candidate.rows;
+        }
+        (part.dtype, stored_row(part, row))
+    }
+}
+
+type Convert<'a> = dyn Fn(Range<usize>, &mut [u8]) -> Result<(), DeviceError> + Sync + 'a;
+
+/// Converts `units` on as many threads as the machine has.
+fn in_parallel(
+    units: Range<usize>,
+    unit_bytes: usize,
+    out: &mut [u8],
+    convert: &Convert<'_>,
+) -> Result<(), DeviceError> {
+    const SMALL: usize = 1 << 16;
+    let threads = std::thread::available_parallelism().map_or(1, |count| count.get());
+    let share = units.len().div_ceil(threads).max(1);
+    if threads == 1 || out.len() <= SMALL {
+        return convert(units, out);
+    }
+    std::thread::scope(|scope| {
+        let mut running = Vec::new();
+        for (index, out) in out.chunks_mut(share * unit_bytes).enumerate() {
+            let first = units.start + index * share;
+            let range = first..first + out.len() / unit_bytes;
+            running.push(scope.spawn(move || convert(range, out)));
+        }
+        for thread in running {
+            let outcome = thread.join();
+            outcome
+                .map_err(|_| failed("load_linear", "a thread that converts weights panicked"))??;
+        }
+        Ok(())
+    })
+}
+
+/// A row of floating-point weights in the activation type.
+fn to_activations(
+    dtype: DType,
+    stored: &[u8],
+    activations: CudaActivations,
+    floats: &mut [f32],
+    out: &mut [u8],
+) {
+    match (dtype, activations) {
+        (DType::BF16, CudaActivations::Bf16) | (DType::F16, CudaActivations::F16) => {
+            out.copy_from_slice(stored);
+            return;
+        }
+        _ => quant::dequantize(dtype, stored, floats),
+    }
+    for (out, &weight) in out.chunks_exact_mut(2).zip(&*floats) {
+        let bytes = match activations {
+            CudaActivations::Bf16 => bf16::from_f32(weight).to_le_bytes(),
+            // Saturates, as the kernels do; NaN stays NaN.
+            CudaActivations::F16 => {
+                f16::from_f32(weight.clamp(-LARGEST_F16, LARGEST_F16)).to_le_bytes()
+            }
+        };
+        out.copy_from_slice(&bytes);
+    }
+}

@@ -1,0 +1,452 @@
+//! Block formats repacked into the records that `kernels/linear_quant.cu` streams.
+//!
+//! A record holds eight outputs and 128 inputs. A warp reads it as operand b of four
+//! matrix instructions, twice: lane `4 · output + quarter` of half `h` and step `s`
+//! (four steps a half) has the inputs `64 h + 16 s + 2 · quarter +` 0, 1, 8 and 9, one
+//! code in each byte of a word. In the order of memory:
+//!
+//! - low halves of the codes: for each half and lane two words; step `s` is word
+//!   `s / 2`, its low halves of bytes if `s` is even, else its high ones. Codes of 8
+//!   bits: four words, word `s`.
+//! - the fifth bits: for each lane a word; step `s` of half `h` is bit `4 h + s` of
+//!   each byte. The fifth and sixth bits: for each half and lane a word; step `s` is
+//!   bits `2 s` and `2 s + 1` of each byte.
+//! - scales: for each output those of the record's groups; see [`Scales`].
+//! - what the groups of an output share, for each output.
+//!
+//! The records of the same outputs follow each other, inputs ascending. Outputs are
+//! filled up to a multiple of eight and inputs to one of 128, with zeros.
+
+use super::error::{failed, unsupported};
+use crate::device::{DeviceError, WeightRows};
+use crate::weights::{DType, quant};
+use half::f16;
+
+/// Outputs of a record.
+pub(super) const RECORD_OUTPUTS: usize = 8;
+/// Inputs of a record.
+pub(super) const RECORD_INPUTS: usize = 128;
+
+/// How a group's scale is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Scales {
+    /// A float16.
+    Plain,
+    /// A float16 scale and minimum.
+    PlainMinimum,
+    /// A byte, 128 more than the multiple of a float16 that 256 weights share.
+    Nested,
+    /// Two bytes, 128 more than the multiples of a float16 scale and minimum that 256
+    /// weights share; the minimum is subtracted.
+    NestedMinimum,
+}
+
+/// A layout of records, as `kernels/linear_quant.cu` names and defines it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Format {
+    /// The table's kernel is `embed_NAME`.
+    pub(super) name: &'static str,
+    /// The products' kernels for few and for many rows are `linear_` these.
+    pub(super) kernels: [&'static str; 2],
+    bits: usize,
+    group: usize,
+    scales: Scales,
+    /// What the kernels subtract from a code.
+    zero: i32,
+}
+
+impl Format {
+    const fn new(
+        name: &'static str,
+        kernels: [&'static str; 2],
+        bits: usize,
+        group: usize,
+        scales: Scales,
+        zero: i32,
+    ) -> Self {
+        Self {
+            name,
+            kernels,
+            bits,
+            group,
+            scales,
+            zero,
+        }
+    }
+
+    /// The layout that `dtype` is repacked into; `None` for floating-point formats.
+    pub(super) fn of(dtype: DType) -> Option<Self> {
+        use Scales::*;
+        Some(match dtype {
+            DType::F32 | DType::F16 | DType::BF16 => return None,
+            DType::Q4_0 => Self::new("q4", ["q4_m16", "q4_m64"], 4, 32, Plain, 8),
+            DType::Q4_1 => Self::new("q4m", ["q4m_m16", "q4m_m64"], 4, 32, PlainMinimum, 0),
+            DType::Q4K => Self::new("q4k", ["q4k_m16", "q4k_m64"], 4, 32, NestedMinimum, 0),
+            DType::Q2K => Self::new("q2k", ["q2k_m16", "q2k_m64"], 4, 16, NestedMinimum, 0),
+            DType::Q5_0 => Self::new("q5", ["q5_m16", "q5_m64"], 5, 32, Plain, 16),
+            DType::Q5_1 => Self::new("q5m", ["q5m_m16", "q5m_m64"], 5, 32, PlainMinimum, 0),
+            DType::Q5K => Self::new("q5k", ["q5k_m16", "q5k_m64"], 5, 32, NestedMinimum, 0),
+            DType::Q6K | DType::Q3K => Self::new("q6k", ["q6k_m16", "q6k_m64"], 6, 16, Nested, 32),
+            DType::Q8_0 | DType::Iq4Nl => Self::new("q8", ["q8_m16", "q8_m64"], 8, 32, Plain, 128),
+        })
+    }
+
+    fn high_offset(&self) -> usize {
+        if self.bits == 8 { 1024 } else { 512 }
+    }
+
+    fn scales_offset(&self) -> usize {
+        let high_bits = if self.bits == 8 { 0 } else { self.bits - 4 };
+        self.high_offset() + high_bits * 128
+    }
+
+    fn group_bytes(&self) -> usize {
+        match self.scales {
+            Scales::Plain | Scales::NestedMinimum => 2,
+            Scales::PlainMinimum => 4,
+            Scales::Nested => 1,
+        }
+    }
+
+    /// Bytes of the groups' scales of an output.
+    fn scale_bytes(&self) -> usize {
+        RECORD_INPUTS / self.group * self.group_bytes()
+    }
+
+    fn shared_offset(&self) -> usize {
+        self.scales_offset() + RECORD_OUTPUTS * self.scale_bytes()
+    }
+
+    fn shared_bytes(&self) -> usize {
+        match self.scales {
+            Scales::Plain | Scales::PlainMinimum => 0,
+            Scales::Nested => 2,
+            Scales::NestedMinimum => 4,
+        }
+    }
+
+    /// Bytes of a record.
+    pub(super) fn record_bytes(&self) -> usize {
+        self.shared_offset() + RECORD_OUTPUTS * self.shared_bytes()
+    }
+
+    /// Bytes of the records of eight outputs.
+    pub(super) fn eight_bytes(&self, inputs: usize) -> usize {
+        inputs.div_ceil(RECORD_INPUTS) * self.record_bytes()
+    }
+
+    /// Bytes of a whole matrix.
+    pub(super) fn bytes(&self, outputs: usize, inputs: usize) -> usize {
+        outputs.div_ceil(RECORD_OUTPUTS) * self.eight_bytes(inputs)
+    }
+
+    /// Stages of the tile of 16 rows.
+    pub(super) fn stages(&self) -> usize {
+        match self.bits {
+            4 => 12,
+            8 => 8,
+            _ => 10,
+        }
+    }
+
+    /// Writes the four codes of a lane in one step.
+    fn put_codes(
+        &self,
+        record: &mut [u8],
+        lane: usize,
+        (half, step): (usize, usize),
+        codes: [u8; 4],
+    ) {
+        let place = half * 32 + lane;
+        if self.bits == 8 {
+            record[place * 16 + step * 4..][..4].copy_from_slice(&codes);
+            return;
+        }
+        let low = &mut record[place * 8 + step / 2 * 4..][..4];
+        for (byte, code) in low.iter_mut().zip(codes) {
+            *byte |= (code & 15) << (step % 2 * 4);
+        }
+        let (at, shift) = match self.bits {
+            5 => (lane * 4, half * 4 + step),
+            6 => (place * 4, step * 2),
+            _ => return,
+        };
+        let high = &mut record[self.high_offset() + at..][..4];
+        for (byte, code) in high.iter_mut().zip(codes) {
+            *byte |= code >> 4 << shift;
+        }
+    }
+}
+
+/// A row of weights, unpacked; reused from row to row.
+pub(super) struct Packer {
+    format: Format,
+    dtype: DType,
+    inputs: usize,
+    /// Weights must not be larger than this.
+    largest: f32,
+    codes: Vec<u8>,
+    scales: Vec<f32>,
+    minimums: Vec<f32>,
+}
+
+impl Packer {
+    /// For rows of `inputs` weights of `dtype`, a block format. `largest` is the
+    /// largest weight that the activation type can hold.
+    pub(super) fn new(dtype: DType, inputs: usize, largest: f32) -> Result<Self, DeviceError> {
+        let (Some(format), Some(view)) = (Format::of(dtype), quant::affine(dtype)) else {
+            return Err(failed("load_linear", format!("{dtype} is no block format")));
+        };
+        let groups = inputs / view.group;
+        Ok(Self {
+            format,
+            dtype,
+            inputs,
+            largest,
+            codes: vec![0; inputs],
+            scales: vec![0.0; groups],
+            minimums: if view.has_min {
+                vec![0.0; groups]
+            } else {
+                Vec::new()
+            },
+        })
+    }
+
+    /// Writes a stored row as output `output` of the eight whose zeroed records
+    /// `records` are.
+    pub(super) fn put(
+        &mut self,
+        records: &mut [u8],
+        output: usize,
+        stored: &[u8],
+    ) -> Result<(), DeviceError> {
+        quant::unpack_row(
+            self.dtype,
+            stored,
+            &mut self.codes,
+            &mut self.scales,
+            &mut self.minimums,
+        );
+        self.check()?;
+        // Three-bit codes take the place of six-bit ones.
+        let shift = match quant::affine(self.dtype) {
+            Some(view) if self.format.scales == Scales::Nested => self.format.zero - view.zero,
+            _ => 0,
+        };
+        let format = self.format;
+        for (index, record) in records.chunks_exact_mut(format.record_bytes()).enumerate() {
+            let first = index * RECORD_INPUTS;
+            let codes = &self.codes[first..self.inputs.min(first + RECORD_INPUTS)];
+            // Formats have groups of 16 or 32: steps are whole.
+            for (at, step) in codes.chunks_exact(16).enumerate() {
+                for quarter in 0..4 {
+                    let code = |within: usize| step[2 * quarter + within] + shift as u8;
+                    let four = [code(0), code(1), code(8), code(9)];
+                    format.put_codes(record, output * 4 + quarter, (at / 4, at % 4), four);
+                }
+            }
+            self.put_scales(record, output, index, stored)?;
+        }
+        Ok(())
+    }
+
+    /// Refuses weights that the activation type cannot hold.
+    fn check(&self) -> Result<(), DeviceError> {
+        let zero = quant::affine(self.dtype).map_or(0, |view| view.zero);
+        let widest = f32::from(1u16 << self.format.bits.min(8)) - zero as f32;
+        let widest = widest.max(zero as f32);
+        let scale = self.scales.iter().fold(0f32, |most, &scale| {
+            if scale.is_nan() {
+                f32::INFINITY
+            } else {
+                most.max(scale.abs())
+            }
+        });
+        let minimum = self.minimums.iter().fold(0f32, |most, &minimum| {
+            if minimum.is_nan() {
+                f32::INFINITY
+            } else {
+                most.max(minimum.abs())
+            }
+        });
+        if scale * widest + minimum <= self.largest {
+            return Ok(());
+        }
+        Err(unsupported(
+            format!(
+                "{} weights with a scale of {scale} and a minimum of {minimum}",
+                self.dtype
+            ),
+            format!("weights up to {}", self.largest),
+        ))
+    }
+
+    /// Writes the scales of record `index`.
+    fn put_scales(
+        &self,
+        record: &mut [u8],
+        output: usize,
+        index: usize,
+        stored: &[u8],
+    ) -> Result<(), DeviceError> {
+        let format = self.format;
+        let groups = RECORD_INPUTS / format.group;
+        let first = index * groups;
+        let count = groups.min(self.scales.len() - first);
+        let scales = &self.scales[first..][..count];
+        let shared = self.shared(stored, index);
+        let (groups, rest) = record.split_at_mut(format.shared_offset());
+        let out = &mut groups[format.scales_offset() + output * format.scale_bytes()..];
+        let out = out.chunks_exact_mut(format.group_bytes()).zip(scales);
+        for (at, (out, &scale)) in out.enumerate() {
+            match format.scales {
+                Scales::Plain => out.copy_from_slice(&f16::from_f32(scale).to_le_bytes()),
+                Scales::PlainMinimum => {
+                    out[..2].copy_from_slice(&f16::from_f32(scale).to_le_bytes());
+                    let minimum = f16::from_f32(self.minimums[first + at]);
+                    out[2..].copy_from_slice(&minimum.to_le_bytes());
+                }
+                Scales::Nested => out[0] = multiple(scale, shared[0])?,
+                Scales::NestedMinimum => {
+                    out[0] = multiple(scale, shared[0])?;
+                    // Stored to be subtracted, unpacked to be added.
+                    out[1] = multiple(-self.minimums[first + at], shared[1])?;
+                }
+            }
+        }
+        let shared = shared.map(|scale| scale.to_le_bytes());
+        let shared = &shared.as_flattened()[..format.shared_bytes()];
+        rest[output * format.shared_bytes()..][..shared.len()].copy_from_slice(shared);
+        Ok(())
+    }
+
+    /// The scale and the minimum that the groups of record `index` share, out of the
+    /// stored block.
+    fn shared(&self, stored: &[u8], index: usize) -> [f16; 2] {
+        let block = index * RECORD_INPUTS / self.dtype.block_elements() * self.dtype.block_bytes();
+        let at = |offset: usize| {
+            f16::from_le_bytes([stored[block + offset], stored[block + offset + 1]])
+        };
+        match self.dtype {
+            DType::Q2K => [at(80), at(82)],
+            DType::Q3K => [at(108), f16::ZERO],
+            DType::Q4K | DType::Q5K => [at(0), at(2)],
+            DType::Q6K => [at(208), f16::ZERO],
+            _ => [f16::ZERO; 2],
+        }
+    }
+}
+
+/// Which multiple of `unit` a group's scale is, plus 128.
+fn multiple(scale: f32, unit: f16) -> Result<u8, DeviceError> {
+    let quotient = match unit.to_f32() {
+        0.0 => 0.0,
+        unit => scale / unit,
+    };
+    // The product was exact, so the quotient is.
+    let multiple = quotient + 128.0;
+    if (0.0..=255.0).contains(&multiple) && multiple.fract() == 0.0 {
+        return Ok(multiple as u8);
+    }
+    Err(failed(
+        "load_linear",
+        format!("a scale of {scale} is no multiple of {unit}"),
+    ))
+}
+
+/// One stored row of a part: row `row` as used.
+pub(super) fn stored_row<'a>(part: &WeightRows<'a>, row: usize) -> &'a [u8] {
+    let bytes = part.data.len() / part.rows.max(1);
+    &part.data[part.order.stored_row(row) * bytes..][..bytes]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The weight that the kernels make of a record, in float32.
+    fn weight(format: Format, record: &[u8], output: usize, input: usize) -> f32 {
+        let (half, step, within) = (input / 64, input / 16 % 4, input % 16);
+        let (quarter, byte) = (within % 8 / 2, within / 8 * 2 + within % 2);
+        let lane = output * 4 + quarter;
+        let place = half * 32 + lane;
+        let code = if format.bits == 8 {
+            record[place * 16 + step * 4 + byte]
+        } else {
+            let low = record[place * 8 + step / 2 * 4 + byte] >> (step % 2 * 4) & 15;
+            let high = &record[format.high_offset()..];
+            low | match format.bits {
+                5 => (high[lane * 4 + byte] >> (half * 4 + step) & 1) << 4,
+                6 => (high[place * 4 + byte] >> (step * 2) & 3) << 4,
+                _ => 0,
+            }
+        };
+        let float = |bytes: &[u8]| f16::from_le_bytes([bytes[0], bytes[1]]).to_f32();
+        let group = input / format.group * format.group_bytes();
+        let scales = &record[format.scales_offset() + output * format.scale_bytes() + group..];
+        let shared = &record[format.shared_offset() + output * format.shared_bytes()..];
+        let times = |byte: u8| f32::from(byte) - 128.0;
+        let (scale, minimum) = match format.scales {
+            Scales::Plain => (float(scales), 0.0),
+            Scales::PlainMinimum => (float(scales), float(&scales[2..])),
+            Scales::Nested => (float(shared) * times(scales[0]), 0.0),
+            Scales::NestedMinimum => (
+                float(shared) * times(scales[0]),
+                -(float(&shared[2..]) * times(scales[1])),
+            ),
+        };
+        scale * (i32::from(code) - format.zero) as f32 + minimum
+    }
+
+    #[test]
+    fn records_hold_the_weights_of_every_block_format() {
+        let mut state = 1u32;
+        let mut random = move || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 24) as u8
+        };
+        for dtype in DType::ALL {
+            let Some(format) = Format::of(dtype) else {
+                continue;
+            };
+            let inputs = if dtype.block_elements() == 256 {
+                512
+            } else {
+                224
+            };
+            let bytes = dtype.bytes_for(inputs).unwrap();
+            let mut records = vec![0; format.eight_bytes(inputs)];
+            let mut packer = Packer::new(dtype, inputs, f32::MAX).unwrap();
+            let mut rows = vec![vec![0f32; inputs]; 7];
+            for (output, row) in rows.iter_mut().enumerate() {
+                let mut stored: Vec<u8> = (0..bytes).map(|_| random()).collect();
+                // Every float16 in a block is finite: no byte has all exponent bits.
+                stored.iter_mut().for_each(|byte| *byte &= 0xbf);
+                quant::dequantize(dtype, &stored, row);
+                packer.put(&mut records, output, &stored).unwrap();
+            }
+            for (index, record) in records.chunks_exact(format.record_bytes()).enumerate() {
+                for (output, input) in (0..8).flat_map(|o| (0..128).map(move |i| (o, i))) {
+                    let column = index * 128 + input;
+                    let row = rows.get(output);
+                    let expected = row.and_then(|row| row.get(column)).copied();
+                    let found = weight(format, record, output, input);
+                    if let Some(expected) = expected {
+                        assert_eq!(found, expected, "{dtype}: output {output}, input {column}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_scale_that_is_no_number_is_refused() {
+        let mut stored = vec![0; 18];
+        stored[..2].copy_from_slice(&f16::NAN.to_le_bytes());
+        let mut packer = Packer::new(DType::Q4_0, 32, 65504.0).unwrap();
+        let mut records = vec![0; packer.format.eight_bytes(32)];
+        let error = packer.put(&mut records, 0, &stored).unwrap_err();
+        assert!(error.to_string().contains("Q4_0 weights"), "{error}");
+    }
+}

@@ -1,0 +1,212 @@
+//! Rotary position embedding, fused with the norms before it and the write into the
+//! cache.
+
+use super::attention::require_heads;
+use super::context::Context;
+use super::error::{require, unsupported};
+use super::images::Modules;
+use super::launch::{Grid, Signature, kernels};
+use super::memory::{Buffer, CudaTensor, Ptr};
+use super::norm::require_shape;
+use super::step::Ends;
+use super::{CudaCache, CudaDevice};
+use crate::device::{DeviceError, HeadShape, Precision, QkNorm, RopeSpec};
+use std::rc::{Rc, Weak};
+
+kernels! {
+    /// Kernels of `kernels/rope.cu`.
+    pub(super) struct Kernels in "rope" {
+        rope_store(
+            qkv: Ptr,
+            k_cache: Ptr,
+            v_cache: Ptr,
+            positions: Ptr,
+            slots: Ptr,
+            angles: Ptr,
+            q_norm: Ptr,
+            k_norm: Ptr,
+            epsilon: f32,
+            norm_mode: u32,
+            q_heads: u32,
+            kv_heads: u32,
+            head_dim: u32,
+            rotary_dim: u32,
+            block_tokens: u32,
+        );
+    }
+}
+
+/// How queries and keys are normalised, as the kernel takes it.
+mod norm_mode {
+    pub(super) const NONE: u32 = 0;
+    pub(super) const HEADS: u32 = 1;
+    pub(super) const ROW: u32 = 2;
+}
+
+/// The kernels, and the tables that were loaded: layers with and without a window often
+/// have the same one.
+pub(super) struct RopeKernels {
+    kernels: Kernels,
+    tables: Vec<(RopeSpec, Weak<Buffer>)>,
+}
+
+impl RopeKernels {
+    pub(super) const FILE: &'static str = Kernels::FILE;
+    pub(super) const SIGNATURES: &'static [Signature] = Kernels::SIGNATURES;
+
+    pub(super) fn load(modules: &Modules) -> Result<Self, DeviceError> {
+        Ok(Self {
+            kernels: Kernels::load(modules)?,
+            tables: Vec::new(),
+        })
+    }
+}
+
+/// A loaded rotary embedding: cosine and sine of every position and pair.
+pub struct CudaRope {
+    angles: Rc<Buffer>,
+    rotary_dim: usize,
+    max_positions: usize,
+}
+
+/// Positions whose angles are computed and uploaded at once.
+const POSITIONS_AT_ONCE: usize = 4096;
+
+/// Cosine and sine, times the magnitude, of each pair at each of `positions`.
+///
+/// The angle is the float32 product that models are trained with; its cosine and sine are
+/// exact to the last bit of float32.
+fn angles(spec: &RopeSpec, positions: std::ops::Range<usize>) -> Vec<[f32; 2]> {
+    let magnitude = f64::from(spec.magnitude);
+    let frequencies = &spec.inverse_frequencies;
+    positions
+        .flat_map(|position| {
+            frequencies.iter().map(move |frequency| {
+                let (sine, cosine) = f64::from(position as f32 * frequency).sin_cos();
+                [(cosine * magnitude) as f32, (sine * magnitude) as f32]
+            })
+        })
+        .collect()
+}
+
+fn upload_angles(context: &Context, spec: &RopeSpec) -> Result<Buffer, DeviceError> {
+    let row_bytes = spec.inverse_frequencies.len() * size_of::<[f32; 2]>();
+    let bytes = spec.max_positions.saturating_mul(row_bytes);
+    let buffer = context.allocate(bytes, "the angles of positions")?;
+    for first in (0..spec.max_positions).step_by(POSITIONS_AT_ONCE) {
+        let end = spec.max_positions.min(first + POSITIONS_AT_ONCE);
+        context.write(&buffer, first * row_bytes, &angles(spec, first..end))?;
+    }
+    Ok(buffer)
+}
+
+impl CudaDevice {
+    pub(super) fn load_rope_op(&mut self, spec: &RopeSpec) -> Result<CudaRope, DeviceError> {
+        let rotary_dim = 2 * spec.inverse_frequencies.len();
+        if !rotary_dim.is_multiple_of(4) {
+            let what = format!("rotating {rotary_dim} elements of a head");
+            return Err(unsupported(what, "a multiple of 4 elements can be rotated"));
+        }
+        let tables = &mut self.rope.tables;
+        tables.retain(|(_, table)| table.strong_count() > 0);
+        let known = tables.iter().find(|(of, _)| of == spec);
+        let angles = match known.and_then(|(_, table)| table.upgrade()) {
+            Some(angles) => angles,
+            None => {
+                let angles = Rc::new(upload_angles(&self.context, spec)?);
+                tables.push((spec.clone(), Rc::downgrade(&angles)));
+                angles
+            }
+        };
+        Ok(CudaRope {
+            angles,
+            rotary_dim,
+            max_positions: spec.max_positions,
+        })
+    }
+
+    pub(super) fn rope_store_op(
+        &mut self,
+        qkv: &mut CudaTensor,
+        heads: HeadShape,
+        norm: Option<&QkNorm<'_, CudaDevice>>,
+        rope: &CudaRope,
+        cache: &mut CudaCache,
+        layer: usize,
+    ) -> Result<(), DeviceError> {
+        const NAME: &str = "rope_store";
+        let shape = *cache.shape();
+        require_heads(NAME, heads, cache, layer)?;
+        require(rope.rotary_dim <= heads.head_dim, NAME, || {
+            let (rotary, head) = (rope.rotary_dim, heads.head_dim);
+            format!("{rotary} of a head's {head} elements cannot be rotated")
+        })?;
+        let rows = self.step.padded(self.step.rows());
+        let columns = heads.qkv_columns();
+        require_shape(NAME, "qkv", qkv, (rows, columns), Precision::Activation)?;
+        let ends = Ends {
+            positions: rope.max_positions,
+            slots: shape.blocks * shape.block_tokens,
+            ..Ends::NONE
+        };
+        self.step.require_within(ends, NAME)?;
+        self.graphs.limit(ends);
+        let (mode, q_norm, k_norm, epsilon) = match norm {
+            None => (norm_mode::NONE, Ptr::NULL, Ptr::NULL, 0.0),
+            Some(norm) => {
+                let (mode, q, k) = match norm.per_head {
+                    true => (norm_mode::HEADS, heads.head_dim, heads.head_dim),
+                    false => (
+                        norm_mode::ROW,
+                        heads.q_columns(),
+                        heads.kv_heads * heads.head_dim,
+                    ),
+                };
+                let lengths = (norm.q.length(), norm.k.length());
+                require(lengths == (q, k), NAME, || {
+                    format!("the norms have {lengths:?} weights, not {:?}", (q, k))
+                })?;
+                (mode, norm.q.ptr(), norm.k.ptr(), norm.epsilon)
+            }
+        };
+        self.rope.kernels.rope_store(
+            &self.context,
+            Grid::new([rows as u32, 1, 1], [256, 1, 1]),
+            qkv.ptr(),
+            cache.keys(layer),
+            cache.values(layer),
+            self.step.positions(),
+            self.step.slots(),
+            rope.angles.ptr(),
+            q_norm,
+            k_norm,
+            epsilon,
+            mode,
+            heads.q_heads as u32,
+            heads.kv_heads as u32,
+            heads.head_dim as u32,
+            rope.rotary_dim as u32,
+            shape.block_tokens as u32,
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn angles_are_those_of_the_pairs_of_each_position() {
+        let spec = RopeSpec {
+            inverse_frequencies: vec![1.0, 0.5],
+            magnitude: 2.0,
+            max_positions: 4,
+        };
+        let table = angles(&spec, 2..4);
+        assert_eq!(table.len(), 4);
+        let expected = [2.0f32, 1.0, 3.0, 1.5].map(|angle| [2.0 * angle.cos(), 2.0 * angle.sin()]);
+        for (found, expected) in table.iter().flatten().zip(expected.iter().flatten()) {
+            assert!((found - expected).abs() < 1e-6, "{table:?}");
+        }
+    }
+}

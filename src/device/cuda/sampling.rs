@@ -1,0 +1,462 @@
+//! Choosing tokens on the device: the launches of `kernels/sampling.cu`.
+//!
+//! What the rows ask for goes up in one copy; ids, log-probabilities and likeliest
+//! tokens come back in one, on the results stream. The ids also stay on the device,
+//! where the next step finds them.
+
+use super::CudaDevice;
+use super::context::Context;
+use super::error::require;
+use super::launch::{Grid, kernels};
+use super::memory::{CudaTensor, Ptr, Scratch};
+use super::step::NONE;
+use super::transfer::{Download, Downloads, Uploads};
+use crate::device::{DeviceError, Precision};
+use crate::sampling::{SampleRow, Sampled, SamplingParams};
+use std::rc::Rc;
+
+kernels! {
+    /// Kernels of `kernels/sampling.cu`.
+    pub(super) struct SamplingKernels in "sampling" {
+        sample_sums(sums: Ptr, logits: Ptr, rows: Ptr, columns: u32);
+        sample_top(
+            result: Ptr, logits: Ptr, sums: Ptr, rows: Ptr, columns: u32, slices: u32,
+            top_stride: u32
+        );
+        sample_edit(
+            logits: Ptr, saved: Ptr, entries: Ptr, rows: Ptr, feedback: Ptr, resolved: Ptr,
+            sample_rows: Ptr, columns: u32
+        );
+        sample_best(
+            best: Ptr, counts: Ptr, masses: Ptr, filters: Ptr, logits: Ptr, rows: Ptr,
+            columns: u32
+        );
+        sample_histogram(
+            counts: Ptr, masses: Ptr, logits: Ptr, best: Ptr, rows: Ptr, columns: u32
+        );
+        sample_compact(
+            lists: Ptr, filters: Ptr, counts: Ptr, masses: Ptr, logits: Ptr, best: Ptr,
+            rows: Ptr, columns: u32
+        );
+        sample_filter(
+            winners: Ptr, lists: Ptr, filters: Ptr, logits: Ptr, best: Ptr, rows: Ptr,
+            columns: u32, slices: u32
+        );
+        sample_draw(winners: Ptr, logits: Ptr, best: Ptr, rows: Ptr, columns: u32);
+        sample_finish(
+            sampled: Ptr, result: Ptr, logits: Ptr, saved: Ptr, entries: Ptr, best: Ptr,
+            winners: Ptr, rows: Ptr, columns: u32, slices: u32, top_stride: u32
+        );
+    }
+}
+
+// As in `kernels/sampling.cu`.
+const SLICE: usize = 4096;
+const BINS: usize = 512;
+const LIST: usize = 4096;
+/// Ranks keep 24 bits for an id; masses have room for 2²⁰ of the likeliest tokens.
+const MAX_VOCABULARY: usize = (1 << 20) - 1;
+
+/// Words of a row's parameters.
+const ROW_WORDS: usize = 16;
+/// Words of a row's result before its likeliest tokens.
+const RESULT_WORDS: usize = 4;
+
+/// What sampling keeps from step to step.
+pub(super) struct Sampler {
+    uploads: Uploads,
+    downloads: Downloads,
+    request: Request,
+    partials: Scratch,
+    filters: Scratch,
+}
+
+impl Sampler {
+    pub(super) fn new() -> Self {
+        Self {
+            uploads: Uploads::new("sampling parameters"),
+            downloads: Downloads::default(),
+            request: Request::default(),
+            partials: Scratch::default(),
+            filters: Scratch::default(),
+        }
+    }
+}
+
+/// Samples on their way to the host.
+pub struct CudaPending {
+    download: Rc<Download>,
+    /// Whether each row asked for log-probabilities.
+    reports: Vec<bool>,
+    top_stride: usize,
+}
+
+/// What the rows of a step ask for, as the kernels read it: the rows' parameters, then
+/// the entries of histories and biases.
+#[derive(Default)]
+struct Request {
+    words: Vec<u32>,
+    entries: Vec<[u32; 2]>,
+    /// A token's entry in the history that is being counted.
+    entry_of: Vec<u32>,
+    reports: bool,
+    top_stride: usize,
+    /// Whether any row has a history to be counted.
+    penalties: bool,
+    edits: bool,
+    filters: bool,
+    draws: bool,
+}
+
+impl Request {
+    fn fill(&mut self, rows: &[SampleRow], vocabulary: usize) {
+        *self = Self {
+            words: std::mem::take(&mut self.words),
+            entries: std::mem::take(&mut self.entries),
+            entry_of: std::mem::take(&mut self.entry_of),
+            ..Self::default()
+        };
+        self.words.clear();
+        self.entries.clear();
+        for row in rows {
+            self.add(row, vocabulary);
+        }
+        self.words.extend(self.entries.as_flattened());
+    }
+
+    fn add(&mut self, row: &SampleRow, vocabulary: usize) {
+        let params = &*row.params;
+        let inverse = inverse_temperature(params);
+        let floor = if params.min_p > 0.0 {
+            params.min_p.ln()
+        } else {
+            f32::NEG_INFINITY
+        };
+        let history = self.add_history(row, vocabulary);
+        let biases = self.add_biases(params);
+        let report = params.logprobs;
+        let filtered = params.top_k > 0 || params.top_p < 1.0;
+        self.penalties |= params.needs_history();
+        self.edits |= params.needs_history() || !params.logit_bias.is_empty();
+        self.filters |= inverse > 0.0 && filtered;
+        self.draws |= inverse > 0.0 && !filtered;
+        self.reports |= report.is_some();
+        let top = report.unwrap_or(0).min(SamplingParams::MAX_LOGPROBS);
+        self.top_stride = self.top_stride.max((top as usize).min(vocabulary));
+        let words: [u32; ROW_WORDS] = [
+            params.seed as u32,
+            (params.seed >> 32) as u32,
+            row.position,
+            params.top_k,
+            inverse.to_bits(),
+            params.top_p.to_bits(),
+            floor.to_bits(),
+            params.repetition_penalty.to_bits(),
+            params.presence_penalty.to_bits(),
+            params.frequency_penalty.to_bits(),
+            history[0],
+            history[1],
+            biases[0],
+            biases[1],
+            report.map_or(NONE, |_| top),
+            0,
+        ];
+        self.words.extend(words);
+    }
+
+    /// Start and number of the entries of a row's history, {token, times generated};
+    /// one more is set aside for the token that only the device knows.
+    fn add_history(&mut self, row: &SampleRow, vocabulary: usize) -> [u32; 2] {
+        if !row.params.needs_history() {
+            return [NONE, 0];
+        }
+        self.entry_of.resize(vocabulary, NONE);
+        let start = self.entries.len();
+        for (index, &token) in row.history.iter().enumerate() {
+            let Some(entry) = self.entry_of.get_mut(token as usize) else {
+                continue;
+            };
+            if *entry == NONE {
+                *entry = self.entries.len() as u32;
+                self.entries.push([token, 0]);
+            }
+            self.entries[*entry as usize][1] += u32::from(index >= row.prompt_tokens);
+        }
+        for entry in &self.entries[start..] {
+            self.entry_of[entry[0] as usize] = NONE;
+        }
+        let count = self.entries.len() - start;
+        self.entries.push([NONE, 0]);
+        [start as u32, count as u32]
+    }
+
+    /// Start and number of a row's biases, {token, bias}, those of a token together and
+    /// in their order.
+    fn add_biases(&mut self, params: &SamplingParams) -> [u32; 2] {
+        let start = self.entries.len();
+        let biases = params.logit_bias.iter();
+        self.entries
+            .extend(biases.map(|&(token, bias)| [token, bias.to_bits()]));
+        self.entries[start..].sort_by_key(|entry| entry[0]);
+        [start as u32, (self.entries.len() - start) as u32]
+    }
+}
+
+/// 0 where the largest logit wins: also at temperatures so low that nothing else can.
+fn inverse_temperature(params: &SamplingParams) -> f32 {
+    let inverse = 1.0 / params.temperature;
+    if inverse.is_finite() { inverse } else { 0.0 }
+}
+
+/// Consecutive parts of one piece of memory.
+struct Parts(usize);
+
+impl Parts {
+    /// The offset of the next `bytes` bytes.
+    fn take(&mut self, bytes: usize) -> usize {
+        let offset = self.0;
+        self.0 = (offset + bytes).next_multiple_of(256);
+        offset
+    }
+}
+
+/// Where the kernels keep what they tell each other.
+struct Places {
+    rows: Ptr,
+    entries: Ptr,
+    sums: Ptr,
+    best: Ptr,
+    winners: Ptr,
+    saved: Ptr,
+    counts: Ptr,
+    masses: Ptr,
+    filters: Ptr,
+    lists: Ptr,
+}
+
+impl Sampler {
+    /// Uploads the request and finds room for `rows` rows.
+    fn places(
+        &mut self,
+        context: &Context,
+        (rows, room): (usize, usize),
+        slices: usize,
+    ) -> Result<Places, DeviceError> {
+        let request = &self.request;
+        let parameters = self.uploads.write(context, &request.words)?;
+        let mut parts = Parts(0);
+        let [sums, best, winners] = [8 * room * slices; 3].map(|bytes| parts.take(bytes));
+        let saved = parts.take(4 * request.entries.len());
+        let base = self.partials.get(context, parts.0)?;
+        let mut parts = Parts(0);
+        let counts = parts.take(4 * room * BINS);
+        let masses = parts.take(8 * room * BINS);
+        let filters = parts.take(32 * room);
+        let lists = parts.take(8 * room * LIST);
+        let filter_base = match request.filters {
+            true => self.filters.get(context, parts.0)?,
+            false => Ptr::NULL,
+        };
+        Ok(Places {
+            rows: parameters,
+            entries: parameters.offset_bytes(4 * ROW_WORDS * rows),
+            sums: base.offset_bytes(sums),
+            best: base.offset_bytes(best),
+            winners: base.offset_bytes(winners),
+            saved: base.offset_bytes(saved),
+            counts: filter_base.offset_bytes(counts),
+            masses: filter_base.offset_bytes(masses),
+            filters: filter_base.offset_bytes(filters),
+            lists: filter_base.offset_bytes(lists),
+        })
+    }
+}
+
+impl CudaDevice {
+    pub(super) fn sample_op(
+        &mut self,
+        logits: &CudaTensor,
+        rows: &[SampleRow],
+    ) -> Result<CudaPending, DeviceError> {
+        const NAME: &str = "sample";
+        let columns = logits.columns();
+        let fits = logits.rows() >= rows.len()
+            && logits.precision() == Precision::Full
+            && (1..=MAX_VOCABULARY).contains(&columns);
+        require(fits, NAME, || {
+            format!(
+                "logits are {} × {columns} in {:?} precision, but {} rows in Full of 1 to \
+                 {MAX_VOCABULARY} are needed",
+                logits.rows(),
+                logits.precision(),
+                rows.len()
+            )
+        })?;
+        let limit = self.limits.map_or(0, |limits| limits.sequences);
+        require(rows.len() <= limit, NAME, || {
+            format!("{} rows are more than the {limit} announced", rows.len())
+        })?;
+        self.sampler.request.fill(rows, columns);
+        let staged = self.step.samples();
+        let request = &self.sampler.request;
+        require(!request.penalties || staged >= rows.len(), NAME, || {
+            format!("{} rows are sampled of a step with {staged}", rows.len())
+        })?;
+        let top_stride = request.top_stride;
+        let bytes = 4 * rows.len() * (RESULT_WORDS + 2 * top_stride);
+        let download = self.sampler.downloads.next(&self.context, bytes)?;
+        self.enqueue_sampling(logits, rows.len(), limit, download.ptr())?;
+        download.send(&self.context, bytes)?;
+        let reports = rows.iter().map(|row| row.params.logprobs.is_some());
+        Ok(CudaPending {
+            download,
+            reports: reports.collect(),
+            top_stride,
+        })
+    }
+
+    /// Launches the kernels that the request needs.
+    fn enqueue_sampling(
+        &mut self,
+        logits: &CudaTensor,
+        rows: usize,
+        room: usize,
+        result: Ptr,
+    ) -> Result<(), DeviceError> {
+        let slices = logits.columns().div_ceil(SLICE);
+        let places = self.sampler.places(&self.context, (rows, room), slices)?;
+        let Places {
+            rows: parameters,
+            entries,
+            sums,
+            best,
+            winners,
+            saved,
+            counts,
+            masses,
+            filters,
+            lists,
+        } = places;
+        let by_slice = Grid::new([slices as u32, rows as u32, 1], [256, 1, 1]);
+        let by_row = Grid::new([rows as u32, 1, 1], [256, 1, 1]);
+        let by_large_row = Grid::new([rows as u32, 1, 1], [1024, 1, 1]);
+        let (columns, slices) = (logits.columns() as u32, slices as u32);
+        let request = &self.sampler.request;
+        let top_stride = request.top_stride as u32;
+        let (kernels, context, step) = (&self.sampling, &self.context, &self.step);
+        let logits = logits.ptr();
+        if request.reports {
+            kernels.sample_sums(context, by_slice, sums, logits, parameters, columns)?;
+            kernels.sample_top(
+                context,
+                by_large_row,
+                result,
+                logits,
+                sums,
+                parameters,
+                columns,
+                slices,
+                top_stride,
+            )?;
+        }
+        if request.edits {
+            let (feedback, resolved) = (step.feedback(), step.resolved());
+            let sample_rows = step.sample_rows();
+            kernels.sample_edit(
+                context,
+                by_row,
+                logits,
+                saved,
+                entries,
+                parameters,
+                feedback,
+                resolved,
+                sample_rows,
+                columns,
+            )?;
+        }
+        kernels.sample_best(
+            context, by_slice, best, counts, masses, filters, logits, parameters, columns,
+        )?;
+        if request.filters {
+            kernels.sample_histogram(
+                context, by_slice, counts, masses, logits, best, parameters, columns,
+            )?;
+            kernels.sample_compact(
+                context, by_slice, lists, filters, counts, masses, logits, best, parameters,
+                columns,
+            )?;
+            kernels.sample_filter(
+                context,
+                by_large_row,
+                winners,
+                lists,
+                filters,
+                logits,
+                best,
+                parameters,
+                columns,
+                slices,
+            )?;
+        }
+        if request.draws {
+            kernels.sample_draw(
+                context, by_slice, winners, logits, best, parameters, columns,
+            )?;
+        }
+        kernels.sample_finish(
+            context,
+            by_row,
+            step.sampled(),
+            result,
+            logits,
+            saved,
+            entries,
+            best,
+            winners,
+            parameters,
+            columns,
+            slices,
+            top_stride,
+        )
+    }
+
+    pub(super) fn collect_op(&mut self, pending: CudaPending) -> Result<Vec<Sampled>, DeviceError> {
+        let CudaPending {
+            download,
+            reports,
+            top_stride,
+        } = pending;
+        download.receive(|bytes| {
+            let stride = 4 * (RESULT_WORDS + 2 * top_stride);
+            let rows = reports.iter().zip(bytes.chunks_exact(stride));
+            rows.map(|(&report, bytes)| decode(bytes, report)).collect()
+        })
+    }
+}
+
+/// Reads a row's result.
+fn decode(bytes: &[u8], report: bool) -> Sampled {
+    let words: Vec<u32> = bytes
+        .as_chunks::<4>()
+        .0
+        .iter()
+        .map(|&word| u32::from_ne_bytes(word))
+        .collect();
+    let (head, top) = words.split_at(RESULT_WORDS);
+    if !report {
+        return Sampled {
+            token: head[0],
+            logprob: 0.0,
+            top: Vec::new(),
+        };
+    }
+    let pairs = top.as_chunks::<2>().0.iter().take(head[2] as usize);
+    Sampled {
+        token: head[0],
+        logprob: f32::from_bits(head[1]),
+        top: pairs
+            .map(|&[token, logprob]| (token, f32::from_bits(logprob)))
+            .collect(),
+    }
+}

@@ -1,0 +1,178 @@
+//! The GPU of the tests: the virtual one, or with `QUELL_TEST_GPU=real` a real one.
+//!
+//! The virtual GPU calls itself `libcuda.so.1`. It is loaded by its path before the
+//! driver is looked for, so that whoever asks for the driver finds it loaded already.
+//! That it was found, and not a real driver, is checked by the device's name.
+#![allow(dead_code)] // each test file uses a part
+
+use cudarc::driver::result;
+use libloading::Library;
+use std::ffi::{CStr, CString, c_char};
+use std::sync::{Mutex, MutexGuard, OnceLock};
+
+/// What the virtual GPU calls itself.
+const NAME: &str = "quell virtual GPU";
+
+/// Whether the tests run on a real GPU.
+pub fn is_real() -> bool {
+    match std::env::var("QUELL_TEST_GPU") {
+        Ok(kind) if kind == "real" => true,
+        Ok(kind) if !kind.is_empty() && kind != "virtual" => {
+            panic!("QUELL_TEST_GPU is '{kind}', but must be real or virtual")
+        }
+        _ => false,
+    }
+}
+
+/// The virtual GPU, loaded; `None` on a real one.
+fn library() -> Option<&'static Library> {
+    static LIBRARY: OnceLock<Option<Library>> = OnceLock::new();
+    let library = LIBRARY.get_or_init(|| {
+        if is_real() {
+            return None;
+        }
+        // Cargo puts the dev-dependency beside the test.
+        let folder = std::env::current_exe().unwrap();
+        let path = folder.parent().unwrap().join("libvirtual_gpu.so");
+        // SAFETY: the library's initialisation does nothing.
+        let library = unsafe { Library::new(&path) };
+        Some(library.unwrap_or_else(|error| panic!("{}: {error}", path.display())))
+    });
+    library.as_ref()
+}
+
+/// Loads the GPU of the tests and checks that it is the one that is meant. Idempotent.
+pub fn load() {
+    static CHECKED: OnceLock<()> = OnceLock::new();
+    CHECKED.get_or_init(|| {
+        library();
+        result::init().expect("the tests need a GPU, virtual or real");
+        let device = result::device::get(0).unwrap();
+        let name = result::device::get_name(device).unwrap();
+        assert_eq!(name != NAME, is_real(), "the tests run on '{name}'");
+    });
+}
+
+/// Only one holder at a time uses the GPU: what it counts is the holder's.
+///
+/// When it is dropped, the virtual GPU must have seen no violation (a leak is one).
+pub struct Gpu {
+    _one_at_a_time: MutexGuard<'static, ()>,
+}
+
+/// Loads the GPU of the tests and waits for its other users in this process. The
+/// virtual GPU begins anew, with nothing counted.
+pub fn lock() -> Gpu {
+    static LOCK: Mutex<()> = Mutex::new(());
+    load();
+    // A test that failed holding it has left nothing behind that matters.
+    let guard = LOCK.lock().unwrap_or_else(|failed| failed.into_inner());
+    let gpu = Gpu {
+        _one_at_a_time: guard,
+    };
+    if let Some(library) = library() {
+        // SAFETY: as the virtual GPU declares it.
+        unsafe { symbol::<unsafe extern "C" fn()>(library, "vgpu_reset")() };
+    }
+    gpu
+}
+
+fn symbol<F: Copy>(library: &Library, name: &str) -> F {
+    // SAFETY: the callers name the functions and their types as the virtual GPU declares them.
+    let found = unsafe { library.get::<F>(name.as_bytes()) };
+    *found.unwrap_or_else(|error| panic!("{name}: {error}"))
+}
+
+fn text(value: &str) -> CString {
+    CString::new(value).unwrap()
+}
+
+/// What only the virtual GPU can do. All of it panics on a real one.
+impl Gpu {
+    fn library(&self) -> &'static Library {
+        library().expect("this needs the virtual GPU")
+    }
+
+    fn texts(&self, function: &str) -> Vec<String> {
+        type Function = unsafe extern "C" fn(*mut c_char, usize) -> usize;
+        let function = symbol::<Function>(self.library(), function);
+        let mut buffer = vec![0u8; 1 << 20];
+        // SAFETY: the buffer has the length that is passed.
+        unsafe { function(buffer.as_mut_ptr().cast(), buffer.len()) };
+        let text = CStr::from_bytes_until_nul(&buffer).unwrap();
+        let lines = text.to_str().unwrap().lines();
+        lines.map(str::to_owned).collect()
+    }
+
+    /// Changes a setting of the virtual GPU until the next [`lock`].
+    pub fn set(&self, key: &str, value: &str) {
+        type Function = unsafe extern "C" fn(*const c_char, *const c_char) -> i32;
+        let function = symbol::<Function>(self.library(), "vgpu_set");
+        let (key, value) = (text(key), text(value));
+        // SAFETY: both are C strings.
+        let refused = unsafe { function(key.as_ptr(), value.as_ptr()) };
+        assert_eq!(refused, 0, "{key:?} = {value:?}");
+    }
+
+    /// Lets the `nth` call (from 1, from now on) of a driver function fail once.
+    pub fn fail(&self, function: &str, nth: u64, code: i32) {
+        type Function = unsafe extern "C" fn(*const c_char, u64, i32, u64);
+        let fail = symbol::<Function>(self.library(), "vgpu_fail");
+        let function = text(function);
+        // SAFETY: the name is a C string.
+        unsafe { fail(function.as_ptr(), nth, code, 1) };
+    }
+
+    /// Failures that were asked for and have not happened.
+    pub fn waiting_failures(&self) -> u64 {
+        let waiting =
+            symbol::<unsafe extern "C" fn() -> u64>(self.library(), "vgpu_waiting_failures");
+        // SAFETY: as the virtual GPU declares it.
+        unsafe { waiting() }
+    }
+
+    /// Begins anew: counts and settings, not what is allocated.
+    pub fn reset(&self) {
+        // SAFETY: as the virtual GPU declares it.
+        unsafe { symbol::<unsafe extern "C" fn()>(self.library(), "vgpu_reset")() };
+    }
+
+    /// One of the virtual GPU's counts: `synchronisations`, `graph_launches`, …
+    pub fn statistic(&self, name: &str) -> u64 {
+        type Function = unsafe extern "C" fn(*const c_char) -> u64;
+        let statistic = symbol::<Function>(self.library(), "vgpu_statistic");
+        let value = text(name);
+        // SAFETY: the name is a C string.
+        let value = unsafe { statistic(value.as_ptr()) };
+        assert_ne!(value, u64::MAX, "there is no statistic {name}");
+        value
+    }
+
+    /// Driver functions called, with how often.
+    pub fn calls(&self) -> Vec<(String, u64)> {
+        let parse = |line: &String| {
+            let (name, count) = line.rsplit_once(' ').unwrap();
+            (name.to_owned(), count.parse().unwrap())
+        };
+        self.texts("vgpu_calls").iter().map(parse).collect()
+    }
+
+    /// What was done that a program must not do.
+    pub fn violations(&self) -> Vec<String> {
+        self.texts("vgpu_violations")
+    }
+
+    /// What is allocated or created, and was not given back.
+    pub fn leaks(&self) -> Vec<String> {
+        self.texts("vgpu_leaks")
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        if library().is_some() && !std::thread::panicking() {
+            let violations = self.violations();
+            assert!(violations.is_empty(), "violations: {violations:#?}");
+        }
+    }
+}

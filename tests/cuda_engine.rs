@@ -1,0 +1,168 @@
+//! The whole engine on the CUDA device, two steps in flight: neighbours, cancels in
+//! the middle of replayed graphs, and preemption change no token.
+//!
+//! The books are audited and freed blocks overwritten with NaN at every step, so that
+//! whoever reads a block that is not its own gets another answer.
+
+#[path = "common/golden.rs"]
+mod golden;
+#[path = "common/gpu.rs"]
+mod gpu;
+
+use golden::tiny;
+use quell::{
+    CudaOptions, DeviceChoice, Engine, EngineConfig, EngineStats, LoadOptions, Request,
+    SamplingParams, TokenStream,
+};
+
+const REQUESTS: usize = 16;
+
+fn engine(model: &str, cuda: CudaOptions, kv_blocks: usize) -> Engine {
+    let options = LoadOptions {
+        device: DeviceChoice::Cuda(0),
+        cuda,
+        ..LoadOptions::default()
+    };
+    // Two layers of two heads, keys and values of two bytes.
+    let head_dim = if model == "llama" { 16 } else { 32 };
+    let block_bytes = 2 * 2 * 2 * 2 * head_dim * 16;
+    let config = EngineConfig {
+        max_batch_tokens: 64,
+        max_sequences: REQUESTS,
+        kv_cache_bytes: Some(kv_blocks * block_bytes),
+        audit: true,
+        ..EngineConfig::default()
+    };
+    let engine = Engine::load(tiny(model), config, options).unwrap();
+    assert_eq!(engine.info().cache_blocks, kv_blocks);
+    engine
+}
+
+/// Requests of all kinds: greedy, sampled, with penalties, bias and log-probabilities.
+fn request(index: usize) -> Request {
+    let prompt: Vec<u32> = (0..1 + index * 5 % 23)
+        .map(|i| ((index * 97 + i * 31) % 500 + 3) as u32)
+        .collect();
+    let sampled = SamplingParams {
+        seed: index as u64,
+        temperature: 0.9,
+        ..SamplingParams::default()
+    };
+    let sampling = match index % 4 {
+        0 => SamplingParams::greedy(),
+        1 => sampled,
+        2 => SamplingParams {
+            top_k: 40,
+            top_p: 0.9,
+            min_p: 0.01,
+            ..sampled
+        },
+        _ => SamplingParams {
+            repetition_penalty: 1.2,
+            frequency_penalty: 0.3,
+            logit_bias: vec![(300, 2.0)],
+            logprobs: Some(2),
+            ..sampled
+        },
+    };
+    let tokens = 14 + index * 3 % 10;
+    let mut request = Request::new(prompt).max_tokens(tokens).sampling(sampling);
+    request.ignore_eos = true;
+    request
+}
+
+type Tokens = Vec<(u32, Vec<(u32, f32)>)>;
+
+fn tokens(stream: TokenStream) -> Tokens {
+    let generation = stream.complete_blocking().unwrap();
+    let tokens = generation.tokens.into_iter();
+    tokens.map(|token| (token.id, token.top)).collect()
+}
+
+/// Each request's tokens when nobody else is there.
+fn alone(engine: &Engine) -> Vec<Tokens> {
+    (0..REQUESTS)
+        .map(|index| tokens(engine.generate(request(index)).unwrap()))
+        .collect()
+}
+
+/// Waits, by asking the scheduler thread, until nothing is open.
+fn idle(engine: &Engine) -> EngineStats {
+    loop {
+        let stats = engine.stats().unwrap();
+        if stats.open == 0 && stats.closing == 0 {
+            assert!(stats.is_idle(), "{stats:?}");
+            return stats;
+        }
+    }
+}
+
+#[test]
+fn cancels_between_graph_replays_leave_the_other_tokens_as_they_are() {
+    let gpu = gpu::lock();
+    for model in ["llama", "mistral"] {
+        let engine = engine(model, CudaOptions::default(), 64);
+        let expected = alone(&engine);
+        let replays = || (!gpu::is_real()).then(|| gpu.statistic("graph_launches"));
+        let before = replays();
+
+        let streams: Vec<_> = (0..REQUESTS)
+            .map(|index| engine.generate(request(index)).unwrap())
+            .collect();
+        let mut kept = Vec::new();
+        for (index, mut stream) in streams.into_iter().enumerate() {
+            if index % 2 == 0 {
+                kept.push((index, stream));
+                continue;
+            }
+            // The first few tokens come, then the stream goes, each at another step.
+            for _ in 0..index % 7 {
+                stream.next_blocking().unwrap().unwrap();
+            }
+            drop(stream);
+        }
+        for (index, stream) in kept {
+            assert_eq!(tokens(stream), expected[index], "{model}, request {index}");
+        }
+        let stats = idle(&engine);
+        assert!(stats.outcomes.cancelled > 0, "{stats:?}");
+        if let Some((before, after)) = before.zip(replays()) {
+            assert!(after > before, "no step was a replayed graph");
+        }
+    }
+}
+
+#[test]
+fn graphs_change_no_token() {
+    let _gpu = gpu::lock();
+    let without = CudaOptions {
+        graphs: false,
+        ..CudaOptions::default()
+    };
+    let expected = alone(&engine("llama", without, 64));
+    let with = engine("llama", CudaOptions::default(), 64);
+    let streams: Vec<_> = (0..REQUESTS)
+        .map(|index| with.generate(request(index)).unwrap())
+        .collect();
+    for (index, stream) in streams.into_iter().enumerate() {
+        assert_eq!(tokens(stream), expected[index], "request {index}");
+    }
+}
+
+#[test]
+fn preempted_requests_give_the_tokens_of_each_alone() {
+    let _gpu = gpu::lock();
+    let expected = alone(&engine("llama", CudaOptions::default(), 64));
+    let crowd = engine("llama", CudaOptions::default(), 5);
+    let streams: Vec<_> = (0..REQUESTS)
+        .map(|index| crowd.generate(request(index)).unwrap())
+        .collect();
+    for (index, stream) in streams.into_iter().enumerate() {
+        assert_eq!(tokens(stream), expected[index], "request {index}");
+    }
+    let stats = idle(&crowd);
+    assert!(
+        stats.preemptions > 0,
+        "nothing was preempted: the test proves nothing"
+    );
+}

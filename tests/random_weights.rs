@@ -1,0 +1,74 @@
+//! Random weights stand in for a checkpoint: the same tensors, without its file.
+
+use quell::model::ModelSource;
+use quell::runner::ModelFiles;
+use quell::weights::{DType, ModelFolder};
+use quell::{Engine, EngineConfig, LoadOptions, Request};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+
+/// The checkpoints of every architecture.
+fn checkpoints() -> Vec<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let folders = std::fs::read_dir(root.join("tests/fixtures/golden/tiny")).unwrap();
+    let mut folders: Vec<PathBuf> = folders.map(|entry| entry.unwrap().path()).collect();
+    folders.sort();
+    assert!(folders.len() >= 10);
+    folders
+}
+
+fn settings(folder: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap()
+}
+
+fn engine(folder: &Path, format: DType) -> Engine {
+    let files = ModelFiles::random("random", &settings(folder), format).unwrap();
+    let config = EngineConfig {
+        kv_cache_bytes: Some(4 << 20),
+        audit: true,
+        ..EngineConfig::default()
+    };
+    Engine::from_files(files, config, LoadOptions::cpu()).unwrap()
+}
+
+fn tokens(engine: &Engine) -> Vec<u32> {
+    let mut request = Request::new(vec![3, 1, 4, 1, 5]).greedy().max_tokens(6);
+    request.ignore_eos = true;
+    let done = engine.generate(request).unwrap().complete_blocking();
+    done.unwrap().tokens.iter().map(|token| token.id).collect()
+}
+
+#[test]
+fn a_random_model_has_as_many_weights_as_the_checkpoint_of_its_settings() {
+    for folder in checkpoints() {
+        let stored = ModelSource::from_folder(ModelFolder::open(&folder).unwrap()).unwrap();
+        let random = ModelSource::random(&settings(&folder), DType::BF16).unwrap();
+        assert_eq!(random.config(), stored.config(), "{}", folder.display());
+        let (random, stored) = (random.parameters().total, stored.parameters().total);
+        assert_eq!(random, stored, "{}", folder.display());
+    }
+}
+
+#[test]
+fn every_architecture_runs_on_random_weights_and_gives_the_same_tokens_each_time() {
+    for folder in checkpoints() {
+        let first = tokens(&engine(&folder, DType::BF16));
+        assert_eq!(first.len(), 6, "{}", folder.display());
+        let second = tokens(&engine(&folder, DType::BF16));
+        assert_eq!(first, second, "{}", folder.display());
+    }
+}
+
+#[test]
+fn quantised_random_weights_run_and_rows_that_do_not_fit_the_format_are_refused() {
+    let folders = checkpoints();
+    let llama = folders.iter().find(|folder| folder.ends_with("llama"));
+    let llama = llama.unwrap();
+    for format in [DType::Q4_0, DType::Q8_0] {
+        assert_eq!(tokens(&engine(llama, format)).len(), 6, "{format}");
+    }
+    // Its rows have 64 columns; a block of Q4_K has 256.
+    let error = ModelFiles::random("random", &settings(llama), DType::Q4K).unwrap_err();
+    let text = error.to_string();
+    assert!(text.contains("Q4_K") && text.contains("64"), "{text}");
+}

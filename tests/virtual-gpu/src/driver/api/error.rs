@@ -1,0 +1,56 @@
+//! Errors by name, and the version.
+
+use crate::driver::codes::{self, Code};
+use crate::driver::{Failure, Need, call};
+use std::ffi::{CStr, c_char};
+
+/// # Safety
+/// See the module above.
+unsafe fn give(code: Option<&'static CStr>, to: *mut *const c_char) -> Code {
+    if to.is_null() {
+        return codes::INVALID_VALUE;
+    }
+    let text = code.map_or(std::ptr::null(), CStr::as_ptr);
+    // SAFETY: not null, and valid by the caller's promise.
+    unsafe { to.write(text) };
+    if text.is_null() {
+        codes::INVALID_VALUE
+    } else {
+        codes::SUCCESS
+    }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuGetErrorName(error: Code, name: *mut *const c_char) -> Code {
+    // SAFETY: as the API describes.
+    unsafe { give(codes::name(error), name) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuGetErrorString(error: Code, text: *mut *const c_char) -> Code {
+    // SAFETY: as the API describes.
+    unsafe { give(codes::description(error), text) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDriverGetVersion(version: *mut i32) -> Code {
+    call("cuDriverGetVersion", Need::NOTHING, |driver| {
+        let value = driver.settings.driver;
+        // SAFETY: as the API describes.
+        unsafe { super::put(driver, version, value) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuInit(flags: u32) -> Code {
+    call("cuInit", Need::NOTHING, |driver| {
+        if flags != 0 {
+            return driver.refuse(codes::INVALID_VALUE, "flags are not 0");
+        }
+        if driver.settings.devices < 1 {
+            return Err(Failure(codes::NO_DEVICE));
+        }
+        driver.initialised = true;
+        Ok(())
+    })
+}

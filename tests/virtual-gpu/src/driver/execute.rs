@@ -1,0 +1,225 @@
+//! Running what is queued.
+
+use super::codes::{self, Code};
+use super::memory::Stage;
+use super::objects::Recorded;
+use super::queue::{HostSource, Node, NodeId, Op};
+use super::{Driver, Failure, IN_HOST_FUNCTION, panic_text};
+use crate::ptx::FaultKind;
+use std::ffi::c_void;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Instant;
+
+/// What a kernel or copy did wrong when it ran.
+struct Fault {
+    code: Code,
+    text: String,
+}
+
+impl Driver {
+    /// Runs until all targets have run.
+    pub fn run(&mut self, context: u64, targets: Vec<NodeId>) -> Result<(), Failure> {
+        let mut plan = self.queue.plan(targets);
+        let schedule = self.settings.schedule;
+        while let Some((id, node)) = self.queue.next(&mut plan, context, schedule) {
+            self.execute(id, node);
+            self.sound(context)?;
+        }
+        self.sound(context)
+    }
+
+    /// Runs everything that is queued in a context.
+    pub fn run_context(&mut self, context: u64) -> Result<(), Failure> {
+        let all: Vec<NodeId> = self.queue.of_context(context).map(|(id, _)| id).collect();
+        self.run(context, all)
+    }
+
+    /// Runs one node of the context that can run, if there is one.
+    pub fn run_one(&mut self, context: u64) {
+        if let Some(id) = self.queue.random_ready(context)
+            && let Some(node) = self.queue.take(id)
+        {
+            self.execute(id, node);
+        }
+    }
+
+    fn execute(&mut self, id: NodeId, node: Node) {
+        self.report.executed += 1;
+        let context = node.context;
+        if let Err(fault) = self.perform(id, &node) {
+            let what = format!("{} on stream {:#x}", node.op.describe(), node.stream);
+            self.violation(&format!(
+                "{what}: {}\n{}",
+                codes::display(fault.code),
+                fault.text
+            ));
+            self.break_context(context, fault.code);
+        }
+    }
+
+    fn perform(&mut self, id: NodeId, node: &Node) -> Result<(), Fault> {
+        let context = node.context;
+        let illegal = |text: String| Fault {
+            code: codes::ILLEGAL_ADDRESS,
+            text,
+        };
+        match &node.op {
+            Op::Kernel(launch) => {
+                let regions = self.memory.regions(context);
+                let settings = &self.settings;
+                let ran = catch_unwind(AssertUnwindSafe(|| launch.run(regions, settings, id)));
+                let uses = self
+                    .report
+                    .kernels
+                    .entry(launch.name().to_owned())
+                    .or_default();
+                uses.launches += 1;
+                match ran {
+                    Ok(Ok(statistics)) => uses.warp_instructions += statistics.instructions,
+                    Ok(Err((kind, text))) => {
+                        return Err(Fault {
+                            code: fault_code(kind),
+                            text,
+                        });
+                    }
+                    Err(panic) => {
+                        let text =
+                            format!("the interpreter itself failed: {}", panic_text(&*panic));
+                        return Err(Fault {
+                            code: codes::LAUNCH_FAILED,
+                            text,
+                        });
+                    }
+                }
+            }
+            Op::HostToDevice { to, from, len } => {
+                let from = match from {
+                    HostSource::Pinned(address) => {
+                        self.still_pinned(*address, *len).map_err(illegal)?;
+                        *address as *const u8
+                    }
+                    HostSource::Snapshot(bytes) => bytes.as_ptr(),
+                };
+                // SAFETY: pinned memory is owned by the driver and just looked up; a
+                // snapshot has `len` bytes.
+                unsafe { self.memory.write(context, *to, from, *len) }.map_err(illegal)?;
+            }
+            Op::DeviceToHost { to, from, len } => {
+                // SAFETY: the caller of the copy vouches for the host memory: it is
+                // pinned (looked up when the copy was queued, and freeing it is refused
+                // while this waits), or the call that queued the copy waits for it.
+                let missing = unsafe { self.memory.read(context, *to as *mut u8, *from, *len) }
+                    .map_err(illegal)?;
+                self.report.undefined_bytes += missing as u64;
+                if missing > 0 && self.settings.check_copies {
+                    self.violation(&format!(
+                        "{}: {missing} bytes were never written",
+                        node.op.describe()
+                    ));
+                }
+            }
+            Op::DeviceToDevice { to, from, len } => self
+                .memory
+                .copy(context, *to, *from, *len)
+                .map_err(illegal)?,
+            Op::Fill {
+                to,
+                value,
+                unit,
+                count,
+            } => {
+                self.memory
+                    .fill(context, *to, *value, *unit, *count)
+                    .map_err(illegal)?;
+            }
+            Op::Allocate { address } => {
+                if let Some(found) = self.memory.get_mut(*address)
+                    && found.stage == Stage::Reserved
+                {
+                    found.stage = Stage::Live;
+                }
+            }
+            Op::Free { address } => self.free_now(context, *address),
+            Op::Record { event } => {
+                if let Some(event) = self.events.get_mut(*event)
+                    && event.recorded == Recorded::Node(id)
+                {
+                    event.time = Some(Instant::now());
+                }
+            }
+            Op::Host { function, data } => {
+                IN_HOST_FUNCTION.set(true);
+                // SAFETY: the caller of `cuLaunchHostFunc` vouches for the function and
+                // its argument.
+                unsafe { function(*data as *mut c_void) };
+                IN_HOST_FUNCTION.set(false);
+            }
+            Op::Join => {}
+        }
+        Ok(())
+    }
+
+    fn still_pinned(&self, address: usize, len: usize) -> Result<(), String> {
+        match self.host.overlapping(address, len) {
+            Some((base, found)) if address >= base && address + len <= base + found.len => Ok(()),
+            _ => Err(format!(
+                "host address {address:#x} ({len} bytes) is no pinned memory any more"
+            )),
+        }
+    }
+
+    /// The moment of a `cuMemFreeAsync`: whatever still waits to use the memory was not
+    /// ordered before it.
+    fn free_now(&mut self, context: u64, address: u64) {
+        self.users_of(context, address);
+        self.memory.free(address);
+    }
+
+    /// Keeps a violation for each piece of queued work that uses an allocation. Gives
+    /// the nodes.
+    pub fn users_of(&mut self, context: u64, address: u64) -> Vec<NodeId> {
+        let Some((len, label)) = self
+            .memory
+            .get(address)
+            .map(|found| (found.len, found.label.clone()))
+        else {
+            return Vec::new();
+        };
+        self.users(context, &label, |op| op.uses_device(address, len))
+    }
+
+    /// Keeps a violation for each piece of queued work that uses memory which is freed.
+    /// Gives the nodes.
+    pub fn users(&mut self, context: u64, label: &str, uses: impl Fn(&Op) -> bool) -> Vec<NodeId> {
+        let users = self
+            .queue
+            .of_context(context)
+            .filter(|(_, node)| uses(&node.op));
+        let users: Vec<(NodeId, String)> = users
+            .map(|(id, node)| {
+                (
+                    id,
+                    format!("{} on stream {:#x}", node.op.describe(), node.stream),
+                )
+            })
+            .collect();
+        for (_, text) in &users {
+            self.violation(&format!(
+                "{label} is freed while queued work still uses it: {text}"
+            ));
+        }
+        users.into_iter().map(|(id, _)| id).collect()
+    }
+}
+
+/// The code that a real device gives for a fault. What a real device would not notice
+/// breaks the context as well, so that no test goes on after it.
+fn fault_code(kind: FaultKind) -> Code {
+    match kind {
+        FaultKind::OutOfBounds => codes::ILLEGAL_ADDRESS,
+        FaultKind::Misaligned => codes::MISALIGNED_ADDRESS,
+        FaultKind::Timeout => codes::LAUNCH_TIMEOUT,
+        FaultKind::Unsupported => codes::ILLEGAL_INSTRUCTION,
+        _ => codes::LAUNCH_FAILED,
+    }
+}

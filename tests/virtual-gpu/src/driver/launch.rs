@@ -1,0 +1,172 @@
+//! Kernel launches: the parameters as bytes, the limits, and the run.
+
+use super::objects::Function;
+use super::settings::{Schedule, Settings};
+use crate::ptx::{self, Kernel, Launch};
+use std::ffi::c_void;
+use std::sync::Arc;
+
+/// Shared memory that every kernel may have without opting in.
+pub const SHARED_DEFAULT: usize = 48 << 10;
+const MAX_THREADS: u64 = 1024;
+const MAX_BLOCK: [u32; 3] = [1024, 1024, 64];
+const MAX_GRID: [u32; 3] = [i32::MAX as u32, 65535, 65535];
+
+/// A launch with all that it needs, so that the module's handle may go.
+pub struct KernelLaunch {
+    /// Handle of the module that the kernel is from.
+    pub module: u64,
+    image: Arc<ptx::Module>,
+    name: String,
+    launch: Launch,
+}
+
+impl KernelLaunch {
+    /// Checks a launch and takes it. The error says what is wrong with it.
+    pub fn new(function: &Function, launch: Launch, most_shared: usize) -> Result<Self, String> {
+        let name = function.name().to_owned();
+        let kernel = function.kernel().ok_or("the kernel is gone")?;
+        check_size("grid", launch.grid, MAX_GRID)?;
+        check_size("block", launch.block, MAX_BLOCK)?;
+        let threads: u64 = launch.block.iter().map(|n| u64::from(*n)).product();
+        if threads > MAX_THREADS {
+            return Err(format!(
+                "{name}: a block of {threads} threads; {MAX_THREADS} is the most"
+            ));
+        }
+        let dynamic = launch.dynamic_shared;
+        let allowed = function
+            .dynamic_shared
+            .max(SHARED_DEFAULT.saturating_sub(kernel.static_shared));
+        if dynamic > allowed {
+            return Err(format!(
+                "{name}: {dynamic} bytes of dynamic shared memory; {allowed} are allowed \
+                 (CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES raises that)"
+            ));
+        }
+        let shared = dynamic + kernel.static_shared;
+        if shared > most_shared {
+            return Err(format!(
+                "{name}: {shared} bytes of shared memory; the device has {most_shared}"
+            ));
+        }
+        Ok(Self {
+            module: function.module,
+            image: Arc::clone(&function.image),
+            name,
+            launch,
+        })
+    }
+
+    /// The kernel's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Parameters that can be device pointers: their index and value.
+    pub fn pointers(&self) -> impl Iterator<Item = (usize, u64)> {
+        let parameters = self
+            .image
+            .kernel(&self.name)
+            .map_or(&[][..], |kernel| &kernel.parameters);
+        parameters
+            .iter()
+            .enumerate()
+            .flat_map(move |(index, parameter)| {
+                let bytes = self
+                    .launch
+                    .parameters
+                    .get(parameter.offset..parameter.offset + parameter.size);
+                let words = bytes.unwrap_or_default().chunks_exact(8);
+                words.filter_map(move |word| {
+                    let value = u64::from_le_bytes(word.try_into().ok()?);
+                    (super::memory::FIRST_ADDRESS..super::memory::LAST_ADDRESS)
+                        .contains(&value)
+                        .then_some((index, value))
+                })
+            })
+    }
+
+    /// Runs it on the memory that it may reach. The error is a fault with its report.
+    pub fn run(
+        &self,
+        regions: &[ptx::Region],
+        settings: &Settings,
+        salt: u64,
+    ) -> Result<ptx::Statistics, (ptx::FaultKind, String)> {
+        let options = ptx::Options {
+            threads: settings.threads,
+            check_races: settings.check_races,
+            check_initialised: settings.check_initialised,
+            shuffle_seed: match settings.schedule {
+                Schedule::Shuffle(seed) => Some(seed ^ salt.rotate_left(32)),
+                Schedule::Eager | Schedule::Late => None,
+            },
+        };
+        match self.image.kernel(&self.name) {
+            Some(kernel) => ptx::run(kernel, &self.launch, &ptx::Regions(regions), &options)
+                .map_err(|fault| (fault.kind, fault.to_string())),
+            None => Ok(ptx::Statistics::default()),
+        }
+    }
+}
+
+fn check_size(what: &str, size: [u32; 3], most: [u32; 3]) -> Result<(), String> {
+    let [x, y, z] = size;
+    if size.contains(&0) {
+        return Err(format!("the {what} ({x}, {y}, {z}) has a dimension of 0"));
+    }
+    let [mx, my, mz] = most;
+    if size.iter().zip(most).any(|(have, most)| *have > most) {
+        return Err(format!(
+            "the {what} ({x}, {y}, {z}) is larger than ({mx}, {my}, {mz})"
+        ));
+    }
+    Ok(())
+}
+
+/// Bytes that the parameters of a kernel take.
+pub fn parameter_bytes(kernel: &Kernel) -> usize {
+    kernel
+        .parameters
+        .iter()
+        .map(|parameter| parameter.offset + parameter.size)
+        .max()
+        .unwrap_or(0)
+}
+
+/// Copies the parameters that an array of pointers names.
+///
+/// # Safety
+/// `pointers` is null or has an entry for each parameter of the kernel, each null or
+/// readable for the size of its parameter.
+pub unsafe fn gather_parameters(
+    kernel: &Kernel,
+    pointers: *const *mut c_void,
+) -> Result<Vec<u8>, String> {
+    let mut bytes = vec![0; parameter_bytes(kernel)];
+    if kernel.parameters.is_empty() {
+        return Ok(bytes);
+    }
+    if pointers.is_null() {
+        let count = kernel.parameters.len();
+        return Err(format!(
+            "{}: no parameters are passed; the kernel has {count}",
+            kernel.name
+        ));
+    }
+    for (index, parameter) in kernel.parameters.iter().enumerate() {
+        // SAFETY: by the caller's promise.
+        let from = unsafe { *pointers.add(index) };
+        if from.is_null() {
+            return Err(format!(
+                "{}: parameter {index} is passed as null",
+                kernel.name
+            ));
+        }
+        let to = &mut bytes[parameter.offset..parameter.offset + parameter.size];
+        // SAFETY: by the caller's promise.
+        unsafe { std::ptr::copy_nonoverlapping(from.cast::<u8>(), to.as_mut_ptr(), to.len()) };
+    }
+    Ok(bytes)
+}

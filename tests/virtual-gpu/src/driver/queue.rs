@@ -1,0 +1,381 @@
+//! Queued work: a graph of nodes with edges from stream order and recorded events. A
+//! node can run when all that it depends on has run.
+
+use super::launch::KernelLaunch;
+use super::settings::Schedule;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::c_void;
+use std::sync::Arc;
+
+/// Numbers of nodes, in the order in which they were queued.
+pub type NodeId = u64;
+
+/// A function that `cuLaunchHostFunc` queues.
+pub type HostFunction = unsafe extern "C" fn(*mut c_void);
+
+/// Where a copy to the device takes its bytes.
+#[derive(Clone)]
+pub enum HostSource {
+    /// Pinned memory, read when the copy runs.
+    Pinned(usize),
+    /// Bytes taken when the copy was queued, as a driver does with pageable memory.
+    Snapshot(Arc<[u8]>),
+}
+
+/// One piece of work.
+#[derive(Clone)]
+pub enum Op {
+    /// A kernel.
+    Kernel(Arc<KernelLaunch>),
+    /// Copy to the device.
+    HostToDevice {
+        to: u64,
+        from: HostSource,
+        len: usize,
+    },
+    /// Copy to the host, to an address that is valid when it runs.
+    DeviceToHost { to: usize, from: u64, len: usize },
+    /// Copy on the device.
+    DeviceToDevice { to: u64, from: u64, len: usize },
+    /// Fill with a value of 1, 2 or 4 bytes.
+    Fill {
+        to: u64,
+        value: u32,
+        unit: usize,
+        count: usize,
+    },
+    /// `cuMemAllocAsync`.
+    Allocate { address: u64 },
+    /// `cuMemFreeAsync`.
+    Free { address: u64 },
+    /// An event is recorded.
+    Record { event: u64 },
+    /// A function of the host.
+    Host { function: HostFunction, data: usize },
+    /// Nothing: where edges come together (event waits, the ends of graphs).
+    Join,
+}
+
+impl Op {
+    /// For reports.
+    pub fn describe(&self) -> String {
+        match self {
+            Op::Kernel(launch) => format!("kernel {}", launch.name()),
+            Op::HostToDevice { to, len, .. } => format!("copy of {len} bytes to {to:#x}"),
+            Op::DeviceToHost { from, len, .. } => {
+                format!("copy of {len} bytes from {from:#x} to the host")
+            }
+            Op::DeviceToDevice { to, from, len } => {
+                format!("copy of {len} bytes from {from:#x} to {to:#x}")
+            }
+            Op::Fill {
+                to, unit, count, ..
+            } => format!("fill of {} bytes at {to:#x}", unit * count),
+            Op::Allocate { address } => format!("allocation of {address:#x}"),
+            Op::Free { address } => format!("free of {address:#x}"),
+            Op::Record { event } => format!("record of event {event:#x}"),
+            Op::Host { .. } => "host function".to_owned(),
+            Op::Join => "wait".to_owned(),
+        }
+    }
+
+    /// Device addresses that it uses, with lengths. Of a kernel these are the values of
+    /// its parameters that can be pointers, with length 1.
+    pub fn addresses(&self) -> Vec<(u64, usize)> {
+        match self {
+            Op::Kernel(launch) => launch.pointers().map(|(_, pointer)| (pointer, 1)).collect(),
+            Op::HostToDevice { to, len, .. } => vec![(*to, *len)],
+            Op::DeviceToHost { from, len, .. } => vec![(*from, *len)],
+            Op::DeviceToDevice { to, from, len } => vec![(*to, *len), (*from, *len)],
+            Op::Fill {
+                to, unit, count, ..
+            } => vec![(*to, unit * count)],
+            Op::Allocate { .. }
+            | Op::Free { .. }
+            | Op::Record { .. }
+            | Op::Host { .. }
+            | Op::Join => vec![],
+        }
+    }
+
+    /// Whether it uses device memory from `base` on, `len` bytes.
+    pub fn uses_device(&self, base: u64, len: usize) -> bool {
+        let end = base + len as u64;
+        self.addresses()
+            .into_iter()
+            .any(|(at, bytes)| at < end && at + bytes as u64 > base)
+    }
+
+    /// Whether it uses host memory from `base` on, `len` bytes.
+    pub fn uses_host(&self, base: usize, len: usize) -> bool {
+        let (at, bytes) = match self {
+            Op::HostToDevice {
+                from: HostSource::Pinned(at),
+                len,
+                ..
+            } => (*at, *len),
+            Op::DeviceToHost { to, len, .. } => (*to, *len),
+            _ => return false,
+        };
+        at < base + len && at + bytes > base
+    }
+}
+
+/// A node that has not run.
+pub struct Node {
+    /// Context that it belongs to.
+    pub context: u64,
+    /// Stream that it was queued on.
+    pub stream: u64,
+    /// What it does.
+    pub op: Op,
+    depends: Vec<NodeId>,
+    waiting: usize,
+    dependents: Vec<NodeId>,
+}
+
+/// Nodes that a waiting call needs.
+#[derive(Debug)]
+pub struct Plan {
+    needed: BTreeSet<NodeId>,
+    ready: BTreeSet<NodeId>,
+}
+
+/// The nodes that have not run.
+#[derive(Default)]
+pub struct Queue {
+    next: NodeId,
+    nodes: BTreeMap<NodeId, Node>,
+    ready: BTreeSet<NodeId>,
+    random: u64,
+    pace: u64,
+}
+
+impl Queue {
+    /// Starts the random numbers of [`Schedule::Shuffle`] anew.
+    pub fn seed(&mut self, seed: u64) {
+        self.random = seed;
+        self.pace = self.random() % 4;
+    }
+
+    /// How many nodes shall run while more is being queued, at random. Some seeds run
+    /// nothing ahead, some most of it.
+    pub fn run_ahead(&mut self) -> u64 {
+        if self.random() % 4 < self.pace {
+            1 + self.random() % 2
+        } else {
+            0
+        }
+    }
+
+    /// A random number (SplitMix64).
+    pub fn random(&mut self) -> u64 {
+        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.random;
+        mixed = (mixed ^ mixed >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ mixed >> 31
+    }
+
+    /// Queues work that may run after all of `depends` (nodes that have run are fine).
+    pub fn add(&mut self, context: u64, stream: u64, op: Op, mut depends: Vec<NodeId>) -> NodeId {
+        let id = self.next;
+        self.next += 1;
+        depends.sort_unstable();
+        depends.dedup();
+        depends.retain(|on| self.nodes.contains_key(on));
+        for on in &depends {
+            if let Some(node) = self.nodes.get_mut(on) {
+                node.dependents.push(id);
+            }
+        }
+        let waiting = depends.len();
+        if waiting == 0 {
+            self.ready.insert(id);
+        }
+        self.nodes.insert(
+            id,
+            Node {
+                context,
+                stream,
+                op,
+                depends,
+                waiting,
+                dependents: Vec::new(),
+            },
+        );
+        id
+    }
+
+    /// Nodes that have yet to run.
+    pub fn len(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// Whether all nodes have run.
+    pub fn is_empty(&self) -> bool {
+        self.nodes.is_empty()
+    }
+
+    /// Whether the node has yet to run.
+    pub fn pending(&self, id: NodeId) -> bool {
+        self.nodes.contains_key(&id)
+    }
+
+    /// Nodes of the context that have yet to run, oldest first.
+    pub fn of_context(&self, context: u64) -> impl Iterator<Item = (NodeId, &Node)> {
+        let mine = self
+            .nodes
+            .iter()
+            .filter(move |(_, node)| node.context == context);
+        mine.map(|(id, node)| (*id, node))
+    }
+
+    /// The targets that have yet to run and all that has to run before them.
+    pub fn closure(&self, targets: impl IntoIterator<Item = NodeId>) -> BTreeSet<NodeId> {
+        let mut found = BTreeSet::new();
+        let mut open: Vec<NodeId> = targets.into_iter().collect();
+        while let Some(id) = open.pop() {
+            if let Some(node) = self.nodes.get(&id)
+                && found.insert(id)
+            {
+                open.extend(&node.depends);
+            }
+        }
+        found
+    }
+
+    /// What has to run so that the targets have run.
+    pub fn plan(&self, targets: impl IntoIterator<Item = NodeId>) -> Plan {
+        let needed = self.closure(targets);
+        let ready = needed.intersection(&self.ready).copied().collect();
+        Plan { needed, ready }
+    }
+
+    /// Takes out the next node to run for the plan; `None` if nothing is left of it.
+    /// [`Schedule::Shuffle`] also picks from what is not needed, but only of this
+    /// context.
+    pub fn next(
+        &mut self,
+        plan: &mut Plan,
+        context: u64,
+        schedule: Schedule,
+    ) -> Option<(NodeId, Node)> {
+        if plan.needed.is_empty() {
+            return None;
+        }
+        let id = match schedule {
+            Schedule::Eager => *plan.ready.first()?,
+            Schedule::Late => *plan.ready.last()?,
+            Schedule::Shuffle(_) => self.random_ready(context)?,
+        };
+        let node = self.take(id)?;
+        plan.needed.remove(&id);
+        plan.ready.remove(&id);
+        let freed = node
+            .dependents
+            .iter()
+            .filter(|id| plan.needed.contains(id) && self.ready.contains(id));
+        plan.ready.extend(freed);
+        Some((id, node))
+    }
+
+    /// One of the nodes of the context that can run, at random.
+    pub fn random_ready(&mut self, context: u64) -> Option<NodeId> {
+        let can: Vec<NodeId> = {
+            let of = |id: &&NodeId| {
+                self.nodes
+                    .get(id)
+                    .is_some_and(|node| node.context == context)
+            };
+            self.ready.iter().filter(of).copied().collect()
+        };
+        let choices = can.len() as u64;
+        if choices == 0 {
+            return None;
+        }
+        let at = self.random() % choices;
+        can.get(at as usize).copied()
+    }
+
+    /// Takes a node out to run it; what depends on it alone can run then.
+    pub fn take(&mut self, id: NodeId) -> Option<Node> {
+        let node = self.nodes.remove(&id)?;
+        self.ready.remove(&id);
+        for dependent in &node.dependents {
+            if let Some(next) = self.nodes.get_mut(dependent) {
+                next.waiting -= 1;
+                if next.waiting == 0 {
+                    self.ready.insert(*dependent);
+                }
+            }
+        }
+        Some(node)
+    }
+
+    /// Forgets all nodes of a context. Gives how many there were.
+    pub fn drop_context(&mut self, context: u64) -> usize {
+        let mine: Vec<NodeId> = self.of_context(context).map(|(id, _)| id).collect();
+        for id in &mine {
+            self.take(*id);
+        }
+        mine.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(queue: &mut Queue, target: NodeId, schedule: Schedule) -> Vec<NodeId> {
+        let mut plan = queue.plan([target]);
+        let mut order = Vec::new();
+        while let Some((id, _)) = queue.next(&mut plan, 1, schedule) {
+            order.push(id);
+        }
+        order
+    }
+
+    #[test]
+    fn late_runs_only_what_is_needed() {
+        let mut queue = Queue::default();
+        let a = queue.add(1, 1, Op::Join, vec![]);
+        let b = queue.add(1, 2, Op::Join, vec![]);
+        let c = queue.add(1, 2, Op::Join, vec![b]);
+        assert_eq!(run(&mut queue, c, Schedule::Late), [b, c]);
+        assert!(queue.pending(a) && !queue.pending(c));
+        let d = queue.add(1, 2, Op::Join, vec![c, a]);
+        assert_eq!(run(&mut queue, d, Schedule::Late), [a, d]);
+    }
+
+    #[test]
+    fn late_runs_the_newest_first_that_may() {
+        let mut queue = Queue::default();
+        let a = queue.add(1, 1, Op::Join, vec![]);
+        let b = queue.add(1, 2, Op::Join, vec![]);
+        let c = queue.add(1, 1, Op::Join, vec![a]);
+        let end = queue.add(1, 3, Op::Join, vec![b, c]);
+        assert_eq!(run(&mut queue, end, Schedule::Late), [b, a, c, end]);
+    }
+
+    #[test]
+    fn shuffle_honours_every_edge_and_takes_every_order() {
+        let mut orders = BTreeSet::new();
+        for seed in 0..64 {
+            let mut queue = Queue::default();
+            queue.seed(seed);
+            let a = queue.add(1, 1, Op::Join, vec![]);
+            let b = queue.add(1, 1, Op::Join, vec![a]);
+            let c = queue.add(1, 2, Op::Join, vec![]);
+            let end = queue.add(1, 1, Op::Join, vec![b, c]);
+            let order = run(&mut queue, end, Schedule::Shuffle(seed));
+            let at = |id| order.iter().position(|x| *x == id);
+            assert!(
+                at(a) < at(b) && at(b) < at(end) && at(c) < at(end),
+                "{order:?}"
+            );
+            orders.insert(order);
+        }
+        assert_eq!(orders.len(), 3);
+    }
+}

@@ -1,0 +1,247 @@
+//! What is kept for the tests: violations, calls, injected failures, statistics.
+
+use super::codes::{self, Code};
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+/// Violations whose text is kept; more are counted only.
+const KEPT: usize = 1000;
+
+/// A function that shall fail.
+#[derive(Clone, Debug)]
+pub struct Injection {
+    /// Its name, with or without the `_v2` suffix.
+    pub function: String,
+    /// Calls that still go well before.
+    pub before: u64,
+    /// Calls that then fail.
+    pub times: u64,
+    /// With this code.
+    pub code: Code,
+}
+
+/// What happened to one kernel.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct KernelUse {
+    /// Times that it ran.
+    pub launches: u64,
+    /// Instructions that its warps did.
+    pub warp_instructions: u64,
+}
+
+/// The books.
+#[derive(Debug, Default)]
+pub struct Report {
+    violations: Vec<String>,
+    violation_count: u64,
+    calls: BTreeMap<&'static str, u64>,
+    injections: Vec<Injection>,
+    /// What happened to each kernel.
+    pub kernels: BTreeMap<String, KernelUse>,
+    /// Calls that made the host wait for the device.
+    pub synchronisations: u64,
+    /// Graphs launched.
+    pub graph_launches: u64,
+    /// Work queued on streams, each node of a launched graph included.
+    pub queued: u64,
+    /// Work that ran.
+    pub executed: u64,
+    /// Failures injected.
+    pub injected: u64,
+    /// Bytes that copies to the host found undefined.
+    pub undefined_bytes: u64,
+    /// Most device memory in use, in bytes.
+    pub peak_memory: u64,
+}
+
+impl Report {
+    /// Keeps a violation, as one line, and prints it.
+    pub fn violation(&mut self, text: &str, backtrace: bool) {
+        let text = text.trim().replace('\n', "; ");
+        eprintln!("virtual GPU: violation: {text}");
+        if backtrace {
+            eprintln!("{}", std::backtrace::Backtrace::force_capture());
+        }
+        self.violation_count += 1;
+        if self.violations.len() < KEPT {
+            self.violations.push(text);
+        }
+    }
+
+    /// How many violations there were.
+    pub fn violation_count(&self) -> u64 {
+        self.violation_count
+    }
+
+    /// The texts of the first violations.
+    pub fn violations(&self) -> &[String] {
+        &self.violations
+    }
+
+    /// Counts a call; gives the code that it shall fail with, if it shall.
+    pub fn called(&mut self, function: &'static str) -> Option<Code> {
+        *self.calls.entry(function).or_default() += 1;
+        let mut fails = None;
+        for injection in &mut self.injections {
+            if plain(&injection.function) != plain(function) || injection.times == 0 {
+                continue;
+            }
+            if injection.before > 0 {
+                injection.before -= 1;
+            } else if fails.is_none() {
+                injection.times -= 1;
+                fails = Some(injection.code);
+            }
+        }
+        self.injections.retain(|injection| injection.times > 0);
+        self.injected += u64::from(fails.is_some());
+        fails
+    }
+
+    /// Lets calls fail from now on.
+    pub fn inject(&mut self, injection: Injection) {
+        self.injections.push(injection);
+    }
+
+    /// Calls that still wait to fail.
+    pub fn waiting_injections(&self) -> usize {
+        self.injections.len()
+    }
+
+    /// Calls of a function, by name with or without the `_v2` suffix.
+    pub fn calls_of(&self, function: &str) -> u64 {
+        let named = self
+            .calls
+            .iter()
+            .filter(|(name, _)| plain(name) == plain(function));
+        named.map(|(_, count)| count).sum()
+    }
+
+    /// Each function called and how often, a line each.
+    pub fn calls(&self) -> String {
+        let mut text = String::new();
+        for (name, count) in &self.calls {
+            let _ = writeln!(text, "{name} {count}");
+        }
+        text
+    }
+
+    /// Each kernel with its launches and warp instructions, a line each.
+    pub fn kernels(&self) -> String {
+        let mut text = String::new();
+        for (name, uses) in &self.kernels {
+            let _ = writeln!(text, "{name} {} {}", uses.launches, uses.warp_instructions);
+        }
+        text
+    }
+
+    /// One number by name.
+    pub fn statistic(&self, name: &str) -> Option<u64> {
+        Some(match name {
+            "launches" => self.kernels.values().map(|uses| uses.launches).sum(),
+            "warp_instructions" => self
+                .kernels
+                .values()
+                .map(|uses| uses.warp_instructions)
+                .sum(),
+            "synchronisations" => self.synchronisations,
+            "graph_launches" => self.graph_launches,
+            "queued" => self.queued,
+            "executed" => self.executed,
+            "injected" => self.injected,
+            "undefined_bytes" => self.undefined_bytes,
+            "peak_memory" => self.peak_memory,
+            "violations" => self.violation_count,
+            _ => return None,
+        })
+    }
+
+    /// The names that [`Report::statistic`] knows.
+    pub const STATISTICS: [&'static str; 10] = [
+        "launches",
+        "warp_instructions",
+        "synchronisations",
+        "graph_launches",
+        "queued",
+        "executed",
+        "injected",
+        "undefined_bytes",
+        "peak_memory",
+        "violations",
+    ];
+
+    /// All of it as text, for the file that `VGPU_REPORT` names.
+    pub fn text(&self) -> String {
+        let mut text = String::new();
+        for name in Self::STATISTICS {
+            let _ = writeln!(
+                text,
+                "statistic {name} {}",
+                self.statistic(name).unwrap_or(0)
+            );
+        }
+        for line in self.calls().lines() {
+            let _ = writeln!(text, "call {line}");
+        }
+        for line in self.kernels().lines() {
+            let _ = writeln!(text, "kernel {line}");
+        }
+        for violation in &self.violations {
+            let _ = writeln!(text, "violation {violation}");
+        }
+        text
+    }
+}
+
+/// A function's name without the suffix of its version.
+fn plain(function: &str) -> &str {
+    let function = function.trim();
+    ["_v2", "_v3", "_v4"]
+        .iter()
+        .find_map(|suffix| function.strip_suffix(suffix))
+        .unwrap_or(function)
+}
+
+/// Reads `FUNCTION:NTH:CODE[:TIMES]`, where the code is a number or a name.
+pub fn parse_injection(text: &str) -> Result<Injection, String> {
+    let mut parts = text.split(':');
+    let (Some(function), Some(nth), Some(code)) = (parts.next(), parts.next(), parts.next()) else {
+        return Err("wants FUNCTION:NTH:CODE".to_owned());
+    };
+    let nth: u64 = nth.parse().map_err(|_| "NTH is not a number")?;
+    let code = code
+        .parse()
+        .ok()
+        .or_else(|| codes::by_name(code))
+        .ok_or("CODE is unknown")?;
+    let times = parts
+        .next()
+        .map_or(Ok(1), str::parse)
+        .map_err(|_| "TIMES is not a number")?;
+    let before = nth.checked_sub(1).ok_or("NTH begins at 1")?;
+    Ok(Injection {
+        function: function.to_owned(),
+        before,
+        times,
+        code,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nth_call_fails() {
+        let mut report = Report::default();
+        report.inject(parse_injection("cuMemAlloc:2:OUT_OF_MEMORY").unwrap());
+        assert_eq!(report.called("cuMemAlloc_v2"), None);
+        assert_eq!(report.called("cuMemFree_v2"), None);
+        assert_eq!(report.called("cuMemAlloc_v2"), Some(codes::OUT_OF_MEMORY));
+        assert_eq!(report.called("cuMemAlloc_v2"), None);
+        assert_eq!(report.calls_of("cuMemAlloc"), 3);
+        assert_eq!(report.waiting_injections(), 0);
+        assert!(parse_injection("cuMemAlloc:0:2").is_err());
+        assert!(parse_injection("cuMemAlloc:1:NO_SUCH_CODE").is_err());
+    }
+}

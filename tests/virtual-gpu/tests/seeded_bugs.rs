@@ -1,0 +1,292 @@
+//! A test of the tester: the bugs that kernels usually have, put into quell's own kernels
+//! one at a time, are all found, by a report or by a wrong result.
+//!
+//! A bug is a change to a line of the compiled kernel. A change that finds nothing to
+//! change is a failure: the test then has to follow the kernel.
+
+use virtual_gpu::ptx::{
+    Argument, Fault, FaultKind, HostMemory, Launch, Module, Options, arguments, run,
+};
+
+fn image(family: &str) -> String {
+    let path = format!(
+        "{}/../../kernels/ptx/{family}.bf16.ptx",
+        env!("CARGO_MANIFEST_DIR")
+    );
+    std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+/// The lines of one kernel, as a range of the lines of its image.
+fn kernel_lines(lines: &[String], kernel: &str) -> std::ops::Range<usize> {
+    let entry = format!(".entry {kernel}(");
+    let first = lines.iter().position(|line| line.contains(&entry));
+    let first = first.unwrap_or_else(|| panic!("there is no kernel {kernel}"));
+    let rest = lines[first + 1..].iter();
+    let end = rest.clone().position(|line| line.contains(".entry "));
+    first..end.map_or(lines.len(), |end| first + 1 + end)
+}
+
+/// The image with the `nth` line of `kernel` that `is_meant` changed by `change`.
+fn with_bug(
+    family: &str,
+    kernel: &str,
+    nth: usize,
+    is_meant: impl Fn(&str, &str) -> bool,
+    change: impl Fn(&str) -> String,
+) -> String {
+    let mut lines: Vec<String> = image(family).lines().map(str::to_owned).collect();
+    let range = kernel_lines(&lines, kernel);
+    // Positions in the source are between the instructions: a line's predecessor is the
+    // last one that is an instruction.
+    let mut before = String::new();
+    let mut found = 0;
+    for index in range {
+        let line = lines[index].trim().to_owned();
+        if line.is_empty() || line.starts_with(".loc") || line.starts_with("//") {
+            continue;
+        }
+        if is_meant(&before, &line) {
+            if found == nth {
+                let changed = change(&line);
+                assert_ne!(changed, line, "the change changes nothing");
+                lines[index] = changed;
+                return lines.join("\n");
+            }
+            found += 1;
+        }
+        before = line;
+    }
+    panic!("{kernel} has only {found} lines of the kind that is to be changed");
+}
+
+fn without(_: &str) -> String {
+    String::new()
+}
+
+fn is_barrier(_: &str, line: &str) -> bool {
+    line.starts_with("bar.sync")
+}
+
+fn bf16(value: f32) -> u16 {
+    (value.to_bits() >> 16) as u16
+}
+
+fn from_bf16(value: u16) -> f32 {
+    f32::from_bits(u32::from(value) << 16)
+}
+
+/// Small whole numbers and halves: exact in bfloat16, and so are their sums in float32.
+fn values(count: usize, seed: u32) -> Vec<u16> {
+    let mut state = seed;
+    let next = move || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        bf16(((state >> 24) % 9) as f32 * 0.5 - 2.0)
+    };
+    std::iter::repeat_with(next).take(count).collect()
+}
+
+/// What came of a run: a report, or whether the results are right.
+fn outcome(run: Result<bool, Fault>) -> Result<(), String> {
+    match run {
+        Ok(true) => Ok(()),
+        Ok(false) => Err("wrong result".to_owned()),
+        Err(fault) => Err(fault.to_string()),
+    }
+}
+
+/// `linear_m16`: three rows, 40 outputs, and so many inputs that the last of
+/// them lie in the first stage, which the results overwrite; in several orders of warps.
+fn product(image: &str) -> Result<bool, Fault> {
+    let (rows, outputs, inputs) = (3usize, 40usize, 1400usize);
+    let module = Module::parse(image).unwrap();
+    let kernel = module.kernel("linear_m16").unwrap();
+    for seed in [None, Some(1), Some(2), Some(3)] {
+        let (x, weight) = (values(rows * inputs, 1), values(outputs * inputs, 2));
+        let mut memory = HostMemory::new();
+        let out = memory.alloc_uninitialised("out", rows * outputs * 4);
+        let parameters = arguments(
+            kernel,
+            &[
+                Argument::Pointer(out),
+                Argument::Pointer(memory.alloc("x", &x)),
+                Argument::Pointer(memory.alloc("weight", &weight)),
+                Argument::Pointer(0),
+                Argument::Pointer(0),
+                Argument::Pointer(0),
+                Argument::U32(rows as u32),
+                Argument::U32(outputs as u32),
+                Argument::U32(inputs as u32),
+                Argument::U32(outputs as u32),
+                Argument::U32(1),
+            ],
+        );
+        let launch = Launch {
+            grid: [outputs.div_ceil(32) as u32, 1, 1],
+            block: [128, 1, 1],
+            dynamic_shared: 5 * (16 + 32) * 128 * 2,
+            parameters,
+        };
+        let options = Options {
+            shuffle_seed: seed,
+            ..Options::default()
+        };
+        run(kernel, &launch, &memory.regions(), &options)?;
+        let found = memory.read::<f32>(out, rows * outputs);
+        for (index, &found) in found.iter().enumerate() {
+            let (row, output) = (index / outputs, index % outputs);
+            let pairs = (0..inputs).map(|i| (x[row * inputs + i], weight[output * inputs + i]));
+            let sum: f32 = pairs.map(|(x, w)| from_bf16(x) * from_bf16(w)).sum();
+            if found != sum {
+                return Ok(false);
+            }
+        }
+    }
+    Ok(true)
+}
+
+/// `rms_norm`: two rows of 1032 columns.
+fn norm(image: &str) -> Result<bool, Fault> {
+    let (rows, columns) = (2usize, 1032usize);
+    let module = Module::parse(image).unwrap();
+    let kernel = module.kernel("rms_norm").unwrap();
+    for seed in [None, Some(1), Some(2), Some(3)] {
+        let x: Vec<f32> = values(rows * columns, 3)
+            .into_iter()
+            .map(from_bf16)
+            .collect();
+        let mut memory = HostMemory::new();
+        let out = memory.alloc_uninitialised("out", rows * columns * 2);
+        let parameters = arguments(
+            kernel,
+            &[
+                Argument::Pointer(out),
+                Argument::Pointer(memory.alloc("x", &x)),
+                Argument::Pointer(memory.alloc("weight", &vec![1.0f32; columns])),
+                Argument::F32(1e-5),
+                Argument::U32(columns as u32),
+            ],
+        );
+        let launch = Launch {
+            grid: [rows as u32, 1, 1],
+            block: [256, 1, 1],
+            dynamic_shared: 0,
+            parameters,
+        };
+        let options = Options {
+            shuffle_seed: seed,
+            ..Options::default()
+        };
+        run(kernel, &launch, &memory.regions(), &options)?;
+        let found = memory.read::<u16>(out, rows * columns);
+        for (found, x) in found.chunks(columns).zip(x.chunks(columns)) {
+            let square = x.iter().map(|x| x * x).sum::<f32>() / columns as f32;
+            let scale = 1.0 / (square + 1e-5).sqrt();
+            let near = |(&found, &x): (&u16, &f32)| (from_bf16(found) - x * scale).abs() < 0.01;
+            if !found.iter().zip(x).all(near) {
+                return Ok(false);
+            }
+        }
+    }
+    Ok(true)
+}
+
+#[test]
+fn the_kernels_as_they_are_pass() {
+    assert_eq!(outcome(product(&image("linear"))), Ok(()));
+    assert_eq!(outcome(norm(&image("norm"))), Ok(()));
+}
+
+#[test]
+fn a_missing_barrier_after_waiting_for_copies_is_a_race() {
+    let after_wait = |before: &str, line: &str| {
+        before.starts_with("cp.async.wait_group") && line.starts_with("bar.sync")
+    };
+    let fault = product(&with_bug("linear", "linear_m16", 0, after_wait, without)).unwrap_err();
+    assert_eq!(fault.kind, FaultKind::SharedRace, "{fault}");
+}
+
+#[test]
+fn a_missing_barrier_at_the_end_of_a_loop_is_a_race() {
+    // Third of four: after the loop, before its memory takes the results.
+    let image = with_bug("linear", "linear_m16", 2, is_barrier, without);
+    let fault = product(&image).unwrap_err();
+    assert_eq!(fault.kind, FaultKind::SharedRace, "{fault}");
+}
+
+#[test]
+fn a_missing_barrier_inside_a_block_reduction_is_found() {
+    // Before the partial sums are read.
+    let last = (0..).take_while(|&nth| {
+        std::panic::catch_unwind(|| with_bug("norm", "rms_norm", nth, is_barrier, without)).is_ok()
+    });
+    let last = last.last().expect("the reduction has a barrier");
+    let found = outcome(norm(&with_bug(
+        "norm", "rms_norm", last, is_barrier, without,
+    )));
+    assert!(found.is_err(), "nothing was found");
+}
+
+#[test]
+fn waiting_for_one_group_of_copies_too_few_is_found() {
+    let is_wait = |_: &str, line: &str| line.starts_with("cp.async.wait_group");
+    let one_more = |line: &str| {
+        let pending: u32 = line
+            .trim_end_matches(';')
+            .rsplit(' ')
+            .next()
+            .and_then(|number| number.parse().ok())
+            .unwrap();
+        format!("cp.async.wait_group {};", pending + 1)
+    };
+    let found = outcome(product(&with_bug(
+        "linear",
+        "linear_m16",
+        0,
+        is_wait,
+        one_more,
+    )));
+    assert!(found.is_err(), "nothing was found");
+}
+
+#[test]
+fn swapped_operands_of_a_matrix_instruction_give_a_wrong_result() {
+    let is_mma = |_: &str, line: &str| line.starts_with("mma.sync");
+    // {d}, {a0, a1, a2, a3}, {b0, b1}, {c}: the two of b change places.
+    let swap = |line: &str| {
+        let open = line.match_indices('{').nth(2).unwrap().0;
+        let close = open + line[open..].find('}').unwrap();
+        let (first, second) = line[open + 1..close].split_once(',').unwrap();
+        let (head, tail) = (&line[..open], &line[close + 1..]);
+        format!("{head}{{{}, {}}}{tail}", second.trim(), first.trim())
+    };
+    let found = product(&with_bug("linear", "linear_m16", 0, is_mma, swap));
+    assert_eq!(outcome(found), Err("wrong result".to_owned()));
+}
+
+#[test]
+fn a_missing_guard_of_the_rows_reads_out_of_bounds() {
+    // Which row of x a row of the tile is, NONE beyond the last.
+    let is_guard = |_: &str, line: &str| line.starts_with("selp.b32") && line.contains(", -1, ");
+    let unguarded = |line: &str| {
+        let mut operands = line["selp.b32 ".len()..].split(',').map(str::trim);
+        let (to, from) = (operands.next().unwrap(), operands.next().unwrap());
+        format!("mov.b32 {to}, {from};")
+    };
+    let fault = product(&with_bug("linear", "linear_m16", 0, is_guard, unguarded)).unwrap_err();
+    assert_eq!(fault.kind, FaultKind::OutOfBounds, "{fault}");
+}
+
+#[test]
+fn wrong_lanes_of_a_matrix_load_give_a_wrong_result() {
+    // The row of x that a lane points at: lane % 16.
+    let is_lane = |_: &str, line: &str| line.starts_with("and.b32") && line.ends_with(", 15;");
+    let wrong = |line: &str| line.replace(", 15;", ", 7;");
+    let found = outcome(product(&with_bug(
+        "linear",
+        "linear_m16",
+        0,
+        is_lane,
+        wrong,
+    )));
+    assert!(found.is_err(), "nothing was found");
+}
