@@ -164,7 +164,7 @@ fn event() -> u64 {
     made
 }
 
-/// Device memory that holds these numbers.
+/// Device memory that holds these numbers, for all streams.
 fn device(values: &[u32]) -> u64 {
     let mut made = 0;
     unsafe {
@@ -173,6 +173,7 @@ fn device(values: &[u32]) -> u64 {
             cuMemcpyHtoD_v2(made, values.as_ptr().cast(), size_of_val(values)),
             OK
         );
+        assert_eq!(cuStreamSynchronize(0), OK);
     }
     made
 }
@@ -1381,4 +1382,33 @@ fn threads_share_the_device() {
         assert_eq!(statistic("launches"), 80);
         gpu.finish();
     }
+}
+
+#[test]
+fn a_copy_from_pageable_memory_may_still_run_when_its_call_returns() {
+    let gpu = gpu(&[]);
+    let (s, k) = (stream(), kernels());
+    let (x, y) = (device(&[1; 4]), device(&[0; 4]));
+    let memory = pinned(4);
+    memory.fill(3);
+    unsafe {
+        assert_eq!(cuMemcpyHtoD_v2(x, [2u32; 4].as_ptr().cast(), 16), OK);
+        assert_eq!(launch(k.shift, s, y, x), OK);
+        assert_eq!(cuStreamSynchronize(s), OK);
+        assert_eq!(
+            read(y, 4),
+            [1; 4],
+            "the stream does not wait for the default stream"
+        );
+        assert_eq!(cuMemcpyHtoD_v2(x, memory.as_ptr().cast(), 16), OK);
+        assert_eq!(launch(k.shift, s, y, x), OK);
+        assert_eq!(cuStreamSynchronize(s), OK);
+        assert_eq!(read(y, 4), [3; 4], "from pinned memory it has run");
+        assert_eq!(cuModuleUnload(k.module), OK);
+        assert_eq!(cuStreamDestroy_v2(s), OK);
+    }
+    assert_eq!(unpin(memory), OK);
+    free(x);
+    free(y);
+    gpu.finish();
 }
