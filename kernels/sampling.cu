@@ -295,7 +295,8 @@ INLINE u64 select(const Ranks& ranks, u64 lowest, u32 need, double target, Selec
         if (done) break;
         __syncthreads();
     }
-    return prefix;
+    // The digits that were not looked at are zeros.
+    return prefix > lowest ? prefix : lowest;
 }
 
 // The likeliest tokens of the unmodified logits, likeliest first, and the log of the sum of

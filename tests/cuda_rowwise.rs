@@ -36,10 +36,10 @@ fn device(activations: CudaActivations) -> CudaDevice {
 }
 
 /// `value` as activations keep it.
-fn kept(activations: CudaActivations, value: f64) -> f64 {
+fn kept(activations: CudaActivations, value: f32) -> f64 {
     match activations {
-        CudaActivations::Bf16 => bf16::from_f64(value).to_f64(),
-        CudaActivations::F16 => f16::from_f64(value.clamp(-65504.0, 65504.0)).to_f64(),
+        CudaActivations::Bf16 => bf16::from_f32(value).to_f64(),
+        CudaActivations::F16 => f16::from_f32(value.clamp(-65504.0, 65504.0)).to_f64(),
     }
 }
 
@@ -91,7 +91,7 @@ impl Operands {
         let x = random.numbers(rows * columns);
         Self {
             residual: random.numbers(rows * columns),
-            x_kept: wide(&x).iter().map(|&v| kept(activations, v)).collect(),
+            x_kept: x.iter().map(|&v| kept(activations, v)).collect(),
             x,
             weight: random.numbers(columns),
         }
@@ -236,7 +236,7 @@ fn activations_agree_with_float64_far_from_zero_too() {
                 .map(|v| v * v * v * 200.0)
                 .collect();
             let gate_up = activations(&mut device, 2 * columns, &x);
-            let x: Vec<f64> = wide(&x).iter().map(|&v| kept(kind, v)).collect();
+            let x: Vec<f64> = x.iter().map(|&v| kept(kind, v)).collect();
             for activation in [Activation::Silu, Activation::GeluTanh] {
                 let mut out = device
                     .allocate(rows, columns, Precision::Activation)
@@ -327,9 +327,7 @@ fn embeddings_are_scaled_rows_of_the_table_and_follow_what_was_sampled() {
         let expected = |tokens: &[u32], scale: f32| -> Vec<f32> {
             let row = |&token: &u32| &table[token as usize * columns..][..columns];
             let numbers = tokens.iter().flat_map(row);
-            numbers
-                .map(|&v| kept(kind, f64::from(v)) as f32 * scale)
-                .collect()
+            numbers.map(|&v| kept(kind, v) as f32 * scale).collect()
         };
         let mut out = device.allocate(64, columns, Precision::Full).unwrap();
         let mut embed = |device: &mut CudaDevice, batch: &Batch, scale: f32| {

@@ -7,7 +7,9 @@
 use super::context::Context;
 use super::error::{require, unsupported};
 use super::images::Modules;
-use super::launch::{Grid, Signature, kernels};
+#[cfg(test)]
+use super::launch::Signature;
+use super::launch::{Grid, kernels};
 use super::memory::{CudaTensor, Ptr, Scratch};
 use super::norm::require_shape;
 use super::step::{Ends, UNIT};
@@ -81,7 +83,9 @@ pub(super) struct AttentionKernels {
 }
 
 impl AttentionKernels {
+    #[cfg(test)]
     pub(super) const FILE: &'static str = Kernels::FILE;
+    #[cfg(test)]
     pub(super) const SIGNATURES: &'static [Signature] = Kernels::SIGNATURES;
 
     pub(super) fn load(modules: &Modules) -> Result<Self, DeviceError> {

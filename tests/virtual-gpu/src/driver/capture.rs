@@ -129,11 +129,7 @@ impl Driver {
         let Some(capture) = self.captures.remove(&id) else {
             return Err(Failure(codes::ILLEGAL_STATE));
         };
-        for member in capture.heads.keys() {
-            if let Some(member) = self.streams.get_mut(*member) {
-                member.capture = None;
-            }
-        }
+        self.release_members(&capture);
         if spoiled {
             return Err(Failure(codes::STREAM_CAPTURE_INVALIDATED));
         }
@@ -309,6 +305,29 @@ impl Driver {
                 "the event was last recorded in a capture",
             ),
             Recorded::Never | Recorded::Node(_) => Ok(()),
+        }
+    }
+
+    /// A stream that takes part in a capture is gone: that spoils the capture, or ends
+    /// it if it began there.
+    pub fn lose_captured_stream<T>(&mut self, id: u64, stream: u64) -> Result<T, Failure> {
+        if self
+            .captures
+            .get(&id)
+            .is_some_and(|capture| capture.origin == stream)
+            && let Some(capture) = self.captures.remove(&id)
+        {
+            self.release_members(&capture);
+        }
+        let text = "the stream that is destroyed is being captured";
+        self.spoil(id, codes::STREAM_CAPTURE_UNSUPPORTED, text)
+    }
+
+    fn release_members(&mut self, capture: &Capture) {
+        for member in capture.heads.keys() {
+            if let Some(member) = self.streams.get_mut(*member) {
+                member.capture = None;
+            }
         }
     }
 

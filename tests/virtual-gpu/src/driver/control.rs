@@ -35,7 +35,9 @@
 //! In the environment of a process: `VGPU_` and a setting's key in capitals
 //! (`VGPU_SCHEDULE=shuffle:7`); `VGPU_FAIL=FUNCTION:NTH:CODE[:TIMES]`, several with
 //! commas between; `VGPU_REPORT=FILE` writes the books to a file when the process ends.
-//! Violations are printed to the standard error output in any case.
+//! Violations are printed to the standard error output in any case. For a process to
+//! find the library without being changed, a folder on its `LD_LIBRARY_PATH` has it
+//! under the names `libcuda.so` and `libcuda.so.1`.
 
 use super::lock;
 use super::report::{Injection, Report, parse_injection};
@@ -289,6 +291,10 @@ extern "C" fn write_report() {
         let Some(path) = std::env::var_os("VGPU_REPORT") else {
             return;
         };
+        if super::IN_HOST_FUNCTION.get() {
+            eprintln!("virtual GPU: the process ends within a host function, without a report");
+            return;
+        }
         let driver = lock();
         let mut text = driver.report.text();
         for context in driver.contexts.handles(|_| true) {

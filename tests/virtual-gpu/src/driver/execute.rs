@@ -76,10 +76,10 @@ impl Driver {
                 uses.launches += 1;
                 match ran {
                     Ok(Ok(statistics)) => uses.warp_instructions += statistics.instructions,
-                    Ok(Err(fault)) => {
+                    Ok(Err((kind, text))) => {
                         return Err(Fault {
-                            code: fault_code(&fault.kind),
-                            text: fault.to_string(),
+                            code: fault_code(kind),
+                            text,
                         });
                     }
                     Err(panic) => {
@@ -214,7 +214,7 @@ impl Driver {
 
 /// The code that a real device gives for a fault. What a real device would not notice
 /// breaks the context as well, so that no test goes on after it.
-fn fault_code(kind: &FaultKind) -> Code {
+fn fault_code(kind: FaultKind) -> Code {
     match kind {
         FaultKind::OutOfBounds => codes::ILLEGAL_ADDRESS,
         FaultKind::Misaligned => codes::MISALIGNED_ADDRESS,

@@ -23,7 +23,7 @@ pub struct KernelLaunch {
 
 impl KernelLaunch {
     /// Checks a launch and takes it. The error says what is wrong with it.
-    pub fn new(function: &Function, launch: Launch, settings: &Settings) -> Result<Self, String> {
+    pub fn new(function: &Function, launch: Launch, most_shared: usize) -> Result<Self, String> {
         let name = function.name().to_owned();
         let kernel = function.kernel().ok_or("the kernel is gone")?;
         check_size("grid", launch.grid, MAX_GRID)?;
@@ -45,10 +45,9 @@ impl KernelLaunch {
             ));
         }
         let shared = dynamic + kernel.static_shared;
-        if shared > settings.shared_optin() {
-            let most = settings.shared_optin();
+        if shared > most_shared {
             return Err(format!(
-                "{name}: {shared} bytes of shared memory; the device has {most}"
+                "{name}: {shared} bytes of shared memory; the device has {most_shared}"
             ));
         }
         Ok(Self {
@@ -88,13 +87,13 @@ impl KernelLaunch {
             })
     }
 
-    /// Runs it on the memory that it may reach.
+    /// Runs it on the memory that it may reach. The error is a fault with its report.
     pub fn run(
         &self,
         regions: &[ptx::Region],
         settings: &Settings,
         salt: u64,
-    ) -> Result<ptx::Statistics, ptx::Fault> {
+    ) -> Result<ptx::Statistics, (ptx::FaultKind, String)> {
         let options = ptx::Options {
             threads: settings.threads,
             check_races: settings.check_races,
@@ -105,7 +104,8 @@ impl KernelLaunch {
             },
         };
         match self.image.kernel(&self.name) {
-            Some(kernel) => ptx::run(kernel, &self.launch, &ptx::Regions(regions), &options),
+            Some(kernel) => ptx::run(kernel, &self.launch, &ptx::Regions(regions), &options)
+                .map_err(|fault| (fault.kind, fault.to_string())),
             None => Ok(ptx::Statistics::default()),
         }
     }

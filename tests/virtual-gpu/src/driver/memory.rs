@@ -40,8 +40,6 @@ pub enum Stage {
     Reserved,
     /// Can be used.
     Live,
-    /// `cuMemFreeAsync` is queued: only work queued before it may use the memory.
-    Leaving,
 }
 
 /// One allocation of device memory.
@@ -55,6 +53,8 @@ pub struct Allocation {
     pub len: usize,
     /// Where it is in its life.
     pub stage: Stage,
+    /// Whether `cuMemFreeAsync` is queued: only work queued before it may use the memory.
+    pub leaving: bool,
     /// Whether it was made by `cuMemAllocAsync`.
     pub ordered: bool,
     /// Whether it belongs to a module (a `.global` variable) and is freed with it.
@@ -92,6 +92,7 @@ impl Allocation {
             base,
             len,
             stage: Stage::Live,
+            leaving: false,
             ordered: false,
             of_module: false,
             label,

@@ -115,7 +115,7 @@ impl Driver {
     /// Keeps a violation of the running function.
     pub fn violation(&mut self, text: &str) {
         let text = format!("{}: {text}", self.function);
-        self.report.violation(text, self.settings.backtrace);
+        self.report.violation(&text, self.settings.backtrace);
     }
 
     /// Keeps a violation and fails.
@@ -153,15 +153,16 @@ impl Driver {
         }
     }
 
-    fn enter(&mut self, need: Need) -> Result<(), Failure> {
+    /// Checks what a function needs. Gives the error of a broken context.
+    fn enter(&mut self, need: Need) -> Result<Option<Failure>, Failure> {
         if need.init && !self.initialised {
             return self.refuse(codes::NOT_INITIALIZED, "cuInit was not called");
         }
-        if need.context {
-            let context = self.current()?;
-            self.sound(context)?;
+        if !need.context {
+            return Ok(None);
         }
-        Ok(())
+        let context = self.current()?;
+        Ok(self.sound(context).err())
     }
 
     fn inject(&mut self, code: Code) {
@@ -177,6 +178,14 @@ impl Driver {
             found.sticky.get_or_insert(code);
         }
         self.queue.drop_context(context);
+        // Nothing can end a capture in it any more.
+        self.captures
+            .retain(|_, capture| capture.context != context);
+        for stream in self.streams.values_mut() {
+            if stream.context == context {
+                stream.capture = None;
+            }
+        }
     }
 }
 
@@ -467,20 +476,20 @@ pub fn call(
     let outcome = catch_unwind(AssertUnwindSafe(|| {
         let mut driver = lock();
         driver.function = name;
-        let mut result = Ok(());
-        if let Some(code) = driver.report.called(name) {
+        let injected = driver.report.called(name);
+        if let Some(code) = injected {
             driver.inject(code);
-            result = Err(Failure(code));
         }
-        let result = result.and_then(|()| driver.enter(need));
-        match result {
-            Ok(()) => body(&mut driver),
-            Err(failure) if need.release && driver.initialised => {
-                // The failure is what the caller hears of.
-                let _ = body(&mut driver);
+        let broken = driver.enter(need)?;
+        match injected.map(Failure).or(broken) {
+            None => body(&mut driver),
+            Some(failure) => {
+                if need.release {
+                    // The failure is what the caller hears of.
+                    let _ = body(&mut driver);
+                }
                 Err(failure)
             }
-            Err(failure) => Err(failure),
         }
     }));
     match outcome {

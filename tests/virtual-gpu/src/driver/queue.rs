@@ -148,12 +148,24 @@ pub struct Queue {
     nodes: BTreeMap<NodeId, Node>,
     ready: BTreeSet<NodeId>,
     random: u64,
+    pace: u64,
 }
 
 impl Queue {
     /// Starts the random numbers of [`Schedule::Shuffle`] anew.
     pub fn seed(&mut self, seed: u64) {
         self.random = seed;
+        self.pace = self.random() % 4;
+    }
+
+    /// How many nodes shall run while more is being queued, at random. Some seeds run
+    /// nothing ahead, some most of it.
+    pub fn run_ahead(&mut self) -> u64 {
+        if self.random() % 4 < self.pace {
+            1 + self.random() % 2
+        } else {
+            0
+        }
     }
 
     /// A random number (SplitMix64).

@@ -55,8 +55,9 @@ pub struct Report {
 }
 
 impl Report {
-    /// Keeps a violation and prints it.
-    pub fn violation(&mut self, text: String, backtrace: bool) {
+    /// Keeps a violation, as one line, and prints it.
+    pub fn violation(&mut self, text: &str, backtrace: bool) {
+        let text = text.trim().replace('\n', "; ");
         eprintln!("virtual GPU: violation: {text}");
         if backtrace {
             eprintln!("{}", std::backtrace::Backtrace::force_capture());
@@ -186,7 +187,7 @@ impl Report {
             let _ = writeln!(text, "kernel {line}");
         }
         for violation in &self.violations {
-            let _ = writeln!(text, "violation {}", violation.replace('\n', "\\n"));
+            let _ = writeln!(text, "violation {violation}");
         }
         text
     }

@@ -1,7 +1,6 @@
 //! Streams and events: how work gets into the queue, and what waiting means.
 
 use super::codes;
-use super::memory::Stage;
 use super::objects::{Exec, Recorded, Stream, StreamRole};
 use super::queue::{HostSource, NodeId, Op};
 use super::settings::Schedule;
@@ -72,9 +71,7 @@ impl Driver {
     fn wrong_memory(&mut self, op: &Op) -> Option<String> {
         let context = super::current_context();
         let leaving = |memory: &super::memory::DeviceMemory, address| {
-            let found = memory
-                .containing(address)
-                .filter(|found| found.stage == Stage::Leaving)?;
+            let found = memory.containing(address).filter(|found| found.leaving)?;
             Some(format!("{} is used after cuMemFreeAsync", found.label))
         };
         if let Op::Kernel(launch) = op {
@@ -167,8 +164,7 @@ impl Driver {
             Schedule::Late => Ok(()),
             Schedule::Eager => self.run_context(context),
             Schedule::Shuffle(_) => {
-                let count = (self.queue.random() % 4).saturating_sub(1);
-                for _ in 0..count {
+                for _ in 0..self.queue.run_ahead() {
                     self.run_one(context);
                 }
                 Ok(())
@@ -310,12 +306,17 @@ impl Driver {
     /// is pending is answered with `NOT_READY`, the second makes it run: so a caller
     /// meets both answers, and a loop comes to its end.
     pub fn query_event(&mut self, event: u64) -> Result<(), Failure> {
-        self.forbidden_on_captured_event(event)?;
-        self.forbidden_while_capturing()?;
-        let (context, recorded, asked) = {
-            let event = self.event(event)?;
-            (event.context, event.recorded.clone(), event.asked)
+        // An event knows its context, which need not be the current one.
+        let Some(found) = self.events.get(event) else {
+            let text = self.events.explain(event);
+            return self.refuse(codes::INVALID_HANDLE, &text);
         };
+        let (context, recorded, asked) = (found.context, found.recorded.clone(), found.asked);
+        if let Recorded::Captured { capture, .. } = recorded {
+            let text = "the event was last recorded in a capture";
+            return self.spoil(capture, codes::CAPTURED_EVENT, text);
+        }
+        self.forbidden_while_capturing()?;
         self.sound(context)?;
         let Recorded::Node(node) = recorded else {
             return Ok(());
@@ -326,7 +327,9 @@ impl Driver {
         if asked {
             return self.run(context, vec![node]);
         }
-        self.event_mut(event)?.asked = true;
+        if let Some(found) = self.events.get_mut(event) {
+            found.asked = true;
+        }
         Err(Failure(codes::NOT_READY))
     }
 

@@ -102,8 +102,17 @@ impl Kernel {
 /// The variables of a module and the names of its source files.
 #[derive(Debug)]
 pub struct Globals {
-    data: Box<[UnsafeCell<u64>]>,
+    data: Box<[UnsafeCell<u128>]>,
+    variables: Vec<GlobalVariable>,
     pub(super) files: HashMap<u32, String>,
+}
+
+/// A variable of a module: its place in the module's window, in bytes.
+#[derive(Debug)]
+pub struct GlobalVariable {
+    pub name: String,
+    pub offset: usize,
+    pub size: usize,
 }
 
 // SAFETY: the bytes are only reached through raw pointers, by kernels, as other device memory is.
@@ -112,27 +121,30 @@ unsafe impl Sync for Globals {}
 unsafe impl Send for Globals {}
 
 impl Globals {
-    pub fn new(bytes: &[u8], files: HashMap<u32, String>) -> Self {
-        let words = bytes.chunks(8).map(|chunk| {
-            let mut word = [0; 8];
+    /// `bytes` holds all variables at their offsets, which ascend.
+    pub fn new(bytes: &[u8], variables: Vec<GlobalVariable>, files: HashMap<u32, String>) -> Self {
+        let words = bytes.chunks(16).map(|chunk| {
+            let mut word = [0; 16];
             word[..chunk.len()].copy_from_slice(chunk);
-            UnsafeCell::new(u64::from_ne_bytes(word))
+            UnsafeCell::new(u128::from_ne_bytes(word))
         });
-        // One more, so that the data is aligned even when it is empty.
-        let data = words
-            .chain([UnsafeCell::new(0), UnsafeCell::new(0)])
-            .collect();
-        Globals { data, files }
+        Globals {
+            data: words.collect(),
+            variables,
+            files,
+        }
     }
 
-    /// The variables as a region of device memory.
-    pub fn region(&self) -> Region {
-        Region {
-            base: MODULE_WINDOW,
-            len: self.data.len() * 8,
-            data: self.data.as_ptr().cast_mut().cast(),
+    /// The variables as regions of device memory.
+    pub fn regions(&self) -> Vec<Region> {
+        let data: *mut u8 = self.data.as_ptr().cast_mut().cast();
+        let region = |variable: &GlobalVariable| Region {
+            base: MODULE_WINDOW + variable.offset as u64,
+            len: variable.size,
+            data: data.wrapping_add(variable.offset),
             defined: std::ptr::null(),
-            label: "variables of the module".to_string(),
-        }
+            label: variable.name.clone(),
+        };
+        self.variables.iter().map(region).collect()
     }
 }

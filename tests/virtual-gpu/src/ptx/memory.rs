@@ -31,32 +31,37 @@ pub struct Regions<'a>(pub &'a [Region]);
 /// Finds regions, beginning with the one that was found last.
 pub struct Map<'a> {
     regions: &'a [Region],
-    module: Region,
+    /// The module's own variables, which lie above all else.
+    module: Vec<Region>,
 }
 
 impl<'a> Map<'a> {
     pub fn new(regions: &'a [Region], kernel: &Kernel) -> Self {
         Map {
             regions,
-            module: kernel.globals.region(),
+            module: kernel.globals.regions(),
         }
     }
 
-    /// The region that `hint` numbers.
-    pub fn get(&self, hint: usize) -> &Region {
-        self.regions.get(hint).unwrap_or(&self.module)
+    /// The region that `hint` numbers, if it exists.
+    pub fn get(&self, hint: usize) -> Option<&Region> {
+        match hint.checked_sub(self.regions.len()) {
+            None => self.regions.get(hint),
+            Some(hint) => self.module.get(hint),
+        }
+    }
+
+    /// The number of the last region that begins at the address or below it.
+    fn below(&self, address: u64) -> Option<usize> {
+        let begins = |r: &Region| r.base <= address;
+        let count = self.regions.partition_point(begins) + self.module.partition_point(begins);
+        count.checked_sub(1)
     }
 
     /// The number of the region that holds all these bytes.
     pub fn find(&self, address: u64, bytes: u64) -> Option<usize> {
-        if self.module.holds(address, bytes) {
-            return Some(usize::MAX);
-        }
-        let at = self
-            .regions
-            .partition_point(|r| r.base <= address)
-            .checked_sub(1)?;
-        self.regions[at].holds(address, bytes).then_some(at)
+        let at = self.below(address)?;
+        self.get(at)?.holds(address, bytes).then_some(at)
     }
 
     /// Where an address is, in words; the nearest allocation below if it is in none.
@@ -64,14 +69,8 @@ impl<'a> Map<'a> {
         if address < 256 {
             return "a null pointer".to_string();
         }
-        let nearest = match self
-            .regions
-            .partition_point(|r| r.base <= address)
-            .checked_sub(1)
-        {
-            _ if address >= self.module.base => &self.module,
-            Some(at) => &self.regions[at],
-            None => return "below every allocation".to_string(),
+        let Some(nearest) = self.below(address).and_then(|at| self.get(at)) else {
+            return "below every allocation".to_string();
         };
         let offset = address - nearest.base;
         let Region { label, len, .. } = nearest;

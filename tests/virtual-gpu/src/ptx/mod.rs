@@ -39,7 +39,7 @@ pub use types::Type;
 #[cfg(test)]
 mod tests;
 
-use kernel::{Globals, MODULE_WINDOW};
+use kernel::{GlobalVariable, Globals, MODULE_WINDOW};
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
@@ -101,13 +101,20 @@ impl Module {
 fn globals<'a>(source: &Source<'a>) -> Result<(HashMap<&'a str, u64>, Arc<Globals>), ParseError> {
     let mut addresses = HashMap::new();
     let mut bytes: Vec<u8> = Vec::new();
+    let mut places = Vec::new();
     let variables: Vec<_> = source
         .variables
         .iter()
         .filter(|v| v.space == Space::Global)
         .collect();
     for variable in &variables {
-        let offset = bytes.len().next_multiple_of(variable.align.max(1));
+        // A gap, so that an access past the end of one does not meet the next.
+        let offset = (bytes.len() + 256).next_multiple_of(variable.align.max(16));
+        places.push(GlobalVariable {
+            name: variable.name.to_string(),
+            offset,
+            size: variable.size(),
+        });
         addresses.insert(variable.name, MODULE_WINDOW + offset as u64);
         bytes.resize(offset + variable.size(), 0);
     }
@@ -143,5 +150,5 @@ fn globals<'a>(source: &Source<'a>) -> Result<(HashMap<&'a str, u64>, Arc<Global
         .iter()
         .map(|(&number, name)| (number, name.to_string()))
         .collect();
-    Ok((addresses, Arc::new(Globals::new(&bytes, files))))
+    Ok((addresses, Arc::new(Globals::new(&bytes, places, files))))
 }

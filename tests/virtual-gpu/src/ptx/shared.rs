@@ -216,6 +216,12 @@ impl Shared {
                 return Err(self.race(piece, write, true));
             }
             let before = self.reads[piece];
+            // Atomic only if all of them are.
+            let mine = if before >> ERA == self.era {
+                mine & (before | !ATOMIC)
+            } else {
+                mine
+            };
             self.reads[piece] = if before >> ERA != self.era || before == mine {
                 mine
             } else if warp_of(before) != warp_of(mine) {
@@ -287,7 +293,11 @@ impl Shared {
                     return Err(self.race(piece, read, false));
                 }
             }
-            self.writes[piece] = mine;
+            // A plain write stays noted when its thread goes on with an atomic one.
+            let write = self.writes[piece];
+            if !(who.atomic && write >> ERA == self.era && write & ATOMIC == 0) {
+                self.writes[piece] = mine;
+            }
         }
         Ok(())
     }

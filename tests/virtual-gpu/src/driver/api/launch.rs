@@ -79,8 +79,8 @@ unsafe fn launch(
     let stream = driver.resolve_stream(stream)?;
     // SAFETY: by the caller's promise.
     launch.parameters = unsafe { parameters(driver, function, pointers, extra) }?;
-    let settings = driver.settings.clone();
-    match KernelLaunch::new(driver.kernel(function)?, launch, &settings) {
+    let most_shared = driver.settings.shared_optin();
+    match KernelLaunch::new(driver.kernel(function)?, launch, most_shared) {
         Ok(launch) => driver.submit(stream, Op::Kernel(Arc::new(launch))),
         Err(text) => driver.refuse(codes::INVALID_VALUE, &text),
     }

@@ -67,7 +67,7 @@ fn freeable(driver: &mut Driver, address: u64) -> Result<(), Failure> {
     let context = driver.current()?;
     let why = match driver.memory.get(address) {
         Some(found) if found.of_module => format!("{} is freed with its module", found.label),
-        Some(found) if found.stage == Stage::Leaving => format!("{} is freed twice", found.label),
+        Some(found) if found.leaving => format!("{} is freed twice", found.label),
         Some(found) if found.context != context => {
             format!("{} belongs to another context", found.label)
         }
@@ -133,11 +133,8 @@ pub unsafe extern "C" fn cuMemFreeAsync(address: u64, stream: u64) -> Code {
         let stream = driver.resolve_stream(stream)?;
         driver.forbidden_on_captured(stream)?;
         if let Some(found) = driver.memory.get_mut(address) {
-            // The memory is there until the free runs: after this, nothing may be queued that uses it.
-            found.stage = match found.stage {
-                Stage::Reserved => Stage::Reserved,
-                Stage::Live | Stage::Leaving => Stage::Leaving,
-            };
+            // The memory is there until the free runs.
+            found.leaving = true;
         }
         driver.submit(stream, Op::Free { address })
     })
@@ -362,6 +359,10 @@ fn is_pinned(driver: &Driver, address: usize, len: usize) -> bool {
 
 /// A copy to the device. Pinned memory is read when the copy runs, pageable memory now.
 ///
+/// With `wait` a copy from pinned memory has run when this returns. One from pageable
+/// memory has not: as the manual says, the stream is waited for before the copy, and the
+/// call returns when the bytes are taken. Streams that do not block may come before it.
+///
 /// # Safety
 /// `from` is readable for `len` bytes, and stays so until the copy ran if it is pinned.
 unsafe fn to_device(
@@ -380,7 +381,8 @@ unsafe fn to_device(
         return Ok(());
     }
     host_address(driver, from)?;
-    let from = if is_pinned(driver, from, len) {
+    let pinned = is_pinned(driver, from, len);
+    let from = if pinned {
         HostSource::Pinned(from)
     } else {
         // A graph would read the memory when it is launched, and nothing keeps it alive until then.
@@ -394,8 +396,11 @@ unsafe fn to_device(
         // SAFETY: by the caller's promise.
         HostSource::Snapshot(unsafe { std::slice::from_raw_parts(from as *const u8, len) }.into())
     };
+    if wait && !pinned {
+        driver.synchronise_stream(stream)?;
+    }
     driver.submit(stream, Op::HostToDevice { to, from, len })?;
-    if wait {
+    if wait && pinned {
         driver.synchronise_stream(stream)
     } else {
         Ok(())

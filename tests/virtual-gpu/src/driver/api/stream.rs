@@ -78,11 +78,7 @@ pub unsafe extern "C" fn cuStreamDestroy_v2(stream: u64) -> Code {
         let captured = driver.stream(stream)?.capture;
         driver.streams.remove(stream);
         match captured {
-            Some(id) => driver.spoil(
-                id,
-                codes::STREAM_CAPTURE_UNSUPPORTED,
-                "the stream is being captured",
-            ),
+            Some(id) => driver.lose_captured_stream(id, stream),
             None => Ok(()),
         }
     })

@@ -10,23 +10,22 @@ use super::lanes::{Lanes, Value, binary, compare, select, ternary, unary};
 use crate::ptx::decode::form::Form;
 use crate::ptx::types::{Type, Type::*};
 
-/// The canonical NaN instead of any other.
+/// The canonical NaN instead of any other. It looks at bits: to the compiler all NaNs are one.
 #[inline(always)]
 pub fn canonical(x: f32) -> f32 {
-    if x.is_nan() {
-        f32::from_bits(0x7fff_ffff)
+    let bits = x.to_bits();
+    f32::from_bits(if bits & 0x7fff_ffff > 0x7f80_0000 {
+        0x7fff_ffff
     } else {
-        x
-    }
+        bits
+    })
 }
 
 #[inline(always)]
 fn canonical_double(x: f64) -> f64 {
-    if x.is_nan() {
-        f64::from_bits(0x7ff8_0000_0000_0000)
-    } else {
-        x
-    }
+    let bits = x.to_bits();
+    let is_nan = bits & 0x7fff_ffff_ffff_ffff > 0x7ff0_0000_0000_0000;
+    f64::from_bits(if is_nan { 0x7ff8_0000_0000_0000 } else { bits })
 }
 
 /// `.ftz`: zero, with the sign, instead of a subnormal number.

@@ -1,5 +1,6 @@
 //! Matrices spread over a warp: `ldmatrix` and `mma`, laid out as the PTX manual says.
 
+use super::float::canonical;
 use super::half::{Brain, Half, Small};
 use super::lanes::has_vectors;
 use super::registers::Registers;
@@ -12,73 +13,96 @@ use crate::ptx::instruction::{Instruction, LANES};
 /// products are added to c one after the other, by ascending k, each sum rounded to nearest.
 /// (A GPU adds in an order and with a rounding that PTX leaves open.)
 pub fn multiply(file: &mut Registers, i: &Instruction, depth: u8, brain: bool) {
-    let depth = usize::from(depth);
-    let (mut a, mut b, mut d) = ([[0f32; 16]; 16], [[0f32; 8]; 16], [[0f32; 8]; 16]);
-    let operands = &i.slots[4..];
-    // Register r of a: rows from the lane's group, or 8 below for odd r; columns 8 on for r ≥ 2.
-    for r in 0..depth / 4 {
-        let words = file.words(operands[r]);
-        for lane in 0..LANES {
-            let (row, column) = (lane / 4 + r % 2 * 8, lane % 4 * 2 + r / 2 * 8);
-            (a[row][column], a[row][column + 1]) = widen(words[lane], brain);
-        }
-    }
-    for r in 0..depth / 8 {
-        let words = file.words(operands[depth / 4 + r]);
-        for lane in 0..LANES {
-            let (row, column) = (lane % 4 * 2 + r * 8, lane / 4);
-            (b[row][column], b[row + 1][column]) = widen(words[lane], brain);
-        }
-    }
-    for r in 0..4 {
-        let words = file.words(operands[depth / 4 + depth / 8 + r]);
-        for lane in 0..LANES {
-            d[lane / 4 + r / 2 * 8][lane % 4 * 2 + r % 2] = f32::from_bits(words[lane]);
-        }
-    }
-    product(&a, &b, &mut d, depth);
-    for r in 0..4 {
-        let words = file.words_of_slot_mut(i.slots[r]);
-        for lane in 0..LANES {
-            words[lane] =
-                super::float::canonical(d[lane / 4 + r / 2 * 8][lane % 4 * 2 + r % 2]).to_bits();
-        }
-    }
-}
-
-#[inline(always)]
-fn widen(word: u32, brain: bool) -> (f32, f32) {
-    let (low, high) = (word as u16, (word >> 16) as u16);
-    if brain {
-        (Brain(low).wide(), Brain(high).wide())
-    } else {
-        (Half(low).wide(), Half(high).wide())
-    }
-}
-
-fn product(a: &[[f32; 16]; 16], b: &[[f32; 8]; 16], d: &mut [[f32; 8]; 16], depth: usize) {
     #[cfg(target_arch = "x86_64")]
     if has_vectors() {
         // SAFETY: the processor has what the function is compiled for.
-        return unsafe { product_vector(a, b, d, depth) };
+        return unsafe { multiply_vector(file, i, depth, brain) };
     }
-    product_body(a, b, d, depth);
+    multiply_typed(file, i, depth, brain);
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn product_vector(a: &[[f32; 16]; 16], b: &[[f32; 8]; 16], d: &mut [[f32; 8]; 16], depth: usize) {
-    product_body(a, b, d, depth);
+#[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
+fn multiply_vector(file: &mut Registers, i: &Instruction, depth: u8, brain: bool) {
+    multiply_typed(file, i, depth, brain);
 }
 
 #[inline(always)]
-fn product_body(a: &[[f32; 16]; 16], b: &[[f32; 8]; 16], d: &mut [[f32; 8]; 16], depth: usize) {
-    for (row, sums) in a.iter().zip(d) {
-        for k in 0..depth {
+fn multiply_typed(file: &mut Registers, i: &Instruction, depth: u8, brain: bool) {
+    match (depth, brain) {
+        (16, true) => multiply_body::<Brain, 2>(file, i),
+        (16, false) => multiply_body::<Half, 2>(file, i),
+        (_, true) => multiply_body::<Brain, 1>(file, i),
+        (_, false) => multiply_body::<Half, 1>(file, i),
+    }
+}
+
+/// Eight rows of eight numbers.
+type Tile = [[f32; 8]; 8];
+
+/// The numbers of a register: lane l has elements 2 (l mod 4) and the next of row l / 4, so
+/// the rows lie one after the other.
+#[inline(always)]
+fn tile<S: Small>(words: &[u32; LANES]) -> Tile {
+    let mut tile = [[0.0; 8]; 8];
+    for (row, words) in tile.iter_mut().zip(words.as_chunks::<4>().0) {
+        for at in 0..4 {
+            row[2 * at] = S::from_bits(words[at] as u16).wide();
+            row[2 * at + 1] = S::from_bits((words[at] >> 16) as u16).wide();
+        }
+    }
+    tile
+}
+
+/// `DEPTH` counts eights of k.
+#[inline(always)]
+fn multiply_body<S: Small, const DEPTH: usize>(file: &mut Registers, i: &Instruction) {
+    let operands = &i.slots[4..];
+    // Operand b: lane l has rows 2 (l mod 4) and the next of column l / 4.
+    let mut b = [[[0.0; 8]; 8]; DEPTH];
+    for (eight, b) in b.iter_mut().enumerate() {
+        let columns = tile::<S>(file.words(operands[2 * DEPTH + eight]));
+        for row in 0..8 {
             for column in 0..8 {
-                sums[column] += row[k] * b[k][column];
+                b[row][column] = columns[column][row];
             }
         }
+    }
+    // Rows 0 to 7 are in the even registers of a and the first two of c and d, rows 8 to 15 in the others.
+    let mut results = [[[0u32; LANES]; 2]; 2];
+    for (lower, result) in results.iter_mut().enumerate() {
+        let (even, odd) = (
+            operands[3 * DEPTH + 2 * lower],
+            operands[3 * DEPTH + 2 * lower + 1],
+        );
+        let (even, odd) = (file.words(even), file.words(odd));
+        let mut sums: Tile = [[0.0; 8]; 8];
+        for (row, sums) in sums.iter_mut().enumerate() {
+            for at in 0..4 {
+                sums[2 * at] = f32::from_bits(even[row * 4 + at]);
+                sums[2 * at + 1] = f32::from_bits(odd[row * 4 + at]);
+            }
+        }
+        for (eight, b) in b.iter().enumerate() {
+            let a = tile::<S>(file.words(operands[2 * eight + lower]));
+            for (a, sums) in a.iter().zip(&mut sums) {
+                for (a, b) in a.iter().zip(b) {
+                    for (sum, b) in sums.iter_mut().zip(b) {
+                        *sum += a * b;
+                    }
+                }
+            }
+        }
+        let [even, odd] = result;
+        for (row, sums) in sums.iter().enumerate() {
+            for at in 0..4 {
+                even[row * 4 + at] = canonical(sums[2 * at]).to_bits();
+                odd[row * 4 + at] = canonical(sums[2 * at + 1]).to_bits();
+            }
+        }
+    }
+    for (register, result) in results.as_flattened().iter().enumerate() {
+        *file.words_of_slot_mut(i.slots[register]) = *result;
     }
 }
 

@@ -75,18 +75,21 @@ impl Block<'_> {
         lane: usize,
         verb: &str,
     ) -> Outcome<(*mut u8, *const AtomicU8)> {
-        let mut region = self.memory.get(warp.hint);
-        if !region.holds(address, bytes as u64) {
-            let Some(found) = self.memory.find(address, bytes as u64) else {
-                let detail = format!("{verb} {bytes} bytes outside of every allocation");
-                let stop = Stop::new(FaultKind::OutOfBounds, detail);
-                return Err(stop
-                    .at(address, self.memory.describe(address))
-                    .at_lane(lane));
-            };
-            warp.hint = found;
-            region = self.memory.get(found);
-        }
+        let hinted = self
+            .memory
+            .get(warp.hint)
+            .filter(|r| r.holds(address, bytes as u64));
+        let found = hinted.or_else(|| {
+            warp.hint = self.memory.find(address, bytes as u64)?;
+            self.memory.get(warp.hint)
+        });
+        let Some(region) = found else {
+            let detail = format!("{verb} {bytes} bytes outside of every allocation");
+            let stop = Stop::new(FaultKind::OutOfBounds, detail);
+            return Err(stop
+                .at(address, self.memory.describe(address))
+                .at_lane(lane));
+        };
         let offset = (address - region.base) as usize;
         let marks = if region.defined.is_null() {
             std::ptr::null()

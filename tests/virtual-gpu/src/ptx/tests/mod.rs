@@ -1,7 +1,12 @@
 //! Tests of the parser and the interpreter.
 
+mod accesses;
+mod checks;
+mod floats;
 mod matrices;
+mod opcodes;
 mod programs;
+mod warps;
 
 use super::*;
 

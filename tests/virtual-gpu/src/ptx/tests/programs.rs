@@ -112,3 +112,119 @@ fn an_access_past_an_allocation_is_named() {
         "{fault}"
     );
 }
+
+#[test]
+fn tables_of_branches_and_of_constants() {
+    let text = "
+        .version 8.4 .target sm_80, debug .address_size 64
+        .file 1 \"some/kernel.cu\"
+        .const .align 4 .b8 squares[12] = {0, 0, 0, 0, 1, 0, 0, 0, 4};
+        .global .align 8 .u64 pointer = generic(squares);
+        .global .u32 counts[3] = {10, 11};
+        .visible .entry test(.param .u64 out, .param .u64 x, .param .u32 n) .minnctapersm 2 {
+            .reg .b32 %r<8>; .reg .b64 %rd<8>;
+            .loc 1 7 3
+            mov.u32 %r1, %tid.x; ld.param.u64 %rd1, [out]; mul.wide.u32 %rd2, %r1, 4; add.s64 %rd1, %rd1, %rd2;
+            mov.u64 %rd3, squares; add.s64 %rd3, %rd3, %rd2; ld.const.u32 %r2, [%rd3];
+            ld.global.u64 %rd4, [pointer]; add.s64 %rd4, %rd4, %rd2; ld.u32 %r3, [%rd4];
+            mov.u64 %rd5, counts+4; ld.global.u32 %r4, [%rd5];
+            $table: .branchtargets $zero, $one, $two;
+            brx.idx %r1, $table;
+            $one: add.u32 %r2, %r2, 100; bra.uni $two;
+            $zero: add.u32 %r2, %r2, 1000;
+            $two: add.u32 %r2, %r2, %r3; add.u32 %r2, %r2, %r4;
+            .loc 1 9 1, function_name $info, inlined_at 1 8 2
+            st.global.u32 [%rd1], %r2; ret;
+        }
+        .section .debug_str { $info: .b8 95,0 }";
+    let module = Module::parse(text).unwrap();
+    let kernel = module.kernel("test").unwrap();
+    assert_eq!(module.kernels().count(), 1);
+    let mut memory = HostMemory::new();
+    let out = memory.alloc_uninitialised("out", 12);
+    let mut launch = launch(
+        kernel,
+        3,
+        &[
+            Argument::Pointer(out),
+            Argument::Pointer(0),
+            Argument::U32(0),
+        ],
+    );
+    run(kernel, &launch, &memory.regions(), &Options::default()).unwrap();
+    assert_eq!(memory.read::<u32>(out, 3), [1011, 113, 19]);
+    launch.block = [4, 1, 1];
+    let fault = run(kernel, &launch, &memory.regions(), &Options::default()).unwrap_err();
+    assert_eq!(fault.kind, FaultKind::OutOfBounds);
+    assert!(
+        fault.source.as_deref() == Some("some/kernel.cu:7"),
+        "{fault}"
+    );
+}
+
+#[test]
+fn nested_divergence_and_early_exits() {
+    // Every lane takes its own way through two nested loops with a break; some leave early.
+    let body = "
+        mul.wide.u32 %rd0, %lane, 4; add.s64 %rd0, %rd0, %out; st.global.u32 [%rd0], 0;
+        setp.eq.u32 %p0, %lane, 13; @%p0 ret;
+        mov.u32 %r1, 0; mov.u32 %r2, 0;
+        $outer: mov.u32 %r3, 0;
+        $inner: add.u32 %r1, %r1, 1; add.u32 %r3, %r3, 1;
+        add.u32 %r4, %r2, %r3; setp.gt.u32 %p1, %r4, %lane; @%p1 bra $break;
+        setp.lt.u32 %p2, %r3, 5; @%p2 bra $inner;
+        $break: add.u32 %r2, %r2, 1; setp.lt.u32 %p3, %r2, 4; @%p3 bra $outer;
+        activemask.b32 %r5; st.global.u32 [%rd0], %r1;";
+    let out = run_words(body, 32, &[0], 32).unwrap();
+    let expected = |lane: u32| {
+        let (mut count, mut outer) = (0, 0);
+        while outer < 4 {
+            for inner in 1..=5 {
+                count += 1;
+                if outer + inner > lane {
+                    break;
+                }
+            }
+            outer += 1;
+        }
+        if lane == 13 { 0 } else { count }
+    };
+    assert_eq!(out, (0..32).map(expected).collect::<Vec<_>>());
+}
+
+#[test]
+fn results_do_not_depend_on_threads_or_order() {
+    let body = "
+        mov.u32 %r0, dynamic; mad.lo.u32 %r1, %lane, 4, %r0; mov.u32 %r2, %ctaid.x; mad.lo.u32 %r3, %r2, 128, %lane;
+        st.shared.u32 [%r1], %r3; bar.sync 0; xor.b32 %r4, %lane, 127; mad.lo.u32 %r4, %r4, 4, %r0; ld.shared.u32 %r5, [%r4];
+        mul.wide.u32 %rd0, %r3, 4; add.s64 %rd0, %rd0, %out; st.global.u32 [%rd0], %r5;";
+    let module = Module::parse(&kernel(body)).unwrap();
+    let kernel = module.kernel("test").unwrap();
+    let expected: Vec<u32> = (0..128 * 97).map(|i| i ^ 127).collect();
+    for (threads, shuffle_seed) in [(1, None), (4, None), (1, Some(3)), (3, Some(4))] {
+        let mut memory = HostMemory::new();
+        let out = memory.alloc_uninitialised("out", 128 * 97 * 4);
+        let parameters = arguments(
+            kernel,
+            &[
+                Argument::Pointer(out),
+                Argument::Pointer(0),
+                Argument::U32(0),
+            ],
+        );
+        let launch = Launch {
+            grid: [97, 1, 1],
+            block: [128, 1, 1],
+            dynamic_shared: 512,
+            parameters,
+        };
+        let options = Options {
+            threads,
+            shuffle_seed,
+            ..Options::default()
+        };
+        let statistics = run(kernel, &launch, &memory.regions(), &options).unwrap();
+        assert_eq!((statistics.blocks, statistics.barriers), (97, 97));
+        assert_eq!(memory.read::<u32>(out, 128 * 97), expected);
+    }
+}

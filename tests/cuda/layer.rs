@@ -1,0 +1,192 @@
+//! One layer's rotary embedding, cache and attention on the CUDA device, for tests.
+#![allow(dead_code)] // each test file uses a part
+
+use half::{bf16, f16};
+use quell::device::cuda::*;
+use quell::device::*;
+use std::ops::Range;
+
+pub const TYPES: [CudaActivations; 2] = [CudaActivations::Bf16, CudaActivations::F16];
+
+/// Blocks of these many tokens are what the device expects; see [`device`].
+pub fn limits(block_tokens: usize) -> DeviceLimits {
+    DeviceLimits {
+        rows: 64,
+        sequences: 16,
+        sequence_tokens: 2048,
+        block_tokens,
+        vocabulary: 32,
+    }
+}
+
+pub fn device(activations: CudaActivations) -> CudaDevice {
+    CudaDevice::new(&CudaOptions {
+        activations,
+        ..CudaOptions::default()
+    })
+    .unwrap()
+}
+
+/// `value` as activations keep it.
+pub fn kept(activations: CudaActivations, value: f32) -> f32 {
+    match activations {
+        CudaActivations::Bf16 => bf16::from_f32(value).to_f32(),
+        CudaActivations::F16 => f16::from_f32(value).to_f32(),
+    }
+}
+
+/// The number whose bits the cache holds.
+pub fn decoded(activations: CudaActivations, bits: u16) -> f32 {
+    match activations {
+        CudaActivations::Bf16 => bf16::from_bits(bits).to_f32(),
+        CudaActivations::F16 => f16::from_bits(bits).to_f32(),
+    }
+}
+
+/// The largest error of a number that is rounded to activations, relative to it.
+pub fn rounding(activations: CudaActivations) -> f64 {
+    match activations {
+        CudaActivations::Bf16 => 1.0 / 256.0,
+        CudaActivations::F16 => 1.0 / 2048.0,
+    }
+}
+
+/// A rotary embedding that leaves everything as it is, to the bit.
+pub fn identity(positions: usize) -> RopeSpec {
+    RopeSpec {
+        inverse_frequencies: vec![0.0; 2],
+        magnitude: 1.0,
+        max_positions: positions,
+    }
+}
+
+/// Some tokens of one sequence: `tokens[range]`, with blocks `table`. `qkv` holds the rows
+/// of all tokens up to the end of the range.
+pub struct Part<'a> {
+    pub qkv: &'a [f32],
+    pub range: Range<usize>,
+    pub table: &'a [u32],
+}
+
+/// A cache of one layer, every number of which is NaN until it is written.
+pub struct Layer<'d> {
+    pub device: &'d mut CudaDevice,
+    pub cache: CudaCache,
+    pub rope: CudaRope,
+    pub heads: HeadShape,
+    /// Weights for queries and for keys, and whether they are a head's.
+    pub norm: Option<(CudaVector, CudaVector, bool)>,
+    block_tokens: usize,
+}
+
+pub const EPSILON: f32 = 1e-5;
+
+impl<'d> Layer<'d> {
+    pub fn new(
+        device: &'d mut CudaDevice,
+        heads: HeadShape,
+        rope: &RopeSpec,
+        block_tokens: usize,
+        blocks: usize,
+    ) -> Self {
+        device.reserve(&limits(block_tokens)).unwrap();
+        let shape = CacheShape {
+            layers: 2,
+            kv_heads: heads.kv_heads,
+            head_dim: heads.head_dim,
+            blocks,
+            block_tokens,
+        };
+        let mut cache = device.allocate_cache(&shape).unwrap();
+        let all: Vec<u32> = (0..blocks as u32).collect();
+        device.poison(&mut cache, &all).unwrap();
+        let rope = device.load_rope(rope).unwrap();
+        Self {
+            device,
+            cache,
+            rope,
+            heads,
+            norm: None,
+            block_tokens,
+        }
+    }
+
+    /// The inputs of a step with these parts, and its queries, keys and values.
+    pub fn batch(&self, parts: &[Part<'_>]) -> (Batch, Vec<f32>) {
+        let (mut batch, mut rows) = (Batch::default(), Vec::new());
+        let columns = self.heads.qkv_columns();
+        for part in parts {
+            let (row, table) = (batch.tokens.len(), batch.tables.len());
+            for position in part.range.clone() {
+                batch.tokens.push(0);
+                batch.positions.push(position as u32);
+                let block = part.table[position / self.block_tokens] as usize;
+                let slot = block * self.block_tokens + position % self.block_tokens;
+                batch.slots.push(slot as u32);
+                rows.extend_from_slice(&part.qkv[position * columns..][..columns]);
+            }
+            batch.tables.extend_from_slice(part.table);
+            batch.sequences.push(BatchSequence {
+                rows: row..batch.tokens.len(),
+                table: table..batch.tables.len(),
+            });
+        }
+        (batch, rows)
+    }
+
+    /// Stages `batch`, which is to be enqueued.
+    pub fn stage(&mut self, batch: &Batch) {
+        assert_eq!(self.device.stage(batch).unwrap(), Staged::Enqueue);
+    }
+
+    pub fn rope_store(&mut self, qkv: &mut CudaTensor) -> Result<(), DeviceError> {
+        let norm = self.norm.as_ref().map(|(q, k, per_head)| QkNorm {
+            q,
+            k,
+            epsilon: EPSILON,
+            per_head: *per_head,
+        });
+        let (rope, cache) = (&self.rope, &mut self.cache);
+        self.device
+            .rope_store(qkv, self.heads, norm.as_ref(), rope, cache, 1)
+    }
+
+    pub fn tensor(&mut self, columns: usize, values: &[f32]) -> CudaTensor {
+        let precision = Precision::Activation;
+        self.device.tensor(columns, precision, values).unwrap()
+    }
+
+    /// Writes keys and values of the parts to the cache; gives what has become of the rows.
+    pub fn store(&mut self, parts: &[Part<'_>]) -> Vec<f32> {
+        let (batch, rows) = self.batch(parts);
+        let mut qkv = self.tensor(self.heads.qkv_columns(), &rows);
+        self.stage(&batch);
+        self.rope_store(&mut qkv).unwrap();
+        self.device.finish(Ok(())).unwrap();
+        self.device.values(&qkv, batch.rows()).unwrap()
+    }
+
+    /// Writes the parts' keys and values to the cache; gives their attention, a part each.
+    pub fn step(&mut self, spec: &AttentionSpec, parts: &[Part<'_>]) -> Vec<Vec<f32>> {
+        let (batch, rows) = self.batch(parts);
+        let columns = self.heads.q_columns();
+        let mut qkv = self.tensor(self.heads.qkv_columns(), &rows);
+        // What is not written stays NaN.
+        let mut out = self.tensor(columns, &vec![f32::NAN; batch.rows() * columns]);
+        self.stage(&batch);
+        self.rope_store(&mut qkv).unwrap();
+        let (device, cache) = (&mut self.device, &self.cache);
+        device.attend(&qkv, spec, cache, 1, &mut out).unwrap();
+        device.finish(Ok(())).unwrap();
+        let values = device.values(&out, batch.rows()).unwrap();
+        let mut values = values.as_slice();
+        parts
+            .iter()
+            .map(|part| {
+                let (of_part, others) = values.split_at(part.range.len() * columns);
+                values = others;
+                of_part.to_vec()
+            })
+            .collect()
+    }
+}
