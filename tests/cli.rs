@@ -250,6 +250,30 @@ fn bench_runs_on_random_weights_of_a_models_size() {
     assert_eq!(report["figures"].as_array().unwrap().len(), 2);
     assert!(report["figures"][1]["tokens_per_s"].as_f64().unwrap() > 0.0);
 
+    // The prompts of both streams do not fit in a step.
+    let report = json(&quell(&[
+        "bench",
+        "--random-weights",
+        &config,
+        "--device",
+        "cpu",
+        "--prompt",
+        "0",
+        "--generate",
+        "200",
+        "--decode-prompt",
+        "16",
+        "--concurrency",
+        "2",
+        "--repetitions",
+        "1",
+        "--max-batch-tokens",
+        "16",
+        "--format",
+        "json",
+    ]));
+    assert!(report["figures"][0]["tokens_per_s"].as_f64().unwrap() > 0.0);
+
     assert_refused(&["bench"], 2, &["--model"]);
     let both = ["bench", "--model", &config, "--random-weights", &config];
     assert_refused(&both, 2, &["--random-weights"]);
