@@ -28,8 +28,6 @@ pub struct Draft {
     pub action: Action,
     /// Destinations first.
     pub operands: Vec<Virtual>,
-    /// How many of the operands are destinations.
-    pub writes: usize,
     pub guard: Option<(Virtual, bool)>,
     pub offset: i32,
     pub place: Place,
@@ -322,7 +320,6 @@ impl<'a> Assembler<'a> {
         self.drafts.push(Draft {
             action,
             operands: [writes, reads].concat(),
-            writes: writes.len(),
             guard: self.guard,
             offset,
             place: self.place,
