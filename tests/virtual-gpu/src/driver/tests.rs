@@ -1412,3 +1412,25 @@ fn a_copy_from_pageable_memory_may_still_run_when_its_call_returns() {
     free(y);
     gpu.finish();
 }
+
+#[test]
+fn a_device_lost_within_a_capture_lets_go_of_everything() {
+    let gpu = gpu(&[]);
+    let (s, e, k) = (stream(), event(), kernels());
+    let x = device(&[1; 4]);
+    let memory = pinned(4);
+    assert_eq!(unsafe { cuStreamBeginCapture_v2(s, 0) }, OK);
+    assert_eq!(launch(k.add, s, x, 1), OK);
+    fail("cuCtxGetCurrent", 1, codes::LAUNCH_FAILED, 1);
+    let lost = codes::LAUNCH_FAILED;
+    unsafe {
+        assert_eq!(cuCtxGetCurrent(&mut 0), lost);
+        assert_eq!(end(s).0, lost);
+        assert_eq!(cuMemFree_v2(x), lost);
+        assert_eq!(unpin(memory), lost);
+        assert_eq!(cuModuleUnload(k.module), lost);
+        assert_eq!(cuEventDestroy_v2(e), lost);
+        assert_eq!(cuStreamDestroy_v2(s), lost);
+    }
+    gpu.finish();
+}

@@ -143,7 +143,8 @@ impl Shared {
         }
     }
 
-    fn stamp(&self, who: Visitor) -> u64 {
+    /// What is noted for a visitor.
+    pub fn stamp(&self, who: Visitor) -> u64 {
         let lane = if who.lane < 32 {
             u64::from(who.lane) << LANE
         } else {
@@ -185,6 +186,7 @@ impl Shared {
         }
     }
 
+    #[inline(always)]
     fn pieces(&self, at: usize, bytes: usize) -> std::ops::Range<usize> {
         at >> self.piece..(at + bytes - 1 >> self.piece) + 1
     }
@@ -192,18 +194,43 @@ impl Shared {
     /// Notes a read of bytes that exist.
     #[inline]
     pub fn read(&mut self, at: usize, bytes: usize, who: Visitor) -> Result<(), Conflict> {
+        let mine = self.stamp(who);
+        self.read_as(at, bytes, mine)
+    }
+
+    /// [`Self::read`] with the stamp of the visitor.
+    #[inline(always)]
+    pub fn read_as(&mut self, at: usize, bytes: usize, mine: u64) -> Result<(), Conflict> {
         let pieces = self.pieces(at, bytes);
         if !self.check_races {
             if self.check_initialised
                 && let Some(place) = self.writes[pieces.clone()].iter().position(|&w| w == 0)
             {
                 return Err(Conflict::Uninitialised {
-                    at: pieces.start + place << self.piece,
+                    at: (pieces.start + place) << self.piece,
                 });
             }
             return Ok(());
         }
-        let mine = self.stamp(who);
+        let (writes, reads) = (
+            &self.writes[pieces.clone()],
+            &mut self.reads[pieces.clone()],
+        );
+        // What is written in an earlier era, and read in one or by the same thread, needs no look.
+        let mut plain = true;
+        for (write, read) in writes.iter().zip(reads.iter()) {
+            let is_old = write >> ERA != self.era && write & IN_FLIGHT == 0 && *write != 0;
+            plain &= is_old && (read >> ERA != self.era || *read == mine);
+        }
+        if plain {
+            reads.fill(mine);
+            return Ok(());
+        }
+        self.read_checked(pieces, mine)
+    }
+
+    #[inline(never)]
+    fn read_checked(&mut self, pieces: std::ops::Range<usize>, mine: u64) -> Result<(), Conflict> {
         for piece in pieces {
             let write = self.writes[piece];
             if write == 0 && self.check_initialised {
@@ -211,7 +238,7 @@ impl Shared {
                     at: piece << self.piece,
                 });
             }
-            let both_atomic = who.atomic && write & ATOMIC != 0;
+            let both_atomic = mine & write & ATOMIC != 0;
             if write & IN_FLIGHT != 0 || !both_atomic && !self.is_ordered(write, mine) {
                 return Err(self.race(piece, write, true));
             }
@@ -246,59 +273,83 @@ impl Shared {
         who: Visitor,
         same: bool,
     ) -> Result<(), Conflict> {
-        self.note_write(at, bytes, who, same, 0)
+        let mine = self.stamp(who);
+        self.write_as(at, bytes, mine, same)
+    }
+
+    /// [`Self::write`] with the stamp of the visitor.
+    #[inline(always)]
+    pub fn write_as(
+        &mut self,
+        at: usize,
+        bytes: usize,
+        mine: u64,
+        same: bool,
+    ) -> Result<(), Conflict> {
+        if !self.check_races && !self.check_initialised {
+            return Ok(());
+        }
+        let pieces = self.pieces(at, bytes);
+        let writes = &mut self.writes[pieces.clone()];
+        let mut plain = true;
+        if self.check_races {
+            for (write, read) in writes.iter().zip(&self.reads[pieces.clone()]) {
+                plain &=
+                    write >> ERA != self.era && write & IN_FLIGHT == 0 && read >> ERA != self.era;
+            }
+        }
+        if plain {
+            writes.fill(mine);
+            return Ok(());
+        }
+        self.write_checked(pieces, mine, same)
+    }
+
+    #[inline(never)]
+    fn write_checked(
+        &mut self,
+        pieces: std::ops::Range<usize>,
+        mine: u64,
+        same: bool,
+    ) -> Result<(), Conflict> {
+        for piece in pieces {
+            let (write, read) = (self.writes[piece], self.reads[piece]);
+            let both_atomic = mine & write & ATOMIC != 0;
+            if write & IN_FLIGHT != 0 || !both_atomic && !same && !self.is_ordered(write, mine) {
+                return Err(self.race(piece, write, true));
+            }
+            let both_atomic = mine & read & ATOMIC != 0;
+            if !both_atomic && !self.is_ordered(read, mine) {
+                return Err(self.race(piece, read, false));
+            }
+            // A plain write stays noted when its thread goes on with an atomic one.
+            if !(mine & ATOMIC != 0 && write >> ERA == self.era && write & ATOMIC == 0) {
+                self.writes[piece] = mine;
+            }
+        }
+        Ok(())
     }
 
     /// Notes the beginning of an asynchronous copy.
-    pub fn begin_copy(&mut self, at: usize, bytes: usize, who: Visitor) -> Result<(), Conflict> {
+    pub fn begin_copy(&mut self, at: usize, bytes: usize, mine: u64) -> Result<(), Conflict> {
         if self.check_races {
-            self.note_write(at, bytes, who, false, IN_FLIGHT)
+            self.write_as(at, bytes, mine | IN_FLIGHT, false)
         } else {
             Ok(())
         }
     }
 
     /// Notes the end of an asynchronous copy.
-    pub fn end_copy(&mut self, at: usize, bytes: usize, who: Visitor) {
+    pub fn end_copy(&mut self, at: usize, bytes: usize, mine: u64) {
         if self.check_races || self.check_initialised {
-            let stamp = self.stamp(who);
-            for piece in self.pieces(at, bytes) {
-                self.writes[piece] = stamp;
-            }
+            let pieces = self.pieces(at, bytes);
+            self.writes[pieces].fill(mine);
         }
     }
+}
 
-    fn note_write(
-        &mut self,
-        at: usize,
-        bytes: usize,
-        who: Visitor,
-        same: bool,
-        flags: u64,
-    ) -> Result<(), Conflict> {
-        if !self.check_races && !self.check_initialised {
-            return Ok(());
-        }
-        let mine = self.stamp(who) | flags;
-        for piece in self.pieces(at, bytes) {
-            if self.check_races {
-                let (write, read) = (self.writes[piece], self.reads[piece]);
-                let both_atomic = who.atomic && write & ATOMIC != 0;
-                if write & IN_FLIGHT != 0 || !both_atomic && !same && !self.is_ordered(write, mine)
-                {
-                    return Err(self.race(piece, write, true));
-                }
-                let both_atomic = who.atomic && read & ATOMIC != 0;
-                if !both_atomic && !self.is_ordered(read, mine) {
-                    return Err(self.race(piece, read, false));
-                }
-            }
-            // A plain write stays noted when its thread goes on with an atomic one.
-            let write = self.writes[piece];
-            if !(who.atomic && write >> ERA == self.era && write & ATOMIC == 0) {
-                self.writes[piece] = mine;
-            }
-        }
-        Ok(())
-    }
+/// A stamp for another lane of the same warp than lane 0, for which it was made.
+#[inline(always)]
+pub fn of_lane(stamp: u64, lane: usize) -> u64 {
+    stamp | (lane as u64) << LANE
 }

@@ -114,17 +114,19 @@ pub fn has_vectors() -> bool {
 
 /// The body of a handler, compiled in both versions.
 macro_rules! handler {
-    ($(#[$doc:meta])* $name:ident<$($of:ident),*>($($argument:ty),*) -> $out:ty { $write:expr, $reads:expr } $body:expr) => {
+    ($(#[$doc:meta])* $name:ident<$($of:ident),*>($($argument:ty),*) -> $out:ty { $write:expr, $reads:expr }
+        |$file:ident, $i:ident, $mask:ident, $f:ident| $body:block) => {
         $(#[$doc])*
         pub fn $name<$($of: Value,)* F: Fn($($argument),*) -> $out + Copy + 'static>(_: F) -> Lanes {
             #[inline(always)]
             unsafe fn body<$($of: Value,)* F: Fn($($argument),*) -> $out + Copy>(
-                file: *mut u32,
-                instruction: &Instruction,
-                mask: u32,
+                $file: *mut u32,
+                $i: &Instruction,
+                $mask: u32,
             ) {
+                let $f = only::<F>();
                 // SAFETY: `Handler`'s contract, which the caller keeps.
-                unsafe { $body(file, instruction, mask, only::<F>()) }
+                unsafe { $body }
             }
             unsafe fn plain<$($of: Value,)* F: Fn($($argument),*) -> $out + Copy>(f: *mut u32, i: &Instruction, m: u32) {
                 // SAFETY: the caller's.
@@ -148,7 +150,7 @@ macro_rules! handler {
 handler! {
     /// `d = f(a)`.
     unary<A, D>(A) -> D { D::CLASS, vec![A::CLASS] }
-    |file, i: &Instruction, mask, f: F| {
+    |file, i, mask, f| {
         let a = &*row::<A::Store>(file, i.slots[1]);
         let mut d = [D::Store::default(); LANES];
         for lane in 0..LANES {
@@ -161,7 +163,7 @@ handler! {
 handler! {
     /// `d = f(a, b)`.
     binary<A, B, D>(A, B) -> D { D::CLASS, vec![A::CLASS, B::CLASS] }
-    |file, i: &Instruction, mask, f: F| {
+    |file, i, mask, f| {
         let (a, b) = (&*row::<A::Store>(file, i.slots[1]), &*row::<B::Store>(file, i.slots[2]));
         let mut d = [D::Store::default(); LANES];
         for lane in 0..LANES {
@@ -174,7 +176,7 @@ handler! {
 handler! {
     /// `d = f(a, b, c)`.
     ternary<A, B, C, D>(A, B, C) -> D { D::CLASS, vec![A::CLASS, B::CLASS, C::CLASS] }
-    |file, i: &Instruction, mask, f: F| {
+    |file, i, mask, f| {
         let (a, b) = (&*row::<A::Store>(file, i.slots[1]), &*row::<B::Store>(file, i.slots[2]));
         let c = &*row::<C::Store>(file, i.slots[3]);
         let mut d = [D::Store::default(); LANES];
@@ -188,7 +190,7 @@ handler! {
 handler! {
     /// `d = f(a, b, c, e)`.
     quaternary<A, B, C, E, D>(A, B, C, E) -> D { D::CLASS, vec![A::CLASS, B::CLASS, C::CLASS, E::CLASS] }
-    |file, i: &Instruction, mask, f: F| {
+    |file, i, mask, f| {
         let (a, b) = (&*row::<A::Store>(file, i.slots[1]), &*row::<B::Store>(file, i.slots[2]));
         let (c, e) = (&*row::<C::Store>(file, i.slots[3]), &*row::<E::Store>(file, i.slots[4]));
         let mut d = [D::Store::default(); LANES];
@@ -202,7 +204,7 @@ handler! {
 handler! {
     /// `predicate = f(a, b)`.
     compare<A, B>(A, B) -> bool { Class::Predicate, vec![A::CLASS, B::CLASS] }
-    |file: *mut u32, i: &Instruction, mask: u32, f: F| {
+    |file, i, mask, f| {
         let (a, b) = (&*row::<A::Store>(file, i.slots[1]), &*row::<B::Store>(file, i.slots[2]));
         let mut bits = 0u32;
         for lane in 0..LANES {
@@ -216,7 +218,7 @@ handler! {
 handler! {
     /// `d = f(a, b, predicate)`.
     select<A, D>(A, A, bool) -> D { D::CLASS, vec![A::CLASS, A::CLASS, Class::Predicate] }
-    |file: *mut u32, i: &Instruction, mask, f: F| {
+    |file, i, mask, f| {
         let (a, b) = (&*row::<A::Store>(file, i.slots[1]), &*row::<A::Store>(file, i.slots[2]));
         let bits = *file.add(usize::from(i.slots[3]));
         let mut d = [D::Store::default(); LANES];
@@ -230,7 +232,7 @@ handler! {
 handler! {
     /// `predicate = f(a, b, predicate)`.
     judge<A>(A, A, bool) -> bool { Class::Predicate, vec![A::CLASS, A::CLASS, Class::Predicate] }
-    |file: *mut u32, i: &Instruction, mask: u32, f: F| {
+    |file, i, mask, f| {
         let (a, b) = (&*row::<A::Store>(file, i.slots[1]), &*row::<A::Store>(file, i.slots[2]));
         let given = *file.add(usize::from(i.slots[3]));
         let mut bits = 0u32;

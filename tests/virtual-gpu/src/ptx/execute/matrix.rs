@@ -37,71 +37,72 @@ fn multiply_typed(file: &mut Registers, i: &Instruction, depth: u8, brain: bool)
     }
 }
 
-/// Eight rows of eight numbers.
-type Tile = [[f32; 8]; 8];
-
-/// The numbers of a register: lane l has elements 2 (l mod 4) and the next of row l / 4, so
-/// the rows lie one after the other.
+/// The numbers in the lower and in the upper halves of a register's lanes.
 #[inline(always)]
-fn tile<S: Small>(words: &[u32; LANES]) -> Tile {
-    let mut tile = [[0.0; 8]; 8];
-    for (row, words) in tile.iter_mut().zip(words.as_chunks::<4>().0) {
-        for at in 0..4 {
-            row[2 * at] = S::from_bits(words[at] as u16).wide();
-            row[2 * at + 1] = S::from_bits((words[at] >> 16) as u16).wide();
-        }
+fn halves<S: Small>(words: &[u32; LANES]) -> [[f32; LANES]; 2] {
+    let mut out = [[0.0; LANES]; 2];
+    for lane in 0..LANES {
+        out[0][lane] = S::from_bits(words[lane] as u16).wide();
+        out[1][lane] = S::from_bits((words[lane] >> 16) as u16).wide();
     }
-    tile
+    out
 }
 
-/// `DEPTH` counts eights of k.
+/// A product with `EIGHTS` times eight of k.
+///
+/// Lane 4 g + t has of operand a, in row g, the columns 2 t and 2 t + 1; of operand b, in column
+/// g, the rows 2 t and 2 t + 1; of c and d, in row g, column 2 t in one register and 2 t + 1 in
+/// the next. So a row of results is kept as its even columns, then its odd ones.
 #[inline(always)]
-fn multiply_body<S: Small, const DEPTH: usize>(file: &mut Registers, i: &Instruction) {
+fn multiply_body<S: Small, const EIGHTS: usize>(file: &mut Registers, i: &Instruction) {
     let operands = &i.slots[4..];
-    // Operand b: lane l has rows 2 (l mod 4) and the next of column l / 4.
-    let mut b = [[[0.0; 8]; 8]; DEPTH];
+    // By eight of k: the even rows of b, then the odd ones, each row as results are kept.
+    let mut b = [[[0.0; LANES]; 2]; EIGHTS];
     for (eight, b) in b.iter_mut().enumerate() {
-        let columns = tile::<S>(file.words(operands[2 * DEPTH + eight]));
-        for row in 0..8 {
+        let words = file.words(operands[2 * EIGHTS + eight]);
+        let mut rows = [0; LANES];
+        for t in 0..4 {
             for column in 0..8 {
-                b[row][column] = columns[column][row];
+                let place = column / 2 + column % 2 * 4;
+                rows[t * 8 + place] = words[column * 4 + t];
             }
         }
+        *b = halves::<S>(&rows);
     }
     // Rows 0 to 7 are in the even registers of a and the first two of c and d, rows 8 to 15 in the others.
-    let mut results = [[[0u32; LANES]; 2]; 2];
-    for (lower, result) in results.iter_mut().enumerate() {
+    let mut results = [[0u32; LANES]; 4];
+    for lower in 0..2 {
         let (even, odd) = (
-            operands[3 * DEPTH + 2 * lower],
-            operands[3 * DEPTH + 2 * lower + 1],
+            operands[3 * EIGHTS + 2 * lower],
+            operands[3 * EIGHTS + 2 * lower + 1],
         );
         let (even, odd) = (file.words(even), file.words(odd));
-        let mut sums: Tile = [[0.0; 8]; 8];
-        for (row, sums) in sums.iter_mut().enumerate() {
-            for at in 0..4 {
-                sums[2 * at] = f32::from_bits(even[row * 4 + at]);
-                sums[2 * at + 1] = f32::from_bits(odd[row * 4 + at]);
-            }
+        let mut a = [[[0.0; LANES]; 2]; EIGHTS];
+        for (eight, a) in a.iter_mut().enumerate() {
+            *a = halves::<S>(file.words(operands[2 * eight + lower]));
         }
-        for (eight, b) in b.iter().enumerate() {
-            let a = tile::<S>(file.words(operands[2 * eight + lower]));
-            for (a, sums) in a.iter().zip(&mut sums) {
-                for (a, b) in a.iter().zip(b) {
-                    for (sum, b) in sums.iter_mut().zip(b) {
-                        *sum += a * b;
+        for row in 0..8 {
+            let mut sums = [0.0; 8];
+            for t in 0..4 {
+                sums[t] = f32::from_bits(even[row * 4 + t]);
+                sums[t + 4] = f32::from_bits(odd[row * 4 + t]);
+            }
+            for (a, b) in a.iter().zip(&b) {
+                for t in 0..4 {
+                    for half in 0..2 {
+                        for at in 0..8 {
+                            sums[at] += a[half][row * 4 + t] * b[half][t * 8 + at];
+                        }
                     }
                 }
             }
-        }
-        let [even, odd] = result;
-        for (row, sums) in sums.iter().enumerate() {
-            for at in 0..4 {
-                even[row * 4 + at] = canonical(sums[2 * at]).to_bits();
-                odd[row * 4 + at] = canonical(sums[2 * at + 1]).to_bits();
+            for t in 0..4 {
+                results[2 * lower][row * 4 + t] = canonical(sums[t]).to_bits();
+                results[2 * lower + 1][row * 4 + t] = canonical(sums[t + 4]).to_bits();
             }
         }
     }
-    for (register, result) in results.as_flattened().iter().enumerate() {
+    for (register, result) in results.iter().enumerate() {
         *file.words_of_slot_mut(i.slots[register]) = *result;
     }
 }

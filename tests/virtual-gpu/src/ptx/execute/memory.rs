@@ -1,15 +1,79 @@
-//! Loads, stores, atomic operations and asynchronous copies.
+//! Loads, stores and atomic operations, by their space.
 
-use super::warp::{Pending, Warp, set};
+use super::cells::{Cell, sized};
+use super::warp::{Warp, set};
 use super::{Block, Outcome};
 use crate::ptx::fault::{FaultKind, Stop};
-use crate::ptx::instruction::{Access, AtomicOperation, Instruction, LANES};
+use crate::ptx::instruction::{ALL, Access, AtomicOperation, Instruction, LANES};
 use crate::ptx::kernel::{LOCAL_WINDOW, SHARED_WINDOW, WINDOW_SIZE};
+use crate::ptx::shared::of_lane;
 use crate::ptx::types::Space;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
 /// Addresses of the lanes in the space of the access.
-type Addresses = [u64; LANES];
+pub(super) type Addresses = [u64; LANES];
+
+impl Warp {
+    /// A lane of a register of either width.
+    #[inline(always)]
+    pub fn value(&self, slot: u16, lane: usize, wide: bool) -> u64 {
+        if wide {
+            self.file.wides(slot)[lane]
+        } else {
+            u64::from(self.file.words(slot)[lane])
+        }
+    }
+
+    /// Writes what is loaded for each lane to a register, with its sign above if it has one.
+    #[inline(always)]
+    pub(super) fn fill<T: Cell>(
+        &mut self,
+        slot: u16,
+        lanes: u32,
+        access: Access,
+        read: impl Fn(usize) -> T,
+    ) {
+        let extended = |value: T| {
+            if access.signed {
+                value.signed()
+            } else {
+                value.wide()
+            }
+        };
+        if access.wide {
+            let row = self.file.wides_mut(slot);
+            for lane in set(lanes) {
+                row[lane] = extended(read(lane));
+            }
+            return;
+        }
+        let row = self.file.words_of_slot_mut(slot);
+        if lanes == ALL {
+            for (lane, to) in row.iter_mut().enumerate() {
+                *to = extended(read(lane)) as u32;
+            }
+        } else {
+            for lane in set(lanes) {
+                row[lane] = extended(read(lane)) as u32;
+            }
+        }
+    }
+
+    fn addresses(&self, i: &Instruction, slot: u16, wide: bool) -> Addresses {
+        let offset = i64::from(i.offset) as u64;
+        let mut addresses = [0; LANES];
+        if wide {
+            for (to, from) in addresses.iter_mut().zip(self.file.wides(slot)) {
+                *to = from.wrapping_add(offset);
+            }
+        } else {
+            for (to, from) in addresses.iter_mut().zip(self.file.words(slot)) {
+                *to = u64::from(from.wrapping_add(offset as u32));
+            }
+        }
+        addresses
+    }
+}
 
 impl Block<'_> {
     pub(super) fn load(
@@ -20,27 +84,19 @@ impl Block<'_> {
         at: usize,
         active: u32,
     ) -> Outcome<()> {
-        let addresses = addresses(
-            warp,
-            i,
-            i.slots[usize::from(access.count)],
-            access.wide_address,
-        );
-        for (space, lanes, addresses) in spaces(access.space, addresses, active)
-            .into_iter()
-            .flatten()
-        {
-            check_alignment(&addresses, lanes, access.bytes())?;
+        let addresses = warp.addresses(i, i.slots[usize::from(access.count)], access.wide_address);
+        let load = |block: &mut Self, space, addresses: &Addresses, lanes| {
+            check_alignment(addresses, lanes, access.bytes())?;
             match space {
+                Space::Shared => block.load_shared(warp, i, access, addresses, lanes, at),
+                Space::Local => block.load_local(warp, i, access, addresses, lanes),
+                Space::Parameter => block.load_parameter(warp, i, access, addresses, lanes),
                 Space::Global | Space::Generic => {
-                    self.load_global(warp, i, access, &addresses, lanes)?
+                    block.load_global(warp, i, access, addresses, lanes)
                 }
-                Space::Shared => self.load_shared(warp, i, access, &addresses, lanes, at)?,
-                Space::Local => self.load_local(warp, i, access, &addresses, lanes)?,
-                Space::Parameter => self.load_parameter(warp, i, access, &addresses, lanes)?,
             }
-        }
-        Ok(())
+        };
+        self.by_space(access.space, &addresses, active, load)
     }
 
     pub(super) fn store(
@@ -51,121 +107,49 @@ impl Block<'_> {
         at: usize,
         active: u32,
     ) -> Outcome<()> {
-        let addresses = addresses(warp, i, i.slots[0], access.wide_address);
-        for (space, lanes, addresses) in spaces(access.space, addresses, active)
-            .into_iter()
-            .flatten()
-        {
-            check_alignment(&addresses, lanes, access.bytes())?;
+        let addresses = warp.addresses(i, i.slots[0], access.wide_address);
+        let store = |block: &mut Self, space, addresses: &Addresses, lanes| {
+            check_alignment(addresses, lanes, access.bytes())?;
             match space {
-                Space::Shared => self.store_shared(warp, i, access, &addresses, lanes, at)?,
-                Space::Local => self.store_local(warp, i, access, &addresses, lanes)?,
-                _ => self.store_global(warp, i, access, &addresses, lanes)?,
+                Space::Shared => block.store_shared(warp, i, access, addresses, lanes, at),
+                Space::Local => block.store_local(warp, i, access, addresses, lanes),
+                _ => block.store_global(warp, i, access, addresses, lanes),
             }
-        }
-        Ok(())
+        };
+        self.by_space(access.space, &addresses, active, store)
     }
 
-    /// The bytes at a global address, and their marks.
-    fn locate(
-        &self,
-        warp: &mut Warp,
-        address: u64,
-        bytes: usize,
-        lane: usize,
-        verb: &str,
-    ) -> Outcome<(*mut u8, *const AtomicU8)> {
-        let hinted = self
-            .memory
-            .get(warp.hint)
-            .filter(|r| r.holds(address, bytes as u64));
-        let found = hinted.or_else(|| {
-            warp.hint = self.memory.find(address, bytes as u64)?;
-            self.memory.get(warp.hint)
-        });
-        let Some(region) = found else {
-            let detail = format!("{verb} {bytes} bytes outside of every allocation");
-            let stop = Stop::new(FaultKind::OutOfBounds, detail);
-            return Err(stop
-                .at(address, self.memory.describe(address))
-                .at_lane(lane));
-        };
-        let offset = (address - region.base) as usize;
-        let marks = if region.defined.is_null() {
-            std::ptr::null()
+    /// Calls `access` with the lanes of each space that generic addresses mean, and with
+    /// addresses in it.
+    fn by_space(
+        &mut self,
+        space: Space,
+        addresses: &Addresses,
+        active: u32,
+        mut access: impl FnMut(&mut Self, Space, &Addresses, u32) -> Outcome<()>,
+    ) -> Outcome<()> {
+        if space != Space::Generic {
+            return access(self, space, addresses, active);
+        }
+        let mut rest = active;
+        for (space, window) in [(Space::Shared, SHARED_WINDOW), (Space::Local, LOCAL_WINDOW)] {
+            let is_inside = |&lane: &usize| addresses[lane].wrapping_sub(window) < WINDOW_SIZE;
+            let lanes = set(rest).filter(is_inside).fold(0, |m, l| m | 1 << l);
+            if lanes != 0 {
+                rest &= !lanes;
+                access(
+                    self,
+                    space,
+                    &addresses.map(|a| a.wrapping_sub(window)),
+                    lanes,
+                )?;
+            }
+        }
+        if rest != 0 {
+            access(self, Space::Global, addresses, rest)
         } else {
-            region.defined.wrapping_add(offset)
-        };
-        Ok((region.data.wrapping_add(offset), marks))
-    }
-
-    /// Whether all bytes have been written.
-    fn check_defined(
-        &self,
-        address: u64,
-        marks: *const AtomicU8,
-        bytes: usize,
-        lane: usize,
-    ) -> Outcome<()> {
-        if marks.is_null() || !self.check_initialised {
-            return Ok(());
+            Ok(())
         }
-        for byte in 0..bytes {
-            // SAFETY: `locate` found these bytes and their marks in a region.
-            if unsafe { (*marks.add(byte)).load(Relaxed) } == 0 {
-                let address = address + byte as u64;
-                let stop = Stop::new(
-                    FaultKind::UninitialisedRead,
-                    "reads memory that nobody wrote",
-                );
-                return Err(stop
-                    .at(address, self.memory.describe(address))
-                    .at_lane(lane));
-            }
-        }
-        Ok(())
-    }
-
-    fn load_global(
-        &mut self,
-        warp: &mut Warp,
-        i: &Instruction,
-        access: Access,
-        addresses: &Addresses,
-        lanes: u32,
-    ) -> Outcome<()> {
-        let (size, bytes) = (usize::from(access.size), access.bytes());
-        for lane in set(lanes) {
-            let (data, marks) = self.locate(warp, addresses[lane], bytes, lane, "reads")?;
-            self.check_defined(addresses[lane], marks, bytes, lane)?;
-            for element in 0..usize::from(access.count) {
-                // SAFETY: `locate` found the bytes; they are aligned as the address is.
-                let value = unsafe { read_atomic(data.add(element * size), size) };
-                put(warp, i.slots[element], lane, value, access);
-            }
-        }
-        Ok(())
-    }
-
-    fn store_global(
-        &mut self,
-        warp: &mut Warp,
-        i: &Instruction,
-        access: Access,
-        addresses: &Addresses,
-        lanes: u32,
-    ) -> Outcome<()> {
-        let (size, bytes) = (usize::from(access.size), access.bytes());
-        for lane in set(lanes) {
-            let (data, marks) = self.locate(warp, addresses[lane], bytes, lane, "writes")?;
-            for element in 0..usize::from(access.count) {
-                let value = get(warp, i.slots[1 + element], lane, access.wide);
-                // SAFETY: `locate` found the bytes; they are aligned as the address is.
-                unsafe { write_atomic(data.add(element * size), size, value) };
-            }
-            mark(marks, bytes);
-        }
-        Ok(())
     }
 
     fn load_shared(
@@ -177,19 +161,23 @@ impl Block<'_> {
         lanes: u32,
         at: usize,
     ) -> Outcome<()> {
-        let (size, bytes) = (usize::from(access.size), access.bytes());
+        let bytes = access.bytes();
+        let stamp = self.shared.stamp(warp.visitor(0, at, access.ordered));
         for lane in set(lanes) {
             self.check_shared(addresses[lane], bytes, lane)?;
-            let address = addresses[lane] as usize;
-            let who = warp.visitor(lane, at, access.ordered);
-            self.shared
-                .read(address, bytes, who)
-                .map_err(|c| self.shared_fault(c, lane, "reads"))?;
-            for element in 0..usize::from(access.count) {
-                let value = little_endian(&self.shared.data[address + element * size..][..size]);
-                put(warp, i.slots[element], lane, value, access);
-            }
+            let noted = self
+                .shared
+                .read_as(addresses[lane] as usize, bytes, of_lane(stamp, lane));
+            noted.map_err(|c| self.shared_fault(c, lane, "reads"))?;
         }
+        let data = &self.shared.data;
+        sized!(access.size, T => {
+            for element in 0..usize::from(access.count) {
+                let offset = element * size_of::<T>();
+                let read = |lane: usize| T::from_bytes(&data[addresses[lane] as usize + offset..][..size_of::<T>()]);
+                warp.fill(i.slots[element], lanes, access, read);
+            }
+        });
         Ok(())
     }
 
@@ -203,21 +191,24 @@ impl Block<'_> {
         at: usize,
     ) -> Outcome<()> {
         let (size, bytes) = (usize::from(access.size), access.bytes());
+        let stamp = self.shared.stamp(warp.visitor(0, at, access.ordered));
         for lane in set(lanes) {
             self.check_shared(addresses[lane], bytes, lane)?;
             let address = addresses[lane] as usize;
             let mut new = [0u8; 16];
             for element in 0..usize::from(access.count) {
-                let value = get(warp, i.slots[1 + element], lane, access.wide).to_le_bytes();
+                let value = warp
+                    .value(i.slots[1 + element], lane, access.wide)
+                    .to_le_bytes();
                 new[element * size..][..size].copy_from_slice(&value[..size]);
             }
             let old = &mut self.shared.data[address..address + bytes];
             let same = *old == new[..bytes];
             old.copy_from_slice(&new[..bytes]);
-            let who = warp.visitor(lane, at, access.ordered);
-            self.shared
-                .write(address, bytes, who, same)
-                .map_err(|c| self.shared_fault(c, lane, "writes"))?;
+            let noted = self
+                .shared
+                .write_as(address, bytes, of_lane(stamp, lane), same);
+            noted.map_err(|c| self.shared_fault(c, lane, "writes"))?;
         }
         Ok(())
     }
@@ -242,13 +233,14 @@ impl Block<'_> {
         addresses: &Addresses,
         lanes: u32,
     ) -> Outcome<()> {
-        let size = usize::from(access.size);
         for lane in set(lanes) {
             let place = self.local(warp, addresses[lane], access.bytes(), lane)?;
-            for element in 0..usize::from(access.count) {
-                let value = little_endian(&warp.local[place + element * size..][..size]);
-                put(warp, i.slots[element], lane, value, access);
-            }
+            sized!(access.size, T => {
+                for element in 0..usize::from(access.count) {
+                    let value = T::from_bytes(&warp.local[place + element * size_of::<T>()..][..size_of::<T>()]);
+                    warp.fill(i.slots[element], 1 << lane, access, |_| value);
+                }
+            });
         }
         Ok(())
     }
@@ -261,13 +253,14 @@ impl Block<'_> {
         addresses: &Addresses,
         lanes: u32,
     ) -> Outcome<()> {
-        let size = usize::from(access.size);
         for lane in set(lanes) {
             let place = self.local(warp, addresses[lane], access.bytes(), lane)?;
-            for element in 0..usize::from(access.count) {
-                let value = get(warp, i.slots[1 + element], lane, access.wide).to_le_bytes();
-                warp.local[place + element * size..][..size].copy_from_slice(&value[..size]);
-            }
+            sized!(access.size, T => {
+                for element in 0..usize::from(access.count) {
+                    let value = T::narrow(warp.value(i.slots[1 + element], lane, access.wide));
+                    value.to_bytes(&mut warp.local[place + element * size_of::<T>()..][..size_of::<T>()]);
+                }
+            });
         }
         Ok(())
     }
@@ -280,21 +273,22 @@ impl Block<'_> {
         addresses: &Addresses,
         lanes: u32,
     ) -> Outcome<()> {
-        let size = usize::from(access.size);
-        let parameters = &self.launch.parameters;
-        for lane in set(lanes) {
-            let (address, end) = (addresses[lane], parameters.len() as u64);
-            if address > end || access.bytes() as u64 > end - address {
-                let detail = format!("reads beyond the {end} bytes of parameters");
-                return Err(Stop::new(FaultKind::OutOfBounds, detail)
-                    .at(address, "parameters")
-                    .at_lane(lane));
-            }
-            for element in 0..usize::from(access.count) {
-                let value = little_endian(&parameters[address as usize + element * size..][..size]);
-                put(warp, i.slots[element], lane, value, access);
-            }
+        let (parameters, end) = (&self.launch.parameters, self.launch.parameters.len() as u64);
+        let outside =
+            |&lane: &usize| addresses[lane] > end || access.bytes() as u64 > end - addresses[lane];
+        if let Some(lane) = set(lanes).find(outside) {
+            let detail = format!("reads beyond the {end} bytes of parameters");
+            return Err(Stop::new(FaultKind::OutOfBounds, detail)
+                .at(addresses[lane], "parameters")
+                .at_lane(lane));
         }
+        sized!(access.size, T => {
+            for element in 0..usize::from(access.count) {
+                let offset = element * size_of::<T>();
+                let read = |lane: usize| T::from_bytes(&parameters[addresses[lane] as usize + offset..][..size_of::<T>()]);
+                warp.fill(i.slots[element], lanes, access, read);
+            }
+        });
         Ok(())
     }
 
@@ -307,256 +301,86 @@ impl Block<'_> {
         at: usize,
         active: u32,
     ) -> Outcome<()> {
-        let addresses = addresses(warp, i, i.slots[1], access.wide_address);
+        let addresses = warp.addresses(i, i.slots[1], access.wide_address);
         let size = usize::from(access.size);
-        for (space, lanes, addresses) in spaces(access.space, addresses, active)
-            .into_iter()
-            .flatten()
-        {
-            check_alignment(&addresses, lanes, size)?;
-            for lane in set(lanes) {
-                let b = get(warp, i.slots[2], lane, access.wide);
-                let c = get(warp, i.slots[3], lane, access.wide);
-                let change = |old: u64| apply(operation, size, old, b, c);
-                let old = match space {
-                    Space::Shared => {
-                        self.check_shared(addresses[lane], size, lane)?;
-                        let address = addresses[lane] as usize;
-                        let who = warp.visitor(lane, at, true);
-                        self.shared
-                            .read(address, size, who)
-                            .map_err(|c| self.shared_fault(c, lane, "reads"))?;
-                        self.shared
-                            .write(address, size, who, false)
-                            .map_err(|c| self.shared_fault(c, lane, "writes"))?;
-                        let bytes = &mut self.shared.data[address..address + size];
-                        let old = little_endian(bytes);
-                        bytes.copy_from_slice(&change(old).to_le_bytes()[..size]);
-                        old
-                    }
-                    Space::Local | Space::Parameter => {
-                        return Err(Stop::new(
-                            FaultKind::Unsupported,
-                            "an atomic operation on local memory",
-                        )
-                        .at_lane(lane));
-                    }
-                    _ => {
-                        let (data, marks) =
-                            self.locate(warp, addresses[lane], size, lane, "changes")?;
-                        self.check_defined(addresses[lane], marks, size, lane)?;
-                        // SAFETY: `locate` found the bytes; they are aligned as the address is.
-                        unsafe { exchange(data, size, change) }
-                    }
-                };
-                put(warp, i.slots[0], lane, old, access);
-            }
-        }
-        Ok(())
+        self.by_space(
+            access.space,
+            &addresses,
+            active,
+            |block, space, addresses, lanes| {
+                check_alignment(addresses, lanes, size)?;
+                for lane in set(lanes) {
+                    let (b, c) = (
+                        warp.value(i.slots[2], lane, access.wide),
+                        warp.value(i.slots[3], lane, access.wide),
+                    );
+                    let change = |old: u64| apply(operation, size, old, b, c);
+                    let old = match space {
+                        Space::Shared => {
+                            block.change_shared(warp, at, addresses[lane], size, lane, change)?
+                        }
+                        Space::Local | Space::Parameter => {
+                            return Err(Stop::new(
+                                FaultKind::Unsupported,
+                                "an atomic operation on local memory",
+                            )
+                            .at_lane(lane));
+                        }
+                        _ => {
+                            let spot =
+                                block.locate(warp, addresses[lane], size, lane, "changes")?;
+                            block.check_defined(addresses[lane], spot, size, lane)?;
+                            // SAFETY: `locate` found the bytes; they are aligned as the address is.
+                            unsafe { exchange(spot.data, size, change) }
+                        }
+                    };
+                    warp.fill(i.slots[0], 1 << lane, access, |_| old);
+                }
+                Ok(())
+            },
+        )
     }
 
-    /// `cp.async`: the bytes stay where they are until the thread waits for them.
-    pub(super) fn copy(
+    fn change_shared(
         &mut self,
-        warp: &mut Warp,
-        i: &Instruction,
-        size: u8,
+        warp: &Warp,
         at: usize,
-        active: u32,
-    ) -> Outcome<()> {
-        let to = *warp.file.words(i.slots[0]);
-        let from = *warp.file.wides(i.slots[1]);
-        let lengths = *warp.file.words(i.slots[2]);
-        let bytes = usize::from(size);
-        for lane in set(active) {
-            let address = u64::from(to[lane].wrapping_add(i.offset as u32));
-            let wanted = lengths[lane] as usize;
-            if wanted > bytes {
-                let detail = format!("{wanted} bytes to read for a copy of {bytes}");
-                return Err(Stop::new(FaultKind::OutOfBounds, detail).at_lane(lane));
-            }
-            let misaligned = if address % u64::from(size) != 0 {
-                Some(address)
-            } else {
-                None
-            };
-            let misaligned = misaligned
-                .or((wanted > 0 && from[lane] % u64::from(size) != 0).then_some(from[lane]));
-            if let Some(wrong) = misaligned {
-                let detail =
-                    format!("a copy of {bytes} bytes needs addresses that are multiples of that");
-                return Err(Stop::new(FaultKind::Misaligned, detail)
-                    .at(wrong, "source or target")
-                    .at_lane(lane));
-            }
-            self.check_shared(address, bytes, lane)?;
-            let mut source = std::ptr::null();
-            if wanted > 0 {
-                let (data, marks) = self.locate(warp, from[lane], wanted, lane, "copies")?;
-                self.check_defined(from[lane], marks, wanted, lane)?;
-                source = data.cast_const();
-            }
-            let who = warp.visitor(lane, at, false);
-            let begun = self.shared.begin_copy(address as usize, bytes, who);
-            begun.map_err(|c| self.shared_fault(c, lane, "copies to"))?;
-            let (lane, group) = (lane as u32, warp.committed[lane]);
-            warp.pending.push(Pending {
-                lane,
-                group,
-                to: address as usize,
-                size,
-                bytes: wanted as u8,
-                from: source,
-                at: at as u32,
-            });
-        }
-        Ok(())
+        address: u64,
+        size: usize,
+        lane: usize,
+        change: impl Fn(u64) -> u64,
+    ) -> Outcome<u64> {
+        self.check_shared(address, size, lane)?;
+        let (place, who) = (address as usize, warp.visitor(lane, at, true));
+        self.shared
+            .read(place, size, who)
+            .map_err(|c| self.shared_fault(c, lane, "reads"))?;
+        self.shared
+            .write(place, size, who, false)
+            .map_err(|c| self.shared_fault(c, lane, "writes"))?;
+        let bytes = &mut self.shared.data[place..place + size];
+        let old = if size == 4 {
+            u32::from_bytes(bytes).wide()
+        } else {
+            u64::from_bytes(bytes)
+        };
+        bytes.copy_from_slice(&change(old).to_le_bytes()[..size]);
+        Ok(old)
     }
-
-    /// Lets the copies arrive that the lanes wait for.
-    pub(super) fn wait(
-        &mut self,
-        warp: &mut Warp,
-        pending: Option<u32>,
-        _at: usize,
-        active: u32,
-    ) -> Outcome<()> {
-        let mut copies = std::mem::take(&mut warp.pending);
-        copies.retain(|copy| {
-            let committed = warp.committed[copy.lane as usize];
-            let arrives = match pending {
-                None => true,
-                // The last `groups` committed groups may still be on their way, and what is not committed.
-                Some(groups) => copy.group.saturating_add(groups) < committed,
-            };
-            if active >> copy.lane & 1 == 0 || !arrives {
-                return true;
-            }
-            let (size, bytes) = (usize::from(copy.size), usize::from(copy.bytes));
-            let mut data = [0; 16];
-            for (byte, value) in data.iter_mut().enumerate().take(bytes) {
-                // SAFETY: `copy` found these bytes in a region, which stays while the kernel runs.
-                *value =
-                    unsafe { AtomicU8::from_ptr(copy.from.add(byte).cast_mut()).load(Relaxed) };
-            }
-            self.shared.data[copy.to..copy.to + size].copy_from_slice(&data[..size]);
-            let who = warp.visitor(copy.lane as usize, copy.at as usize, false);
-            self.shared.end_copy(copy.to, size, who);
-            false
-        });
-        warp.pending = copies;
-        Ok(())
-    }
-}
-
-fn addresses(warp: &Warp, i: &Instruction, slot: u16, wide: bool) -> Addresses {
-    let offset = i64::from(i.offset) as u64;
-    if wide {
-        warp.file.wides(slot).map(|a| a.wrapping_add(offset))
-    } else {
-        warp.file
-            .words(slot)
-            .map(|a| u64::from(a.wrapping_add(offset as u32)))
-    }
-}
-
-/// Generic addresses by the space that they mean, with addresses in it.
-fn spaces(space: Space, addresses: Addresses, active: u32) -> [Option<(Space, u32, Addresses)>; 3] {
-    if space != Space::Generic {
-        return [Some((space, active, addresses)), None, None];
-    }
-    let inside = |window: u64| {
-        set(active)
-            .filter(|&l| addresses[l].wrapping_sub(window) < WINDOW_SIZE)
-            .fold(0, |m, l| m | 1 << l)
-    };
-    let (shared, local): (u32, u32) = (inside(SHARED_WINDOW), inside(LOCAL_WINDOW));
-    let part = |space, lanes, window| {
-        (lanes != 0).then(|| (space, lanes, addresses.map(|a: u64| a.wrapping_sub(window))))
-    };
-    [
-        part(Space::Global, active & !shared & !local, 0),
-        part(Space::Shared, shared, SHARED_WINDOW),
-        part(Space::Local, local, LOCAL_WINDOW),
-    ]
 }
 
 fn check_alignment(addresses: &Addresses, lanes: u32, bytes: usize) -> Outcome<()> {
-    let wrong = set(lanes).find(|&lane| addresses[lane] & (bytes as u64 - 1) != 0);
-    let Some(lane) = wrong else { return Ok(()) };
-    let stop = Stop::new(
-        FaultKind::Misaligned,
-        format!("an access of {bytes} bytes needs an address that is a multiple of that"),
-    );
-    Err(stop.at(addresses[lane], "misaligned").at_lane(lane))
-}
-
-fn get(warp: &Warp, slot: u16, lane: usize, wide: bool) -> u64 {
-    if wide {
-        warp.file.wides(slot)[lane]
-    } else {
-        u64::from(warp.file.words(slot)[lane])
+    let low = bytes as u64 - 1;
+    if lanes == ALL && addresses.iter().fold(0, |all, a| all | a) & low == 0 {
+        return Ok(());
     }
-}
-
-/// Writes a loaded value to a lane, with its sign in what is above.
-fn put(warp: &mut Warp, slot: u16, lane: usize, value: u64, access: Access) {
-    let value = match (access.signed, access.size) {
-        (true, 1) => value as i8 as i64 as u64,
-        (true, 2) => value as i16 as i64 as u64,
-        (true, 4) => value as i32 as i64 as u64,
-        _ => value,
+    let Some(lane) = set(lanes).find(|&lane| addresses[lane] & low != 0) else {
+        return Ok(());
     };
-    if access.wide {
-        warp.file.wides_mut(slot)[lane] = value;
-    } else {
-        warp.file.words_of_slot_mut(slot)[lane] = value as u32;
-    }
-}
-
-fn little_endian(bytes: &[u8]) -> u64 {
-    let mut value = [0; 8];
-    value[..bytes.len()].copy_from_slice(bytes);
-    u64::from_le_bytes(value)
-}
-
-/// Marks bytes as written.
-fn mark(marks: *const AtomicU8, bytes: usize) {
-    if marks.is_null() {
-        return;
-    }
-    for byte in 0..bytes {
-        // SAFETY: `locate` found these marks in a region.
-        unsafe { (*marks.add(byte)).store(1, Relaxed) };
-    }
-}
-
-/// # Safety
-/// The bytes exist and are aligned to their size.
-unsafe fn read_atomic(data: *mut u8, size: usize) -> u64 {
-    // SAFETY: the caller's.
-    unsafe {
-        match size {
-            1 => u64::from(AtomicU8::from_ptr(data).load(Relaxed)),
-            2 => u64::from(AtomicU16::from_ptr(data.cast()).load(Relaxed)),
-            4 => u64::from(AtomicU32::from_ptr(data.cast()).load(Relaxed)),
-            _ => AtomicU64::from_ptr(data.cast()).load(Relaxed),
-        }
-    }
-}
-
-/// # Safety
-/// The bytes exist and are aligned to their size.
-unsafe fn write_atomic(data: *mut u8, size: usize, value: u64) {
-    // SAFETY: the caller's.
-    unsafe {
-        match size {
-            1 => AtomicU8::from_ptr(data).store(value as u8, Relaxed),
-            2 => AtomicU16::from_ptr(data.cast()).store(value as u16, Relaxed),
-            4 => AtomicU32::from_ptr(data.cast()).store(value as u32, Relaxed),
-            _ => AtomicU64::from_ptr(data.cast()).store(value, Relaxed),
-        }
-    }
+    let detail = format!("an access of {bytes} bytes needs an address that is a multiple of that");
+    Err(Stop::new(FaultKind::Misaligned, detail)
+        .at(addresses[lane], "misaligned")
+        .at_lane(lane))
 }
 
 /// Replaces a value and gives the old one.

@@ -6,9 +6,12 @@
 //! independent threads of a GPU since Volta do.
 
 mod barrier;
+mod cells;
 pub mod convert;
+mod copies;
 mod directed;
 pub mod float;
+mod global;
 pub mod half;
 pub mod integer;
 pub mod lanes;
@@ -229,7 +232,7 @@ impl<'a> Block<'a> {
             }
             Action::AsyncCopy(size) => self.copy(warp, i, size, at, active)?,
             Action::AsyncCommit => warp.commit(active),
-            Action::AsyncWait(pending) => self.wait(warp, pending, at, active)?,
+            Action::AsyncWait(pending) => self.wait(warp, pending, active),
             Action::Multiply { depth, brain } => {
                 if !warp.gathered(lanes, active, u32::MAX)? {
                     return Ok(Flow::Lanes);

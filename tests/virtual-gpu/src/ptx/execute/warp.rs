@@ -1,5 +1,6 @@
 //! A warp: its groups of lanes, and the exchanges between lanes.
 
+use super::copies::Pending;
 use super::registers::Registers;
 use super::{Block, Flow, Outcome};
 use crate::ptx::fault::{FaultKind, Stop};
@@ -30,21 +31,6 @@ pub enum Wait {
     },
 }
 
-/// An asynchronous copy that has not arrived.
-pub struct Pending {
-    pub lane: u32,
-    /// Number of its group among those of its lane.
-    pub group: u32,
-    /// Place in shared memory.
-    pub to: usize,
-    pub size: u8,
-    /// Bytes that are read; the others become zeros.
-    pub bytes: u8,
-    pub from: *const u8,
-    /// Its instruction.
-    pub at: u32,
-}
-
 /// A warp of a block.
 pub struct Warp {
     pub id: u32,
@@ -58,7 +44,7 @@ pub struct Warp {
     pub sequence: u32,
     /// Region of the last access to global memory.
     pub hint: usize,
-    pub pending: Vec<Pending>,
+    pub pending: Vec<Box<Pending>>,
     /// Groups of copies that each lane has committed.
     pub committed: [u32; LANES],
     /// Local memory, lane after lane.
@@ -252,12 +238,6 @@ impl Warp {
             atomic,
         }
     }
-
-    pub fn commit(&mut self, active: u32) {
-        for (lane, committed) in self.committed.iter_mut().enumerate() {
-            *committed += active >> lane & 1;
-        }
-    }
 }
 
 impl Block<'_> {
@@ -330,6 +310,16 @@ fn shuffle(
         *warp.file.words(i.slots[4]),
     );
     let (mut values, mut inside) = ([0; LANES], 0u32);
+    let is_whole = active == u32::MAX && c == [31; LANES] && *members == [u32::MAX; LANES];
+    if mode == Shuffle::Butterfly && is_whole && b == [b[0]; LANES] {
+        // The usual way to combine all lanes.
+        for (lane, value) in values.iter_mut().enumerate() {
+            *value = a[lane ^ (b[0] & 31) as usize];
+        }
+        warp.file.write_words(i.slots[0], active, &values);
+        warp.file.write_predicate(i.slots[1], active, u32::MAX);
+        return Ok(());
+    }
     for lane in set(active) {
         let (offset, clamp, segment) = (b[lane] & 31, c[lane] & 31, c[lane] >> 8 & 31);
         let here = lane as u32;

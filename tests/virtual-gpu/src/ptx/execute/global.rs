@@ -1,0 +1,265 @@
+//! Global memory: finding the bytes, and reading and writing them for many lanes at once.
+
+use super::cells::{Cell, all_marked, set_marks, sized};
+use super::memory::Addresses;
+use super::warp::{Warp, set};
+use super::{Block, Outcome};
+use crate::ptx::fault::{FaultKind, Stop};
+use crate::ptx::instruction::{Access, Instruction};
+use crate::ptx::memory::Region;
+use std::sync::atomic::AtomicU8;
+
+/// Bytes of device memory on the host.
+#[derive(Clone, Copy)]
+pub(super) struct Spot {
+    pub data: *mut u8,
+    /// Null if they are not tracked.
+    marks: *const AtomicU8,
+}
+
+impl Spot {
+    fn new(region: &Region, address: u64) -> Self {
+        let offset = address.wrapping_sub(region.base) as usize;
+        let marks = region.defined;
+        Spot {
+            data: region.data.wrapping_add(offset),
+            marks: if marks.is_null() {
+                marks
+            } else {
+                marks.wrapping_add(offset)
+            },
+        }
+    }
+
+    #[inline(always)]
+    fn add(self, offset: u64) -> Self {
+        let marks = if self.marks.is_null() {
+            self.marks
+        } else {
+            self.marks.wrapping_add(offset as usize)
+        };
+        Spot {
+            data: self.data.wrapping_add(offset as usize),
+            marks,
+        }
+    }
+
+    /// Marks bytes as written.
+    ///
+    /// # Safety
+    /// They exist.
+    #[inline(always)]
+    unsafe fn mark(self, bytes: usize) {
+        if !self.marks.is_null() {
+            // SAFETY: a region has as many marks as bytes.
+            unsafe { set_marks(self.marks, bytes) }
+        }
+    }
+}
+
+impl Block<'_> {
+    /// The bytes at a global address.
+    pub(super) fn locate(
+        &self,
+        warp: &mut Warp,
+        address: u64,
+        bytes: usize,
+        lane: usize,
+        verb: &str,
+    ) -> Outcome<Spot> {
+        match self.find(warp, address, bytes as u64) {
+            Some(region) => Ok(Spot::new(region, address)),
+            None => {
+                let detail = format!("{verb} {bytes} bytes outside of every allocation");
+                let stop = Stop::new(FaultKind::OutOfBounds, detail);
+                Err(stop
+                    .at(address, self.memory.describe(address))
+                    .at_lane(lane))
+            }
+        }
+    }
+
+    /// The region that holds all these bytes; the last one that was found is tried first.
+    fn find(&self, warp: &mut Warp, address: u64, bytes: u64) -> Option<&Region> {
+        let hinted = self
+            .memory
+            .get(warp.hint)
+            .filter(|r| r.holds(address, bytes));
+        hinted.or_else(|| {
+            warp.hint = self.memory.find(address, bytes)?;
+            self.memory.get(warp.hint)
+        })
+    }
+
+    /// Where each lane's bytes are, if one allocation holds them all: the spot of the lowest
+    /// address, and that address.
+    fn span(
+        &self,
+        warp: &mut Warp,
+        addresses: &Addresses,
+        lanes: u32,
+        bytes: usize,
+    ) -> Option<(Spot, u64)> {
+        let (mut low, mut high) = (u64::MAX, 0);
+        for (lane, &address) in addresses.iter().enumerate() {
+            if lanes >> lane & 1 == 1 {
+                low = low.min(address);
+                high = high.max(address);
+            }
+        }
+        let region = self.find(warp, low, (high - low).checked_add(bytes as u64)?)?;
+        Some((Spot::new(region, low), low))
+    }
+
+    /// Whether all bytes have been written.
+    #[inline(always)]
+    pub(super) fn check_defined(
+        &self,
+        address: u64,
+        spot: Spot,
+        bytes: usize,
+        lane: usize,
+    ) -> Outcome<()> {
+        // SAFETY: `locate` found these bytes, so their marks exist.
+        if spot.marks.is_null()
+            || !self.check_initialised
+            || unsafe { all_marked(spot.marks, bytes) }
+        {
+            return Ok(());
+        }
+        Err(self.undefined(address, spot, bytes, lane))
+    }
+
+    #[cold]
+    fn undefined(&self, address: u64, spot: Spot, bytes: usize, lane: usize) -> Box<Stop> {
+        // SAFETY: `locate` found these bytes, so their marks exist.
+        let is_unset = |at: &u64| unsafe { !all_marked(spot.add(*at).marks, 1) };
+        let address = address + (0..bytes as u64).find(is_unset).unwrap_or(0);
+        let stop = Stop::new(
+            FaultKind::UninitialisedRead,
+            "reads memory that nobody wrote",
+        );
+        stop.at(address, self.memory.describe(address))
+            .at_lane(lane)
+    }
+
+    pub(super) fn load_global(
+        &mut self,
+        warp: &mut Warp,
+        i: &Instruction,
+        access: Access,
+        addresses: &Addresses,
+        lanes: u32,
+    ) -> Outcome<()> {
+        let (size, bytes) = (usize::from(access.size), access.bytes());
+        let Some((spot, low)) = self.span(warp, addresses, lanes, bytes) else {
+            // In several allocations, or outside: lane by lane.
+            for lane in set(lanes) {
+                let spot = self.locate(warp, addresses[lane], bytes, lane, "reads")?;
+                self.check_defined(addresses[lane], spot, bytes, lane)?;
+                self.load_spots(
+                    warp,
+                    i,
+                    access,
+                    addresses,
+                    1 << lane,
+                    (spot, addresses[lane]),
+                );
+            }
+            return Ok(());
+        };
+        if self.check_initialised && !spot.marks.is_null() {
+            for lane in set(lanes) {
+                self.check_defined(
+                    addresses[lane],
+                    spot.add(addresses[lane] - low),
+                    bytes,
+                    lane,
+                )?;
+            }
+        }
+        debug_assert!(size <= 8);
+        self.load_spots(warp, i, access, addresses, lanes, (spot, low));
+        Ok(())
+    }
+
+    /// Loads from bytes that exist.
+    fn load_spots(
+        &self,
+        warp: &mut Warp,
+        i: &Instruction,
+        access: Access,
+        addresses: &Addresses,
+        lanes: u32,
+        base: (Spot, u64),
+    ) {
+        let (spot, low) = base;
+        sized!(access.size, T => {
+            for element in 0..usize::from(access.count) {
+                let offset = (element * size_of::<T>()) as u64;
+                let read = |lane: usize| {
+                    // SAFETY: the caller found the bytes; they are aligned as the address is.
+                    unsafe { T::read(spot.add(addresses[lane] - low + offset).data) }
+                };
+                warp.fill(i.slots[element], lanes, access, read);
+            }
+        });
+    }
+
+    pub(super) fn store_global(
+        &mut self,
+        warp: &mut Warp,
+        i: &Instruction,
+        access: Access,
+        addresses: &Addresses,
+        lanes: u32,
+    ) -> Outcome<()> {
+        let bytes = access.bytes();
+        match self.span(warp, addresses, lanes, bytes) {
+            Some(base) => store_spots(warp, i, access, addresses, lanes, base),
+            None => {
+                for lane in set(lanes) {
+                    let spot = self.locate(warp, addresses[lane], bytes, lane, "writes")?;
+                    store_spots(
+                        warp,
+                        i,
+                        access,
+                        addresses,
+                        1 << lane,
+                        (spot, addresses[lane]),
+                    );
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Stores to bytes that exist.
+fn store_spots(
+    warp: &Warp,
+    i: &Instruction,
+    access: Access,
+    addresses: &Addresses,
+    lanes: u32,
+    base: (Spot, u64),
+) {
+    let (spot, low) = base;
+    sized!(access.size, T => {
+        for element in 0..usize::from(access.count) {
+            let offset = (element * size_of::<T>()) as u64;
+            let slot = i.slots[1 + element];
+            for lane in set(lanes) {
+                let value = T::narrow(warp.value(slot, lane, access.wide));
+                // SAFETY: the caller found the bytes; they are aligned as the address is.
+                unsafe { value.write(spot.add(addresses[lane] - low + offset).data) }
+            }
+        }
+    });
+    if !spot.marks.is_null() {
+        for lane in set(lanes) {
+            // SAFETY: the caller found the bytes.
+            unsafe { spot.add(addresses[lane] - low).mark(access.bytes()) }
+        }
+    }
+}
