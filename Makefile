@@ -27,10 +27,11 @@ lint:
 	$(CARGO) clippy --locked --no-default-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps
 
-## Measures this machine: kernels, then the whole engine.
+## Measures this machine: kernels, then the whole engine. More of a GPU: scripts/gpu/bench.
 bench: model
 	$(CARGO) bench --locked --bench cpu_linear
 	$(CARGO) bench --locked --bench cpu_step
+	$(CARGO) bench --locked --bench kernels
 	$(CARGO) build --release --locked
 	./target/release/quell bench --model $(MODEL)
 
