@@ -84,8 +84,7 @@ impl Block<'_> {
                     self.check_defined(from[lane], spot, wanted, lane)?;
                 } else {
                     for byte in 0..wanted as u64 {
-                        let spot = self.locate(warp, from[lane] + byte, 1, lane, "copies")?;
-                        self.check_defined(from[lane] + byte, spot, 1, lane)?;
+                        self.check_defined(from[lane] + byte, spot.add(byte), 1, lane)?;
                     }
                 }
                 copy.from[lane] = spot.data;

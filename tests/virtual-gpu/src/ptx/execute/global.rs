@@ -32,7 +32,7 @@ impl Spot {
     }
 
     #[inline(always)]
-    fn add(self, offset: u64) -> Self {
+    pub(super) fn add(self, offset: u64) -> Self {
         let marks = if self.marks.is_null() {
             self.marks
         } else {
@@ -59,6 +59,7 @@ impl Spot {
 
 impl Block<'_> {
     /// The bytes at a global address.
+    #[inline]
     pub(super) fn locate(
         &self,
         warp: &mut Warp,
@@ -80,6 +81,7 @@ impl Block<'_> {
     }
 
     /// The region that holds all these bytes; the last one that was found is tried first.
+    #[inline(always)]
     fn find(&self, warp: &mut Warp, address: u64, bytes: u64) -> Option<&Region> {
         let hinted = self
             .memory
@@ -151,7 +153,7 @@ impl Block<'_> {
         addresses: &Addresses,
         lanes: u32,
     ) -> Outcome<()> {
-        let (size, bytes) = (usize::from(access.size), access.bytes());
+        let bytes = access.bytes();
         let Some((spot, low)) = self.span(warp, addresses, lanes, bytes) else {
             // In several allocations, or outside: lane by lane.
             for lane in set(lanes) {
@@ -178,7 +180,6 @@ impl Block<'_> {
                 )?;
             }
         }
-        debug_assert!(size <= 8);
         self.load_spots(warp, i, access, addresses, lanes, (spot, low));
         Ok(())
     }

@@ -18,22 +18,88 @@ pub fn multiply(file: &mut Registers, i: &Instruction, depth: u8, brain: bool) {
         // SAFETY: the processor has what the function is compiled for.
         return unsafe { multiply_vector(file, i, depth, brain) };
     }
-    multiply_typed(file, i, depth, brain);
+    multiply_typed(file, i, depth, brain, add_products, add_products);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
 fn multiply_vector(file: &mut Registers, i: &Instruction, depth: u8, brain: bool) {
-    multiply_typed(file, i, depth, brain);
+    // In here, so that they are called with the same features.
+    let one = |a: &Halves<1>, b: &Halves<1>, sums: &mut Sums| add_products_vector(a, b, sums);
+    let two = |a: &Halves<2>, b: &Halves<2>, sums: &mut Sums| add_products_vector(a, b, sums);
+    multiply_typed(file, i, depth, brain, one, two);
 }
 
 #[inline(always)]
-fn multiply_typed(file: &mut Registers, i: &Instruction, depth: u8, brain: bool) {
+fn multiply_typed(
+    file: &mut Registers,
+    i: &Instruction,
+    depth: u8,
+    brain: bool,
+    one: impl Fn(&Halves<1>, &Halves<1>, &mut Sums),
+    two: impl Fn(&Halves<2>, &Halves<2>, &mut Sums),
+) {
     match (depth, brain) {
-        (16, true) => multiply_body::<Brain, 2>(file, i),
-        (16, false) => multiply_body::<Half, 2>(file, i),
-        (_, true) => multiply_body::<Brain, 1>(file, i),
-        (_, false) => multiply_body::<Half, 1>(file, i),
+        (16, true) => multiply_body::<Brain, 2>(file, i, two),
+        (16, false) => multiply_body::<Half, 2>(file, i, two),
+        (_, true) => multiply_body::<Brain, 1>(file, i, one),
+        (_, false) => multiply_body::<Half, 1>(file, i, one),
+    }
+}
+
+/// By eight of k: the lower and the upper halves of a register.
+type Halves<const EIGHTS: usize> = [[[f32; LANES]; 2]; EIGHTS];
+
+/// Eight rows of results: the even columns, then the odd ones.
+type Sums = [[f32; 8]; 8];
+
+/// Adds the products to the sums, by ascending k. Row r of a has its column 2 t (and 2 t + 1)
+/// at place 4 r + t of the lower (and upper) halves; row 2 t of b is at 8 t.
+fn add_products<const EIGHTS: usize>(a: &Halves<EIGHTS>, b: &Halves<EIGHTS>, sums: &mut Sums) {
+    for (row, sums) in sums.iter_mut().enumerate() {
+        for (a, b) in a.iter().zip(b) {
+            for t in 0..4 {
+                for half in 0..2 {
+                    for at in 0..8 {
+                        sums[at] += a[half][row * 4 + t] * b[half][t * 8 + at];
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// [`add_products`] with vectors, of which a compiler does not think by itself.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn add_products_vector<const EIGHTS: usize>(
+    a: &Halves<EIGHTS>,
+    b: &Halves<EIGHTS>,
+    sums: &mut Sums,
+) {
+    use std::arch::x86_64::{
+        _mm256_add_ps, _mm256_loadu_ps, _mm256_mul_ps, _mm256_set1_ps, _mm256_storeu_ps,
+    };
+    for (group, sums) in sums.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+        // SAFETY: each row of sums has the eight numbers that are loaded.
+        let mut totals =
+            [0, 1, 2, 3].map(|row: usize| unsafe { _mm256_loadu_ps(sums[row].as_ptr()) });
+        for (a, b) in a.iter().zip(b) {
+            for t in 0..4 {
+                for half in 0..2 {
+                    // SAFETY: t is at most 3, so 8 t + 7 is within the 32 numbers.
+                    let b = unsafe { _mm256_loadu_ps(b[half].as_ptr().add(t * 8)) };
+                    for (row, total) in totals.iter_mut().enumerate() {
+                        let a = _mm256_set1_ps(a[half][(group * 4 + row) * 4 + t]);
+                        *total = _mm256_add_ps(*total, _mm256_mul_ps(a, b));
+                    }
+                }
+            }
+        }
+        for (sums, total) in sums.iter_mut().zip(totals) {
+            // SAFETY: a row of sums has eight numbers.
+            unsafe { _mm256_storeu_ps(sums.as_mut_ptr(), total) };
+        }
     }
 }
 
@@ -54,7 +120,11 @@ fn halves<S: Small>(words: &[u32; LANES]) -> [[f32; LANES]; 2] {
 /// g, the rows 2 t and 2 t + 1; of c and d, in row g, column 2 t in one register and 2 t + 1 in
 /// the next. So a row of results is kept as its even columns, then its odd ones.
 #[inline(always)]
-fn multiply_body<S: Small, const EIGHTS: usize>(file: &mut Registers, i: &Instruction) {
+fn multiply_body<S: Small, const EIGHTS: usize>(
+    file: &mut Registers,
+    i: &Instruction,
+    add: impl Fn(&Halves<EIGHTS>, &Halves<EIGHTS>, &mut Sums),
+) {
     let operands = &i.slots[4..];
     // By eight of k: the even rows of b, then the odd ones, each row as results are kept.
     let mut b = [[[0.0; LANES]; 2]; EIGHTS];
@@ -81,21 +151,15 @@ fn multiply_body<S: Small, const EIGHTS: usize>(file: &mut Registers, i: &Instru
         for (eight, a) in a.iter_mut().enumerate() {
             *a = halves::<S>(file.words(operands[2 * eight + lower]));
         }
-        for row in 0..8 {
-            let mut sums = [0.0; 8];
+        let mut sums = [[0.0; 8]; 8];
+        for (row, sums) in sums.iter_mut().enumerate() {
             for t in 0..4 {
                 sums[t] = f32::from_bits(even[row * 4 + t]);
                 sums[t + 4] = f32::from_bits(odd[row * 4 + t]);
             }
-            for (a, b) in a.iter().zip(&b) {
-                for t in 0..4 {
-                    for half in 0..2 {
-                        for at in 0..8 {
-                            sums[at] += a[half][row * 4 + t] * b[half][t * 8 + at];
-                        }
-                    }
-                }
-            }
+        }
+        add(&a, &b, &mut sums);
+        for (row, sums) in sums.iter().enumerate() {
             for t in 0..4 {
                 results[2 * lower][row * 4 + t] = canonical(sums[t]).to_bits();
                 results[2 * lower + 1][row * 4 + t] = canonical(sums[t + 4]).to_bits();
@@ -120,8 +184,10 @@ impl Block<'_> {
         at: usize,
     ) -> Outcome<()> {
         let addresses = *warp.file.words(i.slots[count]);
+        // All lanes read each row.
+        let stamp = self.shared.stamp(warp.visitor(32, at, false));
         for matrix in 0..count {
-            let mut rows = [[0u16; 8]; 8];
+            let mut rows = [[0u32; 4]; 8];
             for (r, row) in rows.iter_mut().enumerate() {
                 let lane = matrix * 8 + r;
                 let address = addresses[lane].wrapping_add(i.offset as u32) as usize;
@@ -133,26 +199,26 @@ impl Block<'_> {
                     return Err(stop.at(address as u64, "shared memory").at_lane(lane));
                 }
                 self.check_shared(address as u64, 16, lane)?;
-                let everybody = warp.visitor(32, at, false);
                 self.shared
-                    .read(address, 16, everybody)
+                    .read_as(address, 16, stamp)
                     .map_err(|c| self.shared_fault(c, lane, "reads"))?;
-                for (element, bytes) in row
+                for (word, bytes) in row
                     .iter_mut()
-                    .zip(self.shared.data[address..address + 16].chunks_exact(2))
+                    .zip(self.shared.data[address..address + 16].as_chunks().0)
                 {
-                    *element = u16::from_le_bytes([bytes[0], bytes[1]]);
+                    *word = u32::from_le_bytes(*bytes);
                 }
             }
             let words = warp.file.words_of_slot_mut(i.slots[matrix]);
+            if !transposed {
+                words.copy_from_slice(rows.as_flattened());
+                continue;
+            }
+            let element =
+                |row: usize, column: usize| rows[row][column / 2] >> (column % 2 * 16) & 0xffff;
             for (lane, word) in words.iter_mut().enumerate() {
-                let (line, first) = (lane / 4, lane % 4 * 2);
-                let (low, high) = if transposed {
-                    (rows[first][line], rows[first + 1][line])
-                } else {
-                    (rows[line][first], rows[line][first + 1])
-                };
-                *word = u32::from(low) | u32::from(high) << 16;
+                let (column, first) = (lane / 4, lane % 4 * 2);
+                *word = element(first, column) | element(first + 1, column) << 16;
             }
         }
         Ok(())
