@@ -28,6 +28,8 @@ pub struct Draft {
     pub action: Action,
     /// Destinations first.
     pub operands: Vec<Virtual>,
+    /// How many of them are destinations.
+    pub writes: usize,
     pub guard: Option<(Virtual, bool)>,
     pub offset: i32,
     pub place: Place,
@@ -320,6 +322,7 @@ impl<'a> Assembler<'a> {
         self.drafts.push(Draft {
             action,
             operands: [writes, reads].concat(),
+            writes: writes.len(),
             guard: self.guard,
             offset,
             place: self.place,
