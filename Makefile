@@ -10,26 +10,28 @@ demo: model
 	./target/release/quell generate --model $(MODEL) --chat --max-tokens 96 --stats \
 	    --prompt "Give me three tips for staying healthy."
 
-## Runs everything: unit, integration, golden and documentation tests, and the examples.
+## Runs everything: unit, integration, golden and documentation tests, the CUDA device on
+## the virtual GPU, and the examples.
 test: model
-	$(CARGO) test --locked
+	$(CARGO) test --locked --workspace
 	$(CARGO) test --locked --no-default-features --lib
 	$(CARGO) run --locked --release --example quickstart -- $(MODEL)
 	$(CARGO) run --locked --release --example batch -- $(MODEL)
 
 ## Formatting, lints and documentation.
 lint:
-	$(CARGO) fmt --check
-	$(CARGO) clippy --locked --all-targets -- -D warnings
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 	@# Without the tests, whose dependencies switch features on that the product needs itself.
 	$(CARGO) clippy --locked -- -D warnings
 	$(CARGO) clippy --locked --no-default-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps
 
-## Measures this machine: kernels, then the whole engine.
+## Measures this machine: kernels, then the whole engine. More of a GPU: scripts/gpu/bench.
 bench: model
 	$(CARGO) bench --locked --bench cpu_linear
 	$(CARGO) bench --locked --bench cpu_step
+	$(CARGO) bench --locked --bench kernels
 	$(CARGO) build --release --locked
 	./target/release/quell bench --model $(MODEL)
 

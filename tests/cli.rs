@@ -9,8 +9,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 fn quell(args: &[&str]) -> Output {
+    // On a machine with a GPU, too, these are tests of the program, not of the GPU.
     Command::new(env!("CARGO_BIN_EXE_quell"))
         .args(args)
+        .env("CUDA_VISIBLE_DEVICES", "")
         .output()
         .unwrap()
 }
@@ -247,6 +249,30 @@ fn bench_runs_on_random_weights_of_a_models_size() {
     assert_eq!(report["weights_format"], "Q8_0");
     assert_eq!(report["figures"].as_array().unwrap().len(), 2);
     assert!(report["figures"][1]["tokens_per_s"].as_f64().unwrap() > 0.0);
+
+    // The prompts of both streams do not fit in a step.
+    let report = json(&quell(&[
+        "bench",
+        "--random-weights",
+        &config,
+        "--device",
+        "cpu",
+        "--prompt",
+        "0",
+        "--generate",
+        "200",
+        "--decode-prompt",
+        "16",
+        "--concurrency",
+        "2",
+        "--repetitions",
+        "1",
+        "--max-batch-tokens",
+        "16",
+        "--format",
+        "json",
+    ]));
+    assert!(report["figures"][0]["tokens_per_s"].as_f64().unwrap() > 0.0);
 
     assert_refused(&["bench"], 2, &["--model"]);
     let both = ["bench", "--model", &config, "--random-weights", &config];

@@ -561,6 +561,21 @@ fn the_device_may_be_lost_at_every_driver_call() {
 }
 
 #[test]
+fn what_cannot_be_given_back_is_counted() {
+    let gpu = gpu::lock();
+    if gpu::is_real() {
+        return;
+    }
+    let mut device = CudaDevice::new(&options()).unwrap();
+    let matrix = device.allocate(16, 16, Precision::Full).unwrap();
+    assert_eq!(device.cleanup_errors(), 0);
+    gpu.fail("cuMemFree_v2", 1, 1);
+    drop(matrix);
+    assert_eq!(device.cleanup_errors(), 1);
+    device.allocate(16, 16, Precision::Full).unwrap();
+}
+
+#[test]
 fn a_lost_device_says_so_from_then_on() {
     let gpu = gpu::lock();
     if gpu::is_real() {

@@ -37,8 +37,8 @@ fn rounded(activations: CudaActivations, value: f32) -> f32 {
 /// Half a step of the activation type at 1.
 fn epsilon(activations: CudaActivations) -> f64 {
     match activations {
-        CudaActivations::Bf16 => 2f64.powi(-9),
-        CudaActivations::F16 => 2f64.powi(-12),
+        CudaActivations::Bf16 => 2f64.powi(-8),
+        CudaActivations::F16 => 2f64.powi(-11),
     }
 }
 

@@ -395,11 +395,11 @@ fn blocks_of_the_cache_are_poisoned_and_copied_in_every_layer() {
     let shape = CacheShape {
         layers: 3,
         kv_heads: 2,
-        head_dim: 24,
+        head_dim: 32,
         blocks: 5,
         block_tokens: 16,
     };
-    let elements = 2 * 24 * 16;
+    let elements = 2 * 32 * 16;
     assert_eq!(device.cache_bytes(&shape), 2 * 2 * 3 * 5 * elements);
     let mut cache = device.allocate_cache(&shape).unwrap();
     device.poison(&mut cache, &[3, 1]).unwrap();

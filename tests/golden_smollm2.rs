@@ -6,46 +6,8 @@ mod golden;
 #[path = "common/model.rs"]
 mod model;
 
-use golden::{Case, Step, Tolerance, ids};
+use golden::{Tolerance, ids, smollm2_case, smollm2_reference};
 use quell::{Activations, CpuOptions, Engine, EngineConfig, LoadOptions, Message, Prompt};
-use serde_json::Value;
-use std::path::Path;
-
-fn reference() -> Vec<Value> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/fixtures/golden/smollm2-135m-instruct-q4_1.json");
-    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
-}
-
-fn case(value: &Value) -> Case {
-    let step = |step: &Value| {
-        let top = step["top"]
-            .as_array()
-            .map(Vec::as_slice)
-            .unwrap_or_default();
-        let entry = |entry: &Value| {
-            (
-                entry[0].as_u64().unwrap() as u32,
-                entry[1].as_f64().unwrap() as f32,
-            )
-        };
-        Step {
-            token: step["token"].as_u64().unwrap() as u32,
-            margin: step["margin"].as_f64().unwrap() as f32,
-            top: top.iter().map(entry).collect(),
-        }
-    };
-    Case {
-        name: value["name"].as_str().unwrap().to_owned(),
-        prompt: ids(&value["prompt_ids"]),
-        steps: value["steps"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(step)
-            .collect(),
-    }
-}
 
 fn engine(activations: Activations) -> Engine {
     let config = EngineConfig {
@@ -71,8 +33,13 @@ fn engine(activations: Activations) -> Engine {
 fn check(activations: Activations, mean_allowed: f32, tolerance: Tolerance) {
     let engine = engine(activations);
     let mut errors = Vec::new();
-    for value in reference() {
-        errors.extend(golden::check(&engine, &case(&value), 1024, tolerance));
+    for value in smollm2_reference() {
+        errors.extend(golden::check(
+            &engine,
+            &smollm2_case(&value),
+            1024,
+            tolerance,
+        ));
     }
     assert_eq!(
         errors.len(),
@@ -115,7 +82,7 @@ fn int8_activations_agree_with_transformers() {
 #[test]
 fn prompts_become_the_reference_token_ids() {
     let engine = engine(Activations::Auto);
-    for value in reference() {
+    for value in smollm2_reference() {
         let text = Prompt::Text(value["text"].as_str().unwrap().to_owned());
         assert_eq!(engine.tokenize(&text).unwrap(), ids(&value["prompt_ids"]));
         if let Some(messages) = value.get("messages") {

@@ -115,6 +115,20 @@ fn unsafe_code_is_in_devices_and_the_file_map_only() {
 }
 
 #[test]
+fn cudarc_stays_in_the_cuda_device() {
+    let mut users = 0;
+    for (_, path, text) in files() {
+        if text.contains("cudarc::") {
+            users += 1;
+            let components: Vec<_> = path.components().map(|part| part.as_os_str()).collect();
+            let inside = components.windows(2).any(|pair| pair == ["device", "cuda"]);
+            assert!(inside, "{} uses cudarc", path.display());
+        }
+    }
+    assert!(users > 0, "nobody was found: the test reads nothing");
+}
+
+#[test]
 fn tokio_and_locks_stay_on_the_callers_side() {
     for (module, path, text) in files() {
         let callers_side = ["handle.rs", "session.rs", "stream.rs"]

@@ -28,6 +28,18 @@ pub fn run(bench: &mut Bench, shape: &Shape) -> Result<(), DeviceError> {
     Ok(())
 }
 
+/// The shape of attention in numbers.
+fn sizes(shape: &Shape, sequences: usize, new: usize, cached: usize) -> Vec<(&'static str, usize)> {
+    vec![
+        ("sequences", sequences),
+        ("new", new),
+        ("tokens", cached + new),
+        ("q_heads", shape.heads.q_heads),
+        ("kv_heads", shape.heads.kv_heads),
+        ("head_dim", shape.heads.head_dim),
+    ]
+}
+
 /// Bytes of keys and values of one token in one layer.
 fn token_bytes(shape: &Shape) -> usize {
     2 * shape.heads.kv_heads * shape.heads.head_dim * 2
@@ -133,6 +145,7 @@ fn decode(
         kernel: "attend decode".to_owned(),
         shape: format!("{} {sequences} × {cached} tokens", shape.name),
         rows: sequences,
+        sizes: sizes(shape, sequences, 1, cached - 1),
         bytes: sequences * (cached * token_bytes(shape) + 4 * heads.q_columns()),
         operations: 4 * sequences * cached * heads.q_columns(),
     };
@@ -164,6 +177,7 @@ fn prefill(bench: &mut Bench, shape: &Shape, new: usize, cached: usize) -> Resul
         kernel: "attend prefill".to_owned(),
         shape: format!("{} {new} after {cached}", shape.name),
         rows: new,
+        sizes: sizes(shape, 1, new, cached),
         bytes: (cached + new) * token_bytes(shape) + new * 4 * heads.q_columns(),
         operations: 4 * pairs * heads.q_columns(),
     };
@@ -177,6 +191,7 @@ fn prefill(bench: &mut Bench, shape: &Shape, new: usize, cached: usize) -> Resul
             kernel: "rope_store".to_owned(),
             shape: format!("{} {} columns", shape.name, heads.qkv_columns()),
             rows: new,
+            sizes: sizes(shape, 1, new, cached),
             bytes: new * (4 * heads.q_columns() + 3 * token_bytes(shape)),
             operations: 0,
         };
@@ -201,6 +216,7 @@ fn failed(
         kernel: kernel.to_owned(),
         shape: shape.name.to_owned(),
         rows: 0,
+        sizes: Vec::new(),
         bytes: 0,
         operations: 0,
     };

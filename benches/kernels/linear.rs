@@ -123,6 +123,7 @@ fn work(
         kernel: kernel.to_owned(),
         shape: format!("{} {name} {outputs}×{inputs}", shape.name),
         rows,
+        sizes: vec![("outputs", outputs), ("inputs", inputs)],
         bytes: weights + rows * (2 * inputs + out * outputs),
         operations: 2 * rows * outputs * inputs,
     }
@@ -163,6 +164,12 @@ pub fn experts(bench: &mut Bench) -> Result<(), DeviceError> {
             kernel: "experts BF16".to_owned(),
             shape: format!("{name} {count} × {width}×{hidden}, {top_k} a row"),
             rows,
+            sizes: vec![
+                ("experts", count),
+                ("top_k", top_k),
+                ("width", width),
+                ("columns", hidden),
+            ],
             bytes: used * 3 * width * hidden * 2 + rows * hidden * 4,
             operations: rows * top_k * 6 * width * hidden,
         };

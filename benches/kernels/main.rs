@@ -1,9 +1,9 @@
 //! How near the CUDA kernels come to what the GPU can do: time by the GPU's clock, TB/s,
 //! TFLOP/s, and the share of the bandwidth that a copy reaches in the same run.
 //!
-//! `cargo bench --bench kernels [-- --format json] [--small] [--only KERNEL]`
+//! `cargo bench --bench kernels [-- --format json] [--small] [--only KERNEL] [--seconds N]`
 //!
-//! `--small` takes tiny shapes, to try the program out on the virtual GPU. Without a
+//! After N seconds nothing new is measured. `--small` takes tiny shapes, to try the program out on the virtual GPU. Without a
 //! usable GPU it says so and ends.
 
 #[path = "attention.rs"]
@@ -21,6 +21,7 @@ use quell::device::cuda::{CudaDevice, CudaOptions};
 use quell::device::{Device, DeviceError, DeviceLimits};
 use report::{Report, Work};
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 /// More than the L2 cache of any GPU: operands must be found in memory.
 const WORKING_SET: usize = 512 << 20;
@@ -34,6 +35,7 @@ pub struct Bench {
     pub report: Report,
     pub small: bool,
     only: Option<String>,
+    end: Option<Instant>,
 }
 
 impl Bench {
@@ -43,8 +45,12 @@ impl Bench {
         set.div_ceil(bytes.max(1)).clamp(1, 64)
     }
 
-    /// Whether this kernel was asked for.
-    pub fn wants(&self, kernel: &str) -> bool {
+    /// Whether this kernel was asked for, and there is time for it.
+    pub fn wants(&mut self, kernel: &str) -> bool {
+        if self.end.is_some_and(|end| Instant::now() > end) {
+            self.report.left_out(kernel);
+            return false;
+        }
         self.only
             .as_deref()
             .is_none_or(|only| kernel.contains(only))
@@ -85,6 +91,7 @@ pub fn values(count: usize) -> Vec<f32> {
 }
 
 fn run() -> Result<bool, DeviceError> {
+    let begin = Instant::now();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let has = |flag: &str| arguments.iter().any(|argument| argument == flag);
     let after = |flag: &str| {
@@ -92,6 +99,7 @@ fn run() -> Result<bool, DeviceError> {
         arguments.get(at + 1).cloned()
     };
     let small = has("--small");
+    let seconds = after("--seconds").and_then(|seconds| seconds.parse().ok());
     let options = CudaOptions {
         graphs: false,
         ..CudaOptions::default()
@@ -128,6 +136,7 @@ fn run() -> Result<bool, DeviceError> {
         report,
         small,
         only: after("--only"),
+        end: seconds.map(|seconds| begin + Duration::from_secs(seconds)),
     };
     for shape in shapes {
         linear::run(&mut bench, shape)?;

@@ -2,12 +2,15 @@
 
 use quell::device::{DeviceError, DeviceInfo};
 use serde_json::{Value, json};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A measurement: which operation, and the least that it has to do.
 pub struct Work {
     pub kernel: String,
     pub shape: String,
     pub rows: usize,
+    /// The shape in numbers, for those who measure the same elsewhere.
+    pub sizes: Vec<(&'static str, usize)>,
     /// Bytes that it must read and write at least.
     pub bytes: usize,
     /// Floating-point operations that it must do at least; 0 where they do not matter.
@@ -22,6 +25,7 @@ pub struct Report {
     json: bool,
     measured: Vec<Value>,
     failed: Vec<String>,
+    left_out: BTreeSet<String>,
 }
 
 impl Report {
@@ -41,6 +45,7 @@ impl Report {
             json,
             measured: Vec::new(),
             failed: Vec::new(),
+            left_out: BTreeSet::new(),
         }
     }
 
@@ -50,6 +55,7 @@ impl Report {
             kernel,
             shape,
             rows,
+            sizes,
             bytes,
             operations,
         } = work;
@@ -79,6 +85,7 @@ impl Report {
             "kernel": kernel,
             "shape": shape,
             "rows": rows,
+            "sizes": sizes.into_iter().collect::<BTreeMap<_, _>>(),
             "microseconds": seconds * 1e6,
             "fastest": times[0] * 1e6,
             "slowest": times[times.len() - 1] * 1e6,
@@ -90,6 +97,13 @@ impl Report {
         }));
     }
 
+    /// Notes that there was no time for a kernel.
+    pub fn left_out(&mut self, kernel: &str) {
+        if self.left_out.insert(kernel.to_owned()) {
+            eprintln!("kernels: no time was left for all shapes of {kernel}");
+        }
+    }
+
     /// Prints what is left to print; whether everything could be measured.
     pub fn finish(self) -> bool {
         if self.json {
@@ -99,6 +113,7 @@ impl Report {
                 "copy_tb_per_s": self.bandwidth / 1e12,
                 "kernels": self.measured,
                 "failed": self.failed,
+                "left_out": self.left_out,
             });
             println!("{report:#}");
         }

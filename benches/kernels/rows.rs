@@ -20,6 +20,7 @@ fn work(kernel: &str, shape: &Shape, columns: usize, rows: usize, bytes: usize) 
         kernel: kernel.to_owned(),
         shape: format!("{} {columns} columns", shape.name),
         rows,
+        sizes: vec![("columns", columns)],
         bytes,
         operations: 0,
     }

@@ -135,7 +135,7 @@ pub struct RunArgs {
     kv_cache_mib: Option<usize>,
     /// Tokens of one step, decodes and prompt chunks together.
     #[arg(long, value_name = "N", default_value_t = 512)]
-    max_batch_tokens: usize,
+    pub max_batch_tokens: usize,
     /// Longest sequence, prompt and answer together [default: the model's own limit].
     #[arg(long, value_name = "N")]
     context: Option<usize>,
@@ -188,6 +188,11 @@ impl ModelArgs {
 impl RunArgs {
     /// Loads a model and starts its engine, with a progress bar on a terminal.
     pub fn start(&self, files: ModelFiles) -> Result<Engine, CliError> {
+        self.start_with(files, self.config()?)
+    }
+
+    /// The same with other settings than the arguments'.
+    pub fn start_with(&self, files: ModelFiles, config: EngineConfig) -> Result<Engine, CliError> {
         let bar = progress::bar(0, "loading");
         let ticks = bar.clone();
         let options = LoadOptions {
@@ -197,7 +202,7 @@ impl RunArgs {
             })),
             ..self.options()?
         };
-        let engine = Engine::from_files(files, self.config()?, options);
+        let engine = Engine::from_files(files, config, options);
         bar.finish_and_clear();
         Ok(engine?)
     }

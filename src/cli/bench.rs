@@ -6,10 +6,11 @@ use super::progress;
 use clap::{Args, ValueEnum};
 use quell::runner::ModelFiles;
 use quell::weights::DType;
-use quell::{Engine, Request};
+use quell::{Engine, EngineConfig, Request, TokenStream};
 use serde_json::{Value, json};
 use std::io::Write;
 use std::path::PathBuf;
+use std::time::Instant;
 
 /// Measure prefill and decode speed.
 #[derive(Debug, Args)]
@@ -24,6 +25,9 @@ pub struct BenchArgs {
     /// Tokens that each stream decodes; 0 leaves decoding out.
     #[arg(long, value_name = "N", default_value_t = 128)]
     generate: usize,
+    /// Tokens that each stream has when it begins to decode.
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    decode_prompt: usize,
     /// How many streams decode at once; a list, separated by commas.
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_values_t = [1, 16, 32])]
     concurrency: Vec<usize>,
@@ -135,21 +139,35 @@ enum Phase {
     Decode,
 }
 
-/// Tokens of the prompts from which streams decode.
-const DECODE_PROMPT: usize = 16;
+impl BenchArgs {
+    /// Tokens that the first of so many streams may decode before the last one begins: 0
+    /// when one step takes the prompts of all of them.
+    fn lead(&self, streams: usize) -> usize {
+        let steps = (streams * self.decode_prompt).div_ceil(self.run.max_batch_tokens);
+        // Decoding takes a part of each step.
+        if steps <= 1 { 0 } else { 2 * steps + 4 }
+    }
+}
 
 /// Runs the subcommand.
 pub fn run(args: BenchArgs) -> Result<(), CliError> {
-    if args.repetitions == 0 || args.concurrency.contains(&0) {
-        let problem = "--repetitions and each entry of --concurrency must be at least 1";
+    if args.repetitions == 0 || args.decode_prompt == 0 || args.concurrency.contains(&0) {
+        let problem =
+            "--repetitions, --decode-prompt and each entry of --concurrency must be at least 1";
         return Err(CliError::Usage(problem.to_owned()));
     }
     if args.generate == 1 {
         let problem = "--generate is 1, but must be 0 or at least 2: the first token is prefill";
         return Err(CliError::Usage(problem.to_owned()));
     }
-    args.run.config()?;
-    let engine = args.run.start(args.model.open()?)?;
+    let settings = args.run.config()?;
+    let most = args.concurrency.iter().max().copied().unwrap_or(1);
+    let config = EngineConfig {
+        // Streams that are not read while others are must not be paused.
+        stream_buffer: args.generate + args.lead(most),
+        ..settings
+    };
+    let engine = args.run.start_with(args.model.open()?, config)?;
     let mut figures = Vec::new();
     if args.prompt > 0 {
         figures.push(Figure {
@@ -190,27 +208,24 @@ fn measure(
     args: &BenchArgs,
     round: u64,
 ) -> Result<f64, CliError> {
-    let vocabulary = engine.info().vocabulary as u64;
     let (prompt, tokens) = match figure.phase {
         Phase::Prefill => (args.prompt, 1),
-        Phase::Decode => (DECODE_PROMPT, args.generate),
+        Phase::Decode => (
+            args.decode_prompt,
+            args.generate + args.lead(figure.streams),
+        ),
     };
-    let streams: Vec<_> = (0..figure.streams)
+    let streams = (0..figure.streams)
         .map(|stream| {
-            let mut state = round * 7919 + stream as u64 + 1;
-            let ids: Vec<u32> = (0..prompt)
-                .map(|_| {
-                    state = state
-                        .wrapping_mul(6_364_136_223_846_793_005)
-                        .wrapping_add(1);
-                    ((state >> 33) % vocabulary) as u32
-                })
-                .collect();
+            let ids = random_ids(engine, round * 7919 + stream as u64 + 1, prompt);
             let mut request = Request::new(ids).greedy().max_tokens(tokens);
             request.ignore_eos = true;
-            engine.generate(request)
+            Ok(engine.generate(request)?)
         })
-        .collect::<Result<_, _>>()?;
+        .collect::<Result<Vec<_>, CliError>>()?;
+    if figure.phase == Phase::Decode && args.lead(figure.streams) > 0 {
+        return decode_rate(engine, streams, args.generate);
+    }
     let mut first = 0.0f64;
     let mut total = 0.0f64;
     for stream in streams {
@@ -222,6 +237,58 @@ fn measure(
         Phase::Prefill => prompt as f64 / first,
         Phase::Decode => (figure.streams * (tokens - 1)) as f64 / (total - first),
     })
+}
+
+/// Tokens a second from the moment when all streams decode until the last of them has
+/// `count` tokens.
+fn decode_rate(
+    engine: &Engine,
+    mut streams: Vec<TokenStream>,
+    count: usize,
+) -> Result<f64, CliError> {
+    for stream in &mut streams {
+        read_tokens(stream, 1)?;
+    }
+    let (begin, before) = (Instant::now(), engine.stats()?.tokens_generated);
+    if let Some(last) = streams.last_mut() {
+        read_tokens(last, count - 1)?;
+    }
+    let after = engine.stats()?.tokens_generated;
+    let seconds = begin.elapsed().as_secs_f64();
+    for stream in streams {
+        // The next measurement begins with an idle engine.
+        stream.cancel().wait()?;
+    }
+    if after == before {
+        let problem = "--generate is too small: the streams ended before they could be measured";
+        return Err(CliError::Usage(problem.to_owned()));
+    }
+    Ok((after - before) as f64 / seconds)
+}
+
+/// Prompt `number`, always the same.
+fn random_ids(engine: &Engine, number: u64, length: usize) -> Vec<u32> {
+    let vocabulary = engine.info().vocabulary as u64;
+    let mut state = number;
+    let next = |_| {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        ((state >> 33) % vocabulary) as u32
+    };
+    (0..length).map(next).collect()
+}
+
+/// Waits for the next `count` tokens of a stream.
+fn read_tokens(stream: &mut TokenStream, mut count: usize) -> Result<(), CliError> {
+    while count > 0 {
+        let Some(chunk) = stream.next_blocking() else {
+            let problem = "a stream ended before it had all its tokens; --context is too small";
+            return Err(CliError::Usage(problem.to_owned()));
+        };
+        count -= usize::from(chunk?.token.is_some());
+    }
+    Ok(())
 }
 
 fn report(engine: &Engine, args: &BenchArgs, rows: &[(&Figure, Vec<f64>)]) -> Result<(), CliError> {

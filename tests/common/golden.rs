@@ -68,6 +68,44 @@ pub fn tiny_cases(name: &str) -> Vec<Case> {
         .collect()
 }
 
+/// The reference for the demo's model: one value a case.
+pub fn smollm2_reference() -> Vec<Value> {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures/golden/smollm2-135m-instruct-q4_1.json");
+    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
+/// A case of it.
+pub fn smollm2_case(value: &Value) -> Case {
+    let step = |step: &Value| {
+        let top = step["top"]
+            .as_array()
+            .map(Vec::as_slice)
+            .unwrap_or_default();
+        let entry = |entry: &Value| {
+            (
+                entry[0].as_u64().unwrap() as u32,
+                entry[1].as_f64().unwrap() as f32,
+            )
+        };
+        Step {
+            token: step["token"].as_u64().unwrap() as u32,
+            margin: step["margin"].as_f64().unwrap() as f32,
+            top: top.iter().map(entry).collect(),
+        }
+    };
+    Case {
+        name: value["name"].as_str().unwrap().to_owned(),
+        prompt: ids(&value["prompt_ids"]),
+        steps: value["steps"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(step)
+            .collect(),
+    }
+}
+
 /// The largest error that transformers itself makes on a tiny checkpoint in another
 /// type than float32.
 pub fn transformers_error(name: &str, dtype: &str) -> f32 {

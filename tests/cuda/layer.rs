@@ -43,7 +43,7 @@ pub fn decoded(activations: CudaActivations, bits: u16) -> f32 {
     }
 }
 
-/// Half the distance of neighbouring numbers below 2, relative to 1.
+/// The largest error of a number that is rounded to activations, relative to it.
 pub fn rounding(activations: CudaActivations) -> f64 {
     match activations {
         CudaActivations::Bf16 => 1.0 / 256.0,

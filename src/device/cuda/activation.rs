@@ -29,30 +29,14 @@ impl CudaDevice {
         let (wide, narrow) = ((rows, 2 * columns), (rows, columns));
         require_shape(NAME, "gate and up", gate_up, wide, Precision::Activation)?;
         require_shape(NAME, "the result", out, narrow, Precision::Activation)?;
-        self.gate(gate_up.ptr(), activation, rows, columns, out.ptr())
-    }
-
-    /// `out = activation(gate) · up` for `rows` rows of `columns` results.
-    pub(super) fn gate(
-        &self,
-        gate_up: Ptr,
-        activation: Activation,
-        rows: usize,
-        columns: usize,
-        out: Ptr,
-    ) -> Result<(), DeviceError> {
-        let gelu = match activation {
-            Activation::Silu => 0,
-            Activation::GeluTanh => 1,
-        };
         self.activation.gated_activation(
             &self.context,
             vector_grid(rows * columns),
-            out,
-            gate_up,
+            out.ptr(),
+            gate_up.ptr(),
             rows as u32,
             columns as u32,
-            gelu,
+            u32::from(activation == Activation::GeluTanh),
         )
     }
 

@@ -7,7 +7,9 @@
 use super::context::Context;
 use super::error::{require, unsupported};
 use super::images::Modules;
-use super::launch::{Grid, Signature, kernels};
+#[cfg(test)]
+use super::launch::Signature;
+use super::launch::{Grid, kernels};
 use super::memory::{CudaTensor, Ptr, Scratch};
 use super::norm::require_shape;
 use super::step::{Ends, UNIT};
@@ -81,7 +83,9 @@ pub(super) struct AttentionKernels {
 }
 
 impl AttentionKernels {
+    #[cfg(test)]
     pub(super) const FILE: &'static str = Kernels::FILE;
+    #[cfg(test)]
     pub(super) const SIGNATURES: &'static [Signature] = Kernels::SIGNATURES;
 
     pub(super) fn load(modules: &Modules) -> Result<Self, DeviceError> {
@@ -109,8 +113,8 @@ pub(super) fn require_head_dim(head_dim: usize) -> Result<(), DeviceError> {
 /// with 16 bytes beside each.
 fn decode_shared(head_dim: usize) -> usize {
     let slots = match head_dim {
-        ..=64 => 8,
-        ..=128 => 4,
+        0..=64 => 8,
+        65..=128 => 4,
         _ => 2,
     };
     WARPS * slots * 16 * (2 * head_dim + 16)
@@ -120,7 +124,7 @@ fn decode_shared(head_dim: usize) -> usize {
 /// large heads the float32 sums of all rows.
 fn prefill_shared(head_dim: usize) -> usize {
     let (slots, sums) = match head_dim {
-        ..=128 => (4, 0),
+        0..=128 => (4, 0),
         _ => (2, WARPS * WARP_ROWS * head_dim * 4),
     };
     slots * 32 * (2 * head_dim + 16) + sums
@@ -355,6 +359,8 @@ mod tests {
         let error = require_head_dim(48).unwrap_err().to_string();
         assert!(error.contains("heads of 48 elements"), "{error}");
         assert!(error.contains("16, 32, 64, 80, 96, 128, 256"), "{error}");
-        HEAD_DIMS.map(|head_dim| require_head_dim(head_dim).unwrap());
+        for head_dim in HEAD_DIMS {
+            require_head_dim(head_dim).unwrap();
+        }
     }
 }

@@ -4,6 +4,7 @@
 //! the activation type; all arrays one after the other.
 
 use super::CudaDevice;
+use super::attention::require_head_dim;
 use super::error::{require, unsupported};
 use super::launch::{Grid, kernels};
 use super::memory::{Buffer, Ptr};
@@ -121,10 +122,7 @@ impl CudaDevice {
             let what = format!("blocks of {} tokens", shape.block_tokens);
             return Err(unsupported(what, "a block is a multiple of 16 tokens"));
         }
-        if shape.head_dim == 0 || !shape.head_dim.is_multiple_of(8) {
-            let what = format!("heads of {} elements", shape.head_dim);
-            return Err(unsupported(what, "a head has a multiple of 8 elements"));
-        }
+        require_head_dim(shape.head_dim)?;
         let slots = shape.blocks.checked_mul(shape.block_tokens);
         let countable = slots.is_some_and(|slots| slots < u32::MAX as usize)
             && shape.layers <= 1 << 14

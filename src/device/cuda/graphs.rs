@@ -51,7 +51,6 @@ pub(super) struct Graphs {
     current: Option<StepKey>,
     /// What its operations' memory can hold.
     ends: Option<Ends>,
-    replays: u64,
 }
 
 impl Graphs {
@@ -73,7 +72,6 @@ impl Graphs {
                 self.current = None;
                 step.require_within(graph.ends, "stage")?;
                 graph.launch(context)?;
-                self.replays += 1;
                 return Ok(Staged::Replayed);
             }
             Some(Record::Warm) => self.record(context, key),
@@ -162,11 +160,6 @@ impl Graphs {
             }
         }
         Ok(())
-    }
-
-    /// Steps that were replayed so far.
-    pub(super) fn replays(&self) -> u64 {
-        self.replays
     }
 }
 

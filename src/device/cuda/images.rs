@@ -20,9 +20,7 @@ const PORTABLE_TARGET: &str = "compute_80";
 
 /// A loaded image.
 pub(super) struct Module {
-    /// `None` while this build has no image of the file: its kernels then fail when they
-    /// are launched.
-    module: Option<sys::CUmodule>,
+    module: sys::CUmodule,
     /// The portable image of the same file, which tells the kernels' parameters.
     ptx: &'static str,
     handle: Rc<Handle>,
@@ -37,9 +35,6 @@ impl Module {
         signatures: &[Signature],
     ) -> Result<Kernel, DeviceError> {
         const OPERATION: &str = "loading the kernels";
-        let Some(module) = self.module else {
-            return Ok(Kernel::new(None, name, Rc::clone(self)));
-        };
         let parameters = parameters(self.ptx, name)
             .ok_or_else(|| error::failed(OPERATION, format!("the image has no kernel {name}")))?;
         let declared = signatures.iter().find(|signature| signature.name == name);
@@ -52,21 +47,18 @@ impl Module {
         let entry = CString::new(name)
             .map_err(|_| error::failed(OPERATION, format!("{name} is not a name")))?;
         // SAFETY: the module is loaded.
-        let find = || unsafe { result::module::get_function(module, entry) };
+        let find = || unsafe { result::module::get_function(self.module, entry) };
         let function = self.handle.call(OPERATION, find)?;
-        Ok(Kernel::new(Some(function), name, Rc::clone(self)))
+        Ok(Kernel::new(function, name, Rc::clone(self)))
     }
 }
 
 impl Drop for Module {
     fn drop(&mut self) {
-        let Some(module) = self.module.take() else {
-            return;
-        };
         let handle = &self.handle;
         handle.drain();
         // SAFETY: loaded by `Modules`, unloaded once, and no kernel of it runs.
-        let unload = || unsafe { result::module::unload(module) };
+        let unload = || unsafe { result::module::unload(self.module) };
         handle.cleanup("unloading kernels", unload);
     }
 }
@@ -146,14 +138,7 @@ impl Modules {
                 format!("this build of quell has no image of {file} for {activations}"),
             )
         };
-        let Some(portable) = portable(file, self.activations) else {
-            let (module, ptx, handle) = (None, "", Rc::clone(&self.handle));
-            return Ok(Rc::new(Module {
-                module,
-                ptx,
-                handle,
-            }));
-        };
+        let portable = portable(file, self.activations).ok_or_else(missing)?;
         let text = portable.strip_suffix(&[0]).ok_or_else(missing)?;
         let ptx = std::str::from_utf8(text).map_err(|_| missing())?;
         let image = self.native(file).unwrap_or(portable);
@@ -161,7 +146,7 @@ impl Modules {
         // seen above.
         let load = || unsafe { result::module::load_data(image.as_ptr().cast()) };
         let module = Rc::new(Module {
-            module: Some(self.handle.call(OPERATION, load)?),
+            module: self.handle.call(OPERATION, load)?,
             ptx,
             handle: Rc::clone(&self.handle),
         });

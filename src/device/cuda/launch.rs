@@ -82,7 +82,7 @@ const DEFAULT_SHARED: u32 = 48 << 10;
 
 /// A kernel that was found in its image, with the parameters that were declared.
 pub(super) struct Kernel {
-    function: Option<sys::CUfunction>,
+    function: sys::CUfunction,
     name: &'static str,
     /// Dynamic shared memory that the kernel may have by now.
     allowed_shared: Cell<u32>,
@@ -92,11 +92,7 @@ pub(super) struct Kernel {
 
 impl Kernel {
     /// A function of `module`, whose parameters were checked.
-    pub(super) fn new(
-        function: Option<sys::CUfunction>,
-        name: &'static str,
-        module: Rc<Module>,
-    ) -> Self {
+    pub(super) fn new(function: sys::CUfunction, name: &'static str, module: Rc<Module>) -> Self {
         Self {
             function,
             name,
@@ -120,9 +116,6 @@ impl Kernel {
             threads,
             shared,
         } = grid;
-        let function = self
-            .function
-            .ok_or_else(|| error::failed(self.name, "this build of quell has no image of it"))?;
         if blocks.contains(&0) {
             return Ok(());
         }
@@ -136,7 +129,7 @@ impl Kernel {
                 sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: the function belongs to the module that `self` holds.
             let allow = || unsafe {
-                result::function::set_function_attribute(function, attribute, shared as i32)
+                result::function::set_function_attribute(self.function, attribute, shared as i32)
             };
             context.call(self.name, allow)?;
             self.allowed_shared.set(shared);
@@ -148,7 +141,7 @@ impl Kernel {
         // the driver copies before it returns.
         let launch = || unsafe {
             let (blocks, threads) = ((x, y, z), (tx, ty, tz));
-            result::launch_kernel(function, blocks, threads, shared, stream, arguments)
+            result::launch_kernel(self.function, blocks, threads, shared, stream, arguments)
         };
         context.call(self.name, launch)
     }

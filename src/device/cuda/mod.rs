@@ -10,7 +10,6 @@
 //! attention is cut into units of 128 keys at fixed positions.
 
 #![deny(unsafe_op_in_unsafe_fn, missing_docs)]
-#![allow(dead_code, reason = "parts are being added")]
 
 mod activation;
 mod attention;
@@ -159,6 +158,11 @@ impl CudaDevice {
             weight_bytes: 0,
             context,
         })
+    }
+
+    /// How many resources could not be given back; each was logged when it happened.
+    pub fn cleanup_errors(&self) -> u64 {
+        self.context.handle.errors.cleanup_errors()
     }
 
     /// A matrix that holds `values`, rounded to what the precision keeps. For tests

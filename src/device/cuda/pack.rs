@@ -135,11 +135,6 @@ impl Format {
         inputs.div_ceil(RECORD_INPUTS) * self.record_bytes()
     }
 
-    /// Bytes of a whole matrix.
-    pub(super) fn bytes(&self, outputs: usize, inputs: usize) -> usize {
-        outputs.div_ceil(RECORD_OUTPUTS) * self.eight_bytes(inputs)
-    }
-
     /// Stages of the tile of 16 rows.
     pub(super) fn stages(&self) -> usize {
         match self.bits {

@@ -5,7 +5,9 @@ use super::attention::require_heads;
 use super::context::Context;
 use super::error::{require, unsupported};
 use super::images::Modules;
-use super::launch::{Grid, Signature, kernels};
+#[cfg(test)]
+use super::launch::Signature;
+use super::launch::{Grid, kernels};
 use super::memory::{Buffer, CudaTensor, Ptr};
 use super::norm::require_shape;
 use super::step::Ends;
@@ -51,7 +53,9 @@ pub(super) struct RopeKernels {
 }
 
 impl RopeKernels {
+    #[cfg(test)]
     pub(super) const FILE: &'static str = Kernels::FILE;
+    #[cfg(test)]
     pub(super) const SIGNATURES: &'static [Signature] = Kernels::SIGNATURES;
 
     pub(super) fn load(modules: &Modules) -> Result<Self, DeviceError> {

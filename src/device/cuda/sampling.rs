@@ -68,6 +68,7 @@ pub(super) struct Sampler {
     downloads: Downloads,
     request: Request,
     partials: Scratch,
+    saved: Scratch,
     filters: Scratch,
 }
 
@@ -78,6 +79,7 @@ impl Sampler {
             downloads: Downloads::default(),
             request: Request::default(),
             partials: Scratch::default(),
+            saved: Scratch::default(),
             filters: Scratch::default(),
         }
     }
@@ -246,8 +248,10 @@ impl Sampler {
         let parameters = self.uploads.write(context, &request.words)?;
         let mut parts = Parts(0);
         let [sums, best, winners] = [8 * room * slices; 3].map(|bytes| parts.take(bytes));
-        let saved = parts.take(4 * request.entries.len());
         let base = self.partials.get(context, parts.0)?;
+        // Histories grow every step; their memory does not.
+        let saved = 4 * request.entries.len().next_power_of_two().max(1024);
+        let saved = self.saved.get(context, saved)?;
         let mut parts = Parts(0);
         let counts = parts.take(4 * room * BINS);
         let masses = parts.take(8 * room * BINS);
@@ -263,7 +267,7 @@ impl Sampler {
             sums: base.offset_bytes(sums),
             best: base.offset_bytes(best),
             winners: base.offset_bytes(winners),
-            saved: base.offset_bytes(saved),
+            saved,
             counts: filter_base.offset_bytes(counts),
             masses: filter_base.offset_bytes(masses),
             filters: filter_base.offset_bytes(filters),

@@ -286,11 +286,6 @@ impl StepInputs {
         self.resolved.as_ref().map_or(Ptr::NULL, Buffer::ptr)
     }
 
-    /// How far the step reaches.
-    pub(super) fn ends(&self) -> Ends {
-        self.ends
-    }
-
     /// `Failed` if the step reaches one of `ends`, which are those of the cache and
     /// of the rotary embedding.
     pub(super) fn require_within(

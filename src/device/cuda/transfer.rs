@@ -10,6 +10,12 @@ use std::rc::Rc;
 /// Steps in flight, and one that is being prepared.
 const PLACES: usize = 3;
 
+/// How much to allocate for `bytes`: what grows a little every step does not grow its
+/// memory, which would wait for the device and make recorded graphs stale, every step.
+fn room_for(bytes: usize) -> usize {
+    bytes.next_power_of_two().max(4096)
+}
+
 /// One of the places that inputs are put in before they are copied.
 struct Place {
     memory: Pinned,
@@ -45,7 +51,7 @@ impl Uploads {
             Some(device) if device.bytes() >= bytes => Ok(device.ptr()),
             _ => {
                 self.device = None;
-                let bytes = bytes.next_multiple_of(4096);
+                let bytes = room_for(bytes);
                 let device = context.allocate(bytes, self.what)?;
                 let ptr = device.ptr();
                 self.device = Some(device);
@@ -66,11 +72,7 @@ impl Uploads {
         let place = match self.places[index].take() {
             Some(place) if place.memory.bytes() >= bytes.len() => place,
             _ => Place {
-                memory: Pinned::new(
-                    context,
-                    bytes.len().next_multiple_of(4096),
-                    PinnedUse::Upload,
-                )?,
+                memory: Pinned::new(context, room_for(bytes.len()), PinnedUse::Upload)?,
                 copied: Event::new(context)?,
             },
         };
@@ -146,7 +148,7 @@ impl Downloads {
         let download = match reused {
             Some(download) if download.device.bytes() >= bytes => download,
             _ => {
-                let bytes = bytes.next_multiple_of(4096);
+                let bytes = room_for(bytes);
                 Rc::new(Download {
                     device: context.allocate(bytes, "samples")?,
                     host: RefCell::new(Pinned::new(context, bytes, PinnedUse::Download)?),

@@ -7,7 +7,7 @@ use cudarc::driver::sys::{self, CUgraphInstantiate_flags, CUresult, CUstreamCapt
 use cudarc::driver::{CudaContext, DriverError, LaunchConfig, PushKernelArg, result};
 use cudarc::nvrtc::Ptx;
 use libloading::Library;
-use std::ffi::{CString, c_char};
+use std::ffi::{CString, c_char, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// `add(float* x, float y, u32 n)`: adds y to n numbers.
@@ -374,4 +374,193 @@ fn settings_that_make_no_sense_end_the_process() {
         assert!(!done.status.success());
         assert!(String::from_utf8_lossy(&done.stderr).contains(variable));
     }
+}
+
+/// The functions that cudarc 0.19.10 calls in its `driver` module.
+const FUNCTIONS: &str = "
+    cuCtxCreate_v3
+    cuCtxCreate_v4
+    cuCtxDestroy_v2
+    cuCtxGetCacheConfig
+    cuCtxGetCurrent
+    cuCtxGetLimit
+    cuCtxGetStreamPriorityRange
+    cuCtxSetCacheConfig
+    cuCtxSetCurrent
+    cuCtxSetFlags
+    cuCtxSetLimit
+    cuCtxSynchronize
+    cuDestroyExternalMemory
+    cuDeviceGet
+    cuDeviceGetAttribute
+    cuDeviceGetCount
+    cuDeviceGetDefaultMemPool
+    cuDeviceGetMemPool
+    cuDeviceGetName
+    cuDeviceGetUuid
+    cuDeviceGetUuid_v2
+    cuDevicePrimaryCtxRelease_v2
+    cuDevicePrimaryCtxRetain
+    cuDeviceSetMemPool
+    cuDeviceTotalMem_v2
+    cuEventCreate
+    cuEventDestroy_v2
+    cuEventElapsedTime
+    cuEventElapsedTime_v2
+    cuEventQuery
+    cuEventRecord
+    cuEventSynchronize
+    cuExternalMemoryGetMappedBuffer
+    cuFuncGetAttribute
+    cuFuncSetAttribute
+    cuFuncSetCacheConfig
+    cuGetErrorName
+    cuGetErrorString
+    cuGraphClone
+    cuGraphDestroy
+    cuGraphExecDestroy
+    cuGraphInstantiateWithFlags
+    cuGraphLaunch
+    cuGraphUpload
+    cuImportExternalMemory
+    cuInit
+    cuLaunchCooperativeKernel
+    cuLaunchHostFunc
+    cuLaunchKernel
+    cuMemAdvise_v2
+    cuMemAllocAsync
+    cuMemAllocFromPoolAsync
+    cuMemAllocManaged
+    cuMemAlloc_v2
+    cuMemFreeAsync
+    cuMemFreeHost
+    cuMemFree_v2
+    cuMemGetInfo_v2
+    cuMemHostAlloc
+    cuMemPoolCreate
+    cuMemPoolDestroy
+    cuMemPoolGetAttribute
+    cuMemPoolSetAttribute
+    cuMemPoolTrimTo
+    cuMemPrefetchAsync_v2
+    cuMemcpyDtoDAsync_v2
+    cuMemcpyDtoD_v2
+    cuMemcpyDtoHAsync_v2
+    cuMemcpyDtoH_v2
+    cuMemcpyHtoDAsync_v2
+    cuMemcpyHtoD_v2
+    cuMemcpyPeerAsync
+    cuMemsetD8Async
+    cuMemsetD8_v2
+    cuModuleGetFunction
+    cuModuleGetGlobal_v2
+    cuModuleLoad
+    cuModuleLoadData
+    cuModuleUnload
+    cuOccupancyAvailableDynamicSMemPerBlock
+    cuOccupancyMaxActiveBlocksPerMultiprocessor
+    cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags
+    cuOccupancyMaxActiveClusters
+    cuOccupancyMaxPotentialBlockSize
+    cuOccupancyMaxPotentialBlockSizeWithFlags
+    cuOccupancyMaxPotentialClusterSize
+    cuProfilerStart
+    cuProfilerStop
+    cuStreamAttachMemAsync
+    cuStreamBeginCapture_v2
+    cuStreamCreate
+    cuStreamCreateWithPriority
+    cuStreamDestroy_v2
+    cuStreamEndCapture
+    cuStreamIsCapturing
+    cuStreamSynchronize
+    cuStreamWaitEvent
+";
+
+#[test]
+fn every_function_that_cudarc_calls_is_there() {
+    let gpu = gpu();
+    for name in FUNCTIONS.split_whitespace() {
+        // SAFETY: the function is looked up and not called.
+        let found = unsafe { gpu.library.get::<unsafe extern "C" fn()>(name.as_bytes()) };
+        assert!(found.is_ok(), "{name}");
+    }
+}
+
+unsafe extern "C" fn count(data: *mut c_void) {
+    // SAFETY: the number that was passed with the function.
+    unsafe { *data.cast::<u32>() += 1 };
+}
+
+#[test]
+fn raw_calls_agree_on_their_structures() {
+    let gpu = gpu();
+    {
+        let context = context();
+        let stream = context.new_stream().unwrap();
+        let module = context.load_module(Ptx::from_src(ADD)).unwrap();
+        let add = module.load_function("add").unwrap();
+        assert_eq!(add.num_regs().unwrap(), 64);
+        assert_eq!(
+            add.occupancy_max_active_blocks_per_multiprocessor(256, 0, None)
+                .unwrap(),
+            4
+        );
+        let x = stream.clone_htod(&[1.0f32; 32]).unwrap();
+        let (pointer, y, n) = (x.leak(), 2.0f32, 32u32);
+        let mut attribute: sys::CUlaunchAttribute = {
+            // SAFETY: all zeros are numbers of this structure: the attribute to ignore.
+            unsafe { std::mem::zeroed() }
+        };
+        let mut configuration = sys::CUlaunchConfig {
+            gridDimX: 1,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: 32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: 16,
+            hStream: stream.cu_stream(),
+            attrs: &mut attribute,
+            numAttrs: 1,
+        };
+        let mut parameters = [
+            (&raw const pointer).cast_mut().cast(),
+            (&raw const y).cast_mut().cast(),
+            (&raw const n).cast_mut().cast(),
+        ];
+        let image = CString::new(ADD).unwrap();
+        // SAFETY: the image is a C string, the module is unloaded below.
+        let raw = unsafe { result::module::load_data(image.as_ptr().cast()) }.unwrap();
+        // SAFETY: the module is loaded.
+        let function = unsafe { result::module::get_function(raw, c"add".into()) }.unwrap();
+        let mut launch = |configuration: &sys::CUlaunchConfig| {
+            let none = std::ptr::null_mut();
+            // SAFETY: the parameters are those of the kernel.
+            unsafe {
+                sys::cuLaunchKernelEx(configuration, function, parameters.as_mut_ptr(), none)
+                    .result()
+            }
+        };
+        launch(&configuration).unwrap();
+        attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+        attribute.value.clusterDim =
+            sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: 2, y: 1, z: 1 };
+        configuration.attrs = &mut attribute;
+        let refused = DriverError(CUresult::CUDA_ERROR_NOT_SUPPORTED);
+        assert_eq!(launch(&configuration), Err(refused));
+        // SAFETY: the memory was allocated with this many numbers and is given up once.
+        let x = unsafe { stream.upgrade_device_ptr::<f32>(pointer, 32) };
+        assert_eq!(stream.clone_dtoh(&x).unwrap(), [3.0; 32]);
+
+        let mut called = 0u32;
+        let data = (&raw mut called).cast();
+        // SAFETY: the number lives until the stream was waited for.
+        unsafe { sys::cuLaunchHostFunc(stream.cu_stream(), Some(count), data).result() }.unwrap();
+        stream.synchronize().unwrap();
+        assert_eq!(called, 1);
+        // SAFETY: nothing uses the module any more.
+        unsafe { result::module::unload(raw) }.unwrap();
+    }
+    assert_eq!(gpu.violations(), "");
 }

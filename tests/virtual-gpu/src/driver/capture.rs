@@ -323,6 +323,17 @@ impl Driver {
         self.spoil(id, codes::STREAM_CAPTURE_UNSUPPORTED, text)
     }
 
+    /// Forgets the captures of a context.
+    pub fn drop_captures(&mut self, context: u64) {
+        for stream in self.streams.values_mut() {
+            if stream.context == context {
+                stream.capture = None;
+            }
+        }
+        self.captures
+            .retain(|_, capture| capture.context != context);
+    }
+
     fn release_members(&mut self, capture: &Capture) {
         for member in capture.heads.keys() {
             if let Some(member) = self.streams.get_mut(*member) {

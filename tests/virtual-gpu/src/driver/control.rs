@@ -291,6 +291,10 @@ extern "C" fn write_report() {
         let Some(path) = std::env::var_os("VGPU_REPORT") else {
             return;
         };
+        if super::IN_HOST_FUNCTION.get() {
+            eprintln!("virtual GPU: the process ends within a host function, without a report");
+            return;
+        }
         let driver = lock();
         let mut text = driver.report.text();
         for context in driver.contexts.handles(|_| true) {

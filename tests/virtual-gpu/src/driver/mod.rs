@@ -172,15 +172,15 @@ impl Driver {
         }
     }
 
-    /// Breaks a context: nothing queued in it runs, every later call fails.
+    /// Breaks a context: nothing queued in it runs, its captures are over, every later
+    /// call fails.
     fn break_context(&mut self, context: u64, code: Code) {
         if let Some(found) = self.contexts.get_mut(context) {
             found.sticky.get_or_insert(code);
         }
         self.queue.drop_context(context);
         // Nothing can end a capture in it any more.
-        self.captures
-            .retain(|_, capture| capture.context != context);
+        self.drop_captures(context);
         for stream in self.streams.values_mut() {
             if stream.context == context {
                 stream.capture = None;
@@ -358,8 +358,7 @@ impl Driver {
         for address in left {
             self.host.free(address);
         }
-        self.captures
-            .retain(|_, capture| capture.context != context);
+        self.drop_captures(context);
         self.contexts.remove(context);
     }
 }

@@ -91,18 +91,25 @@ fn gpu(settings: &[(&str, &str)]) -> Gpu {
 
 impl Drop for Gpu {
     fn drop(&mut self) {
-        unsafe {
-            cuDevicePrimaryCtxRelease_v2(0);
-            cuCtxSetCurrent(0);
-        }
+        self.release();
     }
 }
 
 impl Gpu {
+    /// Ends the context. No other test has the driver before this is dropped.
+    fn release(&mut self) {
+        if std::mem::take(&mut self.context) != 0 {
+            unsafe {
+                cuDevicePrimaryCtxRelease_v2(0);
+                cuCtxSetCurrent(0);
+            }
+        }
+    }
+
     /// Ends the context; everything must have been right and nothing is left over.
-    fn finish(self) {
+    fn finish(mut self) {
         assert_eq!(violations(), Vec::<String>::new());
-        drop(self);
+        self.release();
         assert_eq!(violations(), Vec::<String>::new());
     }
 }
@@ -164,7 +171,7 @@ fn event() -> u64 {
     made
 }
 
-/// Device memory that holds these numbers.
+/// Device memory that holds these numbers, for all streams.
 fn device(values: &[u32]) -> u64 {
     let mut made = 0;
     unsafe {
@@ -173,6 +180,7 @@ fn device(values: &[u32]) -> u64 {
             cuMemcpyHtoD_v2(made, values.as_ptr().cast(), size_of_val(values)),
             OK
         );
+        assert_eq!(cuStreamSynchronize(0), OK);
     }
     made
 }
@@ -996,7 +1004,7 @@ fn a_fault_stays_with_its_context() {
 
 #[test]
 fn what_is_left_over_is_a_leak() {
-    let gpu = gpu(&[]);
+    let mut gpu = gpu(&[]);
     let (s, e, k) = (stream(), event(), kernels());
     let x = device(&[1; 4]);
     let memory = pinned(4);
@@ -1010,7 +1018,7 @@ fn what_is_left_over_is_a_leak() {
         6
     );
     assert_eq!(vgpu_violation_count(), 0, "asking is no violation");
-    drop(gpu);
+    gpu.release();
     let text = violations().join("\n");
     let _ = (e, k.large);
     for leak in [
@@ -1381,4 +1389,55 @@ fn threads_share_the_device() {
         assert_eq!(statistic("launches"), 80);
         gpu.finish();
     }
+}
+
+#[test]
+fn a_copy_from_pageable_memory_may_still_run_when_its_call_returns() {
+    let gpu = gpu(&[]);
+    let (s, k) = (stream(), kernels());
+    let (x, y) = (device(&[1; 4]), device(&[0; 4]));
+    let memory = pinned(4);
+    memory.fill(3);
+    unsafe {
+        assert_eq!(cuMemcpyHtoD_v2(x, [2u32; 4].as_ptr().cast(), 16), OK);
+        assert_eq!(launch(k.shift, s, y, x), OK);
+        assert_eq!(cuStreamSynchronize(s), OK);
+        assert_eq!(
+            read(y, 4),
+            [1; 4],
+            "the stream does not wait for the default stream"
+        );
+        assert_eq!(cuMemcpyHtoD_v2(x, memory.as_ptr().cast(), 16), OK);
+        assert_eq!(launch(k.shift, s, y, x), OK);
+        assert_eq!(cuStreamSynchronize(s), OK);
+        assert_eq!(read(y, 4), [3; 4], "from pinned memory it has run");
+        assert_eq!(cuModuleUnload(k.module), OK);
+        assert_eq!(cuStreamDestroy_v2(s), OK);
+    }
+    assert_eq!(unpin(memory), OK);
+    free(x);
+    free(y);
+    gpu.finish();
+}
+
+#[test]
+fn a_device_lost_within_a_capture_lets_go_of_everything() {
+    let gpu = gpu(&[]);
+    let (s, e, k) = (stream(), event(), kernels());
+    let x = device(&[1; 4]);
+    let memory = pinned(4);
+    assert_eq!(unsafe { cuStreamBeginCapture_v2(s, 0) }, OK);
+    assert_eq!(launch(k.add, s, x, 1), OK);
+    fail("cuCtxGetCurrent", 1, codes::LAUNCH_FAILED, 1);
+    let lost = codes::LAUNCH_FAILED;
+    unsafe {
+        assert_eq!(cuCtxGetCurrent(&mut 0), lost);
+        assert_eq!(end(s).0, lost);
+        assert_eq!(cuMemFree_v2(x), lost);
+        assert_eq!(unpin(memory), lost);
+        assert_eq!(cuModuleUnload(k.module), lost);
+        assert_eq!(cuEventDestroy_v2(e), lost);
+        assert_eq!(cuStreamDestroy_v2(s), lost);
+    }
+    gpu.finish();
 }

@@ -326,7 +326,7 @@ fn shuffled(turn: u64, count: u64, seed: u64) -> u64 {
     let mut random = Random(seed.wrapping_add(1));
     random.next();
     let begin = random.next() % count;
-    let mut step = random.next() % count | 1;
+    let mut step = (random.next() % count) | 1;
     while divisor(step, count) != 1 {
         step += 2;
     }

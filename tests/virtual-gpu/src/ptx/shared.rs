@@ -198,7 +198,7 @@ impl Shared {
 
     #[inline(always)]
     fn pieces(&self, at: usize, bytes: usize) -> std::ops::Range<usize> {
-        at >> self.piece..(at + bytes - 1 >> self.piece) + 1
+        at >> self.piece..((at + bytes - 1) >> self.piece) + 1
     }
 
     /// Notes a read of bytes that exist.

@@ -359,6 +359,10 @@ fn is_pinned(driver: &Driver, address: usize, len: usize) -> bool {
 
 /// A copy to the device. Pinned memory is read when the copy runs, pageable memory now.
 ///
+/// With `wait` a copy from pinned memory has run when this returns. One from pageable
+/// memory has not: as the manual says, the stream is waited for before the copy, and the
+/// call returns when the bytes are taken. Streams that do not block may come before it.
+///
 /// # Safety
 /// `from` is readable for `len` bytes, and stays so until the copy ran if it is pinned.
 unsafe fn to_device(
@@ -377,7 +381,8 @@ unsafe fn to_device(
         return Ok(());
     }
     host_address(driver, from)?;
-    let from = if is_pinned(driver, from, len) {
+    let pinned = is_pinned(driver, from, len);
+    let from = if pinned {
         HostSource::Pinned(from)
     } else {
         // A graph would read the memory when it is launched, and nothing keeps it alive until then.
@@ -391,8 +396,11 @@ unsafe fn to_device(
         // SAFETY: by the caller's promise.
         HostSource::Snapshot(unsafe { std::slice::from_raw_parts(from as *const u8, len) }.into())
     };
+    if wait && !pinned {
+        driver.synchronise_stream(stream)?;
+    }
     driver.submit(stream, Op::HostToDevice { to, from, len })?;
-    if wait {
+    if wait && pinned {
         driver.synchronise_stream(stream)
     } else {
         Ok(())

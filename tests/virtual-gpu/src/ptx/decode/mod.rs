@@ -28,7 +28,7 @@ pub struct Draft {
     pub action: Action,
     /// Destinations first.
     pub operands: Vec<Virtual>,
-    /// How many of the operands are destinations.
+    /// How many of them are destinations.
     pub writes: usize,
     pub guard: Option<(Virtual, bool)>,
     pub offset: i32,

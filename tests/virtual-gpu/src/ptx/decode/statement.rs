@@ -57,7 +57,7 @@ impl<'a> Assembler<'a> {
                 self.lanes(
                     predicates(|a, _| !a),
                     Type::Pred,
-                    &[&operands[..], &operands[1..]].concat(),
+                    &[operands, &operands[1..]].concat(),
                 )?;
             }
             "cvt" => {
@@ -72,7 +72,7 @@ impl<'a> Assembler<'a> {
                 let Some(lanes) = float::find(&form) else {
                     return self.error("this form is not known");
                 };
-                self.lanes(lanes, Type::F32, &[&operands[..], &operands[1..]].concat())?;
+                self.lanes(lanes, Type::F32, &[operands, &operands[1..]].concat())?;
             }
             "ld" | "ldu" | "st" => self.access(&form, operands)?,
             "atom" | "red" => self.atomic(&form, operands)?,

@@ -95,7 +95,7 @@ unsafe fn write<S: Copy>(file: *mut u32, slot: u16, mask: u32, values: &[S; LANE
 fn only<F: Copy>() -> F {
     const { assert!(size_of::<F>() == 0) };
     // SAFETY: there are no bytes to be wrong, and a value was given to the builder.
-    unsafe { std::mem::MaybeUninit::<F>::uninit().assume_init() }
+    unsafe { std::ptr::NonNull::<F>::dangling().read() }
 }
 
 /// Whether this processor has what the second version of the handlers needs.

@@ -392,9 +392,13 @@ unsafe fn exchange(data: *mut u8, size: usize, change: impl Fn(u64) -> u64) -> u
     unsafe {
         if size == 4 {
             let cell = AtomicU32::from_ptr(data.cast());
-            u64::from(cell.update(Relaxed, Relaxed, |old| change(u64::from(old)) as u32))
+            let change = |old| Some(change(u64::from(old)) as u32);
+            let (Ok(old) | Err(old)) = cell.fetch_update(Relaxed, Relaxed, change);
+            u64::from(old)
         } else {
-            AtomicU64::from_ptr(data.cast()).update(Relaxed, Relaxed, change)
+            let cell = AtomicU64::from_ptr(data.cast());
+            let (Ok(old) | Err(old)) = cell.fetch_update(Relaxed, Relaxed, |old| Some(change(old)));
+            old
         }
     }
 }

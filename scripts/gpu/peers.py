@@ -1,0 +1,192 @@
+"""What PyTorch takes for the operations that benches/kernels measured.
+
+    peers.py KERNELS.json      the list `kernels` of that bench's JSON
+
+Prints JSON: for each entry, in order, the time of PyTorch's equivalent or null.
+"""
+
+import json
+import statistics
+import sys
+
+try:
+    import torch
+    import torch.nn.functional as F
+except ImportError:
+    print(json.dumps({"left_out": "PyTorch is not installed"}))
+    sys.exit()
+if not torch.cuda.is_available():
+    print(json.dumps({"left_out": "PyTorch finds no GPU"}))
+    sys.exit()
+
+# More than the L2 cache: operands must be found in memory.
+WORKING_SET = 512 << 20
+SAMPLES = 15
+
+
+def seconds(work, repeats=1):
+    """The median time of `work`, which does the operation `repeats` times, recorded as a
+    graph where that is possible."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            work()
+        stream.synchronize()
+        launch = work
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                work()
+            launch = graph.replay
+        except RuntimeError:
+            torch.cuda.synchronize()
+        launch()
+        times = []
+        for _ in range(SAMPLES):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record(stream)
+            launch()
+            end.record(stream)
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(times) / repeats
+
+
+def random(*shape, dtype=torch.bfloat16):
+    return torch.randn(*shape, device="cuda", dtype=torch.float32).to(dtype)
+
+
+def copies(size):
+    return max(1, min(32, -(-WORKING_SET // size)))
+
+
+def linear(row):
+    outputs, inputs, rows = row["sizes"]["outputs"], row["sizes"]["inputs"], row["rows"]
+    count = copies(outputs * inputs * 2)
+    if rows > 64:
+        count = min(count, 4)
+    weights = [random(outputs, inputs) for _ in range(count)]
+    x, out = random(rows, inputs), torch.empty(rows, outputs, device="cuda", dtype=torch.bfloat16)
+    what = "torch.matmul in bfloat16" if "BF16" in row["kernel"] else "torch.matmul with bfloat16 weights"
+    return what, seconds(lambda: [torch.matmul(x, weight.T, out=out) for weight in weights], count)
+
+
+def norm(row):
+    columns, rows = row["sizes"]["columns"], row["rows"]
+    count = copies(rows * columns * 12)
+    weight = random(columns)
+    inputs = [random(rows, columns) for _ in range(count)]
+    if row["kernel"] == "rms_norm":
+        work = lambda: [F.rms_norm(x, (columns,), weight, 1e-5) for x in inputs]
+        return "F.rms_norm in bfloat16", seconds(work, count)
+    residuals = [random(rows, columns) for _ in range(count)]
+    work = lambda: [F.rms_norm(r.add_(x), (columns,), weight, 1e-5) for r, x in zip(residuals, inputs)]
+    return "add_ and F.rms_norm in bfloat16", seconds(work, count)
+
+
+def activation(row):
+    columns, rows = row["sizes"]["columns"], row["rows"]
+    count = copies(rows * columns * 6)
+    inputs = [random(rows, 2 * columns) for _ in range(count)]
+
+    def work():
+        for x in inputs:
+            gate, up = x.chunk(2, dim=-1)
+            F.silu(gate) * up
+
+    return "F.silu and a product", seconds(work, count)
+
+
+def attention(row):
+    sizes = row["sizes"]
+    sequences, new, tokens = sizes["sequences"], sizes["new"], sizes["tokens"]
+    q_heads, kv_heads, head_dim = sizes["q_heads"], sizes["kv_heads"], sizes["head_dim"]
+    count = min(copies(sequences * tokens * kv_heads * head_dim * 4), 8)
+    q = random(sequences, q_heads, new, head_dim)
+    caches = [(random(sequences, kv_heads, tokens, head_dim), random(sequences, kv_heads, tokens, head_dim)) for _ in range(count)]
+    # A new token sees what is cached; PyTorch's causal mask begins at the first token.
+    mask = None
+    if 1 < new < tokens:
+        mask = torch.ones(new, tokens, device="cuda", dtype=torch.bool).tril(tokens - new)
+    causal = new == tokens
+
+    def work():
+        for k, v in caches:
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+
+    return "F.scaled_dot_product_attention, not paged", seconds(work, count)
+
+
+def sampling(row):
+    columns, rows = row["sizes"]["columns"], row["rows"]
+    logits = random(rows, columns, dtype=torch.float32)
+    if row["kernel"] == "sample greedy":
+        return "argmax", seconds(lambda: logits.argmax(-1))
+    if row["kernel"] == "sample plain":
+        draw = lambda: (logits / 0.8).softmax(-1).div_(torch.empty_like(logits).exponential_()).argmax(-1)
+        return "softmax and exponential trick", seconds(draw)
+
+    def nucleus():
+        values, order = (logits / 0.8).sort(-1, descending=True)
+        probabilities = values.softmax(-1)
+        probabilities[probabilities.cumsum(-1) - probabilities > 0.95] = 0
+        choice = probabilities.div_(torch.empty_like(probabilities).exponential_()).argmax(-1, keepdim=True)
+        return order.gather(-1, choice)
+
+    return "sort, cumsum and exponential trick", seconds(nucleus)
+
+
+def peer(row):
+    kernel = row["kernel"]
+    if kernel.startswith("linear"):
+        return linear(row)
+    if kernel in ("rms_norm", "add_rms_norm"):
+        return norm(row)
+    if kernel == "gated_activation":
+        return activation(row)
+    if kernel.startswith("attend"):
+        return attention(row)
+    if kernel.startswith("sample"):
+        return sampling(row)
+    return None
+
+
+def limits():
+    """TFLOP/s of a large product of random matrices, TB/s of a large copy."""
+    size = 8192
+    a, b = random(size, size), random(size, size)
+    product = 2 * size**3 / seconds(lambda: torch.matmul(a, b))
+    source = torch.empty(2 << 30, device="cuda", dtype=torch.uint8)
+    target = torch.empty_like(source)
+    copy = 2 * source.numel() / seconds(lambda: target.copy_(source))
+    return product / 1e12, copy / 1e12
+
+
+def main():
+    rows = json.load(open(sys.argv[1]))
+    torch.manual_seed(1)
+    matmul, copy = limits()
+    torch.cuda.empty_cache()
+    measured, known = [], {}
+    for row in rows:
+        # Products with quantised weights have the same peer as those without.
+        key = json.dumps([row["kernel"].split()[0] if row["kernel"].startswith("linear") else row["kernel"], row["rows"], row["sizes"]])
+        if key not in known:
+            try:
+                known[key] = peer(row)
+            except (RuntimeError, TypeError) as error:
+                print(f"{row['kernel']}: {error}", file=sys.stderr)
+                known[key] = None
+            torch.cuda.empty_cache()
+        found = known[key]
+        measured.append({"what": found[0], "microseconds": found[1] * 1e6} if found else None)
+    print(json.dumps({
+        "version": torch.__version__,
+        "matmul_tflop_per_s": matmul,
+        "copy_tb_per_s": copy,
+        "kernels": measured,
+    }))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+//! Outputs of kernels as a real GPU gave them, kept as fixtures that the virtual GPU has
+//! to agree with.
+//!
+//! With `QUELL_RECORD=FOLDER` outputs are written to the folder, one file a name; those
+//! of `tests/fixtures/gpu` are compared with. `scripts/gpu/check` records.
+
+use std::path::{Path, PathBuf};
+
+/// Values that are kept of an output, evenly spaced.
+const KEPT: usize = 1024;
+
+/// Where recorded outputs are kept.
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/gpu")
+}
+
+/// Whether outputs of a real GPU are there to compare with.
+pub fn exists() -> bool {
+    fixtures().is_dir()
+}
+
+/// Writes the output called `name` where that was asked for; compares it with what a
+/// real GPU gave if there is a recording at all. A value may differ by `tolerance` times
+/// itself or the output's root mean square, whichever is larger.
+pub fn outputs(name: &str, values: &[f32], tolerance: f32) {
+    assert!(!values.is_empty(), "{name} has no values");
+    assert!(
+        values.iter().all(|value| value.is_finite()),
+        "{name} is not finite"
+    );
+    let step = values.len().div_ceil(KEPT);
+    let kept: Vec<f32> = values.iter().copied().step_by(step).collect();
+    let file = format!("{name}.f32");
+    if let Some(folder) = std::env::var_os("QUELL_RECORD") {
+        let folder = PathBuf::from(folder);
+        std::fs::create_dir_all(&folder).unwrap();
+        let bytes: Vec<u8> = kept.iter().flat_map(|value| value.to_le_bytes()).collect();
+        std::fs::write(folder.join(&file), bytes).unwrap();
+    }
+    if !exists() {
+        return;
+    }
+    let path = fixtures().join(&file);
+    let bytes = std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let recorded: Vec<f32> = bytes
+        .as_chunks::<4>()
+        .0
+        .iter()
+        .map(|bytes| f32::from_le_bytes(*bytes))
+        .collect();
+    assert_eq!(
+        recorded.len(),
+        kept.len(),
+        "{name}: the recording is of another shape"
+    );
+    let square: f32 = recorded.iter().map(|x| x * x).sum();
+    let scale = (square / recorded.len() as f32).sqrt();
+    for (index, (&found, &expected)) in kept.iter().zip(&recorded).enumerate() {
+        let allowed = tolerance * scale.max(expected.abs());
+        assert!(
+            (found - expected).abs() <= allowed,
+            "{name}: value {} is {found}, a real GPU gave {expected}",
+            index * step
+        );
+    }
+}

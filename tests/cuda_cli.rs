@@ -1,0 +1,94 @@
+//! The program on the GPU of the tests.
+
+#[path = "common/gpu.rs"]
+mod gpu;
+
+use serde_json::Value;
+use std::path::Path;
+use std::process::{Command, Output};
+
+/// Runs the program with the GPU of the tests as its driver's.
+fn quell(args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_quell"));
+    let folder = tempfile::tempdir().unwrap();
+    if !gpu::is_real() {
+        let test = std::env::current_exe().unwrap();
+        let library = test.parent().unwrap().join("libvirtual_gpu.so");
+        for name in ["libcuda.so", "libcuda.so.1"] {
+            std::os::unix::fs::symlink(&library, folder.path().join(name)).unwrap();
+        }
+        command.env("LD_LIBRARY_PATH", folder.path());
+    }
+    command.args(args).output().unwrap()
+}
+
+fn json(output: &Output) -> Value {
+    let problem = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{problem}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+fn tiny(name: &str) -> String {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let path = root.join("tests/fixtures/golden/tiny/llama").join(name);
+    path.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn inspect_shows_the_gpu_and_which_images_its_kernels_are() {
+    let shown = json(&quell(&["inspect", "--device", "cuda", "--format", "json"]));
+    assert_eq!(shown["device"], "cuda:0");
+    let details = &shown["device_details"];
+    for name in ["gpu", "compute_capability", "driver", "kernels", "memory"] {
+        let value = details[name].as_str().unwrap();
+        assert!(!value.is_empty(), "{name}");
+    }
+    let kernels = details["kernels"].as_str().unwrap();
+    assert!(
+        kernels.contains("PTX") || kernels.contains("sm_"),
+        "{kernels}"
+    );
+    let text = quell(&["inspect", "--device", "cuda:0"]);
+    let text = String::from_utf8(text.stdout).unwrap();
+    assert!(text.contains("compute capability"), "{text}");
+}
+
+#[test]
+fn inspect_plans_a_models_memory_on_the_gpu() {
+    let model = tiny("");
+    let shown = json(&quell(&[
+        "inspect", &model, "--device", "cuda", "--format", "json",
+    ]));
+    assert_eq!(shown["device"], "cuda:0");
+    // 2 layers, 2 heads of 16, keys and values in 2 bytes.
+    assert_eq!(shown["memory"]["kv_bytes_per_token"], 256);
+    assert!(shown["memory"]["kv_blocks"].as_u64().unwrap() > 0);
+}
+
+#[test]
+fn bench_runs_random_weights_on_the_gpu() {
+    let config = tiny("config.json");
+    let report = json(&quell(&[
+        "bench",
+        "--random-weights",
+        &config,
+        "--device",
+        "cuda",
+        "--prompt",
+        "8",
+        "--generate",
+        "3",
+        "--concurrency",
+        "2",
+        "--repetitions",
+        "1",
+        "--kv-cache-mib",
+        "4",
+        "--format",
+        "json",
+    ]));
+    assert!(report["device"].as_str().unwrap().starts_with("cuda:0"));
+    for figure in report["figures"].as_array().unwrap() {
+        assert!(figure["tokens_per_s"].as_f64().unwrap() > 0.0, "{figure}");
+    }
+}
