@@ -47,7 +47,7 @@ pub struct Other {
 }
 
 // A stamp, from the highest bits: 14 era, 12 sequence, 4 flags, 5 warp, 5 lane, 24 instruction.
-// 0 means never.
+// Eras count barriers and blocks; 0 means never.
 const ERA: u32 = 50;
 const SEQUENCE: u32 = 38;
 const MANY_LANES: u64 = 1 << 37;
@@ -60,8 +60,6 @@ const INSTRUCTION: u64 = 0xff_ffff;
 const LAST_ERA: u64 = (1 << 14) - 1;
 /// The last value of `Visitor::sequence`; then [`Shared::forget`] makes room.
 pub const LAST_SEQUENCE: u32 = (1 << 12) - 1;
-/// Written, in an era that is over.
-const LONG_AGO: u64 = 1;
 
 fn warp_of(stamp: u64) -> u32 {
     (stamp >> WARP) as u32 & 31
@@ -83,6 +81,8 @@ pub struct Shared {
     writes: Vec<u64>,
     reads: Vec<u64>,
     era: u64,
+    /// The stamps of this block are at least this.
+    floor: u64,
     check_races: bool,
     check_initialised: bool,
 }
@@ -107,6 +107,7 @@ impl Shared {
             writes: vec![0; pieces],
             reads,
             era: 1,
+            floor: 1 << ERA,
             check_races,
             check_initialised,
         }
@@ -115,22 +116,31 @@ impl Shared {
     /// For the next block: nothing is written.
     pub fn reset(&mut self) {
         self.data.fill(0xcd);
-        self.writes.fill(0);
-        self.reads.fill(0);
-        self.era = 1;
+        self.era += 1;
+        if self.era > LAST_ERA {
+            self.writes.fill(0);
+            self.reads.fill(0);
+            self.era = 1;
+        }
+        self.floor = self.era << ERA;
     }
 
     /// A barrier of the block: what was before is ordered before what follows.
     pub fn barrier(&mut self) {
         self.era += 1;
         if self.era > LAST_ERA {
-            self.era = 1;
+            // Begin anew: what this block wrote is of era 1, and now is 2.
+            self.era = 2;
             self.reads.fill(0);
             for stamp in &mut self.writes {
-                if *stamp != 0 {
-                    *stamp = LONG_AGO | *stamp & (IN_FLIGHT | 31 << WARP | 31 << LANE);
-                }
+                let is_mine = *stamp >= self.floor;
+                *stamp = if is_mine {
+                    *stamp & !(LAST_ERA << ERA) | 1 << ERA
+                } else {
+                    0
+                };
             }
+            self.floor = 1 << ERA;
         }
     }
 
@@ -203,8 +213,9 @@ impl Shared {
     pub fn read_as(&mut self, at: usize, bytes: usize, mine: u64) -> Result<(), Conflict> {
         let pieces = self.pieces(at, bytes);
         if !self.check_races {
+            let floor = self.floor;
             if self.check_initialised
-                && let Some(place) = self.writes[pieces.clone()].iter().position(|&w| w == 0)
+                && let Some(place) = self.writes[pieces.clone()].iter().position(|&w| w < floor)
             {
                 return Err(Conflict::Uninitialised {
                     at: (pieces.start + place) << self.piece,
@@ -212,54 +223,38 @@ impl Shared {
             }
             return Ok(());
         }
+        let now = self.era << ERA;
         let (writes, reads) = (
             &self.writes[pieces.clone()],
             &mut self.reads[pieces.clone()],
         );
-        // What is written in an earlier era, and read in one or by the same thread, needs no look.
-        let mut plain = true;
-        for (write, read) in writes.iter().zip(reads.iter()) {
-            let is_old = write >> ERA != self.era && write & IN_FLIGHT == 0 && *write != 0;
-            plain &= is_old && (read >> ERA != self.era || *read == mine);
+        for (write, read) in writes.iter().zip(reads) {
+            // What this block wrote in an earlier era needs no closer look.
+            if *write < self.floor || *write >= now || write & IN_FLIGHT != 0 {
+                return self.read_checked(pieces, mine);
+            }
+            *read = joined(*read, mine);
         }
-        if plain {
-            reads.fill(mine);
-            return Ok(());
-        }
-        self.read_checked(pieces, mine)
+        Ok(())
     }
 
     #[inline(never)]
     fn read_checked(&mut self, pieces: std::ops::Range<usize>, mine: u64) -> Result<(), Conflict> {
         for piece in pieces {
             let write = self.writes[piece];
-            if write == 0 && self.check_initialised {
-                return Err(Conflict::Uninitialised {
-                    at: piece << self.piece,
-                });
-            }
-            let both_atomic = mine & write & ATOMIC != 0;
-            if write & IN_FLIGHT != 0 || !both_atomic && !self.is_ordered(write, mine) {
-                return Err(self.race(piece, write, true));
-            }
-            let before = self.reads[piece];
-            // Atomic only if all of them are.
-            let mine = if before >> ERA == self.era {
-                mine & (before | !ATOMIC)
+            if write < self.floor {
+                if self.check_initialised {
+                    return Err(Conflict::Uninitialised {
+                        at: piece << self.piece,
+                    });
+                }
             } else {
-                mine
-            };
-            self.reads[piece] = if before >> ERA != self.era || before == mine {
-                mine
-            } else if warp_of(before) != warp_of(mine) {
-                mine | MANY_WARPS
-            } else if sequence_of(before) != sequence_of(mine) {
-                mine | before & MANY_WARPS
-            } else if lane_of(before) != lane_of(mine) {
-                mine | before & MANY_WARPS | MANY_LANES
-            } else {
-                mine | before & (MANY_WARPS | MANY_LANES)
-            };
+                let both_atomic = mine & write & ATOMIC != 0;
+                if write & IN_FLIGHT != 0 || !both_atomic && !self.is_ordered(write, mine) {
+                    return Err(self.race(piece, write, true));
+                }
+            }
+            self.reads[piece] = joined(self.reads[piece], mine);
         }
         Ok(())
     }
@@ -293,9 +288,10 @@ impl Shared {
         let writes = &mut self.writes[pieces.clone()];
         let mut plain = true;
         if self.check_races {
+            let now = self.era << ERA;
             for (write, read) in writes.iter().zip(&self.reads[pieces.clone()]) {
-                plain &=
-                    write >> ERA != self.era && write & IN_FLIGHT == 0 && read >> ERA != self.era;
+                let is_old = *write < self.floor || *write < now && write & IN_FLIGHT == 0;
+                plain &= is_old && *read < now;
             }
         }
         if plain {
@@ -315,7 +311,11 @@ impl Shared {
         for piece in pieces {
             let (write, read) = (self.writes[piece], self.reads[piece]);
             let both_atomic = mine & write & ATOMIC != 0;
-            if write & IN_FLIGHT != 0 || !both_atomic && !same && !self.is_ordered(write, mine) {
+            let is_mine = write >= self.floor;
+            if is_mine
+                && (write & IN_FLIGHT != 0
+                    || !both_atomic && !same && !self.is_ordered(write, mine))
+            {
                 return Err(self.race(piece, write, true));
             }
             let both_atomic = mine & read & ATOMIC != 0;
@@ -348,8 +348,133 @@ impl Shared {
     }
 }
 
+/// The stamp of all readers: those before, and `mine`.
+#[inline(always)]
+fn joined(before: u64, mine: u64) -> u64 {
+    if before >> ERA != mine >> ERA {
+        return mine;
+    }
+    let other_warp = if warp_of(before) == warp_of(mine) {
+        0
+    } else {
+        MANY_WARPS
+    };
+    // Lanes whose reads are ordered before this one's no longer count within the warp.
+    let same_sequence = sequence_of(before) == sequence_of(mine);
+    let other_lane = if same_sequence && lane_of(before) != lane_of(mine) {
+        MANY_LANES
+    } else {
+        0
+    };
+    let kept = before
+        & if same_sequence {
+            MANY_WARPS | MANY_LANES
+        } else {
+            MANY_WARPS
+        };
+    // Atomic only if all of them are.
+    (mine & (before | !ATOMIC)) | kept | other_warp | other_lane
+}
+
 /// A stamp for another lane of the same warp than lane 0, for which it was made.
 #[inline(always)]
 pub fn of_lane(stamp: u64, lane: usize) -> u64 {
     stamp | (lane as u64) << LANE
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn visitor(warp: u32, lane: u32, sequence: u32) -> Visitor {
+        Visitor {
+            warp,
+            lane,
+            sequence,
+            at: 0,
+            atomic: false,
+        }
+    }
+
+    fn shared() -> Shared {
+        Shared::new(64, 4, true, true)
+    }
+
+    #[test]
+    fn races_are_found_after_any_number_of_barriers() {
+        let mut shared = shared();
+        shared.write(0, 4, visitor(0, 0, 1), false).unwrap();
+        for _ in 0..3 * LAST_ERA {
+            shared.barrier();
+            shared.read(0, 4, visitor(1, 0, 1)).unwrap();
+            assert!(shared.read(4, 4, visitor(1, 0, 1)).is_err());
+            assert!(shared.write(0, 4, visitor(0, 0, 1), false).is_err());
+        }
+        shared.barrier();
+        shared.write(0, 4, visitor(2, 0, 1), false).unwrap();
+        assert!(shared.read(0, 4, visitor(1, 0, 1)).is_err());
+    }
+
+    #[test]
+    fn nothing_is_written_in_a_new_block_after_any_number_of_blocks() {
+        let mut shared = shared();
+        for _ in 0..3 * LAST_ERA {
+            shared.reset();
+            assert_eq!(
+                shared.read(0, 4, visitor(0, 0, 1)),
+                Err(Conflict::Uninitialised { at: 0 })
+            );
+            shared.write(0, 4, visitor(0, 0, 1), false).unwrap();
+            shared.read(0, 4, visitor(0, 0, 1)).unwrap();
+            let stamp = shared.stamp(visitor(0, 0, 1));
+            shared.begin_copy(8, 16, stamp).unwrap();
+            assert!(shared.read(8, 4, visitor(0, 0, 1)).is_err());
+        }
+    }
+
+    #[test]
+    fn a_copy_in_flight_stays_so_across_barriers() {
+        let mut shared = shared();
+        let stamp = shared.stamp(visitor(0, 3, 1));
+        shared.begin_copy(16, 16, stamp).unwrap();
+        for _ in 0..2 * LAST_ERA {
+            shared.barrier();
+        }
+        assert!(matches!(
+            shared.read(20, 4, visitor(0, 3, 1)),
+            Err(Conflict::Race { at: 20, .. })
+        ));
+        assert!(shared.write(20, 4, visitor(0, 3, 1), false).is_err());
+        let stamp = shared.stamp(visitor(0, 3, 1));
+        shared.end_copy(16, 16, stamp);
+        shared.read(20, 4, visitor(0, 3, 1)).unwrap();
+    }
+
+    #[test]
+    fn sequences_that_begin_anew_do_not_order_what_they_must_not() {
+        let mut shared = shared();
+        shared
+            .write(0, 4, visitor(0, 0, LAST_SEQUENCE), false)
+            .unwrap();
+        shared.forget(0);
+        shared.read(0, 4, visitor(0, 1, 1)).unwrap();
+        assert!(shared.read(0, 4, visitor(1, 1, 1)).is_err());
+    }
+
+    #[test]
+    fn readers_of_several_lanes_and_warps_are_remembered() {
+        let mut shared = shared();
+        shared.write(0, 4, visitor(0, 0, 1), false).unwrap();
+        shared.barrier();
+        for lane in [3, 5] {
+            shared.read(0, 4, visitor(0, lane, 1)).unwrap();
+        }
+        // Another lane read as well, until the warp is synchronised.
+        assert!(shared.write(0, 4, visitor(0, 5, 1), false).is_err());
+        shared.read(0, 4, visitor(1, 0, 1)).unwrap();
+        assert!(shared.write(0, 4, visitor(1, 0, 2), false).is_err());
+        shared.barrier();
+        shared.read(0, 4, visitor(0, 3, 1)).unwrap();
+        shared.write(0, 4, visitor(0, 4, 2), false).unwrap();
+    }
 }
