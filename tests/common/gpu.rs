@@ -1,6 +1,6 @@
 //! The GPU of the tests: the virtual one, or with `QUELL_TEST_GPU=real` a real one.
 //!
-//! The virtual GPU calls itself `libcuda.so.1`. It is loaded by its path before the
+//! The virtual GPU calls itself `libcuda.so`. It is loaded by its path before the
 //! driver is looked for, so that whoever asks for the driver finds it loaded already.
 //! That it was found, and not a real driver, is checked by the device's name.
 #![allow(dead_code)] // each test file uses a part
