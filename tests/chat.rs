@@ -183,6 +183,7 @@ fn a_model_without_a_template_is_refused_at_the_start() {
         .arg("chat")
         .arg("--model")
         .arg(tiny)
+        .args(["--device", "cpu"])
         .stdin(Stdio::null())
         .output()
         .unwrap();

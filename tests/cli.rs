@@ -8,13 +8,15 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-fn quell(args: &[&str]) -> Output {
+fn command(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_quell"));
     // On a machine with a GPU, too, these are tests of the program, not of the GPU.
-    Command::new(env!("CARGO_BIN_EXE_quell"))
-        .args(args)
-        .env("CUDA_VISIBLE_DEVICES", "")
-        .output()
-        .unwrap()
+    command.args(args).env("CUDA_VISIBLE_DEVICES", "");
+    command
+}
+
+fn quell(args: &[&str]) -> Output {
+    command(args).env("QUELL_LOG", "warn").output().unwrap()
 }
 
 fn tiny(name: &str) -> String {
@@ -53,6 +55,29 @@ fn assert_refused(args: &[&str], code: i32, parts: &[&str]) {
             "{args:?}: '{part}' is not in: {message}"
         );
     }
+}
+
+#[test]
+fn without_a_gpu_auto_takes_the_cpu_and_says_so() {
+    let model = tiny("llama");
+    let generate = [
+        "generate",
+        "--model",
+        &model,
+        "--prompt-ids",
+        "1",
+        "--max-tokens",
+        "1",
+    ];
+    let said = |device: &str| {
+        let mut command = command(&generate);
+        command.args(["--device", device]).env_remove("QUELL_LOG");
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "--device {device}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    assert!(said("auto").contains("running on the CPU: "));
+    assert_eq!(said("cpu"), "");
 }
 
 #[test]
