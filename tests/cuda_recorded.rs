@@ -346,11 +346,11 @@ fn check(activations: CudaActivations, tolerance: f32) {
 // A number near the middle between two of the activation type may be rounded either way.
 
 #[test]
-fn outputs_are_those_of_a_real_gpu_in_bfloat16() {
+fn in_bfloat16_outputs_are_finite_and_as_recorded_where_they_were() {
     check(CudaActivations::Bf16, 1.0 / 128.0);
 }
 
 #[test]
-fn outputs_are_those_of_a_real_gpu_in_float16() {
+fn in_float16_outputs_are_finite_and_as_recorded_where_they_were() {
     check(CudaActivations::F16, 1.0 / 1024.0);
 }
