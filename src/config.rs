@@ -1,5 +1,7 @@
 //! The engine's settings.
 
+use std::time::Duration;
+
 /// Limits and sizes of an engine; every field has a working default.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EngineConfig {
@@ -19,6 +21,22 @@ pub struct EngineConfig {
     pub max_context: Option<usize>,
     /// Tokens that wait for a slow reader before its sequence is paused.
     pub stream_buffer: usize,
+    /// Whether complete blocks are kept after their sequence has ended, and reused by
+    /// later sequences that begin with the same tokens.
+    pub prefix_cache: bool,
+    /// Host memory, in bytes, that preempted sequences may be swapped out to instead of
+    /// being computed anew; used as it is needed. 0 for none.
+    pub swap_bytes: usize,
+    /// Share of the key-value cache, in percent, that sessions may pin.
+    pub pinned_percent: u8,
+    /// How long a paused request's reader may lag behind before it is cancelled as
+    /// [`SlowConsumer`](crate::CancelReason::SlowConsumer); without end if `None`.
+    pub slow_consumer_deadline: Option<Duration>,
+    /// How long one step may take before the device counts as stuck, which fails every
+    /// session and closes the engine; without end if `None`.
+    pub step_deadline: Option<Duration>,
+    /// Value of the label `model_name` of this engine's metrics; no label if `None`.
+    pub metrics_label: Option<String>,
     /// Whether the cache's books are checked after every step, and freed blocks
     /// overwritten with NaN, so that a step that still reads them shows it. An
     /// imbalance closes the engine. The check costs time in the number of blocks.
@@ -35,6 +53,12 @@ impl Default for EngineConfig {
             block_tokens: 16,
             max_context: None,
             stream_buffer: 256,
+            prefix_cache: true,
+            swap_bytes: 256 << 20,
+            pinned_percent: 25,
+            slow_consumer_deadline: Some(Duration::from_secs(120)),
+            step_deadline: Some(Duration::from_secs(120)),
+            metrics_label: None,
             audit: cfg!(debug_assertions),
         }
     }

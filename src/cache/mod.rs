@@ -7,17 +7,19 @@
 mod fence;
 mod pool;
 mod table;
+mod transfer;
 
 pub use fence::Fence;
 pub use pool::{BlockId, Pool};
 pub use table::BlockTable;
+pub use transfer::{HostBlockId, Transfers};
 
 use crate::id::StepId;
 use thiserror::Error;
 
 /// How the blocks of a cache are used at one moment.
 ///
-/// Invariant I3: `free + referenced + deferred = total`.
+/// Invariant I3: `free + referenced + cached + deferred = total`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Books {
     /// Blocks in all.
@@ -26,6 +28,9 @@ pub struct Books {
     pub free: usize,
     /// Blocks that at least one table holds.
     pub referenced: usize,
+    /// Blocks that nobody holds and whose tokens are still of use: the prefix cache,
+    /// handed out when no free block is left.
+    pub cached: usize,
     /// Blocks given back that a step in flight may still touch.
     pub deferred: usize,
 }
@@ -136,6 +141,7 @@ impl BlockCache {
             total: self.pool.total_blocks(),
             free: self.pool.free_blocks(),
             referenced: self.pool.referenced_blocks(),
+            cached: 0,
             deferred: self.fence.blocks(),
         }
     }
@@ -194,6 +200,7 @@ mod tests {
                 total: 2,
                 free: 0,
                 referenced: 0,
+                cached: 0,
                 deferred: 2
             }
         );

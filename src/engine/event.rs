@@ -25,6 +25,14 @@ pub enum CancelReason {
     /// Its text came to a stop string: the caller's side has ended it as a normal
     /// stop, and the scheduler thread only frees what it held.
     StopString = 5,
+    /// The reader lagged behind for too long.
+    SlowConsumer = 6,
+    /// A deadline of the request has passed.
+    Deadline = 7,
+    /// The client has gone: its connection was closed.
+    Disconnect = 8,
+    /// Its session was stopped or ended.
+    SessionEnded = 9,
 }
 
 impl CancelReason {
@@ -36,6 +44,10 @@ impl CancelReason {
             Self::AbortAll => "abort_all",
             Self::Shutdown => "shutdown",
             Self::StopString => "stop_string",
+            Self::SlowConsumer => "slow_consumer",
+            Self::Deadline => "deadline",
+            Self::Disconnect => "disconnect",
+            Self::SessionEnded => "session_ended",
         }
     }
 
@@ -46,6 +58,10 @@ impl CancelReason {
             Self::AbortAll,
             Self::Shutdown,
             Self::StopString,
+            Self::SlowConsumer,
+            Self::Deadline,
+            Self::Disconnect,
+            Self::SessionEnded,
         ]
         .into_iter()
         .find(|reason| *reason as u8 == flag)
@@ -278,7 +294,7 @@ mod tests {
 
     #[test]
     fn every_reason_survives_its_flag() {
-        for flag in 1..=5 {
+        for flag in 1..=9 {
             assert_eq!(
                 CancelReason::from_flag(flag).map(|reason| reason as u8),
                 Some(flag)

@@ -28,7 +28,8 @@ pub trait Runner {
     /// Steps that may be in flight at the same time: 1 or 2.
     fn depth(&self) -> usize;
 
-    /// Enqueues a step. An error means that nothing of it is in flight.
+    /// Enqueues a step: its transfers, then its items, of which there may be none. An
+    /// error means that nothing of it is in flight, and that what it was to copy is lost.
     fn launch(&mut self, plan: &StepPlan, sequences: &Sequences) -> Result<(), DeviceError>;
 
     /// Overwrites blocks that nobody holds, so that a step that reads them shows it.
@@ -56,8 +57,19 @@ pub struct RunnerInfo {
     pub cache_blocks: usize,
     /// Tokens a block.
     pub block_tokens: usize,
+    /// Where blocks can be swapped out to; `None` if the runner cannot.
+    pub swap: Option<SwapInfo>,
     /// The model; `None` for a runner without one.
     pub model: Option<ModelInfo>,
+}
+
+/// Host memory for swapped-out blocks, and how fast it is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SwapInfo {
+    /// Blocks that it has room for.
+    pub blocks: usize,
+    /// Seconds that copying one block takes, one way.
+    pub seconds_per_block: f64,
 }
 
 /// A loaded model.

@@ -59,6 +59,7 @@ impl<D: Device> ModelRunner<D> {
             end_tokens: model.end_tokens.clone(),
             cache_blocks: shape.blocks,
             block_tokens: shape.block_tokens,
+            swap: None,
             model: Some(ModelInfo {
                 config: model.clone(),
                 parameters: source.parameters(),

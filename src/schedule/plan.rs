@@ -1,6 +1,7 @@
 //! What one step computes.
 
 use super::SequenceKey;
+use crate::cache::Transfers;
 use crate::id::StepId;
 
 /// Where the tokens of an item come from.
@@ -35,7 +36,9 @@ pub struct PlanItem {
 pub struct StepPlan {
     /// The step's number.
     pub step: StepId,
-    /// One entry a sequence.
+    /// What is copied before anything is computed.
+    pub transfers: Transfers,
+    /// One entry a sequence; may be empty when there is something to copy.
     pub items: Vec<PlanItem>,
 }
 

@@ -153,7 +153,7 @@ impl Scheduler {
         let step = self.launched.next();
         let mut plan = StepPlan {
             step,
-            items: Vec::new(),
+            ..StepPlan::default()
         };
         let mut budget = self.policy.max_batch_tokens;
         let mut samples = 0;

@@ -219,6 +219,7 @@ pub fn engine(options: SimOptions, config: EngineConfig) -> Engine {
         end_tokens: Vec::new(),
         cache_blocks: options.blocks,
         block_tokens: options.block_tokens,
+        swap: None,
         model: None,
     };
     Engine::with_runner(config, None, move || {
