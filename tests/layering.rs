@@ -11,7 +11,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("weights", &[]),
     ("text", &["weights"]),
     ("cache", &["id"]),
-    ("schedule", &["cache", "id", "sampling"]),
+    ("schedule", &["cache", "config", "id", "sampling"]),
     ("device", &["sampling", "weights"]),
     ("model", &["device", "weights"]),
     (

@@ -168,14 +168,7 @@ impl Engine {
         let (commands, inbox) = unbounded();
         let (ready, started) = bounded(1);
         let fault = Arc::new(OnceLock::new());
-        let (thread_fault, policy, audit) = (
-            Arc::clone(&fault),
-            Policy {
-                max_batch_tokens: config.max_batch_tokens,
-                max_sequences: config.max_sequences,
-            },
-            config.audit,
-        );
+        let (thread_fault, settings) = (Arc::clone(&fault), config.clone());
         std::thread::Builder::new()
             .name("quell-scheduler".to_owned())
             .spawn(move || {
@@ -186,10 +179,9 @@ impl Engine {
                         return;
                     }
                 };
-                let cache = BlockCache::new(info.cache_blocks, info.block_tokens);
+                let scheduler = scheduler(&settings, &info);
                 let _ = ready.send(Ok(info));
-                let scheduler = Scheduler::new(policy, cache);
-                SchedulerThread::new(inbox, scheduler, runner, audit).run(&thread_fault);
+                SchedulerThread::new(inbox, scheduler, runner, settings.audit).run(&thread_fault);
             })
             .map_err(|error| LoadError::Thread(error.to_string()))?;
         let info = started.recv().map_err(|_| {
@@ -392,6 +384,23 @@ impl Engine {
             prompt,
             params: Arc::new(request.sampling.clone()),
             stop_tokens: stop_tokens.into(),
+            priority: 0,
+            tenant: None,
+            session: None,
         })
     }
+}
+
+/// The scheduler for what a runner has.
+fn scheduler(config: &EngineConfig, info: &RunnerInfo) -> Scheduler {
+    let cache = BlockCache::new(info.cache_blocks, info.block_tokens, config.prefix_cache);
+    let policy = Policy {
+        max_batch_tokens: config.max_batch_tokens,
+        max_sequences: config.max_sequences,
+        max_pinned_blocks: info.cache_blocks * usize::from(config.pinned_percent) / 100,
+        preemption: config.preemption,
+        swap_blocks: info.swap.map_or(0, |swap| swap.blocks),
+        swap_seconds_per_block: info.swap.map_or(0.0, |swap| swap.seconds_per_block),
+    };
+    Scheduler::new(policy, cache)
 }
