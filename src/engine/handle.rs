@@ -4,6 +4,8 @@ use super::command::{AccountSpec, Command, Submission};
 use super::event::{SessionCell, channel};
 use super::permit::Permit;
 use super::stream::{StreamParts, TextState};
+use super::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use super::sync::{Arc, OnceLock, Sender, bounded, spawn, unbounded};
 use super::thread::SchedulerThread;
 use super::{EngineFault, EngineStats, Session, SubmitError, TokenStream};
 use crate::cache::BlockCache;
@@ -14,10 +16,7 @@ use crate::runner::{LoadError, LoadOptions, ModelFiles, Runner, RunnerInfo};
 use crate::sampling::SamplingParams;
 use crate::schedule::{Policy, Scheduler, SequenceSpec};
 use crate::text::{EncodeOptions, Message, RenderOptions, Tokenizer};
-use crossbeam_channel::{Sender, bounded, unbounded};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
 
 /// What to continue.
 #[derive(Clone, Debug)]
@@ -169,21 +168,19 @@ impl Engine {
         let (ready, started) = bounded(1);
         let fault = Arc::new(OnceLock::new());
         let (thread_fault, settings) = (Arc::clone(&fault), config.clone());
-        std::thread::Builder::new()
-            .name("quell-scheduler".to_owned())
-            .spawn(move || {
-                let (runner, info) = match make_runner() {
-                    Ok(made) => made,
-                    Err(error) => {
-                        let _ = ready.send(Err(error));
-                        return;
-                    }
-                };
-                let scheduler = scheduler(&settings, &info);
-                let _ = ready.send(Ok(info));
-                SchedulerThread::new(inbox, scheduler, runner, settings.audit).run(&thread_fault);
-            })
-            .map_err(|error| LoadError::Thread(error.to_string()))?;
+        spawn("quell-scheduler", move || {
+            let (runner, info) = match make_runner() {
+                Ok(made) => made,
+                Err(error) => {
+                    let _ = ready.send(Err(error));
+                    return;
+                }
+            };
+            let scheduler = scheduler(&settings, &info);
+            let _ = ready.send(Ok(info));
+            SchedulerThread::new(inbox, scheduler, runner, settings.audit).run(&thread_fault);
+        })
+        .map_err(|error| LoadError::Thread(error.to_string()))?;
         let info = started.recv().map_err(|_| {
             LoadError::Thread("it panicked while the model was loaded".to_owned())
         })??;

@@ -8,11 +8,11 @@ use super::command::AccountSpec;
 use super::event::{Event, EventSender, Receipt, SessionCell, Terminal, Token};
 use super::permit::Permit;
 use super::stats::Outcomes;
+use super::sync::Arc;
+use super::sync::atomic::Ordering;
 use crate::id::{SessionId, StepId};
 use crate::schedule::{FinishReason, SequenceKey};
 use std::collections::HashMap;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 /// An open request.

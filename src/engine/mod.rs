@@ -14,6 +14,7 @@ mod permit;
 mod session;
 mod stats;
 mod stream;
+mod sync;
 mod thread;
 
 pub use error::{EngineFault, GenerateError, SubmitError};

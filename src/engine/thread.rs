@@ -5,14 +5,13 @@ use super::command::{Command, Submission};
 use super::event::{CancelReason, Terminal, Token};
 use super::ledger::{Ledger, Remains};
 use super::stats::EngineStats;
+use super::sync::{Arc, OnceLock, Receiver, TryRecvError};
 use crate::device::DeviceError;
 use crate::id::StepId;
 use crate::runner::Runner;
 use crate::schedule::{Commit, FinishReason, Scheduler, SequenceKey, StepPlan};
-use crossbeam_channel::{Receiver, TryRecvError};
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, OnceLock};
 
 /// What the scheduler thread owns.
 pub(super) struct SchedulerThread {
