@@ -16,8 +16,9 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("model", &["device", "weights"]),
     (
         "runner",
+        // `id`: its tests make sequences.
         &[
-            "cache", "config", "device", "model", "sampling", "schedule", "text", "weights",
+            "cache", "config", "device", "id", "model", "sampling", "schedule", "text", "weights",
         ],
     ),
     (
