@@ -2,6 +2,7 @@
 
 use super::event::{EventSender, SessionCell};
 use super::permit::Permit;
+use super::record::RequestRecord;
 use super::stats::EngineStats;
 use crate::id::SessionId;
 use crate::schedule::SequenceSpec;
@@ -36,4 +37,5 @@ pub(crate) struct AccountSpec {
     pub cell: Arc<SessionCell>,
     pub events: EventSender,
     pub permit: Permit,
+    pub record: RequestRecord,
 }

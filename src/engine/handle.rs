@@ -2,7 +2,9 @@
 
 use super::command::{AccountSpec, Command, Submission};
 use super::event::{SessionCell, channel};
+use super::metrics::EngineMetrics;
 use super::permit::Permit;
+use super::record::RequestRecord;
 use super::stream::{StreamParts, TextState};
 use super::thread::SchedulerThread;
 use super::{EngineFault, EngineStats, Session, SubmitError, TokenStream};
@@ -18,6 +20,7 @@ use crossbeam_channel::{Sender, bounded, unbounded};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 /// What to continue.
 #[derive(Clone, Debug)]
@@ -109,6 +112,7 @@ struct Shared {
     info: RunnerInfo,
     tokenizer: Option<Arc<Tokenizer>>,
     fault: Arc<OnceLock<EngineFault>>,
+    metrics: Arc<EngineMetrics>,
     open: Arc<AtomicUsize>,
     next_id: AtomicU64,
     /// Tokens of the longest sequence, and what limits it.
@@ -168,6 +172,8 @@ impl Engine {
         let (commands, inbox) = unbounded();
         let (ready, started) = bounded(1);
         let fault = Arc::new(OnceLock::new());
+        let metrics = Arc::new(EngineMetrics::new(config.metrics_label.as_deref()));
+        let thread_metrics = Arc::clone(&metrics);
         let (thread_fault, policy, audit) = (
             Arc::clone(&fault),
             Policy {
@@ -189,7 +195,8 @@ impl Engine {
                 let cache = BlockCache::new(info.cache_blocks, info.block_tokens);
                 let _ = ready.send(Ok(info));
                 let scheduler = Scheduler::new(policy, cache);
-                SchedulerThread::new(inbox, scheduler, runner, audit).run(&thread_fault);
+                SchedulerThread::new(inbox, scheduler, runner, thread_metrics, audit)
+                    .run(&thread_fault);
             })
             .map_err(|error| LoadError::Thread(error.to_string()))?;
         let info = started.recv().map_err(|_| {
@@ -206,6 +213,7 @@ impl Engine {
             info,
             tokenizer: tokenizer.map(Arc::new),
             fault,
+            metrics,
             open: Arc::default(),
             next_id: AtomicU64::new(1),
             limit,
@@ -299,6 +307,9 @@ impl Engine {
         let id = SessionId(self.shared.next_id.fetch_add(1, Ordering::Relaxed));
         let cell = Arc::new(SessionCell::default());
         let (events, receiver) = channel(&cell, self.shared.config.stream_buffer);
+        let submitted = Instant::now();
+        let span = tracing::info_span!(target: "quell::request", "request", id = id.as_u64());
+        let record = RequestRecord::new(span, submitted, spec.prompt.len());
         // The guard exists before the request does: dropping it from here on cancels.
         let stream = TokenStream::new(StreamParts {
             id,
@@ -306,6 +317,8 @@ impl Engine {
             receiver,
             commands: self.commands.clone(),
             fault: Arc::clone(&self.shared.fault),
+            metrics: Arc::clone(&self.shared.metrics),
+            submitted,
             text,
             prompt: spec.prompt.clone(),
             stop_tokens: Arc::clone(&spec.stop_tokens),
@@ -315,6 +328,7 @@ impl Engine {
             cell,
             events,
             permit,
+            record,
         };
         let submission = Submission { id, spec, account };
         self.post(Command::Submit(Box::new(submission)))?;

@@ -6,7 +6,9 @@
 
 use super::command::AccountSpec;
 use super::event::{Event, EventSender, Receipt, SessionCell, Terminal, Token};
+use super::metrics::{EndKind, EngineMetrics};
 use super::permit::Permit;
+use super::record::RequestRecord;
 use super::stats::Outcomes;
 use crate::id::{SessionId, StepId};
 use crate::schedule::{FinishReason, SequenceKey};
@@ -22,6 +24,7 @@ struct Account {
     cell: Arc<SessionCell>,
     events: EventSender,
     permit: Permit,
+    record: RequestRecord,
     /// The token of this step, until the flush.
     token: Option<Token>,
 }
@@ -32,6 +35,24 @@ struct Closing {
     fence: StepId,
     events: EventSender,
     receipt: Receipt,
+    record: RequestRecord,
+    end: EndKind,
+    ended_at: Instant,
+}
+
+impl Closing {
+    /// The blocks are free: the receipt goes out, and the end is reported.
+    fn settle(mut self, step: StepId, freed_at: Instant, metrics: &EngineMetrics) {
+        self.receipt.step = step;
+        self.receipt.freed_at = freed_at;
+        if self.end.cancel_reason().is_some() {
+            let waited = freed_at.saturating_duration_since(self.receipt.posted_at);
+            metrics.cancel_freed(waited, self.receipt.tokens_discarded);
+        }
+        self.record
+            .report(self.end, self.ended_at, &self.receipt, true);
+        self.events.send_receipt(self.receipt);
+    }
 }
 
 /// What an ended request leaves behind.
@@ -43,8 +64,8 @@ pub(super) struct Remains {
 }
 
 /// All accounts, open and closing.
-#[derive(Default)]
 pub(super) struct Ledger {
+    metrics: Arc<EngineMetrics>,
     open: HashMap<SequenceKey, Account>,
     by_id: HashMap<SessionId, SequenceKey>,
     closing: Vec<Closing>,
@@ -54,6 +75,18 @@ pub(super) struct Ledger {
 }
 
 impl Ledger {
+    /// A ledger without accounts.
+    pub fn new(metrics: Arc<EngineMetrics>) -> Self {
+        Self {
+            metrics,
+            open: HashMap::new(),
+            by_id: HashMap::new(),
+            closing: Vec::new(),
+            dirty: Vec::new(),
+            outcomes: Outcomes::default(),
+        }
+    }
+
     pub fn outcomes(&self) -> Outcomes {
         self.outcomes
     }
@@ -84,6 +117,7 @@ impl Ledger {
             cell,
             events,
             permit,
+            record,
         } = spec;
         self.outcomes.accepted += 1;
         self.by_id.insert(id, key);
@@ -93,9 +127,17 @@ impl Ledger {
             cell,
             events,
             permit,
+            record,
             token: None,
         };
         self.open.insert(key, account);
+    }
+
+    /// A step with some of its prompt was launched.
+    pub fn started(&mut self, key: SequenceKey, at: Instant) {
+        if let Some(account) = self.open.get_mut(&key) {
+            account.record.started(at);
+        }
     }
 
     /// Books a token; it is sent by the flush, or with the terminal.
@@ -128,18 +170,24 @@ impl Ledger {
         };
         *count += 1;
         let at = Instant::now();
-        tracing::debug!(
-            session = %account.id,
-            terminal = ?terminal,
-            tokens = remains.tokens_generated,
-            blocks = remains.blocks,
-            "request ended"
+        let end = EndKind::from(&terminal);
+        let posted_at = account.cell.posted_at().unwrap_or(at);
+        self.metrics.ended(
+            end,
+            at.saturating_duration_since(account.record.submitted()),
         );
+        if end.cancel_reason().is_some() {
+            self.metrics
+                .cancel_ended(at.saturating_duration_since(posted_at));
+        }
         // A cancelled request's last token is dropped: no token follows a cancel.
         let token = account
             .token
             .take()
             .filter(|_| matches!(terminal, Terminal::Finished(_)));
+        if token.is_some() {
+            account.record.token(at, &self.metrics);
+        }
         // Before the caller learns of the end: it may submit the next at once.
         drop(account.permit);
         account.events.send(Event {
@@ -155,10 +203,13 @@ impl Ledger {
                 tokens_generated: remains.tokens_generated,
                 tokens_discarded: 0,
                 step: remains.fence,
-                posted_at: account.cell.posted_at().unwrap_or(at),
+                posted_at,
                 freed_at: at,
             },
             events: account.events,
+            record: account.record,
+            end,
+            ended_at: at,
         });
     }
 
@@ -169,15 +220,18 @@ impl Ledger {
             return;
         }
         let freed_at = Instant::now();
-        for mut closing in self
-            .closing
-            .extract_if(.., |closing| closing.fence <= completed)
-        {
-            closing.events.send_receipt(Receipt {
-                step: completed,
-                freed_at,
-                ..closing.receipt
-            });
+        let free = |closing: &mut Closing| closing.fence <= completed;
+        for closing in self.closing.extract_if(.., free) {
+            closing.settle(completed, freed_at, &self.metrics);
+        }
+    }
+
+    /// The engine broke: what has not settled never will. Its ends are reported, its
+    /// receipts never go out.
+    pub fn abandon(&mut self) {
+        for closing in self.closing.drain(..) {
+            let Closing { record, end, .. } = &closing;
+            record.report(*end, closing.ended_at, &closing.receipt, false);
         }
     }
 
@@ -192,6 +246,7 @@ impl Ledger {
             let Some(token) = account.token.take() else {
                 continue;
             };
+            account.record.token(at, &self.metrics);
             account.events.send(Event {
                 token: Some(token),
                 terminal: None,

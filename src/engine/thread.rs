@@ -2,8 +2,9 @@
 
 use super::EngineFault;
 use super::command::{Command, Submission};
-use super::event::{CancelReason, Terminal, Token};
+use super::event::{CancelReason, SessionCell, Terminal, Token};
 use super::ledger::{Ledger, Remains};
+use super::metrics::{EngineMetrics, Noop, Phase, cleanup_failed};
 use super::stats::EngineStats;
 use crate::device::DeviceError;
 use crate::id::StepId;
@@ -13,6 +14,7 @@ use crossbeam_channel::{Receiver, TryRecvError};
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 /// What the scheduler thread owns.
 pub(super) struct SchedulerThread {
@@ -33,6 +35,9 @@ pub(super) struct SchedulerThread {
     applied: bool,
     tokens_generated: u64,
     prompt_tokens: u64,
+    metrics: Arc<EngineMetrics>,
+    /// What the metrics show.
+    published: EngineStats,
     /// Kept for its memory.
     pause: Vec<SequenceKey>,
 }
@@ -42,12 +47,13 @@ impl SchedulerThread {
         commands: Receiver<Command>,
         scheduler: Scheduler,
         runner: Box<dyn Runner>,
+        metrics: Arc<EngineMetrics>,
         audit: bool,
     ) -> Self {
         Self {
             commands,
             scheduler,
-            ledger: Ledger::default(),
+            ledger: Ledger::new(Arc::clone(&metrics)),
             // Feedback reaches back one step, not two.
             depth: runner.depth().clamp(1, 2),
             runner,
@@ -59,6 +65,8 @@ impl SchedulerThread {
             applied: false,
             tokens_generated: 0,
             prompt_tokens: 0,
+            metrics,
+            published: EngineStats::default(),
             pause: Vec::new(),
         }
     }
@@ -84,6 +92,7 @@ impl SchedulerThread {
                 panic = panic_message(&*panic),
                 "clean-up after a fault panicked"
             );
+            cleanup_failed("fault");
         }
         // Dropping the receiver refuses later commands and drops those in the
         // queue; a dropped submission wakes its reader.
@@ -97,11 +106,7 @@ impl SchedulerThread {
                 return Ok(());
             }
             self.applied = false;
-            let plan = if self.closing {
-                None
-            } else {
-                self.scheduler.plan()
-            };
+            let plan = self.plan();
             let planned = plan.is_some();
             if let Some(plan) = plan {
                 self.launch(plan)?;
@@ -118,6 +123,18 @@ impl SchedulerThread {
                 return Ok(());
             }
         }
+    }
+
+    fn plan(&mut self) -> Option<StepPlan> {
+        if self.closing {
+            return None;
+        }
+        let from = Instant::now();
+        let plan = self.scheduler.plan();
+        if plan.is_some() {
+            self.metrics.phase(Phase::Plan, from);
+        }
+        plan
     }
 
     /// Applies every command that has been posted; waits for one when idle: when
@@ -146,6 +163,7 @@ impl SchedulerThread {
                     if !self.idle || self.closing {
                         return false;
                     }
+                    self.publish();
                     match self.commands.recv() {
                         Ok(command) => self.apply(command),
                         Err(_) => return true,
@@ -160,17 +178,20 @@ impl SchedulerThread {
         self.applied = true;
         match command {
             Command::Submit(submission) => self.submit(*submission),
-            Command::Cancel(id) => {
-                if let Some(key) = self.ledger.key_of(id) {
+            Command::Cancel(id) => match self.ledger.key_of(id) {
+                Some(key) => {
                     self.apply_cancel(key);
                 }
-            }
+                None => self.metrics.noop(Noop::AlreadyEnded),
+            },
             Command::Resume(id) => {
                 if let Some(key) = self.ledger.key_of(id) {
                     self.scheduler.set_paused(key, false);
                 }
             }
             Command::Inspect(reply) => {
+                // The metrics say no less than the answer.
+                self.publish();
                 // The asker may be gone; that is its affair.
                 let _ = reply.try_send(self.stats());
             }
@@ -188,6 +209,10 @@ impl SchedulerThread {
         let key = self.scheduler.add(id, spec);
         self.ledger.open(key, id, account);
         // Cancelled on the way here: it never runs (I5).
+        let cell = self.ledger.cell_of(key);
+        if cell.and_then(SessionCell::cancelled) == Some(CancelReason::StreamDropped) {
+            self.end(key, Terminal::Cancelled(CancelReason::SubmitDropped));
+        }
         self.apply_cancel(key);
         if self.closing {
             self.end(key, Terminal::Cancelled(CancelReason::Shutdown));
@@ -234,7 +259,11 @@ impl SchedulerThread {
         if self.audit {
             self.poison_freed()?;
         }
-        match self.runner.launch(&plan, self.scheduler.sequences()) {
+        let from = Instant::now();
+        self.note_starts(&plan, from);
+        let launched = self.runner.launch(&plan, self.scheduler.sequences());
+        self.metrics.phase(Phase::Launch, from);
+        match launched {
             Ok(()) => {
                 self.in_flight.push_back(plan);
                 Ok(())
@@ -251,6 +280,16 @@ impl SchedulerThread {
         }
     }
 
+    /// Notes whose prompts the step begins or goes on with.
+    fn note_starts(&mut self, plan: &StepPlan, at: Instant) {
+        for item in &plan.items {
+            let sequence = self.scheduler.sequences().get(item.key);
+            if sequence.is_some_and(|sequence| item.start < sequence.prompt_tokens) {
+                self.ledger.started(item.key, at);
+            }
+        }
+    }
+
     /// Overwrites what was freed: whoever still reads it shows it by its tokens.
     fn poison_freed(&mut self) -> Result<(), EngineFault> {
         let freed = self.scheduler.take_freed();
@@ -262,10 +301,13 @@ impl SchedulerThread {
 
     /// Waits for the oldest step and commits it.
     fn collect(&mut self) -> Result<(), EngineFault> {
+        let from = Instant::now();
         let outcome = self.runner.collect();
+        self.metrics.phase(Phase::Collect, from);
         let Some(plan) = self.in_flight.pop_front() else {
             return Ok(());
         };
+        let from = Instant::now();
         // What was cancelled while the step ran gets no token from it.
         for _ in 0..self.commands.len() {
             match self.commands.try_recv() {
@@ -307,6 +349,8 @@ impl SchedulerThread {
         };
         self.step_completed(plan.step);
         self.flush();
+        self.publish();
+        self.metrics.phase(Phase::Commit, from);
         if self.audit {
             self.scheduler.audit()?;
         }
@@ -386,6 +430,15 @@ impl SchedulerThread {
             // A submission's reader wakes and finds the fault.
             drop(command);
         }
+        self.ledger.abandon();
+        self.publish();
+    }
+
+    /// Sets the gauges from the books.
+    fn publish(&mut self) {
+        let now = self.stats();
+        self.metrics.publish(&now, &self.published);
+        self.published = now;
     }
 
     fn stats(&self) -> EngineStats {
