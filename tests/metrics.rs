@@ -10,6 +10,7 @@ use quell::{CancelReason, Engine, EngineConfig, EngineStats, Request};
 use sim::{Fault, SimOptions, VOCABULARY, engine};
 use std::collections::HashMap;
 use std::sync::mpsc;
+use std::time::Duration;
 
 fn request(index: usize, prompt: usize, tokens: usize) -> Request {
     let prompt = (0..prompt).map(|position| ((index * 131 + position * 7) as u32) % VOCABULARY);
@@ -252,6 +253,123 @@ fn cancels_that_change_nothing_are_counted_with_why() {
     assert_eq!(noop("already_ended"), 1);
     assert_eq!(noop("already_cancelled"), 1);
     assert_eq!(noop("engine_closed"), 1);
+}
+
+/// What ends one request of a new engine, and the reason that the metrics give then.
+fn reason_of(
+    config: EngineConfig,
+    fault: Option<(u64, Fault)>,
+    end: impl FnOnce(&Engine),
+) -> String {
+    let options = SimOptions {
+        fault,
+        ..SimOptions::default()
+    };
+    let (engine, snapshotter) = recorded(options, config);
+    end(&engine);
+    while engine
+        .stats()
+        .is_ok_and(|stats| stats.open + stats.closing > 0)
+    {}
+    let numbers = Numbers::read(&snapshotter);
+    let name = "quell_request_outcomes_total outcome=";
+    let mut counted = numbers
+        .0
+        .iter()
+        .filter(|(key, value)| key.starts_with(name) && **value > 0.0);
+    let (key, count) = counted.next().expect("an outcome was counted");
+    assert_eq!((*count, counted.next()), (1.0, None));
+    key[name.len()..].to_owned()
+}
+
+#[test]
+fn every_way_to_end_early_has_its_reason() {
+    let base = EngineConfig::default;
+    let endless = || request(1, 5, 400);
+    let first_token = |engine: &Engine| {
+        let mut stream = engine.generate(endless()).unwrap();
+        stream.next_blocking().unwrap().unwrap();
+        stream
+    };
+    let of = |end: &dyn Fn(&Engine)| reason_of(base(), None, end);
+    let dropped = of(&|engine| drop(first_token(engine)));
+    assert_eq!(dropped, "cancelled reason=stream_dropped");
+    let explicit = of(&|engine| drop(first_token(engine).cancel()));
+    assert_eq!(explicit, "cancelled reason=explicit");
+    let disconnect = of(&|engine| {
+        drop(first_token(engine).cancel_because(CancelReason::Disconnect));
+    });
+    assert_eq!(disconnect, "cancelled reason=disconnect");
+    let disconnect = of(&|engine| {
+        drop(first_token(engine).when_dropped(CancelReason::Disconnect));
+    });
+    assert_eq!(disconnect, "cancelled reason=disconnect");
+    let aborted = of(&|engine| {
+        let stream = first_token(engine);
+        engine.abort_all().unwrap();
+        stream.complete_blocking().unwrap_err();
+    });
+    assert_eq!(aborted, "cancelled reason=abort_all");
+    let shutdown = of(&|engine| {
+        let stream = first_token(engine);
+        engine.shutdown();
+        stream.complete_blocking().unwrap_err();
+    });
+    assert_eq!(shutdown, "cancelled reason=shutdown");
+    let deadline = of(&|engine| {
+        let request = endless().first_token_within(Duration::ZERO);
+        engine
+            .generate(request)
+            .unwrap()
+            .complete_blocking()
+            .unwrap_err();
+    });
+    assert_eq!(deadline, "cancelled reason=deadline");
+    let slow = EngineConfig {
+        stream_buffer: 2,
+        slow_consumer_deadline: Some(Duration::ZERO),
+        ..base()
+    };
+    let slow = reason_of(slow, None, |engine| {
+        let stream = engine.generate(endless()).unwrap();
+        idle(engine);
+        drop(stream);
+    });
+    assert_eq!(slow, "cancelled reason=slow_consumer");
+    let failed = reason_of(base(), Some((2, Fault::Step)), |engine| {
+        engine
+            .generate(endless())
+            .unwrap()
+            .complete_blocking()
+            .unwrap_err();
+    });
+    assert_eq!(failed, "failed reason=engine_fault");
+}
+
+#[test]
+fn a_stream_dropped_before_its_submission_was_seen_is_named_so() {
+    let (permit, gate) = mpsc::channel();
+    let options = SimOptions {
+        gate: Some(gate),
+        ..SimOptions::default()
+    };
+    let (engine, snapshotter) = recorded(options, EngineConfig::default());
+    let mut first = engine.generate(request(1, 5, 3)).unwrap();
+    permit.send(()).unwrap();
+    first.next_blocking().unwrap().unwrap();
+    // The thread is held by the gate in its second step, or on its way there.
+    permit.send(()).unwrap();
+    first.next_blocking().unwrap().unwrap();
+    drop(engine.generate(request(2, 5, 400)).unwrap());
+    drop(permit);
+    first.complete_blocking().unwrap();
+    assert_eq!(idle(&engine).outcomes.cancelled, 1);
+    let numbers = Numbers::read(&snapshotter);
+    let name = "quell_request_outcomes_total outcome=cancelled reason";
+    let dropped = numbers.of(&format!("{name}=submit_dropped"));
+    // Where the thread was faster, the stream was dropped after it.
+    assert_eq!(dropped + numbers.of(&format!("{name}=stream_dropped")), 1);
+    assert_eq!(numbers.of("quell_generation_tokens_total"), 3);
 }
 
 /// The waker of a caller is the caller's code. It panics on the scheduler thread,

@@ -1,5 +1,6 @@
 //! The commands: the only way into the scheduler thread.
 
+use super::deadlines::RequestDeadlines;
 use super::event::{EventSender, SessionCell};
 use super::permit::Permit;
 use super::record::RequestRecord;
@@ -38,4 +39,5 @@ pub(crate) struct AccountSpec {
     pub events: EventSender,
     pub permit: Permit,
     pub record: RequestRecord,
+    pub deadlines: RequestDeadlines,
 }

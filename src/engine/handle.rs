@@ -1,6 +1,7 @@
 //! [`Engine`]: the handle that callers clone, submit through, and load with.
 
 use super::command::{AccountSpec, Command, Submission};
+use super::deadlines::RequestDeadlines;
 use super::event::{SessionCell, channel};
 use super::metrics::EngineMetrics;
 use super::permit::Permit;
@@ -20,7 +21,7 @@ use crossbeam_channel::{Sender, bounded, unbounded};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What to continue.
 #[derive(Clone, Debug)]
@@ -72,6 +73,11 @@ pub struct Request {
     pub stop_token_ids: Vec<u32>,
     /// Go on past the model's end-of-sequence tokens.
     pub ignore_eos: bool,
+    /// The first token must come within this time from the submission, or the request
+    /// is cancelled as [`Deadline`](crate::CancelReason::Deadline).
+    pub first_token_within: Option<Duration>,
+    /// The same for the end of the answer.
+    pub finish_within: Option<Duration>,
 }
 
 impl Request {
@@ -85,6 +91,8 @@ impl Request {
             stop: Vec::new(),
             stop_token_ids: Vec::new(),
             ignore_eos: false,
+            first_token_within: None,
+            finish_within: None,
         }
     }
 
@@ -97,6 +105,18 @@ impl Request {
     /// Sets how to choose tokens.
     pub fn sampling(mut self, sampling: SamplingParams) -> Self {
         self.sampling = sampling;
+        self
+    }
+
+    /// Sets the deadline of the first token, from the submission on.
+    pub fn first_token_within(mut self, time: Duration) -> Self {
+        self.first_token_within = Some(time);
+        self
+    }
+
+    /// Sets the deadline of the whole answer, from the submission on.
+    pub fn finish_within(mut self, time: Duration) -> Self {
+        self.finish_within = Some(time);
         self
     }
 
@@ -174,14 +194,12 @@ impl Engine {
         let fault = Arc::new(OnceLock::new());
         let metrics = Arc::new(EngineMetrics::new(config.metrics_label.as_deref()));
         let thread_metrics = Arc::clone(&metrics);
-        let (thread_fault, policy, audit) = (
-            Arc::clone(&fault),
-            Policy {
-                max_batch_tokens: config.max_batch_tokens,
-                max_sequences: config.max_sequences,
-            },
-            config.audit,
-        );
+        let thread_fault = Arc::clone(&fault);
+        let thread_config = config.clone();
+        let policy = Policy {
+            max_batch_tokens: config.max_batch_tokens,
+            max_sequences: config.max_sequences,
+        };
         std::thread::Builder::new()
             .name("quell-scheduler".to_owned())
             .spawn(move || {
@@ -195,7 +213,7 @@ impl Engine {
                 let cache = BlockCache::new(info.cache_blocks, info.block_tokens);
                 let _ = ready.send(Ok(info));
                 let scheduler = Scheduler::new(policy, cache);
-                SchedulerThread::new(inbox, scheduler, runner, thread_metrics, audit)
+                SchedulerThread::new(inbox, scheduler, runner, thread_metrics, &thread_config)
                     .run(&thread_fault);
             })
             .map_err(|error| LoadError::Thread(error.to_string()))?;
@@ -309,6 +327,13 @@ impl Engine {
         let (events, receiver) = channel(&cell, self.shared.config.stream_buffer);
         let submitted = Instant::now();
         let span = tracing::info_span!(target: "quell::request", "request", id = id.as_u64());
+        // Beyond the end of time means without a deadline.
+        let after = |time: Option<Duration>| submitted.checked_add(time?);
+        let deadlines = RequestDeadlines {
+            first_token: after(request.first_token_within),
+            finish: after(request.finish_within),
+            reader: None,
+        };
         let record = RequestRecord::new(span, submitted, spec.prompt.len());
         // The guard exists before the request does: dropping it from here on cancels.
         let stream = TokenStream::new(StreamParts {
@@ -329,6 +354,7 @@ impl Engine {
             events,
             permit,
             record,
+            deadlines,
         };
         let submission = Submission { id, spec, account };
         self.post(Command::Submit(Box::new(submission)))?;

@@ -5,6 +5,7 @@
 //! gets the receipt. There is one door out, [`Ledger::close`], whatever the reason.
 
 use super::command::AccountSpec;
+use super::deadlines::{Deadlines, Due, RequestDeadlines};
 use super::event::{Event, EventSender, Receipt, SessionCell, Terminal, Token};
 use super::metrics::{EndKind, EngineMetrics};
 use super::permit::Permit;
@@ -25,6 +26,7 @@ struct Account {
     events: EventSender,
     permit: Permit,
     record: RequestRecord,
+    deadlines: RequestDeadlines,
     /// The token of this step, until the flush.
     token: Option<Token>,
 }
@@ -71,6 +73,7 @@ pub(super) struct Ledger {
     closing: Vec<Closing>,
     /// Accounts with a token to flush.
     dirty: Vec<SequenceKey>,
+    deadlines: Deadlines,
     outcomes: Outcomes,
 }
 
@@ -83,6 +86,7 @@ impl Ledger {
             by_id: HashMap::new(),
             closing: Vec::new(),
             dirty: Vec::new(),
+            deadlines: Deadlines::default(),
             outcomes: Outcomes::default(),
         }
     }
@@ -118,7 +122,9 @@ impl Ledger {
             events,
             permit,
             record,
+            deadlines,
         } = spec;
+        let deadlines = self.deadlines.add(key, deadlines);
         self.outcomes.accepted += 1;
         self.by_id.insert(id, key);
         let account = Account {
@@ -128,6 +134,7 @@ impl Ledger {
             events,
             permit,
             record,
+            deadlines,
             token: None,
         };
         self.open.insert(key, account);
@@ -145,7 +152,28 @@ impl Ledger {
         if let Some(account) = self.open.get_mut(&key) {
             account.token = Some(token);
             self.dirty.push(key);
+            let due = Due::FirstToken;
+            self.deadlines.set(key, &mut account.deadlines, due, None);
         }
+    }
+
+    /// Sets until when the reader of a paused request must have caught up; `None` when
+    /// it has.
+    pub fn reader_due(&mut self, key: SequenceKey, at: Option<Instant>) {
+        if let Some(account) = self.open.get_mut(&key) {
+            let due = Due::Reader;
+            self.deadlines.set(key, &mut account.deadlines, due, at);
+        }
+    }
+
+    /// When the next deadline passes.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.deadlines.next()
+    }
+
+    /// A request whose deadline has passed at `now`, the most overdue first.
+    pub fn overdue(&self, now: Instant) -> Option<(SequenceKey, Due)> {
+        self.deadlines.overdue(now)
     }
 
     /// A step produced a token for a request that has ended.
@@ -162,6 +190,7 @@ impl Ledger {
             return;
         };
         self.by_id.remove(&account.id);
+        self.deadlines.remove(key, account.deadlines);
         let count = match &terminal {
             Terminal::Finished(FinishReason::Stop) => &mut self.outcomes.stopped,
             Terminal::Finished(FinishReason::Length) => &mut self.outcomes.length,
@@ -261,5 +290,75 @@ impl Ledger {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::event::channel;
+    use slotmap::SlotMap;
+    use std::sync::atomic::AtomicUsize;
+    use std::time::Duration;
+
+    fn account(ledger: &mut Ledger, key: SequenceKey, id: u64, deadlines: RequestDeadlines) {
+        let cell = Arc::new(SessionCell::default());
+        let (events, _) = channel(&cell, 4);
+        let spec = AccountSpec {
+            cell,
+            events,
+            permit: Permit::acquire(&Arc::new(AtomicUsize::new(0)), 1).unwrap(),
+            record: RequestRecord::new(tracing::Span::none(), Instant::now(), 1),
+            deadlines,
+        };
+        ledger.open(key, SessionId(id), spec);
+    }
+
+    #[test]
+    fn a_closed_account_leaves_no_deadline_behind() {
+        let mut keys: SlotMap<SequenceKey, ()> = SlotMap::with_key();
+        let mut ledger = Ledger::new(Arc::new(EngineMetrics::new(None)));
+        let later = Instant::now() + Duration::from_secs(3600);
+        let all: Vec<_> = (0..20).map(|_| keys.insert(())).collect();
+        for (index, &key) in all.iter().enumerate() {
+            let deadlines = RequestDeadlines {
+                first_token: Some(later),
+                finish: Some(later),
+                reader: None,
+            };
+            account(&mut ledger, key, index as u64, deadlines);
+            ledger.reader_due(key, Some(later));
+        }
+        assert_eq!(ledger.next_deadline(), Some(later));
+        for key in all {
+            let remains = Remains {
+                blocks: 0,
+                tokens_generated: 0,
+                fence: StepId::default(),
+            };
+            let terminal = Terminal::Finished(FinishReason::Stop);
+            ledger.close(key, terminal, remains);
+        }
+        assert_eq!(ledger.next_deadline(), None);
+    }
+
+    #[test]
+    fn the_deadline_of_the_first_token_ends_with_the_first_token() {
+        let mut keys: SlotMap<SequenceKey, ()> = SlotMap::with_key();
+        let key = keys.insert(());
+        let mut ledger = Ledger::new(Arc::new(EngineMetrics::new(None)));
+        let deadlines = RequestDeadlines {
+            first_token: Some(Instant::now()),
+            ..RequestDeadlines::default()
+        };
+        account(&mut ledger, key, 1, deadlines);
+        assert_eq!(ledger.overdue(Instant::now()), Some((key, Due::FirstToken)));
+        let token = Token {
+            id: 1,
+            logprob: 0.0,
+            top: Vec::new(),
+        };
+        ledger.token(key, token);
+        assert_eq!(ledger.next_deadline(), None);
     }
 }

@@ -6,6 +6,7 @@
 //! in `ledger.rs`, the wire between the two in `command.rs` and `event.rs`.
 
 mod command;
+mod deadlines;
 mod error;
 mod event;
 mod handle;

@@ -2,19 +2,21 @@
 
 use super::EngineFault;
 use super::command::{Command, Submission};
+use super::deadlines::Due;
 use super::event::{CancelReason, SessionCell, Terminal, Token};
 use super::ledger::{Ledger, Remains};
 use super::metrics::{EngineMetrics, Noop, Phase, cleanup_failed};
 use super::stats::EngineStats;
+use crate::config::EngineConfig;
 use crate::device::DeviceError;
 use crate::id::StepId;
 use crate::runner::Runner;
 use crate::schedule::{Commit, FinishReason, Scheduler, SequenceKey, StepPlan};
-use crossbeam_channel::{Receiver, TryRecvError};
+use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError};
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What the scheduler thread owns.
 pub(super) struct SchedulerThread {
@@ -29,7 +31,9 @@ pub(super) struct SchedulerThread {
     completed: StepId,
     audit: bool,
     closing: bool,
-    /// Nothing to do until a command arrives.
+    /// How long a reader may keep its request paused.
+    slow_consumer_deadline: Option<Duration>,
+    /// Nothing to do until a command arrives or a deadline passes.
     idle: bool,
     /// A command was applied since the last plan.
     applied: bool,
@@ -48,7 +52,7 @@ impl SchedulerThread {
         scheduler: Scheduler,
         runner: Box<dyn Runner>,
         metrics: Arc<EngineMetrics>,
-        audit: bool,
+        config: &EngineConfig,
     ) -> Self {
         Self {
             commands,
@@ -59,7 +63,8 @@ impl SchedulerThread {
             runner,
             in_flight: VecDeque::new(),
             completed: StepId::default(),
-            audit,
+            audit: config.audit,
+            slow_consumer_deadline: config.slow_consumer_deadline,
             closing: false,
             idle: true,
             applied: false,
@@ -105,6 +110,7 @@ impl SchedulerThread {
             if self.drain_commands() {
                 return Ok(());
             }
+            self.expire();
             self.applied = false;
             let plan = self.plan();
             let planned = plan.is_some();
@@ -138,8 +144,8 @@ impl SchedulerThread {
     }
 
     /// Applies every command that has been posted; waits for one when idle: when
-    /// nothing can be planned and nothing is in flight, only a command changes that.
-    /// `true` when nobody is left who could post.
+    /// nothing can be planned and nothing is in flight, only a command or a deadline
+    /// changes that. `true` when nobody is left who could post.
     fn drain_commands(&mut self) -> bool {
         // Not more than are there now: whoever posts without end does not stop the rest.
         let mut rest = self.commands.len();
@@ -164,13 +170,50 @@ impl SchedulerThread {
                         return false;
                     }
                     self.publish();
-                    match self.commands.recv() {
+                    match self.wait() {
                         Ok(command) => self.apply(command),
-                        Err(_) => return true,
+                        Err(RecvTimeoutError::Timeout) => return false,
+                        Err(RecvTimeoutError::Disconnected) => return true,
                     }
                 }
             }
         }
+    }
+
+    /// Waits for a command, at most until the next deadline.
+    fn wait(&self) -> Result<Command, RecvTimeoutError> {
+        match self.ledger.next_deadline() {
+            Some(deadline) => self.commands.recv_deadline(deadline),
+            None => Ok(self.commands.recv()?),
+        }
+    }
+
+    /// Cancels the requests whose deadlines have passed. The one place where time
+    /// decides something.
+    fn expire(&mut self) {
+        let Some(first) = self.ledger.next_deadline() else {
+            return;
+        };
+        let now = Instant::now();
+        if first > now {
+            return;
+        }
+        while let Some((key, due)) = self.ledger.overdue(now) {
+            let reason = match due {
+                Due::FirstToken | Due::Finish => CancelReason::Deadline,
+                Due::Reader => CancelReason::SlowConsumer,
+            };
+            self.cancel(key, reason);
+        }
+    }
+
+    /// Cancels a session from this side. A caller's cancel that came first keeps its
+    /// reason.
+    fn cancel(&mut self, key: SequenceKey, reason: CancelReason) {
+        if let Some(cell) = self.ledger.cell_of(key) {
+            cell.cancel(reason);
+        }
+        self.apply_cancel(key);
     }
 
     fn apply(&mut self, command: Command) {
@@ -187,6 +230,7 @@ impl SchedulerThread {
             Command::Resume(id) => {
                 if let Some(key) = self.ledger.key_of(id) {
                     self.scheduler.set_paused(key, false);
+                    self.ledger.reader_due(key, None);
                 }
             }
             Command::Inspect(reply) => {
@@ -234,10 +278,7 @@ impl SchedulerThread {
 
     fn cancel_all(&mut self, reason: CancelReason) {
         for key in self.ledger.open_keys() {
-            if let Some(cell) = self.ledger.cell_of(key) {
-                cell.cancel(reason);
-            }
-            self.apply_cancel(key);
+            self.cancel(key, reason);
         }
     }
 
@@ -315,6 +356,7 @@ impl SchedulerThread {
                 Err(_) => break,
             }
         }
+        self.expire();
         let failed = match outcome {
             Ok(samples) if samples.len() != plan.samples().count() => {
                 let error = DeviceError::Failed {
@@ -395,6 +437,9 @@ impl SchedulerThread {
         self.ledger.flush(&mut pause);
         for key in pause.drain(..) {
             self.scheduler.set_paused(key, true);
+            let deadline = self.slow_consumer_deadline;
+            let due = deadline.and_then(|within| Instant::now().checked_add(within));
+            self.ledger.reader_due(key, due);
         }
         self.pause = pause;
     }
