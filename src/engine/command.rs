@@ -5,10 +5,9 @@ use super::event::{EventSender, SessionCell};
 use super::permit::Permit;
 use super::record::RequestRecord;
 use super::stats::EngineStats;
+use super::sync::{Arc, Sender};
 use crate::id::SessionId;
 use crate::schedule::SequenceSpec;
-use crossbeam_channel::Sender;
-use std::sync::Arc;
 
 /// What callers post to the scheduler thread; per session in the order posted (I7).
 pub(crate) enum Command {

@@ -2,13 +2,11 @@
 
 use super::EngineFault;
 use super::metrics::cleanup_failed;
+use super::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use super::sync::{Arc, AtomicWaker, OnceLock, Receiver, Sender, TrySendError, bounded};
 use crate::id::StepId;
 use crate::schedule::FinishReason;
-use atomic_waker::AtomicWaker;
-use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 /// Why a request was cancelled.

@@ -7,6 +7,8 @@ use super::metrics::EngineMetrics;
 use super::permit::Permit;
 use super::record::RequestRecord;
 use super::stream::{StreamParts, TextState};
+use super::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use super::sync::{Arc, OnceLock, Sender, bounded, spawn, unbounded};
 use super::thread::SchedulerThread;
 use super::{EngineFault, EngineStats, Session, SubmitError, TokenStream};
 use crate::cache::BlockCache;
@@ -17,10 +19,7 @@ use crate::runner::{LoadError, LoadOptions, ModelFiles, Runner, RunnerInfo};
 use crate::sampling::SamplingParams;
 use crate::schedule::{Policy, Scheduler, SequenceSpec};
 use crate::text::{EncodeOptions, Message, RenderOptions, Tokenizer};
-use crossbeam_channel::{Sender, bounded, unbounded};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 /// What to continue.
@@ -200,23 +199,21 @@ impl Engine {
             max_batch_tokens: config.max_batch_tokens,
             max_sequences: config.max_sequences,
         };
-        std::thread::Builder::new()
-            .name("quell-scheduler".to_owned())
-            .spawn(move || {
-                let (runner, info) = match make_runner() {
-                    Ok(made) => made,
-                    Err(error) => {
-                        let _ = ready.send(Err(error));
-                        return;
-                    }
-                };
-                let cache = BlockCache::new(info.cache_blocks, info.block_tokens);
-                let _ = ready.send(Ok(info));
-                let scheduler = Scheduler::new(policy, cache);
-                SchedulerThread::new(inbox, scheduler, runner, thread_metrics, &thread_config)
-                    .run(&thread_fault);
-            })
-            .map_err(|error| LoadError::Thread(error.to_string()))?;
+        spawn("quell-scheduler", move || {
+            let (runner, info) = match make_runner() {
+                Ok(made) => made,
+                Err(error) => {
+                    let _ = ready.send(Err(error));
+                    return;
+                }
+            };
+            let cache = BlockCache::new(info.cache_blocks, info.block_tokens);
+            let _ = ready.send(Ok(info));
+            let scheduler = Scheduler::new(policy, cache);
+            SchedulerThread::new(inbox, scheduler, runner, thread_metrics, &thread_config)
+                .run(&thread_fault);
+        })
+        .map_err(|error| LoadError::Thread(error.to_string()))?;
         let info = started.recv().map_err(|_| {
             LoadError::Thread("it panicked while the model was loaded".to_owned())
         })??;

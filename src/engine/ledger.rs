@@ -11,11 +11,11 @@ use super::metrics::{EndKind, EngineMetrics};
 use super::permit::Permit;
 use super::record::RequestRecord;
 use super::stats::Outcomes;
+use super::sync::Arc;
+use super::sync::atomic::Ordering;
 use crate::id::{SessionId, StepId};
 use crate::schedule::{FinishReason, SequenceKey};
 use std::collections::HashMap;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 /// An open request.
@@ -297,8 +297,8 @@ impl Ledger {
 mod tests {
     use super::*;
     use crate::engine::event::channel;
+    use crate::engine::sync::atomic::AtomicUsize;
     use slotmap::SlotMap;
-    use std::sync::atomic::AtomicUsize;
     use std::time::Duration;
 
     fn account(ledger: &mut Ledger, key: SequenceKey, id: u64, deadlines: RequestDeadlines) {

@@ -17,6 +17,7 @@ mod record;
 mod session;
 mod stats;
 mod stream;
+mod sync;
 mod thread;
 
 pub use error::{EngineFault, GenerateError, SubmitError};

@@ -5,16 +5,15 @@ use super::event::{
     CancelReason, Event, EventReceiver, Outcome, Receipt, SessionCell, Terminal, Token, has_room,
 };
 use super::metrics::{EngineMetrics, Noop};
+use super::sync::atomic::Ordering;
+use super::sync::{Arc, OnceLock, Receiver, RecvError, Sender, TryRecvError};
 use super::{EngineFault, GenerateError};
 use crate::id::SessionId;
 use crate::schedule::FinishReason;
 use crate::text::{Detokenizer, StopMatcher, Tokenizer};
-use crossbeam_channel::{Receiver, RecvError, Sender, TryRecvError};
 use futures_core::Stream;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 

@@ -7,15 +7,14 @@ use super::event::{CancelReason, SessionCell, Terminal, Token};
 use super::ledger::{Ledger, Remains};
 use super::metrics::{EngineMetrics, Noop, Phase, cleanup_failed};
 use super::stats::EngineStats;
+use super::sync::{Arc, OnceLock, Receiver, RecvTimeoutError, TryRecvError};
 use crate::config::EngineConfig;
 use crate::device::DeviceError;
 use crate::id::StepId;
 use crate::runner::Runner;
 use crate::schedule::{Commit, FinishReason, Scheduler, SequenceKey, StepPlan};
-use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError};
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 /// What the scheduler thread owns.
