@@ -19,7 +19,7 @@ pub struct Outcomes {
 }
 
 /// The state of an engine at one moment, read off its books.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct EngineStats {
     /// Use of the key-value cache.
     pub blocks: Books,
