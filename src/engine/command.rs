@@ -1,13 +1,16 @@
 //! The commands: the only way into the scheduler thread.
 
+use super::Drained;
 use super::deadlines::RequestDeadlines;
 use super::event::{EventSender, SessionCell};
 use super::permit::Permit;
 use super::record::RequestRecord;
 use super::stats::EngineStats;
-use super::sync::{Arc, Sender};
+use super::sync::{Arc, Never, Sender};
+use super::waiting::Reply;
 use crate::id::SessionId;
 use crate::schedule::SequenceSpec;
+use std::time::Instant;
 
 /// What callers post to the scheduler thread; per session in the order posted (I7).
 pub(crate) enum Command {
@@ -21,8 +24,10 @@ pub(crate) enum Command {
     Inspect(Sender<EngineStats>),
     /// Cancel every session.
     AbortAll,
-    /// Cancel every session, then end the thread.
-    Shutdown,
+    /// Let open sessions finish until then, take no more, cancel the rest.
+    Drain(Option<Instant>, Reply<Drained>),
+    /// The same, then end the thread. The reply tells by its end.
+    Shutdown(Option<Instant>, Reply<Never>),
 }
 
 /// A request on its way to the scheduler thread.

@@ -4,6 +4,7 @@ use super::EngineFault;
 use super::metrics::cleanup_failed;
 use super::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use super::sync::{Arc, AtomicWaker, OnceLock, Receiver, Sender, TrySendError, bounded};
+use super::waiting::Waiter;
 use crate::id::StepId;
 use crate::schedule::FinishReason;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -19,7 +20,7 @@ pub enum CancelReason {
     Explicit = 2,
     /// `abort_all` was called.
     AbortAll = 3,
-    /// The engine was shut down.
+    /// The engine was shut down, or drained and the request came too late.
     Shutdown = 4,
     /// Its text came to a stop string: the caller's side has ended it as a normal
     /// stop, and the scheduler thread only frees what it held.
@@ -185,9 +186,16 @@ impl SessionCell {
     }
 }
 
+impl Waiter for SessionCell {
+    fn wake(&self) {
+        self.wake_reader();
+        self.wake_receipt();
+    }
+}
+
 /// Wakes a caller. A waker is the caller's code: if it panics, that is the caller's
 /// loss, and no other session's.
-fn wake(waker: &AtomicWaker) {
+pub(super) fn wake(waker: &AtomicWaker) {
     if catch_unwind(AssertUnwindSafe(|| waker.wake())).is_err() {
         tracing::error!("the waker of a caller panicked");
         cleanup_failed("waker");

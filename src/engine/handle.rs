@@ -7,10 +7,14 @@ use super::metrics::EngineMetrics;
 use super::permit::Permit;
 use super::record::RequestRecord;
 use super::stream::{StreamParts, TextState};
-use super::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use super::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use super::sync::{Arc, OnceLock, Sender, bounded, spawn, unbounded};
 use super::thread::SchedulerThread;
-use super::{EngineFault, EngineStats, Session, SubmitError, TokenStream};
+use super::waiting::{Answer, EngineEnd, Waiters};
+use super::watchdog::{Heartbeat, watch};
+use super::{
+    Draining, EngineStats, Health, Session, Shutdown, ShuttingDown, SubmitError, TokenStream,
+};
 use crate::cache::BlockCache;
 use crate::config::EngineConfig;
 use crate::id::SessionId;
@@ -20,6 +24,7 @@ use crate::sampling::SamplingParams;
 use crate::schedule::{Policy, Scheduler, SequenceSpec};
 use crate::text::{EncodeOptions, Message, RenderOptions, Tokenizer};
 use std::path::Path;
+use std::sync::Weak;
 use std::time::{Duration, Instant};
 
 /// What to continue.
@@ -130,7 +135,11 @@ struct Shared {
     config: EngineConfig,
     info: RunnerInfo,
     tokenizer: Option<Arc<Tokenizer>>,
-    fault: Arc<OnceLock<EngineFault>>,
+    end: EngineEnd,
+    waiters: Arc<Waiters>,
+    heart: Arc<Heartbeat>,
+    /// No more requests are taken.
+    draining: AtomicBool,
     metrics: Arc<EngineMetrics>,
     open: Arc<AtomicUsize>,
     next_id: AtomicU64,
@@ -194,6 +203,11 @@ impl Engine {
         let metrics = Arc::new(EngineMetrics::new(config.metrics_label.as_deref()));
         let thread_metrics = Arc::clone(&metrics);
         let thread_fault = Arc::clone(&fault);
+        let waiters = Arc::new(Waiters::default());
+        let heart = Arc::new(Heartbeat::new(config.step_deadline));
+        let watched = watch(&heart, &fault, &waiters);
+        let (pulse, over) = watched.map_err(|error| LoadError::Thread(error.to_string()))?;
+        let end = EngineEnd::new(fault, over);
         let thread_config = config.clone();
         let policy = Policy {
             max_batch_tokens: config.max_batch_tokens,
@@ -210,8 +224,15 @@ impl Engine {
             let cache = BlockCache::new(info.cache_blocks, info.block_tokens);
             let _ = ready.send(Ok(info));
             let scheduler = Scheduler::new(policy, cache);
-            SchedulerThread::new(inbox, scheduler, runner, thread_metrics, &thread_config)
-                .run(&thread_fault);
+            SchedulerThread::new(
+                inbox,
+                scheduler,
+                runner,
+                thread_metrics,
+                pulse,
+                &thread_config,
+            )
+            .run(&thread_fault);
         })
         .map_err(|error| LoadError::Thread(error.to_string()))?;
         let info = started.recv().map_err(|_| {
@@ -227,7 +248,10 @@ impl Engine {
             config,
             info,
             tokenizer: tokenizer.map(Arc::new),
-            fault,
+            end,
+            waiters,
+            heart,
+            draining: AtomicBool::new(false),
             metrics,
             open: Arc::default(),
             next_id: AtomicU64::new(1),
@@ -304,8 +328,11 @@ impl Engine {
     /// Submits a request: one synchronous enqueue, no waiting. Dropping the stream
     /// cancels.
     pub fn generate(&self, request: Request) -> Result<TokenStream, SubmitError> {
-        if let Some(fault) = self.shared.fault.get() {
+        if let Some(fault) = self.shared.end.fault() {
             return Err(SubmitError::Closed(fault.clone()));
+        }
+        if self.shared.draining.load(Ordering::Acquire) {
+            return Err(SubmitError::Draining);
         }
         let prompt = self.tokenize(&request.prompt)?;
         let spec = self.sequence_spec(&request, prompt)?;
@@ -322,6 +349,8 @@ impl Engine {
         let id = SessionId(self.shared.next_id.fetch_add(1, Ordering::Relaxed));
         let cell = Arc::new(SessionCell::default());
         let (events, receiver) = channel(&cell, self.shared.config.stream_buffer);
+        let waiter: Weak<SessionCell> = Arc::downgrade(&cell);
+        self.shared.waiters.add(waiter);
         let submitted = Instant::now();
         let span = tracing::info_span!(target: "quell::request", "request", id = id.as_u64());
         // Beyond the end of time means without a deadline.
@@ -338,7 +367,7 @@ impl Engine {
             cell: Arc::clone(&cell),
             receiver,
             commands: self.commands.clone(),
-            fault: Arc::clone(&self.shared.fault),
+            end: self.shared.end.clone(),
             metrics: Arc::clone(&self.shared.metrics),
             submitted,
             text,
@@ -363,18 +392,49 @@ impl Engine {
         self.post(Command::AbortAll)
     }
 
-    /// Cancels every open request and ends the scheduler thread. Does not wait;
-    /// streams end with their terminal.
-    pub fn shutdown(&self) {
+    /// Takes no more requests from now on ([`SubmitError::Draining`]), lets the open
+    /// ones finish within `deadline`, and cancels the rest. Posted before this
+    /// returns; the future, or [`Draining::wait`], tells what became of them.
+    pub fn drain(&self, deadline: Duration) -> Draining {
+        self.shared.draining.store(true, Ordering::Release);
+        let (reply, answer) = Answer::channel(&self.shared.end, &self.shared.waiters);
+        let until = Instant::now().checked_add(deadline);
+        // A closed engine has drained; the reply, dropped, says so.
+        let _ = self.commands.send(Command::Drain(until, reply));
+        Draining(answer)
+    }
+
+    /// Ends every open request, at once or after a while, and then the scheduler
+    /// thread. Posted before this returns; streams end with their terminal, and the
+    /// future, or [`ShuttingDown::wait`], is done when the thread has ended.
+    pub fn shutdown(&self, how: Shutdown) -> ShuttingDown {
+        let now = Instant::now();
+        let until = match how {
+            Shutdown::Abort => Some(now),
+            Shutdown::Drain(deadline) => {
+                self.shared.draining.store(true, Ordering::Release);
+                now.checked_add(deadline)
+            }
+        };
+        let (reply, answer) = Answer::channel(&self.shared.end, &self.shared.waiters);
         // A closed engine is shut down already.
-        let _ = self.commands.send(Command::Shutdown);
+        let _ = self.commands.send(Command::Shutdown(until, reply));
+        ShuttingDown(answer)
+    }
+
+    /// Whether the engine works, read off the heartbeat of its scheduler thread, which
+    /// is never waited for.
+    pub fn health(&self) -> Health {
+        let draining = self.shared.draining.load(Ordering::Acquire);
+        self.shared.heart.health(self.shared.end.fault(), draining)
     }
 
     /// The engine's state; waits for the scheduler thread, at most for one step.
     pub fn stats(&self) -> Result<EngineStats, SubmitError> {
         let (reply, answer) = bounded(1);
         self.post(Command::Inspect(reply))?;
-        answer.recv().map_err(|_| self.closed())
+        let stats = self.shared.end.recv(&answer);
+        stats.map_err(SubmitError::Closed)
     }
 
     fn post(&self, command: Command) -> Result<(), SubmitError> {
@@ -382,8 +442,7 @@ impl Engine {
     }
 
     fn closed(&self) -> SubmitError {
-        let fault = self.shared.fault.get().cloned();
-        SubmitError::Closed(fault.unwrap_or(EngineFault::Shutdown))
+        SubmitError::Closed(self.shared.end.cause())
     }
 
     /// Checks a request and completes it with the model's defaults.

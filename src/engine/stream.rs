@@ -6,7 +6,8 @@ use super::event::{
 };
 use super::metrics::{EngineMetrics, Noop};
 use super::sync::atomic::Ordering;
-use super::sync::{Arc, OnceLock, Receiver, RecvError, Sender, TryRecvError};
+use super::sync::{Arc, Receiver, Sender};
+use super::waiting::EngineEnd;
 use super::{EngineFault, GenerateError};
 use crate::id::SessionId;
 use crate::schedule::FinishReason;
@@ -93,7 +94,7 @@ pub(crate) struct StreamParts {
     pub cell: Arc<SessionCell>,
     pub receiver: EventReceiver,
     pub commands: Sender<Command>,
-    pub fault: Arc<OnceLock<EngineFault>>,
+    pub end: EngineEnd,
     pub metrics: Arc<EngineMetrics>,
     pub submitted: Instant,
     pub text: Option<TextState>,
@@ -176,7 +177,7 @@ impl TokenStream {
         Cancellation {
             cell: Arc::clone(&self.parts.cell),
             receipt: self.parts.receiver.receipt.clone(),
-            fault: Arc::clone(&self.parts.fault),
+            end: self.parts.end.clone(),
         }
     }
 
@@ -198,9 +199,9 @@ impl TokenStream {
         if self.ended {
             return None;
         }
-        Some(match self.parts.receiver.events.recv() {
+        Some(match self.parts.end.recv(&self.parts.receiver.events) {
             Ok(event) => self.take(event),
-            Err(RecvError) => self.disconnected(),
+            Err(fault) => self.lost(fault),
         })
     }
 
@@ -328,15 +329,15 @@ impl TokenStream {
         }
     }
 
-    fn disconnected(&mut self) -> Result<Chunk, GenerateError> {
+    /// No terminal will come any more.
+    fn lost(&mut self, fault: EngineFault) -> Result<Chunk, GenerateError> {
         self.ended = true;
         self.turn = None;
-        Err(GenerateError::Closed(closed_by(&self.parts.fault)))
+        Err(match fault {
+            EngineFault::Stuck { .. } => GenerateError::Failed(fault),
+            fault => GenerateError::Closed(fault),
+        })
     }
-}
-
-fn closed_by(fault: &OnceLock<EngineFault>) -> EngineFault {
-    fault.get().cloned().unwrap_or(EngineFault::Shutdown)
 }
 
 impl Stream for TokenStream {
@@ -346,16 +347,17 @@ impl Stream for TokenStream {
         if self.ended {
             return Poll::Ready(None);
         }
-        let mut received = self.parts.receiver.events.try_recv();
-        if matches!(received, Err(TryRecvError::Empty)) {
-            self.parts.cell.register_reader(context.waker());
-            // Once more: it may have come before the waker was there.
-            received = self.parts.receiver.events.try_recv();
-        }
-        match received {
-            Ok(event) => Poll::Ready(Some(self.take(event))),
-            Err(TryRecvError::Empty) => Poll::Pending,
-            Err(TryRecvError::Disconnected) => Poll::Ready(Some(self.disconnected())),
+        let StreamParts {
+            end,
+            receiver,
+            cell,
+            ..
+        } = &self.parts;
+        let register = || cell.register_reader(context.waker());
+        match end.poll(&receiver.events, register) {
+            Poll::Ready(Ok(event)) => Poll::Ready(Some(self.take(event))),
+            Poll::Ready(Err(fault)) => Poll::Ready(Some(self.lost(fault))),
+            Poll::Pending => Poll::Pending,
         }
     }
 }
@@ -429,7 +431,7 @@ impl Collector {
 pub struct Cancellation {
     cell: Arc<SessionCell>,
     receipt: Receiver<Receipt>,
-    fault: Arc<OnceLock<EngineFault>>,
+    end: EngineEnd,
 }
 
 impl std::fmt::Debug for Cancellation {
@@ -443,9 +445,7 @@ impl std::fmt::Debug for Cancellation {
 impl Cancellation {
     /// Waits for the receipt on this thread.
     pub fn wait(self) -> Result<Receipt, GenerateError> {
-        self.receipt
-            .recv()
-            .map_err(|_| GenerateError::Closed(closed_by(&self.fault)))
+        self.end.recv(&self.receipt).map_err(GenerateError::Closed)
     }
 }
 
@@ -453,17 +453,8 @@ impl Future for Cancellation {
     type Output = Result<Receipt, GenerateError>;
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut received = self.receipt.try_recv();
-        if matches!(received, Err(TryRecvError::Empty)) {
-            self.cell.register_receipt(context.waker());
-            received = self.receipt.try_recv();
-        }
-        match received {
-            Ok(receipt) => Poll::Ready(Ok(receipt)),
-            Err(TryRecvError::Empty) => Poll::Pending,
-            Err(TryRecvError::Disconnected) => {
-                Poll::Ready(Err(GenerateError::Closed(closed_by(&self.fault))))
-            }
-        }
+        let register = || self.cell.register_receipt(context.waker());
+        let polled = self.end.poll(&self.receipt, register);
+        polled.map_err(GenerateError::Closed)
     }
 }

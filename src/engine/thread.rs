@@ -1,13 +1,15 @@
 //! The scheduler thread: one loop that owns everything.
 
-use super::EngineFault;
 use super::command::{Command, Submission};
 use super::deadlines::Due;
 use super::event::{CancelReason, SessionCell, Terminal, Token};
 use super::ledger::{Ledger, Remains};
 use super::metrics::{EngineMetrics, Noop, Phase, cleanup_failed};
 use super::stats::EngineStats;
-use super::sync::{Arc, OnceLock, Receiver, RecvTimeoutError, TryRecvError};
+use super::sync::{Arc, Never, OnceLock, Receiver, RecvTimeoutError, TryRecvError};
+use super::waiting::Reply;
+use super::watchdog::Pulse;
+use super::{Drained, EngineFault};
 use crate::config::EngineConfig;
 use crate::device::DeviceError;
 use crate::id::StepId;
@@ -19,7 +21,6 @@ use std::time::{Duration, Instant};
 
 /// What the scheduler thread owns.
 pub(super) struct SchedulerThread {
-    commands: Receiver<Command>,
     scheduler: Scheduler,
     ledger: Ledger,
     runner: Box<dyn Runner>,
@@ -43,6 +44,27 @@ pub(super) struct SchedulerThread {
     published: EngineStats,
     /// Kept for its memory.
     pause: Vec<SequenceKey>,
+    /// Those who wait for the open sessions to end.
+    drains: Vec<Drain>,
+    /// New sessions come too late.
+    draining: bool,
+    /// Sessions that drains have cancelled.
+    aborted: u64,
+    // These go last, in this order: who learns of their end finds all the rest gone.
+    commands: Receiver<Command>,
+    /// Tell by their end that the thread has ended.
+    shutdowns: Vec<Reply<Never>>,
+    pulse: Pulse,
+}
+
+/// Someone who waits for the open sessions to end.
+struct Drain {
+    /// When those that are left are cancelled.
+    until: Option<Instant>,
+    /// How many had ended, and how many of them by a drain, when it began.
+    before: Drained,
+    /// Who is told; nobody at a shutdown, which goes on from here.
+    reply: Option<Reply<Drained>>,
 }
 
 impl SchedulerThread {
@@ -51,10 +73,10 @@ impl SchedulerThread {
         scheduler: Scheduler,
         runner: Box<dyn Runner>,
         metrics: Arc<EngineMetrics>,
+        pulse: Pulse,
         config: &EngineConfig,
     ) -> Self {
         Self {
-            commands,
             scheduler,
             ledger: Ledger::new(Arc::clone(&metrics)),
             // Feedback reaches back one step, not two.
@@ -72,6 +94,12 @@ impl SchedulerThread {
             metrics,
             published: EngineStats::default(),
             pause: Vec::new(),
+            drains: Vec::new(),
+            draining: false,
+            aborted: 0,
+            commands,
+            shutdowns: Vec::new(),
+            pulse,
         }
     }
 
@@ -89,6 +117,8 @@ impl SchedulerThread {
         }
         // Before any waiter wakes, so that it finds the reason.
         let _ = fault.set(cause.clone());
+        // A call that panicked is over, too.
+        let _ = self.pulse.returned();
         // The runner may be what broke: nothing below touches it.
         let rest = catch_unwind(AssertUnwindSafe(|| self.fail_everything(&cause)));
         if let Err(panic) = rest {
@@ -105,11 +135,12 @@ impl SchedulerThread {
     /// The loop, in full. Ends without a fault after a shutdown, or when nobody is
     /// left who could post a command.
     fn serve(&mut self) -> Result<(), EngineFault> {
+        self.pulse.busy();
         loop {
             if self.drain_commands() {
                 return Ok(());
             }
-            self.expire();
+            self.pass_time();
             self.applied = false;
             let plan = self.plan();
             let planned = plan.is_some();
@@ -180,15 +211,72 @@ impl SchedulerThread {
     }
 
     /// Waits for a command, at most until the next deadline.
-    fn wait(&self) -> Result<Command, RecvTimeoutError> {
-        match self.ledger.next_deadline() {
+    fn wait(&mut self) -> Result<Command, RecvTimeoutError> {
+        let drains = self.drains.iter().filter_map(|drain| drain.until);
+        let deadline = self.ledger.next_deadline().into_iter().chain(drains).min();
+        self.pulse.idle();
+        let command = match deadline {
             Some(deadline) => self.commands.recv_deadline(deadline),
-            None => Ok(self.commands.recv()?),
+            None => self.commands.recv().map_err(RecvTimeoutError::from),
+        };
+        self.pulse.busy();
+        command
+    }
+
+    /// Sessions that have ended, and those that drains have cancelled.
+    fn ended(&self) -> Drained {
+        let outcomes = self.ledger.outcomes();
+        Drained {
+            finished: outcomes.accepted - self.ledger.open_accounts() as u64,
+            aborted: self.aborted,
         }
     }
 
-    /// Cancels the requests whose deadlines have passed. The one place where time
-    /// decides something.
+    fn begin_drain(&mut self, until: Option<Instant>, reply: Option<Reply<Drained>>) {
+        self.draining = true;
+        self.drains.push(Drain {
+            until,
+            before: self.ended(),
+            reply,
+        });
+    }
+
+    /// Cancels what is left when the time of a drain is over, and tells those who wait
+    /// when nothing is left.
+    fn attend_drains(&mut self) {
+        if self.drains.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        let over = |drain: &Drain| drain.until.is_some_and(|until| until <= now);
+        if self.drains.iter().any(over) {
+            self.aborted += self.ledger.open_accounts() as u64;
+            self.cancel_all(CancelReason::Shutdown);
+        }
+        self.ledger.settle(self.completed);
+        if self.ledger.open_accounts() + self.ledger.closing_accounts() > 0 {
+            return;
+        }
+        let now = self.ended();
+        for Drain { before, reply, .. } in std::mem::take(&mut self.drains) {
+            let aborted = now.aborted - before.aborted;
+            match reply {
+                Some(reply) => reply.send(Drained {
+                    finished: now.finished - before.finished - aborted,
+                    aborted,
+                }),
+                None => self.closing = true,
+            }
+        }
+    }
+
+    /// Does what is due by now. The one place where time decides something.
+    fn pass_time(&mut self) {
+        self.expire();
+        self.attend_drains();
+    }
+
+    /// Cancels the requests whose deadlines have passed.
     fn expire(&mut self) {
         let Some(first) = self.ledger.next_deadline() else {
             return;
@@ -239,9 +327,10 @@ impl SchedulerThread {
                 let _ = reply.try_send(self.stats());
             }
             Command::AbortAll => self.cancel_all(CancelReason::AbortAll),
-            Command::Shutdown => {
-                self.closing = true;
-                self.cancel_all(CancelReason::Shutdown);
+            Command::Drain(until, reply) => self.begin_drain(until, Some(reply)),
+            Command::Shutdown(until, reply) => {
+                self.shutdowns.push(reply);
+                self.begin_drain(until, None);
             }
         }
     }
@@ -257,8 +346,8 @@ impl SchedulerThread {
             self.end(key, Terminal::Cancelled(CancelReason::SubmitDropped));
         }
         self.apply_cancel(key);
-        if self.closing {
-            self.end(key, Terminal::Cancelled(CancelReason::Shutdown));
+        if self.closing || self.draining {
+            self.cancel(key, CancelReason::Shutdown);
         }
     }
 
@@ -301,7 +390,9 @@ impl SchedulerThread {
         }
         let from = Instant::now();
         self.note_starts(&plan, from);
+        self.pulse.calls(plan.step);
         let launched = self.runner.launch(&plan, self.scheduler.sequences());
+        self.pulse.returned()?;
         self.metrics.phase(Phase::Launch, from);
         match launched {
             Ok(()) => {
@@ -336,13 +427,22 @@ impl SchedulerThread {
         if freed.is_empty() {
             return Ok(());
         }
-        self.runner.poison(&freed).map_err(EngineFault::Device)
+        self.pulse.calls(self.scheduler.launched());
+        let poisoned = self.runner.poison(&freed);
+        self.pulse.returned()?;
+        poisoned.map_err(EngineFault::Device)
     }
 
     /// Waits for the oldest step and commits it.
     fn collect(&mut self) -> Result<(), EngineFault> {
         let from = Instant::now();
+        let step = self
+            .in_flight
+            .front()
+            .map_or(self.completed, |plan| plan.step);
+        self.pulse.calls(step);
         let outcome = self.runner.collect();
+        self.pulse.returned()?;
         self.metrics.phase(Phase::Collect, from);
         let Some(plan) = self.in_flight.pop_front() else {
             return Ok(());
@@ -355,7 +455,7 @@ impl SchedulerThread {
                 Err(_) => break,
             }
         }
-        self.expire();
+        self.pass_time();
         let failed = match outcome {
             Ok(samples) if samples.len() != plan.samples().count() => {
                 let error = DeviceError::Failed {
