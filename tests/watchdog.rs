@@ -12,8 +12,9 @@ use sim::{SimOptions, engine, expected};
 use std::sync::mpsc;
 use std::time::Duration;
 
-/// So short that a test does not take long, so long that a working step is shorter.
-const DEADLINE: Duration = Duration::from_millis(200);
+/// So short that a test does not take long, so long that a working step is shorter
+/// however busy the machine.
+const DEADLINE: Duration = Duration::from_secs(1);
 
 fn request(tokens: usize) -> Request {
     Request::new(vec![1, 2, 3, 4, 5]).max_tokens(tokens)
@@ -159,15 +160,14 @@ fn a_device_that_comes_back_too_late_finds_the_engine_closed_and_the_thread_ends
 }
 
 #[test]
-fn the_health_of_a_working_engine_is_green_whatever_its_age() {
-    // Idle for longer than the deadline, and so asleep; then as watchful as before.
+fn the_health_of_a_working_engine_is_green_until_it_is_stuck() {
     let (engine, open) = gated(1);
-    assert!(engine.health().is_healthy());
-    while engine.health().since_beat < 3 * DEADLINE {
+    // `idle` is for those who ask; the thread may still be on its way there.
+    while !engine.health().idle {
         std::thread::yield_now();
     }
     let health = engine.health();
-    assert!(health.is_healthy() && health.idle && !health.draining);
+    assert!(health.is_healthy() && !health.draining);
     assert_eq!(health.device_call, None);
     let stream = engine.generate(request(2)).unwrap();
     while engine.health().device_call.is_none() {

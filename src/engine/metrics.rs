@@ -1,5 +1,5 @@
 //! The engine's metrics, through the `metrics` facade: whatever recorder the program
-//! has installed gets them, and without one they cost nothing.
+//! has installed gets them, and without one they cost next to nothing.
 //!
 //! Gauges, and the totals that the books keep, are set from the books once a step;
 //! they are never kept by paired increments. Everything else is counted where it
