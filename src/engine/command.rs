@@ -1,12 +1,13 @@
 //! The commands: the only way into the scheduler thread.
 
+use super::deadlines::RequestDeadlines;
 use super::event::{EventSender, SessionCell};
 use super::permit::Permit;
+use super::record::RequestRecord;
 use super::stats::EngineStats;
+use super::sync::{Arc, Sender};
 use crate::id::SessionId;
 use crate::schedule::SequenceSpec;
-use crossbeam_channel::Sender;
-use std::sync::Arc;
 
 /// What callers post to the scheduler thread; per session in the order posted (I7).
 pub(crate) enum Command {
@@ -36,4 +37,6 @@ pub(crate) struct AccountSpec {
     pub cell: Arc<SessionCell>,
     pub events: EventSender,
     pub permit: Permit,
+    pub record: RequestRecord,
+    pub deadlines: RequestDeadlines,
 }

@@ -1,9 +1,9 @@
 //! [`Session`]: a conversation whose tokens carry over from turn to turn.
 
 use super::stream::TurnEnd;
+use super::sync::atomic::{AtomicBool, Ordering};
+use super::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::{Engine, Prompt, Request, SubmitError, TokenStream};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A conversation: each turn continues from all the turns before it.
 ///

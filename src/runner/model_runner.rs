@@ -235,13 +235,17 @@ mod tests {
         let policy = Policy {
             max_batch_tokens: 64,
             max_sequences: 4,
+            ..Policy::default()
         };
-        let mut scheduler = Scheduler::new(policy, BlockCache::new(BLOCKS, 16));
+        let mut scheduler = Scheduler::new(policy, BlockCache::new(BLOCKS, 16, true));
         let spec = SequenceSpec {
             prompt: (3..43).collect(),
             max_tokens: 60,
             params: Arc::new(SamplingParams::greedy()),
             stop_tokens: Arc::new([]),
+            priority: 0,
+            tenant: None,
+            session: None,
         };
         let key = scheduler.add(SessionId(1), spec);
         (scheduler, key)
