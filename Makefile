@@ -32,6 +32,7 @@ lint:
 bench: model
 	$(CARGO) bench --locked --bench cpu_linear
 	$(CARGO) bench --locked --bench cpu_step
+	$(CARGO) bench --locked --bench cancel
 	$(CARGO) bench --locked --bench kernels
 	$(CARGO) build --release --locked
 	./target/release/quell bench --model $(MODEL)
