@@ -4,6 +4,8 @@
 //! the block tables, and only when a step is collected: a block that is handed out
 //! too early, or a table that is wrong, changes the tokens that come out.
 
+#![allow(dead_code)] // each test file uses its part
+
 use quell::cache::BlockId;
 use quell::device::DeviceError;
 use quell::runner::{Runner, RunnerInfo};
