@@ -67,7 +67,10 @@ impl Ledger {
     }
 
     pub fn open_keys(&self) -> Vec<SequenceKey> {
-        self.open.keys().copied().collect()
+        let mut keys: Vec<SequenceKey> = self.open.keys().copied().collect();
+        // The map's order is random, and no schedule of a model checker could be replayed.
+        keys.sort_unstable();
+        keys
     }
 
     pub fn key_of(&self, id: SessionId) -> Option<SequenceKey> {
