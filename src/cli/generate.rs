@@ -67,6 +67,8 @@ pub fn run(args: GenerateArgs) -> Result<(), CliError> {
         stop: args.stop.clone(),
         stop_token_ids: Vec::new(),
         ignore_eos: args.ignore_eos,
+        first_token_within: None,
+        finish_within: None,
     };
     let engine = args.model.start()?;
     match args.format {

@@ -1,7 +1,9 @@
 //! The commands: the only way into the scheduler thread.
 
+use super::deadlines::RequestDeadlines;
 use super::event::{EventSender, SessionCell};
 use super::permit::Permit;
+use super::record::RequestRecord;
 use super::stats::EngineStats;
 use super::sync::{Arc, Sender};
 use crate::id::SessionId;
@@ -35,4 +37,6 @@ pub(crate) struct AccountSpec {
     pub cell: Arc<SessionCell>,
     pub events: EventSender,
     pub permit: Permit,
+    pub record: RequestRecord,
+    pub deadlines: RequestDeadlines,
 }

@@ -1,6 +1,7 @@
 //! The events: the only way out of the scheduler thread.
 
 use super::EngineFault;
+use super::metrics::cleanup_failed;
 use super::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use super::sync::{Arc, AtomicWaker, OnceLock, Receiver, Sender, TrySendError, bounded};
 use crate::id::StepId;
@@ -31,9 +32,25 @@ pub enum CancelReason {
     Disconnect = 8,
     /// Its session was stopped or ended.
     SessionEnded = 9,
+    /// Its stream was dropped before the scheduler thread had taken the request.
+    SubmitDropped = 10,
 }
 
 impl CancelReason {
+    /// Every reason.
+    pub const ALL: [Self; 10] = [
+        Self::StreamDropped,
+        Self::Explicit,
+        Self::AbortAll,
+        Self::Shutdown,
+        Self::StopString,
+        Self::SlowConsumer,
+        Self::Deadline,
+        Self::Disconnect,
+        Self::SessionEnded,
+        Self::SubmitDropped,
+    ];
+
     /// The reason as logs and metrics name it.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -46,23 +63,12 @@ impl CancelReason {
             Self::Deadline => "deadline",
             Self::Disconnect => "disconnect",
             Self::SessionEnded => "session_ended",
+            Self::SubmitDropped => "submit_dropped",
         }
     }
 
     fn from_flag(flag: u8) -> Option<Self> {
-        [
-            Self::StreamDropped,
-            Self::Explicit,
-            Self::AbortAll,
-            Self::Shutdown,
-            Self::StopString,
-            Self::SlowConsumer,
-            Self::Deadline,
-            Self::Disconnect,
-            Self::SessionEnded,
-        ]
-        .into_iter()
-        .find(|reason| *reason as u8 == flag)
+        Self::ALL.into_iter().find(|reason| *reason as u8 == flag)
     }
 }
 
@@ -184,6 +190,7 @@ impl SessionCell {
 fn wake(waker: &AtomicWaker) {
     if catch_unwind(AssertUnwindSafe(|| waker.wake())).is_err() {
         tracing::error!("the waker of a caller panicked");
+        cleanup_failed("waker");
     }
 }
 
@@ -234,6 +241,7 @@ impl EventSender {
         let sent = events.try_send(event);
         if let Err(TrySendError::Full(event)) = &sent {
             tracing::error!(?event, "a session's buffer overflowed; the event is lost");
+            cleanup_failed("events");
         }
         self.cell.wake_reader();
         sent.is_ok()
@@ -292,7 +300,7 @@ mod tests {
 
     #[test]
     fn every_reason_survives_its_flag() {
-        for flag in 1..=9 {
+        for flag in 1..=10 {
             assert_eq!(
                 CancelReason::from_flag(flag).map(|reason| reason as u8),
                 Some(flag)

@@ -1,8 +1,11 @@
 //! [`Engine`]: the handle that callers clone, submit through, and load with.
 
 use super::command::{AccountSpec, Command, Submission};
+use super::deadlines::RequestDeadlines;
 use super::event::{SessionCell, channel};
+use super::metrics::EngineMetrics;
 use super::permit::Permit;
+use super::record::RequestRecord;
 use super::stream::{StreamParts, TextState};
 use super::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use super::sync::{Arc, OnceLock, Sender, bounded, spawn, unbounded};
@@ -17,6 +20,7 @@ use crate::sampling::SamplingParams;
 use crate::schedule::{Policy, Scheduler, SequenceSpec};
 use crate::text::{EncodeOptions, Message, RenderOptions, Tokenizer};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// What to continue.
 #[derive(Clone, Debug)]
@@ -68,6 +72,11 @@ pub struct Request {
     pub stop_token_ids: Vec<u32>,
     /// Go on past the model's end-of-sequence tokens.
     pub ignore_eos: bool,
+    /// The first token must come within this time from the submission, or the request
+    /// is cancelled as [`Deadline`](crate::CancelReason::Deadline).
+    pub first_token_within: Option<Duration>,
+    /// The same for the end of the answer.
+    pub finish_within: Option<Duration>,
 }
 
 impl Request {
@@ -81,6 +90,8 @@ impl Request {
             stop: Vec::new(),
             stop_token_ids: Vec::new(),
             ignore_eos: false,
+            first_token_within: None,
+            finish_within: None,
         }
     }
 
@@ -96,6 +107,18 @@ impl Request {
         self
     }
 
+    /// Sets the deadline of the first token, from the submission on.
+    pub fn first_token_within(mut self, time: Duration) -> Self {
+        self.first_token_within = Some(time);
+        self
+    }
+
+    /// Sets the deadline of the whole answer, from the submission on.
+    pub fn finish_within(mut self, time: Duration) -> Self {
+        self.finish_within = Some(time);
+        self
+    }
+
     /// Chooses the likeliest token at each step.
     pub fn greedy(mut self) -> Self {
         self.sampling.temperature = 0.0;
@@ -108,6 +131,7 @@ struct Shared {
     info: RunnerInfo,
     tokenizer: Option<Arc<Tokenizer>>,
     fault: Arc<OnceLock<EngineFault>>,
+    metrics: Arc<EngineMetrics>,
     open: Arc<AtomicUsize>,
     next_id: AtomicU64,
     /// Tokens of the longest sequence, and what limits it.
@@ -167,14 +191,9 @@ impl Engine {
         let (commands, inbox) = unbounded();
         let (ready, started) = bounded(1);
         let fault = Arc::new(OnceLock::new());
-        let (thread_fault, policy, audit) = (
-            Arc::clone(&fault),
-            Policy {
-                max_batch_tokens: config.max_batch_tokens,
-                max_sequences: config.max_sequences,
-            },
-            config.audit,
-        );
+        let metrics = Arc::new(EngineMetrics::new(config.metrics_label.as_deref()));
+        let thread_metrics = Arc::clone(&metrics);
+        let (thread_fault, settings) = (Arc::clone(&fault), config.clone());
         spawn("quell-scheduler", move || {
             let (runner, info) = match make_runner() {
                 Ok(made) => made,
@@ -183,10 +202,10 @@ impl Engine {
                     return;
                 }
             };
-            let cache = BlockCache::new(info.cache_blocks, info.block_tokens);
+            let scheduler = scheduler(&settings, &info);
             let _ = ready.send(Ok(info));
-            let scheduler = Scheduler::new(policy, cache);
-            SchedulerThread::new(inbox, scheduler, runner, audit).run(&thread_fault);
+            SchedulerThread::new(inbox, scheduler, runner, thread_metrics, &settings)
+                .run(&thread_fault);
         })
         .map_err(|error| LoadError::Thread(error.to_string()))?;
         let info = started.recv().map_err(|_| {
@@ -203,6 +222,7 @@ impl Engine {
             info,
             tokenizer: tokenizer.map(Arc::new),
             fault,
+            metrics,
             open: Arc::default(),
             next_id: AtomicU64::new(1),
             limit,
@@ -296,6 +316,16 @@ impl Engine {
         let id = SessionId(self.shared.next_id.fetch_add(1, Ordering::Relaxed));
         let cell = Arc::new(SessionCell::default());
         let (events, receiver) = channel(&cell, self.shared.config.stream_buffer);
+        let submitted = Instant::now();
+        let span = tracing::info_span!(target: "quell::request", "request", id = id.as_u64());
+        // Beyond the end of time means without a deadline.
+        let after = |time: Option<Duration>| submitted.checked_add(time?);
+        let deadlines = RequestDeadlines {
+            first_token: after(request.first_token_within),
+            finish: after(request.finish_within),
+            reader: None,
+        };
+        let record = RequestRecord::new(span, submitted, spec.prompt.len());
         // The guard exists before the request does: dropping it from here on cancels.
         let stream = TokenStream::new(StreamParts {
             id,
@@ -303,6 +333,8 @@ impl Engine {
             receiver,
             commands: self.commands.clone(),
             fault: Arc::clone(&self.shared.fault),
+            metrics: Arc::clone(&self.shared.metrics),
+            submitted,
             text,
             prompt: spec.prompt.clone(),
             stop_tokens: Arc::clone(&spec.stop_tokens),
@@ -312,6 +344,8 @@ impl Engine {
             cell,
             events,
             permit,
+            record,
+            deadlines,
         };
         let submission = Submission { id, spec, account };
         self.post(Command::Submit(Box::new(submission)))?;
@@ -389,6 +423,23 @@ impl Engine {
             prompt,
             params: Arc::new(request.sampling.clone()),
             stop_tokens: stop_tokens.into(),
+            priority: 0,
+            tenant: None,
+            session: None,
         })
     }
+}
+
+/// The scheduler for what a runner has.
+fn scheduler(config: &EngineConfig, info: &RunnerInfo) -> Scheduler {
+    let cache = BlockCache::new(info.cache_blocks, info.block_tokens, config.prefix_cache);
+    let policy = Policy {
+        max_batch_tokens: config.max_batch_tokens,
+        max_sequences: config.max_sequences,
+        max_pinned_blocks: info.cache_blocks * usize::from(config.pinned_percent) / 100,
+        preemption: config.preemption,
+        swap_blocks: info.swap.map_or(0, |swap| swap.blocks),
+        swap_seconds_per_block: info.swap.map_or(0.0, |swap| swap.seconds_per_block),
+    };
+    Scheduler::new(policy, cache)
 }

@@ -5,8 +5,11 @@
 //! gets the receipt. There is one door out, [`Ledger::close`], whatever the reason.
 
 use super::command::AccountSpec;
+use super::deadlines::{Deadlines, Due, RequestDeadlines};
 use super::event::{Event, EventSender, Receipt, SessionCell, Terminal, Token};
+use super::metrics::{EndKind, EngineMetrics};
 use super::permit::Permit;
+use super::record::RequestRecord;
 use super::stats::Outcomes;
 use super::sync::Arc;
 use super::sync::atomic::Ordering;
@@ -22,6 +25,8 @@ struct Account {
     cell: Arc<SessionCell>,
     events: EventSender,
     permit: Permit,
+    record: RequestRecord,
+    deadlines: RequestDeadlines,
     /// The token of this step, until the flush.
     token: Option<Token>,
 }
@@ -32,6 +37,24 @@ struct Closing {
     fence: StepId,
     events: EventSender,
     receipt: Receipt,
+    record: RequestRecord,
+    end: EndKind,
+    ended_at: Instant,
+}
+
+impl Closing {
+    /// The blocks are free: the receipt goes out, and the end is reported.
+    fn settle(mut self, step: StepId, freed_at: Instant, metrics: &EngineMetrics) {
+        self.receipt.step = step;
+        self.receipt.freed_at = freed_at;
+        if self.end.cancel_reason().is_some() {
+            let waited = freed_at.saturating_duration_since(self.receipt.posted_at);
+            metrics.cancel_freed(waited, self.receipt.tokens_discarded);
+        }
+        self.record
+            .report(self.end, self.ended_at, &self.receipt, true);
+        self.events.send_receipt(self.receipt);
+    }
 }
 
 /// What an ended request leaves behind.
@@ -43,17 +66,31 @@ pub(super) struct Remains {
 }
 
 /// All accounts, open and closing.
-#[derive(Default)]
 pub(super) struct Ledger {
+    metrics: Arc<EngineMetrics>,
     open: HashMap<SequenceKey, Account>,
     by_id: HashMap<SessionId, SequenceKey>,
     closing: Vec<Closing>,
     /// Accounts with a token to flush.
     dirty: Vec<SequenceKey>,
+    deadlines: Deadlines,
     outcomes: Outcomes,
 }
 
 impl Ledger {
+    /// A ledger without accounts.
+    pub fn new(metrics: Arc<EngineMetrics>) -> Self {
+        Self {
+            metrics,
+            open: HashMap::new(),
+            by_id: HashMap::new(),
+            closing: Vec::new(),
+            dirty: Vec::new(),
+            deadlines: Deadlines::default(),
+            outcomes: Outcomes::default(),
+        }
+    }
+
     pub fn outcomes(&self) -> Outcomes {
         self.outcomes
     }
@@ -87,7 +124,10 @@ impl Ledger {
             cell,
             events,
             permit,
+            record,
+            deadlines,
         } = spec;
+        let deadlines = self.deadlines.add(key, deadlines);
         self.outcomes.accepted += 1;
         self.by_id.insert(id, key);
         let account = Account {
@@ -96,9 +136,18 @@ impl Ledger {
             cell,
             events,
             permit,
+            record,
+            deadlines,
             token: None,
         };
         self.open.insert(key, account);
+    }
+
+    /// A step with some of its prompt was launched.
+    pub fn started(&mut self, key: SequenceKey, at: Instant) {
+        if let Some(account) = self.open.get_mut(&key) {
+            account.record.started(at);
+        }
     }
 
     /// Books a token; it is sent by the flush, or with the terminal.
@@ -106,7 +155,28 @@ impl Ledger {
         if let Some(account) = self.open.get_mut(&key) {
             account.token = Some(token);
             self.dirty.push(key);
+            let due = Due::FirstToken;
+            self.deadlines.set(key, &mut account.deadlines, due, None);
         }
+    }
+
+    /// Sets until when the reader of a paused request must have caught up; `None` when
+    /// it has.
+    pub fn reader_due(&mut self, key: SequenceKey, at: Option<Instant>) {
+        if let Some(account) = self.open.get_mut(&key) {
+            let due = Due::Reader;
+            self.deadlines.set(key, &mut account.deadlines, due, at);
+        }
+    }
+
+    /// When the next deadline passes.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.deadlines.next()
+    }
+
+    /// A request whose deadline has passed at `now`, the most overdue first.
+    pub fn overdue(&self, now: Instant) -> Option<(SequenceKey, Due)> {
+        self.deadlines.overdue(now)
     }
 
     /// A step produced a token for a request that has ended.
@@ -123,6 +193,7 @@ impl Ledger {
             return;
         };
         self.by_id.remove(&account.id);
+        self.deadlines.remove(key, account.deadlines);
         let count = match &terminal {
             Terminal::Finished(FinishReason::Stop) => &mut self.outcomes.stopped,
             Terminal::Finished(FinishReason::Length) => &mut self.outcomes.length,
@@ -131,18 +202,24 @@ impl Ledger {
         };
         *count += 1;
         let at = Instant::now();
-        tracing::debug!(
-            session = %account.id,
-            terminal = ?terminal,
-            tokens = remains.tokens_generated,
-            blocks = remains.blocks,
-            "request ended"
+        let end = EndKind::from(&terminal);
+        let posted_at = account.cell.posted_at().unwrap_or(at);
+        self.metrics.ended(
+            end,
+            at.saturating_duration_since(account.record.submitted()),
         );
+        if end.cancel_reason().is_some() {
+            self.metrics
+                .cancel_ended(at.saturating_duration_since(posted_at));
+        }
         // A cancelled request's last token is dropped: no token follows a cancel.
         let token = account
             .token
             .take()
             .filter(|_| matches!(terminal, Terminal::Finished(_)));
+        if token.is_some() {
+            account.record.token(at, &self.metrics);
+        }
         // Before the caller learns of the end: it may submit the next at once.
         drop(account.permit);
         account.events.send(Event {
@@ -158,10 +235,13 @@ impl Ledger {
                 tokens_generated: remains.tokens_generated,
                 tokens_discarded: 0,
                 step: remains.fence,
-                posted_at: account.cell.posted_at().unwrap_or(at),
+                posted_at,
                 freed_at: at,
             },
             events: account.events,
+            record: account.record,
+            end,
+            ended_at: at,
         });
     }
 
@@ -172,15 +252,18 @@ impl Ledger {
             return;
         }
         let freed_at = Instant::now();
-        for mut closing in self
-            .closing
-            .extract_if(.., |closing| closing.fence <= completed)
-        {
-            closing.events.send_receipt(Receipt {
-                step: completed,
-                freed_at,
-                ..closing.receipt
-            });
+        let free = |closing: &mut Closing| closing.fence <= completed;
+        for closing in self.closing.extract_if(.., free) {
+            closing.settle(completed, freed_at, &self.metrics);
+        }
+    }
+
+    /// The engine broke: what has not settled never will. Its ends are reported, its
+    /// receipts never go out.
+    pub fn abandon(&mut self) {
+        for closing in self.closing.drain(..) {
+            let Closing { record, end, .. } = &closing;
+            record.report(*end, closing.ended_at, &closing.receipt, false);
         }
     }
 
@@ -195,6 +278,7 @@ impl Ledger {
             let Some(token) = account.token.take() else {
                 continue;
             };
+            account.record.token(at, &self.metrics);
             account.events.send(Event {
                 token: Some(token),
                 terminal: None,
@@ -209,5 +293,75 @@ impl Ledger {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::event::channel;
+    use crate::engine::sync::atomic::AtomicUsize;
+    use slotmap::SlotMap;
+    use std::time::Duration;
+
+    fn account(ledger: &mut Ledger, key: SequenceKey, id: u64, deadlines: RequestDeadlines) {
+        let cell = Arc::new(SessionCell::default());
+        let (events, _) = channel(&cell, 4);
+        let spec = AccountSpec {
+            cell,
+            events,
+            permit: Permit::acquire(&Arc::new(AtomicUsize::new(0)), 1).unwrap(),
+            record: RequestRecord::new(tracing::Span::none(), Instant::now(), 1),
+            deadlines,
+        };
+        ledger.open(key, SessionId(id), spec);
+    }
+
+    #[test]
+    fn a_closed_account_leaves_no_deadline_behind() {
+        let mut keys: SlotMap<SequenceKey, ()> = SlotMap::with_key();
+        let mut ledger = Ledger::new(Arc::new(EngineMetrics::new(None)));
+        let later = Instant::now() + Duration::from_secs(3600);
+        let all: Vec<_> = (0..20).map(|_| keys.insert(())).collect();
+        for (index, &key) in all.iter().enumerate() {
+            let deadlines = RequestDeadlines {
+                first_token: Some(later),
+                finish: Some(later),
+                reader: None,
+            };
+            account(&mut ledger, key, index as u64, deadlines);
+            ledger.reader_due(key, Some(later));
+        }
+        assert_eq!(ledger.next_deadline(), Some(later));
+        for key in all {
+            let remains = Remains {
+                blocks: 0,
+                tokens_generated: 0,
+                fence: StepId::default(),
+            };
+            let terminal = Terminal::Finished(FinishReason::Stop);
+            ledger.close(key, terminal, remains);
+        }
+        assert_eq!(ledger.next_deadline(), None);
+    }
+
+    #[test]
+    fn the_deadline_of_the_first_token_ends_with_the_first_token() {
+        let mut keys: SlotMap<SequenceKey, ()> = SlotMap::with_key();
+        let key = keys.insert(());
+        let mut ledger = Ledger::new(Arc::new(EngineMetrics::new(None)));
+        let deadlines = RequestDeadlines {
+            first_token: Some(Instant::now()),
+            ..RequestDeadlines::default()
+        };
+        account(&mut ledger, key, 1, deadlines);
+        assert_eq!(ledger.overdue(Instant::now()), Some((key, Due::FirstToken)));
+        let token = Token {
+            id: 1,
+            logprob: 0.0,
+            top: Vec::new(),
+        };
+        ledger.token(key, token);
+        assert_eq!(ledger.next_deadline(), None);
     }
 }

@@ -6,11 +6,14 @@
 //! in `ledger.rs`, the wire between the two in `command.rs` and `event.rs`.
 
 mod command;
+mod deadlines;
 mod error;
 mod event;
 mod handle;
 mod ledger;
+mod metrics;
 mod permit;
+mod record;
 mod session;
 mod stats;
 mod stream;

@@ -19,7 +19,7 @@ pub struct Outcomes {
 }
 
 /// The state of an engine at one moment, read off its books.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct EngineStats {
     /// Use of the key-value cache.
     pub blocks: Books,
@@ -53,6 +53,6 @@ impl EngineStats {
         self.open == 0
             && self.closing == 0
             && self.running + self.waiting == 0
-            && self.blocks.free == self.blocks.total
+            && self.blocks.available() == self.blocks.total
     }
 }

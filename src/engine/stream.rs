@@ -4,6 +4,7 @@ use super::command::Command;
 use super::event::{
     CancelReason, Event, EventReceiver, Outcome, Receipt, SessionCell, Terminal, Token, has_room,
 };
+use super::metrics::{EngineMetrics, Noop};
 use super::sync::atomic::Ordering;
 use super::sync::{Arc, OnceLock, Receiver, RecvError, Sender, TryRecvError};
 use super::{EngineFault, GenerateError};
@@ -93,6 +94,8 @@ pub(crate) struct StreamParts {
     pub receiver: EventReceiver,
     pub commands: Sender<Command>,
     pub fault: Arc<OnceLock<EngineFault>>,
+    pub metrics: Arc<EngineMetrics>,
+    pub submitted: Instant,
     pub text: Option<TextState>,
     pub prompt: Vec<u32>,
     pub stop_tokens: Arc<[u32]>,
@@ -116,10 +119,10 @@ pub struct TokenStream {
     turn: Option<Box<dyn TurnEnd>>,
     /// Kept for a session, which continues from them.
     answer: Vec<u32>,
-    submitted: Instant,
     first_token: Option<Duration>,
     generated: usize,
     ended: bool,
+    drop_reason: CancelReason,
 }
 
 impl std::fmt::Debug for TokenStream {
@@ -139,10 +142,10 @@ impl TokenStream {
             parts,
             turn: None,
             answer: Vec::new(),
-            submitted: Instant::now(),
             first_token: None,
             generated: 0,
             ended: false,
+            drop_reason: CancelReason::StreamDropped,
         }
     }
 
@@ -162,13 +165,27 @@ impl TokenStream {
 
     /// Cancels the request. The cancel is posted before this returns; the future
     /// (or [`Cancellation::wait`]) is the acknowledgement that its blocks are free.
-    pub fn cancel(mut self) -> Cancellation {
-        self.post_cancel(CancelReason::Explicit);
+    pub fn cancel(self) -> Cancellation {
+        self.cancel_because(CancelReason::Explicit)
+    }
+
+    /// As [`TokenStream::cancel`], for a reason that the caller knows better, such as
+    /// [`CancelReason::Disconnect`]. The books, the metrics and the logs say it.
+    pub fn cancel_because(mut self, reason: CancelReason) -> Cancellation {
+        self.post_cancel(reason);
         Cancellation {
             cell: Arc::clone(&self.parts.cell),
             receipt: self.parts.receiver.receipt.clone(),
             fault: Arc::clone(&self.parts.fault),
         }
+    }
+
+    /// Sets the reason that dropping the stream gives, in place of
+    /// [`CancelReason::StreamDropped`]: a server whose connections own their streams
+    /// says [`CancelReason::Disconnect`].
+    pub fn when_dropped(mut self, reason: CancelReason) -> Self {
+        self.drop_reason = reason;
+        self
     }
 
     /// The stream as a blocking iterator.
@@ -213,8 +230,14 @@ impl TokenStream {
     fn post_cancel(&mut self, reason: CancelReason) {
         if !self.ended {
             self.ended = true;
-            if self.parts.cell.cancel(reason) {
-                let _ = self.parts.commands.send(Command::Cancel(self.parts.id));
+            let noop = if !self.parts.cell.cancel(reason) {
+                Some(Noop::AlreadyCancelled)
+            } else {
+                let posted = self.parts.commands.send(Command::Cancel(self.parts.id));
+                posted.err().map(|_| Noop::EngineClosed)
+            };
+            if let Some(why) = noop {
+                self.parts.metrics.noop(why);
             }
         }
     }
@@ -227,7 +250,7 @@ impl TokenStream {
         if let Some(token) = &event.token {
             self.generated += 1;
             self.first_token
-                .get_or_insert_with(|| event.at - self.submitted);
+                .get_or_insert_with(|| event.at - self.parts.submitted);
             if self.turn.is_some() {
                 self.answer.push(token.id);
             }
@@ -273,7 +296,7 @@ impl TokenStream {
             generated_tokens: self.generated,
             timing: Timing {
                 first_token: self.first_token,
-                total: event.at - self.submitted,
+                total: event.at - self.parts.submitted,
             },
         });
         if let Some(finish) = &finish {
@@ -339,7 +362,7 @@ impl Stream for TokenStream {
 
 impl Drop for TokenStream {
     fn drop(&mut self) {
-        self.post_cancel(CancelReason::StreamDropped);
+        self.post_cancel(self.drop_reason);
     }
 }
 

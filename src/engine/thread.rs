@@ -2,16 +2,20 @@
 
 use super::EngineFault;
 use super::command::{Command, Submission};
-use super::event::{CancelReason, Terminal, Token};
+use super::deadlines::Due;
+use super::event::{CancelReason, SessionCell, Terminal, Token};
 use super::ledger::{Ledger, Remains};
+use super::metrics::{EngineMetrics, Noop, Phase, cleanup_failed};
 use super::stats::EngineStats;
-use super::sync::{Arc, OnceLock, Receiver, TryRecvError};
+use super::sync::{Arc, OnceLock, Receiver, RecvTimeoutError, TryRecvError};
+use crate::config::EngineConfig;
 use crate::device::DeviceError;
 use crate::id::StepId;
 use crate::runner::Runner;
 use crate::schedule::{Commit, FinishReason, Scheduler, SequenceKey, StepPlan};
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
 
 /// What the scheduler thread owns.
 pub(super) struct SchedulerThread {
@@ -26,12 +30,17 @@ pub(super) struct SchedulerThread {
     completed: StepId,
     audit: bool,
     closing: bool,
-    /// Nothing to do until a command arrives.
+    /// How long a reader may keep its request paused.
+    slow_consumer_deadline: Option<Duration>,
+    /// Nothing to do until a command arrives or a deadline passes.
     idle: bool,
     /// A command was applied since the last plan.
     applied: bool,
     tokens_generated: u64,
     prompt_tokens: u64,
+    metrics: Arc<EngineMetrics>,
+    /// What the metrics show.
+    published: EngineStats,
     /// Kept for its memory.
     pause: Vec<SequenceKey>,
 }
@@ -41,23 +50,27 @@ impl SchedulerThread {
         commands: Receiver<Command>,
         scheduler: Scheduler,
         runner: Box<dyn Runner>,
-        audit: bool,
+        metrics: Arc<EngineMetrics>,
+        config: &EngineConfig,
     ) -> Self {
         Self {
             commands,
             scheduler,
-            ledger: Ledger::default(),
+            ledger: Ledger::new(Arc::clone(&metrics)),
             // Feedback reaches back one step, not two.
             depth: runner.depth().clamp(1, 2),
             runner,
             in_flight: VecDeque::new(),
             completed: StepId::default(),
-            audit,
+            audit: config.audit,
+            slow_consumer_deadline: config.slow_consumer_deadline,
             closing: false,
             idle: true,
             applied: false,
             tokens_generated: 0,
             prompt_tokens: 0,
+            metrics,
+            published: EngineStats::default(),
             pause: Vec::new(),
         }
     }
@@ -83,6 +96,7 @@ impl SchedulerThread {
                 panic = panic_message(&*panic),
                 "clean-up after a fault panicked"
             );
+            cleanup_failed("fault");
         }
         // Dropping the receiver refuses later commands and drops those in the
         // queue; a dropped submission wakes its reader.
@@ -95,12 +109,9 @@ impl SchedulerThread {
             if self.drain_commands() {
                 return Ok(());
             }
+            self.expire();
             self.applied = false;
-            let plan = if self.closing {
-                None
-            } else {
-                self.scheduler.plan()
-            };
+            let plan = self.plan();
             let planned = plan.is_some();
             if let Some(plan) = plan {
                 self.launch(plan)?;
@@ -119,9 +130,21 @@ impl SchedulerThread {
         }
     }
 
+    fn plan(&mut self) -> Option<StepPlan> {
+        if self.closing {
+            return None;
+        }
+        let from = Instant::now();
+        let plan = self.scheduler.plan();
+        if plan.is_some() {
+            self.metrics.phase(Phase::Plan, from);
+        }
+        plan
+    }
+
     /// Applies every command that has been posted; waits for one when idle: when
-    /// nothing can be planned and nothing is in flight, only a command changes that.
-    /// `true` when nobody is left who could post.
+    /// nothing can be planned and nothing is in flight, only a command or a deadline
+    /// changes that. `true` when nobody is left who could post.
     fn drain_commands(&mut self) -> bool {
         // Not more than are there now: whoever posts without end does not stop the rest.
         let mut rest = self.commands.len();
@@ -145,13 +168,51 @@ impl SchedulerThread {
                     if !self.idle || self.closing {
                         return false;
                     }
-                    match self.commands.recv() {
+                    self.publish();
+                    match self.wait() {
                         Ok(command) => self.apply(command),
-                        Err(_) => return true,
+                        Err(RecvTimeoutError::Timeout) => return false,
+                        Err(RecvTimeoutError::Disconnected) => return true,
                     }
                 }
             }
         }
+    }
+
+    /// Waits for a command, at most until the next deadline.
+    fn wait(&self) -> Result<Command, RecvTimeoutError> {
+        match self.ledger.next_deadline() {
+            Some(deadline) => self.commands.recv_deadline(deadline),
+            None => Ok(self.commands.recv()?),
+        }
+    }
+
+    /// Cancels the requests whose deadlines have passed. The one place where time
+    /// decides something.
+    fn expire(&mut self) {
+        let Some(first) = self.ledger.next_deadline() else {
+            return;
+        };
+        let now = Instant::now();
+        if first > now {
+            return;
+        }
+        while let Some((key, due)) = self.ledger.overdue(now) {
+            let reason = match due {
+                Due::FirstToken | Due::Finish => CancelReason::Deadline,
+                Due::Reader => CancelReason::SlowConsumer,
+            };
+            self.cancel(key, reason);
+        }
+    }
+
+    /// Cancels a session from this side. A caller's cancel that came first keeps its
+    /// reason.
+    fn cancel(&mut self, key: SequenceKey, reason: CancelReason) {
+        if let Some(cell) = self.ledger.cell_of(key) {
+            cell.cancel(reason);
+        }
+        self.apply_cancel(key);
     }
 
     fn apply(&mut self, command: Command) {
@@ -159,17 +220,21 @@ impl SchedulerThread {
         self.applied = true;
         match command {
             Command::Submit(submission) => self.submit(*submission),
-            Command::Cancel(id) => {
-                if let Some(key) = self.ledger.key_of(id) {
+            Command::Cancel(id) => match self.ledger.key_of(id) {
+                Some(key) => {
                     self.apply_cancel(key);
                 }
-            }
+                None => self.metrics.noop(Noop::AlreadyEnded),
+            },
             Command::Resume(id) => {
                 if let Some(key) = self.ledger.key_of(id) {
                     self.scheduler.set_paused(key, false);
+                    self.ledger.reader_due(key, None);
                 }
             }
             Command::Inspect(reply) => {
+                // The metrics say no less than the answer.
+                self.publish();
                 // The asker may be gone; that is its affair.
                 let _ = reply.try_send(self.stats());
             }
@@ -187,6 +252,10 @@ impl SchedulerThread {
         let key = self.scheduler.add(id, spec);
         self.ledger.open(key, id, account);
         // Cancelled on the way here: it never runs (I5).
+        let cell = self.ledger.cell_of(key);
+        if cell.and_then(SessionCell::cancelled) == Some(CancelReason::StreamDropped) {
+            self.end(key, Terminal::Cancelled(CancelReason::SubmitDropped));
+        }
         self.apply_cancel(key);
         if self.closing {
             self.end(key, Terminal::Cancelled(CancelReason::Shutdown));
@@ -208,10 +277,7 @@ impl SchedulerThread {
 
     fn cancel_all(&mut self, reason: CancelReason) {
         for key in self.ledger.open_keys() {
-            if let Some(cell) = self.ledger.cell_of(key) {
-                cell.cancel(reason);
-            }
-            self.apply_cancel(key);
+            self.cancel(key, reason);
         }
     }
 
@@ -233,7 +299,11 @@ impl SchedulerThread {
         if self.audit {
             self.poison_freed()?;
         }
-        match self.runner.launch(&plan, self.scheduler.sequences()) {
+        let from = Instant::now();
+        self.note_starts(&plan, from);
+        let launched = self.runner.launch(&plan, self.scheduler.sequences());
+        self.metrics.phase(Phase::Launch, from);
+        match launched {
             Ok(()) => {
                 self.in_flight.push_back(plan);
                 Ok(())
@@ -250,6 +320,16 @@ impl SchedulerThread {
         }
     }
 
+    /// Notes whose prompts the step begins or goes on with.
+    fn note_starts(&mut self, plan: &StepPlan, at: Instant) {
+        for item in &plan.items {
+            let sequence = self.scheduler.sequences().get(item.key);
+            if sequence.is_some_and(|sequence| item.start < sequence.prompt_tokens) {
+                self.ledger.started(item.key, at);
+            }
+        }
+    }
+
     /// Overwrites what was freed: whoever still reads it shows it by its tokens.
     fn poison_freed(&mut self) -> Result<(), EngineFault> {
         let freed = self.scheduler.take_freed();
@@ -261,10 +341,13 @@ impl SchedulerThread {
 
     /// Waits for the oldest step and commits it.
     fn collect(&mut self) -> Result<(), EngineFault> {
+        let from = Instant::now();
         let outcome = self.runner.collect();
+        self.metrics.phase(Phase::Collect, from);
         let Some(plan) = self.in_flight.pop_front() else {
             return Ok(());
         };
+        let from = Instant::now();
         // What was cancelled while the step ran gets no token from it.
         for _ in 0..self.commands.len() {
             match self.commands.try_recv() {
@@ -272,6 +355,7 @@ impl SchedulerThread {
                 Err(_) => break,
             }
         }
+        self.expire();
         let failed = match outcome {
             Ok(samples) if samples.len() != plan.samples().count() => {
                 let error = DeviceError::Failed {
@@ -287,6 +371,8 @@ impl SchedulerThread {
                 Ok(())
             }
             Ok(samples) => {
+                // Before any item ends: its complete blocks are worth keeping.
+                self.scheduler.written(&plan);
                 for (item, sample) in plan.samples().zip(samples) {
                     self.commit(
                         item.key,
@@ -306,6 +392,8 @@ impl SchedulerThread {
         };
         self.step_completed(plan.step);
         self.flush();
+        self.publish();
+        self.metrics.phase(Phase::Commit, from);
         if self.audit {
             self.scheduler.audit()?;
         }
@@ -350,12 +438,16 @@ impl SchedulerThread {
         self.ledger.flush(&mut pause);
         for key in pause.drain(..) {
             self.scheduler.set_paused(key, true);
+            let deadline = self.slow_consumer_deadline;
+            let due = deadline.and_then(|within| Instant::now().checked_add(within));
+            self.ledger.reader_due(key, due);
         }
         self.pause = pause;
     }
 
     fn fail_step(&mut self, plan: &StepPlan, error: &DeviceError) {
         tracing::error!(%error, step = %plan.step, sessions = plan.items.len(), "a step failed");
+        self.scheduler.lost(plan);
         for item in &plan.items {
             self.end(
                 item.key,
@@ -385,6 +477,15 @@ impl SchedulerThread {
             // A submission's reader wakes and finds the fault.
             drop(command);
         }
+        self.ledger.abandon();
+        self.publish();
+    }
+
+    /// Sets the gauges from the books.
+    fn publish(&mut self) {
+        let now = self.stats();
+        self.metrics.publish(&now, &self.published);
+        self.published = now;
     }
 
     fn stats(&self) -> EngineStats {
