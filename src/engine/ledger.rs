@@ -153,7 +153,10 @@ impl Ledger {
     }
 
     pub fn open_keys(&self) -> Vec<SequenceKey> {
-        self.open.keys().copied().collect()
+        let mut keys: Vec<SequenceKey> = self.open.keys().copied().collect();
+        // The map's order is random, and no schedule of a model checker could be replayed.
+        keys.sort_unstable();
+        keys
     }
 
     pub fn key_of(&self, id: SessionId) -> Option<SequenceKey> {
@@ -333,8 +336,8 @@ impl Ledger {
     }
 
     /// Sends this step's tokens: one message a session, never blocking (I9). Gives
-    /// the sessions whose readers are too slow.
-    pub fn flush(&mut self, pause: &mut Vec<SequenceKey>) {
+    /// the sessions that pause for their readers, and those that need not any more.
+    pub fn flush(&mut self, paused: &mut Vec<(SequenceKey, bool)>) {
         let at = Instant::now();
         for key in self.dirty.drain(..) {
             let Some(account) = self.open.get_mut(&key) else {
@@ -351,11 +354,11 @@ impl Ledger {
             });
             if account.events.is_full() {
                 account.cell.paused.store(true, Ordering::SeqCst);
-                // The reader may have caught up before it could see the flag.
+                // The reader may have caught up before it could see the flag. Who takes
+                // the flag down ends the pause, one that an earlier step began included.
                 let caught_up = account.events.has_room();
-                if !(caught_up && account.cell.paused.swap(false, Ordering::SeqCst)) {
-                    pause.push(key);
-                }
+                let goes_on = caught_up && account.cell.paused.swap(false, Ordering::SeqCst);
+                paused.push((key, !goes_on));
             }
         }
     }

@@ -46,7 +46,7 @@ pub(super) struct SchedulerThread {
     /// What the metrics show.
     published: EngineStats,
     /// Kept for its memory.
-    pause: Vec<SequenceKey>,
+    paused: Vec<(SequenceKey, bool)>,
     /// Those who wait for the open sessions to end.
     drains: Vec<Drain>,
     /// New sessions come too late.
@@ -97,7 +97,7 @@ impl SchedulerThread {
             prompt_tokens: 0,
             metrics,
             published: EngineStats::default(),
-            pause: Vec::new(),
+            paused: Vec::new(),
             drains: Vec::new(),
             draining: false,
             aborted: 0,
@@ -188,6 +188,8 @@ impl SchedulerThread {
                 Ok(command) => {
                     self.apply(command);
                     if rest <= 1 {
+                        // Here too: the queue may never be found empty.
+                        self.ledger.settle(self.completed);
                         return false;
                     }
                     rest -= 1;
@@ -657,15 +659,15 @@ impl SchedulerThread {
     }
 
     fn flush(&mut self) {
-        let mut pause = std::mem::take(&mut self.pause);
-        self.ledger.flush(&mut pause);
-        for key in pause.drain(..) {
-            self.scheduler.set_paused(key, true);
-            let deadline = self.slow_consumer_deadline;
+        let mut changes = std::mem::take(&mut self.paused);
+        self.ledger.flush(&mut changes);
+        for (key, paused) in changes.drain(..) {
+            self.scheduler.set_paused(key, paused);
+            let deadline = self.slow_consumer_deadline.filter(|_| paused);
             let due = deadline.and_then(|within| Instant::now().checked_add(within));
             self.ledger.reader_due(key, due);
         }
-        self.pause = pause;
+        self.paused = changes;
     }
 
     fn fail_step(&mut self, plan: &StepPlan, error: &DeviceError) {
