@@ -17,6 +17,7 @@ test: model
 	$(CARGO) test --locked --no-default-features --lib
 	$(CARGO) run --locked --release --example quickstart -- $(MODEL)
 	$(CARGO) run --locked --release --example batch -- $(MODEL)
+	$(CARGO) run --locked --release --example disconnect -- $(MODEL)
 
 ## Formatting, lints and documentation.
 lint:

@@ -49,7 +49,7 @@ pub mod schedule;
 pub mod text;
 pub mod weights;
 
-pub use config::EngineConfig;
+pub use config::{EngineConfig, Preemption};
 pub use device::cpu::{Activations, CpuOptions, KvType, SimdLevel};
 #[cfg(feature = "cuda")]
 pub use device::cuda::{CudaActivations, CudaOptions};

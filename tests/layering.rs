@@ -11,13 +11,14 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("weights", &[]),
     ("text", &["weights"]),
     ("cache", &["id"]),
-    ("schedule", &["cache", "id", "sampling"]),
+    ("schedule", &["cache", "config", "id", "sampling"]),
     ("device", &["sampling", "weights"]),
     ("model", &["device", "weights"]),
     (
         "runner",
+        // `id`: its tests make sequences.
         &[
-            "cache", "config", "device", "model", "sampling", "schedule", "text", "weights",
+            "cache", "config", "device", "id", "model", "sampling", "schedule", "text", "weights",
         ],
     ),
     (

@@ -8,7 +8,7 @@ use super::permit::Permit;
 use super::record::RequestRecord;
 use super::stream::{StreamParts, TextState};
 use super::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use super::sync::{Arc, OnceLock, Sender, bounded, spawn, unbounded};
+use super::sync::{Arc, OnceLock, Sender, Weak, bounded, spawn, unbounded};
 use super::thread::SchedulerThread;
 use super::waiting::{Answer, EngineEnd, Waiters};
 use super::watchdog::{Heartbeat, watch};
@@ -24,7 +24,6 @@ use crate::sampling::SamplingParams;
 use crate::schedule::{Policy, Scheduler, SequenceSpec};
 use crate::text::{EncodeOptions, Message, RenderOptions, Tokenizer};
 use std::path::Path;
-use std::sync::Weak;
 use std::time::{Duration, Instant};
 
 /// What to continue.
@@ -202,17 +201,12 @@ impl Engine {
         let fault = Arc::new(OnceLock::new());
         let metrics = Arc::new(EngineMetrics::new(config.metrics_label.as_deref()));
         let thread_metrics = Arc::clone(&metrics);
-        let thread_fault = Arc::clone(&fault);
         let waiters = Arc::new(Waiters::default());
         let heart = Arc::new(Heartbeat::new(config.step_deadline));
         let watched = watch(&heart, &fault, &waiters);
         let (pulse, over) = watched.map_err(|error| LoadError::Thread(error.to_string()))?;
+        let (thread_fault, settings) = (Arc::clone(&fault), config.clone());
         let end = EngineEnd::new(fault, over);
-        let thread_config = config.clone();
-        let policy = Policy {
-            max_batch_tokens: config.max_batch_tokens,
-            max_sequences: config.max_sequences,
-        };
         spawn("quell-scheduler", move || {
             let (runner, info) = match make_runner() {
                 Ok(made) => made,
@@ -221,18 +215,10 @@ impl Engine {
                     return;
                 }
             };
-            let cache = BlockCache::new(info.cache_blocks, info.block_tokens);
+            let scheduler = scheduler(&settings, &info);
             let _ = ready.send(Ok(info));
-            let scheduler = Scheduler::new(policy, cache);
-            SchedulerThread::new(
-                inbox,
-                scheduler,
-                runner,
-                thread_metrics,
-                pulse,
-                &thread_config,
-            )
-            .run(&thread_fault);
+            SchedulerThread::new(inbox, scheduler, runner, thread_metrics, pulse, &settings)
+                .run(&thread_fault);
         })
         .map_err(|error| LoadError::Thread(error.to_string()))?;
         let info = started.recv().map_err(|_| {
@@ -488,6 +474,23 @@ impl Engine {
             prompt,
             params: Arc::new(request.sampling.clone()),
             stop_tokens: stop_tokens.into(),
+            priority: 0,
+            tenant: None,
+            session: None,
         })
     }
+}
+
+/// The scheduler for what a runner has.
+fn scheduler(config: &EngineConfig, info: &RunnerInfo) -> Scheduler {
+    let cache = BlockCache::new(info.cache_blocks, info.block_tokens, config.prefix_cache);
+    let policy = Policy {
+        max_batch_tokens: config.max_batch_tokens,
+        max_sequences: config.max_sequences,
+        max_pinned_blocks: info.cache_blocks * usize::from(config.pinned_percent) / 100,
+        preemption: config.preemption,
+        swap_blocks: info.swap.map_or(0, |swap| swap.blocks),
+        swap_seconds_per_block: info.swap.map_or(0.0, |swap| swap.seconds_per_block),
+    };
+    Scheduler::new(policy, cache)
 }

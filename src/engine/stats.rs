@@ -53,6 +53,6 @@ impl EngineStats {
         self.open == 0
             && self.closing == 0
             && self.running + self.waiting == 0
-            && self.blocks.free == self.blocks.total
+            && self.blocks.available() == self.blocks.total
     }
 }

@@ -471,6 +471,8 @@ impl SchedulerThread {
                 Ok(())
             }
             Ok(samples) => {
+                // Before any item ends: its complete blocks are worth keeping.
+                self.scheduler.written(&plan);
                 for (item, sample) in plan.samples().zip(samples) {
                     self.commit(
                         item.key,
@@ -545,6 +547,7 @@ impl SchedulerThread {
 
     fn fail_step(&mut self, plan: &StepPlan, error: &DeviceError) {
         tracing::error!(%error, step = %plan.step, sessions = plan.items.len(), "a step failed");
+        self.scheduler.lost(plan);
         for item in &plan.items {
             self.end(
                 item.key,

@@ -1,8 +1,8 @@
 //! A plan made into device work: the model, its inputs, and its memory.
 //!
 //! [`Runner`] is all that the scheduler thread knows of models and devices.
-//! [`ModelRunner`] is the real one; tests bring their own to reach states that a
-//! real device can't be brought into on demand.
+//! [`ModelRunner`] is the real one; [`NullRunner`] measures the host side; tests bring
+//! their own to reach states that a real device can't be brought into on demand.
 
 mod error;
 mod files;
@@ -10,11 +10,13 @@ mod inputs;
 pub(crate) mod limits;
 mod memory;
 mod model_runner;
+mod null;
 
 pub use error::LoadError;
 pub use files::{DeviceChoice, LoadOptions, ModelFiles};
 pub use memory::MemoryPlan;
 pub use model_runner::ModelRunner;
+pub use null::{NullOptions, NullRunner};
 
 use crate::cache::BlockId;
 use crate::device::{DeviceError, DeviceInfo};
