@@ -56,9 +56,10 @@ pub use device::cuda::{CudaActivations, CudaOptions};
 pub use engine::{
     CancelReason, Cancellation, Chunk, Drained, Draining, Engine, EngineFault, EngineStats, Finish,
     GenerateError, Generation, Health, HealthStatus, Outcome, Prompt, Receipt, Request, Session,
-    Shutdown, ShuttingDown, SubmitError, Timing, Token, TokenStream,
+    SessionOptions, Shutdown, ShuttingDown, Stop, SubmitError, Timing, Token, TokenStream,
 };
 pub use id::{SessionId, StepId};
 pub use runner::{DeviceChoice, LoadError, LoadOptions, RunnerInfo};
 pub use sampling::SamplingParams;
+pub use schedule::Kept;
 pub use text::Message;

@@ -31,15 +31,17 @@ pub enum CancelReason {
     Deadline = 7,
     /// The client has gone: its connection was closed.
     Disconnect = 8,
-    /// Its session was stopped or ended.
+    /// Its session was ended.
     SessionEnded = 9,
+    /// Its session stopped this turn.
+    SessionStopped = 11,
     /// Its stream was dropped before the scheduler thread had taken the request.
     SubmitDropped = 10,
 }
 
 impl CancelReason {
     /// Every reason.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::StreamDropped,
         Self::Explicit,
         Self::AbortAll,
@@ -49,6 +51,7 @@ impl CancelReason {
         Self::Deadline,
         Self::Disconnect,
         Self::SessionEnded,
+        Self::SessionStopped,
         Self::SubmitDropped,
     ];
 
@@ -64,6 +67,7 @@ impl CancelReason {
             Self::Deadline => "deadline",
             Self::Disconnect => "disconnect",
             Self::SessionEnded => "session_ended",
+            Self::SessionStopped => "session_stopped",
             Self::SubmitDropped => "submit_dropped",
         }
     }
@@ -137,6 +141,20 @@ pub struct Receipt {
     pub posted_at: Instant,
     /// When its blocks were free.
     pub freed_at: Instant,
+}
+
+impl Receipt {
+    /// There was nothing to free.
+    pub(crate) fn of_nothing(step: StepId, at: Instant) -> Self {
+        Self {
+            blocks_freed: 0,
+            tokens_generated: 0,
+            tokens_discarded: 0,
+            step,
+            posted_at: at,
+            freed_at: at,
+        }
+    }
 }
 
 /// What a session's two sides share: flags and wakers, no lock.
@@ -308,7 +326,7 @@ mod tests {
 
     #[test]
     fn every_reason_survives_its_flag() {
-        for flag in 1..=10 {
+        for flag in 1..=11 {
             assert_eq!(
                 CancelReason::from_flag(flag).map(|reason| reason as u8),
                 Some(flag)

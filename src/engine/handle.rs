@@ -2,18 +2,20 @@
 
 use super::command::{AccountSpec, Command, Submission};
 use super::deadlines::RequestDeadlines;
-use super::event::{SessionCell, channel};
+use super::event::{Receipt, SessionCell, channel};
 use super::metrics::EngineMetrics;
 use super::permit::Permit;
 use super::record::RequestRecord;
-use super::stream::{StreamParts, TextState};
+use super::stream::{Cancellation, StreamParts, TextState};
 use super::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use super::sync::{Arc, OnceLock, Sender, Weak, bounded, spawn, unbounded};
 use super::thread::SchedulerThread;
-use super::waiting::{Answer, EngineEnd, Waiters};
+use super::turn::Turn;
+use super::waiting::{Answer, EngineEnd, Reply, Waiters};
 use super::watchdog::{Heartbeat, watch};
 use super::{
-    Draining, EngineStats, Health, Session, Shutdown, ShuttingDown, SubmitError, TokenStream,
+    Draining, EngineStats, Health, Session, SessionOptions, Shutdown, ShuttingDown, SubmitError,
+    TokenStream,
 };
 use crate::cache::BlockCache;
 use crate::config::EngineConfig;
@@ -81,6 +83,12 @@ pub struct Request {
     pub first_token_within: Option<Duration>,
     /// The same for the end of the answer.
     pub finish_within: Option<Duration>,
+    /// A lower number is served first, and may take the place of a higher one; 0 is
+    /// usual.
+    pub priority: i32,
+    /// Who it is for: of equally urgent requests, those of the tenant that was served
+    /// the least start first.
+    pub tenant: Option<Arc<str>>,
 }
 
 impl Request {
@@ -96,6 +104,8 @@ impl Request {
             ignore_eos: false,
             first_token_within: None,
             finish_within: None,
+            priority: 0,
+            tenant: None,
         }
     }
 
@@ -120,6 +130,18 @@ impl Request {
     /// Sets the deadline of the whole answer, from the submission on.
     pub fn finish_within(mut self, time: Duration) -> Self {
         self.finish_within = Some(time);
+        self
+    }
+
+    /// Sets how urgent it is: a lower number is served first.
+    pub fn priority(mut self, priority: i32) -> Self {
+        self.priority = priority;
+        self
+    }
+
+    /// Sets who it is for.
+    pub fn tenant(mut self, tenant: impl Into<Arc<str>>) -> Self {
+        self.tenant = Some(tenant.into());
         self
     }
 
@@ -264,9 +286,14 @@ impl Engine {
         self.shared.limit.0
     }
 
-    /// A conversation whose tokens carry over from turn to turn.
+    /// A conversation whose tokens, keys and values carry over from turn to turn.
     pub fn session(&self) -> Session {
-        Session::new(self.clone())
+        self.session_with(SessionOptions::default())
+    }
+
+    /// As [`Engine::session`], with settings.
+    pub fn session_with(&self, options: SessionOptions) -> Session {
+        Session::new(self.clone(), options)
     }
 
     /// Turns a prompt into token ids, as [`Engine::generate`] does.
@@ -314,14 +341,69 @@ impl Engine {
     /// Submits a request: one synchronous enqueue, no waiting. Dropping the stream
     /// cancels.
     pub fn generate(&self, request: Request) -> Result<TokenStream, SubmitError> {
-        if let Some(fault) = self.shared.end.fault() {
-            return Err(SubmitError::Closed(fault.clone()));
+        let (stream, submission) = self.prepare(request, None)?;
+        self.post(Command::Submit(Box::new(submission)))?;
+        Ok(stream)
+    }
+
+    /// As [`Engine::generate`], for `samples` answers to the same prompt, which is
+    /// computed once. The answers differ by their seeds: that of the request, the next
+    /// one, and so on. Each stream stands for itself.
+    pub fn generate_samples(
+        &self,
+        request: Request,
+        samples: usize,
+    ) -> Result<Vec<TokenStream>, SubmitError> {
+        let mut request = request;
+        request.prompt = Prompt::Tokens(self.tokenize(&request.prompt)?);
+        let seed = request.sampling.seed;
+        let prepared = (0..samples as u64).map(|index| {
+            let mut request = request.clone();
+            request.sampling.seed = seed.wrapping_add(index);
+            self.prepare(request, None)
+        });
+        let prepared = prepared.collect::<Result<Vec<_>, _>>()?;
+        let (streams, submissions) = prepared.into_iter().unzip();
+        self.post(Command::SubmitGroup(submissions))?;
+        Ok(streams)
+    }
+
+    /// As [`Engine::generate`], for a turn of a session.
+    pub(super) fn generate_turn(
+        &self,
+        request: Request,
+        turn: Turn,
+    ) -> Result<TokenStream, SubmitError> {
+        let (stream, submission) = self.prepare(request, Some(turn))?;
+        self.post(Command::Submit(Box::new(submission)))?;
+        Ok(stream)
+    }
+
+    /// Refuses if the engine has ended.
+    pub(super) fn require_open(&self) -> Result<(), SubmitError> {
+        match self.shared.end.fault() {
+            Some(fault) => Err(SubmitError::Closed(fault.clone())),
+            None => Ok(()),
         }
+    }
+
+    pub(super) fn next_id(&self) -> SessionId {
+        SessionId(self.shared.next_id.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// A stream and the request that it is to be the answer to, not posted yet.
+    fn prepare(
+        &self,
+        request: Request,
+        turn: Option<Turn>,
+    ) -> Result<(TokenStream, Submission), SubmitError> {
+        self.require_open()?;
         if self.shared.draining.load(Ordering::Acquire) {
             return Err(SubmitError::Draining);
         }
         let prompt = self.tokenize(&request.prompt)?;
-        let spec = self.sequence_spec(&request, prompt)?;
+        let mut spec = self.sequence_spec(&request, prompt)?;
+        spec.session = turn.as_ref().map(|turn| turn.session);
         let text = match &self.shared.tokenizer {
             Some(tokenizer) => Some(TextState::new(Arc::clone(tokenizer), request.stop)),
             None if request.stop.is_empty() => None,
@@ -332,7 +414,7 @@ impl Engine {
             }
         };
         let permit = Permit::acquire(&self.shared.open, self.shared.config.max_open_requests)?;
-        let id = SessionId(self.shared.next_id.fetch_add(1, Ordering::Relaxed));
+        let id = self.next_id();
         let cell = Arc::new(SessionCell::default());
         let (events, receiver) = channel(&cell, self.shared.config.stream_buffer);
         let waiter: Weak<SessionCell> = Arc::downgrade(&cell);
@@ -360,6 +442,7 @@ impl Engine {
             prompt: spec.prompt.clone(),
             stop_tokens: Arc::clone(&spec.stop_tokens),
             buffer: self.shared.config.stream_buffer,
+            turn: turn.as_ref().map(|turn| Arc::clone(&turn.cell)),
         });
         let account = AccountSpec {
             cell,
@@ -367,10 +450,9 @@ impl Engine {
             permit,
             record,
             deadlines,
+            turn,
         };
-        let submission = Submission { id, spec, account };
-        self.post(Command::Submit(Box::new(submission)))?;
-        Ok(stream)
+        Ok((stream, Submission { id, spec, account }))
     }
 
     /// Cancels every open request.
@@ -417,13 +499,36 @@ impl Engine {
 
     /// The engine's state; waits for the scheduler thread, at most for one step.
     pub fn stats(&self) -> Result<EngineStats, SubmitError> {
-        let (reply, answer) = bounded(1);
-        self.post(Command::Inspect(reply))?;
-        let stats = self.shared.end.recv(&answer);
-        stats.map_err(SubmitError::Closed)
+        self.ask(Command::Inspect)
     }
 
-    fn post(&self, command: Command) -> Result<(), SubmitError> {
+    /// Forgets the prefixes that no request holds; what sessions keep stays.
+    pub fn clear_prefix_cache(&self) -> Result<(), SubmitError> {
+        self.post(Command::ClearPrefixes)
+    }
+
+    /// Posts a question and waits for its answer.
+    pub(super) fn ask<T>(
+        &self,
+        command: impl FnOnce(Sender<T>) -> Command,
+    ) -> Result<T, SubmitError> {
+        let (reply, answer) = bounded(1);
+        self.post(command(reply))?;
+        self.shared.end.recv(&answer).map_err(SubmitError::Closed)
+    }
+
+    /// Posts a command that is acknowledged with a receipt.
+    pub(super) fn acknowledged(
+        &self,
+        command: impl FnOnce(Reply<Receipt>) -> Command,
+    ) -> Cancellation {
+        let (reply, answer) = Answer::channel(&self.shared.end, &self.shared.waiters);
+        // A closed engine keeps nothing; the reply, dropped, says so.
+        let _ = self.commands.send(command(reply));
+        Cancellation::of_session(answer)
+    }
+
+    pub(super) fn post(&self, command: Command) -> Result<(), SubmitError> {
         self.commands.send(command).map_err(|_| self.closed())
     }
 
@@ -474,8 +579,8 @@ impl Engine {
             prompt,
             params: Arc::new(request.sampling.clone()),
             stop_tokens: stop_tokens.into(),
-            priority: 0,
-            tenant: None,
+            priority: request.priority,
+            tenant: request.tenant.clone(),
             session: None,
         })
     }

@@ -20,6 +20,7 @@ mod stats;
 mod stream;
 mod sync;
 mod thread;
+mod turn;
 mod waiting;
 mod watchdog;
 
@@ -27,7 +28,8 @@ pub use ending::{Drained, Draining, Shutdown, ShuttingDown};
 pub use error::{EngineFault, GenerateError, SubmitError};
 pub use event::{CancelReason, Outcome, Receipt, Token};
 pub use handle::{Engine, Prompt, Request};
-pub use session::Session;
+pub use session::{Session, SessionOptions};
 pub use stats::{EngineStats, Outcomes};
 pub use stream::{Cancellation, Chunk, Finish, Generation, Timing, TokenStream};
+pub use turn::Stop;
 pub use watchdog::{Health, HealthStatus};

@@ -4,6 +4,8 @@
 //! the block tables, and only when a step is collected: a block that is handed out
 //! too early, or a table that is wrong, changes the tokens that come out.
 
+#![allow(dead_code)] // each test file uses its part
+
 use quell::cache::BlockId;
 use quell::device::DeviceError;
 use quell::runner::{Runner, RunnerInfo};
@@ -158,7 +160,10 @@ impl Runner for SimRunner {
         let (step, items) = self.in_flight.pop_front().expect("a step is in flight");
         match self.fault(step) {
             Some(Fault::Panic) => panic!("made to panic"),
-            Some(Fault::Step) => return Err(failure("step")),
+            Some(Fault::Step) => {
+                self.previous.clear();
+                return Err(failure("step"));
+            }
             Some(Fault::Lost) => {
                 return Err(DeviceError::Lost {
                     device: "sim",
@@ -171,7 +176,8 @@ impl Runner for SimRunner {
         for item in &items {
             for (index, &slot) in item.written.iter().enumerate() {
                 self.memory[slot] = match item.feedback {
-                    Some(sample) => self.previous[sample],
+                    // Of a step that failed there is nothing to feed back.
+                    Some(sample) => self.previous.get(sample).copied().unwrap_or(u32::MAX),
                     None => item.tokens[index],
                 };
             }
