@@ -27,6 +27,8 @@ pub struct EngineConfig {
     /// Host memory, in bytes, that preempted sequences may be swapped out to instead of
     /// being computed anew; used as it is needed. 0 for none.
     pub swap_bytes: usize,
+    /// How a sequence gives its blocks back when others need them.
+    pub preemption: Preemption,
     /// Share of the key-value cache, in percent, that sessions may pin.
     pub pinned_percent: u8,
     /// How long a paused request's reader may lag behind before it is cancelled as
@@ -55,6 +57,7 @@ impl Default for EngineConfig {
             stream_buffer: 256,
             prefix_cache: true,
             swap_bytes: 256 << 20,
+            preemption: Preemption::Auto,
             pinned_percent: 25,
             slow_consumer_deadline: Some(Duration::from_secs(120)),
             step_deadline: Some(Duration::from_secs(120)),
@@ -62,4 +65,16 @@ impl Default for EngineConfig {
             audit: cfg!(debug_assertions),
         }
     }
+}
+
+/// How a sequence gives its blocks back when others need them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Preemption {
+    /// Whichever is estimated to cost less time.
+    #[default]
+    Auto,
+    /// Its tokens are computed anew.
+    Recompute,
+    /// Its blocks are copied to host memory, as long as there is room.
+    Swap,
 }

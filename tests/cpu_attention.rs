@@ -567,6 +567,48 @@ fn batches_that_make_no_sense_are_refused() {
 }
 
 #[test]
+fn sequences_that_share_blocks_get_the_same_bits_as_with_blocks_of_their_own() {
+    let mut random = Random::new(19);
+    let (spec, rotary) = specs()[0];
+    let columns = spec.heads.qkv_columns();
+    // Fifty blocks are shared; the sequences have five times the cache's tokens together.
+    let shared = random.numbers(50 * BLOCK * columns);
+    let chunks = [1, 1, 3, 1, 20, 1, 16];
+    let qkv: Vec<Vec<f32>> = chunks
+        .iter()
+        .map(|chunk| [shared.clone(), random.numbers(chunk * columns)].concat())
+        .collect();
+    let tables: Vec<Vec<u32>> = (0..chunks.len() as u32)
+        .map(|i| (0..50).chain([50 + 2 * i, 51 + 2 * i]).collect())
+        .collect();
+    let part = |i: usize, before: bool| Part {
+        qkv: &qkv[i],
+        range: match before {
+            true => 0..50 * BLOCK,
+            false => 50 * BLOCK..qkv[i].len() / columns,
+        },
+        table: &tables[i],
+    };
+    for threads in [1, 3] {
+        for kv in [KvType::F16, KvType::F32] {
+            let options = options(SimdLevel::Auto, threads, kv);
+            let mut together = Layer::new(&options, spec, rotary, BLOCK);
+            let tokens: usize = chunks.iter().map(|chunk| 50 * BLOCK + chunk).sum();
+            assert!(tokens > 5 * together.cache.shape().blocks * BLOCK);
+            together.step(&[part(0, true)]);
+            let parts: Vec<Part<'_>> = (0..chunks.len()).map(|i| part(i, false)).collect();
+            let out = together.step(&parts);
+            for (i, out) in out.iter().enumerate() {
+                let mut alone = Layer::new(&options, spec, rotary, BLOCK);
+                alone.step(&[part(i, true)]);
+                let expected = alone.step(&[part(i, false)]).remove(0);
+                assert!(bits(out) == bits(&expected), "{i} {threads} {kv:?}");
+            }
+        }
+    }
+}
+
+#[test]
 fn blocks_slots_positions_and_layers_beyond_the_cache_are_refused() {
     let (spec, rotary) = specs()[0];
     let mut layer = Layer::new(&CpuOptions::default(), spec, rotary, 16);

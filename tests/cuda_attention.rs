@@ -442,6 +442,179 @@ fn recorded_steps_are_padded_with_empty_sequences_and_give_the_same_bits() {
     assert_eq!(tokens, written * 2 * heads.kv_heads * heads.head_dim);
 }
 
+/// Twelve sequences that begin with the same 112 tokens decode one token a step; gives the
+/// bits of each step, and whether it was replayed.
+fn decode_after_one_prompt(
+    device: &mut CudaDevice,
+    spec: &AttentionSpec,
+    (rows, tables): (&[Vec<f32>], &[Vec<u32>]),
+    blocks: usize,
+    steps: usize,
+) -> Vec<(Vec<u32>, bool)> {
+    let heads = spec.heads;
+    let mut layer = Layer::new(device, heads, &identity(2048), 16, blocks);
+    let length = |i: usize| rows[i].len() / heads.qkv_columns() - steps;
+    let part = |i: usize, range| Part {
+        qkv: &rows[i],
+        range,
+        table: &tables[i],
+    };
+    for i in 0..rows.len() {
+        // Whoever shares the first blocks finds them written.
+        let written = i > 0 && tables[i][0] == tables[0][0];
+        let start = if written { 112 } else { 0 };
+        layer.store(&[part(i, start..length(i))]);
+    }
+    let next = |step: usize| -> Vec<Part<'_>> {
+        let at = |i: usize| part(i, length(i) + step..length(i) + step + 1);
+        (0..rows.len()).map(at).collect()
+    };
+    // All steps have the same rows, so that those in device memory can be used again.
+    let (_, values) = layer.batch(&next(0));
+    let padding = vec![0.0; 4 * heads.qkv_columns()];
+    let mut qkv = layer.tensor(heads.qkv_columns(), &[values, padding].concat());
+    let mut out = layer.tensor(heads.q_columns(), &vec![f32::NAN; 16 * heads.q_columns()]);
+    let each = (0..steps).map(|step| {
+        let (mut batch, _) = layer.batch(&next(step));
+        batch.sample_rows = (0..rows.len()).collect();
+        let staged = layer.device.stage(&batch).unwrap();
+        if staged == Staged::Enqueue {
+            layer.rope_store(&mut qkv).unwrap();
+            let (device, cache) = (&mut layer.device, &layer.cache);
+            device.attend(&qkv, spec, cache, 1, &mut out).unwrap();
+            assert_eq!(device.finish(Ok(())).unwrap(), Finished::Done);
+        }
+        let values = layer.device.values(&out, rows.len()).unwrap();
+        assert!(values.iter().all(|value| value.is_finite()));
+        (bits(&values), staged == Staged::Replayed)
+    });
+    each.collect()
+}
+
+#[test]
+fn sequences_that_share_blocks_have_the_same_bits_as_with_blocks_of_their_own() {
+    const SEQUENCES: usize = 12;
+    const STEPS: usize = 14;
+    let _gpu = gpu::lock();
+    let mut random = Random::new(38);
+    let kind = CudaActivations::Bf16;
+    let case = case((4, 2, 32), None, None, 16);
+    let spec = case.spec;
+    let prompt = tokens(&mut random, kind, &case, 112);
+    let rows: Vec<Vec<f32>> = (0..SEQUENCES)
+        .map(|i| {
+            let own = tokens(&mut random, kind, &case, 8 + i % 4);
+            let row = tokens(&mut random, kind, &case, 1);
+            [prompt.clone(), own, row.repeat(STEPS)].concat()
+        })
+        .collect();
+    let apart: Vec<Vec<u32>> = (0..SEQUENCES as u32)
+        .map(|i| (9 * i..9 * (i + 1)).collect())
+        .collect();
+    let shared: Vec<Vec<u32>> = (0..SEQUENCES as u32)
+        .map(|i| (0..7).chain([7 + 2 * i, 8 + 2 * i]).collect())
+        .collect();
+    let blocks = 7 + 2 * SEQUENCES;
+    // More tokens, and more units in the end, than sequences apart could have in so many blocks.
+    let columns = spec.heads.qkv_columns();
+    let lengths = rows.iter().map(|rows| rows.len() / columns);
+    assert!(lengths.clone().sum::<usize>() > 3 * blocks * 16);
+    let units: usize = lengths.map(|length| length.div_ceil(128)).sum();
+    assert!(units > (blocks * 16).div_ceil(128) + layer::limits(16).sequences);
+
+    let expected = decode_after_one_prompt(
+        &mut device(kind),
+        &spec,
+        (&rows, &apart),
+        9 * SEQUENCES,
+        STEPS,
+    );
+    let found = decode_after_one_prompt(&mut device(kind), &spec, (&rows, &shared), blocks, STEPS);
+    for (step, (found, expected)) in found.iter().zip(&expected).enumerate() {
+        assert!(found.0 == expected.0, "step {step}");
+    }
+    // Both before and after the room for units has grown.
+    let replayed: Vec<bool> = found.iter().map(|step| step.1).collect();
+    assert!(replayed[2] && replayed[STEPS - 1], "{replayed:?}");
+}
+
+#[test]
+fn a_step_of_more_units_than_a_launch_has_room_for_gives_the_same_bits() {
+    const SEQUENCES: usize = 70;
+    /// Each sequence's only token of its own, the first of its 2048th block.
+    const POSITION: usize = 2047 * 16;
+    let gpu = gpu::lock();
+    let mut random = Random::new(39);
+    let kind = CudaActivations::F16;
+    let mut device = device(kind);
+    // Few keys are seen, so that this does not take long; units count all the same.
+    let case = case((2, 1, 16), Some(40), None, 16);
+    let (spec, columns) = (case.spec, case.spec.heads.qkv_columns());
+    let rope = identity(POSITION + 1);
+    let mut layer = Layer::new(&mut device, spec.heads, &rope, 16, 1 + SEQUENCES);
+    let shared = tokens(&mut random, kind, &case, 16);
+    layer.store(&[Part {
+        qkv: &shared,
+        range: 0..16,
+        table: &[0],
+    }]);
+    let own = tokens(&mut random, kind, &case, SEQUENCES);
+    let mut step = |sequences: Range<usize>| {
+        let (count, rows) = (sequences.len(), sequences.clone());
+        let block = |i: usize| 1 + i as u32;
+        let table = |i: usize| std::iter::repeat_n(0, 2047).chain([block(i)]);
+        let batch = Batch {
+            tokens: vec![0; count],
+            positions: vec![POSITION as u32; count],
+            slots: sequences.clone().map(|i| 16 * block(i)).collect(),
+            sequences: (0..count)
+                .map(|i| BatchSequence {
+                    rows: i..i + 1,
+                    table: 2048 * i..2048 * (i + 1),
+                })
+                .collect(),
+            tables: sequences.flat_map(table).collect(),
+            ..Batch::default()
+        };
+        let values = &own[rows.start * columns..rows.end * columns];
+        let mut qkv = layer.tensor(columns, values);
+        let nothing = vec![f32::NAN; count * spec.heads.q_columns()];
+        let mut out = layer.tensor(spec.heads.q_columns(), &nothing);
+        layer.stage(&batch);
+        layer.rope_store(&mut qkv).unwrap();
+        let (device, cache) = (&mut layer.device, &layer.cache);
+        device.attend(&qkv, &spec, cache, 1, &mut out).unwrap();
+        device.finish(Ok(())).unwrap();
+        bits(&device.values(&out, count).unwrap())
+    };
+    // 256 units each: all together have more than the 16384 of one launch.
+    let launches = || match gpu::is_real() {
+        true => 0,
+        false => gpu
+            .calls()
+            .iter()
+            .filter(|(name, _)| name == "cuLaunchKernel")
+            .map(|(_, count)| *count)
+            .sum::<u64>(),
+    };
+    let before = launches();
+    let together = step(0..SEQUENCES);
+    let between = launches();
+    let few = [step(0..30), step(30..60), step(60..SEQUENCES)].concat();
+    if !gpu::is_real() {
+        // Each cut step takes two launches more than one that is whole.
+        let whole = (launches() - between) / 3;
+        assert_eq!(between - before, whole + 2);
+    }
+    assert_eq!(together.len(), few.len());
+    assert!(together == few);
+    assert!(
+        together
+            .iter()
+            .all(|&bits| f32::from_bits(bits).is_finite())
+    );
+}
+
 #[test]
 fn what_cannot_be_attended_to_is_refused() {
     let _gpu = gpu::lock();

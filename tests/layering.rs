@@ -11,13 +11,14 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("weights", &[]),
     ("text", &["weights"]),
     ("cache", &["id"]),
-    ("schedule", &["cache", "id", "sampling"]),
+    ("schedule", &["cache", "config", "id", "sampling"]),
     ("device", &["sampling", "weights"]),
     ("model", &["device", "weights"]),
     (
         "runner",
+        // `id`: its tests make sequences.
         &[
-            "cache", "config", "device", "model", "sampling", "schedule", "text", "weights",
+            "cache", "config", "device", "id", "model", "sampling", "schedule", "text", "weights",
         ],
     ),
     (
@@ -131,7 +132,9 @@ fn cudarc_stays_in_the_cuda_device() {
 #[test]
 fn tokio_and_locks_stay_on_the_callers_side() {
     for (module, path, text) in files() {
-        let callers_side = ["handle.rs", "session.rs", "stream.rs"]
+        // `waiting.rs`: the wakers of callers, for the watchdog; the scheduler thread
+        // never takes that lock.
+        let callers_side = ["handle.rs", "session.rs", "stream.rs", "waiting.rs"]
             .iter()
             .any(|name| module == "engine" && path.ends_with(name));
         let code: Vec<&str> = text
@@ -146,11 +149,40 @@ fn tokio_and_locks_stay_on_the_callers_side() {
         let locks = code
             .iter()
             .any(|line| line.contains("Mutex<") || line.contains("RwLock<"));
-        let engine_state = ["engine", "schedule", "cache", "runner"].contains(&module.as_str());
+        // What model checkers get in place of lock-free types; no build for users has it.
+        let checkers = path.ends_with("engine/sync/checked.rs");
+        let engine_state =
+            ["engine", "schedule", "cache", "runner"].contains(&module.as_str()) && !checkers;
         assert!(
             !locks || !engine_state || callers_side,
             "{} has a lock on engine state",
             path.display()
         );
     }
+}
+
+#[test]
+fn the_engine_takes_what_threads_share_from_one_place() {
+    let mut users = 0;
+    for (module, path, text) in files() {
+        let facade = path.ends_with("engine/sync.rs") || path.ends_with("engine/sync/checked.rs");
+        if module != "engine" || facade {
+            continue;
+        }
+        users += usize::from(text.contains("super::sync::"));
+        // Code that is tested by no model checker is out of their sight.
+        let code = text.split("#[cfg(test)]").next().unwrap();
+        for name in [
+            "std::sync",
+            "std::thread",
+            "crossbeam_channel",
+            "atomic_waker",
+        ] {
+            assert!(!code.contains(name), "{} names {name}", path.display());
+        }
+    }
+    assert!(
+        users > 5,
+        "only {users} users were found: the test reads nothing"
+    );
 }

@@ -1,20 +1,37 @@
 //! The books of the paged key-value cache: which block belongs to whom.
 //!
 //! Pure logic: no device, no memory. [`BlockCache`] hands out blocks of a fixed
-//! number of tokens, takes them back behind a fence (a step in flight may still
-//! touch them), and can prove at any time that its books balance.
+//! number of tokens, shares them between tables, takes them back behind a fence (a
+//! step in flight may still touch them), and can prove at any time that its books
+//! balance.
+//!
+//! # Prefix cache
+//!
+//! Complete blocks are *published*: known by their tokens and all tokens before. A
+//! later sequence that begins with the same tokens holds the same blocks. When nobody
+//! holds a published block it is *cached*: still known, and handed out only when no
+//! free block is left, least recently used first. Tables are given back from their
+//! end, so a block is always handed out before those that it follows.
+//!
+//! There is one published block for the same tokens: who publishes a second one gets
+//! the first in its table instead. So whoever holds a published block holds all that
+//! come before it, and what nobody holds can always be handed out.
 
 mod fence;
+mod list;
 mod pool;
+mod prefix;
 mod table;
 mod transfer;
 
 pub use fence::Fence;
-pub use pool::{BlockId, Pool};
+pub use pool::{BlockId, BlockState, Pool};
 pub use table::BlockTable;
-pub use transfer::{HostBlockId, Transfers};
+pub use transfer::{HostBlockId, HostBlocks, Transfers};
 
 use crate::id::StepId;
+use fence::Release;
+use prefix::PrefixCache;
 use thiserror::Error;
 
 /// How the blocks of a cache are used at one moment.
@@ -24,7 +41,7 @@ use thiserror::Error;
 pub struct Books {
     /// Blocks in all.
     pub total: usize,
-    /// Blocks that can be handed out now.
+    /// Blocks that can be handed out now, and hold nothing of use.
     pub free: usize,
     /// Blocks that at least one table holds.
     pub referenced: usize,
@@ -35,37 +52,49 @@ pub struct Books {
     pub deferred: usize,
 }
 
+impl Books {
+    /// Blocks that can be handed out now.
+    pub fn available(&self) -> usize {
+        self.free + self.cached
+    }
+}
+
 /// There are not enough free blocks.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error("{needed} more blocks of the key-value cache are needed, {free} are free")]
 pub struct OutOfBlocks {
     /// Blocks asked for.
     pub needed: usize,
-    /// Blocks free at that moment.
+    /// Blocks that could be handed out at that moment.
     pub free: usize,
 }
 
 /// The books do not balance: a bug, found by [`BlockCache::audit`].
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error("the key-value cache's books do not balance: {0}")]
-pub struct Imbalance(String);
+pub struct Imbalance(pub(crate) String);
 
 /// Hands out the blocks of the key-value cache and takes them back.
 #[derive(Debug)]
 pub struct BlockCache {
     pool: Pool,
     fence: Fence,
+    prefix: Option<PrefixCache>,
     block_tokens: usize,
+    releases: u64,
 }
 
 impl BlockCache {
-    /// A cache of `blocks` blocks of `block_tokens` tokens, all free.
-    pub fn new(blocks: usize, block_tokens: usize) -> Self {
+    /// A cache of `blocks` blocks of `block_tokens` tokens, all free. With `prefixes`
+    /// it remembers the tokens of complete blocks.
+    pub fn new(blocks: usize, block_tokens: usize, prefixes: bool) -> Self {
         assert!(block_tokens > 0, "a block holds at least one token");
         Self {
             pool: Pool::new(blocks),
             fence: Fence::default(),
+            prefix: prefixes.then(|| PrefixCache::new(blocks, block_tokens)),
             block_tokens,
+            releases: 0,
         }
     }
 
@@ -80,57 +109,238 @@ impl BlockCache {
     }
 
     /// Blocks that can be handed out now.
-    pub fn free_blocks(&self) -> usize {
-        self.pool.free_blocks()
+    pub fn available_blocks(&self) -> usize {
+        self.pool.free_blocks() + self.pool.cached_blocks()
     }
 
-    /// Blocks that become free when the steps in flight have completed.
+    /// Blocks that can be handed out when the steps in flight have completed.
     pub fn deferred_blocks(&self) -> usize {
-        self.fence.blocks()
+        self.pool.deferred_blocks()
     }
 
-    /// Makes `table` long enough for `tokens` tokens: all blocks or none.
-    pub fn grow(&mut self, table: &mut BlockTable, tokens: usize) -> Result<(), OutOfBlocks> {
-        let needed = self.blocks_for(tokens).saturating_sub(table.len());
-        if needed > self.pool.free_blocks() {
-            return Err(OutOfBlocks {
-                needed,
-                free: self.pool.free_blocks(),
-            });
+    /// Blocks that must be handed out so that the tokens from `start` to before `end`
+    /// can be written through `table`.
+    pub fn missing_blocks(&self, table: &BlockTable, start: usize, end: usize) -> usize {
+        let growth = self.blocks_for(end).saturating_sub(table.len());
+        growth + usize::from(self.shared_at(table, start).is_some())
+    }
+
+    /// The block that the token at `start` goes to, if `table` holds it and others may
+    /// read what it holds.
+    fn shared_at(&self, table: &BlockTable, start: usize) -> Option<usize> {
+        let index = start / self.block_tokens;
+        let &block = table.blocks.get(index)?;
+        let known = self
+            .prefix
+            .as_ref()
+            .is_some_and(|prefix| prefix.knows(block));
+        (known || self.pool.references(block) > 1).then_some(index)
+    }
+
+    /// Whether giving `table` back would leave a block that nobody holds.
+    pub fn holds_alone(&self, table: &BlockTable) -> bool {
+        let mut last_first = table.blocks.iter().rev();
+        last_first.any(|&block| self.pool.references(block) == 1)
+    }
+
+    /// Makes `table` ready for the tokens from `start` to before `end` to be written
+    /// by step `step`: all blocks that this takes, or none. A block that others may
+    /// read is replaced by a copy (copy on write), which `transfers` names.
+    pub fn prepare(
+        &mut self,
+        table: &mut BlockTable,
+        start: usize,
+        end: usize,
+        step: StepId,
+        transfers: &mut Transfers,
+    ) -> Result<(), OutOfBlocks> {
+        let needed = self.missing_blocks(table, start, end);
+        let free = self.available_blocks();
+        if needed > free {
+            return Err(OutOfBlocks { needed, free });
         }
-        for _ in 0..needed {
-            if let Some(block) = self.pool.allocate() {
-                table.push(block);
+        if let Some(index) = self.shared_at(table, start) {
+            let shared = table.blocks[index];
+            table.published = table.published.min(index);
+            // One that starts at its own beginning has nothing to copy.
+            let copy = !start.is_multiple_of(self.block_tokens);
+            if let Some(own) = self.hand_out() {
+                if copy {
+                    transfers.copies.push((shared, own));
+                }
+                table.blocks[index] = own;
+                self.release_blocks(vec![shared], step);
+            }
+        }
+        while table.len() < self.blocks_for(end) {
+            match self.hand_out() {
+                Some(block) => table.blocks.push(block),
+                None => break,
             }
         }
         Ok(())
     }
 
-    /// Takes back all blocks of `table` and gives their number. They become free
-    /// once step `touched`, the last that may use them, has completed (I4).
+    /// A block without anything in it: a free one, or else the cached one that was
+    /// unused for the longest.
+    fn hand_out(&mut self) -> Option<BlockId> {
+        if let Some(block) = self.pool.allocate() {
+            return Some(block);
+        }
+        let block = self.pool.evict()?;
+        if let Some(prefix) = &mut self.prefix {
+            prefix.forget(block);
+        }
+        Some(block)
+    }
+
+    /// How many leading blocks of `tokens` are known, at most `limit` tokens of them,
+    /// and how many of these nobody holds.
+    pub fn lookup(&self, tokens: &[u32], limit: usize) -> (usize, usize) {
+        let mut unheld = 0;
+        let known = self.matches(tokens, limit).inspect(|&block| {
+            unheld += usize::from(self.pool.state(block) == BlockState::Cached);
+        });
+        (known.count(), unheld)
+    }
+
+    /// The known blocks that hold the beginning of `tokens`, at most `limit` of them.
+    fn matches<'a>(
+        &'a self,
+        tokens: &'a [u32],
+        limit: usize,
+    ) -> impl Iterator<Item = BlockId> + 'a {
+        let mut parent = None;
+        let whole = tokens[..limit.min(tokens.len())].chunks_exact(self.block_tokens);
+        whole.map_while(move |chunk| {
+            parent = self.prefix.as_ref()?.find(parent, chunk);
+            parent
+        })
+    }
+
+    /// Lets an empty `table` hold the known blocks of `tokens`, at most `limit` tokens
+    /// of them, and gives the number of tokens.
+    pub fn attach(&mut self, table: &mut BlockTable, tokens: &[u32], limit: usize) -> usize {
+        debug_assert!(table.is_empty(), "only an empty table is filled");
+        let blocks: Vec<BlockId> = self.matches(tokens, limit).collect();
+        for &block in &blocks {
+            self.pool.add_reference(block);
+        }
+        table.published = blocks.len();
+        table.blocks = blocks;
+        table.len() * self.block_tokens
+    }
+
+    /// Publishes the complete blocks of `table`, whose first `written` tokens are
+    /// `tokens` and have been computed by completed steps. A block whose tokens are
+    /// known already is replaced by the known one, and given back behind `touched`.
+    pub fn publish(
+        &mut self,
+        table: &mut BlockTable,
+        tokens: &[u32],
+        written: usize,
+        touched: StepId,
+    ) {
+        let Some(prefix) = &mut self.prefix else {
+            return;
+        };
+        let whole = written.min(tokens.len()) / self.block_tokens;
+        let mut replaced = Vec::new();
+        while table.published < whole.min(table.len()) {
+            let index = table.published;
+            let parent = index.checked_sub(1).map(|before| table.blocks[before]);
+            let own = table.blocks[index];
+            let chunk = &tokens[index * self.block_tokens..][..self.block_tokens];
+            if let Some(known) = prefix.find(parent, chunk) {
+                if known != own {
+                    self.pool.add_reference(known);
+                    table.blocks[index] = known;
+                    replaced.push(own);
+                }
+            } else {
+                // Another table that holds it need not hold what it follows.
+                let alone = self.pool.references(own) == 1;
+                if !alone || !prefix.publish(own, parent, chunk) {
+                    break;
+                }
+            }
+            table.published += 1;
+        }
+        if !replaced.is_empty() {
+            self.release_blocks(replaced, touched);
+        }
+    }
+
+    /// A table that holds the blocks of the first `tokens` tokens of `table`, too.
+    pub fn share(&mut self, table: &BlockTable, tokens: usize) -> BlockTable {
+        let blocks = &table.blocks[..self.blocks_for(tokens).min(table.len())];
+        for &block in blocks {
+            self.pool.add_reference(block);
+        }
+        BlockTable {
+            blocks: blocks.to_vec(),
+            published: table.published.min(tokens / self.block_tokens),
+        }
+    }
+
+    /// Takes back the blocks of `table` beyond the first `tokens` tokens, and gives
+    /// the number of those that nobody holds any more.
+    pub fn truncate(&mut self, table: &mut BlockTable, tokens: usize, touched: StepId) -> usize {
+        let keep = self.blocks_for(tokens).min(table.len());
+        let blocks = table.blocks.split_off(keep);
+        table.published = table.published.min(tokens / self.block_tokens);
+        self.release_blocks(blocks, touched)
+    }
+
+    /// Takes back all blocks of `table`, and gives the number of those that nobody
+    /// holds any more. They can be handed out again once step `touched`, the last that
+    /// may use them, has completed (I4).
     pub fn release(&mut self, table: &mut BlockTable, touched: StepId) -> usize {
-        let blocks = table.take();
+        self.truncate(table, 0, touched)
+    }
+
+    fn release_blocks(&mut self, mut blocks: Vec<BlockId>, touched: StepId) -> usize {
+        // From the end: a block is handed out again before those that it follows.
+        blocks.reverse();
+        self.releases += 1;
+        let (pool, number) = (&mut self.pool, self.releases);
+        blocks.retain(|&block| pool.drop_reference(block, touched, number));
         let count = blocks.len();
-        let idle: Vec<BlockId> = blocks
-            .into_iter()
-            .filter(|&block| self.pool.drop_reference(block))
-            .collect();
-        if self.fence.is_completed(touched) {
-            self.pool.make_free(&idle);
-        } else {
-            self.fence.defer(idle, touched);
+        let last = blocks.iter().map(|&block| pool.touched(block)).max();
+        let release = Release { number, blocks };
+        match last {
+            Some(step) if step > self.fence.completed() => self.fence.defer(release, step),
+            Some(_) => settle(pool, &self.prefix, &release),
+            None => {}
         }
         count
     }
 
-    /// Step `step` and all before it have completed: what waited for them is free.
+    /// Step `step` and all before it have completed: what waited for them can be
+    /// handed out.
     pub fn completed(&mut self, step: StepId) {
-        let Self { pool, fence, .. } = self;
-        fence.complete(step, |blocks| pool.make_free(blocks));
+        let Self {
+            pool,
+            fence,
+            prefix,
+            ..
+        } = self;
+        fence.complete(step, |release| settle(pool, prefix, release));
     }
 
-    /// The blocks that became free since the last call; the first call starts the
-    /// record.
+    /// Forgets all tokens that nobody holds: what was cached is free.
+    pub fn clear_prefixes(&mut self) {
+        let cached: Vec<BlockId> = self.pool.cached().collect();
+        for block in cached {
+            if let Some(prefix) = &mut self.prefix {
+                prefix.forget(block);
+            }
+            self.pool.forget(block);
+        }
+    }
+
+    /// The blocks whose content was given up since the last call; the first call
+    /// starts the record.
     pub fn take_freed(&mut self) -> Vec<BlockId> {
         self.pool.take_freed()
     }
@@ -141,122 +351,119 @@ impl BlockCache {
             total: self.pool.total_blocks(),
             free: self.pool.free_blocks(),
             referenced: self.pool.referenced_blocks(),
-            cached: 0,
-            deferred: self.fence.blocks(),
+            cached: self.pool.cached_blocks(),
+            deferred: self.pool.deferred_blocks(),
         }
     }
 
-    /// Checks I3 against the tables of every sequence: each block is free, deferred
-    /// or referenced, and is referenced as often as tables hold it.
+    /// Checks I3 against the tables of every holder: each block is free, cached,
+    /// deferred or referenced, and is referenced as often as tables hold it; and what
+    /// the prefix cache relies on.
     pub fn audit<'a>(
         &self,
         tables: impl Iterator<Item = &'a BlockTable>,
     ) -> Result<Books, Imbalance> {
         let books = self.books();
-        if books.free + books.referenced + books.deferred != books.total {
+        if books.free + books.referenced + books.cached + books.deferred != books.total {
             return Err(Imbalance(format!("{books:?} does not add up")));
         }
         let mut held = vec![0u32; books.total];
-        for &block in tables.flat_map(BlockTable::blocks) {
-            match held.get_mut(block.index()) {
-                Some(count) => *count += 1,
-                None => return Err(Imbalance(format!("a table holds {block:?} of {books:?}"))),
+        for table in tables {
+            for &block in table.blocks() {
+                match held.get_mut(block.index()) {
+                    Some(count) => *count += 1,
+                    None => return Err(Imbalance(format!("a table holds {block:?} of {books:?}"))),
+                }
+            }
+            self.audit_published(table)?;
+        }
+        self.pool.audit(&held).map_err(Imbalance)?;
+        self.audit_deferred()?;
+        self.audit_prefixes()?;
+        Ok(books)
+    }
+
+    /// A table's published blocks are known, and follow each other.
+    fn audit_published(&self, table: &BlockTable) -> Result<(), Imbalance> {
+        let Some(prefix) = &self.prefix else {
+            return Ok(());
+        };
+        let mut parent = None;
+        for &block in &table.blocks[..table.published] {
+            if !prefix.knows(block) || prefix.parent(block) != parent {
+                let known = prefix.parent(block);
+                return Err(Imbalance(format!(
+                    "{block:?} was published after {parent:?}, and is known after {known:?}"
+                )));
+            }
+            parent = Some(block);
+        }
+        Ok(())
+    }
+
+    /// Every deferred block will be looked at.
+    fn audit_deferred(&self) -> Result<(), Imbalance> {
+        let mut awaited = vec![false; self.pool.total_blocks()];
+        for block in self.fence.iter() {
+            awaited[block.index()] = true;
+        }
+        for (index, awaited) in awaited.into_iter().enumerate() {
+            if self.pool.state(BlockId(index as u32)) == BlockState::Deferred && !awaited {
+                return Err(Imbalance(format!("block {index} is deferred for ever")));
             }
         }
-        self.pool
-            .audit(&held, self.fence.iter())
-            .map_err(Imbalance)?;
-        Ok(books)
+        Ok(())
+    }
+
+    /// What is cached is known, what is free is not; and what a known block follows is
+    /// known, and is not handed out before it.
+    fn audit_prefixes(&self) -> Result<(), Imbalance> {
+        let Some(prefix) = &self.prefix else {
+            let cached = self.pool.cached_blocks();
+            return match cached {
+                0 => Ok(()),
+                _ => Err(Imbalance(format!("{cached} blocks cached without a cache"))),
+            };
+        };
+        let mut order = vec![usize::MAX; self.pool.total_blocks()];
+        for (place, block) in self.pool.cached().enumerate() {
+            order[block.index()] = place;
+        }
+        let mut known = 0;
+        for index in 0..self.pool.total_blocks() as u32 {
+            let block = BlockId(index);
+            let state = self.pool.state(block);
+            if !prefix.knows(block) {
+                if state == BlockState::Cached {
+                    return Err(Imbalance(format!("{block:?} is cached, but unknown")));
+                }
+                continue;
+            }
+            known += 1;
+            let lost = prefix.parent(block).filter(|&parent| {
+                !prefix.knows(parent) || order[parent.index()] < order[block.index()]
+            });
+            if state == BlockState::Free || lost.is_some() {
+                return Err(Imbalance(format!(
+                    "{block:?}, which is {state:?}, is known after {lost:?}"
+                )));
+            }
+        }
+        if known != prefix.len() {
+            let listed = prefix.len();
+            return Err(Imbalance(format!("{known} blocks known, {listed} listed")));
+        }
+        Ok(())
+    }
+}
+
+/// Deferred blocks whose steps have completed: cached if known, else free.
+fn settle(pool: &mut Pool, prefix: &Option<PrefixCache>, release: &Release) {
+    for &block in &release.blocks {
+        let known = prefix.as_ref().is_some_and(|prefix| prefix.knows(block));
+        pool.settle(block, release.number, known);
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    #[test]
-    fn growing_takes_all_blocks_or_none() {
-        let mut cache = BlockCache::new(4, 16);
-        let (mut a, mut b) = (BlockTable::default(), BlockTable::default());
-        cache.grow(&mut a, 33).unwrap();
-        assert_eq!(a.len(), 3);
-        let error = cache.grow(&mut b, 17).unwrap_err();
-        assert_eq!(error, OutOfBlocks { needed: 2, free: 1 });
-        assert_eq!(b.len(), 0);
-        cache.grow(&mut a, 48).unwrap();
-        assert_eq!(a.len(), 3, "48 tokens fit in three blocks");
-    }
-
-    #[test]
-    fn blocks_that_a_step_in_flight_touches_are_deferred() {
-        let mut cache = BlockCache::new(2, 16);
-        let mut table = BlockTable::default();
-        cache.grow(&mut table, 32).unwrap();
-        assert_eq!(cache.release(&mut table, StepId(3)), 2);
-        assert_eq!(
-            cache.books(),
-            Books {
-                total: 2,
-                free: 0,
-                referenced: 0,
-                cached: 0,
-                deferred: 2
-            }
-        );
-        cache.completed(StepId(2));
-        assert_eq!(cache.free_blocks(), 0);
-        cache.completed(StepId(3));
-        assert_eq!(cache.free_blocks(), 2);
-        cache.grow(&mut table, 1).unwrap();
-        cache.release(&mut table, StepId(3));
-        assert_eq!(cache.free_blocks(), 2, "a completed step defers nothing");
-    }
-
-    #[test]
-    fn freed_blocks_are_recorded_once_asked_for() {
-        let mut cache = BlockCache::new(4, 16);
-        let mut table = BlockTable::default();
-        assert_eq!(cache.take_freed(), []);
-        cache.grow(&mut table, 32).unwrap();
-        cache.release(&mut table, StepId(1));
-        assert_eq!(cache.take_freed(), [], "step 1 may still touch them");
-        cache.completed(StepId(1));
-        assert_eq!(cache.take_freed(), [BlockId(0), BlockId(1)]);
-        assert_eq!(cache.take_freed(), []);
-    }
-
-    #[test]
-    fn an_audit_finds_a_table_that_the_books_do_not_know() {
-        let mut cache = BlockCache::new(4, 16);
-        let mut table = BlockTable::default();
-        cache.grow(&mut table, 20).unwrap();
-        let copy = table.clone();
-        assert!(cache.audit([&table].into_iter()).is_ok());
-        assert!(cache.audit([&table, &copy].into_iter()).is_err());
-        assert!(cache.audit(std::iter::empty()).is_err());
-    }
-
-    proptest! {
-        #[test]
-        fn the_books_balance_after_every_operation(
-            operations in prop::collection::vec((0usize..6, 0usize..3, 1usize..200), 1..200)
-        ) {
-            let mut cache = BlockCache::new(24, 16);
-            let mut tables = vec![BlockTable::default(); 6];
-            let (mut launched, mut done) = (StepId(0), StepId(0));
-            for (which, operation, tokens) in operations {
-                match operation {
-                    0 => { let _ = cache.grow(&mut tables[which], tokens); }
-                    1 => { cache.release(&mut tables[which], launched); }
-                    _ if launched > done => { done = done.next(); cache.completed(done); }
-                    _ => launched = launched.next(),
-                }
-                let books = cache.audit(tables.iter()).unwrap();
-                if launched == done {
-                    prop_assert_eq!(books.deferred, 0);
-                }
-            }
-        }
-    }
-}
+mod tests;

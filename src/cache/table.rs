@@ -3,9 +3,14 @@
 use super::BlockId;
 
 /// The blocks of one sequence, in the order of its tokens.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+///
+/// Only the cache makes and changes tables, so that its books know every holder.
+#[derive(Debug, Default, PartialEq, Eq)]
 pub struct BlockTable {
-    blocks: Vec<BlockId>,
+    pub(super) blocks: Vec<BlockId>,
+    /// Leading blocks that the prefix cache knows; these and no other hold the tokens
+    /// that they hold.
+    pub(super) published: usize,
 }
 
 impl BlockTable {
@@ -24,18 +29,15 @@ impl BlockTable {
         &self.blocks
     }
 
+    /// How many of the leading blocks the prefix cache knows.
+    pub fn published(&self) -> usize {
+        self.published
+    }
+
     /// Where the key and value of the token at `position` lie, counted in tokens
     /// from the start of the cache. `None` when the table is too short.
     pub fn slot(&self, position: usize, block_tokens: usize) -> Option<u32> {
         let block = self.blocks.get(position / block_tokens)?;
         Some(block.0 * block_tokens as u32 + (position % block_tokens) as u32)
-    }
-
-    pub(super) fn push(&mut self, block: BlockId) {
-        self.blocks.push(block);
-    }
-
-    pub(super) fn take(&mut self) -> Vec<BlockId> {
-        std::mem::take(&mut self.blocks)
     }
 }

@@ -165,6 +165,8 @@ pub fn run(args: BenchArgs) -> Result<(), CliError> {
     let config = EngineConfig {
         // Streams that are not read while others are must not be paused.
         stream_buffer: args.generate + args.lead(most),
+        // Repetitions are to compute their prompts.
+        prefix_cache: false,
         ..settings
     };
     let engine = args.run.start_with(args.model.open()?, config)?;

@@ -96,11 +96,11 @@ fn one_line(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// Logs go to stderr: what quell has to say, others' warnings and errors; or what
-/// `QUELL_LOG` asks for.
+/// Logs go to stderr: what quell has to say, but not of each request, and others'
+/// warnings and errors; or what `QUELL_LOG` asks for.
 fn start_logging() {
     use tracing_subscriber::EnvFilter;
-    let default = |_| EnvFilter::new("warn,quell=info");
+    let default = |_| EnvFilter::new("warn,quell=info,quell::request=warn");
     let filter = EnvFilter::try_from_env("QUELL_LOG").unwrap_or_else(default);
     tracing_subscriber::fmt()
         .with_env_filter(filter)

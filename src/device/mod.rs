@@ -17,6 +17,7 @@
 //! was cut into chunks, or on the number of threads. Every implementation keeps
 //! this to the bit; the tests in `tests/` rely on it.
 
+mod blocks;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
@@ -368,6 +369,8 @@ pub trait Device: Sized + 'static {
     type Tensor;
     /// The key-value cache of all layers.
     type Cache;
+    /// Host memory for blocks of a cache.
+    type HostBlocks;
     /// Samples on their way to the host.
     type Pending;
 
@@ -412,6 +415,16 @@ pub trait Device: Sized + 'static {
     fn cache_budget(&self) -> Result<usize, DeviceError>;
     /// Allocates the key-value cache.
     fn allocate_cache(&mut self, shape: &CacheShape) -> Result<Self::Cache, DeviceError>;
+    /// Sets host memory aside that so many blocks of a cache of this shape can be swapped
+    /// out to, a slot each. Memory is taken as slots are first written to, not before.
+    fn allocate_host_blocks(
+        &mut self,
+        shape: &CacheShape,
+        blocks: usize,
+    ) -> Result<Self::HostBlocks, DeviceError>;
+    /// Bytes a second that blocks are swapped at, one way: an estimate, for deciding
+    /// whether to swap or to compute anew.
+    fn swap_bandwidth(&self) -> f64;
 
     /// Steps that may be in flight at the same time: 1 or 2. With 2, `collect` is
     /// asked for a step when the next one is enqueued already.
@@ -547,6 +560,36 @@ pub trait Device: Sized + 'static {
 
     /// Waits for a step and gives its samples, in the order of its sample rows.
     fn collect(&mut self, pending: Self::Pending) -> Result<Vec<Sampled>, DeviceError>;
+
+    /// Copies blocks, keys and values of all layers; a pair is a source and a target. No
+    /// block may be a target twice, or a source and a target.
+    ///
+    /// As all operations, this and the two below come after what is enqueued already and
+    /// before what is enqueued later; nobody waits. Where one is refused because of its
+    /// pairs, nothing is copied.
+    fn copy_blocks(
+        &mut self,
+        cache: &mut Self::Cache,
+        pairs: &[[u32; 2]],
+    ) -> Result<(), DeviceError>;
+
+    /// Copies blocks to host memory, one after the other; a pair is a block and the slot
+    /// it goes to.
+    fn swap_out(
+        &mut self,
+        cache: &Self::Cache,
+        host: &mut Self::HostBlocks,
+        pairs: &[[u32; 2]],
+    ) -> Result<(), DeviceError>;
+
+    /// Copies blocks back, one after the other; a pair is a slot, which was swapped out to
+    /// before, and the block it goes to.
+    fn swap_in(
+        &mut self,
+        cache: &mut Self::Cache,
+        host: &Self::HostBlocks,
+        pairs: &[[u32; 2]],
+    ) -> Result<(), DeviceError>;
 
     /// Overwrites blocks with NaN, so that a test notices whoever reads them.
     fn poison(&mut self, cache: &mut Self::Cache, blocks: &[u32]) -> Result<(), DeviceError>;

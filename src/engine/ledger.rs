@@ -5,14 +5,19 @@
 //! gets the receipt. There is one door out, [`Ledger::close`], whatever the reason.
 
 use super::command::AccountSpec;
+use super::deadlines::{Deadlines, Due, RequestDeadlines};
 use super::event::{Event, EventSender, Receipt, SessionCell, Terminal, Token};
+use super::metrics::{EndKind, EngineMetrics};
 use super::permit::Permit;
+use super::record::RequestRecord;
 use super::stats::Outcomes;
+use super::sync::Arc;
+use super::sync::atomic::Ordering;
+use super::turn::Turn;
+use super::waiting::Reply;
 use crate::id::{SessionId, StepId};
 use crate::schedule::{FinishReason, SequenceKey};
 use std::collections::HashMap;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 /// An open request.
@@ -22,8 +27,22 @@ struct Account {
     cell: Arc<SessionCell>,
     events: EventSender,
     permit: Permit,
+    record: RequestRecord,
+    deadlines: RequestDeadlines,
     /// The token of this step, until the flush.
     token: Option<Token>,
+    /// The session's turn that it is.
+    turn: Option<Turn>,
+    /// Who else waits for the receipt.
+    replies: Vec<Reply<Receipt>>,
+}
+
+/// A session that has ended, or a turn of it that was stopped, and whose blocks a step
+/// in flight may still touch.
+struct ClosingSession {
+    fence: StepId,
+    receipt: Receipt,
+    reply: Reply<Receipt>,
 }
 
 /// A request that has ended and whose blocks a step in flight may still touch.
@@ -32,6 +51,28 @@ struct Closing {
     fence: StepId,
     events: EventSender,
     receipt: Receipt,
+    record: RequestRecord,
+    end: EndKind,
+    ended_at: Instant,
+    replies: Vec<Reply<Receipt>>,
+}
+
+impl Closing {
+    /// The blocks are free: the receipt goes out, and the end is reported.
+    fn settle(mut self, step: StepId, freed_at: Instant, metrics: &EngineMetrics) {
+        self.receipt.step = step;
+        self.receipt.freed_at = freed_at;
+        if self.end.cancel_reason().is_some() {
+            let waited = freed_at.saturating_duration_since(self.receipt.posted_at);
+            metrics.cancel_freed(waited, self.receipt.tokens_discarded);
+        }
+        self.record
+            .report(self.end, self.ended_at, &self.receipt, true);
+        for reply in self.replies {
+            reply.send(self.receipt);
+        }
+        self.events.send_receipt(self.receipt);
+    }
 }
 
 /// What an ended request leaves behind.
@@ -43,17 +84,36 @@ pub(super) struct Remains {
 }
 
 /// All accounts, open and closing.
-#[derive(Default)]
 pub(super) struct Ledger {
+    metrics: Arc<EngineMetrics>,
     open: HashMap<SequenceKey, Account>,
     by_id: HashMap<SessionId, SequenceKey>,
+    /// The turns in progress.
+    turns: HashMap<SessionId, SequenceKey>,
     closing: Vec<Closing>,
+    closing_sessions: Vec<ClosingSession>,
     /// Accounts with a token to flush.
     dirty: Vec<SequenceKey>,
+    deadlines: Deadlines,
     outcomes: Outcomes,
 }
 
 impl Ledger {
+    /// A ledger without accounts.
+    pub fn new(metrics: Arc<EngineMetrics>) -> Self {
+        Self {
+            metrics,
+            open: HashMap::new(),
+            by_id: HashMap::new(),
+            turns: HashMap::new(),
+            closing: Vec::new(),
+            closing_sessions: Vec::new(),
+            dirty: Vec::new(),
+            deadlines: Deadlines::default(),
+            outcomes: Outcomes::default(),
+        }
+    }
+
     pub fn outcomes(&self) -> Outcomes {
         self.outcomes
     }
@@ -63,11 +123,40 @@ impl Ledger {
     }
 
     pub fn closing_accounts(&self) -> usize {
-        self.closing.len()
+        self.closing.len() + self.closing_sessions.len()
+    }
+
+    /// The turn of a session that is in progress.
+    pub fn turn_key(&self, session: SessionId) -> Option<SequenceKey> {
+        self.turns.get(&session).copied()
+    }
+
+    /// The session's turn that an open request is.
+    pub fn turn_of(&self, key: SequenceKey) -> Option<&Turn> {
+        self.open.get(&key)?.turn.as_ref()
+    }
+
+    /// Gives one more receipt when an open request has ended.
+    pub fn add_reply(&mut self, key: SequenceKey, reply: Reply<Receipt>) {
+        if let Some(account) = self.open.get_mut(&key) {
+            account.replies.push(reply);
+        }
+    }
+
+    /// Gives a receipt when step `fence` has completed.
+    pub fn close_session(&mut self, fence: StepId, receipt: Receipt, reply: Reply<Receipt>) {
+        self.closing_sessions.push(ClosingSession {
+            fence,
+            receipt,
+            reply,
+        });
     }
 
     pub fn open_keys(&self) -> Vec<SequenceKey> {
-        self.open.keys().copied().collect()
+        let mut keys: Vec<SequenceKey> = self.open.keys().copied().collect();
+        // The map's order is random, and no schedule of a model checker could be replayed.
+        keys.sort_unstable();
+        keys
     }
 
     pub fn key_of(&self, id: SessionId) -> Option<SequenceKey> {
@@ -84,18 +173,36 @@ impl Ledger {
             cell,
             events,
             permit,
+            record,
+            deadlines,
+            turn,
         } = spec;
+        let deadlines = self.deadlines.add(key, deadlines);
         self.outcomes.accepted += 1;
         self.by_id.insert(id, key);
+        if let Some(turn) = &turn {
+            self.turns.insert(turn.session, key);
+        }
         let account = Account {
             id,
             key,
             cell,
             events,
             permit,
+            record,
+            deadlines,
             token: None,
+            turn,
+            replies: Vec::new(),
         };
         self.open.insert(key, account);
+    }
+
+    /// A step with some of its prompt was launched.
+    pub fn started(&mut self, key: SequenceKey, at: Instant) {
+        if let Some(account) = self.open.get_mut(&key) {
+            account.record.started(at);
+        }
     }
 
     /// Books a token; it is sent by the flush, or with the terminal.
@@ -103,7 +210,28 @@ impl Ledger {
         if let Some(account) = self.open.get_mut(&key) {
             account.token = Some(token);
             self.dirty.push(key);
+            let due = Due::FirstToken;
+            self.deadlines.set(key, &mut account.deadlines, due, None);
         }
+    }
+
+    /// Sets until when the reader of a paused request must have caught up; `None` when
+    /// it has.
+    pub fn reader_due(&mut self, key: SequenceKey, at: Option<Instant>) {
+        if let Some(account) = self.open.get_mut(&key) {
+            let due = Due::Reader;
+            self.deadlines.set(key, &mut account.deadlines, due, at);
+        }
+    }
+
+    /// When the next deadline passes.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.deadlines.next()
+    }
+
+    /// A request whose deadline has passed at `now`, the most overdue first.
+    pub fn overdue(&self, now: Instant) -> Option<(SequenceKey, Due)> {
+        self.deadlines.overdue(now)
     }
 
     /// A step produced a token for a request that has ended.
@@ -120,6 +248,10 @@ impl Ledger {
             return;
         };
         self.by_id.remove(&account.id);
+        if let Some(turn) = &account.turn {
+            self.turns.remove(&turn.session);
+        }
+        self.deadlines.remove(key, account.deadlines);
         let count = match &terminal {
             Terminal::Finished(FinishReason::Stop) => &mut self.outcomes.stopped,
             Terminal::Finished(FinishReason::Length) => &mut self.outcomes.length,
@@ -128,18 +260,24 @@ impl Ledger {
         };
         *count += 1;
         let at = Instant::now();
-        tracing::debug!(
-            session = %account.id,
-            terminal = ?terminal,
-            tokens = remains.tokens_generated,
-            blocks = remains.blocks,
-            "request ended"
+        let end = EndKind::from(&terminal);
+        let posted_at = account.cell.posted_at().unwrap_or(at);
+        self.metrics.ended(
+            end,
+            at.saturating_duration_since(account.record.submitted()),
         );
+        if end.cancel_reason().is_some() {
+            self.metrics
+                .cancel_ended(at.saturating_duration_since(posted_at));
+        }
         // A cancelled request's last token is dropped: no token follows a cancel.
         let token = account
             .token
             .take()
             .filter(|_| matches!(terminal, Terminal::Finished(_)));
+        if token.is_some() {
+            account.record.token(at, &self.metrics);
+        }
         // Before the caller learns of the end: it may submit the next at once.
         drop(account.permit);
         account.events.send(Event {
@@ -155,25 +293,31 @@ impl Ledger {
                 tokens_generated: remains.tokens_generated,
                 tokens_discarded: 0,
                 step: remains.fence,
-                posted_at: account.cell.posted_at().unwrap_or(at),
+                posted_at,
                 freed_at: at,
             },
             events: account.events,
+            record: account.record,
+            end,
+            ended_at: at,
+            replies: account.replies,
         });
     }
 
     /// All steps up to `completed` have completed, and their blocks are free: the
     /// receipts that waited for them go out.
     pub fn settle(&mut self, completed: StepId) {
-        if self.closing.is_empty() {
+        if self.closing.is_empty() && self.closing_sessions.is_empty() {
             return;
         }
         let freed_at = Instant::now();
-        for mut closing in self
-            .closing
-            .extract_if(.., |closing| closing.fence <= completed)
-        {
-            closing.events.send_receipt(Receipt {
+        let free = |closing: &mut Closing| closing.fence <= completed;
+        for closing in self.closing.extract_if(.., free) {
+            closing.settle(completed, freed_at, &self.metrics);
+        }
+        let free = |closing: &mut ClosingSession| closing.fence <= completed;
+        for closing in self.closing_sessions.extract_if(.., free) {
+            closing.reply.send(Receipt {
                 step: completed,
                 freed_at,
                 ..closing.receipt
@@ -181,9 +325,19 @@ impl Ledger {
         }
     }
 
+    /// The engine broke: what has not settled never will. Its ends are reported, its
+    /// receipts never go out.
+    pub fn abandon(&mut self) {
+        self.closing_sessions.clear();
+        for closing in self.closing.drain(..) {
+            let Closing { record, end, .. } = &closing;
+            record.report(*end, closing.ended_at, &closing.receipt, false);
+        }
+    }
+
     /// Sends this step's tokens: one message a session, never blocking (I9). Gives
-    /// the sessions whose readers are too slow.
-    pub fn flush(&mut self, pause: &mut Vec<SequenceKey>) {
+    /// the sessions that pause for their readers, and those that need not any more.
+    pub fn flush(&mut self, paused: &mut Vec<(SequenceKey, bool)>) {
         let at = Instant::now();
         for key in self.dirty.drain(..) {
             let Some(account) = self.open.get_mut(&key) else {
@@ -192,6 +346,7 @@ impl Ledger {
             let Some(token) = account.token.take() else {
                 continue;
             };
+            account.record.token(at, &self.metrics);
             account.events.send(Event {
                 token: Some(token),
                 terminal: None,
@@ -199,12 +354,83 @@ impl Ledger {
             });
             if account.events.is_full() {
                 account.cell.paused.store(true, Ordering::SeqCst);
-                // The reader may have caught up before it could see the flag.
+                // The reader may have caught up before it could see the flag. Who takes
+                // the flag down ends the pause, one that an earlier step began included.
                 let caught_up = account.events.has_room();
-                if !(caught_up && account.cell.paused.swap(false, Ordering::SeqCst)) {
-                    pause.push(key);
-                }
+                let goes_on = caught_up && account.cell.paused.swap(false, Ordering::SeqCst);
+                paused.push((key, !goes_on));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::event::channel;
+    use crate::engine::sync::atomic::AtomicUsize;
+    use slotmap::SlotMap;
+    use std::time::Duration;
+
+    fn account(ledger: &mut Ledger, key: SequenceKey, id: u64, deadlines: RequestDeadlines) {
+        let cell = Arc::new(SessionCell::default());
+        let (events, _) = channel(&cell, 4);
+        let spec = AccountSpec {
+            cell,
+            events,
+            permit: Permit::acquire(&Arc::new(AtomicUsize::new(0)), 1).unwrap(),
+            record: RequestRecord::new(tracing::Span::none(), Instant::now(), 1),
+            deadlines,
+            turn: None,
+        };
+        ledger.open(key, SessionId(id), spec);
+    }
+
+    #[test]
+    fn a_closed_account_leaves_no_deadline_behind() {
+        let mut keys: SlotMap<SequenceKey, ()> = SlotMap::with_key();
+        let mut ledger = Ledger::new(Arc::new(EngineMetrics::new(None)));
+        let later = Instant::now() + Duration::from_secs(3600);
+        let all: Vec<_> = (0..20).map(|_| keys.insert(())).collect();
+        for (index, &key) in all.iter().enumerate() {
+            let deadlines = RequestDeadlines {
+                first_token: Some(later),
+                finish: Some(later),
+                reader: None,
+            };
+            account(&mut ledger, key, index as u64, deadlines);
+            ledger.reader_due(key, Some(later));
+        }
+        assert_eq!(ledger.next_deadline(), Some(later));
+        for key in all {
+            let remains = Remains {
+                blocks: 0,
+                tokens_generated: 0,
+                fence: StepId::default(),
+            };
+            let terminal = Terminal::Finished(FinishReason::Stop);
+            ledger.close(key, terminal, remains);
+        }
+        assert_eq!(ledger.next_deadline(), None);
+    }
+
+    #[test]
+    fn the_deadline_of_the_first_token_ends_with_the_first_token() {
+        let mut keys: SlotMap<SequenceKey, ()> = SlotMap::with_key();
+        let key = keys.insert(());
+        let mut ledger = Ledger::new(Arc::new(EngineMetrics::new(None)));
+        let deadlines = RequestDeadlines {
+            first_token: Some(Instant::now()),
+            ..RequestDeadlines::default()
+        };
+        account(&mut ledger, key, 1, deadlines);
+        assert_eq!(ledger.overdue(Instant::now()), Some((key, Due::FirstToken)));
+        let token = Token {
+            id: 1,
+            logprob: 0.0,
+            top: Vec::new(),
+        };
+        ledger.token(key, token);
+        assert_eq!(ledger.next_deadline(), None);
     }
 }

@@ -6,19 +6,30 @@
 //! in `ledger.rs`, the wire between the two in `command.rs` and `event.rs`.
 
 mod command;
+mod deadlines;
+mod ending;
 mod error;
 mod event;
 mod handle;
 mod ledger;
+mod metrics;
 mod permit;
+mod record;
 mod session;
 mod stats;
 mod stream;
+mod sync;
 mod thread;
+mod turn;
+mod waiting;
+mod watchdog;
 
+pub use ending::{Drained, Draining, Shutdown, ShuttingDown};
 pub use error::{EngineFault, GenerateError, SubmitError};
 pub use event::{CancelReason, Outcome, Receipt, Token};
 pub use handle::{Engine, Prompt, Request};
-pub use session::Session;
+pub use session::{Session, SessionOptions};
 pub use stats::{EngineStats, Outcomes};
 pub use stream::{Cancellation, Chunk, Finish, Generation, Timing, TokenStream};
+pub use turn::Stop;
+pub use watchdog::{Health, HealthStatus};

@@ -1,8 +1,8 @@
 //! The bound on open requests: who is in holds a permit.
 
 use super::SubmitError;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use super::sync::Arc;
+use super::sync::atomic::{AtomicUsize, Ordering};
 
 /// A place among the open requests, given back when dropped.
 pub(crate) struct Permit(Arc<AtomicUsize>);

@@ -1,7 +1,7 @@
 //! The memory plan: how many blocks the key-value cache gets.
 
-use super::LoadError;
 use super::limits::context_tokens;
+use super::{LoadError, SwapInfo};
 use crate::config::EngineConfig;
 use crate::device::{CacheShape, Device};
 use crate::model::ModelConfig;
@@ -66,4 +66,22 @@ pub(super) fn cache_shape<D: Device>(
         });
     }
     Ok(CacheShape { blocks, ..block })
+}
+
+/// Where the settings let blocks of a cache be swapped out to; `None` if there is not room
+/// for one.
+pub(super) fn swap_info<D: Device>(
+    config: &EngineConfig,
+    shape: &CacheShape,
+    device: &D,
+) -> Option<SwapInfo> {
+    let block_bytes = device.cache_bytes(&CacheShape {
+        blocks: 1,
+        ..*shape
+    });
+    let blocks = config.swap_bytes.checked_div(block_bytes)?;
+    (blocks > 0).then(|| SwapInfo {
+        blocks: blocks.min(u32::MAX as usize >> 8),
+        seconds_per_block: block_bytes as f64 / device.swap_bandwidth(),
+    })
 }

@@ -1,9 +1,9 @@
 //! [`ModelRunner`]: a decoder on a device.
 
 use super::limits::context_tokens;
-use super::memory::{MemoryPlan, cache_shape};
+use super::memory::{MemoryPlan, cache_shape, swap_info};
 use super::{LoadError, ModelInfo, Runner, RunnerInfo, inputs};
-use crate::cache::BlockId;
+use crate::cache::{BlockId, Transfers};
 use crate::config::EngineConfig;
 use crate::device::{Batch, Device, DeviceError, DeviceLimits};
 use crate::model::{Decoder, ModelSource, StepLimits};
@@ -11,16 +11,27 @@ use crate::sampling::{SampleRow, Sampled};
 use crate::schedule::{Sequences, StepPlan};
 use std::collections::VecDeque;
 
+#[cfg(all(test, feature = "cuda"))]
+#[path = "../../tests/common/gpu.rs"]
+mod gpu;
+
 /// A decoder on a device, with the key-value cache.
 pub struct ModelRunner<D: Device> {
     device: D,
     decoder: Decoder<D>,
     cache: D::Cache,
+    /// Where blocks are swapped out to; `None` if they are not.
+    host: Option<D::HostBlocks>,
     block_tokens: usize,
-    /// Steps in flight; `None` for one without samples.
+    /// Steps in flight; `None` for one without samples, which is collected without a wait,
+    /// done or not. That is enough of a fence: blocks and host memory are touched by what
+    /// the device is given only, and whoever is given them next comes after it in the
+    /// device's order.
     in_flight: VecDeque<Option<D::Pending>>,
     batch: Batch,
     samples: Vec<SampleRow>,
+    /// A list of transfers as the device takes it.
+    pairs: Vec<[u32; 2]>,
 }
 
 impl<D: Device> ModelRunner<D> {
@@ -52,6 +63,11 @@ impl<D: Device> ModelRunner<D> {
         };
         let shape = cache_shape(model, config, budget, &device)?;
         let cache = device.allocate_cache(&shape)?;
+        let swap = swap_info(config, &shape, &device);
+        let host = match swap {
+            Some(swap) => Some(device.allocate_host_blocks(&shape, swap.blocks)?),
+            None => None,
+        };
         let memory = MemoryPlan::new(device.weight_bytes(), &shape, &device);
         let info = RunnerInfo {
             vocabulary: model.vocabulary,
@@ -59,7 +75,7 @@ impl<D: Device> ModelRunner<D> {
             end_tokens: model.end_tokens.clone(),
             cache_blocks: shape.blocks,
             block_tokens: shape.block_tokens,
-            swap: None,
+            swap,
             model: Some(ModelInfo {
                 config: model.clone(),
                 parameters: source.parameters(),
@@ -71,13 +87,53 @@ impl<D: Device> ModelRunner<D> {
             device,
             decoder,
             cache,
+            host,
             block_tokens: shape.block_tokens,
             in_flight: VecDeque::new(),
             batch: Batch::default(),
             samples: Vec::new(),
+            pairs: Vec::new(),
         };
         Ok((runner, info))
     }
+
+    /// Enqueues the copies of a step. After an error some of them may have been enqueued:
+    /// what they wrote counts as lost, and the device's order still holds.
+    fn transfer(&mut self, transfers: &Transfers) -> Result<(), DeviceError> {
+        let Transfers {
+            swap_out,
+            copies,
+            swap_in,
+        } = transfers;
+        let (device, pairs) = (&mut self.device, &mut self.pairs);
+        let no_host = || DeviceError::Failed {
+            device: "runner",
+            operation: "swap",
+            reason: "there is no host memory for swapping".to_owned(),
+        };
+        if !swap_out.is_empty() {
+            let host = self.host.as_mut().ok_or_else(no_host)?;
+            let each = swap_out.iter().map(|(from, to)| (from.index(), to.index()));
+            device.swap_out(&self.cache, host, fill(pairs, each))?;
+        }
+        if !copies.is_empty() {
+            let each = copies.iter().map(|(from, to)| (from.index(), to.index()));
+            device.copy_blocks(&mut self.cache, fill(pairs, each))?;
+        }
+        if !swap_in.is_empty() {
+            let host = self.host.as_ref().ok_or_else(no_host)?;
+            let each = swap_in.iter().map(|(from, to)| (from.index(), to.index()));
+            device.swap_in(&mut self.cache, host, fill(pairs, each))?;
+        }
+        Ok(())
+    }
+}
+
+/// The pairs of a list of transfers, in memory that is used again.
+fn fill(pairs: &mut Vec<[u32; 2]>, each: impl Iterator<Item = (usize, usize)>) -> &[[u32; 2]] {
+    pairs.clear();
+    pairs.extend(each.map(|(from, to)| [from as u32, to as u32]));
+    pairs
 }
 
 impl<D: Device> Runner for ModelRunner<D> {
@@ -93,13 +149,17 @@ impl<D: Device> Runner for ModelRunner<D> {
             &mut self.batch,
             &mut self.samples,
         );
-        let logits = self
-            .decoder
-            .forward(&mut self.device, &self.batch, &mut self.cache)?;
-        let pending = if self.samples.is_empty() {
+        self.transfer(&plan.transfers)?;
+        let pending = if self.batch.rows() == 0 {
             None
         } else {
-            Some(self.device.sample(logits, &self.samples)?)
+            let logits = self
+                .decoder
+                .forward(&mut self.device, &self.batch, &mut self.cache)?;
+            match self.samples.is_empty() {
+                true => None,
+                false => Some(self.device.sample(logits, &self.samples)?),
+            }
         };
         self.in_flight.push_back(pending);
         Ok(())
@@ -114,6 +174,208 @@ impl<D: Device> Runner for ModelRunner<D> {
         match self.in_flight.pop_front().flatten() {
             Some(pending) => self.device.collect(pending),
             None => Ok(Vec::new()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cache::{BlockCache, HostBlockId};
+    use crate::device::CacheShape;
+    use crate::device::cpu::{CpuDevice, CpuOptions};
+    use crate::id::SessionId;
+    use crate::sampling::SamplingParams;
+    use crate::schedule::{Policy, Scheduler, SequenceKey, SequenceSpec};
+    use crate::weights::DType;
+    use std::sync::Arc;
+
+    const BLOCKS: usize = 8;
+    const LAYERS: usize = 2;
+
+    fn load<D: Device>(device: D, swap_blocks: usize) -> (ModelRunner<D>, RunnerInfo) {
+        let settings = serde_json::json!({
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_hidden_layers": LAYERS,
+            "head_dim": 16,
+            "max_position_embeddings": 128,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "vocab_size": 128,
+            "tie_word_embeddings": true,
+            "eos_token_id": 2
+        });
+        let source = ModelSource::random(&settings, DType::BF16).unwrap();
+        let block = CacheShape {
+            layers: LAYERS,
+            kv_heads: 2,
+            head_dim: 16,
+            blocks: 1,
+            block_tokens: 16,
+        };
+        let block = device.cache_bytes(&block);
+        let config = EngineConfig {
+            max_batch_tokens: 64,
+            max_sequences: 4,
+            kv_cache_bytes: Some(BLOCKS * block),
+            swap_bytes: swap_blocks * block,
+            ..EngineConfig::default()
+        };
+        ModelRunner::load(device, &source, &config, &mut |_, _| {}).unwrap()
+    }
+
+    /// A scheduler with one sequence, whose prompt fills two blocks and half of a third.
+    fn scheduler() -> (Scheduler, SequenceKey) {
+        let policy = Policy {
+            max_batch_tokens: 64,
+            max_sequences: 4,
+            ..Policy::default()
+        };
+        let mut scheduler = Scheduler::new(policy, BlockCache::new(BLOCKS, 16, true));
+        let spec = SequenceSpec {
+            prompt: (3..43).collect(),
+            max_tokens: 60,
+            params: Arc::new(SamplingParams::greedy()),
+            stop_tokens: Arc::new([]),
+            priority: 0,
+            tenant: None,
+            session: None,
+        };
+        let key = scheduler.add(SessionId(1), spec);
+        (scheduler, key)
+    }
+
+    fn tokens<D: Device>(runner: &mut ModelRunner<D>) -> Vec<u32> {
+        let samples = runner.collect().unwrap();
+        samples.iter().map(|sample| sample.token).collect()
+    }
+
+    /// The tokens of the prompt's step and of the one after it, undisturbed.
+    fn undisturbed<D: Device>(device: D) -> [Vec<u32>; 2] {
+        let (mut runner, _) = load(device, 0);
+        let (mut scheduler, _) = scheduler();
+        for _ in 0..2 {
+            let plan = scheduler.plan().unwrap();
+            runner.launch(&plan, scheduler.sequences()).unwrap();
+        }
+        [tokens(&mut runner), tokens(&mut runner)]
+    }
+
+    /// Between the two steps all of the sequence's full blocks go to the host, in a step
+    /// that does nothing else, and they come back in the step that reads them.
+    fn swap_out_and_in<D: Device>(
+        device: D,
+        read: impl Fn(&ModelRunner<D>, BlockId) -> Vec<u8>,
+    ) -> [Vec<u32>; 2] {
+        let (mut runner, info) = load(device, 3);
+        let swap = info.swap.unwrap();
+        assert_eq!(swap.blocks, 3);
+        assert!(swap.seconds_per_block > 0.0 && swap.seconds_per_block < 1.0);
+        let (mut scheduler, key) = scheduler();
+        let prompt = scheduler.plan().unwrap();
+        runner.launch(&prompt, scheduler.sequences()).unwrap();
+        let blocks = scheduler.sequences()[key].table.blocks().to_vec();
+        let (first, second) = (blocks[0], blocks[1]);
+        let mut spare = (0..BLOCKS as u32).map(BlockId);
+        let mut spare = || spare.find(|block| !blocks.contains(block)).unwrap();
+        let (copied, other) = (spare(), spare());
+        let host = |slot| HostBlockId(slot);
+        let away = StepPlan {
+            transfers: Transfers {
+                swap_out: vec![(first, host(2)), (second, host(0))],
+                copies: vec![(second, copied)],
+                swap_in: vec![(host(2), other)],
+            },
+            ..StepPlan::default()
+        };
+        runner.launch(&away, scheduler.sequences()).unwrap();
+        runner.poison(&[first, second]).unwrap();
+        let mut next = scheduler.plan().unwrap();
+        assert_eq!(next.items.len(), 1);
+        next.transfers.swap_in = vec![(host(0), second), (host(2), first)];
+        runner.launch(&next, scheduler.sequences()).unwrap();
+        let prompt = tokens(&mut runner);
+        assert_eq!(tokens(&mut runner), [0u32; 0], "nothing was computed");
+        let next = tokens(&mut runner);
+        assert!(runner.in_flight.is_empty());
+        let block = |block| read(&runner, block);
+        assert!(block(first) == block(other) && block(second) == block(copied));
+        assert!(block(first) != block(second));
+        [prompt, next]
+    }
+
+    fn cpu() -> CpuDevice {
+        CpuDevice::new(&CpuOptions {
+            threads: Some(1),
+            ..CpuOptions::default()
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn blocks_swapped_out_and_in_again_change_no_token() {
+        let swapped = swap_out_and_in(cpu(), |runner, block| {
+            let layer = |layer| runner.cache.read(layer, block.index()).unwrap();
+            (0..LAYERS).flat_map(layer).copied().collect()
+        });
+        assert_eq!(swapped, undisturbed(cpu()));
+        assert_eq!(swapped.map(|tokens| tokens.len()), [1, 1]);
+    }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn blocks_swapped_out_and_in_again_change_no_token_on_cuda() {
+        use crate::device::cuda::{CudaDevice, CudaOptions};
+        let gpu = gpu::lock();
+        let cuda = || CudaDevice::new(&CudaOptions::default()).unwrap();
+        let expected = undisturbed(cuda());
+        for schedule in ["", "shuffle:1", "shuffle:2"] {
+            if !gpu::is_real() && !schedule.is_empty() {
+                gpu.set("schedule", schedule);
+            }
+            let swapped = swap_out_and_in(cuda(), |runner, block| {
+                let layer = |layer| {
+                    let (cache, device) = (&runner.cache, &runner.device);
+                    let (keys, values) = cache.read(device, layer, block.index()).unwrap();
+                    [keys, values].concat()
+                };
+                let words = (0..LAYERS).flat_map(layer);
+                words.flat_map(u16::to_ne_bytes).collect()
+            });
+            assert_eq!(swapped, expected);
+        }
+        if !gpu::is_real() {
+            assert_eq!(gpu.leaks(), [""; 0]);
+        }
+    }
+
+    #[test]
+    fn a_step_whose_transfers_fail_is_not_in_flight_and_the_next_one_goes_on() {
+        for swap_blocks in [0, 2] {
+            let (mut runner, info) = load(cpu(), swap_blocks);
+            assert_eq!(info.swap.is_some(), swap_blocks > 0);
+            let (mut scheduler, _) = scheduler();
+            let mut plan = scheduler.plan().unwrap();
+            let transfers = std::mem::take(&mut plan.transfers);
+            let slot = HostBlockId(1);
+            plan.transfers.swap_in = vec![(slot, BlockId(7))];
+            let error = runner.launch(&plan, scheduler.sequences()).unwrap_err();
+            let expected = if swap_blocks > 0 {
+                "slot 1 holds no block"
+            } else {
+                "no host memory"
+            };
+            assert!(error.to_string().contains(expected), "{error}");
+            assert!(runner.in_flight.is_empty());
+            plan.transfers = transfers;
+            runner.launch(&plan, scheduler.sequences()).unwrap();
+            assert_eq!(tokens(&mut runner), undisturbed(cpu())[0]);
         }
     }
 }

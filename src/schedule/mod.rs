@@ -5,22 +5,36 @@
 //! [`Scheduler::commit`] takes the step's samples. Between the two, any sequence
 //! may be removed.
 //!
+//! # Order
+//!
+//! Urgent sequences first (a lower [`SequenceSpec::priority`]); of equally urgent ones,
+//! those of the tenant that was served the least start first; then by arrival.
+//!
+//! # Where keys and values come from
+//!
+//! A sequence that starts takes what is there already: host memory, if it was swapped
+//! out; what its session kept of the last turn; the blocks of the sequence with the
+//! same prompt; or the prefix cache.
+//!
 //! # Never a deadlock
 //!
-//! Sequences are served in the order of their arrival. When blocks run out, the
-//! latest running sequence gives its blocks back and is computed anew later
-//! (*preemption by recompute*); a paused one goes first. The earliest sequence is
-//! never anyone's victim but its own readers', and any single sequence fits in the
-//! cache, so the earliest always progresses. Blocks that a step in flight will
-//! free are waited for before a further victim is chosen.
+//! When blocks run out, they are taken from: the prefix cache; sessions between their
+//! turns, unless pinned; a paused sequence; the last running sequence (*preemption*),
+//! which is computed anew later or swapped to host memory, whichever is estimated to
+//! take less time. The first of the running sequences is never anyone's victim, and any
+//! single sequence fits in the cache (a pinned session gives way to one that is alone),
+//! so the first always progresses. Blocks that a step in flight will free are waited
+//! for before a further victim is chosen.
 
 mod plan;
 mod policy;
 mod queue;
+mod retained;
 mod scheduler;
 mod sequence;
+mod tenants;
 
 pub use plan::{PlanItem, StepPlan, TokenInput};
-pub use policy::Policy;
-pub use scheduler::{Commit, Counts, Scheduler};
-pub use sequence::{FinishReason, Sequence, SequenceKey, SequenceSpec, Sequences};
+pub use policy::{Policy, PreemptionCost};
+pub use scheduler::{Commit, Counts, Fate, Kept, Scheduler};
+pub use sequence::{FinishReason, Place, Sequence, SequenceKey, SequenceSpec, Sequences};

@@ -1,24 +1,45 @@
 //! The scheduler: plans steps and commits their outcomes.
 
-use super::queue::ArrivalQueue;
+use super::policy::{ComputeSpeed, PreemptionCost};
+use super::queue::{RunningQueue, WaitingQueue};
+use super::retained::{Retained, RetainedSessions};
+use super::sequence::Swapped;
+use super::tenants::Tenants;
 use super::{
-    FinishReason, PlanItem, Policy, Sequence, SequenceKey, SequenceSpec, Sequences, StepPlan,
-    TokenInput,
+    FinishReason, Place, PlanItem, Policy, Sequence, SequenceKey, SequenceSpec, Sequences,
+    StepPlan, TokenInput,
 };
-use crate::cache::{BlockCache, BlockId, Books, Imbalance};
+use crate::cache::{BlockCache, BlockId, Books, HostBlocks, Imbalance};
 use crate::id::{SessionId, StepId};
+use std::time::Instant;
 
-/// Sequences by state.
+/// Sequences by state, and what was done for them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     /// Sequences that hold blocks and are planned.
     pub running: usize,
-    /// Sequences that wait for blocks, never started or preempted.
+    /// Sequences that wait, never started or preempted.
     pub waiting: usize,
     /// Of both, those whose reader is too slow.
     pub paused: usize,
     /// Preemptions since the start.
     pub preemptions: u64,
+    /// Of these, how many copied the blocks to host memory.
+    pub swaps: u64,
+    /// Prompt tokens that the prefix cache or a session was asked for, since the start.
+    pub prefix_queries: u64,
+    /// Of these, how many the cache held.
+    pub prefix_hits: u64,
+    /// Sessions that keep keys and values between their turns.
+    pub retained_sessions: usize,
+    /// Blocks that they keep.
+    pub retained_blocks: usize,
+    /// Of these, how many are pinned.
+    pub pinned_blocks: usize,
+    /// Pins refused since the start, for their cap.
+    pub pins_refused: u64,
+    /// Blocks of host memory in use.
+    pub swapped_blocks: usize,
 }
 
 /// What became of one sample.
@@ -27,10 +48,66 @@ pub enum Commit {
     /// The token was appended; the sequence goes on.
     Token,
     /// The token was appended, and the sequence has come to its end. It still
-    /// holds its blocks until it is removed.
+    /// holds its blocks until it is closed.
     Finished(FinishReason),
     /// The sequence is gone: the token was discarded.
     Discarded,
+}
+
+/// What becomes of the blocks of a sequence that has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// They are given back.
+    Free,
+    /// Its session keeps those of the first tokens.
+    Keep {
+        /// How many tokens.
+        tokens: usize,
+        /// Keep them from others until then.
+        pin_until: Option<Instant>,
+    },
+}
+
+/// What a session keeps between its turns.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Kept {
+    /// Tokens whose keys and values are kept.
+    pub tokens: usize,
+    /// Blocks that hold them.
+    pub blocks: usize,
+    /// Whether they are kept from others.
+    pub pinned: bool,
+}
+
+/// Where a sequence that starts gets its first keys and values from.
+#[derive(Clone, Copy, Debug)]
+enum Source {
+    /// Host memory; `known` leading blocks are in the prefix cache.
+    Swapped,
+    /// Its session's last turn.
+    Session(SessionId),
+    /// The sequence with the same prompt.
+    Leader(SequenceKey),
+    /// The prefix cache.
+    Prefix,
+}
+
+/// What a start would take.
+#[derive(Clone, Copy, Debug)]
+struct Start {
+    source: Source,
+    /// Tokens that need not be computed.
+    computed: usize,
+    /// Blocks to be handed out.
+    missing: usize,
+    /// Blocks that could be handed out now and will be held by the sequence itself.
+    unheld: usize,
+}
+
+/// What is left of a step's limits.
+struct Budget {
+    tokens: usize,
+    samples: usize,
 }
 
 /// Owns the sequences and the cache's books.
@@ -38,11 +115,17 @@ pub enum Commit {
 pub struct Scheduler {
     policy: Policy,
     cache: BlockCache,
+    host: HostBlocks,
     sequences: Sequences,
-    running: ArrivalQueue,
-    waiting: ArrivalQueue,
+    running: RunningQueue,
+    waiting: WaitingQueue,
+    tenants: Tenants,
+    retained: RetainedSessions,
+    speed: ComputeSpeed,
     arrivals: u64,
-    preemptions: u64,
+    paused: usize,
+    /// Totals since the start; the other fields are filled in when asked for.
+    totals: Counts,
     launched: StepId,
     /// Kept for its memory.
     scratch: Vec<SequenceKey>,
@@ -54,11 +137,16 @@ impl Scheduler {
         Self {
             policy,
             cache,
+            host: HostBlocks::new(policy.swap_blocks),
             sequences: Sequences::default(),
-            running: ArrivalQueue::default(),
-            waiting: ArrivalQueue::default(),
+            running: RunningQueue::default(),
+            waiting: WaitingQueue::default(),
+            tenants: Tenants::default(),
+            retained: RetainedSessions::default(),
+            speed: ComputeSpeed::default(),
             arrivals: 0,
-            preemptions: 0,
+            paused: 0,
+            totals: Counts::default(),
             launched: StepId::default(),
             scratch: Vec::new(),
         }
@@ -74,8 +162,8 @@ impl Scheduler {
         &self.cache
     }
 
-    /// The blocks that became free since the last call; the first call starts the
-    /// record.
+    /// The blocks whose content was given up since the last call; the first call
+    /// starts the record.
     pub fn take_freed(&mut self) -> Vec<BlockId> {
         self.cache.take_freed()
     }
@@ -85,60 +173,284 @@ impl Scheduler {
         self.launched
     }
 
-    /// Tokens of the longest sequence that fits in the cache alone.
-    pub fn capacity_tokens(&self) -> usize {
-        self.cache.books().total * self.cache.block_tokens()
-    }
-
-    /// Sequences by state.
+    /// Sequences by state, and what was done for them.
     pub fn counts(&self) -> Counts {
         Counts {
             running: self.running.len(),
-            waiting: self.waiting.len(),
-            paused: self
-                .sequences
-                .values()
-                .filter(|sequence| sequence.paused)
-                .count(),
-            preemptions: self.preemptions,
+            waiting: self.sequences.len() - self.running.len(),
+            paused: self.paused,
+            retained_sessions: self.retained.len(),
+            retained_blocks: self.retained.blocks(),
+            pinned_blocks: self.retained.pinned_blocks(),
+            swapped_blocks: self.host.total() - self.host.free(),
+            ..self.totals
         }
     }
 
-    /// Checks the books (I3) and that every sequence is in exactly one queue (I2).
+    /// Checks the books (I3), and that every sequence is in exactly one place (I2).
     pub fn audit(&self) -> Result<Books, Imbalance> {
-        debug_assert_eq!(
-            self.running.len() + self.waiting.len(),
-            self.sequences.len()
-        );
-        self.cache
-            .audit(self.sequences.values().map(|sequence| &sequence.table))
+        let places = |place| {
+            let sequences = self.sequences.values();
+            sequences.filter(|other| other.place == place).count()
+        };
+        let swapped: usize = self
+            .sequences
+            .values()
+            .filter_map(|sequence| Some(sequence.swapped.as_ref()?.blocks.len()))
+            .sum();
+        let paused = self.sequences.values().filter(|other| other.paused).count();
+        for (what, counted, found) in [
+            (
+                "running sequences",
+                self.running.len(),
+                places(Place::Running),
+            ),
+            (
+                "waiting sequences",
+                self.waiting.len(),
+                places(Place::Waiting),
+            ),
+            ("paused sequences", self.paused, paused),
+            (
+                "swapped-out blocks",
+                self.host.total() - self.host.free(),
+                swapped,
+            ),
+        ] {
+            if counted != found {
+                return Err(Imbalance(format!(
+                    "{counted} {what} counted, {found} found"
+                )));
+            }
+        }
+        for sequence in self.sequences.values() {
+            if sequence.place != Place::Running && !sequence.table.is_empty() {
+                return Err(Imbalance(format!("{} waits with blocks", sequence.id)));
+            }
+        }
+        if self.sequences.is_empty() && !self.tenants.is_empty() {
+            return Err(Imbalance(
+                "a tenant without sequences is counted".to_owned(),
+            ));
+        }
+        let tables = self.sequences.values().map(|sequence| &sequence.table);
+        self.cache.audit(tables.chain(self.retained.tables()))
     }
 
-    /// Takes a new sequence to the end of the queue.
+    /// Takes a new sequence into the queue. What its session keeps beyond the common
+    /// beginning is given back at once.
     pub fn add(&mut self, id: SessionId, spec: SequenceSpec) -> SequenceKey {
+        self.add_follower(id, spec, None)
+    }
+
+    /// As [`Scheduler::add`], for a sequence with the same prompt as `leader`: it
+    /// starts when that has computed the prompt, and shares its blocks.
+    pub fn add_follower(
+        &mut self,
+        id: SessionId,
+        spec: SequenceSpec,
+        leader: Option<SequenceKey>,
+    ) -> SequenceKey {
         self.arrivals += 1;
-        let key = self
-            .sequences
-            .insert(Sequence::new(id, spec, self.arrivals));
-        self.waiting.insert(key, &self.sequences);
+        self.tenants.open(&spec.tenant);
+        if let Some(session) = spec.session {
+            self.cut_retained(session, &spec.prompt);
+        }
+        let mut sequence = Sequence::new(id, spec, self.arrivals);
+        sequence.leader = leader;
+        let key = self.sequences.insert(sequence);
+        if let Some(leader) = leader.and_then(|leader| self.sequences.get_mut(leader)) {
+            leader.followers.push(key);
+        }
+        self.unpark(key);
         key
     }
 
-    /// Removes a sequence, wherever it is, and gives it back with the number of its
-    /// blocks. They are free at once, or when the last step that touches them has
-    /// completed.
+    /// Cuts what a session keeps to what it has in common with `tokens`.
+    fn cut_retained(&mut self, session: SessionId, tokens: &[u32]) {
+        let Some(kept) = self.retained.get(session) else {
+            return;
+        };
+        let common = kept.tokens.iter().zip(tokens);
+        let common = common.take_while(|(kept, new)| kept == new).count();
+        // Also when nothing is cut: it counts as used now.
+        self.rewind_session(session, common);
+    }
+
+    /// Moves a parked sequence to the waiting ones, if nothing holds it back.
+    fn unpark(&mut self, key: SequenceKey) {
+        let Some(sequence) = self.sequences.get(key) else {
+            return;
+        };
+        let led = sequence
+            .leader
+            .and_then(|leader| self.sequences.get(leader))
+            .is_some_and(|leader| leader.written < leader.prompt_tokens);
+        let held_back = sequence.paused || sequence.in_flight > 0 || led;
+        if sequence.place == Place::Parked && !held_back {
+            self.set_place(key, Place::Waiting);
+            self.waiting.insert(key, &self.sequences);
+        }
+    }
+
+    fn set_place(&mut self, key: SequenceKey, place: Place) {
+        if let Some(sequence) = self.sequences.get_mut(key) {
+            sequence.place = place;
+        }
+    }
+
+    /// Ends a sequence, wherever it is, and gives all its blocks back: as
+    /// [`Scheduler::close`] with [`Fate::Free`].
     pub fn remove(&mut self, key: SequenceKey) -> Option<(Sequence, usize)> {
+        self.close(key, Fate::Free)
+    }
+
+    /// Ends a sequence, wherever it is. Gives it back with the number of blocks that
+    /// nobody holds any more: they can be handed out at once, or when the last step
+    /// that touches them has completed.
+    pub fn close(&mut self, key: SequenceKey, fate: Fate) -> Option<(Sequence, usize)> {
+        let place = self.sequences.get(key)?.place;
+        match place {
+            Place::Running => self.running.remove(key, &self.sequences),
+            Place::Waiting => self.waiting.remove(key, &self.sequences),
+            Place::Parked => {}
+        }
         let mut sequence = self.sequences.remove(key)?;
-        self.running.remove(key);
-        self.waiting.remove(key);
-        let blocks = self.cache.release(&mut sequence.table, sequence.touched);
+        self.paused -= usize::from(sequence.paused);
+        self.tenants.close(&sequence.spec.tenant);
+        if let Some(swapped) = sequence.swapped.take() {
+            self.host.give_back(swapped.blocks);
+        }
+        for follower in std::mem::take(&mut sequence.followers) {
+            self.unpark(follower);
+        }
+        let blocks = match (fate, sequence.spec.session) {
+            (Fate::Keep { tokens, pin_until }, Some(session)) => {
+                self.keep(&mut sequence, session, tokens, pin_until)
+            }
+            _ => self.cache.release(&mut sequence.table, sequence.touched),
+        };
         Some((sequence, blocks))
+    }
+
+    /// Lets the session keep the blocks of the first `tokens` tokens, and gives the
+    /// number of other blocks that nobody holds any more.
+    fn keep(
+        &mut self,
+        sequence: &mut Sequence,
+        session: SessionId,
+        tokens: usize,
+        pin_until: Option<Instant>,
+    ) -> usize {
+        if sequence.table.is_empty() {
+            // It had not started: the session still keeps what it had.
+            return self.rewind_session(session, tokens);
+        }
+        let tokens = tokens.min(sequence.written).min(sequence.tokens.len());
+        let touched = sequence.touched;
+        let blocks = self.cache.truncate(&mut sequence.table, tokens, touched);
+        let table = std::mem::take(&mut sequence.table);
+        if table.is_empty() {
+            return blocks;
+        }
+        let cap = self.policy.max_pinned_blocks;
+        let fits = self.retained.pinned_blocks() + table.len() <= cap;
+        self.totals.pins_refused += u64::from(pin_until.is_some() && !fits);
+        let pin_until = pin_until.filter(|_| fits);
+        self.retained.insert(
+            session,
+            Retained {
+                tokens: sequence.tokens[..tokens].to_vec(),
+                table,
+                touched,
+                pinned_until: pin_until,
+                ..Retained::default()
+            },
+        );
+        blocks
+    }
+
+    /// What a session keeps now.
+    pub fn kept(&self, session: SessionId) -> Kept {
+        self.retained
+            .get(session)
+            .map_or_else(Kept::default, |kept| Kept {
+                tokens: kept.tokens.len(),
+                blocks: kept.table.len(),
+                pinned: kept.pinned_until.is_some(),
+            })
+    }
+
+    /// Gives back what a session keeps beyond its first `tokens` tokens, and gives the
+    /// number of blocks that nobody holds any more.
+    pub fn rewind_session(&mut self, session: SessionId, tokens: usize) -> usize {
+        let Some(mut kept) = self.retained.take(session) else {
+            return 0;
+        };
+        kept.tokens.truncate(tokens);
+        let blocks = self.cache.truncate(&mut kept.table, tokens, kept.touched);
+        if !kept.table.is_empty() {
+            self.retained.insert(session, kept);
+        }
+        blocks
+    }
+
+    /// Gives back all that a session keeps: the number of blocks that nobody holds any
+    /// more, and the last step that touches them.
+    pub fn end_session(&mut self, session: SessionId) -> (usize, StepId) {
+        match self.retained.take(session) {
+            Some(mut kept) => {
+                let blocks = self.cache.release(&mut kept.table, kept.touched);
+                (blocks, kept.touched)
+            }
+            None => (0, StepId::default()),
+        }
+    }
+
+    /// Lets the new session `to` keep what `from` keeps: they share the blocks.
+    pub fn fork_session(&mut self, from: SessionId, to: SessionId) {
+        let Some(kept) = self.retained.get(from) else {
+            return;
+        };
+        let table = self.cache.share(&kept.table, kept.tokens.len());
+        let fork = Retained {
+            tokens: kept.tokens.clone(),
+            table,
+            touched: kept.touched,
+            ..Retained::default()
+        };
+        self.retained.insert(to, fork);
+    }
+
+    /// Pins that have come to their end: these sessions give way from now on.
+    pub fn expire_pins(&mut self, now: Instant) {
+        self.retained.expire(now);
+    }
+
+    /// Forgets the tokens of all blocks that nobody holds.
+    pub fn clear_prefixes(&mut self) {
+        self.cache.clear_prefixes();
     }
 
     /// Pauses a sequence, or lets it go on.
     pub fn set_paused(&mut self, key: SequenceKey, paused: bool) {
-        if let Some(sequence) = self.sequences.get_mut(key) {
-            sequence.paused = paused;
+        let Some(sequence) = self.sequences.get_mut(key) else {
+            return;
+        };
+        if sequence.paused == paused {
+            return;
+        }
+        sequence.paused = paused;
+        let place = sequence.place;
+        if !paused {
+            self.paused -= 1;
+            self.unpark(key);
+            return;
+        }
+        self.paused += 1;
+        if place == Place::Waiting {
+            self.waiting.remove(key, &self.sequences);
+            self.set_place(key, Place::Parked);
         }
     }
 
@@ -147,52 +459,58 @@ impl Scheduler {
         self.cache.completed(step);
     }
 
+    /// A step of so many rows took so long: the estimate of what preemptions cost.
+    pub fn observe_step(&mut self, rows: usize, seconds: f64) {
+        self.speed.observe(rows, seconds);
+    }
+
     /// Chooses the rows of the next step and books their blocks. `None` when there
     /// is nothing to do before a step completes or a command arrives.
     pub fn plan(&mut self) -> Option<StepPlan> {
-        let step = self.launched.next();
         let mut plan = StepPlan {
-            step,
+            step: self.launched.next(),
             ..StepPlan::default()
         };
-        let mut budget = self.policy.max_batch_tokens;
-        let mut samples = 0;
-        self.plan_running(&mut plan, &mut budget, &mut samples, true);
-        self.plan_running(&mut plan, &mut budget, &mut samples, false);
-        self.admit(&mut plan, &mut budget, &mut samples);
-        if plan.items.is_empty() {
+        let mut budget = Budget {
+            tokens: self.policy.max_batch_tokens,
+            samples: 0,
+        };
+        // More urgent than what runs: before that is planned, so that it can give way.
+        self.admit(&mut plan, &mut budget, |urgent, running| {
+            running.is_some_and(|last| urgent < last)
+        });
+        self.plan_running(&mut plan, &mut budget, true);
+        self.plan_running(&mut plan, &mut budget, false);
+        self.admit(&mut plan, &mut budget, |_, _| true);
+        if plan.items.is_empty() && plan.transfers.is_empty() {
             return None;
         }
-        self.launched = step;
+        self.launched = plan.step;
         Some(plan)
     }
 
     /// Plans the running sequences that decode, or those still at their prompt.
-    fn plan_running(
-        &mut self,
-        plan: &mut StepPlan,
-        budget: &mut usize,
-        samples: &mut usize,
-        decodes: bool,
-    ) {
+    fn plan_running(&mut self, plan: &mut StepPlan, budget: &mut Budget, decodes: bool) {
         // Making room changes the queue: walk over a copy of it.
         let mut keys = std::mem::take(&mut self.scratch);
         keys.clear();
         keys.extend_from_slice(self.running.keys());
         for &key in &keys {
+            if budget.tokens == 0 {
+                break;
+            }
             let Some(sequence) = self.sequences.get(key) else {
                 continue;
             };
             let pending = sequence.pending();
-            let skip = sequence.paused || !sequence.running || *budget == 0;
+            let planned = sequence.touched == plan.step;
+            let skip = planned || sequence.paused || sequence.place != Place::Running;
             if skip || pending == 0 || (pending == 1) != decodes {
                 continue;
             }
-            let count = pending.min(*budget);
-            let needed = sequence.computed + count;
-            if self.make_room(key, needed, plan) {
-                *budget -= count;
-                self.push_item(plan, key, count, samples);
+            let count = pending.min(budget.tokens);
+            if self.make_room(key, count, plan) {
+                self.push_item(plan, key, count, budget);
             }
         }
         self.scratch = keys;
@@ -204,7 +522,7 @@ impl Scheduler {
         plan: &mut StepPlan,
         key: SequenceKey,
         count: usize,
-        samples: &mut usize,
+        budget: &mut Budget,
     ) {
         let Some(sequence) = self.sequences.get_mut(key) else {
             return;
@@ -222,9 +540,11 @@ impl Scheduler {
         sequence.touched = plan.step;
         if sample {
             sequence.in_flight += 1;
-            sequence.last_sample = *samples;
-            *samples += 1;
+            sequence.last_sample = budget.samples;
+            budget.samples += 1;
         }
+        budget.tokens -= count;
+        self.tenants.charge(&sequence.spec.tenant, count, sample);
         plan.items.push(PlanItem {
             key,
             start,
@@ -234,125 +554,339 @@ impl Scheduler {
         });
     }
 
-    /// Makes the table of `key` long enough for `tokens`, preempting others if it
-    /// must. `false` when it can't be now: then nothing was booked for `key`.
-    fn make_room(&mut self, key: SequenceKey, tokens: usize, plan: &StepPlan) -> bool {
+    /// Readies the table of `key` for its next `count` tokens, taking blocks from
+    /// others if it must. `false` when it can't be now: then nothing was booked.
+    fn make_room(&mut self, key: SequenceKey, count: usize, plan: &mut StepPlan) -> bool {
         loop {
             let Some(sequence) = self.sequences.get_mut(key) else {
                 return false;
             };
-            let Err(short) = self.cache.grow(&mut sequence.table, tokens) else {
+            let start = sequence.computed;
+            let Err(short) = self.cache.prepare(
+                &mut sequence.table,
+                start,
+                start + count,
+                plan.step,
+                &mut plan.transfers,
+            ) else {
                 return true;
             };
-            if self.cache.free_blocks() + self.cache.deferred_blocks() >= short.needed {
+            if self.cache.available_blocks() + self.cache.deferred_blocks() >= short.needed {
                 return false; // a step in flight frees enough: wait for it
             }
+            if self.evict_session() || (self.running.len() == 1 && self.evict_pinned_session()) {
+                continue;
+            }
             match self.victim(key, plan) {
-                Some(victim) => self.preempt(victim),
+                Some(victim) => self.preempt(victim, plan),
                 None => return false,
             }
-            if self
-                .sequences
-                .get(key)
-                .is_none_or(|sequence| !sequence.running)
-            {
+            let own = self.sequences.get(key);
+            if own.is_none_or(|sequence| sequence.place != Place::Running) {
                 return false; // it was its own victim
             }
         }
     }
 
-    /// Who gives way to `key`, which is not paused: the latest paused sequence, else
-    /// the latest one that arrived no earlier than `key` itself.
-    fn victim(&self, key: SequenceKey, plan: &StepPlan) -> Option<SequenceKey> {
-        let own = self.sequences.get(key)?.arrival;
-        self.latest_outside(plan, |sequence| sequence.paused)
-            .or_else(|| self.latest_outside(plan, |sequence| sequence.arrival >= own))
+    /// Takes the blocks of the session that was unused for the longest, but for pinned
+    /// ones.
+    fn evict_session(&mut self) -> bool {
+        let oldest = self.retained.oldest();
+        oldest.map(|session| self.end_session(session)).is_some()
     }
 
-    /// The latest running sequence of a kind that is not in the plan. What runs holds
-    /// blocks.
-    fn latest_outside(
+    /// Takes the blocks of a pinned session: for a sequence that could never run
+    /// otherwise.
+    fn evict_pinned_session(&mut self) -> bool {
+        let first = self.retained.first_pinned();
+        first.map(|session| self.end_session(session)).is_some()
+    }
+
+    /// Who gives way to `key`, which is not paused: the last of the paused sequences,
+    /// else the last of those that are served no earlier than `key` itself.
+    fn victim(&self, key: SequenceKey, plan: &StepPlan) -> Option<SequenceKey> {
+        let own = self.sequences.get(key)?.rank();
+        self.last_outside(plan, |sequence| sequence.paused)
+            .or_else(|| self.last_outside(plan, |sequence| sequence.rank() >= own))
+    }
+
+    /// The last running sequence of a kind that is not in the plan; one that frees
+    /// blocks by itself, if there is one.
+    fn last_outside(
         &self,
         plan: &StepPlan,
         kind: impl Fn(&Sequence) -> bool,
     ) -> Option<SequenceKey> {
-        let planned = |key: &SequenceKey| plan.items.iter().any(|item| item.key == *key);
-        let mut latest_first = self.running.keys().iter().rev().copied();
-        latest_first.find(|key| self.sequences.get(*key).is_some_and(&kind) && !planned(key))
+        let candidate = |key: &SequenceKey| {
+            let sequence = self.sequences.get(*key)?;
+            // What is in the plan is touched by its step.
+            (kind(sequence) && sequence.touched != plan.step).then_some((*key, sequence))
+        };
+        let last_first = || self.running.keys().iter().rev().filter_map(candidate);
+        last_first()
+            .find(|(_, sequence)| self.cache.holds_alone(&sequence.table))
+            .or_else(|| last_first().next())
+            .map(|(key, _)| key)
     }
 
-    /// Takes a sequence's blocks; it waits to be computed anew.
-    fn preempt(&mut self, key: SequenceKey) {
+    /// What it would cost to let a sequence give way.
+    fn preemption_cost(&self, sequence: &Sequence) -> PreemptionCost {
+        let blocks = self.cache.blocks_for(sequence.computed);
+        let swap = 2.0 * blocks as f64 * self.policy.swap_seconds_per_block;
+        PreemptionCost {
+            recompute: self.speed.seconds(sequence.computed),
+            swap: (blocks > 0 && blocks <= self.host.free()).then_some(swap),
+        }
+    }
+
+    /// Takes a sequence's blocks; it waits to be computed anew, or to be copied back.
+    fn preempt(&mut self, key: SequenceKey, plan: &mut StepPlan) {
+        self.running.remove(key, &self.sequences);
+        let Some(sequence) = self.sequences.get(key) else {
+            return;
+        };
+        let cost = self.preemption_cost(sequence);
+        let swap = cost.prefers_swap(self.policy.preemption);
+        tracing::debug!(
+            session = %sequence.id,
+            tokens = sequence.computed,
+            recompute_seconds = cost.recompute,
+            swap_seconds = cost.swap,
+            swap,
+            "a sequence gives way"
+        );
+        self.totals.preemptions += 1;
         let Some(sequence) = self.sequences.get_mut(key) else {
             return;
         };
+        let count = self.cache.blocks_for(sequence.computed);
+        if let Some(host) = swap.then(|| self.host.take(count)).flatten() {
+            let blocks = sequence.table.blocks().iter().copied();
+            let pairs = blocks.zip(host.iter().copied());
+            plan.transfers.swap_out.extend(pairs);
+            sequence.swapped = Some(Swapped {
+                blocks: host,
+                tokens: sequence.computed,
+                step: plan.step,
+            });
+            // The copy is part of this step.
+            sequence.touched = plan.step;
+            self.totals.swaps += 1;
+        }
         self.cache.release(&mut sequence.table, sequence.touched);
         sequence.computed = 0;
-        sequence.running = false;
-        self.preemptions += 1;
-        self.running.remove(key);
-        self.waiting.insert(key, &self.sequences);
+        sequence.written = 0;
+        sequence.place = Place::Parked;
+        self.unpark(key);
     }
 
-    /// Starts waiting sequences, in order, while budget, places and blocks last.
-    /// A sequence starts only when all its known tokens fit.
-    fn admit(&mut self, plan: &mut StepPlan, budget: &mut usize, samples: &mut usize) {
-        let mut index = 0;
-        while *budget > 0 {
-            let Some(&key) = self.waiting.keys().get(index) else {
+    /// Starts waiting sequences, in order, while budget, places and blocks last, and
+    /// while `wanted` says so of the next one's priority and that of the last running
+    /// one. A sequence starts only when all its known tokens fit.
+    fn admit(
+        &mut self,
+        plan: &mut StepPlan,
+        budget: &mut Budget,
+        wanted: impl Fn(i32, Option<i32>) -> bool,
+    ) {
+        let priority =
+            |sequences: &Sequences, key| sequences.get(key).map(|other| other.spec.priority);
+        while budget.tokens > 0 {
+            let Some(key) = self.waiting.next(&self.tenants) else {
                 break;
             };
-            let Some(sequence) = self.sequences.get(key) else {
+            let last = self.running.keys().last();
+            let last = last.and_then(|last| priority(&self.sequences, *last));
+            if !priority(&self.sequences, key).is_some_and(|own| wanted(own, last)) {
                 break;
-            };
-            // One that was preempted with a sample in flight waits for that sample.
-            if sequence.paused || sequence.in_flight > 0 {
-                index += 1;
-                continue;
             }
-            let tokens = sequence.tokens.len();
             if self.running.len() >= self.policy.max_sequences {
-                // A paused sequence holds a place that others could use.
-                match self.latest_outside(plan, |sequence| sequence.paused) {
-                    Some(paused) => self.preempt(paused),
+                match self.gives_way_to_start(key, plan) {
+                    Some(victim) => self.preempt(victim, plan),
                     None => break,
                 }
                 continue;
             }
-            if !self.room_to_admit(key, tokens, plan) {
-                break;
-            }
-            self.waiting.remove(key);
-            self.running.insert(key, &self.sequences);
-            let Some(sequence) = self.sequences.get_mut(key) else {
+            let Some(start) = self.room_to_start(key, plan) else {
                 break;
             };
-            sequence.running = true;
-            let count = sequence.pending().min(*budget);
-            *budget -= count;
-            self.push_item(plan, key, count, samples);
+            self.start(key, start, plan);
+            let pending = self.sequences.get(key).map_or(0, Sequence::pending);
+            self.push_item(plan, key, pending.min(budget.tokens), budget);
         }
     }
 
-    /// Books the blocks of a waiting sequence. Only paused sequences give way to
-    /// one; a block is kept back for each running sequence, so that the newcomer is
-    /// not preempted at once.
-    fn room_to_admit(&mut self, key: SequenceKey, tokens: usize, plan: &StepPlan) -> bool {
+    /// Who gives way so that `key` can start: a paused sequence, or a less urgent one.
+    fn gives_way_to_start(&self, key: SequenceKey, plan: &StepPlan) -> Option<SequenceKey> {
+        let priority = self.sequences.get(key)?.spec.priority;
+        self.last_outside(plan, |sequence| sequence.paused)
+            .or_else(|| self.last_outside(plan, |other| other.spec.priority > priority))
+    }
+
+    /// Makes room for a waiting sequence. A block is kept back for each running
+    /// sequence, so that the newcomer is not preempted at once.
+    fn room_to_start(&mut self, key: SequenceKey, plan: &mut StepPlan) -> Option<Start> {
         loop {
-            let reserve = self.running.len();
-            let Some(sequence) = self.sequences.get_mut(key) else {
-                return false;
+            let start = self.start_of(key)?;
+            let needed = start.missing + self.running.len();
+            let available = self.cache.available_blocks() - start.unheld;
+            if needed <= available {
+                return Some(start);
+            }
+            if needed <= available + self.cache.deferred_blocks() {
+                return None;
+            }
+            if self.evict_session() || (self.running.len() == 0 && self.evict_pinned_session()) {
+                continue;
+            }
+            let victim = self.gives_way_to_start(key, plan)?;
+            self.preempt(victim, plan);
+        }
+    }
+
+    /// What starting a waiting sequence would take now.
+    fn start_of(&self, key: SequenceKey) -> Option<Start> {
+        let sequence = self.sequences.get(key)?;
+        let length = sequence.tokens.len();
+        // The last token is computed in any case, for its logits.
+        let most = length - 1;
+        let blocks = self.cache.blocks_for(length);
+        let kept = |session| Some((session, self.retained.get(session)?));
+        if let Some(swapped) = &sequence.swapped {
+            let (known, unheld) = self
+                .cache
+                .lookup(&sequence.tokens, swapped.tokens.min(most));
+            return Some(Start {
+                source: Source::Swapped,
+                computed: swapped.tokens,
+                missing: blocks - known,
+                unheld,
+            });
+        }
+        if let Some((session, kept)) = sequence.spec.session.and_then(kept) {
+            let computed = kept.tokens.len().min(most);
+            return Some(Start {
+                source: Source::Session(session),
+                computed,
+                missing: self.cache.missing_blocks(&kept.table, computed, length),
+                unheld: 0,
+            });
+        }
+        let leader = sequence
+            .leader
+            .and_then(|leader| self.sequences.get(leader));
+        if let Some(leader) = leader.filter(|leader| leader.written >= leader.prompt_tokens) {
+            let computed = leader.prompt_tokens.min(most);
+            return Some(Start {
+                source: Source::Leader(sequence.leader?),
+                computed,
+                // Its last block is copied unless it begins there.
+                missing: blocks - computed / self.cache.block_tokens(),
+                unheld: 0,
+            });
+        }
+        let (known, unheld) = self.cache.lookup(&sequence.tokens, most);
+        Some(Start {
+            source: Source::Prefix,
+            computed: known * self.cache.block_tokens(),
+            missing: blocks - known,
+            unheld,
+        })
+    }
+
+    /// Starts a waiting sequence for which there is room.
+    fn start(&mut self, key: SequenceKey, start: Start, plan: &mut StepPlan) {
+        self.waiting.remove(key, &self.sequences);
+        self.set_place(key, Place::Running);
+        self.running.insert(key, &self.sequences);
+        let shared = match start.source {
+            Source::Leader(leader) => self
+                .sequences
+                .get(leader)
+                .map(|leader| self.cache.share(&leader.table, start.computed)),
+            _ => None,
+        };
+        let kept = match start.source {
+            Source::Session(session) => self.retained.take(session),
+            _ => None,
+        };
+        let Some(sequence) = self.sequences.get_mut(key) else {
+            return;
+        };
+        sequence.since = plan.step;
+        sequence.computed = start.computed;
+        if let Some(table) = shared {
+            sequence.table = table;
+        } else if let Some(kept) = kept {
+            sequence.table = kept.table;
+            sequence.touched = sequence.touched.max(kept.touched);
+        } else {
+            let most = sequence.tokens.len() - 1;
+            let limit = start.computed.min(most);
+            self.cache
+                .attach(&mut sequence.table, &sequence.tokens, limit);
+        }
+        sequence.written = match start.source {
+            Source::Swapped => 0,
+            _ => start.computed,
+        };
+        let known = sequence.table.len();
+        let (from, to) = (sequence.computed, sequence.tokens.len());
+        let (table, transfers) = (&mut sequence.table, &mut plan.transfers);
+        let booked = self.cache.prepare(table, from, to, plan.step, transfers);
+        debug_assert!(booked.is_ok(), "there was room: {booked:?}");
+        if let Some(swapped) = sequence.swapped.take() {
+            let blocks = sequence.table.blocks().iter().copied();
+            let pairs = swapped.blocks.iter().copied().zip(blocks);
+            plan.transfers.swap_in.extend(pairs.skip(known));
+            self.host.give_back(swapped.blocks);
+        }
+        if !sequence.started {
+            sequence.started = true;
+            sequence.cached_tokens = start.computed;
+            self.totals.prefix_queries += sequence.prompt_tokens as u64;
+            self.totals.prefix_hits += start.computed as u64;
+        }
+    }
+
+    /// The step of `plan` has completed without a fault: what its items wrote is
+    /// there, and complete blocks may be found by others.
+    pub fn written(&mut self, plan: &StepPlan) {
+        for item in &plan.items {
+            let Some(sequence) = self.sequences.get_mut(item.key) else {
+                continue;
             };
-            let needed = self.cache.blocks_for(tokens) + reserve;
-            if needed <= self.cache.free_blocks() {
-                return self.cache.grow(&mut sequence.table, tokens).is_ok();
+            // It may have given way since, and even have started again.
+            if sequence.place != Place::Running || plan.step < sequence.since {
+                continue;
             }
-            if needed <= self.cache.free_blocks() + self.cache.deferred_blocks() {
-                return false;
+            sequence.written = item.start + item.count;
+            self.cache.publish(
+                &mut sequence.table,
+                &sequence.tokens,
+                sequence.written,
+                sequence.touched,
+            );
+            if sequence.written >= sequence.prompt_tokens && !sequence.followers.is_empty() {
+                for follower in std::mem::take(&mut sequence.followers) {
+                    self.unpark(follower);
+                }
             }
-            match self.latest_outside(plan, |sequence| sequence.paused) {
-                Some(paused) => self.preempt(paused),
-                None => return false,
+        }
+    }
+
+    /// The step of `plan` has failed: what it was to copy to the host is lost, and is
+    /// computed anew. Its items are the caller's to end.
+    pub fn lost(&mut self, plan: &StepPlan) {
+        if plan.transfers.swap_out.is_empty() {
+            return;
+        }
+        for sequence in self.sequences.values_mut() {
+            let lost = sequence
+                .swapped
+                .take_if(|swapped| swapped.step == plan.step);
+            if let Some(swapped) = lost {
+                self.host.give_back(swapped.blocks);
             }
         }
     }
@@ -364,12 +898,17 @@ impl Scheduler {
         };
         sequence.in_flight -= 1;
         sequence.tokens.push(token);
-        if sequence.spec.stop_tokens.contains(&token) {
+        let commit = if sequence.spec.stop_tokens.contains(&token) {
             Commit::Finished(FinishReason::Stop)
         } else if sequence.tokens.len() >= sequence.spec.max_tokens {
             Commit::Finished(FinishReason::Length)
         } else {
             Commit::Token
-        }
+        };
+        self.unpark(key);
+        commit
     }
 }
+
+#[cfg(test)]
+mod tests;

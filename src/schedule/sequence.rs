@@ -1,6 +1,6 @@
 //! One sequence: its tokens, its blocks, and how far it has come.
 
-use crate::cache::BlockTable;
+use crate::cache::{BlockTable, HostBlockId};
 use crate::id::{SessionId, StepId};
 use crate::sampling::SamplingParams;
 use slotmap::{SlotMap, new_key_type};
@@ -44,6 +44,34 @@ pub struct SequenceSpec {
     pub params: Arc<SamplingParams>,
     /// Tokens that end it.
     pub stop_tokens: Arc<[u32]>,
+    /// A lower number goes first; 0 is usual.
+    pub priority: i32,
+    /// Who it is served for: waiting tenants are served evenly.
+    pub tenant: Option<Arc<str>>,
+    /// The session whose turn it is.
+    pub session: Option<SessionId>,
+}
+
+/// Where a sequence is; always exactly one of these (I2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Waits to be started, or started again.
+    Waiting,
+    /// Cannot be started yet: its reader is too slow, a sample is on its way, or
+    /// another sequence computes its prompt.
+    Parked,
+    /// Holds blocks, and is planned.
+    Running,
+}
+
+/// Keys and values in host memory.
+#[derive(Debug)]
+pub(super) struct Swapped {
+    pub blocks: Vec<HostBlockId>,
+    /// Tokens whose keys and values they hold.
+    pub tokens: usize,
+    /// The step that copies them.
+    pub step: StepId,
 }
 
 /// A sequence on the scheduler thread.
@@ -57,22 +85,35 @@ pub struct Sequence {
     pub tokens: Vec<u32>,
     /// How many of `tokens` are the prompt.
     pub prompt_tokens: usize,
+    /// Prompt tokens that the cache held already when it was first started.
+    pub cached_tokens: usize,
     /// Tokens whose keys and values the launched steps write.
     pub(super) computed: usize,
+    /// Tokens whose keys and values completed steps have written.
+    pub(super) written: usize,
     /// Samples launched and not committed.
     pub(super) in_flight: usize,
     /// Index of its latest sample among its step's, for feedback.
     pub(super) last_sample: usize,
     /// The last step that touches its blocks.
     pub(super) touched: StepId,
+    /// The first step since it was last started.
+    pub(super) since: StepId,
     /// Its blocks.
     pub table: BlockTable,
+    /// Its keys and values, if it was preempted to host memory.
+    pub(super) swapped: Option<Swapped>,
+    /// Sequences with the same prompt that wait for this one to compute it.
+    pub(super) followers: Vec<SequenceKey>,
+    /// The sequence that computes its prompt.
+    pub(super) leader: Option<SequenceKey>,
     /// Its place in the order of arrival.
     pub(super) arrival: u64,
     /// Whether its reader is too slow: then it is not planned.
     pub(super) paused: bool,
-    /// Whether it is among the running.
-    pub(super) running: bool,
+    pub(super) place: Place,
+    /// Whether it has been started before.
+    pub(super) started: bool,
 }
 
 impl Sequence {
@@ -81,16 +122,23 @@ impl Sequence {
         Self {
             id,
             prompt_tokens: tokens.len(),
+            cached_tokens: 0,
             tokens,
             spec,
             computed: 0,
+            written: 0,
             in_flight: 0,
             last_sample: 0,
             touched: StepId::default(),
+            since: StepId::default(),
             table: BlockTable::default(),
+            swapped: None,
+            followers: Vec::new(),
+            leader: None,
             arrival,
             paused: false,
-            running: false,
+            place: Place::Parked,
+            started: false,
         }
     }
 
@@ -108,6 +156,11 @@ impl Sequence {
         }
     }
 
+    /// The order in which sequences are served: urgent ones, then early ones.
+    pub(super) fn rank(&self) -> (i32, u64) {
+        (self.spec.priority, self.arrival)
+    }
+
     /// Answer tokens committed so far.
     pub fn generated(&self) -> usize {
         self.tokens.len() - self.prompt_tokens
@@ -116,5 +169,10 @@ impl Sequence {
     /// The last step that touches its blocks.
     pub fn touched(&self) -> StepId {
         self.touched
+    }
+
+    /// Where it is.
+    pub fn place(&self) -> Place {
+        self.place
     }
 }

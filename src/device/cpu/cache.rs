@@ -6,13 +6,22 @@
 
 use super::memory::Buffer;
 use super::simd::{LANES, Simd};
+use crate::device::blocks::Slots;
 use crate::device::{CacheShape, DeviceError};
+use std::ops::Range;
 
 /// The key-value cache of all layers.
 pub struct CpuCache {
     shape: CacheShape,
     pub(crate) half: bool,
     layers: Vec<Buffer<u8>>,
+}
+
+/// Memory for swapped-out blocks: a slot holds a block, layer by layer. It takes no memory
+/// before it is written, as [`Buffer`] says.
+pub struct CpuHostBlocks {
+    pub(super) slots: Slots,
+    memory: Buffer<u8>,
 }
 
 /// Where the parts of a tile lie, in elements.
@@ -94,6 +103,61 @@ impl CpuCache {
         &mut self.layers[layer]
     }
 
+    /// The bytes of a block of a layer; `None` if there is none. For tests.
+    pub fn read(&self, layer: usize, block: usize) -> Option<&[u8]> {
+        let exists = block < self.shape.blocks;
+        let layer = self.layers.get(layer).filter(|_| exists)?;
+        layer.get(self.part(block as u32))
+    }
+
+    /// How many blocks there are, and the bytes of one in all layers.
+    pub(super) fn blocks(&self) -> (usize, usize) {
+        (self.shape.blocks, block_bytes(&self.shape, self.half))
+    }
+
+    /// Bytes of one block of one layer.
+    fn part_bytes(&self) -> usize {
+        let one_layer = CacheShape {
+            layers: 1,
+            ..self.shape
+        };
+        block_bytes(&one_layer, self.half)
+    }
+
+    /// Where a block lies in each layer.
+    fn part(&self, block: u32) -> Range<usize> {
+        let bytes = self.part_bytes();
+        let start = block as usize * bytes;
+        start..start + bytes
+    }
+
+    /// Copies a block to another, both of which exist.
+    pub(super) fn copy(&mut self, [from, to]: [u32; 2]) {
+        let (from, to) = (self.part(from), self.part(to));
+        for layer in &mut self.layers {
+            layer.copy_within(from.clone(), to.start);
+        }
+    }
+
+    /// Copies a block to a slot, both of which exist.
+    pub(super) fn swap_out(&self, host: &mut CpuHostBlocks, [block, slot]: [u32; 2]) {
+        let part = self.part(block);
+        let parts = host.slot_mut(slot).chunks_exact_mut(part.len().max(1));
+        for (layer, to) in self.layers.iter().zip(parts) {
+            to.copy_from_slice(&layer[part.clone()]);
+        }
+        host.slots.set_written(slot);
+    }
+
+    /// Copies a slot to a block, both of which exist.
+    pub(super) fn swap_in(&mut self, host: &CpuHostBlocks, [slot, block]: [u32; 2]) {
+        let part = self.part(block);
+        let parts = host.slot(slot).chunks_exact(part.len().max(1));
+        for (layer, from) in self.layers.iter_mut().zip(parts) {
+            layer[part.clone()].copy_from_slice(from);
+        }
+    }
+
     /// The element at which a tile begins: sixteen tokens of a block, one head.
     pub(crate) fn tile(&self, block: usize, head: usize, tile_in_block: usize) -> usize {
         let tiles = self.shape.block_tokens / LANES;
@@ -103,13 +167,7 @@ impl CpuCache {
 
     /// Overwrites blocks with NaN in every layer.
     pub(crate) fn poison(&mut self, blocks: &[u32]) {
-        let bytes = block_bytes(
-            &CacheShape {
-                layers: 1,
-                ..self.shape
-            },
-            self.half,
-        );
+        let bytes = self.part_bytes();
         for layer in &mut self.layers {
             for &block in blocks {
                 let block = &mut layer[block as usize * bytes..][..bytes];
@@ -124,6 +182,27 @@ impl CpuCache {
                 }
             }
         }
+    }
+}
+
+impl CpuHostBlocks {
+    /// So many slots for blocks of so many bytes.
+    pub(super) fn new(bytes: usize, count: usize) -> Result<Self, DeviceError> {
+        let all = bytes.saturating_mul(count);
+        Ok(Self {
+            memory: Buffer::zeroed(all, "swapped-out blocks")?,
+            slots: Slots::new(bytes, count),
+        })
+    }
+
+    fn slot(&self, slot: u32) -> &[u8] {
+        let bytes = self.slots.bytes();
+        &self.memory[slot as usize * bytes..][..bytes]
+    }
+
+    fn slot_mut(&mut self, slot: u32) -> &mut [u8] {
+        let bytes = self.slots.bytes();
+        &mut self.memory[slot as usize * bytes..][..bytes]
     }
 }
 

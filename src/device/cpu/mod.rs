@@ -33,7 +33,7 @@ mod tensor;
 mod tile;
 mod workers;
 
-pub use cache::CpuCache;
+pub use cache::{CpuCache, CpuHostBlocks};
 pub use experts::CpuExperts;
 pub use linear::CpuLinear;
 pub use options::{Activations, CpuOptions, KvType, SimdLevel};
@@ -144,6 +144,11 @@ fn require(
     })
 }
 
+/// `Failed` where something is wrong.
+fn sound(operation: &'static str, checked: Result<(), String>) -> Result<(), DeviceError> {
+    checked.or_else(|reason| require(false, operation, || reason))
+}
+
 /// A matrix has `columns` columns and at least `rows` rows.
 fn require_shape(
     operation: &'static str,
@@ -186,6 +191,7 @@ impl Device for CpuDevice {
     type Experts = CpuExperts;
     type Tensor = CpuTensor;
     type Cache = CpuCache;
+    type HostBlocks = CpuHostBlocks;
     type Pending = CpuPending;
 
     fn info(&self) -> DeviceInfo {
@@ -284,6 +290,19 @@ impl Device for CpuDevice {
 
     fn allocate_cache(&mut self, shape: &CacheShape) -> Result<CpuCache, DeviceError> {
         CpuCache::new(*shape, self.kv_half)
+    }
+
+    fn allocate_host_blocks(
+        &mut self,
+        shape: &CacheShape,
+        blocks: usize,
+    ) -> Result<CpuHostBlocks, DeviceError> {
+        CpuHostBlocks::new(cache::block_bytes(shape, self.kv_half), blocks)
+    }
+
+    /// What one thread copies from memory to memory, of a size that no cache holds.
+    fn swap_bandwidth(&self) -> f64 {
+        5e9
     }
 
     fn stage(&mut self, batch: &Batch) -> Result<Staged, DeviceError> {
@@ -668,15 +687,38 @@ impl Device for CpuDevice {
         Ok(pending.0)
     }
 
+    fn copy_blocks(&mut self, cache: &mut CpuCache, pairs: &[[u32; 2]]) -> Result<(), DeviceError> {
+        let checked = blocks::check_copies(pairs, cache.shape().blocks);
+        sound("copy_blocks", checked)?;
+        pairs.iter().for_each(|&pair| cache.copy(pair));
+        Ok(())
+    }
+
+    fn swap_out(
+        &mut self,
+        cache: &CpuCache,
+        host: &mut CpuHostBlocks,
+        pairs: &[[u32; 2]],
+    ) -> Result<(), DeviceError> {
+        sound("swap_out", host.slots.check_out(pairs, cache.blocks()))?;
+        pairs.iter().for_each(|&pair| cache.swap_out(host, pair));
+        Ok(())
+    }
+
+    fn swap_in(
+        &mut self,
+        cache: &mut CpuCache,
+        host: &CpuHostBlocks,
+        pairs: &[[u32; 2]],
+    ) -> Result<(), DeviceError> {
+        sound("swap_in", host.slots.check_in(pairs, cache.blocks()))?;
+        pairs.iter().for_each(|&pair| cache.swap_in(host, pair));
+        Ok(())
+    }
+
     fn poison(&mut self, cache: &mut CpuCache, blocks: &[u32]) -> Result<(), DeviceError> {
-        let count = cache.shape().blocks;
-        let beyond = blocks.iter().find(|&&block| block as usize >= count);
-        require(beyond.is_none(), "poison", || {
-            format!(
-                "block {} is beyond the cache's {count}",
-                beyond.copied().unwrap_or_default()
-            )
-        })?;
+        let checked = blocks::check_blocks(blocks.iter().copied(), cache.shape().blocks);
+        sound("poison", checked)?;
         cache.poison(blocks);
         Ok(())
     }

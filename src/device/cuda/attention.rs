@@ -2,7 +2,8 @@
 //!
 //! Sequences with one row are spread over the GPU by units of 128 keys, whose results a
 //! second kernel merges; sequences with more rows have a kernel of their own. A row has
-//! the same bits either way: see `kernels/attention.cuh`.
+//! the same bits either way: see `kernels/attention.cuh`. A step with more units than
+//! there is to be room for is several launches, one after the other in the same room.
 
 use super::context::Context;
 use super::error::{require, unsupported};
@@ -12,7 +13,7 @@ use super::launch::Signature;
 use super::launch::{Grid, kernels};
 use super::memory::{CudaTensor, Ptr, Scratch};
 use super::norm::require_shape;
-use super::step::{Ends, UNIT};
+use super::step::{Ends, MOST_UNITS, UNIT};
 use super::{CudaCache, CudaDevice};
 use crate::device::{AttentionSpec, DeviceError, HeadShape, Precision};
 
@@ -232,21 +233,35 @@ impl CudaDevice {
         numbers: &Numbers,
         cache: &CudaCache,
     ) -> Result<(), DeviceError> {
-        let decodes = self.step.decodes();
-        if decodes == 0 {
+        if self.step.decodes().next().is_none() {
             return Ok(());
         }
         let room = self.unit_room(cache);
         let (context, attention) = (&self.context, &mut self.attention);
         let partials = room * heads.q_heads;
-        let partial_out = attention
+        let out = attention
             .partial_out
             .get(context, partials * heads.head_dim * size_of::<f32>())?;
-        let partial_stats = attention
+        let stats = attention
             .partial_stats
             .get(context, partials * size_of::<[f32; 2]>())?;
         self.step.set_unit_room(room);
+        let partials = Partials { out, stats };
+        for launch in self.step.decodes() {
+            self.launch_single_rows(operands, &partials, heads, numbers, launch)?;
+        }
+        Ok(())
+    }
 
+    /// Attention of some sequences with one row: entries of the decode list.
+    fn launch_single_rows(
+        &self,
+        operands: &Operands,
+        partials: &Partials,
+        heads: HeadShape,
+        numbers: &Numbers,
+        (decode_list, decodes): (Ptr, usize),
+    ) -> Result<(), DeviceError> {
         let group = heads.q_heads / heads.kv_heads;
         let (y, z) = (heads.kv_heads * group.div_ceil(WARP_ROWS), decodes);
         let wanted = self.step.max_units().div_ceil(WARPS);
@@ -254,14 +269,14 @@ impl CudaDevice {
         let threads = [32 * WARPS as u32, 1, 1];
         let grid = Grid::new([x as u32, y as u32, z as u32], threads)
             .shared(decode_shared(heads.head_dim) as u32);
-        let (sequences, decode_list) = (self.step.sequences(), self.step.decode_list());
+        let sequences = self.step.sequences();
         let kernels = &self.attention.kernels;
         kernels.attend_decode_hd(
             heads.head_dim,
             &self.context,
             grid,
-            partial_out,
-            partial_stats,
+            partials.out,
+            partials.stats,
             operands.qkv,
             operands.keys,
             operands.values,
@@ -280,8 +295,8 @@ impl CudaDevice {
             &self.context,
             Grid::new([numbers.q_heads, decodes as u32, 1], [threads, 1, 1]),
             operands.out,
-            partial_out,
-            partial_stats,
+            partials.out,
+            partials.stats,
             sequences,
             decode_list,
             numbers.q_heads,
@@ -290,14 +305,18 @@ impl CudaDevice {
         )
     }
 
-    /// How many units of keys there is to be room for: what the step has, and what any
-    /// step can have whose sequences share no blocks, so that the room grows once.
+    /// How many units of keys there is to be room for. What any step has whose sequences
+    /// share no blocks, at first. Where they do share blocks, a launch may have more, up to
+    /// [`MOST_UNITS`]: then the room grows, to a power of two, and does not shrink again.
     fn unit_room(&self, cache: &CudaCache) -> usize {
         let sequences = self.limits.map_or(0, |limits| limits.sequences);
         let tokens = cache.shape().blocks * cache.shape().block_tokens;
-        self.step
-            .decode_units()
-            .max(tokens.div_ceil(UNIT) + sequences)
+        let unshared = (tokens.div_ceil(UNIT) + sequences).min(MOST_UNITS);
+        let (room, needed) = (self.step.unit_room(), self.step.decode_units());
+        match needed <= room.max(unshared) {
+            true => room.max(unshared),
+            false => needed.next_power_of_two(),
+        }
     }
 
     /// Attention of the sequences with more rows.
@@ -332,6 +351,12 @@ impl CudaDevice {
             numbers.window,
         )
     }
+}
+
+/// Where units' results lie until they are merged.
+struct Partials {
+    out: Ptr,
+    stats: Ptr,
 }
 
 /// Where the operands of a layer's attention lie.

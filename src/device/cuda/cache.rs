@@ -5,9 +5,10 @@
 
 use super::CudaDevice;
 use super::attention::require_head_dim;
-use super::error::{require, unsupported};
+use super::error::{require, sound, unsupported};
 use super::launch::{Grid, kernels};
 use super::memory::{Buffer, Ptr};
+use crate::device::blocks::{check_blocks, check_copies};
 use crate::device::{CacheShape, DeviceError};
 
 kernels! {
@@ -48,6 +49,19 @@ impl CudaCache {
         self.buffer.ptr().offset_bytes(index * bytes)
     }
 
+    /// Where a block's keys and values lie, in each layer, and the bytes of each.
+    pub(super) fn parts(&self, block: u32) -> (impl Iterator<Item = Ptr>, usize) {
+        let bytes = block_bytes(&self.shape);
+        let arrays = (0..2 * self.shape.layers).map(|index| self.array(index));
+        let offset = block as usize * bytes;
+        (arrays.map(move |array| array.offset_bytes(offset)), bytes)
+    }
+
+    /// How many blocks there are, and the bytes of one in all layers.
+    pub(super) fn blocks(&self) -> (usize, usize) {
+        (self.shape.blocks, all_layers(&self.shape))
+    }
+
     /// Reads the keys and the values of a block of a layer, as bits of the activation
     /// type: `[kv_heads][block_tokens][head_dim]`. For tests.
     pub fn read(
@@ -80,24 +94,16 @@ impl CudaCache {
         let vectors = block_bytes(&self.shape) / 16;
         (grid, self.shape.blocks as u32, vectors as u32)
     }
-
-    fn require_blocks(
-        &self,
-        operation: &'static str,
-        mut blocks: impl Iterator<Item = u32>,
-    ) -> Result<(), DeviceError> {
-        let count = self.shape.blocks;
-        let beyond = blocks.find(|&block| block as usize >= count);
-        require(beyond.is_none(), operation, || {
-            let block = beyond.unwrap_or_default();
-            format!("block {block} is beyond the cache's {count}")
-        })
-    }
 }
 
 /// Bytes of the keys, or the values, of a block of one layer.
 fn block_bytes(shape: &CacheShape) -> usize {
     shape.kv_heads * shape.block_tokens * shape.head_dim * ELEMENT
+}
+
+/// Bytes of a block of all layers, of a shape that a cache has.
+pub(super) fn all_layers(shape: &CacheShape) -> usize {
+    2 * shape.layers * block_bytes(shape)
 }
 
 /// Bytes of a cache; `None` if it has more than can be counted.
@@ -150,7 +156,8 @@ impl CudaDevice {
         cache: &mut CudaCache,
         blocks: &[u32],
     ) -> Result<(), DeviceError> {
-        cache.require_blocks("poison", blocks.iter().copied())?;
+        let checked = check_blocks(blocks.iter().copied(), cache.shape.blocks);
+        sound("poison", checked)?;
         let list = self.context.list(blocks)?;
         let (grid, count, vectors) = cache.launch(blocks.len());
         let (context, array) = (&self.context, cache.buffer.ptr());
@@ -158,26 +165,17 @@ impl CudaDevice {
             .poison_blocks(context, grid, array, list, count, vectors)
     }
 
-    /// Copies blocks, keys and values of every layer: each pair is a source and a
-    /// target. No block may be a target twice, or a source and a target.
-    pub fn copy_blocks(
+    pub(super) fn copy_blocks_op(
         &mut self,
         cache: &mut CudaCache,
         pairs: &[[u32; 2]],
     ) -> Result<(), DeviceError> {
         const NAME: &str = "copy_blocks";
-        cache.require_blocks(NAME, pairs.iter().flatten().copied())?;
-        let mut targets: Vec<u32> = pairs.iter().map(|pair| pair[1]).collect();
-        targets.sort_unstable();
-        let clash = targets.windows(2).find(|pair| pair[0] == pair[1]);
-        let clash = clash.map(|pair| pair[0]).or_else(|| {
-            let mut sources = pairs.iter().map(|pair| pair[0]);
-            sources.find(|source| targets.binary_search(source).is_ok())
-        });
-        require(clash.is_none(), NAME, || {
-            let block = clash.unwrap_or_default();
-            format!("block {block} is written and used again")
-        })?;
+        sound(NAME, check_copies(pairs, cache.shape.blocks))?;
+        self.context.refuse_in_capture(NAME)?;
+        if pairs.is_empty() {
+            return Ok(());
+        }
         let list = self.context.list(pairs.as_flattened())?;
         let (grid, count, vectors) = cache.launch(pairs.len());
         let (context, array) = (&self.context, cache.buffer.ptr());

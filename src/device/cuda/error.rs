@@ -39,6 +39,14 @@ pub(super) fn require(
     }
 }
 
+/// `Failed` where something is wrong.
+pub(super) fn sound(
+    operation: &'static str,
+    checked: Result<(), String>,
+) -> Result<(), DeviceError> {
+    checked.map_err(|reason| failed(operation, reason))
+}
+
 /// CUDA's name and text of an error: `CUDA_ERROR_INVALID_VALUE, invalid argument`.
 pub(super) fn describe(error: DriverError) -> String {
     let text = error.error_string().map(|text| text.to_string_lossy());

@@ -155,10 +155,10 @@ impl Graphs {
         let recorded = |record: &Record| matches!(record, Record::Recorded(_));
         if self.records.values().any(recorded) {
             context.compute.synchronize("forgetting recorded steps")?;
-            for record in self.records.values_mut().filter(|record| recorded(record)) {
-                *record = Record::Warm;
-            }
         }
+        // What was given back may not be there again: such steps run once more first.
+        self.records
+            .retain(|_, record| matches!(record, Record::Refused));
         Ok(())
     }
 }

@@ -71,6 +71,8 @@ pub(super) enum PinnedUse {
     Upload,
     /// Written by the device, read by the host.
     Download,
+    /// Written and read by the device only.
+    Swap,
 }
 
 /// Page-locked host memory, which the device copies from and to on its own.
@@ -92,7 +94,7 @@ impl Pinned {
         let bytes = bytes.max(1);
         let flags = match usage {
             PinnedUse::Upload => sys::CU_MEMHOSTALLOC_WRITECOMBINED,
-            PinnedUse::Download => 0,
+            PinnedUse::Download | PinnedUse::Swap => 0,
         };
         // SAFETY: a plain allocation.
         let allocate = || unless_full(unsafe { result::malloc_host(bytes, flags) });
@@ -111,6 +113,16 @@ impl Pinned {
     /// Its size.
     pub(super) fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// Where `bytes` bytes from `offset` on lie.
+    fn at(&self, offset: usize, bytes: usize) -> Result<*mut u8, DeviceError> {
+        let inside = offset <= self.bytes && bytes <= self.bytes - offset;
+        error::require(inside, "copying pinned memory", || {
+            format!("{bytes} bytes at {offset} are not in {} bytes", self.bytes)
+        })?;
+        // SAFETY: inside the allocation, as just checked.
+        Ok(unsafe { self.start.as_ptr().add(offset) })
     }
 
     /// The bytes. The caller has waited for copies into them.
@@ -299,6 +311,34 @@ impl Context {
         // SAFETY: the caller owns the range, and buffers are freed only after a wait.
         let fill = || unsafe { result::memset_d8_async(to.0, 0, bytes, stream) };
         self.call("fill", fill)
+    }
+
+    /// Enqueues a copy of some bytes of device memory to `to`, from `offset` on. The host
+    /// must not touch them before that was done.
+    pub(super) fn copy_to_swap(
+        &self,
+        (to, offset): (&Pinned, usize),
+        from: Ptr,
+        bytes: usize,
+    ) -> Result<(), DeviceError> {
+        let (to, stream) = (to.at(offset, bytes)?, self.compute.raw());
+        // SAFETY: `at` has checked the range, which is freed only after a wait; the caller owns
+        // the source.
+        let copy = || unsafe { sys::cuMemcpyDtoHAsync_v2(to.cast(), from.0, bytes, stream) };
+        self.call("swap_out", || copy().result())
+    }
+
+    /// Enqueues a copy of some bytes of `from`, from `offset` on, to device memory; likewise.
+    pub(super) fn copy_from_swap(
+        &self,
+        to: Ptr,
+        (from, offset): (&Pinned, usize),
+        bytes: usize,
+    ) -> Result<(), DeviceError> {
+        let (from, stream) = (from.at(offset, bytes)?, self.compute.raw());
+        // SAFETY: as above, with source and target exchanged.
+        let copy = || unsafe { sys::cuMemcpyHtoDAsync_v2(to.0, from.cast(), bytes, stream) };
+        self.call("swap_in", || copy().result())
     }
 
     /// Enqueues a copy of the first `bytes` of `from` to device memory. `from` must

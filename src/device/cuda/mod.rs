@@ -32,6 +32,7 @@ mod probe;
 mod rope;
 mod sampling;
 mod step;
+mod swap;
 mod timing;
 mod transfer;
 
@@ -43,6 +44,7 @@ pub use norm::CudaVector;
 pub use options::{CudaActivations, CudaOptions};
 pub use rope::CudaRope;
 pub use sampling::CudaPending;
+pub use swap::CudaHostBlocks;
 
 use crate::device::*;
 use crate::sampling::{SampleRow, Sampled};
@@ -228,6 +230,7 @@ impl Device for CudaDevice {
     type Experts = CudaExperts;
     type Tensor = CudaTensor;
     type Cache = CudaCache;
+    type HostBlocks = CudaHostBlocks;
     type Pending = CudaPending;
 
     fn info(&self) -> DeviceInfo {
@@ -284,6 +287,20 @@ impl Device for CudaDevice {
 
     fn allocate_cache(&mut self, shape: &CacheShape) -> Result<CudaCache, DeviceError> {
         self.allocate_cache_op(shape)
+    }
+
+    fn allocate_host_blocks(
+        &mut self,
+        shape: &CacheShape,
+        blocks: usize,
+    ) -> Result<CudaHostBlocks, DeviceError> {
+        Ok(self.allocate_host_blocks_op(shape, blocks))
+    }
+
+    /// PCIe 4 × 16 moves about 20e9; copies of some ten KiB each are taken to reach half of
+    /// that. Not measured.
+    fn swap_bandwidth(&self) -> f64 {
+        10e9
     }
 
     fn depth(&self) -> usize {
@@ -427,6 +444,32 @@ impl Device for CudaDevice {
 
     fn collect(&mut self, pending: CudaPending) -> Result<Vec<Sampled>, DeviceError> {
         self.collect_op(pending)
+    }
+
+    fn copy_blocks(
+        &mut self,
+        cache: &mut CudaCache,
+        pairs: &[[u32; 2]],
+    ) -> Result<(), DeviceError> {
+        self.copy_blocks_op(cache, pairs)
+    }
+
+    fn swap_out(
+        &mut self,
+        cache: &CudaCache,
+        host: &mut CudaHostBlocks,
+        pairs: &[[u32; 2]],
+    ) -> Result<(), DeviceError> {
+        self.swap_out_op(cache, host, pairs)
+    }
+
+    fn swap_in(
+        &mut self,
+        cache: &mut CudaCache,
+        host: &CudaHostBlocks,
+        pairs: &[[u32; 2]],
+    ) -> Result<(), DeviceError> {
+        self.swap_in_op(cache, host, pairs)
     }
 
     fn poison(&mut self, cache: &mut CudaCache, blocks: &[u32]) -> Result<(), DeviceError> {

@@ -9,6 +9,7 @@ use super::error;
 use super::memory::{Buffer, Ptr};
 use super::transfer::Uploads;
 use crate::device::{Batch, DeviceError, DeviceLimits};
+use std::ops::Range;
 
 /// A row or slot that is none.
 pub(super) const NONE: u32 = u32::MAX;
@@ -18,6 +19,11 @@ pub(super) const PREFILL_ROWS: usize = 64;
 
 /// Keys of one unit of attention.
 pub(super) const UNIT: usize = 128;
+
+/// Units of all sequences of a launch of decode attention, unless it has only one sequence:
+/// 2²¹ keys. Bounds the memory for their results, whatever blocks sequences share: 260 MiB
+/// for 32 heads of 128 elements.
+pub(super) const MOST_UNITS: usize = 1 << 14;
 
 /// Arrays begin at multiples of so many words: 64 bytes.
 const ALIGNMENT: usize = 16;
@@ -84,8 +90,10 @@ pub(super) struct StepInputs {
     rows: usize,
     padded_rows: usize,
     samples: usize,
-    decodes: usize,
+    /// Entries of the decode list, a range a launch.
+    decodes: Vec<Range<usize>>,
     max_units: usize,
+    /// Units of the launch that has the most.
     decode_units: usize,
     /// Units that attention has room for; `None` before its first use.
     unit_room: Option<usize>,
@@ -133,6 +141,36 @@ fn append(words: &mut Vec<u32>, array: impl IntoIterator<Item = u32>) -> usize {
     start
 }
 
+/// The decode list, cut into launches of at most [`MOST_UNITS`] units.
+#[derive(Default)]
+struct DecodeList {
+    words: Vec<u32>,
+    launches: Vec<Range<usize>>,
+    /// Units of the last launch so far.
+    units: usize,
+    /// Units of the longest sequence, and of the launch that has the most.
+    longest: usize,
+    most: usize,
+}
+
+impl DecodeList {
+    /// Appends a sequence with so many units.
+    fn push(&mut self, sequence: u32, units: usize) {
+        let entry = self.words.len() / 2;
+        match self.launches.last_mut() {
+            Some(launch) if self.units + units <= MOST_UNITS => launch.end = entry + 1,
+            _ => {
+                self.launches.push(entry..entry + 1);
+                self.units = 0;
+            }
+        }
+        self.words.extend([sequence, self.units as u32]);
+        self.units += units;
+        self.longest = self.longest.max(units);
+        self.most = self.most.max(self.units);
+    }
+}
+
 impl StepInputs {
     pub(super) fn new() -> Self {
         Self {
@@ -146,7 +184,7 @@ impl StepInputs {
             rows: 0,
             padded_rows: 0,
             samples: 0,
-            decodes: 0,
+            decodes: Vec::new(),
             max_units: 0,
             decode_units: 0,
             unit_room: None,
@@ -221,15 +259,14 @@ impl StepInputs {
         self.at(self.layout.tables)
     }
 
-    /// `uint2` each: the sequences with one row, [`StepInputs::decodes`] of them, and
-    /// how many units of attention those before it have.
-    pub(super) fn decode_list(&self) -> Ptr {
-        self.at(self.layout.decode_list)
-    }
-
-    /// Entries of the decode list, padded.
-    pub(super) fn decodes(&self) -> usize {
+    /// The launches of decode attention, each with the number of its entries and where they
+    /// begin: `uint2` each, a sequence with one row and how many units of attention those
+    /// before it in the launch have.
+    pub(super) fn decodes(&self) -> impl Iterator<Item = (Ptr, usize)> {
+        let at = |entry: usize| self.at(self.layout.decode_list + 2 * entry);
         self.decodes
+            .iter()
+            .map(move |launch| (at(launch.start), launch.len()))
     }
 
     /// At least as many units of 128 keys as the longest sequence of the decode list
@@ -238,9 +275,14 @@ impl StepInputs {
         self.max_units
     }
 
-    /// Units of 128 keys that all sequences of the decode list have together.
+    /// Units of 128 keys that all sequences of a launch have together, at most.
     pub(super) fn decode_units(&self) -> usize {
         self.decode_units
+    }
+
+    /// Units that attention has had room for so far.
+    pub(super) fn unit_room(&self) -> usize {
+        self.unit_room.unwrap_or(0)
     }
 
     /// Notes that a recorded step may have so many units together: longer ones are
@@ -370,8 +412,9 @@ impl StepInputs {
         pad: bool,
     ) -> Result<(), DeviceError> {
         // Nothing may be computed from a batch that was refused.
-        (self.rows, self.padded_rows, self.samples, self.decodes) = (0, 0, 0, 0);
+        (self.rows, self.padded_rows, self.samples) = (0, 0, 0);
         (self.key, self.work) = (None, None);
+        self.decodes.clear();
         self.prefills.clear();
         self.check(batch)
             .map_err(|reason| error::failed("stage", reason))?;
@@ -404,7 +447,8 @@ impl StepInputs {
             slots: end(batch.slots.iter().copied()),
             blocks: end(batch.tables.iter().copied()),
         };
-        let fits = self.unit_room.is_none_or(|room| self.decode_units <= room);
+        let fits =
+            self.unit_room.is_none_or(|room| self.decode_units <= room) && self.decodes.len() <= 1;
         self.key = (recorded && fits).then_some(StepKey {
             rows: padded,
             units: self.max_units,
@@ -430,8 +474,7 @@ impl StepInputs {
         let padding = padding.map(|row| row as u32);
         let sample_rows = append(words, samples.chain(padding.clone()));
         let sequences = append(words, []);
-        let (mut longest, mut units) = (0, 0);
-        let mut decodes = Vec::new();
+        let mut decodes = DecodeList::default();
         for (index, sequence) in batch.sequences.iter().enumerate() {
             let (first, count) = (sequence.rows.start, sequence.rows.len());
             let last = sequence.rows.clone().last();
@@ -440,23 +483,19 @@ impl StepInputs {
             words.extend([first as u32, count as u32, length as u32, start as u32]);
             match count {
                 0 => {}
-                1 => {
-                    decodes.extend([index as u32, units as u32]);
-                    longest = longest.max(length.div_ceil(UNIT));
-                    units += length.div_ceil(UNIT);
-                }
+                1 => decodes.push(index as u32, length.div_ceil(UNIT)),
                 _ => self.prefills.push((index as u32, count)),
             }
         }
         let count = batch.sequences.len() as u32;
         for (offset, row) in padding.enumerate() {
             words.extend([row, 1, 0, 0]);
-            decodes.extend([count + offset as u32, units as u32]);
+            decodes.push(count + offset as u32, 0);
         }
-        self.decodes = decodes.len() / 2;
-        self.max_units = longest.next_power_of_two();
-        self.decode_units = units;
-        let decode_list = append(words, decodes);
+        self.max_units = decodes.longest.next_power_of_two();
+        self.decode_units = decodes.most;
+        let decode_list = append(words, decodes.words);
+        self.decodes = decodes.launches;
         let tables = append(words, batch.tables.iter().copied());
         self.layout = Layout {
             tokens,
@@ -610,7 +649,8 @@ mod tests {
         let sequences = [0, 1, 1, 0, 1, 1, 301, 1, 2, 1, 128, 20, 3, 1, 0, 0];
         assert_eq!(at(layout.sequences, 16), sequences);
         assert_eq!(at(layout.decode_list, 8), [0, 0, 1, 1, 2, 4, 3, 5]);
-        assert_eq!((step.decodes, step.max_units, step.decode_units), (4, 4, 5));
+        assert_eq!(step.decodes, vec![0..4; 1]);
+        assert_eq!((step.max_units, step.decode_units), (4, 5));
         assert_eq!(at(layout.tables, 28), &batch.tables[..]);
     }
 
@@ -624,10 +664,27 @@ mod tests {
     #[test]
     fn sequences_are_listed_by_what_they_are() {
         let step = laid_out(&batch(&[(5, 4), (1, 40), (3, 130)]), 9);
-        assert_eq!(step.decodes, 1);
+        assert_eq!(step.decodes, vec![0..1; 1]);
         assert_eq!(step.words[step.layout.decode_list..][..2], [1, 0]);
         assert_eq!(step.prefills, [(0, 5), (2, 3)]);
         assert_eq!((step.max_units, step.decode_units), (1, 1));
+    }
+
+    #[test]
+    fn what_one_launch_has_no_room_for_is_cut_into_several() {
+        let tokens = |units: usize| (units * UNIT) as u32 - 1;
+        let half = (1, tokens(MOST_UNITS / 2));
+        let step = laid_out(&batch(&[half, half, (1, 0), half, (1, 40)]), 5);
+        assert_eq!(step.decodes, [0..2, 2..5]);
+        let list = &step.words[step.layout.decode_list..][..10];
+        let after = MOST_UNITS as u32 / 2;
+        assert_eq!(list, [0, 0, 1, after, 2, 0, 3, 1, 4, after + 1]);
+        assert_eq!(step.decode_units, MOST_UNITS);
+        assert_eq!(step.max_units, MOST_UNITS / 2);
+        // One that is longer has a launch of its own.
+        let step = laid_out(&batch(&[(1, 0), (1, tokens(MOST_UNITS + 1)), (1, 0)]), 3);
+        assert_eq!(step.decodes, [0..1, 1..2, 2..3]);
+        assert_eq!(step.decode_units, MOST_UNITS + 1);
     }
 
     #[test]

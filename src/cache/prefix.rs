@@ -1,0 +1,116 @@
+//! The prefix cache: which block holds which tokens after which.
+//!
+//! A block is known by a hash of its tokens chained to the hash of the block before
+//! it (as in vLLM's automatic prefix caching). A hash only finds a candidate: it
+//! counts when its tokens are the same and it follows the very block that was matched
+//! before. So a match is exact, whatever the hashes do.
+
+use super::BlockId;
+use foldhash::fast::RandomState;
+use std::collections::HashMap;
+use std::hash::{BuildHasher, Hasher};
+
+/// No block before: the first of a sequence.
+const ROOT: u32 = u32::MAX;
+
+/// What is known of one block.
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    /// Hash of all tokens up to the end of the block.
+    chain: u64,
+    /// The block before.
+    parent: u32,
+}
+
+/// Complete blocks by the tokens that they hold, and all that come before.
+#[derive(Debug)]
+pub(super) struct PrefixCache {
+    by_chain: HashMap<u64, BlockId, RandomState>,
+    known: Vec<Option<Known>>,
+    /// The tokens of every block, one after the other.
+    tokens: Vec<u32>,
+    block_tokens: usize,
+    /// Random for each cache, so that nobody can prepare collisions.
+    hasher: RandomState,
+}
+
+impl PrefixCache {
+    pub fn new(blocks: usize, block_tokens: usize) -> Self {
+        Self {
+            by_chain: HashMap::default(),
+            known: vec![None; blocks],
+            tokens: vec![0; blocks * block_tokens],
+            block_tokens,
+            hasher: RandomState::default(),
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.by_chain.len()
+    }
+
+    pub fn knows(&self, block: BlockId) -> bool {
+        self.known[block.index()].is_some()
+    }
+
+    /// The block that holds `tokens` after `parent`, a known block or none.
+    pub fn find(&self, parent: Option<BlockId>, tokens: &[u32]) -> Option<BlockId> {
+        let candidate = *self.by_chain.get(&self.chain(parent, tokens))?;
+        let known = self.known[candidate.index()]?;
+        let same = known.parent == parent.map_or(ROOT, |parent| parent.0)
+            && self.tokens_of(candidate) == tokens;
+        same.then_some(candidate)
+    }
+
+    /// Makes a complete block known. `false` when its hash is taken by other tokens:
+    /// then it stays unknown.
+    pub fn publish(&mut self, block: BlockId, parent: Option<BlockId>, tokens: &[u32]) -> bool {
+        debug_assert_eq!(
+            tokens.len(),
+            self.block_tokens,
+            "only complete blocks (I11)"
+        );
+        debug_assert!(!self.knows(block), "{block:?} is known already");
+        let chain = self.chain(parent, tokens);
+        if self.by_chain.contains_key(&chain) {
+            return false;
+        }
+        self.by_chain.insert(chain, block);
+        self.known[block.index()] = Some(Known {
+            chain,
+            parent: parent.map_or(ROOT, |parent| parent.0),
+        });
+        self.tokens[block.index() * self.block_tokens..][..self.block_tokens]
+            .copy_from_slice(tokens);
+        true
+    }
+
+    /// Forgets a block, which is about to get other tokens.
+    pub fn forget(&mut self, block: BlockId) {
+        if let Some(known) = self.known[block.index()].take() {
+            self.by_chain.remove(&known.chain);
+        }
+    }
+
+    /// The block before a known block.
+    pub fn parent(&self, block: BlockId) -> Option<BlockId> {
+        let known = self.known[block.index()]?;
+        (known.parent != ROOT).then_some(BlockId(known.parent))
+    }
+
+    /// The tokens of a known block.
+    pub fn tokens_of(&self, block: BlockId) -> &[u32] {
+        &self.tokens[block.index() * self.block_tokens..][..self.block_tokens]
+    }
+
+    fn chain(&self, parent: Option<BlockId>, tokens: &[u32]) -> u64 {
+        let mut hasher = self.hasher.build_hasher();
+        let parent = parent.and_then(|parent| self.known[parent.index()]);
+        hasher.write_u64(parent.map_or(0, |known| known.chain));
+        for pair in tokens.chunks(2) {
+            let second = pair.get(1).copied().unwrap_or_default();
+            hasher.write_u64(u64::from(pair[0]) | u64::from(second) << 32);
+        }
+        hasher.finish()
+    }
+}

@@ -1,0 +1,131 @@
+//! What happens when time passes: one ordered set an engine, from which everything
+//! is removed as soon as it no longer counts.
+
+use crate::schedule::SequenceKey;
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+/// What a request has not done in time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Due {
+    /// Its first token.
+    FirstToken,
+    /// Its end.
+    Finish,
+    /// Its reader, for whom it is paused, has not caught up.
+    Reader,
+}
+
+/// The deadlines of one request; `None` for those that it does not have.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct RequestDeadlines {
+    pub first_token: Option<Instant>,
+    pub finish: Option<Instant>,
+    pub reader: Option<Instant>,
+}
+
+impl RequestDeadlines {
+    fn of(&mut self, due: Due) -> &mut Option<Instant> {
+        match due {
+            Due::FirstToken => &mut self.first_token,
+            Due::Finish => &mut self.finish,
+            Due::Reader => &mut self.reader,
+        }
+    }
+}
+
+/// The deadlines of all open requests, earliest first.
+#[derive(Debug, Default)]
+pub(super) struct Deadlines {
+    set: BTreeSet<(Instant, SequenceKey, Due)>,
+}
+
+impl Deadlines {
+    /// The earliest.
+    pub fn next(&self) -> Option<Instant> {
+        self.set.first().map(|(at, _, _)| *at)
+    }
+
+    /// The earliest that has passed at `now`.
+    pub fn overdue(&self, now: Instant) -> Option<(SequenceKey, Due)> {
+        let (at, key, due) = self.set.first()?;
+        (*at <= now).then_some((*key, *due))
+    }
+
+    /// Changes one deadline of a request.
+    pub fn set(
+        &mut self,
+        key: SequenceKey,
+        request: &mut RequestDeadlines,
+        due: Due,
+        at: Option<Instant>,
+    ) {
+        let slot = request.of(due);
+        if let Some(before) = std::mem::replace(slot, at) {
+            self.set.remove(&(before, key, due));
+        }
+        if let Some(at) = at {
+            self.set.insert((at, key, due));
+        }
+    }
+
+    /// Takes up all deadlines of a new request.
+    pub fn add(&mut self, key: SequenceKey, mut request: RequestDeadlines) -> RequestDeadlines {
+        for due in [Due::FirstToken, Due::Finish, Due::Reader] {
+            if let Some(at) = *request.of(due) {
+                self.set.insert((at, key, due));
+            }
+        }
+        request
+    }
+
+    /// Forgets all deadlines of a request.
+    pub fn remove(&mut self, key: SequenceKey, mut request: RequestDeadlines) {
+        for due in [Due::FirstToken, Due::Finish, Due::Reader] {
+            self.set(key, &mut request, due, None);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use slotmap::SlotMap;
+    use std::time::Duration;
+
+    #[test]
+    fn the_earliest_comes_first_and_nothing_remains_of_a_removed_request() {
+        let mut keys: SlotMap<SequenceKey, ()> = SlotMap::with_key();
+        let (a, b) = (keys.insert(()), keys.insert(()));
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut deadlines = Deadlines::default();
+        let mut of_a = deadlines.add(
+            a,
+            RequestDeadlines {
+                first_token: Some(at(3)),
+                finish: Some(at(9)),
+                reader: None,
+            },
+        );
+        // At the same moment as another one's: both count.
+        let of_b = deadlines.add(
+            b,
+            RequestDeadlines {
+                first_token: None,
+                finish: Some(at(3)),
+                reader: None,
+            },
+        );
+        assert_eq!(deadlines.next(), Some(at(3)));
+        assert_eq!(deadlines.overdue(at(2)), None);
+        deadlines.set(a, &mut of_a, Due::FirstToken, None);
+        assert_eq!(deadlines.overdue(at(3)), Some((b, Due::Finish)));
+        deadlines.set(a, &mut of_a, Due::Reader, Some(at(1)));
+        assert_eq!(deadlines.overdue(at(3)), Some((a, Due::Reader)));
+        deadlines.remove(a, of_a);
+        deadlines.remove(b, of_b);
+        assert_eq!(deadlines.next(), None);
+        assert_eq!(deadlines.set.len(), 0);
+    }
+}

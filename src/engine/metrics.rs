@@ -1,0 +1,368 @@
+//! The engine's metrics, through the `metrics` facade: whatever recorder the program
+//! has installed gets them, and without one they cost next to nothing.
+//!
+//! Gauges, and the totals that the books keep, are set from the books once a step;
+//! they are never kept by paired increments. Everything else is counted where it
+//! happens. The handles are taken once, when the engine starts, from the recorder
+//! that is installed then.
+
+use super::event::Terminal;
+use super::{CancelReason, EngineStats, Outcome};
+use crate::schedule::FinishReason;
+use metrics::{
+    Counter, Gauge, Histogram, Label, Unit, counter, describe_counter, describe_gauge,
+    describe_histogram, gauge, histogram,
+};
+use std::time::{Duration, Instant};
+
+/// How an accepted request ended, for the labels `outcome` and `reason`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum EndKind {
+    /// By itself, or cancelled.
+    Ended(Outcome),
+    /// It failed.
+    Failed,
+}
+
+impl EndKind {
+    /// `stop`, `length`, `cancelled` or `failed`.
+    pub fn outcome(self) -> &'static str {
+        match self {
+            Self::Ended(outcome) => outcome.as_str(),
+            Self::Failed => "failed",
+        }
+    }
+
+    /// Why: the reason of a cancel, `engine_fault` of a failure, else the outcome.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::Ended(Outcome::Cancelled(reason)) => reason.as_str(),
+            Self::Ended(outcome) => outcome.as_str(),
+            Self::Failed => "engine_fault",
+        }
+    }
+
+    /// The reason, if it was cancelled.
+    pub fn cancel_reason(self) -> Option<CancelReason> {
+        match self {
+            Self::Ended(Outcome::Cancelled(reason)) => Some(reason),
+            _ => None,
+        }
+    }
+
+    fn all() -> impl Iterator<Item = Self> {
+        let cancels = CancelReason::ALL.into_iter().map(Outcome::Cancelled);
+        [Outcome::Stop, Outcome::Length]
+            .into_iter()
+            .chain(cancels)
+            .map(Self::Ended)
+            .chain([Self::Failed])
+    }
+}
+
+impl From<&Terminal> for EndKind {
+    fn from(terminal: &Terminal) -> Self {
+        match terminal {
+            Terminal::Finished(FinishReason::Stop) => Self::Ended(Outcome::Stop),
+            Terminal::Finished(FinishReason::Length) => Self::Ended(Outcome::Length),
+            Terminal::Cancelled(reason) => Self::Ended(Outcome::Cancelled(*reason)),
+            Terminal::Failed(_) => Self::Failed,
+        }
+    }
+}
+
+/// Why a cancel changed nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Noop {
+    /// Its request had ended before the scheduler thread saw the cancel.
+    AlreadyEnded,
+    /// Its request was cancelled already.
+    AlreadyCancelled,
+    /// The engine is gone.
+    EngineClosed,
+}
+
+/// A part of the loop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    Plan,
+    Launch,
+    Collect,
+    Commit,
+}
+
+/// The handles of one engine's metrics.
+pub(crate) struct EngineMetrics {
+    running: Gauge,
+    waiting: Gauge,
+    paused: Gauge,
+    cache_usage: Gauge,
+    blocks_free: Gauge,
+    blocks_active: Gauge,
+    blocks_cached: Gauge,
+    blocks_deferred: Gauge,
+    preemptions: Counter,
+    prompt_tokens: Counter,
+    generation_tokens: Counter,
+    success: [Counter; 3],
+    outcomes: Vec<(EndKind, Counter)>,
+    time_to_first_token: Histogram,
+    inter_token: Histogram,
+    end_to_end: Histogram,
+    step: [Histogram; 4],
+    cancel_to_terminal: Histogram,
+    cancel_to_free: Histogram,
+    tokens_after_cancel: Counter,
+    noops: [Counter; 3],
+}
+
+impl EngineMetrics {
+    /// Takes the handles from the recorder that is installed now.
+    pub fn new(model_name: Option<&str>) -> Self {
+        describe();
+        let base: Vec<Label> = model_name
+            .map(|name| Label::new("model_name", name.to_owned()))
+            .into_iter()
+            .collect();
+        let with = |key: &'static str, value: &'static str| {
+            let mut labels = base.clone();
+            labels.push(Label::new(key, value));
+            labels
+        };
+        let blocks = |state| gauge!("quell_kv_blocks", with("state", state));
+        let success = |reason| {
+            counter!(
+                "quell_request_success_total",
+                with("finished_reason", reason)
+            )
+        };
+        let step = |phase| histogram!("quell_step_seconds", with("phase", phase));
+        let noop = |why| counter!("quell_cancel_noop_total", with("why", why));
+        let outcome = |end: EndKind| {
+            let mut labels = with("outcome", end.outcome());
+            labels.push(Label::new("reason", end.reason()));
+            (end, counter!("quell_request_outcomes_total", labels))
+        };
+        Self {
+            running: gauge!("quell_num_requests_running", base.clone()),
+            waiting: gauge!("quell_num_requests_waiting", base.clone()),
+            paused: gauge!("quell_num_requests_paused", base.clone()),
+            cache_usage: gauge!("quell_kv_cache_usage_perc", base.clone()),
+            blocks_free: blocks("free"),
+            blocks_active: blocks("active"),
+            blocks_cached: blocks("cached"),
+            blocks_deferred: blocks("deferred"),
+            preemptions: counter!("quell_num_preemptions_total", base.clone()),
+            prompt_tokens: counter!("quell_prompt_tokens_total", base.clone()),
+            generation_tokens: counter!("quell_generation_tokens_total", base.clone()),
+            success: ["stop", "length", "cancelled"].map(success),
+            // A stop string ends a request as a stop: there is no such cancel.
+            outcomes: EndKind::all()
+                .filter(|end| end.reason() != CancelReason::StopString.as_str())
+                .map(outcome)
+                .collect(),
+            time_to_first_token: histogram!("quell_time_to_first_token_seconds", base.clone()),
+            inter_token: histogram!("quell_inter_token_latency_seconds", base.clone()),
+            end_to_end: histogram!("quell_e2e_request_latency_seconds", base.clone()),
+            step: ["plan", "launch", "collect", "commit"].map(step),
+            cancel_to_terminal: histogram!("quell_cancel_to_terminal_seconds", base.clone()),
+            cancel_to_free: histogram!("quell_cancel_to_free_seconds", base.clone()),
+            tokens_after_cancel: counter!(
+                "quell_tokens_generated_after_cancel_total",
+                base.clone()
+            ),
+            noops: ["already_ended", "already_cancelled", "engine_closed"].map(noop),
+        }
+    }
+
+    /// Sets the gauges from the books, and lets the totals catch up with them;
+    /// `before` is what was published last.
+    pub fn publish(&self, now: &EngineStats, before: &EngineStats) {
+        let books = &now.blocks;
+        self.running.set(now.running as f64);
+        self.waiting.set(now.waiting as f64);
+        self.paused.set(now.paused as f64);
+        self.blocks_free.set(books.free as f64);
+        self.blocks_active.set(books.referenced as f64);
+        self.blocks_cached.set(books.cached as f64);
+        self.blocks_deferred.set(books.deferred as f64);
+        let used = books.referenced + books.deferred;
+        self.cache_usage
+            .set(used as f64 / books.total.max(1) as f64);
+        let catch_up = |counter: &Counter, now: u64, before: u64| {
+            if now > before {
+                counter.increment(now - before);
+            }
+        };
+        catch_up(&self.preemptions, now.preemptions, before.preemptions);
+        catch_up(&self.prompt_tokens, now.prompt_tokens, before.prompt_tokens);
+        catch_up(
+            &self.generation_tokens,
+            now.tokens_generated,
+            before.tokens_generated,
+        );
+        // quell_prefix_cache_{queries,hits}_total catch up here.
+    }
+
+    /// A request has ended, `total` after its submission.
+    pub fn ended(&self, end: EndKind, total: Duration) {
+        if let Some((_, counter)) = self.outcomes.iter().find(|(kind, _)| *kind == end) {
+            counter.increment(1);
+        }
+        let success = match end {
+            EndKind::Ended(Outcome::Stop) => Some(0),
+            EndKind::Ended(Outcome::Length) => Some(1),
+            EndKind::Ended(Outcome::Cancelled(_)) => Some(2),
+            EndKind::Failed => None,
+        };
+        if let Some(index) = success {
+            self.success[index].increment(1);
+        }
+        self.end_to_end.record(total);
+    }
+
+    /// A cancelled request got its terminal.
+    pub fn cancel_ended(&self, waited: Duration) {
+        self.cancel_to_terminal.record(waited);
+    }
+
+    /// A cancelled request's blocks are free.
+    pub fn cancel_freed(&self, waited: Duration, tokens_discarded: usize) {
+        self.cancel_to_free.record(waited);
+        if tokens_discarded > 0 {
+            self.tokens_after_cancel.increment(tokens_discarded as u64);
+        }
+    }
+
+    /// A token was sent: the first, `since` its submission, or `since` the one before.
+    pub fn token(&self, first: bool, since: Duration) {
+        if first {
+            self.time_to_first_token.record(since);
+        } else {
+            self.inter_token.record(since);
+        }
+    }
+
+    /// A part of the loop has ended that began at `from`.
+    pub fn phase(&self, phase: Phase, from: Instant) {
+        self.step[phase as usize].record(from.elapsed());
+    }
+
+    /// A cancel changed nothing.
+    pub fn noop(&self, why: Noop) {
+        self.noops[why as usize].increment(1);
+    }
+}
+
+/// A stage of clean-up failed, which is never swallowed. Rare: so no handle is kept,
+/// and any thread may say it.
+pub(super) fn cleanup_failed(stage: &'static str) {
+    counter!("quell_cleanup_failures_total", "stage" => stage).increment(1);
+}
+
+fn describe() {
+    describe_gauge!(
+        "quell_num_requests_running",
+        Unit::Count,
+        "Requests that hold blocks and are computed"
+    );
+    describe_gauge!(
+        "quell_num_requests_waiting",
+        Unit::Count,
+        "Requests that wait for blocks"
+    );
+    describe_gauge!(
+        "quell_num_requests_paused",
+        Unit::Count,
+        "Requests, running or waiting, whose reader is too slow"
+    );
+    describe_gauge!(
+        "quell_kv_cache_usage_perc",
+        "Share of the key-value cache that is in use; 1 is all of it"
+    );
+    describe_gauge!(
+        "quell_kv_blocks",
+        Unit::Count,
+        "Blocks of the key-value cache by state"
+    );
+    describe_counter!(
+        "quell_num_preemptions_total",
+        Unit::Count,
+        "Running requests that gave their blocks to others"
+    );
+    describe_counter!(
+        "quell_request_success_total",
+        Unit::Count,
+        "Requests that ended without a failure, by how they ended"
+    );
+    describe_counter!(
+        "quell_request_outcomes_total",
+        Unit::Count,
+        "Requests that ended, by how and why"
+    );
+    describe_counter!(
+        "quell_prefix_cache_queries_total",
+        Unit::Count,
+        "Prompt tokens that were looked up in the prefix cache"
+    );
+    describe_counter!(
+        "quell_prefix_cache_hits_total",
+        Unit::Count,
+        "Prompt tokens that were found in the prefix cache"
+    );
+    describe_counter!(
+        "quell_prompt_tokens_total",
+        Unit::Count,
+        "Prompt tokens accepted"
+    );
+    describe_counter!(
+        "quell_generation_tokens_total",
+        Unit::Count,
+        "Tokens generated"
+    );
+    describe_histogram!(
+        "quell_time_to_first_token_seconds",
+        Unit::Seconds,
+        "From submission to the first token"
+    );
+    describe_histogram!(
+        "quell_inter_token_latency_seconds",
+        Unit::Seconds,
+        "From one token of a request to its next"
+    );
+    describe_histogram!(
+        "quell_e2e_request_latency_seconds",
+        Unit::Seconds,
+        "From submission to the end"
+    );
+    describe_histogram!(
+        "quell_step_seconds",
+        Unit::Seconds,
+        "Parts of a step of the scheduler thread"
+    );
+    describe_histogram!(
+        "quell_cancel_to_terminal_seconds",
+        Unit::Seconds,
+        "From a cancel to the request's end"
+    );
+    describe_histogram!(
+        "quell_cancel_to_free_seconds",
+        Unit::Seconds,
+        "From a cancel to its blocks being free"
+    );
+    describe_counter!(
+        "quell_tokens_generated_after_cancel_total",
+        Unit::Count,
+        "Tokens that steps in flight produced for cancelled requests, and that were discarded"
+    );
+    describe_counter!(
+        "quell_cleanup_failures_total",
+        Unit::Count,
+        "Stages of clean-up that failed"
+    );
+    describe_counter!(
+        "quell_cancel_noop_total",
+        Unit::Count,
+        "Cancels that changed nothing, by why"
+    );
+}

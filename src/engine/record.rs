@@ -1,0 +1,76 @@
+//! What is known of one request: its span, its times, and its one event at the end.
+
+use super::event::Receipt;
+use super::metrics::{EndKind, EngineMetrics};
+use std::time::{Duration, Instant};
+
+/// The times of one request, and the span that its end is reported in.
+pub(crate) struct RequestRecord {
+    span: tracing::Span,
+    prompt_tokens: usize,
+    submitted: Instant,
+    started: Option<Instant>,
+    first_token: Option<Instant>,
+    last_token: Option<Instant>,
+}
+
+impl RequestRecord {
+    pub fn new(span: tracing::Span, submitted: Instant, prompt_tokens: usize) -> Self {
+        Self {
+            span,
+            prompt_tokens,
+            submitted,
+            started: None,
+            first_token: None,
+            last_token: None,
+        }
+    }
+
+    pub fn submitted(&self) -> Instant {
+        self.submitted
+    }
+
+    /// A step with it was launched; the first counts.
+    pub fn started(&mut self, at: Instant) {
+        self.started.get_or_insert(at);
+    }
+
+    /// A token was sent.
+    pub fn token(&mut self, at: Instant, metrics: &EngineMetrics) {
+        let before = self.last_token.replace(at);
+        let since = at.saturating_duration_since(before.unwrap_or(self.submitted));
+        metrics.token(before.is_none(), since);
+        self.first_token.get_or_insert(at);
+    }
+
+    /// The one event of a request, in its span. Not `freed` when the engine broke
+    /// before its blocks were free.
+    pub fn report(&self, end: EndKind, ended_at: Instant, receipt: &Receipt, freed: bool) {
+        let since = |at: Instant| milliseconds(at.saturating_duration_since(self.submitted));
+        let cancelled = freed && end.cancel_reason().is_some();
+        let waited = receipt
+            .freed_at
+            .saturating_duration_since(receipt.posted_at);
+        let cancel_to_freed = cancelled.then(|| milliseconds(waited));
+        self.span.in_scope(|| {
+            tracing::info!(
+                target: "quell::request",
+                outcome = end.outcome(),
+                reason = end.reason(),
+                prompt_tokens = self.prompt_tokens,
+                generated_tokens = receipt.tokens_generated,
+                discarded_tokens = receipt.tokens_discarded,
+                blocks_freed = if freed { receipt.blocks_freed } else { 0 },
+                queued_ms = self.started.map(since),
+                first_token_ms = self.first_token.map(since),
+                total_ms = since(ended_at),
+                cancel_to_freed_ms = cancel_to_freed,
+                "request ended"
+            );
+        });
+    }
+}
+
+fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}

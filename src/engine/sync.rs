@@ -1,0 +1,96 @@
+//! What the engine's threads share, named in one place: all of `engine/` takes its
+//! threads, atomics, channels and locks from here.
+//!
+//! A normal build gets the plain types. Under the features `loom` and `shuttle` a
+//! model checker takes their place and decides which thread goes on at each of their
+//! operations; what neither checker has is in `checked.rs`. Time stands still for a
+//! checker: a deadline never passes.
+
+#[cfg(all(feature = "loom", feature = "shuttle"))]
+compile_error!("the features `loom` and `shuttle` exclude each other");
+
+#[cfg(any(feature = "loom", feature = "shuttle"))]
+#[allow(dead_code, reason = "the whole set, whatever is used of it")]
+mod checked;
+
+#[cfg(not(any(feature = "loom", feature = "shuttle")))]
+mod plain {
+    pub use atomic_waker::AtomicWaker;
+    pub use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+    pub use std::sync::{Mutex, MutexGuard, OnceLock, atomic};
+    pub use std::thread::{Builder, JoinHandle};
+
+    use super::{Never, RecvError};
+
+    pub(super) fn recv_or<T>(
+        receiver: &Receiver<T>,
+        closed: &Receiver<Never>,
+    ) -> Result<T, RecvError> {
+        crossbeam_channel::select! {
+            recv(receiver) -> message => message,
+            // What was sent before the close still counts.
+            recv(closed) -> _ => receiver.try_recv().map_err(|_| RecvError),
+        }
+    }
+}
+
+#[cfg(any(feature = "loom", feature = "shuttle"))]
+use checked as types;
+#[cfg(not(any(feature = "loom", feature = "shuttle")))]
+use plain as types;
+
+#[allow(unused_imports, reason = "the whole set, whatever is used of it")]
+pub use crossbeam_channel::{RecvError, RecvTimeoutError, SendError, TryRecvError, TrySendError};
+// The count in an `Arc` is not the engine's protocol, so it stays the plain one: what
+// is shared with `schedule` and `text` has the same type.
+pub use std::sync::{Arc, PoisonError};
+pub use types::{
+    AtomicWaker, JoinHandle, Mutex, MutexGuard, OnceLock, Receiver, Sender, atomic, bounded,
+    unbounded,
+};
+
+/// The message of a channel that only ever closes.
+#[derive(Debug)]
+pub enum Never {}
+
+/// Starts a thread.
+pub fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> std::io::Result<JoinHandle<()>> {
+    types::Builder::new().name(name.to_owned()).spawn(body)
+}
+
+/// Waits for a message, or until `closed` has no sender left. A message that is there
+/// is received even so.
+#[allow(dead_code, reason = "for waiting on a thread that may be stuck")]
+pub fn recv_or<T>(receiver: &Receiver<T>, closed: &Receiver<Never>) -> Result<T, RecvError> {
+    types::recv_or(receiver, closed)
+}
+
+#[cfg(all(test, not(any(feature = "loom", feature = "shuttle"))))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_wins_over_the_close() {
+        let (sender, receiver) = bounded(1);
+        let (alive, closed) = bounded(0);
+        sender.send(1).unwrap();
+        drop(alive);
+        // `select!` chooses at random among what is ready.
+        for _ in 0..100 {
+            assert_eq!(recv_or(&receiver, &closed), Ok(1));
+            sender.send(1).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_close_ends_the_wait_for_a_message() {
+        let (sender, receiver) = bounded::<u8>(1);
+        let (alive, closed) = bounded(0);
+        let waiter = spawn("waiter", move || {
+            assert_eq!(recv_or(&receiver, &closed), Err(RecvError));
+        });
+        drop(alive);
+        waiter.unwrap().join().unwrap();
+        drop(sender);
+    }
+}

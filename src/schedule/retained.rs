@@ -1,0 +1,108 @@
+//! The keys and values that sessions keep between their turns.
+//!
+//! They go to others when blocks are needed, the session unused for the longest first,
+//! unless they are pinned: a pin has a limit in time, and all pins together have one in
+//! blocks. A session that has lost its blocks computes its tokens anew.
+
+use crate::cache::BlockTable;
+use crate::id::{SessionId, StepId};
+use std::collections::{BTreeMap, HashMap};
+use std::time::Instant;
+
+/// What a session keeps.
+#[derive(Debug, Default)]
+pub(super) struct Retained {
+    /// The tokens that the blocks hold.
+    pub tokens: Vec<u32>,
+    pub table: BlockTable,
+    /// The last step that touches the blocks.
+    pub touched: StepId,
+    /// Kept from others until then.
+    pub pinned_until: Option<Instant>,
+    /// Its place in the order of use; given when it is kept.
+    pub used: u64,
+}
+
+/// What all sessions keep.
+#[derive(Debug, Default)]
+pub(super) struct RetainedSessions {
+    sessions: HashMap<SessionId, Retained>,
+    /// Those that give way, the one unused for the longest first.
+    evictable: BTreeMap<u64, SessionId>,
+    uses: u64,
+    pinned_blocks: usize,
+}
+
+impl RetainedSessions {
+    pub fn len(&self) -> usize {
+        self.sessions.len()
+    }
+
+    pub fn pinned_blocks(&self) -> usize {
+        self.pinned_blocks
+    }
+
+    pub fn tables(&self) -> impl Iterator<Item = &BlockTable> {
+        self.sessions.values().map(|retained| &retained.table)
+    }
+
+    pub fn blocks(&self) -> usize {
+        self.tables().map(BlockTable::len).sum()
+    }
+
+    pub fn get(&self, session: SessionId) -> Option<&Retained> {
+        self.sessions.get(&session)
+    }
+
+    /// Keeps something for a session that keeps nothing yet.
+    pub fn insert(&mut self, session: SessionId, mut retained: Retained) {
+        self.uses += 1;
+        retained.used = self.uses;
+        if retained.pinned_until.is_some() {
+            self.pinned_blocks += retained.table.len();
+        } else {
+            self.evictable.insert(retained.used, session);
+        }
+        let before = self.sessions.insert(session, retained);
+        debug_assert!(before.is_none(), "{session} keeps something already");
+    }
+
+    /// Takes what a session keeps.
+    pub fn take(&mut self, session: SessionId) -> Option<Retained> {
+        let retained = self.sessions.remove(&session)?;
+        self.evictable.remove(&retained.used);
+        if retained.pinned_until.is_some() {
+            self.pinned_blocks -= retained.table.len();
+        }
+        Some(retained)
+    }
+
+    /// The session that gives way next: not pinned, unused for the longest.
+    pub fn oldest(&self) -> Option<SessionId> {
+        self.evictable
+            .first_key_value()
+            .map(|(_, session)| *session)
+    }
+
+    /// The pinned session that would be unpinned first.
+    pub fn first_pinned(&self) -> Option<SessionId> {
+        let pinned = self.sessions.iter().filter_map(|(session, retained)| {
+            Some((retained.pinned_until?, retained.used, *session))
+        });
+        pinned.min().map(|(_, _, session)| session)
+    }
+
+    /// Pins that have come to their end: these sessions give way from now on.
+    pub fn expire(&mut self, now: Instant) {
+        if self.pinned_blocks == 0 {
+            return;
+        }
+        for (session, retained) in &mut self.sessions {
+            if retained.pinned_until.is_some_and(|until| until <= now) {
+                retained.pinned_until = None;
+                self.pinned_blocks -= retained.table.len();
+                self.evictable.insert(retained.used, *session);
+            }
+        }
+    }
+}

@@ -1,0 +1,492 @@
+//! Plans, step by step: who gets which blocks, and who gives way.
+
+use super::*;
+use crate::config::Preemption;
+use crate::sampling::SamplingParams;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A scheduler, and a device that completes its steps when told to.
+struct Bench {
+    scheduler: Scheduler,
+    in_flight: VecDeque<StepPlan>,
+    ids: u64,
+}
+
+fn spec(prompt: Vec<u32>, new_tokens: usize) -> SequenceSpec {
+    SequenceSpec {
+        max_tokens: prompt.len() + new_tokens,
+        prompt,
+        params: Arc::new(SamplingParams::default()),
+        stop_tokens: Arc::new([]),
+        priority: 0,
+        tenant: None,
+        session: None,
+    }
+}
+
+fn prompt(length: usize, seed: u32) -> Vec<u32> {
+    (0..length as u32).map(|i| i * 31 + seed * 1000).collect()
+}
+
+impl Bench {
+    fn new(blocks: usize, policy: Policy) -> Self {
+        Self {
+            scheduler: Scheduler::new(policy, BlockCache::new(blocks, 4, true)),
+            in_flight: VecDeque::new(),
+            ids: 0,
+        }
+    }
+
+    fn add(&mut self, spec: SequenceSpec) -> SequenceKey {
+        self.ids += 1;
+        self.scheduler.add(SessionId(self.ids), spec)
+    }
+
+    /// Plans and launches a step: its items and transfers.
+    fn launch(&mut self) -> Option<StepPlan> {
+        let plan = self.scheduler.plan();
+        self.scheduler.audit().unwrap();
+        self.in_flight.extend(plan.clone());
+        plan
+    }
+
+    /// Completes the oldest step; every sample is `token`. Gives who has finished.
+    fn complete(&mut self, token: u32) -> Vec<SequenceKey> {
+        let plan = self.in_flight.pop_front().unwrap();
+        self.scheduler.written(&plan);
+        let mut finished = Vec::new();
+        for item in plan.samples() {
+            if let Commit::Finished(_) = self.scheduler.commit(item.key, token) {
+                finished.push(item.key);
+            }
+        }
+        self.scheduler.completed(plan.step);
+        self.scheduler.audit().unwrap();
+        finished
+    }
+
+    fn step(&mut self) -> StepPlan {
+        let plan = self.launch().expect("there is something to do");
+        self.complete(7);
+        plan
+    }
+
+    fn sequence(&self, key: SequenceKey) -> &Sequence {
+        &self.scheduler.sequences()[key]
+    }
+
+    fn running(&self, key: SequenceKey) -> bool {
+        self.sequence(key).place() == Place::Running
+    }
+}
+
+fn rows(plan: &StepPlan) -> Vec<(usize, usize)> {
+    let items = plan.items.iter();
+    items.map(|item| (item.start, item.count)).collect()
+}
+
+fn swapping() -> Policy {
+    Policy {
+        preemption: Preemption::Swap,
+        swap_blocks: 16,
+        ..Policy::default()
+    }
+}
+
+#[test]
+fn the_blocks_of_an_ended_sequence_serve_the_next_with_the_same_beginning() {
+    let mut bench = Bench::new(16, Policy::default());
+    let first = bench.add(spec(prompt(10, 1), 2));
+    bench.step();
+    bench.scheduler.remove(first);
+    assert_eq!(bench.scheduler.cache().books().cached, 2);
+    let second = bench.add(spec(prompt(10, 1), 2));
+    assert_eq!(rows(&bench.step()), [(8, 2)]);
+    assert_eq!(bench.sequence(second).cached_tokens, 8);
+    // Of a prompt that is known as a whole, the last block is computed for its logits.
+    bench.scheduler.remove(second);
+    bench.add(spec(prompt(8, 1), 2));
+    assert_eq!(rows(&bench.step()), [(4, 4)]);
+    let counts = bench.scheduler.counts();
+    assert_eq!((counts.prefix_queries, counts.prefix_hits), (28, 12));
+}
+
+/// I11.
+#[test]
+fn a_step_in_flight_publishes_nothing() {
+    let mut bench = Bench::new(16, Policy::default());
+    bench.add(spec(prompt(10, 1), 2));
+    bench.launch().unwrap();
+    bench.add(spec(prompt(10, 1), 2));
+    assert_eq!(rows(&bench.launch().unwrap())[1], (0, 10));
+    bench.complete(1);
+    bench.complete(1);
+    // Both computed the same: the second holds the blocks of the first now.
+    assert_eq!(bench.scheduler.cache().books().referenced, 4);
+}
+
+#[test]
+fn a_follower_waits_for_the_prompt_and_shares_all_of_it() {
+    let mut bench = Bench::new(16, Policy::default());
+    let leader = bench.add(spec(prompt(10, 1), 4));
+    let follower =
+        bench
+            .scheduler
+            .add_follower(SessionId(99), spec(prompt(10, 1), 4), Some(leader));
+    assert_eq!(rows(&bench.launch().unwrap()), [(0, 10)]);
+    assert_eq!(bench.sequence(follower).place(), Place::Parked);
+    bench.complete(1);
+    let plan = bench.launch().unwrap();
+    // The leader decodes; the follower computes the last token of the prompt again.
+    assert_eq!(rows(&plan), [(10, 1), (9, 1)]);
+    let last = bench.sequence(leader).table.blocks()[2];
+    let copy = bench.sequence(follower).table.blocks()[2];
+    assert_eq!(plan.transfers.copies, [(last, copy)]);
+    bench.complete(2);
+    let (a, b) = (
+        bench.sequence(leader).table.blocks(),
+        bench.sequence(follower).table.blocks(),
+    );
+    assert_eq!(a[..2], b[..2]);
+    assert_ne!(a[2], b[2]);
+}
+
+#[test]
+fn a_follower_whose_leader_is_gone_computes_the_prompt_itself() {
+    let mut bench = Bench::new(16, Policy::default());
+    let leader = bench.add(spec(prompt(10, 1), 4));
+    let id = SessionId(99);
+    let follower = bench
+        .scheduler
+        .add_follower(id, spec(prompt(10, 1), 4), Some(leader));
+    bench.scheduler.remove(leader);
+    assert_eq!(rows(&bench.step()), [(0, 10)]);
+    assert!(bench.running(follower));
+}
+
+#[test]
+fn urgent_sequences_start_first_and_less_urgent_ones_give_way() {
+    let policy = Policy {
+        max_sequences: 1,
+        ..Policy::default()
+    };
+    let mut bench = Bench::new(16, policy);
+    let usual = bench.add(spec(prompt(4, 1), 9));
+    bench.step();
+    let urgent = bench.add(SequenceSpec {
+        priority: -1,
+        ..spec(prompt(4, 2), 2)
+    });
+    let later = bench.add(spec(prompt(4, 3), 2));
+    bench.step();
+    bench.step();
+    assert!(bench.running(urgent) && !bench.running(usual) && !bench.running(later));
+    bench.scheduler.remove(urgent);
+    bench.step();
+    assert!(bench.running(usual), "it came before the later one");
+}
+
+#[test]
+fn tenants_are_served_evenly_however_much_each_asks_for() {
+    let policy = Policy {
+        max_sequences: 1,
+        ..Policy::default()
+    };
+    let mut bench = Bench::new(64, policy);
+    let tenant = |name: &str| Some(Arc::from(name));
+    let mut served = Vec::new();
+    for i in 0..6 {
+        bench.add(SequenceSpec {
+            tenant: tenant("many"),
+            ..spec(prompt(8, i), 1)
+        });
+    }
+    for i in 6..8 {
+        bench.add(SequenceSpec {
+            tenant: tenant("few"),
+            ..spec(prompt(8, i), 1)
+        });
+    }
+    while let Some(plan) = bench.launch() {
+        served.push(
+            bench
+                .sequence(plan.items[0].key)
+                .spec
+                .tenant
+                .clone()
+                .unwrap(),
+        );
+        for key in bench.complete(1) {
+            bench.scheduler.remove(key);
+        }
+    }
+    let first: Vec<&str> = served[..4].iter().map(|name| &**name).collect();
+    assert_eq!(
+        first.iter().filter(|name| **name == "few").count(),
+        2,
+        "{first:?}"
+    );
+    assert_eq!(served.len(), 8);
+}
+
+#[test]
+fn a_swapped_out_sequence_goes_on_where_it_was() {
+    let mut bench = Bench::new(6, swapping());
+    let first = bench.add(spec(prompt(11, 1), 8));
+    let second = bench.add(spec(prompt(6, 2), 8));
+    let mut out = Vec::new();
+    while out.is_empty() {
+        let plan = bench.step();
+        out = plan.transfers.swap_out;
+    }
+    assert!(bench.running(first) && !bench.running(second));
+    let at = bench.sequence(second).swapped.as_ref().unwrap().tokens;
+    assert_eq!(out.len(), at.div_ceil(4));
+    assert_eq!(bench.scheduler.counts().swaps, 1);
+    bench.scheduler.remove(first);
+    let plan = bench.step();
+    // Whole blocks are still known; the rest comes back from the host.
+    assert_eq!(rows(&plan), [(at, 1)]);
+    let back: Vec<_> = plan
+        .transfers
+        .swap_in
+        .iter()
+        .map(|(host, _)| *host)
+        .collect();
+    let rest: Vec<_> = out[at / 4..].iter().map(|(_, host)| *host).collect();
+    assert_eq!(back, rest);
+    assert_eq!(bench.scheduler.counts().swapped_blocks, 0);
+}
+
+/// I4: blocks on their way to the host are not handed out before the step is done.
+#[test]
+fn swapped_out_blocks_wait_for_the_step_that_copies_them() {
+    let mut bench = Bench::new(6, swapping());
+    bench.add(spec(prompt(11, 1), 8));
+    bench.add(spec(prompt(6, 2), 8));
+    loop {
+        let plan = bench.launch().unwrap();
+        if !plan.transfers.swap_out.is_empty() {
+            let books = bench.scheduler.cache().books();
+            assert_eq!(books.deferred, plan.transfers.swap_out.len());
+            bench.complete(7);
+            assert_eq!(bench.scheduler.cache().books().deferred, 0);
+            break;
+        }
+        bench.complete(7);
+    }
+}
+
+#[test]
+fn a_sequence_whose_copy_is_lost_is_computed_anew() {
+    let mut bench = Bench::new(6, swapping());
+    let first = bench.add(spec(prompt(11, 1), 8));
+    let second = bench.add(spec(prompt(6, 2), 8));
+    loop {
+        let plan = bench.launch().unwrap();
+        if plan.transfers.swap_out.is_empty() {
+            bench.complete(7);
+            continue;
+        }
+        bench.in_flight.clear();
+        bench.scheduler.lost(&plan);
+        bench.scheduler.remove(first);
+        bench.scheduler.completed(plan.step);
+        break;
+    }
+    bench.scheduler.clear_prefixes();
+    let length = bench.sequence(second).tokens.len();
+    assert_eq!(rows(&bench.step()), [(0, length)]);
+    assert_eq!(bench.scheduler.counts().swapped_blocks, 0);
+}
+
+#[test]
+fn a_cancelled_sequence_gives_its_host_memory_back() {
+    let mut bench = Bench::new(6, swapping());
+    bench.add(spec(prompt(11, 1), 8));
+    let second = bench.add(spec(prompt(6, 2), 8));
+    while bench.scheduler.counts().swaps == 0 {
+        bench.step();
+    }
+    assert!(bench.scheduler.counts().swapped_blocks > 0);
+    bench.scheduler.remove(second);
+    assert_eq!(bench.scheduler.counts().swapped_blocks, 0);
+}
+
+fn turn(session: u64, prompt: Vec<u32>, new_tokens: usize) -> SequenceSpec {
+    SequenceSpec {
+        session: Some(SessionId(session)),
+        ..spec(prompt, new_tokens)
+    }
+}
+
+fn keep(tokens: usize) -> Fate {
+    Fate::Keep {
+        tokens,
+        pin_until: None,
+    }
+}
+
+#[test]
+fn a_session_goes_on_from_what_it_kept() {
+    let mut bench = Bench::new(16, Policy::default());
+    let first = bench.add(turn(50, prompt(9, 1), 1));
+    bench.step();
+    let mut tokens = bench.sequence(first).tokens.clone();
+    bench.scheduler.close(first, keep(tokens.len()));
+    assert_eq!(bench.scheduler.kept(SessionId(50)).tokens, 9);
+    assert_eq!(bench.scheduler.kept(SessionId(50)).blocks, 3);
+    tokens.extend([1, 2, 3]);
+    bench.add(turn(50, tokens, 1));
+    assert_eq!(rows(&bench.step()), [(9, 4)], "also within a block");
+}
+
+#[test]
+fn a_rewound_turn_leaves_the_session_as_it_was() {
+    let mut bench = Bench::new(16, Policy::default());
+    let first = bench.add(turn(50, prompt(9, 1), 1));
+    bench.step();
+    let mut tokens = bench.sequence(first).tokens.clone();
+    bench.scheduler.close(first, keep(tokens.len()));
+    let before = bench.scheduler.cache().books();
+    tokens.extend(prompt(7, 2));
+    let second = bench.add(turn(50, tokens.clone(), 5));
+    bench.step();
+    bench.step();
+    bench.scheduler.close(second, keep(9));
+    assert_eq!(bench.scheduler.kept(SessionId(50)).tokens, 9);
+    let books = bench.scheduler.cache().books();
+    assert_eq!(books.referenced, before.referenced);
+    // A turn that never started takes nothing away either.
+    let third = bench.add(turn(50, tokens, 5));
+    bench.scheduler.close(third, keep(9));
+    assert_eq!(bench.scheduler.kept(SessionId(50)).tokens, 9);
+    let (blocks, _) = bench.scheduler.end_session(SessionId(50));
+    assert_eq!(blocks, before.referenced);
+    bench.scheduler.audit().unwrap();
+}
+
+#[test]
+fn what_sessions_keep_goes_to_who_needs_it_the_oldest_first() {
+    let mut bench = Bench::new(8, Policy::default());
+    for session in [50, 51] {
+        let key = bench.add(turn(session, prompt(9, session as u32), 1));
+        bench.step();
+        bench.scheduler.close(key, keep(100));
+    }
+    bench.add(spec(prompt(14, 9), 1));
+    bench.step();
+    assert_eq!(bench.scheduler.kept(SessionId(50)).blocks, 0);
+    assert_eq!(bench.scheduler.kept(SessionId(51)).blocks, 3);
+    assert_eq!(bench.scheduler.counts().preemptions, 0);
+}
+
+#[test]
+fn a_pin_keeps_others_away_until_its_time_or_until_nobody_else_could_run() {
+    let policy = Policy {
+        max_pinned_blocks: 3,
+        ..Policy::default()
+    };
+    let mut bench = Bench::new(8, policy);
+    let now = Instant::now();
+    let until = now + Duration::from_secs(60);
+    for session in [50, 51] {
+        let key = bench.add(turn(session, prompt(9, session as u32), 1));
+        bench.step();
+        let fate = Fate::Keep {
+            tokens: 100,
+            pin_until: Some(until),
+        };
+        bench.scheduler.close(key, fate);
+    }
+    assert!(bench.scheduler.kept(SessionId(50)).pinned);
+    assert!(
+        !bench.scheduler.kept(SessionId(51)).pinned,
+        "beyond the cap"
+    );
+    assert_eq!(bench.scheduler.counts().pins_refused, 1);
+    let small = bench.add(spec(prompt(14, 9), 1));
+    bench.step();
+    assert_eq!(bench.scheduler.kept(SessionId(50)).blocks, 3);
+    bench.scheduler.remove(small);
+    // Alone it could never run with the pin.
+    let large = bench.add(spec(prompt(30, 9), 1));
+    bench.step();
+    assert!(bench.running(large));
+    assert_eq!(bench.scheduler.kept(SessionId(50)).blocks, 0);
+}
+
+#[test]
+fn an_expired_pin_gives_way_like_any_other_session() {
+    let policy = Policy {
+        max_pinned_blocks: 8,
+        ..Policy::default()
+    };
+    let mut bench = Bench::new(8, policy);
+    let now = Instant::now();
+    let key = bench.add(turn(50, prompt(9, 1), 1));
+    bench.step();
+    let fate = Fate::Keep {
+        tokens: 100,
+        pin_until: Some(now),
+    };
+    bench.scheduler.close(key, fate);
+    assert_eq!(bench.scheduler.counts().pinned_blocks, 3);
+    bench.scheduler.expire_pins(now);
+    assert_eq!(bench.scheduler.counts().pinned_blocks, 0);
+    let other = bench.add(spec(prompt(9, 3), 1));
+    bench.step();
+    bench.add(spec(prompt(10, 4), 1));
+    bench.step();
+    assert!(bench.running(other));
+    assert_eq!(bench.scheduler.kept(SessionId(50)).blocks, 0);
+}
+
+#[test]
+fn a_fork_shares_the_blocks_and_copies_what_it_writes() {
+    let mut bench = Bench::new(16, Policy::default());
+    let first = bench.add(turn(50, prompt(9, 1), 1));
+    bench.step();
+    let tokens = bench.sequence(first).tokens.clone();
+    bench.scheduler.close(first, keep(100));
+    bench.scheduler.fork_session(SessionId(50), SessionId(51));
+    assert_eq!(bench.scheduler.cache().books().referenced, 3);
+    let one = bench.add(turn(50, [&tokens[..], &[1, 2]].concat(), 3));
+    let two = bench.add(turn(51, [&tokens[..], &[3, 4]].concat(), 3));
+    let plan = bench.step();
+    assert_eq!(rows(&plan), [(9, 3), (9, 3)]);
+    assert_eq!(
+        plan.transfers.copies.len(),
+        1,
+        "the second to write is alone"
+    );
+    let (a, b) = (
+        bench.sequence(one).table.blocks(),
+        bench.sequence(two).table.blocks(),
+    );
+    assert_eq!(a[..2], b[..2]);
+    assert_ne!(a[2], b[2]);
+}
+
+#[test]
+fn paused_sequences_wait_aside_and_come_back_in_their_order() {
+    let policy = Policy {
+        max_sequences: 1,
+        ..Policy::default()
+    };
+    let mut bench = Bench::new(16, policy);
+    let first = bench.add(spec(prompt(4, 1), 9));
+    let second = bench.add(spec(prompt(4, 2), 9));
+    bench.step();
+    bench.scheduler.set_paused(first, true);
+    bench.step();
+    assert!(bench.running(second));
+    assert_eq!(bench.scheduler.counts().paused, 1);
+    bench.scheduler.set_paused(first, false);
+    bench.scheduler.set_paused(second, true);
+    bench.step();
+    assert!(bench.running(first));
+    bench.scheduler.audit().unwrap();
+}

@@ -1,0 +1,189 @@
+//! Blocks of the CPU device's cache go to other blocks, to host memory and back as they
+//! are, and host memory is taken when it is written.
+
+#[path = "cpu/support.rs"]
+mod support;
+
+use quell::device::cpu::*;
+use quell::device::*;
+use support::{Random, tensor};
+
+const BLOCKS: usize = 6;
+const LAYERS: usize = 3;
+const HEADS: HeadShape = HeadShape {
+    q_heads: 2,
+    kv_heads: 2,
+    head_dim: 24,
+};
+
+fn shape(block_tokens: usize) -> CacheShape {
+    CacheShape {
+        layers: LAYERS,
+        kv_heads: HEADS.kv_heads,
+        head_dim: HEADS.head_dim,
+        blocks: BLOCKS,
+        block_tokens,
+    }
+}
+
+/// A device with a cache whose blocks all differ, in every layer.
+fn filled(kv: KvType, block_tokens: usize) -> (CpuDevice, CpuCache) {
+    let mut device = CpuDevice::new(&CpuOptions {
+        threads: Some(2),
+        kv,
+        ..CpuOptions::default()
+    })
+    .unwrap();
+    let mut cache = device.allocate_cache(&shape(block_tokens)).unwrap();
+    let rows = BLOCKS * block_tokens;
+    let rope = RopeSpec {
+        inverse_frequencies: vec![0.0; 2],
+        magnitude: 1.0,
+        max_positions: rows,
+    };
+    let rope = device.load_rope(&rope).unwrap();
+    let all = 0..rows as u32;
+    let batch = Batch {
+        tokens: vec![0; rows],
+        positions: all.clone().collect(),
+        slots: all.collect(),
+        sequences: vec![BatchSequence {
+            rows: 0..rows,
+            table: 0..BLOCKS,
+        }],
+        tables: (0..BLOCKS as u32).collect(),
+        ..Batch::default()
+    };
+    let mut random = Random::new(81);
+    for layer in 0..LAYERS {
+        let columns = HEADS.qkv_columns();
+        let values = random.numbers(rows * columns);
+        let mut qkv = tensor(&mut device, columns, &values);
+        device.stage(&batch).unwrap();
+        device
+            .rope_store(&mut qkv, HEADS, None, &rope, &mut cache, layer)
+            .unwrap();
+    }
+    let blocks = blocks(&cache);
+    for (i, one) in blocks.iter().enumerate() {
+        assert!(!blocks[..i].contains(one), "block {i} has a double");
+    }
+    (device, cache)
+}
+
+/// The bytes of every block, in all layers.
+fn blocks(cache: &CpuCache) -> Vec<Vec<u8>> {
+    let block = |block| (0..LAYERS).flat_map(move |layer| cache.read(layer, block).unwrap());
+    (0..BLOCKS).map(|i| block(i).copied().collect()).collect()
+}
+
+fn kinds() -> [(KvType, usize); 3] {
+    [(KvType::F16, 16), (KvType::F32, 16), (KvType::F16, 48)]
+}
+
+#[test]
+fn blocks_come_back_from_the_host_as_they_went_in_every_layer() {
+    for (kv, block_tokens) in kinds() {
+        let (mut device, mut cache) = filled(kv, block_tokens);
+        let before = blocks(&cache);
+        let mut host = device
+            .allocate_host_blocks(&shape(block_tokens), 4)
+            .unwrap();
+        let out = [[0, 3], [2, 0], [5, 1]];
+        device.swap_out(&cache, &mut host, &out).unwrap();
+        let all: Vec<u32> = (0..BLOCKS as u32).collect();
+        device.poison(&mut cache, &all).unwrap();
+        let back = [[3, 4], [0, 2], [1, 1]];
+        device.swap_in(&mut cache, &host, &back).unwrap();
+        let after = blocks(&cache);
+        assert!(after[4] == before[0] && after[2] == before[2] && after[1] == before[5]);
+        assert!(after[0] != before[0] && after[3] != before[3]);
+        // A slot is overwritten by the block that comes next.
+        device.swap_out(&cache, &mut host, &[[1, 3]]).unwrap();
+        device.swap_in(&mut cache, &host, &[[3, 0]]).unwrap();
+        assert!(blocks(&cache)[0] == before[5]);
+    }
+}
+
+#[test]
+fn copied_blocks_are_equal_in_every_layer_and_no_other_changes() {
+    for (kv, block_tokens) in kinds() {
+        let (mut device, mut cache) = filled(kv, block_tokens);
+        let mut expected = blocks(&cache);
+        device
+            .copy_blocks(&mut cache, &[[4, 0], [4, 5], [1, 2]])
+            .unwrap();
+        expected[0] = expected[4].clone();
+        expected[5] = expected[4].clone();
+        expected[2] = expected[1].clone();
+        assert!(blocks(&cache) == expected);
+    }
+}
+
+fn refused(outcome: Result<(), DeviceError>, complaint: &str) {
+    let error = outcome.unwrap_err();
+    assert!(matches!(error, DeviceError::Failed { .. }), "{error}");
+    assert!(error.to_string().contains(complaint), "{error}");
+}
+
+#[test]
+fn blocks_and_slots_that_are_none_are_refused_and_nothing_is_copied() {
+    let (mut device, mut cache) = filled(KvType::F16, 16);
+    let before = blocks(&cache);
+    let mut host = device.allocate_host_blocks(&shape(16), 2).unwrap();
+    device.swap_out(&cache, &mut host, &[[4, 0]]).unwrap();
+    let out = device.swap_out(&cache, &mut host, &[[1, 1], [6, 0]]);
+    refused(out, "block 6");
+    let out = device.swap_out(&cache, &mut host, &[[1, 1], [1, 2]]);
+    refused(out, "host slot 2");
+    let back = device.swap_in(&mut cache, &host, &[[0, 1], [0, 6]]);
+    refused(back, "block 6");
+    let back = device.swap_in(&mut cache, &host, &[[0, 1], [2, 1]]);
+    refused(back, "host slot 2");
+    // Nothing went to slot 1.
+    let back = device.swap_in(&mut cache, &host, &[[0, 1], [1, 1]]);
+    refused(back, "slot 1 holds no block");
+    refused(device.copy_blocks(&mut cache, &[[0, 1], [6, 2]]), "block 6");
+    refused(device.copy_blocks(&mut cache, &[[0, 1], [1, 2]]), "block 1");
+    refused(device.copy_blocks(&mut cache, &[[0, 1], [2, 1]]), "block 1");
+    let other = CacheShape {
+        layers: 1,
+        ..shape(16)
+    };
+    let mut small = device.allocate_host_blocks(&other, 2).unwrap();
+    refused(device.swap_out(&cache, &mut small, &[[0, 0]]), "bytes");
+    assert!(blocks(&cache) == before);
+}
+
+#[test]
+fn host_memory_that_cannot_be_had_is_an_error() {
+    let (mut device, _) = filled(KvType::F16, 16);
+    let error = device.allocate_host_blocks(&shape(16), 1 << 50).err();
+    assert!(matches!(error, Some(DeviceError::OutOfMemory { .. })));
+}
+
+/// Bytes of this process that are resident.
+#[cfg(target_os = "linux")]
+fn resident() -> usize {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:"));
+    let kib = line.unwrap().split_whitespace().nth(1).unwrap();
+    kib.parse::<usize>().unwrap() << 10
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn host_memory_is_taken_when_it_is_written() {
+    let (mut device, cache) = filled(KvType::F16, 16);
+    let block = device.cache_bytes(&CacheShape {
+        blocks: 1,
+        ..shape(16)
+    });
+    let slots = (1 << 30) / block;
+    let before = resident();
+    let mut host = device.allocate_host_blocks(&shape(16), slots).unwrap();
+    let pairs = [[0, 0], [1, slots as u32 - 1]];
+    device.swap_out(&cache, &mut host, &pairs).unwrap();
+    let grown = resident().saturating_sub(before);
+    assert!(grown < 1 << 28, "{grown} bytes for {} of 1 GiB", 2 * block);
+}
