@@ -2,7 +2,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CARGO := cargo
 PYTHON := python3
 
-.PHONY: demo test lint bench kernels kernels-check model
+.PHONY: demo test soak lint bench kernels kernels-check model
 
 ## Fetches a small model if it is missing, builds, and answers a question.
 demo: model
@@ -19,6 +19,10 @@ test: model
 	$(CARGO) run --locked --release --example batch -- $(MODEL)
 	$(CARGO) run --locked --release --example disconnect -- $(MODEL)
 
+## A million requests, half of them cancelled: books, memory and files as before.
+soak:
+	QUELL_SOAK_REQUESTS=1000000 $(CARGO) test --locked --release --test soak -- --nocapture
+
 ## Formatting, lints and documentation.
 lint:
 	$(CARGO) fmt --all --check
@@ -32,6 +36,7 @@ lint:
 bench: model
 	$(CARGO) bench --locked --bench cpu_linear
 	$(CARGO) bench --locked --bench cpu_step
+	$(CARGO) bench --locked --bench cancel
 	$(CARGO) bench --locked --bench kernels
 	$(CARGO) build --release --locked
 	./target/release/quell bench --model $(MODEL)

@@ -543,7 +543,7 @@ fn a_step_of_more_units_than_a_launch_has_room_for_gives_the_same_bits() {
     const SEQUENCES: usize = 70;
     /// Each sequence's only token of its own, the first of its 2048th block.
     const POSITION: usize = 2047 * 16;
-    let _gpu = gpu::lock();
+    let gpu = gpu::lock();
     let mut random = Random::new(39);
     let kind = CudaActivations::F16;
     let mut device = device(kind);
@@ -588,8 +588,24 @@ fn a_step_of_more_units_than_a_launch_has_room_for_gives_the_same_bits() {
         bits(&device.values(&out, count).unwrap())
     };
     // 256 units each: all together have more than the 16384 of one launch.
+    let launches = || match gpu::is_real() {
+        true => 0,
+        false => gpu
+            .calls()
+            .iter()
+            .filter(|(name, _)| name == "cuLaunchKernel")
+            .map(|(_, count)| *count)
+            .sum::<u64>(),
+    };
+    let before = launches();
     let together = step(0..SEQUENCES);
+    let between = launches();
     let few = [step(0..30), step(30..60), step(60..SEQUENCES)].concat();
+    if !gpu::is_real() {
+        // Each cut step takes two launches more than one that is whole.
+        let whole = (launches() - between) / 3;
+        assert_eq!(between - before, whole + 2);
+    }
     assert_eq!(together.len(), few.len());
     assert!(together == few);
     assert!(

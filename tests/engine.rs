@@ -5,7 +5,8 @@ mod sim;
 
 use futures_util::StreamExt;
 use quell::{
-    Engine, EngineConfig, EngineFault, GenerateError, Outcome, Request, SamplingParams, SubmitError,
+    Engine, EngineConfig, EngineFault, GenerateError, Outcome, Request, SamplingParams, Shutdown,
+    SubmitError,
 };
 use sim::{Fault, SimOptions, engine, expected};
 use std::sync::mpsc;
@@ -530,7 +531,7 @@ fn shutdown_ends_every_stream_as_cancelled() {
     let streams: Vec<_> = (0..5)
         .map(|i| engine.generate(request(prompt(i, 5), 400)).unwrap())
         .collect();
-    engine.shutdown();
+    engine.shutdown(Shutdown::Abort);
     drop(permit);
     for stream in streams {
         let last = stream.blocking().last().unwrap().unwrap();

@@ -22,10 +22,22 @@ thread_local! {
 
 type Fields = HashMap<String, String>;
 
+struct Span {
+    name: String,
+    parent: Option<u64>,
+    fields: Fields,
+}
+
+impl Span {
+    fn is_of(&self, id: quell::SessionId) -> bool {
+        self.name == "request" && self.fields["id"] == id.as_u64().to_string()
+    }
+}
+
 /// What was recorded: spans with their parents, and the events of requests.
 #[derive(Default)]
 struct Log {
-    spans: Mutex<HashMap<u64, (String, Option<u64>, Fields)>>,
+    spans: Mutex<HashMap<u64, Span>>,
     /// Events with the span they were in.
     events: Mutex<Vec<(Option<u64>, Fields)>>,
 }
@@ -61,9 +73,12 @@ impl Subscriber for Recorder {
         let id = self.next.fetch_add(1, Ordering::Relaxed) + 1;
         let mut fields = Reader(Fields::new());
         span.record(&mut fields);
-        let name = span.metadata().name().to_owned();
-        let mut spans = self.log.spans.lock().unwrap();
-        spans.insert(id, (name, entered(), fields.0));
+        let span = Span {
+            name: span.metadata().name().to_owned(),
+            parent: entered(),
+            fields: fields.0,
+        };
+        self.log.spans.lock().unwrap().insert(id, span);
         Id::from_u64(id)
     }
 
@@ -90,10 +105,7 @@ impl Log {
     /// The one event of a request, found by its span.
     fn end_of(&self, id: quell::SessionId) -> Fields {
         let spans = self.spans.lock().unwrap();
-        let of_request = |span: &u64| {
-            let (name, _, fields) = &spans[span];
-            name == "request" && fields["id"] == id.as_u64().to_string()
-        };
+        let of_request = |span: &u64| spans[span].is_of(id);
         let events = self.events.lock().unwrap();
         let ours = events
             .iter()
@@ -167,12 +179,8 @@ fn every_request_has_a_span_in_its_callers_and_one_event_at_its_end() {
     assert_eq!(end["reason"], "engine_fault");
 
     let spans = log.spans.lock().unwrap();
-    let parent = spans.values().find_map(|(name, parent, fields)| {
-        let ours = name == "request" && fields["id"] == ids[0].as_u64().to_string();
-        ours.then_some(*parent)
-    });
-    let parent = parent
-        .flatten()
-        .expect("the first request's span has a parent");
-    assert_eq!(spans[&parent].0, "handler");
+    let first = spans.values().find(|span| span.is_of(ids[0]));
+    let parent = first.and_then(|span| span.parent);
+    let parent = parent.expect("the first request's span has a parent");
+    assert_eq!(spans[&parent].name, "handler");
 }

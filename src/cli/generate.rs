@@ -61,14 +61,11 @@ pub fn run(args: GenerateArgs) -> Result<(), CliError> {
         ));
     }
     let request = Request {
-        prompt: prompt(&args)?,
         max_tokens: Some(args.max_tokens),
         sampling,
         stop: args.stop.clone(),
-        stop_token_ids: Vec::new(),
         ignore_eos: args.ignore_eos,
-        first_token_within: None,
-        finish_within: None,
+        ..Request::new(prompt(&args)?)
     };
     let engine = args.model.start()?;
     match args.format {

@@ -1,28 +1,57 @@
 //! The commands: the only way into the scheduler thread.
 
+use super::Drained;
 use super::deadlines::RequestDeadlines;
+use super::event::Receipt;
 use super::event::{EventSender, SessionCell};
 use super::permit::Permit;
 use super::record::RequestRecord;
 use super::stats::EngineStats;
-use super::sync::{Arc, Sender};
+use super::sync::{Arc, Never, Sender};
+use super::turn::{Stop, Turn, TurnCell};
+use super::waiting::Reply;
 use crate::id::SessionId;
-use crate::schedule::SequenceSpec;
+use crate::schedule::{Kept, SequenceSpec};
+use std::time::Instant;
 
 /// What callers post to the scheduler thread; per session in the order posted (I7).
 pub(crate) enum Command {
     /// A new request.
     Submit(Box<Submission>),
+    /// New requests with the same prompt: the first computes it for all.
+    SubmitGroup(Vec<Submission>),
     /// Look at the session's cancel flag: the flag is the truth, this only wakes.
     Cancel(SessionId),
     /// The session's reader has made room.
     Resume(SessionId),
+    /// Stop the turn of a session.
+    Stop {
+        session: SessionId,
+        turn: Option<Arc<TurnCell>>,
+        stop: Stop,
+        reply: Reply<Receipt>,
+    },
+    /// Give back what a session keeps beyond its first tokens.
+    Rewind(SessionId, usize),
+    /// Let a new session keep what another one keeps.
+    Fork { from: SessionId, to: SessionId },
+    /// Report what a session keeps.
+    Kept(SessionId, Sender<Kept>),
+    /// End a session, and its turn.
+    EndSession {
+        session: SessionId,
+        reply: Option<Reply<Receipt>>,
+    },
+    /// Forget the prefixes that nobody holds.
+    ClearPrefixes,
     /// Report the state; answered at once.
     Inspect(Sender<EngineStats>),
     /// Cancel every session.
     AbortAll,
-    /// Cancel every session, then end the thread.
-    Shutdown,
+    /// Let open sessions finish until then, take no more, cancel the rest.
+    Drain(Option<Instant>, Reply<Drained>),
+    /// The same, then end the thread. The reply tells by its end.
+    Shutdown(Option<Instant>, Reply<Never>),
 }
 
 /// A request on its way to the scheduler thread.
@@ -39,4 +68,6 @@ pub(crate) struct AccountSpec {
     pub permit: Permit,
     pub record: RequestRecord,
     pub deadlines: RequestDeadlines,
+    /// Whose turn it is; none for a request on its own.
+    pub turn: Option<Turn>,
 }

@@ -3,8 +3,10 @@
 use super::CancelReason;
 use crate::cache::Imbalance;
 use crate::device::DeviceError;
+use crate::id::StepId;
 use crate::sampling::ParamError;
 use crate::text::TextError;
+use std::time::Duration;
 use thiserror::Error;
 
 /// Why a request was not accepted.
@@ -65,6 +67,9 @@ pub enum SubmitError {
     /// The session is already generating.
     #[error("the session is already generating; one turn at a time")]
     Conflict,
+    /// The engine finishes what it has, and takes no more.
+    #[error("the engine is being drained and takes no more requests")]
+    Draining,
     /// The engine has closed.
     #[error("the engine has closed: {0}")]
     Closed(EngineFault),
@@ -98,6 +103,14 @@ pub enum EngineFault {
     /// The scheduler thread panicked: a bug in quell.
     #[error("the scheduler thread panicked: {0}")]
     Panic(String),
+    /// A step takes longer than [`EngineConfig::step_deadline`](crate::EngineConfig).
+    #[error("{step} has not completed after {waited:?}: the device is stuck")]
+    Stuck {
+        /// The step.
+        step: StepId,
+        /// How long it had taken when it was given up.
+        waited: Duration,
+    },
     /// The engine was shut down.
     #[error("it was shut down")]
     Shutdown,

@@ -4,6 +4,7 @@ use super::EngineFault;
 use super::metrics::cleanup_failed;
 use super::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use super::sync::{Arc, AtomicWaker, OnceLock, Receiver, Sender, TrySendError, bounded};
+use super::waiting::Waiter;
 use crate::id::StepId;
 use crate::schedule::FinishReason;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -19,7 +20,7 @@ pub enum CancelReason {
     Explicit = 2,
     /// `abort_all` was called.
     AbortAll = 3,
-    /// The engine was shut down.
+    /// The engine was shut down, or drained and the request came too late.
     Shutdown = 4,
     /// Its text came to a stop string: the caller's side has ended it as a normal
     /// stop, and the scheduler thread only frees what it held.
@@ -30,15 +31,17 @@ pub enum CancelReason {
     Deadline = 7,
     /// The client has gone: its connection was closed.
     Disconnect = 8,
-    /// Its session was stopped or ended.
+    /// Its session was ended.
     SessionEnded = 9,
+    /// Its session stopped this turn.
+    SessionStopped = 11,
     /// Its stream was dropped before the scheduler thread had taken the request.
     SubmitDropped = 10,
 }
 
 impl CancelReason {
     /// Every reason.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::StreamDropped,
         Self::Explicit,
         Self::AbortAll,
@@ -48,6 +51,7 @@ impl CancelReason {
         Self::Deadline,
         Self::Disconnect,
         Self::SessionEnded,
+        Self::SessionStopped,
         Self::SubmitDropped,
     ];
 
@@ -63,6 +67,7 @@ impl CancelReason {
             Self::Deadline => "deadline",
             Self::Disconnect => "disconnect",
             Self::SessionEnded => "session_ended",
+            Self::SessionStopped => "session_stopped",
             Self::SubmitDropped => "submit_dropped",
         }
     }
@@ -138,6 +143,20 @@ pub struct Receipt {
     pub freed_at: Instant,
 }
 
+impl Receipt {
+    /// There was nothing to free.
+    pub(crate) fn of_nothing(step: StepId, at: Instant) -> Self {
+        Self {
+            blocks_freed: 0,
+            tokens_generated: 0,
+            tokens_discarded: 0,
+            step,
+            posted_at: at,
+            freed_at: at,
+        }
+    }
+}
+
 /// What a session's two sides share: flags and wakers, no lock.
 #[derive(Debug, Default)]
 pub(crate) struct SessionCell {
@@ -185,9 +204,16 @@ impl SessionCell {
     }
 }
 
+impl Waiter for SessionCell {
+    fn wake(&self) {
+        self.wake_reader();
+        self.wake_receipt();
+    }
+}
+
 /// Wakes a caller. A waker is the caller's code: if it panics, that is the caller's
 /// loss, and no other session's.
-fn wake(waker: &AtomicWaker) {
+pub(super) fn wake(waker: &AtomicWaker) {
     if catch_unwind(AssertUnwindSafe(|| waker.wake())).is_err() {
         tracing::error!("the waker of a caller panicked");
         cleanup_failed("waker");
@@ -300,7 +326,7 @@ mod tests {
 
     #[test]
     fn every_reason_survives_its_flag() {
-        for flag in 1..=10 {
+        for flag in 1..=11 {
             assert_eq!(
                 CancelReason::from_flag(flag).map(|reason| reason as u8),
                 Some(flag)

@@ -13,6 +13,8 @@ use super::record::RequestRecord;
 use super::stats::Outcomes;
 use super::sync::Arc;
 use super::sync::atomic::Ordering;
+use super::turn::Turn;
+use super::waiting::Reply;
 use crate::id::{SessionId, StepId};
 use crate::schedule::{FinishReason, SequenceKey};
 use std::collections::HashMap;
@@ -29,6 +31,18 @@ struct Account {
     deadlines: RequestDeadlines,
     /// The token of this step, until the flush.
     token: Option<Token>,
+    /// The session's turn that it is.
+    turn: Option<Turn>,
+    /// Who else waits for the receipt.
+    replies: Vec<Reply<Receipt>>,
+}
+
+/// A session that has ended, or a turn of it that was stopped, and whose blocks a step
+/// in flight may still touch.
+struct ClosingSession {
+    fence: StepId,
+    receipt: Receipt,
+    reply: Reply<Receipt>,
 }
 
 /// A request that has ended and whose blocks a step in flight may still touch.
@@ -40,6 +54,7 @@ struct Closing {
     record: RequestRecord,
     end: EndKind,
     ended_at: Instant,
+    replies: Vec<Reply<Receipt>>,
 }
 
 impl Closing {
@@ -53,6 +68,9 @@ impl Closing {
         }
         self.record
             .report(self.end, self.ended_at, &self.receipt, true);
+        for reply in self.replies {
+            reply.send(self.receipt);
+        }
         self.events.send_receipt(self.receipt);
     }
 }
@@ -70,7 +88,10 @@ pub(super) struct Ledger {
     metrics: Arc<EngineMetrics>,
     open: HashMap<SequenceKey, Account>,
     by_id: HashMap<SessionId, SequenceKey>,
+    /// The turns in progress.
+    turns: HashMap<SessionId, SequenceKey>,
     closing: Vec<Closing>,
+    closing_sessions: Vec<ClosingSession>,
     /// Accounts with a token to flush.
     dirty: Vec<SequenceKey>,
     deadlines: Deadlines,
@@ -84,7 +105,9 @@ impl Ledger {
             metrics,
             open: HashMap::new(),
             by_id: HashMap::new(),
+            turns: HashMap::new(),
             closing: Vec::new(),
+            closing_sessions: Vec::new(),
             dirty: Vec::new(),
             deadlines: Deadlines::default(),
             outcomes: Outcomes::default(),
@@ -100,7 +123,33 @@ impl Ledger {
     }
 
     pub fn closing_accounts(&self) -> usize {
-        self.closing.len()
+        self.closing.len() + self.closing_sessions.len()
+    }
+
+    /// The turn of a session that is in progress.
+    pub fn turn_key(&self, session: SessionId) -> Option<SequenceKey> {
+        self.turns.get(&session).copied()
+    }
+
+    /// The session's turn that an open request is.
+    pub fn turn_of(&self, key: SequenceKey) -> Option<&Turn> {
+        self.open.get(&key)?.turn.as_ref()
+    }
+
+    /// Gives one more receipt when an open request has ended.
+    pub fn add_reply(&mut self, key: SequenceKey, reply: Reply<Receipt>) {
+        if let Some(account) = self.open.get_mut(&key) {
+            account.replies.push(reply);
+        }
+    }
+
+    /// Gives a receipt when step `fence` has completed.
+    pub fn close_session(&mut self, fence: StepId, receipt: Receipt, reply: Reply<Receipt>) {
+        self.closing_sessions.push(ClosingSession {
+            fence,
+            receipt,
+            reply,
+        });
     }
 
     pub fn open_keys(&self) -> Vec<SequenceKey> {
@@ -126,10 +175,14 @@ impl Ledger {
             permit,
             record,
             deadlines,
+            turn,
         } = spec;
         let deadlines = self.deadlines.add(key, deadlines);
         self.outcomes.accepted += 1;
         self.by_id.insert(id, key);
+        if let Some(turn) = &turn {
+            self.turns.insert(turn.session, key);
+        }
         let account = Account {
             id,
             key,
@@ -139,6 +192,8 @@ impl Ledger {
             record,
             deadlines,
             token: None,
+            turn,
+            replies: Vec::new(),
         };
         self.open.insert(key, account);
     }
@@ -193,6 +248,9 @@ impl Ledger {
             return;
         };
         self.by_id.remove(&account.id);
+        if let Some(turn) = &account.turn {
+            self.turns.remove(&turn.session);
+        }
         self.deadlines.remove(key, account.deadlines);
         let count = match &terminal {
             Terminal::Finished(FinishReason::Stop) => &mut self.outcomes.stopped,
@@ -242,13 +300,14 @@ impl Ledger {
             record: account.record,
             end,
             ended_at: at,
+            replies: account.replies,
         });
     }
 
     /// All steps up to `completed` have completed, and their blocks are free: the
     /// receipts that waited for them go out.
     pub fn settle(&mut self, completed: StepId) {
-        if self.closing.is_empty() {
+        if self.closing.is_empty() && self.closing_sessions.is_empty() {
             return;
         }
         let freed_at = Instant::now();
@@ -256,11 +315,20 @@ impl Ledger {
         for closing in self.closing.extract_if(.., free) {
             closing.settle(completed, freed_at, &self.metrics);
         }
+        let free = |closing: &mut ClosingSession| closing.fence <= completed;
+        for closing in self.closing_sessions.extract_if(.., free) {
+            closing.reply.send(Receipt {
+                step: completed,
+                freed_at,
+                ..closing.receipt
+            });
+        }
     }
 
     /// The engine broke: what has not settled never will. Its ends are reported, its
     /// receipts never go out.
     pub fn abandon(&mut self) {
+        self.closing_sessions.clear();
         for closing in self.closing.drain(..) {
             let Closing { record, end, .. } = &closing;
             record.report(*end, closing.ended_at, &closing.receipt, false);
@@ -315,6 +383,7 @@ mod tests {
             permit: Permit::acquire(&Arc::new(AtomicUsize::new(0)), 1).unwrap(),
             record: RequestRecord::new(tracing::Span::none(), Instant::now(), 1),
             deadlines,
+            turn: None,
         };
         ledger.open(key, SessionId(id), spec);
     }

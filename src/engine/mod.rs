@@ -7,6 +7,7 @@
 
 mod command;
 mod deadlines;
+mod ending;
 mod error;
 mod event;
 mod handle;
@@ -19,10 +20,16 @@ mod stats;
 mod stream;
 mod sync;
 mod thread;
+mod turn;
+mod waiting;
+mod watchdog;
 
+pub use ending::{Drained, Draining, Shutdown, ShuttingDown};
 pub use error::{EngineFault, GenerateError, SubmitError};
 pub use event::{CancelReason, Outcome, Receipt, Token};
 pub use handle::{Engine, Prompt, Request};
-pub use session::Session;
+pub use session::{Session, SessionOptions};
 pub use stats::{EngineStats, Outcomes};
 pub use stream::{Cancellation, Chunk, Finish, Generation, Timing, TokenStream};
+pub use turn::Stop;
+pub use watchdog::{Health, HealthStatus};

@@ -37,6 +37,22 @@ pub struct EngineStats {
     pub closing: usize,
     /// Preemptions since the start.
     pub preemptions: u64,
+    /// Of these, how many copied the blocks to host memory instead of giving them up.
+    pub swaps: u64,
+    /// Blocks of host memory that hold swapped-out blocks.
+    pub swapped_blocks: usize,
+    /// Prompt tokens that were looked for in the cache since the start.
+    pub prefix_queries: u64,
+    /// Of these, how many the cache held already.
+    pub prefix_hits: u64,
+    /// Sessions that keep keys and values between their turns.
+    pub retained_sessions: usize,
+    /// Blocks that they keep.
+    pub retained_blocks: usize,
+    /// Of these, how many are pinned.
+    pub pinned_blocks: usize,
+    /// Pins refused since the start because of their cap.
+    pub pins_refused: u64,
     /// How requests ended since the start.
     pub outcomes: Outcomes,
     /// Prompt tokens accepted since the start.
@@ -53,6 +69,7 @@ impl EngineStats {
         self.open == 0
             && self.closing == 0
             && self.running + self.waiting == 0
+            && self.retained_sessions + self.swapped_blocks == 0
             && self.blocks.available() == self.blocks.total
     }
 }

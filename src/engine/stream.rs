@@ -6,7 +6,9 @@ use super::event::{
 };
 use super::metrics::{EngineMetrics, Noop};
 use super::sync::atomic::Ordering;
-use super::sync::{Arc, OnceLock, Receiver, RecvError, Sender, TryRecvError};
+use super::sync::{Arc, Receiver, Sender};
+use super::turn::TurnCell;
+use super::waiting::{Answer, EngineEnd};
 use super::{EngineFault, GenerateError};
 use crate::id::SessionId;
 use crate::schedule::FinishReason;
@@ -93,19 +95,15 @@ pub(crate) struct StreamParts {
     pub cell: Arc<SessionCell>,
     pub receiver: EventReceiver,
     pub commands: Sender<Command>,
-    pub fault: Arc<OnceLock<EngineFault>>,
+    pub end: EngineEnd,
     pub metrics: Arc<EngineMetrics>,
     pub submitted: Instant,
     pub text: Option<TextState>,
     pub prompt: Vec<u32>,
     pub stop_tokens: Arc<[u32]>,
     pub buffer: usize,
-}
-
-/// A finished turn's tokens, given back to its session.
-pub(super) trait TurnEnd: Send {
-    /// The turn ended by itself after these tokens.
-    fn finished(&mut self, tokens: Vec<u32>);
+    /// The session's turn that this is.
+    pub turn: Option<Arc<TurnCell>>,
 }
 
 /// The answer to one request, token by token: a [`futures_core::Stream`], or an
@@ -116,7 +114,6 @@ pub(super) trait TurnEnd: Send {
 /// runtime, while a runtime shuts down, during unwinding, and after the engine.
 pub struct TokenStream {
     parts: StreamParts,
-    turn: Option<Box<dyn TurnEnd>>,
     /// Kept for a session, which continues from them.
     answer: Vec<u32>,
     first_token: Option<Duration>,
@@ -140,17 +137,12 @@ impl TokenStream {
     pub(crate) fn new(parts: StreamParts) -> Self {
         Self {
             parts,
-            turn: None,
             answer: Vec::new(),
             first_token: None,
             generated: 0,
             ended: false,
             drop_reason: CancelReason::StreamDropped,
         }
-    }
-
-    pub(super) fn set_turn(&mut self, turn: Box<dyn TurnEnd>) {
-        self.turn = Some(turn);
     }
 
     /// The request's identity, as the logs name it.
@@ -173,11 +165,11 @@ impl TokenStream {
     /// [`CancelReason::Disconnect`]. The books, the metrics and the logs say it.
     pub fn cancel_because(mut self, reason: CancelReason) -> Cancellation {
         self.post_cancel(reason);
-        Cancellation {
+        Cancellation(Acknowledgement::Stream {
             cell: Arc::clone(&self.parts.cell),
             receipt: self.parts.receiver.receipt.clone(),
-            fault: Arc::clone(&self.parts.fault),
-        }
+            end: self.parts.end.clone(),
+        })
     }
 
     /// Sets the reason that dropping the stream gives, in place of
@@ -198,9 +190,9 @@ impl TokenStream {
         if self.ended {
             return None;
         }
-        Some(match self.parts.receiver.events.recv() {
+        Some(match self.parts.end.recv(&self.parts.receiver.events) {
             Ok(event) => self.take(event),
-            Err(RecvError) => self.disconnected(),
+            Err(fault) => self.lost(fault),
         })
     }
 
@@ -230,7 +222,8 @@ impl TokenStream {
     fn post_cancel(&mut self, reason: CancelReason) {
         if !self.ended {
             self.ended = true;
-            let noop = if !self.parts.cell.cancel(reason) {
+            let first = self.parts.cell.cancel(reason);
+            let noop = if !first {
                 Some(Noop::AlreadyCancelled)
             } else {
                 let posted = self.parts.commands.send(Command::Cancel(self.parts.id));
@@ -238,6 +231,12 @@ impl TokenStream {
             };
             if let Some(why) = noop {
                 self.parts.metrics.noop(why);
+            }
+            // After the post: the session's next turn is posted later still.
+            if let (Some(turn), true) = (&self.parts.turn, first)
+                && reason != CancelReason::StopString
+            {
+                turn.ended_by_reader(None);
             }
         }
     }
@@ -251,7 +250,7 @@ impl TokenStream {
             self.generated += 1;
             self.first_token
                 .get_or_insert_with(|| event.at - self.parts.submitted);
-            if self.turn.is_some() {
+            if self.parts.turn.is_some() {
                 self.answer.push(token.id);
             }
             // A token that ends the answer is no part of its text.
@@ -270,7 +269,6 @@ impl TokenStream {
             Some(Terminal::Cancelled(reason)) => Some(Outcome::Cancelled(reason)),
             Some(Terminal::Failed(fault)) => {
                 self.ended = true;
-                self.turn = None;
                 return Err(GenerateError::Failed(fault));
             }
         };
@@ -286,6 +284,9 @@ impl TokenStream {
         }
         if matched {
             if outcome.is_none() {
+                if let Some(turn) = &self.parts.turn {
+                    turn.keep_answer(self.answer.len());
+                }
                 self.post_cancel(CancelReason::StopString);
             }
             outcome = Some(Outcome::Stop);
@@ -301,12 +302,12 @@ impl TokenStream {
         });
         if let Some(finish) = &finish {
             self.ended = true;
-            if let (Some(mut turn), Outcome::Stop | Outcome::Length) =
-                (self.turn.take(), finish.outcome)
+            if let (Some(turn), Outcome::Stop | Outcome::Length) =
+                (&self.parts.turn, finish.outcome)
             {
-                let mut tokens = std::mem::take(&mut self.parts.prompt);
+                let mut tokens = self.parts.prompt.clone();
                 tokens.append(&mut self.answer);
-                turn.finished(tokens);
+                turn.ended_by_reader(Some(tokens));
             }
         }
         Ok(Chunk {
@@ -328,15 +329,14 @@ impl TokenStream {
         }
     }
 
-    fn disconnected(&mut self) -> Result<Chunk, GenerateError> {
+    /// No terminal will come any more.
+    fn lost(&mut self, fault: EngineFault) -> Result<Chunk, GenerateError> {
         self.ended = true;
-        self.turn = None;
-        Err(GenerateError::Closed(closed_by(&self.parts.fault)))
+        Err(match fault {
+            EngineFault::Stuck { .. } => GenerateError::Failed(fault),
+            fault => GenerateError::Closed(fault),
+        })
     }
-}
-
-fn closed_by(fault: &OnceLock<EngineFault>) -> EngineFault {
-    fault.get().cloned().unwrap_or(EngineFault::Shutdown)
 }
 
 impl Stream for TokenStream {
@@ -346,16 +346,17 @@ impl Stream for TokenStream {
         if self.ended {
             return Poll::Ready(None);
         }
-        let mut received = self.parts.receiver.events.try_recv();
-        if matches!(received, Err(TryRecvError::Empty)) {
-            self.parts.cell.register_reader(context.waker());
-            // Once more: it may have come before the waker was there.
-            received = self.parts.receiver.events.try_recv();
-        }
-        match received {
-            Ok(event) => Poll::Ready(Some(self.take(event))),
-            Err(TryRecvError::Empty) => Poll::Pending,
-            Err(TryRecvError::Disconnected) => Poll::Ready(Some(self.disconnected())),
+        let StreamParts {
+            end,
+            receiver,
+            cell,
+            ..
+        } = &self.parts;
+        let register = || cell.register_reader(context.waker());
+        match end.poll(&receiver.events, register) {
+            Poll::Ready(Ok(event)) => Poll::Ready(Some(self.take(event))),
+            Poll::Ready(Err(fault)) => Poll::Ready(Some(self.lost(fault))),
+            Poll::Pending => Poll::Pending,
         }
     }
 }
@@ -426,10 +427,18 @@ impl Collector {
 /// A posted cancel; await it, or [`Cancellation::wait`], for the receipt. Dropping
 /// it changes nothing: the request is cancelled either way.
 #[must_use = "the cancel is posted; await it, or drop it, to go on"]
-pub struct Cancellation {
-    cell: Arc<SessionCell>,
-    receipt: Receiver<Receipt>,
-    fault: Arc<OnceLock<EngineFault>>,
+pub struct Cancellation(Acknowledgement);
+
+/// Where the receipt comes from.
+enum Acknowledgement {
+    /// The request's own channel.
+    Stream {
+        cell: Arc<SessionCell>,
+        receipt: Receiver<Receipt>,
+        end: EngineEnd,
+    },
+    /// The answer to a command of a session.
+    Session(Answer<Receipt>),
 }
 
 impl std::fmt::Debug for Cancellation {
@@ -441,11 +450,17 @@ impl std::fmt::Debug for Cancellation {
 }
 
 impl Cancellation {
+    pub(super) fn of_session(answer: Answer<Receipt>) -> Self {
+        Self(Acknowledgement::Session(answer))
+    }
+
     /// Waits for the receipt on this thread.
     pub fn wait(self) -> Result<Receipt, GenerateError> {
-        self.receipt
-            .recv()
-            .map_err(|_| GenerateError::Closed(closed_by(&self.fault)))
+        let received = match &self.0 {
+            Acknowledgement::Stream { receipt, end, .. } => end.recv(receipt),
+            Acknowledgement::Session(answer) => answer.wait(),
+        };
+        received.map_err(GenerateError::Closed)
     }
 }
 
@@ -453,17 +468,12 @@ impl Future for Cancellation {
     type Output = Result<Receipt, GenerateError>;
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut received = self.receipt.try_recv();
-        if matches!(received, Err(TryRecvError::Empty)) {
-            self.cell.register_receipt(context.waker());
-            received = self.receipt.try_recv();
-        }
-        match received {
-            Ok(receipt) => Poll::Ready(Ok(receipt)),
-            Err(TryRecvError::Empty) => Poll::Pending,
-            Err(TryRecvError::Disconnected) => {
-                Poll::Ready(Err(GenerateError::Closed(closed_by(&self.fault))))
+        let polled = match &self.0 {
+            Acknowledgement::Stream { cell, receipt, end } => {
+                end.poll(receipt, || cell.register_receipt(context.waker()))
             }
-        }
+            Acknowledgement::Session(answer) => answer.poll(context),
+        };
+        polled.map_err(GenerateError::Closed)
     }
 }

@@ -1,25 +1,27 @@
 //! The scheduler thread: one loop that owns everything.
 
-use super::EngineFault;
 use super::command::{Command, Submission};
 use super::deadlines::Due;
-use super::event::{CancelReason, SessionCell, Terminal, Token};
+use super::event::{CancelReason, Receipt, SessionCell, Terminal, Token};
 use super::ledger::{Ledger, Remains};
 use super::metrics::{EngineMetrics, Noop, Phase, cleanup_failed};
 use super::stats::EngineStats;
-use super::sync::{Arc, OnceLock, Receiver, RecvTimeoutError, TryRecvError};
+use super::sync::{Arc, Never, OnceLock, Receiver, RecvTimeoutError, TryRecvError};
+use super::turn::{Stop, TurnCell, TurnEnd};
+use super::waiting::Reply;
+use super::watchdog::Pulse;
+use super::{Drained, EngineFault};
 use crate::config::EngineConfig;
 use crate::device::DeviceError;
-use crate::id::StepId;
+use crate::id::{SessionId, StepId};
 use crate::runner::Runner;
-use crate::schedule::{Commit, FinishReason, Scheduler, SequenceKey, StepPlan};
+use crate::schedule::{Commit, Fate, FinishReason, Scheduler, Sequence, SequenceKey, StepPlan};
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 /// What the scheduler thread owns.
 pub(super) struct SchedulerThread {
-    commands: Receiver<Command>,
     scheduler: Scheduler,
     ledger: Ledger,
     runner: Box<dyn Runner>,
@@ -27,6 +29,8 @@ pub(super) struct SchedulerThread {
     depth: usize,
     /// Launched and not collected, oldest first.
     in_flight: VecDeque<StepPlan>,
+    /// When the oldest step in flight had the device to itself.
+    step_began: Instant,
     completed: StepId,
     audit: bool,
     closing: bool,
@@ -43,6 +47,27 @@ pub(super) struct SchedulerThread {
     published: EngineStats,
     /// Kept for its memory.
     paused: Vec<(SequenceKey, bool)>,
+    /// Those who wait for the open sessions to end.
+    drains: Vec<Drain>,
+    /// New sessions come too late.
+    draining: bool,
+    /// Sessions that drains have cancelled.
+    aborted: u64,
+    // These go last, in this order: who learns of their end finds all the rest gone.
+    commands: Receiver<Command>,
+    /// Tell by their end that the thread has ended.
+    shutdowns: Vec<Reply<Never>>,
+    pulse: Pulse,
+}
+
+/// Someone who waits for the open sessions to end.
+struct Drain {
+    /// When those that are left are cancelled.
+    until: Option<Instant>,
+    /// How many had ended, and how many of them by a drain, when it began.
+    before: Drained,
+    /// Who is told; nobody at a shutdown, which goes on from here.
+    reply: Option<Reply<Drained>>,
 }
 
 impl SchedulerThread {
@@ -51,16 +76,17 @@ impl SchedulerThread {
         scheduler: Scheduler,
         runner: Box<dyn Runner>,
         metrics: Arc<EngineMetrics>,
+        pulse: Pulse,
         config: &EngineConfig,
     ) -> Self {
         Self {
-            commands,
             scheduler,
             ledger: Ledger::new(Arc::clone(&metrics)),
             // Feedback reaches back one step, not two.
             depth: runner.depth().clamp(1, 2),
             runner,
             in_flight: VecDeque::new(),
+            step_began: Instant::now(),
             completed: StepId::default(),
             audit: config.audit,
             slow_consumer_deadline: config.slow_consumer_deadline,
@@ -72,6 +98,12 @@ impl SchedulerThread {
             metrics,
             published: EngineStats::default(),
             paused: Vec::new(),
+            drains: Vec::new(),
+            draining: false,
+            aborted: 0,
+            commands,
+            shutdowns: Vec::new(),
+            pulse,
         }
     }
 
@@ -89,6 +121,8 @@ impl SchedulerThread {
         }
         // Before any waiter wakes, so that it finds the reason.
         let _ = fault.set(cause.clone());
+        // A call that panicked is over, too.
+        let _ = self.pulse.returned();
         // The runner may be what broke: nothing below touches it.
         let rest = catch_unwind(AssertUnwindSafe(|| self.fail_everything(&cause)));
         if let Err(panic) = rest {
@@ -105,11 +139,12 @@ impl SchedulerThread {
     /// The loop, in full. Ends without a fault after a shutdown, or when nobody is
     /// left who could post a command.
     fn serve(&mut self) -> Result<(), EngineFault> {
+        self.pulse.busy();
         loop {
             if self.drain_commands() {
                 return Ok(());
             }
-            self.expire();
+            self.pass_time();
             self.applied = false;
             let plan = self.plan();
             let planned = plan.is_some();
@@ -182,15 +217,75 @@ impl SchedulerThread {
     }
 
     /// Waits for a command, at most until the next deadline.
-    fn wait(&self) -> Result<Command, RecvTimeoutError> {
-        match self.ledger.next_deadline() {
+    fn wait(&mut self) -> Result<Command, RecvTimeoutError> {
+        let drains = self.drains.iter().filter_map(|drain| drain.until);
+        let deadline = self.ledger.next_deadline().into_iter().chain(drains).min();
+        self.pulse.idle();
+        let command = match deadline {
             Some(deadline) => self.commands.recv_deadline(deadline),
-            None => Ok(self.commands.recv()?),
+            None => self.commands.recv().map_err(RecvTimeoutError::from),
+        };
+        self.pulse.busy();
+        command
+    }
+
+    /// Sessions that have ended, and those that drains have cancelled.
+    fn ended(&self) -> Drained {
+        let outcomes = self.ledger.outcomes();
+        Drained {
+            finished: outcomes.accepted - self.ledger.open_accounts() as u64,
+            aborted: self.aborted,
         }
     }
 
-    /// Cancels the requests whose deadlines have passed. The one place where time
-    /// decides something.
+    fn begin_drain(&mut self, until: Option<Instant>, reply: Option<Reply<Drained>>) {
+        self.draining = true;
+        self.drains.push(Drain {
+            until,
+            before: self.ended(),
+            reply,
+        });
+    }
+
+    /// Cancels what is left when the time of a drain is over, and tells those who wait
+    /// when nothing is left.
+    fn attend_drains(&mut self) {
+        if self.drains.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        let over = |drain: &Drain| drain.until.is_some_and(|until| until <= now);
+        if self.drains.iter().any(over) {
+            self.aborted += self.ledger.open_accounts() as u64;
+            self.cancel_all(CancelReason::Shutdown);
+        }
+        self.ledger.settle(self.completed);
+        if self.ledger.open_accounts() + self.ledger.closing_accounts() > 0 {
+            return;
+        }
+        let now = self.ended();
+        for Drain { before, reply, .. } in std::mem::take(&mut self.drains) {
+            let aborted = now.aborted - before.aborted;
+            match reply {
+                Some(reply) => reply.send(Drained {
+                    finished: now.finished - before.finished - aborted,
+                    aborted,
+                }),
+                None => self.closing = true,
+            }
+        }
+    }
+
+    /// Does what is due by now. The one place where time decides something.
+    fn pass_time(&mut self) {
+        if self.scheduler.counts().pinned_blocks > 0 {
+            self.scheduler.expire_pins(Instant::now());
+        }
+        self.expire();
+        self.attend_drains();
+    }
+
+    /// Cancels the requests whose deadlines have passed.
     fn expire(&mut self) {
         let Some(first) = self.ledger.next_deadline() else {
             return;
@@ -210,18 +305,27 @@ impl SchedulerThread {
 
     /// Cancels a session from this side. A caller's cancel that came first keeps its
     /// reason.
-    fn cancel(&mut self, key: SequenceKey, reason: CancelReason) {
+    fn cancel(&mut self, key: SequenceKey, reason: CancelReason) -> Option<usize> {
         if let Some(cell) = self.ledger.cell_of(key) {
             cell.cancel(reason);
         }
-        self.apply_cancel(key);
+        self.apply_cancel(key)
     }
 
     fn apply(&mut self, command: Command) {
         self.idle = false;
         self.applied = true;
         match command {
-            Command::Submit(submission) => self.submit(*submission),
+            Command::Submit(submission) => {
+                self.submit(*submission, None);
+            }
+            Command::SubmitGroup(group) => {
+                let mut leader = None;
+                for submission in group {
+                    let key = self.submit(submission, leader);
+                    leader.get_or_insert(key);
+                }
+            }
             Command::Cancel(id) => match self.ledger.key_of(id) {
                 Some(key) => {
                     self.apply_cancel(key);
@@ -234,6 +338,21 @@ impl SchedulerThread {
                     self.ledger.reader_due(key, None);
                 }
             }
+            Command::Stop {
+                session,
+                turn,
+                stop,
+                reply,
+            } => self.stop(session, turn, stop, reply),
+            Command::Rewind(session, tokens) => {
+                self.scheduler.rewind_session(session, tokens);
+            }
+            Command::Fork { from, to } => self.scheduler.fork_session(from, to),
+            Command::Kept(session, reply) => {
+                let _ = reply.try_send(self.scheduler.kept(session));
+            }
+            Command::EndSession { session, reply } => self.end_session(session, reply),
+            Command::ClearPrefixes => self.scheduler.clear_prefixes(),
             Command::Inspect(reply) => {
                 // The metrics say no less than the answer.
                 self.publish();
@@ -241,17 +360,19 @@ impl SchedulerThread {
                 let _ = reply.try_send(self.stats());
             }
             Command::AbortAll => self.cancel_all(CancelReason::AbortAll),
-            Command::Shutdown => {
-                self.closing = true;
-                self.cancel_all(CancelReason::Shutdown);
+            Command::Drain(until, reply) => self.begin_drain(until, Some(reply)),
+            Command::Shutdown(until, reply) => {
+                self.shutdowns.push(reply);
+                self.begin_drain(until, None);
             }
         }
     }
 
-    fn submit(&mut self, submission: Submission) {
+    /// Takes a request in, behind the one that computes its prompt, if there is one.
+    fn submit(&mut self, submission: Submission, leader: Option<SequenceKey>) -> SequenceKey {
         let Submission { id, spec, account } = submission;
         self.prompt_tokens += spec.prompt.len() as u64;
-        let key = self.scheduler.add(id, spec);
+        let key = self.scheduler.add_follower(id, spec, leader);
         self.ledger.open(key, id, account);
         // Cancelled on the way here: it never runs (I5).
         let cell = self.ledger.cell_of(key);
@@ -259,22 +380,66 @@ impl SchedulerThread {
             self.end(key, Terminal::Cancelled(CancelReason::SubmitDropped));
         }
         self.apply_cancel(key);
-        if self.closing {
-            self.end(key, Terminal::Cancelled(CancelReason::Shutdown));
+        if self.closing || self.draining {
+            self.cancel(key, CancelReason::Shutdown);
+        }
+        key
+    }
+
+    /// Stops the turn of a session. Without one there is nothing to free, and the
+    /// receipt says so.
+    fn stop(
+        &mut self,
+        session: SessionId,
+        turn: Option<Arc<TurnCell>>,
+        stop: Stop,
+        reply: Reply<Receipt>,
+    ) {
+        let turn_key = self.ledger.turn_key(session);
+        if let Some(turn) = turn {
+            turn.stop(stop);
+        }
+        match turn_key {
+            Some(key) => {
+                self.ledger.add_reply(key, reply);
+                self.cancel(key, CancelReason::SessionStopped);
+            }
+            None => {
+                let receipt = Receipt::of_nothing(self.completed, Instant::now());
+                self.ledger.close_session(self.completed, receipt, reply);
+            }
         }
     }
 
-    /// Ends a session if its cancel flag is up.
-    fn apply_cancel(&mut self, key: SequenceKey) -> bool {
-        let Some(reason) = self.ledger.cell_of(key).and_then(|cell| cell.cancelled()) else {
-            return false;
-        };
+    /// Ends a session: its turn, and what it keeps.
+    fn end_session(&mut self, session: SessionId, reply: Option<Reply<Receipt>>) {
+        let posted_at = Instant::now();
+        let mut receipt = Receipt::of_nothing(self.completed, posted_at);
+        let mut fence = StepId::default();
+        if let Some(key) = self.ledger.turn_key(session) {
+            let sequence = self.scheduler.sequences().get(key);
+            receipt.tokens_generated = sequence.map_or(0, Sequence::generated);
+            fence = sequence.map_or(fence, Sequence::touched);
+            // It goes back to the session first, and from there with the rest.
+            receipt.blocks_freed = self.cancel(key, CancelReason::SessionEnded).unwrap_or(0);
+        }
+        let (blocks, touched) = self.scheduler.end_session(session);
+        receipt.blocks_freed += blocks;
+        if let Some(reply) = reply {
+            self.ledger
+                .close_session(fence.max(touched), receipt, reply);
+        }
+    }
+
+    /// Ends a session if its cancel flag is up, and gives the number of blocks that
+    /// nobody holds any more.
+    fn apply_cancel(&mut self, key: SequenceKey) -> Option<usize> {
+        let reason = self.ledger.cell_of(key)?.cancelled()?;
         let terminal = match reason {
             CancelReason::StopString => Terminal::Finished(FinishReason::Stop),
             reason => Terminal::Cancelled(reason),
         };
-        self.end(key, terminal);
-        true
+        Some(self.end(key, terminal))
     }
 
     fn cancel_all(&mut self, reason: CancelReason) {
@@ -284,9 +449,10 @@ impl SchedulerThread {
     }
 
     /// The one door out for a session, whatever the reason.
-    fn end(&mut self, key: SequenceKey, terminal: Terminal) {
-        let Some((sequence, blocks)) = self.scheduler.remove(key) else {
-            return;
+    fn end(&mut self, key: SequenceKey, terminal: Terminal) -> usize {
+        let fate = self.fate(key, &terminal);
+        let Some((sequence, blocks)) = self.scheduler.close(key, fate) else {
+            return 0;
         };
         let remains = Remains {
             blocks,
@@ -294,6 +460,46 @@ impl SchedulerThread {
             fence: sequence.touched(),
         };
         self.ledger.close(key, terminal, remains);
+        blocks
+    }
+
+    /// What becomes of the blocks of a session that is about to end; tells its
+    /// session what is left of the turn.
+    fn fate(&self, key: SequenceKey, terminal: &Terminal) -> Fate {
+        let (Some(turn), Some(sequence)) = (
+            self.ledger.turn_of(key),
+            self.scheduler.sequences().get(key),
+        ) else {
+            return Fate::Free;
+        };
+        let flag = self.ledger.cell_of(key).and_then(SessionCell::cancelled);
+        let (end, tokens) = match (terminal, flag) {
+            // What a failed step has written is worth nothing.
+            (Terminal::Failed(_), _) => {
+                turn.cell.ended_by_thread(TurnEnd::Rewound);
+                return Fate::Free;
+            }
+            (Terminal::Finished(_), Some(CancelReason::StopString)) => {
+                let kept = sequence.prompt_tokens + turn.cell.kept_answer();
+                (None, kept)
+            }
+            (Terminal::Finished(_), _) => {
+                let tokens = sequence.tokens.clone();
+                (Some(TurnEnd::Finished(tokens)), sequence.tokens.len())
+            }
+            (Terminal::Cancelled(_), Some(CancelReason::SessionStopped))
+                if turn.cell.is_stopped(Stop::Keep) =>
+            {
+                let tokens = sequence.tokens.clone();
+                (Some(TurnEnd::Kept(tokens)), sequence.tokens.len())
+            }
+            (Terminal::Cancelled(_), _) => (Some(TurnEnd::Rewound), turn.base),
+        };
+        if let Some(end) = end {
+            turn.cell.ended_by_thread(end);
+        }
+        let pin_until = turn.pin.and_then(|pin| Instant::now().checked_add(pin));
+        Fate::Keep { tokens, pin_until }
     }
 
     /// Enqueues a step. A failed launch fails the sessions of that step.
@@ -302,8 +508,13 @@ impl SchedulerThread {
             self.poison_freed()?;
         }
         let from = Instant::now();
+        if self.in_flight.is_empty() {
+            self.step_began = from;
+        }
         self.note_starts(&plan, from);
+        self.pulse.calls(plan.step);
         let launched = self.runner.launch(&plan, self.scheduler.sequences());
+        self.pulse.returned()?;
         self.metrics.phase(Phase::Launch, from);
         match launched {
             Ok(()) => {
@@ -338,18 +549,30 @@ impl SchedulerThread {
         if freed.is_empty() {
             return Ok(());
         }
-        self.runner.poison(&freed).map_err(EngineFault::Device)
+        self.pulse.calls(self.scheduler.launched());
+        let poisoned = self.runner.poison(&freed);
+        self.pulse.returned()?;
+        poisoned.map_err(EngineFault::Device)
     }
 
     /// Waits for the oldest step and commits it.
     fn collect(&mut self) -> Result<(), EngineFault> {
         let from = Instant::now();
+        let step = self
+            .in_flight
+            .front()
+            .map_or(self.completed, |plan| plan.step);
+        self.pulse.calls(step);
         let outcome = self.runner.collect();
+        self.pulse.returned()?;
         self.metrics.phase(Phase::Collect, from);
         let Some(plan) = self.in_flight.pop_front() else {
             return Ok(());
         };
         let from = Instant::now();
+        let took = from.saturating_duration_since(self.step_began);
+        self.scheduler.observe_step(plan.rows(), took.as_secs_f64());
+        self.step_began = from;
         // What was cancelled while the step ran gets no token from it.
         for _ in 0..self.commands.len() {
             match self.commands.try_recv() {
@@ -357,7 +580,7 @@ impl SchedulerThread {
                 Err(_) => break,
             }
         }
-        self.expire();
+        self.pass_time();
         let failed = match outcome {
             Ok(samples) if samples.len() != plan.samples().count() => {
                 let error = DeviceError::Failed {
@@ -404,7 +627,7 @@ impl SchedulerThread {
 
     fn commit(&mut self, key: SequenceKey, token: Token) {
         // The flag is read again here: a cancel posted since wins over the token.
-        if self.apply_cancel(key) {
+        if self.apply_cancel(key).is_some() {
             self.ledger.discarded(key);
             return;
         }
@@ -501,6 +724,14 @@ impl SchedulerThread {
             open: self.ledger.open_accounts(),
             closing: self.ledger.closing_accounts(),
             preemptions: counts.preemptions,
+            swaps: counts.swaps,
+            swapped_blocks: counts.swapped_blocks,
+            prefix_queries: counts.prefix_queries,
+            prefix_hits: counts.prefix_hits,
+            retained_sessions: counts.retained_sessions,
+            retained_blocks: counts.retained_blocks,
+            pinned_blocks: counts.pinned_blocks,
+            pins_refused: counts.pins_refused,
             outcomes: self.ledger.outcomes(),
             prompt_tokens: self.prompt_tokens,
             tokens_generated: self.tokens_generated,

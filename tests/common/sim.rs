@@ -4,12 +4,14 @@
 //! the block tables, and only when a step is collected: a block that is handed out
 //! too early, or a table that is wrong, changes the tokens that come out.
 
-use quell::cache::BlockId;
+#![allow(dead_code)] // each test file uses its part
+
+use quell::cache::{BlockId, Transfers};
 use quell::device::DeviceError;
-use quell::runner::{Runner, RunnerInfo};
+use quell::runner::{Runner, RunnerInfo, SwapInfo};
 use quell::sampling::Sampled;
 use quell::schedule::{SequenceKey, Sequences, StepPlan, TokenInput};
-use quell::{Engine, EngineConfig, LoadError};
+use quell::{Engine, EngineConfig, LoadError, SessionId};
 use std::collections::VecDeque;
 use std::sync::mpsc;
 
@@ -23,6 +25,8 @@ pub struct SimOptions {
     pub blocks: usize,
     pub block_tokens: usize,
     pub context: usize,
+    /// Blocks of host memory; none means that nothing can be swapped out.
+    pub swap_blocks: usize,
     /// Each collected step takes one permit from here, if there is a gate.
     pub gate: Option<mpsc::Receiver<()>>,
     /// What happens when the step with this number is collected.
@@ -49,14 +53,23 @@ impl Default for SimOptions {
             blocks: 256,
             block_tokens: 4,
             context: 512,
+            swap_blocks: 0,
             gate: None,
             fault: None,
         }
     }
 }
 
+/// Whose blocks they are. Turns of one session follow each other in the same blocks:
+/// steps take effect in the order in which they are launched.
+#[derive(Clone, Copy, PartialEq)]
+enum Owner {
+    Sequence(SequenceKey),
+    Session(SessionId),
+}
+
 struct Item {
-    key: SequenceKey,
+    owner: Owner,
     tokens: Vec<u32>,
     feedback: Option<usize>,
     /// Slots of the tokens of this step.
@@ -66,11 +79,19 @@ struct Item {
     sample: bool,
 }
 
+/// A launched step.
+struct Launched {
+    step: u64,
+    transfers: Transfers,
+    items: Vec<Item>,
+}
+
 struct SimRunner {
     options: SimOptions,
     memory: Vec<u32>,
+    host: Vec<u32>,
     previous: Vec<u32>,
-    in_flight: VecDeque<(u64, Vec<Item>)>,
+    in_flight: VecDeque<Launched>,
 }
 
 fn failure(operation: &'static str) -> DeviceError {
@@ -87,6 +108,40 @@ impl SimRunner {
             .fault
             .filter(|(at, _)| *at == step)
             .map(|(_, fault)| fault)
+    }
+
+    /// I4: nobody writes where a step in flight of another owner reads.
+    fn check_writes(&self, owner: Option<Owner>, written: &[usize]) {
+        for earlier in &self.in_flight {
+            for old in &earlier.items {
+                let shared = written.iter().find(|slot| old.read.contains(slot));
+                assert!(
+                    owner == Some(old.owner) || shared.is_none(),
+                    "slot {shared:?} is handed out again while step {} is in flight",
+                    earlier.step
+                );
+            }
+        }
+    }
+
+    fn slots(&self, block: usize) -> std::ops::Range<usize> {
+        let size = self.options.block_tokens;
+        block * size..(block + 1) * size
+    }
+
+    fn transfer(&mut self, transfers: &Transfers) {
+        for (block, host) in &transfers.swap_out {
+            let (from, to) = (self.slots(block.index()), self.slots(host.index()));
+            self.host[to].copy_from_slice(&self.memory[from]);
+        }
+        for (source, target) in &transfers.copies {
+            let (from, to) = (self.slots(source.index()), self.slots(target.index()));
+            self.memory.copy_within(from, to.start);
+        }
+        for (host, block) in &transfers.swap_in {
+            let (from, to) = (self.slots(host.index()), self.slots(block.index()));
+            self.memory[to].copy_from_slice(&self.host[from]);
+        }
     }
 }
 
@@ -116,7 +171,10 @@ impl Runner for SimRunner {
                     TokenInput::Feedback { sample } => (vec![0], Some(sample)),
                 };
                 Item {
-                    key: item.key,
+                    owner: sequence
+                        .spec
+                        .session
+                        .map_or(Owner::Sequence(item.key), Owner::Session),
                     tokens,
                     feedback,
                     written: slots[item.start..].to_vec(),
@@ -125,20 +183,20 @@ impl Runner for SimRunner {
                 }
             })
             .collect();
-        // I4: nobody writes where a step in flight of another sequence reads.
-        for (step, earlier) in &self.in_flight {
-            for (new, old) in items
-                .iter()
-                .flat_map(|new| earlier.iter().map(move |old| (new, old)))
-            {
-                let shared = new.written.iter().find(|slot| old.read.contains(slot));
-                assert!(
-                    new.key == old.key || shared.is_none(),
-                    "slot {shared:?} is handed out again while step {step} is in flight"
-                );
-            }
+        for item in &items {
+            self.check_writes(Some(item.owner), &item.written);
         }
-        self.in_flight.push_back((plan.step.as_u64(), items));
+        let copied = plan.transfers.copies.iter().map(|(_, target)| target);
+        let swapped = plan.transfers.swap_in.iter().map(|(_, target)| target);
+        for target in copied.chain(swapped) {
+            let slots: Vec<usize> = self.slots(target.index()).collect();
+            self.check_writes(None, &slots);
+        }
+        self.in_flight.push_back(Launched {
+            step: plan.step.as_u64(),
+            transfers: plan.transfers.clone(),
+            items,
+        });
         Ok(())
     }
 
@@ -155,7 +213,12 @@ impl Runner for SimRunner {
             // A closed gate lets everything through.
             let _ = gate.recv();
         }
-        let (step, items) = self.in_flight.pop_front().expect("a step is in flight");
+        let launched = self.in_flight.pop_front().expect("a step is in flight");
+        let Launched {
+            step,
+            transfers,
+            items,
+        } = launched;
         match self.fault(step) {
             Some(Fault::Panic) => panic!("made to panic"),
             Some(Fault::Step) => {
@@ -171,6 +234,7 @@ impl Runner for SimRunner {
             }
             _ => {}
         }
+        self.transfer(&transfers);
         for item in &items {
             for (index, &slot) in item.written.iter().enumerate() {
                 self.memory[slot] = match item.feedback {
@@ -223,12 +287,16 @@ pub fn engine(options: SimOptions, config: EngineConfig) -> Engine {
         end_tokens: Vec::new(),
         cache_blocks: options.blocks,
         block_tokens: options.block_tokens,
-        swap: None,
+        swap: (options.swap_blocks > 0).then_some(SwapInfo {
+            blocks: options.swap_blocks,
+            seconds_per_block: 1e-9,
+        }),
         model: None,
     };
     Engine::with_runner(config, None, move || {
         let runner = SimRunner {
             memory: vec![u32::MAX; options.blocks * options.block_tokens],
+            host: vec![u32::MAX; options.swap_blocks * options.block_tokens],
             previous: Vec::new(),
             in_flight: VecDeque::new(),
             options,

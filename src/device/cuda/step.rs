@@ -649,7 +649,7 @@ mod tests {
         let sequences = [0, 1, 1, 0, 1, 1, 301, 1, 2, 1, 128, 20, 3, 1, 0, 0];
         assert_eq!(at(layout.sequences, 16), sequences);
         assert_eq!(at(layout.decode_list, 8), [0, 0, 1, 1, 2, 4, 3, 5]);
-        assert_eq!(step.decodes, [0..4]);
+        assert_eq!(step.decodes, vec![0..4; 1]);
         assert_eq!((step.max_units, step.decode_units), (4, 5));
         assert_eq!(at(layout.tables, 28), &batch.tables[..]);
     }
@@ -664,7 +664,7 @@ mod tests {
     #[test]
     fn sequences_are_listed_by_what_they_are() {
         let step = laid_out(&batch(&[(5, 4), (1, 40), (3, 130)]), 9);
-        assert_eq!(step.decodes, [0..1]);
+        assert_eq!(step.decodes, vec![0..1; 1]);
         assert_eq!(step.words[step.layout.decode_list..][..2], [1, 0]);
         assert_eq!(step.prefills, [(0, 5), (2, 3)]);
         assert_eq!((step.max_units, step.decode_units), (1, 1));

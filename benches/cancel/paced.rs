@@ -1,0 +1,56 @@
+//! A null device whose steps take time.
+
+use quell::LoadError;
+use quell::device::DeviceError;
+use quell::runner::{NullOptions, NullRunner, Runner, RunnerInfo};
+use quell::sampling::Sampled;
+use quell::schedule::{Sequences, StepPlan};
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+/// A [`NullRunner`] whose steps run one after the other, each for the same time.
+pub struct PacedRunner {
+    null: NullRunner,
+    step: Duration,
+    /// When the steps in flight will be done.
+    done: VecDeque<Instant>,
+    last: Instant,
+}
+
+impl PacedRunner {
+    pub fn start(
+        options: NullOptions,
+        step: Duration,
+    ) -> Result<(Box<dyn Runner>, RunnerInfo), LoadError> {
+        let null = NullRunner::new(options);
+        let info = null.info();
+        let paced = Self {
+            null,
+            step,
+            done: VecDeque::new(),
+            last: Instant::now(),
+        };
+        Ok((Box::new(paced), info))
+    }
+}
+
+impl Runner for PacedRunner {
+    fn depth(&self) -> usize {
+        self.null.depth()
+    }
+
+    fn launch(&mut self, plan: &StepPlan, sequences: &Sequences) -> Result<(), DeviceError> {
+        self.last = self.last.max(Instant::now()) + self.step;
+        self.done.push_back(self.last);
+        self.null.launch(plan, sequences)
+    }
+
+    fn collect(&mut self) -> Result<Vec<Sampled>, DeviceError> {
+        if let Some(done) = self.done.pop_front() {
+            while Instant::now() < done {
+                std::hint::spin_loop();
+            }
+        }
+        self.null.collect()
+    }
+}

@@ -1,0 +1,109 @@
+//! The soak: a great many requests, half of them cancelled at every point of their
+//! lives; then the books are what they were before, to the block, and neither memory
+//! nor file descriptors have grown.
+//!
+//! `QUELL_SOAK_REQUESTS` says how many, `QUELL_SOAK_SEED` which ones, and
+//! `QUELL_SOAK_OUTPUT` names a file for the summary. `make soak` runs a million.
+
+#[path = "../common/random.rs"]
+mod random;
+#[path = "../common/requests.rs"]
+mod requests;
+#[path = "../common/sim.rs"]
+mod sim;
+
+mod at_once;
+mod in_step;
+mod resources;
+mod tally;
+
+use quell::{Engine, EngineConfig, SubmitError};
+use random::Random;
+use requests::{idle, prompt, request};
+use resources::Resources;
+use sim::SimOptions;
+use std::time::Instant;
+use tally::Tally;
+
+/// Requests that may be open at once.
+const OPEN: usize = 64;
+/// Longest prompt: several chunks of a step's budget.
+const PROMPT: usize = 60;
+/// Longest answer.
+const ANSWER: usize = 16;
+/// Rounds of each engine; what the process holds is looked at after each.
+const ROUNDS: usize = 10;
+
+/// I2, I3, I8, I12, and the bounds on what is held.
+#[test]
+fn after_many_requests_half_of_them_cancelled_books_and_memory_are_as_before() {
+    let requests = number("QUELL_SOAK_REQUESTS", 50_000);
+    let seed = number("QUELL_SOAK_SEED", 1);
+    println!("{requests} requests, seed {seed}");
+    let begin = Instant::now();
+    let mut tally = Tally::default();
+    let mut resources = Vec::new();
+    let part = requests.div_ceil(2 * ROUNDS);
+    for depth in [1, 2] {
+        let (in_step, gate) = in_step::engine(depth);
+        let at_once = at_once::engine(depth);
+        for round in 0..ROUNDS {
+            let mut random = Random((seed * 1000 + depth * 100 + round) as u64);
+            in_step::run(&in_step, &gate, part / 4, &mut random, &mut tally);
+            at_once::run(&at_once, part - part / 4, &mut random, &mut tally);
+            idle(&at_once);
+            resources.push(Resources::now());
+        }
+        drop(gate);
+        for engine in [in_step, at_once] {
+            tally.outcomes(&idle(&engine));
+            every_place_is_free(&engine);
+        }
+    }
+    tally.check();
+    resources::check(&resources);
+    if let Some(path) = std::env::var_os("QUELL_SOAK_OUTPUT") {
+        let mut summary = tally.json();
+        summary["seed"] = seed.into();
+        summary["seconds"] = begin.elapsed().as_secs_f64().into();
+        summary["resources"] = resources.iter().map(Resources::json).collect();
+        std::fs::write(path, format!("{summary:#}\n")).unwrap();
+    }
+}
+
+fn number(variable: &str, default: usize) -> usize {
+    std::env::var(variable).map_or(default, |text| text.parse().unwrap())
+}
+
+/// An engine that is short of places and of blocks.
+fn engine(options: SimOptions) -> Engine {
+    let options = SimOptions {
+        blocks: 100,
+        ..options
+    };
+    let config = EngineConfig {
+        max_batch_tokens: 20,
+        max_sequences: 16,
+        max_open_requests: OPEN,
+        stream_buffer: 8,
+        ..EngineConfig::default()
+    };
+    sim::engine(options, config)
+}
+
+/// Nobody who has ended still counts as open.
+fn every_place_is_free(engine: &Engine) {
+    let streams: Vec<_> = (0..OPEN)
+        .map(|index| engine.generate(request(prompt(index, 4), 4)).unwrap())
+        .collect();
+    let refused = engine.generate(request(prompt(0, 4), 4));
+    // Some may have come to their end meanwhile.
+    if let Err(refused) = refused {
+        assert!(
+            matches!(refused, SubmitError::Overloaded { open: OPEN }),
+            "{refused}"
+        );
+    }
+    drop(streams);
+    idle(engine);
+}
