@@ -353,7 +353,9 @@ impl Ledger {
                 at,
             });
             if account.events.is_full() {
-                account.cell.paused.store(true, Ordering::SeqCst);
+                // A swap and not a store: loom gives the order of a store among the swaps
+                // of the other side too much freedom.
+                account.cell.paused.swap(true, Ordering::SeqCst);
                 // The reader may have caught up before it could see the flag. Who takes
                 // the flag down ends the pause, one that an earlier step began included.
                 let caught_up = account.events.has_room();
