@@ -123,7 +123,7 @@ fn model_step(path: &str, sequences: usize) -> Result<f64, Box<dyn Error>> {
 /// Microseconds to look up a long prompt, to take what was found, and to publish it.
 fn lookups() {
     println!("\ntokens  lookup of a hit  lookup of a miss  attach and release  publish");
-    for length in [512, 2048, 8192] {
+    for length in [512_usize, 2048, 8192] {
         let tokens: Vec<u32> = (0..length as u32).map(|i| i * 7).collect();
         let other: Vec<u32> = tokens.iter().map(|token| token + 1).collect();
         let mut times = [const { Vec::new() }; 4];
