@@ -15,7 +15,7 @@ use quell::sampling::Sampled;
 use quell::schedule::{Sequences, StepPlan};
 use quell::{
     CancelReason, Cancellation, Engine, EngineConfig, EngineFault, GenerateError, Outcome,
-    TokenStream,
+    Shutdown, Stop, TokenStream,
 };
 use requests::{idle, ids, prompt, request};
 use sim::{Fault, SimOptions, expected};
@@ -65,40 +65,86 @@ fn poll(mut future: Pin<&mut impl Future>, polls: usize, permit: &mpsc::Sender<(
     })
 }
 
-/// Drops a future of a fresh request after each number of polls up to 12.
-fn sweep(drop_after: impl Fn(TokenStream, usize, &mpsc::Sender<()>) -> bool) {
+/// Has a future of an engine dropped after each number of polls up to 12; the engine
+/// is idle again when what was in flight has completed.
+fn sweep(drop_after: impl Fn(&Engine, usize, &mpsc::Sender<()>) -> bool) {
     for depth in [1, 2] {
-        let (mut ready, mut pending) = (0, 0);
+        let mut pending = 0;
         for polls in 0..12 {
             let (engine, permit) = gated(depth);
-            let stream = engine.generate(request(prompt(1, 5), 6)).unwrap();
-            match drop_after(stream, polls, &permit) {
-                true => ready += 1,
-                false => pending += 1,
-            }
+            pending += usize::from(!drop_after(&engine, polls, &permit));
             drop(permit);
             assert_eq!(idle(&engine).outcomes.accepted, 1);
         }
         assert!(pending > 0, "no future was dropped before its end");
-        println!("{ready} ready, {pending} pending");
     }
+}
+
+/// A request that a few steps finish.
+fn short(engine: &Engine) -> TokenStream {
+    engine.generate(request(prompt(1, 5), 6)).unwrap()
 }
 
 #[test]
 fn the_future_of_a_whole_answer_can_be_dropped_at_every_await_point() {
-    sweep(|stream, polls, permit| poll(pin!(stream.complete()), polls, permit));
+    sweep(|engine, polls, permit| poll(pin!(short(engine).complete()), polls, permit));
 }
 
 #[test]
 fn the_future_of_a_cancel_can_be_dropped_at_every_await_point() {
-    sweep(|stream, polls, permit| poll(pin!(stream.cancel()), polls, permit));
+    sweep(|engine, polls, permit| poll(pin!(short(engine).cancel()), polls, permit));
 }
 
 #[test]
 fn the_future_of_the_next_chunk_can_be_dropped_at_every_await_point_with_its_stream() {
-    sweep(|mut stream, polls, permit| {
+    sweep(|engine, polls, permit| {
+        let mut stream = short(engine);
         (0..polls).fold(false, |_, _| poll(pin!(stream.next()), 1, permit))
     });
+}
+
+#[test]
+fn the_future_of_a_drain_can_be_dropped_at_every_await_point() {
+    sweep(|engine, polls, permit| {
+        let _stream = short(engine);
+        poll(pin!(engine.drain(Duration::MAX)), polls, permit)
+    });
+}
+
+#[test]
+fn the_futures_of_a_session_can_be_dropped_at_every_await_point() {
+    for stop in [Stop::Keep, Stop::Rewind] {
+        sweep(|engine, polls, permit| {
+            let session = engine.session();
+            let _turn = session.generate(request(prompt(1, 5), 6)).unwrap();
+            poll(pin!(session.stop(stop)), polls, permit)
+        });
+    }
+    sweep(|engine, polls, permit| {
+        let session = engine.session();
+        let _turn = session.generate(request(prompt(1, 5), 6)).unwrap();
+        poll(pin!(session.end()), polls, permit)
+    });
+}
+
+#[test]
+fn the_future_of_a_shutdown_can_be_dropped_at_every_await_point() {
+    for how in [Shutdown::Abort, Shutdown::Drain(Duration::MAX)] {
+        for polls in 0..12 {
+            let (engine, permit) = gated(2);
+            let stream = short(&engine);
+            poll(pin!(engine.shutdown(how)), polls, &permit);
+            drop(permit);
+            // It ends all the same, and the request with it.
+            let last = stream.blocking().last().unwrap().unwrap();
+            let expected = match how {
+                Shutdown::Abort => "cancelled",
+                Shutdown::Drain(_) => "length",
+            };
+            assert_eq!(last.finish.unwrap().outcome.as_str(), expected);
+            while engine.stats().is_ok() {}
+        }
+    }
 }
 
 #[test]
@@ -461,7 +507,7 @@ fn streams_are_dropped_and_cancelled_after_a_shutdown() {
         });
         let mut streams: Vec<_> = (0..6).map(|index| endless(&engine, index)).collect();
         let unread = streams.split_off(3);
-        engine.shutdown();
+        drop(engine.shutdown(Shutdown::Abort));
         for stream in &mut streams {
             let last = std::iter::from_fn(|| stream.next_blocking()).last();
             let finish = last.unwrap().unwrap().finish.unwrap();
