@@ -13,8 +13,8 @@ mod sim;
 use loom::future::block_on;
 use loom::thread;
 use quell::{
-    CancelReason, Engine, EngineConfig, EngineFault, GenerateError, Outcome, Request, SubmitError,
-    TokenStream,
+    CancelReason, Engine, EngineConfig, EngineFault, GenerateError, Outcome, Request, Shutdown,
+    SubmitError, TokenStream,
 };
 use sim::{Fault, SimOptions, expected};
 use std::collections::BTreeSet;
@@ -263,14 +263,14 @@ fn i1_holds_when_a_shutdown_races_the_last_handle() {
         let engine = engine(2, EngineConfig::default());
         let stream = submit(&engine, 1);
         let other = engine.clone();
-        let closer = thread::spawn(move || other.shutdown());
+        let closer = thread::spawn(move || other.shutdown(Shutdown::Abort).wait());
         drop(engine);
         let kind = match read(stream).1 {
             Ok(Outcome::Length) => "finished",
             Ok(Outcome::Cancelled(CancelReason::Shutdown)) => "shut down",
             end => panic!("{end:?}"),
         };
-        closer.join().unwrap();
+        closer.join().unwrap().expect("a shutdown is no fault");
         kind
     });
 }
@@ -297,7 +297,7 @@ fn i8_a_cancel_races_a_shutdown() {
     model(2, kinds, || {
         let engine = engine(1, EngineConfig::default());
         let other = engine.clone();
-        let closer = thread::spawn(move || other.shutdown());
+        let closer = thread::spawn(move || other.shutdown(Shutdown::Abort).wait());
         let kind = match engine.generate(request(2)) {
             Err(SubmitError::Closed(EngineFault::Shutdown)) => "refused",
             Err(error) => panic!("{error}"),
@@ -307,7 +307,7 @@ fn i8_a_cancel_races_a_shutdown() {
                 Err(error) => panic!("{error}"),
             },
         };
-        closer.join().unwrap();
+        closer.join().unwrap().expect("a shutdown is no fault");
         kind
     });
 }
@@ -364,13 +364,13 @@ fn a_question_races_a_shutdown() {
     model(3, ["answered", "refused"], || {
         let engine = engine(1, EngineConfig::default());
         let other = engine.clone();
-        let closer = thread::spawn(move || other.shutdown());
+        let closer = thread::spawn(move || other.shutdown(Shutdown::Abort).wait());
         let kind = match engine.stats() {
             Ok(stats) if stats.is_idle() => "answered",
             Err(SubmitError::Closed(EngineFault::Shutdown)) => "refused",
             unexpected => panic!("{unexpected:?}"),
         };
-        closer.join().unwrap();
+        closer.join().unwrap().expect("a shutdown is no fault");
         kind
     });
 }
