@@ -21,7 +21,9 @@ const ANSWER: usize = 128;
 const ROUNDS: usize = 15;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let path = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
+    let path = std::env::args()
+        .skip(1)
+        .find(|argument| !argument.starts_with('-'));
     let path = path.unwrap_or_else(|| "models/SmolLM2-135M-Instruct.Q4_1.gguf".to_owned());
     println!(
         "Prompts of {PROMPT} tokens, no two alike, and {ANSWER} tokens each; microseconds a step"
@@ -139,7 +141,9 @@ fn lookups() {
                 what(&mut cache);
                 times[index].push(start.elapsed().as_secs_f64() * 1e6);
             };
-            time(3, &mut |cache| cache.publish(&mut table, &tokens, length, step));
+            time(3, &mut |cache| {
+                cache.publish(&mut table, &tokens, length, step)
+            });
             time(0, &mut |cache| {
                 assert_eq!(black_box(cache.lookup(&tokens, length)).0, length / BLOCK);
             });

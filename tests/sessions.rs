@@ -29,6 +29,8 @@ fn turn(session: &Session, context: &mut Vec<u32>, prompt: &[u32], tokens: usize
     let answer = expected(context, tokens);
     let ids: Vec<u32> = generation.tokens.iter().map(|token| token.id).collect();
     assert_eq!(ids, answer);
+    let kept = context.len() - prompt.len();
+    assert!(generation.finish.cached_tokens <= kept);
     context.extend(answer);
     assert_eq!(session.context_tokens(), context.len());
 }

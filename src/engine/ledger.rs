@@ -199,9 +199,11 @@ impl Ledger {
     }
 
     /// A step with some of its prompt was launched.
-    pub fn started(&mut self, key: SequenceKey, at: Instant) {
+    pub fn started(&mut self, key: SequenceKey, at: Instant, cached_tokens: usize) {
         if let Some(account) = self.open.get_mut(&key) {
-            account.record.started(at);
+            account.record.started(at, cached_tokens);
+            let cached = &account.cell.cached_tokens;
+            cached.store(cached_tokens, Ordering::Release);
         }
     }
 
