@@ -342,8 +342,16 @@ fn a_cancel_of_a_waiting_request_frees_nothing_and_is_acknowledged() {
             ..EngineConfig::default()
         },
     );
+    let in_step = |step| {
+        let health = engine.health();
+        health.device_call.is_some() && health.step.as_u64() == step
+    };
     let first = engine.generate(request(prompt(1, 8), 4)).unwrap();
+    while !in_step(1) {}
     let second = engine.generate(request(prompt(2, 8), 4)).unwrap();
+    permit.send(()).unwrap();
+    // By then it waits in the queue.
+    while !in_step(2) {}
     let cancellation = second.cancel();
     drop(permit);
     let receipt = cancellation.wait().unwrap();
