@@ -7,7 +7,7 @@ use quell::{
     CancelReason, Engine, EngineConfig, EngineStats, GenerateError, Outcome, Preemption, Request,
     Session, SessionOptions, Stop, SubmitError,
 };
-use sim::{SimOptions, engine, expected};
+use sim::{Fault, SimOptions, engine, expected};
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -445,6 +445,54 @@ fn requests_swapped_to_the_host_answer_as_if_alone() {
             assert!(stats.is_idle(), "{stats:?}");
         }
     }
+}
+
+/// I10: not even a step that fails with another one's blocks on their way to the host
+/// changes what that one answers.
+#[test]
+fn whatever_step_fails_the_others_answer_as_if_alone() {
+    let mut swaps = 0;
+    for depth in [1, 2] {
+        for step in 1..40 {
+            let (open, gate) = mpsc::channel::<()>();
+            let options = SimOptions {
+                blocks: 20,
+                swap_blocks: 60,
+                gate: Some(gate),
+                fault: Some((step, Fault::Step)),
+                ..sim(depth)
+            };
+            let config = EngineConfig {
+                preemption: Preemption::Swap,
+                ..without_prefixes()
+            };
+            let engine = engine(options, config);
+            let lengths = |index: usize| (1 + index * 7 % 20, 5 + index * 11 % 30);
+            let streams: Vec<_> = (0..8)
+                .map(|index| {
+                    let (p, n) = lengths(index);
+                    engine.generate(request(&prompt(index, p), n)).unwrap()
+                })
+                .collect();
+            drop(open);
+            for (index, stream) in streams.into_iter().enumerate() {
+                let (p, n) = lengths(index);
+                if let Ok(generation) = stream.complete_blocking() {
+                    let tokens = generation.tokens.iter();
+                    let ids: Vec<u32> = tokens.map(|token| token.id).collect();
+                    assert_eq!(
+                        ids,
+                        expected(&prompt(index, p), n),
+                        "request {index}, step {step}, depth {depth}"
+                    );
+                }
+            }
+            let stats = settled(&engine);
+            assert!(stats.is_idle(), "{stats:?}");
+            swaps += stats.swaps;
+        }
+    }
+    assert!(swaps > 0, "nobody was swapped out");
 }
 
 #[test]
