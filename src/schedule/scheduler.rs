@@ -381,6 +381,12 @@ impl Scheduler {
             })
     }
 
+    /// What all sessions keep: their tokens, and the blocks that hold them.
+    #[cfg(test)]
+    pub(crate) fn retained(&self) -> impl Iterator<Item = (&[u32], &crate::cache::BlockTable)> {
+        self.retained.contents()
+    }
+
     /// Gives back what a session keeps beyond its first `tokens` tokens, and gives the
     /// number of blocks that nobody holds any more.
     pub fn rewind_session(&mut self, session: SessionId, tokens: usize) -> usize {
