@@ -9,7 +9,7 @@ use super::{
     FinishReason, Place, PlanItem, Policy, Sequence, SequenceKey, SequenceSpec, Sequences,
     StepPlan, TokenInput,
 };
-use crate::cache::{BlockCache, BlockId, Books, HostBlocks, Imbalance};
+use crate::cache::{BlockCache, BlockId, Books, HostBlockId, HostBlocks, Imbalance};
 use crate::id::{SessionId, StepId};
 use std::time::Instant;
 
@@ -116,6 +116,9 @@ pub struct Scheduler {
     policy: Policy,
     cache: BlockCache,
     host: HostBlocks,
+    /// Host blocks that the step being planned copies in. They are given back when it
+    /// is: it copies out before it copies in, so it cannot copy out to these.
+    read_back: Vec<HostBlockId>,
     sequences: Sequences,
     running: RunningQueue,
     waiting: WaitingQueue,
@@ -138,6 +141,7 @@ impl Scheduler {
             policy,
             cache,
             host: HostBlocks::new(policy.swap_blocks),
+            read_back: Vec::new(),
             sequences: Sequences::default(),
             running: RunningQueue::default(),
             waiting: WaitingQueue::default(),
@@ -282,8 +286,10 @@ impl Scheduler {
         let Some(sequence) = self.sequences.get(key) else {
             return;
         };
-        let led = sequence
-            .leader
+        // Once it has started, it no longer waits for its leader, which may have given
+        // way, and does not know it any more.
+        let leader = sequence.leader.filter(|_| !sequence.started);
+        let led = leader
             .and_then(|leader| self.sequences.get(leader))
             .is_some_and(|leader| leader.written < leader.prompt_tokens);
         let held_back = sequence.paused || sequence.in_flight > 0 || led;
@@ -488,6 +494,7 @@ impl Scheduler {
         self.plan_running(&mut plan, &mut budget, true);
         self.plan_running(&mut plan, &mut budget, false);
         self.admit(&mut plan, &mut budget, |_, _| true);
+        self.host.give_back(std::mem::take(&mut self.read_back));
         if plan.items.is_empty() && plan.transfers.is_empty() {
             return None;
         }
@@ -845,7 +852,7 @@ impl Scheduler {
             let blocks = sequence.table.blocks().iter().copied();
             let pairs = swapped.blocks.iter().copied().zip(blocks);
             plan.transfers.swap_in.extend(pairs.skip(known));
-            self.host.give_back(swapped.blocks);
+            self.read_back.extend(swapped.blocks);
         }
         if !sequence.started {
             sequence.started = true;

@@ -500,7 +500,7 @@ impl Callers {
     fn drop_stream(&mut self, index: usize) {
         let turn = self.turn;
         let asked = &mut self.asked[index];
-        if asked.end.is_none() {
+        if asked.stream.is_some() && asked.end.is_none() {
             asked.cancelled(turn, CancelReason::StreamDropped);
             asked.cancelled(turn, CancelReason::SubmitDropped);
             self.cancels += 1;
