@@ -332,13 +332,14 @@ impl Machine {
         }
     }
 
-    /// Turns until the thread waits for commands.
+    /// Turns until the thread waits for commands, and the turn that it begins with that.
     fn settle(&mut self) {
         for _ in 0..MAX_TURNS {
-            match &self.thread {
-                Some(thread) if thread.idle && thread.commands.is_empty() => return,
-                Some(_) => self.apply(&Event::Turn),
-                None => return,
+            let idle = |thread: &SchedulerThread| thread.idle && thread.commands.is_empty();
+            let last = self.thread.as_ref().is_none_or(idle);
+            self.apply(&Event::Turn);
+            if last {
+                return;
             }
         }
         panic!("I12: the thread goes on for ever");
