@@ -3,7 +3,6 @@
 #[path = "common/sim.rs"]
 mod sim;
 
-use futures_util::StreamExt;
 use quell::{
     Engine, EngineConfig, EngineFault, GenerateError, Outcome, Request, SamplingParams, Shutdown,
     SubmitError,
@@ -250,6 +249,20 @@ fn settings_out_of_range_are_refused_by_name() {
                 ..base()
             },
             "max_context",
+        ),
+        (
+            EngineConfig {
+                pinned_percent: 101,
+                ..base()
+            },
+            "pinned_percent",
+        ),
+        (
+            EngineConfig {
+                step_deadline: Some(Duration::ZERO),
+                ..base()
+            },
+            "step_deadline",
         ),
     ] {
         let refused = quell::Engine::with_runner(config, None, || unreachable!());
@@ -556,79 +569,6 @@ fn streams_outlive_every_handle() {
     drop(engine);
     let generation = stream.complete_blocking().unwrap();
     assert_eq!(generation.tokens.len(), 30);
-}
-
-#[test]
-fn streams_and_cancels_work_in_any_runtime_and_survive_its_end() {
-    let engine = engine(SimOptions::default(), EngineConfig::default());
-    let runtime = tokio::runtime::Runtime::new().unwrap();
-    let tokens = runtime.block_on(async {
-        let stream = engine.generate(request(prompt(3, 5), 10)).unwrap();
-        stream
-            .filter_map(|chunk| async { chunk.unwrap().token.map(|token| token.id) })
-            .collect::<Vec<u32>>()
-            .await
-    });
-    assert_eq!(tokens, expected(&prompt(3, 5), 10));
-    let receipt = runtime.block_on(async {
-        let mut stream = engine.generate(request(prompt(4, 5), 400)).unwrap();
-        stream.next().await.unwrap().unwrap();
-        stream.cancel().await.unwrap()
-    });
-    assert!(receipt.blocks_freed > 0);
-    // A hundred tasks in the middle of their streams, and the runtime goes away.
-    for index in 0..100 {
-        let mut stream = engine.generate(request(prompt(index, 5), 400)).unwrap();
-        runtime.spawn(async move { while stream.next().await.is_some() {} });
-    }
-    runtime.shutdown_timeout(Duration::from_secs(5));
-    assert!(idle(&engine).outcomes.cancelled > 1, "no stream was cut");
-}
-
-#[test]
-fn a_stream_dropped_while_its_thread_unwinds_is_cancelled() {
-    let engine = engine(SimOptions::default(), EngineConfig::default());
-    let stream = engine.generate(request(prompt(1, 5), 400)).unwrap();
-    let unwound = std::thread::spawn(move || {
-        let _stream = stream;
-        panic!("the caller's own affair");
-    });
-    assert!(unwound.join().is_err());
-    assert_eq!(idle(&engine).outcomes.cancelled, 1);
-}
-
-#[test]
-fn every_public_future_can_be_dropped_after_any_number_of_polls() {
-    for polls in 0..12 {
-        for cancel in [false, true] {
-            let (permit, gate) = mpsc::channel();
-            let options = SimOptions {
-                gate: Some(gate),
-                ..SimOptions::default()
-            };
-            let engine = engine(options, EngineConfig::default());
-            let stream = engine.generate(request(prompt(1, 5), 6)).unwrap();
-            if cancel {
-                poll_then_drop(stream.cancel(), polls, &permit);
-            } else {
-                poll_then_drop(stream.complete(), polls, &permit);
-            }
-            drop(permit);
-            idle(&engine);
-        }
-    }
-}
-
-/// Polls `polls` times, letting one step complete before each, then drops.
-fn poll_then_drop(future: impl std::future::Future, polls: usize, permit: &mpsc::Sender<()>) {
-    let mut future = std::pin::pin!(future);
-    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
-    for _ in 0..polls {
-        let _ = permit.send(());
-        if future.as_mut().poll(&mut context).is_ready() {
-            break;
-        }
-    }
 }
 
 #[test]
