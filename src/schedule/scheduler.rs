@@ -286,10 +286,8 @@ impl Scheduler {
         let Some(sequence) = self.sequences.get(key) else {
             return;
         };
-        // Once it has started, it no longer waits for its leader, which may have given
-        // way, and does not know it any more.
-        let leader = sequence.leader.filter(|_| !sequence.started);
-        let led = leader
+        let led = sequence
+            .leader
             .and_then(|leader| self.sequences.get(leader))
             .is_some_and(|leader| leader.written < leader.prompt_tokens);
         // One that has started before does not wait for the prompt again.
@@ -848,8 +846,14 @@ impl Scheduler {
         let known = sequence.table.len();
         let (from, to) = (sequence.computed, sequence.tokens.len());
         let (table, transfers) = (&mut sequence.table, &mut plan.transfers);
+        let copies = transfers.copies.len();
         let booked = self.cache.prepare(table, from, to, plan.step, transfers);
         debug_assert!(booked.is_ok(), "there was room: {booked:?}");
+        if transfers.copies.len() > copies {
+            // What is copied is there when the step has completed, which may fail.
+            let size = self.cache.block_tokens();
+            sequence.written = sequence.written.min(from - from % size);
+        }
         if let Some(swapped) = sequence.swapped.take() {
             let blocks = sequence.table.blocks().iter().copied();
             let pairs = swapped.blocks.iter().copied().zip(blocks);

@@ -96,26 +96,6 @@ impl Runner for Device {
 
     fn launch(&mut self, plan: &StepPlan, sequences: &Sequences) -> Result<(), DeviceError> {
         let Script { fault, planned, .. } = &*self.0;
-        if std::env::var("PLANS").is_ok() {
-            eprintln!("turn {}", self.0.callers.borrow().turn);
-            for item in &plan.items {
-                let s = &sequences[item.key];
-                eprintln!(
-                    "  {:?} {} prompt {} table {:?} of {:?}",
-                    item,
-                    s.id,
-                    s.prompt_tokens,
-                    s.table.blocks(),
-                    s.spec.session
-                );
-            }
-            eprintln!(
-                "  {:?} {:?} fault {:?}",
-                plan.step,
-                plan.transfers,
-                fault.get()
-            );
-        }
         let keys = plan.items.iter().map(|item| item.key);
         planned
             .borrow_mut()
@@ -565,7 +545,6 @@ fn run(setup: &Setup, events: &[Event]) {
     machine.finish(setup.finale);
 }
 
-#[cfg(test)]
 const ASK: Ask = Ask {
     prompt: 0,
     length: 1,
@@ -576,65 +555,113 @@ const ASK: Ask = Ask {
     overdue: None,
 };
 
-#[test]
-fn probe_four() {
-    let setup = Setup {
-        depth: 1,
-        blocks: 4,
-        block_tokens: 3,
+/// A small engine without a prefix cache, two steps deep.
+fn small(blocks: usize, block_tokens: usize) -> Setup {
+    Setup {
+        depth: 2,
+        blocks,
+        block_tokens,
         swap_blocks: 4,
         config: EngineConfig {
             max_batch_tokens: 7,
             max_sequences: 2,
-            max_open_requests: 12,
             stream_buffer: 1,
             prefix_cache: false,
             preemption: Preemption::Swap,
-            pinned_percent: 0,
             slow_consumer_deadline: None,
             step_deadline: None,
             audit: true,
             ..EngineConfig::default()
         },
-        finale: Finale::Dropped,
+        finale: Finale::Read,
+    }
+}
+
+#[test]
+fn a_step_does_not_copy_out_to_the_host_blocks_that_it_copies_in() {
+    let ask = |length, max_tokens| Ask {
+        length,
+        max_tokens,
+        ..ASK
     };
+    let setup = Setup {
+        depth: 1,
+        ..small(4, 3)
+    };
+    // Three requests whose readers are slow give way to each other.
     let events = [
-        Event::Act(Act::Samples(ASK, 3)),
-        Event::Turn,
-        Event::Act(Act::Read(0)),
-        Event::Act(Act::Cancel(598)),
-        Event::Fault(Fault::Launch),
-        Event::Act(Act::DropStream(5299)),
         Event::Act(Act::OpenSession { pin: None }),
-        Event::Act(Act::Turn(0, ASK)),
+        Event::Act(Act::Submit(ask(1, 1))),
         Event::Turn,
-        Event::Act(Act::Submit(ASK)),
+        Event::During(Act::Submit(ask(1, 2))),
+        Event::Act(Act::Turn(0, ask(4, 2))),
+        Event::Act(Act::Submit(ask(2, 2))),
         Event::Turn,
-        Event::During(Act::Submit(Ask {
-            max_tokens: 2,
-            ..ASK
-        })),
-        Event::Act(Act::Turn(
-            0,
-            Ask {
-                length: 4,
-                max_tokens: 2,
-                ..ASK
-            },
-        )),
-        Event::Act(Act::Submit(Ask {
-            length: 2,
-            max_tokens: 2,
-            ..ASK
-        })),
-        Event::Turn,
-        Event::Act(Act::Submit(ASK)),
+        Event::Act(Act::Submit(ask(1, 1))),
         Event::Turn,
         Event::Turn,
-        Event::Act(Act::Read(37964)),
+        Event::Act(Act::Read(1)),
         Event::Turn,
     ];
     run(&setup, &events);
+}
+
+#[test]
+fn a_session_does_not_keep_what_a_failed_step_was_to_copy() {
+    let turn = |length| Act::Turn(0, Ask { length, ..ASK });
+    let events = [
+        Event::Act(Act::OpenSession { pin: None }),
+        Event::Act(turn(5)),
+        Event::Turn,
+        Event::Turn,
+        Event::Turn,
+        Event::Act(Act::Read(0)),
+        // The two share a block that the next turn writes to: it is copied.
+        Event::Act(Act::Fork(0)),
+        Event::Act(turn(1)),
+        Event::Turn,
+        Event::Act(Act::DropStream(1)),
+        Event::Fault(Fault::Collect),
+        Event::Turn,
+        Event::Act(turn(1)),
+    ];
+    run(&small(8, 4), &events);
+}
+
+#[test]
+fn a_turn_may_begin_as_soon_as_the_one_before_is_stopped_to_be_rewound() {
+    let turn = Act::Turn(
+        0,
+        Ask {
+            length: 3,
+            max_tokens: 3,
+            ..ASK
+        },
+    );
+    let events = [
+        Event::Act(Act::OpenSession { pin: None }),
+        Event::Act(turn.clone()),
+        Event::Turn,
+        Event::Act(Act::Stop(0, false)),
+        Event::Act(turn),
+    ];
+    run(&small(8, 4), &events);
+}
+
+#[test]
+fn a_turn_that_has_been_read_to_its_end_is_not_rewound_by_a_stop() {
+    let turn = Act::Turn(0, ASK);
+    let events = [
+        Event::Act(Act::OpenSession { pin: None }),
+        Event::Act(turn.clone()),
+        Event::Turn,
+        Event::Turn,
+        Event::Act(Act::Read(0)),
+        Event::Act(Act::Stop(0, false)),
+        Event::Turn,
+        Event::Act(turn),
+    ];
+    run(&small(8, 4), &events);
 }
 
 proptest! {

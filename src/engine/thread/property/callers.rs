@@ -393,7 +393,11 @@ impl Callers {
                             self.accepted(ask, stream, None);
                         }
                     }
-                    Err(error) => self.refused(&error),
+                    Err(error) => {
+                        // Some of the streams were made, and are dropped.
+                        self.late += *samples as u64;
+                        self.refused(&error);
+                    }
                 }
             }
             Act::Read(number) => {
