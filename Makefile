@@ -37,6 +37,7 @@ bench: model
 	$(CARGO) bench --locked --bench cpu_linear
 	$(CARGO) bench --locked --bench cpu_step
 	$(CARGO) bench --locked --bench cancel
+	$(CARGO) bench --locked --bench prefix -- $(MODEL)
 	$(CARGO) bench --locked --bench kernels
 	$(CARGO) build --release --locked
 	./target/release/quell bench --model $(MODEL)

@@ -10,6 +10,11 @@ use std::fmt;
 pub struct SessionId(pub(crate) u64);
 
 impl SessionId {
+    /// An id of one's own, to use the scheduler without an engine.
+    pub fn from_u64(id: u64) -> Self {
+        Self(id)
+    }
+
     /// The id as a number, for logs.
     pub fn as_u64(self) -> u64 {
         self.0

@@ -11,13 +11,17 @@ mod gpu;
 
 use golden::tiny;
 use quell::{
-    CudaOptions, DeviceChoice, Engine, EngineConfig, EngineStats, LoadOptions, Request,
+    CudaOptions, DeviceChoice, Engine, EngineConfig, EngineStats, LoadOptions, Preemption, Request,
     SamplingParams, TokenStream,
 };
 
 const REQUESTS: usize = 16;
 
 fn engine(model: &str, cuda: CudaOptions, kv_blocks: usize) -> Engine {
+    engine_with(model, cuda, kv_blocks, EngineConfig::default())
+}
+
+fn engine_with(model: &str, cuda: CudaOptions, kv_blocks: usize, config: EngineConfig) -> Engine {
     let options = LoadOptions {
         device: DeviceChoice::Cuda(0),
         cuda,
@@ -31,7 +35,7 @@ fn engine(model: &str, cuda: CudaOptions, kv_blocks: usize) -> Engine {
         max_sequences: REQUESTS,
         kv_cache_bytes: Some(kv_blocks * block_bytes),
         audit: true,
-        ..EngineConfig::default()
+        ..config
     };
     let engine = Engine::load(tiny(model), config, options).unwrap();
     assert_eq!(engine.info().cache_blocks, kv_blocks);
@@ -165,4 +169,73 @@ fn preempted_requests_give_the_tokens_of_each_alone() {
         stats.preemptions > 0,
         "nothing was preempted: the test proves nothing"
     );
+}
+
+#[test]
+fn swapped_requests_give_the_tokens_of_each_alone() {
+    let _gpu = gpu::lock();
+    let expected = alone(&engine("llama", CudaOptions::default(), 64));
+    let config = EngineConfig {
+        preemption: Preemption::Swap,
+        prefix_cache: false,
+        ..EngineConfig::default()
+    };
+    let crowd = engine_with("llama", CudaOptions::default(), 5, config);
+    let streams: Vec<_> = (0..REQUESTS)
+        .map(|index| crowd.generate(request(index)).unwrap())
+        .collect();
+    for (index, stream) in streams.into_iter().enumerate() {
+        assert_eq!(tokens(stream), expected[index], "request {index}");
+    }
+    let stats = idle(&crowd);
+    assert!(stats.swaps > 0, "nothing was swapped out");
+}
+
+#[test]
+fn sessions_forks_and_samples_give_the_tokens_of_the_whole_prompt() {
+    let _gpu = gpu::lock();
+    let config = EngineConfig {
+        prefix_cache: false,
+        ..EngineConfig::default()
+    };
+    let engine = engine_with("llama", CudaOptions::default(), 64, config);
+    let greedy = |prompt: Vec<u32>| {
+        let mut request = Request::new(prompt).greedy().max_tokens(6);
+        request.ignore_eos = true;
+        request
+    };
+    let ids = |stream| -> Vec<u32> { tokens(stream).into_iter().map(|(id, _)| id).collect() };
+    let prompt = |length: u32, seed: u32| {
+        (0..length)
+            .map(|i| (seed * 97 + i * 31) % 500 + 3)
+            .collect()
+    };
+    let session = engine.session();
+    let mut context: Vec<u32> = Vec::new();
+    for turn in 0..3 {
+        let new: Vec<u32> = prompt(7 + 5 * turn, turn);
+        context.extend(&new);
+        let answer = ids(session.generate(greedy(new)).unwrap());
+        let expected = ids(engine.generate(greedy(context.clone())).unwrap());
+        assert_eq!(answer, expected, "turn {turn}");
+        context.extend(answer);
+    }
+    // Both write to the block that they share.
+    let fork = session.fork().unwrap();
+    let streams = [&session, &fork].map(|session| {
+        let new: Vec<u32> = prompt(3, session.id().as_u64() as u32);
+        let whole = [context.clone(), new.clone()].concat();
+        (whole, session.generate(greedy(new)).unwrap())
+    });
+    for (whole, stream) in streams {
+        let expected = ids(engine.generate(greedy(whole)).unwrap());
+        assert_eq!(ids(stream), expected);
+    }
+    let streams = engine.generate_samples(greedy(context.clone()), 3).unwrap();
+    let expected = ids(engine.generate(greedy(context)).unwrap());
+    for stream in streams {
+        assert_eq!(ids(stream), expected);
+    }
+    drop((session, fork));
+    idle(&engine);
 }

@@ -145,6 +145,10 @@ fn after_a_mixed_run_the_counters_equal_the_books_and_every_cancel_has_its_reaso
             stats.tokens_generated
         );
         assert_eq!(numbers.of("quell_num_preemptions_total"), stats.preemptions);
+        let queries = numbers.of("quell_prefix_cache_queries_total");
+        assert_eq!(queries, stats.prefix_queries);
+        let hits = numbers.of("quell_prefix_cache_hits_total");
+        assert_eq!(hits, stats.prefix_hits);
         assert_eq!(numbers.of("quell_e2e_request_latency_seconds"), 25);
         let cancelled = outcomes.cancelled;
         assert_eq!(numbers.of("quell_cancel_to_terminal_seconds"), cancelled);

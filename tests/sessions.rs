@@ -29,6 +29,8 @@ fn turn(session: &Session, context: &mut Vec<u32>, prompt: &[u32], tokens: usize
     let answer = expected(context, tokens);
     let ids: Vec<u32> = generation.tokens.iter().map(|token| token.id).collect();
     assert_eq!(ids, answer);
+    let kept = context.len() - prompt.len();
+    assert!(generation.finish.cached_tokens <= kept);
     context.extend(answer);
     assert_eq!(session.context_tokens(), context.len());
 }
@@ -447,4 +449,15 @@ fn urgent_requests_overtake_and_tenants_share() {
     // The first was running already, perhaps.
     assert!(usual[1..].iter().all(|total| urgent < *total));
     assert!(usual[2..].iter().all(|total| fair < *total));
+}
+
+#[test]
+fn an_answer_says_how_much_of_its_prompt_was_there() {
+    let engine = engine(sim(1), EngineConfig::default());
+    for (length, cached) in [(9, 0), (9, 8), (8, 4), (21, 8)] {
+        let stream = engine.generate(request(&prompt(1, length), 2)).unwrap();
+        let finish = stream.complete_blocking().unwrap().finish;
+        assert_eq!(finish.cached_tokens, cached, "{length} tokens");
+        assert_eq!(finish.prompt_tokens, length);
+    }
 }

@@ -13,7 +13,7 @@ mod sim;
 
 use quell::{
     CancelReason, Cancellation, Engine, EngineConfig, EngineFault, EngineStats, GenerateError,
-    Outcome, Request, SubmitError, TokenStream,
+    Outcome, Request, Shutdown, SubmitError, TokenStream,
 };
 use shuttle::future::block_on;
 use shuttle::rand::{Rng, thread_rng};
@@ -304,7 +304,9 @@ fn i1_holds_through_a_shutdown() {
             }
         });
         let other = engine.clone();
-        callers.push(thread::spawn(move || other.shutdown()));
+        callers.push(thread::spawn(move || {
+            other.shutdown(Shutdown::Abort).wait().unwrap();
+        }));
         join(callers);
         let late = Reader::new(&engine, 0, 3).map(Reader::read_all);
         let closed = matches!(

@@ -157,6 +157,7 @@ fn result(generation: &Generation, logprobs: bool) -> Value {
             "first_token_s": finish.timing.first_token.map(|time| time.as_secs_f64()),
             "total_s": finish.timing.total.as_secs_f64(),
             "prompt_tokens": finish.prompt_tokens,
+            "cached_tokens": finish.cached_tokens,
             "generated_tokens": finish.generated_tokens,
             "decode_tokens_per_s": finish.timing.decode_rate(finish.generated_tokens),
         },

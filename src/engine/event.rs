@@ -2,7 +2,7 @@
 
 use super::EngineFault;
 use super::metrics::cleanup_failed;
-use super::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use super::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use super::sync::{Arc, AtomicWaker, OnceLock, Receiver, Sender, TrySendError, bounded};
 use super::waiting::Waiter;
 use crate::id::StepId;
@@ -164,6 +164,8 @@ pub(crate) struct SessionCell {
     posted: OnceLock<Instant>,
     /// Set by the thread when it pauses the session for its reader's sake.
     pub paused: AtomicBool,
+    /// Prompt tokens that the cache held; set before the first token is sent.
+    pub cached_tokens: AtomicUsize,
     reader: AtomicWaker,
     receipt: AtomicWaker,
 }

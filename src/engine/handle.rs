@@ -8,7 +8,7 @@ use super::permit::Permit;
 use super::record::RequestRecord;
 use super::stream::{Cancellation, StreamParts, TextState};
 use super::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use super::sync::{Arc, OnceLock, Sender, bounded, spawn, unbounded};
+use super::sync::{Arc, OnceLock, Sender, Weak, bounded, spawn, unbounded};
 use super::thread::SchedulerThread;
 use super::turn::Turn;
 use super::waiting::{Answer, EngineEnd, Reply, Waiters};
@@ -26,7 +26,6 @@ use crate::sampling::SamplingParams;
 use crate::schedule::{Policy, Scheduler, SequenceSpec};
 use crate::text::{EncodeOptions, Message, RenderOptions, Tokenizer};
 use std::path::Path;
-use std::sync::Weak;
 use std::time::{Duration, Instant};
 
 /// What to continue.
@@ -224,11 +223,11 @@ impl Engine {
         let fault = Arc::new(OnceLock::new());
         let metrics = Arc::new(EngineMetrics::new(config.metrics_label.as_deref()));
         let thread_metrics = Arc::clone(&metrics);
-        let (thread_fault, settings) = (Arc::clone(&fault), config.clone());
         let waiters = Arc::new(Waiters::default());
         let heart = Arc::new(Heartbeat::new(config.step_deadline));
         let watched = watch(&heart, &fault, &waiters);
         let (pulse, over) = watched.map_err(|error| LoadError::Thread(error.to_string()))?;
+        let (thread_fault, settings) = (Arc::clone(&fault), config.clone());
         let end = EngineEnd::new(fault, over);
         spawn("quell-scheduler", move || {
             let (runner, info) = match make_runner() {

@@ -199,9 +199,11 @@ impl Ledger {
     }
 
     /// A step with some of its prompt was launched.
-    pub fn started(&mut self, key: SequenceKey, at: Instant) {
+    pub fn started(&mut self, key: SequenceKey, at: Instant, cached_tokens: usize) {
         if let Some(account) = self.open.get_mut(&key) {
-            account.record.started(at);
+            account.record.started(at, cached_tokens);
+            let cached = &account.cell.cached_tokens;
+            cached.store(cached_tokens, Ordering::Release);
         }
     }
 
@@ -353,7 +355,9 @@ impl Ledger {
                 at,
             });
             if account.events.is_full() {
-                account.cell.paused.store(true, Ordering::SeqCst);
+                // A swap and not a store: loom gives the order of a store among the swaps
+                // of the other side too much freedom.
+                account.cell.paused.swap(true, Ordering::SeqCst);
                 // The reader may have caught up before it could see the flag. Who takes
                 // the flag down ends the pause, one that an earlier step began included.
                 let caught_up = account.events.has_room();

@@ -102,6 +102,8 @@ pub(crate) struct EngineMetrics {
     blocks_cached: Gauge,
     blocks_deferred: Gauge,
     preemptions: Counter,
+    prefix_queries: Counter,
+    prefix_hits: Counter,
     prompt_tokens: Counter,
     generation_tokens: Counter,
     success: [Counter; 3],
@@ -153,6 +155,8 @@ impl EngineMetrics {
             blocks_cached: blocks("cached"),
             blocks_deferred: blocks("deferred"),
             preemptions: counter!("quell_num_preemptions_total", base.clone()),
+            prefix_queries: counter!("quell_prefix_cache_queries_total", base.clone()),
+            prefix_hits: counter!("quell_prefix_cache_hits_total", base.clone()),
             prompt_tokens: counter!("quell_prompt_tokens_total", base.clone()),
             generation_tokens: counter!("quell_generation_tokens_total", base.clone()),
             success: ["stop", "length", "cancelled"].map(success),
@@ -201,7 +205,12 @@ impl EngineMetrics {
             now.tokens_generated,
             before.tokens_generated,
         );
-        // quell_prefix_cache_{queries,hits}_total catch up here.
+        catch_up(
+            &self.prefix_queries,
+            now.prefix_queries,
+            before.prefix_queries,
+        );
+        catch_up(&self.prefix_hits, now.prefix_hits, before.prefix_hits);
     }
 
     /// A request has ended, `total` after its submission.

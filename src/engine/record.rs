@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 pub(crate) struct RequestRecord {
     span: tracing::Span,
     prompt_tokens: usize,
+    /// Of these, how many the cache held.
+    cached_tokens: usize,
     submitted: Instant,
     started: Option<Instant>,
     first_token: Option<Instant>,
@@ -19,6 +21,7 @@ impl RequestRecord {
         Self {
             span,
             prompt_tokens,
+            cached_tokens: 0,
             submitted,
             started: None,
             first_token: None,
@@ -31,8 +34,9 @@ impl RequestRecord {
     }
 
     /// A step with it was launched; the first counts.
-    pub fn started(&mut self, at: Instant) {
+    pub fn started(&mut self, at: Instant, cached_tokens: usize) {
         self.started.get_or_insert(at);
+        self.cached_tokens = cached_tokens;
     }
 
     /// A token was sent.
@@ -58,6 +62,7 @@ impl RequestRecord {
                 outcome = end.outcome(),
                 reason = end.reason(),
                 prompt_tokens = self.prompt_tokens,
+                cached_tokens = self.cached_tokens,
                 generated_tokens = receipt.tokens_generated,
                 discarded_tokens = receipt.tokens_discarded,
                 blocks_freed = if freed { receipt.blocks_freed } else { 0 },

@@ -38,6 +38,8 @@ pub struct Finish {
     pub outcome: Outcome,
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
+    /// Of these, how many need not be computed: the cache held their keys and values.
+    pub cached_tokens: usize,
     /// Tokens generated, a final stop token included.
     pub generated_tokens: usize,
     /// How long it took.
@@ -294,6 +296,7 @@ impl TokenStream {
         let finish = outcome.map(|outcome| Finish {
             outcome,
             prompt_tokens: self.parts.prompt.len(),
+            cached_tokens: self.parts.cell.cached_tokens.load(Ordering::Acquire),
             generated_tokens: self.generated,
             timing: Timing {
                 first_token: self.first_token,

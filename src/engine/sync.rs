@@ -43,7 +43,7 @@ use plain as types;
 pub use crossbeam_channel::{RecvError, RecvTimeoutError, SendError, TryRecvError, TrySendError};
 // The count in an `Arc` is not the engine's protocol, so it stays the plain one: what
 // is shared with `schedule` and `text` has the same type.
-pub use std::sync::{Arc, PoisonError};
+pub use std::sync::{Arc, PoisonError, Weak};
 pub use types::{
     AtomicWaker, JoinHandle, Mutex, MutexGuard, OnceLock, Receiver, Sender, atomic, bounded,
     unbounded,

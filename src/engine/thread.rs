@@ -537,8 +537,10 @@ impl SchedulerThread {
     fn note_starts(&mut self, plan: &StepPlan, at: Instant) {
         for item in &plan.items {
             let sequence = self.scheduler.sequences().get(item.key);
-            if sequence.is_some_and(|sequence| item.start < sequence.prompt_tokens) {
-                self.ledger.started(item.key, at);
+            let at_prompt = sequence.filter(|sequence| item.start < sequence.prompt_tokens);
+            if let Some(sequence) = at_prompt {
+                let cached = sequence.cached_tokens;
+                self.ledger.started(item.key, at, cached);
             }
         }
     }

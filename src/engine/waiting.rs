@@ -3,10 +3,9 @@
 use super::EngineFault;
 use super::event::wake;
 use super::sync::{
-    Arc, AtomicWaker, Mutex, Never, OnceLock, PoisonError, Receiver, Sender, TryRecvError, bounded,
-    recv_or,
+    Arc, AtomicWaker, Mutex, Never, OnceLock, PoisonError, Receiver, Sender, TryRecvError, Weak,
+    bounded, recv_or,
 };
-use std::sync::Weak;
 use std::task::{Context, Poll};
 
 /// How an engine has ended, and word of it for those who wait.

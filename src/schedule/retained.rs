@@ -30,6 +30,7 @@ pub(super) struct RetainedSessions {
     /// Those that give way, the one unused for the longest first.
     evictable: BTreeMap<u64, SessionId>,
     uses: u64,
+    blocks: usize,
     pinned_blocks: usize,
 }
 
@@ -47,7 +48,7 @@ impl RetainedSessions {
     }
 
     pub fn blocks(&self) -> usize {
-        self.tables().map(BlockTable::len).sum()
+        self.blocks
     }
 
     pub fn get(&self, session: SessionId) -> Option<&Retained> {
@@ -58,6 +59,7 @@ impl RetainedSessions {
     pub fn insert(&mut self, session: SessionId, mut retained: Retained) {
         self.uses += 1;
         retained.used = self.uses;
+        self.blocks += retained.table.len();
         if retained.pinned_until.is_some() {
             self.pinned_blocks += retained.table.len();
         } else {
@@ -71,6 +73,7 @@ impl RetainedSessions {
     pub fn take(&mut self, session: SessionId) -> Option<Retained> {
         let retained = self.sessions.remove(&session)?;
         self.evictable.remove(&retained.used);
+        self.blocks -= retained.table.len();
         if retained.pinned_until.is_some() {
             self.pinned_blocks -= retained.table.len();
         }

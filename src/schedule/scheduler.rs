@@ -82,7 +82,7 @@ pub struct Kept {
 /// Where a sequence that starts gets its first keys and values from.
 #[derive(Clone, Copy, Debug)]
 enum Source {
-    /// Host memory; `known` leading blocks are in the prefix cache.
+    /// Host memory, behind what the prefix cache knows.
     Swapped,
     /// Its session's last turn.
     Session(SessionId),
@@ -286,6 +286,8 @@ impl Scheduler {
             .leader
             .and_then(|leader| self.sequences.get(leader))
             .is_some_and(|leader| leader.written < leader.prompt_tokens);
+        // One that has started before does not wait for the prompt again.
+        let led = led && !sequence.started;
         let held_back = sequence.paused || sequence.in_flight > 0 || led;
         if sequence.place == Place::Parked && !held_back {
             self.set_place(key, Place::Waiting);
