@@ -14,13 +14,14 @@ use loom::future::block_on;
 use loom::thread;
 use quell::{
     CancelReason, Engine, EngineConfig, EngineFault, GenerateError, Outcome, Request, Shutdown,
-    SubmitError, TokenStream,
+    Stop, SubmitError, TokenStream,
 };
 use sim::{Fault, SimOptions, expected};
 use std::collections::BTreeSet;
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 const PROMPT: [u32; 1] = [7];
 
@@ -331,6 +332,51 @@ fn i2_i12_hold_when_an_abort_races_a_submission() {
     });
 }
 
+/// Drain × submit: a drain waits for a request that came in before it, and refuses or
+/// cancels one that came later.
+#[test]
+fn i2_i12_hold_when_a_drain_races_a_submission() {
+    model(2, ["answered", "refused", "submitted too late"], || {
+        let engine = engine(1, EngineConfig::default());
+        let other = engine.clone();
+        // No model takes that long, and the checker's time stands still.
+        let drain = move || other.drain(Duration::from_secs(1 << 20)).wait();
+        let drainer = thread::spawn(drain);
+        let kind = match engine.generate(request(1)).map(read) {
+            Ok((_, Ok(Outcome::Length))) => "answered",
+            Ok((_, Ok(Outcome::Cancelled(CancelReason::Shutdown)))) => "submitted too late",
+            Err(SubmitError::Draining) => "refused",
+            unexpected => panic!("{unexpected:?}"),
+        };
+        let drained = drainer.join().unwrap().expect("a drain is no fault");
+        assert_eq!(drained.aborted, 0);
+        kind
+    });
+}
+
+/// Stop × completion: a turn is stopped while it comes to its end by itself. It has one
+/// end, and when both have learnt of it, the next turn continues from what is kept.
+#[test]
+fn i8_i10_hold_when_a_stop_races_the_end_of_a_turn() {
+    model(2, ["finished", "stopped"], || {
+        let engine = engine(2, EngineConfig::default());
+        let session = Arc::new(engine.session());
+        let turn = session.generate(request(1)).expect("the session is idle");
+        let other = Arc::clone(&session);
+        let stopper = thread::spawn(move || other.stop(Stop::Keep).wait().map(|_| ()));
+        let kind = match read(turn).1 {
+            Ok(Outcome::Length) => "finished",
+            Ok(Outcome::Cancelled(CancelReason::SessionStopped)) => "stopped",
+            end => panic!("{end:?}"),
+        };
+        stopper.join().unwrap().expect("the engine is open");
+        let next = session.generate(request(1)).expect("the turn is over");
+        let answer = expected(next.prompt_ids(), 1);
+        assert_eq!(read(next).0, answer);
+        kind
+    });
+}
+
 /// Permit × permit: of two requests at a door for one, none is lost and none too many.
 /// Whoever has read an end has made room for the next.
 #[test]
@@ -361,7 +407,7 @@ fn the_door_lets_one_in_at_a_time() {
 /// Ask × close: whoever asks for the state gets it, or learns that there is none.
 #[test]
 fn a_question_races_a_shutdown() {
-    model(3, ["answered", "refused"], || {
+    model(2, ["answered", "refused"], || {
         let engine = engine(1, EngineConfig::default());
         let other = engine.clone();
         let closer = thread::spawn(move || other.shutdown(Shutdown::Abort).wait());

@@ -13,7 +13,7 @@ mod sim;
 
 use quell::{
     CancelReason, Cancellation, Engine, EngineConfig, EngineFault, EngineStats, GenerateError,
-    Outcome, Request, Shutdown, SubmitError, TokenStream,
+    Outcome, Request, Session, Shutdown, Stop, SubmitError, TokenStream,
 };
 use shuttle::future::block_on;
 use shuttle::rand::{Rng, thread_rng};
@@ -22,9 +22,11 @@ use shuttle::{Config, Runner, thread};
 use sim::{Fault, SimOptions, expected};
 use std::future::poll_fn;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
 
 /// Schedules of one scenario, unless `QUELL_SCHEDULES` says otherwise.
-const SCHEDULES: usize = 600;
+const SCHEDULES: usize = 3000;
 
 fn explore(scenario: fn()) {
     let mut config = Config::new();
@@ -65,6 +67,7 @@ fn faulty_engine(config: EngineConfig, fault: Option<(u64, Fault)>) -> Engine {
         blocks: 6,
         block_tokens: 2,
         context: 12,
+        swap_blocks: 4 * choose(2),
         fault,
         ..SimOptions::default()
     };
@@ -367,6 +370,104 @@ fn the_end_of_a_request_makes_room_for_the_next() {
         });
         join(callers);
         assert_eq!(check_idle(&engine).outcomes.accepted, 4);
+    });
+}
+
+/// One turn of a session: read, cancelled, dropped, or refused as the other party's
+/// turn is still on.
+fn take_turn(session: &Session) {
+    let turn = session.generate(Request::new(vec![choose(3) as u32]).max_tokens(2));
+    let stream = match turn {
+        Ok(stream) => stream,
+        Err(SubmitError::Conflict | SubmitError::PromptTooLong { .. }) => return,
+        Err(error) => panic!("{error}"),
+    };
+    // Whatever the session has been through, the answer is that to all its tokens.
+    let answer = expected(stream.prompt_ids(), 2);
+    let reader = Reader {
+        stream,
+        expected: answer.into_iter(),
+    };
+    match choose(3) {
+        0 => {
+            reader.read_all();
+        }
+        1 => drop(reader.read(choose(3))),
+        _ => acknowledge(reader.stream.cancel()),
+    }
+}
+
+/// What the other party does to the session meanwhile.
+fn meddle(session: &Session) {
+    match choose(4) {
+        0 => acknowledge(session.stop(Stop::Keep)),
+        1 => acknowledge(session.stop(Stop::Rewind)),
+        2 => match session.rewind(choose(4)) {
+            Ok(()) | Err(SubmitError::Conflict) => {}
+            Err(error) => panic!("{error}"),
+        },
+        _ => match session.fork() {
+            Ok(fork) => take_turn(&fork),
+            Err(SubmitError::Conflict) => {}
+            Err(error) => panic!("{error}"),
+        },
+    }
+}
+
+/// Sessions whose turns are read, cancelled, stopped, rewound and forked by two parties
+/// at once: each turn answers the session's own tokens, and the end of the sessions
+/// leaves nothing behind.
+#[test]
+fn i10_i12_hold_for_sessions_that_two_parties_use() {
+    explore(|| {
+        let engine = engine(EngineConfig::default());
+        let mut parties = Vec::new();
+        let sessions = [engine.session(), engine.session()].map(Arc::new);
+        for session in &sessions {
+            let (turns, other) = (Arc::clone(session), Arc::clone(session));
+            parties.push(thread::spawn(move || {
+                take_turn(&turns);
+                take_turn(&turns);
+            }));
+            parties.push(thread::spawn(move || meddle(&other)));
+        }
+        join(parties);
+        for session in sessions {
+            match Arc::into_inner(session) {
+                Some(session) if choose(2) == 0 => acknowledge(session.end()),
+                session => drop(session),
+            }
+        }
+        check_idle(&engine);
+    });
+}
+
+/// A drain between submissions: who came in is answered, who comes later is refused,
+/// and the drain counts them all.
+#[test]
+fn i2_holds_through_a_drain() {
+    explore(|| {
+        let engine = engine(EngineConfig::default());
+        let callers = spawn_callers(3, &engine, |engine, index| {
+            match Reader::new(engine, index, 2).map(Reader::read_all) {
+                Ok(End::Finished(Outcome::Length)) | Err(SubmitError::Draining) => {}
+                // Between the door and the queue.
+                Ok(End::Finished(Outcome::Cancelled(CancelReason::Shutdown))) => {}
+                Ok(end) => panic!("{end:?}"),
+                Err(error) => panic!("{error}"),
+            }
+        });
+        // No test takes that long, and the checker's time stands still.
+        let within = Duration::from_secs(1 << 20);
+        let draining = engine.drain(within);
+        let drained = match choose(2) {
+            0 => draining.wait(),
+            _ => block_on(draining),
+        };
+        assert_eq!(drained.unwrap().aborted, 0);
+        join(callers);
+        check_idle(&engine);
+        engine.shutdown(Shutdown::Drain(within)).wait().unwrap();
     });
 }
 
