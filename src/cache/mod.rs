@@ -143,6 +143,14 @@ impl BlockCache {
         last_first.any(|&block| self.pool.references(block) == 1)
     }
 
+    /// How many blocks nobody would hold if `table` were given back.
+    pub fn held_alone(&self, table: &BlockTable) -> usize {
+        let blocks = table.blocks.iter();
+        blocks
+            .filter(|&&block| self.pool.references(block) == 1)
+            .count()
+    }
+
     /// Makes `table` ready for the tokens from `start` to before `end` to be written
     /// by step `step`: all blocks that this takes, or none. A block that others may
     /// read is replaced by a copy (copy on write), which `transfers` names.

@@ -29,6 +29,7 @@ pub(crate) enum Command {
         session: SessionId,
         turn: Option<Arc<TurnCell>>,
         stop: Stop,
+        posted_at: Instant,
         reply: Reply<Receipt>,
     },
     /// Give back what a session keeps beyond its first tokens.
@@ -40,6 +41,7 @@ pub(crate) enum Command {
     /// End a session, and its turn.
     EndSession {
         session: SessionId,
+        posted_at: Instant,
         reply: Option<Reply<Receipt>>,
     },
     /// Forget the prefixes that nobody holds.

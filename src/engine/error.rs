@@ -40,6 +40,9 @@ pub enum SubmitError {
     /// `max_tokens` is 0.
     #[error("max_tokens is 0, but must be at least 1")]
     NoTokens,
+    /// No answer was asked for.
+    #[error("samples is 0, but must be at least 1")]
+    NoSamples,
     /// A stop string is empty.
     #[error("stop string {index} is empty, but must have at least one character")]
     EmptyStop {

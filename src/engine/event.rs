@@ -13,6 +13,7 @@ use std::time::Instant;
 /// Why a request was cancelled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
+#[non_exhaustive]
 pub enum CancelReason {
     /// Its stream was dropped.
     StreamDropped = 1,
@@ -54,6 +55,15 @@ impl CancelReason {
         Self::SessionStopped,
         Self::SubmitDropped,
     ];
+
+    /// What a caller can mean by it: that a stop string was found is for the stream
+    /// itself to say, and would count as a normal end.
+    pub(crate) fn of_a_caller(self) -> Self {
+        match self {
+            Self::StopString => Self::Explicit,
+            reason => reason,
+        }
+    }
 
     /// The reason as logs and metrics name it.
     pub fn as_str(self) -> &'static str {
@@ -173,8 +183,13 @@ pub(crate) struct SessionCell {
 impl SessionCell {
     /// Raises the cancel flag; `true` for the first to do so.
     pub fn cancel(&self, reason: CancelReason) -> bool {
+        self.cancel_at(reason, Instant::now())
+    }
+
+    /// As [`Self::cancel`], for a cancel that was posted earlier.
+    pub fn cancel_at(&self, reason: CancelReason, posted: Instant) -> bool {
         // The time first: whoever sees the flag finds it.
-        let _ = self.posted.set(Instant::now());
+        let _ = self.posted.set(posted);
         self.cancel
             .compare_exchange(0, reason as u8, Ordering::AcqRel, Ordering::Acquire)
             .is_ok()

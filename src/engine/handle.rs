@@ -432,6 +432,9 @@ impl Engine {
         request: Request,
         samples: usize,
     ) -> Result<Vec<TokenStream>, SubmitError> {
+        if samples == 0 {
+            return Err(SubmitError::NoSamples);
+        }
         let mut request = request;
         request.prompt = Prompt::Tokens(self.tokenize(&request.prompt)?);
         let seed = request.sampling.seed;
@@ -561,12 +564,10 @@ impl Engine {
     /// future, or [`ShuttingDown::wait`], is done when the thread has ended.
     pub fn shutdown(&self, how: Shutdown) -> ShuttingDown {
         let now = Instant::now();
+        self.shared.draining.store(true, Ordering::Release);
         let until = match how {
             Shutdown::Abort => Some(now),
-            Shutdown::Drain(deadline) => {
-                self.shared.draining.store(true, Ordering::Release);
-                now.checked_add(deadline)
-            }
+            Shutdown::Drain(deadline) => now.checked_add(deadline),
         };
         let (reply, answer) = Answer::channel(&self.shared.end, &self.shared.waiters);
         // A closed engine is shut down already.

@@ -8,7 +8,7 @@ use super::turn::{Stop, Turn, TurnCell};
 use super::{Engine, Prompt, Request, SubmitError, TokenStream};
 use crate::id::SessionId;
 use crate::schedule::Kept;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How a session is to be kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -106,15 +106,23 @@ impl Session {
         self.engine.ask(|reply| Command::Kept(self.id, reply))
     }
 
-    /// One turn: `request.prompt` is appended to the turns before it. Refused with
+    /// One turn: `request.prompt` is appended to the turns before it. A conversation
+    /// ([`Prompt::Chat`]) is one as a whole: it takes the place of the turns before it,
+    /// and what it has in common with them is not computed again. Refused with
     /// [`SubmitError::Conflict`] while another turn of this session is generating.
     pub fn generate(&self, mut request: Request) -> Result<TokenStream, SubmitError> {
-        let mut state = self.idle()?;
-        let mut tokens = state.context.clone();
         // Tokens that begin a text belong to the first turn only.
-        let first = tokens.is_empty();
-        tokens.extend(self.engine.tokenize_part(&request.prompt, first)?);
-        request.prompt = Prompt::Tokens(tokens);
+        let first = self.idle()?.context.is_empty();
+        // Not under the lock: it may take a while.
+        let new = self.engine.tokenize_part(&request.prompt, first)?;
+        let mut state = self.idle()?;
+        if state.context.is_empty() != first {
+            return Err(SubmitError::Conflict);
+        }
+        request.prompt = Prompt::Tokens(match request.prompt {
+            Prompt::Chat(_) => new,
+            Prompt::Text(_) | Prompt::Tokens(_) => [state.context.as_slice(), &new].concat(),
+        });
         let cell = Arc::new(TurnCell::default());
         let turn = Turn {
             session: self.id,
@@ -135,10 +143,12 @@ impl Session {
         // A turn that is over is not stopped.
         state.settle();
         let turn = state.turn.clone();
+        let posted_at = Instant::now();
         let cancellation = self.engine.acknowledged(|reply| Command::Stop {
             session: self.id,
             turn: turn.clone(),
             stop,
+            posted_at,
             reply,
         });
         // After the post: the session's next turn is posted later still.
@@ -175,9 +185,10 @@ impl Session {
     /// returns; the future is the acknowledgement.
     pub fn end(mut self) -> Cancellation {
         self.ended = true;
-        let session = self.id;
+        let (session, posted_at) = (self.id, Instant::now());
         self.engine.acknowledged(|reply| Command::EndSession {
             session,
+            posted_at,
             reply: Some(reply),
         })
     }
@@ -189,6 +200,7 @@ impl Drop for Session {
             // Without an engine there is nothing left to end.
             let _ = self.engine.post(Command::EndSession {
                 session: self.id,
+                posted_at: Instant::now(),
                 reply: None,
             });
         }

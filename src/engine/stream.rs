@@ -166,7 +166,7 @@ impl TokenStream {
     /// As [`TokenStream::cancel`], for a reason that the caller knows better, such as
     /// [`CancelReason::Disconnect`]. The books, the metrics and the logs say it.
     pub fn cancel_because(mut self, reason: CancelReason) -> Cancellation {
-        self.post_cancel(reason);
+        self.post_cancel(reason.of_a_caller());
         Cancellation(Acknowledgement::Stream {
             cell: Arc::clone(&self.parts.cell),
             receipt: self.parts.receiver.receipt.clone(),
@@ -178,7 +178,7 @@ impl TokenStream {
     /// [`CancelReason::StreamDropped`]: a server whose connections own their streams
     /// says [`CancelReason::Disconnect`].
     pub fn when_dropped(mut self, reason: CancelReason) -> Self {
-        self.drop_reason = reason;
+        self.drop_reason = reason.of_a_caller();
         self
     }
 

@@ -21,6 +21,9 @@ use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
+/// A pin for longer is one for this long.
+const LONGEST_PIN: Duration = Duration::from_secs(100 * 365 * 86_400);
+
 /// What the scheduler thread owns.
 pub(super) struct SchedulerThread {
     scheduler: Scheduler,
@@ -32,6 +35,9 @@ pub(super) struct SchedulerThread {
     in_flight: VecDeque<StepPlan>,
     /// When the oldest step in flight had the device to itself.
     step_began: Instant,
+    /// Rows collected since then, and how many of them were prompts.
+    rows: usize,
+    prompt_rows: usize,
     completed: StepId,
     audit: bool,
     closing: bool,
@@ -88,6 +94,8 @@ impl SchedulerThread {
             runner,
             in_flight: VecDeque::new(),
             step_began: Instant::now(),
+            rows: 0,
+            prompt_rows: 0,
             completed: StepId::default(),
             audit: config.audit,
             slow_consumer_deadline: config.slow_consumer_deadline,
@@ -352,8 +360,9 @@ impl SchedulerThread {
                 session,
                 turn,
                 stop,
+                posted_at,
                 reply,
-            } => self.stop(session, turn, stop, reply),
+            } => self.stop(session, turn, (stop, posted_at), reply),
             Command::Rewind(session, tokens) => {
                 self.scheduler.rewind_session(session, tokens);
             }
@@ -361,7 +370,11 @@ impl SchedulerThread {
             Command::Kept(session, reply) => {
                 let _ = reply.try_send(self.scheduler.kept(session));
             }
-            Command::EndSession { session, reply } => self.end_session(session, reply),
+            Command::EndSession {
+                session,
+                posted_at,
+                reply,
+            } => self.end_session(session, posted_at, reply),
             Command::ClearPrefixes => self.scheduler.clear_prefixes(),
             Command::Inspect(reply) => {
                 // The metrics say no less than the answer.
@@ -391,6 +404,7 @@ impl SchedulerThread {
         }
         self.apply_cancel(key);
         if self.closing || self.draining {
+            self.aborted += u64::from(self.ledger.cell_of(key).is_some());
             self.cancel(key, CancelReason::Shutdown);
         }
         key
@@ -402,28 +416,41 @@ impl SchedulerThread {
         &mut self,
         session: SessionId,
         turn: Option<Arc<TurnCell>>,
-        stop: Stop,
+        (stop, posted_at): (Stop, Instant),
         reply: Reply<Receipt>,
     ) {
-        let turn_key = self.ledger.turn_key(session);
+        // No other turn than the one that was meant.
+        let open = self.ledger.turn_key(session).filter(|&key| {
+            let open = self.ledger.turn_of(key);
+            turn.as_ref()
+                .zip(open)
+                .is_some_and(|(meant, open)| Arc::ptr_eq(meant, &open.cell))
+        });
         if let Some(turn) = turn {
             turn.stop(stop);
         }
-        match turn_key {
+        match open {
             Some(key) => {
                 self.ledger.add_reply(key, reply);
-                self.cancel(key, CancelReason::SessionStopped);
+                if let Some(cell) = self.ledger.cell_of(key) {
+                    cell.cancel_at(CancelReason::SessionStopped, posted_at);
+                }
+                self.apply_cancel(key);
             }
             None => {
-                let receipt = Receipt::of_nothing(self.completed, Instant::now());
+                let receipt = Receipt::of_nothing(self.completed, posted_at);
                 self.ledger.close_session(self.completed, receipt, reply);
             }
         }
     }
 
     /// Ends a session: its turn, and what it keeps.
-    fn end_session(&mut self, session: SessionId, reply: Option<Reply<Receipt>>) {
-        let posted_at = Instant::now();
+    fn end_session(
+        &mut self,
+        session: SessionId,
+        posted_at: Instant,
+        reply: Option<Reply<Receipt>>,
+    ) {
         let mut receipt = Receipt::of_nothing(self.completed, posted_at);
         let mut fence = StepId::default();
         if let Some(key) = self.ledger.turn_key(session) {
@@ -508,7 +535,7 @@ impl SchedulerThread {
         if let Some(end) = end {
             turn.cell.ended_by_thread(end);
         }
-        let pin_until = turn.pin.and_then(|pin| Instant::now().checked_add(pin));
+        let pin_until = turn.pin.map(|pin| Instant::now() + pin.min(LONGEST_PIN));
         Fate::Keep { tokens, pin_until }
     }
 
@@ -582,9 +609,7 @@ impl SchedulerThread {
             return Ok(());
         };
         let from = Instant::now();
-        let took = from.saturating_duration_since(self.step_began);
-        self.scheduler.observe_step(plan.rows(), took.as_secs_f64());
-        self.step_began = from;
+        self.observe(&plan, from);
         // What was cancelled while the step ran gets no token from it.
         for _ in 0..self.commands.len() {
             match self.commands.try_recv() {
@@ -657,6 +682,23 @@ impl SchedulerThread {
         }
     }
 
+    /// Learns how fast prompts are computed. A step without samples may not have been
+    /// waited for: its rows count with the next one that has some.
+    fn observe(&mut self, plan: &StepPlan, now: Instant) {
+        let prompts = plan.items.iter().filter(|item| item.count > 1);
+        self.prompt_rows += prompts.map(|item| item.count).sum::<usize>();
+        self.rows += plan.rows();
+        if plan.samples().next().is_none() {
+            return;
+        }
+        let took = now.saturating_duration_since(self.step_began);
+        // Decoding takes longer a token, and says nothing of computing anew.
+        if 2 * self.prompt_rows > self.rows {
+            self.scheduler.observe_step(self.rows, took.as_secs_f64());
+        }
+        (self.rows, self.prompt_rows, self.step_began) = (0, 0, now);
+    }
+
     /// Steps up to `step` have completed. When none is in flight, so have all that
     /// were planned, a failed launch included.
     fn step_completed(&mut self, step: StepId) {
@@ -686,10 +728,11 @@ impl SchedulerThread {
         tracing::error!(%error, step = %plan.step, sessions = plan.items.len(), "a step failed");
         self.scheduler.lost(plan);
         for item in &plan.items {
-            self.end(
-                item.key,
-                Terminal::Failed(EngineFault::Device(error.clone())),
-            );
+            // Who was cancelled before stays cancelled.
+            if self.apply_cancel(item.key).is_none() {
+                let fault = EngineFault::Device(error.clone());
+                self.end(item.key, Terminal::Failed(fault));
+            }
         }
     }
 
@@ -704,6 +747,9 @@ impl SchedulerThread {
     /// Ends every session; used when the thread is about to end.
     fn fail_everything(&mut self, cause: &EngineFault) {
         for key in self.ledger.open_keys() {
+            if self.apply_cancel(key).is_some() {
+                continue;
+            }
             let terminal = match cause {
                 EngineFault::Shutdown => Terminal::Cancelled(CancelReason::Shutdown),
                 fault => Terminal::Failed(fault.clone()),

@@ -82,26 +82,32 @@ impl Heartbeat {
     /// The engine's health, given its fault.
     pub fn health(&self, fault: Option<&EngineFault>, draining: bool) -> Health {
         let call = self.running_call().map(|(_, waited)| waited);
-        let stuck = call.filter(|waited| self.deadline.is_some_and(|deadline| *waited > deadline));
+        let idle = self.idle.load(Ordering::SeqCst);
+        let silent = self.now().saturating_sub(self.beat.load(Ordering::Relaxed));
+        let since_beat = Duration::from_nanos(silent);
+        // In a device call, or in something else that does not come back, such as a
+        // waker that blocks.
+        let silent = (!idle).then_some(since_beat);
+        let late = |waited: &Duration| self.deadline.is_some_and(|deadline| *waited > deadline);
+        let stuck = call.or(silent).filter(late);
         let status = match (fault, stuck) {
             (Some(EngineFault::Stuck { step, waited }), _) => HealthStatus::Stuck {
                 step: *step,
                 waited: *waited,
             },
             (Some(fault), _) => HealthStatus::Closed(fault.clone()),
-            // The watchdog is about to say so.
+            // The watchdog is about to say so, if it is a device call.
             (None, Some(waited)) => HealthStatus::Stuck {
                 step: self.step(),
                 waited,
             },
             (None, None) => HealthStatus::Healthy,
         };
-        let silent = self.now().saturating_sub(self.beat.load(Ordering::Relaxed));
         Health {
             status,
-            idle: self.idle.load(Ordering::SeqCst),
+            idle,
             draining,
-            since_beat: Duration::from_nanos(silent),
+            since_beat,
             step: self.step(),
             device_call: call,
         }

@@ -327,9 +327,7 @@ impl Scheduler {
         if let Some(swapped) = sequence.swapped.take() {
             self.host.give_back(swapped.blocks);
         }
-        for follower in std::mem::take(&mut sequence.followers) {
-            self.unpark(follower);
-        }
+        self.hand_over(std::mem::take(&mut sequence.followers));
         let blocks = match (fate, sequence.spec.session) {
             (Fate::Keep { tokens, pin_until }, Some(session)) => {
                 self.keep(&mut sequence, session, tokens, pin_until)
@@ -337,6 +335,27 @@ impl Scheduler {
             _ => self.cache.release(&mut sequence.table, sequence.touched),
         };
         Some((sequence, blocks))
+    }
+
+    /// The leader of these is gone before it had computed their prompt: the first of
+    /// them takes its place.
+    fn hand_over(&mut self, followers: Vec<SequenceKey>) {
+        let alive = |key: &SequenceKey| self.sequences.contains_key(*key);
+        let mut rest = followers.into_iter().filter(alive).collect::<Vec<_>>();
+        if rest.is_empty() {
+            return;
+        }
+        let first = rest.remove(0);
+        for &follower in &rest {
+            if let Some(follower) = self.sequences.get_mut(follower) {
+                follower.leader = Some(first);
+            }
+        }
+        if let Some(first) = self.sequences.get_mut(first) {
+            first.leader = None;
+            first.followers = rest;
+        }
+        self.unpark(first);
     }
 
     /// Lets the session keep the blocks of the first `tokens` tokens, and gives the
@@ -715,8 +734,10 @@ impl Scheduler {
             }
             if self.running.len() >= self.policy.max_sequences {
                 match self.gives_way_to_start(key, plan) {
-                    Some(victim) => self.preempt(victim, plan),
-                    None => break,
+                    Some(victim) if self.room_by_preemption(key, plan) => {
+                        self.preempt(victim, plan);
+                    }
+                    _ => break,
                 }
                 continue;
             }
@@ -727,6 +748,30 @@ impl Scheduler {
             let pending = self.sequences.get(key).map_or(0, Sequence::pending);
             self.push_item(plan, key, pending.min(budget.tokens), budget);
         }
+    }
+
+    /// Whether `key` could start at all if everyone gave way that may: else nobody is
+    /// to give way in vain.
+    fn room_by_preemption(&self, key: SequenceKey, plan: &StepPlan) -> bool {
+        let (Some(start), Some(own)) = (self.start_of(key), self.sequences.get(key)) else {
+            return false;
+        };
+        let mut room = self.cache.available_blocks() + self.cache.deferred_blocks() - start.unheld;
+        room += self.retained.blocks();
+        let mut running = self.running.len();
+        for sequence in self
+            .running
+            .keys()
+            .iter()
+            .filter_map(|key| self.sequences.get(*key))
+        {
+            let less_urgent = sequence.spec.priority > own.spec.priority;
+            if sequence.touched != plan.step && (sequence.paused || less_urgent) {
+                room += self.cache.held_alone(&sequence.table);
+                running -= 1;
+            }
+        }
+        start.missing + running <= room
     }
 
     /// Who gives way so that `key` can start: a paused sequence, or a less urgent one.
@@ -753,6 +798,9 @@ impl Scheduler {
                 continue;
             }
             let victim = self.gives_way_to_start(key, plan)?;
+            if !self.room_by_preemption(key, plan) {
+                return None;
+            }
             self.preempt(victim, plan);
         }
     }
@@ -785,9 +833,9 @@ impl Scheduler {
                 unheld: 0,
             });
         }
-        let leader = sequence
-            .leader
-            .and_then(|leader| self.sequences.get(leader));
+        // One that has started before has more to find than the prompt.
+        let leader = sequence.leader.filter(|_| !sequence.started);
+        let leader = leader.and_then(|leader| self.sequences.get(leader));
         if let Some(leader) = leader.filter(|leader| leader.written >= leader.prompt_tokens) {
             let computed = leader.prompt_tokens.min(most);
             return Some(Start {

@@ -570,3 +570,75 @@ fn a_follower_that_was_paused_does_not_wait_for_the_prompt_again() {
     bench.scheduler.set_paused(follower, false);
     assert_eq!(bench.sequence(follower).place(), Place::Waiting);
 }
+
+#[test]
+fn when_the_leader_goes_the_first_follower_computes_the_prompt_for_the_rest() {
+    let mut bench = Bench::new(32, Policy::default());
+    let leader = bench.add(spec(prompt(10, 1), 4));
+    let followers: Vec<_> = (0..3)
+        .map(|index| {
+            let id = SessionId(90 + index);
+            let spec = spec(prompt(10, 1), 4);
+            bench.scheduler.add_follower(id, spec, Some(leader))
+        })
+        .collect();
+    bench.scheduler.remove(leader);
+    assert_eq!(rows(&bench.step()), [(0, 10)]);
+    assert_eq!(rows(&bench.step()), [(10, 1), (9, 1), (9, 1)]);
+    assert!(followers.iter().all(|key| bench.running(*key)));
+}
+
+#[test]
+fn nobody_gives_way_in_vain() {
+    let mut bench = Bench::new(10, Policy::default());
+    let usual = bench.add(spec(prompt(16, 1), 4));
+    let low = SequenceSpec {
+        priority: 1,
+        ..spec(prompt(12, 2), 8)
+    };
+    let low = bench.add(low);
+    bench.step();
+    // It would not fit even without the less urgent one.
+    let large = bench.add(spec(prompt(28, 3), 2));
+    bench.step();
+    assert!(bench.running(usual) && bench.running(low));
+    bench.scheduler.remove(usual);
+    bench.step();
+    assert!(bench.running(large) && !bench.running(low));
+}
+
+/// Copies to the host come before copies from it: what is read back in a step is not
+/// handed out in it.
+#[test]
+fn host_memory_that_a_step_reads_is_not_written_by_it() {
+    let policy = Policy {
+        max_sequences: 2,
+        ..swapping()
+    };
+    let mut bench = Bench::new(32, policy);
+    let first = bench.add(spec(prompt(6, 1), 9));
+    let second = bench.add(spec(prompt(6, 2), 9));
+    bench.step();
+    // The first is swapped out while it is paused, then it comes back; the second is
+    // paused and gives way to a third in the same step.
+    bench.scheduler.set_paused(first, true);
+    bench.add(spec(prompt(6, 3), 9));
+    let plan = bench.step();
+    assert!(!plan.transfers.swap_out.is_empty());
+    bench.scheduler.clear_prefixes();
+    bench.scheduler.set_paused(first, false);
+    bench.scheduler.set_paused(second, true);
+    let third = bench.scheduler.running.keys()[1];
+    bench.scheduler.set_paused(third, true);
+    bench.add(spec(prompt(6, 4), 9));
+    let plan = bench.step();
+    let read: Vec<_> = plan
+        .transfers
+        .swap_in
+        .iter()
+        .map(|(host, _)| *host)
+        .collect();
+    let written = plan.transfers.swap_out.iter().map(|(_, host)| *host);
+    assert!(!read.is_empty() && !plan.transfers.swap_out.is_empty());
+    assert!(written.into_iter().all(|host| !read.contains(&host)));
+}
