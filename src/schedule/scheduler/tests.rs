@@ -330,6 +330,29 @@ fn swapped_out_blocks_wait_for_the_step_that_copies_them() {
     }
 }
 
+/// I10: who is on the way to the host starts again when it has arrived there, for the
+/// step that copies it may fail.
+#[test]
+fn a_sequence_comes_back_from_the_host_after_the_step_that_copied_it() {
+    let policy = Policy {
+        max_sequences: 1,
+        ..swapping()
+    };
+    let mut bench = Bench::new(16, policy);
+    let usual = bench.add(spec(prompt(6, 1), 8));
+    bench.step();
+    let urgent = bench.add(SequenceSpec {
+        priority: -1,
+        ..spec(prompt(4, 2), 2)
+    });
+    assert!(!bench.launch().unwrap().transfers.swap_out.is_empty());
+    bench.scheduler.remove(urgent);
+    assert!(bench.launch().is_none(), "there is room for it");
+    bench.complete(7);
+    assert!(!bench.launch().unwrap().transfers.swap_in.is_empty());
+    assert!(bench.running(usual));
+}
+
 #[test]
 fn a_sequence_whose_copy_is_lost_is_computed_anew() {
     let mut bench = Bench::new(6, swapping());
