@@ -37,6 +37,10 @@
 
 #![deny(missing_docs, unsafe_op_in_unsafe_fn)]
 
+// The simulated device of `tests/common` serves tests in here as well.
+#[cfg(test)]
+extern crate self as quell;
+
 pub mod cache;
 pub mod config;
 pub mod device;

@@ -9,6 +9,7 @@ use quell::{
 };
 use sim::{Fault, SimOptions, engine, expected};
 use std::sync::mpsc;
+use std::time::Duration;
 
 fn request(prompt: Vec<u32>, tokens: usize) -> Request {
     Request::new(prompt).max_tokens(tokens)
@@ -248,6 +249,20 @@ fn settings_out_of_range_are_refused_by_name() {
                 ..base()
             },
             "max_context",
+        ),
+        (
+            EngineConfig {
+                pinned_percent: 101,
+                ..base()
+            },
+            "pinned_percent",
+        ),
+        (
+            EngineConfig {
+                step_deadline: Some(Duration::ZERO),
+                ..base()
+            },
+            "step_deadline",
         ),
     ] {
         let refused = quell::Engine::with_runner(config, None, || unreachable!());

@@ -450,3 +450,14 @@ fn urgent_requests_overtake_and_tenants_share() {
     assert!(usual[1..].iter().all(|total| urgent < *total));
     assert!(usual[2..].iter().all(|total| fair < *total));
 }
+
+#[test]
+fn an_answer_says_how_much_of_its_prompt_was_there() {
+    let engine = engine(sim(1), EngineConfig::default());
+    for (length, cached) in [(9, 0), (9, 8), (8, 4), (21, 8)] {
+        let stream = engine.generate(request(&prompt(1, length), 2)).unwrap();
+        let finish = stream.complete_blocking().unwrap().finish;
+        assert_eq!(finish.cached_tokens, cached, "{length} tokens");
+        assert_eq!(finish.prompt_tokens, length);
+    }
+}

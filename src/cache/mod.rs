@@ -356,6 +356,17 @@ impl BlockCache {
         }
     }
 
+    /// What can be found: every known block with its tokens.
+    #[cfg(test)]
+    pub(crate) fn known(&self) -> impl Iterator<Item = (BlockId, &[u32])> {
+        let prefix = self.prefix.iter();
+        prefix.flat_map(|prefix| {
+            let blocks = (0..self.pool.total_blocks() as u32).map(BlockId);
+            let known = blocks.filter(|&block| prefix.knows(block));
+            known.map(|block| (block, prefix.tokens_of(block)))
+        })
+    }
+
     /// Checks I3 against the tables of every holder: each block is free, cached,
     /// deferred or referenced, and is referenced as often as tables hold it; and what
     /// the prefix cache relies on.

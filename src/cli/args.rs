@@ -5,7 +5,7 @@ use clap::{Args, ValueEnum};
 use quell::runner::ModelFiles;
 use quell::{
     Activations, CpuOptions, DeviceChoice, Engine, EngineConfig, GenerateError, KvType, LoadError,
-    LoadOptions, SamplingParams, SimdLevel, SubmitError,
+    LoadOptions, Preemption, SamplingParams, SimdLevel, SubmitError,
 };
 #[cfg(feature = "cuda")]
 use quell::{CudaActivations, CudaOptions};
@@ -107,6 +107,13 @@ enum ActivationsArg {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
+enum PreemptionArg {
+    Auto,
+    Recompute,
+    Swap,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
 enum KvArg {
     Auto,
     F32,
@@ -139,6 +146,16 @@ pub struct RunArgs {
     /// Longest sequence, prompt and answer together [default: the model's own limit].
     #[arg(long, value_name = "N")]
     context: Option<usize>,
+    /// Don't keep what ended requests have computed for later ones with the same
+    /// beginning.
+    #[arg(long)]
+    no_prefix_cache: bool,
+    /// Host memory that requests may be swapped out to, in MiB, used as it is needed.
+    #[arg(long, value_name = "MIB", default_value_t = EngineConfig::default().swap_bytes >> 20)]
+    swap_mib: usize,
+    /// How a request gives way when memory runs out: auto takes what costs less time.
+    #[arg(long, value_enum, default_value_t = PreemptionArg::Auto)]
+    preemption: PreemptionArg,
     /// Threads of the CPU device [default: all].
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -225,6 +242,13 @@ impl RunArgs {
             kv_cache_bytes: self.kv_cache_mib.map(|mib| mib.saturating_mul(1 << 20)),
             max_batch_tokens: self.max_batch_tokens,
             max_context: self.context,
+            prefix_cache: !self.no_prefix_cache,
+            swap_bytes: self.swap_mib.saturating_mul(1 << 20),
+            preemption: match self.preemption {
+                PreemptionArg::Auto => Preemption::Auto,
+                PreemptionArg::Recompute => Preemption::Recompute,
+                PreemptionArg::Swap => Preemption::Swap,
+            },
             ..EngineConfig::default()
         })
     }

@@ -8,14 +8,14 @@ use super::permit::Permit;
 use super::record::RequestRecord;
 use super::stream::{Cancellation, StreamParts, TextState};
 use super::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use super::sync::{Arc, OnceLock, Sender, Weak, bounded, spawn, unbounded};
+use super::sync::{Arc, OnceLock, Receiver, Sender, Weak, bounded, spawn, unbounded};
 use super::thread::SchedulerThread;
 use super::turn::Turn;
 use super::waiting::{Answer, EngineEnd, Reply, Waiters};
-use super::watchdog::{Heartbeat, watch};
+use super::watchdog::{Heartbeat, Pulse, watch};
 use super::{
-    Draining, EngineStats, Health, Session, SessionOptions, Shutdown, ShuttingDown, SubmitError,
-    TokenStream,
+    Draining, EngineFault, EngineStats, Health, Session, SessionOptions, Shutdown, ShuttingDown,
+    SubmitError, TokenStream,
 };
 use crate::cache::BlockCache;
 use crate::config::EngineConfig;
@@ -152,6 +152,99 @@ impl Request {
     }
 }
 
+/// The callers' side of an engine that has no model yet.
+struct CallersSide {
+    commands: Sender<Command>,
+    end: EngineEnd,
+    waiters: Arc<Waiters>,
+    heart: Arc<Heartbeat>,
+    metrics: Arc<EngineMetrics>,
+}
+
+/// The scheduler thread's side of the same.
+struct ThreadSide {
+    inbox: Receiver<Command>,
+    fault: Arc<OnceLock<EngineFault>>,
+    pulse: Pulse,
+    metrics: Arc<EngineMetrics>,
+}
+
+/// Makes what the two sides of an engine reach each other through.
+fn wire(config: &EngineConfig) -> std::io::Result<(CallersSide, ThreadSide)> {
+    let (commands, inbox) = unbounded();
+    let fault = Arc::new(OnceLock::new());
+    let metrics = Arc::new(EngineMetrics::new(config.metrics_label.as_deref()));
+    let waiters = Arc::new(Waiters::default());
+    let heart = Arc::new(Heartbeat::new(config.step_deadline));
+    let (pulse, over) = watch(&heart, &fault, &waiters)?;
+    let callers = CallersSide {
+        commands,
+        end: EngineEnd::new(Arc::clone(&fault), over),
+        waiters,
+        heart,
+        metrics: Arc::clone(&metrics),
+    };
+    let thread = ThreadSide {
+        inbox,
+        fault,
+        pulse,
+        metrics,
+    };
+    Ok((callers, thread))
+}
+
+impl ThreadSide {
+    fn with_runner(
+        self,
+        runner: Box<dyn Runner>,
+        info: &RunnerInfo,
+        config: &EngineConfig,
+    ) -> SchedulerThread {
+        let scheduler = scheduler(config, info);
+        SchedulerThread::new(
+            self.inbox,
+            scheduler,
+            runner,
+            self.metrics,
+            self.pulse,
+            config,
+        )
+    }
+}
+
+impl CallersSide {
+    fn engine(
+        self,
+        config: EngineConfig,
+        info: RunnerInfo,
+        tokenizer: Option<Tokenizer>,
+    ) -> Engine {
+        let cache_tokens = info.cache_blocks * info.block_tokens;
+        let limit = if cache_tokens < info.context_tokens {
+            (cache_tokens, "size of the key-value cache in tokens")
+        } else {
+            (info.context_tokens, "context length in tokens")
+        };
+        let shared = Shared {
+            config,
+            info,
+            tokenizer: tokenizer.map(Arc::new),
+            end: self.end,
+            waiters: self.waiters,
+            heart: self.heart,
+            draining: AtomicBool::new(false),
+            metrics: self.metrics,
+            open: Arc::default(),
+            next_id: AtomicU64::new(1),
+            limit,
+        };
+        Engine {
+            shared: Arc::new(shared),
+            commands: self.commands,
+        }
+    }
+}
+
 struct Shared {
     config: EngineConfig,
     info: RunnerInfo,
@@ -218,17 +311,10 @@ impl Engine {
         make_runner: impl FnOnce() -> Result<(Box<dyn Runner>, RunnerInfo), LoadError> + Send + 'static,
     ) -> Result<Self, LoadError> {
         limits::validate(&config)?;
-        let (commands, inbox) = unbounded();
         let (ready, started) = bounded(1);
-        let fault = Arc::new(OnceLock::new());
-        let metrics = Arc::new(EngineMetrics::new(config.metrics_label.as_deref()));
-        let thread_metrics = Arc::clone(&metrics);
-        let waiters = Arc::new(Waiters::default());
-        let heart = Arc::new(Heartbeat::new(config.step_deadline));
-        let watched = watch(&heart, &fault, &waiters);
-        let (pulse, over) = watched.map_err(|error| LoadError::Thread(error.to_string()))?;
-        let (thread_fault, settings) = (Arc::clone(&fault), config.clone());
-        let end = EngineEnd::new(fault, over);
+        let settings = config.clone();
+        let wired = wire(&config).map_err(|error| LoadError::Thread(error.to_string()))?;
+        let (callers, thread) = wired;
         spawn("quell-scheduler", move || {
             let (runner, info) = match make_runner() {
                 Ok(made) => made,
@@ -237,38 +323,30 @@ impl Engine {
                     return;
                 }
             };
-            let scheduler = scheduler(&settings, &info);
+            let fault = Arc::clone(&thread.fault);
+            let thread = thread.with_runner(runner, &info, &settings);
             let _ = ready.send(Ok(info));
-            SchedulerThread::new(inbox, scheduler, runner, thread_metrics, pulse, &settings)
-                .run(&thread_fault);
+            thread.run(&fault);
         })
         .map_err(|error| LoadError::Thread(error.to_string()))?;
         let info = started.recv().map_err(|_| {
             LoadError::Thread("it panicked while the model was loaded".to_owned())
         })??;
-        let cache_tokens = info.cache_blocks * info.block_tokens;
-        let limit = if cache_tokens < info.context_tokens {
-            (cache_tokens, "size of the key-value cache in tokens")
-        } else {
-            (info.context_tokens, "context length in tokens")
-        };
-        let shared = Shared {
-            config,
-            info,
-            tokenizer: tokenizer.map(Arc::new),
-            end,
-            waiters,
-            heart,
-            draining: AtomicBool::new(false),
-            metrics,
-            open: Arc::default(),
-            next_id: AtomicU64::new(1),
-            limit,
-        };
-        Ok(Self {
-            shared: Arc::new(shared),
-            commands,
-        })
+        Ok(callers.engine(config, info, tokenizer))
+    }
+
+    /// An engine and its scheduler thread, which a test turns itself; and where that
+    /// says how it has ended.
+    #[cfg(all(test, not(any(feature = "loom", feature = "shuttle"))))]
+    pub(super) fn by_hand(
+        config: EngineConfig,
+        runner: Box<dyn Runner>,
+        info: RunnerInfo,
+    ) -> (Self, SchedulerThread, Arc<OnceLock<EngineFault>>) {
+        let (callers, thread) = wire(&config).expect("the watchdog starts");
+        let fault = Arc::clone(&thread.fault);
+        let thread = thread.with_runner(runner, &info, &config);
+        (callers.engine(config, info, None), thread, fault)
     }
 
     /// The model, the device and the memory plan.
@@ -385,6 +463,12 @@ impl Engine {
             Some(fault) => Err(SubmitError::Closed(fault.clone())),
             None => Ok(()),
         }
+    }
+
+    /// Requests that hold a place among the open ones.
+    #[cfg(all(test, not(any(feature = "loom", feature = "shuttle"))))]
+    pub(super) fn permits(&self) -> usize {
+        self.shared.open.load(Ordering::Acquire)
     }
 
     pub(super) fn next_id(&self) -> SessionId {

@@ -131,13 +131,21 @@ impl Session {
     /// the future is the acknowledgement. After [`Stop::Keep`] the next turn is refused
     /// until then, after [`Stop::Rewind`] it may begin at once.
     pub fn stop(&self, stop: Stop) -> Cancellation {
-        let turn = self.state().turn.clone();
-        self.engine.acknowledged(|reply| Command::Stop {
+        let mut state = self.state();
+        // A turn that is over is not stopped.
+        state.settle();
+        let turn = state.turn.clone();
+        let cancellation = self.engine.acknowledged(|reply| Command::Stop {
             session: self.id,
-            turn,
+            turn: turn.clone(),
             stop,
             reply,
-        })
+        });
+        // After the post: the session's next turn is posted later still.
+        if let Some(turn) = turn {
+            turn.stop(stop);
+        }
+        cancellation
     }
 
     /// Keeps the first `tokens` tokens of the context and forgets the rest. Refused

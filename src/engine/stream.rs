@@ -219,6 +219,12 @@ impl TokenStream {
         }
     }
 
+    /// The events that are not read yet, also of a stream that is gone.
+    #[cfg(all(test, not(any(feature = "loom", feature = "shuttle"))))]
+    pub(super) fn events(&self) -> Receiver<Event> {
+        self.parts.receiver.events.clone()
+    }
+
     /// Raises the flag and posts the wake-up, once. Never blocks, never fails: when
     /// the engine is gone, there is nothing left to cancel.
     fn post_cancel(&mut self, reason: CancelReason) {

@@ -17,6 +17,7 @@ use crate::id::{SessionId, StepId};
 use crate::runner::Runner;
 use crate::schedule::{Commit, Fate, FinishReason, Scheduler, Sequence, SequenceKey, StepPlan};
 use std::collections::VecDeque;
+use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
@@ -116,6 +117,13 @@ impl SchedulerThread {
             Ok(Err(cause)) => cause,
             Err(panic) => EngineFault::Panic(panic_message(&*panic)),
         };
+        self.close(&cause, fault);
+        // Dropping the receiver refuses later commands and drops those in the
+        // queue; a dropped submission wakes its reader.
+    }
+
+    /// What comes after the last turn: every session ends, and learns the cause.
+    fn close(&mut self, cause: &EngineFault, fault: &OnceLock<EngineFault>) {
         if !matches!(cause, EngineFault::Shutdown) {
             tracing::error!(%cause, "the engine has failed and closes");
         }
@@ -124,7 +132,7 @@ impl SchedulerThread {
         // A call that panicked is over, too.
         let _ = self.pulse.returned();
         // The runner may be what broke: nothing below touches it.
-        let rest = catch_unwind(AssertUnwindSafe(|| self.fail_everything(&cause)));
+        let rest = catch_unwind(AssertUnwindSafe(|| self.fail_everything(cause)));
         if let Err(panic) = rest {
             tracing::error!(
                 panic = panic_message(&*panic),
@@ -132,37 +140,39 @@ impl SchedulerThread {
             );
             cleanup_failed("fault");
         }
-        // Dropping the receiver refuses later commands and drops those in the
-        // queue; a dropped submission wakes its reader.
     }
 
-    /// The loop, in full. Ends without a fault after a shutdown, or when nobody is
-    /// left who could post a command.
     fn serve(&mut self) -> Result<(), EngineFault> {
         self.pulse.busy();
-        loop {
-            if self.drain_commands() {
-                return Ok(());
-            }
-            self.pass_time();
-            self.applied = false;
-            let plan = self.plan();
-            let planned = plan.is_some();
-            if let Some(plan) = plan {
-                self.launch(plan)?;
-            }
-            let due =
-                self.in_flight.len() >= self.depth || (!planned && !self.in_flight.is_empty());
-            if due {
-                self.collect()?;
-            }
-            // A collected step may have made room, and a command may have come while it
-            // was collected: then plan once more before sleeping.
-            self.idle = !planned && !due && !self.applied;
-            if self.closing && self.idle {
-                return Ok(());
-            }
+        while self.turn()?.is_continue() {}
+        Ok(())
+    }
+
+    /// One turn of the loop, in full. The last one, without a fault, is after a
+    /// shutdown, or when nobody is left who could post a command.
+    fn turn(&mut self) -> Result<ControlFlow<()>, EngineFault> {
+        if self.drain_commands() {
+            return Ok(ControlFlow::Break(()));
         }
+        self.pass_time();
+        self.applied = false;
+        let plan = self.plan();
+        let planned = plan.is_some();
+        if let Some(plan) = plan {
+            self.launch(plan)?;
+        }
+        let due = self.in_flight.len() >= self.depth || (!planned && !self.in_flight.is_empty());
+        if due {
+            self.collect()?;
+        }
+        // A collected step may have made room, and a command may have come while it was
+        // collected: then plan once more before sleeping.
+        self.idle = !planned && !due && !self.applied;
+        Ok(if self.closing && self.idle {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        })
     }
 
     fn plan(&mut self) -> Option<StepPlan> {
@@ -749,3 +759,6 @@ fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
         .or_else(|| panic.downcast_ref::<String>().cloned())
         .unwrap_or_else(|| "no message".to_owned())
 }
+
+#[cfg(all(test, not(any(feature = "loom", feature = "shuttle"))))]
+mod property;

@@ -3,6 +3,7 @@
 use super::LoadError;
 use crate::config::EngineConfig;
 use crate::model::ModelConfig;
+use std::time::Duration;
 
 /// Longest sequence that the model and the settings allow.
 pub(super) fn context_tokens(model: &ModelConfig, config: &EngineConfig) -> usize {
@@ -33,6 +34,22 @@ pub(crate) fn validate(config: &EngineConfig) -> Result<(), LoadError> {
                 },
             });
         }
+    }
+    if config.pinned_percent > 100 {
+        return Err(LoadError::Config {
+            name: "pinned_percent",
+            value: config.pinned_percent.to_string(),
+            expected: "from 0 to 100".to_owned(),
+        });
+    }
+    // A watchdog that looks more often would cost more than it finds.
+    let shortest = Duration::from_millis(1);
+    if let Some(deadline) = config.step_deadline.filter(|deadline| *deadline < shortest) {
+        return Err(LoadError::Config {
+            name: "step_deadline",
+            value: format!("{deadline:?}"),
+            expected: format!("at least {shortest:?}"),
+        });
     }
     Ok(())
 }

@@ -47,6 +47,12 @@ impl RetainedSessions {
         self.sessions.values().map(|retained| &retained.table)
     }
 
+    #[cfg(test)]
+    pub fn contents(&self) -> impl Iterator<Item = (&[u32], &BlockTable)> {
+        let sessions = self.sessions.values();
+        sessions.map(|kept| (kept.tokens.as_slice(), &kept.table))
+    }
+
     pub fn blocks(&self) -> usize {
         self.blocks
     }

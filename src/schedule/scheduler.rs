@@ -9,7 +9,7 @@ use super::{
     FinishReason, Place, PlanItem, Policy, Sequence, SequenceKey, SequenceSpec, Sequences,
     StepPlan, TokenInput,
 };
-use crate::cache::{BlockCache, BlockId, Books, HostBlocks, Imbalance};
+use crate::cache::{BlockCache, BlockId, Books, HostBlockId, HostBlocks, Imbalance};
 use crate::id::{SessionId, StepId};
 use std::time::Instant;
 
@@ -82,7 +82,7 @@ pub struct Kept {
 /// Where a sequence that starts gets its first keys and values from.
 #[derive(Clone, Copy, Debug)]
 enum Source {
-    /// Host memory; `known` leading blocks are in the prefix cache.
+    /// Host memory, behind what the prefix cache knows.
     Swapped,
     /// Its session's last turn.
     Session(SessionId),
@@ -116,6 +116,9 @@ pub struct Scheduler {
     policy: Policy,
     cache: BlockCache,
     host: HostBlocks,
+    /// Host blocks that the step being planned copies in. They are given back when it
+    /// is: it copies out before it copies in, so it cannot copy out to these.
+    read_back: Vec<HostBlockId>,
     sequences: Sequences,
     running: RunningQueue,
     waiting: WaitingQueue,
@@ -138,6 +141,7 @@ impl Scheduler {
             policy,
             cache,
             host: HostBlocks::new(policy.swap_blocks),
+            read_back: Vec::new(),
             sequences: Sequences::default(),
             running: RunningQueue::default(),
             waiting: WaitingQueue::default(),
@@ -286,6 +290,8 @@ impl Scheduler {
             .leader
             .and_then(|leader| self.sequences.get(leader))
             .is_some_and(|leader| leader.written < leader.prompt_tokens);
+        // One that has started before does not wait for the prompt again.
+        let led = led && !sequence.started;
         let held_back = sequence.paused || sequence.in_flight > 0 || led;
         if sequence.place == Place::Parked && !held_back {
             self.set_place(key, Place::Waiting);
@@ -379,6 +385,12 @@ impl Scheduler {
                 blocks: kept.table.len(),
                 pinned: kept.pinned_until.is_some(),
             })
+    }
+
+    /// What all sessions keep: their tokens, and the blocks that hold them.
+    #[cfg(test)]
+    pub(crate) fn retained(&self) -> impl Iterator<Item = (&[u32], &crate::cache::BlockTable)> {
+        self.retained.contents()
     }
 
     /// Gives back what a session keeps beyond its first `tokens` tokens, and gives the
@@ -482,6 +494,7 @@ impl Scheduler {
         self.plan_running(&mut plan, &mut budget, true);
         self.plan_running(&mut plan, &mut budget, false);
         self.admit(&mut plan, &mut budget, |_, _| true);
+        self.host.give_back(std::mem::take(&mut self.read_back));
         if plan.items.is_empty() && plan.transfers.is_empty() {
             return None;
         }
@@ -833,13 +846,19 @@ impl Scheduler {
         let known = sequence.table.len();
         let (from, to) = (sequence.computed, sequence.tokens.len());
         let (table, transfers) = (&mut sequence.table, &mut plan.transfers);
+        let copies = transfers.copies.len();
         let booked = self.cache.prepare(table, from, to, plan.step, transfers);
         debug_assert!(booked.is_ok(), "there was room: {booked:?}");
+        if transfers.copies.len() > copies {
+            // What is copied is there when the step has completed, which may fail.
+            let size = self.cache.block_tokens();
+            sequence.written = sequence.written.min(from - from % size);
+        }
         if let Some(swapped) = sequence.swapped.take() {
             let blocks = sequence.table.blocks().iter().copied();
             let pairs = swapped.blocks.iter().copied().zip(blocks);
             plan.transfers.swap_in.extend(pairs.skip(known));
-            self.host.give_back(swapped.blocks);
+            self.read_back.extend(swapped.blocks);
         }
         if !sequence.started {
             sequence.started = true;

@@ -86,7 +86,8 @@ struct Launched {
     items: Vec<Item>,
 }
 
-struct SimRunner {
+/// The simulated device.
+pub struct SimRunner {
     options: SimOptions,
     memory: Vec<u32>,
     host: Vec<u32>,
@@ -94,7 +95,8 @@ struct SimRunner {
     in_flight: VecDeque<Launched>,
 }
 
-fn failure(operation: &'static str) -> DeviceError {
+/// A failure that does not outlive its step.
+pub fn failure(operation: &'static str) -> DeviceError {
     DeviceError::Failed {
         device: "sim",
         operation,
@@ -103,6 +105,34 @@ fn failure(operation: &'static str) -> DeviceError {
 }
 
 impl SimRunner {
+    /// Its memory holds nothing.
+    pub fn new(options: SimOptions) -> Self {
+        Self {
+            memory: vec![u32::MAX; options.blocks * options.block_tokens],
+            host: vec![u32::MAX; options.swap_blocks * options.block_tokens],
+            previous: Vec::new(),
+            in_flight: VecDeque::new(),
+            options,
+        }
+    }
+
+    /// The token at each slot of the cache, as the collected steps have left it.
+    pub fn memory(&self) -> &[u32] {
+        &self.memory
+    }
+
+    /// Steps in flight.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.len()
+    }
+
+    /// The oldest step in flight fails, and leaves nothing behind.
+    pub fn fail_oldest(&mut self) -> DeviceError {
+        self.in_flight.pop_front().expect("a step is in flight");
+        self.previous.clear();
+        failure("step")
+    }
+
     fn fault(&self, step: u64) -> Option<Fault> {
         self.options
             .fault
@@ -281,7 +311,17 @@ pub fn engine(options: SimOptions, config: EngineConfig) -> Engine {
         audit: true,
         ..config
     };
-    let info = RunnerInfo {
+    let info = info(&options);
+    Engine::with_runner(config, None, move || {
+        let runner = SimRunner::new(options);
+        Ok::<_, LoadError>((Box::new(runner) as Box<dyn Runner>, info))
+    })
+    .expect("a simulated engine starts")
+}
+
+/// What an engine is told of the simulated device.
+pub fn info(options: &SimOptions) -> RunnerInfo {
+    RunnerInfo {
         vocabulary: VOCABULARY as usize,
         context_tokens: options.context,
         end_tokens: Vec::new(),
@@ -292,16 +332,5 @@ pub fn engine(options: SimOptions, config: EngineConfig) -> Engine {
             seconds_per_block: 1e-9,
         }),
         model: None,
-    };
-    Engine::with_runner(config, None, move || {
-        let runner = SimRunner {
-            memory: vec![u32::MAX; options.blocks * options.block_tokens],
-            host: vec![u32::MAX; options.swap_blocks * options.block_tokens],
-            previous: Vec::new(),
-            in_flight: VecDeque::new(),
-            options,
-        };
-        Ok::<_, LoadError>((Box::new(runner) as Box<dyn Runner>, info))
-    })
-    .expect("a simulated engine starts")
+    }
 }

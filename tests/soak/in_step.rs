@@ -49,9 +49,18 @@ impl Gate {
                     self.step();
                 }
             });
+            // Even if the engine is found not to be as it should: then that is reported.
+            let _raise = RaiseOnDrop(&is_idle);
             idle(engine);
-            is_idle.store(true, Ordering::Relaxed);
         });
+    }
+}
+
+struct RaiseOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for RaiseOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 

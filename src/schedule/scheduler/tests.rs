@@ -490,3 +490,30 @@ fn paused_sequences_wait_aside_and_come_back_in_their_order() {
     assert!(bench.running(first));
     bench.scheduler.audit().unwrap();
 }
+
+#[test]
+fn a_follower_that_was_paused_does_not_wait_for_the_prompt_again() {
+    let policy = Policy {
+        max_sequences: 2,
+        ..Policy::default()
+    };
+    let mut bench = Bench::new(16, policy);
+    let leader = bench.add(spec(prompt(10, 1), 9));
+    let id = SessionId(99);
+    let follower = bench
+        .scheduler
+        .add_follower(id, spec(prompt(10, 1), 9), Some(leader));
+    bench.step();
+    bench.step();
+    // Both give way: the leader's prompt is not there any more.
+    for key in [leader, follower] {
+        bench.scheduler.set_paused(key, true);
+    }
+    for seed in 2..4 {
+        bench.add(spec(prompt(4, seed), 2));
+    }
+    bench.step();
+    assert!(!bench.running(leader) && !bench.running(follower));
+    bench.scheduler.set_paused(follower, false);
+    assert_eq!(bench.sequence(follower).place(), Place::Waiting);
+}

@@ -1,0 +1,681 @@
+//! The scheduler thread as a state machine: random acts of callers and faults of a
+//! simulated device, one turn of the loop at a time, on the thread of the test. After
+//! each, the invariants of cancellation (I1 to I12) are checked; a failure names the one
+//! that it breaks.
+
+mod callers;
+#[path = "../../../tests/common/sim.rs"]
+mod sim;
+
+use super::SchedulerThread;
+use crate::cache::BlockId;
+use crate::config::{EngineConfig, Preemption};
+use crate::device::DeviceError;
+use crate::engine::sync::{Arc, OnceLock};
+use crate::engine::{Engine, EngineFault, Outcome};
+use crate::id::SessionId;
+use crate::runner::Runner;
+use crate::sampling::Sampled;
+use crate::schedule::{Sequences, StepPlan};
+use callers::{Act, Ask, Callers, End};
+use metrics_util::debugging::{DebugValue, DebuggingRecorder, Snapshotter};
+use proptest::collection::vec;
+use proptest::option::weighted;
+use proptest::prelude::*;
+use sim::{SimOptions, SimRunner};
+use std::cell::{Cell, RefCell};
+use std::ops::ControlFlow;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// More than anything takes that comes to an end.
+const MAX_TURNS: usize = 5000;
+
+/// A fault of the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fault {
+    /// The next launch is refused.
+    Launch,
+    /// The next step that is collected has failed.
+    Collect,
+    /// The device is lost with the next step.
+    Lost,
+}
+
+/// What happens next.
+#[derive(Clone, Debug)]
+enum Event {
+    /// A caller does something now.
+    Act(Act),
+    /// A caller does something while the next step is collected.
+    During(Act),
+    Turn,
+    Fault(Fault),
+}
+
+/// How the engine comes to its end.
+#[derive(Clone, Copy, Debug)]
+enum Finale {
+    /// Everything is dropped.
+    Dropped,
+    /// Every stream is read to its end.
+    Read,
+    Shutdown {
+        abort: bool,
+    },
+}
+
+#[derive(Clone, Debug)]
+struct Setup {
+    depth: usize,
+    blocks: usize,
+    block_tokens: usize,
+    swap_blocks: usize,
+    config: EngineConfig,
+    finale: Finale,
+}
+
+/// What the device and the test tell each other.
+struct Script {
+    callers: RefCell<Callers>,
+    fault: Cell<Option<Fault>>,
+    /// What callers do while the next step is collected.
+    during: RefCell<Vec<Act>>,
+    /// Who was in the steps that were launched since the last turn began.
+    planned: RefCell<Vec<SessionId>>,
+    sim: RefCell<SimRunner>,
+}
+
+/// The simulated device, at the mercy of the test.
+struct Device(Rc<Script>);
+
+impl Runner for Device {
+    fn depth(&self) -> usize {
+        self.0.sim.borrow().depth()
+    }
+
+    fn launch(&mut self, plan: &StepPlan, sequences: &Sequences) -> Result<(), DeviceError> {
+        let Script { fault, planned, .. } = &*self.0;
+        let keys = plan.items.iter().map(|item| item.key);
+        planned
+            .borrow_mut()
+            .extend(keys.map(|key| sequences[key].id));
+        if fault.get() == Some(Fault::Launch) {
+            fault.set(None);
+            self.0.callers.borrow_mut().faults += 1;
+            return Err(sim::failure("launch"));
+        }
+        self.0.sim.borrow_mut().launch(plan, sequences)
+    }
+
+    fn poison(&mut self, blocks: &[BlockId]) -> Result<(), DeviceError> {
+        self.0.sim.borrow_mut().poison(blocks)
+    }
+
+    fn collect(&mut self) -> Result<Vec<Sampled>, DeviceError> {
+        let Script {
+            callers,
+            fault,
+            during,
+            sim,
+            ..
+        } = &*self.0;
+        let in_flight = sim.borrow().in_flight();
+        for act in during.take() {
+            callers.borrow_mut().act(&act, in_flight);
+        }
+        match fault.get() {
+            Some(Fault::Collect) => {
+                fault.set(None);
+                callers.borrow_mut().faults += 1;
+                Err(sim.borrow_mut().fail_oldest())
+            }
+            Some(Fault::Lost) => {
+                fault.set(None);
+                callers.borrow_mut().faults += 1;
+                sim.borrow_mut().fail_oldest();
+                Err(DeviceError::Lost {
+                    device: "sim",
+                    operation: "step",
+                    reason: "made to be lost".to_owned(),
+                })
+            }
+            _ => sim.borrow_mut().collect(),
+        }
+    }
+}
+
+/// An engine, its callers and its device.
+struct Machine {
+    script: Rc<Script>,
+    /// None once it has ended.
+    thread: Option<SchedulerThread>,
+    fault: Arc<OnceLock<EngineFault>>,
+    metrics: Snapshotter,
+}
+
+impl Machine {
+    fn new(setup: &Setup) -> Self {
+        let options = SimOptions {
+            depth: setup.depth,
+            blocks: setup.blocks,
+            block_tokens: setup.block_tokens,
+            swap_blocks: setup.swap_blocks,
+            ..SimOptions::default()
+        };
+        let info = sim::info(&options);
+        let callers = Callers::new(&setup.config, setup.blocks, setup.depth);
+        let script = Rc::new(Script {
+            callers: RefCell::new(callers),
+            fault: Cell::default(),
+            during: RefCell::default(),
+            planned: RefCell::default(),
+            sim: RefCell::new(SimRunner::new(options)),
+        });
+        let device = Box::new(Device(Rc::clone(&script)));
+        let recorder = DebuggingRecorder::new();
+        let metrics = recorder.snapshotter();
+        let (engine, thread, fault) = metrics::with_local_recorder(&recorder, || {
+            Engine::by_hand(setup.config.clone(), device, info)
+        });
+        script.callers.borrow_mut().engine = Some(engine);
+        Self {
+            script,
+            thread: Some(thread),
+            fault,
+            metrics,
+        }
+    }
+
+    fn apply(&mut self, event: &Event) {
+        match event {
+            Event::Act(act) => {
+                let in_flight = self.script.sim.borrow().in_flight();
+                self.script.callers.borrow_mut().act(act, in_flight);
+            }
+            Event::During(act) => self.script.during.borrow_mut().push(act.clone()),
+            Event::Turn => self.turn(),
+            Event::Fault(fault) => self.script.fault.set(Some(*fault)),
+        }
+        self.check();
+    }
+
+    /// One turn of the loop.
+    fn turn(&mut self) {
+        let Some(thread) = &mut self.thread else {
+            return;
+        };
+        let turn = {
+            let mut callers = self.script.callers.borrow_mut();
+            callers.turn += 1;
+            callers.turn
+        };
+        self.script.planned.take();
+        // A thread that would wait now is woken by a deadline that nobody has.
+        let asleep = std::mem::take(&mut thread.idle) && thread.commands.is_empty();
+        let turned = thread.turn();
+        let launched = self.script.planned.take();
+        assert!(
+            !asleep || launched.is_empty(),
+            "I12: an idle thread slept although {launched:?} could be computed"
+        );
+        for asked in &self.script.callers.borrow().asked {
+            let posted_before = asked.cancelled_at.is_some_and(|at| at < turn);
+            assert!(
+                !posted_before || !launched.contains(&asked.id),
+                "I5: {} is in a step that was planned after its cancel",
+                asked.id
+            );
+            let open = thread.ledger.key_of(asked.id).is_some();
+            assert!(
+                asked.cancelled_at.is_none() || !open,
+                "I6: {} is open a turn after its cancel",
+                asked.id
+            );
+        }
+        match turned {
+            Ok(ControlFlow::Continue(())) => self.script.callers.borrow_mut().after_turn(),
+            Ok(ControlFlow::Break(())) => self.close(EngineFault::Shutdown),
+            Err(cause) => {
+                let lost = matches!(cause, EngineFault::Device(DeviceError::Lost { .. }));
+                assert!(lost, "I3: the engine has failed: {cause}");
+                self.close(cause);
+            }
+        }
+    }
+
+    /// What comes after the last turn.
+    fn close(&mut self, cause: EngineFault) {
+        let Some(mut thread) = self.thread.take() else {
+            return;
+        };
+        thread.close(&cause, &self.fault);
+        let stats = thread.stats();
+        assert_eq!((stats.open, stats.running + stats.waiting), (0, 0), "I1");
+        drop(thread);
+        let callers = &mut *self.script.callers.borrow_mut();
+        let shut = matches!(cause, EngineFault::Shutdown);
+        callers.after_close(shut);
+        assert_eq!(
+            callers.ends(|end| end != End::Closed),
+            stats.outcomes.accepted,
+            "I1: terminals and accepted requests"
+        );
+        if shut {
+            // What sessions keep goes with the device.
+            let idle = stats.retained_sessions > 0 || stats.is_idle();
+            assert!(idle && stats.closing == 0, "I12: {stats:?}");
+        }
+    }
+
+    /// The invariants that hold at any moment.
+    fn check(&self) {
+        let Some(thread) = &self.thread else {
+            return;
+        };
+        let stats = thread.stats();
+        let ended = stats.outcomes;
+        assert_eq!(
+            ended.accepted,
+            ended.stopped + ended.length + ended.cancelled + ended.failed + stats.open as u64,
+            "I2: {stats:?}"
+        );
+        assert_eq!(stats.running + stats.waiting, stats.open, "I2: {stats:?}");
+        let held = self
+            .script
+            .callers
+            .borrow()
+            .engine
+            .as_ref()
+            .map(Engine::permits);
+        assert!(
+            held.is_none_or(|held| held >= stats.open),
+            "I2: {held:?} permits are held by {} requests",
+            stats.open
+        );
+        if let Err(imbalance) = thread.scheduler.audit() {
+            panic!("I3: {imbalance}");
+        }
+        let (sim, size) = (self.script.sim.borrow(), stats.block_tokens);
+        let content = |block: &BlockId| sim.memory()[block.index() * size..][..size].to_vec();
+        for (block, tokens) in thread.scheduler.cache().known() {
+            assert_eq!(
+                content(&block),
+                tokens,
+                "I11: {block:?} is not what it is known for"
+            );
+        }
+        for (tokens, table) in thread.scheduler.retained() {
+            let mut kept: Vec<u32> = table.blocks().iter().flat_map(content).collect();
+            kept.truncate(tokens.len());
+            assert_eq!(kept, tokens, "I11: a session keeps something else");
+        }
+    }
+
+    /// Turns until the thread waits for commands, and the turn that it begins with that.
+    fn settle(&mut self) {
+        for _ in 0..MAX_TURNS {
+            let idle = |thread: &SchedulerThread| thread.idle && thread.commands.is_empty();
+            let last = self.thread.as_ref().is_none_or(idle);
+            self.apply(&Event::Turn);
+            if last {
+                return;
+            }
+        }
+        panic!("I12: the thread goes on for ever");
+    }
+
+    /// Reads every stream to its end.
+    fn read_to_end(&mut self) {
+        for _ in 0..MAX_TURNS {
+            self.settle();
+            let mut callers = self.script.callers.borrow_mut();
+            callers.read_all();
+            if !callers.waits() {
+                return;
+            }
+            drop(callers);
+            let stuck = |thread: &SchedulerThread| thread.commands.is_empty();
+            let stuck = self.thread.as_ref().is_some_and(stuck);
+            assert!(!stuck, "I12: an idle thread has open requests");
+        }
+        panic!("I12: requests without end");
+    }
+
+    /// Ends everything. Nothing is left then.
+    fn finish(mut self, finale: Finale) {
+        // What has not happened yet does not happen any more.
+        self.script.during.borrow_mut().clear();
+        self.script.fault.set(None);
+        match finale {
+            Finale::Dropped => {}
+            Finale::Read => self.read_to_end(),
+            Finale::Shutdown { abort } => {
+                self.script.callers.borrow_mut().shut_down(abort);
+                self.read_to_end();
+                self.settle();
+                assert!(self.thread.is_none(), "I12: a shutdown is without end");
+            }
+        }
+        self.script.callers.borrow_mut().drop_streams();
+        self.script.callers.borrow_mut().drop_sessions();
+        self.settle();
+        if let Some(thread) = &self.thread {
+            let stats = thread.stats();
+            assert!(stats.is_idle(), "I12: {stats:?}");
+            let mut callers = self.script.callers.borrow_mut();
+            callers.when_idle();
+            let permits = callers.engine.as_ref().map(Engine::permits);
+            assert_eq!(permits, Some(0), "I12: permits");
+            let asked = callers.asked.len() as u64;
+            assert_eq!(stats.outcomes.accepted, asked, "I1: accepted requests");
+            let outcome = |outcome| callers.ends(|end| end == End::Outcome(outcome));
+            let cancelled = callers.ends(|end| matches!(end, End::Outcome(Outcome::Cancelled(_))));
+            assert_eq!(
+                (
+                    outcome(Outcome::Stop),
+                    outcome(Outcome::Length),
+                    cancelled,
+                    callers.ends(|end| end == End::Failed)
+                ),
+                (
+                    stats.outcomes.stopped,
+                    stats.outcomes.length,
+                    stats.outcomes.cancelled,
+                    stats.outcomes.failed
+                ),
+                "I1: the ends that callers saw, and those in the books"
+            );
+            // The last handle: the thread ends.
+            callers.engine = None;
+        }
+        self.turn();
+        assert!(self.thread.is_none(), "I12: nobody is left, and it goes on");
+        self.check_counters();
+    }
+
+    /// I8: what came too late is counted. I9: no event was lost.
+    fn check_counters(&self) {
+        let (mut noops, mut failures) = (0, 0);
+        for (key, _, _, value) in self.metrics.snapshot().into_vec() {
+            let DebugValue::Counter(count) = value else {
+                continue;
+            };
+            match key.key().name() {
+                "quell_cancel_noop_total" => noops += count,
+                "quell_cleanup_failures_total" => failures += count,
+                _ => {}
+            }
+        }
+        assert_eq!(failures, 0, "I9: clean-up failed");
+        let callers = self.script.callers.borrow();
+        let effective = callers.ends(|end| {
+            use crate::engine::CancelReason::{Explicit, StreamDropped, SubmitDropped};
+            let by_stream = [Explicit, StreamDropped, SubmitDropped].map(Outcome::Cancelled);
+            by_stream.map(End::Outcome).contains(&end)
+        });
+        let (posted, late) = (callers.cancels, callers.late);
+        assert!(
+            posted <= effective + noops && noops <= posted + late,
+            "I8: {posted} cancels and {late} late ones, {effective} ended a request, {noops} did nothing"
+        );
+    }
+}
+
+fn ask() -> impl Strategy<Value = Ask> {
+    let length = prop_oneof![4 => 1..10usize, 1 => 10..24usize];
+    let tokens = prop_oneof![4 => 1..8usize, 1 => 8..30usize];
+    (
+        0..3usize,
+        length,
+        tokens,
+        weighted(0.2, 0..6usize),
+        prop_oneof![4 => Just(0), 1 => -2..3i32],
+        weighted(0.3, 0..2u8),
+        weighted(0.04, any::<bool>()),
+    )
+        .prop_map(
+            |(prompt, length, max_tokens, stop_at, priority, tenant, overdue)| Ask {
+                prompt,
+                length,
+                max_tokens,
+                stop_at,
+                priority,
+                tenant,
+                overdue,
+            },
+        )
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    let some = any::<u16>().prop_map(usize::from);
+    prop_oneof![
+        12 => ask().prop_map(Act::Submit),
+        3 => (ask(), 2..4usize).prop_map(|(ask, samples)| Act::Samples(ask, samples)),
+        24 => some.clone().prop_map(Act::Read),
+        6 => some.clone().prop_map(Act::DropStream),
+        6 => some.clone().prop_map(Act::Cancel),
+        2 => some.clone().prop_map(Act::CancelLate),
+        5 => weighted(0.4, any::<bool>()).prop_map(|pin| Act::OpenSession { pin }),
+        14 => (some.clone(), ask()).prop_map(|(session, ask)| Act::Turn(session, ask)),
+        4 => (some.clone(), any::<bool>()).prop_map(|(session, keep)| Act::Stop(session, keep)),
+        3 => (some.clone(), 0..20usize).prop_map(|(session, tokens)| Act::Rewind(session, tokens)),
+        4 => some.clone().prop_map(Act::Fork),
+        2 => some.clone().prop_map(Act::End),
+        2 => some.prop_map(Act::DropSession),
+        1 => Just(Act::AbortAll),
+        1 => Just(Act::ClearPrefixes),
+    ]
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    prop_oneof![
+        60 => act().prop_map(Event::Act),
+        12 => act().prop_map(Event::During),
+        60 => Just(Event::Turn),
+        2 => Just(Event::Fault(Fault::Launch)),
+        2 => Just(Event::Fault(Fault::Collect)),
+    ]
+}
+
+/// What ends an engine, or its taking of requests, comes late if at all.
+fn last_event() -> impl Strategy<Value = Event> {
+    prop_oneof![
+        3 => Just(Event::Turn),
+        1 => any::<bool>().prop_map(|now| Event::Act(Act::Drain { now })),
+        1 => Just(Event::Fault(Fault::Lost)),
+    ]
+}
+
+fn events() -> impl Strategy<Value = Vec<Event>> {
+    (vec(event(), 1..120), last_event(), vec(event(), 0..20)).prop_map(
+        |(mut events, last, after)| {
+            events.push(last);
+            events.extend(after);
+            events
+        },
+    )
+}
+
+fn setup() -> impl Strategy<Value = Setup> {
+    let finale = prop_oneof![
+        1 => Just(Finale::Dropped),
+        2 => Just(Finale::Read),
+        1 => any::<bool>().prop_map(|abort| Finale::Shutdown { abort }),
+    ];
+    let memory = (1..3usize, 4..16usize, 1..5usize, 0..8usize);
+    let limits = (2..20usize, 1..5usize, 1..5usize, 0..3u8);
+    let ways = (any::<bool>(), any::<bool>(), weighted(0.2, Just(())));
+    (memory, limits, ways, finale).prop_map(|(memory, limits, ways, finale)| {
+        let (depth, blocks, block_tokens, swap_blocks) = memory;
+        let (max_batch_tokens, max_sequences, stream_buffer, pinned) = limits;
+        let (prefix_cache, swap, impatient) = ways;
+        Setup {
+            depth,
+            blocks,
+            block_tokens,
+            swap_blocks,
+            config: EngineConfig {
+                max_batch_tokens,
+                max_sequences,
+                max_open_requests: 12,
+                stream_buffer,
+                prefix_cache,
+                // What depends on time would not be the same the next time.
+                preemption: match swap {
+                    true => Preemption::Swap,
+                    false => Preemption::Recompute,
+                },
+                pinned_percent: pinned * 40,
+                slow_consumer_deadline: impatient.map(|()| Duration::ZERO),
+                step_deadline: None,
+                audit: true,
+                ..EngineConfig::default()
+            },
+            finale,
+        }
+    })
+}
+
+fn run(setup: &Setup, events: &[Event]) {
+    let mut machine = Machine::new(setup);
+    for event in events {
+        machine.apply(event);
+    }
+    machine.finish(setup.finale);
+}
+
+const ASK: Ask = Ask {
+    prompt: 0,
+    length: 1,
+    max_tokens: 1,
+    stop_at: None,
+    priority: 0,
+    tenant: None,
+    overdue: None,
+};
+
+/// A small engine without a prefix cache, two steps deep.
+fn small(blocks: usize, block_tokens: usize) -> Setup {
+    Setup {
+        depth: 2,
+        blocks,
+        block_tokens,
+        swap_blocks: 4,
+        config: EngineConfig {
+            max_batch_tokens: 7,
+            max_sequences: 2,
+            stream_buffer: 1,
+            prefix_cache: false,
+            preemption: Preemption::Swap,
+            slow_consumer_deadline: None,
+            step_deadline: None,
+            audit: true,
+            ..EngineConfig::default()
+        },
+        finale: Finale::Read,
+    }
+}
+
+#[test]
+fn a_step_does_not_copy_out_to_the_host_blocks_that_it_copies_in() {
+    let ask = |length, max_tokens| Ask {
+        length,
+        max_tokens,
+        ..ASK
+    };
+    let setup = Setup {
+        depth: 1,
+        ..small(4, 3)
+    };
+    // Three requests whose readers are slow give way to each other.
+    let events = [
+        Event::Act(Act::OpenSession { pin: None }),
+        Event::Act(Act::Submit(ask(1, 1))),
+        Event::Turn,
+        Event::During(Act::Submit(ask(1, 2))),
+        Event::Act(Act::Turn(0, ask(4, 2))),
+        Event::Act(Act::Submit(ask(2, 2))),
+        Event::Turn,
+        Event::Act(Act::Submit(ask(1, 1))),
+        Event::Turn,
+        Event::Turn,
+        Event::Act(Act::Read(1)),
+        Event::Turn,
+    ];
+    run(&setup, &events);
+}
+
+#[test]
+fn a_session_does_not_keep_what_a_failed_step_was_to_copy() {
+    let turn = |length| Act::Turn(0, Ask { length, ..ASK });
+    let events = [
+        Event::Act(Act::OpenSession { pin: None }),
+        Event::Act(turn(5)),
+        Event::Turn,
+        Event::Turn,
+        Event::Turn,
+        Event::Act(Act::Read(0)),
+        // The two share a block that the next turn writes to: it is copied.
+        Event::Act(Act::Fork(0)),
+        Event::Act(turn(1)),
+        Event::Turn,
+        Event::Act(Act::DropStream(1)),
+        Event::Fault(Fault::Collect),
+        Event::Turn,
+        Event::Act(turn(1)),
+    ];
+    run(&small(8, 4), &events);
+}
+
+#[test]
+fn a_turn_may_begin_as_soon_as_the_one_before_is_stopped_to_be_rewound() {
+    let turn = Act::Turn(
+        0,
+        Ask {
+            length: 3,
+            max_tokens: 3,
+            ..ASK
+        },
+    );
+    let events = [
+        Event::Act(Act::OpenSession { pin: None }),
+        Event::Act(turn.clone()),
+        Event::Turn,
+        Event::Act(Act::Stop(0, false)),
+        Event::Act(turn),
+    ];
+    run(&small(8, 4), &events);
+}
+
+#[test]
+fn a_turn_that_has_been_read_to_its_end_is_not_rewound_by_a_stop() {
+    let turn = Act::Turn(0, ASK);
+    let events = [
+        Event::Act(Act::OpenSession { pin: None }),
+        Event::Act(turn.clone()),
+        Event::Turn,
+        Event::Turn,
+        Event::Act(Act::Read(0)),
+        Event::Act(Act::Stop(0, false)),
+        Event::Turn,
+        Event::Act(turn),
+    ];
+    run(&small(8, 4), &events);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 256,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn every_invariant_of_cancellation_holds_after_every_act(
+        setup in setup(),
+        events in events(),
+    ) {
+        run(&setup, &events);
+    }
+}
