@@ -259,8 +259,8 @@ fn i1_a_reader_learns_that_the_device_is_lost() {
 /// flag taken down by the thread without an end of the pause, deadlock.
 #[test]
 fn i9_no_resume_is_lost() {
-    for depth in [1, 2] {
-        model(3, ["finished"], move || {
+    for (depth, preemptions) in [(1, 2), (2, 3)] {
+        model(preemptions, ["finished"], move || {
             let config = EngineConfig {
                 stream_buffer: 1,
                 ..EngineConfig::default()
