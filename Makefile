@@ -2,7 +2,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CARGO := cargo
 PYTHON := python3
 
-.PHONY: demo test models soak lint bench kernels kernels-check model
+.PHONY: demo test models soak mutations lint bench kernels kernels-check model
 
 ## Fetches a small model if it is missing, builds, and answers a question.
 demo: model
@@ -30,6 +30,11 @@ models:
 soak:
 	QUELL_SOAK_REQUESTS=1000000 $(CARGO) test --locked --release --test soak -- --nocapture
 	QUELL_SCHEDULES=100000 $(CARGO) test --locked --no-default-features --features shuttle --test shuttle
+
+## Breaks the engine on purpose, one way at a time: a test must fail each time. Half an hour
+## on two cores, so it is no part of `make test`.
+mutations:
+	$(PYTHON) scripts/mutations
 
 ## Formatting, lints and documentation.
 lint:

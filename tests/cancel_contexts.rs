@@ -321,6 +321,12 @@ fn when_woken(stream: &mut TokenStream, act: impl FnOnce() + Send + 'static) {
     register(stream, &OnWake::waker(act));
 }
 
+/// Waits until the scheduler thread waits for the device: what is posted then, before
+/// the gate is open, is applied all at once.
+fn in_a_step(engine: &Engine) {
+    while engine.health().device_call.is_none() {}
+}
+
 /// Leaves `waker` with a stream to which nothing has come yet.
 fn register(stream: &mut TokenStream, waker: &Waker) {
     let polled = Pin::new(stream).poll_next(&mut Context::from_waker(waker));
@@ -357,6 +363,50 @@ fn a_waker_may_drop_and_cancel_other_streams_and_submit_new_ones() {
         drop(submitted);
         assert_eq!(idle(&engine).outcomes.cancelled, 3);
     }
+}
+
+/// I6: the flag counts, although the cancel comes when the commands of this step have
+/// been applied already.
+#[test]
+fn a_cancel_in_the_middle_of_a_commit_wins_over_the_tokens_not_yet_committed() {
+    let (engine, gate) = gated(1);
+    let busy = endless(&engine, 1);
+    in_a_step(&engine);
+    // The first of the step ends with it, and its reader learns that at once.
+    let mut first = engine.generate(request(prompt(2, 5), 1)).unwrap();
+    let second = endless(&engine, 3);
+    let (done, result) = mpsc::channel();
+    when_woken(&mut first, move || {
+        done.send((on_the_scheduler_thread(), second.cancel()))
+            .unwrap();
+    });
+    drop(gate);
+    let (on_thread, cancellation) = result.recv().unwrap();
+    assert!(on_thread, "the waker ran elsewhere: nothing is proved");
+    let receipt = cancellation.wait().unwrap();
+    assert_eq!(
+        (receipt.tokens_generated, receipt.tokens_discarded),
+        (0, 1),
+        "the step computed it, and its token does not count"
+    );
+    drop((first, busy));
+    idle(&engine);
+}
+
+/// I6: what is posted while a step runs is applied before the step is committed.
+#[test]
+fn an_abort_while_a_step_runs_wins_over_its_tokens() {
+    let (engine, gate) = gated(1);
+    let stream = endless(&engine, 1);
+    in_a_step(&engine);
+    engine.abort_all().unwrap();
+    drop(gate);
+    let error = stream.complete_blocking().unwrap_err();
+    assert!(
+        matches!(error, GenerateError::Cancelled(CancelReason::AbortAll)),
+        "{error}"
+    );
+    assert_eq!(idle(&engine).tokens_generated, 0);
 }
 
 #[test]

@@ -3,11 +3,12 @@
 #[path = "common/sim.rs"]
 mod sim;
 
+use quell::text::Tokenizer;
 use quell::{
     Engine, EngineConfig, EngineFault, GenerateError, Outcome, Request, SamplingParams, Shutdown,
     SubmitError,
 };
-use sim::{Fault, SimOptions, engine, expected};
+use sim::{Fault, SimOptions, engine, engine_with_text, expected};
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -46,6 +47,7 @@ fn idle(engine: &Engine) -> quell::EngineStats {
     }
 }
 
+/// I1.
 #[test]
 fn tokens_arrive_in_order_with_one_finish_at_the_end() {
     let engine = engine(SimOptions::default(), EngineConfig::default());
@@ -66,6 +68,7 @@ fn tokens_arrive_in_order_with_one_finish_at_the_end() {
     assert!(finish.timing.first_token.unwrap() <= finish.timing.total);
 }
 
+/// I2, and I3 after every step.
 #[test]
 fn many_requests_in_a_quarter_of_the_cache_they_need_give_the_tokens_of_each_alone() {
     for depth in [1, 2] {
@@ -198,6 +201,7 @@ fn a_cancel_is_acknowledged_although_no_handle_is_left() {
     }
 }
 
+/// I12.
 #[test]
 fn a_place_is_free_again_when_the_answer_is_complete() {
     let config = EngineConfig {
@@ -271,6 +275,7 @@ fn settings_out_of_range_are_refused_by_name() {
     }
 }
 
+/// I10 and I12.
 #[test]
 fn dropping_half_of_the_streams_frees_every_block_and_leaves_the_others_their_tokens() {
     for depth in [1, 2] {
@@ -320,6 +325,7 @@ fn dropping_half_of_the_streams_frees_every_block_and_leaves_the_others_their_to
     }
 }
 
+/// I6.
 #[test]
 fn a_cancel_is_acknowledged_with_what_it_freed() {
     let engine = engine(SimOptions::default(), EngineConfig::default());
@@ -336,6 +342,7 @@ fn a_cancel_is_acknowledged_with_what_it_freed() {
     idle(&engine);
 }
 
+/// I5.
 #[test]
 fn a_cancel_of_a_waiting_request_frees_nothing_and_is_acknowledged() {
     let (permit, gate) = mpsc::channel();
@@ -350,8 +357,16 @@ fn a_cancel_of_a_waiting_request_frees_nothing_and_is_acknowledged() {
             ..EngineConfig::default()
         },
     );
+    let in_step = |step| {
+        let health = engine.health();
+        health.device_call.is_some() && health.step.as_u64() == step
+    };
     let first = engine.generate(request(prompt(1, 8), 4)).unwrap();
+    while !in_step(1) {}
     let second = engine.generate(request(prompt(2, 8), 4)).unwrap();
+    permit.send(()).unwrap();
+    // By then it waits in the queue.
+    while !in_step(2) {}
     let cancellation = second.cancel();
     drop(permit);
     let receipt = cancellation.wait().unwrap();
@@ -360,6 +375,7 @@ fn a_cancel_of_a_waiting_request_frees_nothing_and_is_acknowledged() {
     idle(&engine);
 }
 
+/// I6.
 #[test]
 fn tokens_of_steps_in_flight_at_a_cancel_are_discarded_and_counted() {
     let (permit, gate) = mpsc::channel();
@@ -381,6 +397,7 @@ fn tokens_of_steps_in_flight_at_a_cancel_are_discarded_and_counted() {
     assert_eq!(idle(&engine).tokens_generated, 1);
 }
 
+/// I8.
 #[test]
 fn a_finished_request_still_has_a_receipt() {
     let engine = engine(SimOptions::default(), EngineConfig::default());
@@ -408,6 +425,7 @@ fn requests_submitted_while_the_engine_falls_idle_are_served() {
     }
 }
 
+/// I9.
 #[test]
 fn a_slow_reader_is_paused_and_stops_nobody() {
     let config = EngineConfig {
@@ -495,6 +513,27 @@ fn a_failed_step_fails_its_sessions_with_the_real_error_and_the_engine_goes_on()
     }
 }
 
+/// I11: what a failed step was to write is found by nobody.
+#[test]
+fn a_failed_step_leaves_nothing_in_the_prefix_cache() {
+    for depth in [1, 2] {
+        let options = SimOptions {
+            depth,
+            fault: Some((1, Fault::Step)),
+            ..SimOptions::default()
+        };
+        let engine = engine(options, EngineConfig::default());
+        let failed = engine.generate(request(prompt(1, 20), 5)).unwrap();
+        failed.complete_blocking().unwrap_err();
+        assert_eq!(
+            token_ids(&engine, prompt(1, 20), 5),
+            expected(&prompt(1, 20), 5)
+        );
+        assert_eq!(idle(&engine).prefix_hits, 0);
+    }
+}
+
+/// I1.
 #[test]
 fn a_lost_device_or_a_panic_closes_the_engine_and_wakes_every_waiter() {
     for fault in [Fault::Lost, Fault::Panic] {
@@ -654,6 +693,35 @@ fn stop_tokens_end_the_answer_and_are_its_last_token() {
     assert_eq!(generation.finish.outcome, Outcome::Stop);
     let tokens = ids(&generation);
     assert_eq!(tokens, all[..=end]);
+}
+
+/// I1 and I2: an end that the reader finds is a stop in the books, too.
+#[test]
+fn a_stop_string_ends_a_request_as_a_stop_and_frees_all_of_it() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/text/folder");
+    let tokenizer = Tokenizer::from_folder(folder.as_ref()).unwrap();
+    let all = expected(&prompt(1, 5), 40);
+    // A piece of text of its own, after a few others.
+    let (at, text) = (3..all.len())
+        .map(|at| (at, tokenizer.decode(&all[at..=at], true)))
+        .find(|(at, text)| {
+            let before = tokenizer.decode(&all[..*at], true);
+            let whole = tokenizer.decode(&all[..=*at], true);
+            text.is_ascii() && !text.is_empty() && whole.find(text) == Some(before.len())
+        })
+        .expect("a token with text");
+    let engine = engine_with_text(SimOptions::default(), EngineConfig::default(), tokenizer);
+    let mut request = request(prompt(1, 5), 500);
+    request.stop = vec![text];
+    request.ignore_eos = true;
+    let mut stream = engine.generate(request).unwrap();
+    let chunks: Vec<_> = std::iter::from_fn(|| stream.next_blocking()).collect();
+    assert_eq!(chunks.len(), at + 1, "nothing follows the end");
+    let last = chunks.last().unwrap().as_ref().unwrap();
+    assert_eq!(last.finish.unwrap().outcome, Outcome::Stop);
+    drop(stream);
+    let outcomes = idle(&engine).outcomes;
+    assert_eq!((outcomes.stopped, outcomes.cancelled), (1, 0));
 }
 
 #[test]

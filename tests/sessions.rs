@@ -7,7 +7,7 @@ use quell::{
     CancelReason, Engine, EngineConfig, EngineStats, GenerateError, Outcome, Preemption, Request,
     Session, SessionOptions, Stop, SubmitError,
 };
-use sim::{SimOptions, engine, expected};
+use sim::{Fault, SimOptions, engine, expected};
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -130,6 +130,7 @@ fn one_turn_at_a_time() {
     session.generate(request(&[4], 2)).unwrap();
 }
 
+/// I12: a rewound turn leaves nothing behind.
 #[test]
 fn a_stopped_turn_is_kept_or_rewound_as_asked() {
     for depth in [1, 2] {
@@ -154,6 +155,8 @@ fn a_stopped_turn_is_kept_or_rewound_as_asked() {
                 context.extend(answer);
             }
             assert_eq!(session.context_tokens(), context.len(), "{stop:?}");
+            let kept = session.kept().unwrap().tokens;
+            assert!(kept <= context.len(), "{kept} tokens kept after {stop:?}");
             turn(&session, &mut context, &prompt(3, 2), 4);
             session.end().wait().unwrap();
             assert!(settled(&engine).is_idle());
@@ -211,6 +214,7 @@ fn a_rewound_session_goes_on_from_there() {
     turn(&session, &mut context, &prompt(3, 4), 2);
 }
 
+/// I12.
 #[test]
 fn ending_a_session_ends_its_turn_and_frees_all_of_it() {
     for depth in [1, 2] {
@@ -235,6 +239,31 @@ fn ending_a_session_ends_its_turn_and_frees_all_of_it() {
     }
 }
 
+/// I7: a turn, and the end of its session behind it, posted before either is seen.
+#[test]
+fn commands_of_a_session_take_effect_in_the_order_in_which_they_were_posted() {
+    let (open, gate) = mpsc::channel::<()>();
+    let options = SimOptions {
+        gate: Some(gate),
+        ..SimOptions::default()
+    };
+    let engine = engine(options, EngineConfig::default());
+    let busy = engine.generate(request(&prompt(9, 3), 2)).unwrap();
+    while engine.health().device_call.is_none() {}
+    let session = engine.session();
+    let stream = session.generate(request(&prompt(1, 5), 400)).unwrap();
+    let ended = session.end();
+    drop(open);
+    ended.wait().unwrap();
+    let error = stream.complete_blocking().unwrap_err();
+    assert!(
+        matches!(error, GenerateError::Cancelled(CancelReason::SessionEnded)),
+        "{error}"
+    );
+    busy.complete_blocking().unwrap();
+    assert!(settled(&engine).is_idle());
+}
+
 #[test]
 fn dropping_a_session_ends_it_in_the_middle_of_a_turn() {
     let engine = engine(sim(2), EngineConfig::default());
@@ -250,6 +279,7 @@ fn dropping_a_session_ends_it_in_the_middle_of_a_turn() {
     assert!(settled(&engine).is_idle());
 }
 
+/// I10.
 #[test]
 fn forks_share_what_they_had_and_go_their_own_ways() {
     for depth in [1, 2] {
@@ -415,6 +445,54 @@ fn requests_swapped_to_the_host_answer_as_if_alone() {
             assert!(stats.is_idle(), "{stats:?}");
         }
     }
+}
+
+/// I10: not even a step that fails with another one's blocks on their way to the host
+/// changes what that one answers.
+#[test]
+fn whatever_step_fails_the_others_answer_as_if_alone() {
+    let mut swaps = 0;
+    for depth in [1, 2] {
+        for step in 1..40 {
+            let (open, gate) = mpsc::channel::<()>();
+            let options = SimOptions {
+                blocks: 20,
+                swap_blocks: 60,
+                gate: Some(gate),
+                fault: Some((step, Fault::Step)),
+                ..sim(depth)
+            };
+            let config = EngineConfig {
+                preemption: Preemption::Swap,
+                ..without_prefixes()
+            };
+            let engine = engine(options, config);
+            let lengths = |index: usize| (1 + index * 7 % 20, 5 + index * 11 % 30);
+            let streams: Vec<_> = (0..8)
+                .map(|index| {
+                    let (p, n) = lengths(index);
+                    engine.generate(request(&prompt(index, p), n)).unwrap()
+                })
+                .collect();
+            drop(open);
+            for (index, stream) in streams.into_iter().enumerate() {
+                let (p, n) = lengths(index);
+                if let Ok(generation) = stream.complete_blocking() {
+                    let tokens = generation.tokens.iter();
+                    let ids: Vec<u32> = tokens.map(|token| token.id).collect();
+                    assert_eq!(
+                        ids,
+                        expected(&prompt(index, p), n),
+                        "request {index}, step {step}, depth {depth}"
+                    );
+                }
+            }
+            let stats = settled(&engine);
+            assert!(stats.is_idle(), "{stats:?}");
+            swaps += stats.swaps;
+        }
+    }
+    assert!(swaps > 0, "nobody was swapped out");
 }
 
 #[test]

@@ -114,3 +114,24 @@ impl PrefixCache {
         hasher.finish()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// I11: a hash only finds a candidate.
+    #[test]
+    fn other_tokens_with_the_same_hash_are_no_match() {
+        let mut cache = PrefixCache::new(4, 2);
+        let known = BlockId(0);
+        assert!(cache.publish(known, None, &[1, 2]));
+        // Other tokens, and the same ones after another block.
+        for (parent, tokens) in [(None, [3, 4]), (Some(known), [1, 2])] {
+            let collision = cache.chain(parent, &tokens);
+            cache.by_chain.insert(collision, known);
+            assert_eq!(cache.find(parent, &tokens), None);
+            assert!(!cache.publish(BlockId(1), parent, &tokens), "it is taken");
+        }
+        assert_eq!(cache.find(None, &[1, 2]), Some(known));
+    }
+}

@@ -32,6 +32,7 @@ fn growing_takes_all_blocks_or_none() {
     assert_eq!(a.len(), 3, "48 tokens fit in three blocks");
 }
 
+/// I4.
 #[test]
 fn blocks_that_a_step_in_flight_touches_are_deferred() {
     let mut cache = cache(2);
@@ -66,6 +67,24 @@ fn a_shared_block_waits_for_the_last_step_of_every_holder() {
     assert_eq!(cache.books().deferred, 1);
     cache.completed(StepId(7));
     assert_eq!(cache.books().free, 2);
+}
+
+/// I4: what was given back, held again and given back again waits for the later step.
+#[test]
+fn an_outdated_release_frees_nothing() {
+    let mut cache = cache(2);
+    let all = tokens(16, 1);
+    let mut table = BlockTable::default();
+    grow(&mut cache, &mut table, 16).unwrap();
+    cache.publish(&mut table, &all, 16, StepId(0));
+    cache.release(&mut table, StepId(3));
+    // Known, so it is found although it is deferred.
+    assert_eq!(cache.attach(&mut table, &all, 16), 16);
+    cache.release(&mut table, StepId(5));
+    cache.completed(StepId(3));
+    assert_eq!(cache.books().deferred, 1);
+    cache.completed(StepId(5));
+    assert_eq!(cache.books().cached, 1);
 }
 
 #[test]
@@ -169,6 +188,7 @@ fn who_computes_known_tokens_gets_the_known_blocks() {
     assert_eq!((books.referenced, books.cached, books.deferred), (3, 0, 0));
 }
 
+/// I10: nobody writes what another one reads.
 #[test]
 fn a_block_that_others_read_is_copied_before_it_is_written() {
     let mut cache = cache(8);

@@ -331,7 +331,33 @@ impl Drop for EventSender {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::AtomicUsize;
+    use std::task::{Wake, Waker};
 
+    #[derive(Default)]
+    struct Count(AtomicUsize);
+
+    impl Wake for Count {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    /// I1: nobody waits for what will never come.
+    #[test]
+    fn a_sender_that_is_dropped_wakes_whoever_waits() {
+        let cell = Arc::new(SessionCell::default());
+        let (sender, receiver) = channel(&cell, 4);
+        let woken = Arc::new(Count::default());
+        let waker = Waker::from(Arc::clone(&woken));
+        cell.register_reader(&waker);
+        cell.register_receipt(&waker);
+        drop(sender);
+        assert_eq!(woken.0.load(Ordering::SeqCst), 2);
+        assert!(receiver.events.try_recv().is_err());
+    }
+
+    /// I8.
     #[test]
     fn the_first_reason_to_cancel_wins() {
         let cell = SessionCell::default();

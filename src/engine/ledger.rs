@@ -371,25 +371,93 @@ impl Ledger {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::event::channel;
+    use crate::engine::CancelReason;
+    use crate::engine::event::{EventReceiver, channel};
     use crate::engine::sync::atomic::AtomicUsize;
     use slotmap::SlotMap;
     use std::time::Duration;
 
-    fn account(ledger: &mut Ledger, key: SequenceKey, id: u64, deadlines: RequestDeadlines) {
+    fn account(
+        ledger: &mut Ledger,
+        key: SequenceKey,
+        id: u64,
+        deadlines: RequestDeadlines,
+    ) -> EventReceiver {
         let cell = Arc::new(SessionCell::default());
-        let (events, _) = channel(&cell, 4);
+        let (events, receiver) = channel(&cell, 4);
         let spec = AccountSpec {
             cell,
             events,
             permit: Permit::acquire(&Arc::new(AtomicUsize::new(0)), 1).unwrap(),
             record: RequestRecord::new(tracing::Span::none(), Instant::now(), 1),
             deadlines,
-            turn: None,
+            turn: Some(Turn {
+                session: SessionId(1000 + id),
+                base: 0,
+                pin: None,
+                cell: Arc::default(),
+            }),
         };
         ledger.open(key, SessionId(id), spec);
+        receiver
     }
 
+    fn token() -> Token {
+        Token {
+            id: 1,
+            logprob: 0.0,
+            top: Vec::new(),
+        }
+    }
+
+    fn remains(fence: StepId) -> Remains {
+        Remains {
+            blocks: 3,
+            tokens_generated: 1,
+            fence,
+        }
+    }
+
+    /// I1, and I8: a second close changes nothing.
+    #[test]
+    fn an_account_has_one_terminal_and_no_token_with_a_cancel_or_after_it() {
+        let mut keys: SlotMap<SequenceKey, ()> = SlotMap::with_key();
+        let key = keys.insert(());
+        let mut ledger = Ledger::new(Arc::new(EngineMetrics::new(None)));
+        let receiver = account(&mut ledger, key, 1, RequestDeadlines::default());
+        ledger.token(key, token());
+        for _ in 0..2 {
+            let terminal = Terminal::Cancelled(CancelReason::Explicit);
+            ledger.close(key, terminal, remains(StepId::default()));
+        }
+        ledger.token(key, token());
+        ledger.flush(&mut Vec::new());
+        let event = receiver.events.try_recv().unwrap();
+        assert!(event.token.is_none());
+        assert!(matches!(event.terminal, Some(Terminal::Cancelled(_))));
+        assert!(receiver.events.try_recv().is_err(), "something follows");
+        assert_eq!(ledger.outcomes().cancelled, 1);
+    }
+
+    /// I6: the receipt waits for the fence. I12: then nothing is left.
+    #[test]
+    fn a_closed_account_is_gone_with_its_receipt_when_its_fence_is_reached() {
+        let mut keys: SlotMap<SequenceKey, ()> = SlotMap::with_key();
+        let key = keys.insert(());
+        let mut ledger = Ledger::new(Arc::new(EngineMetrics::new(None)));
+        let receiver = account(&mut ledger, key, 1, RequestDeadlines::default());
+        let terminal = Terminal::Finished(FinishReason::Length);
+        ledger.close(key, terminal, remains(StepId(4)));
+        ledger.settle(StepId(3));
+        assert!(receiver.receipt.try_recv().is_err());
+        assert_eq!(ledger.closing_accounts(), 1);
+        ledger.settle(StepId(4));
+        assert_eq!(receiver.receipt.try_recv().unwrap().blocks_freed, 3);
+        assert_eq!(ledger.closing_accounts() + ledger.open_accounts(), 0);
+        assert!(ledger.by_id.is_empty() && ledger.turns.is_empty());
+    }
+
+    /// I12.
     #[test]
     fn a_closed_account_leaves_no_deadline_behind() {
         let mut keys: SlotMap<SequenceKey, ()> = SlotMap::with_key();
@@ -407,13 +475,8 @@ mod tests {
         }
         assert_eq!(ledger.next_deadline(), Some(later));
         for key in all {
-            let remains = Remains {
-                blocks: 0,
-                tokens_generated: 0,
-                fence: StepId::default(),
-            };
             let terminal = Terminal::Finished(FinishReason::Stop);
-            ledger.close(key, terminal, remains);
+            ledger.close(key, terminal, remains(StepId::default()));
         }
         assert_eq!(ledger.next_deadline(), None);
     }
@@ -429,12 +492,7 @@ mod tests {
         };
         account(&mut ledger, key, 1, deadlines);
         assert_eq!(ledger.overdue(Instant::now()), Some((key, Due::FirstToken)));
-        let token = Token {
-            id: 1,
-            logprob: 0.0,
-            top: Vec::new(),
-        };
-        ledger.token(key, token);
+        ledger.token(key, token());
         assert_eq!(ledger.next_deadline(), None);
     }
 }

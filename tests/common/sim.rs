@@ -11,6 +11,7 @@ use quell::device::DeviceError;
 use quell::runner::{Runner, RunnerInfo, SwapInfo};
 use quell::sampling::Sampled;
 use quell::schedule::{SequenceKey, Sequences, StepPlan, TokenInput};
+use quell::text::Tokenizer;
 use quell::{Engine, EngineConfig, LoadError, SessionId};
 use std::collections::VecDeque;
 use std::sync::mpsc;
@@ -307,12 +308,22 @@ pub fn expected(prompt: &[u32], count: usize) -> Vec<u32> {
 
 /// An engine over a simulated device; its books are checked after every step.
 pub fn engine(options: SimOptions, config: EngineConfig) -> Engine {
+    start(options, config, None)
+}
+
+/// As [`engine`], with text: the model's tokens are the tokenizer's, as far as it has
+/// so many.
+pub fn engine_with_text(options: SimOptions, config: EngineConfig, tokenizer: Tokenizer) -> Engine {
+    start(options, config, Some(tokenizer))
+}
+
+fn start(options: SimOptions, config: EngineConfig, tokenizer: Option<Tokenizer>) -> Engine {
     let config = EngineConfig {
         audit: true,
         ..config
     };
     let info = info(&options);
-    Engine::with_runner(config, None, move || {
+    Engine::with_runner(config, tokenizer, move || {
         let runner = SimRunner::new(options);
         Ok::<_, LoadError>((Box::new(runner) as Box<dyn Runner>, info))
     })

@@ -127,6 +127,57 @@ fn a_step_in_flight_publishes_nothing() {
     assert_eq!(bench.scheduler.cache().books().referenced, 4);
 }
 
+/// I11: what a sequence computed before it gave way is not what its blocks hold now.
+#[test]
+fn a_step_from_before_a_restart_publishes_nothing() {
+    let policy = Policy {
+        max_sequences: 1,
+        max_batch_tokens: 4,
+        ..Policy::default()
+    };
+    let mut bench = Bench::new(16, policy);
+    let tokens = prompt(12, 1);
+    let usual = bench.add(spec(tokens.clone(), 2));
+    bench.launch().unwrap();
+    let urgent = bench.add(SequenceSpec {
+        priority: -1,
+        ..spec(prompt(4, 2), 2)
+    });
+    bench.launch().unwrap();
+    bench.scheduler.remove(urgent);
+    assert_eq!(rows(&bench.launch().unwrap()), [(0, 4)]);
+    assert!(bench.running(usual), "it has started again");
+    let known = |bench: &Bench| bench.scheduler.cache().lookup(&tokens, 12).0;
+    bench.complete(7);
+    assert_eq!(known(&bench), 0);
+    bench.complete(7);
+    bench.complete(7);
+    assert_eq!(known(&bench), 1);
+}
+
+/// Blocks that a step in flight will free are waited for: no further victim.
+#[test]
+fn who_gives_way_with_a_step_in_flight_gives_way_alone() {
+    let mut bench = Bench::new(9, Policy::default());
+    let first = bench.add(spec(prompt(7, 1), 20));
+    let second = bench.add(spec(prompt(6, 2), 20));
+    let third = bench.add(spec(prompt(5, 3), 20));
+    bench.launch().unwrap();
+    let mut plan = bench.launch().unwrap();
+    while bench.running(third) {
+        bench.complete(7);
+        plan = bench.launch().unwrap();
+    }
+    assert!(bench.scheduler.cache().books().deferred > 0);
+    let planned: Vec<_> = plan.items.iter().map(|item| item.key).collect();
+    assert_eq!(planned, [second], "the first waits for its block");
+    assert_eq!(bench.scheduler.counts().preemptions, 1);
+    bench.complete(7);
+    let plan = bench.launch().unwrap();
+    assert_eq!(plan.items[0].key, first);
+    assert_eq!(bench.scheduler.counts().preemptions, 1);
+}
+
 #[test]
 fn a_follower_waits_for_the_prompt_and_shares_all_of_it() {
     let mut bench = Bench::new(16, Policy::default());
@@ -302,6 +353,7 @@ fn a_sequence_whose_copy_is_lost_is_computed_anew() {
     assert_eq!(bench.scheduler.counts().swapped_blocks, 0);
 }
 
+/// I12.
 #[test]
 fn a_cancelled_sequence_gives_its_host_memory_back() {
     let mut bench = Bench::new(6, swapping());
@@ -470,6 +522,7 @@ fn a_fork_shares_the_blocks_and_copies_what_it_writes() {
     assert_ne!(a[2], b[2]);
 }
 
+/// I2.
 #[test]
 fn paused_sequences_wait_aside_and_come_back_in_their_order() {
     let policy = Policy {
