@@ -2,7 +2,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CARGO := cargo
 PYTHON := python3
 
-.PHONY: demo test soak mutations lint bench kernels kernels-check model
+.PHONY: demo test models soak mutations lint bench kernels kernels-check model
 
 ## Fetches a small model if it is missing, builds, and answers a question.
 demo: model
@@ -11,17 +11,25 @@ demo: model
 	    --prompt "Give me three tips for staying healthy."
 
 ## Runs everything: unit, integration, golden and documentation tests, the CUDA device on
-## the virtual GPU, and the examples.
-test: model
+## the virtual GPU, the model checkers, and the examples.
+test: model models
 	$(CARGO) test --locked --workspace
 	$(CARGO) test --locked --no-default-features --lib
 	$(CARGO) run --locked --release --example quickstart -- $(MODEL)
 	$(CARGO) run --locked --release --example batch -- $(MODEL)
 	$(CARGO) run --locked --release --example disconnect -- $(MODEL)
 
-## A million requests, half of them cancelled: books, memory and files as before.
+## The engine's threads under model checkers: loom in every interleaving of a few threads,
+## shuttle in random ones of many; QUELL_SCHEDULES says how many.
+models:
+	$(CARGO) test --locked --no-default-features --features loom --test loom
+	$(CARGO) test --locked --no-default-features --features shuttle --test shuttle
+
+## A million requests, half of them cancelled: books, memory and files as before. Then
+## 100,000 schedules of each scenario of the model checker.
 soak:
 	QUELL_SOAK_REQUESTS=1000000 $(CARGO) test --locked --release --test soak -- --nocapture
+	QUELL_SCHEDULES=100000 $(CARGO) test --locked --no-default-features --features shuttle --test shuttle
 
 ## Breaks the engine on purpose, one way at a time: a test must fail each time. Half an hour
 ## on two cores, so it is no part of `make test`.
@@ -35,6 +43,8 @@ lint:
 	@# Without the tests, whose dependencies switch features on that the product needs itself.
 	$(CARGO) clippy --locked -- -D warnings
 	$(CARGO) clippy --locked --no-default-features -- -D warnings
+	$(CARGO) clippy --locked --no-default-features --features loom --test loom -- -D warnings
+	$(CARGO) clippy --locked --no-default-features --features shuttle --test shuttle -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps
 
 ## Measures this machine: kernels, then the whole engine. More of a GPU: scripts/gpu/bench.

@@ -1,7 +1,6 @@
 //! Deadlines of requests, and of readers that lag behind.
 
 #[path = "common/sim.rs"]
-#[allow(dead_code)]
 mod sim;
 
 use quell::{CancelReason, Engine, EngineConfig, GenerateError, Outcome, Request, SubmitError};

@@ -1,7 +1,6 @@
 //! How an engine ends: drained or shut down, awaited or not.
 
 #[path = "common/sim.rs"]
-#[allow(dead_code)]
 mod sim;
 
 use quell::{

@@ -117,6 +117,10 @@ fn assert_idle(engine: &Engine, accepted: u64) -> quell::EngineStats {
 
 /// Flag × admit × complete. Whenever the flag goes up, there is one outcome (I1, I2),
 /// the receipt comes, and all is free when it does (I12).
+///
+/// Broken by hand: receipts that do not wait for their fence leave a deferred block in
+/// the books of the pipeline; a thread that looks at the flag only at commits shows no
+/// cancel before a first step.
 fn a_cancel_races_its_request(depth: usize) {
     let kinds = [
         "cancelled before its first step",
@@ -147,6 +151,8 @@ fn i1_i2_i12_hold_when_a_cancel_races_a_pipeline_of_two_steps() {
 
 /// Flag × wake-up: a session whose reader is too slow is not planned, so nothing but
 /// the posted command ends it.
+///
+/// Broken by hand: the command posted before the flag is raised, deadlock.
 #[test]
 fn i6_a_cancel_ends_a_paused_session() {
     let kinds = ["before its first token", "after its first token"];
@@ -168,6 +174,9 @@ fn i6_a_cancel_ends_a_paused_session() {
 /// Fence publish × free: the blocks of a session that is dropped while steps are in
 /// flight go to one that needs all of them. The device would see them handed out too
 /// early (I4), and the other's tokens would change (I10).
+///
+/// Broken by hand: blocks that are free at once, "handed out again while step 3 is in
+/// flight".
 #[test]
 fn i4_i10_blocks_are_handed_on_only_after_their_fence() {
     model(2, ["cancelled", "finished first"], || {
@@ -191,6 +200,8 @@ fn i4_i10_blocks_are_handed_on_only_after_their_fence() {
 }
 
 /// Reader × send: a reader that goes to sleep is woken for each token and for the end.
+///
+/// Broken by hand: no second look after the waker is registered, deadlock.
 #[test]
 fn i1_no_wake_up_of_a_reader_is_lost() {
     model(3, ["finished"], || {
@@ -202,7 +213,7 @@ fn i1_no_wake_up_of_a_reader_is_lost() {
     });
 }
 
-/// As before, for the receipt of a cancel.
+/// As before, for the receipt of a cancel. Broken by hand in the same way: deadlock.
 #[test]
 fn i6_no_wake_up_for_a_receipt_is_lost() {
     model(3, ["freed"], || {
@@ -214,6 +225,9 @@ fn i6_no_wake_up_for_a_receipt_is_lost() {
 }
 
 /// As before, when the thread goes away instead of sending.
+///
+/// Broken by hand: the waker called before the channel closes, deadlock; the fault set
+/// after the sessions have failed, a late reader is told of a shutdown.
 #[test]
 fn i1_a_reader_learns_that_the_device_is_lost() {
     let kinds = ["closed", "refused"];
@@ -240,10 +254,13 @@ fn i1_a_reader_learns_that_the_device_is_lost() {
 
 /// Pause × resume, one and two steps deep: whoever takes the pause flag down, the
 /// session goes on and its reader gets every token.
+///
+/// Broken by hand: no second look after the flag is up, deadlock; two steps deep, the
+/// flag taken down by the thread without an end of the pause, deadlock.
 #[test]
 fn i9_no_resume_is_lost() {
-    for depth in [1, 2] {
-        model(3, ["finished"], move || {
+    for (depth, preemptions) in [(1, 2), (2, 3)] {
+        model(preemptions, ["finished"], move || {
             let config = EngineConfig {
                 stream_buffer: 1,
                 ..EngineConfig::default()
@@ -258,6 +275,8 @@ fn i9_no_resume_is_lost() {
 }
 
 /// Last handle drop × shutdown × the last token: one end, and the thread ends.
+///
+/// Broken by hand: a thread that ends without closing its queue, deadlock.
 #[test]
 fn i1_holds_when_a_shutdown_races_the_last_handle() {
     model(2, ["finished", "shut down"], || {
@@ -277,6 +296,8 @@ fn i1_holds_when_a_shutdown_races_the_last_handle() {
 }
 
 /// The last handle goes while an answer is on its way: the thread finishes it first.
+///
+/// Broken by hand: a stream that does not keep the engine alive loses its tokens.
 #[test]
 fn i1_holds_when_the_last_handle_goes_before_the_answer() {
     model(3, ["finished"], || {
@@ -292,6 +313,8 @@ fn i1_holds_when_the_last_handle_goes_before_the_answer() {
 
 /// Drop-post × close: a cancel that is posted while the engine shuts down is
 /// acknowledged, or told that the engine has closed; it never waits for ever.
+///
+/// Broken by hand: a thread that ends without closing its queue, deadlock.
 #[test]
 fn i8_a_cancel_races_a_shutdown() {
     let kinds = ["acknowledged", "submitted too late", "refused"];
@@ -313,27 +336,38 @@ fn i8_a_cancel_races_a_shutdown() {
     });
 }
 
-/// Abort × submit: a request is aborted or answered, and the engine goes on.
+/// Abort × submit × pause: a request that came in before the abort is aborted, paused
+/// or not; one that came later is answered.
+///
+/// Broken by hand: an abort that only raises the flags leaves a paused request open.
 #[test]
 fn i2_i12_hold_when_an_abort_races_a_submission() {
     model(2, ["aborted", "finished"], || {
-        let engine = engine(1, EngineConfig::default());
+        let config = EngineConfig {
+            stream_buffer: 1,
+            ..EngineConfig::default()
+        };
+        let engine = engine(1, config);
         let other = engine.clone();
         let aborter = thread::spawn(move || other.abort_all().expect("the engine is open"));
-        let kind = match read(submit(&engine, 1)).1 {
+        let stream = submit(&engine, 3);
+        aborter.join().unwrap();
+        // Behind the abort; without a reader the request cannot have finished.
+        let open = engine.stats().expect("the engine is open").open;
+        let kind = match read(stream).1 {
             Ok(Outcome::Length) => "finished",
             Ok(Outcome::Cancelled(CancelReason::AbortAll)) => "aborted",
             end => panic!("{end:?}"),
         };
-        aborter.join().unwrap();
-        let stats = engine.stats().expect("the engine is open");
-        assert_eq!((stats.outcomes.accepted, stats.open), (1, 0));
+        assert_eq!(open == 0, kind == "aborted");
         kind
     });
 }
 
 /// Drain × submit: a drain waits for a request that came in before it, and refuses or
 /// cancels one that came later.
+///
+/// Broken by hand: a thread that takes requests while it drains, none is cancelled.
 #[test]
 fn i2_i12_hold_when_a_drain_races_a_submission() {
     model(2, ["answered", "refused", "submitted too late"], || {
@@ -356,6 +390,8 @@ fn i2_i12_hold_when_a_drain_races_a_submission() {
 
 /// Stop × completion: a turn is stopped while it comes to its end by itself. It has one
 /// end, and when both have learnt of it, the next turn continues from what is kept.
+///
+/// Broken by hand: a terminal without word to the turn, the next turn is a conflict.
 #[test]
 fn i8_i10_hold_when_a_stop_races_the_end_of_a_turn() {
     model(2, ["finished", "stopped"], || {
@@ -379,6 +415,9 @@ fn i8_i10_hold_when_a_stop_races_the_end_of_a_turn() {
 
 /// Permit × permit: of two requests at a door for one, none is lost and none too many.
 /// Whoever has read an end has made room for the next.
+///
+/// Broken by hand: the permit given back after the terminal is sent, "the door stayed
+/// shut".
 #[test]
 fn the_door_lets_one_in_at_a_time() {
     model(1, ["one after the other", "overloaded"], || {
@@ -405,6 +444,8 @@ fn the_door_lets_one_in_at_a_time() {
 }
 
 /// Ask × close: whoever asks for the state gets it, or learns that there is none.
+///
+/// Broken by hand: a thread that ends without closing its queue, deadlock.
 #[test]
 fn a_question_races_a_shutdown() {
     model(2, ["answered", "refused"], || {

@@ -1,7 +1,6 @@
 //! The metrics say what the books say, and cancelled requests are counted.
 
 #[path = "common/sim.rs"]
-#[allow(dead_code)]
 mod sim;
 
 use metrics_util::MetricKind;

@@ -56,7 +56,8 @@ fn prompt(caller: usize) -> Vec<u32> {
         .collect()
 }
 
-/// An engine whose cache is too small for all callers at once, one or two steps deep.
+/// An engine whose cache is too small for all callers at once, one or two steps deep,
+/// and whose readers are soon too slow.
 fn engine(config: EngineConfig) -> Engine {
     faulty_engine(config, None)
 }
@@ -74,6 +75,7 @@ fn faulty_engine(config: EngineConfig, fault: Option<(u64, Fault)>) -> Engine {
     let config = EngineConfig {
         max_batch_tokens: 4,
         max_sequences: 3,
+        stream_buffer: 1 + choose(3),
         step_deadline: None,
         slow_consumer_deadline: None,
         ..config
@@ -232,7 +234,7 @@ fn join(callers: Vec<thread::JoinHandle<()>>) {
 fn i1_i2_i3_i12_hold_whatever_callers_do() {
     explore(|| {
         let engine = engine(EngineConfig::default());
-        let mut callers = spawn_callers(4, &engine, |engine, index| behave(engine, index, 3));
+        let mut callers = spawn_callers(4, &engine, |engine, index| behave(engine, index, 4));
         let observer = engine.clone();
         callers.push(thread::spawn(move || {
             check_books(&observer.stats().expect("the engine is open"));
@@ -249,11 +251,7 @@ fn i1_i2_i3_i12_hold_whatever_callers_do() {
 #[test]
 fn i9_no_pause_outlasts_its_reader() {
     explore(|| {
-        let config = EngineConfig {
-            stream_buffer: 1 + choose(2),
-            ..EngineConfig::default()
-        };
-        let engine = engine(config);
+        let engine = engine(EngineConfig::default());
         let callers = spawn_callers(3, &engine, |engine, index| {
             let end = Reader::new(engine, index, 5).unwrap().read_all();
             assert!(matches!(end, End::Finished(Outcome::Length)), "{end:?}");

@@ -3,7 +3,6 @@
 //! One test: the subscriber is the process's.
 
 #[path = "common/sim.rs"]
-#[allow(dead_code)]
 mod sim;
 
 use quell::{EngineConfig, Request};

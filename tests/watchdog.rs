@@ -1,7 +1,6 @@
 //! A device that never answers: everyone learns of it, and the process can end.
 
 #[path = "common/sim.rs"]
-#[allow(dead_code)]
 mod sim;
 
 use futures_util::StreamExt;

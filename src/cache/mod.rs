@@ -336,6 +336,11 @@ impl BlockCache {
         fence.complete(step, |release| settle(pool, prefix, release));
     }
 
+    /// The last step that has completed.
+    pub fn completed_step(&self) -> StepId {
+        self.fence.completed()
+    }
+
     /// Forgets all tokens that nobody holds: what was cached is free.
     pub fn clear_prefixes(&mut self) {
         let cached: Vec<BlockId> = self.pool.cached().collect();

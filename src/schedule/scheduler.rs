@@ -830,6 +830,9 @@ impl Scheduler {
         let blocks = self.cache.blocks_for(length);
         let kept = |session| Some((session, self.retained.get(session)?));
         if let Some(swapped) = &sequence.swapped {
+            if swapped.step > self.cache.completed_step() {
+                return None; // the step that copies it out may yet fail
+            }
             let (known, unheld) = self
                 .cache
                 .lookup(&sequence.tokens, swapped.tokens.min(most));

@@ -148,7 +148,7 @@ impl SimRunner {
                 let shared = written.iter().find(|slot| old.read.contains(slot));
                 assert!(
                     owner == Some(old.owner) || shared.is_none(),
-                    "slot {shared:?} is handed out again while step {} is in flight",
+                    "I4: slot {shared:?} is handed out again while step {} is in flight",
                     earlier.step
                 );
             }

@@ -12,7 +12,7 @@ use crate::cache::BlockId;
 use crate::config::{EngineConfig, Preemption};
 use crate::device::DeviceError;
 use crate::engine::sync::{Arc, OnceLock};
-use crate::engine::{Engine, EngineFault, Outcome};
+use crate::engine::{Engine, EngineFault, EngineStats, Outcome};
 use crate::id::SessionId;
 use crate::runner::Runner;
 use crate::sampling::Sampled;
@@ -22,6 +22,8 @@ use metrics_util::debugging::{DebugValue, DebuggingRecorder, Snapshotter};
 use proptest::collection::vec;
 use proptest::option::weighted;
 use proptest::prelude::*;
+use proptest::strategy::ValueTree;
+use proptest::test_runner::TestRunner;
 use sim::{SimOptions, SimRunner};
 use std::cell::{Cell, RefCell};
 use std::ops::ControlFlow;
@@ -152,6 +154,73 @@ struct Machine {
     thread: Option<SchedulerThread>,
     fault: Arc<OnceLock<EngineFault>>,
     metrics: Snapshotter,
+    seen: Seen,
+}
+
+/// How often what is to be tested has happened.
+#[derive(Clone, Copy, Debug, Default)]
+struct Seen {
+    preemptions: u64,
+    swaps: u64,
+    prefix_hits: u64,
+    pins_refused: u64,
+    stopped: u64,
+    length: u64,
+    cancelled: u64,
+    failed: u64,
+    paused: u64,
+    retained: u64,
+    pinned: u64,
+    cached: u64,
+    deferred: u64,
+    receipts: u64,
+}
+
+impl Seen {
+    /// Totals are the same at every look, the rest is counted as often as it is there.
+    fn look(&mut self, stats: &EngineStats) {
+        *self = Self {
+            preemptions: stats.preemptions,
+            swaps: stats.swaps,
+            prefix_hits: stats.prefix_hits,
+            pins_refused: stats.pins_refused,
+            stopped: stats.outcomes.stopped,
+            length: stats.outcomes.length,
+            cancelled: stats.outcomes.cancelled,
+            failed: stats.outcomes.failed,
+            paused: self.paused + u64::from(stats.paused > 0),
+            retained: self.retained + u64::from(stats.retained_sessions > 0),
+            pinned: self.pinned + u64::from(stats.pinned_blocks > 0),
+            cached: self.cached + u64::from(stats.blocks.cached > 0),
+            deferred: self.deferred + u64::from(stats.blocks.deferred > 0),
+            receipts: self.receipts,
+        };
+    }
+
+    fn add(&mut self, other: &Self) {
+        for (total, more) in self.all().into_iter().zip({ *other }.all()) {
+            *total.1 += *more.1;
+        }
+    }
+
+    fn all(&mut self) -> [(&'static str, &mut u64); 14] {
+        [
+            ("preemptions", &mut self.preemptions),
+            ("swaps", &mut self.swaps),
+            ("prefix hits", &mut self.prefix_hits),
+            ("refused pins", &mut self.pins_refused),
+            ("stops", &mut self.stopped),
+            ("length limits", &mut self.length),
+            ("cancels", &mut self.cancelled),
+            ("failures", &mut self.failed),
+            ("pauses", &mut self.paused),
+            ("retained sessions", &mut self.retained),
+            ("pins", &mut self.pinned),
+            ("cached blocks", &mut self.cached),
+            ("deferred blocks", &mut self.deferred),
+            ("receipts", &mut self.receipts),
+        ]
+    }
 }
 
 impl Machine {
@@ -184,6 +253,7 @@ impl Machine {
             thread: Some(thread),
             fault,
             metrics,
+            seen: Seen::default(),
         }
     }
 
@@ -269,11 +339,12 @@ impl Machine {
     }
 
     /// The invariants that hold at any moment.
-    fn check(&self) {
+    fn check(&mut self) {
         let Some(thread) = &self.thread else {
             return;
         };
         let stats = thread.stats();
+        self.seen.look(&stats);
         let ended = stats.outcomes;
         assert_eq!(
             ended.accepted,
@@ -343,7 +414,7 @@ impl Machine {
     }
 
     /// Ends everything. Nothing is left then.
-    fn finish(mut self, finale: Finale) {
+    fn finish(mut self, finale: Finale) -> Seen {
         // What has not happened yet does not happen any more.
         self.script.during.borrow_mut().clear();
         self.script.fault.set(None);
@@ -392,6 +463,11 @@ impl Machine {
         self.turn();
         assert!(self.thread.is_none(), "I12: nobody is left, and it goes on");
         self.check_counters();
+        let receipts = self.script.callers.borrow().receipts;
+        Seen {
+            receipts,
+            ..self.seen
+        }
     }
 
     /// I8: what came too late is counted. I9: no event was lost.
@@ -473,8 +549,8 @@ fn event() -> impl Strategy<Value = Event> {
         60 => act().prop_map(Event::Act),
         12 => act().prop_map(Event::During),
         60 => Just(Event::Turn),
-        2 => Just(Event::Fault(Fault::Launch)),
-        2 => Just(Event::Fault(Fault::Collect)),
+        3 => Just(Event::Fault(Fault::Launch)),
+        4 => Just(Event::Fault(Fault::Collect)),
     ]
 }
 
@@ -537,12 +613,12 @@ fn setup() -> impl Strategy<Value = Setup> {
     })
 }
 
-fn run(setup: &Setup, events: &[Event]) {
+fn run(setup: &Setup, events: &[Event]) -> Seen {
     let mut machine = Machine::new(setup);
     for event in events {
         machine.apply(event);
     }
-    machine.finish(setup.finale);
+    machine.finish(setup.finale)
 }
 
 const ASK: Ask = Ask {
@@ -607,6 +683,30 @@ fn a_step_does_not_copy_out_to_the_host_blocks_that_it_copies_in() {
 }
 
 #[test]
+fn what_a_failed_step_was_to_copy_out_is_not_copied_in() {
+    let ask = |length, max_tokens| Ask {
+        length,
+        max_tokens,
+        ..ASK
+    };
+    let mut setup = small(12, 2);
+    setup.config.max_batch_tokens = 4;
+    setup.config.prefix_cache = true;
+    // The second is paused, gives way to the third, and starts again at once.
+    let mut events = vec![Event::Act(Act::Submit(ask(1, 1)))];
+    events.extend([Event::Turn, Event::Turn, Event::Turn]);
+    events.push(Event::Act(Act::Submit(ask(2, 3))));
+    events.extend([Event::Turn, Event::Turn, Event::Turn]);
+    events.push(Event::Fault(Fault::Collect));
+    events.push(Event::Act(Act::Read(1)));
+    events.push(Event::Act(Act::Submit(ask(23, 1))));
+    events.push(Event::Turn);
+    events.push(Event::Act(Act::Read(1)));
+    events.extend([Event::Turn, Event::Turn, Event::Turn]);
+    run(&setup, &events);
+}
+
+#[test]
 fn a_session_does_not_keep_what_a_failed_step_was_to_copy() {
     let turn = |length| Act::Turn(0, Ask { length, ..ASK });
     let events = [
@@ -664,9 +764,23 @@ fn a_turn_that_has_been_read_to_its_end_is_not_rewound_by_a_stop() {
     run(&small(8, 4), &events);
 }
 
+/// Without it, the property might hold because nothing happens.
+#[test]
+fn random_acts_reach_what_they_are_to_test() {
+    let mut runner = TestRunner::deterministic();
+    let mut seen = Seen::default();
+    for _ in 0..200 {
+        let case = (setup(), events()).new_tree(&mut runner).unwrap();
+        let (setup, events) = case.current();
+        seen.add(&run(&setup, &events));
+    }
+    for (what, count) in seen.all() {
+        assert!(*count > 5, "{count} {what}");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: 256,
         failure_persistence: None,
         ..ProptestConfig::default()
     })]
