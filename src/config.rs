@@ -34,8 +34,9 @@ pub struct EngineConfig {
     /// How long a paused request's reader may lag behind before it is cancelled as
     /// [`SlowConsumer`](crate::CancelReason::SlowConsumer); without end if `None`.
     pub slow_consumer_deadline: Option<Duration>,
-    /// How long one step may take before the device counts as stuck, which fails every
-    /// session and closes the engine; without end if `None`.
+    /// How long one call of the device may take, to launch a step or to wait for one,
+    /// before the device counts as stuck, which fails every session and closes the
+    /// engine; without end if `None`.
     pub step_deadline: Option<Duration>,
     /// Value of the label `model_name` of this engine's metrics; no label if `None`.
     pub metrics_label: Option<String>,

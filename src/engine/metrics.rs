@@ -312,7 +312,7 @@ fn describe() {
     describe_counter!(
         "quell_prefix_cache_queries_total",
         Unit::Count,
-        "Prompt tokens that were looked up in the prefix cache"
+        "Prompt tokens that were looked for in the cache: prefixes, and what sessions keep"
     );
     describe_counter!(
         "quell_prefix_cache_hits_total",

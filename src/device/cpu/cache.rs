@@ -18,7 +18,7 @@ pub struct CpuCache {
 }
 
 /// Memory for swapped-out blocks: a slot holds a block, layer by layer. It takes no memory
-/// before it is written, as [`Buffer`] says.
+/// before it is written, as memory that is asked for zeroed does.
 pub struct CpuHostBlocks {
     pub(super) slots: Slots,
     memory: Buffer<u8>,
