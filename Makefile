@@ -31,8 +31,8 @@ soak:
 	QUELL_SOAK_REQUESTS=1000000 $(CARGO) test --locked --release --test soak -- --nocapture
 	QUELL_SCHEDULES=100000 $(CARGO) test --locked --no-default-features --features shuttle --test shuttle
 
-## Breaks the engine on purpose, one way at a time: a test must fail each time. Half an hour
-## on two cores, so it is no part of `make test`.
+## Breaks the engine on purpose, one way at a time: a test must fail each time. Five minutes
+## on two cores once its dependencies are built, so it is no part of `make test`.
 mutations:
 	$(PYTHON) scripts/mutations
 

@@ -119,8 +119,6 @@ pub struct Scheduler {
     /// Host blocks that the step being planned copies in. They are given back when it
     /// is: it copies out before it copies in, so it cannot copy out to these.
     read_back: Vec<HostBlockId>,
-    /// Who is copied to the host by which step in flight.
-    leaving: Vec<(StepId, SequenceKey)>,
     sequences: Sequences,
     running: RunningQueue,
     waiting: WaitingQueue,
@@ -132,7 +130,6 @@ pub struct Scheduler {
     /// Totals since the start; the other fields are filled in when asked for.
     totals: Counts,
     launched: StepId,
-    completed: StepId,
     /// Kept for its memory.
     scratch: Vec<SequenceKey>,
 }
@@ -145,7 +142,6 @@ impl Scheduler {
             cache,
             host: HostBlocks::new(policy.swap_blocks),
             read_back: Vec::new(),
-            leaving: Vec::new(),
             sequences: Sequences::default(),
             running: RunningQueue::default(),
             waiting: WaitingQueue::default(),
@@ -156,7 +152,6 @@ impl Scheduler {
             paused: 0,
             totals: Counts::default(),
             launched: StepId::default(),
-            completed: StepId::default(),
             scratch: Vec::new(),
         }
     }
@@ -297,10 +292,7 @@ impl Scheduler {
             .is_some_and(|leader| leader.written < leader.prompt_tokens);
         // One that has started before does not wait for the prompt again.
         let led = led && !sequence.started;
-        // On its way to the host: the step that copies it may fail.
-        let swapped = sequence.swapped.as_ref();
-        let leaving = swapped.is_some_and(|swapped| swapped.step > self.completed);
-        let held_back = sequence.paused || sequence.in_flight > 0 || led || leaving;
+        let held_back = sequence.paused || sequence.in_flight > 0 || led;
         if sequence.place == Place::Parked && !held_back {
             self.set_place(key, Place::Waiting);
             self.waiting.insert(key, &self.sequences);
@@ -496,13 +488,6 @@ impl Scheduler {
     /// Step `step` has completed on the device.
     pub fn completed(&mut self, step: StepId) {
         self.cache.completed(step);
-        self.completed = step;
-        // In the order of their steps.
-        let left = self.leaving.partition_point(|(until, _)| *until <= step);
-        let left: Vec<_> = self.leaving.drain(..left).collect();
-        for (_, key) in left {
-            self.unpark(key);
-        }
     }
 
     /// A step of so many rows took so long: the estimate of what preemptions cost.
@@ -719,7 +704,6 @@ impl Scheduler {
             // The copy is part of this step.
             sequence.touched = plan.step;
             self.totals.swaps += 1;
-            self.leaving.push((plan.step, key));
         }
         self.cache.release(&mut sequence.table, sequence.touched);
         sequence.computed = 0;
