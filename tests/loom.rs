@@ -323,7 +323,7 @@ fn i8_a_cancel_races_a_shutdown() {
         let other = engine.clone();
         let closer = thread::spawn(move || other.shutdown(Shutdown::Abort).wait());
         let kind = match engine.generate(request(2)) {
-            Err(SubmitError::Closed(EngineFault::Shutdown)) => "refused",
+            Err(SubmitError::Draining | SubmitError::Closed(EngineFault::Shutdown)) => "refused",
             Err(error) => panic!("{error}"),
             Ok(stream) => match stream.cancel().wait() {
                 Ok(_) => "acknowledged",
@@ -383,7 +383,7 @@ fn i2_i12_hold_when_a_drain_races_a_submission() {
             unexpected => panic!("{unexpected:?}"),
         };
         let drained = drainer.join().unwrap().expect("a drain is no fault");
-        assert_eq!(drained.aborted, 0);
+        assert!(drained.aborted == 0 || kind == "submitted too late");
         kind
     });
 }

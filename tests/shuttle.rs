@@ -13,7 +13,7 @@ mod sim;
 
 use quell::{
     CancelReason, Cancellation, Engine, EngineConfig, EngineFault, EngineStats, GenerateError,
-    Outcome, Request, Session, Shutdown, Stop, SubmitError, TokenStream,
+    Outcome, Preemption, Request, Session, Shutdown, Stop, SubmitError, TokenStream,
 };
 use shuttle::future::block_on;
 use shuttle::rand::{Rng, thread_rng};
@@ -76,6 +76,8 @@ fn faulty_engine(config: EngineConfig, fault: Option<(u64, Fault)>) -> Engine {
         max_batch_tokens: 4,
         max_sequences: 3,
         stream_buffer: 1 + choose(3),
+        // Not `Auto`, which goes by the time that steps take.
+        preemption: [Preemption::Recompute, Preemption::Swap][choose(2)],
         step_deadline: None,
         slow_consumer_deadline: None,
         ..config
@@ -300,7 +302,7 @@ fn i1_holds_through_a_shutdown() {
                     end => panic!("{end:?}"),
                 },
                 Ok(reader) => acknowledge(reader.stream.cancel()),
-                Err(SubmitError::Closed(EngineFault::Shutdown)) => {}
+                Err(SubmitError::Draining | SubmitError::Closed(EngineFault::Shutdown)) => {}
                 Err(error) => panic!("{error}"),
             }
         });
@@ -312,7 +314,7 @@ fn i1_holds_through_a_shutdown() {
         let late = Reader::new(&engine, 0, 3).map(Reader::read_all);
         let closed = matches!(
             &late,
-            Err(SubmitError::Closed(_))
+            Err(SubmitError::Draining | SubmitError::Closed(_))
                 | Ok(End::Refused(GenerateError::Closed(_)))
                 | Ok(End::Finished(Outcome::Cancelled(CancelReason::Shutdown)))
         );
@@ -462,9 +464,11 @@ fn i2_holds_through_a_drain() {
             0 => draining.wait(),
             _ => block_on(draining),
         };
-        assert_eq!(drained.unwrap().aborted, 0);
+        let aborted = drained.unwrap().aborted;
         join(callers);
-        check_idle(&engine);
+        let outcomes = check_idle(&engine).outcomes;
+        // Behind the drain, too, somebody may come in and be cancelled.
+        assert!(aborted <= outcomes.cancelled, "{aborted} {outcomes:?}");
         engine.shutdown(Shutdown::Drain(within)).wait().unwrap();
     });
 }

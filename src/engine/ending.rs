@@ -22,7 +22,7 @@ pub enum Shutdown {
 pub struct Drained {
     /// They ended in time, one way or another.
     pub finished: u64,
-    /// They were cancelled at the deadline.
+    /// They were cancelled: at the deadline, or because they came too late.
     pub aborted: u64,
 }
 
