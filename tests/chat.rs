@@ -81,9 +81,15 @@ fn ctrl_c_stops_an_answer_and_frees_all_its_blocks() {
     session.exp_string("> ").unwrap();
 
     session.send_line("/stats").unwrap();
-    let (_, blocks) = session.exp_regex(r"0 used, [0-9]+ free of [0-9]+").unwrap();
-    let numbers: Vec<&str> = blocks.split(' ').collect();
-    assert_eq!(numbers[2], numbers[5], "{blocks}");
+    let (_, blocks) = session
+        .exp_regex(r"0 used, [0-9]+ kept for reuse, [0-9]+ free of [0-9]+")
+        .unwrap();
+    let numbers = blocks.split(' ').filter_map(|word| word.parse().ok());
+    let numbers: Vec<usize> = numbers.collect();
+    let [used, kept, free, total] = numbers[..] else {
+        panic!("{blocks}");
+    };
+    assert_eq!((used, kept + free), (0, total), "{blocks}");
     session
         .exp_string("1 accepted: 0 stopped, 0 cut at a limit, 1 cancelled, 0 failed")
         .unwrap();

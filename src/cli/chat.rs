@@ -405,11 +405,12 @@ impl Chat {
             .last
             .map_or_else(|| "none yet".to_owned(), |pace| pace.to_string());
         print(&format!(
-            "blocks       {} used, {} free of {}, {} tokens each\n\
+            "blocks       {} used, {} kept for reuse, {} free of {}, {} tokens each\n\
              tokens       {} of prompts, {} generated\n\
              requests     {} accepted: {} stopped, {} cut at a limit, {} cancelled, {} failed\n\
              last answer  {last}",
-            blocks.total - blocks.free,
+            blocks.referenced + blocks.deferred,
+            blocks.cached,
             blocks.free,
             blocks.total,
             stats.block_tokens,
