@@ -583,18 +583,17 @@ fn shutdown_ends_every_stream_as_cancelled() {
     let streams: Vec<_> = (0..5)
         .map(|i| engine.generate(request(prompt(i, 5), 400)).unwrap())
         .collect();
-    engine.shutdown(Shutdown::Abort);
+    let shutdown = engine.shutdown(Shutdown::Abort);
+    // From now on, although the thread, which waits at the gate, has not seen it.
+    let refused = engine.generate(request(prompt(1, 5), 5)).unwrap_err();
+    assert!(matches!(refused, SubmitError::Draining), "{refused}");
     drop(permit);
     for stream in streams {
         let last = stream.blocking().last().unwrap().unwrap();
         assert_eq!(last.finish.unwrap().outcome.as_str(), "cancelled");
     }
-    let refused = loop {
-        match engine.generate(request(prompt(1, 5), 5)) {
-            Ok(stream) => drop(stream),
-            Err(refused) => break refused,
-        }
-    };
+    shutdown.wait().unwrap();
+    let refused = engine.generate(request(prompt(1, 5), 5)).unwrap_err();
     assert!(matches!(
         refused,
         SubmitError::Closed(EngineFault::Shutdown)
