@@ -1,6 +1,11 @@
 //! Blocks of the CPU device's cache go to other blocks, to host memory and back as they
 //! are, and host memory is taken when it is written.
 
+#[cfg(target_os = "linux")]
+#[path = "common/process.rs"]
+mod process;
+#[path = "common/refusals.rs"]
+mod refusals;
 #[path = "cpu/support.rs"]
 mod support;
 
@@ -120,38 +125,11 @@ fn copied_blocks_are_equal_in_every_layer_and_no_other_changes() {
     }
 }
 
-fn refused(outcome: Result<(), DeviceError>, complaint: &str) {
-    let error = outcome.unwrap_err();
-    assert!(matches!(error, DeviceError::Failed { .. }), "{error}");
-    assert!(error.to_string().contains(complaint), "{error}");
-}
-
 #[test]
 fn blocks_and_slots_that_are_none_are_refused_and_nothing_is_copied() {
     let (mut device, mut cache) = filled(KvType::F16, 16);
     let before = blocks(&cache);
-    let mut host = device.allocate_host_blocks(&shape(16), 2).unwrap();
-    device.swap_out(&cache, &mut host, &[[4, 0]]).unwrap();
-    let out = device.swap_out(&cache, &mut host, &[[1, 1], [6, 0]]);
-    refused(out, "block 6");
-    let out = device.swap_out(&cache, &mut host, &[[1, 1], [1, 2]]);
-    refused(out, "host slot 2");
-    let back = device.swap_in(&mut cache, &host, &[[0, 1], [0, 6]]);
-    refused(back, "block 6");
-    let back = device.swap_in(&mut cache, &host, &[[0, 1], [2, 1]]);
-    refused(back, "host slot 2");
-    // Nothing went to slot 1.
-    let back = device.swap_in(&mut cache, &host, &[[0, 1], [1, 1]]);
-    refused(back, "slot 1 holds no block");
-    refused(device.copy_blocks(&mut cache, &[[0, 1], [6, 2]]), "block 6");
-    refused(device.copy_blocks(&mut cache, &[[0, 1], [1, 2]]), "block 1");
-    refused(device.copy_blocks(&mut cache, &[[0, 1], [2, 1]]), "block 1");
-    let other = CacheShape {
-        layers: 1,
-        ..shape(16)
-    };
-    let mut small = device.allocate_host_blocks(&other, 2).unwrap();
-    refused(device.swap_out(&cache, &mut small, &[[0, 0]]), "bytes");
+    refusals::blocks_and_slots_that_are_none(&mut device, &mut cache, &shape(16));
     assert!(blocks(&cache) == before);
 }
 
@@ -160,15 +138,6 @@ fn host_memory_that_cannot_be_had_is_an_error() {
     let (mut device, _) = filled(KvType::F16, 16);
     let error = device.allocate_host_blocks(&shape(16), 1 << 50).err();
     assert!(matches!(error, Some(DeviceError::OutOfMemory { .. })));
-}
-
-/// Bytes of this process that are resident.
-#[cfg(target_os = "linux")]
-fn resident() -> usize {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS:"));
-    let kib = line.unwrap().split_whitespace().nth(1).unwrap();
-    kib.parse::<usize>().unwrap() << 10
 }
 
 #[test]
@@ -180,10 +149,10 @@ fn host_memory_is_taken_when_it_is_written() {
         ..shape(16)
     });
     let slots = (1 << 30) / block;
-    let before = resident();
+    let before = process::memory("VmRSS");
     let mut host = device.allocate_host_blocks(&shape(16), slots).unwrap();
     let pairs = [[0, 0], [1, slots as u32 - 1]];
     device.swap_out(&cache, &mut host, &pairs).unwrap();
-    let grown = resident().saturating_sub(before);
+    let grown = process::memory("VmRSS").saturating_sub(before);
     assert!(grown < 1 << 28, "{grown} bytes for {} of 1 GiB", 2 * block);
 }

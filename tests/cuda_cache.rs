@@ -5,6 +5,8 @@
 mod gpu;
 #[path = "cuda/layer.rs"]
 mod layer;
+#[path = "common/refusals.rs"]
+mod refusals;
 #[path = "cpu/support.rs"]
 mod support;
 
@@ -169,40 +171,13 @@ fn copies_and_swaps_take_their_turn_with_what_is_enqueued_around_them() {
     );
 }
 
-fn refused(outcome: Result<(), DeviceError>, complaint: &str) {
-    let error = outcome.unwrap_err();
-    assert!(matches!(error, DeviceError::Failed { .. }), "{error}");
-    assert!(error.to_string().contains(complaint), "{error}");
-}
-
 #[test]
 fn blocks_and_slots_that_are_none_are_refused_and_nothing_is_copied() {
     let _gpu = gpu::lock();
     let mut device = device();
     let mut cache = filled(&mut device);
     let before = blocks(&device, &cache);
-    let mut host = device.allocate_host_blocks(&shape(), 2).unwrap();
-    device.swap_out(&cache, &mut host, &[[4, 0]]).unwrap();
-    let out = device.swap_out(&cache, &mut host, &[[1, 1], [6, 0]]);
-    refused(out, "block 6");
-    let out = device.swap_out(&cache, &mut host, &[[1, 1], [1, 2]]);
-    refused(out, "host slot 2");
-    let back = device.swap_in(&mut cache, &host, &[[0, 1], [0, 6]]);
-    refused(back, "block 6");
-    let back = device.swap_in(&mut cache, &host, &[[0, 1], [2, 1]]);
-    refused(back, "host slot 2");
-    // Nothing went to slot 1.
-    let back = device.swap_in(&mut cache, &host, &[[0, 1], [1, 1]]);
-    refused(back, "slot 1 holds no block");
-    refused(device.copy_blocks(&mut cache, &[[0, 1], [6, 2]]), "block 6");
-    refused(device.copy_blocks(&mut cache, &[[0, 1], [1, 2]]), "block 1");
-    refused(device.copy_blocks(&mut cache, &[[0, 1], [2, 1]]), "block 1");
-    let other = CacheShape {
-        layers: 1,
-        ..shape()
-    };
-    let mut small = device.allocate_host_blocks(&other, 2).unwrap();
-    refused(device.swap_out(&cache, &mut small, &[[0, 0]]), "bytes");
+    refusals::blocks_and_slots_that_are_none(&mut device, &mut cache, &shape());
     assert!(blocks(&device, &cache) == before);
 }
 

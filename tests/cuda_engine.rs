@@ -8,12 +8,15 @@
 mod golden;
 #[path = "common/gpu.rs"]
 mod gpu;
+#[path = "common/requests.rs"]
+mod requests;
 
 use golden::tiny;
 use quell::{
-    CudaOptions, DeviceChoice, Engine, EngineConfig, EngineStats, LoadOptions, Preemption, Request,
+    CudaOptions, DeviceChoice, Engine, EngineConfig, LoadOptions, Preemption, Request,
     SamplingParams, TokenStream,
 };
+use requests::idle;
 
 const REQUESTS: usize = 16;
 
@@ -88,17 +91,6 @@ fn alone(engine: &Engine) -> Vec<Tokens> {
     (0..REQUESTS)
         .map(|index| tokens(engine.generate(request(index)).unwrap()))
         .collect()
-}
-
-/// Waits, by asking the scheduler thread, until nothing is open.
-fn idle(engine: &Engine) -> EngineStats {
-    loop {
-        let stats = engine.stats().unwrap();
-        if stats.open == 0 && stats.closing == 0 {
-            assert!(stats.is_idle(), "{stats:?}");
-            return stats;
-        }
-    }
 }
 
 #[test]

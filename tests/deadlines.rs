@@ -1,28 +1,17 @@
 //! Deadlines of requests, and of readers that lag behind.
 
+#[path = "common/requests.rs"]
+mod requests;
 #[path = "common/sim.rs"]
 mod sim;
 
-use quell::{CancelReason, Engine, EngineConfig, GenerateError, Outcome, Request, SubmitError};
+use quell::{CancelReason, EngineConfig, GenerateError, Outcome, Request, SubmitError};
+use requests::{idle, request};
 use sim::{SimOptions, engine, expected};
 use std::sync::mpsc;
 use std::time::Duration;
 
 const HOUR: Duration = Duration::from_secs(3600);
-
-fn request(prompt: Vec<u32>, tokens: usize) -> Request {
-    Request::new(prompt).max_tokens(tokens)
-}
-
-fn idle(engine: &Engine) -> quell::EngineStats {
-    loop {
-        let stats = engine.stats().unwrap();
-        if stats.open == 0 && stats.closing == 0 {
-            assert!(stats.is_idle(), "{stats:?}");
-            return stats;
-        }
-    }
-}
 
 fn reason(result: Result<quell::Generation, GenerateError>) -> CancelReason {
     match result {

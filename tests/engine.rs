@@ -1,5 +1,7 @@
 //! The engine's contract, over a simulated device.
 
+#[path = "common/requests.rs"]
+mod requests;
 #[path = "common/sim.rs"]
 mod sim;
 
@@ -8,24 +10,10 @@ use quell::{
     Engine, EngineConfig, EngineFault, GenerateError, Outcome, Request, SamplingParams, Shutdown,
     SubmitError,
 };
+use requests::{idle, ids, prompt, request};
 use sim::{Fault, SimOptions, engine, engine_with_text, expected};
 use std::sync::mpsc;
 use std::time::Duration;
-
-fn request(prompt: Vec<u32>, tokens: usize) -> Request {
-    Request::new(prompt).max_tokens(tokens)
-}
-
-fn prompt(index: usize, length: usize) -> Vec<u32> {
-    (0..length)
-        .map(|position| ((index * 131 + position * 7 + 3) % 1000) as u32)
-        .collect()
-}
-
-fn ids(generation: &quell::Generation) -> Vec<u32> {
-    let tokens = generation.tokens.iter();
-    tokens.map(|token| token.id).collect()
-}
 
 fn token_ids(engine: &Engine, prompt: Vec<u32>, tokens: usize) -> Vec<u32> {
     let generation = engine
@@ -34,17 +22,6 @@ fn token_ids(engine: &Engine, prompt: Vec<u32>, tokens: usize) -> Vec<u32> {
         .complete_blocking()
         .unwrap();
     ids(&generation)
-}
-
-/// Waits, by asking the scheduler thread, until nothing is open.
-fn idle(engine: &Engine) -> quell::EngineStats {
-    loop {
-        let stats = engine.stats().unwrap();
-        if stats.open == 0 && stats.closing == 0 {
-            assert!(stats.is_idle(), "{stats:?}");
-            return stats;
-        }
-    }
 }
 
 /// I1.

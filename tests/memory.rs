@@ -3,18 +3,12 @@
 
 #[path = "common/model.rs"]
 mod model;
+#[path = "common/process.rs"]
+mod process;
 
 use quell::{Engine, EngineConfig, LoadOptions, Request};
 
 const KV_CACHE: usize = 64 << 20;
-
-/// The most memory that this process has had resident, in bytes.
-fn peak_resident() -> usize {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmHWM:"));
-    let kib = line.unwrap().split_whitespace().nth(1).unwrap();
-    kib.parse::<usize>().unwrap() << 10
-}
 
 // The only test of this file: another one would be in the same process.
 #[test]
@@ -32,7 +26,8 @@ fn a_model_takes_less_than_sixteen_tenths_of_its_file_and_the_cache_asked_for() 
         .unwrap()
         .complete_blocking()
         .unwrap();
-    let peak = peak_resident();
+    // The most that was ever resident.
+    let peak = process::memory("VmHWM");
     assert!(peak > file, "{peak} bytes cannot hold the weights");
     let limit = file * 16 / 10 + KV_CACHE;
     assert!(peak < limit, "{peak} bytes resident, {limit} allowed");

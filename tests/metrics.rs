@@ -1,11 +1,14 @@
 //! The metrics say what the books say, and cancelled requests are counted.
 
+#[path = "common/requests.rs"]
+mod requests;
 #[path = "common/sim.rs"]
 mod sim;
 
 use metrics_util::MetricKind;
 use metrics_util::debugging::{DebugValue, DebuggingRecorder, Snapshotter};
 use quell::{CancelReason, Engine, EngineConfig, EngineStats, Request, Shutdown};
+use requests::idle;
 use sim::{Fault, SimOptions, VOCABULARY, engine};
 use std::collections::HashMap;
 use std::sync::mpsc;
@@ -62,16 +65,6 @@ impl Numbers {
         let values = self.0.iter();
         let ours = values.filter(|(key, _)| key.split(' ').next() == Some(name));
         ours.map(|(_, value)| *value as u64).sum()
-    }
-}
-
-/// Waits, by asking the scheduler thread, until nothing is open.
-fn idle(engine: &Engine) -> EngineStats {
-    loop {
-        let stats = engine.stats().unwrap();
-        if stats.open == 0 && stats.closing == 0 {
-            return stats;
-        }
     }
 }
 

@@ -1,12 +1,15 @@
 //! Sessions: what carries over from turn to turn, and what is given back.
 
+#[path = "common/requests.rs"]
+mod requests;
 #[path = "common/sim.rs"]
 mod sim;
 
 use quell::{
-    CancelReason, Engine, EngineConfig, EngineStats, GenerateError, Outcome, Preemption, Request,
-    Session, SessionOptions, Stop, SubmitError,
+    CancelReason, EngineConfig, GenerateError, Outcome, Preemption, Request, Session,
+    SessionOptions, Stop, SubmitError,
 };
+use requests::{idle, ids, prompt};
 use sim::{Fault, SimOptions, engine, expected};
 use std::sync::mpsc;
 use std::time::Duration;
@@ -15,34 +18,17 @@ fn request(prompt: &[u32], tokens: usize) -> Request {
     Request::new(prompt.to_vec()).max_tokens(tokens)
 }
 
-fn prompt(index: usize, length: usize) -> Vec<u32> {
-    (0..length)
-        .map(|position| ((index * 131 + position * 7 + 3) % 1000) as u32)
-        .collect()
-}
-
 /// Takes a turn to its end and checks its tokens; `context` grows by it.
 fn turn(session: &Session, context: &mut Vec<u32>, prompt: &[u32], tokens: usize) {
     let stream = session.generate(request(prompt, tokens)).unwrap();
     let generation = stream.complete_blocking().unwrap();
     context.extend(prompt);
     let answer = expected(context, tokens);
-    let ids: Vec<u32> = generation.tokens.iter().map(|token| token.id).collect();
-    assert_eq!(ids, answer);
+    assert_eq!(ids(&generation), answer);
     let kept = context.len() - prompt.len();
     assert!(generation.finish.cached_tokens <= kept);
     context.extend(answer);
     assert_eq!(session.context_tokens(), context.len());
-}
-
-/// Waits, by asking the scheduler thread, until nothing is open.
-fn settled(engine: &Engine) -> EngineStats {
-    loop {
-        let stats = engine.stats().unwrap();
-        if stats.open == 0 && stats.closing == 0 {
-            return stats;
-        }
-    }
 }
 
 /// Without the prefix cache: what is found is what the session keeps.
@@ -82,7 +68,7 @@ fn a_turn_computes_only_what_is_new() {
         }
         let receipt = session.end().wait().unwrap();
         assert_eq!(receipt.blocks_freed, (context.len() - 1).div_ceil(4));
-        assert!(settled(&engine).is_idle());
+        idle(&engine);
     }
 }
 
@@ -104,7 +90,7 @@ fn a_dropped_turn_leaves_the_session_as_it_was_and_free_for_the_next() {
             turn(&session, &mut context, &prompt(read, 2), 3);
         }
         drop(session);
-        assert!(settled(&engine).is_idle());
+        idle(&engine);
     }
 }
 
@@ -159,7 +145,7 @@ fn a_stopped_turn_is_kept_or_rewound_as_asked() {
             assert!(kept <= context.len(), "{kept} tokens kept after {stop:?}");
             turn(&session, &mut context, &prompt(3, 2), 4);
             session.end().wait().unwrap();
-            assert!(settled(&engine).is_idle());
+            idle(&engine);
         }
     }
 }
@@ -235,7 +221,7 @@ fn ending_a_session_ends_its_turn_and_frees_all_of_it() {
             matches!(error, GenerateError::Cancelled(CancelReason::SessionEnded)),
             "{error}"
         );
-        assert!(settled(&engine).is_idle());
+        idle(&engine);
     }
 }
 
@@ -261,7 +247,7 @@ fn commands_of_a_session_take_effect_in_the_order_in_which_they_were_posted() {
         "{error}"
     );
     busy.complete_blocking().unwrap();
-    assert!(settled(&engine).is_idle());
+    idle(&engine);
 }
 
 #[test]
@@ -276,7 +262,7 @@ fn dropping_a_session_ends_it_in_the_middle_of_a_turn() {
         error,
         GenerateError::Cancelled(CancelReason::SessionEnded)
     ));
-    assert!(settled(&engine).is_idle());
+    idle(&engine);
 }
 
 /// I10.
@@ -299,13 +285,16 @@ fn forks_share_what_they_had_and_go_their_own_ways() {
             .collect();
         for (index, stream) in streams.into_iter().enumerate() {
             let generation = stream.complete_blocking().unwrap();
-            let ids: Vec<u32> = generation.tokens.iter().map(|token| token.id).collect();
             let context = [context.clone(), prompt(index, 3)].concat();
-            assert_eq!(ids, expected(&context, 8), "fork {index}, depth {depth}");
+            assert_eq!(
+                ids(&generation),
+                expected(&context, 8),
+                "fork {index}, depth {depth}"
+            );
         }
         drop(session);
         drop(forks);
-        assert!(settled(&engine).is_idle());
+        idle(&engine);
     }
 }
 
@@ -325,9 +314,8 @@ fn what_sessions_keep_never_stands_in_the_way_of_requests() {
         // As long as the whole cache.
         let all = prompt(round, 40);
         let stream = engine.generate(request(&all, 24)).unwrap();
-        let ids = stream.complete_blocking().unwrap().tokens;
-        let ids: Vec<u32> = ids.iter().map(|token| token.id).collect();
-        assert_eq!(ids, expected(&all, 24));
+        let generation = stream.complete_blocking().unwrap();
+        assert_eq!(ids(&generation), expected(&all, 24));
     }
     assert_eq!(engine.stats().unwrap().preemptions, 0);
 }
@@ -366,18 +354,16 @@ fn samples_of_one_prompt_share_it_and_answer_each_for_itself() {
         let prompt = prompt(1, 40);
         let streams = engine.generate_samples(request(&prompt, 10), 5).unwrap();
         for stream in streams {
-            let ids = stream.complete_blocking().unwrap().tokens;
-            let ids: Vec<u32> = ids.iter().map(|token| token.id).collect();
-            assert_eq!(ids, expected(&prompt, 10));
+            let generation = stream.complete_blocking().unwrap();
+            assert_eq!(ids(&generation), expected(&prompt, 10));
         }
-        let stats = settled(&engine);
+        let stats = idle(&engine);
         assert_eq!(stats.outcomes.length, 5);
         assert_eq!(
             stats.prefix_hits,
             4 * 39,
             "the last token is computed by each"
         );
-        assert!(stats.is_idle());
     }
 }
 
@@ -396,11 +382,10 @@ fn samples_live_on_when_the_one_that_computes_the_prompt_is_cancelled() {
         drop(streams.remove(0));
         drop(open);
         for stream in streams {
-            let ids = stream.complete_blocking().unwrap().tokens;
-            let ids: Vec<u32> = ids.iter().map(|token| token.id).collect();
-            assert_eq!(ids, expected(&prompt, 10));
+            let generation = stream.complete_blocking().unwrap();
+            assert_eq!(ids(&generation), expected(&prompt, 10));
         }
-        assert!(settled(&engine).is_idle());
+        idle(&engine);
     }
 }
 
@@ -431,18 +416,20 @@ fn requests_swapped_to_the_host_answer_as_if_alone() {
             drop(open);
             for (index, stream) in streams.into_iter().enumerate() {
                 let (p, n) = lengths(index);
-                let ids = stream.complete_blocking().unwrap().tokens;
-                let ids: Vec<u32> = ids.iter().map(|token| token.id).collect();
-                assert_eq!(ids, expected(&prompt(index, p), n), "request {index}");
+                let generation = stream.complete_blocking().unwrap();
+                assert_eq!(
+                    ids(&generation),
+                    expected(&prompt(index, p), n),
+                    "request {index}"
+                );
             }
-            let stats = settled(&engine);
+            let stats = idle(&engine);
             assert!(stats.preemptions > 0, "nobody gave way");
             match preemption {
                 Preemption::Swap => assert_eq!(stats.swaps, stats.preemptions),
                 Preemption::Recompute => assert_eq!(stats.swaps, 0),
                 Preemption::Auto => {}
             }
-            assert!(stats.is_idle(), "{stats:?}");
         }
     }
 }
@@ -487,8 +474,7 @@ fn whatever_step_fails_the_others_answer_as_if_alone() {
                     );
                 }
             }
-            let stats = settled(&engine);
-            assert!(stats.is_idle(), "{stats:?}");
+            let stats = idle(&engine);
             swaps += stats.swaps;
         }
     }

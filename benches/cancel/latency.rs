@@ -1,5 +1,6 @@
 //! From posted to terminal, and to freed.
 
+use super::random::Random;
 use super::report::{Latencies, Report, Times};
 use super::{Device, Failure, endless};
 use futures_util::Stream;
@@ -224,27 +225,5 @@ impl Wake for Noted {
     fn wake(self: Arc<Self>) {
         let nanoseconds = self.made.elapsed().as_nanos() as u64;
         self.woken.store(nanoseconds.max(1), Ordering::Release);
-    }
-}
-
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut bits = self.0;
-        bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        bits ^ (bits >> 31)
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        (self.next() % limit as u64) as usize
-    }
-
-    /// From 0 to 1.
-    fn share(&mut self) -> f64 {
-        (self.next() >> 11) as f64 / (1u64 << 53) as f64
     }
 }

@@ -10,6 +10,8 @@
 
 mod latency;
 mod paced;
+#[path = "../../tests/common/random.rs"]
+mod random;
 mod report;
 mod survivors;
 

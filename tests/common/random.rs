@@ -1,5 +1,7 @@
 //! Random numbers that a seed repeats.
 
+#![allow(dead_code)] // each user uses its part
+
 /// SplitMix64.
 pub struct Random(pub u64);
 
@@ -20,5 +22,10 @@ impl Random {
     /// True once in `times`.
     pub fn once_in(&mut self, times: usize) -> bool {
         self.below(times) == 0
+    }
+
+    /// From 0 up to, and without, 1.
+    pub fn share(&mut self) -> f64 {
+        (self.next() >> 11) as f64 / (1u64 << 53) as f64
     }
 }

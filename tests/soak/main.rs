@@ -5,6 +5,8 @@
 //! `QUELL_SOAK_REQUESTS` says how many, `QUELL_SOAK_SEED` which ones, and
 //! `QUELL_SOAK_OUTPUT` names a file for the summary. `make soak` runs a million.
 
+#[path = "../common/process.rs"]
+mod process;
 #[path = "../common/random.rs"]
 mod random;
 #[path = "../common/requests.rs"]

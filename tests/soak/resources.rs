@@ -1,30 +1,25 @@
 //! What the process holds, as the kernel says.
 
+use super::process::memory;
 use serde_json::{Value, json};
 
 /// Growth of resident memory, in bytes, that counts as none: what an allocator keeps
 /// for later moves by less. A leak of 100 bytes a request would be more.
-const MEMORY: u64 = 4 << 20;
+const MEMORY: usize = 4 << 20;
 
 /// What the process holds.
 #[derive(Clone, Copy, Debug)]
 pub struct Resources {
     /// Bytes of resident memory.
-    memory: u64,
+    memory: usize,
     /// Open file descriptors.
     files: usize,
 }
 
 impl Resources {
     pub fn now() -> Self {
-        let status = std::fs::read_to_string("/proc/self/status").unwrap();
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmRSS:"))
-            .unwrap();
-        let kilobytes: u64 = line.trim().trim_end_matches(" kB").parse().unwrap();
         Self {
-            memory: kilobytes << 10,
+            memory: memory("VmRSS"),
             files: std::fs::read_dir("/proc/self/fd").unwrap().count(),
         }
     }
