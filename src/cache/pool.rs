@@ -120,9 +120,7 @@ impl Pool {
         let block = self.cached.front()?;
         self.cached.remove(&mut self.links, block);
         self.hold_first(block);
-        if let Some(freed) = &mut self.freed {
-            freed.push(block);
-        }
+        self.record(block);
         Some(block)
     }
 
@@ -183,11 +181,7 @@ impl Pool {
             self.state[index] = BlockState::Cached;
             self.cached.push_back(&mut self.links, block);
         } else {
-            self.state[index] = BlockState::Free;
-            self.free.push_back(&mut self.links, block);
-            if let Some(freed) = &mut self.freed {
-                freed.push(block);
-            }
+            self.make_free(block);
         }
     }
 
@@ -195,11 +189,21 @@ impl Pool {
     pub fn forget(&mut self, block: BlockId) {
         if self.state(block) == BlockState::Cached {
             self.cached.remove(&mut self.links, block);
-            self.state[block.index()] = BlockState::Free;
-            self.free.push_back(&mut self.links, block);
-            if let Some(freed) = &mut self.freed {
-                freed.push(block);
-            }
+            self.make_free(block);
+        }
+    }
+
+    /// Puts a block that is in no list at the end of the free list.
+    fn make_free(&mut self, block: BlockId) {
+        self.state[block.index()] = BlockState::Free;
+        self.free.push_back(&mut self.links, block);
+        self.record(block);
+    }
+
+    /// The content of a block was given up.
+    fn record(&mut self, block: BlockId) {
+        if let Some(freed) = &mut self.freed {
+            freed.push(block);
         }
     }
 

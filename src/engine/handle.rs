@@ -419,9 +419,7 @@ impl Engine {
     /// Submits a request: one synchronous enqueue, no waiting. Dropping the stream
     /// cancels.
     pub fn generate(&self, request: Request) -> Result<TokenStream, SubmitError> {
-        let (stream, submission) = self.prepare(request, None)?;
-        self.post(Command::Submit(Box::new(submission)))?;
-        Ok(stream)
+        self.generate_turn(request, None)
     }
 
     /// As [`Engine::generate`], for `samples` answers to the same prompt, which is
@@ -449,13 +447,13 @@ impl Engine {
         Ok(streams)
     }
 
-    /// As [`Engine::generate`], for a turn of a session.
+    /// As [`Engine::generate`], for a turn of a session, if it is one.
     pub(super) fn generate_turn(
         &self,
         request: Request,
-        turn: Turn,
+        turn: Option<Turn>,
     ) -> Result<TokenStream, SubmitError> {
-        let (stream, submission) = self.prepare(request, Some(turn))?;
+        let (stream, submission) = self.prepare(request, turn)?;
         self.post(Command::Submit(Box::new(submission)))?;
         Ok(stream)
     }

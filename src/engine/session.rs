@@ -130,7 +130,7 @@ impl Session {
             pin: self.options.pin,
             cell: Arc::clone(&cell),
         };
-        let stream = self.engine.generate_turn(request, turn)?;
+        let stream = self.engine.generate_turn(request, Some(turn))?;
         state.turn = Some(cell);
         Ok(stream)
     }

@@ -6,6 +6,9 @@ use crate::config::EngineConfig;
 use crate::device::{CacheShape, Device};
 use crate::model::ModelConfig;
 
+/// Blocks that can be numbered, on the device or on the host.
+const MOST_BLOCKS: usize = u32::MAX as usize >> 8;
+
 /// What takes how much memory on the device, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryPlan {
@@ -55,9 +58,7 @@ pub(super) fn cache_shape<D: Device>(
     let useful = context_tokens(model, config)
         .div_ceil(config.block_tokens)
         .saturating_mul(config.max_sequences);
-    let blocks = (budget / block_bytes)
-        .min(useful)
-        .min(u32::MAX as usize >> 8);
+    let blocks = (budget / block_bytes).min(useful).min(MOST_BLOCKS);
     if blocks == 0 {
         return Err(LoadError::Config {
             name: "kv_cache_bytes",
@@ -81,7 +82,7 @@ pub(super) fn swap_info<D: Device>(
     });
     let blocks = config.swap_bytes.checked_div(block_bytes)?;
     (blocks > 0).then(|| SwapInfo {
-        blocks: blocks.min(u32::MAX as usize >> 8),
+        blocks: blocks.min(MOST_BLOCKS),
         seconds_per_block: block_bytes as f64 / device.swap_bandwidth(),
     })
 }

@@ -510,8 +510,7 @@ impl Scheduler {
         self.admit(&mut plan, &mut budget, |urgent, running| {
             running.is_some_and(|last| urgent < last)
         });
-        self.plan_running(&mut plan, &mut budget, true);
-        self.plan_running(&mut plan, &mut budget, false);
+        self.plan_running(&mut plan, &mut budget);
         self.admit(&mut plan, &mut budget, |_, _| true);
         self.host.give_back(std::mem::take(&mut self.read_back));
         if plan.items.is_empty() && plan.transfers.is_empty() {
@@ -521,31 +520,56 @@ impl Scheduler {
         Some(plan)
     }
 
-    /// Plans the running sequences that decode, or those still at their prompt.
-    fn plan_running(&mut self, plan: &mut StepPlan, budget: &mut Budget, decodes: bool) {
+    /// Plans the running sequences: those that decode, then those still at their prompt.
+    fn plan_running(&mut self, plan: &mut StepPlan, budget: &mut Budget) {
         // Making room changes the queue: walk over a copy of it.
         let mut keys = std::mem::take(&mut self.scratch);
         keys.clear();
         keys.extend_from_slice(self.running.keys());
-        for &key in &keys {
-            if budget.tokens == 0 {
-                break;
+        // Those at their prompt are moved to its front, for later.
+        let mut prompts = 0;
+        for index in 0..keys.len() {
+            let key = keys[index];
+            match self.plannable(key, plan) {
+                _ if budget.tokens == 0 => break,
+                0 => {}
+                1 => self.plan_rows(key, 1, plan, budget),
+                _ => {
+                    keys[prompts] = key;
+                    prompts += 1;
+                }
             }
-            let Some(sequence) = self.sequences.get(key) else {
-                continue;
-            };
-            let pending = sequence.pending();
-            let planned = sequence.touched == plan.step;
-            let skip = planned || sequence.paused || sequence.place != Place::Running;
-            if skip || pending == 0 || (pending == 1) != decodes {
-                continue;
-            }
-            let count = pending.min(budget.tokens);
-            if self.make_room(key, count, plan) {
-                self.push_item(plan, key, count, budget);
+        }
+        for &key in &keys[..prompts] {
+            let count = self.plannable(key, plan).min(budget.tokens);
+            if count > 0 {
+                self.plan_rows(key, count, plan, budget);
             }
         }
         self.scratch = keys;
+    }
+
+    /// Tokens of a sequence that this step could still compute; 1 means a decode.
+    fn plannable(&self, key: SequenceKey, plan: &StepPlan) -> usize {
+        let runs = |sequence: &&Sequence| {
+            let planned = sequence.touched == plan.step;
+            !planned && !sequence.paused && sequence.place == Place::Running
+        };
+        let sequence = self.sequences.get(key).filter(runs);
+        sequence.map_or(0, Sequence::pending)
+    }
+
+    /// Plans the next `count` tokens of a running sequence, if there is room for them.
+    fn plan_rows(
+        &mut self,
+        key: SequenceKey,
+        count: usize,
+        plan: &mut StepPlan,
+        budget: &mut Budget,
+    ) {
+        if self.make_room(key, count, plan) {
+            self.push_item(plan, key, count, budget);
+        }
     }
 
     /// Books the item in the sequence and adds it to the plan.
@@ -733,8 +757,9 @@ impl Scheduler {
                 break;
             }
             if self.running.len() >= self.policy.max_sequences {
-                match self.gives_way_to_start(key, plan) {
-                    Some(victim) if self.room_by_preemption(key, plan) => {
+                let start = self.start_of(key);
+                match self.gives_way_to_start(key, plan).zip(start) {
+                    Some((victim, start)) if self.room_by_preemption(key, &start, plan) => {
                         self.preempt(victim, plan);
                     }
                     _ => break,
@@ -752,8 +777,8 @@ impl Scheduler {
 
     /// Whether `key` could start at all if everyone gave way that may: else nobody is
     /// to give way in vain.
-    fn room_by_preemption(&self, key: SequenceKey, plan: &StepPlan) -> bool {
-        let (Some(start), Some(own)) = (self.start_of(key), self.sequences.get(key)) else {
+    fn room_by_preemption(&self, key: SequenceKey, start: &Start, plan: &StepPlan) -> bool {
+        let Some(own) = self.sequences.get(key) else {
             return false;
         };
         let mut room = self.cache.available_blocks() + self.cache.deferred_blocks() - start.unheld;
@@ -798,7 +823,7 @@ impl Scheduler {
                 continue;
             }
             let victim = self.gives_way_to_start(key, plan)?;
-            if !self.room_by_preemption(key, plan) {
+            if !self.room_by_preemption(key, &start, plan) {
                 return None;
             }
             self.preempt(victim, plan);
