@@ -2,7 +2,8 @@
 //!
 //! [`Tokenizer`] turns text into token ids and back, [`Detokenizer`] does the
 //! way back one token at a time, [`StopMatcher`] finds stop strings across token
-//! borders, and [`ChatTemplate`] turns a conversation into a prompt.
+//! borders, and [`ChatTemplate`] turns a conversation into a prompt. An answer is
+//! split into reasoning, content and tool calls by [`reasoning`] and [`tools`].
 //!
 //! Everything a model file says is checked: a tokenizer that is built answers
 //! every string and every id without a panic.
@@ -20,11 +21,13 @@ mod jinja;
 mod message;
 mod pre_tokenizer;
 mod python_json;
+pub mod reasoning;
 mod sentencepiece;
 mod special;
 mod stop;
 mod template;
 mod tokenizer;
+pub mod tools;
 mod unigram;
 mod vocabulary;
 
