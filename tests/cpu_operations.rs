@@ -293,12 +293,14 @@ fn samples_are_those_of_the_reference_sampler() {
             position: i as u32,
             history: (0..50).collect(),
             prompt_tokens: 20,
+            mask: None,
         })
         .chain([SampleRow {
             params: Arc::new(SamplingParams::greedy()),
             position: 0,
             history: vec![],
             prompt_tokens: 0,
+            mask: None,
         }])
         .collect();
     let mut logits = random.numbers(rows.len() * vocabulary);
@@ -338,6 +340,7 @@ fn a_row_that_waits_for_a_sample_gets_the_token_of_the_step_before() {
         position: 0,
         history: vec![],
         prompt_tokens: 0,
+        mask: None,
     };
     d.sample(&logits, &[row.clone(), row]).unwrap();
     let mut batch = batch(2);

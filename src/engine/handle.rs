@@ -22,7 +22,7 @@ use crate::config::EngineConfig;
 use crate::id::SessionId;
 use crate::runner::limits;
 use crate::runner::{LoadError, LoadOptions, ModelFiles, Runner, RunnerInfo};
-use crate::sampling::SamplingParams;
+use crate::sampling::{Constraint, ConstraintState, SamplingParams};
 use crate::schedule::{Policy, Scheduler, SequenceSpec};
 use crate::text::{EncodeOptions, Message, RenderOptions, Tokenizer};
 use std::path::Path;
@@ -99,6 +99,11 @@ pub struct Request {
     /// Who it is for: of equally urgent requests, those of the tenant that was served
     /// the least start first.
     pub tenant: Option<Arc<str>>,
+    /// Which tokens the answer may be made of, such as a [`Grammar`] compiled for this
+    /// engine's tokenizer. An answer that is complete by it ends as a normal stop.
+    ///
+    /// [`Grammar`]: crate::text::Grammar
+    pub constraint: Option<Box<dyn Constraint>>,
 }
 
 impl Request {
@@ -117,6 +122,7 @@ impl Request {
             finish_within: None,
             priority: 0,
             tenant: None,
+            constraint: None,
         }
     }
 
@@ -153,6 +159,12 @@ impl Request {
     /// Sets who it is for.
     pub fn tenant(mut self, tenant: impl Into<Arc<str>>) -> Self {
         self.tenant = Some(tenant.into());
+        self
+    }
+
+    /// Sets what holds the answer to a form.
+    pub fn constraint(mut self, constraint: impl Into<Box<dyn Constraint>>) -> Self {
+        self.constraint = Some(constraint.into());
         self
     }
 
@@ -690,6 +702,10 @@ impl Engine {
             priority: request.priority,
             tenant: request.tenant.clone(),
             session: None,
+            constraint: request
+                .constraint
+                .clone()
+                .map(|constraint| ConstraintState::new(constraint, vocabulary)),
         })
     }
 }

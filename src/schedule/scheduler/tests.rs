@@ -23,6 +23,7 @@ fn spec(prompt: Vec<u32>, new_tokens: usize) -> SequenceSpec {
         priority: 0,
         tenant: None,
         session: None,
+        constraint: None,
     }
 }
 
