@@ -29,6 +29,11 @@ impl ReasoningFormat {
             .into_iter()
             .find(|format| template_source.contains(format.close))
     }
+
+    /// Whether a prompt that ends like this has begun the reasoning.
+    pub fn is_open(self, prompt_end: &str) -> bool {
+        prompt_end.trim_end().ends_with(self.open)
+    }
 }
 
 /// What a piece of an answer brought; the reasoning comes first.
@@ -90,11 +95,16 @@ impl ReasoningSplitter {
     /// As [`inside`](Self::inside) if the end of the prompt is the opening mark, and
     /// [`new`](Self::new) if not.
     pub fn after(format: ReasoningFormat, prompt_end: &str) -> Self {
-        if prompt_end.trim_end().ends_with(format.open) {
+        if format.is_open(prompt_end) {
             Self::inside(format)
         } else {
             Self::new(format)
         }
+    }
+
+    /// Whether what comes next is reasoning, as far as is known.
+    pub fn in_reasoning(&self) -> bool {
+        matches!(self.state, State::AfterOpen | State::Reasoning)
     }
 
     /// Takes the next piece of the answer.

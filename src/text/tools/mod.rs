@@ -5,6 +5,7 @@
 //! borders of the pieces that an answer comes in change nothing.
 
 mod deepseek;
+mod forced;
 mod granite;
 mod hermes;
 mod json;
@@ -98,8 +99,9 @@ impl ToolFormat {
             .map_or(Self::Hermes, |(_, format)| *format)
     }
 
-    /// What begins calls anywhere in an answer.
-    fn tags(self) -> &'static [&'static str] {
+    /// The marks that begin calls anywhere in an answer. Where they are special tokens,
+    /// the answer's text must keep those.
+    pub fn tags(self) -> &'static [&'static str] {
         match self {
             Self::Hermes => hermes::TAGS,
             Self::Llama => llama::TAGS,
@@ -284,6 +286,15 @@ impl ToolParser {
             raw: String::new(),
             begun: false,
             events: Events::default(),
+        }
+    }
+
+    /// A parser for an answer that [`ToolFormat::forced_schema`] has made: nothing but
+    /// calls in JSON.
+    pub fn forced(format: ToolFormat) -> Self {
+        Self {
+            calls: Some(Box::new(json::JsonCalls::new(&[], None))),
+            ..Self::new(format, [])
         }
     }
 

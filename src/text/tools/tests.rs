@@ -346,6 +346,21 @@ fn arguments_are_streamed_as_they_come() {
 }
 
 #[test]
+fn forced_answers_are_calls_in_every_format() {
+    for format in ToolFormat::ALL {
+        let several = r#"[{"name": "f", "arguments": {"a": 1}}, {"name": "g", "parameters": {}}]"#;
+        for (answer, expected) in [
+            (several, r#"f({"a": 1}) g({})"#),
+            (r#"{"name": "f", "parameters": {}}"#, "f({})"),
+            (r#"{"name": "f", "arguments": {"a"#, r#"f({"a"#),
+        ] {
+            let events = parse(ToolParser::forced(format), answer.split(""));
+            assert_eq!(show(&events), expected, "{format:?}");
+        }
+    }
+}
+
+#[test]
 fn formats_are_detected_by_the_marks_of_their_templates() {
     let cases = [
         ("'<tool_call>\\n{\"name\": '", ToolFormat::Hermes),
