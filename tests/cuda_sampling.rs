@@ -357,7 +357,7 @@ fn a_row_without_any_possible_token_gives_the_lowest_token() {
 fn only_tokens_of_the_mask_are_chosen_be_they_the_first_or_the_last() {
     let _gpu = gpu::lock();
     let mut random = Random::new(14);
-    let vocabulary = 9001;
+    let vocabulary = 9001usize;
     let params = [
         SamplingParams::greedy(),
         SamplingParams::default(),
@@ -566,6 +566,8 @@ fn a_token_that_only_the_device_knows_counts_as_generated() {
         let mut cases = Vec::new();
         for (row, &own) in fed.iter().enumerate().take(rows).skip(3) {
             let mut case = case(&mut random, vocabulary);
+            // It would leave little to decide.
+            case.row.mask = case.row.mask.filter(|_| row % 9 == 0);
             let params = Arc::make_mut(&mut case.row.params);
             params.top_p = 1.0;
             if row % 3 > 0 {

@@ -5,6 +5,9 @@
 //! borders, and [`ChatTemplate`] turns a conversation into a prompt. An answer is
 //! split into reasoning, content and tool calls by [`reasoning`] and [`tools`].
 //!
+//! With the feature `grammar`, `Grammar` holds an answer to a JSON schema, a regular
+//! expression or a grammar.
+//!
 //! Everything a model file says is checked: a tokenizer that is built answers
 //! every string and every id without a panic.
 
@@ -17,6 +20,8 @@ mod folder;
 pub mod fuzz;
 mod gguf_metadata;
 mod gguf_vocabulary;
+#[cfg(feature = "grammar")]
+mod grammar;
 mod jinja;
 mod message;
 mod pre_tokenizer;
@@ -37,6 +42,8 @@ mod tests;
 pub use detokenize::Detokenizer;
 pub use error::TextError;
 pub use gguf_vocabulary::GgufVocabulary;
+#[cfg(feature = "grammar")]
+pub use grammar::{Grammar, GrammarError, GrammarKind};
 pub use message::Message;
 pub use stop::{StopMatcher, StopStep};
 pub use template::{ChatTemplate, RenderOptions};
