@@ -7,7 +7,7 @@ use super::structure::Structure;
 use super::tools::Tools;
 use crate::engine::SubmitError;
 use crate::sampling::Constraint;
-use crate::text::grammar::Grammar;
+use crate::text::Grammar;
 use crate::text::reasoning::ReasoningFormat;
 use crate::text::tools::{ToolFormat, in_words};
 use crate::text::{EncodeOptions, Message, RenderOptions, Tokenizer};

@@ -27,19 +27,25 @@ mod answer;
 mod chat;
 mod completions;
 mod connection;
+mod conversation;
 mod error;
 mod health;
 mod json;
 mod metrics;
 mod models;
+mod parts;
+mod responses;
 mod sampling;
 mod sse;
+mod structure;
 mod tokenize;
+mod tools;
 
 pub use metrics::{Metrics, MetricsError};
 
 use crate::engine::{CancelReason, Drained, Engine, Prompt, Request, SubmitError, TokenStream};
 use crate::text::Tokenizer;
+use crate::text::tools::ToolFormat;
 use axum::Router;
 use axum::http::StatusCode;
 use axum::response::Response;
@@ -84,6 +90,8 @@ pub struct ServerOptions {
     pub request_timeout: Option<Duration>,
     /// Connections at the same time; more wait to be accepted.
     pub max_connections: usize,
+    /// How the model writes tool calls; as its chat template has it if `None`.
+    pub tool_format: Option<ToolFormat>,
     /// How long open requests may take to finish once the server is told to stop.
     pub drain_timeout: Duration,
 }
@@ -102,6 +110,7 @@ impl ServerOptions {
             write_timeout: Duration::from_secs(30),
             request_timeout: None,
             max_connections: 8192,
+            tool_format: None,
             drain_timeout: Duration::from_secs(30),
         }
     }
@@ -185,6 +194,11 @@ fn router(app: Arc<App>) -> Router {
     Router::new()
         .route("/v1/completions", post(completions::completions))
         .route("/v1/chat/completions", post(chat::chat_completions))
+        .route("/v1/responses", post(responses::create))
+        .route(
+            "/v1/responses/{id}",
+            get(responses::get).delete(responses::delete),
+        )
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*name}", get(models::get))
         .route("/tokenize", post(tokenize::tokenize))
@@ -236,6 +250,8 @@ pub(crate) struct App {
     started: u64,
     /// Tells answers of different servers apart.
     fingerprint: Arc<str>,
+    /// Responses that can be asked for again and gone on with.
+    responses: responses::Store,
 }
 
 impl App {
@@ -252,6 +268,7 @@ impl App {
             options,
             started: unix_time(),
             fingerprint: fingerprint.into(),
+            responses: responses::Store::default(),
         }
     }
 
@@ -349,7 +366,9 @@ fn is_long(prompt: &Prompt) -> bool {
     let bytes = match prompt {
         Prompt::Text(text) => text.len(),
         Prompt::Tokens(_) => 0,
-        Prompt::Chat(messages) => messages.iter().map(|message| message.content.len()).sum(),
+        Prompt::Chat(messages) | Prompt::Conversation { messages, .. } => {
+            messages.iter().map(|message| message.content.len()).sum()
+        }
     };
     bytes > LONG_PROMPT
 }

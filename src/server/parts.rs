@@ -195,7 +195,10 @@ mod tests {
 
     #[test]
     fn reasoning_text_and_calls_are_taken_apart() {
-        let mut expected = vec![Part::Reasoning("Hm.".to_owned()), Part::Text("So:".to_owned())];
+        let mut expected = vec![
+            Part::Reasoning("Hm.".to_owned()),
+            Part::Text("So:".to_owned()),
+        ];
         expected.extend(call(0, "{}"));
         expected.extend(call(1, "{\"a\": 1}"));
         assert_eq!(reading().parts().all(ANSWER), expected);

@@ -3,7 +3,7 @@
 
 use super::error::ApiError;
 use crate::text::Tokenizer;
-use crate::text::grammar::{Grammar, GrammarError};
+use crate::text::{Grammar, GrammarError};
 use serde::Deserialize;
 use serde_json::Value;
 use std::sync::Arc;
@@ -100,7 +100,10 @@ impl StructureFields {
             form(self.guided_choice.map(Form::Choice), "guided_choice"),
             form(self.guided_grammar.map(Form::Lark), "guided_grammar"),
             form(vllm.json.map(schema), "structured_outputs"),
-            form(json_object.then_some(Form::JsonObject), "structured_outputs"),
+            form(
+                json_object.then_some(Form::JsonObject),
+                "structured_outputs",
+            ),
             form(vllm.regex.map(Form::Regex), "structured_outputs"),
             form(vllm.choice.map(Form::Choice), "structured_outputs"),
             form(vllm.grammar.map(Form::Lark), "structured_outputs"),
@@ -170,19 +173,46 @@ mod tests {
             (json!({}), None),
             (json!({"response_format": {"type": "text"}}), None),
             (json!({"response_format": null, "guided_json": null}), None),
-            (json!({"response_format": {"type": "json_object"}}), Some(Form::JsonObject)),
+            (
+                json!({"response_format": {"type": "json_object"}}),
+                Some(Form::JsonObject),
+            ),
             (
                 json!({"response_format": {"type": "json_schema", "json_schema": named}}),
                 Some(Form::Schema(schema.clone())),
             ),
-            (json!({"guided_json": schema}), Some(Form::Schema(schema.clone()))),
-            (json!({"guided_json": schema.to_string()}), Some(Form::Schema(schema.clone()))),
-            (json!({"guided_regex": "a+"}), Some(Form::Regex("a+".to_owned()))),
-            (json!({"guided_choice": ["a"]}), Some(Form::Choice(vec!["a".to_owned()]))),
-            (json!({"guided_grammar": "start: \"a\""}), Some(Form::Lark("start: \"a\"".to_owned()))),
-            (json!({"structured_outputs": {"json": schema}}), Some(Form::Schema(schema.clone()))),
-            (json!({"structured_outputs": {"json_object": true}}), Some(Form::JsonObject)),
-            (json!({"structured_outputs": {"regex": "a+"}}), Some(Form::Regex("a+".to_owned()))),
+            (
+                json!({"guided_json": schema}),
+                Some(Form::Schema(schema.clone())),
+            ),
+            (
+                json!({"guided_json": schema.to_string()}),
+                Some(Form::Schema(schema.clone())),
+            ),
+            (
+                json!({"guided_regex": "a+"}),
+                Some(Form::Regex("a+".to_owned())),
+            ),
+            (
+                json!({"guided_choice": ["a"]}),
+                Some(Form::Choice(vec!["a".to_owned()])),
+            ),
+            (
+                json!({"guided_grammar": "start: \"a\""}),
+                Some(Form::Lark("start: \"a\"".to_owned())),
+            ),
+            (
+                json!({"structured_outputs": {"json": schema}}),
+                Some(Form::Schema(schema.clone())),
+            ),
+            (
+                json!({"structured_outputs": {"json_object": true}}),
+                Some(Form::JsonObject),
+            ),
+            (
+                json!({"structured_outputs": {"regex": "a+"}}),
+                Some(Form::Regex("a+".to_owned())),
+            ),
         ] {
             assert_eq!(form(fields.clone()).unwrap(), expected, "{fields}");
         }
@@ -203,8 +233,14 @@ mod tests {
                 json!({"structured_outputs": {"regex": "a", "json_object": true}}),
                 "structured_outputs asks for more than one form",
             ),
-            (json!({"response_format": {"type": "xml"}}), "unknown variant `xml`"),
-            (json!({"response_format": {"type": "json_schema"}}), "no schema"),
+            (
+                json!({"response_format": {"type": "xml"}}),
+                "unknown variant `xml`",
+            ),
+            (
+                json!({"response_format": {"type": "json_schema"}}),
+                "no schema",
+            ),
         ] {
             let error = form(fields).unwrap_err();
             assert!(error.contains(problem), "{error}");

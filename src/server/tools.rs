@@ -242,7 +242,10 @@ mod tests {
             assert_eq!(schema.unwrap()["properties"]["name"]["const"], "g");
         }
         let fields = json!({"tools": [tool("f"), tool("g")], "tool_choice": "required"});
-        let schema = check(fields).unwrap().forced_schema(ToolFormat::Granite).unwrap();
+        let schema = check(fields)
+            .unwrap()
+            .forced_schema(ToolFormat::Granite)
+            .unwrap();
         assert_eq!(schema["items"]["anyOf"].as_array().unwrap().len(), 2);
     }
 
@@ -255,9 +258,15 @@ mod tests {
                 json!({"tools": [tool], "tool_choice": {"type": "function", "name": "x"}}),
                 "no tool \"x\"",
             ),
-            (json!({"tools": [tool], "tool_choice": "maybe"}), "expected \"none\""),
+            (
+                json!({"tools": [tool], "tool_choice": "maybe"}),
+                "expected \"none\"",
+            ),
             (json!({"tools": [{"type": "web_search"}]}), "\"web_search\""),
-            (json!({"tools": [{"type": "function", "function": {}}]}), "no name"),
+            (
+                json!({"tools": [{"type": "function", "function": {}}]}),
+                "no name",
+            ),
             (
                 json!({"tools": [{"type": "function", "name": "f", "parameters": 1}]}),
                 "no JSON schema",
