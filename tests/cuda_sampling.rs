@@ -531,7 +531,7 @@ fn a_token_that_only_the_device_knows_counts_as_generated() {
     let mut embedded = device.allocate(rows, 8, Precision::Full).unwrap();
 
     let mut decided = 0;
-    for round in 0..8 {
+    for round in 0..16 {
         let greedy =
             |random: &mut Random| Case::plain(random.numbers(vocabulary), SamplingParams::greedy());
         let first: Vec<Case> = (0..rows).map(|_| greedy(&mut random)).collect();

@@ -59,6 +59,10 @@ fn answers(request: &Request, grammar: &Grammar) -> Vec<Generation> {
     streams.into_iter().map(complete).collect()
 }
 
+fn text(answer: &Generation) -> &str {
+    answer.text.as_deref().unwrap()
+}
+
 /// Asks for JSON of a schema. Gives the values of the answers that came to their end;
 /// those that did not are the beginning of JSON.
 fn values(schema: &Value, question: &str, max_tokens: usize) -> Vec<Value> {
@@ -66,7 +70,7 @@ fn values(schema: &Value, question: &str, max_tokens: usize) -> Vec<Value> {
     let request = chat(question).max_tokens(max_tokens);
     let mut values = Vec::new();
     for answer in answers(&request, &grammar) {
-        let text = &answer.text;
+        let text = text(&answer);
         let value = serde_json::from_str::<Value>(text);
         match answer.finish.outcome {
             Outcome::Stop => {
@@ -130,12 +134,13 @@ fn objects_have_the_fields_of_their_schema_and_no_other() {
 fn arrays_and_nested_objects_fit_their_schema() {
     let schema = json!({
         "$defs": {
+            "part": {"type": ["boolean", "null"]},
             "item": {
                 "type": "object",
                 "properties": {
                     "name": {"type": "string", "pattern": "^[a-z]{1,10}$"},
-                    "price": {"type": "number", "minimum": 0},
-                    "parts": {"type": "array", "items": {"$ref": "#/$defs/item"}, "maxItems": 1},
+                    "price": {"type": "number", "minimum": 0, "maximum": 99, "multipleOf": 0.5},
+                    "parts": {"type": "array", "items": {"$ref": "#/$defs/part"}, "maxItems": 2},
                 },
                 "required": ["name", "price", "parts"],
                 "additionalProperties": false,
@@ -150,10 +155,11 @@ fn arrays_and_nested_objects_fit_their_schema() {
         assert_eq!(names(item), ["name", "parts", "price"]);
         let name = item["name"].as_str().unwrap();
         assert!((1..=10).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_lowercase()));
-        assert!(item["price"].as_f64().unwrap() >= 0.0);
+        let price = item["price"].as_f64().unwrap();
+        assert!((0.0..=99.0).contains(&price) && (2.0 * price).fract() == 0.0);
         let parts = item["parts"].as_array().unwrap();
-        assert!(parts.len() <= 1);
-        parts.iter().for_each(check);
+        assert!(parts.len() <= 2);
+        assert!(parts.iter().all(|part| part.is_boolean() || part.is_null()));
     }
     let values = values(&schema, "List things that you can buy, in JSON.", 150);
     assert!(!values.is_empty());
@@ -190,12 +196,12 @@ fn a_json_object_is_an_object_or_the_beginning_of_one() {
     let grammar = Grammar::json_object(tokenizer(&ENGINE)).unwrap();
     let request = chat("Describe a cat as JSON.").max_tokens(60);
     for answer in answers(&request, &grammar) {
-        let value = serde_json::from_str::<Value>(&answer.text);
+        let value = serde_json::from_str::<Value>(text(&answer));
         match answer.finish.outcome {
-            Outcome::Stop => assert!(value.unwrap().is_object(), "{}", answer.text),
-            _ => assert!(value.unwrap_err().is_eof() && answer.text.starts_with('{')),
+            Outcome::Stop => assert!(value.unwrap().is_object(), "{}", text(&answer)),
+            _ => assert!(value.unwrap_err().is_eof() && text(&answer).starts_with('{')),
         }
-        assert!(!answer.text.contains("  \n"), "{}", answer.text);
+        assert!(!text(&answer).contains("  \n"), "{}", text(&answer));
     }
 }
 
@@ -205,7 +211,7 @@ fn a_choice_is_one_of_its_texts() {
     let grammar = Grammar::choice(tokenizer(&ENGINE), &choices).unwrap();
     for answer in answers(&chat("Is the sky blue?"), &grammar) {
         assert_eq!(answer.finish.outcome, Outcome::Stop);
-        assert!(choices.contains(&&*answer.text), "{:?}", answer.text);
+        assert!(choices.contains(&text(&answer)), "{:?}", text(&answer));
     }
 }
 
@@ -214,7 +220,7 @@ fn an_answer_to_a_regular_expression_matches_it() {
     let grammar = Grammar::regex(tokenizer(&ENGINE), "^[0-9]{4}-(0[1-9]|1[0-2])$").unwrap();
     for answer in answers(&chat("When was the moon landing?"), &grammar) {
         assert_eq!(answer.finish.outcome, Outcome::Stop);
-        let (year, month) = answer.text.split_once('-').unwrap();
+        let (year, month) = text(&answer).split_once('-').unwrap();
         assert!(year.len() == 4 && year.bytes().all(|b| b.is_ascii_digit()));
         assert!((1..=12).contains(&month.parse::<u32>().unwrap()) && month.len() == 2);
     }
@@ -225,8 +231,7 @@ fn a_lark_grammar_is_followed() {
     let source = "start: \"(\" NUMBER (\"+\" NUMBER)* \")\"\nNUMBER: /[1-9][0-9]?/";
     let grammar = Grammar::lark(tokenizer(&ENGINE), source).unwrap();
     for answer in answers(&chat("A sum?").max_tokens(40), &grammar) {
-        let text = answer
-            .text
+        let text = text(&answer)
             .strip_prefix('(')
             .expect("it begins with a bracket");
         if answer.finish.outcome == Outcome::Stop {
@@ -284,7 +289,7 @@ fn samples_of_one_request_have_a_state_each() {
     let mut numbers = Vec::new();
     for (seed, stream) in streams.into_iter().enumerate() {
         let answer = stream.complete_blocking().unwrap();
-        let value: Value = serde_json::from_str(&answer.text).unwrap();
+        let value: Value = serde_json::from_str(text(&answer)).unwrap();
         numbers.push(value["n"].as_i64().unwrap());
         let mut alone = request.clone();
         alone.sampling.seed = seed as u64;
@@ -304,8 +309,12 @@ fn a_grammar_that_may_end_ends_by_the_models_own_end_token() {
     for answer in answers(&chat("Say hello.").max_tokens(80), &grammar) {
         let last = answer.tokens.last().unwrap().id;
         let stopped = answer.finish.outcome == Outcome::Stop;
-        assert_eq!(stopped, ends.contains(&last), "{}", answer.text);
-        assert!(!stopped || answer.text.ends_with('.'), "{}", answer.text);
+        assert_eq!(stopped, ends.contains(&last), "{}", text(&answer));
+        assert!(
+            !stopped || text(&answer).ends_with('.'),
+            "{}",
+            text(&answer)
+        );
         ended += usize::from(stopped);
     }
     assert!(ended > 0, "none came to its end");

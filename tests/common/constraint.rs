@@ -15,9 +15,9 @@ pub struct Remainders {
     sum: u32,
     count: usize,
     /// The answer is complete with so many tokens.
-    pub complete: Option<usize>,
+    complete: Option<usize>,
     /// What happens after so many tokens.
-    pub trouble: Option<(usize, Trouble)>,
+    trouble: Option<(usize, Trouble)>,
 }
 
 /// How a constraint fails.
@@ -31,12 +31,20 @@ pub enum Trouble {
 }
 
 impl Remainders {
+    /// As its default, complete with so many tokens.
+    pub fn complete_with(tokens: usize) -> Self {
+        Self {
+            complete: Some(tokens),
+            ..Self::default()
+        }
+    }
+
     /// As its default, failing after so many tokens.
-    pub fn failing(after: usize, trouble: Trouble) -> Box<dyn Constraint> {
-        Box::new(Self {
+    pub fn failing(after: usize, trouble: Trouble) -> Self {
+        Self {
             trouble: Some((after, trouble)),
             ..Self::default()
-        })
+        }
     }
 
     /// Whether it allows this token next.
