@@ -14,6 +14,11 @@ use tokio::sync::oneshot;
 /// What the model of a server under test is called.
 pub const MODEL: &str = "test-model";
 
+/// Settings of a server under test.
+pub fn options() -> ServerOptions {
+    ServerOptions::new(MODEL)
+}
+
 /// The tokenizer of a model file.
 pub fn tokenizer(model: &Path) -> Tokenizer {
     let mut files = ModelFiles::open(model).unwrap();
@@ -48,10 +53,6 @@ pub struct TestServer {
 impl TestServer {
     /// Serves `engine` on a free port of the loopback interface.
     pub fn start(engine: Engine, options: ServerOptions) -> Self {
-        let options = ServerOptions {
-            model_name: MODEL.to_owned(),
-            ..options
-        };
         let (stop, stopped) = oneshot::channel::<()>();
         let (report, started) = std::sync::mpsc::channel();
         let served = engine.clone();
@@ -68,7 +69,7 @@ impl TestServer {
                 let stopped = async {
                     let _ = stopped.await;
                 };
-                server.run(stopped).await.unwrap();
+                server.run(stopped).await;
             });
         };
         let thread = std::thread::spawn(serve);

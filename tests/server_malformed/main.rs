@@ -19,7 +19,6 @@ mod server;
 
 use http::{Connection, Reply, exchange, post};
 use quell::EngineConfig;
-use quell::server::ServerOptions;
 use requests::idle;
 use server::TestServer;
 use std::time::Duration;
@@ -113,12 +112,10 @@ fn start() -> TestServer {
         server::tokenizer(&model::smollm2()),
         EngineConfig::default(),
     );
-    let options = ServerOptions {
-        max_body_bytes: BODY_LIMIT,
-        body_timeout: Duration::from_millis(300),
-        header_timeout: Duration::from_millis(300),
-        ..ServerOptions::default()
-    };
+    let mut options = server::options();
+    options.max_body_bytes = BODY_LIMIT;
+    options.body_timeout = Duration::from_millis(300);
+    options.header_timeout = Duration::from_millis(300);
     TestServer::start(engine, options)
 }
 
