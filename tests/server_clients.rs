@@ -82,7 +82,7 @@ fn curl_gets_what_it_expects() {
 /// that the document knows.
 #[test]
 fn every_answer_is_what_the_openapi_document_says() {
-    let server = server(&["--max-context", "192"]);
+    let server = server(&["--context", "192"]);
     let mut schemathesis = installed("schemathesis");
     schemathesis
         .arg("--config-file")

@@ -2,6 +2,7 @@
 //! keep the server waiting for.
 
 use super::ServerOptions;
+use super::first_bytes::FirstBytes;
 use axum::Router;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
@@ -72,7 +73,8 @@ pub(super) async fn serve<T>(
         let builder = Arc::clone(&builder);
         let watcher = graceful.watcher();
         tokio::spawn(async move {
-            let io = TokioIo::new(prepared(stream, limits.write_timeout));
+            let stream = prepared(stream, limits.write_timeout);
+            let io = TokioIo::new(FirstBytes::within(limits.header_timeout, stream));
             let connection = builder.serve_connection(io, service).into_owned();
             if let Err(error) = watcher.watch(connection).await {
                 // Mostly clients that went away.

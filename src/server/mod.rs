@@ -28,6 +28,7 @@ mod chat;
 mod completions;
 mod connection;
 mod error;
+mod first_bytes;
 mod health;
 mod json;
 mod metrics;
@@ -193,6 +194,7 @@ fn router(app: Arc<App>) -> Router {
         .route("/ready", get(health::ready))
         .route("/metrics", get(health::metrics))
         .route("/version", get(health::version))
+        .route("/openapi.json", get(health::openapi))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(CatchPanicLayer::custom(panicked))

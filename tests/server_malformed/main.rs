@@ -47,6 +47,8 @@ pub enum Expected {
     },
     /// This status; HTTP itself is broken, so the body may be empty.
     Status(u16),
+    /// The same, where it depends on what the server notices first.
+    OneOf([u16; 2]),
     /// No reply, only the end of the connection.
     Closed,
 }
@@ -84,6 +86,7 @@ impl Expected {
         let wrong = match self {
             Self::Closed => true,
             Self::Status(status) => reply.status != *status,
+            Self::OneOf(statuses) => !statuses.contains(&reply.status),
             Self::Refused {
                 status,
                 param,
