@@ -27,13 +27,17 @@ use tokio::net::TcpSocket;
 /// How long anything may take before a test fails.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// A runner that computes nothing, and whose steps complete when they are permitted.
-struct GatedRunner {
+/// How long a step takes: time for a client to go away in the middle.
+const STEP: Duration = Duration::from_millis(5);
+
+/// A runner that computes nothing and takes its time for it.
+struct SlowRunner {
     runner: NullRunner,
-    gate: mpsc::Receiver<()>,
+    /// Never sent to; a step takes no time once it is closed.
+    open: mpsc::Receiver<()>,
 }
 
-impl Runner for GatedRunner {
+impl Runner for SlowRunner {
     fn depth(&self) -> usize {
         self.runner.depth()
     }
@@ -43,8 +47,7 @@ impl Runner for GatedRunner {
     }
 
     fn collect(&mut self) -> Result<Vec<Sampled>, DeviceError> {
-        // A closed gate lets everything through.
-        let _ = self.gate.recv();
+        let _ = self.open.recv_timeout(STEP);
         self.runner.collect()
     }
 
@@ -53,61 +56,43 @@ impl Runner for GatedRunner {
     }
 }
 
-/// An engine whose steps are permitted one by one. Its requests never come to an end by
+/// An engine over it, and what keeps it slow. Its requests never come to an end by
 /// themselves: the context is longer than any test.
-struct Paced {
-    engine: Engine,
-    permits: mpsc::Sender<()>,
+fn slow_engine(running: usize, label: &str) -> (Engine, mpsc::Sender<()>) {
+    let (slow, open) = mpsc::channel();
+    let tokenizer = server::tokenizer(&model::smollm2());
+    let options = NullOptions {
+        vocabulary: tokenizer.vocabulary_size(),
+        context_tokens: 1 << 20,
+        cache_blocks: 1 << 17,
+        ..NullOptions::default()
+    };
+    let config = EngineConfig {
+        max_sequences: running,
+        metrics_label: Some(label.to_owned()),
+        // Nobody is to be cancelled for anything but a lost connection.
+        slow_consumer_deadline: None,
+        ..EngineConfig::default()
+    };
+    let make = move || {
+        let runner = NullRunner::new(options);
+        let info = runner.info();
+        let runner = SlowRunner { runner, open };
+        Ok::<_, LoadError>((Box::new(runner) as Box<dyn Runner>, info))
+    };
+    let engine = Engine::with_runner(config, Some(tokenizer), make).unwrap();
+    (engine, slow)
 }
 
-impl Paced {
-    fn start(running: usize, label: &str) -> Self {
-        let (permits, gate) = mpsc::channel();
-        let tokenizer = server::tokenizer(&model::smollm2());
-        let options = NullOptions {
-            vocabulary: tokenizer.vocabulary_size(),
-            context_tokens: 1 << 20,
-            cache_blocks: 1 << 17,
-            ..NullOptions::default()
-        };
-        let config = EngineConfig {
-            max_sequences: running,
-            metrics_label: Some(label.to_owned()),
-            // Nobody is to be cancelled for anything but a lost connection.
-            slow_consumer_deadline: None,
-            ..EngineConfig::default()
-        };
-        let make = move || {
-            let runner = NullRunner::new(options);
-            let info = runner.info();
-            let runner = GatedRunner { runner, gate };
-            Ok::<_, LoadError>((Box::new(runner) as Box<dyn Runner>, info))
-        };
-        let engine = Engine::with_runner(config, Some(tokenizer), make).unwrap();
-        Self { engine, permits }
-    }
-
-    /// Permits one step after the other until the engine is as it should be.
-    fn run_until(&self, what: &str, is: impl Fn(&EngineStats) -> bool) -> EngineStats {
-        run_until(&self.engine, what, || self.permits.send(()).unwrap(), is)
-    }
-}
-
-/// Asks the scheduler thread again and again, doing something before each question.
-fn run_until(
-    engine: &Engine,
-    what: &str,
-    before: impl Fn(),
-    is: impl Fn(&EngineStats) -> bool,
-) -> EngineStats {
-    let until = Instant::now() + PATIENCE;
+/// Asks the scheduler thread again and again until all is as it should be.
+fn until(engine: &Engine, what: &str, is: impl Fn(&EngineStats) -> bool) -> EngineStats {
+    let patience = Instant::now() + PATIENCE;
     loop {
-        before();
         let stats = engine.stats().unwrap();
         if is(&stats) {
             return stats;
         }
-        assert!(Instant::now() < until, "{what}: {stats:?}");
+        assert!(Instant::now() < patience, "{what}: {stats:?}");
     }
 }
 
@@ -269,16 +254,16 @@ fn five_hundred_clients_that_go_away_at_any_moment_leave_nothing() {
     const WAITING: usize = 300;
     const LABEL: &str = "five-hundred";
     let options = options();
-    let paced = Paced::start(RUNNING, LABEL);
-    let before = paced.engine.stats().unwrap();
-    let server = TestServer::start(paced.engine.clone(), options);
+    let (engine, slow) = slow_engine(RUNNING, LABEL);
+    let before = engine.stats().unwrap();
+    let server = TestServer::start(engine.clone(), options);
 
     // As many as may run: streams in the middle, and answers that are waited for whole.
     let mut running: Vec<Client> = (0..RUNNING)
         .map(|index| Client::ask(&server, index, index % 5 != 0, CUTS[index % 3]))
         .collect();
-    paced.run_until("all run", |stats| stats.running == RUNNING);
-    paced.run_until("they have tokens", |stats| {
+    until(&engine, "all run", |stats| stats.running == RUNNING);
+    until(&engine, "they have tokens", |stats| {
         stats.tokens_generated >= 8 * RUNNING as u64
     });
     let streaming = running.iter_mut().enumerate();
@@ -289,16 +274,16 @@ fn five_hundred_clients_that_go_away_at_any_moment_leave_nothing() {
     let waiting: Vec<Client> = (0..WAITING)
         .map(|index| Client::ask(&server, index, index % 3 != 0, CUTS[index / 3 % 3]))
         .collect();
-    let full = paced.run_until("the others wait", |stats| stats.waiting == WAITING);
+    let full = until(&engine, "the others wait", |stats| stats.waiting == WAITING);
     assert_eq!((full.running, full.open), (RUNNING, RUNNING + WAITING));
     assert!(full.blocks.referenced >= RUNNING, "{full:?}");
 
     let clients = waiting.into_iter().chain(running);
     let stayed: Vec<_> = clients.filter_map(Client::leave).collect();
     assert!(!stayed.is_empty());
-    paced.run_until("nothing is open", nothing_is_open);
+    until(&engine, "nothing is open", nothing_is_open);
     all_is_as_before(&server, LABEL, &before, RUNNING + WAITING);
-    drop(paced.permits);
+    drop(slow);
 }
 
 /// Half-open connections: nothing tells the server that its client is gone, except that
@@ -311,14 +296,14 @@ fn a_client_that_stops_reading_is_cut_off_and_leaves_nothing() {
     // What is kept between server and client, some megabytes, is soon full of long events.
     options.model_name = "m".repeat(8000);
     options.write_timeout = Duration::from_millis(200);
-    let paced = Paced::start(64, LABEL);
-    let before = paced.engine.stats().unwrap();
-    let server = TestServer::start(paced.engine.clone(), options);
+    let (engine, slow) = slow_engine(64, LABEL);
+    let before = engine.stats().unwrap();
+    let server = TestServer::start(engine.clone(), options);
     let mut clients: Vec<Client> = (0..SILENT)
         .map(|index| Client::ask(&server, index, true, Cut::Silence))
         .collect();
-    paced.run_until("all run", |stats| stats.running == SILENT);
-    paced.run_until("they have tokens", |stats| {
+    until(&engine, "all run", |stats| stats.running == SILENT);
+    until(&engine, "they have tokens", |stats| {
         stats.tokens_generated >= 8 * SILENT as u64
     });
     for client in &mut clients {
@@ -326,10 +311,10 @@ fn a_client_that_stops_reading_is_cut_off_and_leaves_nothing() {
     }
     let stayed: Vec<_> = clients.into_iter().filter_map(Client::leave).collect();
     assert_eq!(stayed.len(), SILENT);
-    let after = paced.run_until("nothing is open", nothing_is_open);
+    let after = until(&engine, "nothing is open", nothing_is_open);
     assert!(after.tokens_generated > before.tokens_generated);
     all_is_as_before(&server, LABEL, &before, SILENT);
-    drop(paced.permits);
+    drop(slow);
 }
 
 #[test]
@@ -350,10 +335,7 @@ fn sixty_four_clients_of_a_real_model_that_go_away_leave_nothing() {
     let mut clients: Vec<Client> = (0..CLIENTS)
         .map(|index| Client::ask(&server, index, index % 4 != 0, CUTS[index % 3]))
         .collect();
-    let wait = |what: &str, is: &dyn Fn(&EngineStats) -> bool| {
-        run_until(&engine, what, || {}, is);
-    };
-    wait("all are there", &|stats| stats.open == CLIENTS);
+    until(&engine, "all are there", |stats| stats.open == CLIENTS);
     // The first half runs, the other half waits.
     let streaming = clients.iter_mut().take(32).enumerate();
     for (_, client) in streaming.filter(|(index, _)| index % 4 != 0) {
@@ -363,6 +345,6 @@ fn sixty_four_clients_of_a_real_model_that_go_away_leave_nothing() {
     assert!(held.running > 0 && held.blocks.referenced > 0, "{held:?}");
     let stayed: Vec<_> = clients.into_iter().filter_map(Client::leave).collect();
     assert!(!stayed.is_empty());
-    wait("nothing is open", &nothing_is_open);
+    until(&engine, "nothing is open", nothing_is_open);
     all_is_as_before(&server, LABEL, &before, CLIENTS);
 }
