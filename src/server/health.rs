@@ -54,3 +54,9 @@ pub(crate) async fn metrics(State(app): State<Arc<App>>) -> Result<Response, Api
 pub(crate) async fn version() -> Json<Value> {
     Json(json!({"version": env!("CARGO_PKG_VERSION")}))
 }
+
+/// What all the routes take and answer, for those who make clients of it.
+pub(crate) async fn openapi() -> Response {
+    let document = include_str!("openapi.json");
+    ([(header::CONTENT_TYPE, "application/json")], document).into_response()
+}

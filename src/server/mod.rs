@@ -31,6 +31,7 @@ mod completions;
 mod connection;
 mod conversation;
 mod error;
+mod first_bytes;
 mod health;
 mod json;
 mod metrics;
@@ -305,6 +306,7 @@ fn routes() -> Router<Arc<App>> {
         .route("/ready", get(health::ready))
         .route("/metrics", get(health::metrics))
         .route("/version", get(health::version))
+        .route("/openapi.json", get(health::openapi))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
 }
