@@ -117,21 +117,18 @@ class Replica(Program):
         self.port = int(found[1])
         self.url = f"http://127.0.0.1:{self.port}"
 
-    def metrics(self):
-        """The sum over the labels of every metric, by its name."""
+    def metric(self, name, **labels):
+        """The sum over the lines of this name that have these labels."""
         status, text = self.get("/metrics")
         check(status == 200, f"/metrics of {self.url} answers {status}: {text}")
-        sums = {}
+        values = []
         for line in text.splitlines():
-            if line and not line.startswith("#"):
-                name, value = line.rsplit(" ", 1)
-                # Also with its labels, as they are written.
-                for key in {name, name.partition("{")[0]}:
-                    sums[key] = sums.get(key, 0) + float(value)
-        return sums
-
-    def metric(self, name):
-        return self.metrics()[name]
+            key, _, value = line.rpartition(" ")
+            of, _, having = key.partition("{")
+            if of == name and all(f'{label}="{is_}"' in having for label, is_ in labels.items()):
+                values.append(float(value))
+        check(values, f"/metrics has no {name} with {labels}")
+        return sum(values)
 
     def succeeded(self):
         return self.metric("quell_request_success_total")
@@ -140,14 +137,15 @@ class Replica(Program):
         return self.metric("quell_num_requests_running")
 
     def holds_nothing(self):
-        metrics = self.metrics()
-        names = [
-            "quell_num_requests_running",
-            "quell_num_requests_waiting",
-            'quell_kv_blocks{state="active"}',
-            'quell_kv_blocks{state="deferred"}',
-        ]
-        return not any(metrics[name] for name in names)
+        return not (
+            self.running()
+            or self.metric("quell_num_requests_waiting")
+            or self.metric("quell_kv_blocks", state="active")
+            or self.metric("quell_kv_blocks", state="deferred")
+        )
+
+    def disconnects(self):
+        return self.metric("quell_request_outcomes_total", outcome="cancelled", reason="disconnect")
 
 
 class Router(Program):
@@ -280,10 +278,8 @@ def streaming_works(router, replicas):
 
 
 def a_disconnect_frees_the_blocks(router, replicas):
-    gone = 'quell_request_outcomes_total{outcome="cancelled",reason="disconnect"}'
-
     def disconnects():
-        return sum(replica.metric(gone) for replica in replicas)
+        return sum(replica.disconnects() for replica in replicas)
 
     def all_hold_nothing():
         return all(replica.holds_nothing() for replica in replicas)
