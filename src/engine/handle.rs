@@ -2,7 +2,7 @@
 
 use super::command::{AccountSpec, Command, Submission};
 use super::deadlines::RequestDeadlines;
-use super::event::{Receipt, SessionCell, channel};
+use super::event::{CancelReason, Receipt, SessionCell, channel};
 use super::metrics::EngineMetrics;
 use super::permit::Permit;
 use super::record::RequestRecord;
@@ -11,11 +11,11 @@ use super::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use super::sync::{Arc, OnceLock, Receiver, Sender, Weak, bounded, spawn, unbounded};
 use super::thread::SchedulerThread;
 use super::turn::Turn;
-use super::waiting::{Answer, EngineEnd, Reply, Waiters};
+use super::waiting::{Answer, Asked, EngineEnd, Reply, Waiters};
 use super::watchdog::{Heartbeat, Pulse, watch};
 use super::{
-    Draining, EngineFault, EngineStats, Health, Session, SessionOptions, Shutdown, ShuttingDown,
-    SubmitError, TokenStream,
+    Draining, EngineFault, EngineSnapshot, EngineStats, Health, Session, SessionOptions, Shutdown,
+    ShuttingDown, SubmitError, TokenStream,
 };
 use crate::cache::BlockCache;
 use crate::config::EngineConfig;
@@ -583,6 +583,41 @@ impl Engine {
     /// The engine's state; waits for the scheduler thread, at most for one step.
     pub fn stats(&self) -> Result<EngineStats, SubmitError> {
         self.ask(Command::Inspect)
+    }
+
+    /// As [`Engine::stats`], for async callers: it waits for nobody before it is awaited.
+    pub fn inspect(&self) -> Asked<EngineStats> {
+        self.put(Command::InspectLater)
+    }
+
+    /// Who is open, whose each block of the key-value cache is, and who ended last.
+    /// Costs the scheduler thread time in the number of blocks and open requests, about a
+    /// millisecond for 100,000 blocks, and nothing when nobody asks.
+    pub fn snapshot(&self) -> Asked<EngineSnapshot> {
+        self.put(Command::Snapshot)
+    }
+
+    /// Cancels an open request by its id, whoever holds its stream, which ends as
+    /// [`Outcome::Cancelled`](crate::Outcome::Cancelled) with this reason. Posted before
+    /// this returns; the answer is the receipt of its end when its blocks are free, or
+    /// `None` when no request with this id is open: it has ended, or there never was one.
+    /// A second cancel changes nothing.
+    pub fn cancel_request(&self, id: SessionId, reason: CancelReason) -> Asked<Option<Receipt>> {
+        let posted_at = Instant::now();
+        self.put(|reply| Command::CancelRequest {
+            id,
+            reason: reason.of_a_caller(),
+            posted_at,
+            reply,
+        })
+    }
+
+    /// Posts a question whose answer can be awaited.
+    fn put<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Asked<T> {
+        let (reply, answer) = Answer::channel(&self.shared.end, &self.shared.waiters);
+        // A closed engine answers nothing; the reply, dropped, says so.
+        let _ = self.commands.send(command(reply));
+        Asked::new(answer)
     }
 
     /// Forgets the prefixes that no request holds; what sessions keep stays.

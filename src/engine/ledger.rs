@@ -17,7 +17,7 @@ use super::turn::Turn;
 use super::waiting::Reply;
 use crate::id::{SessionId, StepId};
 use crate::schedule::{FinishReason, SequenceKey};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
 
 /// An open request.
@@ -34,7 +34,24 @@ struct Account {
     /// The session's turn that it is.
     turn: Option<Turn>,
     /// Who else waits for the receipt.
-    replies: Vec<Reply<Receipt>>,
+    replies: Vec<ReceiptReply>,
+}
+
+/// Who waits for the receipt of a request, beside the owner of its stream.
+pub(super) enum ReceiptReply {
+    /// Its session, which has stopped it.
+    Session(Reply<Receipt>),
+    /// Who has cancelled it by its id.
+    Request(Reply<Option<Receipt>>),
+}
+
+impl ReceiptReply {
+    fn send(self, receipt: Receipt) {
+        match self {
+            Self::Session(reply) => reply.send(receipt),
+            Self::Request(reply) => reply.send(Some(receipt)),
+        }
+    }
 }
 
 /// A session that has ended, or a turn of it that was stopped, and whose blocks a step
@@ -47,6 +64,7 @@ struct ClosingSession {
 
 /// A request that has ended and whose blocks a step in flight may still touch.
 struct Closing {
+    id: SessionId,
     key: SequenceKey,
     fence: StepId,
     events: EventSender,
@@ -54,12 +72,23 @@ struct Closing {
     record: RequestRecord,
     end: EndKind,
     ended_at: Instant,
-    replies: Vec<Reply<Receipt>>,
+    replies: Vec<ReceiptReply>,
 }
+
+/// A request that has ended and whose blocks are free.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ended {
+    pub id: SessionId,
+    pub end: EndKind,
+    pub receipt: Receipt,
+}
+
+/// How many of the last ends are remembered.
+const RECENT_ENDS: usize = 64;
 
 impl Closing {
     /// The blocks are free: the receipt goes out, and the end is reported.
-    fn settle(mut self, step: StepId, freed_at: Instant, metrics: &EngineMetrics) {
+    fn settle(mut self, step: StepId, freed_at: Instant, metrics: &EngineMetrics) -> Ended {
         self.receipt.step = step;
         self.receipt.freed_at = freed_at;
         if self.end.cancel_reason().is_some() {
@@ -72,6 +101,11 @@ impl Closing {
             reply.send(self.receipt);
         }
         self.events.send_receipt(self.receipt);
+        Ended {
+            id: self.id,
+            end: self.end,
+            receipt: self.receipt,
+        }
     }
 }
 
@@ -96,6 +130,8 @@ pub(super) struct Ledger {
     dirty: Vec<SequenceKey>,
     deadlines: Deadlines,
     outcomes: Outcomes,
+    /// The last ends, the oldest first.
+    recent: VecDeque<Ended>,
 }
 
 impl Ledger {
@@ -111,6 +147,7 @@ impl Ledger {
             dirty: Vec::new(),
             deadlines: Deadlines::default(),
             outcomes: Outcomes::default(),
+            recent: VecDeque::with_capacity(RECENT_ENDS),
         }
     }
 
@@ -137,10 +174,20 @@ impl Ledger {
     }
 
     /// Gives one more receipt when an open request has ended.
-    pub fn add_reply(&mut self, key: SequenceKey, reply: Reply<Receipt>) {
+    pub fn add_reply(&mut self, key: SequenceKey, reply: ReceiptReply) {
         if let Some(account) = self.open.get_mut(&key) {
             account.replies.push(reply);
         }
+    }
+
+    /// When an open request was submitted.
+    pub fn submitted(&self, key: SequenceKey) -> Option<Instant> {
+        Some(self.open.get(&key)?.record.submitted())
+    }
+
+    /// The last ends, the oldest first.
+    pub fn recent_ends(&self) -> impl DoubleEndedIterator<Item = &Ended> {
+        self.recent.iter()
     }
 
     /// Gives a receipt when step `fence` has completed.
@@ -288,6 +335,7 @@ impl Ledger {
             at,
         });
         self.closing.push(Closing {
+            id: account.id,
             key: account.key,
             fence: remains.fence,
             receipt: Receipt {
@@ -315,7 +363,11 @@ impl Ledger {
         let freed_at = Instant::now();
         let free = |closing: &mut Closing| closing.fence <= completed;
         for closing in self.closing.extract_if(.., free) {
-            closing.settle(completed, freed_at, &self.metrics);
+            let ended = closing.settle(completed, freed_at, &self.metrics);
+            if self.recent.len() == RECENT_ENDS {
+                self.recent.pop_front();
+            }
+            self.recent.push_back(ended);
         }
         let free = |closing: &mut ClosingSession| closing.fence <= completed;
         for closing in self.closing_sessions.extract_if(.., free) {
