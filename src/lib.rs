@@ -50,6 +50,8 @@ pub mod model;
 pub mod runner;
 pub mod sampling;
 pub mod schedule;
+#[cfg(feature = "server")]
+pub mod server;
 pub mod text;
 pub mod weights;
 

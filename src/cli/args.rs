@@ -29,6 +29,12 @@ pub enum CliError {
     Text(#[from] quell::text::TextError),
     #[error(transparent)]
     Chat(#[from] super::chat::ChatError),
+    #[cfg(feature = "server")]
+    #[error(transparent)]
+    Serve(#[from] quell::server::ServeError),
+    #[cfg(feature = "server")]
+    #[error(transparent)]
+    Metrics(#[from] quell::server::MetricsError),
     #[cfg(feature = "hub")]
     #[error(transparent)]
     Hub(#[from] super::hub::HubError),

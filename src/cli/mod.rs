@@ -12,6 +12,8 @@ mod generate;
 mod hub;
 mod inspect;
 mod progress;
+#[cfg(feature = "server")]
+mod serve;
 mod tokenize;
 
 use args::CliError;
@@ -35,6 +37,9 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Talk with a model in the terminal.
     Chat(chat::ChatArgs),
+    /// Serve a model over HTTP, as OpenAI's API.
+    #[cfg(feature = "server")]
+    Serve(serve::ServeArgs),
     /// Turn text into token ids.
     Tokenize(tokenize::TokenizeArgs),
     /// Show what a model file holds and the memory that it needs.
@@ -53,6 +58,8 @@ pub fn main() -> ExitCode {
     let result = match cli.command {
         Command::Generate(args) => generate::run(args),
         Command::Chat(args) => chat::start(args),
+        #[cfg(feature = "server")]
+        Command::Serve(args) => serve::run(args),
         Command::Tokenize(args) => tokenize::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Bench(args) => bench::run(args),

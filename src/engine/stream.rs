@@ -157,6 +157,12 @@ impl TokenStream {
         &self.parts.prompt
     }
 
+    /// The tokens that end the answer, sorted: the model's own, unless they are
+    /// ignored, and the request's.
+    pub fn stop_tokens(&self) -> Arc<[u32]> {
+        Arc::clone(&self.parts.stop_tokens)
+    }
+
     /// Cancels the request. The cancel is posted before this returns; the future
     /// (or [`Cancellation::wait`]) is the acknowledgement that its blocks are free.
     pub fn cancel(self) -> Cancellation {
