@@ -58,6 +58,8 @@ pub(crate) enum Command {
     Inspect(Sender<EngineStats>),
     /// The same, for someone who waits without a thread.
     InspectLater(Reply<EngineStats>),
+    /// Report the open requests with this label.
+    Find(Arc<str>, Reply<Vec<SessionId>>),
     /// Report who is open, and whose each block is.
     Snapshot(Reply<EngineSnapshot>),
     /// Cancel every session.
@@ -84,4 +86,6 @@ pub(crate) struct AccountSpec {
     pub deadlines: RequestDeadlines,
     /// Whose turn it is; none for a request on its own.
     pub turn: Option<Turn>,
+    /// What its caller knows it by.
+    pub label: Option<Arc<str>>,
 }

@@ -89,6 +89,9 @@ pub struct Request {
     /// Who it is for: of equally urgent requests, those of the tenant that was served
     /// the least start first.
     pub tenant: Option<Arc<str>>,
+    /// What the caller knows it by: its span and [`Engine::snapshot`] show it, and
+    /// [`Engine::find`] looks for it. Requests may have the same.
+    pub label: Option<Arc<str>>,
 }
 
 impl Request {
@@ -106,6 +109,7 @@ impl Request {
             finish_within: None,
             priority: 0,
             tenant: None,
+            label: None,
         }
     }
 
@@ -142,6 +146,12 @@ impl Request {
     /// Sets who it is for.
     pub fn tenant(mut self, tenant: impl Into<Arc<str>>) -> Self {
         self.tenant = Some(tenant.into());
+        self
+    }
+
+    /// Sets what the caller knows it by.
+    pub fn label(mut self, label: impl Into<Arc<str>>) -> Self {
+        self.label = Some(label.into());
         self
     }
 
@@ -505,7 +515,9 @@ impl Engine {
         let waiter: Weak<SessionCell> = Arc::downgrade(&cell);
         self.shared.waiters.add(waiter);
         let submitted = Instant::now();
-        let span = tracing::info_span!(target: "quell::request", "request", id = id.as_u64());
+        let label = request.label.as_deref();
+        let span =
+            tracing::info_span!(target: "quell::request", "request", id = id.as_u64(), label);
         // Beyond the end of time means without a deadline.
         let after = |time: Option<Duration>| submitted.checked_add(time?);
         let deadlines = RequestDeadlines {
@@ -536,6 +548,7 @@ impl Engine {
             record,
             deadlines,
             turn,
+            label: request.label,
         };
         Ok((stream, Submission { id, spec, account }))
     }
@@ -610,6 +623,11 @@ impl Engine {
             posted_at,
             reply,
         })
+    }
+
+    /// The open requests with this label, in the order of their ids.
+    pub fn find(&self, label: impl Into<Arc<str>>) -> Asked<Vec<SessionId>> {
+        self.put(|reply| Command::Find(label.into(), reply))
     }
 
     /// Posts a question whose answer can be awaited.

@@ -33,6 +33,8 @@ struct Account {
     token: Option<Token>,
     /// The session's turn that it is.
     turn: Option<Turn>,
+    /// What its caller knows it by.
+    label: Option<Arc<str>>,
     /// Who else waits for the receipt.
     replies: Vec<ReceiptReply>,
 }
@@ -180,9 +182,19 @@ impl Ledger {
         }
     }
 
-    /// When an open request was submitted.
-    pub fn submitted(&self, key: SequenceKey) -> Option<Instant> {
-        Some(self.open.get(&key)?.record.submitted())
+    /// When an open request was submitted, and what its caller knows it by.
+    pub fn known_of(&self, key: SequenceKey) -> Option<(Instant, Option<&Arc<str>>)> {
+        let account = self.open.get(&key)?;
+        Some((account.record.submitted(), account.label.as_ref()))
+    }
+
+    /// The open requests with this label, in the order of their ids.
+    pub fn labelled(&self, label: &str) -> Vec<SessionId> {
+        let labelled = |account: &&Account| account.label.as_deref() == Some(label);
+        let found = self.open.values().filter(labelled);
+        let mut ids: Vec<SessionId> = found.map(|account| account.id).collect();
+        ids.sort_unstable();
+        ids
     }
 
     /// The last ends, the oldest first.
@@ -223,6 +235,7 @@ impl Ledger {
             record,
             deadlines,
             turn,
+            label,
         } = spec;
         let deadlines = self.deadlines.add(key, deadlines);
         self.outcomes.accepted += 1;
@@ -240,6 +253,7 @@ impl Ledger {
             deadlines,
             token: None,
             turn,
+            label,
             replies: Vec::new(),
         };
         self.open.insert(key, account);
@@ -449,6 +463,7 @@ mod tests {
                 pin: None,
                 cell: Arc::default(),
             }),
+            label: None,
         };
         ledger.open(key, SessionId(id), spec);
         receiver

@@ -100,6 +100,11 @@ impl Session {
         state.context.len()
     }
 
+    /// Whether a turn is generating.
+    pub fn is_generating(&self) -> bool {
+        !self.state().settle()
+    }
+
     /// What the engine keeps of this session now; waits for the scheduler thread, at
     /// most for one step. During a turn it is the turn that holds the blocks.
     pub fn kept(&self) -> Result<Kept, SubmitError> {
@@ -185,6 +190,12 @@ impl Session {
     /// returns; the future is the acknowledgement.
     pub fn end(mut self) -> Cancellation {
         self.ended = true;
+        self.post_end()
+    }
+
+    /// As [`Session::end`], for one that others hold as well; a turn that they begin
+    /// later ends when the session is dropped.
+    pub(crate) fn post_end(&self) -> Cancellation {
         let (session, posted_at) = (self.id, Instant::now());
         self.engine.acknowledged(|reply| Command::EndSession {
             session,

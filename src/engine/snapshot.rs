@@ -51,6 +51,8 @@ pub struct RequestState {
     pub phase: RequestPhase,
     /// The session whose turn it is.
     pub session: Option<SessionId>,
+    /// What its caller knows it by.
+    pub label: Option<Arc<str>>,
     /// Who it is for.
     pub tenant: Option<Arc<str>>,
     /// How urgent it is; a lower number goes first.
@@ -184,8 +186,9 @@ pub(super) fn take(scheduler: &Scheduler, ledger: &Ledger, stats: EngineStats) -
     sequences.sort_unstable_by_key(|(_, sequence)| sequence.id);
     let kept = scheduler.kept_by_all();
     let requests = sequences.iter().map(|(key, sequence)| {
-        let submitted = ledger.submitted(*key).unwrap_or(now);
-        request_state(sequence, now.saturating_duration_since(submitted))
+        let (submitted, label) = ledger.known_of(*key).unwrap_or((now, None));
+        let age = now.saturating_duration_since(submitted);
+        request_state(sequence, label.cloned(), age)
     });
     let sessions = kept.iter().map(|(id, kept, _)| SessionState {
         id: *id,
@@ -206,7 +209,7 @@ pub(super) fn take(scheduler: &Scheduler, ledger: &Ledger, stats: EngineStats) -
     }
 }
 
-fn request_state(sequence: &Sequence, age: Duration) -> RequestState {
+fn request_state(sequence: &Sequence, label: Option<Arc<str>>, age: Duration) -> RequestState {
     let phase = if sequence.is_paused() {
         RequestPhase::Paused
     } else if sequence.is_preempted() {
@@ -221,6 +224,7 @@ fn request_state(sequence: &Sequence, age: Duration) -> RequestState {
         id: sequence.id,
         phase,
         session: sequence.spec.session,
+        label,
         tenant: sequence.spec.tenant.clone(),
         priority: sequence.spec.priority,
         prompt_tokens: sequence.prompt_tokens,

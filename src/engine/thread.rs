@@ -405,6 +405,7 @@ impl SchedulerThread {
                 self.publish();
                 reply.send(self.stats());
             }
+            Command::Find(label, reply) => reply.send(self.ledger.labelled(&label)),
             Command::Snapshot(reply) => {
                 self.publish();
                 reply.send(snapshot::take(&self.scheduler, &self.ledger, self.stats()));

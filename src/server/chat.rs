@@ -117,9 +117,11 @@ pub(crate) async fn chat_completions(
     let samples = sampling.samples(&app)?;
     let max_tokens = request.max_completion_tokens.or(request.max_tokens);
     let prompt = Prompt::Chat(request.messages);
+    let session = sampling.session_id.clone();
+    let id = app.answer_id("chatcmpl");
     let asked = sampling.request(&app, prompt, max_tokens, logprobs)?;
     let streams = app
-        .submit(vec![asked], samples)
+        .submit_turn(session, vec![asked.label(id.as_str())], samples)
         .await
         .map_err(|mut error| {
             if error.body.param.as_deref() == Some("prompt") {
@@ -129,7 +131,7 @@ pub(crate) async fn chat_completions(
         })?;
     let streaming = request.stream.unwrap_or(false);
     let head = Head {
-        id: app.answer_id("chatcmpl"),
+        id,
         object: if streaming {
             "chat.completion.chunk"
         } else {

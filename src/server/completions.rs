@@ -100,14 +100,18 @@ pub(crate) async fn completions(
     let max_tokens = request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
     let echo = request.echo.unwrap_or(false);
     let first = Prompt::Tokens(Vec::new());
+    let session = sampling.session_id.clone();
+    let id = app.answer_id("cmpl");
     let template = sampling.request(&app, first, Some(max_tokens), request.logprobs)?;
+    let template = template.label(id.as_str());
     let requests = prompts(request.prompt)?.into_iter().map(|prompt| Request {
         prompt,
         ..template.clone()
     });
-    let streams = app.submit(requests.collect(), samples).await?;
+    let submitted = app.submit_turn(session, requests.collect(), samples);
+    let streams = submitted.await?;
     let head = Head {
-        id: app.answer_id("cmpl"),
+        id,
         object: "text_completion",
         created: unix_time(),
         model,

@@ -32,6 +32,16 @@ impl JsonBody {
     }
 }
 
+impl JsonBody {
+    /// As [`JsonBody::parse`]; no body at all means a `T` with nothing set.
+    pub fn parse_or_default<T: DeserializeOwned + Default>(&self) -> Result<T, ApiError> {
+        if self.0.trim_ascii().is_empty() {
+            return Ok(T::default());
+        }
+        self.parse()
+    }
+}
+
 impl FromRequest<Arc<App>> for JsonBody {
     type Rejection = ApiError;
 

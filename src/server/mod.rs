@@ -23,6 +23,7 @@
 //! # }
 //! ```
 
+mod abort;
 mod answer;
 mod chat;
 mod completions;
@@ -32,7 +33,10 @@ mod health;
 mod json;
 mod metrics;
 mod models;
+mod page;
 mod sampling;
+mod sessions;
+mod snapshot;
 mod sse;
 mod tokenize;
 
@@ -46,6 +50,8 @@ use axum::response::Response;
 use axum::routing::{get, post};
 use error::ApiError;
 use serde::Deserialize;
+use sessions::Sessions;
+use snapshot::Snapshots;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -84,6 +90,10 @@ pub struct ServerOptions {
     pub request_timeout: Option<Duration>,
     /// Connections at the same time; more wait to be accepted.
     pub max_connections: usize,
+    /// Sessions that may be open at the same time; one more is refused.
+    pub max_sessions: usize,
+    /// How long a session may be left alone before it is ended.
+    pub session_ttl: Duration,
     /// How long open requests may take to finish once the server is told to stop.
     pub drain_timeout: Duration,
 }
@@ -102,6 +112,8 @@ impl ServerOptions {
             write_timeout: Duration::from_secs(30),
             request_timeout: None,
             max_connections: 8192,
+            max_sessions: 1024,
+            session_ttl: Duration::from_secs(3600),
             drain_timeout: Duration::from_secs(30),
         }
     }
@@ -166,6 +178,7 @@ impl Server {
             .metrics
             .clone()
             .map(|metrics| tokio::spawn(metrics.keep()));
+        let sessions = tokio::spawn(sessions::keep(Arc::downgrade(&self.app)));
         let engine = self.app.engine.clone();
         let deadline = self.app.options.drain_timeout;
         let drain = async {
@@ -177,6 +190,7 @@ impl Server {
         if let Some(upkeep) = upkeep {
             upkeep.abort();
         }
+        sessions.abort();
         drained
     }
 }
@@ -187,6 +201,15 @@ fn router(app: Arc<App>) -> Router {
         .route("/v1/chat/completions", post(chat::chat_completions))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*name}", get(models::get))
+        .route("/v1/sessions", get(sessions::list).post(sessions::create))
+        .route(
+            "/v1/sessions/{id}",
+            get(sessions::get).delete(sessions::end),
+        )
+        .route("/v1/sessions/{id}/stop", post(sessions::stop))
+        .route("/v1/engine/snapshot", get(snapshot::snapshot))
+        .route("/abort_request", post(abort::abort_request))
+        .route("/", get(page::page))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
         .route("/health", get(health::health))
@@ -236,6 +259,8 @@ pub(crate) struct App {
     started: u64,
     /// Tells answers of different servers apart.
     fingerprint: Arc<str>,
+    sessions: Sessions,
+    snapshots: Snapshots,
 }
 
 impl App {
@@ -252,6 +277,8 @@ impl App {
             options,
             started: unix_time(),
             fingerprint: fingerprint.into(),
+            sessions: Sessions::default(),
+            snapshots: Snapshots::default(),
         }
     }
 
@@ -293,13 +320,29 @@ impl App {
             }
         }
         let long = requests.iter().any(|request| is_long(&request.prompt));
-        if !long {
-            return self.submit_here(requests, samples);
-        }
         let app = Arc::clone(self);
-        let submitted = move || app.submit_here(requests, samples);
-        let submitted = tokio::task::spawn_blocking(submitted).await;
-        submitted.map_err(|_| ApiError::unavailable("the server is being stopped"))?
+        apart_if(long, move || app.submit_here(requests, samples)).await
+    }
+
+    /// As [`App::submit`], for the one answer of a session's turn if there is a session.
+    async fn submit_turn(
+        self: &Arc<Self>,
+        session: Option<String>,
+        mut requests: Vec<Request>,
+        samples: usize,
+    ) -> Result<Vec<TokenStream>, ApiError> {
+        let Some(id) = session else {
+            return self.submit(requests, samples).await;
+        };
+        let (Some(request), 0, 1) = (requests.pop(), requests.len(), samples) else {
+            let problem = "a session answers one prompt at a time, with n = 1";
+            return Err(ApiError::invalid(problem).param("session_id"));
+        };
+        let session = self.sessions.find(&id)?;
+        let long = is_long(&request.prompt);
+        let turn = move || Ok(session.generate(request)?);
+        let stream: TokenStream = apart_if(long, turn).await?;
+        Ok(vec![stream.when_dropped(CancelReason::Disconnect)])
     }
 
     fn submit_here(
@@ -343,6 +386,18 @@ impl App {
             _ => Ok(()),
         }
     }
+}
+
+/// Runs `work` here, or on a thread of its own if it may take `long`.
+async fn apart_if<T: Send + 'static>(
+    long: bool,
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    if !long {
+        return work();
+    }
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|_| ApiError::unavailable("the server is being stopped"))?
 }
 
 fn is_long(prompt: &Prompt) -> bool {

@@ -32,6 +32,8 @@ pub(crate) struct SamplingFields {
     /// Whom fairness counts it for.
     user: Option<String>,
     priority: Option<i32>,
+    /// The session whose turn it is.
+    pub session_id: Option<String>,
 }
 
 /// One string or several.
