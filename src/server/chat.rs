@@ -37,7 +37,7 @@ struct Head {
     object: &'static str,
     created: u64,
     model: String,
-    system_fingerprint: Arc<str>,
+    system_fingerprint: String,
 }
 
 #[derive(Serialize)]
@@ -139,7 +139,7 @@ pub(crate) async fn chat_completions(
         },
         created: unix_time(),
         model,
-        system_fingerprint: Arc::clone(&app.fingerprint),
+        system_fingerprint: app.fingerprint.clone(),
     };
     let tokenizer = app.engine.tokenizer().cloned();
     if streaming {

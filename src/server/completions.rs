@@ -65,7 +65,7 @@ struct Head {
     object: &'static str,
     created: u64,
     model: String,
-    system_fingerprint: Arc<str>,
+    system_fingerprint: String,
 }
 
 #[derive(Serialize)]
@@ -115,7 +115,7 @@ pub(crate) async fn completions(
         object: "text_completion",
         created: unix_time(),
         model,
-        system_fingerprint: Arc::clone(&app.fingerprint),
+        system_fingerprint: app.fingerprint.clone(),
     };
     let mut writer = CompletionWriter::new(&app, head, &streams, samples);
     writer.logprobs = request.logprobs.is_some();

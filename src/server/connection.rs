@@ -13,10 +13,15 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
+use tokio::time::timeout;
 use tokio_io_timeout::TimeoutStream;
+use tokio_rustls::TlsAcceptor;
 
 /// How long connections may take to close once every answer has been written.
 const CLOSING: Duration = Duration::from_secs(5);
+
+/// Bytes of a request's headers at most.
+const HEADER_BYTES: usize = 64 << 10;
 
 /// How long to wait when no connection can be accepted: no file descriptors are left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -42,6 +47,7 @@ impl Limits {
 /// Serves connections until `end` is done, then lets them finish what they are at.
 pub(super) async fn serve<T>(
     listener: TcpListener,
+    tls: Option<TlsAcceptor>,
     router: Router,
     limits: Limits,
     end: impl Future<Output = T>,
@@ -71,10 +77,24 @@ pub(super) async fn serve<T>(
         let service = TowerToHyperService::new(router.clone());
         let builder = Arc::clone(&builder);
         let watcher = graceful.watcher();
+        let tls = tls.clone();
         tokio::spawn(async move {
-            let io = TokioIo::new(prepared(stream, limits.write_timeout));
-            let connection = builder.serve_connection(io, service).into_owned();
-            if let Err(error) = watcher.watch(connection).await {
+            let stream = prepared(stream, limits.write_timeout);
+            let ended = match tls {
+                None => {
+                    let connection = builder.serve_connection(TokioIo::new(stream), service);
+                    watcher.watch(connection.into_owned()).await
+                }
+                Some(tls) => match timeout(limits.header_timeout, tls.accept(stream)).await {
+                    Ok(Ok(stream)) => {
+                        let connection = builder.serve_connection(TokioIo::new(stream), service);
+                        watcher.watch(connection.into_owned()).await
+                    }
+                    Ok(Err(error)) => Err(error.into()),
+                    Err(late) => Err(late.into()),
+                },
+            };
+            if let Err(error) = ended {
                 // Mostly clients that went away.
                 tracing::debug!(error = &*error, "a connection ended");
             }
@@ -96,12 +116,14 @@ fn builder(limits: Limits) -> Builder<TokioExecutor> {
     builder
         .http1()
         .timer(TokioTimer::new())
-        .header_read_timeout(limits.header_timeout);
+        .header_read_timeout(limits.header_timeout)
+        .max_buf_size(HEADER_BYTES);
     builder
         .http2()
         .timer(TokioTimer::new())
         .keep_alive_interval(limits.write_timeout)
-        .keep_alive_timeout(limits.write_timeout);
+        .keep_alive_timeout(limits.write_timeout)
+        .max_header_list_size(HEADER_BYTES as u32);
     builder
 }
 

@@ -24,7 +24,9 @@
 //! ```
 
 mod abort;
+mod access;
 mod answer;
+mod auth;
 mod chat;
 mod completions;
 mod connection;
@@ -38,32 +40,43 @@ mod sampling;
 mod sessions;
 mod snapshot;
 mod sse;
+mod tls;
 mod tokenize;
+mod trace_context;
 
+pub use auth::ApiKeys;
 pub use metrics::{Metrics, MetricsError};
+pub use tls::TlsFiles;
 
 use crate::engine::{CancelReason, Drained, Engine, Prompt, Request, SubmitError, TokenStream};
 use crate::text::Tokenizer;
-use axum::Router;
-use axum::http::StatusCode;
-use axum::response::Response;
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode, Uri, header};
+use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use axum::{Router, middleware};
 use error::ApiError;
 use serde::Deserialize;
 use sessions::Sessions;
 use snapshot::Snapshots;
 use std::future::Future;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use thiserror::Error;
 use tokio::net::{TcpListener, ToSocketAddrs};
+use tokio_rustls::TlsAcceptor;
 use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::cors::{AllowOrigin, CorsLayer};
+use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer};
 use uuid::Uuid;
 
 /// Prompts with more bytes than this are turned into tokens on a thread of their own, so
 /// that other connections do not wait for it.
 const LONG_PROMPT: usize = 16 << 10;
+
+/// The id of a request: the client's, or one of ours.
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// How a server behaves.
 #[derive(Clone, Debug)]
@@ -96,6 +109,13 @@ pub struct ServerOptions {
     pub session_ttl: Duration,
     /// How long open requests may take to finish once the server is told to stop.
     pub drain_timeout: Duration,
+    /// Whoever brings none of these keys is refused; everybody is let in if there are none.
+    pub api_keys: ApiKeys,
+    /// Origins whose pages may use the server from a browser (CORS), `*` for all; none
+    /// but the server's own by default.
+    pub allowed_origins: Vec<String>,
+    /// Certificate and key, to serve HTTPS; HTTP if `None`.
+    pub tls: Option<TlsFiles>,
 }
 
 impl ServerOptions {
@@ -115,6 +135,9 @@ impl ServerOptions {
             max_sessions: 1024,
             session_ttl: Duration::from_secs(3600),
             drain_timeout: Duration::from_secs(30),
+            api_keys: ApiKeys::default(),
+            allowed_origins: Vec::new(),
+            tls: None,
         }
     }
 }
@@ -130,14 +153,39 @@ pub enum ServeError {
         /// The system's own words.
         source: std::io::Error,
     },
+    /// The certificate or its key cannot be used.
+    #[error("cannot use {path} for TLS: {problem}")]
+    Tls {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// An origin is not one.
+    #[error("{origin:?} is no origin, expected one like https://example.com, or *")]
+    Origin {
+        /// What was given.
+        origin: String,
+    },
 }
 
 /// A server that listens.
-#[derive(Debug)]
 pub struct Server {
     app: Arc<App>,
     listener: TcpListener,
     address: SocketAddr,
+    cors: Option<CorsLayer>,
+    tls: Option<TlsAcceptor>,
+}
+
+impl std::fmt::Debug for Server {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("Server")
+            .field("address", &self.address)
+            .field("options", &self.app.options)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Server {
@@ -152,6 +200,8 @@ impl Server {
             address: name.clone(),
             source,
         };
+        let cors = cors(&options.allowed_origins)?;
+        let tls = options.tls.as_ref().map(TlsFiles::acceptor).transpose()?;
         let listener = TcpListener::bind(address).await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
         let app = Arc::new(App::new(engine, options));
@@ -159,7 +209,14 @@ impl Server {
             app,
             listener,
             address,
+            cors,
+            tls,
         })
+    }
+
+    /// `http` or `https`.
+    pub fn scheme(&self) -> &'static str {
+        if self.tls.is_some() { "https" } else { "http" }
     }
 
     /// Where it listens.
@@ -186,7 +243,8 @@ impl Server {
             engine.drain(deadline).await.ok()
         };
         let limits = connection::Limits::of(&self.app.options);
-        let drained = connection::serve(self.listener, router(self.app), limits, drain).await;
+        let router = router(self.app, self.cors);
+        let drained = connection::serve(self.listener, self.tls, router, limits, drain).await;
         if let Some(upkeep) = upkeep {
             upkeep.abort();
         }
@@ -195,7 +253,47 @@ impl Server {
     }
 }
 
-fn router(app: Arc<App>) -> Router {
+/// What lets pages of other origins use the server.
+fn cors(origins: &[String]) -> Result<Option<CorsLayer>, ServeError> {
+    if origins.is_empty() {
+        return Ok(None);
+    }
+    let allowed = if origins.iter().any(|origin| origin == "*") {
+        AllowOrigin::any()
+    } else {
+        let each = origins.iter().map(|origin| {
+            let value = HeaderValue::from_str(origin).ok();
+            let value = value.filter(|_| origin.contains("://"));
+            value.ok_or_else(|| ServeError::Origin {
+                origin: origin.clone(),
+            })
+        });
+        AllowOrigin::list(each.collect::<Result<Vec<_>, _>>()?)
+    };
+    let layer = CorsLayer::new()
+        .allow_origin(allowed)
+        .allow_methods([Method::GET, Method::POST, Method::DELETE])
+        .allow_headers([header::AUTHORIZATION, header::CONTENT_TYPE, REQUEST_ID])
+        .expose_headers([REQUEST_ID]);
+    Ok(Some(layer))
+}
+
+fn router(app: Arc<App>, cors: Option<CorsLayer>) -> Router {
+    // A layer is around those before it.
+    routes()
+        .layer(middleware::from_fn_with_state(
+            Arc::clone(&app),
+            auth::check,
+        ))
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(tower::util::option_layer(cors))
+        .layer(middleware::from_fn(access::log))
+        .layer(PropagateRequestIdLayer::new(REQUEST_ID))
+        .layer(SetRequestIdLayer::new(REQUEST_ID, MakeRequestUuid))
+        .with_state(app)
+}
+
+fn routes() -> Router<Arc<App>> {
     Router::new()
         .route("/v1/completions", post(completions::completions))
         .route("/v1/chat/completions", post(chat::chat_completions))
@@ -218,15 +316,13 @@ fn router(app: Arc<App>) -> Router {
         .route("/version", get(health::version))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
-        .layer(CatchPanicLayer::custom(panicked))
-        .with_state(app)
 }
 
-async fn no_route(uri: axum::http::Uri) -> ApiError {
+async fn no_route(uri: Uri) -> ApiError {
     ApiError::not_found(format!("there is nothing at {}", uri.path())).code("unknown_url")
 }
 
-async fn no_method(method: axum::http::Method, uri: axum::http::Uri) -> ApiError {
+async fn no_method(method: Method, uri: Uri) -> ApiError {
     let problem = format!("{} does not take {method}", uri.path());
     ApiError::new(
         StatusCode::METHOD_NOT_ALLOWED,
@@ -243,11 +339,8 @@ fn panicked(panic: Box<dyn std::any::Any + Send>) -> Response {
         .or_else(|| panic.downcast_ref::<String>().cloned());
     tracing::error!(panic = message, "a request handler panicked");
     let status = StatusCode::INTERNAL_SERVER_ERROR;
-    axum::response::IntoResponse::into_response(ApiError::new(
-        status,
-        "server_error",
-        "an internal error; the server's log says more",
-    ))
+    let message = "an internal error; the server's log says more";
+    ApiError::new(status, "server_error", message).into_response()
 }
 
 /// What all handlers share.
@@ -258,7 +351,7 @@ pub(crate) struct App {
     /// Seconds since 1970.
     started: u64,
     /// Tells answers of different servers apart.
-    fingerprint: Arc<str>,
+    fingerprint: String,
     sessions: Sessions,
     snapshots: Snapshots,
 }
@@ -276,7 +369,7 @@ impl App {
             engine,
             options,
             started: unix_time(),
-            fingerprint: fingerprint.into(),
+            fingerprint,
             sessions: Sessions::default(),
             snapshots: Snapshots::default(),
         }
