@@ -604,8 +604,8 @@ impl Engine {
     }
 
     /// Who is open, whose each block of the key-value cache is, and who ended last.
-    /// Costs the scheduler thread time in the number of blocks and open requests, about a
-    /// millisecond for 100,000 blocks, and nothing when nobody asks.
+    /// Costs the scheduler thread time in the number of blocks and open requests, and
+    /// nothing when nobody asks.
     pub fn snapshot(&self) -> Asked<EngineSnapshot> {
         self.put(Command::Snapshot)
     }
