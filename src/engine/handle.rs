@@ -2,7 +2,7 @@
 
 use super::command::{AccountSpec, Command, Submission};
 use super::deadlines::RequestDeadlines;
-use super::event::{Receipt, SessionCell, channel};
+use super::event::{CancelReason, Receipt, SessionCell, channel};
 use super::metrics::EngineMetrics;
 use super::permit::Permit;
 use super::record::RequestRecord;
@@ -11,11 +11,11 @@ use super::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use super::sync::{Arc, OnceLock, Receiver, Sender, Weak, bounded, spawn, unbounded};
 use super::thread::SchedulerThread;
 use super::turn::Turn;
-use super::waiting::{Answer, EngineEnd, Reply, Waiters};
+use super::waiting::{Answer, Asked, EngineEnd, Reply, Waiters};
 use super::watchdog::{Heartbeat, Pulse, watch};
 use super::{
-    Draining, EngineFault, EngineStats, Health, Session, SessionOptions, Shutdown, ShuttingDown,
-    SubmitError, TokenStream,
+    Draining, EngineFault, EngineSnapshot, EngineStats, Health, Session, SessionOptions, Shutdown,
+    ShuttingDown, SubmitError, TokenStream,
 };
 use crate::cache::BlockCache;
 use crate::config::EngineConfig;
@@ -104,6 +104,9 @@ pub struct Request {
     ///
     /// [`Grammar`]: crate::text::Grammar
     pub constraint: Option<Box<dyn Constraint>>,
+    /// What the caller knows it by: its span and [`Engine::snapshot`] show it, and
+    /// [`Engine::find`] looks for it. Requests may have the same.
+    pub label: Option<Arc<str>>,
 }
 
 impl Request {
@@ -123,6 +126,7 @@ impl Request {
             priority: 0,
             tenant: None,
             constraint: None,
+            label: None,
         }
     }
 
@@ -165,6 +169,12 @@ impl Request {
     /// Sets what holds the answer to a form.
     pub fn constraint(mut self, constraint: impl Into<Box<dyn Constraint>>) -> Self {
         self.constraint = Some(constraint.into());
+        self
+    }
+
+    /// Sets what the caller knows it by.
+    pub fn label(mut self, label: impl Into<Arc<str>>) -> Self {
+        self.label = Some(label.into());
         self
     }
 
@@ -542,7 +552,9 @@ impl Engine {
         let waiter: Weak<SessionCell> = Arc::downgrade(&cell);
         self.shared.waiters.add(waiter);
         let submitted = Instant::now();
-        let span = tracing::info_span!(target: "quell::request", "request", id = id.as_u64());
+        let label = request.label.as_deref();
+        let span =
+            tracing::info_span!(target: "quell::request", "request", id = id.as_u64(), label);
         // Beyond the end of time means without a deadline.
         let after = |time: Option<Duration>| submitted.checked_add(time?);
         let deadlines = RequestDeadlines {
@@ -573,6 +585,7 @@ impl Engine {
             record,
             deadlines,
             turn,
+            label: request.label,
         };
         Ok((stream, Submission { id, spec, account }))
     }
@@ -620,6 +633,46 @@ impl Engine {
     /// The engine's state; waits for the scheduler thread, at most for one step.
     pub fn stats(&self) -> Result<EngineStats, SubmitError> {
         self.ask(Command::Inspect)
+    }
+
+    /// As [`Engine::stats`], for async callers: it waits for nobody before it is awaited.
+    pub fn inspect(&self) -> Asked<EngineStats> {
+        self.put(Command::InspectLater)
+    }
+
+    /// Who is open, whose each block of the key-value cache is, and who ended last.
+    /// Costs the scheduler thread time in the number of blocks and open requests, and
+    /// nothing when nobody asks.
+    pub fn snapshot(&self) -> Asked<EngineSnapshot> {
+        self.put(Command::Snapshot)
+    }
+
+    /// Cancels an open request by its id, whoever holds its stream, which ends as
+    /// [`Outcome::Cancelled`](crate::Outcome::Cancelled) with this reason. Posted before
+    /// this returns; the answer is the receipt of its end when its blocks are free, or
+    /// `None` when no request with this id is open: it has ended, or there never was one.
+    /// A second cancel changes nothing.
+    pub fn cancel_request(&self, id: SessionId, reason: CancelReason) -> Asked<Option<Receipt>> {
+        let posted_at = Instant::now();
+        self.put(|reply| Command::CancelRequest {
+            id,
+            reason: reason.of_a_caller(),
+            posted_at,
+            reply,
+        })
+    }
+
+    /// The open requests with this label, in the order of their ids.
+    pub fn find(&self, label: impl Into<Arc<str>>) -> Asked<Vec<SessionId>> {
+        self.put(|reply| Command::Find(label.into(), reply))
+    }
+
+    /// Posts a question whose answer can be awaited.
+    fn put<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Asked<T> {
+        let (reply, answer) = Answer::channel(&self.shared.end, &self.shared.waiters);
+        // A closed engine answers nothing; the reply, dropped, says so.
+        let _ = self.commands.send(command(reply));
+        Asked::new(answer)
     }
 
     /// Forgets the prefixes that no request holds; what sessions keep stays.

@@ -17,7 +17,7 @@ use super::turn::Turn;
 use super::waiting::Reply;
 use crate::id::{SessionId, StepId};
 use crate::schedule::{FinishReason, SequenceKey};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
 
 /// An open request.
@@ -33,8 +33,27 @@ struct Account {
     token: Option<Token>,
     /// The session's turn that it is.
     turn: Option<Turn>,
+    /// What its caller knows it by.
+    label: Option<Arc<str>>,
     /// Who else waits for the receipt.
-    replies: Vec<Reply<Receipt>>,
+    replies: Vec<ReceiptReply>,
+}
+
+/// Who waits for the receipt of a request, beside the owner of its stream.
+pub(super) enum ReceiptReply {
+    /// Its session, which has stopped it.
+    Session(Reply<Receipt>),
+    /// Who has cancelled it by its id.
+    Request(Reply<Option<Receipt>>),
+}
+
+impl ReceiptReply {
+    fn send(self, receipt: Receipt) {
+        match self {
+            Self::Session(reply) => reply.send(receipt),
+            Self::Request(reply) => reply.send(Some(receipt)),
+        }
+    }
 }
 
 /// A session that has ended, or a turn of it that was stopped, and whose blocks a step
@@ -47,6 +66,7 @@ struct ClosingSession {
 
 /// A request that has ended and whose blocks a step in flight may still touch.
 struct Closing {
+    id: SessionId,
     key: SequenceKey,
     fence: StepId,
     events: EventSender,
@@ -54,12 +74,23 @@ struct Closing {
     record: RequestRecord,
     end: EndKind,
     ended_at: Instant,
-    replies: Vec<Reply<Receipt>>,
+    replies: Vec<ReceiptReply>,
 }
+
+/// A request that has ended and whose blocks are free.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ended {
+    pub id: SessionId,
+    pub end: EndKind,
+    pub receipt: Receipt,
+}
+
+/// How many of the last ends are remembered.
+const RECENT_ENDS: usize = 64;
 
 impl Closing {
     /// The blocks are free: the receipt goes out, and the end is reported.
-    fn settle(mut self, step: StepId, freed_at: Instant, metrics: &EngineMetrics) {
+    fn settle(mut self, step: StepId, freed_at: Instant, metrics: &EngineMetrics) -> Ended {
         self.receipt.step = step;
         self.receipt.freed_at = freed_at;
         if self.end.cancel_reason().is_some() {
@@ -72,6 +103,11 @@ impl Closing {
             reply.send(self.receipt);
         }
         self.events.send_receipt(self.receipt);
+        Ended {
+            id: self.id,
+            end: self.end,
+            receipt: self.receipt,
+        }
     }
 }
 
@@ -96,6 +132,8 @@ pub(super) struct Ledger {
     dirty: Vec<SequenceKey>,
     deadlines: Deadlines,
     outcomes: Outcomes,
+    /// The last ends, the oldest first.
+    recent: VecDeque<Ended>,
 }
 
 impl Ledger {
@@ -111,6 +149,7 @@ impl Ledger {
             dirty: Vec::new(),
             deadlines: Deadlines::default(),
             outcomes: Outcomes::default(),
+            recent: VecDeque::with_capacity(RECENT_ENDS),
         }
     }
 
@@ -137,10 +176,30 @@ impl Ledger {
     }
 
     /// Gives one more receipt when an open request has ended.
-    pub fn add_reply(&mut self, key: SequenceKey, reply: Reply<Receipt>) {
+    pub fn add_reply(&mut self, key: SequenceKey, reply: ReceiptReply) {
         if let Some(account) = self.open.get_mut(&key) {
             account.replies.push(reply);
         }
+    }
+
+    /// When an open request was submitted, and what its caller knows it by.
+    pub fn known_of(&self, key: SequenceKey) -> Option<(Instant, Option<&Arc<str>>)> {
+        let account = self.open.get(&key)?;
+        Some((account.record.submitted(), account.label.as_ref()))
+    }
+
+    /// The open requests with this label, in the order of their ids.
+    pub fn labelled(&self, label: &str) -> Vec<SessionId> {
+        let labelled = |account: &&Account| account.label.as_deref() == Some(label);
+        let found = self.open.values().filter(labelled);
+        let mut ids: Vec<SessionId> = found.map(|account| account.id).collect();
+        ids.sort_unstable();
+        ids
+    }
+
+    /// The last ends, the oldest first.
+    pub fn recent_ends(&self) -> impl DoubleEndedIterator<Item = &Ended> {
+        self.recent.iter()
     }
 
     /// Gives a receipt when step `fence` has completed.
@@ -176,6 +235,7 @@ impl Ledger {
             record,
             deadlines,
             turn,
+            label,
         } = spec;
         let deadlines = self.deadlines.add(key, deadlines);
         self.outcomes.accepted += 1;
@@ -193,6 +253,7 @@ impl Ledger {
             deadlines,
             token: None,
             turn,
+            label,
             replies: Vec::new(),
         };
         self.open.insert(key, account);
@@ -288,6 +349,7 @@ impl Ledger {
             at,
         });
         self.closing.push(Closing {
+            id: account.id,
             key: account.key,
             fence: remains.fence,
             receipt: Receipt {
@@ -315,7 +377,11 @@ impl Ledger {
         let freed_at = Instant::now();
         let free = |closing: &mut Closing| closing.fence <= completed;
         for closing in self.closing.extract_if(.., free) {
-            closing.settle(completed, freed_at, &self.metrics);
+            let ended = closing.settle(completed, freed_at, &self.metrics);
+            if self.recent.len() == RECENT_ENDS {
+                self.recent.pop_front();
+            }
+            self.recent.push_back(ended);
         }
         let free = |closing: &mut ClosingSession| closing.fence <= completed;
         for closing in self.closing_sessions.extract_if(.., free) {
@@ -397,6 +463,7 @@ mod tests {
                 pin: None,
                 cell: Arc::default(),
             }),
+            label: None,
         };
         ledger.open(key, SessionId(id), spec);
         receiver

@@ -16,6 +16,7 @@ mod metrics;
 mod permit;
 mod record;
 mod session;
+mod snapshot;
 mod stats;
 mod stream;
 mod sync;
@@ -29,7 +30,11 @@ pub use error::{EngineFault, GenerateError, SubmitError};
 pub use event::{CancelReason, Outcome, Receipt, Token};
 pub use handle::{Engine, Prompt, Request};
 pub use session::{Session, SessionOptions};
+pub use snapshot::{
+    BlockMap, BlockUse, EngineSnapshot, RequestEnd, RequestPhase, RequestState, SessionState,
+};
 pub use stats::{EngineStats, Outcomes};
 pub use stream::{Cancellation, Chunk, Finish, Generation, Timing, TokenStream};
 pub use turn::Stop;
+pub use waiting::Asked;
 pub use watchdog::{Health, HealthStatus};

@@ -3,8 +3,9 @@
 use super::command::{Command, Submission};
 use super::deadlines::Due;
 use super::event::{CancelReason, Receipt, SessionCell, Terminal, Token};
-use super::ledger::{Ledger, Remains};
+use super::ledger::{Ledger, ReceiptReply, Remains};
 use super::metrics::{EngineMetrics, Noop, Phase, cleanup_failed};
+use super::snapshot;
 use super::stats::EngineStats;
 use super::sync::{Arc, Never, OnceLock, Receiver, RecvTimeoutError, TryRecvError};
 use super::turn::{Stop, TurnCell, TurnEnd};
@@ -353,6 +354,24 @@ impl SchedulerThread {
                 }
                 None => self.metrics.noop(Noop::AlreadyEnded),
             },
+            Command::CancelRequest {
+                id,
+                reason,
+                posted_at,
+                reply,
+            } => match self.ledger.key_of(id) {
+                Some(key) => {
+                    self.ledger.add_reply(key, ReceiptReply::Request(reply));
+                    if let Some(cell) = self.ledger.cell_of(key) {
+                        cell.cancel_at(reason, posted_at);
+                    }
+                    self.apply_cancel(key);
+                }
+                None => {
+                    self.metrics.noop(Noop::AlreadyEnded);
+                    reply.send(None);
+                }
+            },
             Command::Resume(id) => {
                 if let Some(key) = self.ledger.key_of(id) {
                     self.scheduler.set_paused(key, false);
@@ -384,6 +403,15 @@ impl SchedulerThread {
                 self.publish();
                 // The asker may be gone; that is its affair.
                 let _ = reply.try_send(self.stats());
+            }
+            Command::InspectLater(reply) => {
+                self.publish();
+                reply.send(self.stats());
+            }
+            Command::Find(label, reply) => reply.send(self.ledger.labelled(&label)),
+            Command::Snapshot(reply) => {
+                self.publish();
+                reply.send(snapshot::take(&self.scheduler, &self.ledger, self.stats()));
             }
             Command::AbortAll => self.cancel_all(CancelReason::AbortAll),
             Command::Drain(until, reply) => self.begin_drain(until, Some(reply)),
@@ -434,7 +462,7 @@ impl SchedulerThread {
         }
         match open {
             Some(key) => {
-                self.ledger.add_reply(key, reply);
+                self.ledger.add_reply(key, ReceiptReply::Session(reply));
                 if let Some(cell) = self.ledger.cell_of(key) {
                     cell.cancel_at(CancelReason::SessionStopped, posted_at);
                 }

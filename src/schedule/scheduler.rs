@@ -9,9 +9,10 @@ use super::{
     FinishReason, Place, PlanItem, Policy, Sequence, SequenceKey, SequenceSpec, Sequences,
     StepPlan, TokenInput,
 };
-use crate::cache::{BlockCache, BlockId, Books, HostBlockId, HostBlocks, Imbalance};
+use crate::cache::{BlockCache, BlockId, BlockTable, Books, HostBlockId, HostBlocks, Imbalance};
 use crate::id::{SessionId, StepId};
 use crate::sampling::ConstraintError;
+use serde::Serialize;
 use std::time::Instant;
 
 /// Sequences by state, and what was done for them.
@@ -73,7 +74,7 @@ pub enum Fate {
 }
 
 /// What a session keeps between its turns.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Kept {
     /// Tokens whose keys and values are kept.
     pub tokens: usize,
@@ -403,11 +404,18 @@ impl Scheduler {
     pub fn kept(&self, session: SessionId) -> Kept {
         self.retained
             .get(session)
-            .map_or_else(Kept::default, |kept| Kept {
-                tokens: kept.tokens.len(),
-                blocks: kept.table.len(),
-                pinned: kept.pinned_until.is_some(),
-            })
+            .map_or_else(Kept::default, Retained::kept)
+    }
+
+    /// Each session that keeps something, in the order of their ids, and the blocks that
+    /// hold it.
+    pub fn kept_by_all(&self) -> Vec<(SessionId, Kept, &BlockTable)> {
+        let kept = self.retained.iter();
+        let mut all: Vec<_> = kept
+            .map(|(session, kept)| (session, kept.kept(), &kept.table))
+            .collect();
+        all.sort_unstable_by_key(|(session, ..)| *session);
+        all
     }
 
     /// What all sessions keep: their tokens, and the blocks that hold them.

@@ -172,6 +172,21 @@ impl Sequence {
         self.tokens.len() - self.prompt_tokens
     }
 
+    /// Tokens whose keys and values completed steps have written.
+    pub fn written(&self) -> usize {
+        self.written
+    }
+
+    /// Whether its reader is too slow: then it is not planned.
+    pub fn is_paused(&self) -> bool {
+        self.paused
+    }
+
+    /// Whether it has given its blocks up to others, and waits to be started again.
+    pub fn is_preempted(&self) -> bool {
+        self.started && self.place != Place::Running
+    }
+
     /// The last step that touches its blocks.
     pub fn touched(&self) -> StepId {
         self.touched

@@ -101,7 +101,10 @@ pub(crate) async fn completions(
     let max_tokens = request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
     let echo = request.echo.unwrap_or(false);
     let first = Prompt::Tokens(Vec::new());
-    let mut template = sampling.request(&app, first, Some(max_tokens), request.logprobs)?;
+    let turn = sampling.turn(false);
+    let id = app.answer_id("cmpl");
+    let template = sampling.request(&app, first, Some(max_tokens), request.logprobs)?;
+    let mut template = template.label(id.as_str());
     if let Some(structure) = body.parse::<StructureFields>()?.structure()? {
         template.constraint = Some(structure.constraint(&app).await?);
     }
@@ -109,9 +112,10 @@ pub(crate) async fn completions(
         prompt,
         ..template.clone()
     });
-    let streams = app.submit(requests.collect(), samples).await?;
+    let submitted = app.submit_turn(turn, requests.collect(), samples);
+    let streams = submitted.await?;
     let head = Head {
-        id: app.answer_id("cmpl"),
+        id,
         object: "text_completion",
         created: unix_time(),
         model,

@@ -1,6 +1,6 @@
 //! What goes wrong, as OpenAI's clients expect to be told.
 
-use crate::engine::{CancelReason, GenerateError, SubmitError};
+use crate::engine::{CancelReason, EngineFault, GenerateError, SubmitError};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
@@ -104,6 +104,12 @@ impl From<SubmitError> for ApiError {
             SubmitError::EmptyStop { .. } => invalid("stop"),
             _ => invalid("prompt"),
         }
+    }
+}
+
+impl From<EngineFault> for ApiError {
+    fn from(fault: EngineFault) -> Self {
+        SubmitError::Closed(fault).into()
     }
 }
 

@@ -23,6 +23,7 @@
 //! # }
 //! ```
 
+mod abort;
 mod access;
 mod answer;
 mod auth;
@@ -36,9 +37,12 @@ mod health;
 mod json;
 mod metrics;
 mod models;
+mod page;
 mod parts;
 mod responses;
 mod sampling;
+mod sessions;
+mod snapshot;
 mod sse;
 mod structure;
 mod tls;
@@ -59,6 +63,8 @@ use axum::routing::{get, post};
 use axum::{Router, middleware};
 use error::ApiError;
 use serde::Deserialize;
+use sessions::Sessions;
+use snapshot::Snapshots;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -106,6 +112,10 @@ pub struct ServerOptions {
     pub max_connections: usize,
     /// How the model writes tool calls; as its chat template has it if `None`.
     pub tool_format: Option<ToolFormat>,
+    /// Sessions that may be open at the same time; one more is refused.
+    pub max_sessions: usize,
+    /// How long a session may be left alone before it is ended.
+    pub session_ttl: Duration,
     /// How long open requests may take to finish once the server is told to stop.
     pub drain_timeout: Duration,
     /// Whoever brings none of these keys is refused; everybody is let in if there are none.
@@ -132,6 +142,8 @@ impl ServerOptions {
             request_timeout: None,
             max_connections: 8192,
             tool_format: None,
+            max_sessions: 1024,
+            session_ttl: Duration::from_secs(3600),
             drain_timeout: Duration::from_secs(30),
             api_keys: ApiKeys::default(),
             allowed_origins: Vec::new(),
@@ -233,6 +245,7 @@ impl Server {
             .metrics
             .clone()
             .map(|metrics| tokio::spawn(metrics.keep()));
+        let sessions = tokio::spawn(sessions::keep(Arc::downgrade(&self.app)));
         let engine = self.app.engine.clone();
         let deadline = self.app.options.drain_timeout;
         let drain = async {
@@ -245,6 +258,7 @@ impl Server {
         if let Some(upkeep) = upkeep {
             upkeep.abort();
         }
+        sessions.abort();
         drained
     }
 }
@@ -304,6 +318,15 @@ fn routes() -> Router<Arc<App>> {
         )
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*name}", get(models::get))
+        .route("/v1/sessions", get(sessions::list).post(sessions::create))
+        .route(
+            "/v1/sessions/{id}",
+            get(sessions::get).delete(sessions::end),
+        )
+        .route("/v1/sessions/{id}/stop", post(sessions::stop))
+        .route("/v1/engine/snapshot", get(snapshot::snapshot))
+        .route("/abort_request", post(abort::abort_request))
+        .route("/", get(page::page))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
         .route("/health", get(health::health))
@@ -351,6 +374,8 @@ pub(crate) struct App {
     fingerprint: String,
     /// Responses that can be asked for again and gone on with.
     responses: responses::Store,
+    sessions: Sessions,
+    snapshots: Snapshots,
 }
 
 impl App {
@@ -368,6 +393,8 @@ impl App {
             started: unix_time(),
             fingerprint,
             responses: responses::Store::default(),
+            sessions: Sessions::default(),
+            snapshots: Snapshots::default(),
         }
     }
 
@@ -409,13 +436,32 @@ impl App {
             }
         }
         let long = requests.iter().any(|request| is_long(&request.prompt));
-        if !long {
-            return self.submit_here(requests, samples);
-        }
         let app = Arc::clone(self);
-        let submitted = move || app.submit_here(requests, samples);
-        let submitted = tokio::task::spawn_blocking(submitted).await;
-        submitted.map_err(|_| ApiError::unavailable("the server is being stopped"))?
+        apart_if(long, move || app.submit_here(requests, samples)).await
+    }
+
+    /// As [`App::submit`], for the one answer of a session's turn if there is a session.
+    async fn submit_turn(
+        self: &Arc<Self>,
+        session: Option<Turn>,
+        mut requests: Vec<Request>,
+        samples: usize,
+    ) -> Result<Vec<TokenStream>, ApiError> {
+        let Some(turn) = session else {
+            return self.submit(requests, samples).await;
+        };
+        let (Some(request), 0, 1) = (requests.pop(), requests.len(), samples) else {
+            let problem = "a session answers one prompt at a time, with n = 1";
+            return Err(ApiError::invalid(problem).param("session_id"));
+        };
+        let session = self.sessions.find(&turn.session)?;
+        let long = is_long(&request.prompt);
+        let generate = move || match turn.anew {
+            true => Ok(session.generate_anew(request)?),
+            false => Ok(session.generate(request)?),
+        };
+        let stream: TokenStream = apart_if(long, generate).await?;
+        Ok(vec![stream.when_dropped(CancelReason::Disconnect)])
     }
 
     fn submit_here(
@@ -461,6 +507,18 @@ impl App {
     }
 }
 
+/// Runs `work` here, or on a thread of its own if it may take `long`.
+async fn apart_if<T: Send + 'static>(
+    long: bool,
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    if !long {
+        return work();
+    }
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|_| ApiError::unavailable("the server is being stopped"))?
+}
+
 fn is_long(prompt: &Prompt) -> bool {
     let bytes = match prompt {
         Prompt::Text(text) => text.len(),
@@ -470,6 +528,13 @@ fn is_long(prompt: &Prompt) -> bool {
         }
     };
     bytes > LONG_PROMPT
+}
+
+/// The session that a request is a turn of.
+struct Turn {
+    session: String,
+    /// The prompt is the whole context, not what comes next.
+    anew: bool,
 }
 
 /// What a stream is to carry beside the answer.
