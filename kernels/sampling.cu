@@ -44,7 +44,7 @@ struct Row {
     u32 history_start, history_count;  // entries {token, times generated} and one set aside; or NONE
     u32 bias_start, bias_count;        // entries {token, bias}, equal tokens together
     u32 logprobs;                      // likeliest tokens to report; NONE: no report at all
-    u32 unused;
+    u32 forced;                        // the token in any case; NONE: it is chosen
 };
 
 // The state of a row with top-k or top-p: 8 words, zeroed by sample_best.
@@ -671,6 +671,7 @@ KERNEL sample_finish(u32* sampled, u32* result, float* logits, const float* save
     if (lane_id() != 0) return;
     // No token is possible.
     u32 token = chosen.token < columns ? chosen.token : 0;
+    if (row.forced < columns) token = row.forced;
     sampled[blockIdx.x] = token;
     result[0] = token;
     if (row.logprobs != NONE) result[1] = __float_as_uint(logits[token] - __uint_as_float(result[3]));

@@ -161,7 +161,7 @@ impl Request {
             biases[0],
             biases[1],
             report.map_or(NONE, |_| top),
-            0,
+            row.forced.unwrap_or(NONE),
         ];
         self.words.extend(words);
     }

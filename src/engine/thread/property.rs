@@ -14,10 +14,9 @@ use crate::device::DeviceError;
 use crate::engine::sync::{Arc, OnceLock};
 use crate::engine::{Engine, EngineFault, EngineStats, Outcome};
 use crate::id::SessionId;
-use crate::runner::Runner;
-use crate::sampling::Sampled;
+use crate::runner::{Runner, StepOutput};
 use crate::schedule::{Sequences, StepPlan};
-use callers::{Act, Ask, Callers, End};
+use callers::{Act, Ask, Callers, End, Wanted};
 use metrics_util::debugging::{DebugValue, DebuggingRecorder, Snapshotter};
 use proptest::collection::vec;
 use proptest::option::weighted;
@@ -114,7 +113,7 @@ impl Runner for Device {
         self.0.sim.borrow_mut().poison(blocks)
     }
 
-    fn collect(&mut self) -> Result<Vec<Sampled>, DeviceError> {
+    fn collect(&mut self) -> Result<StepOutput, DeviceError> {
         let Script {
             callers,
             fault,
@@ -509,9 +508,16 @@ fn ask() -> impl Strategy<Value = Ask> {
         prop_oneof![4 => Just(0), 1 => -2..3i32],
         weighted(0.3, 0..2u8),
         weighted(0.04, any::<bool>()),
+        prop_oneof![
+            12 => Just(Wanted::Tokens),
+            2 => Just(Wanted::Scores),
+            1 => Just(Wanted::OnlyScores),
+            2 => Just(Wanted::Embedding),
+        ],
     )
         .prop_map(
-            |(prompt, length, max_tokens, stop_at, priority, tenant, overdue)| Ask {
+            |(prompt, length, max_tokens, stop_at, priority, tenant, overdue, wanted)| Ask {
+                wanted,
                 prompt,
                 length,
                 max_tokens,
@@ -622,6 +628,7 @@ fn run(setup: &Setup, events: &[Event]) -> Seen {
 }
 
 const ASK: Ask = Ask {
+    wanted: Wanted::Tokens,
     prompt: 0,
     length: 1,
     max_tokens: 1,
