@@ -50,6 +50,8 @@ pub mod model;
 pub mod runner;
 pub mod sampling;
 pub mod schedule;
+#[cfg(feature = "server")]
+pub mod server;
 pub mod text;
 pub mod weights;
 
@@ -65,6 +67,8 @@ pub use engine::{
 };
 pub use id::{SessionId, StepId};
 pub use runner::{DeviceChoice, LoadError, LoadOptions, RunnerInfo};
-pub use sampling::SamplingParams;
+pub use sampling::{Constraint, ConstraintError, SamplingParams};
 pub use schedule::Kept;
 pub use text::Message;
+#[cfg(feature = "grammar")]
+pub use text::{Grammar, GrammarError};

@@ -9,7 +9,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("config", &[]),
     ("sampling", &[]),
     ("weights", &[]),
-    ("text", &["weights"]),
+    ("text", &["sampling", "weights"]),
     ("cache", &["id"]),
     ("schedule", &["cache", "config", "id", "sampling"]),
     ("device", &["sampling", "weights"]),
@@ -27,6 +27,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "cache", "config", "device", "id", "runner", "sampling", "schedule", "text",
         ],
     ),
+    ("server", &["engine", "sampling", "text"]),
 ];
 
 fn source() -> PathBuf {
@@ -134,9 +135,10 @@ fn tokio_and_locks_stay_on_the_callers_side() {
     for (module, path, text) in files() {
         // `waiting.rs`: the wakers of callers, for the watchdog; the scheduler thread
         // never takes that lock.
-        let callers_side = ["handle.rs", "session.rs", "stream.rs", "waiting.rs"]
-            .iter()
-            .any(|name| module == "engine" && path.ends_with(name));
+        let callers_side = module == "server"
+            || ["handle.rs", "session.rs", "stream.rs", "waiting.rs"]
+                .iter()
+                .any(|name| module == "engine" && path.ends_with(name));
         let code: Vec<&str> = text
             .lines()
             .filter(|line| !line.trim_start().starts_with("//"))

@@ -29,6 +29,12 @@ pub enum CliError {
     Text(#[from] quell::text::TextError),
     #[error(transparent)]
     Chat(#[from] super::chat::ChatError),
+    #[cfg(feature = "server")]
+    #[error(transparent)]
+    Serve(#[from] quell::server::ServeError),
+    #[cfg(feature = "server")]
+    #[error(transparent)]
+    Metrics(#[from] quell::server::MetricsError),
     #[cfg(feature = "hub")]
     #[error(transparent)]
     Hub(#[from] super::hub::HubError),
@@ -195,20 +201,22 @@ enum CudaActivationsArg {
 impl ModelArgs {
     /// Loads the model and starts its engine, with a progress bar on a terminal.
     pub fn start(&self) -> Result<Engine, CliError> {
+        self.start_with(|_| ())
+    }
+
+    /// The same, with settings that are not among the arguments.
+    pub fn start_with(&self, change: impl FnOnce(&mut EngineConfig)) -> Result<Engine, CliError> {
         // Before the download.
-        self.run.config()?;
+        let mut config = self.run.config()?;
+        change(&mut config);
         self.run.options()?;
-        self.run.start(ModelFiles::open(&resolve(&self.model)?)?)
+        let files = ModelFiles::open(&resolve(&self.model)?)?;
+        self.run.start_with(files, config)
     }
 }
 
 impl RunArgs {
     /// Loads a model and starts its engine, with a progress bar on a terminal.
-    pub fn start(&self, files: ModelFiles) -> Result<Engine, CliError> {
-        self.start_with(files, self.config()?)
-    }
-
-    /// The same with other settings than the arguments'.
     pub fn start_with(&self, files: ModelFiles, config: EngineConfig) -> Result<Engine, CliError> {
         let bar = progress::bar(0, "loading");
         let ticks = bar.clone();

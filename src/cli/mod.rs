@@ -11,12 +11,17 @@ mod generate;
 #[cfg(feature = "hub")]
 mod hub;
 mod inspect;
+mod logging;
 mod progress;
+#[cfg(feature = "server")]
+mod serve;
+#[cfg(feature = "server")]
+mod settings;
 mod tokenize;
 
 use args::CliError;
 use clap::error::ErrorKind;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::io::Write as _;
 use std::process::ExitCode;
 
@@ -35,6 +40,9 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Talk with a model in the terminal.
     Chat(chat::ChatArgs),
+    /// Serve a model over HTTP, as OpenAI's API.
+    #[cfg(feature = "server")]
+    Serve(serve::ServeArgs),
     /// Turn text into token ids.
     Tokenize(tokenize::TokenizeArgs),
     /// Show what a model file holds and the memory that it needs.
@@ -45,14 +53,33 @@ enum Command {
 
 /// Runs the program.
 pub fn main() -> ExitCode {
-    start_logging();
-    let cli = match Cli::try_parse() {
+    let cli = match parse() {
         Ok(cli) => cli,
-        Err(error) => return command_line_error(&error),
+        Err(Mistake::Arguments(error)) => return command_line_error(&error),
+        Err(Mistake::Settings(error)) => return failure(&error),
     };
+    #[cfg(feature = "otel")]
+    let _exporter = match &cli.command {
+        Command::Serve(args) => match args.otlp_endpoint().map(logging::start_with_spans) {
+            Some(Ok(exporter)) => Some(exporter),
+            Some(Err(error)) => return failure(&error),
+            None => {
+                logging::start();
+                None
+            }
+        },
+        _ => {
+            logging::start();
+            None
+        }
+    };
+    #[cfg(not(feature = "otel"))]
+    logging::start();
     let result = match cli.command {
         Command::Generate(args) => generate::run(args),
         Command::Chat(args) => chat::start(args),
+        #[cfg(feature = "server")]
+        Command::Serve(args) => serve::run(args),
         Command::Tokenize(args) => tokenize::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Bench(args) => bench::run(args),
@@ -63,13 +90,44 @@ pub fn main() -> ExitCode {
         Err(CliError::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => {
             ExitCode::SUCCESS
         }
-        Err(error) => {
-            let code = error.exit_code();
-            // With stderr gone there is nobody left to tell.
-            let _ = writeln!(std::io::stderr(), "error: {}", one_line(&error.to_string()));
-            ExitCode::from(code)
-        }
+        Err(error) => failure(&error),
     }
+}
+
+fn failure(error: &CliError) -> ExitCode {
+    // With stderr gone there is nobody left to tell.
+    let _ = writeln!(std::io::stderr(), "error: {}", one_line(&error.to_string()));
+    ExitCode::from(error.exit_code())
+}
+
+/// What is wrong with a command line.
+enum Mistake {
+    Arguments(clap::Error),
+    Settings(CliError),
+}
+
+/// The command line, with the environment and the settings file behind the flags of
+/// `quell serve`.
+fn parse() -> Result<Cli, Mistake> {
+    let command = Cli::command();
+    #[cfg(feature = "server")]
+    let command = {
+        let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+        if arguments.first().is_some_and(|first| first == "serve") {
+            let file = settings::file(&arguments).map(settings::read).transpose();
+            let file = file.map_err(Mistake::Settings)?.unwrap_or_default();
+            let serve = command
+                .find_subcommand("serve")
+                .cloned()
+                .unwrap_or_default();
+            let serve = settings::layered(serve, &file).map_err(Mistake::Settings)?;
+            command.mut_subcommand("serve", |_| serve)
+        } else {
+            command
+        }
+    };
+    let matches = command.try_get_matches().map_err(Mistake::Arguments)?;
+    Cli::from_arg_matches(&matches).map_err(Mistake::Arguments)
 }
 
 /// Help and version as clap prints them; every mistake as one line.
@@ -94,16 +152,4 @@ fn command_line_error(error: &clap::Error) -> ExitCode {
 
 fn one_line(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
-}
-
-/// Logs go to stderr: what quell has to say, but not of each request, and others'
-/// warnings and errors; or what `QUELL_LOG` asks for.
-fn start_logging() {
-    use tracing_subscriber::EnvFilter;
-    let default = |_| EnvFilter::new("warn,quell=info,quell::request=warn");
-    let filter = EnvFilter::try_from_env("QUELL_LOG").unwrap_or_else(default);
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .init();
 }

@@ -91,9 +91,9 @@ pub(crate) struct TextState {
 }
 
 impl TextState {
-    pub fn new(tokenizer: Arc<Tokenizer>, stop: Vec<String>) -> Self {
+    pub fn new(tokenizer: Arc<Tokenizer>, stop: Vec<String>, keep_special: bool) -> Self {
         Self {
-            detokenizer: Detokenizer::new(tokenizer, true),
+            detokenizer: Detokenizer::new(tokenizer, !keep_special),
             stop: StopMatcher::new(stop),
         }
     }
@@ -166,6 +166,12 @@ impl TokenStream {
     /// The tokens of the prompt.
     pub fn prompt_ids(&self) -> &[u32] {
         &self.parts.prompt
+    }
+
+    /// The tokens that end the answer, sorted: the model's own, unless they are
+    /// ignored, and the request's.
+    pub fn stop_tokens(&self) -> Arc<[u32]> {
+        Arc::clone(&self.parts.stop_tokens)
     }
 
     /// Cancels the request. The cancel is posted before this returns; the future

@@ -168,6 +168,8 @@ impl<D: Device> Runner for ModelRunner<D> {
             }
         }
         self.in_flight.push_back(step);
+        // The device has taken what it needs; their masks are free to be written again.
+        self.inputs.samples.clear();
         Ok(())
     }
 
@@ -260,6 +262,7 @@ mod tests {
             priority: 0,
             tenant: None,
             session: None,
+            constraint: None,
         };
         let key = scheduler.add(SessionId(1), spec);
         (scheduler, key)

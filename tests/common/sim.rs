@@ -14,7 +14,7 @@ use quell::schedule::{Report, SequenceKey, Sequences, StepPlan, TokenInput};
 use quell::text::Tokenizer;
 use quell::{Engine, EngineConfig, LoadError, SessionId};
 use std::collections::VecDeque;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 
 pub const VOCABULARY: u32 = 1000;
 /// Numbers of a hidden state.
@@ -83,6 +83,8 @@ struct Item {
     /// The known tokens after those of the scored rows.
     next: Vec<u32>,
     sample: bool,
+    /// The tokens that may be chosen; all without one.
+    mask: Option<Arc<[u32]>>,
 }
 
 /// A launched step.
@@ -219,6 +221,11 @@ impl Runner for SimRunner {
                     written: slots[item.start..].to_vec(),
                     read: slots,
                     sample: item.sample,
+                    mask: sequence
+                        .spec
+                        .constraint
+                        .as_ref()
+                        .map(|constraint| Arc::clone(constraint.mask())),
                 }
             })
             .collect();
@@ -299,8 +306,11 @@ impl Runner for SimRunner {
                 output.sums.push(sum);
             }
             if item.sample {
+                let token = next_token(up_to(item.read.len() - 1));
+                let mask = item.mask.as_deref();
+                let allowed = |token| mask.is_none_or(|mask| is_set(mask, token));
                 output.samples.push(Sampled {
-                    token: next_token(up_to(item.read.len() - 1)),
+                    token: nearest(token, allowed),
                     logprob: 0.0,
                     top: Vec::new(),
                 });
@@ -338,6 +348,20 @@ pub fn expected_embedding(prompt: &[u32]) -> Vec<f32> {
 /// The log-probability of `next` after these tokens.
 pub fn logprob(tokens: impl Iterator<Item = u32>, next: u32) -> f32 {
     -(next_token(tokens.chain([next])) as f32) / 100.0
+}
+
+fn is_set(mask: &[u32], token: u32) -> bool {
+    mask[token as usize / 32] >> (token % 32) & 1 == 1
+}
+
+/// The first token from `token` on that is allowed, beginning anew after the last; `token`
+/// itself if there is none.
+pub fn nearest(token: u32, allowed: impl Fn(u32) -> bool) -> u32 {
+    let order = (0..VOCABULARY).map(|next| (token + next) % VOCABULARY);
+    order
+        .into_iter()
+        .find(|&token| allowed(token))
+        .unwrap_or(token)
 }
 
 /// What the model answers to a prompt.

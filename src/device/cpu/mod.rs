@@ -755,6 +755,7 @@ fn choose(isa: Isa, logits: &[f32], row: &SampleRow) -> Sampled {
         && !params.needs_history()
         && params.logit_bias.is_empty()
         && params.logprobs.is_none()
+        && row.mask.is_none()
         && row.forced.is_none();
     if !plain {
         return sampling::sample(&mut logits.to_vec(), row);

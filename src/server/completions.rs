@@ -1,0 +1,309 @@
+//! `POST /v1/completions`: text continued.
+
+use super::answer::{EndTokens, Usage, complete, finish_reason, token_text};
+use super::error::ApiError;
+use super::json::JsonBody;
+use super::sampling::SamplingFields;
+use super::sse::{self, Events, Writer};
+use super::{App, StreamOptions, unix_time};
+use crate::engine::{Chunk, Prompt, Request, Token, TokenStream};
+use crate::text::Tokenizer;
+use axum::Json;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::sync::Arc;
+
+/// Tokens of an answer when the request does not say, as OpenAI has it.
+const DEFAULT_MAX_TOKENS: usize = 16;
+
+/// Log-probabilities a token at most.
+const MAX_LOGPROBS: u32 = 20;
+
+/// Prompts of a request at most.
+const MAX_PROMPTS: usize = 2048;
+
+#[derive(Debug, Deserialize)]
+struct CompletionRequest {
+    model: Option<String>,
+    prompt: Value,
+    max_tokens: Option<usize>,
+    #[serde(default)]
+    stream: Option<bool>,
+    stream_options: Option<StreamOptions>,
+    logprobs: Option<u32>,
+    #[serde(default)]
+    echo: Option<bool>,
+    suffix: Option<String>,
+    best_of: Option<usize>,
+}
+
+/// A piece of an answer, or all of it.
+#[derive(Serialize)]
+struct Choice {
+    index: usize,
+    text: String,
+    logprobs: Option<LogProbs>,
+    finish_reason: Option<&'static str>,
+}
+
+/// One entry a token in each list.
+#[derive(Default, Serialize)]
+struct LogProbs {
+    tokens: Vec<String>,
+    token_logprobs: Vec<Option<f32>>,
+    top_logprobs: Vec<Option<serde_json::Map<String, Value>>>,
+    /// Characters before the token.
+    text_offset: Vec<usize>,
+}
+
+/// What every object of an answer says.
+#[derive(Clone, Serialize)]
+struct Head {
+    id: String,
+    object: &'static str,
+    created: u64,
+    model: String,
+    system_fingerprint: String,
+}
+
+#[derive(Serialize)]
+struct Completion<'a> {
+    #[serde(flatten)]
+    head: &'a Head,
+    choices: &'a [Choice],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Option<Usage>>,
+}
+
+/// Answers the request.
+pub(crate) async fn completions(
+    State(app): State<Arc<App>>,
+    body: JsonBody,
+) -> Result<Response, ApiError> {
+    let request: CompletionRequest = body.parse()?;
+    let sampling: SamplingFields = body.parse()?;
+    let model = app.check_model(request.model.as_deref())?;
+    let samples = sampling.samples(&app)?;
+    if request.best_of.is_some_and(|best_of| best_of != samples) {
+        return Err(ApiError::invalid("best_of must be equal to n").param("best_of"));
+    }
+    if request.suffix.is_some_and(|suffix| !suffix.is_empty()) {
+        let problem = "suffix is not supported: this model continues text, it does not fill it in";
+        return Err(ApiError::invalid(problem).param("suffix"));
+    }
+    if request.logprobs.is_some_and(|count| count > MAX_LOGPROBS) {
+        let problem = format!("logprobs must be from 0 to {MAX_LOGPROBS}");
+        return Err(ApiError::invalid(problem).param("logprobs"));
+    }
+    let max_tokens = request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
+    let echo = request.echo.unwrap_or(false);
+    let first = Prompt::Tokens(Vec::new());
+    let template = sampling.request(&app, first, Some(max_tokens), request.logprobs)?;
+    let requests = prompts(request.prompt)?.into_iter().map(|prompt| Request {
+        prompt,
+        ..template.clone()
+    });
+    let streams = app.submit(requests.collect(), samples).await?;
+    let head = Head {
+        id: app.answer_id("cmpl"),
+        object: "text_completion",
+        created: unix_time(),
+        model,
+        system_fingerprint: app.fingerprint.clone(),
+    };
+    let mut writer = CompletionWriter::new(&app, head, &streams, samples);
+    writer.logprobs = request.logprobs.is_some();
+    if echo {
+        writer.echo(&streams);
+    }
+    if request.stream.unwrap_or(false) {
+        writer.usage_wanted = request
+            .stream_options
+            .is_some_and(|options| options.usage());
+        return Ok(sse::respond(streams, writer));
+    }
+    let answers = complete(streams).await?;
+    let mut usage = Usage::default();
+    let mut choices = Vec::with_capacity(answers.len());
+    for (index, answer) in answers.into_iter().enumerate() {
+        usage.add(&answer.finish, index % samples == 0);
+        let logprobs = writer.logprobs_of(index, &answer.tokens, &answer.text);
+        let mut text = std::mem::take(&mut writer.opening[index]);
+        text.push_str(&answer.text);
+        choices.push(Choice {
+            index,
+            text,
+            logprobs,
+            finish_reason: Some(answer.finish_reason),
+        });
+    }
+    let completion = Completion {
+        head: &writer.head,
+        choices: &choices,
+        usage: Some(Some(usage)),
+    };
+    Ok(Json(completion).into_response())
+}
+
+/// One prompt or many, as text or token ids.
+fn prompts(prompt: Value) -> Result<Vec<Prompt>, ApiError> {
+    const EXPECTED: &str =
+        "prompt must be a string, a list of strings, a list of token ids, or a list of such lists";
+    let invalid = |problem: String| ApiError::invalid(problem).param("prompt");
+    let tokens = |ids: &[Value]| {
+        let each = ids.iter().map(|id| {
+            let id = id.as_u64().and_then(|id| u32::try_from(id).ok());
+            id.ok_or_else(|| invalid(EXPECTED.to_owned()))
+        });
+        Ok(Prompt::Tokens(each.collect::<Result<_, ApiError>>()?))
+    };
+    let list = match prompt {
+        Value::String(text) => return Ok(vec![Prompt::Text(text)]),
+        Value::Array(list) => list,
+        _ => return Err(invalid(EXPECTED.to_owned())),
+    };
+    match list.first() {
+        None => Err(invalid("prompt is an empty list".to_owned())),
+        Some(Value::Number(_)) => Ok(vec![tokens(&list)?]),
+        Some(_) if list.len() > MAX_PROMPTS => Err(invalid(format!(
+            "prompt has {} entries, at most {MAX_PROMPTS} are accepted",
+            list.len()
+        ))),
+        Some(_) => {
+            let each = list.into_iter().map(|prompt| match prompt {
+                Value::String(text) => Ok(Prompt::Text(text)),
+                Value::Array(ids) => tokens(&ids),
+                _ => Err(invalid(EXPECTED.to_owned())),
+            });
+            each.collect()
+        }
+    }
+}
+
+/// Writes the answers as events.
+struct CompletionWriter {
+    head: Head,
+    tokenizer: Option<Arc<Tokenizer>>,
+    samples: usize,
+    ends: Vec<EndTokens>,
+    /// Text before each answer: its prompt, if that is to be echoed.
+    opening: Vec<String>,
+    /// Characters of each answer so far.
+    offsets: Vec<usize>,
+    logprobs: bool,
+    usage_wanted: bool,
+    usage: Usage,
+}
+
+impl CompletionWriter {
+    fn new(app: &App, head: Head, streams: &[TokenStream], samples: usize) -> Self {
+        Self {
+            head,
+            tokenizer: app.engine.tokenizer().cloned(),
+            samples,
+            ends: streams.iter().map(EndTokens::of).collect(),
+            opening: vec![String::new(); streams.len()],
+            offsets: vec![0; streams.len()],
+            logprobs: false,
+            usage_wanted: false,
+            usage: Usage::default(),
+        }
+    }
+
+    /// Puts the prompts before the answers.
+    fn echo(&mut self, streams: &[TokenStream]) {
+        if let Some(tokenizer) = &self.tokenizer {
+            for (index, stream) in streams.iter().enumerate() {
+                let prompt = tokenizer.decode(stream.prompt_ids(), false);
+                self.offsets[index] = prompt.chars().count();
+                self.opening[index] = prompt;
+            }
+        }
+    }
+
+    /// The log-probabilities of the next tokens of an answer, whose text is `text`.
+    fn logprobs_of(&mut self, index: usize, tokens: &[Token], text: &str) -> Option<LogProbs> {
+        let begin = self.offsets[index];
+        self.offsets[index] += text.chars().count();
+        if !self.logprobs {
+            return None;
+        }
+        let tokenizer = self.tokenizer.as_deref();
+        let mut lists = LogProbs::default();
+        let mut offset = begin;
+        for token in tokens {
+            let name = |id| token_text(tokenizer, id).0;
+            let text = name(token.id);
+            lists.text_offset.push(offset);
+            offset += text.chars().count();
+            lists.tokens.push(text);
+            lists.token_logprobs.push(Some(token.logprob));
+            let top = token.top.iter();
+            let top = top.map(|&(id, logprob)| (name(id), logprob.into()));
+            lists.top_logprobs.push(Some(top.collect()));
+        }
+        Some(lists)
+    }
+
+    fn send(&self, choices: &[Choice], usage: Option<Usage>, events: &mut Events) {
+        events.json(&Completion {
+            head: &self.head,
+            choices,
+            usage: self.usage_wanted.then_some(usage),
+        });
+    }
+}
+
+impl Writer for CompletionWriter {
+    fn open(&mut self, events: &mut Events) {
+        for (index, text) in std::mem::take(&mut self.opening).into_iter().enumerate() {
+            if !text.is_empty() {
+                let choice = Choice {
+                    index,
+                    text,
+                    logprobs: None,
+                    finish_reason: None,
+                };
+                self.send(&[choice], None, events);
+            }
+        }
+    }
+
+    fn chunk(
+        &mut self,
+        index: usize,
+        mut chunk: Chunk,
+        events: &mut Events,
+    ) -> Result<(), ApiError> {
+        let token = self.ends[index].visible(&mut chunk);
+        let finish_reason = chunk
+            .finish
+            .map(|finish| finish_reason(finish.outcome))
+            .transpose()?;
+        let logprobs = self.logprobs_of(index, token.as_slice(), &chunk.text);
+        let says_something =
+            !chunk.text.is_empty() || finish_reason.is_some() || (self.logprobs && token.is_some());
+        if let Some(finish) = &chunk.finish {
+            self.usage.add(finish, index.is_multiple_of(self.samples));
+        }
+        if says_something {
+            let choice = Choice {
+                index,
+                text: chunk.text,
+                logprobs,
+                finish_reason,
+            };
+            self.send(&[choice], None, events);
+        }
+        Ok(())
+    }
+
+    fn close(&mut self, events: &mut Events) {
+        if self.usage_wanted {
+            self.send(&[], Some(self.usage), events);
+        }
+        events.done();
+    }
+}

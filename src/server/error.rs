@@ -1,0 +1,135 @@
+//! What goes wrong, as OpenAI's clients expect to be told.
+
+use crate::engine::{CancelReason, GenerateError, SubmitError};
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+
+/// A refusal: a status, and the error object of OpenAI's API.
+#[derive(Debug)]
+pub(crate) struct ApiError {
+    pub status: StatusCode,
+    pub body: ErrorBody,
+    /// After how many seconds to try again.
+    pub retry_after: Option<u32>,
+}
+
+/// `{"error": {…}}` without the braces around it.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct ErrorBody {
+    pub message: String,
+    #[serde(rename = "type")]
+    pub kind: &'static str,
+    /// The field that is wrong.
+    pub param: Option<String>,
+    pub code: Option<&'static str>,
+}
+
+/// The error object as it is sent.
+#[derive(Serialize)]
+pub(crate) struct ErrorObject<'a> {
+    pub error: &'a ErrorBody,
+}
+
+impl ApiError {
+    pub fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
+        Self {
+            status,
+            body: ErrorBody {
+                message: message.into(),
+                kind,
+                param: None,
+                code: None,
+            },
+            retry_after: None,
+        }
+    }
+
+    /// 400: the request makes no sense.
+    pub fn invalid(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message)
+    }
+
+    /// 404.
+    pub fn not_found(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
+    }
+
+    /// 503: not now.
+    pub fn unavailable(message: impl Into<String>) -> Self {
+        Self::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "service_unavailable",
+            message,
+        )
+    }
+
+    /// Names the field that is wrong.
+    pub fn param(mut self, name: impl Into<String>) -> Self {
+        self.body.param = Some(name.into());
+        self
+    }
+
+    pub fn code(mut self, code: &'static str) -> Self {
+        self.body.code = Some(code);
+        self
+    }
+
+    pub fn retry_after(mut self, seconds: u32) -> Self {
+        self.retry_after = Some(seconds);
+        self
+    }
+}
+
+impl From<SubmitError> for ApiError {
+    fn from(error: SubmitError) -> Self {
+        let message = error.to_string();
+        let invalid = |param: &str| Self::invalid(message.clone()).param(param);
+        match error {
+            SubmitError::Overloaded { .. } => {
+                let status = StatusCode::TOO_MANY_REQUESTS;
+                Self::new(status, "rate_limit_error", message)
+                    .code("overloaded")
+                    .retry_after(1)
+            }
+            SubmitError::Draining => Self::unavailable(message).code("draining").retry_after(5),
+            SubmitError::Closed(_) => Self::unavailable(message).code("engine_closed"),
+            SubmitError::Conflict => {
+                Self::new(StatusCode::CONFLICT, "conflict_error", message).code("session_busy")
+            }
+            SubmitError::PromptTooLong { .. } => invalid("prompt").code("context_length_exceeded"),
+            SubmitError::Params(error) => invalid(error.name),
+            SubmitError::NoTokens => invalid("max_tokens"),
+            SubmitError::NoSamples => invalid("n"),
+            SubmitError::EmptyStop { .. } => invalid("stop"),
+            _ => invalid("prompt"),
+        }
+    }
+}
+
+impl From<GenerateError> for ApiError {
+    fn from(error: GenerateError) -> Self {
+        let message = error.to_string();
+        match error {
+            GenerateError::Cancelled(CancelReason::Deadline) => {
+                Self::new(StatusCode::GATEWAY_TIMEOUT, "timeout_error", message).code("timeout")
+            }
+            GenerateError::Cancelled(_) | GenerateError::Closed(_) => Self::unavailable(message),
+            GenerateError::Failed(_) => {
+                Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
+            }
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let body = axum::Json(ErrorObject { error: &self.body }).into_response();
+        let mut response = (self.status, body).into_response();
+        if let Some(seconds) = self.retry_after {
+            let value = HeaderValue::from(seconds);
+            response.headers_mut().insert(header::RETRY_AFTER, value);
+        }
+        response
+    }
+}

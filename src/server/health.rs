@@ -1,0 +1,62 @@
+//! `/health`, `/ready`, `/metrics` and `/version`: for those who run the server.
+
+use super::App;
+use super::error::ApiError;
+use axum::Json;
+use axum::extract::State;
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+/// Whether the scheduler thread lives: its heartbeat, not a hope.
+pub(crate) async fn health(State(app): State<Arc<App>>) -> Result<Json<Value>, ApiError> {
+    let health = app.engine.health();
+    if !health.is_healthy() {
+        let problem = format!("the engine does not work: {:?}", health.status);
+        return Err(ApiError::unavailable(problem).code("unhealthy"));
+    }
+    Ok(Json(json!({
+        "status": "ok",
+        "idle": health.idle,
+        "draining": health.draining,
+        "step": health.step.as_u64(),
+        "since_beat_ms": health.since_beat.as_millis() as u64,
+    })))
+}
+
+/// Whether requests are taken: not while the server drains.
+pub(crate) async fn ready(State(app): State<Arc<App>>) -> Result<Json<Value>, ApiError> {
+    let health = app.engine.health();
+    if health.draining {
+        let problem = "the server is being drained";
+        return Err(ApiError::unavailable(problem).code("draining"));
+    }
+    if !health.is_healthy() {
+        let problem = format!("the engine does not work: {:?}", health.status);
+        return Err(ApiError::unavailable(problem).code("unhealthy"));
+    }
+    Ok(Json(json!({"status": "ready"})))
+}
+
+/// What Prometheus reads.
+pub(crate) async fn metrics(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
+    let Some(metrics) = &app.options.metrics else {
+        return Err(ApiError::not_found(
+            "this server was started without metrics",
+        ));
+    };
+    let kind = "text/plain; version=0.0.4; charset=utf-8";
+    Ok(([(header::CONTENT_TYPE, kind)], metrics.render()).into_response())
+}
+
+/// Which program this is.
+pub(crate) async fn version() -> Json<Value> {
+    Json(json!({"version": env!("CARGO_PKG_VERSION")}))
+}
+
+/// What all the routes take and answer, for those who make clients of it.
+pub(crate) async fn openapi() -> Response {
+    let document = include_str!("openapi.json");
+    ([(header::CONTENT_TYPE, "application/json")], document).into_response()
+}

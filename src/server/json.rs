@@ -1,0 +1,92 @@
+//! The body of a request.
+
+use super::App;
+use super::error::ApiError;
+use axum::body::{Bytes, HttpBody};
+use axum::extract::{FromRequest, Request};
+use axum::http::{StatusCode, header};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use serde::de::DeserializeOwned;
+use std::sync::Arc;
+
+/// The bytes of a body that claims to be JSON; read within the limits of size and time.
+pub(crate) struct JsonBody(Bytes);
+
+impl JsonBody {
+    /// The body as a `T`. Unknown fields are ignored; a wrong one is named.
+    pub fn parse<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
+        let mut reader = serde_json::Deserializer::from_slice(&self.0);
+        let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
+            let path = error.path().to_string();
+            let problem = error.into_inner();
+            if let Some(field) = missing_field(&problem.to_string()) {
+                let path = if path == "." {
+                    String::new()
+                } else {
+                    path + "."
+                };
+                let field = format!("{path}{field}");
+                return ApiError::invalid(format!("{field} is missing")).param(field);
+            }
+            if path == "." || problem.is_syntax() || problem.is_eof() {
+                ApiError::invalid(format!("the body is not what it should be: {problem}"))
+            } else {
+                ApiError::invalid(format!("{path}: {problem}")).param(path)
+            }
+        })?;
+        reader
+            .end()
+            .map_err(|error| ApiError::invalid(format!("the body goes on after it: {error}")))?;
+        Ok(value)
+    }
+}
+
+/// The field that serde says is not there.
+fn missing_field(problem: &str) -> Option<&str> {
+    let (field, _) = problem.strip_prefix("missing field `")?.split_once('`')?;
+    Some(field)
+}
+
+impl FromRequest<Arc<App>> for JsonBody {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, ApiError> {
+        if let Some(kind) = request.headers().get(header::CONTENT_TYPE) {
+            let kind = kind.to_str().unwrap_or("").to_ascii_lowercase();
+            let essence = kind.split(';').next().unwrap_or("").trim();
+            if essence != "application/json" && !essence.ends_with("+json") {
+                return Err(ApiError::new(
+                    StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                    "invalid_request_error",
+                    format!("the body is {essence:?}, expected application/json"),
+                ));
+            }
+        }
+        let limit = app.options.max_body_bytes;
+        let too_large = || {
+            ApiError::new(
+                StatusCode::PAYLOAD_TOO_LARGE,
+                "invalid_request_error",
+                format!("the body has more than the {limit} bytes that are accepted"),
+            )
+        };
+        let body = request.into_body();
+        if body.size_hint().lower() > limit as u64 {
+            return Err(too_large());
+        }
+        let body = Limited::new(body, limit).collect();
+        match tokio::time::timeout(app.options.body_timeout, body).await {
+            Ok(Ok(body)) => Ok(Self(body.to_bytes())),
+            Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
+            Ok(Err(error)) => Err(ApiError::invalid(format!("the body ended early: {error}"))),
+            Err(_) => Err(ApiError::new(
+                StatusCode::REQUEST_TIMEOUT,
+                "timeout_error",
+                format!(
+                    "the body did not arrive within {:?}",
+                    app.options.body_timeout
+                ),
+            )),
+        }
+    }
+}

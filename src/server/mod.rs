@@ -1,0 +1,488 @@
+//! The HTTP server: OpenAI's API over an [`Engine`].
+//!
+//! A handler owns the token streams of its answer. When the connection closes, hyper
+//! drops the handler or the body that it returned, the streams go with it, and that
+//! posts a cancel to the scheduler thread: a disconnect needs no code of its own, and no
+//! task has to live for the clean-up to happen.
+//!
+//! ```no_run
+//! use quell::server::{Metrics, Server, ServerOptions};
+//! use quell::{Engine, EngineConfig, LoadOptions};
+//!
+//! # async fn serve() -> Result<(), Box<dyn std::error::Error>> {
+//! let metrics = Metrics::install()?;
+//! let engine = Engine::load("model.gguf", EngineConfig::default(), LoadOptions::default())?;
+//! let options = ServerOptions {
+//!     metrics: Some(metrics),
+//!     ..ServerOptions::new("my-model")
+//! };
+//! let server = Server::bind(engine, options, "127.0.0.1:8000").await?;
+//! println!("http://{}", server.local_addr());
+//! server.run(async { tokio::signal::ctrl_c().await.unwrap_or(()) }).await;
+//! # Ok(())
+//! # }
+//! ```
+
+mod access;
+mod answer;
+mod auth;
+mod chat;
+mod completions;
+mod connection;
+mod conversation;
+mod error;
+mod first_bytes;
+mod health;
+mod json;
+mod metrics;
+mod models;
+mod parts;
+mod responses;
+mod sampling;
+mod sse;
+mod structure;
+mod tls;
+mod tokenize;
+mod tools;
+mod trace_context;
+
+pub use auth::ApiKeys;
+pub use metrics::{Metrics, MetricsError};
+pub use tls::TlsFiles;
+
+use crate::engine::{CancelReason, Drained, Engine, Prompt, Request, SubmitError, TokenStream};
+use crate::text::Tokenizer;
+use crate::text::tools::ToolFormat;
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode, Uri, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Router, middleware};
+use error::ApiError;
+use serde::Deserialize;
+use std::future::Future;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use thiserror::Error;
+use tokio::net::{TcpListener, ToSocketAddrs};
+use tokio_rustls::TlsAcceptor;
+use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::cors::{AllowOrigin, CorsLayer};
+use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer};
+use uuid::Uuid;
+
+/// Prompts with more bytes than this are turned into tokens on a thread of their own, so
+/// that other connections do not wait for it.
+const LONG_PROMPT: usize = 16 << 10;
+
+/// The id of a request: the client's, or one of ours.
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// How a server behaves.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct ServerOptions {
+    /// What clients call the model.
+    pub model_name: String,
+    /// More names for it.
+    pub aliases: Vec<String>,
+    /// What `/metrics` answers; 404 if `None`.
+    pub metrics: Option<Metrics>,
+    /// Answers that one request may ask for with `n`.
+    pub max_samples: usize,
+    /// Bytes of a body at most.
+    pub max_body_bytes: usize,
+    /// How long a body may take to arrive.
+    pub body_timeout: Duration,
+    /// How long the headers of a request may take to arrive.
+    pub header_timeout: Duration,
+    /// How long a client may leave what is sent to it unread before its connection is
+    /// closed.
+    pub write_timeout: Duration,
+    /// How long an answer may take, from its submission on; without end if `None`.
+    pub request_timeout: Option<Duration>,
+    /// Connections at the same time; more wait to be accepted.
+    pub max_connections: usize,
+    /// How the model writes tool calls; as its chat template has it if `None`.
+    pub tool_format: Option<ToolFormat>,
+    /// How long open requests may take to finish once the server is told to stop.
+    pub drain_timeout: Duration,
+    /// Whoever brings none of these keys is refused; everybody is let in if there are none.
+    pub api_keys: ApiKeys,
+    /// Origins whose pages may use the server from a browser (CORS), `*` for all; none
+    /// but the server's own by default.
+    pub allowed_origins: Vec<String>,
+    /// Certificate and key, to serve HTTPS; HTTP if `None`.
+    pub tls: Option<TlsFiles>,
+}
+
+impl ServerOptions {
+    /// Working defaults for a model that clients call `model_name`.
+    pub fn new(model_name: impl Into<String>) -> Self {
+        Self {
+            model_name: model_name.into(),
+            aliases: Vec::new(),
+            metrics: None,
+            max_samples: 128,
+            max_body_bytes: 32 << 20,
+            body_timeout: Duration::from_secs(30),
+            header_timeout: Duration::from_secs(10),
+            write_timeout: Duration::from_secs(30),
+            request_timeout: None,
+            max_connections: 8192,
+            tool_format: None,
+            drain_timeout: Duration::from_secs(30),
+            api_keys: ApiKeys::default(),
+            allowed_origins: Vec::new(),
+            tls: None,
+        }
+    }
+}
+
+/// Why a server could not start.
+#[derive(Debug, Error)]
+pub enum ServeError {
+    /// The address cannot be listened on.
+    #[error("cannot listen on {address}: {source}")]
+    Bind {
+        /// The address.
+        address: String,
+        /// The system's own words.
+        source: std::io::Error,
+    },
+    /// The certificate or its key cannot be used.
+    #[error("cannot use {path} for TLS: {problem}")]
+    Tls {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// An origin is not one.
+    #[error("{origin:?} is no origin, expected one like https://example.com, or *")]
+    Origin {
+        /// What was given.
+        origin: String,
+    },
+}
+
+/// A server that listens.
+pub struct Server {
+    app: Arc<App>,
+    listener: TcpListener,
+    address: SocketAddr,
+    cors: Option<CorsLayer>,
+    tls: Option<TlsAcceptor>,
+}
+
+impl std::fmt::Debug for Server {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("Server")
+            .field("address", &self.address)
+            .field("options", &self.app.options)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Server {
+    /// Listens on `address`; connections wait until [`Server::run`].
+    pub async fn bind(
+        engine: Engine,
+        options: ServerOptions,
+        address: impl ToSocketAddrs + ToString,
+    ) -> Result<Self, ServeError> {
+        let name = address.to_string();
+        let failed = |source| ServeError::Bind {
+            address: name.clone(),
+            source,
+        };
+        let cors = cors(&options.allowed_origins)?;
+        let tls = options.tls.as_ref().map(TlsFiles::acceptor).transpose()?;
+        let listener = TcpListener::bind(address).await.map_err(failed)?;
+        let address = listener.local_addr().map_err(failed)?;
+        let app = Arc::new(App::new(engine, options));
+        Ok(Self {
+            app,
+            listener,
+            address,
+            cors,
+            tls,
+        })
+    }
+
+    /// `http` or `https`.
+    pub fn scheme(&self) -> &'static str {
+        if self.tls.is_some() { "https" } else { "http" }
+    }
+
+    /// Where it listens.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Serves until `stop` is done. Then it takes no more requests (`/ready` says so),
+    /// lets the open ones finish within [`ServerOptions::drain_timeout`], cancels the
+    /// rest, and closes the connections. Tells what became of the open requests; `None`
+    /// if the engine had ended before.
+    pub async fn run(self, stop: impl Future<Output = ()>) -> Option<Drained> {
+        let upkeep = self
+            .app
+            .options
+            .metrics
+            .clone()
+            .map(|metrics| tokio::spawn(metrics.keep()));
+        let engine = self.app.engine.clone();
+        let deadline = self.app.options.drain_timeout;
+        let drain = async {
+            stop.await;
+            engine.drain(deadline).await.ok()
+        };
+        let limits = connection::Limits::of(&self.app.options);
+        let router = router(self.app, self.cors);
+        let drained = connection::serve(self.listener, self.tls, router, limits, drain).await;
+        if let Some(upkeep) = upkeep {
+            upkeep.abort();
+        }
+        drained
+    }
+}
+
+/// What lets pages of other origins use the server.
+fn cors(origins: &[String]) -> Result<Option<CorsLayer>, ServeError> {
+    if origins.is_empty() {
+        return Ok(None);
+    }
+    let allowed = if origins.iter().any(|origin| origin == "*") {
+        AllowOrigin::any()
+    } else {
+        let each = origins.iter().map(|origin| {
+            let value = HeaderValue::from_str(origin).ok();
+            let value = value.filter(|_| origin.contains("://"));
+            value.ok_or_else(|| ServeError::Origin {
+                origin: origin.clone(),
+            })
+        });
+        AllowOrigin::list(each.collect::<Result<Vec<_>, _>>()?)
+    };
+    let layer = CorsLayer::new()
+        .allow_origin(allowed)
+        .allow_methods([Method::GET, Method::POST, Method::DELETE])
+        .allow_headers([header::AUTHORIZATION, header::CONTENT_TYPE, REQUEST_ID])
+        .expose_headers([REQUEST_ID]);
+    Ok(Some(layer))
+}
+
+fn router(app: Arc<App>, cors: Option<CorsLayer>) -> Router {
+    // A layer is around those before it.
+    routes()
+        .layer(middleware::from_fn_with_state(
+            Arc::clone(&app),
+            auth::check,
+        ))
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(tower::util::option_layer(cors))
+        .layer(middleware::from_fn(access::log))
+        .layer(PropagateRequestIdLayer::new(REQUEST_ID))
+        .layer(SetRequestIdLayer::new(REQUEST_ID, MakeRequestUuid))
+        .with_state(app)
+}
+
+fn routes() -> Router<Arc<App>> {
+    Router::new()
+        .route("/v1/completions", post(completions::completions))
+        .route("/v1/chat/completions", post(chat::chat_completions))
+        .route("/v1/responses", post(responses::create))
+        .route(
+            "/v1/responses/{id}",
+            get(responses::get).delete(responses::delete),
+        )
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{*name}", get(models::get))
+        .route("/tokenize", post(tokenize::tokenize))
+        .route("/detokenize", post(tokenize::detokenize))
+        .route("/health", get(health::health))
+        .route("/ready", get(health::ready))
+        .route("/metrics", get(health::metrics))
+        .route("/version", get(health::version))
+        .route("/openapi.json", get(health::openapi))
+        .fallback(no_route)
+        .method_not_allowed_fallback(no_method)
+}
+
+async fn no_route(uri: Uri) -> ApiError {
+    ApiError::not_found(format!("there is nothing at {}", uri.path())).code("unknown_url")
+}
+
+async fn no_method(method: Method, uri: Uri) -> ApiError {
+    let problem = format!("{} does not take {method}", uri.path());
+    ApiError::new(
+        StatusCode::METHOD_NOT_ALLOWED,
+        "invalid_request_error",
+        problem,
+    )
+}
+
+/// A bug: the connection and everybody else live on.
+fn panicked(panic: Box<dyn std::any::Any + Send>) -> Response {
+    let message = panic
+        .downcast_ref::<&str>()
+        .map(|message| (*message).to_owned())
+        .or_else(|| panic.downcast_ref::<String>().cloned());
+    tracing::error!(panic = message, "a request handler panicked");
+    let status = StatusCode::INTERNAL_SERVER_ERROR;
+    let message = "an internal error; the server's log says more";
+    ApiError::new(status, "server_error", message).into_response()
+}
+
+/// What all handlers share.
+#[derive(Debug)]
+pub(crate) struct App {
+    engine: Engine,
+    options: ServerOptions,
+    /// Seconds since 1970.
+    started: u64,
+    /// Tells answers of different servers apart.
+    fingerprint: String,
+    /// Responses that can be asked for again and gone on with.
+    responses: responses::Store,
+}
+
+impl App {
+    fn new(engine: Engine, options: ServerOptions) -> Self {
+        let device = engine
+            .info()
+            .model
+            .as_ref()
+            .map(|model| &*model.device.name);
+        let version = env!("CARGO_PKG_VERSION");
+        let fingerprint = format!("quell-{version}-{}", device.unwrap_or("null"));
+        Self {
+            engine,
+            options,
+            started: unix_time(),
+            fingerprint,
+            responses: responses::Store::default(),
+        }
+    }
+
+    /// The name under which the model is asked for; 404 for another one. No name means
+    /// whatever is served.
+    fn check_model(&self, name: Option<&str>) -> Result<String, ApiError> {
+        let ours = &self.options.model_name;
+        match name {
+            Some(name) if name != ours && !self.options.aliases.iter().any(|a| a == name) => {
+                let problem = format!("the model {name:?} does not exist; {ours:?} is served");
+                Err(ApiError::not_found(problem)
+                    .param("model")
+                    .code("model_not_found"))
+            }
+            name => Ok(name.unwrap_or(ours).to_owned()),
+        }
+    }
+
+    fn require_tokenizer(&self, needed_for: &'static str) -> Result<&Arc<Tokenizer>, ApiError> {
+        let missing = || SubmitError::NoTokenizer { needed_for }.into();
+        self.engine.tokenizer().ok_or_else(missing)
+    }
+
+    /// An id that clients and logs call an answer by.
+    fn answer_id(&self, kind: &str) -> String {
+        format!("{kind}-{}", Uuid::new_v4().simple())
+    }
+
+    /// Submits requests, each for `samples` answers: in order, those of a request
+    /// together. Dropping one of the streams cancels it as a disconnect.
+    async fn submit(
+        self: &Arc<Self>,
+        requests: Vec<Request>,
+        samples: usize,
+    ) -> Result<Vec<TokenStream>, ApiError> {
+        for request in &requests {
+            if let Some(tokens) = request.max_tokens {
+                self.check_length(&request.prompt, tokens)?;
+            }
+        }
+        let long = requests.iter().any(|request| is_long(&request.prompt));
+        if !long {
+            return self.submit_here(requests, samples);
+        }
+        let app = Arc::clone(self);
+        let submitted = move || app.submit_here(requests, samples);
+        let submitted = tokio::task::spawn_blocking(submitted).await;
+        submitted.map_err(|_| ApiError::unavailable("the server is being stopped"))?
+    }
+
+    fn submit_here(
+        &self,
+        requests: Vec<Request>,
+        samples: usize,
+    ) -> Result<Vec<TokenStream>, ApiError> {
+        let mut streams = Vec::with_capacity(requests.len() * samples);
+        for mut request in requests {
+            let max_tokens = request.max_tokens;
+            request.prompt = Prompt::Tokens(self.engine.tokenize(&request.prompt)?);
+            if let Some(tokens) = max_tokens {
+                self.check_length(&request.prompt, tokens)?;
+            }
+            if samples == 1 {
+                streams.push(self.engine.generate(request)?);
+            } else {
+                streams.extend(self.engine.generate_samples(request, samples)?);
+            }
+        }
+        let owned = |stream: TokenStream| stream.when_dropped(CancelReason::Disconnect);
+        Ok(streams.into_iter().map(owned).collect())
+    }
+
+    /// Refuses an answer that the context has no room for. Only token ids are looked at.
+    fn check_length(&self, prompt: &Prompt, max_tokens: usize) -> Result<(), ApiError> {
+        let limit = self.engine.max_sequence_tokens();
+        match prompt {
+            // A prompt that is too long by itself is for the engine to refuse.
+            Prompt::Tokens(tokens) if tokens.len() < limit && max_tokens > limit - tokens.len() => {
+                let problem = format!(
+                    "the prompt has {} tokens and max_tokens is {max_tokens}, {} together, but \
+                     the context has {limit}",
+                    tokens.len(),
+                    tokens.len().saturating_add(max_tokens),
+                );
+                Err(ApiError::invalid(problem)
+                    .param("max_tokens")
+                    .code("context_length_exceeded"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn is_long(prompt: &Prompt) -> bool {
+    let bytes = match prompt {
+        Prompt::Text(text) => text.len(),
+        Prompt::Tokens(_) => 0,
+        Prompt::Chat(messages) | Prompt::Conversation { messages, .. } => {
+            messages.iter().map(|message| message.content.len()).sum()
+        }
+    };
+    bytes > LONG_PROMPT
+}
+
+/// What a stream is to carry beside the answer.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+pub(crate) struct StreamOptions {
+    include_usage: Option<bool>,
+}
+
+impl StreamOptions {
+    /// Whether its last event is to say how many tokens it took.
+    fn usage(self) -> bool {
+        self.include_usage.unwrap_or(false)
+    }
+}
+
+/// Seconds since 1970.
+fn unix_time() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |now| now.as_secs())
+}

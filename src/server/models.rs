@@ -1,0 +1,34 @@
+//! `GET /v1/models`: what is served.
+
+use super::App;
+use super::error::ApiError;
+use axum::Json;
+use axum::extract::{Path, State};
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+/// The list of models: one.
+pub(crate) async fn list(State(app): State<Arc<App>>) -> Json<Value> {
+    Json(json!({"object": "list", "data": [model(&app)]}))
+}
+
+/// The model by its name.
+pub(crate) async fn get(
+    State(app): State<Arc<App>>,
+    Path(name): Path<String>,
+) -> Result<Json<Value>, ApiError> {
+    app.check_model(Some(&name))?;
+    Ok(Json(model(&app)))
+}
+
+fn model(app: &App) -> Value {
+    json!({
+        "id": app.options.model_name,
+        "object": "model",
+        "created": app.started,
+        "owned_by": "quell",
+        "root": app.options.model_name,
+        "parent": null,
+        "max_model_len": app.engine.max_sequence_tokens(),
+    })
+}
