@@ -279,6 +279,7 @@ fn a_server_that_stops_finishes_what_it_has_and_says_that_it_takes_no_more() {
     let late = ask(address, &post("/v1/completions", COMPLETION));
     assert_eq!(late.status, 503);
     assert_eq!(late.header("retry-after"), Some("5"));
+    assert_eq!(late.header("connection"), Some("close"));
     drop(permits);
     let events = events(&mut stream);
     assert!(events.contains("\"finish_reason\":\"length\""), "{events}");

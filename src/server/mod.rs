@@ -281,6 +281,10 @@ fn router(app: Arc<App>, cors: Option<CorsLayer>) -> Router {
             Arc::clone(&app),
             auth::check,
         ))
+        .layer(middleware::from_fn_with_state(
+            Arc::clone(&app),
+            health::close_while_draining,
+        ))
         .layer(CatchPanicLayer::custom(panicked))
         .layer(tower::util::option_layer(cors))
         .layer(middleware::from_fn(access::log))
