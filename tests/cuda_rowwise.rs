@@ -504,7 +504,7 @@ fn pooled_rows_are_the_exact_sums_of_what_the_device_keeps() {
             assert_eq!(device.collect_pooled(next).unwrap(), expected[3..]);
             let unsound = |sum: &PooledRows| sum.mean().iter().filter(|v| v.is_nan()).count();
             assert_eq!((unsound(&expected[0]), unsound(&expected[1])), (1, 1));
-            assert!(device.pool(&x, &[0..24]).is_err());
+            assert!(device.pool(&x, &[0..23, 2..24]).is_err());
         }
     }
 }
