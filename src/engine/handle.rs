@@ -14,16 +14,16 @@ use super::turn::Turn;
 use super::waiting::{Answer, Asked, EngineEnd, Reply, Waiters};
 use super::watchdog::{Heartbeat, Pulse, watch};
 use super::{
-    Draining, EngineFault, EngineSnapshot, EngineStats, Health, Session, SessionOptions, Shutdown,
-    ShuttingDown, SubmitError, TokenStream,
+    Draining, EmbedRequest, EmbeddingFuture, EngineFault, EngineSnapshot, EngineStats, Health,
+    Session, SessionOptions, Shutdown, ShuttingDown, SubmitError, TokenStream,
 };
 use crate::cache::BlockCache;
 use crate::config::EngineConfig;
 use crate::id::SessionId;
 use crate::runner::limits;
 use crate::runner::{LoadError, LoadOptions, ModelFiles, Runner, RunnerInfo};
-use crate::sampling::{Constraint, ConstraintState, SamplingParams};
-use crate::schedule::{Policy, Scheduler, SequenceSpec};
+use crate::sampling::{Constraint, ConstraintState, ParamError, SamplingParams};
+use crate::schedule::{Policy, Scheduler, SequenceSpec, Task};
 use crate::text::{EncodeOptions, Message, RenderOptions, Tokenizer};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -75,8 +75,15 @@ impl From<Vec<Message>> for Prompt {
 pub struct Request {
     /// What to continue.
     pub prompt: Prompt,
-    /// At most this many new tokens; up to the context limit if `None`.
+    /// At most this many new tokens; up to the context limit if `None`. None at all, 0, if
+    /// [`Request::prompt_logprobs`] are all that is wanted.
     pub max_tokens: Option<usize>,
+    /// Asks for the log-probability of each token of the prompt after the first, under the
+    /// unmodified logits, with so many of the likeliest tokens in its place
+    /// ([`Chunk::prompt_logprobs`](crate::Chunk::prompt_logprobs)). The whole prompt is
+    /// computed then, also what the cache holds, and no more than `max_sequences` tokens of
+    /// it a step.
+    pub prompt_logprobs: Option<u32>,
     /// How to choose tokens.
     pub sampling: SamplingParams,
     /// Strings that end the answer; they are not part of it.
@@ -116,6 +123,7 @@ impl Request {
         Self {
             prompt: prompt.into(),
             max_tokens: None,
+            prompt_logprobs: None,
             sampling: SamplingParams::default(),
             stop: Vec::new(),
             stop_token_ids: Vec::new(),
@@ -134,6 +142,19 @@ impl Request {
     pub fn max_tokens(mut self, tokens: usize) -> Self {
         self.max_tokens = Some(tokens);
         self
+    }
+
+    /// Asks for the log-probabilities of the prompt, with so many of the likeliest tokens
+    /// in the place of each.
+    pub fn prompt_logprobs(mut self, top: u32) -> Self {
+        self.prompt_logprobs = Some(top);
+        self
+    }
+
+    /// What is wanted of its sequence.
+    fn task(&self) -> Task {
+        let score = |top| Task::Score { top };
+        self.prompt_logprobs.map_or(Task::Generate, score)
     }
 
     /// Sets how to choose tokens.
@@ -482,7 +503,8 @@ impl Engine {
         let prepared = (0..samples as u64).map(|index| {
             let mut request = request.clone();
             request.sampling.seed = seed.wrapping_add(index);
-            self.prepare(request, None)
+            let task = request.task();
+            self.prepare(request, task, None)
         });
         let prepared = prepared.collect::<Result<Vec<_>, _>>()?;
         let (streams, submissions) = prepared.into_iter().unzip();
@@ -496,9 +518,35 @@ impl Engine {
         request: Request,
         turn: Option<Turn>,
     ) -> Result<TokenStream, SubmitError> {
-        let (stream, submission) = self.prepare(request, turn)?;
+        let task = request.task();
+        let (stream, submission) = self.prepare(request, task, turn)?;
         self.post(Command::Submit(Box::new(submission)))?;
         Ok(stream)
+    }
+
+    /// Submits a prompt to be embedded, as [`Engine::generate`] submits one to be
+    /// continued: it shares the steps and the cache with the others, and dropping the
+    /// future cancels. A text is tokenized as a prompt is, special tokens included.
+    pub fn embed(&self, request: EmbedRequest) -> Result<EmbeddingFuture, SubmitError> {
+        if self.shared.info.embedding.is_none() {
+            return Err(SubmitError::NoEmbeddings);
+        }
+        let EmbedRequest {
+            prompt,
+            finish_within,
+            priority,
+            tenant,
+        } = request;
+        let request = Request {
+            max_tokens: Some(0),
+            finish_within,
+            priority,
+            tenant,
+            ..Request::new(prompt)
+        };
+        let (stream, submission) = self.prepare(request, Task::Embed, None)?;
+        self.post(Command::Submit(Box::new(submission)))?;
+        Ok(EmbeddingFuture::new(stream))
     }
 
     /// Refuses if the engine has ended.
@@ -523,6 +571,7 @@ impl Engine {
     fn prepare(
         &self,
         request: Request,
+        task: Task,
         turn: Option<Turn>,
     ) -> Result<(TokenStream, Submission), SubmitError> {
         self.require_open()?;
@@ -530,7 +579,7 @@ impl Engine {
             return Err(SubmitError::Draining);
         }
         let prompt = self.tokenize(&request.prompt)?;
-        let mut spec = self.sequence_spec(&request, prompt)?;
+        let mut spec = self.sequence_spec(&request, task, prompt)?;
         spec.session = turn.as_ref().map(|turn| turn.session);
         let text = match &self.shared.tokenizer {
             Some(tokenizer) => Some(TextState::new(
@@ -713,11 +762,21 @@ impl Engine {
     fn sequence_spec(
         &self,
         request: &Request,
+        task: Task,
         prompt: Vec<u32>,
     ) -> Result<SequenceSpec, SubmitError> {
         let vocabulary = self.shared.info.vocabulary;
         request.sampling.validate(vocabulary)?;
-        if request.max_tokens == Some(0) {
+        let top = request.prompt_logprobs.unwrap_or(0);
+        if top > SamplingParams::MAX_LOGPROBS {
+            return Err(SubmitError::Params(ParamError {
+                name: "prompt_logprobs",
+                value: top.to_string(),
+                expected: "at most 1024",
+            }));
+        }
+        let continued = request.max_tokens != Some(0);
+        if !continued && task == Task::Generate {
             return Err(SubmitError::NoTokens);
         }
         if let Some(index) = request.stop.iter().position(String::is_empty) {
@@ -727,9 +786,17 @@ impl Engine {
             return Err(SubmitError::EmptyPrompt);
         }
         let (limit, limited_by) = self.shared.limit;
-        if prompt.len() >= limit {
+        let tokens = prompt.len();
+        if continued && tokens >= limit {
             return Err(SubmitError::PromptTooLong {
-                tokens: prompt.len(),
+                tokens,
+                limit,
+                limited_by,
+            });
+        }
+        if tokens > limit {
+            return Err(SubmitError::InputTooLong {
+                tokens,
                 limit,
                 limited_by,
             });
@@ -750,6 +817,7 @@ impl Engine {
         Ok(SequenceSpec {
             max_tokens: limit.min(prompt.len().saturating_add(answer)),
             prompt,
+            task,
             params: Arc::new(request.sampling.clone()),
             stop_tokens: stop_tokens.into(),
             priority: request.priority,

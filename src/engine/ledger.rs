@@ -6,7 +6,7 @@
 
 use super::command::AccountSpec;
 use super::deadlines::{Deadlines, Due, RequestDeadlines};
-use super::event::{Event, EventSender, Receipt, SessionCell, Terminal, Token};
+use super::event::{Event, EventSender, PromptReport, Receipt, SessionCell, Terminal, Token};
 use super::metrics::{EndKind, EngineMetrics};
 use super::permit::Permit;
 use super::record::RequestRecord;
@@ -31,6 +31,8 @@ struct Account {
     deadlines: RequestDeadlines,
     /// The token of this step, until the flush.
     token: Option<Token>,
+    /// What is known of its prompt, until it is sent.
+    report: Option<Box<PromptReport>>,
     /// The session's turn that it is.
     turn: Option<Turn>,
     /// What its caller knows it by.
@@ -252,6 +254,7 @@ impl Ledger {
             record,
             deadlines,
             token: None,
+            report: None,
             turn,
             label,
             replies: Vec::new(),
@@ -265,6 +268,17 @@ impl Ledger {
             account.record.started(at, cached_tokens);
             let cached = &account.cell.cached_tokens;
             cached.store(cached_tokens, Ordering::Release);
+        }
+    }
+
+    /// Books what a step has found of a prompt; it is sent with the first token, or with
+    /// the terminal.
+    pub fn report(&mut self, key: SequenceKey, report: PromptReport) {
+        if let Some(account) = self.open.get_mut(&key) {
+            match &mut account.report {
+                Some(known) => known.add(report),
+                None => account.report = Some(Box::new(report)),
+            }
         }
     }
 
@@ -334,10 +348,9 @@ impl Ledger {
                 .cancel_ended(at.saturating_duration_since(posted_at));
         }
         // A cancelled request's last token is dropped: no token follows a cancel.
-        let token = account
-            .token
-            .take()
-            .filter(|_| matches!(terminal, Terminal::Finished(_)));
+        let finished = matches!(terminal, Terminal::Finished(_));
+        let token = account.token.take().filter(|_| finished);
+        let report = account.report.take().filter(|_| finished);
         if token.is_some() {
             account.record.token(at, &self.metrics);
         }
@@ -345,6 +358,7 @@ impl Ledger {
         drop(account.permit);
         account.events.send(Event {
             token,
+            report,
             terminal: Some(terminal),
             at,
         });
@@ -417,6 +431,7 @@ impl Ledger {
             account.record.token(at, &self.metrics);
             account.events.send(Event {
                 token: Some(token),
+                report: account.report.take(),
                 terminal: None,
                 at,
             });

@@ -7,6 +7,7 @@
 
 mod command;
 mod deadlines;
+mod embedding;
 mod ending;
 mod error;
 mod event;
@@ -25,6 +26,7 @@ mod turn;
 mod waiting;
 mod watchdog;
 
+pub use embedding::{EmbedRequest, Embedding, EmbeddingFuture};
 pub use ending::{Drained, Draining, Shutdown, ShuttingDown};
 pub use error::{EngineFault, GenerateError, SubmitError};
 pub use event::{CancelReason, Outcome, Receipt, Token};

@@ -97,7 +97,10 @@ impl From<SubmitError> for ApiError {
             SubmitError::Conflict => {
                 Self::new(StatusCode::CONFLICT, "conflict_error", message).code("session_busy")
             }
-            SubmitError::PromptTooLong { .. } => invalid("prompt").code("context_length_exceeded"),
+            SubmitError::PromptTooLong { .. } | SubmitError::InputTooLong { .. } => {
+                invalid("prompt").code("context_length_exceeded")
+            }
+            SubmitError::NoEmbeddings => invalid("model"),
             SubmitError::Params(error) => invalid(error.name),
             SubmitError::NoTokens => invalid("max_tokens"),
             SubmitError::NoSamples => invalid("n"),

@@ -31,6 +31,7 @@ mod chat;
 mod completions;
 mod connection;
 mod conversation;
+mod embeddings;
 mod error;
 mod first_bytes;
 mod health;
@@ -316,6 +317,7 @@ fn routes() -> Router<Arc<App>> {
             "/v1/responses/{id}",
             get(responses::get).delete(responses::delete),
         )
+        .route("/v1/embeddings", post(embeddings::embeddings))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*name}", get(models::get))
         .route("/v1/sessions", get(sessions::list).post(sessions::create))
@@ -486,6 +488,24 @@ impl App {
         Ok(streams.into_iter().map(owned).collect())
     }
 
+    /// The tokens of prompts, in their order.
+    async fn tokenize_all(
+        self: &Arc<Self>,
+        prompts: Vec<Prompt>,
+    ) -> Result<Vec<Vec<u32>>, ApiError> {
+        let bytes: usize = prompts.iter().map(text_bytes).sum();
+        let app = Arc::clone(self);
+        let tokenize = move || {
+            let each = prompts.iter().map(|prompt| app.engine.tokenize(prompt));
+            each.collect::<Result<_, _>>().map_err(ApiError::from)
+        };
+        if bytes <= LONG_PROMPT {
+            return tokenize();
+        }
+        let tokens = tokio::task::spawn_blocking(tokenize).await;
+        tokens.map_err(|_| ApiError::unavailable("the server is being stopped"))?
+    }
+
     /// Refuses an answer that the context has no room for. Only token ids are looked at.
     fn check_length(&self, prompt: &Prompt, max_tokens: usize) -> Result<(), ApiError> {
         let limit = self.engine.max_sequence_tokens();
@@ -520,14 +540,18 @@ async fn apart_if<T: Send + 'static>(
 }
 
 fn is_long(prompt: &Prompt) -> bool {
-    let bytes = match prompt {
+    text_bytes(prompt) > LONG_PROMPT
+}
+
+/// Bytes that are to be turned into tokens.
+fn text_bytes(prompt: &Prompt) -> usize {
+    match prompt {
         Prompt::Text(text) => text.len(),
         Prompt::Tokens(_) => 0,
         Prompt::Chat(messages) | Prompt::Conversation { messages, .. } => {
             messages.iter().map(|message| message.content.len()).sum()
         }
-    };
-    bytes > LONG_PROMPT
+    }
 }
 
 /// The session that a request is a turn of.
