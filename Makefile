@@ -2,7 +2,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CARGO := cargo
 PYTHON := python3
 
-.PHONY: demo test models soak mutations lint bench kernels kernels-check model
+.PHONY: demo test models soak mutations lint bench kernels kernels-check model clients
 
 ## Fetches a small model if it is missing, builds, and answers a question.
 demo: model
@@ -12,7 +12,7 @@ demo: model
 
 ## Runs everything: unit, integration, golden and documentation tests, the CUDA device on
 ## the virtual GPU, the model checkers, and the examples.
-test: model models
+test: model clients models
 	$(CARGO) test --locked --workspace
 	$(CARGO) test --locked --no-default-features --lib
 	$(CARGO) run --locked --release --example quickstart -- $(MODEL)
@@ -53,6 +53,7 @@ bench: model
 	$(CARGO) bench --locked --bench cpu_step
 	$(CARGO) bench --locked --bench cancel
 	$(CARGO) bench --locked --bench prefix -- $(MODEL)
+	$(CARGO) bench --locked --bench server -- --model $(MODEL)
 	$(CARGO) bench --locked --bench kernels
 	$(CARGO) build --release --locked
 	./target/release/quell bench --model $(MODEL)
@@ -68,3 +69,7 @@ kernels-check:
 
 model:
 	@$(PYTHON) scripts/fetch-model
+
+## The clients that the server is tested with, into target/clients.
+clients:
+	@$(PYTHON) scripts/setup-clients
