@@ -11,7 +11,8 @@ demo: model
 	    --prompt "Give me three tips for staying healthy."
 
 ## Runs everything: unit, integration, golden and documentation tests, the CUDA device on
-## the virtual GPU, the model checkers, and the examples.
+## the virtual GPU, the server with clients that others have written, the model checkers,
+## and the examples.
 test: model clients models
 	$(CARGO) test --locked --workspace
 	$(CARGO) test --locked --no-default-features --lib
@@ -53,7 +54,6 @@ bench: model
 	$(CARGO) bench --locked --bench cpu_step
 	$(CARGO) bench --locked --bench cancel
 	$(CARGO) bench --locked --bench prefix -- $(MODEL)
-	$(CARGO) bench --locked --bench server -- --model $(MODEL)
 	$(CARGO) bench --locked --bench kernels
 	$(CARGO) build --release --locked
 	./target/release/quell bench --model $(MODEL)
@@ -70,6 +70,6 @@ kernels-check:
 model:
 	@$(PYTHON) scripts/fetch-model
 
-## The clients that the server is tested with, into target/clients.
+## Installs the Python clients, the router and the browser that the server is tested with.
 clients:
 	@$(PYTHON) scripts/setup-clients

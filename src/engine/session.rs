@@ -107,9 +107,10 @@ impl Session {
     }
 
     /// One turn: `request.prompt` is appended to the turns before it. A conversation
-    /// ([`Prompt::Chat`]) is one as a whole: it takes the place of the turns before it,
-    /// and what it has in common with them is not computed again. Refused with
-    /// [`SubmitError::Conflict`] while another turn of this session is generating.
+    /// ([`Prompt::Chat`], [`Prompt::Conversation`]) is one as a whole: it takes the
+    /// place of the turns before it, and what it has in common with them is not computed
+    /// again. Refused with [`SubmitError::Conflict`] while another turn of this session
+    /// is generating.
     pub fn generate(&self, mut request: Request) -> Result<TokenStream, SubmitError> {
         // Tokens that begin a text belong to the first turn only.
         let first = self.idle()?.context.is_empty();
@@ -120,7 +121,7 @@ impl Session {
             return Err(SubmitError::Conflict);
         }
         request.prompt = Prompt::Tokens(match request.prompt {
-            Prompt::Chat(_) => new,
+            Prompt::Chat(_) | Prompt::Conversation { .. } => new,
             Prompt::Text(_) | Prompt::Tokens(_) => [state.context.as_slice(), &new].concat(),
         });
         let cell = Arc::new(TurnCell::default());

@@ -29,16 +29,21 @@ mod auth;
 mod chat;
 mod completions;
 mod connection;
+mod conversation;
 mod error;
 mod first_bytes;
 mod health;
 mod json;
 mod metrics;
 mod models;
+mod parts;
+mod responses;
 mod sampling;
 mod sse;
+mod structure;
 mod tls;
 mod tokenize;
+mod tools;
 mod trace_context;
 
 pub use auth::ApiKeys;
@@ -47,6 +52,7 @@ pub use tls::TlsFiles;
 
 use crate::engine::{CancelReason, Drained, Engine, Prompt, Request, SubmitError, TokenStream};
 use crate::text::Tokenizer;
+use crate::text::tools::ToolFormat;
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -98,6 +104,8 @@ pub struct ServerOptions {
     pub request_timeout: Option<Duration>,
     /// Connections at the same time; more wait to be accepted.
     pub max_connections: usize,
+    /// How the model writes tool calls; as its chat template has it if `None`.
+    pub tool_format: Option<ToolFormat>,
     /// How long open requests may take to finish once the server is told to stop.
     pub drain_timeout: Duration,
     /// Whoever brings none of these keys is refused; everybody is let in if there are none.
@@ -123,6 +131,7 @@ impl ServerOptions {
             write_timeout: Duration::from_secs(30),
             request_timeout: None,
             max_connections: 8192,
+            tool_format: None,
             drain_timeout: Duration::from_secs(30),
             api_keys: ApiKeys::default(),
             allowed_origins: Vec::new(),
@@ -272,6 +281,10 @@ fn router(app: Arc<App>, cors: Option<CorsLayer>) -> Router {
             Arc::clone(&app),
             auth::check,
         ))
+        .layer(middleware::from_fn_with_state(
+            Arc::clone(&app),
+            health::close_while_draining,
+        ))
         .layer(CatchPanicLayer::custom(panicked))
         .layer(tower::util::option_layer(cors))
         .layer(middleware::from_fn(access::log))
@@ -284,6 +297,11 @@ fn routes() -> Router<Arc<App>> {
     Router::new()
         .route("/v1/completions", post(completions::completions))
         .route("/v1/chat/completions", post(chat::chat_completions))
+        .route("/v1/responses", post(responses::create))
+        .route(
+            "/v1/responses/{id}",
+            get(responses::get).delete(responses::delete),
+        )
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*name}", get(models::get))
         .route("/tokenize", post(tokenize::tokenize))
@@ -331,6 +349,8 @@ pub(crate) struct App {
     started: u64,
     /// Tells answers of different servers apart.
     fingerprint: String,
+    /// Responses that can be asked for again and gone on with.
+    responses: responses::Store,
 }
 
 impl App {
@@ -347,6 +367,7 @@ impl App {
             options,
             started: unix_time(),
             fingerprint,
+            responses: responses::Store::default(),
         }
     }
 
@@ -444,7 +465,9 @@ fn is_long(prompt: &Prompt) -> bool {
     let bytes = match prompt {
         Prompt::Text(text) => text.len(),
         Prompt::Tokens(_) => 0,
-        Prompt::Chat(messages) => messages.iter().map(|message| message.content.len()).sum(),
+        Prompt::Chat(messages) | Prompt::Conversation { messages, .. } => {
+            messages.iter().map(|message| message.content.len()).sum()
+        }
     };
     bytes > LONG_PROMPT
 }

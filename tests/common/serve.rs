@@ -71,8 +71,13 @@ impl Serve {
     }
 
     /// Nothing is left; and told to stop, it stops.
-    pub fn ends_with_nothing_held(mut self) {
+    pub fn ends_with_nothing_held(self) {
         self.falls_idle();
+        self.ends_when_told();
+    }
+
+    /// Told to stop, it finishes what it has and stops.
+    pub fn ends_when_told(mut self) {
         let pid = self.child.id().to_string();
         let told = Command::new("kill").args(["-TERM", &pid]).status().unwrap();
         assert!(told.success());

@@ -82,6 +82,22 @@ impl TestServer {
     }
 }
 
+impl TestServer {
+    /// Tells it to stop, and does not wait for it.
+    pub fn stop(mut self) -> Stopping {
+        drop(self.stop.take());
+        Stopping(self)
+    }
+}
+
+/// A server that was told to stop.
+pub struct Stopping(TestServer);
+
+impl Stopping {
+    /// Waits for its end.
+    pub fn join(self) {}
+}
+
 impl Drop for TestServer {
     fn drop(&mut self) {
         drop(self.stop.take());
