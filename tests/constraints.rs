@@ -11,19 +11,11 @@ mod sim;
 use constraint::{Remainders, Trouble};
 use quell::{EngineConfig, EngineFault, GenerateError, HealthStatus, Outcome, Preemption, Request};
 use requests::idle;
-use sim::{SimOptions, engine, expected, nearest, next_token};
+use sim::{SimOptions, engine, expected, expected_where};
 
 /// What the simulated model answers to a prompt under [`Remainders`].
 fn constrained(prompt: &[u32], count: usize) -> Vec<u32> {
-    let mut tokens = prompt.to_vec();
-    let mut state = Remainders::default();
-    for _ in 0..count {
-        let free = next_token(tokens.iter().copied());
-        let token = nearest(free, |token| state.allows(token));
-        state.push(token);
-        tokens.push(token);
-    }
-    tokens.split_off(prompt.len())
+    expected_where(prompt, count, Remainders::allow_after)
 }
 
 fn prompt(index: usize) -> Vec<u32> {

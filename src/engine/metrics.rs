@@ -129,6 +129,10 @@ impl EngineMetrics {
     /// Takes the handles from the recorder that is installed now.
     pub fn new(model_name: Option<&str>) -> Self {
         describe();
+        // Shown as 0 before the first.
+        for stage in CLEANUP_STAGES {
+            let _ = counter!("quell_cleanup_failures_total", "stage" => stage);
+        }
         let base: Vec<Label> = model_name
             .map(|name| Label::new("model_name", name.to_owned()))
             .into_iter()
@@ -270,9 +274,13 @@ impl EngineMetrics {
     }
 }
 
+/// What clean-up is made of, and can fail in.
+const CLEANUP_STAGES: [&str; 3] = ["events", "fault", "waker"];
+
 /// A stage of clean-up failed, which is never swallowed. Rare: so no handle is kept,
 /// and any thread may say it.
 pub(super) fn cleanup_failed(stage: &'static str) {
+    debug_assert!(CLEANUP_STAGES.contains(&stage), "{stage}");
     counter!("quell_cleanup_failures_total", "stage" => stage).increment(1);
 }
 

@@ -237,6 +237,7 @@ pub(crate) async fn chat_completions(
     }
     let logprobs = logprobs(request.logprobs, request.top_logprobs)?;
     let samples = sampling.samples(&app)?;
+    let newer_name = request.max_completion_tokens.is_some();
     let max_tokens = request.max_completion_tokens.or(request.max_tokens);
     let mut variables = request.chat_template_kwargs.unwrap_or_default();
     if let Some(effort) = request.reasoning_effort {
@@ -260,8 +261,14 @@ pub(crate) async fn chat_completions(
         .submit(vec![asked], samples)
         .await
         .map_err(|mut error| {
-            if error.body.param.as_deref() == Some("prompt") {
-                error.body.param = Some("messages".to_owned());
+            // The fields by their names here.
+            let renamed = match error.body.param.as_deref() {
+                Some("prompt") => Some("messages"),
+                Some("max_tokens") if newer_name => Some("max_completion_tokens"),
+                _ => None,
+            };
+            if let Some(name) = renamed {
+                error.body.param = Some(name.to_owned());
             }
             error
         })?;

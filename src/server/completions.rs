@@ -5,6 +5,7 @@ use super::error::ApiError;
 use super::json::JsonBody;
 use super::sampling::SamplingFields;
 use super::sse::{self, Events, Writer};
+use super::structure::StructureFields;
 use super::{App, StreamOptions, unix_time};
 use crate::engine::{Chunk, Prompt, Request, Token, TokenStream};
 use crate::text::Tokenizer;
@@ -100,7 +101,10 @@ pub(crate) async fn completions(
     let max_tokens = request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
     let echo = request.echo.unwrap_or(false);
     let first = Prompt::Tokens(Vec::new());
-    let template = sampling.request(&app, first, Some(max_tokens), request.logprobs)?;
+    let mut template = sampling.request(&app, first, Some(max_tokens), request.logprobs)?;
+    if let Some(structure) = body.parse::<StructureFields>()?.structure()? {
+        template.constraint = Some(structure.constraint(&app).await?);
+    }
     let requests = prompts(request.prompt)?.into_iter().map(|prompt| Request {
         prompt,
         ..template.clone()

@@ -31,6 +31,7 @@ mod completions;
 mod connection;
 mod conversation;
 mod error;
+mod first_bytes;
 mod health;
 mod json;
 mod metrics;
@@ -280,6 +281,10 @@ fn router(app: Arc<App>, cors: Option<CorsLayer>) -> Router {
             Arc::clone(&app),
             auth::check,
         ))
+        .layer(middleware::from_fn_with_state(
+            Arc::clone(&app),
+            health::close_while_draining,
+        ))
         .layer(CatchPanicLayer::custom(panicked))
         .layer(tower::util::option_layer(cors))
         .layer(middleware::from_fn(access::log))
@@ -305,6 +310,7 @@ fn routes() -> Router<Arc<App>> {
         .route("/ready", get(health::ready))
         .route("/metrics", get(health::metrics))
         .route("/version", get(health::version))
+        .route("/openapi.json", get(health::openapi))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
 }

@@ -1,9 +1,10 @@
 //! Answers held to a form: `response_format` of OpenAI's API, `text.format` of its
 //! responses API, and what vLLM adds.
 
+use super::App;
 use super::error::ApiError;
-use crate::text::Tokenizer;
-use crate::text::{Grammar, GrammarError};
+use crate::sampling::Constraint;
+use crate::text::{Grammar, GrammarError, Tokenizer};
 use serde::Deserialize;
 use serde_json::Value;
 use std::sync::Arc;
@@ -136,6 +137,14 @@ impl Structure {
     pub fn of_schema(schema: Value, field: &'static str) -> Self {
         let form = Form::Schema(schema);
         Self { form, field }
+    }
+
+    /// Compiles it on a thread of its own, as it may take a while.
+    pub async fn constraint(self, app: &App) -> Result<Box<dyn Constraint>, ApiError> {
+        let tokenizer = Arc::clone(app.require_tokenizer("a form of the answer")?);
+        let compiled = tokio::task::spawn_blocking(move || self.grammar(&tokenizer)).await;
+        let stopped = |_| ApiError::unavailable("the server is being stopped");
+        Ok(compiled.map_err(stopped)??.constraint())
     }
 
     /// Compiles it, which may take a while.

@@ -231,7 +231,7 @@ impl Grammar {
     pub fn regex(tokenizer: &Arc<Tokenizer>, regex: &str) -> Result<Self, GrammarError> {
         let kind = GrammarKind::Regex;
         require_text(kind, regex)?;
-        let source = TopLevelGrammar::from_regex(without_anchors(regex));
+        let source = TopLevelGrammar::from_regex(regex);
         Compiler::of(tokenizer)?.compile(kind, source)
     }
 
@@ -447,37 +447,6 @@ fn bracket_depth(text: &str) -> usize {
         }
     }
     deepest
-}
-
-/// A regular expression without `^` at its beginning and `$` at its end, if both hold for
-/// all of it.
-fn without_anchors(regex: &str) -> &str {
-    let inner = regex.strip_prefix('^').unwrap_or(regex);
-    let before = inner.strip_suffix('$');
-    let escaped = |before: &str| before.bytes().rev().take_while(|b| *b == b'\\').count() % 2 == 1;
-    let inner = before.filter(|before| !escaped(before)).unwrap_or(inner);
-    // In `^a|b$` each holds for one side only, which is left for the compiler to refuse.
-    if inner.contains('|') && inner.len() != regex.len() && !is_one_group(inner) {
-        return regex;
-    }
-    inner
-}
-
-/// Whether a regular expression is one group in parentheses, so that no `|` is outside.
-fn is_one_group(regex: &str) -> bool {
-    let mut depth = 0usize;
-    let mut outside = false;
-    let mut bytes = regex.bytes();
-    while let Some(byte) = bytes.next() {
-        match byte {
-            b'\\' => drop(bytes.next()),
-            b'(' => depth += 1,
-            b')' => depth = depth.saturating_sub(1),
-            b'|' if depth == 0 => outside = true,
-            _ => {}
-        }
-    }
-    !outside
 }
 
 /// A regular expression for one of these texts.

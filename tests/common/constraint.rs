@@ -47,25 +47,28 @@ impl Remainders {
         }
     }
 
+    /// Whether the token is allowed after these.
+    pub fn allow_after(tokens: &[u32], token: u32) -> bool {
+        let mut state = Self::default();
+        tokens.iter().for_each(|&token| state.push(token));
+        state.allows(token)
+    }
+
     /// Whether it allows this token next.
-    pub fn allows(&self, token: u32) -> bool {
+    fn allows(&self, token: u32) -> bool {
         token % PERIOD == (self.sum + self.count as u32) % PERIOD
     }
 
     /// Goes on with a token.
-    pub fn push(&mut self, token: u32) {
+    fn push(&mut self, token: u32) {
         self.sum = (self.sum + token) % PERIOD;
         self.count += 1;
     }
 
     /// Whether each of these tokens was allowed.
     pub fn allowed(tokens: impl IntoIterator<Item = u32>) -> bool {
-        let mut state = Self::default();
-        tokens.into_iter().all(|token| {
-            let allowed = state.allows(token);
-            state.push(token);
-            allowed
-        })
+        let tokens: Vec<u32> = tokens.into_iter().collect();
+        (0..tokens.len()).all(|at| Self::allow_after(&tokens[..at], tokens[at]))
     }
 
     fn trouble(&self, trouble: Trouble) -> bool {

@@ -314,12 +314,28 @@ fn is_set(mask: &[u32], token: u32) -> bool {
 
 /// The first token from `token` on that is allowed, beginning anew after the last; `token`
 /// itself if there is none.
-pub fn nearest(token: u32, allowed: impl Fn(u32) -> bool) -> u32 {
+fn nearest(token: u32, allowed: impl Fn(u32) -> bool) -> u32 {
     let order = (0..VOCABULARY).map(|next| (token + next) % VOCABULARY);
     order
         .into_iter()
         .find(|&token| allowed(token))
         .unwrap_or(token)
+}
+
+/// What the model answers to a prompt, each token allowed after the ones before it.
+pub fn expected_where(
+    prompt: &[u32],
+    count: usize,
+    allowed: impl Fn(&[u32], u32) -> bool,
+) -> Vec<u32> {
+    let mut tokens = prompt.to_vec();
+    for _ in 0..count {
+        let free = next_token(tokens.iter().copied());
+        tokens.push(nearest(free, |token| {
+            allowed(&tokens[prompt.len()..], token)
+        }));
+    }
+    tokens.split_off(prompt.len())
 }
 
 /// What the model answers to a prompt.

@@ -168,7 +168,7 @@ fn a_json_object_is_any_object_without_room_for_blanks() {
     for blanks in [
         "{ ",
         "{\n",
-        r#"{"a"  "#,
+        r#"{"a" "#,
         r#"{"a":  "#,
         r#"{"a": 1 "#,
         r#"{"a": 1,  "#,
@@ -197,21 +197,6 @@ fn a_regular_expression_matches_the_whole_answer() {
 }
 
 #[test]
-fn anchors_are_taken_off_where_they_hold_for_the_whole() {
-    for (regex, inner) in [
-        ("^ab$", "ab"),
-        ("ab", "ab"),
-        (r"^ab\$", r"ab\$"),
-        (r"ab\\$", r"ab\\"),
-        ("^(a|b)$", "(a|b)"),
-        ("^a|b$", "^a|b$"),
-        ("a|b", "a|b"),
-    ] {
-        assert_eq!(without_anchors(regex), inner);
-    }
-}
-
-#[test]
 fn a_choice_is_one_of_its_texts_also_where_one_begins_another() {
     let tokenizer = tokenizer();
     let choices = ["yes", "yes, sure", "no.*", "\"Ü\"\n"];
@@ -236,7 +221,8 @@ fn a_grammar_is_followed_and_can_name_a_special_token() {
         NUMBER: /[0-9]+/
     "#;
     let grammar = Grammar::lark(&tokenizer, source).unwrap();
-    assert_eq!(answer(&tokenizer, &grammar, "(1+(2+33))"), Answer::Complete);
+    assert_eq!(answer(&tokenizer, &grammar, "(1+(2+33))"), Answer::MayEnd);
+    assert_eq!(answer(&tokenizer, &grammar, "(1+(2+33"), Answer::Beginning);
     assert_eq!(answer(&tokenizer, &grammar, "1+2"), Answer::MayEnd);
     assert_eq!(answer(&tokenizer, &grammar, "1++"), Answer::Wrong(2));
 
@@ -300,7 +286,7 @@ fn what_a_schema_cannot_have_is_refused_by_name() {
         assert!(text.len() < 500 && !text.contains("backtrace"), "{text}");
     }
     let tokenizer = tokenizer();
-    for regex in ["(", "a(?=b)", r"(a)\1", "^a|b$"] {
+    for regex in ["(", "a(?=b)", r"(a)\1", "a^b"] {
         assert!(Grammar::regex(&tokenizer, regex).is_err(), "{regex}");
     }
     for lark in ["", "start: nothing", "start: \"a", "a: \"b\""] {
@@ -390,8 +376,9 @@ fn survives(what: &str, compile: impl FnOnce(&Arc<Tokenizer>) -> Result<Grammar,
 fn hostile_grammars_end_with_an_answer_or_an_error() {
     let names = |count: usize| (0..count).map(|index| format!("p{index}"));
     survives("many optional properties", |tokenizer| {
-        let properties: serde_json::Map<String, Value> =
-            names(20_000).map(|name| (name, json!({}))).collect();
+        let properties: serde_json::Map<String, Value> = names(MAX_PROPERTIES)
+            .map(|name| (name, json!({})))
+            .collect();
         Grammar::json_schema(
             tokenizer,
             &json!({"properties": properties, "type": "object"}),
