@@ -2,7 +2,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CARGO := cargo
 PYTHON := python3
 
-.PHONY: demo test models soak mutations lint bench kernels kernels-check model
+.PHONY: demo test models soak mutations lint bench kernels kernels-check model clients
 
 ## Fetches a small model if it is missing, builds, and answers a question.
 demo: model
@@ -11,8 +11,9 @@ demo: model
 	    --prompt "Give me three tips for staying healthy."
 
 ## Runs everything: unit, integration, golden and documentation tests, the CUDA device on
-## the virtual GPU, the model checkers, and the examples.
-test: model models
+## the virtual GPU, the server with clients that others have written, the model checkers,
+## and the examples.
+test: model clients models
 	$(CARGO) test --locked --workspace
 	$(CARGO) test --locked --no-default-features --lib
 	$(CARGO) run --locked --release --example quickstart -- $(MODEL)
@@ -68,3 +69,7 @@ kernels-check:
 
 model:
 	@$(PYTHON) scripts/fetch-model
+
+## Installs the Python clients, the router and the browser that the server is tested with.
+clients:
+	@$(PYTHON) scripts/setup-clients

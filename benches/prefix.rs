@@ -95,6 +95,7 @@ fn spec(index: usize) -> SequenceSpec {
         priority: 0,
         tenant: None,
         session: None,
+        constraint: None,
     }
 }
 

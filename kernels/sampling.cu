@@ -13,6 +13,9 @@
 //   sample_draw       other rows with a temperature: the draw among each slice
 //   sample_finish     the token; what sample_edit changed is put back
 //
+// A row may have a mask, a bit a token: the others count as −∞ from sample_best on, without
+// being written. sample_sums, sample_top and the log-probabilities do not look at it.
+//
 // A score is (logit − largest logit) / temperature. A token with the score s weighs e^s, in
 // units of 2⁻⁴⁴: sums of integers do not depend on their order. Where tokens are ranked, a rank
 // is one number that no two tokens of a row share: it orders by score, then by lower id. Rank 0
@@ -44,7 +47,7 @@ struct Row {
     u32 history_start, history_count;  // entries {token, times generated} and one set aside; or NONE
     u32 bias_start, bias_count;        // entries {token, bias}, equal tokens together
     u32 logprobs;                      // likeliest tokens to report; NONE: no report at all
-    u32 unused;
+    u32 mask;                          // where the mask begins, in words from the first row; NONE: no mask
 };
 
 // The state of a row with top-k or top-p: 8 words, zeroed by sample_best.
@@ -107,6 +110,24 @@ INLINE Candidate best_of(const uint2* candidates, u32 count) {
 }
 
 INLINE uint2 packed(Candidate candidate) { return make_uint2(__float_as_uint(candidate.value), candidate.token); }
+
+// A row's logits as the choice sees them.
+struct Logits {
+    const float* values;
+    const u32* mask;  // null: none
+
+    // Unmasked.
+    INLINE explicit Logits(const float* logits) : values(logits), mask(nullptr) {}
+    // Those of row `row` of `rows`.
+    INLINE Logits(const float* logits, const Row* rows, u32 row, u32 columns)
+        : values(logits + u64(row) * columns),
+          mask(rows[row].mask == NONE ? nullptr : reinterpret_cast<const u32*>(rows) + rows[row].mask) {}
+
+    INLINE float operator[](u32 token) const {
+        bool allowed = mask == nullptr || (mask[token / 32] >> (token % 32) & 1) != 0;
+        return allowed ? values[token] : NEVER;
+    }
+};
 
 INLINE bool is_filtered(const Row& row) {
     return row.inverse_temperature != 0.0f && (row.top_k != 0 || row.top_p < 1.0f);
@@ -197,7 +218,7 @@ KERNEL sample_sums(float2* sums, const float* logits, const Row* rows, u32 colum
 // Where the ranks of a row come from: a list of them, or its logits.
 struct Ranks {
     const u64* list;  // null: logits
-    const float* logits;
+    Logits logits;
     float largest, inverse;
     bool infinite;  // whether a score of −∞ counts
     u32 count;
@@ -334,7 +355,7 @@ KERNEL __launch_bounds__(1024)
     if (wanted == 0) return;
     sorted[threadIdx.x] = 0;
     if (threadIdx.x == 0) length = 0;
-    Ranks ranks = {nullptr, logits, 0.0f, 1.0f, true, columns};
+    Ranks ranks = {nullptr, Logits(logits), 0.0f, 1.0f, true, columns};
     u64 lowest = select<false>(ranks, 1, wanted, 0.0, scratch);
     __syncthreads();
     for (u32 i = threadIdx.x; i < columns; i += blockDim.x) {
@@ -432,13 +453,13 @@ KERNEL sample_best(uint2* best, u32* counts, u64* masses, Filter* filters, const
         }
         if (threadIdx.x == 0) filters[blockIdx.y].length = 0;
     }
-    logits += u64(blockIdx.y) * columns;
+    Logits own(logits, rows, blockIdx.y, columns);
     u32 first = blockIdx.x * SLICE + threadIdx.x;
     Candidate largest = {NEVER, NONE};
 #pragma unroll
     for (u32 i = 0; i < PER_THREAD; i++) {
         u32 token = first + i * SLICE_THREADS;
-        float logit = token < columns ? logits[token] : NEVER;
+        float logit = token < columns ? own[token] : NEVER;
         if (logit > largest.value) largest = {logit, token};
     }
     largest = block_best(largest);
@@ -463,12 +484,12 @@ KERNEL sample_histogram(u32* counts, u64* masses, const float* logits, const uin
     __syncthreads();
     float inverse = row.inverse_temperature;
     bool weigh = row.top_p < 1.0f;
-    logits += u64(blockIdx.y) * columns;
+    Logits own(logits, rows, blockIdx.y, columns);
     u32 first = blockIdx.x * SLICE + threadIdx.x;
 #pragma unroll 4
     for (u32 i = 0; i < PER_THREAD; i++) {
         u32 token = first + i * SLICE_THREADS;
-        float score = token < columns ? score_of(logits[token], largest, inverse) : NEVER;
+        float score = token < columns ? score_of(own[token], largest, inverse) : NEVER;
         if (score > NEVER) {
             u32 bin = bin_of(score);
             atomicAdd(&own_counts[bin], 1);
@@ -558,13 +579,13 @@ KERNEL sample_compact(u64* lists, Filter* filters, const u32* counts, const u64*
     if (listed > LIST) return;
     u32 bins = last_bin;
     float inverse = row.inverse_temperature;
-    logits += u64(blockIdx.y) * columns;
+    Logits own(logits, rows, blockIdx.y, columns);
     lists += u64(blockIdx.y) * LIST;
     u32 first = blockIdx.x * SLICE + threadIdx.x;
 #pragma unroll 4
     for (u32 i = 0; i < PER_THREAD; i++) {
         u32 token = first + i * SLICE_THREADS;
-        float score = token < columns ? score_of(logits[token], largest, inverse) : NEVER;
+        float score = token < columns ? score_of(own[token], largest, inverse) : NEVER;
         bool wanted = score > NEVER && bin_of(score) <= bins;
         u32 ballot = __ballot_sync(FULL_WARP, wanted);
         if (ballot == 0) continue;
@@ -587,7 +608,7 @@ KERNEL __launch_bounds__(1024)
     const Filter& filter = filters[blockIdx.x];
     bool is_listed = filter.listed <= LIST;
     Ranks ranks = {is_listed ? lists + u64(blockIdx.x) * LIST : nullptr,
-                   logits + u64(blockIdx.x) * columns,
+                   Logits(logits, rows, blockIdx.x, columns),
                    largest,
                    row.inverse_temperature,
                    false,
@@ -628,16 +649,16 @@ KERNEL sample_draw(uint2* winners, const float* logits, const uint2* best, const
     if (row.inverse_temperature == 0.0f || is_filtered(row)) return;
     float largest = best_of(best + u64(blockIdx.y) * gridDim.x, gridDim.x).value;
     if (!is_finite(largest)) return;
-    logits += u64(blockIdx.y) * columns;
+    Logits own(logits, rows, blockIdx.y, columns);
     u32 token = blockIdx.x * SLICE + threadIdx.x;
     u32 end = min(columns, (blockIdx.x + 1) * SLICE);
     Candidate winner = NOTHING_DRAWN;
-    float logit = token < end ? logits[token] : NEVER;
+    float logit = token < end ? own[token] : NEVER;
 #pragma unroll 1
     for (; token < end; token += SLICE_THREADS) {
         // The next one is on its way meanwhile.
         u32 next = token + SLICE_THREADS;
-        float next_logit = next < end ? logits[next] : NEVER;
+        float next_logit = next < end ? own[next] : NEVER;
         draw(winner, row, score_of(logit, largest, row.inverse_temperature), token);
         logit = next_logit;
     }

@@ -67,6 +67,8 @@ pub use engine::{
 };
 pub use id::{SessionId, StepId};
 pub use runner::{DeviceChoice, LoadError, LoadOptions, RunnerInfo};
-pub use sampling::SamplingParams;
+pub use sampling::{Constraint, ConstraintError, SamplingParams};
 pub use schedule::Kept;
 pub use text::Message;
+#[cfg(feature = "grammar")]
+pub use text::{Grammar, GrammarError};

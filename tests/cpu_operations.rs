@@ -256,7 +256,7 @@ fn experts_are_chosen_weighted_and_summed() {
 #[test]
 fn samples_are_those_of_the_reference_sampler() {
     let mut random = Random::new(24);
-    let vocabulary = 1003;
+    let vocabulary = 1003usize;
     let params = [
         SamplingParams::greedy(),
         SamplingParams {
@@ -293,14 +293,23 @@ fn samples_are_those_of_the_reference_sampler() {
             position: i as u32,
             history: (0..50).collect(),
             prompt_tokens: 20,
+            mask: None,
         })
         .chain([SampleRow {
             params: Arc::new(SamplingParams::greedy()),
             position: 0,
             history: vec![],
             prompt_tokens: 0,
+            mask: None,
         }])
         .collect();
+    // Each of them a second time with half of the tokens.
+    let half = vec![0x5555_5555; vocabulary.div_ceil(32)];
+    let masked = rows.iter().map(|row| SampleRow {
+        mask: Some(half.clone().into()),
+        ..row.clone()
+    });
+    let rows: Vec<SampleRow> = rows.iter().cloned().chain(masked).collect();
     let mut logits = random.numbers(rows.len() * vocabulary);
     let last = (rows.len() - 1) * vocabulary;
     for fill in [None, Some(0.5), Some(f32::NAN), Some(f32::NEG_INFINITY)] {
@@ -338,6 +347,7 @@ fn a_row_that_waits_for_a_sample_gets_the_token_of_the_step_before() {
         position: 0,
         history: vec![],
         prompt_tokens: 0,
+        mask: None,
     };
     d.sample(&logits, &[row.clone(), row]).unwrap();
     let mut batch = batch(2);

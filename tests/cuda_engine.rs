@@ -4,6 +4,8 @@
 //! The books are audited and freed blocks overwritten with NaN at every step, so that
 //! whoever reads a block that is not its own gets another answer.
 
+#[path = "common/constraint.rs"]
+mod constraint;
 #[path = "common/golden.rs"]
 mod golden;
 #[path = "common/gpu.rs"]
@@ -11,6 +13,7 @@ mod gpu;
 #[path = "common/requests.rs"]
 mod requests;
 
+use constraint::Remainders;
 use golden::tiny;
 use quell::{
     CudaOptions, DeviceChoice, Engine, EngineConfig, LoadOptions, Preemption, Request,
@@ -126,6 +129,32 @@ fn cancels_between_graph_replays_leave_the_other_tokens_as_they_are() {
             assert!(after > before, "no step was a replayed graph");
         }
     }
+}
+
+#[test]
+fn constrained_requests_beside_free_ones_give_the_tokens_of_each_alone() {
+    let _gpu = gpu::lock();
+    let held = |index: usize| match index % 3 {
+        0 => request(index).constraint(Remainders::default()),
+        _ => request(index),
+    };
+    let engine = engine("llama", CudaOptions::default(), 64);
+    let alone: Vec<Tokens> = (0..REQUESTS)
+        .map(|index| tokens(engine.generate(held(index)).unwrap()))
+        .collect();
+    let streams: Vec<_> = (0..REQUESTS)
+        .map(|index| engine.generate(held(index)).unwrap())
+        .collect();
+    for (index, stream) in streams.into_iter().enumerate() {
+        let tokens = tokens(stream);
+        assert_eq!(tokens, alone[index], "request {index}");
+        let ids = tokens.iter().map(|(id, _)| *id);
+        assert!(
+            index % 3 != 0 || Remainders::allowed(ids),
+            "request {index}"
+        );
+    }
+    idle(&engine);
 }
 
 #[test]

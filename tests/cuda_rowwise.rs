@@ -351,6 +351,7 @@ fn embeddings_are_scaled_rows_of_the_table_and_follow_what_was_sampled() {
             position: 1,
             history: Vec::new(),
             prompt_tokens: 0,
+            mask: None,
         };
         let pending = device.sample(&logits, &[row.clone(), row]).unwrap();
         let mut fed = batch(&[11, 0, 12, 0]);

@@ -66,6 +66,7 @@ impl Case {
             position: 7,
             history: Vec::new(),
             prompt_tokens: 0,
+            mask: None,
         };
         Self { logits, row }
     }
@@ -178,6 +179,26 @@ fn logits(random: &mut Random, vocabulary: usize) -> Vec<f32> {
     }
 }
 
+/// A mask that allows one token, a few, half of all, or all; it may end too early, and go
+/// on behind the vocabulary.
+fn mask(random: &mut Random, vocabulary: usize) -> Arc<[u32]> {
+    let mut mask = vec![0u32; vocabulary.div_ceil(32)];
+    let mut allow = |token: usize| mask[token / 32] |= 1 << (token % 32);
+    match random.below(6) {
+        0 => allow(0),
+        1 => allow(vocabulary - 1),
+        2 => (0..3).for_each(|_| allow(random.below(vocabulary))),
+        3 => (0..vocabulary).for_each(allow),
+        _ => mask.fill_with(|| random.bits() as u32),
+    }
+    match random.below(4) {
+        0 => mask.push(u32::MAX),
+        1 if mask.len() > 1 => mask.truncate(mask.len() - 1),
+        _ => {}
+    }
+    mask.into()
+}
+
 /// Anything that can be asked for, in any combination.
 fn case(random: &mut Random, vocabulary: usize) -> Case {
     let logits = logits(random, vocabulary);
@@ -205,6 +226,7 @@ fn case(random: &mut Random, vocabulary: usize) -> Case {
                 .push((random.below(vocabulary) as u32, bias));
         }
     }
+    let mask = (random.below(3) == 0).then(|| mask(random, vocabulary));
     if random.below(3) == 0 {
         params.logprobs = Some(pick(random, &[0.0, 1.0, 5.0, 20.0, 1024.0]) as u32);
     }
@@ -215,6 +237,7 @@ fn case(random: &mut Random, vocabulary: usize) -> Case {
         position: random.bits() as u32,
         history,
         prompt_tokens,
+        mask,
     };
     let mut case = Case { logits, row };
     if top_p && case.row.params.temperature > 0.0 {
@@ -326,6 +349,70 @@ fn a_row_without_any_possible_token_gives_the_lowest_token() {
     }
     for case in &cases[..3] {
         assert_eq!(case.expected().token, 0);
+    }
+    check(&mut device(), &cases);
+}
+
+#[test]
+fn only_tokens_of_the_mask_are_chosen_be_they_the_first_or_the_last() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(14);
+    let vocabulary = 9001usize;
+    let params = [
+        SamplingParams::greedy(),
+        SamplingParams::default(),
+        SamplingParams {
+            top_k: 5,
+            ..SamplingParams::default()
+        },
+        SamplingParams {
+            top_p: 0.999,
+            temperature: 3.0,
+            ..SamplingParams::default()
+        },
+        SamplingParams {
+            logprobs: Some(3),
+            // What is forbidden stays so, whatever its bias.
+            logit_bias: vec![(4000, f32::INFINITY), (0, -1.0)],
+            ..SamplingParams::default()
+        },
+    ];
+    let mut cases = Vec::new();
+    for params in &params {
+        for allowed in [&[0][..], &[9000], &[0, 9000], &[31, 32, 4095, 4096, 8999]] {
+            let mut bits = vec![0u32; vocabulary.div_ceil(32)];
+            for &token in allowed {
+                bits[token / 32] |= 1 << (token % 32);
+            }
+            let params = SamplingParams {
+                seed: random.bits(),
+                ..params.clone()
+            };
+            let mut case = Case::plain(random.numbers(vocabulary), params);
+            case.row.mask = Some(bits.into());
+            assert!(allowed.contains(&(case.expected().token as usize)));
+            // Beside it in the same step, the same without a mask.
+            let free = Case::plain(case.logits.clone(), (*case.row.params).clone());
+            assert_ne!(free.expected().token, case.expected().token);
+            cases.extend([case, free]);
+        }
+    }
+    check(&mut device(), &cases);
+}
+
+#[test]
+fn a_row_in_which_no_allowed_token_is_possible_gives_the_lowest_token() {
+    let _gpu = gpu::lock();
+    let mut cases = Vec::new();
+    for params in [SamplingParams::greedy(), SamplingParams::default()] {
+        for value in [f32::NAN, f32::NEG_INFINITY] {
+            let mut logits = vec![1.0; 40];
+            logits[33] = value;
+            let mut case = Case::plain(logits, params.clone());
+            case.row.mask = Some([0, 2].into());
+            assert_eq!(case.expected().token, 0);
+            cases.push(case);
+        }
     }
     check(&mut device(), &cases);
 }
@@ -444,7 +531,7 @@ fn a_token_that_only_the_device_knows_counts_as_generated() {
     let mut embedded = device.allocate(rows, 8, Precision::Full).unwrap();
 
     let mut decided = 0;
-    for round in 0..8 {
+    for round in 0..16 {
         let greedy =
             |random: &mut Random| Case::plain(random.numbers(vocabulary), SamplingParams::greedy());
         let first: Vec<Case> = (0..rows).map(|_| greedy(&mut random)).collect();
@@ -479,6 +566,8 @@ fn a_token_that_only_the_device_knows_counts_as_generated() {
         let mut cases = Vec::new();
         for (row, &own) in fed.iter().enumerate().take(rows).skip(3) {
             let mut case = case(&mut random, vocabulary);
+            // It would leave little to decide.
+            case.row.mask = case.row.mask.filter(|_| row % 9 == 0);
             let params = Arc::make_mut(&mut case.row.params);
             params.top_p = 1.0;
             if row % 3 > 0 {

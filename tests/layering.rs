@@ -9,7 +9,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("config", &[]),
     ("sampling", &[]),
     ("weights", &[]),
-    ("text", &["weights"]),
+    ("text", &["sampling", "weights"]),
     ("cache", &["id"]),
     ("schedule", &["cache", "config", "id", "sampling"]),
     ("device", &["sampling", "weights"]),

@@ -45,6 +45,12 @@ pub enum CliError {
     },
     #[error("{path} is no list of messages: {problem}")]
     Messages { path: PathBuf, problem: String },
+    #[cfg(feature = "grammar")]
+    #[error("{path} is no JSON: {problem}")]
+    Schema { path: PathBuf, problem: String },
+    #[cfg(feature = "grammar")]
+    #[error(transparent)]
+    Grammar(#[from] quell::GrammarError),
     #[error("{path} is no config.json: {problem}")]
     Config { path: PathBuf, problem: String },
     #[error("{model} has no tokenizer files, which this command needs")]

@@ -3,6 +3,8 @@
 use super::args::{CliError, Format, ModelArgs, SamplingArgs};
 use clap::Args;
 use quell::{Engine, Finish, Generation, Message, Prompt, Request};
+#[cfg(feature = "grammar")]
+use quell::{Grammar, SubmitError};
 use serde_json::{Value, json};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -36,6 +38,14 @@ pub struct GenerateArgs {
     /// Go on past the model's end-of-sequence tokens.
     #[arg(long)]
     ignore_eos: bool,
+    /// Hold the answer to the JSON schema of a file.
+    #[cfg(feature = "grammar")]
+    #[arg(long, value_name = "FILE", conflicts_with = "json_object")]
+    json_schema: Option<PathBuf>,
+    /// Hold the answer to a JSON object.
+    #[cfg(feature = "grammar")]
+    #[arg(long)]
+    json_object: bool,
     /// Report each token's log-probability and those of the K likeliest.
     #[arg(long, value_name = "K")]
     logprobs: Option<u32>,
@@ -60,6 +70,8 @@ pub fn run(args: GenerateArgs) -> Result<(), CliError> {
             "--stop is empty, but must have a character".to_owned(),
         ));
     }
+    #[cfg(feature = "grammar")]
+    let schema = schema(&args)?;
     let request = Request {
         max_tokens: Some(args.max_tokens),
         sampling,
@@ -68,6 +80,16 @@ pub fn run(args: GenerateArgs) -> Result<(), CliError> {
         ..Request::new(prompt(&args)?)
     };
     let engine = args.model.start()?;
+    #[cfg(feature = "grammar")]
+    let request = match schema {
+        Some(schema) => {
+            let tokenizer = engine.tokenizer().ok_or(SubmitError::NoTokenizer {
+                needed_for: "a JSON schema",
+            })?;
+            request.constraint(Grammar::json_schema(tokenizer, &schema)?)
+        }
+        None => request,
+    };
     match args.format {
         Format::Json => {
             let generation = engine.generate(request)?.complete_blocking()?;
@@ -84,6 +106,23 @@ pub fn run(args: GenerateArgs) -> Result<(), CliError> {
         }
     }
     Ok(())
+}
+
+/// The schema that the answer is held to.
+#[cfg(feature = "grammar")]
+fn schema(args: &GenerateArgs) -> Result<Option<Value>, CliError> {
+    let Some(path) = &args.json_schema else {
+        return Ok(args.json_object.then(|| json!({"type": "object"})));
+    };
+    let text = std::fs::read_to_string(path).map_err(|source| CliError::Read {
+        path: path.to_owned(),
+        source,
+    })?;
+    let schema = serde_json::from_str(&text).map_err(|error| CliError::Schema {
+        path: path.to_owned(),
+        problem: error.to_string(),
+    })?;
+    Ok(Some(schema))
 }
 
 fn prompt(args: &GenerateArgs) -> Result<Prompt, CliError> {

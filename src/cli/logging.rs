@@ -1,6 +1,7 @@
 //! Logs go to stderr: what quell has to say, but not of each request, and others'
 //! warnings and errors; or what `QUELL_LOG` asks for.
 
+use std::io::IsTerminal;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::layer;
 use tracing_subscriber::layer::SubscriberExt;
@@ -13,7 +14,9 @@ fn filter() -> EnvFilter {
 
 /// Starts logging.
 pub fn start() {
-    let print = layer().with_writer(std::io::stderr);
+    let print = layer()
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
     tracing_subscriber::registry()
         .with(filter())
         .with(print)
@@ -61,7 +64,10 @@ pub fn start_with_spans(endpoint: &str) -> Result<Exporter, super::args::CliErro
     let spans = tracing_opentelemetry::layer()
         .with_tracer(provider.tracer("quell"))
         .with_filter(wanted);
-    let print = layer().with_writer(std::io::stderr).with_filter(filter());
+    let print = layer()
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_filter(filter());
     tracing_subscriber::registry()
         .with(spans)
         .with(print)

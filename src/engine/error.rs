@@ -4,7 +4,7 @@ use super::CancelReason;
 use crate::cache::Imbalance;
 use crate::device::DeviceError;
 use crate::id::StepId;
-use crate::sampling::ParamError;
+use crate::sampling::{ConstraintError, ParamError};
 use crate::text::TextError;
 use std::time::Duration;
 use thiserror::Error;
@@ -100,6 +100,10 @@ pub enum EngineFault {
     /// The device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The request's constraint could not say how the answer may go on. It ends this
+    /// request only.
+    #[error(transparent)]
+    Constraint(#[from] ConstraintError),
     /// The cache's books did not balance.
     #[error(transparent)]
     Books(#[from] Imbalance),

@@ -22,7 +22,7 @@ use crate::config::EngineConfig;
 use crate::id::SessionId;
 use crate::runner::limits;
 use crate::runner::{LoadError, LoadOptions, ModelFiles, Runner, RunnerInfo};
-use crate::sampling::SamplingParams;
+use crate::sampling::{Constraint, ConstraintState, SamplingParams};
 use crate::schedule::{Policy, Scheduler, SequenceSpec};
 use crate::text::{EncodeOptions, Message, RenderOptions, Tokenizer};
 use std::path::Path;
@@ -37,6 +37,13 @@ pub enum Prompt {
     Tokens(Vec<u32>),
     /// A conversation, rendered by the model's own chat template.
     Chat(Vec<Message>),
+    /// The same, with what else the template is given: tools and variables.
+    Conversation {
+        /// The conversation.
+        messages: Vec<Message>,
+        /// What the template is given besides.
+        options: RenderOptions,
+    },
 }
 
 impl From<&str> for Prompt {
@@ -78,6 +85,9 @@ pub struct Request {
     pub stop_token_ids: Vec<u32>,
     /// Go on past the model's end-of-sequence tokens.
     pub ignore_eos: bool,
+    /// Special tokens are part of the answer's text, save the one that ends it: the
+    /// marks around tool calls and reasoning are such tokens in some models.
+    pub keep_special: bool,
     /// The first token must come within this time from the submission, or the request
     /// is cancelled as [`Deadline`](crate::CancelReason::Deadline).
     pub first_token_within: Option<Duration>,
@@ -92,6 +102,11 @@ pub struct Request {
     /// What the caller knows it by: its span and [`Engine::snapshot`] show it, and
     /// [`Engine::find`] looks for it. Requests may have the same.
     pub label: Option<Arc<str>>,
+    /// Which tokens the answer may be made of, such as a [`Grammar`] compiled for this
+    /// engine's tokenizer. An answer that is complete by it ends as a normal stop.
+    ///
+    /// [`Grammar`]: crate::text::Grammar
+    pub constraint: Option<Box<dyn Constraint>>,
 }
 
 impl Request {
@@ -105,11 +120,13 @@ impl Request {
             stop: Vec::new(),
             stop_token_ids: Vec::new(),
             ignore_eos: false,
+            keep_special: false,
             first_token_within: None,
             finish_within: None,
             priority: 0,
             tenant: None,
             label: None,
+            constraint: None,
         }
     }
 
@@ -152,6 +169,12 @@ impl Request {
     /// Sets what the caller knows it by.
     pub fn label(mut self, label: impl Into<Arc<str>>) -> Self {
         self.label = Some(label.into());
+        self
+    }
+
+    /// Sets what holds the answer to a form.
+    pub fn constraint(mut self, constraint: impl Into<Box<dyn Constraint>>) -> Self {
+        self.constraint = Some(constraint.into());
         self
     }
 
@@ -395,12 +418,6 @@ impl Engine {
         prompt: &Prompt,
         first: bool,
     ) -> Result<Vec<u32>, SubmitError> {
-        let tokenizer = |needed_for| {
-            self.shared
-                .tokenizer
-                .as_deref()
-                .ok_or(SubmitError::NoTokenizer { needed_for })
-        };
         match prompt {
             Prompt::Tokens(tokens) => Ok(tokens.clone()),
             Prompt::Text(text) => {
@@ -408,22 +425,38 @@ impl Engine {
                     add_special: first,
                     parse_special: true,
                 };
-                Ok(tokenizer("a text prompt")?.encode(text, options)?)
+                Ok(self.tokenizer_for("a text prompt")?.encode(text, options)?)
             }
             Prompt::Chat(messages) => {
-                let tokenizer = tokenizer("a conversation")?;
-                let template = tokenizer
-                    .chat_template()
-                    .ok_or(SubmitError::NoChatTemplate)?;
-                let text = template.render(messages, &RenderOptions::default())?;
-                // The template writes the special tokens itself.
-                let options = EncodeOptions {
-                    add_special: false,
-                    parse_special: true,
-                };
-                Ok(tokenizer.encode(&text, options)?)
+                self.tokenize_conversation(messages, &RenderOptions::default())
+            }
+            Prompt::Conversation { messages, options } => {
+                self.tokenize_conversation(messages, options)
             }
         }
+    }
+
+    fn tokenize_conversation(
+        &self,
+        messages: &[Message],
+        options: &RenderOptions,
+    ) -> Result<Vec<u32>, SubmitError> {
+        let tokenizer = self.tokenizer_for("a conversation")?;
+        let template = tokenizer
+            .chat_template()
+            .ok_or(SubmitError::NoChatTemplate)?;
+        let text = template.render(messages, options)?;
+        // The template writes the special tokens itself.
+        let options = EncodeOptions {
+            add_special: false,
+            parse_special: true,
+        };
+        Ok(tokenizer.encode(&text, options)?)
+    }
+
+    fn tokenizer_for(&self, needed_for: &'static str) -> Result<&Tokenizer, SubmitError> {
+        let tokenizer = self.shared.tokenizer.as_deref();
+        tokenizer.ok_or(SubmitError::NoTokenizer { needed_for })
     }
 
     /// Submits a request: one synchronous enqueue, no waiting. Dropping the stream
@@ -500,7 +533,11 @@ impl Engine {
         let mut spec = self.sequence_spec(&request, prompt)?;
         spec.session = turn.as_ref().map(|turn| turn.session);
         let text = match &self.shared.tokenizer {
-            Some(tokenizer) => Some(TextState::new(Arc::clone(tokenizer), request.stop)),
+            Some(tokenizer) => Some(TextState::new(
+                Arc::clone(tokenizer),
+                request.stop,
+                request.keep_special,
+            )),
             None if request.stop.is_empty() => None,
             None => {
                 return Err(SubmitError::NoTokenizer {
@@ -718,6 +755,10 @@ impl Engine {
             priority: request.priority,
             tenant: request.tenant.clone(),
             session: None,
+            constraint: request
+                .constraint
+                .clone()
+                .map(|constraint| ConstraintState::new(constraint, vocabulary)),
         })
     }
 }

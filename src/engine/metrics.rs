@@ -7,7 +7,7 @@
 //! that is installed then.
 
 use super::event::Terminal;
-use super::{CancelReason, EngineStats, Outcome};
+use super::{CancelReason, EngineFault, EngineStats, Outcome};
 use crate::schedule::FinishReason;
 use metrics::{
     Counter, Gauge, Histogram, Label, Unit, counter, describe_counter, describe_gauge,
@@ -20,8 +20,10 @@ use std::time::{Duration, Instant};
 pub(crate) enum EndKind {
     /// By itself, or cancelled.
     Ended(Outcome),
-    /// It failed.
+    /// A step that it was part of failed, or the engine.
     Failed,
+    /// Its constraint failed.
+    ConstraintFailed,
 }
 
 impl EndKind {
@@ -29,16 +31,18 @@ impl EndKind {
     pub fn outcome(self) -> &'static str {
         match self {
             Self::Ended(outcome) => outcome.as_str(),
-            Self::Failed => "failed",
+            Self::Failed | Self::ConstraintFailed => "failed",
         }
     }
 
-    /// Why: the reason of a cancel, `engine_fault` of a failure, else the outcome.
+    /// Why: the reason of a cancel, `engine_fault` or `constraint` of a failure, else the
+    /// outcome.
     pub fn reason(self) -> &'static str {
         match self {
             Self::Ended(Outcome::Cancelled(reason)) => reason.as_str(),
             Self::Ended(outcome) => outcome.as_str(),
             Self::Failed => "engine_fault",
+            Self::ConstraintFailed => "constraint",
         }
     }
 
@@ -56,7 +60,7 @@ impl EndKind {
             .into_iter()
             .chain(cancels)
             .map(Self::Ended)
-            .chain([Self::Failed])
+            .chain([Self::Failed, Self::ConstraintFailed])
     }
 }
 
@@ -66,6 +70,7 @@ impl From<&Terminal> for EndKind {
             Terminal::Finished(FinishReason::Stop) => Self::Ended(Outcome::Stop),
             Terminal::Finished(FinishReason::Length) => Self::Ended(Outcome::Length),
             Terminal::Cancelled(reason) => Self::Ended(Outcome::Cancelled(*reason)),
+            Terminal::Failed(EngineFault::Constraint(_)) => Self::ConstraintFailed,
             Terminal::Failed(_) => Self::Failed,
         }
     }
@@ -86,6 +91,8 @@ pub(crate) enum Noop {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
     Plan,
+    /// Which tokens may come next, in steps with constrained requests.
+    Mask,
     Launch,
     Collect,
     Commit,
@@ -111,7 +118,7 @@ pub(crate) struct EngineMetrics {
     time_to_first_token: Histogram,
     inter_token: Histogram,
     end_to_end: Histogram,
-    step: [Histogram; 4],
+    step: [Histogram; 5],
     cancel_to_terminal: Histogram,
     cancel_to_free: Histogram,
     tokens_after_cancel: Counter,
@@ -122,6 +129,10 @@ impl EngineMetrics {
     /// Takes the handles from the recorder that is installed now.
     pub fn new(model_name: Option<&str>) -> Self {
         describe();
+        // Shown as 0 before the first.
+        for stage in CLEANUP_STAGES {
+            let _ = counter!("quell_cleanup_failures_total", "stage" => stage);
+        }
         let base: Vec<Label> = model_name
             .map(|name| Label::new("model_name", name.to_owned()))
             .into_iter()
@@ -168,7 +179,7 @@ impl EngineMetrics {
             time_to_first_token: histogram!("quell_time_to_first_token_seconds", base.clone()),
             inter_token: histogram!("quell_inter_token_latency_seconds", base.clone()),
             end_to_end: histogram!("quell_e2e_request_latency_seconds", base.clone()),
-            step: ["plan", "launch", "collect", "commit"].map(step),
+            step: ["plan", "mask", "launch", "collect", "commit"].map(step),
             cancel_to_terminal: histogram!("quell_cancel_to_terminal_seconds", base.clone()),
             cancel_to_free: histogram!("quell_cancel_to_free_seconds", base.clone()),
             tokens_after_cancel: counter!(
@@ -222,7 +233,7 @@ impl EngineMetrics {
             EndKind::Ended(Outcome::Stop) => Some(0),
             EndKind::Ended(Outcome::Length) => Some(1),
             EndKind::Ended(Outcome::Cancelled(_)) => Some(2),
-            EndKind::Failed => None,
+            EndKind::Failed | EndKind::ConstraintFailed => None,
         };
         if let Some(index) = success {
             self.success[index].increment(1);
@@ -263,9 +274,13 @@ impl EngineMetrics {
     }
 }
 
+/// What clean-up is made of, and can fail in.
+const CLEANUP_STAGES: [&str; 3] = ["events", "fault", "waker"];
+
 /// A stage of clean-up failed, which is never swallowed. Rare: so no handle is kept,
 /// and any thread may say it.
 pub(super) fn cleanup_failed(stage: &'static str) {
+    debug_assert!(CLEANUP_STAGES.contains(&stage), "{stage}");
     counter!("quell_cleanup_failures_total", "stage" => stage).increment(1);
 }
 

@@ -112,21 +112,36 @@ impl Session {
     }
 
     /// One turn: `request.prompt` is appended to the turns before it. A conversation
-    /// ([`Prompt::Chat`]) is one as a whole: it takes the place of the turns before it,
-    /// and what it has in common with them is not computed again. Refused with
-    /// [`SubmitError::Conflict`] while another turn of this session is generating.
-    pub fn generate(&self, mut request: Request) -> Result<TokenStream, SubmitError> {
+    /// ([`Prompt::Chat`], [`Prompt::Conversation`]) is one as a whole: it takes the
+    /// place of the turns before it, and what it has in common with them is not computed
+    /// again. Refused with [`SubmitError::Conflict`] while another turn of this session
+    /// is generating.
+    pub fn generate(&self, request: Request) -> Result<TokenStream, SubmitError> {
+        let whole = matches!(
+            request.prompt,
+            Prompt::Chat(_) | Prompt::Conversation { .. }
+        );
+        self.turn(request, whole)
+    }
+
+    /// As [`Session::generate`], for a prompt that is the whole conversation, whatever
+    /// its kind.
+    pub fn generate_whole(&self, request: Request) -> Result<TokenStream, SubmitError> {
+        self.turn(request, true)
+    }
+
+    fn turn(&self, mut request: Request, whole: bool) -> Result<TokenStream, SubmitError> {
         // Tokens that begin a text belong to the first turn only.
         let first = self.idle()?.context.is_empty();
         // Not under the lock: it may take a while.
-        let new = self.engine.tokenize_part(&request.prompt, first)?;
+        let new = self.engine.tokenize_part(&request.prompt, first || whole)?;
         let mut state = self.idle()?;
         if state.context.is_empty() != first {
             return Err(SubmitError::Conflict);
         }
-        request.prompt = Prompt::Tokens(match request.prompt {
-            Prompt::Chat(_) => new,
-            Prompt::Text(_) | Prompt::Tokens(_) => [state.context.as_slice(), &new].concat(),
+        request.prompt = Prompt::Tokens(match whole {
+            true => new,
+            false => [state.context.as_slice(), &new].concat(),
         });
         let cell = Arc::new(TurnCell::default());
         let turn = Turn {

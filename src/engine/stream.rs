@@ -83,9 +83,9 @@ pub(crate) struct TextState {
 }
 
 impl TextState {
-    pub fn new(tokenizer: Arc<Tokenizer>, stop: Vec<String>) -> Self {
+    pub fn new(tokenizer: Arc<Tokenizer>, stop: Vec<String>, keep_special: bool) -> Self {
         Self {
-            detokenizer: Detokenizer::new(tokenizer, true),
+            detokenizer: Detokenizer::new(tokenizer, !keep_special),
             stop: StopMatcher::new(stop),
         }
     }

@@ -16,7 +16,10 @@ use crate::config::EngineConfig;
 use crate::device::DeviceError;
 use crate::id::{SessionId, StepId};
 use crate::runner::Runner;
-use crate::schedule::{Commit, Fate, FinishReason, Scheduler, Sequence, SequenceKey, StepPlan};
+use crate::sampling::ConstraintError;
+use crate::schedule::{
+    Commit, Fate, FinishReason, PlanItem, Scheduler, Sequence, SequenceKey, StepPlan,
+};
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -572,6 +575,7 @@ impl SchedulerThread {
         if self.audit {
             self.poison_freed()?;
         }
+        let unmasked = self.refresh_masks(&plan);
         let from = Instant::now();
         if self.in_flight.is_empty() {
             self.step_began = from;
@@ -584,6 +588,13 @@ impl SchedulerThread {
         match launched {
             Ok(()) => {
                 self.in_flight.push_back(plan);
+                // Their rows are in the step, which gives them nothing.
+                for (key, error) in unmasked {
+                    if self.apply_cancel(key).is_none() {
+                        let fault = EngineFault::Constraint(error);
+                        self.end(key, Terminal::Failed(fault));
+                    }
+                }
                 Ok(())
             }
             Err(error) => {
@@ -596,6 +607,23 @@ impl SchedulerThread {
                 self.closes_engine(error)
             }
         }
+    }
+
+    /// Finds out which tokens the constrained sequences of a step may choose. Gives those
+    /// whose constraints cannot say.
+    fn refresh_masks(&mut self, plan: &StepPlan) -> Vec<(SequenceKey, ConstraintError)> {
+        let sequences = self.scheduler.sequences();
+        let constrained = |item: &PlanItem| {
+            let sequence = sequences.get(item.key);
+            sequence.is_some_and(|sequence| sequence.spec.constraint.is_some())
+        };
+        if !plan.samples().any(constrained) {
+            return Vec::new();
+        }
+        let from = Instant::now();
+        let failed = self.scheduler.refresh_masks(plan);
+        self.metrics.phase(Phase::Mask, from);
+        failed
     }
 
     /// Notes whose prompts the step begins or goes on with.
@@ -701,6 +729,10 @@ impl SchedulerThread {
             Commit::Token => {
                 self.tokens_generated += 1;
                 self.ledger.token(key, token);
+            }
+            Commit::Failed(error) => {
+                let fault = EngineFault::Constraint(error);
+                self.end(key, Terminal::Failed(fault));
             }
             Commit::Finished(reason) => {
                 self.tokens_generated += 1;

@@ -72,5 +72,10 @@ fn sample_row(item: &PlanItem, sequence: &Sequence) -> SampleRow {
         position: (item.start + item.count) as u32,
         history,
         prompt_tokens: sequence.prompt_tokens,
+        mask: sequence
+            .spec
+            .constraint
+            .as_ref()
+            .map(|constraint| Arc::clone(constraint.mask())),
     }
 }

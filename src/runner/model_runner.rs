@@ -161,6 +161,8 @@ impl<D: Device> Runner for ModelRunner<D> {
                 false => Some(self.device.sample(logits, &self.samples)?),
             }
         };
+        // The device has taken what it needs; their masks are free to be written again.
+        self.samples.clear();
         self.in_flight.push_back(pending);
         Ok(())
     }
@@ -246,6 +248,7 @@ mod tests {
             priority: 0,
             tenant: None,
             session: None,
+            constraint: None,
         };
         let key = scheduler.add(SessionId(1), spec);
         (scheduler, key)

@@ -1,10 +1,13 @@
 //! Choosing the next token from logits.
 //!
 //! [`SamplingParams`] is what a caller asks for; [`sample`] is the reference
-//! sampler that every device agrees with, token for token.
+//! sampler that every device agrees with, token for token. A [`Constraint`] says which
+//! tokens may come at all.
 
+mod constraint;
 mod params;
 mod sampler;
 
+pub use constraint::{Constraint, ConstraintError, ConstraintState};
 pub use params::{ParamError, SamplingParams};
 pub use sampler::{SampleRow, Sampled, sample};

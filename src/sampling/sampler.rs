@@ -6,6 +6,7 @@
 //! on what was drawn before.
 
 use super::SamplingParams;
+use super::constraint::allows;
 use std::sync::Arc;
 
 /// What the sampler needs to know of a sequence for one row of logits.
@@ -21,6 +22,9 @@ pub struct SampleRow {
     pub history: Vec<u32>,
     /// How many of `history` are the prompt.
     pub prompt_tokens: usize,
+    /// The tokens that may be chosen, bit `t % 32` of word `t / 32` for the token `t`;
+    /// tokens behind its end may not. `None`: all.
+    pub mask: Option<Arc<[u32]>>,
 }
 
 /// A chosen token.
@@ -36,10 +40,11 @@ pub struct Sampled {
 }
 
 /// Chooses a token. `logits` is changed: penalties, bias and temperature are
-/// applied in place.
+/// applied in place, and forbidden tokens get −∞. Log-probabilities are those of the
+/// unmodified logits.
 ///
 /// A row in which no token is possible (every logit NaN or −∞) gives the lowest
-/// token id.
+/// token id, forbidden or not.
 pub fn sample(logits: &mut [f32], row: &SampleRow) -> Sampled {
     let params = &*row.params;
     let mut report = params.logprobs.map(|k| LogProbs::of(logits, k as usize));
@@ -48,6 +53,9 @@ pub fn sample(logits: &mut [f32], row: &SampleRow) -> Sampled {
         if let Some(logit) = logits.get_mut(token as usize) {
             *logit += bias;
         }
+    }
+    if let Some(mask) = &row.mask {
+        forbid(logits, mask);
     }
     let best = argmax(logits);
     let token = if params.temperature == 0.0 || logits[best] == f32::INFINITY {
@@ -149,6 +157,24 @@ fn apply_penalties(logits: &mut [f32], row: &SampleRow) {
         }
         if generated > 0 {
             *logit -= params.presence_penalty + params.frequency_penalty * generated as f32;
+        }
+    }
+}
+
+/// Makes the tokens impossible that a mask does not allow.
+fn forbid(logits: &mut [f32], mask: &[u32]) {
+    for (index, logits) in logits.chunks_mut(32).enumerate() {
+        match mask.get(index) {
+            Some(&u32::MAX) => {}
+            Some(0) | None => logits.fill(f32::NEG_INFINITY),
+            Some(_) => {
+                let forbidden = |offset| !allows(mask, 32 * index + offset);
+                for (offset, logit) in logits.iter_mut().enumerate() {
+                    if forbidden(offset) {
+                        *logit = f32::NEG_INFINITY;
+                    }
+                }
+            }
         }
     }
 }
@@ -274,6 +300,7 @@ mod tests {
             position,
             history: Vec::new(),
             prompt_tokens: 0,
+            mask: None,
         }
     }
 
@@ -439,6 +466,89 @@ mod tests {
         assert_eq!(chosen.token, 2);
         assert!((chosen.logprob - (0.0 - log_sum)).abs() < 1e-6);
         assert_eq!(chosen.top.iter().map(|t| t.0).collect::<Vec<_>>(), [1, 0]);
+    }
+
+    /// A mask of a vocabulary of so many tokens.
+    fn mask(vocabulary: usize, tokens: &[usize]) -> Option<Arc<[u32]>> {
+        let mut mask = vec![0; vocabulary.div_ceil(32)];
+        for &token in tokens {
+            mask[token / 32] |= 1 << (token % 32);
+        }
+        Some(mask.into())
+    }
+
+    #[test]
+    fn only_tokens_of_the_mask_are_chosen_whatever_else_is_asked_for() {
+        let logits: Vec<f32> = (0..100).map(|i| (i as f32 * 0.7).sin() * 4.0).collect();
+        let allowed = [0, 31, 32, 63, 64, 99];
+        let base = SamplingParams {
+            logit_bias: vec![(5, f32::INFINITY), (99, 1.0)],
+            logprobs: Some(0),
+            ..SamplingParams::default()
+        };
+        let cases = [
+            SamplingParams {
+                temperature: 0.0,
+                ..base.clone()
+            },
+            SamplingParams {
+                top_k: 3,
+                ..base.clone()
+            },
+            SamplingParams {
+                top_p: 0.8,
+                ..base.clone()
+            },
+            SamplingParams {
+                min_p: 0.01,
+                temperature: 5.0,
+                ..base.clone()
+            },
+            base,
+        ];
+        let log_sum = logits.iter().map(|l| l.exp()).sum::<f32>().ln();
+        for params in cases {
+            let mut seen = std::collections::BTreeSet::new();
+            for position in 0..200 {
+                let row = SampleRow {
+                    mask: mask(100, &allowed),
+                    ..row(params.clone(), position)
+                };
+                let sampled = sample(&mut logits.clone(), &row);
+                let token = sampled.token as usize;
+                assert!(allowed.contains(&token), "{token}, {params:?}");
+                assert!((sampled.logprob - (logits[token] - log_sum)).abs() < 1e-5);
+                seen.insert(token);
+            }
+            assert_eq!(seen.len() > 1, params.temperature > 0.0, "{params:?}");
+        }
+    }
+
+    #[test]
+    fn a_mask_forbids_after_penalties_and_bias_and_allows_nothing_behind_its_end() {
+        let mut row = row(
+            SamplingParams {
+                repetition_penalty: 2.0,
+                logit_bias: vec![(1, 3.0), (2, 3.0)],
+                ..SamplingParams::greedy()
+            },
+            0,
+        );
+        row.history = vec![0, 1];
+        row.mask = mask(32, &[0, 2, 3]);
+        let mut logits = [-1.0; 40];
+        sample(&mut logits, &row);
+        let never = f32::NEG_INFINITY;
+        assert_eq!(logits[..5], [-2.0, never, 2.0, -1.0, never]);
+        assert!(logits[32..].iter().all(|&logit| logit == never));
+        // All tokens allowed is as good as no mask.
+        row.mask = mask(40, &(0..40).collect::<Vec<_>>());
+        let mut allowed = [-1.0; 40];
+        sample(&mut allowed, &row);
+        row.mask = None;
+        let mut free = [-1.0; 40];
+        sample(&mut free, &row);
+        assert_eq!(allowed, free);
     }
 
     #[test]

@@ -11,6 +11,7 @@ use super::{
 };
 use crate::cache::{BlockCache, BlockId, BlockTable, Books, HostBlockId, HostBlocks, Imbalance};
 use crate::id::{SessionId, StepId};
+use crate::sampling::ConstraintError;
 use serde::Serialize;
 use std::time::Instant;
 
@@ -44,13 +45,16 @@ pub struct Counts {
 }
 
 /// What became of one sample.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Commit {
     /// The token was appended; the sequence goes on.
     Token,
     /// The token was appended, and the sequence has come to its end. It still
     /// holds its blocks until it is closed.
     Finished(FinishReason),
+    /// The sequence's constraint cannot go on: the token was not appended, and the
+    /// sequence is the caller's to close.
+    Failed(ConstraintError),
     /// The sequence is gone: the token was discarded.
     Discarded,
 }
@@ -952,6 +956,23 @@ impl Scheduler {
         }
     }
 
+    /// Finds out, for each sequence with a constraint that `plan` samples, which tokens
+    /// it may choose. Gives those that cannot say; they are the caller's to close when
+    /// the step is on its way.
+    pub fn refresh_masks(&mut self, plan: &StepPlan) -> Vec<(SequenceKey, ConstraintError)> {
+        let mut failed = Vec::new();
+        for item in plan.samples() {
+            let sequence = self.sequences.get_mut(item.key);
+            if let Some(constraint) =
+                sequence.and_then(|sequence| sequence.spec.constraint.as_mut())
+                && let Err(error) = constraint.refresh()
+            {
+                failed.push((item.key, error));
+            }
+        }
+        failed
+    }
+
     /// The step of `plan` has completed without a fault: what its items wrote is
     /// there, and complete blocks may be found by others.
     pub fn written(&mut self, plan: &StepPlan) {
@@ -1000,8 +1021,15 @@ impl Scheduler {
             return Commit::Discarded;
         };
         sequence.in_flight -= 1;
+        let mut stopped = sequence.spec.stop_tokens.contains(&token);
+        if let Some(constraint) = sequence.spec.constraint.as_mut().filter(|_| !stopped) {
+            match constraint.accept(token) {
+                Ok(complete) => stopped = complete,
+                Err(error) => return Commit::Failed(error),
+            }
+        }
         sequence.tokens.push(token);
-        let commit = if sequence.spec.stop_tokens.contains(&token) {
+        let commit = if stopped {
             Commit::Finished(FinishReason::Stop)
         } else if sequence.tokens.len() >= sequence.spec.max_tokens {
             Commit::Finished(FinishReason::Length)

@@ -2,7 +2,7 @@
 
 use crate::cache::{BlockTable, HostBlockId};
 use crate::id::{SessionId, StepId};
-use crate::sampling::SamplingParams;
+use crate::sampling::{ConstraintState, SamplingParams};
 use slotmap::{SlotMap, new_key_type};
 use std::sync::Arc;
 
@@ -17,7 +17,8 @@ pub type Sequences = SlotMap<SequenceKey, Sequence>;
 /// Why a sequence ended by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum FinishReason {
-    /// A stop token, or a stop string, or the model's end of turn.
+    /// A stop token, or a stop string, or the model's end of turn; or a constraint that
+    /// allows nothing more.
     Stop,
     /// The limit on new tokens, or the context limit.
     Length,
@@ -50,6 +51,9 @@ pub struct SequenceSpec {
     pub tenant: Option<Arc<str>>,
     /// The session whose turn it is.
     pub session: Option<SessionId>,
+    /// Which tokens may be chosen. It goes on with every token that is committed, and
+    /// is untouched by what becomes of the blocks.
+    pub constraint: Option<ConstraintState>,
 }
 
 /// Where a sequence is; always exactly one of these (I2).
@@ -149,7 +153,9 @@ impl Sequence {
 
     /// Tokens that could be computed now; 1 means a decode.
     pub(super) fn pending(&self) -> usize {
-        if self.length() >= self.spec.max_tokens {
+        // Which tokens may come next is known when the one before has been committed.
+        let held = self.spec.constraint.is_some() && self.in_flight > 0;
+        if held || self.length() >= self.spec.max_tokens {
             0
         } else {
             self.length() - self.computed

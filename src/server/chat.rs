@@ -1,10 +1,15 @@
 //! `POST /v1/chat/completions`: a conversation answered.
 
 use super::answer::{EndTokens, Usage, complete, finish_reason, token_text};
+use super::conversation::Conversation;
 use super::error::ApiError;
 use super::json::JsonBody;
+use super::parts::{Part, Parts, call_id};
 use super::sampling::SamplingFields;
+use super::sessions::SessionPrompt;
 use super::sse::{self, Events, Writer};
+use super::structure::StructureFields;
+use super::tools::ToolFields;
 use super::{App, StreamOptions, unix_time};
 use crate::engine::{Chunk, Prompt, Token};
 use crate::text::{Message, Tokenizer};
@@ -12,6 +17,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use std::sync::Arc;
 
 /// Likeliest tokens reported a step, at most.
@@ -28,6 +34,12 @@ struct ChatRequest {
     stream_options: Option<StreamOptions>,
     logprobs: Option<bool>,
     top_logprobs: Option<u32>,
+    /// Variables of the chat template, as vLLM has it.
+    chat_template_kwargs: Option<Map<String, Value>>,
+    /// One of these variables, as OpenAI has it.
+    reasoning_effort: Option<String>,
+    add_generation_prompt: Option<bool>,
+    include_reasoning: Option<bool>,
 }
 
 /// What every object of an answer says.
@@ -58,11 +70,81 @@ struct Choice {
     finish_reason: &'static str,
 }
 
-#[derive(Serialize)]
+#[derive(Default, Serialize)]
 struct AssistantMessage {
     role: &'static str,
-    content: String,
+    /// Null when there are only calls.
+    content: Option<String>,
     refusal: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning_content: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<ToolCall>,
+}
+
+/// A call, or in a stream a piece of one.
+#[derive(Serialize)]
+struct ToolCall {
+    /// In a stream only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    index: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<String>,
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    kind: Option<&'static str>,
+    function: Function,
+}
+
+#[derive(Serialize)]
+struct Function {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
+    arguments: String,
+}
+
+impl ToolCall {
+    fn begin(index: Option<usize>, name: String) -> Self {
+        Self {
+            index,
+            id: Some(call_id()),
+            kind: Some("function"),
+            function: Function {
+                name: Some(name),
+                arguments: String::new(),
+            },
+        }
+    }
+}
+
+impl AssistantMessage {
+    fn new(parts: Vec<Part>) -> Self {
+        let mut content = String::new();
+        let mut message = Self {
+            role: "assistant",
+            ..Self::default()
+        };
+        for part in parts {
+            match part {
+                Part::Reasoning(text) => message
+                    .reasoning_content
+                    .get_or_insert_default()
+                    .push_str(&text),
+                Part::Text(text) => content.push_str(&text),
+                Part::CallBegin { name, .. } => {
+                    message.tool_calls.push(ToolCall::begin(None, name));
+                }
+                Part::CallArguments { delta, .. } => {
+                    if let Some(call) = message.tool_calls.last_mut() {
+                        call.function.arguments.push_str(&delta);
+                    }
+                }
+                Part::CallEnd => {}
+            }
+        }
+        let silent = content.is_empty() && !message.tool_calls.is_empty();
+        message.content = (!silent).then_some(content);
+        message
+    }
 }
 
 /// A piece of an answer.
@@ -80,6 +162,47 @@ struct Delta {
     role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     content: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning_content: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tool_calls: Option<[ToolCall; 1]>,
+}
+
+impl Delta {
+    fn text(text: String) -> Self {
+        Self {
+            content: Some(text),
+            ..Self::default()
+        }
+    }
+
+    /// `None` when there is nothing to say.
+    fn new(part: Part) -> Option<Self> {
+        let call = match part {
+            Part::Text(text) => return Some(Self::text(text)),
+            Part::Reasoning(text) => {
+                return Some(Self {
+                    reasoning_content: Some(text),
+                    ..Self::default()
+                });
+            }
+            Part::CallBegin { index, name } => ToolCall::begin(Some(index), name),
+            Part::CallArguments { index, delta } => ToolCall {
+                index: Some(index),
+                id: None,
+                kind: None,
+                function: Function {
+                    name: None,
+                    arguments: delta,
+                },
+            },
+            Part::CallEnd => return None,
+        };
+        Some(Self {
+            tool_calls: Some([call]),
+            ..Self::default()
+        })
+    }
 }
 
 #[derive(Serialize)]
@@ -115,17 +238,41 @@ pub(crate) async fn chat_completions(
     }
     let logprobs = logprobs(request.logprobs, request.top_logprobs)?;
     let samples = sampling.samples(&app)?;
+    let newer_name = request.max_completion_tokens.is_some();
     let max_tokens = request.max_completion_tokens.or(request.max_tokens);
-    let prompt = Prompt::Chat(request.messages);
-    let session = sampling.session_id.clone();
+    let session = sampling.session(SessionPrompt::Whole);
     let id = app.answer_id("chatcmpl");
-    let asked = sampling.request(&app, prompt, max_tokens, logprobs)?;
+    let mut variables = request.chat_template_kwargs.unwrap_or_default();
+    if let Some(effort) = request.reasoning_effort {
+        variables.entry("reasoning_effort").or_insert(effort.into());
+    }
+    let conversation = Conversation {
+        messages: request.messages,
+        tools: body.parse::<ToolFields>()?.check()?,
+        structure: body.parse::<StructureFields>()?.structure()?,
+        variables,
+        add_generation_prompt: request.add_generation_prompt.unwrap_or(true),
+        hide_reasoning: !request.include_reasoning.unwrap_or(true),
+    };
+    let prepared = conversation.prepare(&app).await?;
+    let reading = prepared.reading;
+    let prompt = Prompt::Tokens(prepared.prompt);
+    let mut asked = sampling.request(&app, prompt, max_tokens, logprobs)?;
+    asked.constraint = prepared.constraint;
+    asked.keep_special = prepared.keep_special;
+    asked.label = Some(id.as_str().into());
     let streams = app
-        .submit_turn(session, vec![asked.label(id.as_str())], samples)
+        .submit_turn(session, vec![asked], samples)
         .await
         .map_err(|mut error| {
-            if error.body.param.as_deref() == Some("prompt") {
-                error.body.param = Some("messages".to_owned());
+            // The fields by their names here.
+            let renamed = match error.body.param.as_deref() {
+                Some("prompt") => Some("messages"),
+                Some("max_tokens") if newer_name => Some("max_completion_tokens"),
+                _ => None,
+            };
+            if let Some(name) = renamed {
+                error.body.param = Some(name.to_owned());
             }
             error
         })?;
@@ -147,6 +294,7 @@ pub(crate) async fn chat_completions(
             head,
             tokenizer,
             ends: streams.iter().map(EndTokens::of).collect(),
+            parts: streams.iter().map(|_| reading.parts()).collect(),
             logprobs: logprobs.is_some(),
             usage_wanted: request
                 .stream_options
@@ -161,15 +309,12 @@ pub(crate) async fn chat_completions(
     for (index, answer) in answers.into_iter().enumerate() {
         usage.add(&answer.finish, index == 0);
         let tokens = logprobs.map(|_| reported(tokenizer.as_deref(), &answer.tokens));
+        let message = AssistantMessage::new(reading.parts().all(&answer.text));
         choices.push(Choice {
             index,
-            message: AssistantMessage {
-                role: "assistant",
-                content: answer.text,
-                refusal: None,
-            },
+            finish_reason: with_calls(answer.finish_reason, message.tool_calls.len()),
+            message,
             logprobs: tokens,
-            finish_reason: answer.finish_reason,
         });
     }
     let completion = ChatCompletion {
@@ -178,6 +323,14 @@ pub(crate) async fn chat_completions(
         usage: Some(Some(usage)),
     };
     Ok(Json(completion).into_response())
+}
+
+/// Why an answer with so many calls ended.
+fn with_calls(finish_reason: &'static str, calls: usize) -> &'static str {
+    match finish_reason {
+        "stop" if calls > 0 => "tool_calls",
+        reason => reason,
+    }
 }
 
 /// How many log-probabilities a step are asked for.
@@ -218,6 +371,7 @@ struct ChatWriter {
     head: Head,
     tokenizer: Option<Arc<Tokenizer>>,
     ends: Vec<EndTokens>,
+    parts: Vec<Parts>,
     logprobs: bool,
     usage_wanted: bool,
     usage: Usage,
@@ -240,7 +394,7 @@ impl Writer for ChatWriter {
                 index,
                 delta: Delta {
                     role: Some("assistant"),
-                    content: Some(String::new()),
+                    ..Delta::text(String::new())
                 },
                 logprobs: None,
                 finish_reason: None,
@@ -263,19 +417,28 @@ impl Writer for ChatWriter {
         if let Some(finish) = &chunk.finish {
             self.usage.add(finish, index == 0);
         }
-        let reports = self.logprobs && token.is_some();
-        if !chunk.text.is_empty() || reports {
+        let parts = &mut self.parts[index];
+        let mut pieces = parts.push(&chunk.text);
+        if finish_reason.is_some() {
+            pieces.extend(parts.finish());
+        }
+        let calls = parts.calls();
+        let mut reports = (self.logprobs && token.is_some())
+            .then(|| reported(self.tokenizer.as_deref(), token.as_slice()));
+        let mut deltas: Vec<Delta> = pieces.into_iter().filter_map(Delta::new).collect();
+        if reports.is_some() && deltas.is_empty() {
+            deltas.push(Delta::text(String::new()));
+        }
+        for delta in deltas {
             let choice = ChunkChoice {
                 index,
-                delta: Delta {
-                    role: None,
-                    content: Some(chunk.text),
-                },
-                logprobs: reports.then(|| reported(self.tokenizer.as_deref(), token.as_slice())),
+                delta,
+                logprobs: reports.take(),
                 finish_reason: None,
             };
             self.send(&[choice], None, events);
         }
+        let finish_reason = finish_reason.map(|reason| with_calls(reason, calls));
         if finish_reason.is_some() {
             let choice = ChunkChoice {
                 index,

@@ -4,7 +4,9 @@ use super::answer::{EndTokens, Usage, complete, finish_reason, token_text};
 use super::error::ApiError;
 use super::json::JsonBody;
 use super::sampling::SamplingFields;
+use super::sessions::SessionPrompt;
 use super::sse::{self, Events, Writer};
+use super::structure::StructureFields;
 use super::{App, StreamOptions, unix_time};
 use crate::engine::{Chunk, Prompt, Request, Token, TokenStream};
 use crate::text::Tokenizer;
@@ -100,10 +102,13 @@ pub(crate) async fn completions(
     let max_tokens = request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
     let echo = request.echo.unwrap_or(false);
     let first = Prompt::Tokens(Vec::new());
-    let session = sampling.session_id.clone();
+    let session = sampling.session(SessionPrompt::Next);
     let id = app.answer_id("cmpl");
-    let template = sampling.request(&app, first, Some(max_tokens), request.logprobs)?;
-    let template = template.label(id.as_str());
+    let mut template = sampling.request(&app, first, Some(max_tokens), request.logprobs)?;
+    if let Some(structure) = body.parse::<StructureFields>()?.structure()? {
+        template.constraint = Some(structure.constraint(&app).await?);
+    }
+    template.label = Some(id.as_str().into());
     let requests = prompts(request.prompt)?.into_iter().map(|prompt| Request {
         prompt,
         ..template.clone()

@@ -2,6 +2,7 @@
 //! keep the server waiting for.
 
 use super::ServerOptions;
+use super::first_bytes::FirstBytes;
 use axum::Router;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
@@ -82,11 +83,13 @@ pub(super) async fn serve<T>(
             let stream = prepared(stream, limits.write_timeout);
             let ended = match tls {
                 None => {
+                    let stream = FirstBytes::within(limits.header_timeout, stream);
                     let connection = builder.serve_connection(TokioIo::new(stream), service);
                     watcher.watch(connection.into_owned()).await
                 }
                 Some(tls) => match timeout(limits.header_timeout, tls.accept(stream)).await {
                     Ok(Ok(stream)) => {
+                        let stream = FirstBytes::within(limits.header_timeout, stream);
                         let connection = builder.serve_connection(TokioIo::new(stream), service);
                         watcher.watch(connection.into_owned()).await
                     }

@@ -3,8 +3,9 @@
 use super::App;
 use super::error::ApiError;
 use axum::Json;
-use axum::extract::State;
-use axum::http::header;
+use axum::extract::{Request, State};
+use axum::http::{HeaderValue, Version, header};
+use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -39,6 +40,23 @@ pub(crate) async fn ready(State(app): State<Arc<App>>) -> Result<Json<Value>, Ap
     Ok(Json(json!({"status": "ready"})))
 }
 
+/// Closes the connections of a server that is being drained, request by request, so that
+/// its clients go elsewhere with the next one.
+pub(super) async fn close_while_draining(
+    State(app): State<Arc<App>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let first_version = request.version() <= Version::HTTP_11;
+    let mut response = next.run(request).await;
+    // HTTP/2 has no such header, and says goodbye by itself.
+    if first_version && app.engine.health().draining {
+        let close = HeaderValue::from_static("close");
+        response.headers_mut().insert(header::CONNECTION, close);
+    }
+    response
+}
+
 /// What Prometheus reads.
 pub(crate) async fn metrics(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
     let Some(metrics) = &app.options.metrics else {
@@ -53,4 +71,10 @@ pub(crate) async fn metrics(State(app): State<Arc<App>>) -> Result<Response, Api
 /// Which program this is.
 pub(crate) async fn version() -> Json<Value> {
     Json(json!({"version": env!("CARGO_PKG_VERSION")}))
+}
+
+/// What all the routes take and answer, for those who make clients of it.
+pub(crate) async fn openapi() -> Response {
+    let document = include_str!("openapi.json");
+    ([(header::CONTENT_TYPE, "application/json")], document).into_response()
 }

@@ -2,7 +2,7 @@
 
 use super::App;
 use super::error::ApiError;
-use axum::body::Bytes;
+use axum::body::{Bytes, HttpBody};
 use axum::extract::{FromRequest, Request};
 use axum::http::{StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
@@ -19,6 +19,15 @@ impl JsonBody {
         let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
             let path = error.path().to_string();
             let problem = error.into_inner();
+            if let Some(field) = missing_field(&problem.to_string()) {
+                let path = if path == "." {
+                    String::new()
+                } else {
+                    path + "."
+                };
+                let field = format!("{path}{field}");
+                return ApiError::invalid(format!("{field} is missing")).param(field);
+            }
             if path == "." || problem.is_syntax() || problem.is_eof() {
                 ApiError::invalid(format!("the body is not what it should be: {problem}"))
             } else {
@@ -42,6 +51,12 @@ impl JsonBody {
     }
 }
 
+/// The field that serde says is not there.
+fn missing_field(problem: &str) -> Option<&str> {
+    let (field, _) = problem.strip_prefix("missing field `")?.split_once('`')?;
+    Some(field)
+}
+
 impl FromRequest<Arc<App>> for JsonBody {
     type Rejection = ApiError;
 
@@ -58,14 +73,21 @@ impl FromRequest<Arc<App>> for JsonBody {
             }
         }
         let limit = app.options.max_body_bytes;
-        let body = Limited::new(request.into_body(), limit).collect();
-        match tokio::time::timeout(app.options.body_timeout, body).await {
-            Ok(Ok(body)) => Ok(Self(body.to_bytes())),
-            Ok(Err(error)) if error.is::<LengthLimitError>() => Err(ApiError::new(
+        let too_large = || {
+            ApiError::new(
                 StatusCode::PAYLOAD_TOO_LARGE,
                 "invalid_request_error",
                 format!("the body has more than the {limit} bytes that are accepted"),
-            )),
+            )
+        };
+        let body = request.into_body();
+        if body.size_hint().lower() > limit as u64 {
+            return Err(too_large());
+        }
+        let body = Limited::new(body, limit).collect();
+        match tokio::time::timeout(app.options.body_timeout, body).await {
+            Ok(Ok(body)) => Ok(Self(body.to_bytes())),
+            Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
             Ok(Err(error)) => Err(ApiError::invalid(format!("the body ended early: {error}"))),
             Err(_) => Err(ApiError::new(
                 StatusCode::REQUEST_TIMEOUT,

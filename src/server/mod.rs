@@ -30,18 +30,24 @@ mod auth;
 mod chat;
 mod completions;
 mod connection;
+mod conversation;
 mod error;
+mod first_bytes;
 mod health;
 mod json;
 mod metrics;
 mod models;
 mod page;
+mod parts;
+mod responses;
 mod sampling;
 mod sessions;
 mod snapshot;
 mod sse;
+mod structure;
 mod tls;
 mod tokenize;
+mod tools;
 mod trace_context;
 
 pub use auth::ApiKeys;
@@ -50,13 +56,14 @@ pub use tls::TlsFiles;
 
 use crate::engine::{CancelReason, Drained, Engine, Prompt, Request, SubmitError, TokenStream};
 use crate::text::Tokenizer;
+use crate::text::tools::ToolFormat;
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Router, middleware};
 use error::ApiError;
 use serde::Deserialize;
-use sessions::Sessions;
+use sessions::{SessionTurn, Sessions};
 use snapshot::Snapshots;
 use std::future::Future;
 use std::net::SocketAddr;
@@ -107,6 +114,8 @@ pub struct ServerOptions {
     pub max_sessions: usize,
     /// How long a session may be left alone before it is ended.
     pub session_ttl: Duration,
+    /// How the model writes tool calls; as its chat template has it if `None`.
+    pub tool_format: Option<ToolFormat>,
     /// How long open requests may take to finish once the server is told to stop.
     pub drain_timeout: Duration,
     /// Whoever brings none of these keys is refused; everybody is let in if there are none.
@@ -134,6 +143,7 @@ impl ServerOptions {
             max_connections: 8192,
             max_sessions: 1024,
             session_ttl: Duration::from_secs(3600),
+            tool_format: None,
             drain_timeout: Duration::from_secs(30),
             api_keys: ApiKeys::default(),
             allowed_origins: Vec::new(),
@@ -285,6 +295,10 @@ fn router(app: Arc<App>, cors: Option<CorsLayer>) -> Router {
             Arc::clone(&app),
             auth::check,
         ))
+        .layer(middleware::from_fn_with_state(
+            Arc::clone(&app),
+            health::close_while_draining,
+        ))
         .layer(CatchPanicLayer::custom(panicked))
         .layer(tower::util::option_layer(cors))
         .layer(middleware::from_fn(access::log))
@@ -297,6 +311,11 @@ fn routes() -> Router<Arc<App>> {
     Router::new()
         .route("/v1/completions", post(completions::completions))
         .route("/v1/chat/completions", post(chat::chat_completions))
+        .route("/v1/responses", post(responses::create))
+        .route(
+            "/v1/responses/{id}",
+            get(responses::get).delete(responses::delete),
+        )
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*name}", get(models::get))
         .route("/v1/sessions", get(sessions::list).post(sessions::create))
@@ -314,6 +333,7 @@ fn routes() -> Router<Arc<App>> {
         .route("/ready", get(health::ready))
         .route("/metrics", get(health::metrics))
         .route("/version", get(health::version))
+        .route("/openapi.json", get(health::openapi))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
 }
@@ -354,6 +374,8 @@ pub(crate) struct App {
     fingerprint: String,
     sessions: Sessions,
     snapshots: Snapshots,
+    /// Responses that can be asked for again and gone on with.
+    responses: responses::Store,
 }
 
 impl App {
@@ -372,6 +394,7 @@ impl App {
             fingerprint,
             sessions: Sessions::default(),
             snapshots: Snapshots::default(),
+            responses: responses::Store::default(),
         }
     }
 
@@ -420,11 +443,11 @@ impl App {
     /// As [`App::submit`], for the one answer of a session's turn if there is a session.
     async fn submit_turn(
         self: &Arc<Self>,
-        session: Option<String>,
+        session: Option<SessionTurn>,
         mut requests: Vec<Request>,
         samples: usize,
     ) -> Result<Vec<TokenStream>, ApiError> {
-        let Some(id) = session else {
+        let Some(SessionTurn { id, prompt }) = session else {
             return self.submit(requests, samples).await;
         };
         let (Some(request), 0, 1) = (requests.pop(), requests.len(), samples) else {
@@ -433,7 +456,7 @@ impl App {
         };
         let session = self.sessions.find(&id)?;
         let long = is_long(&request.prompt);
-        let turn = move || Ok(session.generate(request)?);
+        let turn = move || Ok(session.turn(request, prompt)?);
         let stream: TokenStream = apart_if(long, turn).await?;
         Ok(vec![stream.when_dropped(CancelReason::Disconnect)])
     }
@@ -497,7 +520,9 @@ fn is_long(prompt: &Prompt) -> bool {
     let bytes = match prompt {
         Prompt::Text(text) => text.len(),
         Prompt::Tokens(_) => 0,
-        Prompt::Chat(messages) => messages.iter().map(|message| message.content.len()).sum(),
+        Prompt::Chat(messages) | Prompt::Conversation { messages, .. } => {
+            messages.iter().map(|message| message.content.len()).sum()
+        }
     };
     bytes > LONG_PROMPT
 }

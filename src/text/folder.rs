@@ -117,6 +117,8 @@ impl Tokenizer {
             frame: explicit.unwrap_or_default(),
             strip_leading_space,
             template,
+            #[cfg(feature = "grammar")]
+            grammars: OnceLock::new(),
         })
     }
 }

@@ -138,6 +138,8 @@ impl Tokenizer {
             ends,
             frame,
             template,
+            #[cfg(feature = "grammar")]
+            grammars: std::sync::OnceLock::new(),
         })
     }
 }

@@ -12,7 +12,8 @@ pub struct Message {
     /// list of text parts (joined with line breaks).
     #[serde(default, deserialize_with = "content")]
     pub content: String,
-    /// All else, such as `tool_calls`; the template sees it unchanged.
+    /// All else, such as `tool_calls`. The template sees it unchanged, but for the
+    /// arguments of tool calls: JSON text, as clients write them, becomes an object.
     #[serde(flatten)]
     pub extra: Map<String, Value>,
 }
@@ -26,6 +27,46 @@ impl Message {
             extra: Map::new(),
         }
     }
+
+    /// The message with the arguments of its tool calls as objects, which is what
+    /// templates expect; `None` when none of them are JSON text.
+    pub(super) fn with_arguments_as_objects(&self) -> Option<Self> {
+        let calls = self.extra.get("tool_calls")?.as_array()?;
+        let mut calls = calls.clone();
+        let mut changed = false;
+        for call in &mut calls {
+            let Some(arguments) = arguments_of(call) else {
+                continue;
+            };
+            if let Some(object) = arguments.as_str().and_then(object) {
+                *arguments = object;
+                changed = true;
+            }
+        }
+        changed.then(|| {
+            let mut message = self.clone();
+            message.extra.insert("tool_calls".to_owned(), calls.into());
+            message
+        })
+    }
+}
+
+/// The arguments of a tool call: of its function, or its own.
+fn arguments_of(call: &mut Value) -> Option<&mut Value> {
+    let call = call.as_object_mut()?;
+    match call.contains_key("function") {
+        true => call.get_mut("function")?.get_mut("arguments"),
+        false => call.get_mut("arguments"),
+    }
+}
+
+/// The object that a JSON text is; no text is an empty one.
+fn object(text: &str) -> Option<Value> {
+    if text.trim().is_empty() {
+        return Some(Map::new().into());
+    }
+    let value: Value = serde_json::from_str(text).ok()?;
+    value.is_object().then_some(value)
 }
 
 /// The ways in which clients write text.
@@ -88,6 +129,36 @@ mod tests {
         assert!(error.contains("\"image_url\""), "{error}");
         let error = read(json!(5)).unwrap_err();
         assert!(error.contains("must be a string"), "{error}");
+    }
+
+    #[test]
+    fn arguments_in_json_text_become_objects() {
+        let read = |calls: Value| -> Message {
+            serde_json::from_value(json!({"role": "assistant", "tool_calls": calls})).unwrap()
+        };
+        let text = r#"{"b": 1, "a": {"c": "\""}}"#;
+        let message = read(json!([
+            {"id": "x", "function": {"name": "f", "arguments": text}},
+            {"function": {"name": "g", "arguments": ""}},
+            {"name": "h", "arguments": "{}"},
+            {"function": {"name": "i", "arguments": "{broken"}},
+            {"function": {"name": "j"}},
+            "no call",
+        ]));
+        let changed = message.with_arguments_as_objects().unwrap();
+        assert_eq!(
+            changed.extra["tool_calls"],
+            json!([
+                {"id": "x", "function": {"name": "f", "arguments": {"b": 1, "a": {"c": "\""}}}},
+                {"function": {"name": "g", "arguments": {}}},
+                {"name": "h", "arguments": {}},
+                {"function": {"name": "i", "arguments": "{broken"}},
+                {"function": {"name": "j"}},
+                "no call",
+            ])
+        );
+        assert_eq!(changed.with_arguments_as_objects(), None);
+        assert_eq!(Message::new("user", "").with_arguments_as_objects(), None);
     }
 
     #[test]

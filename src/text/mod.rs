@@ -2,7 +2,11 @@
 //!
 //! [`Tokenizer`] turns text into token ids and back, [`Detokenizer`] does the
 //! way back one token at a time, [`StopMatcher`] finds stop strings across token
-//! borders, and [`ChatTemplate`] turns a conversation into a prompt.
+//! borders, and [`ChatTemplate`] turns a conversation into a prompt. An answer is
+//! split into reasoning, content and tool calls by [`reasoning`] and [`tools`].
+//!
+//! With the feature `grammar`, `Grammar` holds an answer to a JSON schema, a regular
+//! expression or a grammar.
 //!
 //! Everything a model file says is checked: a tokenizer that is built answers
 //! every string and every id without a panic.
@@ -16,15 +20,19 @@ mod folder;
 pub mod fuzz;
 mod gguf_metadata;
 mod gguf_vocabulary;
+#[cfg(feature = "grammar")]
+mod grammar;
 mod jinja;
 mod message;
 mod pre_tokenizer;
 mod python_json;
+pub mod reasoning;
 mod sentencepiece;
 mod special;
 mod stop;
 mod template;
 mod tokenizer;
+pub mod tools;
 mod unigram;
 mod vocabulary;
 
@@ -34,6 +42,8 @@ mod tests;
 pub use detokenize::Detokenizer;
 pub use error::TextError;
 pub use gguf_vocabulary::GgufVocabulary;
+#[cfg(feature = "grammar")]
+pub use grammar::{Grammar, GrammarError, GrammarKind};
 pub use message::Message;
 pub use stop::{StopMatcher, StopStep};
 pub use template::{ChatTemplate, RenderOptions};

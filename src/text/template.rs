@@ -94,11 +94,37 @@ impl ChatTemplate {
 
     /// The prompt for a conversation.
     ///
+    /// Arguments of tool calls that are JSON text reach the template as objects, and
+    /// as they are when it fails on those: a few templates expect text.
+    ///
     /// # Errors
     /// [`TextError::TemplateRaised`] when the template refuses the conversation,
     /// [`TextError::TemplateFailed`] when it fails, and
     /// [`TextError::TemplateTooExpensive`] when it exceeds its limits.
     pub fn render(
+        &self,
+        messages: &[Message],
+        options: &RenderOptions,
+    ) -> Result<String, TextError> {
+        let changed: Vec<_> = messages
+            .iter()
+            .map(Message::with_arguments_as_objects)
+            .collect();
+        if changed.iter().all(Option::is_none) {
+            return self.render_as_given(messages, options);
+        }
+        let with_objects: Vec<Message> = (changed.into_iter().zip(messages))
+            .map(|(changed, message)| changed.unwrap_or_else(|| message.clone()))
+            .collect();
+        match self.render_as_given(&with_objects, options) {
+            Err(error @ TextError::TemplateFailed { .. }) => {
+                self.render_as_given(messages, options).map_err(|_| error)
+            }
+            rendered => rendered,
+        }
+    }
+
+    fn render_as_given(
         &self,
         messages: &[Message],
         options: &RenderOptions,
@@ -143,6 +169,12 @@ impl ChatTemplate {
             }),
             Err(error) => Err(failure(&error)),
         }
+    }
+
+    /// Whether the template writes the tools that it is given. Where it does not,
+    /// [`tools::in_words`](super::tools::in_words) does.
+    pub fn knows_tools(&self) -> bool {
+        self.source.contains("tools")
     }
 
     /// The template's source.
@@ -266,6 +298,20 @@ mod tests {
             template.render(&[message.unwrap()], &options).unwrap(),
             "x7 True False 02 Jan 1970 True"
         );
+    }
+
+    #[test]
+    fn arguments_reach_a_template_as_it_expects_them() {
+        let message: Message = serde_json::from_value(json!({
+            "role": "assistant",
+            "tool_calls": [{"function": {"name": "f", "arguments": "{\"a\":1}"}}],
+        }))
+        .unwrap();
+        let conversation = [Message::new("user", "Hi"), message];
+        let as_object = "{{ messages[1].tool_calls[0].function.arguments | tojson }}";
+        assert_eq!(render(as_object, &conversation).unwrap(), "{\"a\": 1}");
+        let as_text = "{{ '=' + messages[1].tool_calls[0].function.arguments }}";
+        assert_eq!(render(as_text, &conversation).unwrap(), "={\"a\":1}");
     }
 
     #[test]

@@ -4,12 +4,16 @@ use super::TextError;
 use super::byte_level::ByteLevelBpe;
 use super::detokenize::Utf8Assembler;
 use super::folder::HuggingFace;
+#[cfg(feature = "grammar")]
+use super::grammar::{Compiler, GrammarError};
 use super::sentencepiece::{SPACE, ScoredBpe};
 use super::special::{Fragment, SpecialTokens};
 use super::template::ChatTemplate;
 use super::unigram::Unigram;
 use super::vocabulary::Vocabulary;
 use std::fmt;
+#[cfg(feature = "grammar")]
+use std::sync::OnceLock;
 
 /// How to read a text; see [`Tokenizer::encode`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -34,6 +38,9 @@ pub struct Tokenizer {
     /// Whether the space before the first word is the tokenizer's own.
     pub(super) strip_leading_space: bool,
     pub(super) template: Option<ChatTemplate>,
+    /// What compiles grammars for it; made when first needed.
+    #[cfg(feature = "grammar")]
+    pub(super) grammars: OnceLock<Result<Compiler, GrammarError>>,
 }
 
 /// What `add_special` puts around a text.
@@ -110,6 +117,24 @@ impl Tokenizer {
         }
         if options.add_special {
             ids.extend(self.frame.after);
+        }
+        Ok(ids)
+    }
+
+    /// The tokens of a text that goes on where another one ends.
+    #[cfg(feature = "grammar")]
+    pub(super) fn encode_inside(&self, text: &str) -> Result<Vec<u32>, TextError> {
+        let mut ids = Vec::new();
+        match &self.model {
+            Model::HuggingFace(model) => model.encode(text, EncodeOptions::default(), &mut ids)?,
+            Model::Fragments { specials, plain } => {
+                for fragment in specials.split(text, false) {
+                    match fragment {
+                        Fragment::Token(id) => ids.push(id),
+                        Fragment::Text(text) => self.encode_plain(plain, text, false, &mut ids)?,
+                    }
+                }
+            }
         }
         Ok(ids)
     }

@@ -14,7 +14,7 @@ use quell::schedule::{SequenceKey, Sequences, StepPlan, TokenInput};
 use quell::text::Tokenizer;
 use quell::{Engine, EngineConfig, LoadError, SessionId};
 use std::collections::VecDeque;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 
 pub const VOCABULARY: u32 = 1000;
 
@@ -78,6 +78,8 @@ struct Item {
     /// Slots of all tokens up to the last of this step.
     read: Vec<usize>,
     sample: bool,
+    /// The tokens that may be chosen; all without one.
+    mask: Option<Arc<[u32]>>,
 }
 
 /// A launched step.
@@ -211,6 +213,11 @@ impl Runner for SimRunner {
                     written: slots[item.start..].to_vec(),
                     read: slots,
                     sample: item.sample,
+                    mask: sequence
+                        .spec
+                        .constraint
+                        .as_ref()
+                        .map(|constraint| Arc::clone(constraint.mask())),
                 }
             })
             .collect();
@@ -278,7 +285,11 @@ impl Runner for SimRunner {
         self.previous = items
             .iter()
             .filter(|item| item.sample)
-            .map(|item| next_token(item.read.iter().map(|&slot| self.memory[slot])))
+            .map(|item| {
+                let token = next_token(item.read.iter().map(|&slot| self.memory[slot]));
+                let mask = item.mask.as_deref();
+                nearest(token, |token| mask.is_none_or(|mask| is_set(mask, token)))
+            })
             .collect();
         let sampled = |&token: &u32| Sampled {
             token,
@@ -295,6 +306,36 @@ pub fn next_token(tokens: impl Iterator<Item = u32>) -> u32 {
         (hash ^ u64::from(token)).wrapping_mul(0x0100_0000_01b3)
     });
     ((hash >> 20) % u64::from(VOCABULARY)) as u32
+}
+
+fn is_set(mask: &[u32], token: u32) -> bool {
+    mask[token as usize / 32] >> (token % 32) & 1 == 1
+}
+
+/// The first token from `token` on that is allowed, beginning anew after the last; `token`
+/// itself if there is none.
+fn nearest(token: u32, allowed: impl Fn(u32) -> bool) -> u32 {
+    let order = (0..VOCABULARY).map(|next| (token + next) % VOCABULARY);
+    order
+        .into_iter()
+        .find(|&token| allowed(token))
+        .unwrap_or(token)
+}
+
+/// What the model answers to a prompt, each token allowed after the ones before it.
+pub fn expected_where(
+    prompt: &[u32],
+    count: usize,
+    allowed: impl Fn(&[u32], u32) -> bool,
+) -> Vec<u32> {
+    let mut tokens = prompt.to_vec();
+    for _ in 0..count {
+        let free = next_token(tokens.iter().copied());
+        tokens.push(nearest(free, |token| {
+            allowed(&tokens[prompt.len()..], token)
+        }));
+    }
+    tokens.split_off(prompt.len())
 }
 
 /// What the model answers to a prompt.

@@ -730,7 +730,8 @@ fn choose(isa: Isa, logits: &[f32], row: &SampleRow) -> Sampled {
     let plain = params.temperature == 0.0
         && !params.needs_history()
         && params.logit_bias.is_empty()
-        && params.logprobs.is_none();
+        && params.logprobs.is_none()
+        && row.mask.is_none();
     if !plain {
         return sampling::sample(&mut logits.to_vec(), row);
     }

@@ -59,6 +59,8 @@ const MAX_VOCABULARY: usize = (1 << 20) - 1;
 
 /// Words of a row's parameters.
 const ROW_WORDS: usize = 16;
+/// Which of them says where the mask begins.
+const MASK_WORD: usize = 15;
 /// Words of a row's result before its likeliest tokens.
 const RESULT_WORDS: usize = 4;
 
@@ -94,11 +96,13 @@ pub struct CudaPending {
 }
 
 /// What the rows of a step ask for, as the kernels read it: the rows' parameters, then
-/// the entries of histories and biases.
+/// the entries of histories and biases, then the masks.
 #[derive(Default)]
 struct Request {
     words: Vec<u32>,
     entries: Vec<[u32; 2]>,
+    /// The masks of the rows that have one, one after the other.
+    masks: Vec<u32>,
     /// A token's entry in the history that is being counted.
     entry_of: Vec<u32>,
     reports: bool,
@@ -115,15 +119,25 @@ impl Request {
         *self = Self {
             words: std::mem::take(&mut self.words),
             entries: std::mem::take(&mut self.entries),
+            masks: std::mem::take(&mut self.masks),
             entry_of: std::mem::take(&mut self.entry_of),
             ..Self::default()
         };
         self.words.clear();
         self.entries.clear();
+        self.masks.clear();
         for row in rows {
             self.add(row, vocabulary);
         }
+        // Where the masks begin is known only now.
+        let masks = self.words.len() + self.entries.as_flattened().len();
+        for row in self.words.chunks_exact_mut(ROW_WORDS) {
+            if row[MASK_WORD] != NONE {
+                row[MASK_WORD] += masks as u32;
+            }
+        }
         self.words.extend(self.entries.as_flattened());
+        self.words.extend(&self.masks);
     }
 
     fn add(&mut self, row: &SampleRow, vocabulary: usize) {
@@ -136,6 +150,7 @@ impl Request {
         };
         let history = self.add_history(row, vocabulary);
         let biases = self.add_biases(params);
+        let mask = self.add_mask(row, vocabulary);
         let report = params.logprobs;
         let filtered = params.top_k > 0 || params.top_p < 1.0;
         self.penalties |= params.needs_history();
@@ -161,7 +176,7 @@ impl Request {
             biases[0],
             biases[1],
             report.map_or(NONE, |_| top),
-            0,
+            mask,
         ];
         self.words.extend(words);
     }
@@ -190,6 +205,18 @@ impl Request {
         let count = self.entries.len() - start;
         self.entries.push([NONE, 0]);
         [start as u32, count as u32]
+    }
+
+    /// Where a row's mask begins among the masks. It has a bit for each token of the
+    /// vocabulary: what a shorter one does not say is forbidden.
+    fn add_mask(&mut self, row: &SampleRow, vocabulary: usize) -> u32 {
+        let Some(mask) = &row.mask else {
+            return NONE;
+        };
+        let (start, words) = (self.masks.len(), vocabulary.div_ceil(32));
+        self.masks.extend(mask.iter().take(words));
+        self.masks.resize(start + words, 0);
+        start as u32
     }
 
     /// Start and number of a row's biases, {token, bias}, those of a token together and

@@ -4,6 +4,8 @@
 //! that it breaks.
 
 mod callers;
+#[path = "../../../tests/common/constraint.rs"]
+mod constraint;
 #[path = "../../../tests/common/sim.rs"]
 mod sim;
 
@@ -509,9 +511,10 @@ fn ask() -> impl Strategy<Value = Ask> {
         prop_oneof![4 => Just(0), 1 => -2..3i32],
         weighted(0.3, 0..2u8),
         weighted(0.04, any::<bool>()),
+        prop_oneof![3 => Just(false), 1 => Just(true)],
     )
         .prop_map(
-            |(prompt, length, max_tokens, stop_at, priority, tenant, overdue)| Ask {
+            |(prompt, length, max_tokens, stop_at, priority, tenant, overdue, constrained)| Ask {
                 prompt,
                 length,
                 max_tokens,
@@ -519,6 +522,7 @@ fn ask() -> impl Strategy<Value = Ask> {
                 priority,
                 tenant,
                 overdue,
+                constrained,
             },
         )
 }
@@ -629,6 +633,7 @@ const ASK: Ask = Ask {
     priority: 0,
     tenant: None,
     overdue: None,
+    constrained: false,
 };
 
 /// A small engine without a prefix cache, two steps deep.

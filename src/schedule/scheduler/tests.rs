@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::config::Preemption;
-use crate::sampling::SamplingParams;
+use crate::sampling::{Constraint, ConstraintState, SamplingParams};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,6 +23,7 @@ fn spec(prompt: Vec<u32>, new_tokens: usize) -> SequenceSpec {
         priority: 0,
         tenant: None,
         session: None,
+        constraint: None,
     }
 }
 
@@ -664,4 +665,177 @@ fn host_memory_that_a_step_reads_is_not_written_by_it() {
     let written = plan.transfers.swap_out.iter().map(|(_, host)| *host);
     assert!(!read.is_empty() && !plan.transfers.swap_out.is_empty());
     assert!(written.into_iter().all(|host| !read.contains(&host)));
+}
+
+/// Allows the token 7 so many times; 8 makes it fail.
+#[derive(Clone, Debug)]
+struct Sevens(usize);
+
+impl Constraint for Sevens {
+    fn mask(&mut self, mask: &mut [u32]) -> Result<(), ConstraintError> {
+        match self.0 {
+            13 => Err(ConstraintError("thirteen".to_owned())),
+            _ => {
+                mask[0] = 1 << 7;
+                Ok(())
+            }
+        }
+    }
+
+    fn accept(&mut self, token: u32) -> Result<(), ConstraintError> {
+        self.0 -= 1;
+        match token {
+            7 => Ok(()),
+            other => Err(ConstraintError(format!("{other} is not 7"))),
+        }
+    }
+
+    fn is_complete(&self) -> bool {
+        self.0 == 0
+    }
+
+    fn boxed_clone(&self) -> Box<dyn Constraint> {
+        Box::new(self.clone())
+    }
+}
+
+/// A spec that allows so many sevens.
+fn sevens(count: usize, spec: SequenceSpec) -> SequenceSpec {
+    SequenceSpec {
+        constraint: Some(ConstraintState::new(Box::new(Sevens(count)), 32)),
+        ..spec
+    }
+}
+
+fn keys(plan: &StepPlan) -> Vec<SequenceKey> {
+    plan.items.iter().map(|item| item.key).collect()
+}
+
+#[test]
+fn a_constrained_sequence_is_planned_when_its_last_token_is_known() {
+    let mut bench = Bench::new(64, Policy::default());
+    let free = bench.add(spec(prompt(5, 1), 20));
+    let held = bench.add(sevens(99, spec(prompt(6, 2), 20)));
+    assert_eq!(keys(&bench.launch().unwrap()), [free, held]);
+    // Two steps in flight: the free one goes on by feedback, the other is waited for.
+    for _ in 0..8 {
+        let plan = bench.launch().unwrap();
+        assert_eq!(keys(&plan), [free]);
+        assert!(matches!(plan.items[0].input, TokenInput::Feedback { .. }));
+        bench.complete(7);
+        let plan = bench.launch().unwrap();
+        assert_eq!(keys(&plan), [free, held]);
+        assert!(matches!(plan.items[0].input, TokenInput::Feedback { .. }));
+        assert_eq!(plan.items[1].input, TokenInput::Known);
+        bench.complete(7);
+    }
+    assert_eq!(bench.sequence(held).generated(), 8);
+    // Alone there is nothing to do until its token comes.
+    bench.scheduler.remove(free);
+    assert!(bench.launch().is_none());
+}
+
+#[test]
+fn a_constrained_prompt_is_computed_in_chunks_without_waiting() {
+    let policy = Policy {
+        max_batch_tokens: 4,
+        ..Policy::default()
+    };
+    let mut bench = Bench::new(64, policy);
+    bench.add(sevens(99, spec(prompt(10, 1), 20)));
+    for expected in [(0, 4), (4, 4), (8, 2)] {
+        assert_eq!(rows(&bench.launch().unwrap()), [expected]);
+    }
+    assert!(bench.launch().is_none(), "its sample is in flight");
+}
+
+#[test]
+fn a_complete_constraint_ends_its_sequence_as_a_stop() {
+    let mut bench = Bench::new(64, Policy::default());
+    let key = bench.add(sevens(2, spec(prompt(5, 1), 2)));
+    bench.launch();
+    let commit = |bench: &mut Bench, token| bench.scheduler.commit(key, token);
+    assert_eq!(commit(&mut bench, 7), Commit::Token);
+    bench.launch();
+    // It is the last of its tokens, too.
+    assert_eq!(commit(&mut bench, 7), Commit::Finished(FinishReason::Stop));
+    let long = bench.add(sevens(9, spec(prompt(5, 2), 1)));
+    bench.launch();
+    assert_eq!(
+        bench.scheduler.commit(long, 7),
+        Commit::Finished(FinishReason::Length)
+    );
+}
+
+#[test]
+fn a_stop_token_is_not_for_the_constraint() {
+    let mut bench = Bench::new(64, Policy::default());
+    let stops = SequenceSpec {
+        stop_tokens: Arc::new([3]),
+        ..spec(prompt(5, 1), 20)
+    };
+    let key = bench.add(sevens(9, stops));
+    bench.launch();
+    let commit = bench.scheduler.commit(key, 3);
+    assert_eq!(commit, Commit::Finished(FinishReason::Stop));
+    assert_eq!(bench.sequence(key).tokens.last(), Some(&3));
+}
+
+#[test]
+fn a_token_that_the_constraint_refuses_fails_its_sequence_and_is_not_appended() {
+    let mut bench = Bench::new(64, Policy::default());
+    let key = bench.add(sevens(9, spec(prompt(5, 1), 20)));
+    bench.launch();
+    let commit = bench.scheduler.commit(key, 8);
+    assert!(matches!(commit, Commit::Failed(error) if error.0.contains("8 is not 7")));
+    assert_eq!(bench.sequence(key).generated(), 0);
+    bench.scheduler.remove(key);
+    bench.scheduler.audit().unwrap();
+}
+
+#[test]
+fn masks_are_those_of_the_step_and_the_failed_are_named() {
+    let policy = Policy {
+        max_batch_tokens: 12,
+        ..Policy::default()
+    };
+    let mut bench = Bench::new(64, policy);
+    bench.add(spec(prompt(3, 1), 20));
+    let fails = bench.add(sevens(13, spec(prompt(4, 2), 20)));
+    let good = bench.add(sevens(12, spec(prompt(4, 3), 20)));
+    // Its first chunk takes no sample: nobody asks what may come next.
+    let later = bench.add(sevens(13, spec(prompt(9, 4), 20)));
+    let plan = bench.launch().unwrap();
+    assert_eq!(keys(&plan).len(), 4);
+    let failed = bench.scheduler.refresh_masks(&plan);
+    assert_eq!(failed.len(), 1);
+    assert_eq!(failed[0].0, fails);
+    let mask = |key| bench.sequence(key).spec.constraint.as_ref().unwrap().mask()[0];
+    assert_eq!((mask(good), mask(later)), (1 << 7, 0));
+}
+
+#[test]
+fn a_preempted_sequence_keeps_what_its_constraint_has_accepted() {
+    for policy in [Policy::default(), swapping()] {
+        let mut bench = Bench::new(8, policy);
+        let first = bench.add(spec(prompt(10, 1), 20));
+        let held = bench.add(sevens(9, spec(prompt(10, 2), 20)));
+        let mut finished = Vec::new();
+        for _ in 0..60 {
+            if bench.launch().is_none() {
+                break;
+            }
+            for key in bench.complete(7) {
+                assert_eq!(
+                    bench.sequence(key).generated(),
+                    if key == held { 9 } else { 20 }
+                );
+                bench.scheduler.remove(key);
+                finished.push(key);
+            }
+        }
+        assert!(bench.scheduler.counts().preemptions > 0);
+        finished.sort_unstable();
+        assert_eq!(finished, [first, held]);
+    }
 }

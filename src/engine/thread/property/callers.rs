@@ -1,7 +1,8 @@
 //! The callers of the state machine: what they have asked for, what they have seen, and
 //! what they may see.
 
-use super::sim::expected;
+use super::constraint::Remainders;
+use super::sim::{expected, expected_where};
 use crate::config::EngineConfig;
 use crate::engine::command::Command;
 use crate::engine::event::{Event, Terminal};
@@ -34,6 +35,18 @@ pub struct Ask {
     pub tenant: Option<u8>,
     /// Its deadline has passed already: of the first token, or of the end.
     pub overdue: Option<bool>,
+    /// Its tokens depend on all those before, by the host's books.
+    pub constrained: bool,
+}
+
+impl Ask {
+    /// What the simulated device answers.
+    fn expected(&self, prompt: &[u32], count: usize) -> Vec<u32> {
+        match self.constrained {
+            true => expected_where(prompt, count, Remainders::allow_after),
+            false => expected(prompt, count),
+        }
+    }
 }
 
 /// What a caller does. Numbers choose among what there is, round and round.
@@ -321,7 +334,10 @@ impl Callers {
             None => {}
         }
         if let Some(at) = ask.stop_at {
-            request.stop_token_ids = vec![expected(&whole, at + 1)[at]];
+            request.stop_token_ids = vec![ask.expected(&whole, at + 1)[at]];
+        }
+        if ask.constrained {
+            request = request.constraint(Remainders::default());
         }
         request
     }
@@ -330,10 +346,10 @@ impl Callers {
     fn accepted(&mut self, ask: &Ask, stream: TokenStream, session: Option<SessionId>) {
         let prompt = stream.prompt_ids().to_vec();
         let room = self.engine.as_ref().map_or(0, Engine::max_sequence_tokens) - prompt.len();
-        let mut answer = expected(&prompt, ask.max_tokens.min(room));
+        let mut answer = ask.expected(&prompt, ask.max_tokens.min(room));
         let mut finish = Outcome::Length;
         if let Some(at) = ask.stop_at {
-            let stop = expected(&prompt, at + 1)[at];
+            let stop = ask.expected(&prompt, at + 1)[at];
             if let Some(end) = answer.iter().position(|token| *token == stop) {
                 answer.truncate(end + 1);
                 finish = Outcome::Stop;

@@ -1,0 +1,217 @@
+//! The clients: another process, which this one starts and asks what it has seen.
+
+use super::{Failure, Load};
+use serde_json::{Value, json};
+use std::io::{BufRead, BufReader};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::Barrier;
+
+/// How long a whole load may take.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// A prompt of sixteen tokens, another for each stream.
+pub fn prompt(index: usize) -> Vec<u32> {
+    (0..16)
+        .map(|position| ((index * 977 + position * 389) % 49_000 + 100) as u32)
+        .collect()
+}
+
+/// A process of clients.
+pub struct Clients {
+    child: Child,
+    said: BufReader<ChildStdout>,
+}
+
+/// What the clients have seen.
+pub struct Seen {
+    pub tokens: usize,
+    pub errors: usize,
+    pub seconds: f64,
+    pub gap_p50_ms: f64,
+    pub gap_p99_ms: f64,
+}
+
+impl Seen {
+    pub fn json(&self) -> Value {
+        json!({
+            "tokens": self.tokens,
+            "errors": self.errors,
+            "seconds": self.seconds,
+            "token_to_token_ms": { "p50": self.gap_p50_ms, "p99": self.gap_p99_ms },
+        })
+    }
+
+    /// Fails unless every stream was read to its end.
+    pub fn without_error(self, load: Load) -> Result<Self, Failure> {
+        if self.errors > 0 || self.tokens != load.streams * load.tokens {
+            let expected = load.streams * load.tokens;
+            let (tokens, errors) = (self.tokens, self.errors);
+            return Err(format!("{tokens} tokens, expected {expected}; {errors} errors").into());
+        }
+        Ok(self)
+    }
+}
+
+impl Clients {
+    pub fn start(address: &str, streams: usize, tokens: usize) -> Result<Self, Failure> {
+        let mut child = Command::new(std::env::current_exe()?)
+            .args(["--client", address])
+            .args(["--streams", &streams.to_string()])
+            .args(["--tokens", &tokens.to_string()])
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let said = child.stdout.take().ok_or("the clients say nothing")?;
+        let said = BufReader::new(said);
+        Ok(Self { child, said })
+    }
+
+    fn line(&mut self) -> Result<String, Failure> {
+        let mut line = String::new();
+        self.said.read_line(&mut line)?;
+        Ok(line)
+    }
+
+    /// Waits until every stream has begun.
+    pub fn all_open(&mut self) -> Result<(), Failure> {
+        match self.line()?.as_str() {
+            "open\n" => Ok(()),
+            other => Err(format!("the clients say {other:?}").into()),
+        }
+    }
+
+    /// Waits for their end.
+    pub fn finish(mut self) -> Result<Seen, Failure> {
+        let mut last = String::new();
+        loop {
+            let line = self.line()?;
+            if line.is_empty() {
+                break;
+            }
+            last = line;
+        }
+        if !self.child.wait()?.success() {
+            return Err("the clients have failed".into());
+        }
+        let seen: Value = serde_json::from_str(&last)?;
+        let number = |name: &str| seen[name].as_f64().ok_or("a number is missing");
+        let gaps = &seen["token_to_token_ms"];
+        Ok(Seen {
+            tokens: number("tokens")? as usize,
+            errors: number("errors")? as usize,
+            seconds: number("seconds")?,
+            gap_p50_ms: gaps["p50"].as_f64().unwrap_or(f64::NAN),
+            gap_p99_ms: gaps["p99"].as_f64().unwrap_or(f64::NAN),
+        })
+    }
+}
+
+/// The clients' own process: opens all streams, reads them, and says what it has seen.
+pub fn run(address: &str) -> Result<(), Failure> {
+    let number = |flag: &str| -> Result<usize, Failure> {
+        Ok(super::after(flag).ok_or("a flag is missing")?.parse()?)
+    };
+    let (streams, tokens) = (number("--streams")?, number("--tokens")?);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let seen = runtime.block_on(async {
+        let begun = Arc::new(Barrier::new(streams + 1));
+        let started = Instant::now();
+        let tasks: Vec<_> = (0..streams)
+            .map(|index| {
+                let address = address.to_owned();
+                let begun = Arc::clone(&begun);
+                tokio::spawn(async move {
+                    let one = one(&address, index, tokens, &begun);
+                    tokio::time::timeout(PATIENCE, one).await
+                })
+            })
+            .collect();
+        begun.wait().await;
+        println!("open");
+        let mut gaps = Vec::new();
+        let (mut read, mut errors) = (0, 0);
+        for task in tasks {
+            match task.await {
+                Ok(Ok(Ok(times))) => {
+                    read += times.len();
+                    gaps.extend(times.windows(2).map(|pair| pair[1] - pair[0]));
+                }
+                other => {
+                    errors += 1;
+                    eprintln!("a stream failed: {other:?}");
+                }
+            }
+        }
+        let seconds = started.elapsed().as_secs_f64();
+        gaps.sort_unstable();
+        let quantile = |share: f64| {
+            let index = (gaps.len() as f64 * share) as usize;
+            gaps.get(index).copied().unwrap_or_default().as_secs_f64() * 1e3
+        };
+        Seen {
+            tokens: read,
+            errors,
+            seconds,
+            gap_p50_ms: quantile(0.5),
+            gap_p99_ms: quantile(0.99),
+        }
+    });
+    println!("{}", seen.json());
+    Ok(())
+}
+
+/// Reads one stream; gives the time of each token.
+async fn one(
+    address: &str,
+    index: usize,
+    tokens: usize,
+    begun: &Barrier,
+) -> Result<Vec<Instant>, Failure> {
+    let mut stream = TcpStream::connect(address).await?;
+    let body = json!({
+        "model": "bench",
+        "prompt": prompt(index),
+        "max_tokens": tokens,
+        "ignore_eos": true,
+        "temperature": 0,
+        "stream": true,
+        // A token that completes no character has no text, but it has a log-probability.
+        "logprobs": 0,
+    });
+    let body = body.to_string();
+    let head = format!(
+        "POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
+    stream
+        .write_all(&[head.as_bytes(), body.as_bytes()].concat())
+        .await?;
+    let mut reader = tokio::io::BufReader::new(stream);
+    let mut line = String::new();
+    reader.read_line(&mut line).await?;
+    if !line.starts_with("HTTP/1.1 200") {
+        begun.wait().await;
+        return Err(line.into());
+    }
+    let mut times = Vec::with_capacity(tokens);
+    loop {
+        line.clear();
+        if reader.read_line(&mut line).await? == 0 {
+            return Err(format!("the stream ends after {} tokens", times.len()).into());
+        }
+        if line.starts_with("data: [DONE]") {
+            return Ok(times);
+        }
+        if line.starts_with("data: ") && line.contains("\"token_logprobs\":[") {
+            times.push(Instant::now());
+            if times.len() == 1 {
+                begun.wait().await;
+            }
+        }
+    }
+}

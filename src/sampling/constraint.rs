@@ -1,0 +1,203 @@
+//! Which tokens may come next: what a grammar, or any other rule, tells the sampler.
+
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use thiserror::Error;
+
+/// Decides which tokens an answer may go on with. One state belongs to one answer.
+///
+/// It is called on the scheduler thread, between the steps of everybody's requests:
+/// what it does should take microseconds. An error, or a panic, ends its own request.
+pub trait Constraint: fmt::Debug + Send + Sync {
+    /// Sets the bit of each token that may come next: bit `t % 32` of `mask[t / 32]`
+    /// for the token `t`. All bits are clear before. Tokens that end the sequence are
+    /// among them exactly when the answer may end here.
+    ///
+    /// # Errors
+    /// When it cannot say.
+    fn mask(&mut self, mask: &mut [u32]) -> Result<(), ConstraintError>;
+
+    /// Goes on with a token of the answer; one that ended the sequence is not among them.
+    ///
+    /// # Errors
+    /// When the token may not come next, or it cannot say what may come after it.
+    fn accept(&mut self, token: u32) -> Result<(), ConstraintError>;
+
+    /// Whether nothing may follow but the end: then the sequence ends at once.
+    fn is_complete(&self) -> bool;
+
+    /// The same state once more, for another answer.
+    fn boxed_clone(&self) -> Box<dyn Constraint>;
+}
+
+impl Clone for Box<dyn Constraint> {
+    fn clone(&self) -> Self {
+        (**self).boxed_clone()
+    }
+}
+
+/// Why a constraint cannot go on.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("the constraint on the answer failed: {0}")]
+pub struct ConstraintError(pub String);
+
+/// The constraint of one sequence, and the tokens that it allows next.
+#[derive(Clone, Debug)]
+pub struct ConstraintState {
+    constraint: Box<dyn Constraint>,
+    mask: Arc<[u32]>,
+}
+
+impl ConstraintState {
+    /// The state before the first token, over a vocabulary of so many tokens.
+    pub fn new(constraint: Box<dyn Constraint>, vocabulary: usize) -> Self {
+        let mask = vec![0; vocabulary.div_ceil(32)];
+        Self {
+            constraint,
+            mask: mask.into(),
+        }
+    }
+
+    /// The tokens that were allowed at the last [`ConstraintState::refresh`], a bit each.
+    pub fn mask(&self) -> &Arc<[u32]> {
+        &self.mask
+    }
+
+    /// Finds out which tokens may come next. The memory is used again unless somebody
+    /// still holds the mask.
+    ///
+    /// # Errors
+    /// When the constraint cannot say, when it panics, and when no token is allowed.
+    pub fn refresh(&mut self) -> Result<(), ConstraintError> {
+        if Arc::get_mut(&mut self.mask).is_none() {
+            self.mask = vec![0; self.mask.len()].into();
+        }
+        let constraint = &mut self.constraint;
+        let Some(mask) = Arc::get_mut(&mut self.mask) else {
+            return Err(ConstraintError("its mask is in use".to_owned()));
+        };
+        mask.fill(0);
+        guarded(|| constraint.mask(mask))?;
+        if mask.iter().all(|&word| word == 0) {
+            return Err(ConstraintError("it allows no token at all".to_owned()));
+        }
+        Ok(())
+    }
+
+    /// Goes on with a token; whether the answer is complete with it.
+    ///
+    /// # Errors
+    /// When the constraint refuses the token, and when it panics.
+    pub fn accept(&mut self, token: u32) -> Result<bool, ConstraintError> {
+        let constraint = &mut self.constraint;
+        guarded(|| {
+            constraint.accept(token)?;
+            Ok(constraint.is_complete())
+        })
+    }
+}
+
+/// Calls a constraint; its panic is an error. Nobody looks at its state after one.
+fn guarded<T>(call: impl FnOnce() -> Result<T, ConstraintError>) -> Result<T, ConstraintError> {
+    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| {
+        let message = panic
+            .downcast_ref::<&str>()
+            .map(|message| (*message).to_owned())
+            .or_else(|| panic.downcast_ref::<String>().cloned());
+        let message = message.unwrap_or_else(|| "no message".to_owned());
+        Err(ConstraintError(format!("it panicked: {message}")))
+    })
+}
+
+/// Whether a mask allows a token; tokens behind its end are forbidden.
+pub(super) fn allows(mask: &[u32], token: usize) -> bool {
+    let word = mask.get(token / 32);
+    word.is_some_and(|word| word >> (token % 32) & 1 == 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Allows the token after the last one, and fails in many ways.
+    #[derive(Clone, Debug)]
+    struct Counting(u32);
+
+    impl Constraint for Counting {
+        fn mask(&mut self, mask: &mut [u32]) -> Result<(), ConstraintError> {
+            match self.0 {
+                5 => Ok(()),
+                6 => panic!("six"),
+                next => {
+                    mask[next as usize / 32] |= 1 << (next % 32);
+                    Ok(())
+                }
+            }
+        }
+
+        fn accept(&mut self, token: u32) -> Result<(), ConstraintError> {
+            if token != self.0 {
+                return Err(ConstraintError(format!("{token} is not {}", self.0)));
+            }
+            self.0 += 1;
+            Ok(())
+        }
+
+        fn is_complete(&self) -> bool {
+            assert!(self.0 != 7, "seven");
+            self.0 == 3
+        }
+
+        fn boxed_clone(&self) -> Box<dyn Constraint> {
+            Box::new(self.clone())
+        }
+    }
+
+    fn state(next: u32) -> ConstraintState {
+        ConstraintState::new(Box::new(Counting(next)), 40)
+    }
+
+    #[test]
+    fn a_state_goes_on_token_by_token_until_it_is_complete() {
+        let mut state = state(1);
+        assert_eq!(state.mask().len(), 2);
+        state.refresh().unwrap();
+        assert_eq!(state.mask()[..], [1 << 1, 0]);
+        assert_eq!(state.accept(1), Ok(false));
+        let mut copy = state.clone();
+        assert_eq!(copy.accept(2), Ok(true));
+        state.refresh().unwrap();
+        assert_eq!(state.mask()[..], [1 << 2, 0], "the copy is one of its own");
+    }
+
+    #[test]
+    fn a_mask_is_written_where_the_last_one_was_unless_somebody_holds_that() {
+        let mut state = state(33);
+        state.refresh().unwrap();
+        let first = Arc::as_ptr(state.mask());
+        state.accept(33).unwrap();
+        state.refresh().unwrap();
+        assert!(std::ptr::eq(first, Arc::as_ptr(state.mask())));
+        let held = Arc::clone(state.mask());
+        state.accept(34).unwrap();
+        state.refresh().unwrap();
+        assert_eq!((held[1], state.mask()[1]), (1 << 2, 1 << 3));
+    }
+
+    #[test]
+    fn errors_panics_and_masks_without_a_token_are_errors() {
+        let text = |result: Result<(), ConstraintError>| result.unwrap_err().to_string();
+        assert!(text(state(5).refresh()).contains("no token"));
+        assert!(text(state(6).refresh()).contains("panicked: six"));
+        assert!(text(state(1).accept(9).map(drop)).contains("9 is not 1"));
+        assert!(text(state(6).accept(6).map(drop)).contains("panicked: seven"));
+    }
+
+    #[test]
+    fn a_mask_allows_what_its_bits_say_and_nothing_behind_its_end() {
+        let mask = [1, 1 << 31];
+        let allowed: Vec<usize> = (0..100).filter(|&token| allows(&mask, token)).collect();
+        assert_eq!(allowed, [0, 63]);
+    }
+}

@@ -1,0 +1,365 @@
+//! `/v1/responses`: OpenAI's newer API, whose answers are lists of items and can be gone
+//! on with by their id.
+
+mod input;
+mod output;
+mod store;
+
+pub(super) use store::Store;
+
+use super::answer::{EndTokens, Usage, finish_reason};
+use super::conversation::Conversation;
+use super::error::ApiError;
+use super::json::JsonBody;
+use super::parts::Parts;
+use super::sampling::SamplingFields;
+use super::sse::{self, Events, Writer, merge};
+use super::structure::Format;
+use super::tools::{ToolFields, Tools};
+use super::{App, unix_time};
+use crate::engine::{Chunk, Finish, Prompt};
+use crate::text::Message;
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use futures_util::StreamExt;
+use input::Input;
+use output::{Feed, Output};
+use serde::Deserialize;
+use serde_json::{Map, Number, Value, json};
+use std::sync::Arc;
+
+#[derive(Debug, Deserialize)]
+struct CreateRequest {
+    model: Option<String>,
+    input: Option<Input>,
+    instructions: Option<String>,
+    max_output_tokens: Option<usize>,
+    previous_response_id: Option<String>,
+    store: Option<bool>,
+    stream: Option<bool>,
+    text: Option<TextFields>,
+    reasoning: Option<ReasoningFields>,
+    background: Option<bool>,
+    conversation: Option<Value>,
+    /// Variables of the chat template, as vLLM has it.
+    chat_template_kwargs: Option<Map<String, Value>>,
+    // The rest is only reported back.
+    metadata: Option<Map<String, Value>>,
+    temperature: Option<Number>,
+    top_p: Option<Number>,
+    user: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+struct TextFields {
+    format: Option<Value>,
+}
+
+#[derive(Debug, Deserialize)]
+struct ReasoningFields {
+    effort: Option<String>,
+}
+
+/// Answers a request.
+pub(crate) async fn create(
+    State(app): State<Arc<App>>,
+    body: JsonBody,
+) -> Result<Response, ApiError> {
+    let request: CreateRequest = body.parse()?;
+    let sampling: SamplingFields = body.parse()?;
+    let tools = body.parse::<ToolFields>()?.check()?;
+    let model = app.check_model(request.model.as_deref())?;
+    request.require_supported()?;
+
+    let mut messages = match &request.previous_response_id {
+        Some(id) => app.responses.conversation(id)?,
+        None => Vec::new(),
+    };
+    let Some(input) = request.input.clone() else {
+        return Err(ApiError::invalid("there is no input").param("input"));
+    };
+    input.append_to(&mut messages)?;
+    if messages.is_empty() {
+        return Err(ApiError::invalid("input is an empty list").param("input"));
+    }
+    let mut variables = request.chat_template_kwargs.clone().unwrap_or_default();
+    if let Some(effort) = request.effort() {
+        variables.entry("reasoning_effort").or_insert(effort.into());
+    }
+    let conversation = Conversation {
+        messages: with_instructions(request.instructions.as_deref(), &messages),
+        tools: tools.clone(),
+        structure: match request.format()? {
+            Some(format) => format.structure("text.format")?,
+            None => None,
+        },
+        variables,
+        add_generation_prompt: true,
+        hide_reasoning: false,
+    };
+    let renamed = |mut error: ApiError| {
+        let param = match error.body.param.as_deref() {
+            Some("prompt" | "messages") => "input",
+            Some("max_tokens") => "max_output_tokens",
+            _ => return error,
+        };
+        error.body.param = Some(param.to_owned());
+        error
+    };
+    let prepared = conversation.prepare(&app).await.map_err(renamed)?;
+    let prompt = Prompt::Tokens(prepared.prompt);
+    let mut asked = sampling.request(&app, prompt, request.max_output_tokens, None)?;
+    asked.constraint = prepared.constraint;
+    asked.keep_special = prepared.keep_special;
+    let id = app.answer_id("resp");
+    asked.label = Some(id.as_str().into());
+    let streams = app.submit(vec![asked], 1).await.map_err(renamed)?;
+
+    let streaming = request.stream.unwrap_or(false);
+    let mut writer = ResponseWriter {
+        id,
+        created: unix_time(),
+        store: request.store.unwrap_or(true),
+        echo: request.echo(model, &tools),
+        app,
+        messages,
+        ends: streams.iter().map(EndTokens::of).next(),
+        parts: prepared.reading.parts(),
+        output: Output::default(),
+        reasoning_tokens: 0,
+        events_sent: 0,
+        finish: None,
+    };
+    if streaming {
+        return Ok(sse::respond(streams, writer));
+    }
+    let mut chunks = merge(streams);
+    while let Some((_, chunk)) = chunks.next().await {
+        writer.take(chunk?, None)?;
+    }
+    let response = writer.complete(None);
+    match writer.finish {
+        Some(_) => Ok(Json(response).into_response()),
+        // A stream ends with a finish or an error.
+        None => Err(ApiError::unavailable("the answer was cut short")),
+    }
+}
+
+/// A response that was kept.
+pub(crate) async fn get(
+    State(app): State<Arc<App>>,
+    Path(id): Path<String>,
+) -> Result<Response, ApiError> {
+    let response = app.responses.response(&id)?;
+    let json = (header::CONTENT_TYPE, "application/json");
+    Ok(([json], response).into_response())
+}
+
+/// Forgets a response.
+pub(crate) async fn delete(
+    State(app): State<Arc<App>>,
+    Path(id): Path<String>,
+) -> Result<Json<Value>, ApiError> {
+    app.responses.delete(&id)?;
+    Ok(Json(
+        json!({"id": id, "object": "response", "deleted": true}),
+    ))
+}
+
+/// A conversation with instructions before it; they are not part of what is kept.
+fn with_instructions(instructions: Option<&str>, messages: &[Message]) -> Vec<Message> {
+    let mut messages = messages.to_vec();
+    if let Some(instructions) = instructions {
+        match messages.first_mut() {
+            // Many templates take one system message and no more.
+            Some(first) if matches!(first.role.as_str(), "system" | "developer") => {
+                first.content = format!("{instructions}\n\n{}", first.content);
+            }
+            _ => messages.insert(0, Message::new("system", instructions)),
+        }
+    }
+    messages
+}
+
+impl CreateRequest {
+    /// Refuses what would be answered wrongly were it ignored.
+    fn require_supported(&self) -> Result<(), ApiError> {
+        let field = if self.background == Some(true) {
+            "background"
+        } else if self.conversation.is_some() {
+            "conversation"
+        } else {
+            return Ok(());
+        };
+        let problem = format!("{field} is not supported by this server");
+        Err(ApiError::invalid(problem).param(field))
+    }
+
+    fn effort(&self) -> Option<&str> {
+        self.reasoning.as_ref()?.effort.as_deref()
+    }
+
+    fn format(&self) -> Result<Option<Format>, ApiError> {
+        let format = self.text.as_ref().and_then(|text| text.format.clone());
+        let wrong = |error| ApiError::invalid(format!("text.format: {error}")).param("text.format");
+        format
+            .map(|format| serde_json::from_value(format).map_err(wrong))
+            .transpose()
+    }
+
+    /// The fields that the response reports back.
+    fn echo(&self, model: String, tools: &Tools) -> Map<String, Value> {
+        let format = self.text.as_ref().and_then(|text| text.format.clone());
+        let echo = json!({
+            "model": model,
+            "instructions": self.instructions,
+            "max_output_tokens": self.max_output_tokens,
+            "metadata": self.metadata.clone().unwrap_or_default(),
+            "parallel_tool_calls": tools.parallel,
+            "previous_response_id": self.previous_response_id,
+            "reasoning": {"effort": self.effort(), "summary": null},
+            "store": self.store.unwrap_or(true),
+            "temperature": self.temperature.clone().unwrap_or_else(|| 1.into()),
+            "text": {"format": format.unwrap_or_else(|| json!({"type": "text"}))},
+            "tool_choice": tools.choice(),
+            "tools": tools.reported(),
+            "top_p": self.top_p.clone().unwrap_or_else(|| 1.into()),
+            "truncation": "disabled",
+            "user": self.user,
+        });
+        match echo {
+            Value::Object(fields) => fields,
+            _ => Map::new(),
+        }
+    }
+}
+
+/// Makes the response of an answer, event by event.
+struct ResponseWriter {
+    app: Arc<App>,
+    id: String,
+    created: u64,
+    store: bool,
+    echo: Map<String, Value>,
+    /// The conversation so far, without instructions.
+    messages: Vec<Message>,
+    ends: Option<EndTokens>,
+    parts: Parts,
+    output: Output,
+    reasoning_tokens: usize,
+    events_sent: u64,
+    finish: Option<(Finish, &'static str)>,
+}
+
+impl ResponseWriter {
+    /// The response as it stands.
+    fn response(&self, status: &str, error: Option<Value>) -> Value {
+        let cut = self.finish.filter(|(_, reason)| *reason != "stop");
+        let cut = cut.map(|(_, reason)| match reason {
+            "length" => "max_output_tokens",
+            reason => reason,
+        });
+        let mut response = json!({
+            "id": self.id,
+            "object": "response",
+            "created_at": self.created,
+            "status": status,
+            "background": false,
+            "error": error,
+            "incomplete_details": cut.map(|reason| json!({"reason": reason})),
+            "output": self.output.items(),
+        });
+        if let Value::Object(fields) = &mut response {
+            fields.extend(self.echo.clone());
+            fields.insert("usage".to_owned(), self.usage());
+        }
+        response
+    }
+
+    fn usage(&self) -> Value {
+        let Some((finish, _)) = &self.finish else {
+            return Value::Null;
+        };
+        let mut usage = Usage::default();
+        usage.add(finish, true);
+        json!({
+            "input_tokens": usage.prompt_tokens,
+            "input_tokens_details": {
+                "cached_tokens": usage.prompt_tokens_details.cached_tokens,
+            },
+            "output_tokens": usage.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
+            "total_tokens": usage.total_tokens,
+        })
+    }
+
+    fn send_response(&mut self, event: &'static str, response: &Value, events: &mut Events) {
+        let mut feed = Feed::new(Some(events), &mut self.events_sent);
+        feed.send(event, || json!({"response": response}));
+    }
+
+    /// Takes a piece of the answer.
+    fn take(&mut self, mut chunk: Chunk, events: Option<&mut Events>) -> Result<(), ApiError> {
+        let reasoning = self.parts.in_reasoning();
+        let token = self.ends.as_ref().and_then(|ends| ends.visible(&mut chunk));
+        let mut parts = self.parts.push(&chunk.text);
+        if let Some(finish) = chunk.finish {
+            self.finish = Some((finish, finish_reason(finish.outcome)?));
+            parts.extend(self.parts.finish());
+        }
+        let reasoning = reasoning || self.parts.in_reasoning();
+        self.reasoning_tokens += usize::from(reasoning && token.is_some());
+        let mut feed = Feed::new(events, &mut self.events_sent);
+        for part in parts {
+            self.output.add(part, &mut feed);
+        }
+        Ok(())
+    }
+
+    /// The finished response, which is kept if it is to be.
+    fn complete(&mut self, events: Option<&mut Events>) -> Value {
+        let complete = matches!(self.finish, Some((_, "stop")));
+        let status = if complete { "completed" } else { "incomplete" };
+        let mut feed = Feed::new(events, &mut self.events_sent);
+        self.output.finish(status, &mut feed);
+        let response = self.response(status, None);
+        if self.store && self.finish.is_some() {
+            let mut messages = std::mem::take(&mut self.messages);
+            let answer = Input::Items(self.output.items().to_vec());
+            match answer.append_to(&mut messages) {
+                Ok(()) => (self.app.responses).keep(&self.id, &response, &messages),
+                Err(error) => tracing::error!(?error, "a response could not be kept"),
+            }
+        }
+        response
+    }
+}
+
+impl Writer for ResponseWriter {
+    fn open(&mut self, events: &mut Events) {
+        let response = self.response("in_progress", None);
+        self.send_response("response.created", &response, events);
+        self.send_response("response.in_progress", &response, events);
+    }
+
+    fn chunk(&mut self, _: usize, chunk: Chunk, events: &mut Events) -> Result<(), ApiError> {
+        self.take(chunk, Some(events))
+    }
+
+    fn close(&mut self, events: &mut Events) {
+        let response = self.complete(Some(events));
+        let event = match self.finish {
+            Some((_, "stop")) => "response.completed",
+            _ => "response.incomplete",
+        };
+        self.send_response(event, &response, events);
+    }
+
+    fn fail(&mut self, error: &ApiError, events: &mut Events) {
+        let error = json!({"code": "server_error", "message": error.body.message});
+        let response = self.response("failed", Some(error));
+        self.send_response("response.failed", &response, events);
+    }
+}

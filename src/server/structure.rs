@@ -1,0 +1,258 @@
+//! Answers held to a form: `response_format` of OpenAI's API, `text.format` of its
+//! responses API, and what vLLM adds.
+
+use super::App;
+use super::error::ApiError;
+use crate::sampling::Constraint;
+use crate::text::{Grammar, GrammarError, Tokenizer};
+use serde::Deserialize;
+use serde_json::Value;
+use std::sync::Arc;
+
+/// The fields of a request that say what form its answer must have.
+#[derive(Debug, Default, Deserialize)]
+pub(crate) struct StructureFields {
+    response_format: Option<Format>,
+    guided_json: Option<Value>,
+    guided_regex: Option<String>,
+    guided_choice: Option<Vec<String>>,
+    guided_grammar: Option<String>,
+    structured_outputs: Option<StructuredOutputs>,
+}
+
+/// The newer names of `guided_…`.
+#[derive(Debug, Default, Deserialize)]
+struct StructuredOutputs {
+    json: Option<Value>,
+    json_object: Option<bool>,
+    regex: Option<String>,
+    choice: Option<Vec<String>>,
+    grammar: Option<String>,
+}
+
+/// OpenAI's way to say it.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub(crate) enum Format {
+    Text,
+    JsonObject,
+    JsonSchema {
+        /// Where the chat API has the schema.
+        json_schema: Option<Schema>,
+        /// Where the responses API has it.
+        schema: Option<Value>,
+    },
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub(crate) struct Schema {
+    schema: Option<Value>,
+}
+
+/// A form, and the field that asks for it.
+#[derive(Clone, Debug)]
+pub(crate) struct Structure {
+    form: Form,
+    field: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum Form {
+    JsonObject,
+    Schema(Value),
+    Regex(String),
+    Choice(Vec<String>),
+    Lark(String),
+}
+
+impl Format {
+    /// The form that `field` asks for.
+    pub fn structure(self, field: &'static str) -> Result<Option<Structure>, ApiError> {
+        let form = match self {
+            Self::Text => return Ok(None),
+            Self::JsonObject => Form::JsonObject,
+            Self::JsonSchema {
+                json_schema,
+                schema,
+            } => {
+                let schema = json_schema.and_then(|named| named.schema).or(schema);
+                let missing = || {
+                    let problem = format!("{field} has no schema, which json_schema needs");
+                    ApiError::invalid(problem).param(field)
+                };
+                Form::Schema(schema.ok_or_else(missing)?)
+            }
+        };
+        Ok(Some(Structure { form, field }))
+    }
+}
+
+impl StructureFields {
+    /// The form that is asked for; one at most.
+    pub fn structure(self) -> Result<Option<Structure>, ApiError> {
+        let form = |form: Option<Form>, field| form.map(|form| Structure { form, field });
+        let vllm = self.structured_outputs.unwrap_or_default();
+        let json_object = vllm.json_object.unwrap_or(false);
+        let asked = [
+            self.response_format
+                .map_or(Ok(None), |format| format.structure("response_format"))?,
+            form(self.guided_json.map(schema), "guided_json"),
+            form(self.guided_regex.map(Form::Regex), "guided_regex"),
+            form(self.guided_choice.map(Form::Choice), "guided_choice"),
+            form(self.guided_grammar.map(Form::Lark), "guided_grammar"),
+            form(vllm.json.map(schema), "structured_outputs"),
+            form(
+                json_object.then_some(Form::JsonObject),
+                "structured_outputs",
+            ),
+            form(vllm.regex.map(Form::Regex), "structured_outputs"),
+            form(vllm.choice.map(Form::Choice), "structured_outputs"),
+            form(vllm.grammar.map(Form::Lark), "structured_outputs"),
+        ];
+        let mut asked = asked.into_iter().flatten();
+        match (asked.next(), asked.next()) {
+            (Some(one), Some(other)) => {
+                let problem = match one.field == other.field {
+                    true => format!("{} asks for more than one form", one.field),
+                    false => format!("{} and {} exclude one another", one.field, other.field),
+                };
+                Err(ApiError::invalid(problem).param(other.field))
+            }
+            (structure, _) => Ok(structure),
+        }
+    }
+}
+
+/// vLLM takes a schema as JSON text as well.
+fn schema(schema: Value) -> Form {
+    let read = match &schema {
+        Value::String(text) => serde_json::from_str(text).ok(),
+        _ => None,
+    };
+    Form::Schema(read.unwrap_or(schema))
+}
+
+impl Structure {
+    /// The form of a JSON schema, which `field` asks for.
+    pub fn of_schema(schema: Value, field: &'static str) -> Self {
+        let form = Form::Schema(schema);
+        Self { form, field }
+    }
+
+    /// Compiles it on a thread of its own, as it may take a while.
+    pub async fn constraint(self, app: &App) -> Result<Box<dyn Constraint>, ApiError> {
+        let tokenizer = Arc::clone(app.require_tokenizer("a form of the answer")?);
+        let compiled = tokio::task::spawn_blocking(move || self.grammar(&tokenizer)).await;
+        let stopped = |_| ApiError::unavailable("the server is being stopped");
+        Ok(compiled.map_err(stopped)??.constraint())
+    }
+
+    /// Compiles it, which may take a while.
+    pub fn grammar(&self, tokenizer: &Arc<Tokenizer>) -> Result<Grammar, ApiError> {
+        let grammar = match &self.form {
+            Form::JsonObject => Grammar::json_object(tokenizer),
+            Form::Schema(schema) => Grammar::json_schema(tokenizer, schema),
+            Form::Regex(regex) => Grammar::regex(tokenizer, regex),
+            Form::Choice(choices) => Grammar::choice(tokenizer, choices),
+            Form::Lark(grammar) => Grammar::lark(tokenizer, grammar),
+        };
+        grammar.map_err(|error: GrammarError| {
+            ApiError::invalid(format!("{}: {error}", self.field)).param(self.field)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn form(fields: Value) -> Result<Option<Form>, String> {
+        let fields: StructureFields =
+            serde_json::from_value(fields).map_err(|error| error.to_string())?;
+        let structure = fields.structure().map_err(|error| error.body.message)?;
+        Ok(structure.map(|structure| structure.form))
+    }
+
+    #[test]
+    fn every_way_to_ask_is_understood() {
+        let schema = json!({"type": "integer"});
+        let named = json!({"name": "n", "schema": schema, "strict": true});
+        for (fields, expected) in [
+            (json!({}), None),
+            (json!({"response_format": {"type": "text"}}), None),
+            (json!({"response_format": null, "guided_json": null}), None),
+            (
+                json!({"response_format": {"type": "json_object"}}),
+                Some(Form::JsonObject),
+            ),
+            (
+                json!({"response_format": {"type": "json_schema", "json_schema": named}}),
+                Some(Form::Schema(schema.clone())),
+            ),
+            (
+                json!({"guided_json": schema}),
+                Some(Form::Schema(schema.clone())),
+            ),
+            (
+                json!({"guided_json": schema.to_string()}),
+                Some(Form::Schema(schema.clone())),
+            ),
+            (
+                json!({"guided_regex": "a+"}),
+                Some(Form::Regex("a+".to_owned())),
+            ),
+            (
+                json!({"guided_choice": ["a"]}),
+                Some(Form::Choice(vec!["a".to_owned()])),
+            ),
+            (
+                json!({"guided_grammar": "start: \"a\""}),
+                Some(Form::Lark("start: \"a\"".to_owned())),
+            ),
+            (
+                json!({"structured_outputs": {"json": schema}}),
+                Some(Form::Schema(schema.clone())),
+            ),
+            (
+                json!({"structured_outputs": {"json_object": true}}),
+                Some(Form::JsonObject),
+            ),
+            (
+                json!({"structured_outputs": {"regex": "a+"}}),
+                Some(Form::Regex("a+".to_owned())),
+            ),
+        ] {
+            assert_eq!(form(fields.clone()).unwrap(), expected, "{fields}");
+        }
+        let flat = json!({"type": "json_schema", "name": "n", "schema": schema});
+        let flat: Format = serde_json::from_value(flat).unwrap();
+        let structure = flat.structure("text.format").unwrap().unwrap();
+        assert_eq!(structure.form, Form::Schema(schema));
+    }
+
+    #[test]
+    fn two_forms_and_unknown_ones_are_refused() {
+        for (fields, problem) in [
+            (
+                json!({"guided_regex": "a", "response_format": {"type": "json_object"}}),
+                "response_format and guided_regex exclude one another",
+            ),
+            (
+                json!({"structured_outputs": {"regex": "a", "json_object": true}}),
+                "structured_outputs asks for more than one form",
+            ),
+            (
+                json!({"response_format": {"type": "xml"}}),
+                "unknown variant `xml`",
+            ),
+            (
+                json!({"response_format": {"type": "json_schema"}}),
+                "no schema",
+            ),
+        ] {
+            let error = form(fields).unwrap_err();
+            assert!(error.contains(problem), "{error}");
+        }
+    }
+}

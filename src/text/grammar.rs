@@ -1,0 +1,471 @@
+//! [`Grammar`]: an answer held to a JSON schema, a regular expression or a grammar.
+//!
+//! Grammars are compiled and followed by llguidance (Moskal et al., "llguidance:
+//! Super-fast Structured Outputs"): an Earley parser over lexemes that are derivatives of
+//! regular expressions, which walks a trie of all tokens for the mask of a step.
+
+mod vocabulary;
+
+use super::Tokenizer;
+use crate::sampling::{Constraint, ConstraintError};
+use llguidance::api::{ParserLimits, TopLevelGrammar};
+use llguidance::toktrie::TokEnv;
+use llguidance::{JsonCompileOptions, Matcher, ParserFactory};
+use serde_json::Value;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use thiserror::Error;
+use vocabulary::Tokens;
+
+/// What an answer must be, compiled for one tokenizer. Cloning is cheap; give it to any
+/// number of requests as their [`constraint`](crate::Request::constraint).
+///
+/// Compiling takes from under a millisecond to some hundreds for the largest schemas, on
+/// the caller's thread; the first grammar of a tokenizer also prepares its vocabulary
+/// ([`Grammar::prepare`]).
+///
+/// # JSON
+///
+/// Objects are written on one line. After `,` and `:` one space may stand, and there is no
+/// other white space: an answer cannot spend its tokens on blanks. Properties come in the
+/// order of the schema. A schema keyword that cannot be kept to is refused by name, as is
+/// `oneOf` of schemas that exclude one another in no obvious way: write `anyOf`. The
+/// schema's draft is that of its `$schema`, 2020-12 if it names none; references to other
+/// documents are not followed.
+///
+/// An answer that ends with `length` is the beginning of one that would have been right.
+#[derive(Clone)]
+pub struct Grammar {
+    /// Before the first token. Never used itself.
+    start: Arc<Matcher>,
+    kind: GrammarKind,
+}
+
+/// What a grammar was made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GrammarKind {
+    /// A JSON schema.
+    JsonSchema,
+    /// A regular expression.
+    Regex,
+    /// A grammar in Lark's syntax.
+    Lark,
+    /// A list of texts.
+    Choice,
+}
+
+impl fmt::Display for GrammarKind {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::JsonSchema => "JSON schema",
+            Self::Regex => "regular expression",
+            Self::Lark => "grammar",
+            Self::Choice => "list of choices",
+        })
+    }
+}
+
+/// Why there is no grammar.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum GrammarError {
+    /// It is longer than any that is taken.
+    #[error("the {kind} is {bytes} bytes long, but may have at most {limit}")]
+    TooLong {
+        /// What it was to be made of.
+        kind: GrammarKind,
+        /// The length.
+        bytes: usize,
+        /// The limit.
+        limit: usize,
+    },
+    /// It is nested deeper than any that is taken.
+    #[error("the {kind} is nested deeper than the {limit} levels that it may have")]
+    TooDeep {
+        /// What it was to be made of.
+        kind: GrammarKind,
+        /// The limit.
+        limit: usize,
+    },
+    /// It is wrong, asks for what is not supported, or takes too much work.
+    #[error("the {kind} cannot be used: {reason}")]
+    Refused {
+        /// What it was to be made of.
+        kind: GrammarKind,
+        /// What is wrong, in the words of the compiler.
+        reason: String,
+    },
+    /// The tokenizer's vocabulary cannot be prepared.
+    #[error("the tokenizer cannot serve grammars: {reason}")]
+    Tokenizer {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// The longest JSON schema without its white space, and list of choices, in bytes.
+const MAX_SCHEMA_BYTES: usize = 128 << 10;
+/// The longest regular expression and grammar, in bytes.
+const MAX_TEXT_BYTES: usize = 32 << 10;
+/// The deepest nesting of brackets in any of them.
+const MAX_DEPTH: usize = 128;
+/// The most properties of one object: what they cost grows with their square.
+const MAX_PROPERTIES: usize = 2000;
+/// The longest message of the compiler that is passed on, in bytes.
+const MAX_REASON: usize = 400;
+/// The compiler goes deeper than the text is nested: one call a property, for one.
+const COMPILER_STACK: usize = 256 << 20;
+
+/// What compiling and a step may cost at most; beyond it is an error.
+fn limits() -> ParserLimits {
+    ParserLimits {
+        // One or two KiB a state: what a running answer may take.
+        max_lexer_states: 20_000,
+        verbose_errors: false,
+        ..ParserLimits::default()
+    }
+}
+
+/// Compiles grammars for one tokenizer.
+pub(super) struct Compiler(ParserFactory);
+
+impl Compiler {
+    fn new(tokenizer: &Arc<Tokenizer>) -> Result<Self, GrammarError> {
+        let build = || {
+            let tokens: TokEnv = Arc::new(Tokens::new(tokenizer));
+            let mut factory = ParserFactory::new_simple(&tokens).map_err(|error| reason(&error))?;
+            *factory.limits_mut() = limits();
+            factory.quiet();
+            Ok(Self(factory))
+        };
+        // A vocabulary beyond what the trie has room for makes it panic.
+        guarded(build).map_err(|reason| GrammarError::Tokenizer { reason })
+    }
+
+    /// The one of a tokenizer, made when it is first asked for.
+    fn of(tokenizer: &Arc<Tokenizer>) -> Result<&Self, GrammarError> {
+        let compiler = tokenizer.grammars.get_or_init(|| Self::new(tokenizer));
+        compiler.as_ref().map_err(Clone::clone)
+    }
+
+    fn compile(&self, kind: GrammarKind, source: TopLevelGrammar) -> Result<Grammar, GrammarError> {
+        let compile = || {
+            let parser = self.0.create_parser(source);
+            let mut matcher = Matcher::new(parser);
+            // Not for the mask: this finds grammars that no answer satisfies.
+            let begins = matcher.compute_mask_or_eos().map(drop);
+            begins.map(|()| matcher).map_err(|error| reason(&error))
+        };
+        let thread = std::thread::Builder::new()
+            .name("quell-grammar".to_owned())
+            .stack_size(COMPILER_STACK);
+        let matcher = std::thread::scope(|scope| {
+            let thread = thread.spawn_scoped(scope, || guarded(compile));
+            let thread = thread.map_err(|error| format!("no thread to compile it: {error}"))?;
+            thread
+                .join()
+                .unwrap_or_else(|_| Err("its compiler failed".to_owned()))
+        });
+        match matcher {
+            Ok(matcher) => Ok(Grammar {
+                start: Arc::new(matcher),
+                kind,
+            }),
+            Err(reason) => Err(GrammarError::Refused { kind, reason }),
+        }
+    }
+}
+
+impl Grammar {
+    /// JSON of a schema: an object, or `true` for any JSON.
+    ///
+    /// # Errors
+    /// When the schema is wrong, needs what is not supported, or is too large.
+    pub fn json_schema(tokenizer: &Arc<Tokenizer>, schema: &Value) -> Result<Self, GrammarError> {
+        let kind = GrammarKind::JsonSchema;
+        require_shallow(kind, value_depth(schema))?;
+        require_short(kind, schema.to_string().len(), MAX_SCHEMA_BYTES)?;
+        let refused = |reason: &str| GrammarError::Refused {
+            kind,
+            reason: reason.to_owned(),
+        };
+        let mut schema = match schema {
+            Value::Object(_) => schema.clone(),
+            Value::Bool(true) => Value::Object(serde_json::Map::new()),
+            Value::Bool(false) => return Err(refused("no JSON value satisfies false")),
+            _ => return Err(refused("a schema is an object, true or false")),
+        };
+        if let Some(properties) = most_properties(&schema).filter(|most| *most > MAX_PROPERTIES) {
+            let limit = MAX_PROPERTIES;
+            return Err(refused(&format!(
+                "an object has {properties} properties, but may have at most {limit}"
+            )));
+        }
+        // Replaces what a schema says of how it is to be compiled.
+        JsonCompileOptions {
+            item_separator: ", ?".to_owned(),
+            key_separator: ": ?".to_owned(),
+            whitespace_flexible: false,
+            ..JsonCompileOptions::default()
+        }
+        .apply_to(&mut schema);
+        let source = TopLevelGrammar::from_json_schema(schema);
+        Compiler::of(tokenizer)?.compile(kind, source)
+    }
+
+    /// Any JSON object.
+    ///
+    /// # Errors
+    /// When the tokenizer's vocabulary cannot be prepared.
+    pub fn json_object(tokenizer: &Arc<Tokenizer>) -> Result<Self, GrammarError> {
+        Self::json_schema(tokenizer, &serde_json::json!({"type": "object"}))
+    }
+
+    /// A text that a regular expression matches as a whole, in the syntax of the
+    /// [`regex`](https://docs.rs/regex/latest/regex/#syntax) crate. `^` at its beginning
+    /// and `$` at its end change nothing; look-around and references are not supported.
+    ///
+    /// # Errors
+    /// When the expression is wrong, needs what is not supported, or is too large.
+    pub fn regex(tokenizer: &Arc<Tokenizer>, regex: &str) -> Result<Self, GrammarError> {
+        let kind = GrammarKind::Regex;
+        require_text(kind, regex)?;
+        let source = TopLevelGrammar::from_regex(regex);
+        Compiler::of(tokenizer)?.compile(kind, source)
+    }
+
+    /// A text of a grammar in
+    /// [llguidance's variant](https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md)
+    /// of Lark's syntax; the rule `start` is the whole.
+    ///
+    /// # Errors
+    /// When the grammar is wrong, needs what is not supported, or is too large.
+    pub fn lark(tokenizer: &Arc<Tokenizer>, grammar: &str) -> Result<Self, GrammarError> {
+        let kind = GrammarKind::Lark;
+        require_text(kind, grammar)?;
+        let source = TopLevelGrammar::from_lark(grammar.to_owned());
+        Compiler::of(tokenizer)?.compile(kind, source)
+    }
+
+    /// One of these texts. Where one begins with another, both are possible.
+    ///
+    /// # Errors
+    /// When there is none, or one is empty, or they are too large together.
+    pub fn choice<T: AsRef<str>>(
+        tokenizer: &Arc<Tokenizer>,
+        choices: &[T],
+    ) -> Result<Self, GrammarError> {
+        let kind = GrammarKind::Choice;
+        let refused = |reason: &str| GrammarError::Refused {
+            kind,
+            reason: reason.to_owned(),
+        };
+        if choices.is_empty() {
+            return Err(refused("it is empty, but must have at least one text"));
+        }
+        if choices.iter().any(|choice| choice.as_ref().is_empty()) {
+            return Err(refused(
+                "a text is empty, but must have at least one character",
+            ));
+        }
+        let bytes = choices.iter().map(|choice| choice.as_ref().len()).sum();
+        require_short(kind, bytes, MAX_SCHEMA_BYTES)?;
+        let source = TopLevelGrammar::from_regex(&alternatives(choices));
+        Compiler::of(tokenizer)?.compile(kind, source)
+    }
+
+    /// Prepares a tokenizer for grammars, which takes some hundred milliseconds, so that
+    /// the first of them is compiled as fast as the next.
+    ///
+    /// # Errors
+    /// When its vocabulary cannot be prepared.
+    pub fn prepare(tokenizer: &Arc<Tokenizer>) -> Result<(), GrammarError> {
+        Compiler::of(tokenizer).map(drop)
+    }
+
+    /// What it was made of.
+    pub fn kind(&self) -> GrammarKind {
+        self.kind
+    }
+
+    /// The constraint on a new answer.
+    pub fn constraint(&self) -> Box<dyn Constraint> {
+        Box::new(Following(self.start.deep_clone()))
+    }
+}
+
+impl fmt::Debug for Grammar {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("Grammar")
+            .field("kind", &self.kind)
+            .finish_non_exhaustive()
+    }
+}
+
+impl From<&Grammar> for Box<dyn Constraint> {
+    fn from(grammar: &Grammar) -> Self {
+        grammar.constraint()
+    }
+}
+
+impl From<Grammar> for Box<dyn Constraint> {
+    fn from(grammar: Grammar) -> Self {
+        grammar.constraint()
+    }
+}
+
+/// How far an answer has come in its grammar. It shares nothing that changes with other
+/// answers: neither can what one costs fall on another, nor its failure.
+struct Following(Matcher);
+
+impl fmt::Debug for Following {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Following").finish_non_exhaustive()
+    }
+}
+
+impl Constraint for Following {
+    fn mask(&mut self, mask: &mut [u32]) -> Result<(), ConstraintError> {
+        let allowed = self.0.compute_mask_or_eos();
+        let allowed = allowed.map_err(|error| ConstraintError(reason(&error)))?;
+        for (word, allowed) in mask.iter_mut().zip(allowed.as_slice()) {
+            *word = *allowed;
+        }
+        Ok(())
+    }
+
+    fn accept(&mut self, token: u32) -> Result<(), ConstraintError> {
+        let accepted = self.0.consume_token(token);
+        accepted.map_err(|error| ConstraintError(reason(&error)))
+    }
+
+    fn is_complete(&self) -> bool {
+        self.0.is_stopped() && self.0.stop_reason().is_ok()
+    }
+
+    fn boxed_clone(&self) -> Box<dyn Constraint> {
+        Box::new(Self(self.0.deep_clone()))
+    }
+}
+
+/// An error's message in one line, without what only its makers understand: notes in
+/// angle brackets after it, such as the trace of a panic.
+fn reason(error: &impl fmt::Display) -> String {
+    let text = format!("{error:#}");
+    let end = text.find("\n<").unwrap_or(text.len());
+    let text = text[..end].split_whitespace().collect::<Vec<_>>().join(" ");
+    match text.as_str() {
+        "NoExtensionBias" => "no token can come next".to_owned(),
+        _ if text.len() > MAX_REASON => {
+            let end = text.floor_char_boundary(MAX_REASON);
+            format!("{} …", &text[..end])
+        }
+        _ => text,
+    }
+}
+
+/// Calls what may panic; its panic is an error.
+fn guarded<T>(call: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| {
+        let message = panic
+            .downcast_ref::<&str>()
+            .map(|message| (*message).to_owned())
+            .or_else(|| panic.downcast_ref::<String>().cloned());
+        Err(message.unwrap_or_else(|| "it panicked".to_owned()))
+    })
+}
+
+fn require_short(kind: GrammarKind, bytes: usize, limit: usize) -> Result<(), GrammarError> {
+    if bytes > limit {
+        return Err(GrammarError::TooLong { kind, bytes, limit });
+    }
+    Ok(())
+}
+
+fn require_shallow(kind: GrammarKind, depth: usize) -> Result<(), GrammarError> {
+    let limit = MAX_DEPTH;
+    if depth > limit {
+        return Err(GrammarError::TooDeep { kind, limit });
+    }
+    Ok(())
+}
+
+fn require_text(kind: GrammarKind, text: &str) -> Result<(), GrammarError> {
+    require_short(kind, text.len(), MAX_TEXT_BYTES)?;
+    require_shallow(kind, bracket_depth(text))
+}
+
+/// How deep the arrays and objects of a value are nested.
+fn value_depth(value: &Value) -> usize {
+    let (mut deepest, mut todo) = (0, vec![(value, 1)]);
+    while let Some((value, depth)) = todo.pop() {
+        deepest = deepest.max(depth);
+        match value {
+            Value::Array(values) => todo.extend(values.iter().map(|value| (value, depth + 1))),
+            Value::Object(fields) => todo.extend(fields.values().map(|value| (value, depth + 1))),
+            _ => {}
+        }
+    }
+    deepest
+}
+
+/// The number of members of the largest object in a schema, but for lists of definitions.
+fn most_properties(schema: &Value) -> Option<usize> {
+    let (mut most, mut todo) = (None, vec![(schema, false)]);
+    while let Some((value, definitions)) = todo.pop() {
+        match value {
+            Value::Array(values) => todo.extend(values.iter().map(|value| (value, false))),
+            Value::Object(fields) => {
+                if !definitions {
+                    most = most.max(Some(fields.len()));
+                }
+                let is_list = |name: &str| matches!(name, "$defs" | "definitions");
+                todo.extend(fields.iter().map(|(name, value)| (value, is_list(name))));
+            }
+            _ => {}
+        }
+    }
+    most
+}
+
+/// How deep the brackets of a text are nested; those in strings count, too.
+fn bracket_depth(text: &str) -> usize {
+    let (mut deepest, mut depth) = (0usize, 0usize);
+    let mut bytes = text.bytes();
+    while let Some(byte) = bytes.next() {
+        match byte {
+            // What is escaped is no bracket.
+            b'\\' => drop(bytes.next()),
+            b'(' | b'[' | b'{' => {
+                depth += 1;
+                deepest = deepest.max(depth);
+            }
+            b')' | b']' | b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    deepest
+}
+
+/// A regular expression for one of these texts.
+fn alternatives<T: AsRef<str>>(choices: &[T]) -> String {
+    let mut regex = String::new();
+    for (index, choice) in choices.iter().enumerate() {
+        if index > 0 {
+            regex.push('|');
+        }
+        for character in choice.as_ref().chars() {
+            if character.is_ascii_alphanumeric() {
+                regex.push(character);
+            } else {
+                regex.push_str(&format!("\\x{{{:X}}}", u32::from(character)));
+            }
+        }
+    }
+    regex
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,320 @@
+//! Splits an answer into the model's reasoning and what it says.
+
+/// The marks around a model's reasoning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReasoningFormat {
+    /// Before the reasoning.
+    pub open: &'static str,
+    /// After it.
+    pub close: &'static str,
+}
+
+impl ReasoningFormat {
+    /// `<think>…</think>`: DeepSeek R1, Qwen3 and most others.
+    pub const THINK: Self = Self {
+        open: "<think>",
+        close: "</think>",
+    };
+
+    /// `[THINK]…[/THINK]`: Magistral.
+    pub const MISTRAL: Self = Self {
+        open: "[THINK]",
+        close: "[/THINK]",
+    };
+
+    /// The format whose marks a chat template mentions; `None` for a model that is
+    /// not known to reason.
+    pub fn detect(template_source: &str) -> Option<Self> {
+        [Self::THINK, Self::MISTRAL]
+            .into_iter()
+            .find(|format| template_source.contains(format.close))
+    }
+
+    /// Whether a prompt that ends like this has begun the reasoning.
+    pub fn is_open(self, prompt_end: &str) -> bool {
+        prompt_end.trim_end().ends_with(self.open)
+    }
+}
+
+/// What a piece of an answer brought; the reasoning comes first.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Split {
+    /// More of the reasoning.
+    pub reasoning: String,
+    /// More of what the model says.
+    pub content: String,
+}
+
+/// Splits an answer into reasoning and content, piece by piece.
+///
+/// Reasoning is what stands between the marks at the beginning of the answer; marks
+/// that come later are content. Line breaks next to a mark belong to it. Held back
+/// is only what could still become a mark.
+#[derive(Clone, Debug)]
+pub struct ReasoningSplitter {
+    format: ReasoningFormat,
+    state: State,
+    /// White space at the beginning of the answer, or line breaks in the reasoning.
+    space: String,
+    /// The beginning of a mark.
+    mark: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Before the opening mark, if one comes.
+    Start,
+    /// After the opening mark and its line breaks.
+    AfterOpen,
+    Reasoning,
+    /// After the closing mark and its line breaks.
+    AfterClose,
+    Content,
+}
+
+impl ReasoningSplitter {
+    /// For an answer that begins with the opening mark if the model reasons.
+    pub fn new(format: ReasoningFormat) -> Self {
+        Self {
+            format,
+            state: State::Start,
+            space: String::new(),
+            mark: String::new(),
+        }
+    }
+
+    /// For an answer to a prompt that ends with the opening mark: it begins with
+    /// reasoning.
+    pub fn inside(format: ReasoningFormat) -> Self {
+        Self {
+            state: State::AfterOpen,
+            ..Self::new(format)
+        }
+    }
+
+    /// As [`inside`](Self::inside) if the end of the prompt is the opening mark, and
+    /// [`new`](Self::new) if not.
+    pub fn after(format: ReasoningFormat, prompt_end: &str) -> Self {
+        if format.is_open(prompt_end) {
+            Self::inside(format)
+        } else {
+            Self::new(format)
+        }
+    }
+
+    /// Whether what comes next is reasoning, as far as is known.
+    pub fn in_reasoning(&self) -> bool {
+        matches!(self.state, State::AfterOpen | State::Reasoning)
+    }
+
+    /// Takes the next piece of the answer.
+    pub fn push(&mut self, text: &str) -> Split {
+        let mut split = Split::default();
+        for (place, c) in text.char_indices() {
+            if self.state == State::Content {
+                split.content.push_str(&text[place..]);
+                break;
+            }
+            self.take(c, &mut split);
+        }
+        split
+    }
+
+    /// The answer is over: gives what was held back after all.
+    pub fn finish(&mut self) -> Split {
+        let mut held = std::mem::take(&mut self.space);
+        held.push_str(&std::mem::take(&mut self.mark));
+        let mut split = Split::default();
+        match self.state {
+            State::Start => split.content = held,
+            _ => split.reasoning = held,
+        }
+        split
+    }
+
+    fn take(&mut self, c: char, split: &mut Split) {
+        match self.state {
+            State::Start => self.take_start(c, split),
+            State::AfterOpen | State::AfterClose if c == '\n' => {}
+            State::AfterOpen | State::Reasoning => {
+                self.state = State::Reasoning;
+                self.take_reasoning(c, split);
+            }
+            State::AfterClose | State::Content => {
+                self.state = State::Content;
+                split.content.push(c);
+            }
+        }
+    }
+
+    fn take_start(&mut self, c: char, split: &mut Split) {
+        if self.mark.is_empty() && c.is_whitespace() {
+            self.space.push(c);
+            return;
+        }
+        self.mark.push(c);
+        if self.mark == self.format.open {
+            self.state = State::AfterOpen;
+            self.space.clear();
+            self.mark.clear();
+        } else if !self.format.open.starts_with(&self.mark) {
+            *split = self.finish();
+            self.state = State::Content;
+        }
+    }
+
+    fn take_reasoning(&mut self, c: char, split: &mut Split) {
+        self.mark.push(c);
+        while !self.format.close.starts_with(&self.mark) {
+            let c = self.mark.remove(0);
+            if c == '\n' {
+                self.space.push(c);
+            } else {
+                split.reasoning.push_str(&self.space);
+                split.reasoning.push(c);
+                self.space.clear();
+            }
+        }
+        if self.mark == self.format.close {
+            self.state = State::AfterClose;
+            self.space.clear();
+            self.mark.clear();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// The reasoning and the content of an answer that comes in these pieces.
+    fn split<'a>(
+        mut splitter: ReasoningSplitter,
+        pieces: impl IntoIterator<Item = &'a str>,
+    ) -> (String, String) {
+        let mut whole = Split::default();
+        let mut add = |split: Split| {
+            whole.reasoning.push_str(&split.reasoning);
+            whole.content.push_str(&split.content);
+        };
+        for piece in pieces {
+            add(splitter.push(piece));
+        }
+        add(splitter.finish());
+        (whole.reasoning, whole.content)
+    }
+
+    fn think() -> ReasoningSplitter {
+        ReasoningSplitter::new(ReasoningFormat::THINK)
+    }
+
+    #[test]
+    fn reasoning_is_split_from_content() {
+        let cases = [
+            (
+                "<think>\nWhy?\n\nSo.\n</think>\n\nYes.\n",
+                "Why?\n\nSo.",
+                "Yes.\n",
+            ),
+            ("\n<think>a</think>b", "a", "b"),
+            ("<think>\n\n</think>\n\nYes", "", "Yes"),
+            (" no <think>a</think>", "", " no <think>a</think>"),
+            (
+                "<think>a</think>b<think>c</think>",
+                "a",
+                "b<think>c</think>",
+            ),
+            ("<think>a </thin k> < b", "a </thin k> < b", ""),
+            ("<think>cut\n</thi", "cut\n</thi", ""),
+            ("<thi", "", "<thi"),
+            ("\n ", "", "\n "),
+            ("<think>é</think>ü", "é", "ü"),
+        ];
+        for (answer, reasoning, content) in cases {
+            let expected = (reasoning.to_owned(), content.to_owned());
+            assert_eq!(split(think(), [answer]), expected, "{answer:?}");
+            assert_eq!(split(think(), answer.split("")), expected, "{answer:?}");
+        }
+    }
+
+    #[test]
+    fn a_prompt_that_ends_with_the_mark_begins_the_reasoning() {
+        let after = |prompt| ReasoningSplitter::after(ReasoningFormat::THINK, prompt);
+        let open = "<|im_start|>assistant\n<think>\n";
+        let expected = ("a".to_owned(), "b".to_owned());
+        assert_eq!(split(after(open), ["a\n</think>\n\nb"]), expected);
+        let closed = "<|im_start|>assistant\n<think>\n\n</think>\n\n";
+        let expected = (String::new(), "a".to_owned());
+        assert_eq!(split(after(closed), ["a"]), expected);
+    }
+
+    #[test]
+    fn nothing_is_held_back_that_cannot_become_a_mark() {
+        let mut splitter = think();
+        assert_eq!(splitter.push("<thi"), Split::default());
+        assert_eq!(splitter.push("nk>a <").reasoning, "a ");
+        assert_eq!(splitter.push("b").reasoning, "<b");
+        assert_eq!(splitter.push("</think>c<").content, "c<");
+    }
+
+    #[test]
+    fn a_template_tells_whether_its_model_reasons() {
+        let detect = ReasoningFormat::detect;
+        assert_eq!(
+            detect("{{ content.split('</think>') }}"),
+            Some(ReasoningFormat::THINK)
+        );
+        assert_eq!(
+            detect("'[THINK]' + t + '[/THINK]'"),
+            Some(ReasoningFormat::MISTRAL)
+        );
+        assert_eq!(detect("{{ messages }}"), None);
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_change_nothing_and_no_text_is_lost(
+            words in proptest::collection::vec(
+                prop_oneof![
+                    Just("<think>"), Just("</think>"), Just("</"), Just("<th"), Just("\n"),
+                    Just(" "), Just("a"), Just("é"),
+                ],
+                0..12,
+            ),
+            cuts in proptest::collection::vec(any::<bool>(), 100),
+            inside: bool,
+        ) {
+            let start = || match inside {
+                true => ReasoningSplitter::inside(ReasoningFormat::THINK),
+                false => think(),
+            };
+            let answer = words.concat();
+            let mut pieces = vec![String::new()];
+            for (c, cut) in answer.chars().zip(cuts) {
+                if cut {
+                    pieces.push(String::new());
+                }
+                pieces.last_mut().unwrap().push(c);
+            }
+            let (reasoning, content) = split(start(), [answer.as_str()]);
+            let cut = split(start(), pieces.iter().map(String::as_str));
+            prop_assert_eq!(&cut, &(reasoning.clone(), content.clone()));
+
+            // Put together again, all but line breaks next to marks is there.
+            let visible = |text: &str| text.replace(['\n', ' '], "");
+            let (mut open, mut rest) = ("", visible(&answer));
+            if !inside && let Some(after) = rest.strip_prefix("<think>") {
+                (open, rest) = ("<think>", after.to_owned());
+            }
+            if inside || !open.is_empty() {
+                let (before, after) = rest.split_once("</think>").unwrap_or((&rest, ""));
+                prop_assert_eq!(visible(&reasoning), before);
+                prop_assert_eq!(visible(&content), after);
+            } else {
+                prop_assert_eq!(reasoning, "");
+                prop_assert_eq!(content, answer);
+            }
+        }
+    }
+}

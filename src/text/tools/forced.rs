@@ -1,0 +1,175 @@
+//! Answers that must be calls: how they begin, and the JSON schema of the rest.
+
+use super::ToolFormat;
+use serde_json::{Map, Value, json};
+
+impl ToolFormat {
+    /// What a prompt ends with whose answer must be calls, so that the model writes them
+    /// where it is used to.
+    pub fn forced_opening(self) -> &'static str {
+        match self {
+            Self::Hermes => "<tool_call>\n",
+            Self::Mistral => "[TOOL_CALLS]",
+            Self::Granite => "<|tool_call|>",
+            Self::Llama | Self::Pythonic | Self::DeepSeek => "",
+        }
+    }
+
+    /// The JSON schema of an answer that must be a call of one of `tools`, given with
+    /// the schemas of their parameters; of one call or, where `several` are wanted and
+    /// the format has them in a list, at least one. [`ToolParser::forced`] reads it.
+    ///
+    /// [`ToolParser::forced`]: super::ToolParser::forced
+    pub fn forced_schema<'a>(
+        self,
+        tools: impl IntoIterator<Item = (&'a str, Option<&'a Value>)>,
+        several: bool,
+    ) -> Value {
+        let arguments = match self {
+            Self::Llama => "parameters",
+            _ => "arguments",
+        };
+        let mut definitions = Map::new();
+        let mut calls = Vec::new();
+        for (index, (name, parameters)) in tools.into_iter().enumerate() {
+            let place = format!("parameters{index}");
+            calls.push(json!({
+                "type": "object",
+                "properties": {
+                    "name": {"const": name},
+                    arguments: {"$ref": format!("#/$defs/{place}")},
+                },
+                "required": ["name", arguments],
+                "additionalProperties": false,
+            }));
+            definitions.insert(place.clone(), embedded(parameters, &place));
+        }
+        let call = match calls.len() {
+            1 => calls.swap_remove(0),
+            _ => json!({"anyOf": calls}),
+        };
+        let mut schema = match (several, self) {
+            (false, _) | (true, Self::Hermes | Self::Llama) => call,
+            (true, _) => json!({"type": "array", "items": call, "minItems": 1}),
+        };
+        if let Value::Object(schema) = &mut schema {
+            schema.insert("$defs".to_owned(), definitions.into());
+        }
+        schema
+    }
+}
+
+/// The schema of a tool's parameters as the definition `place` of another schema.
+fn embedded(parameters: Option<&Value>, place: &str) -> Value {
+    let none = json!({"type": "object", "properties": {}, "additionalProperties": false});
+    let Some(Value::Object(parameters)) = parameters else {
+        return none;
+    };
+    let mut parameters = parameters.clone();
+    parameters.shift_remove("$schema");
+    parameters.shift_remove("$id");
+    if parameters.is_empty() {
+        return none;
+    }
+    const COMPOSED: [&str; 6] = [
+        "$ref",
+        "allOf",
+        "anyOf",
+        "oneOf",
+        "patternProperties",
+        "additionalProperties",
+    ];
+    if !COMPOSED.iter().any(|key| parameters.contains_key(*key)) {
+        // Arguments are an object of the parameters that are described, and no others.
+        parameters.entry("type").or_insert("object".into());
+        if parameters.contains_key("properties") {
+            parameters.insert("additionalProperties".to_owned(), false.into());
+        }
+    }
+    let mut schema = Value::Object(parameters);
+    move_references(&mut schema, place);
+    schema
+}
+
+/// Lets references within a schema find their places when it is the definition `place`.
+fn move_references(schema: &mut Value, place: &str) {
+    match schema {
+        Value::Object(fields) => {
+            for (key, value) in fields {
+                match value {
+                    Value::String(reference) if key == "$ref" => {
+                        if let Some(path) = reference.strip_prefix('#') {
+                            *reference = format!("#/$defs/{place}{path}");
+                        }
+                    }
+                    value => move_references(value, place),
+                }
+            }
+        }
+        Value::Array(values) => {
+            for value in values {
+                move_references(value, place);
+            }
+        }
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_forced_call_is_an_object_of_the_tools_name_and_parameters() {
+        let parameters = json!({
+            "$schema": "http://json-schema.org/draft-07/schema#",
+            "type": "object",
+            "properties": {"a": {"$ref": "#/$defs/A"}, "$ref": {"type": "string"}},
+            "$defs": {"A": {"type": "integer"}},
+        });
+        let schema = ToolFormat::Hermes.forced_schema([("f", Some(&parameters))], true);
+        let expected = json!({
+            "type": "object",
+            "properties": {
+                "name": {"const": "f"},
+                "arguments": {"$ref": "#/$defs/parameters0"},
+            },
+            "required": ["name", "arguments"],
+            "additionalProperties": false,
+            "$defs": {"parameters0": {
+                "type": "object",
+                "properties": {
+                    "a": {"$ref": "#/$defs/parameters0/$defs/A"},
+                    "$ref": {"type": "string"},
+                },
+                "$defs": {"A": {"type": "integer"}},
+                "additionalProperties": false,
+            }},
+        });
+        assert_eq!(schema, expected);
+    }
+
+    #[test]
+    fn several_tools_and_calls_are_alternatives_and_lists() {
+        let any = json!({"anyOf": [{"type": "object"}]});
+        let tools = [("f", None), ("g", Some(&any))];
+        let schema = ToolFormat::Mistral.forced_schema(tools, true);
+        assert_eq!(
+            (&schema["type"], &schema["minItems"]),
+            (&json!("array"), &json!(1))
+        );
+        let calls = schema["items"]["anyOf"].as_array().unwrap();
+        let names: Vec<_> = calls
+            .iter()
+            .map(|call| &call["properties"]["name"]["const"])
+            .collect();
+        assert_eq!(names, ["f", "g"]);
+        assert_eq!(
+            schema["$defs"]["parameters0"]["additionalProperties"],
+            false
+        );
+        assert_eq!(schema["$defs"]["parameters1"], any);
+        let one = ToolFormat::Llama.forced_schema([("f", None)], true);
+        assert_eq!(one["required"], json!(["name", "parameters"]));
+    }
+}

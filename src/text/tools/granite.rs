@@ -1,0 +1,10 @@
+//! A list of calls after a tag: `<|tool_call|>[{"name": …, "arguments": {…}}]`.
+//! Granite 3 writes no end, Phi 4 mini does.
+
+use super::json::JsonCalls;
+
+pub(super) const TAGS: &[&str] = &["<|tool_call|>", "<tool_call>"];
+
+pub(super) fn calls() -> JsonCalls {
+    JsonCalls::new(&["<|/tool_call|>", "</tool_call>"], None)
+}

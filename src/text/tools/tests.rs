@@ -1,0 +1,611 @@
+//! Every format: whole answers and answers a character at a time.
+
+use super::*;
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+/// The events of an answer that comes in these pieces; neighbours of a kind are one.
+fn parse<'a>(mut parser: ToolParser, pieces: impl IntoIterator<Item = &'a str>) -> Vec<ToolEvent> {
+    let mut all = Vec::new();
+    let mut add = |events: Vec<ToolEvent>| {
+        for event in events {
+            match (all.last_mut(), event) {
+                (Some(ToolEvent::Text(text)), ToolEvent::Text(more)) => text.push_str(&more),
+                (
+                    Some(ToolEvent::CallArguments { index, delta }),
+                    ToolEvent::CallArguments {
+                        index: same,
+                        delta: more,
+                    },
+                ) if *index == same => delta.push_str(&more),
+                (_, event) => all.push(event),
+            }
+        }
+    };
+    for piece in pieces {
+        add(parser.push(piece));
+    }
+    add(parser.finish());
+    all
+}
+
+fn parser(format: ToolFormat) -> ToolParser {
+    ToolParser::new(format, ["f", "get_weather"].map(str::to_owned))
+}
+
+/// Events in short: `"text"`, `name(arguments)`, and `name(arguments` when cut off.
+fn show(events: &[ToolEvent]) -> String {
+    let mut shown = String::new();
+    let mut calls = 0;
+    for event in events {
+        match event {
+            ToolEvent::Text(text) => shown.push_str(&format!(" {text:?}")),
+            ToolEvent::CallBegin { index, name } => {
+                assert_eq!(*index, calls, "calls are counted");
+                calls += 1;
+                shown.push_str(&format!(" {name}("));
+            }
+            ToolEvent::CallArguments { index, delta } => {
+                assert_eq!(index + 1, calls, "arguments belong to the last call");
+                shown.push_str(delta);
+            }
+            ToolEvent::CallEnd { index } => {
+                assert_eq!(index + 1, calls, "the last call ends");
+                shown.push(')');
+            }
+        }
+    }
+    shown.trim_start().to_owned()
+}
+
+/// Checks each answer against its events in short.
+fn check(format: ToolFormat, cases: &[(&str, &str)]) {
+    for (answer, expected) in cases {
+        let whole = show(&parse(parser(format), [*answer]));
+        assert_eq!(&whole, expected, "{format:?}: {answer}");
+        let characters = show(&parse(parser(format), answer.split("")));
+        assert_eq!(&characters, expected, "{format:?}, by characters: {answer}");
+    }
+}
+
+#[test]
+fn hermes_calls_are_read() {
+    let cases = [
+        ("Just text. \n", r#""Just text. \n""#),
+        (
+            "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": 1}}\n</tool_call>",
+            r#"f({"a": 1})"#,
+        ),
+        (
+            "I look.\n\n<tool_call>{\"name\":\"f\",\"arguments\":{}}</tool_call>\n<tool_call>{\"name\":\"g\",\"arguments\":{\"b\":[]}}</tool_call> \nDone.",
+            r#""I look." f({}) g({"b":[]}) " \nDone.""#,
+        ),
+        // Braces, quotes and marks in strings.
+        (
+            r#"<tool_call>{"name":"f","arguments":{"a":"}\"{</tool_call>\\","b":{"c":[{}]}}}</tool_call>"#,
+            r#"f({"a":"}\"{</tool_call>\\","b":{"c":[{}]}})"#,
+        ),
+        // Other keys, in another order, and a name that is written with escapes.
+        (
+            r#"<tool_call>{"id":[7],"arguments":{"a":1},"type":"function","name":"\u0066"}</tool_call>"#,
+            r#"f({"a":1})"#,
+        ),
+        // Arguments as a string, as null, and not at all.
+        (
+            r#"<tool_call>{"name":"f","arguments":"{\"a\":1}"}</tool_call>"#,
+            r#"f({"a":1})"#,
+        ),
+        (
+            r#"<tool_call>{"name":"f","arguments":null}</tool_call>"#,
+            "f({})",
+        ),
+        (r#"<tool_call>{"name":"f"}</tool_call>"#, "f({})"),
+        // The end mark is missing, or cut off, or a brace is missing.
+        (r#"<tool_call>{"name":"f","arguments":{}}"#, "f({})"),
+        (r#"<tool_call>{"name":"f","arguments":{}}</tool_"#, "f({})"),
+        (
+            "<tool_call>{\"name\":\"f\",\"arguments\":{\"a\":1}\n</tool_call>",
+            "f({\"a\":1}) \"</tool_call>\"",
+        ),
+        (
+            r#"<tool_call>{"name":"f","arguments":{}}<tool_call>{"name":"g"}"#,
+            "f({}) g({})",
+        ),
+    ];
+    check(ToolFormat::Hermes, &cases);
+}
+
+#[test]
+fn a_call_that_is_cut_off_has_no_end() {
+    let cases = [
+        (
+            r#"<tool_call>{"name":"f","arguments":{"a": "b"#,
+            r#"f({"a": "b"#,
+        ),
+        (
+            r#"<tool_call>{"name":"f","arguments":{"a":1}, "#,
+            r#"f({"a":1}"#,
+        ),
+        // Before there is a call, it is text.
+        (
+            r#"a <tool_call>{"name":"f""#,
+            r#""a <tool_call>{\"name\":\"f\"""#,
+        ),
+        ("a <tool_", r#""a <tool_""#),
+    ];
+    check(ToolFormat::Hermes, &cases);
+}
+
+#[test]
+fn what_is_no_call_is_text() {
+    let cases = [
+        (
+            "<tool_call>f(1)</tool_call>",
+            r#""<tool_call>f(1)</tool_call>""#,
+        ),
+        (r#"<tool_call>{"name":1}"#, r#""<tool_call>{\"name\":1}""#),
+        (
+            r#"<tool_call>{"arguments":{}}"#,
+            r#""<tool_call>{\"arguments\":{}}""#,
+        ),
+        (
+            "<tool_call>{\"name\": <tool_call>{\"name\":\"f\"}",
+            "\"<tool_call>{\\\"name\\\":\" f({})",
+        ),
+        (
+            r#"<tool_call>{"name":"f","arguments":{"a":]}}"#,
+            r#"f({"a":) "]}}""#,
+        ),
+    ];
+    check(ToolFormat::Hermes, &cases);
+}
+
+#[test]
+fn llama_calls_are_read() {
+    let cases = [
+        (
+            r#"{"name": "f", "parameters": {"a": "b"}}"#,
+            r#"f({"a": "b"})"#,
+        ),
+        (
+            " \n{\"type\": \"function\", \"name\": \"f\", \"parameters\": {}}; {\"name\": \"get_weather\", \"parameters\": {}}",
+            "f({}) get_weather({})",
+        ),
+        (
+            r#"<|python_tag|>{"name": "other", "parameters": {}}"#,
+            "other({})",
+        ),
+        (
+            r#"So: <|python_tag|>{"name": "f", "arguments": {}} and"#,
+            r#""So:" f({}) " and""#,
+        ),
+        (
+            r#"<|python_start|>{"name": "f", "parameters": {}}<|python_end|>"#,
+            "f({})",
+        ),
+        // An answer that is JSON and no call, by its keys, its name or its arguments.
+        (
+            r#"{"city": "Paris", "name": "f"}"#,
+            r#""{\"city\": \"Paris\", \"name\": \"f\"}""#,
+        ),
+        (
+            r#"{"name": "Paris", "parameters": {}}"#,
+            r#""{\"name\": \"Paris\", \"parameters\": {}}""#,
+        ),
+        (r#"{"name": "f"}"#, r#""{\"name\": \"f\"}""#),
+        (
+            r#"[{"name": "f", "parameters": {}}]"#,
+            r#""[{\"name\": \"f\", \"parameters\": {}}]""#,
+        ),
+        (
+            r#"See {"name": "f", "parameters": {}}"#,
+            r#""See {\"name\": \"f\", \"parameters\": {}}""#,
+        ),
+        ("<|python_tag|>print(1)", r#""<|python_tag|>print(1)""#),
+    ];
+    check(ToolFormat::Llama, &cases);
+}
+
+#[test]
+fn an_answer_in_json_is_not_held_back() {
+    let mut parser = parser(ToolFormat::Llama);
+    assert_eq!(parser.push("{\"ci"), []);
+    let text = |text: &str| vec![ToolEvent::Text(text.to_owned())];
+    assert_eq!(parser.push("ty\": "), text("{\"city\":"));
+    assert_eq!(parser.push("1"), text(" 1"));
+}
+
+#[test]
+fn mistral_calls_are_read() {
+    let cases = [
+        (
+            r#"[TOOL_CALLS] [{"name": "f", "arguments": {"a": [1]}}, {"name": "g", "arguments": {}, "id": "x"}]"#,
+            r#"f({"a": [1]}) g({})"#,
+        ),
+        (
+            r#"[TOOL_CALLS]f[ARGS]{"a": {"b": "}"}}[TOOL_CALLS]g[ARGS]{}"#,
+            r#"f({"a": {"b": "}"}}) g({})"#,
+        ),
+        (
+            r#"Hm.[TOOL_CALLS]get-it.v2[CALL_ID]a1B[ARGS]{}"#,
+            r#""Hm." get-it.v2({})"#,
+        ),
+        (r#"[TOOL_CALLS]f{"a": 1}"#, r#"f({"a": 1})"#),
+        (r#"[TOOL_CALLS] [{"name": "f", "arguments": {}}, "#, "f({})"),
+        (
+            r#"[TOOL_CALLS] [{"name": "f", "arguments": {}}, 3]"#,
+            r#"f({}) ", 3]""#,
+        ),
+        ("[TOOL_CALLS] []", r#""[TOOL_CALLS] []""#),
+        ("[TOOL_CALLS]f[ARGS]no", r#""[TOOL_CALLS]f[ARGS]no""#),
+        ("[TOOL_CALLS]not a name{}", r#""[TOOL_CALLS]not a name{}""#),
+        ("[TOOL_CALLS]f[CALL_", r#""[TOOL_CALLS]f[CALL_""#),
+    ];
+    check(ToolFormat::Mistral, &cases);
+}
+
+#[test]
+fn pythonic_calls_are_read() {
+    let cases = [
+        (
+            r#"[f(a="x", b=[1, -2.5, (True,)], c={'d': None}), get_weather()]"#,
+            r#"f({"a": "x", "b": [1, -2.5, [true]], "c": {"d": null}}) get_weather({})"#,
+        ),
+        (
+            r#"<|python_start|>[other(a='it\'s "x"\n' "\u00e9\q", b=1_000, c=.5,)]<|python_end|>"#,
+            r#"other({"a": "it's \"x\"\né\\q", "b": 1000, "c": 0.5})"#,
+        ),
+        (r#"[f(a=")]}", b='(')]"#, r#"f({"a": ")]}", "b": "("})"#),
+        (r#"[f(a=1), g(b=2)] ok"#, r#"f({"a": 1}) ", g(b=2)] ok""#),
+        ("[1] is a source.", r#""[1] is a source.""#),
+        ("[other(a=1)]", r#""[other(a=1)]""#),
+        ("[f(1)]", r#""[f(1)]""#),
+        ("[f(a=b)]", r#""[f(a=b)]""#),
+        ("[f(a=[1)]", r#""[f(a=[1)]""#),
+        ("[f(a=1", r#""[f(a=1""#),
+        ("[f(a=1), ", r#"f({"a": 1})"#),
+        ("See [f(a=1)]", r#""See [f(a=1)]""#),
+    ];
+    check(ToolFormat::Pythonic, &cases);
+}
+
+#[test]
+fn literals_nested_without_end_are_text() {
+    let deep = format!("[f(a={}1{})]", "[".repeat(100_000), "]".repeat(100_000));
+    let events = parse(parser(ToolFormat::Pythonic), [deep.as_str()]);
+    assert_eq!(events, [ToolEvent::Text(deep)]);
+}
+
+#[test]
+fn deepseek_calls_are_read() {
+    let cases = [
+        (
+            "Hm.\n<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{\"a\": {}}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>g\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+            r#""Hm." f({"a": {}}) g({})"#,
+        ),
+        (
+            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{\"a\": 1}<｜tool▁call▁end｜><｜tool▁call▁begin｜>g<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+            r#"f({"a": 1}) g({})"#,
+        ),
+        (
+            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{\"a\": 1}<｜tool▁cal",
+            r#"f({"a": 1})"#,
+        ),
+        (
+            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{\"a\"",
+            r#"f({"a""#,
+        ),
+        (
+            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f {}",
+            r#""<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f {}""#,
+        ),
+        ("<｜tool▁calls▁begin｜>no", r#""<｜tool▁calls▁begin｜>no""#),
+    ];
+    check(ToolFormat::DeepSeek, &cases);
+}
+
+#[test]
+fn granite_calls_are_read() {
+    let cases = [
+        (
+            r#"<|tool_call|>[{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]"#,
+            r#"f({"a": 1}) g({})"#,
+        ),
+        (
+            r#"<tool_call>[{"arguments": {"a": 1}, "name": "f"}]"#,
+            r#"f({"a": 1})"#,
+        ),
+        (
+            r#"Hm. <|tool_call|>[{"name": "f"}]<|/tool_call|>"#,
+            r#""Hm." f({})"#,
+        ),
+        ("<|tool_call|>no", r#""<|tool_call|>no""#),
+    ];
+    check(ToolFormat::Granite, &cases);
+}
+
+#[test]
+fn arguments_are_streamed_as_they_come() {
+    let mut parser = parser(ToolFormat::Hermes);
+    assert_eq!(parser.push("<tool_call>{\"name\": \"f\", \"arg"), []);
+    let begin = ToolEvent::CallBegin {
+        index: 0,
+        name: "f".to_owned(),
+    };
+    let arguments = |delta: &str| ToolEvent::CallArguments {
+        index: 0,
+        delta: delta.to_owned(),
+    };
+    let events = parser.push("uments\": {\"a");
+    assert_eq!(events, [begin, arguments("{\"a")]);
+    assert_eq!(parser.push("\": "), [arguments("\": ")]);
+    let end = ToolEvent::CallEnd { index: 0 };
+    assert_eq!(parser.push("1}}\n"), [arguments("1}"), end]);
+    assert_eq!(parser.finish(), []);
+    assert_eq!(parser.calls(), 1);
+}
+
+#[test]
+fn forced_answers_are_calls_in_every_format() {
+    for format in ToolFormat::ALL {
+        let several = r#"[{"name": "f", "arguments": {"a": 1}}, {"name": "g", "parameters": {}}]"#;
+        for (answer, expected) in [
+            (several, r#"f({"a": 1}) g({})"#),
+            (r#"{"name": "f", "parameters": {}}"#, "f({})"),
+            (r#"{"name": "f", "arguments": {"a"#, r#"f({"a"#),
+        ] {
+            let events = parse(ToolParser::forced(format), answer.split(""));
+            assert_eq!(show(&events), expected, "{format:?}");
+        }
+    }
+}
+
+#[test]
+fn formats_are_detected_by_the_marks_of_their_templates() {
+    let cases = [
+        ("'<tool_call>\\n{\"name\": '", ToolFormat::Hermes),
+        ("{{ '[TOOL_CALLS]' }}", ToolFormat::Mistral),
+        ("<|python_tag|>", ToolFormat::Llama),
+        (r#"'{"name": ' ~ '"parameters": '"#, ToolFormat::Llama),
+        (
+            "[func_name1(params_name1=params_value1)] <|python_start|>",
+            ToolFormat::Pythonic,
+        ),
+        (
+            "'<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>'",
+            ToolFormat::DeepSeek,
+        ),
+        (
+            "only with <|tool_call|> and <tool_call>",
+            ToolFormat::Granite,
+        ),
+        ("{{ messages }}", ToolFormat::Hermes),
+    ];
+    for (source, format) in cases {
+        assert_eq!(ToolFormat::detect(source), format, "{source}");
+    }
+    for format in ToolFormat::ALL {
+        assert_eq!(format.name().parse(), Ok(format));
+    }
+    let error = "hermès".parse::<ToolFormat>().unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "tool format is \"hermès\", expected one of hermes, llama, mistral, pythonic, deepseek, granite"
+    );
+}
+
+/// A call, or text between calls.
+#[derive(Clone, Debug)]
+enum Segment {
+    Text(String),
+    Call(String, Value),
+}
+
+fn any_format() -> impl Strategy<Value = ToolFormat> {
+    proptest::sample::select(&ToolFormat::ALL)
+}
+
+fn any_string() -> impl Strategy<Value = String> {
+    const PIECES: &[&str] = &[
+        "a",
+        "é",
+        " ",
+        "\"",
+        "\\",
+        "{",
+        "}",
+        "[",
+        "]",
+        "(",
+        ")",
+        "'",
+        "\n",
+        "\u{1}",
+        "```",
+        "</tool_call>",
+        "<tool_call>",
+        "[TOOL_CALLS]",
+        "<｜tool▁call▁end｜>",
+    ];
+    proptest::collection::vec(proptest::sample::select(PIECES), 0..5)
+        .prop_map(|pieces| pieces.concat())
+}
+
+fn any_value() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(json!(null)),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        Just(json!(-1.5e-7)),
+        any_string().prop_map(Value::from),
+    ];
+    leaf.prop_recursive(3, 12, 3, |inner| {
+        prop_oneof![
+            proptest::collection::vec(inner.clone(), 0..3).prop_map(Value::from),
+            proptest::collection::vec((any_string(), inner), 0..3)
+                .prop_map(|fields| Value::Object(fields.into_iter().collect())),
+        ]
+    })
+}
+
+fn any_segment() -> impl Strategy<Value = Segment> {
+    const WORDS: &[&str] = &[
+        "So",
+        "a < b",
+        "<tool",
+        "<｜tool▁",
+        "[TOOL_",
+        "<|",
+        "{",
+        "[x]",
+        "é",
+        "f(a=1)",
+        "</tool_",
+    ];
+    let text = proptest::collection::vec(proptest::sample::select(WORDS), 1..4)
+        .prop_map(|words| Segment::Text(words.join(" ") + "."));
+    let arguments = proptest::collection::vec(("[a-z_]{1,3}", any_value()), 0..3)
+        .prop_map(|fields| Value::Object(fields.into_iter().collect()));
+    let call = ("[a-z_]{1,8}", arguments).prop_map(|(name, value)| Segment::Call(name, value));
+    prop_oneof![text, call]
+}
+
+/// A value as Python writes it.
+fn python(value: &Value) -> String {
+    let list = |values: Vec<String>| values.join(", ");
+    match value {
+        Value::Null => "None".to_owned(),
+        Value::Bool(true) => "True".to_owned(),
+        Value::Bool(false) => "False".to_owned(),
+        Value::Number(number) => number.to_string(),
+        Value::String(text) => {
+            let escaped = text.replace('\\', "\\\\").replace('\'', "\\'");
+            format!("'{}'", escaped.replace('\n', "\\n"))
+        }
+        Value::Array(values) => format!("[{}]", list(values.iter().map(python).collect())),
+        Value::Object(fields) => {
+            let field = |(key, value): (&String, _)| {
+                format!("{}: {}", python(&key.as_str().into()), python(value))
+            };
+            format!("{{{}}}", list(fields.iter().map(field).collect()))
+        }
+    }
+}
+
+/// A call as a model writes it.
+fn written(format: ToolFormat, name: &str, arguments: &Value) -> String {
+    let json = match format {
+        ToolFormat::Llama => json!({"name": name, "parameters": arguments}),
+        _ => json!({"name": name, "arguments": arguments}),
+    };
+    match format {
+        ToolFormat::Hermes => format!("<tool_call>\n{json}\n</tool_call>"),
+        ToolFormat::Llama => format!("<|python_tag|>{json}"),
+        ToolFormat::Mistral => format!("[TOOL_CALLS] [{json}]"),
+        ToolFormat::Granite => format!("<|tool_call|>[{json}]"),
+        ToolFormat::DeepSeek => format!(
+            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n{arguments}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+        ),
+        ToolFormat::Pythonic => {
+            let fields = arguments.as_object().unwrap().iter();
+            let fields: Vec<_> = fields
+                .map(|(key, value)| format!("{key}={}", python(value)))
+                .collect();
+            let fields = fields.join(", ");
+            format!("<|python_start|>[{name}({fields})]<|python_end|>")
+        }
+    }
+}
+
+/// `text` in pieces, each of which is at least a character.
+fn pieces(text: &str, cuts: &[bool]) -> Vec<String> {
+    let mut pieces = vec![String::new()];
+    for (c, cut) in text.chars().zip(cuts.iter().cycle()) {
+        if *cut {
+            pieces.push(String::new());
+        }
+        pieces.last_mut().unwrap().push(c);
+    }
+    pieces
+}
+
+proptest! {
+    #[test]
+    fn what_a_model_writes_comes_back_in_any_pieces(
+        format in any_format(),
+        segments in proptest::collection::vec(any_segment(), 0..6),
+        space in proptest::sample::select(&["", " ", "\n\n"]),
+        cuts in proptest::collection::vec(any::<bool>(), 1..40),
+    ) {
+        let mut answer = String::new();
+        let mut expected = Vec::new();
+        let mut calls = 0;
+        let mut text = false;
+        for segment in &segments {
+            match segment {
+                // Two texts in a row are one, which other cases have.
+                Segment::Text(_) if text => continue,
+                Segment::Text(words) => {
+                    answer.push_str(words);
+                    expected.push((None, Value::from(words.as_str())));
+                    text = true;
+                }
+                Segment::Call(name, arguments) => {
+                    answer.push_str(space);
+                    answer.push_str(&written(format, name, arguments));
+                    answer.push_str(["", "\n"][calls % 2]);
+                    expected.push((Some(name.clone()), arguments.clone()));
+                    calls += 1;
+                    text = false;
+                }
+            }
+        }
+        let whole = parse(parser(format), [answer.as_str()]);
+        let cut = pieces(&answer, &cuts);
+        prop_assert_eq!(&parse(parser(format), cut.iter().map(String::as_str)), &whole);
+
+        let mut found: Vec<(Option<String>, Value)> = Vec::new();
+        let mut arguments = String::new();
+        for event in whole {
+            match event {
+                ToolEvent::Text(text) => found.push((None, text.trim().into())),
+                ToolEvent::CallBegin { name, .. } => found.push((Some(name), Value::Null)),
+                ToolEvent::CallArguments { delta, .. } => arguments.push_str(&delta),
+                ToolEvent::CallEnd { .. } => {
+                    let value = serde_json::from_str(&arguments).unwrap();
+                    found.last_mut().unwrap().1 = value;
+                    arguments.clear();
+                }
+            }
+        }
+        prop_assert_eq!(found, expected, "{}", answer);
+    }
+
+    #[test]
+    fn any_text_gives_the_same_in_any_pieces_and_is_not_lost(
+        format in any_format(),
+        fragments in proptest::collection::vec(
+            prop_oneof![
+                proptest::sample::select(&[
+                    "<tool_call>", "</tool_call>", "<|tool_call|>", "<|python_tag|>", "[TOOL_CALLS]",
+                    "[ARGS]", "<|python_start|>", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>",
+                    "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "{\"name\":\"f\",", "\"arguments\":",
+                    "\"parameters\": {\"a\":", "f(a=", "{", "}", "}}", "[", "]", ")", ",", ";", "\"",
+                    "\\", "'", " ", "\n", "f", "1", "```", "é",
+                ]).prop_map(str::to_owned),
+                any_string(),
+            ],
+            0..15,
+        ),
+        cuts in proptest::collection::vec(any::<bool>(), 1..40),
+    ) {
+        let answer = fragments.concat();
+        let whole = parse(parser(format), [answer.as_str()]);
+        let cut = pieces(&answer, &cuts);
+        prop_assert_eq!(&parse(parser(format), cut.iter().map(String::as_str)), &whole);
+        if whole.iter().all(|event| matches!(event, ToolEvent::Text(_))) {
+            let text = Some(answer).filter(|answer| !answer.is_empty());
+            prop_assert_eq!(whole, text.map(ToolEvent::Text).into_iter().collect::<Vec<_>>());
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! Tools in plain words, for chat templates that know none.
+
+use super::super::Message;
+use super::super::python_json::dumps;
+use serde_json::{Map, Value, json};
+
+/// What a system prompt says about `tools`, a list as OpenAI clients write it, to a
+/// model whose template does not: what there is, and how to call it, which is in the
+/// format [`ToolFormat::Hermes`](super::ToolFormat::Hermes).
+pub fn describe_tools(tools: &Value) -> String {
+    let mut text = String::from("You have these tools, one JSON description a line:\n<tools>\n");
+    for tool in tools.as_array().into_iter().flatten() {
+        text.push_str(&one_line(tool));
+        text.push('\n');
+    }
+    text.push_str(
+        "</tools>\nTo use a tool, answer with its name and its arguments as JSON, like this:\n\
+         <tool_call>\n{\"name\": \"tool_name\", \"arguments\": {\"key\": \"value\"}}\n</tool_call>\n\
+         Its result then comes between <tool_response> and </tool_response>. \
+         Answer directly when no tool helps.",
+    );
+    text
+}
+
+/// A conversation with tools as one of plain messages: the tools are described in
+/// its system message, calls are written into the answers that made them, and their
+/// results are what the user says next.
+pub fn in_words(messages: &[Message], tools: Option<&Value>) -> Vec<Message> {
+    let mut plain: Vec<Message> = Vec::with_capacity(messages.len() + 1);
+    let mut after_result = false;
+    for message in messages {
+        let result = message.role == "tool";
+        let message = match message.role.as_str() {
+            "tool" => {
+                let text = format!("<tool_response>\n{}\n</tool_response>", message.content);
+                // Templates may want user and assistant to take turns.
+                if let (true, Some(last)) = (after_result, plain.last_mut()) {
+                    last.content.push('\n');
+                    last.content.push_str(&text);
+                    continue;
+                }
+                Message::new("user", text)
+            }
+            "assistant" => with_calls(message),
+            _ => message.clone(),
+        };
+        after_result = result;
+        plain.push(message);
+    }
+    let described = tools.filter(|tools| tools.as_array().is_some_and(|list| !list.is_empty()));
+    if let Some(tools) = described {
+        let text = describe_tools(tools);
+        match plain.first_mut() {
+            Some(first) if first.role == "system" => {
+                first.content.push_str("\n\n");
+                first.content.push_str(&text);
+            }
+            _ => plain.insert(0, Message::new("system", text)),
+        }
+    }
+    plain
+}
+
+/// An answer with its calls in its text.
+fn with_calls(message: &Message) -> Message {
+    let mut message = message
+        .with_arguments_as_objects()
+        .unwrap_or_else(|| message.clone());
+    let Some(Value::Array(calls)) = message.extra.remove("tool_calls") else {
+        return message;
+    };
+    for call in &calls {
+        let function = call.get("function").unwrap_or(call);
+        let field = |name: &str| function.get(name).cloned();
+        let call = json!({
+            "name": field("name").unwrap_or_default(),
+            "arguments": field("arguments").unwrap_or_else(|| Map::new().into()),
+        });
+        if !message.content.is_empty() {
+            message.content.push('\n');
+        }
+        let text = format!("<tool_call>\n{}\n</tool_call>", one_line(&call));
+        message.content.push_str(&text);
+    }
+    message
+}
+
+fn one_line(value: &Value) -> String {
+    dumps(value, None).unwrap_or_else(|_| value.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(messages: Value) -> Vec<Message> {
+        serde_json::from_value(messages).unwrap()
+    }
+
+    #[test]
+    fn a_conversation_with_tools_becomes_plain_messages() {
+        let tools = json!([{"type": "function", "function": {"name": "f"}}]);
+        let messages = read(json!([
+            {"role": "system", "content": "Be kind."},
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": null, "tool_calls": [
+                {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{\"a\":1}"}},
+                {"id": "2", "type": "function", "function": {"name": "f", "arguments": "{}"}},
+            ]},
+            {"role": "tool", "tool_call_id": "1", "content": "one"},
+            {"role": "tool", "tool_call_id": "2", "content": "two"},
+        ]));
+        let plain = in_words(&messages, Some(&tools));
+        let system = format!("Be kind.\n\n{}", describe_tools(&tools));
+        let calls = "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": 1}}\n</tool_call>\n\
+                     <tool_call>\n{\"name\": \"f\", \"arguments\": {}}\n</tool_call>";
+        let results =
+            "<tool_response>\none\n</tool_response>\n<tool_response>\ntwo\n</tool_response>";
+        let expected = [
+            Message::new("system", system),
+            Message::new("user", "Hi"),
+            Message::new("assistant", calls),
+            Message::new("user", results),
+        ];
+        assert_eq!(plain, expected);
+    }
+
+    #[test]
+    fn tools_are_described_one_a_line() {
+        let tools = json!([
+            {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}},
+            {"type": "function", "function": {"name": "g"}},
+        ]);
+        let plain = in_words(
+            &read(json!([{"role": "user", "content": "Hi"}])),
+            Some(&tools),
+        );
+        assert_eq!(plain.len(), 2);
+        assert_eq!(
+            (plain[0].role.as_str(), &plain[0].content),
+            ("system", &describe_tools(&tools))
+        );
+        let lines = plain[0]
+            .content
+            .lines()
+            .filter(|line| line.starts_with("{\"type\""));
+        assert_eq!(
+            lines.collect::<Vec<_>>(),
+            [
+                r#"{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}"#,
+                r#"{"type": "function", "function": {"name": "g"}}"#,
+            ]
+        );
+        assert!(plain[0].content.contains("<tool_call>\n{\"name\": "));
+    }
+
+    #[test]
+    fn without_tools_nothing_is_described() {
+        let messages = read(json!([{"role": "user", "content": "Hi"}]));
+        assert_eq!(in_words(&messages, None), messages);
+        assert_eq!(in_words(&messages, Some(&json!([]))), messages);
+    }
+}

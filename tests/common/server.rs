@@ -1,0 +1,109 @@
+//! A server inside the test's own process.
+
+#![allow(dead_code)] // each test file uses its part
+
+use quell::runner::{ModelFiles, NullOptions, NullRunner};
+use quell::server::{Server, ServerOptions};
+use quell::text::Tokenizer;
+use quell::{Engine, EngineConfig};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::thread::JoinHandle;
+use tokio::sync::oneshot;
+
+/// What the model of a server under test is called.
+pub const MODEL: &str = "test-model";
+
+/// Settings of a server under test.
+pub fn options() -> ServerOptions {
+    ServerOptions::new(MODEL)
+}
+
+/// The tokenizer of a model file.
+pub fn tokenizer(model: &Path) -> Tokenizer {
+    let mut files = ModelFiles::open(model).unwrap();
+    files.take_tokenizer().expect("the model has a tokenizer")
+}
+
+/// An engine that computes nothing, with a tokenizer; its books are checked after every
+/// step.
+pub fn null_engine(tokenizer: Tokenizer, config: EngineConfig) -> Engine {
+    let options = NullOptions {
+        vocabulary: tokenizer.vocabulary_size(),
+        cache_blocks: 4096,
+        ..NullOptions::default()
+    };
+    let config = EngineConfig {
+        audit: true,
+        ..config
+    };
+    Engine::with_runner(config, Some(tokenizer), move || NullRunner::start(options)).unwrap()
+}
+
+/// A running server; it ends, with all its connections, when it is dropped.
+pub struct TestServer {
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// What it serves.
+    pub engine: Engine,
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl TestServer {
+    /// Serves `engine` on a free port of the loopback interface.
+    pub fn start(engine: Engine, options: ServerOptions) -> Self {
+        let (stop, stopped) = oneshot::channel::<()>();
+        let (report, started) = std::sync::mpsc::channel();
+        let served = engine.clone();
+        let serve = move || {
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .enable_all()
+                .build()
+                .unwrap();
+            runtime.block_on(async {
+                let any = SocketAddr::from(([127, 0, 0, 1], 0));
+                let server = Server::bind(served, options, any).await.unwrap();
+                report.send(server.local_addr()).unwrap();
+                let stopped = async {
+                    let _ = stopped.await;
+                };
+                server.run(stopped).await;
+            });
+        };
+        let thread = std::thread::spawn(serve);
+        Self {
+            address: started.recv().expect("the server starts"),
+            engine,
+            stop: Some(stop),
+            thread: Some(thread),
+        }
+    }
+}
+
+impl TestServer {
+    /// Tells it to stop, and does not wait for it.
+    pub fn stop(mut self) -> Stopping {
+        drop(self.stop.take());
+        Stopping(self)
+    }
+}
+
+/// A server that was told to stop.
+pub struct Stopping(TestServer);
+
+impl Stopping {
+    /// Waits for its end.
+    pub fn join(self) {}
+}
+
+impl Drop for TestServer {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        let ended = self.thread.take().map(JoinHandle::join);
+        if !std::thread::panicking() {
+            assert!(matches!(ended, Some(Ok(()))), "the server has panicked");
+        }
+    }
+}

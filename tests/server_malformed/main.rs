@@ -1,0 +1,201 @@
+//! A corpus of bad requests: each gets the right refusal, none reaches the device, and
+//! afterwards the engine's books balance and a good request is answered.
+
+#![cfg(feature = "server")]
+
+mod bodies;
+mod fields;
+mod protocol;
+mod slow;
+
+#[path = "../common/http.rs"]
+mod http;
+#[path = "../common/model.rs"]
+mod model;
+#[path = "../common/requests.rs"]
+mod requests;
+#[path = "../common/server.rs"]
+mod server;
+
+use http::{Connection, Reply, exchange, post};
+use quell::EngineConfig;
+use requests::idle;
+use server::TestServer;
+use std::time::Duration;
+
+/// Bytes of a body that are accepted; little, so that the tests need not send much.
+const BODY_LIMIT: usize = 1 << 20;
+
+/// A bad request and what must come of it.
+pub struct Case {
+    /// What is wrong.
+    pub name: String,
+    /// All that is sent.
+    pub sent: Vec<u8>,
+    pub expected: Expected,
+}
+
+/// What must come of a bad request.
+#[derive(Clone, Debug)]
+pub enum Expected {
+    /// This status with OpenAI's error object, in which `param` names this field, or one
+    /// inside it, and `code` is this; where nothing is said, anything will do.
+    Refused {
+        status: u16,
+        param: Option<String>,
+        code: Option<&'static str>,
+    },
+    /// This status; HTTP itself is broken, so the body may be empty.
+    Status(u16),
+    /// The same, where it depends on what the server notices first.
+    OneOf([u16; 2]),
+    /// No reply, only the end of the connection.
+    Closed,
+}
+
+impl Expected {
+    /// 400 for the whole of a body.
+    pub fn bad_body() -> Self {
+        Self::refused(400)
+    }
+
+    /// A refusal with an error object that need not name a field.
+    pub fn refused(status: u16) -> Self {
+        Self::Refused {
+            status,
+            param: None,
+            code: None,
+        }
+    }
+
+    /// 400 for a field.
+    pub fn bad_field(field: &str) -> Self {
+        Self::Refused {
+            status: 400,
+            param: Some(field.to_owned()),
+            code: None,
+        }
+    }
+
+    /// Says what is wrong with a reply, if something is.
+    fn complaint(&self, reply: Option<&Reply>) -> Option<String> {
+        let Some(reply) = reply else {
+            return (!matches!(self, Self::Closed)).then(|| "the connection was closed".to_owned());
+        };
+        let told = format!("{} {}", reply.status, reply.text());
+        let wrong = match self {
+            Self::Closed => true,
+            Self::Status(status) => reply.status != *status,
+            Self::OneOf(statuses) => !statuses.contains(&reply.status),
+            Self::Refused {
+                status,
+                param,
+                code,
+            } => {
+                let error = &reply.json()["error"];
+                let named = error["param"].as_str().unwrap_or("");
+                let inside = |field: &String| {
+                    let rest = named.strip_prefix(field.as_str());
+                    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
+                };
+                reply.status != *status
+                    || error["message"].as_str().is_none_or(str::is_empty)
+                    || !error["type"].is_string()
+                    || !param.as_ref().is_none_or(inside)
+                    || code.is_some_and(|code| error["code"] != code)
+            }
+        };
+        wrong.then_some(told)
+    }
+}
+
+/// A server over an engine that computes nothing, with limits that a test can reach.
+fn start() -> TestServer {
+    let engine = server::null_engine(
+        server::tokenizer(&model::smollm2()),
+        EngineConfig::default(),
+    );
+    let mut options = server::options();
+    options.max_body_bytes = BODY_LIMIT;
+    options.body_timeout = Duration::from_millis(300);
+    options.header_timeout = Duration::from_millis(300);
+    TestServer::start(engine, options)
+}
+
+/// Every case gets what it must get; then nothing is left, and the server still works.
+fn all_are_refused(server: &TestServer, cases: &[Case]) {
+    let before = server.engine.stats().unwrap().outcomes;
+    let mut wrong = Vec::new();
+    for case in cases {
+        let mut connection = Connection::open(server.address);
+        // It may be refused, and the connection closed, before all of it is sent.
+        let _ = connection.send(&case.sent);
+        let reply = match case.expected {
+            // That nothing more comes is part of what is sent.
+            Expected::Closed => {
+                let _ = connection.socket().shutdown(std::net::Shutdown::Write);
+                connection.reply()
+            }
+            _ => connection.reply(),
+        };
+        if let Some(found) = case.expected.complaint(reply.as_ref()) {
+            wrong.push(format!(
+                "{}: expected {:?}, got {found}",
+                case.name, case.expected
+            ));
+        }
+    }
+    assert!(
+        wrong.is_empty(),
+        "{} of {}:\n{}",
+        wrong.len(),
+        cases.len(),
+        wrong.join("\n")
+    );
+    assert_eq!(
+        idle(&server.engine).outcomes,
+        before,
+        "a bad request was accepted"
+    );
+    still_works(server);
+}
+
+/// A good request is answered.
+fn still_works(server: &TestServer) {
+    let good = r#"{"model": "test-model", "prompt": "Hi", "max_tokens": 3}"#;
+    let reply = exchange(server.address, &post("/v1/completions", good)).unwrap();
+    assert_eq!(reply.status, 200, "{}", reply.text());
+    assert_eq!(reply.json()["usage"]["completion_tokens"], 3);
+    idle(&server.engine);
+}
+
+#[test]
+fn a_wrong_field_is_refused_and_named() {
+    let server = start();
+    for (path, body) in fields::good() {
+        let reply = exchange(server.address, &post(path, &body)).unwrap();
+        assert_eq!(reply.status, 200, "{path} {body}: {}", reply.text());
+    }
+    all_are_refused(&server, &fields::cases());
+}
+
+#[test]
+fn a_body_that_cannot_be_read_is_refused() {
+    all_are_refused(&start(), &bodies::cases());
+}
+
+#[test]
+fn broken_http_is_refused() {
+    all_are_refused(&start(), &protocol::cases());
+}
+
+#[test]
+fn the_corpus_has_two_hundred_requests_and_no_two_alike() {
+    let cases = [fields::cases(), bodies::cases(), protocol::cases()];
+    let mut sent: Vec<_> = cases.iter().flatten().map(|case| &case.sent).collect();
+    let all = sent.len();
+    sent.sort_unstable();
+    sent.dedup();
+    assert_eq!(sent.len(), all, "some are the same");
+    assert!(all >= 200, "{all} bad requests");
+}
