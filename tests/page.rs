@@ -7,7 +7,7 @@ mod browser;
 #[path = "common/model.rs"]
 mod model;
 
-use browser::Browser;
+use browser::{Browser, client};
 use model::smollm2;
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader};
@@ -62,7 +62,7 @@ fn endless(url: &str, prompt: &str) -> tokio::task::JoinHandle<String> {
     let body = json!({
         "prompt": prompt, "max_tokens": 8000, "stream": true, "ignore_eos": true,
     });
-    let request = reqwest::Client::new().post(format!("{url}/v1/completions"));
+    let request = client().post(format!("{url}/v1/completions"));
     tokio::spawn(async move {
         request
             .json(&body)

@@ -16,6 +16,12 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// More tokens than a test will wait for.
 const ENDLESS: usize = 2_000_000;
 
+fn client() -> reqwest::Client {
+    // It wants a provider of TLS even where it uses none; who comes first installs it.
+    let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
+    reqwest::Client::new()
+}
+
 /// A server over an engine that computes nothing and never comes to an end by itself.
 struct Served {
     engine: Engine,
@@ -54,7 +60,7 @@ impl Served {
         Self {
             engine,
             url,
-            client: reqwest::Client::new(),
+            client: client(),
             stop: Some(stop),
             run,
         }
@@ -95,6 +101,8 @@ impl Served {
     async fn endless(&self, mut body: Value) -> (Events, Value) {
         body["stream"] = json!(true);
         body["max_tokens"] = json!(ENDLESS);
+        // Without a tokenizer there is no text to send.
+        body["logprobs"] = json!(0);
         let response = self.send(Method::POST, "/v1/completions", Some(body)).await;
         assert_eq!(response.status(), StatusCode::OK);
         let mut events = Events::of(response);

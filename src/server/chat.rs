@@ -6,6 +6,7 @@ use super::error::ApiError;
 use super::json::JsonBody;
 use super::parts::{Part, Parts, call_id};
 use super::sampling::SamplingFields;
+use super::sessions::SessionPrompt;
 use super::sse::{self, Events, Writer};
 use super::structure::StructureFields;
 use super::tools::ToolFields;
@@ -254,7 +255,7 @@ pub(crate) async fn chat_completions(
     let prepared = conversation.prepare(&app).await?;
     let reading = prepared.reading;
     let prompt = Prompt::Tokens(prepared.prompt);
-    let turn = sampling.turn(true);
+    let session = sampling.session(SessionPrompt::Whole);
     let id = app.answer_id("chatcmpl");
     let mut asked = sampling
         .request(&app, prompt, max_tokens, logprobs)?
@@ -262,7 +263,7 @@ pub(crate) async fn chat_completions(
     asked.constraint = prepared.constraint;
     asked.keep_special = prepared.keep_special;
     let streams = app
-        .submit_turn(turn, vec![asked], samples)
+        .submit_turn(session, vec![asked], samples)
         .await
         .map_err(|mut error| {
             // The fields by their names here.

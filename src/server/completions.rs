@@ -4,6 +4,7 @@ use super::answer::{EndTokens, Usage, complete, finish_reason, token_text};
 use super::error::ApiError;
 use super::json::JsonBody;
 use super::sampling::SamplingFields;
+use super::sessions::SessionPrompt;
 use super::sse::{self, Events, Writer};
 use super::structure::StructureFields;
 use super::{App, StreamOptions, unix_time};
@@ -128,7 +129,7 @@ pub(crate) async fn completions(
     let max_tokens = request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
     let echo = request.echo.unwrap_or(false);
     let first = Prompt::Tokens(Vec::new());
-    let turn = sampling.turn(false);
+    let session = sampling.session(SessionPrompt::Next);
     let id = app.answer_id("cmpl");
     let template = sampling.request(&app, first, Some(max_tokens), request.logprobs)?;
     let mut template = template.label(id.as_str());
@@ -144,7 +145,9 @@ pub(crate) async fn completions(
             prompt,
             ..template.clone()
         });
-    let streams = app.submit_turn(turn, requests.collect(), samples).await?;
+    let streams = app
+        .submit_turn(session, requests.collect(), samples)
+        .await?;
     let head = Head {
         id,
         object: "text_completion",

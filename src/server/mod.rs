@@ -64,7 +64,7 @@ use axum::routing::{get, post};
 use axum::{Router, middleware};
 use error::ApiError;
 use serde::Deserialize;
-use sessions::Sessions;
+use sessions::{SessionTurn, Sessions};
 use snapshot::Snapshots;
 use std::future::Future;
 use std::net::SocketAddr;
@@ -445,24 +445,21 @@ impl App {
     /// As [`App::submit`], for the one answer of a session's turn if there is a session.
     async fn submit_turn(
         self: &Arc<Self>,
-        session: Option<Turn>,
+        session: Option<SessionTurn>,
         mut requests: Vec<Request>,
         samples: usize,
     ) -> Result<Vec<TokenStream>, ApiError> {
-        let Some(turn) = session else {
+        let Some(SessionTurn { id, prompt }) = session else {
             return self.submit(requests, samples).await;
         };
         let (Some(request), 0, 1) = (requests.pop(), requests.len(), samples) else {
             let problem = "a session answers one prompt at a time, with n = 1";
             return Err(ApiError::invalid(problem).param("session_id"));
         };
-        let session = self.sessions.find(&turn.session)?;
+        let session = self.sessions.find(&id)?;
         let long = is_long(&request.prompt);
-        let generate = move || match turn.anew {
-            true => Ok(session.generate_anew(request)?),
-            false => Ok(session.generate(request)?),
-        };
-        let stream: TokenStream = apart_if(long, generate).await?;
+        let turn = move || Ok(session.turn(request, prompt)?);
+        let stream: TokenStream = apart_if(long, turn).await?;
         Ok(vec![stream.when_dropped(CancelReason::Disconnect)])
     }
 
@@ -552,13 +549,6 @@ fn text_bytes(prompt: &Prompt) -> usize {
             messages.iter().map(|message| message.content.len()).sum()
         }
     }
-}
-
-/// The session that a request is a turn of.
-struct Turn {
-    session: String,
-    /// The prompt is the whole context, not what comes next.
-    anew: bool,
 }
 
 /// What a stream is to carry beside the answer.

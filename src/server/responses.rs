@@ -115,6 +115,8 @@ pub(crate) async fn create(
     let mut asked = asked.label(id.as_str());
     asked.constraint = prepared.constraint;
     asked.keep_special = prepared.keep_special;
+    let id = app.answer_id("resp");
+    asked.label = Some(id.as_str().into());
     let streams = app.submit(vec![asked], 1).await.map_err(renamed)?;
 
     let streaming = request.stream.unwrap_or(false);

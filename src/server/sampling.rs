@@ -1,7 +1,8 @@
 //! The fields that every request for text shares.
 
+use super::App;
 use super::error::ApiError;
-use super::{App, Turn};
+use super::sessions::{SessionPrompt, SessionTurn};
 use crate::engine::{Prompt, Request};
 use crate::sampling::SamplingParams;
 use serde::Deserialize;
@@ -54,11 +55,10 @@ impl Strings {
 }
 
 impl SamplingFields {
-    /// The session that the request is a turn of; `anew` if its prompt is the whole
-    /// context.
-    pub fn turn(&self, anew: bool) -> Option<Turn> {
-        let session = self.session_id.clone()?;
-        Some(Turn { session, anew })
+    /// The session whose turn it is, and what the prompt is to it.
+    pub fn session(&self, prompt: SessionPrompt) -> Option<SessionTurn> {
+        let id = self.session_id.clone()?;
+        Some(SessionTurn { id, prompt })
     }
 
     /// How many answers are asked for.

@@ -10,7 +10,9 @@ use super::abort::Freed;
 use super::error::ApiError;
 use super::json::JsonBody;
 use super::{App, unix_time};
-use crate::engine::{EngineSnapshot, Session, SessionOptions, Stop};
+use crate::engine::{
+    EngineSnapshot, Request, Session, SessionOptions, Stop, SubmitError, TokenStream,
+};
 use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
@@ -40,6 +42,18 @@ pub(crate) struct OpenSession {
 }
 
 impl OpenSession {
+    /// Takes a turn.
+    pub fn turn(
+        &self,
+        request: Request,
+        prompt: SessionPrompt,
+    ) -> Result<TokenStream, SubmitError> {
+        match prompt {
+            SessionPrompt::Next => self.session.generate(request),
+            SessionPrompt::Whole => self.session.generate_anew(request),
+        }
+    }
+
     fn used(&self) -> MutexGuard<'_, Instant> {
         self.used.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -119,6 +133,22 @@ pub(crate) async fn keep(app: Weak<App>) {
             app.sessions.sweep(ttl);
         }
     }
+}
+
+/// Which session's turn a request is.
+#[derive(Debug)]
+pub(crate) struct SessionTurn {
+    pub id: String,
+    pub prompt: SessionPrompt,
+}
+
+/// What a prompt is to its session.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum SessionPrompt {
+    /// It follows the turns before it.
+    Next,
+    /// It is the whole conversation.
+    Whole,
 }
 
 /// How a session is to be kept.

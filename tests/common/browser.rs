@@ -27,6 +27,13 @@ const ARGUMENTS: [&str; 9] = [
     "--hide-scrollbars",
 ];
 
+/// A client of HTTP.
+pub fn client() -> reqwest::Client {
+    // It wants a provider of TLS even where it uses none; who comes first installs it.
+    let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
+    reqwest::Client::new()
+}
+
 /// A browser with one page; it is closed when it is dropped.
 pub struct Browser {
     driver: Child,
@@ -61,7 +68,7 @@ impl Browser {
         let arguments: Vec<&str> = ARGUMENTS.into_iter().chain([folder.as_str()]).collect();
         let mut browser = Self {
             driver,
-            client: reqwest::Client::new(),
+            client: client(),
             session: format!("http://127.0.0.1:{port}/session"),
             _profile: profile,
         };

@@ -4,7 +4,7 @@
 
 use quell::config::EngineConfig;
 use quell::device::DeviceError;
-use quell::runner::{Runner, RunnerInfo};
+use quell::runner::{Runner, RunnerInfo, StepOutput};
 use quell::sampling::Sampled;
 use quell::schedule::{PlanItem, Sequences, StepPlan};
 use quell::text::Tokenizer;
@@ -38,6 +38,7 @@ pub fn engine(template: &str) -> Engine {
     let info = RunnerInfo {
         vocabulary: tokenizer.vocabulary_size(),
         context_tokens: 4096,
+        embedding: None,
         end_tokens: vec![END_OF_ANSWER],
         cache_blocks: 4096,
         block_tokens: 16,
@@ -86,7 +87,7 @@ impl Runner for Parrot {
         Ok(())
     }
 
-    fn collect(&mut self) -> Result<Vec<Sampled>, DeviceError> {
-        Ok(std::mem::take(&mut self.launched))
+    fn collect(&mut self) -> Result<StepOutput, DeviceError> {
+        Ok(std::mem::take(&mut self.launched).into())
     }
 }
