@@ -4,11 +4,10 @@ use super::{Failure, Load};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader};
 use std::process::{Child, ChildStdout, Command, Stdio};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::sync::Barrier;
+use tokio::sync::mpsc;
 
 /// How long a whole load may take.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -41,7 +40,7 @@ impl Seen {
             "tokens": self.tokens,
             "errors": self.errors,
             "seconds": self.seconds,
-            "token_to_token_ms": { "p50": self.gap_p50_ms, "p99": self.gap_p99_ms },
+            "event_to_event_ms": { "p50": self.gap_p50_ms, "p99": self.gap_p99_ms },
         })
     }
 
@@ -98,7 +97,7 @@ impl Clients {
         }
         let seen: Value = serde_json::from_str(&last)?;
         let number = |name: &str| seen[name].as_f64().ok_or("a number is missing");
-        let gaps = &seen["token_to_token_ms"];
+        let gaps = &seen["event_to_event_ms"];
         Ok(Seen {
             tokens: number("tokens")? as usize,
             errors: number("errors")? as usize,
@@ -119,27 +118,32 @@ pub fn run(address: &str) -> Result<(), Failure> {
         .enable_all()
         .build()?;
     let seen = runtime.block_on(async {
-        let begun = Arc::new(Barrier::new(streams + 1));
+        let (begun, mut beginnings) = mpsc::unbounded_channel();
         let started = Instant::now();
         let tasks: Vec<_> = (0..streams)
             .map(|index| {
                 let address = address.to_owned();
-                let begun = Arc::clone(&begun);
+                let begun = begun.clone();
                 tokio::spawn(async move {
-                    let one = one(&address, index, tokens, &begun);
+                    let one = one(&address, index, tokens, begun);
                     tokio::time::timeout(PATIENCE, one).await
                 })
             })
             .collect();
-        begun.wait().await;
+        drop(begun);
+        // One that fails drops its sender.
+        let mut open = 0;
+        while open < streams && beginnings.recv().await.is_some() {
+            open += 1;
+        }
         println!("open");
         let mut gaps = Vec::new();
         let (mut read, mut errors) = (0, 0);
         for task in tasks {
             match task.await {
-                Ok(Ok(Ok(times))) => {
-                    read += times.len();
-                    gaps.extend(times.windows(2).map(|pair| pair[1] - pair[0]));
+                Ok(Ok(Ok(one))) => {
+                    read += one.counted;
+                    gaps.extend(one.times.windows(2).map(|pair| pair[1] - pair[0]));
                 }
                 other => {
                     errors += 1;
@@ -165,13 +169,23 @@ pub fn run(address: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Reads one stream; gives the time of each token.
+/// One stream, read to its end.
+#[derive(Debug)]
+struct Read {
+    /// Tokens, as the server says. Not every token is an event: one that completes no
+    /// character waits for the next.
+    counted: usize,
+    /// When the events came.
+    times: Vec<Instant>,
+}
+
+/// Reads one stream.
 async fn one(
     address: &str,
     index: usize,
     tokens: usize,
-    begun: &Barrier,
-) -> Result<Vec<Instant>, Failure> {
+    begun: mpsc::UnboundedSender<()>,
+) -> Result<Read, Failure> {
     let mut stream = TcpStream::connect(address).await?;
     let body = json!({
         "model": "bench",
@@ -180,8 +194,7 @@ async fn one(
         "ignore_eos": true,
         "temperature": 0,
         "stream": true,
-        // A token that completes no character has no text, but it has a log-probability.
-        "logprobs": 0,
+        "stream_options": {"include_usage": true},
     });
     let body = body.to_string();
     let head = format!(
@@ -195,23 +208,29 @@ async fn one(
     let mut line = String::new();
     reader.read_line(&mut line).await?;
     if !line.starts_with("HTTP/1.1 200") {
-        begun.wait().await;
         return Err(line.into());
     }
     let mut times = Vec::with_capacity(tokens);
+    let mut counted = 0;
     loop {
         line.clear();
         if reader.read_line(&mut line).await? == 0 {
-            return Err(format!("the stream ends after {} tokens", times.len()).into());
+            return Err(format!("the stream ends after {} events", times.len()).into());
         }
-        if line.starts_with("data: [DONE]") {
-            return Ok(times);
+        let Some(event) = line.strip_prefix("data: ") else {
+            continue;
+        };
+        if event.starts_with("[DONE]") {
+            return Ok(Read { counted, times });
         }
-        if line.starts_with("data: ") && line.contains("\"token_logprobs\":[") {
-            times.push(Instant::now());
-            if times.len() == 1 {
-                begun.wait().await;
-            }
+        times.push(Instant::now());
+        if times.len() == 1 {
+            let _ = begun.send(());
+        }
+        // Only the last event has more than a null for a usage.
+        if event.contains("\"completion_tokens\"") {
+            let event: Value = serde_json::from_str(event)?;
+            counted = event["usage"]["completion_tokens"].as_u64().unwrap_or(0) as usize;
         }
     }
 }

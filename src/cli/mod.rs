@@ -47,7 +47,7 @@ enum Command {
     Tokenize(tokenize::TokenizeArgs),
     /// Show what a model file holds and the memory that it needs.
     Inspect(inspect::InspectArgs),
-    /// Measure prefill and decode speed.
+    /// Measure prefill and decode speed, or a server under load.
     Bench(bench::BenchArgs),
 }
 

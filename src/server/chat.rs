@@ -254,11 +254,15 @@ pub(crate) async fn chat_completions(
     let prepared = conversation.prepare(&app).await?;
     let reading = prepared.reading;
     let prompt = Prompt::Tokens(prepared.prompt);
-    let mut asked = sampling.request(&app, prompt, max_tokens, logprobs)?;
+    let turn = sampling.turn(true);
+    let id = app.answer_id("chatcmpl");
+    let mut asked = sampling
+        .request(&app, prompt, max_tokens, logprobs)?
+        .label(id.as_str());
     asked.constraint = prepared.constraint;
     asked.keep_special = prepared.keep_special;
     let streams = app
-        .submit(vec![asked], samples)
+        .submit_turn(turn, vec![asked], samples)
         .await
         .map_err(|mut error| {
             // The fields by their names here.
@@ -274,7 +278,7 @@ pub(crate) async fn chat_completions(
         })?;
     let streaming = request.stream.unwrap_or(false);
     let head = Head {
-        id: app.answer_id("chatcmpl"),
+        id,
         object: if streaming {
             "chat.completion.chunk"
         } else {

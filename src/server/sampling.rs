@@ -1,7 +1,7 @@
 //! The fields that every request for text shares.
 
-use super::App;
 use super::error::ApiError;
+use super::{App, Turn};
 use crate::engine::{Prompt, Request};
 use crate::sampling::SamplingParams;
 use serde::Deserialize;
@@ -32,6 +32,8 @@ pub(crate) struct SamplingFields {
     /// Whom fairness counts it for.
     user: Option<String>,
     priority: Option<i32>,
+    /// The session whose turn it is.
+    session_id: Option<String>,
 }
 
 /// One string or several.
@@ -52,6 +54,13 @@ impl Strings {
 }
 
 impl SamplingFields {
+    /// The session that the request is a turn of; `anew` if its prompt is the whole
+    /// context.
+    pub fn turn(&self, anew: bool) -> Option<Turn> {
+        let session = self.session_id.clone()?;
+        Some(Turn { session, anew })
+    }
+
     /// How many answers are asked for.
     pub fn samples(&self, app: &App) -> Result<usize, ApiError> {
         let (n, most) = (self.n.unwrap_or(1), app.options.max_samples);

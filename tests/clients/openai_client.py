@@ -121,13 +121,13 @@ def a_model_is_retrieved_by_its_name(server):
 
 @check
 def a_chat_is_answered(server):
-    answer = server.chat("What is the capital of France?")
+    answer = server.chat("Who wrote Hamlet?")
     equal(answer.object, "chat.completion", "the object")
     equal(answer.model, server.model, "the model")
     equal(len(answer.choices), 1, "the number of choices")
     choice = answer.choices[0]
     equal(choice.message.role, "assistant", "the role")
-    holds("Paris" in choice.message.content, f"the answer is {choice.message.content!r}")
+    holds("Shakespeare" in choice.message.content, f"the answer is {choice.message.content!r}")
     holds(choice.finish_reason in ("stop", "length"), f"finish_reason {choice.finish_reason}")
     usage = answer.usage
     equal(usage.total_tokens, usage.prompt_tokens + usage.completion_tokens, "total_tokens")
@@ -507,6 +507,7 @@ def a_json_object_is_an_object(server):
         response_format={"type": "json_object"},
         max_completion_tokens=200,
     ).choices[0]
+    holds(answer.message.content.lstrip().startswith("{"), f"the answer is {answer.message.content!r}")
     if answer.finish_reason == "stop":
         holds(isinstance(json.loads(answer.message.content), dict), answer.message.content)
     else:
@@ -526,10 +527,10 @@ def a_guided_choice_is_one_of_the_choices(server):
 @check
 def a_response_is_created(server):
     response = server.client.responses.create(
-        model=server.model, input="What is the capital of France?", max_output_tokens=16, temperature=0
+        model=server.model, input="Who wrote Hamlet?", max_output_tokens=16, temperature=0
     )
     equal(response.object, "response", "the object")
-    holds("Paris" in response.output_text, f"the text is {response.output_text!r}")
+    holds("Shakespeare" in response.output_text, f"the text is {response.output_text!r}")
     holds(response.status in ("completed", "incomplete"), f"status {response.status}")
     holds(response.usage.output_tokens > 0, "output_tokens is 0")
 
@@ -640,9 +641,9 @@ def a_wrong_type_is_a_bad_request_that_names_the_field(server):
 
 @check
 def a_prompt_that_is_too_long_is_refused_with_both_lengths(server):
-    error = refused(openai.BadRequestError, 400, lambda: server.complete([1] * 200_000))
+    error = refused(openai.BadRequestError, 400, lambda: server.complete([1] * 20_000))
     equal(error.code, "context_length_exceeded", "the code")
-    holds("200000" in str(error), f"the message is {error}")
+    holds("20000" in str(error), f"the message is {error}")
 
 
 @check
