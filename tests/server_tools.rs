@@ -205,6 +205,37 @@ fn the_prompt_has_the_tools_that_may_be_called() {
 }
 
 #[test]
+fn a_template_that_knows_no_tools_is_given_them_in_words() {
+    let template = "{# <｜tool▁calls▁begin｜> #}{% for m in messages %}\
+        <|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
+        {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+    let server = TestServer::start(parrot::engine(template), options());
+    let with_tools = ask(
+        server.address,
+        CHAT,
+        &told(CALLS, json!({"tools": [tool("f")]})),
+    );
+    let without = ask(server.address, CHAT, &told(CALLS, json!({})));
+    let calls = &with_tools["choices"][0]["message"]["tool_calls"];
+    assert_eq!(calls.as_array().map(Vec::len), Some(2));
+    let tokens = |answer: &Value| answer["usage"]["prompt_tokens"].as_u64().unwrap();
+    assert!(tokens(&with_tools) > tokens(&without) + 100);
+}
+
+#[test]
+fn tokenize_counts_what_a_chat_takes() {
+    for extra in [
+        json!({"tools": [tool("f")]}),
+        json!({"chat_template_kwargs": {"open_thinking": true}}),
+        json!({}),
+    ] {
+        let body = told("a", extra);
+        let taken = &ask(PARROT.address, CHAT, &body)["usage"]["prompt_tokens"];
+        assert_eq!(&ask(PARROT.address, "/tokenize", &body)["count"], taken);
+    }
+}
+
+#[test]
 fn a_call_that_the_limit_cuts_off_is_no_reason_to_call() {
     let extra = json!({"tools": [tool("f")], "max_tokens": 30});
     let answer = ask(PARROT.address, CHAT, &told(CALLS, extra));

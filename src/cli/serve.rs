@@ -3,6 +3,7 @@
 use super::args::{CliError, ModelArgs};
 use clap::Args;
 use quell::server::{ApiKeys, Metrics, Server, ServerOptions, TlsFiles};
+use quell::text::tools::ToolFormat;
 use quell::{Engine, Shutdown};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -37,6 +38,10 @@ struct HttpArgs {
     /// [default: the file's or folder's name].
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     served_model_name: Vec<String>,
+    /// How the model writes tool calls: hermes, llama, mistral, pythonic, deepseek or
+    /// granite [default: as its chat template has it].
+    #[arg(long, value_name = "FORMAT")]
+    tool_format: Option<ToolFormat>,
     /// Let in only who brings one of the keys in this file, one a line.
     #[arg(long, value_name = "FILE")]
     api_key_file: Option<PathBuf>,
@@ -137,6 +142,7 @@ impl HttpArgs {
         let mut names = self.served_model_name.iter().cloned();
         let mut options = ServerOptions::new(names.next().unwrap_or_else(|| name(model)));
         options.aliases = names.collect();
+        options.tool_format = self.tool_format;
         options.api_keys = self.api_keys()?;
         options.allowed_origins = self.allowed_origins.clone();
         options.tls = self

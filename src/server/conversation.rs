@@ -54,7 +54,13 @@ impl Conversation {
             .chat_template()
             .ok_or(SubmitError::NoChatTemplate)?;
         let source = template.source();
-        let format = (app.options.tool_format).unwrap_or_else(|| ToolFormat::detect(source));
+        let format = app.options.tool_format.unwrap_or_else(|| {
+            // Where tools are described in words, those ask for this format.
+            match template.knows_tools() {
+                true => ToolFormat::detect(source),
+                false => ToolFormat::Hermes,
+            }
+        });
         let forced = self.tools.forced_schema(format);
         let structure = match &forced {
             Some(schema) => Some(Structure::of_schema(schema.clone(), "tools")),

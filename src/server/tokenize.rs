@@ -2,14 +2,16 @@
 //! vLLM's routes.
 
 use super::App;
+use super::conversation::Conversation;
 use super::error::ApiError;
 use super::json::JsonBody;
-use crate::engine::{Prompt, SubmitError};
+use super::tools::ToolFields;
+use crate::engine::SubmitError;
 use crate::text::{EncodeOptions, Message};
 use axum::Json;
 use axum::extract::State;
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::sync::Arc;
 
 #[derive(Deserialize)]
@@ -18,6 +20,9 @@ struct TokenizeRequest {
     prompt: Option<String>,
     /// In place of `prompt`.
     messages: Option<Vec<Message>>,
+    /// Variables of the chat template.
+    chat_template_kwargs: Option<Map<String, Value>>,
+    add_generation_prompt: Option<bool>,
     add_special_tokens: Option<bool>,
     return_token_strs: Option<bool>,
 }
@@ -46,7 +51,17 @@ pub(crate) async fn tokenize(
                 .encode(&text, options)
                 .map_err(SubmitError::Text)?
         }
-        (None, Some(messages)) => app.engine.tokenize(&Prompt::Chat(messages))?,
+        (None, Some(messages)) => {
+            let conversation = Conversation {
+                messages,
+                tools: body.parse::<ToolFields>()?.check()?,
+                structure: None,
+                variables: request.chat_template_kwargs.unwrap_or_default(),
+                add_generation_prompt: request.add_generation_prompt.unwrap_or(true),
+                hide_reasoning: false,
+            };
+            conversation.prepare(&app).await?.prompt
+        }
         _ => {
             let problem = "either prompt or messages is needed, and not both";
             return Err(ApiError::invalid(problem).param("prompt"));
