@@ -174,7 +174,7 @@ pub(crate) async fn completions(
         let echoed = answer
             .prompt
             .and_then(|prompt| writer.echoed(index, &prompt));
-        let mut logprobs = writer.logprobs_of(index, &answer.tokens, &answer.text);
+        let mut logprobs = writer.logprobs_of(index, &answer.tokens);
         if let (Some(logprobs), Some(mut all)) = (&mut logprobs, echoed) {
             all.append(std::mem::take(logprobs));
             *logprobs = all;
@@ -243,7 +243,7 @@ struct CompletionWriter {
     opening: Vec<String>,
     /// The first token of that prompt.
     first: Vec<Option<u32>>,
-    /// Characters of each answer so far.
+    /// Characters of the tokens of each answer so far, if log-probabilities are told.
     offsets: Vec<usize>,
     logprobs: bool,
     usage_wanted: bool,
@@ -271,16 +271,14 @@ impl CompletionWriter {
         for (index, stream) in streams.iter().enumerate() {
             self.first[index] = stream.prompt_ids().first().copied();
             if let Some(tokenizer) = &self.tokenizer {
-                let prompt = tokenizer.decode(stream.prompt_ids(), false);
-                self.offsets[index] = prompt.chars().count();
-                self.opening[index] = prompt;
+                self.opening[index] = tokenizer.decode(stream.prompt_ids(), false);
             }
         }
     }
 
     /// The log-probabilities of a prompt that is echoed, whose tokens after the first are
     /// `tokens`. Before the first there is nothing that it could follow from.
-    fn echoed(&self, index: usize, tokens: &[Token]) -> Option<LogProbs> {
+    fn echoed(&mut self, index: usize, tokens: &[Token]) -> Option<LogProbs> {
         let first = self.first[index].filter(|_| self.logprobs)?;
         let tokenizer = self.tokenizer.as_deref();
         let mut lists = LogProbs::default();
@@ -293,22 +291,22 @@ impl CompletionWriter {
         for token in tokens {
             offset = lists.push(tokenizer, token, offset);
         }
+        self.offsets[index] = offset;
         Some(lists)
     }
 
-    /// The log-probabilities of the next tokens of an answer, whose text is `text`.
-    fn logprobs_of(&mut self, index: usize, tokens: &[Token], text: &str) -> Option<LogProbs> {
-        let begin = self.offsets[index];
-        self.offsets[index] += text.chars().count();
+    /// The log-probabilities of the next tokens of an answer.
+    fn logprobs_of(&mut self, index: usize, tokens: &[Token]) -> Option<LogProbs> {
         if !self.logprobs {
             return None;
         }
+        let mut offset = self.offsets[index];
         let tokenizer = self.tokenizer.as_deref();
         let mut lists = LogProbs::default();
-        let mut offset = begin;
         for token in tokens {
             offset = lists.push(tokenizer, token, offset);
         }
+        self.offsets[index] = offset;
         Some(lists)
     }
 
@@ -361,7 +359,7 @@ impl Writer for CompletionWriter {
             .finish
             .map(|finish| finish_reason(finish.outcome))
             .transpose()?;
-        let logprobs = self.logprobs_of(index, token.as_slice(), &chunk.text);
+        let logprobs = self.logprobs_of(index, token.as_slice());
         let says_something =
             !chunk.text.is_empty() || finish_reason.is_some() || (self.logprobs && token.is_some());
         if let Some(finish) = &chunk.finish {
