@@ -210,7 +210,7 @@ impl Model {
                 position: 0,
                 history: vec![],
                 prompt_tokens: 0,
-                mask: None,
+                ..SampleRow::default()
             };
             let pending = d.sample(&self.logits, &vec![row; samples])?;
             d.collect(pending)?;

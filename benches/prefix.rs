@@ -8,7 +8,7 @@
 //! many sequences, measured in the same run: the cache's share of a step.
 
 use quell::cache::{BlockCache, BlockTable, Transfers};
-use quell::schedule::{Commit, Policy, Scheduler, SequenceSpec};
+use quell::schedule::{Commit, Policy, Scheduler, SequenceSpec, Task};
 use quell::{Engine, EngineConfig, LoadOptions, Request, SamplingParams, SessionId, StepId};
 use std::error::Error;
 use std::hint::black_box;
@@ -89,6 +89,7 @@ fn scheduler_round(sequences: usize, prefixes: bool) -> f64 {
 fn spec(index: usize) -> SequenceSpec {
     SequenceSpec {
         prompt: (0..PROMPT).map(|i| (index * 1000 + i) as u32).collect(),
+        task: Task::Generate,
         max_tokens: PROMPT + ANSWER,
         params: Arc::new(SamplingParams::greedy()),
         stop_tokens: Arc::new([]),

@@ -1,4 +1,4 @@
-// Root-mean-square norms, sums and copies of rows. Zhang & Sennrich, RMSNorm, 2019.
+// Root-mean-square norms, sums, copies and pooling of rows. Zhang & Sennrich, RMSNorm, 2019.
 //
 // One block a row. Each thread takes eight neighbouring columns at a time; what it adds
 // up, and in which order, depends on the number of columns and the block's size only.
@@ -117,4 +117,23 @@ KERNEL gather_rows(float* out, const float* x, const u32* indices, u32 columns) 
         load8(v, x + column);
         store8(out + column, v);
     }
+}
+
+// out[i] = the sum of the rows ranges[i] = {first, count} of x, in units of 2⁻²⁸; the lowest
+// number there is in a column with a value that is no number or whose size is beyond 2¹⁵.
+// Sums of integers do not depend on their order. Grid (columns / 256, ranges), 256 threads.
+KERNEL pool_rows(long long* out, const T* x, const uint2* ranges, u32 columns) {
+    u32 column = blockIdx.x * blockDim.x + threadIdx.x;
+    if (column >= columns) return;
+    uint2 range = ranges[blockIdx.y];
+    x += u64(range.x) * columns + column;
+    long long sum = 0;
+    bool sound = true;
+#pragma unroll 4
+    for (u32 row = 0; row < range.y; row++) {
+        float value = to_float(x[u64(row) * columns]);
+        sound &= fabsf(value) <= 0x1p15f;
+        sum += __float2ll_rn(value * 0x1p28f);
+    }
+    out[u64(blockIdx.y) * columns + column] = sound ? sum : -0x7fffffffffffffffll - 1;
 }

@@ -35,7 +35,7 @@ constexpr u32 BINS = 512;
 constexpr u32 LIST = 4096;
 constexpr u32 MAX_TOP = 1024;
 
-// What a row asks for: 16 words.
+// What a row asks for: 18 words.
 struct Row {
     u32 seed_low, seed_high;
     u32 position;
@@ -48,6 +48,8 @@ struct Row {
     u32 bias_start, bias_count;        // entries {token, bias}, equal tokens together
     u32 logprobs;                      // likeliest tokens to report; NONE: no report at all
     u32 mask;                          // where the mask begins, in words from the first row; NONE: no mask
+    u32 forced;                        // the token in any case; NONE: it is chosen
+    u32 unused;                        // pairs of words follow the rows
 };
 
 // The state of a row with top-k or top-p: 8 words, zeroed by sample_best.
@@ -692,6 +694,7 @@ KERNEL sample_finish(u32* sampled, u32* result, float* logits, const float* save
     if (lane_id() != 0) return;
     // No token is possible.
     u32 token = chosen.token < columns ? chosen.token : 0;
+    if (row.forced < columns) token = row.forced;
     sampled[blockIdx.x] = token;
     result[0] = token;
     if (row.logprobs != NONE) result[1] = __float_as_uint(logits[token] - __uint_as_float(result[3]));

@@ -1,16 +1,19 @@
 //! Identities: sessions and steps.
 
+use serde::Serialize;
 use std::fmt;
 
 /// Identifies one accepted request, or one session, for the life of the process.
 ///
 /// Ids are handed out by counting and never reused: a late cancel can only ever
 /// name the session it was meant for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(transparent)]
 pub struct SessionId(pub(crate) u64);
 
 impl SessionId {
-    /// An id of one's own, to use the scheduler without an engine.
+    /// The id that a log or an answer named; or one of one's own, to use the scheduler
+    /// without an engine.
     pub fn from_u64(id: u64) -> Self {
         Self(id)
     }
@@ -28,7 +31,8 @@ impl fmt::Display for SessionId {
 }
 
 /// Numbers the steps of the scheduler thread, from 1; 0 is before the first.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(transparent)]
 pub struct StepId(pub(crate) u64);
 
 impl StepId {

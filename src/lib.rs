@@ -60,9 +60,10 @@ pub use device::cpu::{Activations, CpuOptions, KvType, SimdLevel};
 #[cfg(feature = "cuda")]
 pub use device::cuda::{CudaActivations, CudaOptions};
 pub use engine::{
-    CancelReason, Cancellation, Chunk, Drained, Draining, Engine, EngineFault, EngineStats, Finish,
-    GenerateError, Generation, Health, HealthStatus, Outcome, Prompt, Receipt, Request, Session,
-    SessionOptions, Shutdown, ShuttingDown, Stop, SubmitError, Timing, Token, TokenStream,
+    Asked, CancelReason, Cancellation, Chunk, Drained, Draining, EmbedRequest, Embedding,
+    EmbeddingFuture, Engine, EngineFault, EngineSnapshot, EngineStats, Finish, GenerateError,
+    Generation, Health, HealthStatus, Outcome, Prompt, Receipt, Request, Session, SessionOptions,
+    Shutdown, ShuttingDown, Stop, SubmitError, Timing, Token, TokenStream,
 };
 pub use id::{SessionId, StepId};
 pub use runner::{DeviceChoice, LoadError, LoadOptions, RunnerInfo};

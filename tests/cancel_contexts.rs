@@ -10,8 +10,7 @@ mod sim;
 
 use futures_util::{Stream, StreamExt};
 use quell::device::DeviceError;
-use quell::runner::{NullOptions, NullRunner, Runner};
-use quell::sampling::Sampled;
+use quell::runner::{NullOptions, NullRunner, Runner, StepOutput};
 use quell::schedule::{Sequences, StepPlan};
 use quell::{
     CancelReason, Cancellation, Engine, EngineConfig, EngineFault, GenerateError, Outcome,
@@ -497,7 +496,7 @@ impl Runner for LetsGo {
         self.null.launch(plan, sequences)
     }
 
-    fn collect(&mut self) -> Result<Vec<Sampled>, DeviceError> {
+    fn collect(&mut self) -> Result<StepOutput, DeviceError> {
         let cancels = self.at_collect.try_iter().map(TokenStream::cancel);
         drop(cancels.collect::<Vec<Cancellation>>());
         self.null.collect()

@@ -499,3 +499,51 @@ fn a_folder_whose_settings_and_tensors_disagree_is_refused_by_name() {
         &["relu", "silu"],
     );
 }
+
+#[test]
+fn generate_holds_its_answer_to_a_json_schema() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let schema = write(
+        "schema.json",
+        r#"{"type": "object", "properties": {"sunny": {"type": "boolean"}},
+            "required": ["sunny"], "additionalProperties": false}"#,
+    );
+    let model = smollm2_text();
+    let prompt = "How is the weather?";
+    let args = ["generate", "--model", &model, "--prompt", prompt, "--chat"];
+    fn with<'a>(args: &[&'a str], more: &[&'a str]) -> Vec<&'a str> {
+        [args, more].concat()
+    }
+    let answer = quell(&with(&args, &["--json-schema", &schema]));
+    assert!(json(&answer)["sunny"].is_boolean());
+    let beginning = quell(&with(&args, &["--json-object", "--max-tokens", "5"]));
+    assert!(beginning.status.success() && beginning.stdout.starts_with(b"{"));
+
+    let broken = write("broken.json", "{");
+    assert_refused(
+        &with(&args, &["--json-schema", &broken]),
+        1,
+        &["broken.json", "no JSON"],
+    );
+    let wrong = write("wrong.json", r#"{"type": "strnig"}"#);
+    assert_refused(
+        &with(&args, &["--json-schema", &wrong]),
+        1,
+        &["JSON schema", "strnig"],
+    );
+    let tiny = tiny("llama");
+    let ids = [
+        "generate",
+        "--model",
+        &tiny,
+        "--prompt-ids",
+        "1",
+        "--json-object",
+    ];
+    assert_refused(&ids, 1, &["no tokenizer files", "JSON schema"]);
+}

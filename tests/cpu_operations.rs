@@ -293,14 +293,14 @@ fn samples_are_those_of_the_reference_sampler() {
             position: i as u32,
             history: (0..50).collect(),
             prompt_tokens: 20,
-            mask: None,
+            ..SampleRow::default()
         })
         .chain([SampleRow {
             params: Arc::new(SamplingParams::greedy()),
             position: 0,
             history: vec![],
             prompt_tokens: 0,
-            mask: None,
+            ..SampleRow::default()
         }])
         .collect();
     // Each of them a second time with half of the tokens.
@@ -347,7 +347,7 @@ fn a_row_that_waits_for_a_sample_gets_the_token_of_the_step_before() {
         position: 0,
         history: vec![],
         prompt_tokens: 0,
-        mask: None,
+        ..SampleRow::default()
     };
     d.sample(&logits, &[row.clone(), row]).unwrap();
     let mut batch = batch(2);
@@ -363,4 +363,22 @@ fn a_row_that_waits_for_a_sample_gets_the_token_of_the_step_before() {
     let mut gathered = d.allocate(3, 4, Precision::Full).unwrap();
     d.gather_samples(&out, &mut gathered).unwrap();
     assert_eq!(gathered.row(0), out.row(1));
+}
+
+#[test]
+fn ranges_of_rows_are_pooled() {
+    let mut random = Random::new(29);
+    let mut d = device(SimdLevel::Auto, 2, Activations::Auto);
+    let x = random.numbers(9 * 7);
+    let x_tensor = tensor(&mut d, 7, &x);
+    let pooling = d.pool(&x_tensor, &[2..3, 0..9, 4..4]).unwrap();
+    let sums = d.collect_pooled(pooling).unwrap();
+    let rows: Vec<usize> = sums.iter().map(PooledRows::rows).collect();
+    assert_eq!(rows, [1, 9, 0]);
+    assert_near(&sums[0].mean(), &wide(&x[14..21]), 1e-7, "one row");
+    let column = |column: usize| (0..9).map(move |row| row * 7 + column);
+    let mean = |c: usize| column(c).map(|at| f64::from(x[at])).sum::<f64>() / 9.0;
+    let means: Vec<f64> = (0..7).map(mean).collect();
+    assert_near(&sums[1].mean(), &means, 1e-7, "all rows");
+    assert!(d.pool(&x_tensor, &[0..9, 2..10]).is_err());
 }

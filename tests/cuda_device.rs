@@ -148,7 +148,7 @@ impl Model {
             position: batch.positions[row] + 1,
             history: Vec::new(),
             prompt_tokens: 0,
-            mask: None,
+            ..SampleRow::default()
         };
         let rows: Vec<SampleRow> = batch.sample_rows.iter().map(row).collect();
         device.sample(&self.logits, &rows)

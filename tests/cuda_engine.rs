@@ -16,8 +16,8 @@ mod requests;
 use constraint::Remainders;
 use golden::tiny;
 use quell::{
-    CudaOptions, DeviceChoice, Engine, EngineConfig, LoadOptions, Preemption, Request,
-    SamplingParams, TokenStream,
+    CudaActivations, CudaOptions, DeviceChoice, EmbedRequest, Engine, EngineConfig, LoadOptions,
+    Preemption, Request, SamplingParams, TokenStream,
 };
 use requests::idle;
 
@@ -258,5 +258,103 @@ fn sessions_forks_and_samples_give_the_tokens_of_the_whole_prompt() {
         assert_eq!(ids(stream), expected);
     }
     drop((session, fork));
+    idle(&engine);
+}
+
+fn vector(engine: &Engine, prompt: &[u32]) -> Vec<f32> {
+    let request = EmbedRequest::new(prompt.to_vec());
+    engine.embed(request).unwrap().wait().unwrap().values
+}
+
+fn text(index: usize) -> Vec<u32> {
+    let length = 1 + index * 29 % 90;
+    let token = |i| ((index * 97 + i * 31) % 500 + 3) as u32;
+    (0..length).map(token).collect()
+}
+
+#[test]
+fn embeddings_are_near_those_of_the_cpu() {
+    let _gpu = gpu::lock();
+    for model in ["llama", "mistral"] {
+        let cpu = EngineConfig {
+            kv_cache_bytes: Some(8 << 20),
+            ..EngineConfig::default()
+        };
+        let cpu = Engine::load(tiny(model), cpu, LoadOptions::cpu()).unwrap();
+        let cuda = CudaOptions {
+            activations: CudaActivations::F16,
+            ..CudaOptions::default()
+        };
+        let cuda = engine(model, cuda, 64);
+        for index in 0..6 {
+            let (found, expected) = (vector(&cuda, &text(index)), vector(&cpu, &text(index)));
+            assert_eq!(found.len(), expected.len());
+            let size = expected.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+            for (found, expected) in found.iter().zip(&expected) {
+                let error = (found - expected).abs();
+                assert!(error <= 0.01 * size, "{model}, {index}: {error} of {size}");
+            }
+        }
+    }
+}
+
+/// The steps that only decode are replayed graphs, those with an embedding are not.
+#[test]
+fn embeddings_and_those_beside_them_are_the_same_alone_and_together() {
+    let gpu = gpu::lock();
+    let engine = engine("llama", CudaOptions::default(), 64);
+    let expected = alone(&engine);
+    let vectors: Vec<Vec<f32>> = (0..8).map(|index| vector(&engine, &text(index))).collect();
+    let replays = || (!gpu::is_real()).then(|| gpu.statistic("graph_launches"));
+    let before = replays();
+    let asked: Vec<_> = (0..REQUESTS)
+        .map(|index| {
+            let stream = engine.generate(request(index)).unwrap();
+            let text = EmbedRequest::new(text(index % 8));
+            let dropped = engine.embed(text.clone()).unwrap();
+            let embedding = engine.embed(text).unwrap();
+            drop(dropped);
+            (stream, embedding)
+        })
+        .collect();
+    for (index, (stream, embedding)) in asked.into_iter().enumerate() {
+        assert_eq!(tokens(stream), expected[index], "request {index}");
+        assert_eq!(embedding.wait().unwrap().values, vectors[index % 8]);
+    }
+    idle(&engine);
+    if let Some((before, after)) = before.zip(replays()) {
+        assert!(after > before, "no step was a replayed graph");
+    }
+}
+
+/// As bits: identity and log-probability of each token.
+fn scores(tokens: &[quell::Token]) -> Vec<(u32, u32)> {
+    let score = |token: &quell::Token| (token.id, token.logprob.to_bits());
+    tokens.iter().map(score).collect()
+}
+
+#[test]
+fn the_scores_of_a_prompt_are_those_of_its_tokens_when_they_were_generated() {
+    let _gpu = gpu::lock();
+    let engine = engine("llama", CudaOptions::default(), 64);
+    for index in 0..4 {
+        let mut request = Request::new(text(index + 1)).greedy().max_tokens(20);
+        request.ignore_eos = true;
+        request.sampling.logprobs = Some(0);
+        let answer = engine.generate(request).unwrap();
+        let answer = answer.complete_blocking().unwrap();
+        let ids = answer.tokens.iter().map(|token| token.id);
+        let whole = answer.prompt_ids.iter().copied().chain(ids);
+        let score = Request::new(whole.collect::<Vec<u32>>())
+            .max_tokens(0)
+            .prompt_logprobs(3);
+        let neighbour = engine.generate(self::request(index)).unwrap();
+        let scored = engine.generate(score).unwrap().complete_blocking().unwrap();
+        let found = scored.prompt_logprobs.unwrap();
+        let (prompt, generated) = found.split_at(answer.prompt_ids.len() - 1);
+        assert_eq!(scores(generated), scores(&answer.tokens));
+        assert!(prompt.iter().all(|token| token.top.len() == 3));
+        drop(neighbour);
+    }
     idle(&engine);
 }

@@ -293,7 +293,7 @@ impl Run {
                 position: 3,
                 history: Vec::new(),
                 prompt_tokens: 0,
-                mask: None,
+                ..SampleRow::default()
             })
             .collect();
         self.device

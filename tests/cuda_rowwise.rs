@@ -351,7 +351,7 @@ fn embeddings_are_scaled_rows_of_the_table_and_follow_what_was_sampled() {
             position: 1,
             history: Vec::new(),
             prompt_tokens: 0,
-            mask: None,
+            ..quell::sampling::SampleRow::default()
         };
         let pending = device.sample(&logits, &[row.clone(), row]).unwrap();
         let mut fed = batch(&[11, 0, 12, 0]);
@@ -476,4 +476,35 @@ fn operands_that_do_not_fit_are_refused() {
     assert!(device.rms_norm(&x, &weight, EPSILON, 2, &mut full).is_err());
     assert!(device.add(&mut full, &narrow, 1).is_err());
     assert!(device.softcap(&mut out, 30.0, 1).is_err());
+}
+
+#[test]
+fn pooled_rows_are_the_exact_sums_of_what_the_device_keeps() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(37);
+    for kind in TYPES {
+        let mut device = device(kind);
+        for columns in [8, 136, 520] {
+            let rows = 23;
+            let mut values = random.numbers(rows * columns);
+            values.iter_mut().for_each(|value| *value *= 100.0);
+            (values[3], values[columns + 7]) = (f32::NAN, -50_000.0);
+            let x = activations(&mut device, columns, &values);
+            let kept = device.values(&x, rows).unwrap();
+            let ranges = [0..1, 1..23, 5..5, 2..9, 9..23];
+            let expected = ranges.clone().map(|range| {
+                let mut sum = PooledRows::new(columns);
+                range.for_each(|row| sum.add_row(&kept[row * columns..][..columns]));
+                sum
+            });
+            let pooling = device.pool(&x, &ranges).unwrap();
+            // Another one is in flight when it is collected.
+            let next = device.pool(&x, &ranges[3..]).unwrap();
+            assert_eq!(device.collect_pooled(pooling).unwrap(), expected);
+            assert_eq!(device.collect_pooled(next).unwrap(), expected[3..]);
+            let unsound = |sum: &PooledRows| sum.mean().iter().filter(|v| v.is_nan()).count();
+            assert_eq!((unsound(&expected[0]), unsound(&expected[1])), (1, 1));
+            assert!(device.pool(&x, &[0..23, 2..24]).is_err());
+        }
+    }
 }

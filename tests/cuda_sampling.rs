@@ -66,7 +66,7 @@ impl Case {
             position: 7,
             history: Vec::new(),
             prompt_tokens: 0,
-            mask: None,
+            ..SampleRow::default()
         };
         Self { logits, row }
     }
@@ -238,6 +238,7 @@ fn case(random: &mut Random, vocabulary: usize) -> Case {
         history,
         prompt_tokens,
         mask,
+        ..SampleRow::default()
     };
     let mut case = Case { logits, row };
     if top_p && case.row.params.temperature > 0.0 {
@@ -640,4 +641,22 @@ fn more_rows_than_announced_are_refused() {
     let row = Case::plain(Vec::new(), SamplingParams::greedy()).row;
     assert!(device.sample(&tensor, &vec![row.clone(); rows]).is_err());
     assert!(device.sample(&tensor, &[row]).is_ok());
+}
+
+#[test]
+fn forced_tokens_are_reported_and_change_nothing_for_those_that_are_chosen() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(77);
+    for vocabulary in [1, 513, 5000] {
+        let mut device = device();
+        let cases: Vec<Case> = (0..40)
+            .map(|index| {
+                let mut case = case(&mut random, vocabulary);
+                let forced = index % 3 != 0;
+                case.row.forced = forced.then(|| random.below(vocabulary) as u32);
+                case
+            })
+            .collect();
+        check(&mut device, &cases);
+    }
 }

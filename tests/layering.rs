@@ -27,7 +27,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "cache", "config", "device", "id", "runner", "sampling", "schedule", "text",
         ],
     ),
-    ("server", &["engine", "sampling", "text"]),
+    ("server", &["engine", "id", "sampling", "text"]),
 ];
 
 fn source() -> PathBuf {

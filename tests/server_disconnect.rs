@@ -13,8 +13,7 @@ mod server;
 use http::{Connection, exchange, get, post};
 use quell::cache::BlockId;
 use quell::device::DeviceError;
-use quell::runner::{NullOptions, NullRunner, Runner};
-use quell::sampling::Sampled;
+use quell::runner::{NullOptions, NullRunner, Runner, StepOutput};
 use quell::schedule::{Sequences, StepPlan};
 use quell::server::{Metrics, ServerOptions};
 use quell::{Engine, EngineConfig, EngineStats, LoadError, LoadOptions};
@@ -46,7 +45,7 @@ impl Runner for SlowRunner {
         self.runner.launch(plan, sequences)
     }
 
-    fn collect(&mut self) -> Result<Vec<Sampled>, DeviceError> {
+    fn collect(&mut self) -> Result<StepOutput, DeviceError> {
         let _ = self.open.recv_timeout(STEP);
         self.runner.collect()
     }

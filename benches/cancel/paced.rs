@@ -2,8 +2,7 @@
 
 use quell::LoadError;
 use quell::device::DeviceError;
-use quell::runner::{NullOptions, NullRunner, Runner, RunnerInfo};
-use quell::sampling::Sampled;
+use quell::runner::{NullOptions, NullRunner, Runner, RunnerInfo, StepOutput};
 use quell::schedule::{Sequences, StepPlan};
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -45,7 +44,7 @@ impl Runner for PacedRunner {
         self.null.launch(plan, sequences)
     }
 
-    fn collect(&mut self) -> Result<Vec<Sampled>, DeviceError> {
+    fn collect(&mut self) -> Result<StepOutput, DeviceError> {
         if let Some(done) = self.done.pop_front() {
             while Instant::now() < done {
                 std::hint::spin_loop();

@@ -123,7 +123,7 @@ pub fn sampling(bench: &mut Bench, shape: &Shape) -> Result<(), DeviceError> {
                 position: 0,
                 history: Vec::new(),
                 prompt_tokens: 0,
-                mask: None,
+                ..SampleRow::default()
             };
             let sample_rows = vec![row; rows];
             let bytes = rows * shape.vocabulary * 4;

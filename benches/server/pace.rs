@@ -2,8 +2,7 @@
 
 use quell::LoadError;
 use quell::device::DeviceError;
-use quell::runner::{NullOptions, NullRunner, Runner, RunnerInfo};
-use quell::sampling::Sampled;
+use quell::runner::{NullOptions, NullRunner, Runner, RunnerInfo, StepOutput};
 use quell::schedule::{Sequences, StepPlan};
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -46,7 +45,7 @@ impl Runner for SleepingRunner {
         self.null.launch(plan, sequences)
     }
 
-    fn collect(&mut self) -> Result<Vec<Sampled>, DeviceError> {
+    fn collect(&mut self) -> Result<StepOutput, DeviceError> {
         if let Some(done) = self.done.pop_front() {
             std::thread::sleep(done.saturating_duration_since(Instant::now()));
         }

@@ -32,12 +32,13 @@ pub use transfer::{HostBlockId, HostBlocks, Transfers};
 use crate::id::StepId;
 use fence::Release;
 use prefix::PrefixCache;
+use serde::Serialize;
 use thiserror::Error;
 
 /// How the blocks of a cache are used at one moment.
 ///
 /// Invariant I3: `free + referenced + cached + deferred = total`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Books {
     /// Blocks in all.
     pub total: usize,
@@ -367,6 +368,11 @@ impl BlockCache {
             cached: self.pool.cached_blocks(),
             deferred: self.pool.deferred_blocks(),
         }
+    }
+
+    /// What each block is now, from the first to the last.
+    pub fn states(&self) -> impl Iterator<Item = BlockState> + '_ {
+        self.pool.states()
     }
 
     /// What can be found: every known block with its tokens.

@@ -101,6 +101,11 @@ impl Pool {
         self.state[block.index()]
     }
 
+    /// What each block is, from the first to the last.
+    pub fn states(&self) -> impl Iterator<Item = BlockState> + '_ {
+        self.state.iter().copied()
+    }
+
     /// How many tables hold a block.
     pub fn references(&self, block: BlockId) -> u32 {
         self.references[block.index()]

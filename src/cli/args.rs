@@ -29,6 +29,8 @@ pub enum CliError {
     Text(#[from] quell::text::TextError),
     #[error(transparent)]
     Chat(#[from] super::chat::ChatError),
+    #[error(transparent)]
+    ServerBench(#[from] super::bench::ServerBenchError),
     #[cfg(feature = "server")]
     #[error(transparent)]
     Serve(#[from] quell::server::ServeError),
@@ -60,13 +62,15 @@ pub enum CliError {
 }
 
 impl CliError {
-    /// 2 for a command line that makes no sense, 1 for anything else.
+    /// 2 for a command line that makes no sense, 130 for what Ctrl-C ended, 1 for anything
+    /// else.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Usage(_) => 2,
             Self::Submit(SubmitError::Params(_) | SubmitError::NoTokens) => 2,
             Self::Submit(SubmitError::EmptyStop { .. }) => 2,
             Self::Load(LoadError::Config { .. }) => 2,
+            Self::ServerBench(super::bench::ServerBenchError::Interrupted) => 130,
             _ => 1,
         }
     }

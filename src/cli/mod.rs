@@ -47,7 +47,7 @@ enum Command {
     Tokenize(tokenize::TokenizeArgs),
     /// Show what a model file holds and the memory that it needs.
     Inspect(inspect::InspectArgs),
-    /// Measure prefill and decode speed.
+    /// Measure prefill and decode speed, or a server under load.
     Bench(bench::BenchArgs),
 }
 
@@ -103,7 +103,7 @@ fn failure(error: &CliError) -> ExitCode {
 /// What is wrong with a command line.
 enum Mistake {
     Arguments(clap::Error),
-    Settings(CliError),
+    Settings(Box<CliError>),
 }
 
 /// The command line, with the environment and the settings file behind the flags of
@@ -115,12 +115,13 @@ fn parse() -> Result<Cli, Mistake> {
         let arguments: Vec<_> = std::env::args_os().skip(1).collect();
         if arguments.first().is_some_and(|first| first == "serve") {
             let file = settings::file(&arguments).map(settings::read).transpose();
-            let file = file.map_err(Mistake::Settings)?.unwrap_or_default();
+            let wrong = |error| Mistake::Settings(Box::new(error));
+            let file = file.map_err(wrong)?.unwrap_or_default();
             let serve = command
                 .find_subcommand("serve")
                 .cloned()
                 .unwrap_or_default();
-            let serve = settings::layered(serve, &file).map_err(Mistake::Settings)?;
+            let serve = settings::layered(serve, &file).map_err(wrong)?;
             command.mut_subcommand("serve", |_| serve)
         } else {
             command

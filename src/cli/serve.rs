@@ -64,6 +64,12 @@ struct HttpArgs {
     /// How long a client may leave its answer unread before it is cut off.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     write_timeout: u64,
+    /// Sessions that may be open at the same time; one more is refused.
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    max_sessions: usize,
+    /// How long a session may be left alone before it is ended.
+    #[arg(long, value_name = "SECONDS", default_value_t = 3600)]
+    session_ttl: u64,
     /// How long open requests may take to finish when the server is told to stop.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     drain_timeout: u64,
@@ -121,6 +127,7 @@ impl HttpArgs {
             ("--max-connections", self.max_connections),
             ("--max-body-mib", self.max_body_mib),
             ("--write-timeout", self.write_timeout as usize),
+            ("--session-ttl", self.session_ttl as usize),
         ] {
             if value == 0 {
                 let problem = format!("{flag} is 0, but must be at least 1");
@@ -142,6 +149,8 @@ impl HttpArgs {
         let seconds = |seconds| Duration::from_secs(seconds);
         options.request_timeout = (self.request_timeout > 0).then(|| seconds(self.request_timeout));
         options.write_timeout = seconds(self.write_timeout);
+        options.max_sessions = self.max_sessions;
+        options.session_ttl = seconds(self.session_ttl);
         options.drain_timeout = seconds(self.drain_timeout);
         Ok(options)
     }

@@ -21,6 +21,9 @@ mod blocks;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+mod pooling;
+
+pub use pooling::PooledRows;
 
 use crate::sampling::{SampleRow, Sampled};
 use crate::weights::DType;
@@ -373,6 +376,8 @@ pub trait Device: Sized + 'static {
     type HostBlocks;
     /// Samples on their way to the host.
     type Pending;
+    /// Sums of rows on their way to the host.
+    type Pooling;
 
     /// What this device is.
     fn info(&self) -> DeviceInfo;
@@ -560,6 +565,16 @@ pub trait Device: Sized + 'static {
 
     /// Waits for a step and gives its samples, in the order of its sample rows.
     fn collect(&mut self, pending: Self::Pending) -> Result<Vec<Sampled>, DeviceError>;
+
+    /// Adds up rows of `x`: a sum for each of `ranges`. Comes after [`Device::finish`].
+    fn pool(
+        &mut self,
+        x: &Self::Tensor,
+        ranges: &[std::ops::Range<usize>],
+    ) -> Result<Self::Pooling, DeviceError>;
+
+    /// Waits for a step and gives its sums, in the order of the ranges.
+    fn collect_pooled(&mut self, pooling: Self::Pooling) -> Result<Vec<PooledRows>, DeviceError>;
 
     /// Copies blocks, keys and values of all layers; a pair is a source and a target. No
     /// block may be a target twice, or a source and a target.

@@ -1,7 +1,7 @@
 //! The commands: the only way into the scheduler thread.
 
-use super::Drained;
 use super::deadlines::RequestDeadlines;
+use super::event::CancelReason;
 use super::event::Receipt;
 use super::event::{EventSender, SessionCell};
 use super::permit::Permit;
@@ -10,6 +10,7 @@ use super::stats::EngineStats;
 use super::sync::{Arc, Never, Sender};
 use super::turn::{Stop, Turn, TurnCell};
 use super::waiting::Reply;
+use super::{Drained, EngineSnapshot};
 use crate::id::SessionId;
 use crate::schedule::{Kept, SequenceSpec};
 use std::time::Instant;
@@ -22,6 +23,13 @@ pub(crate) enum Command {
     SubmitGroup(Vec<Submission>),
     /// Look at the session's cancel flag: the flag is the truth, this only wakes.
     Cancel(SessionId),
+    /// Cancel an open request by its id; no receipt if there is none.
+    CancelRequest {
+        id: SessionId,
+        reason: CancelReason,
+        posted_at: Instant,
+        reply: Reply<Option<Receipt>>,
+    },
     /// The session's reader has made room.
     Resume(SessionId),
     /// Stop the turn of a session.
@@ -48,6 +56,12 @@ pub(crate) enum Command {
     ClearPrefixes,
     /// Report the state; answered at once.
     Inspect(Sender<EngineStats>),
+    /// The same, for someone who waits without a thread.
+    InspectLater(Reply<EngineStats>),
+    /// Report the open requests with this label.
+    Find(Arc<str>, Reply<Vec<SessionId>>),
+    /// Report who is open, and whose each block is.
+    Snapshot(Reply<EngineSnapshot>),
     /// Cancel every session.
     AbortAll,
     /// Let open sessions finish until then, take no more, cancel the rest.
@@ -72,4 +86,6 @@ pub(crate) struct AccountSpec {
     pub deadlines: RequestDeadlines,
     /// Whose turn it is; none for a request on its own.
     pub turn: Option<Turn>,
+    /// What its caller knows it by.
+    pub label: Option<Arc<str>>,
 }

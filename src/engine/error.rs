@@ -26,6 +26,16 @@ pub enum SubmitError {
         /// `context length of the model`, or `size of the key-value cache`.
         limited_by: &'static str,
     },
+    /// A prompt that is not continued is too long itself.
+    #[error("the input has {tokens} tokens, but must have at most {limit}, the {limited_by}")]
+    InputTooLong {
+        /// Tokens of the input.
+        tokens: usize,
+        /// The most that there may be.
+        limit: usize,
+        /// `context length of the model`, or `size of the key-value cache`.
+        limited_by: &'static str,
+    },
     /// A token id of the prompt is not in the vocabulary.
     #[error("token {token} of the prompt is outside the vocabulary of {vocabulary} tokens")]
     UnknownToken {
@@ -38,11 +48,14 @@ pub enum SubmitError {
     #[error(transparent)]
     Params(#[from] ParamError),
     /// `max_tokens` is 0.
-    #[error("max_tokens is 0, but must be at least 1")]
+    #[error("max_tokens is 0, but must be at least 1 without prompt_logprobs")]
     NoTokens,
     /// No answer was asked for.
     #[error("samples is 0, but must be at least 1")]
     NoSamples,
+    /// The runner computes no embeddings.
+    #[error("this engine computes no embeddings: its runner has no hidden states")]
+    NoEmbeddings,
     /// A stop string is empty.
     #[error("stop string {index} is empty, but must have at least one character")]
     EmptyStop {

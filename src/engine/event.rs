@@ -5,7 +5,9 @@ use super::metrics::cleanup_failed;
 use super::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use super::sync::{Arc, AtomicWaker, OnceLock, Receiver, Sender, TrySendError, bounded};
 use super::waiting::Waiter;
+use crate::device::PooledRows;
 use crate::id::StepId;
+use crate::sampling::Sampled;
 use crate::schedule::FinishReason;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
@@ -117,7 +119,7 @@ impl Outcome {
     }
 }
 
-/// A generated token.
+/// A generated token; or one of a prompt, where its log-probability was asked for.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Token {
     /// Its id.
@@ -128,10 +130,47 @@ pub struct Token {
     pub top: Vec<(u32, f32)>,
 }
 
+impl From<Sampled> for Token {
+    fn from(sampled: Sampled) -> Self {
+        let Sampled {
+            token,
+            logprob,
+            top,
+        } = sampled;
+        Self {
+            id: token,
+            logprob,
+            top,
+        }
+    }
+}
+
+/// What a request learns of its prompt.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum PromptReport {
+    /// Its tokens, in order, with their log-probabilities.
+    Scores(Vec<Token>),
+    /// The sum of the last hidden states.
+    Sum(PooledRows),
+}
+
+impl PromptReport {
+    /// Adds what a later step has found.
+    pub fn add(&mut self, later: Self) {
+        match (self, later) {
+            (Self::Scores(tokens), Self::Scores(later)) => tokens.extend(later),
+            (Self::Sum(sum), Self::Sum(later)) => sum.merge(&later),
+            (report, later) => *report = later, // A request has one kind.
+        }
+    }
+}
+
 /// What a session's reader gets for one step: at most one message a step.
 #[derive(Debug)]
 pub(crate) struct Event {
     pub token: Option<Token>,
+    /// With the first token, or with the end if there is none.
+    pub report: Option<Box<PromptReport>>,
     pub terminal: Option<Terminal>,
     pub at: Instant,
 }

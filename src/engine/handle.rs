@@ -2,7 +2,7 @@
 
 use super::command::{AccountSpec, Command, Submission};
 use super::deadlines::RequestDeadlines;
-use super::event::{Receipt, SessionCell, channel};
+use super::event::{CancelReason, Receipt, SessionCell, channel};
 use super::metrics::EngineMetrics;
 use super::permit::Permit;
 use super::record::RequestRecord;
@@ -11,19 +11,19 @@ use super::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use super::sync::{Arc, OnceLock, Receiver, Sender, Weak, bounded, spawn, unbounded};
 use super::thread::SchedulerThread;
 use super::turn::Turn;
-use super::waiting::{Answer, EngineEnd, Reply, Waiters};
+use super::waiting::{Answer, Asked, EngineEnd, Reply, Waiters};
 use super::watchdog::{Heartbeat, Pulse, watch};
 use super::{
-    Draining, EngineFault, EngineStats, Health, Session, SessionOptions, Shutdown, ShuttingDown,
-    SubmitError, TokenStream,
+    Draining, EmbedRequest, EmbeddingFuture, EngineFault, EngineSnapshot, EngineStats, Health,
+    Session, SessionOptions, Shutdown, ShuttingDown, SubmitError, TokenStream,
 };
 use crate::cache::BlockCache;
 use crate::config::EngineConfig;
 use crate::id::SessionId;
 use crate::runner::limits;
 use crate::runner::{LoadError, LoadOptions, ModelFiles, Runner, RunnerInfo};
-use crate::sampling::{Constraint, ConstraintState, SamplingParams};
-use crate::schedule::{Policy, Scheduler, SequenceSpec};
+use crate::sampling::{Constraint, ConstraintState, ParamError, SamplingParams};
+use crate::schedule::{Policy, Scheduler, SequenceSpec, Task};
 use crate::text::{EncodeOptions, Message, RenderOptions, Tokenizer};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -75,8 +75,15 @@ impl From<Vec<Message>> for Prompt {
 pub struct Request {
     /// What to continue.
     pub prompt: Prompt,
-    /// At most this many new tokens; up to the context limit if `None`.
+    /// At most this many new tokens; up to the context limit if `None`. None at all, 0, if
+    /// [`Request::prompt_logprobs`] are all that is wanted.
     pub max_tokens: Option<usize>,
+    /// Asks for the log-probability of each token of the prompt after the first, under the
+    /// unmodified logits, with so many of the likeliest tokens in its place
+    /// ([`Chunk::prompt_logprobs`](crate::Chunk::prompt_logprobs)). The whole prompt is
+    /// computed then, also what the cache holds, and no more than `max_sequences` tokens of
+    /// it a step.
+    pub prompt_logprobs: Option<u32>,
     /// How to choose tokens.
     pub sampling: SamplingParams,
     /// Strings that end the answer; they are not part of it.
@@ -104,6 +111,9 @@ pub struct Request {
     ///
     /// [`Grammar`]: crate::text::Grammar
     pub constraint: Option<Box<dyn Constraint>>,
+    /// What the caller knows it by: its span and [`Engine::snapshot`] show it, and
+    /// [`Engine::find`] looks for it. Requests may have the same.
+    pub label: Option<Arc<str>>,
 }
 
 impl Request {
@@ -113,6 +123,7 @@ impl Request {
         Self {
             prompt: prompt.into(),
             max_tokens: None,
+            prompt_logprobs: None,
             sampling: SamplingParams::default(),
             stop: Vec::new(),
             stop_token_ids: Vec::new(),
@@ -123,6 +134,7 @@ impl Request {
             priority: 0,
             tenant: None,
             constraint: None,
+            label: None,
         }
     }
 
@@ -130,6 +142,19 @@ impl Request {
     pub fn max_tokens(mut self, tokens: usize) -> Self {
         self.max_tokens = Some(tokens);
         self
+    }
+
+    /// Asks for the log-probabilities of the prompt, with so many of the likeliest tokens
+    /// in the place of each.
+    pub fn prompt_logprobs(mut self, top: u32) -> Self {
+        self.prompt_logprobs = Some(top);
+        self
+    }
+
+    /// What is wanted of its sequence.
+    fn task(&self) -> Task {
+        let score = |top| Task::Score { top };
+        self.prompt_logprobs.map_or(Task::Generate, score)
     }
 
     /// Sets how to choose tokens.
@@ -165,6 +190,12 @@ impl Request {
     /// Sets what holds the answer to a form.
     pub fn constraint(mut self, constraint: impl Into<Box<dyn Constraint>>) -> Self {
         self.constraint = Some(constraint.into());
+        self
+    }
+
+    /// Sets what the caller knows it by.
+    pub fn label(mut self, label: impl Into<Arc<str>>) -> Self {
+        self.label = Some(label.into());
         self
     }
 
@@ -472,7 +503,8 @@ impl Engine {
         let prepared = (0..samples as u64).map(|index| {
             let mut request = request.clone();
             request.sampling.seed = seed.wrapping_add(index);
-            self.prepare(request, None)
+            let task = request.task();
+            self.prepare(request, task, None)
         });
         let prepared = prepared.collect::<Result<Vec<_>, _>>()?;
         let (streams, submissions) = prepared.into_iter().unzip();
@@ -486,9 +518,35 @@ impl Engine {
         request: Request,
         turn: Option<Turn>,
     ) -> Result<TokenStream, SubmitError> {
-        let (stream, submission) = self.prepare(request, turn)?;
+        let task = request.task();
+        let (stream, submission) = self.prepare(request, task, turn)?;
         self.post(Command::Submit(Box::new(submission)))?;
         Ok(stream)
+    }
+
+    /// Submits a prompt to be embedded, as [`Engine::generate`] submits one to be
+    /// continued: it shares the steps and the cache with the others, and dropping the
+    /// future cancels. A text is tokenized as a prompt is, special tokens included.
+    pub fn embed(&self, request: EmbedRequest) -> Result<EmbeddingFuture, SubmitError> {
+        if self.shared.info.embedding.is_none() {
+            return Err(SubmitError::NoEmbeddings);
+        }
+        let EmbedRequest {
+            prompt,
+            finish_within,
+            priority,
+            tenant,
+        } = request;
+        let request = Request {
+            max_tokens: Some(0),
+            finish_within,
+            priority,
+            tenant,
+            ..Request::new(prompt)
+        };
+        let (stream, submission) = self.prepare(request, Task::Embed, None)?;
+        self.post(Command::Submit(Box::new(submission)))?;
+        Ok(EmbeddingFuture::new(stream))
     }
 
     /// Refuses if the engine has ended.
@@ -513,6 +571,7 @@ impl Engine {
     fn prepare(
         &self,
         request: Request,
+        task: Task,
         turn: Option<Turn>,
     ) -> Result<(TokenStream, Submission), SubmitError> {
         self.require_open()?;
@@ -520,7 +579,7 @@ impl Engine {
             return Err(SubmitError::Draining);
         }
         let prompt = self.tokenize(&request.prompt)?;
-        let mut spec = self.sequence_spec(&request, prompt)?;
+        let mut spec = self.sequence_spec(&request, task, prompt)?;
         spec.session = turn.as_ref().map(|turn| turn.session);
         let text = match &self.shared.tokenizer {
             Some(tokenizer) => Some(TextState::new(
@@ -542,7 +601,9 @@ impl Engine {
         let waiter: Weak<SessionCell> = Arc::downgrade(&cell);
         self.shared.waiters.add(waiter);
         let submitted = Instant::now();
-        let span = tracing::info_span!(target: "quell::request", "request", id = id.as_u64());
+        let label = request.label.as_deref();
+        let span =
+            tracing::info_span!(target: "quell::request", "request", id = id.as_u64(), label);
         // Beyond the end of time means without a deadline.
         let after = |time: Option<Duration>| submitted.checked_add(time?);
         let deadlines = RequestDeadlines {
@@ -573,6 +634,7 @@ impl Engine {
             record,
             deadlines,
             turn,
+            label: request.label,
         };
         Ok((stream, Submission { id, spec, account }))
     }
@@ -622,6 +684,46 @@ impl Engine {
         self.ask(Command::Inspect)
     }
 
+    /// As [`Engine::stats`], for async callers: it waits for nobody before it is awaited.
+    pub fn inspect(&self) -> Asked<EngineStats> {
+        self.put(Command::InspectLater)
+    }
+
+    /// Who is open, whose each block of the key-value cache is, and who ended last.
+    /// Costs the scheduler thread time in the number of blocks and open requests, and
+    /// nothing when nobody asks.
+    pub fn snapshot(&self) -> Asked<EngineSnapshot> {
+        self.put(Command::Snapshot)
+    }
+
+    /// Cancels an open request by its id, whoever holds its stream, which ends as
+    /// [`Outcome::Cancelled`](crate::Outcome::Cancelled) with this reason. Posted before
+    /// this returns; the answer is the receipt of its end when its blocks are free, or
+    /// `None` when no request with this id is open: it has ended, or there never was one.
+    /// A second cancel changes nothing.
+    pub fn cancel_request(&self, id: SessionId, reason: CancelReason) -> Asked<Option<Receipt>> {
+        let posted_at = Instant::now();
+        self.put(|reply| Command::CancelRequest {
+            id,
+            reason: reason.of_a_caller(),
+            posted_at,
+            reply,
+        })
+    }
+
+    /// The open requests with this label, in the order of their ids.
+    pub fn find(&self, label: impl Into<Arc<str>>) -> Asked<Vec<SessionId>> {
+        self.put(|reply| Command::Find(label.into(), reply))
+    }
+
+    /// Posts a question whose answer can be awaited.
+    fn put<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Asked<T> {
+        let (reply, answer) = Answer::channel(&self.shared.end, &self.shared.waiters);
+        // A closed engine answers nothing; the reply, dropped, says so.
+        let _ = self.commands.send(command(reply));
+        Asked::new(answer)
+    }
+
     /// Forgets the prefixes that no request holds; what sessions keep stays.
     pub fn clear_prefix_cache(&self) -> Result<(), SubmitError> {
         self.post(Command::ClearPrefixes)
@@ -660,11 +762,21 @@ impl Engine {
     fn sequence_spec(
         &self,
         request: &Request,
+        task: Task,
         prompt: Vec<u32>,
     ) -> Result<SequenceSpec, SubmitError> {
         let vocabulary = self.shared.info.vocabulary;
         request.sampling.validate(vocabulary)?;
-        if request.max_tokens == Some(0) {
+        let top = request.prompt_logprobs.unwrap_or(0);
+        if top > SamplingParams::MAX_LOGPROBS {
+            return Err(SubmitError::Params(ParamError {
+                name: "prompt_logprobs",
+                value: top.to_string(),
+                expected: "at most 1024",
+            }));
+        }
+        let continued = request.max_tokens != Some(0);
+        if !continued && task == Task::Generate {
             return Err(SubmitError::NoTokens);
         }
         if let Some(index) = request.stop.iter().position(String::is_empty) {
@@ -674,9 +786,17 @@ impl Engine {
             return Err(SubmitError::EmptyPrompt);
         }
         let (limit, limited_by) = self.shared.limit;
-        if prompt.len() >= limit {
+        let tokens = prompt.len();
+        if continued && tokens >= limit {
             return Err(SubmitError::PromptTooLong {
-                tokens: prompt.len(),
+                tokens,
+                limit,
+                limited_by,
+            });
+        }
+        if tokens > limit {
+            return Err(SubmitError::InputTooLong {
+                tokens,
                 limit,
                 limited_by,
             });
@@ -697,6 +817,7 @@ impl Engine {
         Ok(SequenceSpec {
             max_tokens: limit.min(prompt.len().saturating_add(answer)),
             prompt,
+            task,
             params: Arc::new(request.sampling.clone()),
             stop_tokens: stop_tokens.into(),
             priority: request.priority,

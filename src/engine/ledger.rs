@@ -6,7 +6,7 @@
 
 use super::command::AccountSpec;
 use super::deadlines::{Deadlines, Due, RequestDeadlines};
-use super::event::{Event, EventSender, Receipt, SessionCell, Terminal, Token};
+use super::event::{Event, EventSender, PromptReport, Receipt, SessionCell, Terminal, Token};
 use super::metrics::{EndKind, EngineMetrics};
 use super::permit::Permit;
 use super::record::RequestRecord;
@@ -17,7 +17,7 @@ use super::turn::Turn;
 use super::waiting::Reply;
 use crate::id::{SessionId, StepId};
 use crate::schedule::{FinishReason, SequenceKey};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
 
 /// An open request.
@@ -31,10 +31,31 @@ struct Account {
     deadlines: RequestDeadlines,
     /// The token of this step, until the flush.
     token: Option<Token>,
+    /// What is known of its prompt, until it is sent.
+    report: Option<Box<PromptReport>>,
     /// The session's turn that it is.
     turn: Option<Turn>,
+    /// What its caller knows it by.
+    label: Option<Arc<str>>,
     /// Who else waits for the receipt.
-    replies: Vec<Reply<Receipt>>,
+    replies: Vec<ReceiptReply>,
+}
+
+/// Who waits for the receipt of a request, beside the owner of its stream.
+pub(super) enum ReceiptReply {
+    /// Its session, which has stopped it.
+    Session(Reply<Receipt>),
+    /// Who has cancelled it by its id.
+    Request(Reply<Option<Receipt>>),
+}
+
+impl ReceiptReply {
+    fn send(self, receipt: Receipt) {
+        match self {
+            Self::Session(reply) => reply.send(receipt),
+            Self::Request(reply) => reply.send(Some(receipt)),
+        }
+    }
 }
 
 /// A session that has ended, or a turn of it that was stopped, and whose blocks a step
@@ -47,6 +68,7 @@ struct ClosingSession {
 
 /// A request that has ended and whose blocks a step in flight may still touch.
 struct Closing {
+    id: SessionId,
     key: SequenceKey,
     fence: StepId,
     events: EventSender,
@@ -54,12 +76,23 @@ struct Closing {
     record: RequestRecord,
     end: EndKind,
     ended_at: Instant,
-    replies: Vec<Reply<Receipt>>,
+    replies: Vec<ReceiptReply>,
 }
+
+/// A request that has ended and whose blocks are free.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ended {
+    pub id: SessionId,
+    pub end: EndKind,
+    pub receipt: Receipt,
+}
+
+/// How many of the last ends are remembered.
+const RECENT_ENDS: usize = 64;
 
 impl Closing {
     /// The blocks are free: the receipt goes out, and the end is reported.
-    fn settle(mut self, step: StepId, freed_at: Instant, metrics: &EngineMetrics) {
+    fn settle(mut self, step: StepId, freed_at: Instant, metrics: &EngineMetrics) -> Ended {
         self.receipt.step = step;
         self.receipt.freed_at = freed_at;
         if self.end.cancel_reason().is_some() {
@@ -72,6 +105,11 @@ impl Closing {
             reply.send(self.receipt);
         }
         self.events.send_receipt(self.receipt);
+        Ended {
+            id: self.id,
+            end: self.end,
+            receipt: self.receipt,
+        }
     }
 }
 
@@ -96,6 +134,8 @@ pub(super) struct Ledger {
     dirty: Vec<SequenceKey>,
     deadlines: Deadlines,
     outcomes: Outcomes,
+    /// The last ends, the oldest first.
+    recent: VecDeque<Ended>,
 }
 
 impl Ledger {
@@ -111,6 +151,7 @@ impl Ledger {
             dirty: Vec::new(),
             deadlines: Deadlines::default(),
             outcomes: Outcomes::default(),
+            recent: VecDeque::with_capacity(RECENT_ENDS),
         }
     }
 
@@ -137,10 +178,30 @@ impl Ledger {
     }
 
     /// Gives one more receipt when an open request has ended.
-    pub fn add_reply(&mut self, key: SequenceKey, reply: Reply<Receipt>) {
+    pub fn add_reply(&mut self, key: SequenceKey, reply: ReceiptReply) {
         if let Some(account) = self.open.get_mut(&key) {
             account.replies.push(reply);
         }
+    }
+
+    /// When an open request was submitted, and what its caller knows it by.
+    pub fn known_of(&self, key: SequenceKey) -> Option<(Instant, Option<&Arc<str>>)> {
+        let account = self.open.get(&key)?;
+        Some((account.record.submitted(), account.label.as_ref()))
+    }
+
+    /// The open requests with this label, in the order of their ids.
+    pub fn labelled(&self, label: &str) -> Vec<SessionId> {
+        let labelled = |account: &&Account| account.label.as_deref() == Some(label);
+        let found = self.open.values().filter(labelled);
+        let mut ids: Vec<SessionId> = found.map(|account| account.id).collect();
+        ids.sort_unstable();
+        ids
+    }
+
+    /// The last ends, the oldest first.
+    pub fn recent_ends(&self) -> impl DoubleEndedIterator<Item = &Ended> {
+        self.recent.iter()
     }
 
     /// Gives a receipt when step `fence` has completed.
@@ -176,6 +237,7 @@ impl Ledger {
             record,
             deadlines,
             turn,
+            label,
         } = spec;
         let deadlines = self.deadlines.add(key, deadlines);
         self.outcomes.accepted += 1;
@@ -192,7 +254,9 @@ impl Ledger {
             record,
             deadlines,
             token: None,
+            report: None,
             turn,
+            label,
             replies: Vec::new(),
         };
         self.open.insert(key, account);
@@ -204,6 +268,17 @@ impl Ledger {
             account.record.started(at, cached_tokens);
             let cached = &account.cell.cached_tokens;
             cached.store(cached_tokens, Ordering::Release);
+        }
+    }
+
+    /// Books what a step has found of a prompt; it is sent with the first token, or with
+    /// the terminal.
+    pub fn report(&mut self, key: SequenceKey, report: PromptReport) {
+        if let Some(account) = self.open.get_mut(&key) {
+            match &mut account.report {
+                Some(known) => known.add(report),
+                None => account.report = Some(Box::new(report)),
+            }
         }
     }
 
@@ -273,10 +348,9 @@ impl Ledger {
                 .cancel_ended(at.saturating_duration_since(posted_at));
         }
         // A cancelled request's last token is dropped: no token follows a cancel.
-        let token = account
-            .token
-            .take()
-            .filter(|_| matches!(terminal, Terminal::Finished(_)));
+        let finished = matches!(terminal, Terminal::Finished(_));
+        let token = account.token.take().filter(|_| finished);
+        let report = account.report.take().filter(|_| finished);
         if token.is_some() {
             account.record.token(at, &self.metrics);
         }
@@ -284,10 +358,12 @@ impl Ledger {
         drop(account.permit);
         account.events.send(Event {
             token,
+            report,
             terminal: Some(terminal),
             at,
         });
         self.closing.push(Closing {
+            id: account.id,
             key: account.key,
             fence: remains.fence,
             receipt: Receipt {
@@ -315,7 +391,11 @@ impl Ledger {
         let freed_at = Instant::now();
         let free = |closing: &mut Closing| closing.fence <= completed;
         for closing in self.closing.extract_if(.., free) {
-            closing.settle(completed, freed_at, &self.metrics);
+            let ended = closing.settle(completed, freed_at, &self.metrics);
+            if self.recent.len() == RECENT_ENDS {
+                self.recent.pop_front();
+            }
+            self.recent.push_back(ended);
         }
         let free = |closing: &mut ClosingSession| closing.fence <= completed;
         for closing in self.closing_sessions.extract_if(.., free) {
@@ -351,6 +431,7 @@ impl Ledger {
             account.record.token(at, &self.metrics);
             account.events.send(Event {
                 token: Some(token),
+                report: account.report.take(),
                 terminal: None,
                 at,
             });
@@ -397,6 +478,7 @@ mod tests {
                 pin: None,
                 cell: Arc::default(),
             }),
+            label: None,
         };
         ledger.open(key, SessionId(id), spec);
         receiver

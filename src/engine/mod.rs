@@ -7,6 +7,7 @@
 
 mod command;
 mod deadlines;
+mod embedding;
 mod ending;
 mod error;
 mod event;
@@ -16,6 +17,7 @@ mod metrics;
 mod permit;
 mod record;
 mod session;
+mod snapshot;
 mod stats;
 mod stream;
 mod sync;
@@ -24,12 +26,17 @@ mod turn;
 mod waiting;
 mod watchdog;
 
+pub use embedding::{EmbedRequest, Embedding, EmbeddingFuture};
 pub use ending::{Drained, Draining, Shutdown, ShuttingDown};
 pub use error::{EngineFault, GenerateError, SubmitError};
 pub use event::{CancelReason, Outcome, Receipt, Token};
 pub use handle::{Engine, Prompt, Request};
 pub use session::{Session, SessionOptions};
+pub use snapshot::{
+    BlockMap, BlockUse, EngineSnapshot, RequestEnd, RequestPhase, RequestState, SessionState,
+};
 pub use stats::{EngineStats, Outcomes};
 pub use stream::{Cancellation, Chunk, Finish, Generation, Timing, TokenStream};
 pub use turn::Stop;
+pub use waiting::Asked;
 pub use watchdog::{Health, HealthStatus};

@@ -100,6 +100,11 @@ impl Session {
         state.context.len()
     }
 
+    /// Whether a turn is generating.
+    pub fn is_generating(&self) -> bool {
+        !self.state().settle()
+    }
+
     /// What the engine keeps of this session now; waits for the scheduler thread, at
     /// most for one step. During a turn it is the turn that holds the blocks.
     pub fn kept(&self) -> Result<Kept, SubmitError> {
@@ -111,18 +116,32 @@ impl Session {
     /// place of the turns before it, and what it has in common with them is not computed
     /// again. Refused with [`SubmitError::Conflict`] while another turn of this session
     /// is generating.
-    pub fn generate(&self, mut request: Request) -> Result<TokenStream, SubmitError> {
+    pub fn generate(&self, request: Request) -> Result<TokenStream, SubmitError> {
+        let whole = matches!(
+            request.prompt,
+            Prompt::Chat(_) | Prompt::Conversation { .. }
+        );
+        self.turn(request, whole)
+    }
+
+    /// As [`Session::generate`], for a prompt that is the whole context, whatever it is
+    /// written as: it takes the place of the turns before it.
+    pub fn generate_anew(&self, request: Request) -> Result<TokenStream, SubmitError> {
+        self.turn(request, true)
+    }
+
+    fn turn(&self, mut request: Request, whole: bool) -> Result<TokenStream, SubmitError> {
         // Tokens that begin a text belong to the first turn only.
-        let first = self.idle()?.context.is_empty();
+        let first = whole || self.idle()?.context.is_empty();
         // Not under the lock: it may take a while.
         let new = self.engine.tokenize_part(&request.prompt, first)?;
         let mut state = self.idle()?;
-        if state.context.is_empty() != first {
+        if !whole && state.context.is_empty() != first {
             return Err(SubmitError::Conflict);
         }
-        request.prompt = Prompt::Tokens(match request.prompt {
-            Prompt::Chat(_) | Prompt::Conversation { .. } => new,
-            Prompt::Text(_) | Prompt::Tokens(_) => [state.context.as_slice(), &new].concat(),
+        request.prompt = Prompt::Tokens(match whole {
+            true => new,
+            false => [state.context.as_slice(), &new].concat(),
         });
         let cell = Arc::new(TurnCell::default());
         let turn = Turn {
@@ -186,6 +205,12 @@ impl Session {
     /// returns; the future is the acknowledgement.
     pub fn end(mut self) -> Cancellation {
         self.ended = true;
+        self.post_end()
+    }
+
+    /// As [`Session::end`], for one that others hold as well; a turn that they begin
+    /// later ends when the session is dropped.
+    pub(crate) fn post_end(&self) -> Cancellation {
         let (session, posted_at) = (self.id, Instant::now());
         self.engine.acknowledged(|reply| Command::EndSession {
             session,

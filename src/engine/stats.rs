@@ -2,9 +2,10 @@
 
 use crate::cache::Books;
 use crate::id::StepId;
+use serde::Serialize;
 
 /// How many requests were accepted, and how they ended.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Outcomes {
     /// Requests accepted by the scheduler thread.
     pub accepted: u64,
@@ -19,7 +20,7 @@ pub struct Outcomes {
 }
 
 /// The state of an engine at one moment, read off its books.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct EngineStats {
     /// Use of the key-value cache.
     pub blocks: Books,

@@ -2,7 +2,8 @@
 
 use super::command::Command;
 use super::event::{
-    CancelReason, Event, EventReceiver, Outcome, Receipt, SessionCell, Terminal, Token, has_room,
+    CancelReason, Event, EventReceiver, Outcome, PromptReport, Receipt, SessionCell, Terminal,
+    Token, has_room,
 };
 use super::metrics::{EngineMetrics, Noop};
 use super::sync::atomic::Ordering;
@@ -10,6 +11,7 @@ use super::sync::{Arc, Receiver, Sender};
 use super::turn::TurnCell;
 use super::waiting::{Answer, EngineEnd};
 use super::{EngineFault, GenerateError};
+use crate::device::PooledRows;
 use crate::id::SessionId;
 use crate::schedule::FinishReason;
 use crate::text::{Detokenizer, StopMatcher, Tokenizer};
@@ -27,6 +29,10 @@ pub struct Chunk {
     pub text: String,
     /// The token of this step, if the message carries one.
     pub token: Option<Token>,
+    /// The prompt's tokens after the first with their log-probabilities, if they were
+    /// asked for ([`Request::prompt_logprobs`](crate::Request::prompt_logprobs)): with the
+    /// first token, or with the end where none is generated.
+    pub prompt_logprobs: Option<Vec<Token>>,
     /// In the last chunk: how the request ended.
     pub finish: Option<Finish>,
 }
@@ -72,6 +78,8 @@ pub struct Generation {
     pub text: Option<String>,
     /// The answer's tokens, a final stop token included.
     pub tokens: Vec<Token>,
+    /// The prompt's tokens after the first, if their log-probabilities were asked for.
+    pub prompt_logprobs: Option<Vec<Token>>,
     /// How it ended.
     pub finish: Finish,
 }
@@ -118,6 +126,8 @@ pub struct TokenStream {
     parts: StreamParts,
     /// Kept for a session, which continues from them.
     answer: Vec<u32>,
+    /// Of an embedding.
+    sum: Option<PooledRows>,
     first_token: Option<Duration>,
     generated: usize,
     ended: bool,
@@ -140,6 +150,7 @@ impl TokenStream {
         Self {
             parts,
             answer: Vec::new(),
+            sum: None,
             first_token: None,
             generated: 0,
             ended: false,
@@ -231,6 +242,11 @@ impl TokenStream {
         self.parts.receiver.events.clone()
     }
 
+    /// The sum of the prompt's hidden states, once it has come; given away once.
+    pub(super) fn take_sum(&mut self) -> Option<PooledRows> {
+        self.sum.take()
+    }
+
     /// Raises the flag and posts the wake-up, once. Never blocks, never fails: when
     /// the engine is gone, there is nothing left to cancel.
     fn post_cancel(&mut self, reason: CancelReason) {
@@ -258,6 +274,14 @@ impl TokenStream {
     /// Makes a chunk of an event.
     fn take(&mut self, event: Event) -> Result<Chunk, GenerateError> {
         self.resume_if_paused();
+        let prompt_logprobs = match event.report.map(|report| *report) {
+            Some(PromptReport::Scores(tokens)) => Some(tokens),
+            Some(PromptReport::Sum(sum)) => {
+                self.sum = Some(sum);
+                None
+            }
+            None => None,
+        };
         let mut text = String::new();
         let mut matched = false;
         if let Some(token) = &event.token {
@@ -328,6 +352,7 @@ impl TokenStream {
         Ok(Chunk {
             text,
             token: event.token,
+            prompt_logprobs,
             finish,
         })
     }
@@ -401,6 +426,7 @@ struct Collector {
     prompt_ids: Vec<u32>,
     text: Option<String>,
     tokens: Vec<Token>,
+    prompt_logprobs: Option<Vec<Token>>,
 }
 
 impl Collector {
@@ -409,6 +435,7 @@ impl Collector {
             prompt_ids: stream.parts.prompt.clone(),
             text: stream.parts.text.as_ref().map(|_| String::new()),
             tokens: Vec::new(),
+            prompt_logprobs: None,
         }
     }
 
@@ -424,6 +451,7 @@ impl Collector {
             text.push_str(&chunk.text);
         }
         self.tokens.extend(chunk.token);
+        self.prompt_logprobs = chunk.prompt_logprobs.or(self.prompt_logprobs.take());
         let Some(finish) = chunk.finish else {
             return Ok(None);
         };
@@ -434,6 +462,7 @@ impl Collector {
             prompt_ids: std::mem::take(&mut self.prompt_ids),
             text: self.text.take(),
             tokens: std::mem::take(&mut self.tokens),
+            prompt_logprobs: self.prompt_logprobs.take(),
             finish,
         }))
     }

@@ -2,9 +2,10 @@
 
 use super::command::{Command, Submission};
 use super::deadlines::Due;
-use super::event::{CancelReason, Receipt, SessionCell, Terminal, Token};
-use super::ledger::{Ledger, Remains};
+use super::event::{CancelReason, PromptReport, Receipt, SessionCell, Terminal, Token};
+use super::ledger::{Ledger, ReceiptReply, Remains};
 use super::metrics::{EngineMetrics, Noop, Phase, cleanup_failed};
+use super::snapshot;
 use super::stats::EngineStats;
 use super::sync::{Arc, Never, OnceLock, Receiver, RecvTimeoutError, TryRecvError};
 use super::turn::{Stop, TurnCell, TurnEnd};
@@ -14,10 +15,10 @@ use super::{Drained, EngineFault};
 use crate::config::EngineConfig;
 use crate::device::DeviceError;
 use crate::id::{SessionId, StepId};
-use crate::runner::Runner;
+use crate::runner::{Runner, StepOutput};
 use crate::sampling::ConstraintError;
 use crate::schedule::{
-    Commit, Fate, FinishReason, PlanItem, Scheduler, Sequence, SequenceKey, StepPlan,
+    Commit, Fate, FinishReason, PlanItem, Report, Scheduler, Sequence, SequenceKey, StepPlan, Task,
 };
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
@@ -353,6 +354,24 @@ impl SchedulerThread {
                 }
                 None => self.metrics.noop(Noop::AlreadyEnded),
             },
+            Command::CancelRequest {
+                id,
+                reason,
+                posted_at,
+                reply,
+            } => match self.ledger.key_of(id) {
+                Some(key) => {
+                    self.ledger.add_reply(key, ReceiptReply::Request(reply));
+                    if let Some(cell) = self.ledger.cell_of(key) {
+                        cell.cancel_at(reason, posted_at);
+                    }
+                    self.apply_cancel(key);
+                }
+                None => {
+                    self.metrics.noop(Noop::AlreadyEnded);
+                    reply.send(None);
+                }
+            },
             Command::Resume(id) => {
                 if let Some(key) = self.ledger.key_of(id) {
                     self.scheduler.set_paused(key, false);
@@ -385,6 +404,15 @@ impl SchedulerThread {
                 // The asker may be gone; that is its affair.
                 let _ = reply.try_send(self.stats());
             }
+            Command::InspectLater(reply) => {
+                self.publish();
+                reply.send(self.stats());
+            }
+            Command::Find(label, reply) => reply.send(self.ledger.labelled(&label)),
+            Command::Snapshot(reply) => {
+                self.publish();
+                reply.send(snapshot::take(&self.scheduler, &self.ledger, self.stats()));
+            }
             Command::AbortAll => self.cancel_all(CancelReason::AbortAll),
             Command::Drain(until, reply) => self.begin_drain(until, Some(reply)),
             Command::Shutdown(until, reply) => {
@@ -398,8 +426,13 @@ impl SchedulerThread {
     fn submit(&mut self, submission: Submission, leader: Option<SequenceKey>) -> SequenceKey {
         let Submission { id, spec, account } = submission;
         self.prompt_tokens += spec.prompt.len() as u64;
+        let scores = matches!(spec.task, Task::Score { .. });
         let key = self.scheduler.add_follower(id, spec, leader);
         self.ledger.open(key, id, account);
+        if scores {
+            // Also if there will be nothing in it.
+            self.ledger.report(key, PromptReport::Scores(Vec::new()));
+        }
         // Cancelled on the way here: it never runs (I5).
         let cell = self.ledger.cell_of(key);
         if cell.and_then(SessionCell::cancelled) == Some(CancelReason::StreamDropped) {
@@ -434,7 +467,7 @@ impl SchedulerThread {
         }
         match open {
             Some(key) => {
-                self.ledger.add_reply(key, reply);
+                self.ledger.add_reply(key, ReceiptReply::Session(reply));
                 if let Some(cell) = self.ledger.cell_of(key) {
                     cell.cancel_at(CancelReason::SessionStopped, posted_at);
                 }
@@ -647,31 +680,10 @@ impl SchedulerThread {
         }
         self.pass_time();
         let failed = match outcome {
-            Ok(samples) if samples.len() != plan.samples().count() => {
-                let error = DeviceError::Failed {
-                    device: "runner",
-                    operation: "collect",
-                    reason: format!(
-                        "{} samples for a step of {}",
-                        samples.len(),
-                        plan.samples().count()
-                    ),
-                };
-                self.fail_step(&plan, &error);
-                Ok(())
-            }
-            Ok(samples) => {
-                // Before any item ends: its complete blocks are worth keeping.
-                self.scheduler.written(&plan);
-                for (item, sample) in plan.samples().zip(samples) {
-                    self.commit(
-                        item.key,
-                        Token {
-                            id: sample.token,
-                            logprob: sample.logprob,
-                            top: sample.top,
-                        },
-                    );
+            Ok(output) => {
+                match complete(&plan, &output) {
+                    Ok(()) => self.commit_step(&plan, output),
+                    Err(error) => self.fail_step(&plan, &error),
                 }
                 Ok(())
             }
@@ -688,6 +700,42 @@ impl SchedulerThread {
             self.scheduler.audit()?;
         }
         failed
+    }
+
+    /// Gives what a step has computed to those whose rows were in it.
+    fn commit_step(&mut self, plan: &StepPlan, output: StepOutput) {
+        // Before any item ends: its complete blocks are worth keeping.
+        self.scheduler.written(plan);
+        let mut samples = output.samples.into_iter().map(Token::from);
+        let mut sums = output.sums.into_iter();
+        for item in &plan.items {
+            let report = match &item.report {
+                Report::Nothing => None,
+                Report::Scores(rows) => {
+                    let scores = samples.by_ref().take(rows.len());
+                    Some(PromptReport::Scores(scores.collect()))
+                }
+                Report::Sum(_) => sums.next().map(PromptReport::Sum),
+            };
+            if let Some(report) = report {
+                self.ledger.report(item.key, report);
+            }
+            if let Some(token) = item.sample.then(|| samples.next()).flatten() {
+                self.commit(item.key, token);
+            }
+            if item.end {
+                self.commit_end(item.key);
+            }
+        }
+    }
+
+    /// Ends a sequence that ends with its prompt, unless it is cancelled.
+    fn commit_end(&mut self, key: SequenceKey) {
+        if self.apply_cancel(key).is_none()
+            && let Commit::Finished(reason) = self.scheduler.commit_end(key)
+        {
+            self.end(key, Terminal::Finished(reason));
+        }
     }
 
     fn commit(&mut self, key: SequenceKey, token: Token) {
@@ -714,13 +762,13 @@ impl SchedulerThread {
         }
     }
 
-    /// Learns how fast prompts are computed. A step without samples may not have been
+    /// Learns how fast prompts are computed. A step without results may not have been
     /// waited for: its rows count with the next one that has some.
     fn observe(&mut self, plan: &StepPlan, now: Instant) {
         let prompts = plan.items.iter().filter(|item| item.count > 1);
         self.prompt_rows += prompts.map(|item| item.count).sum::<usize>();
         self.rows += plan.rows();
-        if plan.samples().next().is_none() {
+        if plan.sample_count() == 0 && plan.sums().next().is_none() {
             return;
         }
         let took = now.saturating_duration_since(self.step_began);
@@ -828,6 +876,23 @@ impl SchedulerThread {
             steps: self.completed,
         }
     }
+}
+
+/// Fails unless a step has given all that was wanted of it.
+fn complete(plan: &StepPlan, output: &StepOutput) -> Result<(), DeviceError> {
+    let given = (output.samples.len(), output.sums.len());
+    let wanted = (plan.sample_count(), plan.sums().count());
+    if given == wanted {
+        return Ok(());
+    }
+    Err(DeviceError::Failed {
+        device: "runner",
+        operation: "collect",
+        reason: format!(
+            "{} samples and {} sums for a step of {} and {}",
+            given.0, given.1, wanted.0, wanted.1
+        ),
+    })
 }
 
 fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {

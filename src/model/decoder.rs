@@ -6,6 +6,7 @@ use crate::device::{
     AttentionSpec, Batch, Device, DeviceError, Finished, LinearSpec, Precision, QkNorm, RopeSpec,
     RoutingSpec, Staged,
 };
+use std::ops::Range;
 
 /// A layer's weights on a device.
 struct Layer<D: Device> {
@@ -195,6 +196,22 @@ impl<D: Device> Decoder<D> {
             device.add(&mut self.workspace.residual, &self.workspace.delta, rows)?;
         }
         self.logits(device, batch.sample_rows.len())
+    }
+
+    /// Enqueues the sums of the last hidden states, after the final norm, of some ranges
+    /// of the last step's `rows` rows. Comes after [`Decoder::forward`].
+    pub fn pool(
+        &mut self,
+        device: &mut D,
+        rows: usize,
+        ranges: &[Range<usize>],
+    ) -> Result<D::Pooling, DeviceError> {
+        let Workspace {
+            residual, normed, ..
+        } = &mut self.workspace;
+        let epsilon = self.config.norm_epsilon;
+        device.rms_norm(residual, &self.final_norm, epsilon, rows, normed)?;
+        device.pool(normed, ranges)
     }
 
     /// The logits of the sampled rows.

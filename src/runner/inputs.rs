@@ -1,24 +1,48 @@
 //! A plan made into the flat arrays that a device takes.
 
 use crate::device::{Batch, BatchSequence, Feedback};
-use crate::sampling::SampleRow;
-use crate::schedule::{PlanItem, Sequence, Sequences, StepPlan, TokenInput};
+use crate::sampling::{SampleRow, SamplingParams};
+use crate::schedule::{PlanItem, Report, Sequence, Sequences, StepPlan, Task, TokenInput};
+use std::ops::Range;
 use std::sync::Arc;
 
-/// Fills `batch` and `samples` from a plan. Items of sequences that are gone are
-/// left out; the scheduler launches a plan before anything can end in it.
-pub(super) fn fill(
-    plan: &StepPlan,
-    sequences: &Sequences,
-    block_tokens: usize,
-    batch: &mut Batch,
-    samples: &mut Vec<SampleRow>,
-) {
-    batch.clear();
-    samples.clear();
-    for item in &plan.items {
-        if let Some(sequence) = sequences.get(item.key) {
+/// A step as a device takes it.
+#[derive(Default)]
+pub(super) struct Inputs {
+    pub batch: Batch,
+    /// One a sample row of the batch.
+    pub samples: Vec<SampleRow>,
+    /// Rows whose hidden states are added up.
+    pub pooled: Vec<Range<usize>>,
+}
+
+impl Inputs {
+    /// Takes a plan, in memory that is used again. Items of sequences that are gone are
+    /// left out; the scheduler launches a plan before anything can end in it.
+    pub fn fill(&mut self, plan: &StepPlan, sequences: &Sequences, block_tokens: usize) {
+        let Self {
+            batch,
+            samples,
+            pooled,
+        } = self;
+        batch.clear();
+        samples.clear();
+        pooled.clear();
+        for item in &plan.items {
+            let Some(sequence) = sequences.get(item.key) else {
+                continue;
+            };
+            let first_row = batch.rows();
             add_item(item, sequence, block_tokens, batch);
+            let row = |position: usize| first_row + position - item.start;
+            match &item.report {
+                Report::Nothing => {}
+                Report::Scores(rows) => {
+                    batch.sample_rows.extend(row(rows.start)..row(rows.end));
+                    samples.extend(score_rows(rows.clone(), sequence));
+                }
+                Report::Sum(rows) => pooled.push(row(rows.start)..row(rows.end)),
+            }
             if item.sample {
                 batch.sample_rows.push(batch.rows() - 1);
                 samples.push(sample_row(item, sequence));
@@ -77,5 +101,26 @@ fn sample_row(item: &PlanItem, sequence: &Sequence) -> SampleRow {
             .constraint
             .as_ref()
             .map(|constraint| Arc::clone(constraint.mask())),
+        forced: None,
     }
+}
+
+/// Log-probabilities of the known tokens after those of `rows`.
+fn score_rows(rows: Range<usize>, sequence: &Sequence) -> impl Iterator<Item = SampleRow> {
+    let top = match sequence.spec.task {
+        Task::Score { top } => top,
+        Task::Generate | Task::Embed => 0,
+    };
+    let params = Arc::new(SamplingParams {
+        logprobs: Some(top),
+        ..SamplingParams::greedy()
+    });
+    let next = rows.start + 1..rows.end + 1;
+    let tokens = next.clone().zip(&sequence.tokens[next]);
+    tokens.map(move |(position, &token)| SampleRow {
+        params: Arc::clone(&params),
+        position: position as u32,
+        forced: Some(token),
+        ..SampleRow::default()
+    })
 }

@@ -19,7 +19,7 @@ pub use model_runner::ModelRunner;
 pub use null::{NullOptions, NullRunner};
 
 use crate::cache::BlockId;
-use crate::device::{DeviceError, DeviceInfo};
+use crate::device::{DeviceError, DeviceInfo, PooledRows};
 use crate::model::ModelConfig;
 use crate::sampling::Sampled;
 use crate::schedule::{Sequences, StepPlan};
@@ -41,9 +41,27 @@ pub trait Runner {
         Ok(())
     }
 
-    /// Waits for the oldest step in flight and gives its samples, in the order of
-    /// [`StepPlan::samples`].
-    fn collect(&mut self) -> Result<Vec<Sampled>, DeviceError>;
+    /// Waits for the oldest step in flight and gives what it has computed.
+    fn collect(&mut self) -> Result<StepOutput, DeviceError>;
+}
+
+/// What a step has computed for the host.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StepOutput {
+    /// In the order of the plan's items: the scores of an item's rows, then the sample of
+    /// its last.
+    pub samples: Vec<Sampled>,
+    /// In the order of [`StepPlan::sums`].
+    pub sums: Vec<PooledRows>,
+}
+
+impl From<Vec<Sampled>> for StepOutput {
+    fn from(samples: Vec<Sampled>) -> Self {
+        Self {
+            samples,
+            sums: Vec::new(),
+        }
+    }
 }
 
 /// What an engine runs, and in how much memory.
@@ -53,6 +71,8 @@ pub struct RunnerInfo {
     pub vocabulary: usize,
     /// Longest sequence that the model and the settings allow.
     pub context_tokens: usize,
+    /// Numbers of an embedding; `None` if the runner computes none.
+    pub embedding: Option<usize>,
     /// Tokens that end a sequence, by the model's own settings.
     pub end_tokens: Vec<u32>,
     /// Blocks of the key-value cache.

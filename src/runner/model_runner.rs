@@ -1,13 +1,13 @@
 //! [`ModelRunner`]: a decoder on a device.
 
+use super::inputs::Inputs;
 use super::limits::context_tokens;
 use super::memory::{MemoryPlan, cache_shape, swap_info};
-use super::{LoadError, ModelInfo, Runner, RunnerInfo, inputs};
+use super::{LoadError, ModelInfo, Runner, RunnerInfo, StepOutput};
 use crate::cache::{BlockId, Transfers};
 use crate::config::EngineConfig;
-use crate::device::{Batch, Device, DeviceError, DeviceLimits};
+use crate::device::{Device, DeviceError, DeviceLimits};
 use crate::model::{Decoder, ModelSource, StepLimits};
-use crate::sampling::{SampleRow, Sampled};
 use crate::schedule::{Sequences, StepPlan};
 use std::collections::VecDeque;
 
@@ -23,15 +23,19 @@ pub struct ModelRunner<D: Device> {
     /// Where blocks are swapped out to; `None` if they are not.
     host: Option<D::HostBlocks>,
     block_tokens: usize,
-    /// Steps in flight; `None` for one without samples, which is collected without a wait,
-    /// done or not. That is enough of a fence: blocks and host memory are touched by what
-    /// the device is given only, and whoever is given them next comes after it in the
-    /// device's order.
-    in_flight: VecDeque<Option<D::Pending>>,
-    batch: Batch,
-    samples: Vec<SampleRow>,
+    in_flight: VecDeque<InFlight<D>>,
+    inputs: Inputs,
     /// A list of transfers as the device takes it.
     pairs: Vec<[u32; 2]>,
+}
+
+/// What a step in flight has on its way to the host. A step without anything is collected
+/// without a wait, done or not. That is enough of a fence: blocks and host memory are
+/// touched by what the device is given only, and whoever is given them next comes after it
+/// in the device's order.
+struct InFlight<D: Device> {
+    samples: Option<D::Pending>,
+    sums: Option<D::Pooling>,
 }
 
 impl<D: Device> ModelRunner<D> {
@@ -72,6 +76,7 @@ impl<D: Device> ModelRunner<D> {
         let info = RunnerInfo {
             vocabulary: model.vocabulary,
             context_tokens: context,
+            embedding: Some(model.hidden),
             end_tokens: model.end_tokens.clone(),
             cache_blocks: shape.blocks,
             block_tokens: shape.block_tokens,
@@ -90,8 +95,7 @@ impl<D: Device> ModelRunner<D> {
             host,
             block_tokens: shape.block_tokens,
             in_flight: VecDeque::new(),
-            batch: Batch::default(),
-            samples: Vec::new(),
+            inputs: Inputs::default(),
             pairs: Vec::new(),
         };
         Ok((runner, info))
@@ -142,28 +146,30 @@ impl<D: Device> Runner for ModelRunner<D> {
     }
 
     fn launch(&mut self, plan: &StepPlan, sequences: &Sequences) -> Result<(), DeviceError> {
-        inputs::fill(
-            plan,
-            sequences,
-            self.block_tokens,
-            &mut self.batch,
-            &mut self.samples,
-        );
+        self.inputs.fill(plan, sequences, self.block_tokens);
         self.transfer(&plan.transfers)?;
-        let pending = if self.batch.rows() == 0 {
-            None
-        } else {
-            let logits = self
-                .decoder
-                .forward(&mut self.device, &self.batch, &mut self.cache)?;
-            match self.samples.is_empty() {
-                true => None,
-                false => Some(self.device.sample(logits, &self.samples)?),
-            }
+        let Inputs {
+            batch,
+            samples,
+            pooled,
+        } = &self.inputs;
+        let (device, decoder) = (&mut self.device, &mut self.decoder);
+        let mut step = InFlight {
+            samples: None,
+            sums: None,
         };
+        if batch.rows() > 0 {
+            let logits = decoder.forward(device, batch, &mut self.cache)?;
+            if !samples.is_empty() {
+                step.samples = Some(device.sample(logits, samples)?);
+            }
+            if !pooled.is_empty() {
+                step.sums = Some(decoder.pool(device, batch.rows(), pooled)?);
+            }
+        }
+        self.in_flight.push_back(step);
         // The device has taken what it needs; their masks are free to be written again.
-        self.samples.clear();
-        self.in_flight.push_back(pending);
+        self.inputs.samples.clear();
         Ok(())
     }
 
@@ -172,11 +178,18 @@ impl<D: Device> Runner for ModelRunner<D> {
         self.device.poison(&mut self.cache, &blocks)
     }
 
-    fn collect(&mut self) -> Result<Vec<Sampled>, DeviceError> {
-        match self.in_flight.pop_front().flatten() {
-            Some(pending) => self.device.collect(pending),
-            None => Ok(Vec::new()),
+    fn collect(&mut self) -> Result<StepOutput, DeviceError> {
+        let mut output = StepOutput::default();
+        let Some(step) = self.in_flight.pop_front() else {
+            return Ok(output);
+        };
+        if let Some(pending) = step.samples {
+            output.samples = self.device.collect(pending)?;
         }
+        if let Some(pooling) = step.sums {
+            output.sums = self.device.collect_pooled(pooling)?;
+        }
+        Ok(output)
     }
 }
 
@@ -188,7 +201,7 @@ mod tests {
     use crate::device::cpu::{CpuDevice, CpuOptions};
     use crate::id::SessionId;
     use crate::sampling::SamplingParams;
-    use crate::schedule::{Policy, Scheduler, SequenceKey, SequenceSpec};
+    use crate::schedule::{Policy, Scheduler, SequenceKey, SequenceSpec, Task};
     use crate::weights::DType;
     use std::sync::Arc;
 
@@ -242,6 +255,7 @@ mod tests {
         let mut scheduler = Scheduler::new(policy, BlockCache::new(BLOCKS, 16, true));
         let spec = SequenceSpec {
             prompt: (3..43).collect(),
+            task: Task::Generate,
             max_tokens: 60,
             params: Arc::new(SamplingParams::greedy()),
             stop_tokens: Arc::new([]),
@@ -255,8 +269,8 @@ mod tests {
     }
 
     fn tokens<D: Device>(runner: &mut ModelRunner<D>) -> Vec<u32> {
-        let samples = runner.collect().unwrap();
-        samples.iter().map(|sample| sample.token).collect()
+        let output = runner.collect().unwrap();
+        output.samples.iter().map(|sample| sample.token).collect()
     }
 
     /// The tokens of the prompt's step and of the one after it, undisturbed.

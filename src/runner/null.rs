@@ -1,10 +1,11 @@
 //! [`NullRunner`]: a runner without a model, to measure the host side.
 
-use super::{LoadError, Runner, RunnerInfo};
-use crate::device::DeviceError;
+use super::{LoadError, Runner, RunnerInfo, StepOutput};
+use crate::device::{DeviceError, PooledRows};
 use crate::sampling::Sampled;
-use crate::schedule::{PlanItem, Sequences, StepPlan};
+use crate::schedule::{PlanItem, Report, Sequences, StepPlan, Task};
 use std::collections::VecDeque;
+use std::ops::Range;
 
 /// Sizes of a [`NullRunner`]; it allocates none of what they describe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,6 +20,8 @@ pub struct NullOptions {
     pub cache_blocks: usize,
     /// Tokens a block.
     pub block_tokens: usize,
+    /// Numbers of an embedding.
+    pub embedding: usize,
 }
 
 impl Default for NullOptions {
@@ -29,13 +32,16 @@ impl Default for NullOptions {
             context_tokens: 8192,
             cache_blocks: 65_536,
             block_tokens: 16,
+            embedding: 64,
         }
     }
 }
 
 /// A runner that computes nothing: all the time that an engine over it takes is
 /// spent on the host side. Steps complete as soon as they are collected, and every
-/// token is the one that [`NullOptions::token`] says.
+/// token is the one that [`NullOptions::token`] says. A number of an embedding is the
+/// share of the prompt's tokens that [`NullOptions::hidden_state`] gives a 1 there, and
+/// log-probabilities are those of [`NullOptions::sampled`].
 ///
 /// ```
 /// use quell::runner::{NullOptions, NullRunner};
@@ -56,8 +62,8 @@ impl Default for NullOptions {
 #[derive(Debug)]
 pub struct NullRunner {
     options: NullOptions,
-    /// The samples of the steps in flight, oldest first.
-    in_flight: VecDeque<Vec<Sampled>>,
+    /// What the steps in flight give, oldest first.
+    in_flight: VecDeque<StepOutput>,
 }
 
 impl NullOptions {
@@ -66,6 +72,31 @@ impl NullOptions {
     /// sequence that is computed anew gets the same.
     pub fn token(&self, first: u32, position: usize) -> u32 {
         ((first as usize + position) % self.vocabulary.max(1)) as u32
+    }
+
+    /// A token with its log-probability, which is 0, and if `top` says how many, the
+    /// likeliest: it and those after it in the vocabulary, each less likely by a factor
+    /// of e.
+    pub fn sampled(&self, token: u32, top: Option<u32>) -> Sampled {
+        let size = self.vocabulary.max(1);
+        let after = |step: usize| ((token as usize + step) % size) as u32;
+        let top =
+            (0..size.min(top.unwrap_or(0) as usize)).map(|step| (after(step), -(step as f32)));
+        Sampled {
+            token,
+            logprob: 0.0,
+            top: top.collect(),
+        }
+    }
+
+    /// The last hidden state of a token: 1 in the column that is its id modulo the
+    /// columns, 0 elsewhere.
+    pub fn hidden_state(&self, token: u32) -> Vec<f32> {
+        let mut state = vec![0.0; self.embedding];
+        if let Some(column) = (token as usize).checked_rem(self.embedding) {
+            state[column] = 1.0;
+        }
+        state
     }
 }
 
@@ -92,6 +123,7 @@ impl NullRunner {
         RunnerInfo {
             vocabulary: self.options.vocabulary,
             context_tokens: self.options.context_tokens,
+            embedding: (self.options.embedding > 0).then_some(self.options.embedding),
             end_tokens: Vec::new(),
             cache_blocks: self.options.cache_blocks,
             block_tokens: self.options.block_tokens,
@@ -101,16 +133,40 @@ impl NullRunner {
     }
 
     fn sample(&self, item: &PlanItem, sequences: &Sequences) -> Sampled {
-        let first = sequences
-            .get(item.key)
-            .and_then(|sequence| sequence.tokens.first().copied());
-        Sampled {
-            token: self
-                .options
-                .token(first.unwrap_or(0), item.start + item.count),
-            logprob: 0.0,
-            top: Vec::new(),
+        let sequence = sequences.get(item.key);
+        let first = sequence.and_then(|sequence| sequence.tokens.first().copied());
+        let token = self
+            .options
+            .token(first.unwrap_or(0), item.start + item.count);
+        let top = sequence.and_then(|sequence| sequence.spec.params.logprobs);
+        self.options.sampled(token, top)
+    }
+
+    /// The known tokens after those of an item's scored rows.
+    fn scores(&self, item: &PlanItem, sequences: &Sequences) -> Vec<Sampled> {
+        let (Report::Scores(rows), Some(sequence)) = (&item.report, sequences.get(item.key)) else {
+            return Vec::new();
+        };
+        let top = match sequence.spec.task {
+            Task::Score { top } => Some(top),
+            Task::Generate | Task::Embed => None,
+        };
+        let next = sequence.tokens.get(rows.start + 1..rows.end + 1);
+        let next = next.unwrap_or_default().iter();
+        next.map(|&token| self.options.sampled(token, top))
+            .collect()
+    }
+
+    fn sum(&self, item: &PlanItem, rows: Range<usize>, sequences: &Sequences) -> PooledRows {
+        let mut sum = PooledRows::new(self.options.embedding);
+        let tokens = sequences.get(item.key).map(|sequence| &sequence.tokens);
+        for &token in tokens
+            .and_then(|tokens| tokens.get(rows))
+            .unwrap_or_default()
+        {
+            sum.add_row(&self.options.hidden_state(token));
         }
+        sum
     }
 }
 
@@ -120,14 +176,22 @@ impl Runner for NullRunner {
     }
 
     fn launch(&mut self, plan: &StepPlan, sequences: &Sequences) -> Result<(), DeviceError> {
-        // What `collect` gives away is the only allocation of a step.
+        // What `collect` gives away is the only allocation of a step that decodes.
         let mut samples = Vec::with_capacity(plan.items.len());
-        samples.extend(plan.samples().map(|item| self.sample(item, sequences)));
-        self.in_flight.push_back(samples);
+        for item in &plan.items {
+            samples.append(&mut self.scores(item, sequences));
+            samples.extend(item.sample.then(|| self.sample(item, sequences)));
+        }
+        let sums = plan.sums();
+        let sums = sums.map(|(item, rows)| self.sum(item, rows.clone(), sequences));
+        self.in_flight.push_back(StepOutput {
+            samples,
+            sums: sums.collect(),
+        });
         Ok(())
     }
 
-    fn collect(&mut self) -> Result<Vec<Sampled>, DeviceError> {
+    fn collect(&mut self) -> Result<StepOutput, DeviceError> {
         Ok(self.in_flight.pop_front().unwrap_or_default())
     }
 }

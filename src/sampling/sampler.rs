@@ -10,7 +10,7 @@ use super::constraint::allows;
 use std::sync::Arc;
 
 /// What the sampler needs to know of a sequence for one row of logits.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct SampleRow {
     /// How to choose.
     pub params: Arc<SamplingParams>,
@@ -25,6 +25,9 @@ pub struct SampleRow {
     /// The tokens that may be chosen, bit `t % 32` of word `t / 32` for the token `t`;
     /// tokens behind its end may not. `None`: all.
     pub mask: Option<Arc<[u32]>>,
+    /// The token that it is in any case: nothing is chosen, only log-probabilities are
+    /// reported.
+    pub forced: Option<u32>,
 }
 
 /// A chosen token.
@@ -48,6 +51,26 @@ pub struct Sampled {
 pub fn sample(logits: &mut [f32], row: &SampleRow) -> Sampled {
     let params = &*row.params;
     let mut report = params.logprobs.map(|k| LogProbs::of(logits, k as usize));
+    let token = match row.forced {
+        Some(token) => token,
+        None => choose(logits, row),
+    };
+    match report.as_mut() {
+        Some(report) => Sampled {
+            token,
+            logprob: report.chosen(token),
+            top: std::mem::take(&mut report.top),
+        },
+        None => Sampled {
+            token,
+            logprob: 0.0,
+            top: Vec::new(),
+        },
+    }
+}
+
+fn choose(logits: &mut [f32], row: &SampleRow) -> u32 {
+    let params = &*row.params;
     apply_penalties(logits, row);
     for &(token, bias) in &params.logit_bias {
         if let Some(logit) = logits.get_mut(token as usize) {
@@ -63,19 +86,7 @@ pub fn sample(logits: &mut [f32], row: &SampleRow) -> Sampled {
     } else {
         draw(logits, best, row)
     };
-    let token = token as u32;
-    match report.as_mut() {
-        Some(report) => Sampled {
-            token,
-            logprob: report.chosen(token),
-            top: std::mem::take(&mut report.top),
-        },
-        None => Sampled {
-            token,
-            logprob: 0.0,
-            top: Vec::new(),
-        },
-    }
+    token as u32
 }
 
 /// Log-probabilities of the unmodified logits, taken before they are changed.
@@ -121,7 +132,8 @@ impl LogProbs {
     }
 
     fn chosen(&self, token: u32) -> f32 {
-        self.raw[token as usize] - self.log_sum
+        let raw = self.raw.get(token as usize).copied();
+        raw.unwrap_or(f32::NEG_INFINITY) - self.log_sum
     }
 }
 
@@ -298,9 +310,7 @@ mod tests {
         SampleRow {
             params: Arc::new(params),
             position,
-            history: Vec::new(),
-            prompt_tokens: 0,
-            mask: None,
+            ..SampleRow::default()
         }
     }
 
@@ -549,6 +559,34 @@ mod tests {
         let mut free = [-1.0; 40];
         sample(&mut free, &row);
         assert_eq!(allowed, free);
+    }
+
+    #[test]
+    fn a_forced_token_is_reported_whatever_the_parameters_say() {
+        let forced = SampleRow {
+            forced: Some(2),
+            ..row(
+                SamplingParams {
+                    logit_bias: vec![(2, -10.0)],
+                    logprobs: Some(2),
+                    ..SamplingParams::default()
+                },
+                5,
+            )
+        };
+        let logits = [1.0f32, 2.0, 0.0];
+        let log_sum = logits.iter().map(|l| l.exp()).sum::<f32>().ln();
+        let sampled = sample(&mut logits.clone(), &forced);
+        assert_eq!(sampled.token, 2);
+        assert!((sampled.logprob - (0.0 - log_sum)).abs() < 1e-6);
+        let top: Vec<u32> = sampled.top.iter().map(|top| top.0).collect();
+        assert_eq!(top, [1, 0]);
+        let beyond = SampleRow {
+            forced: Some(3),
+            ..forced
+        };
+        let sampled = sample(&mut logits.clone(), &beyond);
+        assert_eq!(sampled.logprob, f32::NEG_INFINITY);
     }
 
     #[test]

@@ -14,7 +14,8 @@
 //!
 //! A sequence that starts takes what is there already: host memory, if it was swapped
 //! out; what its session kept of the last turn; the blocks of the sequence with the
-//! same prompt; or the prefix cache.
+//! same prompt; or the prefix cache. A sequence of which every row of the prompt is
+//! wanted ([`Task`]) takes only what it has computed itself before.
 //!
 //! # Never a deadlock
 //!
@@ -34,7 +35,7 @@ mod scheduler;
 mod sequence;
 mod tenants;
 
-pub use plan::{PlanItem, StepPlan, TokenInput};
+pub use plan::{PlanItem, Report, StepPlan, TokenInput};
 pub use policy::{Policy, PreemptionCost};
 pub use scheduler::{Commit, Counts, Fate, Kept, Scheduler};
-pub use sequence::{FinishReason, Place, Sequence, SequenceKey, SequenceSpec, Sequences};
+pub use sequence::{FinishReason, Place, Sequence, SequenceKey, SequenceSpec, Sequences, Task};

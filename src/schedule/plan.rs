@@ -3,6 +3,7 @@
 use super::SequenceKey;
 use crate::cache::Transfers;
 use crate::id::StepId;
+use std::ops::Range;
 
 /// Where the tokens of an item come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,8 +17,32 @@ pub enum TokenInput {
     },
 }
 
+/// What is wanted of the rows of an item beside a sample of the last. Rows are named by
+/// the positions of their tokens.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Report {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// The log-probability that each of these rows gives to the token after it, which is
+    /// known. They count as samples, and come before that of the last row.
+    Scores(Range<usize>),
+    /// The sum of the last hidden states of these rows.
+    Sum(Range<usize>),
+}
+
+impl Report {
+    /// The rows that are scored.
+    pub fn scored(&self) -> Range<usize> {
+        match self {
+            Self::Scores(rows) => rows.clone(),
+            _ => 0..0,
+        }
+    }
+}
+
 /// The rows of one sequence in a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PlanItem {
     /// Whose rows.
     pub key: SequenceKey,
@@ -29,6 +54,17 @@ pub struct PlanItem {
     pub input: TokenInput,
     /// Whether the last row is sampled.
     pub sample: bool,
+    /// Whether the sequence ends with its last row, without a sample.
+    pub end: bool,
+    /// What else is wanted of its rows.
+    pub report: Report,
+}
+
+impl PlanItem {
+    /// How many samples it takes.
+    pub fn sample_count(&self) -> usize {
+        self.report.scored().len() + usize::from(self.sample)
+    }
 }
 
 /// One step: its number and its rows.
@@ -51,5 +87,18 @@ impl StepPlan {
     /// The items whose last row is sampled, in order.
     pub fn samples(&self) -> impl Iterator<Item = &PlanItem> {
         self.items.iter().filter(|item| item.sample)
+    }
+
+    /// Samples of all items.
+    pub fn sample_count(&self) -> usize {
+        self.items.iter().map(PlanItem::sample_count).sum()
+    }
+
+    /// The items that report a sum of rows, in order, with these rows.
+    pub fn sums(&self) -> impl Iterator<Item = (&PlanItem, &Range<usize>)> {
+        self.items.iter().filter_map(|item| match &item.report {
+            Report::Sum(rows) => Some((item, rows)),
+            _ => None,
+        })
     }
 }

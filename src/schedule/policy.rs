@@ -19,6 +19,13 @@ pub struct Policy {
     pub swap_seconds_per_block: f64,
 }
 
+impl Policy {
+    /// Samples of a step.
+    pub fn max_samples(&self) -> usize {
+        self.max_sequences.min(self.max_batch_tokens)
+    }
+}
+
 impl Default for Policy {
     fn default() -> Self {
         Self {

@@ -4,6 +4,7 @@
 //! unless they are pinned: a pin has a limit in time, and all pins together have one in
 //! blocks. A session that has lost its blocks computes its tokens anew.
 
+use super::Kept;
 use crate::cache::BlockTable;
 use crate::id::{SessionId, StepId};
 use std::collections::{BTreeMap, HashMap};
@@ -21,6 +22,17 @@ pub(super) struct Retained {
     pub pinned_until: Option<Instant>,
     /// Its place in the order of use; given when it is kept.
     pub used: u64,
+}
+
+impl Retained {
+    /// How much it is.
+    pub fn kept(&self) -> Kept {
+        Kept {
+            tokens: self.tokens.len(),
+            blocks: self.table.len(),
+            pinned: self.pinned_until.is_some(),
+        }
+    }
 }
 
 /// What all sessions keep.
@@ -45,6 +57,11 @@ impl RetainedSessions {
 
     pub fn tables(&self) -> impl Iterator<Item = &BlockTable> {
         self.sessions.values().map(|retained| &retained.table)
+    }
+
+    /// Each session that keeps something; in no order.
+    pub fn iter(&self) -> impl Iterator<Item = (SessionId, &Retained)> {
+        self.sessions.iter().map(|(session, kept)| (*session, kept))
     }
 
     #[cfg(test)]

@@ -7,11 +7,12 @@ use super::sequence::Swapped;
 use super::tenants::Tenants;
 use super::{
     FinishReason, Place, PlanItem, Policy, Sequence, SequenceKey, SequenceSpec, Sequences,
-    StepPlan, TokenInput,
+    StepPlan, Task, TokenInput,
 };
-use crate::cache::{BlockCache, BlockId, Books, HostBlockId, HostBlocks, Imbalance};
+use crate::cache::{BlockCache, BlockId, BlockTable, Books, HostBlockId, HostBlocks, Imbalance};
 use crate::id::{SessionId, StepId};
 use crate::sampling::ConstraintError;
+use serde::Serialize;
 use std::time::Instant;
 
 /// Sequences by state, and what was done for them.
@@ -73,7 +74,7 @@ pub enum Fate {
 }
 
 /// What a session keeps between its turns.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Kept {
     /// Tokens whose keys and values are kept.
     pub tokens: usize,
@@ -262,7 +263,12 @@ impl Scheduler {
         self.arrivals += 1;
         self.tenants.open(&spec.tenant);
         if let Some(session) = spec.session {
-            self.cut_retained(session, &spec.prompt);
+            // What is computed anew as a whole has no use for what is there.
+            let reusable = match spec.task.needs_every_row() {
+                true => &[],
+                false => spec.prompt.as_slice(),
+            };
+            self.cut_retained(session, reusable);
         }
         let mut sequence = Sequence::new(id, spec, self.arrivals);
         sequence.leader = leader;
@@ -403,11 +409,18 @@ impl Scheduler {
     pub fn kept(&self, session: SessionId) -> Kept {
         self.retained
             .get(session)
-            .map_or_else(Kept::default, |kept| Kept {
-                tokens: kept.tokens.len(),
-                blocks: kept.table.len(),
-                pinned: kept.pinned_until.is_some(),
-            })
+            .map_or_else(Kept::default, Retained::kept)
+    }
+
+    /// Each session that keeps something, in the order of their ids, and the blocks that
+    /// hold it.
+    pub fn kept_by_all(&self) -> Vec<(SessionId, Kept, &BlockTable)> {
+        let kept = self.retained.iter();
+        let mut all: Vec<_> = kept
+            .map(|(session, kept)| (session, kept.kept(), &kept.table))
+            .collect();
+        all.sort_unstable_by_key(|(session, ..)| *session);
+        all
     }
 
     /// What all sessions keep: their tokens, and the blocks that hold them.
@@ -508,7 +521,7 @@ impl Scheduler {
         };
         let mut budget = Budget {
             tokens: self.policy.max_batch_tokens,
-            samples: 0,
+            samples: self.policy.max_samples(),
         };
         // More urgent than what runs: before that is planned, so that it can give way.
         self.admit(&mut plan, &mut budget, |urgent, running| {
@@ -571,12 +584,14 @@ impl Scheduler {
         plan: &mut StepPlan,
         budget: &mut Budget,
     ) {
-        if self.make_room(key, count, plan) {
+        let sequence = self.sequences.get(key);
+        let count = sequence.map_or(0, |own| own.rows_within(count, budget.samples));
+        if count > 0 && self.make_room(key, count, plan) {
             self.push_item(plan, key, count, budget);
         }
     }
 
-    /// Books the item in the sequence and adds it to the plan.
+    /// Books the item, which is within the budget, in the sequence and adds it to the plan.
     fn push_item(
         &mut self,
         plan: &mut StepPlan,
@@ -588,7 +603,9 @@ impl Scheduler {
             return;
         };
         let start = sequence.computed;
-        let sample = start + count == sequence.length();
+        let sample = sequence.samples_last(count);
+        let end = sequence.ends_with_prompt() && start + count == sequence.length();
+        let report = sequence.report(count);
         let input = if start >= sequence.tokens.len() {
             TokenInput::Feedback {
                 sample: sequence.last_sample,
@@ -597,21 +614,27 @@ impl Scheduler {
             TokenInput::Known
         };
         sequence.computed += count;
+        let reported = sequence.computed.min(sequence.prompt_tokens);
+        sequence.reported = sequence.reported.max(reported);
         sequence.touched = plan.step;
-        if sample {
+        if sample || end {
             sequence.in_flight += 1;
-            sequence.last_sample = budget.samples;
-            budget.samples += 1;
         }
-        budget.tokens -= count;
-        self.tenants.charge(&sequence.spec.tenant, count, sample);
-        plan.items.push(PlanItem {
+        let item = PlanItem {
             key,
             start,
             count,
             input,
             sample,
-        });
+            end,
+            report,
+        };
+        budget.tokens -= count;
+        budget.samples -= item.sample_count();
+        // That of the last row, which is the item's last.
+        sequence.last_sample = (self.policy.max_samples() - budget.samples).saturating_sub(1);
+        self.tenants.charge(&sequence.spec.tenant, count, sample);
+        plan.items.push(item);
     }
 
     /// Readies the table of `key` for its next `count` tokens, taking blocks from
@@ -751,7 +774,7 @@ impl Scheduler {
     ) {
         let priority =
             |sequences: &Sequences, key| sequences.get(key).map(|other| other.spec.priority);
-        while budget.tokens > 0 {
+        while budget.tokens > 0 && budget.samples > 0 {
             let Some(key) = self.waiting.next(&self.tenants) else {
                 break;
             };
@@ -774,8 +797,11 @@ impl Scheduler {
                 break;
             };
             self.start(key, start, plan);
-            let pending = self.sequences.get(key).map_or(0, Sequence::pending);
-            self.push_item(plan, key, pending.min(budget.tokens), budget);
+            let count = self.sequences.get(key).map_or(0, |sequence| {
+                let count = sequence.pending().min(budget.tokens);
+                sequence.rows_within(count, budget.samples)
+            });
+            self.push_item(plan, key, count, budget);
         }
     }
 
@@ -838,17 +864,17 @@ impl Scheduler {
     fn start_of(&self, key: SequenceKey) -> Option<Start> {
         let sequence = self.sequences.get(key)?;
         let length = sequence.tokens.len();
-        // The last token is computed in any case, for its logits.
-        let most = length - 1;
+        let most = sequence.reusable();
         let blocks = self.cache.blocks_for(length);
         let kept = |session| Some((session, self.retained.get(session)?));
         if let Some(swapped) = &sequence.swapped {
             if swapped.step > self.cache.completed_step() {
                 return None; // the step that copies it out may yet fail
             }
+            // All of them were reported.
             let (known, unheld) = self
                 .cache
-                .lookup(&sequence.tokens, swapped.tokens.min(most));
+                .lookup(&sequence.tokens, swapped.tokens.min(length - 1));
             return Some(Start {
                 source: Source::Swapped,
                 computed: swapped.tokens,
@@ -943,7 +969,9 @@ impl Scheduler {
         if !sequence.started {
             sequence.started = true;
             sequence.cached_tokens = start.computed;
-            self.totals.prefix_queries += sequence.prompt_tokens as u64;
+            if !sequence.spec.task.needs_every_row() {
+                self.totals.prefix_queries += sequence.prompt_tokens as u64;
+            }
             self.totals.prefix_hits += start.computed as u64;
         }
     }
@@ -1030,6 +1058,20 @@ impl Scheduler {
         };
         self.unpark(key);
         commit
+    }
+
+    /// Takes the end of the prompt of a sequence that ends with it.
+    pub fn commit_end(&mut self, key: SequenceKey) -> Commit {
+        let Some(sequence) = self.sequences.get_mut(key) else {
+            return Commit::Discarded;
+        };
+        sequence.in_flight -= 1;
+        let reason = match sequence.spec.task {
+            Task::Embed => FinishReason::Stop,
+            Task::Generate | Task::Score { .. } => FinishReason::Length,
+        };
+        self.unpark(key);
+        Commit::Finished(reason)
     }
 }
 

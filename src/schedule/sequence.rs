@@ -1,5 +1,6 @@
 //! One sequence: its tokens, its blocks, and how far it has come.
 
+use super::plan::Report;
 use crate::cache::{BlockTable, HostBlockId};
 use crate::id::{SessionId, StepId};
 use crate::sampling::{ConstraintState, SamplingParams};
@@ -34,12 +35,38 @@ impl FinishReason {
     }
 }
 
+/// What is wanted of a sequence.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Task {
+    /// Tokens that continue the prompt.
+    #[default]
+    Generate,
+    /// The same, and the log-probability of each token of the prompt after the first.
+    Score {
+        /// How many of the likeliest tokens to report in the place of each.
+        top: u32,
+    },
+    /// The mean of the last hidden states of the prompt; no token.
+    Embed,
+}
+
+impl Task {
+    /// Whether something is wanted of every row of the prompt, so that each must be
+    /// computed for this sequence.
+    pub fn needs_every_row(self) -> bool {
+        self != Self::Generate
+    }
+}
+
 /// What a new sequence is to do.
 #[derive(Clone, Debug)]
 pub struct SequenceSpec {
     /// The prompt: at least one token.
     pub prompt: Vec<u32>,
-    /// Tokens at which it ends, prompt and answer together; more than the prompt.
+    /// What is wanted of it.
+    pub task: Task,
+    /// Tokens at which it ends, prompt and answer together; more than the prompt, unless
+    /// only that is to be computed.
     pub max_tokens: usize,
     /// How to choose tokens.
     pub params: Arc<SamplingParams>,
@@ -95,7 +122,9 @@ pub struct Sequence {
     pub(super) computed: usize,
     /// Tokens whose keys and values completed steps have written.
     pub(super) written: usize,
-    /// Samples launched and not committed.
+    /// Prompt tokens whose rows were in a step: what the task wants of them is on its way.
+    pub(super) reported: usize,
+    /// Samples, or the end of a prompt that is not continued, launched and not committed.
     pub(super) in_flight: usize,
     /// Index of its latest sample among its step's, for feedback.
     pub(super) last_sample: usize,
@@ -131,6 +160,7 @@ impl Sequence {
             spec,
             computed: 0,
             written: 0,
+            reported: 0,
             in_flight: 0,
             last_sample: 0,
             touched: StepId::default(),
@@ -155,10 +185,62 @@ impl Sequence {
     pub(super) fn pending(&self) -> usize {
         // Which tokens may come next is known when the one before has been committed.
         let held = self.spec.constraint.is_some() && self.in_flight > 0;
-        if held || self.length() >= self.spec.max_tokens {
+        if held {
             0
-        } else {
+        } else if self.length() < self.spec.max_tokens {
             self.length() - self.computed
+        } else {
+            // Nothing more is sampled: there is only what the prompt lacks.
+            self.prompt_tokens.saturating_sub(self.computed)
+        }
+    }
+
+    /// Whether it ends when its prompt has been computed.
+    pub(super) fn ends_with_prompt(&self) -> bool {
+        self.spec.max_tokens <= self.prompt_tokens
+    }
+
+    /// How many of its tokens need no rows of their own where their keys and values are
+    /// there already: all but the last, which is computed for its logits; and of a prompt
+    /// whose every row is wanted, only those that have been reported before.
+    pub(super) fn reusable(&self) -> usize {
+        let most = self.tokens.len() - 1;
+        if self.spec.task.needs_every_row() && self.reported < self.prompt_tokens {
+            most.min(self.reported)
+        } else {
+            most
+        }
+    }
+
+    /// What the next `count` rows report.
+    pub(super) fn report(&self, count: usize) -> Report {
+        let from = self.computed.max(self.reported);
+        let to = (self.computed + count).min(self.prompt_tokens);
+        match self.spec.task {
+            // The last token of the prompt has no next one that is known.
+            Task::Score { .. } if from < to.min(self.prompt_tokens - 1) => {
+                Report::Scores(from..to.min(self.prompt_tokens - 1))
+            }
+            Task::Embed if from < to => Report::Sum(from..to),
+            _ => Report::Nothing,
+        }
+    }
+
+    /// Whether the row of the last known token is among the next `count`, and sampled.
+    pub(super) fn samples_last(&self, count: usize) -> bool {
+        self.computed + count == self.length() && !self.ends_with_prompt()
+    }
+
+    /// The most of the next `count` rows that take no more than `samples` samples.
+    pub(super) fn rows_within(&self, mut count: usize, samples: usize) -> usize {
+        loop {
+            let last = usize::from(self.samples_last(count));
+            let taken = self.report(count).scored().len() + last;
+            // A row takes one at most.
+            match taken.saturating_sub(samples) {
+                0 => return count,
+                excess => count -= excess,
+            }
         }
     }
 
@@ -170,6 +252,21 @@ impl Sequence {
     /// Answer tokens committed so far.
     pub fn generated(&self) -> usize {
         self.tokens.len() - self.prompt_tokens
+    }
+
+    /// Tokens whose keys and values completed steps have written.
+    pub fn written(&self) -> usize {
+        self.written
+    }
+
+    /// Whether its reader is too slow: then it is not planned.
+    pub fn is_paused(&self) -> bool {
+        self.paused
+    }
+
+    /// Whether it has given its blocks up to others, and waits to be started again.
+    pub fn is_preempted(&self) -> bool {
+        self.started && self.place != Place::Running
     }
 
     /// The last step that touches its blocks.

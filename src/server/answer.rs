@@ -12,30 +12,49 @@ pub(crate) struct Answer {
     pub text: String,
     /// Without a final stop token.
     pub tokens: Vec<Token>,
+    /// The prompt's tokens after the first, if the request asked for them.
+    pub prompt: Option<Vec<Token>>,
     pub finish: Finish,
     pub finish_reason: &'static str,
+}
+
+/// What has come of an answer.
+#[derive(Default)]
+struct Part {
+    text: String,
+    tokens: Vec<Token>,
+    prompt: Option<Vec<Token>>,
+    finish: Option<Finish>,
 }
 
 /// Waits for all answers to a request. One that fails takes the others with it.
 pub(crate) async fn complete(streams: Vec<TokenStream>) -> Result<Vec<Answer>, ApiError> {
     let count = streams.len();
-    let mut parts: Vec<(String, Vec<Token>, Option<Finish>)> = Vec::new();
-    parts.resize_with(count, Default::default);
+    let mut parts: Vec<Part> = Vec::new();
+    parts.resize_with(count, Part::default);
     let ends: Vec<EndTokens> = streams.iter().map(EndTokens::of).collect();
     let mut chunks = merge(streams);
     while let Some((index, chunk)) = chunks.next().await {
         let mut chunk = chunk?;
-        let (text, tokens, finish) = &mut parts[index];
-        text.push_str(&chunk.text);
-        tokens.extend(ends[index].visible(&mut chunk));
-        *finish = chunk.finish.or(*finish);
+        let part = &mut parts[index];
+        part.text.push_str(&chunk.text);
+        part.tokens.extend(ends[index].visible(&mut chunk));
+        part.prompt = chunk.prompt_logprobs.or(part.prompt.take());
+        part.finish = chunk.finish.or(part.finish);
     }
-    let answers = parts.into_iter().map(|(text, tokens, finish)| {
+    let answers = parts.into_iter().map(|part| {
+        let Part {
+            text,
+            tokens,
+            prompt,
+            finish,
+        } = part;
         // A stream ends with a finish or an error.
         let finish = finish.ok_or_else(|| ApiError::unavailable("the answer was cut short"))?;
         Ok(Answer {
             text,
             tokens,
+            prompt,
             finish_reason: finish_reason(finish.outcome)?,
             finish,
         })

@@ -6,6 +6,7 @@ use super::error::ApiError;
 use super::json::JsonBody;
 use super::parts::{Part, Parts, call_id};
 use super::sampling::SamplingFields;
+use super::sessions::SessionPrompt;
 use super::sse::{self, Events, Writer};
 use super::structure::StructureFields;
 use super::tools::ToolFields;
@@ -254,11 +255,15 @@ pub(crate) async fn chat_completions(
     let prepared = conversation.prepare(&app).await?;
     let reading = prepared.reading;
     let prompt = Prompt::Tokens(prepared.prompt);
-    let mut asked = sampling.request(&app, prompt, max_tokens, logprobs)?;
+    let session = sampling.session(SessionPrompt::Whole);
+    let id = app.answer_id("chatcmpl");
+    let mut asked = sampling
+        .request(&app, prompt, max_tokens, logprobs)?
+        .label(id.as_str());
     asked.constraint = prepared.constraint;
     asked.keep_special = prepared.keep_special;
     let streams = app
-        .submit(vec![asked], samples)
+        .submit_turn(session, vec![asked], samples)
         .await
         .map_err(|mut error| {
             // The fields by their names here.
@@ -274,7 +279,7 @@ pub(crate) async fn chat_completions(
         })?;
     let streaming = request.stream.unwrap_or(false);
     let head = Head {
-        id: app.answer_id("chatcmpl"),
+        id,
         object: if streaming {
             "chat.completion.chunk"
         } else {

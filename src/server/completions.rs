@@ -4,6 +4,7 @@ use super::answer::{EndTokens, Usage, complete, finish_reason, token_text};
 use super::error::ApiError;
 use super::json::JsonBody;
 use super::sampling::SamplingFields;
+use super::sessions::SessionPrompt;
 use super::sse::{self, Events, Writer};
 use super::structure::StructureFields;
 use super::{App, StreamOptions, unix_time};
@@ -59,6 +60,33 @@ struct LogProbs {
     text_offset: Vec<usize>,
 }
 
+impl LogProbs {
+    /// Adds a token that begins after `offset` characters; gives where the next begins.
+    fn push(&mut self, tokenizer: Option<&Tokenizer>, token: &Token, offset: usize) -> usize {
+        let name = |id| token_text(tokenizer, id).0;
+        let text = name(token.id);
+        let next = offset + text.chars().count();
+        let mut top = serde_json::Map::new();
+        for &(id, logprob) in &token.top {
+            // Of tokens with the same name the likeliest, which comes first.
+            top.entry(name(id)).or_insert(logprob.into());
+        }
+        self.tokens.push(text);
+        self.token_logprobs.push(Some(token.logprob));
+        self.top_logprobs.push(Some(top));
+        self.text_offset.push(offset);
+        next
+    }
+
+    /// Adds what comes after it.
+    fn append(&mut self, mut later: Self) {
+        self.tokens.append(&mut later.tokens);
+        self.token_logprobs.append(&mut later.token_logprobs);
+        self.top_logprobs.append(&mut later.top_logprobs);
+        self.text_offset.append(&mut later.text_offset);
+    }
+}
+
 /// What every object of an answer says.
 #[derive(Clone, Serialize)]
 struct Head {
@@ -101,17 +129,27 @@ pub(crate) async fn completions(
     let max_tokens = request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
     let echo = request.echo.unwrap_or(false);
     let first = Prompt::Tokens(Vec::new());
-    let mut template = sampling.request(&app, first, Some(max_tokens), request.logprobs)?;
+    let session = sampling.session(SessionPrompt::Next);
+    let id = app.answer_id("cmpl");
+    let template = sampling.request(&app, first, Some(max_tokens), request.logprobs)?;
+    let mut template = template.label(id.as_str());
+    if echo && (request.logprobs.is_some() || max_tokens == 0) {
+        template.prompt_logprobs = Some(request.logprobs.unwrap_or(0));
+    }
     if let Some(structure) = body.parse::<StructureFields>()?.structure()? {
         template.constraint = Some(structure.constraint(&app).await?);
     }
-    let requests = prompts(request.prompt)?.into_iter().map(|prompt| Request {
-        prompt,
-        ..template.clone()
-    });
-    let streams = app.submit(requests.collect(), samples).await?;
+    let requests = prompts("prompt", request.prompt)?
+        .into_iter()
+        .map(|prompt| Request {
+            prompt,
+            ..template.clone()
+        });
+    let streams = app
+        .submit_turn(session, requests.collect(), samples)
+        .await?;
     let head = Head {
-        id: app.answer_id("cmpl"),
+        id,
         object: "text_completion",
         created: unix_time(),
         model,
@@ -133,7 +171,14 @@ pub(crate) async fn completions(
     let mut choices = Vec::with_capacity(answers.len());
     for (index, answer) in answers.into_iter().enumerate() {
         usage.add(&answer.finish, index % samples == 0);
-        let logprobs = writer.logprobs_of(index, &answer.tokens, &answer.text);
+        let echoed = answer
+            .prompt
+            .and_then(|prompt| writer.echoed(index, &prompt));
+        let mut logprobs = writer.logprobs_of(index, &answer.tokens, &answer.text);
+        if let (Some(logprobs), Some(mut all)) = (&mut logprobs, echoed) {
+            all.append(std::mem::take(logprobs));
+            *logprobs = all;
+        }
         let mut text = std::mem::take(&mut writer.opening[index]);
         text.push_str(&answer.text);
         choices.push(Choice {
@@ -151,35 +196,37 @@ pub(crate) async fn completions(
     Ok(Json(completion).into_response())
 }
 
-/// One prompt or many, as text or token ids.
-fn prompts(prompt: Value) -> Result<Vec<Prompt>, ApiError> {
-    const EXPECTED: &str =
-        "prompt must be a string, a list of strings, a list of token ids, or a list of such lists";
-    let invalid = |problem: String| ApiError::invalid(problem).param("prompt");
+/// One prompt or many, as text or token ids: what the request has in `field`.
+pub(super) fn prompts(field: &'static str, prompt: Value) -> Result<Vec<Prompt>, ApiError> {
+    let invalid = |problem: String| ApiError::invalid(format!("{field} {problem}")).param(field);
+    let unexpected = || {
+        let expected = "a string, a list of strings, a list of token ids, or a list of such lists";
+        invalid(format!("must be {expected}"))
+    };
     let tokens = |ids: &[Value]| {
         let each = ids.iter().map(|id| {
             let id = id.as_u64().and_then(|id| u32::try_from(id).ok());
-            id.ok_or_else(|| invalid(EXPECTED.to_owned()))
+            id.ok_or_else(unexpected)
         });
         Ok(Prompt::Tokens(each.collect::<Result<_, ApiError>>()?))
     };
     let list = match prompt {
         Value::String(text) => return Ok(vec![Prompt::Text(text)]),
         Value::Array(list) => list,
-        _ => return Err(invalid(EXPECTED.to_owned())),
+        _ => return Err(unexpected()),
     };
     match list.first() {
-        None => Err(invalid("prompt is an empty list".to_owned())),
+        None => Err(invalid("is an empty list".to_owned())),
         Some(Value::Number(_)) => Ok(vec![tokens(&list)?]),
         Some(_) if list.len() > MAX_PROMPTS => Err(invalid(format!(
-            "prompt has {} entries, at most {MAX_PROMPTS} are accepted",
+            "has {} entries, at most {MAX_PROMPTS} are accepted",
             list.len()
         ))),
         Some(_) => {
             let each = list.into_iter().map(|prompt| match prompt {
                 Value::String(text) => Ok(Prompt::Text(text)),
                 Value::Array(ids) => tokens(&ids),
-                _ => Err(invalid(EXPECTED.to_owned())),
+                _ => Err(unexpected()),
             });
             each.collect()
         }
@@ -194,6 +241,8 @@ struct CompletionWriter {
     ends: Vec<EndTokens>,
     /// Text before each answer: its prompt, if that is to be echoed.
     opening: Vec<String>,
+    /// The first token of that prompt.
+    first: Vec<Option<u32>>,
     /// Characters of each answer so far.
     offsets: Vec<usize>,
     logprobs: bool,
@@ -209,6 +258,7 @@ impl CompletionWriter {
             samples,
             ends: streams.iter().map(EndTokens::of).collect(),
             opening: vec![String::new(); streams.len()],
+            first: vec![None; streams.len()],
             offsets: vec![0; streams.len()],
             logprobs: false,
             usage_wanted: false,
@@ -218,13 +268,32 @@ impl CompletionWriter {
 
     /// Puts the prompts before the answers.
     fn echo(&mut self, streams: &[TokenStream]) {
-        if let Some(tokenizer) = &self.tokenizer {
-            for (index, stream) in streams.iter().enumerate() {
+        for (index, stream) in streams.iter().enumerate() {
+            self.first[index] = stream.prompt_ids().first().copied();
+            if let Some(tokenizer) = &self.tokenizer {
                 let prompt = tokenizer.decode(stream.prompt_ids(), false);
                 self.offsets[index] = prompt.chars().count();
                 self.opening[index] = prompt;
             }
         }
+    }
+
+    /// The log-probabilities of a prompt that is echoed, whose tokens after the first are
+    /// `tokens`. Before the first there is nothing that it could follow from.
+    fn echoed(&self, index: usize, tokens: &[Token]) -> Option<LogProbs> {
+        let first = self.first[index].filter(|_| self.logprobs)?;
+        let tokenizer = self.tokenizer.as_deref();
+        let mut lists = LogProbs::default();
+        let text = token_text(tokenizer, first).0;
+        let mut offset = text.chars().count();
+        lists.tokens.push(text);
+        lists.token_logprobs.push(None);
+        lists.top_logprobs.push(None);
+        lists.text_offset.push(0);
+        for token in tokens {
+            offset = lists.push(tokenizer, token, offset);
+        }
+        Some(lists)
     }
 
     /// The log-probabilities of the next tokens of an answer, whose text is `text`.
@@ -238,15 +307,7 @@ impl CompletionWriter {
         let mut lists = LogProbs::default();
         let mut offset = begin;
         for token in tokens {
-            let name = |id| token_text(tokenizer, id).0;
-            let text = name(token.id);
-            lists.text_offset.push(offset);
-            offset += text.chars().count();
-            lists.tokens.push(text);
-            lists.token_logprobs.push(Some(token.logprob));
-            let top = token.top.iter();
-            let top = top.map(|&(id, logprob)| (name(id), logprob.into()));
-            lists.top_logprobs.push(Some(top.collect()));
+            offset = lists.push(tokenizer, token, offset);
         }
         Some(lists)
     }
@@ -262,6 +323,10 @@ impl CompletionWriter {
 
 impl Writer for CompletionWriter {
     fn open(&mut self, events: &mut Events) {
+        if self.logprobs {
+            // Prompts come with their log-probabilities.
+            return;
+        }
         for (index, text) in std::mem::take(&mut self.opening).into_iter().enumerate() {
             if !text.is_empty() {
                 let choice = Choice {
@@ -281,6 +346,16 @@ impl Writer for CompletionWriter {
         mut chunk: Chunk,
         events: &mut Events,
     ) -> Result<(), ApiError> {
+        let prompt = chunk.prompt_logprobs.take();
+        if let Some(logprobs) = prompt.and_then(|prompt| self.echoed(index, &prompt)) {
+            let choice = Choice {
+                index,
+                text: std::mem::take(&mut self.opening[index]),
+                logprobs: Some(logprobs),
+                finish_reason: None,
+            };
+            self.send(&[choice], None, events);
+        }
         let token = self.ends[index].visible(&mut chunk);
         let finish_reason = chunk
             .finish

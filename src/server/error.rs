@@ -1,6 +1,6 @@
 //! What goes wrong, as OpenAI's clients expect to be told.
 
-use crate::engine::{CancelReason, GenerateError, SubmitError};
+use crate::engine::{CancelReason, EngineFault, GenerateError, SubmitError};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
@@ -97,13 +97,22 @@ impl From<SubmitError> for ApiError {
             SubmitError::Conflict => {
                 Self::new(StatusCode::CONFLICT, "conflict_error", message).code("session_busy")
             }
-            SubmitError::PromptTooLong { .. } => invalid("prompt").code("context_length_exceeded"),
+            SubmitError::PromptTooLong { .. } | SubmitError::InputTooLong { .. } => {
+                invalid("prompt").code("context_length_exceeded")
+            }
+            SubmitError::NoEmbeddings => invalid("model"),
             SubmitError::Params(error) => invalid(error.name),
             SubmitError::NoTokens => invalid("max_tokens"),
             SubmitError::NoSamples => invalid("n"),
             SubmitError::EmptyStop { .. } => invalid("stop"),
             _ => invalid("prompt"),
         }
+    }
+}
+
+impl From<EngineFault> for ApiError {
+    fn from(fault: EngineFault) -> Self {
+        SubmitError::Closed(fault).into()
     }
 }
 

@@ -39,6 +39,14 @@ impl JsonBody {
             .map_err(|error| ApiError::invalid(format!("the body goes on after it: {error}")))?;
         Ok(value)
     }
+
+    /// As [`JsonBody::parse`]; no body at all means a `T` with nothing set.
+    pub fn parse_or_default<T: DeserializeOwned + Default>(&self) -> Result<T, ApiError> {
+        if self.0.trim_ascii().is_empty() {
+            return Ok(T::default());
+        }
+        self.parse()
+    }
 }
 
 /// The field that serde says is not there.

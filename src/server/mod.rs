@@ -23,6 +23,7 @@
 //! # }
 //! ```
 
+mod abort;
 mod access;
 mod answer;
 mod auth;
@@ -30,15 +31,19 @@ mod chat;
 mod completions;
 mod connection;
 mod conversation;
+mod embeddings;
 mod error;
 mod first_bytes;
 mod health;
 mod json;
 mod metrics;
 mod models;
+mod page;
 mod parts;
 mod responses;
 mod sampling;
+mod sessions;
+mod snapshot;
 mod sse;
 mod structure;
 mod tls;
@@ -59,6 +64,8 @@ use axum::routing::{get, post};
 use axum::{Router, middleware};
 use error::ApiError;
 use serde::Deserialize;
+use sessions::{SessionTurn, Sessions};
+use snapshot::Snapshots;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -106,6 +113,10 @@ pub struct ServerOptions {
     pub max_connections: usize,
     /// How the model writes tool calls; as its chat template has it if `None`.
     pub tool_format: Option<ToolFormat>,
+    /// Sessions that may be open at the same time; one more is refused.
+    pub max_sessions: usize,
+    /// How long a session may be left alone before it is ended.
+    pub session_ttl: Duration,
     /// How long open requests may take to finish once the server is told to stop.
     pub drain_timeout: Duration,
     /// Whoever brings none of these keys is refused; everybody is let in if there are none.
@@ -132,6 +143,8 @@ impl ServerOptions {
             request_timeout: None,
             max_connections: 8192,
             tool_format: None,
+            max_sessions: 1024,
+            session_ttl: Duration::from_secs(3600),
             drain_timeout: Duration::from_secs(30),
             api_keys: ApiKeys::default(),
             allowed_origins: Vec::new(),
@@ -233,6 +246,7 @@ impl Server {
             .metrics
             .clone()
             .map(|metrics| tokio::spawn(metrics.keep()));
+        let sessions = tokio::spawn(sessions::keep(Arc::downgrade(&self.app)));
         let engine = self.app.engine.clone();
         let deadline = self.app.options.drain_timeout;
         let drain = async {
@@ -245,6 +259,7 @@ impl Server {
         if let Some(upkeep) = upkeep {
             upkeep.abort();
         }
+        sessions.abort();
         drained
     }
 }
@@ -302,8 +317,18 @@ fn routes() -> Router<Arc<App>> {
             "/v1/responses/{id}",
             get(responses::get).delete(responses::delete),
         )
+        .route("/v1/embeddings", post(embeddings::embeddings))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*name}", get(models::get))
+        .route("/v1/sessions", get(sessions::list).post(sessions::create))
+        .route(
+            "/v1/sessions/{id}",
+            get(sessions::get).delete(sessions::end),
+        )
+        .route("/v1/sessions/{id}/stop", post(sessions::stop))
+        .route("/v1/engine/snapshot", get(snapshot::snapshot))
+        .route("/abort_request", post(abort::abort_request))
+        .route("/", get(page::page))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
         .route("/health", get(health::health))
@@ -351,6 +376,8 @@ pub(crate) struct App {
     fingerprint: String,
     /// Responses that can be asked for again and gone on with.
     responses: responses::Store,
+    sessions: Sessions,
+    snapshots: Snapshots,
 }
 
 impl App {
@@ -368,6 +395,8 @@ impl App {
             started: unix_time(),
             fingerprint,
             responses: responses::Store::default(),
+            sessions: Sessions::default(),
+            snapshots: Snapshots::default(),
         }
     }
 
@@ -409,13 +438,29 @@ impl App {
             }
         }
         let long = requests.iter().any(|request| is_long(&request.prompt));
-        if !long {
-            return self.submit_here(requests, samples);
-        }
         let app = Arc::clone(self);
-        let submitted = move || app.submit_here(requests, samples);
-        let submitted = tokio::task::spawn_blocking(submitted).await;
-        submitted.map_err(|_| ApiError::unavailable("the server is being stopped"))?
+        apart_if(long, move || app.submit_here(requests, samples)).await
+    }
+
+    /// As [`App::submit`], for the one answer of a session's turn if there is a session.
+    async fn submit_turn(
+        self: &Arc<Self>,
+        session: Option<SessionTurn>,
+        mut requests: Vec<Request>,
+        samples: usize,
+    ) -> Result<Vec<TokenStream>, ApiError> {
+        let Some(SessionTurn { id, prompt }) = session else {
+            return self.submit(requests, samples).await;
+        };
+        let (Some(request), 0, 1) = (requests.pop(), requests.len(), samples) else {
+            let problem = "a session answers one prompt at a time, with n = 1";
+            return Err(ApiError::invalid(problem).param("session_id"));
+        };
+        let session = self.sessions.find(&id)?;
+        let long = is_long(&request.prompt);
+        let turn = move || Ok(session.turn(request, prompt)?);
+        let stream: TokenStream = apart_if(long, turn).await?;
+        Ok(vec![stream.when_dropped(CancelReason::Disconnect)])
     }
 
     fn submit_here(
@@ -440,6 +485,24 @@ impl App {
         Ok(streams.into_iter().map(owned).collect())
     }
 
+    /// The tokens of prompts, in their order.
+    async fn tokenize_all(
+        self: &Arc<Self>,
+        prompts: Vec<Prompt>,
+    ) -> Result<Vec<Vec<u32>>, ApiError> {
+        let bytes: usize = prompts.iter().map(text_bytes).sum();
+        let app = Arc::clone(self);
+        let tokenize = move || {
+            let each = prompts.iter().map(|prompt| app.engine.tokenize(prompt));
+            each.collect::<Result<_, _>>().map_err(ApiError::from)
+        };
+        if bytes <= LONG_PROMPT {
+            return tokenize();
+        }
+        let tokens = tokio::task::spawn_blocking(tokenize).await;
+        tokens.map_err(|_| ApiError::unavailable("the server is being stopped"))?
+    }
+
     /// Refuses an answer that the context has no room for. Only token ids are looked at.
     fn check_length(&self, prompt: &Prompt, max_tokens: usize) -> Result<(), ApiError> {
         let limit = self.engine.max_sequence_tokens();
@@ -461,15 +524,31 @@ impl App {
     }
 }
 
+/// Runs `work` here, or on a thread of its own if it may take `long`.
+async fn apart_if<T: Send + 'static>(
+    long: bool,
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    if !long {
+        return work();
+    }
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|_| ApiError::unavailable("the server is being stopped"))?
+}
+
 fn is_long(prompt: &Prompt) -> bool {
-    let bytes = match prompt {
+    text_bytes(prompt) > LONG_PROMPT
+}
+
+/// Bytes that are to be turned into tokens.
+fn text_bytes(prompt: &Prompt) -> usize {
+    match prompt {
         Prompt::Text(text) => text.len(),
         Prompt::Tokens(_) => 0,
         Prompt::Chat(messages) | Prompt::Conversation { messages, .. } => {
             messages.iter().map(|message| message.content.len()).sum()
         }
-    };
-    bytes > LONG_PROMPT
+    }
 }
 
 /// What a stream is to carry beside the answer.

@@ -110,14 +110,18 @@ pub(crate) async fn create(
     };
     let prepared = conversation.prepare(&app).await.map_err(renamed)?;
     let prompt = Prompt::Tokens(prepared.prompt);
-    let mut asked = sampling.request(&app, prompt, request.max_output_tokens, None)?;
+    let id = app.answer_id("resp");
+    let asked = sampling.request(&app, prompt, request.max_output_tokens, None)?;
+    let mut asked = asked.label(id.as_str());
     asked.constraint = prepared.constraint;
     asked.keep_special = prepared.keep_special;
+    let id = app.answer_id("resp");
+    asked.label = Some(id.as_str().into());
     let streams = app.submit(vec![asked], 1).await.map_err(renamed)?;
 
     let streaming = request.stream.unwrap_or(false);
     let mut writer = ResponseWriter {
-        id: app.answer_id("resp"),
+        id,
         created: unix_time(),
         store: request.store.unwrap_or(true),
         echo: request.echo(model, &tools),

@@ -2,6 +2,7 @@
 
 use super::App;
 use super::error::ApiError;
+use super::sessions::{SessionPrompt, SessionTurn};
 use crate::engine::{Prompt, Request};
 use crate::sampling::SamplingParams;
 use serde::Deserialize;
@@ -32,6 +33,8 @@ pub(crate) struct SamplingFields {
     /// Whom fairness counts it for.
     user: Option<String>,
     priority: Option<i32>,
+    /// The session whose turn it is.
+    session_id: Option<String>,
 }
 
 /// One string or several.
@@ -52,6 +55,12 @@ impl Strings {
 }
 
 impl SamplingFields {
+    /// The session whose turn it is, and what the prompt is to it.
+    pub fn session(&self, prompt: SessionPrompt) -> Option<SessionTurn> {
+        let id = self.session_id.clone()?;
+        Some(SessionTurn { id, prompt })
+    }
+
     /// How many answers are asked for.
     pub fn samples(&self, app: &App) -> Result<usize, ApiError> {
         let (n, most) = (self.n.unwrap_or(1), app.options.max_samples);

@@ -7,16 +7,18 @@
 #![allow(dead_code)] // each test file uses its part
 
 use quell::cache::{BlockId, Transfers};
-use quell::device::DeviceError;
-use quell::runner::{Runner, RunnerInfo, SwapInfo};
+use quell::device::{DeviceError, PooledRows};
+use quell::runner::{Runner, RunnerInfo, StepOutput, SwapInfo};
 use quell::sampling::Sampled;
-use quell::schedule::{SequenceKey, Sequences, StepPlan, TokenInput};
+use quell::schedule::{Report, SequenceKey, Sequences, StepPlan, TokenInput};
 use quell::text::Tokenizer;
 use quell::{Engine, EngineConfig, LoadError, SessionId};
 use std::collections::VecDeque;
 use std::sync::{Arc, mpsc};
 
 pub const VOCABULARY: u32 = 1000;
+/// Numbers of a hidden state.
+pub const HIDDEN: usize = 8;
 
 /// What the simulated device is to do.
 pub struct SimOptions {
@@ -77,6 +79,9 @@ struct Item {
     written: Vec<usize>,
     /// Slots of all tokens up to the last of this step.
     read: Vec<usize>,
+    report: Report,
+    /// The known tokens after those of the scored rows.
+    next: Vec<u32>,
     sample: bool,
     /// The tokens that may be chosen; all without one.
     mask: Option<Arc<[u32]>>,
@@ -203,7 +208,10 @@ impl Runner for SimRunner {
                     TokenInput::Known => (sequence.tokens[item.start..end].to_vec(), None),
                     TokenInput::Feedback { sample } => (vec![0], Some(sample)),
                 };
+                let next = item.report.scored().map(|row| sequence.tokens[row + 1]);
                 Item {
+                    report: item.report.clone(),
+                    next: next.collect(),
                     owner: sequence
                         .spec
                         .session
@@ -246,7 +254,7 @@ impl Runner for SimRunner {
         Ok(())
     }
 
-    fn collect(&mut self) -> Result<Vec<Sampled>, DeviceError> {
+    fn collect(&mut self) -> Result<StepOutput, DeviceError> {
         if let Some(gate) = &self.options.gate {
             // A closed gate lets everything through.
             let _ = gate.recv();
@@ -282,21 +290,35 @@ impl Runner for SimRunner {
                 };
             }
         }
-        self.previous = items
-            .iter()
-            .filter(|item| item.sample)
-            .map(|item| {
-                let token = next_token(item.read.iter().map(|&slot| self.memory[slot]));
+        let mut output = StepOutput::default();
+        for item in &items {
+            let up_to = |row: usize| item.read[..=row].iter().map(|&slot| self.memory[slot]);
+            let scores = item.report.scored().zip(&item.next);
+            output.samples.extend(scores.map(|(row, &token)| Sampled {
+                token,
+                logprob: logprob(up_to(row), token),
+                top: Vec::new(),
+            }));
+            if let Report::Sum(rows) = &item.report {
+                let mut sum = PooledRows::new(HIDDEN);
+                rows.clone()
+                    .for_each(|row| sum.add_row(&hidden_state(up_to(row))));
+                output.sums.push(sum);
+            }
+            if item.sample {
+                let token = next_token(up_to(item.read.len() - 1));
                 let mask = item.mask.as_deref();
-                nearest(token, |token| mask.is_none_or(|mask| is_set(mask, token)))
-            })
-            .collect();
-        let sampled = |&token: &u32| Sampled {
-            token,
-            logprob: 0.0,
-            top: Vec::new(),
-        };
-        Ok(self.previous.iter().map(sampled).collect())
+                let allowed = |token| mask.is_none_or(|mask| is_set(mask, token));
+                output.samples.push(Sampled {
+                    token: nearest(token, allowed),
+                    logprob: 0.0,
+                    top: Vec::new(),
+                });
+            }
+        }
+        let tokens = output.samples.iter().map(|sample| sample.token);
+        self.previous = tokens.collect();
+        Ok(output)
     }
 }
 
@@ -306,6 +328,26 @@ pub fn next_token(tokens: impl Iterator<Item = u32>) -> u32 {
         (hash ^ u64::from(token)).wrapping_mul(0x0100_0000_01b3)
     });
     ((hash >> 20) % u64::from(VOCABULARY)) as u32
+}
+
+/// The last hidden state of the last of these tokens.
+pub fn hidden_state(tokens: impl Iterator<Item = u32>) -> [f32; HIDDEN] {
+    let token = next_token(tokens) as usize;
+    std::array::from_fn(|column| (token * (column + 1) % 97) as f32 / 97.0 - 0.5)
+}
+
+/// The mean of the hidden states of a prompt.
+pub fn expected_embedding(prompt: &[u32]) -> Vec<f32> {
+    let mut sum = PooledRows::new(HIDDEN);
+    for end in 1..=prompt.len() {
+        sum.add_row(&hidden_state(prompt[..end].iter().copied()));
+    }
+    sum.mean()
+}
+
+/// The log-probability of `next` after these tokens.
+pub fn logprob(tokens: impl Iterator<Item = u32>, next: u32) -> f32 {
+    -(next_token(tokens.chain([next])) as f32) / 100.0
 }
 
 fn is_set(mask: &[u32], token: u32) -> bool {
@@ -376,6 +418,7 @@ pub fn info(options: &SimOptions) -> RunnerInfo {
     RunnerInfo {
         vocabulary: VOCABULARY as usize,
         context_tokens: options.context,
+        embedding: Some(HIDDEN),
         end_tokens: Vec::new(),
         cache_blocks: options.blocks,
         block_tokens: options.block_tokens,

@@ -64,6 +64,9 @@ impl CpuVector {
 /// Samples that are ready.
 pub struct CpuPending(Vec<Sampled>);
 
+/// Sums of rows that are ready.
+pub struct CpuPooling(Vec<PooledRows>);
+
 /// Computes on the processor.
 pub struct CpuDevice {
     workers: Workers,
@@ -193,6 +196,7 @@ impl Device for CpuDevice {
     type Cache = CpuCache;
     type HostBlocks = CpuHostBlocks;
     type Pending = CpuPending;
+    type Pooling = CpuPooling;
 
     fn info(&self) -> DeviceInfo {
         let (isa, threads) = (self.multiplier.isa.name(), self.workers.count());
@@ -687,6 +691,26 @@ impl Device for CpuDevice {
         Ok(pending.0)
     }
 
+    fn pool(
+        &mut self,
+        x: &CpuTensor,
+        ranges: &[std::ops::Range<usize>],
+    ) -> Result<CpuPooling, DeviceError> {
+        let rows = ranges.iter().map(|range| range.end).max().unwrap_or(0);
+        require_shape("pool", "x", x, (rows, x.columns()))?;
+        let sum = |range: &std::ops::Range<usize>| {
+            let mut sum = PooledRows::new(x.columns());
+            range.clone().for_each(|row| sum.add_row(x.row(row)));
+            sum
+        };
+        // Next to the products that made the rows it costs nothing: no thread is woken.
+        Ok(CpuPooling(ranges.iter().map(sum).collect()))
+    }
+
+    fn collect_pooled(&mut self, pooling: CpuPooling) -> Result<Vec<PooledRows>, DeviceError> {
+        Ok(pooling.0)
+    }
+
     fn copy_blocks(&mut self, cache: &mut CpuCache, pairs: &[[u32; 2]]) -> Result<(), DeviceError> {
         let checked = blocks::check_copies(pairs, cache.shape().blocks);
         sound("copy_blocks", checked)?;
@@ -731,7 +755,8 @@ fn choose(isa: Isa, logits: &[f32], row: &SampleRow) -> Sampled {
         && !params.needs_history()
         && params.logit_bias.is_empty()
         && params.logprobs.is_none()
-        && row.mask.is_none();
+        && row.mask.is_none()
+        && row.forced.is_none();
     if !plain {
         return sampling::sample(&mut logits.to_vec(), row);
     }

@@ -28,6 +28,7 @@ mod memory;
 mod norm;
 mod options;
 mod pack;
+mod pooling;
 mod probe;
 mod rope;
 mod sampling;
@@ -42,6 +43,7 @@ pub use linear::CudaLinear;
 pub use memory::CudaTensor;
 pub use norm::CudaVector;
 pub use options::{CudaActivations, CudaOptions};
+pub use pooling::CudaPooling;
 pub use rope::CudaRope;
 pub use sampling::CudaPending;
 pub use swap::CudaHostBlocks;
@@ -58,6 +60,7 @@ use graphs::Graphs;
 use images::Modules;
 use linear::{LinearKernels, Products, QuantKernels};
 use norm::NormKernels;
+use pooling::Pooler;
 use rope::RopeKernels;
 use sampling::{Sampler, SamplingKernels};
 use step::StepInputs;
@@ -78,6 +81,7 @@ pub struct CudaDevice {
     experts: ExpertKernels,
     linear: LinearKernels,
     norm: NormKernels,
+    pooler: Pooler,
     products: Products,
     quant: QuantKernels,
     rope: RopeKernels,
@@ -150,6 +154,7 @@ impl CudaDevice {
             experts: ExpertKernels::load(&modules)?,
             linear: LinearKernels::load(&modules)?,
             norm: NormKernels::load(&modules)?,
+            pooler: Pooler::new(),
             products: Products::new(&context, options)?,
             quant: QuantKernels::load(&modules)?,
             rope: RopeKernels::load(&modules)?,
@@ -232,6 +237,7 @@ impl Device for CudaDevice {
     type Cache = CudaCache;
     type HostBlocks = CudaHostBlocks;
     type Pending = CudaPending;
+    type Pooling = CudaPooling;
 
     fn info(&self) -> DeviceInfo {
         self.info.clone()
@@ -444,6 +450,18 @@ impl Device for CudaDevice {
 
     fn collect(&mut self, pending: CudaPending) -> Result<Vec<Sampled>, DeviceError> {
         self.collect_op(pending)
+    }
+
+    fn pool(
+        &mut self,
+        x: &CudaTensor,
+        ranges: &[std::ops::Range<usize>],
+    ) -> Result<CudaPooling, DeviceError> {
+        self.pool_op(x, ranges)
+    }
+
+    fn collect_pooled(&mut self, pooling: CudaPooling) -> Result<Vec<PooledRows>, DeviceError> {
+        pooling.receive()
     }
 
     fn copy_blocks(

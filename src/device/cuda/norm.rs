@@ -15,6 +15,7 @@ kernels! {
         add(residual: Ptr, x: Ptr, count: u32);
         convert(out: Ptr, x: Ptr, count: u32);
         gather_rows(out: Ptr, x: Ptr, indices: Ptr, columns: u32);
+        pool_rows(out: Ptr, x: Ptr, ranges: Ptr, columns: u32);
     }
 }
 

@@ -58,7 +58,7 @@ const LIST: usize = 4096;
 const MAX_VOCABULARY: usize = (1 << 20) - 1;
 
 /// Words of a row's parameters.
-const ROW_WORDS: usize = 16;
+const ROW_WORDS: usize = 18;
 /// Which of them says where the mask begins.
 const MASK_WORD: usize = 15;
 /// Words of a row's result before its likeliest tokens.
@@ -177,6 +177,8 @@ impl Request {
             biases[1],
             report.map_or(NONE, |_| top),
             mask,
+            row.forced.unwrap_or(NONE),
+            0,
         ];
         self.words.extend(words);
     }

@@ -150,7 +150,7 @@ impl Downloads {
             _ => {
                 let bytes = room_for(bytes);
                 Rc::new(Download {
-                    device: context.allocate(bytes, "samples")?,
+                    device: context.allocate(bytes, "the results of a step")?,
                     host: RefCell::new(Pinned::new(context, bytes, PinnedUse::Download)?),
                     written: Event::new(context)?,
                     copied: Event::new(context)?,

@@ -16,10 +16,9 @@ use crate::device::DeviceError;
 use crate::engine::sync::{Arc, OnceLock};
 use crate::engine::{Engine, EngineFault, EngineStats, Outcome};
 use crate::id::SessionId;
-use crate::runner::Runner;
-use crate::sampling::Sampled;
+use crate::runner::{Runner, StepOutput};
 use crate::schedule::{Sequences, StepPlan};
-use callers::{Act, Ask, Callers, End};
+use callers::{Act, Ask, Callers, End, Wanted};
 use metrics_util::debugging::{DebugValue, DebuggingRecorder, Snapshotter};
 use proptest::collection::vec;
 use proptest::option::weighted;
@@ -116,7 +115,7 @@ impl Runner for Device {
         self.0.sim.borrow_mut().poison(blocks)
     }
 
-    fn collect(&mut self) -> Result<Vec<Sampled>, DeviceError> {
+    fn collect(&mut self) -> Result<StepOutput, DeviceError> {
         let Script {
             callers,
             fault,
@@ -512,9 +511,26 @@ fn ask() -> impl Strategy<Value = Ask> {
         weighted(0.3, 0..2u8),
         weighted(0.04, any::<bool>()),
         prop_oneof![3 => Just(false), 1 => Just(true)],
+        prop_oneof![
+            12 => Just(Wanted::Tokens),
+            2 => Just(Wanted::Scores),
+            1 => Just(Wanted::OnlyScores),
+            2 => Just(Wanted::Embedding),
+        ],
     )
         .prop_map(
-            |(prompt, length, max_tokens, stop_at, priority, tenant, overdue, constrained)| Ask {
+            |(
+                prompt,
+                length,
+                max_tokens,
+                stop_at,
+                priority,
+                tenant,
+                overdue,
+                constrained,
+                wanted,
+            )| Ask {
+                wanted,
                 prompt,
                 length,
                 max_tokens,
@@ -626,6 +642,7 @@ fn run(setup: &Setup, events: &[Event]) -> Seen {
 }
 
 const ASK: Ask = Ask {
+    wanted: Wanted::Tokens,
     prompt: 0,
     length: 1,
     max_tokens: 1,

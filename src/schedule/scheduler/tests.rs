@@ -1,5 +1,6 @@
 //! Plans, step by step: who gets which blocks, and who gives way.
 
+use super::super::Report;
 use super::*;
 use crate::config::Preemption;
 use crate::sampling::{Constraint, ConstraintState, SamplingParams};
@@ -18,6 +19,7 @@ fn spec(prompt: Vec<u32>, new_tokens: usize) -> SequenceSpec {
     SequenceSpec {
         max_tokens: prompt.len() + new_tokens,
         prompt,
+        task: Task::Generate,
         params: Arc::new(SamplingParams::default()),
         stop_tokens: Arc::new([]),
         priority: 0,
@@ -667,6 +669,194 @@ fn host_memory_that_a_step_reads_is_not_written_by_it() {
     assert!(written.into_iter().all(|host| !read.contains(&host)));
 }
 
+fn embedding(prompt: Vec<u32>) -> SequenceSpec {
+    SequenceSpec {
+        task: Task::Embed,
+        ..spec(prompt, 0)
+    }
+}
+
+fn scored(prompt: Vec<u32>, new_tokens: usize) -> SequenceSpec {
+    SequenceSpec {
+        task: Task::Score { top: 0 },
+        ..spec(prompt, new_tokens)
+    }
+}
+
+/// Rows, samples and reports of each item.
+fn reports(plan: &StepPlan) -> Vec<(usize, usize, bool, bool, Report)> {
+    let items = plan.items.iter();
+    items
+        .map(|item| {
+            let PlanItem {
+                start,
+                count,
+                sample,
+                end,
+                report,
+                ..
+            } = item.clone();
+            (start, count, sample, end, report)
+        })
+        .collect()
+}
+
+#[test]
+fn an_embedding_computes_its_whole_prompt_although_it_is_known_and_publishes_it() {
+    let policy = Policy {
+        max_batch_tokens: 6,
+        ..Policy::default()
+    };
+    let mut bench = Bench::new(16, policy);
+    for _ in 0..2 {
+        let key = bench.add(embedding(prompt(10, 1)));
+        let first = bench.launch().unwrap();
+        assert_eq!(reports(&first), [(0, 6, false, false, Report::Sum(0..6))]);
+        let last = bench.launch().unwrap();
+        assert_eq!(reports(&last), [(6, 4, false, true, Report::Sum(6..10))]);
+        assert!(bench.launch().is_none(), "nothing follows the prompt");
+        bench.complete(7);
+        bench.complete(7);
+        let end = bench.scheduler.commit_end(key);
+        assert_eq!(end, Commit::Finished(FinishReason::Stop));
+        bench.scheduler.remove(key);
+        assert_eq!(bench.scheduler.cache().books().cached, 2);
+    }
+    let counts = bench.scheduler.counts();
+    assert_eq!((counts.prefix_queries, counts.prefix_hits), (0, 0));
+}
+
+/// What is on its way is not reported twice, and need not be computed again either.
+#[test]
+fn a_report_that_was_launched_is_not_launched_again_after_a_restart() {
+    let policy = Policy {
+        max_sequences: 1,
+        max_batch_tokens: 6,
+        ..Policy::default()
+    };
+    let mut bench = Bench::new(16, policy);
+    let key = bench.add(embedding(prompt(14, 1)));
+    bench.step();
+    let urgent = bench.add(SequenceSpec {
+        priority: -1,
+        ..spec(prompt(4, 2), 2)
+    });
+    bench.step();
+    bench.scheduler.remove(urgent);
+    assert!(!bench.running(key));
+    // The first block is known; of the second, two tokens were reported.
+    let again = bench.step();
+    assert_eq!(reports(&again), [(4, 6, false, false, Report::Sum(6..10))]);
+    let last = bench.step();
+    assert_eq!(reports(&last), [(10, 4, false, true, Report::Sum(10..14))]);
+}
+
+/// One that has only to hear from the device is not started again.
+#[test]
+fn an_embedding_whose_end_is_in_flight_waits_for_it() {
+    let policy = Policy {
+        max_sequences: 1,
+        ..Policy::default()
+    };
+    let mut bench = Bench::new(16, policy);
+    let key = bench.add(embedding(prompt(6, 1)));
+    bench.launch().unwrap();
+    let urgent = bench.add(SequenceSpec {
+        priority: -1,
+        ..spec(prompt(4, 2), 1)
+    });
+    bench.launch().unwrap();
+    bench.scheduler.remove(urgent);
+    assert_eq!(bench.sequence(key).place(), Place::Parked);
+    assert!(bench.launch().is_none());
+    bench.complete(7);
+    let end = bench.scheduler.commit_end(key);
+    assert_eq!(end, Commit::Finished(FinishReason::Stop));
+}
+
+#[test]
+fn scored_rows_are_samples_of_the_step_and_no_step_has_too_many() {
+    let policy = Policy {
+        max_sequences: 4,
+        max_batch_tokens: 16,
+        ..Policy::default()
+    };
+    let mut bench = Bench::new(32, policy);
+    let decode = bench.add(spec(prompt(3, 1), 20));
+    bench.step();
+    let key = bench.add(scored(prompt(8, 2), 2));
+    let later = bench.add(spec(prompt(5, 3), 2));
+    let first = bench.step();
+    // One sample is the decode's. None is left for who came later.
+    let scores = |from: usize, to: usize| Report::Scores(from..to);
+    assert_eq!(reports(&first)[1..], [(0, 3, false, false, scores(0, 3))]);
+    let second = bench.step();
+    assert_eq!(second.sample_count(), 4);
+    assert_eq!(reports(&second)[1..], [(3, 3, false, false, scores(3, 6))]);
+    bench.scheduler.remove(decode);
+    let third = bench.step();
+    assert_eq!(
+        reports(&third),
+        [
+            (6, 2, true, false, scores(6, 7)),
+            (0, 5, true, false, Report::Nothing)
+        ]
+    );
+    // The last of the item's samples is fed back.
+    let fourth = bench.launch().unwrap();
+    let inputs: Vec<_> = fourth.items.iter().map(|item| item.input).collect();
+    assert_eq!(inputs, [TokenInput::Known; 2]);
+    assert_eq!(fourth.sample_count(), 2);
+    for key in [key, later] {
+        bench.scheduler.remove(key);
+    }
+}
+
+#[test]
+fn what_follows_scored_rows_is_fed_back_from_behind_them() {
+    let mut bench = Bench::new(32, Policy::default());
+    bench.add(scored(prompt(8, 2), 3));
+    bench.add(spec(prompt(5, 3), 3));
+    bench.launch().unwrap();
+    let next = bench.launch().unwrap();
+    let inputs: Vec<_> = next.items.iter().map(|item| item.input).collect();
+    let sample = |sample| TokenInput::Feedback { sample };
+    assert_eq!(inputs, [sample(7), sample(8)]);
+}
+
+#[test]
+fn a_prompt_that_is_only_scored_ends_with_it() {
+    let mut bench = Bench::new(16, Policy::default());
+    for (length, report) in [(6, Report::Scores(0..5)), (1, Report::Nothing)] {
+        let key = bench.add(scored(prompt(length, 1), 0));
+        let plan = bench.step();
+        assert_eq!(reports(&plan), [(0, length, false, true, report)]);
+        let end = bench.scheduler.commit_end(key);
+        assert_eq!(end, Commit::Finished(FinishReason::Length));
+        bench.scheduler.remove(key);
+    }
+}
+
+/// What the session keeps was not computed for this turn.
+#[test]
+fn a_turn_that_is_scored_computes_all_of_its_session_anew() {
+    let mut bench = Bench::new(16, Policy::default());
+    let first = bench.add(turn(1, prompt(10, 1), 2));
+    bench.step();
+    let fate = Fate::Keep {
+        tokens: 10,
+        pin_until: None,
+    };
+    bench.scheduler.close(first, fate);
+    let second = SequenceSpec {
+        task: Task::Score { top: 0 },
+        ..turn(1, prompt(12, 1), 2)
+    };
+    let second = bench.add(second);
+    assert_eq!(rows(&bench.step()), [(0, 12)]);
+    bench.scheduler.close(second, fate);
+    assert_eq!(bench.scheduler.kept(SessionId(1)).tokens, 10);
+}
 /// Allows the token 7 so many times; 8 makes it fail.
 #[derive(Clone, Debug)]
 struct Sevens(usize);

@@ -2,14 +2,15 @@
 //! what they may see.
 
 use super::constraint::Remainders;
-use super::sim::{expected, expected_where};
+use super::sim::{HIDDEN, expected, expected_where, hidden_state, logprob};
 use crate::config::EngineConfig;
+use crate::device::PooledRows;
 use crate::engine::command::Command;
-use crate::engine::event::{Event, Terminal};
+use crate::engine::event::{Event, PromptReport, Terminal};
 use crate::engine::sync::{Receiver, TryRecvError};
 use crate::engine::{
-    CancelReason, Cancellation, Draining, Engine, GenerateError, Outcome, Request, Session,
-    SessionOptions, Shutdown, ShuttingDown, Stop, SubmitError, TokenStream,
+    CancelReason, Cancellation, Draining, EmbedRequest, Engine, GenerateError, Outcome, Request,
+    Session, SessionOptions, Shutdown, ShuttingDown, Stop, SubmitError, Token, TokenStream,
 };
 use crate::id::SessionId;
 use crate::schedule::FinishReason;
@@ -22,9 +23,22 @@ use std::time::Duration;
 /// Longer than any test.
 const FOR_EVER: Duration = Duration::from_secs(1 << 20);
 
+/// What a request wants of its prompt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    Tokens,
+    /// Tokens, and the log-probabilities of the prompt.
+    Scores,
+    /// These alone.
+    OnlyScores,
+    /// A vector; tokens where there can be none, as a turn or one of several samples.
+    Embedding,
+}
+
 /// What a request asks for.
 #[derive(Clone, Debug)]
 pub struct Ask {
+    pub wanted: Wanted,
     /// Which of the few prompts.
     pub prompt: usize,
     pub length: usize,
@@ -88,8 +102,9 @@ pub enum End {
 pub struct Asked {
     pub id: SessionId,
     prompt: Vec<u32>,
-    /// The whole answer, and how it ends.
+    /// The whole answer, what comes with its first token, and how it ends.
     answer: Vec<u32>,
+    report: Option<PromptReport>,
     finish: Outcome,
     stream: Option<TokenStream>,
     events: Receiver<Event>,
@@ -151,6 +166,16 @@ pub struct Callers {
     pub receipts: u64,
 }
 
+impl Ask {
+    /// Tokens that are generated at most.
+    fn max_tokens(&self) -> usize {
+        match self.wanted {
+            Wanted::OnlyScores => 0,
+            _ => self.max_tokens,
+        }
+    }
+}
+
 fn poll<F: Future + Unpin>(future: &mut F) -> Poll<F::Output> {
     Pin::new(future).poll(&mut Context::from_waker(Waker::noop()))
 }
@@ -167,6 +192,20 @@ impl Asked {
             Some(End::Outcome(Outcome::Stop | Outcome::Length))
         );
         own && self.read_to_end
+    }
+
+    /// Takes note of what comes of the prompt, with a message that has a token or an end
+    /// of its own if `counts`: the first of these brings it, and no other.
+    fn reported(&self, report: Option<&PromptReport>, counts: bool) {
+        let due = self
+            .report
+            .as_ref()
+            .filter(|_| counts && self.read.is_empty());
+        let id = self.id;
+        assert_eq!(
+            report, due,
+            "I10: {id} does not get what it would get alone"
+        );
     }
 
     /// Takes note of a token.
@@ -218,12 +257,17 @@ impl Asked {
         loop {
             match self.events.try_recv() {
                 Ok(Event {
-                    token, terminal, ..
+                    token,
+                    report,
+                    terminal,
+                    ..
                 }) => {
+                    let finished = matches!(terminal, Some(Terminal::Finished(_)));
                     if let Some(Terminal::Cancelled(_) | Terminal::Failed(_)) = terminal {
                         let none = token.is_none();
                         assert!(none, "I1: {} got a token with a cancel", self.id);
                     }
+                    self.reported(report.as_deref(), token.is_some() || finished);
                     if let Some(token) = token {
                         self.token(token.id);
                     }
@@ -276,6 +320,11 @@ impl Asked {
         match chunk {
             Ok(chunk) => {
                 let finish = chunk.finish.map(|finish| finish.outcome);
+                let sum = self.stream.as_mut().and_then(TokenStream::take_sum);
+                let scores = chunk.prompt_logprobs.map(PromptReport::Scores);
+                let report = scores.or(sum.map(PromptReport::Sum));
+                let own = matches!(finish, Some(Outcome::Stop | Outcome::Length));
+                self.reported(report.as_ref(), chunk.token.is_some() || own);
                 if let Some(token) = chunk.token {
                     let cancelled = matches!(finish, Some(Outcome::Cancelled(_)));
                     assert!(!cancelled, "I1: {} got a token with a cancel", self.id);
@@ -323,8 +372,11 @@ impl Callers {
         let prompt = prompt(ask);
         let whole = [context, &prompt].concat();
         let mut request = Request::new(prompt)
-            .max_tokens(ask.max_tokens)
+            .max_tokens(ask.max_tokens())
             .priority(ask.priority);
+        if matches!(ask.wanted, Wanted::Scores | Wanted::OnlyScores) {
+            request = request.prompt_logprobs(0);
+        }
         if let Some(tenant) = ask.tenant {
             request = request.tenant(["one", "two"][usize::from(tenant) % 2]);
         }
@@ -342,12 +394,44 @@ impl Callers {
         request
     }
 
+    /// Submits a prompt to be embedded. What nobody asks for in an embedding is left out.
+    fn embed(&mut self, engine: &Engine, ask: &Ask) {
+        let request = self.request(ask, &[]);
+        let embedding = engine.embed(EmbedRequest {
+            finish_within: request.finish_within,
+            priority: request.priority,
+            tenant: request.tenant,
+            ..EmbedRequest::new(request.prompt)
+        });
+        match embedding {
+            Ok(embedding) => {
+                let stream = embedding.into_stream();
+                let report = PromptReport::Sum(sum(stream.prompt_ids()));
+                let overdue = ask.overdue.filter(|first_token| !first_token);
+                let ask = Ask {
+                    stop_at: None,
+                    overdue,
+                    wanted: Wanted::OnlyScores,
+                    ..ask.clone()
+                };
+                self.accepted(&ask, stream, None);
+                if let Some(asked) = self.asked.last_mut() {
+                    asked.report = Some(report);
+                    asked.finish = Outcome::Stop;
+                }
+            }
+            Err(error) => self.refused(&error),
+        }
+    }
+
     /// Takes note of a request that was accepted.
     fn accepted(&mut self, ask: &Ask, stream: TokenStream, session: Option<SessionId>) {
         let prompt = stream.prompt_ids().to_vec();
         let room = self.engine.as_ref().map_or(0, Engine::max_sequence_tokens) - prompt.len();
-        let mut answer = ask.expected(&prompt, ask.max_tokens.min(room));
+        let mut answer = ask.expected(&prompt, ask.max_tokens().min(room));
         let mut finish = Outcome::Length;
+        let scored = matches!(ask.wanted, Wanted::Scores | Wanted::OnlyScores);
+        let report = scored.then(|| PromptReport::Scores(scores(&prompt)));
         if let Some(at) = ask.stop_at {
             let stop = ask.expected(&prompt, at + 1)[at];
             if let Some(end) = answer.iter().position(|token| *token == stop) {
@@ -359,6 +443,7 @@ impl Callers {
             id: stream.id(),
             prompt,
             answer,
+            report,
             finish,
             events: stream.events(),
             stream: Some(stream),
@@ -384,7 +469,9 @@ impl Callers {
     /// A request may be refused for good reasons only.
     fn refused(&self, error: &SubmitError) {
         let expected = match error {
-            SubmitError::PromptTooLong { .. } | SubmitError::Overloaded { .. } => true,
+            SubmitError::PromptTooLong { .. }
+            | SubmitError::InputTooLong { .. }
+            | SubmitError::Overloaded { .. } => true,
             SubmitError::Draining => self.draining,
             SubmitError::Closed(_) => self.closed,
             _ => false,
@@ -398,6 +485,7 @@ impl Callers {
             return;
         };
         match act {
+            Act::Submit(ask) if ask.wanted == Wanted::Embedding => self.embed(&engine, ask),
             Act::Submit(ask) => match engine.generate(self.request(ask, &[])) {
                 Ok(stream) => self.accepted(ask, stream, None),
                 Err(error) => self.refused(&error),
@@ -847,6 +935,25 @@ impl Callers {
         let ends = self.asked.iter().filter_map(|asked| asked.end);
         ends.filter(|end| kind(*end)).count() as u64
     }
+}
+
+/// What the simulated model says of a prompt.
+fn scores(prompt: &[u32]) -> Vec<Token> {
+    let score = |end: usize| Token {
+        id: prompt[end],
+        logprob: logprob(prompt[..end].iter().copied(), prompt[end]),
+        top: Vec::new(),
+    };
+    (1..prompt.len()).map(score).collect()
+}
+
+/// The sum of a prompt's hidden states.
+fn sum(prompt: &[u32]) -> PooledRows {
+    let mut sum = PooledRows::new(HIDDEN);
+    for end in 1..=prompt.len() {
+        sum.add_row(&hidden_state(prompt[..end].iter().copied()));
+    }
+    sum
 }
 
 /// One of a few prompts that begin alike.

@@ -1,0 +1,323 @@
+//! `quell bench`: prefill and decode speed, as medians with their spread.
+
+use super::BenchArgs;
+use crate::cli::args::{CliError, Format, resolve};
+use crate::cli::generate::println_json;
+use crate::cli::progress;
+use clap::{Args, ValueEnum};
+use quell::runner::ModelFiles;
+use quell::weights::DType;
+use quell::{Engine, EngineConfig, Request, TokenStream};
+use serde_json::{Value, json};
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::Instant;
+
+/// The model that is measured.
+#[derive(Debug, Args)]
+pub struct WhichModel {
+    /// A .gguf file, a Hugging Face folder, or hf:ORG/NAME[/FILE] to download. With
+    /// --server the name that the server has for it [default: the first that it lists].
+    #[arg(
+        long,
+        value_name = "PATH",
+        required_unless_present_any = ["random_weights", "server"]
+    )]
+    pub model: Option<String>,
+    /// Instead of a model, random weights of the size that a Hugging Face config.json
+    /// says; llama-3.1-8b and llama-3.2-1b need no file.
+    #[arg(long, value_name = "CONFIG", conflicts_with = "model")]
+    random_weights: Option<String>,
+    /// What random weights are stored as.
+    #[arg(long, value_enum, default_value_t, conflicts_with = "model")]
+    weights_format: WeightsFormat,
+}
+
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+enum WeightsFormat {
+    #[default]
+    Bf16,
+    F16,
+    F32,
+    #[value(name = "q4_0")]
+    Q4_0,
+    #[value(name = "q4_1")]
+    Q4_1,
+    #[value(name = "q8_0")]
+    Q8_0,
+    #[value(name = "q4_k")]
+    Q4K,
+    #[value(name = "q6_k")]
+    Q6K,
+}
+
+impl WeightsFormat {
+    fn dtype(self) -> DType {
+        match self {
+            Self::Bf16 => DType::BF16,
+            Self::F16 => DType::F16,
+            Self::F32 => DType::F32,
+            Self::Q4_0 => DType::Q4_0,
+            Self::Q4_1 => DType::Q4_1,
+            Self::Q8_0 => DType::Q8_0,
+            Self::Q4K => DType::Q4K,
+            Self::Q6K => DType::Q6K,
+        }
+    }
+}
+
+/// The models whose `config.json` is at hand.
+const BUILT_IN: [(&str, &str); 2] = [
+    ("llama-3.1-8b", include_str!("llama-3.1-8b.json")),
+    ("llama-3.2-1b", include_str!("llama-3.2-1b.json")),
+];
+
+impl WhichModel {
+    fn open(&self) -> Result<ModelFiles, CliError> {
+        if let Some(model) = &self.model {
+            return Ok(ModelFiles::open(&resolve(model)?)?);
+        }
+        let name = self.name();
+        let settings = random_settings(name)?;
+        let format = self.weights_format.dtype();
+        Ok(ModelFiles::random(name, &settings, format)?)
+    }
+
+    /// What the user called it.
+    fn name(&self) -> &str {
+        let name = self.model.as_deref().or(self.random_weights.as_deref());
+        name.unwrap_or_default()
+    }
+}
+
+/// The settings of a model without weights: a built-in name's, or a file's.
+fn random_settings(name: &str) -> Result<Value, CliError> {
+    let text = match BUILT_IN.iter().find(|(built_in, _)| *built_in == name) {
+        Some((_, text)) => (*text).to_owned(),
+        None => std::fs::read_to_string(name).map_err(|source| CliError::Read {
+            path: PathBuf::from(name),
+            source,
+        })?,
+    };
+    serde_json::from_str(&text).map_err(|error| CliError::Config {
+        path: PathBuf::from(name),
+        problem: error.to_string(),
+    })
+}
+
+/// What is measured: a name and how to measure it once, in tokens a second.
+struct Figure {
+    name: String,
+    streams: usize,
+    phase: Phase,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Prefill,
+    Decode,
+}
+
+impl BenchArgs {
+    /// Tokens that the first of so many streams may decode before the last one begins: 0
+    /// when one step takes the prompts of all of them.
+    fn lead(&self, streams: usize) -> usize {
+        let steps = (streams * self.decode_prompt).div_ceil(self.run.max_batch_tokens);
+        // Decoding takes a part of each step.
+        if steps <= 1 { 0 } else { 2 * steps + 4 }
+    }
+}
+
+/// Measures a model on this machine.
+pub fn run(args: &BenchArgs) -> Result<(), CliError> {
+    if args.repetitions == 0 || args.decode_prompt == 0 || args.concurrency.contains(&0) {
+        let problem =
+            "--repetitions, --decode-prompt and each entry of --concurrency must be at least 1";
+        return Err(CliError::Usage(problem.to_owned()));
+    }
+    if args.generate == 1 {
+        let problem = "--generate is 1, but must be 0 or at least 2: the first token is prefill";
+        return Err(CliError::Usage(problem.to_owned()));
+    }
+    let settings = args.run.config()?;
+    let most = args.concurrency.iter().max().copied().unwrap_or(1);
+    let config = EngineConfig {
+        // Streams that are not read while others are must not be paused.
+        stream_buffer: args.generate + args.lead(most),
+        // Repetitions are to compute their prompts.
+        prefix_cache: false,
+        ..settings
+    };
+    let engine = args.run.start_with(args.model.open()?, config)?;
+    let mut figures = Vec::new();
+    if args.prompt > 0 {
+        figures.push(Figure {
+            name: format!("prefill {}", args.prompt),
+            streams: 1,
+            phase: Phase::Prefill,
+        });
+    }
+    if args.generate > 0 {
+        figures.extend(args.concurrency.iter().map(|&streams| Figure {
+            name: format!("decode {} × {streams}", args.generate),
+            streams,
+            phase: Phase::Decode,
+        }));
+    }
+    let bar = progress::bar((figures.len() * (args.repetitions + 1)) as u64, "measuring");
+    let mut rows = Vec::new();
+    for figure in &figures {
+        let mut rates = Vec::with_capacity(args.repetitions);
+        for repetition in 0..=args.repetitions {
+            let rate = measure(&engine, figure, args, repetition as u64)?;
+            if repetition > 0 {
+                rates.push(rate);
+            }
+            bar.inc(1);
+        }
+        rates.sort_by(f64::total_cmp);
+        rows.push((figure, rates));
+    }
+    bar.finish_and_clear();
+    report(&engine, args, &rows)
+}
+
+/// One measurement, in tokens a second over all streams.
+fn measure(
+    engine: &Engine,
+    figure: &Figure,
+    args: &BenchArgs,
+    round: u64,
+) -> Result<f64, CliError> {
+    let (prompt, tokens) = match figure.phase {
+        Phase::Prefill => (args.prompt, 1),
+        Phase::Decode => (
+            args.decode_prompt,
+            args.generate + args.lead(figure.streams),
+        ),
+    };
+    let streams = (0..figure.streams)
+        .map(|stream| {
+            let ids = random_ids(engine, round * 7919 + stream as u64 + 1, prompt);
+            let mut request = Request::new(ids).greedy().max_tokens(tokens);
+            request.ignore_eos = true;
+            Ok(engine.generate(request)?)
+        })
+        .collect::<Result<Vec<_>, CliError>>()?;
+    if figure.phase == Phase::Decode && args.lead(figure.streams) > 0 {
+        return decode_rate(engine, streams, args.generate);
+    }
+    let mut first = 0.0f64;
+    let mut total = 0.0f64;
+    for stream in streams {
+        let timing = stream.complete_blocking()?.finish.timing;
+        first = first.max(timing.first_token.unwrap_or_default().as_secs_f64());
+        total = total.max(timing.total.as_secs_f64());
+    }
+    Ok(match figure.phase {
+        Phase::Prefill => prompt as f64 / first,
+        Phase::Decode => (figure.streams * (tokens - 1)) as f64 / (total - first),
+    })
+}
+
+/// Tokens a second from the moment when all streams decode until the last of them has
+/// `count` tokens.
+fn decode_rate(
+    engine: &Engine,
+    mut streams: Vec<TokenStream>,
+    count: usize,
+) -> Result<f64, CliError> {
+    for stream in &mut streams {
+        read_tokens(stream, 1)?;
+    }
+    let (begin, before) = (Instant::now(), engine.stats()?.tokens_generated);
+    if let Some(last) = streams.last_mut() {
+        read_tokens(last, count - 1)?;
+    }
+    let after = engine.stats()?.tokens_generated;
+    let seconds = begin.elapsed().as_secs_f64();
+    for stream in streams {
+        // The next measurement begins with an idle engine.
+        stream.cancel().wait()?;
+    }
+    if after == before {
+        let problem = "--generate is too small: the streams ended before they could be measured";
+        return Err(CliError::Usage(problem.to_owned()));
+    }
+    Ok((after - before) as f64 / seconds)
+}
+
+/// Prompt `number`, always the same.
+fn random_ids(engine: &Engine, number: u64, length: usize) -> Vec<u32> {
+    let vocabulary = engine.info().vocabulary as u64;
+    let mut state = number;
+    let next = |_| {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        ((state >> 33) % vocabulary) as u32
+    };
+    (0..length).map(next).collect()
+}
+
+/// Waits for the next `count` tokens of a stream.
+fn read_tokens(stream: &mut TokenStream, mut count: usize) -> Result<(), CliError> {
+    while count > 0 {
+        let Some(chunk) = stream.next_blocking() else {
+            let problem = "a stream ended before it had all its tokens; --context is too small";
+            return Err(CliError::Usage(problem.to_owned()));
+        };
+        count -= usize::from(chunk?.token.is_some());
+    }
+    Ok(())
+}
+
+fn report(engine: &Engine, args: &BenchArgs, rows: &[(&Figure, Vec<f64>)]) -> Result<(), CliError> {
+    let median = |rates: &[f64]| rates[rates.len() / 2];
+    let model = engine.info().model.as_ref();
+    let format = model.and_then(|model| model.parameters.main_format());
+    let format = format.map(|format| format.name());
+    let device = model.map(|model| format!("{}: {}", model.device.name, model.device.description));
+    if args.format == Format::Json {
+        let figures: Vec<Value> = rows
+            .iter()
+            .map(|(figure, rates)| {
+                json!({
+                    "name": figure.name,
+                    "phase": if figure.phase == Phase::Prefill { "prefill" } else { "decode" },
+                    "streams": figure.streams,
+                    "tokens_per_s": median(rates),
+                    "min": rates.first(),
+                    "max": rates.last(),
+                    "repetitions": rates.len(),
+                })
+            })
+            .collect();
+        return println_json(&json!({
+            "model": args.model.name(),
+            "random_weights": args.model.model.is_none(),
+            "weights_format": format,
+            "device": device,
+            "version": env!("CARGO_PKG_VERSION"),
+            "figures": figures,
+        }));
+    }
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{}, {}", args.model.name(), device.unwrap_or_default())?;
+    writeln!(
+        out,
+        "{:<18} {:>10}   {:>9} – max",
+        "tokens/s", "median", "min"
+    )?;
+    for (figure, rates) in rows {
+        writeln!(
+            out,
+            "{:<18} {:>10.1}   {:>9.1} – {:.1}",
+            figure.name,
+            median(rates),
+            rates[0],
+            rates[rates.len() - 1]
+        )?;
+    }
+    Ok(())
+}

@@ -1,0 +1,95 @@
+//! Sums of rows: where they are found goes up in one copy, the sums come back in one, on
+//! the results stream.
+
+use super::CudaDevice;
+use super::error::require;
+use super::launch::Grid;
+use super::memory::CudaTensor;
+use super::norm::require_shape;
+use super::transfer::{Download, Downloads, Uploads};
+use crate::device::{DeviceError, PooledRows, Precision};
+use std::ops::Range;
+use std::rc::Rc;
+
+/// What pooling keeps from step to step.
+pub(super) struct Pooler {
+    uploads: Uploads,
+    downloads: Downloads,
+}
+
+impl Pooler {
+    pub(super) fn new() -> Self {
+        Self {
+            uploads: Uploads::new("the rows that are pooled"),
+            downloads: Downloads::default(),
+        }
+    }
+}
+
+/// Sums of rows on their way to the host.
+pub struct CudaPooling {
+    download: Rc<Download>,
+    /// Rows of each sum.
+    rows: Vec<usize>,
+    columns: usize,
+}
+
+impl CudaPooling {
+    /// Waits for the sums.
+    pub(super) fn receive(self) -> Result<Vec<PooledRows>, DeviceError> {
+        let Self {
+            download,
+            rows,
+            columns,
+        } = self;
+        download.receive(|bytes| {
+            let (sums, _) = bytes.as_chunks::<8>();
+            let sums = sums.chunks_exact(columns.max(1));
+            let pooled = |(&rows, sums): (&usize, &[[u8; 8]])| {
+                let sums = sums.iter().map(|&bytes| i64::from_ne_bytes(bytes));
+                PooledRows::of_device(rows, sums.collect())
+            };
+            rows.iter().zip(sums).map(pooled).collect()
+        })
+    }
+}
+
+impl CudaDevice {
+    pub(super) fn pool_op(
+        &mut self,
+        x: &CudaTensor,
+        ranges: &[Range<usize>],
+    ) -> Result<CudaPooling, DeviceError> {
+        const NAME: &str = "pool";
+        let columns = x.columns();
+        let end = ranges.iter().map(|range| range.end).max().unwrap_or(0);
+        require_shape(NAME, "x", x, (end, columns), Precision::Activation)?;
+        let forward = ranges.iter().all(|range| range.start <= range.end);
+        require(forward, NAME, || {
+            format!("{ranges:?} are not all ranges of rows")
+        })?;
+        let rows: Vec<usize> = ranges.iter().map(Range::len).collect();
+        let pairs = ranges.iter().zip(&rows);
+        let words: Vec<u32> = pairs
+            .flat_map(|(range, &rows)| [range.start as u32, rows as u32])
+            .collect();
+        let words = self.pooler.uploads.write(&self.context, &words)?;
+        let bytes = 8 * columns * ranges.len();
+        let download = self.pooler.downloads.next(&self.context, bytes)?;
+        let blocks = [columns.div_ceil(256) as u32, ranges.len() as u32, 1];
+        self.norm.pool_rows(
+            &self.context,
+            Grid::new(blocks, [256, 1, 1]),
+            download.ptr(),
+            x.ptr(),
+            words,
+            columns as u32,
+        )?;
+        download.send(&self.context, bytes)?;
+        Ok(CudaPooling {
+            download,
+            rows,
+            columns,
+        })
+    }
+}

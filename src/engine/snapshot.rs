@@ -1,0 +1,282 @@
+//! An engine from the inside at one moment: who is open, whose each block is, and who
+//! ended last.
+
+use super::EngineStats;
+use super::ledger::{Ended, Ledger};
+use crate::cache::{BlockState, BlockTable};
+use crate::id::{SessionId, StepId};
+use crate::schedule::{Kept, Place, Scheduler, Sequence, SequenceKey};
+use serde::{Serialize, Serializer};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// An engine at one moment between two steps.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct EngineSnapshot {
+    /// The same moment in numbers.
+    pub stats: EngineStats,
+    /// Steps that are launched and have not completed.
+    pub steps_in_flight: u64,
+    /// The open requests, in the order of their ids.
+    pub requests: Vec<RequestState>,
+    /// The sessions that keep keys and values between their turns, in the order of their
+    /// ids.
+    pub sessions: Vec<SessionState>,
+    /// Whose each block of the key-value cache is.
+    pub blocks: BlockMap,
+    /// The last requests whose blocks became free, at most 64, the latest first.
+    pub recent_ends: Vec<RequestEnd>,
+}
+
+/// What an open request does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RequestPhase {
+    /// It has not been started yet.
+    Waiting,
+    /// It holds blocks and is computed.
+    Running,
+    /// Its reader lags behind: it may hold blocks, and is not computed.
+    Paused,
+    /// It gave its blocks to others, and waits to be started again.
+    Preempted,
+}
+
+/// One open request.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct RequestState {
+    /// Its id, as [`Engine::cancel_request`](crate::Engine::cancel_request) takes it.
+    pub id: SessionId,
+    /// What it does.
+    pub phase: RequestPhase,
+    /// The session whose turn it is.
+    pub session: Option<SessionId>,
+    /// What its caller knows it by.
+    pub label: Option<Arc<str>>,
+    /// Who it is for.
+    pub tenant: Option<Arc<str>>,
+    /// How urgent it is; a lower number goes first.
+    pub priority: i32,
+    /// Tokens of its prompt.
+    pub prompt_tokens: usize,
+    /// Of these, how many the cache held when it was started.
+    pub cached_tokens: usize,
+    /// Tokens of prompt and answer whose keys and values are there; less than the prompt
+    /// while that is computed.
+    pub computed_tokens: usize,
+    /// Tokens generated so far.
+    pub generated_tokens: usize,
+    /// Its blocks, those of its first tokens first; some may be others' as well.
+    /// Serialised as runs of neighbours: `first, count, first, count, …`.
+    #[serde(serialize_with = "as_runs")]
+    pub blocks: Vec<u32>,
+    /// Time since its submission; serialised in milliseconds, as `age_ms`.
+    #[serde(rename = "age_ms", serialize_with = "as_milliseconds")]
+    pub age: Duration,
+}
+
+/// What a session keeps between its turns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct SessionState {
+    /// Its id.
+    pub id: SessionId,
+    /// How much it keeps.
+    #[serde(flatten)]
+    pub kept: Kept,
+}
+
+/// A request that has ended, and whose blocks are free.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct RequestEnd {
+    /// Its id.
+    pub id: SessionId,
+    /// `stop`, `length`, `cancelled` or `failed`.
+    pub outcome: &'static str,
+    /// Why: the reason of a cancel as metrics name it, `engine_fault`, or the outcome.
+    pub reason: &'static str,
+    /// Tokens it had generated.
+    pub generated_tokens: usize,
+    /// Blocks that became free.
+    pub blocks_freed: usize,
+    /// The step after whose completion they were free.
+    pub step: StepId,
+    /// From the post of the cancel, or the end of a request that was not cancelled, until
+    /// the blocks were free; serialised in milliseconds, as `posted_to_freed_ms`.
+    #[serde(rename = "posted_to_freed_ms", serialize_with = "as_milliseconds")]
+    pub posted_to_freed: Duration,
+    /// Time since then; serialised in milliseconds, as `age_ms`.
+    #[serde(rename = "age_ms", serialize_with = "as_milliseconds")]
+    pub age: Duration,
+}
+
+/// Whose one block is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum BlockUse {
+    /// Nobody's, and it holds nothing of use.
+    Free,
+    /// Nobody's, and the prefix cache knows its tokens.
+    Cached,
+    /// Given back; a step in flight may still touch it.
+    Deferred,
+    /// Several requests or sessions hold it.
+    Shared,
+    /// One request holds it: its place in [`EngineSnapshot::requests`].
+    Request(u32),
+    /// One session keeps it: its place in [`EngineSnapshot::sessions`].
+    Session(u32),
+}
+
+impl BlockUse {
+    /// The number that stands for it when serialised: 0 free, 1 cached, 2 deferred, 3
+    /// shared, 4 + its place for a request, −1 − its place for a session.
+    pub fn code(self) -> i64 {
+        match self {
+            Self::Free => 0,
+            Self::Cached => 1,
+            Self::Deferred => 2,
+            Self::Shared => 3,
+            Self::Request(place) => 4 + i64::from(place),
+            Self::Session(place) => -1 - i64::from(place),
+        }
+    }
+}
+
+/// Whose each block is, from the first to the last.
+///
+/// Serialised as the runs of blocks that are used alike, `code, count, code, count, …`,
+/// with the codes of [`BlockUse::code`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BlockMap(Vec<BlockUse>);
+
+impl BlockMap {
+    /// Each block.
+    pub fn as_slice(&self) -> &[BlockUse] {
+        &self.0
+    }
+}
+
+impl Serialize for BlockMap {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let runs = self.0.chunk_by(|one, next| one == next);
+        let numbers = runs.flat_map(|run| {
+            let code = run.first().map_or(0, |first| first.code());
+            [code, run.len() as i64]
+        });
+        serializer.collect_seq(numbers)
+    }
+}
+
+fn as_runs<S: Serializer>(blocks: &[u32], serializer: S) -> Result<S::Ok, S::Error> {
+    let runs = blocks.chunk_by(|one, next| one.checked_add(1) == Some(*next));
+    let numbers = runs.flat_map(|run| {
+        let first = run.first().copied().unwrap_or_default();
+        [u64::from(first), run.len() as u64]
+    });
+    serializer.collect_seq(numbers)
+}
+
+fn as_milliseconds<S: Serializer>(time: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_f64(time.as_secs_f64() * 1e3)
+}
+
+/// Reads a snapshot off the books.
+pub(super) fn take(scheduler: &Scheduler, ledger: &Ledger, stats: EngineStats) -> EngineSnapshot {
+    let now = Instant::now();
+    let mut sequences: Vec<(SequenceKey, &Sequence)> = scheduler.sequences().iter().collect();
+    sequences.sort_unstable_by_key(|(_, sequence)| sequence.id);
+    let kept = scheduler.kept_by_all();
+    let requests = sequences.iter().map(|(key, sequence)| {
+        let (submitted, label) = ledger.known_of(*key).unwrap_or((now, None));
+        let age = now.saturating_duration_since(submitted);
+        request_state(sequence, label.cloned(), age)
+    });
+    let sessions = kept.iter().map(|(id, kept, _)| SessionState {
+        id: *id,
+        kept: *kept,
+    });
+    let ends = ledger.recent_ends().rev();
+    EngineSnapshot {
+        stats,
+        steps_in_flight: scheduler.launched().0 - stats.steps.0,
+        requests: requests.collect(),
+        sessions: sessions.collect(),
+        blocks: block_map(
+            scheduler.cache().states(),
+            sequences.iter().map(|(_, sequence)| &sequence.table),
+            kept.iter().map(|(_, _, table)| *table),
+        ),
+        recent_ends: ends.map(|ended| request_end(ended, now)).collect(),
+    }
+}
+
+fn request_state(sequence: &Sequence, label: Option<Arc<str>>, age: Duration) -> RequestState {
+    let phase = if sequence.is_paused() {
+        RequestPhase::Paused
+    } else if sequence.is_preempted() {
+        RequestPhase::Preempted
+    } else if sequence.place() == Place::Running {
+        RequestPhase::Running
+    } else {
+        RequestPhase::Waiting
+    };
+    let blocks = sequence.table.blocks().iter();
+    RequestState {
+        id: sequence.id,
+        phase,
+        session: sequence.spec.session,
+        label,
+        tenant: sequence.spec.tenant.clone(),
+        priority: sequence.spec.priority,
+        prompt_tokens: sequence.prompt_tokens,
+        cached_tokens: sequence.cached_tokens,
+        computed_tokens: sequence.written(),
+        generated_tokens: sequence.generated(),
+        blocks: blocks.map(|block| block.index() as u32).collect(),
+        age,
+    }
+}
+
+fn request_end(ended: &Ended, now: Instant) -> RequestEnd {
+    let receipt = &ended.receipt;
+    RequestEnd {
+        id: ended.id,
+        outcome: ended.end.outcome(),
+        reason: ended.end.reason(),
+        generated_tokens: receipt.tokens_generated,
+        blocks_freed: receipt.blocks_freed,
+        step: receipt.step,
+        posted_to_freed: receipt
+            .freed_at
+            .saturating_duration_since(receipt.posted_at),
+        age: now.saturating_duration_since(receipt.freed_at),
+    }
+}
+
+/// What the pool says of each block, and the tables of who holds it.
+fn block_map<'a>(
+    states: impl Iterator<Item = BlockState>,
+    requests: impl Iterator<Item = &'a BlockTable>,
+    sessions: impl Iterator<Item = &'a BlockTable>,
+) -> BlockMap {
+    let mut map: Vec<BlockUse> = states
+        .map(|state| match state {
+            BlockState::Cached => BlockUse::Cached,
+            BlockState::Deferred => BlockUse::Deferred,
+            // Who holds what is referenced is in the tables.
+            BlockState::Free | BlockState::Referenced => BlockUse::Free,
+        })
+        .collect();
+    let requests = (0..).map(BlockUse::Request).zip(requests);
+    let sessions = (0..).map(BlockUse::Session).zip(sessions);
+    for (owner, table) in requests.chain(sessions) {
+        for block in table.blocks() {
+            if let Some(held) = map.get_mut(block.index()) {
+                *held = match held {
+                    BlockUse::Free => owner,
+                    _ => BlockUse::Shared,
+                };
+            }
+        }
+    }
+    BlockMap(map)
+}

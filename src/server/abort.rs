@@ -1,0 +1,117 @@
+//! `POST /abort_request`: cancels requests by their ids, whoever's connection they have.
+
+use super::App;
+use super::error::ApiError;
+use super::json::JsonBody;
+use crate::engine::{CancelReason, Receipt};
+use crate::id::SessionId;
+use axum::Json;
+use axum::extract::State;
+use futures_util::future::try_join_all;
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+
+/// What is to be cancelled.
+#[derive(Debug, Default, Deserialize)]
+struct AbortRequest {
+    /// What SGLang calls it.
+    #[serde(alias = "rid")]
+    request_id: Option<RequestId>,
+    #[serde(default)]
+    abort_all: Option<bool>,
+}
+
+/// The `id` of an answer, such as `chatcmpl-…`, or an engine's number for a request, as
+/// its snapshot and its logs give it.
+#[derive(Debug, Deserialize)]
+#[serde(
+    untagged,
+    expecting = "expected the id of an answer or the number of a request"
+)]
+enum RequestId {
+    Number(u64),
+    Name(String),
+}
+
+/// Requests that are cancelled now, and whose blocks are free.
+#[derive(Debug, Serialize)]
+pub(crate) struct Aborted {
+    aborted: Vec<AbortedRequest>,
+}
+
+#[derive(Debug, Serialize)]
+struct AbortedRequest {
+    /// The engine's number for it.
+    id: SessionId,
+    #[serde(flatten)]
+    freed: Freed,
+}
+
+/// What a receipt says.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct Freed {
+    blocks_freed: usize,
+    tokens_generated: usize,
+    /// From the post of the cancel until the blocks were free.
+    posted_to_freed_ms: f64,
+}
+
+impl From<Receipt> for Freed {
+    fn from(receipt: Receipt) -> Self {
+        let took = receipt
+            .freed_at
+            .saturating_duration_since(receipt.posted_at);
+        Self {
+            blocks_freed: receipt.blocks_freed,
+            tokens_generated: receipt.tokens_generated,
+            posted_to_freed_ms: took.as_secs_f64() * 1e3,
+        }
+    }
+}
+
+/// Cancels, and answers when the blocks are free. What is not open is not in the answer:
+/// a second abort of the same request finds nothing, and is no error.
+pub(crate) async fn abort_request(
+    State(app): State<Arc<App>>,
+    body: JsonBody,
+) -> Result<Json<Aborted>, ApiError> {
+    let request: AbortRequest = body.parse()?;
+    let all = request.abort_all.unwrap_or(false);
+    let reason = match all {
+        true => CancelReason::AbortAll,
+        false => CancelReason::Explicit,
+    };
+    let ids = match (request.request_id, all) {
+        (_, true) => {
+            let open = app.engine.snapshot().await?.requests;
+            open.into_iter().map(|request| request.id).collect()
+        }
+        (Some(RequestId::Number(id)), false) => vec![SessionId::from_u64(id)],
+        (Some(RequestId::Name(name)), false) => match name.parse() {
+            Ok(id) => vec![SessionId::from_u64(id)],
+            Err(_) => app.engine.find(name).await?,
+        },
+        (None, false) => {
+            let problem = "request_id is missing, and abort_all is not true";
+            return Err(ApiError::invalid(problem).param("request_id"));
+        }
+    };
+    let cancels = ids.into_iter().map(|id| {
+        let cancel = app.engine.cancel_request(id, reason);
+        async move { Ok::<_, ApiError>((id, cancel.await?)) }
+    });
+    // All are posted before the first is waited for.
+    let cancels: Vec<_> = cancels.collect();
+    if all {
+        // Those that came meanwhile.
+        app.engine.abort_all()?;
+    }
+    let receipts = try_join_all(cancels).await?;
+    let aborted = receipts.into_iter().filter_map(|(id, receipt)| {
+        let freed = receipt?.into();
+        Some(AbortedRequest { id, freed })
+    });
+    Ok(Json(Aborted {
+        aborted: aborted.collect(),
+    }))
+}

@@ -1,0 +1,180 @@
+//! `POST /v1/embeddings`: texts as vectors.
+
+use super::App;
+use super::completions::prompts;
+use super::error::ApiError;
+use super::json::JsonBody;
+use crate::engine::{CancelReason, EmbedRequest, Embedding, Prompt};
+use axum::Json;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use futures_util::{StreamExt, TryStreamExt, stream};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Inputs of one request that are computed at the same time; a request with more does
+/// not fill the engine's queue alone.
+const AT_ONCE: usize = 64;
+
+#[derive(Deserialize)]
+struct EmbeddingsRequest {
+    model: Option<String>,
+    input: Value,
+    encoding_format: Option<Encoding>,
+    dimensions: Option<usize>,
+    /// Whom fairness counts it for.
+    user: Option<String>,
+    priority: Option<i32>,
+}
+
+/// How vectors are written.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Encoding {
+    /// As a list of numbers.
+    #[default]
+    Float,
+    /// The bytes of little-endian float32 numbers, in base64.
+    Base64,
+}
+
+#[derive(Serialize)]
+struct Embeddings {
+    object: &'static str,
+    data: Vec<Entry>,
+    model: String,
+    usage: Usage,
+}
+
+#[derive(Serialize)]
+struct Entry {
+    object: &'static str,
+    index: usize,
+    embedding: Vector,
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Vector {
+    Float(Vec<f32>),
+    Base64(String),
+}
+
+#[derive(Default, Serialize)]
+struct Usage {
+    prompt_tokens: usize,
+    total_tokens: usize,
+}
+
+/// The vectors of the inputs, each of length 1.
+pub(crate) async fn embeddings(
+    State(app): State<Arc<App>>,
+    body: JsonBody,
+) -> Result<Response, ApiError> {
+    let request: EmbeddingsRequest = body.parse()?;
+    let model = app.check_model(request.model.as_deref())?;
+    let size = app.engine.info().embedding.unwrap_or(0);
+    let dimensions = request.dimensions.unwrap_or(size);
+    if dimensions > size || request.dimensions == Some(0) {
+        let problem = format!("dimensions is {dimensions}, but must be from 1 to {size}");
+        return Err(ApiError::invalid(problem).param("dimensions"));
+    }
+    let template = EmbedRequest {
+        priority: request.priority.unwrap_or(0),
+        tenant: request.user.filter(|user| !user.is_empty()).map(Into::into),
+        ..EmbedRequest::new(Prompt::Tokens(Vec::new()))
+    };
+    let inputs = prompts("input", request.input)?;
+    let embeddings = embed_all(&app, inputs, &template).await?;
+    let mut usage = Usage::default();
+    let encoding = request.encoding_format.unwrap_or_default();
+    let mut data = Vec::with_capacity(embeddings.len());
+    for (index, mut embedding) in embeddings.into_iter().enumerate() {
+        usage.prompt_tokens += embedding.prompt_tokens;
+        embedding.values.truncate(dimensions);
+        let vector = normalized(embedding.values)?;
+        data.push(Entry {
+            object: "embedding",
+            index,
+            embedding: match encoding {
+                Encoding::Float => Vector::Float(vector),
+                Encoding::Base64 => Vector::Base64(base64(&vector)),
+            },
+        });
+    }
+    usage.total_tokens = usage.prompt_tokens;
+    Ok(Json(Embeddings {
+        object: "list",
+        data,
+        model,
+        usage,
+    })
+    .into_response())
+}
+
+/// Embeds all inputs, a few at a time, in their order. Dropping the future cancels those
+/// that are on their way as a disconnect.
+async fn embed_all(
+    app: &Arc<App>,
+    inputs: Vec<Prompt>,
+    template: &EmbedRequest,
+) -> Result<Vec<Embedding>, ApiError> {
+    let begun = Instant::now();
+    // Before anything is computed: a text that is none is found first.
+    let inputs = app.tokenize_all(inputs).await.map_err(of_input)?;
+    let embed = |tokens: Vec<u32>| {
+        let left = |limit: std::time::Duration| limit.saturating_sub(begun.elapsed());
+        let request = EmbedRequest {
+            prompt: Prompt::Tokens(tokens),
+            finish_within: app.options.request_timeout.map(left),
+            ..template.clone()
+        };
+        let embedding = app.engine.embed(request);
+        async move {
+            let embedding = embedding.map_err(|error| of_input(error.into()))?;
+            let embedding = embedding.when_dropped(CancelReason::Disconnect);
+            embedding.await.map_err(ApiError::from)
+        }
+    };
+    let all = stream::iter(inputs).map(embed);
+    all.buffered(AT_ONCE).try_collect().await
+}
+
+/// What is wrong with a prompt is wrong with the input here.
+fn of_input(mut error: ApiError) -> ApiError {
+    if error.body.param.as_deref() == Some("prompt") {
+        error.body.param = Some("input".to_owned());
+    }
+    error
+}
+
+/// The vector scaled to length 1; one without a length stays as it is.
+fn normalized(mut values: Vec<f32>) -> Result<Vec<f32>, ApiError> {
+    let squares = values
+        .iter()
+        .map(|&value| f64::from(value) * f64::from(value));
+    let length = squares.sum::<f64>().sqrt();
+    if !length.is_finite() {
+        let problem = "the model has given hidden states that are no numbers";
+        let status = axum::http::StatusCode::INTERNAL_SERVER_ERROR;
+        return Err(ApiError::new(status, "server_error", problem));
+    }
+    if length > 0.0 {
+        for value in &mut values {
+            *value = (f64::from(*value) / length) as f32;
+        }
+    }
+    Ok(values)
+}
+
+fn base64(values: &[f32]) -> String {
+    let bytes: Vec<u8> = values
+        .iter()
+        .flat_map(|value| value.to_le_bytes())
+        .collect();
+    BASE64.encode(bytes)
+}

@@ -1,0 +1,31 @@
+//! `GET /`: a page to chat on and to watch the engine, in one file that asks nobody else
+//! for anything.
+
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::response::{Html, IntoResponse, Response};
+use uuid::Uuid;
+
+const PAGE: &str = include_str!("page/index.html");
+
+/// The page. Its own script and style run by a number that is another one each time;
+/// nothing else does, and nothing is loaded from elsewhere.
+pub(crate) async fn page() -> Response {
+    let nonce = Uuid::new_v4().simple();
+    let policy = format!(
+        "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; \
+         img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; \
+         frame-ancestors 'none'"
+    );
+    let Ok(policy) = HeaderValue::from_str(&policy) else {
+        return StatusCode::INTERNAL_SERVER_ERROR.into_response();
+    };
+    let fixed = |name: HeaderName, value| (name, HeaderValue::from_static(value));
+    let headers = [
+        (header::CONTENT_SECURITY_POLICY, policy),
+        fixed(header::CACHE_CONTROL, "no-store"),
+        fixed(header::REFERRER_POLICY, "no-referrer"),
+        fixed(header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    ];
+    let page = PAGE.replace("{{nonce}}", &nonce.to_string());
+    (headers, Html(page)).into_response()
+}

@@ -1,0 +1,93 @@
+//! A model that says what it is told to, so that a test decides what an answer is.
+
+#![allow(dead_code)] // each test file uses its part
+
+use quell::config::EngineConfig;
+use quell::device::DeviceError;
+use quell::runner::{Runner, RunnerInfo, StepOutput};
+use quell::sampling::Sampled;
+use quell::schedule::{PlanItem, Sequences, StepPlan};
+use quell::text::Tokenizer;
+use quell::{Engine, LoadError};
+use std::path::Path;
+
+/// Special tokens of the fixture's tokenizer, and what they are here.
+const BEGIN: (u32, &str) = (11, "<jupyter_start>");
+const END: (u32, &str) = (13, "<jupyter_code>");
+const END_OF_ANSWER: u32 = 2;
+
+/// What a message must have in it for the model to say `text`.
+pub fn say(text: &str) -> String {
+    format!("{}{text}{}", BEGIN.1, END.1)
+}
+
+/// An engine over it, whose chat template is `template`.
+pub fn engine(template: &str) -> Engine {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/text/folder");
+    let folder = tempfile::tempdir().unwrap();
+    let copy = |name: &str| std::fs::copy(fixture.join(name), folder.path().join(name));
+    copy("tokenizer.json").unwrap();
+    let config = serde_json::json!({
+        "tokenizer_class": "GPT2Tokenizer",
+        "eos_token": "<|im_end|>",
+        "chat_template": template,
+    });
+    let path = folder.path().join("tokenizer_config.json");
+    std::fs::write(path, config.to_string()).unwrap();
+    let tokenizer = Tokenizer::from_folder(folder.path()).unwrap();
+    let info = RunnerInfo {
+        vocabulary: tokenizer.vocabulary_size(),
+        context_tokens: 4096,
+        embedding: None,
+        end_tokens: vec![END_OF_ANSWER],
+        cache_blocks: 4096,
+        block_tokens: 16,
+        swap: None,
+        model: None,
+    };
+    let config = EngineConfig {
+        audit: true,
+        ..EngineConfig::default()
+    };
+    Engine::with_runner(config, Some(tokenizer), move || {
+        Ok::<_, LoadError>((Box::new(Parrot::default()) as Box<dyn Runner>, info))
+    })
+    .unwrap()
+}
+
+/// Says what stands between the last two marks of the prompt, then ends.
+#[derive(Default)]
+struct Parrot {
+    launched: Vec<Sampled>,
+}
+
+fn sample(item: &PlanItem, sequences: &Sequences) -> Sampled {
+    let sequence = sequences.get(item.key).unwrap();
+    let prompt = &sequence.tokens[..sequence.prompt_tokens];
+    let last = |token: u32| prompt.iter().rposition(|&other| other == token);
+    let words = match (last(BEGIN.0), last(END.0)) {
+        (Some(begin), Some(end)) => &prompt[begin + 1..end],
+        _ => &[],
+    };
+    let place = item.start + item.count - prompt.len();
+    Sampled {
+        token: words.get(place).copied().unwrap_or(END_OF_ANSWER),
+        logprob: -0.5,
+        top: Vec::new(),
+    }
+}
+
+impl Runner for Parrot {
+    fn depth(&self) -> usize {
+        1
+    }
+
+    fn launch(&mut self, plan: &StepPlan, sequences: &Sequences) -> Result<(), DeviceError> {
+        self.launched = plan.samples().map(|item| sample(item, sequences)).collect();
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<StepOutput, DeviceError> {
+        Ok(std::mem::take(&mut self.launched).into())
+    }
+}

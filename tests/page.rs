@@ -1,0 +1,265 @@
+//! The page at `/`, in a real browser, over the real program and the real model.
+//!
+//! Screenshots are left in `target/page`.
+
+#[path = "common/browser.rs"]
+mod browser;
+#[path = "common/model.rs"]
+mod model;
+
+use browser::{Browser, client};
+use model::smollm2;
+use serde_json::{Value, json};
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+const ENTER: &str = "\u{e007}";
+const ESCAPE: &str = "\u{e00c}";
+
+const WIDE: (u32, u32) = (1440, 900);
+const PHONE: (u32, u32) = (390, 844);
+
+/// `quell serve` over the real model; it is killed when it is dropped.
+struct Serve {
+    url: String,
+    child: Child,
+}
+
+impl Serve {
+    fn start(environment: &[(&str, &str)]) -> Self {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_quell"))
+            .args(["serve", "--device", "cpu", "--port", "0", "--model"])
+            .arg(smollm2())
+            .envs(environment.iter().copied())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        let mut lines = BufReader::new(child.stdout.take().unwrap());
+        lines.read_line(&mut line).unwrap();
+        let url = line.trim().rsplit(' ').next().unwrap().to_owned();
+        assert!(url.starts_with("http://"), "the server says {line:?}");
+        Self { url, child }
+    }
+}
+
+impl Drop for Serve {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn screenshot(name: &str) -> PathBuf {
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
+    target.join("page").join(format!("{name}.png"))
+}
+
+/// Another client's answer that does not end by itself within the test; gives the events
+/// that it came with, once it has ended.
+fn endless(url: &str, prompt: &str) -> tokio::task::JoinHandle<String> {
+    let body = json!({
+        "prompt": prompt, "max_tokens": 8000, "stream": true, "ignore_eos": true,
+    });
+    let request = client().post(format!("{url}/v1/completions"));
+    tokio::spawn(async move {
+        request
+            .json(&body)
+            .send()
+            .await
+            .unwrap()
+            .text()
+            .await
+            .unwrap()
+    })
+}
+
+/// Nothing is open, and nobody holds a block.
+const IDLE: &str = "latest && latest.stats.open === 0 && latest.stats.blocks.referenced === 0";
+
+async fn nothing_sticks_out(browser: &Browser) {
+    let script = "return [document.documentElement.scrollWidth, window.innerWidth]";
+    let widths: Vec<u64> = serde_json::from_value(browser.run(script).await).unwrap();
+    assert!(widths[0] <= widths[1], "{widths:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_page_chats_stops_shows_the_engine_and_cancels_the_requests_of_others() {
+    let serve = Serve::start(&[]);
+    let browser = Browser::start().await;
+    browser.look(WIDE, 1, "light").await;
+    browser.open(&serve.url).await;
+    browser
+        .until("$('connection').textContent === 'live'")
+        .await;
+    browser
+        .until("$('model').textContent.includes('SmolLM2')")
+        .await;
+
+    // An answer, asked for and given by keyboard.
+    browser
+        .run("$('max-tokens').value = 24; $('input').focus()")
+        .await;
+    browser
+        .press(&format!("What is the capital of France?{ENTER}"))
+        .await;
+    browser.until("!answering && messages.length === 2").await;
+    let answer = browser.run("return messages[1]").await;
+    assert!(
+        answer["content"].as_str().unwrap().contains("Paris"),
+        "{answer}"
+    );
+    let about = answer["about"].as_str().unwrap();
+    assert!(
+        about.contains("tokens") && about.contains("first after"),
+        "{about}"
+    );
+    browser.until(IDLE).await;
+
+    // One that is stopped in the middle: its blocks come free, what it has said stays.
+    browser
+        .run("$('max-tokens').value = 4000; $('input').focus()")
+        .await;
+    browser
+        .press(&format!("Count from 1 to 1000, one number a line.{ENTER}"))
+        .await;
+    browser
+        .until("$('log').lastElementChild.querySelector('.text').textContent.length > 20")
+        .await;
+    browser.until("latest.requests.some(isOwn)").await;
+    browser.press(ESCAPE).await;
+    browser.until("!answering && messages.length === 4").await;
+    let stopped = browser.run("return messages[3]").await;
+    assert!(
+        stopped["about"].as_str().unwrap().ends_with("stopped"),
+        "{stopped}"
+    );
+    browser.until(IDLE).await;
+    let reason = browser.run("return latest.recent_ends[0].reason").await;
+    assert_eq!(reason, "disconnect");
+    browser
+        .until("$('ends').tBodies[0].rows[0].innerText.includes('client went away')")
+        .await;
+
+    // Somebody else's request, cancelled by its button.
+    let other = endless(&serve.url, "Once upon a time");
+    let id = browser
+        .until("latest.requests[0]?.generated_tokens > 8 && latest.requests[0].id")
+        .await;
+    browser
+        .run("$('requests').querySelector('button').focus()")
+        .await;
+    assert_eq!(
+        browser.run("return map.owner").await,
+        id,
+        "its blocks are shown"
+    );
+    assert!(browser.run("return map.owned.size").await.as_u64().unwrap() > 0);
+    browser.press(ENTER).await;
+    let said = browser
+        .until(
+            "$('announcement').textContent.includes('cancelled') && $('announcement').textContent",
+        )
+        .await;
+    let said = said.as_str().unwrap();
+    assert!(
+        said.contains(&format!("Request {id} is cancelled: ")),
+        "{said}"
+    );
+    let events = other.await.unwrap();
+    assert!(events.contains("\"finish_reason\":\"abort\""), "{events}");
+    browser.until(IDLE).await;
+    browser
+        .until("rows.size === 0 && document.activeElement.id === 'requests-title'")
+        .await;
+    let end = browser.run("return latest.recent_ends[0]").await;
+    assert_eq!((&end["id"], &end["reason"]), (&id, &json!("explicit")));
+    let freed = end["blocks_freed"].as_u64().unwrap();
+    assert!(
+        freed > 0 && said.contains(&format!(" {freed} block")),
+        "{said}: {end}"
+    );
+
+    // A busy engine, as everybody sees it.
+    let stories = [
+        "Once upon a time",
+        "The sea",
+        "In the year 3000",
+        "My recipe for bread is",
+    ];
+    let others: Vec<_> = stories.map(|story| endless(&serve.url, story)).into();
+    browser
+        .run("$('max-tokens').value = 160; $('input').focus()")
+        .await;
+    browser.press(&format!("Why is the sky blue?{ENTER}")).await;
+    browser
+        .until("latest.requests.length === 5 && latest.requests.some(isOwn)")
+        .await;
+    browser
+        .until("$('log').lastElementChild.querySelector('.text').textContent.length > 200")
+        .await;
+    for (name, size, scale, scheme) in [
+        ("light", WIDE, 1, "light"),
+        ("dark", WIDE, 1, "dark"),
+        ("phone", PHONE, 2, "light"),
+        ("phone-dark", PHONE, 2, "dark"),
+    ] {
+        browser.look(size, scale, scheme).await;
+        nothing_sticks_out(&browser).await;
+        let dark = browser
+            .run("return matchMedia('(prefers-color-scheme: dark)').matches")
+            .await;
+        assert_eq!(dark, Value::Bool(scheme == "dark"));
+        browser.screenshot(&screenshot(name)).await;
+        if size == PHONE {
+            browser.run("$('engine').scrollIntoView()").await;
+            browser
+                .screenshot(&screenshot(&format!("{name}-engine")))
+                .await;
+            browser.run("scrollTo(0, 0)").await;
+        }
+    }
+    for other in others {
+        other.abort();
+    }
+    browser.until(IDLE).await;
+
+    // The conversation outlives a reload; a new one begins empty.
+    browser.look(WIDE, 1, "light").await;
+    browser.open(&serve.url).await;
+    browser
+        .until("document.querySelectorAll('#log .user').length === 3")
+        .await;
+    browser.run("$('new').click()").await;
+    browser
+        .until("!$('welcome').hidden && messages.length === 0")
+        .await;
+    assert_eq!(browser.complaints().await, Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_with_keys_lets_the_page_in_with_one() {
+    let serve = Serve::start(&[("QUELL_API_KEYS", "sesame")]);
+    let browser = Browser::start().await;
+    browser.open(&serve.url).await;
+    for (key, open) in [("simsim", true), ("sesame", false)] {
+        browser
+            .until("$('key-dialog').open && document.activeElement.id === 'key'")
+            .await;
+        browser.press(&format!("{key}{ENTER}")).await;
+        if open {
+            browser
+                .until("sessionStorage.getItem('key') === 'simsim' && $('key-dialog').open")
+                .await;
+        }
+    }
+    browser
+        .until("$('connection').textContent === 'live' && !$('key-dialog').open")
+        .await;
+    browser
+        .run("$('max-tokens').value = 4; $('input').focus()")
+        .await;
+    browser.press(&format!("Hello{ENTER}")).await;
+    browser.until("!answering && messages.length === 2").await;
+}
