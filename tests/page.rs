@@ -4,52 +4,24 @@
 
 #[path = "common/browser.rs"]
 mod browser;
+#[path = "common/http.rs"]
+mod http;
 #[path = "common/model.rs"]
 mod model;
+#[path = "common/serve.rs"]
+mod serve;
 
 use browser::{Browser, client};
 use model::smollm2;
 use serde_json::{Value, json};
-use std::io::{BufRead, BufReader};
+use serve::Serve;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 
 const ENTER: &str = "\u{e007}";
 const ESCAPE: &str = "\u{e00c}";
 
 const WIDE: (u32, u32) = (1440, 900);
 const PHONE: (u32, u32) = (390, 844);
-
-/// `quell serve` over the real model; it is killed when it is dropped.
-struct Serve {
-    url: String,
-    child: Child,
-}
-
-impl Serve {
-    fn start(environment: &[(&str, &str)]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_quell"))
-            .args(["serve", "--device", "cpu", "--port", "0", "--model"])
-            .arg(smollm2())
-            .envs(environment.iter().copied())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        let mut lines = BufReader::new(child.stdout.take().unwrap());
-        lines.read_line(&mut line).unwrap();
-        let url = line.trim().rsplit(' ').next().unwrap().to_owned();
-        assert!(url.starts_with("http://"), "the server says {line:?}");
-        Self { url, child }
-    }
-}
-
-impl Drop for Serve {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 fn screenshot(name: &str) -> PathBuf {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
@@ -86,10 +58,10 @@ async fn nothing_sticks_out(browser: &Browser) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_page_chats_stops_shows_the_engine_and_cancels_the_requests_of_others() {
-    let serve = Serve::start(&[]);
+    let serve = Serve::start(&smollm2(), &[]);
     let browser = Browser::start().await;
     browser.look(WIDE, 1, "light").await;
-    browser.open(&serve.url).await;
+    browser.open(&serve.url()).await;
     browser
         .until("$('connection').textContent === 'live'")
         .await;
@@ -99,15 +71,15 @@ async fn the_page_chats_stops_shows_the_engine_and_cancels_the_requests_of_other
 
     // An answer, asked for and given by keyboard.
     browser
-        .run("$('max-tokens').value = 24; $('input').focus()")
+        .run("$('temperature').value = 0; $('max-tokens').value = 24; $('input').focus()")
         .await;
     browser
-        .press(&format!("What is the capital of France?{ENTER}"))
+        .press(&format!("Give me three tips for staying healthy.{ENTER}"))
         .await;
     browser.until("!answering && messages.length === 2").await;
     let answer = browser.run("return messages[1]").await;
     assert!(
-        answer["content"].as_str().unwrap().contains("Paris"),
+        answer["content"].as_str().unwrap().contains("hydrated"),
         "{answer}"
     );
     let about = answer["about"].as_str().unwrap();
@@ -122,7 +94,7 @@ async fn the_page_chats_stops_shows_the_engine_and_cancels_the_requests_of_other
         .run("$('max-tokens').value = 4000; $('input').focus()")
         .await;
     browser
-        .press(&format!("Count from 1 to 1000, one number a line.{ENTER}"))
+        .press(&format!("Tell me a long story about the sea.{ENTER}"))
         .await;
     browser
         .until("$('log').lastElementChild.querySelector('.text').textContent.length > 20")
@@ -143,7 +115,7 @@ async fn the_page_chats_stops_shows_the_engine_and_cancels_the_requests_of_other
         .await;
 
     // Somebody else's request, cancelled by its button.
-    let other = endless(&serve.url, "Once upon a time");
+    let other = endless(&serve.url(), "Once upon a time");
     let id = browser
         .until("latest.requests[0]?.generated_tokens > 8 && latest.requests[0].id")
         .await;
@@ -188,7 +160,7 @@ async fn the_page_chats_stops_shows_the_engine_and_cancels_the_requests_of_other
         "In the year 3000",
         "My recipe for bread is",
     ];
-    let others: Vec<_> = stories.map(|story| endless(&serve.url, story)).into();
+    let others: Vec<_> = stories.map(|story| endless(&serve.url(), story)).into();
     browser
         .run("$('max-tokens').value = 160; $('input').focus()")
         .await;
@@ -227,7 +199,7 @@ async fn the_page_chats_stops_shows_the_engine_and_cancels_the_requests_of_other
 
     // The conversation outlives a reload; a new one begins empty.
     browser.look(WIDE, 1, "light").await;
-    browser.open(&serve.url).await;
+    browser.open(&serve.url()).await;
     browser
         .until("document.querySelectorAll('#log .user').length === 3")
         .await;
@@ -240,9 +212,14 @@ async fn the_page_chats_stops_shows_the_engine_and_cancels_the_requests_of_other
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_with_keys_lets_the_page_in_with_one() {
-    let serve = Serve::start(&[("QUELL_API_KEYS", "sesame")]);
+    let keys = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(keys.path(), "sesame\n").unwrap();
+    let serve = Serve::start(
+        &smollm2(),
+        &["--api-key-file", keys.path().to_str().unwrap()],
+    );
     let browser = Browser::start().await;
-    browser.open(&serve.url).await;
+    browser.open(&serve.url()).await;
     for (key, open) in [("simsim", true), ("sesame", false)] {
         browser
             .until("$('key-dialog').open && document.activeElement.id === 'key'")
