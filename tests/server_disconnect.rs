@@ -149,13 +149,11 @@ impl Client {
     fn read(&mut self, events: usize) {
         let head = self.connection.head().expect("an answer");
         assert_eq!(head.status, 200);
-        for _ in 0..events {
+        let mut read = 0;
+        while read < events {
             let event = self.connection.chunk().expect("an event");
-            assert!(
-                event.starts_with(b"data: {"),
-                "{}",
-                String::from_utf8_lossy(&event)
-            );
+            // Comments keep a connection alive that has nothing else to say for long.
+            read += usize::from(event.starts_with(b"data: "));
         }
     }
 

@@ -13,11 +13,15 @@ type Fields = &'static [(&'static str, &'static str)];
 struct Route {
     path: &'static str,
     good: Fields,
-    wrong: &'static [(&'static str, &'static [&'static str])],
+    wrong: Wrong,
+    /// More of it, which several routes share.
+    shared: &'static [Wrong],
 }
 
+type Wrong = &'static [(&'static str, &'static [&'static str])];
+
 /// What every request for text refuses.
-const SAMPLING: &[(&str, &[&str])] = &[
+const SAMPLING: Wrong = &[
     (
         "temperature",
         &["-0.1", "-1e30", "1e39", "\"hot\"", "true", "[]", "{}"],
@@ -99,6 +103,95 @@ const SAMPLING: &[(&str, &[&str])] = &[
     ("model", &["5", "[]", "{\"id\": \"test-model\"}", "true"]),
 ];
 
+/// What says which form the answer must have.
+const STRUCTURE: Wrong = &[
+    (
+        "response_format",
+        &[
+            "5",
+            "\"json_object\"",
+            "[]",
+            "{}",
+            "{\"type\": 5}",
+            "{\"type\": \"xml\"}",
+            "{\"type\": \"json_schema\"}",
+            "{\"type\": \"json_schema\", \"json_schema\": null}",
+            "{\"type\": \"json_schema\", \"json_schema\": {}}",
+            "{\"type\": \"json_schema\", \"json_schema\": {\"schema\": 5}}",
+            "{\"type\": \"json_schema\", \"json_schema\": {\"schema\": {\"type\": \"strong\"}}}",
+            "{\"type\": \"json_schema\", \"json_schema\": {\"schema\": {\"$ref\": \"#/nowhere\"}}}",
+        ],
+    ),
+    (
+        "guided_json",
+        &[
+            "5",
+            "[1]",
+            "\"{\"",
+            "{\"type\": \"strong\"}",
+            "{\"type\": 5}",
+            "{\"enum\": []}",
+        ],
+    ),
+    (
+        "guided_regex",
+        &["5", "[]", "\"(\"", "\"[\"", "\"a{5,2}\"", "\"(?<=a)b\""],
+    ),
+    ("guided_choice", &["5", "[]", "[5]", "\"a\"", "{}"]),
+    (
+        "guided_grammar",
+        &["5", "\"no grammar at all\"", "\"start: missing\"", "\"\""],
+    ),
+    (
+        "structured_outputs",
+        &[
+            "5",
+            "\"regex\"",
+            "{\"regex\": 5}",
+            "{\"regex\": \"(\"}",
+            "{\"regex\": \"a\", \"json_object\": true}",
+            "{\"choice\": []}",
+            "{\"json\": {\"type\": \"strong\"}}",
+        ],
+    ),
+];
+
+/// Tools, in the shape of the chat API.
+const TOOLS: Wrong = &[
+    (
+        "tools",
+        &[
+            "5",
+            "\"search\"",
+            "{}",
+            "[5]",
+            "[\"search\"]",
+            "[{}]",
+            "[{\"type\": \"function\"}]",
+            "[{\"type\": \"web_search\"}]",
+            "[{\"type\": \"function\", \"function\": 5}]",
+            "[{\"type\": \"function\", \"function\": {}}]",
+            "[{\"type\": \"function\", \"function\": {\"name\": \"\"}}]",
+            "[{\"type\": \"function\", \"function\": {\"name\": 5}}]",
+            "[{\"type\": \"function\", \"function\": {\"name\": \"f\", \"parameters\": 5}}]",
+        ],
+    ),
+    (
+        "tool_choice",
+        &[
+            "5",
+            "\"sometimes\"",
+            "\"required\"",
+            "{}",
+            "{\"type\": \"function\"}",
+            "{\"type\": \"function\", \"function\": {}}",
+            "{\"type\": \"function\", \"function\": {\"name\": \"nobody\"}}",
+            "{\"type\": \"function\", \"function\": {\"name\": 5}}",
+        ],
+    ),
+    ("parallel_tool_calls", &["1", "\"yes\""]),
+];
+
 /// Seventeen strings, one more than is accepted.
 const MANY_STOPS: &str = "[\"a\",\"b\",\"c\",\"d\",\"e\",\"f\",\"g\",\"h\",\"i\",\"j\",\"k\",\"l\",\"m\",\"n\",\"o\",\"p\",\"q\"]";
 
@@ -149,6 +242,7 @@ const ROUTES: &[Route] = &[
             ("best_of", &["0", "2", "-1", "\"x\""]),
             ("suffix", &["\"the end\"", "5"]),
         ],
+        shared: &[SAMPLING, STRUCTURE],
     },
     Route {
         path: "/v1/chat/completions",
@@ -193,14 +287,92 @@ const ROUTES: &[Route] = &[
                 ],
             ),
             ("max_completion_tokens", &["0", "-1", "2.5", "\"many\""]),
+            ("chat_template_kwargs", &["5", "[]", "\"x\""]),
+            ("reasoning_effort", &["5", "[]"]),
+            ("include_reasoning", &["1"]),
+            ("add_generation_prompt", &["\"no\""]),
             ("logprobs", &["1", "5", "\"yes\"", "[]"]),
             ("top_logprobs", &["1", "-1", "21", "1.5", "\"x\""]),
         ],
+        shared: &[SAMPLING, STRUCTURE, TOOLS],
     },
-];
-
-/// Routes that take none of the sampling fields.
-const PLAIN_ROUTES: &[Route] = &[
+    Route {
+        path: "/v1/responses",
+        good: &[
+            ("model", "\"test-model\""),
+            ("input", "\"Hi\""),
+            ("max_output_tokens", "1"),
+        ],
+        wrong: &[
+            (
+                "input",
+                &[
+                    MISSING,
+                    "null",
+                    "5",
+                    "true",
+                    "{}",
+                    "[]",
+                    "[5]",
+                    "[\"Hi\"]",
+                    "[null]",
+                    "[{}]",
+                    "[{\"type\": 5}]",
+                    "[{\"type\": \"image\"}]",
+                    "[{\"role\": 5, \"content\": \"Hi\"}]",
+                    "[{\"role\": \"user\", \"content\": 5}]",
+                    "[{\"role\": \"user\", \"content\": [\"Hi\"]}]",
+                    "[{\"role\": \"user\", \"content\": [{\"type\": \"input_image\"}]}]",
+                    "[{\"role\": \"user\", \"content\": [{\"type\": \"input_text\"}]}]",
+                    "[{\"type\": \"message\", \"content\": \"Hi\"}]",
+                    "[{\"type\": \"function_call\"}]",
+                    "[{\"type\": \"function_call\", \"call_id\": \"1\", \"name\": 5, \"arguments\": \"{}\"}]",
+                    "[{\"type\": \"function_call_output\", \"output\": \"1\"}]",
+                    "[{\"type\": \"item_reference\", \"id\": \"x\"}]",
+                ],
+            ),
+            ("instructions", &["5", "[]"]),
+            ("max_output_tokens", &["0", "-1", "2.5", "\"many\""]),
+            ("previous_response_id", &["5", "[]"]),
+            ("background", &["true", "5"]),
+            ("conversation", &["\"c\"", "{}"]),
+            (
+                "text",
+                &[
+                    "5",
+                    "{\"format\": 5}",
+                    "{\"format\": {\"type\": \"xml\"}}",
+                    "{\"format\": {\"type\": \"json_schema\"}}",
+                    "{\"format\": {\"type\": \"json_schema\", \"name\": \"n\", \"schema\": {\"type\": \"strong\"}}}",
+                ],
+            ),
+            ("reasoning", &["5", "\"much\"", "{\"effort\": 5}"]),
+            ("metadata", &["5", "[]"]),
+            ("store", &["1"]),
+            ("stream", &["\"yes\""]),
+            ("temperature", &["-1", "\"hot\""]),
+            ("top_p", &["0", "2"]),
+            (
+                "tools",
+                &[
+                    "5",
+                    "[{\"type\": \"function\"}]",
+                    "[{\"type\": \"web_search\"}]",
+                    "[{\"type\": \"function\", \"name\": \"\"}]",
+                ],
+            ),
+            (
+                "tool_choice",
+                &[
+                    "\"sometimes\"",
+                    "\"required\"",
+                    "{\"type\": \"function\", \"name\": \"nobody\"}",
+                ],
+            ),
+            ("model", &["5"]),
+        ],
+        shared: &[],
+    },
     Route {
         path: "/tokenize",
         good: &[("model", "\"test-model\""), ("prompt", "\"Hi\"")],
@@ -218,6 +390,7 @@ const PLAIN_ROUTES: &[Route] = &[
             ("add_special_tokens", &["1", "\"yes\""]),
             ("model", &["5"]),
         ],
+        shared: &[],
     },
     Route {
         path: "/detokenize",
@@ -242,30 +415,25 @@ const PLAIN_ROUTES: &[Route] = &[
             ),
             ("model", &["5"]),
         ],
+        shared: &[],
     },
 ];
 
 /// In place of a value: the field is left out.
 const MISSING: &str = "";
 
-fn routes() -> impl Iterator<Item = &'static Route> {
-    ROUTES.iter().chain(PLAIN_ROUTES)
-}
-
 /// A request for each route that nothing is wrong with.
 pub fn good() -> impl Iterator<Item = (&'static str, String)> {
-    routes().map(|route| (route.path, body(route.good, "", "")))
+    ROUTES
+        .iter()
+        .map(|route| (route.path, body(route.good, "", "")))
 }
 
 /// One field wrong in each.
 pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
-    for route in routes() {
-        let shared = if ROUTES.iter().any(|other| other.path == route.path) {
-            SAMPLING
-        } else {
-            &[]
-        };
+    for route in ROUTES {
+        let shared = route.shared.iter().copied().flatten();
         for (field, values) in route.wrong.iter().chain(shared) {
             for value in *values {
                 let expected = match (route.path, *field, *value) {
@@ -293,6 +461,18 @@ pub fn cases() -> Vec<Case> {
         }
     }
     cases.extend(too_long());
+    cases.push(Case {
+        name: "a response to go on from that there is not".to_owned(),
+        sent: post(
+            "/v1/responses",
+            r#"{"input": "Hi", "previous_response_id": "resp_nothing"}"#,
+        ),
+        expected: Expected::Refused {
+            status: 404,
+            param: Some("previous_response_id".to_owned()),
+            code: Some("previous_response_not_found"),
+        },
+    });
     cases
 }
 
