@@ -23,7 +23,7 @@ use tokio::runtime::Runtime;
 struct Served {
     engine: Engine,
     url: String,
-    _runtime: Runtime,
+    runtime: Runtime,
 }
 
 fn serve(engine: Engine) -> Served {
@@ -36,7 +36,7 @@ fn serve(engine: Engine) -> Served {
     Served {
         engine,
         url,
-        _runtime: runtime,
+        runtime,
     }
 }
 
@@ -51,18 +51,28 @@ fn null_engine() -> Engine {
     Engine::with_runner(EngineConfig::default(), Some(tokenizer), start).unwrap()
 }
 
+/// Until `done`, or a failure with `what` if that takes too long.
+fn wait_until(mut done: impl FnMut() -> bool, what: &str) {
+    let begin = Instant::now();
+    while !done() {
+        assert!(begin.elapsed() < Duration::from_secs(60), "{what}");
+        std::thread::yield_now();
+    }
+}
+
 impl Served {
+    /// Until the server has noticed that all clients are gone.
+    fn unconnected(&self) {
+        // One task accepts, and each connection has its own.
+        let tasks = || self.runtime.metrics().num_alive_tasks();
+        wait_until(|| tasks() == 1, "a connection lives on");
+    }
+
     /// The books once nothing is open any more.
     fn idle(&self) -> EngineStats {
-        let begin = Instant::now();
-        loop {
-            let stats = self.engine.stats().unwrap();
-            if stats.is_idle() {
-                return stats;
-            }
-            assert!(begin.elapsed() < Duration::from_secs(60), "{stats:?}");
-            std::thread::yield_now();
-        }
+        let stats = || self.engine.stats().unwrap();
+        wait_until(|| stats().is_idle(), "a request stays open");
+        stats()
     }
 }
 
@@ -73,7 +83,7 @@ fn bench(url: &str, args: &str) -> Command {
     for proxy in ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"] {
         command.env_remove(proxy);
     }
-    command.env("QUELL_LOG", "warn");
+    command.env_remove("QUELL_LOG");
     command
 }
 
@@ -218,6 +228,7 @@ fn cancelled_requests_are_cancelled_on_the_server_and_their_blocks_are_free_agai
     assert_eq!(total(&report, "/requests/failed"), 0);
     assert_eq!(total(&report, "/requests/finished"), 0);
     assert_eq!(report["points"][0]["ttft_ms"], Value::Null);
+    served.unconnected();
     drop(gate);
     let stats = served.idle();
     assert_eq!(stats.outcomes.cancelled, 12);

@@ -104,10 +104,11 @@ fn one_line(text: &str) -> String {
 }
 
 /// Logs go to stderr: what quell has to say, but not of each request, and others'
-/// warnings and errors; or what `QUELL_LOG` asks for.
+/// warnings and errors, unless we say them, too; or what `QUELL_LOG` asks for.
 fn start_logging() {
     use tracing_subscriber::EnvFilter;
-    let default = |_| EnvFilter::new("warn,quell=info,quell::request=warn");
+    let default =
+        |_| EnvFilter::new("warn,quell=info,quell::request=warn,rustls_platform_verifier=off");
     let filter = EnvFilter::try_from_env("QUELL_LOG").unwrap_or_else(default);
     tracing_subscriber::fmt()
         .with_env_filter(filter)
