@@ -73,3 +73,4 @@ model:
 ## Installs the Python clients, the router and the browser that the server is tested with.
 clients:
 	@$(PYTHON) scripts/setup-clients
+	@$(PYTHON) scripts/setup-browser

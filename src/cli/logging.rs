@@ -1,5 +1,5 @@
 //! Logs go to stderr: what quell has to say, but not of each request, and others'
-//! warnings and errors; or what `QUELL_LOG` asks for.
+//! warnings and errors, unless we say them, too; or what `QUELL_LOG` asks for.
 
 use std::io::IsTerminal;
 use tracing_subscriber::EnvFilter;
@@ -8,7 +8,8 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 fn filter() -> EnvFilter {
-    let default = |_| EnvFilter::new("warn,quell=info,quell::request=warn");
+    let default =
+        |_| EnvFilter::new("warn,quell=info,quell::request=warn,rustls_platform_verifier=off");
     EnvFilter::try_from_env("QUELL_LOG").unwrap_or_else(default)
 }
 

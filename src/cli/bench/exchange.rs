@@ -190,11 +190,15 @@ async fn read(
         return Ok(End::Cancelled);
     }
     let mut parser = SseParser::default();
-    while let Some(bytes) = answer
-        .chunk()
-        .await
-        .map_err(|error| Failure::broken(root_cause(&error)))?
-    {
+    // To the end of the body, so that the connection can be used again.
+    loop {
+        let bytes = match answer.chunk().await {
+            Ok(Some(bytes)) => bytes,
+            Ok(None) => break,
+            // The answer is complete; only its connection cannot be used again.
+            Err(_) if reading.done.is_some() => break,
+            Err(error) => return Err(Failure::broken(root_cause(&error))),
+        };
         let now = Instant::now();
         parser.feed(&bytes, |data| reading.event(data, now))?;
         if reading.done.is_none() && cancel_after.is_some_and(|most| reading.events >= most) {
@@ -202,7 +206,6 @@ async fn read(
         }
     }
     match (reading.done, reading.finish_reason) {
-        // The end of the body was waited for so that the connection can be used again.
         (Some(_), _) | (None, true) => Ok(End::Finished),
         (None, false) => Err(Failure::broken("the answer ended without [DONE]")),
     }

@@ -30,32 +30,24 @@ const MOST_TOKENS: usize = 10_000_000;
 /// Warm-up requests are numbered like those of a measurement that never is.
 const WARM_UP: u64 = u64::MAX;
 
-/// Load on a server. A request's latencies count from when it was due, not from when it
-/// was sent, so that a client that falls behind hides nothing (no coordinated omission):
-/// `ttft` until the first event with content, `itl` between such events, `tpot` for each
-/// token after the first, `e2e` until the end. Answers run to their full length (greedy,
-/// `ignore_eos`). Ctrl-C prints what was measured so far.
+/// How load is put on a server.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Load on a server")]
 pub struct ServerArgs {
-    /// Put load on the server at this URL, instead of measuring a model here. It must have
-    /// OpenAI's API. Latencies count from when a request was due, not from when it was
-    /// sent: a client that falls behind hides nothing (no coordinated omission).
-    #[arg(
-        long,
-        value_name = "URL",
-        help_heading = "Load on a server",
-        conflicts_with_all = super::LOCAL_FLAGS
-    )]
+    /// Put load on the server at this URL, instead of measuring a model here.
+    ///
+    /// It must have OpenAI's API. Answers run to their full length: greedy, and past their
+    /// natural end (ignore_eos). Latencies are those of finished requests: ttft until the
+    /// first event with content, itl between one such event and the next, tpot for each token
+    /// after the first, e2e until the end. They count from when a request was due, not from
+    /// when it was sent, so that a client that falls behind hides nothing (no coordinated
+    /// omission). Tokens are counted by the server, in its usage. Ctrl-C prints what was
+    /// measured so far. Ends with 1 if a request failed; cancelled ones have not.
+    #[arg(long, value_name = "URL", conflicts_with_all = super::LOCAL_FLAGS)]
     #[cfg_attr(feature = "cuda", arg(conflicts_with_all = super::CUDA_FLAGS))]
     pub server: Option<String>,
     /// Requests of each rate or concurrency.
-    #[arg(
-        long,
-        value_name = "N",
-        default_value_t = 100,
-        requires = "server",
-        help_heading = "Load on a server"
-    )]
+    #[arg(long, value_name = "N", default_value_t = 100, requires = "server")]
     requests: u64,
     /// An open loop instead of --concurrency: so many requests a second on average, as a
     /// Poisson process that waits for no answer; a list, separated by commas.
@@ -64,82 +56,35 @@ pub struct ServerArgs {
         value_name = "LIST",
         value_delimiter = ',',
         requires = "server",
-        conflicts_with = "concurrency",
-        help_heading = "Load on a server"
+        conflicts_with = "concurrency"
     )]
     rate: Vec<f64>,
     /// Share of the requests, from 0 to 1, whose connection is closed at a random point of
     /// the answer.
-    #[arg(
-        long,
-        value_name = "SHARE",
-        default_value_t = 0.0,
-        requires = "server",
-        help_heading = "Load on a server"
-    )]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, requires = "server")]
     cancel_share: f64,
     /// Of each prompt's tokens, how many are the same in all prompts. The others are random,
     /// so that a prefix cache does not help.
-    #[arg(
-        long,
-        value_name = "N",
-        default_value_t = 0,
-        requires = "server",
-        help_heading = "Load on a server"
-    )]
+    #[arg(long, value_name = "N", default_value_t = 0, requires = "server")]
     shared_prefix: usize,
     /// Prompts have token ids from 100 up to this one [default: 30000, or fewer if the
     /// server says so].
-    #[arg(
-        long,
-        value_name = "N",
-        requires = "server",
-        help_heading = "Load on a server"
-    )]
+    #[arg(long, value_name = "N", requires = "server")]
     vocabulary: Option<u64>,
     /// Which endpoint is asked.
-    #[arg(
-        long,
-        value_enum,
-        default_value_t,
-        requires = "server",
-        help_heading = "Load on a server"
-    )]
+    #[arg(long, value_enum, default_value_t, requires = "server")]
     endpoint: Endpoint,
     /// Unmeasured requests before the first measurement, one after the other.
-    #[arg(
-        long,
-        value_name = "N",
-        default_value_t = 1,
-        requires = "server",
-        help_heading = "Load on a server"
-    )]
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "server")]
     warm_up: u64,
     /// Repeats prompts, arrivals and cancels.
-    #[arg(
-        long,
-        value_name = "S",
-        default_value_t = 0,
-        requires = "server",
-        help_heading = "Load on a server"
-    )]
+    #[arg(long, value_name = "S", default_value_t = 0, requires = "server")]
     seed: u64,
     /// The environment variable that holds the API key.
-    #[arg(
-        long,
-        value_name = "VAR",
-        requires = "server",
-        help_heading = "Load on a server"
-    )]
+    #[arg(long, value_name = "VAR", requires = "server")]
     api_key_env: Option<String>,
     /// How long a request may take until it counts as failed, in seconds.
-    #[arg(
-        long,
-        value_name = "S",
-        default_value_t = 600.0,
-        requires = "server",
-        help_heading = "Load on a server"
-    )]
+    #[arg(long, value_name = "S", default_value_t = 600.0, requires = "server")]
     timeout: f64,
 }
 
