@@ -8,6 +8,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
+use socket2::{SockRef, TcpKeepalive};
 use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
@@ -114,6 +115,14 @@ pub(super) async fn serve<T>(
     ended
 }
 
+/// A client that answers nothing any more is noticed after half a minute.
+fn keep_alive() -> TcpKeepalive {
+    TcpKeepalive::new()
+        .with_time(Duration::from_secs(15))
+        .with_interval(Duration::from_secs(5))
+        .with_retries(3)
+}
+
 fn builder(limits: Limits) -> Builder<TokioExecutor> {
     let mut builder = Builder::new(TokioExecutor::new());
     builder
@@ -136,8 +145,10 @@ fn prepared(
     stream: TcpStream,
     write_timeout: Duration,
 ) -> std::pin::Pin<Box<TimeoutStream<TcpStream>>> {
-    // Tokens are to leave at once; a stream without it works, too.
+    // Tokens are to leave at once, and a client whose machine is gone is to be noticed
+    // while it waits for its answer. A stream without these works, too.
     let _ = stream.set_nodelay(true);
+    let _ = SockRef::from(&stream).set_tcp_keepalive(&keep_alive());
     let mut stream = TimeoutStream::new(stream);
     stream.set_write_timeout(Some(write_timeout));
     Box::pin(stream)

@@ -1,9 +1,11 @@
-//! The body of a request.
+//! What a request brings: its body, and the open part of its path.
 
 use super::App;
 use super::error::ApiError;
 use axum::body::{Bytes, HttpBody};
-use axum::extract::{FromRequest, Request};
+use axum::extract::rejection::PathRejection;
+use axum::extract::{FromRequest, FromRequestParts, Path, Request};
+use axum::http::request::Parts;
 use axum::http::{StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
@@ -46,6 +48,19 @@ impl JsonBody {
             return Ok(T::default());
         }
         self.parse()
+    }
+}
+
+/// The part of the path that a route leaves open.
+pub(crate) struct PathPart(pub String);
+
+impl<S: Send + Sync> FromRequestParts<S> for PathPart {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let part = Path::<String>::from_request_parts(parts, state).await;
+        let wrong = |error: PathRejection| ApiError::invalid(format!("the path: {error}"));
+        part.map(|Path(part)| Self(part)).map_err(wrong)
     }
 }
 

@@ -2,8 +2,9 @@
 
 use super::App;
 use super::error::ApiError;
+use super::json::PathPart;
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use serde_json::{Value, json};
 use std::sync::Arc;
 
@@ -15,7 +16,7 @@ pub(crate) async fn list(State(app): State<Arc<App>>) -> Json<Value> {
 /// The model by its name.
 pub(crate) async fn get(
     State(app): State<Arc<App>>,
-    Path(name): Path<String>,
+    PathPart(name): PathPart,
 ) -> Result<Json<Value>, ApiError> {
     app.check_model(Some(&name))?;
     Ok(Json(model(&app)))
@@ -30,5 +31,6 @@ fn model(app: &App) -> Value {
         "root": app.options.model_name,
         "parent": null,
         "max_model_len": app.engine.max_sequence_tokens(),
+        "vocab_size": app.engine.info().vocabulary,
     })
 }

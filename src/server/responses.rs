@@ -10,7 +10,7 @@ pub(super) use store::Store;
 use super::answer::{EndTokens, Usage, finish_reason};
 use super::conversation::Conversation;
 use super::error::ApiError;
-use super::json::JsonBody;
+use super::json::{JsonBody, PathPart};
 use super::parts::Parts;
 use super::sampling::SamplingFields;
 use super::sse::{self, Events, Writer, merge};
@@ -20,7 +20,7 @@ use super::{App, unix_time};
 use crate::engine::{Chunk, Finish, Prompt};
 use crate::text::Message;
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use futures_util::StreamExt;
@@ -152,7 +152,7 @@ pub(crate) async fn create(
 /// A response that was kept.
 pub(crate) async fn get(
     State(app): State<Arc<App>>,
-    Path(id): Path<String>,
+    PathPart(id): PathPart,
 ) -> Result<Response, ApiError> {
     let response = app.responses.response(&id)?;
     let json = (header::CONTENT_TYPE, "application/json");
@@ -162,7 +162,7 @@ pub(crate) async fn get(
 /// Forgets a response.
 pub(crate) async fn delete(
     State(app): State<Arc<App>>,
-    Path(id): Path<String>,
+    PathPart(id): PathPart,
 ) -> Result<Json<Value>, ApiError> {
     app.responses.delete(&id)?;
     Ok(Json(

@@ -8,13 +8,13 @@
 
 use super::abort::Freed;
 use super::error::ApiError;
-use super::json::JsonBody;
+use super::json::{JsonBody, PathPart};
 use super::{App, unix_time};
 use crate::engine::{
     EngineSnapshot, Request, Session, SessionOptions, Stop, SubmitError, TokenStream,
 };
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
@@ -255,7 +255,7 @@ pub(crate) async fn list(State(app): State<Arc<App>>) -> Result<Json<SessionList
 /// `GET /v1/sessions/{id}`.
 pub(crate) async fn get(
     State(app): State<Arc<App>>,
-    Path(id): Path<String>,
+    PathPart(id): PathPart,
 ) -> Result<Json<SessionObject>, ApiError> {
     let found = app.sessions.open().get(&id).cloned();
     let session = found.ok_or_else(|| unknown(&id))?;
@@ -291,7 +291,7 @@ pub(crate) struct SessionReceipt {
 /// answers when its blocks are free. Keeps it unless the body says otherwise.
 pub(crate) async fn stop(
     State(app): State<Arc<App>>,
-    Path(id): Path<String>,
+    PathPart(id): PathPart,
     body: JsonBody,
 ) -> Result<Json<SessionReceipt>, ApiError> {
     let stop: StopTurn = body.parse_or_default()?;
@@ -311,7 +311,7 @@ pub(crate) async fn stop(
 /// free.
 pub(crate) async fn end(
     State(app): State<Arc<App>>,
-    Path(id): Path<String>,
+    PathPart(id): PathPart,
 ) -> Result<Json<SessionReceipt>, ApiError> {
     let removed = app.sessions.open().remove(&id);
     let session = removed.ok_or_else(|| unknown(&id))?;
