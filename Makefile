@@ -43,6 +43,7 @@ lint:
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 	@# Without the tests, whose dependencies switch features on that the product needs itself.
 	$(CARGO) clippy --locked -- -D warnings
+	$(CARGO) clippy --locked --features otel -- -D warnings
 	$(CARGO) clippy --locked --no-default-features -- -D warnings
 	$(CARGO) clippy --locked --no-default-features --features loom --test loom -- -D warnings
 	$(CARGO) clippy --locked --no-default-features --features shuttle --test shuttle -- -D warnings

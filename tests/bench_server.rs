@@ -63,9 +63,9 @@ fn wait_until(mut done: impl FnMut() -> bool, what: &str) {
 impl Served {
     /// Until the server has noticed that all clients are gone.
     fn unconnected(&self) {
-        // One task accepts, and each connection has its own.
+        // One task accepts, one ends sessions that are left alone; each connection has its own.
         let tasks = || self.runtime.metrics().num_alive_tasks();
-        wait_until(|| tasks() == 1, "a connection lives on");
+        wait_until(|| tasks() <= 2, "a connection lives on");
     }
 
     /// The books once nothing is open any more.

@@ -494,21 +494,38 @@ impl Engine {
         request: Request,
         samples: usize,
     ) -> Result<Vec<TokenStream>, SubmitError> {
+        self.generate_batch(vec![request], samples)
+    }
+
+    /// As [`Engine::generate_samples`], for several requests: all are accepted, or none
+    /// is. The streams of a request follow each other, in the order of the requests.
+    pub fn generate_batch(
+        &self,
+        requests: Vec<Request>,
+        samples: usize,
+    ) -> Result<Vec<TokenStream>, SubmitError> {
         if samples == 0 {
             return Err(SubmitError::NoSamples);
         }
-        let mut request = request;
-        request.prompt = Prompt::Tokens(self.tokenize(&request.prompt)?);
-        let seed = request.sampling.seed;
-        let prepared = (0..samples as u64).map(|index| {
-            let mut request = request.clone();
-            request.sampling.seed = seed.wrapping_add(index);
-            let task = request.task();
-            self.prepare(request, task, None)
-        });
-        let prepared = prepared.collect::<Result<Vec<_>, _>>()?;
-        let (streams, submissions) = prepared.into_iter().unzip();
-        self.post(Command::SubmitGroup(submissions))?;
+        let mut streams = Vec::with_capacity(requests.len() * samples);
+        let mut groups = Vec::with_capacity(requests.len());
+        for mut request in requests {
+            request.prompt = Prompt::Tokens(self.tokenize(&request.prompt)?);
+            let seed = request.sampling.seed;
+            let mut group = Vec::with_capacity(samples);
+            for index in 0..samples as u64 {
+                let mut request = request.clone();
+                request.sampling.seed = seed.wrapping_add(index);
+                let task = request.task();
+                let (stream, submission) = self.prepare(request, task, None)?;
+                streams.push(stream);
+                group.push(submission);
+            }
+            groups.push(group);
+        }
+        for group in groups {
+            self.post(Command::SubmitGroup(group))?;
+        }
         Ok(streams)
     }
 

@@ -3,11 +3,11 @@
 
 use super::EngineStats;
 use super::ledger::{Ended, Ledger};
+use super::sync::Arc;
 use crate::cache::{BlockState, BlockTable};
 use crate::id::{SessionId, StepId};
 use crate::schedule::{Kept, Place, Scheduler, Sequence, SequenceKey};
 use serde::{Serialize, Serializer};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// An engine at one moment between two steps.

@@ -468,19 +468,15 @@ impl App {
         requests: Vec<Request>,
         samples: usize,
     ) -> Result<Vec<TokenStream>, ApiError> {
-        let mut streams = Vec::with_capacity(requests.len() * samples);
+        let mut tokenized = Vec::with_capacity(requests.len());
         for mut request in requests {
-            let max_tokens = request.max_tokens;
             request.prompt = Prompt::Tokens(self.engine.tokenize(&request.prompt)?);
-            if let Some(tokens) = max_tokens {
+            if let Some(tokens) = request.max_tokens {
                 self.check_length(&request.prompt, tokens)?;
             }
-            if samples == 1 {
-                streams.push(self.engine.generate(request)?);
-            } else {
-                streams.extend(self.engine.generate_samples(request, samples)?);
-            }
+            tokenized.push(request);
         }
+        let streams = self.engine.generate_batch(tokenized, samples)?;
         let owned = |stream: TokenStream| stream.when_dropped(CancelReason::Disconnect);
         Ok(streams.into_iter().map(owned).collect())
     }

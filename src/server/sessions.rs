@@ -151,6 +151,9 @@ pub(crate) enum SessionPrompt {
     Whole,
 }
 
+/// Seconds that a session may be pinned for: a day.
+const LONGEST_PIN: f64 = 86_400.0;
+
 /// How a session is to be kept.
 #[derive(Debug, Default, Deserialize)]
 struct NewSession {
@@ -212,9 +215,11 @@ pub(crate) async fn create(
 ) -> Result<(StatusCode, Json<SessionObject>), ApiError> {
     let new: NewSession = body.parse_or_default()?;
     let pin = new.pin_seconds.map(|seconds| {
-        Duration::try_from_secs_f64(seconds).map_err(|error| {
-            ApiError::invalid(format!("pin_seconds is {seconds}: {error}")).param("pin_seconds")
-        })
+        if (0.0..=LONGEST_PIN).contains(&seconds) {
+            return Ok(Duration::from_secs_f64(seconds));
+        }
+        let problem = format!("pin_seconds is {seconds}, but must be from 0 to {LONGEST_PIN}");
+        Err(ApiError::invalid(problem).param("pin_seconds"))
     });
     let pin = pin.transpose()?;
     app.sessions.sweep(app.options.session_ttl);
