@@ -88,7 +88,6 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// How a server behaves.
 #[derive(Clone, Debug)]
-#[non_exhaustive]
 pub struct ServerOptions {
     /// What clients call the model.
     pub model_name: String,
