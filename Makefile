@@ -55,6 +55,8 @@ bench: model
 	$(CARGO) bench --locked --bench cpu_step
 	$(CARGO) bench --locked --bench cancel
 	$(CARGO) bench --locked --bench prefix -- $(MODEL)
+	$(CARGO) bench --locked --bench grammar
+	$(CARGO) bench --locked --bench server
 	$(CARGO) bench --locked --bench kernels
 	$(CARGO) build --release --locked
 	./target/release/quell bench --model $(MODEL)

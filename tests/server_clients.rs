@@ -256,7 +256,8 @@ async fn async_openai_gets_responses_and_embeddings() {
     server.ends_with_nothing_held();
 }
 
-#[tokio::test]
+// The client's own task has to notice, while this one waits.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn dropping_a_stream_of_async_openai_cancels_its_request() {
     let server = server(&[]);
     let (client, model) = rust_client(&server).await;
