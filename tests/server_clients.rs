@@ -3,6 +3,8 @@
 
 #![cfg(all(unix, feature = "cli", feature = "server"))]
 
+#[path = "common/clients.rs"]
+mod clients;
 #[path = "common/http.rs"]
 mod http;
 #[path = "common/model.rs"]
@@ -16,47 +18,15 @@ use async_openai::error::OpenAIError;
 use async_openai::types::chat::{
     CreateChatCompletionRequest, CreateChatCompletionStreamResponse, FinishReason,
 };
+use clients::{installed, script, succeeds};
 use futures_util::StreamExt;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use serve::Serve;
-use std::path::{Path, PathBuf};
 use std::process::Command;
 
 fn server(arguments: &[&str]) -> Serve {
     Serve::start(&model::smollm2(), arguments)
-}
-
-/// A file of the tests' clients.
-fn script(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/clients")
-        .join(name)
-}
-
-/// A program that `scripts/setup-clients` has installed.
-fn installed(name: &str) -> Command {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("target/clients/bin")
-        .join(name);
-    assert!(
-        path.exists(),
-        "{} is missing: run scripts/setup-clients",
-        path.display()
-    );
-    Command::new(path)
-}
-
-fn succeeds(command: &mut Command) {
-    let output = command.output().unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    let errors = String::from_utf8_lossy(&output.stderr);
-    println!("{text}{errors}");
-    assert!(
-        output.status.success(),
-        "{command:?} ends with {}",
-        output.status
-    );
 }
 
 #[test]

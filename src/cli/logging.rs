@@ -48,8 +48,7 @@ pub fn start_with_spans(endpoint: &str) -> Result<Exporter, super::args::CliErro
     use tracing_subscriber::Layer;
     use tracing_subscriber::filter::Targets;
 
-    // The exporter's client asks for a provider of TLS; another one may be there already.
-    let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
+    super::tls::provide();
     let exporter = SpanExporter::builder()
         .with_http()
         .with_endpoint(endpoint)

@@ -17,6 +17,7 @@ mod progress;
 mod serve;
 #[cfg(feature = "server")]
 mod settings;
+mod tls;
 mod tokenize;
 
 use args::CliError;

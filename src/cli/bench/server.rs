@@ -7,7 +7,7 @@ use super::prompts::{Endpoint, Prompts};
 use super::report::Summary;
 use crate::cli::args::{CliError, Format};
 use crate::cli::generate::println_json;
-use crate::cli::progress;
+use crate::cli::{progress, tls};
 use clap::Args;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use reqwest::{Client, Url, redirect};
@@ -209,8 +209,7 @@ impl<'a> Plan<'a> {
     }
 
     fn client(&self) -> Result<Client, ServerBenchError> {
-        // Already there if it fails.
-        let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
+        tls::provide();
         let mut builder = Client::builder()
             .default_headers(self.headers.clone())
             .user_agent(concat!("quell-bench/", env!("CARGO_PKG_VERSION")))

@@ -1,0 +1,42 @@
+//! Programs that others have written, and the scripts that drive them.
+
+#![allow(dead_code)] // each test file uses its part
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// A file of the tests' clients.
+pub fn script(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/clients")
+        .join(name)
+}
+
+/// A program that `scripts/setup-clients` has installed.
+pub fn installed(name: &str) -> Command {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("target/clients/bin")
+        .join(name);
+    assert!(
+        path.exists(),
+        "{} is missing: run scripts/setup-clients",
+        path.display()
+    );
+    Command::new(path)
+}
+
+/// Runs a program to its end, and shows what it says.
+///
+/// # Panics
+/// If it fails.
+pub fn succeeds(command: &mut Command) {
+    let output = command.output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    println!("{text}{errors}");
+    assert!(
+        output.status.success(),
+        "{command:?} ends with {}",
+        output.status
+    );
+}
