@@ -12,25 +12,22 @@ demo: model
 
 ## Runs everything: unit, integration, golden and documentation tests, the CUDA device on
 ## the virtual GPU, the server with clients that others have written, the model checkers,
-## and the examples.
+## the examples and the documentation's.
 test: model clients models
-	$(CARGO) test --locked --workspace
+	$(CARGO) test --locked --workspace --features quell/otel
 	$(CARGO) test --locked --no-default-features --lib
-	$(CARGO) run --locked --release --example quickstart -- $(MODEL)
-	$(CARGO) run --locked --release --example batch -- $(MODEL)
-	$(CARGO) run --locked --release --example disconnect -- $(MODEL)
 
 ## The engine's threads under model checkers: loom in every interleaving of a few threads,
 ## shuttle in random ones of many; QUELL_SCHEDULES says how many.
 models:
-	$(CARGO) test --locked --no-default-features --features loom --test loom
-	$(CARGO) test --locked --no-default-features --features shuttle --test shuttle
+	$(CARGO) test --locked -p interleavings --features loom --test loom
+	$(CARGO) test --locked -p interleavings --features shuttle --test shuttle
 
 ## A million requests, half of them cancelled: books, memory and files as before. Then
 ## 100,000 schedules of each scenario of the model checker.
 soak:
 	QUELL_SOAK_REQUESTS=1000000 $(CARGO) test --locked --release --test soak -- --nocapture
-	QUELL_SCHEDULES=100000 $(CARGO) test --locked --no-default-features --features shuttle --test shuttle
+	QUELL_SCHEDULES=100000 $(CARGO) test --locked -p interleavings --features shuttle --test shuttle
 
 ## Breaks the engine on purpose, one way at a time: a test must fail each time. Five minutes
 ## on two cores once its dependencies are built, so it is no part of `make test`.
@@ -40,13 +37,12 @@ mutations:
 ## Formatting, lints and documentation.
 lint:
 	$(CARGO) fmt --all --check
-	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	$(CARGO) clippy --locked --workspace --all-targets --features quell/otel -- -D warnings
 	@# Without the tests, whose dependencies switch features on that the product needs itself.
 	$(CARGO) clippy --locked -- -D warnings
-	$(CARGO) clippy --locked --features otel -- -D warnings
 	$(CARGO) clippy --locked --no-default-features -- -D warnings
-	$(CARGO) clippy --locked --no-default-features --features loom --test loom -- -D warnings
-	$(CARGO) clippy --locked --no-default-features --features shuttle --test shuttle -- -D warnings
+	$(CARGO) clippy --locked -p interleavings --features loom --test loom -- -D warnings
+	$(CARGO) clippy --locked -p interleavings --features shuttle --test shuttle -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps
 
 ## Measures this machine: kernels, then the whole engine. More of a GPU: scripts/gpu/bench.

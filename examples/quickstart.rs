@@ -10,7 +10,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let path = std::env::args().nth(1).ok_or("usage: quickstart MODEL")?;
     let engine = Engine::load(path, EngineConfig::default(), LoadOptions::default())?;
 
-    let question = vec![Message::new("user", "What is the capital of Italy?")];
+    let question = vec![Message::new("user", "Why is the sky blue?")];
     let mut answer = engine.generate(Request::new(question).greedy().max_tokens(32))?;
     while let Some(chunk) = answer.next().await {
         print!("{}", chunk?.text);

@@ -4,11 +4,11 @@
 //! `make models` runs this. `QUELL_SCHEDULES` sets how many schedules a scenario gets:
 //! half of them uniformly random, half by PCT, which finds rare orders of a few events.
 //! A scenario that fails prints its schedule; put that into a file and replay it with
-//! `QUELL_REPLAY=FILE cargo test --no-default-features --features shuttle --test
+//! `QUELL_REPLAY=FILE cargo test -p interleavings --features shuttle --test
 //! shuttle NAME`. A deadlock, which is a lost wake-up or a thread that never ends, fails
 //! too: an execution is over only when all its threads are.
 
-#[path = "common/sim.rs"]
+#[path = "../../common/sim.rs"]
 mod sim;
 
 use quell::{

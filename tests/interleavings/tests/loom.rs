@@ -7,7 +7,7 @@
 //! deadlock. `make models` runs this; `LOOM_MAX_PREEMPTIONS` sets another bound, and
 //! what loom says for finding a failure (`LOOM_LOG`, `LOOM_CHECKPOINT_FILE`) works.
 
-#[path = "common/sim.rs"]
+#[path = "../../common/sim.rs"]
 mod sim;
 
 use loom::future::block_on;
