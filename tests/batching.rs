@@ -1,9 +1,14 @@
-//! A real model in a crowd: neighbours, preemption and cancels change no token.
+//! A real model in a crowd: neighbours, preemption and cancels change no token, and no
+//! bit of a logit.
 
 #[path = "common/model.rs"]
 mod model;
 
 use model::smollm2;
+use quell::device::cpu::{CpuDevice, CpuOptions, SimdLevel};
+use quell::device::{Batch, BatchSequence, CacheShape, Device};
+use quell::model::{Decoder, ModelSource, StepLimits};
+use quell::weights::Gguf;
 use quell::{Engine, EngineConfig, LoadOptions, Request, SamplingParams, TokenStream};
 
 const REQUESTS: usize = 64;
@@ -123,4 +128,122 @@ fn sixty_four_requests_in_a_quarter_of_their_cache_give_the_tokens_of_each_alone
     };
     assert!(stats.is_idle(), "{stats:?}");
     assert!(stats.outcomes.cancelled > 0);
+}
+
+/// Tokens of a block.
+const BLOCK: usize = 16;
+
+/// The rows of one sequence in a step: tokens from `start` on.
+struct Part {
+    sequence: usize,
+    start: usize,
+    tokens: Vec<u32>,
+}
+
+/// A step in which each sequence has blocks of its own, and each last row is sampled.
+fn batch(parts: &[Part], blocks_each: usize) -> Batch {
+    let mut batch = Batch::default();
+    for part in parts {
+        let first = part.sequence * blocks_each;
+        let (row, table) = (batch.rows(), batch.tables.len());
+        let end = part.start + part.tokens.len();
+        batch.tokens.extend(&part.tokens);
+        batch.positions.extend(part.start as u32..end as u32);
+        let slots = first * BLOCK + part.start..first * BLOCK + end;
+        batch.slots.extend(slots.map(|slot| slot as u32));
+        let blocks = first..first + end.div_ceil(BLOCK);
+        batch.tables.extend(blocks.map(|block| block as u32));
+        batch.sequences.push(BatchSequence {
+            rows: row..batch.rows(),
+            table: table..batch.tables.len(),
+        });
+        batch.sample_rows.push(batch.rows() - 1);
+    }
+    batch
+}
+
+/// The bits of one sequence's logits, in the steps of its prompt and of some tokens after
+/// it, among `size - 1` others that are at their prompts and answers.
+fn logits(simd: SimdLevel, size: usize) -> Vec<Vec<u32>> {
+    const BLOCKS_EACH: usize = 8;
+    const STEPS: usize = 4;
+    let mut device = CpuDevice::new(&CpuOptions {
+        simd,
+        ..CpuOptions::default()
+    })
+    .unwrap();
+    let source = ModelSource::from_gguf(Gguf::open(&smollm2()).unwrap()).unwrap();
+    let limits = StepLimits {
+        rows: 32 * 48,
+        samples: 32,
+        positions: BLOCKS_EACH * BLOCK,
+    };
+    let mut decoder = Decoder::load(&source, &mut device, limits, &mut |_, _| {}).unwrap();
+    let config = source.config();
+    let shape = CacheShape {
+        layers: config.layers,
+        kv_heads: config.heads.kv_heads,
+        head_dim: config.heads.head_dim,
+        blocks: 32 * BLOCKS_EACH,
+        block_tokens: BLOCK,
+    };
+    let mut cache = device.allocate_cache(&shape).unwrap();
+    let watched = size / 2;
+    let token =
+        |sequence: usize, position: usize| (100 + 977 * sequence + 389 * position) as u32 % 49_000;
+    let mut lengths = vec![0; size];
+    let mut seen = Vec::new();
+    for step in 0..STEPS {
+        let parts = (0..size).map(|sequence| {
+            // The watched one has the same tokens in every crowd; of the others some
+            // begin late.
+            let (name, count) = match sequence == watched {
+                true => (1000, if step == 0 { 40 } else { 1 }),
+                false if sequence % 3 == step => (sequence, 3 + sequence % 29),
+                false => (sequence, 1),
+            };
+            let start = lengths[sequence];
+            lengths[sequence] += count;
+            let tokens = (start..start + count).map(|position| token(name, position));
+            Part {
+                sequence,
+                start,
+                tokens: tokens.collect(),
+            }
+        });
+        let parts: Vec<Part> = parts.collect();
+        let step = batch(&parts, BLOCKS_EACH);
+        let logits = decoder.forward(&mut device, &step, &mut cache).unwrap();
+        let row = logits.row(watched);
+        assert_eq!(row.len(), config.vocabulary);
+        seen.push(row.iter().map(|logit| logit.to_bits()).collect());
+    }
+    seen
+}
+
+#[test]
+fn logits_are_the_same_to_the_bit_alone_among_7_and_among_32() {
+    let has = |simd| {
+        let options = CpuOptions {
+            simd,
+            ..CpuOptions::default()
+        };
+        CpuDevice::new(&options).is_ok()
+    };
+    for simd in [SimdLevel::Avx512, SimdLevel::Avx2, SimdLevel::Portable] {
+        if !has(simd) {
+            println!("this machine has no {simd:?}");
+            continue;
+        }
+        let alone = logits(simd, 1);
+        // Plain Rust would take a minute for the larger.
+        let sizes = match simd {
+            SimdLevel::Portable => &[7][..],
+            _ => &[7, 32],
+        };
+        for &size in sizes {
+            // Not `assert_eq`: it would print them all.
+            assert!(logits(simd, size) == alone, "{simd:?}, {size} in a batch");
+        }
+    }
 }

@@ -435,7 +435,7 @@ fn broken_streams_errors_in_streams_and_timeouts_are_told_apart() {
             ),
             2 => write!(
                 stream,
-                "HTTP/1.1 429 Too Many Requests\r\ncontent-length: 0\r\n\r\n"
+                "HTTP/1.1 429 Too Many Requests\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
             ),
             3 => write!(stream, "{STREAM}data: no JSON\n\n"),
             // Until the client has enough.

@@ -229,6 +229,7 @@ fn bench_measures_what_it_is_asked_for() {
         "4",
         "--concurrency",
         "1,3",
+        "--mixed",
         "--repetitions",
         "2",
         "--format",
@@ -244,7 +245,9 @@ fn bench_measures_what_it_is_asked_for() {
             figure["streams"].as_u64().unwrap()
         })
         .collect();
-    assert_eq!(streams, [1, 1, 3]);
+    assert_eq!(streams, [1, 1, 3, 1, 3]);
+    assert_eq!(result["figures"][4]["name"], "mixed 32+4 × 3");
+    assert!(result["machine"].as_str().unwrap().contains("threads"));
 }
 
 #[test]
@@ -349,6 +352,9 @@ fn command_lines_that_make_no_sense_end_with_one_line_and_code_2() {
         2,
         &["--concurrency"],
     );
+    for cores in ["", "x", "3-1", "0,,1", "0-99999999999"] {
+        assert_refused(&with(&["--cores", cores]), 2, &["--cores", "0-7,16"]);
+    }
 }
 
 #[test]

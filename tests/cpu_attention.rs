@@ -246,6 +246,7 @@ fn options(simd: SimdLevel, threads: usize, kv: KvType) -> CpuOptions {
         simd,
         activations: Activations::Auto,
         kv,
+        ..CpuOptions::default()
     }
 }
 

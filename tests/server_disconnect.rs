@@ -329,11 +329,13 @@ fn sixty_four_clients_of_a_real_model_that_go_away_leave_nothing() {
     let engine = Engine::load(model::smollm2(), config, LoadOptions::cpu()).unwrap();
     let before = engine.stats().unwrap();
     let server = TestServer::start(engine.clone(), options);
-    let mut clients: Vec<Client> = (0..CLIENTS)
-        .map(|index| Client::ask(&server, index, index % 4 != 0, CUTS[index % 3]))
-        .collect();
-    until(&engine, "all are there", |stats| stats.open == CLIENTS);
-    // The first half runs, the other half waits.
+    let mut clients: Vec<Client> = Vec::new();
+    // The first half runs, the other half, which comes when all of that is there, waits.
+    for half in [0..CLIENTS / 2, CLIENTS / 2..CLIENTS] {
+        let ask = |index| Client::ask(&server, index, index % 4 != 0, CUTS[index % 3]);
+        clients.extend(half.clone().map(ask));
+        until(&engine, "all are there", |stats| stats.open == half.end);
+    }
     let streaming = clients.iter_mut().take(32).enumerate();
     for (_, client) in streaming.filter(|(index, _)| index % 4 != 0) {
         client.read(2);

@@ -52,4 +52,8 @@ impl Runner for PacedRunner {
         }
         self.null.collect()
     }
+
+    fn recycle(&mut self, output: StepOutput) {
+        self.null.recycle(output);
+    }
 }

@@ -51,4 +51,8 @@ impl Runner for SleepingRunner {
         }
         self.null.collect()
     }
+
+    fn recycle(&mut self, output: StepOutput) {
+        self.null.recycle(output);
+    }
 }

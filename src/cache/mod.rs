@@ -231,12 +231,11 @@ impl BlockCache {
     /// of them, and gives the number of tokens.
     pub fn attach(&mut self, table: &mut BlockTable, tokens: &[u32], limit: usize) -> usize {
         debug_assert!(table.is_empty(), "only an empty table is filled");
-        let blocks: Vec<BlockId> = self.matches(tokens, limit).collect();
-        for &block in &blocks {
+        table.blocks.extend(self.matches(tokens, limit));
+        for &block in &table.blocks {
             self.pool.add_reference(block);
         }
-        table.published = blocks.len();
-        table.blocks = blocks;
+        table.published = table.len();
         table.len() * self.block_tokens
     }
 

@@ -37,7 +37,7 @@ pub(super) struct PrefixCache {
 impl PrefixCache {
     pub fn new(blocks: usize, block_tokens: usize) -> Self {
         Self {
-            by_chain: HashMap::default(),
+            by_chain: HashMap::with_capacity_and_hasher(blocks, RandomState::default()),
             known: vec![None; blocks],
             tokens: vec![0; blocks * block_tokens],
             block_tokens,

@@ -14,6 +14,11 @@ pub struct BlockTable {
 }
 
 impl BlockTable {
+    /// Makes room for so many blocks, so that the table need not be moved as it grows.
+    pub fn reserve(&mut self, blocks: usize) {
+        self.blocks.reserve_exact(blocks.saturating_sub(self.len()));
+    }
+
     /// Number of blocks.
     pub fn len(&self) -> usize {
         self.blocks.len()

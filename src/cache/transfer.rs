@@ -26,6 +26,13 @@ pub struct Transfers {
 }
 
 impl Transfers {
+    /// Leaves nothing to copy, and keeps the memory.
+    pub fn clear(&mut self) {
+        self.swap_out.clear();
+        self.copies.clear();
+        self.swap_in.clear();
+    }
+
     /// Whether there is nothing to copy.
     pub fn is_empty(&self) -> bool {
         self.swap_out.is_empty() && self.copies.is_empty() && self.swap_in.is_empty()
@@ -70,7 +77,7 @@ impl HostBlocks {
     }
 
     /// Takes blocks back.
-    pub fn give_back(&mut self, blocks: Vec<HostBlockId>) {
+    pub fn give_back(&mut self, blocks: impl IntoIterator<Item = HostBlockId>) {
         self.free.extend(blocks.into_iter().map(std::cmp::Reverse));
     }
 }

@@ -107,6 +107,27 @@ impl FromStr for DeviceArg {
     }
 }
 
+/// Processors, as `0-7,16` names them.
+#[derive(Clone, Debug)]
+struct Cores(Vec<usize>);
+
+impl Cores {
+    /// No machine has more: a longer range is a slip.
+    const MOST: usize = 1 << 16;
+
+    fn parse(text: &str) -> Result<Self, String> {
+        let number = |text: &str| text.parse::<usize>().ok().filter(|core| *core < Self::MOST);
+        let range = |part: &str| match part.split_once('-') {
+            Some((first, last)) => Some(number(first)?..=number(last)?),
+            None => number(part).map(|core| core..=core),
+        };
+        let ranges: Option<Vec<_>> = text.split(',').map(range).collect();
+        let ranges = ranges.filter(|ranges| ranges.iter().all(|range| !range.is_empty()));
+        let ranges = ranges.ok_or("expected numbers and ranges, such as 0-7,16")?;
+        Ok(Self(ranges.into_iter().flatten().collect()))
+    }
+}
+
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum SimdArg {
     Auto,
@@ -172,9 +193,13 @@ pub struct RunArgs {
     /// How a request gives way when memory runs out: auto takes what costs less time.
     #[arg(long, value_enum, default_value_t = PreemptionArg::Auto)]
     preemption: PreemptionArg,
-    /// Threads of the CPU device [default: all].
+    /// Threads of the CPU device [default: one for each of --cores, or all].
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
+    /// Processors that the CPU device's threads are bound to, such as 0-7,16: best those of
+    /// one socket [default: the system chooses].
+    #[arg(long, value_name = "LIST", value_parser = Cores::parse)]
+    cores: Option<Cores>,
     /// Instruction set of the CPU device.
     #[arg(long, value_enum, default_value_t = SimdArg::Auto)]
     simd: SimdArg,
@@ -310,6 +335,7 @@ impl RunArgs {
     fn cpu(&self) -> CpuOptions {
         CpuOptions {
             threads: self.threads,
+            cores: self.cores.clone().map_or(Vec::new(), |cores| cores.0),
             simd: match self.simd {
                 SimdArg::Auto => SimdLevel::Auto,
                 SimdArg::Avx512 => SimdLevel::Avx512,

@@ -38,6 +38,10 @@ pub struct BenchArgs {
     /// ended.
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_values_t = [1, 16, 32])]
     concurrency: Vec<usize>,
+    /// Measure prompts and answers together, too: all streams begin at once, and tokens of
+    /// both are counted.
+    #[arg(long)]
+    mixed: bool,
     /// How often each figure is measured, after one unmeasured run.
     #[arg(long, value_name = "N", default_value_t = 5)]
     repetitions: usize,
@@ -49,10 +53,11 @@ pub struct BenchArgs {
 }
 
 /// Flags of the engine in this process, which make no sense with `--server`.
-const LOCAL_FLAGS: [&str; 15] = [
+const LOCAL_FLAGS: [&str; 17] = [
     "random_weights",
     "weights_format",
     "decode_prompt",
+    "mixed",
     "repetitions",
     "device",
     "kv_cache_mib",
@@ -62,6 +67,7 @@ const LOCAL_FLAGS: [&str; 15] = [
     "swap_mib",
     "preemption",
     "threads",
+    "cores",
     "simd",
     "activations",
     "kv_type",

@@ -566,6 +566,11 @@ pub trait Device: Sized + 'static {
     /// Waits for a step and gives its samples, in the order of its sample rows.
     fn collect(&mut self, pending: Self::Pending) -> Result<Vec<Sampled>, DeviceError>;
 
+    /// Takes samples back that have been read, so that a later step can use their memory.
+    fn recycle(&mut self, samples: Vec<Sampled>) {
+        drop(samples);
+    }
+
     /// Adds up rows of `x`: a sum for each of `ranges`. Comes after [`Device::finish`].
     fn pool(
         &mut self,

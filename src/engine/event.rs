@@ -10,6 +10,7 @@ use crate::id::StepId;
 use crate::sampling::Sampled;
 use crate::schedule::FinishReason;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::task::Waker;
 use std::time::Instant;
 
 /// Why a request was cancelled.
@@ -243,19 +244,24 @@ impl SessionCell {
         self.posted.get().copied()
     }
 
-    pub fn register_reader(&self, waker: &std::task::Waker) {
+    pub fn register_reader(&self, waker: &Waker) {
         self.reader.register(waker);
     }
 
+    /// Whom to wake when there is something to read; the caller must.
+    fn take_reader(&self) -> Option<Waker> {
+        self.reader.take()
+    }
+
     fn wake_reader(&self) {
-        wake(&self.reader);
+        wake(self.take_reader());
     }
 
     fn wake_receipt(&self) {
-        wake(&self.receipt);
+        wake(self.receipt.take());
     }
 
-    pub fn register_receipt(&self, waker: &std::task::Waker) {
+    pub fn register_receipt(&self, waker: &Waker) {
         self.receipt.register(waker);
     }
 }
@@ -269,7 +275,8 @@ impl Waiter for SessionCell {
 
 /// Wakes a caller. A waker is the caller's code: if it panics, that is the caller's
 /// loss, and no other session's.
-pub(super) fn wake(waker: &AtomicWaker) {
+pub(super) fn wake(waker: Option<Waker>) {
+    let Some(waker) = waker else { return };
     if catch_unwind(AssertUnwindSafe(|| waker.wake())).is_err() {
         tracing::error!("the waker of a caller panicked");
         cleanup_failed("waker");
@@ -314,19 +321,17 @@ pub(crate) fn channel(cell: &Arc<SessionCell>, buffer: usize) -> (EventSender, E
 }
 
 impl EventSender {
-    /// Sends without ever blocking (I9). `false` when the reader is gone or, which
-    /// the pause threshold rules out, the buffer is full.
-    pub fn send(&self, event: Event) -> bool {
-        let Some(events) = &self.events else {
-            return false;
-        };
-        let sent = events.try_send(event);
-        if let Err(TrySendError::Full(event)) = &sent {
+    /// Sends without ever blocking (I9), and gives whom to wake for it. The event is
+    /// lost when the reader is gone or, which the pause threshold rules out, the buffer
+    /// is full.
+    #[must_use = "whoever waits for the event must be woken"]
+    pub fn send(&self, event: Event) -> Option<Waker> {
+        let events = self.events.as_ref()?;
+        if let Err(TrySendError::Full(event)) = events.try_send(event) {
             tracing::error!(?event, "a session's buffer overflowed; the event is lost");
             cleanup_failed("events");
         }
-        self.cell.wake_reader();
-        sent.is_ok()
+        self.cell.take_reader()
     }
 
     /// Whether so many events wait that the session is to be paused.
@@ -371,7 +376,7 @@ impl Drop for EventSender {
 mod tests {
     use super::*;
     use std::sync::atomic::AtomicUsize;
-    use std::task::{Wake, Waker};
+    use std::task::Wake;
 
     #[derive(Default)]
     struct Count(AtomicUsize);

@@ -6,7 +6,7 @@
 
 use super::command::AccountSpec;
 use super::deadlines::{Deadlines, Due, RequestDeadlines};
-use super::event::{Event, EventSender, PromptReport, Receipt, SessionCell, Terminal, Token};
+use super::event::{Event, EventSender, PromptReport, Receipt, SessionCell, Terminal, Token, wake};
 use super::metrics::{EndKind, EngineMetrics};
 use super::permit::Permit;
 use super::record::RequestRecord;
@@ -17,7 +17,9 @@ use super::turn::Turn;
 use super::waiting::Reply;
 use crate::id::{SessionId, StepId};
 use crate::schedule::{FinishReason, SequenceKey};
+use slotmap::SecondaryMap;
 use std::collections::{HashMap, VecDeque};
+use std::task::Waker;
 use std::time::Instant;
 
 /// An open request.
@@ -113,6 +115,30 @@ impl Closing {
     }
 }
 
+/// Readers that have something to read, each task once where it comes several times in a
+/// row. They are woken in any case: at the latest when this is dropped.
+#[derive(Default)]
+struct Readers(Vec<Waker>);
+
+impl Readers {
+    fn add(&mut self, reader: Option<Waker>) {
+        let Some(reader) = reader else { return };
+        if !self.0.last().is_some_and(|last| last.will_wake(&reader)) {
+            self.0.push(reader);
+        }
+    }
+
+    fn wake(&mut self) {
+        self.0.drain(..).map(Some).for_each(wake);
+    }
+}
+
+impl Drop for Readers {
+    fn drop(&mut self) {
+        self.wake();
+    }
+}
+
 /// What an ended request leaves behind.
 pub(super) struct Remains {
     pub blocks: usize,
@@ -124,7 +150,7 @@ pub(super) struct Remains {
 /// All accounts, open and closing.
 pub(super) struct Ledger {
     metrics: Arc<EngineMetrics>,
-    open: HashMap<SequenceKey, Account>,
+    open: SecondaryMap<SequenceKey, Account>,
     by_id: HashMap<SessionId, SequenceKey>,
     /// The turns in progress.
     turns: HashMap<SessionId, SequenceKey>,
@@ -132,6 +158,8 @@ pub(super) struct Ledger {
     closing_sessions: Vec<ClosingSession>,
     /// Accounts with a token to flush.
     dirty: Vec<SequenceKey>,
+    /// Who is to be woken at the end of the flush.
+    readers: Readers,
     deadlines: Deadlines,
     outcomes: Outcomes,
     /// The last ends, the oldest first.
@@ -143,12 +171,13 @@ impl Ledger {
     pub fn new(metrics: Arc<EngineMetrics>) -> Self {
         Self {
             metrics,
-            open: HashMap::new(),
+            open: SecondaryMap::new(),
             by_id: HashMap::new(),
             turns: HashMap::new(),
             closing: Vec::new(),
             closing_sessions: Vec::new(),
             dirty: Vec::new(),
+            readers: Readers::default(),
             deadlines: Deadlines::default(),
             outcomes: Outcomes::default(),
             recent: VecDeque::with_capacity(RECENT_ENDS),
@@ -174,19 +203,19 @@ impl Ledger {
 
     /// The session's turn that an open request is.
     pub fn turn_of(&self, key: SequenceKey) -> Option<&Turn> {
-        self.open.get(&key)?.turn.as_ref()
+        self.open.get(key)?.turn.as_ref()
     }
 
     /// Gives one more receipt when an open request has ended.
     pub fn add_reply(&mut self, key: SequenceKey, reply: ReceiptReply) {
-        if let Some(account) = self.open.get_mut(&key) {
+        if let Some(account) = self.open.get_mut(key) {
             account.replies.push(reply);
         }
     }
 
     /// When an open request was submitted, and what its caller knows it by.
     pub fn known_of(&self, key: SequenceKey) -> Option<(Instant, Option<&Arc<str>>)> {
-        let account = self.open.get(&key)?;
+        let account = self.open.get(key)?;
         Some((account.record.submitted(), account.label.as_ref()))
     }
 
@@ -214,10 +243,7 @@ impl Ledger {
     }
 
     pub fn open_keys(&self) -> Vec<SequenceKey> {
-        let mut keys: Vec<SequenceKey> = self.open.keys().copied().collect();
-        // The map's order is random, and no schedule of a model checker could be replayed.
-        keys.sort_unstable();
-        keys
+        self.open.keys().collect()
     }
 
     pub fn key_of(&self, id: SessionId) -> Option<SequenceKey> {
@@ -225,7 +251,7 @@ impl Ledger {
     }
 
     pub fn cell_of(&self, key: SequenceKey) -> Option<&SessionCell> {
-        self.open.get(&key).map(|account| &*account.cell)
+        self.open.get(key).map(|account| &*account.cell)
     }
 
     /// Opens the account of an accepted request.
@@ -264,7 +290,7 @@ impl Ledger {
 
     /// A step with some of its prompt was launched.
     pub fn started(&mut self, key: SequenceKey, at: Instant, cached_tokens: usize) {
-        if let Some(account) = self.open.get_mut(&key) {
+        if let Some(account) = self.open.get_mut(key) {
             account.record.started(at, cached_tokens);
             let cached = &account.cell.cached_tokens;
             cached.store(cached_tokens, Ordering::Release);
@@ -274,7 +300,7 @@ impl Ledger {
     /// Books what a step has found of a prompt; it is sent with the first token, or with
     /// the terminal.
     pub fn report(&mut self, key: SequenceKey, report: PromptReport) {
-        if let Some(account) = self.open.get_mut(&key) {
+        if let Some(account) = self.open.get_mut(key) {
             match &mut account.report {
                 Some(known) => known.add(report),
                 None => account.report = Some(Box::new(report)),
@@ -284,7 +310,7 @@ impl Ledger {
 
     /// Books a token; it is sent by the flush, or with the terminal.
     pub fn token(&mut self, key: SequenceKey, token: Token) {
-        if let Some(account) = self.open.get_mut(&key) {
+        if let Some(account) = self.open.get_mut(key) {
             account.token = Some(token);
             self.dirty.push(key);
             let due = Due::FirstToken;
@@ -295,7 +321,7 @@ impl Ledger {
     /// Sets until when the reader of a paused request must have caught up; `None` when
     /// it has.
     pub fn reader_due(&mut self, key: SequenceKey, at: Option<Instant>) {
-        if let Some(account) = self.open.get_mut(&key) {
+        if let Some(account) = self.open.get_mut(key) {
             let due = Due::Reader;
             self.deadlines.set(key, &mut account.deadlines, due, at);
         }
@@ -321,7 +347,7 @@ impl Ledger {
     /// Closes an account: the one terminal goes out, the receipt follows when the
     /// blocks are free. A second close of the same account does nothing (I8).
     pub fn close(&mut self, key: SequenceKey, terminal: Terminal, remains: Remains) {
-        let Some(mut account) = self.open.remove(&key) else {
+        let Some(mut account) = self.open.remove(key) else {
             return;
         };
         self.by_id.remove(&account.id);
@@ -356,12 +382,13 @@ impl Ledger {
         }
         // Before the caller learns of the end: it may submit the next at once.
         drop(account.permit);
-        account.events.send(Event {
+        let reader = account.events.send(Event {
             token,
             report,
             terminal: Some(terminal),
             at,
         });
+        wake(reader);
         self.closing.push(Closing {
             id: account.id,
             key: account.key,
@@ -419,22 +446,26 @@ impl Ledger {
 
     /// Sends this step's tokens: one message a session, never blocking (I9). Gives
     /// the sessions that pause for their readers, and those that need not any more.
+    ///
+    /// Readers are woken when all messages are there, and a task that reads several
+    /// sessions one after the other is woken once.
     pub fn flush(&mut self, paused: &mut Vec<(SequenceKey, bool)>) {
         let at = Instant::now();
         for key in self.dirty.drain(..) {
-            let Some(account) = self.open.get_mut(&key) else {
+            let Some(account) = self.open.get_mut(key) else {
                 continue;
             };
             let Some(token) = account.token.take() else {
                 continue;
             };
             account.record.token(at, &self.metrics);
-            account.events.send(Event {
+            let reader = account.events.send(Event {
                 token: Some(token),
                 report: account.report.take(),
                 terminal: None,
                 at,
             });
+            self.readers.add(reader);
             if account.events.is_full() {
                 // A swap and not a store: loom gives the order of a store among the swaps
                 // of the other side too much freedom.
@@ -446,6 +477,7 @@ impl Ledger {
                 paused.push((key, !goes_on));
             }
         }
+        self.readers.wake();
     }
 }
 

@@ -58,6 +58,8 @@ pub(super) struct SchedulerThread {
     published: EngineStats,
     /// Kept for its memory.
     paused: Vec<(SequenceKey, bool)>,
+    /// Plans whose steps are over, for their memory.
+    spare_plans: Vec<StepPlan>,
     /// Those who wait for the open sessions to end.
     drains: Vec<Drain>,
     /// New sessions come too late.
@@ -111,6 +113,7 @@ impl SchedulerThread {
             metrics,
             published: EngineStats::default(),
             paused: Vec::new(),
+            spare_plans: Vec::new(),
             drains: Vec::new(),
             draining: false,
             aborted: 0,
@@ -192,11 +195,13 @@ impl SchedulerThread {
             return None;
         }
         let from = Instant::now();
-        let plan = self.scheduler.plan();
-        if plan.is_some() {
-            self.metrics.phase(Phase::Plan, from);
+        let mut plan = self.spare_plans.pop().unwrap_or_default();
+        if !self.scheduler.plan_into(&mut plan) {
+            self.spare_plans.push(plan);
+            return None;
         }
-        plan
+        self.metrics.phase(Phase::Plan, from);
+        Some(plan)
     }
 
     /// Applies every command that has been posted; waits for one when idle: when
@@ -693,6 +698,7 @@ impl SchedulerThread {
             }
         };
         self.step_completed(plan.step);
+        self.spare_plans.push(plan);
         self.flush();
         self.publish();
         self.metrics.phase(Phase::Commit, from);
@@ -703,11 +709,11 @@ impl SchedulerThread {
     }
 
     /// Gives what a step has computed to those whose rows were in it.
-    fn commit_step(&mut self, plan: &StepPlan, output: StepOutput) {
+    fn commit_step(&mut self, plan: &StepPlan, mut output: StepOutput) {
         // Before any item ends: its complete blocks are worth keeping.
         self.scheduler.written(plan);
-        let mut samples = output.samples.into_iter().map(Token::from);
-        let mut sums = output.sums.into_iter();
+        let mut samples = output.samples.drain(..).map(Token::from);
+        let mut sums = output.sums.drain(..);
         for item in &plan.items {
             let report = match &item.report {
                 Report::Nothing => None,
@@ -727,6 +733,8 @@ impl SchedulerThread {
                 self.commit_end(item.key);
             }
         }
+        drop((samples, sums));
+        self.runner.recycle(output);
     }
 
     /// Ends a sequence that ends with its prompt, unless it is cancelled.

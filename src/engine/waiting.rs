@@ -71,7 +71,7 @@ pub(crate) trait Waiter: Send + Sync {
 
 impl Waiter for AtomicWaker {
     fn wake(&self) {
-        wake(self);
+        wake(self.take());
     }
 }
 
@@ -131,7 +131,7 @@ impl<T> Drop for Reply<T> {
     fn drop(&mut self) {
         // Disconnect first, so that whoever wakes sees it.
         self.sender = None;
-        wake(&self.waker);
+        wake(self.waker.take());
     }
 }
 

@@ -14,20 +14,28 @@ pub(super) struct Inputs {
     pub samples: Vec<SampleRow>,
     /// Rows whose hidden states are added up.
     pub pooled: Vec<Range<usize>>,
+    /// Histories of earlier steps, for their memory.
+    spare_histories: Vec<Vec<u32>>,
 }
 
 impl Inputs {
+    /// With room for the block tables of sequences that hold so many blocks together.
+    pub fn new(blocks: usize) -> Self {
+        let mut inputs = Self::default();
+        inputs.batch.tables.reserve_exact(blocks);
+        inputs
+    }
+
     /// Takes a plan, in memory that is used again. Items of sequences that are gone are
     /// left out; the scheduler launches a plan before anything can end in it.
     pub fn fill(&mut self, plan: &StepPlan, sequences: &Sequences, block_tokens: usize) {
+        self.clear();
         let Self {
             batch,
             samples,
             pooled,
+            spare_histories,
         } = self;
-        batch.clear();
-        samples.clear();
-        pooled.clear();
         for item in &plan.items {
             let Some(sequence) = sequences.get(item.key) else {
                 continue;
@@ -45,9 +53,23 @@ impl Inputs {
             }
             if item.sample {
                 batch.sample_rows.push(batch.rows() - 1);
-                samples.push(sample_row(item, sequence));
+                let history = match sequence.spec.params.needs_history() {
+                    true => spare_histories.pop().unwrap_or_default(),
+                    false => Vec::new(),
+                };
+                samples.push(sample_row(item, sequence, history));
             }
         }
+    }
+
+    /// Lets go of a step that the device has taken: the masks of its constraints are free
+    /// to be written again.
+    pub fn clear(&mut self) {
+        self.batch.clear();
+        self.pooled.clear();
+        let histories = self.samples.drain(..).map(|row| row.history);
+        let used = histories.filter(|history| history.capacity() > 0);
+        self.spare_histories.extend(used);
     }
 }
 
@@ -84,13 +106,15 @@ fn add_item(item: &PlanItem, sequence: &Sequence, block_tokens: usize, batch: &m
     });
 }
 
-fn sample_row(item: &PlanItem, sequence: &Sequence) -> SampleRow {
+/// `history` is memory for the sequence's tokens, if they are needed.
+fn sample_row(item: &PlanItem, sequence: &Sequence, mut history: Vec<u32>) -> SampleRow {
     let params = &sequence.spec.params;
-    let history = if params.needs_history() {
-        sequence.tokens.clone()
-    } else {
-        Vec::new()
-    };
+    history.clear();
+    if params.needs_history() {
+        // As much room as the sequence has: the next step's history is longer.
+        history.reserve_exact(sequence.tokens.capacity());
+        history.extend_from_slice(&sequence.tokens);
+    }
     SampleRow {
         params: Arc::clone(params),
         position: (item.start + item.count) as u32,

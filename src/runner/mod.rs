@@ -43,6 +43,11 @@ pub trait Runner {
 
     /// Waits for the oldest step in flight and gives what it has computed.
     fn collect(&mut self) -> Result<StepOutput, DeviceError>;
+
+    /// Takes an output back that has been read, so that a later step can use its memory.
+    fn recycle(&mut self, output: StepOutput) {
+        drop(output);
+    }
 }
 
 /// What a step has computed for the host.

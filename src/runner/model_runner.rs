@@ -95,7 +95,7 @@ impl<D: Device> ModelRunner<D> {
             host,
             block_tokens: shape.block_tokens,
             in_flight: VecDeque::new(),
-            inputs: Inputs::default(),
+            inputs: Inputs::new(shape.blocks),
             pairs: Vec::new(),
         };
         Ok((runner, info))
@@ -152,6 +152,7 @@ impl<D: Device> Runner for ModelRunner<D> {
             batch,
             samples,
             pooled,
+            ..
         } = &self.inputs;
         let (device, decoder) = (&mut self.device, &mut self.decoder);
         let mut step = InFlight {
@@ -168,8 +169,7 @@ impl<D: Device> Runner for ModelRunner<D> {
             }
         }
         self.in_flight.push_back(step);
-        // The device has taken what it needs; their masks are free to be written again.
-        self.inputs.samples.clear();
+        self.inputs.clear();
         Ok(())
     }
 
@@ -190,6 +190,10 @@ impl<D: Device> Runner for ModelRunner<D> {
             output.sums = self.device.collect_pooled(pooling)?;
         }
         Ok(output)
+    }
+
+    fn recycle(&mut self, output: StepOutput) {
+        self.device.recycle(output.samples);
     }
 }
 

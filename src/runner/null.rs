@@ -64,6 +64,8 @@ pub struct NullRunner {
     options: NullOptions,
     /// What the steps in flight give, oldest first.
     in_flight: VecDeque<StepOutput>,
+    /// Outputs that have been read, for their memory.
+    spare: Vec<StepOutput>,
 }
 
 impl NullOptions {
@@ -106,6 +108,7 @@ impl NullRunner {
         Self {
             options,
             in_flight: VecDeque::with_capacity(options.depth),
+            spare: Vec::new(),
         }
     }
 
@@ -176,22 +179,27 @@ impl Runner for NullRunner {
     }
 
     fn launch(&mut self, plan: &StepPlan, sequences: &Sequences) -> Result<(), DeviceError> {
-        // What `collect` gives away is the only allocation of a step that decodes.
-        let mut samples = Vec::with_capacity(plan.items.len());
+        let mut output = self.spare.pop().unwrap_or_default();
+        let StepOutput { samples, sums } = &mut output;
+        samples.clear();
         for item in &plan.items {
             samples.append(&mut self.scores(item, sequences));
             samples.extend(item.sample.then(|| self.sample(item, sequences)));
         }
-        let sums = plan.sums();
-        let sums = sums.map(|(item, rows)| self.sum(item, rows.clone(), sequences));
-        self.in_flight.push_back(StepOutput {
-            samples,
-            sums: sums.collect(),
-        });
+        sums.clear();
+        let rows = plan.sums();
+        sums.extend(rows.map(|(item, rows)| self.sum(item, rows.clone(), sequences)));
+        self.in_flight.push_back(output);
         Ok(())
     }
 
     fn collect(&mut self) -> Result<StepOutput, DeviceError> {
         Ok(self.in_flight.pop_front().unwrap_or_default())
+    }
+
+    fn recycle(&mut self, output: StepOutput) {
+        if self.spare.len() < self.options.depth {
+            self.spare.push(output);
+        }
     }
 }

@@ -11,3 +11,8 @@ mod sampler;
 pub use constraint::{Constraint, ConstraintError, ConstraintState};
 pub use params::{ParamError, SamplingParams};
 pub use sampler::{SampleRow, Sampled, sample};
+
+/// The parts of the reference sampler that a device on the host shares with it.
+pub(crate) mod reference {
+    pub(crate) use super::sampler::{MAX_GUMBEL, forbid, gumbel_of, penalise, philox, strongest};
+}

@@ -159,22 +159,27 @@ fn apply_penalties(logits: &mut [f32], row: &SampleRow) {
         *counts.entry(token).or_default() += u32::from(index >= row.prompt_tokens);
     }
     for (token, generated) in counts {
-        let Some(logit) = logits.get_mut(token as usize) else {
-            continue;
-        };
-        if *logit > 0.0 {
-            *logit /= params.repetition_penalty;
-        } else {
-            *logit *= params.repetition_penalty;
-        }
-        if generated > 0 {
-            *logit -= params.presence_penalty + params.frequency_penalty * generated as f32;
+        if let Some(logit) = logits.get_mut(token as usize) {
+            *logit = penalise(*logit, generated, params);
         }
     }
 }
 
+/// The logit of a token that is in the prompt or in the answer, there `generated` times.
+pub(crate) fn penalise(mut logit: f32, generated: u32, params: &SamplingParams) -> f32 {
+    if logit > 0.0 {
+        logit /= params.repetition_penalty;
+    } else {
+        logit *= params.repetition_penalty;
+    }
+    if generated > 0 {
+        logit -= params.presence_penalty + params.frequency_penalty * generated as f32;
+    }
+    logit
+}
+
 /// Makes the tokens impossible that a mask does not allow.
-fn forbid(logits: &mut [f32], mask: &[u32]) {
+pub(crate) fn forbid(logits: &mut [f32], mask: &[u32]) {
     for (index, logits) in logits.chunks_mut(32).enumerate() {
         match mask.get(index) {
             Some(&u32::MAX) => {}
@@ -251,7 +256,7 @@ fn draw(logits: &mut [f32], best: usize, row: &SampleRow) -> usize {
 ///
 /// Noise is at most [`MAX_GUMBEL`], so tokens that cannot reach the best so far
 /// are passed over without computing theirs.
-fn strongest(
+pub(crate) fn strongest(
     candidates: impl Iterator<Item = (usize, f32)>,
     floor: f32,
     best: usize,
@@ -272,11 +277,15 @@ fn strongest(
 }
 
 /// Above −ln(−ln(u)) for the largest u below 1 that [`gumbel`] uses, 1 − 2⁻²⁵.
-const MAX_GUMBEL: f32 = 17.4;
+pub(crate) const MAX_GUMBEL: f32 = 17.4;
 
 /// Standard Gumbel noise for one token, from Philox 4×32-10.
 fn gumbel(seed: u64, position: u32, token: u32) -> f32 {
-    let bits = philox([token, position, 0, 0], [seed as u32, (seed >> 32) as u32])[0];
+    gumbel_of(philox([token, position, 0, 0], [seed as u32, (seed >> 32) as u32])[0])
+}
+
+/// Standard Gumbel noise from random bits.
+pub(crate) fn gumbel_of(bits: u32) -> f32 {
     // 24 bits, centred, so that neither 0 nor 1 occurs.
     let uniform = ((bits >> 8) as f64 + 0.5) / f64::from(1u32 << 24);
     -(-uniform.ln()).ln() as f32
@@ -284,7 +293,7 @@ fn gumbel(seed: u64, position: u32, token: u32) -> f32 {
 
 /// Philox 4×32-10, a counter-based random number generator.
 /// Salmon et al., *Parallel Random Numbers: As Easy as 1, 2, 3*, 2011.
-fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
+pub(crate) fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     for _ in 0..10 {
         let a = u64::from(counter[0]) * 0xD251_1F53;
         let b = u64::from(counter[2]) * 0xCD9E_8D57;

@@ -79,6 +79,18 @@ pub struct StepPlan {
 }
 
 impl StepPlan {
+    /// Leaves an empty plan, whose memory is kept.
+    pub fn clear(&mut self) {
+        let Self {
+            step,
+            transfers,
+            items,
+        } = self;
+        *step = StepId::default();
+        transfers.clear();
+        items.clear();
+    }
+
     /// Rows of all items.
     pub fn rows(&self) -> usize {
         self.items.iter().map(|item| item.count).sum()

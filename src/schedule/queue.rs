@@ -1,9 +1,8 @@
 //! Who runs and who waits, each in its order.
 
-use super::tenants::Tenants;
+use super::tenants::{TenantKey, Tenants};
 use super::{SequenceKey, Sequences};
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 /// The running sequences, urgent ones first, then by arrival.
 #[derive(Debug, Default)]
@@ -48,7 +47,7 @@ type Line = BTreeMap<u64, SequenceKey>;
 /// the least, then by arrival.
 #[derive(Debug, Default)]
 pub(super) struct WaitingQueue {
-    classes: BTreeMap<i32, BTreeMap<Option<Arc<str>>, Line>>,
+    classes: BTreeMap<i32, BTreeMap<TenantKey, Line>>,
     len: usize,
 }
 
@@ -62,7 +61,7 @@ impl WaitingQueue {
             return;
         };
         let class = self.classes.entry(sequence.spec.priority).or_default();
-        let line = class.entry(sequence.spec.tenant.clone()).or_default();
+        let line = class.entry(sequence.tenant).or_default();
         if line.insert(sequence.arrival, key).is_none() {
             self.len += 1;
         }
@@ -77,12 +76,12 @@ impl WaitingQueue {
         let Some(class) = self.classes.get_mut(&priority) else {
             return;
         };
-        if let Some(line) = class.get_mut(&sequence.spec.tenant) {
+        if let Some(line) = class.get_mut(&sequence.tenant) {
             if line.remove(&sequence.arrival).is_some() {
                 self.len -= 1;
             }
             if line.is_empty() {
-                class.remove(&sequence.spec.tenant);
+                class.remove(&sequence.tenant);
             }
         }
         if class.is_empty() {
@@ -101,7 +100,7 @@ impl WaitingQueue {
             .iter()
             .filter_map(|(tenant, line)| {
                 let (arrival, key) = first(line)?;
-                Some((tenants.served(tenant), arrival, key))
+                Some((tenants.served(*tenant), arrival, key))
             })
             .min()
             .map(|(_, _, key)| key)

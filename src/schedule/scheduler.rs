@@ -261,7 +261,6 @@ impl Scheduler {
         leader: Option<SequenceKey>,
     ) -> SequenceKey {
         self.arrivals += 1;
-        self.tenants.open(&spec.tenant);
         if let Some(session) = spec.session {
             // What is computed anew as a whole has no use for what is there.
             let reusable = match spec.task.needs_every_row() {
@@ -270,7 +269,8 @@ impl Scheduler {
             };
             self.cut_retained(session, reusable);
         }
-        let mut sequence = Sequence::new(id, spec, self.arrivals);
+        let tenant = self.tenants.open(&spec.tenant);
+        let mut sequence = Sequence::new(id, spec, tenant, self.arrivals);
         sequence.leader = leader;
         let key = self.sequences.insert(sequence);
         if let Some(leader) = leader.and_then(|leader| self.sequences.get_mut(leader)) {
@@ -333,7 +333,7 @@ impl Scheduler {
         }
         let mut sequence = self.sequences.remove(key)?;
         self.paused -= usize::from(sequence.paused);
-        self.tenants.close(&sequence.spec.tenant);
+        self.tenants.close(sequence.tenant);
         if let Some(swapped) = sequence.swapped.take() {
             self.host.give_back(swapped.blocks);
         }
@@ -515,26 +515,31 @@ impl Scheduler {
     /// Chooses the rows of the next step and books their blocks. `None` when there
     /// is nothing to do before a step completes or a command arrives.
     pub fn plan(&mut self) -> Option<StepPlan> {
-        let mut plan = StepPlan {
-            step: self.launched.next(),
-            ..StepPlan::default()
-        };
+        let mut plan = StepPlan::default();
+        self.plan_into(&mut plan).then_some(plan)
+    }
+
+    /// As [`Scheduler::plan`], in the memory of an earlier plan; `false` when there is
+    /// nothing to do.
+    pub fn plan_into(&mut self, plan: &mut StepPlan) -> bool {
+        plan.clear();
+        plan.step = self.launched.next();
         let mut budget = Budget {
             tokens: self.policy.max_batch_tokens,
             samples: self.policy.max_samples(),
         };
         // More urgent than what runs: before that is planned, so that it can give way.
-        self.admit(&mut plan, &mut budget, |urgent, running| {
+        self.admit(plan, &mut budget, |urgent, running| {
             running.is_some_and(|last| urgent < last)
         });
-        self.plan_running(&mut plan, &mut budget);
-        self.admit(&mut plan, &mut budget, |_, _| true);
-        self.host.give_back(std::mem::take(&mut self.read_back));
-        if plan.items.is_empty() && plan.transfers.is_empty() {
-            return None;
+        self.plan_running(plan, &mut budget);
+        self.admit(plan, &mut budget, |_, _| true);
+        self.host.give_back(self.read_back.drain(..));
+        let some = !plan.items.is_empty() || !plan.transfers.is_empty();
+        if some {
+            self.launched = plan.step;
         }
-        self.launched = plan.step;
-        Some(plan)
+        some
     }
 
     /// Plans the running sequences: those that decode, then those still at their prompt.
@@ -633,7 +638,7 @@ impl Scheduler {
         budget.samples -= item.sample_count();
         // That of the last row, which is the item's last.
         sequence.last_sample = (self.policy.max_samples() - budget.samples).saturating_sub(1);
-        self.tenants.charge(&sequence.spec.tenant, count, sample);
+        self.tenants.charge(sequence.tenant, count, sample);
         plan.items.push(item);
     }
 
@@ -945,6 +950,7 @@ impl Scheduler {
             self.cache
                 .attach(&mut sequence.table, &sequence.tokens, limit);
         }
+        sequence.reserve(self.cache.block_tokens());
         sequence.written = match start.source {
             Source::Swapped => 0,
             _ => start.computed,

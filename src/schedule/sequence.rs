@@ -1,6 +1,7 @@
 //! One sequence: its tokens, its blocks, and how far it has come.
 
 use super::plan::Report;
+use super::tenants::TenantKey;
 use crate::cache::{BlockTable, HostBlockId};
 use crate::id::{SessionId, StepId};
 use crate::sampling::{ConstraintState, SamplingParams};
@@ -112,6 +113,8 @@ pub struct Sequence {
     pub id: SessionId,
     /// What it does; `spec.prompt` has moved to `tokens`.
     pub spec: SequenceSpec,
+    /// The counter of `spec.tenant`.
+    pub(super) tenant: TenantKey,
     /// The prompt, then the committed tokens.
     pub tokens: Vec<u32>,
     /// How many of `tokens` are the prompt.
@@ -150,7 +153,12 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    pub(super) fn new(id: SessionId, mut spec: SequenceSpec, arrival: u64) -> Self {
+    pub(super) fn new(
+        id: SessionId,
+        mut spec: SequenceSpec,
+        tenant: TenantKey,
+        arrival: u64,
+    ) -> Self {
         let tokens = std::mem::take(&mut spec.prompt);
         Self {
             id,
@@ -158,6 +166,7 @@ impl Sequence {
             cached_tokens: 0,
             tokens,
             spec,
+            tenant,
             computed: 0,
             written: 0,
             reported: 0,
@@ -174,6 +183,18 @@ impl Sequence {
             place: Place::Parked,
             started: false,
         }
+    }
+
+    /// Makes room for what it is to become, so that a step that decodes allocates
+    /// nothing. Memory that is never written to costs nothing but addresses, yet who asks
+    /// for a long answer does not always get one: beyond `RESERVED` it grows as vectors do.
+    pub(super) fn reserve(&mut self, block_tokens: usize) {
+        /// Tokens.
+        const RESERVED: usize = 1 << 15;
+        let length = self.spec.max_tokens.min(self.tokens.len() + RESERVED);
+        self.tokens
+            .reserve_exact(length - self.tokens.len().min(length));
+        self.table.reserve(length.div_ceil(block_tokens));
     }
 
     /// Tokens known and on their way.

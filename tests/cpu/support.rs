@@ -56,6 +56,7 @@ pub fn device(simd: SimdLevel, threads: usize, activations: Activations) -> CpuD
         simd,
         activations,
         kv: KvType::Auto,
+        ..CpuOptions::default()
     };
     CpuDevice::new(&options).unwrap()
 }

@@ -116,6 +116,18 @@ struct Figure {
 enum Phase {
     Prefill,
     Decode,
+    /// Prompts and answers, as they come to a server.
+    Mixed,
+}
+
+impl Phase {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Prefill => "prefill",
+            Self::Decode => "decode",
+            Self::Mixed => "mixed",
+        }
+    }
 }
 
 impl BenchArgs {
@@ -164,6 +176,13 @@ pub fn run(args: &BenchArgs) -> Result<(), CliError> {
             phase: Phase::Decode,
         }));
     }
+    if args.mixed && args.prompt > 0 && args.generate > 0 {
+        figures.extend(args.concurrency.iter().map(|&streams| Figure {
+            name: format!("mixed {}+{} × {streams}", args.prompt, args.generate),
+            streams,
+            phase: Phase::Mixed,
+        }));
+    }
     let bar = progress::bar((figures.len() * (args.repetitions + 1)) as u64, "measuring");
     let mut rows = Vec::new();
     for figure in &figures {
@@ -189,8 +208,10 @@ fn measure(
     args: &BenchArgs,
     round: u64,
 ) -> Result<f64, CliError> {
+    let begin = Instant::now();
     let (prompt, tokens) = match figure.phase {
         Phase::Prefill => (args.prompt, 1),
+        Phase::Mixed => (args.prompt, args.generate),
         Phase::Decode => (
             args.decode_prompt,
             args.generate + args.lead(figure.streams),
@@ -217,6 +238,7 @@ fn measure(
     Ok(match figure.phase {
         Phase::Prefill => prompt as f64 / first,
         Phase::Decode => (figure.streams * (tokens - 1)) as f64 / (total - first),
+        Phase::Mixed => (figure.streams * (prompt + tokens)) as f64 / begin.elapsed().as_secs_f64(),
     })
 }
 
@@ -272,6 +294,17 @@ fn read_tokens(stream: &mut TokenStream, mut count: usize) -> Result<(), CliErro
     Ok(())
 }
 
+/// The processor, as Linux calls it, how many of its threads this process may use, and
+/// the system.
+fn machine() -> String {
+    let cpus = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let mut names = cpus.lines().filter(|line| line.starts_with("model name"));
+    let name = names.next().and_then(|line| line.split_once(':'));
+    let name = name.map_or(std::env::consts::ARCH, |(_, name)| name.trim());
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    format!("{name}, {threads} threads, {}", std::env::consts::OS)
+}
+
 fn report(engine: &Engine, args: &BenchArgs, rows: &[(&Figure, Vec<f64>)]) -> Result<(), CliError> {
     let median = |rates: &[f64]| rates[rates.len() / 2];
     let model = engine.info().model.as_ref();
@@ -284,7 +317,7 @@ fn report(engine: &Engine, args: &BenchArgs, rows: &[(&Figure, Vec<f64>)]) -> Re
             .map(|(figure, rates)| {
                 json!({
                     "name": figure.name,
-                    "phase": if figure.phase == Phase::Prefill { "prefill" } else { "decode" },
+                    "phase": figure.phase.name(),
                     "streams": figure.streams,
                     "tokens_per_s": median(rates),
                     "min": rates.first(),
@@ -298,12 +331,14 @@ fn report(engine: &Engine, args: &BenchArgs, rows: &[(&Figure, Vec<f64>)]) -> Re
             "random_weights": args.model.model.is_none(),
             "weights_format": format,
             "device": device,
+            "machine": machine(),
             "version": env!("CARGO_PKG_VERSION"),
             "figures": figures,
         }));
     }
     let mut out = std::io::stdout().lock();
     writeln!(out, "{}, {}", args.model.name(), device.unwrap_or_default())?;
+    writeln!(out, "{}", machine())?;
     writeln!(
         out,
         "{:<18} {:>10}   {:>9} – max",

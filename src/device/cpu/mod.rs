@@ -26,6 +26,7 @@ mod packed;
 mod quantise;
 mod rope;
 mod rowwise;
+mod sampling;
 mod simd;
 mod softmax;
 mod stage;
@@ -41,12 +42,12 @@ pub use rope::CpuRope;
 pub use tensor::CpuTensor;
 
 use crate::device::*;
-use crate::sampling::{self, SampleRow, Sampled};
+use crate::sampling::{SampleRow, Sampled};
 use attention::{Attend, Attention};
 use linear::Multiplier;
 use memory::Disjoint;
 use rope::{NormWeights, RopeStore, RopeTables};
-use rowwise::{Add, Gate, Largest, RmsNorm, RmsNormAdd, Softcap};
+use rowwise::{Add, Gate, RmsNorm, RmsNormAdd, Softcap};
 use simd::{Isa, Kernel};
 use stage::StagedBatch;
 use workers::Workers;
@@ -79,6 +80,8 @@ pub struct CpuDevice {
     experts: experts::Scratch,
     /// What the last step sampled, for rows that wait for it.
     sampled: Vec<u32>,
+    /// Samples that have been read, for their memory.
+    spare_samples: Vec<Sampled>,
 }
 
 impl CpuDevice {
@@ -86,15 +89,19 @@ impl CpuDevice {
     /// instruction set asked for.
     pub fn new(options: &CpuOptions) -> Result<Self, DeviceError> {
         let isa = Isa::choose(options.simd)?;
-        let available = || std::thread::available_parallelism().map_or(1, |count| count.get());
-        let threads = options.threads.unwrap_or_else(available);
+        let threads = options
+            .threads
+            .unwrap_or_else(|| match options.cores.len() {
+                0 => std::thread::available_parallelism().map_or(1, |count| count.get()),
+                cores => cores,
+            });
         let kv_half = match options.kv {
             KvType::F16 => true,
             KvType::F32 => false,
             KvType::Auto => options.activations != Activations::F32,
         };
         Ok(Self {
-            workers: Workers::new(threads)?,
+            workers: Workers::new(threads, &options.cores)?,
             multiplier: Multiplier::new(isa, options.activations),
             kv_half,
             weight_bytes: 0,
@@ -103,6 +110,7 @@ impl CpuDevice {
             attention: Attention::default(),
             experts: experts::Scratch::default(),
             sampled: Vec::new(),
+            spare_samples: Vec::new(),
         })
     }
 
@@ -311,7 +319,13 @@ impl Device for CpuDevice {
 
     fn stage(&mut self, batch: &Batch) -> Result<Staged, DeviceError> {
         self.staged.take(batch, &self.sampled)?;
+        self.workers.begin_step();
         Ok(Staged::Enqueue)
+    }
+
+    fn finish(&mut self, outcome: Result<(), DeviceError>) -> Result<Finished, DeviceError> {
+        self.workers.end_step();
+        outcome.map(|()| Finished::Done)
     }
 
     fn embed(
@@ -672,13 +686,15 @@ impl Device for CpuDevice {
             logprob: 0.0,
             top: Vec::new(),
         };
-        let mut samples = vec![nothing; rows.len()];
+        let mut samples = std::mem::take(&mut self.spare_samples);
+        samples.clear();
+        samples.resize(rows.len(), nothing);
         let out = Disjoint::new(&mut samples);
         self.workers.run("sample", rows.len(), 1, |range| {
             for row in range {
                 // SAFETY: a row is one item.
                 let out = unsafe { &mut out.range(row, 1)[0] };
-                *out = choose(isa, logits.row(row), &rows[row]);
+                *out = sampling::choose(isa, logits.row(row), &rows[row]);
             }
         })?;
         self.sampled.clear();
@@ -689,6 +705,10 @@ impl Device for CpuDevice {
 
     fn collect(&mut self, pending: CpuPending) -> Result<Vec<Sampled>, DeviceError> {
         Ok(pending.0)
+    }
+
+    fn recycle(&mut self, samples: Vec<Sampled>) {
+        self.spare_samples = samples;
     }
 
     fn pool(
@@ -745,32 +765,5 @@ impl Device for CpuDevice {
         sound("poison", checked)?;
         cache.poison(blocks);
         Ok(())
-    }
-}
-
-/// The reference sampler; the plain greedy case without its copy of the logits.
-fn choose(isa: Isa, logits: &[f32], row: &SampleRow) -> Sampled {
-    let params = &*row.params;
-    let plain = params.temperature == 0.0
-        && !params.needs_history()
-        && params.logit_bias.is_empty()
-        && params.logprobs.is_none()
-        && row.mask.is_none()
-        && row.forced.is_none();
-    if !plain {
-        return sampling::sample(&mut logits.to_vec(), row);
-    }
-    let largest = isa.dispatch(Largest(logits));
-    let token = match largest == f32::NEG_INFINITY {
-        true => 0,
-        false => logits
-            .iter()
-            .position(|&logit| logit == largest)
-            .unwrap_or(0),
-    };
-    Sampled {
-        token: token as u32,
-        logprob: 0.0,
-        top: Vec::new(),
     }
 }

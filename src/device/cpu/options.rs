@@ -6,9 +6,14 @@
 /// determinism contract of [`crate::device`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CpuOptions {
-    /// Threads that compute, the calling one included; all that the process may
-    /// use when `None`.
+    /// Threads that compute, the calling one included; one for each of `cores` when
+    /// `None`, and without these all that the process may use.
     pub threads: Option<usize>,
+    /// Which of the machine's logical processors they run on, the calling thread on the
+    /// first: one each, and round again if there are fewer. The system chooses if it is
+    /// empty. An engine does best on the cores of one socket, which also has its memory
+    /// then; of cores that differ in speed, the faster ones take more of the work.
+    pub cores: Vec<usize>,
     /// The instruction set.
     pub simd: SimdLevel,
     /// What activations are multiplied as.

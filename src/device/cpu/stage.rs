@@ -28,8 +28,10 @@ fn end(values: &[u32]) -> usize {
         .map_or(0, |&largest| largest as usize + 1)
 }
 
-fn copy<T: Clone>(to: &mut Vec<T>, from: &[T]) {
+/// With as much room as `from` has, so that one does not grow after the other.
+fn copy<T: Clone>(to: &mut Vec<T>, from: &Vec<T>) {
     to.clear();
+    to.reserve_exact(from.capacity());
     to.extend_from_slice(from);
 }
 

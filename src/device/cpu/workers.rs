@@ -8,6 +8,10 @@
 //!
 //! Workers spin for a moment after a job, because the next one usually follows
 //! within microseconds, and then sleep.
+//!
+//! Several engines may share a process: a worker joins a job only while fewer threads
+//! compute, of all engines, than there are processors, and sleeps otherwise. So each of
+//! many busy engines has its own thread, and one busy engine has all of them.
 
 use crate::device::DeviceError;
 use std::any::Any;
@@ -15,12 +19,53 @@ use std::cell::UnsafeCell;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// How long an idle worker looks for the next job before it sleeps.
 const SPIN: Duration = Duration::from_micros(150);
+
+/// How many threads of this process may compute at a time, and how many do.
+struct Budget {
+    threads: usize,
+    busy: AtomicUsize,
+}
+
+/// That of all engines.
+static PROCESS: LazyLock<Arc<Budget>> = LazyLock::new(|| {
+    let threads = std::thread::available_parallelism().map_or(1, |count| count.get());
+    Arc::new(Budget::new(threads))
+});
+
+impl Budget {
+    fn new(threads: usize) -> Self {
+        Self {
+            threads,
+            busy: AtomicUsize::new(0),
+        }
+    }
+
+    /// Whether one more may compute, for an engine that was asked to have so many threads.
+    /// Two that ask at once may both be told so: what counts is that it does not last.
+    fn has_room(&self, threads: usize) -> bool {
+        self.busy.load(Ordering::Relaxed) < self.threads.max(threads)
+    }
+
+    /// Counts a thread as busy until the guard goes.
+    fn enter(self: &Arc<Self>) -> Busy {
+        self.busy.fetch_add(1, Ordering::Relaxed);
+        Busy(Arc::clone(self))
+    }
+}
+
+struct Busy(Arc<Budget>);
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.busy.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 /// In [`Shared::state`]: the job may be joined.
 const OPEN: u64 = 1 << 31;
@@ -36,9 +81,14 @@ type Job<'a> = &'a (dyn Fn(Range<usize>) + Sync);
 pub(crate) struct Workers {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    /// While the calling thread is in the middle of a step.
+    in_step: Option<Busy>,
 }
 
 struct Shared {
+    budget: Arc<Budget>,
+    /// Of this engine, the caller included.
+    threads: usize,
     /// `job number · NEXT | OPEN? | workers in the job`.
     state: AtomicU64,
     /// The open job. Written only while no job is open and none is joined.
@@ -65,9 +115,21 @@ unsafe impl Sync for Shared {}
 unsafe impl Send for Shared {}
 
 impl Workers {
-    /// `threads` of them, the caller included; 0 counts as 1.
-    pub(crate) fn new(threads: usize) -> Result<Self, DeviceError> {
+    /// `threads` of them, the caller included; 0 counts as 1. Each is bound to one of
+    /// `cores`, if there are any.
+    pub(crate) fn new(threads: usize, cores: &[usize]) -> Result<Self, DeviceError> {
+        check_cores(cores)?;
+        let budget = Arc::clone(&PROCESS);
+        Self::within(budget, threads, cores)
+    }
+
+    fn within(budget: Arc<Budget>, threads: usize, cores: &[usize]) -> Result<Self, DeviceError> {
+        if let Some(&core) = cores.first() {
+            bind(core);
+        }
         let shared = Arc::new(Shared {
+            budget,
+            threads,
             state: AtomicU64::new(0),
             job: UnsafeCell::new(None),
             next: AtomicUsize::new(0),
@@ -85,12 +147,17 @@ impl Workers {
         let mut workers = Self {
             shared,
             threads: Vec::new(),
+            in_step: None,
         };
         for index in 1..threads {
             let shared = Arc::clone(&workers.shared);
+            let core = (!cores.is_empty()).then(|| cores[index % cores.len()]);
             let spawned = std::thread::Builder::new()
                 .name(format!("quell-cpu-{index}"))
-                .spawn(move || shared.work());
+                .spawn(move || {
+                    core.into_iter().for_each(bind);
+                    shared.work();
+                });
             workers
                 .threads
                 .push(spawned.map_err(|error| DeviceError::Unavailable {
@@ -99,6 +166,18 @@ impl Workers {
                 })?);
         }
         Ok(workers)
+    }
+
+    /// A step begins: the calling thread counts as busy, also between its operations, so
+    /// that no other engine's worker takes its processor for a moment.
+    pub(crate) fn begin_step(&mut self) {
+        let budget = &self.shared.budget;
+        self.in_step.get_or_insert_with(|| budget.enter());
+    }
+
+    /// The step that was begun is over.
+    pub(crate) fn end_step(&mut self) {
+        self.in_step = None;
     }
 
     /// How many threads compute, the caller included.
@@ -156,11 +235,13 @@ impl Workers {
         shared
             .state
             .store(state.wrapping_add(NEXT) | OPEN, Ordering::SeqCst);
-        if shared.sleepers.load(Ordering::SeqCst) > 0 {
+        let busy = self.in_step.is_none().then(|| shared.budget.enter());
+        if shared.sleepers.load(Ordering::SeqCst) > 0 && shared.budget.has_room(shared.threads) {
             drop(lock(&shared.wake.0));
             shared.wake.1.notify_all();
         }
         shared.claim(job);
+        drop(busy);
         let joined = shared.state.fetch_and(!OPEN, Ordering::SeqCst) & JOINED;
         if joined > 0 {
             shared.wait_until_left();
@@ -189,7 +270,9 @@ impl Shared {
     fn work(&self) {
         let mut done = 0;
         while let Some(job) = self.wait_for_job(&mut done) {
+            let busy = self.budget.enter();
             self.claim(job);
+            drop(busy);
             let before = self.state.fetch_sub(1, Ordering::SeqCst);
             let last = before & JOINED == 1 && before & OPEN == 0;
             if last && self.caller_sleeps.load(Ordering::SeqCst) {
@@ -209,7 +292,8 @@ impl Shared {
             if let Some(job) = self.try_join(done) {
                 return Some(job);
             }
-            if idle.spin(SPIN) {
+            // Without room for it, to spin would only be in the others' way.
+            if self.budget.has_room(self.threads) && idle.spin(SPIN) {
                 continue;
             }
             // Sleep. The count goes up before the state is looked at again, and the
@@ -232,12 +316,12 @@ impl Shared {
 
     fn joinable(&self, done: u64) -> bool {
         let state = self.state.load(Ordering::SeqCst);
-        state & OPEN != 0 && state / NEXT != done
+        state & OPEN != 0 && state / NEXT != done && self.budget.has_room(self.threads)
     }
 
     fn try_join(&self, done: &mut u64) -> Option<Job<'static>> {
         let state = self.state.load(Ordering::Acquire);
-        if state & OPEN == 0 || state / NEXT == *done {
+        if state & OPEN == 0 || state / NEXT == *done || !self.budget.has_room(self.threads) {
             return None;
         }
         let joined =
@@ -318,6 +402,29 @@ impl Idle {
     }
 }
 
+/// Fails unless the process may use each of these processors.
+fn check_cores(cores: &[usize]) -> Result<(), DeviceError> {
+    if cores.is_empty() {
+        return Ok(());
+    }
+    let known = core_affinity::get_core_ids().unwrap_or_default();
+    let known: Vec<usize> = known.into_iter().map(|core| core.id).collect();
+    match cores.iter().find(|core| !known.contains(core)) {
+        Some(core) => Err(DeviceError::Unavailable {
+            device: "cpu".to_owned(),
+            reason: format!("core {core} is none of those that this process may use, {known:?}"),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// Binds the current thread to a processor.
+fn bind(core: usize) {
+    if !core_affinity::set_for_current(core_affinity::CoreId { id: core }) {
+        tracing::warn!(core, "a thread could not be bound to its core");
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -338,7 +445,7 @@ mod tests {
     #[test]
     fn every_item_is_worked_on_exactly_once() {
         for threads in [0, 1, 2, 3, 5] {
-            let mut workers = Workers::new(threads).unwrap();
+            let mut workers = Workers::new(threads, &[]).unwrap();
             for round in 0..500 {
                 let items = round % 37;
                 let seen: Vec<_> = (0..items).map(|_| AtomicUsize::new(0)).collect();
@@ -357,7 +464,7 @@ mod tests {
     #[test]
     fn a_panic_is_an_error_and_the_workers_go_on() {
         for threads in [1, 3] {
-            let mut workers = Workers::new(threads).unwrap();
+            let mut workers = Workers::new(threads, &[]).unwrap();
             let error = workers.run("a test", 100, 1, |range| {
                 assert!(!range.contains(&42), "item 42 is bad");
             });
@@ -373,9 +480,62 @@ mod tests {
         }
     }
 
+    fn within(threads: usize, budget: &Arc<Budget>) -> Workers {
+        Workers::within(Arc::clone(budget), threads, &[]).unwrap()
+    }
+
+    #[test]
+    fn busy_engines_compute_with_no_more_threads_than_there_are_processors() {
+        let budget = Arc::new(Budget::new(2));
+        let mut workers = within(2, &budget);
+        let here = std::thread::current().id();
+        // Another engine's thread and this one are two: nobody joins.
+        let other = budget.enter();
+        let strangers = AtomicUsize::new(0);
+        workers
+            .run("a test", 10_000, 1, |_| {
+                let stranger = std::thread::current().id() != here;
+                strangers.fetch_add(usize::from(stranger), Ordering::Relaxed);
+            })
+            .unwrap();
+        assert_eq!(strangers.load(Ordering::Relaxed), 0);
+        drop(other);
+        // Now one may: the job lasts until it has.
+        let joined = AtomicBool::new(false);
+        workers
+            .run("a test", 2, 1, |_| {
+                joined.fetch_or(std::thread::current().id() != here, Ordering::SeqCst);
+                while !joined.load(Ordering::SeqCst) {
+                    std::thread::yield_now();
+                }
+            })
+            .unwrap();
+        assert_eq!(budget.busy.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn threads_run_on_the_cores_that_they_are_given_and_no_others_are_taken() {
+        let allowed = || core_affinity::get_core_ids().unwrap();
+        let last = allowed().last().unwrap().id;
+        // In a thread of its own, which it binds.
+        let seen = std::thread::spawn(move || {
+            let mut workers = Workers::new(2, &[last]).unwrap();
+            let seen = Mutex::new(Vec::new());
+            workers
+                .run("a test", 100, 1, |_| lock(&seen).push(allowed()))
+                .unwrap();
+            seen.into_inner().unwrap()
+        });
+        for cores in seen.join().unwrap() {
+            assert_eq!(cores.iter().map(|core| core.id).collect::<Vec<_>>(), [last]);
+        }
+        let error = Workers::new(1, &[1 << 20]).err().unwrap().to_string();
+        assert!(error.contains("core 1048576"), "{error}");
+    }
+
     #[test]
     fn sleeping_workers_delay_nothing_and_wake_for_the_next_job() {
-        let mut workers = Workers::new(3).unwrap();
+        let mut workers = Workers::new(3, &[]).unwrap();
         // Every worker has slept once it is counted; jobs run before and after.
         workers.run("a test", 8, 1, |_| {}).unwrap();
         while workers.shared.sleepers.load(Ordering::SeqCst) < 2 {

@@ -452,6 +452,10 @@ impl Device for CudaDevice {
         self.collect_op(pending)
     }
 
+    fn recycle(&mut self, samples: Vec<Sampled>) {
+        self.sampler.recycle(samples);
+    }
+
     fn pool(
         &mut self,
         x: &CudaTensor,

@@ -72,6 +72,9 @@ pub(super) struct Sampler {
     partials: Scratch,
     saved: Scratch,
     filters: Scratch,
+    /// Lists of steps that are over, for their memory.
+    spare_reports: Vec<Vec<bool>>,
+    spare_samples: Vec<Sampled>,
 }
 
 impl Sampler {
@@ -83,7 +86,13 @@ impl Sampler {
             partials: Scratch::default(),
             saved: Scratch::default(),
             filters: Scratch::default(),
+            spare_reports: Vec::new(),
+            spare_samples: Vec::new(),
         }
+    }
+
+    pub(super) fn recycle(&mut self, samples: Vec<Sampled>) {
+        self.spare_samples = samples;
     }
 }
 
@@ -340,10 +349,12 @@ impl CudaDevice {
         let download = self.sampler.downloads.next(&self.context, bytes)?;
         self.enqueue_sampling(logits, rows.len(), limit, download.ptr())?;
         download.send(&self.context, bytes)?;
-        let reports = rows.iter().map(|row| row.params.logprobs.is_some());
+        let mut reports = self.sampler.spare_reports.pop().unwrap_or_default();
+        reports.clear();
+        reports.extend(rows.iter().map(|row| row.params.logprobs.is_some()));
         Ok(CudaPending {
             download,
-            reports: reports.collect(),
+            reports,
             top_stride,
         })
     }
@@ -460,36 +471,37 @@ impl CudaDevice {
             reports,
             top_stride,
         } = pending;
+        let mut samples = std::mem::take(&mut self.sampler.spare_samples);
+        samples.clear();
         download.receive(|bytes| {
-            let stride = 4 * (RESULT_WORDS + 2 * top_stride);
-            let rows = reports.iter().zip(bytes.chunks_exact(stride));
-            rows.map(|(&report, bytes)| decode(bytes, report)).collect()
-        })
+            let stride = RESULT_WORDS + 2 * top_stride;
+            let words = bytes.as_chunks::<4>().0;
+            let rows = reports.iter().zip(words.chunks_exact(stride));
+            samples.extend(rows.map(|(&report, words)| decode(words, report)));
+        })?;
+        self.sampler.spare_reports.push(reports);
+        Ok(samples)
     }
 }
 
 /// Reads a row's result.
-fn decode(bytes: &[u8], report: bool) -> Sampled {
-    let words: Vec<u32> = bytes
-        .as_chunks::<4>()
-        .0
-        .iter()
-        .map(|&word| u32::from_ne_bytes(word))
-        .collect();
+fn decode(words: &[[u8; 4]], report: bool) -> Sampled {
     let (head, top) = words.split_at(RESULT_WORDS);
+    let token = u32::from_ne_bytes(head[0]);
     if !report {
         return Sampled {
-            token: head[0],
+            token,
             logprob: 0.0,
             top: Vec::new(),
         };
     }
-    let pairs = top.as_chunks::<2>().0.iter().take(head[2] as usize);
+    let count = u32::from_ne_bytes(head[2]) as usize;
+    let pairs = top.as_chunks::<2>().0.iter().take(count);
+    let pair =
+        |&[token, logprob]: &[[u8; 4]; 2]| (u32::from_ne_bytes(token), f32::from_ne_bytes(logprob));
     Sampled {
-        token: head[0],
-        logprob: f32::from_bits(head[1]),
-        top: pairs
-            .map(|&[token, logprob]| (token, f32::from_bits(logprob)))
-            .collect(),
+        token,
+        logprob: f32::from_ne_bytes(head[1]),
+        top: pairs.map(pair).collect(),
     }
 }

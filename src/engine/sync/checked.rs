@@ -92,12 +92,8 @@ impl AtomicWaker {
         *lock(&self.0) = Some(waker.clone());
     }
 
-    pub fn wake(&self) {
-        // A waker is the caller's code: it runs without the lock.
-        let waker = lock(&self.0).take();
-        if let Some(waker) = waker {
-            waker.wake();
-        }
+    pub fn take(&self) -> Option<Waker> {
+        lock(&self.0).take()
     }
 }
 

@@ -1,0 +1,132 @@
+//! What choosing a token costs a row on the CPU device, on one thread, beside the
+//! reference sampler, which says what is to be chosen.
+//!
+//! `cargo bench --bench sampling [-- --format json]`
+
+use quell::device::cpu::{CpuDevice, CpuOptions};
+use quell::device::{Device, Precision};
+use quell::sampling::{SampleRow, SamplingParams, sample};
+use serde_json::json;
+use std::error::Error;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const ROUNDS: usize = 101;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let as_json = std::env::args().any(|argument| argument == "json");
+    let defaults = SamplingParams::default();
+    let cases = [
+        ("greedy", SamplingParams::greedy()),
+        ("temperature 1", defaults.clone()),
+        (
+            "top_p 0.9",
+            SamplingParams {
+                top_p: 0.9,
+                ..defaults.clone()
+            },
+        ),
+        (
+            "top_k 50, top_p 0.9",
+            SamplingParams {
+                top_k: 50,
+                top_p: 0.9,
+                ..defaults.clone()
+            },
+        ),
+        (
+            "min_p 0.05",
+            SamplingParams {
+                min_p: 0.05,
+                ..defaults.clone()
+            },
+        ),
+        (
+            "repetition_penalty 1.1",
+            SamplingParams {
+                repetition_penalty: 1.1,
+                ..SamplingParams::greedy()
+            },
+        ),
+        (
+            "greedy, 5 logprobs",
+            SamplingParams {
+                logprobs: Some(5),
+                ..SamplingParams::greedy()
+            },
+        ),
+    ];
+    let mut results = Vec::new();
+    if !as_json {
+        println!("microseconds a row, medians of {ROUNDS}");
+        println!("vocabulary  {:<24}  device  reference  ratio", "sampling");
+    }
+    for vocabulary in [49_152, 151_936] {
+        let logits = logits(vocabulary);
+        let mut device = CpuDevice::new(&CpuOptions {
+            threads: Some(1),
+            ..CpuOptions::default()
+        })?;
+        let mut tensor = device.allocate(1, vocabulary, Precision::Full)?;
+        tensor.row_mut(0).copy_from_slice(&logits);
+        for (name, params) in &cases {
+            let mut row = SampleRow {
+                params: Arc::new(params.clone()),
+                history: (0..1000).map(|i| i * 31 % vocabulary as u32).collect(),
+                prompt_tokens: 500,
+                ..SampleRow::default()
+            };
+            let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+            for round in 0..ROUNDS {
+                row.position = round as u32;
+                let start = Instant::now();
+                let pending = device.sample(&tensor, std::slice::from_ref(&row))?;
+                let sampled = device.collect(pending)?;
+                ours.push(start.elapsed());
+                let mut copy = logits.clone();
+                let start = Instant::now();
+                let expected = sample(&mut copy, &row);
+                theirs.push(start.elapsed());
+                assert_eq!(sampled[0].token, expected.token, "{name}");
+                device.recycle(sampled);
+            }
+            let (ours, theirs) = (median(ours), median(theirs));
+            if !as_json {
+                let ratio = theirs / ours;
+                println!("{vocabulary:>10}  {name:<24}  {ours:>6.1}  {theirs:>9.1}  {ratio:>5.1}");
+            }
+            results.push(json!({
+                "vocabulary": vocabulary, "sampling": name, "us": ours, "reference_us": theirs,
+            }));
+        }
+    }
+    if as_json {
+        let result = json!({
+            "what": "cargo bench --bench sampling -- --format json",
+            "version": env!("CARGO_PKG_VERSION"),
+            "results": results,
+        });
+        println!("{result:#}");
+    }
+    Ok(())
+}
+
+fn median(mut times: Vec<Duration>) -> f64 {
+    times.sort_unstable();
+    times[times.len() / 2].as_secs_f64() * 1e6
+}
+
+/// Logits as models have them: a bell around a value well below the few likely ones.
+fn logits(count: usize) -> Vec<f32> {
+    let mut state = 1u32;
+    let mut uniform = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) as f32 / (1 << 24) as f32
+    };
+    let token = |index: usize| {
+        let bell = (0..12).map(|_| uniform()).sum::<f32>() - 6.0;
+        let peak = if index % 997 == 5 { 8.0 } else { 0.0 };
+        2.5 * bell + peak
+    };
+    (0..count).map(token).collect()
+}

@@ -1,0 +1,273 @@
+//! What a step costs on the host, without a model: the scheduler alone, then the whole
+//! scheduler thread over a device that computes nothing.
+//!
+//! `cargo bench --bench schedule [-- --format json]`
+//!
+//! *Admit* is the step that starts all sequences and takes their prompts, a share of
+//! which the prefix cache holds. *Plan* chooses the rows of a decode step and books their
+//! blocks; *commit* takes its tokens, and publishes complete blocks. *Turn* is the time
+//! from launch to launch of an engine: commands, plan, launch, collect, commit, the
+//! ledger, the events to the readers, and the metrics. Nobody reads meanwhile.
+
+use quell::cache::BlockCache;
+use quell::device::DeviceError;
+use quell::runner::{NullOptions, NullRunner, Runner, RunnerInfo, StepOutput};
+use quell::schedule::{Commit, Policy, Scheduler, SequenceSpec, Sequences, StepPlan, Task};
+use quell::{Engine, EngineConfig, LoadError, Request, SamplingParams, SessionId};
+use serde_json::{Value, json};
+use std::error::Error;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Barrier};
+use std::time::{Duration, Instant};
+
+const SEQUENCES: [usize; 5] = [1, 64, 256, 1024, 4096];
+const BLOCK: usize = 16;
+const PROMPT: usize = 128;
+/// Steps until the first that is measured, and then all that are.
+const WARM: usize = 16;
+const STEPS: usize = 256;
+/// How often a case is run; a figure is the median over all steps of all runs.
+const ROUNDS: usize = 5;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let as_json = std::env::args().any(|argument| argument == "json");
+    let print = |line: String| {
+        if !as_json {
+            println!("{line}");
+        }
+    };
+    print(format!(
+        "prompts of {PROMPT} tokens in blocks of {BLOCK}; microseconds, medians of {ROUNDS} x {STEPS} steps"
+    ));
+    print("sequences  prefix hits    admit     plan   commit  plan + commit".to_owned());
+    let mut scheduler = Vec::new();
+    for sequences in SEQUENCES {
+        for hits in [0, 50, 100] {
+            let times = scheduler_times(sequences, hits);
+            print(format!(
+                "{sequences:>9}  {hits:>9} %  {:>7.1}  {:>7.2}  {:>7.2}  {:>13.2}",
+                times.admit,
+                times.plan,
+                times.commit,
+                times.plan + times.commit
+            ));
+            scheduler.push(times.json(sequences, hits));
+        }
+    }
+    print("\nsequences     turn  a sequence".to_owned());
+    let mut engine = Vec::new();
+    for sequences in SEQUENCES {
+        let turn = engine_turn(sequences)?;
+        let each = turn / sequences as f64;
+        print(format!("{sequences:>9}  {turn:>7.2}  {each:>10.3}"));
+        engine.push(json!({"sequences": sequences, "turn_us": turn}));
+    }
+    if as_json {
+        let result = json!({
+            "what": "cargo bench --bench schedule -- --format json",
+            "version": env!("CARGO_PKG_VERSION"),
+            "prompt_tokens": PROMPT,
+            "block_tokens": BLOCK,
+            "scheduler": scheduler,
+            "engine": engine,
+        });
+        println!("{result:#}");
+    }
+    Ok(())
+}
+
+fn median(mut times: Vec<Duration>) -> f64 {
+    times.sort_unstable();
+    times[times.len() / 2].as_secs_f64() * 1e6
+}
+
+/// Medians in microseconds.
+struct SchedulerTimes {
+    admit: f64,
+    plan: f64,
+    commit: f64,
+}
+
+impl SchedulerTimes {
+    fn json(&self, sequences: usize, hits: usize) -> Value {
+        json!({
+            "sequences": sequences,
+            "prefix_hits_percent": hits,
+            "admit_us": self.admit,
+            "plan_us": self.plan,
+            "commit_us": self.commit,
+        })
+    }
+}
+
+fn scheduler_times(sequences: usize, hits: usize) -> SchedulerTimes {
+    let (mut admit, mut plan, mut commit) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        let mut scheduler = filled(sequences, hits);
+        let mut step = StepPlan::default();
+        for number in 0..1 + WARM + STEPS {
+            let start = Instant::now();
+            assert!(scheduler.plan_into(&mut step));
+            let planned = Instant::now();
+            assert_eq!(step.items.len(), sequences);
+            scheduler.written(&step);
+            for item in step.samples() {
+                let committed = scheduler.commit(item.key, number as u32);
+                assert_eq!(committed, Commit::Token);
+            }
+            scheduler.completed(step.step);
+            let committed = Instant::now();
+            match number {
+                0 => admit.push(committed - start),
+                1..=WARM => {}
+                _ => {
+                    plan.push(planned - start);
+                    commit.push(committed - planned);
+                }
+            }
+        }
+        // The last token is computed for its logits, so its block is never found.
+        let found = (PROMPT * hits / 100).min(PROMPT - 1) / BLOCK * BLOCK * sequences;
+        assert_eq!(scheduler.counts().prefix_hits, found as u64);
+    }
+    SchedulerTimes {
+        admit: median(admit),
+        plan: median(plan),
+        commit: median(commit),
+    }
+}
+
+/// A scheduler with so many new sequences, and a share of their prompts in its cache.
+fn filled(sequences: usize, hits: usize) -> Scheduler {
+    let length = PROMPT + 1 + WARM + STEPS + 1;
+    let blocks = 2 * sequences * length.div_ceil(BLOCK);
+    let policy = Policy {
+        max_sequences: sequences,
+        max_batch_tokens: sequences * PROMPT,
+        ..Policy::default()
+    };
+    let mut scheduler = Scheduler::new(policy, BlockCache::new(blocks, BLOCK, true));
+    let known = PROMPT * hits / 100;
+    if known > 0 {
+        for index in 0..sequences {
+            scheduler.add(SessionId::from_u64(0), spec(index, known, known));
+        }
+        while let Some(plan) = scheduler.plan() {
+            scheduler.written(&plan);
+            for item in &plan.items {
+                if item.end {
+                    scheduler.commit_end(item.key);
+                    scheduler.remove(item.key);
+                }
+            }
+            scheduler.completed(plan.step);
+        }
+    }
+    for index in 0..sequences {
+        scheduler.add(SessionId::from_u64(1), spec(index, PROMPT, length));
+    }
+    scheduler
+}
+
+/// The first `prompt` tokens of a prompt that no other index has.
+fn spec(index: usize, prompt: usize, max_tokens: usize) -> SequenceSpec {
+    SequenceSpec {
+        prompt: (0..prompt).map(|i| (index * 1000 + i) as u32).collect(),
+        task: Task::Generate,
+        max_tokens,
+        params: Arc::new(SamplingParams::greedy()),
+        stop_tokens: Arc::new([]),
+        priority: 0,
+        tenant: None,
+        session: None,
+        constraint: None,
+    }
+}
+
+/// A null device that says when each step was launched.
+struct TimedRunner {
+    null: NullRunner,
+    launched: Sender<(Instant, usize)>,
+    /// The first step waits until all requests have been posted.
+    begin: Option<Arc<Barrier>>,
+}
+
+impl TimedRunner {
+    fn start(
+        options: NullOptions,
+        launched: Sender<(Instant, usize)>,
+        begin: Arc<Barrier>,
+    ) -> Result<(Box<dyn Runner>, RunnerInfo), LoadError> {
+        let null = NullRunner::new(options);
+        let info = null.info();
+        let timed = Self {
+            null,
+            launched,
+            begin: Some(begin),
+        };
+        Ok((Box::new(timed), info))
+    }
+}
+
+impl Runner for TimedRunner {
+    fn depth(&self) -> usize {
+        self.null.depth()
+    }
+
+    fn launch(&mut self, plan: &StepPlan, sequences: &Sequences) -> Result<(), DeviceError> {
+        if let Some(begin) = self.begin.take() {
+            begin.wait();
+        }
+        // Nobody listens once enough has been heard.
+        let _ = self.launched.send((Instant::now(), plan.items.len()));
+        self.null.launch(plan, sequences)
+    }
+
+    fn collect(&mut self) -> Result<StepOutput, DeviceError> {
+        self.null.collect()
+    }
+
+    fn recycle(&mut self, output: StepOutput) {
+        self.null.recycle(output);
+    }
+}
+
+/// Microseconds from launch to launch of an engine that decodes so many sequences.
+fn engine_turn(sequences: usize) -> Result<f64, Box<dyn Error>> {
+    let mut turns = Vec::new();
+    for _ in 0..ROUNDS {
+        let options = NullOptions {
+            cache_blocks: 2 * sequences * (PROMPT + 2 * STEPS).div_ceil(BLOCK) + 64,
+            ..NullOptions::default()
+        };
+        let config = EngineConfig {
+            max_sequences: sequences,
+            max_batch_tokens: sequences * 16,
+            max_open_requests: sequences,
+            stream_buffer: 2 * STEPS,
+            audit: false,
+            ..EngineConfig::default()
+        };
+        let (launched, launches) = channel();
+        let begin = Arc::new(Barrier::new(2));
+        let barrier = Arc::clone(&begin);
+        let start = move || TimedRunner::start(options, launched, barrier);
+        let engine = Engine::with_runner(config, None, start)?;
+        let streams = (0..sequences).map(|index| {
+            let mut request = Request::new(vec![index as u32 + 3; 8]);
+            request.ignore_eos = true;
+            engine.generate(request.greedy().max_tokens(WARM + STEPS))
+        });
+        let streams = streams.collect::<Result<Vec<_>, _>>()?;
+        begin.wait();
+        let full = launches.iter().filter(|(_, items)| *items == sequences);
+        let full: Vec<_> = full
+            .map(|(at, _)| at)
+            .skip(WARM)
+            .take(STEPS - WARM)
+            .collect();
+        turns.extend(full.windows(2).map(|pair| pair[1] - pair[0]));
+        drop(streams);
+    }
+    Ok(median(turns))
+}

@@ -1,0 +1,90 @@
+//! Tokens a second through asynchronous streams, over a device that computes nothing.
+//!
+//! `cargo bench --bench stream [-- --format json]`
+//!
+//! Each stream has a task of its own on a tokio runtime of one thread, which reads it to
+//! its end. So two threads are at work: the scheduler's and the readers'.
+
+use futures_util::StreamExt;
+use quell::runner::{NullOptions, NullRunner};
+use quell::{Engine, EngineConfig, Request};
+use serde_json::json;
+use std::error::Error;
+use std::time::Instant;
+
+const STREAMS: [usize; 4] = [1, 64, 256, 1024];
+/// Tokens of all streams together, and how often they are measured.
+const TOKENS: usize = 1 << 19;
+const ROUNDS: usize = 7;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let as_json = std::env::args().any(|argument| argument == "json");
+    let mut results = Vec::new();
+    if !as_json {
+        println!("{TOKENS} tokens, medians of {ROUNDS} rounds");
+        println!("streams  tokens a second  (slowest, fastest)");
+    }
+    for streams in STREAMS {
+        let mut rates = Vec::new();
+        for _ in 0..ROUNDS {
+            rates.push(rate(streams)?);
+        }
+        rates.sort_by(f64::total_cmp);
+        let (slowest, median, fastest) = (rates[0], rates[ROUNDS / 2], rates[ROUNDS - 1]);
+        if !as_json {
+            println!("{streams:>7}  {median:>15.0}  ({slowest:.0}, {fastest:.0})");
+        }
+        results.push(json!({
+            "streams": streams,
+            "tokens_per_s": { "median": median, "min": slowest, "max": fastest },
+        }));
+    }
+    if as_json {
+        let result = json!({
+            "what": "cargo bench --bench stream -- --format json",
+            "version": env!("CARGO_PKG_VERSION"),
+            "tokens": TOKENS,
+            "results": results,
+        });
+        println!("{result:#}");
+    }
+    Ok(())
+}
+
+/// Tokens a second through so many streams.
+fn rate(streams: usize) -> Result<f64, Box<dyn Error>> {
+    let tokens = TOKENS / streams;
+    let options = NullOptions {
+        context_tokens: TOKENS + 64,
+        cache_blocks: 2 * TOKENS / 16 + 2 * streams,
+        ..NullOptions::default()
+    };
+    let config = EngineConfig {
+        max_sequences: streams,
+        max_open_requests: streams,
+        audit: false,
+        ..EngineConfig::default()
+    };
+    let engine = Engine::with_runner(config, None, move || NullRunner::start(options))?;
+    let runtime = tokio::runtime::Builder::new_current_thread().build()?;
+    let start = Instant::now();
+    let read = runtime.block_on(async {
+        let mut readers = tokio::task::JoinSet::new();
+        for index in 0..streams {
+            let mut request = Request::new(vec![index as u32 + 3; 8]);
+            request.ignore_eos = true;
+            let mut stream = engine.generate(request.greedy().max_tokens(tokens))?;
+            readers.spawn(async move {
+                let mut read = 0;
+                while let Some(chunk) = stream.next().await {
+                    read += usize::from(chunk.is_ok_and(|chunk| chunk.token.is_some()));
+                }
+                read
+            });
+        }
+        Ok::<usize, Box<dyn Error>>(readers.join_all().await.into_iter().sum())
+    })?;
+    let took = start.elapsed();
+    assert_eq!(read, streams * tokens, "every token arrives");
+    Ok(read as f64 / took.as_secs_f64())
+}
