@@ -45,17 +45,23 @@ lint:
 	$(CARGO) clippy --locked -p interleavings --features shuttle --test shuttle -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps
 
-## Measures this machine: kernels, then the whole engine. More of a GPU: scripts/gpu/bench.
+## Measures this machine: kernels, the host side, then the whole engine; and counts the
+## instructions of a step. More of a GPU: scripts/gpu/bench. Beside llama.cpp:
+## scripts/compare-llama-cpp.
 bench: model
 	$(CARGO) bench --locked --bench cpu_linear
 	$(CARGO) bench --locked --bench cpu_step
+	$(CARGO) bench --locked --bench sampling
+	$(CARGO) bench --locked --bench schedule
+	$(CARGO) bench --locked --bench stream
 	$(CARGO) bench --locked --bench cancel
 	$(CARGO) bench --locked --bench prefix -- $(MODEL)
 	$(CARGO) bench --locked --bench grammar
 	$(CARGO) bench --locked --bench server
 	$(CARGO) bench --locked --bench kernels
 	$(CARGO) build --release --locked
-	./target/release/quell bench --model $(MODEL)
+	./target/release/quell bench --model $(MODEL) --mixed
+	$(PYTHON) scripts/count-instructions
 
 ## CUDA kernels to the portable images of kernels/ptx; run it after a change of kernels/.
 kernels:

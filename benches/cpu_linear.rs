@@ -1,5 +1,5 @@
-//! How near the CPU device's linear layers come to what the machine can do:
-//! GB/s for one row next to the read bandwidth, GMAC/s for many.
+//! How near the CPU device's linear layers come to what the machine can do: GB/s for one
+//! row next to the read bandwidth, GMAC/s for many next to the peak of int8 dot products.
 //!
 //! `cargo bench --bench cpu_linear [-- THREADS]`
 
@@ -47,6 +47,47 @@ fn read_bandwidth(threads: usize) -> f64 {
     WORKING_SET as f64 / time.as_secs_f64() / 1e9
 }
 
+/// GMAC/s of int8 dot products whose operands never leave the registers; `None` where the
+/// machine has no AVX-512 VNNI.
+#[cfg(target_arch = "x86_64")]
+fn int8_peak(threads: usize) -> Option<f64> {
+    use std::arch::x86_64::*;
+    const ROUNDS: usize = 1 << 20;
+    const SUMS: usize = 16;
+
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    fn work(rounds: usize) -> i32 {
+        let (a, b) = black_box((_mm512_set1_epi8(3), _mm512_set1_epi8(5)));
+        let mut sums = [_mm512_setzero_si512(); SUMS];
+        for _ in 0..rounds {
+            for sum in &mut sums {
+                *sum = _mm512_dpbusd_epi32(*sum, a, b);
+            }
+        }
+        sums.into_iter()
+            .map(|sum| _mm512_reduce_add_epi32(sum))
+            .fold(0, i32::wrapping_add)
+    }
+
+    if !is_x86_feature_detected!("avx512f") || !is_x86_feature_detected!("avx512vnni") {
+        return None;
+    }
+    let time = median(|| {
+        std::thread::scope(|scope| {
+            for _ in 0..threads {
+                // SAFETY: the machine has both features.
+                scope.spawn(|| black_box(unsafe { work(ROUNDS) }));
+            }
+        });
+    });
+    Some((threads * ROUNDS * SUMS * 64) as f64 / time.as_secs_f64() / 1e9)
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn int8_peak(_threads: usize) -> Option<f64> {
+    None
+}
+
 /// Weights whose bytes are all alike: the kernels' speed does not depend on them.
 fn load(device: &mut CpuDevice, dtype: DType, rows: usize, columns: usize) -> CpuLinear {
     let data = vec![0x11; dtype.bytes_for(columns).unwrap_or(0) * rows];
@@ -77,6 +118,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let threads = threads.unwrap_or(std::thread::available_parallelism()?.get());
     println!("{}", device.info().description);
     println!("read bandwidth: {:.1} GB/s", read_bandwidth(threads));
+    if let Some(peak) = int8_peak(threads) {
+        println!("int8 peak (AVX-512 VNNI): {peak:.0} GMAC/s");
+    }
     println!(
         "{:>16} {:>6} {:>10} {:>10} {:>10} {:>10}",
         "columns × rows", "", "1: GB/s", "16: GMAC/s", "128", "512"

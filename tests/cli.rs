@@ -248,6 +248,7 @@ fn bench_measures_what_it_is_asked_for() {
     assert_eq!(streams, [1, 1, 3, 1, 3]);
     assert_eq!(result["figures"][4]["name"], "mixed 32+4 × 3");
     assert!(result["machine"].as_str().unwrap().contains("threads"));
+    assert!(result["load_s"].as_f64().unwrap() > 0.0);
 }
 
 #[test]

@@ -93,7 +93,7 @@ pub fn run(args: GenerateArgs) -> Result<(), CliError> {
     match args.format {
         Format::Json => {
             let generation = engine.generate(request)?.complete_blocking()?;
-            println_json(&result(&generation, args.logprobs.is_some()))?;
+            println_json(&result(&engine, &generation, args.logprobs.is_some()))?;
             if args.stats {
                 print_stats(&engine, &generation.finish)?;
             }
@@ -178,7 +178,7 @@ fn stream_text(engine: &Engine, request: Request) -> Result<Finish, CliError> {
     finish.ok_or_else(|| CliError::Usage("the stream ended without a finish".to_owned()))
 }
 
-fn result(generation: &Generation, logprobs: bool) -> Value {
+fn result(engine: &Engine, generation: &Generation, logprobs: bool) -> Value {
     let finish = &generation.finish;
     let steps: Vec<Value> = generation
         .tokens
@@ -193,6 +193,7 @@ fn result(generation: &Generation, logprobs: bool) -> Value {
         "finish_reason": finish.outcome.as_str(),
         "logprobs": logprobs.then_some(steps),
         "timing": {
+            "load_s": load_seconds(engine),
             "first_token_s": finish.timing.first_token.map(|time| time.as_secs_f64()),
             "total_s": finish.timing.total.as_secs_f64(),
             "prompt_tokens": finish.prompt_tokens,
@@ -220,12 +221,19 @@ fn print_stats(engine: &Engine, finish: &Finish) -> Result<(), CliError> {
     let first = finish.timing.first_token.unwrap_or_default();
     writeln!(
         std::io::stderr(),
-        "[{} + {} tokens, {rate}, first token after {:.0} ms, {used} KV blocks used, {} of {} free again]",
+        "[{} + {} tokens, {rate}, first token after {:.0} ms, {used} KV blocks used, {} of {} free again; loaded in {:.2} s]",
         finish.prompt_tokens,
         finish.generated_tokens,
         first.as_secs_f64() * 1e3,
         stats.blocks.free,
         stats.blocks.total,
+        load_seconds(engine),
     )?;
     Ok(())
+}
+
+/// How long the model took to load.
+pub fn load_seconds(engine: &Engine) -> f64 {
+    let model = engine.info().model.as_ref();
+    model.map_or(0.0, |model| model.load_time.as_secs_f64())
 }

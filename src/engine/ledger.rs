@@ -487,7 +487,9 @@ mod tests {
     use crate::engine::CancelReason;
     use crate::engine::event::{EventReceiver, channel};
     use crate::engine::sync::atomic::AtomicUsize;
+    use crate::engine::sync::{Mutex, Receiver};
     use slotmap::SlotMap;
+    use std::task::Wake;
     use std::time::Duration;
 
     fn account(
@@ -569,6 +571,51 @@ mod tests {
         assert_eq!(receiver.receipt.try_recv().unwrap().blocks_freed, 3);
         assert_eq!(ledger.closing_accounts() + ledger.open_accounts(), 0);
         assert!(ledger.by_id.is_empty() && ledger.turns.is_empty());
+    }
+
+    /// Notes how often it was woken, and how many messages there were the first time.
+    struct Reader {
+        messages: Vec<Receiver<Event>>,
+        found: Mutex<Vec<usize>>,
+    }
+
+    impl Wake for Reader {
+        fn wake(self: Arc<Self>) {
+            let there = self.messages.iter().map(Receiver::len).sum();
+            self.found.lock().unwrap().push(there);
+        }
+    }
+
+    #[test]
+    fn a_task_with_several_sessions_is_woken_once_when_all_their_tokens_are_there() {
+        let mut keys: SlotMap<SequenceKey, ()> = SlotMap::with_key();
+        let mut ledger = Ledger::new(Arc::new(EngineMetrics::new(None)));
+        let all: Vec<_> = (0..3).map(|_| keys.insert(())).collect();
+        let open = |(id, &key)| account(&mut ledger, key, id as u64, RequestDeadlines::default());
+        let receivers: Vec<_> = all.iter().enumerate().map(open).collect();
+        let reader = Arc::new(Reader {
+            messages: receivers.iter().map(|ends| ends.events.clone()).collect(),
+            found: Mutex::default(),
+        });
+        let waker = Waker::from(Arc::clone(&reader));
+        for &key in &all {
+            ledger.cell_of(key).unwrap().register_reader(&waker);
+            ledger.token(key, token());
+        }
+        ledger.flush(&mut Vec::new());
+        assert_eq!(*reader.found.lock().unwrap(), [3]);
+    }
+
+    #[test]
+    fn readers_that_were_to_be_woken_are_woken_whatever_happens() {
+        let reader = Arc::new(Reader {
+            messages: Vec::new(),
+            found: Mutex::default(),
+        });
+        let mut readers = Readers::default();
+        readers.add(Some(Waker::from(Arc::clone(&reader))));
+        drop(readers);
+        assert_eq!(reader.found.lock().unwrap().len(), 1);
     }
 
     /// I12.

@@ -24,6 +24,7 @@ use crate::model::ModelConfig;
 use crate::sampling::Sampled;
 use crate::schedule::{Sequences, StepPlan};
 use crate::weights::ParameterCount;
+use std::time::Duration;
 
 /// Carries out steps, in the order in which they are launched.
 pub trait Runner {
@@ -110,4 +111,6 @@ pub struct ModelInfo {
     pub device: DeviceInfo,
     /// The memory that it takes there.
     pub memory: MemoryPlan,
+    /// How long it took to read the weights and to lay them out for the device.
+    pub load_time: Duration,
 }

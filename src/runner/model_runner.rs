@@ -10,6 +10,7 @@ use crate::device::{Device, DeviceError, DeviceLimits};
 use crate::model::{Decoder, ModelSource, StepLimits};
 use crate::schedule::{Sequences, StepPlan};
 use std::collections::VecDeque;
+use std::time::Instant;
 
 #[cfg(all(test, feature = "cuda"))]
 #[path = "../../tests/common/gpu.rs"]
@@ -46,6 +47,7 @@ impl<D: Device> ModelRunner<D> {
         config: &EngineConfig,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<(Self, RunnerInfo), LoadError> {
+        let begin = Instant::now();
         let model = source.config();
         let context = context_tokens(model, config);
         let limits = StepLimits {
@@ -61,6 +63,7 @@ impl<D: Device> ModelRunner<D> {
             vocabulary: model.vocabulary,
         })?;
         let decoder = Decoder::load(source, &mut device, limits, progress)?;
+        let load_time = begin.elapsed();
         let budget = match config.kv_cache_bytes {
             Some(bytes) => bytes,
             None => device.cache_budget()?,
@@ -86,6 +89,7 @@ impl<D: Device> ModelRunner<D> {
                 parameters: source.parameters(),
                 device: device.info(),
                 memory,
+                load_time,
             }),
         };
         let runner = Self {

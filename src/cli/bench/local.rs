@@ -2,7 +2,7 @@
 
 use super::BenchArgs;
 use crate::cli::args::{CliError, Format, resolve};
-use crate::cli::generate::println_json;
+use crate::cli::generate::{load_seconds, println_json};
 use crate::cli::progress;
 use clap::{Args, ValueEnum};
 use quell::runner::ModelFiles;
@@ -332,13 +332,15 @@ fn report(engine: &Engine, args: &BenchArgs, rows: &[(&Figure, Vec<f64>)]) -> Re
             "weights_format": format,
             "device": device,
             "machine": machine(),
+            "load_s": load_seconds(engine),
             "version": env!("CARGO_PKG_VERSION"),
             "figures": figures,
         }));
     }
     let mut out = std::io::stdout().lock();
     writeln!(out, "{}, {}", args.model.name(), device.unwrap_or_default())?;
-    writeln!(out, "{}", machine())?;
+    let loaded = load_seconds(engine);
+    writeln!(out, "{}; loaded in {loaded:.2} s", machine())?;
     writeln!(
         out,
         "{:<18} {:>10}   {:>9} – max",

@@ -9,9 +9,9 @@
 //! Workers spin for a moment after a job, because the next one usually follows
 //! within microseconds, and then sleep.
 //!
-//! Several engines may share a process: a worker joins a job only while fewer threads
-//! compute, of all engines, than there are processors, and sleeps otherwise. So each of
-//! many busy engines has its own thread, and one busy engine has all of them.
+//! Several engines may share a process: those that are in the middle of a step share the
+//! processors evenly, and workers beyond an engine's share sleep. So each of many busy
+//! engines has its own thread, and one busy engine has all of them.
 
 use crate::device::DeviceError;
 use std::any::Any;
@@ -26,10 +26,11 @@ use std::time::{Duration, Instant};
 /// How long an idle worker looks for the next job before it sleeps.
 const SPIN: Duration = Duration::from_micros(150);
 
-/// How many threads of this process may compute at a time, and how many do.
+/// How many threads of this process may compute at a time, and how many engines do.
 struct Budget {
     threads: usize,
-    busy: AtomicUsize,
+    /// Engines in the middle of a step.
+    engines: AtomicUsize,
 }
 
 /// That of all engines.
@@ -42,28 +43,16 @@ impl Budget {
     fn new(threads: usize) -> Self {
         Self {
             threads,
-            busy: AtomicUsize::new(0),
+            engines: AtomicUsize::new(0),
         }
     }
 
-    /// Whether one more may compute, for an engine that was asked to have so many threads.
-    /// Two that ask at once may both be told so: what counts is that it does not last.
-    fn has_room(&self, threads: usize) -> bool {
-        self.busy.load(Ordering::Relaxed) < self.threads.max(threads)
-    }
-
-    /// Counts a thread as busy until the guard goes.
-    fn enter(self: &Arc<Self>) -> Busy {
-        self.busy.fetch_add(1, Ordering::Relaxed);
-        Busy(Arc::clone(self))
-    }
-}
-
-struct Busy(Arc<Budget>);
-
-impl Drop for Busy {
-    fn drop(&mut self) {
-        self.0.busy.fetch_sub(1, Ordering::Relaxed);
+    /// How many threads each engine may compute with now, of those that it has. One that
+    /// was asked to have more of them than there are processors is meant to.
+    fn share(&self, threads: usize) -> usize {
+        // Changes once a step: to read it costs nothing.
+        let engines = self.engines.load(Ordering::Relaxed).max(1);
+        (self.threads.max(threads) / engines).max(1)
     }
 }
 
@@ -81,8 +70,8 @@ type Job<'a> = &'a (dyn Fn(Range<usize>) + Sync);
 pub(crate) struct Workers {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
-    /// While the calling thread is in the middle of a step.
-    in_step: Option<Busy>,
+    /// Whether the calling thread is in the middle of a step.
+    in_step: bool,
 }
 
 struct Shared {
@@ -147,7 +136,7 @@ impl Workers {
         let mut workers = Self {
             shared,
             threads: Vec::new(),
-            in_step: None,
+            in_step: false,
         };
         for index in 1..threads {
             let shared = Arc::clone(&workers.shared);
@@ -156,7 +145,7 @@ impl Workers {
                 .name(format!("quell-cpu-{index}"))
                 .spawn(move || {
                     core.into_iter().for_each(bind);
-                    shared.work();
+                    shared.work(index);
                 });
             workers
                 .threads
@@ -168,16 +157,18 @@ impl Workers {
         Ok(workers)
     }
 
-    /// A step begins: the calling thread counts as busy, also between its operations, so
-    /// that no other engine's worker takes its processor for a moment.
+    /// A step begins: until its end this engine counts as busy.
     pub(crate) fn begin_step(&mut self) {
-        let budget = &self.shared.budget;
-        self.in_step.get_or_insert_with(|| budget.enter());
+        if !std::mem::replace(&mut self.in_step, true) {
+            self.shared.budget.engines.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     /// The step that was begun is over.
     pub(crate) fn end_step(&mut self) {
-        self.in_step = None;
+        if std::mem::take(&mut self.in_step) {
+            self.shared.budget.engines.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 
     /// How many threads compute, the caller included.
@@ -235,13 +226,11 @@ impl Workers {
         shared
             .state
             .store(state.wrapping_add(NEXT) | OPEN, Ordering::SeqCst);
-        let busy = self.in_step.is_none().then(|| shared.budget.enter());
-        if shared.sleepers.load(Ordering::SeqCst) > 0 && shared.budget.has_room(shared.threads) {
+        if shared.sleepers.load(Ordering::SeqCst) > 0 && shared.may_join(1) {
             drop(lock(&shared.wake.0));
             shared.wake.1.notify_all();
         }
         shared.claim(job);
-        drop(busy);
         let joined = shared.state.fetch_and(!OPEN, Ordering::SeqCst) & JOINED;
         if joined > 0 {
             shared.wait_until_left();
@@ -255,6 +244,7 @@ impl Workers {
 
 impl Drop for Workers {
     fn drop(&mut self) {
+        self.end_step();
         self.shared.stop.store(true, Ordering::SeqCst);
         drop(lock(&self.shared.wake.0));
         self.shared.wake.1.notify_all();
@@ -266,13 +256,16 @@ impl Drop for Workers {
 }
 
 impl Shared {
-    /// A worker's life.
-    fn work(&self) {
+    /// Whether the `index`-th thread is within the engine's share; the caller is number 0.
+    fn may_join(&self, index: usize) -> bool {
+        index < self.budget.share(self.threads)
+    }
+
+    /// The life of the `index`-th thread.
+    fn work(&self, index: usize) {
         let mut done = 0;
-        while let Some(job) = self.wait_for_job(&mut done) {
-            let busy = self.budget.enter();
+        while let Some(job) = self.wait_for_job(index, &mut done) {
             self.claim(job);
-            drop(busy);
             let before = self.state.fetch_sub(1, Ordering::SeqCst);
             let last = before & JOINED == 1 && before & OPEN == 0;
             if last && self.caller_sleeps.load(Ordering::SeqCst) {
@@ -283,17 +276,17 @@ impl Shared {
     }
 
     /// Joins the next job after number `done`; `None` when it is time to stop.
-    fn wait_for_job(&self, done: &mut u64) -> Option<Job<'static>> {
+    fn wait_for_job(&self, index: usize, done: &mut u64) -> Option<Job<'static>> {
         let mut idle = Idle::new();
         loop {
             if self.stop.load(Ordering::Relaxed) {
                 return None;
             }
-            if let Some(job) = self.try_join(done) {
+            if let Some(job) = self.try_join(index, done) {
                 return Some(job);
             }
-            // Without room for it, to spin would only be in the others' way.
-            if self.budget.has_room(self.threads) && idle.spin(SPIN) {
+            // Beyond the share, to spin would only be in the others' way.
+            if self.may_join(index) && idle.spin(SPIN) {
                 continue;
             }
             // Sleep. The count goes up before the state is looked at again, and the
@@ -301,7 +294,7 @@ impl Shared {
             // the other.
             self.sleepers.fetch_add(1, Ordering::SeqCst);
             let mut guard = lock(&self.wake.0);
-            while !self.stop.load(Ordering::SeqCst) && !self.joinable(*done) {
+            while !self.stop.load(Ordering::SeqCst) && !self.joinable(index, *done) {
                 guard = self
                     .wake
                     .1
@@ -314,14 +307,14 @@ impl Shared {
         }
     }
 
-    fn joinable(&self, done: u64) -> bool {
+    fn joinable(&self, index: usize, done: u64) -> bool {
         let state = self.state.load(Ordering::SeqCst);
-        state & OPEN != 0 && state / NEXT != done && self.budget.has_room(self.threads)
+        state & OPEN != 0 && state / NEXT != done && self.may_join(index)
     }
 
-    fn try_join(&self, done: &mut u64) -> Option<Job<'static>> {
+    fn try_join(&self, index: usize, done: &mut u64) -> Option<Job<'static>> {
         let state = self.state.load(Ordering::Acquire);
-        if state & OPEN == 0 || state / NEXT == *done || !self.budget.has_room(self.threads) {
+        if state & OPEN == 0 || state / NEXT == *done || !self.may_join(index) {
             return None;
         }
         let joined =
@@ -485,12 +478,12 @@ mod tests {
     }
 
     #[test]
-    fn busy_engines_compute_with_no_more_threads_than_there_are_processors() {
+    fn engines_in_a_step_share_the_processors_and_one_alone_has_them_all() {
         let budget = Arc::new(Budget::new(2));
-        let mut workers = within(2, &budget);
+        let (mut workers, mut others) = (within(2, &budget), within(2, &budget));
         let here = std::thread::current().id();
-        // Another engine's thread and this one are two: nobody joins.
-        let other = budget.enter();
+        workers.begin_step();
+        others.begin_step();
         let strangers = AtomicUsize::new(0);
         workers
             .run("a test", 10_000, 1, |_| {
@@ -499,8 +492,9 @@ mod tests {
             })
             .unwrap();
         assert_eq!(strangers.load(Ordering::Relaxed), 0);
-        drop(other);
-        // Now one may: the job lasts until it has.
+        // An engine that goes away takes no share any more.
+        drop(others);
+        // The job lasts until the worker has joined.
         let joined = AtomicBool::new(false);
         workers
             .run("a test", 2, 1, |_| {
@@ -510,7 +504,8 @@ mod tests {
                 }
             })
             .unwrap();
-        assert_eq!(budget.busy.load(Ordering::Relaxed), 0);
+        workers.end_step();
+        assert_eq!(budget.engines.load(Ordering::Relaxed), 0);
     }
 
     #[test]
