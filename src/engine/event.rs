@@ -95,7 +95,8 @@ impl CancelReason {
 pub(crate) enum Terminal {
     Finished(FinishReason),
     Cancelled(CancelReason),
-    Failed(EngineFault),
+    /// In a box, which keeps events small: a buffer of them is set aside for each request.
+    Failed(Box<EngineFault>),
 }
 
 /// How a request ended, for its caller.
@@ -409,6 +410,12 @@ mod tests {
         assert!(cell.cancel(CancelReason::Explicit));
         assert!(!cell.cancel(CancelReason::StreamDropped));
         assert_eq!(cell.cancelled(), Some(CancelReason::Explicit));
+    }
+
+    /// Each open request has a buffer of them.
+    #[test]
+    fn an_event_takes_little_more_than_a_cache_line() {
+        assert!(size_of::<Event>() <= 72, "{}", size_of::<Event>());
     }
 
     #[test]

@@ -486,8 +486,8 @@ mod tests {
     use super::*;
     use crate::engine::CancelReason;
     use crate::engine::event::{EventReceiver, channel};
+    use crate::engine::sync::Receiver;
     use crate::engine::sync::atomic::AtomicUsize;
-    use crate::engine::sync::{Mutex, Receiver};
     use slotmap::SlotMap;
     use std::task::Wake;
     use std::time::Duration;
@@ -573,16 +573,19 @@ mod tests {
         assert!(ledger.by_id.is_empty() && ledger.turns.is_empty());
     }
 
-    /// Notes how often it was woken, and how many messages there were the first time.
+    /// Counts how often it was woken, and the messages that were there each time.
+    #[derive(Default)]
     struct Reader {
         messages: Vec<Receiver<Event>>,
-        found: Mutex<Vec<usize>>,
+        woken: AtomicUsize,
+        found: AtomicUsize,
     }
 
     impl Wake for Reader {
         fn wake(self: Arc<Self>) {
             let there = self.messages.iter().map(Receiver::len).sum();
-            self.found.lock().unwrap().push(there);
+            self.woken.fetch_add(1, Ordering::SeqCst);
+            self.found.fetch_add(there, Ordering::SeqCst);
         }
     }
 
@@ -595,7 +598,7 @@ mod tests {
         let receivers: Vec<_> = all.iter().enumerate().map(open).collect();
         let reader = Arc::new(Reader {
             messages: receivers.iter().map(|ends| ends.events.clone()).collect(),
-            found: Mutex::default(),
+            ..Reader::default()
         });
         let waker = Waker::from(Arc::clone(&reader));
         for &key in &all {
@@ -603,19 +606,17 @@ mod tests {
             ledger.token(key, token());
         }
         ledger.flush(&mut Vec::new());
-        assert_eq!(*reader.found.lock().unwrap(), [3]);
+        let seen = [&reader.woken, &reader.found].map(|count| count.load(Ordering::SeqCst));
+        assert_eq!(seen, [1, 3]);
     }
 
     #[test]
     fn readers_that_were_to_be_woken_are_woken_whatever_happens() {
-        let reader = Arc::new(Reader {
-            messages: Vec::new(),
-            found: Mutex::default(),
-        });
+        let reader = Arc::new(Reader::default());
         let mut readers = Readers::default();
         readers.add(Some(Waker::from(Arc::clone(&reader))));
         drop(readers);
-        assert_eq!(reader.found.lock().unwrap().len(), 1);
+        assert_eq!(reader.woken.load(Ordering::SeqCst), 1);
     }
 
     /// I12.

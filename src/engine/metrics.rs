@@ -70,8 +70,10 @@ impl From<&Terminal> for EndKind {
             Terminal::Finished(FinishReason::Stop) => Self::Ended(Outcome::Stop),
             Terminal::Finished(FinishReason::Length) => Self::Ended(Outcome::Length),
             Terminal::Cancelled(reason) => Self::Ended(Outcome::Cancelled(*reason)),
-            Terminal::Failed(EngineFault::Constraint(_)) => Self::ConstraintFailed,
-            Terminal::Failed(_) => Self::Failed,
+            Terminal::Failed(fault) => match **fault {
+                EngineFault::Constraint(_) => Self::ConstraintFailed,
+                _ => Self::Failed,
+            },
         }
     }
 }

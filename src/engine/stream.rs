@@ -307,7 +307,7 @@ impl TokenStream {
             Some(Terminal::Cancelled(reason)) => Some(Outcome::Cancelled(reason)),
             Some(Terminal::Failed(fault)) => {
                 self.ended = true;
-                return Err(GenerateError::Failed(fault));
+                return Err(GenerateError::Failed(*fault));
             }
         };
         if let (Some(state), Some(_), false) = (&mut self.parts.text, outcome, matched) {

@@ -602,7 +602,7 @@ impl SchedulerThread {
                 for (key, error) in unmasked {
                     if self.apply_cancel(key).is_none() {
                         let fault = EngineFault::Constraint(error);
-                        self.end(key, Terminal::Failed(fault));
+                        self.end(key, Terminal::Failed(Box::new(fault)));
                     }
                 }
                 Ok(())
@@ -760,7 +760,7 @@ impl SchedulerThread {
             }
             Commit::Failed(error) => {
                 let fault = EngineFault::Constraint(error);
-                self.end(key, Terminal::Failed(fault));
+                self.end(key, Terminal::Failed(Box::new(fault)));
             }
             Commit::Finished(reason) => {
                 self.tokens_generated += 1;
@@ -819,7 +819,7 @@ impl SchedulerThread {
             // Who was cancelled before stays cancelled.
             if self.apply_cancel(item.key).is_none() {
                 let fault = EngineFault::Device(error.clone());
-                self.end(item.key, Terminal::Failed(fault));
+                self.end(item.key, Terminal::Failed(Box::new(fault)));
             }
         }
     }
@@ -840,7 +840,7 @@ impl SchedulerThread {
             }
             let terminal = match cause {
                 EngineFault::Shutdown => Terminal::Cancelled(CancelReason::Shutdown),
-                fault => Terminal::Failed(fault.clone()),
+                fault => Terminal::Failed(Box::new(fault.clone())),
             };
             self.end(key, terminal);
         }
