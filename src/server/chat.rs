@@ -1,7 +1,8 @@
 //! `POST /v1/chat/completions`: a conversation answered.
 
-use super::answer::{EndTokens, Usage, complete, finish_reason, token_text};
+use super::answer::{EndTokens, complete, finish_reason, token_text};
 use super::conversation::Conversation;
+use super::envelope::Envelope;
 use super::error::ApiError;
 use super::json::JsonBody;
 use super::parts::{Part, Parts, call_id};
@@ -10,12 +11,11 @@ use super::sessions::SessionPrompt;
 use super::sse::{self, Events, Writer};
 use super::structure::StructureFields;
 use super::tools::ToolFields;
-use super::{App, StreamOptions, unix_time};
+use super::{App, StreamOptions};
 use crate::engine::{Chunk, Prompt, Token};
 use crate::text::{Message, Tokenizer};
-use axum::Json;
 use axum::extract::State;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::sync::Arc;
@@ -40,25 +40,6 @@ struct ChatRequest {
     reasoning_effort: Option<String>,
     add_generation_prompt: Option<bool>,
     include_reasoning: Option<bool>,
-}
-
-/// What every object of an answer says.
-#[derive(Clone, Serialize)]
-struct Head {
-    id: String,
-    object: &'static str,
-    created: u64,
-    model: String,
-    system_fingerprint: String,
-}
-
-#[derive(Serialize)]
-struct ChatCompletion<'a, C> {
-    #[serde(flatten)]
-    head: &'a Head,
-    choices: &'a [C],
-    #[serde(skip_serializing_if = "Option::is_none")]
-    usage: Option<Option<Usage>>,
 }
 
 /// A whole answer.
@@ -278,37 +259,26 @@ pub(crate) async fn chat_completions(
             error
         })?;
     let streaming = request.stream.unwrap_or(false);
-    let head = Head {
-        id,
-        object: if streaming {
-            "chat.completion.chunk"
-        } else {
-            "chat.completion"
-        },
-        created: unix_time(),
-        model,
-        system_fingerprint: app.fingerprint.clone(),
+    let object = match streaming {
+        true => "chat.completion.chunk",
+        false => "chat.completion",
     };
+    let mut envelope = Envelope::new(&app, id, object, model, request.stream_options);
     let tokenizer = app.engine.tokenizer().cloned();
     if streaming {
         let writer = ChatWriter {
-            head,
+            envelope,
             tokenizer,
             ends: streams.iter().map(EndTokens::of).collect(),
             parts: streams.iter().map(|_| reading.parts()).collect(),
             logprobs: logprobs.is_some(),
-            usage_wanted: request
-                .stream_options
-                .is_some_and(|options| options.usage()),
-            usage: Usage::default(),
         };
         return Ok(sse::respond(streams, writer));
     }
     let answers = complete(streams).await?;
-    let mut usage = Usage::default();
     let mut choices = Vec::with_capacity(answers.len());
     for (index, answer) in answers.into_iter().enumerate() {
-        usage.add(&answer.finish, index == 0);
+        envelope.add(&answer.finish, index == 0);
         let tokens = logprobs.map(|_| reported(tokenizer.as_deref(), &answer.tokens));
         let message = AssistantMessage::new(reading.parts().all(&answer.text));
         choices.push(Choice {
@@ -318,12 +288,7 @@ pub(crate) async fn chat_completions(
             logprobs: tokens,
         });
     }
-    let completion = ChatCompletion {
-        head: &head,
-        choices: &choices,
-        usage: Some(Some(usage)),
-    };
-    Ok(Json(completion).into_response())
+    Ok(envelope.whole(&choices))
 }
 
 /// Why an answer with so many calls ended.
@@ -369,23 +334,11 @@ fn reported(tokenizer: Option<&Tokenizer>, tokens: &[Token]) -> LogProbs {
 
 /// Writes the answers as events.
 struct ChatWriter {
-    head: Head,
+    envelope: Envelope,
     tokenizer: Option<Arc<Tokenizer>>,
     ends: Vec<EndTokens>,
     parts: Vec<Parts>,
     logprobs: bool,
-    usage_wanted: bool,
-    usage: Usage,
-}
-
-impl ChatWriter {
-    fn send(&self, choices: &[ChunkChoice], usage: Option<Usage>, events: &mut Events) {
-        events.json(&ChatCompletion {
-            head: &self.head,
-            choices,
-            usage: self.usage_wanted.then_some(usage),
-        });
-    }
 }
 
 impl Writer for ChatWriter {
@@ -400,7 +353,7 @@ impl Writer for ChatWriter {
                 logprobs: None,
                 finish_reason: None,
             };
-            self.send(&[choice], None, events);
+            self.envelope.send(choice, events);
         }
     }
 
@@ -416,7 +369,7 @@ impl Writer for ChatWriter {
             .map(|finish| finish_reason(finish.outcome))
             .transpose()?;
         if let Some(finish) = &chunk.finish {
-            self.usage.add(finish, index == 0);
+            self.envelope.add(finish, index == 0);
         }
         let parts = &mut self.parts[index];
         let mut pieces = parts.push(&chunk.text);
@@ -437,7 +390,7 @@ impl Writer for ChatWriter {
                 logprobs: reports.take(),
                 finish_reason: None,
             };
-            self.send(&[choice], None, events);
+            self.envelope.send(choice, events);
         }
         let finish_reason = finish_reason.map(|reason| with_calls(reason, calls));
         if finish_reason.is_some() {
@@ -447,15 +400,12 @@ impl Writer for ChatWriter {
                 logprobs: None,
                 finish_reason,
             };
-            self.send(&[choice], None, events);
+            self.envelope.send(choice, events);
         }
         Ok(())
     }
 
     fn close(&mut self, events: &mut Events) {
-        if self.usage_wanted {
-            self.send(&[], Some(self.usage), events);
-        }
-        events.done();
+        self.envelope.close(events);
     }
 }

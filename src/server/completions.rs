@@ -1,18 +1,18 @@
 //! `POST /v1/completions`: text continued.
 
-use super::answer::{EndTokens, Usage, complete, finish_reason, token_text};
+use super::answer::{EndTokens, complete, finish_reason, token_text};
+use super::envelope::Envelope;
 use super::error::ApiError;
 use super::json::JsonBody;
 use super::sampling::SamplingFields;
 use super::sessions::SessionPrompt;
 use super::sse::{self, Events, Writer};
 use super::structure::StructureFields;
-use super::{App, StreamOptions, unix_time};
+use super::{App, StreamOptions};
 use crate::engine::{Chunk, Prompt, Request, Token, TokenStream};
 use crate::text::Tokenizer;
-use axum::Json;
 use axum::extract::State;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::sync::Arc;
@@ -87,25 +87,6 @@ impl LogProbs {
     }
 }
 
-/// What every object of an answer says.
-#[derive(Clone, Serialize)]
-struct Head {
-    id: String,
-    object: &'static str,
-    created: u64,
-    model: String,
-    system_fingerprint: String,
-}
-
-#[derive(Serialize)]
-struct Completion<'a> {
-    #[serde(flatten)]
-    head: &'a Head,
-    choices: &'a [Choice],
-    #[serde(skip_serializing_if = "Option::is_none")]
-    usage: Option<Option<Usage>>,
-}
-
 /// Answers the request.
 pub(crate) async fn completions(
     State(app): State<Arc<App>>,
@@ -148,29 +129,20 @@ pub(crate) async fn completions(
     let streams = app
         .submit_turn(session, requests.collect(), samples)
         .await?;
-    let head = Head {
-        id,
-        object: "text_completion",
-        created: unix_time(),
-        model,
-        system_fingerprint: app.fingerprint.clone(),
-    };
-    let mut writer = CompletionWriter::new(&app, head, &streams, samples);
+    let options = request.stream_options;
+    let envelope = Envelope::new(&app, id, "text_completion", model, options);
+    let mut writer = CompletionWriter::new(&app, envelope, &streams, samples);
     writer.logprobs = request.logprobs.is_some();
     if echo {
         writer.echo(&streams);
     }
     if request.stream.unwrap_or(false) {
-        writer.usage_wanted = request
-            .stream_options
-            .is_some_and(|options| options.usage());
         return Ok(sse::respond(streams, writer));
     }
     let answers = complete(streams).await?;
-    let mut usage = Usage::default();
     let mut choices = Vec::with_capacity(answers.len());
     for (index, answer) in answers.into_iter().enumerate() {
-        usage.add(&answer.finish, index % samples == 0);
+        writer.envelope.add(&answer.finish, index % samples == 0);
         let echoed = answer
             .prompt
             .and_then(|prompt| writer.echoed(index, &prompt));
@@ -188,12 +160,7 @@ pub(crate) async fn completions(
             finish_reason: Some(answer.finish_reason),
         });
     }
-    let completion = Completion {
-        head: &writer.head,
-        choices: &choices,
-        usage: Some(Some(usage)),
-    };
-    Ok(Json(completion).into_response())
+    Ok(writer.envelope.whole(&choices))
 }
 
 /// One prompt or many, as text or token ids: what the request has in `field`.
@@ -235,7 +202,7 @@ pub(super) fn prompts(field: &'static str, prompt: Value) -> Result<Vec<Prompt>,
 
 /// Writes the answers as events.
 struct CompletionWriter {
-    head: Head,
+    envelope: Envelope,
     tokenizer: Option<Arc<Tokenizer>>,
     samples: usize,
     ends: Vec<EndTokens>,
@@ -246,14 +213,12 @@ struct CompletionWriter {
     /// Characters of the tokens of each answer so far, if log-probabilities are told.
     offsets: Vec<usize>,
     logprobs: bool,
-    usage_wanted: bool,
-    usage: Usage,
 }
 
 impl CompletionWriter {
-    fn new(app: &App, head: Head, streams: &[TokenStream], samples: usize) -> Self {
+    fn new(app: &App, envelope: Envelope, streams: &[TokenStream], samples: usize) -> Self {
         Self {
-            head,
+            envelope,
             tokenizer: app.engine.tokenizer().cloned(),
             samples,
             ends: streams.iter().map(EndTokens::of).collect(),
@@ -261,8 +226,6 @@ impl CompletionWriter {
             first: vec![None; streams.len()],
             offsets: vec![0; streams.len()],
             logprobs: false,
-            usage_wanted: false,
-            usage: Usage::default(),
         }
     }
 
@@ -309,14 +272,6 @@ impl CompletionWriter {
         self.offsets[index] = offset;
         Some(lists)
     }
-
-    fn send(&self, choices: &[Choice], usage: Option<Usage>, events: &mut Events) {
-        events.json(&Completion {
-            head: &self.head,
-            choices,
-            usage: self.usage_wanted.then_some(usage),
-        });
-    }
 }
 
 impl Writer for CompletionWriter {
@@ -333,7 +288,7 @@ impl Writer for CompletionWriter {
                     logprobs: None,
                     finish_reason: None,
                 };
-                self.send(&[choice], None, events);
+                self.envelope.send(choice, events);
             }
         }
     }
@@ -352,7 +307,7 @@ impl Writer for CompletionWriter {
                 logprobs: Some(logprobs),
                 finish_reason: None,
             };
-            self.send(&[choice], None, events);
+            self.envelope.send(choice, events);
         }
         let token = self.ends[index].visible(&mut chunk);
         let finish_reason = chunk
@@ -363,7 +318,8 @@ impl Writer for CompletionWriter {
         let says_something =
             !chunk.text.is_empty() || finish_reason.is_some() || (self.logprobs && token.is_some());
         if let Some(finish) = &chunk.finish {
-            self.usage.add(finish, index.is_multiple_of(self.samples));
+            let first = index.is_multiple_of(self.samples);
+            self.envelope.add(finish, first);
         }
         if says_something {
             let choice = Choice {
@@ -372,15 +328,12 @@ impl Writer for CompletionWriter {
                 logprobs,
                 finish_reason,
             };
-            self.send(&[choice], None, events);
+            self.envelope.send(choice, events);
         }
         Ok(())
     }
 
     fn close(&mut self, events: &mut Events) {
-        if self.usage_wanted {
-            self.send(&[], Some(self.usage), events);
-        }
-        events.done();
+        self.envelope.close(events);
     }
 }

@@ -32,6 +32,7 @@ mod completions;
 mod connection;
 mod conversation;
 mod embeddings;
+mod envelope;
 mod error;
 mod first_bytes;
 mod health;
