@@ -170,11 +170,12 @@ fn a_scored_request_that_is_dropped_or_cancelled_frees_its_blocks() {
         let dropped = engine.generate(ask(1)).unwrap();
         let cancelled = engine.generate(ask(2)).unwrap();
         let kept = engine.generate(ask(3)).unwrap();
+        // Asked before the steps, answered between two of them.
+        let asked = engine.inspect();
         for _ in 0..3 {
             permit.send(()).unwrap();
         }
-        // The state is reported between two steps.
-        assert_eq!(engine.stats().unwrap().open, 3);
+        assert_eq!(asked.wait().unwrap().open, 3);
         drop(dropped);
         let receipt = cancelled.cancel();
         drop(permit);
