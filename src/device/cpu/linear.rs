@@ -2,7 +2,7 @@
 
 use super::float::{DequantisedTiles, FloatTiles, TILES};
 use super::integer::IntegerTiles;
-use super::memory::Disjoint;
+use super::memory::{Arena, Disjoint};
 use super::options::Activations;
 use super::packed::{Format, Packed};
 use super::quantise::Quantised;
@@ -39,7 +39,11 @@ impl CpuLinear {
         self.parts.iter().map(Packed::bytes).sum::<usize>() + bias
     }
 
-    pub(crate) fn load(workers: &mut Workers, spec: &LinearSpec<'_>) -> Result<Self, DeviceError> {
+    pub(crate) fn load(
+        workers: &mut Workers,
+        arena: &mut Arena,
+        spec: &LinearSpec<'_>,
+    ) -> Result<Self, DeviceError> {
         let columns = spec.parts.first().map_or(0, |part| part.columns);
         for part in &spec.parts {
             check(part, columns)?;
@@ -57,7 +61,7 @@ impl CpuLinear {
         let mut first_output = 0;
         // Neighbours of one format become one part: only its last tile is padded.
         for same in spec.parts.chunk_by(|a, b| a.dtype == b.dtype) {
-            parts.push(Packed::new(workers, same, first_output)?);
+            parts.push(Packed::new(workers, arena, same, first_output)?);
             first_output += same.iter().map(|part| part.rows).sum::<usize>();
         }
         Ok(Self {

@@ -1,10 +1,12 @@
 //! Memory that kernels stream: aligned to cache lines, zero until written.
 
 use crate::device::DeviceError;
+use memmap2::MmapMut;
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 /// A cache line.
 const ALIGNMENT: usize = 64;
@@ -20,11 +22,17 @@ impl Plain for f32 {}
 /// `calloc`, which a larger alignment than the allocator's own would forgo, so it
 /// is aligned by hand.
 pub(crate) struct Buffer<T: Plain> {
-    base: NonNull<u8>,
-    layout: Layout,
-    offset: usize,
+    start: NonNull<T>,
     len: usize,
-    of: PhantomData<T>,
+    memory: Memory,
+}
+
+/// What a buffer's elements lie in.
+enum Memory {
+    /// Its own allocation.
+    Own { base: NonNull<u8>, layout: Layout },
+    /// A part of a mapping that others have parts of, too.
+    Part { _of: Arc<Mapping> },
 }
 
 // SAFETY: a buffer owns its memory, and `Plain` types may cross threads.
@@ -32,14 +40,18 @@ unsafe impl<T: Plain> Send for Buffer<T> {}
 // SAFETY: as above; shared access only reads.
 unsafe impl<T: Plain> Sync for Buffer<T> {}
 
+fn out_of_memory<T>(len: usize, what: &str) -> DeviceError {
+    DeviceError::OutOfMemory {
+        device: "cpu",
+        bytes: len.saturating_mul(size_of::<T>()),
+        what: what.to_owned(),
+    }
+}
+
 impl<T: Plain> Buffer<T> {
     /// `len` zeros. `what` is named in the error where memory cannot be had.
     pub(crate) fn zeroed(len: usize, what: &str) -> Result<Self, DeviceError> {
-        let out_of_memory = || DeviceError::OutOfMemory {
-            device: "cpu",
-            bytes: len.saturating_mul(size_of::<T>()),
-            what: what.to_owned(),
-        };
+        let out_of_memory = || out_of_memory::<T>(len, what);
         let bytes = len
             .checked_mul(size_of::<T>())
             .and_then(|bytes| bytes.checked_add(ALIGNMENT));
@@ -49,40 +61,103 @@ impl<T: Plain> Buffer<T> {
         let base = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(out_of_memory)?;
         let offset = base.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
         Ok(Self {
-            base,
-            layout,
-            offset,
+            // SAFETY: `offset` is at most `ALIGNMENT`, by which the allocation is longer.
+            start: unsafe { base.add(offset) }.cast(),
             len,
-            of: PhantomData,
+            memory: Memory::Own { base, layout },
         })
-    }
-
-    /// Where the elements begin.
-    pub(crate) fn as_ptr(&self) -> *const T {
-        // SAFETY: `offset` is at most `ALIGNMENT`, by which the allocation is longer.
-        unsafe { self.base.as_ptr().add(self.offset) as *const T }
     }
 }
 
 impl<T: Plain> Deref for Buffer<T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
-        // SAFETY: `len` elements were allocated zeroed, and zeros are a `Plain` value.
-        unsafe { std::slice::from_raw_parts(self.as_ptr(), self.len) }
+        // SAFETY: `len` elements are this buffer's, and zeros are a `Plain` value.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
     }
 }
 
 impl<T: Plain> DerefMut for Buffer<T> {
     fn deref_mut(&mut self) -> &mut [T] {
         // SAFETY: as in `deref`, and `self` is borrowed mutably.
-        unsafe { std::slice::from_raw_parts_mut(self.as_ptr().cast_mut(), self.len) }
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
     }
 }
 
 impl<T: Plain> Drop for Buffer<T> {
     fn drop(&mut self) {
-        // SAFETY: allocated in `zeroed` with this layout, freed once.
-        unsafe { dealloc(self.base.as_ptr(), self.layout) }
+        if let Memory::Own { base, layout } = self.memory {
+            // SAFETY: allocated in `zeroed` with this layout, freed once.
+            unsafe { dealloc(base.as_ptr(), layout) }
+        }
+    }
+}
+
+/// Bytes that an [`Arena`] maps at a time.
+const MAPPING: usize = 64 << 20;
+
+/// Gives out buffers that are parts of large mappings, in large pages where the system has
+/// them: for weights, which are read from end to end for every token, so that each page
+/// has to be found anew. A mapping goes with the last of its buffers.
+#[derive(Default)]
+pub(crate) struct Arena {
+    mapping: Option<Arc<Mapping>>,
+    /// Bytes of it that were given out.
+    used: usize,
+}
+
+/// Anonymous memory.
+struct Mapping {
+    base: NonNull<u8>,
+    memory: MmapMut,
+}
+
+// SAFETY: the memory is only touched through buffers, each of which has a part of its own.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    fn new(bytes: usize) -> std::io::Result<Self> {
+        let mut memory = MmapMut::map_anon(bytes)?;
+        #[cfg(target_os = "linux")]
+        if let Err(error) = memory.advise(memmap2::Advice::HugePage) {
+            tracing::debug!(%error, "weights are kept in pages of the usual size");
+        }
+        let base = NonNull::new(memory.as_mut_ptr()).ok_or(std::io::ErrorKind::OutOfMemory)?;
+        Ok(Self { base, memory })
+    }
+}
+
+impl Arena {
+    /// `len` zeros. `what` is named in the error where memory cannot be had.
+    pub(crate) fn zeroed<T: Plain>(
+        &mut self,
+        len: usize,
+        what: &str,
+    ) -> Result<Buffer<T>, DeviceError> {
+        let out_of_memory = || out_of_memory::<T>(len, what);
+        let bytes = len.checked_mul(size_of::<T>());
+        let bytes = bytes.and_then(|bytes| bytes.checked_next_multiple_of(ALIGNMENT));
+        let bytes = bytes.ok_or_else(out_of_memory)?;
+        let has_room = |mapping: &&Arc<Mapping>| mapping.memory.len() - self.used >= bytes;
+        let mapping = match self.mapping.as_ref().filter(has_room) {
+            Some(mapping) => Arc::clone(mapping),
+            None => {
+                let mapping = Mapping::new(bytes.max(MAPPING)).map_err(|_| out_of_memory())?;
+                self.used = 0;
+                Arc::clone(self.mapping.insert(Arc::new(mapping)))
+            }
+        };
+        // SAFETY: `used` and `bytes` lie within the mapping, and `used` only grows: no
+        // two buffers overlap. A mapping is aligned to pages, and each part to a line.
+        let start = unsafe { mapping.base.add(self.used) }.cast();
+        self.used += bytes;
+        Ok(Buffer {
+            start,
+            len,
+            memory: Memory::Part { _of: mapping },
+        })
     }
 }
 
@@ -148,11 +223,34 @@ mod tests {
     #[test]
     fn memory_that_cannot_be_had_is_an_error() {
         for len in [usize::MAX, usize::MAX / 4, isize::MAX as usize / 4] {
-            let error = Buffer::<f32>::zeroed(len, "a test").err();
-            assert!(
-                matches!(error, Some(DeviceError::OutOfMemory { .. })),
-                "{len}"
-            );
+            let own = Buffer::<f32>::zeroed(len, "a test").err();
+            let part = Arena::default().zeroed::<f32>(len, "a test").err();
+            for error in [own, part] {
+                assert!(
+                    matches!(error, Some(DeviceError::OutOfMemory { .. })),
+                    "{len}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn parts_of_an_arena_are_aligned_and_zero_and_each_for_itself() {
+        let mut arena = Arena::default();
+        let sizes = [0, 1, 63, 4096, MAPPING - 8192, 100, MAPPING + 1, 100];
+        let mut parts: Vec<Buffer<u8>> = sizes
+            .iter()
+            .map(|&len| arena.zeroed(len, "a test").unwrap())
+            .collect();
+        drop(arena);
+        for (index, part) in parts.iter_mut().enumerate() {
+            assert_eq!(part.as_ptr() as usize % ALIGNMENT, 0);
+            assert_eq!(part.len(), sizes[index]);
+            assert!(part.iter().all(|&byte| byte == 0));
+            part.fill(index as u8 + 1);
+        }
+        for (index, part) in parts.iter().enumerate() {
+            assert!(part.iter().all(|&byte| byte == index as u8 + 1), "{index}");
         }
     }
 }

@@ -45,7 +45,7 @@ use crate::device::*;
 use crate::sampling::{SampleRow, Sampled};
 use attention::{Attend, Attention};
 use linear::Multiplier;
-use memory::Disjoint;
+use memory::{Arena, Disjoint};
 use rope::{NormWeights, RopeStore, RopeTables};
 use rowwise::{Add, Gate, RmsNorm, RmsNormAdd, Softcap};
 use simd::{Isa, Kernel};
@@ -73,6 +73,7 @@ pub struct CpuDevice {
     workers: Workers,
     multiplier: Multiplier,
     kv_half: bool,
+    weights: Arena,
     weight_bytes: usize,
     staged: StagedBatch,
     ropes: RopeTables,
@@ -104,6 +105,7 @@ impl CpuDevice {
             workers: Workers::new(threads, &options.cores)?,
             multiplier: Multiplier::new(isa, options.activations),
             kv_half,
+            weights: Arena::default(),
             weight_bytes: 0,
             staged: StagedBatch::default(),
             ropes: RopeTables::default(),
@@ -227,7 +229,7 @@ impl Device for CpuDevice {
     }
 
     fn load_linear(&mut self, spec: &LinearSpec<'_>) -> Result<CpuLinear, DeviceError> {
-        let linear = CpuLinear::load(&mut self.workers, spec)?;
+        let linear = CpuLinear::load(&mut self.workers, &mut self.weights, spec)?;
         self.weight_bytes += linear.bytes();
         Ok(linear)
     }

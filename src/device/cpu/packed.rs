@@ -10,7 +10,7 @@
 //! [`Packed::read_row`] serves embeddings from the same tiles.
 
 use super::layout::{QuantLayout, Row};
-use super::memory::{Buffer, Disjoint};
+use super::memory::{Arena, Buffer, Disjoint};
 use super::simd::LANES;
 use super::workers::Workers;
 use crate::device::{DeviceError, WeightRows};
@@ -93,6 +93,7 @@ impl Packed {
     /// Packs `parts`, which share dtype and columns and have been checked.
     pub(crate) fn new(
         workers: &mut Workers,
+        arena: &mut Arena,
         parts: &[WeightRows<'_>],
         first_output: usize,
     ) -> Result<Self, DeviceError> {
@@ -107,7 +108,7 @@ impl Packed {
             what: format!("{rows} × {columns} weights"),
         };
         let bytes = tiles.checked_mul(tile_bytes).ok_or_else(too_large)?;
-        let mut data = Buffer::zeroed(bytes, "weights")?;
+        let mut data = arena.zeroed(bytes, "weights")?;
         let row_bytes = dtype.bytes_for(columns).ok_or_else(too_large)?;
         let out = Disjoint::new(&mut data);
         workers.run("load_linear", tiles, 4, |range| {
