@@ -467,8 +467,9 @@ fn a_waker_may_let_a_stream_go_when_it_is_dropped_on_the_scheduler_thread() {
 #[test]
 fn the_last_handle_may_be_dropped_on_the_scheduler_thread() {
     let (engine, gate) = gated(2);
-    let mut stream = engine.generate(request(prompt(1, 5), 10)).unwrap();
     let other = endless(&engine, 2);
+    in_a_step(&engine); // so that it has blocks
+    let mut stream = engine.generate(request(prompt(1, 5), 10)).unwrap();
     let (done, result) = mpsc::channel();
     when_woken(&mut stream, move || {
         drop(engine);

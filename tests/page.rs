@@ -30,25 +30,26 @@ fn screenshot(name: &str) -> PathBuf {
 
 /// Another client's answer that does not end by itself within the test; gives the events
 /// that it came with, once it has ended.
-fn endless(url: &str, prompt: &str) -> tokio::task::JoinHandle<String> {
+fn endless(url: &str, prompt: &str) -> tokio::task::JoinHandle<reqwest::Result<String>> {
     let body = json!({
         "prompt": prompt, "max_tokens": 8000, "stream": true, "ignore_eos": true,
     });
     let request = client().post(format!("{url}/v1/completions"));
-    tokio::spawn(async move {
-        request
-            .json(&body)
-            .send()
-            .await
-            .unwrap()
-            .text()
-            .await
-            .unwrap()
-    })
+    tokio::spawn(async move { request.json(&body).send().await?.text().await })
 }
 
-/// Nothing is open, and nobody holds a block.
-const IDLE: &str = "latest && latest.stats.open === 0 && latest.stats.blocks.referenced === 0";
+/// Answers to the page do not end by themselves either: `max-tokens` alone ends them.
+const IGNORE_EOS: &str = "
+    const plain = window.fetch;
+    window.fetch = (path, options) => {
+      if (path !== '/v1/chat/completions') return plain(path, options);
+      const body = JSON.stringify({ ...JSON.parse(options.body), ignore_eos: true });
+      return plain(path, { ...options, body });
+    };";
+
+/// Nothing is open or about to end, and nobody holds a block.
+const IDLE: &str = "latest && latest.stats.open + latest.stats.closing === 0
+    && latest.stats.blocks.referenced === 0";
 
 async fn nothing_sticks_out(browser: &Browser) {
     let script = "return [document.documentElement.scrollWidth, window.innerWidth]";
@@ -90,6 +91,7 @@ async fn the_page_chats_stops_shows_the_engine_and_cancels_the_requests_of_other
     browser.until(IDLE).await;
 
     // One that is stopped in the middle: its blocks come free, what it has said stays.
+    browser.run(IGNORE_EOS).await;
     browser
         .run("$('max-tokens').value = 4000; $('input').focus()")
         .await;
@@ -139,7 +141,7 @@ async fn the_page_chats_stops_shows_the_engine_and_cancels_the_requests_of_other
         said.contains(&format!("Request {id} is cancelled: ")),
         "{said}"
     );
-    let events = other.await.unwrap();
+    let events = other.await.unwrap().unwrap();
     assert!(events.contains("\"finish_reason\":\"abort\""), "{events}");
     browser.until(IDLE).await;
     browser
@@ -161,9 +163,7 @@ async fn the_page_chats_stops_shows_the_engine_and_cancels_the_requests_of_other
         "My recipe for bread is",
     ];
     let others: Vec<_> = stories.map(|story| endless(&serve.url(), story)).into();
-    browser
-        .run("$('max-tokens').value = 160; $('input').focus()")
-        .await;
+    browser.run("$('input').focus()").await;
     browser.press(&format!("Why is the sky blue?{ENTER}")).await;
     browser
         .until("latest.requests.length === 5 && latest.requests.some(isOwn)")
@@ -192,10 +192,12 @@ async fn the_page_chats_stops_shows_the_engine_and_cancels_the_requests_of_other
             browser.run("scrollTo(0, 0)").await;
         }
     }
+    browser.press(ESCAPE).await;
     for other in others {
         other.abort();
     }
     browser.until(IDLE).await;
+    browser.until("!answering && messages.length === 6").await;
 
     // The conversation outlives a reload; a new one begins empty.
     browser.look(WIDE, 1, "light").await;

@@ -27,6 +27,29 @@ const ARGUMENTS: [&str; 9] = [
     "--hide-scrollbars",
 ];
 
+/// A driver and the port where it listens. None if it has ended: it takes a free port, and
+/// fails if somebody else has the same port of the other kind of address, IPv4 or IPv6.
+fn start_driver() -> Option<(Child, u16)> {
+    let mut driver = Command::new("chromedriver")
+        .arg("--port=0")
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("chromedriver is missing: run scripts/setup-browser");
+    let mut lines = BufReader::new(driver.stdout.take().unwrap()).lines();
+    let port = lines.by_ref().find_map(|line| {
+        let line = line.unwrap();
+        let (_, port) = line.split_once("successfully on port ")?;
+        port.trim_end_matches('.').parse().ok()
+    });
+    let Some(port) = port else {
+        driver.wait().unwrap();
+        return None;
+    };
+    // It goes on writing.
+    std::thread::spawn(move || lines.for_each(drop));
+    Some((driver, port))
+}
+
 /// A client of HTTP.
 pub fn client() -> reqwest::Client {
     // It wants a provider of TLS even where it uses none; who comes first installs it.
@@ -47,22 +70,9 @@ pub struct Browser {
 impl Browser {
     /// Starts it; `scripts/setup-browser` installs what this needs.
     pub async fn start() -> Self {
-        let mut driver = Command::new("chromedriver")
-            .arg("--port=0")
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("chromedriver is missing: run scripts/setup-browser");
-        let mut lines = BufReader::new(driver.stdout.take().unwrap()).lines();
-        let port: u16 = lines
-            .by_ref()
-            .find_map(|line| {
-                let line = line.unwrap();
-                let (_, port) = line.split_once("successfully on port ")?;
-                port.trim_end_matches('.').parse().ok()
-            })
+        let (driver, port) = (0..8)
+            .find_map(|_| start_driver())
             .expect("chromedriver says where it listens");
-        // It goes on writing.
-        std::thread::spawn(move || lines.for_each(drop));
         let profile = TempDir::new().unwrap();
         let folder = format!("--user-data-dir={}", profile.path().display());
         let arguments: Vec<&str> = ARGUMENTS.into_iter().chain([folder.as_str()]).collect();
