@@ -9,12 +9,11 @@ use quell::cache::BlockCache;
 use quell::device::cpu::{CpuDevice, CpuOptions, SimdLevel};
 use quell::model::ModelSource;
 use quell::runner::{ModelRunner, Runner};
-use quell::schedule::{Commit, Policy, Scheduler, SequenceSpec, StepPlan, Task};
+use quell::schedule::{Commit, Policy, Scheduler, SequenceSpec, StepPlan};
 use quell::weights::DType;
-use quell::{EngineConfig, SamplingParams, SessionId};
+use quell::{EngineConfig, SessionId};
 use std::error::Error;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 const BLOCK: usize = 16;
 /// Steps that are taken in any case.
@@ -42,17 +41,8 @@ fn main() -> ExitCode {
 }
 
 fn spec(index: usize, prompt: usize) -> SequenceSpec {
-    SequenceSpec {
-        prompt: (0..prompt).map(|i| (index * 100 + i) as u32).collect(),
-        task: Task::Generate,
-        max_tokens: 4000,
-        params: Arc::new(SamplingParams::greedy()),
-        stop_tokens: Arc::new([]),
-        priority: 0,
-        tenant: None,
-        session: None,
-        constraint: None,
-    }
+    let prompt = (0..prompt).map(|i| (index * 100 + i) as u32).collect();
+    SequenceSpec::new(prompt, 4000)
 }
 
 fn commit(scheduler: &mut Scheduler, plan: &StepPlan, tokens: impl Iterator<Item = u32>) {

@@ -8,11 +8,10 @@
 //! many sequences, measured in the same run: the cache's share of a step.
 
 use quell::cache::{BlockCache, BlockTable, Transfers};
-use quell::schedule::{Commit, Policy, Scheduler, SequenceSpec, Task};
-use quell::{Engine, EngineConfig, LoadOptions, Request, SamplingParams, SessionId, StepId};
+use quell::schedule::{Commit, Policy, Scheduler, SequenceSpec};
+use quell::{Engine, EngineConfig, LoadOptions, Request, SessionId, StepId};
 use std::error::Error;
 use std::hint::black_box;
-use std::sync::Arc;
 use std::time::Instant;
 
 const BLOCK: usize = 16;
@@ -87,17 +86,8 @@ fn scheduler_round(sequences: usize, prefixes: bool) -> f64 {
 }
 
 fn spec(index: usize) -> SequenceSpec {
-    SequenceSpec {
-        prompt: (0..PROMPT).map(|i| (index * 1000 + i) as u32).collect(),
-        task: Task::Generate,
-        max_tokens: PROMPT + ANSWER,
-        params: Arc::new(SamplingParams::greedy()),
-        stop_tokens: Arc::new([]),
-        priority: 0,
-        tenant: None,
-        session: None,
-        constraint: None,
-    }
+    let prompt = (0..PROMPT).map(|i| (index * 1000 + i) as u32).collect();
+    SequenceSpec::new(prompt, PROMPT + ANSWER)
 }
 
 /// Microseconds a decode step of a real model on the CPU device.

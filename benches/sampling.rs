@@ -3,18 +3,22 @@
 //!
 //! `cargo bench --bench sampling [-- --format json]`
 
+#[path = "common/results.rs"]
+mod results;
+
 use quell::device::cpu::{CpuDevice, CpuOptions};
 use quell::device::{Device, Precision};
 use quell::sampling::{SampleRow, SamplingParams, sample};
+use results::median;
 use serde_json::json;
 use std::error::Error;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 const ROUNDS: usize = 101;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let as_json = std::env::args().any(|argument| argument == "json");
+    let as_json = results::as_json();
     let defaults = SamplingParams::default();
     let cases = [
         ("greedy", SamplingParams::greedy()),
@@ -56,7 +60,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             },
         ),
     ];
-    let mut results = Vec::new();
+    let mut rows = Vec::new();
     if !as_json {
         println!("microseconds a row, medians of {ROUNDS}");
         println!("vocabulary  {:<24}  device  reference  ratio", "sampling");
@@ -95,25 +99,20 @@ fn main() -> Result<(), Box<dyn Error>> {
                 let ratio = theirs / ours;
                 println!("{vocabulary:>10}  {name:<24}  {ours:>6.1}  {theirs:>9.1}  {ratio:>5.1}");
             }
-            results.push(json!({
+            rows.push(json!({
                 "vocabulary": vocabulary, "sampling": name, "us": ours, "reference_us": theirs,
             }));
         }
     }
     if as_json {
-        let result = json!({
-            "what": "cargo bench --bench sampling -- --format json",
-            "version": env!("CARGO_PKG_VERSION"),
-            "results": results,
-        });
-        println!("{result:#}");
+        results::print_json(
+            "sampling",
+            json!({
+                "results": rows,
+            }),
+        );
     }
     Ok(())
-}
-
-fn median(mut times: Vec<Duration>) -> f64 {
-    times.sort_unstable();
-    times[times.len() / 2].as_secs_f64() * 1e6
 }
 
 /// Logits as models have them: a bell around a value well below the few likely ones.

@@ -9,16 +9,20 @@
 //! from launch to launch of an engine: commands, plan, launch, collect, commit, the
 //! ledger, the events to the readers, and the metrics. Nobody reads meanwhile.
 
+#[path = "common/results.rs"]
+mod results;
+
 use quell::cache::BlockCache;
 use quell::device::DeviceError;
 use quell::runner::{NullOptions, NullRunner, Runner, RunnerInfo, StepOutput};
-use quell::schedule::{Commit, Policy, Scheduler, SequenceSpec, Sequences, StepPlan, Task};
-use quell::{Engine, EngineConfig, LoadError, Request, SamplingParams, SessionId};
+use quell::schedule::{Commit, Policy, Scheduler, SequenceSpec, Sequences, StepPlan};
+use quell::{Engine, EngineConfig, LoadError, Request, SessionId};
+use results::median;
 use serde_json::{Value, json};
 use std::error::Error;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Barrier};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 const SEQUENCES: [usize; 5] = [1, 64, 256, 1024, 4096];
 const BLOCK: usize = 16;
@@ -30,7 +34,7 @@ const STEPS: usize = 256;
 const ROUNDS: usize = 5;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let as_json = std::env::args().any(|argument| argument == "json");
+    let as_json = results::as_json();
     let print = |line: String| {
         if !as_json {
             println!("{line}");
@@ -63,22 +67,17 @@ fn main() -> Result<(), Box<dyn Error>> {
         engine.push(json!({"sequences": sequences, "turn_us": turn}));
     }
     if as_json {
-        let result = json!({
-            "what": "cargo bench --bench schedule -- --format json",
-            "version": env!("CARGO_PKG_VERSION"),
-            "prompt_tokens": PROMPT,
-            "block_tokens": BLOCK,
-            "scheduler": scheduler,
-            "engine": engine,
-        });
-        println!("{result:#}");
+        results::print_json(
+            "schedule",
+            json!({
+                "prompt_tokens": PROMPT,
+                "block_tokens": BLOCK,
+                "scheduler": scheduler,
+                "engine": engine,
+            }),
+        );
     }
     Ok(())
-}
-
-fn median(mut times: Vec<Duration>) -> f64 {
-    times.sort_unstable();
-    times[times.len() / 2].as_secs_f64() * 1e6
 }
 
 /// Medians in microseconds.
@@ -171,17 +170,8 @@ fn filled(sequences: usize, hits: usize) -> Scheduler {
 
 /// The first `prompt` tokens of a prompt that no other index has.
 fn spec(index: usize, prompt: usize, max_tokens: usize) -> SequenceSpec {
-    SequenceSpec {
-        prompt: (0..prompt).map(|i| (index * 1000 + i) as u32).collect(),
-        task: Task::Generate,
-        max_tokens,
-        params: Arc::new(SamplingParams::greedy()),
-        stop_tokens: Arc::new([]),
-        priority: 0,
-        tenant: None,
-        session: None,
-        constraint: None,
-    }
+    let prompt = (0..prompt).map(|i| (index * 1000 + i) as u32).collect();
+    SequenceSpec::new(prompt, max_tokens)
 }
 
 /// A null device that says when each step was launched.

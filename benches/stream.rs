@@ -5,6 +5,9 @@
 //! Each stream has a task of its own on a tokio runtime of one thread, which reads it to
 //! its end. So two threads are at work: the scheduler's and the readers'.
 
+#[path = "common/results.rs"]
+mod results;
+
 use futures_util::StreamExt;
 use quell::runner::{NullOptions, NullRunner};
 use quell::{Engine, EngineConfig, Request};
@@ -18,8 +21,8 @@ const TOKENS: usize = 1 << 19;
 const ROUNDS: usize = 7;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let as_json = std::env::args().any(|argument| argument == "json");
-    let mut results = Vec::new();
+    let as_json = results::as_json();
+    let mut rows = Vec::new();
     if !as_json {
         println!("{TOKENS} tokens, medians of {ROUNDS} rounds");
         println!("streams  tokens a second  (slowest, fastest)");
@@ -34,19 +37,19 @@ fn main() -> Result<(), Box<dyn Error>> {
         if !as_json {
             println!("{streams:>7}  {median:>15.0}  ({slowest:.0}, {fastest:.0})");
         }
-        results.push(json!({
+        rows.push(json!({
             "streams": streams,
             "tokens_per_s": { "median": median, "min": slowest, "max": fastest },
         }));
     }
     if as_json {
-        let result = json!({
-            "what": "cargo bench --bench stream -- --format json",
-            "version": env!("CARGO_PKG_VERSION"),
-            "tokens": TOKENS,
-            "results": results,
-        });
-        println!("{result:#}");
+        results::print_json(
+            "stream",
+            json!({
+                "tokens": TOKENS,
+                "results": rows,
+            }),
+        );
     }
     Ok(())
 }

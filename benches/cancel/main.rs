@@ -9,6 +9,7 @@
 //! instead counts as freed only.
 
 mod latency;
+#[path = "../common/paced.rs"]
 mod paced;
 #[path = "../../tests/common/random.rs"]
 mod random;
@@ -63,7 +64,9 @@ impl Device {
                 return Engine::with_runner(config, None, move || NullRunner::start(null));
             }
             &Self::Paced(step) => {
-                return Engine::with_runner(config, None, move || PacedRunner::start(null, step));
+                return Engine::with_runner(config, None, move || {
+                    PacedRunner::start(null, step, paced::spin)
+                });
             }
             Self::Cpu(path) => (path, DeviceChoice::Cpu),
             Self::Cuda(path) => (path, DeviceChoice::Cuda(0)),

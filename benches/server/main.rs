@@ -11,13 +11,14 @@
 //! when tasks of the same runtime read the same streams and do nothing with them.
 
 mod client;
-mod pace;
+#[path = "../common/paced.rs"]
+mod paced;
 #[path = "../../tests/common/process.rs"]
 mod process;
 mod usage;
 
 use client::{Clients, Seen};
-use pace::SleepingRunner;
+use paced::PacedRunner;
 use quell::runner::{ModelFiles, NullOptions};
 use quell::server::{Server, ServerOptions};
 use quell::text::Tokenizer;
@@ -123,7 +124,7 @@ fn null_engine(model: &Path, load: Load) -> Result<Engine, Failure> {
         audit: false,
         ..EngineConfig::default()
     };
-    let make = move || SleepingRunner::start(options, STEP);
+    let make = move || PacedRunner::start(options, STEP, paced::sleep);
     Ok(Engine::with_runner(config, Some(tokenizer), make)?)
 }
 

@@ -208,10 +208,8 @@ mod tests {
     use crate::device::CacheShape;
     use crate::device::cpu::{CpuDevice, CpuOptions};
     use crate::id::SessionId;
-    use crate::sampling::SamplingParams;
-    use crate::schedule::{Policy, Scheduler, SequenceKey, SequenceSpec, Task};
+    use crate::schedule::{Policy, Scheduler, SequenceKey, SequenceSpec};
     use crate::weights::DType;
-    use std::sync::Arc;
 
     const BLOCKS: usize = 8;
     const LAYERS: usize = 2;
@@ -261,17 +259,7 @@ mod tests {
             ..Policy::default()
         };
         let mut scheduler = Scheduler::new(policy, BlockCache::new(BLOCKS, 16, true));
-        let spec = SequenceSpec {
-            prompt: (3..43).collect(),
-            task: Task::Generate,
-            max_tokens: 60,
-            params: Arc::new(SamplingParams::greedy()),
-            stop_tokens: Arc::new([]),
-            priority: 0,
-            tenant: None,
-            session: None,
-            constraint: None,
-        };
+        let spec = SequenceSpec::new((3..43).collect(), 60);
         let key = scheduler.add(SessionId(1), spec);
         (scheduler, key)
     }

@@ -5,8 +5,11 @@
 //! tokens may come at all.
 
 mod constraint;
+mod history;
 mod params;
 mod sampler;
+
+pub(crate) use history::HistoryCounts;
 
 pub use constraint::{Constraint, ConstraintError, ConstraintState};
 pub use params::{ParamError, SamplingParams};

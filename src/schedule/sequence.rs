@@ -84,6 +84,24 @@ pub struct SequenceSpec {
     pub constraint: Option<ConstraintState>,
 }
 
+impl SequenceSpec {
+    /// A sequence that continues `prompt` greedily up to `max_tokens` tokens, prompt and
+    /// answer together, and nothing else.
+    pub fn new(prompt: Vec<u32>, max_tokens: usize) -> Self {
+        Self {
+            prompt,
+            task: Task::Generate,
+            max_tokens,
+            params: Arc::new(SamplingParams::greedy()),
+            stop_tokens: Arc::new([]),
+            priority: 0,
+            tenant: None,
+            session: None,
+            constraint: None,
+        }
+    }
+}
+
 /// Where a sequence is; always exactly one of these (I2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
@@ -192,8 +210,8 @@ impl Sequence {
         /// Tokens.
         const RESERVED: usize = 1 << 15;
         let length = self.spec.max_tokens.min(self.tokens.len() + RESERVED);
-        self.tokens
-            .reserve_exact(length - self.tokens.len().min(length));
+        let more = length.saturating_sub(self.tokens.len());
+        self.tokens.reserve_exact(more);
         self.table.reserve(length.div_ceil(block_tokens));
     }
 

@@ -8,7 +8,7 @@
 use super::rowwise::Largest;
 use super::simd::{Isa, Kernel, LANES, Simd};
 use crate::sampling::reference::{MAX_GUMBEL, forbid, gumbel_of, penalise, philox, strongest};
-use crate::sampling::{self, SampleRow, Sampled, SamplingParams};
+use crate::sampling::{self, HistoryCounts, SampleRow, Sampled, SamplingParams};
 use std::cell::RefCell;
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
@@ -32,16 +32,12 @@ thread_local! {
 struct Scratch {
     /// The row's logits, if they are to be changed.
     logits: Vec<f32>,
-    /// Where a token's entry in `seen` is; its length is the vocabulary's.
-    entry_of: Vec<u32>,
+    counts: HistoryCounts,
     /// Tokens of the history, and how often each was generated.
-    seen: Vec<(u32, u32)>,
+    seen: Vec<[u32; 2]>,
     best: BinaryHeap<Candidate>,
     kept: Vec<(usize, f32)>,
 }
-
-/// No entry.
-const NONE: u32 = u32::MAX;
 
 impl Scratch {
     /// `None` where numbers are such that the reference is to decide.
@@ -111,23 +107,10 @@ impl Scratch {
         }
         self.seen.clear();
         self.seen.reserve_exact(logits.len());
-        self.entry_of
-            .resize(logits.len().max(self.entry_of.len()), NONE);
-        for (index, &token) in row.history.iter().enumerate() {
-            let Some(entry) = self.entry_of.get_mut(token as usize) else {
-                continue;
-            };
-            if *entry == NONE {
-                *entry = self.seen.len() as u32;
-                self.seen.push((token, 0));
-            }
-            self.seen[*entry as usize].1 += u32::from(index >= row.prompt_tokens);
-        }
-        for &(token, generated) in &self.seen {
-            self.entry_of[token as usize] = NONE;
-            if let Some(logit) = logits.get_mut(token as usize) {
-                *logit = penalise(*logit, generated, &row.params);
-            }
+        self.counts.count(row, logits.len(), &mut self.seen);
+        for &[token, generated] in &self.seen {
+            let logit = &mut logits[token as usize];
+            *logit = penalise(*logit, generated, &row.params);
         }
     }
 

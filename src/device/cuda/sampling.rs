@@ -12,7 +12,7 @@ use super::memory::{CudaTensor, Ptr, Scratch};
 use super::step::NONE;
 use super::transfer::{Download, Downloads, Uploads};
 use crate::device::{DeviceError, Precision};
-use crate::sampling::{SampleRow, Sampled, SamplingParams};
+use crate::sampling::{HistoryCounts, SampleRow, Sampled, SamplingParams};
 use std::rc::Rc;
 
 kernels! {
@@ -112,8 +112,7 @@ struct Request {
     entries: Vec<[u32; 2]>,
     /// The masks of the rows that have one, one after the other.
     masks: Vec<u32>,
-    /// A token's entry in the history that is being counted.
-    entry_of: Vec<u32>,
+    counts: HistoryCounts,
     reports: bool,
     top_stride: usize,
     /// Whether any row has a history to be counted.
@@ -129,7 +128,7 @@ impl Request {
             words: std::mem::take(&mut self.words),
             entries: std::mem::take(&mut self.entries),
             masks: std::mem::take(&mut self.masks),
-            entry_of: std::mem::take(&mut self.entry_of),
+            counts: std::mem::take(&mut self.counts),
             ..Self::default()
         };
         self.words.clear();
@@ -198,21 +197,8 @@ impl Request {
         if !row.params.needs_history() {
             return [NONE, 0];
         }
-        self.entry_of.resize(vocabulary, NONE);
         let start = self.entries.len();
-        for (index, &token) in row.history.iter().enumerate() {
-            let Some(entry) = self.entry_of.get_mut(token as usize) else {
-                continue;
-            };
-            if *entry == NONE {
-                *entry = self.entries.len() as u32;
-                self.entries.push([token, 0]);
-            }
-            self.entries[*entry as usize][1] += u32::from(index >= row.prompt_tokens);
-        }
-        for entry in &self.entries[start..] {
-            self.entry_of[entry[0] as usize] = NONE;
-        }
+        self.counts.count(row, vocabulary, &mut self.entries);
         let count = self.entries.len() - start;
         self.entries.push([NONE, 0]);
         [start as u32, count as u32]

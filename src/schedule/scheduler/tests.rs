@@ -3,7 +3,7 @@
 use super::super::Report;
 use super::*;
 use crate::config::Preemption;
-use crate::sampling::{Constraint, ConstraintState, SamplingParams};
+use crate::sampling::{Constraint, ConstraintState};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,17 +16,8 @@ struct Bench {
 }
 
 fn spec(prompt: Vec<u32>, new_tokens: usize) -> SequenceSpec {
-    SequenceSpec {
-        max_tokens: prompt.len() + new_tokens,
-        prompt,
-        task: Task::Generate,
-        params: Arc::new(SamplingParams::default()),
-        stop_tokens: Arc::new([]),
-        priority: 0,
-        tenant: None,
-        session: None,
-        constraint: None,
-    }
+    let max_tokens = prompt.len() + new_tokens;
+    SequenceSpec::new(prompt, max_tokens)
 }
 
 fn prompt(length: usize, seed: u32) -> Vec<u32> {

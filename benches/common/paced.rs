@@ -1,4 +1,4 @@
-//! A null device whose steps take time, without taking the processor.
+//! A null device whose steps take time: the processor's, or the clock's only.
 
 use quell::LoadError;
 use quell::device::DeviceError;
@@ -7,34 +7,51 @@ use quell::schedule::{Sequences, StepPlan};
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// A [`NullRunner`] whose steps run one after the other, each for the same time, during
-/// which the scheduler thread sleeps as it does when it waits for a GPU.
-pub struct SleepingRunner {
+/// A [`NullRunner`] whose steps run one after the other, each for the same time.
+pub struct PacedRunner {
     null: NullRunner,
     step: Duration,
+    /// Waits for a step to be done.
+    wait: fn(Instant),
     /// When the steps in flight will be done.
     done: VecDeque<Instant>,
     last: Instant,
 }
 
-impl SleepingRunner {
-    pub fn start(
-        options: NullOptions,
-        step: Duration,
-    ) -> Result<(Box<dyn Runner>, RunnerInfo), LoadError> {
-        let null = NullRunner::new(options);
-        let info = null.info();
-        let sleeping = Self {
-            null,
-            step,
-            done: VecDeque::new(),
-            last: Instant::now(),
-        };
-        Ok((Box::new(sleeping), info))
+/// Waits without giving the processor away, to the microsecond.
+#[allow(dead_code)] // each bench waits in its way
+pub fn spin(until: Instant) {
+    while Instant::now() < until {
+        std::hint::spin_loop();
     }
 }
 
-impl Runner for SleepingRunner {
+/// Sleeps, as the scheduler thread does when it waits for a GPU.
+#[allow(dead_code)] // each bench waits in its way
+pub fn sleep(until: Instant) {
+    std::thread::sleep(until.saturating_duration_since(Instant::now()));
+}
+
+impl PacedRunner {
+    pub fn start(
+        options: NullOptions,
+        step: Duration,
+        wait: fn(Instant),
+    ) -> Result<(Box<dyn Runner>, RunnerInfo), LoadError> {
+        let null = NullRunner::new(options);
+        let info = null.info();
+        let paced = Self {
+            null,
+            step,
+            wait,
+            done: VecDeque::new(),
+            last: Instant::now(),
+        };
+        Ok((Box::new(paced), info))
+    }
+}
+
+impl Runner for PacedRunner {
     fn depth(&self) -> usize {
         self.null.depth()
     }
@@ -47,7 +64,7 @@ impl Runner for SleepingRunner {
 
     fn collect(&mut self) -> Result<StepOutput, DeviceError> {
         if let Some(done) = self.done.pop_front() {
-            std::thread::sleep(done.saturating_duration_since(Instant::now()));
+            (self.wait)(done);
         }
         self.null.collect()
     }
