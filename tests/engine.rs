@@ -643,7 +643,7 @@ fn requests_beyond_the_limit_are_refused_as_overload_until_others_end() {
     let second = engine.generate(request(prompt(2, 5), 5)).unwrap();
     let refused = engine.generate(request(prompt(3, 5), 5)).unwrap_err();
     assert!(
-        matches!(refused, SubmitError::Overloaded { open: 2 }),
+        matches!(refused, SubmitError::Overloaded { open: 2, .. }),
         "{refused}"
     );
     drop(permit);
@@ -651,6 +651,48 @@ fn requests_beyond_the_limit_are_refused_as_overload_until_others_end() {
     second.complete_blocking().unwrap();
     idle(&engine);
     assert_eq!(token_ids(&engine, prompt(3, 5), 5).len(), 5);
+}
+
+#[test]
+fn a_batch_finds_places_for_all_its_answers_or_takes_none() {
+    let config = EngineConfig {
+        max_open_requests: 5,
+        ..EngineConfig::default()
+    };
+    let (permit, gate) = mpsc::channel();
+    let options = SimOptions {
+        gate: Some(gate),
+        ..SimOptions::default()
+    };
+    let engine = engine(options, config);
+    let batch = || vec![request(prompt(1, 5), 5), request(prompt(2, 5), 5)];
+    let never = engine.generate_batch(batch(), 3).unwrap_err();
+    assert!(
+        matches!(never, SubmitError::TooManyAnswers { count: 6, limit: 5 }),
+        "{never}"
+    );
+    let endless = engine.generate_batch(batch(), usize::MAX).unwrap_err();
+    assert!(matches!(endless, SubmitError::TooManyAnswers { .. }));
+    let others = engine.generate_batch(batch(), 1).unwrap();
+    let not_now = engine.generate_batch(batch(), 2).unwrap_err();
+    assert!(
+        matches!(not_now, SubmitError::Overloaded { open: 2, limit: 5 }),
+        "{not_now}"
+    );
+    // What is wrong with it is said first.
+    let mut wrong = batch();
+    wrong[1].max_tokens = Some(0);
+    let wrong = engine.generate_batch(wrong, 2).unwrap_err();
+    assert!(matches!(wrong, SubmitError::NoTokens), "{wrong}");
+    // No place was lost.
+    let third = engine.generate_batch(batch()[..1].to_vec(), 3).unwrap();
+    drop(permit);
+    for stream in others.into_iter().chain(third) {
+        assert_eq!(stream.complete_blocking().unwrap().tokens.len(), 5);
+    }
+    assert_eq!(idle(&engine).outcomes.accepted, 5);
+    assert_eq!(engine.generate_batch(batch(), 2).unwrap().len(), 4);
+    idle(&engine);
 }
 
 #[test]

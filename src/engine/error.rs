@@ -75,10 +75,20 @@ pub enum SubmitError {
     #[error(transparent)]
     Text(#[from] TextError),
     /// Too many requests are open.
-    #[error("{open} requests are open, the most that this engine accepts; try again later")]
+    #[error("{open} requests are open, and this engine accepts {limit} at once; try again later")]
     Overloaded {
         /// How many are open.
         open: usize,
+        /// [`EngineConfig::max_open_requests`](crate::EngineConfig).
+        limit: usize,
+    },
+    /// More answers are asked for at once than may ever be open.
+    #[error("{count} answers are asked for at once, but this engine accepts {limit}")]
+    TooManyAnswers {
+        /// Answers that are asked for.
+        count: usize,
+        /// [`EngineConfig::max_open_requests`](crate::EngineConfig).
+        limit: usize,
     },
     /// The session is already generating.
     #[error("the session is already generating; one turn at a time")]

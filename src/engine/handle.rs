@@ -4,7 +4,7 @@ use super::command::{AccountSpec, Command, Submission};
 use super::deadlines::RequestDeadlines;
 use super::event::{CancelReason, Receipt, SessionCell, channel};
 use super::metrics::EngineMetrics;
-use super::permit::Permit;
+use super::permit::{Permit, Permits};
 use super::record::RequestRecord;
 use super::stream::{Cancellation, StreamParts, TextState};
 use super::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -498,26 +498,34 @@ impl Engine {
     }
 
     /// As [`Engine::generate_samples`], for several requests: all are accepted, or none
-    /// is. The streams of a request follow each other, in the order of the requests.
+    /// is, as with [`SubmitError::Overloaded`] where some would find a place and others
+    /// not. The streams of a request follow each other, in the order of the requests.
     pub fn generate_batch(
         &self,
-        requests: Vec<Request>,
+        mut requests: Vec<Request>,
         samples: usize,
     ) -> Result<Vec<TokenStream>, SubmitError> {
         if samples == 0 {
             return Err(SubmitError::NoSamples);
         }
-        let mut streams = Vec::with_capacity(requests.len() * samples);
-        let mut groups = Vec::with_capacity(requests.len());
-        for mut request in requests {
+        // What is wrong with any is found before a place is taken.
+        for request in &mut requests {
             request.prompt = Prompt::Tokens(self.tokenize(&request.prompt)?);
-            let seed = request.sampling.seed;
+            self.check(request, request.task())?;
+        }
+        let answers = requests.len().saturating_mul(samples);
+        let limit = self.shared.config.max_open_requests;
+        let mut permits = Permits::acquire(&self.shared.open, answers, limit)?;
+        let mut streams = Vec::with_capacity(answers);
+        let mut groups = Vec::with_capacity(requests.len());
+        for request in requests {
+            let seeds = (0..samples as u64).map(|index| request.sampling.seed.wrapping_add(index));
             let mut group = Vec::with_capacity(samples);
-            for index in 0..samples as u64 {
+            for (seed, permit) in seeds.zip(&mut permits) {
                 let mut request = request.clone();
-                request.sampling.seed = seed.wrapping_add(index);
-                let task = request.task();
-                let (stream, submission) = self.prepare(request, task, None)?;
+                request.sampling.seed = seed;
+                let spec = self.check(&request, request.task())?;
+                let (stream, submission) = self.open(request, spec, None, permit);
                 streams.push(stream);
                 group.push(submission);
             }
@@ -591,27 +599,37 @@ impl Engine {
         task: Task,
         turn: Option<Turn>,
     ) -> Result<(TokenStream, Submission), SubmitError> {
+        let spec = self.check(&request, task)?;
+        let permit = Permit::acquire(&self.shared.open, self.shared.config.max_open_requests)?;
+        Ok(self.open(request, spec, turn, permit))
+    }
+
+    /// What the scheduler is to know of a request, unless something is wrong with it.
+    fn check(&self, request: &Request, task: Task) -> Result<SequenceSpec, SubmitError> {
         self.require_open()?;
         if self.shared.draining.load(Ordering::Acquire) {
             return Err(SubmitError::Draining);
         }
         let prompt = self.tokenize(&request.prompt)?;
-        let mut spec = self.sequence_spec(&request, task, prompt)?;
+        let spec = self.sequence_spec(request, task, prompt)?;
+        if !request.stop.is_empty() {
+            self.tokenizer_for("a stop string")?;
+        }
+        Ok(spec)
+    }
+
+    /// The two ends of a request that was checked and has its place.
+    fn open(
+        &self,
+        request: Request,
+        mut spec: SequenceSpec,
+        turn: Option<Turn>,
+        permit: Permit,
+    ) -> (TokenStream, Submission) {
         spec.session = turn.as_ref().map(|turn| turn.session);
-        let text = match &self.shared.tokenizer {
-            Some(tokenizer) => Some(TextState::new(
-                Arc::clone(tokenizer),
-                request.stop,
-                request.keep_special,
-            )),
-            None if request.stop.is_empty() => None,
-            None => {
-                return Err(SubmitError::NoTokenizer {
-                    needed_for: "a stop string",
-                });
-            }
-        };
-        let permit = Permit::acquire(&self.shared.open, self.shared.config.max_open_requests)?;
+        let tokenizer = self.shared.tokenizer.clone();
+        let text = tokenizer
+            .map(|tokenizer| TextState::new(tokenizer, request.stop, request.keep_special));
         let id = self.next_id();
         let cell = Arc::new(SessionCell::default());
         let (events, receiver) = channel(&cell, self.shared.config.stream_buffer);
@@ -653,7 +671,7 @@ impl Engine {
             turn,
             label: request.label,
         };
-        Ok((stream, Submission { id, spec, account }))
+        (stream, Submission { id, spec, account })
     }
 
     /// Cancels every open request.

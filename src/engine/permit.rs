@@ -10,13 +10,59 @@ pub(crate) struct Permit(Arc<AtomicUsize>);
 impl Permit {
     /// Takes a place, unless `limit` are taken.
     pub fn acquire(open: &Arc<AtomicUsize>, limit: usize) -> Result<Self, SubmitError> {
-        let taken = open.fetch_update(Ordering::AcqRel, Ordering::Acquire, |count| {
-            (count < limit).then_some(count + 1)
-        });
-        match taken {
-            Ok(_) => Ok(Self(Arc::clone(open))),
-            Err(open) => Err(SubmitError::Overloaded { open }),
+        take(open, 1, limit)?;
+        Ok(Self(Arc::clone(open)))
+    }
+}
+
+/// Takes `count` places or none.
+fn take(open: &AtomicUsize, count: usize, limit: usize) -> Result<(), SubmitError> {
+    let taken = open.fetch_update(Ordering::AcqRel, Ordering::Acquire, |taken| {
+        taken.checked_add(count).filter(|&all| all <= limit)
+    });
+    match taken {
+        Ok(_) => Ok(()),
+        Err(open) => Err(SubmitError::Overloaded { open, limit }),
+    }
+}
+
+/// Places that are taken together and handed out one by one; those that are left are
+/// given back when this is dropped.
+pub(crate) struct Permits {
+    open: Arc<AtomicUsize>,
+    left: usize,
+}
+
+impl Permits {
+    /// Takes `count` places or none.
+    pub fn acquire(
+        open: &Arc<AtomicUsize>,
+        count: usize,
+        limit: usize,
+    ) -> Result<Self, SubmitError> {
+        if count > limit {
+            return Err(SubmitError::TooManyAnswers { count, limit });
         }
+        take(open, count, limit)?;
+        Ok(Self {
+            open: Arc::clone(open),
+            left: count,
+        })
+    }
+}
+
+impl Iterator for Permits {
+    type Item = Permit;
+
+    fn next(&mut self) -> Option<Permit> {
+        self.left = self.left.checked_sub(1)?;
+        Some(Permit(Arc::clone(&self.open)))
+    }
+}
+
+impl Drop for Permits {
+    fn drop(&mut self) {
+        self.open.fetch_sub(self.left, Ordering::AcqRel);
     }
 }
 

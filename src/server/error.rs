@@ -103,7 +103,7 @@ impl From<SubmitError> for ApiError {
             SubmitError::NoEmbeddings => invalid("model"),
             SubmitError::Params(error) => invalid(error.name),
             SubmitError::NoTokens => invalid("max_tokens"),
-            SubmitError::NoSamples => invalid("n"),
+            SubmitError::NoSamples | SubmitError::TooManyAnswers { .. } => invalid("n"),
             SubmitError::EmptyStop { .. } => invalid("stop"),
             _ => invalid("prompt"),
         }

@@ -102,7 +102,7 @@ fn every_place_is_free(engine: &Engine) {
     // Some may have come to their end meanwhile.
     if let Err(refused) = refused {
         assert!(
-            matches!(refused, SubmitError::Overloaded { open: OPEN }),
+            matches!(refused, SubmitError::Overloaded { open: OPEN, .. }),
             "{refused}"
         );
     }

@@ -429,7 +429,7 @@ fn the_door_lets_one_in_at_a_time() {
         let other = engine.clone();
         let answered = |engine: &Engine| match engine.generate(request(1)) {
             Ok(stream) => matches!(read(stream).1, Ok(Outcome::Length)),
-            Err(SubmitError::Overloaded { open: 1 }) => false,
+            Err(SubmitError::Overloaded { open: 1, .. }) => false,
             Err(error) => panic!("{error}"),
         };
         let rival = thread::spawn(move || answered(&other));

@@ -498,7 +498,7 @@ impl Callers {
                         }
                     }
                     Err(error) => {
-                        // Some of the streams were made, and are dropped.
+                        // Where the engine had closed, the streams were made, and are dropped.
                         self.late += *samples as u64;
                         self.refused(&error);
                     }
