@@ -56,11 +56,7 @@ impl LoadOptions {
         }
         #[cfg(not(feature = "cuda"))]
         refuse_cuda(self.device)?;
-        // On a thread of its own: a device binds the one that makes it to its first core.
-        let cpu = &self.cpu;
-        let make = || CpuDevice::new(cpu).map(|device| device.info());
-        let info = std::thread::scope(|scope| scope.spawn(make).join());
-        Ok(info.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?)
+        Ok(CpuDevice::new(&self.cpu)?.info())
     }
 }
 

@@ -98,7 +98,8 @@ const MAPPING: usize = 64 << 20;
 
 /// Gives out buffers that are parts of large mappings, in large pages where the system has
 /// them: for weights, which are read from end to end for every token, so that each page
-/// has to be found anew. A mapping goes with the last of its buffers.
+/// has to be found anew. A mapping goes with the last of its buffers, the current one with
+/// the arena; what a buffer leaves is not given out again.
 #[derive(Default)]
 pub(crate) struct Arena {
     mapping: Option<Arc<Mapping>>,

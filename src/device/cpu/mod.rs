@@ -93,7 +93,7 @@ impl CpuDevice {
         let threads = options
             .threads
             .unwrap_or_else(|| match options.cores.len() {
-                0 => std::thread::available_parallelism().map_or(1, |count| count.get()),
+                0 => workers::parallelism(),
                 cores => cores,
             });
         let kv_half = match options.kv {
@@ -692,13 +692,16 @@ impl Device for CpuDevice {
         samples.clear();
         samples.resize(rows.len(), nothing);
         let out = Disjoint::new(&mut samples);
-        self.workers.run("sample", rows.len(), 1, |range| {
+        self.workers.begin_step();
+        let chosen = self.workers.run("sample", rows.len(), 1, |range| {
             for row in range {
                 // SAFETY: a row is one item.
                 let out = unsafe { &mut out.range(row, 1)[0] };
                 *out = sampling::choose(isa, logits.row(row), &rows[row]);
             }
-        })?;
+        });
+        self.workers.end_step();
+        chosen?;
         self.sampled.clear();
         self.sampled
             .extend(samples.iter().map(|sample| sample.token));
@@ -710,7 +713,9 @@ impl Device for CpuDevice {
     }
 
     fn recycle(&mut self, samples: Vec<Sampled>) {
-        self.spare_samples = samples;
+        if samples.capacity() > self.spare_samples.capacity() {
+            self.spare_samples = samples;
+        }
     }
 
     fn pool(

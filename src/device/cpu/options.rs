@@ -7,12 +7,13 @@
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CpuOptions {
     /// Threads that compute, the calling one included; one for each of `cores` when
-    /// `None`, and without these all that the process may use.
+    /// `None`, and without these as many as the process may use.
     pub threads: Option<usize>,
     /// Which of the machine's logical processors they run on, the calling thread on the
-    /// first: one each, and round again if there are fewer. The system chooses if it is
-    /// empty. An engine does best on the cores of one socket, which also has its memory
-    /// then; of cores that differ in speed, the faster ones take more of the work.
+    /// first from its first operation on: one each, and round again if there are fewer.
+    /// The system chooses if it is empty, and the engines of a process then share the
+    /// processors. An engine does best on the cores of one socket, which also has its
+    /// memory then; of cores that differ in speed, the faster ones take more of the work.
     pub cores: Vec<usize>,
     /// The instruction set.
     pub simd: SimdLevel,

@@ -11,7 +11,8 @@
 //!
 //! Several engines may share a process: those that are in the middle of a step share the
 //! processors evenly, and workers beyond an engine's share sleep. So each of many busy
-//! engines has its own thread, and one busy engine has all of them.
+//! engines has its own thread, and one busy engine has all of them. Engines that are bound
+//! to processors are left out of that: whoever binds them has divided the machine.
 
 use crate::device::DeviceError;
 use std::any::Any;
@@ -26,6 +27,12 @@ use std::time::{Duration, Instant};
 /// How long an idle worker looks for the next job before it sleeps.
 const SPIN: Duration = Duration::from_micros(150);
 
+/// The processors that this process may use, read before a thread is bound to any.
+static PROCESSORS: LazyLock<Vec<usize>> = LazyLock::new(|| {
+    let known = core_affinity::get_core_ids().unwrap_or_default();
+    known.into_iter().map(|core| core.id).collect()
+});
+
 /// How many threads of this process may compute at a time, and how many engines do.
 struct Budget {
     threads: usize,
@@ -33,11 +40,16 @@ struct Budget {
     engines: AtomicUsize,
 }
 
-/// That of all engines.
+/// That of all engines that are not bound to processors.
 static PROCESS: LazyLock<Arc<Budget>> = LazyLock::new(|| {
     let threads = std::thread::available_parallelism().map_or(1, |count| count.get());
     Arc::new(Budget::new(threads))
 });
+
+/// How many threads of this process can compute at a time.
+pub(crate) fn parallelism() -> usize {
+    PROCESS.threads
+}
 
 impl Budget {
     fn new(threads: usize) -> Self {
@@ -70,12 +82,15 @@ type Job<'a> = &'a (dyn Fn(Range<usize>) + Sync);
 pub(crate) struct Workers {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    /// Where the thread that computes with them is to be bound, until it is.
+    bind_caller: Option<usize>,
     /// Whether the calling thread is in the middle of a step.
     in_step: bool,
 }
 
 struct Shared {
-    budget: Arc<Budget>,
+    /// None for an engine that shares nothing.
+    budget: Option<Arc<Budget>>,
     /// Of this engine, the caller included.
     threads: usize,
     /// `job number · NEXT | OPEN? | workers in the job`.
@@ -89,9 +104,8 @@ struct Shared {
     panicked: AtomicBool,
     message: Mutex<String>,
     stop: AtomicBool,
-    /// Workers asleep or about to be.
-    sleepers: AtomicUsize,
-    wake: (Mutex<()>, Condvar),
+    /// Which workers are asleep or about to be; the first is number 1.
+    asleep: Box<[AtomicBool]>,
     /// Whether the caller sleeps until the last worker leaves.
     caller_sleeps: AtomicBool,
     left: (Mutex<()>, Condvar),
@@ -105,17 +119,19 @@ unsafe impl Send for Shared {}
 
 impl Workers {
     /// `threads` of them, the caller included; 0 counts as 1. Each is bound to one of
-    /// `cores`, if there are any.
+    /// `cores`, if there are any; the caller when it first computes with them.
     pub(crate) fn new(threads: usize, cores: &[usize]) -> Result<Self, DeviceError> {
         check_cores(cores)?;
-        let budget = Arc::clone(&PROCESS);
+        let budget = cores.is_empty().then(|| Arc::clone(&PROCESS));
         Self::within(budget, threads, cores)
     }
 
-    fn within(budget: Arc<Budget>, threads: usize, cores: &[usize]) -> Result<Self, DeviceError> {
-        if let Some(&core) = cores.first() {
-            bind(core);
-        }
+    fn within(
+        budget: Option<Arc<Budget>>,
+        threads: usize,
+        cores: &[usize],
+    ) -> Result<Self, DeviceError> {
+        let asleep = (1..threads).map(|_| AtomicBool::new(false));
         let shared = Arc::new(Shared {
             budget,
             threads,
@@ -127,8 +143,7 @@ impl Workers {
             panicked: AtomicBool::new(false),
             message: Mutex::new(String::new()),
             stop: AtomicBool::new(false),
-            sleepers: AtomicUsize::new(0),
-            wake: Default::default(),
+            asleep: asleep.collect(),
             caller_sleeps: AtomicBool::new(false),
             left: Default::default(),
         });
@@ -136,6 +151,7 @@ impl Workers {
         let mut workers = Self {
             shared,
             threads: Vec::new(),
+            bind_caller: cores.first().copied(),
             in_step: false,
         };
         for index in 1..threads {
@@ -159,15 +175,21 @@ impl Workers {
 
     /// A step begins: until its end this engine counts as busy.
     pub(crate) fn begin_step(&mut self) {
+        let Some(budget) = &self.shared.budget else {
+            return;
+        };
         if !std::mem::replace(&mut self.in_step, true) {
-            self.shared.budget.engines.fetch_add(1, Ordering::Relaxed);
+            budget.engines.fetch_add(1, Ordering::Relaxed);
         }
     }
 
     /// The step that was begun is over.
     pub(crate) fn end_step(&mut self) {
+        let Some(budget) = &self.shared.budget else {
+            return;
+        };
         if std::mem::take(&mut self.in_step) {
-            self.shared.budget.engines.fetch_sub(1, Ordering::Relaxed);
+            budget.engines.fetch_sub(1, Ordering::Relaxed);
         }
     }
 
@@ -188,6 +210,7 @@ impl Workers {
         grain: usize,
         job: impl Fn(Range<usize>) + Sync,
     ) -> Result<(), DeviceError> {
+        self.bind_caller.take().into_iter().for_each(bind);
         let grain = grain.max(1);
         let alone = self.threads.is_empty() || items <= grain;
         let outcome = if alone {
@@ -226,9 +249,11 @@ impl Workers {
         shared
             .state
             .store(state.wrapping_add(NEXT) | OPEN, Ordering::SeqCst);
-        if shared.sleepers.load(Ordering::SeqCst) > 0 && shared.may_join(1) {
-            drop(lock(&shared.wake.0));
-            shared.wake.1.notify_all();
+        let share = shared.share();
+        for (worker, asleep) in self.threads.iter().zip(&shared.asleep).take(share - 1) {
+            if asleep.load(Ordering::SeqCst) {
+                worker.thread().unpark();
+            }
         }
         shared.claim(job);
         let joined = shared.state.fetch_and(!OPEN, Ordering::SeqCst) & JOINED;
@@ -246,9 +271,8 @@ impl Drop for Workers {
     fn drop(&mut self) {
         self.end_step();
         self.shared.stop.store(true, Ordering::SeqCst);
-        drop(lock(&self.shared.wake.0));
-        self.shared.wake.1.notify_all();
         for thread in self.threads.drain(..) {
+            thread.thread().unpark();
             // A worker catches the panics of its jobs, so it has nothing to report.
             let _ = thread.join();
         }
@@ -256,9 +280,15 @@ impl Drop for Workers {
 }
 
 impl Shared {
+    /// How many threads of this engine may compute now, the caller included.
+    fn share(&self) -> usize {
+        let budget = self.budget.as_ref();
+        budget.map_or(self.threads.max(1), |budget| budget.share(self.threads))
+    }
+
     /// Whether the `index`-th thread is within the engine's share; the caller is number 0.
     fn may_join(&self, index: usize) -> bool {
-        index < self.budget.share(self.threads)
+        index < self.share()
     }
 
     /// The life of the `index`-th thread.
@@ -289,20 +319,15 @@ impl Shared {
             if self.may_join(index) && idle.spin(SPIN) {
                 continue;
             }
-            // Sleep. The count goes up before the state is looked at again, and the
-            // caller opens a job before it looks at the count: one of the two sees
+            // Sleep. The flag goes up before the state is looked at again, and the
+            // caller opens a job before it looks at the flag: one of the two sees
             // the other.
-            self.sleepers.fetch_add(1, Ordering::SeqCst);
-            let mut guard = lock(&self.wake.0);
+            let asleep = &self.asleep[index - 1];
+            asleep.store(true, Ordering::SeqCst);
             while !self.stop.load(Ordering::SeqCst) && !self.joinable(index, *done) {
-                guard = self
-                    .wake
-                    .1
-                    .wait(guard)
-                    .unwrap_or_else(PoisonError::into_inner);
+                std::thread::park();
             }
-            drop(guard);
-            self.sleepers.fetch_sub(1, Ordering::SeqCst);
+            asleep.store(false, Ordering::SeqCst);
             idle = Idle::new();
         }
     }
@@ -397,11 +422,7 @@ impl Idle {
 
 /// Fails unless the process may use each of these processors.
 fn check_cores(cores: &[usize]) -> Result<(), DeviceError> {
-    if cores.is_empty() {
-        return Ok(());
-    }
-    let known = core_affinity::get_core_ids().unwrap_or_default();
-    let known: Vec<usize> = known.into_iter().map(|core| core.id).collect();
+    let known = &*PROCESSORS;
     match cores.iter().find(|core| !known.contains(core)) {
         Some(core) => Err(DeviceError::Unavailable {
             device: "cpu".to_owned(),
@@ -474,7 +495,7 @@ mod tests {
     }
 
     fn within(threads: usize, budget: &Arc<Budget>) -> Workers {
-        Workers::within(Arc::clone(budget), threads, &[]).unwrap()
+        Workers::within(Some(Arc::clone(budget)), threads, &[]).unwrap()
     }
 
     #[test]
@@ -512,9 +533,14 @@ mod tests {
     fn threads_run_on_the_cores_that_they_are_given_and_no_others_are_taken() {
         let allowed = || core_affinity::get_core_ids().unwrap();
         let last = allowed().last().unwrap().id;
-        // In a thread of its own, which it binds.
+        let before: Vec<_> = allowed().iter().map(|core| core.id).collect();
+        // In a thread of its own, which is bound when it computes, and not before.
         let seen = std::thread::spawn(move || {
             let mut workers = Workers::new(2, &[last]).unwrap();
+            assert_eq!(
+                allowed().iter().map(|core| core.id).collect::<Vec<_>>(),
+                before
+            );
             let seen = Mutex::new(Vec::new());
             workers
                 .run("a test", 100, 1, |_| lock(&seen).push(allowed()))
@@ -533,7 +559,8 @@ mod tests {
         let mut workers = Workers::new(3, &[]).unwrap();
         // Every worker has slept once it is counted; jobs run before and after.
         workers.run("a test", 8, 1, |_| {}).unwrap();
-        while workers.shared.sleepers.load(Ordering::SeqCst) < 2 {
+        let asleep = |worker: &AtomicBool| worker.load(Ordering::SeqCst);
+        while !workers.shared.asleep.iter().all(asleep) {
             std::thread::yield_now();
         }
         let total = AtomicUsize::new(0);
