@@ -122,6 +122,7 @@ impl Scratch {
             return Some(0);
         }
         let best = logits.iter().position(|&logit| logit == max)?;
+        let max = logits[best]; // of the two zeros, the first
         if params.temperature == 0.0 || max == f32::INFINITY {
             return Some(best as u32);
         }
@@ -155,13 +156,19 @@ impl Scratch {
             self.take_likely(isa, logits, scale, f64::from(params.top_p))
         };
         if params.top_p < 1.0 {
-            let mut sum = 0.0;
-            let enough = self.kept.iter().position(|(_, score)| {
-                sum += f64::from(score.exp());
-                sum >= f64::from(params.top_p) * total
+            let p = f64::from(params.top_p);
+            let rounding = match params.top_k {
+                0 => ROUNDING,
+                _ => 0.0, // the sum is the reference's
+            };
+            let cut = nucleus(&self.kept, p, total, rounding).or_else(|| {
+                let weights = logits
+                    .iter()
+                    .map(|logit| f64::from(((logit - max) * inverse).exp()));
+                let total = weights.filter(|weight| !weight.is_nan()).sum();
+                nucleus(&self.kept, p, total, EXACT_ROUNDING)
             });
-            let enough = enough.map_or(self.kept.len(), |index| index + 1);
-            self.kept.truncate(enough);
+            self.kept.truncate(cut?);
         }
         let kept = self.kept.iter().copied();
         let noise = |token: usize| gumbel_of(noise(token as u32));
@@ -195,7 +202,7 @@ impl Scratch {
         let weights = isa.dispatch(Weights { logits, scale });
         let [total, above @ ..] = weights;
         // A little more than enough: the sums are rounded.
-        let enough = p * total * (1.0 + 1e-5);
+        let enough = (p + ROUNDING) * total;
         let depths = DEPTHS.iter().zip(above);
         let depth = depths
             .filter(|(_, sum)| *sum >= enough)
@@ -211,6 +218,22 @@ impl Scratch {
         self.kept.sort_unstable_by(descending);
         total
     }
+}
+
+/// How many of the best tokens reach the share `p` of all weights, whose sum is `total`;
+/// `None` where that depends on how the sum was rounded, by so much of itself at most.
+fn nucleus(best: &[(usize, f32)], p: f64, total: f64, rounding: f64) -> Option<usize> {
+    let mut sum = 0.0;
+    for (index, (_, score)) in best.iter().enumerate() {
+        sum += f64::from(score.exp());
+        if (sum - p * total).abs() < rounding * total {
+            return None;
+        }
+        if sum >= p * total {
+            return Some(index + 1);
+        }
+    }
+    Some(best.len())
 }
 
 fn key(params: &SamplingParams) -> [u32; 2] {
@@ -274,6 +297,13 @@ fn lanes<S: Simd>(s: S, value: S::F) -> [f32; LANES] {
 
 /// Vectors that are added up in float32 before they go to the float64 sum.
 const RUN: usize = 32;
+
+/// By what share of itself a sum of weights may be wrong: those of a run are added up in
+/// float32, and each is off by two units in its last place.
+const ROUNDING: f64 = 4e-6;
+
+/// As [`ROUNDING`], of sums in float64 that only differ in their order.
+const EXACT_ROUNDING: f64 = 1e-10;
 
 /// Σ e^(logit − max).
 struct ExpSum<'a> {
@@ -569,6 +599,64 @@ mod tests {
             }
         }
         assert!(compared >= 200, "{compared}");
+    }
+
+    #[test]
+    fn what_is_close_or_no_number_is_as_in_the_reference() {
+        let reported = SamplingParams {
+            logprobs: Some(3),
+            ..SamplingParams::default()
+        };
+        let top_k = SamplingParams {
+            top_k: 1,
+            ..SamplingParams::default()
+        };
+        let top_p = |top_p| SamplingParams {
+            top_p,
+            ..SamplingParams::default()
+        };
+        // The sum of weights reaches the share exactly, but for its rounding.
+        let mut rows = vec![
+            (vec![0.0, -0.21], top_p(0.552_307_9)),
+            (vec![0.0, -0.09], top_p(0.522_484_84)),
+            (vec![0.0; 4], top_p(0.5)),
+            (vec![-0.0, 0.0], top_k.clone()),
+            (vec![0.0, -0.0], top_k.clone()),
+        ];
+        let all = [SamplingParams::greedy(), reported, top_k, top_p(0.9)];
+        for params in all.into_iter().chain([SamplingParams::default()]) {
+            for (fill, special) in [
+                (f32::NAN, f32::NAN),
+                (f32::INFINITY, f32::INFINITY),
+                (f32::NEG_INFINITY, f32::NEG_INFINITY),
+                (f32::NEG_INFINITY, f32::NAN),
+                (f32::NEG_INFINITY, f32::INFINITY),
+                (f32::NEG_INFINITY, 1.0),
+                (0.25, f32::NAN),
+            ] {
+                let mut logits = vec![fill; 40];
+                (logits[0], logits[17], logits[30]) = (f32::NAN, special, special);
+                rows.push((logits, params.clone()));
+            }
+        }
+        for (logits, params) in rows {
+            for position in 0..64 {
+                let row = SampleRow {
+                    params: Arc::new(params.clone()),
+                    position,
+                    ..SampleRow::default()
+                };
+                let expected = sampling::sample(&mut logits.clone(), &row);
+                for isa in levels() {
+                    let found = choose(isa, &logits, &row);
+                    let what = format!("{} {logits:?} {params:?}", isa.name());
+                    assert_eq!(found.token, expected.token, "{what}");
+                    let ids = |sampled: &Sampled| sampled.top.iter().map(|top| top.0).collect();
+                    let (found, expected): (Vec<u32>, Vec<u32>) = (ids(&found), ids(&expected));
+                    assert_eq!(found, expected, "{what}");
+                }
+            }
+        }
     }
 
     #[test]
