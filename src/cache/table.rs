@@ -19,6 +19,11 @@ impl BlockTable {
         self.blocks.reserve_exact(blocks.saturating_sub(self.len()));
     }
 
+    /// Gives back the room that it does not need.
+    pub fn shrink(&mut self) {
+        self.blocks.shrink_to_fit();
+    }
+
     /// Number of blocks.
     pub fn len(&self) -> usize {
         self.blocks.len()

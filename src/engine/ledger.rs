@@ -129,7 +129,10 @@ impl Readers {
     }
 
     fn wake(&mut self) {
-        self.0.drain(..).map(Some).for_each(wake);
+        self.0.reverse(); // the first is woken first
+        while let Some(reader) = self.0.pop() {
+            wake(Some(reader));
+        }
     }
 }
 
@@ -489,6 +492,7 @@ mod tests {
     use crate::engine::sync::Receiver;
     use crate::engine::sync::atomic::AtomicUsize;
     use slotmap::SlotMap;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::task::Wake;
     use std::time::Duration;
 
@@ -610,11 +614,41 @@ mod tests {
         assert_eq!(seen, [1, 3]);
     }
 
+    /// A waker that panics, and a log that panics when it hears of that.
+    struct Panics;
+
+    impl Wake for Panics {
+        fn wake(self: Arc<Self>) {
+            panic!("the waker of a caller");
+        }
+    }
+
+    impl tracing::Subscriber for Panics {
+        fn enabled(&self, _: &tracing::Metadata<'_>) -> bool {
+            true
+        }
+        fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+            tracing::span::Id::from_u64(1)
+        }
+        fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+        fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+        fn event(&self, _: &tracing::Event<'_>) {
+            panic!("the log");
+        }
+        fn enter(&self, _: &tracing::span::Id) {}
+        fn exit(&self, _: &tracing::span::Id) {}
+    }
+
     #[test]
     fn readers_that_were_to_be_woken_are_woken_whatever_happens() {
         let reader = Arc::new(Reader::default());
         let mut readers = Readers::default();
+        readers.add(Some(Waker::from(Arc::new(Panics))));
         readers.add(Some(Waker::from(Arc::clone(&reader))));
+        let all_woken = catch_unwind(AssertUnwindSafe(|| {
+            tracing::subscriber::with_default(Panics, || readers.wake());
+        }));
+        assert!(all_woken.is_err());
         drop(readers);
         assert_eq!(reader.woken.load(Ordering::SeqCst), 1);
     }

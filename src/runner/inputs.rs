@@ -19,7 +19,8 @@ pub(super) struct Inputs {
 }
 
 impl Inputs {
-    /// With room for the block tables of sequences that hold so many blocks together.
+    /// With room for the block tables of sequences that hold so many blocks together,
+    /// those that several hold counted several times.
     pub fn new(blocks: usize) -> Self {
         let mut inputs = Self::default();
         inputs.batch.tables.reserve_exact(blocks);
@@ -53,11 +54,7 @@ impl Inputs {
             }
             if item.sample {
                 batch.sample_rows.push(batch.rows() - 1);
-                let history = match sequence.spec.params.needs_history() {
-                    true => spare_histories.pop().unwrap_or_default(),
-                    false => Vec::new(),
-                };
-                samples.push(sample_row(item, sequence, history));
+                samples.push(sample_row(item, sequence, spare_histories));
             }
         }
     }
@@ -67,7 +64,12 @@ impl Inputs {
     pub fn clear(&mut self) {
         self.batch.clear();
         self.pooled.clear();
-        let histories = self.samples.drain(..).map(|row| row.history);
+        if self.samples.is_empty() {
+            return;
+        }
+        // As many as this step had, the first on top: the next step has the same rows.
+        self.spare_histories.clear();
+        let histories = self.samples.drain(..).rev().map(|row| row.history);
         let used = histories.filter(|history| history.capacity() > 0);
         self.spare_histories.extend(used);
     }
@@ -106,11 +108,13 @@ fn add_item(item: &PlanItem, sequence: &Sequence, block_tokens: usize, batch: &m
     });
 }
 
-/// `history` is memory for the sequence's tokens, if they are needed.
-fn sample_row(item: &PlanItem, sequence: &Sequence, mut history: Vec<u32>) -> SampleRow {
+/// `spares` is memory for the sequence's tokens, if they are needed.
+fn sample_row(item: &PlanItem, sequence: &Sequence, spares: &mut Vec<Vec<u32>>) -> SampleRow {
     let params = &sequence.spec.params;
-    history.clear();
+    let mut history = Vec::new();
     if params.needs_history() {
+        history = spares.pop().unwrap_or_default();
+        history.clear();
         // As much room as the sequence has: the next step's history is longer.
         history.reserve_exact(sequence.tokens.capacity());
         history.extend_from_slice(&sequence.tokens);

@@ -384,10 +384,11 @@ impl Scheduler {
         let tokens = tokens.min(sequence.written).min(sequence.tokens.len());
         let touched = sequence.touched;
         let blocks = self.cache.truncate(&mut sequence.table, tokens, touched);
-        let table = std::mem::take(&mut sequence.table);
+        let mut table = std::mem::take(&mut sequence.table);
         if table.is_empty() {
             return blocks;
         }
+        table.shrink();
         let cap = self.policy.max_pinned_blocks;
         let fits = self.retained.pinned_blocks() + table.len() <= cap;
         self.totals.pins_refused += u64::from(pin_until.is_some() && !fits);

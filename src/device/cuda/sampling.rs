@@ -92,7 +92,9 @@ impl Sampler {
     }
 
     pub(super) fn recycle(&mut self, samples: Vec<Sampled>) {
-        self.spare_samples = samples;
+        if samples.capacity() > self.spare_samples.capacity() {
+            self.spare_samples = samples;
+        }
     }
 }
 
