@@ -17,7 +17,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let runtime = tokio::runtime::Runtime::new()?;
     for client in 0..CLIENTS {
         let prompt = format!("Here is what happened to me on day {client} of my journey:");
-        let mut answer = engine.generate(Request::new(prompt).max_tokens(1000))?;
+        let mut request = Request::new(prompt).max_tokens(1000);
+        request.ignore_eos = true;
+        let mut answer = engine.generate(request)?;
         runtime.spawn(async move {
             while let Some(Ok(chunk)) = answer.next().await {
                 // A server would write this to its client.

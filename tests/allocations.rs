@@ -4,11 +4,15 @@
 #[path = "common/model.rs"]
 mod model;
 
-use quell::runner::{NullOptions, NullRunner};
-use quell::{Engine, EngineConfig, LoadOptions, Request, SamplingParams};
+use quell::device::DeviceError;
+use quell::runner::{ModelFiles, NullOptions, NullRunner, Runner, RunnerInfo, StepOutput};
+use quell::schedule::{Sequences, StepPlan};
+use quell::{Engine, EngineConfig, LoadError, LoadOptions, Request, SamplingParams};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, channel};
 
 /// Counts what all threads allocate, but for those that read.
 struct Counting;
@@ -50,62 +54,115 @@ unsafe impl GlobalAlloc for Counting {
 static ALLOCATOR: Counting = Counting;
 
 const STREAMS: u32 = 8;
-/// The tokens of each stream between which allocations are counted: blocks are filled
-/// and published there, and new ones taken.
+/// The steps between which allocations are counted: all streams decode, blocks are filled
+/// and published, and new ones taken.
 const FROM: usize = 20;
 const TO: usize = 120;
 
-/// What is allocated while all streams decode.
-fn allocations(engine: &Engine, request: impl Fn(Vec<u32>) -> Request) -> usize {
-    let streams = (0..STREAMS).map(|index| {
-        let mut request = request((0..16).map(|i| 5 + 16 * index + i).collect());
-        request.ignore_eos = true;
-        engine.generate(request.max_tokens(TO + 20)).unwrap()
-    });
-    let mut streams: Vec<_> = streams.collect();
-    let mut read_to = |token: usize, from: usize| {
-        for _ in from..token {
-            for stream in &mut streams {
-                let chunk = stream.next_blocking().unwrap().unwrap();
-                assert!(chunk.token.is_some());
-            }
-        }
-        ALLOCATIONS.load(Ordering::Relaxed)
-    };
-    let before = read_to(FROM, 0);
-    read_to(TO, FROM) - before
+/// A runner that begins when it is told to, and looks at the count when it launches the
+/// first and the last of the counted steps.
+struct Counted {
+    runner: Box<dyn Runner>,
+    begin: Receiver<()>,
+    launched: usize,
+    /// What the count was then.
+    counts: Arc<[AtomicUsize; 2]>,
 }
 
-fn config() -> EngineConfig {
-    EngineConfig {
+impl Runner for Counted {
+    fn depth(&self) -> usize {
+        self.runner.depth()
+    }
+
+    fn launch(&mut self, plan: &StepPlan, sequences: &Sequences) -> Result<(), DeviceError> {
+        if self.launched == 0 {
+            let _ = self.begin.recv();
+        }
+        self.launched += 1;
+        let counted = [FROM, TO].iter().position(|&step| step == self.launched);
+        if let Some(count) = counted {
+            let now = ALLOCATIONS.load(Ordering::Relaxed);
+            self.counts[count].store(now, Ordering::Relaxed);
+        }
+        self.runner.launch(plan, sequences)
+    }
+
+    fn collect(&mut self) -> Result<StepOutput, DeviceError> {
+        self.runner.collect()
+    }
+
+    fn recycle(&mut self, output: StepOutput) {
+        self.runner.recycle(output);
+    }
+}
+
+/// What is allocated while all streams decode.
+fn allocations<M>(make: M, request: impl Fn(Vec<u32>) -> Request) -> usize
+where
+    M: FnOnce(&EngineConfig) -> Result<(Box<dyn Runner>, RunnerInfo), LoadError> + Send + 'static,
+{
+    let config = EngineConfig {
         audit: false,
         // Nobody is paused for a slow reader: that takes a deadline.
         stream_buffer: 2 * TO,
         kv_cache_bytes: Some(64 << 20),
         ..EngineConfig::default()
+    };
+    let (told, begin) = channel();
+    let counts = Arc::<[AtomicUsize; 2]>::default();
+    let counted = Arc::clone(&counts);
+    let settings = config.clone();
+    let engine = Engine::with_runner(config, None, move || {
+        let (runner, info) = make(&settings)?;
+        let runner = Counted {
+            runner,
+            begin,
+            launched: 0,
+            counts,
+        };
+        Ok((Box::new(runner) as Box<dyn Runner>, info))
+    });
+    let engine = engine.unwrap();
+    let streams = (0..STREAMS).map(|index| {
+        let mut request = request((0..16).map(|i| 5 + 16 * index + i).collect());
+        request.ignore_eos = true;
+        engine.generate(request.max_tokens(TO + 20)).unwrap()
+    });
+    // Whoever was not in the first step is in the second.
+    let streams: Vec<_> = streams.collect();
+    told.send(()).unwrap();
+    for stream in streams {
+        let answer = stream.complete_blocking().unwrap();
+        assert_eq!(answer.tokens.len(), TO + 20);
     }
+    let [before, after] = [0, 1].map(|count| counted[count].load(Ordering::Relaxed));
+    assert!(before > 0, "nothing was counted");
+    after - before
+}
+
+/// A runner of the demo's model on so many threads. They are few, and one where rows are
+/// changed before a token is chosen: each thread has its own memory for that, and makes
+/// it when it first happens to get such a row.
+fn cpu(
+    threads: usize,
+) -> impl FnOnce(&EngineConfig) -> Result<(Box<dyn Runner>, RunnerInfo), LoadError> {
+    let mut options = LoadOptions::cpu();
+    options.cpu.threads = Some(threads);
+    move |config| ModelFiles::open(&model::smollm2())?.build_runner(config, options)
 }
 
 /// One test: the count is the process's.
 #[test]
 fn a_step_that_decodes_allocates_nothing() {
     READS.set(true);
-    let null = Engine::with_runner(config(), None, || NullRunner::start(NullOptions::default()));
-    let null = null.unwrap();
     let greedy = |prompt| Request::new(prompt).greedy();
-    assert_eq!(allocations(&null, greedy), 0, "null device");
-    // The count is one: a request by itself allocates.
+    let null = |_: &EngineConfig| NullRunner::start(NullOptions::default());
+    // The count is one: an engine by itself allocates.
     let before = ALLOCATIONS.load(Ordering::Relaxed);
-    null.generate(greedy(vec![1]))
-        .unwrap()
-        .cancel()
-        .wait()
-        .unwrap();
+    assert_eq!(allocations(null, greedy), 0, "null device");
     assert!(ALLOCATIONS.load(Ordering::Relaxed) > before);
-    drop(null);
 
-    let cpu = Engine::load(model::smollm2(), config(), LoadOptions::cpu()).unwrap();
-    assert_eq!(allocations(&cpu, greedy), 0, "CPU device, greedy");
+    assert_eq!(allocations(cpu(2), greedy), 0, "CPU device, greedy");
     let penalised = |prompt| {
         Request::new(prompt).sampling(SamplingParams {
             temperature: 0.8,
@@ -114,9 +171,6 @@ fn a_step_that_decodes_allocates_nothing() {
             ..SamplingParams::default()
         })
     };
-    assert_eq!(
-        allocations(&cpu, penalised),
-        0,
-        "CPU device, sampled and penalised"
-    );
+    let sampled = allocations(cpu(1), penalised);
+    assert_eq!(sampled, 0, "CPU device, sampled and penalised");
 }

@@ -53,8 +53,22 @@ fn bytes(hexadecimal: &str) -> Vec<u8> {
     digits.map(byte).collect()
 }
 
-fn contains(body: &[u8], part: &[u8]) -> bool {
-    body.windows(part.len()).any(|window| window == part)
+/// The id of a span of the trace, and its parent's. In a span of OTLP's protobuf come one
+/// after the other, each behind its tag and length: trace, span, parent, name.
+fn span(body: &[u8], name: &str) -> Option<(Vec<u8>, Vec<u8>)> {
+    let mut begins = vec![0x0a, 16];
+    begins.extend(bytes(TRACE));
+    let mut called = vec![0x2a, name.len() as u8];
+    called.extend(name.as_bytes());
+    body.windows(begins.len() + 20 + called.len())
+        .find_map(|window| {
+            let ids = window
+                .strip_prefix(&begins[..])?
+                .strip_suffix(&called[..])?;
+            let (span, parent) = ids.split_at(10);
+            let span = span.strip_prefix(&[0x12, 8])?;
+            Some((span.to_vec(), parent.strip_prefix(&[0x22, 8])?.to_vec()))
+        })
 }
 
 #[test]
@@ -78,22 +92,20 @@ fn the_spans_of_a_request_reach_the_collector_in_the_callers_trace() {
     assert_eq!(reply.status, 200, "{}", reply.text());
     server.ends_when_told();
 
-    // Protobuf: ids are their bytes, names are themselves.
+    // The server's span, and the engine's below it.
     let mut spans = Vec::new();
-    let wanted: [&[u8]; 4] = [
-        &bytes(TRACE),
-        &bytes(CALLER),
-        b"POST /v1/completions",
-        b"request",
-    ];
-    while !wanted.iter().all(|part| contains(&spans, part)) {
-        let next = posted.recv_timeout(PATIENCE);
-        let Ok((path, body)) = next else {
-            let missing = wanted.iter().filter(|part| !contains(&spans, part));
-            let missing: Vec<_> = missing.map(|part| String::from_utf8_lossy(part)).collect();
-            panic!("{missing:?} did not reach the collector");
+    let (http, request) = loop {
+        let both = span(&spans, "POST /v1/completions").zip(span(&spans, "request"));
+        if let Some(both) = both {
+            break both;
+        }
+        let Ok((path, body)) = posted.recv_timeout(PATIENCE) else {
+            panic!("not all came: {}", String::from_utf8_lossy(&spans));
         };
         assert_eq!(path, "/v1/traces");
         spans.extend(body);
-    }
+    };
+    let (id, parent) = http;
+    assert_eq!(parent, bytes(CALLER));
+    assert_eq!(request.1, id);
 }

@@ -57,7 +57,7 @@ impl Runner for SlowRunner {
 
 /// An engine over it, and what keeps it slow. Its requests never come to an end by
 /// themselves: the context is longer than any test.
-fn slow_engine(running: usize, label: &str) -> (Engine, mpsc::Sender<()>) {
+fn slow_engine(config: EngineConfig, label: &str) -> (Engine, mpsc::Sender<()>) {
     let (slow, open) = mpsc::channel();
     let tokenizer = server::tokenizer(&model::smollm2());
     let options = NullOptions {
@@ -67,11 +67,10 @@ fn slow_engine(running: usize, label: &str) -> (Engine, mpsc::Sender<()>) {
         ..NullOptions::default()
     };
     let config = EngineConfig {
-        max_sequences: running,
         metrics_label: Some(label.to_owned()),
         // Nobody is to be cancelled for anything but a lost connection.
         slow_consumer_deadline: None,
-        ..EngineConfig::default()
+        ..config
     };
     let make = move || {
         let runner = NullRunner::new(options);
@@ -251,7 +250,11 @@ fn five_hundred_clients_that_go_away_at_any_moment_leave_nothing() {
     const WAITING: usize = 300;
     const LABEL: &str = "five-hundred";
     let options = options();
-    let (engine, slow) = slow_engine(RUNNING, LABEL);
+    let config = EngineConfig {
+        max_sequences: RUNNING,
+        ..EngineConfig::default()
+    };
+    let (engine, slow) = slow_engine(config, LABEL);
     let before = engine.stats().unwrap();
     let server = TestServer::start(engine.clone(), options);
 
@@ -293,7 +296,7 @@ fn a_client_that_stops_reading_is_cut_off_and_leaves_nothing() {
     // What is kept between server and client, some megabytes, is soon full of long events.
     options.model_name = "m".repeat(8000);
     options.write_timeout = Duration::from_millis(200);
-    let (engine, slow) = slow_engine(64, LABEL);
+    let (engine, slow) = slow_engine(EngineConfig::default(), LABEL);
     let before = engine.stats().unwrap();
     let server = TestServer::start(engine.clone(), options);
     let mut clients: Vec<Client> = (0..SILENT)
@@ -311,6 +314,35 @@ fn a_client_that_stops_reading_is_cut_off_and_leaves_nothing() {
     let after = until(&engine, "nothing is open", nothing_is_open);
     assert!(after.tokens_generated > before.tokens_generated);
     all_is_as_before(&server, LABEL, &before, SILENT);
+    drop(slow);
+}
+
+#[test]
+fn embeddings_of_a_client_that_goes_away_leave_nothing() {
+    const INPUTS: usize = 60;
+    const LABEL: &str = "embeddings";
+    // Minutes, if all were computed.
+    let config = EngineConfig {
+        max_batch_tokens: 1,
+        ..EngineConfig::default()
+    };
+    let (engine, slow) = slow_engine(config, LABEL);
+    let server = TestServer::start(engine.clone(), options());
+    let mut connection = Connection::open(server.address);
+    let inputs: Vec<Vec<usize>> = (0..INPUTS).map(|index| vec![index; 500]).collect();
+    let body = format!("{{\"input\": {inputs:?}}}");
+    connection.send(&post("/v1/embeddings", body)).unwrap();
+    until(&engine, "all are accepted", |stats| {
+        stats.outcomes.accepted == INPUTS as u64
+    });
+    drop(connection);
+    let after = until(&engine, "nothing is open", nothing_is_open);
+    assert!(after.outcomes.cancelled > 0, "{after:?}");
+    assert_eq!(
+        after.outcomes.stopped + after.outcomes.cancelled,
+        INPUTS as u64
+    );
+    assert_eq!(after.blocks.referenced + after.blocks.deferred, 0);
     drop(slow);
 }
 

@@ -16,7 +16,7 @@ mod sim;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use http::{Connection, Reply, exchange, post};
+use http::{Reply, exchange, post};
 use quell::EngineConfig;
 use quell::runner::{NullOptions, NullRunner};
 use requests::{idle, prompt};
@@ -200,30 +200,6 @@ fn one_request_may_have_more_inputs_than_the_engine_takes_at_once() {
         );
     }
     assert_eq!(idle(&server.engine).outcomes.stopped, 300);
-}
-
-#[test]
-fn a_closed_connection_ends_its_embeddings_and_frees_their_blocks() {
-    // Tens of thousands of steps, which take far longer than a connection to close.
-    let sim = SimOptions {
-        blocks: 1024,
-        ..SimOptions::default()
-    };
-    let config = EngineConfig {
-        max_batch_tokens: 1,
-        ..EngineConfig::default()
-    };
-    let server = simulated(sim, config);
-    let mut connection = Connection::open(server.address);
-    let inputs: Vec<Vec<u32>> = (0..60).map(|index| prompt(index, 500)).collect();
-    let body = json!({"input": inputs}).to_string();
-    connection.send(&post("/v1/embeddings", body)).unwrap();
-    while server.engine.stats().unwrap().open == 0 {}
-    drop(connection);
-    let outcomes = idle(&server.engine).outcomes;
-    assert_eq!(outcomes.accepted, 60);
-    assert!(outcomes.cancelled > 0, "{outcomes:?}");
-    assert_eq!(outcomes.stopped + outcomes.cancelled, 60);
 }
 
 /// The choices of a completion, as one answer and as the events of a stream.
