@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 use std::error::Error;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Barrier};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 const SEQUENCES: [usize; 5] = [1, 64, 256, 1024, 4096];
 const BLOCK: usize = 16;
@@ -30,7 +30,8 @@ const PROMPT: usize = 128;
 /// Steps until the first that is measured, and then all that are.
 const WARM: usize = 16;
 const STEPS: usize = 256;
-/// How often a case is run; a figure is the median over all steps of all runs.
+/// How often a case is run; a figure is the median over all runs of the mean of a block's
+/// worth of steps.
 const ROUNDS: usize = 5;
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -126,23 +127,24 @@ fn scheduler_times(sequences: usize, hits: usize) -> SchedulerTimes {
             }
         }
         // The last token is computed for its logits, so its block is never found.
-        let found = (PROMPT * hits / 100).min(PROMPT - 1) / BLOCK * BLOCK * sequences;
-        assert_eq!(scheduler.counts().prefix_hits, found as u64);
+        let known = PROMPT * hits / 100;
+        let found = (0..sequences).map(|index| known.min(prompt(index) - 1) / BLOCK * BLOCK);
+        assert_eq!(scheduler.counts().prefix_hits, found.sum::<usize>() as u64);
     }
     SchedulerTimes {
         admit: median(admit),
-        plan: median(plan),
-        commit: median(commit),
+        plan: median(means(&plan)),
+        commit: median(means(&commit)),
     }
 }
 
 /// A scheduler with so many new sequences, and a share of their prompts in its cache.
 fn filled(sequences: usize, hits: usize) -> Scheduler {
-    let length = PROMPT + 1 + WARM + STEPS + 1;
-    let blocks = 2 * sequences * length.div_ceil(BLOCK);
+    let answer = 1 + WARM + STEPS + 1;
+    let blocks = 2 * sequences * (PROMPT + BLOCK + answer).div_ceil(BLOCK);
     let policy = Policy {
         max_sequences: sequences,
-        max_batch_tokens: sequences * PROMPT,
+        max_batch_tokens: sequences * (PROMPT + BLOCK),
         ..Policy::default()
     };
     let mut scheduler = Scheduler::new(policy, BlockCache::new(blocks, BLOCK, true));
@@ -163,9 +165,24 @@ fn filled(sequences: usize, hits: usize) -> Scheduler {
         }
     }
     for index in 0..sequences {
-        scheduler.add(SessionId::from_u64(1), spec(index, PROMPT, length));
+        let prompt = prompt(index);
+        scheduler.add(SessionId::from_u64(1), spec(index, prompt, prompt + answer));
     }
     scheduler
+}
+
+/// Tokens of a sequence's prompt: in each step a sixteenth of the sequences books a block,
+/// and as many publish one.
+fn prompt(index: usize) -> usize {
+    PROMPT + index % BLOCK
+}
+
+/// The means of as many steps as a block has tokens: each sequence books a block in them.
+fn means(steps: &[Duration]) -> Vec<Duration> {
+    let groups = steps.chunks(BLOCK);
+    groups
+        .map(|group| group.iter().sum::<Duration>() / group.len() as u32)
+        .collect()
 }
 
 /// The first `prompt` tokens of a prompt that no other index has.
@@ -232,7 +249,7 @@ fn engine_turn(sequences: usize) -> Result<f64, Box<dyn Error>> {
         };
         let config = EngineConfig {
             max_sequences: sequences,
-            max_batch_tokens: sequences * 16,
+            max_batch_tokens: sequences * 2 * BLOCK,
             max_open_requests: sequences,
             stream_buffer: 2 * STEPS,
             audit: false,
@@ -244,7 +261,7 @@ fn engine_turn(sequences: usize) -> Result<f64, Box<dyn Error>> {
         let start = move || TimedRunner::start(options, launched, barrier);
         let engine = Engine::with_runner(config, None, start)?;
         let streams = (0..sequences).map(|index| {
-            let mut request = Request::new(vec![index as u32 + 3; 8]);
+            let mut request = Request::new(vec![index as u32 + 3; 8 + index % BLOCK]);
             request.ignore_eos = true;
             engine.generate(request.greedy().max_tokens(WARM + STEPS))
         });
@@ -254,10 +271,10 @@ fn engine_turn(sequences: usize) -> Result<f64, Box<dyn Error>> {
         let full: Vec<_> = full
             .map(|(at, _)| at)
             .skip(WARM)
-            .take(STEPS - WARM)
+            .take(STEPS - WARM + 1)
             .collect();
         turns.extend(full.windows(2).map(|pair| pair[1] - pair[0]));
         drop(streams);
     }
-    Ok(median(turns))
+    Ok(median(means(&turns)))
 }
