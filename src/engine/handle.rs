@@ -498,8 +498,9 @@ impl Engine {
     }
 
     /// As [`Engine::generate_samples`], for several requests: all are accepted, or none
-    /// is, as with [`SubmitError::Overloaded`] where some would find a place and others
-    /// not. The streams of a request follow each other, in the order of the requests.
+    /// is, with [`SubmitError::Overloaded`] if there is not a place for every answer now,
+    /// and [`SubmitError::TooManyAnswers`] if there never is. The streams of a request
+    /// follow each other, in the order of the requests.
     pub fn generate_batch(
         &self,
         mut requests: Vec<Request>,
