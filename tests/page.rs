@@ -212,6 +212,29 @@ async fn the_page_chats_stops_shows_the_engine_and_cancels_the_requests_of_other
     assert_eq!(browser.complaints().await, Vec::<String>::new());
 }
 
+/// Processes that were told this.
+#[cfg(target_os = "linux")]
+fn processes_with(argument: &str) -> usize {
+    let processes = std::fs::read_dir("/proc").unwrap().map(Result::unwrap);
+    let told = processes.filter_map(|process| std::fs::read(process.path().join("cmdline")).ok());
+    told.filter(|told| String::from_utf8_lossy(told).contains(argument))
+        .count()
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn nothing_is_left_of_a_browser() {
+    let browser = Browser::start().await;
+    let profile = browser.profile().to_str().unwrap().to_owned();
+    assert!(processes_with(&profile) > 0);
+    drop(browser);
+    let begun = std::time::Instant::now();
+    while processes_with(&profile) > 0 {
+        assert!(begun.elapsed().as_secs() < 60, "the browser goes on");
+        std::thread::yield_now();
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_with_keys_lets_the_page_in_with_one() {
     let keys = tempfile::NamedTempFile::new().unwrap();

@@ -5,7 +5,8 @@
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use serde_json::{Value, json};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -61,10 +62,11 @@ pub fn client() -> reqwest::Client {
 pub struct Browser {
     driver: Child,
     client: reqwest::Client,
+    port: u16,
     /// Where its commands go.
     session: String,
     /// What it writes, a folder of its own.
-    _profile: TempDir,
+    profile: TempDir,
 }
 
 impl Browser {
@@ -79,8 +81,9 @@ impl Browser {
         let mut browser = Self {
             driver,
             client: client(),
+            port,
             session: format!("http://127.0.0.1:{port}/session"),
-            _profile: profile,
+            profile,
         };
         let wanted = json!({"alwaysMatch": {
             "goog:chromeOptions": {"args": arguments},
@@ -91,6 +94,24 @@ impl Browser {
         let id = session["sessionId"].as_str().unwrap();
         browser.session = format!("{}/{id}", browser.session);
         browser
+    }
+
+    /// The folder of what it writes, which its processes are told.
+    pub fn profile(&self) -> &Path {
+        self.profile.path()
+    }
+
+    /// Has it end: it would outlive its driver.
+    fn quit(&self) -> std::io::Result<()> {
+        let mut connection = TcpStream::connect(("127.0.0.1", self.port))?;
+        connection.set_read_timeout(Some(PATIENCE))?;
+        let session = self.session.rsplit('/').next().unwrap_or_default();
+        write!(
+            connection,
+            "DELETE /session/{session} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
+        )?;
+        // It answers when the browser has ended.
+        connection.read(&mut [0]).map(drop)
     }
 
     async fn post(&self, path: &str, body: Value) -> Value {
@@ -198,8 +219,7 @@ impl Browser {
 
 impl Drop for Browser {
     fn drop(&mut self) {
-        // The browser ends with its driver's end: a deletion of the session cannot be
-        // waited for here.
+        let _ = self.quit();
         let _ = Command::new("kill")
             .arg(self.driver.id().to_string())
             .status();
