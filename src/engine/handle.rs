@@ -503,30 +503,30 @@ impl Engine {
     /// follow each other, in the order of the requests.
     pub fn generate_batch(
         &self,
-        mut requests: Vec<Request>,
+        requests: Vec<Request>,
         samples: usize,
     ) -> Result<Vec<TokenStream>, SubmitError> {
         if samples == 0 {
             return Err(SubmitError::NoSamples);
         }
         // What is wrong with any is found before a place is taken.
-        for request in &mut requests {
-            request.prompt = Prompt::Tokens(self.tokenize(&request.prompt)?);
-            self.check(request, request.task())?;
+        let mut checked = Vec::with_capacity(requests.len());
+        for request in requests {
+            let spec = self.check(&request, request.task())?;
+            checked.push((request, spec));
         }
-        let answers = requests.len().saturating_mul(samples);
+        let answers = checked.len().saturating_mul(samples);
         let limit = self.shared.config.max_open_requests;
         let mut permits = Permits::acquire(&self.shared.open, answers, limit)?;
         let mut streams = Vec::with_capacity(answers);
-        let mut groups = Vec::with_capacity(requests.len());
-        for request in requests {
+        let mut groups = Vec::with_capacity(checked.len());
+        for (request, spec) in checked {
             let seeds = (0..samples as u64).map(|index| request.sampling.seed.wrapping_add(index));
             let mut group = Vec::with_capacity(samples);
             for (seed, permit) in seeds.zip(&mut permits) {
-                let mut request = request.clone();
-                request.sampling.seed = seed;
-                let spec = self.check(&request, request.task())?;
-                let (stream, submission) = self.open(request, spec, None, permit);
+                let mut spec = spec.clone();
+                Arc::make_mut(&mut spec.params).seed = seed;
+                let (stream, submission) = self.open(request.clone(), spec, None, permit);
                 streams.push(stream);
                 group.push(submission);
             }
