@@ -240,13 +240,24 @@ class Stream:
         self.connection.close()
 
 
-def streams_in_flight(server, count):
-    """So many streams, of which all have begun and none has ended."""
+def streams_in_flight(router, replicas, count):
+    """So many streams, of which all have begun and none has ended; the replicas, which
+    run nothing else, have counted them."""
+
+    def counted():
+        # A token may be here before the gauge that counts its request.
+        return sum(replica.running() for replica in replicas) == count
+
     for tokens in [800, 2400, 7200]:
-        streams = [Stream(server, tokens) for _ in range(count)]
+        streams = [Stream(router, tokens) for _ in range(count)]
         for stream in streams:
             stream.has_begun()
-        if not any(stream.ended() for stream in streams):
+
+        def one_has_ended():
+            return any(stream.ended() for stream in streams)
+
+        until("the streams are counted", lambda: one_has_ended() or counted())
+        if not one_has_ended():
             return streams
         for stream in streams:
             stream.join()
@@ -285,7 +296,7 @@ def a_disconnect_frees_the_blocks(router, replicas):
         return all(replica.holds_nothing() for replica in replicas)
 
     before = disconnects()
-    for stream in streams_in_flight(router, 4):
+    for stream in streams_in_flight(router, replicas, 4):
         stream.cut()
     until("the cut streams hold nothing", all_hold_nothing)
     until("4 disconnects are counted", lambda: disconnects() == before + 4)
@@ -303,7 +314,7 @@ def a_disconnect_frees_the_blocks(router, replicas):
 
 def a_killed_replica_loses_only_its_own(router, replicas):
     victim, other = replicas
-    streams = streams_in_flight(router, 6)
+    streams = streams_in_flight(router, replicas, 6)
     running = victim.running()
     check(0 < running < 6, f"the replica to be killed runs {running} of 6 streams")
     # Of an answer in one piece nothing has been sent: the router can ask again.
@@ -319,8 +330,9 @@ def a_killed_replica_loses_only_its_own(router, replicas):
     victim.process.wait()
     for ending in [*streams, *ask]:
         ending.join()
-    complete = sum(stream.is_complete() for stream in streams)
-    check(complete == 6 - running, f"{running} of 6 streams were lost, yet {complete} are whole")
+    lost = sum(not stream.is_complete() for stream in streams)
+    # Fewer, if one ended just before.
+    check(0 < lost <= running, f"it ran {running} of 6 streams, {lost} are not whole")
     for status, text in answers:
         check(status == 200, f"an answer in one piece is lost: {status}: {text}")
     until("the router has noticed", lambda: not router.uses(victim))
@@ -328,7 +340,7 @@ def a_killed_replica_loses_only_its_own(router, replicas):
         status, text = router.complete()
         check(status == 200, f"after a replica has died: {status}: {text}")
     until("the other replica holds nothing", other.holds_nothing)
-    return f"{running:.0f} of 6 streams lost, no answer in one piece, then none of 6 requests"
+    return f"{lost} of 6 streams lost, no answer in one piece, then none of 6 requests"
 
 
 def a_replica_that_comes_back_is_used(router, replicas):
@@ -359,7 +371,7 @@ def a_drain_loses_nothing(router, replicas):
             if status != 200:
                 refused.append(f"{status}: {text}")
 
-    streams = streams_in_flight(router, 4)
+    streams = streams_in_flight(router, replicas, 4)
     others = threading.Thread(target=keep_asking, daemon=True)
     others.start()
     leaving.process.send_signal(signal.SIGTERM)
