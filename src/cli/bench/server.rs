@@ -346,6 +346,10 @@ async fn point(
         }
         bar.inc(1);
     };
+    // What had ended when the interrupt came was measured, too.
+    while let Ok(sample) = running.samples.try_recv() {
+        samples.push(sample);
+    }
     bar.finish_and_clear();
     Ok(Measured {
         samples,
