@@ -281,9 +281,10 @@ fn requests_that_the_server_refuses_are_counted_by_kind_and_end_with_code_1() {
 
 #[test]
 fn a_closed_port_ends_with_one_line_and_code_1() {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let url = format!("http://{}", listener.local_addr().unwrap());
-    drop(listener);
+    // Bound, so that nobody else takes it, and not listening.
+    let closed = tokio::net::TcpSocket::new_v4().unwrap();
+    closed.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let url = format!("http://{}", closed.local_addr().unwrap());
     for args in ["", "--model m"] {
         let output = bench(&url, args).output().unwrap();
         assert_fails(&output, 1, &[&url, "cannot be reached"]);
@@ -443,7 +444,7 @@ fn broken_streams_errors_in_streams_and_timeouts_are_told_apart() {
             _ => return finish(stream),
         };
     });
-    let args = "--concurrency 1 --requests 6 --warm-up 0 --timeout 2";
+    let args = "--concurrency 1 --requests 6 --warm-up 0 --timeout 20";
     let output = bench(&format!("http://{address}"), args).output().unwrap();
     assert_fails(&output, 1, &["5 of 6 requests failed"]);
     let report = report(&output);

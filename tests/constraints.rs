@@ -12,6 +12,7 @@ use constraint::{Remainders, Trouble};
 use quell::{EngineConfig, EngineFault, GenerateError, HealthStatus, Outcome, Preemption, Request};
 use requests::idle;
 use sim::{SimOptions, engine, expected, expected_where};
+use std::sync::mpsc;
 
 /// What the simulated model answers to a prompt under [`Remainders`].
 fn constrained(prompt: &[u32], count: usize) -> Vec<u32> {
@@ -33,10 +34,12 @@ fn ids(stream: quell::TokenStream) -> Vec<u32> {
 fn constrained_and_free_requests_in_a_crowd_give_the_tokens_of_each_alone() {
     for depth in [1, 2] {
         for (preemption, swap_blocks) in [(Preemption::Recompute, 0), (Preemption::Swap, 64)] {
+            let (open, gate) = mpsc::channel();
             let options = SimOptions {
                 depth,
                 blocks: 40,
                 swap_blocks,
+                gate: Some(gate),
                 ..SimOptions::default()
             };
             let config = EngineConfig {
@@ -55,6 +58,8 @@ fn constrained_and_free_requests_in_a_crowd_give_the_tokens_of_each_alone() {
                     engine.generate(request).unwrap()
                 })
                 .collect();
+            // The crowd is there.
+            drop(open);
             for (index, stream) in streams.into_iter().enumerate() {
                 let (prompt, count) = (prompt(index), 30 + index % 7);
                 let answer = match index % 2 {

@@ -256,9 +256,11 @@ fn settings_out_of_range_are_refused_by_name() {
 #[test]
 fn dropping_half_of_the_streams_frees_every_block_and_leaves_the_others_their_tokens() {
     for depth in [1, 2] {
+        let (open, gate) = mpsc::channel();
         let options = SimOptions {
             depth,
             blocks: 120,
+            gate: Some(gate),
             ..SimOptions::default()
         };
         let engine = engine(
@@ -271,7 +273,10 @@ fn dropping_half_of_the_streams_frees_every_block_and_leaves_the_others_their_to
         let threads: Vec<_> = (0..64usize)
             .map(|index| {
                 let engine = engine.clone();
+                // No step ends before those streams are dropped that nothing is read from.
+                let held = (index % 14 == 0).then(|| open.clone());
                 std::thread::spawn(move || {
+                    let _held = held;
                     let (p, n) = (1 + index * 5 % 40, 10 + index % 30);
                     let mut stream = engine.generate(request(prompt(index, p), n)).unwrap();
                     if index % 2 == 0 {
@@ -291,6 +296,7 @@ fn dropping_half_of_the_streams_frees_every_block_and_leaves_the_others_their_to
                 })
             })
             .collect();
+        drop(open);
         for thread in threads {
             thread.join().unwrap();
         }
@@ -298,7 +304,7 @@ fn dropping_half_of_the_streams_frees_every_block_and_leaves_the_others_their_to
         let outcomes = stats.outcomes;
         assert_eq!(outcomes.accepted, 64);
         assert_eq!(outcomes.length + outcomes.cancelled, 64);
-        assert!(outcomes.cancelled > 0);
+        assert!(outcomes.cancelled >= 5, "{outcomes:?}");
     }
 }
 
@@ -560,6 +566,7 @@ fn shutdown_ends_every_stream_as_cancelled() {
     let streams: Vec<_> = (0..5)
         .map(|i| engine.generate(request(prompt(i, 5), 400)).unwrap())
         .collect();
+    while engine.health().device_call.is_none() {}
     let shutdown = engine.shutdown(Shutdown::Abort);
     // From now on, although the thread, which waits at the gate, has not seen it.
     let refused = engine.generate(request(prompt(1, 5), 5)).unwrap_err();

@@ -233,7 +233,7 @@ async fn dropping_a_stream_of_async_openai_cancels_its_request() {
     let (client, model) = rust_client(&server).await;
     // Its end-of-answer tokens are all but impossible.
     let never = json!({"0": -100, "2": -100});
-    let extra = json!({"max_completion_tokens": 1500, "logit_bias": never});
+    let extra = json!({"max_completion_tokens": 8000, "logit_bias": never});
     let request = chat(&model, extra);
     let mut stream = client.chat().create_stream(request).await.unwrap();
     for _ in 0..3 {

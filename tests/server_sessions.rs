@@ -301,7 +301,8 @@ async fn there_are_no_more_sessions_than_the_server_allows() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_session_that_is_left_alone_ends_and_one_that_is_busy_does_not() {
-    let ttl = Duration::from_millis(200);
+    // Long enough for each turn to begin in time.
+    let ttl = Duration::from_secs(5);
     let served = Served::start(|options| options.session_ttl = ttl).await;
     let busy = served.open_session().await;
     let (_events, _) = served
@@ -326,7 +327,10 @@ async fn a_session_that_is_left_alone_ends_and_one_that_is_busy_does_not() {
         assert!(Instant::now() < until);
     };
     assert_eq!(ids, [busy]);
-    assert_eq!(served.engine.inspect().await.unwrap().retained_sessions, 0);
+    // The server forgets it first, then the engine does.
+    while served.engine.inspect().await.unwrap().retained_sessions > 0 {
+        assert!(Instant::now() < until, "its blocks are still kept");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -9,14 +9,22 @@ use quell::{Engine, EngineConfig};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::thread::JoinHandle;
+use std::time::Duration;
 use tokio::sync::oneshot;
 
 /// What the model of a server under test is called.
 pub const MODEL: &str = "test-model";
 
-/// Settings of a server under test.
+/// Settings of a server under test. Their limits of time are for no test to reach,
+/// however busy the machine: one that is about a limit sets it.
 pub fn options() -> ServerOptions {
-    ServerOptions::new(MODEL)
+    let long = Duration::from_secs(600);
+    let mut options = ServerOptions::new(MODEL);
+    options.body_timeout = long;
+    options.header_timeout = long;
+    options.write_timeout = long;
+    options.drain_timeout = long;
+    options
 }
 
 /// The tokenizer of a model file.

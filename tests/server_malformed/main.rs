@@ -17,11 +17,11 @@ mod requests;
 #[path = "../common/server.rs"]
 mod server;
 
-use http::{Connection, Reply, exchange, post};
+use http::{Connection, Reply, answered, exchange, post};
 use quell::EngineConfig;
+use quell::server::ServerOptions;
 use requests::idle;
 use server::TestServer;
-use std::time::Duration;
 
 /// Bytes of a body that are accepted; little, so that the tests need not send much.
 const BODY_LIMIT: usize = 1 << 20;
@@ -109,16 +109,19 @@ impl Expected {
     }
 }
 
-/// A server over an engine that computes nothing, with limits that a test can reach.
+/// A server over an engine that computes nothing.
 fn start() -> TestServer {
+    start_with(|_| ())
+}
+
+fn start_with(change: impl FnOnce(&mut ServerOptions)) -> TestServer {
     let engine = server::null_engine(
         server::tokenizer(&model::smollm2()),
         EngineConfig::default(),
     );
     let mut options = server::options();
     options.max_body_bytes = BODY_LIMIT;
-    options.body_timeout = Duration::from_millis(300);
-    options.header_timeout = Duration::from_millis(300);
+    change(&mut options);
     TestServer::start(engine, options)
 }
 
@@ -163,7 +166,7 @@ fn all_are_refused(server: &TestServer, cases: &[Case]) {
 /// A good request is answered.
 fn still_works(server: &TestServer) {
     let good = r#"{"model": "test-model", "prompt": "Hi", "max_tokens": 3}"#;
-    let reply = exchange(server.address, &post("/v1/completions", good)).unwrap();
+    let reply = answered(server.address, &post("/v1/completions", good));
     assert_eq!(reply.status, 200, "{}", reply.text());
     assert_eq!(reply.json()["usage"]["completion_tokens"], 3);
     idle(&server.engine);
