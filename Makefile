@@ -2,7 +2,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CARGO := cargo
 PYTHON := python3
 
-.PHONY: demo test models soak mutations lint bench kernels kernels-check model clients
+.PHONY: demo test models soak mutations stalls lint bench kernels kernels-check model clients
 
 ## Fetches a small model if it is missing, builds, and answers a question.
 demo: model
@@ -33,6 +33,16 @@ soak:
 ## on two cores once its dependencies are built, so it is no part of `make test`.
 mutations:
 	$(PYTHON) scripts/mutations
+
+## Runs the tests of the engine, the server and the program while every thread is stalled at
+## random: what holds only where the machine is quick fails. QUELL_STALLS and
+## QUELL_STALL_BITS say how often and how long.
+STALLED := --locked --features otel --lib --bins --test 'c[!pu]*' --test '[!cgq]*'
+stalls: model clients
+	$(CARGO) test $(STALLED) --no-run
+	$(CC) -std=gnu11 -Wall -Werror -O2 -shared -fPIC -o target/stalls.so tests/stalls/stalls.c
+	QUELL_SOAK_REQUESTS=2000 LD_PRELOAD=$(CURDIR)/target/stalls.so \
+	    $(CARGO) test $(STALLED) --no-fail-fast
 
 ## Formatting, lints and documentation.
 lint:
