@@ -91,16 +91,25 @@ fn a_drain_cancels_what_is_left_at_its_deadline() {
 /// Its reader does not read, so nothing happens any more but time passing.
 #[test]
 fn a_drain_of_an_idle_engine_ends_at_its_deadline_too() {
+    let (open, gate) = mpsc::channel();
+    let options = SimOptions {
+        gate: Some(gate),
+        ..SimOptions::default()
+    };
     let config = EngineConfig {
         stream_buffer: 2,
         ..EngineConfig::default()
     };
-    let engine = engine(SimOptions::default(), config);
+    let engine = engine(options, config);
     let paused = engine.generate(request(1, 100)).unwrap();
-    while engine.stats().unwrap().paused == 0 {}
-    let drained = engine.drain(Duration::from_millis(50)).wait().unwrap();
-    assert_eq!((drained.finished, drained.aborted), (0, 1));
+    let finished = engine.generate(request(2, 1)).unwrap();
+    // It finishes during the drain, with time to spare.
+    let drain = engine.drain(Duration::from_secs(2));
+    drop(open);
+    let drained = drain.wait().unwrap();
+    assert_eq!((drained.finished, drained.aborted), (1, 1));
     assert!(is_aborted(paused.complete_blocking()));
+    finished.complete_blocking().unwrap();
 }
 
 #[test]

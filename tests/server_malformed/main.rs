@@ -165,8 +165,22 @@ fn all_are_refused(server: &TestServer, cases: &[Case]) {
 
 /// A good request is answered.
 fn still_works(server: &TestServer) {
-    let good = r#"{"model": "test-model", "prompt": "Hi", "max_tokens": 3}"#;
-    let reply = answered(server.address, &post("/v1/completions", good));
+    let reply = exchange(server.address, &good()).unwrap();
+    is_answer(server, &reply);
+}
+
+/// As [`still_works`], for a server with a short limit of time.
+fn still_works_in_time(server: &TestServer) {
+    let reply = answered(server.address, &good());
+    is_answer(server, &reply);
+}
+
+fn good() -> Vec<u8> {
+    let body = r#"{"model": "test-model", "prompt": "Hi", "max_tokens": 3}"#;
+    post("/v1/completions", body)
+}
+
+fn is_answer(server: &TestServer, reply: &Reply) {
     assert_eq!(reply.status, 200, "{}", reply.text());
     assert_eq!(reply.json()["usage"]["completion_tokens"], 3);
     idle(&server.engine);

@@ -1,7 +1,7 @@
 //! Clients that are slow, or that talk while they are not asked to.
 
 use super::http::{Connection, get, post};
-use super::{requests::idle, start, start_with, still_works};
+use super::{requests::idle, start, start_with, still_works, still_works_in_time};
 use std::time::Duration;
 
 const GOOD: &str = r#"{"model": "test-model", "prompt": "Hi", "max_tokens": 2}"#;
@@ -42,7 +42,7 @@ fn headers_that_never_end_are_cut_off() {
         );
     }
     idle(&server.engine);
-    still_works(&server);
+    still_works_in_time(&server);
 }
 
 #[test]
@@ -56,7 +56,7 @@ fn headers_that_come_byte_by_byte_are_cut_off() {
     assert!(sent < 8000, "all of it was taken");
     let reply = connection.reply();
     assert!(reply.is_none_or(|reply| reply.status == 408));
-    still_works(&server);
+    still_works_in_time(&server);
 }
 
 #[test]
@@ -75,7 +75,7 @@ fn a_body_that_never_ends_is_refused_as_late() {
     connection.send(chunked.as_bytes()).unwrap();
     assert_eq!(connection.reply().expect("a refusal").status, 408);
     assert_eq!(idle(&server.engine).outcomes.accepted, 0);
-    still_works(&server);
+    still_works_in_time(&server);
 }
 
 #[test]
@@ -90,7 +90,7 @@ fn a_body_that_comes_byte_by_byte_is_refused_as_late() {
     assert!(sent < 8000, "all of it was taken");
     assert_eq!(connection.reply().expect("a refusal").status, 408);
     assert_eq!(idle(&server.engine).outcomes.accepted, 0);
-    still_works(&server);
+    still_works_in_time(&server);
 }
 
 #[test]
