@@ -37,7 +37,7 @@ mutations:
 ## Runs the tests of the engine, the server and the program while every thread is stalled at
 ## random: what holds only where the machine is quick fails. QUELL_STALLS and
 ## QUELL_STALL_BITS say how often and how long.
-STALLED := --locked --features otel --lib --bins --test 'c[!pu]*' --test '[!cgq]*'
+STALLED := --locked --features otel --lib --bins --test 'c[!pu]*' --test grammar --test '[!cgq]*'
 stalls: model clients
 	$(CARGO) test $(STALLED) --no-run
 	$(CC) -std=gnu11 -Wall -Werror -O2 -shared -fPIC -o target/stalls.so tests/stalls/stalls.c
