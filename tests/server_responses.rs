@@ -11,7 +11,7 @@ mod parrot;
 #[path = "common/server.rs"]
 mod server;
 
-use api::{ask, events, fetch, refused};
+use api::{ask, events, fetch, refused, send};
 use async_openai::types::responses::{OutputItem, Response, ResponseStreamEvent, Status};
 use http::exchange;
 use parrot::say;
@@ -66,6 +66,21 @@ fn a_response_can_be_asked_for_again_until_it_is_deleted() {
     let usage = read.usage.unwrap();
     assert!(usage.input_tokens > 0 && usage.output_tokens > 1);
     assert_eq!(usage.total_tokens, usage.input_tokens + usage.output_tokens);
+    let details = &response["usage"]["input_tokens_details"];
+    let known = |name: &str| details[name].as_u64().unwrap();
+    // Complete blocks of 16 tokens are kept for later.
+    let complete = u64::from(usage.input_tokens) / 16 * 16;
+    assert_eq!(
+        known("cache_write_tokens"),
+        complete - known("cached_tokens").min(complete)
+    );
+    assert!(read.id.starts_with("resp_"), "{}", read.id);
+    assert!(
+        response["output"][0]["id"]
+            .as_str()
+            .unwrap()
+            .starts_with("msg_")
+    );
 
     let place = format!("{RESPONSES}/{}", read.id);
     let again = fetch(SERVER.address, &place);
@@ -239,19 +254,14 @@ fn requests_that_make_no_sense_are_refused_by_field() {
         (json!({}), "input"),
         (json!({"input": []}), "input"),
         (json!({"input": 5}), "input"),
-        (
-            json!({"input": [{"type": "item_reference", "id": "x"}]}),
-            "input[0]",
-        ),
+        (json!({"input": [{"type": "item_reference"}]}), "input[0]"),
+        (json!({"input": [{"type": "memory"}]}), "input[0]"),
         (json!({"input": "Hi", "background": true}), "background"),
         (
             json!({"input": "Hi", "conversation": "conv_1"}),
             "conversation",
         ),
-        (
-            json!({"input": "Hi", "tools": [{"type": "web_search"}]}),
-            "tools[0]",
-        ),
+        (json!({"input": "Hi", "tools": [{"name": "f"}]}), "tools[0]"),
         (
             json!({"input": "Hi", "tool_choice": "required"}),
             "tool_choice",
@@ -277,4 +287,170 @@ fn requests_that_make_no_sense_are_refused_by_field() {
     let other = json!({"input": "Hi", "model": "gpt-5"});
     let error = refused(SERVER.address, RESPONSES, &other, 404);
     assert_eq!(error["code"], "model_not_found");
+}
+
+#[test]
+fn items_can_be_referred_to_and_listed() {
+    let first = create(json!({"input": say("One."), "instructions": "Be kind."}));
+    let answer = &first["output"][0];
+    let place = format!("{RESPONSES}/{}/input_items", first["id"].as_str().unwrap());
+    let list = fetch(SERVER.address, &place).json();
+    assert_eq!(
+        (&list["object"], &list["has_more"]),
+        (&json!("list"), &json!(false))
+    );
+    let [question] = list["data"].as_array().unwrap().as_slice() else {
+        panic!("one item: {list}");
+    };
+    let parts = json!([{"type": "input_text", "text": say("One.")}]);
+    assert_eq!(
+        (&question["role"], &question["content"]),
+        (&json!("user"), &parts)
+    );
+    assert_eq!(
+        (&list["first_id"], &list["last_id"]),
+        (&question["id"], &question["id"])
+    );
+
+    // By reference, by value, and as what came before: the same prompt.
+    let reference = |item: &Value| json!({"type": "item_reference", "id": item["id"]});
+    let again = json!({"role": "user", "content": say("Two.")});
+    let by_reference = json!([reference(question), {"id": answer["id"]}, again]);
+    let second = create(json!({"input": by_reference}));
+    assert_eq!(second["output"][0]["content"][0]["text"], "Two.");
+    let by_value = create(json!({"input": [question, answer, again], "store": false}));
+    let before = create(json!({"input": [again], "previous_response_id": first["id"]}));
+    let tokens = |response: &Value| response["usage"]["input_tokens"].clone();
+    assert_eq!(tokens(&second), tokens(&by_value));
+    assert_eq!(tokens(&second), tokens(&before));
+
+    let place = format!("{RESPONSES}/{}/input_items", second["id"].as_str().unwrap());
+    let page = |query: &str| fetch(SERVER.address, &format!("{place}?{query}"));
+    let latest = page("limit=1").json();
+    assert_eq!(latest["has_more"], true);
+    assert_eq!(latest["data"][0]["content"][0]["text"], say("Two."));
+    let after = latest["last_id"].as_str().unwrap();
+    let rest = page(&format!("after={after}")).json();
+    let ids: Vec<_> = rest["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|item| &item["id"])
+        .collect();
+    assert_eq!(ids, [&answer["id"], &question["id"]]);
+    let oldest = page("order=asc&limit=1").json();
+    assert_eq!(oldest["data"][0]["id"], question["id"]);
+    for (query, field) in [
+        ("limit=0", "limit"),
+        ("limit=101", "limit"),
+        ("after=x", "after"),
+    ] {
+        let reply = page(query);
+        assert_eq!(
+            (reply.status, &reply.json()["error"]["param"]),
+            (400, &json!(field))
+        );
+    }
+    assert_eq!(page("order=up").status, 400);
+
+    let deleted = first["id"].as_str().unwrap();
+    delete(deleted);
+    let gone = json!({"input": [reference(answer), again]});
+    let error = refused(SERVER.address, RESPONSES, &gone, 404);
+    assert_eq!(
+        (&error["param"], &error["code"]),
+        (&json!("input[0]"), &json!("item_not_found"))
+    );
+    let place = format!("{RESPONSES}/{deleted}/input_items");
+    assert_eq!(fetch(SERVER.address, &place).status, 404);
+}
+
+#[test]
+fn what_is_asked_can_be_counted_beforehand() {
+    let first = create(json!({"input": say("One.")}));
+    for body in [
+        json!({"input": say("Two.")}),
+        json!({"input": say("Two."), "instructions": "Be kind.", "tools": [tool()]}),
+        json!({"input": say("Two."), "previous_response_id": first["id"]}),
+    ] {
+        let count = ask(SERVER.address, "/v1/responses/input_tokens", &body);
+        assert_eq!(count["object"], "response.input_tokens");
+        assert_eq!(count["input_tokens"], create(body)["usage"]["input_tokens"]);
+    }
+    let error = refused(
+        SERVER.address,
+        "/v1/responses/input_tokens",
+        &json!({}),
+        400,
+    );
+    assert_eq!(error["param"], "input");
+}
+
+/// As Codex asks.
+#[test]
+fn tools_that_the_server_does_not_have_are_skipped_and_named() {
+    let shell = json!({
+        "type": "function", "name": "shell", "description": "Runs a command", "strict": true,
+        "parameters": {
+            "type": "object",
+            "properties": {"command": {"type": "array", "items": {"type": "string"}}},
+            "required": ["command"], "additionalProperties": false,
+        },
+    });
+    let patch = json!({
+        "type": "custom", "name": "apply_patch",
+        "format": {"type": "grammar", "syntax": "lark", "definition": "start: /a+/"},
+    });
+    let call =
+        "<tool_call>{\"name\": \"shell\", \"arguments\": {\"command\": [\"ls\"]}}</tool_call>";
+    let body = json!({
+        "instructions": "You are a coding agent.",
+        "input": [
+            {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "Read only."}]},
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": say(call)}]},
+        ],
+        "tools": [shell, patch, {"type": "web_search", "external_web_access": true}],
+        "tool_choice": "auto", "parallel_tool_calls": false, "store": false,
+        "include": ["reasoning.encrypted_content"], "prompt_cache_key": "k",
+        "reasoning": {"effort": "low", "summary": "auto"}, "text": {"verbosity": "low"},
+    });
+    let reply = send(SERVER.address, RESPONSES, &body);
+    assert_eq!(reply.status, 200, "{}", reply.text());
+    assert_eq!(
+        reply.header("x-quell-skipped-tools"),
+        Some("custom, web_search")
+    );
+    let response = reply.json();
+    assert_eq!(response["output"][0]["name"], "shell");
+    assert_eq!(response["tools"], json!([shell]));
+    let mut streamed = body;
+    streamed["stream"] = true.into();
+    let reply = send(SERVER.address, RESPONSES, &streamed);
+    assert_eq!(
+        reply.header("x-quell-skipped-tools"),
+        Some("custom, web_search")
+    );
+
+    let allowed = json!({
+        "type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "shell"}],
+    });
+    let call = "{\"name\":\"shell\",\"arguments\":{\"command\":[]}}";
+    let response =
+        create(json!({"input": say(call), "tools": [tool(), shell], "tool_choice": allowed}));
+    assert_eq!(response["output"][0]["name"], "shell");
+    assert_eq!(response["tool_choice"], allowed);
+}
+
+#[test]
+fn text_of_a_form_may_be_a_call_instead() {
+    let schema = json!({"type": "object", "properties": {"b": {"type": "integer"}}, "required": ["b"], "additionalProperties": false});
+    let format = json!({"type": "json_schema", "name": "n", "schema": schema});
+    let with = |text: &str| {
+        create(json!({"input": say(text), "tools": [tool()], "text": {"format": format}}))
+    };
+    let call = with("<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": 1}}\n</tool_call>");
+    assert_eq!(call["output"][0]["type"], "function_call");
+    assert_eq!(call["output"][0]["arguments"], "{\"a\": 1}");
+    let text = with("{\"b\": 1}");
+    assert_eq!(text["output"][0]["content"][0]["text"], "{\"b\": 1}");
 }

@@ -13,7 +13,7 @@ mod parrot;
 #[path = "common/server.rs"]
 mod server;
 
-use api::{ask, events, refused};
+use api::{ask, events, refused, send};
 use async_openai::types::chat::{
     CreateChatCompletionResponse, CreateChatCompletionStreamResponse, FinishReason,
 };
@@ -440,7 +440,19 @@ fn requests_that_make_no_sense_are_refused_by_field() {
             json!({"tools": [tool("f")], "tool_choice": {"type": "function", "function": {"name": "g"}}}),
             "tool_choice",
         ),
-        (json!({"tools": [{"type": "retrieval"}]}), "tools[0]"),
+        (json!({"tools": [{"name": "f"}]}), "tools[0]"),
+        (
+            json!({"tools": [tool("f")], "tool_choice": {"type": "custom", "name": "f"}}),
+            "tool_choice",
+        ),
+        (
+            json!({"tools": [tool("f")], "functions": [{"name": "g"}]}),
+            "functions",
+        ),
+        (
+            json!({"functions": [{"name": "g"}], "function_call": {"name": "f"}}),
+            "function_call",
+        ),
         (json!({"tools": 5}), "tools"),
         (
             json!({"response_format": {"type": "xml"}}),
@@ -465,4 +477,293 @@ fn requests_that_make_no_sense_are_refused_by_field() {
         assert_eq!(error["param"], field, "{extra}: {error}");
         assert_eq!(error["type"], "invalid_request_error");
     }
+}
+
+const ONE_CALL: &str =
+    "<tool_call>{\"name\": \"f\", \"arguments\": {\"city\": \"Paris\"}}</tool_call>";
+
+#[test]
+fn an_answer_held_to_a_form_may_still_be_a_call() {
+    let schema = json!({
+        "type": "object", "properties": {"answer": {"type": "string"}},
+        "required": ["answer"], "additionalProperties": false,
+    });
+    let named = json!({"name": "answer", "schema": schema, "strict": true});
+    let form = json!({"type": "json_schema", "json_schema": named});
+    let with = |text: &str, choice: &str| {
+        let extra = json!({
+            "tools": [tool("f")], "tool_choice": choice, "response_format": form,
+        });
+        told(text, extra)
+    };
+    let answer = ask(PARROT.address, CHAT, &with(ONE_CALL, "auto"));
+    let choice = &answer["choices"][0];
+    assert_eq!(choice["finish_reason"], "tool_calls");
+    assert_eq!(choice["message"]["content"], Value::Null);
+    let function = json!({"name": "f", "arguments": "{\"city\": \"Paris\"}"});
+    assert_eq!(choice["message"]["tool_calls"][0]["function"], function);
+    let streamed: String = events(PARROT.address, CHAT, &with(ONE_CALL, "auto"))
+        .iter()
+        .filter_map(|event| {
+            let call = &event["choices"][0]["delta"]["tool_calls"][0];
+            Some(call["function"]["arguments"].as_str()?.to_owned())
+        })
+        .collect();
+    assert_eq!(streamed, "{\"city\": \"Paris\"}");
+
+    let text = "{\"answer\": \"It is sunny.\"}";
+    for choice in ["auto", "none"] {
+        let answer = ask(PARROT.address, CHAT, &with(text, choice));
+        let choice = &answer["choices"][0];
+        assert_eq!(choice["finish_reason"], "stop");
+        assert_eq!(choice["message"]["content"], text);
+        assert_eq!(choice["message"].get("tool_calls"), None);
+    }
+    // A call that must come is no text, whatever form text is to have.
+    let call = "{\"name\":\"f\",\"arguments\":{\"city\":\"Rome\"}}";
+    let answer = ask(PARROT.address, CHAT, &with(call, "required"));
+    assert_eq!(answer["choices"][0]["finish_reason"], "tool_calls");
+    // What is neither cannot be said.
+    let reply = send(PARROT.address, CHAT, &with("It is sunny.", "auto"));
+    assert_eq!(reply.status, 500, "{}", reply.text());
+}
+
+#[test]
+fn a_model_calls_a_tool_although_its_answers_have_a_form() {
+    // Who has called before calls again, unless the form forbids it.
+    let turn = |city: &str, id: &str| {
+        let arguments = json!({"city": city}).to_string();
+        let function = json!({"name": "get_weather", "arguments": arguments});
+        [
+            json!({"role": "user", "content": format!("Weather in {city}?")}),
+            json!({"role": "assistant", "content": null, "tool_calls": [
+                {"id": id, "type": "function", "function": function},
+            ]}),
+            json!({"role": "tool", "tool_call_id": id, "content": "sunny"}),
+            json!({"role": "assistant", "content": format!("It is sunny in {city}.")}),
+        ]
+    };
+    let mut messages: Vec<Value> = Vec::new();
+    for (city, id) in [
+        ("Paris", "c1"),
+        ("Rome", "c2"),
+        ("Paris", "c3"),
+        ("Rome", "c4"),
+    ] {
+        messages.extend(turn(city, id));
+    }
+    messages.push(json!({"role": "user", "content": "Weather in Paris?"}));
+    let schema = json!({"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]});
+    let mut body = json!({
+        "messages": messages, "tools": [tool("get_weather")], "temperature": 0, "max_tokens": 60,
+    });
+    let free = ask(SMOLLM2.address, CHAT, &body);
+    let called =
+        |answer: &Value| answer["choices"][0]["message"]["tool_calls"][0]["function"].clone();
+    assert_eq!(called(&free)["name"], "get_weather", "{free}");
+    body["response_format"] =
+        json!({"type": "json_schema", "json_schema": {"name": "a", "schema": schema}});
+    let held = ask(SMOLLM2.address, CHAT, &body);
+    assert_eq!(called(&held)["name"], "get_weather", "{held}");
+    let arguments = called(&held)["arguments"].as_str().unwrap().to_owned();
+    let city = serde_json::from_str::<Value>(&arguments).unwrap()["city"].clone();
+    assert!(city == "Paris" || city == "Rome", "{arguments}");
+}
+
+#[test]
+fn tools_that_the_server_does_not_have_are_skipped_and_named() {
+    let custom = json!({"type": "custom", "custom": {"name": "apply_patch"}});
+    let tools = json!([tool("f"), custom, {"type": "web_search"}]);
+    for stream in [false, true] {
+        let body = told(ONE_CALL, json!({"tools": tools, "stream": stream}));
+        let reply = send(PARROT.address, CHAT, &body);
+        assert_eq!(reply.status, 200, "{}", reply.text());
+        let skipped = reply.header("x-quell-skipped-tools");
+        assert_eq!(skipped, Some("custom, web_search"));
+        assert!(reply.text().contains("\"tool_calls\""));
+    }
+    let only = told("Hi.", json!({"tools": [custom]}));
+    let answer = ask(PARROT.address, CHAT, &only);
+    assert_eq!(answer["choices"][0]["message"]["content"], "Hi.");
+    let usual = send(
+        PARROT.address,
+        CHAT,
+        &told("Hi.", json!({"tools": [tool("f")]})),
+    );
+    assert_eq!(usual.header("x-quell-skipped-tools"), None);
+}
+
+#[test]
+fn only_allowed_tools_can_be_called() {
+    let allowed = |mode: &str| {
+        json!({
+            "tools": [tool("f"), tool("g")],
+            "tool_choice": {"type": "allowed_tools", "allowed_tools": {
+                "mode": mode, "tools": [{"type": "function", "function": {"name": "g"}}],
+            }},
+        })
+    };
+    let tokens = |extra: Value| {
+        let answer = ask(PARROT.address, CHAT, &told("a", extra));
+        answer["usage"]["prompt_tokens"].as_u64().unwrap()
+    };
+    assert_eq!(
+        tokens(allowed("auto")),
+        tokens(json!({"tools": [tool("g")]}))
+    );
+    let call = "{\"name\":\"g\",\"arguments\":{\"city\":\"Rome\"}}";
+    let answer = ask(PARROT.address, CHAT, &told(call, allowed("required")));
+    let called = &answer["choices"][0]["message"]["tool_calls"][0]["function"]["name"];
+    assert_eq!(called, "g");
+    let other = call.replace("\"g\"", "\"f\"");
+    let reply = send(PARROT.address, CHAT, &told(&other, allowed("required")));
+    assert_eq!(reply.status, 500, "{}", reply.text());
+}
+
+#[test]
+fn functions_are_called_and_answered_as_before_there_were_tools() {
+    let function = tool("f")["function"].clone();
+    let two = format!("{ONE_CALL}\n{ONE_CALL}");
+    let body = told(&two, json!({"functions": [function]}));
+    let answer = ask(PARROT.address, CHAT, &body);
+    let choice = &answer["choices"][0];
+    assert_eq!(choice["finish_reason"], "function_call");
+    let message = &choice["message"];
+    assert_eq!(message.get("tool_calls"), None);
+    assert_eq!(message["content"], Value::Null);
+    let call = json!({"name": "f", "arguments": "{\"city\": \"Paris\"}"});
+    assert_eq!(message["function_call"], call);
+
+    let (mut name, mut arguments, mut finish) = (String::new(), String::new(), Vec::new());
+    for event in events(PARROT.address, CHAT, &body) {
+        let choice = &event["choices"][0];
+        assert_eq!(choice["delta"].get("tool_calls"), None);
+        let delta = &choice["delta"]["function_call"];
+        name.push_str(delta["name"].as_str().unwrap_or(""));
+        arguments.push_str(delta["arguments"].as_str().unwrap_or(""));
+        finish.extend(choice["finish_reason"].as_str().map(str::to_owned));
+    }
+    assert_eq!(
+        (name.as_str(), arguments.as_str()),
+        ("f", "{\"city\": \"Paris\"}")
+    );
+    assert_eq!(finish, ["function_call"]);
+
+    // The same prompt as with tools, and a conversation that goes on.
+    let tokens = |body: &Value| ask(PARROT.address, "/tokenize", body)["count"].clone();
+    let with_tools = told(&two, json!({"tools": [tool("f")]}));
+    assert_eq!(tokens(&body), tokens(&with_tools));
+    let goes_on = |answer: Value, result: Value| {
+        let user = json!({"role": "user", "content": "Weather?"});
+        json!({"messages": [user, answer, result]})
+    };
+    let legacy = goes_on(
+        json!({"role": "assistant", "content": null, "function_call": call}),
+        json!({"role": "function", "name": "f", "content": "sunny"}),
+    );
+    let newer = goes_on(
+        json!({"role": "assistant", "content": null, "tool_calls": [
+            {"id": "call_0", "type": "function", "function": call},
+        ]}),
+        json!({"role": "tool", "tool_call_id": "call_0", "content": "sunny"}),
+    );
+    assert_eq!(tokens(&legacy), tokens(&newer));
+
+    let forced = json!({"functions": [function], "function_call": {"name": "f"}});
+    let call = "{\"name\":\"f\",\"arguments\":{\"city\":\"Rome\"}}";
+    let answer = ask(PARROT.address, CHAT, &told(call, forced));
+    let called = &answer["choices"][0]["message"]["function_call"];
+    assert_eq!(called["arguments"], "{\"city\":\"Rome\"}");
+}
+
+#[test]
+fn schema_keywords_that_are_not_held_are_named_or_refused() {
+    let schema = json!({"type": "array", "items": {"type": "integer"}, "uniqueItems": true});
+    let form = json!({"type": "json_schema", "json_schema": {"name": "n", "schema": schema}});
+    let body = told("[1, 1]", json!({"response_format": form}));
+    let legacy_body = json!({"prompt": say("[1, 1]"), "guided_json": schema});
+    for (path, body) in [(CHAT, &body), ("/v1/completions", &legacy_body)] {
+        for stream in [false, true] {
+            let mut body = body.clone();
+            body["stream"] = stream.into();
+            let reply = send(PARROT.address, path, &body);
+            assert_eq!(reply.status, 200, "{}", reply.text());
+            assert_eq!(reply.header("x-quell-unenforced"), Some("uniqueItems"));
+        }
+    }
+    let mut parameters = tool("f");
+    parameters["function"]["parameters"]["properties"]["city"]["not"] = json!({"const": "Rome"});
+    let call = "{\"name\":\"f\",\"arguments\":{\"city\":\"Rome\"}}";
+    let forced = json!({"tools": [parameters], "tool_choice": "required"});
+    let reply = send(PARROT.address, CHAT, &told(call, forced));
+    assert_eq!(reply.header("x-quell-unenforced"), Some("not"));
+
+    let mut strict = options();
+    strict.schema_keywords = quell::text::Keywords::Strict;
+    let strict = TestServer::start(parrot::engine(TEMPLATE), strict);
+    let error = refused(strict.address, CHAT, &body, 400);
+    assert_eq!(error["param"], "response_format");
+    assert!(
+        error["message"].as_str().unwrap().contains("uniqueItems"),
+        "{error}"
+    );
+}
+
+#[test]
+fn an_object_may_have_its_schema_beside_it() {
+    let schema = json!({"properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": false});
+    let form = json!({"response_format": {"type": "json_object", "schema": schema}});
+    let answer = ask(PARROT.address, CHAT, &told("{\"a\": 1}", form.clone()));
+    assert_eq!(answer["choices"][0]["message"]["content"], "{\"a\": 1}");
+    let reply = send(PARROT.address, CHAT, &told("{\"b\": 1}", form));
+    assert_eq!(reply.status, 500, "{}", reply.text());
+}
+
+/// Takes one system message, first of all, and no roles that it does not know.
+const STRICT_TEMPLATE: &str = "{%- for m in messages %}{%- if m.role == 'system' %}\
+    {%- if not loop.first %}{{- raise_exception('System message must be at the beginning.') }}{%- endif %}\
+    {{- '<|im_start|>system\n' + m.content + '<|im_end|>\n' }}\
+    {%- elif m.role in ['user', 'assistant'] %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}\
+    {%- else %}{{- raise_exception('Unexpected message role.') }}{%- endif %}{%- endfor %}\
+    {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}";
+
+#[test]
+fn instructions_reach_a_strict_template_as_one_system_message() {
+    let server = TestServer::start(parrot::engine(STRICT_TEMPLATE), options());
+    let one = |role: &str, text: &str| json!({"role": role, "content": text});
+    let (user, asked) = (one("user", "Q"), one("user", &say("Yes.")));
+    let answered = one("assistant", "A");
+    let prompt = |messages: &Value| {
+        let count = ask(server.address, "/tokenize", &json!({"messages": messages}));
+        let tokens = json!({"tokens": count["tokens"]});
+        let text = ask(server.address, "/detokenize", &tokens);
+        text["prompt"].as_str().unwrap().to_owned()
+    };
+    for messages in [
+        json!([one("system", "S1"), one("system", "S2"), asked]),
+        json!([one("system", "S1"), one("developer", "S2"), asked]),
+        json!([
+            user,
+            answered,
+            one("developer", "S1"),
+            one("system", "S2"),
+            asked
+        ]),
+        json!([
+            one("system", "S1"),
+            user,
+            answered,
+            one("system", "S2"),
+            asked
+        ]),
+    ] {
+        let answer = ask(server.address, CHAT, &json!({"messages": messages}));
+        assert_eq!(answer["choices"][0]["message"]["content"], "Yes.");
+        let text = prompt(&messages);
+        assert!(text.contains("S1\n\nS2"), "{text}");
+        assert_eq!(text.matches("system").count(), 1, "{text}");
+    }
+    let pirate = json!({"messages": [one("pirate", "Arr")]});
+    let error = refused(server.address, CHAT, &pirate, 400);
+    assert_eq!(error["param"], "messages");
 }

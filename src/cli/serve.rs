@@ -3,6 +3,7 @@
 use super::args::{CliError, ModelArgs};
 use clap::Args;
 use quell::server::{ApiKeys, Metrics, Server, ServerOptions, TlsFiles};
+use quell::text::Keywords;
 use quell::text::tools::ToolFormat;
 use quell::{Engine, Shutdown};
 use std::io::Write;
@@ -42,6 +43,10 @@ struct HttpArgs {
     /// granite [default: as its chat template has it].
     #[arg(long, value_name = "FORMAT")]
     tool_format: Option<ToolFormat>,
+    /// Refuse JSON schemas with keywords that answers cannot be held to, instead of leaving
+    /// those out and naming them in the header x-quell-unenforced.
+    #[arg(long)]
+    strict_schemas: bool,
     /// Let in only who brings one of the keys in this file, one a line.
     #[arg(long, value_name = "FILE")]
     api_key_file: Option<PathBuf>,
@@ -143,6 +148,9 @@ impl HttpArgs {
         let mut options = ServerOptions::new(names.next().unwrap_or_else(|| name(model)));
         options.aliases = names.collect();
         options.tool_format = self.tool_format;
+        if self.strict_schemas {
+            options.schema_keywords = Keywords::Strict;
+        }
         options.api_keys = self.api_keys()?;
         options.allowed_origins = self.allowed_origins.clone();
         options.tls = self

@@ -61,6 +61,9 @@ struct AssistantMessage {
     reasoning_content: Option<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     tool_calls: Vec<ToolCall>,
+    /// The call of an answer to a request that speaks of functions.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    function_call: Option<Function>,
 }
 
 /// A call, or in a stream a piece of one.
@@ -98,7 +101,8 @@ impl ToolCall {
 }
 
 impl AssistantMessage {
-    fn new(parts: Vec<Part>) -> Self {
+    /// The message of an answer; with functions instead of tools for a `legacy` request.
+    fn new(parts: Vec<Part>, legacy: bool) -> Self {
         let mut content = String::new();
         let mut message = Self {
             role: "assistant",
@@ -124,6 +128,10 @@ impl AssistantMessage {
         }
         let silent = content.is_empty() && !message.tool_calls.is_empty();
         message.content = (!silent).then_some(content);
+        if legacy {
+            let mut calls = std::mem::take(&mut message.tool_calls).into_iter();
+            message.function_call = calls.next().map(|call| call.function);
+        }
         message
     }
 }
@@ -147,6 +155,8 @@ struct Delta {
     reasoning_content: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     tool_calls: Option<[ToolCall; 1]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    function_call: Option<Function>,
 }
 
 impl Delta {
@@ -158,7 +168,7 @@ impl Delta {
     }
 
     /// `None` when there is nothing to say.
-    fn new(part: Part) -> Option<Self> {
+    fn new(part: Part, legacy: bool) -> Option<Self> {
         let call = match part {
             Part::Text(text) => return Some(Self::text(text)),
             Part::Reasoning(text) => {
@@ -179,6 +189,12 @@ impl Delta {
             },
             Part::CallEnd => return None,
         };
+        if legacy {
+            return Some(Self {
+                function_call: Some(call.function),
+                ..Self::default()
+            });
+        }
         Some(Self {
             tool_calls: Some([call]),
             ..Self::default()
@@ -225,16 +241,18 @@ pub(crate) async fn chat_completions(
     if let Some(effort) = request.reasoning_effort {
         variables.entry("reasoning_effort").or_insert(effort.into());
     }
+    let tools = body.parse::<ToolFields>()?.check()?;
+    let legacy = tools.legacy;
     let conversation = Conversation {
         messages: request.messages,
-        tools: body.parse::<ToolFields>()?.check()?,
+        tools,
         structure: body.parse::<StructureFields>()?.structure()?,
         variables,
         add_generation_prompt: request.add_generation_prompt.unwrap_or(true),
         hide_reasoning: !request.include_reasoning.unwrap_or(true),
     };
     let prepared = conversation.prepare(&app).await?;
-    let reading = prepared.reading;
+    let (reading, notices) = (prepared.reading, prepared.notices);
     let prompt = Prompt::Tokens(prepared.prompt);
     let session = sampling.session(SessionPrompt::Whole);
     let id = app.answer_id("chatcmpl");
@@ -272,28 +290,31 @@ pub(crate) async fn chat_completions(
             ends: streams.iter().map(EndTokens::of).collect(),
             parts: streams.iter().map(|_| reading.parts()).collect(),
             logprobs: logprobs.is_some(),
+            legacy,
         };
-        return Ok(sse::respond(streams, writer));
+        return Ok(notices.mark(sse::respond(streams, writer)));
     }
     let answers = complete(streams).await?;
     let mut choices = Vec::with_capacity(answers.len());
     for (index, answer) in answers.into_iter().enumerate() {
         envelope.add(&answer.finish, index == 0);
         let tokens = logprobs.map(|_| reported(tokenizer.as_deref(), &answer.tokens));
-        let message = AssistantMessage::new(reading.parts().all(&answer.text));
+        let message = AssistantMessage::new(reading.parts().all(&answer.text), legacy);
+        let calls = message.tool_calls.len() + usize::from(message.function_call.is_some());
         choices.push(Choice {
             index,
-            finish_reason: with_calls(answer.finish_reason, message.tool_calls.len()),
+            finish_reason: with_calls(answer.finish_reason, calls, legacy),
             message,
             logprobs: tokens,
         });
     }
-    Ok(envelope.whole(&choices))
+    Ok(notices.mark(envelope.whole(&choices)))
 }
 
 /// Why an answer with so many calls ended.
-fn with_calls(finish_reason: &'static str, calls: usize) -> &'static str {
+fn with_calls(finish_reason: &'static str, calls: usize, legacy: bool) -> &'static str {
     match finish_reason {
+        "stop" if calls > 0 && legacy => "function_call",
         "stop" if calls > 0 => "tool_calls",
         reason => reason,
     }
@@ -339,6 +360,8 @@ struct ChatWriter {
     ends: Vec<EndTokens>,
     parts: Vec<Parts>,
     logprobs: bool,
+    /// Calls are told as those of functions.
+    legacy: bool,
 }
 
 impl Writer for ChatWriter {
@@ -379,7 +402,10 @@ impl Writer for ChatWriter {
         let calls = parts.calls();
         let mut reports = (self.logprobs && token.is_some())
             .then(|| reported(self.tokenizer.as_deref(), token.as_slice()));
-        let mut deltas: Vec<Delta> = pieces.into_iter().filter_map(Delta::new).collect();
+        let mut deltas: Vec<Delta> = pieces
+            .into_iter()
+            .filter_map(|part| Delta::new(part, self.legacy))
+            .collect();
         if reports.is_some() && deltas.is_empty() {
             deltas.push(Delta::text(String::new()));
         }
@@ -392,7 +418,7 @@ impl Writer for ChatWriter {
             };
             self.envelope.send(choice, events);
         }
-        let finish_reason = finish_reason.map(|reason| with_calls(reason, calls));
+        let finish_reason = finish_reason.map(|reason| with_calls(reason, calls, self.legacy));
         if finish_reason.is_some() {
             let choice = ChunkChoice {
                 index,

@@ -4,6 +4,7 @@ use super::answer::{EndTokens, complete, finish_reason, token_text};
 use super::envelope::Envelope;
 use super::error::ApiError;
 use super::json::JsonBody;
+use super::notices::Notices;
 use super::sampling::SamplingFields;
 use super::sessions::SessionPrompt;
 use super::sse::{self, Events, Writer};
@@ -117,8 +118,11 @@ pub(crate) async fn completions(
     if echo && (request.logprobs.is_some() || max_tokens == 0) {
         template.prompt_logprobs = Some(request.logprobs.unwrap_or(0));
     }
+    let mut notices = Notices::default();
     if let Some(structure) = body.parse::<StructureFields>()?.structure()? {
-        template.constraint = Some(structure.constraint(&app).await?);
+        let grammar = structure.compiled(&app).await?;
+        notices.unenforced = grammar.unenforced().to_vec();
+        template.constraint = Some(grammar.constraint());
     }
     let requests = prompts("prompt", request.prompt)?
         .into_iter()
@@ -137,7 +141,7 @@ pub(crate) async fn completions(
         writer.echo(&streams);
     }
     if request.stream.unwrap_or(false) {
-        return Ok(sse::respond(streams, writer));
+        return Ok(notices.mark(sse::respond(streams, writer)));
     }
     let answers = complete(streams).await?;
     let mut choices = Vec::with_capacity(answers.len());
@@ -160,7 +164,7 @@ pub(crate) async fn completions(
             finish_reason: Some(answer.finish_reason),
         });
     }
-    Ok(writer.envelope.whole(&choices))
+    Ok(notices.mark(writer.envelope.whole(&choices)))
 }
 
 /// One prompt or many, as text or token ids: what the request has in `field`.

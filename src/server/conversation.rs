@@ -2,14 +2,16 @@
 
 use super::App;
 use super::error::ApiError;
-use super::parts::{Calls, Reading};
+use super::notices::Notices;
+use super::parts::{Calls as ReadCalls, Reading};
 use super::structure::Structure;
 use super::tools::Tools;
+use super::{legacy, system_messages};
 use crate::engine::SubmitError;
 use crate::sampling::Constraint;
-use crate::text::Grammar;
 use crate::text::reasoning::ReasoningFormat;
 use crate::text::tools::{ToolFormat, in_words};
+use crate::text::{Calls, Grammar};
 use crate::text::{EncodeOptions, Message, RenderOptions, Tokenizer};
 use serde_json::{Map, Value};
 use std::sync::Arc;
@@ -32,13 +34,15 @@ pub(crate) struct Prepared {
     /// Marks that are special tokens are looked for in the answer.
     pub keep_special: bool,
     pub reading: Reading,
+    /// What is not honoured of it.
+    pub notices: Notices,
 }
 
 impl Conversation {
     /// Makes the prompt. What takes long is done on a thread of its own, so that other
     /// connections do not wait for it.
     pub async fn prepare(self, app: &Arc<App>) -> Result<Prepared, ApiError> {
-        let forced = self.tools.forced_schema(ToolFormat::Hermes).is_some();
+        let forced = self.tools.forced();
         let bytes: usize = (self.messages.iter().map(|message| message.content.len())).sum();
         if !forced && self.structure.is_none() && bytes <= super::LONG_PROMPT {
             return self.prepare_here(app);
@@ -61,14 +65,25 @@ impl Conversation {
                 false => ToolFormat::Hermes,
             }
         });
+        let keywords = app.options.schema_keywords;
         let forced = self.tools.forced_schema(format);
-        let structure = match &forced {
-            Some(schema) => Some(Structure::of_schema(schema.clone(), "tools")),
-            None => self.structure,
+        let constraint = match (&forced, &self.structure) {
+            (Some(schema), _) => {
+                let calls = Structure::of_schema(schema.clone(), "tools");
+                Some(calls.grammar(tokenizer, keywords, None)?)
+            }
+            (None, Some(structure)) => {
+                // The form is that of an answer; the model may call a tool before it.
+                let tools: Vec<_> = self.tools.schemas().collect();
+                let calls = self.tools.offered().then_some(Calls {
+                    format,
+                    tools: &tools,
+                    several: self.tools.parallel,
+                });
+                Some(structure.grammar(tokenizer, keywords, calls)?)
+            }
+            (None, None) => None,
         };
-        let constraint = structure
-            .map(|structure| structure.grammar(tokenizer))
-            .transpose()?;
 
         let described = self.tools.described();
         let mut options = RenderOptions {
@@ -76,7 +91,7 @@ impl Conversation {
             extra: self.variables,
             ..RenderOptions::default()
         };
-        let mut messages = self.messages;
+        let mut messages = legacy::as_tools(self.messages);
         if !source.contains("developer") {
             // OpenAI's newer name of it.
             for message in &mut messages {
@@ -90,8 +105,7 @@ impl Conversation {
         } else {
             messages = in_words(&messages, described.as_ref());
         }
-        let mut text = template
-            .render(&messages, &options)
+        let mut text = system_messages::render(template, &messages, &options)
             .map_err(|error| ApiError::from(SubmitError::Text(error)).param("messages"))?;
 
         let marks = ReasoningFormat::detect(source);
@@ -110,9 +124,9 @@ impl Conversation {
         }
         if forced.is_some() {
             text.push_str(format.forced_opening());
-            reading.calls = Calls::Forced(format);
-        } else if self.tools.offered() && constraint.is_none() {
-            reading.calls = Calls::Allowed(format, self.tools.names().collect());
+            reading.calls = ReadCalls::Forced(format);
+        } else if self.tools.offered() {
+            reading.calls = ReadCalls::Allowed(format, self.tools.names().collect());
         }
         // The template writes the special tokens itself.
         let options = EncodeOptions {
@@ -127,6 +141,11 @@ impl Conversation {
             constraint: constraint.as_ref().map(Grammar::constraint),
             keep_special: has_special_marks(&reading, tokenizer),
             reading,
+            notices: Notices {
+                skipped_tools: self.tools.skipped,
+                unenforced: (constraint.as_ref())
+                    .map_or_else(Vec::new, |grammar| grammar.unenforced().to_vec()),
+            },
         })
     }
 }
@@ -140,8 +159,8 @@ fn has_special_marks(reading: &Reading, tokenizer: &Tokenizer) -> bool {
     let reasoning = reading.reasoning.iter();
     let mut reasoning = reasoning.flat_map(|(marks, _)| [marks.open, marks.close]);
     let calls = match &reading.calls {
-        Calls::Allowed(format, _) => format.tags(),
-        Calls::None | Calls::Forced(_) => &[],
+        ReadCalls::Allowed(format, _) => format.tags(),
+        ReadCalls::None | ReadCalls::Forced(_) => &[],
     };
     reasoning.any(|mark| special(&mark)) || calls.iter().any(special)
 }

@@ -37,8 +37,10 @@ mod error;
 mod first_bytes;
 mod health;
 mod json;
+mod legacy;
 mod metrics;
 mod models;
+mod notices;
 mod page;
 mod parts;
 mod responses;
@@ -47,6 +49,7 @@ mod sessions;
 mod snapshot;
 mod sse;
 mod structure;
+mod system_messages;
 mod tls;
 mod tokenize;
 mod tools;
@@ -57,8 +60,8 @@ pub use metrics::{Metrics, MetricsError};
 pub use tls::TlsFiles;
 
 use crate::engine::{CancelReason, Drained, Engine, Prompt, Request, SubmitError, TokenStream};
-use crate::text::Tokenizer;
 use crate::text::tools::ToolFormat;
+use crate::text::{Keywords, Tokenizer};
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -126,6 +129,9 @@ pub struct ServerOptions {
     pub allowed_origins: Vec<String>,
     /// Certificate and key, to serve HTTPS; HTTP if `None`.
     pub tls: Option<TlsFiles>,
+    /// Whether a schema with keywords that cannot be kept to is refused, or answered with
+    /// these keywords in the header `x-quell-unenforced`. Lenient by default.
+    pub schema_keywords: Keywords,
 }
 
 impl ServerOptions {
@@ -149,6 +155,7 @@ impl ServerOptions {
             api_keys: ApiKeys::default(),
             allowed_origins: Vec::new(),
             tls: None,
+            schema_keywords: Keywords::Lenient,
         }
     }
 }
@@ -313,6 +320,11 @@ fn routes() -> Router<Arc<App>> {
         .route("/v1/completions", post(completions::completions))
         .route("/v1/chat/completions", post(chat::chat_completions))
         .route("/v1/responses", post(responses::create))
+        .route("/v1/responses/input_tokens", post(responses::input_tokens))
+        .route(
+            "/v1/responses/{id}/input_items",
+            get(responses::input_items),
+        )
         .route(
             "/v1/responses/{id}",
             get(responses::get).delete(responses::delete),

@@ -2,13 +2,15 @@
 //! on with by their id.
 
 mod input;
+mod listing;
 mod output;
 mod store;
 
+pub(super) use listing::input_items;
 pub(super) use store::Store;
 
 use super::answer::{EndTokens, Usage, finish_reason};
-use super::conversation::Conversation;
+use super::conversation::{Conversation, Prepared};
 use super::error::ApiError;
 use super::json::{JsonBody, PathPart};
 use super::parts::Parts;
@@ -24,7 +26,7 @@ use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use futures_util::StreamExt;
-use input::Input;
+use input::{Input, append_all, listed, new_id};
 use output::{Feed, Output};
 use serde::Deserialize;
 use serde_json::{Map, Number, Value, json};
@@ -62,71 +64,47 @@ struct ReasoningFields {
     effort: Option<String>,
 }
 
+/// What is asked, before the model is.
+struct Asked {
+    prepared: Prepared,
+    tools: Tools,
+    /// The conversation with the items of the input, without instructions.
+    messages: Vec<Message>,
+    /// The items of the input.
+    items: Vec<Value>,
+}
+
 /// Answers a request.
 pub(crate) async fn create(
     State(app): State<Arc<App>>,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    let request: CreateRequest = body.parse()?;
+    let mut request: CreateRequest = body.parse()?;
     let sampling: SamplingFields = body.parse()?;
-    let tools = body.parse::<ToolFields>()?.check()?;
     let model = app.check_model(request.model.as_deref())?;
-    request.require_supported()?;
-
-    let mut messages = match &request.previous_response_id {
-        Some(id) => app.responses.conversation(id)?,
-        None => Vec::new(),
-    };
-    let Some(input) = request.input.clone() else {
-        return Err(ApiError::invalid("there is no input").param("input"));
-    };
-    input.append_to(&mut messages)?;
-    if messages.is_empty() {
-        return Err(ApiError::invalid("input is an empty list").param("input"));
-    }
-    let mut variables = request.chat_template_kwargs.clone().unwrap_or_default();
-    if let Some(effort) = request.effort() {
-        variables.entry("reasoning_effort").or_insert(effort.into());
-    }
-    let conversation = Conversation {
-        messages: with_instructions(request.instructions.as_deref(), &messages),
-        tools: tools.clone(),
-        structure: match request.format()? {
-            Some(format) => format.structure("text.format")?,
-            None => None,
-        },
-        variables,
-        add_generation_prompt: true,
-        hide_reasoning: false,
-    };
-    let renamed = |mut error: ApiError| {
-        let param = match error.body.param.as_deref() {
-            Some("prompt" | "messages") => "input",
-            Some("max_tokens") => "max_output_tokens",
-            _ => return error,
-        };
-        error.body.param = Some(param.to_owned());
-        error
-    };
-    let prepared = conversation.prepare(&app).await.map_err(renamed)?;
+    let Asked {
+        prepared,
+        tools,
+        messages,
+        items,
+    } = request.ask(&app, &body).await?;
     let prompt = Prompt::Tokens(prepared.prompt);
-    let id = app.answer_id("resp");
+    let id = new_id("resp");
     let asked = sampling.request(&app, prompt, request.max_output_tokens, None)?;
     let mut asked = asked.label(id.as_str());
     asked.constraint = prepared.constraint;
     asked.keep_special = prepared.keep_special;
-    let id = app.answer_id("resp");
-    asked.label = Some(id.as_str().into());
     let streams = app.submit(vec![asked], 1).await.map_err(renamed)?;
 
+    let notices = prepared.notices;
+    let store = request.store.unwrap_or(true);
     let streaming = request.stream.unwrap_or(false);
     let mut writer = ResponseWriter {
         id,
         created: unix_time(),
-        store: request.store.unwrap_or(true),
+        kept: store.then(|| (messages, listed(items))),
         echo: request.echo(model, &tools),
         app,
-        messages,
         ends: streams.iter().map(EndTokens::of).next(),
         parts: prepared.reading.parts(),
         output: Output::default(),
@@ -135,7 +113,7 @@ pub(crate) async fn create(
         finish: None,
     };
     if streaming {
-        return Ok(sse::respond(streams, writer));
+        return Ok(notices.mark(sse::respond(streams, writer)));
     }
     let mut chunks = merge(streams);
     while let Some((_, chunk)) = chunks.next().await {
@@ -143,10 +121,37 @@ pub(crate) async fn create(
     }
     let response = writer.complete(None);
     match writer.finish {
-        Some(_) => Ok(Json(response).into_response()),
+        Some(_) => Ok(notices.mark(Json(response).into_response())),
         // A stream ends with a finish or an error.
         None => Err(ApiError::unavailable("the answer was cut short")),
     }
+}
+
+/// Counts the tokens that a request would take, and answers nothing.
+pub(crate) async fn input_tokens(
+    State(app): State<Arc<App>>,
+    body: JsonBody,
+) -> Result<Response, ApiError> {
+    let mut request: CreateRequest = body.parse()?;
+    app.check_model(request.model.as_deref())?;
+    let asked = request.ask(&app, &body).await?;
+    let count = json!({
+        "object": "response.input_tokens",
+        "input_tokens": asked.prepared.prompt.len(),
+    });
+    let notices = asked.prepared.notices;
+    Ok(notices.mark(Json(count).into_response()))
+}
+
+/// Names the fields as they are called here.
+fn renamed(mut error: ApiError) -> ApiError {
+    let param = match error.body.param.as_deref() {
+        Some("prompt" | "messages") => "input",
+        Some("max_tokens") => "max_output_tokens",
+        _ => return error,
+    };
+    error.body.param = Some(param.to_owned());
+    error
 }
 
 /// A response that was kept.
@@ -186,6 +191,46 @@ fn with_instructions(instructions: Option<&str>, messages: &[Message]) -> Vec<Me
 }
 
 impl CreateRequest {
+    /// Makes a prompt of the input and what came before it.
+    async fn ask(&mut self, app: &Arc<App>, body: &JsonBody) -> Result<Asked, ApiError> {
+        let tools = body.parse::<ToolFields>()?.check()?;
+        self.require_supported()?;
+        let mut messages = match &self.previous_response_id {
+            Some(id) => app.responses.conversation(id)?,
+            None => Vec::new(),
+        };
+        let Some(input) = self.input.take() else {
+            return Err(ApiError::invalid("there is no input").param("input"));
+        };
+        let items = input.items(&app.responses, app.options.max_body_bytes)?;
+        append_all(&items, &mut messages)?;
+        if messages.is_empty() {
+            return Err(ApiError::invalid("input is an empty list").param("input"));
+        }
+        let mut variables = self.chat_template_kwargs.take().unwrap_or_default();
+        if let Some(effort) = self.effort() {
+            variables.entry("reasoning_effort").or_insert(effort.into());
+        }
+        let conversation = Conversation {
+            messages: with_instructions(self.instructions.as_deref(), &messages),
+            tools: tools.clone(),
+            structure: match self.format()? {
+                Some(format) => format.structure("text.format")?,
+                None => None,
+            },
+            variables,
+            add_generation_prompt: true,
+            hide_reasoning: false,
+        };
+        let prepared = conversation.prepare(app).await.map_err(renamed)?;
+        Ok(Asked {
+            prepared,
+            tools,
+            messages,
+            items,
+        })
+    }
+
     /// Refuses what would be answered wrongly were it ignored.
     fn require_supported(&self) -> Result<(), ApiError> {
         let field = if self.background == Some(true) {
@@ -243,10 +288,10 @@ struct ResponseWriter {
     app: Arc<App>,
     id: String,
     created: u64,
-    store: bool,
+    /// If the response is to be kept: the conversation before it, without instructions,
+    /// and the items that it answers.
+    kept: Option<(Vec<Message>, Vec<Value>)>,
     echo: Map<String, Value>,
-    /// The conversation so far, without instructions.
-    messages: Vec<Message>,
     ends: Option<EndTokens>,
     parts: Parts,
     output: Output,
@@ -286,10 +331,15 @@ impl ResponseWriter {
         };
         let mut usage = Usage::default();
         usage.add(finish, true);
+        // Later requests find complete blocks.
+        let block = self.app.engine.info().block_tokens.max(1);
+        let complete = usage.prompt_tokens / block * block;
+        let written = complete.saturating_sub(usage.prompt_tokens_details.cached_tokens);
         json!({
             "input_tokens": usage.prompt_tokens,
             "input_tokens_details": {
                 "cached_tokens": usage.prompt_tokens_details.cached_tokens,
+                "cache_write_tokens": written,
             },
             "output_tokens": usage.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
@@ -327,11 +377,11 @@ impl ResponseWriter {
         let mut feed = Feed::new(events, &mut self.events_sent);
         self.output.finish(status, &mut feed);
         let response = self.response(status, None);
-        if self.store && self.finish.is_some() {
-            let mut messages = std::mem::take(&mut self.messages);
-            let answer = Input::Items(self.output.items().to_vec());
-            match answer.append_to(&mut messages) {
-                Ok(()) => (self.app.responses).keep(&self.id, &response, &messages),
+        if self.finish.is_some()
+            && let Some((mut messages, items)) = self.kept.take()
+        {
+            match append_all(self.output.items(), &mut messages) {
+                Ok(()) => (self.app.responses).keep(&self.id, &response, &messages, &items),
                 Err(error) => tracing::error!(?error, "a response could not be kept"),
             }
         }

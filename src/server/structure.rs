@@ -3,10 +3,9 @@
 
 use super::App;
 use super::error::ApiError;
-use crate::sampling::Constraint;
-use crate::text::{Grammar, GrammarError, Tokenizer};
+use crate::text::{Calls, Form as TextForm, Grammar, GrammarError, Keywords, Tokenizer};
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::sync::Arc;
 
 /// The fields of a request that say what form its answer must have.
@@ -35,7 +34,10 @@ struct StructuredOutputs {
 #[serde(tag = "type", rename_all = "snake_case")]
 pub(crate) enum Format {
     Text,
-    JsonObject,
+    JsonObject {
+        /// Where llama.cpp has the schema of the object.
+        schema: Option<Value>,
+    },
     JsonSchema {
         /// Where the chat API has the schema.
         json_schema: Option<Schema>,
@@ -70,7 +72,10 @@ impl Format {
     pub fn structure(self, field: &'static str) -> Result<Option<Structure>, ApiError> {
         let form = match self {
             Self::Text => return Ok(None),
-            Self::JsonObject => Form::JsonObject,
+            Self::JsonObject {
+                schema: Some(schema),
+            } if !schema.is_null() => Form::Schema(object(schema)),
+            Self::JsonObject { .. } => Form::JsonObject,
             Self::JsonSchema {
                 json_schema,
                 schema,
@@ -123,6 +128,17 @@ impl StructureFields {
     }
 }
 
+/// A schema whose values are objects, if it does not say so itself.
+fn object(mut schema: Value) -> Value {
+    const SHAPES: [&str; 5] = ["type", "$ref", "allOf", "anyOf", "oneOf"];
+    if let Value::Object(fields) = &mut schema
+        && !SHAPES.iter().any(|shape| fields.contains_key(*shape))
+    {
+        fields.insert("type".to_owned(), "object".into());
+    }
+    schema
+}
+
 /// vLLM takes a schema as JSON text as well.
 fn schema(schema: Value) -> Form {
     let read = match &schema {
@@ -140,32 +156,48 @@ impl Structure {
     }
 
     /// Compiles it on a thread of its own, as it may take a while.
-    pub async fn constraint(self, app: &App) -> Result<Box<dyn Constraint>, ApiError> {
+    pub async fn compiled(self, app: &App) -> Result<Grammar, ApiError> {
         let tokenizer = Arc::clone(app.require_tokenizer("a form of the answer")?);
-        let compiled = tokio::task::spawn_blocking(move || self.grammar(&tokenizer)).await;
-        let stopped = |_| ApiError::unavailable("the server is being stopped");
-        Ok(compiled.map_err(stopped)??.constraint())
+        let keywords = app.options.schema_keywords;
+        let compile = move || self.grammar(&tokenizer, keywords, None);
+        let compiled = tokio::task::spawn_blocking(compile).await;
+        compiled.map_err(|_| ApiError::unavailable("the server is being stopped"))?
     }
 
-    /// Compiles it, which may take a while.
-    pub fn grammar(&self, tokenizer: &Arc<Tokenizer>) -> Result<Grammar, ApiError> {
-        let grammar = match &self.form {
-            Form::JsonObject => Grammar::json_object(tokenizer),
-            Form::Schema(schema) => Grammar::json_schema(tokenizer, schema),
-            Form::Regex(regex) => Grammar::regex(tokenizer, regex),
-            Form::Choice(choices) => Grammar::choice(tokenizer, choices),
-            Form::Lark(grammar) => Grammar::lark(tokenizer, grammar),
+    /// Compiles it, which may take a while; if there are `calls`, they may come in its place.
+    pub fn grammar(
+        &self,
+        tokenizer: &Arc<Tokenizer>,
+        keywords: Keywords,
+        calls: Option<Calls<'_>>,
+    ) -> Result<Grammar, ApiError> {
+        let any = json!({"type": "object"});
+        let form = match &self.form {
+            Form::JsonObject => TextForm::JsonSchema(&any),
+            Form::Schema(schema) => TextForm::JsonSchema(schema),
+            Form::Regex(regex) => TextForm::Regex(regex),
+            Form::Choice(choices) => TextForm::Choice(choices),
+            Form::Lark(grammar) => TextForm::Lark(grammar),
         };
-        grammar.map_err(|error: GrammarError| {
-            ApiError::invalid(format!("{}: {error}", self.field)).param(self.field)
-        })
+        let refused = |field: &str, error: GrammarError| {
+            ApiError::invalid(format!("{field}: {error}")).param(field)
+        };
+        let alone = || {
+            let grammar = Grammar::new(tokenizer, form, keywords);
+            grammar.map_err(|error| refused(self.field, error))
+        };
+        let Some(calls) = calls else {
+            return alone();
+        };
+        // If the form alone is right, the tools are at fault.
+        Grammar::or_calls(tokenizer, form, keywords, calls)
+            .or_else(|error| alone().and_then(|_| Err(refused("tools", error))))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     fn form(fields: Value) -> Result<Option<Form>, String> {
         let fields: StructureFields =
@@ -225,6 +257,10 @@ mod tests {
         ] {
             assert_eq!(form(fields.clone()).unwrap(), expected, "{fields}");
         }
+        let beside = json!({"type": "json_object", "schema": {"properties": {"a": schema}}});
+        let beside = form(json!({"response_format": beside})).unwrap();
+        let object = json!({"properties": {"a": schema}, "type": "object"});
+        assert_eq!(beside, Some(Form::Schema(object)));
         let flat = json!({"type": "json_schema", "name": "n", "schema": schema});
         let flat: Format = serde_json::from_value(flat).unwrap();
         let structure = flat.structure("text.format").unwrap().unwrap();

@@ -9,20 +9,38 @@ use serde_json::{Map, Value, json};
 /// responses API.
 #[derive(Debug, Default, Deserialize)]
 pub(crate) struct ToolFields {
-    tools: Option<Vec<Tool>>,
+    tools: Option<Vec<Offer>>,
     tool_choice: Option<ToolChoice>,
     parallel_tool_calls: Option<bool>,
+    /// The older name of `tools`, from which messages with `function_call` come.
+    functions: Option<Vec<LegacyFunction>>,
+    /// The older name of `tool_choice`.
+    function_call: Option<LegacyChoice>,
+}
+
+/// An entry of `tools`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(try_from = "Value")]
+enum Offer {
+    Function(Tool),
+    /// A tool of a type that this server does not have, such as `web_search`.
+    Other(String),
 }
 
 /// A function that the model may call.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(try_from = "Value")]
+#[derive(Clone, Debug)]
 pub(crate) struct Tool {
     name: String,
     parameters: Option<Value>,
+    strict: Option<bool>,
     /// As chat templates expect it.
     description: Value,
 }
+
+/// An entry of `functions`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(try_from = "Value")]
+struct LegacyFunction(Tool);
 
 /// Whether tools are to be called.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
@@ -32,7 +50,17 @@ pub(crate) enum ToolChoice {
     Auto,
     Required,
     Named(String),
+    /// Only these, if any or at least one.
+    Allowed {
+        required: bool,
+        names: Vec<String>,
+    },
 }
+
+/// `function_call` of a request.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(try_from = "Value")]
+struct LegacyChoice(ToolChoice);
 
 /// The tools of a request and how they are to be used.
 #[derive(Clone, Debug)]
@@ -41,17 +69,35 @@ pub(crate) struct Tools {
     choice: ToolChoice,
     /// More than one call in an answer.
     pub parallel: bool,
+    /// The request speaks of functions, and so does the answer.
+    pub legacy: bool,
+    /// The types of tools that the request brought and that this server does not have.
+    pub skipped: Vec<String>,
 }
 
-impl TryFrom<Value> for Tool {
+impl TryFrom<Value> for Offer {
     type Error = String;
 
     fn try_from(tool: Value) -> Result<Self, String> {
-        let kind = tool.get("type").and_then(Value::as_str);
-        if kind != Some("function") {
-            let kind = kind.unwrap_or("no type");
-            return Err(format!("a tool is {kind:?}, expected \"function\""));
+        match tool.get("type") {
+            Some(Value::String(kind)) if kind == "function" => Tool::read(tool).map(Self::Function),
+            Some(Value::String(kind)) => Ok(Self::Other(kind.clone())),
+            _ => Err("a tool has no type, expected one such as \"function\"".to_owned()),
         }
+    }
+}
+
+impl TryFrom<Value> for LegacyFunction {
+    type Error = String;
+
+    fn try_from(function: Value) -> Result<Self, String> {
+        let tool = json!({"type": "function", "function": function});
+        Tool::read(tool).map(Self)
+    }
+}
+
+impl Tool {
+    fn read(tool: Value) -> Result<Self, String> {
         // The responses API has the function's fields in the tool itself.
         let function = match tool.get("function") {
             Some(function) => function.clone(),
@@ -66,6 +112,11 @@ impl TryFrom<Value> for Tool {
             Some(parameters @ Value::Object(_)) => Some(parameters.clone()),
             Some(_) => return Err(format!("the parameters of {name:?} are no JSON schema")),
         };
+        let strict = match tool.get("strict").or_else(|| function.get("strict")) {
+            None | Some(Value::Null) => None,
+            Some(Value::Bool(strict)) => Some(*strict),
+            Some(_) => return Err(format!("strict of {name:?} is neither true nor false")),
+        };
         let description = match tool.get("function") {
             Some(_) => tool,
             None => json!({"type": "function", "function": function}),
@@ -73,6 +124,7 @@ impl TryFrom<Value> for Tool {
         Ok(Self {
             name,
             parameters,
+            strict,
             description,
         })
     }
@@ -88,21 +140,76 @@ fn without(object: &Value, names: &[&str]) -> Value {
     kept.into()
 }
 
+/// The name of a function in either API's shape.
+fn function_name(choice: &Value) -> Option<String> {
+    let named = choice.get("function").unwrap_or(choice).get("name")?;
+    named.as_str().map(str::to_owned)
+}
+
 impl TryFrom<Value> for ToolChoice {
     type Error = String;
 
     fn try_from(choice: Value) -> Result<Self, String> {
-        let named = choice.get("function").unwrap_or(&choice).get("name");
-        match (choice.as_str(), choice["type"].as_str(), named) {
-            (Some("none"), ..) => Ok(Self::None),
-            (Some("auto"), ..) => Ok(Self::Auto),
-            (Some("required"), ..) => Ok(Self::Required),
-            (_, Some("function"), Some(Value::String(name))) => Ok(Self::Named(name.clone())),
-            _ => Err(
-                "expected \"none\", \"auto\", \"required\", or the name of a function as \
-                 {\"type\": \"function\", \"function\": {\"name\": …}}"
-                    .to_owned(),
-            ),
+        match (choice.as_str(), choice["type"].as_str()) {
+            (Some("none"), _) => return Ok(Self::None),
+            (Some("auto"), _) => return Ok(Self::Auto),
+            (Some("required"), _) => return Ok(Self::Required),
+            (_, Some("function")) => {
+                if let Some(name) = function_name(&choice) {
+                    return Ok(Self::Named(name));
+                }
+            }
+            (_, Some("allowed_tools")) => return allowed_tools(&choice),
+            (_, Some(kind)) => {
+                return Err(format!("there are no tools of type {kind:?} to choose"));
+            }
+            _ => {}
+        }
+        Err(
+            "expected \"none\", \"auto\", \"required\", the name of a function as \
+             {\"type\": \"function\", \"function\": {\"name\": …}}, or {\"type\": \
+             \"allowed_tools\", …}"
+                .to_owned(),
+        )
+    }
+}
+
+/// Reads a choice among some of the tools: flat in the responses API, nested in the chat
+/// API.
+fn allowed_tools(choice: &Value) -> Result<ToolChoice, String> {
+    let fields = choice.get("allowed_tools").unwrap_or(choice);
+    let required = match fields["mode"].as_str() {
+        Some("auto") => false,
+        Some("required") => true,
+        _ => return Err("allowed_tools needs a mode, \"auto\" or \"required\"".to_owned()),
+    };
+    let Some(tools) = fields["tools"].as_array() else {
+        return Err("allowed_tools needs a list of tools".to_owned());
+    };
+    if tools.iter().any(|tool| !tool["type"].is_string()) {
+        return Err("allowed_tools has a tool without a type".to_owned());
+    }
+    // Tools of other types are not offered, so that there is nothing to allow.
+    let functions = tools.iter().filter(|tool| tool["type"] == "function");
+    let names = functions.map(|tool| {
+        let missing = || "allowed_tools has a function without a name".to_owned();
+        function_name(tool).ok_or_else(missing)
+    });
+    Ok(ToolChoice::Allowed {
+        required,
+        names: names.collect::<Result<_, _>>()?,
+    })
+}
+
+impl TryFrom<Value> for LegacyChoice {
+    type Error = String;
+
+    fn try_from(choice: Value) -> Result<Self, String> {
+        match (choice.as_str(), choice["name"].as_str()) {
+            (Some("none"), _) => Ok(Self(ToolChoice::None)),
+            (Some("auto"), _) => Ok(Self(ToolChoice::Auto)),
+            (_, Some(name)) => Ok(Self(ToolChoice::Named(name.to_owned()))),
+            _ => Err("expected \"none\", \"auto\" or {\"name\": …}".to_owned()),
         }
     }
 }
@@ -110,11 +217,18 @@ impl TryFrom<Value> for ToolChoice {
 /// As the responses API reports it.
 impl Serialize for ToolChoice {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let function = |name: &String| json!({"type": "function", "name": name});
         match self {
             Self::None => serializer.serialize_str("none"),
             Self::Auto => serializer.serialize_str("auto"),
             Self::Required => serializer.serialize_str("required"),
-            Self::Named(name) => json!({"type": "function", "name": name}).serialize(serializer),
+            Self::Named(name) => function(name).serialize(serializer),
+            Self::Allowed { required, names } => json!({
+                "type": "allowed_tools",
+                "mode": if *required { "required" } else { "auto" },
+                "tools": names.iter().map(function).collect::<Vec<_>>(),
+            })
+            .serialize(serializer),
         }
     }
 }
@@ -122,48 +236,104 @@ impl Serialize for ToolChoice {
 impl ToolFields {
     /// Checks that the tools that must be called are there.
     pub fn check(self) -> Result<Tools, ApiError> {
-        let list = self.tools.unwrap_or_default();
-        let choice = match (self.tool_choice, list.is_empty()) {
+        if self.functions.is_some() && self.tools.is_some() {
+            let problem = "tools and functions, its older name, exclude one another";
+            return Err(ApiError::invalid(problem).param("functions"));
+        }
+        if self.function_call.is_some() && self.tool_choice.is_some() {
+            let problem = "tool_choice and function_call, its older name, exclude one another";
+            return Err(ApiError::invalid(problem).param("function_call"));
+        }
+        let legacy = self.functions.is_some();
+        let (mut list, mut skipped) = (Vec::new(), Vec::new());
+        for offer in self.tools.unwrap_or_default() {
+            match offer {
+                Offer::Function(tool) => list.push(tool),
+                Offer::Other(kind) => skipped.push(kind),
+            }
+        }
+        list.extend((self.functions.into_iter().flatten()).map(|function| function.0));
+        if !skipped.is_empty() {
+            tracing::warn!(types = ?skipped, "skipped tools of types that are not supported");
+        }
+        let field = match self.function_call {
+            Some(_) => "function_call",
+            None => "tool_choice",
+        };
+        let choice = self.function_call.map(|choice| choice.0);
+        let choice = match (choice.or(self.tool_choice), list.is_empty()) {
             (None, true) => ToolChoice::None,
             (None, false) => ToolChoice::Auto,
             (Some(choice), _) => choice,
         };
-        let problem = match &choice {
-            ToolChoice::Required if list.is_empty() => "there are no tools to call".to_owned(),
-            ToolChoice::Named(name) if !list.iter().any(|tool| tool.name == *name) => {
-                format!("there is no tool {name:?}")
-            }
-            _ => {
-                return Ok(Tools {
-                    list,
-                    choice,
-                    parallel: self.parallel_tool_calls.unwrap_or(true),
-                });
-            }
+        let tools = Tools {
+            list,
+            choice,
+            // There is room for one call in an answer that has `function_call`.
+            parallel: !legacy && self.parallel_tool_calls.unwrap_or(true),
+            legacy,
+            skipped,
         };
-        Err(ApiError::invalid(format!("tool_choice: {problem}")).param("tool_choice"))
+        match tools.missing() {
+            None => Ok(tools),
+            Some(problem) => Err(ApiError::invalid(format!("{field}: {problem}")).param(field)),
+        }
     }
 }
 
 impl Tools {
+    /// What is wrong with the choice, if there is no such tool.
+    fn missing(&self) -> Option<String> {
+        let has = |name: &String| self.list.iter().any(|tool| tool.name == *name);
+        let names = match &self.choice {
+            ToolChoice::Named(name) => std::slice::from_ref(name),
+            ToolChoice::Allowed { names, .. } => names.as_slice(),
+            _ => &[],
+        };
+        if let Some(name) = names.iter().find(|name| !has(name)) {
+            return Some(format!("there is no tool {name:?}"));
+        }
+        let must = matches!(
+            self.choice,
+            ToolChoice::Required | ToolChoice::Allowed { required: true, .. }
+        );
+        let none = self.usable().next().is_none();
+        (must && none).then(|| "there are no tools to call".to_owned())
+    }
+
     /// Whether tools are to be called.
     pub fn choice(&self) -> &ToolChoice {
         &self.choice
     }
 
+    /// The tools that the model may call.
+    fn usable(&self) -> impl Iterator<Item = &Tool> {
+        self.list.iter().filter(|tool| match &self.choice {
+            ToolChoice::None => false,
+            ToolChoice::Auto | ToolChoice::Required | ToolChoice::Named(_) => true,
+            ToolChoice::Allowed { names, .. } => names.contains(&tool.name),
+        })
+    }
+
     /// Whether the model may call any.
     pub fn offered(&self) -> bool {
-        self.choice != ToolChoice::None && !self.list.is_empty()
+        self.usable().next().is_some()
     }
 
     /// Their names.
     pub fn names(&self) -> impl Iterator<Item = String> {
-        self.list.iter().map(|tool| tool.name.clone())
+        self.usable().map(|tool| tool.name.clone())
+    }
+
+    /// Their names, each with the schema of its parameters.
+    pub fn schemas(&self) -> impl Iterator<Item = (&str, Option<&Value>)> {
+        self.usable()
+            .map(|tool| (tool.name.as_str(), tool.parameters.as_ref()))
     }
 
     /// The tools as a chat template expects them, if the model may call any.
     pub fn described(&self) -> Option<Value> {
-        let each = self.list.iter().map(|tool| tool.description.clone());
+        let each = self.usable().map(|tool| tool.description.clone());
         self.offered().then(|| each.collect())
     }
 
@@ -175,7 +345,7 @@ impl Tools {
                 "name": tool.name,
                 "description": null,
                 "parameters": tool.parameters,
-                "strict": false,
+                "strict": tool.strict.unwrap_or(false),
             });
             reported["description"] = tool.description["function"]["description"].clone();
             reported
@@ -183,18 +353,26 @@ impl Tools {
         each.collect()
     }
 
+    /// Whether the answer must be a call.
+    pub fn forced(&self) -> bool {
+        match &self.choice {
+            ToolChoice::None | ToolChoice::Auto => false,
+            ToolChoice::Required | ToolChoice::Named(_) => true,
+            ToolChoice::Allowed { required, .. } => *required,
+        }
+    }
+
     /// The JSON schema of the answer, if it must be a call.
     pub fn forced_schema(&self, format: ToolFormat) -> Option<Value> {
+        if !self.forced() {
+            return None;
+        }
         let wanted = |tool: &&Tool| match &self.choice {
             ToolChoice::Named(name) => tool.name == *name,
             _ => true,
         };
-        let several = match &self.choice {
-            ToolChoice::None | ToolChoice::Auto => return None,
-            ToolChoice::Required => self.parallel,
-            ToolChoice::Named(_) => false,
-        };
-        let tools = self.list.iter().filter(wanted);
+        let several = self.parallel && !matches!(self.choice, ToolChoice::Named(_));
+        let tools = self.usable().filter(wanted);
         let tools = tools.map(|tool| (tool.name.as_str(), tool.parameters.as_ref()));
         Some(format.forced_schema(tools, several))
     }
@@ -262,7 +440,39 @@ mod tests {
                 json!({"tools": [tool], "tool_choice": "maybe"}),
                 "expected \"none\"",
             ),
-            (json!({"tools": [{"type": "web_search"}]}), "\"web_search\""),
+            (json!({"tools": [{"name": "f"}]}), "no type"),
+            (
+                json!({"tools": [tool], "tool_choice": {"type": "web_search"}}),
+                "no tools of type \"web_search\"",
+            ),
+            (
+                json!({"tools": [tool], "tool_choice": {
+                    "type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "g"}],
+                }}),
+                "no tool \"g\"",
+            ),
+            (
+                json!({"tools": [tool], "tool_choice": {
+                    "type": "allowed_tools", "mode": "required", "tools": [{"type": "web_search"}],
+                }}),
+                "no tools to call",
+            ),
+            (
+                json!({"tools": [tool], "tool_choice": {"type": "allowed_tools", "tools": []}}),
+                "needs a mode",
+            ),
+            (
+                json!({"tools": [tool], "functions": [{"name": "f"}]}),
+                "exclude one another",
+            ),
+            (
+                json!({"functions": [{"name": "f"}], "function_call": {"name": "g"}}),
+                "function_call: there is no tool \"g\"",
+            ),
+            (
+                json!({"tools": [{"type": "function", "name": "f", "strict": "yes"}]}),
+                "strict of \"f\"",
+            ),
             (
                 json!({"tools": [{"type": "function", "function": {}}]}),
                 "no name",
@@ -274,6 +484,67 @@ mod tests {
         ] {
             let error = check(fields).unwrap_err();
             assert!(error.contains(problem), "{error}");
+        }
+    }
+
+    #[test]
+    fn tools_of_other_types_are_skipped_and_named() {
+        let tools = check(json!({"tools": [
+            {"type": "function", "name": "shell", "strict": true},
+            {"type": "custom", "name": "apply_patch", "format": {"type": "text"}},
+            {"type": "web_search", "external_web_access": true},
+        ]}))
+        .unwrap();
+        assert_eq!(tools.names().collect::<Vec<_>>(), ["shell"]);
+        assert_eq!(tools.skipped, ["custom", "web_search"]);
+        assert_eq!(tools.reported()[0]["strict"], true);
+        assert_eq!(tools.reported().as_array().map(Vec::len), Some(1));
+        let none = check(json!({"tools": [{"type": "mcp"}]})).unwrap();
+        assert_eq!((none.offered(), none.choice()), (false, &ToolChoice::None));
+    }
+
+    #[test]
+    fn only_the_allowed_tools_may_be_called() {
+        let tool = |name: &str| json!({"type": "function", "function": {"name": name}});
+        let flat = |name: &str| json!({"type": "function", "name": name});
+        let list = [tool("f"), tool("g"), tool("h")];
+        let chat = |mode: &str| {
+            json!({"type": "allowed_tools", "allowed_tools": {
+                "mode": mode, "tools": [tool("h"), {"type": "web_search"}, tool("f")],
+            }})
+        };
+        let auto = check(json!({"tools": list, "tool_choice": chat("auto")})).unwrap();
+        assert_eq!(auto.names().collect::<Vec<_>>(), ["f", "h"]);
+        assert_eq!(auto.described(), Some(json!([tool("f"), tool("h")])));
+        assert_eq!(auto.forced_schema(ToolFormat::Granite), None);
+        let must = check(json!({"tools": list, "tool_choice": chat("required")})).unwrap();
+        let schema = must.forced_schema(ToolFormat::Granite).unwrap();
+        assert_eq!(schema["items"]["anyOf"].as_array().unwrap().len(), 2);
+        let choice = json!({
+            "type": "allowed_tools", "mode": "auto", "tools": [flat("g")],
+        });
+        let fields = json!({"tools": list, "tool_choice": choice});
+        let responses = check(fields).unwrap();
+        assert_eq!(responses.names().collect::<Vec<_>>(), ["g"]);
+        assert_eq!(serde_json::to_value(responses.choice()).unwrap(), choice);
+        assert_eq!(responses.reported().as_array().unwrap().len(), 3);
+    }
+
+    #[test]
+    fn functions_are_tools_by_their_older_name() {
+        let function = json!({"name": "f", "description": "d", "parameters": {"type": "object"}});
+        let tools = check(json!({"functions": [function]})).unwrap();
+        let described = json!([{"type": "function", "function": function}]);
+        assert_eq!(tools.described(), Some(described));
+        assert!(tools.legacy && !tools.parallel);
+        assert_eq!(tools.choice(), &ToolChoice::Auto);
+        for (choice, expected) in [
+            (json!("none"), ToolChoice::None),
+            (json!("auto"), ToolChoice::Auto),
+            (json!({"name": "f"}), ToolChoice::Named("f".to_owned())),
+        ] {
+            let fields = json!({"functions": [function], "function_call": choice});
+            assert_eq!(check(fields).unwrap().choice(), &expected);
         }
     }
 }

@@ -4,14 +4,19 @@
 //! Super-fast Structured Outputs"): an Earley parser over lexemes that are derivatives of
 //! regular expressions, which walks a trie of all tokens for the mask of a step.
 
+mod pattern;
+mod schema;
 mod vocabulary;
 
 use super::Tokenizer;
+use super::tools::ToolFormat;
 use crate::sampling::{Constraint, ConstraintError};
-use llguidance::api::{ParserLimits, TopLevelGrammar};
+use llguidance::api::{GrammarWithLexer, ParserLimits, TopLevelGrammar};
 use llguidance::toktrie::TokEnv;
 use llguidance::{JsonCompileOptions, Matcher, ParserFactory};
-use serde_json::Value;
+use schema::Rewriter;
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -29,9 +34,10 @@ use vocabulary::Tokens;
 ///
 /// Objects are written on one line. After `,` and `:` one space may stand, and there is no
 /// other white space: an answer cannot spend its tokens on blanks. Properties come in the
-/// order of the schema. A schema keyword that cannot be kept to is refused by name, as is
-/// `oneOf` of schemas that exclude one another in no obvious way: write `anyOf`. The
-/// schema's draft is that of its `$schema`, 2020-12 if it names none; references to other
+/// order of the schema. A schema keyword that cannot be kept to is refused by name, or left
+/// out and named by [`Grammar::unenforced`] ([`Keywords`]), as is `oneOf` of schemas that
+/// exclude one another in no obvious way: write `anyOf`. Formats that are not known are
+/// annotations. The schema's draft is that of its `$schema`, 2020-12 if it names none; references to other
 /// documents are not followed.
 ///
 /// An answer that ends with `length` is the beginning of one that would have been right.
@@ -40,6 +46,41 @@ pub struct Grammar {
     /// Before the first token. Never used itself.
     start: Arc<Matcher>,
     kind: GrammarKind,
+    unenforced: Arc<[String]>,
+}
+
+/// What an answer must be.
+#[derive(Clone, Copy, Debug)]
+pub enum Form<'a> {
+    /// JSON of this schema.
+    JsonSchema(&'a Value),
+    /// A text that this regular expression matches as a whole.
+    Regex(&'a str),
+    /// A text of this grammar.
+    Lark(&'a str),
+    /// One of these texts.
+    Choice(&'a [String]),
+}
+
+/// What becomes of a schema with keywords that cannot be kept to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Keywords {
+    /// It is refused.
+    #[default]
+    Strict,
+    /// They are left out: the answer may be more than the schema allows.
+    Lenient,
+}
+
+/// Tools that may be called in place of an answer of a form.
+#[derive(Clone, Copy, Debug)]
+pub struct Calls<'a> {
+    /// How the model writes calls.
+    pub format: ToolFormat,
+    /// The names of the tools, each with the schema of its parameters.
+    pub tools: &'a [(&'a str, Option<&'a Value>)],
+    /// Whether an answer may have several calls.
+    pub several: bool,
 }
 
 /// What a grammar was made of.
@@ -112,6 +153,8 @@ const MAX_TEXT_BYTES: usize = 32 << 10;
 const MAX_DEPTH: usize = 128;
 /// The most properties of one object: what they cost grows with their square.
 const MAX_PROPERTIES: usize = 2000;
+/// The most patterns of a schema that are looked at one by one when it cannot be compiled.
+const MAX_PATTERNS: usize = 64;
 /// The longest message of the compiler that is passed on, in bytes.
 const MAX_REASON: usize = 400;
 /// The compiler goes deeper than the text is nested: one call a property, for one.
@@ -149,69 +192,268 @@ impl Compiler {
         compiler.as_ref().map_err(Clone::clone)
     }
 
-    fn compile(&self, kind: GrammarKind, source: TopLevelGrammar) -> Result<Grammar, GrammarError> {
+    fn compile(
+        &self,
+        kind: GrammarKind,
+        source: TopLevelGrammar,
+    ) -> Result<(Matcher, Vec<String>), GrammarError> {
         let compile = || {
             let parser = self.0.create_parser(source);
             let mut matcher = Matcher::new(parser);
             // Not for the mask: this finds grammars that no answer satisfies.
             let begins = matcher.compute_mask_or_eos().map(drop);
-            begins.map(|()| matcher).map_err(|error| reason(&error))
+            let warnings = matcher.grammar_warnings();
+            begins
+                .map(|()| (matcher, warnings))
+                .map_err(|error| reason(&error))
         };
         let thread = std::thread::Builder::new()
             .name("quell-grammar".to_owned())
             .stack_size(COMPILER_STACK);
-        let matcher = std::thread::scope(|scope| {
+        let compiled = std::thread::scope(|scope| {
             let thread = thread.spawn_scoped(scope, || guarded(compile));
             let thread = thread.map_err(|error| format!("no thread to compile it: {error}"))?;
             thread
                 .join()
                 .unwrap_or_else(|_| Err("its compiler failed".to_owned()))
         });
-        match matcher {
-            Ok(matcher) => Ok(Grammar {
-                start: Arc::new(matcher),
-                kind,
-            }),
-            Err(reason) => Err(GrammarError::Refused { kind, reason }),
-        }
+        compiled.map_err(|reason| GrammarError::Refused { kind, reason })
+    }
+
+    /// The patterns that are regular expressions, but not ones that can be followed.
+    fn beyond(&self, patterns: BTreeSet<String>) -> BTreeSet<String> {
+        let unfit = |pattern: &String| {
+            let source = compilable(json!({"type": "string", "pattern": pattern}), false);
+            let source = TopLevelGrammar::from_json_schema(source);
+            fancy_regex::Regex::new(pattern).is_ok()
+                && self.compile(GrammarKind::JsonSchema, source).is_err()
+        };
+        patterns
+            .into_iter()
+            .take(MAX_PATTERNS)
+            .filter(unfit)
+            .collect()
     }
 }
 
+/// The name of the grammar of an answer that is no call.
+const ANSWER: &str = "answer";
+
+/// A form, ready to be compiled.
+struct Source {
+    kind: GrammarKind,
+    grammar: GrammarWithLexer,
+    /// Keywords that were left out of a schema.
+    unheld: BTreeSet<String>,
+}
+
+impl Source {
+    fn new(form: Form<'_>, keywords: Keywords) -> Result<Self, GrammarError> {
+        let (kind, grammar, unheld) = match form {
+            Form::JsonSchema(schema) => {
+                let kind = GrammarKind::JsonSchema;
+                let (schema, unheld) = ready_schema(schema, keywords)?;
+                (kind, GrammarWithLexer::from_json_schema(schema), unheld)
+            }
+            Form::Regex(regex) => {
+                let kind = GrammarKind::Regex;
+                require_text(kind, regex)?;
+                (kind, GrammarWithLexer::from_regex(regex), BTreeSet::new())
+            }
+            Form::Lark(text) => {
+                let kind = GrammarKind::Lark;
+                require_text(kind, text)?;
+                let grammar = GrammarWithLexer::from_lark(text.to_owned());
+                (kind, grammar, BTreeSet::new())
+            }
+            Form::Choice(choices) => {
+                let kind = GrammarKind::Choice;
+                require_choices(choices)?;
+                let grammar = GrammarWithLexer::from_regex(&alternatives(choices));
+                (kind, grammar, BTreeSet::new())
+            }
+        };
+        Ok(Self {
+            kind,
+            grammar,
+            unheld,
+        })
+    }
+
+    /// Leaves patterns out that cannot be followed; whether there were any.
+    fn relax(&mut self, compiler: &Compiler) -> bool {
+        let Some(schema) = &mut self.grammar.json_schema else {
+            return false;
+        };
+        let beyond = compiler.beyond(schema::patterns(schema));
+        schema::without_patterns(schema, &beyond);
+        if !beyond.is_empty() {
+            self.unheld.insert("pattern".to_owned());
+        }
+        !beyond.is_empty()
+    }
+}
+
+/// A schema that the compiler takes, and what was left out of it.
+fn ready_schema(
+    schema: &Value,
+    keywords: Keywords,
+) -> Result<(Value, BTreeSet<String>), GrammarError> {
+    let kind = GrammarKind::JsonSchema;
+    require_shallow(kind, value_depth(schema))?;
+    require_short(kind, schema.to_string().len(), MAX_SCHEMA_BYTES)?;
+    let refused = |reason: &str| GrammarError::Refused {
+        kind,
+        reason: reason.to_owned(),
+    };
+    let lenient = keywords == Keywords::Lenient;
+    let mut rewriter = Rewriter::new(schema, lenient);
+    let schema = match rewriter.rewrite() {
+        schema @ Value::Object(_) => schema,
+        Value::Bool(true) => Value::Object(serde_json::Map::new()),
+        Value::Bool(false) => return Err(refused("no JSON value satisfies false")),
+        _ => return Err(refused("a schema is an object, true or false")),
+    };
+    if let Some(properties) = most_properties(&schema).filter(|most| *most > MAX_PROPERTIES) {
+        let limit = MAX_PROPERTIES;
+        return Err(refused(&format!(
+            "an object has {properties} properties, but may have at most {limit}"
+        )));
+    }
+    Ok((compilable(schema, lenient), rewriter.unheld))
+}
+
+/// A schema that says how it is to be compiled, in place of what it says of that itself.
+fn compilable(mut schema: Value, lenient: bool) -> Value {
+    JsonCompileOptions {
+        item_separator: ", ?".to_owned(),
+        key_separator: ": ?".to_owned(),
+        whitespace_flexible: false,
+        lenient,
+        ..JsonCompileOptions::default()
+    }
+    .apply_to(&mut schema);
+    schema
+}
+
+/// The schema keywords that a warning of the compiler says it has not kept to.
+fn keywords_of(warning: &str) -> Vec<String> {
+    if let Some(keys) = warning.strip_prefix("Unimplemented keys: ") {
+        let quoted = keys.split('"').skip(1).step_by(2);
+        return quoted.map(str::to_owned).collect();
+    }
+    let known: &[&str] = match warning {
+        warning if warning.starts_with("oneOf ") => &["oneOf"],
+        warning if warning.starts_with("Unknown format") => &["format"],
+        warning if warning.starts_with("min/maxProperties") => &["minProperties", "maxProperties"],
+        _ => &[],
+    };
+    known.iter().map(|keyword| (*keyword).to_owned()).collect()
+}
+
 impl Grammar {
+    /// An answer of this form.
+    ///
+    /// # Errors
+    /// When the form is wrong, needs what is not supported, or is too large.
+    pub fn new(
+        tokenizer: &Arc<Tokenizer>,
+        form: Form<'_>,
+        keywords: Keywords,
+    ) -> Result<Self, GrammarError> {
+        let mut source = Source::new(form, keywords)?;
+        let compiler = Compiler::of(tokenizer)?;
+        let compile = |source: &Source| {
+            let grammar = TopLevelGrammar::from_grammar(source.grammar.clone());
+            compiler.compile(source.kind, grammar)
+        };
+        let mut compiled = compile(&source);
+        if compiled.is_err() && keywords == Keywords::Lenient && source.relax(compiler) {
+            compiled = compile(&source);
+        }
+        Ok(Self::of(source, compiled?))
+    }
+
+    /// An answer of this form, or calls of tools in place of it.
+    ///
+    /// The arguments of calls are of their tool's schema, as far as the format writes them
+    /// as JSON and the schema can be kept to.
+    ///
+    /// # Errors
+    /// As for [`Grammar::new`].
+    pub fn or_calls(
+        tokenizer: &Arc<Tokenizer>,
+        form: Form<'_>,
+        keywords: Keywords,
+        calls: Calls<'_>,
+    ) -> Result<Self, GrammarError> {
+        let mut source = Source::new(form, keywords)?;
+        let compiler = Compiler::of(tokenizer)?;
+        let compile = |source: &Source, calls: Calls<'_>| {
+            let mut unheld = BTreeSet::new();
+            let mark = |text: &str| mark(tokenizer, text);
+            let rules = calls.format.call_rules(calls.tools, calls.several, mark);
+            let lark = format!("start: @{ANSWER} | calls\n{}", rules.lark);
+            let answer = GrammarWithLexer {
+                name: Some(ANSWER.to_owned()),
+                ..source.grammar.clone()
+            };
+            let mut grammars = vec![GrammarWithLexer::from_lark(lark), answer];
+            for (name, schema) in rules.schemas {
+                let (schema, left_out) = ready_schema(&schema, keywords)?;
+                unheld.extend(left_out);
+                grammars.push(GrammarWithLexer {
+                    name: Some(name),
+                    json_schema: Some(schema),
+                    ..GrammarWithLexer::default()
+                });
+            }
+            let max_tokens = None;
+            let grammar = TopLevelGrammar {
+                grammars,
+                max_tokens,
+            };
+            let compiled = compiler.compile(source.kind, grammar)?;
+            Ok((compiled, unheld))
+        };
+        let mut compiled = compile(&source, calls);
+        if compiled.is_err() && keywords == Keywords::Lenient {
+            // Without its tools it may be one that can be held: arguments of any kind then.
+            source.relax(compiler);
+            let any = json!({"type": "object"});
+            let tools: Vec<_> = calls
+                .tools
+                .iter()
+                .map(|(name, _)| (*name, Some(&any)))
+                .collect();
+            let calls = Calls {
+                tools: &tools,
+                ..calls
+            };
+            source.unheld.insert("parameters".to_owned());
+            compiled = compile(&source, calls);
+        }
+        let (compiled, unheld) = compiled?;
+        source.unheld.extend(unheld);
+        Ok(Self::of(source, compiled))
+    }
+
+    fn of(source: Source, (matcher, warnings): (Matcher, Vec<String>)) -> Self {
+        let mut unheld = source.unheld;
+        unheld.extend(warnings.iter().flat_map(|warning| keywords_of(warning)));
+        Self {
+            start: Arc::new(matcher),
+            kind: source.kind,
+            unenforced: unheld.into_iter().collect(),
+        }
+    }
+
     /// JSON of a schema: an object, or `true` for any JSON.
     ///
     /// # Errors
     /// When the schema is wrong, needs what is not supported, or is too large.
     pub fn json_schema(tokenizer: &Arc<Tokenizer>, schema: &Value) -> Result<Self, GrammarError> {
-        let kind = GrammarKind::JsonSchema;
-        require_shallow(kind, value_depth(schema))?;
-        require_short(kind, schema.to_string().len(), MAX_SCHEMA_BYTES)?;
-        let refused = |reason: &str| GrammarError::Refused {
-            kind,
-            reason: reason.to_owned(),
-        };
-        let mut schema = match schema {
-            Value::Object(_) => schema.clone(),
-            Value::Bool(true) => Value::Object(serde_json::Map::new()),
-            Value::Bool(false) => return Err(refused("no JSON value satisfies false")),
-            _ => return Err(refused("a schema is an object, true or false")),
-        };
-        if let Some(properties) = most_properties(&schema).filter(|most| *most > MAX_PROPERTIES) {
-            let limit = MAX_PROPERTIES;
-            return Err(refused(&format!(
-                "an object has {properties} properties, but may have at most {limit}"
-            )));
-        }
-        // Replaces what a schema says of how it is to be compiled.
-        JsonCompileOptions {
-            item_separator: ", ?".to_owned(),
-            key_separator: ": ?".to_owned(),
-            whitespace_flexible: false,
-            ..JsonCompileOptions::default()
-        }
-        .apply_to(&mut schema);
-        let source = TopLevelGrammar::from_json_schema(schema);
-        Compiler::of(tokenizer)?.compile(kind, source)
+        Self::new(tokenizer, Form::JsonSchema(schema), Keywords::Strict)
     }
 
     /// Any JSON object.
@@ -219,7 +461,7 @@ impl Grammar {
     /// # Errors
     /// When the tokenizer's vocabulary cannot be prepared.
     pub fn json_object(tokenizer: &Arc<Tokenizer>) -> Result<Self, GrammarError> {
-        Self::json_schema(tokenizer, &serde_json::json!({"type": "object"}))
+        Self::json_schema(tokenizer, &json!({"type": "object"}))
     }
 
     /// A text that a regular expression matches as a whole, in the syntax of the
@@ -229,10 +471,7 @@ impl Grammar {
     /// # Errors
     /// When the expression is wrong, needs what is not supported, or is too large.
     pub fn regex(tokenizer: &Arc<Tokenizer>, regex: &str) -> Result<Self, GrammarError> {
-        let kind = GrammarKind::Regex;
-        require_text(kind, regex)?;
-        let source = TopLevelGrammar::from_regex(regex);
-        Compiler::of(tokenizer)?.compile(kind, source)
+        Self::new(tokenizer, Form::Regex(regex), Keywords::Strict)
     }
 
     /// A text of a grammar in
@@ -242,10 +481,7 @@ impl Grammar {
     /// # Errors
     /// When the grammar is wrong, needs what is not supported, or is too large.
     pub fn lark(tokenizer: &Arc<Tokenizer>, grammar: &str) -> Result<Self, GrammarError> {
-        let kind = GrammarKind::Lark;
-        require_text(kind, grammar)?;
-        let source = TopLevelGrammar::from_lark(grammar.to_owned());
-        Compiler::of(tokenizer)?.compile(kind, source)
+        Self::new(tokenizer, Form::Lark(grammar), Keywords::Strict)
     }
 
     /// One of these texts. Where one begins with another, both are possible.
@@ -256,23 +492,8 @@ impl Grammar {
         tokenizer: &Arc<Tokenizer>,
         choices: &[T],
     ) -> Result<Self, GrammarError> {
-        let kind = GrammarKind::Choice;
-        let refused = |reason: &str| GrammarError::Refused {
-            kind,
-            reason: reason.to_owned(),
-        };
-        if choices.is_empty() {
-            return Err(refused("it is empty, but must have at least one text"));
-        }
-        if choices.iter().any(|choice| choice.as_ref().is_empty()) {
-            return Err(refused(
-                "a text is empty, but must have at least one character",
-            ));
-        }
-        let bytes = choices.iter().map(|choice| choice.as_ref().len()).sum();
-        require_short(kind, bytes, MAX_SCHEMA_BYTES)?;
-        let source = TopLevelGrammar::from_regex(&alternatives(choices));
-        Compiler::of(tokenizer)?.compile(kind, source)
+        let choices: Vec<String> = choices.iter().map(|one| one.as_ref().to_owned()).collect();
+        Self::new(tokenizer, Form::Choice(&choices), Keywords::Strict)
     }
 
     /// Prepares a tokenizer for grammars, which takes some hundred milliseconds, so that
@@ -287,6 +508,11 @@ impl Grammar {
     /// What it was made of.
     pub fn kind(&self) -> GrammarKind {
         self.kind
+    }
+
+    /// The schema keywords that answers are not held to.
+    pub fn unenforced(&self) -> &[String] {
+        &self.unenforced
     }
 
     /// The constraint on a new answer.
@@ -350,6 +576,14 @@ impl Constraint for Following {
     }
 }
 
+/// A mark of a call in a grammar: a special token, which no text has, or its text.
+fn mark(tokenizer: &Tokenizer, text: &str) -> String {
+    match tokenizer.id_of(text).filter(|id| tokenizer.is_special(*id)) {
+        Some(id) => format!("<[{id}]>"),
+        None => Value::from(text).to_string(),
+    }
+}
+
 /// An error's message in one line, without what only its makers understand: notes in
 /// angle brackets after it, such as the trace of a panic.
 fn reason(error: &impl fmt::Display) -> String {
@@ -390,6 +624,24 @@ fn require_shallow(kind: GrammarKind, depth: usize) -> Result<(), GrammarError> 
         return Err(GrammarError::TooDeep { kind, limit });
     }
     Ok(())
+}
+
+fn require_choices(choices: &[String]) -> Result<(), GrammarError> {
+    let kind = GrammarKind::Choice;
+    let refused = |reason: &str| {
+        Err(GrammarError::Refused {
+            kind,
+            reason: reason.to_owned(),
+        })
+    };
+    if choices.is_empty() {
+        return refused("it is empty, but must have at least one text");
+    }
+    if choices.iter().any(String::is_empty) {
+        return refused("a text is empty, but must have at least one character");
+    }
+    let bytes = choices.iter().map(String::len).sum();
+    require_short(kind, bytes, MAX_SCHEMA_BYTES)
 }
 
 fn require_text(kind: GrammarKind, text: &str) -> Result<(), GrammarError> {
@@ -450,13 +702,13 @@ fn bracket_depth(text: &str) -> usize {
 }
 
 /// A regular expression for one of these texts.
-fn alternatives<T: AsRef<str>>(choices: &[T]) -> String {
+fn alternatives(choices: &[String]) -> String {
     let mut regex = String::new();
     for (index, choice) in choices.iter().enumerate() {
         if index > 0 {
             regex.push('|');
         }
-        for character in choice.as_ref().chars() {
+        for character in choice.chars() {
             if character.is_ascii_alphanumeric() {
                 regex.push(character);
             } else {

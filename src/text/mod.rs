@@ -43,7 +43,7 @@ pub use detokenize::Detokenizer;
 pub use error::TextError;
 pub use gguf_vocabulary::GgufVocabulary;
 #[cfg(feature = "grammar")]
-pub use grammar::{Grammar, GrammarError, GrammarKind};
+pub use grammar::{Calls, Form, Grammar, GrammarError, GrammarKind, Keywords};
 pub use message::Message;
 pub use stop::{StopMatcher, StopStep};
 pub use template::{ChatTemplate, RenderOptions};

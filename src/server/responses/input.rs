@@ -1,9 +1,11 @@
 //! What a response answers: a text, or items of a conversation.
 
 use super::super::error::ApiError;
+use super::store::Store;
 use crate::text::Message;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use uuid::Uuid;
 
 /// The `input` of a request.
 #[derive(Clone, Debug, Deserialize)]
@@ -14,21 +16,98 @@ pub(super) enum Input {
 }
 
 impl Input {
-    /// Appends it to a conversation. The items of an answer may be among it.
-    pub fn append_to(self, messages: &mut Vec<Message>) -> Result<(), ApiError> {
-        match self {
-            Self::Text(text) => messages.push(Message::new("user", text)),
-            Self::Items(items) => {
-                for (index, item) in items.iter().enumerate() {
-                    append(item, messages).map_err(|problem| {
-                        let place = format!("input[{index}]");
-                        ApiError::invalid(format!("{place} {problem}")).param(place)
-                    })?;
+    /// The items that it is, with those of earlier responses in place of references to
+    /// them. These may have `limit` bytes together.
+    pub fn items(self, store: &Store, limit: usize) -> Result<Vec<Value>, ApiError> {
+        let mut items = match self {
+            Self::Text(text) => vec![json!({"role": "user", "content": text})],
+            Self::Items(items) => items,
+        };
+        let mut bytes = 0;
+        for (index, item) in items.iter_mut().enumerate() {
+            let Some(id) = reference(item) else {
+                continue;
+            };
+            let place = || format!("input[{index}]");
+            let found = store.item(id).ok_or_else(|| {
+                let problem = format!("{}: there is no item {id:?}, or no longer", place());
+                let error = ApiError::not_found(problem).param(place());
+                error.code("item_not_found")
+            })?;
+            bytes += found.len();
+            if bytes > limit {
+                let problem = format!(
+                    "{}: the items that are referred to have more than {limit} bytes together",
+                    place(),
+                );
+                return Err(ApiError::invalid(problem).param(place()));
+            }
+            *item = serde_json::from_str(&found).unwrap_or_default();
+        }
+        Ok(items)
+    }
+}
+
+/// The id of the item that this one refers to, if it is a reference.
+fn reference(item: &Value) -> Option<&str> {
+    let id = item.get("id")?.as_str()?;
+    match item.get("type") {
+        Some(Value::String(kind)) if kind == "item_reference" => Some(id),
+        None | Some(Value::Null) if item.get("role").is_none() => Some(id),
+        _ => None,
+    }
+}
+
+/// Appends items to a conversation. Those of an answer may be among them.
+pub(super) fn append_all(items: &[Value], messages: &mut Vec<Message>) -> Result<(), ApiError> {
+    for (index, item) in items.iter().enumerate() {
+        append(item, messages).map_err(|problem| {
+            let place = format!("input[{index}]");
+            ApiError::invalid(format!("{place} {problem}")).param(place)
+        })?;
+    }
+    Ok(())
+}
+
+/// Items as they are listed: each with an id, a type and a status, and text as parts.
+pub(super) fn listed(items: Vec<Value>) -> Vec<Value> {
+    let each = items.into_iter().map(|mut item| {
+        if let Value::Object(fields) = &mut item {
+            let kind = fields.get("type").and_then(Value::as_str);
+            let kind = kind.unwrap_or("message").to_owned();
+            if fields.get("id").is_none_or(|id| !id.is_string()) {
+                let prefix = match kind.as_str() {
+                    "message" => "msg",
+                    "function_call" => "fc",
+                    "function_call_output" => "fco",
+                    "reasoning" => "rs",
+                    _ => "item",
+                };
+                fields.insert("id".to_owned(), new_id(prefix).into());
+            }
+            if kind == "message" {
+                let answer = fields.get("role").is_some_and(|role| role == "assistant");
+                if let Some(content) = fields.get_mut("content")
+                    && let Value::String(text) = content
+                {
+                    let text = std::mem::take(text);
+                    *content = match answer {
+                        true => json!([{"type": "output_text", "text": text, "annotations": []}]),
+                        false => json!([{"type": "input_text", "text": text}]),
+                    };
                 }
             }
+            fields.insert("type".to_owned(), kind.into());
+            fields.entry("status").or_insert_with(|| "completed".into());
         }
-        Ok(())
-    }
+        item
+    });
+    each.collect()
+}
+
+/// A new id of what `prefix` stands for.
+pub(super) fn new_id(prefix: &str) -> String {
+    format!("{prefix}_{}", Uuid::new_v4().simple())
 }
 
 /// Appends one item; says what is wrong with it.
@@ -38,44 +117,77 @@ fn append(item: &Value, messages: &mut Vec<Message>) -> Result<(), String> {
         _ => Err(format!("has no {name}, or one that is no string")),
     };
     let kind = match item.get("type") {
-        None if item.get("role").is_some() => "message",
+        None | Some(Value::Null) if item.get("role").is_some() => "message",
         _ => text("type")?,
     };
     match kind {
+        // Calls of tools that take text, made with a server that has these.
+        "custom_tool_call" => {
+            let arguments = json!({"input": text("input")?}).to_string();
+            append_call(text("call_id")?, text("name")?, &arguments, messages);
+        }
         "message" => messages.push(Message::new(text("role")?, content(item.get("content"))?)),
         "function_call" => {
-            let call = json!({
-                "id": text("call_id")?,
-                "type": "function",
-                "function": {"name": text("name")?, "arguments": text("arguments")?},
-            });
-            // Calls belong to the answer that they are part of.
-            if messages.last().is_none_or(|last| last.role != "assistant") {
-                messages.push(Message::new("assistant", ""));
-            }
-            if let Some(last) = messages.last_mut() {
-                let calls = last.extra.entry("tool_calls").or_insert_with(|| json!([]));
-                if let Value::Array(calls) = calls {
-                    calls.push(call);
-                }
-            }
+            append_call(
+                text("call_id")?,
+                text("name")?,
+                text("arguments")?,
+                messages,
+            );
         }
-        "function_call_output" => {
+        "function_call_output" | "custom_tool_call_output" => {
             let mut message = Message::new("tool", content(item.get("output"))?);
             let id = text("call_id")?.into();
             message.extra.insert("tool_call_id".to_owned(), id);
             messages.push(message);
         }
-        // What the model thought then is not shown to it again.
+        // With an id, it was replaced by what it refers to.
+        "item_reference" => drop(text("id")?),
+        // What the model thought then is not shown to it again, nor is what the tools of
+        // another server did: that is in the answers that came of it.
         "reasoning" => {}
+        kind if HOSTED.contains(&kind) => {
+            tracing::debug!(kind, "skipped an item of a tool that is not supported");
+        }
         kind => {
             return Err(format!(
                 "has type {kind:?}, expected \"message\", \"function_call\", \
-                 \"function_call_output\" or \"reasoning\""
+                 \"function_call_output\", \"item_reference\" or \"reasoning\""
             ));
         }
     }
     Ok(())
+}
+
+/// Items of tools that run on OpenAI's servers.
+const HOSTED: [&str; 9] = [
+    "code_interpreter_call",
+    "computer_call",
+    "file_search_call",
+    "image_generation_call",
+    "mcp_approval_request",
+    "mcp_approval_response",
+    "mcp_call",
+    "mcp_list_tools",
+    "web_search_call",
+];
+
+/// Appends a call to the answer that it is part of.
+fn append_call(id: &str, name: &str, arguments: &str, messages: &mut Vec<Message>) {
+    let call = json!({
+        "id": id,
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    });
+    if messages.last().is_none_or(|last| last.role != "assistant") {
+        messages.push(Message::new("assistant", ""));
+    }
+    if let Some(last) = messages.last_mut() {
+        let calls = last.extra.entry("tool_calls").or_insert_with(|| json!([]));
+        if let Value::Array(calls) = calls {
+            calls.push(call);
+        }
+    }
 }
 
 /// The text of a message or of a call's output.
@@ -110,7 +222,8 @@ mod tests {
     fn read(input: Value) -> Result<Vec<Message>, String> {
         let input: Input = serde_json::from_value(input).map_err(|error| error.to_string())?;
         let mut messages = Vec::new();
-        let appended = input.append_to(&mut messages);
+        let items = input.items(&Store::default(), 1000);
+        let appended = items.and_then(|items| append_all(&items, &mut messages));
         appended.map_err(|error| error.body.message)?;
         Ok(messages)
     }
@@ -154,8 +267,12 @@ mod tests {
             (json!(5), "expected a text or a list of items"),
             (json!([{"role": "user"}, {}]), "input[1] has no type"),
             (
-                json!([{"type": "item_reference", "id": "x"}]),
-                "\"item_reference\"",
+                json!([{"role": "user", "content": "a"}, {"type": "item_reference", "id": "x"}]),
+                "input[1]: there is no item \"x\"",
+            ),
+            (
+                json!([{"type": "memory", "id": "x"}]),
+                "has type \"memory\"",
             ),
             (
                 json!([{"type": "function_call", "call_id": "c", "name": "f"}]),
@@ -173,5 +290,66 @@ mod tests {
             let error = read(input).unwrap_err();
             assert!(error.contains(problem), "{error}");
         }
+    }
+
+    #[test]
+    fn items_of_tools_of_another_server_do_no_harm() {
+        let messages = read(json!([
+            {"role": "user", "content": "Hi"},
+            {"type": "web_search_call", "id": "ws_1", "status": "completed"},
+            {"type": "custom_tool_call", "call_id": "c1", "name": "patch", "input": "a\n"},
+            {"type": "custom_tool_call_output", "call_id": "c1", "output": "done"},
+        ]))
+        .unwrap();
+        let roles: Vec<_> = messages.iter().map(|message| &*message.role).collect();
+        assert_eq!(roles, ["user", "assistant", "tool"]);
+        let call = &messages[1].extra["tool_calls"][0]["function"];
+        assert_eq!(
+            call,
+            &json!({"name": "patch", "arguments": "{\"input\":\"a\\n\"}"})
+        );
+    }
+
+    #[test]
+    fn references_are_the_items_that_they_refer_to_within_limits() {
+        let store = Store::default();
+        let answer = json!({"type": "message", "id": "msg_1", "role": "assistant", "content": "A"});
+        store.keep("r", &json!({"output": [answer]}), &[], &[]);
+        let input = |count: usize| {
+            let mut items = vec![json!({"type": "item_reference", "id": "msg_1"}); count];
+            items.push(json!({"id": "msg_1"}));
+            Input::Items(items)
+        };
+        let bytes = answer.to_string().len();
+        let items = input(1).items(&store, 2 * bytes).unwrap();
+        assert_eq!(items, [answer.clone(), answer]);
+        let error = input(1).items(&store, 2 * bytes - 1).unwrap_err();
+        assert_eq!(error.body.param.as_deref(), Some("input[1]"));
+        assert_eq!(error.status, 400);
+        store.delete("r").unwrap();
+        let error = input(0).items(&store, 2 * bytes).unwrap_err();
+        assert_eq!(
+            (error.status.as_u16(), error.body.code),
+            (404, Some("item_not_found"))
+        );
+    }
+
+    #[test]
+    fn listed_items_have_ids_types_and_parts() {
+        let items = listed(vec![
+            json!({"role": "user", "content": "Hi"}),
+            json!({"type": "message", "id": "msg_1", "role": "assistant", "content": "Yes"}),
+            json!({"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}),
+        ]);
+        assert!(items[0]["id"].as_str().unwrap().starts_with("msg_"));
+        assert_eq!(items[0]["type"], "message");
+        assert_eq!(
+            items[0]["content"],
+            json!([{"type": "input_text", "text": "Hi"}])
+        );
+        assert_eq!(items[1]["id"], "msg_1");
+        assert_eq!(items[1]["content"][0]["type"], "output_text");
+        assert!(items[2]["id"].as_str().unwrap().starts_with("fc_"));
+        assert!(items.iter().all(|item| item["status"] == "completed"));
     }
 }

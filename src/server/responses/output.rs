@@ -2,8 +2,8 @@
 
 use super::super::parts::{Part, call_id};
 use super::super::sse::Events;
+use super::input::new_id;
 use serde_json::{Map, Value, json};
-use uuid::Uuid;
 
 /// Where events go, if anybody reads them, each with its number.
 pub(super) struct Feed<'a> {
@@ -63,7 +63,7 @@ impl Item {
             Kind::Call { .. } => "fc",
         };
         Self {
-            id: format!("{prefix}_{}", Uuid::new_v4().simple()),
+            id: new_id(prefix),
             kind,
             text: String::new(),
         }

@@ -4,7 +4,7 @@ use super::super::error::ApiError;
 use crate::text::Message;
 use serde_json::Value;
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Responses that are kept at most; the oldest goes first.
 const MAX_RESPONSES: usize = 1024;
@@ -19,23 +19,31 @@ pub(crate) struct Store(Mutex<Kept>);
 #[derive(Debug, Default)]
 struct Kept {
     responses: HashMap<String, Entry>,
+    /// The items of all responses and of what they answer, by their ids.
+    items: HashMap<String, Item>,
     /// From the oldest on; some may be deleted.
     order: VecDeque<String>,
     bytes: usize,
 }
 
-/// A response, both parts as JSON.
+/// A response, all parts as JSON.
 #[derive(Debug)]
 struct Entry {
     response: String,
     /// What came before the response, and the response, as messages.
     conversation: String,
+    /// The ids of the items that it answers, in their order.
+    input: Vec<String>,
+    /// The ids of all items that go with it.
+    items: Vec<String>,
+    bytes: usize,
 }
 
-impl Entry {
-    fn bytes(&self) -> usize {
-        self.response.len() + self.conversation.len()
-    }
+/// An item of the response with this id.
+#[derive(Debug)]
+struct Item {
+    response: String,
+    json: Arc<str>,
 }
 
 impl Store {
@@ -44,17 +52,42 @@ impl Store {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Keeps a response, and forgets the oldest while there is too much.
-    pub fn keep(&self, id: &str, response: &Value, conversation: &[Message]) {
-        let entry = Entry {
+    /// Keeps a response with the items that it answers, and forgets the oldest while there
+    /// is too much.
+    pub fn keep(&self, id: &str, response: &Value, conversation: &[Message], input: &[Value]) {
+        let output = response.get("output").and_then(Value::as_array);
+        let output = output.map_or(&[][..], Vec::as_slice);
+        let named = |items: &[Value]| -> Vec<(String, String)> {
+            let named = items.iter().filter_map(|item| {
+                let id = item.get("id")?.as_str()?;
+                Some((id.to_owned(), item.to_string()))
+            });
+            named.collect()
+        };
+        let (input, output) = (named(input), named(output));
+        let mut entry = Entry {
             response: response.to_string(),
             conversation: serde_json::to_string(conversation).unwrap_or_default(),
+            input: input.iter().map(|(id, _)| id.clone()).collect(),
+            items: Vec::new(),
+            bytes: 0,
         };
-        if entry.bytes() > MAX_BYTES {
+        let items = input.iter().chain(&output);
+        let items: usize = items.map(|(id, json)| 4 * id.len() + json.len()).sum();
+        entry.bytes = entry.response.len() + entry.conversation.len() + items;
+        if entry.bytes > MAX_BYTES {
             return;
         }
         let mut kept = self.kept();
-        kept.bytes += entry.bytes();
+        kept.bytes += entry.bytes;
+        for (item, json) in input.into_iter().chain(output) {
+            // An item that is sent back as it came stays that of its response.
+            if !kept.items.contains_key(&item) {
+                let (response, json) = (id.to_owned(), json.into());
+                kept.items.insert(item.clone(), Item { response, json });
+                entry.items.push(item);
+            }
+        }
         kept.responses.insert(id.to_owned(), entry);
         kept.order.push_back(id.to_owned());
         while kept.order.len() > MAX_RESPONSES || kept.bytes > MAX_BYTES {
@@ -72,6 +105,25 @@ impl Store {
         entry
             .map(|entry| entry.response.clone())
             .ok_or_else(|| missing(id).code("response_not_found"))
+    }
+
+    /// An item as JSON, whichever response it goes with.
+    pub fn item(&self, id: &str) -> Option<Arc<str>> {
+        let kept = self.kept();
+        kept.items.get(id).map(|item| Arc::clone(&item.json))
+    }
+
+    /// The items that a response answers, each with its id, as JSON; 404 when the response is
+    /// not there. Items of an earlier response that was deleted are missing.
+    pub fn input(&self, id: &str) -> Result<Vec<(String, Arc<str>)>, ApiError> {
+        let kept = self.kept();
+        let entry = kept.responses.get(id);
+        let entry = entry.ok_or_else(|| missing(id).code("response_not_found"))?;
+        let items = entry.input.iter().filter_map(|id| {
+            let item = kept.items.get(id)?;
+            Some((id.clone(), Arc::clone(&item.json)))
+        });
+        Ok(items.collect())
     }
 
     /// The conversation that goes on from a response.
@@ -105,9 +157,20 @@ impl Store {
 
 impl Kept {
     fn remove(&mut self, id: &str) -> bool {
-        let entry = self.responses.remove(id);
-        self.bytes -= entry.as_ref().map_or(0, Entry::bytes);
-        entry.is_some()
+        let Some(entry) = self.responses.remove(id) else {
+            return false;
+        };
+        self.bytes -= entry.bytes;
+        for item in entry.items {
+            if self
+                .items
+                .get(&item)
+                .is_some_and(|item| item.response == id)
+            {
+                self.items.remove(&item);
+            }
+        }
+        true
     }
 }
 
@@ -124,7 +187,7 @@ mod tests {
     fn a_response_is_kept_until_it_is_deleted() {
         let store = Store::default();
         let conversation = [Message::new("user", "a"), Message::new("assistant", "b")];
-        store.keep("x", &json!({"id": "x"}), &conversation);
+        store.keep("x", &json!({"id": "x"}), &conversation, &[]);
         assert_eq!(store.response("x").unwrap(), r#"{"id":"x"}"#);
         assert_eq!(store.conversation("x").unwrap(), conversation);
         store.delete("x").unwrap();
@@ -140,7 +203,7 @@ mod tests {
     fn the_oldest_are_forgotten_when_there_are_too_many() {
         let store = Store::default();
         for index in 0..MAX_RESPONSES + 2 {
-            store.keep(&index.to_string(), &json!({}), &[]);
+            store.keep(&index.to_string(), &json!({}), &[], &[]);
         }
         assert!(store.response("1").is_err());
         assert!(store.response("2").is_ok());
@@ -151,13 +214,43 @@ mod tests {
     fn the_oldest_are_forgotten_when_they_are_too_large() {
         let store = Store::default();
         let large = [Message::new("user", "x".repeat(MAX_BYTES / 2))];
-        store.keep("a", &json!({}), &large);
-        store.keep("b", &json!({}), &large);
+        store.keep("a", &json!({}), &large, &[]);
+        store.keep("b", &json!({}), &large, &[]);
         assert!(store.response("a").is_err());
         assert!(store.response("b").is_ok());
         let huge = [Message::new("user", "x".repeat(MAX_BYTES))];
-        store.keep("c", &json!({}), &huge);
+        store.keep("c", &json!({}), &huge, &[]);
         assert!(store.response("b").is_ok() && store.response("c").is_err());
         assert!(store.kept().bytes <= MAX_BYTES);
+    }
+
+    #[test]
+    fn items_are_found_as_long_as_their_response_is_kept() {
+        let store = Store::default();
+        let item = |id: &str| json!({"id": id, "type": "message"});
+        store.keep("x", &json!({"output": [item("b")]}), &[], &[item("a")]);
+        // What is sent back keeps its place.
+        store.keep(
+            "y",
+            &json!({"output": [item("d")]}),
+            &[],
+            &[item("b"), item("c")],
+        );
+        let ids = |response: &str| -> Vec<String> {
+            let items = store.input(response).unwrap();
+            items.into_iter().map(|(id, _)| id).collect()
+        };
+        assert_eq!(
+            (ids("x"), ids("y")),
+            (vec!["a".into()], vec!["b".into(), "c".into()])
+        );
+        assert_eq!(store.item("d").as_deref(), Some(&*item("d").to_string()));
+        store.delete("x").unwrap();
+        assert!(store.item("a").is_none() && store.item("b").is_none());
+        assert_eq!(ids("y"), ["c"]);
+        assert_eq!(store.input("x").unwrap_err().status, 404);
+        store.delete("y").unwrap();
+        let kept = store.kept();
+        assert_eq!((kept.bytes, kept.items.len()), (0, 0));
     }
 }

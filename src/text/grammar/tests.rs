@@ -510,3 +510,395 @@ fn a_scored_tokenizer_with_bytes_and_unused_tokens_serves_grammars_too() {
     );
     assert_eq!(state.accept(tokenizer.id_of("b").unwrap()), Ok(true));
 }
+
+/// A grammar of a schema of which what cannot be held is left out.
+fn lenient(schema: &Value) -> Grammar {
+    let form = Form::JsonSchema(schema);
+    Grammar::new(&tokenizer(), form, Keywords::Lenient)
+        .unwrap_or_else(|error| panic!("{schema}: {error}"))
+}
+
+fn all(grammar: &Grammar) -> Vec<&str> {
+    grammar.unenforced().iter().map(String::as_str).collect()
+}
+
+#[test]
+fn formats_that_are_not_known_are_annotations() {
+    let tokenizer = tokenizer();
+    for format in [
+        "password",
+        "path",
+        "json-string",
+        "byte",
+        "uri-reference",
+        "regex",
+    ] {
+        let text = json!({"type": "string", "format": format, "maxLength": 5});
+        let text = schema(json!({"anyOf": [text, {"type": "integer", "format": "int32"}]}));
+        let grammar = text.unwrap();
+        assert!(grammar.unenforced().is_empty());
+        assert_eq!(answer(&tokenizer, &grammar, "\"a/b\\n\""), Answer::Complete);
+        assert_eq!(answer(&tokenizer, &grammar, "\"abcdef"), Answer::Wrong(6));
+    }
+    let date = schema(json!({"type": "string", "format": "date"})).unwrap();
+    assert_eq!(answer(&tokenizer, &date, "\"2026-02-30"), Answer::Wrong(9));
+    // A property of that name is a property.
+    let named = json!({"properties": {"format": {"type": "string", "enum": ["zip"]}}, "required": ["format"]});
+    let named = schema(named).unwrap();
+    assert_eq!(
+        answer(&tokenizer, &named, "{\"format\":\"zip\"}"),
+        Answer::Complete
+    );
+    assert_eq!(
+        answer(&tokenizer, &named, "{\"format\":1"),
+        Answer::Wrong(10)
+    );
+}
+
+#[test]
+fn keywords_that_cannot_be_held_are_left_out_by_name_or_refused() {
+    let tokenizer = tokenizer();
+    for (wanted, names, right) in [
+        (
+            json!({"type": "array", "items": {"enum": [1, 2]}, "uniqueItems": true}),
+            &["uniqueItems"][..],
+            "[1, 1]",
+        ),
+        (
+            json!({"type": "integer", "not": {"const": 3}}),
+            &["not"],
+            "3",
+        ),
+        (
+            json!({"type": "object", "properties": {"a": {"type": "null"}}, "dependentRequired": {"a": ["b"]}, "additionalProperties": false}),
+            &["dependentRequired"],
+            "{\"a\":null}",
+        ),
+        (
+            json!({"oneOf": [{"type": "integer"}, {"type": "number"}]}),
+            &["oneOf"],
+            "1.5",
+        ),
+        (
+            json!({"type": "string", "pattern": "^(?!b)[ab]{2}$"}),
+            &["pattern"],
+            "\"ba\"",
+        ),
+        (
+            json!({"type": "string", "pattern": r"^([ab])\1$"}),
+            &["pattern"],
+            "\"abb\"",
+        ),
+        (
+            json!({"$schema": "https://spec.openapis.org/oas/3.1/dialect/base", "type": "null"}),
+            &["$schema"],
+            "null",
+        ),
+    ] {
+        let grammar = lenient(&wanted);
+        assert_eq!(all(&grammar), names, "{wanted}");
+        let end = answer(&tokenizer, &grammar, right);
+        assert!(
+            matches!(end, Answer::Complete | Answer::MayEnd),
+            "{wanted}: {end:?}"
+        );
+        let refused = schema(wanted.clone());
+        assert!(
+            matches!(refused, Err(GrammarError::Refused { .. })),
+            "{wanted}"
+        );
+    }
+    // What is left is held.
+    let list = lenient(&json!({"type": "array", "items": {"enum": [1, 2]}, "uniqueItems": true}));
+    assert_eq!(answer(&tokenizer, &list, "[3"), Answer::Wrong(1));
+    let address = lenient(
+        &json!({"type": "string", "pattern": r"^(?!\.)(?!.*\.\.)[a-z.]+@[a-z]+\.[a-z]{2,}$"}),
+    );
+    assert_eq!(all(&address), ["pattern"]);
+    assert_eq!(
+        answer(&tokenizer, &address, "\"a.b@c.de\""),
+        Answer::Complete
+    );
+    assert_eq!(answer(&tokenizer, &address, "\"a.b@c\""), Answer::Wrong(6));
+    // And what is no schema stays none.
+    for wrong in [
+        json!({"type": "strnig"}),
+        json!({"pattern": "("}),
+        json!({"enum": []}),
+    ] {
+        let refused = Grammar::new(&tokenizer, Form::JsonSchema(&wrong), Keywords::Lenient);
+        assert!(
+            matches!(refused, Err(GrammarError::Refused { .. })),
+            "{wrong}"
+        );
+    }
+}
+
+#[test]
+fn what_says_nothing_more_is_held_as_it_is() {
+    let tokenizer = tokenizer();
+    for (wanted, right, wrong) in [
+        (
+            json!({"type": "array", "items": {"type": "null"}, "uniqueItems": true, "maxItems": 1}),
+            "[null]",
+            ("[null,", 5),
+        ),
+        (
+            json!({"type": "array", "items": {"type": "null"}, "uniqueItems": false, "maxItems": 2}),
+            "[null,null]",
+            ("[1", 1),
+        ),
+        (
+            // Two patterns that look ahead from the beginning, as for passwords.
+            json!({"type": "string", "pattern": r"^(?=.*[A-Z])(?=.*\d)[A-Za-z0-9]{3,6}$"}),
+            "\"aB3\"",
+            ("\"ab3\"", 4),
+        ),
+        (
+            json!({"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {"type": "null"}}),
+            "{\"x\":null,\"y\":null}",
+            ("{\"x\":1", 5),
+        ),
+        (
+            json!({"type": "object", "propertyNames": {"pattern": "^[a-c]$"}, "additionalProperties": {"type": "null"}}),
+            "{\"c\":null,\"a\":null}",
+            ("{\"d", 2),
+        ),
+        (
+            json!({"type": "object", "propertyNames": {"minLength": 2, "maxLength": 3}, "additionalProperties": {"type": "null"}}),
+            "{\"abc\":null}",
+            ("{\"a\"", 3),
+        ),
+        (
+            json!({
+                "type": "object",
+                "propertyNames": {"$ref": "#/$defs/Name"},
+                "additionalProperties": {"type": "null"},
+                "$defs": {"Name": {"type": "string", "enum": ["left", "right"], "title": "Name"}},
+            }),
+            "{\"right\":null}",
+            ("{\"top", 2),
+        ),
+        (
+            json!({"type": "object", "properties": {"a": {"const": 1}, "z": {"const": 2}}, "propertyNames": {"enum": ["a", "b"]}}),
+            "{\"a\":1,\"b\":[]}",
+            ("{\"z", 2),
+        ),
+        (
+            json!({"type": "object", "properties": {"a1": {"const": 1}, "z": {"const": 2}}, "propertyNames": {"pattern": r"\d"}, "required": ["a1"]}),
+            "{\"a1\":1,\"2\":3}",
+            ("{\"z", 2),
+        ),
+    ] {
+        for grammar in [lenient(&wanted), schema(wanted.clone()).unwrap()] {
+            assert_eq!(all(&grammar), [""; 0], "{wanted}");
+            assert_eq!(
+                answer(&tokenizer, &grammar, right),
+                Answer::Complete,
+                "{wanted}"
+            );
+            let (wrong, at) = wrong;
+            assert_eq!(
+                answer(&tokenizer, &grammar, wrong),
+                Answer::Wrong(at),
+                "{wanted}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_schema_of_many_properties_can_be_answered_to_its_end() {
+    let tokenizer = tokenizer();
+    for required in [true, false] {
+        let names = (0..1500).map(|index| format!("p{index}"));
+        let properties: serde_json::Map<String, Value> = names
+            .clone()
+            .map(|name| (name, json!({"type": "null"})))
+            .collect();
+        let mut wanted = json!({
+            "type": "object", "properties": properties, "additionalProperties": false,
+        });
+        let written = match required {
+            true => {
+                wanted["required"] = names.clone().collect();
+                names.collect::<Vec<_>>()
+            }
+            false => ["p0", "p750", "p1499"].map(str::to_owned).to_vec(),
+        };
+        let fields: Vec<String> = written
+            .iter()
+            .map(|name| format!("\"{name}\":null"))
+            .collect();
+        let text = format!("{{{}}}", fields.join(","));
+        let grammar = schema(wanted).unwrap();
+        let mut state = ConstraintState::new(grammar.constraint(), tokenizer.vocabulary_size());
+        let mut complete = false;
+        for (at, byte) in text.bytes().enumerate() {
+            // Every mask can be asked for, but that takes its time.
+            if at < 40 || at + 40 > text.len() || at % 1000 == 0 {
+                state
+                    .refresh()
+                    .unwrap_or_else(|error| panic!("at {at}: {error}"));
+            }
+            let single = (0..tokenizer.vocabulary_size() as u32)
+                .find(|&id| tokenizer.token_bytes(id) == Some(&[byte]));
+            complete = (state.accept(single.unwrap()))
+                .unwrap_or_else(|error| panic!("at {at} of {}: {error}", text.len()));
+        }
+        assert!(complete);
+    }
+}
+
+fn or_calls(format: ToolFormat, several: bool) -> (Arc<Tokenizer>, Grammar) {
+    let tokenizer = tokenizer();
+    let form = json!({
+        "type": "object", "properties": {"answer": {"type": "string"}},
+        "required": ["answer"], "additionalProperties": false,
+    });
+    let parameters = json!({
+        "type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"type": "integer"}},
+        "required": ["city"],
+    });
+    let calls = Calls {
+        format,
+        tools: &[("weather", Some(&parameters)), ("now", None)],
+        several,
+    };
+    let form = Form::JsonSchema(&form);
+    let grammar = Grammar::or_calls(&tokenizer, form, Keywords::Strict, calls);
+    (tokenizer, grammar.unwrap())
+}
+
+#[test]
+fn an_answer_of_a_form_may_be_calls_instead_in_every_format() {
+    for (format, calls, wrong) in [
+        (
+            ToolFormat::Hermes,
+            &[
+                "<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Rome\"}}\n</tool_call>",
+                "<tool_call>{\"name\":\"now\",\"arguments\":{}}</tool_call>",
+                "<tool_call>{\"name\":\"now\",\"arguments\":{}}</tool_call>\n<tool_call>{\"name\":\"now\",\"arguments\":{}}</tool_call>",
+            ][..],
+            "<tool_call>{\"name\":\"other",
+        ),
+        (
+            ToolFormat::Llama,
+            &[
+                "{\"name\": \"weather\", \"parameters\": {\"city\": \"Rome\"}}",
+                "<|python_tag|>{\"name\":\"now\",\"parameters\":{}}",
+                "{\"name\":\"now\",\"parameters\":{}}; {\"name\":\"now\",\"parameters\":{}}",
+            ],
+            "{\"name\":\"other",
+        ),
+        (
+            ToolFormat::Mistral,
+            &[
+                "[TOOL_CALLS] [{\"name\": \"weather\", \"arguments\": {\"city\": \"Rome\"}}]",
+                "[TOOL_CALLS][{\"name\":\"now\",\"arguments\":{}}, {\"name\":\"now\",\"arguments\":{}}]",
+                "[TOOL_CALLS]weather[ARGS]{\"city\": \"Paris\", \"days\": 2}",
+                "[TOOL_CALLS]now[ARGS]{}[TOOL_CALLS]now[ARGS]{}",
+            ],
+            "[TOOL_CALLS]other",
+        ),
+        (
+            ToolFormat::Granite,
+            &[
+                "<|tool_call|>[{\"name\": \"weather\", \"arguments\": {\"city\": \"Rome\"}}]",
+                "<tool_call>[{\"name\":\"now\",\"arguments\":{}}]",
+            ],
+            "<tool_call>[]",
+        ),
+        (
+            ToolFormat::DeepSeek,
+            &[
+                "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{\"city\": \"Rome\"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+                "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+            ],
+            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>other",
+        ),
+        (
+            ToolFormat::Pythonic,
+            &[
+                "[weather(city=\"Rome\", days=2)]",
+                "[weather(city='Paris'), now()]",
+                "[weather(city=[True, None, {'a': -1.5}])]",
+            ],
+            "[weather(town",
+        ),
+    ] {
+        let (tokenizer, grammar) = or_calls(format, true);
+        let answer = |text: &str| answer(&tokenizer, &grammar, text);
+        for text in calls.iter().chain(&["{\"answer\": \"It is sunny.\"}"]) {
+            let end = answer(text);
+            assert!(
+                matches!(end, Answer::Complete | Answer::MayEnd),
+                "{format:?} {text}: {end:?}"
+            );
+            // The parser finds the calls again, and takes nothing else for one.
+            let tools = ["weather", "now"].map(str::to_owned);
+            let mut parser = crate::text::tools::ToolParser::new(format, tools);
+            parser.push(text);
+            parser.finish();
+            let found = text.matches("now").count() + text.matches("weather").count();
+            assert_eq!(parser.calls(), found, "{format:?} {text}");
+        }
+        assert!(
+            matches!(answer(wrong), Answer::Wrong(_)),
+            "{format:?} {wrong}"
+        );
+        assert!(matches!(answer("It is"), Answer::Wrong(0)));
+        assert!(matches!(answer("{\"answer\": 1"), Answer::Wrong(_)));
+    }
+}
+
+#[test]
+fn one_call_is_one_call() {
+    let (tokenizer, grammar) = or_calls(ToolFormat::Hermes, false);
+    let call = "<tool_call>{\"name\":\"now\",\"arguments\":{}}</tool_call>";
+    assert_eq!(answer(&tokenizer, &grammar, call), Answer::Complete);
+}
+
+#[test]
+fn calls_whose_mark_is_a_special_token_begin_with_it() {
+    let tokenizer = tokenizer();
+    let rules = ToolFormat::Hermes.call_rules(&[("f", None)], true, |text| {
+        assert!(text.contains("tool_call"));
+        mark(&tokenizer, "<|tool|>")
+    });
+    let tool = tokenizer.id_of("<|tool|>").unwrap();
+    assert!(
+        rules.lark.contains(&format!("<[{tool}]>")),
+        "{}",
+        rules.lark
+    );
+}
+
+#[test]
+fn a_tool_whose_schema_is_beyond_the_compiler_may_be_called_with_anything() {
+    let tokenizer = tokenizer();
+    let beyond = json!({"type": "object", "properties": {"a": {"$ref": "https://example.org/x"}}});
+    let form = json!({"type": "integer"});
+    let with = |keywords| {
+        let calls = Calls {
+            format: ToolFormat::Hermes,
+            tools: &[("f", Some(&beyond))],
+            several: true,
+        };
+        Grammar::or_calls(&tokenizer, Form::JsonSchema(&form), keywords, calls)
+    };
+    assert!(with(Keywords::Strict).is_err());
+    let grammar = with(Keywords::Lenient).unwrap();
+    assert_eq!(all(&grammar), ["parameters"]);
+    let call = "<tool_call>{\"name\":\"f\",\"arguments\":{\"a\": [1]}}</tool_call>";
+    assert_eq!(answer(&tokenizer, &grammar, call), Answer::MayEnd);
+    assert_eq!(answer(&tokenizer, &grammar, "12"), Answer::MayEnd);
+    let bad = json!({"type": "strnig"});
+    let calls = Calls {
+        format: ToolFormat::Hermes,
+        tools: &[("f", None)],
+        several: true,
+    };
+    let refused = Grammar::or_calls(&tokenizer, Form::JsonSchema(&bad), Keywords::Lenient, calls);
+    assert!(refused.unwrap_err().to_string().contains("strnig"));
+}

@@ -59,17 +59,32 @@ impl ToolFormat {
     }
 }
 
+/// The schema of a tool's arguments.
+#[cfg(feature = "grammar")]
+pub(super) fn arguments(parameters: Option<&Value>) -> Value {
+    closed(parameters).unwrap_or_else(no_arguments)
+}
+
+fn no_arguments() -> Value {
+    json!({"type": "object", "properties": {}, "additionalProperties": false})
+}
+
 /// The schema of a tool's parameters as the definition `place` of another schema.
 fn embedded(parameters: Option<&Value>, place: &str) -> Value {
-    let none = json!({"type": "object", "properties": {}, "additionalProperties": false});
-    let Some(Value::Object(parameters)) = parameters else {
-        return none;
+    let Some(mut schema) = closed(parameters) else {
+        return no_arguments();
     };
-    let mut parameters = parameters.clone();
+    move_references(&mut schema, place);
+    schema
+}
+
+/// The schema of a tool's parameters without what is not described; `None` if nothing is.
+fn closed(parameters: Option<&Value>) -> Option<Value> {
+    let mut parameters = parameters?.as_object()?.clone();
     parameters.shift_remove("$schema");
     parameters.shift_remove("$id");
     if parameters.is_empty() {
-        return none;
+        return None;
     }
     const COMPOSED: [&str; 6] = [
         "$ref",
@@ -86,9 +101,7 @@ fn embedded(parameters: Option<&Value>, place: &str) -> Value {
             parameters.insert("additionalProperties".to_owned(), false.into());
         }
     }
-    let mut schema = Value::Object(parameters);
-    move_references(&mut schema, place);
-    schema
+    Some(Value::Object(parameters))
 }
 
 /// Lets references within a schema find their places when it is the definition `place`.

@@ -12,6 +12,8 @@ mod json;
 mod llama;
 mod mistral;
 mod pythonic;
+#[cfg(feature = "grammar")]
+mod rules;
 mod scan;
 mod words;
 

@@ -1,0 +1,77 @@
+//! What of a request could not be honoured although it is answered, told in headers of the
+//! answer.
+
+use axum::http::{HeaderName, HeaderValue};
+use axum::response::Response;
+
+/// Types of tools that were skipped.
+pub(super) const SKIPPED_TOOLS: HeaderName = HeaderName::from_static("x-quell-skipped-tools");
+/// Schema keywords that the answer was not held to.
+pub(super) const UNENFORCED: HeaderName = HeaderName::from_static("x-quell-unenforced");
+
+/// The longest list in a header, in bytes.
+const MAX_LIST_BYTES: usize = 1024;
+
+/// What was left out.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Notices {
+    /// Types of tools that this server does not have.
+    pub skipped_tools: Vec<String>,
+    /// Schema keywords that cannot be held.
+    pub unenforced: Vec<String>,
+}
+
+impl Notices {
+    /// The response with the headers that tell of it.
+    pub fn mark(&self, mut response: Response) -> Response {
+        for (name, list) in [
+            (SKIPPED_TOOLS, &self.skipped_tools),
+            (UNENFORCED, &self.unenforced),
+        ] {
+            if let Some(value) = list_value(list) {
+                response.headers_mut().insert(name, value);
+            }
+        }
+        response
+    }
+}
+
+/// The words as the value of a header: each once, without what a header cannot hold.
+fn list_value(words: &[String]) -> Option<HeaderValue> {
+    let plain = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | '$');
+    let mut listed: Vec<String> = Vec::new();
+    let mut bytes = 0;
+    for word in words {
+        let word: String = word.chars().filter(plain).take(64).collect();
+        if word.is_empty() || listed.contains(&word) {
+            continue;
+        }
+        bytes += word.len() + 2;
+        if bytes > MAX_LIST_BYTES {
+            break;
+        }
+        listed.push(word);
+    }
+    let list = listed.join(", ");
+    (!list.is_empty()).then(|| HeaderValue::from_str(&list).ok())?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_is_a_header_whatever_its_words_are() {
+        let value = |words: &[&str]| {
+            let words: Vec<_> = words.iter().map(|word| (*word).to_owned()).collect();
+            list_value(&words).map(|value| value.to_str().unwrap().to_owned())
+        };
+        assert_eq!(value(&[]), None);
+        assert_eq!(value(&["\r\n", "é"]), None);
+        let list = value(&["custom", "web_search", "custom", "a\r\nb: c"]);
+        assert_eq!(list.as_deref(), Some("custom, web_search, abc"));
+        let many: Vec<String> = (0..999).map(|index| format!("tool{index}")).collect();
+        let many: Vec<&str> = many.iter().map(String::as_str).collect();
+        assert!(value(&many).unwrap().len() <= MAX_LIST_BYTES);
+    }
+}

@@ -1,0 +1,295 @@
+//! Regular expressions without what the compiler cannot follow: looking around, word
+//! boundaries and references back to a group.
+
+/// A pattern that allows all that another one does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Relaxed {
+    /// What remains of it.
+    pub pattern: String,
+    /// What a text must match beside that: what looks ahead from the text's beginning.
+    pub also: Vec<String>,
+    /// Whether these together allow no more than it did.
+    pub exact: bool,
+}
+
+/// Nothing, as a group: what stands in for an assertion, which may be repeated.
+const NOTHING: &str = "(?:)";
+
+/// A pattern without its assertions and references; `None` if it has none.
+pub(super) fn relaxed(pattern: &str) -> Option<Relaxed> {
+    let mut also = Vec::new();
+    let mut exact = true;
+    let mut kept = String::with_capacity(pattern.len());
+    let mut rest = pattern;
+    let mut changed = false;
+    let alternatives = has_alternatives(pattern);
+    while !rest.is_empty() {
+        let token = Token::next(rest);
+        let (text, after) = rest.split_at(token.length(rest));
+        rest = after;
+        match token {
+            Token::Plain | Token::Class | Token::Escaped => kept.push_str(text),
+            Token::Look { ahead, opening } => {
+                changed = true;
+                let inside = text.get(opening..).unwrap_or_default();
+                let inside = inside.strip_suffix(')').unwrap_or(inside);
+                // Only where the text begins is it known where to look from.
+                let first = !alternatives && kept.replace(NOTHING, "") == "^";
+                let first = first && relaxed(inside).is_none();
+                if ahead && first && !repeated(rest) {
+                    also.push(format!("^(?:{inside})"));
+                } else {
+                    exact = false;
+                    kept.push_str(NOTHING);
+                }
+            }
+            Token::Boundary => {
+                changed = true;
+                exact = false;
+                kept.push_str(NOTHING);
+            }
+            Token::Back => {
+                changed = true;
+                exact = false;
+                kept.push_str("(?s:.*)");
+            }
+            // Python's end of text.
+            Token::End => {
+                changed = true;
+                kept.push('$');
+            }
+        }
+    }
+    changed.then_some(Relaxed {
+        pattern: kept,
+        also,
+        exact,
+    })
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Token {
+    /// A character.
+    Plain,
+    /// A class in brackets.
+    Class,
+    /// A character after a backslash.
+    Escaped,
+    /// `\b` or `\B`.
+    Boundary,
+    /// `\1` or `\k<name>`.
+    Back,
+    /// `\Z`.
+    End,
+    /// A group that looks around; `ahead` if what it looks for must be there, behind
+    /// `opening` bytes.
+    Look { ahead: bool, opening: usize },
+}
+
+impl Token {
+    /// What a pattern that is not empty begins with.
+    fn next(pattern: &str) -> Self {
+        for (opening, ahead) in [
+            ("(?=", true),
+            ("(?!", false),
+            ("(?<=", false),
+            ("(?<!", false),
+        ] {
+            if pattern.starts_with(opening) {
+                let opening = opening.len();
+                return Self::Look { ahead, opening };
+            }
+        }
+        let mut chars = pattern.chars();
+        match (chars.next(), chars.next()) {
+            (Some('['), _) => Self::Class,
+            (Some('\\'), Some('b' | 'B')) => Self::Boundary,
+            (Some('\\'), Some('1'..='9')) => Self::Back,
+            (Some('\\'), Some('k')) if pattern.starts_with("\\k<") => Self::Back,
+            (Some('\\'), Some('Z')) => Self::End,
+            (Some('\\'), Some(_)) => Self::Escaped,
+            _ => Self::Plain,
+        }
+    }
+
+    /// How long it is, in bytes.
+    fn length(self, pattern: &str) -> usize {
+        match self {
+            Self::Plain => pattern.chars().next().map_or(0, char::len_utf8),
+            Self::Escaped | Self::Boundary | Self::End => {
+                let escaped = pattern.chars().nth(1).map_or(0, char::len_utf8);
+                1 + escaped
+            }
+            Self::Back if pattern.starts_with("\\k") => {
+                pattern.find('>').map_or(pattern.len(), |end| end + 1)
+            }
+            Self::Back => {
+                let digits = pattern[1..].bytes().take_while(u8::is_ascii_digit);
+                1 + digits.count()
+            }
+            Self::Class => class_length(pattern),
+            Self::Look { opening, .. } => group_length(pattern, opening),
+        }
+    }
+}
+
+/// The length of the class that a pattern begins with.
+fn class_length(pattern: &str) -> usize {
+    let mut escaped = false;
+    // A bracket that comes first is one of the class.
+    let mut first = true;
+    for (place, c) in pattern.char_indices().skip(1) {
+        match c {
+            _ if escaped => escaped = false,
+            '\\' => escaped = true,
+            '^' if place == 1 => continue,
+            ']' if !first => return place + 1,
+            _ => {}
+        }
+        first = false;
+    }
+    pattern.len()
+}
+
+/// The length of the group that a pattern begins with, whose content follows `opening`
+/// bytes.
+fn group_length(pattern: &str, opening: usize) -> usize {
+    let (mut place, mut depth) = (opening, 1usize);
+    while place < pattern.len() {
+        let rest = &pattern[place..];
+        match rest.chars().next() {
+            Some('(') => depth += 1,
+            Some(')') => depth -= 1,
+            Some('[') => {
+                place += class_length(rest);
+                continue;
+            }
+            Some('\\') => {
+                place += Token::Escaped.length(rest);
+                continue;
+            }
+            _ => {}
+        }
+        place += Token::Plain.length(rest);
+        if depth == 0 {
+            return place;
+        }
+    }
+    pattern.len()
+}
+
+/// Whether a pattern consists of alternatives.
+fn has_alternatives(pattern: &str) -> bool {
+    let (mut place, mut depth) = (0, 0usize);
+    while place < pattern.len() {
+        let rest = &pattern[place..];
+        match rest.chars().next() {
+            Some('(') => depth += 1,
+            Some(')') => depth = depth.saturating_sub(1),
+            Some('|') if depth == 0 => return true,
+            Some('[') => {
+                place += class_length(rest);
+                continue;
+            }
+            Some('\\') => {
+                place += Token::Escaped.length(rest);
+                continue;
+            }
+            _ => {}
+        }
+        place += Token::Plain.length(rest);
+    }
+    false
+}
+
+/// Whether what comes before this is repeated, or may be missing.
+fn repeated(rest: &str) -> bool {
+    rest.starts_with(['?', '*', '+', '{'])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(pattern: &str) -> Option<(String, Vec<String>, bool)> {
+        let relaxed = relaxed(pattern)?;
+        Some((relaxed.pattern, relaxed.also, relaxed.exact))
+    }
+
+    #[test]
+    fn patterns_that_look_nowhere_stay_as_they_are() {
+        for pattern in [
+            "",
+            "^[a-z]+$",
+            r"a\(?=b",
+            "[(?=]",
+            r"(?:a|b)\\b",
+            "(?i)x",
+            r"[\b]",
+        ] {
+            assert_eq!(of(pattern), None, "{pattern}");
+        }
+    }
+
+    #[test]
+    fn what_looks_ahead_from_the_beginning_is_a_pattern_of_its_own() {
+        let also = |list: &[&str]| list.iter().map(|one| (*one).to_owned()).collect();
+        assert_eq!(
+            of(r"^(?=.*[A-Z])(?=.*\d).{8,}$"),
+            Some((
+                "^.{8,}$".to_owned(),
+                also(&[r"^(?:.*[A-Z])", r"^(?:.*\d)"]),
+                true
+            ))
+        );
+        for (pattern, rest) in [
+            ("^(?=a)|b", "^(?:)|b"),
+            ("(?=a)b", "(?:)b"),
+            ("^(?=a)?b", "^(?:)?b"),
+            ("^(?=(?!c)a)b", "^(?:)b"),
+            ("^a(?=b)", "^a(?:)"),
+        ] {
+            assert_eq!(
+                of(pattern),
+                Some((rest.to_owned(), vec![], false)),
+                "{pattern}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_patterns_of_libraries_keep_what_can_be_held() {
+        for (pattern, rest) in [
+            // Decimals of pydantic.
+            (r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$", r"^(?:)[+-]?0*\d*\.?\d*$"),
+            // E-mail addresses and durations of zod.
+            (
+                r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$",
+                r"^(?:)(?:)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$",
+            ),
+            (
+                r"^P(?:(\d+W)|(?!.*W)(?=\d|T\d)(\d+Y)?(T(?=\d)(\d+H)?)?)$",
+                r"^P(?:(\d+W)|(?:)(?:)(\d+Y)?(T(?:)(\d+H)?)?)$",
+            ),
+            (r"(?<![a-z(])x(?<=[)])", "(?:)x(?:)"),
+            (r"\bword\B", "(?:)word(?:)"),
+            (r"(a|b)\1(?<n>c)\k<n>", r"(a|b)(?s:.*)(?<n>c)(?s:.*)"),
+        ] {
+            assert_eq!(
+                of(pattern),
+                Some((rest.to_owned(), vec![], false)),
+                "{pattern}"
+            );
+        }
+        assert_eq!(of(r"^a\Z"), Some(("^a$".to_owned(), vec![], true)));
+    }
+
+    #[test]
+    fn a_broken_pattern_does_no_harm() {
+        for pattern in [
+            "(?=", "(?!a", "[", "\\", "[^", "[]", "(?=[)", "(?<=(", "\\k<", "((?=é",
+        ] {
+            let _ = relaxed(pattern);
+        }
+    }
+}
