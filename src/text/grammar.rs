@@ -155,6 +155,10 @@ const MAX_DEPTH: usize = 128;
 const MAX_PROPERTIES: usize = 2000;
 /// The most patterns of a schema that are looked at one by one when it cannot be compiled.
 const MAX_PATTERNS: usize = 64;
+/// The number of properties from which on an object is tried before it is answered with.
+const LARGE_OBJECT: usize = 200;
+/// How many tokens that takes: the brackets and the beginning of a name.
+const LOOK_AHEAD: usize = 4;
 /// The longest message of the compiler that is passed on, in bytes.
 const MAX_REASON: usize = 400;
 /// The compiler goes deeper than the text is nested: one call a property, for one.
@@ -165,6 +169,8 @@ fn limits() -> ParserLimits {
     ParserLimits {
         // One or two KiB a state: what a running answer may take.
         max_lexer_states: 20_000,
+        // Four for each property that may be left out.
+        max_items_in_row: 4 * MAX_PROPERTIES + 2000,
         verbose_errors: false,
         ..ParserLimits::default()
     }
@@ -197,15 +203,20 @@ impl Compiler {
         kind: GrammarKind,
         source: TopLevelGrammar,
     ) -> Result<(Matcher, Vec<String>), GrammarError> {
+        let schemas = source.grammars.iter();
+        let mut schemas = schemas.filter_map(|grammar| grammar.json_schema.as_ref());
+        let large = schemas.any(|schema| most_properties(schema) > Some(LARGE_OBJECT));
         let compile = || {
             let parser = self.0.create_parser(source);
             let mut matcher = Matcher::new(parser);
             // Not for the mask: this finds grammars that no answer satisfies.
             let begins = matcher.compute_mask_or_eos().map(drop);
+            begins.map_err(|error| reason(&error))?;
+            if large {
+                look_ahead(&matcher)?;
+            }
             let warnings = matcher.grammar_warnings();
-            begins
-                .map(|()| (matcher, warnings))
-                .map_err(|error| reason(&error))
+            Ok((matcher, warnings))
         };
         let thread = std::thread::Builder::new()
             .name("quell-grammar".to_owned())
@@ -234,6 +245,28 @@ impl Compiler {
             .filter(unfit)
             .collect()
     }
+}
+
+/// Takes the first steps of an answer, where an object with many properties fails that is
+/// beyond the limits.
+fn look_ahead(matcher: &Matcher) -> Result<(), String> {
+    let mut ahead = matcher.deep_clone();
+    for _ in 0..LOOK_AHEAD {
+        let mask = ahead.compute_mask_or_eos();
+        let mask = mask.map_err(|error| reason(&error))?;
+        let mut words = mask.as_slice().iter().zip(0u32..);
+        let first = words
+            .find_map(|(word, place)| (*word != 0).then(|| 32 * place + word.trailing_zeros()));
+        let Some(token) = first else {
+            break;
+        };
+        let taken = ahead.consume_token(token);
+        taken.map_err(|error| reason(&error))?;
+        if ahead.is_stopped() {
+            break;
+        }
+    }
+    Ok(())
 }
 
 /// The name of the grammar of an answer that is no call.

@@ -750,6 +750,19 @@ fn a_schema_of_many_properties_can_be_answered_to_its_end() {
     }
 }
 
+#[test]
+fn a_choice_of_objects_beyond_the_limits_is_refused_before_it_is_answered_with() {
+    let object = |first: usize| {
+        let names = (first..first + 1200).map(|index| (format!("p{index}"), json!({})));
+        let properties: serde_json::Map<String, Value> = names.collect();
+        json!({"type": "object", "properties": properties, "additionalProperties": false})
+    };
+    let objects: Vec<Value> = (0..4).map(|index| object(1200 * index)).collect();
+    let error = schema(json!({"anyOf": objects})).unwrap_err();
+    assert!(matches!(error, GrammarError::Refused { .. }), "{error}");
+    assert!(schema(object(0)).is_ok());
+}
+
 fn or_calls(format: ToolFormat, several: bool) -> (Arc<Tokenizer>, Grammar) {
     let tokenizer = tokenizer();
     let form = json!({
