@@ -408,6 +408,12 @@ impl Engine {
         &self.shared.info
     }
 
+    /// Whether complete blocks of a prompt are kept for later requests.
+    #[cfg(feature = "server")]
+    pub(crate) fn keeps_prefixes(&self) -> bool {
+        self.shared.config.prefix_cache
+    }
+
     /// The model's tokenizer, if its files have one.
     pub fn tokenizer(&self) -> Option<&Arc<Tokenizer>> {
         self.shared.tokenizer.as_ref()

@@ -332,8 +332,12 @@ impl ResponseWriter {
         let mut usage = Usage::default();
         usage.add(finish, true);
         // Later requests find complete blocks.
-        let block = self.app.engine.info().block_tokens.max(1);
-        let complete = usage.prompt_tokens / block * block;
+        let engine = &self.app.engine;
+        let block = engine.info().block_tokens.max(1);
+        let complete = match engine.keeps_prefixes() {
+            true => usage.prompt_tokens / block * block,
+            false => 0,
+        };
         let written = complete.saturating_sub(usage.prompt_tokens_details.cached_tokens);
         json!({
             "input_tokens": usage.prompt_tokens,

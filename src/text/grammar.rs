@@ -313,8 +313,9 @@ impl Source {
         })
     }
 
-    /// Leaves patterns out that cannot be followed; whether there were any.
-    fn relax(&mut self, compiler: &Compiler) -> bool {
+    /// Leaves patterns out that cannot be followed, after this `error`; whether there were
+    /// any.
+    fn relax(&mut self, compiler: &Compiler, error: &GrammarError) -> bool {
         let Some(schema) = &mut self.grammar.json_schema else {
             return false;
         };
@@ -323,7 +324,19 @@ impl Source {
         if !beyond.is_empty() {
             self.unheld.insert("pattern".to_owned());
         }
-        !beyond.is_empty()
+        // A name may have one pattern.
+        let overlap = error.to_string().contains("are not disjoint");
+        if overlap {
+            schema::without_overlaps(schema);
+            self.unheld.insert("patternProperties".to_owned());
+        }
+        overlap || !beyond.is_empty()
+    }
+
+    /// Whether the schema has a keyword, anywhere.
+    fn says(&self, keyword: &str) -> bool {
+        let schema = self.grammar.json_schema.as_ref();
+        schema.is_some_and(|schema| schema::has_key(schema, keyword))
     }
 }
 
@@ -401,7 +414,10 @@ impl Grammar {
             compiler.compile(source.kind, grammar)
         };
         let mut compiled = compile(&source);
-        if compiled.is_err() && keywords == Keywords::Lenient && source.relax(compiler) {
+        if let Err(error) = &compiled
+            && keywords == Keywords::Lenient
+            && source.relax(compiler, error)
+        {
             compiled = compile(&source);
         }
         Ok(Self::of(source, compiled?))
@@ -450,9 +466,11 @@ impl Grammar {
             Ok((compiled, unheld))
         };
         let mut compiled = compile(&source, calls);
-        if compiled.is_err() && keywords == Keywords::Lenient {
+        if let Err(error) = &compiled
+            && keywords == Keywords::Lenient
+        {
             // Without its tools it may be one that can be held: arguments of any kind then.
-            source.relax(compiler);
+            source.relax(compiler, error);
             let any = json!({"type": "object"});
             let tools: Vec<_> = calls
                 .tools
@@ -472,8 +490,11 @@ impl Grammar {
     }
 
     fn of(source: Source, (matcher, warnings): (Matcher, Vec<String>)) -> Self {
-        let mut unheld = source.unheld;
-        unheld.extend(warnings.iter().flat_map(|warning| keywords_of(warning)));
+        let warned = warnings.iter().flat_map(|warning| keywords_of(warning));
+        // One warning may be about several keywords. The tools' schemas are not kept.
+        let warned = warned.filter(|name| !name.ends_with("Properties") || source.says(name));
+        let mut unheld = source.unheld.clone();
+        unheld.extend(warned);
         Self {
             start: Arc::new(matcher),
             kind: source.kind,

@@ -567,6 +567,42 @@ def a_response_streams_its_events(server):
 
 
 @check
+def a_response_lists_and_counts_what_it_answers(server):
+    question = [{"role": "user", "content": "Say hello."}]
+    response = server.client.responses.create(
+        model=server.model, input=question, max_output_tokens=4, temperature=0
+    )
+    count = server.client.responses.input_tokens.count(model=server.model, input=question)
+    equal(count.input_tokens, response.usage.input_tokens, "the count")
+    items = list(server.client.responses.input_items.list(response.id, limit=1))
+    equal([item.role for item in items], ["user"], "the roles")
+    equal(items[0].content[0].text, "Say hello.", "the text")
+    details = response.usage.input_tokens_details
+    holds(details.cached_tokens + details.cache_write_tokens <= response.usage.input_tokens, "tokens of the cache")
+    again = server.client.responses.create(
+        model=server.model,
+        input=[
+            {"type": "item_reference", "id": items[0].id},
+            {"type": "item_reference", "id": response.output[0].id},
+            {"role": "user", "content": "Again."},
+        ],
+        max_output_tokens=4,
+    )
+    pages = server.client.responses.input_items.list(again.id, limit=2, order="asc")
+    equal([item.id for item in pages][:2], [items[0].id, response.output[0].id], "the ids")
+    holds(again.usage.input_tokens > response.usage.input_tokens, "the references add nothing")
+
+
+@check
+def tools_of_openai_are_skipped(server):
+    raw = server.client.responses.with_raw_response.create(
+        model=server.model, input="Say hello.", tools=[{"type": "web_search"}], max_output_tokens=4
+    )
+    equal(raw.headers["x-quell-skipped-tools"], "web_search", "the header")
+    holds(raw.parse().output, "there is no output")
+
+
+@check
 def a_response_is_parsed_into_a_model(server):
     response = server.client.responses.parse(
         model=server.model,

@@ -1,5 +1,5 @@
 //! Regular expressions without what the compiler cannot follow: looking around, word
-//! boundaries and references back to a group.
+//! boundaries, references back to a group, and what other languages write in their own way.
 
 /// A pattern that allows all that another one does.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,6 +53,10 @@ pub(super) fn relaxed(pattern: &str) -> Option<Relaxed> {
                 exact = false;
                 kept.push_str("(?s:.*)");
             }
+            Token::Any => {
+                changed = true;
+                kept.push_str("(?s:.)");
+            }
             // Python's end of text.
             Token::End => {
                 changed = true;
@@ -79,6 +83,8 @@ enum Token {
     Boundary,
     /// `\1` or `\k<name>`.
     Back,
+    /// `[^]`, JavaScript's class of all characters.
+    Any,
     /// `\Z`.
     End,
     /// A group that looks around; `ahead` if what it looks for must be there, behind
@@ -101,6 +107,9 @@ impl Token {
             }
         }
         let mut chars = pattern.chars();
+        if pattern.starts_with("[^]") {
+            return Self::Any;
+        }
         match (chars.next(), chars.next()) {
             (Some('['), _) => Self::Class,
             (Some('\\'), Some('b' | 'B')) => Self::Boundary,
@@ -127,6 +136,7 @@ impl Token {
                 let digits = pattern[1..].bytes().take_while(u8::is_ascii_digit);
                 1 + digits.count()
             }
+            Self::Any => 3,
             Self::Class => class_length(pattern),
             Self::Look { opening, .. } => group_length(pattern, opening),
         }
@@ -281,7 +291,9 @@ mod tests {
                 "{pattern}"
             );
         }
-        assert_eq!(of(r"^a\Z"), Some(("^a$".to_owned(), vec![], true)));
+        for (pattern, same) in [(r"^a\Z", "^a$"), ("^[^]*b$", "^(?s:.)*b$")] {
+            assert_eq!(of(pattern), Some((same.to_owned(), vec![], true)));
+        }
     }
 
     #[test]

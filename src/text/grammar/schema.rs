@@ -74,6 +74,7 @@ impl Rewriter {
         format(fields);
         unique_items(fields);
         self.property_names(fields);
+        self.property_counts(fields);
         self.pattern(fields);
         self.pattern_properties(fields);
         for (keyword, value) in fields.iter_mut() {
@@ -174,6 +175,39 @@ impl Rewriter {
             .collect();
         if unheld {
             self.unheld("patternProperties");
+        }
+    }
+
+    /// The compiler counts no properties that may be left out, but for one of several.
+    fn property_counts(&mut self, fields: &mut Map<String, Value>) {
+        let count = |name: &str| fields.get(name).and_then(Value::as_u64);
+        let (least, most) = (count("minProperties"), count("maxProperties"));
+        let Some(Value::Object(properties)) = fields.get("properties") else {
+            return;
+        };
+        let required = fields.get("required").and_then(Value::as_array);
+        let required: BTreeSet<&str> = (required.into_iter().flatten())
+            .filter_map(Value::as_str)
+            .collect();
+        let optional = properties.keys().any(|name| !required.contains(&**name));
+        let closed = fields.get("additionalProperties") == Some(&Value::Bool(false))
+            && !fields.contains_key("patternProperties");
+        let given = required.len() as u64;
+        let all = properties.len() as u64;
+        // What is always so need not be counted.
+        let least = least.filter(|least| *least > given);
+        let most = most.filter(|most| !closed || *most < all);
+        let one = least.is_none_or(|least| least <= given + 1)
+            && most.is_none_or(|most| most == given + 1);
+        let countable = !optional || (closed && one);
+        for (keyword, limit) in [("minProperties", least), ("maxProperties", most)] {
+            let unheld = limit.is_some() && !countable;
+            if limit.is_none() || (unheld && self.lenient) {
+                fields.shift_remove(keyword);
+            }
+            if unheld && self.lenient {
+                self.unheld(keyword);
+            }
         }
     }
 
@@ -413,4 +447,33 @@ pub(super) fn without_patterns(schema: &mut Value, left_out: &BTreeSet<String>) 
         }
         _ => {}
     }
+}
+
+/// Leaves several patterns of an object's names out where they may overlap.
+pub(super) fn without_overlaps(schema: &mut Value) {
+    match schema {
+        Value::Array(values) => values.iter_mut().for_each(without_overlaps),
+        Value::Object(fields) => {
+            let several = fields.get("patternProperties").and_then(Value::as_object);
+            if several.is_some_and(|patterns| patterns.len() > 1) {
+                fields.shift_remove("patternProperties");
+            }
+            fields.values_mut().for_each(without_overlaps);
+        }
+        _ => {}
+    }
+}
+
+/// Whether an object anywhere in a value has this key.
+pub(super) fn has_key(value: &Value, key: &str) -> bool {
+    let mut todo = vec![value];
+    while let Some(value) = todo.pop() {
+        match value {
+            Value::Array(values) => todo.extend(values),
+            Value::Object(fields) if fields.contains_key(key) => return true,
+            Value::Object(fields) => todo.extend(fields.values()),
+            _ => {}
+        }
+    }
+    false
 }

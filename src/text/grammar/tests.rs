@@ -590,6 +590,16 @@ fn keywords_that_cannot_be_held_are_left_out_by_name_or_refused() {
             "\"abb\"",
         ),
         (
+            json!({"type": "object", "patternProperties": {"^a": {"type": "null"}, "b$": {"type": "null"}}}),
+            &["patternProperties"],
+            "{\"ab\":null}",
+        ),
+        (
+            json!({"type": "object", "properties": {"a": {"type": "null"}, "b": {"type": "null"}}, "minProperties": 1}),
+            &["minProperties"],
+            "{\"b\":null}",
+        ),
+        (
             json!({"$schema": "https://spec.openapis.org/oas/3.1/dialect/base", "type": "null"}),
             &["$schema"],
             "null",
@@ -683,6 +693,16 @@ fn what_says_nothing_more_is_held_as_it_is() {
             json!({"type": "object", "properties": {"a": {"const": 1}, "z": {"const": 2}}, "propertyNames": {"enum": ["a", "b"]}}),
             "{\"a\":1,\"b\":[]}",
             ("{\"z", 2),
+        ),
+        (
+            json!({"type": "object", "properties": {"a": {"type": "null"}, "b": {"type": "null"}}, "minProperties": 1, "additionalProperties": false}),
+            "{\"a\":null,\"b\":null}",
+            ("{}", 1),
+        ),
+        (
+            json!({"type": "object", "properties": {"a": {"type": "null"}, "b": {"type": "null"}}, "required": ["a"], "minProperties": 1, "maxProperties": 2, "additionalProperties": false}),
+            "{\"a\":null,\"b\":null}",
+            ("{\"b", 2),
         ),
         (
             json!({"type": "object", "properties": {"a1": {"const": 1}, "z": {"const": 2}}, "propertyNames": {"pattern": r"\d"}, "required": ["a1"]}),
