@@ -63,11 +63,11 @@ pub use engine::{
     Asked, CancelReason, Cancellation, Chunk, Drained, Draining, EmbedRequest, Embedding,
     EmbeddingFuture, Engine, EngineFault, EngineSnapshot, EngineStats, Finish, GenerateError,
     Generation, Health, HealthStatus, Outcome, Prompt, Receipt, Request, Session, SessionOptions,
-    Shutdown, ShuttingDown, Stop, SubmitError, Timing, Token, TokenStream,
+    Shutdown, ShuttingDown, Stop, SubmitError, Timing, Token, TokenStream, Truncation,
 };
 pub use id::{SessionId, StepId};
 pub use runner::{DeviceChoice, LoadError, LoadOptions, RunnerInfo};
-pub use sampling::{Constraint, ConstraintError, SamplingParams};
+pub use sampling::{Constraint, ConstraintError, SamplingParams, TokenLimits};
 pub use schedule::Kept;
 pub use text::Message;
 #[cfg(feature = "grammar")]

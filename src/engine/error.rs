@@ -17,7 +17,10 @@ pub enum SubmitError {
     #[error("the prompt is empty: at least one token is needed")]
     EmptyPrompt,
     /// The prompt leaves no room for an answer.
-    #[error("the prompt has {tokens} tokens, but must have fewer than {limit}, the {limited_by}")]
+    #[error(
+        "this model's maximum context length is {limit} tokens (the {limited_by}); the prompt has \
+         {tokens} tokens, but must have fewer than {limit}"
+    )]
     PromptTooLong {
         /// Tokens of the prompt.
         tokens: usize,
@@ -27,7 +30,10 @@ pub enum SubmitError {
         limited_by: &'static str,
     },
     /// A prompt that is not continued is too long itself.
-    #[error("the input has {tokens} tokens, but must have at most {limit}, the {limited_by}")]
+    #[error(
+        "this model's maximum context length is {limit} tokens (the {limited_by}); the input has \
+         {tokens} tokens, but must have at most {limit}"
+    )]
     InputTooLong {
         /// Tokens of the input.
         tokens: usize,

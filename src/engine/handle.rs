@@ -22,7 +22,7 @@ use crate::config::EngineConfig;
 use crate::id::SessionId;
 use crate::runner::limits;
 use crate::runner::{LoadError, LoadOptions, ModelFiles, Runner, RunnerInfo};
-use crate::sampling::{Constraint, ConstraintState, ParamError, SamplingParams};
+use crate::sampling::{Constraint, ConstraintState, ParamError, SamplingParams, TokenLimits};
 use crate::schedule::{Policy, Scheduler, SequenceSpec, Task};
 use crate::text::{EncodeOptions, Message, RenderOptions, Tokenizer};
 use std::path::Path;
@@ -44,6 +44,25 @@ pub enum Prompt {
         /// What the template is given besides.
         options: RenderOptions,
     },
+}
+
+/// Which part of a prompt is kept; all of a shorter one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Truncation {
+    /// So many tokens from its beginning.
+    First(usize),
+    /// So many tokens from its end.
+    Last(usize),
+}
+
+impl Truncation {
+    /// Cuts a prompt.
+    pub fn cut(self, prompt: &mut Vec<u32>) {
+        match self {
+            Self::First(tokens) => prompt.truncate(tokens),
+            Self::Last(tokens) => drop(prompt.drain(..prompt.len().saturating_sub(tokens))),
+        }
+    }
 }
 
 impl From<&str> for Prompt {
@@ -78,6 +97,8 @@ pub struct Request {
     /// At most this many new tokens; up to the context limit if `None`. None at all, 0, if
     /// [`Request::prompt_logprobs`] are all that is wanted.
     pub max_tokens: Option<usize>,
+    /// What to keep of the prompt; all of it if `None`.
+    pub truncate_prompt: Option<Truncation>,
     /// Asks for the log-probability of each token of the prompt after the first, under the
     /// unmodified logits, with so many of the likeliest tokens in its place
     /// ([`Chunk::prompt_logprobs`](crate::Chunk::prompt_logprobs)). The whole prompt is
@@ -95,6 +116,10 @@ pub struct Request {
     /// Special tokens are part of the answer's text, save the one that ends it: the
     /// marks around tool calls and reasoning are such tokens in some models.
     pub keep_special: bool,
+    /// The stop string, or the stop token, that ends the answer is part of its text.
+    pub include_stop: bool,
+    /// Which tokens may come, and how many must.
+    pub limits: TokenLimits,
     /// The first token must come within this time from the submission, or the request
     /// is cancelled as [`Deadline`](crate::CancelReason::Deadline).
     pub first_token_within: Option<Duration>,
@@ -123,12 +148,15 @@ impl Request {
         Self {
             prompt: prompt.into(),
             max_tokens: None,
+            truncate_prompt: None,
             prompt_logprobs: None,
             sampling: SamplingParams::default(),
             stop: Vec::new(),
             stop_token_ids: Vec::new(),
             ignore_eos: false,
             keep_special: false,
+            include_stop: false,
+            limits: TokenLimits::default(),
             first_token_within: None,
             finish_within: None,
             priority: 0,
@@ -190,6 +218,12 @@ impl Request {
     /// Sets what holds the answer to a form.
     pub fn constraint(mut self, constraint: impl Into<Box<dyn Constraint>>) -> Self {
         self.constraint = Some(constraint.into());
+        self
+    }
+
+    /// Sets which tokens may come, and how many must.
+    pub fn limits(mut self, limits: TokenLimits) -> Self {
+        self.limits = limits;
         self
     }
 
@@ -275,9 +309,9 @@ impl CallersSide {
     ) -> Engine {
         let cache_tokens = info.cache_blocks * info.block_tokens;
         let limit = if cache_tokens < info.context_tokens {
-            (cache_tokens, "size of the key-value cache in tokens")
+            (cache_tokens, "size of the key-value cache")
         } else {
-            (info.context_tokens, "context length in tokens")
+            (info.context_tokens, "context length of the model")
         };
         let shared = Shared {
             config,
@@ -617,7 +651,10 @@ impl Engine {
         if self.shared.draining.load(Ordering::Acquire) {
             return Err(SubmitError::Draining);
         }
-        let prompt = self.tokenize(&request.prompt)?;
+        let mut prompt = self.tokenize(&request.prompt)?;
+        if let Some(truncation) = request.truncate_prompt {
+            truncation.cut(&mut prompt);
+        }
         let spec = self.sequence_spec(request, task, prompt)?;
         if !request.stop.is_empty() {
             self.tokenizer_for("a stop string")?;
@@ -635,8 +672,7 @@ impl Engine {
     ) -> (TokenStream, Submission) {
         spec.session = turn.as_ref().map(|turn| turn.session);
         let tokenizer = self.shared.tokenizer.clone();
-        let text = tokenizer
-            .map(|tokenizer| TextState::new(tokenizer, request.stop, request.keep_special));
+        let text = tokenizer.map(|tokenizer| TextState::new(tokenizer, &request));
         let id = self.next_id();
         let cell = Arc::new(SessionCell::default());
         let (events, receiver) = channel(&cell, self.shared.config.stream_buffer);
@@ -818,6 +854,7 @@ impl Engine {
             }));
         }
         let continued = request.max_tokens != Some(0);
+        self.check_limits(request)?;
         if !continued && task == Task::Generate {
             return Err(SubmitError::NoTokens);
         }
@@ -855,21 +892,55 @@ impl Engine {
         }
         stop_tokens.sort_unstable();
         stop_tokens.dedup();
+        let stop_tokens: Arc<[u32]> = stop_tokens.into();
         let answer = request.max_tokens.unwrap_or(limit);
+        let mut constraint = request.constraint.clone();
+        if !request.limits.is_empty() {
+            let ends = Arc::clone(&stop_tokens);
+            constraint = Some(request.limits.constraint(constraint, vocabulary, ends));
+        }
         Ok(SequenceSpec {
             max_tokens: limit.min(prompt.len().saturating_add(answer)),
             prompt,
             task,
             params: Arc::new(request.sampling.clone()),
-            stop_tokens: stop_tokens.into(),
+            stop_tokens,
             priority: request.priority,
             tenant: request.tenant.clone(),
             session: None,
-            constraint: request
-                .constraint
-                .clone()
-                .map(|constraint| ConstraintState::new(constraint, vocabulary)),
+            constraint: constraint.map(|constraint| ConstraintState::new(constraint, vocabulary)),
         })
+    }
+
+    /// Refuses limits on tokens that nothing can be held to.
+    fn check_limits(&self, request: &Request) -> Result<(), SubmitError> {
+        let vocabulary = self.shared.info.vocabulary;
+        let limits = &request.limits;
+        let wrong = |name, value: String, expected| {
+            let error = ParamError {
+                name,
+                value,
+                expected,
+            };
+            Err(SubmitError::Params(error))
+        };
+        if request
+            .max_tokens
+            .is_some_and(|most| limits.min_tokens > most)
+        {
+            let least = limits.min_tokens.to_string();
+            return wrong("min_tokens", least, "at most max_tokens");
+        }
+        let allowed = limits.allowed.as_deref().unwrap_or(&[0]);
+        if allowed.is_empty() {
+            let expected = "a list with at least one token";
+            return wrong("allowed_token_ids", "[]".to_owned(), expected);
+        }
+        if let Some(token) = allowed.iter().find(|&&token| token as usize >= vocabulary) {
+            let expected = "made of tokens of the vocabulary";
+            return wrong("allowed_token_ids", format!("[{token}]"), expected);
+        }
+        Ok(())
     }
 }
 

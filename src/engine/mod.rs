@@ -30,7 +30,7 @@ pub use embedding::{EmbedRequest, Embedding, EmbeddingFuture};
 pub use ending::{Drained, Draining, Shutdown, ShuttingDown};
 pub use error::{EngineFault, GenerateError, SubmitError};
 pub use event::{CancelReason, Outcome, Receipt, Token};
-pub use handle::{Engine, Prompt, Request};
+pub use handle::{Engine, Prompt, Request, Truncation};
 pub use session::{Session, SessionOptions};
 pub use snapshot::{
     BlockMap, BlockUse, EngineSnapshot, RequestEnd, RequestPhase, RequestState, SessionState,

@@ -10,11 +10,11 @@ use super::sync::atomic::Ordering;
 use super::sync::{Arc, Receiver, Sender};
 use super::turn::TurnCell;
 use super::waiting::{Answer, EngineEnd};
-use super::{EngineFault, GenerateError};
+use super::{EngineFault, GenerateError, Request};
 use crate::device::PooledRows;
 use crate::id::SessionId;
 use crate::schedule::FinishReason;
-use crate::text::{Detokenizer, StopMatcher, Tokenizer};
+use crate::text::{Detokenizer, StopMatcher, StopStep, Tokenizer};
 use futures_core::Stream;
 use std::future::Future;
 use std::pin::Pin;
@@ -88,13 +88,29 @@ pub struct Generation {
 pub(crate) struct TextState {
     detokenizer: Detokenizer,
     stop: StopMatcher,
+    /// Whether the stop token that ends the answer is part of its text.
+    include_stop: bool,
+    /// Tokens before which no stop string counts.
+    min_tokens: usize,
 }
 
 impl TextState {
-    pub fn new(tokenizer: Arc<Tokenizer>, stop: Vec<String>, keep_special: bool) -> Self {
+    pub fn new(tokenizer: Arc<Tokenizer>, request: &Request) -> Self {
+        let stop = StopMatcher::new(request.stop.clone());
         Self {
-            detokenizer: Detokenizer::new(tokenizer, !keep_special),
-            stop: StopMatcher::new(stop),
+            detokenizer: Detokenizer::new(tokenizer, !request.keep_special),
+            stop: stop.include_stop(request.include_stop),
+            include_stop: request.include_stop,
+            min_tokens: request.limits.min_tokens,
+        }
+    }
+
+    /// Takes the next token, the last of so many.
+    fn push(&mut self, token: u32, generated: usize) -> StopStep {
+        let text = self.detokenizer.push(token);
+        match generated <= self.min_tokens {
+            true => self.stop.push_through(&text),
+            false => self.stop.push(&text),
         }
     }
 }
@@ -294,8 +310,10 @@ impl TokenStream {
             // A token that ends the answer is no part of its text.
             let ends = matches!(event.terminal, Some(Terminal::Finished(FinishReason::Stop)))
                 && self.parts.stop_tokens.contains(&token.id);
-            if let (Some(state), false) = (&mut self.parts.text, ends) {
-                let step = state.stop.push(&state.detokenizer.push(token.id));
+            if let Some(state) = &mut self.parts.text
+                && (!ends || state.include_stop)
+            {
+                let step = state.push(token.id, self.generated);
                 text = step.text;
                 matched = step.matched.is_some();
             }

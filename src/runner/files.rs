@@ -182,6 +182,11 @@ impl ModelFiles {
         &self.source
     }
 
+    /// The tokenizer, if the files have one, to change its chat template.
+    pub fn tokenizer_mut(&mut self) -> Option<&mut Tokenizer> {
+        self.tokenizer.as_mut()
+    }
+
     /// The tokenizer, if the files have one; it is given away once.
     pub fn take_tokenizer(&mut self) -> Option<Tokenizer> {
         self.tokenizer.take()

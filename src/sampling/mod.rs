@@ -6,12 +6,14 @@
 
 mod constraint;
 mod history;
+mod limits;
 mod params;
 mod sampler;
 
 pub(crate) use history::HistoryCounts;
 
 pub use constraint::{Constraint, ConstraintError, ConstraintState};
+pub use limits::TokenLimits;
 pub use params::{ParamError, SamplingParams};
 pub use sampler::{SampleRow, Sampled, sample};
 

@@ -86,6 +86,7 @@ struct Part {
     #[serde(rename = "type")]
     kind: String,
     text: Option<String>,
+    refusal: Option<String>,
 }
 
 fn content<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
@@ -100,7 +101,14 @@ fn content<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Erro
             Part {
                 kind,
                 text: Some(text),
+                ..
             } if kind == "text" => Ok(text),
+            // What an assistant's earlier answer may be made of.
+            Part {
+                kind,
+                refusal: Some(text),
+                ..
+            } if kind == "refusal" => Ok(text),
             Part { kind, .. } => Err(serde::de::Error::custom(format!(
                 "content part has type {kind:?}, expected \"text\" with a text"
             ))),

@@ -11,6 +11,8 @@ pub struct StopMatcher {
     /// The text that a stop string could still begin with.
     held: String,
     matched: Option<usize>,
+    /// Whether the stop string that is found is part of the text.
+    include_stop: bool,
 }
 
 /// What a piece of text brought.
@@ -77,12 +79,29 @@ impl StopMatcher {
             patterns,
             held: String::new(),
             matched: None,
+            include_stop: false,
         }
+    }
+
+    /// Whether the stop string that is found is part of the text; it is not by default.
+    pub fn include_stop(mut self, include: bool) -> Self {
+        self.include_stop = include;
+        self
     }
 
     /// Takes the next piece of text. After a stop string was found nothing more
     /// comes, and the same `matched` each time.
     pub fn push(&mut self, text: &str) -> StopStep {
+        self.take(text, true)
+    }
+
+    /// As [`StopMatcher::push`], but stop strings that are complete within this piece do
+    /// not count.
+    pub fn push_through(&mut self, text: &str) -> StopStep {
+        self.take(text, false)
+    }
+
+    fn take(&mut self, text: &str, counts: bool) -> StopStep {
         if self.matched.is_some() {
             return StopStep {
                 text: String::new(),
@@ -92,10 +111,11 @@ impl StopMatcher {
         let seen = self.held.len();
         self.held.push_str(text);
         for (offset, byte) in text.bytes().enumerate() {
-            if let Some((index, length)) = self.step(byte) {
+            if let (Some((index, length)), true) = (self.step(byte), counts) {
                 self.matched = Some(index);
                 let mut text = std::mem::take(&mut self.held);
-                text.truncate(seen + offset + 1 - length);
+                let kept = if self.include_stop { length } else { 0 };
+                text.truncate(seen + offset + 1 + kept - length);
                 return StopStep {
                     text,
                     matched: self.matched,
@@ -240,6 +260,28 @@ mod tests {
             }
         );
         assert_eq!(matcher.finish(), "");
+    }
+
+    #[test]
+    fn a_stop_string_is_kept_if_it_is_to_be() {
+        let mut matcher = matcher(&["END"]).include_stop(true);
+        assert_eq!(matcher.push("aE").text, "a");
+        let found = StopStep {
+            text: "END".into(),
+            matched: Some(0),
+        };
+        assert_eq!(matcher.push("ND more"), found);
+        assert_eq!(matcher.push("x").text, "");
+    }
+
+    #[test]
+    fn stop_strings_that_do_not_count_are_text_and_later_ones_count() {
+        let mut matcher = matcher(&["aa"]);
+        assert_eq!(matcher.push_through("xaay").matched, None);
+        assert_eq!(matcher.push_through("a").text, "");
+        // It began where it did not count, and is complete where it does.
+        let step = matcher.push("ab");
+        assert_eq!((step.text.as_str(), step.matched), ("", Some(0)));
     }
 
     #[test]

@@ -92,6 +92,14 @@ impl ChatTemplate {
         })
     }
 
+    /// Another template over the same `bos` and `eos`.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::new`].
+    pub fn with_source(&self, source: &str) -> Result<Self, TextError> {
+        Self::new(source, self.bos.as_deref(), self.eos.as_deref())
+    }
+
     /// The prompt for a conversation.
     ///
     /// Arguments of tool calls that are JSON text reach the template as objects, and

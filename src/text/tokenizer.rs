@@ -268,6 +268,29 @@ impl Tokenizer {
     pub fn chat_template(&self) -> Option<&ChatTemplate> {
         self.template.as_ref()
     }
+
+    /// A chat template for this model's tokens, in place of its own.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::new`].
+    pub fn template_from(&self, source: &str) -> Result<ChatTemplate, TextError> {
+        match &self.template {
+            Some(template) => template.with_source(source),
+            None => {
+                let text = |id: Option<u32>| self.token_text(id?);
+                ChatTemplate::new(source, text(self.bos), text(self.eos))
+            }
+        }
+    }
+
+    /// Replaces the chat template, or gives one to a model that has none.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::new`].
+    pub fn set_chat_template(&mut self, source: &str) -> Result<(), TextError> {
+        self.template = Some(self.template_from(source)?);
+        Ok(())
+    }
 }
 
 /// `text` with runs of spaces made one space, and none at either end.
