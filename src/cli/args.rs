@@ -236,16 +236,28 @@ enum CudaActivationsArg {
 impl ModelArgs {
     /// Loads the model and starts its engine, with a progress bar on a terminal.
     pub fn start(&self) -> Result<Engine, CliError> {
-        self.start_with(|_| ())
+        self.start_with(None, |_| ())
     }
 
-    /// The same, with settings that are not among the arguments.
-    pub fn start_with(&self, change: impl FnOnce(&mut EngineConfig)) -> Result<Engine, CliError> {
+    /// The same, with a chat template in place of the model's, and with settings that are
+    /// not among the arguments.
+    pub fn start_with(
+        &self,
+        chat_template: Option<&str>,
+        change: impl FnOnce(&mut EngineConfig),
+    ) -> Result<Engine, CliError> {
         // Before the download.
         let mut config = self.run.config()?;
         change(&mut config);
         self.run.options()?;
-        let files = ModelFiles::open(&resolve(&self.model)?)?;
+        let mut files = ModelFiles::open(&resolve(&self.model)?)?;
+        if let Some(source) = chat_template {
+            let tokenizer = files.tokenizer_mut();
+            let missing = || CliError::NoTokenizer {
+                model: self.model.clone(),
+            };
+            tokenizer.ok_or_else(missing)?.set_chat_template(source)?;
+        }
         self.run.start_with(files, config)
     }
 }

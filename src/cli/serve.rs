@@ -47,6 +47,12 @@ struct HttpArgs {
     /// those out and naming them in the header x-quell-unenforced.
     #[arg(long)]
     strict_schemas: bool,
+    /// A file with the chat template to use in place of the model's own.
+    #[arg(long, value_name = "FILE")]
+    chat_template: Option<PathBuf>,
+    /// Let requests bring chat templates of their own.
+    #[arg(long)]
+    trust_request_chat_template: bool,
     /// Let in only who brings one of the keys in this file, one a line.
     #[arg(long, value_name = "FILE")]
     api_key_file: Option<PathBuf>,
@@ -103,7 +109,8 @@ pub fn run(args: ServeArgs) -> Result<(), CliError> {
     let mut options = args.server.options(&args.model.model)?;
     // Before the engine, which keeps the recorder that it finds.
     options.metrics = Some(Metrics::install()?);
-    let engine = args.model.start_with(|config| {
+    let template = args.server.chat_template()?;
+    let engine = args.model.start_with(template.as_deref(), |config| {
         config.max_open_requests = args.server.max_open_requests;
     })?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -151,6 +158,7 @@ impl HttpArgs {
         if self.strict_schemas {
             options.schema_keywords = Keywords::Strict;
         }
+        options.trust_request_chat_template = self.trust_request_chat_template;
         options.api_keys = self.api_keys()?;
         options.allowed_origins = self.allowed_origins.clone();
         options.tls = self
@@ -167,6 +175,17 @@ impl HttpArgs {
         options.session_ttl = seconds(self.session_ttl);
         options.drain_timeout = seconds(self.drain_timeout);
         Ok(options)
+    }
+
+    /// The chat template that is to be used in place of the model's.
+    fn chat_template(&self) -> Result<Option<String>, CliError> {
+        let read = |path: &PathBuf| {
+            std::fs::read_to_string(path).map_err(|source| CliError::Read {
+                path: path.clone(),
+                source,
+            })
+        };
+        self.chat_template.as_ref().map(read).transpose()
     }
 
     /// The keys of the file and of the environment. Not those of a flag: the system shows

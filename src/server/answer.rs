@@ -125,11 +125,25 @@ impl Usage {
     }
 }
 
-/// What a token is called in log-probabilities, and its bytes.
-pub(crate) fn token_text(tokenizer: Option<&Tokenizer>, id: u32) -> (String, Vec<u8>) {
-    let bytes = tokenizer.and_then(|tokenizer| tokenizer.token_bytes(id));
-    match bytes {
-        Some(bytes) => (String::from_utf8_lossy(bytes).into_owned(), bytes.to_vec()),
-        None => (format!("token_id:{id}"), Vec::new()),
+/// What tokens are called in log-probabilities.
+#[derive(Clone, Copy)]
+pub(crate) struct TokenNames<'a> {
+    pub tokenizer: Option<&'a Tokenizer>,
+    /// By their ids, as the field `return_tokens_as_token_ids` asks for.
+    pub as_ids: bool,
+}
+
+impl TokenNames<'_> {
+    /// The token's text, or its id where it has none.
+    pub fn name(self, id: u32) -> String {
+        match self.bytes(id) {
+            Some(bytes) if !self.as_ids => String::from_utf8_lossy(bytes).into_owned(),
+            _ => format!("token_id:{id}"),
+        }
+    }
+
+    /// The bytes that the token stands for.
+    pub fn bytes(&self, id: u32) -> Option<&[u8]> {
+        self.tokenizer?.token_bytes(id)
     }
 }

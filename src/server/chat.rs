@@ -1,12 +1,16 @@
 //! `POST /v1/chat/completions`: a conversation answered.
 
-use super::answer::{EndTokens, complete, finish_reason, token_text};
+use super::answer::{EndTokens, TokenNames, complete, finish_reason};
 use super::conversation::Conversation;
 use super::envelope::Envelope;
 use super::error::ApiError;
+use super::fields::Route;
+use super::integer;
 use super::json::JsonBody;
+use super::logprobs::PromptLogProbs;
 use super::parts::{Part, Parts, call_id};
-use super::sampling::SamplingFields;
+use super::rendering::RenderingFields;
+use super::sampling::{SamplingFields, hold};
 use super::sessions::SessionPrompt;
 use super::sse::{self, Events, Writer};
 use super::structure::StructureFields;
@@ -17,7 +21,6 @@ use crate::text::{Message, Tokenizer};
 use axum::extract::State;
 use axum::response::Response;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
 use std::sync::Arc;
 
 /// Likeliest tokens reported a step, at most.
@@ -27,18 +30,20 @@ const MAX_TOP_LOGPROBS: u32 = 20;
 struct ChatRequest {
     model: Option<String>,
     messages: Vec<Message>,
+    #[serde(default, deserialize_with = "integer::optional")]
     max_tokens: Option<usize>,
     /// The newer name of `max_tokens`; wins over it.
+    #[serde(default, deserialize_with = "integer::optional")]
     max_completion_tokens: Option<usize>,
     stream: Option<bool>,
     stream_options: Option<StreamOptions>,
     logprobs: Option<bool>,
+    #[serde(default, deserialize_with = "integer::optional")]
     top_logprobs: Option<u32>,
-    /// Variables of the chat template, as vLLM has it.
-    chat_template_kwargs: Option<Map<String, Value>>,
-    /// One of these variables, as OpenAI has it.
+    /// Names tokens by their ids.
+    return_tokens_as_token_ids: Option<bool>,
+    /// A variable of the chat template, as OpenAI has it.
     reasoning_effort: Option<String>,
-    add_generation_prompt: Option<bool>,
     include_reasoning: Option<bool>,
 }
 
@@ -227,6 +232,7 @@ pub(crate) async fn chat_completions(
     State(app): State<Arc<App>>,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
+    body.check_fields(Route::Chat)?;
     let request: ChatRequest = body.parse()?;
     let sampling: SamplingFields = body.parse()?;
     let model = app.check_model(request.model.as_deref())?;
@@ -237,8 +243,12 @@ pub(crate) async fn chat_completions(
     let samples = sampling.samples(&app)?;
     let newer_name = request.max_completion_tokens.is_some();
     let max_tokens = request.max_completion_tokens.or(request.max_tokens);
-    let mut variables = request.chat_template_kwargs.unwrap_or_default();
+    let streaming = request.stream.unwrap_or(false);
+    let usage_events = StreamOptions::usage(request.stream_options, streaming)?;
+    let prompt_logprobs = sampling.prompt_logprobs(streaming)?;
+    let mut rendering = body.parse::<RenderingFields>()?.check(&app)?;
     if let Some(effort) = request.reasoning_effort {
+        let variables = &mut rendering.variables;
         variables.entry("reasoning_effort").or_insert(effort.into());
     }
     let tools = body.parse::<ToolFields>()?.check()?;
@@ -247,20 +257,21 @@ pub(crate) async fn chat_completions(
         messages: request.messages,
         tools,
         structure: body.parse::<StructureFields>()?.structure()?,
-        variables,
-        add_generation_prompt: request.add_generation_prompt.unwrap_or(true),
+        rendering,
         hide_reasoning: !request.include_reasoning.unwrap_or(true),
+        truncate_to: None,
     };
     let prepared = conversation.prepare(&app).await?;
     let (reading, notices) = (prepared.reading, prepared.notices);
     let prompt = Prompt::Tokens(prepared.prompt);
     let session = sampling.session(SessionPrompt::Whole);
-    let id = app.answer_id("chatcmpl");
+    let id = sampling.answer_id(&app, "chatcmpl")?;
     let mut asked = sampling
         .request(&app, prompt, max_tokens, logprobs)?
         .label(id.as_str());
-    asked.constraint = prepared.constraint;
-    asked.keep_special = prepared.keep_special;
+    hold(&mut asked, prepared.constraint)?;
+    asked.keep_special |= prepared.keep_special;
+    asked.prompt_logprobs = prompt_logprobs;
     let streams = app
         .submit_turn(session, vec![asked], samples)
         .await
@@ -276,17 +287,20 @@ pub(crate) async fn chat_completions(
             }
             error
         })?;
-    let streaming = request.stream.unwrap_or(false);
     let object = match streaming {
         true => "chat.completion.chunk",
         false => "chat.completion",
     };
-    let mut envelope = Envelope::new(&app, id, object, model, request.stream_options);
+    let mut envelope = Envelope::new(&app, id, object, model, usage_events);
     let tokenizer = app.engine.tokenizer().cloned();
+    let as_ids = request.return_tokens_as_token_ids.unwrap_or(false);
     if streaming {
+        let prompt = streams.first().map(|stream| stream.prompt_ids().len());
+        envelope.count(prompt.unwrap_or(0), 0);
         let writer = ChatWriter {
             envelope,
             tokenizer,
+            as_ids,
             ends: streams.iter().map(EndTokens::of).collect(),
             parts: streams.iter().map(|_| reading.parts()).collect(),
             logprobs: logprobs.is_some(),
@@ -294,11 +308,18 @@ pub(crate) async fn chat_completions(
         };
         return Ok(notices.mark(sse::respond(streams, writer)));
     }
+    let names = TokenNames {
+        tokenizer: tokenizer.as_deref(),
+        as_ids,
+    };
     let answers = complete(streams).await?;
     let mut choices = Vec::with_capacity(answers.len());
     for (index, answer) in answers.into_iter().enumerate() {
         envelope.add(&answer.finish, index == 0);
-        let tokens = logprobs.map(|_| reported(tokenizer.as_deref(), &answer.tokens));
+        if let (0, Some(prompt)) = (index, &answer.prompt) {
+            envelope.prompt_logprobs = Some(PromptLogProbs::new(names, prompt));
+        }
+        let tokens = logprobs.map(|_| reported(names, &answer.tokens));
         let message = AssistantMessage::new(reading.parts().all(&answer.text), legacy);
         let calls = message.tool_calls.len() + usize::from(message.function_call.is_some());
         choices.push(Choice {
@@ -334,14 +355,11 @@ fn logprobs(wanted: Option<bool>, top: Option<u32>) -> Result<Option<u32>, ApiEr
 }
 
 /// Tokens with their log-probabilities.
-fn reported(tokenizer: Option<&Tokenizer>, tokens: &[Token]) -> LogProbs {
-    let named = |id, logprob| {
-        let (token, bytes) = token_text(tokenizer, id);
-        NamedLogProb {
-            token,
-            logprob,
-            bytes,
-        }
+fn reported(names: TokenNames<'_>, tokens: &[Token]) -> LogProbs {
+    let named = |id, logprob| NamedLogProb {
+        token: names.name(id),
+        logprob,
+        bytes: names.bytes(id).unwrap_or_default().to_vec(),
     };
     let each = tokens.iter().map(|token| TokenLogProb {
         token: named(token.id, token.logprob),
@@ -357,6 +375,8 @@ fn reported(tokenizer: Option<&Tokenizer>, tokens: &[Token]) -> LogProbs {
 struct ChatWriter {
     envelope: Envelope,
     tokenizer: Option<Arc<Tokenizer>>,
+    /// Tokens are named by their ids.
+    as_ids: bool,
     ends: Vec<EndTokens>,
     parts: Vec<Parts>,
     logprobs: bool,
@@ -386,6 +406,7 @@ impl Writer for ChatWriter {
         mut chunk: Chunk,
         events: &mut Events,
     ) -> Result<(), ApiError> {
+        self.envelope.count(0, usize::from(chunk.token.is_some()));
         let token = self.ends[index].visible(&mut chunk);
         let finish_reason = chunk
             .finish
@@ -400,8 +421,12 @@ impl Writer for ChatWriter {
             pieces.extend(parts.finish());
         }
         let calls = parts.calls();
-        let mut reports = (self.logprobs && token.is_some())
-            .then(|| reported(self.tokenizer.as_deref(), token.as_slice()));
+        let names = TokenNames {
+            tokenizer: self.tokenizer.as_deref(),
+            as_ids: self.as_ids,
+        };
+        let mut reports =
+            (self.logprobs && token.is_some()).then(|| reported(names, token.as_slice()));
         let mut deltas: Vec<Delta> = pieces
             .into_iter()
             .filter_map(|part| Delta::new(part, self.legacy))

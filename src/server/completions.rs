@@ -1,11 +1,14 @@
 //! `POST /v1/completions`: text continued.
 
-use super::answer::{EndTokens, complete, finish_reason, token_text};
+use super::answer::{Answer, EndTokens, TokenNames, complete, finish_reason};
 use super::envelope::Envelope;
 use super::error::ApiError;
+use super::fields::Route;
+use super::integer;
 use super::json::JsonBody;
+use super::logprobs::{LogProbs, PromptLogProbs};
 use super::notices::Notices;
-use super::sampling::SamplingFields;
+use super::sampling::{SamplingFields, hold};
 use super::sessions::SessionPrompt;
 use super::sse::{self, Events, Writer};
 use super::structure::StructureFields;
@@ -16,6 +19,7 @@ use axum::extract::State;
 use axum::response::Response;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use std::borrow::Cow;
 use std::sync::Arc;
 
 /// Tokens of an answer when the request does not say, as OpenAI has it.
@@ -31,14 +35,18 @@ const MAX_PROMPTS: usize = 2048;
 struct CompletionRequest {
     model: Option<String>,
     prompt: Value,
+    #[serde(default, deserialize_with = "integer::optional")]
     max_tokens: Option<usize>,
-    #[serde(default)]
     stream: Option<bool>,
     stream_options: Option<StreamOptions>,
+    #[serde(default, deserialize_with = "integer::optional")]
     logprobs: Option<u32>,
-    #[serde(default)]
+    /// Names tokens by their ids.
+    return_tokens_as_token_ids: Option<bool>,
     echo: Option<bool>,
-    suffix: Option<String>,
+    add_special_tokens: Option<bool>,
+    /// Answers to choose the likeliest `n` from.
+    #[serde(default, deserialize_with = "integer::optional")]
     best_of: Option<usize>,
 }
 
@@ -48,43 +56,20 @@ struct Choice {
     index: usize,
     text: String,
     logprobs: Option<LogProbs>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<PromptLogProbs>,
     finish_reason: Option<&'static str>,
 }
 
-/// One entry a token in each list.
-#[derive(Default, Serialize)]
-struct LogProbs {
-    tokens: Vec<String>,
-    token_logprobs: Vec<Option<f32>>,
-    top_logprobs: Vec<Option<serde_json::Map<String, Value>>>,
-    /// Characters before the token.
-    text_offset: Vec<usize>,
-}
-
-impl LogProbs {
-    /// Adds a token that begins after `offset` characters; gives where the next begins.
-    fn push(&mut self, tokenizer: Option<&Tokenizer>, token: &Token, offset: usize) -> usize {
-        let name = |id| token_text(tokenizer, id).0;
-        let text = name(token.id);
-        let next = offset + text.chars().count();
-        let mut top = serde_json::Map::new();
-        for &(id, logprob) in &token.top {
-            // Of tokens with the same name the likeliest, which comes first.
-            top.entry(name(id)).or_insert(logprob.into());
+impl Choice {
+    fn piece(index: usize, text: String, logprobs: Option<LogProbs>) -> Self {
+        Self {
+            index,
+            text,
+            logprobs,
+            prompt_logprobs: None,
+            finish_reason: None,
         }
-        self.tokens.push(text);
-        self.token_logprobs.push(Some(token.logprob));
-        self.top_logprobs.push(Some(top));
-        self.text_offset.push(offset);
-        next
-    }
-
-    /// Adds what comes after it.
-    fn append(&mut self, mut later: Self) {
-        self.tokens.append(&mut later.tokens);
-        self.token_logprobs.append(&mut later.token_logprobs);
-        self.top_logprobs.append(&mut later.top_logprobs);
-        self.text_offset.append(&mut later.text_offset);
     }
 }
 
@@ -93,78 +78,115 @@ pub(crate) async fn completions(
     State(app): State<Arc<App>>,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
+    body.check_fields(Route::Completions)?;
     let request: CompletionRequest = body.parse()?;
     let sampling: SamplingFields = body.parse()?;
     let model = app.check_model(request.model.as_deref())?;
+    let streaming = request.stream.unwrap_or(false);
+    let usage_events = StreamOptions::usage(request.stream_options, streaming)?;
     let samples = sampling.samples(&app)?;
-    if request.best_of.is_some_and(|best_of| best_of != samples) {
-        return Err(ApiError::invalid("best_of must be equal to n").param("best_of"));
-    }
-    if request.suffix.is_some_and(|suffix| !suffix.is_empty()) {
-        let problem = "suffix is not supported: this model continues text, it does not fill it in";
-        return Err(ApiError::invalid(problem).param("suffix"));
-    }
+    let candidates = candidates(request.best_of, samples, &app, streaming)?;
     if request.logprobs.is_some_and(|count| count > MAX_LOGPROBS) {
         let problem = format!("logprobs must be from 0 to {MAX_LOGPROBS}");
         return Err(ApiError::invalid(problem).param("logprobs"));
     }
     let max_tokens = request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
     let echo = request.echo.unwrap_or(false);
+    let scored = sampling.prompt_logprobs(streaming)?;
     let first = Prompt::Tokens(Vec::new());
     let session = sampling.session(SessionPrompt::Next);
-    let id = app.answer_id("cmpl");
+    let id = sampling.answer_id(&app, "cmpl")?;
     let template = sampling.request(&app, first, Some(max_tokens), request.logprobs)?;
     let mut template = template.label(id.as_str());
+    if candidates > samples {
+        // The likeliest answers are found by them.
+        template.sampling.logprobs.get_or_insert(0);
+    }
+    template.prompt_logprobs = scored;
     if echo && (request.logprobs.is_some() || max_tokens == 0) {
-        template.prompt_logprobs = Some(request.logprobs.unwrap_or(0));
+        template.prompt_logprobs = scored.max(Some(request.logprobs.unwrap_or(0)));
     }
     let mut notices = Notices::default();
+    let mut form = None;
     if let Some(structure) = body.parse::<StructureFields>()?.structure()? {
         let grammar = structure.compiled(&app).await?;
         notices.unenforced = grammar.unenforced().to_vec();
-        template.constraint = Some(grammar.constraint());
+        form = Some(grammar.constraint());
     }
-    let requests = prompts("prompt", request.prompt)?
-        .into_iter()
-        .map(|prompt| Request {
-            prompt,
-            ..template.clone()
-        });
+    hold(&mut template, form)?;
+    let mut prompts = prompts("prompt", request.prompt)?;
+    if request.add_special_tokens == Some(false) {
+        let tokens = app.tokenize_all(prompts, true).await?;
+        prompts = tokens.into_iter().map(Prompt::Tokens).collect();
+    }
+    let requests = prompts.into_iter().map(|prompt| Request {
+        prompt,
+        ..template.clone()
+    });
     let streams = app
-        .submit_turn(session, requests.collect(), samples)
+        .submit_turn(session, requests.collect(), candidates)
         .await?;
-    let options = request.stream_options;
-    let envelope = Envelope::new(&app, id, "text_completion", model, options);
-    let mut writer = CompletionWriter::new(&app, envelope, &streams, samples);
-    writer.logprobs = request.logprobs.is_some();
+    let envelope = Envelope::new(&app, id, "text_completion", model, usage_events);
+    let mut writer = CompletionWriter::new(&app, envelope, &streams, candidates);
+    writer.logprobs = request.logprobs;
+    writer.as_ids = request.return_tokens_as_token_ids.unwrap_or(false);
     if echo {
         writer.echo(&streams);
     }
-    if request.stream.unwrap_or(false) {
+    if streaming {
+        writer.count_prompts(&streams);
         return Ok(notices.mark(sse::respond(streams, writer)));
     }
-    let answers = complete(streams).await?;
+    let mut answers = complete(streams).await?;
+    for (index, answer) in answers.iter().enumerate() {
+        writer.envelope.add(&answer.finish, index % candidates == 0);
+    }
     let mut choices = Vec::with_capacity(answers.len());
-    for (index, answer) in answers.into_iter().enumerate() {
-        writer.envelope.add(&answer.finish, index % samples == 0);
-        let echoed = answer
-            .prompt
-            .and_then(|prompt| writer.echoed(index, &prompt));
-        let mut logprobs = writer.logprobs_of(index, &answer.tokens);
-        if let (Some(logprobs), Some(mut all)) = (&mut logprobs, echoed) {
-            all.append(std::mem::take(logprobs));
-            *logprobs = all;
-        }
-        let mut text = std::mem::take(&mut writer.opening[index]);
-        text.push_str(&answer.text);
-        choices.push(Choice {
-            index,
-            text,
-            logprobs,
-            finish_reason: Some(answer.finish_reason),
-        });
+    for place in likeliest(&answers, candidates, samples) {
+        let index = choices.len();
+        choices.push(writer.choice(index, place, &mut answers[place], scored));
     }
     Ok(notices.mark(writer.envelope.whole(&choices)))
+}
+
+/// How many answers to compute for each prompt.
+fn candidates(
+    best_of: Option<usize>,
+    samples: usize,
+    app: &App,
+    stream: bool,
+) -> Result<usize, ApiError> {
+    let candidates = best_of.unwrap_or(samples);
+    let most = app.options.max_samples;
+    let problem = if !(samples..=most).contains(&candidates) {
+        format!("best_of is {candidates}, but must be from n, {samples}, to {most}")
+    } else if stream && candidates > samples {
+        "best_of above n is not available in a stream".to_owned()
+    } else {
+        return Ok(candidates);
+    };
+    Err(ApiError::invalid(problem).param("best_of"))
+}
+
+/// The places of the `samples` likeliest of each `candidates` answers, by the mean of
+/// their tokens' log-probabilities; all of them in their order if that is how many there are.
+fn likeliest(answers: &[Answer], candidates: usize, samples: usize) -> Vec<usize> {
+    if candidates == samples {
+        return (0..answers.len()).collect();
+    }
+    let mean = |place: &usize| {
+        let tokens = &answers[*place].tokens;
+        let sum: f64 = tokens.iter().map(|token| f64::from(token.logprob)).sum();
+        sum / tokens.len().max(1) as f64
+    };
+    let places: Vec<usize> = (0..answers.len()).collect();
+    let groups = places.chunks(candidates).map(|group| {
+        let mut group = group.to_vec();
+        group.sort_by(|one, other| mean(other).total_cmp(&mean(one)));
+        group.truncate(samples);
+        group
+    });
+    groups.flatten().collect()
 }
 
 /// One prompt or many, as text or token ids: what the request has in `field`.
@@ -176,8 +198,10 @@ pub(super) fn prompts(field: &'static str, prompt: Value) -> Result<Vec<Prompt>,
     };
     let tokens = |ids: &[Value]| {
         let each = ids.iter().map(|id| {
-            let id = id.as_u64().and_then(|id| u32::try_from(id).ok());
-            id.ok_or_else(unexpected)
+            let whole = || id.as_f64().and_then(integer::of_float);
+            let id = id.as_u64().map(i128::from).or_else(whole);
+            id.and_then(|id| u32::try_from(id).ok())
+                .ok_or_else(unexpected)
         });
         Ok(Prompt::Tokens(each.collect::<Result<_, ApiError>>()?))
     };
@@ -216,7 +240,10 @@ struct CompletionWriter {
     first: Vec<Option<u32>>,
     /// Characters of the tokens of each answer so far, if log-probabilities are told.
     offsets: Vec<usize>,
-    logprobs: bool,
+    /// How many of the likeliest tokens are told beside each token.
+    logprobs: Option<u32>,
+    /// Tokens are named by their ids.
+    as_ids: bool,
 }
 
 impl CompletionWriter {
@@ -229,7 +256,8 @@ impl CompletionWriter {
             opening: vec![String::new(); streams.len()],
             first: vec![None; streams.len()],
             offsets: vec![0; streams.len()],
-            logprobs: false,
+            logprobs: None,
+            as_ids: false,
         }
     }
 
@@ -243,20 +271,58 @@ impl CompletionWriter {
         }
     }
 
+    /// Counts the tokens of the prompts, each once.
+    fn count_prompts(&mut self, streams: &[TokenStream]) {
+        for stream in streams.iter().step_by(self.samples) {
+            self.envelope.count(stream.prompt_ids().len(), 0);
+        }
+    }
+
+    fn names(&self) -> TokenNames<'_> {
+        TokenNames {
+            tokenizer: self.tokenizer.as_deref(),
+            as_ids: self.as_ids,
+        }
+    }
+
+    /// The answer of the stream at `place` as a choice.
+    fn choice(
+        &mut self,
+        index: usize,
+        place: usize,
+        answer: &mut Answer,
+        scored: Option<u32>,
+    ) -> Choice {
+        let prompt = answer.prompt.take();
+        let prompt_logprobs = prompt.as_ref().zip(scored);
+        let prompt_logprobs = prompt_logprobs
+            .map(|(prompt, most)| PromptLogProbs::new(self.names(), &likeliest_of(prompt, most)));
+        let echoed = prompt.and_then(|prompt| self.echoed(place, &prompt));
+        let mut logprobs = self.logprobs_of(place, &answer.tokens);
+        if let (Some(logprobs), Some(mut all)) = (&mut logprobs, echoed) {
+            all.append(std::mem::take(logprobs));
+            *logprobs = all;
+        }
+        let mut text = std::mem::take(&mut self.opening[place]);
+        text.push_str(&answer.text);
+        Choice {
+            index,
+            text,
+            logprobs,
+            prompt_logprobs,
+            finish_reason: Some(answer.finish_reason),
+        }
+    }
+
     /// The log-probabilities of a prompt that is echoed, whose tokens after the first are
     /// `tokens`. Before the first there is nothing that it could follow from.
     fn echoed(&mut self, index: usize, tokens: &[Token]) -> Option<LogProbs> {
-        let first = self.first[index].filter(|_| self.logprobs)?;
-        let tokenizer = self.tokenizer.as_deref();
+        let most = self.logprobs?;
+        let first = self.first[index]?;
         let mut lists = LogProbs::default();
-        let text = token_text(tokenizer, first).0;
-        let mut offset = text.chars().count();
-        lists.tokens.push(text);
-        lists.token_logprobs.push(None);
-        lists.top_logprobs.push(None);
-        lists.text_offset.push(0);
-        for token in tokens {
-            offset = lists.push(tokenizer, token, offset);
+        let mut offset = lists.push_first(self.names(), first);
+        for token in likeliest_of(tokens, most).iter() {
+            offset = lists.push(self.names(), token, offset);
         }
         self.offsets[index] = offset;
         Some(lists)
@@ -264,35 +330,37 @@ impl CompletionWriter {
 
     /// The log-probabilities of the next tokens of an answer.
     fn logprobs_of(&mut self, index: usize, tokens: &[Token]) -> Option<LogProbs> {
-        if !self.logprobs {
-            return None;
-        }
+        self.logprobs?;
         let mut offset = self.offsets[index];
-        let tokenizer = self.tokenizer.as_deref();
         let mut lists = LogProbs::default();
         for token in tokens {
-            offset = lists.push(tokenizer, token, offset);
+            offset = lists.push(self.names(), token, offset);
         }
         self.offsets[index] = offset;
         Some(lists)
     }
 }
 
+/// Tokens with so many of the likeliest beside them, at most.
+fn likeliest_of(tokens: &[Token], most: u32) -> Cow<'_, [Token]> {
+    let most = most as usize;
+    if tokens.iter().all(|token| token.top.len() <= most) {
+        return Cow::Borrowed(tokens);
+    }
+    let mut tokens = tokens.to_vec();
+    tokens.iter_mut().for_each(|token| token.top.truncate(most));
+    Cow::Owned(tokens)
+}
+
 impl Writer for CompletionWriter {
     fn open(&mut self, events: &mut Events) {
-        if self.logprobs {
+        if self.logprobs.is_some() {
             // Prompts come with their log-probabilities.
             return;
         }
         for (index, text) in std::mem::take(&mut self.opening).into_iter().enumerate() {
             if !text.is_empty() {
-                let choice = Choice {
-                    index,
-                    text,
-                    logprobs: None,
-                    finish_reason: None,
-                };
-                self.envelope.send(choice, events);
+                self.envelope.send(Choice::piece(index, text, None), events);
             }
         }
     }
@@ -305,32 +373,29 @@ impl Writer for CompletionWriter {
     ) -> Result<(), ApiError> {
         let prompt = chunk.prompt_logprobs.take();
         if let Some(logprobs) = prompt.and_then(|prompt| self.echoed(index, &prompt)) {
-            let choice = Choice {
-                index,
-                text: std::mem::take(&mut self.opening[index]),
-                logprobs: Some(logprobs),
-                finish_reason: None,
-            };
-            self.envelope.send(choice, events);
+            let text = std::mem::take(&mut self.opening[index]);
+            self.envelope
+                .send(Choice::piece(index, text, Some(logprobs)), events);
         }
+        let generated = usize::from(chunk.token.is_some());
+        self.envelope.count(0, generated);
         let token = self.ends[index].visible(&mut chunk);
         let finish_reason = chunk
             .finish
             .map(|finish| finish_reason(finish.outcome))
             .transpose()?;
         let logprobs = self.logprobs_of(index, token.as_slice());
-        let says_something =
-            !chunk.text.is_empty() || finish_reason.is_some() || (self.logprobs && token.is_some());
+        let says_something = !chunk.text.is_empty()
+            || finish_reason.is_some()
+            || (self.logprobs.is_some() && token.is_some());
         if let Some(finish) = &chunk.finish {
             let first = index.is_multiple_of(self.samples);
             self.envelope.add(finish, first);
         }
         if says_something {
             let choice = Choice {
-                index,
-                text: chunk.text,
-                logprobs,
                 finish_reason,
+                ..Choice::piece(index, chunk.text, logprobs)
             };
             self.envelope.send(choice, events);
         }

@@ -4,16 +4,16 @@ use super::App;
 use super::error::ApiError;
 use super::notices::Notices;
 use super::parts::{Calls as ReadCalls, Reading};
+use super::rendering::{Rendering, leave_open};
 use super::structure::Structure;
 use super::tools::Tools;
 use super::{legacy, system_messages};
-use crate::engine::SubmitError;
+use crate::engine::{SubmitError, Truncation};
 use crate::sampling::Constraint;
 use crate::text::reasoning::ReasoningFormat;
 use crate::text::tools::{ToolFormat, in_words};
 use crate::text::{Calls, Grammar};
-use crate::text::{EncodeOptions, Message, RenderOptions, Tokenizer};
-use serde_json::{Map, Value};
+use crate::text::{ChatTemplate, EncodeOptions, Message, RenderOptions, TextError, Tokenizer};
 use std::sync::Arc;
 
 /// What a model is asked, before its template makes a prompt of it.
@@ -21,10 +21,10 @@ pub(crate) struct Conversation {
     pub messages: Vec<Message>,
     pub tools: Tools,
     pub structure: Option<Structure>,
-    /// Variables of the template.
-    pub variables: Map<String, Value>,
-    pub add_generation_prompt: bool,
+    pub rendering: Rendering,
     pub hide_reasoning: bool,
+    /// Leave messages at the beginning out until the prompt has no more tokens than this.
+    pub truncate_to: Option<usize>,
 }
 
 /// What the engine is asked, and how its answers are read.
@@ -52,12 +52,20 @@ impl Conversation {
         prepared.map_err(|_| ApiError::unavailable("the server is being stopped"))?
     }
 
-    fn prepare_here(self, app: &App) -> Result<Prepared, ApiError> {
+    fn prepare_here(mut self, app: &App) -> Result<Prepared, ApiError> {
         let tokenizer = app.require_tokenizer("a conversation")?;
-        let template = tokenizer
-            .chat_template()
+        let of_request = match &self.rendering.template {
+            None => None,
+            Some(source) => Some(tokenizer.template_from(source).map_err(|error| {
+                ApiError::from(SubmitError::Text(error)).param("chat_template")
+            })?),
+        };
+        let template = of_request
+            .as_ref()
+            .or(tokenizer.chat_template())
             .ok_or(SubmitError::NoChatTemplate)?;
         let source = template.source();
+        self.rendering.require_documents_known(source)?;
         let format = app.options.tool_format.unwrap_or_else(|| {
             // Where tools are described in words, those ask for this format.
             match template.knows_tools() {
@@ -85,57 +93,43 @@ impl Conversation {
             (None, None) => None,
         };
 
-        let described = self.tools.described();
-        let mut options = RenderOptions {
-            add_generation_prompt: self.add_generation_prompt,
-            extra: self.variables,
-            ..RenderOptions::default()
-        };
-        let mut messages = legacy::as_tools(self.messages);
+        require_roles_known(&self.messages, source)?;
+        self.messages = legacy::as_tools(self.messages);
         if !source.contains("developer") {
             // OpenAI's newer name of it.
-            for message in &mut messages {
+            for message in &mut self.messages {
                 if message.role == "developer" {
                     message.role = "system".to_owned();
                 }
             }
         }
-        if template.knows_tools() {
-            options.tools = described;
-        } else {
-            messages = in_words(&messages, described.as_ref());
-        }
-        let mut text = system_messages::render(template, &messages, &options)
-            .map_err(|error| ApiError::from(SubmitError::Text(error)).param("messages"))?;
-
-        let marks = ReasoningFormat::detect(source);
+        let mut opening = Opening {
+            marks: ReasoningFormat::detect(source),
+            // What is held to a form is the answer, with no reasoning before it.
+            close_reasoning: constraint.is_some(),
+            call: forced.as_ref().map(|_| format.forced_opening()),
+            inside_reasoning: false,
+        };
+        let mut write =
+            |messages: &[Message]| self.tokens_of(template, messages, &mut opening, tokenizer);
+        let prompt = match self.truncate_to {
+            None => write(&self.messages)?,
+            Some(room) => fitting(&self.messages, room, &mut write)?,
+        };
         let mut reading = Reading {
-            reasoning: marks.map(|marks| (marks, marks.is_open(&text))),
+            reasoning: opening.marks.map(|marks| (marks, opening.inside_reasoning)),
             hide_reasoning: self.hide_reasoning,
             one_call: !self.tools.parallel,
             ..Reading::default()
         };
         if constraint.is_some() {
-            // What is held to a form is the answer, with no reasoning before it.
-            if let Some((marks, true)) = reading.reasoning.take() {
-                text.push_str(marks.close);
-                text.push_str("\n\n");
-            }
+            reading.reasoning = None;
         }
         if forced.is_some() {
-            text.push_str(format.forced_opening());
             reading.calls = ReadCalls::Forced(format);
         } else if self.tools.offered() {
             reading.calls = ReadCalls::Allowed(format, self.tools.names().collect());
         }
-        // The template writes the special tokens itself.
-        let options = EncodeOptions {
-            add_special: false,
-            parse_special: true,
-        };
-        let prompt = tokenizer
-            .encode(&text, options)
-            .map_err(|error| ApiError::from(SubmitError::Text(error)).param("messages"))?;
         Ok(Prepared {
             prompt,
             constraint: constraint.as_ref().map(Grammar::constraint),
@@ -148,6 +142,132 @@ impl Conversation {
             },
         })
     }
+
+    /// The prompt of these messages.
+    fn tokens_of(
+        &self,
+        template: &ChatTemplate,
+        messages: &[Message],
+        opening: &mut Opening,
+        tokenizer: &Tokenizer,
+    ) -> Result<Vec<u32>, ApiError> {
+        let described = self.tools.described();
+        let mut options = RenderOptions {
+            add_generation_prompt: self.rendering.add_generation_prompt,
+            extra: self.rendering.variables.clone(),
+            ..RenderOptions::default()
+        };
+        let in_words = match template.knows_tools() {
+            true => {
+                options.tools = described;
+                None
+            }
+            false => Some(in_words(messages, described.as_ref())),
+        };
+        let messages = in_words.as_deref().unwrap_or(messages);
+        let of_messages =
+            |error: TextError| ApiError::from(SubmitError::Text(error)).param("messages");
+        let mut text =
+            system_messages::render(template, messages, &options).map_err(of_messages)?;
+        if self.rendering.continue_final_message {
+            let last = messages.last().map_or("", |message| &message.content);
+            leave_open(&mut text, last)?;
+        }
+        opening.write(&mut text);
+        // The template writes the special tokens itself.
+        let options = EncodeOptions {
+            add_special: self.rendering.add_special,
+            parse_special: true,
+        };
+        tokenizer.encode(&text, options).map_err(of_messages)
+    }
+}
+
+/// What stands at the beginning of the answer already.
+struct Opening {
+    marks: Option<ReasoningFormat>,
+    close_reasoning: bool,
+    call: Option<&'static str>,
+    /// Whether the template has opened the answer's reasoning.
+    inside_reasoning: bool,
+}
+
+impl Opening {
+    fn write(&mut self, text: &mut String) {
+        let open = self.marks.filter(|marks| marks.is_open(text));
+        self.inside_reasoning = open.is_some();
+        if let (Some(marks), true) = (open, self.close_reasoning) {
+            text.push_str(marks.close);
+            text.push_str("\n\n");
+        }
+        text.push_str(self.call.unwrap_or(""));
+    }
+}
+
+/// Roles that every template is taken to know, or to refuse by itself.
+const ROLES: [&str; 6] = [
+    "system",
+    "developer",
+    "user",
+    "assistant",
+    "tool",
+    "function",
+];
+
+/// Refuses roles that neither OpenAI's API nor the template names.
+fn require_roles_known(messages: &[Message], template: &str) -> Result<(), ApiError> {
+    for (index, message) in messages.iter().enumerate() {
+        let role = message.role.as_str();
+        let named = |quote: char| template.contains(&format!("{quote}{role}{quote}"));
+        if role.is_empty() || (!ROLES.contains(&role) && !named('\'') && !named('"')) {
+            let field = format!("messages[{index}].role");
+            let problem = format!(
+                "{field} is {role:?}, expected \"system\", \"developer\", \"user\", \
+                 \"assistant\", \"tool\", or a role that the model's chat template names"
+            );
+            return Err(ApiError::invalid(problem).param(field));
+        }
+    }
+    Ok(())
+}
+
+/// The prompt of as many of the last messages as have room; system messages at the
+/// beginning and the last message always stay.
+fn fitting(
+    messages: &[Message],
+    room: usize,
+    write: &mut impl FnMut(&[Message]) -> Result<Vec<u32>, ApiError>,
+) -> Result<Vec<u32>, ApiError> {
+    let mut whole = write(messages)?;
+    let is_system = |message: &&Message| matches!(&*message.role, "system" | "developer");
+    let kept = messages.iter().take_while(is_system).count();
+    // Where the rest may begin: not with a result whose call is left out.
+    let begins = |index: &usize| !matches!(&*messages[*index].role, "tool" | "function");
+    let places: Vec<usize> = (kept + 1..messages.len()).filter(begins).collect();
+    if whole.len() <= room {
+        return Ok(whole);
+    }
+    if places.is_empty() {
+        Truncation::Last(room).cut(&mut whole);
+        return Ok(whole);
+    }
+    let mut from = |place: usize| {
+        let (system, rest) = (&messages[..kept], &messages[places[place]..]);
+        write(&[system, rest].concat())
+    };
+    // A prompt of fewer messages is no longer: the first place that fits is searched for.
+    let (mut low, mut high) = (0, places.len() - 1);
+    while low < high {
+        let middle = (low + high) / 2;
+        match from(middle)?.len() <= room {
+            true => high = middle,
+            false => low = middle + 1,
+        }
+    }
+    let mut prompt = from(low)?;
+    // A last message that is too long by itself loses its own beginning.
+    Truncation::Last(room).cut(&mut prompt);
+    Ok(prompt)
 }
 
 /// Whether a mark that is looked for is a special token, which text usually leaves out.

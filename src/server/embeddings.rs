@@ -3,7 +3,10 @@
 use super::App;
 use super::completions::prompts;
 use super::error::ApiError;
+use super::fields::Route;
+use super::integer;
 use super::json::JsonBody;
+use super::sampling::{Side, truncation};
 use crate::engine::{CancelReason, EmbedRequest, Embedding, Prompt};
 use axum::Json;
 use axum::extract::State;
@@ -25,9 +28,16 @@ struct EmbeddingsRequest {
     model: Option<String>,
     input: Value,
     encoding_format: Option<Encoding>,
+    #[serde(default, deserialize_with = "integer::optional")]
     dimensions: Option<usize>,
+    add_special_tokens: Option<bool>,
+    /// −1 means as many as the context has room for.
+    #[serde(default, deserialize_with = "integer::optional")]
+    truncate_prompt_tokens: Option<i64>,
+    truncation_side: Option<Side>,
     /// Whom fairness counts it for.
     user: Option<String>,
+    #[serde(default, deserialize_with = "integer::optional")]
     priority: Option<i32>,
 }
 
@@ -75,6 +85,7 @@ pub(crate) async fn embeddings(
     State(app): State<Arc<App>>,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
+    body.check_fields(Route::Embeddings)?;
     let request: EmbeddingsRequest = body.parse()?;
     let model = app.check_model(request.model.as_deref())?;
     let size = app.engine.info().embedding.unwrap_or(0);
@@ -88,7 +99,19 @@ pub(crate) async fn embeddings(
         tenant: request.user.filter(|user| !user.is_empty()).map(Into::into),
         ..EmbedRequest::new(Prompt::Tokens(Vec::new()))
     };
+    let room = app.engine.max_sequence_tokens();
+    let truncation = truncation(
+        request.truncate_prompt_tokens,
+        request.truncation_side,
+        room,
+    )?;
     let inputs = prompts("input", request.input)?;
+    // Before anything is computed: a text that is none is found first.
+    let bare = request.add_special_tokens == Some(false);
+    let mut inputs = app.tokenize_all(inputs, bare).await.map_err(of_input)?;
+    if let Some(truncation) = truncation {
+        inputs.iter_mut().for_each(|tokens| truncation.cut(tokens));
+    }
     let embeddings = embed_all(&app, inputs, &template).await?;
     let mut usage = Usage::default();
     let encoding = request.encoding_format.unwrap_or_default();
@@ -120,12 +143,10 @@ pub(crate) async fn embeddings(
 /// that are on their way as a disconnect.
 async fn embed_all(
     app: &Arc<App>,
-    inputs: Vec<Prompt>,
+    inputs: Vec<Vec<u32>>,
     template: &EmbedRequest,
 ) -> Result<Vec<Embedding>, ApiError> {
     let begun = Instant::now();
-    // Before anything is computed: a text that is none is found first.
-    let inputs = app.tokenize_all(inputs).await.map_err(of_input)?;
     let embed = |tokens: Vec<u32>| {
         let left = |limit: std::time::Duration| limit.saturating_sub(begun.elapsed());
         let request = EmbedRequest {

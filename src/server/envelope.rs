@@ -2,8 +2,9 @@
 //! a whole and as events.
 
 use super::answer::Usage;
+use super::logprobs::PromptLogProbs;
 use super::sse::Events;
-use super::{App, StreamOptions, unix_time};
+use super::{App, UsageEvents, unix_time};
 use crate::engine::Finish;
 use axum::Json;
 use axum::response::{IntoResponse, Response};
@@ -13,9 +14,27 @@ use serde::Serialize;
 pub(super) struct Envelope {
     head: Head,
     /// Whether events tell the usage: the last one does, and the others that it is not
-    /// known yet.
-    usage_wanted: bool,
+    /// known yet, or how many tokens there were so far.
+    usage_events: UsageEvents,
     usage: Usage,
+    so_far: UsageSoFar,
+    /// Those of a chat's prompt.
+    pub prompt_logprobs: Option<PromptLogProbs>,
+}
+
+/// Tokens before the answers are complete.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+struct UsageSoFar {
+    prompt_tokens: usize,
+    completion_tokens: usize,
+    total_tokens: usize,
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum AnyUsage {
+    Whole(Usage),
+    SoFar(UsageSoFar),
 }
 
 #[derive(Serialize)]
@@ -33,17 +52,19 @@ struct Object<'a, C> {
     head: &'a Head,
     choices: &'a [C],
     #[serde(skip_serializing_if = "Option::is_none")]
-    usage: Option<Option<Usage>>,
+    usage: Option<Option<AnyUsage>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<&'a PromptLogProbs>,
 }
 
 impl Envelope {
-    /// Around the choices of answer `id`; `options` are those of a stream.
+    /// Around the choices of answer `id`.
     pub fn new(
         app: &App,
         id: String,
         object: &'static str,
         model: String,
-        options: Option<StreamOptions>,
+        usage_events: UsageEvents,
     ) -> Self {
         Self {
             head: Head {
@@ -53,9 +74,18 @@ impl Envelope {
                 model,
                 system_fingerprint: app.fingerprint.clone(),
             },
-            usage_wanted: options.is_some_and(|options| options.usage()),
+            usage_events,
             usage: Usage::default(),
+            so_far: UsageSoFar::default(),
+            prompt_logprobs: None,
         }
+    }
+
+    /// Counts tokens of a prompt, and of an answer, before that has ended.
+    pub fn count(&mut self, prompt_tokens: usize, completion_tokens: usize) {
+        self.so_far.prompt_tokens += prompt_tokens;
+        self.so_far.completion_tokens += completion_tokens;
+        self.so_far.total_tokens += prompt_tokens + completion_tokens;
     }
 
     /// Counts an answer that has ended; its prompt if it is the first to it.
@@ -68,7 +98,8 @@ impl Envelope {
         let object = Object {
             head: &self.head,
             choices,
-            usage: Some(Some(self.usage)),
+            usage: Some(Some(AnyUsage::Whole(self.usage))),
+            prompt_logprobs: self.prompt_logprobs.as_ref(),
         };
         Json(object).into_response()
     }
@@ -78,17 +109,23 @@ impl Envelope {
         events.json(&Object {
             head: &self.head,
             choices: &[choice],
-            usage: self.usage_wanted.then_some(None),
+            usage: match self.usage_events {
+                UsageEvents::None => None,
+                UsageEvents::Last => Some(None),
+                UsageEvents::Each => Some(Some(AnyUsage::SoFar(self.so_far))),
+            },
+            prompt_logprobs: None,
         });
     }
 
     /// Sends the end.
     pub fn close(&self, events: &mut Events) {
-        if self.usage_wanted {
+        if self.usage_events != UsageEvents::None {
             events.json(&Object::<()> {
                 head: &self.head,
                 choices: &[],
-                usage: Some(Some(self.usage)),
+                usage: Some(Some(AnyUsage::Whole(self.usage))),
+                prompt_logprobs: None,
             });
         }
         events.done();

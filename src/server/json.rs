@@ -2,11 +2,12 @@
 
 use super::App;
 use super::error::ApiError;
+use super::wording::plain;
 use axum::body::{Bytes, HttpBody};
 use axum::extract::rejection::PathRejection;
 use axum::extract::{FromRequest, FromRequestParts, Path, Request};
 use axum::http::request::Parts;
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
 use std::sync::Arc;
@@ -15,6 +16,17 @@ use std::sync::Arc;
 pub(crate) struct JsonBody(Bytes);
 
 impl JsonBody {
+    /// The body as it came.
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// A body that a test has written.
+    #[cfg(test)]
+    pub fn of(text: String) -> Self {
+        Self(text.into())
+    }
+
     /// The body as a `T`. Unknown fields are ignored; a wrong one is named.
     pub fn parse<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
         let mut reader = serde_json::Deserializer::from_slice(&self.0);
@@ -30,9 +42,13 @@ impl JsonBody {
                 let field = format!("{path}{field}");
                 return ApiError::invalid(format!("{field} is missing")).param(field);
             }
-            if path == "." || problem.is_syntax() || problem.is_eof() {
-                ApiError::invalid(format!("the body is not what it should be: {problem}"))
+            if problem.is_syntax() || problem.is_eof() {
+                ApiError::invalid(format!("the body is no JSON: {problem}"))
+            } else if path == "." {
+                let problem = plain(&problem.to_string());
+                ApiError::invalid(format!("the body is wrong: {problem}"))
             } else {
+                let problem = plain(&problem.to_string());
                 ApiError::invalid(format!("{path}: {problem}")).param(path)
             }
         })?;
@@ -70,6 +86,25 @@ fn missing_field(problem: &str) -> Option<&str> {
     Some(field)
 }
 
+/// Refuses a body that is compressed: it would be read as what it is not, and its size
+/// would say nothing about what it holds.
+fn refuse_compressed(headers: &HeaderMap) -> Result<(), ApiError> {
+    for codings in headers.get_all(header::CONTENT_ENCODING) {
+        let codings = codings.to_str().unwrap_or("?");
+        let mut each = codings.split(',').map(str::trim);
+        if let Some(coding) = each.find(|coding| !coding.eq_ignore_ascii_case("identity")) {
+            let problem = format!("the body has the content encoding {coding:?}, expected none");
+            return Err(unsupported(problem));
+        }
+    }
+    Ok(())
+}
+
+fn unsupported(problem: String) -> ApiError {
+    let status = StatusCode::UNSUPPORTED_MEDIA_TYPE;
+    ApiError::new(status, "invalid_request_error", problem)
+}
+
 impl FromRequest<Arc<App>> for JsonBody {
     type Rejection = ApiError;
 
@@ -78,13 +113,11 @@ impl FromRequest<Arc<App>> for JsonBody {
             let kind = kind.to_str().unwrap_or("").to_ascii_lowercase();
             let essence = kind.split(';').next().unwrap_or("").trim();
             if essence != "application/json" && !essence.ends_with("+json") {
-                return Err(ApiError::new(
-                    StatusCode::UNSUPPORTED_MEDIA_TYPE,
-                    "invalid_request_error",
-                    format!("the body is {essence:?}, expected application/json"),
-                ));
+                let problem = format!("the body is {essence:?}, expected application/json");
+                return Err(unsupported(problem));
             }
         }
+        refuse_compressed(request.headers())?;
         let limit = app.options.max_body_bytes;
         let too_large = || {
             ApiError::new(

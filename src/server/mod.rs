@@ -34,15 +34,19 @@ mod conversation;
 mod embeddings;
 mod envelope;
 mod error;
+pub mod fields;
 mod first_bytes;
 mod health;
+mod integer;
 mod json;
 mod legacy;
+mod logprobs;
 mod metrics;
 mod models;
 mod notices;
 mod page;
 mod parts;
+mod rendering;
 mod responses;
 mod sampling;
 mod sessions;
@@ -54,6 +58,7 @@ mod tls;
 mod tokenize;
 mod tools;
 mod trace_context;
+mod wording;
 
 pub use auth::ApiKeys;
 pub use metrics::{Metrics, MetricsError};
@@ -61,7 +66,7 @@ pub use tls::TlsFiles;
 
 use crate::engine::{CancelReason, Drained, Engine, Prompt, Request, SubmitError, TokenStream};
 use crate::text::tools::ToolFormat;
-use crate::text::{Keywords, Tokenizer};
+use crate::text::{EncodeOptions, Keywords, Tokenizer};
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -116,6 +121,8 @@ pub struct ServerOptions {
     pub max_connections: usize,
     /// How the model writes tool calls; as its chat template has it if `None`.
     pub tool_format: Option<ToolFormat>,
+    /// Whether a request may bring a chat template of its own.
+    pub trust_request_chat_template: bool,
     /// Sessions that may be open at the same time; one more is refused.
     pub max_sessions: usize,
     /// How long a session may be left alone before it is ended.
@@ -149,6 +156,7 @@ impl ServerOptions {
             request_timeout: None,
             max_connections: 8192,
             tool_format: None,
+            trust_request_chat_template: false,
             max_sessions: 1024,
             session_ttl: Duration::from_secs(3600),
             drain_timeout: Duration::from_secs(30),
@@ -331,6 +339,7 @@ fn routes() -> Router<Arc<App>> {
         )
         .route("/v1/embeddings", post(embeddings::embeddings))
         .route("/v1/models", get(models::list))
+        .route("/v1/models/", get(models::list))
         .route("/v1/models/{*name}", get(models::get))
         .route("/v1/sessions", get(sessions::list).post(sessions::create))
         .route(
@@ -343,6 +352,7 @@ fn routes() -> Router<Arc<App>> {
         .route("/", get(page::page))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
+        .route("/tokenizer_info", get(tokenize::tokenizer_info))
         .route("/health", get(health::health))
         .route("/ready", get(health::ready))
         .route("/metrics", get(health::metrics))
@@ -445,7 +455,7 @@ impl App {
         samples: usize,
     ) -> Result<Vec<TokenStream>, ApiError> {
         for request in &requests {
-            if let Some(tokens) = request.max_tokens {
+            if let (Some(tokens), None) = (request.max_tokens, request.truncate_prompt) {
                 self.check_length(&request.prompt, tokens)?;
             }
         }
@@ -482,7 +492,11 @@ impl App {
     ) -> Result<Vec<TokenStream>, ApiError> {
         let mut tokenized = Vec::with_capacity(requests.len());
         for mut request in requests {
-            request.prompt = Prompt::Tokens(self.engine.tokenize(&request.prompt)?);
+            let mut tokens = self.engine.tokenize(&request.prompt)?;
+            if let Some(truncation) = request.truncate_prompt.take() {
+                truncation.cut(&mut tokens);
+            }
+            request.prompt = Prompt::Tokens(tokens);
             if let Some(tokens) = request.max_tokens {
                 self.check_length(&request.prompt, tokens)?;
             }
@@ -493,22 +507,38 @@ impl App {
         Ok(streams.into_iter().map(owned).collect())
     }
 
-    /// The tokens of prompts, in their order.
+    /// The tokens of prompts, in their order; without those that the tokenizer puts around
+    /// a text if `bare`.
     async fn tokenize_all(
         self: &Arc<Self>,
         prompts: Vec<Prompt>,
+        bare: bool,
     ) -> Result<Vec<Vec<u32>>, ApiError> {
         let bytes: usize = prompts.iter().map(text_bytes).sum();
         let app = Arc::clone(self);
         let tokenize = move || {
-            let each = prompts.iter().map(|prompt| app.engine.tokenize(prompt));
-            each.collect::<Result<_, _>>().map_err(ApiError::from)
+            let each = prompts.iter().map(|prompt| match prompt {
+                Prompt::Text(text) if bare => app.tokenize_bare(text),
+                prompt => app.engine.tokenize(prompt).map_err(ApiError::from),
+            });
+            each.collect::<Result<_, _>>()
         };
         if bytes <= LONG_PROMPT {
             return tokenize();
         }
         let tokens = tokio::task::spawn_blocking(tokenize).await;
         tokens.map_err(|_| ApiError::unavailable("the server is being stopped"))?
+    }
+
+    /// The tokens of a text and no others.
+    fn tokenize_bare(&self, text: &str) -> Result<Vec<u32>, ApiError> {
+        let tokenizer = self.require_tokenizer("a text prompt")?;
+        let options = EncodeOptions {
+            add_special: false,
+            parse_special: true,
+        };
+        let tokens = tokenizer.encode(text, options);
+        tokens.map_err(|error| SubmitError::Text(error).into())
     }
 
     /// Refuses an answer that the context has no room for. Only token ids are looked at.
@@ -518,8 +548,8 @@ impl App {
             // A prompt that is too long by itself is for the engine to refuse.
             Prompt::Tokens(tokens) if tokens.len() < limit && max_tokens > limit - tokens.len() => {
                 let problem = format!(
-                    "the prompt has {} tokens and max_tokens is {max_tokens}, {} together, but \
-                     the context has {limit}",
+                    "this model's maximum context length is {limit} tokens; the prompt has {} \
+                     tokens and max_tokens is {max_tokens}, {} together",
                     tokens.len(),
                     tokens.len().saturating_add(max_tokens),
                 );
@@ -563,12 +593,36 @@ fn text_bytes(prompt: &Prompt) -> usize {
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
 pub(crate) struct StreamOptions {
     include_usage: Option<bool>,
+    continuous_usage_stats: Option<bool>,
+}
+
+/// How many tokens it took, as events tell it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum UsageEvents {
+    #[default]
+    None,
+    /// In one more event at the end.
+    Last,
+    /// In every event, so far.
+    Each,
 }
 
 impl StreamOptions {
-    /// Whether its last event is to say how many tokens it took.
-    fn usage(self) -> bool {
-        self.include_usage.unwrap_or(false)
+    /// What is asked for; options of a stream belong to a stream.
+    fn usage(options: Option<Self>, stream: bool) -> Result<UsageEvents, ApiError> {
+        let Some(options) = options else {
+            return Ok(UsageEvents::None);
+        };
+        if !stream {
+            let problem = "stream_options needs stream: true";
+            return Err(ApiError::invalid(problem).param("stream_options"));
+        }
+        let continuous = options.continuous_usage_stats.unwrap_or(false);
+        Ok(match (options.include_usage.unwrap_or(false), continuous) {
+            (false, _) => UsageEvents::None,
+            (true, false) => UsageEvents::Last,
+            (true, true) => UsageEvents::Each,
+        })
     }
 }
 

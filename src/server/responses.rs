@@ -9,17 +9,22 @@ mod store;
 pub(super) use listing::input_items;
 pub(super) use store::Store;
 
-use super::answer::{EndTokens, Usage, finish_reason};
+use super::answer::{EndTokens, TokenNames, Usage, finish_reason};
 use super::conversation::{Conversation, Prepared};
 use super::error::ApiError;
+use super::fields::Route;
+use super::integer;
 use super::json::{JsonBody, PathPart};
+use super::logprobs::with_its_digits;
 use super::parts::Parts;
-use super::sampling::SamplingFields;
+use super::rendering::Rendering;
+use super::sampling::{SamplingFields, hold};
 use super::sse::{self, Events, Writer, merge};
 use super::structure::Format;
 use super::tools::{ToolFields, Tools};
-use super::{App, unix_time};
-use crate::engine::{Chunk, Finish, Prompt};
+use super::wording::plain;
+use super::{App, StreamOptions, unix_time};
+use crate::engine::{Chunk, Finish, Prompt, Token};
 use crate::text::Message;
 use axum::Json;
 use axum::extract::State;
@@ -28,7 +33,7 @@ use axum::response::{IntoResponse, Response};
 use futures_util::StreamExt;
 use input::{Input, append_all, listed, new_id};
 use output::{Feed, Output};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Number, Value, json};
 use std::sync::Arc;
 
@@ -37,14 +42,19 @@ struct CreateRequest {
     model: Option<String>,
     input: Option<Input>,
     instructions: Option<String>,
+    #[serde(default, deserialize_with = "integer::optional")]
     max_output_tokens: Option<usize>,
+    /// What is to be reported besides.
+    include: Option<Vec<String>>,
+    #[serde(default, deserialize_with = "integer::optional")]
+    top_logprobs: Option<u32>,
+    truncation: Option<Truncation>,
     previous_response_id: Option<String>,
     store: Option<bool>,
     stream: Option<bool>,
+    stream_options: Option<StreamOptions>,
     text: Option<TextFields>,
     reasoning: Option<ReasoningFields>,
-    background: Option<bool>,
-    conversation: Option<Value>,
     /// Variables of the chat template, as vLLM has it.
     chat_template_kwargs: Option<Map<String, Value>>,
     // The rest is only reported back.
@@ -53,6 +63,35 @@ struct CreateRequest {
     top_p: Option<Number>,
     user: Option<String>,
 }
+
+/// What is done with a conversation that the context has no room for.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Truncation {
+    /// Messages at its beginning are left out.
+    Auto,
+    /// The request is refused.
+    #[default]
+    Disabled,
+}
+
+/// What `include` may name. But for the first, it is about what no answer here has.
+const INCLUDABLE: [&str; 9] = [
+    LOGPROBS,
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "reasoning.encrypted_content",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+    "mcp_call.outputs",
+];
+
+const LOGPROBS: &str = "message.output_text.logprobs";
+
+/// Likeliest tokens reported a step, at most.
+const MAX_TOP_LOGPROBS: u32 = 20;
 
 #[derive(Debug, Deserialize)]
 struct TextFields {
@@ -79,9 +118,14 @@ pub(crate) async fn create(
     State(app): State<Arc<App>>,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
+    body.check_fields(Route::Responses)?;
     let mut request: CreateRequest = body.parse()?;
     let sampling: SamplingFields = body.parse()?;
     let model = app.check_model(request.model.as_deref())?;
+    let logprobs = request.logprobs()?;
+    let streaming = request.stream.unwrap_or(false);
+    // The last event has the usage whatever is asked for.
+    StreamOptions::usage(request.stream_options, streaming)?;
     let Asked {
         prepared,
         tools,
@@ -90,16 +134,18 @@ pub(crate) async fn create(
     } = request.ask(&app, &body).await?;
     let prompt = Prompt::Tokens(prepared.prompt);
     let id = new_id("resp");
-    let asked = sampling.request(&app, prompt, request.max_output_tokens, None)?;
+    let asked = sampling
+        .request(&app, prompt, request.max_output_tokens, logprobs)
+        .map_err(renamed)?;
     let mut asked = asked.label(id.as_str());
-    asked.constraint = prepared.constraint;
-    asked.keep_special = prepared.keep_special;
+    hold(&mut asked, prepared.constraint)?;
+    asked.keep_special |= prepared.keep_special;
     let streams = app.submit(vec![asked], 1).await.map_err(renamed)?;
 
     let notices = prepared.notices;
     let store = request.store.unwrap_or(true);
-    let streaming = request.stream.unwrap_or(false);
     let mut writer = ResponseWriter {
+        logprobs: logprobs.is_some(),
         id,
         created: unix_time(),
         kept: store.then(|| (messages, listed(items))),
@@ -132,6 +178,7 @@ pub(crate) async fn input_tokens(
     State(app): State<Arc<App>>,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
+    body.check_fields(Route::Responses)?;
     let mut request: CreateRequest = body.parse()?;
     app.check_model(request.model.as_deref())?;
     let asked = request.ask(&app, &body).await?;
@@ -146,7 +193,7 @@ pub(crate) async fn input_tokens(
 /// Names the fields as they are called here.
 fn renamed(mut error: ApiError) -> ApiError {
     let param = match error.body.param.as_deref() {
-        Some("prompt" | "messages") => "input",
+        Some(name) if name == "prompt" || name.starts_with("messages") => "input",
         Some("max_tokens") => "max_output_tokens",
         _ => return error,
     };
@@ -194,7 +241,6 @@ impl CreateRequest {
     /// Makes a prompt of the input and what came before it.
     async fn ask(&mut self, app: &Arc<App>, body: &JsonBody) -> Result<Asked, ApiError> {
         let tools = body.parse::<ToolFields>()?.check()?;
-        self.require_supported()?;
         let mut messages = match &self.previous_response_id {
             Some(id) => app.responses.conversation(id)?,
             None => Vec::new(),
@@ -218,9 +264,18 @@ impl CreateRequest {
                 Some(format) => format.structure("text.format")?,
                 None => None,
             },
-            variables,
-            add_generation_prompt: true,
+            rendering: Rendering {
+                variables,
+                ..Rendering::default()
+            },
             hide_reasoning: false,
+            truncate_to: match self.truncation.unwrap_or_default() {
+                Truncation::Auto => {
+                    let answer = self.max_output_tokens.unwrap_or(1).max(1);
+                    Some(app.engine.max_sequence_tokens().saturating_sub(answer))
+                }
+                Truncation::Disabled => None,
+            },
         };
         let prepared = conversation.prepare(app).await.map_err(renamed)?;
         Ok(Asked {
@@ -231,17 +286,25 @@ impl CreateRequest {
         })
     }
 
-    /// Refuses what would be answered wrongly were it ignored.
-    fn require_supported(&self) -> Result<(), ApiError> {
-        let field = if self.background == Some(true) {
-            "background"
-        } else if self.conversation.is_some() {
-            "conversation"
-        } else {
-            return Ok(());
-        };
-        let problem = format!("{field} is not supported by this server");
-        Err(ApiError::invalid(problem).param(field))
+    /// How many log-probabilities a step are asked for.
+    fn logprobs(&self) -> Result<Option<u32>, ApiError> {
+        let include = self.include.as_deref().unwrap_or_default();
+        if let Some(name) = include
+            .iter()
+            .find(|name| !INCLUDABLE.contains(&name.as_str()))
+        {
+            let problem = format!("include has {name:?}, expected one of {INCLUDABLE:?}");
+            return Err(ApiError::invalid(problem).param("include"));
+        }
+        let top = self.top_logprobs.unwrap_or(0);
+        let wrong = |problem: String| Err(ApiError::invalid(problem).param("top_logprobs"));
+        match include.iter().any(|name| name == LOGPROBS) {
+            _ if top > MAX_TOP_LOGPROBS => wrong(format!(
+                "top_logprobs is {top}, but must be from 0 to {MAX_TOP_LOGPROBS}"
+            )),
+            false if top > 0 => wrong(format!("top_logprobs needs include: [{LOGPROBS:?}]")),
+            wanted => Ok(wanted.then_some(top)),
+        }
     }
 
     fn effort(&self) -> Option<&str> {
@@ -250,7 +313,10 @@ impl CreateRequest {
 
     fn format(&self) -> Result<Option<Format>, ApiError> {
         let format = self.text.as_ref().and_then(|text| text.format.clone());
-        let wrong = |error| ApiError::invalid(format!("text.format: {error}")).param("text.format");
+        let wrong = |error: serde_json::Error| {
+            let problem = plain(&error.to_string());
+            ApiError::invalid(format!("text.format: {problem}")).param("text.format")
+        };
         format
             .map(|format| serde_json::from_value(format).map_err(wrong))
             .transpose()
@@ -273,7 +339,8 @@ impl CreateRequest {
             "tool_choice": tools.choice(),
             "tools": tools.reported(),
             "top_p": self.top_p.clone().unwrap_or_else(|| 1.into()),
-            "truncation": "disabled",
+            "top_logprobs": self.top_logprobs.unwrap_or(0),
+            "truncation": self.truncation.unwrap_or_default(),
             "user": self.user,
         });
         match echo {
@@ -294,6 +361,8 @@ struct ResponseWriter {
     echo: Map<String, Value>,
     ends: Option<EndTokens>,
     parts: Parts,
+    /// Whether log-probabilities are told.
+    logprobs: bool,
     output: Output,
     reasoning_tokens: usize,
     events_sent: u64,
@@ -356,6 +425,25 @@ impl ResponseWriter {
         feed.send(event, || json!({"response": response}));
     }
 
+    /// A token with its log-probability, and with the likeliest ones.
+    fn reported(&self, token: &Token) -> Value {
+        let names = TokenNames {
+            tokenizer: self.app.engine.tokenizer().map(Arc::as_ref),
+            as_ids: false,
+        };
+        let named = |id, logprob| {
+            json!({
+                "token": names.name(id),
+                "bytes": names.bytes(id).unwrap_or_default(),
+                "logprob": with_its_digits(logprob),
+            })
+        };
+        let mut reported = named(token.id, token.logprob);
+        let top = token.top.iter().map(|&(id, logprob)| named(id, logprob));
+        reported["top_logprobs"] = top.collect();
+        reported
+    }
+
     /// Takes a piece of the answer.
     fn take(&mut self, mut chunk: Chunk, events: Option<&mut Events>) -> Result<(), ApiError> {
         let reasoning = self.parts.in_reasoning();
@@ -367,6 +455,9 @@ impl ResponseWriter {
         }
         let reasoning = reasoning || self.parts.in_reasoning();
         self.reasoning_tokens += usize::from(reasoning && token.is_some());
+        if let (true, false, Some(token)) = (self.logprobs, reasoning, &token) {
+            self.output.report(self.reported(token));
+        }
         let mut feed = Feed::new(events, &mut self.events_sent);
         for part in parts {
             self.output.add(part, &mut feed);

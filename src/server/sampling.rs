@@ -2,15 +2,24 @@
 
 use super::App;
 use super::error::ApiError;
+use super::integer;
 use super::sessions::{SessionPrompt, SessionTurn};
-use crate::engine::{Prompt, Request};
-use crate::sampling::SamplingParams;
+use crate::engine::{Prompt, Request, Truncation};
+use crate::sampling::{Constraint, SamplingParams, TokenLimits};
+use crate::text::{EncodeOptions, Tokenizer};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use uuid::Uuid;
 
 /// Stop strings of a request at most.
 const MAX_STOPS: usize = 16;
+
+/// Words that a request may forbid, and bytes of one.
+const MAX_BAD_WORDS: usize = 256;
+const MAX_BAD_WORD_BYTES: usize = 256;
+
+/// Log-probabilities of a request's prompt, per token.
+const MAX_PROMPT_LOGPROBS: u32 = 20;
 
 /// How to choose tokens and when to stop: OpenAI's fields, and those that vLLM and
 /// llama.cpp add.
@@ -19,22 +28,53 @@ pub(crate) struct SamplingFields {
     temperature: Option<f32>,
     top_p: Option<f32>,
     /// −1 and 0 mean all.
+    #[serde(default, deserialize_with = "integer::optional")]
     top_k: Option<i64>,
     min_p: Option<f32>,
     repetition_penalty: Option<f32>,
     presence_penalty: Option<f32>,
     frequency_penalty: Option<f32>,
     logit_bias: Option<BTreeMap<String, f32>>,
+    #[serde(default, deserialize_with = "integer::optional")]
     seed: Option<i64>,
     stop: Option<Strings>,
+    #[serde(default, deserialize_with = "integer::optional_list")]
     stop_token_ids: Option<Vec<u32>>,
+    include_stop_str_in_output: Option<bool>,
     ignore_eos: Option<bool>,
+    #[serde(default, deserialize_with = "integer::optional")]
+    min_tokens: Option<usize>,
+    bad_words: Option<Vec<String>>,
+    #[serde(default, deserialize_with = "integer::optional_list")]
+    allowed_token_ids: Option<Vec<u32>>,
+    skip_special_tokens: Option<bool>,
+    /// −1 means as many as the context has room for.
+    #[serde(default, deserialize_with = "integer::optional")]
+    truncate_prompt_tokens: Option<i64>,
+    truncation_side: Option<Side>,
+    #[serde(default, deserialize_with = "integer::optional")]
+    prompt_logprobs: Option<u32>,
+    #[serde(default, deserialize_with = "integer::optional")]
     n: Option<usize>,
     /// Whom fairness counts it for.
     user: Option<String>,
+    #[serde(default, deserialize_with = "integer::optional")]
     priority: Option<i32>,
+    /// What the client calls the request: part of the answer's id.
+    request_id: Option<String>,
     /// The session whose turn it is.
     session_id: Option<String>,
+}
+
+/// Where a prompt that is too long is cut.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Side {
+    /// The end is kept.
+    #[default]
+    Left,
+    /// The beginning is kept.
+    Right,
 }
 
 /// One string or several.
@@ -71,6 +111,30 @@ impl SamplingFields {
         }
     }
 
+    /// Log-probabilities of the prompt that are asked for.
+    pub fn prompt_logprobs(&self, stream: bool) -> Result<Option<u32>, ApiError> {
+        let wrong = |problem: String| Err(ApiError::invalid(problem).param("prompt_logprobs"));
+        match self.prompt_logprobs {
+            Some(count) if count > MAX_PROMPT_LOGPROBS => wrong(format!(
+                "prompt_logprobs is {count}, but must be from 0 to {MAX_PROMPT_LOGPROBS}"
+            )),
+            Some(_) if stream => wrong("prompt_logprobs is not available in a stream".to_owned()),
+            count => Ok(count),
+        }
+    }
+
+    /// An id that clients and logs call the answer by: the client's own, or a new one.
+    pub fn answer_id(&self, app: &App, kind: &str) -> Result<String, ApiError> {
+        match &self.request_id {
+            Some(id) if id.is_empty() || id.len() > 256 => {
+                let problem = format!("request_id has {} bytes, expected 1 to 256", id.len());
+                Err(ApiError::invalid(problem).param("request_id"))
+            }
+            Some(id) => Ok(format!("{kind}-{id}")),
+            None => Ok(app.answer_id(kind)),
+        }
+    }
+
     /// The request for one prompt.
     pub fn request(
         self,
@@ -88,7 +152,25 @@ impl SamplingFields {
             return Err(ApiError::invalid(problem).param("stop"));
         }
         let mut request = Request::new(prompt);
+        request.limits = TokenLimits {
+            min_tokens: self.min_tokens.unwrap_or(0),
+            allowed: self.allowed_token_ids.map(Into::into),
+            banned: match self.bad_words {
+                Some(words) => banned(&words, app.require_tokenizer("bad_words")?)?.into(),
+                None => TokenLimits::default().banned,
+            },
+        };
+        let room = app.engine.max_sequence_tokens();
+        let room = room.saturating_sub(max_tokens.unwrap_or(1).max(1));
+        request.truncate_prompt =
+            truncation(self.truncate_prompt_tokens, self.truncation_side, room)?;
+        if request.truncate_prompt.is_some() && self.session_id.is_some() {
+            let problem = "truncate_prompt_tokens is not supported with a session_id";
+            return Err(ApiError::invalid(problem).param("truncate_prompt_tokens"));
+        }
         request.stop = stop;
+        request.include_stop = self.include_stop_str_in_output.unwrap_or(false);
+        request.keep_special = !self.skip_special_tokens.unwrap_or(true);
         request.stop_token_ids = self.stop_token_ids.unwrap_or_default();
         request.ignore_eos = self.ignore_eos.unwrap_or(false);
         request.max_tokens = max_tokens;
@@ -96,10 +178,15 @@ impl SamplingFields {
         request.priority = self.priority.unwrap_or(0);
         request.tenant = self.user.filter(|user| !user.is_empty()).map(Into::into);
         let default = SamplingParams::default();
+        // No share of the probabilities leaves the likeliest token.
+        let greedy = self.top_p == Some(0.0);
         request.sampling = SamplingParams {
-            temperature: self.temperature.unwrap_or(default.temperature),
+            temperature: match greedy {
+                true => 0.0,
+                false => self.temperature.unwrap_or(default.temperature),
+            },
             top_k: top_k(self.top_k)?,
-            top_p: self.top_p.unwrap_or(default.top_p),
+            top_p: self.top_p.filter(|_| !greedy).unwrap_or(default.top_p),
             min_p: self.min_p.unwrap_or(default.min_p),
             repetition_penalty: self
                 .repetition_penalty
@@ -116,6 +203,77 @@ impl SamplingFields {
         };
         Ok(request)
     }
+}
+
+/// Holds the answer to a form, which must leave its tokens alone.
+pub(crate) fn hold(
+    request: &mut Request,
+    constraint: Option<Box<dyn Constraint>>,
+) -> Result<(), ApiError> {
+    if constraint.is_some() && request.limits.exclude_tokens() {
+        let field = match request.limits.allowed {
+            Some(_) => "allowed_token_ids",
+            None => "bad_words",
+        };
+        let problem = format!("{field} is not supported for an answer that is held to a form");
+        return Err(ApiError::invalid(problem).param(field));
+    }
+    request.constraint = constraint;
+    Ok(())
+}
+
+/// What is to be kept of a prompt; `room` tokens are all that fit.
+pub(crate) fn truncation(
+    tokens: Option<i64>,
+    side: Option<Side>,
+    room: usize,
+) -> Result<Option<Truncation>, ApiError> {
+    let tokens = match tokens {
+        None => return Ok(None),
+        Some(-1) => room,
+        Some(tokens) => match usize::try_from(tokens) {
+            Ok(tokens) if tokens > 0 => tokens,
+            _ => {
+                let problem =
+                    format!("truncate_prompt_tokens is {tokens}, but must be -1, or 1 or more");
+                return Err(ApiError::invalid(problem).param("truncate_prompt_tokens"));
+            }
+        },
+    };
+    Ok(Some(match side.unwrap_or_default() {
+        Side::Left => Truncation::Last(tokens),
+        Side::Right => Truncation::First(tokens),
+    }))
+}
+
+/// The tokens of words that may not come: at the beginning of a text, and after a space.
+fn banned(words: &[String], tokenizer: &Tokenizer) -> Result<Vec<Vec<u32>>, ApiError> {
+    let wrong = |problem: String| ApiError::invalid(problem).param("bad_words");
+    if words.len() > MAX_BAD_WORDS {
+        let (count, most) = (words.len(), MAX_BAD_WORDS);
+        return Err(wrong(format!(
+            "bad_words has {count} words, at most {most} are accepted"
+        )));
+    }
+    let mut banned: Vec<Vec<u32>> = Vec::with_capacity(2 * words.len());
+    for (index, word) in words.iter().enumerate() {
+        let bare = word.trim_start();
+        if bare.is_empty() || word.len() > MAX_BAD_WORD_BYTES {
+            let most = MAX_BAD_WORD_BYTES;
+            return Err(wrong(format!(
+                "bad_words[{index}] has {} bytes, expected a word of 1 to {most}",
+                word.len()
+            )));
+        }
+        for text in [bare.to_owned(), format!(" {bare}")] {
+            let encoded = tokenizer.encode(&text, EncodeOptions::default());
+            let tokens = encoded.map_err(|error| wrong(format!("bad_words: {error}")))?;
+            if !tokens.is_empty() && !banned.contains(&tokens) {
+                banned.push(tokens);
+            }
+        }
+    }
+    Ok(banned)
 }
 
 fn top_k(top_k: Option<i64>) -> Result<u32, ApiError> {

@@ -4,14 +4,17 @@
 use super::App;
 use super::conversation::Conversation;
 use super::error::ApiError;
+use super::fields::Route;
+use super::integer;
 use super::json::JsonBody;
+use super::rendering::RenderingFields;
 use super::tools::ToolFields;
 use crate::engine::SubmitError;
 use crate::text::{EncodeOptions, Message};
 use axum::Json;
 use axum::extract::State;
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use std::sync::Arc;
 
 #[derive(Deserialize)]
@@ -20,9 +23,6 @@ struct TokenizeRequest {
     prompt: Option<String>,
     /// In place of `prompt`.
     messages: Option<Vec<Message>>,
-    /// Variables of the chat template.
-    chat_template_kwargs: Option<Map<String, Value>>,
-    add_generation_prompt: Option<bool>,
     add_special_tokens: Option<bool>,
     return_token_strs: Option<bool>,
 }
@@ -30,6 +30,7 @@ struct TokenizeRequest {
 #[derive(Deserialize)]
 struct DetokenizeRequest {
     model: Option<String>,
+    #[serde(deserialize_with = "integer::list")]
     tokens: Vec<u32>,
 }
 
@@ -38,6 +39,7 @@ pub(crate) async fn tokenize(
     State(app): State<Arc<App>>,
     body: JsonBody,
 ) -> Result<Json<Value>, ApiError> {
+    body.check_fields(Route::Tokenize)?;
     let request: TokenizeRequest = body.parse()?;
     app.check_model(request.model.as_deref())?;
     let tokenizer = app.require_tokenizer("tokenization")?;
@@ -56,9 +58,9 @@ pub(crate) async fn tokenize(
                 messages,
                 tools: body.parse::<ToolFields>()?.check()?,
                 structure: None,
-                variables: request.chat_template_kwargs.unwrap_or_default(),
-                add_generation_prompt: request.add_generation_prompt.unwrap_or(true),
+                rendering: body.parse::<RenderingFields>()?.check(&app)?,
                 hide_reasoning: false,
+                truncate_to: None,
             };
             conversation.prepare(&app).await?.prompt
         }
@@ -85,6 +87,7 @@ pub(crate) async fn detokenize(
     State(app): State<Arc<App>>,
     body: JsonBody,
 ) -> Result<Json<Value>, ApiError> {
+    body.check_fields(Route::Detokenize)?;
     let request: DetokenizeRequest = body.parse()?;
     app.check_model(request.model.as_deref())?;
     let tokenizer = app.require_tokenizer("detokenization")?;
@@ -96,4 +99,21 @@ pub(crate) async fn detokenize(
     Ok(Json(
         json!({"prompt": tokenizer.decode(&request.tokens, false)}),
     ))
+}
+
+/// What a client needs to know of the tokenizer, in the form of vLLM's route.
+pub(crate) async fn tokenizer_info(State(app): State<Arc<App>>) -> Result<Json<Value>, ApiError> {
+    let tokenizer = app.require_tokenizer("its description")?;
+    let text = |id: Option<u32>| id.and_then(|id| tokenizer.token_text(id));
+    let template = tokenizer.chat_template().map(|template| template.source());
+    Ok(Json(json!({
+        "tokenizer_class": "quell",
+        "vocab_size": tokenizer.vocabulary_size(),
+        "model_max_length": app.engine.max_sequence_tokens(),
+        "bos_token": text(tokenizer.bos()),
+        "eos_token": text(tokenizer.eos()),
+        "pad_token": null,
+        "end_tokens": tokenizer.end_tokens(),
+        "chat_template": template,
+    })))
 }

@@ -347,6 +347,102 @@ def an_echo_can_score_the_prompt(server):
     equal("".join(logprobs.tokens), answer.text, "the tokens together")
 
 
+@check
+def log_probabilities_contain_the_chosen_token_with_its_digits(server):
+    for count in (0, 1, 5):
+        answer = server.complete("One two three", max_tokens=4, echo=True, logprobs=count).choices[0]
+        logprobs = answer.logprobs
+        for token, value, top in list(
+            zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True)
+        )[1:]:
+            equal(top.get(token), value, f"the log-probability of {token!r} among the likeliest")
+
+
+def loglikelihoods(server, pairs):
+    """What lm-eval's `local-completions` makes of (context, continuation) pairs of token ids:
+    the same request and the same reading of its answer as in its `openai_completions.py`."""
+    payload = {
+        "prompt": [context + continuation for context, continuation in pairs],
+        "model": server.model,
+        "temperature": 0,
+        "max_tokens": 1,
+        "logprobs": 1,
+        "seed": 1234,
+        "echo": True,
+    }
+    reply = requests.post(f"{server.url}/v1/completions", json=payload, timeout=300)
+    equal(reply.status_code, 200, "the status")
+    results = []
+    choices = sorted(reply.json()["choices"], key=lambda choice: choice["index"])
+    for choice, (context, _) in zip(choices, pairs, strict=True):
+        begin = len(context)
+        logprobs = choice["logprobs"]["token_logprobs"][begin:-1]
+        tops = choice["logprobs"]["top_logprobs"][begin:-1]
+        greedy = all(value == max(top.values()) for value, top in zip(logprobs, tops, strict=True))
+        results.append((sum(logprobs), greedy))
+    return results
+
+
+@check
+def lm_eval_counts_the_greedy_continuations(server):
+    def ids(text):
+        asked = {"prompt": text, "add_special_tokens": False}
+        return requests.post(f"{server.url}/tokenize", json=asked, timeout=60).json()["tokens"]
+
+    contexts = [
+        "The capital of France is",
+        "One, two, three,",
+        "The sky is",
+        "A cat and a",
+        "Water boils at",
+        "My name is",
+        "Once upon a",
+        "The opposite of hot is",
+    ]
+    pairs, expected = [], []
+    for context in contexts:
+        answer = server.complete(context, max_tokens=3, logprobs=0, extra_body={"return_tokens_as_token_ids": True})
+        tokens = [int(name.removeprefix("token_id:")) for name in answer.choices[0].logprobs.tokens]
+        pairs += [(ids(context), tokens), (ids(context), ids(" zebra zebra"))]
+        expected += [True, False]
+    results = loglikelihoods(server, pairs)
+    equal([greedy for _, greedy in results], expected, "which continuations are greedy")
+    holds(all(total < 0 for total, _ in results), f"a log-likelihood is not below 0: {results}")
+    for likely, unlikely in zip(results[::2], results[1::2], strict=True):
+        holds(likely[0] > unlikely[0], f"a greedy continuation is less likely: {likely}, {unlikely}")
+
+
+@check
+def the_tokenizer_is_described(server):
+    info = requests.get(f"{server.url}/tokenizer_info", timeout=60).json()
+    holds("messages" in info["chat_template"], "there is no chat template")
+    holds(info["eos_token"], "there is no end token")
+
+
+@check
+def fields_of_vllm_are_kept_to(server):
+    plain = server.complete("One, two, three,").choices[0].text
+    word = plain.split()[0].strip(",.")
+    kept = server.complete("One, two, three,", extra_body={"bad_words": [word]}).choices[0].text
+    holds(word not in kept.split(), f"{word!r} is in {kept!r}")
+    cut = server.complete("word " * 50, max_tokens=1, extra_body={"truncate_prompt_tokens": 5})
+    equal(cut.usage.prompt_tokens, 5, "prompt_tokens")
+    scored = server.complete("The sky is", max_tokens=1, extra_body={"prompt_logprobs": 1}).choices[0]
+    equal(len(scored.prompt_logprobs), 3, "the number of tokens of the prompt")
+    error = refused(
+        openai.BadRequestError, 400, lambda: server.complete("Hi", extra_body={"use_beam_search": True})
+    )
+    equal(error.param, "use_beam_search", "the field")
+
+
+@check
+def a_context_that_is_too_small_is_recognised(server):
+    # What litellm looks for.
+    error = refused(openai.BadRequestError, 400, lambda: server.complete("Hi", max_tokens=10**6))
+    equal(error.code, "context_length_exceeded", "the code")
+    holds("this model's maximum context length is" in str(error).lower(), f"the message is {error}")
+
+
 # Tools
 
 

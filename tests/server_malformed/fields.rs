@@ -26,7 +26,7 @@ const SAMPLING: Wrong = &[
         "temperature",
         &["-0.1", "-1e30", "1e39", "\"hot\"", "true", "[]", "{}"],
     ),
-    ("top_p", &["0", "-0.5", "1.01", "1e30", "\"all\"", "[1]"]),
+    ("top_p", &["-0.5", "1.01", "1e30", "\"all\"", "[1]"]),
     ("top_k", &["-2", "4294967296", "1.5", "\"5\"", "[]"]),
     ("min_p", &["-0.1", "1.5", "\"x\"", "{}"]),
     (
@@ -101,6 +101,27 @@ const SAMPLING: Wrong = &[
     ),
     ("user", &["5", "[]", "{}"]),
     ("model", &["5", "[]", "{\"id\": \"test-model\"}", "true"]),
+];
+
+/// What limits the tokens of an answer and of its prompt.
+const LIMITS: Wrong = &[
+    ("min_tokens", &["-1", "1.5", "\"x\"", "2", "[]"]),
+    (
+        "bad_words",
+        &["5", "\"x\"", "[5]", "[\"\"]", "[\" \"]", "{}"],
+    ),
+    (
+        "allowed_token_ids",
+        &["5", "[]", "[-1]", "[1.5]", "[\"a\"]", "[99999999]", "{}"],
+    ),
+    ("truncate_prompt_tokens", &["0", "-2", "1.5", "\"x\"", "[]"]),
+    ("truncation_side", &["\"middle\"", "5"]),
+    ("prompt_logprobs", &["-1", "21", "1.5", "\"x\""]),
+    ("skip_special_tokens", &["1", "\"yes\""]),
+    ("include_stop_str_in_output", &["1", "\"yes\""]),
+    ("return_tokens_as_token_ids", &["1"]),
+    ("request_id", &["5", "\"\"", "[]"]),
+    ("priority", &["1.5", "\"high\"", "4294967296"]),
 ];
 
 /// What says which form the answer must have.
@@ -260,10 +281,10 @@ const ROUTES: &[Route] = &[
                 &["-1", "21", "4294967296", "1.5", "true", "\"all\""],
             ),
             ("echo", &["1", "\"yes\"", "{}"]),
-            ("best_of", &["0", "2", "-1", "\"x\""]),
+            ("best_of", &["0", "1000000", "-1", "\"x\""]),
             ("suffix", &["\"the end\"", "5"]),
         ],
-        shared: &[SAMPLING, STRUCTURE],
+        shared: &[SAMPLING, LIMITS, STRUCTURE],
     },
     Route {
         path: "/v1/chat/completions",
@@ -294,6 +315,7 @@ const ROUTES: &[Route] = &[
                     "[{\"role\": 5, \"content\": \"Hi\"}]",
                     "[{\"role\": [\"user\"], \"content\": \"Hi\"}]",
                     "[{\"role\": {\"name\": \"user\"}, \"content\": \"Hi\"}]",
+                    "[{\"role\": \"villain\", \"content\": \"Hi\"}]",
                     "[{\"role\": \"user\", \"content\": 5}]",
                     "[{\"role\": \"user\", \"content\": true}]",
                     "[{\"role\": \"user\", \"content\": {\"text\": \"Hi\"}}]",
@@ -312,10 +334,13 @@ const ROUTES: &[Route] = &[
             ("reasoning_effort", &["5", "[]"]),
             ("include_reasoning", &["1"]),
             ("add_generation_prompt", &["\"no\""]),
+            ("continue_final_message", &["\"no\"", "5"]),
+            ("chat_template", &["\"x\"", "5"]),
+            ("documents", &["5", "[5]", "\"x\""]),
             ("logprobs", &["1", "5", "\"yes\"", "[]"]),
             ("top_logprobs", &["1", "-1", "21", "1.5", "\"x\""]),
         ],
-        shared: &[SAMPLING, STRUCTURE, TOOLS],
+        shared: &[SAMPLING, LIMITS, STRUCTURE, TOOLS],
     },
     Route {
         path: "/v1/responses",
@@ -371,9 +396,12 @@ const ROUTES: &[Route] = &[
             ("reasoning", &["5", "\"much\"", "{\"effort\": 5}"]),
             ("metadata", &["5", "[]"]),
             ("store", &["1"]),
+            ("include", &["5", "[5]", "[\"everything\"]"]),
+            ("top_logprobs", &["-1", "21", "1", "\"x\""]),
+            ("truncation", &["\"sometimes\"", "5"]),
             ("stream", &["\"yes\""]),
             ("temperature", &["-1", "\"hot\""]),
-            ("top_p", &["0", "2"]),
+            ("top_p", &["-1", "2"]),
             (
                 "tools",
                 &[

@@ -100,6 +100,7 @@ impl Expected {
                 };
                 reply.status != *status
                     || error["message"].as_str().is_none_or(str::is_empty)
+                    || error["message"].as_str().is_some_and(names_a_type)
                     || !error["type"].is_string()
                     || !param.as_ref().is_none_or(inside)
                     || code.is_some_and(|code| error["code"] != code)
@@ -107,6 +108,16 @@ impl Expected {
         };
         wrong.then_some(told)
     }
+}
+
+/// Whether a message names a type of Rust, or what only a Rust program has.
+fn names_a_type(message: &str) -> bool {
+    let rust = [
+        "u8", "u32", "u64", "usize", "i32", "i64", "f32", "f64", "struct", "enum", "tuple",
+        "variant", "variants", "newtype", "sequence", "map", "Option",
+    ];
+    let mut words = message.split(|c: char| !c.is_alphanumeric());
+    words.any(|word| rust.contains(&word))
 }
 
 /// A server over an engine that computes nothing.

@@ -37,6 +37,8 @@ impl<'a> Feed<'a> {
 pub(super) struct Output {
     done: Vec<Value>,
     open: Option<Item>,
+    /// Log-probabilities of tokens whose text has not come yet.
+    reports: Vec<Value>,
 }
 
 /// An item that is not complete.
@@ -46,6 +48,8 @@ struct Item {
     kind: Kind,
     /// The text, or the arguments of a call.
     text: String,
+    /// The log-probabilities of its tokens, if they are told.
+    logprobs: Vec<Value>,
 }
 
 #[derive(Debug)]
@@ -66,7 +70,12 @@ impl Item {
             id: new_id(prefix),
             kind,
             text: String::new(),
+            logprobs: Vec::new(),
         }
+    }
+
+    fn is_message(&self) -> bool {
+        matches!(self.kind, Kind::Message)
     }
 
     /// The item with these parts, as clients see it.
@@ -92,7 +101,8 @@ impl Item {
         match self.kind {
             Kind::Reasoning => Some(json!({"type": "reasoning_text", "text": self.text})),
             Kind::Message => Some(json!({
-                "type": "output_text", "text": self.text, "annotations": [], "logprobs": [],
+                "type": "output_text", "text": self.text, "annotations": [],
+                "logprobs": self.logprobs,
             })),
             Kind::Call { .. } => None,
         }
@@ -103,6 +113,12 @@ impl Output {
     /// The complete items.
     pub fn items(&self) -> &[Value] {
         &self.done
+    }
+
+    /// Takes the log-probability of the next token. It belongs to the text that comes
+    /// next; tokens of calls and reasoning have none.
+    pub fn report(&mut self, logprob: Value) {
+        self.reports.push(logprob);
     }
 
     /// Adds a piece of the answer.
@@ -137,6 +153,10 @@ impl Output {
             // Clients look for a message, and find one without words.
             self.begin(Kind::Message, feed);
         }
+        if let Some(item) = self.open.as_mut().filter(|item| item.is_message()) {
+            // Of tokens without text.
+            item.logprobs.append(&mut self.reports);
+        }
         self.end(status, feed);
     }
 
@@ -167,13 +187,17 @@ impl Output {
             return;
         };
         item.text.push_str(text);
+        let reports = std::mem::take(&mut self.reports);
+        if item.is_message() {
+            item.logprobs.extend_from_slice(&reports);
+        }
         feed.send(event, || {
             let mut fields = json!({"item_id": item.id, "output_index": place, "delta": text});
             if !matches!(item.kind, Kind::Call { .. }) {
                 fields["content_index"] = 0.into();
             }
-            if matches!(item.kind, Kind::Message) {
-                fields["logprobs"] = json!([]);
+            if item.is_message() {
+                fields["logprobs"] = reports.into();
             }
             fields
         });
@@ -203,7 +227,7 @@ impl Output {
                         fields["content_index"] = 0.into();
                         fields["text"] = item.text.as_str().into();
                         if matches!(kind, Kind::Message) {
-                            fields["logprobs"] = json!([]);
+                            fields["logprobs"] = item.logprobs.clone().into();
                         }
                     }
                 }
