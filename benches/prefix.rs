@@ -137,10 +137,13 @@ fn lookups() {
                 cache.publish(&mut table, &tokens, length, step)
             });
             time(0, &mut |cache| {
-                assert_eq!(black_box(cache.lookup(&tokens, length)).0, length / BLOCK);
+                assert_eq!(
+                    black_box(cache.lookup(None, &tokens, length)).0,
+                    length / BLOCK
+                );
             });
             time(1, &mut |cache| {
-                assert_eq!(black_box(cache.lookup(&other, length)).0, 0);
+                assert_eq!(black_box(cache.lookup(None, &other, length)).0, 0);
             });
             let mut second = BlockTable::default();
             time(2, &mut |cache| {

@@ -2,15 +2,27 @@
 
 #[path = "common/gpu.rs"]
 mod gpu;
+#[cfg(feature = "server")]
+#[path = "common/http.rs"]
+mod http;
+#[cfg(feature = "server")]
+#[path = "common/serve.rs"]
+mod serve;
 
 use serde_json::Value;
 use std::path::Path;
 use std::process::{Command, Output};
+use tempfile::TempDir;
 
 /// Runs the program with the GPU of the tests as its driver's.
 fn quell(args: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_quell"));
     let folder = tempfile::tempdir().unwrap();
+    command(&folder).args(args).output().unwrap()
+}
+
+/// The program with the GPU of the tests as its driver's, by links in this folder.
+fn command(folder: &TempDir) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_quell"));
     if !gpu::is_real() {
         let test = std::env::current_exe().unwrap();
         let library = test.parent().unwrap().join("libvirtual_gpu.so");
@@ -19,7 +31,7 @@ fn quell(args: &[&str]) -> Output {
         }
         command.env("LD_LIBRARY_PATH", folder.path());
     }
-    command.args(args).output().unwrap()
+    command
 }
 
 fn json(output: &Output) -> Value {
@@ -91,4 +103,29 @@ fn bench_runs_random_weights_on_the_gpu() {
     for figure in report["figures"].as_array().unwrap() {
         assert!(figure["tokens_per_s"].as_f64().unwrap() > 0.0, "{figure}");
     }
+}
+
+/// What restarts the server, systemd or Kubernetes, waits for its end.
+#[cfg(feature = "server")]
+#[test]
+fn a_server_whose_gpu_is_lost_answers_what_is_open_and_ends_with_an_error() {
+    if gpu::is_real() {
+        return; // nothing to lose it by
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let model = tiny("");
+    let mut command = command(&folder);
+    command.args([
+        "serve", "--model", &model, "--device", "cuda", "--port", "0",
+    ]);
+    command.args(["--kv-cache-mib", "4"]);
+    // In the middle of an answer.
+    command.env("VGPU_FAIL", "cuGraphLaunch:5:LAUNCH_FAILED");
+    let mut server = serve::Serve::spawn(&mut command);
+    let body = r#"{"prompt": [5, 6, 7], "max_tokens": 50, "ignore_eos": true}"#;
+    let request = http::post("/v1/completions", body);
+    let reply = http::exchange(server.address, &request).expect("it is answered first");
+    assert!([500, 503].contains(&reply.status), "{}", reply.text());
+    assert!(reply.text().contains("LAUNCH_FAILED"), "{}", reply.text());
+    assert_eq!(server.ended().code(), Some(1));
 }

@@ -73,7 +73,7 @@ fn the_router_is_started_as_it_is_tested() {
 
 #[test]
 fn every_metric_exists() {
-    let known = read("src/engine/metrics.rs");
+    let known = read("src/engine/metrics.rs") + &read("src/cli/lossy.rs");
     let mut seen = 0;
     for word in read("deploy/README.md").split(|c: char| !c.is_ascii_alphanumeric() && c != '_') {
         if !word.starts_with("quell_") {

@@ -265,3 +265,78 @@ async fn a_server_with_keys_lets_the_page_in_with_one() {
     browser.press(&format!("Hello{ENTER}")).await;
     browser.until("!answering && messages.length === 2").await;
 }
+
+/// A page of another site; gives its origin. It is served for as long as the test runs.
+fn other_site() -> String {
+    use std::io::{BufRead, BufReader, Write};
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let origin = format!("http://{}", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = BufReader::new(stream.unwrap());
+            let mut line = String::new();
+            while stream.read_line(&mut line).is_ok_and(|read| read > 2) {
+                line.clear();
+            }
+            let page = "HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 3\r\n\
+                        Connection: close\r\n\r\n<p>";
+            let _ = stream.get_mut().write_all(page.as_bytes());
+        }
+    });
+    origin
+}
+
+/// What becomes of a request that the page makes: its status, or that there was none.
+async fn fetched(browser: &Browser, url: &str, options: Value) -> Value {
+    let start = format!(
+        "window.fetched = null;
+         fetch('{url}', {options}).then(
+           (answer) => {{ window.fetched = [answer.status, answer.type]; }},
+           (error) => {{ window.fetched = ['failed', error.name]; }});"
+    );
+    browser.run(&start).await;
+    browser.until("window.fetched").await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pages_of_other_sites_use_the_server_only_if_their_origin_is_allowed() {
+    let site = other_site();
+    let closed = Serve::start(&smollm2(), &[]);
+    let open = Serve::start(&smollm2(), &["--allowed-origins", &site]);
+    let browser = Browser::start().await;
+    browser.open(&site).await;
+    let body = json!({"prompt": "Hi", "max_tokens": 1}).to_string();
+    // What OpenAI's client for JavaScript sends.
+    let names = [
+        "arch",
+        "lang",
+        "os",
+        "package-version",
+        "retry-count",
+        "runtime",
+        "timeout",
+    ];
+    let mut headers = json!({
+        "Authorization": "Bearer none", "Content-Type": "application/json",
+        "OpenAI-Organization": "o", "OpenAI-Project": "p", "OpenAI-Beta": "b",
+        "Idempotency-Key": "1", "X-API-Key": "none",
+    });
+    for name in names {
+        headers[format!("X-Stainless-{name}")] = json!("x");
+    }
+    let sdk = json!({"method": "POST", "headers": headers, "body": body});
+    // What asks nobody first.
+    let simple = json!({"method": "POST", "mode": "no-cors", "body": body});
+    let path = |serve: &Serve| format!("{}/v1/completions", serve.url());
+    assert_eq!(
+        fetched(&browser, &path(&open), sdk.clone()).await,
+        json!([200, "cors"])
+    );
+    let refused = fetched(&browser, &path(&closed), sdk).await;
+    assert_eq!(refused[0], "failed", "{refused}");
+    // Its answer cannot be seen by the page, but it has one.
+    let answered = fetched(&browser, &path(&closed), simple).await;
+    assert_eq!(answered, json!([0, "opaque"]));
+    assert_eq!(closed.metric("quell_prompt_tokens_total"), 0.0);
+    assert!(open.metric("quell_prompt_tokens_total") > 0.0);
+}

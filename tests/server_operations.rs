@@ -21,8 +21,9 @@ use serde_json::Value;
 use serve::Serve;
 use server::{TestServer, null_engine, options, tokenizer};
 use sim::SimOptions;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 const COMPLETION: &str = r#"{"prompt": [5, 6, 7], "max_tokens": 4, "ignore_eos": true}"#;
@@ -68,10 +69,18 @@ fn who_brings_no_key_or_a_wrong_one_is_refused() {
         assert_eq!(reply.json()["error"]["code"], "invalid_api_key");
         assert_eq!(reply.header("www-authenticate"), Some("Bearer"));
     }
-    for key in ["one", "two"] {
-        let reply = bring(&format!("Authorization: Bearer {key}\r\n"));
-        assert_eq!(reply.status, 200, "{}", reply.text());
+    for header in [
+        "Authorization: Bearer one\r\n",
+        "Authorization: Bearer two\r\n",
+        "X-API-Key: two\r\n",
+        "X-API-Key: one\r\nAuthorization: Bearer three\r\n",
+        "X-API-Key: three\r\nAuthorization: Bearer one\r\n",
+    ] {
+        let reply = bring(header);
+        assert_eq!(reply.status, 200, "{header:?}: {}", reply.text());
     }
+    assert_eq!(bring("X-API-Key: three\r\n").status, 401);
+    assert_eq!(bring("X-API-Key: \r\n").status, 401);
     // A wrong address is not told to strangers either.
     assert_eq!(ask(server.address, &get("/v1/nothing")).status, 401);
     for open in ["/health", "/ready"] {
@@ -119,6 +128,136 @@ fn pages_of_other_origins_are_served_only_if_they_are_allowed() {
         ask(closed.address, &preflight(friend)).header(allowed),
         None
     );
+}
+
+#[test]
+fn a_preflight_allows_whatever_headers_the_clients_of_an_allowed_origin_send() {
+    let server = start(|options| options.allowed_origins = vec!["*".to_owned()]);
+    let asked = "authorization, content-type, x-api-key, x-stainless-os, openai-organization, \
+                 idempotency-key, something-of-next-year";
+    let headers = format!(
+        "Origin: http://localhost:3000\r\nAccess-Control-Request-Method: POST\r\n\
+         Access-Control-Request-Headers: {asked}\r\n"
+    );
+    let request = "OPTIONS /v1/chat/completions HTTP/1.1\r\nHost: quell\r\n\r\n";
+    let reply = ask(server.address, &with_headers(request.as_bytes(), &headers));
+    assert_eq!(reply.status, 200);
+    assert_eq!(reply.header("access-control-allow-headers"), Some(asked));
+}
+
+#[test]
+fn without_keys_no_page_of_another_site_can_do_anything() {
+    let server = start(|_| ());
+    let plain = String::from_utf8(post("/v1/completions", COMPLETION)).unwrap();
+    let send = |request: &str| ask(server.address, request.as_bytes());
+    // What a page may send without asking first: no content type, or none of JSON.
+    for kind in ["", "Content-Type: text/plain\r\n"] {
+        let reply = send(&plain.replace("Content-Type: application/json\r\n", kind));
+        assert_eq!(reply.status, 415, "{kind:?}");
+    }
+    let origin = |origin: &str| plain.replacen("\r\n", &format!("\r\nOrigin: {origin}\r\n"), 1);
+    let reply = send(&origin("https://evil.example"));
+    assert_eq!(reply.status, 403);
+    assert_eq!(reply.json()["error"]["code"], "origin_not_allowed");
+    assert_eq!(send(&origin("http://quell")).status, 200);
+    // Its own name made to stand for our address.
+    let named = |path: &str| format!("GET {path} HTTP/1.1\r\nHost: evil.example\r\n\r\n");
+    let reply = send(&named("/v1/engine/snapshot"));
+    assert_eq!(reply.status, 403);
+    assert_eq!(reply.json()["error"]["code"], "host_not_allowed");
+    assert_eq!(send(&named("/health")).status, 200);
+    assert_eq!(send(&named("/ready")).status, 200);
+}
+
+#[test]
+fn a_request_is_no_more_urgent_than_its_key_allows() {
+    let (permits, gate) = std::sync::mpsc::channel();
+    let sim = SimOptions {
+        gate: Some(gate),
+        ..SimOptions::default()
+    };
+    let tokenizer = tokenizer(&model::smollm2());
+    let engine = sim::engine_with_text(sim, EngineConfig::default(), tokenizer);
+    let mut options = options();
+    options.api_keys = ApiKeys::parse("usual\nurgent max-priority=-7");
+    options.max_priority = -2;
+    let server = TestServer::start(engine, options);
+    let mut open = Vec::new();
+    for (key, asked, expected) in [
+        ("usual", -1_000_000, -2),
+        ("usual", -1, -1),
+        ("usual", 5, 5),
+        ("urgent", -1_000_000, -7),
+        ("urgent", -3, -3),
+    ] {
+        let priority = format!("\"priority\": {asked}, \"max_tokens\"");
+        let body = streamed().replace("\"max_tokens\"", &priority);
+        let key = format!("Authorization: Bearer {key}\r\n");
+        let mut connection = Connection::open(server.address);
+        let request = with_headers(&post("/v1/completions", body), &key);
+        connection.send(&request).unwrap();
+        assert_eq!(connection.head().unwrap().status, 200);
+        open.push((connection, expected));
+    }
+    // The first step is in the device for as long as nobody lets it through.
+    permits.send(()).unwrap();
+    let snapshot = server.engine.snapshot();
+    drop(permits);
+    let snapshot = snapshot.wait().unwrap();
+    let priorities: Vec<_> = snapshot.requests.iter().map(|open| open.priority).collect();
+    let expected: Vec<_> = open.iter().map(|(_, priority)| *priority).collect();
+    assert_eq!(priorities, expected);
+}
+
+/// How many tokens of the prompt were cached, by the answer.
+fn cached(reply: &Reply) -> u64 {
+    let json = reply.json();
+    let details = &json["usage"]["prompt_tokens_details"];
+    let cached = details["cached_tokens"].as_u64();
+    cached.unwrap_or_else(|| panic!("{}", reply.text()))
+}
+
+#[test]
+fn keys_and_salts_do_not_share_what_is_cached() {
+    let server = start(|options| options.api_keys = ApiKeys::parse("alice\nmallory"));
+    let prompt: Vec<u32> = (0..64).collect();
+    let send = |key: &str, salt: &str| {
+        let body = format!("{{\"prompt\": {prompt:?}, \"max_tokens\": 1{salt}}}");
+        let key = format!("X-API-Key: {key}\r\n");
+        ask(
+            server.address,
+            &with_headers(&post("/v1/completions", body), &key),
+        )
+    };
+    let salt = ", \"cache_salt\": \"pepper\"";
+    assert_eq!(cached(&send("alice", "")), 0);
+    assert!(cached(&send("alice", "")) > 0);
+    assert_eq!(
+        cached(&send("mallory", "")),
+        0,
+        "another key's prompt shows"
+    );
+    assert_eq!(cached(&send("alice", salt)), 0);
+    assert!(cached(&send("alice", salt)) > 0);
+    assert_eq!(cached(&send("mallory", salt)), 0);
+    for wrong in [
+        "\"\"".to_owned(),
+        "5".to_owned(),
+        format!("{:?}", "é".repeat(129)),
+    ] {
+        let reply = send("alice", &format!(", \"cache_salt\": {wrong}"));
+        assert_eq!(reply.status, 400, "{wrong}");
+        assert_eq!(reply.json()["error"]["param"], "cache_salt", "{wrong}");
+    }
+    let open = start(|_| ());
+    let send = |salt: &str| {
+        let body = format!("{{\"prompt\": {prompt:?}, \"max_tokens\": 1{salt}}}");
+        cached(&ask(open.address, &post("/v1/completions", body)))
+    };
+    assert_eq!(send(""), 0);
+    assert_eq!(send(salt), 0);
+    assert!(send(salt) > 0);
+    assert!(send("") > 0, "without keys all share what has no salt");
 }
 
 #[test]
@@ -304,6 +443,124 @@ fn a_server_that_is_told_to_stop_ends_by_itself() {
     ending.join().unwrap();
 }
 
+/// A stream that goes on for longer than the test.
+fn long_stream(address: SocketAddr) -> Connection {
+    let mut stream = Connection::open(address);
+    let body = r#"{"prompt": "Once", "max_tokens": 8000, "ignore_eos": true, "stream": true}"#;
+    stream.send(&post("/v1/completions", body)).unwrap();
+    assert_eq!(stream.head().unwrap().status, 200);
+    stream
+}
+
+/// Its stderr up to a line with this text.
+fn until(stderr: &mut impl BufRead, text: &str) {
+    let mut line = String::new();
+    while !line.contains(text) {
+        line.clear();
+        assert!(
+            stderr.read_line(&mut line).unwrap() > 0,
+            "it never says {text:?}"
+        );
+    }
+}
+
+#[test]
+fn a_second_signal_cancels_what_is_open_however_soon_it_comes() {
+    for (first, second) in [("TERM", "TERM"), ("HUP", "TERM"), ("INT", "HUP")] {
+        let mut command = Serve::command(&model::smollm2(), &["--drain-timeout", "100000"]);
+        let mut server = Serve::spawn(command.stderr(Stdio::piped()));
+        let mut stderr = BufReader::new(server.take_stderr());
+        let mut stream = long_stream(server.address);
+        server.signal(first);
+        until(&mut stderr, "finishing the open requests");
+        server.signal(second);
+        let ended = server.ended();
+        assert!(ended.success(), "{first}, {second}: {ended}");
+        let events = events(&mut stream);
+        assert!(events.contains("cancelled: shutdown"), "{events}");
+    }
+}
+
+#[test]
+fn a_hangup_is_ignored_by_a_server_that_is_to_outlive_its_terminal() {
+    let plain = Serve::command(&model::smollm2(), &[]);
+    let mut command = Command::new("nohup");
+    command.arg(plain.get_program()).args(plain.get_args());
+    let server = Serve::spawn(command.stderr(Stdio::null()));
+    server.signal("HUP");
+    // Had it been taken, it would come before this one.
+    assert_eq!(ask(server.address, &get("/ready")).status, 200);
+    server.ends_when_told();
+}
+
+#[test]
+fn a_server_that_is_told_to_stop_before_it_listens_ends() {
+    let folder = tempfile::tempdir().unwrap();
+    let keys = folder.path().join("keys");
+    assert!(
+        Command::new("mkfifo")
+            .arg(&keys)
+            .status()
+            .unwrap()
+            .success()
+    );
+    for signal in ["TERM", "HUP"] {
+        let arguments = ["--api-key-file", keys.to_str().unwrap()];
+        let mut command = Serve::command(&model::smollm2(), &arguments);
+        let mut child = command.stdout(Stdio::null()).spawn().unwrap();
+        // Done when the server has opened it as well; then it waits for keys.
+        let pipe = std::fs::File::options().write(true).open(&keys).unwrap();
+        serve::signal(&child, signal);
+        let ended = child.wait().unwrap();
+        assert!(ended.success(), "{signal}: {ended}");
+        drop(pipe);
+    }
+}
+
+#[test]
+fn a_log_that_nobody_reads_stops_nobody() {
+    let mut command = Serve::command(&model::smollm2(), &["--drain-timeout", "1"]);
+    command.env("QUELL_LOG", "trace").stderr(Stdio::piped());
+    let mut server = Serve::spawn(&mut command);
+    let mut stderr = server.take_stderr();
+    let dropped = "quell_log_lines_dropped_total";
+    let mut asked = 0;
+    while server.metric(dropped) == 0.0 {
+        assert_eq!(ask(server.address, &get("/v1/models")).status, 200);
+        asked += 1;
+        assert!(asked < 100_000, "nothing is dropped");
+    }
+    // A client that goes is noticed, and what it held comes free.
+    drop(long_stream(server.address));
+    server.falls_idle();
+    assert_eq!(ask(server.address, &get("/health")).status, 200);
+    // Read again, the log goes on and says that something is missing.
+    let (found, is_found) = std::sync::mpsc::channel();
+    let reader = std::thread::spawn(move || {
+        let mut stderr = BufReader::new(&mut stderr);
+        until(&mut stderr, "lines of the log were dropped");
+        found.send(()).unwrap();
+        std::io::copy(&mut stderr, &mut std::io::sink()).unwrap();
+    });
+    is_found.recv().unwrap();
+    server.signal("TERM");
+    assert!(server.ended().success());
+    reader.join().unwrap();
+}
+
+#[test]
+fn a_server_ends_although_nobody_reads_its_log() {
+    let mut command = Serve::command(&model::smollm2(), &[]);
+    command.env("QUELL_LOG", "trace").stderr(Stdio::piped());
+    let mut server = Serve::spawn(&mut command);
+    let stderr = server.take_stderr();
+    while server.metric("quell_log_lines_dropped_total") == 0.0 {}
+    server.signal("TERM");
+    let ended = server.ended();
+    assert!(ended.success(), "{ended}");
+    drop(stderr);
+}
+
 #[test]
 fn settings_come_from_the_flag_then_the_environment_then_the_file() {
     let folder = tempfile::tempdir().unwrap();
@@ -313,7 +570,7 @@ fn settings_come_from_the_flag_then_the_environment_then_the_file() {
         file.write_all(text.as_bytes()).unwrap();
     };
     let serve = |arguments: &[&str], variable: Option<&str>| {
-        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_quell"));
+        let mut command = Command::new(env!("CARGO_BIN_EXE_quell"));
         command
             .args(["serve", "--config"])
             .arg(&path)

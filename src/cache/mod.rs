@@ -13,7 +13,10 @@
 //! free block is left, least recently used first. Tables are given back from their
 //! end, so a block is always handed out before those that it follows.
 //!
-//! There is one published block for the same tokens: who publishes a second one gets
+//! Tables may have a *salt*. Only tables with the same salt share blocks, so that one
+//! tenant cannot find out what another one has sent.
+//!
+//! There is one published block for the same tokens and salt: who publishes a second one gets
 //! the first in its table instead. So whoever holds a published block holds all that
 //! come before it, and what nobody holds can always be handed out.
 
@@ -31,8 +34,9 @@ pub use transfer::{HostBlockId, HostBlocks, Transfers};
 
 use crate::id::StepId;
 use fence::Release;
-use prefix::PrefixCache;
+use prefix::{After, PrefixCache};
 use serde::Serialize;
+use std::sync::Arc;
 use thiserror::Error;
 
 /// How the blocks of a cache are used at one moment.
@@ -203,11 +207,11 @@ impl BlockCache {
         Some(block)
     }
 
-    /// How many leading blocks of `tokens` are known, at most `limit` tokens of them,
-    /// and how many of these nobody holds.
-    pub fn lookup(&self, tokens: &[u32], limit: usize) -> (usize, usize) {
+    /// How many leading blocks of `tokens` are known to tables with this salt, at most
+    /// `limit` tokens of them, and how many of these nobody holds.
+    pub fn lookup(&self, salt: Option<&Arc<str>>, tokens: &[u32], limit: usize) -> (usize, usize) {
         let mut unheld = 0;
-        let known = self.matches(tokens, limit).inspect(|&block| {
+        let known = self.matches(salt, tokens, limit).inspect(|&block| {
             unheld += usize::from(self.pool.state(block) == BlockState::Cached);
         });
         (known.count(), unheld)
@@ -216,14 +220,16 @@ impl BlockCache {
     /// The known blocks that hold the beginning of `tokens`, at most `limit` of them.
     fn matches<'a>(
         &'a self,
+        salt: Option<&'a Arc<str>>,
         tokens: &'a [u32],
         limit: usize,
     ) -> impl Iterator<Item = BlockId> + 'a {
-        let mut parent = None;
+        let mut after = After::Salt(salt);
         let whole = tokens[..limit.min(tokens.len())].chunks_exact(self.block_tokens);
         whole.map_while(move |chunk| {
-            parent = self.prefix.as_ref()?.find(parent, chunk);
-            parent
+            let block = self.prefix.as_ref()?.find(after, chunk)?;
+            after = After::Block(block);
+            Some(block)
         })
     }
 
@@ -231,7 +237,8 @@ impl BlockCache {
     /// of them, and gives the number of tokens.
     pub fn attach(&mut self, table: &mut BlockTable, tokens: &[u32], limit: usize) -> usize {
         debug_assert!(table.is_empty(), "only an empty table is filled");
-        table.blocks.extend(self.matches(tokens, limit));
+        let known = self.matches(table.salt.as_ref(), tokens, limit);
+        table.blocks.extend(known);
         for &block in &table.blocks {
             self.pool.add_reference(block);
         }
@@ -256,10 +263,13 @@ impl BlockCache {
         let mut replaced = Vec::new();
         while table.published < whole.min(table.len()) {
             let index = table.published;
-            let parent = index.checked_sub(1).map(|before| table.blocks[before]);
+            let after = match index.checked_sub(1) {
+                Some(before) => After::Block(table.blocks[before]),
+                None => After::Salt(table.salt.as_ref()),
+            };
             let own = table.blocks[index];
             let chunk = &tokens[index * self.block_tokens..][..self.block_tokens];
-            if let Some(known) = prefix.find(parent, chunk) {
+            if let Some(known) = prefix.find(after, chunk) {
                 if known != own {
                     self.pool.add_reference(known);
                     table.blocks[index] = known;
@@ -268,7 +278,7 @@ impl BlockCache {
             } else {
                 // Another table that holds it need not hold what it follows.
                 let alone = self.pool.references(own) == 1;
-                if !alone || !prefix.publish(own, parent, chunk) {
+                if !alone || !prefix.publish(own, after, chunk) {
                     break;
                 }
             }
@@ -288,6 +298,7 @@ impl BlockCache {
         BlockTable {
             blocks: blocks.to_vec(),
             published: table.published.min(tokens / self.block_tokens),
+            salt: table.salt.clone(),
         }
     }
 
@@ -412,12 +423,17 @@ impl BlockCache {
         Ok(books)
     }
 
-    /// A table's published blocks are known, and follow each other.
+    /// A table's published blocks are known, follow each other, and have its salt.
     fn audit_published(&self, table: &BlockTable) -> Result<(), Imbalance> {
         let Some(prefix) = &self.prefix else {
             return Ok(());
         };
         let mut parent = None;
+        if let Some(&first) = table.blocks[..table.published].first()
+            && prefix.salt(first) != table.salt()
+        {
+            return Err(Imbalance(format!("{first:?} is shared across salts")));
+        }
         for &block in &table.blocks[..table.published] {
             if !prefix.knows(block) || prefix.parent(block) != parent {
                 let known = prefix.parent(block);

@@ -3,23 +3,46 @@
 //! A block is known by a hash of its tokens chained to the hash of the block before
 //! it (as in vLLM's automatic prefix caching). A hash only finds a candidate: it
 //! counts when its tokens are the same and it follows the very block that was matched
-//! before. So a match is exact, whatever the hashes do.
+//! before, or begins a sequence with the same salt. So a match is exact, whatever the
+//! hashes do, and sequences with different salts never share a block.
 
 use super::BlockId;
 use foldhash::fast::RandomState;
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher};
+use std::sync::Arc;
 
 /// No block before: the first of a sequence.
 const ROOT: u32 = u32::MAX;
 
-/// What is known of one block.
+/// What comes before a block.
 #[derive(Clone, Copy, Debug)]
+pub(super) enum After<'a> {
+    /// Another known block.
+    Block(BlockId),
+    /// Nothing: the block is the first of a sequence with this salt.
+    Salt(Option<&'a Arc<str>>),
+}
+
+/// What is known of one block.
+#[derive(Clone, Debug)]
 struct Known {
     /// Hash of all tokens up to the end of the block.
     chain: u64,
     /// The block before.
     parent: u32,
+    /// The salt of the sequence that the block begins; none for later blocks, which
+    /// have that of their first one.
+    salt: Option<Arc<str>>,
+}
+
+impl Known {
+    fn follows(&self, after: After<'_>) -> bool {
+        match after {
+            After::Block(parent) => self.parent == parent.0,
+            After::Salt(salt) => self.parent == ROOT && self.salt.as_ref() == salt,
+        }
+    }
 }
 
 /// Complete blocks by the tokens that they hold, and all that come before.
@@ -53,32 +76,36 @@ impl PrefixCache {
         self.known[block.index()].is_some()
     }
 
-    /// The block that holds `tokens` after `parent`, a known block or none.
-    pub fn find(&self, parent: Option<BlockId>, tokens: &[u32]) -> Option<BlockId> {
-        let candidate = *self.by_chain.get(&self.chain(parent, tokens))?;
-        let known = self.known[candidate.index()]?;
-        let same = known.parent == parent.map_or(ROOT, |parent| parent.0)
-            && self.tokens_of(candidate) == tokens;
+    /// The block that holds `tokens` and comes after `after`.
+    pub fn find(&self, after: After<'_>, tokens: &[u32]) -> Option<BlockId> {
+        let candidate = *self.by_chain.get(&self.chain(after, tokens))?;
+        let known = self.known[candidate.index()].as_ref()?;
+        let same = known.follows(after) && self.tokens_of(candidate) == tokens;
         same.then_some(candidate)
     }
 
     /// Makes a complete block known. `false` when its hash is taken by other tokens:
     /// then it stays unknown.
-    pub fn publish(&mut self, block: BlockId, parent: Option<BlockId>, tokens: &[u32]) -> bool {
+    pub fn publish(&mut self, block: BlockId, after: After<'_>, tokens: &[u32]) -> bool {
         debug_assert_eq!(
             tokens.len(),
             self.block_tokens,
             "only complete blocks (I11)"
         );
         debug_assert!(!self.knows(block), "{block:?} is known already");
-        let chain = self.chain(parent, tokens);
+        let chain = self.chain(after, tokens);
         if self.by_chain.contains_key(&chain) {
             return false;
         }
         self.by_chain.insert(chain, block);
+        let (parent, salt) = match after {
+            After::Block(parent) => (parent.0, None),
+            After::Salt(salt) => (ROOT, salt.cloned()),
+        };
         self.known[block.index()] = Some(Known {
             chain,
-            parent: parent.map_or(ROOT, |parent| parent.0),
+            parent,
+            salt,
         });
         self.tokens[block.index() * self.block_tokens..][..self.block_tokens]
             .copy_from_slice(tokens);
@@ -94,8 +121,13 @@ impl PrefixCache {
 
     /// The block before a known block.
     pub fn parent(&self, block: BlockId) -> Option<BlockId> {
-        let known = self.known[block.index()]?;
+        let known = self.known[block.index()].as_ref()?;
         (known.parent != ROOT).then_some(BlockId(known.parent))
+    }
+
+    /// The salt of the sequences that begin with a known block.
+    pub fn salt(&self, block: BlockId) -> Option<&Arc<str>> {
+        self.known[block.index()].as_ref()?.salt.as_ref()
     }
 
     /// The tokens of a known block.
@@ -103,10 +135,16 @@ impl PrefixCache {
         &self.tokens[block.index() * self.block_tokens..][..self.block_tokens]
     }
 
-    fn chain(&self, parent: Option<BlockId>, tokens: &[u32]) -> u64 {
+    fn chain(&self, after: After<'_>, tokens: &[u32]) -> u64 {
         let mut hasher = self.hasher.build_hasher();
-        let parent = parent.and_then(|parent| self.known[parent.index()]);
-        hasher.write_u64(parent.map_or(0, |known| known.chain));
+        match after {
+            After::Block(parent) => {
+                let parent = self.known[parent.index()].as_ref();
+                hasher.write_u64(parent.map_or(0, |known| known.chain));
+            }
+            After::Salt(None) => hasher.write_u64(0),
+            After::Salt(Some(salt)) => hasher.write(salt.as_bytes()),
+        }
         for pair in tokens.chunks(2) {
             let second = pair.get(1).copied().unwrap_or_default();
             hasher.write_u64(u64::from(pair[0]) | u64::from(second) << 32);
@@ -124,14 +162,19 @@ mod tests {
     fn other_tokens_with_the_same_hash_are_no_match() {
         let mut cache = PrefixCache::new(4, 2);
         let known = BlockId(0);
-        assert!(cache.publish(known, None, &[1, 2]));
-        // Other tokens, and the same ones after another block.
-        for (parent, tokens) in [(None, [3, 4]), (Some(known), [1, 2])] {
-            let collision = cache.chain(parent, &tokens);
+        let (start, salt) = (After::Salt(None), Arc::from("salt"));
+        assert!(cache.publish(known, start, &[1, 2]));
+        // Other tokens, and the same ones after another block or with a salt.
+        for (after, tokens) in [
+            (start, [3, 4]),
+            (After::Block(known), [1, 2]),
+            (After::Salt(Some(&salt)), [1, 2]),
+        ] {
+            let collision = cache.chain(after, &tokens);
             cache.by_chain.insert(collision, known);
-            assert_eq!(cache.find(parent, &tokens), None);
-            assert!(!cache.publish(BlockId(1), parent, &tokens), "it is taken");
+            assert_eq!(cache.find(after, &tokens), None);
+            assert!(!cache.publish(BlockId(1), after, &tokens), "it is taken");
         }
-        assert_eq!(cache.find(None, &[1, 2]), Some(known));
+        assert_eq!(cache.find(start, &[1, 2]), Some(known));
     }
 }

@@ -1,6 +1,7 @@
 //! A sequence's block table: which block holds which of its tokens.
 
 use super::BlockId;
+use std::sync::Arc;
 
 /// The blocks of one sequence, in the order of its tokens.
 ///
@@ -11,9 +12,24 @@ pub struct BlockTable {
     /// Leading blocks that the prefix cache knows; these and no other hold the tokens
     /// that they hold.
     pub(super) published: usize,
+    /// Only tables with the same salt share blocks.
+    pub(super) salt: Option<Arc<str>>,
 }
 
 impl BlockTable {
+    /// An empty table. It shares blocks with no table that has another salt.
+    pub fn salted(salt: Option<Arc<str>>) -> Self {
+        Self {
+            salt,
+            ..Self::default()
+        }
+    }
+
+    /// What it was made with.
+    pub fn salt(&self) -> Option<&Arc<str>> {
+        self.salt.as_ref()
+    }
+
     /// Makes room for so many blocks, so that the table need not be moved as it grows.
     pub fn reserve(&mut self, blocks: usize) {
         self.blocks.reserve_exact(blocks.saturating_sub(self.len()));

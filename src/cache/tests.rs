@@ -128,24 +128,28 @@ fn only_complete_and_computed_blocks_are_found() {
     let all = tokens(50, 1);
     let mut table = BlockTable::default();
     grow(&mut cache, &mut table, 50).unwrap();
-    assert_eq!(cache.lookup(&all, 50).0, 0);
+    assert_eq!(cache.lookup(None, &all, 50).0, 0);
     cache.publish(&mut table, &all, 40, StepId(0));
     assert_eq!(
-        cache.lookup(&all, 50).0,
+        cache.lookup(None, &all, 50).0,
         2,
         "40 tokens are two whole blocks"
     );
     cache.publish(&mut table, &all, 50, StepId(0));
-    assert_eq!(cache.lookup(&all, 50).0, 3);
-    assert_eq!(cache.lookup(&all, 47).0, 2, "no more than asked for");
+    assert_eq!(cache.lookup(None, &all, 50).0, 3);
+    assert_eq!(cache.lookup(None, &all, 47).0, 2, "no more than asked for");
     assert_eq!(
-        cache.lookup(&all[16..], 34).0,
+        cache.lookup(None, &all[16..], 34).0,
         0,
         "not without what is before"
     );
     let mut other = all.clone();
     other[20] += 1;
-    assert_eq!(cache.lookup(&other, 50).0, 1, "up to the first difference");
+    assert_eq!(
+        cache.lookup(None, &other, 50).0,
+        1,
+        "up to the first difference"
+    );
 }
 
 #[test]
@@ -159,11 +163,11 @@ fn what_nobody_holds_is_found_again_until_it_is_handed_out() {
     leave_behind(&mut cache, &first);
     let mut table = BlockTable::default();
     grow(&mut cache, &mut table, 16).unwrap();
-    assert_eq!(cache.lookup(&first, 32).0, 2);
-    assert_eq!(cache.lookup(&second, 32).0, 1, "its end went first");
+    assert_eq!(cache.lookup(None, &first, 32).0, 2);
+    assert_eq!(cache.lookup(None, &second, 32).0, 1, "its end went first");
     grow(&mut cache, &mut table, 48).unwrap();
-    assert_eq!(cache.lookup(&first, 32).0, 1);
-    assert_eq!(cache.lookup(&second, 32).0, 0);
+    assert_eq!(cache.lookup(None, &first, 32).0, 1);
+    assert_eq!(cache.lookup(None, &second, 32).0, 0);
     assert_eq!(grow(&mut cache, &mut table, 80).unwrap_err().needed, 2);
     cache.audit([&table].into_iter()).unwrap();
 }
@@ -226,7 +230,11 @@ fn a_published_block_that_is_cut_is_copied_before_it_is_written() {
         .unwrap();
     assert_eq!(transfers.copies.len(), 1);
     cache.completed(StepId(1));
-    assert_eq!(cache.lookup(&all, 32).0, 2, "the old one is still known");
+    assert_eq!(
+        cache.lookup(None, &all, 32).0,
+        2,
+        "the old one is still known"
+    );
     cache.audit([&table].into_iter()).unwrap();
 }
 
@@ -235,7 +243,7 @@ fn a_cache_without_prefixes_finds_nothing() {
     let mut cache = BlockCache::new(4, 16, false);
     let all = tokens(32, 1);
     leave_behind(&mut cache, &all);
-    assert_eq!(cache.lookup(&all, 32).0, 0);
+    assert_eq!(cache.lookup(None, &all, 32).0, 0);
     assert_eq!(cache.books().free, 4);
 }
 
@@ -245,8 +253,42 @@ fn clearing_forgets_what_nobody_holds() {
     leave_behind(&mut cache, &tokens(32, 1));
     cache.clear_prefixes();
     assert_eq!(cache.books().free, 4);
-    assert_eq!(cache.lookup(&tokens(32, 1), 32).0, 0);
+    assert_eq!(cache.lookup(None, &tokens(32, 1), 32).0, 0);
     cache.audit(std::iter::empty()).unwrap();
+}
+
+#[test]
+fn tables_with_different_salts_share_nothing() {
+    let mut cache = cache(16);
+    let all = tokens(40, 1);
+    let salts: [Option<Arc<str>>; 3] = [None, Some("one".into()), Some("two".into())];
+    let mut tables = salts.clone().map(BlockTable::salted);
+    for (table, salt) in tables.iter_mut().zip(&salts) {
+        assert_eq!(cache.lookup(salt.as_ref(), &all, 40).0, 0, "{salt:?}");
+        assert_eq!(cache.attach(table, &all, 40), 0);
+        grow(&mut cache, table, 40).unwrap();
+        cache.publish(table, &all, 40, StepId(0));
+        assert_eq!(cache.lookup(salt.as_ref(), &all, 40).0, 2, "{salt:?}");
+    }
+    cache.audit(tables.iter()).unwrap();
+    let fork = cache.share(&tables[1], 40);
+    assert_eq!(fork.salt(), salts[1].as_ref());
+    // What was given back is found by the same salt only.
+    let [mut none, mut one, two] = tables;
+    cache.release(&mut none, StepId(0));
+    cache.release(&mut one, StepId(0));
+    let mut again = BlockTable::salted(salts[1].clone());
+    assert_eq!(cache.attach(&mut again, &all, 40), 32);
+    assert_eq!(again.blocks(), &fork.blocks()[..2]);
+    cache.audit([&fork, &two, &again].into_iter()).unwrap();
+    // The books tell when a table holds what another salt has published.
+    let foreign = BlockTable {
+        salt: salts[2].clone(),
+        ..cache.share(&again, 32)
+    };
+    let tables = [&fork, &two, &again, &foreign];
+    let error = cache.audit(tables.into_iter()).unwrap_err();
+    assert!(error.to_string().contains("salt"), "{error}");
 }
 
 proptest! {
@@ -259,7 +301,10 @@ proptest! {
     ) {
         let mut cache = BlockCache::new(24, 16, prefixes);
         let mut tables: Vec<(BlockTable, Vec<u32>)> =
-            (0..6).map(|_| (BlockTable::default(), Vec::new())).collect();
+            (0..6).map(|which| {
+                let salt = (which < 3).then(|| Arc::from("salt"));
+                (BlockTable::salted(salt), Vec::new())
+            }).collect();
         let (mut launched, mut done) = (StepId(0), StepId(0));
         for (which, operation, count, seed) in operations {
             let mut transfers = Transfers::default();

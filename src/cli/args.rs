@@ -57,6 +57,17 @@ pub enum CliError {
     Config { path: PathBuf, problem: String },
     #[error("{model} has no tokenizer files, which this command needs")]
     NoTokenizer { model: String },
+    /// The server was started, and what it served with has failed.
+    #[cfg(feature = "server")]
+    #[error("the engine has failed: {0}")]
+    Engine(quell::EngineFault),
+    /// The server was told to stop, and what was to stop did not.
+    #[cfg(feature = "server")]
+    #[error("the engine did not stop within {0:?}; what was open is cut off")]
+    Stopping(std::time::Duration),
+    #[cfg(feature = "server")]
+    #[error("the thread that loads the model has panicked")]
+    Loading,
     #[error("cannot write the output: {0}")]
     Output(#[from] std::io::Error),
 }

@@ -1,11 +1,56 @@
 //! Logs go to stderr: what quell has to say, but not of each request, and others'
 //! warnings and errors, unless we say them, too; or what `QUELL_LOG` asks for.
+//!
+//! A server's log never makes it wait: see `lossy.rs`.
 
+#[cfg(feature = "server")]
+use super::args::CliError;
+#[cfg(feature = "server")]
+use super::lossy::Lossy;
 use std::io::IsTerminal;
-use tracing_subscriber::EnvFilter;
+#[cfg(feature = "server")]
+use std::sync::OnceLock;
+#[cfg(feature = "server")]
+use std::time::Duration;
 use tracing_subscriber::fmt::layer;
+use tracing_subscriber::fmt::writer::BoxMakeWriter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer};
+
+/// How long the end of the process waits for the last lines to be written.
+#[cfg(feature = "server")]
+const FLUSHING: Duration = Duration::from_millis(500);
+
+/// How long the end of the process waits for the last spans to be sent.
+#[cfg(feature = "otel")]
+const SENDING: Duration = Duration::from_secs(1);
+
+/// The log of a server, once it is started.
+#[cfg(feature = "server")]
+static LOG: OnceLock<Lossy> = OnceLock::new();
+
+/// Writes and sends what is left of logs and spans when it is dropped, within a bound.
+#[derive(Default)]
+pub struct Logging {
+    #[cfg(feature = "otel")]
+    spans: Option<opentelemetry_sdk::trace::SdkTracerProvider>,
+}
+
+impl Drop for Logging {
+    fn drop(&mut self) {
+        #[cfg(feature = "otel")]
+        if let Some(spans) = &self.spans
+            && let Err(error) = spans.shutdown_with_timeout(SENDING)
+        {
+            tracing::warn!(%error, "the last spans could not be sent");
+        }
+        #[cfg(feature = "server")]
+        if let Some(log) = LOG.get() {
+            log.flush(FLUSHING);
+        }
+    }
+}
 
 fn filter() -> EnvFilter {
     let default =
@@ -13,66 +58,127 @@ fn filter() -> EnvFilter {
     EnvFilter::try_from_env("QUELL_LOG").unwrap_or_else(default)
 }
 
-/// Starts logging.
-pub fn start() {
-    let print = layer()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal());
-    tracing_subscriber::registry()
-        .with(filter())
-        .with(print)
-        .init();
+/// Prints to stderr through `writer`.
+fn print<S>(writer: BoxMakeWriter) -> impl Layer<S>
+where
+    S: tracing::Subscriber + for<'a> tracing_subscriber::registry::LookupSpan<'a>,
+{
+    layer()
+        .with_writer(writer)
+        .with_ansi(std::io::stderr().is_terminal())
+        .log_internal_errors(false)
+        .with_filter(filter())
 }
 
-/// Sends what is in the queue when it is dropped.
-#[cfg(feature = "otel")]
-pub struct Exporter(opentelemetry_sdk::trace::SdkTracerProvider);
+/// Starts logging, and waits for stderr.
+pub fn start() -> Logging {
+    let print = print(BoxMakeWriter::new(std::io::stderr));
+    tracing_subscriber::registry().with(print).init();
+    Logging::default()
+}
 
-#[cfg(feature = "otel")]
-impl Drop for Exporter {
-    fn drop(&mut self) {
-        if let Err(error) = self.0.shutdown() {
-            tracing::warn!(%error, "the last spans could not be sent");
+/// Starts the log of a server, which never waits for stderr. Where `endpoint` is given,
+/// such as `http://localhost:4318/v1/traces`, the spans of requests are sent to an
+/// OpenTelemetry collector there: OTLP over HTTP.
+#[cfg(feature = "server")]
+pub fn start_server(endpoint: Option<&str>) -> Result<Logging, CliError> {
+    let report = |dropped| {
+        tracing::warn!(
+            target: "quell",
+            dropped,
+            "lines of the log were dropped, because it was not read"
+        );
+    };
+    let log = Lossy::start(std::io::stderr(), report)?;
+    let writer = log.clone();
+    let print = print(BoxMakeWriter::new(move || writer.clone()));
+    let _ = LOG.set(log);
+    let registry = tracing_subscriber::registry().with(print);
+    #[cfg(feature = "otel")]
+    let logging = match endpoint {
+        None => {
+            registry.init();
+            Logging::default()
         }
+        Some(endpoint) => {
+            let provider = provider(endpoint)?;
+            registry.with(spans(&provider)).init();
+            Logging {
+                spans: Some(provider),
+            }
+        }
+    };
+    #[cfg(not(feature = "otel"))]
+    let logging = {
+        let _ = endpoint;
+        registry.init();
+        Logging::default()
+    };
+    log_panics();
+    Ok(logging)
+}
+
+/// Counts lines that are dropped in the metrics recorder that is installed now.
+#[cfg(feature = "server")]
+pub fn count_dropped() {
+    if let Some(log) = LOG.get() {
+        log.count();
     }
 }
 
-/// Starts logging, and sends the spans of requests to an OpenTelemetry collector: OTLP
-/// over HTTP, to `endpoint`, such as `http://localhost:4318/v1/traces`.
+/// Logs panics, where the hook of the standard library would wait for stderr.
+#[cfg(feature = "server")]
+fn log_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        let thread = std::thread::current();
+        let location = panic.location().map(tracing::field::display);
+        let backtrace = std::backtrace::Backtrace::capture();
+        let captured = backtrace.status() == std::backtrace::BacktraceStatus::Captured;
+        let backtrace = captured.then(|| tracing::field::display(backtrace));
+        tracing::error!(
+            target: "quell",
+            thread = thread.name(),
+            location,
+            backtrace,
+            "panicked: {}",
+            panic.payload_as_str().unwrap_or("no message")
+        );
+    }));
+}
+
+/// Sends spans to `endpoint`.
 #[cfg(feature = "otel")]
-pub fn start_with_spans(endpoint: &str) -> Result<Exporter, super::args::CliError> {
-    use opentelemetry::trace::TracerProvider;
+fn provider(endpoint: &str) -> Result<opentelemetry_sdk::trace::SdkTracerProvider, CliError> {
     use opentelemetry_otlp::{SpanExporter, WithExportConfig};
     use opentelemetry_sdk::Resource;
     use opentelemetry_sdk::trace::SdkTracerProvider;
-    use tracing_subscriber::Layer;
-    use tracing_subscriber::filter::Targets;
 
     super::tls::provide();
     let exporter = SpanExporter::builder()
         .with_http()
         .with_endpoint(endpoint)
         .build()
-        .map_err(|error| {
-            super::args::CliError::Usage(format!("--otlp-endpoint {endpoint}: {error}"))
-        })?;
+        .map_err(|error| CliError::Usage(format!("--otlp-endpoint {endpoint}: {error}")))?;
     let provider = SdkTracerProvider::builder()
         .with_batch_exporter(exporter)
         .with_resource(Resource::builder().with_service_name("quell").build())
         .build();
+    Ok(provider)
+}
+
+/// Makes the provider's spans of those of requests.
+#[cfg(feature = "otel")]
+fn spans<S>(provider: &opentelemetry_sdk::trace::SdkTracerProvider) -> impl Layer<S>
+where
+    S: tracing::Subscriber + for<'a> tracing_subscriber::registry::LookupSpan<'a>,
+{
+    use opentelemetry::trace::TracerProvider;
+    use tracing_subscriber::filter::Targets;
+
     let wanted = Targets::new()
         .with_target("quell::access", tracing::Level::INFO)
         .with_target("quell::request", tracing::Level::INFO);
-    let spans = tracing_opentelemetry::layer()
+    tracing_opentelemetry::layer()
         .with_tracer(provider.tracer("quell"))
-        .with_filter(wanted);
-    let print = layer()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_filter(filter());
-    tracing_subscriber::registry()
-        .with(spans)
-        .with(print)
-        .init();
-    Ok(Exporter(provider))
+        .with_filter(wanted)
 }

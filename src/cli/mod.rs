@@ -12,11 +12,15 @@ mod generate;
 mod hub;
 mod inspect;
 mod logging;
+#[cfg(feature = "server")]
+mod lossy;
 mod progress;
 #[cfg(feature = "server")]
 mod serve;
 #[cfg(feature = "server")]
 mod settings;
+#[cfg(feature = "server")]
+mod signals;
 mod tls;
 mod tokenize;
 
@@ -25,6 +29,10 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::io::Write as _;
 use std::process::ExitCode;
+use std::time::Duration;
+
+/// How long stderr may take to accept the error that the program ends with.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// Run large language models: one scheduler thread, batched decoding, and
 /// cancellation that always frees the KV cache.
@@ -59,23 +67,14 @@ pub fn main() -> ExitCode {
         Err(Mistake::Arguments(error)) => return command_line_error(&error),
         Err(Mistake::Settings(error)) => return failure(&error),
     };
-    #[cfg(feature = "otel")]
-    let _exporter = match &cli.command {
-        Command::Serve(args) => match args.otlp_endpoint().map(logging::start_with_spans) {
-            Some(Ok(exporter)) => Some(exporter),
-            Some(Err(error)) => return failure(&error),
-            None => {
-                logging::start();
-                None
-            }
+    let logging = match &cli.command {
+        #[cfg(feature = "server")]
+        Command::Serve(args) => match logging::start_server(args.otlp_endpoint()) {
+            Ok(logging) => logging,
+            Err(error) => return failure(&error),
         },
-        _ => {
-            logging::start();
-            None
-        }
+        _ => logging::start(),
     };
-    #[cfg(not(feature = "otel"))]
-    logging::start();
     let result = match cli.command {
         Command::Generate(args) => generate::run(args),
         Command::Chat(args) => chat::start(args),
@@ -85,6 +84,8 @@ pub fn main() -> ExitCode {
         Command::Inspect(args) => inspect::run(args),
         Command::Bench(args) => bench::run(args),
     };
+    // What was logged comes before the error.
+    drop(logging);
     match result {
         Ok(()) => ExitCode::SUCCESS,
         // Whoever read our output has had enough: no failure.
@@ -96,8 +97,17 @@ pub fn main() -> ExitCode {
 }
 
 fn failure(error: &CliError) -> ExitCode {
-    // With stderr gone there is nobody left to tell.
-    let _ = writeln!(std::io::stderr(), "error: {}", one_line(&error.to_string()));
+    let line = format!("error: {}", one_line(&error.to_string()));
+    let (done, is_done) = crossbeam_channel::bounded(1);
+    let print = move || {
+        // With stderr gone there is nobody left to tell.
+        let _ = writeln!(std::io::stderr(), "{line}");
+        let _ = done.try_send(());
+    };
+    // A pipe that is not read does not keep the process from ending.
+    if std::thread::Builder::new().spawn(print).is_ok() {
+        let _ = is_done.recv_timeout(LAST_WORDS);
+    }
     ExitCode::from(error.exit_code())
 }
 

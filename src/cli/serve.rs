@@ -1,14 +1,30 @@
 //! `quell serve`: the OpenAI API over HTTP.
 
 use super::args::{CliError, ModelArgs};
+use super::logging;
+use super::signals::Signals;
 use clap::Args;
 use quell::server::{ApiKeys, Metrics, Server, ServerOptions, TlsFiles};
 use quell::text::Keywords;
 use quell::text::tools::ToolFormat;
-use quell::{Engine, Shutdown};
+use quell::{Engine, EngineFault, HealthStatus, Shutdown};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use tokio::sync::oneshot;
+
+/// How often the engine's health is looked at.
+const LOOKING: Duration = Duration::from_millis(250);
+
+/// How long connections may take to be told that the engine has failed, and to close.
+const FAILING: Duration = Duration::from_secs(2);
+
+/// The process ends within this time after the engine has failed, whatever it hangs in.
+const LAST_RESORT: Duration = Duration::from_millis(4500);
+
+/// How long the server may take to end when all that was open should have: connections have
+/// 5 seconds to close, and the engine the rest of them.
+const STOPPING: Duration = Duration::from_secs(8);
 
 /// Serve a model over HTTP, as OpenAI's API.
 ///
@@ -53,12 +69,27 @@ struct HttpArgs {
     /// Let requests bring chat templates of their own.
     #[arg(long)]
     trust_request_chat_template: bool,
-    /// Let in only who brings one of the keys in this file, one a line.
+    /// Let in only who brings one of the keys in this file, one a line. A key may say
+    /// how urgent its requests may be, as 'KEY max-priority=-5'.
     #[arg(long, value_name = "FILE")]
     api_key_file: Option<PathBuf>,
     /// Origins whose pages may use the server from a browser; * for all.
     #[arg(long, value_name = "ORIGIN", value_delimiter = ',')]
     allowed_origins: Vec<String>,
+    /// Names that clients reach the server by, beside --host; * for all. Addresses and
+    /// names that are not public, such as localhost, need not be listed [default: all
+    /// names if there are API keys or a certificate].
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    allowed_hosts: Vec<String>,
+    /// The most urgent priority that a client may give its requests; lower numbers, which
+    /// are more urgent, are taken for this one.
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        allow_negative_numbers = true
+    )]
+    max_priority: i32,
     /// Serve HTTPS with this certificate, a PEM file.
     #[arg(long, value_name = "FILE", requires = "tls_key")]
     tls_certificate: Option<PathBuf>,
@@ -98,46 +129,208 @@ struct HttpArgs {
 
 impl ServeArgs {
     /// Where spans are to be sent.
-    #[cfg(feature = "otel")]
     pub fn otlp_endpoint(&self) -> Option<&str> {
-        self.server.otlp_endpoint.as_deref()
+        #[cfg(feature = "otel")]
+        return self.server.otlp_endpoint.as_deref();
+        #[cfg(not(feature = "otel"))]
+        None
     }
 }
 
 /// Runs the subcommand.
 pub fn run(args: ServeArgs) -> Result<(), CliError> {
-    let mut options = args.server.options(&args.model.model)?;
-    // Before the engine, which keeps the recorder that it finds.
-    options.metrics = Some(Metrics::install()?);
-    let template = args.server.chat_template()?;
-    let engine = args.model.start_with(template.as_deref(), |config| {
-        config.max_open_requests = args.server.max_open_requests;
-    })?;
+    // First of all: a signal is never answered by the system's default, which is no drain.
+    let mut signals = Signals::listen()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;
-    let address = format!("{}:{}", args.server.host, args.server.port);
-    runtime.block_on(async {
-        let server = Server::bind(engine.clone(), options, address).await?;
-        announce(&server)?;
-        let drained = server.run(told_to_stop(engine)).await;
-        if let Some(drained) = drained {
-            let (finished, aborted) = (drained.finished, drained.aborted);
-            tracing::info!(finished, aborted, "the server has stopped");
+    let ended = runtime.block_on(async {
+        match prepare(args, &mut signals).await? {
+            Some(prepared) => serve(prepared, signals).await,
+            None => Ok(()),
         }
-        Ok(())
-    })
+    });
+    // What goes on in its threads has nobody left to answer.
+    runtime.shutdown_background();
+    ended
 }
 
-/// Tells on stdout where the server listens.
-fn announce(server: &Server) -> std::io::Result<()> {
-    let mut out = std::io::stdout().lock();
+/// What a server is made of.
+struct Prepared {
+    engine: Engine,
+    options: ServerOptions,
+    address: String,
+}
+
+impl ServeArgs {
+    /// Reads files and loads the model, both of which may take long.
+    fn prepare(self) -> Result<Prepared, CliError> {
+        let mut options = self.server.options(&self.model.model)?;
+        // Before the engine, which keeps the recorder that it finds.
+        options.metrics = Some(Metrics::install()?);
+        logging::count_dropped();
+        let template = self.server.chat_template()?;
+        let engine = self.model.start_with(template.as_deref(), |config| {
+            config.max_open_requests = self.server.max_open_requests;
+        })?;
+        Ok(Prepared {
+            engine,
+            options,
+            address: self.server.address(),
+        })
+    }
+}
+
+/// Prepares on a thread of its own. `None` if a signal comes first; the process is to end
+/// then, and the thread with it.
+async fn prepare(args: ServeArgs, signals: &mut Signals) -> Result<Option<Prepared>, CliError> {
+    let (done, prepared) = oneshot::channel();
+    std::thread::Builder::new()
+        .name("quell-load".to_owned())
+        .spawn(move || {
+            // Nobody is there to take it if a signal came.
+            let _ = done.send(args.prepare());
+        })?;
+    tokio::select! {
+        prepared = prepared => prepared.map_err(|_| CliError::Loading)?.map(Some),
+        signal = signals.next() => {
+            tracing::info!(signal, "told to stop before the model was loaded");
+            Ok(None)
+        }
+    }
+}
+
+/// Serves until a signal comes and what is open has ended, or until the engine fails.
+async fn serve(prepared: Prepared, mut signals: Signals) -> Result<(), CliError> {
+    let Prepared {
+        engine,
+        options,
+        address,
+    } = prepared;
+    let drain_timeout = options.drain_timeout;
+    let server = tokio::select! {
+        server = Server::bind(engine.clone(), options, address) => server?,
+        _ = signals.next() => return Ok(()),
+    };
+    announce(&server);
+    let (stop, stopped) = oneshot::channel::<()>();
+    let stopping = async {
+        let _ = stopped.await;
+    };
+    let drained = tokio::select! {
+        drained = server.run(stopping) => drained,
+        hung = end(&engine, signals, stop, drain_timeout) => return Err(hung),
+    };
+    match fault(&engine) {
+        Some(fault) => Err(CliError::Engine(fault)),
+        None => {
+            // None if a second signal has ended the engine before it was drained.
+            let (finished, aborted) = drained
+                .map(|drained| (drained.finished, drained.aborted))
+                .unzip();
+            tracing::info!(finished, aborted, "the server has stopped");
+            Ok(())
+        }
+    }
+}
+
+/// Tells the server to stop at the first signal or when the engine fails, and cancels what
+/// is open at the second signal. Done only if that does not end the server in time; gives
+/// what the process is to end with then.
+async fn end(
+    engine: &Engine,
+    mut signals: Signals,
+    stop: oneshot::Sender<()>,
+    drain_timeout: Duration,
+) -> CliError {
+    tokio::select! {
+        signal = signals.next() => {
+            tracing::info!(signal, "finishing the open requests; once more to cancel them");
+        }
+        fault = failure(engine) => {
+            tracing::error!(%fault, "the engine has failed, and the server ends");
+            drop(stop);
+            abort_after(LAST_RESORT);
+            tokio::time::sleep(FAILING).await;
+            return CliError::Engine(fault);
+        }
+    }
+    drop(stop);
+    let draining = drain_timeout.saturating_add(STOPPING);
+    tokio::select! {
+        signal = signals.next() => {
+            tracing::info!(signal, "cancelling the open requests");
+        }
+        fault = failure(engine) => {
+            abort_after(LAST_RESORT);
+            tokio::time::sleep(FAILING).await;
+            return CliError::Engine(fault);
+        }
+        () = tokio::time::sleep(draining) => return CliError::Stopping(draining),
+    }
+    // Posted at once; the server ends when the engine has.
+    let _aborting = engine.shutdown(Shutdown::Abort);
+    tokio::time::sleep(STOPPING).await;
+    CliError::Stopping(STOPPING)
+}
+
+/// What has ended the engine, unless it was told to end.
+fn fault(engine: &Engine) -> Option<EngineFault> {
+    match engine.health().status {
+        HealthStatus::Healthy | HealthStatus::Closed(EngineFault::Shutdown) => None,
+        HealthStatus::Closed(fault) => Some(fault),
+        HealthStatus::Stuck { step, waited } => Some(EngineFault::Stuck { step, waited }),
+        _ => None,
+    }
+}
+
+/// Waits until the engine fails. Its health waits for nobody, and so does this.
+async fn failure(engine: &Engine) -> EngineFault {
+    loop {
+        if let Some(fault) = fault(engine) {
+            return fault;
+        }
+        tokio::time::sleep(LOOKING).await;
+    }
+}
+
+/// Ends the process if it still lives after a while: a driver whose device is lost may keep
+/// the end of the process waiting for ever.
+fn abort_after(time: Duration) {
+    let wait = move || {
+        std::thread::sleep(time);
+        std::process::abort();
+    };
+    // Without the thread the process ends by itself or not at all.
+    let _ = std::thread::Builder::new().spawn(wait);
+}
+
+/// Tells on stdout where the server listens. On a thread of its own: stdout may be a pipe
+/// that is full.
+fn announce(server: &Server) {
     let (scheme, address) = (server.scheme(), server.local_addr());
-    writeln!(out, "listening on {scheme}://{address}")?;
-    out.flush()
+    let write = move || {
+        let mut out = std::io::stdout().lock();
+        let written = writeln!(out, "listening on {scheme}://{address}");
+        if let Err(error) = written.and_then(|()| out.flush()) {
+            tracing::warn!(%error, "cannot say on stdout that {scheme}://{address} is listened on");
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().spawn(write) {
+        tracing::warn!(%error, "cannot say on stdout that {scheme}://{address} is listened on");
+    }
 }
 
 impl HttpArgs {
+    /// Where to listen. An IPv6 address needs brackets before its port.
+    fn address(&self) -> String {
+        let (host, port) = (&self.host, self.port);
+        match host.parse::<std::net::Ipv6Addr>() {
+            Ok(address) => format!("[{address}]:{port}"),
+            Err(_) => format!("{host}:{port}"),
+        }
+    }
+
     fn options(&self, model: &str) -> Result<ServerOptions, CliError> {
         for (flag, value) in [
             ("--max-open-requests", self.max_open_requests),
@@ -161,6 +354,8 @@ impl HttpArgs {
         options.trust_request_chat_template = self.trust_request_chat_template;
         options.api_keys = self.api_keys()?;
         options.allowed_origins = self.allowed_origins.clone();
+        options.allowed_hosts = self.allowed_hosts.clone();
+        options.max_priority = self.max_priority;
         options.tls = self
             .tls_certificate
             .clone()
@@ -219,30 +414,4 @@ fn name(model: &str) -> String {
     };
     let name = name.map(|name| name.to_string_lossy().into_owned());
     name.unwrap_or_else(|| model.to_owned())
-}
-
-/// Done at the first SIGTERM or Ctrl-C. The second one ends the open requests at once.
-async fn told_to_stop(engine: Engine) {
-    signalled().await;
-    tracing::info!("finishing the open requests; once more to cancel them");
-    tokio::spawn(async move {
-        signalled().await;
-        let _ = engine.shutdown(Shutdown::Abort).await;
-    });
-}
-
-async fn signalled() {
-    let interrupt = tokio::signal::ctrl_c();
-    #[cfg(unix)]
-    {
-        use tokio::signal::unix::{SignalKind, signal};
-        if let Ok(mut terminate) = signal(SignalKind::terminate()) {
-            tokio::select! {
-                _ = interrupt => {}
-                _ = terminate.recv() => {}
-            }
-            return;
-        }
-    }
-    let _ = interrupt.await;
 }

@@ -24,6 +24,8 @@ pub struct EmbedRequest {
     /// Who it is for: of equally urgent requests, those of the tenant that was served
     /// the least start first.
     pub tenant: Option<Arc<str>>,
+    /// Whom it shares the prefix cache with, as [`Request::cache_salt`](crate::Request).
+    pub cache_salt: Option<Arc<str>>,
 }
 
 impl EmbedRequest {
@@ -34,6 +36,7 @@ impl EmbedRequest {
             finish_within: None,
             priority: 0,
             tenant: None,
+            cache_salt: None,
         }
     }
 }

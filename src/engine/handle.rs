@@ -131,6 +131,10 @@ pub struct Request {
     /// Who it is for: of equally urgent requests, those of the tenant that was served
     /// the least start first.
     pub tenant: Option<Arc<str>>,
+    /// Requests with different salts never share blocks of the prefix cache, so that
+    /// neither the time to the first token nor the count of cached tokens tells one of
+    /// them what another one has sent. `None` is a salt of its own.
+    pub cache_salt: Option<Arc<str>>,
     /// Which tokens the answer may be made of, such as a [`Grammar`] compiled for this
     /// engine's tokenizer. An answer that is complete by it ends as a normal stop.
     ///
@@ -161,6 +165,7 @@ impl Request {
             finish_within: None,
             priority: 0,
             tenant: None,
+            cache_salt: None,
             constraint: None,
             label: None,
         }
@@ -212,6 +217,12 @@ impl Request {
     /// Sets who it is for.
     pub fn tenant(mut self, tenant: impl Into<Arc<str>>) -> Self {
         self.tenant = Some(tenant.into());
+        self
+    }
+
+    /// Sets whom it shares the prefix cache with.
+    pub fn cache_salt(mut self, salt: impl Into<Arc<str>>) -> Self {
+        self.cache_salt = Some(salt.into());
         self
     }
 
@@ -602,12 +613,14 @@ impl Engine {
             finish_within,
             priority,
             tenant,
+            cache_salt,
         } = request;
         let request = Request {
             max_tokens: Some(0),
             finish_within,
             priority,
             tenant,
+            cache_salt,
             ..Request::new(prompt)
         };
         let (stream, submission) = self.prepare(request, Task::Embed, None)?;
@@ -907,6 +920,7 @@ impl Engine {
             stop_tokens,
             priority: request.priority,
             tenant: request.tenant.clone(),
+            salt: request.cache_salt.clone(),
             session: None,
             constraint: constraint.map(|constraint| ConstraintState::new(constraint, vocabulary)),
         })

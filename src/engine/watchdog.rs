@@ -4,6 +4,10 @@
 //! scheduler thread up instead: it sets the engine's fault and wakes every waiter.
 //! Should the call return after all, the scheduler thread finds that it was given
 //! up, clears up and ends. Which of the two came first is decided by one atomic.
+//!
+//! A process that is stopped (SIGSTOP, a paused container, a suspended machine) is not
+//! stuck, although the clock goes on. The watchdog looks often, and time by which it
+//! overslept is not held against the scheduler thread: see [`Awake`].
 
 use super::EngineFault;
 use super::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -21,6 +25,13 @@ const GIVEN_UP: u64 = u64::MAX;
 /// Below this, the watchdog would be a busy loop; beyond that, time overflows.
 const DEADLINES: (Duration, Duration) =
     (Duration::from_millis(1), Duration::from_secs(365 * 86_400));
+/// The watchdog looks so many times within a deadline, or every `LONGEST_NAP`.
+const LOOKS: u32 = 16;
+/// The longest time between two looks at a busy thread: by so much a pause of the process
+/// may be underestimated.
+const LONGEST_NAP: Duration = Duration::from_secs(1);
+/// The watchdog will not look before it is woken.
+const NEVER: u64 = u64::MAX;
 
 /// Signs of life of the scheduler thread, which anyone may read without waiting.
 pub(crate) struct Heartbeat {
@@ -36,6 +47,12 @@ pub(crate) struct Heartbeat {
     idle: AtomicBool,
     /// The watchdog sleeps until the thread is busy again.
     asleep: AtomicBool,
+    /// When the watchdog will look next. Later than that, time does not count: nobody
+    /// watched.
+    due: AtomicU64,
+    /// Time since the sign of life `slept_since` that does not count either.
+    slept: AtomicU64,
+    slept_since: AtomicU64,
 }
 
 impl Heartbeat {
@@ -49,6 +66,9 @@ impl Heartbeat {
             call: AtomicU64::new(NO_CALL),
             idle: AtomicBool::new(true),
             asleep: AtomicBool::new(false),
+            due: AtomicU64::new(NEVER),
+            slept: AtomicU64::new(0),
+            slept_since: AtomicU64::new(0),
         }
     }
 
@@ -61,15 +81,32 @@ impl Heartbeat {
         StepId(self.step.load(Ordering::Relaxed))
     }
 
-    /// How long the running device call has taken; its start, for [`Self::give_up`].
-    fn running_call(&self) -> Option<(u64, Duration)> {
+    /// When the running device call began, for [`Self::give_up`].
+    fn running_call(&self) -> Option<u64> {
         match self.call.load(Ordering::Acquire) {
             NO_CALL | GIVEN_UP => None,
-            since => {
-                let waited = self.now().saturating_sub(since);
-                Some((since, Duration::from_nanos(waited)))
-            }
+            since => Some(since),
         }
+    }
+
+    /// The last sign of life: the beginning of the running device call, or the last beat.
+    fn life(&self) -> u64 {
+        let beat = self.beat.load(Ordering::Acquire);
+        self.running_call().unwrap_or(beat)
+    }
+
+    /// How much of the time from the sign of life `since` to `now` the process was awake,
+    /// as far as the watchdog has seen; none while it is not watching.
+    fn awake(&self, since: u64, now: u64) -> Duration {
+        let due = self.due.load(Ordering::Acquire);
+        if due == NEVER {
+            return Duration::ZERO;
+        }
+        let slept = match self.slept_since.load(Ordering::Acquire) {
+            noted if noted == since => self.slept.load(Ordering::Acquire),
+            _ => 0,
+        };
+        Duration::from_nanos(now.min(due).saturating_sub(since).saturating_sub(slept))
     }
 
     /// Gives up the call that began at `since`; `false` if it has returned.
@@ -81,15 +118,21 @@ impl Heartbeat {
 
     /// The engine's health, given its fault.
     pub fn health(&self, fault: Option<&EngineFault>, draining: bool) -> Health {
-        let call = self.running_call().map(|(_, waited)| waited);
+        self.health_at(self.now(), fault, draining)
+    }
+
+    fn health_at(&self, now: u64, fault: Option<&EngineFault>, draining: bool) -> Health {
+        let call = self.running_call();
         let idle = self.idle.load(Ordering::SeqCst);
-        let silent = self.now().saturating_sub(self.beat.load(Ordering::Relaxed));
-        let since_beat = Duration::from_nanos(silent);
+        let beat = self.beat.load(Ordering::Relaxed);
         // In a device call, or in something else that does not come back, such as a
         // waker that blocks.
-        let silent = (!idle).then_some(since_beat);
+        let life = (call.is_some() || !idle).then(|| self.life());
         let late = |waited: &Duration| self.deadline.is_some_and(|deadline| *waited > deadline);
-        let stuck = call.or(silent).filter(late);
+        let stuck = life.map(|life| self.awake(life, now)).filter(late);
+        // With a sign of life in between, what was read is not of one moment.
+        let stuck = stuck.filter(|_| life == Some(self.life()));
+        let since_then = |then: u64| Duration::from_nanos(now.saturating_sub(then));
         let status = match (fault, stuck) {
             (Some(EngineFault::Stuck { step, waited }), _) => HealthStatus::Stuck {
                 step: *step,
@@ -107,9 +150,9 @@ impl Heartbeat {
             status,
             idle,
             draining,
-            since_beat,
+            since_beat: since_then(beat),
             step: self.step(),
-            device_call: call,
+            device_call: call.map(since_then),
         }
     }
 }
@@ -143,7 +186,7 @@ pub struct Health {
     /// Whether it takes no more requests, see [`Engine::drain`](crate::Engine::drain).
     pub draining: bool,
     /// How long ago the scheduler thread showed a sign of life. Grows without harm
-    /// while it is idle.
+    /// while it is idle, and while the process is stopped.
     pub since_beat: Duration,
     /// The step that the device was called for last.
     pub step: StepId,
@@ -255,27 +298,79 @@ pub(super) fn watch(
     Ok((pulse, is_over))
 }
 
+/// Keeps account of the time in which the process was not stopped.
+///
+/// The watchdog says before each nap when it is to end. If it ends later, nobody was awake
+/// in between, or the machine is so busy that lateness says nothing.
+struct Awake<'a> {
+    heart: &'a Heartbeat,
+    nap: u64,
+}
+
+impl<'a> Awake<'a> {
+    fn of(heart: &'a Heartbeat, deadline: Duration) -> Self {
+        let nap = (deadline / LOOKS).clamp(DEADLINES.0, LONGEST_NAP);
+        Self {
+            heart,
+            nap: nap.as_nanos() as u64,
+        }
+    }
+
+    /// The watchdog looks at `now`, and will look again after a nap. Gives the last sign
+    /// of life.
+    fn look(&self, now: u64) -> u64 {
+        let heart = self.heart;
+        let life = heart.life();
+        let noted = heart.slept_since.load(Ordering::Relaxed) == life;
+        let before = match noted {
+            true => heart.slept.load(Ordering::Relaxed),
+            false => 0,
+        };
+        let due = match heart.due.load(Ordering::Relaxed) {
+            // It was woken, just now as far as it can know.
+            NEVER => 0,
+            due => due,
+        };
+        let overslept = now.saturating_sub(due.max(life));
+        // In this order: whoever reads meanwhile takes too much for slept, never too
+        // little.
+        heart.slept.store(before + overslept, Ordering::Release);
+        heart.slept_since.store(life, Ordering::Release);
+        heart.due.store(now + self.nap, Ordering::Release);
+        life
+    }
+
+    fn nap(&self) -> Duration {
+        Duration::from_nanos(self.nap)
+    }
+
+    /// The watchdog will not look before it is woken.
+    fn rest(&self) {
+        self.heart.due.store(NEVER, Ordering::Release);
+    }
+}
+
 impl Watchdog {
-    /// Looks at the heartbeat about once a deadline, and not at all while the engine
-    /// is idle. Ends with the scheduler thread, or when it has given it up.
+    /// Looks at the heartbeat several times within a deadline, and not at all while the
+    /// engine is idle. Ends with the scheduler thread, or when it has given it up.
     fn run(self) {
+        let heart = Arc::clone(&self.heart);
+        let awake = Awake::of(&heart, self.deadline);
         loop {
-            let wait = match self.heart.running_call() {
-                Some((since, waited)) if waited >= self.deadline => {
-                    if self.heart.give_up(since) {
-                        return self.give_up(waited);
-                    }
-                    continue; // it has just returned
-                }
-                Some((_, waited)) => self.deadline - waited,
-                None => self.deadline,
-            };
+            let now = heart.now();
+            let since = awake.look(now);
+            let waited = heart.awake(since, now);
+            // Only a call can be given up. If another one runs by now, this one has returned.
+            if waited >= self.deadline && heart.give_up(since) {
+                return self.give_up(waited);
+            }
             let ended = if self.falls_asleep() {
+                awake.rest();
                 let nudged = self.nudges.recv();
                 self.heart.asleep.store(false, Ordering::SeqCst);
                 nudged.is_err()
             } else {
-                let looked = self.nudges.recv_deadline(Instant::now() + wait);
+                let looked = self.nudges.recv_deadline(Instant::now() + awake.nap());
                 looked == Err(RecvTimeoutError::Disconnected)
             };
             if ended {
@@ -303,5 +398,97 @@ impl Watchdog {
         let _ = self.fault.set(EngineFault::Stuck { step, waited });
         drop(self.over);
         self.waiters.wake_all();
+    }
+}
+
+#[cfg(all(test, not(any(feature = "loom", feature = "shuttle"))))]
+mod tests {
+    use super::*;
+
+    const DEADLINE: Duration = Duration::from_secs(120);
+    const SECOND: u64 = 1_000_000_000;
+
+    /// A thread in a device call that began in second 10.
+    fn calling() -> Heartbeat {
+        let heart = Heartbeat::new(Some(DEADLINE));
+        heart.idle.store(false, Ordering::SeqCst);
+        heart.beat.store(10 * SECOND, Ordering::Relaxed);
+        heart.call.store(10 * SECOND, Ordering::Relaxed);
+        heart
+    }
+
+    /// The watchdog looks once a second from the second `from` to before `to`. Gives how
+    /// long the call had run at its last look.
+    fn watched(heart: &Heartbeat, from: u64, to: u64) -> Duration {
+        let awake = Awake::of(heart, DEADLINE);
+        let mut waited = Duration::ZERO;
+        for second in from..to {
+            let since = awake.look(second * SECOND);
+            waited = heart.awake(since, second * SECOND);
+        }
+        waited
+    }
+
+    fn healthy(heart: &Heartbeat, second: u64) -> bool {
+        heart.health_at(second * SECOND, None, false).is_healthy()
+    }
+
+    #[test]
+    fn a_call_that_is_watched_for_the_whole_deadline_is_stuck() {
+        let heart = calling();
+        assert_eq!(watched(&heart, 10, 130), DEADLINE - LONGEST_NAP);
+        assert!(healthy(&heart, 130));
+        assert!(watched(&heart, 130, 132) > DEADLINE);
+        assert!(!healthy(&heart, 132));
+    }
+
+    #[test]
+    fn a_pause_of_the_process_is_not_held_against_the_call() {
+        let heart = calling();
+        watched(&heart, 10, 13);
+        // Stopped from second 13 to 138. Nobody may have looked yet who is asked first.
+        assert!(healthy(&heart, 138));
+        assert!(watched(&heart, 138, 139) <= Duration::from_secs(4));
+        assert!(healthy(&heart, 139));
+        // And once more, for a day.
+        let next = 139 + 86_400;
+        assert!(healthy(&heart, next));
+        assert!(watched(&heart, next, next + 1) <= Duration::from_secs(6));
+        // A call that is stuck all the same is found, by the time it was watched.
+        assert!(watched(&heart, next + 1, next + 110) < DEADLINE);
+        assert!(watched(&heart, next + 110, next + 130) >= DEADLINE);
+        assert!(!healthy(&heart, next + 130));
+    }
+
+    #[test]
+    fn a_pause_before_the_call_is_none_of_its_business() {
+        let heart = calling();
+        watched(&heart, 10, 12);
+        // Stopped until second 200, and a new call begins before the watchdog looks.
+        heart.beat.store(200 * SECOND, Ordering::Relaxed);
+        heart.call.store(200 * SECOND, Ordering::Relaxed);
+        assert!(healthy(&heart, 201));
+        assert!(watched(&heart, 201, 319) < DEADLINE);
+        assert!(watched(&heart, 319, 323) >= DEADLINE);
+    }
+
+    #[test]
+    fn a_pause_between_waking_the_watchdog_and_its_first_look_does_not_count() {
+        let heart = calling();
+        assert!(healthy(&heart, 500));
+        assert_eq!(watched(&heart, 500, 501), Duration::ZERO);
+        assert!(healthy(&heart, 501));
+        assert!(watched(&heart, 501, 621) >= DEADLINE);
+    }
+
+    /// Silence between two calls, such as in a waker that blocks, is judged alike.
+    #[test]
+    fn a_pause_of_the_process_outside_of_calls_does_not_make_it_unhealthy() {
+        let heart = calling();
+        heart.call.store(NO_CALL, Ordering::Relaxed);
+        watched(&heart, 10, 13);
+        assert!(healthy(&heart, 138));
+        watched(&heart, 138, 270);
+        assert!(!healthy(&heart, 270));
     }
 }

@@ -263,13 +263,21 @@ impl Scheduler {
         self.arrivals += 1;
         if let Some(session) = spec.session {
             // What is computed anew as a whole has no use for what is there.
-            let reusable = match spec.task.needs_every_row() {
+            // Nor has one that is not to see what was computed with another salt.
+            let kept = self.retained.get(session);
+            let foreign = kept.is_some_and(|kept| kept.table.salt() != spec.salt.as_ref());
+            let reusable = match spec.task.needs_every_row() || foreign {
                 true => &[],
                 false => spec.prompt.as_slice(),
             };
             self.cut_retained(session, reusable);
         }
         let tenant = self.tenants.open(&spec.tenant);
+        let same_salt = |leader: &SequenceKey| {
+            let leader = self.sequences.get(*leader);
+            leader.is_some_and(|leader| leader.spec.salt == spec.salt)
+        };
+        let leader = leader.filter(same_salt);
         let mut sequence = Sequence::new(id, spec, tenant, self.arrivals);
         sequence.leader = leader;
         let key = self.sequences.insert(sequence);
@@ -872,15 +880,16 @@ impl Scheduler {
         let length = sequence.tokens.len();
         let most = sequence.reusable();
         let blocks = self.cache.blocks_for(length);
+        let salt = sequence.spec.salt.as_ref();
         let kept = |session| Some((session, self.retained.get(session)?));
         if let Some(swapped) = &sequence.swapped {
             if swapped.step > self.cache.completed_step() {
                 return None; // the step that copies it out may yet fail
             }
             // All of them were reported.
-            let (known, unheld) = self
-                .cache
-                .lookup(&sequence.tokens, swapped.tokens.min(length - 1));
+            let (known, unheld) =
+                self.cache
+                    .lookup(salt, &sequence.tokens, swapped.tokens.min(length - 1));
             return Some(Start {
                 source: Source::Swapped,
                 computed: swapped.tokens,
@@ -910,7 +919,7 @@ impl Scheduler {
                 unheld: 0,
             });
         }
-        let (known, unheld) = self.cache.lookup(&sequence.tokens, most);
+        let (known, unheld) = self.cache.lookup(salt, &sequence.tokens, most);
         Some(Start {
             source: Source::Prefix,
             computed: known * self.cache.block_tokens(),

@@ -77,6 +77,8 @@ pub struct SequenceSpec {
     pub priority: i32,
     /// Who it is served for: waiting tenants are served evenly.
     pub tenant: Option<Arc<str>>,
+    /// Only sequences with the same salt share blocks through the prefix cache.
+    pub salt: Option<Arc<str>>,
     /// The session whose turn it is.
     pub session: Option<SessionId>,
     /// Which tokens may be chosen. It goes on with every token that is committed, and
@@ -96,6 +98,7 @@ impl SequenceSpec {
             stop_tokens: Arc::new([]),
             priority: 0,
             tenant: None,
+            salt: None,
             session: None,
             constraint: None,
         }
@@ -178,6 +181,7 @@ impl Sequence {
         arrival: u64,
     ) -> Self {
         let tokens = std::mem::take(&mut spec.prompt);
+        let table = BlockTable::salted(spec.salt.clone());
         Self {
             id,
             prompt_tokens: tokens.len(),
@@ -192,7 +196,7 @@ impl Sequence {
             last_sample: 0,
             touched: StepId::default(),
             since: StepId::default(),
-            table: BlockTable::default(),
+            table,
             swapped: None,
             followers: Vec::new(),
             leader: None,

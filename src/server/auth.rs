@@ -2,17 +2,18 @@
 
 use super::App;
 use super::error::ApiError;
+use crate::engine;
 use axum::extract::{Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use std::fmt;
 use std::sync::Arc;
-use subtle::{Choice, ConstantTimeEq};
+use subtle::{Choice, ConditionallySelectable, ConstantTimeEq};
 
 /// What a server may be asked without a key: whether it lives, and its page, which asks
 /// for the key itself.
-const OPEN: [&str; 6] = [
+pub(super) const OPEN: [&str; 6] = [
     "/",
     "/health",
     "/ready",
@@ -21,19 +22,54 @@ const OPEN: [&str; 6] = [
     "/openapi.json",
 ];
 
+/// Where clients of other APIs put a key.
+const API_KEY: &str = "x-api-key";
+
+/// What follows a key and says how urgent its requests may be.
+const MAX_PRIORITY: &str = "max-priority=";
+
+/// A key that opens a server.
+#[derive(Clone)]
+struct ApiKey {
+    secret: Box<str>,
+    /// In place of [`ServerOptions::max_priority`](super::ServerOptions).
+    max_priority: Option<i32>,
+}
+
+impl ApiKey {
+    fn parse(text: &str) -> Self {
+        let setting = text
+            .rsplit_once(char::is_whitespace)
+            .and_then(|(key, rest)| {
+                let priority = rest.strip_prefix(MAX_PRIORITY)?.parse().ok()?;
+                Some((key.trim_end(), priority))
+            });
+        let (secret, max_priority) = match setting {
+            Some((key, priority)) => (key, Some(priority)),
+            None => (text, None),
+        };
+        Self {
+            secret: secret.into(),
+            max_priority,
+        }
+    }
+}
+
 /// The keys that open a server. They are compared in constant time and never printed.
 #[derive(Clone, Default)]
-pub struct ApiKeys(Vec<Box<str>>);
+pub struct ApiKeys(Vec<ApiKey>);
 
 impl ApiKeys {
     /// One key a line or between commas; spaces around it, empty lines and what follows a
-    /// `#` at the beginning of a line do not count.
+    /// `#` at the beginning of a line do not count. `KEY max-priority=-5` lets the requests
+    /// of this key have a priority down to -5.
     pub fn parse(text: &str) -> Self {
         let lines = text
             .lines()
             .filter(|line| !line.trim_start().starts_with('#'));
         let keys = lines.flat_map(|line| line.split(',')).map(str::trim);
-        Self(keys.filter(|key| !key.is_empty()).map(Into::into).collect())
+        let keys = keys.filter(|key| !key.is_empty()).map(ApiKey::parse);
+        Self(keys.collect())
     }
 
     /// Whether there are none: then everybody is let in.
@@ -47,12 +83,64 @@ impl ApiKeys {
         self
     }
 
-    /// Whether `given` is one of the keys. Takes the same time whichever it is, and
-    /// however much of it is right.
-    fn admit(&self, given: &[u8]) -> bool {
-        let each = self.0.iter().map(|key| key.as_bytes().ct_eq(given));
-        each.fold(Choice::from(0), |found, equal| found | equal)
-            .into()
+    /// Which of the keys `given` is, the first of equal ones. Takes the same time whichever
+    /// it is, and however much of it is right.
+    fn find(&self, given: &[u8]) -> Option<usize> {
+        let (mut found, mut index) = (Choice::from(0), 0);
+        for (number, key) in self.0.iter().enumerate() {
+            let equal = key.secret.as_bytes().ct_eq(given);
+            index.conditional_assign(&(number as u64), equal & !found);
+            found |= equal;
+        }
+        bool::from(found).then_some(index as usize)
+    }
+}
+
+/// Who has sent a request, and what that allows.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Caller {
+    /// Which of the server's keys it has brought.
+    key: Option<usize>,
+    max_priority: i32,
+}
+
+impl Caller {
+    /// Whoever reaches a server that asks for no key.
+    pub fn without_key(app: &App) -> Self {
+        Self {
+            key: None,
+            max_priority: app.options.max_priority,
+        }
+    }
+
+    fn with_key(app: &App, index: usize) -> Self {
+        let key = app.options.api_keys.0.get(index);
+        let own = key.and_then(|key| key.max_priority);
+        Self {
+            key: Some(index),
+            max_priority: own.unwrap_or(app.options.max_priority),
+        }
+    }
+
+    /// Makes a request the caller's own: no more urgent than it may be, and apart from the
+    /// prompts of other keys.
+    pub fn admit(&self, request: &mut engine::Request) {
+        request.priority = self.priority(request.priority);
+        request.cache_salt = self.cache_salt(request.cache_salt.take());
+    }
+
+    /// The priority that a request gets which asks for this one.
+    pub fn priority(&self, asked: i32) -> i32 {
+        asked.max(self.max_priority)
+    }
+
+    /// The salt of a request that asks for this one. Those of two keys are never the same.
+    pub fn cache_salt(&self, asked: Option<Arc<str>>) -> Option<Arc<str>> {
+        let Some(key) = self.key else {
+            return asked;
+        };
+        let asked = asked.as_deref().unwrap_or_default();
+        Some(format!("{key} {asked}").into())
     }
 }
 
@@ -62,18 +150,30 @@ impl fmt::Debug for ApiKeys {
     }
 }
 
-/// Lets a request pass that brings a key, as `Authorization: Bearer KEY`.
-pub(super) async fn check(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+/// Lets a request pass that brings a key, as `Authorization: Bearer KEY` or `X-API-Key: KEY`.
+pub(super) async fn check(
+    State(app): State<Arc<App>>,
+    mut request: Request,
+    next: Next,
+) -> Response {
     let keys = &app.options.api_keys;
     if keys.is_empty() || OPEN.contains(&request.uri().path()) {
         return next.run(request).await;
     }
-    let given = request.headers().get(header::AUTHORIZATION);
-    let given = given.and_then(|value| bearer(value.as_bytes()));
+    let headers = request.headers();
+    let bearer = headers.get(header::AUTHORIZATION);
+    let bearer = bearer.and_then(|value| bearer_of(value.as_bytes()));
+    let plain = headers.get(API_KEY).map(|value| value.as_bytes());
+    let given = [bearer, plain.map(<[u8]>::trim_ascii)];
+    let [bearer, plain] = given.map(|key| keys.find(key?));
+    if let Some(key) = bearer.or(plain) {
+        let caller = Caller::with_key(&app, key);
+        request.extensions_mut().insert(caller);
+        return next.run(request).await;
+    }
     let problem = match given {
-        Some(given) if keys.admit(given) => return next.run(request).await,
-        Some(_) => "the API key is not known",
-        None => "an API key is needed, as 'Authorization: Bearer KEY'",
+        [None, None] => "an API key is needed, as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'",
+        _ => "the API key is not known",
     };
     let error = ApiError::new(StatusCode::UNAUTHORIZED, "authentication_error", problem);
     let mut response = error.code("invalid_api_key").into_response();
@@ -84,7 +184,7 @@ pub(super) async fn check(State(app): State<Arc<App>>, request: Request, next: N
     response
 }
 
-fn bearer(value: &[u8]) -> Option<&[u8]> {
+fn bearer_of(value: &[u8]) -> Option<&[u8]> {
     let (scheme, key) = value.split_at_checked(7)?;
     scheme
         .eq_ignore_ascii_case(b"bearer ")
@@ -99,19 +199,45 @@ mod tests {
     fn keys_are_read_from_lines_and_commas_and_never_shown() {
         let keys = ApiKeys::parse("# ours\n alpha \n\nbeta,gamma,\r\n");
         assert_eq!(format!("{keys:?}"), "3 keys");
-        for key in ["alpha", "beta", "gamma"] {
-            assert!(keys.admit(key.as_bytes()));
+        for (index, key) in ["alpha", "beta", "gamma"].into_iter().enumerate() {
+            assert_eq!(keys.find(key.as_bytes()), Some(index));
         }
         for key in ["", "alph", "alphaa", "# ours", "ours", "alpha beta"] {
-            assert!(!keys.admit(key.as_bytes()), "{key}");
+            assert_eq!(keys.find(key.as_bytes()), None, "{key}");
         }
+        let twice = ApiKeys::parse("one,two").join(ApiKeys::parse("two\none"));
+        assert_eq!(twice.find(b"two"), Some(1), "the first of equal ones");
+    }
+
+    #[test]
+    fn a_key_may_say_how_urgent_its_requests_may_be() {
+        let keys = ApiKeys::parse("alpha max-priority=-5\nbeta\ngamma max-priority=x");
+        let limits = keys.0.iter().map(|key| key.max_priority);
+        assert_eq!(limits.collect::<Vec<_>>(), [Some(-5), None, None]);
+        assert_eq!(keys.find(b"alpha"), Some(0));
+        assert_eq!(keys.find(b"gamma max-priority=x"), Some(2));
+    }
+
+    #[test]
+    fn two_keys_never_have_the_same_salt() {
+        let caller = |key| Caller {
+            key,
+            max_priority: 0,
+        };
+        let salt = |key, asked: Option<&str>| caller(key).cache_salt(asked.map(Into::into));
+        assert_eq!(salt(None, None), None);
+        assert_eq!(salt(None, Some("1 ")), Some("1 ".into()));
+        let each = [Some(1), Some(11)]
+            .map(|key| [None, Some("1 "), Some("a")].map(|asked| salt(key, asked)));
+        let all: std::collections::BTreeSet<_> = each.iter().flatten().collect();
+        assert_eq!(all.len(), 6);
     }
 
     #[test]
     fn a_key_comes_behind_the_word_bearer() {
-        assert_eq!(bearer(b"Bearer  k "), Some(&b"k"[..]));
-        assert_eq!(bearer(b"bearer k"), Some(&b"k"[..]));
-        assert_eq!(bearer(b"Basic k"), None);
-        assert_eq!(bearer(b"Bear"), None);
+        assert_eq!(bearer_of(b"Bearer  k "), Some(&b"k"[..]));
+        assert_eq!(bearer_of(b"bearer k"), Some(&b"k"[..]));
+        assert_eq!(bearer_of(b"Basic k"), None);
+        assert_eq!(bearer_of(b"Bear"), None);
     }
 }

@@ -273,7 +273,7 @@ pub(crate) async fn chat_completions(
     asked.keep_special |= prepared.keep_special;
     asked.prompt_logprobs = prompt_logprobs;
     let streams = app
-        .submit_turn(session, vec![asked], samples)
+        .submit_turn(&body.caller, session, vec![asked], samples)
         .await
         .map_err(|mut error| {
             // The fields by their names here.

@@ -124,7 +124,7 @@ pub(crate) async fn completions(
         ..template.clone()
     });
     let streams = app
-        .submit_turn(session, requests.collect(), candidates)
+        .submit_turn(&body.caller, session, requests.collect(), candidates)
         .await?;
     let envelope = Envelope::new(&app, id, "text_completion", model, usage_events);
     let mut writer = CompletionWriter::new(&app, envelope, &streams, candidates);

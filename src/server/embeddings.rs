@@ -6,7 +6,7 @@ use super::error::ApiError;
 use super::fields::Route;
 use super::integer;
 use super::json::JsonBody;
-use super::sampling::{Side, truncation};
+use super::sampling::{Side, cache_salt, truncation};
 use crate::engine::{CancelReason, EmbedRequest, Embedding, Prompt};
 use axum::Json;
 use axum::extract::State;
@@ -39,6 +39,8 @@ struct EmbeddingsRequest {
     user: Option<String>,
     #[serde(default, deserialize_with = "integer::optional")]
     priority: Option<i32>,
+    /// Whom it shares the prefix cache with.
+    cache_salt: Option<String>,
 }
 
 /// How vectors are written.
@@ -95,7 +97,8 @@ pub(crate) async fn embeddings(
         return Err(ApiError::invalid(problem).param("dimensions"));
     }
     let template = EmbedRequest {
-        priority: request.priority.unwrap_or(0),
+        priority: body.caller.priority(request.priority.unwrap_or(0)),
+        cache_salt: body.caller.cache_salt(cache_salt(request.cache_salt)?),
         tenant: request.user.filter(|user| !user.is_empty()).map(Into::into),
         ..EmbedRequest::new(Prompt::Tokens(Vec::new()))
     };

@@ -1,6 +1,7 @@
 //! What a request brings: its body, and the open part of its path.
 
 use super::App;
+use super::auth::Caller;
 use super::error::ApiError;
 use super::wording::plain;
 use axum::body::{Bytes, HttpBody};
@@ -13,23 +14,30 @@ use serde::de::DeserializeOwned;
 use std::sync::Arc;
 
 /// The bytes of a body that claims to be JSON; read within the limits of size and time.
-pub(crate) struct JsonBody(Bytes);
+pub(crate) struct JsonBody {
+    bytes: Bytes,
+    /// Who sent it.
+    pub caller: Caller,
+}
 
 impl JsonBody {
     /// The body as it came.
     pub fn bytes(&self) -> &[u8] {
-        &self.0
+        &self.bytes
     }
 
     /// A body that a test has written.
     #[cfg(test)]
     pub fn of(text: String) -> Self {
-        Self(text.into())
+        Self {
+            bytes: text.into(),
+            caller: Caller::default(),
+        }
     }
 
     /// The body as a `T`. Unknown fields are ignored; a wrong one is named.
     pub fn parse<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
-        let mut reader = serde_json::Deserializer::from_slice(&self.0);
+        let mut reader = serde_json::Deserializer::from_slice(&self.bytes);
         let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
             let path = error.path().to_string();
             let problem = error.into_inner();
@@ -60,7 +68,7 @@ impl JsonBody {
 
     /// As [`JsonBody::parse`]; no body at all means a `T` with nothing set.
     pub fn parse_or_default<T: DeserializeOwned + Default>(&self) -> Result<T, ApiError> {
-        if self.0.trim_ascii().is_empty() {
+        if self.bytes.trim_ascii().is_empty() {
             return Ok(T::default());
         }
         self.parse()
@@ -86,6 +94,24 @@ fn missing_field(problem: &str) -> Option<&str> {
     Some(field)
 }
 
+/// Refuses a body that does not say that it is JSON. Browsers ask the server first whether
+/// a page of another origin may send one that does.
+fn require_json(request: &Request) -> Result<(), ApiError> {
+    let problem = match request.headers().get(header::CONTENT_TYPE) {
+        Some(kind) => {
+            let kind = kind.to_str().unwrap_or("").to_ascii_lowercase();
+            let essence = kind.split(';').next().unwrap_or("").trim();
+            if essence == "application/json" || essence.ends_with("+json") {
+                return Ok(());
+            }
+            format!("the body is {essence:?}, expected application/json")
+        }
+        None if request.body().size_hint().exact() == Some(0) => return Ok(()),
+        None => "the body has no content type, expected application/json".to_owned(),
+    };
+    Err(unsupported(problem))
+}
+
 /// Refuses a body that is compressed: it would be read as what it is not, and its size
 /// would say nothing about what it holds.
 fn refuse_compressed(headers: &HeaderMap) -> Result<(), ApiError> {
@@ -108,16 +134,11 @@ fn unsupported(problem: String) -> ApiError {
 impl FromRequest<Arc<App>> for JsonBody {
     type Rejection = ApiError;
 
-    async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, ApiError> {
-        if let Some(kind) = request.headers().get(header::CONTENT_TYPE) {
-            let kind = kind.to_str().unwrap_or("").to_ascii_lowercase();
-            let essence = kind.split(';').next().unwrap_or("").trim();
-            if essence != "application/json" && !essence.ends_with("+json") {
-                let problem = format!("the body is {essence:?}, expected application/json");
-                return Err(unsupported(problem));
-            }
-        }
+    async fn from_request(mut request: Request, app: &Arc<App>) -> Result<Self, ApiError> {
+        require_json(&request)?;
         refuse_compressed(request.headers())?;
+        let caller = request.extensions_mut().remove::<Caller>();
+        let caller = caller.unwrap_or_else(|| Caller::without_key(app));
         let limit = app.options.max_body_bytes;
         let too_large = || {
             ApiError::new(
@@ -132,7 +153,10 @@ impl FromRequest<Arc<App>> for JsonBody {
         }
         let body = Limited::new(body, limit).collect();
         match tokio::time::timeout(app.options.body_timeout, body).await {
-            Ok(Ok(body)) => Ok(Self(body.to_bytes())),
+            Ok(Ok(body)) => Ok(Self {
+                bytes: body.to_bytes(),
+                caller,
+            }),
             Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
             Ok(Err(error)) => Err(ApiError::invalid(format!("the body ended early: {error}"))),
             Err(_) => Err(ApiError::new(

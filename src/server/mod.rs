@@ -36,6 +36,7 @@ mod envelope;
 mod error;
 pub mod fields;
 mod first_bytes;
+mod guard;
 mod health;
 mod integer;
 mod json;
@@ -67,11 +68,13 @@ pub use tls::TlsFiles;
 use crate::engine::{CancelReason, Drained, Engine, Prompt, Request, SubmitError, TokenStream};
 use crate::text::tools::ToolFormat;
 use crate::text::{EncodeOptions, Keywords, Tokenizer};
+use auth::Caller;
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Router, middleware};
 use error::ApiError;
+use guard::Guard;
 use serde::Deserialize;
 use sessions::{SessionTurn, Sessions};
 use snapshot::Snapshots;
@@ -84,7 +87,7 @@ use thiserror::Error;
 use tokio::net::{TcpListener, ToSocketAddrs};
 use tokio_rustls::TlsAcceptor;
 use tower_http::catch_panic::CatchPanicLayer;
-use tower_http::cors::{AllowOrigin, CorsLayer};
+use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer};
 use uuid::Uuid;
 
@@ -94,6 +97,9 @@ const LONG_PROMPT: usize = 16 << 10;
 
 /// The id of a request: the client's, or one of ours.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// How long a browser may remember the answer to a preflight.
+const PREFLIGHT_AGE: Duration = Duration::from_secs(600);
 
 /// How a server behaves.
 #[derive(Clone, Debug)]
@@ -134,6 +140,13 @@ pub struct ServerOptions {
     /// Origins whose pages may use the server from a browser (CORS), `*` for all; none
     /// but the server's own by default.
     pub allowed_origins: Vec<String>,
+    /// Names that the server is asked under beside that which it listens on, `*` for all.
+    /// Addresses, and names that the public DNS does not know, need not be listed. With
+    /// none here, all names are allowed if there are API keys or a certificate.
+    pub allowed_hosts: Vec<String>,
+    /// The most urgent [`Request::priority`](crate::Request) that a client may give its
+    /// requests, unless its key says another one: a lower number is taken for this one.
+    pub max_priority: i32,
     /// Certificate and key, to serve HTTPS; HTTP if `None`.
     pub tls: Option<TlsFiles>,
     /// Whether a schema with keywords that cannot be kept to is refused, or answered with
@@ -162,6 +175,8 @@ impl ServerOptions {
             drain_timeout: Duration::from_secs(30),
             api_keys: ApiKeys::default(),
             allowed_origins: Vec::new(),
+            allowed_hosts: Vec::new(),
+            max_priority: 0,
             tls: None,
             schema_keywords: Keywords::Lenient,
         }
@@ -186,6 +201,12 @@ pub enum ServeError {
         path: PathBuf,
         /// What is wrong with it.
         problem: String,
+    },
+    /// A host is not one.
+    #[error("{host:?} is no host, expected a name or an address like llm.example.com, or *")]
+    Host {
+        /// What was given.
+        host: String,
     },
     /// An origin is not one.
     #[error("{origin:?} is no origin, expected one like https://example.com, or *")]
@@ -230,7 +251,8 @@ impl Server {
         let tls = options.tls.as_ref().map(TlsFiles::acceptor).transpose()?;
         let listener = TcpListener::bind(address).await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
-        let app = Arc::new(App::new(engine, options));
+        let guard = Guard::new(&options, &name)?;
+        let app = Arc::new(App::new(engine, options, guard));
         Ok(Self {
             app,
             listener,
@@ -299,8 +321,11 @@ fn cors(origins: &[String]) -> Result<Option<CorsLayer>, ServeError> {
     let layer = CorsLayer::new()
         .allow_origin(allowed)
         .allow_methods([Method::GET, Method::POST, Method::DELETE])
-        .allow_headers([header::AUTHORIZATION, header::CONTENT_TYPE, REQUEST_ID])
-        .expose_headers([REQUEST_ID]);
+        // Clients send many of their own, such as `x-stainless-os`; none means anything here
+        // that a page of an allowed origin may not say.
+        .allow_headers(AllowHeaders::mirror_request())
+        .expose_headers([REQUEST_ID, header::RETRY_AFTER])
+        .max_age(PREFLIGHT_AGE);
     Ok(Some(layer))
 }
 
@@ -314,6 +339,10 @@ fn router(app: Arc<App>, cors: Option<CorsLayer>) -> Router {
         .layer(middleware::from_fn_with_state(
             Arc::clone(&app),
             health::close_while_draining,
+        ))
+        .layer(middleware::from_fn_with_state(
+            Arc::clone(&app),
+            guard::check,
         ))
         .layer(CatchPanicLayer::custom(panicked))
         .layer(tower::util::option_layer(cors))
@@ -400,10 +429,11 @@ pub(crate) struct App {
     responses: responses::Store,
     sessions: Sessions,
     snapshots: Snapshots,
+    guard: Guard,
 }
 
 impl App {
-    fn new(engine: Engine, options: ServerOptions) -> Self {
+    fn new(engine: Engine, options: ServerOptions, guard: Guard) -> Self {
         let device = engine
             .info()
             .model
@@ -419,6 +449,7 @@ impl App {
             responses: responses::Store::default(),
             sessions: Sessions::default(),
             snapshots: Snapshots::default(),
+            guard,
         }
     }
 
@@ -447,14 +478,16 @@ impl App {
         format!("{kind}-{}", Uuid::new_v4().simple())
     }
 
-    /// Submits requests, each for `samples` answers: in order, those of a request
-    /// together. Dropping one of the streams cancels it as a disconnect.
+    /// Submits requests of a caller, each for `samples` answers: in order, those of a
+    /// request together. Dropping one of the streams cancels it as a disconnect.
     async fn submit(
         self: &Arc<Self>,
-        requests: Vec<Request>,
+        caller: &Caller,
+        mut requests: Vec<Request>,
         samples: usize,
     ) -> Result<Vec<TokenStream>, ApiError> {
-        for request in &requests {
+        for request in &mut requests {
+            caller.admit(request);
             if let (Some(tokens), None) = (request.max_tokens, request.truncate_prompt) {
                 self.check_length(&request.prompt, tokens)?;
             }
@@ -467,17 +500,19 @@ impl App {
     /// As [`App::submit`], for the one answer of a session's turn if there is a session.
     async fn submit_turn(
         self: &Arc<Self>,
+        caller: &Caller,
         session: Option<SessionTurn>,
         mut requests: Vec<Request>,
         samples: usize,
     ) -> Result<Vec<TokenStream>, ApiError> {
         let Some(SessionTurn { id, prompt }) = session else {
-            return self.submit(requests, samples).await;
+            return self.submit(caller, requests, samples).await;
         };
-        let (Some(request), 0, 1) = (requests.pop(), requests.len(), samples) else {
+        let (Some(mut request), 0, 1) = (requests.pop(), requests.len(), samples) else {
             let problem = "a session answers one prompt at a time, with n = 1";
             return Err(ApiError::invalid(problem).param("session_id"));
         };
+        caller.admit(&mut request);
         let session = self.sessions.find(&id)?;
         let long = is_long(&request.prompt);
         let turn = move || Ok(session.turn(request, prompt)?);

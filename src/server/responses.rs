@@ -140,7 +140,8 @@ pub(crate) async fn create(
     let mut asked = asked.label(id.as_str());
     hold(&mut asked, prepared.constraint)?;
     asked.keep_special |= prepared.keep_special;
-    let streams = app.submit(vec![asked], 1).await.map_err(renamed)?;
+    let streams = app.submit(&body.caller, vec![asked], 1).await;
+    let streams = streams.map_err(renamed)?;
 
     let notices = prepared.notices;
     let store = request.store.unwrap_or(true);

@@ -9,6 +9,7 @@ use crate::sampling::{Constraint, SamplingParams, TokenLimits};
 use crate::text::{EncodeOptions, Tokenizer};
 use serde::Deserialize;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use uuid::Uuid;
 
 /// Stop strings of a request at most.
@@ -20,6 +21,9 @@ const MAX_BAD_WORD_BYTES: usize = 256;
 
 /// Log-probabilities of a request's prompt, per token.
 const MAX_PROMPT_LOGPROBS: u32 = 20;
+
+/// Characters of a cache salt at most; blocks of the prefix cache keep it.
+const MAX_SALT: usize = 128;
 
 /// How to choose tokens and when to stop: OpenAI's fields, and those that vLLM and
 /// llama.cpp add.
@@ -62,6 +66,8 @@ pub(crate) struct SamplingFields {
     priority: Option<i32>,
     /// What the client calls the request: part of the answer's id.
     request_id: Option<String>,
+    /// Whom it shares the prefix cache with.
+    cache_salt: Option<String>,
     /// The session whose turn it is.
     session_id: Option<String>,
 }
@@ -176,6 +182,7 @@ impl SamplingFields {
         request.max_tokens = max_tokens;
         request.finish_within = app.options.request_timeout;
         request.priority = self.priority.unwrap_or(0);
+        request.cache_salt = cache_salt(self.cache_salt)?;
         request.tenant = self.user.filter(|user| !user.is_empty()).map(Into::into);
         let default = SamplingParams::default();
         // No share of the probabilities leaves the likeliest token.
@@ -274,6 +281,16 @@ fn banned(words: &[String], tokenizer: &Tokenizer) -> Result<Vec<Vec<u32>>, ApiE
         }
     }
     Ok(banned)
+}
+
+/// A salt, as vLLM takes it: a string with something in it.
+pub(super) fn cache_salt(salt: Option<String>) -> Result<Option<Arc<str>>, ApiError> {
+    let length = salt.as_ref().map_or(1, |salt| salt.chars().count());
+    if (1..=MAX_SALT).contains(&length) {
+        return Ok(salt.map(Into::into));
+    }
+    let problem = format!("cache_salt has {length} characters, but must have from 1 to {MAX_SALT}");
+    Err(ApiError::invalid(problem).param("cache_salt"))
 }
 
 fn top_k(top_k: Option<i64>) -> Result<u32, ApiError> {

@@ -6,7 +6,7 @@ use super::http::{exchange, get};
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 /// How long the server may take to fall idle.
@@ -21,14 +21,23 @@ pub struct Serve {
 impl Serve {
     /// Starts it on a free port, with these arguments beside the model.
     pub fn start(model: &Path, arguments: &[&str]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_quell"))
+        Self::spawn(&mut Self::command(model, arguments))
+    }
+
+    /// What starts it so.
+    pub fn command(model: &Path, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_quell"));
+        command
             .args(["serve", "--device", "cpu", "--port", "0", "--model"])
             .arg(model)
             .args(arguments)
-            .env_remove("QUELL_LOG")
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+            .env_remove("QUELL_LOG");
+        command
+    }
+
+    /// Runs a command that starts it, and waits until it listens.
+    pub fn spawn(command: &mut Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap());
         let mut line = String::new();
         lines.read_line(&mut line).unwrap();
@@ -78,12 +87,34 @@ impl Serve {
 
     /// Told to stop, it finishes what it has and stops.
     pub fn ends_when_told(mut self) {
-        let pid = self.child.id().to_string();
-        let told = Command::new("kill").args(["-TERM", &pid]).status().unwrap();
-        assert!(told.success());
-        let ended = self.child.wait().unwrap();
+        self.signal("TERM");
+        let ended = self.ended();
         assert!(ended.success(), "{ended}");
     }
+
+    /// Sends it a signal.
+    pub fn signal(&self, name: &str) {
+        signal(&self.child, name);
+    }
+
+    /// Waits until it has ended.
+    pub fn ended(&mut self) -> ExitStatus {
+        self.child.wait().unwrap()
+    }
+
+    /// What it writes to stderr, if its command has a pipe there.
+    pub fn take_stderr(&mut self) -> ChildStderr {
+        self.child.stderr.take().unwrap()
+    }
+}
+
+/// Sends a process a signal.
+pub fn signal(child: &Child, name: &str) {
+    let pid = child.id().to_string();
+    let kill = Command::new("kill")
+        .args([&format!("-{name}"), &pid])
+        .status();
+    assert!(kill.unwrap().success());
 }
 
 impl Drop for Serve {

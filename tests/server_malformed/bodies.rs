@@ -34,6 +34,11 @@ pub fn cases() -> Vec<Case> {
             Expected::refused(415),
         );
     }
+    add(
+        "no content type",
+        with_headers("", GOOD),
+        Expected::refused(415),
+    );
     for (name, sent) in too_large() {
         add(name, sent, Expected::refused(413));
     }

@@ -71,7 +71,7 @@ fn a_body_that_never_ends_is_refused_as_late() {
         assert_eq!(reply.json()["error"]["type"], "timeout_error");
     }
     let mut connection = Connection::open(server.address);
-    let chunked = "POST /v1/completions HTTP/1.1\r\nHost: quell\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{\"mod";
+    let chunked = "POST /v1/completions HTTP/1.1\r\nHost: quell\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{\"mod";
     connection.send(chunked.as_bytes()).unwrap();
     assert_eq!(connection.reply().expect("a refusal").status, 408);
     assert_eq!(idle(&server.engine).outcomes.accepted, 0);

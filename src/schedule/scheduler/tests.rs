@@ -141,7 +141,7 @@ fn a_step_from_before_a_restart_publishes_nothing() {
     bench.scheduler.remove(urgent);
     assert_eq!(rows(&bench.launch().unwrap()), [(0, 4)]);
     assert!(bench.running(usual), "it has started again");
-    let known = |bench: &Bench| bench.scheduler.cache().lookup(&tokens, 12).0;
+    let known = |bench: &Bench| bench.scheduler.cache().lookup(None, &tokens, 12).0;
     bench.complete(7);
     assert_eq!(known(&bench), 0);
     bench.complete(7);
@@ -1019,4 +1019,42 @@ fn a_preempted_sequence_keeps_what_its_constraint_has_accepted() {
         finished.sort_unstable();
         assert_eq!(finished, [first, held]);
     }
+}
+
+#[test]
+fn sequences_with_different_salts_share_nothing() {
+    let salted = |salt: &str, spec: SequenceSpec| SequenceSpec {
+        salt: Some(salt.into()),
+        ..spec
+    };
+    let mut bench = Bench::new(32, Policy::default());
+    let first = bench.add(salted("one", turn(50, prompt(9, 1), 1)));
+    bench.step();
+    let tokens = bench.sequence(first).tokens.clone();
+    bench.scheduler.close(first, keep(tokens.len()));
+    // Another salt finds nothing in the cache, and nor does none.
+    bench.add(salted("two", spec(prompt(9, 1), 1)));
+    assert_eq!(rows(&bench.step()), [(0, 9)]);
+    bench.add(spec(prompt(9, 1), 1));
+    assert_eq!(rows(&bench.step()), [(0, 9)]);
+    bench.add(salted("one", spec(prompt(9, 1), 1)));
+    assert_eq!(rows(&bench.step()), [(8, 1)], "two whole blocks are known");
+    // A fork has the salt of its session, and a turn with another one starts anew.
+    bench.scheduler.fork_session(SessionId(50), SessionId(51));
+    bench.add(salted("one", turn(51, prompt(12, 1), 1)));
+    assert_eq!(rows(&bench.step()), [(9, 3)]);
+    bench.add(salted("two", turn(50, prompt(12, 1), 1)));
+    assert_eq!(
+        rows(&bench.step()),
+        [(8, 4)],
+        "what the second one has left"
+    );
+    assert_eq!(bench.scheduler.kept(SessionId(50)).tokens, 0);
+    // A sample with another salt does not follow its leader.
+    let leader = bench.add(salted("one", spec(prompt(9, 7), 1)));
+    let other = salted("two", spec(prompt(9, 7), 1));
+    bench
+        .scheduler
+        .add_follower(SessionId(90), other, Some(leader));
+    assert_eq!(rows(&bench.step()), [(0, 9), (0, 9)]);
 }

@@ -558,7 +558,11 @@ const FIELDS: &[RequestField] = &[
         &[Completions, Chat, Responses, Embeddings],
         "whom fairness counts the request for",
     ),
-    honoured("priority", &[Completions, Chat, Responses, Embeddings], ""),
+    honoured(
+        "priority",
+        &[Completions, Chat, Responses, Embeddings],
+        "no more urgent than --max-priority",
+    ),
     honoured("request_id", CHOICES, "part of the answer's id"),
     refused(
         "request_id",
@@ -599,11 +603,10 @@ const FIELDS: &[RequestField] = &[
         TEXT,
         "a cached prefix gives the same tokens",
     ),
-    refused(
+    honoured(
         "cache_salt",
         &[Completions, Chat, Responses, Embeddings],
-        NEVER,
-        "",
+        "only requests with the same one share what is cached",
     ),
     accepted("id_slot", TEXT, "there are no slots"),
     accepted("service_tier", &[Chat, Responses], "there is one tier"),

@@ -378,7 +378,8 @@ impl Callers {
             request = request.prompt_logprobs(0);
         }
         if let Some(tenant) = ask.tenant {
-            request = request.tenant(["one", "two"][usize::from(tenant) % 2]);
+            let name = ["one", "two"][usize::from(tenant) % 2];
+            request = request.tenant(name).cache_salt(name);
         }
         match ask.overdue {
             Some(true) => request = request.first_token_within(Duration::ZERO),
@@ -401,6 +402,7 @@ impl Callers {
             finish_within: request.finish_within,
             priority: request.priority,
             tenant: request.tenant,
+            cache_salt: request.cache_salt,
             ..EmbedRequest::new(request.prompt)
         });
         match embedding {

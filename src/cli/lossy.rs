@@ -1,0 +1,256 @@
+//! A writer for the log that never makes anybody wait.
+//!
+//! Lines go through a bounded queue to a thread that writes them. When what it writes to
+//! is not read, such as the pipe of a log collector that has stopped, the queue fills up,
+//! and further lines are dropped and counted.
+
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+use std::io::{self, Write};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread::Builder;
+use std::time::{Duration, Instant};
+
+/// Most lines in the queue.
+const MAX_LINES: usize = 8192;
+/// Most bytes in the queue.
+const MAX_BYTES: usize = 4 << 20;
+
+/// Name of the counter of lines that were dropped.
+pub const DROPPED: &str = "quell_log_lines_dropped_total";
+
+enum Message {
+    Line(Vec<u8>),
+    /// All lines before it have been written when the sender is used.
+    Flush(Sender<()>),
+}
+
+#[derive(Default)]
+struct Shared {
+    queued_bytes: AtomicUsize,
+    dropped: AtomicU64,
+    counter: OnceLock<metrics::Counter>,
+}
+
+impl Shared {
+    fn drop_line(&self) {
+        self.dropped.fetch_add(1, Ordering::Relaxed);
+        if let Some(counter) = self.counter.get() {
+            counter.increment(1);
+        }
+    }
+}
+
+/// Queues what is written, a line with each call; clones write to the same queue.
+#[derive(Clone)]
+pub struct Lossy {
+    messages: Sender<Message>,
+    shared: Arc<Shared>,
+}
+
+impl Lossy {
+    /// Starts the thread that writes to `out`. It calls `report` with the number of lines
+    /// that were dropped once there is room again.
+    pub fn start(
+        out: impl Write + Send + 'static,
+        report: impl Fn(u64) + Send + 'static,
+    ) -> io::Result<Self> {
+        let (messages, queue) = bounded(MAX_LINES);
+        let shared = Arc::<Shared>::default();
+        let writer = QueueWriter {
+            queue,
+            shared: Arc::clone(&shared),
+            out,
+            reported: 0,
+        };
+        Builder::new()
+            .name("quell-log".to_owned())
+            .spawn(move || writer.run(report))?;
+        Ok(Self { messages, shared })
+    }
+
+    /// Counts dropped lines in the metrics recorder that is installed now.
+    pub fn count(&self) {
+        let counter = self.shared.counter.get_or_init(|| {
+            let what = "Lines of the log that were dropped because nobody read them";
+            metrics::describe_counter!(DROPPED, what);
+            metrics::counter!(DROPPED)
+        });
+        counter.absolute(self.dropped());
+    }
+
+    /// Lines that were dropped so far.
+    pub fn dropped(&self) -> u64 {
+        self.shared.dropped.load(Ordering::Relaxed)
+    }
+
+    /// Waits until what is queued now has been written, but no longer than `bound`. Returns
+    /// whether it has been.
+    pub fn flush(&self, bound: Duration) -> bool {
+        let until = Instant::now() + bound;
+        let (done, is_done) = bounded(1);
+        let asked = self.messages.send_deadline(Message::Flush(done), until);
+        asked.is_ok() && is_done.recv_deadline(until).is_ok()
+    }
+}
+
+impl Write for Lossy {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let queued = self
+            .shared
+            .queued_bytes
+            .fetch_add(line.len(), Ordering::Relaxed);
+        let fits = queued.saturating_add(line.len()) <= MAX_BYTES;
+        let sent = match fits {
+            true => self.messages.try_send(Message::Line(line.to_vec())),
+            false => Err(TrySendError::Full(Message::Line(Vec::new()))),
+        };
+        if sent.is_err() {
+            self.shared
+                .queued_bytes
+                .fetch_sub(line.len(), Ordering::Relaxed);
+            self.shared.drop_line();
+        }
+        // The writer of a log has nobody to tell.
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The thread's end of the queue.
+struct QueueWriter<W> {
+    queue: Receiver<Message>,
+    shared: Arc<Shared>,
+    out: W,
+    /// How many dropped lines were reported.
+    reported: u64,
+}
+
+impl<W: Write> QueueWriter<W> {
+    fn run(mut self, report: impl Fn(u64)) {
+        while let Ok(message) = self.queue.recv() {
+            match message {
+                Message::Line(line) => {
+                    let written = self.out.write_all(&line);
+                    self.shared
+                        .queued_bytes
+                        .fetch_sub(line.len(), Ordering::Relaxed);
+                    if written.is_err() {
+                        // A report would be lost as well.
+                        self.shared.drop_line();
+                        self.reported = self.shared.dropped.load(Ordering::Relaxed);
+                    }
+                }
+                Message::Flush(done) => {
+                    let _ = self.out.flush();
+                    let _ = done.try_send(());
+                }
+            }
+            let dropped = self.shared.dropped.load(Ordering::Relaxed);
+            // Not before there is room for the report, and for some lines after it.
+            if dropped > self.reported && self.queue.len() <= MAX_LINES / 2 {
+                report(dropped - self.reported);
+                self.reported = dropped;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::{Mutex, mpsc};
+
+    /// Each write waits for a permit, until there are none to come.
+    struct Gated {
+        permits: mpsc::Receiver<()>,
+        written: Arc<Mutex<Vec<u8>>>,
+    }
+
+    impl Write for Gated {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let _ = self.permits.recv();
+            self.written.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn gated() -> (
+        Lossy,
+        mpsc::Sender<()>,
+        mpsc::Receiver<u64>,
+        Arc<Mutex<Vec<u8>>>,
+    ) {
+        let (permit, permits) = mpsc::channel();
+        let (report, reports) = mpsc::channel();
+        let written = Arc::<Mutex<Vec<u8>>>::default();
+        let out = Gated {
+            permits,
+            written: Arc::clone(&written),
+        };
+        let report = move |lost| {
+            let _ = report.send(lost);
+        };
+        (Lossy::start(out, report).unwrap(), permit, reports, written)
+    }
+
+    #[test]
+    fn lines_that_nobody_reads_are_dropped_counted_and_reported() {
+        let (mut log, permit, reports, written) = gated();
+        let lines = 3 * MAX_LINES;
+        for line in 0..lines {
+            log.write_all(format!("{line}\n").as_bytes()).unwrap();
+        }
+        let dropped = log.dropped();
+        let queued = lines - dropped as usize;
+        // The thread may have taken one line out of the queue.
+        assert!((MAX_LINES..=MAX_LINES + 1).contains(&queued), "{queued}");
+        assert!(!log.flush(Duration::from_millis(1)), "nothing is written");
+        drop(permit);
+        assert!(log.flush(Duration::from_secs(600)));
+        assert_eq!(reports.recv().unwrap(), log.dropped());
+        assert!(written.lock().unwrap().starts_with(b"0\n1\n2\n"));
+        log.write_all(b"the end\n").unwrap();
+        assert!(log.flush(Duration::from_secs(600)));
+        assert!(written.lock().unwrap().ends_with(b"the end\n"));
+        assert!(reports.try_recv().is_err(), "they are reported once");
+    }
+
+    #[test]
+    fn long_lines_take_no_more_memory_than_is_set_apart() {
+        let (mut log, permit, _, written) = gated();
+        let line = [b'x'; MAX_BYTES / 4];
+        for _ in 0..16 {
+            log.write_all(&line).unwrap();
+        }
+        assert_eq!(log.dropped(), 12);
+        drop(permit);
+        assert!(log.flush(Duration::from_secs(600)));
+        assert_eq!(written.lock().unwrap().len(), MAX_BYTES);
+    }
+
+    #[test]
+    fn an_output_that_fails_loses_lines_and_nothing_else() {
+        struct Closed;
+        impl Write for Closed {
+            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+                Err(io::ErrorKind::BrokenPipe.into())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let mut log = Lossy::start(Closed, |lost| panic!("{lost} reported")).unwrap();
+        log.write_all(b"one\n").unwrap();
+        log.write_all(b"two\n").unwrap();
+        assert!(log.flush(Duration::from_secs(600)));
+        assert_eq!(log.dropped(), 2);
+    }
+}
