@@ -324,7 +324,12 @@ fn cors(origins: &[String]) -> Result<Option<CorsLayer>, ServeError> {
         // Clients send many of their own, such as `x-stainless-os`; none means anything here
         // that a page of an allowed origin may not say.
         .allow_headers(AllowHeaders::mirror_request())
-        .expose_headers([REQUEST_ID, header::RETRY_AFTER])
+        .expose_headers([
+            REQUEST_ID,
+            header::RETRY_AFTER,
+            notices::SKIPPED_TOOLS,
+            notices::UNENFORCED,
+        ])
         .max_age(PREFLIGHT_AGE);
     Ok(Some(layer))
 }
