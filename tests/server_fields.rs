@@ -673,6 +673,20 @@ fn a_request_brings_a_template_only_where_it_is_trusted() {
 }
 
 #[test]
+fn a_chat_template_of_the_operator_takes_the_place_of_the_models_own() {
+    let mut tokenizer = tokenizer(&model::smollm2());
+    let template = "{{ bos_token }}|{% for m in messages %}{{ m.content }}{% endfor %}";
+    tokenizer.set_chat_template(template).unwrap();
+    assert!(tokenizer.set_chat_template("{% for %}").is_err());
+    let server = TestServer::start(null_engine(tokenizer, EngineConfig::default()), options());
+    let body = json!({"messages": [{"role": "user", "content": "Hi"}]});
+    let tokens = ask(server.address, "/tokenize", &body);
+    let body = json!({"tokens": tokens["tokens"]});
+    let prompt = ask(server.address, "/detokenize", &body);
+    assert_eq!(prompt["prompt"], "<|im_start|>|Hi");
+}
+
+#[test]
 fn documents_reach_a_template_that_takes_them() {
     let template = "{{ messages[0].content }}{% for d in documents %}{{ d.text }}{% endfor %}";
     let server = TestServer::start(parrot::engine(template), options());

@@ -404,7 +404,11 @@ const FIELDS: &[RequestField] = &[
         NEVER,
         "send structured_outputs.grammar, in Lark's notation",
     ),
-    refused("prediction", &[Chat], NEVER, "answers are not predicted"),
+    accepted(
+        "prediction",
+        &[Chat],
+        "it is about speed; the answer is the same",
+    ),
     // Tools.
     honoured("tools", &[Chat, Responses, Tokenize], ""),
     honoured("tool_choice", &[Chat, Responses, Tokenize], ""),
