@@ -510,6 +510,7 @@ fn evidence(route: Route, name: &str) -> Option<Evidence> {
         "store" => Wrong(json!({"store": "yes"})),
         "user" => Wrong(json!({"user": 5})),
         "priority" => Wrong(json!({"priority": "high"})),
+        "cache_salt" => Wrong(json!({"cache_salt": ""})),
         "request_id" => Shows(none, json!({"request_id": "mine"}), |seen| {
             seen.after["id"].as_str().unwrap().ends_with("-mine")
         }),
