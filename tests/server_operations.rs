@@ -279,6 +279,132 @@ fn headers_and_bodies_that_never_end_are_cut_off() {
     assert_eq!(answered(server.address, &request).status, 200);
 }
 
+/// A limit of time that a test can reach.
+const SHORT: Duration = Duration::from_millis(200);
+
+/// A connection that has been used once.
+fn used(address: SocketAddr) -> Connection {
+    // The limit on the first request's head may be too short for this machine.
+    loop {
+        let mut connection = Connection::open(address);
+        let _ = connection.send(&get("/health"));
+        if let Some(reply) = connection.reply() {
+            assert_eq!(reply.status, 200);
+            return connection;
+        }
+    }
+}
+
+#[test]
+fn a_connection_may_be_idle_for_longer_than_a_head_may_take() {
+    let server = start(|options| options.header_timeout = SHORT);
+    let mut idle = used(server.address);
+    assert!(!idle.answers_within(3 * SHORT), "it was closed");
+    // Nor does an empty line between requests begin one.
+    idle.send(b"\r\n").unwrap();
+    assert!(!idle.answers_within(3 * SHORT), "it was closed");
+    idle.send(&get("/health")).unwrap();
+    assert_eq!(idle.reply().expect("it is still open").status, 200);
+    // The time runs once a head has begun.
+    idle.send(b"GET /health HTTP/1.1\r\nHo").unwrap();
+    assert!(idle.reply().is_none_or(|reply| reply.status == 408));
+}
+
+#[test]
+fn a_connection_that_is_idle_for_too_long_is_closed() {
+    let server = start(|options| options.keep_alive_timeout = SHORT);
+    let mut idle = used(server.address);
+    assert!(idle.reply().is_none());
+    // What is being answered is not idle.
+    assert_eq!(
+        ask(server.address, &post("/v1/completions", COMPLETION)).status,
+        200
+    );
+}
+
+/// A server whose answers end when the permits are dropped, and what must be kept.
+fn gated(change: impl FnOnce(&mut ServerOptions)) -> (TestServer, std::sync::mpsc::Sender<()>) {
+    let (permits, gate) = std::sync::mpsc::channel();
+    let sim = SimOptions {
+        gate: Some(gate),
+        ..SimOptions::default()
+    };
+    let config = EngineConfig::default();
+    let engine = sim::engine_with_text(sim, config, tokenizer(&model::smollm2()));
+    let mut options = options();
+    change(&mut options);
+    (TestServer::start(engine, options), permits)
+}
+
+/// A stream that has begun.
+fn streaming(address: SocketAddr) -> Connection {
+    let mut stream = Connection::open(address);
+    stream.send(&post("/v1/completions", streamed())).unwrap();
+    assert_eq!(stream.head().expect("an answer").status, 200);
+    stream
+}
+
+#[test]
+fn idle_connections_make_room_for_new_ones() {
+    let (server, permits) = gated(|options| {
+        options.max_connections = 3;
+        options.max_connections_per_address = Some(3);
+    });
+    let address = server.address;
+    let mut stream = streaming(address);
+    let mut oldest = used(address);
+    let mut newest = used(address);
+    let mut new = used(address);
+    assert!(oldest.reply().is_none(), "it makes room");
+    for kept in [&mut newest, &mut new] {
+        kept.send(&get("/health")).unwrap();
+        assert_eq!(kept.reply().expect("it is kept").status, 200);
+    }
+    // One that has not said anything yet is no better.
+    let mut silent: Vec<_> = (0..10).map(|_| Connection::open(address)).collect();
+    assert_eq!(ask(address, &get("/health")).status, 200);
+    assert!(silent[0].reply().is_none(), "it makes room");
+    drop(permits);
+    assert!(events(&mut stream).ends_with("data: [DONE]\n\n"));
+}
+
+#[test]
+fn one_address_has_only_so_many_connections() {
+    let (server, permits) = gated(|options| options.max_connections_per_address = Some(2));
+    let address = server.address;
+    let mut streams = [streaming(address), streaming(address)];
+    let mut third = Connection::open(address);
+    let _ = third.send(&get("/health"));
+    assert!(third.reply().is_none(), "it is refused");
+    // From elsewhere there is room.
+    let socket = socket_from([127, 0, 0, 2], address);
+    let mut other = Connection::over(socket);
+    other.send(&get("/health")).unwrap();
+    assert_eq!(other.reply().expect("an answer").status, 200);
+    drop(permits);
+    for stream in &mut streams {
+        assert!(events(stream).ends_with("data: [DONE]\n\n"));
+    }
+    // The streams' connections are idle now.
+    assert_eq!(ask(address, &get("/health")).status, 200);
+}
+
+/// A connection from another address of this machine.
+fn socket_from(own: [u8; 4], address: SocketAddr) -> std::net::TcpStream {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let connect = async {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind(SocketAddr::from((own, 0))).unwrap();
+        socket.connect(address).await.unwrap().into_std().unwrap()
+    };
+    let socket = runtime.block_on(connect);
+    socket.set_nonblocking(false).unwrap();
+    socket
+}
+
 /// Files with a certificate for this machine, and its key.
 fn certificate(folder: &std::path::Path) -> (TlsFiles, Vec<u8>) {
     let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();

@@ -4,7 +4,7 @@ use super::args::{CliError, ModelArgs};
 use super::logging;
 use super::signals::Signals;
 use clap::Args;
-use quell::server::{ApiKeys, Metrics, Server, ServerOptions, TlsFiles};
+use quell::server::{ApiKeys, HalfClose, Metrics, Server, ServerOptions, TlsFiles};
 use quell::text::Keywords;
 use quell::text::tools::ToolFormat;
 use quell::{Engine, EngineFault, HealthStatus, Shutdown};
@@ -99,16 +99,29 @@ struct HttpArgs {
     /// Requests that may be open at the same time; one more is refused with status 429.
     #[arg(long, value_name = "N", default_value_t = 4096)]
     max_open_requests: usize,
-    /// Connections at the same time; more wait to be accepted.
+    /// Connections at the same time, or fewer if the process may not open so many files;
+    /// more wait to be accepted, and idle ones are closed to make room.
     #[arg(long, value_name = "N", default_value_t = 8192)]
     max_connections: usize,
+    /// Connections from one address; one more is refused unless another one is idle
+    /// [default: half of all].
+    #[arg(long, value_name = "N")]
+    max_connections_per_address: Option<usize>,
+    /// How long a connection may be unused between requests before it is closed; longer
+    /// than a proxy before the server keeps its own.
+    #[arg(long, value_name = "SECONDS", default_value_t = 90)]
+    keep_alive_timeout: u64,
+    /// What it means that an HTTP/1 client sends no more while it waits for its answer:
+    /// cancel (it is gone) or finish (it may still read).
+    #[arg(long, value_name = "MEANING", default_value = "cancel")]
+    half_close: HalfClose,
     /// Size of a request's body at most.
     #[arg(long, value_name = "MIB", default_value_t = 32)]
     max_body_mib: usize,
     /// How long an answer may take; 0 for without end.
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     request_timeout: u64,
-    /// How long a client may leave its answer unread before it is cut off.
+    /// How long a client may take nothing of its answer before it is cut off.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     write_timeout: u64,
     /// Sessions that may be open at the same time; one more is refused.
@@ -336,6 +349,11 @@ impl HttpArgs {
             ("--max-open-requests", self.max_open_requests),
             ("--max-connections", self.max_connections),
             ("--max-body-mib", self.max_body_mib),
+            (
+                "--max-connections-per-address",
+                self.max_connections_per_address.unwrap_or(1),
+            ),
+            ("--keep-alive-timeout", self.keep_alive_timeout as usize),
             ("--write-timeout", self.write_timeout as usize),
             ("--session-ttl", self.session_ttl as usize),
         ] {
@@ -362,9 +380,12 @@ impl HttpArgs {
             .zip(self.tls_key.clone())
             .map(|(certificate, key)| TlsFiles { certificate, key });
         options.max_connections = self.max_connections;
+        options.max_connections_per_address = self.max_connections_per_address;
         options.max_body_bytes = self.max_body_mib.saturating_mul(1 << 20);
         let seconds = |seconds| Duration::from_secs(seconds);
         options.request_timeout = (self.request_timeout > 0).then(|| seconds(self.request_timeout));
+        options.keep_alive_timeout = seconds(self.keep_alive_timeout);
+        options.half_close = self.half_close;
         options.write_timeout = seconds(self.write_timeout);
         options.max_sessions = self.max_sessions;
         options.session_ttl = seconds(self.session_ttl);

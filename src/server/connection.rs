@@ -1,21 +1,35 @@
-//! Connections: accepted up to a limit, with a time for everything that a client may
+//! Connections: accepted up to a limit, with a time limit on everything that a client may
 //! keep the server waiting for.
+//!
+//! A client that goes away ends its connection's task, which drops hyper's connection,
+//! and with it the handlers and the answers.
 
-use super::ServerOptions;
-use super::first_bytes::FirstBytes;
+mod activity;
+mod admission;
+mod exchange;
+mod files;
+mod progress;
+mod socket;
+mod watched;
+
+use super::{HalfClose, ServerOptions};
+use activity::{Activity, Late};
+use admission::{Admission, Place};
 use axum::Router;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use exchange::Exchanges;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
-use hyper_util::server::graceful::GracefulShutdown;
-use hyper_util::service::TowerToHyperService;
-use socket2::{SockRef, TcpKeepalive};
-use std::future::Future;
+use progress::{Progress, Streams};
+use socket::Socket;
+use std::future::{Future, ready};
+use std::io;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
-use tokio::time::timeout;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
 use tokio_io_timeout::TimeoutStream;
 use tokio_rustls::TlsAcceptor;
 
@@ -28,22 +42,53 @@ const HEADER_BYTES: usize = 64 << 10;
 /// How long to wait when no connection can be accepted: no file descriptors are left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// Requests that a connection of HTTP/2 may have open at the same time.
+const CONCURRENT_STREAMS: u32 = 128;
+
+/// Bytes of an answer that HTTP/2 may hold back for a client's windows.
+const STREAM_SEND_BUFFER: usize = 64 << 10;
+
+/// Streams that a client of HTTP/2 may have reset before the server has looked at them;
+/// with more the connection is closed ("rapid reset").
+const RESET_STREAMS: usize = 20;
+
+/// Streams of a client of HTTP/2 that may have to be reset for errors in its frames before
+/// the connection is closed.
+const FAULTY_STREAMS: usize = 256;
+
 /// What connections are held to.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
     header_timeout: Duration,
+    keep_alive_timeout: Duration,
     write_timeout: Duration,
+    half_close: HalfClose,
     connections: usize,
+    per_address: usize,
 }
 
 impl Limits {
     pub fn of(options: &ServerOptions) -> Self {
+        let connections = files::limit(options.max_connections);
+        // Half of them, so that no client alone can keep all others out.
+        let per_address = options.max_connections_per_address;
         Self {
             header_timeout: options.header_timeout,
+            keep_alive_timeout: options.keep_alive_timeout,
             write_timeout: options.write_timeout,
-            connections: options.max_connections.clamp(1, Semaphore::MAX_PERMITS),
+            half_close: options.half_close,
+            connections,
+            per_address: per_address.unwrap_or(connections / 2).max(1),
         }
     }
+}
+
+/// What all connections share.
+struct Service {
+    builder: Builder<Streams>,
+    router: Router,
+    limits: Limits,
+    tls: Option<TlsAcceptor>,
 }
 
 /// Serves connections until `end` is done, then lets them finish what they are at.
@@ -54,102 +99,177 @@ pub(super) async fn serve<T>(
     limits: Limits,
     end: impl Future<Output = T>,
 ) -> T {
-    let permits = Arc::new(Semaphore::new(limits.connections));
-    let graceful = GracefulShutdown::new();
-    let builder = Arc::new(builder(limits));
+    let service = Arc::new(Service {
+        builder: builder(&limits),
+        router,
+        limits,
+        tls,
+    });
+    let admission = Arc::new(Admission::new(limits.connections, limits.per_address));
+    let (stop, stopped) = watch::channel(false);
     let mut end = pin!(end);
     let ended = loop {
         let accepted = async {
-            // Never closed.
-            let permit = Arc::clone(&permits).acquire_owned().await.ok();
-            (permit, listener.accept().await)
+            admission.room().await;
+            listener.accept().await
         };
-        let (permit, accepted) = tokio::select! {
+        let accepted = tokio::select! {
             accepted = accepted => accepted,
             ended = &mut end => break ended,
         };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
+        let (stream, address) = match accepted {
+            Ok(accepted) => accepted,
             Err(error) => {
                 tracing::warn!(%error, "a connection could not be accepted");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
+                sleep(ACCEPT_PAUSE).await;
                 continue;
             }
         };
-        let service = TowerToHyperService::new(router.clone());
-        let builder = Arc::clone(&builder);
-        let watcher = graceful.watcher();
-        let tls = tls.clone();
+        let Some(place) = admission.admit(address.ip()) else {
+            let limit = limits.per_address;
+            tracing::debug!(%address, limit, "a connection is refused: too many from there");
+            continue;
+        };
+        let socket = Socket::new(stream);
+        let service = Arc::clone(&service);
+        let stopped = stopped.clone();
         tokio::spawn(async move {
-            let stream = prepared(stream, limits.write_timeout);
-            let ended = match tls {
-                None => {
-                    let stream = FirstBytes::within(limits.header_timeout, stream);
-                    let connection = builder.serve_connection(TokioIo::new(stream), service);
-                    watcher.watch(connection.into_owned()).await
-                }
-                Some(tls) => match timeout(limits.header_timeout, tls.accept(stream)).await {
-                    Ok(Ok(stream)) => {
-                        let stream = FirstBytes::within(limits.header_timeout, stream);
-                        let connection = builder.serve_connection(TokioIo::new(stream), service);
-                        watcher.watch(connection.into_owned()).await
-                    }
-                    Ok(Err(error)) => Err(error.into()),
-                    Err(late) => Err(late.into()),
-                },
-            };
-            if let Err(error) = ended {
+            let outcome = service.run(socket, &place, stopped).await;
+            if let Err(error) = outcome {
                 // Mostly clients that went away.
                 tracing::debug!(error = &*error, "a connection ended");
             }
-            drop(permit);
+            drop(place);
         });
     };
-    drop(listener);
-    if tokio::time::timeout(CLOSING, graceful.shutdown())
-        .await
-        .is_err()
-    {
+    drop((listener, stopped));
+    let _ = stop.send(true);
+    // Every connection holds a receiver.
+    if timeout(CLOSING, stop.closed()).await.is_err() {
         tracing::warn!("connections that did not close in time are cut");
     }
     ended
 }
 
-/// A client that answers nothing any more is noticed after half a minute.
-fn keep_alive() -> TcpKeepalive {
-    TcpKeepalive::new()
-        .with_time(Duration::from_secs(15))
-        .with_interval(Duration::from_secs(5))
-        .with_retries(3)
-}
-
-fn builder(limits: Limits) -> Builder<TokioExecutor> {
-    let mut builder = Builder::new(TokioExecutor::new());
+fn builder(limits: &Limits) -> Builder<Streams> {
+    let mut builder = Builder::new(Streams {
+        write_timeout: limits.write_timeout,
+    });
     builder
         .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(limits.header_timeout)
+        // The time that headers may take is ours to watch: hyper's would run on
+        // connections between two requests, too.
+        .header_read_timeout(None)
+        .half_close(limits.half_close == HalfClose::Finish)
         .max_buf_size(HEADER_BYTES);
     builder
         .http2()
         .timer(TokioTimer::new())
         .keep_alive_interval(limits.write_timeout)
         .keep_alive_timeout(limits.write_timeout)
+        .max_concurrent_streams(CONCURRENT_STREAMS)
+        .max_send_buf_size(STREAM_SEND_BUFFER)
+        .max_pending_accept_reset_streams(RESET_STREAMS)
+        .max_local_error_reset_streams(FAULTY_STREAMS)
         .max_header_list_size(HEADER_BYTES as u32);
     builder
 }
 
-/// The stream, with its time limit on writing: a client that stops reading holds its
-/// answer for so long, and then it is cut off.
-fn prepared(
-    stream: TcpStream,
-    write_timeout: Duration,
-) -> std::pin::Pin<Box<TimeoutStream<TcpStream>>> {
-    // Tokens are to leave at once, and a client whose machine is gone is to be noticed
-    // while it waits for its answer. A stream without these works, too.
-    let _ = stream.set_nodelay(true);
-    let _ = SockRef::from(&stream).set_tcp_keepalive(&keep_alive());
-    let mut stream = TimeoutStream::new(stream);
-    stream.set_write_timeout(Some(write_timeout));
-    Box::pin(stream)
+type Outcome = Result<(), Box<dyn std::error::Error + Send + Sync>>;
+
+impl Service {
+    /// Runs one connection to its end.
+    async fn run(&self, socket: Socket, place: &Place, stop: watch::Receiver<bool>) -> Outcome {
+        let mut stream = TimeoutStream::new(socket.clone());
+        // A client that stops reading holds its answer for so long.
+        stream.set_write_timeout(Some(self.limits.write_timeout));
+        let stream = Box::pin(stream);
+        let activity = &place.activity;
+        let Some(tls) = &self.tls else {
+            return self.converse(stream, &socket, activity, stop).await;
+        };
+        let accepted = tokio::select! {
+            biased;
+            never = activity.changes() => match never {},
+            accepted = timeout(self.limits.header_timeout, tls.accept(stream)) => accepted,
+            () = activity.evicted() => return Err("closed to make room".into()),
+        };
+        self.converse(accepted??, &socket, activity, stop).await
+    }
+
+    /// Speaks HTTP over `stream`, whose bytes come from `socket`.
+    async fn converse(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+        socket: &Socket,
+        activity: &Arc<Activity>,
+        mut stop: watch::Receiver<bool>,
+    ) -> Outcome {
+        let limits = &self.limits;
+        let (stream, mut watch) = watched::watch(stream, Arc::clone(activity), limits.half_close);
+        let progress = Arc::new(Progress::default());
+        let exchanges = Exchanges {
+            router: self.router.clone(),
+            activity: Arc::clone(activity),
+            progress: Arc::clone(&progress),
+        };
+        let connection = self
+            .builder
+            .serve_connection(TokioIo::new(stream), exchanges);
+        let mut connection = pin!(connection);
+        // In this order: what hyper does decides what else there is to wait for.
+        let why = tokio::select! {
+            biased;
+            never = activity.changes() => match never {},
+            ended = connection.as_mut() => return ended,
+            error = watch.gone() => return Err(error.into()),
+            error = socket.error() => return Err(error.into()),
+            () = progress.stalled(limits.write_timeout) => return Err(unread().into()),
+            () = activity.evicted() => Goodbye::Room,
+            late = activity.late(limits) => Goodbye::Late(late),
+            _ = stop.wait_for(|stop| *stop) => Goodbye::Stop,
+        };
+        if why == Goodbye::Late(Late::Head) {
+            let late = "the head of a request did not come in time";
+            return Err(io::Error::new(io::ErrorKind::TimedOut, late).into());
+        }
+        // Says so to a client of HTTP/2, and takes no further request of HTTP/1.
+        connection.as_mut().graceful_shutdown();
+        tokio::select! {
+            biased;
+            ended = connection.as_mut() => return ended,
+            () = ready(()) => {}
+        }
+        if why == Goodbye::Room && activity.is_idle() {
+            return Ok(());
+        }
+        activity.keep();
+        tokio::select! {
+            biased;
+            never = activity.changes() => match never {},
+            ended = connection.as_mut() => ended,
+            error = watch.gone() => Err(error.into()),
+            error = socket.error() => Err(error.into()),
+            () = progress.stalled(limits.write_timeout) => Err(unread().into()),
+            () = activity.idle_for(CLOSING) => Ok(()),
+        }
+    }
+}
+
+/// Why a connection takes no more requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Goodbye {
+    /// Another one needs its place.
+    Room,
+    /// It has been waited for long enough.
+    Late(Late),
+    /// The server stops.
+    Stop,
+}
+
+fn unread() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::TimedOut,
+        "the client did not take its answer",
+    )
 }

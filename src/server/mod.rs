@@ -35,9 +35,9 @@ mod embeddings;
 mod envelope;
 mod error;
 pub mod fields;
-mod first_bytes;
 mod guard;
 mod health;
+mod host;
 mod integer;
 mod json;
 mod legacy;
@@ -118,13 +118,22 @@ pub struct ServerOptions {
     pub body_timeout: Duration,
     /// How long the headers of a request may take to arrive.
     pub header_timeout: Duration,
-    /// How long a client may leave what is sent to it unread before its connection is
-    /// closed.
+    /// How long a client may take nothing of its answer before that is dropped, and the
+    /// connection closed with HTTP/1.
     pub write_timeout: Duration,
     /// How long an answer may take, from its submission on; without end if `None`.
     pub request_timeout: Option<Duration>,
-    /// Connections at the same time; more wait to be accepted.
+    /// How long a client may leave its connection unused between two requests, and a
+    /// client of HTTP/2 after it has connected, before the connection is closed.
+    pub keep_alive_timeout: Duration,
+    /// What the end of a client's bytes means while it is owed an answer.
+    pub half_close: HalfClose,
+    /// Connections at the same time, or fewer if the process may not open so many files;
+    /// more wait to be accepted. An idle one is closed to make room.
     pub max_connections: usize,
+    /// Connections from one address, or from one /64 network of IPv6; half of all if
+    /// `None`. One more is refused unless another one from there is idle.
+    pub max_connections_per_address: Option<usize>,
     /// How the model writes tool calls; as its chat template has it if `None`.
     pub tool_format: Option<ToolFormat>,
     /// Whether a request may bring a chat template of its own.
@@ -166,8 +175,11 @@ impl ServerOptions {
             body_timeout: Duration::from_secs(30),
             header_timeout: Duration::from_secs(10),
             write_timeout: Duration::from_secs(30),
+            keep_alive_timeout: Duration::from_secs(90),
+            half_close: HalfClose::default(),
             request_timeout: None,
             max_connections: 8192,
+            max_connections_per_address: None,
             tool_format: None,
             trust_request_chat_template: false,
             max_sessions: 1024,
@@ -179,6 +191,34 @@ impl ServerOptions {
             max_priority: 0,
             tls: None,
             schema_keywords: Keywords::Lenient,
+        }
+    }
+}
+
+/// What it means that a client has sent its last byte while it is owed an answer. TCP
+/// does not tell a client that closed its connection from one that only sends no more.
+///
+/// HTTP/2 has an end for each request, and with it the end of a connection is always the
+/// end of its client.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HalfClose {
+    /// The client is gone, and its request is cancelled. Web servers and proxies mostly
+    /// take it so, and clients of HTTP keep their side open.
+    #[default]
+    Cancel,
+    /// The client may still read, and gets its answer. That it is gone shows once
+    /// something is written to it, or when it resets the connection.
+    Finish,
+}
+
+impl std::str::FromStr for HalfClose {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "cancel" => Ok(Self::Cancel),
+            "finish" => Ok(Self::Finish),
+            _ => Err(format!("{text:?} is neither cancel nor finish")),
         }
     }
 }
@@ -350,6 +390,7 @@ fn router(app: Arc<App>, cors: Option<CorsLayer>) -> Router {
             guard::check,
         ))
         .layer(CatchPanicLayer::custom(panicked))
+        .layer(middleware::from_fn(host::check))
         .layer(tower::util::option_layer(cors))
         .layer(middleware::from_fn(access::log))
         .layer(PropagateRequestIdLayer::new(REQUEST_ID))

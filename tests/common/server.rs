@@ -22,6 +22,7 @@ pub fn options() -> ServerOptions {
     let mut options = ServerOptions::new(MODEL);
     options.body_timeout = long;
     options.header_timeout = long;
+    options.keep_alive_timeout = long;
     options.write_timeout = long;
     options.drain_timeout = long;
     options

@@ -29,6 +29,12 @@ pub fn cases() -> Vec<Case> {
         .concat();
         add(name, sent, Expected::Status(400));
     }
+    for (name, hosts) in hosts() {
+        for line in ["GET /health", "POST /v1/completions", "GET /nowhere"] {
+            let sent = format!("{line} HTTP/1.1\r\n{hosts}\r\n").into_bytes();
+            add(&format!("{line} with {name}"), sent, Expected::refused(400));
+        }
+    }
     for (name, headers) in lengths() {
         add(name, post_with(headers, GOOD), Expected::Status(400));
     }
@@ -136,6 +142,16 @@ fn bad_headers() -> Vec<(&'static str, &'static [u8])> {
             b"x-a: one\r\n two",
         ),
         ("parentheses in a header's name", b"x(a): value"),
+    ]
+}
+
+/// No host, or too many: another server on the way could take the request for another
+/// host's.
+fn hosts() -> Vec<(&'static str, &'static str)> {
+    vec![
+        ("no host", ""),
+        ("two hosts", "Host: quell\r\nHost: other\r\n"),
+        ("the same host twice", "Host: quell\r\nhost: quell\r\n"),
     ]
 }
 

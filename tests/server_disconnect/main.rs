@@ -3,11 +3,16 @@
 
 #![cfg(feature = "server")]
 
-#[path = "common/http.rs"]
+mod variants;
+mod windows;
+
+#[path = "../common/http.rs"]
 mod http;
-#[path = "common/model.rs"]
+#[path = "../common/http2.rs"]
+mod http2;
+#[path = "../common/model.rs"]
 mod model;
-#[path = "common/server.rs"]
+#[path = "../common/server.rs"]
 mod server;
 
 use http::{Connection, exchange, get, post};

@@ -1,0 +1,272 @@
+//! What a connection is doing, and how long it may go on doing it.
+//!
+//! Requests and their answers, the socket's bytes and the list of connections all report
+//! to or read from the connection's [`Activity`]; its own task enforces the time limits.
+
+use super::Limits;
+use atomic_waker::AtomicWaker;
+use std::convert::Infallible;
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+use tokio::sync::Notify;
+use tokio::time::{Instant, Sleep, sleep_until};
+
+/// The version of HTTP that a client has turned out to speak.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Protocol {
+    /// HTTP/1.0 or HTTP/1.1: one request at a time.
+    Http1,
+    /// HTTP/2: many requests at a time.
+    Http2,
+}
+
+/// Why a connection that has no open request is to be closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Late {
+    /// The client did not send the whole head of a request in time.
+    Head,
+    /// The client sent nothing for the length of the keep-alive timeout.
+    Idle,
+}
+
+/// State of one connection, shared by everything that works on it.
+#[derive(Debug)]
+pub(super) struct Activity {
+    state: Mutex<State>,
+    /// Wakes the connection's task after a change that it may not have made itself.
+    changed: AtomicWaker,
+    /// Wakes the accept loop: this connection may now be closed for another one.
+    idle: Arc<Notify>,
+}
+
+#[derive(Debug)]
+struct State {
+    protocol: Option<Protocol>,
+    /// Requests whose answer has not been handed over to the end.
+    requests: usize,
+    /// Whether the body of the last request is still arriving. With HTTP/1 that is the
+    /// only open one; with HTTP/2 this means nothing.
+    uploading: bool,
+    /// Whether there has been a request.
+    used: bool,
+    /// When the client connected, or its last request ended.
+    since: Instant,
+    /// When the first byte of a request's head came, while no request was open.
+    head_since: Option<Instant>,
+    /// Whether the socket has taken all that was written.
+    flushed: bool,
+    /// Chosen to make room for another connection.
+    evicted: bool,
+}
+
+impl State {
+    fn is_idle(&self) -> bool {
+        self.requests == 0 && self.flushed
+    }
+}
+
+impl Activity {
+    /// A client that has just connected. `idle` is notified whenever the connection has
+    /// no open request any more.
+    pub fn new(idle: Arc<Notify>) -> Self {
+        Self {
+            state: Mutex::new(State {
+                protocol: None,
+                requests: 0,
+                uploading: false,
+                used: false,
+                since: Instant::now(),
+                head_since: None,
+                flushed: true,
+                evicted: false,
+            }),
+            changed: AtomicWaker::new(),
+            idle,
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Records which protocol the client speaks.
+    pub fn speaks(&self, protocol: Protocol) {
+        self.state().protocol = Some(protocol);
+    }
+
+    /// Records bytes that hyper has read from the client.
+    pub fn received(&self, bytes: &[u8]) {
+        let mut state = self.state();
+        // An empty line between requests is tolerated and begins none (RFC 9112, 2.2).
+        let begins = bytes.iter().any(|byte| !matches!(byte, b'\r' | b'\n'));
+        if begins && state.requests == 0 && state.protocol != Some(Protocol::Http2) {
+            state.head_since.get_or_insert_with(Instant::now);
+        }
+    }
+
+    /// Records whether the socket has taken all that was written to it.
+    pub fn flushed(&self, flushed: bool) {
+        let mut state = self.state();
+        if state.flushed != flushed {
+            state.flushed = flushed;
+            if state.is_idle() {
+                self.idle.notify_one();
+            }
+        }
+    }
+
+    /// Records the head of a request; the request is open until the value is dropped.
+    pub fn request(self: &Arc<Self>) -> OpenRequest {
+        let mut state = self.state();
+        state.requests += 1;
+        state.used = true;
+        state.head_since = None;
+        drop(state);
+        OpenRequest(Arc::clone(self))
+    }
+
+    /// Records that the body of the request that came last is arriving, or has arrived.
+    pub fn uploading(&self, uploading: bool) {
+        self.state().uploading = uploading;
+    }
+
+    /// Whether a client of HTTP/1 has sent its whole request and waits for the answer.
+    /// Whatever it sends now is no part of that request.
+    pub fn awaits_answer(&self) -> bool {
+        let state = self.state();
+        state.protocol == Some(Protocol::Http1) && state.requests > 0 && !state.uploading
+    }
+
+    /// Whether no request is open and everything that was written has been taken.
+    pub fn is_idle(&self) -> bool {
+        self.state().is_idle()
+    }
+
+    /// Since when the connection has been idle; `None` while it is not, or if it is to be
+    /// closed already.
+    pub fn idle_since(&self) -> Option<Instant> {
+        let state = self.state();
+        (state.is_idle() && !state.evicted).then_some(state.since)
+    }
+
+    /// Asks the connection's task to close the connection if it is still idle. Returns
+    /// whether it was.
+    pub fn evict(&self) -> bool {
+        let mut state = self.state();
+        let idle = state.is_idle() && !state.evicted;
+        if idle {
+            state.evicted = true;
+            self.changed.wake();
+        }
+        idle
+    }
+
+    /// Takes an eviction back: a request came first.
+    pub fn keep(&self) {
+        self.state().evicted = false;
+        // Another one has to go.
+        self.idle.notify_one();
+    }
+
+    /// Has the task that polls this polled again after every change that it did not make
+    /// itself. Must be polled before the state is looked at.
+    pub async fn changes(&self) -> Infallible {
+        poll_fn(|context| {
+            self.changed.register(context.waker());
+            Poll::Pending
+        })
+        .await
+    }
+
+    /// Waits until the connection is to make room for another one. Needs to be polled
+    /// beside [`Activity::changes`].
+    pub async fn evicted(&self) {
+        poll_fn(|_| match self.state().evicted {
+            true => Poll::Ready(()),
+            false => Poll::Pending,
+        })
+        .await;
+    }
+
+    /// When the connection is closed unless something happens before.
+    fn deadline(&self, limits: &Limits) -> Option<(Instant, Late)> {
+        let state = self.state();
+        if state.requests > 0 {
+            return None;
+        }
+        if let Some(since) = state.head_since.filter(|_| state.used) {
+            return Some((since + limits.header_timeout, Late::Head));
+        }
+        if !state.used && state.protocol != Some(Protocol::Http2) {
+            return Some((state.since + limits.header_timeout, Late::Head));
+        }
+        Some((state.since + limits.keep_alive_timeout, Late::Idle))
+    }
+
+    /// Waits until a client without an open request has taken too long. Needs to be
+    /// polled beside [`Activity::changes`], and after hyper, so that it sees what hyper
+    /// has just read.
+    pub async fn late(&self, limits: &Limits) -> Late {
+        let mut clock = pin!(sleep_until(Instant::now() + FAR));
+        poll_fn(|context| self.poll_late(limits, clock.as_mut(), context)).await
+    }
+
+    /// Waits until no request has been open for so long.
+    pub async fn idle_for(&self, time: Duration) {
+        let begun = Instant::now();
+        let mut clock = pin!(sleep_until(begun + FAR));
+        poll_fn(|context| {
+            let state = self.state();
+            if state.requests > 0 {
+                return Poll::Pending;
+            }
+            let deadline = state.since.max(begun) + time;
+            drop(state);
+            if clock.deadline() != deadline {
+                clock.as_mut().reset(deadline);
+            }
+            clock.as_mut().poll(context)
+        })
+        .await;
+    }
+
+    fn poll_late(
+        &self,
+        limits: &Limits,
+        mut clock: Pin<&mut Sleep>,
+        context: &mut Context<'_>,
+    ) -> Poll<Late> {
+        let Some((deadline, late)) = self.deadline(limits) else {
+            return Poll::Pending;
+        };
+        if clock.deadline() != deadline {
+            clock.as_mut().reset(deadline);
+        }
+        clock.poll(context).map(|()| late)
+    }
+}
+
+/// Longer than any connection lives; within what timers can represent.
+const FAR: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// A request that is open for as long as this exists.
+#[derive(Debug)]
+pub(super) struct OpenRequest(Arc<Activity>);
+
+impl Drop for OpenRequest {
+    fn drop(&mut self) {
+        let mut state = self.0.state();
+        state.requests = state.requests.saturating_sub(1);
+        state.since = Instant::now();
+        // With HTTP/1, requests begin and end in the connection's own task.
+        if state.requests == 0 && state.protocol == Some(Protocol::Http2) {
+            self.0.changed.wake();
+        }
+        if state.is_idle() {
+            self.0.idle.notify_one();
+        }
+    }
+}

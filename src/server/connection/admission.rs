@@ -1,0 +1,144 @@
+//! Which connections are accepted: so many in all, and so many from one address.
+//!
+//! When there is no room, the connection that has been idle for the longest time is
+//! closed, so that clients that hold connections open cannot keep others out.
+
+use super::activity::Activity;
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::Notify;
+
+/// The connections that are open.
+#[derive(Debug)]
+pub(super) struct Admission {
+    limit: usize,
+    per_address: usize,
+    open: Mutex<Open>,
+    /// Notified when a connection has been closed or has become idle.
+    changed: Arc<Notify>,
+}
+
+#[derive(Debug, Default)]
+struct Open {
+    next: u64,
+    connections: HashMap<u64, Connection>,
+    /// Connections from each address.
+    counts: HashMap<IpAddr, usize>,
+}
+
+#[derive(Debug)]
+struct Connection {
+    address: IpAddr,
+    activity: Arc<Activity>,
+}
+
+impl Open {
+    fn of(&self, address: IpAddr) -> usize {
+        self.counts.get(&address).copied().unwrap_or(0)
+    }
+
+    /// Has the connection closed that has been idle for the longest time, of those from
+    /// `address` if one is given. Returns whether there was one.
+    fn evict(&self, address: Option<IpAddr>) -> bool {
+        let candidates = self.connections.values();
+        let candidates = candidates.filter(|open| address.is_none_or(|own| own == open.address));
+        let idle = candidates.filter_map(|open| Some((open.activity.idle_since()?, open)));
+        let longest = idle.min_by_key(|(since, _)| *since);
+        longest.is_some_and(|(_, open)| open.activity.evict())
+    }
+}
+
+impl Admission {
+    /// No connection yet, and so many at most.
+    pub fn new(limit: usize, per_address: usize) -> Self {
+        Self {
+            limit,
+            per_address,
+            open: Mutex::new(Open::default()),
+            changed: Arc::new(Notify::new()),
+        }
+    }
+
+    fn open(&self) -> MutexGuard<'_, Open> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until one more connection can be accepted, and makes room for it if an idle
+    /// one can be closed.
+    pub async fn room(&self) {
+        loop {
+            {
+                let open = self.open();
+                if open.connections.len() < self.limit {
+                    return;
+                }
+                open.evict(None);
+            }
+            // Only the accept loop waits here, so that no wake-up is lost.
+            self.changed.notified().await;
+        }
+    }
+
+    /// Takes in a connection from `address`, or refuses it: there are too many from there,
+    /// and none of them is idle.
+    pub fn admit(self: &Arc<Self>, address: IpAddr) -> Option<Place> {
+        let address = network(address);
+        let mut open = self.open();
+        if open.of(address) >= self.per_address && !open.evict(Some(address)) {
+            return None;
+        }
+        let id = open.next;
+        open.next += 1;
+        let activity = Arc::new(Activity::new(Arc::clone(&self.changed)));
+        let connection = Connection {
+            address,
+            activity: Arc::clone(&activity),
+        };
+        open.connections.insert(id, connection);
+        *open.counts.entry(address).or_insert(0) += 1;
+        Some(Place {
+            admission: Arc::clone(self),
+            id,
+            activity,
+        })
+    }
+}
+
+/// The addresses that one client can choose from: a /64 network with IPv6.
+fn network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V4(address) => IpAddr::V4(address),
+        IpAddr::V6(address) => {
+            let prefix = address.to_bits() & !u128::from(u64::MAX);
+            IpAddr::V6(Ipv6Addr::from_bits(prefix))
+        }
+    }
+}
+
+/// A connection's place among those that are open, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Place {
+    admission: Arc<Admission>,
+    id: u64,
+    /// What the connection is doing.
+    pub activity: Arc<Activity>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut open = self.admission.open();
+        if let Some(connection) = open.connections.remove(&self.id) {
+            let count = open.counts.get_mut(&connection.address);
+            let left = count.map_or(0, |count| {
+                *count = count.saturating_sub(1);
+                *count
+            });
+            if left == 0 {
+                open.counts.remove(&connection.address);
+            }
+        }
+        drop(open);
+        self.admission.changed.notify_one();
+    }
+}

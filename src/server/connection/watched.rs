@@ -1,0 +1,218 @@
+//! Bytes from and to a client, under a watch that sees the end of the connection.
+//!
+//! hyper stops reading once the next request, or any other byte, is in its buffer: a
+//! client that sends a stray line after its request and goes away would be answered to
+//! the end. So the connection's task reads on while a request is being answered. It keeps
+//! a bounded number of bytes for hyper and drops what exceeds them; such a connection
+//! carries no further request.
+
+use super::activity::{Activity, Protocol};
+use crate::server::HalfClose;
+use std::future::poll_fn;
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+/// What a client of HTTP/2 says first (RFC 9113, section 3.4).
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// Bytes that are kept for hyper while it does not read. A client rarely sends any, as
+/// requests that change something are not to be pipelined (RFC 9112, section 9.3.2).
+const AHEAD: usize = 64 << 10;
+
+/// Bytes that are read in one go.
+const PIECE: usize = 4 << 10;
+
+/// Reads at most before other tasks have their turn.
+const READS: usize = 16;
+
+/// The stream as hyper sees it.
+pub(super) struct Watched<S>(Arc<Mutex<Shared<S>>>);
+
+/// The same stream as the connection's task sees it.
+pub(super) struct Watch<S> {
+    shared: Arc<Mutex<Shared<S>>>,
+    half_close: HalfClose,
+}
+
+/// Both are used by one task only, so that the lock is never waited for.
+struct Shared<S> {
+    stream: S,
+    activity: Arc<Activity>,
+    /// Bytes of the HTTP/2 preface so far; `None` once the protocol is clear.
+    preface: Option<usize>,
+    /// Bytes that hyper has not read yet.
+    ahead: Vec<u8>,
+    /// Set once bytes were dropped: hyper sees the end after what was read ahead.
+    overflowed: bool,
+}
+
+/// Splits a stream into what hyper reads and writes, and what watches it.
+pub(super) fn watch<S>(
+    stream: S,
+    activity: Arc<Activity>,
+    half_close: HalfClose,
+) -> (Watched<S>, Watch<S>) {
+    let shared = Arc::new(Mutex::new(Shared {
+        stream,
+        activity,
+        preface: Some(0),
+        ahead: Vec::new(),
+        overflowed: false,
+    }));
+    let watch = Watch {
+        shared: Arc::clone(&shared),
+        half_close,
+    };
+    (Watched(shared), watch)
+}
+
+fn lock<S>(shared: &Mutex<Shared<S>>) -> MutexGuard<'_, Shared<S>> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<S> Shared<S> {
+    /// Looks at bytes that hyper is about to see.
+    fn look_at(&mut self, bytes: &[u8]) {
+        if let Some(mut matched) = self.preface {
+            for byte in bytes {
+                if matched < PREFACE.len() && PREFACE.get(matched) != Some(byte) {
+                    self.activity.speaks(Protocol::Http1);
+                    self.preface = None;
+                    break;
+                }
+                matched += 1;
+            }
+            if self.preface.is_some() {
+                self.preface = Some(matched);
+            }
+            if self.preface.is_some() && matched >= PREFACE.len() {
+                self.activity.speaks(Protocol::Http2);
+                self.preface = None;
+            }
+        }
+        self.activity.received(bytes);
+    }
+}
+
+impl<S: AsyncRead + Unpin> Watch<S> {
+    /// Waits until the client has sent its last byte while it was owed an answer, unless
+    /// it may do so.
+    ///
+    /// Needs to be polled after hyper, which decides whether an answer is owed. With
+    /// HTTP/2, hyper reads at all times and notices the end by itself.
+    pub async fn gone(&mut self) -> io::Error {
+        poll_fn(|context| self.poll_gone(context)).await
+    }
+
+    fn poll_gone(&mut self, context: &mut Context<'_>) -> Poll<io::Error> {
+        if self.half_close == HalfClose::Finish {
+            // Only an error ends such a connection, and the socket reports it.
+            return Poll::Pending;
+        }
+        let mut shared = lock(&self.shared);
+        let shared = &mut *shared;
+        let mut piece = [0; PIECE];
+        for _ in 0..READS {
+            if !shared.activity.awaits_answer() {
+                return Poll::Pending;
+            }
+            let mut read = ReadBuf::new(&mut piece);
+            match Pin::new(&mut shared.stream).poll_read(context, &mut read) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Err(error)) => return Poll::Ready(error),
+                Poll::Ready(Ok(())) => {}
+            }
+            let read = read.filled();
+            if read.is_empty() {
+                return Poll::Ready(io::ErrorKind::ConnectionAborted.into());
+            }
+            if !shared.overflowed {
+                let kept = read.len().min(AHEAD.saturating_sub(shared.ahead.len()));
+                shared.ahead.extend_from_slice(&read[..kept]);
+                shared.overflowed = kept < read.len();
+            }
+        }
+        // There may be more.
+        context.waker().wake_by_ref();
+        Poll::Pending
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let mut shared = lock(&self.0);
+        let shared = &mut *shared;
+        let before = buffer.filled().len();
+        let read = if !shared.ahead.is_empty() {
+            let taken = shared.ahead.len().min(buffer.remaining());
+            buffer.put_slice(&shared.ahead[..taken]);
+            shared.ahead.drain(..taken);
+            if shared.ahead.is_empty() {
+                // An idle connection keeps no memory for it.
+                shared.ahead = Vec::new();
+            }
+            Poll::Ready(Ok(()))
+        } else if shared.overflowed {
+            return Poll::Ready(Ok(()));
+        } else {
+            Pin::new(&mut shared.stream).poll_read(context, buffer)
+        };
+        let bytes = buffer.filled().get(before..).unwrap_or_default();
+        if !bytes.is_empty() {
+            shared.look_at(bytes);
+        }
+        read
+    }
+}
+
+impl<S> Shared<S> {
+    /// Notes whether the client keeps its answer waiting.
+    fn written<T>(&self, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        self.activity.flushed(written.is_ready());
+        written
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let mut shared = lock(&self.0);
+        let written = Pin::new(&mut shared.stream).poll_write(context, bytes);
+        shared.written(written)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let mut shared = lock(&self.0);
+        let written = Pin::new(&mut shared.stream).poll_write_vectored(context, slices);
+        shared.written(written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        lock(&self.0).stream.is_write_vectored()
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut shared = lock(&self.0);
+        let flushed = Pin::new(&mut shared.stream).poll_flush(context);
+        shared.written(flushed)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut shared = lock(&self.0);
+        Pin::new(&mut shared.stream).poll_shutdown(context)
+    }
+}

@@ -1,0 +1,347 @@
+//! Every way of going away, at every stage of a request, with HTTP/1 and HTTP/2: each is
+//! noticed and cancels the request, whatever else the client has sent.
+
+use super::http::{Connection, get, post};
+use super::http2::Http2;
+use super::server::TestServer;
+use super::{CUTS, Cut, cancelled, nothing_is_open, options, reset, slow_engine, until};
+use quell::server::{HalfClose, ServerOptions};
+use quell::{Engine, EngineConfig, EngineStats, Request};
+use std::net::{Shutdown, TcpStream};
+
+/// What a client of HTTP/1 sends after its request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum After {
+    Nothing,
+    /// An empty line, as some old clients do.
+    Line,
+    /// The next request.
+    Request,
+    /// More requests than anybody keeps for later.
+    Flood,
+}
+
+impl After {
+    const ALL: [Self; 4] = [Self::Nothing, Self::Line, Self::Request, Self::Flood];
+
+    fn bytes(self) -> Vec<u8> {
+        match self {
+            Self::Nothing => Vec::new(),
+            Self::Line => b"\r\n".to_vec(),
+            Self::Request => get("/health"),
+            Self::Flood => get("/health").repeat(8000),
+        }
+    }
+}
+
+/// A client that waits for its answer.
+enum Waiting {
+    Http1(Connection),
+    Http2(Http2),
+}
+
+impl Waiting {
+    fn socket(&self) -> &TcpStream {
+        match self {
+            Self::Http1(connection) => connection.socket(),
+            Self::Http2(connection) => connection.socket(),
+        }
+    }
+
+    /// Goes away; returns what stays open.
+    fn leave(self, cut: Cut) -> Option<Self> {
+        match cut {
+            Cut::Close => None,
+            Cut::Reset => {
+                let socket = self.socket().try_clone().unwrap();
+                drop(self);
+                reset(socket);
+                None
+            }
+            Cut::HalfClose => {
+                self.socket().shutdown(Shutdown::Write).unwrap();
+                Some(self)
+            }
+            Cut::Silence => Some(self),
+        }
+    }
+}
+
+/// Where a request is when its client goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// It waits for others to end.
+    Queued,
+    /// Its prompt is being computed: there is no token yet.
+    Prompt,
+    /// Tokens come.
+    Tokens,
+    /// Tokens come, but none is sent: all of them may be part of a stop string.
+    HeldBack,
+}
+
+/// A request that does not end by itself.
+fn endless(engine: &Engine, stage: Stage, stream: bool) -> String {
+    let tokens = engine.max_sequence_tokens() - 1000;
+    let prompt: Vec<u32> = match stage {
+        Stage::Prompt => (0..400).collect(),
+        _ => vec![7],
+    };
+    let mut body = serde_json::json!({
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "ignore_eos": true,
+        "stream": stream,
+    });
+    if stage == Stage::HeldBack {
+        // The simulated model counts: the text of its next tokens, but for the end.
+        let next: Vec<u32> = (8..400).collect();
+        let text = engine.tokenizer().unwrap().decode(&next, false);
+        body["stop"] = format!("{text}!").into();
+    }
+    body.to_string()
+}
+
+/// Asks in all ways.
+fn ask_all(server: &TestServer, stage: Stage) -> Vec<(Waiting, Cut)> {
+    let address = server.address;
+    let mut clients = Vec::new();
+    for (cut, stream) in CUTS.into_iter().flat_map(|cut| [(cut, true), (cut, false)]) {
+        let body = endless(&server.engine, stage, stream);
+        for after in After::ALL {
+            let mut connection = Connection::open(address);
+            let request = post("/v1/completions", &body);
+            connection.send(&[request, after.bytes()].concat()).unwrap();
+            clients.push((Waiting::Http1(connection), cut));
+        }
+        let mut connection = Http2::open(address, None);
+        connection.post("/v1/completions", &body);
+        clients.push((Waiting::Http2(connection), cut));
+    }
+    clients
+}
+
+fn config(stage: Stage) -> EngineConfig {
+    let mut config = EngineConfig::default();
+    match stage {
+        Stage::Queued => config.max_sequences = 1,
+        // Seconds until the first token.
+        Stage::Prompt => config.max_batch_tokens = 1,
+        Stage::Tokens | Stage::HeldBack => {}
+    }
+    config
+}
+
+fn all_who_leave_at(stage: Stage, label: &str) {
+    let options = options();
+    let (engine, slow) = slow_engine(config(stage), label);
+    let server = TestServer::start(engine.clone(), options);
+    let occupant = (stage == Stage::Queued).then(|| {
+        let request = Request::new(vec![1]).max_tokens(engine.max_sequence_tokens() - 10);
+        let occupant = engine.generate(request).unwrap();
+        until(&engine, "the first runs", |stats| stats.running == 1);
+        occupant
+    });
+    let others = usize::from(occupant.is_some());
+
+    let clients = ask_all(&server, stage);
+    let gone = clients.len();
+    let there = |stats: &EngineStats| {
+        stats.open == gone + others
+            && match stage {
+                Stage::Queued => stats.waiting == gone,
+                Stage::Prompt => stats.running > 0,
+                Stage::Tokens | Stage::HeldBack => stats.tokens_generated >= 8 * gone as u64,
+            }
+    };
+    until(&engine, "all are where they should be", there);
+    let leave = |(client, cut): (Waiting, Cut)| client.leave(cut);
+    let stayed: Vec<_> = clients.into_iter().filter_map(leave).collect();
+    assert!(!stayed.is_empty());
+    until(&engine, "they are gone", |stats| {
+        stats.open == others && stats.closing == 0
+    });
+    drop(occupant);
+    let stats = until(&engine, "nothing is open", nothing_is_open);
+    assert!(stats.is_idle(), "{stats:?}");
+    assert_eq!(stats.outcomes.accepted, (gone + others) as u64, "{stats:?}");
+    let disconnected = cancelled(server.address, label).1;
+    assert_eq!(disconnected, gone as u64, "{stats:?}");
+    drop(slow);
+}
+
+#[test]
+fn whoever_leaves_while_queued_is_cancelled() {
+    all_who_leave_at(Stage::Queued, "leave-queued");
+}
+
+#[test]
+fn whoever_leaves_before_the_first_token_is_cancelled() {
+    all_who_leave_at(Stage::Prompt, "leave-prompt");
+}
+
+#[test]
+fn whoever_leaves_while_tokens_come_is_cancelled() {
+    all_who_leave_at(Stage::Tokens, "leave-tokens");
+}
+
+#[test]
+fn whoever_leaves_while_a_stop_string_holds_everything_back_is_cancelled() {
+    all_who_leave_at(Stage::HeldBack, "leave-held-back");
+}
+
+/// Has clients leave whose `body` keeps the server busy before there is a request to the
+/// engine; one more that stays is answered.
+fn leave_before_submission(path: &str, body: &str, label: &str) {
+    let (engine, slow) = slow_engine(EngineConfig::default(), label);
+    let server = TestServer::start(engine.clone(), options());
+    let mut stayed = Vec::new();
+    for cut in CUTS {
+        for after in [After::Nothing, After::Line] {
+            let mut connection = Connection::open(server.address);
+            let request = post(path, body);
+            connection.send(&[request, after.bytes()].concat()).unwrap();
+            stayed.extend(Waiting::Http1(connection).leave(cut));
+        }
+    }
+    let mut patient = Connection::open(server.address);
+    patient.send(&post(path, body)).unwrap();
+    let head = patient.head().expect("an answer");
+    assert_eq!(head.status, 200);
+    patient.chunk().expect("an event");
+    until(&engine, "only who stays is served", |stats| stats.open == 1);
+    drop(patient);
+    until(&engine, "nothing is open", nothing_is_open);
+    // With the server ends all work that could still submit something.
+    drop(server);
+    let stats = until(&engine, "nothing is open", nothing_is_open);
+    assert!(stats.is_idle(), "{stats:?}");
+    assert_eq!(stats.outcomes.cancelled, stats.outcomes.accepted);
+    drop(slow);
+}
+
+#[test]
+fn whoever_leaves_while_a_prompt_is_tokenized_leaves_nothing() {
+    let text = "Once upon a time there was a number. ".repeat(20_000);
+    let body = serde_json::json!({
+        "messages": [{"role": "user", "content": text}],
+        "ignore_eos": true,
+        "max_tokens": 500_000,
+        "stream": true,
+    });
+    leave_before_submission(
+        "/v1/chat/completions",
+        &body.to_string(),
+        "leave-tokenizing",
+    );
+}
+
+#[test]
+fn whoever_leaves_while_a_grammar_is_compiled_leaves_nothing() {
+    let properties: serde_json::Map<String, serde_json::Value> = (0..400)
+        .map(|index| {
+            let kind = serde_json::json!({"type": "string", "pattern": "[a-z]{3,30}[0-9]{2,20}"});
+            (format!("property_{index}"), kind)
+        })
+        .collect();
+    let required: Vec<&String> = properties.keys().collect();
+    let schema = serde_json::json!({
+        "type": "object",
+        "properties": properties,
+        "required": required,
+        "additionalProperties": false,
+    });
+    let body = serde_json::json!({
+        "prompt": [7],
+        "max_tokens": 500_000,
+        "stream": true,
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "large", "schema": schema},
+        },
+    });
+    leave_before_submission("/v1/completions", &body.to_string(), "leave-compiling");
+}
+
+fn finishing() -> ServerOptions {
+    let mut options = options();
+    options.half_close = HalfClose::Finish;
+    options
+}
+
+#[test]
+fn whoever_only_sends_no_more_is_answered_if_half_closed_connections_are_to_be_finished() {
+    let (engine, slow) = slow_engine(EngineConfig::default(), "half-closed");
+    let server = TestServer::start(engine, finishing());
+    for stream in [true, false] {
+        for after in [After::Nothing, After::Line] {
+            let mut connection = Connection::open(server.address);
+            let body = format!(
+                "{{\"prompt\": [7], \"max_tokens\": 20, \"ignore_eos\": true, \"stream\": {stream}}}"
+            );
+            let request = post("/v1/completions", body);
+            connection.send(&[request, after.bytes()].concat()).unwrap();
+            connection.socket().shutdown(Shutdown::Write).unwrap();
+            let reply = connection.reply().expect("an answer");
+            assert_eq!(reply.status, 200, "{}", reply.text());
+            let text = reply.text();
+            assert!(text.contains("\"finish_reason\":\"length\""), "{text}");
+        }
+    }
+    drop(slow);
+}
+
+#[test]
+fn half_closed_connections_that_are_to_be_finished_end_with_their_clients() {
+    const LABEL: &str = "half-closed-then-gone";
+    let (engine, slow) = slow_engine(EngineConfig::default(), LABEL);
+    let server = TestServer::start(engine.clone(), finishing());
+    // A stream's client that has closed answers the next token with a reset; one whose
+    // answer is not streamed has to say so itself.
+    let mut gone = 0;
+    for (stream, resets) in [(true, false), (true, true), (false, true)] {
+        for after in After::ALL {
+            let mut connection = Connection::open(server.address);
+            let request = post("/v1/completions", endless(&engine, Stage::Tokens, stream));
+            connection.send(&[request, after.bytes()].concat()).unwrap();
+            gone += 1;
+            until(&engine, "it is accepted", |stats| {
+                stats.outcomes.accepted == gone
+            });
+            let stayed = Waiting::Http1(connection).leave(Cut::HalfClose);
+            let cut = if resets { Cut::Reset } else { Cut::Close };
+            assert!(stayed.unwrap().leave(cut).is_none());
+        }
+    }
+    let stats = until(&engine, "nothing is open", nothing_is_open);
+    assert!(stats.is_idle(), "{stats:?}");
+    assert_eq!(cancelled(server.address, LABEL), (gone, gone));
+    drop(slow);
+}
+
+#[test]
+fn what_is_sent_ahead_is_answered_or_the_connection_is_closed() {
+    let (engine, slow) = slow_engine(EngineConfig::default(), "ahead");
+    let server = TestServer::start(engine, options());
+    let body = r#"{"prompt": [7], "max_tokens": 20, "ignore_eos": true}"#;
+    let first = post("/v1/completions", body);
+    let mut few = Connection::open(server.address);
+    few.send(&[first.clone(), get("/health").repeat(3)].concat())
+        .unwrap();
+    for _ in 0..4 {
+        assert_eq!(few.reply().expect("a reply each").status, 200);
+    }
+    // Whatever is answered is answered whole and in its order. A client that still sends
+    // when the server closes may lose what it has not read.
+    loop {
+        let mut many = Connection::open(server.address);
+        let _ = many.send(&[first.clone(), After::Flood.bytes()].concat());
+        let Some(answer) = many.reply() else { continue };
+        assert_eq!(answer.json()["object"], "text_completion");
+        while let Some(reply) = many.reply() {
+            assert!(matches!(reply.status, 200 | 400), "{}", reply.text());
+        }
+        break;
+    }
+    drop(slow);
+}
