@@ -110,8 +110,12 @@ pub(super) async fn serve<T>(
     let mut end = pin!(end);
     let ended = loop {
         let accepted = async {
-            admission.room().await;
-            listener.accept().await
+            let accepted = listener.accept().await;
+            if accepted.is_ok() {
+                // Only now, so that nothing is closed for a connection that never comes.
+                admission.room().await;
+            }
+            accepted
         };
         let accepted = tokio::select! {
             accepted = accepted => accepted,

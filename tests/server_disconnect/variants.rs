@@ -6,7 +6,7 @@ use super::http2::Http2;
 use super::server::TestServer;
 use super::{CUTS, Cut, cancelled, nothing_is_open, options, reset, slow_engine, until};
 use quell::server::{HalfClose, ServerOptions};
-use quell::{Engine, EngineConfig, EngineStats, Request};
+use quell::{Engine, EngineConfig, EngineStats};
 use std::net::{Shutdown, TcpStream};
 
 /// What a client of HTTP/1 sends after its request.
@@ -137,8 +137,9 @@ fn all_who_leave_at(stage: Stage, label: &str) {
     let (engine, slow) = slow_engine(config(stage), label);
     let server = TestServer::start(engine.clone(), options);
     let occupant = (stage == Stage::Queued).then(|| {
-        let request = Request::new(vec![1]).max_tokens(engine.max_sequence_tokens() - 10);
-        let occupant = engine.generate(request).unwrap();
+        let mut occupant = Connection::open(server.address);
+        let body = endless(&engine, stage, false);
+        occupant.send(&post("/v1/completions", body)).unwrap();
         until(&engine, "the first runs", |stats| stats.running == 1);
         occupant
     });
@@ -166,7 +167,7 @@ fn all_who_leave_at(stage: Stage, label: &str) {
     assert!(stats.is_idle(), "{stats:?}");
     assert_eq!(stats.outcomes.accepted, (gone + others) as u64, "{stats:?}");
     let disconnected = cancelled(server.address, label).1;
-    assert_eq!(disconnected, gone as u64, "{stats:?}");
+    assert_eq!(disconnected, (gone + others) as u64, "{stats:?}");
     drop(slow);
 }
 
@@ -191,7 +192,7 @@ fn whoever_leaves_while_a_stop_string_holds_everything_back_is_cancelled() {
 }
 
 /// Has clients leave whose `body` keeps the server busy before there is a request to the
-/// engine; one more that stays is answered.
+/// engine; one more that stays gets an answer.
 fn leave_before_submission(path: &str, body: &str, label: &str) {
     let (engine, slow) = slow_engine(EngineConfig::default(), label);
     let server = TestServer::start(engine.clone(), options());
@@ -209,14 +210,15 @@ fn leave_before_submission(path: &str, body: &str, label: &str) {
     let head = patient.head().expect("an answer");
     assert_eq!(head.status, 200);
     patient.chunk().expect("an event");
-    until(&engine, "only who stays is served", |stats| stats.open == 1);
     drop(patient);
     until(&engine, "nothing is open", nothing_is_open);
     // With the server ends all work that could still submit something.
     drop(server);
     let stats = until(&engine, "nothing is open", nothing_is_open);
     assert!(stats.is_idle(), "{stats:?}");
-    assert_eq!(stats.outcomes.cancelled, stats.outcomes.accepted);
+    // The simulated model knows no grammar, and may break it.
+    let ended = stats.outcomes.cancelled + stats.outcomes.failed;
+    assert_eq!(ended, stats.outcomes.accepted, "{stats:?}");
     drop(slow);
 }
 

@@ -64,8 +64,8 @@ impl Admission {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until one more connection can be accepted, and makes room for it if an idle
-    /// one can be closed.
+    /// Waits until there is room for one more connection, and makes room if an idle one
+    /// can be closed.
     pub async fn room(&self) {
         loop {
             {
