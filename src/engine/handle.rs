@@ -4,7 +4,7 @@ use super::command::{AccountSpec, Command, Submission};
 use super::deadlines::RequestDeadlines;
 use super::event::{CancelReason, Receipt, SessionCell, channel};
 use super::metrics::EngineMetrics;
-use super::permit::{Permit, Permits};
+use super::permit::{Permit, Places};
 use super::record::RequestRecord;
 use super::stream::{Cancellation, StreamParts, TextState};
 use super::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -24,7 +24,7 @@ use crate::runner::limits;
 use crate::runner::{LoadError, LoadOptions, ModelFiles, Runner, RunnerInfo};
 use crate::sampling::{Constraint, ConstraintState, ParamError, SamplingParams, TokenLimits};
 use crate::schedule::{Policy, Scheduler, SequenceSpec, Task};
-use crate::text::{EncodeOptions, Message, RenderOptions, Tokenizer};
+use crate::text::{EncodeOptions, Message, RenderOptions, StopStrings, Tokenizer};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -249,6 +249,16 @@ impl Request {
         self.sampling.temperature = 0.0;
         self
     }
+}
+
+/// A request that was checked, without its prompt: what all its answers share.
+struct Settings {
+    /// What is left of it: its prompt, its stops and its way of sampling are taken out.
+    request: Request,
+    task: Task,
+    params: Arc<SamplingParams>,
+    stop: StopStrings,
+    stop_tokens: Arc<[u32]>,
 }
 
 /// The callers' side of an engine that has no model yet.
@@ -484,6 +494,14 @@ impl Engine {
         self.tokenize_part(prompt, true)
     }
 
+    /// As [`Engine::tokenize`], for a prompt that is no longer needed.
+    fn tokens_of(&self, prompt: Prompt) -> Result<Vec<u32>, SubmitError> {
+        match prompt {
+            Prompt::Tokens(tokens) => Ok(tokens),
+            prompt => self.tokenize(&prompt),
+        }
+    }
+
     /// As [`Engine::tokenize`]; `first` when nothing comes before the prompt.
     pub(super) fn tokenize_part(
         &self,
@@ -563,28 +581,101 @@ impl Engine {
         // What is wrong with any is found before a place is taken.
         let mut checked = Vec::with_capacity(requests.len());
         for request in requests {
-            let spec = self.check(&request, request.task())?;
-            checked.push((request, spec));
+            let task = request.task();
+            checked.push(self.check(request, task)?);
         }
-        let answers = checked.len().saturating_mul(samples);
-        let limit = self.shared.config.max_open_requests;
-        let mut permits = Permits::acquire(&self.shared.open, answers, limit)?;
-        let mut streams = Vec::with_capacity(answers);
-        let mut groups = Vec::with_capacity(checked.len());
-        for (request, spec) in checked {
-            let seeds = (0..samples as u64).map(|index| request.sampling.seed.wrapping_add(index));
-            let mut group = Vec::with_capacity(samples);
-            for (seed, permit) in seeds.zip(&mut permits) {
-                let mut spec = spec.clone();
-                Arc::make_mut(&mut spec.params).seed = seed;
-                let (stream, submission) = self.open(request.clone(), spec, None, permit);
-                streams.push(stream);
-                group.push(submission);
+        let mut places = self.places(checked.len(), samples)?;
+        let groups = checked
+            .into_iter()
+            .map(|(settings, spec)| self.group(&settings, spec, samples, &mut places));
+        self.submit_groups(groups.collect())
+    }
+
+    /// As [`Engine::generate_batch`], for prompts that are continued with the same
+    /// settings, of which all answers share one copy. What `request` itself has as its
+    /// prompt does not matter.
+    pub fn generate_prompts(
+        &self,
+        request: Request,
+        prompts: Vec<Prompt>,
+        samples: usize,
+    ) -> Result<Vec<TokenStream>, SubmitError> {
+        let places = self.places(prompts.len(), samples)?;
+        let mut tokenized = Vec::with_capacity(prompts.len());
+        for prompt in prompts {
+            let mut tokens = self.tokens_of(prompt)?;
+            if let Some(truncation) = request.truncate_prompt {
+                truncation.cut(&mut tokens);
             }
-            groups.push(group);
+            tokenized.push(tokens);
         }
+        self.generate_in(places, request, tokenized, samples)
+    }
+
+    /// Takes the places of `samples` answers to each of so many prompts, all or none of
+    /// them. They are given back when they are dropped.
+    pub(crate) fn places(&self, prompts: usize, samples: usize) -> Result<Places, SubmitError> {
+        if samples == 0 {
+            return Err(SubmitError::NoSamples);
+        }
+        let answers = prompts.saturating_mul(samples);
+        let limit = self.shared.config.max_open_requests;
+        Places::acquire(&self.shared.open, answers, limit)
+    }
+
+    /// As [`Engine::generate_prompts`], in places that were taken for as many answers, for
+    /// prompts that are cut already.
+    pub(crate) fn generate_in(
+        &self,
+        mut places: Places,
+        request: Request,
+        prompts: Vec<Vec<u32>>,
+        samples: usize,
+    ) -> Result<Vec<TokenStream>, SubmitError> {
+        let task = request.task();
+        let settings = self.settings(request, task)?;
+        let mut specs = Vec::with_capacity(prompts.len());
+        for prompt in prompts {
+            specs.push(self.sequence_spec(&settings, prompt)?);
+        }
+        let groups = specs
+            .into_iter()
+            .map(|spec| self.group(&settings, spec, samples, &mut places));
+        self.submit_groups(groups.collect())
+    }
+
+    /// The answers to one prompt, which differ by their seeds; not posted yet.
+    fn group(
+        &self,
+        settings: &Settings,
+        spec: SequenceSpec,
+        samples: usize,
+        places: &mut Places,
+    ) -> Vec<(TokenStream, Submission)> {
+        let prompt: Arc<[u32]> = spec.prompt.as_slice().into();
+        let seed = spec.params.seed;
+        let mut group = Vec::with_capacity(samples);
+        // The last one gets the specification itself.
+        let each = (0..).zip(std::iter::repeat_n(spec, samples));
+        for ((index, mut spec), permit) in each.zip(places) {
+            if index > 0 {
+                Arc::make_mut(&mut spec.params).seed = seed.wrapping_add(index);
+            }
+            group.push(self.open(settings, spec, Arc::clone(&prompt), None, permit));
+        }
+        group
+    }
+
+    /// Posts the requests of each group together; gives all streams in their order.
+    fn submit_groups(
+        &self,
+        groups: Vec<Vec<(TokenStream, Submission)>>,
+    ) -> Result<Vec<TokenStream>, SubmitError> {
+        let mut streams = Vec::with_capacity(groups.iter().map(Vec::len).sum());
         for group in groups {
-            self.post(Command::SubmitGroup(group))?;
+            let (of_group, submissions): (Vec<_>, Vec<_>) = group.into_iter().unzip();
+            self.post(Command::SubmitGroup(submissions))?;
+            streams.extend(of_group);
         }
         Ok(streams)
     }
@@ -653,39 +744,93 @@ impl Engine {
         task: Task,
         turn: Option<Turn>,
     ) -> Result<(TokenStream, Submission), SubmitError> {
-        let spec = self.check(&request, task)?;
+        let (settings, spec) = self.check(request, task)?;
         let permit = Permit::acquire(&self.shared.open, self.shared.config.max_open_requests)?;
-        Ok(self.open(request, spec, turn, permit))
+        let prompt = spec.prompt.as_slice().into();
+        Ok(self.open(&settings, spec, prompt, turn, permit))
     }
 
-    /// What the scheduler is to know of a request, unless something is wrong with it.
-    fn check(&self, request: &Request, task: Task) -> Result<SequenceSpec, SubmitError> {
+    /// What is asked, and what the scheduler is to know of it, unless something is wrong.
+    fn check(
+        &self,
+        mut request: Request,
+        task: Task,
+    ) -> Result<(Settings, SequenceSpec), SubmitError> {
+        let prompt = take_prompt(&mut request);
+        let settings = self.settings(request, task)?;
+        let mut prompt = self.tokens_of(prompt)?;
+        if let Some(truncation) = settings.request.truncate_prompt {
+            truncation.cut(&mut prompt);
+        }
+        let spec = self.sequence_spec(&settings, prompt)?;
+        Ok((settings, spec))
+    }
+
+    /// Checks everything but the prompt, and completes it with the model's defaults.
+    fn settings(&self, mut request: Request, task: Task) -> Result<Settings, SubmitError> {
         self.require_open()?;
         if self.shared.draining.load(Ordering::Acquire) {
             return Err(SubmitError::Draining);
         }
-        let mut prompt = self.tokenize(&request.prompt)?;
-        if let Some(truncation) = request.truncate_prompt {
-            truncation.cut(&mut prompt);
+        request.sampling.validate(self.shared.info.vocabulary)?;
+        let top = request.prompt_logprobs.unwrap_or(0);
+        if top > SamplingParams::MAX_LOGPROBS {
+            return Err(SubmitError::Params(ParamError {
+                name: "prompt_logprobs",
+                value: top.to_string(),
+                expected: "at most 1024",
+            }));
         }
-        let spec = self.sequence_spec(request, task, prompt)?;
+        if request.max_tokens == Some(0) && task == Task::Generate {
+            return Err(SubmitError::NoTokens);
+        }
+        self.check_limits(&request)?;
+        if let Some(index) = request.stop.iter().position(String::is_empty) {
+            return Err(SubmitError::EmptyStop { index });
+        }
         if !request.stop.is_empty() {
             self.tokenizer_for("a stop string")?;
         }
-        Ok(spec)
+        let stop = StopStrings::new(&std::mem::take(&mut request.stop));
+        let mut stop_tokens = std::mem::take(&mut request.stop_token_ids);
+        if !request.ignore_eos {
+            stop_tokens.extend_from_slice(&self.shared.info.end_tokens);
+            if let Some(tokenizer) = &self.shared.tokenizer {
+                stop_tokens.extend_from_slice(tokenizer.end_tokens());
+            }
+        }
+        stop_tokens.sort_unstable();
+        stop_tokens.dedup();
+        let stop_tokens: Arc<[u32]> = stop_tokens.into();
+        if !request.limits.is_empty() {
+            let inner = request.constraint.take();
+            let ends = Arc::clone(&stop_tokens);
+            let vocabulary = self.shared.info.vocabulary;
+            request.constraint = Some(request.limits.constraint(inner, vocabulary, ends));
+        }
+        Ok(Settings {
+            params: Arc::new(std::mem::take(&mut request.sampling)),
+            request,
+            task,
+            stop,
+            stop_tokens,
+        })
     }
 
     /// The two ends of a request that was checked and has its place.
     fn open(
         &self,
-        request: Request,
+        settings: &Settings,
         mut spec: SequenceSpec,
+        prompt: Arc<[u32]>,
         turn: Option<Turn>,
         permit: Permit,
     ) -> (TokenStream, Submission) {
+        let request = &settings.request;
         spec.session = turn.as_ref().map(|turn| turn.session);
         let tokenizer = self.shared.tokenizer.clone();
-        let text = tokenizer.map(|tokenizer| TextState::new(tokenizer, &request));
+        let text =
+            tokenizer.map(|tokenizer| TextState::new(tokenizer, request, settings.stop.clone()));
         let id = self.next_id();
         let cell = Arc::new(SessionCell::default());
         let (events, receiver) = channel(&cell, self.shared.config.stream_buffer);
@@ -713,7 +858,7 @@ impl Engine {
             metrics: Arc::clone(&self.shared.metrics),
             submitted,
             text,
-            prompt: spec.prompt.clone(),
+            prompt,
             stop_tokens: Arc::clone(&spec.stop_tokens),
             buffer: self.shared.config.stream_buffer,
             turn: turn.as_ref().map(|turn| Arc::clone(&turn.cell)),
@@ -725,7 +870,7 @@ impl Engine {
             record,
             deadlines,
             turn,
-            label: request.label,
+            label: request.label.clone(),
         };
         (stream, Submission { id, spec, account })
     }
@@ -849,37 +994,21 @@ impl Engine {
         SubmitError::Closed(self.shared.end.cause())
     }
 
-    /// Checks a request and completes it with the model's defaults.
+    /// What the scheduler is to know of a request whose prompt is `prompt`, unless
+    /// something is wrong with that.
     fn sequence_spec(
         &self,
-        request: &Request,
-        task: Task,
+        settings: &Settings,
         prompt: Vec<u32>,
     ) -> Result<SequenceSpec, SubmitError> {
+        let request = &settings.request;
         let vocabulary = self.shared.info.vocabulary;
-        request.sampling.validate(vocabulary)?;
-        let top = request.prompt_logprobs.unwrap_or(0);
-        if top > SamplingParams::MAX_LOGPROBS {
-            return Err(SubmitError::Params(ParamError {
-                name: "prompt_logprobs",
-                value: top.to_string(),
-                expected: "at most 1024",
-            }));
-        }
-        let continued = request.max_tokens != Some(0);
-        self.check_limits(request)?;
-        if !continued && task == Task::Generate {
-            return Err(SubmitError::NoTokens);
-        }
-        if let Some(index) = request.stop.iter().position(String::is_empty) {
-            return Err(SubmitError::EmptyStop { index });
-        }
         if prompt.is_empty() {
             return Err(SubmitError::EmptyPrompt);
         }
         let (limit, limited_by) = self.shared.limit;
         let tokens = prompt.len();
-        if continued && tokens >= limit {
+        if request.max_tokens != Some(0) && tokens >= limit {
             return Err(SubmitError::PromptTooLong {
                 tokens,
                 limit,
@@ -896,28 +1025,14 @@ impl Engine {
         if let Some(&token) = prompt.iter().find(|&&token| token as usize >= vocabulary) {
             return Err(SubmitError::UnknownToken { token, vocabulary });
         }
-        let mut stop_tokens = request.stop_token_ids.clone();
-        if !request.ignore_eos {
-            stop_tokens.extend_from_slice(&self.shared.info.end_tokens);
-            if let Some(tokenizer) = &self.shared.tokenizer {
-                stop_tokens.extend_from_slice(tokenizer.end_tokens());
-            }
-        }
-        stop_tokens.sort_unstable();
-        stop_tokens.dedup();
-        let stop_tokens: Arc<[u32]> = stop_tokens.into();
         let answer = request.max_tokens.unwrap_or(limit);
-        let mut constraint = request.constraint.clone();
-        if !request.limits.is_empty() {
-            let ends = Arc::clone(&stop_tokens);
-            constraint = Some(request.limits.constraint(constraint, vocabulary, ends));
-        }
+        let constraint = request.constraint.clone();
         Ok(SequenceSpec {
             max_tokens: limit.min(prompt.len().saturating_add(answer)),
             prompt,
-            task,
-            params: Arc::new(request.sampling.clone()),
-            stop_tokens,
+            task: settings.task,
+            params: Arc::clone(&settings.params),
+            stop_tokens: Arc::clone(&settings.stop_tokens),
             priority: request.priority,
             tenant: request.tenant.clone(),
             salt: request.cache_salt.clone(),
@@ -956,6 +1071,11 @@ impl Engine {
         }
         Ok(())
     }
+}
+
+/// Takes the prompt out of a request.
+fn take_prompt(request: &mut Request) -> Prompt {
+    std::mem::replace(&mut request.prompt, Prompt::Tokens(Vec::new()))
 }
 
 /// The scheduler for what a runner has.

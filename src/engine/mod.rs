@@ -31,6 +31,8 @@ pub use ending::{Drained, Draining, Shutdown, ShuttingDown};
 pub use error::{EngineFault, GenerateError, SubmitError};
 pub use event::{CancelReason, Outcome, Receipt, Token};
 pub use handle::{Engine, Prompt, Request, Truncation};
+#[cfg(feature = "server")]
+pub(crate) use permit::Places;
 pub use session::{Session, SessionOptions};
 pub use snapshot::{
     BlockMap, BlockUse, EngineSnapshot, RequestEnd, RequestPhase, RequestState, SessionState,

@@ -28,12 +28,12 @@ fn take(open: &AtomicUsize, count: usize, limit: usize) -> Result<(), SubmitErro
 
 /// Places that are taken together and handed out one by one; those that are left are
 /// given back when this is dropped.
-pub(crate) struct Permits {
+pub(crate) struct Places {
     open: Arc<AtomicUsize>,
     left: usize,
 }
 
-impl Permits {
+impl Places {
     /// Takes `count` places or none.
     pub fn acquire(
         open: &Arc<AtomicUsize>,
@@ -51,7 +51,7 @@ impl Permits {
     }
 }
 
-impl Iterator for Permits {
+impl Iterator for Places {
     type Item = Permit;
 
     fn next(&mut self) -> Option<Permit> {
@@ -60,7 +60,7 @@ impl Iterator for Permits {
     }
 }
 
-impl Drop for Permits {
+impl Drop for Places {
     fn drop(&mut self) {
         self.open.fetch_sub(self.left, Ordering::AcqRel);
     }

@@ -14,7 +14,7 @@ use super::{EngineFault, GenerateError, Request};
 use crate::device::PooledRows;
 use crate::id::SessionId;
 use crate::schedule::FinishReason;
-use crate::text::{Detokenizer, StopMatcher, StopStep, Tokenizer};
+use crate::text::{Detokenizer, StopMatcher, StopStep, StopStrings, Tokenizer};
 use futures_core::Stream;
 use std::future::Future;
 use std::pin::Pin;
@@ -95,8 +95,8 @@ pub(crate) struct TextState {
 }
 
 impl TextState {
-    pub fn new(tokenizer: Arc<Tokenizer>, request: &Request) -> Self {
-        let stop = StopMatcher::new(request.stop.clone());
+    pub fn new(tokenizer: Arc<Tokenizer>, request: &Request, stop: StopStrings) -> Self {
+        let stop = StopMatcher::new(stop);
         Self {
             detokenizer: Detokenizer::new(tokenizer, !request.keep_special),
             stop: stop.include_stop(request.include_stop),
@@ -125,7 +125,7 @@ pub(crate) struct StreamParts {
     pub metrics: Arc<EngineMetrics>,
     pub submitted: Instant,
     pub text: Option<TextState>,
-    pub prompt: Vec<u32>,
+    pub prompt: Arc<[u32]>,
     pub stop_tokens: Arc<[u32]>,
     pub buffer: usize,
     /// The session's turn that this is.
@@ -362,7 +362,7 @@ impl TokenStream {
             if let (Some(turn), Outcome::Stop | Outcome::Length) =
                 (&self.parts.turn, finish.outcome)
             {
-                let mut tokens = self.parts.prompt.clone();
+                let mut tokens = self.parts.prompt.to_vec();
                 tokens.append(&mut self.answer);
                 turn.ended_by_reader(Some(tokens));
             }
@@ -450,7 +450,7 @@ struct Collector {
 impl Collector {
     fn new(stream: &TokenStream) -> Self {
         Self {
-            prompt_ids: stream.parts.prompt.clone(),
+            prompt_ids: stream.parts.prompt.to_vec(),
             text: stream.parts.text.as_ref().map(|_| String::new()),
             tokens: Vec::new(),
             prompt_logprobs: None,

@@ -46,20 +46,24 @@ pub struct ConstraintError(pub String);
 #[derive(Clone, Debug)]
 pub struct ConstraintState {
     constraint: Box<dyn Constraint>,
+    /// Empty until it is first asked for: a sequence that waits takes no memory for it.
     mask: Arc<[u32]>,
+    /// Length of the mask.
+    words: usize,
 }
 
 impl ConstraintState {
     /// The state before the first token, over a vocabulary of so many tokens.
     pub fn new(constraint: Box<dyn Constraint>, vocabulary: usize) -> Self {
-        let mask = vec![0; vocabulary.div_ceil(32)];
         Self {
             constraint,
-            mask: mask.into(),
+            mask: Arc::new([]),
+            words: vocabulary.div_ceil(32),
         }
     }
 
-    /// The tokens that were allowed at the last [`ConstraintState::refresh`], a bit each.
+    /// The tokens that were allowed at the last [`ConstraintState::refresh`], a bit each;
+    /// empty before the first.
     pub fn mask(&self) -> &Arc<[u32]> {
         &self.mask
     }
@@ -70,8 +74,8 @@ impl ConstraintState {
     /// # Errors
     /// When the constraint cannot say, when it panics, and when no token is allowed.
     pub fn refresh(&mut self) -> Result<(), ConstraintError> {
-        if Arc::get_mut(&mut self.mask).is_none() {
-            self.mask = vec![0; self.mask.len()].into();
+        if self.mask.len() != self.words || Arc::get_mut(&mut self.mask).is_none() {
+            self.mask = vec![0; self.words].into();
         }
         let constraint = &mut self.constraint;
         let Some(mask) = Arc::get_mut(&mut self.mask) else {
@@ -161,7 +165,7 @@ mod tests {
     #[test]
     fn a_state_goes_on_token_by_token_until_it_is_complete() {
         let mut state = state(1);
-        assert_eq!(state.mask().len(), 2);
+        assert!(state.mask().is_empty());
         state.refresh().unwrap();
         assert_eq!(state.mask()[..], [1 << 1, 0]);
         assert_eq!(state.accept(1), Ok(false));

@@ -232,9 +232,18 @@ pub(crate) async fn chat_completions(
     State(app): State<Arc<App>>,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    body.check_fields(Route::Chat)?;
-    let request: ChatRequest = body.parse()?;
-    let sampling: SamplingFields = body.parse()?;
+    let (bytes, caller) = (body.len(), body.caller.clone());
+    let fields = body.read(&app, |body| {
+        body.check_fields(Route::Chat)?;
+        Ok((
+            body.parse::<ChatRequest>()?,
+            body.parse::<SamplingFields>()?,
+            body.parse::<ToolFields>()?.check()?,
+            body.parse::<StructureFields>()?.structure()?,
+            body.parse::<RenderingFields>()?,
+        ))
+    });
+    let (request, sampling, tools, structure, rendering) = fields.await?;
     let model = app.check_model(request.model.as_deref())?;
     if request.messages.is_empty() {
         return Err(ApiError::invalid("messages is an empty list").param("messages"));
@@ -246,34 +255,34 @@ pub(crate) async fn chat_completions(
     let streaming = request.stream.unwrap_or(false);
     let usage_events = StreamOptions::usage(request.stream_options, streaming)?;
     let prompt_logprobs = sampling.prompt_logprobs(streaming)?;
-    let mut rendering = body.parse::<RenderingFields>()?.check(&app)?;
+    let mut rendering = rendering.check(&app)?;
     if let Some(effort) = request.reasoning_effort {
         let variables = &mut rendering.variables;
         variables.entry("reasoning_effort").or_insert(effort.into());
     }
-    let tools = body.parse::<ToolFields>()?.check()?;
     let legacy = tools.legacy;
     let conversation = Conversation {
         messages: request.messages,
         tools,
-        structure: body.parse::<StructureFields>()?.structure()?,
+        structure,
         rendering,
         hide_reasoning: !request.include_reasoning.unwrap_or(true),
         truncate_to: None,
+        may_be_cut: sampling.cuts_prompt(),
     };
-    let prepared = conversation.prepare(&app).await?;
+    let prepared = conversation.prepare(&app, bytes).await?;
     let (reading, notices) = (prepared.reading, prepared.notices);
     let prompt = Prompt::Tokens(prepared.prompt);
     let session = sampling.session(SessionPrompt::Whole);
     let id = sampling.answer_id(&app, "chatcmpl")?;
     let mut asked = sampling
-        .request(&app, prompt, max_tokens, logprobs)?
+        .request(&app, max_tokens, logprobs)?
         .label(id.as_str());
     hold(&mut asked, prepared.constraint)?;
     asked.keep_special |= prepared.keep_special;
     asked.prompt_logprobs = prompt_logprobs;
     let streams = app
-        .submit_turn(&body.caller, session, vec![asked], samples)
+        .submit_turn(&caller, session, asked, vec![prompt], samples)
         .await
         .map_err(|mut error| {
             // The fields by their names here.

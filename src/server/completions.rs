@@ -8,17 +8,17 @@ use super::integer;
 use super::json::JsonBody;
 use super::logprobs::{LogProbs, PromptLogProbs};
 use super::notices::Notices;
+use super::prompts::Prompts;
 use super::sampling::{SamplingFields, hold};
 use super::sessions::SessionPrompt;
 use super::sse::{self, Events, Writer};
 use super::structure::StructureFields;
 use super::{App, StreamOptions};
-use crate::engine::{Chunk, Prompt, Request, Token, TokenStream};
+use crate::engine::{Chunk, Prompt, Token, TokenStream};
 use crate::text::Tokenizer;
 use axum::extract::State;
 use axum::response::Response;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use std::borrow::Cow;
 use std::sync::Arc;
 
@@ -28,13 +28,10 @@ const DEFAULT_MAX_TOKENS: usize = 16;
 /// Log-probabilities a token at most.
 const MAX_LOGPROBS: u32 = 20;
 
-/// Prompts of a request at most.
-const MAX_PROMPTS: usize = 2048;
-
 #[derive(Debug, Deserialize)]
 struct CompletionRequest {
     model: Option<String>,
-    prompt: Value,
+    prompt: Prompts,
     #[serde(default, deserialize_with = "integer::optional")]
     max_tokens: Option<usize>,
     stream: Option<bool>,
@@ -78,9 +75,16 @@ pub(crate) async fn completions(
     State(app): State<Arc<App>>,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    body.check_fields(Route::Completions)?;
-    let request: CompletionRequest = body.parse()?;
-    let sampling: SamplingFields = body.parse()?;
+    let caller = body.caller.clone();
+    let fields = body.read(&app, |body| {
+        body.check_fields(Route::Completions)?;
+        Ok((
+            body.parse::<CompletionRequest>()?,
+            body.parse::<SamplingFields>()?,
+            body.parse::<StructureFields>()?.structure()?,
+        ))
+    });
+    let (request, sampling, structure) = fields.await?;
     let model = app.check_model(request.model.as_deref())?;
     let streaming = request.stream.unwrap_or(false);
     let usage_events = StreamOptions::usage(request.stream_options, streaming)?;
@@ -93,10 +97,9 @@ pub(crate) async fn completions(
     let max_tokens = request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
     let echo = request.echo.unwrap_or(false);
     let scored = sampling.prompt_logprobs(streaming)?;
-    let first = Prompt::Tokens(Vec::new());
     let session = sampling.session(SessionPrompt::Next);
     let id = sampling.answer_id(&app, "cmpl")?;
-    let template = sampling.request(&app, first, Some(max_tokens), request.logprobs)?;
+    let template = sampling.request(&app, Some(max_tokens), request.logprobs)?;
     let mut template = template.label(id.as_str());
     if candidates > samples {
         // The likeliest answers are found by them.
@@ -108,23 +111,20 @@ pub(crate) async fn completions(
     }
     let mut notices = Notices::default();
     let mut form = None;
-    if let Some(structure) = body.parse::<StructureFields>()?.structure()? {
+    if let Some(structure) = structure {
         let grammar = structure.compiled(&app).await?;
         notices.unenforced = grammar.unenforced().to_vec();
         form = Some(grammar.constraint());
     }
     hold(&mut template, form)?;
-    let mut prompts = prompts("prompt", request.prompt)?;
+    let mut prompts = request.prompt.into_vec("prompt")?;
     if request.add_special_tokens == Some(false) {
-        let tokens = app.tokenize_all(prompts, true).await?;
+        let cut = template.truncate_prompt.is_some();
+        let tokens = app.tokenize_all(prompts, true, cut).await?;
         prompts = tokens.into_iter().map(Prompt::Tokens).collect();
     }
-    let requests = prompts.into_iter().map(|prompt| Request {
-        prompt,
-        ..template.clone()
-    });
     let streams = app
-        .submit_turn(&body.caller, session, requests.collect(), candidates)
+        .submit_turn(&caller, session, template, prompts, candidates)
         .await?;
     let envelope = Envelope::new(&app, id, "text_completion", model, usage_events);
     let mut writer = CompletionWriter::new(&app, envelope, &streams, candidates);
@@ -187,45 +187,6 @@ fn likeliest(answers: &[Answer], candidates: usize, samples: usize) -> Vec<usize
         group
     });
     groups.flatten().collect()
-}
-
-/// One prompt or many, as text or token ids: what the request has in `field`.
-pub(super) fn prompts(field: &'static str, prompt: Value) -> Result<Vec<Prompt>, ApiError> {
-    let invalid = |problem: String| ApiError::invalid(format!("{field} {problem}")).param(field);
-    let unexpected = || {
-        let expected = "a string, a list of strings, a list of token ids, or a list of such lists";
-        invalid(format!("must be {expected}"))
-    };
-    let tokens = |ids: &[Value]| {
-        let each = ids.iter().map(|id| {
-            let whole = || id.as_f64().and_then(integer::of_float);
-            let id = id.as_u64().map(i128::from).or_else(whole);
-            id.and_then(|id| u32::try_from(id).ok())
-                .ok_or_else(unexpected)
-        });
-        Ok(Prompt::Tokens(each.collect::<Result<_, ApiError>>()?))
-    };
-    let list = match prompt {
-        Value::String(text) => return Ok(vec![Prompt::Text(text)]),
-        Value::Array(list) => list,
-        _ => return Err(unexpected()),
-    };
-    match list.first() {
-        None => Err(invalid("is an empty list".to_owned())),
-        Some(Value::Number(_)) => Ok(vec![tokens(&list)?]),
-        Some(_) if list.len() > MAX_PROMPTS => Err(invalid(format!(
-            "has {} entries, at most {MAX_PROMPTS} are accepted",
-            list.len()
-        ))),
-        Some(_) => {
-            let each = list.into_iter().map(|prompt| match prompt {
-                Value::String(text) => Ok(Prompt::Text(text)),
-                Value::Array(ids) => tokens(&ids),
-                _ => Err(unexpected()),
-            });
-            each.collect()
-        }
-    }
 }
 
 /// Writes the answers as events.

@@ -7,6 +7,7 @@ use super::parts::{Calls as ReadCalls, Reading};
 use super::rendering::{Rendering, leave_open};
 use super::structure::Structure;
 use super::tools::Tools;
+use super::workers::{GRAMMAR_COST, Job};
 use super::{legacy, system_messages};
 use crate::engine::{SubmitError, Truncation};
 use crate::sampling::Constraint;
@@ -25,6 +26,8 @@ pub(crate) struct Conversation {
     pub hide_reasoning: bool,
     /// Leave messages at the beginning out until the prompt has no more tokens than this.
     pub truncate_to: Option<usize>,
+    /// Whether the prompt is cut later.
+    pub may_be_cut: bool,
 }
 
 /// What the engine is asked, and how its answers are read.
@@ -39,21 +42,25 @@ pub(crate) struct Prepared {
 }
 
 impl Conversation {
-    /// Makes the prompt. What takes long is done on a thread of its own, so that other
-    /// connections do not wait for it.
-    pub async fn prepare(self, app: &Arc<App>) -> Result<Prepared, ApiError> {
-        let forced = self.tools.forced();
-        let bytes: usize = (self.messages.iter().map(|message| message.content.len())).sum();
-        if !forced && self.structure.is_none() && bytes <= super::LONG_PROMPT {
-            return self.prepare_here(app);
+    /// Makes the prompt, which comes from a body of `bytes` bytes. What takes long is done
+    /// apart, so that other connections do not wait for it.
+    pub async fn prepare(self, app: &Arc<App>, bytes: usize) -> Result<Prepared, ApiError> {
+        let compiles = self.structure.is_some() || self.tools.forced();
+        let shared = Arc::clone(app);
+        let work = move |job: &Job| self.prepare_here(&shared, job);
+        match compiles {
+            true => app.workers.run(bytes + GRAMMAR_COST, work).await,
+            false => app.workers.run_if_long(bytes, work).await,
         }
-        let app = Arc::clone(app);
-        let prepared = tokio::task::spawn_blocking(move || self.prepare_here(&app)).await;
-        prepared.map_err(|_| ApiError::unavailable("the server is being stopped"))?
     }
 
-    fn prepare_here(mut self, app: &App) -> Result<Prepared, ApiError> {
+    fn prepare_here(mut self, app: &App, job: &Job) -> Result<Prepared, ApiError> {
         let tokenizer = app.require_tokenizer("a conversation")?;
+        if !self.is_cut() {
+            let contents = self.messages.iter().map(|message| message.content.len());
+            let bytes = app.check_text_bytes(contents.sum());
+            bytes.map_err(|error| error.param("messages"))?;
+        }
         let of_request = match &self.rendering.template {
             None => None,
             Some(source) => Some(tokenizer.template_from(source).map_err(|error| {
@@ -93,6 +100,7 @@ impl Conversation {
             (None, None) => None,
         };
 
+        job.check()?;
         require_roles_known(&self.messages, source)?;
         self.messages = legacy::as_tools(self.messages);
         if !source.contains("developer") {
@@ -111,7 +119,7 @@ impl Conversation {
             inside_reasoning: false,
         };
         let mut write =
-            |messages: &[Message]| self.tokens_of(template, messages, &mut opening, tokenizer);
+            |messages: &[Message]| self.tokens_of(app, job, template, messages, &mut opening);
         let prompt = match self.truncate_to {
             None => write(&self.messages)?,
             Some(room) => fitting(&self.messages, room, &mut write)?,
@@ -143,14 +151,22 @@ impl Conversation {
         })
     }
 
+    /// Whether a prompt that is too long is cut rather than refused.
+    fn is_cut(&self) -> bool {
+        self.may_be_cut || self.truncate_to.is_some()
+    }
+
     /// The prompt of these messages.
     fn tokens_of(
         &self,
+        app: &App,
+        job: &Job,
         template: &ChatTemplate,
         messages: &[Message],
         opening: &mut Opening,
-        tokenizer: &Tokenizer,
     ) -> Result<Vec<u32>, ApiError> {
+        job.check()?;
+        let tokenizer = app.require_tokenizer("a conversation")?;
         let described = self.tools.described();
         let mut options = RenderOptions {
             add_generation_prompt: self.rendering.add_generation_prompt,
@@ -174,6 +190,12 @@ impl Conversation {
             leave_open(&mut text, last)?;
         }
         opening.write(&mut text);
+        drop((in_words, options));
+        job.check()?;
+        if !self.is_cut() {
+            let bytes = app.check_text_bytes(text.len());
+            bytes.map_err(|error| error.param("messages"))?;
+        }
         // The template writes the special tokens itself.
         let options = EncodeOptions {
             add_special: self.rendering.add_special,

@@ -1,11 +1,11 @@
 //! `POST /v1/embeddings`: texts as vectors.
 
 use super::App;
-use super::completions::prompts;
 use super::error::ApiError;
 use super::fields::Route;
 use super::integer;
 use super::json::JsonBody;
+use super::prompts::Prompts;
 use super::sampling::{Side, cache_salt, truncation};
 use crate::engine::{CancelReason, EmbedRequest, Embedding, Prompt};
 use axum::Json;
@@ -15,7 +15,6 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -26,7 +25,7 @@ const AT_ONCE: usize = 64;
 #[derive(Deserialize)]
 struct EmbeddingsRequest {
     model: Option<String>,
-    input: Value,
+    input: Prompts,
     encoding_format: Option<Encoding>,
     #[serde(default, deserialize_with = "integer::optional")]
     dimensions: Option<usize>,
@@ -87,8 +86,12 @@ pub(crate) async fn embeddings(
     State(app): State<Arc<App>>,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    body.check_fields(Route::Embeddings)?;
-    let request: EmbeddingsRequest = body.parse()?;
+    let caller = body.caller.clone();
+    let fields = body.read(&app, |body| {
+        body.check_fields(Route::Embeddings)?;
+        body.parse::<EmbeddingsRequest>()
+    });
+    let request = fields.await?;
     let model = app.check_model(request.model.as_deref())?;
     let size = app.engine.info().embedding.unwrap_or(0);
     let dimensions = request.dimensions.unwrap_or(size);
@@ -97,8 +100,8 @@ pub(crate) async fn embeddings(
         return Err(ApiError::invalid(problem).param("dimensions"));
     }
     let template = EmbedRequest {
-        priority: body.caller.priority(request.priority.unwrap_or(0)),
-        cache_salt: body.caller.cache_salt(cache_salt(request.cache_salt)?),
+        priority: caller.priority(request.priority.unwrap_or(0)),
+        cache_salt: caller.cache_salt(cache_salt(request.cache_salt)?),
         tenant: request.user.filter(|user| !user.is_empty()).map(Into::into),
         ..EmbedRequest::new(Prompt::Tokens(Vec::new()))
     };
@@ -108,10 +111,11 @@ pub(crate) async fn embeddings(
         request.truncation_side,
         room,
     )?;
-    let inputs = prompts("input", request.input)?;
+    let inputs = request.input.into_vec("input")?;
     // Before anything is computed: a text that is none is found first.
     let bare = request.add_special_tokens == Some(false);
-    let mut inputs = app.tokenize_all(inputs, bare).await.map_err(of_input)?;
+    let inputs = app.tokenize_all(inputs, bare, truncation.is_some()).await;
+    let mut inputs = inputs.map_err(of_input)?;
     if let Some(truncation) = truncation {
         inputs.iter_mut().for_each(|tokens| truncation.cut(tokens));
     }

@@ -1,9 +1,11 @@
 //! What a request brings: its body, and the open part of its path.
 
-use super::App;
 use super::auth::Caller;
 use super::error::ApiError;
 use super::wording::plain;
+use super::workers::Job;
+use super::{App, shape};
+use axum::BoxError;
 use axum::body::{Bytes, HttpBody};
 use axum::extract::rejection::PathRejection;
 use axum::extract::{FromRequest, FromRequestParts, Path, Request};
@@ -13,7 +15,8 @@ use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
 use std::sync::Arc;
 
-/// The bytes of a body that claims to be JSON; read within the limits of size and time.
+/// The bytes of a body that claims to be JSON; read within the limits of size, time and
+/// [`shape`].
 pub(crate) struct JsonBody {
     bytes: Bytes,
     /// Who sent it.
@@ -33,6 +36,23 @@ impl JsonBody {
             bytes: text.into(),
             caller: Caller::default(),
         }
+    }
+
+    /// Bytes of the body.
+    pub fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// What `parse` makes of the body, which is done apart from other connections if it
+    /// takes long.
+    pub async fn read<T: Send + 'static>(
+        self,
+        app: &App,
+        parse: impl FnOnce(&Self) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let bytes = self.len();
+        let work = move |_: &Job| parse(&self);
+        app.workers.run_if_long(bytes, work).await
     }
 
     /// The body as a `T`. Unknown fields are ignored; a wrong one is named.
@@ -131,6 +151,35 @@ fn unsupported(problem: String) -> ApiError {
     ApiError::new(status, "invalid_request_error", problem)
 }
 
+/// All bytes of a body, which are copied once at most: there is only one copy of a large
+/// body at any time.
+async fn collect(
+    mut body: impl HttpBody<Data = Bytes, Error = BoxError> + Unpin,
+) -> Result<Bytes, BoxError> {
+    let mut first = Bytes::new();
+    let mut whole = Vec::new();
+    while let Some(frame) = body.frame().await {
+        let Ok(data) = frame?.into_data() else {
+            continue;
+        };
+        if first.is_empty() && whole.is_empty() {
+            first = data;
+            continue;
+        }
+        if whole.is_empty() {
+            let expected = body.size_hint().lower();
+            let expected = usize::try_from(expected).unwrap_or(0);
+            whole.reserve(first.len() + data.len() + expected);
+            whole.extend_from_slice(&std::mem::take(&mut first));
+        }
+        whole.extend_from_slice(&data);
+    }
+    match whole.is_empty() {
+        true => Ok(first),
+        false => Ok(whole.into()),
+    }
+}
+
 impl FromRequest<Arc<App>> for JsonBody {
     type Rejection = ApiError;
 
@@ -151,12 +200,17 @@ impl FromRequest<Arc<App>> for JsonBody {
         if body.size_hint().lower() > limit as u64 {
             return Err(too_large());
         }
-        let body = Limited::new(body, limit).collect();
+        let body = collect(Limited::new(body, limit));
         match tokio::time::timeout(app.options.body_timeout, body).await {
-            Ok(Ok(body)) => Ok(Self {
-                bytes: body.to_bytes(),
-                caller,
-            }),
+            Ok(Ok(body)) => {
+                let checked = body.clone();
+                let check = move |_: &Job| shape::check(&checked);
+                app.workers.run_if_long(body.len(), check).await?;
+                Ok(Self {
+                    bytes: body,
+                    caller,
+                })
+            }
             Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
             Ok(Err(error)) => Err(ApiError::invalid(format!("the body ended early: {error}"))),
             Err(_) => Err(ApiError::new(

@@ -47,10 +47,12 @@ mod models;
 mod notices;
 mod page;
 mod parts;
+mod prompts;
 mod rendering;
 mod responses;
 mod sampling;
 mod sessions;
+mod shape;
 mod snapshot;
 mod sse;
 mod structure;
@@ -60,12 +62,15 @@ mod tokenize;
 mod tools;
 mod trace_context;
 mod wording;
+mod workers;
 
 pub use auth::ApiKeys;
 pub use metrics::{Metrics, MetricsError};
 pub use tls::TlsFiles;
 
-use crate::engine::{CancelReason, Drained, Engine, Prompt, Request, SubmitError, TokenStream};
+use crate::engine::{
+    CancelReason, Drained, Engine, Places, Prompt, Request, SubmitError, TokenStream,
+};
 use crate::text::tools::ToolFormat;
 use crate::text::{EncodeOptions, Keywords, Tokenizer};
 use auth::Caller;
@@ -90,10 +95,11 @@ use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer};
 use uuid::Uuid;
+use workers::{Job, Workers};
 
-/// Prompts with more bytes than this are turned into tokens on a thread of their own, so
-/// that other connections do not wait for it.
-const LONG_PROMPT: usize = 16 << 10;
+/// Tokens of all prompts of a request at most, each counted once per answer to it. Every
+/// answer keeps the tokens of its prompt, so this bounds the memory of a request.
+const MAX_BATCH_TOKENS: usize = 4 << 20;
 
 /// The id of a request: the client's, or one of ours.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -476,6 +482,7 @@ pub(crate) struct App {
     sessions: Sessions,
     snapshots: Snapshots,
     guard: Guard,
+    workers: Workers,
 }
 
 impl App {
@@ -496,6 +503,7 @@ impl App {
             sessions: Sessions::default(),
             snapshots: Snapshots::default(),
             guard,
+            workers: Workers::default(),
         }
     }
 
@@ -524,23 +532,28 @@ impl App {
         format!("{kind}-{}", Uuid::new_v4().simple())
     }
 
-    /// Submits requests of a caller, each for `samples` answers: in order, those of a
-    /// request together. Dropping one of the streams cancels it as a disconnect.
+    /// Submits `prompts` of a caller, each for `samples` answers with the settings of
+    /// `request`: in order, those of a prompt together. Dropping one of the streams cancels
+    /// it as a disconnect.
     async fn submit(
         self: &Arc<Self>,
         caller: &Caller,
-        mut requests: Vec<Request>,
+        mut request: Request,
+        prompts: Vec<Prompt>,
         samples: usize,
     ) -> Result<Vec<TokenStream>, ApiError> {
-        for request in &mut requests {
-            caller.admit(request);
-            if let (Some(tokens), None) = (request.max_tokens, request.truncate_prompt) {
-                self.check_length(&request.prompt, tokens)?;
+        caller.admit(&mut request);
+        if let (Some(tokens), None) = (request.max_tokens, request.truncate_prompt) {
+            for prompt in &prompts {
+                self.check_length(prompt, tokens)?;
             }
         }
-        let long = requests.iter().any(|request| is_long(&request.prompt));
+        // Before anything is made of the prompts: what there is no place for costs nothing.
+        let places = self.engine.places(prompts.len(), samples)?;
+        let bytes = prompts.iter().map(text_bytes).sum();
         let app = Arc::clone(self);
-        apart_if(long, move || app.submit_here(requests, samples)).await
+        let work = move |job: &Job| app.submit_here(job, places, request, prompts, samples);
+        self.workers.run_if_long(bytes, work).await
     }
 
     /// As [`App::submit`], for the one answer of a session's turn if there is a session.
@@ -548,42 +561,67 @@ impl App {
         self: &Arc<Self>,
         caller: &Caller,
         session: Option<SessionTurn>,
-        mut requests: Vec<Request>,
+        mut request: Request,
+        mut prompts: Vec<Prompt>,
         samples: usize,
     ) -> Result<Vec<TokenStream>, ApiError> {
-        let Some(SessionTurn { id, prompt }) = session else {
-            return self.submit(caller, requests, samples).await;
+        let Some(SessionTurn { id, prompt: kind }) = session else {
+            return self.submit(caller, request, prompts, samples).await;
         };
-        let (Some(mut request), 0, 1) = (requests.pop(), requests.len(), samples) else {
+        let (Some(prompt), 0, 1) = (prompts.pop(), prompts.len(), samples) else {
             let problem = "a session answers one prompt at a time, with n = 1";
             return Err(ApiError::invalid(problem).param("session_id"));
         };
         caller.admit(&mut request);
         let session = self.sessions.find(&id)?;
-        let long = is_long(&request.prompt);
-        let turn = move || Ok(session.turn(request, prompt)?);
-        let stream: TokenStream = apart_if(long, turn).await?;
+        self.check_bytes(&prompt)?;
+        let bytes = text_bytes(&prompt);
+        request.prompt = prompt;
+        let turn = move |_: &Job| Ok(session.turn(request, kind)?);
+        let stream: TokenStream = self.workers.run_if_long(bytes, turn).await?;
         Ok(vec![stream.when_dropped(CancelReason::Disconnect)])
     }
 
     fn submit_here(
         &self,
-        requests: Vec<Request>,
+        job: &Job,
+        places: Places,
+        request: Request,
+        prompts: Vec<Prompt>,
         samples: usize,
     ) -> Result<Vec<TokenStream>, ApiError> {
-        let mut tokenized = Vec::with_capacity(requests.len());
-        for mut request in requests {
-            let mut tokens = self.engine.tokenize(&request.prompt)?;
-            if let Some(truncation) = request.truncate_prompt.take() {
+        let mut tokenized = Vec::with_capacity(prompts.len());
+        let mut total = 0;
+        for prompt in prompts {
+            let mut tokens = match prompt {
+                Prompt::Tokens(tokens) => tokens,
+                prompt => {
+                    job.check()?;
+                    if request.truncate_prompt.is_none() {
+                        self.check_bytes(&prompt)?;
+                    }
+                    self.engine.tokenize(&prompt)?
+                }
+            };
+            if let Some(truncation) = request.truncate_prompt {
                 truncation.cut(&mut tokens);
             }
-            request.prompt = Prompt::Tokens(tokens);
-            if let Some(tokens) = request.max_tokens {
-                self.check_length(&request.prompt, tokens)?;
+            if let Some(most) = request.max_tokens {
+                self.check_answer(tokens.len(), most)?;
             }
-            tokenized.push(request);
+            total += tokens.len();
+            if total.saturating_mul(samples) > MAX_BATCH_TOKENS {
+                let problem = format!(
+                    "the prompts have more than {MAX_BATCH_TOKENS} tokens, counted once for \
+                     each of the {samples} answers to a prompt; send fewer at a time"
+                );
+                return Err(ApiError::invalid(problem).param("prompt"));
+            }
+            tokenized.push(tokens);
         }
-        let streams = self.engine.generate_batch(tokenized, samples)?;
+        let streams = self
+            .engine
+            .generate_in(places, request, tokenized, samples)?;
         let owned = |stream: TokenStream| stream.when_dropped(CancelReason::Disconnect);
         Ok(streams.into_iter().map(owned).collect())
     }
@@ -594,21 +632,53 @@ impl App {
         self: &Arc<Self>,
         prompts: Vec<Prompt>,
         bare: bool,
+        cut: bool,
     ) -> Result<Vec<Vec<u32>>, ApiError> {
-        let bytes: usize = prompts.iter().map(text_bytes).sum();
+        let bytes = prompts.iter().map(text_bytes).sum();
         let app = Arc::clone(self);
-        let tokenize = move || {
-            let each = prompts.iter().map(|prompt| match prompt {
-                Prompt::Text(text) if bare => app.tokenize_bare(text),
-                prompt => app.engine.tokenize(prompt).map_err(ApiError::from),
+        let tokenize = move |job: &Job| {
+            let each = prompts.into_iter().map(|prompt| match prompt {
+                Prompt::Tokens(tokens) => Ok(tokens),
+                prompt => {
+                    job.check()?;
+                    if !cut {
+                        app.check_bytes(&prompt)?;
+                    }
+                    match prompt {
+                        Prompt::Text(text) if bare => app.tokenize_bare(&text),
+                        prompt => Ok(app.engine.tokenize(&prompt)?),
+                    }
+                }
             });
-            each.collect::<Result<_, _>>()
+            each.collect()
         };
-        if bytes <= LONG_PROMPT {
-            return tokenize();
+        self.workers.run_if_long(bytes, tokenize).await
+    }
+
+    /// Refuses a text that has more bytes than the tokens of the context can stand for:
+    /// that needs no tokens to know.
+    fn check_bytes(&self, prompt: &Prompt) -> Result<(), ApiError> {
+        self.check_text_bytes(text_bytes(prompt))
+    }
+
+    /// As [`App::check_bytes`], for a text of `bytes` bytes.
+    fn check_text_bytes(&self, bytes: usize) -> Result<(), ApiError> {
+        let limit = self.engine.max_sequence_tokens();
+        let per_token = self
+            .engine
+            .tokenizer()
+            .and_then(|tokenizer| tokenizer.max_token_bytes());
+        let most = per_token.map_or(usize::MAX, |most| limit.saturating_mul(most));
+        if bytes <= most {
+            return Ok(());
         }
-        let tokens = tokio::task::spawn_blocking(tokenize).await;
-        tokens.map_err(|_| ApiError::unavailable("the server is being stopped"))?
+        let problem = format!(
+            "the prompt has {bytes} bytes, which are more tokens than the context has: this \
+             model's maximum context length is {limit} tokens"
+        );
+        Err(ApiError::invalid(problem)
+            .param("prompt")
+            .code("context_length_exceeded"))
     }
 
     /// The tokens of a text and no others.
@@ -624,39 +694,29 @@ impl App {
 
     /// Refuses an answer that the context has no room for. Only token ids are looked at.
     fn check_length(&self, prompt: &Prompt, max_tokens: usize) -> Result<(), ApiError> {
-        let limit = self.engine.max_sequence_tokens();
         match prompt {
-            // A prompt that is too long by itself is for the engine to refuse.
-            Prompt::Tokens(tokens) if tokens.len() < limit && max_tokens > limit - tokens.len() => {
-                let problem = format!(
-                    "this model's maximum context length is {limit} tokens; the prompt has {} \
-                     tokens and max_tokens is {max_tokens}, {} together",
-                    tokens.len(),
-                    tokens.len().saturating_add(max_tokens),
-                );
-                Err(ApiError::invalid(problem)
-                    .param("max_tokens")
-                    .code("context_length_exceeded"))
-            }
+            Prompt::Tokens(tokens) => self.check_answer(tokens.len(), max_tokens),
             _ => Ok(()),
         }
     }
-}
 
-/// Runs `work` here, or on a thread of its own if it may take `long`.
-async fn apart_if<T: Send + 'static>(
-    long: bool,
-    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
-) -> Result<T, ApiError> {
-    if !long {
-        return work();
+    /// Refuses an answer of `max_tokens` tokens to a prompt of `tokens` tokens if the
+    /// context has no room for it.
+    fn check_answer(&self, tokens: usize, max_tokens: usize) -> Result<(), ApiError> {
+        let limit = self.engine.max_sequence_tokens();
+        // A prompt that is too long by itself is for the engine to refuse.
+        if tokens >= limit || max_tokens <= limit - tokens {
+            return Ok(());
+        }
+        let problem = format!(
+            "this model's maximum context length is {limit} tokens; the prompt has {tokens} \
+             tokens and max_tokens is {max_tokens}, {} together",
+            tokens.saturating_add(max_tokens),
+        );
+        Err(ApiError::invalid(problem)
+            .param("max_tokens")
+            .code("context_length_exceeded"))
     }
-    let done = tokio::task::spawn_blocking(work).await;
-    done.map_err(|_| ApiError::unavailable("the server is being stopped"))?
-}
-
-fn is_long(prompt: &Prompt) -> bool {
-    text_bytes(prompt) > LONG_PROMPT
 }
 
 /// Bytes that are to be turned into tokens.

@@ -37,6 +37,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Number, Value, json};
 use std::sync::Arc;
 
+/// Bytes at most of the items that a request refers to: they are no part of its body.
+const MAX_REFERRED: usize = 8 << 20;
+
 #[derive(Debug, Deserialize)]
 struct CreateRequest {
     model: Option<String>,
@@ -106,7 +109,6 @@ struct ReasoningFields {
 /// What is asked, before the model is.
 struct Asked {
     prepared: Prepared,
-    tools: Tools,
     /// The conversation with the items of the input, without instructions.
     messages: Vec<Message>,
     /// The items of the input.
@@ -118,9 +120,16 @@ pub(crate) async fn create(
     State(app): State<Arc<App>>,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    body.check_fields(Route::Responses)?;
-    let mut request: CreateRequest = body.parse()?;
-    let sampling: SamplingFields = body.parse()?;
+    let (bytes, caller) = (body.len(), body.caller.clone());
+    let fields = body.read(&app, |body| {
+        body.check_fields(Route::Responses)?;
+        Ok((
+            body.parse::<CreateRequest>()?,
+            body.parse::<SamplingFields>()?,
+            body.parse::<ToolFields>()?.check()?,
+        ))
+    });
+    let (mut request, sampling, tools) = fields.await?;
     let model = app.check_model(request.model.as_deref())?;
     let logprobs = request.logprobs()?;
     let streaming = request.stream.unwrap_or(false);
@@ -128,19 +137,18 @@ pub(crate) async fn create(
     StreamOptions::usage(request.stream_options, streaming)?;
     let Asked {
         prepared,
-        tools,
         messages,
         items,
-    } = request.ask(&app, &body).await?;
+    } = request.ask(&app, &tools, bytes).await?;
     let prompt = Prompt::Tokens(prepared.prompt);
     let id = new_id("resp");
     let asked = sampling
-        .request(&app, prompt, request.max_output_tokens, logprobs)
+        .request(&app, request.max_output_tokens, logprobs)
         .map_err(renamed)?;
     let mut asked = asked.label(id.as_str());
     hold(&mut asked, prepared.constraint)?;
     asked.keep_special |= prepared.keep_special;
-    let streams = app.submit(&body.caller, vec![asked], 1).await;
+    let streams = app.submit(&caller, asked, vec![prompt], 1).await;
     let streams = streams.map_err(renamed)?;
 
     let notices = prepared.notices;
@@ -179,10 +187,17 @@ pub(crate) async fn input_tokens(
     State(app): State<Arc<App>>,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    body.check_fields(Route::Responses)?;
-    let mut request: CreateRequest = body.parse()?;
+    let bytes = body.len();
+    let fields = body.read(&app, |body| {
+        body.check_fields(Route::Responses)?;
+        Ok((
+            body.parse::<CreateRequest>()?,
+            body.parse::<ToolFields>()?.check()?,
+        ))
+    });
+    let (mut request, tools) = fields.await?;
     app.check_model(request.model.as_deref())?;
-    let asked = request.ask(&app, &body).await?;
+    let asked = request.ask(&app, &tools, bytes).await?;
     let count = json!({
         "object": "response.input_tokens",
         "input_tokens": asked.prepared.prompt.len(),
@@ -239,9 +254,13 @@ fn with_instructions(instructions: Option<&str>, messages: &[Message]) -> Vec<Me
 }
 
 impl CreateRequest {
-    /// Makes a prompt of the input and what came before it.
-    async fn ask(&mut self, app: &Arc<App>, body: &JsonBody) -> Result<Asked, ApiError> {
-        let tools = body.parse::<ToolFields>()?.check()?;
+    /// Makes a prompt of the input and what came before it; the body had `bytes` bytes.
+    async fn ask(
+        &mut self,
+        app: &Arc<App>,
+        tools: &Tools,
+        bytes: usize,
+    ) -> Result<Asked, ApiError> {
         let mut messages = match &self.previous_response_id {
             Some(id) => app.responses.conversation(id)?,
             None => Vec::new(),
@@ -249,7 +268,8 @@ impl CreateRequest {
         let Some(input) = self.input.take() else {
             return Err(ApiError::invalid("there is no input").param("input"));
         };
-        let items = input.items(&app.responses, app.options.max_body_bytes)?;
+        let limit = app.options.max_body_bytes.min(MAX_REFERRED);
+        let items = input.items(&app.responses, limit)?;
         append_all(&items, &mut messages)?;
         if messages.is_empty() {
             return Err(ApiError::invalid("input is an empty list").param("input"));
@@ -270,6 +290,7 @@ impl CreateRequest {
                 ..Rendering::default()
             },
             hide_reasoning: false,
+            may_be_cut: false,
             truncate_to: match self.truncation.unwrap_or_default() {
                 Truncation::Auto => {
                     let answer = self.max_output_tokens.unwrap_or(1).max(1);
@@ -278,10 +299,9 @@ impl CreateRequest {
                 Truncation::Disabled => None,
             },
         };
-        let prepared = conversation.prepare(app).await.map_err(renamed)?;
+        let prepared = conversation.prepare(app, bytes).await.map_err(renamed)?;
         Ok(Asked {
             prepared,
-            tools,
             messages,
             items,
         })
@@ -486,6 +506,10 @@ impl ResponseWriter {
 }
 
 impl Writer for ResponseWriter {
+    fn opens_at_once(&self) -> bool {
+        true
+    }
+
     fn open(&mut self, events: &mut Events) {
         let response = self.response("in_progress", None);
         self.send_response("response.created", &response, events);

@@ -24,6 +24,14 @@ const MAX_PROMPT_LOGPROBS: u32 = 20;
 
 /// Characters of a cache salt at most; blocks of the prefix cache keep it.
 const MAX_SALT: usize = 128;
+/// Bytes of all its stop strings at most.
+const MAX_STOP_BYTES: usize = 16 << 10;
+
+/// Stop tokens of a request at most, and biased tokens.
+const MAX_TOKEN_IDS: usize = 1024;
+
+/// Bytes of the name of a user at most.
+const MAX_USER_BYTES: usize = 512;
 
 /// How to choose tokens and when to stop: OpenAI's fields, and those that vLLM and
 /// llama.cpp add.
@@ -141,11 +149,15 @@ impl SamplingFields {
         }
     }
 
-    /// The request for one prompt.
+    /// Whether a prompt that is too long is cut rather than refused.
+    pub fn cuts_prompt(&self) -> bool {
+        self.truncate_prompt_tokens.is_some()
+    }
+
+    /// The request, without its prompt.
     pub fn request(
         self,
         app: &App,
-        prompt: Prompt,
         max_tokens: Option<usize>,
         logprobs: Option<u32>,
     ) -> Result<Request, ApiError> {
@@ -157,7 +169,19 @@ impl SamplingFields {
             );
             return Err(ApiError::invalid(problem).param("stop"));
         }
-        let mut request = Request::new(prompt);
+        at_most(
+            "stop",
+            stop.iter().map(String::len).sum(),
+            "bytes",
+            MAX_STOP_BYTES,
+        )?;
+        let stop_tokens = self.stop_token_ids.as_ref().map_or(0, Vec::len);
+        at_most("stop_token_ids", stop_tokens, "tokens", MAX_TOKEN_IDS)?;
+        let biased = self.logit_bias.as_ref().map_or(0, BTreeMap::len);
+        at_most("logit_bias", biased, "tokens", MAX_TOKEN_IDS)?;
+        let user = self.user.as_ref().map_or(0, String::len);
+        at_most("user", user, "bytes", MAX_USER_BYTES)?;
+        let mut request = Request::new(Prompt::Tokens(Vec::new()));
         request.limits = TokenLimits {
             min_tokens: self.min_tokens.unwrap_or(0),
             allowed: self.allowed_token_ids.map(Into::into),
@@ -291,6 +315,20 @@ pub(super) fn cache_salt(salt: Option<String>) -> Result<Option<Arc<str>>, ApiEr
     }
     let problem = format!("cache_salt has {length} characters, but must have from 1 to {MAX_SALT}");
     Err(ApiError::invalid(problem).param("cache_salt"))
+}
+
+/// Refuses a field that has more of something than is accepted.
+fn at_most(
+    field: &'static str,
+    count: usize,
+    what: &'static str,
+    most: usize,
+) -> Result<(), ApiError> {
+    if count <= most {
+        return Ok(());
+    }
+    let problem = format!("{field} has {count} {what}, at most {most} are accepted");
+    Err(ApiError::invalid(problem).param(field))
 }
 
 fn top_k(top_k: Option<i64>) -> Result<u32, ApiError> {

@@ -19,8 +19,14 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// How an API tells of its answers, event by event.
 pub(crate) trait Writer: Send + 'static {
-    /// Before the first token.
+    /// What comes before the first piece.
     fn open(&mut self, events: &mut Events);
+    /// Whether that is sent at once, rather than together with the first piece. Clients
+    /// take the first event for the first token unless the API has events that say that a
+    /// request was accepted.
+    fn opens_at_once(&self) -> bool {
+        false
+    }
     /// A piece of answer `index`.
     fn chunk(&mut self, index: usize, chunk: Chunk, events: &mut Events) -> Result<(), ApiError>;
     /// After the end of the last answer.
@@ -78,26 +84,44 @@ pub(crate) fn send(events: impl Stream<Item = Event> + Send + 'static) -> Respon
     ([unbuffered, uncached], sse).into_response()
 }
 
+/// What is left to be done for the events of a request.
+struct Open<W> {
+    writer: W,
+    /// Answers that have not ended.
+    open: usize,
+    /// Whether the writer's opening has been sent.
+    opened: bool,
+}
+
 fn events(answers: Vec<TokenStream>, mut writer: impl Writer) -> impl Stream<Item = Event> + Send {
     let mut opening = Events::default();
-    writer.open(&mut opening);
-    let open = answers.len();
-    let state = (writer, open);
-    let rest = merge(answers).scan(state, |(writer, open), (index, chunk)| {
-        if *open == 0 {
+    let opened = writer.opens_at_once();
+    if opened {
+        writer.open(&mut opening);
+    }
+    let state = Open {
+        writer,
+        open: answers.len(),
+        opened,
+    };
+    let rest = merge(answers).scan(state, |state, (index, chunk)| {
+        if state.open == 0 {
             return std::future::ready(None);
         }
         let mut events = Events::default();
         let written = chunk.map_err(ApiError::from).and_then(|chunk| {
-            *open -= usize::from(chunk.finish.is_some());
-            writer.chunk(index, chunk, &mut events)
+            if !std::mem::replace(&mut state.opened, true) {
+                state.writer.open(&mut events);
+            }
+            state.open -= usize::from(chunk.finish.is_some());
+            state.writer.chunk(index, chunk, &mut events)
         });
         match written {
-            Ok(()) if *open == 0 => writer.close(&mut events),
+            Ok(()) if state.open == 0 => state.writer.close(&mut events),
             Ok(()) => {}
             Err(error) => {
-                *open = 0;
-                writer.fail(&error, &mut events);
+                state.open = 0;
+                state.writer.fail(&error, &mut events);
             }
         }
         std::future::ready(Some(stream::iter(events.0)))

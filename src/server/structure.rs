@@ -3,6 +3,7 @@
 
 use super::App;
 use super::error::ApiError;
+use super::workers::{GRAMMAR_COST, Job};
 use crate::text::{Calls, Form as TextForm, Grammar, GrammarError, Keywords, Tokenizer};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -155,13 +156,12 @@ impl Structure {
         Self { form, field }
     }
 
-    /// Compiles it on a thread of its own, as it may take a while.
+    /// Compiles it apart from other connections, as it may take a while.
     pub async fn compiled(self, app: &App) -> Result<Grammar, ApiError> {
         let tokenizer = Arc::clone(app.require_tokenizer("a form of the answer")?);
         let keywords = app.options.schema_keywords;
-        let compile = move || self.grammar(&tokenizer, keywords, None);
-        let compiled = tokio::task::spawn_blocking(compile).await;
-        compiled.map_err(|_| ApiError::unavailable("the server is being stopped"))?
+        let compile = move |_: &Job| self.grammar(&tokenizer, keywords, None);
+        app.workers.run(GRAMMAR_COST, compile).await
     }
 
     /// Compiles it, which may take a while; if there are `calls`, they may come in its place.

@@ -9,12 +9,19 @@ use super::integer;
 use super::json::JsonBody;
 use super::rendering::RenderingFields;
 use super::tools::ToolFields;
+use super::workers::Job;
 use crate::engine::SubmitError;
-use crate::text::{EncodeOptions, Message};
+use crate::text::{Detokenizer, EncodeOptions, Message};
 use axum::Json;
+use axum::body::Body;
 use axum::extract::State;
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use futures_util::stream;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use std::convert::Infallible;
+use std::iter;
 use std::sync::Arc;
 
 #[derive(Deserialize)]
@@ -38,67 +45,172 @@ struct DetokenizeRequest {
 pub(crate) async fn tokenize(
     State(app): State<Arc<App>>,
     body: JsonBody,
-) -> Result<Json<Value>, ApiError> {
-    body.check_fields(Route::Tokenize)?;
-    let request: TokenizeRequest = body.parse()?;
+) -> Result<Response, ApiError> {
+    let bytes = body.len();
+    let fields = body.read(&app, |body| {
+        body.check_fields(Route::Tokenize)?;
+        Ok((
+            body.parse::<TokenizeRequest>()?,
+            body.parse::<ToolFields>()?.check()?,
+            body.parse::<RenderingFields>()?,
+        ))
+    });
+    let (request, tools, rendering) = fields.await?;
     app.check_model(request.model.as_deref())?;
-    let tokenizer = app.require_tokenizer("tokenization")?;
+    let tokenizer = Arc::clone(app.require_tokenizer("tokenization")?);
     let tokens = match (request.prompt, request.messages) {
         (Some(text), None) => {
             let options = EncodeOptions {
                 add_special: request.add_special_tokens.unwrap_or(true),
                 parse_special: true,
             };
-            tokenizer
-                .encode(&text, options)
-                .map_err(SubmitError::Text)?
+            let tokenizer = Arc::clone(&tokenizer);
+            let encode = move |_: &Job| {
+                let tokens = tokenizer.encode(&text, options);
+                Ok(tokens.map_err(SubmitError::Text)?)
+            };
+            app.workers.run_if_long(bytes, encode).await?
         }
         (None, Some(messages)) => {
             let conversation = Conversation {
                 messages,
-                tools: body.parse::<ToolFields>()?.check()?,
+                tools,
                 structure: None,
-                rendering: body.parse::<RenderingFields>()?.check(&app)?,
+                rendering: rendering.check(&app)?,
                 hide_reasoning: false,
                 truncate_to: None,
+                may_be_cut: false,
             };
-            conversation.prepare(&app).await?.prompt
+            conversation.prepare(&app, bytes).await?.prompt
         }
         _ => {
             let problem = "either prompt or messages is needed, and not both";
             return Err(ApiError::invalid(problem).param("prompt"));
         }
     };
-    let names = request.return_token_strs.unwrap_or(false).then(|| {
-        let each = tokens.iter().map(|&id| tokenizer.token_text(id));
-        each.map(|text| text.unwrap_or("").to_owned())
-            .collect::<Vec<_>>()
+    let names = request.return_token_strs.unwrap_or(false);
+    let head = format!(
+        r#"{{"count":{},"max_model_len":{},"tokens":["#,
+        tokens.len(),
+        app.engine.max_sequence_tokens(),
+    );
+    let tokens: Arc<[u32]> = tokens.into();
+    let ids = list(Arc::clone(&tokens), |id, piece| {
+        piece.push_str(&id.to_string());
     });
-    Ok(Json(json!({
-        "count": tokens.len(),
-        "max_model_len": app.engine.max_sequence_tokens(),
-        "tokens": tokens,
-        "token_strs": names,
-    })))
+    let pieces = iter::once(head).chain(ids);
+    if !names {
+        return Ok(written(
+            pieces.chain(iter::once(r#"],"token_strs":null}"#.to_owned())),
+        ));
+    }
+    let names = list(tokens, move |id, piece| {
+        push_json(tokenizer.token_text(id).unwrap_or(""), piece);
+    });
+    let between = iter::once(r#"],"token_strs":["#.to_owned());
+    let end = iter::once("]}".to_owned());
+    Ok(written(pieces.chain(between).chain(names).chain(end)))
 }
 
 /// The text of tokens.
 pub(crate) async fn detokenize(
     State(app): State<Arc<App>>,
     body: JsonBody,
-) -> Result<Json<Value>, ApiError> {
-    body.check_fields(Route::Detokenize)?;
-    let request: DetokenizeRequest = body.parse()?;
+) -> Result<Response, ApiError> {
+    let request = body.read(&app, |body| {
+        body.check_fields(Route::Detokenize)?;
+        body.parse::<DetokenizeRequest>()
+    });
+    let request = request.await?;
     app.check_model(request.model.as_deref())?;
-    let tokenizer = app.require_tokenizer("detokenization")?;
+    let tokenizer = Arc::clone(app.require_tokenizer("detokenization")?);
     let known = tokenizer.vocabulary_size();
     if let Some(token) = request.tokens.iter().find(|&&id| id as usize >= known) {
         let problem = format!("token {token} is outside the vocabulary of {known} tokens");
         return Err(ApiError::invalid(problem).param("tokens"));
     }
-    Ok(Json(
-        json!({"prompt": tokenizer.decode(&request.tokens, false)}),
-    ))
+    let mut text = Detokenizer::new(tokenizer, false);
+    let last = request.tokens.len().saturating_sub(1);
+    let tokens: Arc<[u32]> = request.tokens.into();
+    let texts = Pieces::new(tokens, move |id, index, piece| {
+        push_inside(&text.push(id), piece);
+        if index == last {
+            push_inside(&text.finish(), piece);
+        }
+    });
+    let head = iter::once(r#"{"prompt":""#.to_owned());
+    let end = iter::once(r#""}"#.to_owned());
+    Ok(written(head.chain(texts).chain(end)))
+}
+
+/// Bytes after which a piece of an answer is complete.
+const PIECE: usize = 32 << 10;
+
+/// An answer's JSON that is made of tokens, piece by piece as it is sent: all of it can be
+/// forty times as large as the request.
+struct Pieces<F> {
+    tokens: Arc<[u32]>,
+    next: usize,
+    write: F,
+}
+
+impl<F: FnMut(u32, usize, &mut String)> Pieces<F> {
+    /// `write` appends the part of a token, which it gets with its index.
+    fn new(tokens: Arc<[u32]>, write: F) -> Self {
+        Self {
+            tokens,
+            next: 0,
+            write,
+        }
+    }
+}
+
+impl<F: FnMut(u32, usize, &mut String)> Iterator for Pieces<F> {
+    type Item = String;
+
+    fn next(&mut self) -> Option<String> {
+        let mut piece = String::new();
+        while piece.len() < PIECE
+            && let Some(&id) = self.tokens.get(self.next)
+        {
+            (self.write)(id, self.next, &mut piece);
+            self.next += 1;
+        }
+        // Tokens may be without text.
+        let more = self.next < self.tokens.len() || !piece.is_empty();
+        more.then_some(piece)
+    }
+}
+
+/// The same with commas between the tokens.
+fn list(
+    tokens: Arc<[u32]>,
+    mut write: impl FnMut(u32, &mut String),
+) -> impl Iterator<Item = String> {
+    Pieces::new(tokens, move |id, index, piece| {
+        if index > 0 {
+            piece.push(',');
+        }
+        write(id, piece);
+    })
+}
+
+/// Appends a text as a JSON string.
+fn push_json(text: &str, json: &mut String) {
+    json.push_str(&Value::from(text).to_string());
+}
+
+/// Appends a text as a part of a JSON string.
+fn push_inside(text: &str, json: &mut String) {
+    let quoted = Value::from(text).to_string();
+    json.push_str(&quoted[1..quoted.len() - 1]);
+}
+
+/// The answer that consists of these pieces of JSON.
+fn written(pieces: impl Iterator<Item = String> + Send + 'static) -> Response {
+    let pieces = stream::iter(pieces.map(Ok::<_, Infallible>));
+    let json = (header::CONTENT_TYPE, "application/json");
+    ([json], Body::from_stream(pieces)).into_response()
 }
 
 /// What a client needs to know of the tokenizer, in the form of vLLM's route.

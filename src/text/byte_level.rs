@@ -5,11 +5,11 @@
 //! Multitask Learners").
 
 use super::TextError;
+use super::merges::{Merger, Merges};
 use super::pre_tokenizer::PreTokenizer;
 use super::vocabulary::Vocabulary;
+use std::collections::HashMap;
 use std::sync::LazyLock;
-use tokenizers::Model;
-use tokenizers::models::bpe::{BPE, Vocab};
 
 /// The character that stands for each byte: itself where it is visible, and
 /// one from U+0100 on where it is not.
@@ -25,6 +25,11 @@ static ALPHABET: LazyLock<[char; 256]> = LazyLock::new(|| {
         character
     })
 });
+
+/// The characters that stand for all bytes.
+pub(super) fn byte_characters() -> impl Iterator<Item = char> {
+    ALPHABET.iter().copied()
+}
 
 fn byte_of(character: char) -> Option<u8> {
     let code = u32::from(character);
@@ -51,8 +56,12 @@ pub(super) fn token_bytes(text: &str) -> Vec<u8> {
 
 /// Merges bytes into tokens, word by word.
 pub(super) struct ByteLevelBpe {
-    model: BPE,
     pre_tokenizer: PreTokenizer,
+    merges: Merges,
+    /// The token of each byte, where there is one.
+    bytes: Box<[Option<u32>; 256]>,
+    /// Words that are tokens whatever the merges say; empty unless the rule wants them.
+    whole_words: HashMap<Vec<u8>, u32>,
 }
 
 impl ByteLevelBpe {
@@ -65,46 +74,62 @@ impl ByteLevelBpe {
         merges: &[String],
         pre_tokenizer: PreTokenizer,
     ) -> Result<Self, TextError> {
-        let merges = merges
-            .iter()
-            .enumerate()
-            .map(|(index, merge)| split_merge(vocabulary, index, merge))
-            .collect::<Result<Vec<_>, _>>()?;
-        let tokens: Vocab = vocabulary
-            .iter()
-            .filter(|(_, text, _)| !text.is_empty())
-            .map(|(id, text, _)| (text.to_owned(), id))
-            .collect();
-        let model = BPE::builder()
-            .vocab_and_merges(tokens, merges)
-            .ignore_merges(pre_tokenizer.whole_words)
-            .build()
-            .map_err(|error| TextError::Build {
+        let mut pairs = HashMap::with_capacity(merges.len());
+        for (index, merge) in merges.iter().enumerate() {
+            let (left, right, joined) = split_merge(vocabulary, index, merge)?;
+            let rank = u32::try_from(index).map_err(|_| TextError::Build {
                 part: "merges",
-                message: error.to_string(),
+                message: format!("there are {} of them", merges.len()),
             })?;
+            // Of a merge that is listed twice, the later place counts.
+            pairs.insert((left, right), (rank, joined));
+        }
+        let token = |byte: usize| {
+            let mut text = [0; 4];
+            vocabulary.id(ALPHABET[byte].encode_utf8(&mut text))
+        };
+        let whole_words = match pre_tokenizer.whole_words {
+            false => HashMap::new(),
+            true => {
+                let named = vocabulary.iter().filter(|(_, text, _)| !text.is_empty());
+                let known = |text: &str| vocabulary.id(text).is_some();
+                named
+                    .filter(|(_, text, _)| {
+                        known(text) && text.chars().all(|c| byte_of(c).is_some())
+                    })
+                    .map(|(id, text, _)| (token_bytes(text), id))
+                    .collect()
+            }
+        };
         Ok(Self {
-            model,
             pre_tokenizer,
+            merges: Merges::new(pairs),
+            bytes: Box::new(std::array::from_fn(token)),
+            whole_words,
         })
     }
 
+    /// Whether every byte has a token, so that no text is left out.
+    pub(super) fn writes_every_byte(&self) -> bool {
+        self.bytes.iter().all(Option::is_some)
+    }
+
     /// Appends the tokens of `text`. A byte that no token stands for is left out.
+    ///
+    /// # Errors
+    /// When a word is longer than any that is taken.
     pub(super) fn encode(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), TextError> {
-        let mut word = String::new();
-        for piece in self.pre_tokenizer.split(text)? {
-            word.clear();
-            word.extend(piece.bytes().map(|byte| ALPHABET[usize::from(byte)]));
-            let tokens = self
-                .model
-                .tokenize(&word)
-                .map_err(|error| TextError::Encode {
-                    bytes: text.len(),
-                    message: error.to_string(),
-                })?;
-            ids.extend(tokens.iter().map(|token| token.id));
-        }
-        Ok(())
+        let mut merger = Merger::default();
+        self.pre_tokenizer.split(text, &mut |word| {
+            if let Some(&id) = self.whole_words.get(word.as_bytes()) {
+                ids.push(id);
+                return Ok(());
+            }
+            let tokens = word
+                .bytes()
+                .filter_map(|byte| self.bytes[usize::from(byte)]);
+            merger.merge(&self.merges, tokens, word.len(), ids)
+        })
     }
 }
 
@@ -112,7 +137,7 @@ fn split_merge(
     vocabulary: &Vocabulary,
     index: usize,
     merge: &str,
-) -> Result<(String, String), TextError> {
+) -> Result<(u32, u32, u32), TextError> {
     let (left, right) = match merge.split_once(' ') {
         Some((left, right)) if !left.is_empty() && !right.is_empty() && !right.contains(' ') => {
             (left, right)
@@ -124,18 +149,14 @@ fn split_merge(
             });
         }
     };
-    let joined = format!("{left}{right}");
-    if let Some(token) = [left, right, &joined]
-        .into_iter()
-        .find(|text| vocabulary.id(text).is_none())
-    {
-        return Err(TextError::MergeToken {
+    let id = |text: &str| {
+        vocabulary.id(text).ok_or_else(|| TextError::MergeToken {
             index,
             merge: merge.to_owned(),
-            token: token.to_owned(),
-        });
-    }
-    Ok((left.to_owned(), right.to_owned()))
+            token: text.to_owned(),
+        })
+    };
+    Ok((id(left)?, id(right)?, id(&format!("{left}{right}"))?))
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! A tokenizer from a Hugging Face folder: `tokenizer.json` and the files beside it.
 
 use super::TextError;
-use super::byte_level::token_bytes;
+use super::byte_level::{byte_characters, token_bytes};
 use super::end_tokens::end_tokens;
 use super::gguf_vocabulary::named_byte;
 use super::template::ChatTemplate;
@@ -21,9 +21,16 @@ pub(super) struct HuggingFace {
     plain: OnceLock<tokenizers::Tokenizer>,
     /// Whether `add_special` is the tokenizer's own business.
     frames: bool,
+    /// Whether a text may have fewer bytes once it is normalised, or tokens take text
+    /// beside their own.
+    may_shrink: bool,
 }
 
 impl HuggingFace {
+    pub(super) fn may_shrink(&self) -> bool {
+        self.may_shrink
+    }
+
     pub(super) fn encode(
         &self,
         text: &str,
@@ -104,6 +111,7 @@ impl Tokenizer {
         let explicit = explicit_frame(&files.config, bos, eos)?;
         let strip_leading_space = Decoding::of(&parsing)?.strip_leading_space;
         let model = HuggingFace {
+            may_shrink: may_shrink(&parsing),
             parsing,
             plain: OnceLock::new(),
             frames: explicit.is_none(),
@@ -121,6 +129,20 @@ impl Tokenizer {
             grammars: OnceLock::new(),
         })
     }
+}
+
+/// Whether a tokenizer may take more bytes of text than its tokens have: unless it has no
+/// normalizer, cuts text into bytes, has a token for each, and none that takes the white
+/// space around it.
+fn may_shrink(tokenizer: &tokenizers::Tokenizer) -> bool {
+    let steps = serde_json::to_string(&tokenizer.get_pre_tokenizer()).unwrap_or_default();
+    let every_byte = byte_characters().all(|character| {
+        let text = character.to_string();
+        tokenizer.token_to_id(&text).is_some()
+    });
+    let mut added = tokenizer.get_added_tokens_decoder().into_values();
+    let strips = added.any(|token| token.lstrip || token.rstrip);
+    tokenizer.get_normalizer().is_some() || !steps.contains("ByteLevel") || !every_byte || strips
 }
 
 /// What the folder's files say; null where there is no such file.

@@ -571,7 +571,10 @@ impl Grammar {
 
     /// The constraint on a new answer.
     pub fn constraint(&self) -> Box<dyn Constraint> {
-        Box::new(Following(self.start.deep_clone()))
+        Box::new(Following {
+            start: Arc::clone(&self.start),
+            begun: None,
+        })
     }
 }
 
@@ -598,7 +601,18 @@ impl From<Grammar> for Box<dyn Constraint> {
 
 /// How far an answer has come in its grammar. It shares nothing that changes with other
 /// answers: neither can what one costs fall on another, nor its failure.
-struct Following(Matcher);
+struct Following {
+    /// Before the first token; shared by the answers that wait.
+    start: Arc<Matcher>,
+    /// A state of its own, once it has begun.
+    begun: Option<Matcher>,
+}
+
+impl Following {
+    fn begun(&mut self) -> &mut Matcher {
+        self.begun.get_or_insert_with(|| self.start.deep_clone())
+    }
+}
 
 impl fmt::Debug for Following {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -608,7 +622,7 @@ impl fmt::Debug for Following {
 
 impl Constraint for Following {
     fn mask(&mut self, mask: &mut [u32]) -> Result<(), ConstraintError> {
-        let allowed = self.0.compute_mask_or_eos();
+        let allowed = self.begun().compute_mask_or_eos();
         let allowed = allowed.map_err(|error| ConstraintError(reason(&error)))?;
         for (word, allowed) in mask.iter_mut().zip(allowed.as_slice()) {
             *word = *allowed;
@@ -617,16 +631,20 @@ impl Constraint for Following {
     }
 
     fn accept(&mut self, token: u32) -> Result<(), ConstraintError> {
-        let accepted = self.0.consume_token(token);
+        let accepted = self.begun().consume_token(token);
         accepted.map_err(|error| ConstraintError(reason(&error)))
     }
 
     fn is_complete(&self) -> bool {
-        self.0.is_stopped() && self.0.stop_reason().is_ok()
+        let matcher = self.begun.as_ref().unwrap_or(&self.start);
+        matcher.is_stopped() && matcher.stop_reason().is_ok()
     }
 
     fn boxed_clone(&self) -> Box<dyn Constraint> {
-        Box::new(Self(self.0.deep_clone()))
+        Box::new(Self {
+            start: Arc::clone(&self.start),
+            begun: self.begun.as_ref().map(Matcher::deep_clone),
+        })
     }
 }
 

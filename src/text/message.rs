@@ -1,16 +1,17 @@
 //! One message of a conversation, as OpenAI clients write it.
 
+use serde::de::{Error, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
+use std::fmt;
 
 /// A message for a chat template.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Message {
     /// Who speaks: `system`, `user`, `assistant`, `tool`, or what the template knows.
     pub role: String,
     /// What is said. Read from a string, from null or nothing (empty), or from a
     /// list of text parts (joined with line breaks).
-    #[serde(default, deserialize_with = "content")]
     pub content: String,
     /// All else, such as `tool_calls`. The template sees it unchanged, but for the
     /// arguments of tool calls: JSON text, as clients write them, becomes an object.
@@ -69,16 +70,107 @@ fn object(text: &str) -> Option<Value> {
     value.is_object().then_some(value)
 }
 
-/// The ways in which clients write text.
-#[derive(Deserialize)]
-#[serde(
-    untagged,
-    expecting = "content must be a string, null or a list of parts"
-)]
-enum Content {
-    Text(String),
-    Parts(Vec<Part>),
-    Nothing(()),
+// Messages are the largest part of most requests. They are read by hand because serde's
+// own ways to read flattened and untagged fields first make a copy of everything.
+
+impl<'de> Deserialize<'de> for Message {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(MessageVisitor)
+    }
+}
+
+struct MessageVisitor;
+
+impl<'de> Visitor<'de> for MessageVisitor {
+    type Value = Message;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("a message: an object with a role")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<Message, A::Error> {
+        let mut role = None;
+        let mut content = None;
+        let mut extra = Map::new();
+        while let Some(name) = fields.next_key::<String>()? {
+            match name.as_str() {
+                "role" if role.is_some() => return Err(Error::duplicate_field("role")),
+                "content" if content.is_some() => return Err(Error::duplicate_field("content")),
+                "role" => role = Some(fields.next_value()?),
+                "content" => content = Some(fields.next_value::<Content>()?.0),
+                _ => {
+                    let value = fields.next_value()?;
+                    extra.insert(name, value);
+                }
+            }
+        }
+        Ok(Message {
+            role: role.ok_or_else(|| Error::missing_field("role"))?,
+            content: content.unwrap_or_default(),
+            extra,
+        })
+    }
+}
+
+/// The text of a message, in all the ways in which clients write it.
+struct Content(String);
+
+impl<'de> Deserialize<'de> for Content {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(ContentVisitor).map(Self)
+    }
+}
+
+struct ContentVisitor;
+
+impl<'de> Visitor<'de> for ContentVisitor {
+    type Value = String;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("content that is a string, null or a list of parts")
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<String, E> {
+        Ok(text.to_owned())
+    }
+
+    fn visit_string<E: Error>(self, text: String) -> Result<String, E> {
+        Ok(text)
+    }
+
+    fn visit_unit<E: Error>(self) -> Result<String, E> {
+        Ok(String::new())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut parts: A) -> Result<String, A::Error> {
+        let mut content = String::new();
+        let mut first = true;
+        while let Some(part) = parts.next_element::<Part>()? {
+            let text = match part {
+                Part {
+                    kind,
+                    text: Some(text),
+                    ..
+                } if kind == "text" => text,
+                // What an assistant's earlier answer may be made of.
+                Part {
+                    kind,
+                    refusal: Some(text),
+                    ..
+                } if kind == "refusal" => text,
+                Part { kind, .. } => {
+                    return Err(Error::custom(format!(
+                        "content part has type {kind:?}, expected \"text\" with a text"
+                    )));
+                }
+            };
+            if !std::mem::take(&mut first) {
+                content.push('\n');
+            }
+            content.push_str(&text);
+        }
+        Ok(content)
+    }
 }
 
 #[derive(Deserialize)]
@@ -87,34 +179,6 @@ struct Part {
     kind: String,
     text: Option<String>,
     refusal: Option<String>,
-}
-
-fn content<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
-    let parts = match Content::deserialize(deserializer)? {
-        Content::Text(text) => return Ok(text),
-        Content::Nothing(()) => return Ok(String::new()),
-        Content::Parts(parts) => parts,
-    };
-    let texts: Vec<String> = parts
-        .into_iter()
-        .map(|part| match part {
-            Part {
-                kind,
-                text: Some(text),
-                ..
-            } if kind == "text" => Ok(text),
-            // What an assistant's earlier answer may be made of.
-            Part {
-                kind,
-                refusal: Some(text),
-                ..
-            } if kind == "refusal" => Ok(text),
-            Part { kind, .. } => Err(serde::de::Error::custom(format!(
-                "content part has type {kind:?}, expected \"text\" with a text"
-            ))),
-        })
-        .collect::<Result<_, _>>()?;
-    Ok(texts.join("\n"))
 }
 
 #[cfg(test)]
@@ -136,7 +200,10 @@ mod tests {
         let error = read(json!([{"type": "image_url", "image_url": {}}])).unwrap_err();
         assert!(error.contains("\"image_url\""), "{error}");
         let error = read(json!(5)).unwrap_err();
-        assert!(error.contains("must be a string"), "{error}");
+        assert!(
+            error.contains("expected content that is a string"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -23,6 +23,7 @@ mod gguf_vocabulary;
 #[cfg(feature = "grammar")]
 mod grammar;
 mod jinja;
+mod merges;
 mod message;
 mod pre_tokenizer;
 mod python_json;
@@ -45,6 +46,6 @@ pub use gguf_vocabulary::GgufVocabulary;
 #[cfg(feature = "grammar")]
 pub use grammar::{Calls, Form, Grammar, GrammarError, GrammarKind, Keywords};
 pub use message::Message;
-pub use stop::{StopMatcher, StopStep};
+pub use stop::{StopMatcher, StopStep, StopStrings};
 pub use template::{ChatTemplate, RenderOptions};
 pub use tokenizer::{EncodeOptions, Tokenizer};

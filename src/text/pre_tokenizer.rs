@@ -2,9 +2,14 @@
 //!
 //! GGUF files name the rule (`tokenizer.ggml.pre`) and leave the rule itself to
 //! the reader. The patterns are those of the models' own `tokenizer.json` files.
+//!
+//! Most of them look ahead: white space before a word goes without its last character,
+//! which belongs to the word. An engine that looks ahead must go back as well, and keeps a
+//! state for each character of a run of spaces. So that part is done by hand, and the rest
+//! by automata, whose time and memory are linear in the text.
 
 use super::TextError;
-use fancy_regex::{Regex, RegexBuilder};
+use regex::Regex;
 
 /// GPT-2's own pattern.
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
@@ -189,18 +194,104 @@ const RULES: &[Rule] = &[
     rule(&["viking"], &[BLOOM, r"\p{N}"]),
 ];
 
-/// How far a pattern may look before it gives up on a text; linear in the text
-/// for every pattern above, so that only texts of a hundred megabytes reach it.
-const BACKTRACK_LIMIT: usize = 100_000_000;
+/// How most patterns end: white space without the last character before a word.
+const WHITE_SPACE: &str = r"|\s+(?!\S)|\s+";
 
 /// A ready rule.
 #[derive(Debug)]
 pub(super) struct PreTokenizer {
-    patterns: Vec<Regex>,
+    patterns: Vec<Pattern>,
     /// A word that is a token is that token, whatever the merges say.
     pub(super) whole_words: bool,
     /// Whether prompts begin with the beginning-of-text token by default.
     pub(super) add_bos: bool,
+}
+
+/// A pattern without its look-ahead.
+#[derive(Debug)]
+struct Pattern {
+    regex: Regex,
+    /// Which runs of white space leave their last character to the word after them.
+    spaces: Spaces,
+}
+
+/// See [`Pattern::spaces`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Spaces {
+    /// None.
+    Whole,
+    /// Those without a line break: another part of the pattern takes the others.
+    WithoutLineBreaks,
+    /// All.
+    All,
+}
+
+impl Pattern {
+    fn new(pattern: &str) -> Result<Self, TextError> {
+        let (text, spaces) = match pattern.strip_suffix(WHITE_SPACE) {
+            None => (pattern.to_owned(), Spaces::Whole),
+            Some(rest) => {
+                let spaces = match rest.contains(r"|\s*[\r\n]") {
+                    true => Spaces::WithoutLineBreaks,
+                    false => Spaces::All,
+                };
+                (format!(r"{rest}|\s+"), spaces)
+            }
+        };
+        let regex = Regex::new(&text).map_err(|error| TextError::Build {
+            part: "pre-tokenizer",
+            message: error.to_string(),
+        })?;
+        Ok(Self { regex, spaces })
+    }
+
+    /// Calls `piece` with the parts of `text` in order, none of them empty: what matches,
+    /// and what lies between two matches.
+    fn cut<'a>(
+        &self,
+        text: &'a str,
+        piece: &mut dyn FnMut(&'a str) -> Result<(), TextError>,
+    ) -> Result<(), TextError> {
+        let mut done = 0;
+        while let Some(found) = self.regex.find_at(text, done) {
+            let end = found.end() - self.left_over(text, found.start(), found.end());
+            if end <= done {
+                // No pattern matches nothing.
+                break;
+            }
+            for part in [&text[done..found.start()], &text[found.start()..end]] {
+                if !part.is_empty() {
+                    piece(part)?;
+                }
+            }
+            done = end;
+        }
+        match done < text.len() {
+            true => piece(&text[done..]),
+            false => Ok(()),
+        }
+    }
+
+    /// Bytes at the end of a match that belong to the word after it: those of the last
+    /// character of white space, if there are several and there is a word.
+    fn left_over(&self, text: &str, start: usize, end: usize) -> usize {
+        let found = &text[start..end];
+        let last = found.chars().next_back();
+        let Some(last) = last.filter(|last| last.is_whitespace() && end < text.len()) else {
+            return 0;
+        };
+        let is_run = match self.spaces {
+            Spaces::Whole => return 0,
+            Spaces::WithoutLineBreaks => {
+                !found.contains(['\r', '\n']) && found.chars().all(char::is_whitespace)
+            }
+            Spaces::All => found.chars().all(char::is_whitespace),
+        };
+        match is_run && found.len() > last.len_utf8() {
+            true => last.len_utf8(),
+            false => 0,
+        }
+    }
 }
 
 impl PreTokenizer {
@@ -219,62 +310,134 @@ impl PreTokenizer {
                     known: known.join(", "),
                 }
             })?;
-        let mut patterns = Vec::with_capacity(rule.patterns.len());
-        for pattern in rule.patterns {
-            let built = RegexBuilder::new(pattern)
-                .backtrack_limit(BACKTRACK_LIMIT)
-                .build();
-            patterns.push(built.map_err(|error| TextError::Build {
-                part: "pre-tokenizer",
-                message: error.to_string(),
-            })?);
-        }
+        let patterns = rule.patterns.iter().map(|pattern| Pattern::new(pattern));
         Ok(Self {
-            patterns,
+            patterns: patterns.collect::<Result<_, _>>()?,
             whole_words: rule.whole_words,
             add_bos: rule.add_bos,
         })
     }
 
-    /// Cuts `text` with each pattern in turn: what matches is a piece, and so
-    /// is what lies between two matches. The pieces make up the text.
-    pub(super) fn split<'a>(&self, text: &'a str) -> Result<Vec<&'a str>, TextError> {
-        let mut pieces = vec![text];
-        for pattern in &self.patterns {
-            let mut finer = Vec::with_capacity(pieces.len());
-            for piece in pieces {
-                cut(pattern, piece, &mut finer)?;
-            }
-            pieces = finer;
-        }
-        Ok(pieces)
+    /// Cuts `text` with each pattern in turn, and calls `piece` with the pieces in order:
+    /// what matches is one, and so is what lies between two matches. They make up the text.
+    ///
+    /// # Errors
+    /// Only those of `piece`.
+    pub(super) fn split<'a>(
+        &self,
+        text: &'a str,
+        piece: &mut dyn FnMut(&'a str) -> Result<(), TextError>,
+    ) -> Result<(), TextError> {
+        cut_with(&self.patterns, text, piece)
     }
 }
 
-/// Appends to `pieces` the parts of `text`, none of them empty.
-fn cut<'a>(pattern: &Regex, text: &'a str, pieces: &mut Vec<&'a str>) -> Result<(), TextError> {
-    let mut done = 0;
-    for found in pattern.find_iter(text) {
-        let found = found.map_err(|error| TextError::Encode {
-            bytes: text.len(),
-            message: error.to_string(),
-        })?;
-        let parts = [&text[done..found.start()], found.as_str()];
-        pieces.extend(parts.into_iter().filter(|part| !part.is_empty()));
-        done = found.end();
+fn cut_with<'a>(
+    patterns: &[Pattern],
+    text: &'a str,
+    piece: &mut dyn FnMut(&'a str) -> Result<(), TextError>,
+) -> Result<(), TextError> {
+    match patterns {
+        [] => piece(text),
+        [pattern] => pattern.cut(text, piece),
+        [pattern, finer @ ..] => pattern.cut(text, &mut |part| cut_with(finer, part, piece)),
     }
-    if done < text.len() {
-        pieces.push(&text[done..]);
-    }
-    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+    use std::sync::LazyLock;
+
+    fn pieces<'a>(rule: &PreTokenizer, text: &'a str) -> Vec<&'a str> {
+        let mut pieces = Vec::new();
+        let mut push = |piece| {
+            pieces.push(piece);
+            Ok(())
+        };
+        rule.split(text, &mut push).unwrap();
+        pieces
+    }
 
     fn split<'a>(name: &str, text: &'a str) -> Vec<&'a str> {
-        PreTokenizer::named(name).unwrap().split(text).unwrap()
+        pieces(&PreTokenizer::named(name).unwrap(), text)
+    }
+
+    /// A rule as its models' files have it, by an engine that looks ahead.
+    struct Original(Vec<fancy_regex::Regex>);
+
+    impl Original {
+        fn of(rule: &Rule) -> Self {
+            let patterns = rule.patterns.iter();
+            Self(
+                patterns
+                    .map(|p| fancy_regex::Regex::new(p).unwrap())
+                    .collect(),
+            )
+        }
+
+        fn split<'a>(&self, text: &'a str) -> Vec<&'a str> {
+            let mut pieces = vec![text];
+            for pattern in &self.0 {
+                let mut finer = Vec::new();
+                for piece in pieces {
+                    let mut done = 0;
+                    for found in pattern.find_iter(piece) {
+                        let found = found.unwrap();
+                        finer.push(&piece[done..found.start()]);
+                        finer.push(found.as_str());
+                        done = found.end();
+                    }
+                    finer.push(&piece[done..]);
+                }
+                finer.retain(|piece| !piece.is_empty());
+                pieces = finer;
+            }
+            pieces
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(300))]
+
+        #[test]
+        fn every_rule_cuts_as_its_patterns_do(
+            text in "([ \t\r\n\u{a0}\u{2028}\u{3000}]{0,4}(\\PC{0,4}|[a-zA-ZßΑβ漢\u{301}]{1,4}|'(s|LL|m)|[0-9]{1,5}|[.,!?…。/]{1,3})){0,8}[ \n]{0,3}",
+        ) {
+            for (rule, ours, original) in READY.iter() {
+                prop_assert_eq!(
+                    pieces(ours, &text), original.split(&text),
+                    "{} of {:?}", rule.names[0], text
+                );
+            }
+        }
+    }
+
+    /// All rules in both ways.
+    static READY: LazyLock<Vec<(&Rule, PreTokenizer, Original)>> = LazyLock::new(|| {
+        let ready = |rule: &'static Rule| {
+            let ours = PreTokenizer::named(rule.names[0]).unwrap();
+            (rule, ours, Original::of(rule))
+        };
+        RULES.iter().map(ready).collect()
+    });
+
+    #[test]
+    fn a_run_of_a_million_characters_is_cut() {
+        for (run, after) in [("a", " b"), (" ", "x")] {
+            let text = run.repeat(1_000_000) + after;
+            for (rule, ours, _) in READY.iter() {
+                let mut length = 0;
+                let mut add = |piece: &str| {
+                    length += piece.len();
+                    Ok(())
+                };
+                ours.split(&text, &mut add).unwrap();
+                assert_eq!(length, text.len(), "{}", rule.names[0]);
+            }
+        }
+        assert_eq!(split("gpt-2", &(" ".repeat(1_000_000) + "x")).len(), 2);
     }
 
     #[test]

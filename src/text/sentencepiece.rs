@@ -80,6 +80,11 @@ impl ScoredBpe {
         }
     }
 
+    /// Whether every byte has a token, so that no run of text becomes one unknown token.
+    pub(super) fn writes_every_byte(&self) -> bool {
+        self.byte_ids.iter().all(Option::is_some)
+    }
+
     /// Appends the tokens of `text`, in which spaces are written as [`SPACE`].
     pub(super) fn encode(&self, vocabulary: &Vocabulary, text: &str, ids: &mut Vec<u32>) {
         let mut symbols = characters(text);

@@ -1,5 +1,29 @@
 //! Finds stop strings in text that comes in pieces, and holds back no more than it must.
 
+use std::sync::Arc;
+
+/// Stop strings, prepared to be searched for.
+///
+/// Cloning is cheap: all answers that watch for the same strings share one copy, which
+/// takes five bytes per byte of the strings.
+#[derive(Clone, Debug)]
+pub struct StopStrings(Arc<[Pattern]>);
+
+impl StopStrings {
+    /// Prepares `stops`. Empty ones are never found.
+    pub fn new(stops: &[String]) -> Self {
+        let mut patterns: Vec<Pattern> = stops
+            .iter()
+            .enumerate()
+            .filter(|(_, stop)| !stop.is_empty())
+            .map(|(index, stop)| Pattern::new(index, stop))
+            .collect();
+        // The first that is complete wins, so longer ones are asked first.
+        patterns.sort_by_key(|pattern| (usize::MAX - pattern.bytes.len(), pattern.index));
+        Self(patterns.into())
+    }
+}
+
 /// Watches an answer for stop strings, across the borders of its pieces.
 ///
 /// The stop string that is complete first wins; of two that are complete at the
@@ -7,7 +31,9 @@
 /// costs a constant time a stop string (Knuth, Morris and Pratt, 1977).
 #[derive(Clone, Debug)]
 pub struct StopMatcher {
-    patterns: Vec<Pattern>,
+    patterns: StopStrings,
+    /// For each pattern, how many of its bytes the text so far ends with.
+    progress: Box<[usize]>,
     /// The text that a stop string could still begin with.
     held: String,
     matched: Option<usize>,
@@ -24,59 +50,52 @@ pub struct StopStep {
     pub matched: Option<usize>,
 }
 
-/// One stop string and how much of it the text so far ends with.
-#[derive(Clone, Debug)]
+/// One stop string.
+#[derive(Debug)]
 struct Pattern {
     index: usize,
-    bytes: Vec<u8>,
+    bytes: Box<[u8]>,
     /// For each prefix, the length of its longest proper prefix that it ends with.
-    borders: Vec<usize>,
-    progress: usize,
+    borders: Box<[u32]>,
 }
 
 impl Pattern {
     fn new(index: usize, text: &str) -> Self {
-        let bytes = text.as_bytes().to_vec();
-        let mut borders = vec![0; bytes.len()];
-        let mut border = 0;
-        for end in 1..bytes.len() {
-            while border > 0 && bytes[border] != bytes[end] {
-                border = borders[border - 1];
+        // Whoever has a stop string of 4 GiB watches for the beginning of it.
+        let length = text.len().min(u32::MAX as usize);
+        let bytes: Box<[u8]> = text.as_bytes()[..length].into();
+        let mut borders = vec![0_u32; length].into_boxed_slice();
+        let mut border = 0_u32;
+        for end in 1..length {
+            while border > 0 && bytes[border as usize] != bytes[end] {
+                border = borders[border as usize - 1];
             }
-            border += usize::from(bytes[border] == bytes[end]);
+            border += u32::from(bytes[border as usize] == bytes[end]);
             borders[end] = border;
         }
         Self {
             index,
             bytes,
             borders,
-            progress: 0,
         }
     }
 
-    /// Takes one byte of text; true when the stop string is complete.
-    fn step(&mut self, byte: u8) -> bool {
-        while self.progress > 0 && self.bytes[self.progress] != byte {
-            self.progress = self.borders[self.progress - 1];
+    /// Takes one byte of text after which `progress` bytes matched; gives how many match
+    /// with it. All of them do when the stop string is complete.
+    fn step(&self, mut progress: usize, byte: u8) -> usize {
+        while progress > 0 && self.bytes[progress] != byte {
+            progress = self.borders[progress - 1] as usize;
         }
-        self.progress += usize::from(self.bytes[self.progress] == byte);
-        self.progress == self.bytes.len()
+        progress + usize::from(self.bytes[progress] == byte)
     }
 }
 
 impl StopMatcher {
-    /// Watches for `stops`. Empty ones are never found.
-    pub fn new(stops: Vec<String>) -> Self {
-        let mut patterns: Vec<Pattern> = stops
-            .iter()
-            .enumerate()
-            .filter(|(_, stop)| !stop.is_empty())
-            .map(|(index, stop)| Pattern::new(index, stop))
-            .collect();
-        // The first that is complete wins, so longer ones are asked first.
-        patterns.sort_by_key(|pattern| (usize::MAX - pattern.bytes.len(), pattern.index));
+    /// Watches for `stops`.
+    pub fn new(stops: StopStrings) -> Self {
         Self {
-            patterns,
+            progress: vec![0; stops.0.len()].into(),
+            patterns: stops,
             held: String::new(),
             matched: None,
             include_stop: false,
@@ -123,12 +142,7 @@ impl StopMatcher {
             }
         }
         // A stop string begins with a whole character, so this is a border of one.
-        let progress = self
-            .patterns
-            .iter()
-            .map(|pattern| pattern.progress)
-            .max()
-            .unwrap_or(0);
+        let progress = self.progress.iter().copied().max().unwrap_or(0);
         let held = self.held.split_off(self.held.len() - progress);
         StopStep {
             text: std::mem::replace(&mut self.held, held),
@@ -138,9 +152,7 @@ impl StopMatcher {
 
     /// The end of the answer: the text that was held back after all.
     pub fn finish(&mut self) -> String {
-        for pattern in &mut self.patterns {
-            pattern.progress = 0;
-        }
+        self.progress.fill(0);
         std::mem::take(&mut self.held)
     }
 
@@ -152,12 +164,11 @@ impl StopMatcher {
     /// Advances every pattern; the place and length of the one to win.
     fn step(&mut self, byte: u8) -> Option<(usize, usize)> {
         let mut winner = None;
-        for pattern in &mut self.patterns {
-            if pattern.step(byte) && winner.is_none() {
-                winner = Some((pattern.index, pattern.bytes.len()));
-            }
-            if pattern.progress == pattern.bytes.len() {
-                pattern.progress = 0;
+        for (pattern, progress) in self.patterns.0.iter().zip(&mut self.progress) {
+            *progress = pattern.step(*progress, byte);
+            if *progress == pattern.bytes.len() {
+                winner = winner.or(Some((pattern.index, pattern.bytes.len())));
+                *progress = 0;
             }
         }
         winner
@@ -170,7 +181,8 @@ mod tests {
     use proptest::prelude::*;
 
     fn matcher(stops: &[&str]) -> StopMatcher {
-        StopMatcher::new(stops.iter().map(|stop| stop.to_string()).collect())
+        let stops: Vec<String> = stops.iter().map(|stop| stop.to_string()).collect();
+        StopMatcher::new(StopStrings::new(&stops))
     }
 
     /// The text before the stop string that is complete first, and which it is.
@@ -196,7 +208,7 @@ mod tests {
             stops in proptest::collection::vec("[ab€é]{0,5}", 0..4),
             chunks in proptest::collection::vec("[abcé€]{0,6}", 0..12),
         ) {
-            let mut matcher = StopMatcher::new(stops.clone());
+            let mut matcher = StopMatcher::new(StopStrings::new(&stops));
             let (mut text, mut matched) = (String::new(), None);
             for chunk in &chunks {
                 let step = matcher.push(chunk);
@@ -213,7 +225,7 @@ mod tests {
             stops in proptest::collection::vec("[ab€]{1,5}", 0..4),
             chunks in proptest::collection::vec("[abc€]{0,6}", 0..12),
         ) {
-            let mut matcher = StopMatcher::new(stops.clone());
+            let mut matcher = StopMatcher::new(StopStrings::new(&stops));
             let (mut pushed, mut shown) = (String::new(), String::new());
             for chunk in &chunks {
                 pushed.push_str(chunk);
@@ -282,6 +294,18 @@ mod tests {
         // It began where it did not count, and is complete where it does.
         let step = matcher.push("ab");
         assert_eq!((step.text.as_str(), step.matched), ("", Some(0)));
+    }
+
+    #[test]
+    fn answers_share_the_prepared_strings_and_nothing_else() {
+        let stops = StopStrings::new(&["abcd".to_owned()]);
+        let mut first = StopMatcher::new(stops.clone());
+        let mut second = StopMatcher::new(stops.clone());
+        assert!(Arc::ptr_eq(&first.patterns.0, &second.patterns.0));
+        assert_eq!(first.push("abc").text, "");
+        assert_eq!(second.push("d").text, "d");
+        assert_eq!(first.push("d").matched, Some(0));
+        assert_eq!(second.push("abc").matched, None);
     }
 
     #[test]

@@ -227,6 +227,21 @@ impl Tokenizer {
         self.vocabulary.bytes(id)
     }
 
+    /// Bytes of text that one token can stand for at most, so that a text of more than
+    /// `n` times as many has more than `n` tokens. `None` where there is no such bound:
+    /// where text may be left out, runs of it become one token, or spaces are merged.
+    pub fn max_token_bytes(&self) -> Option<usize> {
+        let shrinks = match &self.model {
+            Model::HuggingFace(model) => model.may_shrink(),
+            Model::Fragments { plain, .. } => match plain {
+                PlainModel::ByteLevel(model) => !model.writes_every_byte(),
+                PlainModel::Scored { model, .. } => !model.writes_every_byte(),
+                PlainModel::Unigram { .. } => true,
+            },
+        };
+        (!shrinks).then(|| self.vocabulary.longest())
+    }
+
     /// What the vocabulary calls a token; `None` for an id that no token has.
     pub fn token_text(&self, id: u32) -> Option<&str> {
         self.vocabulary.text(id)

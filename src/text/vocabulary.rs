@@ -52,6 +52,8 @@ pub(super) struct Vocabulary {
     tokens: Vec<Token>,
     ids: HashMap<Arc<str>, u32>,
     bytes: Vec<u8>,
+    /// Bytes of the longest token.
+    longest: usize,
 }
 
 impl Vocabulary {
@@ -89,6 +91,11 @@ impl Vocabulary {
                 }
             };
         }
+        // The text of a token that is found in text as such may be longer than its bytes.
+        self.longest = self.longest.max(match kind {
+            TokenKind::Normal | TokenKind::Byte => bytes.len(),
+            _ => bytes.len().max(text.len()),
+        });
         self.bytes.extend_from_slice(bytes);
         let end = self.arena_offset(id)?;
         self.tokens.push(Token {
@@ -120,6 +127,11 @@ impl Vocabulary {
             bytes: self.bytes.len(),
             limit: u32::MAX as usize,
         })
+    }
+
+    /// Bytes of text that the longest token stands for; 1 at least.
+    pub(super) fn longest(&self) -> usize {
+        self.longest.max(1)
     }
 
     /// Number of ids, absent ones too.

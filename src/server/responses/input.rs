@@ -3,16 +3,50 @@
 use super::super::error::ApiError;
 use super::store::Store;
 use crate::text::Message;
-use serde::Deserialize;
+use serde::de::{Deserialize, Deserializer, Error, SeqAccess, Visitor};
 use serde_json::{Value, json};
+use std::fmt;
 use uuid::Uuid;
 
 /// The `input` of a request.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(untagged, expecting = "expected a text or a list of items")]
+#[derive(Clone, Debug)]
 pub(super) enum Input {
     Text(String),
     Items(Vec<Value>),
+}
+
+impl<'de> Deserialize<'de> for Input {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(InputVisitor)
+    }
+}
+
+/// Reads it as it comes: an untagged enum would make a copy of everything first, and
+/// a list of numbers is refused at its first.
+struct InputVisitor;
+
+impl<'de> Visitor<'de> for InputVisitor {
+    type Value = Input;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("a text or a list of items")
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<Input, E> {
+        Ok(Input::Text(text.to_owned()))
+    }
+
+    fn visit_string<E: Error>(self, text: String) -> Result<Input, E> {
+        Ok(Input::Text(text))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Input, A::Error> {
+        let mut items = Vec::new();
+        while let Some(fields) = list.next_element()? {
+            items.push(Value::Object(fields));
+        }
+        Ok(Input::Items(items))
+    }
 }
 
 impl Input {
