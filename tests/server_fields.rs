@@ -332,6 +332,8 @@ fn evidence(route: Route, name: &str) -> Option<Evidence> {
         "documents" => Wrong(beside(json!({"documents": [{"title": "a", "text": "b"}]}))),
         "reasoning_effort" => Wrong(json!({"reasoning_effort": 5})),
         "reasoning.effort" => Wrong(json!({"reasoning.effort": 5})),
+        "verbosity" => Wrong(json!({"verbosity": 5})),
+        "text.verbosity" => Wrong(json!({"text.verbosity": 5})),
         "include_reasoning" => Wrong(json!({"include_reasoning": "no"})),
         "truncate_prompt_tokens" => Shows(none, json!({"truncate_prompt_tokens": 3}), |seen| {
             prompt_tokens(&seen.after) == 3

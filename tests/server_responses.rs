@@ -423,6 +423,7 @@ fn tools_that_the_server_does_not_have_are_skipped_and_named() {
     let response = reply.json();
     assert_eq!(response["output"][0]["name"], "shell");
     assert_eq!(response["tools"], json!([shell]));
+    assert_eq!(response["text"]["verbosity"], "low");
     let mut streamed = body;
     streamed["stream"] = true.into();
     let reply = send(SERVER.address, RESPONSES, &streamed);

@@ -44,6 +44,8 @@ struct ChatRequest {
     return_tokens_as_token_ids: Option<bool>,
     /// A variable of the chat template, as OpenAI has it.
     reasoning_effort: Option<String>,
+    /// Another one.
+    verbosity: Option<String>,
     include_reasoning: Option<bool>,
 }
 
@@ -259,6 +261,10 @@ pub(crate) async fn chat_completions(
     if let Some(effort) = request.reasoning_effort {
         let variables = &mut rendering.variables;
         variables.entry("reasoning_effort").or_insert(effort.into());
+    }
+    if let Some(verbosity) = request.verbosity {
+        let variables = &mut rendering.variables;
+        variables.entry("verbosity").or_insert(verbosity.into());
     }
     let legacy = tools.legacy;
     let conversation = Conversation {

@@ -99,6 +99,7 @@ const MAX_TOP_LOGPROBS: u32 = 20;
 #[derive(Debug, Deserialize)]
 struct TextFields {
     format: Option<Value>,
+    verbosity: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -278,6 +279,9 @@ impl CreateRequest {
         if let Some(effort) = self.effort() {
             variables.entry("reasoning_effort").or_insert(effort.into());
         }
+        if let Some(verbosity) = self.verbosity() {
+            variables.entry("verbosity").or_insert(verbosity.into());
+        }
         let conversation = Conversation {
             messages: with_instructions(self.instructions.as_deref(), &messages),
             tools: tools.clone(),
@@ -328,6 +332,10 @@ impl CreateRequest {
         }
     }
 
+    fn verbosity(&self) -> Option<&str> {
+        self.text.as_ref()?.verbosity.as_deref()
+    }
+
     fn effort(&self) -> Option<&str> {
         self.reasoning.as_ref()?.effort.as_deref()
     }
@@ -346,6 +354,10 @@ impl CreateRequest {
     /// The fields that the response reports back.
     fn echo(&self, model: String, tools: &Tools) -> Map<String, Value> {
         let format = self.text.as_ref().and_then(|text| text.format.clone());
+        let mut text = json!({"format": format.unwrap_or_else(|| json!({"type": "text"}))});
+        if let Some(verbosity) = self.verbosity() {
+            text["verbosity"] = verbosity.into();
+        }
         let echo = json!({
             "model": model,
             "instructions": self.instructions,
@@ -356,7 +368,7 @@ impl CreateRequest {
             "reasoning": {"effort": self.effort(), "summary": null},
             "store": self.store.unwrap_or(true),
             "temperature": self.temperature.clone().unwrap_or_else(|| 1.into()),
-            "text": {"format": format.unwrap_or_else(|| json!({"type": "text"}))},
+            "text": text,
             "tool_choice": tools.choice(),
             "tools": tools.reported(),
             "top_p": self.top_p.clone().unwrap_or_else(|| 1.into()),

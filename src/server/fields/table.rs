@@ -325,18 +325,12 @@ const FIELDS: &[RequestField] = &[
     honoured("response_format", CHOICES, ""),
     refused("response_format", &[Responses], NEVER, "send text.format"),
     honoured("text.format", &[Responses], ""),
-    refused(
+    honoured(
         "text.verbosity",
         &[Responses],
-        &[Text("medium")],
-        "the model has no such setting",
+        "a variable of the chat template",
     ),
-    refused(
-        "verbosity",
-        &[Chat],
-        &[Text("medium")],
-        "the model has no such setting",
-    ),
+    honoured("verbosity", &[Chat], "a variable of the chat template"),
     honoured("structured_outputs", CHOICES, ""),
     honoured("guided_json", CHOICES, ""),
     honoured("guided_regex", CHOICES, ""),
