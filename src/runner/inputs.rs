@@ -152,3 +152,48 @@ fn score_rows(rows: Range<usize>, sequence: &Sequence) -> impl Iterator<Item = S
         ..SampleRow::default()
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cache::BlockCache;
+    use crate::config::Preemption;
+    use crate::id::SessionId;
+    use crate::schedule::{Commit, Policy, Scheduler, SequenceSpec};
+
+    /// I10: random numbers depend on the position of the token that is chosen, and on
+    /// nothing that became of the sequence on the way there.
+    #[test]
+    fn a_sample_has_the_position_of_its_token_also_after_a_recompute() {
+        let policy = Policy {
+            preemption: Preemption::Recompute,
+            ..Policy::default()
+        };
+        let mut scheduler = Scheduler::new(policy, BlockCache::new(6, 4, false));
+        for (id, length) in [(1, 11), (2, 6)] {
+            let prompt: Vec<u32> = (0..length).map(|token| token * 31 + id).collect();
+            let spec = SequenceSpec::new(prompt, length as usize + 8);
+            scheduler.add(SessionId(u64::from(id)), spec);
+        }
+        let mut inputs = Inputs::new(6);
+        let mut recomputed = 0;
+        while let Some(plan) = scheduler.plan() {
+            inputs.fill(&plan, scheduler.sequences(), 4);
+            let sampled = plan.items.iter().filter(|item| item.sample);
+            assert_eq!(sampled.clone().count(), inputs.samples.len());
+            for (item, sample) in sampled.zip(&inputs.samples) {
+                let sequence = &scheduler.sequences()[item.key];
+                assert_eq!(sample.position as usize, sequence.tokens.len());
+                recomputed += usize::from(item.count > 1 && sequence.generated() > 0);
+            }
+            for item in &plan.items {
+                if item.sample && matches!(scheduler.commit(item.key, 7), Commit::Finished(_)) {
+                    scheduler.remove(item.key);
+                }
+            }
+            scheduler.completed(plan.step);
+        }
+        assert!(scheduler.sequences().is_empty());
+        assert!(recomputed > 0, "nothing was computed anew");
+    }
+}

@@ -103,6 +103,23 @@ impl RetainedSessions {
         Some(retained)
     }
 
+    /// The sums that are kept here, each as it is and as a recount finds it.
+    pub fn sums(&self) -> [(&'static str, usize, usize); 3] {
+        let (mut blocks, mut pinned, mut evictable) = (0, 0, 0);
+        for kept in self.sessions.values() {
+            blocks += kept.table.len();
+            match kept.pinned_until {
+                Some(_) => pinned += kept.table.len(),
+                None => evictable += 1,
+            }
+        }
+        [
+            ("retained blocks", self.blocks, blocks),
+            ("pinned blocks", self.pinned_blocks, pinned),
+            ("sessions that give way", self.evictable.len(), evictable),
+        ]
+    }
+
     /// The session that gives way next: not pinned, unused for the longest.
     pub fn oldest(&self) -> Option<SessionId> {
         self.evictable

@@ -208,7 +208,7 @@ impl Scheduler {
             .filter_map(|sequence| Some(sequence.swapped.as_ref()?.blocks.len()))
             .sum();
         let paused = self.sequences.values().filter(|other| other.paused).count();
-        for (what, counted, found) in [
+        let sums = [
             (
                 "running sequences",
                 self.running.len(),
@@ -225,7 +225,8 @@ impl Scheduler {
                 self.host.total() - self.host.free(),
                 swapped,
             ),
-        ] {
+        ];
+        for (what, counted, found) in sums.into_iter().chain(self.retained.sums()) {
             if counted != found {
                 return Err(Imbalance(format!(
                     "{counted} {what} counted, {found} found"

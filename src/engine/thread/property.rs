@@ -786,6 +786,83 @@ fn a_turn_that_has_been_read_to_its_end_is_not_rewound_by_a_stop() {
     run(&small(8, 4), &events);
 }
 
+/// Commands are applied, and then receipts that are out are counted: no step is collected
+/// in between.
+fn receipts_before_the_next_step(machine: &mut Machine) -> u64 {
+    let thread = machine.thread.as_mut().expect("the engine is open");
+    assert!(!thread.in_flight.is_empty(), "a step is in flight");
+    thread.drain_commands();
+    let callers = &mut *machine.script.callers.borrow_mut();
+    callers.after_turn();
+    callers.receipts
+}
+
+/// I6: the receipt of a session waits for the steps that touch its blocks, those of its
+/// turn, those that it kept, and those that it shares with the session it was forked from.
+#[test]
+fn the_receipt_of_a_session_comes_when_no_step_touches_its_blocks() {
+    let ask = |stop_at| Ask {
+        length: 3,
+        max_tokens: 9,
+        stop_at,
+        ..ASK
+    };
+    // In the middle of a turn; after a turn whose next token was on its way when it
+    // stopped; and after that with a fork, which ends last.
+    let whole = [Act::Read(0), Act::Fork(0), Act::End(0), Act::End(0)];
+    for (stop_at, acts) in [
+        (None, &whole[3..]),
+        (Some(0), &whole[3..]),
+        (Some(0), &whole),
+    ] {
+        let setup = small(8, 4);
+        let mut machine = Machine::new(&setup);
+        let turn = Act::Turn(0, ask(stop_at));
+        machine.apply(&Event::Act(Act::OpenSession { pin: None }));
+        machine.apply(&Event::Act(turn));
+        machine.apply(&Event::Turn);
+        machine.apply(&Event::Turn);
+        let stats = machine.thread.as_ref().unwrap().stats();
+        assert_eq!(stats.open, usize::from(stop_at.is_none()));
+        for act in acts {
+            machine.apply(&Event::Act(act.clone()));
+        }
+        let ends = acts.iter().filter(|act| matches!(act, Act::End(_)));
+        let ends = ends.count() as u64;
+        assert_eq!(receipts_before_the_next_step(&mut machine), 0, "{acts:?}");
+        machine.apply(&Event::Turn);
+        assert_eq!(machine.script.callers.borrow().receipts, ends, "{acts:?}");
+        machine.finish(setup.finale);
+    }
+}
+
+/// I9: a deadline of its reader is one of the pause that it was set for.
+#[test]
+fn a_reader_that_has_caught_up_has_no_deadline() {
+    let mut setup = small(8, 4);
+    setup.config.slow_consumer_deadline = Some(Duration::from_secs(1 << 20));
+    let mut machine = Machine::new(&setup);
+    let ask = Ask {
+        max_tokens: 9,
+        ..ASK
+    };
+    machine.apply(&Event::Act(Act::Submit(ask)));
+    let paused = |machine: &Machine| {
+        let thread = machine.thread.as_ref().unwrap();
+        let deadline = thread.ledger.next_deadline();
+        (thread.stats().paused, deadline.is_some())
+    };
+    for _ in 0..2 {
+        machine.settle();
+        assert_eq!(paused(&machine), (1, true));
+        while machine.script.callers.borrow_mut().read_any() {}
+        let thread = machine.thread.as_mut().unwrap();
+        thread.drain_commands();
+        assert_eq!(paused(&machine), (0, false));
+    }
+    machine.finish(setup.finale);
+}
+
 /// Without it, the property might hold because nothing happens.
 #[test]
 fn random_acts_reach_what_they_are_to_test() {

@@ -513,6 +513,33 @@ fn an_expired_pin_gives_way_like_any_other_session() {
     assert_eq!(bench.scheduler.kept(SessionId(50)).blocks, 0);
 }
 
+/// I3: what an ended session had pinned does not count against the cap any more.
+#[test]
+fn an_ended_session_takes_its_pin_with_it() {
+    let policy = Policy {
+        max_pinned_blocks: 3,
+        ..Policy::default()
+    };
+    let mut bench = Bench::new(8, policy);
+    let until = Instant::now() + Duration::from_secs(3600);
+    for session in [50, 51] {
+        let key = bench.add(turn(session, prompt(9, session as u32), 1));
+        bench.step();
+        let fate = Fate::Keep {
+            tokens: 100,
+            pin_until: Some(until),
+        };
+        bench.scheduler.close(key, fate);
+        bench.scheduler.audit().unwrap();
+        assert!(bench.scheduler.kept(SessionId(session)).pinned);
+        bench.scheduler.end_session(SessionId(session));
+        let counts = bench.scheduler.counts();
+        assert_eq!((counts.retained_blocks, counts.pinned_blocks), (0, 0));
+        bench.scheduler.audit().unwrap();
+    }
+    assert_eq!(bench.scheduler.counts().pins_refused, 0);
+}
+
 #[test]
 fn a_fork_shares_the_blocks_and_copies_what_it_writes() {
     let mut bench = Bench::new(16, Policy::default());
@@ -622,6 +649,73 @@ fn nobody_gives_way_in_vain() {
     bench.scheduler.remove(usual);
     bench.step();
     assert!(bench.running(large) && !bench.running(low));
+}
+
+/// Whoever gave way could still not make room for the newcomer and for the next block of
+/// the sequence that goes on.
+#[test]
+fn nobody_gives_way_for_the_last_block_of_the_running() {
+    let mut bench = Bench::new(10, Policy::default());
+    let usual = bench.add(spec(prompt(16, 1), 4));
+    let low = bench.add(SequenceSpec {
+        priority: 1,
+        ..spec(prompt(12, 2), 8)
+    });
+    bench.step();
+    let books = bench.scheduler.cache().books();
+    assert_eq!((books.referenced, books.free), (7, 3));
+    // With the three blocks of the less urgent one there would be exactly six.
+    let large = bench.add(spec(prompt(24, 3), 2));
+    bench.launch().unwrap();
+    assert!(bench.running(usual) && bench.running(low) && !bench.running(large));
+    assert_eq!(bench.scheduler.counts().preemptions, 0);
+}
+
+/// A sequence that starts leaves a block for each that runs already, so that it does not
+/// give way to their next tokens at once.
+#[test]
+fn a_block_is_kept_back_for_each_running_sequence() {
+    let mut bench = Bench::new(4, Policy::default());
+    let first = bench.add(spec(prompt(6, 1), 5));
+    bench.step();
+    assert_eq!(bench.scheduler.cache().books().free, 2);
+    // The two free blocks would hold its prompt.
+    let second = bench.add(spec(prompt(8, 2), 2));
+    loop {
+        bench.launch().unwrap();
+        assert!(!bench.running(second), "the first needs a third block");
+        if bench.complete(7) == [first] {
+            break;
+        }
+    }
+    bench.scheduler.remove(first);
+    bench.step();
+    assert!(bench.running(second));
+    assert_eq!(bench.scheduler.counts().preemptions, 0);
+}
+
+/// Nobody gives way to a newcomer while a step in flight frees what it needs.
+#[test]
+fn a_sequence_that_starts_waits_for_deferred_blocks() {
+    let mut bench = Bench::new(8, Policy::default());
+    let turn = bench.add(turn(50, prompt(9, 1), 1));
+    bench.step();
+    bench.scheduler.close(turn, keep(100));
+    let cancelled = bench.add(spec(prompt(12, 2), 9));
+    bench.launch().unwrap();
+    bench.scheduler.remove(cancelled);
+    let books = bench.scheduler.cache().books();
+    assert_eq!((books.deferred, books.free), (3, 2));
+    let newcomer = bench.add(spec(prompt(14, 3), 2));
+    assert!(
+        bench.launch().is_none(),
+        "two of its four blocks are deferred"
+    );
+    assert_eq!(bench.scheduler.kept(SessionId(50)).blocks, 3);
+    bench.complete(7);
+    bench.launch().unwrap();
+    assert!(bench.running(newcomer));
+    assert_eq!(bench.scheduler.kept(SessionId(50)).blocks, 3);
 }
 
 /// Copies to the host come before copies from it: what is read back in a step is not

@@ -600,11 +600,14 @@ impl Callers {
         self.asked[index].read_one(faults, closed)
     }
 
+    /// Reads one event, if there is one to be read.
+    pub fn read_any(&mut self) -> bool {
+        (0..self.asked.len()).any(|index| self.read(index))
+    }
+
     /// Reads all that there is to be read.
     pub fn read_all(&mut self) {
-        for index in 0..self.asked.len() {
-            while self.read(index) {}
-        }
+        while self.read_any() {}
     }
 
     fn drop_stream(&mut self, index: usize) {
