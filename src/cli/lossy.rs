@@ -182,12 +182,15 @@ mod tests {
         }
     }
 
-    fn gated() -> (
-        Lossy,
-        mpsc::Sender<()>,
-        mpsc::Receiver<u64>,
-        Arc<Mutex<Vec<u8>>>,
-    ) {
+    /// A log, and what the test needs to hold it up and to see what becomes of it.
+    struct Bench {
+        log: Lossy,
+        permit: mpsc::Sender<()>,
+        reports: mpsc::Receiver<u64>,
+        written: Arc<Mutex<Vec<u8>>>,
+    }
+
+    fn gated() -> Bench {
         let (permit, permits) = mpsc::channel();
         let (report, reports) = mpsc::channel();
         let written = Arc::<Mutex<Vec<u8>>>::default();
@@ -198,12 +201,22 @@ mod tests {
         let report = move |lost| {
             let _ = report.send(lost);
         };
-        (Lossy::start(out, report).unwrap(), permit, reports, written)
+        Bench {
+            log: Lossy::start(out, report).unwrap(),
+            permit,
+            reports,
+            written,
+        }
     }
 
     #[test]
     fn lines_that_nobody_reads_are_dropped_counted_and_reported() {
-        let (mut log, permit, reports, written) = gated();
+        let Bench {
+            mut log,
+            permit,
+            reports,
+            written,
+        } = gated();
         let lines = 3 * MAX_LINES;
         for line in 0..lines {
             log.write_all(format!("{line}\n").as_bytes()).unwrap();
@@ -225,7 +238,12 @@ mod tests {
 
     #[test]
     fn long_lines_take_no_more_memory_than_is_set_apart() {
-        let (mut log, permit, _, written) = gated();
+        let Bench {
+            mut log,
+            permit,
+            written,
+            ..
+        } = gated();
         let line = [b'x'; MAX_BYTES / 4];
         for _ in 0..16 {
             log.write_all(&line).unwrap();
