@@ -2,7 +2,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CARGO := cargo
 PYTHON := python3
 
-.PHONY: demo test models soak mutations stalls lint bench kernels kernels-check model clients
+.PHONY: demo test models soak mutations stalls lint bench kernels kernels-check model clients templates
 
 ## Fetches a small model if it is missing, builds, and answers a question.
 demo: model
@@ -13,7 +13,7 @@ demo: model
 ## Runs everything: unit, integration, golden and documentation tests, the CUDA device on
 ## the virtual GPU, the server with clients that others have written, the model checkers,
 ## the examples and the documentation's.
-test: model clients models
+test: model clients templates models
 	$(CARGO) test --locked --workspace --features quell/otel
 	$(CARGO) test --locked --no-default-features --lib
 
@@ -38,7 +38,7 @@ mutations:
 ## random: what holds only where the machine is quick fails. QUELL_STALLS and
 ## QUELL_STALL_BITS say how often and how long.
 STALLED := --locked --features otel --lib --bins --test 'c[!pu]*' --test grammar --test '[!cgq]*'
-stalls: model clients
+stalls: model clients templates
 	$(CARGO) test $(STALLED) --no-run
 	$(CC) -std=gnu11 -Wall -Werror -O2 -shared -fPIC -o target/stalls.so tests/stalls/stalls.c
 	QUELL_SOAK_REQUESTS=2000 LD_PRELOAD=$(CURDIR)/target/stalls.so \
@@ -89,3 +89,7 @@ model:
 clients:
 	@$(PYTHON) scripts/setup-clients
 	@$(PYTHON) scripts/setup-browser
+
+## Fetches the chat templates of other models that ours are compared with jinja2 on.
+templates:
+	@$(PYTHON) scripts/fetch-templates

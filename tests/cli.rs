@@ -1,9 +1,13 @@
 //! The program: what scripts rely on, and what it says when something is wrong.
 
+#[path = "common/gguf_writer.rs"]
+mod gguf_writer;
 #[path = "common/model.rs"]
 mod model;
 
+use gguf_writer::GgufWriter;
 use model::smollm2;
+use quell::weights::gguf::{Array, Value as Metadata};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -200,6 +204,7 @@ fn tokenize_and_inspect_print_text_and_json() {
         "json",
     ]));
     assert_eq!(tokens["ids"], serde_json::json!([19556, 216, 2]));
+    assert_eq!(tokens["text"], "Hello <|im_end|>");
     let inspect = json(&quell(&[
         "inspect",
         &model,
@@ -449,6 +454,129 @@ fn a_broken_tokenizer_or_template_is_refused_by_name() {
         std::fs::write(folder.path().join("tokenizer.json"), broken).unwrap();
         refused(&["tokenizer.json"]);
     }
+}
+
+#[test]
+fn tokenize_needs_nothing_but_the_tokenizer_and_shows_the_rendered_conversation() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/text/folder");
+    let model = folder.to_str().unwrap();
+    let scratch = tempfile::tempdir().unwrap();
+    let write = |name: &str, contents: &[u8]| {
+        let path = scratch.path().join(name);
+        std::fs::write(&path, contents).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let list = write("list.json", br#"[{"role": "user", "content": "hi"}]"#);
+    let request = write(
+        "request.json",
+        br#"{"messages": [{"role": "system", "content": "s"}, {"role": "assistant", "content": "yes, "}],
+            "continue_final_message": true}"#,
+    );
+    let tokenize = |input: &[&str]| {
+        let args = [
+            &["tokenize", "--model", model],
+            input,
+            &["--format", "json"],
+        ]
+        .concat();
+        json(&quell(&args))
+    };
+    let rendered = tokenize(&["--messages", &list]);
+    let text = rendered["text"].as_str().unwrap();
+    assert!(text.ends_with("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"));
+    assert_eq!(rendered["ids"], tokenize(&["--text", text])["ids"]);
+    let open = tokenize(&["--messages", &request]);
+    assert_eq!(
+        open["text"],
+        "<|im_start|>system\ns<|im_end|>\n<|im_start|>assistant\nyes, "
+    );
+    let shown = quell(&["tokenize", "--model", model, "--messages", &list]);
+    assert!(String::from_utf8_lossy(&shown.stdout).starts_with(&format!("{text}\n\n")));
+
+    let strings = |list: &[&str]| {
+        Metadata::Array(Array::String(
+            list.iter().map(|&text| text.into()).collect(),
+        ))
+    };
+    let vocabulary = |kind: &str| {
+        let file = GgufWriter::new()
+            .string("general.architecture", "qwen2")
+            .string("tokenizer.ggml.model", kind)
+            .metadata("tokenizer.ggml.tokens", strings(&["a", "b", "ab"]))
+            .metadata("tokenizer.ggml.merges", strings(&["a b"]));
+        write(&format!("{kind}.gguf"), &file.build())
+    };
+    let only = [
+        "tokenize",
+        "--model",
+        &vocabulary("gpt2"),
+        "--text",
+        "aab",
+        "--format",
+        "json",
+    ];
+    assert_eq!(json(&quell(&only))["ids"], serde_json::json!([0, 2]));
+    let none = [
+        "tokenize",
+        "--model",
+        &vocabulary("no_vocab"),
+        "--text",
+        "a",
+    ];
+    assert_refused(&none, 1, &["no_vocab.gguf", "no tokenizer"]);
+
+    let both = [
+        "tokenize",
+        "--model",
+        model,
+        "--text",
+        "a",
+        "--messages",
+        &list,
+    ];
+    assert_refused(&both, 2, &["--messages"]);
+    assert_refused(&["tokenize", "--model", model], 2, &["--text"]);
+    let missing = ["tokenize", "--model", model, "--messages", "no-such-file"];
+    assert_refused(&missing, 1, &["no-such-file"]);
+}
+
+#[test]
+fn what_a_folder_has_in_place_of_what_is_needed_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().to_str().unwrap();
+    let write = |name: &str, contents: &[u8]| {
+        std::fs::write(folder.path().join(name), contents).unwrap();
+    };
+    let copy = |name: &str| {
+        let from = Path::new(&tiny("llama")).join(name);
+        std::fs::copy(from, folder.path().join(name)).unwrap();
+    };
+    copy("config.json");
+    copy("model.safetensors");
+    let generate = ["generate", "--model", path, "--prompt", "x"];
+    let tokenize = ["tokenize", "--model", path, "--text", "x"];
+    write("tokenizer.model", b"\n\x0e\n\x05<unk>");
+    for args in [&generate, &tokenize] {
+        assert_refused(args, 1, &["tokenizer.model", "tokenizer.json"]);
+    }
+    let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n";
+    write("tokenizer.json", pointer);
+    for args in [&generate, &tokenize] {
+        assert_refused(args, 1, &["tokenizer.json", "Git LFS", "git lfs pull"]);
+    }
+    write("model.safetensors", pointer);
+    assert_refused(&generate, 1, &["model.safetensors", "Git LFS"]);
+
+    // Another kind of model, whose tokenizer is another kind, too.
+    copy("model.safetensors");
+    write(
+        "config.json",
+        br#"{"model_type": "bert", "architectures": ["BertModel"]}"#,
+    );
+    write("tokenizer.json", br#"{"version": "1.0", "added_tokens": [], "decoder": {"type": "WordPiece",
+        "prefix": "\u0023\u0023", "cleanup": true}, "model": {"type": "WordPiece", "unk_token": "a",
+        "continuing_subword_prefix": "\u0023\u0023", "max_input_chars_per_word": 9, "vocab": {"a": 0}}}"#);
+    assert_refused(&generate, 1, &["architecture 'bert' is not supported"]);
 }
 
 #[test]

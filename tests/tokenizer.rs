@@ -1,13 +1,19 @@
 //! The tokenizer and chat template of SmolLM2 as its GGUF file describes them,
-//! against llama.cpp's token ids and transformers' prompts.
+//! against llama.cpp's token ids and transformers' prompts; and the chat templates of
+//! other models against jinja2.
 
+#[path = "common/clients.rs"]
+mod clients;
 #[path = "common/model.rs"]
 mod model;
 
-use quell::text::{EncodeOptions, GgufVocabulary, Message, RenderOptions, Tokenizer};
+use clients::{installed, script};
+use quell::text::{ChatTemplate, EncodeOptions, GgufVocabulary, Message, RenderOptions, Tokenizer};
 use quell::weights::Gguf;
-use serde_json::Value;
+use serde_json::{Map, Value};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::time::{Duration, UNIX_EPOCH};
 
 const PARSE: EncodeOptions = EncodeOptions {
     add_special: false,
@@ -88,4 +94,107 @@ fn the_chat_template_writes_the_references_prompts() {
 #[test]
 fn the_end_tokens_are_those_of_llama_cpp() {
     assert_eq!(tokenizer().end_tokens(), [0, 2, 4]);
+}
+
+/// Where a template's prompt is not jinja2's on purpose: the template, or all, with the
+/// conversation, and why.
+const MEANT: [(&str, &str, &str); 1] = [(
+    "*",
+    "null",
+    "an answer that is only tool calls has the content null: to the template it is an empty \
+     text, unless that leaves the calls out, so that it never reads \"None\"",
+)];
+
+#[derive(serde::Deserialize)]
+struct Case {
+    template: String,
+    conversation: String,
+    messages: Vec<Message>,
+    tools: Option<Value>,
+    add_generation_prompt: bool,
+    variables: Map<String, Value>,
+    /// What jinja2 makes of it; nothing where it fails.
+    expected: Option<String>,
+}
+
+/// The templates that `scripts/fetch-templates` has fetched, each in twelve conversations.
+#[test]
+fn other_models_chat_templates_write_what_jinja2_writes() {
+    let folder = root().join("target/chat-templates");
+    let hint = "run scripts/fetch-templates and scripts/setup-clients";
+    assert!(folder.join("package").exists(), "{hint}");
+    let output = installed("python")
+        .arg(script("chat_templates.py"))
+        .arg(&folder)
+        .output()
+        .unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{hint}: {errors}");
+    let cases: Vec<Case> = serde_json::from_slice(&output.stdout).unwrap();
+    let mut templates: BTreeMap<String, ChatTemplate> = BTreeMap::new();
+    let (mut same, mut different) = (0, Vec::new());
+    for case in &cases {
+        let template = templates.entry(case.template.clone()).or_insert_with(|| {
+            let path = folder.join(format!("{}.jinja", case.template));
+            let source = std::fs::read_to_string(path).unwrap();
+            ChatTemplate::new(&source, Some("<s>"), Some("</s>")).unwrap()
+        });
+        let options = RenderOptions {
+            add_generation_prompt: case.add_generation_prompt,
+            tools: case.tools.clone(),
+            extra: case.variables.clone(),
+            now: Some(UNIX_EPOCH + Duration::from_secs(86_400)),
+            ..RenderOptions::default()
+        };
+        let Some(expected) = &case.expected else {
+            continue;
+        };
+        match template.render(&case.messages, &options) {
+            Ok(rendered) if rendered == *expected => same += 1,
+            rendered => different.push((case, rendered)),
+        }
+    }
+    let meant = |case: &Case| {
+        MEANT.iter().any(|(template, conversation, _)| {
+            (*template == "*" || *template == case.template) && *conversation == case.conversation
+        })
+    };
+    different.retain(|(case, _)| !meant(case));
+    for (case, rendered) in &different {
+        let (template, conversation) = (&case.template, &case.conversation);
+        println!(
+            "{template}, {conversation}:\n{:?}\n{rendered:?}\n",
+            case.expected
+        );
+    }
+    let names: BTreeSet<&str> = different.iter().map(|(case, _)| &*case.template).collect();
+    assert!(names.is_empty(), "these differ: {names:?}");
+    assert_eq!((templates.len(), cases.len()), (70, 840));
+    assert!(same > 740, "only {same} were compared");
+}
+
+/// Templates with tools, and those that write calls, are told from others by rendering.
+#[test]
+fn what_other_models_chat_templates_do_with_tools_is_found() {
+    let folder = root().join("target/chat-templates");
+    let known = |name: &str| {
+        let path = folder.join(format!("{name}.jinja"));
+        let source = std::fs::read_to_string(&path).unwrap_or_else(|error| {
+            panic!("{}: {error}; run scripts/fetch-templates", path.display())
+        });
+        let template = ChatTemplate::new(&source, Some("<s>"), Some("</s>")).unwrap();
+        (template.knows_tools(), template.knows_calls())
+    };
+    for name in [
+        "Qwen3-Coder",
+        "Qwen-Qwen3-0.6B",
+        "meta-llama-Llama-3.1-8B-Instruct",
+    ] {
+        assert_eq!(known(name), (true, true), "{name}");
+    }
+    for name in ["google-gemma-2-2b-it", "microsoft-Phi-3.5-mini-instruct"] {
+        assert_eq!(known(name), (false, false), "{name}");
+    }
+    let distilled = "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B";
+    assert_eq!(known(distilled), (false, true), "{distilled}");
 }

@@ -9,7 +9,7 @@ use quell::{
 };
 #[cfg(feature = "cuda")]
 use quell::{CudaActivations, CudaOptions};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use thiserror::Error;
 
@@ -55,8 +55,12 @@ pub enum CliError {
     Grammar(#[from] quell::GrammarError),
     #[error("{path} is no config.json: {problem}")]
     Config { path: PathBuf, problem: String },
-    #[error("{model} has no tokenizer files, which this command needs")]
-    NoTokenizer { model: String },
+    #[error("{model} has no tokenizer files, which text needs{}", instead.map(of_other_tokenizer).unwrap_or_default())]
+    NoTokenizer {
+        model: String,
+        /// The tokenizer's file in another form.
+        instead: Option<&'static str>,
+    },
     /// The server was started, and what it served with has failed.
     #[cfg(feature = "server")]
     #[error("the engine has failed: {0}")]
@@ -72,7 +76,23 @@ pub enum CliError {
     Output(#[from] std::io::Error),
 }
 
+/// What to do about a tokenizer in a form that quell does not read.
+fn of_other_tokenizer(file: &str) -> String {
+    format!(
+        ": there is {file}, which has to be converted to tokenizer.json (transformers' \
+         AutoTokenizer writes it with save_pretrained)"
+    )
+}
+
 impl CliError {
+    /// There is no tokenizer where `path` is `model`.
+    pub fn no_tokenizer(model: &str, path: &Path) -> Self {
+        Self::NoTokenizer {
+            model: model.to_owned(),
+            instead: ModelFiles::unread_tokenizer(path),
+        }
+    }
+
     /// 2 for a command line that makes no sense, 130 for what Ctrl-C ended, 1 for anything
     /// else.
     pub fn exit_code(&self) -> u8 {

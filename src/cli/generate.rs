@@ -1,6 +1,6 @@
 //! `quell generate`: continue a prompt, or answer a message.
 
-use super::args::{CliError, Format, ModelArgs, SamplingArgs};
+use super::args::{CliError, Format, ModelArgs, SamplingArgs, resolve};
 use clap::Args;
 use quell::{Engine, Finish, Generation, Message, Prompt, Request};
 #[cfg(feature = "grammar")]
@@ -80,6 +80,10 @@ pub fn run(args: GenerateArgs) -> Result<(), CliError> {
         ..Request::new(prompt(&args)?)
     };
     let engine = args.model.start()?;
+    if engine.tokenizer().is_none() && !matches!(request.prompt, Prompt::Tokens(_)) {
+        let path = resolve(&args.model.model)?;
+        return Err(CliError::no_tokenizer(&args.model.model, &path));
+    }
     #[cfg(feature = "grammar")]
     let request = match schema {
         Some(schema) => {
@@ -137,23 +141,23 @@ fn prompt(args: &GenerateArgs) -> Result<Prompt, CliError> {
 }
 
 fn read_messages(path: &Path) -> Result<Vec<Message>, CliError> {
+    read_conversation(path).map(|(messages, _)| messages)
+}
+
+/// The messages in a file: a list of them, or a whole chat request, which comes with them.
+pub fn read_conversation(path: &Path) -> Result<(Vec<Message>, Value), CliError> {
     let text = std::fs::read_to_string(path).map_err(|source| CliError::Read {
         path: path.to_owned(),
         source,
     })?;
-    let value: Value = serde_json::from_str(&text).map_err(|error| CliError::Messages {
+    let bad = |error: serde_json::Error| CliError::Messages {
         path: path.to_owned(),
         problem: error.to_string(),
-    })?;
-    // A whole chat request is accepted as well as its list of messages.
-    let list = match value.get("messages") {
-        Some(list) => list.clone(),
-        None => value,
     };
-    serde_json::from_value(list).map_err(|error| CliError::Messages {
-        path: path.to_owned(),
-        problem: error.to_string(),
-    })
+    let request: Value = serde_json::from_str(&text).map_err(bad)?;
+    let list = request.get("messages").unwrap_or(&request);
+    let messages = serde_json::from_value(list.clone()).map_err(bad)?;
+    Ok((messages, request))
 }
 
 /// Prints the answer as it comes: text, or token ids where there is no tokenizer.

@@ -1,22 +1,30 @@
 //! `quell tokenize`: turn text into token ids.
 
 use super::args::{CliError, Format, resolve};
-use super::generate::println_json;
+use super::generate::{println_json, read_conversation};
 use clap::Args;
+use quell::SubmitError;
 use quell::runner::ModelFiles;
-use quell::text::EncodeOptions;
+use quell::text::{EncodeOptions, RenderOptions, Tokenizer};
 use serde_json::{Value, json};
 use std::io::Write;
+use std::path::{Path, PathBuf};
 
 /// Turn text into token ids.
 #[derive(Debug, Args)]
+#[group(id = "input", required = true, multiple = false, args = ["text", "messages"])]
 pub struct TokenizeArgs {
-    /// A .gguf file, a Hugging Face folder, or hf:ORG/NAME[/FILE] to download.
+    /// A .gguf file, a Hugging Face folder, or hf:ORG/NAME[/FILE] to download. Only its
+    /// tokenizer needs to be there.
     #[arg(long, value_name = "PATH")]
     model: String,
     /// The text; names of special tokens in it mean these tokens.
     #[arg(long, allow_hyphen_values = true)]
-    text: String,
+    text: Option<String>,
+    /// A conversation in place of a text: a JSON list of messages, or a whole chat request
+    /// with its tools and the variables of the chat template.
+    #[arg(long, value_name = "FILE")]
+    messages: Option<PathBuf>,
     /// How the result is printed.
     #[arg(long, value_enum, default_value_t)]
     format: Format,
@@ -24,17 +32,19 @@ pub struct TokenizeArgs {
 
 /// Runs the subcommand.
 pub fn run(args: TokenizeArgs) -> Result<(), CliError> {
-    let mut files = ModelFiles::open(&resolve(&args.model)?)?;
-    let tokenizer = files
-        .take_tokenizer()
-        .ok_or_else(|| CliError::NoTokenizer {
-            model: args.model.clone(),
-        })?;
+    let path = resolve(&args.model)?;
+    let tokenizer = ModelFiles::open_tokenizer(&path)?
+        .ok_or_else(|| CliError::no_tokenizer(&args.model, &path))?;
+    let text = match &args.messages {
+        Some(path) => rendered(&tokenizer, path)?,
+        None => args.text.unwrap_or_default(),
+    };
     let options = EncodeOptions {
-        add_special: true,
+        // A template writes the tokens around a text itself.
+        add_special: args.messages.is_none(),
         parse_special: true,
     };
-    let ids = tokenizer.encode(&args.text, options)?;
+    let ids = tokenizer.encode(&text, options)?;
     // A token may be half a character: shown with the replacement character then.
     let text_of = |id: u32| match tokenizer.token_bytes(id) {
         Some(bytes) => String::from_utf8_lossy(bytes).into_owned(),
@@ -45,11 +55,38 @@ pub fn run(args: TokenizeArgs) -> Result<(), CliError> {
             .iter()
             .map(|&id| json!({"id": id, "text": text_of(id)}))
             .collect();
-        return println_json(&json!({"ids": ids, "tokens": tokens, "count": ids.len()}));
+        let count = ids.len();
+        return println_json(&json!({"text": text, "ids": ids, "tokens": tokens, "count": count}));
     }
     let mut out = std::io::stdout().lock();
+    if args.messages.is_some() {
+        writeln!(out, "{text}\n")?;
+    }
     for &id in &ids {
         writeln!(out, "{id:>8}  {:?}", text_of(id))?;
     }
     Ok(())
+}
+
+/// The prompt that the chat template makes of a file's conversation.
+fn rendered(tokenizer: &Tokenizer, path: &Path) -> Result<String, CliError> {
+    let (messages, request) = read_conversation(path)?;
+    let template = tokenizer
+        .chat_template()
+        .ok_or(SubmitError::NoChatTemplate)?;
+    let defaults = RenderOptions::default();
+    let flag = |name: &str| request.get(name).and_then(Value::as_bool);
+    let options = RenderOptions {
+        add_generation_prompt: flag("add_generation_prompt")
+            .unwrap_or(defaults.add_generation_prompt),
+        continue_final_message: flag("continue_final_message").unwrap_or_default(),
+        tools: request.get("tools").cloned(),
+        extra: request
+            .get("chat_template_kwargs")
+            .and_then(Value::as_object)
+            .cloned()
+            .unwrap_or_default(),
+        ..defaults
+    };
+    Ok(template.render(&messages, &options)?)
 }

@@ -829,8 +829,9 @@ impl Engine {
         let request = &settings.request;
         spec.session = turn.as_ref().map(|turn| turn.session);
         let tokenizer = self.shared.tokenizer.clone();
-        let text =
-            tokenizer.map(|tokenizer| TextState::new(tokenizer, request, settings.stop.clone()));
+        let text = tokenizer.map(|tokenizer| {
+            TextState::new(&spec.prompt, tokenizer, request, settings.stop.clone())
+        });
         let id = self.next_id();
         let cell = Arc::new(SessionCell::default());
         let (events, receiver) = channel(&cell, self.shared.config.stream_buffer);

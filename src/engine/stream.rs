@@ -95,10 +95,16 @@ pub(crate) struct TextState {
 }
 
 impl TextState {
-    pub fn new(tokenizer: Arc<Tokenizer>, request: &Request, stop: StopStrings) -> Self {
+    /// For an answer that goes on where `prompt` ends.
+    pub fn new(
+        prompt: &[u32],
+        tokenizer: Arc<Tokenizer>,
+        request: &Request,
+        stop: StopStrings,
+    ) -> Self {
         let stop = StopMatcher::new(stop);
         Self {
-            detokenizer: Detokenizer::new(tokenizer, !request.keep_special),
+            detokenizer: Detokenizer::after(prompt, tokenizer, !request.keep_special),
             stop: stop.include_stop(request.include_stop),
             include_stop: request.include_stop,
             min_tokens: request.limits.min_tokens,

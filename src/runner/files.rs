@@ -13,6 +13,8 @@ use crate::weights::{DType, Gguf, ModelFolder};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
+const TOKENIZER: &str = "tokenizer.json";
+
 /// Where a model is to run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DeviceChoice {
@@ -84,22 +86,12 @@ impl ModelFiles {
     /// Opens a `.gguf` file or a Hugging Face folder.
     pub fn open(path: &Path) -> Result<Self, LoadError> {
         let (source, tokenizer, recipe) = if path.is_dir() {
-            let tokenizer = if path.join("tokenizer.json").exists() {
-                Some(Tokenizer::from_folder(path)?)
-            } else {
-                None
-            };
-            (
-                ModelSource::from_folder(ModelFolder::open(path)?)?,
-                tokenizer,
-                None,
-            )
+            // What model it is comes first: whatever else differs follows from it.
+            let source = ModelSource::from_folder(ModelFolder::open(path)?)?;
+            (source, folder_tokenizer(path)?, None)
         } else {
             let file = Gguf::open(path)?;
-            let tokenizer = match file.metadata("tokenizer.ggml.model") {
-                Some(_) => Some(Tokenizer::from_gguf(GgufVocabulary::from_file(&file)?)?),
-                None => None,
-            };
+            let tokenizer = gguf_tokenizer(&file)?;
             let recipe = file.file_type();
             (ModelSource::from_gguf(file)?, tokenizer, recipe)
         };
@@ -109,6 +101,32 @@ impl ModelFiles {
             tokenizer,
             recipe,
         })
+    }
+
+    /// The tokenizer of a model, whose settings and weights need not be there.
+    pub fn open_tokenizer(path: &Path) -> Result<Option<Tokenizer>, LoadError> {
+        match path.is_dir() {
+            true => folder_tokenizer(path),
+            false => gguf_tokenizer(&Gguf::open(path)?),
+        }
+    }
+
+    /// The file that holds a tokenizer in a form that quell does not read, in a folder
+    /// without `tokenizer.json`.
+    pub fn unread_tokenizer(path: &Path) -> Option<&'static str> {
+        const OTHERS: [&str; 6] = [
+            "tokenizer.model",
+            "spiece.model",
+            "tekken.json",
+            "tokenizer.tiktoken",
+            "vocab.json",
+            "vocab.txt",
+        ];
+        let is_there = |name: &&str| path.join(name).exists();
+        OTHERS
+            .into_iter()
+            .find(is_there)
+            .filter(|_| !is_there(&TOKENIZER))
     }
 
     /// No files at all: random weights in `format`, of a model of the size that a
@@ -257,5 +275,23 @@ fn refuse_cuda(choice: DeviceChoice) -> Result<(), DeviceError> {
             reason: "this quell was built without the feature 'cuda'".to_owned(),
         }),
         DeviceChoice::Auto | DeviceChoice::Cpu => Ok(()),
+    }
+}
+
+fn folder_tokenizer(path: &Path) -> Result<Option<Tokenizer>, LoadError> {
+    match path.join(TOKENIZER).exists() {
+        true => Ok(Some(Tokenizer::from_folder(path)?)),
+        false => Ok(None),
+    }
+}
+
+fn gguf_tokenizer(file: &Gguf) -> Result<Option<Tokenizer>, LoadError> {
+    // What llama.cpp's converters write of a model without one.
+    let none = |name: &str| matches!(name, "none" | "no_vocab");
+    match file.metadata("tokenizer.ggml.model") {
+        Some(model) if !model.as_str().is_some_and(none) => Ok(Some(Tokenizer::from_gguf(
+            GgufVocabulary::from_file(file)?,
+        )?)),
+        _ => Ok(None),
     }
 }

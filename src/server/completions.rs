@@ -227,7 +227,7 @@ impl CompletionWriter {
         for (index, stream) in streams.iter().enumerate() {
             self.first[index] = stream.prompt_ids().first().copied();
             if let Some(tokenizer) = &self.tokenizer {
-                self.opening[index] = tokenizer.decode(stream.prompt_ids(), false);
+                self.opening[index] = tokenizer.decode_prompt(stream.prompt_ids());
             }
         }
     }

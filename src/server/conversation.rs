@@ -12,7 +12,7 @@ use super::{legacy, system_messages};
 use crate::engine::{SubmitError, Truncation};
 use crate::sampling::Constraint;
 use crate::text::reasoning::ReasoningFormat;
-use crate::text::tools::{ToolFormat, in_words};
+use crate::text::tools::{ToolFormat, in_words, with_described};
 use crate::text::{Calls, Grammar};
 use crate::text::{ChatTemplate, EncodeOptions, Message, RenderOptions, TextError, Tokenizer};
 use std::sync::Arc;
@@ -71,11 +71,13 @@ impl Conversation {
             .as_ref()
             .or(tokenizer.chat_template())
             .ok_or(SubmitError::NoChatTemplate)?;
+        let described = self.tools.described();
+        let template = template.variant(described.is_some());
         let source = template.source();
         self.rendering.require_documents_known(source)?;
         let format = app.options.tool_format.unwrap_or_else(|| {
-            // Where tools are described in words, those ask for this format.
-            match template.knows_tools() {
+            // Where all is put into words, those ask for this format.
+            match template.knows_tools() || template.knows_calls() {
                 true => ToolFormat::detect(source),
                 false => ToolFormat::Hermes,
             }
@@ -119,7 +121,7 @@ impl Conversation {
             inside_reasoning: false,
         };
         let mut write =
-            |messages: &[Message]| self.tokens_of(app, job, template, messages, &mut opening);
+            |messages: &[Message]| self.tokens_of(app, job, template, messages, format, &mut opening);
         let prompt = match self.truncate_to {
             None => write(&self.messages)?,
             Some(room) => fitting(&self.messages, room, &mut write)?,
@@ -163,6 +165,7 @@ impl Conversation {
         job: &Job,
         template: &ChatTemplate,
         messages: &[Message],
+        format: ToolFormat,
         opening: &mut Opening,
     ) -> Result<Vec<u32>, ApiError> {
         job.check()?;
@@ -173,14 +176,15 @@ impl Conversation {
             extra: self.rendering.variables.clone(),
             ..RenderOptions::default()
         };
-        let in_words = match template.knows_tools() {
-            true => {
-                options.tools = described;
-                None
-            }
-            false => Some(in_words(messages, described.as_ref())),
+        let changed = if template.knows_tools() {
+            options.tools = described;
+            None
+        } else if template.knows_calls() {
+            described.map(|tools| with_described(messages, &tools, format))
+        } else {
+            Some(in_words(messages, described.as_ref()))
         };
-        let messages = in_words.as_deref().unwrap_or(messages);
+        let messages = changed.as_deref().unwrap_or(messages);
         let of_messages =
             |error: TextError| ApiError::from(SubmitError::Text(error)).param("messages");
         let mut text =

@@ -83,6 +83,7 @@ impl Moment {
 
     /// One field; `None` for a letter that has none.
     fn field(&self, letter: char) -> Option<String> {
+        let weekday = i64::try_from(self.weekday).unwrap_or(0);
         let half_day = (self.hour + 11) % 12 + 1;
         Some(match letter {
             'Y' => self.year.to_string(),
@@ -108,6 +109,9 @@ impl Moment {
             'R' => self.fields("%H:%M"),
             'D' | 'x' => self.fields("%m/%d/%y"),
             'c' => self.fields("%a %b %e %H:%M:%S %Y"),
+            'U' => format!("{:02}", (self.day_of_year + 7 - weekday) / 7),
+            'W' => format!("{:02}", (self.day_of_year + 7 - (weekday + 6) % 7) / 7),
+            'C' => format!("{:02}", self.year.div_euclid(100)),
             'Z' => "UTC".to_owned(),
             'z' => "+0000".to_owned(),
             'n' => "\n".to_owned(),
@@ -174,6 +178,10 @@ mod tests {
             "31 Dec 2024 23:59:59 366"
         );
         assert_eq!(at(4_107_542_400, "%F %A"), "2100-03-01 Monday");
+        assert_eq!(at(951_782_400, "%U %W %C"), "09 09 20");
+        assert_eq!(at(0, "%U %W"), "00 00");
+        assert_eq!(at(3 * 86_400, "%a %U %W"), "Sun 01 00");
+        assert_eq!(at(4 * 86_400, "%a %U %W"), "Mon 01 01");
         let before = strftime(UNIX_EPOCH - Duration::from_secs(1), "%F %T");
         assert_eq!(before, "1969-12-31 23:59:59");
     }

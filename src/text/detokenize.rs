@@ -29,7 +29,18 @@ impl fmt::Debug for Detokenizer {
 impl Detokenizer {
     /// Begins a text; without special tokens if `skip_special`.
     pub fn new(tokenizer: Arc<Tokenizer>, skip_special: bool) -> Self {
-        let assembler = tokenizer.assembler();
+        Self::after(&[], tokenizer, skip_special)
+    }
+
+    /// Goes on where the text of `prompt` ends: a space that a SentencePiece model
+    /// writes there is part of the text. After nothing, or a special token, a text
+    /// begins, as with [`new`](Self::new).
+    pub fn after(prompt: &[u32], tokenizer: Arc<Tokenizer>, skip_special: bool) -> Self {
+        let begins = prompt.last().is_none_or(|&id| tokenizer.is_special(id));
+        let assembler = match begins {
+            true => tokenizer.assembler(),
+            false => Utf8Assembler::new(false),
+        };
         Self {
             tokenizer,
             assembler,

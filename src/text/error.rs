@@ -195,6 +195,11 @@ pub enum TextError {
         /// What went wrong.
         message: String,
     },
+    /// A conversation's last message is to be continued, and its end is not in the prompt.
+    #[error(
+        "the chat template does not write the end of the last message, which was to be continued"
+    )]
+    NotContinued,
     /// A chat template did more work or wrote more than any real one does.
     #[error("the chat template exceeds its limit of {limit} {unit}")]
     TemplateTooExpensive {

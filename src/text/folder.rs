@@ -7,6 +7,7 @@ use super::gguf_vocabulary::named_byte;
 use super::template::ChatTemplate;
 use super::tokenizer::{EncodeOptions, Frame, Model, Tokenizer};
 use super::vocabulary::{MAX_TOKENS, TokenKind, Vocabulary};
+use crate::weights::is_lfs_pointer;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -106,7 +107,14 @@ impl Tokenizer {
         let text = |name| special_text(&files.config, &files.special, name);
         let template = files
             .template
-            .map(|source| ChatTemplate::new(&source, text("bos_token"), text("eos_token")))
+            .map(|sources| {
+                let (bos, eos) = (text("bos_token"), text("eos_token"));
+                let template = ChatTemplate::new(&sources.default, bos, eos)?;
+                match sources.tool_use {
+                    Some(source) => template.with_tool_use(&source),
+                    None => Ok(template),
+                }
+            })
             .transpose()?;
         let explicit = explicit_frame(&files.config, bos, eos)?;
         let strip_leading_space = Decoding::of(&parsing)?.strip_leading_space;
@@ -152,7 +160,13 @@ struct Files {
     special: Value,
     generation: Value,
     model: Value,
-    template: Option<String>,
+    template: Option<TemplateSources>,
+}
+
+/// A folder's chat template, and the one to take where there are tools.
+struct TemplateSources {
+    default: String,
+    tool_use: Option<String>,
 }
 
 impl Files {
@@ -162,6 +176,13 @@ impl Files {
             path: path.clone(),
             source,
         })?;
+        if is_lfs_pointer(&bytes) {
+            return Err(TextError::File {
+                path,
+                found: "a Git LFS pointer in place of the file".to_owned(),
+                expected: "the file itself, which `git lfs pull` fetches",
+            });
+        }
         let tokenizer =
             tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| TextError::File {
                 path,
@@ -206,31 +227,41 @@ fn json(dir: &Path, name: &str) -> Result<Value, TextError> {
 }
 
 /// The chat template: its own file before the tokenizer's configuration, and of
-/// several the one called `default`.
-fn template_source(dir: &Path, config: &Value) -> Result<Option<String>, TextError> {
-    if let Some(text) = read(&dir.join("chat_template.jinja"))? {
-        return Ok(Some(text));
+/// several the ones called `default` and `tool_use`.
+fn template_source(dir: &Path, config: &Value) -> Result<Option<TemplateSources>, TextError> {
+    if let Some(default) = read(&dir.join("chat_template.jinja"))? {
+        let tool_use = read(&dir.join("additional_chat_templates/tool_use.jinja"))?;
+        return Ok(Some(TemplateSources { default, tool_use }));
     }
     let file = json(dir, "chat_template.json")?;
     let found = [&file["chat_template"], &config["chat_template"]]
         .into_iter()
         .find(|template| !template.is_null());
-    let source = match found {
-        None => return Ok(None),
-        Some(Value::Array(named)) => named
-            .iter()
-            .find(|entry| entry["name"] == "default")
-            .or_else(|| named.first())
-            .and_then(|entry| entry["template"].as_str()),
-        Some(template) => template.as_str(),
+    let text = |entry: &Value| entry["template"].as_str().map(str::to_owned);
+    let named = |list: &[Value], name: &str| {
+        list.iter()
+            .find(|entry| entry["name"] == name)
+            .and_then(text)
     };
-    source
-        .map(|text| Some(text.to_owned()))
-        .ok_or_else(|| TextError::File {
-            path: dir.to_owned(),
-            found: "a folder whose chat_template is no text".to_owned(),
-            expected: "a string, or a list of names with templates",
-        })
+    let sources = match found {
+        None => return Ok(None),
+        Some(Value::Array(list)) => {
+            let default = named(list, "default").or_else(|| list.first().and_then(text));
+            default.map(|default| TemplateSources {
+                default,
+                tool_use: named(list, "tool_use"),
+            })
+        }
+        Some(template) => template.as_str().map(|default| TemplateSources {
+            default: default.to_owned(),
+            tool_use: None,
+        }),
+    };
+    sources.map(Some).ok_or_else(|| TextError::File {
+        path: dir.to_owned(),
+        found: "a folder whose chat_template is no text".to_owned(),
+        expected: "a string, or a list of names with templates",
+    })
 }
 
 /// The text of a special token: a string, or an object with `content`.

@@ -65,6 +65,7 @@ impl GgufVocabulary {
             add_space_prefix: read.flag("tokenizer.ggml.add_space_prefix")?,
             remove_extra_whitespaces: read.flag("tokenizer.ggml.remove_extra_whitespaces")?,
             chat_template: read.text("tokenizer.chat_template")?,
+            tool_use_template: read.text("tokenizer.chat_template.tool_use")?,
         })
     }
 }

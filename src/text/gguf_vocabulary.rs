@@ -49,6 +49,8 @@ pub struct GgufVocabulary {
     pub remove_extra_whitespaces: Option<bool>,
     /// `tokenizer.chat_template`.
     pub chat_template: Option<String>,
+    /// `tokenizer.chat_template.tool_use`: the template to take where there are tools.
+    pub tool_use_template: Option<String>,
 }
 
 /// The kinds of tokenizer that GGUF files hold.
@@ -95,7 +97,11 @@ impl Tokenizer {
         let template = match gguf.chat_template.as_deref() {
             Some(source) => {
                 let text = |id: Option<u32>| id.and_then(|id| vocabulary.text(id));
-                Some(ChatTemplate::new(source, text(bos), text(eos))?)
+                let template = ChatTemplate::new(source, text(bos), text(eos))?;
+                Some(match &gguf.tool_use_template {
+                    Some(source) => template.with_tool_use(source)?,
+                    None => template,
+                })
             }
             None => None,
         };

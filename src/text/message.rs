@@ -52,6 +52,36 @@ impl Message {
     }
 }
 
+/// A message as a template sees it.
+#[derive(Serialize)]
+#[serde(untagged)]
+pub(super) enum Shown<'a> {
+    Whole(&'a Message),
+    /// Tool calls, and nothing in place of a text.
+    OnlyCalls {
+        role: &'a str,
+        content: (),
+        #[serde(flatten)]
+        extra: &'a Map<String, Value>,
+    },
+}
+
+impl Message {
+    /// With `null_content`, a message that is tool calls and no text has the content
+    /// null in place of an empty text.
+    pub(super) fn shown(&self, null_content: bool) -> Shown<'_> {
+        let only_calls = self.content.is_empty() && self.extra.contains_key("tool_calls");
+        match null_content && only_calls {
+            true => Shown::OnlyCalls {
+                role: &self.role,
+                content: (),
+                extra: &self.extra,
+            },
+            false => Shown::Whole(self),
+        }
+    }
+}
+
 /// The arguments of a tool call: of its function, or its own.
 fn arguments_of(call: &mut Value) -> Option<&mut Value> {
     let call = call.as_object_mut()?;

@@ -32,6 +32,7 @@ mod sentencepiece;
 mod special;
 mod stop;
 mod template;
+mod template_habits;
 mod tokenizer;
 pub mod tools;
 mod unigram;

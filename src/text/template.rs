@@ -1,13 +1,14 @@
 //! Chat templates: a conversation into the prompt that the model was trained on.
 //!
 //! Templates are Jinja, run as transformers runs them: `trim_blocks` and
-//! `lstrip_blocks`, loop controls, Python's string methods, `raise_exception`,
-//! `strftime_now`, and JSON as Python writes it.
+//! `lstrip_blocks`, loop controls, Python's operators and methods, `raise_exception`,
+//! `strftime_now`, and values as Python prints them.
 
 use super::TextError;
 use super::clock::strftime;
-use super::jinja::{Raised, python_environment, without_generation_marks};
-use super::message::Message;
+use super::jinja::{Raised, python_environment, translate};
+use super::message::{Message, Shown};
+use super::template_habits::Habits;
 use minijinja::Value;
 use minijinja::{Environment, Error, ErrorKind};
 use serde_json::Map;
@@ -15,6 +16,7 @@ use std::collections::BTreeMap;
 use std::error::Error as _;
 use std::fmt;
 use std::io::{self, Write};
+use std::sync::OnceLock;
 use std::time::SystemTime;
 
 /// How many instructions a rendering may take; real ones take some thousands.
@@ -22,6 +24,10 @@ const FUEL: u64 = 20_000_000;
 
 /// How long a prompt may get, in bytes.
 const MAX_PROMPT_BYTES: usize = 256 << 20;
+
+/// Marks the place up to which a message is written that is to be continued. The space
+/// at its end shows whether the template takes white space away there.
+const CONTINUED: &str = "<|quell-continues-here|> ";
 
 /// A model's chat template, parsed and ready.
 ///
@@ -31,8 +37,13 @@ const MAX_PROMPT_BYTES: usize = 256 << 20;
 pub struct ChatTemplate {
     environment: Environment<'static>,
     source: String,
+    /// The source as minijinja reads it.
+    translated: String,
     bos: Option<String>,
     eos: Option<String>,
+    /// The template to take in place of this one where tools are given.
+    tool_use: Option<Box<ChatTemplate>>,
+    habits: OnceLock<Habits>,
 }
 
 /// What a template is given besides the messages.
@@ -40,6 +51,9 @@ pub struct ChatTemplate {
 pub struct RenderOptions {
     /// End the prompt with the beginning of an answer. True by default.
     pub add_generation_prompt: bool,
+    /// End the prompt with the text of the last message, left open, so that the answer
+    /// continues it. No answer is begun then, whatever `add_generation_prompt` says.
+    pub continue_final_message: bool,
     /// The tools that the model may call, as OpenAI clients write them.
     pub tools: Option<serde_json::Value>,
     /// More variables, such as `enable_thinking`. They win over all others.
@@ -52,6 +66,7 @@ impl Default for RenderOptions {
     fn default() -> Self {
         Self {
             add_generation_prompt: true,
+            continue_final_message: false,
             tools: None,
             extra: Map::new(),
             now: None,
@@ -76,9 +91,9 @@ impl ChatTemplate {
     pub fn new(source: &str, bos: Option<&str>, eos: Option<&str>) -> Result<Self, TextError> {
         let mut environment = python_environment();
         environment.set_fuel(Some(FUEL));
-        let source = without_generation_marks(source);
+        let translated = translate(source);
         environment
-            .template_from_str(&source)
+            .template_from_str(&translated)
             .map_err(|error| TextError::TemplateSyntax {
                 line: error.line().unwrap_or(0),
                 message: message_of(&error),
@@ -86,9 +101,12 @@ impl ChatTemplate {
         let owned = |text: Option<&str>| text.map(str::to_owned);
         Ok(Self {
             environment,
-            source,
+            source: source.to_owned(),
+            translated,
             bos: owned(bos),
             eos: owned(eos),
+            tool_use: None,
+            habits: OnceLock::new(),
         })
     }
 
@@ -100,6 +118,25 @@ impl ChatTemplate {
         Self::new(source, self.bos.as_deref(), self.eos.as_deref())
     }
 
+    /// With another template that is taken where tools are given: the one that models
+    /// with several templates call `tool_use`.
+    ///
+    /// # Errors
+    /// [`TextError::TemplateSyntax`] when it does not parse.
+    pub fn with_tool_use(mut self, source: &str) -> Result<Self, TextError> {
+        let other = Self::new(source, self.bos.as_deref(), self.eos.as_deref())?;
+        self.tool_use = Some(Box::new(other));
+        Ok(self)
+    }
+
+    /// The template for a conversation with tools, or for one without.
+    pub fn variant(&self, with_tools: bool) -> &Self {
+        match &self.tool_use {
+            Some(tool_use) if with_tools => tool_use,
+            _ => self,
+        }
+    }
+
     /// The prompt for a conversation.
     ///
     /// Arguments of tool calls that are JSON text reach the template as objects, and
@@ -107,27 +144,69 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// [`TextError::TemplateRaised`] when the template refuses the conversation,
-    /// [`TextError::TemplateFailed`] when it fails, and
-    /// [`TextError::TemplateTooExpensive`] when it exceeds its limits.
+    /// [`TextError::TemplateFailed`] when it fails,
+    /// [`TextError::TemplateTooExpensive`] when it exceeds its limits, and
+    /// [`TextError::NotContinued`] when the last message is to be continued and its end
+    /// is not in the prompt.
     pub fn render(
         &self,
         messages: &[Message],
         options: &RenderOptions,
+    ) -> Result<String, TextError> {
+        let tools = options.tools.as_ref();
+        let template = self.variant(tools.is_some_and(|tools| !tools.is_null()));
+        if options.continue_final_message {
+            return template.render_open(messages, options);
+        }
+        template.render_whole(messages, options, template.habits().null_content)
+    }
+
+    /// The prompt up to the end of the last message's text.
+    fn render_open(
+        &self,
+        messages: &[Message],
+        options: &RenderOptions,
+    ) -> Result<String, TextError> {
+        let mut messages = messages.to_vec();
+        let options = RenderOptions {
+            add_generation_prompt: false,
+            ..options.clone()
+        };
+        let last = messages.last_mut().ok_or(TextError::NotContinued)?;
+        last.content.push_str(CONTINUED);
+        let mut prompt = self.render_whole(&messages, &options, self.habits().null_content)?;
+        let mark = CONTINUED.trim_end();
+        let end = prompt.rfind(mark).ok_or(TextError::NotContinued)?;
+        let trimmed = !prompt[end..].starts_with(CONTINUED);
+        prompt.truncate(end);
+        if trimmed {
+            prompt.truncate(prompt.trim_end().len());
+        }
+        Ok(prompt)
+    }
+
+    /// What this very template makes of a conversation. With `null_content`, a message
+    /// that is tool calls and no text has none in place of an empty text.
+    pub(super) fn render_whole(
+        &self,
+        messages: &[Message],
+        options: &RenderOptions,
+        null_content: bool,
     ) -> Result<String, TextError> {
         let changed: Vec<_> = messages
             .iter()
             .map(Message::with_arguments_as_objects)
             .collect();
         if changed.iter().all(Option::is_none) {
-            return self.render_as_given(messages, options);
+            return self.render_as_given(messages, options, null_content);
         }
         let with_objects: Vec<Message> = (changed.into_iter().zip(messages))
             .map(|(changed, message)| changed.unwrap_or_else(|| message.clone()))
             .collect();
-        match self.render_as_given(&with_objects, options) {
-            Err(error @ TextError::TemplateFailed { .. }) => {
-                self.render_as_given(messages, options).map_err(|_| error)
-            }
+        match self.render_as_given(&with_objects, options, null_content) {
+            Err(error @ TextError::TemplateFailed { .. }) => self
+                .render_as_given(messages, options, null_content)
+                .map_err(|_| error),
             rendered => rendered,
         }
     }
@@ -136,10 +215,15 @@ impl ChatTemplate {
         &self,
         messages: &[Message],
         options: &RenderOptions,
+        null_content: bool,
     ) -> Result<String, TextError> {
+        let shown: Vec<Shown<'_>> = messages
+            .iter()
+            .map(|message| message.shown(null_content))
+            .collect();
         let now = options.now.unwrap_or_else(SystemTime::now);
         let mut variables: BTreeMap<&str, Value> = BTreeMap::from([
-            ("messages", Value::from_serialize(messages)),
+            ("messages", Value::from_serialize(shown)),
             (
                 "add_generation_prompt",
                 Value::from(options.add_generation_prompt),
@@ -160,7 +244,7 @@ impl ChatTemplate {
         let mut prompt = Prompt::default();
         let rendered = self
             .environment
-            .template_from_str(&self.source)
+            .template_from_str(&self.translated)
             .and_then(|template| {
                 template
                     .render_captured_to(variables, &mut prompt)
@@ -182,7 +266,23 @@ impl ChatTemplate {
     /// Whether the template writes the tools that it is given. Where it does not,
     /// [`tools::in_words`](super::tools::in_words) does.
     pub fn knows_tools(&self) -> bool {
-        self.source.contains("tools")
+        self.habits().tools
+    }
+
+    /// Whether the template writes tool calls and their results, in the model's own
+    /// format, even where it does not know the tools.
+    pub fn knows_calls(&self) -> bool {
+        self.habits().calls
+    }
+
+    fn habits(&self) -> &Habits {
+        self.habits.get_or_init(|| Habits::of(self))
+    }
+
+    /// Whether the template reads a variable that it does not set.
+    pub(super) fn reads(&self, variable: &str) -> bool {
+        (self.environment.template_from_str(&self.translated))
+            .is_ok_and(|template| template.undeclared_variables(false).contains(variable))
     }
 
     /// The template's source.
@@ -320,6 +420,67 @@ mod tests {
         assert_eq!(render(as_object, &conversation).unwrap(), "{\"a\": 1}");
         let as_text = "{{ '=' + messages[1].tool_calls[0].function.arguments }}";
         assert_eq!(render(as_text, &conversation).unwrap(), "={\"a\":1}");
+    }
+
+    #[test]
+    fn a_model_with_two_templates_takes_the_one_for_tools_with_tools() {
+        let template = ChatTemplate::new("D", None, Some("E"))
+            .and_then(|template| template.with_tool_use("U{{ tools | length }}{{ eos_token }}"))
+            .unwrap();
+        let mut options = RenderOptions::default();
+        assert_eq!(template.render(&user(), &options).unwrap(), "D");
+        options.tools = Some(json!(null));
+        assert_eq!(template.render(&user(), &options).unwrap(), "D");
+        options.tools = Some(json!([{"type": "function"}]));
+        assert_eq!(template.render(&user(), &options).unwrap(), "U1E");
+        assert_eq!(
+            template.variant(true).source(),
+            "U{{ tools | length }}{{ eos_token }}"
+        );
+        assert!(matches!(
+            ChatTemplate::new("D", None, None)
+                .unwrap()
+                .with_tool_use("{% if"),
+            Err(TextError::TemplateSyntax { .. })
+        ));
+    }
+
+    #[test]
+    fn the_last_message_is_left_open_where_it_is_to_be_continued() {
+        let options = RenderOptions {
+            continue_final_message: true,
+            ..RenderOptions::default()
+        };
+        let conversation = [
+            Message::new("user", "Sure, the"),
+            Message::new("assistant", " Sure, the "),
+        ];
+        let open = |source: &str| {
+            let template = ChatTemplate::new(source, None, None).unwrap();
+            template.render(&conversation, &options)
+        };
+        let around = |content: &str| {
+            format!(
+                "{{% for m in messages %}}<{{{{ m.role }}}}>{{{{ {content} }}}}</s>\n{{% endfor %}}\
+                 {{% if add_generation_prompt %}}<assistant>{{% endif %}}"
+            )
+        };
+        assert_eq!(
+            open(&around("m.content")).unwrap(),
+            "<user>Sure, the</s>\n<assistant> Sure, the "
+        );
+        assert_eq!(
+            open(&around("m.content | trim")).unwrap(),
+            "<user>Sure, the</s>\n<assistant>Sure, the"
+        );
+        assert!(matches!(
+            open("{{ messages[0].content }}"),
+            Err(TextError::NotContinued)
+        ));
+        let none = ChatTemplate::new("", None, None)
+            .unwrap()
+            .render(&[], &options);
+        assert!(matches!(none, Err(TextError::NotContinued)));
     }
 
     #[test]

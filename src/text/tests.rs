@@ -187,6 +187,81 @@ fn a_folder_gives_its_default_chat_template() {
 }
 
 #[test]
+fn an_answer_keeps_the_space_that_it_begins_with() {
+    let prompt = SCORED.encode("the", FRAMED).unwrap();
+    let answer = SCORED
+        .encode("the cat", FRAMED)
+        .unwrap()
+        .split_off(prompt.len());
+    assert!(
+        SCORED.decode(&answer, true).starts_with("cat"),
+        "{answer:?}"
+    );
+    let continued = |prompt: &[u32]| {
+        let mut detokenizer = Detokenizer::after(prompt, SCORED.clone(), true);
+        let mut text: String = answer.iter().map(|&id| detokenizer.push(id)).collect();
+        text.push_str(&detokenizer.finish());
+        text
+    };
+    assert_eq!(continued(&prompt), " cat");
+    // After a special token, or nothing, a text begins.
+    assert_eq!(continued(&prompt[..1]), "cat");
+    assert_eq!(continued(&[]), "cat");
+}
+
+#[test]
+fn a_prompt_comes_back_as_it_was_sent() {
+    for tokenizer in [&*SCORED, &*BYTE_LEVEL, &*FOLDER] {
+        for text in ["the", " the cat  ", "", "a é\n漢"] {
+            let prompt = tokenizer.encode(text, FRAMED).unwrap();
+            assert_eq!(tokenizer.decode_prompt(&prompt), text);
+            let bare = tokenizer.encode(text, PLAIN).unwrap();
+            assert_eq!(tokenizer.decode_prompt(&bare), text);
+        }
+    }
+    // Special tokens that the text had itself stay.
+    let prompt = SCORED.encode("the</s>", FRAMED).unwrap();
+    assert_eq!(SCORED.decode_prompt(&prompt), "the</s>");
+    let prompt = BYTE_LEVEL
+        .encode("<|im_start|>user<|im_end|>", FRAMED)
+        .unwrap();
+    assert_eq!(
+        BYTE_LEVEL.decode_prompt(&prompt),
+        "<|im_start|>user<|im_end|>"
+    );
+}
+
+#[test]
+fn the_template_for_tools_is_found_in_every_kind_of_file() {
+    let template = FOLDER.chat_template().unwrap();
+    assert_eq!(template.variant(true).source(), "unused");
+    let mut gguf = vocabulary("byte_level_bpe.json");
+    gguf.chat_template = Some("D".to_owned());
+    gguf.tool_use_template = Some("U".to_owned());
+    let tokenizer = Tokenizer::from_gguf(gguf).unwrap();
+    assert_eq!(
+        tokenizer.chat_template().unwrap().variant(true).source(),
+        "U"
+    );
+    assert_eq!(
+        tokenizer.chat_template().unwrap().variant(false).source(),
+        "D"
+    );
+
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("tokenizer.json"), LLAMA2_JSON).unwrap();
+    std::fs::write(folder.path().join("chat_template.jinja"), "D").unwrap();
+    let more = folder.path().join("additional_chat_templates");
+    std::fs::create_dir(&more).unwrap();
+    std::fs::write(more.join("tool_use.jinja"), "U").unwrap();
+    let tokenizer = Tokenizer::from_folder(folder.path()).unwrap();
+    assert_eq!(
+        tokenizer.chat_template().unwrap().variant(true).source(),
+        "U"
+    );
+}
+
+#[test]
 fn a_unigram_model_puts_its_space_before_words_only() {
     let mut description = vocabulary("scored_bpe.json");
     description.model = "t5".to_owned();

@@ -196,6 +196,21 @@ impl Tokenizer {
         text
     }
 
+    /// The text that a prompt of `ids` was: special tokens are part of it, but for those
+    /// that [`encode`](Self::encode) puts around a text.
+    pub fn decode_prompt(&self, ids: &[u32]) -> String {
+        let around = EncodeOptions {
+            add_special: true,
+            parse_special: false,
+        };
+        let frame = self.encode("", around).unwrap_or_default();
+        let text = (0..=frame.len()).rev().find_map(|before| {
+            let (before, after) = frame.split_at(before);
+            ids.strip_prefix(before)?.strip_suffix(after)
+        });
+        self.decode(text.unwrap_or(ids), false)
+    }
+
     /// A fresh state for [`decode_step`](Self::decode_step).
     pub(super) fn assembler(&self) -> Utf8Assembler {
         Utf8Assembler::new(self.strip_leading_space)

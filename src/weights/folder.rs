@@ -3,6 +3,7 @@
 
 use super::directory::{Contents, Directory};
 use super::map::MappedFile;
+use super::source::refuse_lfs_pointer;
 use super::{TensorView, WeightSource, WeightsError, safetensors};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -209,5 +210,6 @@ fn read_json<T: DeserializeOwned>(path: &Path, format: &'static str) -> Result<T
         )));
     }
     let text = std::fs::read(path).map_err(failed)?;
+    refuse_lfs_pointer(&text, path)?;
     serde_json::from_slice(&text).map_err(|error| malformed(error.to_string()))
 }

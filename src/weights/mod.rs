@@ -18,4 +18,5 @@ pub use folder::ModelFolder;
 pub use gguf::Gguf;
 pub use map::MappedFile;
 pub use random::{RANDOM_DEVIATION, RandomContent, RandomTensor, RandomWeights, UnfitTensor};
+pub(crate) use source::is_lfs_pointer;
 pub use source::{ParameterCount, TensorView, WeightSource, WeightsError};

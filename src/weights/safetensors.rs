@@ -6,6 +6,7 @@
 //! here.
 
 use super::directory::TensorEntry;
+use super::source::refuse_lfs_pointer;
 use super::{DType, WeightsError};
 use ::safetensors::tensor::{Dtype as StoredDtype, TensorInfo};
 use ::safetensors::{SafeTensorError, SafeTensors};
@@ -29,6 +30,7 @@ pub(super) fn read(bytes: &[u8], path: &Path) -> Result<Vec<TensorEntry>, Weight
         format: "safetensors",
         problem,
     };
+    refuse_lfs_pointer(bytes, path)?;
     let (header_bytes, header) =
         SafeTensors::read_metadata(bytes).map_err(|error| malformed(explain(error, bytes)))?;
     let data_start = LENGTH_BYTES + header_bytes;

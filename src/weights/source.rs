@@ -2,7 +2,7 @@
 
 use super::DType;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 /// One stored tensor, borrowed from the file's memory map.
@@ -157,4 +157,21 @@ pub enum WeightsError {
         /// Who needs it.
         reason: String,
     },
+}
+
+/// Whether `bytes` are what Git leaves in a file's place until Git LFS has fetched it.
+pub(crate) fn is_lfs_pointer(bytes: &[u8]) -> bool {
+    bytes.starts_with(b"version https://git-lfs.github.com/spec/")
+}
+
+/// Refuses a file that is only a pointer to what was stored with Git LFS.
+pub(super) fn refuse_lfs_pointer(bytes: &[u8], path: &Path) -> Result<(), WeightsError> {
+    if !is_lfs_pointer(bytes) {
+        return Ok(());
+    }
+    Err(WeightsError::Unsupported {
+        path: path.to_owned(),
+        what: "a Git LFS pointer in place of the file".into(),
+        expected: "fetch the file itself with `git lfs pull`".into(),
+    })
 }

@@ -112,6 +112,16 @@ fn the_unbroken_folder_is_read() {
 }
 
 #[test]
+fn a_pointer_of_git_lfs_in_a_files_place_is_named() {
+    let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n";
+    assert_unsupported(open_weights(pointer), "a Git LFS pointer");
+    let files: [(&str, &[u8]); 1] = [("model.safetensors.index.json", pointer)];
+    assert_unsupported(open(folder(&files).path()), "git lfs pull");
+    let files: [(&str, &[u8]); 1] = [("config.json", pointer)];
+    assert_unsupported(open(folder(&files).path()), "config.json");
+}
+
+#[test]
 fn a_weight_file_cut_anywhere_is_malformed() {
     let file = weights(&valid_header(), 40);
     for part in 0..64 {

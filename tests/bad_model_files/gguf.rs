@@ -372,3 +372,14 @@ fn one_part_of_a_split_file_in_memory_is_refused() {
     );
     read(&part(Value::U16(0), Value::U16(1))).unwrap();
 }
+
+#[test]
+fn a_pointer_of_git_lfs_in_the_files_place_is_named() {
+    let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n";
+    let error = read(pointer).unwrap_err();
+    assert!(matches!(error, WeightsError::Unsupported { .. }), "{error}");
+    let message = error.to_string();
+    for part in [NAME, "a Git LFS pointer", "git lfs pull"] {
+        assert!(message.contains(part), "{message}");
+    }
+}

@@ -23,7 +23,7 @@ mod tests;
 use scan::TextScanner;
 use std::str::FromStr;
 use std::sync::Arc;
-pub use words::{describe_tools, in_words};
+pub use words::{describe_tools, in_words, with_described};
 
 /// How a model writes tool calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -99,6 +99,27 @@ impl ToolFormat {
             .iter()
             .find(|(mark, _)| template_source.contains(mark))
             .map_or(Self::Hermes, |(_, format)| *format)
+    }
+
+    /// A call of a tool `tool_name` in this format, as an example for a model.
+    fn example(self) -> &'static str {
+        match self {
+            Self::Hermes => {
+                "<tool_call>\n{\"name\": \"tool_name\", \"arguments\": {\"key\": \"value\"}}\n</tool_call>"
+            }
+            Self::Llama => r#"{"name": "tool_name", "parameters": {"key": "value"}}"#,
+            Self::Mistral => {
+                r#"[TOOL_CALLS] [{"name": "tool_name", "arguments": {"key": "value"}}]"#
+            }
+            Self::Pythonic => r#"[tool_name(key="value")]"#,
+            Self::DeepSeek => {
+                "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>tool_name\n\
+                 ```json\n{\"key\": \"value\"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+            }
+            Self::Granite => {
+                r#"<|tool_call|>[{"name": "tool_name", "arguments": {"key": "value"}}]"#
+            }
+        }
     }
 
     /// The marks that begin calls anywhere in an answer. Where they are special tokens,

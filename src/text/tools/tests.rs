@@ -361,6 +361,17 @@ fn forced_answers_are_calls_in_every_format() {
 }
 
 #[test]
+fn the_example_of_every_format_is_a_call_in_it() {
+    for format in ToolFormat::ALL {
+        let parser = ToolParser::new(format, ["tool_name".to_owned()]);
+        let events = parse(parser, format.example().split(""));
+        let shown = show(&events);
+        assert!(shown.starts_with("tool_name({"), "{format:?}: {shown}");
+        assert!(shown.contains(r#""key": "value""#), "{format:?}: {shown}");
+    }
+}
+
+#[test]
 fn formats_are_detected_by_the_marks_of_their_templates() {
     let cases = [
         ("'<tool_call>\\n{\"name\": '", ToolFormat::Hermes),

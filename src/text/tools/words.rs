@@ -1,25 +1,60 @@
 //! Tools in plain words, for chat templates that know none.
 
 use super::super::Message;
-use super::super::python_json::dumps;
+use super::super::python_json::{Style, dumps};
+use super::ToolFormat;
 use serde_json::{Map, Value, json};
 
 /// What a system prompt says about `tools`, a list as OpenAI clients write it, to a
 /// model whose template does not: what there is, and how to call it, which is in the
 /// format [`ToolFormat::Hermes`](super::ToolFormat::Hermes).
 pub fn describe_tools(tools: &Value) -> String {
+    format!(
+        "{}\nTo use a tool, answer with its name and its arguments as JSON, like this:\n{}\n\
+         Its result then comes between <tool_response> and </tool_response>. \
+         Answer directly when no tool helps.",
+        list_tools(tools),
+        ToolFormat::Hermes.example(),
+    )
+}
+
+/// The tools, one a line.
+fn list_tools(tools: &Value) -> String {
     let mut text = String::from("You have these tools, one JSON description a line:\n<tools>\n");
     for tool in tools.as_array().into_iter().flatten() {
         text.push_str(&one_line(tool));
         text.push('\n');
     }
-    text.push_str(
-        "</tools>\nTo use a tool, answer with its name and its arguments as JSON, like this:\n\
-         <tool_call>\n{\"name\": \"tool_name\", \"arguments\": {\"key\": \"value\"}}\n</tool_call>\n\
-         Its result then comes between <tool_response> and </tool_response>. \
-         Answer directly when no tool helps.",
-    );
+    text.push_str("</tools>");
     text
+}
+
+/// A conversation with the tools described in its system message, for a template that
+/// writes calls and results itself; calls are asked for in `format`.
+pub fn with_described(messages: &[Message], tools: &Value, format: ToolFormat) -> Vec<Message> {
+    let mut messages = messages.to_vec();
+    let text = format!(
+        "{}\nTo use a tool, answer with its name and its arguments as JSON, like this:\n{}\n\
+         Answer directly when no tool helps.",
+        list_tools(tools),
+        format.example(),
+    );
+    add_to_system(&mut messages, tools, text);
+    messages
+}
+
+/// Adds what there is to say of `tools`, if there are any, to the system message.
+fn add_to_system(messages: &mut Vec<Message>, tools: &Value, text: String) {
+    if tools.as_array().is_none_or(Vec::is_empty) {
+        return;
+    }
+    match messages.first_mut() {
+        Some(first) if first.role == "system" => {
+            first.content.push_str("\n\n");
+            first.content.push_str(&text);
+        }
+        _ => messages.insert(0, Message::new("system", text)),
+    }
 }
 
 /// A conversation with tools as one of plain messages: the tools are described in
@@ -47,16 +82,8 @@ pub fn in_words(messages: &[Message], tools: Option<&Value>) -> Vec<Message> {
         after_result = result;
         plain.push(message);
     }
-    let described = tools.filter(|tools| tools.as_array().is_some_and(|list| !list.is_empty()));
-    if let Some(tools) = described {
-        let text = describe_tools(tools);
-        match plain.first_mut() {
-            Some(first) if first.role == "system" => {
-                first.content.push_str("\n\n");
-                first.content.push_str(&text);
-            }
-            _ => plain.insert(0, Message::new("system", text)),
-        }
+    if let Some(tools) = tools {
+        add_to_system(&mut plain, tools, describe_tools(tools));
     }
     plain
 }
@@ -86,7 +113,8 @@ fn with_calls(message: &Message) -> Message {
 }
 
 fn one_line(value: &Value) -> String {
-    dumps(value, None).unwrap_or_else(|_| value.to_string())
+    let written = dumps(&minijinja::Value::from_serialize(value), &Style::default());
+    written.unwrap_or_else(|_| value.to_string())
 }
 
 #[cfg(test)]
@@ -152,6 +180,31 @@ mod tests {
             ]
         );
         assert!(plain[0].content.contains("<tool_call>\n{\"name\": "));
+    }
+
+    #[test]
+    fn a_history_in_the_models_own_format_stays_and_tools_are_described() {
+        let tools = json!([{"type": "function", "function": {"name": "f"}}]);
+        let messages = read(json!([
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": null, "tool_calls": [
+                {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}},
+            ]},
+            {"role": "tool", "tool_call_id": "1", "content": "one"},
+        ]));
+        let described = with_described(&messages, &tools, ToolFormat::DeepSeek);
+        assert_eq!(described[1..], messages);
+        let system = &described[0].content;
+        assert!(system.contains(r#"{"type": "function", "function": {"name": "f"}}"#));
+        assert!(
+            system.contains("function<｜tool▁sep｜>tool_name"),
+            "{system}"
+        );
+        assert!(!system.contains("tool_response"), "{system}");
+        assert_eq!(
+            with_described(&messages, &json!([]), ToolFormat::Hermes),
+            messages
+        );
     }
 
     #[test]

@@ -17,6 +17,7 @@ pub use value::{Array, Value};
 
 use super::directory::{Contents, Directory, Repeated, TensorEntry};
 use super::map::MappedFile;
+use super::source::refuse_lfs_pointer;
 use super::{TensorView, WeightSource, WeightsError};
 use header::Header;
 use std::collections::BTreeMap;
@@ -59,6 +60,7 @@ impl Gguf {
     }
 
     fn from_contents(path: &Path, contents: Contents) -> Result<Self, WeightsError> {
+        refuse_lfs_pointer(contents.bytes(), path)?;
         let header = Header::read(contents.bytes()).map_err(|problem| problem.at(path))?;
         let mut file = Self {
             path: path.to_owned(),

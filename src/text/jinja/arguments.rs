@@ -1,0 +1,96 @@
+//! The arguments of a filter or a method: by place or by name, as in Python.
+
+use super::python::{failed, integer, text};
+use minijinja::value::{Kwargs, Rest, Value, from_args};
+use minijinja::{Error, ErrorKind};
+use std::vec;
+
+/// Arguments, taken in the order in which the function declares them.
+pub(super) struct Arguments {
+    placed: vec::IntoIter<Value>,
+    named: Kwargs,
+}
+
+impl Arguments {
+    pub(super) fn new(placed: Vec<Value>, named: Kwargs) -> Self {
+        Self {
+            placed: placed.into_iter(),
+            named,
+        }
+    }
+
+    pub(super) fn of(arguments: &[Value]) -> Result<Self, Error> {
+        let (placed, named): (Rest<Value>, Kwargs) = from_args(arguments)?;
+        Ok(Self::new(placed.0, named))
+    }
+
+    /// The next argument, whose name is `name`; `None` when it is left out.
+    pub(super) fn next(&mut self, name: &str) -> Result<Option<Value>, Error> {
+        match self.placed.next() {
+            Some(value) => Ok(Some(value)),
+            None if self.named.has(name) => self.named.get::<Value>(name).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    pub(super) fn required(&mut self, name: &str) -> Result<Value, Error> {
+        self.next(name)?
+            .ok_or_else(|| Error::new(ErrorKind::MissingArgument, format!("'{name}'")))
+    }
+
+    /// An argument that is a string; `None` when it is left out or none.
+    pub(super) fn string(&mut self, name: &str) -> Result<Option<String>, Error> {
+        match self.next(name)? {
+            Some(value) if !value.is_none() => text(&value).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// An argument that must be a string.
+    pub(super) fn required_string(&mut self, name: &str) -> Result<String, Error> {
+        let value = self.required(name)?;
+        let string = value.as_str().map(str::to_owned);
+        string.ok_or_else(|| failed(format!("'{name}' is {value:?}, expected a string")))
+    }
+
+    /// An integer; `None` when it is left out or none.
+    pub(super) fn integer(&mut self, name: &str) -> Result<Option<i64>, Error> {
+        match self.next(name)? {
+            Some(value) if !value.is_none() => integer(&value)
+                .map(|integer| {
+                    let bound = i128::from(i64::MAX);
+                    Some(i64::try_from(integer.clamp(-bound, bound)).unwrap_or(0))
+                })
+                .ok_or_else(|| failed(format!("'{name}' is {value:?}, expected an integer"))),
+            _ => Ok(None),
+        }
+    }
+
+    /// Whether an argument is given and true.
+    pub(super) fn flag(&mut self, name: &str) -> Result<bool, Error> {
+        Ok(self.next(name)?.is_some_and(|value| value.is_true()))
+    }
+
+    /// The arguments that are left, by place.
+    pub(super) fn rest(&mut self) -> Vec<Value> {
+        self.placed.by_ref().collect()
+    }
+
+    /// The arguments by name, together as the dict that they are.
+    pub(super) fn all_named(&mut self) -> Option<Value> {
+        let names: Vec<String> = self.named.args().map(str::to_owned).collect();
+        let pairs: Vec<(String, Value)> = names
+            .into_iter()
+            .filter_map(|name| Some((name.clone(), self.named.get::<Value>(&name).ok()?)))
+            .collect();
+        (!pairs.is_empty()).then(|| Value::from_iter(pairs))
+    }
+
+    /// Refuses what no [`next`](Self::next) has taken.
+    pub(super) fn finish(&mut self) -> Result<(), Error> {
+        match self.placed.next() {
+            Some(_) => Err(Error::from(ErrorKind::TooManyArguments)),
+            None => self.named.assert_all_used(),
+        }
+    }
+}

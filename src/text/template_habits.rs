@@ -1,0 +1,157 @@
+//! What a chat template does with tools, found by rendering it with some.
+
+use super::message::Message;
+use super::template::{ChatTemplate, RenderOptions};
+use serde_json::{Value, json};
+
+/// What is looked for in a rendered prompt: no template says these by itself.
+const TOOL: &str = "quell_probe_tool";
+const CALLED: &str = "quell_probe_call";
+const RESULT: &str = "quell_probe_result";
+
+/// What a template does with tools.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Habits {
+    /// It writes the tools that it is given.
+    pub(super) tools: bool,
+    /// It writes calls in a conversation, and their results.
+    pub(super) calls: bool,
+    /// It writes calls only of a message whose content is null.
+    pub(super) null_content: bool,
+}
+
+impl Habits {
+    pub(super) fn of(template: &ChatTemplate) -> Self {
+        let tools = writes_tools(template);
+        let shown = [false, true].map(|null| writes_calls(template, null));
+        Self {
+            tools,
+            calls: shown[0] || shown[1],
+            null_content: !shown[0] && shown[1],
+        }
+    }
+}
+
+fn writes_tools(template: &ChatTemplate) -> bool {
+    let options = RenderOptions {
+        tools: Some(json!([{"type": "function", "function": {
+            "name": TOOL,
+            "description": "d",
+            "parameters": {"type": "object", "properties": {}, "required": []},
+        }}])),
+        ..RenderOptions::default()
+    };
+    let user = Message::new("user", "u");
+    let conversations = [
+        vec![user.clone()],
+        vec![Message::new("system", "s"), user.clone()],
+        vec![
+            Message::new("system", "s"),
+            user.clone(),
+            Message::new("assistant", "a"),
+            user,
+        ],
+    ];
+    let mut rendered = false;
+    for conversation in conversations {
+        if let Ok(prompt) = template.render_whole(&conversation, &options, false) {
+            rendered = true;
+            if prompt.contains(TOOL) {
+                return true;
+            }
+        }
+    }
+    // One that wants more than a plain conversation is taken at its word.
+    !rendered && template.reads("tools")
+}
+
+fn writes_calls(template: &ChatTemplate, null_content: bool) -> bool {
+    let message = |role: &str, content: &str, extra: Value| Message {
+        extra: extra.as_object().cloned().unwrap_or_default(),
+        ..Message::new(role, content)
+    };
+    // Ids as Mistral's templates demand them, and arguments that are text as clients
+    // send them.
+    let call = json!({"id": "probe0001", "type": "function", "function": {
+        "name": CALLED, "arguments": "{}",
+    }});
+    let conversation = [
+        Message::new("user", "u"),
+        message("assistant", "", json!({"tool_calls": [call]})),
+        message(
+            "tool",
+            RESULT,
+            json!({"tool_call_id": "probe0001", "name": CALLED}),
+        ),
+    ];
+    let prompt = template.render_whole(&conversation, &RenderOptions::default(), null_content);
+    prompt.is_ok_and(|prompt| prompt.contains(CALLED) && prompt.contains(RESULT))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn habits(source: &str) -> Habits {
+        Habits::of(&ChatTemplate::new(source, None, None).unwrap())
+    }
+
+    const PLAIN: &str = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}";
+    const CALLS: &str = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}\
+                         {{ c.function.name }}{% endfor %}{% endfor %}";
+
+    #[test]
+    fn a_template_that_only_says_tools_does_not_know_them() {
+        let none = Habits::default();
+        assert_eq!(habits(PLAIN), none);
+        assert_eq!(habits(&format!("{{# no tools here #}}{PLAIN}")), none);
+        assert_eq!(habits(&format!("You have no tools.{PLAIN}")), none);
+        assert_eq!(habits(&format!("{{% set tools = 1 %}}{PLAIN}")), none);
+        assert_eq!(
+            habits(&format!("{{% if tools %}}!{{% endif %}}{PLAIN}")),
+            none
+        );
+    }
+
+    #[test]
+    fn tools_and_calls_are_known_each_by_itself() {
+        let tools = Habits {
+            tools: true,
+            ..Habits::default()
+        };
+        assert_eq!(habits(&format!("{{{{ tools | tojson }}}}{PLAIN}")), tools);
+        // In other places than the beginning, and with a system prompt only.
+        let late =
+            "{% for m in messages %}{% if m.role == 'system' %}{{ tools }}{% endif %}{% endfor %}";
+        assert_eq!(habits(late), tools);
+        let calls = Habits {
+            calls: true,
+            ..Habits::default()
+        };
+        assert_eq!(habits(CALLS), calls);
+        let both = habits(&format!("{{{{ tools }}}}{CALLS}"));
+        assert!(both.tools && both.calls && !both.null_content);
+    }
+
+    #[test]
+    fn calls_that_need_a_null_content_are_found() {
+        let source = format!(
+            "{{% if messages[1] and messages[1].content is none %}}{CALLS}{{% else %}}{PLAIN}{{% endif %}}"
+        );
+        let found = habits(&source);
+        assert!(found.calls && found.null_content && !found.tools);
+        let template = ChatTemplate::new(&source, None, None).unwrap();
+        let call = json!([{"function": {"name": "f", "arguments": "{}"}}]);
+        let mut conversation = [Message::new("user", "u"), Message::new("assistant", "")];
+        conversation[1].extra.insert("tool_calls".to_owned(), call);
+        let rendered = template.render(&conversation, &RenderOptions::default());
+        assert_eq!(rendered.unwrap(), "uNonef");
+    }
+
+    #[test]
+    fn a_template_that_always_refuses_is_taken_at_its_word() {
+        let refuses = "{{ raise_exception('no') }}";
+        assert!(!habits(refuses).tools);
+        assert!(habits(&format!("{refuses}{{{{ tools }}}}")).tools);
+    }
+}
