@@ -260,6 +260,10 @@ fn round(value: &Value, arguments: &mut Arguments) -> Result<Value, Error> {
     let scale = 10f64.powi(i32::try_from(precision).unwrap_or(0));
     match method.as_deref().unwrap_or("common") {
         "common" if integer(value).is_some() && precision >= 0 => Ok(value.clone()),
+        "common" if integer(value).is_some() => {
+            let rounded = (number * scale).round_ties_even() * scale.recip();
+            Ok(integer_value(rounded as i128))
+        }
         // The nearest, and the even one of two that are as near.
         "common" => Ok(Value::from(match usize::try_from(precision) {
             Ok(digits) => format!("{number:.digits$}").parse().unwrap_or(number),
@@ -349,7 +353,7 @@ fn slices(value: &Value, arguments: &mut Arguments) -> Result<Value, Error> {
     for index in 0..count {
         let (slice, after) = rest.split_at(each + usize::from(index < more));
         let mut slice = slice.to_vec();
-        slice.extend(fill.iter().filter(|_| more > 0 && index >= more).cloned());
+        slice.extend(fill.iter().filter(|_| index >= more).cloned());
         slices.push(Value::from(slice));
         rest = after;
     }
@@ -391,8 +395,8 @@ fn format(value: &Value, arguments: &mut Arguments) -> Result<Value, Error> {
 }
 
 fn replace(value: &Value, arguments: &mut Arguments) -> Result<Value, Error> {
-    let old = text(&arguments.required("s")?)?;
-    let new = text(&arguments.required("old")?)?;
+    let old = text(&arguments.required("old")?)?;
+    let new = text(&arguments.required("new")?)?;
     let count = arguments.integer("count")?;
     super::methods::replaced(&text(value)?, &old, &new, count).map(Value::from)
 }

@@ -294,12 +294,6 @@ fn words(s: &str, most: usize) -> Vec<&str> {
         words.push(word);
         rest = after.trim_start_matches(is_space);
     }
-    if words.len() > most {
-        // The rest keeps its white space but for that at its end.
-        if let Some(last) = words.last_mut() {
-            *last = last.trim_end_matches(is_space);
-        }
-    }
     words
 }
 
@@ -315,11 +309,6 @@ fn words_from_end(s: &str, most: usize) -> Vec<&str> {
         let (before, word) = rest.split_at(at);
         words.push(word);
         rest = before.trim_end_matches(is_space);
-    }
-    if words.len() > most {
-        if let Some(last) = words.last_mut() {
-            *last = last.trim_start_matches(is_space);
-        }
     }
     words.reverse();
     words
