@@ -222,6 +222,67 @@ fn a_template_that_knows_no_tools_is_given_them_in_words() {
     assert!(tokens(&with_tools) > tokens(&without) + 100);
 }
 
+/// The prompt of a conversation.
+fn prompt(server: &TestServer, body: &Value) -> String {
+    let tokens = &ask(server.address, "/tokenize", body)["tokens"];
+    let text = ask(server.address, "/detokenize", &json!({"tokens": tokens}));
+    text["prompt"].as_str().unwrap().to_owned()
+}
+
+/// As those of DeepSeek's distilled models: no tools, but calls of its own format, in
+/// messages without content.
+#[test]
+fn a_template_that_writes_calls_but_no_tools_keeps_its_own_format() {
+    let template = "{% for m in messages %}<|im_start|>{{ m.role }}\n\
+        {% if m.role == 'assistant' and m.content is none %}{% for c in m.tool_calls %}\
+        <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>{{ c.function.name }}\n\
+        ```json\n{{ c.function.arguments | tojson }}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>\
+        {% endfor %}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}\
+        {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+    let server = TestServer::start(parrot::engine(template), options());
+    let call = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n\
+        ```json\n{\"city\": \"Rome\"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>";
+    let history = json!([
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": null, "tool_calls": [{"id": "a", "type": "function",
+            "function": {"name": "f", "arguments": "{\"city\": \"Rome\"}"}}]},
+        {"role": "tool", "tool_call_id": "a", "content": "21"},
+    ]);
+    let turn = |role: &str, text: &str| format!("<|im_start|>{role}\n{text}<|im_end|>\n");
+    let written = turn("user", "q") + &turn("assistant", call) + &turn("tool", "21");
+    let written = format!("{written}<|im_start|>assistant\n");
+    assert_eq!(prompt(&server, &json!({"messages": history})), written);
+    let body = json!({"messages": history, "tools": [tool("f")]});
+    let described = prompt(&server, &body);
+    assert!(described.ends_with(&written), "{described}");
+    assert!(described.starts_with("<|im_start|>system\nYou have these tools"));
+    assert!(described.contains("function<｜tool▁sep｜>tool_name"));
+    // What the description asks for is what is read.
+    let answer = ask(
+        server.address,
+        CHAT,
+        &told(call, json!({"tools": [tool("f")]})),
+    );
+    let calls = &answer["choices"][0]["message"]["tool_calls"];
+    assert_eq!(calls[0]["function"]["name"], "f");
+}
+
+#[test]
+fn a_conversation_with_tools_takes_the_template_for_tools() {
+    let templates = json!([
+        {"name": "default", "template": "D{{ messages[0].content }}"},
+        {"name": "tool_use", "template": "U{{ tools | length }}{{ messages[0].content }}"},
+    ]);
+    let server = TestServer::start(parrot::engine_with(templates), options());
+    let messages = json!([{"role": "user", "content": "hi"}]);
+    let plain = json!({"messages": messages});
+    assert_eq!(prompt(&server, &plain), "Dhi");
+    let body = json!({"messages": messages, "tools": [tool("f")]});
+    assert_eq!(prompt(&server, &body), "U1hi");
+    let body = json!({"messages": messages, "tools": [tool("f")], "tool_choice": "none"});
+    assert_eq!(prompt(&server, &body), "Dhi");
+}
+
 #[test]
 fn tokenize_counts_what_a_chat_takes() {
     for extra in [

@@ -43,6 +43,8 @@ pub struct ChatTemplate {
     eos: Option<String>,
     /// The template to take in place of this one where tools are given.
     tool_use: Option<Box<ChatTemplate>>,
+    /// Whether it is such a one, which knows tools whatever it makes of a probe.
+    is_for_tools: bool,
     habits: OnceLock<Habits>,
 }
 
@@ -106,6 +108,7 @@ impl ChatTemplate {
             bos: owned(bos),
             eos: owned(eos),
             tool_use: None,
+            is_for_tools: false,
             habits: OnceLock::new(),
         })
     }
@@ -124,7 +127,8 @@ impl ChatTemplate {
     /// # Errors
     /// [`TextError::TemplateSyntax`] when it does not parse.
     pub fn with_tool_use(mut self, source: &str) -> Result<Self, TextError> {
-        let other = Self::new(source, self.bos.as_deref(), self.eos.as_deref())?;
+        let mut other = Self::new(source, self.bos.as_deref(), self.eos.as_deref())?;
+        other.is_for_tools = true;
         self.tool_use = Some(Box::new(other));
         Ok(self)
     }
@@ -266,7 +270,7 @@ impl ChatTemplate {
     /// Whether the template writes the tools that it is given. Where it does not,
     /// [`tools::in_words`](super::tools::in_words) does.
     pub fn knows_tools(&self) -> bool {
-        self.habits().tools
+        self.is_for_tools || self.habits().tools
     }
 
     /// Whether the template writes tool calls and their results, in the model's own

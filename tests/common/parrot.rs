@@ -23,6 +23,11 @@ pub fn say(text: &str) -> String {
 
 /// An engine over it, whose chat template is `template`.
 pub fn engine(template: &str) -> Engine {
+    engine_with(template.into())
+}
+
+/// An engine over it, with the chat template, or a list of them, as a folder says it.
+pub fn engine_with(template: serde_json::Value) -> Engine {
     let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/text/folder");
     let folder = tempfile::tempdir().unwrap();
     let copy = |name: &str| std::fs::copy(fixture.join(name), folder.path().join(name));
