@@ -93,7 +93,10 @@ impl ChatTemplate {
     pub fn new(source: &str, bos: Option<&str>, eos: Option<&str>) -> Result<Self, TextError> {
         let mut environment = python_environment();
         environment.set_fuel(Some(FUEL));
-        let translated = translate(source);
+        let translated = translate(source).map_err(|too_large| TextError::TemplateSyntax {
+            line: too_large.line,
+            message: "a statement or expression is too large".to_owned(),
+        })?;
         environment
             .template_from_str(&translated)
             .map_err(|error| TextError::TemplateSyntax {

@@ -10,21 +10,41 @@ use super::operators::{ADD, CONCATENATE, FLOOR_DIVIDE, REMAINDER, TUPLE};
 /// How deeply brackets may be nested; minijinja refuses what is nested more deeply.
 const MAX_DEPTH: usize = 150;
 
+/// How many tokens a statement or an expression may have, and how many branches with a
+/// condition of their own a template: minijinja calls itself once for each, and real
+/// templates have fifty and twenty.
+const MAX_TOKENS: usize = 1000;
+const MAX_BRANCHES: usize = 500;
+
+/// A statement is larger than minijinja can be trusted with.
+#[derive(Debug, PartialEq, Eq)]
+pub(in super::super) struct TooLarge {
+    /// The line of the statement, counted from 1.
+    pub(in super::super) line: usize,
+}
+
 /// The source for minijinja. What is no template is left for minijinja to refuse.
-pub(in super::super) fn translate(source: &str) -> String {
+pub(in super::super) fn translate(source: &str) -> Result<String, TooLarge> {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
+    let mut branches = 0;
     while let Some(at) = next_tag(rest) {
         let (before, tag) = rest.split_at(at);
         out.push_str(before);
-        let Some(length) = translate_tag(tag, &mut out) else {
+        let length =
+            translate_tag(tag, &mut out, &mut branches).map_err(|TooLarge { .. }| {
+                let before = &source[..source.len() - tag.len()];
+                let line = before.matches('\n').count() + 1;
+                TooLarge { line }
+            })?;
+        let Some(length) = length else {
             rest = tag;
             break;
         };
         rest = &tag[length..];
     }
     out.push_str(rest);
-    out
+    Ok(out)
 }
 
 /// Where the next comment, statement or expression begins.
@@ -34,16 +54,26 @@ fn next_tag(text: &str) -> Option<usize> {
 }
 
 /// Writes what `text` begins with and returns its length; `None` when it does not end.
-fn translate_tag(text: &str, out: &mut String) -> Option<usize> {
+/// `branches` counts the branches of the template.
+fn translate_tag(
+    text: &str,
+    out: &mut String,
+    branches: &mut usize,
+) -> Result<Option<usize>, TooLarge> {
     if text.starts_with("{#") {
-        let end = text.find("#}")? + 2;
-        out.push_str(&text[..end]);
-        return Some(end);
+        let end = text.find("#}").map(|at| at + 2);
+        out.push_str(&text[..end.unwrap_or(0)]);
+        return Ok(end);
     }
     let block = text.starts_with("{%");
     let sign = usize::from(text[2..].starts_with(['-', '+']));
     let start = 2 + sign;
-    let (tokens, end) = tokens(text, start, if block { "%}" } else { "}}" })?;
+    let Some((tokens, end)) = tokens(text, start, if block { "%}" } else { "}}" }) else {
+        return Ok(None);
+    };
+    if tokens.len() > MAX_TOKENS {
+        return Err(TooLarge { line: 0 });
+    }
     let inside = Expression {
         text,
         tokens: &tokens,
@@ -52,9 +82,13 @@ fn translate_tag(text: &str, out: &mut String) -> Option<usize> {
     if !block {
         out.push_str(&inside.translated(start, end));
         out.push_str(&text[end..end + close(text, end)]);
-        return Some(end + close(text, end));
+        return Ok(Some(end + close(text, end)));
     }
     let word = tokens.first().map_or("", |token| token.text(text));
+    *branches += usize::from(word == "elif");
+    if *branches > MAX_BRANCHES {
+        return Err(TooLarge { line: 0 });
+    }
     match word {
         "generation" => out.push_str(" if true "),
         "endgeneration" => out.push_str(" endif "),
@@ -63,16 +97,19 @@ fn translate_tag(text: &str, out: &mut String) -> Option<usize> {
     let after = end + close(text, end);
     out.push_str(&text[end..after]);
     if word != "raw" {
-        return Some(after);
+        return Ok(Some(after));
     }
     // Nothing is read until the end of the raw text.
     let mut at = after;
     loop {
-        at += text[at..].find("{%")?;
+        let Some(tag) = text[at..].find("{%") else {
+            return Ok(None);
+        };
+        at += tag;
         let name = text[at + 2..].trim_start_matches(['-', '+']).trim_start();
         if name.starts_with("endraw") {
             out.push_str(&text[after..at]);
-            return Some(at);
+            return Ok(Some(at));
         }
         at += 2;
     }

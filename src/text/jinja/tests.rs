@@ -49,11 +49,11 @@ fn what_needs_no_translation_stays_as_it_is() {
         "{{ (a + b }}",
         "{{ a) + b }}",
     ] {
-        assert_eq!(translate(source), source);
+        assert_eq!(translate(source).unwrap(), source);
     }
     assert_eq!(
-        translate("{{- a + b ~ c % d -}}\n{%+ set x = (1,\n2) -%}"),
-        "{{- __add( a , __concatenate(b , __remainder( c , d ))) -}}\n{%+ set x = __tuple([1,\n2]) -%}"
+        translate("{{- a + b ~ c % d -}}\n{%+ set x = (1,\n2) -%}").unwrap(),
+        "{{-__add( a ,__concatenate( b ,__remainder( c , d )))-}}\n{%+ set x = __tuple([1,\n2]) -%}"
     );
 }
 
@@ -67,6 +67,15 @@ fn hostile_sources_neither_panic_nor_take_long() {
         deep("[", "]"),
         deep("(1+", ")"),
         format!("{{{{ {}1 }}}}", "1 ~ ".repeat(50_000)),
+        format!("{{{{ {}1 }}}}", "1 - ".repeat(50_000)),
+        format!("{{{{ {}1 }}}}", "1 - ".repeat(499)),
+        format!("{{{{ {}1 }}}}", "-".repeat(50_000)),
+        format!("{{{{ {}1 }}}}", "-".repeat(999)),
+        format!("{{{{ {}1 }}}}", "not ".repeat(50_000)),
+        format!("{{{{ a{} }}}}", ".b".repeat(50_000)),
+        format!("{{{{ a{} }}}}", "|upper".repeat(50_000)),
+        format!("{{% if a %}}{}{{% endif %}}", "{% elif b %}".repeat(50_000)),
+        format!("{{% if a %}}{}{{% endif %}}", "{% elif b %}".repeat(500)),
         "{{".repeat(50_000),
         "{%".repeat(50_000),
         "{{ 'é' é ~ 🙂 }}{% é %}".to_owned(),
@@ -75,6 +84,11 @@ fn hostile_sources_neither_panic_nor_take_long() {
         let _ = translate(&source);
         let _ = ChatTemplate::new(&source, None, None);
     }
+    let long = format!("a\n{{{{ {}1 }}}}", "1 - ".repeat(50_000));
+    assert!(matches!(
+        ChatTemplate::new(&long, None, None),
+        Err(TextError::TemplateSyntax { line: 2, .. })
+    ));
 }
 
 #[test]
