@@ -26,9 +26,7 @@ const FILTERS: [(&str, Filter); 42] = [
     ("e", escaped),
     ("escape", escaped),
     ("filesizeformat", file_size),
-    ("first", |value, _| {
-        Ok(items(value)?.first().cloned().unwrap_or_default())
-    }),
+    ("first", first),
     ("float", to_float),
     ("forceescape", |value, _| {
         Ok(Value::from_safe_string(escape(&text(value)?)))
@@ -37,9 +35,7 @@ const FILTERS: [(&str, Filter); 42] = [
     ("int", to_integer),
     ("items", to_items),
     ("join", join),
-    ("last", |value, _| {
-        Ok(items(value)?.last().cloned().unwrap_or_default())
-    }),
+    ("last", last),
     ("length", length),
     ("list", |value, _| Ok(Value::from(items(value)?))),
     ("lower", |value, _| Ok(text(value)?.to_lowercase().into())),
@@ -99,6 +95,22 @@ fn length(value: &Value, _: &mut Arguments) -> Result<Value, Error> {
         },
     };
     Ok(Value::from(length))
+}
+
+fn first(value: &Value, _: &mut Arguments) -> Result<Value, Error> {
+    Ok(match value.as_str() {
+        Some(text) => text.chars().next().map(Value::from),
+        None => items(value)?.first().cloned(),
+    }
+    .unwrap_or_default())
+}
+
+fn last(value: &Value, _: &mut Arguments) -> Result<Value, Error> {
+    Ok(match value.as_str() {
+        Some(text) => text.chars().next_back().map(Value::from),
+        None => items(value)?.last().cloned(),
+    }
+    .unwrap_or_default())
 }
 
 fn to_json(value: &Value, arguments: &mut Arguments) -> Result<Value, Error> {

@@ -9,8 +9,8 @@ use std::sync::{Arc, LazyLock};
 const MAX_DEPTH: usize = 256;
 
 /// The longest list and the longest text that an expression may make.
-const MAX_ITEMS: usize = 1 << 22;
-const MAX_TEXT: usize = 256 << 20;
+const MAX_ITEMS: usize = 1 << 20;
+const MAX_TEXT: usize = 64 << 20;
 
 /// A Python tuple; minijinja has lists only.
 #[derive(Debug)]
