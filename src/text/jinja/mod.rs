@@ -11,6 +11,7 @@ mod operators;
 mod predicates;
 pub(super) mod python;
 mod source;
+mod text_filters;
 
 #[cfg(test)]
 mod tests;

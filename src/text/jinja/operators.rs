@@ -2,10 +2,10 @@
 //!
 //! [`translate`](super::source::translate) makes calls of these functions out of them.
 
-use super::filters::escape;
 use super::python::{
     Tuple, bounded, failed, float, integer, integer_value, items, text, type_name,
 };
+use super::text_filters::escape;
 use minijinja::value::{Rest, Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, FormatStyle, format_filter};
 
