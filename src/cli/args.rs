@@ -281,12 +281,11 @@ impl ModelArgs {
         let mut config = self.run.config()?;
         change(&mut config);
         self.run.options()?;
-        let mut files = ModelFiles::open(&resolve(&self.model)?)?;
+        let path = resolve(&self.model)?;
+        let mut files = ModelFiles::open(&path)?;
         if let Some(source) = chat_template {
             let tokenizer = files.tokenizer_mut();
-            let missing = || CliError::NoTokenizer {
-                model: self.model.clone(),
-            };
+            let missing = || CliError::no_tokenizer(&self.model, &path);
             tokenizer.ok_or_else(missing)?.set_chat_template(source)?;
         }
         self.run.start_with(files, config)
