@@ -98,12 +98,25 @@ fn the_end_tokens_are_those_of_llama_cpp() {
 
 /// Where a template's prompt is not jinja2's on purpose: the template, or all, with the
 /// conversation, and why.
-const MEANT: [(&str, &str, &str); 1] = [(
-    "*",
-    "null",
-    "an answer that is only tool calls has the content null: to the template it is an empty \
-     text, unless that leaves the calls out, so that it never reads \"None\"",
-)];
+const MEANT: [(&str, &str, &str); 3] = [
+    (
+        "*",
+        "null",
+        "an answer that is only tool calls has the content null: to the template it is an \
+         empty text, unless that leaves the calls out, so that it never reads \"None\"",
+    ),
+    (DISTILLED[0], "call", DISTILLED_WHY),
+    (DISTILLED[0], "calls", DISTILLED_WHY),
+    (DISTILLED[1], "call", DISTILLED_WHY),
+    (DISTILLED[1], "calls", DISTILLED_WHY),
+];
+
+const DISTILLED: [&str; 2] = [
+    "deepseek-ai-DeepSeek-R1-Distill-Llama-8B",
+    "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B",
+];
+const DISTILLED_WHY: &str = "beside an empty content that is not null, jinja2 leaves out the \
+    calls, or writes an empty answer more";
 
 #[derive(serde::Deserialize)]
 struct Case {

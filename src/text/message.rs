@@ -1,5 +1,6 @@
 //! One message of a conversation, as OpenAI clients write it.
 
+use super::python_json::{Style, dumps};
 use serde::de::{Error, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
@@ -49,6 +50,25 @@ impl Message {
             message.extra.insert("tool_calls".to_owned(), calls.into());
             message
         })
+    }
+
+    /// The message with the arguments of its tool calls as JSON text, for the few
+    /// templates that expect it.
+    pub(super) fn with_arguments_as_text(&self) -> Self {
+        let mut message = self.clone();
+        let calls = message.extra.get_mut("tool_calls");
+        for call in calls.and_then(Value::as_array_mut).into_iter().flatten() {
+            if let Some(arguments) = arguments_of(call)
+                && arguments.is_object()
+                && let Ok(text) = dumps(
+                    &minijinja::Value::from_serialize(&*arguments),
+                    &Style::default(),
+                )
+            {
+                *arguments = text.into();
+            }
+        }
+        message
     }
 }
 

@@ -200,22 +200,26 @@ impl ChatTemplate {
         options: &RenderOptions,
         null_content: bool,
     ) -> Result<String, TextError> {
-        let changed: Vec<_> = messages
-            .iter()
-            .map(Message::with_arguments_as_objects)
-            .collect();
-        if changed.iter().all(Option::is_none) {
+        let has_calls = |message: &Message| message.extra.contains_key("tool_calls");
+        if !messages.iter().any(has_calls) {
             return self.render_as_given(messages, options, null_content);
         }
-        let with_objects: Vec<Message> = (changed.into_iter().zip(messages))
-            .map(|(changed, message)| changed.unwrap_or_else(|| message.clone()))
+        let with_objects: Vec<Message> = (messages.iter())
+            .map(|message| {
+                message
+                    .with_arguments_as_objects()
+                    .unwrap_or_else(|| message.clone())
+            })
             .collect();
-        match self.render_as_given(&with_objects, options, null_content) {
-            Err(error @ TextError::TemplateFailed { .. }) => self
-                .render_as_given(messages, options, null_content)
-                .map_err(|_| error),
-            rendered => rendered,
-        }
+        let rendered = self.render_as_given(&with_objects, options, null_content);
+        let Err(error @ TextError::TemplateFailed { .. }) = rendered else {
+            return rendered;
+        };
+        let as_text: Vec<Message> = (messages.iter())
+            .map(Message::with_arguments_as_text)
+            .collect();
+        self.render_as_given(&as_text, options, null_content)
+            .map_err(|_| error)
     }
 
     fn render_as_given(
@@ -427,6 +431,10 @@ mod tests {
         assert_eq!(render(as_object, &conversation).unwrap(), "{\"a\": 1}");
         let as_text = "{{ '=' + messages[1].tool_calls[0].function.arguments }}";
         assert_eq!(render(as_text, &conversation).unwrap(), "={\"a\":1}");
+        let mut conversation = conversation;
+        conversation[1].extra["tool_calls"][0]["function"]["arguments"] = json!({"a": 1});
+        assert_eq!(render(as_object, &conversation).unwrap(), "{\"a\": 1}");
+        assert_eq!(render(as_text, &conversation).unwrap(), "={\"a\": 1}");
     }
 
     #[test]

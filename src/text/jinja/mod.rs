@@ -6,6 +6,7 @@
 
 mod arguments;
 mod filters;
+mod globals;
 mod methods;
 mod operators;
 mod predicates;
@@ -18,7 +19,6 @@ mod tests;
 
 use minijinja::value::Value;
 use minijinja::{AutoEscape, Environment, Error, ErrorKind};
-use minijinja_contrib::globals::{cycler, joiner};
 pub(super) use source::translate;
 
 /// An environment that behaves like transformers' own, without any template.
@@ -30,11 +30,10 @@ pub(super) fn python_environment() -> Environment<'static> {
     environment.set_formatter(write_as_python);
     environment.set_unknown_method_callback(methods::call);
     filters::register(&mut environment);
+    globals::register(&mut environment);
     operators::register(&mut environment);
     predicates::register(&mut environment);
     environment.add_function("raise_exception", raise_exception);
-    environment.add_function("cycler", cycler);
-    environment.add_function("joiner", joiner);
     // The template itself, whose blocks nothing else knows here.
     environment.add_global("self", Value::from(()));
     environment

@@ -96,11 +96,8 @@ fn unsupported(operator: &str, a: &Value, b: &Value) -> Error {
     })
 }
 
-/// `a ~ b ~ …`.
+/// `a ~ b ~ …`: text, also of markup.
 fn concatenate(operands: &[Value]) -> Result<Value, Error> {
-    if operands.iter().any(Value::is_safe) {
-        return joined_safely(operands);
-    }
     let mut joined = String::new();
     for operand in operands {
         match operand.as_str() {

@@ -3,7 +3,8 @@
 //! Operators with a meaning of their own in Python become calls of functions, tuples
 //! too, and the `generation` blocks, by which transformers marks the assistant's words
 //! for training, become blocks that are always taken. All else, line breaks included,
-//! stays as it is, so that errors name the right line.
+//! stays as it is, so that errors name the right line. A call begins with a space, which
+//! keeps it apart from a word before it.
 
 use super::operators::{ADD, CONCATENATE, FLOOR_DIVIDE, REMAINDER, TUPLE};
 
@@ -31,6 +32,7 @@ pub(in super::super) fn translate(source: &str) -> Result<String, TooLarge> {
     while let Some(at) = next_tag(rest) {
         let (before, tag) = rest.split_at(at);
         out.push_str(before);
+        let written = out.len();
         let length =
             translate_tag(tag, &mut out, &mut branches).map_err(|TooLarge { .. }| {
                 let before = &source[..source.len() - tag.len()];
@@ -38,6 +40,7 @@ pub(in super::super) fn translate(source: &str) -> Result<String, TooLarge> {
                 TooLarge { line }
             })?;
         let Some(length) = length else {
+            out.truncate(written);
             rest = tag;
             break;
         };
@@ -68,12 +71,10 @@ fn translate_tag(
     let block = text.starts_with("{%");
     let sign = usize::from(text[2..].starts_with(['-', '+']));
     let start = 2 + sign;
-    let Some((tokens, end)) = tokens(text, start, if block { "%}" } else { "}}" }) else {
+    let closing = if block { "%}" } else { "}}" };
+    let Some((tokens, end)) = tokens(text, start, closing)? else {
         return Ok(None);
     };
-    if tokens.len() > MAX_TOKENS {
-        return Err(TooLarge { line: 0 });
-    }
     let inside = Expression {
         text,
         tokens: &tokens,
@@ -142,24 +143,30 @@ impl Token {
 }
 
 /// The tokens of a tag from `start` on, and where the mark begins that closes it.
-fn tokens(text: &str, start: usize, closing: &str) -> Option<(Vec<Token>, usize)> {
+fn tokens(
+    text: &str,
+    start: usize,
+    closing: &str,
+) -> Result<Option<(Vec<Token>, usize)>, TooLarge> {
     let bytes = text.as_bytes();
     let mut tokens = Vec::new();
     let mut depth = 0usize;
     let mut at = start;
     loop {
         let rest = &text[at..];
-        let first = *bytes.get(at)?;
+        let Some(&first) = bytes.get(at) else {
+            return Ok(None);
+        };
         let signed = rest.strip_prefix(['-', '+']).unwrap_or(rest);
         if depth == 0 && (rest.starts_with(closing) || signed.starts_with(closing)) {
-            return Some((tokens, at));
+            return Ok(Some((tokens, at)));
         }
         let (kind, length) = match first {
             _ if first.is_ascii_whitespace() => {
                 at += 1;
                 continue;
             }
-            b'\'' | b'"' => (Kind::Literal, string_length(rest)?),
+            b'\'' | b'"' => (Kind::Literal, string_length(rest).unwrap_or(0)),
             b'0'..=b'9' => (Kind::Literal, number_length(rest)),
             _ if first == b'_' || first.is_ascii_alphabetic() || !first.is_ascii() => {
                 let length = rest.find(|c: char| c != '_' && !c.is_alphanumeric());
@@ -176,11 +183,16 @@ fn tokens(text: &str, start: usize, closing: &str) -> Option<(Vec<Token>, usize)
         };
         match first {
             b'(' | b'[' | b'{' => depth += 1,
-            b')' | b']' | b'}' => depth = depth.checked_sub(1)?,
+            b')' | b']' | b'}' if depth == 0 => return Ok(None),
+            b')' | b']' | b'}' => depth -= 1,
             _ => {}
         }
-        if depth > MAX_DEPTH {
-            return None;
+        if depth > MAX_DEPTH || length == 0 {
+            // Nested too deeply, or a string without an end.
+            return Ok(None);
+        }
+        if tokens.len() == MAX_TOKENS {
+            return Err(TooLarge { line: 0 });
         }
         tokens.push(Token {
             kind,
@@ -376,7 +388,7 @@ impl<'a> Expression<'a> {
             if operator == "+" {
                 sum = match open {
                     true => format!("{sum},{operand}"),
-                    false => format!("{ADD}({sum},{operand}"),
+                    false => format!(" {ADD}({sum},{operand}"),
                 };
                 open = true;
                 continue;
@@ -404,7 +416,7 @@ impl<'a> Expression<'a> {
             .collect();
         match operands.as_slice() {
             [operand] => operand.clone(),
-            operands => format!("{CONCATENATE}({})", operands.join(",")),
+            operands => format!(" {CONCATENATE}({})", operands.join(",")),
         }
     }
 
@@ -417,8 +429,8 @@ impl<'a> Expression<'a> {
             let operand = piece.inside.operand(piece.start, piece.end);
             product = match piece.before.map(|token| token.text(self.text)) {
                 None => operand,
-                Some("%") => format!("{REMAINDER}({product},{operand})"),
-                Some("//") => format!("{FLOOR_DIVIDE}({product},{operand})"),
+                Some("%") => format!(" {REMAINDER}({product},{operand})"),
+                Some("//") => format!(" {FLOOR_DIVIDE}({product},{operand})"),
                 Some(operator) => format!("{product}{operator}{operand}"),
             };
         }
@@ -448,7 +460,7 @@ impl<'a> Expression<'a> {
             let group = token.text(self.text) == "(" && !self.after_operand(at);
             out.push_str(&self.text[written..token.start]);
             if group && (comma || inside.tokens.is_empty()) {
-                out.push_str(&format!("{TUPLE}([{content}])"));
+                out.push_str(&format!(" {TUPLE}([{content}])"));
             } else {
                 out.push_str(token.text(self.text));
                 out.push_str(&content);
