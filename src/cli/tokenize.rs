@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 /// Turn text into token ids.
 #[derive(Debug, Args)]
-#[group(id = "input", required = true, multiple = false, args = ["text", "messages"])]
+#[command(group = clap::ArgGroup::new("input").required(true).args(["text", "messages"]))]
 pub struct TokenizeArgs {
     /// A .gguf file, a Hugging Face folder, or hf:ORG/NAME[/FILE] to download. Only its
     /// tokenizer needs to be there.
