@@ -98,7 +98,7 @@ fn the_end_tokens_are_those_of_llama_cpp() {
 
 /// Where a template's prompt is not jinja2's on purpose: the template, or all, with the
 /// conversation, and why.
-const MEANT: [(&str, &str, &str); 3] = [
+const MEANT: [(&str, &str, &str); 5] = [
     (
         "*",
         "null",

@@ -16,18 +16,24 @@ pub(super) struct Habits {
     pub(super) tools: bool,
     /// It writes calls in a conversation, and their results.
     pub(super) calls: bool,
-    /// It writes calls only of a message whose content is null.
+    /// It tells a message that is only calls by its content, which is null.
     pub(super) null_content: bool,
 }
 
 impl Habits {
     pub(super) fn of(template: &ChatTemplate) -> Self {
         let tools = writes_tools(template);
-        let shown = [false, true].map(|null| writes_calls(template, null));
+        let [empty, null] = [false, true].map(|null| with_call(template, null));
+        let nones = |prompt: &str| prompt.matches("None").count();
+        let null_content = match (&empty, &null) {
+            // Some print a null content as they would any value.
+            (Some(empty), Some(null)) => empty != null && nones(empty) == nones(null),
+            (_, null) => null.is_some(),
+        };
         Self {
             tools,
-            calls: shown[0] || shown[1],
-            null_content: !shown[0] && shown[1],
+            calls: empty.is_some() || null.is_some(),
+            null_content,
         }
     }
 }
@@ -65,7 +71,8 @@ fn writes_tools(template: &ChatTemplate) -> bool {
     !rendered && template.reads("tools")
 }
 
-fn writes_calls(template: &ChatTemplate, null_content: bool) -> bool {
+/// A prompt with a call and its result, if the template writes both.
+fn with_call(template: &ChatTemplate, null_content: bool) -> Option<String> {
     let message = |role: &str, content: &str, extra: Value| Message {
         extra: extra.as_object().cloned().unwrap_or_default(),
         ..Message::new(role, content)
@@ -85,7 +92,9 @@ fn writes_calls(template: &ChatTemplate, null_content: bool) -> bool {
         ),
     ];
     let prompt = template.render_whole(&conversation, &RenderOptions::default(), null_content);
-    prompt.is_ok_and(|prompt| prompt.contains(CALLED) && prompt.contains(RESULT))
+    prompt
+        .ok()
+        .filter(|prompt| prompt.contains(CALLED) && prompt.contains(RESULT))
 }
 
 #[cfg(test)]
@@ -146,6 +155,16 @@ mod tests {
         conversation[1].extra.insert("tool_calls".to_owned(), call);
         let rendered = template.render(&conversation, &RenderOptions::default());
         assert_eq!(rendered.unwrap(), "uNonef");
+    }
+
+    #[test]
+    fn a_null_content_is_not_shown_to_a_template_that_would_print_it() {
+        assert!(!habits(CALLS).null_content);
+        let told_apart = CALLS.replace(
+            "{{ m.content }}",
+            "{% if m.content is not none %}[{{ m.content }}]{% endif %}",
+        );
+        assert!(habits(&told_apart).null_content);
     }
 
     #[test]
