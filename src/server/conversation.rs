@@ -120,8 +120,9 @@ impl Conversation {
             call: forced.as_ref().map(|_| format.forced_opening()),
             inside_reasoning: false,
         };
-        let mut write =
-            |messages: &[Message]| self.tokens_of(app, job, template, messages, format, &mut opening);
+        let mut write = |messages: &[Message]| {
+            self.tokens_of(app, job, template, messages, format, &mut opening)
+        };
         let prompt = match self.truncate_to {
             None => write(&self.messages)?,
             Some(room) => fitting(&self.messages, room, &mut write)?,
