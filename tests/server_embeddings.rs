@@ -148,7 +148,9 @@ fn what_cannot_be_embedded_is_refused_by_the_name_of_its_field() {
         json!([-1]),
     ] {
         let (status, param, _) = wrong(json!({"input": input}));
-        assert_eq!((status, param), (400, json!("input")), "{input}");
+        // Of a list, the entry is named.
+        let named = param.as_str().and_then(|param| param.split('[').next());
+        assert_eq!((status, named), (400, Some("input")), "{input}: {param}");
     }
     let (status, param, code) = wrong(json!({"input": [prompt(1, 5), prompt(1, 21)]}));
     assert_eq!((status, param), (400, json!("input")));
