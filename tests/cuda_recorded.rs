@@ -47,7 +47,7 @@ fn spec(weights: &RandomWeights, bias: Option<Vec<f32>>) -> LinearSpec<'_> {
         dtype: tensor.dtype,
         rows: tensor.shape[0],
         columns: tensor.shape[1],
-        data: tensor.data,
+        data: weights.bytes("weights").unwrap(),
         order: RowOrder::AsStored,
     };
     LinearSpec {

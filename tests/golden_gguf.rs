@@ -124,7 +124,8 @@ impl Conversion {
     fn tensor(&mut self, name: &str) {
         let gguf = self.gguf_name(name);
         let tensor = self.folder.tensor(name).unwrap();
-        let (shape, mut data) = (tensor.shape.to_vec(), tensor.data.to_vec());
+        let shape = tensor.shape.to_vec();
+        let mut data = self.folder.read(&tensor).unwrap().into_owned();
         if let ("llama", Some(head)) = (self.architecture, self.rotated_heads(name)) {
             data = interleave(&data, shape[0], head);
         }
@@ -165,7 +166,7 @@ impl Conversion {
                 });
                 let tensor = self.folder.tensor(own.unwrap()).unwrap();
                 assert_eq!(tensor.dtype, DType::BF16);
-                data.extend_from_slice(tensor.data);
+                data.extend_from_slice(&self.folder.read(&tensor).unwrap());
                 shape = vec![expert + 1, tensor.shape[0], tensor.shape[1]];
             }
             if !data.is_empty() {

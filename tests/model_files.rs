@@ -18,6 +18,12 @@ fn open(writer: &GgufWriter) -> Gguf {
     Gguf::from_bytes(writer.build(), Path::new("test.gguf")).unwrap()
 }
 
+/// A tensor's bytes.
+fn bytes(source: &dyn WeightSource, name: &str) -> Vec<u8> {
+    let tensor = source.tensor(name).unwrap();
+    source.read(&tensor).unwrap().into_owned()
+}
+
 #[test]
 fn metadata_of_every_type_comes_back() {
     let values = [
@@ -74,14 +80,12 @@ fn shapes_are_outermost_first_and_rows_follow_each_other() {
         assert_eq!(file.names(), ["first", "stack"]);
         let stack = file.tensor("stack").unwrap();
         assert_eq!(stack.shape, [2, 3, 32]);
-        let second = stack.slice(1).unwrap();
-        assert_eq!(second.shape, [3, 32]);
+        let second = stack.slice(1).unwrap().slice(2).unwrap();
+        assert_eq!(second.shape, [32]);
         let mut row = [0.0; 32];
-        dequantize(second.dtype, second.row_bytes(2..3).unwrap(), &mut row);
+        dequantize(second.dtype, &file.read(&second).unwrap(), &mut row);
         assert_eq!(row, weights[5 * 32..]);
         assert!(file.tensor("third").is_none());
-        file.release("stack");
-        file.release("third");
     }
 }
 
@@ -101,7 +105,7 @@ fn quantised_weights_stay_within_half_a_step() {
         let tensor = file.tensor("w").unwrap();
         assert_eq!(tensor.dtype, dtype);
         let mut found = vec![0.0; weights.len()];
-        dequantize(dtype, tensor.data, &mut found);
+        dequantize(dtype, &file.read(&tensor).unwrap(), &mut found);
         for (found, expected) in found.iter().zip(&weights) {
             assert!(
                 (found - expected).abs() <= step / 2.0 + 0.005,
@@ -150,13 +154,11 @@ fn a_split_file_opens_as_one() {
     std::fs::write(path(3), part(2, 3, "c").build()).unwrap();
     let file = Gguf::open(&path(1)).unwrap();
     assert_eq!(file.names(), ["a", "b", "c"]);
-    assert_eq!(file.tensor("c").unwrap().data, 2f32.to_le_bytes());
+    assert_eq!(bytes(&file, "c"), 2f32.to_le_bytes());
     assert_eq!(
         file.metadata("general.name").unwrap().as_str(),
         Some("whole")
     );
-    file.release("c");
-    assert_eq!(file.tensor("c").unwrap().data, 2f32.to_le_bytes());
 
     assert!(matches!(
         Gguf::open(&path(2)),
@@ -211,7 +213,7 @@ fn a_folder_of_shards_opens_as_one() {
     write("model.safetensors.index.json", index.to_string().as_bytes());
     let model = ModelFolder::open(folder.path()).unwrap();
     assert_eq!(model.names(), ["a", "b"]);
-    assert_eq!(model.tensor("b").unwrap().data, 3f32.to_le_bytes());
+    assert_eq!(bytes(&model, "b"), 3f32.to_le_bytes());
     assert_eq!(model.config()["model_type"], "llama");
     assert_eq!(model.path(), folder.path());
     assert_eq!(

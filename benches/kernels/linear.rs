@@ -26,11 +26,12 @@ fn weights(rows: usize, columns: usize, dtype: DType) -> Result<RandomWeights, D
 
 /// The whole of a matrix.
 fn spec(weights: &RandomWeights, rows: usize, columns: usize) -> LinearSpec<'_> {
-    let part = weights.tensor("weights").map(|tensor| WeightRows {
+    let stored = weights.tensor("weights").zip(weights.bytes("weights"));
+    let part = stored.map(|(tensor, data)| WeightRows {
         dtype: tensor.dtype,
         rows,
         columns,
-        data: tensor.data,
+        data,
         order: RowOrder::AsStored,
     });
     LinearSpec {

@@ -16,6 +16,33 @@ pub struct ExpertConfig {
     pub intermediate: usize,
 }
 
+/// Which projections have a bias: `None` means those that the file has one for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Biases {
+    /// Query, key and value projections.
+    pub qkv: Option<bool>,
+    /// The attention's output projections.
+    pub attention_out: Option<bool>,
+    /// The feed-forward layers' projections.
+    pub feed_forward: Option<bool>,
+}
+
+impl Biases {
+    /// As the file has them: GGUF metadata does not say.
+    pub const AS_STORED: Self = Self {
+        qkv: None,
+        attention_out: None,
+        feed_forward: None,
+    };
+
+    /// None at all.
+    pub const NONE: Self = Self {
+        qkv: Some(false),
+        attention_out: Some(false),
+        feed_forward: Some(false),
+    };
+}
+
 /// Everything about a model but its weights.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
@@ -53,6 +80,8 @@ pub struct ModelConfig {
     pub experts: Option<ExpertConfig>,
     /// Layers whose feed-forward part is dense although there are experts.
     pub dense_layers: Vec<usize>,
+    /// Which projections have a bias.
+    pub biases: Biases,
     /// Tokens that end a sequence, as far as the model's own settings say.
     pub end_tokens: Vec<u32>,
 }
@@ -142,6 +171,13 @@ impl ModelConfig {
         self.rope.validate(head_dim)?;
         self.sliding_rope.validate(head_dim)?;
         Ok(self)
+    }
+
+    /// The longest sequence unless a longer one, up to [`ModelConfig::context`], is asked
+    /// for. It is shorter for models with LongRoPE: beyond it other factors apply, to short
+    /// sequences as well, since cached keys are rotated already.
+    pub fn native_context(&self) -> usize {
+        self.rope.native_context(self.context)
     }
 
     /// The window of a layer, if it has one.

@@ -86,22 +86,15 @@ impl<D: Device> Decoder<D> {
         let config = source.config().clone();
         let total = config.layers + 1;
         progress(0, total);
-        let (name, embedding) = source.embedding()?;
-        let embedding = device.load_linear(&embedding)?;
-        source.release(&name);
+        let embedding = device.load_linear(&source.embedding()?.spec())?;
         let output = match source.output()? {
-            Some((name, spec)) => {
-                let output = device.load_linear(&spec)?;
-                source.release(&name);
-                Some(output)
-            }
+            Some(output) => Some(device.load_linear(&output.spec())?),
             None => None,
         };
         progress(1, total);
         let mut layers = Vec::with_capacity(config.layers);
         for layer in 0..config.layers {
             layers.push(Layer::load(source, device, layer)?);
-            source.release_layer(layer);
             progress(layer + 2, total);
         }
         let final_norm = device.load_vector(&source.final_norm()?)?;
@@ -416,9 +409,9 @@ impl<D: Device> Layer<D> {
         };
         Ok(Self {
             attention_norm: norm(device, before, Part::AttentionNorm)?,
-            qkv: device.load_linear(&source.qkv(layer)?)?,
+            qkv: device.load_linear(&source.qkv(layer)?.spec())?,
             qk_norm,
-            attention_out: device.load_linear(&source.attention_out(layer)?)?,
+            attention_out: device.load_linear(&source.attention_out(layer)?.spec())?,
             post_attention_norm: norm(device, after, Part::PostAttentionNorm)?,
             feed_forward_norm: norm(device, before, Part::FeedForwardNorm)?,
             feed_forward: FeedForward::load(source, device, layer)?,
@@ -432,15 +425,17 @@ impl<D: Device> FeedForward<D> {
         let config = source.config();
         let Some(mixture) = config.layer_experts(layer) else {
             return Ok(Self::Dense {
-                gate_up: device.load_linear(&source.gate_up(layer)?)?,
-                down: device.load_linear(&source.down(layer)?)?,
+                gate_up: device.load_linear(&source.gate_up(layer)?.spec())?,
+                down: device.load_linear(&source.down(layer)?.spec())?,
             });
         };
-        let router = device.load_linear(&source.router(layer, mixture.count)?)?;
-        let (gate_up, down): (Vec<LinearSpec<'_>>, Vec<LinearSpec<'_>>) = (0..mixture.count)
+        let router = device.load_linear(&source.router(layer, mixture.count)?.spec())?;
+        let experts = (0..mixture.count)
             .map(|expert| source.expert(layer, expert, mixture.intermediate))
-            .collect::<Result<Vec<_>, _>>()?
-            .into_iter()
+            .collect::<Result<Vec<_>, _>>()?;
+        let specs = experts.iter();
+        let (gate_up, down): (Vec<LinearSpec<'_>>, Vec<LinearSpec<'_>>) = specs
+            .map(|(gate_up, down)| (gate_up.spec(), down.spec()))
             .unzip();
         let experts = device.load_experts(&gate_up, &down)?;
         let routing = RoutingSpec {

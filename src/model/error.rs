@@ -1,6 +1,7 @@
 //! What can be wrong with a model whose files were read.
 
 use crate::device::DeviceError;
+use crate::weights::WeightsError;
 use thiserror::Error;
 
 /// Why the files hold no model that quell can run.
@@ -38,6 +39,29 @@ pub enum ModelError {
         /// Its name in the file.
         name: String,
     },
+    /// The output projection is missing, and it is not the embedding.
+    #[error(
+        "tensor '{name}', the output projection, is missing, and the model does not say that \
+         it is the embedding (tie_word_embeddings)"
+    )]
+    MissingHead {
+        /// Its name in the file.
+        name: String,
+    },
+    /// A tensor of the text model has no use: the results would not be what the checkpoint
+    /// means.
+    #[error(
+        "tensor '{name}' is not part of {architecture} as quell computes it: without it, the \
+         results would be wrong{hint}"
+    )]
+    UnusedTensor {
+        /// Its name in the file.
+        name: String,
+        /// The architecture.
+        architecture: &'static str,
+        /// What may have made it, if the name tells; with what leads to it.
+        hint: &'static str,
+    },
     /// A tensor has another shape than the settings prescribe.
     #[error("tensor '{name}' has shape {found:?}, but must have {expected:?}")]
     WrongShape {
@@ -58,6 +82,9 @@ pub enum ModelError {
         /// What is accepted.
         expected: &'static str,
     },
+    /// The weights could not be read.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
     /// The device could not take it.
     #[error(transparent)]
     Device(#[from] DeviceError),

@@ -1,6 +1,6 @@
 //! Reads a model's numbers from GGUF metadata.
 
-use super::{ExpertConfig, Family, ModelConfig, ModelError, RopeConfig, RopeScaling};
+use super::{Biases, ExpertConfig, Family, ModelConfig, ModelError, RopeConfig, RopeScaling};
 use crate::device::HeadShape;
 use crate::weights::gguf::{Gguf, Value};
 use crate::weights::{WeightSource, quant};
@@ -90,6 +90,8 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig, ModelError> {
         })?;
     let settings = Settings { file, architecture };
 
+    refuse_unknown(&settings)?;
+
     let layers = settings.required_size("block_count")?;
     let hidden = settings.required_size("embedding_length")?;
     let q_heads = settings
@@ -169,9 +171,38 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig, ModelError> {
         sliding_layers: sliding_layers(&settings, family, layers)?,
         experts,
         dense_layers: Vec::new(),
+        biases: Biases::AS_STORED,
         end_tokens: Vec::new(),
     }
     .validate()
+}
+
+/// Refuses settings that change the results and that these architectures do not have.
+fn refuse_unknown(settings: &Settings<'_>) -> Result<(), ModelError> {
+    for (key, neutral) in [
+        ("attention.clamp_kqv", 0.0),
+        ("attention.max_alibi_bias", 0.0),
+        ("attention.scale", 0.0),
+        ("embedding_scale", 1.0),
+        ("expert_shared_count", 0.0),
+        ("expert_weights_scale", 1.0),
+        ("leading_dense_block_count", 0.0),
+        ("logit_scale", 1.0),
+        ("nextn_predict_layers", 0.0),
+        ("residual_scale", 1.0),
+    ] {
+        // A 0 stands for none.
+        let value = settings.number(key)?.filter(|&value| value != 0.0);
+        if let Some(value) = value.filter(|&value| value != neutral) {
+            let expected = format!("{neutral} for the architecture '{}'", settings.architecture);
+            return Err(ModelError::setting(settings.key(key), value, expected));
+        }
+    }
+    let (key, expected) = ("attention.causal", "true: quell decodes causally");
+    match settings.optional(key, "true or false", Value::as_bool)? {
+        Some(false) => Err(ModelError::setting(settings.key(key), false, expected)),
+        _ => Ok(()),
+    }
 }
 
 /// The number whose root divides `q · k`. The largest Gemmas divide by the width of
@@ -274,11 +305,20 @@ fn rope(
             return Ok(None);
         };
         let mut factors = vec![0.0; tensor.elements()];
-        quant::dequantize(tensor.dtype, tensor.data, &mut factors);
+        let data = settings.file.read(&tensor)?;
+        quant::dequantize(tensor.dtype, &data, &mut factors);
         Ok(Some(factors))
     };
     let (short, long) = ("rope_factors_short.weight", "rope_factors_long.weight");
-    if let (Some(short), Some(long)) = (factors(short)?, factors(long)?) {
+    let missing = |name: &str| ModelError::MissingTensor {
+        name: name.to_owned(),
+    };
+    let pair = match (factors(short)?, factors(long)?) {
+        (Some(_), None) => return Err(missing(long)),
+        (None, Some(_)) => return Err(missing(short)),
+        (short, long) => short.zip(long),
+    };
+    if let Some((short, long)) = pair {
         let scaling = RopeScaling::Long {
             short,
             long,
@@ -316,6 +356,7 @@ fn rope(
             beta_slow: settings
                 .number("rope.scaling.yarn_beta_slow")?
                 .unwrap_or(1.0),
+            truncate: true,
             // GGUF's factor comes on top of the derived one.
             attention_factor: magnitude.map(|own| own * (0.1 * factor.ln() + 1.0)),
         },

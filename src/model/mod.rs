@@ -11,11 +11,12 @@ mod error;
 mod family;
 mod gguf;
 mod huggingface;
+mod inventory;
 mod random;
 mod rope;
 mod tensors;
 
-pub use config::{ExpertConfig, ModelConfig};
+pub use config::{Biases, ExpertConfig, ModelConfig};
 pub use decoder::{Decoder, StepLimits};
 pub use error::ModelError;
 pub use family::{Family, NormPlacement, QkNormKind};

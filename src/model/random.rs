@@ -60,13 +60,12 @@ impl List<'_> {
         } else {
             for (part, rows) in [(Part::Query, q), (Part::Key, kv), (Part::Value, kv)] {
                 self.part(layer, part, rows, hidden);
-                if config.family == Family::Qwen2 {
-                    let name = self.name(layer, part, "bias");
-                    self.vector(name, rows, 0.0);
-                }
+                self.bias(layer, part, rows, config.biases.qkv);
             }
         }
         self.part(layer, Part::AttentionOut, hidden, q);
+        let bias = config.biases.attention_out;
+        self.bias(layer, Part::AttentionOut, hidden, bias);
         if let Some(kind) = config.family.qk_norm() {
             let (q, k) = match kind {
                 QkNormKind::PerHead => (heads.head_dim, heads.head_dim),
@@ -101,8 +100,11 @@ impl List<'_> {
                 } else {
                     self.part(layer, Part::Gate, width, hidden);
                     self.part(layer, Part::Up, width, hidden);
+                    self.bias(layer, Part::Gate, width, config.biases.feed_forward);
+                    self.bias(layer, Part::Up, width, config.biases.feed_forward);
                 }
                 self.part(layer, Part::Down, hidden, width);
+                self.bias(layer, Part::Down, hidden, config.biases.feed_forward);
             }
         }
     }
@@ -114,6 +116,13 @@ impl List<'_> {
 
     fn part(&mut self, layer: usize, part: Part, rows: usize, columns: usize) {
         self.matrix(self.name(layer, part, "weight"), rows, columns);
+    }
+
+    /// A bias of 0, if the model has one there.
+    fn bias(&mut self, layer: usize, part: Part, length: usize, is_there: Option<bool>) {
+        if is_there == Some(true) {
+            self.vector(self.name(layer, part, "bias"), length, 0.0);
+        }
     }
 
     fn part_norm(&mut self, layer: usize, part: Part, length: usize) {

@@ -47,6 +47,8 @@ pub enum RopeScaling {
         beta_fast: f32,
         /// Rotations below which a frequency is divided.
         beta_slow: f32,
+        /// Whether the pairs between which frequencies are blended are rounded to whole ones.
+        truncate: bool,
         /// Factor on cosine and sine; derived from `factor` if `None`.
         attention_factor: Option<f32>,
     },
@@ -123,6 +125,7 @@ impl RopeConfig {
                 beta_fast,
                 beta_slow,
                 attention_factor,
+                ..
             } => {
                 positive("factor", *factor)?;
                 positive("original context", *original_context)?;
@@ -178,6 +181,17 @@ impl RopeConfig {
         }
     }
 
+    /// The longest sequence whose results are those of the reference: LongRoPE computes
+    /// longer ones with other factors, from their first token on.
+    pub(super) fn native_context(&self, context: usize) -> usize {
+        match self.scaling {
+            RopeScaling::Long {
+                original_context, ..
+            } => context.min(original_context),
+            _ => context,
+        }
+    }
+
     /// The frequencies, for positions below `max_positions`.
     pub fn spec(&self, max_positions: usize) -> RopeSpec {
         let pairs = self.rotary_dim / 2;
@@ -218,10 +232,11 @@ impl RopeConfig {
                 original_context,
                 beta_fast,
                 beta_slow,
+                truncate,
                 attention_factor,
             } => {
-                let frequencies =
-                    self.yarn(&plain, *factor, *original_context, *beta_fast, *beta_slow);
+                let ends = self.yarn_ends(*original_context, [*beta_fast, *beta_slow], *truncate);
+                let frequencies = yarn(&plain, *factor, ends);
                 let derived = if *factor <= 1.0 {
                     1.0
                 } else {
@@ -251,27 +266,35 @@ impl RopeConfig {
         }
     }
 
-    /// Blends interpolated and extrapolated frequencies by a ramp over the pairs
-    /// that rotate `beta_fast` to `beta_slow` times in the original context.
-    fn yarn(&self, plain: &[f32], factor: f32, original: f32, fast: f32, slow: f32) -> Vec<f32> {
-        let dim = self.rotary_dim as f32;
+    /// The pairs that rotate `fast` and `slow` times in the original context: YaRN keeps the
+    /// frequencies below the one and divides those above the other.
+    fn yarn_ends(&self, original: f32, [fast, slow]: [f32; 2], truncate: bool) -> [f32; 2] {
+        use std::f64::consts::PI;
+        let dim = self.rotary_dim as f64;
         let pair_with = |rotations: f32| {
-            dim * (original / (rotations * 2.0 * PI)).ln() / (2.0 * self.theta.ln())
+            let rotations = f64::from(original) / (f64::from(rotations) * 2.0 * PI);
+            dim * rotations.ln() / (2.0 * f64::from(self.theta).ln())
         };
-        let low = pair_with(fast).floor().max(0.0);
-        let mut high = pair_with(slow).ceil().min(dim - 1.0);
-        if high <= low {
-            high = low + 0.001;
+        let (mut low, mut high) = (pair_with(fast), pair_with(slow));
+        if truncate {
+            (low, high) = (low.floor(), high.ceil());
         }
-        plain
-            .iter()
-            .enumerate()
-            .map(|(pair, frequency)| {
-                let ramp = ((pair as f32 - low) / (high - low)).clamp(0.0, 1.0);
-                frequency / factor * ramp + frequency * (1.0 - ramp)
-            })
-            .collect()
+        let (low, mut high) = (low.max(0.0), high.min(dim - 1.0));
+        if low == high {
+            high += 0.001;
+        }
+        [low as f32, high as f32]
     }
+}
+
+/// Blends interpolated and extrapolated frequencies by a ramp over the pairs between `low`
+/// and `high`.
+fn yarn(plain: &[f32], factor: f32, [low, high]: [f32; 2]) -> Vec<f32> {
+    let blended = plain.iter().enumerate().map(|(pair, frequency)| {
+        let ramp = ((pair as f32 - low) / (high - low)).clamp(0.0, 1.0);
+        frequency / factor * ramp + frequency * (1.0 - ramp)
+    });
+    blended.collect()
 }
 
 fn divide(frequencies: &[f32], factors: &[f32]) -> Vec<f32> {
@@ -355,12 +378,35 @@ mod tests {
             original_context: 2048.0,
             beta_fast: 32.0,
             beta_slow: 1.0,
+            truncate: true,
             attention_factor: None,
         })
         .spec(100);
         assert!((spec.inverse_frequencies[0] - 1.0).abs() < 1e-6);
         assert!((spec.inverse_frequencies[3] - 0.001 / 4.0).abs() < 1e-8);
         assert!((spec.magnitude - (0.1 * 4.0f32.ln() + 1.0)).abs() < 1e-6);
+    }
+
+    #[test]
+    fn yarn_blends_between_whole_pairs_only_if_it_truncates() {
+        let spec = |truncate| {
+            rope(RopeScaling::Yarn {
+                factor: 4.0,
+                original_context: 2048.0,
+                beta_fast: 32.0,
+                beta_slow: 1.0,
+                truncate,
+                attention_factor: None,
+            })
+            .spec(100)
+        };
+        // Pairs 1.007 and 2.512 rotate 32 times and once in 2048 tokens.
+        let (whole, exact) = (spec(true), spec(false));
+        assert!((whole.inverse_frequencies[2] - (0.01 * 0.5 + 0.0025 * 0.5)).abs() < 1e-5);
+        let ramp = (2.0 - 1.0068) / (2.5124 - 1.0068);
+        let expected = 0.01 * (1.0 - ramp) + 0.0025 * ramp;
+        assert!((exact.inverse_frequencies[2] - expected).abs() < 1e-5);
+        assert_eq!(exact.inverse_frequencies[1], 0.1);
     }
 
     #[test]

@@ -1,12 +1,13 @@
 //! Finds a model's tensors, whatever its file calls them.
 
-use super::{Family, ModelConfig, ModelError, NormPlacement, gguf, huggingface, random};
+use super::{Family, ModelConfig, ModelError, NormPlacement, gguf, huggingface, inventory, random};
 use crate::device::{LinearSpec, RowOrder, WeightRows};
 use crate::weights::{DType, Gguf, ModelFolder, ParameterCount, TensorView, WeightSource, quant};
+use std::borrow::Cow;
 
 /// Who named the tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Naming {
+pub(super) enum Naming {
     Gguf,
     /// With what stands before `layers.0` in this checkpoint.
     HuggingFace {
@@ -43,9 +44,40 @@ pub struct ModelSource {
     config: ModelConfig,
     weights: Box<dyn WeightSource>,
     naming: Naming,
-    /// Whether the output projection is the embedding, although a tensor for it may
-    /// be there.
+    /// Whether the output projection is the embedding where the file has none of its own.
     tied: bool,
+}
+
+/// A linear layer whose weights have been read.
+pub(super) struct StoredLinear<'a> {
+    parts: Vec<StoredRows<'a>>,
+    bias: Option<Vec<f32>>,
+}
+
+/// Some rows of a linear layer, as they are stored.
+struct StoredRows<'a> {
+    dtype: DType,
+    rows: usize,
+    columns: usize,
+    data: Cow<'a, [u8]>,
+    order: RowOrder,
+}
+
+impl StoredLinear<'_> {
+    /// The layer as a device takes it.
+    pub(super) fn spec(&self) -> LinearSpec<'_> {
+        let parts = self.parts.iter().map(|part| WeightRows {
+            dtype: part.dtype,
+            rows: part.rows,
+            columns: part.columns,
+            data: &part.data,
+            order: part.order,
+        });
+        LinearSpec {
+            parts: parts.collect(),
+            bias: self.bias.clone(),
+        }
+    }
 }
 
 impl std::fmt::Debug for ModelSource {
@@ -61,19 +93,21 @@ impl std::fmt::Debug for ModelSource {
 impl ModelSource {
     /// The model of a GGUF file.
     pub fn from_gguf(file: Gguf) -> Result<Self, ModelError> {
-        let config = gguf::read(&file)?;
-        Ok(Self {
-            config,
+        let source = Self {
+            config: gguf::read(&file)?,
             weights: Box::new(file),
             naming: Naming::Gguf,
-            tied: false,
-        })
+            // Converters leave out a tied output projection; nothing else says that it is.
+            tied: true,
+        };
+        inventory::check(&source)?;
+        Ok(source)
     }
 
     /// The model of a Hugging Face folder.
     pub fn from_folder(folder: ModelFolder) -> Result<Self, ModelError> {
         let config = huggingface::read(folder.config())?;
-        let tied = huggingface::ties_embeddings(folder.config());
+        let tied = huggingface::ties_embeddings(folder.config())?;
         let prefixes = ["model.", "language_model.model.", "model.language_model."];
         let prefix = prefixes
             .into_iter()
@@ -83,13 +117,14 @@ impl ModelSource {
                     .is_some()
             })
             .unwrap_or("model.");
-        let naming = Naming::HuggingFace { prefix };
-        Ok(Self {
+        let source = Self {
             config,
             weights: Box::new(folder),
-            naming,
+            naming: Naming::HuggingFace { prefix },
             tied,
-        })
+        };
+        inventory::check(&source)?;
+        Ok(source)
     }
 
     /// A model with random weights in `format`, of the size that a Hugging Face
@@ -99,9 +134,7 @@ impl ModelSource {
     /// What is wrong with the settings, or that the weights cannot be had in the format.
     pub fn random(settings: &serde_json::Value, format: DType) -> Result<Self, ModelError> {
         let config = huggingface::read(settings)?;
-        let tied = huggingface::ties_embeddings(settings);
-        // Gemma's configurations leave out that they are tied.
-        let tied = tied || config.family.scales_embeddings();
+        let tied = huggingface::ties_embeddings(settings)?;
         let prefix = "model.";
         let tensors = random::tensors(&config, prefix, tied);
         Ok(Self {
@@ -122,36 +155,82 @@ impl ModelSource {
         self.weights.count()
     }
 
-    /// The token embedding.
-    pub(super) fn embedding(&self) -> Result<(String, LinearSpec<'_>), ModelError> {
-        let name = match self.naming {
-            Naming::Gguf => "token_embd.weight".to_owned(),
-            Naming::HuggingFace { prefix } => format!("{prefix}embed_tokens.weight"),
-        };
-        let rows = self.matrix(&name, self.config.vocabulary, self.config.hidden)?;
-        Ok((name, plain(vec![rows])))
+    /// The names of all tensors in the file.
+    pub(super) fn names(&self) -> Vec<&str> {
+        self.weights.names()
     }
 
-    /// The output projection; `None` when it is the embedding.
-    pub(super) fn output(&self) -> Result<Option<(String, LinearSpec<'_>)>, ModelError> {
-        let name = match self.naming {
-            Naming::Gguf => "output.weight",
-            Naming::HuggingFace { .. } => "lm_head.weight",
-        };
-        if self.tied || self.weights.tensor(name).is_none() {
-            return Ok(None);
+    /// Whether the file has a tensor of this name.
+    pub(super) fn holds(&self, name: &str) -> bool {
+        self.weights.tensor(name).is_some()
+    }
+
+    /// Who named the tensors.
+    pub(super) fn naming(&self) -> Naming {
+        self.naming
+    }
+
+    /// The name of the token embedding.
+    pub(super) fn embedding_name(&self) -> String {
+        match self.naming {
+            Naming::Gguf => "token_embd.weight".to_owned(),
+            Naming::HuggingFace { prefix } => format!("{prefix}embed_tokens.weight"),
         }
-        let rows = self.matrix(name, self.config.vocabulary, self.config.hidden)?;
-        Ok(Some((name.to_owned(), plain(vec![rows]))))
+    }
+
+    /// The name of the output projection; `None` when it is the embedding.
+    ///
+    /// # Errors
+    /// [`ModelError::MissingHead`] when it is not there and is not the embedding either.
+    pub(super) fn output_name(&self) -> Result<Option<&'static str>, ModelError> {
+        let names: &[&str] = match self.naming {
+            Naming::Gguf => &["output.weight"],
+            Naming::HuggingFace { .. } => &["lm_head.weight", "language_model.lm_head.weight"],
+        };
+        match names.iter().find(|name| self.holds(name)) {
+            Some(name) => Ok(Some(name)),
+            None if self.tied => Ok(None),
+            None => Err(ModelError::MissingHead {
+                name: names[0].to_owned(),
+            }),
+        }
+    }
+
+    /// The name of the norm before the output projection.
+    pub(super) fn final_norm_name(&self) -> String {
+        match self.naming {
+            Naming::Gguf => "output_norm.weight".to_owned(),
+            Naming::HuggingFace { prefix } => format!("{prefix}norm.weight"),
+        }
+    }
+
+    /// The token embedding.
+    pub(super) fn embedding(&self) -> Result<StoredLinear<'_>, ModelError> {
+        let (rows, columns) = (self.config.vocabulary, self.config.hidden);
+        let rows = self.matrix(&self.embedding_name(), rows, columns)?;
+        Ok(plain(vec![rows]))
+    }
+
+    /// The output projection; `None` when it is the embedding, or a copy of it that the
+    /// model says it is. One that differs is used whatever the model says.
+    pub(super) fn output(&self) -> Result<Option<StoredLinear<'_>>, ModelError> {
+        let Some(name) = self.output_name()? else {
+            return Ok(None);
+        };
+        let output = self.matrix(name, self.config.vocabulary, self.config.hidden)?;
+        if self.tied && self.naming != Naming::Gguf {
+            let embedding = self.tensor(&self.embedding_name())?;
+            let alike = embedding.dtype == output.dtype;
+            if alike && self.weights.read(&embedding)? == output.data {
+                return Ok(None);
+            }
+        }
+        Ok(Some(plain(vec![output])))
     }
 
     /// The norm before the output projection.
     pub(super) fn final_norm(&self) -> Result<Vec<f32>, ModelError> {
-        let name = match self.naming {
-            Naming::Gguf => "output_norm.weight".to_owned(),
-            Naming::HuggingFace { prefix } => format!("{prefix}norm.weight"),
-        };
-        self.norm_weight(&name, self.config.hidden)
+        self.norm_weight(&self.final_norm_name(), self.config.hidden)
     }
 
     /// The weight of a norm of a layer.
@@ -165,17 +244,15 @@ impl ModelSource {
     }
 
     /// Query, key and value of a layer, stacked.
-    pub(super) fn qkv(&self, layer: usize) -> Result<LinearSpec<'_>, ModelError> {
+    pub(super) fn qkv(&self, layer: usize) -> Result<StoredLinear<'_>, ModelError> {
         let heads = self.config.heads;
         let (q, kv) = (heads.q_columns(), heads.kv_heads * heads.head_dim);
-        // Fused rows would have to be taken apart to undo an interleaving.
-        let interleaved = self.naming == Naming::Gguf && self.config.family.gguf_interleaves_rope();
-        if !interleaved && self.has(layer, Part::FusedQkv) {
+        if self.fuses_qkv(layer) {
             return self.linear(layer, &[(Part::FusedQkv, q + 2 * kv)], self.config.hidden);
         }
         let parts = [(Part::Query, q), (Part::Key, kv), (Part::Value, kv)];
         let mut spec = self.linear(layer, &parts, self.config.hidden)?;
-        if interleaved {
+        if self.interleaves() {
             let order = RowOrder::RopeInterleaved {
                 head_dim: heads.head_dim,
             };
@@ -189,14 +266,25 @@ impl ModelSource {
         Ok(spec)
     }
 
+    /// Whether query and key rows are stored interleaved for RoPE.
+    fn interleaves(&self) -> bool {
+        self.naming == Naming::Gguf && self.config.family.gguf_interleaves_rope()
+    }
+
+    /// Whether query, key and value of a layer are one tensor.
+    pub(super) fn fuses_qkv(&self, layer: usize) -> bool {
+        // Fused rows would have to be taken apart to undo an interleaving.
+        !self.interleaves() && self.holds(&self.name(layer, Part::FusedQkv))
+    }
+
     /// The attention's output projection.
-    pub(super) fn attention_out(&self, layer: usize) -> Result<LinearSpec<'_>, ModelError> {
+    pub(super) fn attention_out(&self, layer: usize) -> Result<StoredLinear<'_>, ModelError> {
         let columns = self.config.heads.q_columns();
         self.linear(layer, &[(Part::AttentionOut, self.config.hidden)], columns)
     }
 
     /// Gate and up projection of a dense layer, stacked.
-    pub(super) fn gate_up(&self, layer: usize) -> Result<LinearSpec<'_>, ModelError> {
+    pub(super) fn gate_up(&self, layer: usize) -> Result<StoredLinear<'_>, ModelError> {
         let (width, hidden) = (self.config.intermediate, self.config.hidden);
         // Phi 3: one tensor for both, which GGUF files call `ffn_up`.
         if self.config.family == Family::Phi3 {
@@ -206,7 +294,7 @@ impl ModelSource {
     }
 
     /// Down projection of a dense layer.
-    pub(super) fn down(&self, layer: usize) -> Result<LinearSpec<'_>, ModelError> {
+    pub(super) fn down(&self, layer: usize) -> Result<StoredLinear<'_>, ModelError> {
         self.linear(
             layer,
             &[(Part::Down, self.config.hidden)],
@@ -219,7 +307,7 @@ impl ModelSource {
         &self,
         layer: usize,
         experts: usize,
-    ) -> Result<LinearSpec<'_>, ModelError> {
+    ) -> Result<StoredLinear<'_>, ModelError> {
         self.linear(layer, &[(Part::Router, experts)], self.config.hidden)
     }
 
@@ -229,7 +317,7 @@ impl ModelSource {
         layer: usize,
         expert: usize,
         width: usize,
-    ) -> Result<(LinearSpec<'_>, LinearSpec<'_>), ModelError> {
+    ) -> Result<(StoredLinear<'_>, StoredLinear<'_>), ModelError> {
         let hidden = self.config.hidden;
         let gate = self.expert_rows(layer, Part::ExpertGate(expert), expert, width, hidden)?;
         let up = self.expert_rows(layer, Part::ExpertUp(expert), expert, width, hidden)?;
@@ -237,29 +325,8 @@ impl ModelSource {
         Ok((plain(vec![gate, up]), plain(vec![down])))
     }
 
-    /// Tells the source that a layer's tensors have been loaded.
-    pub(super) fn release_layer(&self, layer: usize) {
-        let prefix = match self.naming {
-            Naming::Gguf => format!("blk.{layer}."),
-            Naming::HuggingFace { prefix } => format!("{prefix}layers.{layer}."),
-        };
-        for name in self.weights.names() {
-            if name.starts_with(&prefix) {
-                self.weights.release(name);
-            }
-        }
-    }
-
-    /// Tells the source that a tensor has been loaded.
-    pub(super) fn release(&self, name: &str) {
-        self.weights.release(name);
-    }
-
-    fn has(&self, layer: usize, part: Part) -> bool {
-        self.weights.tensor(&self.name(layer, part)).is_some()
-    }
-
-    fn name(&self, layer: usize, part: Part) -> String {
+    /// The name of the weight of a part of a layer.
+    pub(super) fn name(&self, layer: usize, part: Part) -> String {
         match self.naming {
             Naming::Gguf => format!("blk.{layer}.{}.weight", gguf_name(part)),
             Naming::HuggingFace { prefix } => {
@@ -284,15 +351,15 @@ impl ModelSource {
         layer: usize,
         parts: &[(Part, usize)],
         columns: usize,
-    ) -> Result<LinearSpec<'_>, ModelError> {
+    ) -> Result<StoredLinear<'_>, ModelError> {
         let mut spec = plain(Vec::with_capacity(parts.len()));
         let mut bias = Vec::new();
         let mut biased = false;
         for &(part, rows) in parts {
             let name = self.name(layer, part);
             spec.parts.push(self.matrix(&name, rows, columns)?);
-            let bias_name = format!("{}bias", name.trim_end_matches("weight"));
-            if self.weights.tensor(&bias_name).is_some() {
+            let bias_name = bias_name(&name);
+            if self.has_bias(part, &bias_name) {
                 bias.extend(self.vector(&bias_name, rows)?);
                 biased = true;
             } else {
@@ -303,13 +370,48 @@ impl ModelSource {
         Ok(spec)
     }
 
+    /// Whether a part has a bias, which is there if so: by the model's settings or, where
+    /// they do not say, by the file.
+    pub(super) fn has_bias(&self, part: Part, name: &str) -> bool {
+        let biases = self.config.biases;
+        let said = match part {
+            Part::Query | Part::Key | Part::Value | Part::FusedQkv => biases.qkv,
+            Part::AttentionOut => biases.attention_out,
+            _ => biases.feed_forward,
+        };
+        said.unwrap_or_else(|| self.holds(name))
+    }
+
     fn matrix(
         &self,
         name: &str,
         rows: usize,
         columns: usize,
-    ) -> Result<WeightRows<'_>, ModelError> {
-        as_rows(name, &self.tensor(name)?, rows, columns)
+    ) -> Result<StoredRows<'_>, ModelError> {
+        self.rows(&self.tensor(name)?, rows, columns)
+    }
+
+    /// Reads the rows of a matrix.
+    fn rows(
+        &self,
+        tensor: &TensorView<'_>,
+        rows: usize,
+        columns: usize,
+    ) -> Result<StoredRows<'_>, ModelError> {
+        if tensor.shape != [rows, columns] {
+            return Err(ModelError::WrongShape {
+                name: tensor.name.to_owned(),
+                found: tensor.shape.to_vec(),
+                expected: vec![rows, columns],
+            });
+        }
+        Ok(StoredRows {
+            dtype: tensor.dtype,
+            rows,
+            columns,
+            data: self.weights.read(tensor)?,
+            order: RowOrder::AsStored,
+        })
     }
 
     /// An expert's matrix: a tensor of its own, or a slice of a stacked one.
@@ -320,15 +422,8 @@ impl ModelSource {
         expert: usize,
         rows: usize,
         columns: usize,
-    ) -> Result<WeightRows<'_>, ModelError> {
-        let stacked = match (self.naming, part) {
-            (Naming::Gguf, Part::ExpertGate(_)) => Some("ffn_gate_exps"),
-            (Naming::Gguf, Part::ExpertUp(_)) => Some("ffn_up_exps"),
-            (Naming::Gguf, Part::ExpertDown(_)) => Some("ffn_down_exps"),
-            _ => None,
-        };
-        let stacked = stacked.map(|name| format!("blk.{layer}.{name}.weight"));
-        if let Some(name) = stacked
+    ) -> Result<StoredRows<'_>, ModelError> {
+        if let Some(name) = self.stacked_name(layer, part)
             && let Some(tensor) = self.weights.tensor(&name)
         {
             let slice = tensor.slice(expert).ok_or_else(|| ModelError::WrongShape {
@@ -336,9 +431,20 @@ impl ModelSource {
                 found: tensor.shape.to_vec(),
                 expected: vec![expert + 1, rows, columns],
             })?;
-            return as_rows(&name, &slice, rows, columns);
+            return self.rows(&slice, rows, columns);
         }
         self.matrix(&self.name(layer, part), rows, columns)
+    }
+
+    /// The name of the tensor that all experts of a layer are stacked in, if files have one.
+    pub(super) fn stacked_name(&self, layer: usize, part: Part) -> Option<String> {
+        let name = match (self.naming, part) {
+            (Naming::Gguf, Part::ExpertGate(_)) => "ffn_gate_exps",
+            (Naming::Gguf, Part::ExpertUp(_)) => "ffn_up_exps",
+            (Naming::Gguf, Part::ExpertDown(_)) => "ffn_down_exps",
+            _ => return None,
+        };
+        Some(format!("blk.{layer}.{name}.weight"))
     }
 
     fn norm_weight(&self, name: &str, length: usize) -> Result<Vec<f32>, ModelError> {
@@ -366,37 +472,18 @@ impl ModelSource {
             });
         }
         let mut values = vec![0.0; length];
-        quant::dequantize(tensor.dtype, tensor.data, &mut values);
-        self.weights.release(name);
+        quant::dequantize(tensor.dtype, &self.weights.read(&tensor)?, &mut values);
         Ok(values)
     }
 }
 
-fn plain(parts: Vec<WeightRows<'_>>) -> LinearSpec<'_> {
-    LinearSpec { parts, bias: None }
+fn plain(parts: Vec<StoredRows<'_>>) -> StoredLinear<'_> {
+    StoredLinear { parts, bias: None }
 }
 
-fn as_rows<'a>(
-    name: &str,
-    tensor: &TensorView<'a>,
-    rows: usize,
-    columns: usize,
-) -> Result<WeightRows<'a>, ModelError> {
-    if tensor.shape != [rows, columns] {
-        return Err(ModelError::WrongShape {
-            name: name.to_owned(),
-            found: tensor.shape.to_vec(),
-            expected: vec![rows, columns],
-        });
-    }
-    let order = RowOrder::AsStored;
-    Ok(WeightRows {
-        dtype: tensor.dtype,
-        rows,
-        columns,
-        data: tensor.data,
-        order,
-    })
+/// The name of the bias that belongs to a weight.
+pub(super) fn bias_name(weight: &str) -> String {
+    format!("{}bias", weight.trim_end_matches("weight"))
 }
 
 fn reorder(values: &mut [f32], order: RowOrder) {

@@ -9,7 +9,7 @@ use std::time::Duration;
 pub(super) fn context_tokens(model: &ModelConfig, config: &EngineConfig) -> usize {
     config
         .max_context
-        .unwrap_or(model.context)
+        .unwrap_or(model.native_context())
         .min(model.context)
 }
 

@@ -1,5 +1,6 @@
 //! A tokenizer from a Hugging Face folder: `tokenizer.json` and the files beside it.
 
+use crate::weights::from_python_json;
 use super::TextError;
 use super::byte_level::{byte_characters, token_bytes};
 use super::end_tokens::end_tokens;
@@ -219,7 +220,7 @@ fn json(dir: &Path, name: &str) -> Result<Value, TextError> {
     let Some(text) = read(&path)? else {
         return Ok(Value::Null);
     };
-    serde_json::from_str(&text).map_err(|error| TextError::File {
+    from_python_json(text.as_bytes()).map_err(|error| TextError::File {
         path,
         found: format!("not readable ({error})"),
         expected: "JSON",

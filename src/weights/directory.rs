@@ -1,24 +1,45 @@
 //! The tensors of one or more open files, found by name: what GGUF files and
 //! Hugging Face folders have in common.
 
-use super::map::MappedFile;
-use super::{DType, TensorView};
+use super::file::WeightFile;
+use super::{DType, TensorView, WeightsError, quant};
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+/// Bytes that one thread reads and checks at a time: they are still in its cache when they
+/// are checked.
+const CHUNK: usize = 1 << 20;
+
+/// Threads that read one tensor at most.
+const MOST_THREADS: usize = 8;
+
 /// The bytes of a model file.
 #[derive(Debug)]
 pub(super) enum Contents {
-    Mapped(MappedFile),
+    File(WeightFile),
     Owned(Vec<u8>),
 }
 
 impl Contents {
-    pub(super) fn bytes(&self) -> &[u8] {
+    /// Number of bytes.
+    pub(super) fn len(&self) -> usize {
         match self {
-            Self::Mapped(file) => file.bytes(),
-            Self::Owned(bytes) => bytes,
+            Self::File(file) => file.len(),
+            Self::Owned(bytes) => bytes.len(),
+        }
+    }
+
+    /// The first `count` bytes, of which there must be so many.
+    pub(super) fn head(&self, count: usize) -> Result<Cow<'_, [u8]>, WeightsError> {
+        match self {
+            Self::File(file) => {
+                let mut bytes = vec![0; count];
+                file.read(0, &mut bytes)?;
+                Ok(Cow::Owned(bytes))
+            }
+            Self::Owned(bytes) => Ok(Cow::Borrowed(&bytes[..count])),
         }
     }
 }
@@ -100,17 +121,16 @@ impl Directory {
     /// Size in bytes of all files together.
     pub(super) fn file_bytes(&self) -> u64 {
         let parts = self.parts.iter();
-        parts.map(|part| part.contents.bytes().len() as u64).sum()
+        parts.map(|part| part.contents.len() as u64).sum()
     }
 
     pub(super) fn tensor(&self, name: &str) -> Option<TensorView<'_>> {
-        let Tensor { part, entry } = self.tensors.get(*self.by_name.get(name)?)?;
-        let bytes = self.parts.get(*part)?.contents.bytes();
+        let Tensor { entry, .. } = self.tensors.get(*self.by_name.get(name)?)?;
         Some(TensorView {
             name: &entry.name,
             dtype: entry.dtype,
             shape: &entry.shape,
-            data: bytes.get(entry.range.clone())?,
+            bytes: 0..entry.range.len(),
         })
     }
 
@@ -119,13 +139,83 @@ impl Directory {
         tensors.map(|tensor| tensor.entry.name.as_str()).collect()
     }
 
-    pub(super) fn release(&self, name: &str) {
-        let Some(&index) = self.by_name.get(name) else {
-            return;
+    /// See [`WeightSource::read`](super::WeightSource::read).
+    pub(super) fn read(&self, view: &TensorView<'_>) -> Result<Cow<'_, [u8]>, WeightsError> {
+        let tensor = self.by_name.get(view.name).map(|&index| &self.tensors[index]);
+        let place = tensor.and_then(|Tensor { part, entry }| {
+            let start = entry.range.start.checked_add(view.bytes.start)?;
+            let end = entry.range.start.checked_add(view.bytes.end)?;
+            (start <= end && end <= entry.range.end).then_some((&self.parts[*part], start..end))
+        });
+        let Some((part, range)) = place else {
+            let what = format!("no tensor {:?} with bytes {:?}", view.name, view.bytes);
+            let source = std::io::Error::new(std::io::ErrorKind::NotFound, what);
+            let path = self.parts.first().map_or_else(PathBuf::new, |part| part.path.clone());
+            return Err(WeightsError::Io { path, source });
         };
-        let Tensor { part, entry } = &self.tensors[index];
-        if let Contents::Mapped(file) = &self.parts[*part].contents {
-            file.release(entry.range.clone());
+        let not_finite = |first: usize, index: usize| WeightsError::NotFinite {
+            path: part.path.clone(),
+            tensor: view.name.to_owned(),
+            index: elements(view.dtype, view.bytes.start + first) + index,
+        };
+        match &part.contents {
+            Contents::Owned(bytes) => {
+                let data = &bytes[range];
+                match quant::first_not_finite(view.dtype, data) {
+                    Some(index) => Err(not_finite(0, index)),
+                    None => Ok(Cow::Borrowed(data)),
+                }
+            }
+            Contents::File(file) => {
+                let mut data = vec![0; range.len()];
+                in_chunks(&mut data, view.dtype.block_bytes(), &|first, chunk| {
+                    file.read(range.start + first, chunk)?;
+                    match quant::first_not_finite(view.dtype, chunk) {
+                        Some(index) => Err(not_finite(first, index)),
+                        None => Ok(()),
+                    }
+                })?;
+                Ok(Cow::Owned(data))
+            }
         }
     }
+}
+
+/// Weights in the first `bytes` bytes.
+fn elements(dtype: DType, bytes: usize) -> usize {
+    bytes / dtype.block_bytes() * dtype.block_elements()
+}
+
+type Fill<'a> = dyn Fn(usize, &mut [u8]) -> Result<(), WeightsError> + Sync + 'a;
+
+/// Has every chunk of `data`, of whole blocks, filled by `fill`, which is given its offset;
+/// by several threads where there is much to do.
+fn in_chunks(data: &mut [u8], block: usize, fill: &Fill<'_>) -> Result<(), WeightsError> {
+    let chunk = CHUNK.next_multiple_of(block);
+    let in_turn = |start: usize, share: &mut [u8]| {
+        let chunks = share.chunks_mut(chunk).enumerate();
+        let mut filled = chunks.map(|(index, part)| fill(start + index * chunk, part));
+        filled.try_for_each(|outcome| outcome)
+    };
+    let chunks = data.len().div_ceil(chunk);
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = processors.min(MOST_THREADS).min(chunks / 2);
+    if threads < 2 {
+        return in_turn(0, data);
+    }
+    let share = chunks.div_ceil(threads) * chunk;
+    std::thread::scope(|scope| {
+        let mut shares = data.chunks_mut(share).enumerate();
+        let own = shares.next();
+        let others: Vec<_> = shares
+            .map(|(index, part)| scope.spawn(move || in_turn(index * share, part)))
+            .collect();
+        let mut outcome = own.map_or(Ok(()), |(_, part)| in_turn(0, part));
+        for thread in others {
+            let theirs = thread.join();
+            let theirs = theirs.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            outcome = outcome.and(theirs);
+        }
+        outcome
+    })
 }

@@ -2,11 +2,12 @@
 //! or in shards.
 
 use super::directory::{Contents, Directory};
-use super::map::MappedFile;
+use super::file::WeightFile;
 use super::source::refuse_lfs_pointer;
-use super::{TensorView, WeightSource, WeightsError, safetensors};
+use super::{TensorView, WeightSource, WeightsError, from_python_json, safetensors};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
@@ -33,10 +34,10 @@ struct Index {
 }
 
 impl ModelFolder {
-    /// Opens the folder at `path`: reads `config.json`, and maps
+    /// Opens the folder at `path`: reads `config.json`, and opens
     /// `model.safetensors` or, where there is none, the shards named by
     /// `model.safetensors.index.json`. The files must not be changed while they
-    /// are open; see [`MappedFile`].
+    /// are open.
     ///
     /// # Errors
     /// [`WeightsError::Io`] when a file cannot be read,
@@ -92,8 +93,8 @@ impl WeightSource for ModelFolder {
         self.directory.names()
     }
 
-    fn release(&self, name: &str) {
-        self.directory.release(name);
+    fn read(&self, tensor: &TensorView<'_>) -> Result<Cow<'_, [u8]>, WeightsError> {
+        self.directory.read(tensor)
     }
 }
 
@@ -159,7 +160,7 @@ fn shard_path(folder: &Path, name: &str, index: &Path) -> Result<PathBuf, Weight
     })
 }
 
-/// Maps a weight file and adds its tensors, or only `wanted` of them, all of
+/// Opens a weight file and adds its tensors, or only `wanted` of them, all of
 /// which it must have.
 fn add_file(
     directory: &mut Directory,
@@ -171,8 +172,8 @@ fn add_file(
         format: "safetensors",
         problem,
     };
-    let file = MappedFile::open(path)?;
-    let mut entries = safetensors::read(file.bytes(), path)?;
+    let file = WeightFile::open(path)?;
+    let mut entries = safetensors::read(&file, path)?;
     if let Some(wanted) = wanted {
         entries.retain(|entry| wanted.contains(entry.name.as_str()));
         if entries.len() < wanted.len() {
@@ -183,7 +184,7 @@ fn add_file(
             )));
         }
     }
-    let contents = Contents::Mapped(file);
+    let contents = Contents::File(file);
     directory.add(path, contents, entries).map_err(|repeated| {
         malformed(format!(
             "tensor {:?} is also in {}",
@@ -211,5 +212,5 @@ fn read_json<T: DeserializeOwned>(path: &Path, format: &'static str) -> Result<T
     }
     let text = std::fs::read(path).map_err(failed)?;
     refuse_lfs_pointer(&text, path)?;
-    serde_json::from_slice(&text).map_err(|error| malformed(error.to_string()))
+    from_python_json(&text).map_err(|error| malformed(error.to_string()))
 }

@@ -5,9 +5,10 @@
 
 mod directory;
 mod dtype;
+mod file;
 pub mod folder;
 pub mod gguf;
-mod map;
+mod json;
 pub mod quant;
 mod random;
 mod safetensors;
@@ -16,7 +17,7 @@ mod source;
 pub use dtype::DType;
 pub use folder::ModelFolder;
 pub use gguf::Gguf;
-pub use map::MappedFile;
+pub use json::from_python_json;
 pub use random::{RANDOM_DEVIATION, RandomContent, RandomTensor, RandomWeights, UnfitTensor};
 pub(crate) use source::is_lfs_pointer;
 pub use source::{ParameterCount, TensorView, WeightSource, WeightsError};

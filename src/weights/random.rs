@@ -1,7 +1,8 @@
 //! Tensors of random numbers, to measure a model of any size without having one.
 
-use super::{DType, TensorView, WeightSource};
+use super::{DType, TensorView, WeightSource, WeightsError};
 use half::{bf16, f16};
+use std::borrow::Cow;
 use std::collections::HashMap;
 
 /// The standard deviation of the weights: what models are initialised with.
@@ -116,23 +117,33 @@ pub struct UnfitTensor {
     pub format: DType,
 }
 
+impl RandomWeights {
+    /// The bytes of the tensor called `name`, if there is one.
+    pub fn bytes(&self, name: &str) -> Option<&[u8]> {
+        let &index = self.by_name.get(name)?;
+        if let Some(bytes) = self.constants.get(&index) {
+            return Some(bytes);
+        }
+        let elements = self.tensors.get(index)?.shape.iter().product();
+        let bytes = self.format.bytes_for(elements)?;
+        let start = index * 97 % PLACES * self.format.block_bytes();
+        self.pool.get(start..start + bytes)
+    }
+}
+
 impl WeightSource for RandomWeights {
     fn tensor(&self, name: &str) -> Option<TensorView<'_>> {
         let &index = self.by_name.get(name)?;
         let tensor = self.tensors.get(index)?;
-        let (dtype, data) = match self.constants.get(&index) {
-            Some(bytes) => (DType::F32, bytes.as_slice()),
-            None => {
-                let bytes = self.format.bytes_for(tensor.shape.iter().product())?;
-                let start = index * 97 % PLACES * self.format.block_bytes();
-                (self.format, self.pool.get(start..start + bytes)?)
-            }
+        let dtype = match self.constants.contains_key(&index) {
+            true => DType::F32,
+            false => self.format,
         };
         Some(TensorView {
             name: &tensor.name,
             dtype,
             shape: &tensor.shape,
-            data,
+            bytes: 0..self.bytes(name)?.len(),
         })
     }
 
@@ -143,7 +154,14 @@ impl WeightSource for RandomWeights {
             .collect()
     }
 
-    fn release(&self, _: &str) {}
+    fn read(&self, tensor: &TensorView<'_>) -> Result<Cow<'_, [u8]>, WeightsError> {
+        let bytes = self.bytes(tensor.name);
+        let bytes = bytes.and_then(|bytes| bytes.get(tensor.bytes.clone()));
+        bytes.map(Cow::Borrowed).ok_or_else(|| WeightsError::Io {
+            path: "random weights".into(),
+            source: std::io::Error::other(format!("there is no tensor {:?}", tensor.name)),
+        })
+    }
 }
 
 /// At least `bytes` bytes of random weights. They do not depend on how many threads
@@ -288,9 +306,10 @@ mod tests {
             let source = weights(format);
             let tensor = source.tensor("b").unwrap();
             assert_eq!(tensor.dtype, format);
-            assert_eq!(Some(tensor.data.len()), format.bytes_for(64 * 512));
+            let data = source.read(&tensor).unwrap();
+            assert_eq!(Some(data.len()), format.bytes_for(64 * 512));
             let mut values = vec![0.0; 64 * 512];
-            dequantize(format, tensor.data, &mut values);
+            dequantize(format, &data, &mut values);
             let count = values.len() as f32;
             let mean = values.iter().sum::<f32>() / count;
             let square = values.iter().map(|x| x * x).sum::<f32>() / count;
@@ -305,7 +324,7 @@ mod tests {
     fn tensors_differ_from_each_other_and_are_alike_each_time() {
         for format in [DType::BF16, DType::Q4K] {
             let (first, second) = (weights(format), weights(format));
-            let data = |source: &RandomWeights, name| source.tensor(name).unwrap().data.to_vec();
+            let data = |source: &RandomWeights, name| source.bytes(name).unwrap().to_vec();
             assert_eq!(data(&first, "a"), data(&second, "a"));
             assert_ne!(data(&first, "a"), data(&first, "b"));
         }
@@ -316,7 +335,7 @@ mod tests {
         let source = weights(DType::Q8_0);
         let tensor = source.tensor("c").unwrap();
         assert_eq!(tensor.dtype, DType::F32);
-        assert_eq!(tensor.data, 1f32.to_le_bytes().repeat(64 * 512));
+        assert_eq!(source.bytes("c").unwrap(), 1f32.to_le_bytes().repeat(64 * 512));
     }
 
     #[test]

@@ -1,15 +1,13 @@
 //! One safetensors file: its header, checked against the file it describes.
 //!
-//! The `safetensors` crate parses the header and checks that the tensors' bytes
-//! follow each other without gaps to the end of the file. It lets a repeated name
-//! overwrite the first and says little about what is wrong where; that is checked
-//! here.
+//! Only the header is read. The tensors' bytes must follow each other without gaps to the
+//! end of the file, and no name may appear twice.
 
 use super::directory::TensorEntry;
-use super::source::refuse_lfs_pointer;
+use super::file::WeightFile;
+use super::source::{LFS_POINTER, refuse_lfs_pointer};
 use super::{DType, WeightsError};
 use ::safetensors::tensor::{Dtype as StoredDtype, TensorInfo};
-use ::safetensors::{SafeTensorError, SafeTensors};
 use serde::de::{Deserializer, Error, IgnoredAny, MapAccess, Visitor};
 use std::collections::HashSet;
 use std::fmt;
@@ -18,81 +16,109 @@ use std::path::Path;
 /// Bytes of the length that a file begins with.
 const LENGTH_BYTES: usize = 8;
 
-/// Reads the header of the file at `path`, whose contents are `bytes`. The
-/// tensors come in the order of their bytes.
+/// The longest header that the format allows.
+const LONGEST_HEADER: u64 = 100_000_000;
+
+/// Reads the header of `file`, which is at `path`. The tensors come in the order of their
+/// bytes.
 ///
 /// # Errors
 /// [`WeightsError::Malformed`], and [`WeightsError::Unsupported`] for a tensor
 /// that is not F32, F16 or BF16.
-pub(super) fn read(bytes: &[u8], path: &Path) -> Result<Vec<TensorEntry>, WeightsError> {
+pub(super) fn read(file: &WeightFile, path: &Path) -> Result<Vec<TensorEntry>, WeightsError> {
     let malformed = |problem: String| WeightsError::Malformed {
         path: path.to_owned(),
         format: "safetensors",
         problem,
     };
-    refuse_lfs_pointer(bytes, path)?;
-    let (header_bytes, header) =
-        SafeTensors::read_metadata(bytes).map_err(|error| malformed(explain(error, bytes)))?;
-    let data_start = LENGTH_BYTES + header_bytes;
-    check_names(&bytes[LENGTH_BYTES..data_start]).map_err(|error| malformed(error.to_string()))?;
-
+    let mut head = vec![0; LFS_POINTER.min(file.len())];
+    file.read(0, &mut head)?;
+    refuse_lfs_pointer(&head, path)?;
+    let header = read_header(file, &malformed)?;
+    let data_start = LENGTH_BYTES + header.len();
+    let data_bytes = file.len() - data_start;
+    let header = std::str::from_utf8(&header)
+        .map_err(|error| malformed(format!("the header is not valid UTF-8: {error}")))?;
+    let mut json = serde_json::Deserializer::from_str(header);
+    let tensors = json.deserialize_map(Tensors);
+    let tensors = tensors.and_then(|tensors| json.end().map(|()| tensors));
+    let mut tensors = tensors.map_err(|error| malformed(error.to_string()))?;
+    tensors.sort_by(|(a_name, a), (b_name, b)| {
+        let by_place = a.data_offsets.cmp(&b.data_offsets);
+        by_place.then_with(|| a_name.cmp(b_name))
+    });
     let mut entries = Vec::new();
-    for (name, info) in header.tensors() {
-        let dtype = dtype(&name, info, path)?;
-        let range = tensor_range(dtype, info, data_start, bytes.len()).ok_or_else(|| {
-            malformed(format!(
-                "tensor {name:?} of shape {:?} in {dtype} does not fit its bytes {:?} of {}",
-                info.shape,
-                info.data_offsets,
-                bytes.len() - data_start
-            ))
-        })?;
+    let mut end_before = 0;
+    for (name, info) in tensors {
+        let (start, end) = info.data_offsets;
+        if start != end_before || end < start {
+            return Err(malformed(format!(
+                "tensor {name:?} does not begin where the one before it ends, or ends before it \
+                 begins"
+            )));
+        }
+        end_before = end;
+        let dtype = dtype(&name, &info, path)?;
+        let shape = &info.shape;
+        let elements = shape.iter().try_fold(1usize, |all, &one| all.checked_mul(one));
+        let Some(bytes) = elements.and_then(|elements| dtype.bytes_for(elements)) else {
+            return Err(malformed(format!(
+                "tensor {name:?} of shape {shape:?} has more bytes than can be addressed"
+            )));
+        };
+        if bytes != end - start {
+            return Err(malformed(format!(
+                "tensor {name:?} of shape {shape:?} in {dtype} needs {bytes} bytes but is given {}",
+                end - start
+            )));
+        }
+        let range = data_start.checked_add(start).zip(data_start.checked_add(end));
+        let Some((start, end)) = range else {
+            return Err(malformed(format!("tensor {name:?} ends behind all files")));
+        };
         entries.push(TensorEntry {
             name,
             dtype,
-            shape: info.shape.clone(),
-            range,
+            shape: info.shape,
+            range: start..end,
         });
     }
-    entries.sort_by(|a, b| {
-        let key = |entry: &TensorEntry| (entry.range.start, entry.range.end);
-        key(a).cmp(&key(b)).then_with(|| a.name.cmp(&b.name))
-    });
+    if end_before != data_bytes {
+        return Err(malformed(format!(
+            "the header describes {end_before} bytes, more or fewer bytes than the {data_bytes} \
+             that follow it in the file"
+        )));
+    }
     Ok(entries)
 }
 
-/// The crate's errors, with what was found where it does not say.
-fn explain(error: SafeTensorError, bytes: &[u8]) -> String {
-    let header = bytes
-        .first_chunk()
-        .map_or(0, |length| u64::from_le_bytes(*length));
-    match error {
-        SafeTensorError::HeaderTooSmall => format!(
-            "the file has {} bytes, fewer than the {LENGTH_BYTES} of the header's length",
-            bytes.len()
-        ),
-        SafeTensorError::HeaderTooLarge => {
-            format!("the header is {header} bytes long; at most 100000000 are allowed")
-        }
-        SafeTensorError::InvalidHeaderLength => format!(
-            "the header is {header} bytes long, but the file has {} bytes",
-            bytes.len()
-        ),
-        SafeTensorError::MetadataIncompleteBuffer => format!(
-            "the header describes more or fewer bytes than the {} of the file",
-            bytes.len()
-        ),
-        SafeTensorError::InvalidOffset(name) => format!(
-            "tensor {name:?} does not begin where the one before it ends, or ends before it begins"
-        ),
-        SafeTensorError::TensorInvalidInfo => {
-            "a tensor's shape does not fit the bytes it is given".into()
-        }
-        SafeTensorError::ValidationOverflow => {
-            "a tensor has more bytes than can be addressed".into()
-        }
-        other => other.to_string(),
+/// The bytes of the header.
+fn read_header(
+    file: &WeightFile,
+    malformed: &dyn Fn(String) -> WeightsError,
+) -> Result<Vec<u8>, WeightsError> {
+    let size = file.len();
+    if size < LENGTH_BYTES {
+        return Err(malformed(format!(
+            "the file has {size} bytes, fewer than the {LENGTH_BYTES} of the header's length"
+        )));
     }
+    let mut length = [0; LENGTH_BYTES];
+    file.read(0, &mut length)?;
+    let length = u64::from_le_bytes(length);
+    if length > (size - LENGTH_BYTES) as u64 {
+        return Err(malformed(format!(
+            "the header is {length} bytes long, but the file has {size} bytes"
+        )));
+    }
+    if length > LONGEST_HEADER {
+        return Err(malformed(format!(
+            "the header is {length} bytes long; at most {LONGEST_HEADER} are allowed"
+        )));
+    }
+    let mut header = vec![0; length as usize];
+    file.read(LENGTH_BYTES, &mut header)?;
+    Ok(header)
 }
 
 fn dtype(name: &str, info: &TensorInfo, path: &Path) -> Result<DType, WeightsError> {
@@ -108,46 +134,29 @@ fn dtype(name: &str, info: &TensorInfo, path: &Path) -> Result<DType, WeightsErr
     }
 }
 
-/// The tensor's bytes in a file of `file_bytes`, or `None` when its shape and its
-/// offsets do not agree or lead out of the file.
-fn tensor_range(
-    dtype: DType,
-    info: &TensorInfo,
-    data_start: usize,
-    file_bytes: usize,
-) -> Option<std::ops::Range<usize>> {
-    let (start, end) = info.data_offsets;
-    let elements = info
-        .shape
-        .iter()
-        .try_fold(1usize, |product, &dimension| product.checked_mul(dimension))?;
-    let fits = dtype.bytes_for(elements)? == end.checked_sub(start)?;
-    let (start, end) = (data_start.checked_add(start)?, data_start.checked_add(end)?);
-    (fits && end <= file_bytes).then_some(start..end)
-}
+/// Reads the tensors of a header; fails when a name appears twice.
+struct Tensors;
 
-/// Fails when a name appears twice in the header.
-fn check_names(header: &[u8]) -> Result<(), serde_json::Error> {
-    struct Names;
+impl<'de> Visitor<'de> for Tensors {
+    type Value = Vec<(String, TensorInfo)>;
 
-    impl<'de> Visitor<'de> for Names {
-        type Value = ();
-
-        fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-            formatter.write_str("an object of tensors")
-        }
-
-        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-            let mut seen = HashSet::new();
-            while let Some(name) = map.next_key::<String>()? {
-                map.next_value::<IgnoredAny>()?;
-                if let Some(name) = seen.replace(name) {
-                    return Err(A::Error::custom(format!("tensor {name:?} appears twice")));
-                }
-            }
-            Ok(())
-        }
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("an object of tensors")
     }
 
-    serde_json::Deserializer::from_slice(header).deserialize_map(Names)
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut seen = HashSet::new();
+        let mut tensors = Vec::new();
+        while let Some(name) = map.next_key::<String>()? {
+            if !seen.insert(name.clone()) {
+                return Err(A::Error::custom(format!("tensor {name:?} appears twice")));
+            }
+            if name == "__metadata__" {
+                map.next_value::<IgnoredAny>()?;
+            } else {
+                tensors.push((name, map.next_value()?));
+            }
+        }
+        Ok(tensors)
+    }
 }

@@ -1,11 +1,14 @@
 //! What a model file offers to the model builder: named tensors.
 
 use super::DType;
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
-/// One stored tensor, borrowed from the file's memory map.
+/// One stored tensor, or a part of one: what the file says of it. [`WeightSource::read`]
+/// gives its weights.
 #[derive(Clone, Debug)]
 pub struct TensorView<'a> {
     /// The tensor's name in the file.
@@ -14,9 +17,9 @@ pub struct TensorView<'a> {
     pub dtype: DType,
     /// Its dimensions, outermost first: a weight matrix is `[outputs, inputs]`.
     pub shape: &'a [usize],
-    /// Its bytes: exactly as many as `dtype` and `shape` need, row after row,
-    /// little-endian. They may begin at any address.
-    pub data: &'a [u8],
+    /// Which of the tensor's bytes these are: exactly as many as `dtype` and `shape` need,
+    /// row after row, little-endian.
+    pub bytes: Range<usize>,
 }
 
 impl<'a> TensorView<'a> {
@@ -32,25 +35,14 @@ impl<'a> TensorView<'a> {
         if index >= count {
             return None;
         }
-        let bytes = self.data.len() / count;
+        let bytes = self.bytes.len() / count;
+        let start = self.bytes.start + index * bytes;
         Some(TensorView {
             name: self.name,
             dtype: self.dtype,
             shape: inner,
-            data: &self.data[index * bytes..(index + 1) * bytes],
+            bytes: start..start + bytes,
         })
-    }
-
-    /// Rows `rows` of a matrix. `None` when the tensor is no matrix or has
-    /// fewer rows. The shape of the result is `[rows.len(), columns]` and is
-    /// returned beside it, since a view borrows its shape.
-    pub fn row_bytes(&self, rows: std::ops::Range<usize>) -> Option<&'a [u8]> {
-        let &[count, _] = self.shape else { return None };
-        if rows.end > count || rows.start > rows.end || count == 0 {
-            return None;
-        }
-        let bytes = self.data.len() / count;
-        Some(&self.data[rows.start * bytes..rows.end * bytes])
     }
 }
 
@@ -62,9 +54,12 @@ pub trait WeightSource: Send + Sync {
     /// The names of all tensors, in the file's order.
     fn names(&self) -> Vec<&str>;
 
-    /// Tells the source that the tensor's bytes will not be read again soon, so
-    /// that its pages need not stay in memory. Reading it later still works.
-    fn release(&self, name: &str);
+    /// Reads the bytes of a tensor of this source, all of whose weights are finite.
+    ///
+    /// # Errors
+    /// [`WeightsError::NotFinite`] for a NaN or an infinity,
+    /// [`WeightsError::Shortened`] and [`WeightsError::Io`] when the file cannot be read.
+    fn read(&self, tensor: &TensorView<'_>) -> Result<Cow<'_, [u8]>, WeightsError>;
 
     /// How many weights there are, and in which formats.
     fn count(&self) -> ParameterCount {
@@ -75,7 +70,7 @@ pub trait WeightSource: Send + Sync {
             let of_format = count.by_format.entry(tensor.dtype).or_default();
             *of_format = of_format.saturating_add(elements);
             count.total = count.total.saturating_add(elements);
-            count.bytes += tensor.data.len();
+            count.bytes += tensor.bytes.len();
         }
         count
     }
@@ -149,6 +144,29 @@ pub enum WeightsError {
         /// What would have been accepted.
         expected: String,
     },
+    /// The file became shorter while it was read: somebody else writes to it.
+    #[error("{path} became shorter while it was read: it had {expected} bytes and has {found} now")]
+    Shortened {
+        /// The file.
+        path: PathBuf,
+        /// Its size in bytes when it was opened.
+        expected: u64,
+        /// Its size in bytes now.
+        found: u64,
+    },
+    /// A weight is NaN or infinite.
+    #[error(
+        "{path}: tensor {tensor:?} is not finite: weight {index} or its scale is NaN or infinite"
+    )]
+    NotFinite {
+        /// The file.
+        path: PathBuf,
+        /// The tensor's name.
+        tensor: String,
+        /// The weight's index in the tensor, row after row; for a block format, that of the
+        /// block's first weight.
+        index: usize,
+    },
     /// A file that the model needs is not there.
     #[error("{path} is missing: {reason}")]
     MissingFile {
@@ -158,6 +176,9 @@ pub enum WeightsError {
         reason: String,
     },
 }
+
+/// Bytes at a file's beginning that show whether it is such a pointer.
+pub(super) const LFS_POINTER: usize = 64;
 
 /// Whether `bytes` are what Git leaves in a file's place until Git LFS has fetched it.
 pub(crate) fn is_lfs_pointer(bytes: &[u8]) -> bool {

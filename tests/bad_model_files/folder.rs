@@ -51,8 +51,13 @@ fn open(path: &Path) -> Result<ModelFolder, WeightsError> {
             let tensor = folder.tensor(name).unwrap();
             assert_eq!(
                 tensor.dtype.bytes_for(tensor.elements()),
-                Some(tensor.data.len())
+                Some(tensor.bytes.len())
             );
+            match folder.read(&tensor) {
+                Ok(data) => assert_eq!(data.len(), tensor.bytes.len()),
+                Err(WeightsError::NotFinite { .. }) => {}
+                Err(error) => panic!("{name}: {error}"),
+            }
         }
     }
     assert_little_was_allocated();

@@ -5,13 +5,19 @@ use super::Problem;
 use super::reader::Reader;
 use super::types::tensor_type;
 use super::value::Value;
-use crate::weights::DType;
-use crate::weights::directory::TensorEntry;
+use crate::weights::directory::{Contents, TensorEntry};
+use crate::weights::{DType, WeightsError};
 use std::collections::{BTreeMap, HashSet};
+use std::path::Path;
 
 /// Where tensor data is aligned unless `general.alignment` says otherwise.
 const DEFAULT_ALIGNMENT: u64 = 32;
 const MOST_DIMENSIONS: u32 = 4;
+
+/// Bytes that are read at first; most headers are shorter.
+const FIRST_READ: usize = 8 << 20;
+/// The longest header that is read; real ones are a thirtieth of it.
+const LONGEST_HEADER: usize = 1 << 30;
 
 /// What a GGUF file says about itself.
 #[derive(Debug)]
@@ -23,9 +29,27 @@ pub(super) struct Header {
 }
 
 impl Header {
-    /// Reads the header of a file whose contents are `bytes`.
-    pub(super) fn read(bytes: &[u8]) -> Result<Self, Problem> {
-        let mut reader = Reader::new(bytes);
+    /// Reads the header of a file.
+    pub(super) fn of(contents: &Contents, path: &Path) -> Result<Self, WeightsError> {
+        let size = contents.len();
+        let mut read = FIRST_READ.min(size);
+        loop {
+            match Self::read(&contents.head(read)?, size) {
+                Err(Problem::Short { needed }) if needed > LONGEST_HEADER => {
+                    let problem = format!(
+                        "its header is longer than {needed} bytes; at most {LONGEST_HEADER} are read"
+                    );
+                    return Err(Problem::malformed(problem).at(path));
+                }
+                Err(Problem::Short { needed }) => read = needed.max(4 * read).min(size),
+                outcome => return outcome.map_err(|problem| problem.at(path)),
+            }
+        }
+    }
+
+    /// Reads the header of a file of `size` bytes that begins with `bytes`.
+    fn read(bytes: &[u8], size: usize) -> Result<Self, Problem> {
+        let mut reader = Reader::new(bytes, size);
         check_magic(&mut reader)?;
         let version = read_version(&mut reader)?;
         let tensor_count = reader.count(SMALLEST_TENSOR, "the tensor count")?;
@@ -37,7 +61,7 @@ impl Header {
             .ok_or_else(|| Problem::malformed("the start of the tensor data overflows".into()))?;
         let data = Data {
             start: data_start,
-            end: bytes.len() as u64,
+            end: size as u64,
             alignment,
         };
         let tensors = infos

@@ -16,10 +16,11 @@ mod value;
 pub use value::{Array, Value};
 
 use super::directory::{Contents, Directory, Repeated, TensorEntry};
-use super::map::MappedFile;
-use super::source::refuse_lfs_pointer;
+use super::file::WeightFile;
+use super::source::{LFS_POINTER, refuse_lfs_pointer};
 use super::{TensorView, WeightSource, WeightsError};
 use header::Header;
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -34,9 +35,9 @@ pub struct Gguf {
 }
 
 impl Gguf {
-    /// Maps and checks the file at `path`. The first part of a split file
+    /// Opens and checks the file at `path`. The first part of a split file
     /// (`…-00001-of-0000N.gguf`) opens all parts. The files must not be changed
-    /// while they are open; see [`MappedFile`].
+    /// while they are open.
     ///
     /// # Errors
     /// [`WeightsError::Io`] when a file cannot be read,
@@ -44,7 +45,7 @@ impl Gguf {
     /// [`WeightsError::Unsupported`] for a version, byte order or tensor type that
     /// quell does not read, [`WeightsError::Malformed`] for anything else.
     pub fn open(path: &Path) -> Result<Self, WeightsError> {
-        let mut file = Self::from_contents(path, Contents::Mapped(MappedFile::open(path)?))?;
+        let mut file = Self::from_contents(path, Contents::File(WeightFile::open(path)?))?;
         file.open_other_parts()?;
         Ok(file)
     }
@@ -60,8 +61,8 @@ impl Gguf {
     }
 
     fn from_contents(path: &Path, contents: Contents) -> Result<Self, WeightsError> {
-        refuse_lfs_pointer(contents.bytes(), path)?;
-        let header = Header::read(contents.bytes()).map_err(|problem| problem.at(path))?;
+        refuse_lfs_pointer(&contents.head(LFS_POINTER.min(contents.len()))?, path)?;
+        let header = Header::of(&contents, path)?;
         let mut file = Self {
             path: path.to_owned(),
             version: header.version,
@@ -127,8 +128,8 @@ impl WeightSource for Gguf {
         self.directory.names()
     }
 
-    fn release(&self, name: &str) {
-        self.directory.release(name);
+    fn read(&self, tensor: &TensorView<'_>) -> Result<Cow<'_, [u8]>, WeightsError> {
+        self.directory.read(tensor)
     }
 }
 
@@ -136,7 +137,14 @@ impl WeightSource for Gguf {
 #[derive(Debug)]
 enum Problem {
     Malformed(String),
-    Unsupported { what: String, expected: String },
+    Unsupported {
+        what: String,
+        expected: String,
+    },
+    /// The part of the file that was read is too short: so many bytes of it are needed.
+    Short {
+        needed: usize,
+    },
 }
 
 impl Problem {
@@ -147,6 +155,7 @@ impl Problem {
     fn at(self, path: &Path) -> WeightsError {
         let path = path.to_owned();
         match self {
+            Self::Short { needed } => Self::malformed(format!("it ends before byte {needed}")).at(&path),
             Self::Malformed(problem) => WeightsError::Malformed {
                 path,
                 format: "GGUF",

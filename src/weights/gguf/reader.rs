@@ -9,8 +9,11 @@ const LONGEST_NAME: u64 = u16::MAX as u64;
 
 /// Reads little-endian numbers, strings and metadata values in order.
 pub(super) struct Reader<'a> {
+    /// The beginning of the file, or all of it.
     bytes: &'a [u8],
     position: usize,
+    /// Size of the file.
+    end: usize,
 }
 
 /// A number of fixed width, stored little-endian.
@@ -33,8 +36,14 @@ macro_rules! numbers {
 numbers!(u8, i8, u16, i16, u32, i32, u64, i64, f32, f64);
 
 impl<'a> Reader<'a> {
-    pub(super) fn new(bytes: &'a [u8]) -> Self {
-        Self { bytes, position: 0 }
+    /// A reader of a file of `end` bytes that begins with `bytes`. It fails with
+    /// [`Problem::Short`] where it needs more of the file than it was given.
+    pub(super) fn new(bytes: &'a [u8], end: usize) -> Self {
+        Self {
+            bytes,
+            position: 0,
+            end,
+        }
     }
 
     /// Offset of the next byte in the file.
@@ -43,7 +52,7 @@ impl<'a> Reader<'a> {
     }
 
     fn left(&self) -> usize {
-        self.bytes.len() - self.position
+        self.end - self.position
     }
 
     /// The next `count` bytes, which are part of `what`.
@@ -56,8 +65,11 @@ impl<'a> Reader<'a> {
             )));
         }
         let start = self.position;
-        self.position += count;
-        Ok(&self.bytes[start..self.position])
+        let end = start + count;
+        let taken = self.bytes.get(start..end);
+        let taken = taken.ok_or(Problem::Short { needed: end })?;
+        self.position = end;
+        Ok(taken)
     }
 
     pub(super) fn number<T: Number>(&mut self, what: &str) -> Result<T, Problem> {

@@ -4,7 +4,7 @@ use super::header::Header;
 use super::{Gguf, Problem};
 use crate::weights::WeightsError;
 use crate::weights::directory::Contents;
-use crate::weights::map::MappedFile;
+use crate::weights::file::WeightFile;
 use std::path::{Path, PathBuf};
 
 /// The most parts that the file names have digits for.
@@ -25,8 +25,8 @@ impl Gguf {
                     path,
                 });
             }
-            let contents = Contents::Mapped(MappedFile::open(&path)?);
-            let header = Header::read(contents.bytes()).map_err(|problem| problem.at(&path))?;
+            let contents = Contents::File(WeightFile::open(&path)?);
+            let header = Header::of(&contents, &path)?;
             let stated = (
                 integer(&header, "split.no"),
                 integer(&header, "split.count"),

@@ -11,6 +11,7 @@
 //! ggml subtracts a minimum where this form adds its negative, which is the same
 //! number.
 
+mod finite;
 mod iq4_nl;
 mod k_scales;
 mod q2_k;
@@ -23,6 +24,8 @@ mod q5_1;
 mod q5_k;
 mod q6_k;
 mod q8_0;
+
+pub use finite::first_not_finite;
 
 use super::DType;
 use half::{bf16, f16};

@@ -1,0 +1,86 @@
+//! The settings of a `config.json`, read with the name of what is wrong.
+
+use crate::model::ModelError;
+use serde_json::Value;
+
+/// An object of settings.
+#[derive(Clone, Copy)]
+pub(super) struct Settings<'a>(pub(super) &'a Value);
+
+impl<'a> Settings<'a> {
+    /// The setting, unless it is missing or null.
+    pub(super) fn get(&self, key: &str) -> Option<&'a Value> {
+        self.0.get(key).filter(|value| !value.is_null())
+    }
+
+    /// Whether the setting is there at all, null included.
+    pub(super) fn says(&self, key: &str) -> bool {
+        self.0.get(key).is_some()
+    }
+
+    /// The setting as `read` understands it; `None` where it is missing or null.
+    pub(super) fn optional<T>(
+        &self,
+        key: &str,
+        expected: &str,
+        read: impl Fn(&'a Value) -> Option<T>,
+    ) -> Result<Option<T>, ModelError> {
+        let Some(value) = self.get(key) else {
+            return Ok(None);
+        };
+        match read(value) {
+            Some(value) => Ok(Some(value)),
+            None => Err(ModelError::setting(key, value, expected)),
+        }
+    }
+
+    pub(super) fn size(&self, key: &str) -> Result<Option<usize>, ModelError> {
+        self.optional(key, "a whole number", |value| {
+            let number = value.as_u64();
+            number.and_then(|number| usize::try_from(number).ok())
+        })
+    }
+
+    /// The setting, or `default` where it is missing. A null is refused: transformers'
+    /// configuration classes have no meaning for it.
+    pub(super) fn size_or(&self, key: &str, default: usize) -> Result<usize, ModelError> {
+        match self.size(key)? {
+            Some(size) => Ok(size),
+            None if self.says(key) => Err(ModelError::setting(key, "null", "a whole number")),
+            None => Ok(default),
+        }
+    }
+
+    pub(super) fn number(&self, key: &str) -> Result<Option<f32>, ModelError> {
+        self.optional(key, "a number", |value| {
+            value.as_f64().map(|number| number as f32)
+        })
+    }
+
+    /// The setting, or `default` where it is missing; `None` where it is null.
+    pub(super) fn number_or(
+        &self,
+        key: &str,
+        default: Option<f32>,
+    ) -> Result<Option<f32>, ModelError> {
+        match self.number(key)? {
+            None if !self.says(key) => Ok(default),
+            number => Ok(number),
+        }
+    }
+
+    pub(super) fn flag(&self, key: &str) -> Result<Option<bool>, ModelError> {
+        self.optional(key, "true or false", Value::as_bool)
+    }
+
+    pub(super) fn text(&self, key: &str) -> Result<Option<&'a str>, ModelError> {
+        self.optional(key, "a string", Value::as_str)
+    }
+
+    /// The number, which must be there.
+    pub(super) fn required_number(&self, key: &str) -> Result<f32, ModelError> {
+        self.number(key)?.ok_or_else(|| ModelError::MissingSetting {
+            key: key.to_owned(),
+        })
+    }
+}

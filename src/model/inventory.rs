@@ -1,0 +1,205 @@
+//! Every tensor of a file is either used or known to be harmless; any other is refused by
+//! its name, since a model that is computed without some of its weights answers nonsense.
+
+use super::tensors::{Naming, Part, bias_name};
+use super::{Family, ModelError, ModelSource, NormPlacement};
+use std::collections::HashSet;
+
+/// Beginnings of the names of tensors that are not the text model's: towers for images and
+/// sound with their projectors, and the heads of reward models.
+const OTHER_MODELS: [&str; 15] = [
+    "audio_tower.",
+    "mm_projector.",
+    "model.audio_tower.",
+    "model.multi_modal_projector.",
+    "model.vision_model.",
+    "model.vision_tower.",
+    "model.visual.",
+    "multi_modal_projector.",
+    "v_head.",
+    "vision_model.",
+    "vision_tower.",
+    "visual.",
+    // In GGUF files.
+    "a.",
+    "mm.",
+    "v.",
+];
+
+/// Ends of the names of tensors that hold what is computed anyway: frequencies, sines and
+/// causal masks, which old checkpoints have saved.
+const COMPUTED: [&str; 6] = [
+    ".attn.masked_bias",
+    ".attn_rot_embd",
+    ".attn_rot_embd.weight",
+    ".rotary_emb.cos_cached",
+    ".rotary_emb.inv_freq",
+    ".rotary_emb.sin_cached",
+];
+
+/// Ends of the names of what quantisers leave beside the weights.
+const OF_QUANTISERS: [&str; 14] = [
+    ".absmax",
+    ".g_idx",
+    ".input_scale",
+    ".k_scale",
+    ".output_scale",
+    ".quant_map",
+    ".qweight",
+    ".qzeros",
+    ".scale",
+    ".scales",
+    ".v_scale",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".weight_zero_point",
+];
+
+/// Checks that the file has every tensor of the model, and no other that would matter.
+///
+/// # Errors
+/// [`ModelError::MissingTensor`], [`ModelError::MissingHead`] and
+/// [`ModelError::UnusedTensor`], each with the tensor's name.
+pub(super) fn check(source: &ModelSource) -> Result<(), ModelError> {
+    let mut inventory = Inventory {
+        source,
+        used: HashSet::new(),
+    };
+    inventory.whole_model()?;
+    for layer in 0..source.config().layers {
+        inventory.layer(layer)?;
+    }
+    let used = inventory.used;
+    let mut names = source.names().into_iter();
+    match names.find(|name| !used.contains(*name) && !is_harmless(name)) {
+        None => Ok(()),
+        Some(name) => Err(ModelError::UnusedTensor {
+            name: name.to_owned(),
+            architecture: source.config().family.huggingface_name(),
+            hint: hint(name),
+        }),
+    }
+}
+
+fn is_harmless(name: &str) -> bool {
+    OTHER_MODELS.iter().any(|prefix| name.starts_with(prefix))
+        || COMPUTED.iter().any(|suffix| name.ends_with(suffix))
+}
+
+fn hint(name: &str) -> &'static str {
+    if OF_QUANTISERS.iter().any(|suffix| name.ends_with(suffix)) {
+        " (it belongs to a quantisation that is not supported; see quantization_config)"
+    } else if name.contains("lora_") {
+        " (it belongs to a LoRA adapter, which must be merged into the weights first)"
+    } else {
+        ""
+    }
+}
+
+struct Inventory<'a> {
+    source: &'a ModelSource,
+    /// Names of the tensors that the model is computed from.
+    used: HashSet<String>,
+}
+
+impl Inventory<'_> {
+    fn require(&mut self, name: String) -> Result<(), ModelError> {
+        if !self.source.holds(&name) {
+            return Err(ModelError::MissingTensor { name });
+        }
+        self.used.insert(name);
+        Ok(())
+    }
+
+    /// What belongs to no layer.
+    fn whole_model(&mut self) -> Result<(), ModelError> {
+        self.require(self.source.embedding_name())?;
+        self.require(self.source.final_norm_name())?;
+        if let Some(name) = self.source.output_name()? {
+            self.used.insert(name.to_owned());
+        }
+        if self.source.naming() == Naming::Gguf {
+            for name in ["rope_freqs", "rope_factors_short", "rope_factors_long"] {
+                self.used.insert(format!("{name}.weight"));
+            }
+        }
+        Ok(())
+    }
+
+    fn layer(&mut self, layer: usize) -> Result<(), ModelError> {
+        let config = self.source.config();
+        let family = config.family;
+        for &part in norms(family.norm_placement()) {
+            self.require(self.source.name(layer, part))?;
+        }
+        if family.qk_norm().is_some() {
+            self.require(self.source.name(layer, Part::QueryNorm))?;
+            self.require(self.source.name(layer, Part::KeyNorm))?;
+        }
+        if self.source.fuses_qkv(layer) {
+            self.linear(layer, Part::FusedQkv)?;
+        } else {
+            for part in [Part::Query, Part::Key, Part::Value] {
+                self.linear(layer, part)?;
+            }
+        }
+        self.linear(layer, Part::AttentionOut)?;
+        match config.layer_experts(layer) {
+            Some(experts) => {
+                self.linear(layer, Part::Router)?;
+                for part in [Part::ExpertGate, Part::ExpertUp, Part::ExpertDown] {
+                    self.experts(layer, experts.count, part)?;
+                }
+                Ok(())
+            }
+            None if family == Family::Phi3 => {
+                self.linear(layer, Part::FusedGateUp)?;
+                self.linear(layer, Part::Down)
+            }
+            None => {
+                self.linear(layer, Part::Gate)?;
+                self.linear(layer, Part::Up)?;
+                self.linear(layer, Part::Down)
+            }
+        }
+    }
+
+    /// A projection, with its bias if it has one.
+    fn linear(&mut self, layer: usize, part: Part) -> Result<(), ModelError> {
+        let weight = self.source.name(layer, part);
+        let bias = bias_name(&weight);
+        self.require(weight)?;
+        match self.source.has_bias(part, &bias) {
+            true => self.require(bias),
+            false => Ok(()),
+        }
+    }
+
+    /// The same projection of all experts of a layer: one tensor, or one for each expert.
+    fn experts(
+        &mut self,
+        layer: usize,
+        count: usize,
+        part: fn(usize) -> Part,
+    ) -> Result<(), ModelError> {
+        let stacked = self.source.stacked_name(layer, part(0));
+        if let Some(stacked) = stacked.filter(|name| self.source.holds(name)) {
+            return self.require(stacked);
+        }
+        (0..count).try_for_each(|expert| self.require(self.source.name(layer, part(expert))))
+    }
+}
+
+/// The norms of a layer's residual stream.
+fn norms(placement: NormPlacement) -> &'static [Part] {
+    match placement {
+        NormPlacement::Before => &[Part::AttentionNorm, Part::FeedForwardNorm],
+        NormPlacement::After => &[Part::PostAttentionNorm, Part::PostFeedForwardNorm],
+        NormPlacement::BeforeAndAfter => &[
+            Part::AttentionNorm,
+            Part::PostAttentionNorm,
+            Part::FeedForwardNorm,
+            Part::PostFeedForwardNorm,
+        ],
+    }
+}

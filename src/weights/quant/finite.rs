@@ -1,0 +1,101 @@
+//! Finds weights that are NaN or infinite, without unpacking them.
+
+use super::DType;
+use half::f16;
+
+/// Numbers that are looked at together before the first one that is not finite is sought.
+const RUN: usize = 1024;
+
+/// The index of the first weight that is NaN or infinite; for a block format, of the first
+/// weight of a block with such a scale or minimum. `None` when all are finite.
+///
+/// Bytes behind the last whole block of `dtype` are ignored.
+pub fn first_not_finite(dtype: DType, data: &[u8]) -> Option<usize> {
+    let halves: &[usize] = match dtype {
+        DType::F32 => return first(data, |number| u32::from_le_bytes(number) << 1 >= 0xff << 24),
+        DType::BF16 => return first(data, |number| u16::from_le_bytes(number) << 1 >= 0xff << 8),
+        DType::F16 => return first(data, |number| u16::from_le_bytes(number) << 1 >= 0x1f << 11),
+        DType::Q4_0 | DType::Q5_0 | DType::Q8_0 | DType::Iq4Nl => &[0],
+        DType::Q4_1 | DType::Q5_1 | DType::Q4K | DType::Q5K => &[0, 2],
+        DType::Q2K => &[80, 82],
+        DType::Q3K => &[108],
+        DType::Q6K => &[208],
+    };
+    let mut blocks = data.chunks_exact(dtype.block_bytes());
+    let block = blocks.position(|block| {
+        let mut halves = halves.iter();
+        halves.any(|&at| !f16::from_le_bytes([block[at], block[at + 1]]).is_finite())
+    });
+    block.map(|block| block * dtype.block_elements())
+}
+
+fn first<const BYTES: usize>(
+    data: &[u8],
+    is_bad: impl Fn([u8; BYTES]) -> bool + Copy,
+) -> Option<usize> {
+    let (numbers, _) = data.as_chunks::<BYTES>();
+    // A loop without an exit is computed with vector instructions.
+    let mut runs = numbers.chunks(RUN);
+    let run = runs.position(|run| run.iter().fold(false, |any, &number| any | is_bad(number)))?;
+    let rest = numbers[run * RUN..].iter();
+    let index = rest.copied().position(is_bad)?;
+    Some(run * RUN + index)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::bf16;
+
+    #[test]
+    fn numbers_that_are_not_finite_are_found_where_they_are() {
+        for bad in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for at in [0, 7, 1023, 1024, 2999] {
+                let mut numbers = vec![f32::MAX; 3000];
+                numbers[at + 1..].fill(-0.0);
+                numbers[at] = bad;
+                let bytes = |each: &dyn Fn(f32) -> Vec<u8>| -> Vec<u8> {
+                    numbers.iter().flat_map(|&number| each(number)).collect()
+                };
+                let full = bytes(&|number| number.to_le_bytes().to_vec());
+                let brain = bytes(&|number| {
+                    let number = number.clamp(-3e38, 3e38);
+                    let number = if bad.is_nan() && number.is_nan() { bad } else { number };
+                    bf16::from_f32(number).to_le_bytes().to_vec()
+                });
+                let half = bytes(&|number| f16::from_f32(number / 1e34).to_le_bytes().to_vec());
+                assert_eq!(first_not_finite(DType::F32, &full), Some(at));
+                assert_eq!(first_not_finite(DType::F16, &half), Some(at));
+                if bad.is_nan() {
+                    assert_eq!(first_not_finite(DType::BF16, &brain), Some(at));
+                } else {
+                    assert_eq!(first_not_finite(DType::BF16, &brain), None);
+                }
+            }
+        }
+        let infinite = bf16::INFINITY.to_le_bytes();
+        assert_eq!(first_not_finite(DType::BF16, &infinite), Some(0));
+        assert_eq!(first_not_finite(DType::F32, &[]), None);
+    }
+
+    #[test]
+    fn a_scale_or_a_minimum_that_is_not_finite_spoils_its_block_only() {
+        let blocks = DType::ALL.into_iter().filter(|dtype| !dtype.is_float());
+        for dtype in blocks {
+            let (bytes, elements) = (dtype.block_bytes(), dtype.block_elements());
+            assert_eq!(first_not_finite(dtype, &vec![0; 3 * bytes]), None, "{dtype}");
+            let mut spoiled = 0;
+            for at in 0..bytes - 1 {
+                let mut data = vec![0; 3 * bytes];
+                data[bytes + at..][..2].copy_from_slice(&f16::NAN.to_le_bytes());
+                let mut weights = vec![0.0; 3 * elements];
+                super::super::dequantize(dtype, &data, &mut weights);
+                let expected = weights.iter().any(|weight| !weight.is_finite());
+                let expected = expected.then_some(elements);
+                assert_eq!(first_not_finite(dtype, &data), expected, "{dtype} at {at}");
+                spoiled += usize::from(expected.is_some());
+            }
+            assert!(spoiled > 0, "{dtype}");
+        }
+    }
+}
