@@ -13,6 +13,10 @@
 //   sample_draw       other rows with a temperature: the draw among each slice
 //   sample_finish     the token; what sample_edit changed is put back
 //
+// A row whose unmodified logits are not all finite is reported: sample_best marks the slices in
+// which it finds a number that is not, edits included; where there is one, sample_finish looks
+// at the row again, after the edits are put back.
+//
 // A row may have a mask, a bit a token: the others count as −∞ from sample_best on, without
 // being written. sample_sums, sample_top and the log-probabilities do not look at it.
 //
@@ -34,6 +38,9 @@ constexpr u32 BINS = 512;
 // The longest list that sample_compact makes; a row that needs more is read as a whole.
 constexpr u32 LIST = 4096;
 constexpr u32 MAX_TOP = 1024;
+// Set in the token of a slice's best: a logit of the slice is not finite. Set in the token of a
+// result: the row's logits are not. No token has this bit.
+constexpr u32 NOT_FINITE = 0x80000000u;
 
 // What a row asks for: 18 words.
 struct Row {
@@ -106,7 +113,7 @@ INLINE Candidate best_of(const uint2* candidates, u32 count) {
     Candidate best = {NEVER, NONE};
     for (u32 i = lane_id(); i < count; i += 32) {
         uint2 candidate = candidates[i];
-        take_better(best, __uint_as_float(candidate.x), candidate.y);
+        take_better(best, __uint_as_float(candidate.x), candidate.y & ~NOT_FINITE);
     }
     return warp_best(best);
 }
@@ -125,10 +132,9 @@ struct Logits {
         : values(logits + u64(row) * columns),
           mask(rows[row].mask == NONE ? nullptr : reinterpret_cast<const u32*>(rows) + rows[row].mask) {}
 
-    INLINE float operator[](u32 token) const {
-        bool allowed = mask == nullptr || (mask[token / 32] >> (token % 32) & 1) != 0;
-        return allowed ? values[token] : NEVER;
-    }
+    INLINE bool allows(u32 token) const { return mask == nullptr || (mask[token / 32] >> (token % 32) & 1) != 0; }
+
+    INLINE float operator[](u32 token) const { return allows(token) ? values[token] : NEVER; }
 };
 
 INLINE bool is_filtered(const Row& row) {
@@ -137,6 +143,12 @@ INLINE bool is_filtered(const Row& row) {
 
 // Whether there is anything to draw among when `largest` is the largest logit.
 INLINE bool is_finite(float largest) { return fabsf(largest) < INFINITE; }
+
+// Counts in shared memory the warps that have found a number that is not finite.
+INLINE void count_broken(u32& broken, bool finite) {
+    u32 ballot = __ballot_sync(FULL_WARP, !finite);
+    if (ballot != 0 && lane_id() == 0) atomicAdd(&broken, 1);
+}
 
 INLINE float score_of(float logit, float largest, float inverse) { return __fmul_rn(__fsub_rn(logit, largest), inverse); }
 
@@ -455,17 +467,28 @@ KERNEL sample_best(uint2* best, u32* counts, u64* masses, Filter* filters, const
         }
         if (threadIdx.x == 0) filters[blockIdx.y].length = 0;
     }
+    __shared__ u32 broken;
+    if (threadIdx.x == 0) broken = 0;
+    __syncthreads();
     Logits own(logits, rows, blockIdx.y, columns);
     u32 first = blockIdx.x * SLICE + threadIdx.x;
     Candidate largest = {NEVER, NONE};
+    bool finite = true;
 #pragma unroll
     for (u32 i = 0; i < PER_THREAD; i++) {
         u32 token = first + i * SLICE_THREADS;
-        float logit = token < columns ? own[token] : NEVER;
-        if (logit > largest.value) largest = {logit, token};
+        if (token >= columns) break;
+        float logit = own.values[token];
+        finite = finite && is_finite(logit);
+        if (own.allows(token) && logit > largest.value) largest = {logit, token};
     }
+    count_broken(broken, finite);
     largest = block_best(largest);
-    if (threadIdx.x == 0) best[u64(blockIdx.y) * gridDim.x + blockIdx.x] = packed(largest);
+    if (threadIdx.x == 0) {
+        uint2 result = packed(largest);
+        result.y = (result.y & ~NOT_FINITE) | (broken != 0 ? NOT_FINITE : 0);
+        best[u64(blockIdx.y) * gridDim.x + blockIdx.x] = result;
+    }
 }
 
 // Rises as the score falls.
@@ -672,9 +695,12 @@ KERNEL sample_draw(uint2* winners, const float* logits, const uint2* best, const
 // back what sample_edit changed. Grid rows, 256 threads.
 KERNEL sample_finish(u32* sampled, u32* result, float* logits, const float* saved, const uint2* entries,
                      const uint2* best, const uint2* winners, const Row* rows, u32 columns, u32 slices, u32 top_stride) {
+    __shared__ u32 broken;
     const Row& row = rows[blockIdx.x];
     logits += u64(blockIdx.x) * columns;
+    best += u64(blockIdx.x) * slices;
     result += u64(blockIdx.x) * (4 + 2 * top_stride);
+    if (threadIdx.x == 0) broken = 0;
     for (u32 i = threadIdx.x; i < row.bias_count; i += blockDim.x) {
         u32 token = entries[row.bias_start + i].x;
         bool again = i > 0 && entries[row.bias_start + i - 1].x == token;
@@ -687,8 +713,17 @@ KERNEL sample_finish(u32* sampled, u32* result, float* logits, const float* save
         if (token < columns) logits[token] = saved[row.history_start + i];
     }
     __syncthreads();
+    // Every warp looks at all slices and comes to the same answer.
+    u32 marks = 0;
+    for (u32 i = lane_id(); i < slices; i += 32) marks |= best[i].y & NOT_FINITE;
+    if (__ballot_sync(FULL_WARP, marks != 0) != 0) {
+        bool finite = true;
+        for (u32 i = threadIdx.x; i < columns; i += blockDim.x) finite = finite && is_finite(logits[i]);
+        count_broken(broken, finite);
+        __syncthreads();
+    }
     if (warp_id() != 0) return;
-    Candidate chosen = best_of(best + u64(blockIdx.x) * slices, slices);
+    Candidate chosen = best_of(best, slices);
     if (row.inverse_temperature != 0.0f && is_finite(chosen.value))
         chosen = best_of(winners + u64(blockIdx.x) * slices, is_filtered(row) ? 1 : slices);
     if (lane_id() != 0) return;
@@ -696,6 +731,6 @@ KERNEL sample_finish(u32* sampled, u32* result, float* logits, const float* save
     u32 token = chosen.token < columns ? chosen.token : 0;
     if (row.forced < columns) token = row.forced;
     sampled[blockIdx.x] = token;
-    result[0] = token;
+    result[0] = token | (broken != 0 ? NOT_FINITE : 0);
     if (row.logprobs != NONE) result[1] = __float_as_uint(logits[token] - __uint_as_float(result[3]));
 }

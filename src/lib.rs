@@ -66,8 +66,8 @@ pub use engine::{
     Shutdown, ShuttingDown, Stop, SubmitError, Timing, Token, TokenStream, Truncation,
 };
 pub use id::{SessionId, StepId};
-pub use runner::{DeviceChoice, LoadError, LoadOptions, RunnerInfo};
-pub use sampling::{Constraint, ConstraintError, SamplingParams, TokenLimits};
+pub use runner::{DeviceChoice, GenerationConfig, LoadError, LoadOptions, RunnerInfo};
+pub use sampling::{Constraint, ConstraintError, SamplingDefaults, SamplingParams, TokenLimits};
 pub use schedule::Kept;
 pub use text::Message;
 #[cfg(feature = "grammar")]

@@ -92,6 +92,7 @@ fn on_device(device: &mut CudaDevice, cases: &[Case]) -> Vec<Sampled> {
 fn assert_same(found: &Sampled, case: &Case) {
     let (expected, what) = (case.expected(), &case.row);
     assert_eq!(found.token, expected.token, "{what:?}");
+    assert_eq!(found.is_finite, expected.is_finite, "{what:?}");
     let near = |a: f32, b: f32| (a - b).abs() <= 1e-5 || a == b || (a.is_nan() && b.is_nan());
     let (a, b) = (found.logprob, expected.logprob);
     assert!(near(a, b), "{a} instead of {b}, {what:?}");

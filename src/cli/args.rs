@@ -4,8 +4,8 @@ use super::progress;
 use clap::{Args, ValueEnum};
 use quell::runner::ModelFiles;
 use quell::{
-    Activations, CpuOptions, DeviceChoice, Engine, EngineConfig, GenerateError, KvType, LoadError,
-    LoadOptions, Preemption, SamplingParams, SimdLevel, SubmitError,
+    Activations, CpuOptions, DeviceChoice, Engine, EngineConfig, GenerateError, GenerationConfig,
+    KvType, LoadError, LoadOptions, Preemption, SamplingParams, SimdLevel, SubmitError,
 };
 #[cfg(feature = "cuda")]
 use quell::{CudaActivations, CudaOptions};
@@ -182,6 +182,12 @@ enum PreemptionArg {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
+enum GenerationConfigArg {
+    Model,
+    None,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
 enum KvArg {
     Auto,
     F32,
@@ -240,6 +246,10 @@ pub struct RunArgs {
     /// What the CPU device keeps cached keys and values as.
     #[arg(long, value_enum, default_value_t = KvArg::Auto)]
     kv_type: KvArg,
+    /// Whose sampling settings count where a request has none: the model's
+    /// (generation_config.json, or general.sampling in GGUF files), or nobody's.
+    #[arg(long, value_enum, default_value_t = GenerationConfigArg::Model)]
+    generation_config: GenerationConfigArg,
     #[cfg(feature = "cuda")]
     #[command(flatten)]
     cuda: CudaArgs,
@@ -350,6 +360,10 @@ impl RunArgs {
             cpu: self.cpu(),
             #[cfg(feature = "cuda")]
             cuda: self.cuda()?,
+            generation_config: match self.generation_config {
+                GenerationConfigArg::Model => GenerationConfig::Model,
+                GenerationConfigArg::None => GenerationConfig::None,
+            },
             progress: None,
         })
     }
@@ -420,33 +434,21 @@ pub struct SamplingArgs {
     /// Divides the logits; 0 always takes the likeliest token.
     #[arg(long, value_name = "T", allow_negative_numbers = true)]
     temperature: Option<f32>,
-    /// Only the K likeliest tokens; 0 means all.
-    #[arg(long, value_name = "K", default_value_t = 0)]
-    top_k: u32,
-    /// Only the likeliest tokens whose probabilities sum up to P.
-    #[arg(
-        long,
-        value_name = "P",
-        default_value_t = 1.0,
-        allow_negative_numbers = true
-    )]
-    top_p: f32,
-    /// Only tokens at least P times as likely as the likeliest.
-    #[arg(
-        long,
-        value_name = "P",
-        default_value_t = 0.0,
-        allow_negative_numbers = true
-    )]
-    min_p: f32,
-    /// Divides the logits of tokens that have occurred; 1 means no penalty.
-    #[arg(
-        long,
-        value_name = "X",
-        default_value_t = 1.0,
-        allow_negative_numbers = true
-    )]
-    repetition_penalty: f32,
+    /// Only the K likeliest tokens; 0 means all [default: the model's own, else 0].
+    #[arg(long, value_name = "K")]
+    top_k: Option<u32>,
+    /// Only the likeliest tokens whose probabilities sum up to P [default: the model's own,
+    /// else 1].
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    top_p: Option<f32>,
+    /// Only tokens at least P times as likely as the likeliest [default: the model's own,
+    /// else 0].
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    min_p: Option<f32>,
+    /// Divides the logits of tokens that have occurred; 1 means no penalty [default: the
+    /// model's own, else 1].
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    repetition_penalty: Option<f32>,
     /// Subtracted from the logits of tokens that the answer contains.
     #[arg(
         long,
@@ -478,18 +480,26 @@ fn parse_bias(text: &str) -> Result<(u32, f32), String> {
 }
 
 impl SamplingArgs {
-    /// The settings, checked as far as they can be without a model.
+    /// Whether a temperature is given.
+    pub fn has_temperature(&self) -> bool {
+        self.temperature.is_some()
+    }
+
+    /// The settings, checked as far as they can be without a model; where nothing is given,
+    /// they are as in `default`.
     pub fn params(
         &self,
-        default_temperature: f32,
+        default: &SamplingParams,
         logprobs: Option<u32>,
     ) -> Result<SamplingParams, CliError> {
         let params = SamplingParams {
-            temperature: self.temperature.unwrap_or(default_temperature),
-            top_k: self.top_k,
-            top_p: self.top_p,
-            min_p: self.min_p,
-            repetition_penalty: self.repetition_penalty,
+            temperature: self.temperature.unwrap_or(default.temperature),
+            top_k: self.top_k.unwrap_or(default.top_k),
+            top_p: self.top_p.unwrap_or(default.top_p),
+            min_p: self.min_p.unwrap_or(default.min_p),
+            repetition_penalty: self
+                .repetition_penalty
+                .unwrap_or(default.repetition_penalty),
             presence_penalty: self.presence_penalty,
             frequency_penalty: self.frequency_penalty,
             logit_bias: self.logit_bias.clone(),

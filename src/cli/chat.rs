@@ -46,18 +46,22 @@ pub struct ChatArgs {
 
 /// Runs the subcommand.
 pub fn start(args: ChatArgs) -> Result<(), CliError> {
-    let sampling = args.sampling.params(0.7, None)?;
+    // Before the model is loaded.
+    args.sampling.params(&SamplingParams::default(), None)?;
     if args.max_tokens == Some(0) {
         return Err(CliError::Usage(
             "--max-tokens is 0, but must be at least 1".to_owned(),
         ));
     }
+    let engine = args.model.start()?;
+    let mut defaults = engine.sampling_defaults();
+    defaults.temperature = defaults.temperature.or(Some(0.7));
     let options = ChatOptions {
         system: args.system,
-        sampling,
+        sampling: args.sampling.params(&defaults.params(), None)?,
         max_tokens: args.max_tokens,
     };
-    Ok(run(args.model.start()?, options)?)
+    Ok(run(engine, options)?)
 }
 
 /// Why a chat ended other than by its user.

@@ -2,7 +2,7 @@
 
 use super::args::{CliError, Format, ModelArgs, SamplingArgs, resolve};
 use clap::Args;
-use quell::{Engine, Finish, Generation, Message, Prompt, Request};
+use quell::{Engine, Finish, Generation, Message, Prompt, Request, SamplingParams};
 #[cfg(feature = "grammar")]
 use quell::{Grammar, SubmitError};
 use serde_json::{Value, json};
@@ -10,6 +10,9 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// Continue a prompt, or answer a message.
+///
+/// Without --temperature the answer is greedy, whatever sampling settings the model has of
+/// its own; with it, these count for what no flag says.
 #[derive(Debug, Args)]
 #[command(group = clap::ArgGroup::new("input").required(true).args(["prompt", "messages", "prompt_ids"]))]
 pub struct GenerateArgs {
@@ -59,7 +62,7 @@ pub struct GenerateArgs {
 
 /// Runs the subcommand.
 pub fn run(args: GenerateArgs) -> Result<(), CliError> {
-    let sampling = args.sampling.params(0.0, args.logprobs)?;
+    let sampling = args.sampling.params(&SamplingParams::greedy(), args.logprobs)?;
     if args.max_tokens == 0 {
         return Err(CliError::Usage(
             "--max-tokens is 0, but must be at least 1".to_owned(),
@@ -72,7 +75,7 @@ pub fn run(args: GenerateArgs) -> Result<(), CliError> {
     }
     #[cfg(feature = "grammar")]
     let schema = schema(&args)?;
-    let request = Request {
+    let mut request = Request {
         max_tokens: Some(args.max_tokens),
         sampling,
         stop: args.stop.clone(),
@@ -83,6 +86,10 @@ pub fn run(args: GenerateArgs) -> Result<(), CliError> {
     if engine.tokenizer().is_none() && !matches!(request.prompt, Prompt::Tokens(_)) {
         let path = resolve(&args.model.model)?;
         return Err(CliError::no_tokenizer(&args.model.model, &path));
+    }
+    if args.sampling.has_temperature() {
+        let default = engine.sampling_defaults().params();
+        request.sampling = args.sampling.params(&default, args.logprobs)?;
     }
     #[cfg(feature = "grammar")]
     let request = match schema {

@@ -5,6 +5,7 @@ use super::args::{CliError, Format, RunArgs, resolve};
 use super::generate::println_json;
 use clap::Args;
 use quell::device::DeviceInfo;
+use quell::GenerationConfig;
 use quell::model::ModelConfig;
 use quell::runner::ModelFiles;
 use serde_json::{Value, json};
@@ -47,6 +48,11 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
     let quantisation = files.quantisation();
     let tokens = plan.cache_blocks * plan.block_tokens;
     let tokenizer = files.tokenizer();
+    let sampling = match (options.generation_config, files.sampling_defaults()) {
+        (GenerationConfig::None, _) => Ok(Vec::new()),
+        (GenerationConfig::Model, Ok(defaults)) => Ok(defaults.named()),
+        (GenerationConfig::Model, Err(error)) => Err(error.to_string()),
+    };
     if args.format == Format::Json {
         return println_json(&json!({
             "path": model,
@@ -65,6 +71,15 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
             "experts": config.experts.map(|experts| experts.count),
             "tokenizer": tokenizer.is_some(),
             "chat_template": tokenizer.is_some_and(|t| t.chat_template().is_some()),
+            "sampling_defaults": match &sampling {
+                Ok(named) => named
+                    .iter()
+                    .map(|(name, value)| ((*name).to_owned(), json!(value)))
+                    .collect::<serde_json::Map<_, _>>()
+                    .into(),
+                Err(problem) => json!({ "error": problem }),
+            },
+            "default_context": config.native_context(),
             "device": device.name,
             "device_details": details(&device),
             "memory": {
@@ -89,6 +104,21 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
         ),
         None => "none: token ids only".to_owned(),
     };
+    let sampling = match sampling {
+        Ok(named) if named.is_empty() => "no defaults of its own".to_owned(),
+        Ok(named) => named
+            .iter()
+            .map(|(name, value)| format!("{} {value}", name.replace('_', "-")))
+            .collect::<Vec<_>>()
+            .join(", "),
+        Err(problem) => problem,
+    };
+    let context = match config.native_context() {
+        native if native < config.context => {
+            format!("{native} tokens, up to {} with --context", config.context)
+        }
+        native => format!("{native} tokens"),
+    };
     let by_format: Vec<String> = parameters
         .by_format
         .iter()
@@ -104,8 +134,9 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
             format!("{} ({})", millions(parameters.total), by_format.join(", ")),
         ),
         ("shape", shape(config)),
-        ("context", format!("{} tokens", config.context)),
+        ("context", context),
         ("tokenizer", text),
+        ("sampling", sampling),
         ("device", format!("{}: {}", device.name, device.description)),
         ("weights", mib(plan.weights)),
         ("KV per token", format!("{} bytes", plan.cache_per_token)),

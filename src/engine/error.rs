@@ -133,6 +133,15 @@ pub enum EngineFault {
     /// request only.
     #[error(transparent)]
     Constraint(#[from] ConstraintError),
+    /// The model has computed logits that are NaN or infinite. It ends this request only.
+    #[error(
+        "the model's logits after {tokens} tokens are NaN or infinite: its weights are broken, \
+         or its activations overflow"
+    )]
+    NotFinite {
+        /// Tokens of the request, prompt and answer, that they were computed from.
+        tokens: usize,
+    },
     /// The cache's books did not balance.
     #[error(transparent)]
     Books(#[from] Imbalance),

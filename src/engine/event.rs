@@ -138,6 +138,7 @@ impl From<Sampled> for Token {
             token,
             logprob,
             top,
+            is_finite: _,
         } = sampled;
         Self {
             id: token,

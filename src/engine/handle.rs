@@ -22,7 +22,9 @@ use crate::config::EngineConfig;
 use crate::id::SessionId;
 use crate::runner::limits;
 use crate::runner::{LoadError, LoadOptions, ModelFiles, Runner, RunnerInfo};
-use crate::sampling::{Constraint, ConstraintState, ParamError, SamplingParams, TokenLimits};
+use crate::sampling::{
+    Constraint, ConstraintState, ParamError, SamplingDefaults, SamplingParams, TokenLimits,
+};
 use crate::schedule::{Policy, Scheduler, SequenceSpec, Task};
 use crate::text::{EncodeOptions, Message, RenderOptions, StopStrings, Tokenizer};
 use std::path::Path;
@@ -456,6 +458,14 @@ impl Engine {
         let fault = Arc::clone(&thread.fault);
         let thread = thread.with_runner(runner, &info, &config);
         (callers.engine(config, info, None), thread, fault)
+    }
+
+    /// How to sample where a request does not say: the model's own settings, unless
+    /// [`LoadOptions::generation_config`] leaves them out. They are applied by whoever makes
+    /// requests, such as the server; [`Request::new`] does not know of them.
+    pub fn sampling_defaults(&self) -> SamplingDefaults {
+        let model = self.shared.info.model.as_ref();
+        model.map_or_else(SamplingDefaults::default, |model| model.sampling.clone())
     }
 
     /// The model, the device and the memory plan.

@@ -24,6 +24,8 @@ pub(crate) enum EndKind {
     Failed,
     /// Its constraint failed.
     ConstraintFailed,
+    /// Its logits were NaN or infinite.
+    NotFinite,
 }
 
 impl EndKind {
@@ -31,11 +33,11 @@ impl EndKind {
     pub fn outcome(self) -> &'static str {
         match self {
             Self::Ended(outcome) => outcome.as_str(),
-            Self::Failed | Self::ConstraintFailed => "failed",
+            Self::Failed | Self::ConstraintFailed | Self::NotFinite => "failed",
         }
     }
 
-    /// Why: the reason of a cancel, `engine_fault` or `constraint` of a failure, else the
+    /// Why: the reason of a cancel, `engine_fault`, `constraint` or `not_finite` of a failure, else the
     /// outcome.
     pub fn reason(self) -> &'static str {
         match self {
@@ -43,6 +45,7 @@ impl EndKind {
             Self::Ended(outcome) => outcome.as_str(),
             Self::Failed => "engine_fault",
             Self::ConstraintFailed => "constraint",
+            Self::NotFinite => "not_finite",
         }
     }
 
@@ -60,7 +63,7 @@ impl EndKind {
             .into_iter()
             .chain(cancels)
             .map(Self::Ended)
-            .chain([Self::Failed, Self::ConstraintFailed])
+            .chain([Self::Failed, Self::ConstraintFailed, Self::NotFinite])
     }
 }
 
@@ -72,6 +75,7 @@ impl From<&Terminal> for EndKind {
             Terminal::Cancelled(reason) => Self::Ended(Outcome::Cancelled(*reason)),
             Terminal::Failed(fault) => match **fault {
                 EngineFault::Constraint(_) => Self::ConstraintFailed,
+                EngineFault::NotFinite { .. } => Self::NotFinite,
                 _ => Self::Failed,
             },
         }
@@ -235,7 +239,7 @@ impl EngineMetrics {
             EndKind::Ended(Outcome::Stop) => Some(0),
             EndKind::Ended(Outcome::Length) => Some(1),
             EndKind::Ended(Outcome::Cancelled(_)) => Some(2),
-            EndKind::Failed | EndKind::ConstraintFailed => None,
+            EndKind::Failed | EndKind::ConstraintFailed | EndKind::NotFinite => None,
         };
         if let Some(index) = success {
             self.success[index].increment(1);

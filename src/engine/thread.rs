@@ -16,7 +16,7 @@ use crate::config::EngineConfig;
 use crate::device::DeviceError;
 use crate::id::{SessionId, StepId};
 use crate::runner::{Runner, StepOutput};
-use crate::sampling::ConstraintError;
+use crate::sampling::{ConstraintError, Sampled};
 use crate::schedule::{
     Commit, Fate, FinishReason, PlanItem, Report, Scheduler, Sequence, SequenceKey, StepPlan, Task,
 };
@@ -710,7 +710,8 @@ impl SchedulerThread {
 
     /// Gives what a step has computed to those whose rows were in it.
     fn commit_step(&mut self, plan: &StepPlan, mut output: StepOutput) {
-        // Before any item ends: its complete blocks are worth keeping.
+        self.end_not_finite(plan, &output.samples);
+        // Before any other item ends: its complete blocks are worth keeping.
         self.scheduler.written(plan);
         let mut samples = output.samples.drain(..).map(Token::from);
         let mut sums = output.sums.drain(..);
@@ -735,6 +736,27 @@ impl SchedulerThread {
         }
         drop((samples, sums));
         self.runner.recycle(output);
+    }
+
+    /// Ends the sequences whose logits are not finite, before their blocks are published.
+    fn end_not_finite(&mut self, plan: &StepPlan, samples: &[Sampled]) {
+        if samples.iter().all(|sample| sample.is_finite) {
+            return;
+        }
+        let mut samples = samples.iter();
+        for item in &plan.items {
+            let scores = match &item.report {
+                Report::Scores(rows) => rows.len(),
+                Report::Nothing | Report::Sum(_) => 0,
+            };
+            let own = samples.by_ref().take(scores + usize::from(item.sample));
+            let broken = own.filter(|sample| !sample.is_finite).count() > 0;
+            if broken && self.apply_cancel(item.key).is_none() {
+                let tokens = item.start + item.count;
+                let fault = EngineFault::NotFinite { tokens };
+                self.end(item.key, Terminal::Failed(Box::new(fault)));
+            }
+        }
     }
 
     /// Ends a sequence that ends with its prompt, unless it is cancelled.

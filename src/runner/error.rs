@@ -4,6 +4,7 @@ use crate::device::DeviceError;
 use crate::model::ModelError;
 use crate::text::TextError;
 use crate::weights::WeightsError;
+use std::path::PathBuf;
 use thiserror::Error;
 
 /// Why an engine could not be started.
@@ -22,6 +23,14 @@ pub enum LoadError {
     /// The device cannot hold or run the model.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The model's own sampling settings make no sense.
+    #[error("{path}: {problem}; to leave the model's sampling settings out: --generation-config none")]
+    GenerationConfig {
+        /// The file.
+        path: PathBuf,
+        /// What was found, and what was expected.
+        problem: String,
+    },
     /// A setting is out of range.
     #[error("{name} is {value}, but must be {expected}")]
     Config {

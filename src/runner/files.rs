@@ -1,13 +1,14 @@
 //! From a path to a runner: which files, which device.
 
 use super::memory::{MemoryPlan, cache_shape};
-use super::{LoadError, ModelRunner, Runner, RunnerInfo, limits};
+use super::{LoadError, ModelRunner, Runner, RunnerInfo, generation_config, limits};
 use crate::config::EngineConfig;
 use crate::device::cpu::{CpuDevice, CpuOptions};
 #[cfg(feature = "cuda")]
 use crate::device::cuda::{CudaDevice, CudaOptions};
 use crate::device::{Device, DeviceError, DeviceInfo};
 use crate::model::ModelSource;
+use crate::sampling::SamplingDefaults;
 use crate::text::{GgufVocabulary, Tokenizer};
 use crate::weights::{DType, Gguf, ModelFolder};
 use serde_json::Value;
@@ -27,6 +28,16 @@ pub enum DeviceChoice {
     Cuda(usize),
 }
 
+/// Whose sampling settings count for requests that have none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum GenerationConfig {
+    /// The model's: `generation_config.json`, or `general.sampling` metadata.
+    #[default]
+    Model,
+    /// Nobody's: temperature 1, all tokens.
+    None,
+}
+
 /// How to load a model.
 #[derive(Default)]
 pub struct LoadOptions {
@@ -37,6 +48,9 @@ pub struct LoadOptions {
     /// Settings of the CUDA device; [`DeviceChoice::Cuda`] says which it is.
     #[cfg(feature = "cuda")]
     pub cuda: CudaOptions,
+    /// Whose sampling settings [`Engine::sampling_defaults`](crate::Engine::sampling_defaults)
+    /// gives.
+    pub generation_config: GenerationConfig,
     /// Told after each part of the model how many of how many are loaded.
     pub progress: Option<Box<dyn FnMut(usize, usize) + Send>>,
 }
@@ -68,6 +82,7 @@ impl std::fmt::Debug for LoadOptions {
         debug.field("device", &self.device).field("cpu", &self.cpu);
         #[cfg(feature = "cuda")]
         debug.field("cuda", &self.cuda);
+        debug.field("generation_config", &self.generation_config);
         debug.finish_non_exhaustive()
     }
 }
@@ -80,26 +95,31 @@ pub struct ModelFiles {
     tokenizer: Option<Tokenizer>,
     /// The name of the recipe that the file was quantised by, if it says.
     recipe: Option<&'static str>,
+    /// The model's own sampling settings, or what is wrong with them.
+    sampling: Result<SamplingDefaults, LoadError>,
 }
 
 impl ModelFiles {
     /// Opens a `.gguf` file or a Hugging Face folder.
     pub fn open(path: &Path) -> Result<Self, LoadError> {
-        let (source, tokenizer, recipe) = if path.is_dir() {
+        let (source, tokenizer, recipe, sampling) = if path.is_dir() {
             // What model it is comes first: whatever else differs follows from it.
             let source = ModelSource::from_folder(ModelFolder::open(path)?)?;
-            (source, folder_tokenizer(path)?, None)
+            let sampling = generation_config::of_folder(path);
+            (source, folder_tokenizer(path)?, None, sampling)
         } else {
             let file = Gguf::open(path)?;
             let tokenizer = gguf_tokenizer(&file)?;
             let recipe = file.file_type();
-            (ModelSource::from_gguf(file)?, tokenizer, recipe)
+            let sampling = generation_config::of_gguf(&file);
+            (ModelSource::from_gguf(file)?, tokenizer, recipe, sampling)
         };
         Ok(Self {
             path: path.to_owned(),
             source,
             tokenizer,
             recipe,
+            sampling,
         })
     }
 
@@ -137,6 +157,7 @@ impl ModelFiles {
             source: ModelSource::random(settings, format)?,
             tokenizer: None,
             recipe: None,
+            sampling: Ok(SamplingDefaults::default()),
         })
     }
 
@@ -153,6 +174,14 @@ impl ModelFiles {
             (None, Some(format)) => format.to_string(),
             (None, None) => "none".to_owned(),
         }
+    }
+
+    /// The model's own sampling settings.
+    ///
+    /// # Errors
+    /// [`LoadError::GenerationConfig`] when they make no sense.
+    pub fn sampling_defaults(&self) -> Result<&SamplingDefaults, &LoadError> {
+        self.sampling.as_ref()
     }
 
     /// The tokenizer, if the files have one and it was not taken.
@@ -212,7 +241,7 @@ impl ModelFiles {
 
     /// Loads the model onto its device, with a key-value cache.
     pub fn build_runner(
-        self,
+        mut self,
         config: &EngineConfig,
         options: LoadOptions,
     ) -> Result<(Box<dyn Runner>, RunnerInfo), LoadError> {
@@ -221,27 +250,37 @@ impl ModelFiles {
             cpu,
             #[cfg(feature = "cuda")]
             cuda,
+            generation_config,
             progress,
         } = options;
+        let sampling = std::mem::replace(&mut self.sampling, Ok(SamplingDefaults::default()));
+        let sampling = match generation_config {
+            GenerationConfig::Model => sampling?,
+            GenerationConfig::None => SamplingDefaults::default(),
+        };
         let mut progress = progress.unwrap_or_else(|| Box::new(|_, _| {}));
         #[cfg(feature = "cuda")]
         if let Some(device) = cuda_device(device, cuda)? {
-            return self.run_on(device, config, &mut progress);
+            return self.run_on(device, config, sampling, &mut progress);
         }
         #[cfg(not(feature = "cuda"))]
         refuse_cuda(device)?;
         let quantised = self.source.parameters().is_quantised();
         let device = CpuDevice::new(&cpu.for_weights(quantised))?;
-        self.run_on(device, config, &mut progress)
+        self.run_on(device, config, sampling, &mut progress)
     }
 
     fn run_on<D: Device>(
         &self,
         device: D,
         config: &EngineConfig,
+        sampling: SamplingDefaults,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<(Box<dyn Runner>, RunnerInfo), LoadError> {
-        let (runner, info) = ModelRunner::load(device, &self.source, config, progress)?;
+        let (runner, mut info) = ModelRunner::load(device, &self.source, config, progress)?;
+        if let Some(model) = &mut info.model {
+            model.sampling = sampling;
+        }
         Ok((Box::new(runner), info))
     }
 }

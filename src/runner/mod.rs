@@ -6,6 +6,7 @@
 
 mod error;
 mod files;
+mod generation_config;
 mod inputs;
 pub(crate) mod limits;
 mod memory;
@@ -13,7 +14,7 @@ mod model_runner;
 mod null;
 
 pub use error::LoadError;
-pub use files::{DeviceChoice, LoadOptions, ModelFiles};
+pub use files::{DeviceChoice, GenerationConfig, LoadOptions, ModelFiles};
 pub use memory::MemoryPlan;
 pub use model_runner::ModelRunner;
 pub use null::{NullOptions, NullRunner};
@@ -21,7 +22,7 @@ pub use null::{NullOptions, NullRunner};
 use crate::cache::BlockId;
 use crate::device::{DeviceError, DeviceInfo, PooledRows};
 use crate::model::ModelConfig;
-use crate::sampling::Sampled;
+use crate::sampling::{Sampled, SamplingDefaults};
 use crate::schedule::{Sequences, StepPlan};
 use crate::weights::ParameterCount;
 use std::time::Duration;
@@ -111,6 +112,8 @@ pub struct ModelInfo {
     pub device: DeviceInfo,
     /// The memory that it takes there.
     pub memory: MemoryPlan,
+    /// How to sample where a request does not say, by the model's own settings.
+    pub sampling: SamplingDefaults,
     /// How long it took to read the weights and to lay them out for the device.
     pub load_time: Duration,
 }

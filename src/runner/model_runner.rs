@@ -8,6 +8,7 @@ use crate::cache::{BlockId, Transfers};
 use crate::config::EngineConfig;
 use crate::device::{Device, DeviceError, DeviceLimits};
 use crate::model::{Decoder, ModelSource, StepLimits};
+use crate::sampling::SamplingDefaults;
 use crate::schedule::{Sequences, StepPlan};
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -89,6 +90,7 @@ impl<D: Device> ModelRunner<D> {
                 parameters: source.parameters(),
                 device: device.info(),
                 memory,
+                sampling: SamplingDefaults::default(),
                 load_time,
             }),
         };

@@ -88,6 +88,7 @@ impl NullOptions {
             token,
             logprob: 0.0,
             top: top.collect(),
+            is_finite: true,
         }
     }
 

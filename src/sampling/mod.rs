@@ -5,6 +5,7 @@
 //! tokens may come at all.
 
 mod constraint;
+mod defaults;
 mod history;
 mod limits;
 mod params;
@@ -13,6 +14,7 @@ mod sampler;
 pub(crate) use history::HistoryCounts;
 
 pub use constraint::{Constraint, ConstraintError, ConstraintState};
+pub use defaults::SamplingDefaults;
 pub use limits::TokenLimits;
 pub use params::{ParamError, SamplingParams};
 pub use sampler::{SampleRow, Sampled, sample};

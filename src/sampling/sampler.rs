@@ -40,6 +40,9 @@ pub struct Sampled {
     /// The likeliest tokens with their log-probabilities, likeliest first, as many
     /// as asked for.
     pub top: Vec<(u32, f32)>,
+    /// Whether all of the row's unmodified logits were finite. If not, the model has gone
+    /// wrong, and the token means nothing.
+    pub is_finite: bool,
 }
 
 /// Chooses a token. `logits` is changed: penalties, bias and temperature are
@@ -47,9 +50,10 @@ pub struct Sampled {
 /// unmodified logits.
 ///
 /// A row in which no token is possible (every logit NaN or −∞) gives the lowest
-/// token id, forbidden or not.
+/// token id, forbidden or not. NaN never wins.
 pub fn sample(logits: &mut [f32], row: &SampleRow) -> Sampled {
     let params = &*row.params;
+    let is_finite = logits.iter().all(|logit| logit.is_finite());
     let mut report = params.logprobs.map(|k| LogProbs::of(logits, k as usize));
     let token = match row.forced {
         Some(token) => token,
@@ -60,11 +64,13 @@ pub fn sample(logits: &mut [f32], row: &SampleRow) -> Sampled {
             token,
             logprob: report.chosen(token),
             top: std::mem::take(&mut report.top),
+            is_finite,
         },
         None => Sampled {
             token,
             logprob: 0.0,
             top: Vec::new(),
+            is_finite,
         },
     }
 }

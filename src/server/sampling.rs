@@ -208,7 +208,7 @@ impl SamplingFields {
         request.priority = self.priority.unwrap_or(0);
         request.cache_salt = cache_salt(self.cache_salt)?;
         request.tenant = self.user.filter(|user| !user.is_empty()).map(Into::into);
-        let default = SamplingParams::default();
+        let default = app.engine.sampling_defaults().params();
         // No share of the probabilities leaves the likeliest token.
         let greedy = self.top_p == Some(0.0);
         request.sampling = SamplingParams {
@@ -216,7 +216,7 @@ impl SamplingFields {
                 true => 0.0,
                 false => self.temperature.unwrap_or(default.temperature),
             },
-            top_k: top_k(self.top_k)?,
+            top_k: top_k(self.top_k)?.unwrap_or(default.top_k),
             top_p: self.top_p.filter(|_| !greedy).unwrap_or(default.top_p),
             min_p: self.min_p.unwrap_or(default.min_p),
             repetition_penalty: self
@@ -331,10 +331,11 @@ fn at_most(
     Err(ApiError::invalid(problem).param(field))
 }
 
-fn top_k(top_k: Option<i64>) -> Result<u32, ApiError> {
+fn top_k(top_k: Option<i64>) -> Result<Option<u32>, ApiError> {
     match top_k {
-        None | Some(-1) => Ok(0),
-        Some(k) => u32::try_from(k).map_err(|_| {
+        None => Ok(None),
+        Some(-1) => Ok(Some(0)),
+        Some(k) => u32::try_from(k).map(Some).map_err(|_| {
             let problem = format!("top_k is {k}, but must be -1, 0 or more, and below 2^32");
             ApiError::invalid(problem).param("top_k")
         }),

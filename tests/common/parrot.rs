@@ -79,6 +79,7 @@ fn sample(item: &PlanItem, sequences: &Sequences) -> Sampled {
         token: words.get(place).copied().unwrap_or(END_OF_ANSWER),
         logprob: -0.5,
         top: Vec::new(),
+        is_finite: true,
     }
 }
 

@@ -298,6 +298,7 @@ impl Runner for SimRunner {
                 token,
                 logprob: logprob(up_to(row), token),
                 top: Vec::new(),
+                is_finite: true,
             }));
             if let Report::Sum(rows) = &item.report {
                 let mut sum = PooledRows::new(HIDDEN);
@@ -313,6 +314,7 @@ impl Runner for SimRunner {
                     token: nearest(token, allowed),
                     logprob: 0.0,
                     top: Vec::new(),
+                    is_finite: true,
                 });
             }
         }

@@ -687,6 +687,7 @@ impl Device for CpuDevice {
             token: 0,
             logprob: 0.0,
             top: Vec::new(),
+            is_finite: true,
         };
         let mut samples = std::mem::take(&mut self.spare_samples);
         samples.clear();

@@ -50,6 +50,7 @@ impl Scratch {
             token: 0,
             logprob: 0.0,
             top: Vec::new(),
+            is_finite: isa.dispatch(AllFinite(logits)),
         };
         let mut log_sum = 0.0;
         if let Some(count) = report {
@@ -304,6 +305,26 @@ const ROUNDING: f64 = 4e-6;
 
 /// As [`ROUNDING`], of sums in float64 that only differ in their order.
 const EXACT_ROUNDING: f64 = 1e-10;
+
+/// Whether no logit is NaN or infinite.
+struct AllFinite<'a>(&'a [f32]);
+
+impl Kernel for AllFinite<'_> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> bool {
+        let (chunks, rest) = self.0.as_chunks::<LANES>();
+        // The difference of a number to itself is 0, or NaN.
+        let mut sum = s.splat(0.0);
+        for chunk in chunks {
+            // SAFETY: there are sixteen.
+            let x = unsafe { s.load(chunk.as_ptr()) };
+            sum = s.add(sum, s.sub(x, x));
+        }
+        s.reduce_add(sum) == 0.0 && rest.iter().all(|logit| logit.is_finite())
+    }
+}
 
 /// Σ e^(logit − max).
 struct ExpSum<'a> {
@@ -589,6 +610,7 @@ mod tests {
                     let found = choose(isa, &logits, &row);
                     let what = format!("{} {width} {:?}", isa.name(), row.params);
                     assert_eq!(found.token, expected.token, "{what}");
+                    assert!(found.is_finite && expected.is_finite, "{what}");
                     assert!((found.logprob - expected.logprob).abs() < 1e-5, "{what}");
                     let ids = |sampled: &Sampled| -> Vec<u32> {
                         sampled.top.iter().map(|(id, _)| *id).collect()
@@ -651,9 +673,35 @@ mod tests {
                     let found = choose(isa, &logits, &row);
                     let what = format!("{} {logits:?} {params:?}", isa.name());
                     assert_eq!(found.token, expected.token, "{what}");
+                    assert_eq!(found.is_finite, expected.is_finite, "{what}");
                     let ids = |sampled: &Sampled| sampled.top.iter().map(|top| top.0).collect();
                     let (found, expected): (Vec<u32>, Vec<u32>) = (ids(&found), ids(&expected));
                     assert_eq!(found, expected, "{what}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_logit_that_is_not_finite_is_noticed_wherever_it_is_and_a_mask_is_not() {
+        let logits = logits(5, 1003, 4.0);
+        let row = SampleRow {
+            params: Arc::new(SamplingParams {
+                logit_bias: vec![(7, f32::NEG_INFINITY), (8, f32::INFINITY)],
+                ..SamplingParams::greedy()
+            }),
+            mask: Some(vec![0, 3].into()),
+            ..SampleRow::default()
+        };
+        for isa in levels() {
+            assert!(choose(isa, &logits, &row).is_finite, "{}", isa.name());
+            for at in [0, 1, 15, 16, 500, 991, 992, 1002] {
+                for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                    let mut broken = logits.clone();
+                    broken[at] = value;
+                    let found = choose(isa, &broken, &row);
+                    assert!(!found.is_finite, "{} {value} at {at}", isa.name());
+                    assert!(!sampling::sample(&mut broken, &row).is_finite);
                 }
             }
         }

@@ -63,6 +63,8 @@ const ROW_WORDS: usize = 18;
 const MASK_WORD: usize = 15;
 /// Words of a row's result before its likeliest tokens.
 const RESULT_WORDS: usize = 4;
+/// Set in the token of a result whose row has logits that are not finite.
+const NOT_FINITE: u32 = 1 << 31;
 
 /// What sampling keeps from step to step.
 pub(super) struct Sampler {
@@ -475,12 +477,14 @@ impl CudaDevice {
 /// Reads a row's result.
 fn decode(words: &[[u8; 4]], report: bool) -> Sampled {
     let (head, top) = words.split_at(RESULT_WORDS);
-    let token = u32::from_ne_bytes(head[0]);
+    let result = u32::from_ne_bytes(head[0]);
+    let (token, is_finite) = (result & !NOT_FINITE, result & NOT_FINITE == 0);
     if !report {
         return Sampled {
             token,
             logprob: 0.0,
             top: Vec::new(),
+            is_finite,
         };
     }
     let count = u32::from_ne_bytes(head[2]) as usize;
@@ -491,5 +495,6 @@ fn decode(words: &[[u8; 4]], report: bool) -> Sampled {
         token,
         logprob: f32::from_ne_bytes(head[1]),
         top: pairs.map(pair).collect(),
+        is_finite,
     }
 }

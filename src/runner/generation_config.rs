@@ -1,0 +1,140 @@
+//! A model's own sampling settings: `generation_config.json` of a Hugging Face folder, or the
+//! `general.sampling` metadata of a GGUF file.
+
+use super::LoadError;
+use crate::sampling::SamplingDefaults;
+use crate::weights::gguf::{Gguf, Value as Metadata};
+use crate::weights::from_python_json;
+use serde_json::Value;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+const FILE: &str = "generation_config.json";
+
+/// Settings that ask for another way of sampling, with the value that means none of it.
+const UNSUPPORTED: [(&str, f64); 10] = [
+    ("diversity_penalty", 0.0),
+    ("encoder_repetition_penalty", 1.0),
+    ("epsilon_cutoff", 0.0),
+    ("eta_cutoff", 0.0),
+    ("no_repeat_ngram_size", 0.0),
+    ("num_beam_groups", 1.0),
+    ("num_beams", 1.0),
+    ("penalty_alpha", 0.0),
+    ("typical_p", 1.0),
+    ("top_h", 1.0),
+];
+
+/// The settings of the folder at `path`; none where it has no such file.
+///
+/// # Errors
+/// [`LoadError::GenerationConfig`] for a setting of the wrong type or out of its range.
+pub(super) fn of_folder(path: &Path) -> Result<SamplingDefaults, LoadError> {
+    let path = path.join(FILE);
+    let problem = |problem: String| LoadError::GenerationConfig {
+        path: path.clone(),
+        problem,
+    };
+    let text = match std::fs::read(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(SamplingDefaults::default()),
+        Err(error) => return Err(problem(error.to_string())),
+    };
+    let config: Value = from_python_json(&text).map_err(|error| problem(error.to_string()))?;
+    let number = |key: &str| match config.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(value) => match value.as_f64() {
+            Some(number) => Ok(Some(number)),
+            None => Err(problem(format!("{key} is {value}, but must be a number"))),
+        },
+    };
+    for (key, neutral) in UNSUPPORTED {
+        if number(key)?.is_some_and(|value| value != neutral) {
+            tracing::warn!(path = %path.display(), key, "not supported, and not applied");
+        }
+    }
+    let read = Settings {
+        temperature: number("temperature")?,
+        top_k: number("top_k")?,
+        top_p: number("top_p")?,
+        min_p: number("min_p")?,
+        repetition_penalty: number("repetition_penalty")?,
+    };
+    // As in transformers: the penalty applies to greedy answers, too.
+    let greedy = config.get("do_sample") == Some(&Value::Bool(false));
+    let mut defaults = read.checked(path.clone())?;
+    if greedy {
+        defaults = SamplingDefaults {
+            temperature: Some(0.0),
+            repetition_penalty: defaults.repetition_penalty,
+            ..SamplingDefaults::default()
+        };
+    }
+    Ok(defaults)
+}
+
+/// The settings of a GGUF file.
+///
+/// # Errors
+/// As [`of_folder`].
+pub(super) fn of_gguf(file: &Gguf) -> Result<SamplingDefaults, LoadError> {
+    let number = |name: &str| {
+        let key = format!("general.sampling.{name}");
+        match file.metadata(&key) {
+            None => Ok(None),
+            Some(value) => value.as_f64().map(Some).ok_or_else(|| {
+                let found = value.type_name();
+                LoadError::GenerationConfig {
+                    path: file.path().to_owned(),
+                    problem: format!("{key} is of type {found}, but must be a number"),
+                }
+            }),
+        }
+    };
+    for (key, neutral) in [("mirostat", 0.0), ("xtc_probability", 0.0)] {
+        if number(key)?.is_some_and(|value| value != neutral) {
+            tracing::warn!(path = %file.path().display(), key, "not supported, and not applied");
+        }
+    }
+    if let Some(Metadata::String(order)) = file.metadata("general.sampling.sequence") {
+        tracing::debug!(order, "the order of samplers is not applied");
+    }
+    let read = Settings {
+        temperature: number("temp")?,
+        top_k: number("top_k")?,
+        top_p: number("top_p")?,
+        min_p: number("min_p")?,
+        repetition_penalty: number("penalty_repeat")?,
+    };
+    read.checked(file.path().to_owned())
+}
+
+/// Settings as they were read.
+struct Settings {
+    temperature: Option<f64>,
+    top_k: Option<f64>,
+    top_p: Option<f64>,
+    min_p: Option<f64>,
+    repetition_penalty: Option<f64>,
+}
+
+impl Settings {
+    fn checked(self, path: PathBuf) -> Result<SamplingDefaults, LoadError> {
+        let single = |number: Option<f64>| number.map(|number| number as f32);
+        let defaults = SamplingDefaults {
+            temperature: single(self.temperature),
+            // 0 and what is below it stand for all.
+            top_k: self.top_k.map(|top_k| top_k.max(0.0) as u32),
+            top_p: single(self.top_p),
+            min_p: single(self.min_p),
+            repetition_penalty: single(self.repetition_penalty),
+        };
+        match defaults.validate() {
+            Ok(()) => Ok(defaults),
+            Err(error) => Err(LoadError::GenerationConfig {
+                path,
+                problem: error.to_string(),
+            }),
+        }
+    }
+}

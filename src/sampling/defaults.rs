@@ -1,0 +1,83 @@
+//! What a model's authors recommend for requests that do not say how to sample.
+
+use super::{ParamError, SamplingParams};
+
+/// A model's own sampling settings; `None` where it says nothing.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct SamplingDefaults {
+    /// [`SamplingParams::temperature`].
+    pub temperature: Option<f32>,
+    /// [`SamplingParams::top_k`].
+    pub top_k: Option<u32>,
+    /// [`SamplingParams::top_p`].
+    pub top_p: Option<f32>,
+    /// [`SamplingParams::min_p`].
+    pub min_p: Option<f32>,
+    /// [`SamplingParams::repetition_penalty`].
+    pub repetition_penalty: Option<f32>,
+}
+
+impl SamplingDefaults {
+    /// Sampling by these settings, and by [`SamplingParams::default`] where they say nothing.
+    pub fn params(&self) -> SamplingParams {
+        let neutral = SamplingParams::default();
+        SamplingParams {
+            temperature: self.temperature.unwrap_or(neutral.temperature),
+            top_k: self.top_k.unwrap_or(neutral.top_k),
+            top_p: self.top_p.unwrap_or(neutral.top_p),
+            min_p: self.min_p.unwrap_or(neutral.min_p),
+            repetition_penalty: self
+                .repetition_penalty
+                .unwrap_or(neutral.repetition_penalty),
+            ..neutral
+        }
+    }
+
+    /// Checks every setting against its range.
+    ///
+    /// # Errors
+    /// The first setting that is out of it.
+    pub fn validate(&self) -> Result<(), ParamError> {
+        self.params().validate(usize::MAX)
+    }
+
+    /// The settings that the model has, with their names.
+    pub fn named(&self) -> Vec<(&'static str, f64)> {
+        let each = [
+            ("temperature", self.temperature.map(decimal)),
+            ("top_k", self.top_k.map(f64::from)),
+            ("top_p", self.top_p.map(decimal)),
+            ("min_p", self.min_p.map(decimal)),
+            ("repetition_penalty", self.repetition_penalty.map(decimal)),
+        ];
+        let set = each.into_iter().filter_map(|(name, value)| Some((name, value?)));
+        set.collect()
+    }
+}
+
+/// The shortest decimal number that means this float32: 0.7, not 0.699999988079071.
+fn decimal(value: f32) -> f64 {
+    value.to_string().parse().unwrap_or(f64::from(value))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_model_says_replaces_the_neutral_settings_only() {
+        let defaults = SamplingDefaults {
+            temperature: Some(0.7),
+            top_k: Some(20),
+            ..SamplingDefaults::default()
+        };
+        let expected = SamplingParams {
+            temperature: 0.7,
+            top_k: 20,
+            ..SamplingParams::default()
+        };
+        assert_eq!(defaults.params(), expected);
+        assert_eq!(defaults.named(), [("temperature", 0.7), ("top_k", 20.0)]);
+        assert_eq!(SamplingDefaults::default().named(), []);
+    }
+}
