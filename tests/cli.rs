@@ -682,3 +682,72 @@ fn generate_holds_its_answer_to_a_json_schema() {
     ];
     assert_refused(&ids, 1, &["no tokenizer files", "JSON schema"]);
 }
+
+/// A copy of a tiny model with a `generation_config.json`.
+fn with_generation_config(config: &str) -> tempfile::TempDir {
+    let copy = tempfile::tempdir().unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(Path::new(&tiny("llama")).join(name), copy.path().join(name)).unwrap();
+    }
+    std::fs::write(copy.path().join("generation_config.json"), config).unwrap();
+    copy
+}
+
+#[test]
+fn the_models_own_sampling_settings_count_unless_a_flag_says_otherwise() {
+    let model = with_generation_config(r#"{"do_sample": true, "temperature": 0.7, "top_k": 1}"#);
+    let model = model.path().to_str().unwrap();
+    let ids = |flags: &[&str]| {
+        let generate = ["generate", "--model", model, "--prompt-ids", "126,36,304"];
+        let format = ["--max-tokens", "24", "--ignore-eos", "--format", "json"];
+        json(&quell(&[&generate, &format[..], flags].concat()))["token_ids"].clone()
+    };
+    let greedy = ids(&[]);
+    let hot = ["--temperature", "8"];
+    assert_eq!(ids(&hot), greedy, "top_k 1 is the model's");
+    assert_ne!(ids(&[&hot[..], &["--top-k", "0"]].concat()), greedy);
+    let none = ["--generation-config", "none"];
+    assert_ne!(ids(&[&hot[..], &none].concat()), greedy);
+    assert_eq!(ids(&none), greedy);
+
+    let shown = |flags: &[&str]| {
+        let inspect = ["inspect", model, "--format", "json"];
+        json(&quell(&[&inspect[..], flags].concat()))["sampling_defaults"].clone()
+    };
+    assert_eq!(
+        shown(&[]),
+        serde_json::json!({"temperature": 0.7, "top_k": 1.0})
+    );
+    assert_eq!(shown(&none), serde_json::json!({}));
+    let text = quell(&["inspect", model]);
+    let text = String::from_utf8_lossy(&text.stdout);
+    assert!(text.contains("temperature 0.7, top-k 1"), "{text}");
+}
+
+#[test]
+fn sampling_settings_of_a_model_that_make_no_sense_are_named_and_can_be_left_out() {
+    let model = with_generation_config(r#"{"top_p": 1.5}"#);
+    let model = model.path().to_str().unwrap();
+    let generate = [
+        "generate",
+        "--model",
+        model,
+        "--prompt-ids",
+        "1",
+        "--max-tokens",
+        "1",
+    ];
+    let parts = [
+        "generation_config.json",
+        "top_p is 1.5",
+        "--generation-config none",
+    ];
+    assert_refused(&generate, 1, &parts);
+    json(&quell(
+        &[
+            &generate[..],
+            &["--generation-config", "none", "--format", "json"],
+        ]
+        .concat(),
+    ));
+}

@@ -111,7 +111,11 @@ fn unsafe_code_is_in_devices_only() {
             .lines()
             .filter(|line| !line.trim_start().starts_with("//"))
             .any(|line| line.contains("unsafe {") || line.contains("unsafe fn"));
-        assert!(!has_unsafe || module == "device", "{} has unsafe code", path.display());
+        assert!(
+            !has_unsafe || module == "device",
+            "{} has unsafe code",
+            path.display()
+        );
     }
 }
 

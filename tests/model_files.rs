@@ -4,11 +4,16 @@ mod common;
 
 use common::gguf_writer::GgufWriter;
 use common::quantize::quantize;
+use quell::model::ModelSource;
+use quell::runner::ModelFiles;
 use quell::weights::gguf::{Array, Value};
 use quell::weights::quant::dequantize;
 use quell::weights::{DType, Gguf, ModelFolder, WeightSource, WeightsError};
-use serde_json::json;
+use quell::{Engine, EngineConfig, LoadError, LoadOptions, Request};
+use serde_json::{Value as Json, json};
+use std::collections::BTreeMap;
 use std::path::Path;
+use tempfile::TempDir;
 
 fn ramp(count: usize) -> Vec<f32> {
     (0..count).map(|index| index as f32 / 16.0 - 2.0).collect()
@@ -225,4 +230,277 @@ fn a_folder_of_shards_opens_as_one() {
     write("model.safetensors", &safetensors(&[("c", &[4.0])]));
     let model = ModelFolder::open(folder.path()).unwrap();
     assert_eq!(model.names(), ["c"]);
+}
+
+/// A matrix or a vector by its name: its shape and its numbers.
+type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
+
+const HIDDEN: usize = 32;
+const VOCABULARY: usize = 64;
+
+fn llama_config() -> Json {
+    json!({
+        "model_type": "llama", "num_hidden_layers": 1, "hidden_size": HIDDEN,
+        "num_attention_heads": 2, "max_position_embeddings": 64, "intermediate_size": HIDDEN,
+        "vocab_size": VOCABULARY, "tie_word_embeddings": true, "eos_token_id": null,
+    })
+}
+
+fn noise(shape: &[usize], seed: u32) -> (Vec<usize>, Vec<f32>) {
+    let mut state = seed.wrapping_mul(0x9e37_79b9) | 1;
+    let next = |_| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+    };
+    let count = shape.iter().product();
+    (shape.to_vec(), (0..count).map(next).collect())
+}
+
+/// The weights of a tiny Llama whose output projection is its embedding.
+fn llama_tensors() -> Tensors {
+    let square = |seed| noise(&[HIDDEN, HIDDEN], seed);
+    let ones = || (vec![HIDDEN], vec![1.0; HIDDEN]);
+    let layer = |name: &str| format!("model.layers.0.{name}.weight");
+    let mut tensors = Tensors::new();
+    let embedding = noise(&[VOCABULARY, HIDDEN], 1);
+    tensors.insert("model.embed_tokens.weight".to_owned(), embedding);
+    tensors.insert("model.norm.weight".to_owned(), ones());
+    for name in ["input_layernorm", "post_attention_layernorm"] {
+        tensors.insert(layer(name), ones());
+    }
+    let matrices = [
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ];
+    for (seed, name) in (2..).zip(matrices) {
+        tensors.insert(layer(name), square(seed));
+    }
+    tensors
+}
+
+fn write_folder(config: &Json, tensors: &Tensors) -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let mut header = serde_json::Map::new();
+    let mut data = Vec::new();
+    for (name, (shape, weights)) in tensors {
+        let start = data.len();
+        data.extend(weights.iter().flat_map(|weight| weight.to_le_bytes()));
+        let offsets = [start, data.len()];
+        let entry = json!({"dtype": "F32", "shape": shape, "data_offsets": offsets});
+        header.insert(name.clone(), entry);
+    }
+    let header = Json::from(header).to_string();
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend(header.as_bytes());
+    file.extend(data);
+    std::fs::write(folder.path().join("model.safetensors"), file).unwrap();
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    folder
+}
+
+fn source(config: &Json, tensors: &Tensors) -> Result<ModelSource, String> {
+    let folder = write_folder(config, tensors);
+    let folder = ModelFolder::open(folder.path()).map_err(|error| error.to_string())?;
+    ModelSource::from_folder(folder).map_err(|error| error.to_string())
+}
+
+fn start(folder: &TempDir) -> Result<Engine, LoadError> {
+    let config = EngineConfig {
+        kv_cache_bytes: Some(1 << 20),
+        audit: true,
+        ..EngineConfig::default()
+    };
+    Engine::load(folder.path(), config, LoadOptions::cpu())
+}
+
+/// The greedy answer of eight tokens to one prompt.
+fn answer(config: &Json, tensors: &Tensors) -> Vec<u32> {
+    let engine = start(&write_folder(config, tensors)).unwrap();
+    let request = Request::new(vec![3, 5, 7]).greedy().max_tokens(8);
+    let answer = engine.generate(request).unwrap().complete_blocking();
+    answer
+        .unwrap()
+        .tokens
+        .iter()
+        .map(|token| token.id)
+        .collect()
+}
+
+#[track_caller]
+fn assert_names(result: Result<ModelSource, String>, parts: &[&str]) {
+    let error = result.expect_err("the model is refused");
+    for part in parts {
+        assert!(error.contains(part), "'{part}' is not in: {error}");
+    }
+}
+
+#[test]
+fn tensors_without_a_use_are_refused_by_name_and_what_is_computed_anyway_is_not() {
+    let config = llama_config();
+    for name in [
+        "model.layers.0.self_attn.q_proj.weight_scale",
+        "model.layers.0.self_attn.k_proj.bias",
+        "model.layers.0.self_attn.q_norm.weight",
+        "model.layers.1.input_layernorm.weight",
+        "model.norm.bias",
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+    ] {
+        let mut tensors = llama_tensors();
+        tensors.insert(name.to_owned(), noise(&[HIDDEN], 9));
+        assert_names(source(&config, &tensors), &[name, "llama"]);
+    }
+    let plain = answer(&config, &llama_tensors());
+    let mut tensors = llama_tensors();
+    for name in [
+        "model.rotary_emb.inv_freq",
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "vision_tower.layers.0.weight",
+        "multi_modal_projector.weight",
+    ] {
+        tensors.insert(name.to_owned(), noise(&[4], 9));
+    }
+    assert_eq!(answer(&config, &tensors), plain);
+}
+
+#[test]
+fn a_bias_that_the_settings_ask_for_must_be_there() {
+    let mut config = llama_config();
+    config["attention_bias"] = json!(true);
+    assert_names(source(&config, &llama_tensors()), &["q_proj.bias"]);
+}
+
+#[test]
+fn a_stored_output_projection_is_used_whatever_the_settings_say_and_must_be_there_if_untied() {
+    let (mut tied, mut untied) = (llama_config(), llama_config());
+    tied["tie_word_embeddings"] = json!(true);
+    untied["tie_word_embeddings"] = json!(false);
+    assert_names(
+        source(&untied, &llama_tensors()),
+        &["lm_head.weight", "tie_word_embeddings"],
+    );
+
+    let mut other = llama_tensors();
+    let head = noise(&[VOCABULARY, HIDDEN], 77);
+    other.insert("lm_head.weight".to_owned(), head);
+    let expected = answer(&untied, &other);
+    assert_ne!(expected, answer(&tied, &llama_tensors()));
+    assert_eq!(answer(&tied, &other), expected);
+
+    // A copy of the embedding is the embedding.
+    let mut copy = llama_tensors();
+    let embedding = copy["model.embed_tokens.weight"].clone();
+    copy.insert("lm_head.weight".to_owned(), embedding);
+    assert_eq!(answer(&tied, &copy), answer(&tied, &llama_tensors()));
+    assert_eq!(answer(&untied, &copy), answer(&tied, &llama_tensors()));
+}
+
+#[test]
+fn a_gguf_tensor_without_a_use_is_refused_by_name() {
+    let square = || noise(&[HIDDEN, HIDDEN], 5).1;
+    let ones = [1.0; HIDDEN];
+    let file = |extra: Option<&str>| {
+        let mut file = GgufWriter::new()
+            .string("general.architecture", "llama")
+            .u32("llama.block_count", 1)
+            .u32("llama.embedding_length", HIDDEN as u32)
+            .u32("llama.feed_forward_length", HIDDEN as u32)
+            .u32("llama.attention.head_count", 2)
+            .u32("llama.context_length", 64)
+            .f32_tensor(
+                "token_embd.weight",
+                &[VOCABULARY, HIDDEN],
+                &noise(&[VOCABULARY, HIDDEN], 1).1,
+            )
+            .f32_tensor("output_norm.weight", &[HIDDEN], &ones)
+            .f32_tensor("blk.0.attn_norm.weight", &[HIDDEN], &ones)
+            .f32_tensor("blk.0.ffn_norm.weight", &[HIDDEN], &ones);
+        for name in [
+            "attn_q",
+            "attn_k",
+            "attn_v",
+            "attn_output",
+            "ffn_gate",
+            "ffn_up",
+            "ffn_down",
+        ] {
+            let name = format!("blk.0.{name}.weight");
+            file = file.f32_tensor(&name, &[HIDDEN, HIDDEN], &square());
+        }
+        if let Some(name) = extra {
+            file = file.f32_tensor(name, &[HIDDEN], &ones);
+        }
+        ModelSource::from_gguf(open(&file)).map_err(|error| error.to_string())
+    };
+    for name in [None, Some("blk.0.attn_q.bias"), Some("v.blk.0.ln1.weight")] {
+        file(name).unwrap();
+    }
+    for name in [
+        "blk.0.attn_q.scale",
+        "blk.0.attn_q_norm.weight",
+        "blk.1.attn_norm.weight",
+    ] {
+        assert_names(file(Some(name)), &[name]);
+    }
+}
+
+#[test]
+fn a_weight_that_is_not_finite_fails_the_load_with_its_tensor() {
+    for (name, index) in [
+        ("model.embed_tokens.weight", 70),
+        ("model.norm.weight", 3),
+        ("model.layers.0.mlp.up_proj.weight", 0),
+        ("model.layers.0.self_attn.q_proj.weight", 1023),
+    ] {
+        for value in [f32::NAN, f32::NEG_INFINITY] {
+            let mut tensors = llama_tensors();
+            tensors.get_mut(name).unwrap().1[index] = value;
+            let error = start(&write_folder(&llama_config(), &tensors)).unwrap_err();
+            let error = error.to_string();
+            let expected = [name, &format!("weight {index} "), "model.safetensors"];
+            assert!(expected.iter().all(|part| error.contains(part)), "{error}");
+        }
+    }
+}
+
+#[test]
+fn a_file_that_is_truncated_while_it_loads_is_a_typed_error() {
+    let folder = write_folder(&llama_config(), &llama_tensors());
+    let path = folder.path().join("model.safetensors");
+    let size = std::fs::metadata(&path).unwrap().len();
+    for kept in [0, 512, size / 2, size - 1] {
+        let files = ModelFiles::open(folder.path()).unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        let writer = std::fs::File::options().write(true).open(&path).unwrap();
+        writer.set_len(kept).unwrap();
+        let error = Engine::from_files(files, EngineConfig::default(), LoadOptions::cpu());
+        let error = error.expect_err("the model is refused").to_string();
+        let found = format!("had {size} bytes and has {kept} now");
+        assert!(
+            error.contains("model.safetensors") && error.contains(&found),
+            "{error}"
+        );
+        std::fs::write(&path, whole).unwrap();
+    }
+}
+
+#[test]
+fn pythons_infinity_in_a_configuration_does_no_harm_where_it_is_not_used() {
+    let folder = write_folder(&llama_config(), &llama_tensors());
+    let path = folder.path().join("config.json");
+    let config = std::fs::read_to_string(&path).unwrap();
+    let with = |setting: &str| config.replacen('{', &format!("{{{setting}, "), 1);
+    std::fs::write(
+        &path,
+        with("\"time_step_limit\": [0.0, Infinity], \"x\": NaN"),
+    )
+    .unwrap();
+    start(&folder).unwrap();
+    std::fs::write(&path, with("\"rope_theta\": Infinity")).unwrap();
+    let error = start(&folder).unwrap_err().to_string();
+    assert!(error.contains("rope_theta"), "{error}");
 }

@@ -3,7 +3,7 @@
 use quell::device::DeviceError;
 use quell::runner::{NullOptions, NullRunner, Runner, StepOutput};
 use quell::schedule::{Sequences, StepPlan};
-use quell::{Engine, EngineConfig, LoadError, Request};
+use quell::{Engine, EngineConfig, EngineFault, GenerateError, LoadError, Request};
 use std::sync::mpsc::{Receiver, channel};
 
 /// A runner that begins when it is told to.
@@ -66,5 +66,96 @@ fn its_tokens_depend_on_the_own_prompt_only_at_either_depth_and_when_blocks_are_
         }
         let stats = engine.stats().unwrap();
         assert!(stats.preemptions > 0, "blocks were not scarce");
+    }
+}
+
+/// A runner whose logits are NaN for prompts that begin with [`BROKEN`], from a position on.
+struct Broken {
+    runner: Box<dyn Runner>,
+    /// For each sample of the steps in flight, whether its logits are NaN.
+    samples: std::collections::VecDeque<bool>,
+}
+
+const BROKEN: u32 = 13;
+const FIRST_NAN: usize = 24;
+
+impl Runner for Broken {
+    fn depth(&self) -> usize {
+        self.runner.depth()
+    }
+
+    fn launch(&mut self, plan: &StepPlan, sequences: &Sequences) -> Result<(), DeviceError> {
+        let broken = plan.samples().map(|item| {
+            let prompt = sequences.get(item.key).map(|sequence| sequence.tokens[0]);
+            prompt == Some(BROKEN) && item.start + item.count >= FIRST_NAN
+        });
+        self.samples.extend(broken);
+        self.runner.launch(plan, sequences)
+    }
+
+    fn collect(&mut self) -> Result<StepOutput, DeviceError> {
+        let mut output = self.runner.collect()?;
+        for sample in &mut output.samples {
+            sample.is_finite = !self.samples.pop_front().unwrap_or(false);
+        }
+        Ok(output)
+    }
+}
+
+#[test]
+fn logits_that_are_not_finite_end_their_request_and_no_other() {
+    for depth in [1, 2] {
+        let options = NullOptions {
+            depth,
+            vocabulary: 100,
+            block_tokens: 4,
+            ..NullOptions::default()
+        };
+        let config = EngineConfig {
+            audit: true,
+            ..EngineConfig::default()
+        };
+        let engine = Engine::with_runner(config, None, move || {
+            let (runner, info) = NullRunner::start(options)?;
+            let samples = std::collections::VecDeque::new();
+            Ok::<_, LoadError>((
+                Box::new(Broken { runner, samples }) as Box<dyn Runner>,
+                info,
+            ))
+        });
+        let engine = engine.unwrap();
+        for round in 0..2 {
+            let ask = |first: u32| {
+                let request = Request::new(vec![first; 20]).max_tokens(30);
+                engine.generate(request).unwrap()
+            };
+            let streams: Vec<_> = (10..16).map(|first| (first, ask(first))).collect();
+            for (first, mut stream) in streams.into_iter().map(|(first, s)| (first, s.blocking())) {
+                let mut tokens = 0;
+                let end = loop {
+                    match stream.next() {
+                        Some(Ok(chunk)) => tokens += usize::from(chunk.token.is_some()),
+                        Some(Err(error)) => break Some(error),
+                        None => break None,
+                    }
+                };
+                if first != BROKEN {
+                    assert!(end.is_none() && tokens == 30, "{first}: {tokens} {end:?}");
+                    continue;
+                }
+                assert_eq!(tokens, FIRST_NAN - 20, "round {round}, depth {depth}");
+                let fault = match &end {
+                    Some(GenerateError::Failed(fault @ EngineFault::NotFinite { .. })) => fault,
+                    other => panic!("not NaN: {other:?}"),
+                };
+                let said = fault.to_string();
+                assert!(
+                    said.contains(&format!("after {FIRST_NAN} tokens")),
+                    "{said}"
+                );
+            }
+        }
+        let stats = engine.stats().unwrap();
+        assert_eq!(stats.blocks.referenced, 0);
     }
 }

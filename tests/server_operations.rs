@@ -15,8 +15,8 @@ mod server;
 mod sim;
 
 use http::{Connection, Reply, answered, exchange, get, post};
-use quell::EngineConfig;
 use quell::server::{ApiKeys, ServeError, Server, ServerOptions, TlsFiles};
+use quell::{Engine, EngineConfig, LoadOptions};
 use serde_json::Value;
 use serve::Serve;
 use server::{TestServer, null_engine, options, tokenizer};
@@ -721,4 +721,39 @@ fn settings_come_from_the_flag_then_the_environment_then_the_file() {
     assert!(serve(&[], None).contains("is no TOML"));
     write("model = \"none.gguf\"\nmax-connections = 0");
     assert!(serve(&[], None).contains("--max-connections is 0"));
+}
+
+#[test]
+fn a_request_that_does_not_say_how_to_sample_is_sampled_as_the_model_says() {
+    let tiny =
+        std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden/tiny/llama");
+    let copy = tempfile::tempdir().unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(tiny.join(name), copy.path().join(name)).unwrap();
+    }
+    let settings = r#"{"do_sample": true, "temperature": 0.9, "top_k": 1}"#;
+    std::fs::write(copy.path().join("generation_config.json"), settings).unwrap();
+    let config = EngineConfig {
+        kv_cache_bytes: Some(8 << 20),
+        audit: true,
+        ..EngineConfig::default()
+    };
+    let engine = Engine::load(copy.path(), config, LoadOptions::cpu()).unwrap();
+    let server = TestServer::start(engine, options());
+    let answer = |fields: &str| {
+        let body = format!(
+            r#"{{"prompt": [126, 36, 304], "max_tokens": 24, "ignore_eos": true, "return_token_ids": true, "logprobs": 1{fields}}}"#
+        );
+        let reply = ask(server.address, &post("/v1/completions", &body));
+        assert_eq!(reply.status, 200, "{}", reply.text());
+        reply.json()["choices"][0]["logprobs"]["token_logprobs"].clone()
+    };
+    let greedy = answer(r#", "temperature": 0"#);
+    assert_eq!(answer(""), greedy);
+    assert_eq!(
+        answer(r#", "temperature": 5"#),
+        greedy,
+        "top_k is the model's"
+    );
+    assert_ne!(answer(r#", "temperature": 5, "top_k": -1"#), greedy);
 }

@@ -62,7 +62,9 @@ pub struct GenerateArgs {
 
 /// Runs the subcommand.
 pub fn run(args: GenerateArgs) -> Result<(), CliError> {
-    let sampling = args.sampling.params(&SamplingParams::greedy(), args.logprobs)?;
+    let sampling = args
+        .sampling
+        .params(&SamplingParams::greedy(), args.logprobs)?;
     if args.max_tokens == 0 {
         return Err(CliError::Usage(
             "--max-tokens is 0, but must be at least 1".to_owned(),

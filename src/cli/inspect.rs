@@ -4,8 +4,8 @@
 use super::args::{CliError, Format, RunArgs, resolve};
 use super::generate::println_json;
 use clap::Args;
-use quell::device::DeviceInfo;
 use quell::GenerationConfig;
+use quell::device::DeviceInfo;
 use quell::model::ModelConfig;
 use quell::runner::ModelFiles;
 use serde_json::{Value, json};

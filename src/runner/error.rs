@@ -24,7 +24,9 @@ pub enum LoadError {
     #[error(transparent)]
     Device(#[from] DeviceError),
     /// The model's own sampling settings make no sense.
-    #[error("{path}: {problem}; to leave the model's sampling settings out: --generation-config none")]
+    #[error(
+        "{path}: {problem}; to leave the model's sampling settings out: --generation-config none"
+    )]
     GenerationConfig {
         /// The file.
         path: PathBuf,

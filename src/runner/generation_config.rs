@@ -3,8 +3,8 @@
 
 use super::LoadError;
 use crate::sampling::SamplingDefaults;
-use crate::weights::gguf::{Gguf, Value as Metadata};
 use crate::weights::from_python_json;
+use crate::weights::gguf::{Gguf, Value as Metadata};
 use serde_json::Value;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};

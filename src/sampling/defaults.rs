@@ -50,7 +50,9 @@ impl SamplingDefaults {
             ("min_p", self.min_p.map(decimal)),
             ("repetition_penalty", self.repetition_penalty.map(decimal)),
         ];
-        let set = each.into_iter().filter_map(|(name, value)| Some((name, value?)));
+        let set = each
+            .into_iter()
+            .filter_map(|(name, value)| Some((name, value?)));
         set.collect()
     }
 }

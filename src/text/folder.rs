@@ -1,6 +1,5 @@
 //! A tokenizer from a Hugging Face folder: `tokenizer.json` and the files beside it.
 
-use crate::weights::from_python_json;
 use super::TextError;
 use super::byte_level::{byte_characters, token_bytes};
 use super::end_tokens::end_tokens;
@@ -8,7 +7,7 @@ use super::gguf_vocabulary::named_byte;
 use super::template::ChatTemplate;
 use super::tokenizer::{EncodeOptions, Frame, Model, Tokenizer};
 use super::vocabulary::{MAX_TOKENS, TokenKind, Vocabulary};
-use crate::weights::is_lfs_pointer;
+use crate::weights::{from_python_json, is_lfs_pointer};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::io::ErrorKind;

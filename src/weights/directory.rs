@@ -141,7 +141,10 @@ impl Directory {
 
     /// See [`WeightSource::read`](super::WeightSource::read).
     pub(super) fn read(&self, view: &TensorView<'_>) -> Result<Cow<'_, [u8]>, WeightsError> {
-        let tensor = self.by_name.get(view.name).map(|&index| &self.tensors[index]);
+        let tensor = self
+            .by_name
+            .get(view.name)
+            .map(|&index| &self.tensors[index]);
         let place = tensor.and_then(|Tensor { part, entry }| {
             let start = entry.range.start.checked_add(view.bytes.start)?;
             let end = entry.range.start.checked_add(view.bytes.end)?;
@@ -150,7 +153,10 @@ impl Directory {
         let Some((part, range)) = place else {
             let what = format!("no tensor {:?} with bytes {:?}", view.name, view.bytes);
             let source = std::io::Error::new(std::io::ErrorKind::NotFound, what);
-            let path = self.parts.first().map_or_else(PathBuf::new, |part| part.path.clone());
+            let path = self
+                .parts
+                .first()
+                .map_or_else(PathBuf::new, |part| part.path.clone());
             return Err(WeightsError::Io { path, source });
         };
         let not_finite = |first: usize, index: usize| WeightsError::NotFinite {

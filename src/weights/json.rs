@@ -66,7 +66,14 @@ mod tests {
 
     #[test]
     fn what_is_no_json_either_way_is_refused_as_it_stands() {
-        for text in ["{\"a\": NaN", "nan", "Infinit", "{\"a\": Infinity8}", "", "\"NaN\\"] {
+        for text in [
+            "{\"a\": NaN",
+            "nan",
+            "Infinit",
+            "{\"a\": Infinity8}",
+            "",
+            "\"NaN\\",
+        ] {
             let found = from_python_json::<Value>(text.as_bytes()).unwrap_err();
             let expected = serde_json::from_str::<Value>(text).unwrap_err();
             assert_eq!(found.to_string(), expected.to_string(), "{text}");

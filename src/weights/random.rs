@@ -335,7 +335,10 @@ mod tests {
         let source = weights(DType::Q8_0);
         let tensor = source.tensor("c").unwrap();
         assert_eq!(tensor.dtype, DType::F32);
-        assert_eq!(source.bytes("c").unwrap(), 1f32.to_le_bytes().repeat(64 * 512));
+        assert_eq!(
+            source.bytes("c").unwrap(),
+            1f32.to_le_bytes().repeat(64 * 512)
+        );
     }
 
     #[test]

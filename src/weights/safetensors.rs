@@ -60,7 +60,9 @@ pub(super) fn read(file: &WeightFile, path: &Path) -> Result<Vec<TensorEntry>, W
         end_before = end;
         let dtype = dtype(&name, &info, path)?;
         let shape = &info.shape;
-        let elements = shape.iter().try_fold(1usize, |all, &one| all.checked_mul(one));
+        let elements = shape
+            .iter()
+            .try_fold(1usize, |all, &one| all.checked_mul(one));
         let Some(bytes) = elements.and_then(|elements| dtype.bytes_for(elements)) else {
             return Err(malformed(format!(
                 "tensor {name:?} of shape {shape:?} has more bytes than can be addressed"
@@ -72,7 +74,9 @@ pub(super) fn read(file: &WeightFile, path: &Path) -> Result<Vec<TensorEntry>, W
                 end - start
             )));
         }
-        let range = data_start.checked_add(start).zip(data_start.checked_add(end));
+        let range = data_start
+            .checked_add(start)
+            .zip(data_start.checked_add(end));
         let Some((start, end)) = range else {
             return Err(malformed(format!("tensor {name:?} ends behind all files")));
         };

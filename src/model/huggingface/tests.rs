@@ -103,3 +103,278 @@ fn end_tokens_may_be_one_many_or_none() {
     assert_eq!(ends(json!(null)), [0u32; 0]);
     assert_eq!(ends(json!(-1)), [0u32; 0]);
 }
+
+/// `config.json` with nothing but the type of the model.
+fn bare(model_type: &str) -> ModelConfig {
+    read(&json!({"model_type": model_type})).unwrap()
+}
+
+#[test]
+fn what_a_configuration_leaves_out_is_as_in_the_configuration_class() {
+    let shape = |config: &ModelConfig| {
+        let HeadShape {
+            q_heads,
+            kv_heads,
+            head_dim,
+        } = config.heads;
+        (
+            (config.layers, config.hidden, config.intermediate),
+            (q_heads, kv_heads, head_dim),
+            (config.vocabulary, config.context, config.window),
+        )
+    };
+    let expected = [
+        (
+            "llama",
+            (32, 4096, 11_008),
+            (32, 32, 128),
+            (32_000, 2048, None),
+        ),
+        (
+            "mistral",
+            (32, 4096, 14_336),
+            (32, 8, 128),
+            (32_000, 131_072, Some(4096)),
+        ),
+        (
+            "mixtral",
+            (32, 4096, 14_336),
+            (32, 8, 128),
+            (32_000, 131_072, None),
+        ),
+        (
+            "qwen2",
+            (32, 4096, 22_016),
+            (32, 32, 128),
+            (151_936, 32_768, None),
+        ),
+        (
+            "qwen3",
+            (32, 4096, 22_016),
+            (32, 32, 128),
+            (151_936, 32_768, None),
+        ),
+        (
+            "qwen3_moe",
+            (24, 2048, 6144),
+            (32, 4, 64),
+            (151_936, 32_768, None),
+        ),
+        (
+            "gemma2",
+            (26, 2304, 9216),
+            (8, 4, 256),
+            (256_000, 8192, Some(4096)),
+        ),
+        (
+            "gemma3_text",
+            (26, 2304, 9216),
+            (8, 4, 256),
+            (262_208, 131_072, Some(4096)),
+        ),
+        ("phi3", (32, 3072, 8192), (32, 32, 96), (32_064, 4096, None)),
+        (
+            "olmo2",
+            (32, 4096, 11_008),
+            (32, 32, 128),
+            (50_304, 2048, None),
+        ),
+    ];
+    for (name, sizes, heads, rest) in expected {
+        let config = bare(name);
+        assert_eq!(shape(&config), (sizes, heads, rest), "{name}");
+        let epsilon = match name {
+            "mixtral" | "phi3" | "olmo2" => 1e-5,
+            _ => 1e-6,
+        };
+        assert_eq!(config.norm_epsilon, epsilon, "{name}");
+        let theta = match name {
+            "mixtral" | "gemma3_text" => 1e6,
+            _ => 10_000.0,
+        };
+        assert_eq!(config.rope.theta, theta, "{name}");
+    }
+    let experts = |name| bare(name).experts.unwrap();
+    assert_eq!((experts("mixtral").count, experts("mixtral").top_k), (8, 2));
+    let qwen = experts("qwen3_moe");
+    assert_eq!((qwen.count, qwen.top_k, qwen.intermediate), (128, 8, 768));
+    assert!(!qwen.normalize && experts("mixtral").normalize);
+    assert!(ties_embeddings(&json!({"model_type": "gemma2"})).unwrap());
+    assert!(!ties_embeddings(&json!({"model_type": "llama"})).unwrap());
+}
+
+#[test]
+fn gemmas_caps_and_scale_are_the_classes_unless_they_are_null() {
+    let gemma = bare("gemma2");
+    assert_eq!(
+        (gemma.attention_softcap, gemma.logit_softcap),
+        (Some(50.0), Some(30.0))
+    );
+    assert_eq!(gemma.attention_scale, 1.0 / 16.0);
+    let uncapped = read(&json!({
+        "model_type": "gemma2", "attn_logit_softcapping": null, "final_logit_softcapping": null,
+        "query_pre_attn_scalar": 64,
+    }))
+    .unwrap();
+    assert_eq!(
+        (uncapped.attention_softcap, uncapped.logit_softcap),
+        (None, None)
+    );
+    assert_eq!(uncapped.attention_scale, 1.0 / 8.0);
+    assert_eq!(bare("gemma3_text").logit_softcap, None);
+    // Other classes do not read them.
+    let changes = json!({"final_logit_softcapping": 30.0, "query_pre_attn_scalar": 1});
+    let config = read(&with(llama(), changes)).unwrap();
+    assert_eq!((config.logit_softcap, config.attention_scale), (None, 0.25));
+}
+
+#[test]
+fn a_qwen_window_begins_at_layer_28_and_a_moe_one_at_the_first() {
+    let slides = |model_type: &str, changes: Value| {
+        let config = json!({
+            "model_type": model_type, "num_hidden_layers": 30, "use_sliding_window": true,
+        });
+        let config = read(&with(config, changes)).unwrap();
+        assert_eq!(config.window, Some(4096));
+        config
+            .sliding_layers
+            .iter()
+            .filter(|slides| **slides)
+            .count()
+    };
+    assert_eq!(slides("qwen2", json!({})), 2);
+    assert_eq!(slides("qwen3", json!({"max_window_layers": 10})), 20);
+    assert_eq!(slides("qwen3_moe", json!({"max_window_layers": 10})), 30);
+}
+
+fn rope_of(family: &str, rope: Value) -> RopeConfig {
+    let config = json!({
+        "model_type": family, "num_attention_heads": 4, "hidden_size": 64,
+        "max_position_embeddings": 1024, "rope_scaling": rope,
+    });
+    read(&config).unwrap().rope
+}
+
+#[test]
+fn yarn_reads_its_magnitude_its_rounding_and_its_zeros() {
+    let yarn = |changes: Value| {
+        let rope = json!({
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256,
+        });
+        match rope_of("llama", with(rope, changes)).scaling {
+            RopeScaling::Yarn {
+                beta_fast,
+                beta_slow,
+                truncate,
+                attention_factor,
+                ..
+            } => (beta_fast, beta_slow, truncate, attention_factor),
+            other => panic!("not YaRN: {other:?}"),
+        }
+    };
+    assert_eq!(yarn(json!({})), (32.0, 1.0, true, None));
+    assert_eq!(yarn(json!({"truncate": false})).2, false);
+    assert_eq!(yarn(json!({"beta_fast": 0, "beta_slow": null})).0, 32.0);
+    let scale = |scale: f32| 0.1 * scale * 4f32.ln() + 1.0;
+    let both = yarn(json!({"mscale": 1.0, "mscale_all_dim": 0.5}))
+        .3
+        .unwrap();
+    assert!((both - scale(1.0) / scale(0.5)).abs() < 1e-6);
+    assert_eq!(yarn(json!({"mscale": 1.0, "mscale_all_dim": 0})).3, None);
+    let given = json!({"attention_factor": 1.25, "mscale": 1.0, "mscale_all_dim": 0.5});
+    assert_eq!(yarn(given).3, Some(1.25));
+}
+
+#[test]
+fn longrope_derives_its_magnitude_from_the_factor_and_keeps_to_the_original_context() {
+    let factors = vec![1.0; 8];
+    let longrope = |changes: Value| {
+        let config = json!({
+            "model_type": "phi3", "num_attention_heads": 4, "hidden_size": 64,
+            "max_position_embeddings": 1024, "original_max_position_embeddings": 128,
+            "rope_scaling": {"type": "su", "short_factor": factors, "long_factor": factors},
+        });
+        let mut config = config;
+        config["rope_scaling"] = with(config["rope_scaling"].clone(), changes);
+        let config = read(&config).unwrap();
+        let contexts = (config.native_context(), config.context);
+        match config.rope.scaling {
+            RopeScaling::Long { magnitude, .. } => (magnitude, contexts),
+            other => panic!("not LongRoPE: {other:?}"),
+        }
+    };
+    let magnitude = |factor: f32| (1.0 + factor.ln() / 128f32.ln()).sqrt();
+    let near = |found: f32, expected: f32| assert!((found - expected).abs() < 1e-6, "{found}");
+    let (derived, contexts) = longrope(json!({}));
+    near(derived, magnitude(8.0));
+    assert_eq!(contexts, (128, 1024));
+    near(longrope(json!({"factor": 4.0})).0, magnitude(4.0));
+    near(longrope(json!({"factor": 0.5})).0, 1.0);
+    near(longrope(json!({"attention_factor": 1.5})).0, 1.5);
+    assert_eq!(bare("llama").native_context(), 2048);
+}
+
+#[test]
+fn gemma3_takes_a_position_embedding_for_each_kind_of_layer() {
+    let gemma = |rope: Value| {
+        let config = json!({"model_type": "gemma3_text", "rope_parameters": rope});
+        read(&config)
+    };
+    let nested = json!({
+        "full_attention": {"rope_type": "linear", "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+    });
+    let config = gemma(nested).unwrap();
+    assert_eq!(
+        (config.rope.theta, config.sliding_rope.theta),
+        (1e6, 5000.0)
+    );
+    assert_eq!(config.rope.scaling, RopeScaling::Linear { factor: 8.0 });
+    let flat = gemma(json!({"rope_type": "default", "rope_theta": 5.0})).unwrap_err();
+    assert!(flat.to_string().contains("rope_parameters"), "{flat}");
+}
+
+#[test]
+fn settings_that_would_change_the_results_are_refused_by_key() {
+    let refused = |changes: Value, key: &str| {
+        let error = read(&with(llama(), changes)).unwrap_err().to_string();
+        assert!(error.contains(key), "{key}: {error}");
+    };
+    refused(
+        json!({"partial_rotary_factor": 0.5}),
+        "partial_rotary_factor",
+    );
+    refused(json!({"hidden_act": "relu2"}), "hidden_act");
+    refused(
+        json!({"rope_scaling": {"type": "ntk-by-parts", "factor": 2}}),
+        "ntk-by-parts",
+    );
+    refused(json!({"rope_scaling": {"rope_type": "linear"}}), "factor");
+    let llama3 = json!({"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0});
+    refused(json!({ "rope_scaling": llama3 }), "low_freq_factor");
+    let window = json!({
+        "model_type": "mistral", "sliding_window": 64,
+        "layer_types": ["full_attention", "sliding_attention"],
+    });
+    refused(window, "layer_types");
+    let step = json!({"model_type": "qwen3_moe", "decoder_sparse_step": 0});
+    refused(step, "decoder_sparse_step");
+    refused(json!({"model_type": "qwen3", "head_dim": null}), "head_dim");
+    // Python's infinity, which JSON lacks, comes as a string.
+    refused(json!({"rope_theta": "Infinity"}), "rope_theta");
+}
+
+#[test]
+fn biases_are_those_that_the_settings_say() {
+    let biases = |changes: Value| {
+        let biases = read(&with(llama(), changes)).unwrap().biases;
+        let of = [biases.qkv, biases.attention_out, biases.feed_forward];
+        of.map(|bias| bias == Some(true))
+    };
+    assert_eq!(biases(json!({})), [false, false, false]);
+    assert_eq!(biases(json!({"attention_bias": true})), [true, true, false]);
+    assert_eq!(biases(json!({"mlp_bias": true})), [false, false, true]);
+    assert_eq!(biases(json!({"model_type": "qwen2"})), [true, false, false]);
+    let mistral = json!({"model_type": "mistral", "attention_bias": true});
+    assert_eq!(biases(mistral), [false, false, false]);
+}

@@ -155,7 +155,9 @@ impl Problem {
     fn at(self, path: &Path) -> WeightsError {
         let path = path.to_owned();
         match self {
-            Self::Short { needed } => Self::malformed(format!("it ends before byte {needed}")).at(&path),
+            Self::Short { needed } => {
+                Self::malformed(format!("it ends before byte {needed}")).at(&path)
+            }
             Self::Malformed(problem) => WeightsError::Malformed {
                 path,
                 format: "GGUF",

@@ -60,7 +60,11 @@ mod tests {
                 let full = bytes(&|number| number.to_le_bytes().to_vec());
                 let brain = bytes(&|number| {
                     let number = number.clamp(-3e38, 3e38);
-                    let number = if bad.is_nan() && number.is_nan() { bad } else { number };
+                    let number = if bad.is_nan() && number.is_nan() {
+                        bad
+                    } else {
+                        number
+                    };
                     bf16::from_f32(number).to_le_bytes().to_vec()
                 });
                 let half = bytes(&|number| f16::from_f32(number / 1e34).to_le_bytes().to_vec());
@@ -83,7 +87,11 @@ mod tests {
         let blocks = DType::ALL.into_iter().filter(|dtype| !dtype.is_float());
         for dtype in blocks {
             let (bytes, elements) = (dtype.block_bytes(), dtype.block_elements());
-            assert_eq!(first_not_finite(dtype, &vec![0; 3 * bytes]), None, "{dtype}");
+            assert_eq!(
+                first_not_finite(dtype, &vec![0; 3 * bytes]),
+                None,
+                "{dtype}"
+            );
             let mut spoiled = 0;
             for at in 0..bytes - 1 {
                 let mut data = vec![0; 3 * bytes];
