@@ -50,7 +50,7 @@ impl ModelFolder {
         if !config_path.exists() {
             return Err(WeightsError::MissingFile {
                 path: config_path,
-                reason: "a model folder is described by it".into(),
+                reason: undescribed(path),
             });
         }
         let config: Value = read_json(&config_path, CONFIG)?;
@@ -119,10 +119,47 @@ fn open_weights(folder: &Path) -> Result<Directory, WeightsError> {
             });
         }
     }
+    let others = files_with(folder, "safetensors");
+    let instead = match others.first() {
+        Some(other) if other.starts_with("consolidated") => format!(
+            "; {other} is in the layout of Mistral's own programs: take the checkpoint in the \
+             layout of transformers"
+        ),
+        Some(other) => format!("; {other} is there, but no {INDEX} that names it"),
+        None => String::new(),
+    };
     Err(WeightsError::MissingFile {
         path: single,
-        reason: format!("a model folder has it or {INDEX}"),
+        reason: format!("a model folder has it or {INDEX}{instead}"),
     })
+}
+
+/// Why a folder without `config.json` holds no model, as far as its files tell.
+fn undescribed(folder: &Path) -> String {
+    if folder.join("adapter_config.json").exists() {
+        return "adapter_config.json is there: this is an adapter, which must be merged into \
+                its base model first"
+            .to_owned();
+    }
+    match files_with(folder, "gguf").first() {
+        Some(file) => format!("a model folder is described by it; to run {file}, name the file"),
+        None => "a model folder is described by it".to_owned(),
+    }
+}
+
+/// The names of the files directly in `folder` with an extension, sorted.
+fn files_with(folder: &Path, extension: &str) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .filter(|name| {
+            Path::new(name)
+                .extension()
+                .is_some_and(|own| own == extension)
+        })
+        .collect();
+    names.sort();
+    names
 }
 
 fn open_shards(folder: &Path, index_path: &Path) -> Result<Directory, WeightsError> {

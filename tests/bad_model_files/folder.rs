@@ -230,6 +230,26 @@ fn a_folder_without_a_configuration_or_weights_is_refused() {
     assert_missing(open(empty.path()), "config.json");
     assert_missing(open(&empty.path().join("nowhere")), "config.json");
     assert_missing(open(folder(&[]).path()), "model.safetensors");
+    let says = |files: &[(&str, &[u8])], part: &str| {
+        let error = open(folder(files).path()).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    };
+    says(
+        &[("consolidated.safetensors", b"")],
+        "Mistral's own programs",
+    );
+    says(&[("other.safetensors", b"")], "other.safetensors is there");
+    let bare = |name: &str, part: &str| {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join(name), "{}").unwrap();
+        let error = open(folder.path()).unwrap_err().to_string();
+        assert!(
+            error.contains("config.json") && error.contains(part),
+            "{error}"
+        );
+    };
+    bare("adapter_config.json", "this is an adapter");
+    bare("model.Q4_0.gguf", "to run model.Q4_0.gguf, name the file");
     let pickled = folder(&[("pytorch_model.bin", b"\x80\x02")]);
     assert_unsupported(open(pickled.path()), "a PyTorch checkpoint");
 }
