@@ -273,7 +273,7 @@ fn yarn_reads_its_magnitude_its_rounding_and_its_zeros() {
         }
     };
     assert_eq!(yarn(json!({})), (32.0, 1.0, true, None));
-    assert_eq!(yarn(json!({"truncate": false})).2, false);
+    assert!(!yarn(json!({"truncate": false})).2);
     assert_eq!(yarn(json!({"beta_fast": 0, "beta_slow": null})).0, 32.0);
     let scale = |scale: f32| 0.1 * scale * 4f32.ln() + 1.0;
     let both = yarn(json!({"mscale": 1.0, "mscale_all_dim": 0.5}))
@@ -289,12 +289,11 @@ fn yarn_reads_its_magnitude_its_rounding_and_its_zeros() {
 fn longrope_derives_its_magnitude_from_the_factor_and_keeps_to_the_original_context() {
     let factors = vec![1.0; 8];
     let longrope = |changes: Value| {
-        let config = json!({
+        let mut config = json!({
             "model_type": "phi3", "num_attention_heads": 4, "hidden_size": 64,
             "max_position_embeddings": 1024, "original_max_position_embeddings": 128,
             "rope_scaling": {"type": "su", "short_factor": factors, "long_factor": factors},
         });
-        let mut config = config;
         config["rope_scaling"] = with(config["rope_scaling"].clone(), changes);
         let config = read(&config).unwrap();
         let contexts = (config.native_context(), config.context);
