@@ -1,7 +1,7 @@
 //! Settings of `config.json`, read and refused.
 
 use super::*;
-use crate::model::RopeScaling;
+use crate::model::{RopeConfig, RopeScaling};
 use serde_json::json;
 
 fn llama() -> Value {
