@@ -42,7 +42,8 @@ pub(super) fn read(file: &WeightFile, path: &Path) -> Result<Vec<TensorEntry>, W
     let mut json = serde_json::Deserializer::from_str(header);
     let tensors = json.deserialize_map(Tensors);
     let tensors = tensors.and_then(|tensors| json.end().map(|()| tensors));
-    let mut tensors = tensors.map_err(|error| malformed(error.to_string()))?;
+    let mut tensors = tensors
+        .map_err(|error| malformed(format!("the header is not JSON as it should be: {error}")))?;
     tensors.sort_by(|(a_name, a), (b_name, b)| {
         let by_place = a.data_offsets.cmp(&b.data_offsets);
         by_place.then_with(|| a_name.cmp(b_name))

@@ -7,7 +7,7 @@ use serde_json::json;
 fn llama() -> Value {
     json!({
         "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64,
-        "num_attention_heads": 4, "max_position_embeddings": 512,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512,
         "intermediate_size": 128, "vocab_size": 100,
     })
 }
