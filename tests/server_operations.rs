@@ -742,7 +742,7 @@ fn a_request_that_does_not_say_how_to_sample_is_sampled_as_the_model_says() {
     let server = TestServer::start(engine, options());
     let answer = |fields: &str| {
         let body = format!(
-            r#"{{"prompt": [126, 36, 304], "max_tokens": 24, "ignore_eos": true, "return_token_ids": true, "logprobs": 1{fields}}}"#
+            r#"{{"prompt": [126, 36, 304], "max_tokens": 24, "ignore_eos": true, "logprobs": 1{fields}}}"#
         );
         let reply = ask(server.address, &post("/v1/completions", &body));
         assert_eq!(reply.status, 200, "{}", reply.text());
