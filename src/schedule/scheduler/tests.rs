@@ -1085,8 +1085,9 @@ fn masks_are_those_of_the_step_and_the_failed_are_named() {
     let failed = bench.scheduler.refresh_masks(&plan);
     assert_eq!(failed.len(), 1);
     assert_eq!(failed[0].0, fails);
-    let mask = |key| bench.sequence(key).spec.constraint.as_ref().unwrap().mask()[0];
-    assert_eq!((mask(good), mask(later)), (1 << 7, 0));
+    let mask = |key| bench.sequence(key).spec.constraint.as_ref().unwrap().mask();
+    assert_eq!(mask(good)[0], 1 << 7);
+    assert!(mask(later).is_empty(), "it was not asked");
 }
 
 #[test]
