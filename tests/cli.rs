@@ -612,7 +612,13 @@ fn a_folder_whose_settings_and_tensors_disagree_is_refused_by_name() {
         "\"num_hidden_layers\": 3",
         &["model.layers.2", "missing"],
     );
-    refused("\"hidden_size\": 64,", "", &["hidden_size is missing"]);
+    // What is left out is as in the configuration class.
+    refused("\"hidden_size\": 64,", "", &["has shape", "4096"]);
+    refused(
+        "\"hidden_size\": 64",
+        "\"hidden_size\": null",
+        &["hidden_size is null"],
+    );
     refused(
         "\"vocab_size\": 512",
         "\"vocab_size\": -1",
