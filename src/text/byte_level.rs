@@ -109,9 +109,13 @@ impl ByteLevelBpe {
         })
     }
 
-    /// Whether every byte has a token, so that no text is left out.
+    /// Whether every byte of usual text has a token, so that none of it is left out. Some
+    /// vocabularies lack control characters, and the first bytes of characters that are
+    /// not assigned.
     pub(super) fn writes_every_byte(&self) -> bool {
-        self.bytes.iter().all(Option::is_some)
+        let rest = [b'\t', b'\n', b'\r'];
+        let mut usual = (b' '..=b'~').chain(0x80..=0xBF).chain(rest);
+        usual.all(|byte| self.bytes[usize::from(byte)].is_some())
     }
 
     /// Appends the tokens of `text`. A byte that no token stands for is left out.
