@@ -12,7 +12,7 @@ use axum::extract::{FromRequest, FromRequestParts, Path, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use std::sync::Arc;
 
 /// The bytes of a body that claims to be JSON; read within the limits of size, time and
@@ -24,6 +24,11 @@ pub(crate) struct JsonBody {
 }
 
 impl JsonBody {
+    /// Whether the body is JSON, whatever it says.
+    fn is_json(&self) -> bool {
+        serde_json::from_slice::<IgnoredAny>(&self.bytes).is_ok()
+    }
+
     /// The body as it came.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
@@ -70,7 +75,12 @@ impl JsonBody {
                 let field = format!("{path}{field}");
                 return ApiError::invalid(format!("{field} is missing")).param(field);
             }
-            if problem.is_syntax() || problem.is_eof() {
+            let broken = problem.is_syntax() || problem.is_eof();
+            // A name that is given as a number is a syntax error to serde_json.
+            if broken && self.is_json() && path != "." {
+                let problem = format!("{path}: its value is of another type than expected");
+                ApiError::invalid(problem).param(path)
+            } else if broken {
                 ApiError::invalid(format!("the body is no JSON: {problem}"))
             } else if path == "." {
                 let problem = plain(&problem.to_string());
