@@ -3,6 +3,7 @@
 
 #![cfg(feature = "server")]
 
+mod tls;
 mod variants;
 mod windows;
 

@@ -11,7 +11,7 @@ use std::net::{Shutdown, TcpStream};
 
 /// What a client of HTTP/1 sends after its request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum After {
+pub enum After {
     Nothing,
     /// An empty line, as some old clients do.
     Line,
@@ -22,9 +22,9 @@ enum After {
 }
 
 impl After {
-    const ALL: [Self; 4] = [Self::Nothing, Self::Line, Self::Request, Self::Flood];
+    pub const ALL: [Self; 4] = [Self::Nothing, Self::Line, Self::Request, Self::Flood];
 
-    fn bytes(self) -> Vec<u8> {
+    pub fn bytes(self) -> Vec<u8> {
         match self {
             Self::Nothing => Vec::new(),
             Self::Line => b"\r\n".to_vec(),
@@ -69,7 +69,7 @@ impl Waiting {
 
 /// Where a request is when its client goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stage {
+pub enum Stage {
     /// It waits for others to end.
     Queued,
     /// Its prompt is being computed: there is no token yet.
@@ -81,7 +81,7 @@ enum Stage {
 }
 
 /// A request that does not end by itself.
-fn endless(engine: &Engine, stage: Stage, stream: bool) -> String {
+pub fn endless(engine: &Engine, stage: Stage, stream: bool) -> String {
     let tokens = engine.max_sequence_tokens() - 1000;
     let prompt: Vec<u32> = match stage {
         Stage::Prompt => (0..400).collect(),
