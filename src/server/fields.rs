@@ -273,8 +273,8 @@ impl<'de> Visitor<'de> for Fields<'_> {
 struct IsNeutral(&'static [Neutral]);
 
 impl IsNeutral {
-    fn any(&self, mut is: impl FnMut(&Neutral) -> bool) -> bool {
-        self.0.iter().any(|neutral| is(neutral))
+    fn any(&self, is: impl FnMut(&Neutral) -> bool) -> bool {
+        self.0.iter().any(is)
     }
 }
 
