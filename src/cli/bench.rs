@@ -53,13 +53,14 @@ pub struct BenchArgs {
 }
 
 /// Flags of the engine in this process, which make no sense with `--server`.
-const LOCAL_FLAGS: [&str; 17] = [
+const LOCAL_FLAGS: [&str; 18] = [
     "random_weights",
     "weights_format",
     "decode_prompt",
     "mixed",
     "repetitions",
     "device",
+    "generation_config",
     "kv_cache_mib",
     "max_batch_tokens",
     "context",

@@ -152,6 +152,11 @@ impl Activity {
         (state.is_idle() && !state.evicted).then_some(state.since)
     }
 
+    /// Whether the connection is to make room for another one.
+    pub fn is_evicted(&self) -> bool {
+        self.state().evicted
+    }
+
     /// Asks the connection's task to close the connection if it is still idle. Returns
     /// whether it was.
     pub fn evict(&self) -> bool {

@@ -38,6 +38,12 @@ impl Open {
         self.counts.get(&address).copied().unwrap_or(0)
     }
 
+    /// Whether a connection is to be closed to make room and has not been closed yet.
+    fn is_evicting(&self) -> bool {
+        let mut connections = self.connections.values();
+        connections.any(|open| open.activity.is_evicted())
+    }
+
     /// Has the connection closed that has been idle for the longest time, of those from
     /// `address` if one is given. Returns whether there was one.
     fn evict(&self, address: Option<IpAddr>) -> bool {
@@ -73,7 +79,10 @@ impl Admission {
                 if open.connections.len() < self.limit {
                     return;
                 }
-                open.evict(None);
+                // One at a time: this may be woken before the last one has been closed.
+                if !open.is_evicting() {
+                    open.evict(None);
+                }
             }
             // Only the accept loop waits here, so that no wake-up is lost.
             self.changed.notified().await;
