@@ -6,7 +6,7 @@ use super::envelope::Envelope;
 use super::error::ApiError;
 use super::fields::Route;
 use super::integer;
-use super::json::JsonBody;
+use super::json::{JsonBody, optional_object};
 use super::logprobs::PromptLogProbs;
 use super::parts::{Part, Parts, call_id};
 use super::rendering::RenderingFields;
@@ -36,6 +36,7 @@ struct ChatRequest {
     #[serde(default, deserialize_with = "integer::optional")]
     max_completion_tokens: Option<usize>,
     stream: Option<bool>,
+    #[serde(default, deserialize_with = "optional_object")]
     stream_options: Option<StreamOptions>,
     logprobs: Option<bool>,
     #[serde(default, deserialize_with = "integer::optional")]

@@ -5,7 +5,7 @@ use super::envelope::Envelope;
 use super::error::ApiError;
 use super::fields::Route;
 use super::integer;
-use super::json::JsonBody;
+use super::json::{JsonBody, optional_object};
 use super::logprobs::{LogProbs, PromptLogProbs};
 use super::notices::Notices;
 use super::prompts::Prompts;
@@ -35,6 +35,7 @@ struct CompletionRequest {
     #[serde(default, deserialize_with = "integer::optional")]
     max_tokens: Option<usize>,
     stream: Option<bool>,
+    #[serde(default, deserialize_with = "optional_object")]
     stream_options: Option<StreamOptions>,
     #[serde(default, deserialize_with = "integer::optional")]
     logprobs: Option<u32>,

@@ -14,7 +14,7 @@ use super::conversation::{Conversation, Prepared};
 use super::error::ApiError;
 use super::fields::Route;
 use super::integer;
-use super::json::{JsonBody, PathPart};
+use super::json::{JsonBody, PathPart, optional_object};
 use super::logprobs::with_its_digits;
 use super::parts::Parts;
 use super::rendering::Rendering;
@@ -55,8 +55,11 @@ struct CreateRequest {
     previous_response_id: Option<String>,
     store: Option<bool>,
     stream: Option<bool>,
+    #[serde(default, deserialize_with = "optional_object")]
     stream_options: Option<StreamOptions>,
+    #[serde(default, deserialize_with = "optional_object")]
     text: Option<TextFields>,
+    #[serde(default, deserialize_with = "optional_object")]
     reasoning: Option<ReasoningFields>,
     /// Variables of the chat template, as vLLM has it.
     chat_template_kwargs: Option<Map<String, Value>>,
