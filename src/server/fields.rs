@@ -1,7 +1,7 @@
 //! Every field that OpenAI's, vLLM's and llama.cpp's request schemas have, and what
 //! becomes of it here: nothing that a client asks for is silently left undone.
 //!
-//! [`request_fields`] is the one list of them. [`JsonBody::check_fields`] refuses by it,
+//! [`request_fields`] is the one list of them. `JsonBody::check_fields` refuses by it,
 //! `docs/api-fields.md` is written from it, and `tests/server_fields.rs` walks it.
 
 use super::error::ApiError;
