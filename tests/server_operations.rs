@@ -171,17 +171,10 @@ fn without_keys_no_page_of_another_site_can_do_anything() {
 
 #[test]
 fn a_request_is_no_more_urgent_than_its_key_allows() {
-    let (permits, gate) = std::sync::mpsc::channel();
-    let sim = SimOptions {
-        gate: Some(gate),
-        ..SimOptions::default()
-    };
-    let tokenizer = tokenizer(&model::smollm2());
-    let engine = sim::engine_with_text(sim, EngineConfig::default(), tokenizer);
-    let mut options = options();
-    options.api_keys = ApiKeys::parse("usual\nurgent max-priority=-7");
-    options.max_priority = -2;
-    let server = TestServer::start(engine, options);
+    let (server, permits) = gated(|options| {
+        options.api_keys = ApiKeys::parse("usual\nurgent max-priority=-7");
+        options.max_priority = -2;
+    });
     let mut open = Vec::new();
     for (key, asked, expected) in [
         ("usual", -1_000_000, -2),
@@ -322,7 +315,8 @@ fn a_connection_that_is_idle_for_too_long_is_closed() {
     );
 }
 
-/// A server whose answers end when the permits are dropped, and what must be kept.
+/// A server whose steps each wait for a permit, and the sender of the permits. Dropping the
+/// sender lets all steps go on.
 fn gated(change: impl FnOnce(&mut ServerOptions)) -> (TestServer, std::sync::mpsc::Sender<()>) {
     let (permits, gate) = std::sync::mpsc::channel();
     let sim = SimOptions {
@@ -524,17 +518,8 @@ fn events(connection: &mut Connection) -> String {
 
 #[test]
 fn a_server_that_stops_finishes_what_it_has_and_says_that_it_takes_no_more() {
-    let (permits, gate) = std::sync::mpsc::channel();
-    let sim = SimOptions {
-        gate: Some(gate),
-        ..SimOptions::default()
-    };
-    let config = EngineConfig::default();
-    let engine = sim::engine_with_text(sim, config, tokenizer(&model::smollm2()));
-    let server = TestServer::start(engine, options());
-    let mut stream = Connection::open(server.address);
-    stream.send(&post("/v1/completions", streamed())).unwrap();
-    assert_eq!(stream.head().unwrap().status, 200);
+    let (server, permits) = gated(|_| ());
+    let mut stream = streaming(server.address);
     permits.send(()).unwrap();
     let address = server.address;
     assert_eq!(ask(address, &get("/ready")).status, 200);
