@@ -161,55 +161,38 @@ fn class_length(pattern: &str) -> usize {
     pattern.len()
 }
 
+/// The characters, escapes and classes of a pattern: the first character of each, where it
+/// ends, and how many groups are open there.
+fn pieces(pattern: &str) -> impl Iterator<Item = (char, usize, isize)> {
+    let (mut place, mut depth) = (0, 0);
+    std::iter::from_fn(move || {
+        let rest = &pattern[place..];
+        let first = rest.chars().next()?;
+        place += match first {
+            '[' => class_length(rest),
+            '\\' => Token::Escaped.length(rest),
+            _ => Token::Plain.length(rest),
+        };
+        depth += match first {
+            '(' => 1,
+            ')' => -1,
+            _ => 0,
+        };
+        Some((first, place, depth))
+    })
+}
+
 /// The length of the group that a pattern begins with, whose content follows `opening`
 /// bytes.
 fn group_length(pattern: &str, opening: usize) -> usize {
-    let (mut place, mut depth) = (opening, 1usize);
-    while place < pattern.len() {
-        let rest = &pattern[place..];
-        match rest.chars().next() {
-            Some('(') => depth += 1,
-            Some(')') => depth -= 1,
-            Some('[') => {
-                place += class_length(rest);
-                continue;
-            }
-            Some('\\') => {
-                place += Token::Escaped.length(rest);
-                continue;
-            }
-            _ => {}
-        }
-        place += Token::Plain.length(rest);
-        if depth == 0 {
-            return place;
-        }
-    }
-    pattern.len()
+    let mut inside = pieces(pattern.get(opening..).unwrap_or_default());
+    let end = inside.find(|&(_, _, depth)| depth < 0);
+    end.map_or(pattern.len(), |(_, end, _)| opening + end)
 }
 
 /// Whether a pattern consists of alternatives.
 fn has_alternatives(pattern: &str) -> bool {
-    let (mut place, mut depth) = (0, 0usize);
-    while place < pattern.len() {
-        let rest = &pattern[place..];
-        match rest.chars().next() {
-            Some('(') => depth += 1,
-            Some(')') => depth = depth.saturating_sub(1),
-            Some('|') if depth == 0 => return true,
-            Some('[') => {
-                place += class_length(rest);
-                continue;
-            }
-            Some('\\') => {
-                place += Token::Escaped.length(rest);
-                continue;
-            }
-            _ => {}
-        }
-        place += Token::Plain.length(rest);
-    }
-    false
+    pieces(pattern).any(|(first, _, depth)| first == '|' && depth == 0)
 }
 
 /// Whether what comes before this is repeated, or may be missing.
