@@ -38,6 +38,16 @@ fn the_official_python_client_gets_what_it_expects() {
 }
 
 #[test]
+fn lm_eval_counts_the_greedy_continuations() {
+    let server = server(&[]);
+    let mut harness = installed("python");
+    // It is to ask nobody but this server.
+    harness.env("HF_HUB_OFFLINE", "1");
+    succeeds(harness.arg(script("lm_eval_client.py")).arg(server.url()));
+    server.ends_with_nothing_held();
+}
+
+#[test]
 fn curl_gets_what_it_expects() {
     let server = server(&[]);
     succeeds(
