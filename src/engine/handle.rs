@@ -844,7 +844,10 @@ impl Engine {
         });
         let id = self.next_id();
         let cell = Arc::new(SessionCell::default());
-        let (events, receiver) = channel(&cell, self.shared.config.stream_buffer);
+        // No more events come than tokens: a short answer needs no full buffer.
+        let tokens = spec.max_tokens.saturating_sub(spec.prompt.len()).max(1);
+        let buffer = self.shared.config.stream_buffer.min(tokens);
+        let (events, receiver) = channel(&cell, buffer);
         let waiter: Weak<SessionCell> = Arc::downgrade(&cell);
         self.shared.waiters.add(waiter);
         let submitted = Instant::now();
@@ -871,7 +874,7 @@ impl Engine {
             text,
             prompt,
             stop_tokens: Arc::clone(&spec.stop_tokens),
-            buffer: self.shared.config.stream_buffer,
+            buffer,
             turn: turn.as_ref().map(|turn| Arc::clone(&turn.cell)),
         });
         let account = AccountSpec {
