@@ -71,9 +71,9 @@ fn float32_activations_agree_with_transformers() {
 fn int8_activations_agree_with_transformers() {
     check(
         Activations::Int8,
-        0.10,
+        0.08,
         Tolerance {
-            max: 0.6,
+            max: 0.4,
             margin: 0.3,
         },
     );

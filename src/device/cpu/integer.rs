@@ -4,12 +4,13 @@
 //! For a row and an output, the float operations are a fused addition a span of
 //! activations and one or two a group of weights, in the order of the groups,
 //! whatever the number of rows in the register block: that keeps results
-//! independent of the batch.
+//! independent of the batch. The product of the row's largest value comes last; columns
+//! in which only other rows of the block have theirs add 0.
 
 use super::layout::{QuantLayout, load_scales};
 use super::linear::Operands;
 use super::packed::Packed;
-use super::quantise::{Quantised, SPAN};
+use super::quantise::{Quantised, SHARED, SPAN};
 use super::simd::{Kernel, LANES, Simd, unroll};
 use std::ops::Range;
 
@@ -193,12 +194,56 @@ impl IntegerTiles<'_> {
                 });
             }
         }
+        let within = row % SHARED;
+        assert!(within + M <= SHARED);
+        for large in self.x.large(row) {
+            // SAFETY: it is a column of the activations.
+            let weights = unsafe { column::<S, T>(s, layout, weights, large.column) };
+            unroll!(m < M => {
+                total[m] = s.fma(weights, s.splat(large.values[within + m]), total[m]);
+            });
+        }
         let output = self.part.first_output + tile * LANES;
         let count = LANES.min(self.part.rows - tile * LANES);
         unroll!(m < M => {
             // SAFETY: these outputs of these rows belong to this tile alone.
             unsafe { self.operands.store(s, row + m, output, count, total[m]) };
         });
+    }
+}
+
+/// The weights of one column, in float32.
+///
+/// # Safety
+/// `tile` is a tile of this layout, whose constants are those of `T`, and has the column.
+#[inline(always)]
+unsafe fn column<S: Simd, T: TileShape>(
+    s: S,
+    layout: &QuantLayout,
+    tile: &[u8],
+    column: usize,
+) -> S::F {
+    let (group, within) = (column / T::GROUP, column % T::GROUP);
+    let (block, group) = (group / T::BLOCK, group % T::BLOCK);
+    // Inputs of a vector of codes.
+    let inputs = 32 / T::BITS;
+    let codes = layout.header_bytes() + group * layout.code_bytes() + within / inputs * 64;
+    // SAFETY: the caller vouches for the tile and the column.
+    unsafe {
+        let block = tile.as_ptr().add(block * layout.block_bytes());
+        let (scale, min) = T::scales(s, block, group);
+        let mut bytes = s.load_bytes(block.add(codes));
+        if T::BITS == 4 {
+            if within % inputs >= 4 {
+                bytes = s.shift_right::<4>(bytes);
+            }
+            bytes = s.and_i(bytes, s.splat_i(0x0f0f_0f0f));
+        }
+        // A dot product with 1 in one place is the code that is there.
+        let place = s.splat_i(1 << (within % 4 * 8));
+        let code = s.dot4(s.splat_i(-layout.affine.zero), bytes, place);
+        let weights = s.mul(scale, s.to_float(code));
+        if T::MIN { s.add(weights, min) } else { weights }
     }
 }
 
