@@ -10,8 +10,8 @@ demo: model
 	./target/release/quell generate --model $(MODEL) --chat --max-tokens 96 --stats \
 	    --prompt "Give me three tips for staying healthy."
 
-## The fast loop: the unit tests of the bare engine. The crate itself is not optimised, which
-## compiles in a third of the time; its dependencies are those of the other tests.
+## The fast loop: the unit tests of the bare engine. The crate itself is not optimised, so
+## that it compiles sooner; its dependencies are.
 check:
 	$(CARGO) test --locked --no-default-features --lib --config profile.test.package.quell.opt-level=0
 

@@ -4,8 +4,8 @@
 
 mod cli;
 
-/// glibc's allocator keeps what a burst of large requests has taken; this one gives it back
-/// to the system within a second.
+/// glibc's allocator keeps most of what a burst of large requests has taken. This one gives
+/// it back to the system within seconds.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

@@ -48,6 +48,27 @@ fn expected(w: &[f32], x: &[f32], integer: bool) -> (f64, f64) {
     (sum, bound)
 }
 
+/// Holds every output of every row of `x` against float64.
+fn check(
+    w: &[f32],
+    x: &[f32],
+    out: &[f32],
+    (rows, columns): (usize, usize),
+    integer: bool,
+    what: &str,
+) {
+    for (x, out) in x.chunks(columns).zip(out.chunks(rows)) {
+        for (w, &out) in w.chunks(columns).zip(out) {
+            let (sum, bound) = expected(w, x, integer);
+            let error = (f64::from(out) - sum).abs();
+            assert!(
+                error <= bound,
+                "{what}: {out} is {error} from {sum}, more than {bound}"
+            );
+        }
+    }
+}
+
 #[test]
 fn every_format_agrees_with_float64() {
     let mut random = Random::new(1);
@@ -62,16 +83,8 @@ fn every_format_agrees_with_float64() {
                     let weight = linear(&mut device, dtype, rows, columns, &data);
                     let out = multiply(&mut device, &weight, &x);
                     let integer = mode == Activations::Int8 && !dtype.is_float();
-                    for (x, out) in x.chunks(columns).zip(out.chunks(rows)) {
-                        for (w, &out) in w.chunks(columns).zip(out) {
-                            let (sum, bound) = expected(w, x, integer);
-                            let error = (f64::from(out) - sum).abs();
-                            assert!(
-                                error <= bound,
-                                "{dtype} {rows}×{columns} {level:?} {mode:?}: {out} is {error} from {sum}, more than {bound}"
-                            );
-                        }
-                    }
+                    let what = format!("{dtype} {rows}×{columns} {level:?} {mode:?}");
+                    check(&w, &x, &out, (rows, columns), integer, &what);
                 }
             }
         }
@@ -94,16 +107,14 @@ fn a_value_far_above_the_others_takes_no_precision_from_them() {
             let mut device = device(level, 2, Activations::Int8);
             let weight = linear(&mut device, dtype, rows, columns, &data);
             let out = multiply(&mut device, &weight, &x);
-            for (x, out) in x.chunks(columns).zip(out.chunks(rows)) {
-                for (w, &out) in w.chunks(columns).zip(out) {
-                    let (sum, bound) = expected(w, x, true);
-                    let error = (f64::from(out) - sum).abs();
-                    assert!(
-                        error <= bound,
-                        "{dtype} {level:?}: {out} is {error} from {sum}, more than {bound}"
-                    );
-                }
-            }
+            check(
+                &w,
+                &x,
+                &out,
+                (rows, columns),
+                true,
+                &format!("{dtype} {level:?}"),
+            );
         }
     }
 }

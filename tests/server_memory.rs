@@ -46,10 +46,7 @@ const SHAPES: &[Shape] = &[
     ("tiny texts", |bytes| list(bytes, &json!("a"))),
     ("2048 texts", |bytes| vec![words(bytes / 2048); 2048].into()),
     ("four texts", |bytes| vec![words(bytes / 4); 4].into()),
-    ("choices", |bytes| {
-        let choices = (0..bytes / 9).map(|index| format!("c{index}"));
-        choices.collect::<Vec<_>>().into()
-    }),
+    ("choices", choices),
     ("integers", |bytes| list(bytes, &json!(1))),
     ("fractions", |bytes| list(bytes, &json!(0.5))),
     ("nothings", |bytes| list(bytes, &Value::Null)),
@@ -110,8 +107,7 @@ const SHAPES: &[Shape] = &[
         form(&json!({"type": "object", "properties": properties(bytes)}))
     }),
     ("a form of choices", |bytes| {
-        let choices = (0..bytes / 9).map(|index| format!("c{index}"));
-        form(&json!({"enum": choices.collect::<Vec<_>>()}))
+        form(&json!({"enum": choices(bytes)}))
     }),
     ("a form of one long choice", |bytes| {
         form(&json!({"enum": [words(bytes)]}))
@@ -130,6 +126,11 @@ fn words(bytes: usize) -> String {
 fn list(bytes: usize, item: &Value) -> Value {
     let length = item.to_string().len() + 1;
     vec![item.clone(); (bytes / length).max(1)].into()
+}
+
+fn choices(bytes: usize) -> Value {
+    let choices = (0..bytes / 9).map(|index| format!("c{index}"));
+    choices.collect::<Vec<_>>().into()
 }
 
 fn object(length: usize, entry: impl Fn(usize) -> (String, Value)) -> Value {
