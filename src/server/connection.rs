@@ -17,11 +17,13 @@ use activity::{Activity, Late};
 use admission::{Admission, Place};
 use axum::Router;
 use exchange::Exchanges;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use progress::{Progress, Streams};
 use socket::Socket;
-use std::future::{Future, ready};
+use std::future::{Future, pending, ready};
 use std::io;
 use std::pin::pin;
 use std::sync::Arc;
@@ -211,7 +213,7 @@ impl Service {
     ) -> Outcome {
         let limits = &self.limits;
         let (stream, mut watch) = watched::watch(stream, Arc::clone(activity), limits.half_close);
-        let progress = Arc::new(Progress::default());
+        let progress = Arc::new(Progress::new());
         let exchanges = Exchanges {
             router: self.router.clone(),
             activity: Arc::clone(activity),
@@ -224,19 +226,10 @@ impl Service {
         // In this order: what hyper does decides what else there is to wait for.
         let why = tokio::select! {
             biased;
-            never = activity.changes() => match never {},
             ended = connection.as_mut() => return ended,
             error = watch.gone() => return Err(error.into()),
-            error = socket.error() => return Err(error.into()),
-            () = progress.stalled(limits.write_timeout) => return Err(unread().into()),
-            () = activity.evicted() => Goodbye::Room,
-            late = activity.late(limits) => Goodbye::Late(late),
-            _ = stop.wait_for(|stop| *stop) => Goodbye::Stop,
+            why = seldom(self.interrupted(socket, activity, &progress, &mut stop)) => why?,
         };
-        if why == Goodbye::Late(Late::Head) {
-            let late = "the head of a request did not come in time";
-            return Err(io::Error::new(io::ErrorKind::TimedOut, late).into());
-        }
         // Says so to a client of HTTP/2, and takes no further request of HTTP/1.
         connection.as_mut().graceful_shutdown();
         tokio::select! {
@@ -250,13 +243,59 @@ impl Service {
         activity.keep();
         tokio::select! {
             biased;
-            never = activity.changes() => match never {},
             ended = connection.as_mut() => ended,
             error = watch.gone() => Err(error.into()),
-            error = socket.error() => Err(error.into()),
-            () = progress.stalled(limits.write_timeout) => Err(unread().into()),
+            ended = seldom(self.finished(socket, activity, &progress)) => Ok(ended?),
+        }
+    }
+
+    /// Waits until a connection takes no more requests, though its client is still there.
+    /// Returns an error if it is to be closed at once.
+    async fn interrupted(
+        &self,
+        socket: &Socket,
+        activity: &Activity,
+        progress: &Progress,
+        stop: &mut watch::Receiver<bool>,
+    ) -> io::Result<Goodbye> {
+        tokio::select! {
+            biased;
+            never = activity.changes() => match never {},
+            error = socket.error() => Err(error),
+            () = progress.stalled(self.limits.write_timeout) => Err(unread()),
+            () = activity.evicted() => Ok(Goodbye::Room),
+            late = activity.late(&self.limits) => match late {
+                Late::Head => Err(headless()),
+                Late::Idle => Ok(Goodbye::Idle),
+            },
+            _ = stop.wait_for(|stop| *stop) => Ok(Goodbye::Stop),
+        }
+    }
+
+    /// Waits until a connection that takes no more requests has nothing left to do.
+    async fn finished(
+        &self,
+        socket: &Socket,
+        activity: &Activity,
+        progress: &Progress,
+    ) -> io::Result<()> {
+        tokio::select! {
+            biased;
+            never = activity.changes() => match never {},
+            error = socket.error() => Err(error),
+            () = progress.stalled(self.limits.write_timeout) => Err(unread()),
             () = activity.idle_for(CLOSING) => Ok(()),
         }
+    }
+}
+
+/// Polls `future` only when it has woken the task itself. A connection's task is woken for
+/// every token, and most of what it waits for has nothing to do with tokens.
+async fn seldom<F: Future>(future: F) -> F::Output {
+    let mut one = FuturesUnordered::from_iter([future]);
+    match one.next().await {
+        Some(output) => output,
+        None => pending().await,
     }
 }
 
@@ -265,15 +304,20 @@ impl Service {
 enum Goodbye {
     /// Another one needs its place.
     Room,
-    /// It has been waited for long enough.
-    Late(Late),
+    /// It has been idle for long enough.
+    Idle,
     /// The server stops.
     Stop,
 }
 
 fn unread() -> io::Error {
-    io::Error::new(
-        io::ErrorKind::TimedOut,
-        "the client did not take its answer",
-    )
+    late("the client did not take its answer")
+}
+
+fn headless() -> io::Error {
+    late("the head of a request did not come in time")
+}
+
+fn late(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, what)
 }

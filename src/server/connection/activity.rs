@@ -36,7 +36,7 @@ pub(super) enum Late {
 #[derive(Debug)]
 pub(super) struct Activity {
     state: Mutex<State>,
-    /// Wakes the connection's task after a change that it may not have made itself.
+    /// Wakes whoever waits for what this state says. Woken after every change.
     changed: AtomicWaker,
     /// Wakes the accept loop: this connection may now be closed for another one.
     idle: Arc<Notify>,
@@ -95,6 +95,7 @@ impl Activity {
     /// Records which protocol the client speaks.
     pub fn speaks(&self, protocol: Protocol) {
         self.state().protocol = Some(protocol);
+        self.changed.wake();
     }
 
     /// Records bytes that hyper has read from the client.
@@ -102,19 +103,20 @@ impl Activity {
         let mut state = self.state();
         // An empty line between requests is tolerated and begins none (RFC 9112, 2.2).
         let begins = bytes.iter().any(|byte| !matches!(byte, b'\r' | b'\n'));
-        if begins && state.requests == 0 && state.protocol != Some(Protocol::Http2) {
-            state.head_since.get_or_insert_with(Instant::now);
+        let head = state.requests == 0 && state.protocol != Some(Protocol::Http2);
+        if begins && head && state.head_since.is_none() {
+            state.head_since = Some(Instant::now());
+            drop(state);
+            self.changed.wake();
         }
     }
 
     /// Records whether the socket has taken all that was written to it.
     pub fn flushed(&self, flushed: bool) {
         let mut state = self.state();
-        if state.flushed != flushed {
-            state.flushed = flushed;
-            if state.is_idle() {
-                self.idle.notify_one();
-            }
+        state.flushed = flushed;
+        if state.is_idle() {
+            self.idle.notify_one();
         }
     }
 
@@ -125,6 +127,7 @@ impl Activity {
         state.used = true;
         state.head_since = None;
         drop(state);
+        self.changed.wake();
         OpenRequest(Arc::clone(self))
     }
 
@@ -176,8 +179,8 @@ impl Activity {
         self.idle.notify_one();
     }
 
-    /// Has the task that polls this polled again after every change that it did not make
-    /// itself. Must be polled before the state is looked at.
+    /// Wakes the caller after every change. Must be polled before the other methods that
+    /// wait, which rely on it.
     pub async fn changes(&self) -> Infallible {
         poll_fn(|context| {
             self.changed.register(context.waker());
@@ -266,12 +269,10 @@ impl Drop for OpenRequest {
         let mut state = self.0.state();
         state.requests = state.requests.saturating_sub(1);
         state.since = Instant::now();
-        // With HTTP/1, requests begin and end in the connection's own task.
-        if state.requests == 0 && state.protocol == Some(Protocol::Http2) {
-            self.0.changed.wake();
-        }
         if state.is_idle() {
             self.0.idle.notify_one();
         }
+        drop(state);
+        self.0.changed.wake();
     }
 }

@@ -11,7 +11,8 @@ use hyper::body::{Frame, SizeHint};
 use hyper::rt::Executor;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
@@ -23,19 +24,41 @@ use super::activity::OpenRequest;
 const PIECE: usize = 16 << 10;
 
 /// Whether an answer's client takes what is offered to it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Progress {
-    /// Since when a piece waits to be taken.
-    offered: Mutex<Option<Instant>>,
+    begun: Instant,
+    /// When the piece was offered that waits to be taken, in nanoseconds after `begun`;
+    /// [`NOTHING`] if none waits. Written for every token, so it is no lock.
+    offered: AtomicU64,
 }
 
+/// No piece waits to be taken.
+const NOTHING: u64 = u64::MAX;
+
 impl Progress {
-    fn set(&self, offered: Option<Instant>) {
-        *self.offered.lock().unwrap_or_else(PoisonError::into_inner) = offered;
+    pub fn new() -> Self {
+        Self {
+            begun: Instant::now(),
+            offered: AtomicU64::new(NOTHING),
+        }
     }
 
+    /// A piece waits to be taken from now on.
+    fn offer(&self) {
+        let since = self.begun.elapsed().as_nanos();
+        let since = u64::try_from(since).unwrap_or(NOTHING);
+        self.offered.store(since, Ordering::Relaxed);
+    }
+
+    /// No piece waits any more.
+    fn taken(&self) {
+        self.offered.store(NOTHING, Ordering::Relaxed);
+    }
+
+    /// Since when a piece waits to be taken.
     fn offered(&self) -> Option<Instant> {
-        *self.offered.lock().unwrap_or_else(PoisonError::into_inner)
+        let since = self.offered.load(Ordering::Relaxed);
+        (since != NOTHING).then(|| self.begun + Duration::from_nanos(since))
     }
 
     /// Waits until a piece has waited for longer than `limit`.
@@ -74,7 +97,7 @@ pub(super) struct Streams {
 impl<F: Future + Send + 'static> Executor<F> for Streams {
     fn execute(&self, stream: F) {
         let limit = self.write_timeout;
-        let progress = Arc::new(Progress::default());
+        let progress = Arc::new(Progress::new());
         tokio::spawn(STREAM.scope(Arc::clone(&progress), async move {
             tokio::select! {
                 biased;
@@ -108,14 +131,14 @@ impl Answer {
 
     fn offer(&mut self, mut bytes: Bytes) -> Frame<Bytes> {
         self.rest = bytes.split_off(bytes.len().min(PIECE));
-        self.progress.set(Some(Instant::now()));
+        self.progress.offer();
         Frame::data(bytes)
     }
 }
 
 impl Drop for Answer {
     fn drop(&mut self) {
-        self.progress.set(None);
+        self.progress.taken();
     }
 }
 
@@ -128,7 +151,7 @@ impl HttpBody for Answer {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let this = self.get_mut();
-        this.progress.set(None);
+        this.progress.taken();
         if !this.rest.is_empty() {
             let rest = std::mem::take(&mut this.rest);
             return Poll::Ready(Some(Ok(this.offer(rest))));

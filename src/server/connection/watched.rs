@@ -10,6 +10,7 @@ use super::activity::{Activity, Protocol};
 use crate::server::HalfClose;
 use std::future::poll_fn;
 use std::io;
+use std::mem::MaybeUninit;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
@@ -47,6 +48,10 @@ struct Shared<S> {
     ahead: Vec<u8>,
     /// Set once bytes were dropped: hyper sees the end after what was read ahead.
     overflowed: bool,
+    /// Whether hyper itself waits for the next byte, and so sees the end by itself.
+    hyper_reads: bool,
+    /// Whether the socket has taken all that was written to it.
+    flushed: bool,
 }
 
 /// Splits a stream into what hyper reads and writes, and what watches it.
@@ -61,6 +66,8 @@ pub(super) fn watch<S>(
         preface: Some(0),
         ahead: Vec::new(),
         overflowed: false,
+        hyper_reads: false,
+        flushed: true,
     }));
     let watch = Watch {
         shared: Arc::clone(&shared),
@@ -114,12 +121,16 @@ impl<S: AsyncRead + Unpin> Watch<S> {
         }
         let mut shared = lock(&self.shared);
         let shared = &mut *shared;
-        let mut piece = [0; PIECE];
+        if std::mem::take(&mut shared.hyper_reads) {
+            // It has just been polled, by this task, and found nothing.
+            return Poll::Pending;
+        }
+        let mut piece = [MaybeUninit::uninit(); PIECE];
         for _ in 0..READS {
             if !shared.activity.awaits_answer() {
                 return Poll::Pending;
             }
-            let mut read = ReadBuf::new(&mut piece);
+            let mut read = ReadBuf::uninit(&mut piece);
             match Pin::new(&mut shared.stream).poll_read(context, &mut read) {
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(Err(error)) => return Poll::Ready(error),
@@ -164,6 +175,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
         } else {
             Pin::new(&mut shared.stream).poll_read(context, buffer)
         };
+        shared.hyper_reads = read.is_pending();
         let bytes = buffer.filled().get(before..).unwrap_or_default();
         if !bytes.is_empty() {
             shared.look_at(bytes);
@@ -174,8 +186,11 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
 
 impl<S> Shared<S> {
     /// Notes whether the client keeps its answer waiting.
-    fn written<T>(&self, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
-        self.activity.flushed(written.is_ready());
+    fn written<T>(&mut self, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        if self.flushed != written.is_ready() {
+            self.flushed = written.is_ready();
+            self.activity.flushed(self.flushed);
+        }
         written
     }
 }
