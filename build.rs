@@ -1,11 +1,12 @@
-//! Picks the kernel images that the binary carries: writes `OUT_DIR/images.rs`, which
+//! Chooses the GPU kernel images to embed in the binary and writes `OUT_DIR/images.rs`, which
 //! `src/device/cuda/images.rs` includes.
 //!
-//! The portable images of `kernels/ptx` always; machine code for the usual GPUs as well
-//! where a CUDA toolkit is found. Nothing here needs one: without it, or where it fails,
-//! the NVIDIA driver compiles the portable images when the program starts.
+//! The portable PTX images in `kernels/ptx` are always embedded. Release builds also embed
+//! machine code for common GPUs if a CUDA toolkit is found. The toolkit is optional: without
+//! it, or if it fails, the NVIDIA driver compiles the PTX when the program starts.
 //!
-//! `QUELL_NATIVE_KERNELS=1` embeds machine code in a debug build, too; `0` in none.
+//! `QUELL_NATIVE_KERNELS=1` embeds machine code in debug builds as well; `0` disables it in
+//! every build.
 
 use std::collections::VecDeque;
 use std::fmt::Write as _;
@@ -16,22 +17,22 @@ use std::{env, fs, io};
 
 const IMAGES: &str = "kernels/ptx";
 
-/// Compute capabilities that machine code is made for, as far as the toolkit knows them:
-/// A100, RTX 30, RTX 40 and L4, H100, B200, RTX 50.
+/// Compute capabilities to embed machine code for, if the toolkit supports them: A100,
+/// RTX 30, RTX 40 and L4, H100, B200, RTX 50.
 const ARCHITECTURES: [u32; 6] = [80, 86, 89, 90, 100, 120];
 
-/// A portable image: of `kernels/NAME.cu` for one type of activations.
+/// A portable PTX image of `kernels/NAME.cu` for one activation type.
 struct Portable {
     name: String,
     activations: String,
     path: PathBuf,
 }
 
-/// Machine code made of a portable image.
+/// Machine code assembled from a portable image.
 struct Native<'a> {
     portable: &'a Portable,
     architecture: u32,
-    /// Its name in `OUT_DIR`.
+    /// File name in `OUT_DIR`.
     file: String,
 }
 
@@ -47,7 +48,7 @@ fn main() -> io::Result<()> {
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or(io::ErrorKind::NotFound)?);
     let portable = portable_images(Path::new(IMAGES))?;
     for image in &portable {
-        // The driver takes PTX as a C string.
+        // The driver expects PTX as a NUL-terminated string.
         let mut text = fs::read(&image.path)?;
         text.push(0);
         fs::write(out.join(format!("{}.ptx", image.stem())), text)?;
@@ -68,7 +69,7 @@ impl Portable {
     }
 }
 
-/// The images of `kernels/ptx`, by name. There may be none.
+/// Lists the images in `folder`, sorted by name. A missing folder yields an empty list.
 fn portable_images(folder: &Path) -> io::Result<Vec<Portable>> {
     let mut images = Vec::new();
     let entries = match fs::read_dir(folder) {
@@ -92,8 +93,9 @@ fn portable_images(folder: &Path) -> io::Result<Vec<Portable>> {
     Ok(images)
 }
 
-/// The toolkit's assembler, if machine code is wanted and there is a toolkit: `NVCC`,
-/// `CUDA_HOME`, `CUDA_PATH` or the search path say where. It stands beside nvcc.
+/// Finds the toolkit's assembler, `ptxas`; returns `None` if machine code is not wanted or no
+/// toolkit is found. Looks next to `NVCC`, then in the `bin` folders of `CUDA_HOME` and
+/// `CUDA_PATH`, then on the search path.
 fn assembler() -> Option<PathBuf> {
     let asked = env::var("QUELL_NATIVE_KERNELS").ok();
     let release = env::var("PROFILE").is_ok_and(|profile| profile == "release");
@@ -110,7 +112,7 @@ fn assembler() -> Option<PathBuf> {
     let search = env::var_os("PATH").unwrap_or_default();
     let folders = nvcc
         .iter()
-        // It may be a link into the toolkit.
+        // `NVCC` may be a symbolic link into the toolkit.
         .flat_map(|nvcc| [Some(nvcc.clone()), nvcc.canonicalize().ok()])
         .filter_map(|nvcc| Some(nvcc?.parent()?.to_owned()))
         .chain(homes.map(|home| PathBuf::from(home).join("bin")))
@@ -125,7 +127,8 @@ fn assembler() -> Option<PathBuf> {
     found
 }
 
-/// Assembles every image for every architecture that `ptxas` knows, several at a time.
+/// Assembles every image for each of [`ARCHITECTURES`] that `ptxas` supports, on `NUM_JOBS`
+/// threads.
 fn native_images<'a>(
     ptxas: &Path,
     portable: &'a [Portable],
@@ -181,7 +184,7 @@ fn native_images<'a>(
     Ok(images)
 }
 
-/// What the command writes to its standard output.
+/// Runs the command and returns its standard output.
 fn run(command: &mut Command) -> Result<String, String> {
     let program = command.get_program().to_string_lossy().into_owned();
     let output = command
@@ -195,7 +198,7 @@ fn run(command: &mut Command) -> Result<String, String> {
     Err(format!("{program} fails ({}): {line}", output.status))
 }
 
-/// The tables that the program looks images up in.
+/// Returns the source of `images.rs`: the tables in which the program looks up images.
 fn table(portable: &[Portable], native: &[Native]) -> String {
     let mut text = String::from(
         "/// Portable images: name, type of activations, PTX that ends with a NUL.\n\

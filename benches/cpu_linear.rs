@@ -1,5 +1,6 @@
-//! How near the CPU device's linear layers come to what the machine can do: GB/s for one
-//! row next to the read bandwidth, GMAC/s for many next to the peak of int8 dot products.
+//! How close the CPU device's linear layers come to the machine's limits: GB/s for one row
+//! compared with the read bandwidth, GMAC/s for many rows compared with the peak of int8 dot
+//! products.
 //!
 //! `cargo bench --bench cpu_linear [-- THREADS]`
 
@@ -9,10 +10,10 @@ use quell::weights::DType;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-/// More than the last-level cache: one row must find its weights in memory.
+/// Larger than the last-level cache, so that one row has to read its weights from memory.
 const WORKING_SET: usize = 192 << 20;
 
-/// The median time of `work`, over at least a quarter of a second.
+/// Returns the median time of `work`, which is repeated for at least a quarter of a second.
 fn median(mut work: impl FnMut()) -> Duration {
     work();
     let begin = Instant::now();
@@ -26,7 +27,7 @@ fn median(mut work: impl FnMut()) -> Duration {
     times[times.len() / 2]
 }
 
-/// GB/s at which `threads` threads read memory.
+/// Returns the memory read bandwidth of `threads` threads in GB/s.
 fn read_bandwidth(threads: usize) -> f64 {
     let words = vec![1u64; WORKING_SET / 8];
     let time = median(|| {
@@ -47,8 +48,8 @@ fn read_bandwidth(threads: usize) -> f64 {
     WORKING_SET as f64 / time.as_secs_f64() / 1e9
 }
 
-/// GMAC/s of int8 dot products whose operands never leave the registers; `None` where the
-/// machine has no AVX-512 VNNI.
+/// Returns the GMAC/s of int8 dot products whose operands never leave the registers. `None` if
+/// the CPU lacks AVX-512 VNNI.
 #[cfg(target_arch = "x86_64")]
 fn int8_peak(threads: usize) -> Option<f64> {
     use std::arch::x86_64::*;
@@ -75,7 +76,7 @@ fn int8_peak(threads: usize) -> Option<f64> {
     let time = median(|| {
         std::thread::scope(|scope| {
             for _ in 0..threads {
-                // SAFETY: the machine has both features.
+                // SAFETY: the CPU has both features, as checked above.
                 scope.spawn(|| black_box(unsafe { work(ROUNDS) }));
             }
         });
@@ -88,7 +89,7 @@ fn int8_peak(_threads: usize) -> Option<f64> {
     None
 }
 
-/// Weights whose bytes are all alike: the kernels' speed does not depend on them.
+/// Loads weights whose bytes are all equal: the speed of the kernels does not depend on them.
 fn load(device: &mut CpuDevice, dtype: DType, rows: usize, columns: usize) -> CpuLinear {
     let data = vec![0x11; dtype.bytes_for(columns).unwrap_or(0) * rows];
     let part = WeightRows {

@@ -1,5 +1,5 @@
-//! Whole steps of a model shaped like SmolLM2-135M on the CPU device, with weights
-//! that say nothing: prefill and decode, tokens a second.
+//! Tokens per second of whole prefill and decode steps on the CPU device, for a model shaped
+//! like SmolLM2-135M with arbitrary weights.
 //!
 //! `cargo bench --bench cpu_step [-- THREADS]`
 
@@ -46,7 +46,7 @@ struct Model {
     inner: CpuTensor,
     samples: CpuTensor,
     logits: CpuTensor,
-    /// Time by operation.
+    /// Total time by operation.
     times: BTreeMap<&'static str, Duration>,
 }
 
@@ -219,7 +219,7 @@ impl Model {
         Ok(())
     }
 
-    /// `count` sequences with `tokens` cached tokens each, `new` rows a sequence.
+    /// Builds a batch of `count` sequences, each with `tokens` cached tokens and `new` rows.
     fn batch(count: usize, tokens: usize, new: usize) -> Batch {
         let blocks = (tokens + new).div_ceil(BLOCK);
         let mut batch = Batch::default();

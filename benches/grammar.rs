@@ -1,10 +1,10 @@
-//! What a grammar costs: preparing a vocabulary, compiling a schema, and the mask of each
-//! token of an answer.
+//! Cost of a grammar: preparing a vocabulary, compiling a schema, and computing the mask for
+//! each token of an answer.
 //!
 //! `cargo bench --bench grammar [-- MODEL]`
 //!
-//! The answer is made of random tokens that the mask allows, so that strings are long and
-//! masks are full.
+//! The answers consist of random tokens that the mask allows, so that strings are long and
+//! masks allow many tokens.
 
 use quell::runner::ModelFiles;
 use quell::sampling::ConstraintState;
@@ -29,7 +29,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     measure(Arc::new(random(131_072)?))
 }
 
-/// A byte-level tokenizer of random tokens of up to nine letters.
+/// Builds a byte-level tokenizer with random tokens of two to nine letters.
 fn random(vocabulary: usize) -> Result<Tokenizer, Box<dyn Error>> {
     let visible = (33..127).chain(161..173).chain(174..324);
     let mut tokens: Vec<String> = visible
@@ -136,7 +136,7 @@ fn measure(tokenizer: Arc<Tokenizer>) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// One of the tokens of a mask.
+/// Picks a random token that the mask allows.
 fn pick(mask: &[u32], tokens: usize, random: &mut Random) -> u32 {
     let first = random.below(tokens);
     let all = (first..tokens).chain(0..first);

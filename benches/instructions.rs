@@ -1,9 +1,9 @@
-//! Steps to be counted, instruction by instruction: `scripts/count-instructions` runs this
-//! under callgrind, with fewer and with more steps, and takes the difference.
+//! Steps for counting instructions. `scripts/count-instructions` runs this program under
+//! callgrind twice, with fewer and with more steps, and takes the difference.
 //!
 //! `instructions scheduler STEPS`: the scheduler plans and commits decode steps of 64
 //! sequences. `instructions decode STEPS`: a model of SmolLM2-135M's shape, but with six
-//! layers, decodes one sequence on one thread, with AVX2, which callgrind knows.
+//! layers, decodes one sequence on one thread with AVX2, which callgrind supports.
 
 use quell::cache::BlockCache;
 use quell::device::cpu::{CpuDevice, CpuOptions, SimdLevel};
@@ -16,7 +16,7 @@ use std::error::Error;
 use std::process::ExitCode;
 
 const BLOCK: usize = 16;
-/// Steps that are taken in any case.
+/// Steps that always run, in addition to those asked for.
 const WARM: usize = 20;
 
 fn main() -> ExitCode {

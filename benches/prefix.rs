@@ -1,11 +1,10 @@
-//! What the prefix cache costs when nothing is found, and what it takes to find
-//! something.
+//! Cost of the prefix cache when a lookup finds nothing, and the time that a hit takes.
 //!
 //! `cargo bench --bench prefix [-- MODEL]`
 //!
-//! The scheduler alone, no device: planning and committing steps with the cache on and
-//! off, in alternation. Beside it, the step of a real model on the CPU device with as
-//! many sequences, measured in the same run: the cache's share of a step.
+//! The scheduler alone, without a device, plans and commits steps with the cache on and off in
+//! alternation. For comparison, the same run measures a step of a real model on the CPU device
+//! with the same number of sequences; the cache's cost is given as a share of that step.
 
 use quell::cache::{BlockCache, BlockTable, Transfers};
 use quell::schedule::{Commit, Policy, Scheduler, SequenceSpec};
@@ -46,7 +45,7 @@ fn median(mut times: Vec<f64>) -> f64 {
     times[times.len() / 2]
 }
 
-/// Microseconds a step of the scheduler without and with the cache.
+/// Returns the scheduler's microseconds per step without and with the cache.
 fn scheduler_steps(sequences: usize) -> (f64, f64) {
     let mut times = [Vec::new(), Vec::new()];
     for round in 0..2 * ROUNDS {
@@ -65,7 +64,8 @@ fn scheduler_round(sequences: usize, prefixes: bool) -> f64 {
     let mut scheduler = Scheduler::new(policy, BlockCache::new(blocks, BLOCK, prefixes));
     let (mut steps, mut finished) = (0, 0);
     let start = Instant::now();
-    // Twice as many as run at a time: the later ones take the blocks of the earlier.
+    // Twice as many sequences as run at a time, so that later ones take over the blocks of
+    // earlier ones.
     for index in 0..2 * sequences {
         scheduler.add(SessionId::from_u64(index as u64), spec(index));
     }
@@ -90,7 +90,7 @@ fn spec(index: usize) -> SequenceSpec {
     SequenceSpec::new(prompt, PROMPT + ANSWER)
 }
 
-/// Microseconds a decode step of a real model on the CPU device.
+/// Returns the microseconds per decode step of a real model on the CPU device.
 fn model_step(path: &str, sequences: usize) -> Result<f64, Box<dyn Error>> {
     let config = EngineConfig {
         audit: false,
@@ -114,7 +114,8 @@ fn model_step(path: &str, sequences: usize) -> Result<f64, Box<dyn Error>> {
     Ok(1e6 / median(rates))
 }
 
-/// Microseconds to look up a long prompt, to take what was found, and to publish it.
+/// Prints the microseconds to look up a long prompt, to attach the blocks found, and to publish
+/// them.
 fn lookups() {
     println!("\ntokens  lookup of a hit  lookup of a miss  attach and release  publish");
     for length in [512_usize, 2048, 8192] {

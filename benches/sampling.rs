@@ -1,5 +1,5 @@
-//! What choosing a token costs a row on the CPU device, on one thread, beside the
-//! reference sampler, which says what is to be chosen.
+//! Cost of choosing a token per row on one thread of the CPU device, compared with the
+//! reference sampler, which defines the correct choice.
 //!
 //! `cargo bench --bench sampling [-- --format json]`
 
@@ -115,7 +115,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Logits as models have them: a bell around a value well below the few likely ones.
+/// Returns logits distributed like a real model's: a bell curve, and a few likely tokens well
+/// above it.
 fn logits(count: usize) -> Vec<f32> {
     let mut state = 1u32;
     let mut uniform = || {

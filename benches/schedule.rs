@@ -1,13 +1,13 @@
-//! What a step costs on the host, without a model: the scheduler alone, then the whole
-//! scheduler thread over a device that computes nothing.
+//! Host cost of a step without a model: first the scheduler alone, then the whole scheduler
+//! thread with a device that computes nothing.
 //!
 //! `cargo bench --bench schedule [-- --format json]`
 //!
-//! *Admit* is the step that starts all sequences and takes their prompts, a share of
-//! which the prefix cache holds. *Plan* chooses the rows of a decode step and books their
-//! blocks; *commit* takes its tokens, and publishes complete blocks. *Turn* is the time
-//! from launch to launch of an engine: commands, plan, launch, collect, commit, the
-//! ledger, the events to the readers, and the metrics. Nobody reads meanwhile.
+//! *Admit* is the step that starts all sequences and takes in their prompts, of which the
+//! prefix cache holds a given share. *Plan* chooses the rows of a decode step and reserves
+//! their blocks. *Commit* processes its tokens and publishes complete blocks. *Turn* is the
+//! time between two launches of an engine: commands, plan, launch, collect, commit, the ledger,
+//! the events to the readers, and the metrics. No reader is active meanwhile.
 
 #[path = "common/results.rs"]
 mod results;
@@ -27,11 +27,11 @@ use std::time::{Duration, Instant};
 const SEQUENCES: [usize; 5] = [1, 64, 256, 1024, 4096];
 const BLOCK: usize = 16;
 const PROMPT: usize = 128;
-/// Steps until the first that is measured, and then all that are.
+/// Number of warm-up steps, and number of measured steps after them.
 const WARM: usize = 16;
 const STEPS: usize = 256;
-/// How often a case is run; a figure is the median over all runs of the mean of a block's
-/// worth of steps.
+/// Runs per case. A figure is a median over all runs, taken of the means of [`BLOCK`]
+/// consecutive steps.
 const ROUNDS: usize = 5;
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -81,7 +81,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Medians in microseconds.
+/// Median times in microseconds.
 struct SchedulerTimes {
     admit: f64,
     plan: f64,
@@ -126,7 +126,8 @@ fn scheduler_times(sequences: usize, hits: usize) -> SchedulerTimes {
                 }
             }
         }
-        // The last token is computed for its logits, so its block is never found.
+        // The last token of a prompt is always computed for its logits, so its block is never
+        // found.
         let known = PROMPT * hits / 100;
         let found = (0..sequences).map(|index| known.min(prompt(index) - 1) / BLOCK * BLOCK);
         assert_eq!(scheduler.counts().prefix_hits, found.sum::<usize>() as u64);
@@ -138,7 +139,8 @@ fn scheduler_times(sequences: usize, hits: usize) -> SchedulerTimes {
     }
 }
 
-/// A scheduler with so many new sequences, and a share of their prompts in its cache.
+/// Returns a scheduler with `sequences` new sequences, whose prompts are in its cache to `hits`
+/// percent.
 fn filled(sequences: usize, hits: usize) -> Scheduler {
     let answer = 1 + WARM + STEPS + 1;
     let blocks = 2 * sequences * (PROMPT + BLOCK + answer).div_ceil(BLOCK);
@@ -171,13 +173,14 @@ fn filled(sequences: usize, hits: usize) -> Scheduler {
     scheduler
 }
 
-/// Tokens of a sequence's prompt: in each step a sixteenth of the sequences books a block,
-/// and as many publish one.
+/// Returns the length of a sequence's prompt. Lengths differ so that in each step, one
+/// sixteenth of the sequences reserve a block and as many publish one.
 fn prompt(index: usize) -> usize {
     PROMPT + index % BLOCK
 }
 
-/// The means of as many steps as a block has tokens: each sequence books a block in them.
+/// Returns the means of groups of [`BLOCK`] consecutive steps. Each sequence reserves one block
+/// per group.
 fn means(steps: &[Duration]) -> Vec<Duration> {
     let groups = steps.chunks(BLOCK);
     groups
@@ -185,17 +188,17 @@ fn means(steps: &[Duration]) -> Vec<Duration> {
         .collect()
 }
 
-/// The first `prompt` tokens of a prompt that no other index has.
+/// Returns a sequence with the first `prompt` tokens of a prompt that is unique to this index.
 fn spec(index: usize, prompt: usize, max_tokens: usize) -> SequenceSpec {
     let prompt = (0..prompt).map(|i| (index * 1000 + i) as u32).collect();
     SequenceSpec::new(prompt, max_tokens)
 }
 
-/// A null device that says when each step was launched.
+/// A null device that reports when each step was launched.
 struct TimedRunner {
     null: NullRunner,
     launched: Sender<(Instant, usize)>,
-    /// The first step waits until all requests have been posted.
+    /// The first step waits here until all requests have been posted.
     begin: Option<Arc<Barrier>>,
 }
 
@@ -225,7 +228,7 @@ impl Runner for TimedRunner {
         if let Some(begin) = self.begin.take() {
             begin.wait();
         }
-        // Nobody listens once enough has been heard.
+        // The receiver is dropped once enough launches have been measured.
         let _ = self.launched.send((Instant::now(), plan.items.len()));
         self.null.launch(plan, sequences)
     }
@@ -239,7 +242,7 @@ impl Runner for TimedRunner {
     }
 }
 
-/// Microseconds from launch to launch of an engine that decodes so many sequences.
+/// Returns the microseconds between launches of an engine that decodes `sequences` sequences.
 fn engine_turn(sequences: usize) -> Result<f64, Box<dyn Error>> {
     let mut turns = Vec::new();
     for _ in 0..ROUNDS {

@@ -1,9 +1,10 @@
-//! Tokens a second through asynchronous streams, over a device that computes nothing.
+//! Throughput of asynchronous token streams in tokens per second, with a device that computes
+//! nothing.
 //!
 //! `cargo bench --bench stream [-- --format json]`
 //!
-//! Each stream has a task of its own on a tokio runtime of one thread, which reads it to
-//! its end. So two threads are at work: the scheduler's and the readers'.
+//! Each stream is read to its end by its own task on a single-threaded tokio runtime. So two
+//! threads are at work: the scheduler thread and the readers' thread.
 
 #[path = "common/results.rs"]
 mod results;
@@ -16,7 +17,7 @@ use std::error::Error;
 use std::time::Instant;
 
 const STREAMS: [usize; 4] = [1, 64, 256, 1024];
-/// Tokens of all streams together, and how often they are measured.
+/// Total number of tokens over all streams, and number of measurements.
 const TOKENS: usize = 1 << 19;
 const ROUNDS: usize = 7;
 
@@ -54,7 +55,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Tokens a second through so many streams.
+/// Returns the tokens per second through `streams` streams.
 fn rate(streams: usize) -> Result<f64, Box<dyn Error>> {
     let tokens = TOKENS / streams;
     let options = NullOptions {

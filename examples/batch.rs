@@ -1,4 +1,4 @@
-//! Many prompts, one engine: they are decoded together.
+//! Sends many prompts to one engine, which decodes them together in batches.
 //!
 //! `cargo run --release --example batch -- models/SmolLM2-135M-Instruct.Q4_1.gguf`
 

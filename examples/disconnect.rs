@@ -1,5 +1,5 @@
-//! A hundred clients in the middle of their answers, and the runtime that serves them
-//! goes away: no task runs to clean up, and every block comes back.
+//! Shuts down the tokio runtime while it serves a hundred clients in the middle of their
+//! answers. No task runs to clean up, yet every block is freed.
 //!
 //! `cargo run --release --example disconnect -- models/SmolLM2-135M-Instruct.Q4_1.gguf`
 
@@ -27,7 +27,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             }
         });
     }
-    // In the middle: everyone is being answered, nobody has come to an end.
+    // All requests are being answered and none has finished.
     let during = wait(&engine, |stats| stats.tokens_generated >= 300)?;
     report("during", &during);
 
@@ -45,7 +45,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Asks until the engine is in such a state; each answer takes a step at most.
+/// Polls the engine until it reaches a state; each poll takes at most one step.
 fn wait(
     engine: &Engine,
     reached: impl Fn(&EngineStats) -> bool,

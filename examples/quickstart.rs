@@ -1,4 +1,4 @@
-//! Load a model, stream an answer, and cancel another one half-way.
+//! Loads a model, streams an answer, and cancels another one half-way.
 //!
 //! `cargo run --release --example quickstart -- models/SmolLM2-135M-Instruct.Q4_1.gguf`
 

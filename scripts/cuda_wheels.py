@@ -1,8 +1,8 @@
-"""NVIDIA's compilers out of their pinned PyPI wheels, for the scripts beside this file.
+"""Fetches NVIDIA's compilers from pinned PyPI wheels, for the other scripts in this folder.
 
 No CUDA toolkit has to be installed. A wheel is downloaded once into target/, checked
-against its SHA-256, and unpacked there; a broken or interrupted download is fetched
-again. Linux on x86-64 only, which is what the wheels below are built for.
+against its SHA-256, and unpacked there. A broken or interrupted download is fetched
+again. Works on Linux on x86-64 only, for which the wheels below are built.
 """
 
 import hashlib
@@ -25,18 +25,18 @@ class Wheel(NamedTuple):
     sha256: str
 
 
-# Compiles CUDA C++ to PTX ISA 8.4, which drivers from 550 on understand.
+# Compiles CUDA C++ to PTX ISA 8.4, which drivers since 550 support.
 NVRTC = [
     Wheel("nvidia-cuda-nvrtc-cu12==12.4.127", "a178759ebb095827bd30ef56598ec182b85547f1508941a3d560eb7ea1fbf338"),
     Wheel("nvidia-cuda-runtime-cu12==12.4.127", "64403288fa2136ee8e467cdc9c9427e0434110899d07c779f25b5c068934faa5"),
 ]
 
-# ptxas, the assembler, alone.
+# Only ptxas, the assembler.
 PTXAS = [
     Wheel("nvidia-cuda-nvcc==13.0.88", "56fe502eb77625a12f25172caa3cdddb4e4c8ba2c8c17dba44b164761b380f03"),
 ]
 
-# All of nvcc 13.0: what a machine with a CUDA toolkit has. It needs a host C++ compiler.
+# All of nvcc 13.0, as on a machine with a CUDA toolkit. It needs a host C++ compiler.
 NVCC = PTXAS + [
     Wheel("nvidia-cuda-crt==13.0.88", "2c8043c7c9e02492716426e9919fc78d2c5b3b2a7a768a88e952676b08aa55a4"),
     Wheel("nvidia-cuda-runtime==13.0.96", "7f82250d7782aa23b6cfe765ecc7db554bd3c2870c43f3d1821f1d18aebf0548"),
@@ -49,13 +49,14 @@ def say(text):
 
 
 def unpacked(wheels, folder):
-    """The folder target/FOLDER/nvidia with the contents of `wheels`, fetched if need be."""
+    """Returns the folder target/FOLDER/nvidia with the contents of `wheels`. Fetches them if
+    needed."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         found = f"{sys.platform} on {platform.machine()}"
         sys.exit(f"{Path(sys.argv[0]).name}: the compilers are for Linux on x86-64; this is {found}")
     home = TARGET / folder
     for wheel in wheels:
-        # Written last: whatever it names has been unpacked whole.
+        # Written last: the wheel that it names has been unpacked completely.
         done = home / f"{wheel.sha256[:16]}.unpacked"
         if not done.exists():
             archive = fetch(wheel, home / "download")
@@ -70,7 +71,7 @@ def unpacked(wheels, folder):
 
 
 def fetch(wheel, folder):
-    """Downloads a wheel, checks it, and gives its path."""
+    """Downloads and checks a wheel, and returns its path."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     say(f"downloading {wheel.requirement} from PyPI")
@@ -86,10 +87,10 @@ def fetch(wheel, folder):
 
 
 def ptxas():
-    """The path of ptxas."""
+    """Returns the path of ptxas."""
     return unpacked(PTXAS, "nvcc") / "cu13" / "bin" / "ptxas"
 
 
 def nvcc():
-    """The path of nvcc."""
+    """Returns the path of nvcc."""
     return unpacked(NVCC, "nvcc") / "cu13" / "bin" / "nvcc"

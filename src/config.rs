@@ -5,44 +5,47 @@ use std::time::Duration;
 /// Limits and sizes of an engine; every field has a working default.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EngineConfig {
-    /// Tokens (rows) of one step: the decodes and the prompt chunk that fills up.
+    /// Maximum number of tokens (rows) per step: decodes first, then chunks of prompts in the
+    /// room that is left.
     pub max_batch_tokens: usize,
-    /// Sequences that run at the same time.
+    /// Maximum number of sequences that run at the same time.
     pub max_sequences: usize,
-    /// Requests that may be open at the same time, waiting ones included; one more
-    /// is refused as overload.
+    /// Maximum number of open requests, including those that wait to start. Further requests
+    /// are refused with [`SubmitError::Overloaded`](crate::SubmitError::Overloaded).
     pub max_open_requests: usize,
-    /// Bytes of the key-value cache; what the device gives if `None`: 512 MiB on the
-    /// CPU, on a GPU what the weights leave of its memory.
+    /// Size of the KV cache in bytes. If `None`, the device decides: 512 MiB on the CPU; on a
+    /// GPU, the usable memory that is left after the weights are loaded.
     pub kv_cache_bytes: Option<usize>,
-    /// Tokens a block of the key-value cache.
+    /// Tokens per KV cache block.
     pub block_tokens: usize,
-    /// Longest sequence, prompt and answer together; the model's own limit if `None`.
+    /// Maximum number of tokens per sequence, prompt and answer together. If `None`, the
+    /// model's own limit applies.
     pub max_context: Option<usize>,
-    /// Tokens that wait for a slow reader before its sequence is paused.
+    /// Number of unread tokens at which a request is paused until its reader catches up.
     pub stream_buffer: usize,
-    /// Whether complete blocks are kept after their sequence has ended, and reused by
-    /// later sequences that begin with the same tokens.
+    /// Whether complete blocks are kept after their sequence has ended, so that later
+    /// sequences that begin with the same tokens can reuse them.
     pub prefix_cache: bool,
-    /// Host memory, in bytes, that preempted sequences may be swapped out to instead of
-    /// being computed anew; used as it is needed. 0 for none.
+    /// Host memory, in bytes, to which preempted sequences may be swapped out instead of being
+    /// recomputed. It is allocated as needed; 0 disables swapping.
     pub swap_bytes: usize,
-    /// How a sequence gives its blocks back when others need them.
+    /// What happens to the KV cache of a sequence that is preempted.
     pub preemption: Preemption,
-    /// Share of the key-value cache, in percent, that sessions may pin.
+    /// Share of the KV cache, in percent, that sessions may pin.
     pub pinned_percent: u8,
-    /// How long a paused request's reader may lag behind before it is cancelled as
-    /// [`SlowConsumer`](crate::CancelReason::SlowConsumer); without end if `None`.
+    /// How long a request may stay paused because its reader lags behind, before it is
+    /// cancelled as [`SlowConsumer`](crate::CancelReason::SlowConsumer). `None` means no limit.
     pub slow_consumer_deadline: Option<Duration>,
-    /// How long one call of the device may take, to launch a step or to wait for one,
-    /// before the device counts as stuck, which fails every session and closes the
-    /// engine; without end if `None`.
+    /// How long one device call, which launches a step or waits for one, may take before the
+    /// device counts as stuck. A stuck device fails every request and closes the engine.
+    /// `None` means no limit.
     pub step_deadline: Option<Duration>,
-    /// Value of the label `model_name` of this engine's metrics; no label if `None`.
+    /// Value of the label `model_name` on this engine's metrics. If `None`, the metrics have no
+    /// such label.
     pub metrics_label: Option<String>,
-    /// Whether the cache's books are checked after every step, and freed blocks
-    /// overwritten with NaN, so that a step that still reads them shows it. An
-    /// imbalance closes the engine. The check costs time in the number of blocks.
+    /// Whether the block accounting is checked after every step, and freed blocks are
+    /// overwritten with NaN to expose steps that still read them. An inconsistency closes the
+    /// engine. The check takes time proportional to the number of blocks.
     pub audit: bool,
 }
 
@@ -68,14 +71,16 @@ impl Default for EngineConfig {
     }
 }
 
-/// How a sequence gives its blocks back when others need them.
+/// What happens to the KV cache of a sequence that is preempted, when its blocks are needed by
+/// others.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Preemption {
-    /// Whichever is estimated to cost less time.
+    /// Recompute or swap, whichever is estimated to take less time.
     #[default]
     Auto,
-    /// Its tokens are computed anew.
+    /// The blocks are dropped, and the tokens are recomputed when the sequence resumes.
     Recompute,
-    /// Its blocks are copied to host memory, as long as there is room.
+    /// The blocks are copied to host memory, as long as there is room; otherwise the tokens are
+    /// recomputed.
     Swap,
 }

@@ -1,24 +1,24 @@
-//! Identities: sessions and steps.
+//! Identifiers of requests, sessions and steps.
 
 use serde::Serialize;
 use std::fmt;
 
-/// Identifies one accepted request, or one session, for the life of the process.
+/// Identifies one accepted request, or one session.
 ///
-/// Ids are handed out by counting and never reused: a late cancel can only ever
-/// name the session it was meant for.
+/// Each engine hands out ids in ascending order and never reuses one, so a late cancel cannot
+/// hit a newer request or session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(transparent)]
 pub struct SessionId(pub(crate) u64);
 
 impl SessionId {
-    /// The id that a log or an answer named; or one of one's own, to use the scheduler
-    /// without an engine.
+    /// Makes an id from a number: one read from a log or an answer, or an arbitrary one when
+    /// the scheduler is used without an engine.
     pub fn from_u64(id: u64) -> Self {
         Self(id)
     }
 
-    /// The id as a number, for logs.
+    /// Returns the id as a number, for logs.
     pub fn as_u64(self) -> u64 {
         self.0
     }
@@ -30,18 +30,18 @@ impl fmt::Display for SessionId {
     }
 }
 
-/// Numbers the steps of the scheduler thread, from 1; 0 is before the first.
+/// Number of a step of the scheduler thread. The first step is 1; 0 means that none has run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(transparent)]
 pub struct StepId(pub(crate) u64);
 
 impl StepId {
-    /// The step's number.
+    /// Returns the step's number.
     pub fn as_u64(self) -> u64 {
         self.0
     }
 
-    /// The step after this one.
+    /// Returns the id of the step after this one.
     pub(crate) fn next(self) -> Self {
         Self(self.0 + 1)
     }

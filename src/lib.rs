@@ -1,9 +1,9 @@
 //! quell: an inference engine for large language models.
 //!
-//! One dedicated *scheduler thread* owns the device and the key-value cache and
-//! batches decode steps. Callers hold cheap handles: [`Engine`] to submit through
-//! and [`TokenStream`] to read from. Cancellation is a command, posted from `Drop`:
-//! the scheduler thread frees the cache even when the caller, its task or its whole
+//! One dedicated *scheduler thread* owns the device and the KV cache and batches all requests
+//! into steps. Callers hold cheap handles: an [`Engine`] to submit requests through, and a
+//! [`TokenStream`] to read the answer to each request from. Cancellation is a command that
+//! `Drop` posts: the scheduler thread frees the cache even if the caller, its task or its whole
 //! runtime is already gone.
 //!
 //! ```
@@ -11,9 +11,9 @@
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! # let model = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/golden/tiny/llama");
-//! // `model`: a .gguf file or a Hugging Face folder.
+//! // `model` is a .gguf file or a Hugging Face folder.
 //! let engine = Engine::load(model, EngineConfig::default(), LoadOptions::default())?;
-//! // A prompt is text, a conversation, or token ids.
+//! // A prompt is text, a conversation or token ids.
 //! let request = Request::new(vec![126, 36, 304]).greedy().max_tokens(8);
 //! let mut tokens = Vec::new();
 //! for chunk in engine.generate(request)?.blocking() {
@@ -31,13 +31,68 @@
 //! # }
 //! ```
 //!
-//! [`TokenStream`] is a [`futures_core::Stream`] as well. Dropping it at any moment
-//! cancels the request; [`TokenStream::cancel`] does the same and gives a
-//! [`Receipt`]: how many blocks were freed, after which step, and when.
+//! # Cancellation
+//!
+//! Dropping a [`TokenStream`] cancels its request. The drop sets a flag and posts a command; it
+//! never blocks and never fails, and it works without a runtime, while a runtime shuts down,
+//! and during unwinding. The scheduler thread then ends the request and frees its KV cache
+//! blocks as soon as no step in flight can touch them.
+//!
+//! [`TokenStream::cancel`] does the same and returns a [`Cancellation`]. `cancel().await`, or
+//! [`Cancellation::wait`] on a plain thread, waits until the blocks are free and returns a
+//! [`Receipt`], which says how many blocks were freed, after which step, and when. Dropping the
+//! [`Cancellation`] does not undo the cancel.
+//!
+//! # Threading
+//!
+//! [`Engine::load`] starts the scheduler thread, which owns the device, the sequences and the
+//! KV cache. Handles reach it through channels. A device may compute on worker threads of its
+//! own, but only the scheduler thread calls it. The engine runs as long as any of its handles
+//! or streams exists.
+//!
+//! Handles can be used from any thread and with any async runtime, or with none: a
+//! [`TokenStream`] is a [`futures_core::Stream`] and, through [`TokenStream::blocking`], an
+//! iterator, and the futures have a blocking `wait`. Prompts are tokenized, and tokens turned
+//! back into text, on the caller's thread.
+//!
+//! [`Engine`] and [`Session`] are `Send` and `Sync`, and all clones of an [`Engine`] refer to
+//! the same engine. [`TokenStream`], [`Cancellation`] and the other futures are `Send`. A
+//! device need not be `Send`, because it is created on the scheduler thread and stays there.
+//!
+//! # Modules
+//!
+//! - [`engine`]: the handles that callers use, and the scheduler thread.
+//! - [`config`]: the engine's settings.
+//! - [`schedule`]: chooses what each step computes.
+//! - [`cache`]: tracks which KV cache block belongs to which sequence, and finds shared
+//!   prefixes.
+//! - [`runner`]: loads a model, and turns the scheduler's plans into device work.
+//! - [`model`]: the model families, written against the device interface.
+//! - [`device`]: the device interface and its two implementations, CPU and CUDA.
+//! - [`weights`]: reads GGUF files and Hugging Face folders.
+//! - [`sampling`]: chooses tokens from logits.
+//! - [`text`]: tokenizers, chat templates, stop strings, tool calls and grammars.
+//! - `server`: the OpenAI-compatible HTTP server (feature `server`).
+//!
+//! # Cargo features
+//!
+//! `cli`, `cuda`, `grammar`, `hub` and `server` are enabled by default. Without features, the
+//! crate is the bare engine on the CPU.
+//!
+//! - `cli`: the `quell` program.
+//! - `cuda`: the CUDA device. It needs no CUDA toolkit to build, and only NVIDIA's driver to
+//!   run.
+//! - `grammar`: answers constrained to a JSON schema, a regular expression or a grammar.
+//! - `hub`: model downloads from the Hugging Face Hub (`--model hf:ORG/NAME`) in the program.
+//! - `server`: the HTTP server `quell::server`; with `cli`, the command `quell serve`. Enables
+//!   `grammar`.
+//! - `otel`: `quell serve` exports its spans to an OpenTelemetry collector. Enables `server`.
+//! - `loom`, `shuttle`: for the model checkers in `tests/interleavings` only. Each replaces the
+//!   engine's threads, atomics and channels, and they exclude each other.
 
 #![deny(missing_docs, unsafe_op_in_unsafe_fn)]
 
-// The simulated device of `tests/common` serves tests in here as well.
+// Unit tests share the simulated device in `tests/common`, which refers to this crate by name.
 #[cfg(test)]
 extern crate self as quell;
 

@@ -4,8 +4,8 @@
 
 mod cli;
 
-/// glibc's allocator keeps most of what a burst of large requests has taken. This one gives
-/// it back to the system within seconds.
+/// The program's allocator. glibc's allocator keeps most of the memory that a burst of large
+/// requests used; mimalloc returns it to the system within seconds.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

@@ -1,5 +1,5 @@
-//! A step that decodes allocates nothing: neither on the scheduler thread nor on the
-//! threads that compute. What a reader does with its tokens is its own affair.
+//! A decode step allocates nothing, neither on the scheduler thread nor on the worker threads.
+//! What a reader of a stream allocates for its tokens is not counted.
 
 #[path = "common/model.rs"]
 mod model;
@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 
-/// Counts what all threads allocate, but for those that read.
+/// Counts the allocations of all threads except those that read streams.
 struct Counting;
 
 static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
@@ -24,28 +24,28 @@ thread_local! {
 }
 
 fn count() {
-    // A thread that ends may allocate when its own variables are gone.
+    // A thread that exits may allocate after its thread-local variables are gone.
     if !READS.try_with(Cell::get).unwrap_or(true) {
         ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
     }
 }
 
-// SAFETY: all memory is the system's; counting touches none of it.
+// SAFETY: every call is passed on to the system allocator; counting touches none of its memory.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count();
-        // SAFETY: as the caller promises.
+        // SAFETY: the caller keeps the contract of `alloc`.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        // SAFETY: as the caller promises.
+        // SAFETY: the caller keeps the contract of `dealloc`.
         unsafe { System.dealloc(memory, layout) }
     }
 
     unsafe fn realloc(&self, memory: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         count();
-        // SAFETY: as the caller promises.
+        // SAFETY: the caller keeps the contract of `realloc`.
         unsafe { System.realloc(memory, layout, size) }
     }
 }
@@ -54,18 +54,18 @@ unsafe impl GlobalAlloc for Counting {
 static ALLOCATOR: Counting = Counting;
 
 const STREAMS: u32 = 8;
-/// The steps between which allocations are counted: all streams decode, blocks are filled
-/// and published, and new ones taken.
+/// The steps between which allocations are counted. In this range all requests decode, blocks
+/// are filled and published, and new blocks are taken.
 const FROM: usize = 20;
 const TO: usize = 120;
 
-/// A runner that begins when it is told to, and looks at the count when it launches the
-/// first and the last of the counted steps.
+/// A runner that waits for a signal before its first step, and reads the count when it launches
+/// the first and the last of the counted steps.
 struct Counted {
     runner: Box<dyn Runner>,
     begin: Receiver<()>,
     launched: usize,
-    /// What the count was then.
+    /// The count at these two steps.
     counts: Arc<[AtomicUsize; 2]>,
 }
 
@@ -96,17 +96,18 @@ impl Runner for Counted {
     }
 }
 
-/// What is allocated while all streams decode.
+/// Returns the number of allocations while all requests decode.
 fn allocations<M>(make: M, request: impl Fn(Vec<u32>) -> Request) -> usize
 where
     M: FnOnce(&EngineConfig) -> Result<(Box<dyn Runner>, RunnerInfo), LoadError> + Send + 'static,
 {
     let config = EngineConfig {
         audit: false,
-        // Nobody is paused for a slow reader: that takes a deadline.
+        // Large enough that no request is paused for a slow reader: pausing sets a deadline,
+        // which may allocate.
         stream_buffer: 2 * TO,
         kv_cache_bytes: Some(64 << 20),
-        // Without the thread of the watchdog, which may come late.
+        // The watchdog's thread could start, and allocate, while steps are counted.
         step_deadline: None,
         ..EngineConfig::default()
     };
@@ -130,7 +131,7 @@ where
         request.ignore_eos = true;
         engine.generate(request.max_tokens(TO + 20)).unwrap()
     });
-    // Whoever was not in the first step is in the second.
+    // Requests that miss the first step join in the second one.
     let streams: Vec<_> = streams.collect();
     told.send(()).unwrap();
     for stream in streams {
@@ -142,9 +143,9 @@ where
     after - before
 }
 
-/// Fails unless nothing is allocated, by at least one of three engines: what a step
-/// allocates, it does for each, and what else the process does, such as a thread that
-/// comes late, it does once.
+/// Runs three engines and fails unless at least one of them allocates nothing. An allocation in
+/// the step itself happens in every run; an allocation elsewhere in the process, such as in a
+/// thread that starts late, does not.
 fn allocates_nothing<M>(what: &str, make: impl Fn() -> M, request: impl Fn(Vec<u32>) -> Request)
 where
     M: FnOnce(&EngineConfig) -> Result<(Box<dyn Runner>, RunnerInfo), LoadError> + Send + 'static,
@@ -153,9 +154,9 @@ where
     assert!(counts.any(|count| count == 0), "{what}");
 }
 
-/// A runner of the demo's model on so many threads. They are few, and one where rows are
-/// changed before a token is chosen: each thread has its own memory for that, and makes
-/// it when it first happens to get such a row.
+/// Builds a runner of the demo model with this many threads. There must be few of them, and
+/// only one if rows are modified before sampling: each thread allocates memory when it gets its
+/// first such row, which may happen while steps are counted.
 fn cpu(
     threads: usize,
 ) -> impl FnOnce(&EngineConfig) -> Result<(Box<dyn Runner>, RunnerInfo), LoadError> {
@@ -164,13 +165,13 @@ fn cpu(
     move |config| ModelFiles::open(&model::smollm2())?.build_runner(config, options)
 }
 
-/// One test: the count is the process's.
+/// There is one test in this file because the count covers the whole process.
 #[test]
 fn a_step_that_decodes_allocates_nothing() {
     READS.set(true);
     let greedy = |prompt| Request::new(prompt).greedy();
     let null = |_: &EngineConfig| NullRunner::start(NullOptions::default());
-    // The count is one: an engine by itself allocates.
+    // Checks that the count works: starting an engine allocates.
     let before = ALLOCATIONS.load(Ordering::Relaxed);
     allocates_nothing("null device", || null, greedy);
     assert!(ALLOCATIONS.load(Ordering::Relaxed) > before);

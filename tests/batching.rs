@@ -1,5 +1,5 @@
-//! A real model in a crowd: neighbours, preemption and cancels change no token, and no
-//! bit of a logit.
+//! Batching with a real model: other requests in the batch, preemption and cancellation change
+//! no token of a request, and no bit of a logit.
 
 #[path = "common/model.rs"]
 mod model;
@@ -14,7 +14,7 @@ use quell::{Engine, EngineConfig, LoadOptions, Request, SamplingParams, TokenStr
 const REQUESTS: usize = 64;
 
 fn engine(kv_blocks: usize) -> Engine {
-    // A block of 16 tokens is 16 × 23,040 bytes with float16 keys and values.
+    // A block of 16 tokens takes 16 × 23,040 bytes with float16 keys and values.
     let config = EngineConfig {
         kv_cache_bytes: Some(kv_blocks * 16 * 23_040),
         max_batch_tokens: 160,
@@ -28,7 +28,7 @@ fn lengths(index: usize) -> (usize, usize) {
     (1 + index * 13 % 30, 48 + index * 7 % 40)
 }
 
-/// Requests of all kinds: greedy, sampled, with penalties, bias and log-probabilities.
+/// Builds requests of all kinds: greedy, sampled, with penalties, bias and log probabilities.
 fn request(index: usize) -> Request {
     let (prompt, tokens) = lengths(index);
     let ids: Vec<u32> = (0..prompt)
@@ -96,7 +96,7 @@ fn sixty_four_requests_in_a_quarter_of_their_cache_give_the_tokens_of_each_alone
     );
     assert_eq!(stats.outcomes.length, REQUESTS as u64);
 
-    // Again, half of them dropped on the way: the others keep their tokens.
+    // Run them again and drop half of them on the way: the others keep their tokens.
     let streams: Vec<_> = (0..REQUESTS)
         .map(|index| crowd.generate(request(index)).unwrap())
         .collect();
@@ -130,17 +130,17 @@ fn sixty_four_requests_in_a_quarter_of_their_cache_give_the_tokens_of_each_alone
     assert!(stats.outcomes.cancelled > 0);
 }
 
-/// Tokens of a block.
+/// Tokens per KV cache block.
 const BLOCK: usize = 16;
 
-/// The rows of one sequence in a step: tokens from `start` on.
+/// The rows of one sequence in a step: its tokens from position `start` on.
 struct Part {
     sequence: usize,
     start: usize,
     tokens: Vec<u32>,
 }
 
-/// A step in which each sequence has blocks of its own, and each last row is sampled.
+/// Builds a step in which each sequence has its own blocks and the last row of each is sampled.
 fn batch(parts: &[Part], blocks_each: usize) -> Batch {
     let mut batch = Batch::default();
     for part in parts {
@@ -162,8 +162,8 @@ fn batch(parts: &[Part], blocks_each: usize) -> Batch {
     batch
 }
 
-/// The bits of one sequence's logits, in the steps of its prompt and of some tokens after
-/// it, among `size - 1` others that are at their prompts and answers.
+/// Returns the bits of one sequence's logits, for its prefill step and a few decode steps, in a
+/// batch with `size - 1` other sequences that prefill or decode.
 fn logits(simd: SimdLevel, size: usize) -> Vec<Vec<u32>> {
     const BLOCKS_EACH: usize = 8;
     const STEPS: usize = 4;
@@ -195,8 +195,8 @@ fn logits(simd: SimdLevel, size: usize) -> Vec<Vec<u32>> {
     let mut seen = Vec::new();
     for step in 0..STEPS {
         let parts = (0..size).map(|sequence| {
-            // The watched one has the same tokens in every crowd; of the others some
-            // begin late.
+            // The watched sequence has the same tokens at every batch size. Some of the others
+            // start later.
             let (name, count) = match sequence == watched {
                 true => (1000, if step == 0 { 40 } else { 1 }),
                 false if sequence % 3 == step => (sequence, 3 + sequence % 29),
@@ -236,13 +236,13 @@ fn logits_are_the_same_to_the_bit_alone_among_7_and_among_32() {
             continue;
         }
         let alone = logits(simd, 1);
-        // Plain Rust would take a minute for the larger.
+        // The portable kernels would take a minute for 32.
         let sizes = match simd {
             SimdLevel::Portable => &[7][..],
             _ => &[7, 32],
         };
         for &size in sizes {
-            // Not `assert_eq`: it would print them all.
+            // Not `assert_eq`, which would print all the logits.
             assert!(logits(simd, size) == alone, "{simd:?}, {size} in a batch");
         }
     }

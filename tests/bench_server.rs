@@ -1,5 +1,5 @@
-//! `quell bench --server`: what it counts is what the server counts, and what it says when
-//! a server misbehaves.
+//! `quell bench --server`: its counts agree with the server's, and it reports servers that
+//! misbehave.
 #![cfg(feature = "server")]
 
 #[path = "common/sim.rs"]
@@ -19,7 +19,7 @@ use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;
 
-/// An engine behind HTTP, for as long as it lives.
+/// An engine behind an HTTP server.
 struct Served {
     engine: Engine,
     url: String,
@@ -51,7 +51,7 @@ fn null_engine() -> Engine {
     Engine::with_runner(EngineConfig::default(), Some(tokenizer), start).unwrap()
 }
 
-/// Until `done`, or a failure with `what` if that takes too long.
+/// Waits until `done` returns true. Fails with `what` if that takes too long.
 fn wait_until(mut done: impl FnMut() -> bool, what: &str) {
     let begin = Instant::now();
     while !done() {
@@ -61,14 +61,14 @@ fn wait_until(mut done: impl FnMut() -> bool, what: &str) {
 }
 
 impl Served {
-    /// Until the server has noticed that all clients are gone.
+    /// Waits until the server has noticed that all clients are gone.
     fn unconnected(&self) {
-        // One task accepts, one ends sessions that are left alone; each connection has its own.
+        // Besides one task per connection, one accepts connections and one ends idle sessions.
         let tasks = || self.runtime.metrics().num_alive_tasks();
         wait_until(|| tasks() <= 2, "a connection lives on");
     }
 
-    /// The books once nothing is open any more.
+    /// Waits until no request is open and returns the engine's statistics.
     fn idle(&self) -> EngineStats {
         let stats = || self.engine.stats().unwrap();
         wait_until(|| stats().is_idle(), "a request stays open");
@@ -99,7 +99,8 @@ fn run(url: &str, args: &str) -> Value {
     report(&output)
 }
 
-/// Ends with exit code `code` and one line on stderr that names each of `parts`.
+/// Checks that the exit code is `code` and that stderr is one line that contains each of
+/// `parts`.
 fn assert_fails(output: &Output, code: i32, parts: &[&str]) {
     let message = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(code), "{message}");
@@ -109,7 +110,7 @@ fn assert_fails(output: &Output, code: i32, parts: &[&str]) {
     }
 }
 
-/// The sum of a field over all measurements.
+/// Returns the sum of a field over all measured points.
 fn total(report: &Value, pointer: &str) -> u64 {
     let points = report["points"].as_array().unwrap();
     let each = points.iter();
@@ -177,7 +178,7 @@ fn a_report_names_everything_that_repeats_it() {
     assert_eq!(report["points"][1]["rate"], 500.5);
     assert_eq!(report["points"][1]["concurrency"], Value::Null);
     let stats = served.idle();
-    // The warm-up is no part of the figures.
+    // The warm-up request is not part of the report.
     assert_eq!(stats.outcomes.accepted, 21);
     assert_eq!(total(&report, "/requests/finished"), 20);
     assert!(stats.prefix_hits > 0, "the shared beginning is cached");
@@ -199,7 +200,7 @@ fn chat_is_measured_and_text_for_people_has_a_line_a_latency() {
     }
 }
 
-/// The fixture's tokenizer with its chat template.
+/// Creates an engine with the fixture's tokenizer and its chat template.
 fn engine_that_chats() -> Engine {
     let engine = null_engine();
     let messages = vec![quell::text::Message::new("user", "hello")];
@@ -215,7 +216,7 @@ fn cancelled_requests_are_cancelled_on_the_server_and_their_blocks_are_free_agai
         gate: Some(closed),
         ..SimOptions::default()
     };
-    // The first step has no room for a whole prompt, and waits for the gate.
+    // No step has room for a whole prompt, and every step waits for the gate.
     let config = EngineConfig {
         max_batch_tokens: 8,
         ..EngineConfig::default()
@@ -257,7 +258,7 @@ fn requests_that_are_not_cancelled_finish_beside_those_that_are() {
 #[test]
 fn requests_that_the_server_refuses_are_counted_by_kind_and_end_with_code_1() {
     let served = serve(null_engine());
-    // More than the context of the null device.
+    // Longer than the context of the null device.
     let args = "--prompt 9000 --generate 2 --concurrency 2 --requests 5";
     let output = bench(&served.url, args).output().unwrap();
     assert_fails(&output, 1, &["the warm-up failed: HTTP 400", "9000"]);
@@ -281,7 +282,7 @@ fn requests_that_the_server_refuses_are_counted_by_kind_and_end_with_code_1() {
 
 #[test]
 fn a_closed_port_ends_with_one_line_and_code_1() {
-    // Bound, so that nobody else takes it, and not listening.
+    // Bind the port, so that no other process takes it, but do not listen.
     let closed = tokio::net::TcpSocket::new_v4().unwrap();
     closed.bind("127.0.0.1:0".parse().unwrap()).unwrap();
     let url = format!("http://{}", closed.local_addr().unwrap());
@@ -321,7 +322,7 @@ fn command_lines_that_make_no_sense_end_with_one_line_and_code_2() {
     assert_fails(&output, 2, &["ftp://x", "http://"]);
 }
 
-/// What a scripted server does with a request, whose head this is, after the body.
+/// What a scripted server does after it has read a request. The text is the request's head.
 type Answer = dyn Fn(&str, &mut dyn Connection) + Send + Sync;
 
 trait Connection: Read + Write + Send {}
@@ -333,7 +334,7 @@ const STREAM: &str = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\
     connection: close\r\n\r\n";
 const EVENT: &str = "data: {\"choices\":[{\"text\":\"a\"}]}\n\n";
 
-/// A server that lists a model and does with each other request what it is told.
+/// Starts a server that lists one model and passes every POST request to `answer`.
 fn scripted(answer: impl Fn(&str, &mut dyn Connection) + Send + Sync + 'static) -> SocketAddr {
     scripted_over(|stream| Box::new(stream), answer)
 }
@@ -362,7 +363,7 @@ fn scripted_over(
     address
 }
 
-/// The head of a request; its body is read, too.
+/// Reads a whole request and returns its head.
 fn read_request(stream: &mut dyn Connection) -> String {
     let mut reader = BufReader::new(stream);
     let (mut head, mut length) = (String::new(), 0);
@@ -390,7 +391,7 @@ fn finish(stream: &mut dyn Connection) {
 
 #[test]
 fn late_answers_delay_no_arrival_of_an_open_loop() {
-    // Nobody is answered before everybody has asked.
+    // No request is answered before all of them have arrived.
     let everybody = Barrier::new(12);
     let address = scripted(move |_, stream| {
         everybody.wait();
@@ -399,7 +400,7 @@ fn late_answers_delay_no_arrival_of_an_open_loop() {
     let args = "--rate 500 --requests 12 --warm-up 0 --timeout 60";
     let report = run(&format!("http://{address}"), args);
     assert_eq!(total(&report, "/requests/finished"), 12);
-    // Without usage, events count as tokens.
+    // Without usage in the stream, each event counts as one token.
     assert_eq!(total(&report, "/requests/without_usage"), 12);
     assert_eq!(total(&report, "/tokens/output"), 24);
 }
@@ -412,7 +413,7 @@ fn a_closed_loop_has_as_many_requests_open_as_it_has_clients() {
         let order = std::sync::atomic::Ordering::SeqCst;
         let now = open.fetch_add(1, order) + 1;
         if now > 3 {
-            // One more than there are clients: break off.
+            // More requests are open than there are clients: end this one without an answer.
             return;
         }
         clients.wait();
@@ -439,7 +440,7 @@ fn broken_streams_errors_in_streams_and_timeouts_are_told_apart() {
                 "HTTP/1.1 429 Too Many Requests\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
             ),
             3 => write!(stream, "{STREAM}data: no JSON\n\n"),
-            // Until the client has enough.
+            // Keep the stream open until the client gives up.
             4 => stream.read_to_end(&mut Vec::new()).map(|_| ()),
             _ => return finish(stream),
         };
@@ -539,7 +540,7 @@ fn ctrl_c_closes_the_connections_and_prints_what_was_measured_so_far() {
     let mut command = bench(&format!("http://{address}"), args);
     let command = command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = command.spawn().unwrap();
-    // One is answered, and two are open.
+    // One request has been answered, and two are open.
     let soon = Duration::from_secs(60);
     arrivals.recv_timeout(soon).unwrap();
     arrivals.recv_timeout(soon).unwrap();

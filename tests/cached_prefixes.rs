@@ -1,6 +1,5 @@
-//! A real model whose keys and values come from elsewhere: the prefix cache, a
-//! session's last turn, a fork, another sample, host memory. No bit of its answers
-//! changes.
+//! A real model whose keys and values are reused: from the prefix cache, an earlier turn of a
+//! session, a fork, another sample or host memory. This changes no bit of its answers.
 
 #[path = "common/model.rs"]
 mod model;
@@ -18,7 +17,7 @@ fn engine(config: EngineConfig) -> Engine {
     Engine::load(smollm2(), config, LoadOptions::cpu()).unwrap()
 }
 
-/// The reference: nothing is reused.
+/// The reference engine, which reuses nothing.
 fn without_cache() -> Engine {
     engine(EngineConfig {
         prefix_cache: false,
@@ -56,7 +55,7 @@ fn ids(tokens: &[Token]) -> Vec<u32> {
 fn a_hit_gives_the_bits_of_a_miss() {
     let (reference, cached) = (without_cache(), engine(EngineConfig::default()));
     let mut hits = 0;
-    // Whole blocks, one more, one less; prompts that continue each other.
+    // Lengths of whole blocks, one token more and one less. The prompts continue each other.
     for length in [15, 16, 17, 33, 48, 100, 300] {
         let prompt = prompt(length, 1);
         let expected = answer(reference.generate(request(&prompt)).unwrap());
@@ -132,7 +131,7 @@ fn sessions_forks_and_samples_give_the_bits_of_the_whole_prompt() {
 fn what_comes_back_from_host_memory_is_what_went_there() {
     let lengths = |index: usize| 20 + index * 13 % 60;
     let reference = without_cache();
-    // A block of 16 tokens is 16 × 23,040 bytes with float16 keys and values.
+    // A block of 16 tokens takes 16 × 23,040 bytes with float16 keys and values.
     let crowd = engine(EngineConfig {
         kv_cache_bytes: Some(20 * 16 * 23_040),
         preemption: Preemption::Swap,

@@ -1,7 +1,7 @@
-//! Wherever a caller is when it lets a request go, or is cut off from it: at any await
-//! point, with no runtime or in the middle of one's end, unwinding, on the scheduler
-//! thread itself, after the engine, with all others at once. Every block comes back
-//! (I12), and nobody else notices.
+//! A request is dropped or cancelled from every place that a caller can be in: at any await
+//! point, without a runtime or while one shuts down, while unwinding, on the scheduler thread
+//! itself, after the engine has ended, or together with all other requests. Every block is
+//! released (I12) and no other request is affected.
 
 #[path = "common/requests.rs"]
 mod requests;
@@ -30,7 +30,7 @@ fn engine(options: SimOptions) -> Engine {
     sim::engine(options, EngineConfig::default())
 }
 
-/// An engine of which each step waits for a permit, until the gate is dropped.
+/// Creates an engine that needs a permit for each step until the sender is dropped.
 fn gated(depth: usize) -> (Engine, mpsc::Sender<()>) {
     let (permit, gate) = mpsc::channel();
     let options = SimOptions {
@@ -41,21 +41,22 @@ fn gated(depth: usize) -> (Engine, mpsc::Sender<()>) {
     (engine(options), permit)
 }
 
-/// A request that is still going on whenever a test looks.
+/// Submits a request that runs longer than any test needs it to.
 fn endless(engine: &Engine, index: usize) -> TokenStream {
     engine.generate(request(prompt(index, 5), 400)).unwrap()
 }
 
-/// The engine answers as if nothing had happened.
+/// Checks that the engine still answers correctly.
 fn answers(engine: &Engine) {
     let answer = engine.generate(request(prompt(9, 7), 20)).unwrap();
     let answer = answer.complete_blocking().unwrap();
     assert_eq!(ids(&answer), expected(&prompt(9, 7), 20));
 }
 
-// Await points.
+// Dropping futures at await points.
 
-/// Polls `polls` times, letting one step complete before each; whether it got ready.
+/// Polls `polls` times, letting one step complete before each, and returns whether the future
+/// became ready.
 fn poll(mut future: Pin<&mut impl Future>, polls: usize, permit: &mpsc::Sender<()>) -> bool {
     let mut context = Context::from_waker(Waker::noop());
     (0..polls).any(|_| {
@@ -64,8 +65,8 @@ fn poll(mut future: Pin<&mut impl Future>, polls: usize, permit: &mpsc::Sender<(
     })
 }
 
-/// Has a future of an engine dropped after each number of polls up to 12; the engine
-/// is idle again when what was in flight has completed.
+/// Drops a future of an engine after each number of polls below 12. The engine must become idle
+/// once the steps in flight have completed.
 fn sweep(drop_after: impl Fn(&Engine, usize, &mpsc::Sender<()>) -> bool) {
     for depth in [1, 2] {
         let mut pending = 0;
@@ -79,7 +80,7 @@ fn sweep(drop_after: impl Fn(&Engine, usize, &mpsc::Sender<()>) -> bool) {
     }
 }
 
-/// A request that a few steps finish.
+/// Submits a request that finishes within a few steps.
 fn short(engine: &Engine) -> TokenStream {
     engine.generate(request(prompt(1, 5), 6)).unwrap()
 }
@@ -134,7 +135,7 @@ fn the_future_of_a_shutdown_can_be_dropped_at_every_await_point() {
             let stream = short(&engine);
             poll(pin!(engine.shutdown(how)), polls, &permit);
             drop(permit);
-            // It ends all the same, and the request with it.
+            // The engine shuts down all the same, and the request ends with it.
             let last = stream.blocking().last().unwrap().unwrap();
             let expected = match how {
                 Shutdown::Abort => "cancelled",
@@ -166,9 +167,9 @@ fn the_future_of_the_next_chunk_takes_no_token_with_it_when_it_is_dropped() {
     }
 }
 
-// Runtimes, and none.
+// With and without a runtime.
 
-/// Wakes a thread that waits for a future without a runtime.
+/// Unparks the thread that waits for a future without a runtime.
 struct Unpark(std::thread::Thread);
 
 impl Wake for Unpark {
@@ -218,8 +219,8 @@ fn streams_and_cancels_work_in_any_runtime_and_survive_its_end() {
         stream.cancel().await.unwrap()
     });
     assert!(receipt.blocks_freed > 0);
-    // A hundred tasks in the middle of their streams, and the runtime goes away. Half of
-    // them only hold theirs, so that it can't end by itself.
+    // Shut the runtime down while a hundred tasks are in the middle of their streams. Half of
+    // them hold their stream without reading on, so that no task ends by itself.
     for index in 0..100 {
         let mut stream = endless(&engine, index);
         runtime.spawn(async move {
@@ -235,7 +236,7 @@ fn streams_and_cancels_work_in_any_runtime_and_survive_its_end() {
     assert!(cancelled > 50, "{cancelled} were cut, expected at least 51");
 }
 
-/// Lets its stream go when dropped, and waits until its blocks are free.
+/// Cancels its stream when it is dropped, and waits until the blocks are free.
 struct CancelOnDrop(Option<TokenStream>);
 
 impl Drop for CancelOnDrop {
@@ -303,9 +304,9 @@ fn a_cancel_is_acknowledged_while_its_thread_unwinds() {
     assert_eq!(idle(&engine).outcomes.cancelled, 1);
 }
 
-// The scheduler thread itself.
+// On the scheduler thread itself.
 
-/// A waker that does something once, on the thread that wakes it.
+/// A waker that calls a closure once, on the thread that wakes it.
 struct OnWake<F: FnOnce() + Send>(Mutex<Option<F>>);
 
 impl<F: FnOnce() + Send + 'static> OnWake<F> {
@@ -323,18 +324,18 @@ impl<F: FnOnce() + Send> Wake for OnWake<F> {
     }
 }
 
-/// Has the scheduler thread run `act` when the first chunk of `stream` comes.
+/// Makes the scheduler thread run `act` when the first chunk of `stream` arrives.
 fn when_woken(stream: &mut TokenStream, act: impl FnOnce() + Send + 'static) {
     register(stream, &OnWake::waker(act));
 }
 
-/// Waits until the scheduler thread waits for the device: what is posted then, before
-/// the gate is open, is applied all at once.
+/// Waits until the scheduler thread waits for the device. Commands that are posted before the
+/// gate opens are then applied together.
 fn in_a_step(engine: &Engine) {
     while engine.health().device_call.is_none() {}
 }
 
-/// Leaves `waker` with a stream to which nothing has come yet.
+/// Registers `waker` with a stream that has received nothing yet.
 fn register(stream: &mut TokenStream, waker: &Waker) {
     let polled = Pin::new(stream).poll_next(&mut Context::from_waker(waker));
     assert!(polled.is_pending(), "a chunk came before the gate was open");
@@ -372,14 +373,14 @@ fn a_waker_may_drop_and_cancel_other_streams_and_submit_new_ones() {
     }
 }
 
-/// I6: the flag counts, although the cancel comes when the commands of this step have
-/// been applied already.
+/// I6: the cancellation flag counts even if it is set after the commands of this step have been
+/// applied.
 #[test]
 fn a_cancel_in_the_middle_of_a_commit_wins_over_the_tokens_not_yet_committed() {
     let (engine, gate) = gated(1);
     let busy = endless(&engine, 1);
     in_a_step(&engine);
-    // The first of the step ends with it, and its reader learns that at once.
+    // The step's first request finishes with it, and its reader is woken during the commit.
     let mut first = engine.generate(request(prompt(2, 5), 1)).unwrap();
     let second = endless(&engine, 3);
     let (done, result) = mpsc::channel();
@@ -400,7 +401,7 @@ fn a_cancel_in_the_middle_of_a_commit_wins_over_the_tokens_not_yet_committed() {
     idle(&engine);
 }
 
-/// I6: what is posted while a step runs is applied before the step is committed.
+/// I6: commands that are posted while a step runs are applied before the step is committed.
 #[test]
 fn an_abort_while_a_step_runs_wins_over_its_tokens() {
     let (engine, gate) = gated(1);
@@ -433,15 +434,15 @@ fn a_waker_may_own_the_stream_that_it_wakes_and_let_it_go() {
     }
 }
 
-/// Waits until so many requests have been cancelled, and then for an idle engine.
+/// Waits until this many requests have been cancelled, and then until the engine is idle.
 fn idle_when(engine: &Engine, cancelled: u64) -> quell::EngineStats {
     while engine.stats().unwrap().outcomes.cancelled < cancelled {}
     idle(engine)
 }
 
-/// Lets a stream go when it is dropped unwoken or woken, without doing anything else.
+/// A waker that does nothing when woken, and drops its stream when it is dropped.
 struct Holder {
-    /// Behind a lock, as a waker is shared between threads.
+    /// In a mutex because a waker must be `Sync`.
     _stream: Mutex<TokenStream>,
     dropped_on: mpsc::Sender<bool>,
 }
@@ -488,7 +489,7 @@ fn the_last_handle_may_be_dropped_on_the_scheduler_thread() {
     assert_eq!(stream.complete_blocking().unwrap().tokens.len(), 10);
 }
 
-/// A null runner that lets streams go while it works.
+/// A null runner that drops and cancels streams in the middle of a step.
 struct LetsGo {
     null: NullRunner,
     at_launch: mpsc::Receiver<TokenStream>,
@@ -545,7 +546,7 @@ fn a_runner_may_drop_and_cancel_streams_in_the_middle_of_a_step() {
             let all: Vec<u32> = (1..21).map(|at| options.token(first, at)).collect();
             assert_eq!(ids(&answer), all);
         }
-        // What the runner has not taken yet goes with the next steps.
+        // The runner drops the remaining streams in the next steps.
         while engine.stats().unwrap().outcomes.cancelled < 200 {
             let step = engine.generate(request(vec![1], 1)).unwrap();
             step.complete_blocking().unwrap();
@@ -554,7 +555,7 @@ fn a_runner_may_drop_and_cancel_streams_in_the_middle_of_a_step() {
     }
 }
 
-// After the engine, and after its device.
+// After the engine has shut down, or its device was lost.
 
 #[test]
 fn streams_are_dropped_and_cancelled_after_a_shutdown() {
@@ -571,11 +572,11 @@ fn streams_are_dropped_and_cancelled_after_a_shutdown() {
             let finish = last.unwrap().unwrap().finish.unwrap();
             assert_eq!(finish.outcome, Outcome::Cancelled(CancelReason::Shutdown));
         }
-        // The thread has ended when it no longer answers.
+        // The thread has ended once it no longer answers.
         while engine.stats().is_ok() {}
         for stream in streams.into_iter().chain(unread) {
             match stream.cancel().wait() {
-                // Its receipt had gone out before.
+                // The cancellation was acknowledged before the thread ended.
                 Ok(receipt) => assert!(receipt.step.as_u64() > 0 || receipt.blocks_freed == 0),
                 Err(GenerateError::Closed(EngineFault::Shutdown)) => {}
                 Err(other) => panic!("{other}"),
@@ -599,7 +600,7 @@ fn streams_are_dropped_and_cancelled_after_their_device_was_lost() {
             if index % 2 == 0 {
                 drop(stream);
             } else {
-                // The sessions of a step that failed have their receipts.
+                // The requests of a failed step have been acknowledged already.
                 if let Err(error) = stream.cancel().wait() {
                     assert!(error.to_string().contains("made to"), "{error}");
                 }
@@ -608,7 +609,7 @@ fn streams_are_dropped_and_cancelled_after_their_device_was_lost() {
     }
 }
 
-// All at once.
+// All requests at once.
 
 #[test]
 fn sixty_four_threads_let_go_at_once() {
@@ -647,7 +648,7 @@ fn sixty_four_threads_let_go_at_once() {
     }
 }
 
-// Consumers that do not do their part.
+// Consumers that panic or never read.
 
 /// A waker that panics, and counts how often it has.
 struct Panics(AtomicUsize);
@@ -659,7 +660,7 @@ impl Wake for Panics {
     }
 }
 
-/// I9.
+/// I9: no reader can hold up the scheduler thread.
 #[test]
 fn a_waker_that_panics_harms_nobody_but_its_own_stream() {
     let (engine, gate) = gated(2);
@@ -688,7 +689,7 @@ fn a_waker_that_panics_harms_nobody_but_its_own_stream() {
     answers(&engine);
 }
 
-/// I9.
+/// I9: no reader can hold up the scheduler thread.
 #[test]
 fn consumers_that_never_read_stop_nobody_and_are_cancelled_like_all_others() {
     for depth in [1, 2] {
@@ -706,7 +707,7 @@ fn consumers_that_never_read_stop_nobody_and_are_cancelled_like_all_others() {
         let never_read: Vec<_> = (0..16).map(|index| endless(&engine, index)).collect();
         answers(&engine);
         let mut half = never_read;
-        // These are never dropped either.
+        // These streams are not even dropped.
         half.drain(..8).for_each(std::mem::forget);
         drop(half);
         answers(&engine);

@@ -1,4 +1,4 @@
-//! `quell chat`: a conversation in a terminal and through a pipe.
+//! `quell chat`, in a terminal and with piped input.
 
 #![cfg(all(unix, feature = "cli"))]
 
@@ -11,7 +11,7 @@ use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-/// How long the terminal may take to show what is expected, in milliseconds.
+/// How long the terminal may take to show the expected text, in milliseconds.
 const PATIENCE: u64 = 120_000;
 
 fn chat(arguments: &[&str]) -> Command {
@@ -29,13 +29,13 @@ fn chat(arguments: &[&str]) -> Command {
 
 fn terminal(arguments: &[&str]) -> PtySession {
     let mut session = spawn_command(chat(arguments), Some(PATIENCE)).unwrap();
-    // The bar that shows the loading has a '>' too.
+    // Skip the progress bar of the loading, which contains a '>' too.
     session.exp_string("Ctrl-D leaves.").unwrap();
     session.exp_string("> ").unwrap();
     session
 }
 
-/// Runs a chat whose lines come through a pipe.
+/// Runs a chat whose input lines come through a pipe.
 fn script(arguments: &[&str], lines: &str) -> Output {
     let mut command = chat(arguments);
     command
@@ -56,7 +56,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).unwrap()
 }
 
-/// Waits for the process and says how it ended.
+/// Waits for the process and returns its exit code.
 fn exit_code(session: PtySession) -> i32 {
     match session.process().wait().unwrap() {
         WaitStatus::Exited(_, code) => code,
@@ -66,11 +66,11 @@ fn exit_code(session: PtySession) -> i32 {
 
 #[test]
 fn ctrl_c_stops_an_answer_and_frees_all_its_blocks() {
-    // Without the tokens that end an answer, none ends too early.
+    // Ban the tokens that end an answer, so that no answer ends by itself.
     let endless = ["--logit-bias", "0=-1000", "--logit-bias", "2=-1000"];
     let mut session = terminal(&[&["--max-tokens", "8000"], &endless[..]].concat());
     session.send_line("Tell me a story!").unwrap();
-    // The echo of the line, then something of the answer.
+    // Wait for the echo of the line, and then for a part of the answer.
     session.exp_string("a story!").unwrap();
     session.exp_regex("[A-Za-z]{3}").unwrap();
     session.send_control('c').unwrap();
@@ -129,7 +129,7 @@ fn a_pipe_is_answered_line_by_line_without_a_prompt() {
 
 #[test]
 fn the_conversation_is_remembered_until_reset() {
-    // Forgetting makes the same question cost what it cost at first.
+    // After `/reset`, the same question costs as many prompt tokens as the first time.
     let prompt_tokens = |lines: &str| -> u64 {
         let shown = text(&script(&["--max-tokens", "4"], lines).stdout);
         let line = shown

@@ -1,4 +1,4 @@
-//! The program: what scripts rely on, and what it says when something is wrong.
+//! The command line program: its output for scripts, and its error messages.
 
 #[path = "common/gguf_writer.rs"]
 mod gguf_writer;
@@ -14,7 +14,7 @@ use std::process::{Command, Output};
 
 fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_quell"));
-    // On a machine with a GPU, too, these are tests of the program, not of the GPU.
+    // Hide any GPU: these tests are about the program, not about the device.
     command.args(args).env("CUDA_VISIBLE_DEVICES", "");
     command
 }
@@ -45,8 +45,8 @@ fn json(output: &Output) -> Value {
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
-/// Exits with `code`, prints nothing to stdout and one line to stderr that names
-/// each of `parts`.
+/// Checks that the exit code is `code`, that stdout is empty, and that stderr is one line that
+/// contains each of `parts`.
 fn assert_refused(args: &[&str], code: i32, parts: &[&str]) {
     let output = quell(args);
     let message = String::from_utf8_lossy(&output.stderr);
@@ -284,7 +284,7 @@ fn bench_runs_on_random_weights_of_a_models_size() {
     assert_eq!(report["figures"].as_array().unwrap().len(), 2);
     assert!(report["figures"][1]["tokens_per_s"].as_f64().unwrap() > 0.0);
 
-    // The prompts of both streams do not fit in a step.
+    // The prompts of both streams together do not fit in one step.
     let report = json(&quell(&[
         "bench",
         "--random-weights",
@@ -321,7 +321,7 @@ fn bench_runs_on_random_weights_of_a_models_size() {
 fn inspect_needs_a_path_unless_a_gpu_is_asked_for() {
     assert_refused(&["inspect"], 2, &["PATH", "--device cuda"]);
     assert_refused(&["inspect", "--device", "cpu"], 2, &["PATH"]);
-    // More GPUs than any machine has.
+    // No machine has this many GPUs.
     let missing = ["inspect", "--device", "cuda:4096"];
     assert_refused(&missing, 1, &["cuda:4096"]);
 }
@@ -567,7 +567,7 @@ fn what_a_folder_has_in_place_of_what_is_needed_is_named() {
     write("model.safetensors", pointer);
     assert_refused(&generate, 1, &["model.safetensors", "Git LFS"]);
 
-    // Another kind of model, whose tokenizer is another kind, too.
+    // A model of another kind, whose tokenizer is also of another kind.
     copy("model.safetensors");
     write(
         "config.json",
@@ -612,7 +612,7 @@ fn a_folder_whose_settings_and_tensors_disagree_is_refused_by_name() {
         "\"num_hidden_layers\": 3",
         &["model.layers.2", "missing"],
     );
-    // What is left out is as in the configuration class.
+    // A missing setting gets the default of transformers' configuration class.
     refused("\"hidden_size\": 64,", "", &["has shape", "4096"]);
     refused(
         "\"hidden_size\": 64",
@@ -689,7 +689,7 @@ fn generate_holds_its_answer_to_a_json_schema() {
     assert_refused(&ids, 1, &["no tokenizer files", "JSON schema"]);
 }
 
-/// A copy of a tiny model with a `generation_config.json`.
+/// Copies a tiny model and adds a `generation_config.json`.
 fn with_generation_config(config: &str) -> tempfile::TempDir {
     let copy = tempfile::tempdir().unwrap();
     for name in ["config.json", "model.safetensors"] {

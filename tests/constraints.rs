@@ -1,5 +1,6 @@
-//! Constrained requests over the simulated device: the constraint of each sees exactly
-//! its own tokens, whatever becomes of its blocks, and its failure is its own.
+//! Constrained requests on the simulated device. Each constraint sees exactly the tokens of its
+//! own request, whatever happens to the request's blocks, and its failure ends only that
+//! request.
 
 #[path = "common/constraint.rs"]
 mod constraint;
@@ -14,7 +15,7 @@ use requests::idle;
 use sim::{SimOptions, engine, expected, expected_where};
 use std::sync::mpsc;
 
-/// What the simulated model answers to a prompt under [`Remainders`].
+/// Returns the simulated model's answer to a prompt under [`Remainders`].
 fn constrained(prompt: &[u32], count: usize) -> Vec<u32> {
     expected_where(prompt, count, Remainders::allow_after)
 }
@@ -58,7 +59,7 @@ fn constrained_and_free_requests_in_a_crowd_give_the_tokens_of_each_alone() {
                     engine.generate(request).unwrap()
                 })
                 .collect();
-            // The crowd is there.
+            // All requests are queued: let the steps run.
             drop(open);
             for (index, stream) in streams.into_iter().enumerate() {
                 let (prompt, count) = (prompt(index), 30 + index % 7);

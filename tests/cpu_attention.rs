@@ -1,5 +1,5 @@
-//! Attention, RoPE and the paged cache on the CPU device agree with float64, and a
-//! row's result depends on nothing but its own sequence.
+//! Attention, RoPE and the paged KV cache on the CPU device agree with float64, and the result
+//! of a row depends only on its own sequence.
 
 #[path = "cpu/support.rs"]
 mod support;
@@ -13,7 +13,7 @@ use support::*;
 
 const BLOCK: usize = 16;
 
-/// One layer's cache and what computes it.
+/// One layer: its cache, its settings and the device that computes it.
 struct Layer {
     device: CpuDevice,
     cache: quell::device::cpu::CpuCache,
@@ -22,7 +22,7 @@ struct Layer {
     norm: Option<(CpuVector, CpuVector, bool)>,
 }
 
-/// Some tokens of one sequence: `tokens[range]`, with blocks `table`.
+/// Tokens `range` of one sequence, whose blocks are `table`.
 struct Part<'a> {
     qkv: &'a [f32],
     range: Range<usize>,
@@ -66,7 +66,7 @@ impl Layer {
         }
     }
 
-    /// One step: stores the parts' tokens and attends.
+    /// Runs one step: stores the tokens of the parts and computes their attention.
     fn step(&mut self, parts: &[Part<'_>]) -> Vec<Vec<f32>> {
         let columns = self.spec.heads.qkv_columns();
         let block_tokens = self.cache.shape().block_tokens;
@@ -137,7 +137,7 @@ fn norm64(x: &mut [f64], weight: &[f32]) {
         .for_each(|(x, w)| *x *= factor * f64::from(*w));
 }
 
-/// Everything in float64: norms, rotation, attention of all tokens.
+/// Computes norms, rotation and attention of all tokens in float64.
 fn reference(
     spec: &AttentionSpec,
     rope: &RopeSpec,
@@ -250,7 +250,7 @@ fn options(simd: SimdLevel, threads: usize, kv: KvType) -> CpuOptions {
     }
 }
 
-/// A table of `count` blocks that are neither in order nor shared.
+/// Returns a table of `count` blocks that are not in order.
 fn table(first: u32, count: usize) -> Vec<u32> {
     (0..count as u32).map(|i| (first + i * 7) % 64).collect()
 }
@@ -315,7 +315,7 @@ fn queries_and_keys_are_normalised_by_head_or_by_row() {
     }
 }
 
-/// The prompt's results, taken in the given chunks.
+/// Computes a prompt in chunks of the given sizes and returns the bits of its results.
 fn in_chunks(layer: &mut Layer, qkv: &[f32], chunks: impl Iterator<Item = usize>) -> Vec<u32> {
     let tokens = qkv.len() / layer.spec.heads.qkv_columns();
     let table = table(3, tokens.div_ceil(layer.cache.shape().block_tokens));
@@ -440,7 +440,7 @@ fn whoever_reads_a_poisoned_block_gets_nan_and_nobody_else_does() {
         let columns = spec.heads.qkv_columns();
         let qkv = random.numbers(40 * columns);
         let mut layer = Layer::new(&options(SimdLevel::Auto, 2, kv), spec, rotary, 16);
-        // Blocks that were poisoned while free are overwritten as they are used.
+        // Blocks that were poisoned while free are overwritten when they are used.
         layer
             .device
             .poison(&mut layer.cache, &[0, 1, 2, 3])
@@ -572,7 +572,8 @@ fn sequences_that_share_blocks_get_the_same_bits_as_with_blocks_of_their_own() {
     let mut random = Random::new(19);
     let (spec, rotary) = specs()[0];
     let columns = spec.heads.qkv_columns();
-    // Fifty blocks are shared; the sequences have five times the cache's tokens together.
+    // The sequences share fifty blocks, and together have more than five times as many tokens
+    // as the cache has slots.
     let shared = random.numbers(50 * BLOCK * columns);
     let chunks = [1, 1, 3, 1, 20, 1, 16];
     let qkv: Vec<Vec<f32>> = chunks

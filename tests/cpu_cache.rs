@@ -1,5 +1,5 @@
-//! Blocks of the CPU device's cache go to other blocks, to host memory and back as they
-//! are, and host memory is taken when it is written.
+//! Blocks of the CPU device's KV cache are copied to other blocks, to host memory and back
+//! without a change. Host memory is committed only when it is written.
 
 #[cfg(target_os = "linux")]
 #[path = "common/process.rs"]
@@ -31,7 +31,7 @@ fn shape(block_tokens: usize) -> CacheShape {
     }
 }
 
-/// A device with a cache whose blocks all differ, in every layer.
+/// Creates a device with a cache whose blocks all differ, in every layer.
 fn filled(kv: KvType, block_tokens: usize) -> (CpuDevice, CpuCache) {
     let mut device = CpuDevice::new(&CpuOptions {
         threads: Some(2),
@@ -76,7 +76,7 @@ fn filled(kv: KvType, block_tokens: usize) -> (CpuDevice, CpuCache) {
     (device, cache)
 }
 
-/// The bytes of every block, in all layers.
+/// Returns the bytes of every block, in all layers.
 fn blocks(cache: &CpuCache) -> Vec<Vec<u8>> {
     let block = |block| (0..LAYERS).flat_map(move |layer| cache.read(layer, block).unwrap());
     (0..BLOCKS).map(|i| block(i).copied().collect()).collect()
@@ -103,7 +103,7 @@ fn blocks_come_back_from_the_host_as_they_went_in_every_layer() {
         let after = blocks(&cache);
         assert!(after[4] == before[0] && after[2] == before[2] && after[1] == before[5]);
         assert!(after[0] != before[0] && after[3] != before[3]);
-        // A slot is overwritten by the block that comes next.
+        // Swapping out to a slot again overwrites it.
         device.swap_out(&cache, &mut host, &[[1, 3]]).unwrap();
         device.swap_in(&mut cache, &host, &[[3, 0]]).unwrap();
         assert!(blocks(&cache)[0] == before[5]);

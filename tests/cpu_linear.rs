@@ -1,5 +1,5 @@
-//! Linear layers on the CPU device agree with float64, whatever the format, the
-//! instruction set, the batch and the number of threads.
+//! Linear layers on the CPU device agree with float64, whatever the format, the instruction
+//! set, the batch and the number of threads.
 
 #[path = "cpu/support.rs"]
 mod support;
@@ -25,8 +25,8 @@ fn largest(x: &[f32]) -> f32 {
     x.iter().fold(0.0, |largest, x| largest.max(x.abs()))
 }
 
-/// The product in float64 and how far from it a result may be. The largest value of the row
-/// is not rounded to an integer.
+/// Returns the product in float64 and how far from it a result may be. The largest value of the
+/// row is not rounded to an integer.
 fn expected(w: &[f32], x: &[f32], integer: bool) -> (f64, f64) {
     let (mut sum, mut bound) = (0.0, 1e-12);
     let exact = largest(x);
@@ -48,7 +48,7 @@ fn expected(w: &[f32], x: &[f32], integer: bool) -> (f64, f64) {
     (sum, bound)
 }
 
-/// Holds every output of every row of `x` against float64.
+/// Compares every output of every row of `x` with float64.
 fn check(
     w: &[f32],
     x: &[f32],
@@ -99,7 +99,7 @@ fn a_value_far_above_the_others_takes_no_precision_from_them() {
         let data = weights(&mut random, dtype, rows, columns);
         let w = dequantized(dtype, &data, rows * columns);
         let mut x = random.numbers(11 * columns);
-        // In another column of each row, and twice in the same one.
+        // The column differs between most rows; pairs of rows use the same one.
         for (row, x) in x.chunks_mut(columns).enumerate() {
             x[row / 2 * 37] = if row % 3 == 0 { -300.0 } else { 200.0 };
         }
@@ -306,7 +306,7 @@ fn packed_weights_take_about_what_the_file_did() {
         let mut device = device(SimdLevel::Auto, 1, Activations::Auto);
         let weight = linear(&mut device, dtype, rows, columns, &data);
         assert_eq!(device.weight_bytes(), weight.bytes());
-        // Codes of 2 and 3 bits are kept in 4, wider ones and code books in 8.
+        // Codes of 2 and 3 bits are stored in 4 bits, wider codes and code books in 8.
         let most = match dtype {
             DType::Q2K | DType::Iq4Nl => 2.0,
             DType::Q5_0 | DType::Q5_1 | DType::Q5K => 1.6,

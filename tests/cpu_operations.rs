@@ -1,5 +1,5 @@
-//! The CPU device's remaining operations agree with float64: norms, activations,
-//! experts, sampling, feedback.
+//! The CPU device's other operations agree with float64: norms, activations, experts, sampling
+//! and feedback.
 
 #[path = "cpu/support.rs"]
 mod support;
@@ -164,7 +164,7 @@ fn experts_are_chosen_weighted_and_summed() {
         .iter()
         .map(|v| v * 3.0)
         .collect();
-    router[..count].fill(1.0); // A tie: the lowest indexes.
+    router[..count].fill(1.0); // A tie: the lowest indexes win.
     fn specs(data: &[Vec<u8>], rows: usize, columns: usize) -> Vec<LinearSpec<'_>> {
         data.iter()
             .map(|data| {
@@ -255,7 +255,7 @@ fn experts_are_chosen_weighted_and_summed() {
 
 #[test]
 fn samples_are_those_of_the_reference_sampler() {
-    // A sum in another order; NaN where the reference has it.
+    // The device may sum in another order. NaN must have the same bits.
     let near = |a: f32, b: f32| (a - b).abs() < 1e-5 || a.to_bits() == b.to_bits();
     let mut random = Random::new(24);
     let vocabulary = 1003usize;
@@ -305,7 +305,7 @@ fn samples_are_those_of_the_reference_sampler() {
             ..SampleRow::default()
         }])
         .collect();
-    // Each of them a second time with half of the tokens.
+    // Add each row a second time, with half of the tokens allowed.
     let half = vec![0x5555_5555; vocabulary.div_ceil(32)];
     let masked = rows.iter().map(|row| SampleRow {
         mask: Some(half.clone().into()),

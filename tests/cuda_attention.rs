@@ -1,5 +1,5 @@
-//! Attention on the CUDA device agrees with float64, reads no key that a row does not see,
-//! and gives a row the same bits however it was computed.
+//! Attention on the CUDA device agrees with float64, reads no key outside a row's window, and
+//! gives a row the same bits however it is computed.
 
 #[path = "common/gpu.rs"]
 mod gpu;
@@ -14,7 +14,7 @@ use quell::device::*;
 use std::ops::Range;
 use support::{Random, bits};
 
-/// A layer's attention, and the tokens of a block of its cache.
+/// The attention of a layer, and the block size of its cache.
 #[derive(Clone, Copy, Debug)]
 struct Case {
     spec: AttentionSpec,
@@ -32,7 +32,7 @@ fn case(
         kv_heads,
         head_dim,
     };
-    // Scores are spread enough for some keys to matter much more than others.
+    // Spread the scores so that some keys matter much more than others.
     let scale = 4.0 / (head_dim as f32).sqrt();
     Case {
         spec: AttentionSpec {
@@ -45,7 +45,8 @@ fn case(
     }
 }
 
-/// All sizes of heads; groups of 1, 2, 3, 4, 8, 16 and more heads, whole warps and not.
+/// All head sizes, and groups of 1, 2, 3, 4, 8, 16 and more heads, whether they fill warps or
+/// not.
 fn cases() -> Vec<Case> {
     vec![
         case((2, 2, 16), None, None, 16),
@@ -63,20 +64,20 @@ fn cases() -> Vec<Case> {
     ]
 }
 
-/// Lengths around the borders of what keys are cut into.
+/// Lengths around the boundaries at which keys are split.
 const LENGTHS: [usize; 36] = [
     1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 96, 97, 127, 128, 129, 160, 255, 256,
     257, 383, 384, 385, 511, 512, 513, 640, 1000, 1023, 1024, 1025, 1500,
 ];
 
-/// The rows of some tokens, as activations keep them.
+/// Returns the rows of `count` tokens, rounded to the type of the activations.
 fn tokens(random: &mut Random, kind: CudaActivations, case: &Case, count: usize) -> Vec<f32> {
     let numbers = random.numbers(count * case.spec.heads.qkv_columns());
     numbers.into_iter().map(|value| kept(kind, value)).collect()
 }
 
-/// Tables for sequences of these lengths, their blocks neither in order nor shared, and
-/// the number of blocks.
+/// Returns tables for sequences of these lengths, with shuffled and unshared blocks, and the
+/// number of blocks.
 fn tables(random: &mut Random, lengths: &[usize], block_tokens: usize) -> (Vec<Vec<u32>>, usize) {
     let counts: Vec<usize> = lengths.iter().map(|n| n.div_ceil(block_tokens)).collect();
     let blocks = counts.iter().sum::<usize>() + 2;
@@ -93,13 +94,13 @@ fn tables(random: &mut Random, lengths: &[usize], block_tokens: usize) -> (Vec<V
     (tables.collect(), blocks)
 }
 
-/// First position that a token sees.
+/// Returns the first position that a token attends to.
 fn sees_from(spec: &AttentionSpec, position: usize) -> usize {
     let from = |window| (position + 1).saturating_sub(window);
     spec.window.map_or(0, from)
 }
 
-/// Attention of one token in float64.
+/// Computes the attention of one token in float64.
 fn reference(spec: &AttentionSpec, qkv: &[f32], position: usize) -> Vec<f64> {
     let HeadShape {
         q_heads,
@@ -140,7 +141,8 @@ fn reference(spec: &AttentionSpec, qkv: &[f32], position: usize) -> Vec<f64> {
     out
 }
 
-/// Weights and results are rounded once each; values lie between −1 and 1.
+/// Compares results with float64. The tolerance covers one rounding of each weight and each
+/// result, for values between −1 and 1.
 fn assert_near(kind: CudaActivations, out: &[f32], expected: &[f64], what: &str) {
     assert_eq!(out.len(), expected.len(), "{what}");
     for (i, (&out, &expected)) in out.iter().zip(expected).enumerate() {
@@ -153,8 +155,8 @@ fn assert_near(kind: CudaActivations, out: &[f32], expected: &[f64], what: &str)
     }
 }
 
-/// Attention of some tokens each of several sequences in one step: `ranges`. All tokens
-/// before them are in the cache; those that none of them sees are NaN.
+/// Computes the attention of the tokens `ranges` of several sequences in one step. All tokens
+/// before them are in the cache, and are NaN if no token of the range attends to them.
 fn check_step(
     random: &mut Random,
     device: &mut CudaDevice,
@@ -230,7 +232,7 @@ fn prompts_agree_with_float64() {
     for (kind, first) in TYPES.into_iter().zip([0, 1]) {
         let mut device = device(kind);
         for (index, case) in cases().into_iter().enumerate() {
-            // Prompts from their beginning, and chunks with tokens before them.
+            // Whole prompts, and chunks that follow other tokens.
             let ranges = match (index + first) % 4 {
                 0 => vec![0..2, 0..131, 257..290],
                 1 => vec![0..33, 120..137],
@@ -255,7 +257,7 @@ fn ragged_batches_agree_with_float64() {
     }
 }
 
-/// The results of `tokens` tokens, taken in the given chunks.
+/// Computes all tokens in chunks of the given sizes and returns the bits of the results.
 fn in_chunks(
     random: &mut Random,
     device: &mut CudaDevice,
@@ -295,7 +297,7 @@ fn a_prompt_at_once_in_chunks_and_token_by_token_give_the_same_bits() {
     for kind in TYPES {
         let mut device = device(kind);
         for (index, case) in cases().into_iter().enumerate() {
-            // Token by token takes a while; each type does it for every other case.
+            // Token by token is slow, so each type does it for every other case.
             let alone = (index % 2 == 0) == (kind == CudaActivations::Bf16);
             let count = if alone { 145 } else { 400 };
             let qkv = tokens(&mut random, kind, &case, count);
@@ -384,7 +386,7 @@ fn recorded_steps_are_padded_with_empty_sequences_and_give_the_same_bits() {
     let steps = 5;
     let ends: Vec<usize> = lengths.iter().map(|length| length + steps).collect();
     let (tables, blocks) = tables(&mut random, &ends, case.block_tokens);
-    // All steps have the same rows, so that those in device memory can be used again.
+    // All steps have the same rows, so that those in device memory can be reused.
     let rows: Vec<Vec<f32>> = lengths
         .iter()
         .map(|&length| {
@@ -432,7 +434,7 @@ fn recorded_steps_are_padded_with_empty_sequences_and_give_the_same_bits() {
         assert!(values[3 * columns..].iter().all(|&value| value == 0.0));
     }
     assert!(replayed > 0, "no step was recorded");
-    // Padding writes no key: what no sequence wrote is NaN as it was.
+    // Padding writes no key: slots that no sequence wrote are still NaN.
     let tokens = (0..blocks)
         .map(|block| layer.cache.read(layer.device, 1, block).unwrap())
         .flat_map(|(keys, values)| [keys, values].concat())
@@ -442,8 +444,8 @@ fn recorded_steps_are_padded_with_empty_sequences_and_give_the_same_bits() {
     assert_eq!(tokens, written * 2 * heads.kv_heads * heads.head_dim);
 }
 
-/// Twelve sequences that begin with the same 112 tokens decode one token a step; gives the
-/// bits of each step, and whether it was replayed.
+/// Decodes one token per step of twelve sequences that begin with the same 112 tokens. Returns,
+/// for each step, its bits and whether it was replayed.
 fn decode_after_one_prompt(
     device: &mut CudaDevice,
     spec: &AttentionSpec,
@@ -460,7 +462,7 @@ fn decode_after_one_prompt(
         table: &tables[i],
     };
     for i in 0..rows.len() {
-        // Whoever shares the first blocks finds them written.
+        // The shared blocks are already written.
         let written = i > 0 && tables[i][0] == tables[0][0];
         let start = if written { 112 } else { 0 };
         layer.store(&[part(i, start..length(i))]);
@@ -469,7 +471,7 @@ fn decode_after_one_prompt(
         let at = |i: usize| part(i, length(i) + step..length(i) + step + 1);
         (0..rows.len()).map(at).collect()
     };
-    // All steps have the same rows, so that those in device memory can be used again.
+    // All steps have the same rows, so that those in device memory can be reused.
     let (_, values) = layer.batch(&next(0));
     let padding = vec![0.0; 4 * heads.qkv_columns()];
     let mut qkv = layer.tensor(heads.qkv_columns(), &[values, padding].concat());
@@ -515,7 +517,8 @@ fn sequences_that_share_blocks_have_the_same_bits_as_with_blocks_of_their_own() 
         .map(|i| (0..7).chain([7 + 2 * i, 8 + 2 * i]).collect())
         .collect();
     let blocks = 7 + 2 * SEQUENCES;
-    // More tokens, and more units in the end, than sequences apart could have in so many blocks.
+    // The sequences have more tokens, and finally more units, than sequences that share nothing
+    // could have in this many blocks.
     let columns = spec.heads.qkv_columns();
     let lengths = rows.iter().map(|rows| rows.len() / columns);
     assert!(lengths.clone().sum::<usize>() > 3 * blocks * 16);
@@ -533,7 +536,7 @@ fn sequences_that_share_blocks_have_the_same_bits_as_with_blocks_of_their_own() 
     for (step, (found, expected)) in found.iter().zip(&expected).enumerate() {
         assert!(found.0 == expected.0, "step {step}");
     }
-    // Both before and after the room for units has grown.
+    // Steps were replayed both before and after the capacity for units grew.
     let replayed: Vec<bool> = found.iter().map(|step| step.1).collect();
     assert!(replayed[2] && replayed[STEPS - 1], "{replayed:?}");
 }
@@ -541,13 +544,13 @@ fn sequences_that_share_blocks_have_the_same_bits_as_with_blocks_of_their_own() 
 #[test]
 fn a_step_of_more_units_than_a_launch_has_room_for_gives_the_same_bits() {
     const SEQUENCES: usize = 70;
-    /// Each sequence's only token of its own, the first of its 2048th block.
+    /// Position of the only unshared token of each sequence, the first one of its 2048th block.
     const POSITION: usize = 2047 * 16;
     let gpu = gpu::lock();
     let mut random = Random::new(39);
     let kind = CudaActivations::F16;
     let mut device = device(kind);
-    // Few keys are seen, so that this does not take long; units count all the same.
+    // A small window makes this fast; the units are counted all the same.
     let case = case((2, 1, 16), Some(40), None, 16);
     let (spec, columns) = (case.spec, case.spec.heads.qkv_columns());
     let rope = identity(POSITION + 1);
@@ -587,7 +590,7 @@ fn a_step_of_more_units_than_a_launch_has_room_for_gives_the_same_bits() {
         device.finish(Ok(())).unwrap();
         bits(&device.values(&out, count).unwrap())
     };
-    // 256 units each: all together have more than the 16384 of one launch.
+    // Each sequence has 256 units. Together they exceed the 16384 units of one launch.
     let launches = || match gpu::is_real() {
         true => 0,
         false => gpu
@@ -602,7 +605,7 @@ fn a_step_of_more_units_than_a_launch_has_room_for_gives_the_same_bits() {
     let between = launches();
     let few = [step(0..30), step(30..60), step(60..SEQUENCES)].concat();
     if !gpu::is_real() {
-        // Each cut step takes two launches more than one that is whole.
+        // A split step takes two more launches than a whole one.
         let whole = (launches() - between) / 3;
         assert_eq!(between - before, whole + 2);
     }

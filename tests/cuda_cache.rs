@@ -1,5 +1,5 @@
-//! Blocks of the CUDA device's cache go to other blocks, to host memory and back as they
-//! are, in the order of what is enqueued, and leave nothing behind.
+//! Blocks of the CUDA device's KV cache are copied to other blocks, to host memory and back
+//! without a change and in stream order, and no allocation is leaked.
 
 #[path = "common/gpu.rs"]
 mod gpu;
@@ -39,7 +39,7 @@ fn shape() -> CacheShape {
     }
 }
 
-/// A cache whose blocks all differ, in every layer.
+/// Creates a cache whose blocks all differ, in every layer.
 fn filled(device: &mut CudaDevice) -> CudaCache {
     let limits = DeviceLimits {
         rows: BLOCKS * BLOCK,
@@ -81,7 +81,7 @@ fn filled(device: &mut CudaDevice) -> CudaCache {
     cache
 }
 
-/// Keys and values of a block, in all layers.
+/// Reads the keys and values of a block, in all layers.
 fn block(device: &CudaDevice, cache: &CudaCache, block: usize) -> Vec<u16> {
     let read = |layer| {
         let (keys, values) = cache.read(device, layer, block).unwrap();
@@ -136,7 +136,7 @@ fn a_slot_may_be_written_again_while_its_last_copy_back_is_on_its_way() {
         let before = blocks(&device, &cache);
         let mut host = device.allocate_host_blocks(&shape(), 1).unwrap();
         let waits = (!gpu::is_real()).then(|| gpu.statistic("synchronisations"));
-        // Three blocks go through one slot; nothing waits in between.
+        // Pass three blocks through one slot without waiting in between.
         for [from, to] in [[0, 5], [1, 4], [2, 3]] {
             device.swap_out(&cache, &mut host, &[[from, 0]]).unwrap();
             device.poison(&mut cache, &[from]).unwrap();
@@ -181,7 +181,7 @@ fn blocks_and_slots_that_are_none_are_refused_and_nothing_is_copied() {
     assert!(blocks(&device, &cache) == before);
 }
 
-/// Pinned allocations so far.
+/// Returns the number of pinned allocations so far.
 fn pinned(gpu: &Gpu) -> u64 {
     let calls = gpu.calls();
     let of = |call: &&(String, u64)| call.0 == "cuMemHostAlloc";
@@ -197,7 +197,7 @@ fn host_memory_is_taken_when_it_is_written_and_given_back() {
     let mut device = device();
     let cache = filled(&mut device);
     let before = pinned(&gpu);
-    // A terabyte: nobody has that.
+    // A terabyte, which no machine has as pinned memory.
     let slots = (1 << 40)
         / device.cache_bytes(&CacheShape {
             blocks: 1,
@@ -214,7 +214,7 @@ fn host_memory_is_taken_when_it_is_written_and_given_back() {
         before + 2,
         "a chunk for the first, one for the last"
     );
-    // The copies are still on their way.
+    // The copies are still in flight.
     drop((host, cache, device));
     assert_eq!(gpu.leaks(), [""; 0]);
 }

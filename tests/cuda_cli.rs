@@ -1,4 +1,4 @@
-//! The program on the GPU of the tests.
+//! The program on the tests' GPU.
 
 #[path = "common/gpu.rs"]
 mod gpu;
@@ -14,13 +14,14 @@ use std::path::Path;
 use std::process::{Command, Output};
 use tempfile::TempDir;
 
-/// Runs the program with the GPU of the tests as its driver's.
+/// Runs the program with the tests' GPU.
 fn quell(args: &[&str]) -> Output {
     let folder = tempfile::tempdir().unwrap();
     command(&folder).args(args).output().unwrap()
 }
 
-/// The program with the GPU of the tests as its driver's, by links in this folder.
+/// Returns a command that runs the program with the tests' GPU, found through links in
+/// `folder`.
 fn command(folder: &TempDir) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_quell"));
     if !gpu::is_real() {
@@ -72,7 +73,7 @@ fn inspect_plans_a_models_memory_on_the_gpu() {
         "inspect", &model, "--device", "cuda", "--format", "json",
     ]));
     assert_eq!(shown["device"], "cuda:0");
-    // 2 layers, 2 heads of 16, keys and values in 2 bytes.
+    // 2 layers, 2 heads of 16, and keys and values of 2 bytes.
     assert_eq!(shown["memory"]["kv_bytes_per_token"], 256);
     assert!(shown["memory"]["kv_blocks"].as_u64().unwrap() > 0);
 }
@@ -105,12 +106,12 @@ fn bench_runs_random_weights_on_the_gpu() {
     }
 }
 
-/// What restarts the server, systemd or Kubernetes, waits for its end.
+/// systemd or Kubernetes restarts the server only once it has exited.
 #[cfg(feature = "server")]
 #[test]
 fn a_server_whose_gpu_is_lost_answers_what_is_open_and_ends_with_an_error() {
     if gpu::is_real() {
-        return; // nothing to lose it by
+        return; // a real GPU cannot be lost on request
     }
     let folder = tempfile::tempdir().unwrap();
     let model = tiny("");
@@ -119,7 +120,7 @@ fn a_server_whose_gpu_is_lost_answers_what_is_open_and_ends_with_an_error() {
         "serve", "--model", &model, "--device", "cuda", "--port", "0",
     ]);
     command.args(["--kv-cache-mib", "4"]);
-    // In the middle of an answer.
+    // Fail in the middle of an answer.
     command.env("VGPU_FAIL", "cuGraphLaunch:5:LAUNCH_FAILED");
     let mut server = serve::Serve::spawn(&mut command);
     let body = r#"{"prompt": [5, 6, 7], "max_tokens": 50, "ignore_eos": true}"#;

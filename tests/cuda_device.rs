@@ -1,6 +1,6 @@
-//! The CUDA device as a device: when it is refused, what goes to it and back, how it
-//! waits, what it records, and that every failure of the driver is a typed error after
-//! which nothing is left behind.
+//! The CUDA device as a whole: when it is refused, what is copied to it and back, what it waits
+//! for, which steps it records, and that every failure of the driver is a typed error after
+//! which nothing is leaked.
 
 #[path = "common/gpu.rs"]
 mod gpu;
@@ -31,7 +31,7 @@ const LIMITS: DeviceLimits = DeviceLimits {
     block_tokens: BLOCK,
     vocabulary: VOCABULARY,
 };
-/// Tokens of the prompts.
+/// Lengths of the prompts.
 const PROMPTS: [usize; 3] = [5, 3, 1];
 
 /// A model of one layer, without a feed-forward part.
@@ -155,8 +155,8 @@ impl Model {
     }
 }
 
-/// Step 0 takes the prompts, each later one a token a sequence, by feedback. Sequence
-/// `i` has the blocks `4 i ..`.
+/// Returns the batch of a step. Step 0 computes the prompts, and each later step computes one
+/// token per sequence, by feedback. Sequence `i` has four blocks, from block `4 i` on.
 fn batch(step: usize) -> Batch {
     let mut batch = Batch::default();
     for (index, &prompt) in PROMPTS.iter().enumerate() {
@@ -187,7 +187,7 @@ fn batch(step: usize) -> Batch {
     batch
 }
 
-/// Loads the model and runs so many steps, two of them in flight.
+/// Loads the model and runs this many steps, with two in flight.
 fn run(options: &CudaOptions, steps: usize) -> Result<Vec<Vec<u32>>, DeviceError> {
     let mut device = CudaDevice::new(options)?;
     let mut model = Model::load(&mut device)?;
@@ -301,7 +301,7 @@ fn matrices_come_back_as_they_went() {
             ..options()
         })
         .unwrap();
-        // Larger than a piece of an upload, and no multiple of one.
+        // Larger than one piece of an upload, and not a multiple of it.
         let mut random = Random::new(5);
         let values = random.numbers((17 << 20) / 4 + 40);
         let tensor = device.tensor(8, Precision::Full, &values).unwrap();
@@ -353,7 +353,7 @@ fn too_large_an_allocation_is_out_of_memory_and_names_what_it_was_for() {
         panic!("{error:?}");
     };
     assert_eq!((bytes, what.as_str()), (4 << 40, "activations"));
-    // The device goes on.
+    // The device can still be used.
     device.allocate(16, 16, Precision::Full).unwrap();
     let error = device.allocate(usize::MAX / 2, 16, Precision::Full).err();
     assert!(matches!(error, Some(DeviceError::OutOfMemory { .. })));
@@ -368,7 +368,7 @@ fn recorded_steps_give_the_same_tokens_as_enqueued_ones() {
         ..options()
     };
     if !gpu::is_real() {
-        // The first decode step is enqueued, the others are launched as a graph.
+        // The first decode step is enqueued, and the others are launched as a graph.
         assert_eq!(gpu.statistic("graph_launches"), 6);
         gpu.reset();
     }
@@ -429,7 +429,7 @@ fn memory_that_is_given_back_is_not_used_by_a_recorded_step() {
         let pending = model.launch(&mut device, &batch(step)).unwrap();
         device.collect(pending).unwrap();
     }
-    // The recorded steps wrote to these logits.
+    // The recorded steps wrote to the logits that this replaces.
     model.logits = device
         .allocate(LIMITS.sequences, VOCABULARY, Precision::Full)
         .unwrap();
@@ -461,7 +461,7 @@ fn a_batch_beyond_the_cache_is_refused_recorded_or_not() {
     }
 }
 
-/// The functions that only give something back: their failure is logged and counted.
+/// Functions that only release something. Their failures are logged and counted.
 const CLEANUP: [&str; 10] = [
     "cuCtxSynchronize",
     "cuDevicePrimaryCtxRelease_v2",
@@ -474,7 +474,7 @@ const CLEANUP: [&str; 10] = [
     "cuStreamDestroy_v2",
     "cuStreamIsCapturing",
 ];
-/// What a step can do without, while it is recorded: it is enqueued instead.
+/// Functions that may fail while a step is recorded: the step is enqueued instead.
 const RECORDING: [&str; 4] = [
     "cuGraphInstantiateWithFlags",
     "cuLaunchKernel",
@@ -484,10 +484,10 @@ const RECORDING: [&str; 4] = [
 
 const STEPS: usize = 5;
 
-/// Lets every call of `function` fail in turn, with `code`.
+/// Makes each call of `function` fail in turn, with `code`.
 fn fail_each(gpu: &Gpu, function: &str, count: u64, code: i32, expected: &[Vec<u32>]) {
     let sticky = code >= 700;
-    // Binding happens before every call: a part of them will do.
+    // The context is checked before every call, so testing some of these calls is enough.
     let stride = if function == "cuCtxGetCurrent" { 7 } else { 1 };
     for nth in (1..=count).step_by(stride) {
         gpu.reset();
@@ -502,11 +502,11 @@ fn fail_each(gpu: &Gpu, function: &str, count: u64, code: i32, expected: &[Vec<u
         );
         match outcome {
             Ok(tokens) => {
-                // It came when nobody waits for the outcome, or there was another way.
+                // The result of the call was not needed, or there was a fallback.
                 let harmless = CLEANUP.contains(&function)
                     || RECORDING.contains(&function)
                     || function == "cuCtxGetCurrent"
-                    // A recorded step has fewer calls.
+                    // A recorded step makes fewer calls.
                     || waiting > 0;
                 assert!(harmless, "{what}");
                 assert_eq!(tokens, expected, "{what}");
@@ -517,7 +517,7 @@ fn fail_each(gpu: &Gpu, function: &str, count: u64, code: i32, expected: &[Vec<u
                     DeviceError::Lost { .. } => sticky,
                     DeviceError::Failed { reason, .. } => !sticky && reason.contains("CUDA_ERROR"),
                     DeviceError::OutOfMemory { .. } => code == 2,
-                    // The device could not be made.
+                    // The device could not be created.
                     DeviceError::Unavailable { .. } => true,
                     _ => false,
                 };
@@ -536,13 +536,13 @@ fn fail_everything(code: i32) {
     let calls = gpu.calls();
     assert!(calls.len() > 35, "{calls:?}");
     for (function, count) in calls {
-        // Asked for the text of an error; not part of a run.
+        // It only looks up the text of an error.
         if function != "cuGetErrorString" {
             fail_each(&gpu, &function, count, code, &expected);
         }
     }
     gpu.reset();
-    // The device is none the worse for it.
+    // A new device works as before.
     assert_eq!(run(&options(), STEPS).unwrap(), expected);
 }
 

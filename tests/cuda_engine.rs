@@ -1,8 +1,8 @@
-//! The whole engine on the CUDA device, two steps in flight: neighbours, cancels in
-//! the middle of replayed graphs, and preemption change no token.
+//! The whole engine on the CUDA device, with two steps in flight: other requests in the batch,
+//! cancellations during graph replays, and preemption change no token.
 //!
-//! The books are audited and freed blocks overwritten with NaN at every step, so that
-//! whoever reads a block that is not its own gets another answer.
+//! After every step, the engine's invariants are checked and freed blocks are filled with NaN,
+//! so that a request that reads a block of another one gets a different answer.
 
 #[path = "common/constraint.rs"]
 mod constraint;
@@ -33,7 +33,7 @@ fn engine_with(model: &str, cuda: CudaOptions, kv_blocks: usize, config: EngineC
         cuda,
         ..LoadOptions::default()
     };
-    // Two layers of two heads, keys and values of two bytes.
+    // Two layers of two heads, and keys and values of two bytes.
     let head_dim = if model == "llama" { 16 } else { 32 };
     let block_bytes = 2 * 2 * 2 * 2 * head_dim * 16;
     let config = EngineConfig {
@@ -48,7 +48,7 @@ fn engine_with(model: &str, cuda: CudaOptions, kv_blocks: usize, config: EngineC
     engine
 }
 
-/// Requests of all kinds: greedy, sampled, with penalties, bias and log-probabilities.
+/// Builds requests of all kinds: greedy, sampled, with penalties, bias and log probabilities.
 fn request(index: usize) -> Request {
     let prompt: Vec<u32> = (0..1 + index * 5 % 23)
         .map(|i| ((index * 97 + i * 31) % 500 + 3) as u32)
@@ -89,7 +89,7 @@ fn tokens(stream: TokenStream) -> Tokens {
     tokens.map(|token| (token.id, token.top)).collect()
 }
 
-/// Each request's tokens when nobody else is there.
+/// Returns the tokens of each request when it runs alone.
 fn alone(engine: &Engine) -> Vec<Tokens> {
     (0..REQUESTS)
         .map(|index| tokens(engine.generate(request(index)).unwrap()))
@@ -114,7 +114,7 @@ fn cancels_between_graph_replays_leave_the_other_tokens_as_they_are() {
                 kept.push((index, stream));
                 continue;
             }
-            // The first few tokens come, then the stream goes, each at another step.
+            // Read a few tokens and drop the stream, each one at a different step.
             for _ in 0..index % 7 {
                 stream.next_blocking().unwrap().unwrap();
             }
@@ -298,7 +298,7 @@ fn embeddings_are_near_those_of_the_cpu() {
     }
 }
 
-/// The steps that only decode are replayed graphs, those with an embedding are not.
+/// Steps that only decode are replayed as graphs; steps with an embedding are not.
 #[test]
 fn embeddings_and_those_beside_them_are_the_same_alone_and_together() {
     let gpu = gpu::lock();
@@ -327,7 +327,7 @@ fn embeddings_and_those_beside_them_are_the_same_alone_and_together() {
     }
 }
 
-/// As bits: identity and log-probability of each token.
+/// Returns the id of each token and the bits of its log probability.
 fn scores(tokens: &[quell::Token]) -> Vec<(u32, u32)> {
     let score = |token: &quell::Token| (token.id, token.logprob.to_bits());
     tokens.iter().map(score).collect()

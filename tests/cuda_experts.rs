@@ -1,5 +1,5 @@
-//! Mixture-of-experts layers on the CUDA device agree with float64, and a row's result
-//! depends on that row only.
+//! Mixture-of-experts layers on the CUDA device agree with float64, and the result of a row
+//! depends only on that row.
 
 #[path = "common/gpu.rs"]
 mod gpu;
@@ -23,7 +23,7 @@ fn device(activations: CudaActivations) -> CudaDevice {
     CudaDevice::new(&options).unwrap()
 }
 
-/// What the device makes of a number that it keeps as an activation.
+/// Rounds a value to the type of the activations.
 fn rounded(activations: CudaActivations, value: f64) -> f64 {
     match activations {
         CudaActivations::Bf16 => bf16::from_f64(value).to_f64(),
@@ -36,7 +36,7 @@ struct Matrix {
     dtype: DType,
     columns: usize,
     data: Vec<u8>,
-    /// As the device keeps them.
+    /// The weights as the device stores them.
     weights: Vec<f64>,
 }
 
@@ -72,7 +72,7 @@ impl Matrix {
         }
     }
 
-    /// The product, and the largest sum of magnitudes in it.
+    /// Returns the product, and the largest sum of magnitudes in it.
     fn times(&self, x: &[f64]) -> (Vec<f64>, f64) {
         let mut largest = 0.0f64;
         let product = self.weights.chunks(self.columns).map(|row| {
@@ -84,7 +84,7 @@ impl Matrix {
     }
 }
 
-/// A layer of experts with what it was made of.
+/// A layer of experts, with the matrices that it consists of.
 struct Layer {
     activations: CudaActivations,
     gate_up: Vec<Matrix>,
@@ -121,7 +121,7 @@ impl Layer {
         device.load_experts(&gate_up, &down).unwrap()
     }
 
-    /// The result for one row, and the largest sum of magnitudes in it.
+    /// Returns the result for one row, and the largest sum of magnitudes in it.
     fn row(&self, x: &[f32], logits: &[f32], routing: RoutingSpec) -> (Vec<f64>, f64) {
         let round = |value: f64| rounded(self.activations, value);
         let x: Vec<f64> = x.iter().map(|&x| round(x.into())).collect();
@@ -162,8 +162,8 @@ impl Layer {
     }
 }
 
-/// The layer's result for the leading `rows` rows, out of matrices whose other rows
-/// are NaN.
+/// Returns the layer's result for the first `rows` rows. The row after them is NaN in all
+/// operands, and must stay NaN in the output.
 fn apply(
     device: &mut CudaDevice,
     experts: &CudaExperts,
@@ -205,7 +205,7 @@ fn routing(top_k: usize, normalize: bool, activation: Activation) -> RoutingSpec
     }
 }
 
-/// Logits with ties, and with experts that nobody wants.
+/// Returns logits with ties, and with experts that are never chosen.
 fn logits(random: &mut Random, rows: usize, experts: usize) -> Vec<f32> {
     let logit = |index: usize| {
         let unwanted = index % experts % 3 == 2;
@@ -258,8 +258,8 @@ fn experts_agree_with_float64() {
                 let (expected, magnitude) = layer.row(x, logits, routing);
                 for (column, expected) in expected.into_iter().enumerate() {
                     let found = f64::from(out[row * columns + column]);
-                    // Intermediate results next to the middle of two values may be rounded to the
-                    // other one.
+                    // An intermediate result near the midpoint between two values may be
+                    // rounded either way.
                     let bound = step * (magnitude + expected.abs()) + 1e-5;
                     let error = (found - expected).abs();
                     assert!(
@@ -272,7 +272,7 @@ fn experts_agree_with_float64() {
     }
 }
 
-/// Alone, with a few, and with so many that larger tiles multiply.
+/// The row is computed alone, with a few others, and with enough others for larger tiles.
 #[test]
 fn a_row_depends_on_that_row_only() {
     let _gpu = gpu::lock();
@@ -297,7 +297,7 @@ fn a_row_depends_on_that_row_only() {
     }
 }
 
-/// All rows go to the same two of many experts; the others have no rows at all.
+/// All rows go to the same two of many experts.
 #[test]
 fn experts_without_rows_are_passed_over() {
     let _gpu = gpu::lock();
@@ -335,7 +335,7 @@ fn experts_without_rows_are_passed_over() {
     }
 }
 
-/// Logits that are no numbers choose some experts, and nothing breaks.
+/// NaN logits choose some experts, and change no other row.
 #[test]
 fn a_row_of_nan_stays_within_its_row() {
     let _gpu = gpu::lock();

@@ -1,5 +1,5 @@
-//! Every supported architecture on the CUDA device against transformers, by the rule
-//! of ARCHITECTURE.md for each type of activations.
+//! Compares every supported architecture on the CUDA device with transformers, by the rule in
+//! ARCHITECTURE.md for each type of activations.
 
 #[path = "common/golden.rs"]
 mod golden;
@@ -19,7 +19,7 @@ fn check(name: &str, activations: CudaActivations, tolerance: Tolerance) {
         },
         ..LoadOptions::default()
     };
-    // Steps that the longest prompt does not fit in: it is prefilled in chunks.
+    // Small steps, so that the longest prompt is prefilled in chunks.
     let config = EngineConfig {
         max_batch_tokens: 64,
         max_sequences: 16,
@@ -50,7 +50,7 @@ fn float16(name: &str) {
     check(name, CudaActivations::F16, tolerance);
 }
 
-/// Twice the error of transformers' own bfloat16.
+/// Allows twice the error that transformers itself makes in bfloat16.
 fn bfloat16(name: &str) {
     let tolerance = Tolerance {
         max: 2.0 * golden::transformers_error(name, "bfloat16"),

@@ -1,5 +1,5 @@
-//! Linear layers on the CUDA device agree with float64, whatever the format and the
-//! tile, and a row's result depends on that row only.
+//! Linear layers on the CUDA device agree with float64, whatever the format and the tile, and
+//! the result of a row depends only on that row.
 
 #[path = "common/gpu.rs"]
 mod gpu;
@@ -26,7 +26,7 @@ fn device(activations: CudaActivations) -> CudaDevice {
     CudaDevice::new(&options).unwrap()
 }
 
-/// What the device makes of a number that it keeps as an activation.
+/// Rounds a value to the type of the activations.
 fn rounded(activations: CudaActivations, value: f32) -> f32 {
     match activations {
         CudaActivations::Bf16 => bf16::from_f32(value).to_f32(),
@@ -34,7 +34,7 @@ fn rounded(activations: CudaActivations, value: f32) -> f32 {
     }
 }
 
-/// Half a step of the activation type at 1.
+/// Half the distance from 1 to the next larger value of the activation type.
 fn epsilon(activations: CudaActivations) -> f64 {
     match activations {
         CudaActivations::Bf16 => 2f64.powi(-8),
@@ -42,7 +42,7 @@ fn epsilon(activations: CudaActivations) -> f64 {
     }
 }
 
-/// A part of a linear layer with its weights in float32, in the order of use.
+/// A part of a linear layer, with its weights in float32, in the order in which they are used.
 struct Part {
     dtype: DType,
     rows: usize,
@@ -95,7 +95,8 @@ fn load(device: &mut CudaDevice, parts: &[Part], bias: Option<&[f32]>) -> CudaLi
     device.load_linear(&spec).unwrap()
 }
 
-/// `W x + b` of the leading `rows` rows of `x`, into a matrix that was NaN.
+/// Returns `W x + b` for the first `rows` rows of `x`. The output starts as NaN, and its row
+/// after the last one must stay NaN.
 fn multiply(
     device: &mut CudaDevice,
     weight: &CudaLinear,
@@ -116,7 +117,7 @@ fn multiply(
     values
 }
 
-/// Compares `out` with the product in float64 of what the device keeps.
+/// Compares `out` with the float64 product of the operands as the device stores them.
 fn check(
     activations: CudaActivations,
     parts: &[Part],
@@ -149,8 +150,9 @@ fn check(
             if let Some(bias) = bias {
                 sum += f64::from(bias[index]);
             }
-            // Float32 addition; a weight between two values may be rounded to the other one
-            // where a minimum is added; the result's own rounding.
+            // The bound covers float32 summation, weights near the midpoint between two values,
+            // which may be rounded either way if a minimum is added, and the rounding of the
+            // result.
             let flips = if approximate {
                 4.0 * largest * epsilon(activations)
             } else {
@@ -168,7 +170,7 @@ fn check(
     }
 }
 
-/// Inputs for a format: a few groups, not a whole number of tiles.
+/// Returns a number of inputs for a format: a few groups, but not a whole number of tiles.
 fn inputs(dtype: DType) -> usize {
     match dtype.block_elements() {
         1 => 200,
@@ -284,8 +286,8 @@ fn a_float32_operand_is_rounded_first() {
     }
 }
 
-/// Rows beyond those asked for are NaN, and every row is computed in several batches:
-/// alone, with a few, and with many, in the tile for each.
+/// Unused rows of the operands are NaN. Rows are computed alone, with a few others and with
+/// many others, each in the tile for that number of rows.
 #[test]
 fn a_row_depends_on_that_row_only() {
     let _gpu = gpu::lock();
@@ -317,7 +319,7 @@ fn a_row_depends_on_that_row_only() {
     }
 }
 
-/// Enough outputs that many rows are multiplied by the largest tile.
+/// Enough outputs for many rows to be multiplied in the largest tile.
 #[test]
 fn the_tile_for_prompts_gives_the_bits_of_the_others() {
     let _gpu = gpu::lock();
@@ -358,7 +360,7 @@ fn results_beyond_float16_saturate() {
     assert_eq!(out, [65504.0, 65504.0, -65504.0, -65504.0]);
 }
 
-/// A table that is tied to the output, in every format.
+/// Tests tables in every format, because one that is tied to the output may have any format.
 #[test]
 fn embeddings_are_the_rows_of_the_table() {
     let _gpu = gpu::lock();
@@ -404,7 +406,7 @@ fn embeddings_are_the_rows_of_the_table() {
                         weight
                     };
                     let error = (found - kept * scale).abs();
-                    // The minimum is added with one rounding less.
+                    // The device adds the minimum with one rounding less.
                     assert!(
                         error <= 1e-6 * (1.0 + kept.abs()),
                         "{dtype} {token}: {found}, {kept}"

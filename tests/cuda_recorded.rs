@@ -1,5 +1,5 @@
-//! Every operation once, on inputs that are always the same: what comes out is the same
-//! to the bit each time, and what a real GPU gave where that was recorded.
+//! Runs every operation on fixed inputs. The outputs must be bit-identical each time, and agree
+//! with those of a real GPU where they were recorded.
 
 #[path = "common/gpu.rs"]
 mod gpu;
@@ -22,7 +22,7 @@ const VOCABULARY: usize = 512;
 /// Outputs by name.
 type Outputs = BTreeMap<String, Vec<f32>>;
 
-/// Numbers between −1 and 1, others for each seed.
+/// Returns numbers between −1 and 1 that depend on the seed.
 fn values(seed: u32, count: usize) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9) | 1;
     let next = |_| {
@@ -56,7 +56,7 @@ fn spec(weights: &RandomWeights, bias: Option<Vec<f32>>) -> LinearSpec<'_> {
     }
 }
 
-/// A step of sequences of `(cached, new)` tokens, their blocks dealt out in turn.
+/// Builds a step of sequences with `(cached, new)` tokens, whose blocks alternate in the cache.
 fn batch(sequences: &[(usize, usize)]) -> Batch {
     let mut batch = Batch::default();
     for (index, &(cached, new)) in sequences.iter().enumerate() {
@@ -85,7 +85,7 @@ fn batch(sequences: &[(usize, usize)]) -> Batch {
     batch
 }
 
-/// A device and what its operations gave.
+/// A device and the outputs of its operations.
 struct Run {
     device: CudaDevice,
     outputs: Outputs,
@@ -232,7 +232,7 @@ impl Run {
             window,
             softcap: window.map(|_| 5.0),
         };
-        // A long and a short sequence in chunks, then a step that decodes both.
+        // A long and a short sequence in chunks, and then a step that decodes both.
         let steps = [[(0, 90), (0, 7)], [(90, 60), (7, 30)], [(150, 1), (37, 1)]];
         for (index, step) in steps.iter().enumerate() {
             let step = batch(step);
@@ -344,7 +344,8 @@ fn check(activations: CudaActivations, tolerance: f32) {
     }
 }
 
-// A number near the middle between two of the activation type may be rounded either way.
+// The tolerances allow a number near the midpoint between two values of the activation type to
+// be rounded either way.
 
 #[test]
 fn in_bfloat16_outputs_are_finite_and_as_recorded_where_they_were() {

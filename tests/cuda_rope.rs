@@ -1,5 +1,5 @@
-//! The rotary embedding on the CUDA device, the norms before it, and the write into the
-//! cache agree with float64.
+//! The rotary embedding on the CUDA device, the norms before it and the write to the KV cache
+//! agree with float64.
 
 #[path = "common/gpu.rs"]
 mod gpu;
@@ -22,7 +22,7 @@ enum Norm {
     Row,
 }
 
-/// Heads, elements of a head that are rotated, tokens of a block.
+/// Heads, number of rotated elements per head, and tokens per block.
 const SHAPES: [((usize, usize, usize), usize, usize); 8] = [
     ((2, 1, 16), 16, 16),
     ((3, 3, 32), 8, 32),
@@ -52,7 +52,7 @@ fn normalize(x: &mut [f64], weight: &[f32]) {
     }
 }
 
-/// A row after norm and rotation, in float64.
+/// Computes the norm and rotation of a row in float64.
 fn reference(
     heads: HeadShape,
     rope: &RopeSpec,
@@ -89,7 +89,8 @@ fn reference(
     row
 }
 
-/// Rounded once to activations; the float32 arithmetic before it hardly matters.
+/// Compares with a tolerance of one rounding to the activations' type; float32 arithmetic
+/// before it adds little.
 fn assert_near(kind: CudaActivations, out: &[f32], expected: &[f64], what: &str) {
     assert_eq!(out.len(), expected.len(), "{what}");
     for (i, (&out, &expected)) in out.iter().zip(expected).enumerate() {
@@ -101,7 +102,7 @@ fn assert_near(kind: CudaActivations, out: &[f32], expected: &[f64], what: &str)
     }
 }
 
-/// What the cache holds of a token, keys and then values; as bits.
+/// Reads the bits of a token from the cache, keys first and then values.
 fn cached(layer: &Layer<'_>, table: &[u32], block_tokens: usize, position: usize) -> Vec<u16> {
     let HeadShape {
         kv_heads, head_dim, ..
@@ -138,7 +139,8 @@ fn rows_are_normalised_rotated_and_stored_as_in_float64() {
                 };
                 let q_weight = random.numbers(count(q_heads));
                 let k_weight = random.numbers(count(kv_heads));
-                // Two sequences: a few tokens early on, and one token late.
+                // Two sequences: a few tokens at low positions, and one token at a high
+                // position.
                 let blocks = POSITIONS.div_ceil(block_tokens);
                 let mut long = vec![0; blocks];
                 long[blocks - 1] = 3;
@@ -196,7 +198,7 @@ fn rows_are_normalised_rotated_and_stored_as_in_float64() {
                         written += cached.len();
                     }
                 }
-                // Nothing else was written: the rest of the cache is NaN as it was.
+                // Nothing else was written: the rest of the cache is still NaN.
                 let numbers = (0..5)
                     .map(|block| layer.cache.read(layer.device, 1, block).unwrap())
                     .flat_map(|(keys, values)| [keys, values].concat())

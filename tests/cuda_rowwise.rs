@@ -1,5 +1,5 @@
-//! The CUDA device's row-wise operations agree with float64, and a row's result does
-//! not depend on how many rows there are.
+//! The row-wise operations of the CUDA device agree with float64, and the result of a row does
+//! not depend on the number of rows.
 
 #[path = "common/gpu.rs"]
 mod gpu;
@@ -35,7 +35,7 @@ fn device(activations: CudaActivations) -> CudaDevice {
     device
 }
 
-/// `value` as activations keep it.
+/// Rounds `value` to the type of the activations.
 fn kept(activations: CudaActivations, value: f32) -> f64 {
     match activations {
         CudaActivations::Bf16 => bf16::from_f32(value).to_f64(),
@@ -43,7 +43,7 @@ fn kept(activations: CudaActivations, value: f32) -> f64 {
     }
 }
 
-/// Half the distance of neighbouring numbers near 1, and a little for float32's part.
+/// Half the distance between neighbouring numbers near 1, and a little for float32 errors.
 fn rounding(activations: CudaActivations) -> f64 {
     match activations {
         CudaActivations::Bf16 => 1.01 / 256.0,
@@ -78,7 +78,7 @@ fn normalized(x: &[f64], weight: &[f32]) -> Vec<f64> {
     x.chunks(weight.len()).flat_map(row).collect()
 }
 
-/// The operands of a norm, and what they are once they are on the device.
+/// The operands of a norm, before and after rounding on the device.
 struct Operands {
     residual: Vec<f32>,
     x: Vec<f32>,
@@ -108,7 +108,7 @@ fn activations(device: &mut CudaDevice, columns: usize, values: &[f32]) -> CudaT
         .unwrap()
 }
 
-/// All norms and sums of these operands: what each wrote.
+/// Returns what each of the norms and sums of these operands wrote.
 fn norms(device: &mut CudaDevice, columns: usize, operands: &Operands) -> [Vec<f32>; 5] {
     let rows = operands.x.len() / columns;
     let weight = device.load_vector(&operands.weight).unwrap();
@@ -209,7 +209,7 @@ fn float16_saturates_and_keeps_nan() {
     let _gpu = gpu::lock();
     let mut device = device(CudaActivations::F16);
     let columns = 8;
-    // Of equal numbers the norm is the weight.
+    // If all numbers are equal, the norm is the weight.
     let weight = [1e6, -1e6, 65504.0, 65519.0, 65535.0, 1.0, f32::NAN, 0.0];
     let vector = device.load_vector(&weight).unwrap();
     let x = residual(&mut device, columns, &[3.0; 8]);
@@ -229,7 +229,7 @@ fn activations_agree_with_float64_far_from_zero_too() {
     for kind in TYPES {
         let mut device = device(kind);
         for (rows, columns) in SHAPES {
-            // A few at which e^−x overflows.
+            // A few of them are so large that e^−x overflows.
             let x: Vec<f32> = random
                 .numbers(rows * 2 * columns)
                 .iter()
@@ -288,7 +288,7 @@ fn the_softcap_agrees_with_float64_for_any_number_of_columns() {
     }
 }
 
-/// A step of sequences of one row each.
+/// Builds a step of sequences with one row each.
 fn batch(tokens: &[u32]) -> Batch {
     let mut batch = Batch::default();
     for (row, &token) in tokens.iter().enumerate() {
@@ -342,7 +342,7 @@ fn embeddings_are_scaled_rows_of_the_table_and_follow_what_was_sampled() {
             assert_eq!(bits(&found), bits(&expected(&tokens, scale)), "{kind:?}");
         }
 
-        // Two tokens are sampled; the next step takes them from the device.
+        // Two tokens are sampled, and the next step takes them from the device.
         let mut logits = vec![0.0; 2 * vocabulary];
         (logits[33], logits[vocabulary + 4]) = (1.0, 1.0);
         let logits = residual(&mut device, vocabulary, &logits);
@@ -498,7 +498,7 @@ fn pooled_rows_are_the_exact_sums_of_what_the_device_keeps() {
                 sum
             });
             let pooling = device.pool(&x, &ranges).unwrap();
-            // Another one is in flight when it is collected.
+            // The second pooling is in flight while the first one is collected.
             let next = device.pool(&x, &ranges[3..]).unwrap();
             assert_eq!(device.collect_pooled(pooling).unwrap(), expected);
             assert_eq!(device.collect_pooled(next).unwrap(), expected[3..]);

@@ -1,9 +1,9 @@
-//! The CUDA device samples exactly as the reference sampler does: the same token for the
-//! same logits, whatever is asked for.
+//! The CUDA device samples exactly like the reference sampler: the same token for the same
+//! logits, whatever the parameters.
 //!
-//! Scores and noise are the same to the bit on both. Only the weights of the tokens, which
-//! top-p adds up, differ in their last bits: the thresholds here lie in the middle of a
-//! token's share, so that no sum comes near one.
+//! Scores and noise are bit-identical on both. Only the weights of the tokens, which top-p sums
+//! up, differ in their last bits. The thresholds in these tests therefore lie in the middle of
+//! a token's share, so that no sum comes near one.
 
 #[path = "common/gpu.rs"]
 mod gpu;
@@ -32,8 +32,8 @@ fn device() -> CudaDevice {
     device
 }
 
-/// Stages a step with one sampled row for each of `rows`; those in `feedback` take what
-/// the last step sampled for the same row.
+/// Stages a step with one sampled row for each of `rows`. Rows in `feedback` take the token
+/// that the previous step sampled for the same row.
 fn stage(device: &mut CudaDevice, rows: usize, feedback: &[usize]) {
     let mut batch = Batch::default();
     for row in 0..rows {
@@ -53,7 +53,7 @@ fn stage(device: &mut CudaDevice, rows: usize, feedback: &[usize]) {
     device.finish(Ok(())).unwrap();
 }
 
-/// A row to be sampled.
+/// A row to sample, with its logits.
 struct Case {
     logits: Vec<f32>,
     row: SampleRow,
@@ -76,7 +76,7 @@ impl Case {
     }
 }
 
-/// Samples the cases, all with the same vocabulary, together.
+/// Samples the cases in one step. All must have the same vocabulary.
 fn on_device(device: &mut CudaDevice, cases: &[Case]) -> Vec<Sampled> {
     let vocabulary = cases[0].logits.len();
     let logits: Vec<f32> = cases.iter().flat_map(|case| case.logits.clone()).collect();
@@ -115,7 +115,7 @@ fn check(device: &mut CudaDevice, cases: &[Case]) {
     }
 }
 
-/// The logits after penalties, bias and temperature, likeliest first: −∞ and NaN left out.
+/// Returns the logits after penalties, bias and temperature, highest first, without −∞ and NaN.
 fn scores(case: &Case) -> Vec<f32> {
     let mut logits = case.logits.clone();
     let greedy = SamplingParams {
@@ -127,7 +127,7 @@ fn scores(case: &Case) -> Vec<f32> {
         params: Arc::new(greedy),
         ..case.row.clone()
     };
-    // Applies penalties and bias in place.
+    // This applies penalties and bias in place.
     let best = sample(&mut logits, &row).token as usize;
     let inverse = 1.0 / case.row.params.temperature;
     let score = |&logit: &f32| (logit - logits[best]) * inverse;
@@ -137,7 +137,7 @@ fn scores(case: &Case) -> Vec<f32> {
     scores
 }
 
-/// A top-p in the middle of a token's share, so that the sums need not be exact.
+/// Returns a top-p in the middle of a token's share, so that the sums need not be exact.
 fn clear_top_p(random: &mut Random, case: &Case) -> f32 {
     let mut scores = scores(case);
     let top_k = case.row.params.top_k as usize;
@@ -146,7 +146,7 @@ fn clear_top_p(random: &mut Random, case: &Case) -> f32 {
     }
     let weights: Vec<f64> = scores.iter().map(|&s| f64::from(s).exp()).collect();
     let total: f64 = weights.iter().sum();
-    // Shares so small that rounding matters are not stepped on.
+    // Avoid shares that are so small that rounding matters.
     let clear = weights.iter().filter(|w| **w > 1e-5 * total).count();
     if clear == 0 {
         return 1.0;
@@ -156,21 +156,21 @@ fn clear_top_p(random: &mut Random, case: &Case) -> f32 {
     ((before + 0.5 * weights[last]) / total) as f32
 }
 
-/// How the logits of a row are distributed.
+/// Returns logits with a random kind of distribution.
 fn logits(random: &mut Random, vocabulary: usize) -> Vec<f32> {
     let numbers = random.numbers(vocabulary);
     let kind = random.below(10);
     let with = |map: &dyn Fn(f32) -> f32| numbers.iter().map(|&v| map(v)).collect();
     match kind {
-        // Peaked, as a model's are.
+        // Peaked, like those of a model.
         0..=2 => with(&|v| 12.0 * v * v * v),
         3 => with(&|v| 30.0 * v),
         4 => with(&|v| 0.01 * v),
-        // Ties, a few or many, at the top too.
+        // A few or many ties, also between the largest logits.
         5 => with(&|v| (v * 4.0).round()),
         6 => with(&|v| (v * 40.0).round() * 0.25),
         7 => with(&|v| if v > 0.0 { 1.0 } else { 0.0 }),
-        // Impossible tokens and no numbers.
+        // Impossible tokens and NaN.
         8 => with(&|v| match (v * 100.0) as i32 {
             -100..=-40 => f32::NEG_INFINITY,
             -39..=-30 => f32::NAN,
@@ -180,8 +180,8 @@ fn logits(random: &mut Random, vocabulary: usize) -> Vec<f32> {
     }
 }
 
-/// A mask that allows one token, a few, half of all, or all; it may end too early, and go
-/// on behind the vocabulary.
+/// Returns a mask that allows one token, a few, half of them or all. It may be shorter or
+/// longer than the vocabulary.
 fn mask(random: &mut Random, vocabulary: usize) -> Arc<[u32]> {
     let mut mask = vec![0u32; vocabulary.div_ceil(32)];
     let mut allow = |token: usize| mask[token / 32] |= 1 << (token % 32);
@@ -200,7 +200,7 @@ fn mask(random: &mut Random, vocabulary: usize) -> Arc<[u32]> {
     mask.into()
 }
 
-/// Anything that can be asked for, in any combination.
+/// Returns a row with a random combination of parameters.
 fn case(random: &mut Random, vocabulary: usize) -> Case {
     let logits = logits(random, vocabulary);
     let pick = |random: &mut Random, options: &[f32]| options[random.below(options.len())];
@@ -298,7 +298,7 @@ fn plain_draws_give_the_reference_token() {
         })
         .collect();
     check(&mut device(), &cases);
-    // Most of these are not the likeliest token: it is not greedy search that was compared.
+    // Most tokens must not be the most likely one, or the test would compare greedy search.
     let greedy = |case: &&Case| {
         let largest = case.logits.iter().copied().fold(f32::MIN, f32::max);
         case.logits[case.expected().token as usize] == largest
@@ -374,7 +374,7 @@ fn only_tokens_of_the_mask_are_chosen_be_they_the_first_or_the_last() {
         },
         SamplingParams {
             logprobs: Some(3),
-            // What is forbidden stays so, whatever its bias.
+            // A forbidden token stays forbidden, whatever its bias.
             logit_bias: vec![(4000, f32::INFINITY), (0, -1.0)],
             ..SamplingParams::default()
         },
@@ -393,7 +393,7 @@ fn only_tokens_of_the_mask_are_chosen_be_they_the_first_or_the_last() {
             let mut case = Case::plain(random.numbers(vocabulary), params);
             case.row.mask = Some(bits.into());
             assert!(allowed.contains(&(case.expected().token as usize)));
-            // Beside it in the same step, the same without a mask.
+            // Add the same row without a mask to the same step.
             let free = Case::plain(case.logits.clone(), (*case.row.params).clone());
             assert_ne!(free.expected().token, case.expected().token);
             cases.extend([case, free]);
@@ -543,7 +543,7 @@ fn a_token_that_only_the_device_knows_counts_as_generated() {
             .map(|sampled| sampled.token)
             .collect();
 
-        // Every other row is fed what was sampled; the host's history ends before it.
+        // Every other row is fed the sampled token, which is missing from the host's history.
         let feedback: Vec<usize> = (0..rows).filter(|row| row % 2 == round % 2).collect();
         let mut batch = Batch::default();
         for row in 0..rows {
@@ -556,7 +556,7 @@ fn a_token_that_only_the_device_knows_counts_as_generated() {
             });
             batch.tables.push(row as u32);
         }
-        // Not all rows are sampled: the row of a sample is not its number.
+        // Not all rows are sampled, so the index of a sample differs from that of its row.
         batch.sample_rows = (3..rows).collect();
         let entry = |&row: &usize| Feedback { row, sample: row };
         batch.feedback.extend(feedback.iter().map(entry));
@@ -568,7 +568,7 @@ fn a_token_that_only_the_device_knows_counts_as_generated() {
         let mut cases = Vec::new();
         for (row, &own) in fed.iter().enumerate().take(rows).skip(3) {
             let mut case = case(&mut random, vocabulary);
-            // It would leave little to decide.
+            // A mask would leave little to decide.
             case.row.mask = case.row.mask.filter(|_| row % 9 == 0);
             let params = Arc::make_mut(&mut case.row.params);
             params.top_p = 1.0;

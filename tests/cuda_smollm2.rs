@@ -1,8 +1,8 @@
-//! The demo's model on the CUDA device against transformers, by the rule of
-//! ARCHITECTURE.md. The model file comes from `make test`.
+//! Compares the demo model on the CUDA device with transformers, by the rule in
+//! ARCHITECTURE.md. `make test` fetches the model file.
 //!
-//! On the virtual GPU a step takes seconds: the shortest case, and so many of its steps
-//! as there is time for, each following from the engine's own tokens.
+//! A step takes seconds on the virtual GPU, so only the shortest case is used, and only as many
+//! of its steps as time allows. Each step continues from the engine's own tokens.
 
 #[path = "common/golden.rs"]
 mod golden;

@@ -1,4 +1,4 @@
-//! Deadlines of requests, and of readers that lag behind.
+//! Deadlines of requests and of slow readers.
 
 #[path = "common/requests.rs"]
 mod requests;
@@ -53,7 +53,7 @@ fn deadlines_that_do_not_pass_change_nothing() {
 #[test]
 fn a_running_request_ends_at_its_deadline_with_the_tokens_so_far() {
     for depth in [1, 2] {
-        // So long that the deadline comes first.
+        // Room for an answer so long that the deadline comes first.
         let options = SimOptions {
             depth,
             blocks: 16_384,
@@ -88,7 +88,7 @@ fn a_waiting_request_ends_at_its_deadline_and_frees_nothing() {
     let second = request(vec![4, 5, 6], 30).first_token_within(Duration::from_micros(1));
     let mut second = engine.generate(second).unwrap();
     permit.send(()).unwrap();
-    // The first goes on: its steps are still held by the gate.
+    // The first request goes on: its steps are still held by the gate.
     let finish = second.next_blocking().unwrap().unwrap().finish.unwrap();
     assert_eq!(finish.outcome, Outcome::Cancelled(CancelReason::Deadline));
     let receipt = second.cancel().wait().unwrap();
@@ -139,7 +139,7 @@ fn a_reader_that_catches_up_in_time_is_not_cancelled() {
     idle(&engine);
 }
 
-/// I9, and an idle thread wakes for a deadline by itself: nobody posts a command.
+/// I9: an idle scheduler thread wakes by itself for a deadline, without any command.
 #[test]
 fn the_thread_wakes_from_idleness_for_a_deadline() {
     let config = EngineConfig {
@@ -151,7 +151,7 @@ fn the_thread_wakes_from_idleness_for_a_deadline() {
     let engine = engine(SimOptions::default(), config);
     let slow = engine.generate(request(vec![1, 2, 3], 100)).unwrap();
     let next = loop {
-        // Refused at the door, without the scheduler thread.
+        // The request is refused at submission, without waking the scheduler thread.
         match engine.generate(request(vec![4, 5, 6], 5)) {
             Ok(stream) => break stream,
             Err(SubmitError::Overloaded { .. }) => std::thread::yield_now(),

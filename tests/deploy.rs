@@ -1,5 +1,5 @@
-//! What `deploy/` says is what the program knows: its flags, its metrics, and the time
-//! that a drain takes.
+//! The files in `deploy/` agree with the program: its flags, its metrics and the time that a
+//! drain takes.
 
 #![cfg(all(unix, feature = "cli", feature = "server"))]
 
@@ -12,13 +12,14 @@ fn read(path: &str) -> String {
     std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// The lines, those that end with a backslash joined with the next one.
+/// Returns the lines of a text, after joining each line that ends with a backslash with the
+/// next one.
 fn commands(text: &str) -> Vec<String> {
     let joined = text.replace("\\\n", " ");
     joined.lines().map(|line| line.trim().to_owned()).collect()
 }
 
-/// The flags in the lines of a file that `of` takes.
+/// Returns the flags in those lines of a file for which `of` returns true.
 fn flags(path: &str, of: impl Fn(&str) -> bool) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for line in commands(&read(path)) {
@@ -58,7 +59,7 @@ fn every_flag_of_quell_serve_exists() {
     }
 }
 
-/// The router's command in the README is the one that the router's test runs.
+/// The router's command in the README has only flags that the router's test also uses.
 #[test]
 fn the_router_is_started_as_it_is_tested() {
     let test = read("tests/clients/router.py");
@@ -79,7 +80,7 @@ fn every_metric_exists() {
         if !word.starts_with("quell_") {
             continue;
         }
-        // The lines of a histogram.
+        // A histogram is exposed under its name with these suffixes.
         let name = ["_bucket", "_count", "_sum"]
             .iter()
             .find_map(|part| word.strip_suffix(part))
@@ -90,7 +91,7 @@ fn every_metric_exists() {
     assert!(seen > 0);
 }
 
-/// The first number after `name` in the text.
+/// Returns the first number after `name` in the text.
 fn number(text: &str, name: &str) -> u32 {
     let (_, rest) = text.split_once(name).unwrap_or_else(|| panic!("no {name}"));
     let rest = rest.trim_start_matches(|c: char| !c.is_ascii_digit());
@@ -98,7 +99,7 @@ fn number(text: &str, name: &str) -> u32 {
     rest[..end.unwrap_or(rest.len())].parse().unwrap()
 }
 
-/// Nobody kills the program while it may still drain and close its connections.
+/// No stop timeout may expire while the program may still be draining and closing connections.
 #[test]
 fn a_drain_has_the_time_it_takes() {
     const CLOSING: u32 = 5;

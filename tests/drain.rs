@@ -1,4 +1,4 @@
-//! How an engine ends: drained or shut down, awaited or not.
+//! How an engine ends: by drain or by shutdown, awaited or not.
 
 #[path = "common/sim.rs"]
 mod sim;
@@ -62,7 +62,7 @@ fn a_drain_lets_open_requests_finish_and_takes_no_more() {
         }
         let stats = engine.stats().unwrap();
         assert!(stats.is_idle(), "{stats:?}");
-        // Nothing is open: the next one is done at once.
+        // No request is open, so the next drain completes at once.
         assert_eq!(engine.drain(HOUR).wait().unwrap(), Drained::default());
     }
 }
@@ -88,7 +88,7 @@ fn a_drain_cancels_what_is_left_at_its_deadline() {
     }
 }
 
-/// Its reader does not read, so nothing happens any more but time passing.
+/// One request is paused for its reader, so nothing but the deadline can end the drain.
 #[test]
 fn a_drain_of_an_idle_engine_ends_at_its_deadline_too() {
     let (open, gate) = mpsc::channel();
@@ -103,7 +103,7 @@ fn a_drain_of_an_idle_engine_ends_at_its_deadline_too() {
     let engine = engine(options, config);
     let paused = engine.generate(request(1, 100)).unwrap();
     let finished = engine.generate(request(2, 1)).unwrap();
-    // It finishes during the drain, with time to spare.
+    // The short request finishes well before the drain's deadline.
     let drain = engine.drain(Duration::from_secs(2));
     drop(open);
     let drained = drain.wait().unwrap();
@@ -130,7 +130,7 @@ fn a_shutdown_is_done_when_the_thread_has_ended() {
             Err(SubmitError::Closed(EngineFault::Shutdown))
         ));
         assert!(engine.stats().is_err());
-        // Once more changes nothing, and is done at once.
+        // A second shutdown changes nothing and completes at once.
         engine.shutdown(how).wait().unwrap();
         let late = engine.drain(HOUR).wait();
         assert!(matches!(late, Err(EngineFault::Shutdown)));
@@ -180,7 +180,7 @@ fn the_futures_wake_their_task() {
     drop(stream);
 }
 
-/// I8: a drop of the acknowledgement is not a change of mind.
+/// I8: dropping the acknowledgement does not undo the command.
 #[test]
 fn dropping_the_futures_after_any_number_of_polls_changes_nothing() {
     for polls in 0..4 {

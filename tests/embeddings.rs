@@ -1,4 +1,4 @@
-//! Embeddings: the mean of a prompt's last hidden states, whatever else the engine does.
+//! Embeddings: the mean of a prompt's last hidden states, whatever else the engine computes.
 
 #[path = "common/golden.rs"]
 mod golden;
@@ -31,12 +31,12 @@ fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
 
-/// The vector of a prompt, as bits.
+/// Embeds a prompt and returns the bits of its vector.
 fn vector(engine: &Engine, prompt: Vec<u32>) -> Vec<u32> {
     bits(&embed(engine, prompt).wait().unwrap().values)
 }
 
-// Over a simulated device.
+// On a simulated device.
 
 #[test]
 fn every_prompt_is_embedded_whatever_runs_beside_it_and_when_blocks_are_scarce() {
@@ -59,7 +59,7 @@ fn every_prompt_is_embedded_whatever_runs_beside_it_and_when_blocks_are_scarce()
             ..EngineConfig::default()
         };
         let engine = sim::engine(options, config);
-        // Of each length two, and urgent ones that make the others give way.
+        // Two prompts of each length, some of them with a priority that preempts others.
         let length = |index: usize| 1 + index / 2 * 5;
         let asked: Vec<_> = (0..24)
             .map(|index| {
@@ -97,7 +97,8 @@ fn every_prompt_is_embedded_whatever_runs_beside_it_and_when_blocks_are_scarce()
 fn an_embedding_counts_its_prompt_and_no_token() {
     let engine = sim::engine(SimOptions::default(), EngineConfig::default());
     for _ in 0..2 {
-        // The second time all of it is known: it is computed nevertheless.
+        // The second time, the whole prompt is in the prefix cache, but it is computed all the
+        // same.
         let embedding = embed(&engine, prompt(1, 40)).wait().unwrap();
         assert_eq!(embedding.values, expected_embedding(&prompt(1, 40)));
         assert_eq!(embedding.timing.first_token, None);
@@ -105,7 +106,7 @@ fn an_embedding_counts_its_prompt_and_no_token() {
     let stats = idle(&engine);
     assert_eq!((stats.prompt_tokens, stats.tokens_generated), (80, 0));
     assert_eq!((stats.prefix_queries, stats.prefix_hits), (0, 0));
-    // What it has computed is found by others.
+    // Other requests can reuse the blocks that it has computed.
     let answer = engine.generate(request(prompt(1, 40), 4)).unwrap();
     let answer = answer.complete_blocking().unwrap();
     assert_eq!(answer.finish.cached_tokens, 36);
@@ -257,7 +258,7 @@ fn cpu(name: &str, config: EngineConfig) -> Engine {
     Engine::load(tiny(name), config, options).unwrap()
 }
 
-/// The matrix that makes logits of hidden states, row by row.
+/// Reads the output matrix, which maps hidden states to logits, row by row.
 fn output_matrix(name: &str) -> Vec<Vec<f32>> {
     let bytes = std::fs::read(tiny(name).join("model.safetensors")).unwrap();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
@@ -279,8 +280,9 @@ fn log_softmax(logits: &[f64]) -> Vec<f64> {
         .collect()
 }
 
-/// The last hidden state of a prompt is what its last token adds to the sum of all: the
-/// output matrix makes of it the log-probabilities that transformers gives.
+/// The sum of hidden states of a prompt, minus the sum for the prompt without its last token,
+/// is the last hidden state of the prompt. The output matrix must turn it into the log
+/// probabilities of transformers.
 #[test]
 fn what_each_token_adds_gives_the_log_probabilities_of_transformers() {
     for name in ["llama", "llama-tied", "qwen3", "gemma3", "olmo2", "mixtral"] {

@@ -1,4 +1,4 @@
-//! The engine's contract, over a simulated device.
+//! The engine's contract, tested on a simulated device.
 
 #[path = "common/requests.rs"]
 mod requests;
@@ -24,7 +24,7 @@ fn token_ids(engine: &Engine, prompt: Vec<u32>, tokens: usize) -> Vec<u32> {
     ids(&generation)
 }
 
-/// I1.
+/// Checks I1.
 #[test]
 fn tokens_arrive_in_order_with_one_finish_at_the_end() {
     let engine = engine(SimOptions::default(), EngineConfig::default());
@@ -45,7 +45,7 @@ fn tokens_arrive_in_order_with_one_finish_at_the_end() {
     assert!(finish.timing.first_token.unwrap() <= finish.timing.total);
 }
 
-/// I2, and I3 after every step.
+/// Checks I2, and I3 after every step.
 #[test]
 fn many_requests_in_a_quarter_of_the_cache_they_need_give_the_tokens_of_each_alone() {
     for depth in [1, 2] {
@@ -53,7 +53,8 @@ fn many_requests_in_a_quarter_of_the_cache_they_need_give_the_tokens_of_each_alo
             .map(|index| (1 + index * 7 % 50, 5 + index * 11 % 60))
             .collect();
         let needed: usize = lengths.iter().map(|(p, n)| (p + n).div_ceil(4)).sum();
-        // No step ends before every request is there: they do compete for the cache.
+        // The gate holds the first step until all requests are queued, so that they compete for
+        // the cache.
         let (open, gate) = mpsc::channel::<()>();
         let options = SimOptions {
             depth,
@@ -128,7 +129,7 @@ fn a_step_that_makes_room_as_the_last_in_flight_lets_the_next_request_in() {
         let streams: Vec<_> = (0..20)
             .map(|i| engine.generate(request(prompt(i, 3), 3)).unwrap())
             .collect();
-        // Nothing but the streams is asked: no command wakes the thread.
+        // Only the streams are read: no command wakes the scheduler thread.
         for stream in streams {
             assert_eq!(stream.complete_blocking().unwrap().tokens.len(), 3);
         }
@@ -178,7 +179,7 @@ fn a_cancel_is_acknowledged_although_no_handle_is_left() {
     }
 }
 
-/// I12.
+/// Checks I12.
 #[test]
 fn a_place_is_free_again_when_the_answer_is_complete() {
     let config = EngineConfig {
@@ -252,7 +253,7 @@ fn settings_out_of_range_are_refused_by_name() {
     }
 }
 
-/// I10 and I12.
+/// Checks I10 and I12.
 #[test]
 fn dropping_half_of_the_streams_frees_every_block_and_leaves_the_others_their_tokens() {
     for depth in [1, 2] {
@@ -273,14 +274,14 @@ fn dropping_half_of_the_streams_frees_every_block_and_leaves_the_others_their_to
         let threads: Vec<_> = (0..64usize)
             .map(|index| {
                 let engine = engine.clone();
-                // No step ends before those streams are dropped that nothing is read from.
+                // Hold the gate until the streams that are dropped unread have been dropped.
                 let held = (index % 14 == 0).then(|| open.clone());
                 std::thread::spawn(move || {
                     let _held = held;
                     let (p, n) = (1 + index * 5 % 40, 10 + index % 30);
                     let mut stream = engine.generate(request(prompt(index, p), n)).unwrap();
                     if index % 2 == 0 {
-                        // Before the first token, at it, in the middle, near the end.
+                        // Drop before the first token, after it, in the middle or near the end.
                         for _ in 0..index % 7 * 5 {
                             match stream.next_blocking() {
                                 Some(chunk) => drop(chunk.unwrap()),
@@ -308,7 +309,7 @@ fn dropping_half_of_the_streams_frees_every_block_and_leaves_the_others_their_to
     }
 }
 
-/// I6.
+/// Checks I6.
 #[test]
 fn a_cancel_is_acknowledged_with_what_it_freed() {
     let engine = engine(SimOptions::default(), EngineConfig::default());
@@ -325,7 +326,7 @@ fn a_cancel_is_acknowledged_with_what_it_freed() {
     idle(&engine);
 }
 
-/// I5.
+/// Checks I5.
 #[test]
 fn a_cancel_of_a_waiting_request_frees_nothing_and_is_acknowledged() {
     let (permit, gate) = mpsc::channel();
@@ -348,7 +349,7 @@ fn a_cancel_of_a_waiting_request_frees_nothing_and_is_acknowledged() {
     while !in_step(1) {}
     let second = engine.generate(request(prompt(2, 8), 4)).unwrap();
     permit.send(()).unwrap();
-    // By then it waits in the queue.
+    // By now the second request waits in the queue.
     while !in_step(2) {}
     let cancellation = second.cancel();
     drop(permit);
@@ -358,7 +359,7 @@ fn a_cancel_of_a_waiting_request_frees_nothing_and_is_acknowledged() {
     idle(&engine);
 }
 
-/// I6.
+/// Checks I6.
 #[test]
 fn tokens_of_steps_in_flight_at_a_cancel_are_discarded_and_counted() {
     let (permit, gate) = mpsc::channel();
@@ -371,7 +372,7 @@ fn tokens_of_steps_in_flight_at_a_cancel_are_discarded_and_counted() {
     let mut stream = engine.generate(request(prompt(1, 4), 400)).unwrap();
     permit.send(()).unwrap();
     assert!(stream.next_blocking().unwrap().unwrap().token.is_some());
-    // The thread waits at the gate with two steps in flight, or is on its way there.
+    // The scheduler thread waits at the gate with two steps in flight, or is about to.
     let cancellation = stream.cancel();
     drop(permit);
     let receipt = cancellation.wait().unwrap();
@@ -380,7 +381,7 @@ fn tokens_of_steps_in_flight_at_a_cancel_are_discarded_and_counted() {
     assert_eq!(idle(&engine).tokens_generated, 1);
 }
 
-/// I8.
+/// Checks I8.
 #[test]
 fn a_finished_request_still_has_a_receipt() {
     let engine = engine(SimOptions::default(), EngineConfig::default());
@@ -408,7 +409,7 @@ fn requests_submitted_while_the_engine_falls_idle_are_served() {
     }
 }
 
-/// I9.
+/// Checks I9.
 #[test]
 fn a_slow_reader_is_paused_and_stops_nobody() {
     let config = EngineConfig {
@@ -496,7 +497,7 @@ fn a_failed_step_fails_its_sessions_with_the_real_error_and_the_engine_goes_on()
     }
 }
 
-/// I11: what a failed step was to write is found by nobody.
+/// I11: no request may find the blocks that a failed step was meant to write.
 #[test]
 fn a_failed_step_leaves_nothing_in_the_prefix_cache() {
     for depth in [1, 2] {
@@ -516,7 +517,7 @@ fn a_failed_step_leaves_nothing_in_the_prefix_cache() {
     }
 }
 
-/// I1.
+/// Checks I1.
 #[test]
 fn a_lost_device_or_a_panic_closes_the_engine_and_wakes_every_waiter() {
     for fault in [Fault::Lost, Fault::Panic] {
@@ -535,7 +536,7 @@ fn a_lost_device_or_a_panic_closes_the_engine_and_wakes_every_waiter() {
                 .map(|i| engine.generate(request(prompt(i, 5), 50)))
                 .collect();
             for stream in streams {
-                // One submitted after the end is refused, with the same reason.
+                // A request that is submitted too late is refused for the same reason.
                 let error = match stream {
                     Ok(stream) => stream.complete_blocking().unwrap_err().to_string(),
                     Err(error) => error.to_string(),
@@ -543,7 +544,7 @@ fn a_lost_device_or_a_panic_closes_the_engine_and_wakes_every_waiter() {
                 assert!(error.contains("made to"), "{error}");
             }
             let refused = loop {
-                // The thread's last act is to close the door.
+                // Submission is refused only once the thread has finished everything else.
                 match engine.generate(request(prompt(1, 5), 5)) {
                     Ok(stream) => drop(stream.complete_blocking()),
                     Err(refused) => break refused,
@@ -568,7 +569,8 @@ fn shutdown_ends_every_stream_as_cancelled() {
         .collect();
     while engine.health().device_call.is_none() {}
     let shutdown = engine.shutdown(Shutdown::Abort);
-    // From now on, although the thread, which waits at the gate, has not seen it.
+    // Submission is refused at once, even though the thread waits at the gate and has not seen
+    // the command.
     let refused = engine.generate(request(prompt(1, 5), 5)).unwrap_err();
     assert!(matches!(refused, SubmitError::Draining), "{refused}");
     drop(permit);
@@ -686,12 +688,12 @@ fn a_batch_finds_places_for_all_its_answers_or_takes_none() {
         matches!(not_now, SubmitError::Overloaded { open: 2, limit: 5 }),
         "{not_now}"
     );
-    // What is wrong with it is said first.
+    // An invalid request is reported even if there is no room for the batch.
     let mut wrong = batch();
     wrong[1].max_tokens = Some(0);
     let wrong = engine.generate_batch(wrong, 2).unwrap_err();
     assert!(matches!(wrong, SubmitError::NoTokens), "{wrong}");
-    // No place was lost.
+    // The refused batches have taken no places.
     let third = engine.generate_batch(batch()[..1].to_vec(), 3).unwrap();
     drop(permit);
     for stream in others.into_iter().chain(third) {
@@ -720,13 +722,13 @@ fn stop_tokens_end_the_answer_and_are_its_last_token() {
     assert_eq!(tokens, all[..=end]);
 }
 
-/// I1 and I2: an end that the reader finds is a stop in the books, too.
+/// I1 and I2: a stop that the reader finds is also counted as a stop by the engine.
 #[test]
 fn a_stop_string_ends_a_request_as_a_stop_and_frees_all_of_it() {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/text/folder");
     let tokenizer = Tokenizer::from_folder(folder.as_ref()).unwrap();
     let all = expected(&prompt(1, 5), 40);
-    // A piece of text of its own, after a few others.
+    // Find a token after the first few whose text occurs nowhere before it.
     let (at, text) = (3..all.len())
         .map(|at| (at, tokenizer.decode(&all[at..=at], true)))
         .find(|(at, text)| {

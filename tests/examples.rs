@@ -1,12 +1,12 @@
-//! The examples do what they say, with the demo's model.
+//! The examples run with the demo model and do what they promise.
 
 #[path = "common/model.rs"]
 mod model;
 
 use std::process::Command;
 
-/// What an example prints. A plain `cargo test` has built it beside this test; `--test
-/// examples` alone builds none.
+/// Runs an example and returns what it prints. A plain `cargo test` builds the examples next to
+/// this test; `--test examples` alone does not build them.
 fn run(example: &str) -> String {
     let test = std::env::current_exe().unwrap();
     let built = test.parent().and_then(|deps| deps.parent()).unwrap();

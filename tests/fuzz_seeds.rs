@@ -1,4 +1,4 @@
-//! The inputs that fuzzing begins with are whole files.
+//! The seed inputs of the fuzz targets are valid files.
 
 mod common;
 
@@ -14,7 +14,7 @@ fn seeds(target: &str) -> PathBuf {
         .join(target)
 }
 
-/// The files that `fuzz/seeds/gguf` holds.
+/// Builds the files in `fuzz/seeds/gguf`.
 fn gguf_seeds() -> Vec<(&'static str, GgufWriter)> {
     let strings = Value::Array(Array::String(vec!["<s>".into(), "a".into()]));
     let metadata = GgufWriter::new()
@@ -62,7 +62,7 @@ fn gguf_seeds() -> Vec<(&'static str, GgufWriter)> {
     ]
 }
 
-/// The file that `fuzz/seeds/safetensors` holds.
+/// Builds the file in `fuzz/seeds/safetensors`.
 fn safetensors_seed() -> Vec<u8> {
     let header = concat!(
         r#"{"__metadata__":{"format":"pt"},"#,
@@ -96,7 +96,7 @@ fn every_seed_is_a_whole_file_and_up_to_date() {
     assert_eq!(std::fs::read(seed).unwrap(), safetensors_seed());
 }
 
-/// Writes `fuzz/seeds`, after a change to what they hold.
+/// Rewrites `fuzz/seeds`. Needed after a change to its contents.
 fn write_the_seeds() {
     for (name, writer) in gguf_seeds() {
         std::fs::write(seeds("gguf").join(name), writer.build()).unwrap();

@@ -1,5 +1,5 @@
-//! The tiny checkpoints as GGUF files, converted here by llama.cpp's conventions:
-//! names, metadata keys, stacked experts, interleaved query and key rows.
+//! The tiny checkpoints as GGUF files, converted here by llama.cpp's conventions: names,
+//! metadata keys, stacked experts, and interleaved query and key rows.
 
 mod common;
 #[path = "common/golden.rs"]
@@ -12,7 +12,7 @@ use quell::weights::{DType, ModelFolder, WeightSource, quant};
 use quell::{Engine, EngineConfig, LoadOptions};
 use serde_json::Value;
 
-/// A checkpoint on its way to a GGUF file.
+/// A checkpoint that is being converted to a GGUF file.
 struct Conversion {
     architecture: &'static str,
     folder: ModelFolder,
@@ -142,13 +142,13 @@ impl Conversion {
         };
     }
 
-    /// Rows of a head, for query and key projections.
+    /// Returns the rows per head of a query or key projection, and `None` for other tensors.
     fn rotated_heads(&self, name: &str) -> Option<usize> {
         let rotated = name.contains("q_proj") || name.contains("k_proj");
         rotated.then(|| self.heads().2)
     }
 
-    /// The experts of a layer, stacked.
+    /// Stacks the experts of a layer.
     fn experts(&mut self, layer: usize, names: &[String]) {
         for (gguf, parts) in [
             ("ffn_gate_exps", ["w1", "gate_proj"]),
@@ -209,7 +209,7 @@ impl Conversion {
     }
 }
 
-/// Puts the rows `i` and `i + head / 2` of each head next to each other.
+/// Puts rows `i` and `i + head / 2` of each head next to each other.
 fn interleave(data: &[u8], rows: usize, head: usize) -> Vec<u8> {
     let bytes = data.len() / rows;
     (0..rows)
@@ -221,7 +221,8 @@ fn interleave(data: &[u8], rows: usize, head: usize) -> Vec<u8> {
         .collect()
 }
 
-/// What llama.cpp stores of Llama 3's RoPE scaling: a divisor a rotated pair.
+/// Returns the factors that llama.cpp stores for Llama 3's RoPE scaling: one divisor per
+/// rotated pair.
 fn llama3_factors(rope: &Value, head: usize) -> Vec<f32> {
     let number = |key: &str| rope[key].as_f64().unwrap();
     let (low, high) = (number("low_freq_factor"), number("high_freq_factor"));

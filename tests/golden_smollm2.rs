@@ -1,5 +1,5 @@
-//! The demo's model against transformers, by the rule of ARCHITECTURE.md, in both
-//! kinds of activations. The model file comes from `make test`.
+//! Compares the demo model with transformers, by the rule in ARCHITECTURE.md, with both kinds
+//! of activations. `make test` fetches the model file.
 
 #[path = "common/golden.rs"]
 mod golden;

@@ -1,4 +1,4 @@
-//! Every supported architecture against transformers, on tiny random checkpoints.
+//! Compares every supported architecture with transformers, on tiny random checkpoints.
 
 #[path = "common/golden.rs"]
 mod golden;
@@ -7,7 +7,7 @@ use golden::{Tolerance, tiny, tiny_cases};
 use quell::{CpuOptions, Engine, EngineConfig, LoadOptions, SimdLevel};
 
 fn check(name: &str) {
-    // The rule for float32 activations, on every instruction set of the machine.
+    // The rule for float32 activations must hold on every instruction set of the machine.
     let tolerance = Tolerance {
         max: 0.01,
         margin: 0.01,

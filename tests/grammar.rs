@@ -1,4 +1,4 @@
-//! Answers of a real model held to schemas, expressions and choices.
+//! Answers of a real model that are constrained to schemas, regular expressions and choices.
 
 #[path = "common/model.rs"]
 mod model;
@@ -15,7 +15,7 @@ use requests::{idle, ids};
 use serde_json::{Value, json};
 use std::sync::{Arc, LazyLock};
 
-/// All tests ask the same engine: what one asks changes nothing for another.
+/// All tests share one engine: the requests of one test do not affect another.
 static ENGINE: LazyLock<Engine> = LazyLock::new(|| start(EngineConfig::default()));
 
 fn start(config: EngineConfig) -> Engine {
@@ -35,7 +35,7 @@ fn chat(text: &str) -> Request {
     Request::new(vec![Message::new("user", text)])
 }
 
-/// Greedy, and at temperature 1 with a few seeds.
+/// Greedy sampling, and temperature 1 with a few seeds.
 fn samplings() -> Vec<SamplingParams> {
     let sampled = |seed| SamplingParams {
         seed,
@@ -46,7 +46,7 @@ fn samplings() -> Vec<SamplingParams> {
     all
 }
 
-/// Answers to one request, all sampled differently, together.
+/// Answers one request with each of [`samplings`], all in one batch.
 fn answers(request: &Request, grammar: &Grammar) -> Vec<Generation> {
     let streams: Vec<_> = samplings()
         .into_iter()
@@ -63,8 +63,8 @@ fn text(answer: &Generation) -> &str {
     answer.text.as_deref().unwrap()
 }
 
-/// Asks for JSON of a schema. Gives the values of the answers that came to their end;
-/// those that did not are the beginning of JSON.
+/// Asks for JSON that matches a schema. Returns the values of the complete answers. Answers cut
+/// at the length limit must be a prefix of valid JSON.
 fn values(schema: &Value, question: &str, max_tokens: usize) -> Vec<Value> {
     let grammar = Grammar::json_schema(tokenizer(&ENGINE), schema).unwrap();
     let request = chat(question).max_tokens(max_tokens);
@@ -86,7 +86,7 @@ fn values(schema: &Value, question: &str, max_tokens: usize) -> Vec<Value> {
     values
 }
 
-/// The names of an object's fields.
+/// Returns the names of an object's fields.
 fn names(value: &Value) -> Vec<&str> {
     let fields = value.as_object().expect("an object");
     fields.keys().map(String::as_str).collect()
@@ -271,7 +271,7 @@ fn a_constrained_neighbour_changes_no_token_of_others() {
         assert_eq!(pair[0], own);
         assert_eq!(pair[1], alone[index]);
     }
-    // What is reported is of the model itself, what is forbidden included.
+    // The reported log probabilities are those of the model itself, for forbidden tokens too.
     assert!(own.iter().any(|token| token.top[0].0 != token.id));
 }
 
@@ -344,7 +344,7 @@ fn preempted_and_cancelled_constrained_requests_leave_the_rest_right() {
     let streams: Vec<_> = (0..6)
         .map(|seed| engine.generate(request(seed)).unwrap())
         .collect();
-    // It is not the one that gives way, so it holds blocks when it is cancelled.
+    // Its priority protects it from preemption, so it holds blocks when it is cancelled.
     let mut cancelled = engine.generate(request(6).priority(1)).unwrap();
     cancelled.next_blocking().unwrap().unwrap();
     assert!(cancelled.cancel().wait().unwrap().blocks_freed > 0);

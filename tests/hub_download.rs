@@ -1,4 +1,4 @@
-//! `--model hf:…`: the program against a small hub of the test's own.
+//! `--model hf:…`: runs the program against a small hub inside the test.
 
 #![cfg(all(feature = "cli", feature = "hub"))]
 
@@ -11,22 +11,22 @@ use std::sync::{Arc, Mutex};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
-/// An address where nobody listens.
+/// An address that nothing listens on.
 const NOWHERE: &str = "http://127.0.0.1:1";
 
-/// A repository's files, and how the hub is to treat who asks for them.
+/// The files of a repository, and how the hub treats requests for them.
 #[derive(Default)]
 struct Shelf {
     files: HashMap<String, Vec<u8>>,
-    /// Files whose first transfer ends half-way.
+    /// Files whose first transfer breaks off half-way.
     break_off: HashSet<String>,
-    /// The token that requests must show.
+    /// Token that requests must present.
     token: Option<&'static str>,
-    /// What was asked for, in order: `GET PATH RANGE`.
+    /// The requests so far, in order, each as `GET PATH RANGE`.
     log: Vec<String>,
 }
 
-/// A hub with the repository `org/tiny`, on a port of its own.
+/// A hub with the repository `org/tiny`, on its own port.
 struct FakeHub {
     endpoint: String,
     shelf: Arc<Mutex<Shelf>>,
@@ -43,7 +43,7 @@ impl FakeHub {
             ..Shelf::default()
         }));
         let shared = Arc::clone(&shelf);
-        // It ends with the test's process.
+        // The thread ends with the test's process.
         std::thread::spawn(move || {
             for stream in listener.incoming() {
                 answer(stream.unwrap(), &shared);
@@ -60,7 +60,7 @@ impl FakeHub {
         quell(&self.endpoint, self.home.path(), arguments)
     }
 
-    /// The requests since the last call.
+    /// Returns the requests since the last call.
     fn requests(&self) -> Vec<String> {
         std::mem::take(&mut self.shelf.lock().unwrap().log)
     }
@@ -97,7 +97,7 @@ fn command(endpoint: &str, home: &Path, arguments: &[&str]) -> Command {
     command
 }
 
-/// Answers one request as the hub does, as far as a download needs.
+/// Answers one request like the hub, as far as a download needs.
 fn answer(mut stream: TcpStream, shelf: &Mutex<Shelf>) {
     let mut lines = BufReader::new(stream.try_clone().unwrap())
         .lines()
@@ -174,7 +174,7 @@ fn reply(stream: &mut TcpStream, status: &str, extra: &str, body: &[u8]) {
 }
 
 fn send(stream: &mut TcpStream, status: &str, headers: &str, body: &[u8]) {
-    // Who asked may have gone; then nobody misses the answer.
+    // The client may have gone; then the answer is not needed.
     let _ = write!(
         stream,
         "HTTP/1.1 {status}\r\n{headers}connection: close\r\n\r\n"
@@ -186,7 +186,7 @@ fn fixture() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden/tiny/llama")
 }
 
-/// A tiny Llama as a repository has it, with files that are not the model's.
+/// The files of a tiny Llama repository, including some that do not belong to the model.
 fn tiny() -> Vec<(String, Vec<u8>)> {
     let read = |name: &str| {
         (
@@ -210,7 +210,7 @@ fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// The one line that a command failed with.
+/// Checks that a command failed with one line on stderr, and returns that line.
 fn failure(output: &Output) -> String {
     assert_eq!(output.status.code(), Some(1), "{}", stderr(output));
     let text = stderr(output);
@@ -292,7 +292,7 @@ fn a_cached_model_with_its_tokenizer_asks_nobody() {
     let mut files = tiny();
     files.push(("tokenizer.json".to_owned(), b"not JSON".to_vec()));
     let hub = FakeHub::new(files);
-    // It is downloaded, then refused by the reader of tokenizers.
+    // The model is downloaded, and then refused because its tokenizer cannot be read.
     let first = failure(&hub.quell(&["inspect", "hf:org/tiny"]));
     contains_all(&first, &["tokenizer.json"]);
     assert!(!hub.requests().is_empty());
@@ -393,7 +393,7 @@ fn a_single_gguf_file_is_downloaded_alone() {
     let hub = FakeHub::new([("sub/a.gguf".to_owned(), b"no model at all".to_vec())]);
     for _ in 0..2 {
         let error = failure(&hub.quell(&["inspect", "hf:org/tiny@v1/sub/a.gguf"]));
-        // It got as far as the reader of such files.
+        // The download succeeded: the GGUF reader refuses the file.
         contains_all(&error, &["sub/a.gguf"]);
         assert!(!error.contains("404"), "{error}");
     }
@@ -401,7 +401,7 @@ fn a_single_gguf_file_is_downloaded_alone() {
         std::fs::read(hub.snapshot().join("sub/a.gguf")).unwrap(),
         b"no model at all"
     );
-    // Its size and its content, once; the second run asks nothing.
+    // Two requests, for the size and the content; the second run makes none.
     let asked = hub.requests();
     assert_eq!(asked.len(), 2, "{asked:?}");
     assert!(
@@ -477,7 +477,7 @@ fn the_token_opens_a_private_repository() {
     let mut inspect = command(&hub.endpoint, hub.home.path(), &["inspect", "hf:org/tiny"]);
     stdout(&inspect.env("HF_TOKEN", "secret").output().unwrap());
 
-    // As a login with the hub's own program leaves it.
+    // The token file that a login with the hub's own program leaves.
     let other = FakeHub::new(tiny());
     other.shelf.lock().unwrap().token = Some("secret");
     std::fs::write(other.home.path().join("token"), "secret\n").unwrap();

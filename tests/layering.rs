@@ -1,9 +1,9 @@
-//! The dependency direction of ARCHITECTURE.md: which module may use which.
+//! Checks the dependency direction in ARCHITECTURE.md: which module may use which.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-/// What each top-level module of the library may name.
+/// The modules that each top-level module of the library may use.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("id", &[]),
     ("config", &[]),
@@ -16,7 +16,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("model", &["device", "weights"]),
     (
         "runner",
-        // `id`: its tests make sequences.
+        // `id`: for the sequences that the runner's tests create.
         &[
             "cache", "config", "device", "id", "model", "sampling", "schedule", "text", "weights",
         ],
@@ -45,7 +45,7 @@ fn rust_files(path: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// Every library file with its module and its text.
+/// Returns every file of the library with its module and its text.
 fn files() -> Vec<(String, PathBuf, String)> {
     let mut paths = Vec::new();
     rust_files(&source(), &mut paths);
@@ -67,7 +67,7 @@ fn files() -> Vec<(String, PathBuf, String)> {
         .collect()
 }
 
-/// The top-level modules that a text names with `crate::`.
+/// Returns the top-level modules that a text names with `crate::`.
 fn used(text: &str) -> BTreeSet<String> {
     text.lines()
         .filter(|line| !line.trim_start().starts_with("//"))
@@ -136,8 +136,8 @@ fn cudarc_stays_in_the_cuda_device() {
 #[test]
 fn tokio_and_locks_stay_on_the_callers_side() {
     for (module, path, text) in files() {
-        // `waiting.rs`: the wakers of callers, for the watchdog; the scheduler thread
-        // never takes that lock.
+        // `waiting.rs` holds the callers' wakers for the watchdog. The scheduler thread never
+        // takes that lock.
         let callers_side = module == "server"
             || ["handle.rs", "session.rs", "stream.rs", "waiting.rs"]
                 .iter()
@@ -154,7 +154,8 @@ fn tokio_and_locks_stay_on_the_callers_side() {
         let locks = code
             .iter()
             .any(|line| line.contains("Mutex<") || line.contains("RwLock<"));
-        // What model checkers get in place of lock-free types; no build for users has it.
+        // This file replaces lock-free types under the model checkers; it is in no release
+        // build.
         let checkers = path.ends_with("engine/sync/checked.rs");
         let engine_state =
             ["engine", "schedule", "cache", "runner"].contains(&module.as_str()) && !checkers;
@@ -175,7 +176,7 @@ fn the_engine_takes_what_threads_share_from_one_place() {
             continue;
         }
         users += usize::from(text.contains("super::sync::"));
-        // Code that is tested by no model checker is out of their sight.
+        // Unit tests do not run under a model checker, so they may use the real types.
         let code = text.split("#[cfg(test)]").next().unwrap();
         for name in [
             "std::sync",

@@ -1,4 +1,5 @@
-//! How much memory a loaded model takes. Linux only: the kernel keeps the peak.
+//! Measures how much memory a loaded model takes. Linux only, because the kernel records the
+//! peak.
 #![cfg(target_os = "linux")]
 
 #[path = "common/model.rs"]
@@ -10,7 +11,7 @@ use quell::{Engine, EngineConfig, LoadOptions, Request};
 
 const KV_CACHE: usize = 64 << 20;
 
-// The only test of this file: another one would be in the same process.
+// This must be the only test in this file: another one would share the process and its peak.
 #[test]
 fn a_model_takes_less_than_sixteen_tenths_of_its_file_and_the_cache_asked_for() {
     let path = model::smollm2();
@@ -26,7 +27,7 @@ fn a_model_takes_less_than_sixteen_tenths_of_its_file_and_the_cache_asked_for() 
         .unwrap()
         .complete_blocking()
         .unwrap();
-    // The most that was ever resident.
+    // The peak resident set size.
     let peak = process::memory("VmHWM");
     assert!(peak > file, "{peak} bytes cannot hold the weights");
     let limit = file * 16 / 10 + KV_CACHE;

@@ -1,4 +1,4 @@
-//! The metrics say what the books say, and cancelled requests are counted.
+//! The metrics agree with the engine's statistics, and cancelled requests are counted.
 
 #[path = "common/requests.rs"]
 mod requests;
@@ -19,8 +19,8 @@ fn request(index: usize, prompt: usize, tokens: usize) -> Request {
     Request::new(prompt.collect::<Vec<u32>>()).max_tokens(tokens)
 }
 
-/// An engine whose metrics go to a recorder of its own: the handles are taken when it
-/// starts, on the caller's thread.
+/// Creates an engine whose metrics go to its own recorder. The engine takes its metric handles
+/// on the caller's thread when it starts.
 fn recorded(options: SimOptions, config: EngineConfig) -> (Engine, Snapshotter) {
     let recorder = DebuggingRecorder::new();
     let snapshotter = recorder.snapshotter();
@@ -28,11 +28,11 @@ fn recorded(options: SimOptions, config: EngineConfig) -> (Engine, Snapshotter) 
     (engine, snapshotter)
 }
 
-/// All numbers, by kind, name and labels; a histogram's is how often it was recorded.
+/// All metric values, by name and labels. The value of a histogram is its number of samples.
 struct Numbers(HashMap<String, f64>);
 
 impl Numbers {
-    /// Reads everything; counters and histograms start anew with each reading.
+    /// Reads all metrics. Counters and histograms restart from zero with each reading.
     fn read(snapshotter: &Snapshotter) -> Self {
         let numbers = snapshotter.snapshot().into_vec().into_iter();
         Self(
@@ -60,7 +60,7 @@ impl Numbers {
         *value.unwrap_or_else(|| panic!("no {name} in {:?}", self.0.keys())) as u64
     }
 
-    /// The sum over all labels.
+    /// Returns the sum over all labels.
     fn sum(&self, name: &str) -> u64 {
         let values = self.0.iter();
         let ours = values.filter(|(key, _)| key.split(' ').next() == Some(name));
@@ -84,7 +84,7 @@ fn after_a_mixed_run_the_counters_equal_the_books_and_every_cancel_has_its_reaso
             ..EngineConfig::default()
         };
         let (engine, snapshotter) = recorded(options, config);
-        // The first step waits at the gate until everything is there.
+        // The first step waits at the gate until all requests are queued.
         let mut streams: Vec<_> = (0..24)
             .map(|index| engine.generate(request(index, 5 + index, 8)).unwrap())
             .collect();
@@ -96,7 +96,7 @@ fn after_a_mixed_run_the_counters_equal_the_books_and_every_cancel_has_its_reaso
         drop(permit);
         explicit.wait().unwrap();
         for stream in streams {
-            // Some are in the step that fails.
+            // Some of them are in the step that fails.
             let _ = stream.complete_blocking();
         }
         engine.abort_all().unwrap();
@@ -152,7 +152,7 @@ fn after_a_mixed_run_the_counters_equal_the_books_and_every_cancel_has_its_reaso
         let first = numbers.of("quell_time_to_first_token_seconds");
         let later = numbers.of("quell_inter_token_latency_seconds");
         assert!(first >= outcomes.length && first <= 25, "{first}");
-        // Those cancelled between a commit and its flush lost one token each.
+        // A request that is cancelled between a commit and its flush loses one token.
         assert!(first + later <= stats.tokens_generated);
         assert!(first + later + outcomes.cancelled >= stats.tokens_generated);
     }
@@ -167,7 +167,7 @@ fn gauges_equal_the_books_in_the_middle_of_a_run_and_after_it() {
         ..EngineConfig::default()
     };
     let (engine, snapshotter) = recorded(SimOptions::default(), config);
-    // Nobody reads: all of them are paused, and then nothing moves any more.
+    // The streams are not read, so all requests are paused and the engine comes to rest.
     let streams: Vec<_> = (0..3)
         .map(|index| engine.generate(request(index, 9, 100)).unwrap())
         .collect();
@@ -226,13 +226,13 @@ fn tokens_of_steps_in_flight_at_a_cancel_are_counted_as_generated_after_it() {
     );
 }
 
-/// I8: a cancel after the terminal changes nothing, and is counted as that.
+/// I8: a cancel after the terminal changes nothing, and is counted as such.
 #[test]
 fn cancels_that_change_nothing_are_counted_with_why() {
     let (engine, snapshotter) = recorded(SimOptions::default(), EngineConfig::default());
     let finished = engine.generate(request(1, 4, 3)).unwrap();
     idle(&engine);
-    // Its answer is complete, but was not read.
+    // The answer is complete, but has not been read.
     finished.cancel().wait().unwrap();
     idle(&engine);
     let aborted = engine.generate(request(1, 4, 400)).unwrap();
@@ -250,7 +250,8 @@ fn cancels_that_change_nothing_are_counted_with_why() {
     assert_eq!(noop("engine_closed"), 1);
 }
 
-/// What ends one request of a new engine, and the reason that the metrics give then.
+/// Starts an engine with one request that `end` submits and ends. Returns the outcome and
+/// reason that the metrics report.
 fn reason_of(
     config: EngineConfig,
     fault: Option<(u64, Fault)>,
@@ -350,7 +351,7 @@ fn a_stream_dropped_before_its_submission_was_seen_is_named_so() {
     };
     let (engine, snapshotter) = recorded(options, EngineConfig::default());
     let first = engine.generate(request(1, 5, 3)).unwrap();
-    // From here on the thread is held by the gate, in its first step.
+    // From here on, the scheduler thread is held by the gate in its first step.
     while engine.health().device_call.is_none() {
         std::thread::yield_now();
     }
@@ -364,8 +365,8 @@ fn a_stream_dropped_before_its_submission_was_seen_is_named_so() {
     assert_eq!(numbers.of("quell_generation_tokens_total"), 3);
 }
 
-/// The waker of a caller is the caller's code. It panics on the scheduler thread,
-/// which has the recorder of the process.
+/// A waker is the caller's code. It panics on the scheduler thread, which reports to the global
+/// recorder.
 #[test]
 fn a_waker_that_panics_is_counted_as_a_failed_clean_up() {
     use futures_util::Stream;

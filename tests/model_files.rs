@@ -1,4 +1,4 @@
-//! What model files hold is read as it was written.
+//! The contents of model files are read back as they were written.
 
 mod common;
 
@@ -23,7 +23,7 @@ fn open(writer: &GgufWriter) -> Gguf {
     Gguf::from_bytes(writer.build(), Path::new("test.gguf")).unwrap()
 }
 
-/// A tensor's bytes.
+/// Reads the bytes of a tensor.
 fn bytes(source: &dyn WeightSource, name: &str) -> Vec<u8> {
     let tensor = source.tensor(name).unwrap();
     source.read(&tensor).unwrap().into_owned()
@@ -208,7 +208,7 @@ fn a_folder_of_shards_opens_as_one() {
         std::fs::write(folder.path().join(name), contents).unwrap();
     };
     write("config.json", b"{\"model_type\": \"llama\"}");
-    // Both shards hold "b"; the index says which one counts.
+    // Both shards contain "b"; the index decides which one is used.
     write(
         "1.safetensors",
         &safetensors(&[("b", &[9.0]), ("a", &[1.0, 2.0])]),
@@ -226,13 +226,13 @@ fn a_folder_of_shards_opens_as_one() {
         (3, Some(DType::F32))
     );
 
-    // A single file wins over an index.
+    // A single file takes precedence over an index.
     write("model.safetensors", &safetensors(&[("c", &[4.0])]));
     let model = ModelFolder::open(folder.path()).unwrap();
     assert_eq!(model.names(), ["c"]);
 }
 
-/// A matrix or a vector by its name: its shape and its numbers.
+/// Matrices and vectors by name: shape and values.
 type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
 
 const HIDDEN: usize = 32;
@@ -256,7 +256,7 @@ fn noise(shape: &[usize], seed: u32) -> (Vec<usize>, Vec<f32>) {
     (shape.to_vec(), (0..count).map(next).collect())
 }
 
-/// The weights of a tiny Llama whose output projection is its embedding.
+/// The weights of a tiny Llama whose output projection is tied to its embedding.
 fn llama_tensors() -> Tensors {
     let square = |seed| noise(&[HIDDEN, HIDDEN], seed);
     let ones = || (vec![HIDDEN], vec![1.0; HIDDEN]);
@@ -318,7 +318,7 @@ fn start(folder: &TempDir) -> Result<Engine, LoadError> {
     Engine::load(folder.path(), config, LoadOptions::cpu())
 }
 
-/// The greedy answer of eight tokens to one prompt.
+/// Returns the greedy answer of eight tokens to a fixed prompt.
 fn answer(config: &Json, tensors: &Tensors) -> Vec<u32> {
     let engine = start(&write_folder(config, tensors)).unwrap();
     let request = Request::new(vec![3, 5, 7]).greedy().max_tokens(8);
@@ -391,7 +391,7 @@ fn a_stored_output_projection_is_used_whatever_the_settings_say_and_must_be_ther
     assert_ne!(expected, answer(&tied, &llama_tensors()));
     assert_eq!(answer(&tied, &other), expected);
 
-    // A copy of the embedding is the embedding.
+    // A stored copy of the embedding is equivalent to the tied embedding.
     let mut copy = llama_tensors();
     let embedding = copy["model.embed_tokens.weight"].clone();
     copy.insert("lm_head.weight".to_owned(), embedding);

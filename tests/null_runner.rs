@@ -1,4 +1,4 @@
-//! The runner without a model: what the host side is measured on.
+//! The null runner, which has no model and is used to measure the host side.
 
 use quell::device::DeviceError;
 use quell::runner::{NullOptions, NullRunner, Runner, StepOutput};
@@ -6,7 +6,7 @@ use quell::schedule::{Sequences, StepPlan};
 use quell::{Engine, EngineConfig, EngineFault, GenerateError, LoadError, Request};
 use std::sync::mpsc::{Receiver, channel};
 
-/// A runner that begins when it is told to.
+/// A runner that waits for a signal before each step.
 struct Held {
     runner: Box<dyn Runner>,
     begin: Receiver<()>,
@@ -18,7 +18,7 @@ impl Runner for Held {
     }
 
     fn launch(&mut self, plan: &StepPlan, sequences: &Sequences) -> Result<(), DeviceError> {
-        // An error once it has been told, by the sender's end.
+        // Returns an error at once when the sender has been dropped.
         let _ = self.begin.recv();
         self.runner.launch(plan, sequences)
     }
@@ -69,7 +69,8 @@ fn its_tokens_depend_on_the_own_prompt_only_at_either_depth_and_when_blocks_are_
     }
 }
 
-/// A runner whose logits are NaN for prompts that begin with [`BROKEN`], from a position on.
+/// A runner whose logits are NaN from position [`FIRST_NAN`] on, for prompts that begin with
+/// [`BROKEN`].
 struct Broken {
     runner: Box<dyn Runner>,
     /// For each sample of the steps in flight, whether its logits are NaN.

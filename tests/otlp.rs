@@ -1,5 +1,5 @@
-//! `quell serve --otlp-endpoint` sends the spans of a request to a collector, as part of
-//! its caller's trace.
+//! `quell serve --otlp-endpoint` sends the spans of a request to a collector, as part of the
+//! caller's trace.
 
 #![cfg(all(unix, feature = "otel"))]
 
@@ -17,13 +17,14 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::mpsc;
 use std::time::Duration;
 
-/// The exporter sends a batch every five seconds, and what is left when the server ends.
+/// How long a span may take to arrive. The exporter sends a batch every five seconds, and the
+/// rest when the server exits.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const CALLER: &str = "00f067aa0ba902b7";
 
-/// What the exporter posts on one connection: the path and the body of each request.
+/// Receives the exporter's requests on one connection: the path and the body of each.
 fn collect(connection: TcpStream, to: &mpsc::Sender<(String, Vec<u8>)>) -> Option<()> {
     let mut reader = BufReader::new(connection);
     loop {
@@ -53,8 +54,9 @@ fn bytes(hexadecimal: &str) -> Vec<u8> {
     digits.map(byte).collect()
 }
 
-/// The id of a span of the trace, and its parent's. In a span of OTLP's protobuf come one
-/// after the other, each behind its tag and length: trace, span, parent, name.
+/// Finds a span of the trace by name and returns its id and its parent's. OTLP's protobuf
+/// encodes a span as trace id, span id, parent id and name in this order, each preceded by its
+/// tag and length.
 fn span(body: &[u8], name: &str) -> Option<(Vec<u8>, Vec<u8>)> {
     let mut begins = vec![0x0a, 16];
     begins.extend(bytes(TRACE));
@@ -92,7 +94,7 @@ fn the_spans_of_a_request_reach_the_collector_in_the_callers_trace() {
     assert_eq!(reply.status, 200, "{}", reply.text());
     server.ends_when_told();
 
-    // The server's span, and the engine's below it.
+    // The server's span and the engine's span below it.
     let mut spans = Vec::new();
     let (http, request) = loop {
         let both = span(&spans, "POST /v1/completions").zip(span(&spans, "request"));

@@ -1,6 +1,6 @@
-//! The page at `/`, in a real browser, over the real program and the real model.
+//! The page at `/`, in a real browser, served by the real program with the real model.
 //!
-//! Screenshots are left in `target/page`.
+//! Screenshots are written to `target/page`.
 
 #[path = "common/browser.rs"]
 mod browser;
@@ -28,8 +28,8 @@ fn screenshot(name: &str) -> PathBuf {
     target.join("page").join(format!("{name}.png"))
 }
 
-/// Another client's answer that does not end by itself within the test; gives the events
-/// that it came with, once it has ended.
+/// Requests, as another client, an answer that does not end within the test. The task returns
+/// the events of the answer once it has ended.
 fn endless(url: &str, prompt: &str) -> tokio::task::JoinHandle<reqwest::Result<String>> {
     let body = json!({
         "prompt": prompt, "max_tokens": 8000, "stream": true, "ignore_eos": true,
@@ -38,7 +38,8 @@ fn endless(url: &str, prompt: &str) -> tokio::task::JoinHandle<reqwest::Result<S
     tokio::spawn(async move { request.json(&body).send().await?.text().await })
 }
 
-/// Answers to the page do not end by themselves either: `max-tokens` alone ends them.
+/// A script that makes the page's answers ignore end tokens too, so that only `max-tokens` ends
+/// them.
 const IGNORE_EOS: &str = "
     const plain = window.fetch;
     window.fetch = (path, options) => {
@@ -47,7 +48,7 @@ const IGNORE_EOS: &str = "
       return plain(path, { ...options, body });
     };";
 
-/// Nothing is open or about to end, and nobody holds a block.
+/// True when no request is open or closing, and no block is held.
 const IDLE: &str = "latest && latest.stats.open + latest.stats.closing === 0
     && latest.stats.blocks.referenced === 0";
 
@@ -70,7 +71,7 @@ async fn the_page_chats_stops_shows_the_engine_and_cancels_the_requests_of_other
         .until("$('model').textContent.includes('SmolLM2')")
         .await;
 
-    // An answer, asked for and given by keyboard.
+    // An answer, requested with the keyboard.
     browser
         .run("$('temperature').value = 0; $('max-tokens').value = 24; $('input').focus()")
         .await;
@@ -90,7 +91,7 @@ async fn the_page_chats_stops_shows_the_engine_and_cancels_the_requests_of_other
     );
     browser.until(IDLE).await;
 
-    // One that is stopped in the middle: its blocks come free, what it has said stays.
+    // An answer that is stopped half-way: its blocks are released and its text stays.
     browser.run(IGNORE_EOS).await;
     browser
         .run("$('max-tokens').value = 4000; $('input').focus()")
@@ -116,7 +117,7 @@ async fn the_page_chats_stops_shows_the_engine_and_cancels_the_requests_of_other
         .until("$('ends').tBodies[0].rows[0].innerText.includes('client went away')")
         .await;
 
-    // Somebody else's request, cancelled by its button.
+    // A request of another client, cancelled with its button.
     let other = endless(&serve.url(), "Once upon a time");
     let id = browser
         .until("latest.requests[0]?.generated_tokens > 8 && latest.requests[0].id")
@@ -155,7 +156,7 @@ async fn the_page_chats_stops_shows_the_engine_and_cancels_the_requests_of_other
         "{said}: {end}"
     );
 
-    // A busy engine, as everybody sees it.
+    // A busy engine, in every layout and colour scheme.
     let stories = [
         "Once upon a time",
         "The sea",
@@ -199,7 +200,7 @@ async fn the_page_chats_stops_shows_the_engine_and_cancels_the_requests_of_other
     browser.until(IDLE).await;
     browser.until("!answering && messages.length === 6").await;
 
-    // The conversation outlives a reload; a new one begins empty.
+    // The conversation survives a reload, and a new one starts empty.
     browser.look(WIDE, 1, "light").await;
     browser.open(&serve.url()).await;
     browser
@@ -212,7 +213,7 @@ async fn the_page_chats_stops_shows_the_engine_and_cancels_the_requests_of_other
     assert_eq!(browser.complaints().await, Vec::<String>::new());
 }
 
-/// Processes that were told this.
+/// Returns the number of processes with this text in their command line.
 #[cfg(target_os = "linux")]
 fn processes_with(argument: &str) -> usize {
     let processes = std::fs::read_dir("/proc").unwrap().map(Result::unwrap);
@@ -266,7 +267,7 @@ async fn a_server_with_keys_lets_the_page_in_with_one() {
     browser.until("!answering && messages.length === 2").await;
 }
 
-/// A page of another site; gives its origin. It is served for as long as the test runs.
+/// Serves a page of another site while the test process runs, and returns its origin.
 fn other_site() -> String {
     use std::io::{BufRead, BufReader, Write};
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -286,7 +287,8 @@ fn other_site() -> String {
     origin
 }
 
-/// What becomes of a request that the page makes: its status, or that there was none.
+/// Fetches a URL from the page and returns the status and type of the response, or `failed` and
+/// the error's name.
 async fn fetched(browser: &Browser, url: &str, options: Value) -> Value {
     let start = format!(
         "window.fetched = null;
@@ -306,7 +308,7 @@ async fn pages_of_other_sites_use_the_server_only_if_their_origin_is_allowed() {
     let browser = Browser::start().await;
     browser.open(&site).await;
     let body = json!({"prompt": "Hi", "max_tokens": 1}).to_string();
-    // What OpenAI's client for JavaScript sends.
+    // Headers that OpenAI's JavaScript client sends.
     let names = [
         "arch",
         "lang",
@@ -325,7 +327,7 @@ async fn pages_of_other_sites_use_the_server_only_if_their_origin_is_allowed() {
         headers[format!("X-Stainless-{name}")] = json!("x");
     }
     let sdk = json!({"method": "POST", "headers": headers, "body": body});
-    // What asks nobody first.
+    // A request that needs no CORS preflight.
     let simple = json!({"method": "POST", "mode": "no-cors", "body": body});
     let path = |serve: &Serve| format!("{}/v1/completions", serve.url());
     assert_eq!(
@@ -334,7 +336,7 @@ async fn pages_of_other_sites_use_the_server_only_if_their_origin_is_allowed() {
     );
     let refused = fetched(&browser, &path(&closed), sdk).await;
     assert_eq!(refused[0], "failed", "{refused}");
-    // Its answer cannot be seen by the page, but it has one.
+    // The page cannot see the response, but the server did send one.
     let answered = fetched(&browser, &path(&closed), simple).await;
     assert_eq!(answered, json!([0, "opaque"]));
     assert_eq!(closed.metric("quell_prompt_tokens_total"), 0.0);

@@ -1,4 +1,4 @@
-//! Log-probabilities of prompts: those of references, whatever else the engine does.
+//! Log probabilities of prompts: they match references, whatever else the engine computes.
 
 #[path = "common/golden.rs"]
 mod golden;
@@ -16,7 +16,7 @@ use requests::{idle, ids, prompt, request};
 use sim::{SimOptions, expected, logprob};
 use std::sync::mpsc;
 
-/// What the simulated model says of a prompt.
+/// Returns the scores that the simulated model gives to a prompt.
 fn expected_scores(prompt: &[u32]) -> Vec<(u32, f32)> {
     let score = |end: usize| {
         let before = prompt[..end].iter().copied();
@@ -52,7 +52,7 @@ fn every_prompt_is_scored_whatever_runs_beside_it_and_when_blocks_are_scarce() {
             ..EngineConfig::default()
         };
         let engine = sim::engine(options, config);
-        // Of each prompt two; some are continued, some are not.
+        // Each prompt is scored twice. Some requests also generate tokens, some do not.
         let length = |index: usize| 1 + index / 2 * 5;
         let streams: Vec<_> = (0..24)
             .map(|index| {
@@ -93,7 +93,7 @@ fn the_scores_are_there_with_the_first_token() {
     assert_eq!(found, expected_scores(&prompt(1, 30)));
     let given = |chunk: &Chunk| chunk.token.is_some() && chunk.prompt_logprobs.is_some();
     assert_eq!(chunks.iter().filter(|chunk| given(chunk)).count(), 1);
-    // Who has not asked gets none.
+    // A request that does not ask for scores gets none.
     let answer = engine.generate(request(prompt(1, 30), 3)).unwrap();
     assert_eq!(answer.complete_blocking().unwrap().prompt_logprobs, None);
 }
@@ -102,7 +102,8 @@ fn the_scores_are_there_with_the_first_token() {
 fn a_prompt_that_is_only_scored_generates_nothing() {
     let engine = sim::engine(SimOptions::default(), EngineConfig::default());
     for length in [1, 2, 40] {
-        // The second time all of it is known: it is computed nevertheless.
+        // The second time, the whole prompt is in the prefix cache, but it is computed all the
+        // same.
         for _ in 0..2 {
             let asked = request(prompt(2, length), 0).prompt_logprobs(0);
             let chunks: Vec<_> = engine.generate(asked.clone()).unwrap().blocking().collect();
@@ -142,7 +143,7 @@ fn samples_and_turns_of_sessions_are_scored() {
         let asked = request(new, 5).prompt_logprobs(0);
         let answer = session.generate(asked).unwrap();
         let answer = answer.complete_blocking().unwrap();
-        // Of the whole context, not of the turn alone.
+        // The whole context is scored, not only the new turn.
         let found = scores(answer.prompt_logprobs.as_deref().unwrap());
         assert_eq!(found, expected_scores(&context), "turn {turn}");
         assert_eq!(ids(&answer), expected(&context, 5));
@@ -170,7 +171,7 @@ fn a_scored_request_that_is_dropped_or_cancelled_frees_its_blocks() {
         let dropped = engine.generate(ask(1)).unwrap();
         let cancelled = engine.generate(ask(2)).unwrap();
         let kept = engine.generate(ask(3)).unwrap();
-        // Asked before the steps, answered between two of them.
+        // This is posted before the steps run, and answered between two of them.
         let asked = engine.inspect();
         for _ in 0..3 {
             permit.send(()).unwrap();
@@ -202,7 +203,7 @@ fn what_cannot_be_scored_is_refused() {
         too_many.to_string().contains("prompt_logprobs is 1025"),
         "{too_many}"
     );
-    // With nothing to be generated the prompt may have the whole context.
+    // If nothing is generated, the prompt may fill the whole context.
     let long = refused(request(prompt(1, 20), 1).prompt_logprobs(0));
     assert!(matches!(
         long,
@@ -232,7 +233,7 @@ fn the_null_runner_reports_the_prompt() {
     assert_eq!(tops, [[(3, 0.0), (4, -1.0)], [(31_999, 0.0), (0, -1.0)]]);
 }
 
-/// The reference's tokens as a prompt, given which it has log-probabilities.
+/// The prompt is a reference's prompt followed by its tokens, whose log probabilities it has.
 #[test]
 fn prompts_are_scored_as_transformers_scores_them() {
     for name in ["llama", "gemma2", "qwen3", "mixtral"] {
@@ -263,7 +264,7 @@ fn prompts_are_scored_as_transformers_scores_them() {
                     assert!(token != found.id || *logprob == found.logprob);
                 }
             }
-            // Of every row, what the same row gives when its token is generated.
+            // Each row must score exactly as it does when its token is generated.
             for end in [1, length / 2, length - 1]
                 .into_iter()
                 .filter(|end| *end > 0)

@@ -1,8 +1,9 @@
-//! Dequantised blocks have the bits that ggml's reference gives.
+//! Dequantised blocks are bit-identical to those of ggml's reference.
 //!
-//! Each fixture holds blocks of random bytes with finite float16 scales, then the
-//! float32 weights that `gguf.quants.dequantize` (gguf-py 0.19, `generate.py` beside them) gives for them.
-//! `QUELL_QUANT_FIXTURES` names another folder of such files to compare with.
+//! Each fixture holds blocks of random bytes with finite float16 scales, followed by the
+//! float32 weights that `gguf.quants.dequantize` computes for them (gguf-py 0.19; `generate.py`
+//! next to the fixtures). `QUELL_QUANT_FIXTURES` names another folder of such files to compare
+//! with.
 
 use quell::weights::DType;
 use quell::weights::quant::{affine, dequantize, unpack_row};

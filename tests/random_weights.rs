@@ -1,4 +1,4 @@
-//! Random weights stand in for a checkpoint: the same tensors, without its file.
+//! Random weights in place of a checkpoint: the same tensors, without its file.
 
 use quell::model::ModelSource;
 use quell::runner::ModelFiles;
@@ -7,7 +7,7 @@ use quell::{Engine, EngineConfig, LoadOptions, Request};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
-/// The checkpoints of every architecture.
+/// Returns the folders of the tiny checkpoints, one or more per architecture.
 fn checkpoints() -> Vec<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let folders = std::fs::read_dir(root.join("tests/fixtures/golden/tiny")).unwrap();
@@ -67,7 +67,7 @@ fn quantised_random_weights_run_and_rows_that_do_not_fit_the_format_are_refused(
     for format in [DType::Q4_0, DType::Q8_0] {
         assert_eq!(tokens(&engine(llama, format)).len(), 6, "{format}");
     }
-    // Its rows have 64 columns; a block of Q4_K has 256.
+    // The model's rows have 64 columns, but a Q4_K block has 256 weights.
     let error = ModelFiles::random("random", &settings(llama), DType::Q4K).unwrap_err();
     let text = error.to_string();
     assert!(text.contains("Q4_K") && text.contains("64"), "{text}");

@@ -1,5 +1,5 @@
-//! Clients that others have written, against the real server over a real model: the
-//! official `openai` client, `async-openai`, curl, and schemathesis.
+//! Third-party clients against the real server with a real model: the official `openai` client,
+//! `async-openai`, curl and schemathesis.
 
 #![cfg(all(unix, feature = "cli", feature = "server"))]
 
@@ -41,7 +41,7 @@ fn the_official_python_client_gets_what_it_expects() {
 fn lm_eval_counts_the_greedy_continuations() {
     let server = server(&[]);
     let mut harness = installed("python");
-    // It is to ask nobody but this server.
+    // Keep the harness from contacting any other server.
     harness.env("HF_HUB_OFFLINE", "1");
     succeeds(harness.arg(script("lm_eval_client.py")).arg(server.url()));
     server.ends_with_nothing_held();
@@ -58,8 +58,8 @@ fn curl_gets_what_it_expects() {
     server.ends_with_nothing_held();
 }
 
-/// Requests made from the OpenAPI document, good ones and bad ones: every answer is one
-/// that the document knows.
+/// Sends valid and invalid requests that are generated from the OpenAPI document. The document
+/// must describe every answer.
 #[test]
 fn every_answer_is_what_the_openapi_document_says() {
     let server = server(&["--context", "192"]);
@@ -74,9 +74,10 @@ fn every_answer_is_what_the_openapi_document_says() {
     server.ends_with_nothing_held();
 }
 
-/// The client, and the name of the model that it finds.
+/// Returns a client, and the name of the model that it finds.
 async fn rust_client(server: &Serve) -> (Client<OpenAIConfig>, String) {
-    // It is built without a TLS library of its own, and asks for one nevertheless.
+    // async-openai is built without a TLS library, but its HTTP client needs one to be
+    // installed.
     let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
     let config = OpenAIConfig::new()
         .with_api_base(format!("{}/v1", server.url()))
@@ -88,7 +89,8 @@ async fn rust_client(server: &Serve) -> (Client<OpenAIConfig>, String) {
     (client, name)
 }
 
-/// A request out of JSON, as the client's own type: what it cannot say is not asked.
+/// Converts JSON to the client's own request type, so that it must be able to express the
+/// request.
 fn typed<T: DeserializeOwned>(request: Value) -> T {
     serde_json::from_value(request).unwrap()
 }
@@ -236,12 +238,12 @@ async fn async_openai_gets_responses_and_embeddings() {
     server.ends_with_nothing_held();
 }
 
-// The client's own task has to notice, while this one waits.
+// The client's own task must notice the drop while this task waits.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn dropping_a_stream_of_async_openai_cancels_its_request() {
     let server = server(&[]);
     let (client, model) = rust_client(&server).await;
-    // Its end-of-answer tokens are all but impossible.
+    // Make the tokens that end an answer all but impossible.
     let never = json!({"0": -100, "2": -100});
     let extra = json!({"max_completion_tokens": 8000, "logit_bias": never});
     let request = chat(&model, extra);

@@ -1,5 +1,4 @@
-//! Over a real socket: `POST /v1/embeddings`, and prompts that are echoed with their
-//! log-probabilities.
+//! `POST /v1/embeddings` and echoed prompts with log probabilities, over a real socket.
 
 #![cfg(feature = "server")]
 
@@ -24,13 +23,13 @@ use serde_json::{Value, json};
 use server::{MODEL, TestServer, null_engine, options, tokenizer};
 use sim::{SimOptions, expected, expected_embedding, logprob};
 
-/// A server whose model computes nothing.
+/// Starts a server whose model computes nothing.
 fn null() -> TestServer {
     let engine = null_engine(tokenizer(&model::smollm2()), EngineConfig::default());
     TestServer::start(engine, options())
 }
 
-/// A server of a simulated model, with text.
+/// Starts a server with a simulated model and a tokenizer.
 fn simulated(sim: SimOptions, config: EngineConfig) -> TestServer {
     let engine = sim::engine_with_text(sim, config, tokenizer(&model::smollm2()));
     TestServer::start(engine, options())
@@ -46,7 +45,7 @@ fn embed(server: &TestServer, body: &Value) -> Value {
     reply.json()
 }
 
-/// The numbers of a list.
+/// Returns the numbers in a JSON list.
 fn numbers(list: &Value) -> Vec<f32> {
     let list = list.as_array().unwrap().iter();
     list.map(|value| value.as_f64().unwrap() as f32).collect()
@@ -89,7 +88,7 @@ fn inputs_of_every_form_are_embedded_in_their_order() {
     );
     idle(&server.engine);
 
-    // The simulated model does not know every token of the tokenizer.
+    // The null model, because the simulated model does not know all tokens of the tokenizer.
     let server = null();
     let texts = embed(&server, &json!({"input": ["one two", "three"]}));
     let second = embed(&server, &json!({"input": "three"}));
@@ -148,7 +147,7 @@ fn what_cannot_be_embedded_is_refused_by_the_name_of_its_field() {
         json!([-1]),
     ] {
         let (status, param, _) = wrong(json!({"input": input}));
-        // Of a list, the entry is named.
+        // For an element of a list, the error names its index too.
         let named = param.as_str().and_then(|param| param.split('[').next());
         assert_eq!((status, named), (400, Some("input")), "{input}: {param}");
     }
@@ -165,7 +164,7 @@ fn what_cannot_be_embedded_is_refused_by_the_name_of_its_field() {
     assert_eq!((status, code), (404, json!("model_not_found")));
     let (status, ..) = wrong(json!({"model": MODEL}));
     assert_eq!(status, 400);
-    // Whoever is refused leaves nothing behind.
+    // Refused requests leave nothing open.
     idle(&server.engine);
     embed(&server, &json!({"input": prompt(1, 20)}));
 
@@ -204,7 +203,8 @@ fn one_request_may_have_more_inputs_than_the_engine_takes_at_once() {
     assert_eq!(idle(&server.engine).outcomes.stopped, 300);
 }
 
-/// The choices of a completion, as one answer and as the events of a stream.
+/// Returns the choices of a completion twice: from a single answer, and joined from the events
+/// of a stream.
 fn complete(server: &TestServer, body: &Value) -> (Vec<Value>, Vec<Value>) {
     let reply = ask(server, "/v1/completions", body);
     assert_eq!(reply.status, 200, "{}", reply.text());
@@ -230,7 +230,7 @@ fn complete(server: &TestServer, body: &Value) -> (Vec<Value>, Vec<Value>) {
     (whole, joined)
 }
 
-/// Adds a piece of a choice to those before it.
+/// Appends a piece of a streamed choice to the pieces before it.
 fn append(choice: &mut Value, piece: &Value) {
     if choice.is_null() {
         *choice = piece.clone();
@@ -289,7 +289,7 @@ fn an_echoed_prompt_has_log_probabilities_but_for_its_first_token() {
             } else if index < input.len() {
                 let expected = logprob(input[..index].iter().copied(), input[index]);
                 assert_eq!(found.as_f64().unwrap() as f32, expected);
-                // The token itself is always among the likeliest.
+                // The reported top tokens always include the token itself.
                 assert_eq!(list("top_logprobs")[index], json!({*name: found}));
             }
         }
@@ -320,7 +320,7 @@ fn every_answer_to_every_prompt_is_echoed_with_its_own_prompt() {
     }
     assert_eq!(whole[0]["logprobs"], whole[1]["logprobs"]);
 
-    // An echo alone, and nothing that would be neither an echo nor an answer.
+    // `max_tokens` of 0 is allowed with an echo, but not without one.
     let body = json!({"prompt": [700, 701], "echo": true, "max_tokens": 0});
     let (whole, streamed) = complete(&server, &body);
     assert_eq!(whole, streamed);

@@ -1,5 +1,6 @@
-//! The list of request fields, walked: what is honoured has an effect or is checked, what
-//! is refused is named, what is accepted does no harm. And what some of the fields do.
+//! Goes through the list of request fields: an honoured field has an effect or is checked, a
+//! refused one is named in the error, and an accepted one does no harm. Some fields have tests
+//! of their own.
 
 #![cfg(feature = "server")]
 
@@ -38,13 +39,13 @@ static SMOLLM2: LazyLock<TestServer> = LazyLock::new(|| {
     TestServer::start(engine, options())
 });
 
-/// A model that computes nothing, for requests of which only the fields matter.
+/// A model that computes nothing, for tests where only the request's fields matter.
 static NULL: LazyLock<TestServer> = LazyLock::new(|| {
     let tokenizer = tokenizer(&model::smollm2());
     TestServer::start(null_engine(tokenizer, EngineConfig::default()), options())
 });
 
-/// A request that is answered.
+/// Builds a valid request.
 fn good(route: Route) -> Value {
     let user = json!([{"role": "user", "content": "Count from one to ten."}]);
     match route {
@@ -62,7 +63,7 @@ fn good(route: Route) -> Value {
     }
 }
 
-/// Sets fields; a name with a dot is that of a field within another one.
+/// Sets fields of a body. A name with a dot is that of a field inside another one.
 fn set(body: &mut Value, changes: &Value) {
     for (name, value) in changes.as_object().unwrap() {
         match name.split_once('.') {
@@ -100,7 +101,8 @@ fn json_of(neutral: &Neutral) -> Value {
     }
 }
 
-/// Options of a stream are looked at in a stream only.
+/// Makes the request a stream if `name` is an option of streams: these are checked only in a
+/// stream.
 fn streamed(name: &str) -> Value {
     match name.starts_with("stream_options") {
         true => json!({"stream": true}),
@@ -110,7 +112,7 @@ fn streamed(name: &str) -> Value {
 
 #[test]
 fn refused_fields_are_named_unless_they_ask_for_nothing() {
-    // The engine has no embeddings; its refusal names another field.
+    // The null engine has no embeddings, so its refusal must name another field.
     let answered = |route: Route, body: &Value, name: &str| {
         let reply = send(NULL.address, route.path(), body);
         let other = reply.json()["error"]["param"] != name;
@@ -173,11 +175,12 @@ fn accepted_fields_may_have_any_value() {
     }
 }
 
-/// How a field is seen to be honoured.
+/// How a test sees that a field is honoured.
 enum Evidence {
-    /// Of two requests, the second with these changes, the answers are like this.
+    /// Two requests are sent, one with the first changes and one with both. The check is
+    /// applied to their answers.
     Shows(Value, Value, fn(&Seen) -> bool),
-    /// This value is refused, and the field named.
+    /// This value must be refused, and the error must name the field.
     Wrong(Value),
 }
 
@@ -238,7 +241,7 @@ impl Seen {
     }
 }
 
-/// Token ids of the model: the marks of a turn, and a word.
+/// Token ids of the model: the marks at the beginning and the end of a turn.
 const BEGIN_OF_TURN: u32 = 1;
 const END_OF_TURN: u32 = 2;
 
@@ -573,8 +576,8 @@ fn honoured_fields_have_an_effect_or_are_checked() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// lm-eval's `local-completions`: a continuation is greedy if the log-probability of each
-/// of its tokens is the largest of those beside it, compared as numbers.
+/// lm-eval's `local-completions` takes a continuation as greedy if the log probability of each
+/// of its tokens equals the largest of the top log probabilities, compared as numbers.
 #[test]
 fn the_likeliest_tokens_have_the_digits_of_the_chosen_one() {
     for logprobs in [0, 1, 5] {
@@ -604,7 +607,7 @@ fn the_likeliest_tokens_have_the_digits_of_the_chosen_one() {
             }
         }
         assert_eq!(greedy, 8);
-        // As they are written, not as they are read.
+        // Compare the numbers as they are written, before parsing.
         let raw = reply.text();
         let begin = raw.find("\"token_logprobs\":[").unwrap();
         let written = raw[begin..].split(['[', ',', ']']).nth(2).unwrap();
@@ -633,7 +636,7 @@ fn the_last_message_is_left_open_for_the_answer() {
     set(&mut asked, &json!({"max_tokens": 4, "temperature": 0}));
     let answer = ask(SMOLLM2.address, CHAT, &asked);
     assert_eq!(answer["usage"]["prompt_tokens"], tokens["count"]);
-    // The same as a completion of that text.
+    // The answer must equal a completion of the same tokens.
     let same = ask(
         SMOLLM2.address,
         COMPLETIONS,
@@ -886,9 +889,9 @@ fn a_conversation_that_is_too_long_loses_its_beginning_if_asked() {
     let answer = ask(SMOLLM2.address, RESPONSES, &auto);
     assert_eq!(answer["truncation"], "auto");
     let used = prompt_tokens(&answer);
-    // As much as fits: less than a turn is missing.
+    // As much as possible is kept: less than the length of one turn is left unused.
     assert!(used <= 508 && used > 508 - 90, "{used}");
-    // One message that is too long by itself loses its own beginning.
+    // A single message that is too long loses its own beginning.
     let long = json!({"input": "why ".repeat(3000), "max_output_tokens": 4, "truncation": "auto"});
     assert_eq!(prompt_tokens(&ask(SMOLLM2.address, RESPONSES, &long)), 508);
 }
@@ -969,7 +972,7 @@ fn what_takes_tokens_away_is_refused_beside_a_form() {
             assert_eq!(error["param"], field.as_str());
         }
     }
-    // Where only the least length is asked for, a form that is complete ends the answer.
+    // With `min_tokens`, a complete answer still ends.
     let body = with(
         Route::Completions,
         &[&json!({"guided_choice": ["zebra"], "min_tokens": 6})],

@@ -1,5 +1,5 @@
-//! How much memory `quell serve` takes for a request, whatever is in it, and whether it
-//! gives the memory back. Linux only: the kernel keeps the peak.
+//! Measures how much memory `quell serve` takes for a request, whatever it contains, and
+//! whether it gives the memory back. Linux only, because the kernel records the peak.
 #![cfg(all(feature = "server", target_os = "linux"))]
 
 #[path = "common/http.rs"]
@@ -23,15 +23,17 @@ use std::net::SocketAddr;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// What a request may take beside four times its body, and what may stay afterwards.
+/// Memory that a request may take in addition to four times its body, and that may remain
+/// afterwards.
 const ALLOWANCE: usize = 64 << 20;
 
-/// How long the allocator may keep memory that nobody uses.
+/// How long the allocator may keep memory that is no longer used.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 const WORDS: &str = "the quick brown fox jumps over the lazy dog ";
 
-/// A field's value of about so many bytes, and what it is called.
+/// A name for a kind of value, and a function that builds such a value of about this many
+/// bytes.
 type Shape = (&'static str, fn(usize) -> Value);
 
 /// Kinds of values: those that fields take, and those that take the most memory per byte.
@@ -154,7 +156,7 @@ fn calls(calls: Vec<Value>) -> Value {
     json!([{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": calls}])
 }
 
-/// A request that is answered.
+/// Builds a valid request.
 fn small(route: Route) -> Value {
     match route {
         Route::Completions => json!({"prompt": "a", "max_tokens": 1}),
@@ -166,14 +168,14 @@ fn small(route: Route) -> Value {
     }
 }
 
-/// One field of a request made large.
+/// A request with one large field.
 #[derive(Clone, Debug)]
 struct Large {
     route: Route,
     field: &'static str,
     shape: usize,
     bytes: usize,
-    /// In place of one prompt, where the route takes several.
+    /// Number of prompts, where the route takes several.
     prompts: usize,
     answers: usize,
     streamed: bool,
@@ -200,7 +202,7 @@ impl Large {
     }
 }
 
-/// Any field of any route with any value.
+/// Generates requests with any field of any route and any kind of value.
 fn any_large() -> impl Strategy<Value = Large> {
     let fields: Vec<_> = (request_fields().iter())
         .flat_map(|field| field.routes.iter().map(|&route| (route, field.name)))
@@ -234,8 +236,8 @@ fn any_large() -> impl Strategy<Value = Large> {
     )
 }
 
-/// A server of the demo's model, and what it takes while it computes as many sequences at a
-/// time as it can.
+/// A server with the demo model, and how much memory it takes at rest and while it computes as
+/// many sequences at once as it can.
 struct Loaded {
     server: Serve,
     process: Process,
@@ -264,7 +266,8 @@ impl Loaded {
         }
     }
 
-    /// The most that is taken while `requests` are answered, beyond what any work takes.
+    /// Returns the peak memory while `requests` are answered, beyond what the server takes
+    /// anyway, and the result of `requests`.
     fn taken_by<T>(&self, requests: impl FnOnce(SocketAddr) -> T) -> (usize, T) {
         self.process.forget_peak();
         let before = self.process.memory("VmRSS").max(self.at_work);
@@ -273,7 +276,7 @@ impl Loaded {
         (peak.saturating_sub(before), answered)
     }
 
-    /// Waits until no more is held than before all requests, but for the allowance.
+    /// Waits until the server holds no more than before all requests plus the allowance.
     fn gives_memory_back(self) {
         let until = Instant::now() + PATIENCE;
         let before = self.at_rest;
@@ -283,7 +286,7 @@ impl Loaded {
                 return self.server.ends_with_nothing_held();
             }
             assert!(Instant::now() < until, "{before} bytes have become {now}");
-            // The allocator gives memory back while it is in use.
+            // The allocator returns memory only while it is in use, so send it some work.
             exchange(self.server.address, &get("/health")).unwrap();
         }
     }

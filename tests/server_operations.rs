@@ -1,5 +1,5 @@
-//! What those who run a server rely on: keys, TLS, origins, ids, limits of time, and an
-//! end that loses nothing.
+//! What operators of a server rely on: keys, TLS, origins, ids, timeouts, and a shutdown that
+//! loses nothing.
 
 #![cfg(feature = "server")]
 
@@ -28,7 +28,7 @@ use std::time::Duration;
 
 const COMPLETION: &str = r#"{"prompt": [5, 6, 7], "max_tokens": 4, "ignore_eos": true}"#;
 
-/// The same as events.
+/// The same request as a stream.
 fn streamed() -> String {
     COMPLETION.replace("\"max_tokens\"", "\"stream\": true, \"max_tokens\"")
 }
@@ -40,7 +40,7 @@ fn start(change: impl FnOnce(&mut ServerOptions)) -> TestServer {
     TestServer::start(engine, options)
 }
 
-/// A request with more headers.
+/// Adds headers to a request.
 fn with_headers(request: &[u8], headers: &str) -> Vec<u8> {
     let text = String::from_utf8(request.to_vec()).unwrap();
     text.replacen("\r\n", &format!("\r\n{headers}"), 1)
@@ -81,7 +81,7 @@ fn who_brings_no_key_or_a_wrong_one_is_refused() {
     }
     assert_eq!(bring("X-API-Key: three\r\n").status, 401);
     assert_eq!(bring("X-API-Key: \r\n").status, 401);
-    // A wrong address is not told to strangers either.
+    // Without a key, even an unknown path is answered with 401.
     assert_eq!(ask(server.address, &get("/v1/nothing")).status, 401);
     for open in ["/health", "/ready"] {
         assert_eq!(ask(server.address, &get(open)).status, 200, "{open}");
@@ -116,7 +116,7 @@ fn pages_of_other_origins_are_served_only_if_they_are_allowed() {
     let friend = "https://friend.example";
     let server = start(|options| {
         options.allowed_origins = vec![friend.to_owned()];
-        // A preflight has no key.
+        // A preflight carries no key.
         options.api_keys = ApiKeys::parse("key");
     });
     let reply = ask(server.address, &preflight(friend));
@@ -150,7 +150,7 @@ fn without_keys_no_page_of_another_site_can_do_anything() {
     let server = start(|_| ());
     let plain = String::from_utf8(post("/v1/completions", COMPLETION)).unwrap();
     let send = |request: &str| ask(server.address, request.as_bytes());
-    // What a page may send without asking first: no content type, or none of JSON.
+    // A page may send these without a preflight: no content type, or one that is not JSON.
     for kind in ["", "Content-Type: text/plain\r\n"] {
         let reply = send(&plain.replace("Content-Type: application/json\r\n", kind));
         assert_eq!(reply.status, 415, "{kind:?}");
@@ -160,7 +160,7 @@ fn without_keys_no_page_of_another_site_can_do_anything() {
     assert_eq!(reply.status, 403);
     assert_eq!(reply.json()["error"]["code"], "origin_not_allowed");
     assert_eq!(send(&origin("http://quell")).status, 200);
-    // Its own name made to stand for our address.
+    // DNS rebinding: the page's own host name resolves to our address.
     let named = |path: &str| format!("GET {path} HTTP/1.1\r\nHost: evil.example\r\n\r\n");
     let reply = send(&named("/v1/engine/snapshot"));
     assert_eq!(reply.status, 403);
@@ -192,7 +192,7 @@ fn a_request_is_no_more_urgent_than_its_key_allows() {
         assert_eq!(connection.head().unwrap().status, 200);
         open.push((connection, expected));
     }
-    // The first step is in the device for as long as nobody lets it through.
+    // Until now, the first step has waited at the gate while the requests arrived.
     permits.send(()).unwrap();
     let snapshot = server.engine.snapshot();
     drop(permits);
@@ -202,7 +202,7 @@ fn a_request_is_no_more_urgent_than_its_key_allows() {
     assert_eq!(priorities, expected);
 }
 
-/// How many tokens of the prompt were cached, by the answer.
+/// Returns how many tokens of the prompt were cached, according to the answer.
 fn cached(reply: &Reply) -> u64 {
     let json = reply.json();
     let details = &json["usage"]["prompt_tokens_details"];
@@ -258,7 +258,7 @@ fn headers_and_bodies_that_never_end_are_cut_off() {
     let short = Duration::from_millis(200);
     let server = start(|options| options.header_timeout = short);
     let mut slow = Connection::open(server.address);
-    // It may have lost its patience already.
+    // The server may have given up already.
     let _ = slow.send(b"GET /health HTTP/1.1\r\nHost: qu");
     let reply = slow.reply();
     assert!(reply.is_none_or(|reply| reply.status == 408));
@@ -272,12 +272,12 @@ fn headers_and_bodies_that_never_end_are_cut_off() {
     assert_eq!(answered(server.address, &request).status, 200);
 }
 
-/// A limit of time that a test can reach.
+/// A timeout that a test can reach.
 const SHORT: Duration = Duration::from_millis(200);
 
-/// A connection that has been used once.
+/// Opens a connection and uses it once.
 fn used(address: SocketAddr) -> Connection {
-    // The limit on the first request's head may be too short for this machine.
+    // The timeout for the first request's head may be too short for a slow machine.
     loop {
         let mut connection = Connection::open(address);
         let _ = connection.send(&get("/health"));
@@ -293,12 +293,12 @@ fn a_connection_may_be_idle_for_longer_than_a_head_may_take() {
     let server = start(|options| options.header_timeout = SHORT);
     let mut idle = used(server.address);
     assert!(!idle.answers_within(3 * SHORT), "it was closed");
-    // Nor does an empty line between requests begin one.
+    // An empty line between requests does not start a head either.
     idle.send(b"\r\n").unwrap();
     assert!(!idle.answers_within(3 * SHORT), "it was closed");
     idle.send(&get("/health")).unwrap();
     assert_eq!(idle.reply().expect("it is still open").status, 200);
-    // The time runs once a head has begun.
+    // The timeout starts once a head has begun.
     idle.send(b"GET /health HTTP/1.1\r\nHo").unwrap();
     assert!(idle.reply().is_none_or(|reply| reply.status == 408));
 }
@@ -308,15 +308,15 @@ fn a_connection_that_is_idle_for_too_long_is_closed() {
     let server = start(|options| options.keep_alive_timeout = SHORT);
     let mut idle = used(server.address);
     assert!(idle.reply().is_none());
-    // What is being answered is not idle.
+    // A connection is not idle while its request is being answered.
     assert_eq!(
         ask(server.address, &post("/v1/completions", COMPLETION)).status,
         200
     );
 }
 
-/// A server whose steps each wait for a permit, and the sender of the permits. Dropping the
-/// sender lets all steps go on.
+/// Starts a server whose steps each wait for a permit, and returns it with the sender of the
+/// permits. Dropping the sender lets all steps run.
 fn gated(change: impl FnOnce(&mut ServerOptions)) -> (TestServer, std::sync::mpsc::Sender<()>) {
     let (permits, gate) = std::sync::mpsc::channel();
     let sim = SimOptions {
@@ -330,7 +330,7 @@ fn gated(change: impl FnOnce(&mut ServerOptions)) -> (TestServer, std::sync::mps
     (TestServer::start(engine, options), permits)
 }
 
-/// A stream that has begun.
+/// Starts a stream and reads the head of the reply.
 fn streaming(address: SocketAddr) -> Connection {
     let mut stream = Connection::open(address);
     stream.send(&post("/v1/completions", streamed())).unwrap();
@@ -354,7 +354,7 @@ fn idle_connections_make_room_for_new_ones() {
         kept.send(&get("/health")).unwrap();
         assert_eq!(kept.reply().expect("it is kept").status, 200);
     }
-    // One that has not said anything yet is no better.
+    // Connections that have not sent anything yet make room too.
     let mut silent: Vec<_> = (0..10).map(|_| Connection::open(address)).collect();
     assert_eq!(ask(address, &get("/health")).status, 200);
     assert!(silent[0].reply().is_none(), "it makes room");
@@ -370,7 +370,7 @@ fn one_address_has_only_so_many_connections() {
     let mut third = Connection::open(address);
     let _ = third.send(&get("/health"));
     assert!(third.reply().is_none(), "it is refused");
-    // From elsewhere there is room.
+    // There is room for other addresses.
     let socket = socket_from([127, 0, 0, 2], address);
     let mut other = Connection::over(socket);
     other.send(&get("/health")).unwrap();
@@ -379,11 +379,11 @@ fn one_address_has_only_so_many_connections() {
     for stream in &mut streams {
         assert!(events(stream).ends_with("data: [DONE]\n\n"));
     }
-    // The streams' connections are idle now.
+    // The connections of the finished streams are idle now.
     assert_eq!(ask(address, &get("/health")).status, 200);
 }
 
-/// A connection from another address of this machine.
+/// Connects from another loopback address.
 fn socket_from(own: [u8; 4], address: SocketAddr) -> std::net::TcpStream {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -399,7 +399,8 @@ fn socket_from(own: [u8; 4], address: SocketAddr) -> std::net::TcpStream {
     socket
 }
 
-/// Files with a certificate for this machine, and its key.
+/// Writes a certificate for localhost and its key to `folder`. Also returns the certificate as
+/// PEM.
 fn certificate(folder: &std::path::Path) -> (TlsFiles, Vec<u8>) {
     let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
     let files = TlsFiles {
@@ -417,7 +418,7 @@ fn https_is_served_with_the_certificate() {
     let folder = tempfile::tempdir().unwrap();
     let (files, pem) = certificate(folder.path());
     let server = start(|options| options.tls = Some(files));
-    // Somebody may have installed it already.
+    // An error here means that a provider is already installed.
     let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
     let client = reqwest::Client::builder()
         .tls_certs_only([reqwest::Certificate::from_pem(&pem).unwrap()])
@@ -432,7 +433,7 @@ fn https_is_served_with_the_certificate() {
         request.send().await.unwrap().json::<Value>().await.unwrap()
     });
     assert_eq!(answer["usage"]["completion_tokens"], 4);
-    // Who speaks no TLS gets no answer.
+    // A client that does not speak TLS gets no answer.
     let mut plain = Connection::open(server.address);
     plain.send(&get("/health")).unwrap();
     let mut rest = Vec::new();
@@ -499,7 +500,7 @@ fn more_requests_than_are_accepted_are_told_to_come_back() {
     let engine = sim::engine_with_text(sim, config, tokenizer(&model::smollm2()));
     let server = TestServer::start(engine, options());
     let mut open = Connection::open(server.address);
-    // Its answer begins when the request is taken.
+    // The head of its reply shows that the request was accepted.
     open.send(&post("/v1/completions", streamed())).unwrap();
     assert_eq!(open.head().unwrap().status, 200);
     let reply = ask(server.address, &post("/v1/completions", COMPLETION));
@@ -510,7 +511,7 @@ fn more_requests_than_are_accepted_are_told_to_come_back() {
     assert!(events(&mut open).ends_with("data: [DONE]\n\n"));
 }
 
-/// The data of the events of a stream that is read to its end.
+/// Reads a stream to its end and returns its events.
 fn events(connection: &mut Connection) -> String {
     let chunks = std::iter::from_fn(|| connection.chunk());
     String::from_utf8(chunks.flatten().collect()).unwrap()
@@ -554,7 +555,7 @@ fn a_server_that_is_told_to_stop_ends_by_itself() {
     ending.join().unwrap();
 }
 
-/// A stream that goes on for longer than the test.
+/// Starts a stream that lasts longer than the test.
 fn long_stream(address: SocketAddr) -> Connection {
     let mut stream = Connection::open(address);
     let body = r#"{"prompt": "Once", "max_tokens": 8000, "ignore_eos": true, "stream": true}"#;
@@ -563,7 +564,7 @@ fn long_stream(address: SocketAddr) -> Connection {
     stream
 }
 
-/// Its stderr up to a line with this text.
+/// Reads stderr up to a line that contains this text.
 fn until(stderr: &mut impl BufRead, text: &str) {
     let mut line = String::new();
     while !line.contains(text) {
@@ -599,7 +600,7 @@ fn a_hangup_is_ignored_by_a_server_that_is_to_outlive_its_terminal() {
     command.arg(plain.get_program()).args(plain.get_args());
     let server = Serve::spawn(command.stderr(Stdio::null()));
     server.signal("HUP");
-    // Had it been taken, it would come before this one.
+    // If the server had handled the signal, it would be draining by now.
     assert_eq!(ask(server.address, &get("/ready")).status, 200);
     server.ends_when_told();
 }
@@ -619,7 +620,8 @@ fn a_server_that_is_told_to_stop_before_it_listens_ends() {
         let arguments = ["--api-key-file", keys.to_str().unwrap()];
         let mut command = Serve::command(&model::smollm2(), &arguments);
         let mut child = command.stdout(Stdio::null()).spawn().unwrap();
-        // Done when the server has opened it as well; then it waits for keys.
+        // Opening the pipe returns once the server has opened it too; the server then waits for
+        // keys.
         let pipe = std::fs::File::options().write(true).open(&keys).unwrap();
         serve::signal(&child, signal);
         let ended = child.wait().unwrap();
@@ -641,11 +643,11 @@ fn a_log_that_nobody_reads_stops_nobody() {
         asked += 1;
         assert!(asked < 100_000, "nothing is dropped");
     }
-    // A client that goes is noticed, and what it held comes free.
+    // The server still notices that a client disconnects, and frees what its request held.
     drop(long_stream(server.address));
     server.falls_idle();
     assert_eq!(ask(server.address, &get("/health")).status, 200);
-    // Read again, the log goes on and says that something is missing.
+    // Once it is read again, the log goes on and reports that lines are missing.
     let (found, is_found) = std::sync::mpsc::channel();
     let reader = std::thread::spawn(move || {
         let mut stderr = BufReader::new(&mut stderr);
@@ -694,7 +696,7 @@ fn settings_come_from_the_flag_then_the_environment_then_the_file() {
         assert_eq!(text.lines().count(), 1, "{text}");
         text
     };
-    // A wrong value shows which of them counts.
+    // The error shows which of the wrong values is used.
     write("model = \"none.gguf\"\nmax-body-mib = 'file'");
     assert!(serve(&[], None).contains("'file'"));
     assert!(serve(&[], Some("variable")).contains("'variable'"));

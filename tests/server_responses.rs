@@ -1,4 +1,4 @@
-//! `/v1/responses` over HTTP, read with the types of a real client.
+//! `/v1/responses` over HTTP, parsed with the types of a real client.
 
 #![cfg(feature = "server")]
 
@@ -21,7 +21,7 @@ use std::sync::LazyLock;
 
 const RESPONSES: &str = "/v1/responses";
 
-/// A template with Hermes calls and reasoning.
+/// A template with Hermes tool calls and reasoning.
 const TEMPLATE: &str = "{% if tools %}{{ tools | tojson }}<tool_call></think>{% endif %}\
     {% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\
     {% for call in m.tool_calls or [] %}{{ call.function.arguments | tojson }}{% endfor %}\
@@ -41,7 +41,7 @@ fn create(body: Value) -> Value {
     ask(SERVER.address, RESPONSES, &body)
 }
 
-/// The response as a client reads it.
+/// Parses the response with the client's type.
 fn typed(response: &Value) -> Response {
     serde_json::from_value(response.clone()).unwrap()
 }
@@ -68,7 +68,7 @@ fn a_response_can_be_asked_for_again_until_it_is_deleted() {
     assert_eq!(usage.total_tokens, usage.input_tokens + usage.output_tokens);
     let details = &response["usage"]["input_tokens_details"];
     let known = |name: &str| details[name].as_u64().unwrap();
-    // Complete blocks of 16 tokens are kept for later.
+    // Only complete blocks of 16 tokens are cached.
     let complete = u64::from(usage.input_tokens) / 16 * 16;
     assert_eq!(
         known("cache_write_tokens"),
@@ -113,7 +113,7 @@ fn a_response_goes_on_from_the_one_before() {
     let tokens = |response: &Value| response["usage"]["input_tokens"].as_u64().unwrap();
     assert!(tokens(&second) > tokens(&alone));
     assert!(tokens(&third) > tokens(&second));
-    // Instructions are those of one response.
+    // Instructions apply to one response only.
     let instructed = create(json!({
         "input": say("Two."), "previous_response_id": first["id"], "instructions": "Be kind.",
     }));
@@ -158,7 +158,7 @@ fn calls_and_their_results_are_items() {
         "input": [result], "previous_response_id": first["id"], "tools": [tool()],
     }));
     assert_eq!(second["output"][0]["content"][0]["text"], "Done.");
-    // The same without the server's memory.
+    // The same conversation, sent as a whole instead of stored by the server.
     let mut items = vec![json!({"role": "user", "content": say(text)})];
     items.extend(first["output"].as_array().unwrap().iter().cloned());
     items.push(result);
@@ -312,7 +312,7 @@ fn items_can_be_referred_to_and_listed() {
         (&question["id"], &question["id"])
     );
 
-    // By reference, by value, and as what came before: the same prompt.
+    // The same prompt by reference, by value, and through `previous_response_id`.
     let reference = |item: &Value| json!({"type": "item_reference", "id": item["id"]});
     let again = json!({"role": "user", "content": say("Two.")});
     let by_reference = json!([reference(question), {"id": answer["id"]}, again]);
@@ -386,7 +386,7 @@ fn what_is_asked_can_be_counted_beforehand() {
     assert_eq!(error["param"], "input");
 }
 
-/// As Codex asks.
+/// A request like those of Codex.
 #[test]
 fn tools_that_the_server_does_not_have_are_skipped_and_named() {
     let shell = json!({

@@ -1,5 +1,5 @@
-//! Scale-out: two replicas of the real server behind vllm-router, which others have
-//! written. `tests/clients/router.py` is the test; what it checks stands there.
+//! Scale-out: two replicas of the real server behind vllm-router, a third-party program. The
+//! checks are in `tests/clients/router.py`.
 
 #![cfg(all(unix, feature = "cli", feature = "server"))]
 
@@ -15,7 +15,7 @@ use std::process::Command;
 #[test]
 fn replicas_behind_a_router_share_the_load_and_lose_only_their_own_requests() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    // Does nothing where the clients are installed.
+    // Does nothing if the clients are installed.
     succeeds(&mut Command::new(root.join("scripts/setup-clients")));
     let mut check = installed("python");
     check

@@ -10,19 +10,20 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-/// How long what is waited for may take.
+/// How long a test may wait for something.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// More tokens than a test will wait for.
 const ENDLESS: usize = 2_000_000;
 
 fn client() -> reqwest::Client {
-    // It wants a provider of TLS even where it uses none; who comes first installs it.
+    // reqwest needs a TLS provider even for plain HTTP. An error here means that one is already
+    // installed.
     let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
     reqwest::Client::new()
 }
 
-/// A server over an engine that computes nothing and never comes to an end by itself.
+/// A server with an engine that computes nothing and never ends an answer by itself.
 struct Served {
     engine: Engine,
     url: String,
@@ -97,11 +98,11 @@ impl Served {
         session["id"].as_str().unwrap().to_owned()
     }
 
-    /// A stream that goes on for ever, at its first event.
+    /// Starts a stream that outlasts the test, and reads its first event.
     async fn endless(&self, mut body: Value) -> (Events, Value) {
         body["stream"] = json!(true);
         body["max_tokens"] = json!(ENDLESS);
-        // Without a tokenizer there is no text to send.
+        // Without a tokenizer, there is no text, and only log probabilities make an event.
         body["logprobs"] = json!(0);
         let response = self.send(Method::POST, "/v1/completions", Some(body)).await;
         assert_eq!(response.status(), StatusCode::OK);
@@ -136,7 +137,7 @@ impl Events {
         }
     }
 
-    /// The next event that is JSON; `None` at the end.
+    /// Returns the next event that is JSON, or `None` at the end.
     async fn next(&mut self) -> Option<Value> {
         loop {
             if let Some(event) = self.ready.pop_front() {
@@ -153,7 +154,7 @@ impl Events {
         }
     }
 
-    /// Why the answer ended.
+    /// Reads to the end and returns why the answer ended.
     async fn finish_reason(mut self) -> String {
         let mut reason = Value::Null;
         while let Some(event) = self.next().await {
@@ -181,7 +182,7 @@ async fn a_session_carries_its_context_from_turn_to_turn_until_it_is_ended() {
     let (status, answer) = served.post("/v1/completions", turn(json!([1, 2, 3]))).await;
     assert_eq!(status, StatusCode::OK, "{answer}");
     let session = served.get(&path).await;
-    // The last token is sampled, and not computed before the next turn.
+    // The last token is sampled, but not computed before the next turn.
     assert_eq!(
         (&session["context_tokens"], &session["kept_tokens"]),
         (&json!(7), &json!(6))
@@ -237,7 +238,7 @@ async fn a_turn_excludes_others_until_it_is_stopped_and_kept_or_rewound() {
         let expected = if kept { 2 + generated } else { 0 };
         assert_eq!(session["context_tokens"], expected, "{mode}");
     }
-    // Nothing is left to stop.
+    // There is no turn to stop any more.
     let (status, receipt) = served
         .call(Method::POST, &format!("{path}/stop"), None)
         .await;
@@ -327,7 +328,7 @@ async fn a_session_that_is_left_alone_ends_and_one_that_is_busy_does_not() {
         assert!(Instant::now() < until);
     };
     assert_eq!(ids, [busy]);
-    // The server forgets it first, then the engine does.
+    // The server forgets the session before the engine does.
     while served.engine.inspect().await.unwrap().retained_sessions > 0 {
         assert!(Instant::now() < until, "its blocks are still kept");
     }
@@ -362,7 +363,7 @@ async fn what_a_session_cannot_be_asked_is_refused_by_name() {
     }
 }
 
-/// Proof that the blocks are free is in the answer.
+/// The answer to the abort reports how many blocks were freed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_request_is_aborted_by_the_id_of_its_answer_or_by_its_number() {
     let served = Served::start(|_| ()).await;
@@ -382,7 +383,7 @@ async fn a_request_is_aborted_by_the_id_of_its_answer_or_by_its_number() {
         assert_eq!(done["aborted"][0]["id"], number);
         assert!(done["aborted"][0]["blocks_freed"].as_u64().unwrap() > 0);
         assert_eq!(events.finish_reason().await, "abort");
-        // Once more: nothing is open, and nothing is wrong.
+        // Aborting again finds nothing open, and is no error.
         for again in [answer.clone(), json!(number)] {
             let (status, done) = served.post("/abort_request", json!({field: again})).await;
             assert_eq!((status, done), (StatusCode::OK, json!({"aborted": []})));

@@ -1,4 +1,4 @@
-//! Tool calls, reasoning, and answers that are held to a form, over HTTP.
+//! Tool calls, reasoning and structured outputs, over HTTP.
 
 #![cfg(feature = "server")]
 
@@ -25,7 +25,7 @@ use std::sync::LazyLock;
 
 const CHAT: &str = "/v1/chat/completions";
 
-/// A template as Qwen3's: Hermes calls, and reasoning that can be switched off.
+/// A template like Qwen3's: Hermes tool calls, and reasoning that can be switched off.
 const TEMPLATE: &str = "{% if tools %}{{ tools | tojson }}<tool_call>{% endif %}\
     {% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\
     {% for call in m.tool_calls or [] %}{{ call.function.arguments | tojson }}{% endfor %}\
@@ -47,7 +47,7 @@ static SMOLLM2: LazyLock<TestServer> = LazyLock::new(|| {
     TestServer::start(engine, options())
 });
 
-/// A tool whose argument is one of a few words.
+/// A tool whose argument is one of two words.
 fn tool(name: &str) -> Value {
     json!({"type": "function", "function": {
         "name": name,
@@ -222,15 +222,15 @@ fn a_template_that_knows_no_tools_is_given_them_in_words() {
     assert!(tokens(&with_tools) > tokens(&without) + 100);
 }
 
-/// The prompt of a conversation.
+/// Returns the rendered prompt of a conversation.
 fn prompt(server: &TestServer, body: &Value) -> String {
     let tokens = &ask(server.address, "/tokenize", body)["tokens"];
     let text = ask(server.address, "/detokenize", &json!({"tokens": tokens}));
     text["prompt"].as_str().unwrap().to_owned()
 }
 
-/// As those of DeepSeek's distilled models: no tools, but calls of its own format, in
-/// messages without content.
+/// A template like those of DeepSeek's distilled models: it renders no tools, but renders calls
+/// in its own format, in messages without content.
 #[test]
 fn a_template_that_writes_calls_but_no_tools_keeps_its_own_format() {
     let template = "{% for m in messages %}<|im_start|>{{ m.role }}\n\
@@ -257,7 +257,7 @@ fn a_template_that_writes_calls_but_no_tools_keeps_its_own_format() {
     assert!(described.ends_with(&written), "{described}");
     assert!(described.starts_with("<|im_start|>system\nYou have these tools"));
     assert!(described.contains("function<｜tool▁sep｜>tool_name"));
-    // What the description asks for is what is read.
+    // Calls in the described format must also be parsed.
     let answer = ask(
         server.address,
         CHAT,
@@ -340,7 +340,7 @@ fn reasoning_is_told_apart_from_the_answer() {
 
 #[test]
 fn a_forced_call_does_without_reasoning_and_marks() {
-    // The prompt has ended the reasoning and begun the call.
+    // The prompt has already ended the reasoning and begun the call.
     let call = "{\"name\":\"f\",\"arguments\":{\"city\":\"Rome\"}}";
     let extra = json!({
         "tools": [tool("f")], "tool_choice": "required",
@@ -580,18 +580,18 @@ fn an_answer_held_to_a_form_may_still_be_a_call() {
         assert_eq!(choice["message"]["content"], text);
         assert_eq!(choice["message"].get("tool_calls"), None);
     }
-    // A call that must come is no text, whatever form text is to have.
+    // A required call is not constrained by the format of text.
     let call = "{\"name\":\"f\",\"arguments\":{\"city\":\"Rome\"}}";
     let answer = ask(PARROT.address, CHAT, &with(call, "required"));
     assert_eq!(answer["choices"][0]["finish_reason"], "tool_calls");
-    // What is neither cannot be said.
+    // The constraint rules out anything that is neither a call nor of the format.
     let reply = send(PARROT.address, CHAT, &with("It is sunny.", "auto"));
     assert_eq!(reply.status, 500, "{}", reply.text());
 }
 
 #[test]
 fn a_model_calls_a_tool_although_its_answers_have_a_form() {
-    // Who has called before calls again, unless the form forbids it.
+    // After several turns with calls, the model calls again unless the format forbids it.
     let turn = |city: &str, id: &str| {
         let arguments = json!({"city": city}).to_string();
         let function = json!({"name": "get_weather", "arguments": arguments});
@@ -710,7 +710,7 @@ fn functions_are_called_and_answered_as_before_there_were_tools() {
     );
     assert_eq!(finish, ["function_call"]);
 
-    // The same prompt as with tools, and a conversation that goes on.
+    // The prompt is the same as with `tools`, and so is that of a longer conversation.
     let tokens = |body: &Value| ask(PARROT.address, "/tokenize", body)["count"].clone();
     let with_tools = told(&two, json!({"tools": [tool("f")]}));
     assert_eq!(tokens(&body), tokens(&with_tools));
@@ -780,7 +780,7 @@ fn an_object_may_have_its_schema_beside_it() {
     assert_eq!(reply.status, 500, "{}", reply.text());
 }
 
-/// Takes one system message, first of all, and no roles that it does not know.
+/// A template that accepts one system message, which must come first, and no unknown roles.
 const STRICT_TEMPLATE: &str = "{%- for m in messages %}{%- if m.role == 'system' %}\
     {%- if not loop.first %}{{- raise_exception('System message must be at the beginning.') }}{%- endif %}\
     {{- '<|im_start|>system\n' + m.content + '<|im_end|>\n' }}\

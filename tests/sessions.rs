@@ -1,4 +1,4 @@
-//! Sessions: what carries over from turn to turn, and what is given back.
+//! Sessions: what carries over from turn to turn, and what is released.
 
 #[path = "common/requests.rs"]
 mod requests;
@@ -18,7 +18,7 @@ fn request(prompt: &[u32], tokens: usize) -> Request {
     Request::new(prompt.to_vec()).max_tokens(tokens)
 }
 
-/// Takes a turn to its end and checks its tokens; `context` grows by it.
+/// Completes a turn, checks its tokens and appends the turn to `context`.
 fn turn(session: &Session, context: &mut Vec<u32>, prompt: &[u32], tokens: usize) {
     let stream = session.generate(request(prompt, tokens)).unwrap();
     let generation = stream.complete_blocking().unwrap();
@@ -31,7 +31,7 @@ fn turn(session: &Session, context: &mut Vec<u32>, prompt: &[u32], tokens: usize
     assert_eq!(session.context_tokens(), context.len());
 }
 
-/// Without the prefix cache: what is found is what the session keeps.
+/// Turns the prefix cache off, so that only a session's own blocks can be reused.
 fn without_prefixes() -> EngineConfig {
     EngineConfig {
         prefix_cache: false,
@@ -58,7 +58,7 @@ fn a_turn_computes_only_what_is_new() {
             turn(&session, &mut context, &prompt(index, length), 5);
             let reused = engine.stats().unwrap().prefix_hits - before;
             assert_eq!(reused, kept as u64);
-            // The last token is sampled, and not computed before the next turn.
+            // The last token is sampled, but not computed before the next turn.
             let kept = session.kept().unwrap();
             assert_eq!(
                 kept.tokens,
@@ -86,7 +86,7 @@ fn a_dropped_turn_leaves_the_session_as_it_was_and_free_for_the_next() {
             }
             drop(dropped);
             assert_eq!(session.context_tokens(), context.len());
-            // At once, without waiting for the scheduler thread.
+            // The next turn may start at once, without waiting for the scheduler thread.
             turn(&session, &mut context, &prompt(read, 2), 3);
         }
         drop(session);
@@ -150,7 +150,7 @@ fn a_stopped_turn_is_kept_or_rewound_as_asked() {
     }
 }
 
-/// I8.
+/// Checks I8.
 #[test]
 fn stopping_what_is_not_generating_frees_nothing_and_is_acknowledged() {
     let engine = engine(sim(1), EngineConfig::default());
@@ -189,7 +189,7 @@ fn a_rewound_session_goes_on_from_there() {
     let session = engine.session();
     let mut context = Vec::new();
     turn(&session, &mut context, &prompt(1, 9), 6);
-    // Into the middle of a block.
+    // Rewind into the middle of a block.
     session.rewind(6).unwrap();
     context.truncate(6);
     assert_eq!(session.kept().unwrap().tokens, 6);
@@ -200,7 +200,7 @@ fn a_rewound_session_goes_on_from_there() {
     turn(&session, &mut context, &prompt(3, 4), 2);
 }
 
-/// I12.
+/// Checks I12.
 #[test]
 fn ending_a_session_ends_its_turn_and_frees_all_of_it() {
     for depth in [1, 2] {
@@ -225,7 +225,7 @@ fn ending_a_session_ends_its_turn_and_frees_all_of_it() {
     }
 }
 
-/// I7: a turn, and the end of its session behind it, posted before either is seen.
+/// I7: a turn and the end of its session are posted before the scheduler thread sees either.
 #[test]
 fn commands_of_a_session_take_effect_in_the_order_in_which_they_were_posted() {
     let (open, gate) = mpsc::channel::<()>();
@@ -265,7 +265,7 @@ fn dropping_a_session_ends_it_in_the_middle_of_a_turn() {
     idle(&engine);
 }
 
-/// I10.
+/// Checks I10.
 #[test]
 fn forks_share_what_they_had_and_go_their_own_ways() {
     for depth in [1, 2] {
@@ -276,7 +276,7 @@ fn forks_share_what_they_had_and_go_their_own_ways() {
         let alone = engine.stats().unwrap().blocks.referenced;
         let forks: Vec<Session> = (0..3).map(|_| session.fork().unwrap()).collect();
         assert_eq!(engine.stats().unwrap().blocks.referenced, alone);
-        // All at the same time.
+        // All sessions generate at the same time.
         let streams: Vec<_> = forks
             .iter()
             .chain([&session])
@@ -311,7 +311,7 @@ fn what_sessions_keep_never_stands_in_the_way_of_requests() {
         for (index, session) in sessions.iter().enumerate() {
             turn(session, &mut contexts[index], &prompt(index + round, 5), 3);
         }
-        // As long as the whole cache.
+        // A request that fills the whole cache.
         let all = prompt(round, 40);
         let stream = engine.generate(request(&all, 24)).unwrap();
         let generation = stream.complete_blocking().unwrap();
@@ -367,7 +367,7 @@ fn samples_of_one_prompt_share_it_and_answer_each_for_itself() {
     }
 }
 
-/// I10.
+/// Checks I10.
 #[test]
 fn samples_live_on_when_the_one_that_computes_the_prompt_is_cancelled() {
     for depth in [1, 2] {
@@ -434,8 +434,8 @@ fn requests_swapped_to_the_host_answer_as_if_alone() {
     }
 }
 
-/// I10: not even a step that fails with another one's blocks on their way to the host
-/// changes what that one answers.
+/// I10: a failed step must not change the answers of other requests, even if it was swapping
+/// out their blocks.
 #[test]
 fn whatever_step_fails_the_others_answer_as_if_alone() {
     let mut swaps = 0;
@@ -510,7 +510,7 @@ fn urgent_requests_overtake_and_tenants_share() {
         |stream: quell::TokenStream| stream.complete_blocking().unwrap().finish.timing.total;
     let (urgent, fair) = (total(urgent), total(fair));
     let usual: Vec<_> = usual.into_iter().map(total).collect();
-    // The first was running already, perhaps.
+    // The first request may have been running already.
     assert!(usual[1..].iter().all(|total| urgent < *total));
     assert!(usual[2..].iter().all(|total| fair < *total));
 }

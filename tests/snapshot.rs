@@ -1,4 +1,4 @@
-//! What an engine shows of its inside, and cancelling requests by their ids.
+//! Snapshots of an engine's state, and cancelling requests by their ids.
 
 #[path = "common/requests.rs"]
 mod requests;
@@ -15,7 +15,7 @@ use sim::{SimOptions, engine, expected};
 use std::collections::HashMap;
 use std::sync::mpsc;
 
-/// Readers that do not read pause their requests soon, and are waited for without end.
+/// Settings with which unread requests pause soon, and slow readers are never cancelled.
 fn patient() -> EngineConfig {
     EngineConfig {
         stream_buffer: 4,
@@ -24,7 +24,7 @@ fn patient() -> EngineConfig {
     }
 }
 
-/// The engine once all that is open waits for its reader, and nothing is in flight.
+/// Waits until every open request is paused for its reader and no step is in flight.
 fn at_rest(engine: &Engine) -> EngineSnapshot {
     loop {
         let snapshot = engine.snapshot().wait().unwrap();
@@ -44,7 +44,7 @@ fn outcome(stream: TokenStream) -> Outcome {
     last.finish.expect("the last chunk has it").outcome
 }
 
-/// I3: the map adds up to the books, and every owner holds what is its own.
+/// I3: the block map adds up to the statistics, and each owner holds the blocks mapped to it.
 fn check_owners(snapshot: &EngineSnapshot) {
     let map = snapshot.blocks.as_slice();
     let books = snapshot.stats.blocks;
@@ -69,7 +69,7 @@ fn check_owners(snapshot: &EngineSnapshot) {
                 assert!(holders.is_empty());
                 kept[place as usize] += 1;
             }
-            // One of them may be a session.
+            // A session may be among the owners.
             BlockUse::Shared => assert!(holders.len() + snapshot.sessions.len() > 1),
         }
     }
@@ -86,14 +86,14 @@ fn the_map_says_of_every_block_whose_it_is() {
             ..SimOptions::default()
         };
         let engine = engine(options, patient());
-        // Cached: what an ended request leaves behind.
+        // Cached: the blocks that an ended request leaves behind.
         let ended = engine.generate(request(prompt(1, 12), 2)).unwrap();
         ended.complete_blocking().unwrap();
-        // Kept: what a session has between its turns.
+        // Kept: the blocks of a session between its turns.
         let session = engine.session();
         let turn = session.generate(request(prompt(2, 9), 3)).unwrap();
         turn.complete_blocking().unwrap();
-        // Shared: the prompt of two samples. Their own: the rest.
+        // Shared: the prompt of two samples. Owned: their other blocks.
         let samples = engine
             .generate_samples(request(prompt(3, 8), 200), 2)
             .unwrap();
@@ -112,7 +112,8 @@ fn the_map_says_of_every_block_whose_it_is() {
             let map = snapshot.blocks.as_slice().iter();
             map.filter(|used| **used == wanted).count()
         };
-        // And what the two answers have in common: the simulated model knows no chance.
+        // The answers share blocks too, because the simulated model gives both samples the same
+        // answer.
         assert!(used(BlockUse::Shared) >= 2, "depth {depth}");
         assert_eq!(
             used(BlockUse::Request(2)),
@@ -158,7 +159,7 @@ fn a_request_that_waits_and_one_that_runs_are_told_apart() {
         .generate(request(prompt(2, 6), 20).priority(3))
         .unwrap();
     let asked = engine.snapshot();
-    // The step that is waited for ends; what was posted meanwhile is answered.
+    // Let the current step complete: commands that were posted meanwhile are then answered.
     open.send(()).unwrap();
     let snapshot = asked.wait().unwrap();
     let [running, waiting] = snapshot.requests.as_slice() else {
@@ -236,7 +237,7 @@ fn a_paused_request_whose_blocks_went_to_another_holds_none() {
     let engine = engine(options, patient());
     let paused = engine.generate(request(prompt(1, 10), 20)).unwrap();
     at_rest(&engine);
-    // It takes the whole cache: the one that waits for its reader gives way.
+    // This request needs the whole cache, so the paused one is preempted.
     let large = engine.generate(request(prompt(2, 30), 2)).unwrap();
     large.complete_blocking().unwrap();
     let snapshot = engine.snapshot().wait().unwrap();
@@ -252,7 +253,7 @@ fn a_paused_request_whose_blocks_went_to_another_holds_none() {
     );
 }
 
-/// I6: the receipt comes when the blocks are free.
+/// I6: the receipt is sent once the blocks are free.
 #[test]
 fn a_request_is_cancelled_by_its_id_and_its_blocks_are_free() {
     for depth in [1, 2] {
@@ -292,7 +293,7 @@ fn a_request_is_cancelled_by_its_id_and_its_blocks_are_free() {
     }
 }
 
-/// I8.
+/// Checks I8.
 #[test]
 fn a_second_cancel_by_id_finds_nothing_open_and_changes_nothing() {
     let engine = engine(SimOptions::default(), patient());
@@ -393,7 +394,7 @@ fn its_json_has_the_blocks_as_runs() {
         let numbers = value.as_array().unwrap().iter();
         numbers.map(|number| number.as_u64().unwrap()).collect()
     };
-    // Handed out in order, from the first on: one run, and the free rest.
+    // Blocks are handed out in order, so there is one run and the free rest.
     let held = snapshot.requests[0].blocks.len() as u64;
     assert_eq!(numbers(&json["requests"][0]["blocks"]), [0, held]);
     assert_eq!(numbers(&json["blocks"]), [4, held, 0, 256 - held]);

@@ -1,6 +1,6 @@
-//! Each request has a span, and one event in it that says how it ended.
+//! Each request has a span, with one event that tells how the request ended.
 //!
-//! One test: the subscriber is the process's.
+//! There is one test in this file because the subscriber is global.
 
 #[path = "common/sim.rs"]
 mod sim;
@@ -37,7 +37,7 @@ impl Span {
 #[derive(Default)]
 struct Log {
     spans: Mutex<HashMap<u64, Span>>,
-    /// Events with the span they were in.
+    /// Events, each with the span that it occurred in.
     events: Mutex<Vec<(Option<u64>, Fields)>>,
 }
 
@@ -101,7 +101,7 @@ impl Subscriber for Recorder {
 }
 
 impl Log {
-    /// The one event of a request, found by its span.
+    /// Returns the only event in the span of a request.
     fn end_of(&self, id: quell::SessionId) -> Fields {
         let spans = self.spans.lock().unwrap();
         let of_request = |span: &u64| spans[span].is_of(id);

@@ -1,4 +1,4 @@
-//! Storms: every session cancelled within one step, or every second one.
+//! Storms: all requests, or every second one, are cancelled within one step.
 
 #[path = "common/model.rs"]
 mod model;
@@ -15,11 +15,11 @@ use sim::{SimOptions, expected};
 use std::sync::mpsc;
 
 const SESSIONS: usize = 64;
-/// Steps that complete before the storm; all sessions have tokens by then.
+/// Steps that complete before the storm. By then every request has tokens.
 const STEPS: u64 = 6;
 
-/// A simulated engine after [`STEPS`] steps, with the streams of sessions that have
-/// all begun to answer. No further step completes before the gate is dropped.
+/// Starts a simulated engine and runs [`STEPS`] steps, after which every stream has begun to
+/// answer. No further step completes until the gate is dropped.
 fn after_some_steps(depth: usize) -> (Engine, Vec<TokenStream>, mpsc::Sender<()>) {
     let (permit, gate) = mpsc::channel();
     let options = SimOptions {
@@ -46,7 +46,7 @@ fn after_some_steps(depth: usize) -> (Engine, Vec<TokenStream>, mpsc::Sender<()>
     (engine, streams, permit)
 }
 
-/// I5, I6: what was launched before the storm is the last that runs.
+/// I5, I6: no step runs except those launched before the storm.
 #[test]
 fn all_cancelled_in_one_step_every_block_is_free_when_the_steps_in_flight_have_completed() {
     for depth in [1, 2] {
@@ -67,7 +67,7 @@ fn all_cancelled_in_one_step_every_block_is_free_when_the_steps_in_flight_have_c
     }
 }
 
-/// I1, I6: no token of a later step, and one terminal.
+/// I1, I6: each stream gets no token of a later step, and one terminal.
 #[test]
 fn all_aborted_in_one_step_each_reader_gets_its_terminal_and_no_token_of_a_later_step() {
     for depth in [1, 2] {
@@ -88,7 +88,7 @@ fn all_aborted_in_one_step_each_reader_gets_its_terminal_and_no_token_of_a_later
     }
 }
 
-/// I10, over the simulated device, which sees every slot that is handed out too early.
+/// I10 on the simulated device, which detects any slot that is handed out too early.
 #[test]
 fn half_cancelled_in_one_step_the_others_get_the_tokens_of_each_alone() {
     for depth in [1, 2] {
@@ -103,7 +103,7 @@ fn half_cancelled_in_one_step_the_others_get_the_tokens_of_each_alone() {
         }
         drop(gate);
         for (index, stream) in going_on {
-            // The first token was read before.
+            // The first token has been read already.
             let answer = stream.complete_blocking().unwrap();
             let all = expected(&prompt(index, 1 + index % 7), 40);
             assert_eq!(ids(&answer), all[1..], "depth {depth}, request {index}");
@@ -117,14 +117,14 @@ fn half_cancelled_in_one_step_the_others_get_the_tokens_of_each_alone() {
     }
 }
 
-/// Tokens that each answer of the real model has.
+/// Tokens in each answer of the real model.
 const ANSWER: usize = 24;
 const REAL_SESSIONS: usize = 12;
 
 fn real_engine() -> Engine {
     let config = EngineConfig {
         kv_cache_bytes: Some(64 << 20),
-        // Nobody comes to its end unread.
+        // Small enough that no request finishes unread.
         stream_buffer: 8,
         audit: true,
         ..EngineConfig::default()
@@ -132,7 +132,7 @@ fn real_engine() -> Engine {
     Engine::load(model::smollm2(), config, LoadOptions::cpu()).unwrap()
 }
 
-/// Greedy and sampled requests, each after its first four tokens.
+/// Starts greedy and sampled requests, and reads the first four tokens of each.
 fn real_streams(engine: &Engine) -> Vec<(TokenStream, Vec<u32>)> {
     let submit = |index: usize| {
         let tokens = (0..5 + index * 3)
@@ -161,7 +161,7 @@ fn rest((stream, mut tokens): (TokenStream, Vec<u32>)) -> Vec<u32> {
     tokens
 }
 
-/// I6 on a real model.
+/// Checks I6 with a real model.
 #[test]
 fn a_real_model_has_every_block_back_one_step_after_all_are_cancelled() {
     let engine = real_engine();
@@ -172,7 +172,7 @@ fn a_real_model_has_every_block_back_one_step_after_all_are_cancelled() {
         .into_iter()
         .map(|(stream, _)| stream.cancel())
         .collect();
-    // Asked after the cancels, answered after them.
+    // Posted after the cancellations, so it is answered after them.
     let after = engine.stats().unwrap();
     assert_eq!((after.open, after.outcomes.length), (0, 0), "{after:?}");
     for cancellation in posted {
@@ -183,7 +183,7 @@ fn a_real_model_has_every_block_back_one_step_after_all_are_cancelled() {
     idle(&engine);
 }
 
-/// I10 on a real model.
+/// Checks I10 with a real model.
 #[test]
 fn a_real_model_gives_the_others_the_same_tokens_when_half_are_cancelled() {
     let engine = real_engine();

@@ -1,6 +1,5 @@
-//! The tokenizer and chat template of SmolLM2 as its GGUF file describes them,
-//! against llama.cpp's token ids and transformers' prompts; and the chat templates of
-//! other models against jinja2.
+//! Compares the tokenizer and chat template in SmolLM2's GGUF file with llama.cpp's token ids
+//! and transformers' prompts, and the chat templates of other models with jinja2.
 
 #[path = "common/clients.rs"]
 mod clients;
@@ -96,8 +95,8 @@ fn the_end_tokens_are_those_of_llama_cpp() {
     assert_eq!(tokenizer().end_tokens(), [0, 2, 4]);
 }
 
-/// Where a template's prompt is not jinja2's on purpose: the template, or all, with the
-/// conversation, and why.
+/// Intended differences from jinja2: the template, or `*` for all of them, the conversation,
+/// and the reason.
 const MEANT: [(&str, &str, &str); 5] = [
     (
         "*",
@@ -126,11 +125,11 @@ struct Case {
     tools: Option<Value>,
     add_generation_prompt: bool,
     variables: Map<String, Value>,
-    /// What jinja2 makes of it; nothing where it fails.
+    /// What jinja2 renders. Nothing if it fails.
     expected: Option<String>,
 }
 
-/// The templates that `scripts/fetch-templates` has fetched, each in twelve conversations.
+/// Renders twelve conversations with each template that `scripts/fetch-templates` has fetched.
 #[test]
 fn other_models_chat_templates_write_what_jinja2_writes() {
     let folder = root().join("target/chat-templates");
@@ -186,7 +185,7 @@ fn other_models_chat_templates_write_what_jinja2_writes() {
     assert!(same > 740, "only {same} were compared");
 }
 
-/// Templates with tools, and those that write calls, are told from others by rendering.
+/// Whether a template renders tools and calls is determined by rendering samples.
 #[test]
 fn what_other_models_chat_templates_do_with_tools_is_found() {
     let folder = root().join("target/chat-templates");

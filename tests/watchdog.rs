@@ -1,4 +1,4 @@
-//! A device that never answers: everyone learns of it, and the process can end.
+//! A device that never answers: every waiter is told, and the process can exit.
 
 #[path = "common/sim.rs"]
 mod sim;
@@ -11,15 +11,15 @@ use sim::{SimOptions, engine, expected};
 use std::sync::mpsc;
 use std::time::Duration;
 
-/// So short that a test does not take long, so long that a working step is shorter
-/// however busy the machine.
+/// Deadline of a step: short enough for a quick test, but longer than a working step takes on a
+/// busy machine.
 const DEADLINE: Duration = Duration::from_secs(5);
 
 fn request(tokens: usize) -> Request {
     Request::new(vec![1, 2, 3, 4, 5]).max_tokens(tokens)
 }
 
-/// An engine whose steps are held by the gate.
+/// Creates an engine whose steps are held by the gate.
 fn gated(depth: usize) -> (Engine, mpsc::Sender<()>) {
     let (open, gate) = mpsc::channel();
     let options = SimOptions {
@@ -41,7 +41,7 @@ fn is_stuck(fault: &EngineFault) -> bool {
     }
 }
 
-/// Lets two steps through; the third never completes.
+/// Lets two steps through. The third never completes.
 fn two_steps(open: &mpsc::Sender<()>) {
     open.send(()).unwrap();
     open.send(()).unwrap();
@@ -70,7 +70,7 @@ fn blocking_waiters_of_a_stuck_device_return_with_the_typed_error() {
         assert!(engine.health().is_healthy(), "this test was too slow");
         std::thread::yield_now();
     }
-    // Nobody takes this up any more.
+    // The scheduler thread is stuck and will not handle this request.
     let posted = engine.generate(request(50)).unwrap();
     match engine.stats() {
         Err(SubmitError::Closed(fault)) => assert!(is_stuck(&fault), "{fault}"),
@@ -82,7 +82,7 @@ fn blocking_waiters_of_a_stuck_device_return_with_the_typed_error() {
             other => panic!("{other:?}"),
         }
     }
-    // It was cancelled before the third step: free, or never to be.
+    // It was cancelled before the third step, so its blocks are free already or never will be.
     match cancellation.wait() {
         Ok(_) => {}
         Err(GenerateError::Closed(fault)) => assert!(is_stuck(&fault), "{fault}"),
@@ -99,7 +99,7 @@ fn blocking_waiters_of_a_stuck_device_return_with_the_typed_error() {
     let health = engine.health();
     assert!(!health.is_healthy() && !health.idle);
     assert!(matches!(health.status, HealthStatus::Stuck { step, .. } if step.as_u64() == 3));
-    // It is not waited for.
+    // The shutdown does not wait for the stuck thread.
     let ended = engine.shutdown(Shutdown::Abort).wait().unwrap_err();
     assert!(is_stuck(&ended), "{ended}");
     let drained = engine.drain(Duration::MAX).wait().unwrap_err();
@@ -131,7 +131,7 @@ fn async_waiters_of_a_stuck_device_are_woken_with_the_typed_error() {
                 assert!(engine.health().is_healthy(), "this test was too slow");
                 tokio::task::yield_now().await;
             }
-            // Posted while the thread is stuck.
+            // The cancellation is posted while the thread is stuck.
             let (_, receipt, drained) = tokio::join!(readers, cancelled.cancel(), drain);
             match receipt {
                 Err(GenerateError::Closed(fault)) => assert!(is_stuck(&fault), "{fault}"),
@@ -152,7 +152,7 @@ fn a_device_that_comes_back_too_late_finds_the_engine_closed_and_the_thread_ends
         other => panic!("{other:?}"),
     }
     assert!(open.send(()).is_ok(), "the gate is still there");
-    // With the thread its end of the gate goes.
+    // When the thread ends, it drops its end of the gate.
     while open.send(()).is_ok() {
         std::thread::yield_now();
     }
@@ -163,7 +163,7 @@ fn a_device_that_comes_back_too_late_finds_the_engine_closed_and_the_thread_ends
 #[test]
 fn the_health_of_a_working_engine_is_green_until_it_is_stuck() {
     let (engine, open) = gated(1);
-    // `idle` is for those who ask; the thread may still be on its way there.
+    // The thread may not have become idle yet.
     while !engine.health().idle {
         std::thread::yield_now();
     }
@@ -208,7 +208,7 @@ fn a_process_with_a_stuck_device_ends() {
         let stream = engine.generate(request(50)).unwrap();
         two_steps(&open);
         assert!(stream.complete_blocking().is_err());
-        // `main` returns while the scheduler thread is in the step that never ends.
+        // Return from `main` while the scheduler thread is in the step that never ends.
         std::mem::forget(open);
         return;
     }

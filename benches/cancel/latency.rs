@@ -1,4 +1,5 @@
-//! From posted to terminal, and to freed.
+//! Latency of a cancel: from posting it until the reader sees the end, and until the blocks are
+//! free.
 
 use super::random::Random;
 use super::report::{Latencies, Report, Times};
@@ -12,14 +13,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
-/// What the live requests, and with them the scheduler thread, are doing.
+/// State of the live requests, and with them of the scheduler thread.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// All hold blocks and are paused; the thread sleeps when a cancel comes.
+    /// All requests hold blocks and are paused; the thread sleeps when a cancel arrives.
     Asleep,
-    /// The same, but one cancel follows the other: the thread has hardly fallen idle.
+    /// Like `Asleep`, but cancels follow each other without a pause, so the thread hardly ever
+    /// becomes idle.
     Awake,
-    /// As many as the engine runs at a time decode, the rest wait.
+    /// As many requests as the engine runs at a time decode; the rest wait.
     Decoding,
 }
 
@@ -33,18 +35,18 @@ impl State {
     }
 }
 
-/// One line of the table.
+/// One row of the table.
 struct Case {
     state: State,
     live: usize,
     cancels: usize,
-    /// Cancels that are posted before any receipt is waited for.
+    /// Number of cancels posted before the first receipt is awaited.
     at_once: usize,
-    /// Mean time between two of them.
+    /// Mean time between two cancels.
     apart: Duration,
 }
 
-/// Measures a device; `cancels` instead of the usual number.
+/// Measures a device. `cancels` overrides the usual number of cancels per case.
 pub fn run(device: &Device, cancels: Option<usize>, report: &mut Report) -> Result<(), Failure> {
     report.latencies(device.name());
     let null = *device == Device::Null;
@@ -58,7 +60,8 @@ pub fn run(device: &Device, cancels: Option<usize>, report: &mut Report) -> Resu
                 state,
                 live,
                 cancels: cancels.unwrap_or(if null { 5000 } else { 200 }),
-                // A step takes long: one cancel a step would take minutes.
+                // Steps take long on a real device: with one cancel per step, a case would take
+                // minutes.
                 at_once: if null { 1 } else { live.min(16) },
                 apart: match state {
                     State::Asleep => Duration::from_millis(1),
@@ -88,7 +91,7 @@ fn measure(device: &Device, case: &Case) -> Result<Latencies, Failure> {
         }
         for (noted, cancellation) in posted {
             let receipt = cancellation.wait()?;
-            // Woken before that, it was by a token.
+            // A reader woken before the cancel was posted was woken by a token, not by the end.
             let woken = noted
                 .woken()
                 .and_then(|at| at.checked_duration_since(receipt.posted_at));
@@ -109,11 +112,11 @@ fn measure(device: &Device, case: &Case) -> Result<Latencies, Failure> {
     })
 }
 
-/// The live requests.
+/// The live requests of one case.
 struct Live {
     engine: Engine,
     state: State,
-    /// By the order of their arrival, in which they are served.
+    /// Streams by order of arrival, which is also the order in which they are served.
     streams: BTreeMap<usize, TokenStream>,
     count: usize,
     submitted: usize,
@@ -124,7 +127,7 @@ impl Live {
     fn start(device: &Device, case: &Case) -> Result<Self, Failure> {
         let config = match case.state {
             State::Decoding => EngineConfig::default(),
-            // All hold blocks, and soon have a buffer full of tokens.
+            // All requests hold blocks, and their buffers soon fill with tokens.
             State::Asleep | State::Awake => EngineConfig {
                 max_sequences: case.live,
                 max_batch_tokens: 4096,
@@ -144,7 +147,7 @@ impl Live {
         Ok(live)
     }
 
-    /// Submits what is missing and waits until all are as they should be.
+    /// Submits the missing requests and waits until all are in the state under test.
     fn refill(&mut self) -> Result<(), Failure> {
         while self.streams.len() < self.count {
             self.submitted += 1;
@@ -165,7 +168,7 @@ impl Live {
         Ok(())
     }
 
-    /// Takes what has come for those that decode, so that none is paused.
+    /// Reads the pending tokens of the decoding requests, so that none of them is paused.
     fn read(&mut self) {
         if self.state == State::Decoding {
             let served = EngineConfig::default().max_sequences + 16;
@@ -175,7 +178,7 @@ impl Live {
         }
     }
 
-    /// Cancels one at random. `None` if it had ended.
+    /// Cancels a random request. Returns `None` if it had already ended.
     fn cancel(&mut self) -> Option<(Arc<Noted>, Cancellation)> {
         let first = *self.streams.first_key_value()?.0;
         let from = first + self.random.below(self.submitted - first + 1);
@@ -187,8 +190,8 @@ impl Live {
     }
 }
 
-/// Reads until there is nothing left and the waker is registered; `false` if the
-/// request has ended.
+/// Reads until the stream is empty and the waker is registered. Returns `false` if the request
+/// has ended.
 fn drain(stream: &mut TokenStream, waker: &Waker) -> bool {
     let mut context = Context::from_waker(waker);
     loop {
@@ -200,10 +203,10 @@ fn drain(stream: &mut TokenStream, waker: &Waker) -> bool {
     }
 }
 
-/// A waker that notes when it was woken.
+/// A waker that records when it was woken.
 struct Noted {
     made: Instant,
-    /// Nanoseconds since then; 0 for never.
+    /// Nanoseconds from `made` until it was woken; 0 if it never was.
     woken: AtomicU64,
 }
 

@@ -1,12 +1,12 @@
-//! How long a cancel takes, and what a storm of cancels costs those who go on.
+//! How long a cancel takes, and what a storm of cancels costs the other requests.
 //!
 //! `cargo bench --bench cancel [-- --format json] [--device null|cpu|cuda] [--model PATH]
-//! [--cancels N]`; without `--device`, on all that there are.
+//! [--cancels N]`; without `--device`, every available device is measured.
 //!
-//! *Posted* is when the flag is raised, *freed* when the blocks are free, both as the
-//! receipt says. *Terminal* is when the scheduler thread wakes the request's reader with
-//! the end, noted by the waker itself; a cancel whose reader was woken by a last token
-//! instead counts as freed only.
+//! *Posted* is when the cancel flag is raised and *freed* is when the blocks are free; both
+//! times come from the receipt. *Terminal* is when the scheduler thread wakes the request's
+//! reader for the end of the stream, as recorded by the waker itself. If the reader was woken
+//! by a last token instead, the cancel counts as freed only.
 
 mod latency;
 #[path = "../common/paced.rs"]
@@ -27,11 +27,11 @@ use std::time::Duration;
 
 type Failure = Box<dyn Error + Send + Sync>;
 
-/// What the engine under test runs on.
+/// Device that the engine under test runs on.
 #[derive(Clone, PartialEq, Eq)]
 enum Device {
     Null,
-    /// Null, but each step takes this long.
+    /// The null device, but each step takes this long.
     Paced(Duration),
     Cpu(PathBuf),
     Cuda(PathBuf),
@@ -47,7 +47,7 @@ impl Device {
         }
     }
 
-    /// An engine on this device with `live` requests at most, and some room.
+    /// Starts an engine on this device for up to `live` requests, with some room to spare.
     fn engine(&self, live: usize, config: EngineConfig) -> Result<Engine, LoadError> {
         let config = EngineConfig {
             max_open_requests: live + 1024,
@@ -83,7 +83,7 @@ impl Device {
     }
 }
 
-/// A request that goes on for longer than any measurement.
+/// Returns a request that outlasts every measurement.
 fn endless(engine: &Engine, index: usize) -> Request {
     let vocabulary = engine.info().vocabulary;
     let prompt = (0..16)
@@ -94,7 +94,7 @@ fn endless(engine: &Engine, index: usize) -> Request {
     request
 }
 
-/// The value of a flag on the command line.
+/// Returns the value of a command line flag.
 fn after(flag: &str) -> Option<String> {
     let mut arguments = std::env::args().skip_while(|argument| argument != flag);
     arguments.nth(1)
@@ -118,7 +118,7 @@ fn run() -> Result<(), Failure> {
         if only.is_some() && !asked {
             continue;
         }
-        // A machine without a GPU measures what it has.
+        // Skip devices that this machine lacks, unless they were asked for.
         if let Err(error) = device.engine(1, EngineConfig::default())
             && !asked
         {
@@ -126,7 +126,7 @@ fn run() -> Result<(), Failure> {
             continue;
         }
         latency::run(&device, cancels, &mut report)?;
-        // Readers can't keep up with a device that takes no time at all.
+        // Readers cannot keep up with a device whose steps take no time at all.
         let device = match device {
             Device::Null => Device::Paced(Duration::from_millis(1)),
             device => device,

@@ -1,9 +1,9 @@
-//! What was measured, as a table or as JSON.
+//! The measurements, printed as a table or as JSON.
 
 use serde_json::{Value, json};
 use std::time::Duration;
 
-/// Times of one kind, in microseconds and in order.
+/// Durations of one kind in microseconds, in ascending order.
 pub struct Times(Vec<f64>);
 
 impl Times {
@@ -16,8 +16,8 @@ impl Times {
         Self(times)
     }
 
-    /// The value below which a share of the times is; `None` where there are too few
-    /// for it to be more than their greatest.
+    /// Returns the value below which the given share of the durations lies. `None` if there are
+    /// too few durations to tell this value from the maximum.
     fn quantile(&self, share: f64) -> Option<f64> {
         let index = (self.0.len() as f64 * share) as usize;
         (index + 1 < self.0.len()).then(|| self.0[index])
@@ -44,22 +44,22 @@ impl Times {
     }
 }
 
-/// The cancels of one case.
+/// Latencies of the cancels of one case.
 pub struct Latencies {
     pub device: &'static str,
     pub state: &'static str,
     pub live: usize,
-    /// Mean time of a step; none where no step ran.
+    /// Mean time per step; `None` if no step ran.
     pub step: Option<Duration>,
     pub terminal: Times,
     pub freed: Times,
 }
 
-/// The time from token to token of those who go on.
+/// Time between tokens for the requests that are not cancelled.
 pub struct Survivors {
     pub device: &'static str,
     pub survivors: usize,
-    /// Cancels during the measurement; 0 without a storm.
+    /// Number of cancels during the measurement; 0 without a storm.
     pub cancels: usize,
     pub between_tokens: Times,
 }
@@ -82,7 +82,7 @@ impl Report {
         }
     }
 
-    /// The heading of a device's latencies.
+    /// Prints the heading of a device's latencies.
     pub fn latencies(&self, device: &str) {
         self.print(|| {
             format!(
@@ -140,14 +140,14 @@ impl Report {
         }));
     }
 
-    /// Notes that there is no such device.
+    /// Records that a device is not available.
     pub fn left_out(&mut self, device: &str, reason: &str) {
         self.print(|| format!("\n{device} is left out: {reason}"));
         self.left_out
             .push(json!({ "device": device, "reason": reason }));
     }
 
-    /// Prints what is left to print.
+    /// Prints the JSON report, if JSON was asked for.
     pub fn finish(self) {
         if self.json {
             let report = json!({

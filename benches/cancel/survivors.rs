@@ -1,5 +1,5 @@
-//! The time from token to token of requests that go on, while others beside them are
-//! left alone or cancelled again and again, all at once.
+//! Time between the tokens of requests that keep running, while other requests next to them are
+//! left alone or are repeatedly cancelled all at once.
 
 use super::report::{Report, Survivors, Times};
 use super::{Device, Failure, endless};
@@ -8,7 +8,7 @@ use quell::{Engine, EngineConfig, GenerateError, TokenStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// Measures a device without and with a storm.
+/// Measures a device without and with a storm of cancels.
 pub fn run(device: &Device, report: &mut Report) -> Result<(), Failure> {
     let (survivors, others, seconds) = match device {
         Device::Null | Device::Paced(_) => (128, 128, 3),
@@ -49,7 +49,7 @@ fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
     Ok(tokio::runtime::Builder::new_current_thread().build()?)
 }
 
-/// Reads requests on one thread, a task each, and gives the times between tokens.
+/// Reads requests on one thread, one task per request, and returns the times between tokens.
 fn read_for(engine: &Engine, count: usize, time: Duration) -> Result<Vec<Duration>, Failure> {
     let streams = submit(engine, count)?;
     let end = Instant::now() + time;
@@ -81,7 +81,7 @@ async fn gaps(mut stream: TokenStream, end: Instant) -> Result<Vec<Duration>, Ge
     Ok(gaps)
 }
 
-/// Reads requests and lets them be.
+/// Reads requests without cancelling any of them.
 fn read_until(engine: &Engine, count: usize, ended: &AtomicBool) -> Result<(), Failure> {
     let streams = submit(engine, count)?;
     runtime()?.block_on(async {
@@ -96,7 +96,8 @@ fn read_until(engine: &Engine, count: usize, ended: &AtomicBool) -> Result<(), F
     })
 }
 
-/// Again and again: waits until all have begun to answer, and drops them.
+/// Repeatedly submits requests, waits until all have begun to answer, and drops them. Returns
+/// the number of cancels.
 fn cancel_until(engine: &Engine, count: usize, ended: &AtomicBool) -> Result<usize, Failure> {
     let mut cancels = 0;
     while !ended.load(Ordering::Relaxed) {

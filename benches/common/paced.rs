@@ -1,4 +1,4 @@
-//! A null device whose steps take time: the processor's, or the clock's only.
+//! A null device whose steps take time, either CPU time or only wall-clock time.
 
 use quell::LoadError;
 use quell::device::DeviceError;
@@ -7,19 +7,19 @@ use quell::schedule::{Sequences, StepPlan};
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// A [`NullRunner`] whose steps run one after the other, each for the same time.
+/// A [`NullRunner`] whose steps run one after the other and all take the same time.
 pub struct PacedRunner {
     null: NullRunner,
     step: Duration,
-    /// Waits for a step to be done.
+    /// Waits until a step is done.
     wait: fn(Instant),
     /// When the steps in flight will be done.
     done: VecDeque<Instant>,
     last: Instant,
 }
 
-/// Waits without giving the processor away, to the microsecond.
-#[allow(dead_code)] // each bench waits in its way
+/// Waits with microsecond precision, without yielding the CPU.
+#[allow(dead_code)] // each bench uses one of the two
 pub fn spin(until: Instant) {
     while Instant::now() < until {
         std::hint::spin_loop();
@@ -27,7 +27,7 @@ pub fn spin(until: Instant) {
 }
 
 /// Sleeps, as the scheduler thread does when it waits for a GPU.
-#[allow(dead_code)] // each bench waits in its way
+#[allow(dead_code)] // each bench uses one of the two
 pub fn sleep(until: Instant) {
     std::thread::sleep(until.saturating_duration_since(Instant::now()));
 }

@@ -1,14 +1,14 @@
-//! How benches of a single table say what they measured.
+//! Output of the benches that print a single table.
 
 use serde_json::{Value, json};
 use std::time::Duration;
 
-/// Whether the result is wanted as JSON.
+/// Returns whether the result should be printed as JSON.
 pub fn as_json() -> bool {
     std::env::args().any(|argument| argument == "json")
 }
 
-/// Prints what a bench measured, for programs: `figures` is an object.
+/// Prints the measurements of a bench as JSON. `figures` must be an object.
 pub fn print_json(bench: &str, figures: Value) {
     let mut result = json!({
         "what": format!("cargo bench --bench {bench} -- --format json"),
@@ -20,8 +20,8 @@ pub fn print_json(bench: &str, figures: Value) {
     println!("{result:#}");
 }
 
-/// The median, in microseconds.
-#[allow(dead_code)] // each bench uses its part
+/// Returns the median in microseconds.
+#[allow(dead_code)] // not every bench uses it
 pub fn median(mut times: Vec<Duration>) -> f64 {
     times.sort_unstable();
     times[times.len() / 2].as_secs_f64() * 1e6

@@ -1,4 +1,4 @@
-//! RoPE with the write into the cache, and attention over it.
+//! RoPE with the write into the KV cache, and attention over the cache.
 
 use crate::report::Work;
 use crate::shapes::{BLOCK, Shape};
@@ -6,7 +6,7 @@ use crate::{Bench, values};
 use quell::device::cuda::CudaDevice;
 use quell::device::*;
 
-/// A cache of one or several layers whose sequences are full of random keys and values.
+/// A KV cache of one or more layers whose sequences are full of random keys and values.
 struct Filled {
     cache: <CudaDevice as Device>::Cache,
     rope: <CudaDevice as Device>::Rope,
@@ -28,7 +28,7 @@ pub fn run(bench: &mut Bench, shape: &Shape) -> Result<(), DeviceError> {
     Ok(())
 }
 
-/// The shape of attention in numbers.
+/// Returns the shape of an attention operation as named numbers.
 fn sizes(shape: &Shape, sequences: usize, new: usize, cached: usize) -> Vec<(&'static str, usize)> {
     vec![
         ("sequences", sequences),
@@ -40,13 +40,13 @@ fn sizes(shape: &Shape, sequences: usize, new: usize, cached: usize) -> Vec<(&'s
     ]
 }
 
-/// Bytes of keys and values of one token in one layer.
+/// Returns the bytes of keys and values per token and layer.
 fn token_bytes(shape: &Shape) -> usize {
     2 * shape.heads.kv_heads * shape.heads.head_dim * 2
 }
 
-/// `sequences` with `new` rows each, after `cached` tokens. Blocks are dealt out in turn,
-/// so that those of a sequence do not follow each other.
+/// Builds a batch of `sequences` with `new` rows each, after `cached` tokens. Blocks are
+/// assigned round-robin, so that the blocks of one sequence are not adjacent.
 fn batch(sequences: usize, cached: usize, new: usize, total: usize) -> Batch {
     let blocks = total.div_ceil(BLOCK);
     let mut batch = Batch::default();
@@ -71,7 +71,7 @@ fn batch(sequences: usize, cached: usize, new: usize, total: usize) -> Batch {
     batch
 }
 
-/// A cache of `sequences` with `total` tokens each.
+/// Fills a KV cache for `sequences` with `total` tokens each.
 fn fill(
     bench: &mut Bench,
     shape: &Shape,
@@ -138,7 +138,7 @@ fn decode(
     let mut out = bench
         .device
         .allocate(sequences, heads.q_columns(), Precision::Activation)?;
-    // The last token is the one that decodes.
+    // The row to decode is the last of the cached tokens.
     let step = batch(sequences, cached - 1, 1, cached);
     bench.device.stage(&step)?;
     let work = Work {
@@ -171,7 +171,7 @@ fn prefill(bench: &mut Bench, shape: &Shape, new: usize, cached: usize) -> Resul
         .device
         .allocate(new, heads.q_columns(), Precision::Activation)?;
     bench.device.stage(&batch(1, cached, new, cached + new))?;
-    // Each new token sees the cached ones and half of the new ones.
+    // On average, each new token attends to all cached tokens and to half of the new ones.
     let pairs = new * cached + new * (new + 1) / 2;
     let work = Work {
         kernel: "attend prefill".to_owned(),

@@ -1,4 +1,4 @@
-//! Matrix products: the projections of a layer, the logits, and experts.
+//! Matrix products: the projections of a layer, the logits, and the experts.
 
 use crate::report::Work;
 use crate::shapes::Shape;
@@ -7,10 +7,11 @@ use quell::device::cuda::CudaDevice;
 use quell::device::*;
 use quell::weights::{DType, RandomContent, RandomTensor, RandomWeights, WeightSource};
 
-/// Quantised weights are for few rows: above, their products are bound by arithmetic.
+/// Quantised weights are measured up to this number of rows; beyond it, products are bound by
+/// arithmetic.
 const QUANTISED_ROWS: usize = 256;
 
-/// Random weights of one matrix.
+/// Returns the random weights of one matrix.
 fn weights(rows: usize, columns: usize, dtype: DType) -> Result<RandomWeights, DeviceError> {
     let tensor = RandomTensor {
         name: "weights".to_owned(),
@@ -24,7 +25,7 @@ fn weights(rows: usize, columns: usize, dtype: DType) -> Result<RandomWeights, D
     })
 }
 
-/// The whole of a matrix.
+/// Returns a spec that covers the whole matrix.
 fn spec(weights: &RandomWeights, rows: usize, columns: usize) -> LinearSpec<'_> {
     let stored = weights.tensor("weights").zip(weights.bytes("weights"));
     let part = stored.map(|(tensor, data)| WeightRows {
@@ -83,7 +84,7 @@ fn product(
     };
     let logits = name == "logits";
     for &rows in shape.rows {
-        // Logits are made for sampled rows only.
+        // Logits are computed for sampled rows only, so their row counts stay small.
         if (logits || dtype != DType::BF16) && rows > QUANTISED_ROWS {
             continue;
         }
@@ -97,7 +98,8 @@ fn product(
         };
         let mut out = bench.device.allocate(rows, outputs, precision)?;
         let work = work(kernel, shape, name, (outputs, inputs), rows, bytes);
-        // Products with many rows are bound by arithmetic: one is enough.
+        // Products with many rows are bound by arithmetic, so they need not read fresh weights
+        // each time: a few copies are enough.
         let used = if rows > 64 {
             linears.len().min(4)
         } else {
@@ -130,7 +132,7 @@ fn work(
     }
 }
 
-/// A layer of Qwen3-30B-A3B: 128 experts, 8 a token.
+/// Measures an expert layer of Qwen3-30B-A3B: 128 experts, 8 per token.
 pub fn experts(bench: &mut Bench) -> Result<(), DeviceError> {
     if !bench.wants("experts") {
         return Ok(());
@@ -158,7 +160,8 @@ pub fn experts(bench: &mut Bench) -> Result<(), DeviceError> {
         let router = values(rows * count);
         let router = bench.device.tensor(count, Precision::Full, &router)?;
         let mut out = bench.device.allocate(rows, hidden, Precision::Activation)?;
-        // Those that some row goes to: about this many when the rows choose at random.
+        // Expected number of experts that at least one row is routed to, if rows choose at
+        // random.
         let missed = (1.0 - top_k as f64 / count as f64).powi(rows as i32);
         let used = ((1.0 - missed) * count as f64).round() as usize;
         let work = Work {

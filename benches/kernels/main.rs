@@ -1,10 +1,10 @@
-//! How near the CUDA kernels come to what the GPU can do: time by the GPU's clock, TB/s,
-//! TFLOP/s, and the share of the bandwidth that a copy reaches in the same run.
+//! How close the CUDA kernels come to the GPU's limits: time by the GPU's clock, TB/s, TFLOP/s,
+//! and the share of the bandwidth that a copy reaches in the same run.
 //!
 //! `cargo bench --bench kernels [-- --format json] [--small] [--only KERNEL] [--seconds N]`
 //!
-//! After N seconds nothing new is measured. `--small` takes tiny shapes, to try the program out on the virtual GPU. Without a
-//! usable GPU it says so and ends.
+//! After N seconds no new measurement is started. `--small` uses tiny shapes, to try out the
+//! program on the virtual GPU. Without a usable GPU, the program says so and exits.
 
 #[path = "attention.rs"]
 mod attention;
@@ -23,13 +23,13 @@ use report::{Report, Work};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-/// More than the L2 cache of any GPU: operands must be found in memory.
+/// Larger than the L2 cache of any GPU, so that operands have to be read from memory.
 const WORKING_SET: usize = 512 << 20;
 
-/// Launches of each measurement.
+/// Launches per measurement.
 const SAMPLES: usize = 15;
 
-/// What all measurements share.
+/// State shared by all measurements.
 pub struct Bench {
     pub device: CudaDevice,
     pub report: Report,
@@ -39,13 +39,13 @@ pub struct Bench {
 }
 
 impl Bench {
-    /// Operands that are used in turn, so that each is read from memory.
+    /// Returns how many operands of this size to use in turn, so that each is read from memory.
     pub fn copies(&self, bytes: usize) -> usize {
         let set = if self.small { 1 } else { WORKING_SET };
         set.div_ceil(bytes.max(1)).clamp(1, 64)
     }
 
-    /// Whether this kernel was asked for, and there is time for it.
+    /// Returns whether this kernel was asked for and there is time left to measure it.
     pub fn wants(&mut self, kernel: &str) -> bool {
         if self.end.is_some_and(|end| Instant::now() > end) {
             self.report.left_out(kernel);
@@ -56,7 +56,7 @@ impl Bench {
             .is_none_or(|only| kernel.contains(only))
     }
 
-    /// Measures `run`, which enqueues the operation `repeats` times. A failure is noted.
+    /// Measures `run`, which enqueues the operation `repeats` times. A failure is reported.
     pub fn measure(
         &mut self,
         work: Work,
@@ -68,7 +68,7 @@ impl Bench {
         self.report.add(work, repeats, times);
     }
 
-    /// The same for an operation that cannot be recorded as a graph.
+    /// Like [`measure`](Self::measure), for an operation that cannot be recorded as a graph.
     pub fn measure_unrecorded(
         &mut self,
         work: Work,
@@ -80,7 +80,7 @@ impl Bench {
     }
 }
 
-/// Numbers between −1 and 1 that look random.
+/// Returns pseudo-random numbers between −1 and 1.
 pub fn values(count: usize) -> Vec<f32> {
     let mut state = 0x9e37_79b9u32;
     let next = |_| {

@@ -1,26 +1,26 @@
-//! What was measured, as a table or as JSON.
+//! The measurements, printed as a table or as JSON.
 
 use quell::device::{DeviceError, DeviceInfo};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// A measurement: which operation, and the least that it has to do.
+/// An operation to measure, and the minimum work that it has to do.
 pub struct Work {
     pub kernel: String,
     pub shape: String,
     pub rows: usize,
-    /// The shape in numbers, for those who measure the same elsewhere.
+    /// The shape as named numbers, for programs that measure the same operation elsewhere.
     pub sizes: Vec<(&'static str, usize)>,
-    /// Bytes that it must read and write at least.
+    /// Minimum number of bytes to read and write.
     pub bytes: usize,
-    /// Floating-point operations that it must do at least; 0 where they do not matter.
+    /// Minimum number of floating-point operations; 0 if they do not matter.
     pub operations: usize,
 }
 
 /// All measurements of a run.
 pub struct Report {
     device: DeviceInfo,
-    /// Bytes that a copy moves in a second.
+    /// Bytes per second that a copy moves.
     bandwidth: f64,
     json: bool,
     measured: Vec<Value>,
@@ -49,7 +49,7 @@ impl Report {
         }
     }
 
-    /// Adds a measurement of `repeats` operations a launch.
+    /// Adds a measurement of launches that each run `repeats` operations.
     pub fn add(&mut self, work: Work, repeats: usize, times: Result<Vec<f64>, DeviceError>) {
         let Work {
             kernel,
@@ -97,14 +97,15 @@ impl Report {
         }));
     }
 
-    /// Notes that there was no time for a kernel.
+    /// Records that there was no time left for a kernel.
     pub fn left_out(&mut self, kernel: &str) {
         if self.left_out.insert(kernel.to_owned()) {
             eprintln!("kernels: no time was left for all shapes of {kernel}");
         }
     }
 
-    /// Prints what is left to print; whether everything could be measured.
+    /// Prints the JSON report, if JSON was asked for. Returns whether every measurement
+    /// succeeded.
     pub fn finish(self) -> bool {
         if self.json {
             let report = json!({

@@ -1,4 +1,4 @@
-//! What is done to each row on its own: norms, activations, embeddings, sampling.
+//! Row-wise operations: norms, activations and sampling.
 
 use crate::report::Work;
 use crate::shapes::Shape;
@@ -92,7 +92,7 @@ fn activation(bench: &mut Bench, shape: &Shape, rows: usize) -> Result<(), Devic
     Ok(())
 }
 
-/// Sampling, its copy to the host included.
+/// Measures sampling, including the copy of the results to the host.
 pub fn sampling(bench: &mut Bench, shape: &Shape) -> Result<(), DeviceError> {
     let nucleus = SamplingParams {
         temperature: 0.8,
@@ -137,7 +137,7 @@ pub fn sampling(bench: &mut Bench, shape: &Shape) -> Result<(), DeviceError> {
     Ok(())
 }
 
-/// A step of so many sequences, each with its first token.
+/// Builds a step of `rows` sequences, each with its first token.
 fn one_row_each(rows: usize) -> Batch {
     Batch {
         tokens: vec![0; rows],

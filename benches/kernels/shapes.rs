@@ -1,22 +1,22 @@
-//! The models whose operations are measured.
+//! Model shapes whose operations are measured.
 
 use quell::device::HeadShape;
 
-/// Tokens a block of the cache.
+/// Tokens per KV cache block.
 pub const BLOCK: usize = 16;
 
-/// A model's sizes, and in how many rows its operations are measured.
+/// A model's dimensions, and the batch sizes at which its operations are measured.
 pub struct Shape {
     pub name: &'static str,
     pub hidden: usize,
     pub inner: usize,
     pub heads: HeadShape,
     pub vocabulary: usize,
-    /// Rows of a decode step, and of a prefill last.
+    /// Row counts: decode steps, and a prefill as the last entry.
     pub rows: &'static [usize],
-    /// Sequences and cached tokens of each in a decode step.
+    /// Decode steps, as pairs of the number of sequences and the cached tokens per sequence.
     pub decodes: &'static [(usize, usize)],
-    /// New tokens and cached tokens of a sequence in prefill.
+    /// Prefills of one sequence, as pairs of new tokens and cached tokens.
     pub prefills: &'static [(usize, usize)],
 }
 
@@ -55,7 +55,7 @@ pub const MODELS: &[Shape] = &[
     },
 ];
 
-/// What an interpreter gets through.
+/// Shapes that are small enough for an interpreter.
 pub const SMALL: &[Shape] = &[Shape {
     name: "small",
     hidden: 256,

@@ -1,4 +1,4 @@
-//! The clients: another process, which this one starts and asks what it has seen.
+//! The clients, which run in a child process and report what they received.
 
 use super::{Failure, Load};
 use serde_json::{Value, json};
@@ -9,23 +9,23 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 
-/// How long a whole load may take.
+/// Time limit for one stream.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// A prompt of sixteen tokens, another for each stream.
+/// Returns a prompt of sixteen tokens, which differs from stream to stream.
 pub fn prompt(index: usize) -> Vec<u32> {
     (0..16)
         .map(|position| ((index * 977 + position * 389) % 49_000 + 100) as u32)
         .collect()
 }
 
-/// A process of clients.
+/// A child process that runs the clients.
 pub struct Clients {
     child: Child,
     said: BufReader<ChildStdout>,
 }
 
-/// What the clients have seen.
+/// What the clients received.
 pub struct Seen {
     pub tokens: usize,
     pub errors: usize,
@@ -44,7 +44,7 @@ impl Seen {
         })
     }
 
-    /// Fails unless every stream was read to its end.
+    /// Returns an error unless every stream was read to its end.
     pub fn without_error(self, load: Load) -> Result<Self, Failure> {
         if self.errors > 0 || self.tokens != load.streams * load.tokens {
             let expected = load.streams * load.tokens;
@@ -82,7 +82,7 @@ impl Clients {
         }
     }
 
-    /// Waits for their end.
+    /// Waits for the clients to finish and returns what they received.
     pub fn finish(mut self) -> Result<Seen, Failure> {
         let mut last = String::new();
         loop {
@@ -108,7 +108,7 @@ impl Clients {
     }
 }
 
-/// The clients' own process: opens all streams, reads them, and says what it has seen.
+/// Runs in the clients' process: opens all streams, reads them, and prints what it received.
 pub fn run(address: &str) -> Result<(), Failure> {
     let number = |flag: &str| -> Result<usize, Failure> {
         Ok(super::after(flag).ok_or("a flag is missing")?.parse()?)
@@ -131,7 +131,7 @@ pub fn run(address: &str) -> Result<(), Failure> {
             })
             .collect();
         drop(begun);
-        // One that fails drops its sender.
+        // The loop also ends if streams fail: each failed stream drops its sender.
         let mut open = 0;
         while open < streams && beginnings.recv().await.is_some() {
             open += 1;
@@ -169,17 +169,17 @@ pub fn run(address: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-/// One stream, read to its end.
+/// Result of one stream that was read to its end.
 #[derive(Debug)]
 struct Read {
-    /// Tokens, as the server says. Not every token is an event: one that completes no
-    /// character waits for the next.
+    /// Number of tokens according to the server. There can be fewer events than tokens, because
+    /// a token that completes no character is held back until the next one.
     counted: usize,
-    /// When the events came.
+    /// Arrival times of the events.
     times: Vec<Instant>,
 }
 
-/// Reads one stream.
+/// Reads one stream to its end.
 async fn one(
     address: &str,
     index: usize,
@@ -227,7 +227,7 @@ async fn one(
         if times.len() == 1 {
             let _ = begun.send(());
         }
-        // Only the last event has more than a null for a usage.
+        // Only the last event has a usage that is not null.
         if event.contains("\"completion_tokens\"") {
             let event: Value = serde_json::from_str(event)?;
             counted = event["usage"]["completion_tokens"].as_u64().unwrap_or(0) as usize;

@@ -1,14 +1,15 @@
-//! What the HTTP server costs: CPU time a streamed token, and many connections at once.
+//! Cost of the HTTP server: CPU time per streamed token, and the load of many connections at
+//! once.
 //!
 //! `cargo bench --bench server [-- --format json] [--model PATH] [--seconds N]`
 //!
-//! The server runs in this process over an engine whose device computes nothing and whose
-//! steps take a fixed time, asleep, as if a GPU had them. The clients are another process,
-//! so that what this one takes is the server's. CPU time is user and system time of all
-//! threads, as Linux counts it: the network stack's share is in it.
+//! The server runs in this process with an engine whose device computes nothing and whose steps
+//! take a fixed time, spent asleep as if a GPU did the work. The clients run in another
+//! process, so that the CPU time of this one is the server's. CPU time is the user and system
+//! time of all threads, as Linux counts it, and so includes the network stack's share.
 //!
-//! *Overhead* is the CPU time of the server and its engine, less that of the same engine
-//! when tasks of the same runtime read the same streams and do nothing with them.
+//! *Overhead* is the CPU time of the server and its engine, minus the CPU time of the same
+//! engine when tasks on the same kind of runtime read the same streams and discard them.
 
 mod client;
 #[path = "../common/paced.rs"]
@@ -33,10 +34,10 @@ use usage::Usage;
 
 type Failure = Box<dyn Error + Send + Sync>;
 
-/// A step of the null device.
+/// Duration of a step of the null device.
 const STEP: Duration = Duration::from_millis(20);
 
-/// How many streams, of how many tokens each.
+/// Number of streams, and number of tokens per stream.
 #[derive(Clone, Copy)]
 struct Load {
     streams: usize,
@@ -57,7 +58,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// The value of a flag on the command line.
+/// Returns the value of a command line flag.
 fn after(flag: &str) -> Option<String> {
     let mut arguments = std::env::args().skip_while(|argument| argument != flag);
     arguments.nth(1)
@@ -110,7 +111,7 @@ fn tokenizer(model: &Path) -> Result<Tokenizer, Failure> {
     Ok(files.take_tokenizer().ok_or("the model has no tokenizer")?)
 }
 
-/// An engine that takes a step for all streams at once and computes nothing in it.
+/// Starts an engine that runs all streams in one batch and computes nothing.
 fn null_engine(model: &Path, load: Load) -> Result<Engine, Failure> {
     let tokenizer = tokenizer(model)?;
     let options = NullOptions {
@@ -142,7 +143,7 @@ fn runtime() -> Result<Runtime, Failure> {
         .build()?)
 }
 
-/// Serves `engine` while `clients` are at it.
+/// Serves `engine` while `clients` runs.
 fn serving<T>(
     engine: Engine,
     clients: impl FnOnce(&str) -> Result<T, Failure>,
@@ -161,7 +162,7 @@ fn serving<T>(
     outcome
 }
 
-/// CPU time a token, with the server and without.
+/// CPU time per token, with and without the server.
 struct Cost {
     load: Load,
     with_server: f64,
@@ -221,7 +222,7 @@ fn cost_a_token(model: &Path, load: Load) -> Result<Cost, Failure> {
     })
 }
 
-/// Reads the same streams in tasks of the same kind of runtime.
+/// Reads the same streams without a server, in tasks on the same kind of runtime.
 fn read_directly(engine: &Engine, load: Load) -> Result<(), Failure> {
     let runtime = runtime()?;
     let tasks: Vec<_> = (0..load.streams)
@@ -241,7 +242,7 @@ fn read_directly(engine: &Engine, load: Load) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Many connections at once.
+/// Result of many concurrent connections.
 struct Connections {
     device: &'static str,
     load: Load,

@@ -1,4 +1,5 @@
-//! Any bytes as a GGUF file: it opens or gives an error, and what opens can be read.
+//! Parses arbitrary bytes as a GGUF file: opening it succeeds or returns an error, and what
+//! opens can be read.
 #![no_main]
 
 use libfuzzer_sys::{Corpus, fuzz_target};
@@ -6,7 +7,7 @@ use quell::weights::quant::dequantize;
 use quell::weights::{Gguf, WeightSource};
 use std::path::Path;
 
-/// Weights dequantised of each tensor.
+/// Number of weights to dequantise per tensor.
 const WEIGHTS: usize = 1024;
 
 fuzz_target!(|bytes: &[u8]| -> Corpus {

@@ -1,5 +1,5 @@
-//! Any bytes as the weights of a Hugging Face folder: it opens or gives an error,
-//! and what opens can be read.
+//! Parses arbitrary bytes as the weights of a Hugging Face folder: opening it succeeds or
+//! returns an error, and what opens can be read.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -7,7 +7,7 @@ use quell::weights::{ModelFolder, WeightSource};
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
-/// A folder that has all but the weights.
+/// A folder that contains everything but the weights.
 static FOLDER: LazyLock<PathBuf> = LazyLock::new(|| {
     let folder = tempfile::tempdir().expect("a temporary folder").keep();
     std::fs::write(folder.join("config.json"), "{}").expect("a temporary file");

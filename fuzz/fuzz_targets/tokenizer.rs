@@ -1,4 +1,5 @@
-//! Any bytes as a GGUF file with a tokenizer: it is refused, or it answers every text and id.
+//! Loads a tokenizer from arbitrary bytes as a GGUF file: it is rejected, or it handles every
+//! text and every token ID.
 #![no_main]
 
 use libfuzzer_sys::{Corpus, fuzz_target};
@@ -7,7 +8,7 @@ use quell::text::fuzz::check_vocabulary;
 use quell::weights::Gguf;
 use std::path::Path;
 
-/// A text with something for every kind of tokenizer.
+/// A text that contains something for every kind of tokenizer.
 const TEXT: &str = "Hello <s>world</s>  123\n\té漢字👩\u{200D}🚀 <|im_end|> \u{2581}<0x0A>";
 
 fuzz_target!(|bytes: &[u8]| -> Corpus {

@@ -1,5 +1,5 @@
-//! Any tokenizer description: it is refused, or it makes a tokenizer that encodes
-//! and decodes anything.
+//! Builds a tokenizer from an arbitrary description: it is rejected, or it encodes and decodes
+//! any text.
 #![no_main]
 
 use arbitrary::Arbitrary;
@@ -8,16 +8,16 @@ use quell::text::GgufVocabulary;
 use quell::text::fuzz::check_vocabulary;
 use std::collections::HashSet;
 
-/// A description, mostly whole: one made of independent parts would hardly ever
-/// get past the first checks.
+/// A tokenizer description that is mostly consistent. One made of independent parts would
+/// hardly ever pass the first checks.
 #[derive(Arbitrary, Debug)]
 struct Description {
     model: Model,
     pre: Pre,
     tokens: Vec<Token>,
-    /// Merges beside those that [`Piece::Join`] makes.
+    /// Merges in addition to those that [`Piece::Join`] creates.
     merges: Vec<String>,
-    /// Leave out what contradicts itself.
+    /// Skip duplicate tokens, and replace values that would contradict each other.
     consistent: bool,
     bos: Option<u16>,
     eos: Option<u16>,
@@ -49,7 +49,7 @@ enum Pre {
     Other(String),
 }
 
-/// Pre-tokenizers of each shape.
+/// One pre-tokenizer of each kind.
 const PRE: [&str; 12] = [
     "default",
     "gpt-2",
@@ -76,9 +76,9 @@ struct Token {
 enum Piece {
     /// `<0x00>` to `<0xFF>`.
     Byte(u8),
-    /// One character from the first 512.
+    /// One of the first 512 characters.
     Letter(u8, bool),
-    /// Two earlier tokens, with the merge that makes it.
+    /// Two earlier tokens, with the merge that joins them.
     Join(u16, u16),
     Special(u8),
     Other(String),
@@ -95,7 +95,7 @@ const SPECIALS: [&str; 8] = [
     " ",
 ];
 
-/// A part of the text to encode.
+/// Part of the text to encode.
 #[derive(Arbitrary, Debug)]
 enum Text {
     Token(u16),
@@ -182,7 +182,7 @@ impl Description {
 }
 
 impl Piece {
-    /// The token's text, and its merge if it has one.
+    /// Returns the token's text, and its merge if it has one.
     fn text(&self, tokens: &[String]) -> (String, Option<String>) {
         match self {
             Self::Byte(byte) => (format!("<0x{byte:02X}>"), None),

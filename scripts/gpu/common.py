@@ -1,5 +1,5 @@
-"""What the scripts of this folder share: the pack of programs that they run, on the
-machine that built them or on one that has a GPU and no Rust.
+"""Shared code of the scripts in this folder: the pack of programs that they run, on the
+machine that built it or on one that has a GPU but no Rust.
 """
 
 import datetime
@@ -18,9 +18,9 @@ PROGRAMS = PACK / "bin"
 ARCHIVE = PACK / "pack.tar.xz"
 MANIFEST = PROGRAMS / "manifest.json"
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-# Parts that a transfer of limited size takes.
+# Size of the parts of the model, for transfers with a size limit.
 MODEL_PART = 32 << 20
-# Of a whole script: what a lent machine runs a command for, and some to spare.
+# Time limit of a whole script: what a borrowed machine allows per command, minus a margin.
 LIMIT_SECONDS = 570
 
 
@@ -29,7 +29,8 @@ def say(text):
 
 
 def manifest():
-    """What the programs were built of. Unpacks them, or builds them where Rust is."""
+    """Returns the manifest of the programs. Unpacks them, or builds them if Rust is
+    installed."""
     if ARCHIVE.exists() and (not MANIFEST.exists() or ARCHIVE.stat().st_mtime > MANIFEST.stat().st_mtime):
         say(f"unpacking {ARCHIVE.relative_to(ROOT)}")
         shutil.rmtree(PROGRAMS, ignore_errors=True)
@@ -46,8 +47,8 @@ def manifest():
 
 
 def adopt(built):
-    """Makes this checkout reachable where the programs expect it: they were built in a
-    folder whose path is part of them."""
+    """Makes this checkout available at the path where the programs were built, since that
+    path is compiled into them."""
     try:
         if not built.exists():
             built.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +62,7 @@ def adopt(built):
 
 
 def model():
-    """The path of the demo's model, put together of its parts if need be; or None."""
+    """Returns the path of the demo's model, joined from its parts if necessary, or None."""
     parts = sorted(PACK.glob("model.*"))
     if not MODEL.exists() and parts:
         MODEL.parent.mkdir(exist_ok=True)
@@ -72,7 +73,7 @@ def model():
 
 
 def environment(virtual):
-    """The environment in which the programs find the GPU that is meant."""
+    """Returns an environment in which the programs find the chosen GPU."""
     variables = dict(os.environ, QUELL_TEST_GPU="virtual" if virtual else "real")
     variables["RUST_BACKTRACE"] = "0"
     if found := model():
@@ -88,7 +89,7 @@ def environment(virtual):
 
 
 def device(variables, virtual):
-    """What the GPU is, by `quell inspect` and nvidia-smi; ends the script without one."""
+    """Describes the GPU, using `quell inspect` and nvidia-smi. Exits if there is none."""
     command = [PROGRAMS / "quell", "inspect", "--device", "cuda", "--format", "json"]
     result = subprocess.run(command, env=variables, capture_output=True, text=True)
     if result.returncode != 0:
@@ -102,7 +103,7 @@ def device(variables, virtual):
 
 
 class Clock:
-    """The time that is left."""
+    """Measures the time spent and the time left."""
 
     def __init__(self):
         self.begin = time.monotonic()
@@ -115,8 +116,8 @@ class Clock:
 
 
 def run(command, variables, seconds):
-    """Runs a program for at most so long; gives exit code (None if it took longer), output
-    and errors, and time."""
+    """Runs a program for at most `seconds`. Returns its exit code (None after a timeout),
+    its output, its error output, and the time taken."""
     begin = time.monotonic()
     try:
         result = subprocess.run(
@@ -130,7 +131,7 @@ def run(command, variables, seconds):
 
 
 def header(built, found):
-    """What every result begins with."""
+    """Returns the fields that every result begins with."""
     return {
         "device": found,
         "commit": built["commit"],

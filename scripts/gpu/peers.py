@@ -1,8 +1,8 @@
-"""What PyTorch takes for the operations that benches/kernels measured.
+"""Measures PyTorch on the operations that benches/kernels has measured.
 
     peers.py KERNELS.json      the list `kernels` of that bench's JSON
 
-Prints JSON: for each entry, in order, the time of PyTorch's equivalent or null.
+Prints JSON: for each entry, in order, the time of PyTorch's equivalent, or null.
 """
 
 import json
@@ -19,14 +19,14 @@ if not torch.cuda.is_available():
     print(json.dumps({"left_out": "PyTorch finds no GPU"}))
     sys.exit()
 
-# More than the L2 cache: operands must be found in memory.
+# Larger than the L2 cache, so that operands have to be read from memory.
 WORKING_SET = 512 << 20
 SAMPLES = 15
 
 
 def seconds(work, repeats=1):
-    """The median time of `work`, which does the operation `repeats` times, recorded as a
-    graph where that is possible."""
+    """Returns the median time of an operation. `work` runs it `repeats` times and is recorded
+    as a graph if possible."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(2):
@@ -104,7 +104,7 @@ def attention(row):
     count = min(copies(sequences * tokens * kv_heads * head_dim * 4), 8)
     q = random(sequences, q_heads, new, head_dim)
     caches = [(random(sequences, kv_heads, tokens, head_dim), random(sequences, kv_heads, tokens, head_dim)) for _ in range(count)]
-    # A new token sees what is cached; PyTorch's causal mask begins at the first token.
+    # New tokens attend to the cached ones; PyTorch's causal mask is aligned to the first token.
     mask = None
     if 1 < new < tokens:
         mask = torch.ones(new, tokens, device="cuda", dtype=torch.bool).tril(tokens - new)
@@ -152,7 +152,7 @@ def peer(row):
 
 
 def limits():
-    """TFLOP/s of a large product of random matrices, TB/s of a large copy."""
+    """Returns the TFLOP/s of a large random matrix product and the TB/s of a large copy."""
     size = 8192
     a, b = random(size, size), random(size, size)
     product = 2 * size**3 / seconds(lambda: torch.matmul(a, b))
@@ -169,7 +169,7 @@ def main():
     torch.cuda.empty_cache()
     measured, known = [], {}
     for row in rows:
-        # Products with quantised weights have the same peer as those without.
+        # Products with quantised weights are compared with the same peer as those without.
         key = json.dumps([row["kernel"].split()[0] if row["kernel"].startswith("linear") else row["kernel"], row["rows"], row["sizes"]])
         if key not in known:
             try:

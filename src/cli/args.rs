@@ -1,4 +1,4 @@
-//! Arguments that several subcommands share: raw flags made into checked settings.
+//! Arguments that several subcommands share, and their conversion into checked settings.
 
 use super::progress;
 use clap::{Args, ValueEnum};
@@ -16,7 +16,7 @@ use thiserror::Error;
 /// Why a subcommand failed.
 #[derive(Debug, Error)]
 pub enum CliError {
-    /// The command line makes no sense.
+    /// The command line or the settings are invalid.
     #[error("{0}")]
     Usage(String),
     #[error(transparent)]
@@ -58,14 +58,14 @@ pub enum CliError {
     #[error("{model} has no tokenizer files, which text needs{}", instead.map(of_other_tokenizer).unwrap_or_default())]
     NoTokenizer {
         model: String,
-        /// The tokenizer's file in another form.
+        /// Name of a tokenizer file that quell does not read, if there is one.
         instead: Option<&'static str>,
     },
-    /// The server was started, and what it served with has failed.
+    /// The engine failed while the server was running.
     #[cfg(feature = "server")]
     #[error("the engine has failed: {0}")]
     Engine(quell::EngineFault),
-    /// The server was told to stop, and what was to stop did not.
+    /// The engine did not stop in time after the server was told to stop.
     #[cfg(feature = "server")]
     #[error("the engine did not stop within {0:?}; what was open is cut off")]
     Stopping(std::time::Duration),
@@ -76,7 +76,7 @@ pub enum CliError {
     Output(#[from] std::io::Error),
 }
 
-/// What to do about a tokenizer in a form that quell does not read.
+/// Tells how to convert a tokenizer file that quell does not read.
 fn of_other_tokenizer(file: &str) -> String {
     format!(
         ": there is {file}, which has to be converted to tokenizer.json (transformers' \
@@ -85,7 +85,7 @@ fn of_other_tokenizer(file: &str) -> String {
 }
 
 impl CliError {
-    /// There is no tokenizer where `path` is `model`.
+    /// Returns the error for `model`, whose files at `path` include no tokenizer.
     pub fn no_tokenizer(model: &str, path: &Path) -> Self {
         Self::NoTokenizer {
             model: model.to_owned(),
@@ -93,8 +93,7 @@ impl CliError {
         }
     }
 
-    /// 2 for a command line that makes no sense, 130 for what Ctrl-C ended, 1 for anything
-    /// else.
+    /// Returns 2 for invalid arguments, 130 after Ctrl-C, and 1 for any other failure.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Usage(_) => 2,
@@ -110,14 +109,14 @@ impl CliError {
 /// How results are printed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Format {
-    /// For people.
+    /// Human-readable text.
     #[default]
     Text,
-    /// For programs.
+    /// JSON on one line.
     Json,
 }
 
-/// `auto`, `cpu`, `cuda` or `cuda:N`.
+/// A device: `auto`, `cpu`, `cuda` or `cuda:N`.
 #[derive(Clone, Copy, Debug)]
 pub struct DeviceArg(DeviceChoice);
 
@@ -138,12 +137,13 @@ impl FromStr for DeviceArg {
     }
 }
 
-/// Processors, as `0-7,16` names them.
+/// A list of processors, such as `0-7,16`.
 #[derive(Clone, Debug)]
 struct Cores(Vec<usize>);
 
 impl Cores {
-    /// No machine has more: a longer range is a slip.
+    /// Processor numbers must be below this, so that a mistyped range does not fill the
+    /// memory.
     const MOST: usize = 1 << 16;
 
     fn parse(text: &str) -> Result<Self, String> {
@@ -194,60 +194,63 @@ enum KvArg {
     F16,
 }
 
-/// Which model, and how it is to run.
+/// Which model to run, and how.
 #[derive(Debug, Args)]
 pub struct ModelArgs {
-    /// A .gguf file, a Hugging Face folder, or hf:ORG/NAME[/FILE] to download.
+    /// Model to run: a .gguf file, a Hugging Face folder, or hf:ORG/NAME[/FILE] to
+    /// download.
     #[arg(long, value_name = "PATH")]
     pub model: String,
     #[command(flatten)]
     pub run: RunArgs,
 }
 
-/// How a model is to run.
+/// How to run a model.
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// auto, cpu, cuda or cuda:N.
+    /// Device to run on: auto, cpu, cuda or cuda:N.
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: DeviceArg,
-    /// Memory for the key-value cache, in MiB [default: 512 on the CPU, on a GPU what
-    /// the weights leave].
+    /// Memory for the KV cache, in MiB [default: 512 on the CPU; on a GPU, what the weights
+    /// leave].
     #[arg(long, value_name = "MIB")]
     kv_cache_mib: Option<usize>,
-    /// Tokens of one step, decodes and prompt chunks together.
+    /// Maximum number of tokens per step, decode tokens and prompt chunks together.
     #[arg(long, value_name = "N", default_value_t = 512)]
     pub max_batch_tokens: usize,
-    /// Longest sequence, prompt and answer together [default: the model's own limit].
+    /// Maximum length of a sequence in tokens, prompt and answer together [default: the
+    /// model's own limit].
     #[arg(long, value_name = "N")]
     context: Option<usize>,
-    /// Don't keep what ended requests have computed for later ones with the same
-    /// beginning.
+    /// Do not keep the KV cache of finished requests for later ones with the same prefix.
     #[arg(long)]
     no_prefix_cache: bool,
-    /// Host memory that requests may be swapped out to, in MiB, used as it is needed.
+    /// Host memory for requests that are swapped out, in MiB; allocated as needed.
     #[arg(long, value_name = "MIB", default_value_t = EngineConfig::default().swap_bytes >> 20)]
     swap_mib: usize,
-    /// How a request gives way when memory runs out: auto takes what costs less time.
+    /// How to preempt a request when KV cache memory runs out; auto picks the faster way.
     #[arg(long, value_enum, default_value_t = PreemptionArg::Auto)]
     preemption: PreemptionArg,
-    /// Threads of the CPU device [default: one for each of --cores, or all].
+    /// Number of threads of the CPU device [default: one per processor in --cores, or all
+    /// processors].
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
-    /// Processors that the CPU device's threads are bound to, such as 0-7,16: best those of
-    /// one socket [default: the system chooses].
+    /// Processors to bind the CPU device's threads to, such as 0-7,16; best those of one
+    /// socket [default: the system chooses].
     #[arg(long, value_name = "LIST", value_parser = Cores::parse)]
     cores: Option<Cores>,
-    /// Instruction set of the CPU device.
+    /// Instruction set that the CPU device uses.
     #[arg(long, value_enum, default_value_t = SimdArg::Auto)]
     simd: SimdArg,
-    /// What the CPU device multiplies quantised weights with.
+    /// Number format of the activations that the CPU device multiplies with quantised
+    /// weights.
     #[arg(long, value_enum, default_value_t = ActivationsArg::Auto)]
     activations: ActivationsArg,
-    /// What the CPU device keeps cached keys and values as.
+    /// Number format of cached keys and values on the CPU device.
     #[arg(long, value_enum, default_value_t = KvArg::Auto)]
     kv_type: KvArg,
-    /// Whose sampling settings count where a request has none: the model's
-    /// (generation_config.json, or general.sampling in GGUF files), or nobody's.
+    /// Source of default sampling settings: model (generation_config.json, or
+    /// general.sampling in GGUF files) or none.
     #[arg(long, value_enum, default_value_t = GenerationConfigArg::Model)]
     generation_config: GenerationConfigArg,
     #[cfg(feature = "cuda")]
@@ -255,14 +258,14 @@ pub struct RunArgs {
     cuda: CudaArgs,
 }
 
-/// How the CUDA device is used.
+/// How to use the CUDA device.
 #[cfg(feature = "cuda")]
 #[derive(Debug, Args)]
 struct CudaArgs {
-    /// What the CUDA device keeps activations, keys and values as.
+    /// Number format of activations, keys and values on the CUDA device.
     #[arg(long, value_enum, default_value_t = CudaActivationsArg::Bf16)]
     cuda_activations: CudaActivationsArg,
-    /// Share of the GPU's memory that may be used, from 0 to 1.
+    /// Fraction of the GPU's memory that may be used, from 0 to 1.
     #[arg(long, value_name = "SHARE", default_value_t = 0.9)]
     gpu_memory_utilization: f32,
 }
@@ -280,14 +283,14 @@ impl ModelArgs {
         self.start_with(None, |_| ())
     }
 
-    /// The same, with a chat template in place of the model's, and with settings that are
-    /// not among the arguments.
+    /// Like [`ModelArgs::start`], with a chat template in place of the model's own and with
+    /// changes to settings that have no flag here.
     pub fn start_with(
         &self,
         chat_template: Option<&str>,
         change: impl FnOnce(&mut EngineConfig),
     ) -> Result<Engine, CliError> {
-        // Before the download.
+        // Report invalid settings before the download.
         let mut config = self.run.config()?;
         change(&mut config);
         self.run.options()?;
@@ -319,7 +322,7 @@ impl RunArgs {
         Ok(engine?)
     }
 
-    /// The engine's settings.
+    /// Returns the engine's settings.
     pub fn config(&self) -> Result<EngineConfig, CliError> {
         for (flag, value) in [
             ("--kv-cache-mib", self.kv_cache_mib),
@@ -348,12 +351,12 @@ impl RunArgs {
         })
     }
 
-    /// Whether a CUDA device is asked for, by name.
+    /// Returns whether the command line names a CUDA device.
     pub fn wants_cuda(&self) -> bool {
         matches!(self.device.0, DeviceChoice::Cuda(_))
     }
 
-    /// How a model is to be loaded.
+    /// Returns the options for loading a model.
     pub fn options(&self) -> Result<LoadOptions, CliError> {
         Ok(LoadOptions {
             device: self.device.0,
@@ -368,7 +371,7 @@ impl RunArgs {
         })
     }
 
-    /// The settings of the CUDA device.
+    /// Returns the settings of the CUDA device.
     #[cfg(feature = "cuda")]
     fn cuda(&self) -> Result<CudaOptions, CliError> {
         let utilisation = self.cuda.gpu_memory_utilization;
@@ -387,7 +390,7 @@ impl RunArgs {
         })
     }
 
-    /// The settings of the CPU device.
+    /// Returns the settings of the CPU device.
     fn cpu(&self) -> CpuOptions {
         CpuOptions {
             threads: self.threads,
@@ -412,13 +415,13 @@ impl RunArgs {
     }
 }
 
-/// The model's path, downloaded first if it is a name on a hub.
+/// Returns the model's path, after downloading the model if it is a name on a hub.
 #[cfg(feature = "hub")]
 pub fn resolve(model: &str) -> Result<PathBuf, CliError> {
     Ok(super::hub::resolve(model, progress::on_terminal())?)
 }
 
-/// The model's path; names on a hub are refused.
+/// Returns the model's path. Refuses names on a hub.
 #[cfg(not(feature = "hub"))]
 pub fn resolve(model: &str) -> Result<PathBuf, CliError> {
     if model.starts_with("hf:") {
@@ -428,28 +431,28 @@ pub fn resolve(model: &str) -> Result<PathBuf, CliError> {
     Ok(PathBuf::from(model))
 }
 
-/// How tokens are chosen.
+/// How to choose tokens.
 #[derive(Debug, Args)]
 pub struct SamplingArgs {
-    /// Divides the logits; 0 always takes the likeliest token.
+    /// Divide the logits by T; 0 always takes the likeliest token.
     #[arg(long, value_name = "T", allow_negative_numbers = true)]
     temperature: Option<f32>,
-    /// Only the K likeliest tokens; 0 means all [default: the model's own, else 0].
+    /// Keep only the K likeliest tokens; 0 means all [default: the model's own, else 0].
     #[arg(long, value_name = "K")]
     top_k: Option<u32>,
-    /// Only the likeliest tokens whose probabilities sum up to P [default: the model's own,
-    /// else 1].
+    /// Keep only the likeliest tokens whose probabilities add up to P [default: the model's
+    /// own, else 1].
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     top_p: Option<f32>,
-    /// Only tokens at least P times as likely as the likeliest [default: the model's own,
-    /// else 0].
+    /// Keep only tokens at least P times as likely as the likeliest [default: the model's
+    /// own, else 0].
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     min_p: Option<f32>,
-    /// Divides the logits of tokens that have occurred; 1 means no penalty [default: the
-    /// model's own, else 1].
+    /// Divide the positive logits of tokens that have occurred by X, and multiply the
+    /// negative ones; 1 means no penalty [default: the model's own, else 1].
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     repetition_penalty: Option<f32>,
-    /// Subtracted from the logits of tokens that the answer contains.
+    /// Subtract X from the logit of each token that the answer contains.
     #[arg(
         long,
         value_name = "X",
@@ -457,7 +460,7 @@ pub struct SamplingArgs {
         allow_negative_numbers = true
     )]
     presence_penalty: f32,
-    /// Subtracted for each time that the answer contains a token.
+    /// Subtract X from a token's logit for each time that the answer contains it.
     #[arg(
         long,
         value_name = "X",
@@ -465,10 +468,10 @@ pub struct SamplingArgs {
         allow_negative_numbers = true
     )]
     frequency_penalty: f32,
-    /// Added to a token's logit, as ID=BIAS; may be repeated.
+    /// Add BIAS to the logit of token ID; may be repeated.
     #[arg(long, value_name = "ID=BIAS", value_parser = parse_bias, allow_hyphen_values = true)]
     logit_bias: Vec<(u32, f32)>,
-    /// The same seed gives the same tokens.
+    /// Seed of the random numbers; the same seed gives the same tokens.
     #[arg(long, value_name = "S", default_value_t = 0)]
     seed: u64,
 }
@@ -480,13 +483,13 @@ fn parse_bias(text: &str) -> Result<(u32, f32), String> {
 }
 
 impl SamplingArgs {
-    /// Whether a temperature is given.
+    /// Returns whether a temperature was given.
     pub fn has_temperature(&self) -> bool {
         self.temperature.is_some()
     }
 
-    /// The settings, checked as far as they can be without a model; where nothing is given,
-    /// they are as in `default`.
+    /// Returns the settings, with those of `default` where no flag was given. They are
+    /// checked as far as possible without a model.
     pub fn params(
         &self,
         default: &SamplingParams,

@@ -1,4 +1,4 @@
-//! `quell bench`: the speed of a model on this machine, or of a server under load.
+//! `quell bench`: measures the speed of a model on this machine, or of a server under load.
 
 mod exchange;
 mod load;
@@ -15,44 +15,44 @@ pub use server::ServerBenchError;
 use super::args::{CliError, Format, RunArgs};
 use clap::Args;
 
-/// Measure prefill and decode speed, or a server under load.
+/// Measure prefill and decode speed, or put a server under load.
 #[derive(Debug, Args)]
 pub struct BenchArgs {
     #[command(flatten)]
     model: local::WhichModel,
     #[command(flatten)]
     run: RunArgs,
-    /// Tokens of the prompt whose prefill is measured; 0 leaves prefill out. With --server
-    /// those of each request's prompt.
+    /// Number of prompt tokens for the prefill measurement; 0 skips it. With --server, the
+    /// number of tokens in each request's prompt.
     #[arg(long, value_name = "N", default_value_t = 512)]
     prompt: usize,
-    /// Tokens that each stream decodes; 0 leaves decoding out. With --server those of each
-    /// answer.
+    /// Number of tokens that each stream decodes; 0 skips the decode measurement. With
+    /// --server, the number of tokens in each answer.
     #[arg(long, value_name = "N", default_value_t = 128)]
     generate: usize,
-    /// Tokens that each stream has when it begins to decode.
+    /// Number of tokens that each stream has when it starts to decode.
     #[arg(long, value_name = "N", default_value_t = 16)]
     decode_prompt: usize,
-    /// How many streams decode at once; a list, separated by commas. With --server a closed
-    /// loop: so many clients, each of which sends its next request when its answer has
-    /// ended.
+    /// Numbers of streams that decode at the same time, separated by commas. With --server,
+    /// a closed loop: this many clients, each of which sends its next request when its
+    /// answer has ended.
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_values_t = [1, 16, 32])]
     concurrency: Vec<usize>,
-    /// Measure prompts and answers together, too: all streams begin at once, and tokens of
-    /// both are counted.
+    /// Also measure prompts and answers together: all streams start at once, and the tokens
+    /// of both are counted.
     #[arg(long)]
     mixed: bool,
-    /// How often each figure is measured, after one unmeasured run.
+    /// Number of times that each figure is measured, after one unmeasured run.
     #[arg(long, value_name = "N", default_value_t = 5)]
     repetitions: usize,
-    /// How the result is printed.
+    /// Output format.
     #[arg(long, value_enum, default_value_t)]
     format: Format,
     #[command(flatten)]
     server: server::ServerArgs,
 }
 
-/// Flags of the engine in this process, which make no sense with `--server`.
+/// Ids of the arguments for the engine in this process, which conflict with `--server`.
 const LOCAL_FLAGS: [&str; 18] = [
     "random_weights",
     "weights_format",

@@ -1,8 +1,8 @@
-//! `quell chat`: talk with a model in the terminal, one answer at a time.
+//! `quell chat`: talks with a model in the terminal, one answer at a time.
 //!
-//! Ctrl-C during an answer stops the answer and leaves its cache blocks free before
-//! the next prompt appears; at the prompt it leaves. Without a terminal, each line of
-//! stdin is a message.
+//! Ctrl-C during an answer stops it and frees its cache blocks before the next prompt
+//! appears. At the prompt, Ctrl-C ends the program. If stdin or stdout is not a terminal,
+//! each line of stdin is a message.
 
 mod lines;
 
@@ -34,10 +34,10 @@ Ctrl-D         leaves";
 pub struct ChatArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// What the model is told before the conversation.
+    /// System message of the conversation.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     system: Option<String>,
-    /// At most this many tokens an answer [default: up to the context limit].
+    /// Maximum number of tokens per answer [default: up to the context limit].
     #[arg(long, value_name = "N")]
     max_tokens: Option<usize>,
     #[command(flatten)]
@@ -46,7 +46,7 @@ pub struct ChatArgs {
 
 /// Runs the subcommand.
 pub fn start(args: ChatArgs) -> Result<(), CliError> {
-    // Before the model is loaded.
+    // Report invalid settings before the model is loaded.
     args.sampling.params(&SamplingParams::default(), None)?;
     if args.max_tokens == Some(0) {
         return Err(CliError::Usage(
@@ -64,41 +64,41 @@ pub fn start(args: ChatArgs) -> Result<(), CliError> {
     Ok(run(engine, options)?)
 }
 
-/// Why a chat ended other than by its user.
+/// Why a chat failed.
 #[derive(Debug, Error)]
 pub enum ChatError {
-    /// The model cannot chat.
+    /// The model has no chat template.
     #[error("the model has no chat template, which a chat needs; use `quell generate` instead")]
     NoTemplate,
-    /// The settings make no sense, or the engine has closed.
+    /// The settings are invalid, or the engine has closed.
     #[error(transparent)]
     Submit(#[from] SubmitError),
     /// The engine closed during an answer.
     #[error("the engine has closed: {0}")]
     Closed(EngineFault),
-    /// What the user types cannot be read.
+    /// The user's input cannot be read.
     #[error("cannot read the input: {0}")]
     Input(io::Error),
-    /// The answer cannot be shown.
+    /// The answer cannot be written.
     #[error("cannot write the output: {0}")]
     Output(io::Error),
-    /// The runtime that waits for tokens and for Ctrl-C cannot be started.
+    /// The async runtime cannot be started or cannot listen for Ctrl-C.
     #[error("cannot wait for Ctrl-C: {0}")]
     Runtime(io::Error),
 }
 
-/// How to chat.
+/// Settings of a chat.
 #[derive(Clone, Debug)]
 pub struct ChatOptions {
     /// The system message, if any.
     pub system: Option<String>,
     /// How to choose tokens.
     pub sampling: SamplingParams,
-    /// At most this many tokens an answer; up to the context limit if `None`.
+    /// Maximum number of tokens per answer; up to the context limit if `None`.
     pub max_tokens: Option<usize>,
 }
 
-/// Chats until the user leaves.
+/// Runs the chat until the user leaves.
 pub fn run(engine: Engine, options: ChatOptions) -> Result<(), ChatError> {
     if engine
         .tokenizer()
@@ -130,22 +130,22 @@ pub fn run(engine: Engine, options: ChatOptions) -> Result<(), ChatError> {
         style: Style::of_terminal(),
     };
     match runtime.block_on(chat.talk()) {
-        // Whoever read the answers has had enough: no failure.
+        // The reader of stdout, such as `head`, has closed it. This is not a failure.
         Err(ChatError::Output(error)) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
         result => result,
     }
 }
 
-/// What has been said.
+/// The conversation so far.
 #[derive(Debug, Default)]
 struct Conversation {
     system: Option<String>,
-    /// User and assistant, in turns.
+    /// Messages of the user and the assistant, alternating.
     turns: Vec<Message>,
 }
 
 impl Conversation {
-    /// All messages, as the chat template is given them.
+    /// Returns all messages in the order that the chat template expects.
     fn messages(&self) -> Vec<Message> {
         let system = self
             .system
@@ -158,7 +158,8 @@ impl Conversation {
         self.turns.push(Message::new("user", question));
     }
 
-    /// Without an answer the question goes too: templates insist on turns.
+    /// Adds the answer to the last question. If the answer is empty, removes the question,
+    /// because chat templates require alternating messages.
     fn answer(&mut self, answer: String) {
         if answer.is_empty() {
             self.turns.pop();
@@ -168,7 +169,7 @@ impl Conversation {
     }
 }
 
-/// What a line of input asks for.
+/// A parsed line of input.
 #[derive(Debug, PartialEq)]
 enum Input<'a> {
     Nothing,
@@ -196,7 +197,7 @@ impl<'a> Input<'a> {
     }
 }
 
-/// How fast the last answer came.
+/// Timing of one answer.
 #[derive(Clone, Copy, Debug)]
 struct Pace {
     submitted: Instant,
@@ -226,7 +227,7 @@ impl Pace {
         Some(self.first? - self.submitted)
     }
 
-    /// Tokens a second after the first.
+    /// Returns tokens per second after the first token.
     fn rate(&self) -> Option<f64> {
         let seconds = (self.last - self.first?).as_secs_f64();
         (self.tokens > 1 && seconds > 0.0).then(|| (self.tokens - 1) as f64 / seconds)
@@ -249,9 +250,9 @@ impl std::fmt::Display for Pace {
 /// Which streams are terminals, and whether they may have colours.
 #[derive(Clone, Copy, Debug)]
 struct Style {
-    /// A person types and reads.
+    /// Both stdin and stdout are terminals.
     interactive: bool,
-    /// Answers go to a terminal.
+    /// Stdout is a terminal.
     terminal_output: bool,
     /// The prompt may be bold.
     bold: bool,
@@ -271,7 +272,7 @@ impl Style {
         }
     }
 
-    /// A remark on stderr; lost if nobody reads it.
+    /// Writes a note to stderr and ignores errors.
     fn note(self, text: &str) {
         let (start, end) = if self.dim {
             ("\x1b[2m", "\x1b[0m")
@@ -324,7 +325,7 @@ impl Chat {
         Ok(())
     }
 
-    /// A question and its answer.
+    /// Asks one question and shows its answer.
     async fn turn(&mut self, question: &str) -> Result<(), ChatError> {
         self.conversation.ask(question);
         let mut request = Request::new(self.conversation.messages());
@@ -341,8 +342,8 @@ impl Chat {
         Ok(())
     }
 
-    /// Says why a question was not accepted; what no other question would cure is
-    /// returned.
+    /// Tells the user why a question was refused. Returns errors that another question
+    /// would not avoid.
     fn refused(&self, error: SubmitError) -> Result<(), ChatError> {
         match error {
             SubmitError::PromptTooLong { .. } => {
@@ -363,7 +364,8 @@ impl Chat {
         Ok(())
     }
 
-    /// Shows an answer as it comes, to its end or to Ctrl-C; returns what was shown.
+    /// Shows an answer as it arrives, until it ends or Ctrl-C is pressed, and returns its
+    /// text.
     async fn answer(&mut self, mut stream: TokenStream) -> Result<String, ChatError> {
         let mut answer = String::new();
         let mut pace = Pace::start();
@@ -444,18 +446,18 @@ async fn stopped(stream: TokenStream) -> Result<String, ChatError> {
     }
 }
 
-/// A failed answer: the next may succeed, unless the engine has closed.
+/// Handles a failed answer. The next one may succeed unless the engine has closed.
 fn failed(error: GenerateError) -> Result<Option<Chunk>, ChatError> {
     match error {
         GenerateError::Closed(fault) | GenerateError::Failed(fault) => {
             Err(ChatError::Closed(fault))
         }
-        // Cancelled from elsewhere: what came stays.
+        // The request was cancelled elsewhere. Keep the text that has arrived.
         _ => Ok(None),
     }
 }
 
-/// Writes an answer's next piece, without what would steer a terminal.
+/// Writes the next piece of an answer. On a terminal, control characters are left out.
 fn show(chunk: &Chunk, terminal: bool) -> Result<(), ChatError> {
     let text = if terminal {
         printable(&chunk.text)

@@ -1,4 +1,4 @@
-//! `quell generate`: continue a prompt, or answer a message.
+//! `quell generate`: continues a prompt or answers a message.
 
 use super::args::{CliError, Format, ModelArgs, SamplingArgs, resolve};
 use clap::Args;
@@ -11,51 +11,51 @@ use std::path::{Path, PathBuf};
 
 /// Continue a prompt, or answer a message.
 ///
-/// Without --temperature the answer is greedy, whatever sampling settings the model has of
-/// its own; with it, these count for what no flag says.
+/// Without --temperature, the answer is greedy, whatever sampling defaults the model has.
+/// With it, the model's defaults apply to all settings that have no flag.
 #[derive(Debug, Args)]
 #[command(group = clap::ArgGroup::new("input").required(true).args(["prompt", "messages", "prompt_ids"]))]
 pub struct GenerateArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// Text to continue; names of special tokens in it mean these tokens.
+    /// Text to continue; names of special tokens in it are read as those tokens.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     prompt: Option<String>,
-    /// Take the prompt as a user's message and answer it.
+    /// Treat the prompt as a user message and answer it.
     #[arg(long, requires = "prompt", conflicts_with_all = ["messages", "prompt_ids"])]
     chat: bool,
-    /// A conversation to answer: a JSON list of {"role": …, "content": …}.
+    /// File with a conversation to answer: a JSON list of {"role": …, "content": …}.
     #[arg(long, value_name = "FILE")]
     messages: Option<PathBuf>,
     /// Token ids to continue, separated by commas.
     #[arg(long, value_name = "IDS", value_delimiter = ',')]
     prompt_ids: Option<Vec<u32>>,
-    /// At most this many new tokens.
+    /// Maximum number of new tokens.
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_tokens: usize,
     #[command(flatten)]
     sampling: SamplingArgs,
-    /// A string that ends the answer; may be repeated.
+    /// String that ends the answer; may be repeated.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
-    /// Go on past the model's end-of-sequence tokens.
+    /// Continue past the model's end-of-sequence tokens.
     #[arg(long)]
     ignore_eos: bool,
-    /// Hold the answer to the JSON schema of a file.
+    /// Constrain the answer to the JSON schema in this file.
     #[cfg(feature = "grammar")]
     #[arg(long, value_name = "FILE", conflicts_with = "json_object")]
     json_schema: Option<PathBuf>,
-    /// Hold the answer to a JSON object.
+    /// Constrain the answer to a JSON object.
     #[cfg(feature = "grammar")]
     #[arg(long)]
     json_object: bool,
-    /// Report each token's log-probability and those of the K likeliest.
+    /// Report the log probability of each token and those of the K likeliest.
     #[arg(long, value_name = "K")]
     logprobs: Option<u32>,
-    /// How the result is printed.
+    /// Output format.
     #[arg(long, value_enum, default_value_t)]
     format: Format,
-    /// After the answer, print a line of figures to stderr.
+    /// Print a line of statistics to stderr after the answer.
     #[arg(long)]
     stats: bool,
 }
@@ -121,7 +121,7 @@ pub fn run(args: GenerateArgs) -> Result<(), CliError> {
     Ok(())
 }
 
-/// The schema that the answer is held to.
+/// Returns the schema that constrains the answer, if there is one.
 #[cfg(feature = "grammar")]
 fn schema(args: &GenerateArgs) -> Result<Option<Value>, CliError> {
     let Some(path) = &args.json_schema else {
@@ -144,7 +144,7 @@ fn prompt(args: &GenerateArgs) -> Result<Prompt, CliError> {
         (Some(text), ..) => Prompt::Text(text.clone()),
         (_, Some(path), _) => Prompt::Chat(read_messages(path)?),
         (_, _, Some(ids)) => Prompt::Tokens(ids.clone()),
-        // The argument group requires one of them.
+        // Unreachable: the argument group requires one of them.
         (None, None, None) => return Err(CliError::Usage("a prompt is missing".to_owned())),
     })
 }
@@ -153,7 +153,8 @@ fn read_messages(path: &Path) -> Result<Vec<Message>, CliError> {
     read_conversation(path).map(|(messages, _)| messages)
 }
 
-/// The messages in a file: a list of them, or a whole chat request, which comes with them.
+/// Reads a conversation from a file and returns its messages and the whole JSON value. The
+/// file holds a list of messages, or a chat request with the key `messages`.
 pub fn read_conversation(path: &Path) -> Result<(Vec<Message>, Value), CliError> {
     let text = std::fs::read_to_string(path).map_err(|source| CliError::Read {
         path: path.to_owned(),
@@ -169,7 +170,7 @@ pub fn read_conversation(path: &Path) -> Result<(Vec<Message>, Value), CliError>
     Ok((messages, request))
 }
 
-/// Prints the answer as it comes: text, or token ids where there is no tokenizer.
+/// Prints the answer as it arrives: text, or token ids if there is no tokenizer.
 fn stream_text(engine: &Engine, request: Request) -> Result<Finish, CliError> {
     let mut out = std::io::stdout().lock();
     let has_text = engine.tokenizer().is_some();
@@ -217,7 +218,7 @@ fn result(engine: &Engine, generation: &Generation, logprobs: bool) -> Value {
     })
 }
 
-/// Prints a JSON value as one line.
+/// Prints a JSON value on one line.
 pub fn println_json(value: &Value) -> Result<(), CliError> {
     let mut out = std::io::stdout().lock();
     writeln!(out, "{value}")?;
@@ -245,7 +246,7 @@ fn print_stats(engine: &Engine, finish: &Finish) -> Result<(), CliError> {
     Ok(())
 }
 
-/// How long the model took to load.
+/// Returns the time that the model took to load, in seconds.
 pub fn load_seconds(engine: &Engine) -> f64 {
     let model = engine.info().model.as_ref();
     model.map_or(0.0, |model| model.load_time.as_secs_f64())

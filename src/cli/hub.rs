@@ -1,8 +1,10 @@
-//! Models named `hf:ORG/NAME`: downloaded once from a Hugging Face hub, then found in its cache.
+//! Models named `hf:ORG/NAME`: downloaded once from a Hugging Face hub, then found in its
+//! cache.
 //!
-//! The cache is the one that the other programs of that hub use: `HF_HOME` moves it,
-//! `HF_ENDPOINT` names another hub, and `HF_TOKEN` opens repositories that ask for it.
-//! The weights of a folder come last, so that a folder that has them has all it needs.
+//! The cache is shared with the hub's other programs. `HF_HOME` sets its location,
+//! `HF_ENDPOINT` selects another hub, and `HF_TOKEN` gives access to restricted
+//! repositories. A folder's weights are downloaded last, so a folder that has its weights
+//! is complete.
 
 mod error;
 mod name;
@@ -27,14 +29,15 @@ const TOKENIZER: &str = "tokenizer.json";
 const WEIGHTS: &str = "model.safetensors";
 const WEIGHTS_INDEX: &str = "model.safetensors.index.json";
 
-/// How often a download that breaks off is taken up again.
+/// Maximum number of attempts to download a file.
 const ATTEMPTS: usize = 3;
 
-/// The path of a model: `model` itself, or where the download of `hf:ORG/NAME`,
-/// `hf:ORG/NAME@REVISION` (a folder) or `hf:ORG/NAME/FILE.gguf` (a file) lies.
+/// Returns the path of a model: `model` itself, or the place in the cache of a folder
+/// (`hf:ORG/NAME`, `hf:ORG/NAME@REVISION`) or a file (`hf:ORG/NAME/FILE.gguf`), which is
+/// downloaded first if necessary.
 ///
-/// What the cache holds is not asked for again. `progress` shows a bar a file on
-/// stderr.
+/// A complete model in the cache is used without asking the hub. `progress` shows one
+/// progress bar per file on stderr.
 pub fn resolve(model: &str, progress: bool) -> Result<PathBuf, HubError> {
     let Some(name) = model.strip_prefix(PREFIX) else {
         return Ok(PathBuf::from(model));
@@ -51,7 +54,7 @@ fn repo_at(repository: &str, revision: &str) -> Repo {
     Repo::with_revision(repository.to_owned(), RepoType::Model, revision.to_owned())
 }
 
-/// Whether a file of a repository belongs to a model, besides its weights.
+/// Returns whether a file of a repository belongs to a model, apart from the weights.
 fn is_wanted(file: &str) -> bool {
     let alone = [CONFIG, "generation_config.json", "special_tokens_map.json"];
     let families = ["tokenizer", "chat_template."];
@@ -59,10 +62,10 @@ fn is_wanted(file: &str) -> bool {
         && (alone.contains(&file) || families.iter().any(|start| file.starts_with(start)))
 }
 
-/// The list of a sharded model's tensors.
+/// The index of a sharded model's weights.
 #[derive(Deserialize)]
 struct WeightsIndex {
-    /// The file that each tensor is in.
+    /// Name of the file that holds each tensor, by tensor name.
     weight_map: HashMap<String, String>,
 }
 
@@ -77,7 +80,7 @@ impl WeightsIndex {
     }
 }
 
-/// Whether a folder has a model's configuration and all its weights.
+/// Returns whether a folder has a model's configuration and all of its weights.
 fn has_model(folder: &Path) -> bool {
     let index = folder.join(WEIGHTS_INDEX);
     let weights = folder.join(WEIGHTS).is_file()
@@ -90,7 +93,7 @@ fn has_model(folder: &Path) -> bool {
     weights && folder.join(CONFIG).is_file()
 }
 
-/// A hub and the cache of what came from it.
+/// A hub and the cache of its downloads.
 struct Hub {
     api: Api,
     cache: Cache,
@@ -139,7 +142,7 @@ impl Hub {
         })
     }
 
-    /// One file of a repository.
+    /// Returns the path of one file of a repository.
     fn single_file(&self, name: &ModelName, file: &str) -> Result<PathBuf, HubError> {
         let cached = self.snapshot(name).map(|folder| folder.join(file));
         match cached.filter(|path| path.is_file()) {
@@ -148,10 +151,10 @@ impl Hub {
         }
     }
 
-    /// A whole model.
+    /// Returns the path of a folder with a whole model.
     fn folder(&self, name: &ModelName) -> Result<PathBuf, HubError> {
         let cached = self.snapshot(name).filter(|folder| has_model(folder));
-        // Without a tokenizer it may be what another program needed of the model.
+        // A folder without a tokenizer may be a partial download by another program.
         if let Some(folder) = cached
             .as_ref()
             .filter(|folder| folder.join(TOKENIZER).is_file())
@@ -170,8 +173,8 @@ impl Hub {
             .iter()
             .map(|sibling| sibling.rfilename.as_str())
             .collect();
-        // All of one commit, even if the branch moves on meanwhile; the branch's name is
-        // written to the cache after the last file.
+        // Take all files from one commit, even if the branch moves in the meantime. The
+        // branch's ref is written to the cache only after the last file.
         let fetch = |file: &str| self.cached_or_download(name, &info.sha, file);
         for file in files.iter().filter(|file| is_wanted(file)) {
             fetch(file)?;
@@ -201,7 +204,7 @@ impl Hub {
         Ok(repo.pointer_path(&info.sha))
     }
 
-    /// The files of a sharded model's weights.
+    /// Returns the files that hold a sharded model's weights.
     fn shards(
         &self,
         name: &ModelName,
@@ -226,7 +229,7 @@ impl Hub {
         }
     }
 
-    /// The folder of the commit that the cache has for a revision.
+    /// Returns the folder of the commit that the cache has for a revision.
     fn snapshot(&self, name: &ModelName) -> Option<PathBuf> {
         let folder = self.cache.path().join(name.repo().folder_name());
         let commit = match std::fs::read_to_string(folder.join("refs").join(&name.revision)) {
@@ -236,7 +239,7 @@ impl Hub {
         is_commit(&commit).then(|| folder.join("snapshots").join(commit))
     }
 
-    /// What the hub says of a repository.
+    /// Asks the hub for the commit and the files of a repository.
     fn info(&self, name: &ModelName) -> Result<RepoInfo, HubError> {
         let answer = |problem| HubError::Answer {
             endpoint: self.endpoint.clone(),
@@ -274,7 +277,7 @@ impl Hub {
         }
     }
 
-    /// Downloads a file, going on where a transfer broke off.
+    /// Downloads a file. After an interruption, continues where the transfer stopped.
     fn download(&self, name: &ModelName, revision: &str, file: &str) -> Result<PathBuf, HubError> {
         let what = name.what(Some(file));
         let repo = repo_at(&name.repository, revision);
@@ -302,7 +305,7 @@ impl Hub {
         match found {
             Ok(found) if found == size.get() => Ok(path),
             Ok(found) => {
-                // Both the name and the blob that it points to.
+                // Remove both the name and the blob that it points to.
                 let blob = std::fs::canonicalize(&path);
                 for wrong in [Ok(path), blob].into_iter().flatten() {
                     if let Err(error) = std::fs::remove_file(&wrong) {
@@ -319,10 +322,11 @@ impl Hub {
         }
     }
 
-    /// Removes what an earlier transfer left, so that the next begins anew.
+    /// Removes what an earlier transfer left, so that the next one starts from the
+    /// beginning.
     fn discard_part(&self, repo: &Repo, file: &str) {
         let address = self.api.repo(repo.clone()).url(file);
-        // Failing here means that the next attempt fails, with the reason.
+        // If this fails, the next attempt fails too, and reports the reason.
         if let Ok(metadata) = self.api.metadata(&address) {
             let mut part = self.cache.repo(repo.clone()).blob_path(metadata.etag());
             part.set_extension("part");
@@ -366,7 +370,7 @@ fn is_worth_another_try(error: &ApiError) -> bool {
     matches!(error, ApiError::IoError(_)) || is_unusable_part(error)
 }
 
-/// Whether what an earlier transfer left cannot be continued.
+/// Returns whether the error means that an earlier transfer cannot be continued.
 fn is_unusable_part(error: &ApiError) -> bool {
     match error {
         ApiError::InvalidResume => true,
@@ -375,7 +379,7 @@ fn is_unusable_part(error: &ApiError) -> bool {
     }
 }
 
-/// One file's progress, and the size that the hub announced for it.
+/// Progress bar of one file, which also records the size that the hub announced.
 struct Bar<'a> {
     bar: ProgressBar,
     size: &'a Cell<u64>,

@@ -1,5 +1,5 @@
-//! `quell inspect`: what a model file holds, and the memory that it needs; or what a GPU
-//! is.
+//! `quell inspect`: shows what a model file holds and how much memory it needs, or
+//! describes a GPU.
 
 use super::args::{CliError, Format, RunArgs, resolve};
 use super::generate::println_json;
@@ -11,16 +11,16 @@ use quell::runner::ModelFiles;
 use serde_json::{Value, json};
 use std::io::Write;
 
-/// Show what a model file holds and the memory that it needs.
+/// Show what a model file holds and how much memory it needs.
 #[derive(Debug, Args)]
 pub struct InspectArgs {
-    /// A .gguf file, a Hugging Face folder, or hf:ORG/NAME[/FILE] to download.
-    /// May be left out with --device cuda[:N]: then the GPU is shown.
+    /// Model to show: a .gguf file, a Hugging Face folder, or hf:ORG/NAME[/FILE] to
+    /// download. With --device cuda[:N] it may be omitted to show the GPU instead.
     #[arg(value_name = "PATH")]
     model: Option<String>,
     #[command(flatten)]
     run: RunArgs,
-    /// How the result is printed.
+    /// Output format.
     #[arg(long, value_enum, default_value_t)]
     format: Format,
 }
@@ -157,7 +157,7 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
     Ok(())
 }
 
-/// What there is to know of a device alone.
+/// Prints what is known about a device, without a model.
 fn show_device(device: &DeviceInfo, format: Format) -> Result<(), CliError> {
     if format == Format::Json {
         return println_json(&json!({

@@ -1,7 +1,9 @@
-//! Logs go to stderr: what quell has to say, but not of each request, and others'
-//! warnings and errors, unless we say them, too; or what `QUELL_LOG` asks for.
+//! Logging to stderr.
 //!
-//! A server's log never makes it wait: see `lossy.rs`.
+//! By default this shows quell's own messages from level info (those about single requests
+//! from level warn) and the warnings and errors of other crates, except those that quell
+//! reports itself. `QUELL_LOG` replaces this filter. The log of a server never makes it
+//! wait; see `lossy.rs`.
 
 #[cfg(feature = "server")]
 use super::args::CliError;
@@ -18,19 +20,20 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer};
 
-/// How long the end of the process waits for the last lines to be written.
+/// How long the process waits at its end for the last lines to be written.
 #[cfg(feature = "server")]
 const FLUSHING: Duration = Duration::from_millis(500);
 
-/// How long the end of the process waits for the last spans to be sent.
+/// How long the process waits at its end for the last spans to be sent.
 #[cfg(feature = "otel")]
 const SENDING: Duration = Duration::from_secs(1);
 
-/// The log of a server, once it is started.
+/// The log of the server, set once it has started.
 #[cfg(feature = "server")]
 static LOG: OnceLock<Lossy> = OnceLock::new();
 
-/// Writes and sends what is left of logs and spans when it is dropped, within a bound.
+/// Guard that writes the remaining logs and sends the remaining spans when it is dropped.
+/// Both have a time limit.
 #[derive(Default)]
 pub struct Logging {
     #[cfg(feature = "otel")]
@@ -58,7 +61,7 @@ fn filter() -> EnvFilter {
     EnvFilter::try_from_env("QUELL_LOG").unwrap_or_else(default)
 }
 
-/// Prints to stderr through `writer`.
+/// Returns a layer that prints to stderr through `writer`.
 fn print<S>(writer: BoxMakeWriter) -> impl Layer<S>
 where
     S: tracing::Subscriber + for<'a> tracing_subscriber::registry::LookupSpan<'a>,
@@ -70,16 +73,16 @@ where
         .with_filter(filter())
 }
 
-/// Starts logging, and waits for stderr.
+/// Starts logging for commands other than the server. Log calls wait for stderr.
 pub fn start() -> Logging {
     let print = print(BoxMakeWriter::new(std::io::stderr));
     tracing_subscriber::registry().with(print).init();
     Logging::default()
 }
 
-/// Starts the log of a server, which never waits for stderr. Where `endpoint` is given,
-/// such as `http://localhost:4318/v1/traces`, the spans of requests are sent to an
-/// OpenTelemetry collector there: OTLP over HTTP.
+/// Starts the log of a server, which never waits for stderr. If `endpoint` is given, such
+/// as `http://localhost:4318/v1/traces`, sends request spans to the OpenTelemetry collector
+/// there (OTLP over HTTP).
 #[cfg(feature = "server")]
 pub fn start_server(endpoint: Option<&str>) -> Result<Logging, CliError> {
     let report = |dropped| {
@@ -118,7 +121,7 @@ pub fn start_server(endpoint: Option<&str>) -> Result<Logging, CliError> {
     Ok(logging)
 }
 
-/// Counts lines that are dropped in the metrics recorder that is installed now.
+/// Counts dropped lines in the metrics recorder that is installed now.
 #[cfg(feature = "server")]
 pub fn count_dropped() {
     if let Some(log) = LOG.get() {
@@ -126,7 +129,7 @@ pub fn count_dropped() {
     }
 }
 
-/// Logs panics, where the hook of the standard library would wait for stderr.
+/// Logs panics. The hook of the standard library would wait for stderr.
 #[cfg(feature = "server")]
 fn log_panics() {
     std::panic::set_hook(Box::new(|panic| {
@@ -146,7 +149,7 @@ fn log_panics() {
     }));
 }
 
-/// Sends spans to `endpoint`.
+/// Creates a provider that sends spans to `endpoint`.
 #[cfg(feature = "otel")]
 fn provider(endpoint: &str) -> Result<opentelemetry_sdk::trace::SdkTracerProvider, CliError> {
     use opentelemetry_otlp::{SpanExporter, WithExportConfig};
@@ -166,7 +169,7 @@ fn provider(endpoint: &str) -> Result<opentelemetry_sdk::trace::SdkTracerProvide
     Ok(provider)
 }
 
-/// Makes the provider's spans of those of requests.
+/// Returns a layer that gives the spans of requests to the provider.
 #[cfg(feature = "otel")]
 fn spans<S>(provider: &opentelemetry_sdk::trace::SdkTracerProvider) -> impl Layer<S>
 where

@@ -1,8 +1,8 @@
-//! A writer for the log that never makes anybody wait.
+//! A log writer that never blocks its callers.
 //!
-//! Lines go through a bounded queue to a thread that writes them. When what it writes to
-//! is not read, such as the pipe of a log collector that has stopped, the queue fills up,
-//! and further lines are dropped and counted.
+//! Lines go through a bounded queue to a thread that writes them. If the output is not
+//! read, for example because a log collector has stopped, the queue fills up. Further lines
+//! are then dropped and counted.
 
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use std::io::{self, Write};
@@ -11,17 +11,17 @@ use std::sync::{Arc, OnceLock};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
-/// Most lines in the queue.
+/// Maximum number of lines in the queue.
 const MAX_LINES: usize = 8192;
-/// Most bytes in the queue.
+/// Maximum number of bytes in the queue.
 const MAX_BYTES: usize = 4 << 20;
 
-/// Name of the counter of lines that were dropped.
+/// Name of the counter of dropped lines.
 pub const DROPPED: &str = "quell_log_lines_dropped_total";
 
 enum Message {
     Line(Vec<u8>),
-    /// All lines before it have been written when the sender is used.
+    /// Asks the thread to use the sender once all earlier lines have been written.
     Flush(Sender<()>),
 }
 
@@ -41,7 +41,7 @@ impl Shared {
     }
 }
 
-/// Queues what is written, a line with each call; clones write to the same queue.
+/// Writer that queues each write as one line. Clones share the queue.
 #[derive(Clone)]
 pub struct Lossy {
     messages: Sender<Message>,
@@ -49,8 +49,8 @@ pub struct Lossy {
 }
 
 impl Lossy {
-    /// Starts the thread that writes to `out`. It calls `report` with the number of lines
-    /// that were dropped once there is room again.
+    /// Starts the thread that writes to `out`. After lines were dropped, it calls `report`
+    /// with their number once there is room again.
     pub fn start(
         out: impl Write + Send + 'static,
         report: impl Fn(u64) + Send + 'static,
@@ -79,13 +79,13 @@ impl Lossy {
         counter.absolute(self.dropped());
     }
 
-    /// Lines that were dropped so far.
+    /// Returns the number of lines dropped so far.
     pub fn dropped(&self) -> u64 {
         self.shared.dropped.load(Ordering::Relaxed)
     }
 
-    /// Waits until what is queued now has been written, but no longer than `bound`. Returns
-    /// whether it has been.
+    /// Waits until the lines that are queued now have been written, but at most for
+    /// `bound`. Returns whether they were written.
     pub fn flush(&self, bound: Duration) -> bool {
         let until = Instant::now() + bound;
         let (done, is_done) = bounded(1);
@@ -111,7 +111,7 @@ impl Write for Lossy {
                 .fetch_sub(line.len(), Ordering::Relaxed);
             self.shared.drop_line();
         }
-        // The writer of a log has nobody to tell.
+        // A dropped line is no error for the code that logs.
         Ok(line.len())
     }
 
@@ -120,12 +120,12 @@ impl Write for Lossy {
     }
 }
 
-/// The thread's end of the queue.
+/// The writing thread's end of the queue.
 struct QueueWriter<W> {
     queue: Receiver<Message>,
     shared: Arc<Shared>,
     out: W,
-    /// How many dropped lines were reported.
+    /// Number of dropped lines that were reported.
     reported: u64,
 }
 
@@ -139,7 +139,7 @@ impl<W: Write> QueueWriter<W> {
                         .queued_bytes
                         .fetch_sub(line.len(), Ordering::Relaxed);
                     if written.is_err() {
-                        // A report would be lost as well.
+                        // Do not report it: the report would be lost too.
                         self.shared.drop_line();
                         self.reported = self.shared.dropped.load(Ordering::Relaxed);
                     }
@@ -150,7 +150,7 @@ impl<W: Write> QueueWriter<W> {
                 }
             }
             let dropped = self.shared.dropped.load(Ordering::Relaxed);
-            // Not before there is room for the report, and for some lines after it.
+            // Wait until there is room for the report and for some lines after it.
             if dropped > self.reported && self.queue.len() <= MAX_LINES / 2 {
                 report(dropped - self.reported);
                 self.reported = dropped;
@@ -164,7 +164,7 @@ mod tests {
     use super::*;
     use std::sync::{Mutex, mpsc};
 
-    /// Each write waits for a permit, until there are none to come.
+    /// Waits for a permit before each write, until the sender of permits is dropped.
     struct Gated {
         permits: mpsc::Receiver<()>,
         written: Arc<Mutex<Vec<u8>>>,
@@ -182,7 +182,7 @@ mod tests {
         }
     }
 
-    /// A log, and what the test needs to hold it up and to see what becomes of it.
+    /// A log, and what a test needs to block it and to observe it.
     struct Bench {
         log: Lossy,
         permit: mpsc::Sender<()>,

@@ -1,8 +1,8 @@
-//! The `quell` program: one file a subcommand.
+//! The `quell` program, with one file per subcommand.
 //!
-//! Results go to stdout, everything else to stderr. A command line that makes no
-//! sense ends with one line and exit code 2, anything else that fails with one line
-//! and exit code 1.
+//! Results go to stdout, everything else to stderr. An invalid command line prints one line
+//! and exits with code 2. Any other failure prints one line and exits with code 1, or with
+//! 130 after Ctrl-C.
 
 mod args;
 mod bench;
@@ -31,7 +31,7 @@ use std::io::Write as _;
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// How long stderr may take to accept the error that the program ends with.
+/// How long to wait for stderr to accept the final error message.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// Run large language models: one scheduler thread, batched decoding, and
@@ -47,16 +47,16 @@ struct Cli {
 enum Command {
     /// Continue a prompt, or answer a message.
     Generate(generate::GenerateArgs),
-    /// Talk with a model in the terminal.
+    /// Chat with a model in the terminal.
     Chat(chat::ChatArgs),
-    /// Serve a model over HTTP, as OpenAI's API.
+    /// Serve a model over HTTP with OpenAI's API.
     #[cfg(feature = "server")]
     Serve(serve::ServeArgs),
     /// Turn text into token ids.
     Tokenize(tokenize::TokenizeArgs),
-    /// Show what a model file holds and the memory that it needs.
+    /// Show what a model file holds and how much memory it needs.
     Inspect(inspect::InspectArgs),
-    /// Measure prefill and decode speed, or a server under load.
+    /// Measure prefill and decode speed, or put a server under load.
     Bench(bench::BenchArgs),
 }
 
@@ -84,11 +84,11 @@ pub fn main() -> ExitCode {
         Command::Inspect(args) => inspect::run(args),
         Command::Bench(args) => bench::run(args),
     };
-    // What was logged comes before the error.
+    // Flush the log first, so that the error is the last line.
     drop(logging);
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        // Whoever read our output has had enough: no failure.
+        // The reader of stdout, such as `head`, has closed it. This is not a failure.
         Err(CliError::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => {
             ExitCode::SUCCESS
         }
@@ -100,25 +100,26 @@ fn failure(error: &CliError) -> ExitCode {
     let line = format!("error: {}", one_line(&error.to_string()));
     let (done, is_done) = crossbeam_channel::bounded(1);
     let print = move || {
-        // With stderr gone there is nobody left to tell.
+        // There is nowhere left to report a failure to write to stderr.
         let _ = writeln!(std::io::stderr(), "{line}");
         let _ = done.try_send(());
     };
-    // A pipe that is not read does not keep the process from ending.
+    // Print on a thread, so that a pipe that nobody reads cannot keep the process from
+    // ending.
     if std::thread::Builder::new().spawn(print).is_ok() {
         let _ = is_done.recv_timeout(LAST_WORDS);
     }
     ExitCode::from(error.exit_code())
 }
 
-/// What is wrong with a command line.
+/// An invalid command line or settings file.
 enum Mistake {
     Arguments(clap::Error),
     Settings(Box<CliError>),
 }
 
-/// The command line, with the environment and the settings file behind the flags of
-/// `quell serve`.
+/// Parses the command line. For `quell serve`, the environment and the settings file supply
+/// flags that are not given.
 fn parse() -> Result<Cli, Mistake> {
     let command = Cli::command();
     #[cfg(feature = "server")]
@@ -142,7 +143,7 @@ fn parse() -> Result<Cli, Mistake> {
     Cli::from_arg_matches(&matches).map_err(Mistake::Arguments)
 }
 
-/// Help and version as clap prints them; every mistake as one line.
+/// Prints help and version as clap does, and any mistake on one line.
 fn command_line_error(error: &clap::Error) -> ExitCode {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {

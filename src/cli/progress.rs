@@ -1,14 +1,14 @@
-//! Progress bars: on a terminal only.
+//! Progress bars, shown only on a terminal.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::IsTerminal;
 
-/// Whether progress can be shown.
+/// Returns whether progress can be shown.
 pub fn on_terminal() -> bool {
     std::io::stderr().is_terminal()
 }
 
-/// A bar of `total` steps on stderr; hidden when that is no terminal.
+/// Creates a bar of `total` steps on stderr, hidden if stderr is not a terminal.
 pub fn bar(total: u64, message: &'static str) -> ProgressBar {
     let target = if on_terminal() {
         ProgressDrawTarget::stderr()

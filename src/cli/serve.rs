@@ -1,4 +1,4 @@
-//! `quell serve`: the OpenAI API over HTTP.
+//! `quell serve`: serves the OpenAI API over HTTP.
 
 use super::args::{CliError, ModelArgs};
 use super::logging;
@@ -13,24 +13,25 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::sync::oneshot;
 
-/// How often the engine's health is looked at.
+/// How often the engine's health is checked.
 const LOOKING: Duration = Duration::from_millis(250);
 
-/// How long connections may take to be told that the engine has failed, and to close.
+/// How long connections may take to learn that the engine has failed, and to close.
 const FAILING: Duration = Duration::from_secs(2);
 
-/// The process ends within this time after the engine has failed, whatever it hangs in.
+/// The process ends within this time after the engine has failed, even if something hangs.
 const LAST_RESORT: Duration = Duration::from_millis(4500);
 
-/// How long the server may take to end when all that was open should have: connections have
-/// 5 seconds to close, and the engine the rest of them.
+/// How long the server may take to end after all open requests should have ended.
+/// Connections have 5 seconds to close; the rest is for the engine.
 const STOPPING: Duration = Duration::from_secs(8);
 
-/// Serve a model over HTTP, as OpenAI's API.
+/// Serve a model over HTTP with OpenAI's API.
 ///
-/// Every flag can also be given by the environment, as QUELL_ and its name, and by a file;
-/// a flag wins over the environment, and the environment over the file. API keys are read
-/// from --api-key-file and from the variable QUELL_API_KEYS, separated by commas.
+/// Every flag can also be set by an environment variable (QUELL_ and the flag's name, such
+/// as QUELL_DRAIN_TIMEOUT) or in the file given with --config. Flags override the
+/// environment, and the environment overrides the file. API keys are read from
+/// --api-key-file and from the variable QUELL_API_KEYS, separated by commas.
 #[derive(Debug, Args)]
 pub struct ServeArgs {
     #[command(flatten)]
@@ -42,47 +43,48 @@ pub struct ServeArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Server")]
 struct HttpArgs {
-    /// A TOML file with settings: the flags' names without the dashes before them.
+    /// TOML file with settings; the keys are the flags' names without the leading dashes.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Address to listen on.
     #[arg(long, value_name = "H", default_value = "127.0.0.1")]
     host: String,
-    /// Port to listen on; 0 takes a free one.
+    /// Port to listen on; 0 picks a free one.
     #[arg(long, value_name = "P", default_value_t = 8000)]
     port: u16,
-    /// What clients call the model; the first of several names is the one in answers
-    /// [default: the file's or folder's name].
+    /// Names that clients may use for the model, separated by commas; answers use the first
+    /// [default: the name of the file or folder].
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     served_model_name: Vec<String>,
-    /// How the model writes tool calls: hermes, llama, mistral, pythonic, deepseek or
-    /// granite [default: as its chat template has it].
+    /// Format of the model's tool calls: hermes, llama, mistral, pythonic, deepseek or
+    /// granite [default: the format of its chat template].
     #[arg(long, value_name = "FORMAT")]
     tool_format: Option<ToolFormat>,
-    /// Refuse JSON schemas with keywords that answers cannot be held to, instead of leaving
-    /// those out and naming them in the header x-quell-unenforced.
+    /// Refuse JSON schemas with keywords that cannot be enforced, instead of ignoring those
+    /// keywords and naming them in the header x-quell-unenforced.
     #[arg(long)]
     strict_schemas: bool,
-    /// A file with the chat template to use in place of the model's own.
+    /// File with a chat template to use instead of the model's own.
     #[arg(long, value_name = "FILE")]
     chat_template: Option<PathBuf>,
-    /// Let requests bring chat templates of their own.
+    /// Allow requests to bring their own chat templates.
     #[arg(long)]
     trust_request_chat_template: bool,
-    /// Let in only who brings one of the keys in this file, one a line. A key may say
-    /// how urgent its requests may be, as 'KEY max-priority=-5'.
+    /// Require one of the API keys in this file, one per line. A line 'KEY max-priority=-5'
+    /// sets --max-priority for that key.
     #[arg(long, value_name = "FILE")]
     api_key_file: Option<PathBuf>,
-    /// Origins whose pages may use the server from a browser; * for all.
+    /// Origins whose pages may use the server from a browser, separated by commas; * allows
+    /// all.
     #[arg(long, value_name = "ORIGIN", value_delimiter = ',')]
     allowed_origins: Vec<String>,
-    /// Names that clients reach the server by, beside --host; * for all. Addresses and
-    /// names that are not public, such as localhost, need not be listed [default: all
-    /// names if there are API keys or a certificate].
+    /// Host names, in addition to --host, that clients reach the server by, separated by
+    /// commas; * allows all. Addresses and names that are not public, such as localhost,
+    /// need not be listed [default: all names if there are API keys or a certificate].
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     allowed_hosts: Vec<String>,
-    /// The most urgent priority that a client may give its requests; lower numbers, which
-    /// are more urgent, are taken for this one.
+    /// Most urgent priority that clients may give their requests. Lower numbers are more
+    /// urgent and are raised to this one.
     #[arg(
         long,
         value_name = "N",
@@ -90,50 +92,50 @@ struct HttpArgs {
         allow_negative_numbers = true
     )]
     max_priority: i32,
-    /// Serve HTTPS with this certificate, a PEM file.
+    /// Serve HTTPS with this certificate (PEM file).
     #[arg(long, value_name = "FILE", requires = "tls_key")]
     tls_certificate: Option<PathBuf>,
-    /// The certificate's private key, a PEM file.
+    /// Private key of the certificate (PEM file).
     #[arg(long, value_name = "FILE", requires = "tls_certificate")]
     tls_key: Option<PathBuf>,
-    /// Requests that may be open at the same time; one more is refused with status 429.
+    /// Maximum number of open requests; further ones are refused with status 429.
     #[arg(long, value_name = "N", default_value_t = 4096)]
     max_open_requests: usize,
-    /// Connections at the same time, or fewer if the process may not open so many files;
-    /// more wait to be accepted, and idle ones are closed to make room.
+    /// Maximum number of connections, or fewer if the process may not open as many files.
+    /// Further ones wait to be accepted, and idle ones are closed to make room.
     #[arg(long, value_name = "N", default_value_t = 8192)]
     max_connections: usize,
-    /// Connections from one address; one more is refused unless another one is idle
-    /// [default: half of all].
+    /// Maximum number of connections from one address; a further one is refused unless
+    /// another one is idle [default: half of all].
     #[arg(long, value_name = "N")]
     max_connections_per_address: Option<usize>,
-    /// How long a connection may be unused between requests before it is closed; longer
-    /// than a proxy before the server keeps its own.
+    /// Close a connection that is unused between requests for this long. Choose a longer
+    /// time than a proxy in front of the server keeps its connections.
     #[arg(long, value_name = "SECONDS", default_value_t = 90)]
     keep_alive_timeout: u64,
-    /// What it means that an HTTP/1 client sends no more while it waits for its answer:
-    /// cancel (it is gone) or finish (it may still read).
+    /// What to do when an HTTP/1 client stops sending while it waits for its answer: cancel
+    /// (treat it as gone) or finish (it may still read).
     #[arg(long, value_name = "MEANING", default_value = "cancel")]
     half_close: HalfClose,
-    /// Size of a request's body at most.
+    /// Maximum size of a request body, in MiB.
     #[arg(long, value_name = "MIB", default_value_t = 32)]
     max_body_mib: usize,
-    /// How long an answer may take; 0 for without end.
+    /// Maximum time for an answer; 0 means no limit.
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     request_timeout: u64,
-    /// How long a client may take nothing of its answer before it is cut off.
+    /// Cut off a client that reads nothing of its answer for this long.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     write_timeout: u64,
-    /// Sessions that may be open at the same time; one more is refused.
+    /// Maximum number of open sessions; a further one is refused.
     #[arg(long, value_name = "N", default_value_t = 1024)]
     max_sessions: usize,
-    /// How long a session may be left alone before it is ended.
+    /// End a session that is unused for this long.
     #[arg(long, value_name = "SECONDS", default_value_t = 3600)]
     session_ttl: u64,
-    /// How long open requests may take to finish when the server is told to stop.
+    /// How long open requests may take to finish after the server is told to stop.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     drain_timeout: u64,
-    /// Send the spans of requests to this OpenTelemetry collector, such as
+    /// Send request spans to this OpenTelemetry collector, such as
     /// http://localhost:4318/v1/traces.
     #[cfg(feature = "otel")]
     #[arg(long, value_name = "URL")]
@@ -141,7 +143,7 @@ struct HttpArgs {
 }
 
 impl ServeArgs {
-    /// Where spans are to be sent.
+    /// Returns the URL that spans are sent to.
     pub fn otlp_endpoint(&self) -> Option<&str> {
         #[cfg(feature = "otel")]
         return self.server.otlp_endpoint.as_deref();
@@ -152,7 +154,8 @@ impl ServeArgs {
 
 /// Runs the subcommand.
 pub fn run(args: ServeArgs) -> Result<(), CliError> {
-    // First of all: a signal is never answered by the system's default, which is no drain.
+    // Listen first, so that no signal meets the system's default action, which ends the
+    // process without a drain.
     let mut signals = Signals::listen()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -163,12 +166,12 @@ pub fn run(args: ServeArgs) -> Result<(), CliError> {
             None => Ok(()),
         }
     });
-    // What goes on in its threads has nobody left to answer.
+    // Do not wait for its threads: no client is left to answer.
     runtime.shutdown_background();
     ended
 }
 
-/// What a server is made of.
+/// A loaded engine and the server's settings.
 struct Prepared {
     engine: Engine,
     options: ServerOptions,
@@ -176,10 +179,10 @@ struct Prepared {
 }
 
 impl ServeArgs {
-    /// Reads files and loads the model, both of which may take long.
+    /// Reads files and loads the model. Both may take long.
     fn prepare(self) -> Result<Prepared, CliError> {
         let mut options = self.server.options(&self.model.model)?;
-        // Before the engine, which keeps the recorder that it finds.
+        // Install it before the engine starts, which keeps the recorder that it finds.
         options.metrics = Some(Metrics::install()?);
         logging::count_dropped();
         let template = self.server.chat_template()?;
@@ -194,14 +197,14 @@ impl ServeArgs {
     }
 }
 
-/// Prepares on a thread of its own. `None` if a signal comes first; the process is to end
-/// then, and the thread with it.
+/// Prepares the server on a separate thread. Returns `None` if a signal arrives first; the
+/// process must then end, and the thread with it.
 async fn prepare(args: ServeArgs, signals: &mut Signals) -> Result<Option<Prepared>, CliError> {
     let (done, prepared) = oneshot::channel();
     std::thread::Builder::new()
         .name("quell-load".to_owned())
         .spawn(move || {
-            // Nobody is there to take it if a signal came.
+            // The receiver is gone if a signal arrived.
             let _ = done.send(args.prepare());
         })?;
     tokio::select! {
@@ -213,7 +216,8 @@ async fn prepare(args: ServeArgs, signals: &mut Signals) -> Result<Option<Prepar
     }
 }
 
-/// Serves until a signal comes and what is open has ended, or until the engine fails.
+/// Serves until a signal has come and the open requests have ended, or until the engine
+/// fails.
 async fn serve(prepared: Prepared, mut signals: Signals) -> Result<(), CliError> {
     let Prepared {
         engine,
@@ -237,7 +241,7 @@ async fn serve(prepared: Prepared, mut signals: Signals) -> Result<(), CliError>
     match fault(&engine) {
         Some(fault) => Err(CliError::Engine(fault)),
         None => {
-            // None if a second signal has ended the engine before it was drained.
+            // None if a second signal ended the engine before it was drained.
             let (finished, aborted) = drained
                 .map(|drained| (drained.finished, drained.aborted))
                 .unzip();
@@ -247,9 +251,9 @@ async fn serve(prepared: Prepared, mut signals: Signals) -> Result<(), CliError>
     }
 }
 
-/// Tells the server to stop at the first signal or when the engine fails, and cancels what
-/// is open at the second signal. Done only if that does not end the server in time; gives
-/// what the process is to end with then.
+/// Tells the server to stop at the first signal or when the engine fails, and cancels the
+/// open requests at the second signal. Returns only if the server does not end in time,
+/// with the error that the process must end with.
 async fn end(
     engine: &Engine,
     mut signals: Signals,
@@ -281,13 +285,14 @@ async fn end(
         }
         () = tokio::time::sleep(draining) => return CliError::Stopping(draining),
     }
-    // Posted at once; the server ends when the engine has.
+    // The shutdown is posted at once, without awaiting it. The server ends when the engine
+    // has.
     let _aborting = engine.shutdown(Shutdown::Abort);
     tokio::time::sleep(STOPPING).await;
     CliError::Stopping(STOPPING)
 }
 
-/// What has ended the engine, unless it was told to end.
+/// Returns what ended the engine, unless it was told to end.
 fn fault(engine: &Engine) -> Option<EngineFault> {
     match engine.health().status {
         HealthStatus::Healthy | HealthStatus::Closed(EngineFault::Shutdown) => None,
@@ -297,7 +302,8 @@ fn fault(engine: &Engine) -> Option<EngineFault> {
     }
 }
 
-/// Waits until the engine fails. Its health waits for nobody, and so does this.
+/// Waits until the engine fails. Polls the engine's health, which can be read without
+/// blocking even if the engine hangs.
 async fn failure(engine: &Engine) -> EngineFault {
     loop {
         if let Some(fault) = fault(engine) {
@@ -307,19 +313,19 @@ async fn failure(engine: &Engine) -> EngineFault {
     }
 }
 
-/// Ends the process if it still lives after a while: a driver whose device is lost may keep
-/// the end of the process waiting for ever.
+/// Aborts the process if it is still alive after `time`. A driver whose device is lost may
+/// block process exit indefinitely.
 fn abort_after(time: Duration) {
     let wait = move || {
         std::thread::sleep(time);
         std::process::abort();
     };
-    // Without the thread the process ends by itself or not at all.
+    // If the thread cannot be started, the process ends by itself or not at all.
     let _ = std::thread::Builder::new().spawn(wait);
 }
 
-/// Tells on stdout where the server listens. On a thread of its own: stdout may be a pipe
-/// that is full.
+/// Prints to stdout where the server listens. Uses a separate thread, because stdout may be
+/// a full pipe.
 fn announce(server: &Server) {
     let (scheme, address) = (server.scheme(), server.local_addr());
     let write = move || {
@@ -335,7 +341,7 @@ fn announce(server: &Server) {
 }
 
 impl HttpArgs {
-    /// Where to listen. An IPv6 address needs brackets before its port.
+    /// Returns the address to listen on. An IPv6 address needs brackets before its port.
     fn address(&self) -> String {
         let (host, port) = (&self.host, self.port);
         match host.parse::<std::net::Ipv6Addr>() {
@@ -393,7 +399,7 @@ impl HttpArgs {
         Ok(options)
     }
 
-    /// The chat template that is to be used in place of the model's.
+    /// Reads the chat template that replaces the model's own.
     fn chat_template(&self) -> Result<Option<String>, CliError> {
         let read = |path: &PathBuf| {
             std::fs::read_to_string(path).map_err(|source| CliError::Read {
@@ -404,8 +410,8 @@ impl HttpArgs {
         self.chat_template.as_ref().map(read).transpose()
     }
 
-    /// The keys of the file and of the environment. Not those of a flag: the system shows
-    /// everybody the flags of a process.
+    /// Returns the API keys of the file and of the environment. There is no flag for keys,
+    /// because the system shows the flags of a process to everyone.
     fn api_keys(&self) -> Result<ApiKeys, CliError> {
         let variable = std::env::var("QUELL_API_KEYS").unwrap_or_default();
         let keys = ApiKeys::parse(&variable);
@@ -418,7 +424,7 @@ impl HttpArgs {
         })?;
         let of_file = ApiKeys::parse(&text);
         if of_file.is_empty() {
-            // Rather than let everybody in.
+            // An empty file must not open the server to everyone.
             let problem = format!("--api-key-file {} has no key", path.display());
             return Err(CliError::Usage(problem));
         }
@@ -426,7 +432,7 @@ impl HttpArgs {
     }
 }
 
-/// The model's name, as its file or folder is called.
+/// Returns the model's name: that of its file or folder.
 fn name(model: &str) -> String {
     let path = Path::new(model.strip_prefix("hf:").unwrap_or(model));
     let name = match path.extension() {

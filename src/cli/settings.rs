@@ -1,9 +1,9 @@
-//! One precedence for the settings of `quell serve`: a flag, the environment, the file,
-//! the default.
+//! Settings of `quell serve`, in order of precedence: flags, the environment, the settings
+//! file, the defaults.
 //!
 //! Every flag has a variable and a key of the same name: `--drain-timeout`,
-//! `QUELL_DRAIN_TIMEOUT`, `drain-timeout`. Both become part of the command line's own
-//! definition, so that all are checked, and explained by `--help`, in one way.
+//! `QUELL_DRAIN_TIMEOUT`, `drain-timeout`. Both are added to clap's definition of the
+//! command, so that all settings are checked in one way and `--help` explains them all.
 
 use super::args::CliError;
 use clap::{Arg, ArgAction, Command};
@@ -11,7 +11,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use toml::{Table, Value};
 
-/// The file that the command line or the environment names.
+/// Returns the settings file that the command line or the environment names.
 pub fn file(arguments: &[OsString]) -> Option<PathBuf> {
     let mut arguments = arguments.iter();
     while let Some(argument) = arguments.next() {
@@ -26,7 +26,7 @@ pub fn file(arguments: &[OsString]) -> Option<PathBuf> {
     std::env::var_os("QUELL_CONFIG").map(PathBuf::from)
 }
 
-/// Reads the file.
+/// Reads the settings file.
 pub fn read(path: PathBuf) -> Result<Table, CliError> {
     let text = std::fs::read_to_string(&path).map_err(|source| CliError::Read {
         path: path.clone(),
@@ -38,7 +38,7 @@ pub fn read(path: PathBuf) -> Result<Table, CliError> {
     })
 }
 
-/// The command with the environment and the file behind its flags.
+/// Returns the command with the environment and the file as sources for its flags.
 pub fn layered(command: Command, file: &Table) -> Result<Command, CliError> {
     for key in file.keys() {
         let known = |argument: &Arg| argument.get_long() == Some(key) && key != "config";
@@ -72,7 +72,7 @@ pub fn layered(command: Command, file: &Table) -> Result<Command, CliError> {
     failed.map_or(Ok(command), Err)
 }
 
-/// A value as the command line would have it.
+/// Converts a value to the form that it would have on the command line.
 fn texts(name: &str, value: &Value) -> Result<Vec<String>, CliError> {
     let one = |value: &Value| match value {
         Value::String(text) => Ok(text.clone()),

@@ -1,20 +1,19 @@
 //! The signals that tell `quell serve` to stop: SIGTERM, SIGINT (Ctrl-C) and SIGHUP.
 //!
-//! They are listened to from the beginning of the process to its end, on a thread with a
-//! runtime of its own: none is lost between two of them, and none waits for a runtime that
-//! is busy.
+//! A thread with its own runtime listens for them from the start of the process to its end,
+//! so no signal is lost between two waits, and none is delayed by a busy runtime.
 
 use std::io;
 use tokio::sync::{mpsc, oneshot};
 
-/// The signals that came and were not taken yet, in their order.
+/// Signals that have arrived and were not taken yet, in order.
 pub struct Signals(mpsc::UnboundedReceiver<&'static str>);
 
 impl Signals {
-    /// Listens from now on.
+    /// Starts to listen.
     ///
     /// # Errors
-    /// If the system does not let the process listen.
+    /// Returns an error if the system does not let the process listen.
     pub fn listen() -> io::Result<Self> {
         let (came, signals) = mpsc::unbounded_channel();
         let (ready, listening) = oneshot::channel();
@@ -37,11 +36,11 @@ impl Signals {
         Ok(Self(signals))
     }
 
-    /// Waits for the next signal and gives its name.
+    /// Waits for the next signal and returns its name.
     pub async fn next(&mut self) -> &'static str {
         match self.0.recv().await {
             Some(name) => name,
-            // Its thread lives as long as the process.
+            // Not reached: the thread lives as long as the process.
             None => std::future::pending().await,
         }
     }
@@ -51,7 +50,7 @@ impl Signals {
 struct Streams {
     interrupt: tokio::signal::unix::Signal,
     terminate: tokio::signal::unix::Signal,
-    /// None if the process was started to go on without its terminal.
+    /// None if the process was started to outlive its terminal.
     hangup: Option<tokio::signal::unix::Signal>,
 }
 
@@ -82,8 +81,8 @@ impl Streams {
     }
 }
 
-/// Whether whoever started the process has it ignore SIGHUP, as `nohup` does. Only Linux
-/// tells.
+/// Returns whether the process was started with SIGHUP ignored, as `nohup` does. Always
+/// false on systems without Linux's `/proc`.
 #[cfg(unix)]
 fn ignores_hangup() -> bool {
     const HANGUP: u64 = 1;

@@ -1,4 +1,4 @@
-//! `quell tokenize`: turn text into token ids.
+//! `quell tokenize`: turns text into token ids.
 
 use super::args::{CliError, Format, resolve};
 use super::generate::{println_json, read_conversation};
@@ -14,18 +14,18 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, Args)]
 #[command(group = clap::ArgGroup::new("input").required(true).args(["text", "messages"]))]
 pub struct TokenizeArgs {
-    /// A .gguf file, a Hugging Face folder, or hf:ORG/NAME[/FILE] to download. Only its
-    /// tokenizer needs to be there.
+    /// Model with the tokenizer to use: a .gguf file, a Hugging Face folder, or
+    /// hf:ORG/NAME[/FILE] to download. Only its tokenizer needs to be there.
     #[arg(long, value_name = "PATH")]
     model: String,
-    /// The text; names of special tokens in it mean these tokens.
+    /// Text to tokenize; names of special tokens in it are read as those tokens.
     #[arg(long, allow_hyphen_values = true)]
     text: Option<String>,
-    /// A conversation in place of a text: a JSON list of messages, or a whole chat request
-    /// with its tools and the variables of the chat template.
+    /// File with a conversation to tokenize instead: a JSON list of messages, or a whole
+    /// chat request with its tools and the variables of the chat template.
     #[arg(long, value_name = "FILE")]
     messages: Option<PathBuf>,
-    /// How the result is printed.
+    /// Output format.
     #[arg(long, value_enum, default_value_t)]
     format: Format,
 }
@@ -40,12 +40,13 @@ pub fn run(args: TokenizeArgs) -> Result<(), CliError> {
         None => args.text.unwrap_or_default(),
     };
     let options = EncodeOptions {
-        // A template writes the tokens around a text itself.
+        // A chat template writes the surrounding special tokens itself.
         add_special: args.messages.is_none(),
         parse_special: true,
     };
     let ids = tokenizer.encode(&text, options)?;
-    // A token may be half a character: shown with the replacement character then.
+    // A token may be a part of a character, which is then shown as the replacement
+    // character.
     let text_of = |id: u32| match tokenizer.token_bytes(id) {
         Some(bytes) => String::from_utf8_lossy(bytes).into_owned(),
         None => String::new(),
@@ -68,7 +69,7 @@ pub fn run(args: TokenizeArgs) -> Result<(), CliError> {
     Ok(())
 }
 
-/// The prompt that the chat template makes of a file's conversation.
+/// Returns the prompt that the chat template makes from the conversation in a file.
 fn rendered(tokenizer: &Tokenizer, path: &Path) -> Result<String, CliError> {
     let (messages, request) = read_conversation(path)?;
     let template = tokenizer

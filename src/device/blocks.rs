@@ -1,6 +1,7 @@
-//! What every device checks before it copies blocks, so that a copy is refused as a whole.
+//! Checks that every device makes before it copies blocks, so that an invalid list of copies is
+//! rejected as a whole.
 
-/// What is wrong with a list of blocks, for a cache of so many.
+/// Checks that all blocks exist in a cache of `count` blocks. The error says what is wrong.
 pub(super) fn check_blocks(
     mut blocks: impl Iterator<Item = u32>,
     count: usize,
@@ -11,7 +12,8 @@ pub(super) fn check_blocks(
     }
 }
 
-/// What is wrong with pairs of a source and a target, for a cache of so many blocks.
+/// Checks pairs of a source and a target block for a cache of `count` blocks. All blocks must
+/// exist, and no target may occur again, as a source or as a target.
 pub(super) fn check_copies(pairs: &[[u32; 2]], count: usize) -> Result<(), String> {
     check_blocks(pairs.iter().flatten().copied(), count)?;
     let mut targets: Vec<u32> = pairs.iter().map(|pair| pair[1]).collect();
@@ -27,14 +29,14 @@ pub(super) fn check_copies(pairs: &[[u32; 2]], count: usize) -> Result<(), Strin
     }
 }
 
-/// The slots of host memory: how large they are, and which hold a block.
+/// Slots in host memory for swapped-out blocks: their size, and which of them hold a block.
 pub(super) struct Slots {
     bytes: usize,
     written: Vec<bool>,
 }
 
 impl Slots {
-    /// So many slots, each for a block of so many bytes.
+    /// Creates `count` slots, each for a block of `bytes` bytes.
     pub(super) fn new(bytes: usize, count: usize) -> Self {
         Self {
             bytes,
@@ -42,25 +44,24 @@ impl Slots {
         }
     }
 
-    /// Bytes of a slot.
+    /// Returns the number of bytes per slot.
     pub(super) fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// How many there are.
+    /// Returns the number of slots.
     pub(super) fn count(&self) -> usize {
         self.written.len()
     }
 
-    /// Notes that a slot holds a block.
+    /// Records that a slot holds a block.
     pub(super) fn set_written(&mut self, slot: u32) {
         if let Some(written) = self.written.get_mut(slot as usize) {
             *written = true;
         }
     }
 
-    /// What is wrong with pairs of a block and a slot, for a cache of so many blocks of so
-    /// many bytes.
+    /// Checks pairs of a block and a slot, for a cache of `count` blocks of `bytes` bytes each.
     pub(super) fn check_out(
         &self,
         pairs: &[[u32; 2]],
@@ -70,7 +71,8 @@ impl Slots {
         self.check(pairs.iter().map(|pair| pair[1]), bytes)
     }
 
-    /// What is wrong with pairs of a slot and a block, likewise.
+    /// Checks pairs of a slot and a block, for a cache of `count` blocks of `bytes` bytes each.
+    /// The slots must hold a block.
     pub(super) fn check_in(
         &self,
         pairs: &[[u32; 2]],

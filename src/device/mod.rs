@@ -1,21 +1,21 @@
-//! Devices: where weights live and a step's arithmetic happens.
+//! Devices, which hold the weights and compute the steps.
 //!
-//! [`Device`] is a set of typed, already fused operations. The model families in
-//! `model/` are written once against it. A device knows tokens, rows, blocks and
-//! weights; it knows nothing of requests.
+//! [`Device`] is a set of typed operations that are already fused. The model families in
+//! `model/` are written once against it. A device knows about tokens, rows, blocks and weights,
+//! but not about requests.
 //!
 //! # Shapes
 //!
-//! An activation [`Device::Tensor`] is a row-major matrix: one row a token of the
-//! step. Query, key and value of a token lie in one row,
+//! An activation [`Device::Tensor`] is a row-major matrix with one row per token of the step.
+//! The query, key and value of a token are in one row,
 //! `[q_heads · head_dim | kv_heads · head_dim | kv_heads · head_dim]`.
 //!
 //! # Determinism
 //!
-//! A row's result depends on that row (and on the cached keys and values of its
-//! own sequence) only: never on which other rows are in the batch, on how a prompt
-//! was cut into chunks, or on the number of threads. Every implementation keeps
-//! this to the bit; the tests in `tests/` rely on it.
+//! The result of a row depends only on that row and on the cached keys and values of its own
+//! sequence. It does not depend on the other rows in the batch, on how a prompt was cut into
+//! chunks, or on the number of threads. Every implementation guarantees this bit for bit, and
+//! the tests in `tests/` rely on it.
 
 mod blocks;
 pub mod cpu;
@@ -29,19 +29,19 @@ use crate::sampling::{SampleRow, Sampled};
 use crate::weights::DType;
 use thiserror::Error;
 
-/// Why a device could not do what it was asked to.
+/// Error of a device operation.
 #[derive(Debug, Error, Clone)]
 #[non_exhaustive]
 pub enum DeviceError {
     /// The device cannot be used on this machine at all.
     #[error("device '{device}' cannot be used: {reason}")]
     Unavailable {
-        /// As given on the command line: `cuda:0`, …
+        /// Name of the device as on the command line, for example `cuda:0`.
         device: String,
         /// What is missing.
         reason: String,
     },
-    /// The model or an option asks for something this device does not have.
+    /// The model or an option needs something that this device does not support.
     #[error("the {device} device does not support {what}; {expected}")]
     Unsupported {
         /// `cpu` or `cuda`.
@@ -51,65 +51,65 @@ pub enum DeviceError {
         /// What would have been accepted.
         expected: String,
     },
-    /// Memory could not be had.
+    /// The device could not allocate memory.
     #[error("the {device} device could not allocate {bytes} bytes for {what}")]
     OutOfMemory {
         /// `cpu` or `cuda`.
         device: &'static str,
-        /// How much was asked for.
+        /// Number of bytes requested.
         bytes: usize,
-        /// For what.
+        /// What the memory was for.
         what: String,
     },
-    /// An operation failed; what it computed must not be used.
+    /// An operation failed. Its results must not be used.
     #[error("the {device} device failed in {operation}: {reason}")]
     Failed {
         /// `cpu` or `cuda`.
         device: &'static str,
-        /// The operation.
+        /// Name of the operation.
         operation: &'static str,
-        /// The device's own words.
+        /// Error message of the device.
         reason: String,
     },
-    /// The device cannot be used any more.
+    /// The device can no longer be used.
     #[error("the {device} device is lost since {operation}: {reason}")]
     Lost {
         /// `cpu` or `cuda`.
         device: &'static str,
-        /// The operation that showed it.
+        /// Name of the operation that detected the loss.
         operation: &'static str,
-        /// The device's own words.
+        /// Error message of the device.
         reason: String,
     },
 }
 
-/// What a device is, for `quell inspect` and the start-up log.
+/// Description of a device, for `quell inspect` and the start-up log.
 #[derive(Clone, Debug)]
 pub struct DeviceInfo {
     /// `cpu` or `cuda:N`.
     pub name: String,
-    /// The hardware, the instruction set or image chosen, the number of threads.
+    /// Hardware, chosen instruction set or kernel image, and number of threads.
     pub description: String,
-    /// What else `quell inspect` lists, by name.
+    /// Further entries for `quell inspect`, as pairs of a name and a value.
     pub details: Vec<(&'static str, String)>,
 }
 
-/// The order in which the rows of a stored matrix are to be used.
+/// Order in which the rows of a stored matrix are used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RowOrder {
-    /// As they are stored.
+    /// The stored order.
     AsStored,
-    /// Query and key projections of llama-family GGUF files: within each head the
-    /// two halves that RoPE rotates are stored interleaved. They are used
-    /// un-interleaved, so that every model has the same, half-split, RoPE.
+    /// The order of the query and key projections of llama-family GGUF files. Within each head,
+    /// the two halves that RoPE rotates are stored interleaved. Loading de-interleaves them, so
+    /// that every model uses the same half-split RoPE.
     RopeInterleaved {
-        /// Rows of one head.
+        /// Number of rows per head.
         head_dim: usize,
     },
 }
 
 impl RowOrder {
-    /// Which stored row is row `row` of the matrix as used.
+    /// Returns the index of the stored row that is used as row `row`.
     pub fn stored_row(self, row: usize) -> usize {
         match self {
             Self::AsStored => row,
@@ -122,226 +122,229 @@ impl RowOrder {
     }
 }
 
-/// Some rows of a weight matrix as stored in a model file.
+/// Rows of a weight matrix as stored in a model file.
 #[derive(Clone, Copy, Debug)]
 pub struct WeightRows<'a> {
-    /// How the weights are stored.
+    /// Storage format of the weights.
     pub dtype: DType,
     /// Number of rows (outputs).
     pub rows: usize,
-    /// Number of columns (inputs); a whole number of blocks of `dtype`.
+    /// Number of columns (inputs); must be a multiple of the block length of `dtype`.
     pub columns: usize,
-    /// `dtype.bytes_for(columns)` bytes a row, row after row.
+    /// The stored bytes, row after row, `dtype.bytes_for(columns)` bytes per row.
     pub data: &'a [u8],
-    /// The order to use the rows in.
+    /// Order in which the rows are used.
     pub order: RowOrder,
 }
 
-/// A linear layer to load: `y = W x + b`, where `W` is `parts` stacked row-wise.
+/// Specification of a linear layer to load: `y = W x + b`, where `W` is the row-wise stack of
+/// `parts`.
 ///
-/// Stacking is how fused projections (query, key and value; gate and up) are made
-/// of separately stored ones; the parts may differ in `dtype`, not in `columns`.
+/// Fused projections (query, key and value; gate and up) are made by stacking projections that
+/// are stored separately. The parts may differ in `dtype` but not in `columns`.
 #[derive(Clone, Debug)]
 pub struct LinearSpec<'a> {
-    /// The stacked parts, first outputs first.
+    /// The stacked parts, in the order of their outputs.
     pub parts: Vec<WeightRows<'a>>,
-    /// One value an output row of all parts together, if the layer has a bias.
+    /// Bias, if the layer has one: one value per output row of all parts together.
     pub bias: Option<Vec<f32>>,
 }
 
-/// Rotary position embedding: how positions turn into angles.
+/// Specification of a rotary position embedding, which turns positions into angles.
 ///
 /// The pair `(i, i + rotary_dim / 2)` of a head is rotated by
-/// `position · inverse_frequencies[i]`, and cosine and sine are multiplied by
-/// `magnitude` (1 except for YaRN and LongRoPE).
-/// Su et al., *RoFormer*, 2021.
+/// `position · inverse_frequencies[i]`. The cosine and the sine are multiplied by `magnitude`,
+/// which is 1 except for YaRN and LongRoPE. Su et al., *RoFormer*, 2021.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeSpec {
-    /// One entry a rotated pair: `rotary_dim / 2` of them.
+    /// Inverse frequency of each rotated pair; `rotary_dim / 2` entries.
     pub inverse_frequencies: Vec<f32>,
-    /// Factor on cosine and sine.
+    /// Factor applied to the cosine and the sine.
     pub magnitude: f32,
-    /// Positions are below this.
+    /// Exclusive upper bound of the positions.
     pub max_positions: usize,
 }
 
-/// The heads of an attention layer.
+/// Head counts and head size of an attention layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeadShape {
-    /// Query heads; a multiple of `kv_heads`.
+    /// Number of query heads; a multiple of `kv_heads`.
     pub q_heads: usize,
-    /// Key and value heads.
+    /// Number of key-value heads.
     pub kv_heads: usize,
-    /// Elements of a head.
+    /// Number of elements per head.
     pub head_dim: usize,
 }
 
 impl HeadShape {
-    /// Columns of a row that holds query, key and value.
+    /// Returns the number of columns of a row that holds query, key and value.
     pub fn qkv_columns(&self) -> usize {
         (self.q_heads + 2 * self.kv_heads) * self.head_dim
     }
 
-    /// Columns of the attention output.
+    /// Returns the number of columns of the attention output.
     pub fn q_columns(&self) -> usize {
         self.q_heads * self.head_dim
     }
 }
 
-/// RMSNorm on queries and keys before RoPE.
+/// RMSNorm applied to queries and keys before RoPE.
 #[derive(Debug)]
 pub struct QkNorm<'a, D: Device> {
-    /// Weight for the queries: `head_dim` values when `per_head`, else all heads'.
+    /// Weight for the queries: `head_dim` values if `per_head`, otherwise `head_dim` values per
+    /// query head.
     pub q: &'a D::Vector,
-    /// Weight for the keys, likewise.
+    /// Weight for the keys: `head_dim` values if `per_head`, otherwise `head_dim` values per
+    /// key head.
     pub k: &'a D::Vector,
-    /// Added to the mean square.
+    /// Value added to the mean square.
     pub epsilon: f32,
-    /// Whether each head is normalised on its own (Qwen 3, Gemma 3) or all heads
-    /// of a row together (OLMo 2).
+    /// Whether each head is normalised separately (Qwen 3, Gemma 3) or all heads of a row
+    /// together (OLMo 2).
     pub per_head: bool,
 }
 
-/// What attention does beside `softmax(q · k) v`.
+/// Parameters of an attention operation.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AttentionSpec {
-    /// The heads.
+    /// Head counts and head size.
     pub heads: HeadShape,
-    /// Factor on `q · k`.
+    /// Factor applied to `q · k`.
     pub scale: f32,
-    /// A token sees itself and the `window − 1` tokens before it; all when `None`.
+    /// Sliding window: a token attends to itself and to the `window − 1` tokens before it.
+    /// `None` means all tokens before it.
     pub window: Option<usize>,
-    /// `s → cap · tanh(s / cap)` on the scaled scores (Gemma 2).
+    /// Soft cap on the scaled scores, `s → cap · tanh(s / cap)` (Gemma 2).
     pub softcap: Option<f32>,
 }
 
-/// The non-linearity of a gated feed-forward layer, `act(gate) · up`.
+/// Non-linearity of a gated feed-forward layer, `act(gate) · up`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {
-    /// `x · sigmoid(x)`.
+    /// SiLU, `x · sigmoid(x)`.
     Silu,
-    /// The tanh form of GELU.
+    /// GELU in its tanh approximation.
     GeluTanh,
 }
 
-/// How a mixture-of-experts layer chooses: softmax over all experts, then the
-/// `top_k` largest (ties: the lower index), their weights scaled to sum to 1 if
-/// `normalize`.
+/// How a mixture-of-experts layer chooses its experts.
+///
+/// Takes the softmax over all experts and chooses the `top_k` experts with the largest weights;
+/// of equal weights, the lower index wins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RoutingSpec {
-    /// Experts a token goes to.
+    /// Number of experts per token.
     pub top_k: usize,
-    /// Whether the chosen weights are scaled to sum to 1.
+    /// Whether the weights of the chosen experts are scaled to sum to 1.
     pub normalize: bool,
-    /// The experts' non-linearity.
+    /// Non-linearity of the experts.
     pub activation: Activation,
 }
 
-/// How exactly a matrix of activations has to be kept.
+/// Precision in which a matrix of activations is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Precision {
-    /// In the device's own type for activations.
+    /// The device's own activation type.
     Activation,
-    /// In float32: the residual stream, logits.
+    /// Float32, for the residual stream and the logits.
     Full,
 }
 
-/// What remains to be done for a step whose inputs were staged.
+/// What the caller must do next after staging a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Staged {
-    /// The operations of the forward pass are to be enqueued, then
-    /// [`Device::finish`] called.
+    /// Enqueue the operations of the forward pass, then call [`Device::finish`].
     Enqueue,
-    /// The device has recorded the forward pass of such a step before and has
-    /// enqueued all of it: only sampling is left.
+    /// Only sample. The device had recorded the forward pass of a step of this size and has
+    /// enqueued all of it.
     Replayed,
 }
 
-/// What remains to be done for a step whose operations were enqueued.
+/// What the caller must do next after enqueueing the operations of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Finished {
-    /// Nothing: only sampling is left.
+    /// Only sample.
     Done,
-    /// The device wanted to record the operations and could not. Nothing of them was
-    /// computed: they are to be enqueued again, then [`Device::finish`] called.
+    /// Enqueue the operations again, then call [`Device::finish`] again. The device tried to
+    /// record the operations and failed, and computed none of them.
     Repeat,
 }
 
-/// The largest step.
+/// Upper limits on the size of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceLimits {
-    /// Tokens of a step.
+    /// Maximum number of tokens per step.
     pub rows: usize,
-    /// Sequences of a step, and rows that are sampled.
+    /// Maximum number of sequences per step, and of sampled rows per step.
     pub sequences: usize,
-    /// Tokens of a sequence.
+    /// Maximum number of tokens per sequence.
     pub sequence_tokens: usize,
-    /// Tokens a block of the key-value cache.
+    /// Tokens per KV cache block.
     pub block_tokens: usize,
-    /// Logits of a sampled row.
+    /// Number of logits per sampled row.
     pub vocabulary: usize,
 }
 
-/// The size of the paged key-value cache.
+/// Dimensions of the paged KV cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CacheShape {
-    /// Attention layers.
+    /// Number of attention layers.
     pub layers: usize,
-    /// Key and value heads of a layer.
+    /// Number of key-value heads per layer.
     pub kv_heads: usize,
-    /// Elements of a head.
+    /// Number of elements per head.
     pub head_dim: usize,
-    /// Blocks in all.
+    /// Total number of blocks.
     pub blocks: usize,
-    /// Tokens a block.
+    /// Number of tokens per block.
     pub block_tokens: usize,
 }
 
 /// The rows of one sequence in a step.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BatchSequence {
-    /// Its rows: consecutive tokens of the sequence.
+    /// Rows of the sequence, which are consecutive tokens.
     pub rows: std::ops::Range<usize>,
-    /// Where its block table lies in [`Batch::tables`].
+    /// Range of its block table in [`Batch::tables`].
     pub table: std::ops::Range<usize>,
 }
 
-/// A token id that only the device knows yet.
+/// Reference to a token id that so far only the device knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Feedback {
-    /// The row that needs it.
+    /// Row that takes the token.
     pub row: usize,
-    /// Which sample of the step before this one it is.
+    /// Index of the sample in the previous step.
     pub sample: usize,
 }
 
-/// The input of one step: flat arrays, one entry a row unless said otherwise.
+/// Input of one step, as flat arrays with one entry per row unless stated otherwise.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Batch {
-    /// Token ids; ignored where `feedback` names the row.
+    /// Token ids. The entry of a row that `feedback` names is ignored.
     pub tokens: Vec<u32>,
-    /// Rows whose token is what the previous step sampled.
+    /// Rows whose token is a sample of the previous step.
     pub feedback: Vec<Feedback>,
     /// Position of each token in its sequence, from 0.
     pub positions: Vec<u32>,
-    /// Where each token's key and value go: `block · block_tokens + offset`.
+    /// Slot that each token's key and value are written to: `block · block_tokens + offset`.
     pub slots: Vec<u32>,
-    /// One entry a sequence; their rows follow each other without a gap.
+    /// One entry per sequence. Their rows follow each other without gaps.
     pub sequences: Vec<BatchSequence>,
-    /// The sequences' block tables, one after the other: entry `i` of a table is
-    /// the block of positions `i · block_tokens ..`.
+    /// Block tables of the sequences, one after the other. Entry `i` of a table is the block of
+    /// the positions from `i · block_tokens`.
     pub tables: Vec<u32>,
-    /// Rows whose logits are wanted, ascending.
+    /// Rows whose logits are needed, in ascending order.
     pub sample_rows: Vec<usize>,
 }
 
 impl Batch {
-    /// Number of tokens.
+    /// Returns the number of tokens.
     pub fn rows(&self) -> usize {
         self.tokens.len()
     }
 
-    /// Empties every array and keeps its memory.
+    /// Empties every array but keeps its memory.
     pub fn clear(&mut self) {
         self.tokens.clear();
         self.feedback.clear();
@@ -353,16 +356,21 @@ impl Batch {
     }
 }
 
-/// A place that holds weights and a key-value cache and computes steps.
+/// A compute device: holds weights and a KV cache, and computes steps.
 ///
-/// Operations *enqueue*; only [`Device::collect`] waits for a result (a device
-/// whose operations are synchronous, like the CPU, has nothing left to wait for).
-/// `rows` is how many leading rows of the operands take part. Operand shapes are
-/// the caller's contract, checked with assertions in debug builds.
+/// Operations are *enqueued*, in order. Only [`Device::collect`] and [`Device::collect_pooled`]
+/// wait for results. On a device whose operations are synchronous, like the CPU, nothing is
+/// left to wait for. The parameter `rows` is the number of leading rows of the operands that
+/// take part.
+///
+/// # Errors
+/// An operation returns [`DeviceError::Failed`] if the shapes of its operands, for which the
+/// caller is responsible, do not fit together. Every fallible operation can also return the
+/// other kinds of [`DeviceError`]. The results of a failed operation must not be used.
 pub trait Device: Sized + 'static {
     /// A loaded [`LinearSpec`].
     type Linear;
-    /// A loaded vector of float32 numbers (a norm's weight).
+    /// A loaded vector of float32 numbers, such as the weight of a norm.
     type Vector;
     /// A loaded [`RopeSpec`].
     type Rope;
@@ -370,20 +378,21 @@ pub trait Device: Sized + 'static {
     type Experts;
     /// A matrix of activations.
     type Tensor;
-    /// The key-value cache of all layers.
+    /// The KV cache of all layers.
     type Cache;
-    /// Host memory for blocks of a cache.
+    /// Host memory for swapped-out blocks.
     type HostBlocks;
     /// Samples on their way to the host.
     type Pending;
     /// Sums of rows on their way to the host.
     type Pooling;
 
-    /// What this device is.
+    /// Returns a description of this device.
     fn info(&self) -> DeviceInfo;
 
-    /// Bytes of weights and bytes of cache per token that this device would hold,
-    /// for the memory plan: the cache first needs `CacheShape` with one block.
+    /// Returns the number of bytes that a KV cache of this shape takes on this device, all
+    /// layers and blocks together. For the size of one block, pass a shape with `blocks` set to
+    /// 1.
     fn cache_bytes(&self, shape: &CacheShape) -> usize;
 
     /// Loads a linear layer.
@@ -392,18 +401,18 @@ pub trait Device: Sized + 'static {
     fn load_vector(&mut self, values: &[f32]) -> Result<Self::Vector, DeviceError>;
     /// Loads a rotary embedding.
     fn load_rope(&mut self, spec: &RopeSpec) -> Result<Self::Rope, DeviceError>;
-    /// Loads the experts of one layer: entry `e` of both is expert `e`; `gate_up`
-    /// has the gate's rows first.
+    /// Loads the experts of one layer. Entry `e` of both lists is expert `e`. In `gate_up`, the
+    /// rows of the gate come first.
     fn load_experts(
         &mut self,
         gate_up: &[LinearSpec<'_>],
         down: &[LinearSpec<'_>],
     ) -> Result<Self::Experts, DeviceError>;
-    /// Bytes of weights loaded so far, as this device keeps them.
+    /// Returns the number of bytes that the weights loaded so far take on this device.
     fn weight_bytes(&self) -> usize;
 
-    /// Tells the device how large steps will be, before anything is allocated, so
-    /// that it can set aside what their inputs and intermediates need.
+    /// Tells the device how large steps can get, so that it can reserve memory for their inputs
+    /// and intermediates. Must be called before anything is allocated.
     fn reserve(&mut self, limits: &DeviceLimits) -> Result<(), DeviceError> {
         let _ = limits;
         Ok(())
@@ -415,38 +424,39 @@ pub trait Device: Sized + 'static {
         columns: usize,
         precision: Precision,
     ) -> Result<Self::Tensor, DeviceError>;
-    /// Bytes that the key-value cache may take when the settings name none. Asked
-    /// when all else is loaded and allocated.
+    /// Returns the number of bytes that the KV cache may take if the settings do not say. Must
+    /// be called after everything else is loaded and allocated.
     fn cache_budget(&self) -> Result<usize, DeviceError>;
-    /// Allocates the key-value cache.
+    /// Allocates the KV cache.
     fn allocate_cache(&mut self, shape: &CacheShape) -> Result<Self::Cache, DeviceError>;
-    /// Sets host memory aside that so many blocks of a cache of this shape can be swapped
-    /// out to, a slot each. Memory is taken as slots are first written to, not before.
+    /// Reserves host memory into which `blocks` blocks of a cache of this shape can be swapped
+    /// out, one slot per block. A slot takes memory only once it is first written.
     fn allocate_host_blocks(
         &mut self,
         shape: &CacheShape,
         blocks: usize,
     ) -> Result<Self::HostBlocks, DeviceError>;
-    /// Bytes a second that blocks are swapped at, one way: an estimate, for deciding
-    /// whether to swap or to compute anew.
+    /// Swap bandwidth in bytes per second, one direction. An estimate, for deciding whether to
+    /// swap a sequence out or to recompute it.
     fn swap_bandwidth(&self) -> f64;
 
-    /// Steps that may be in flight at the same time: 1 or 2. With 2, `collect` is
-    /// asked for a step when the next one is enqueued already.
+    /// Returns the maximum number of steps in flight, 1 or 2. With 2, a step is collected after
+    /// the next one has been enqueued.
     fn depth(&self) -> usize {
         1
     }
 
-    /// Takes the inputs of the next step; the operations below refer to them.
+    /// Takes the inputs of the next step, which the operations below then use.
     fn stage(&mut self, batch: &Batch) -> Result<Staged, DeviceError>;
 
-    /// Ends the forward pass that `stage` asked to enqueue, which went as `outcome`
-    /// says; `sample` comes after it.
+    /// Ends the forward pass after [`Device::stage`] returned [`Staged::Enqueue`] and the
+    /// caller enqueued the operations. `outcome` is the result of enqueueing them. Must be
+    /// called before [`Device::sample`].
     fn finish(&mut self, outcome: Result<(), DeviceError>) -> Result<Finished, DeviceError> {
         outcome.map(|()| Finished::Done)
     }
 
-    /// `out[r] = scale · table[token of row r]` for every row of the batch.
+    /// Computes `out[r] = scale · table[token of row r]` for every row of the batch.
     fn embed(
         &mut self,
         table: &Self::Linear,
@@ -454,7 +464,7 @@ pub trait Device: Sized + 'static {
         out: &mut Self::Tensor,
     ) -> Result<(), DeviceError>;
 
-    /// `out = x / rms(x) · weight`. Zhang & Sennrich, *RMSNorm*, 2019.
+    /// Computes `out = x / rms(x) · weight`. Zhang & Sennrich, *RMSNorm*, 2019.
     fn rms_norm(
         &mut self,
         x: &Self::Tensor,
@@ -464,7 +474,7 @@ pub trait Device: Sized + 'static {
         out: &mut Self::Tensor,
     ) -> Result<(), DeviceError>;
 
-    /// `residual += x; out = residual / rms(residual) · weight`.
+    /// Computes `residual += x`, then `out = residual / rms(residual) · weight`.
     fn add_rms_norm(
         &mut self,
         residual: &mut Self::Tensor,
@@ -475,7 +485,7 @@ pub trait Device: Sized + 'static {
         out: &mut Self::Tensor,
     ) -> Result<(), DeviceError>;
 
-    /// `residual += x / rms(x) · weight` (post-norm layers).
+    /// Computes `residual += x / rms(x) · weight`, for post-norm layers.
     fn rms_norm_add(
         &mut self,
         x: &Self::Tensor,
@@ -485,7 +495,7 @@ pub trait Device: Sized + 'static {
         residual: &mut Self::Tensor,
     ) -> Result<(), DeviceError>;
 
-    /// `residual += x`.
+    /// Computes `residual += x`.
     fn add(
         &mut self,
         residual: &mut Self::Tensor,
@@ -493,7 +503,7 @@ pub trait Device: Sized + 'static {
         rows: usize,
     ) -> Result<(), DeviceError>;
 
-    /// `out = W x + b`.
+    /// Computes `out = W x + b`.
     fn linear(
         &mut self,
         x: &Self::Tensor,
@@ -502,8 +512,8 @@ pub trait Device: Sized + 'static {
         out: &mut Self::Tensor,
     ) -> Result<(), DeviceError>;
 
-    /// Normalises queries and keys (if `norm`), rotates both in place, and writes
-    /// keys and values to the cache, for every row of the batch.
+    /// Normalises the queries and keys if `norm` is given, rotates both in place, and writes
+    /// the keys and values to the cache, for every row of the batch.
     fn rope_store(
         &mut self,
         qkv: &mut Self::Tensor,
@@ -514,8 +524,8 @@ pub trait Device: Sized + 'static {
         layer: usize,
     ) -> Result<(), DeviceError>;
 
-    /// Causal attention of every row over the cached tokens of its sequence, its
-    /// own included. `out` has `heads.q_columns()` columns.
+    /// Computes causal attention of every row over the cached tokens of its sequence, including
+    /// its own. `out` has `heads.q_columns()` columns.
     fn attend(
         &mut self,
         qkv: &Self::Tensor,
@@ -525,7 +535,7 @@ pub trait Device: Sized + 'static {
         out: &mut Self::Tensor,
     ) -> Result<(), DeviceError>;
 
-    /// `out = activation(gate) · up`, where a row of `gate_up` is `[gate | up]`.
+    /// Computes `out = activation(gate) · up`, where a row of `gate_up` is `[gate | up]`.
     fn gated_activation(
         &mut self,
         gate_up: &Self::Tensor,
@@ -534,8 +544,8 @@ pub trait Device: Sized + 'static {
         out: &mut Self::Tensor,
     ) -> Result<(), DeviceError>;
 
-    /// A mixture-of-experts feed-forward layer: `router` holds one logit an expert.
-    /// The experts' outputs are summed in the order of their index.
+    /// Computes a mixture-of-experts feed-forward layer. `router` has one logit per expert. The
+    /// outputs of a row's experts are summed in the order of their index.
     fn experts(
         &mut self,
         x: &Self::Tensor,
@@ -553,48 +563,50 @@ pub trait Device: Sized + 'static {
         out: &mut Self::Tensor,
     ) -> Result<(), DeviceError>;
 
-    /// `x → cap · tanh(x / cap)`.
+    /// Applies `x → cap · tanh(x / cap)` in place.
     fn softcap(&mut self, x: &mut Self::Tensor, cap: f32, rows: usize) -> Result<(), DeviceError>;
 
-    /// Chooses a token for each row of `logits`, as `rows` prescribes.
+    /// Chooses a token for each row of `logits`, as the entries of `rows` prescribe.
     fn sample(
         &mut self,
         logits: &Self::Tensor,
         rows: &[SampleRow],
     ) -> Result<Self::Pending, DeviceError>;
 
-    /// Waits for a step and gives its samples, in the order of its sample rows.
+    /// Waits for a step and returns its samples, in the order of its sample rows.
     fn collect(&mut self, pending: Self::Pending) -> Result<Vec<Sampled>, DeviceError>;
 
-    /// Takes samples back that have been read, so that a later step can use their memory.
+    /// Takes back samples that the caller has read, so that a later step can reuse their
+    /// memory.
     fn recycle(&mut self, samples: Vec<Sampled>) {
         drop(samples);
     }
 
-    /// Adds up rows of `x`: a sum for each of `ranges`. Comes after [`Device::finish`].
+    /// Computes the sum of the rows of `x` in each of `ranges`. Must be called after
+    /// [`Device::finish`].
     fn pool(
         &mut self,
         x: &Self::Tensor,
         ranges: &[std::ops::Range<usize>],
     ) -> Result<Self::Pooling, DeviceError>;
 
-    /// Waits for a step and gives its sums, in the order of the ranges.
+    /// Waits for a step and returns its sums, in the order of the ranges.
     fn collect_pooled(&mut self, pooling: Self::Pooling) -> Result<Vec<PooledRows>, DeviceError>;
 
-    /// Copies blocks, keys and values of all layers; a pair is a source and a target. No
-    /// block may be a target twice, or a source and a target.
+    /// Copies blocks within the cache, keys and values of all layers. Each pair is a source and
+    /// a target. A block must not be a target twice, nor both a source and a target.
     ///
-    /// As all operations, this and the two below come after what is enqueued already and
-    /// before what is enqueued later; nobody waits. Where one is refused because of its
-    /// pairs, nothing is copied.
+    /// Like all operations, this one and the two below run after everything already enqueued
+    /// and before everything enqueued later, and the caller does not wait. If an operation
+    /// rejects its pairs, it copies nothing.
     fn copy_blocks(
         &mut self,
         cache: &mut Self::Cache,
         pairs: &[[u32; 2]],
     ) -> Result<(), DeviceError>;
 
-    /// Copies blocks to host memory, one after the other; a pair is a block and the slot
-    /// it goes to.
+    /// Copies blocks to host memory, in the order of the pairs. Each pair is a block and the
+    /// slot it is copied to.
     fn swap_out(
         &mut self,
         cache: &Self::Cache,
@@ -602,8 +614,8 @@ pub trait Device: Sized + 'static {
         pairs: &[[u32; 2]],
     ) -> Result<(), DeviceError>;
 
-    /// Copies blocks back, one after the other; a pair is a slot, which was swapped out to
-    /// before, and the block it goes to.
+    /// Copies blocks back from host memory, in the order of the pairs. Each pair is a slot that
+    /// was swapped out to before, and the block it is copied to.
     fn swap_in(
         &mut self,
         cache: &mut Self::Cache,
@@ -611,6 +623,6 @@ pub trait Device: Sized + 'static {
         pairs: &[[u32; 2]],
     ) -> Result<(), DeviceError>;
 
-    /// Overwrites blocks with NaN, so that a test notices whoever reads them.
+    /// Overwrites blocks with NaN, so that tests detect reads of blocks that were freed.
     fn poison(&mut self, cache: &mut Self::Cache, blocks: &[u32]) -> Result<(), DeviceError>;
 }

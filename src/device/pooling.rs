@@ -1,18 +1,18 @@
-//! [`PooledRows`]: the sum of some rows, whoever adds them and in whatever order.
+//! [`PooledRows`]: a sum of rows that does not depend on the order of addition.
 
-/// Units of a sum in 1: a power of two, so that scaling a number rounds nothing.
+/// Units per 1 in a sum. A power of two, so that scaling a value does not round.
 const UNITS: f32 = (1 << 28) as f32;
-/// A number whose size is beyond this has no place in a sum, which then has room for at
-/// least 2²⁰ rows.
+/// Largest magnitude of a value in a sum. A sum therefore has room for at least 2²⁰ rows.
 const LARGEST: f32 = (1 << 15) as f32;
-/// A sum with a number in it that is none, or too large.
+/// Sentinel for an invalid sum: it contains a NaN or a value that is too large, or it
+/// overflowed.
 const UNSOUND: i64 = i64::MIN;
 
-/// The sum of some rows of activations, column by column, in units of 2⁻²⁸.
+/// Sum of rows of activations, column by column, in units of 2⁻²⁸.
 ///
-/// Sums of integers do not depend on their order: a prompt's sum is the same to the bit
-/// however it was cut into steps, whoever else was in them, and on every device that
-/// computes the same rows.
+/// Integer sums do not depend on the order of addition. The sum of a prompt is therefore the
+/// same bit for bit however the prompt was cut into steps, whatever else was in those steps,
+/// and on every device that computes the same rows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PooledRows {
     rows: usize,
@@ -20,7 +20,7 @@ pub struct PooledRows {
 }
 
 impl PooledRows {
-    /// The sum of no rows.
+    /// Creates the sum of zero rows.
     pub fn new(columns: usize) -> Self {
         Self {
             rows: 0,
@@ -28,19 +28,19 @@ impl PooledRows {
         }
     }
 
-    /// A sum that a device has computed: so many rows, and for each column the sum in
-    /// units of 2⁻²⁸, or the lowest number there is if a value is no number or its size is
-    /// beyond 32,768.
+    /// Wraps a sum that a device has computed. `rows` is the number of rows that were added,
+    /// and `sums` has the sum of each column in units of 2⁻²⁸. A column in which a value is NaN
+    /// or has a magnitude above 32,768 must be `i64::MIN`.
     pub fn of_device(rows: usize, sums: Vec<i64>) -> Self {
         Self { rows, sums }
     }
 
-    /// Adds a row, which has as many columns.
+    /// Adds a row, which must have as many columns as the sum.
     pub fn add_row(&mut self, row: &[f32]) {
         debug_assert_eq!(row.len(), self.sums.len());
         self.rows += 1;
         for (sum, &value) in self.sums.iter_mut().zip(row) {
-            // NaN is in no range.
+            // The comparison is false for NaN.
             let units = match value.abs() <= LARGEST {
                 true => (value * UNITS).round_ties_even() as i64,
                 false => UNSOUND,
@@ -49,7 +49,7 @@ impl PooledRows {
         }
     }
 
-    /// Adds other rows, which have as many columns.
+    /// Adds the rows of another sum, which must have as many columns.
     pub fn merge(&mut self, other: &Self) {
         debug_assert_eq!(other.sums.len(), self.sums.len());
         self.rows += other.rows;
@@ -58,13 +58,13 @@ impl PooledRows {
         }
     }
 
-    /// How many rows were added.
+    /// Returns the number of rows that were added.
     pub fn rows(&self) -> usize {
         self.rows
     }
 
-    /// The mean of the rows, rounded once; NaN in a column where a value was no number or
-    /// too large.
+    /// Returns the mean of the rows, rounded once. A column is NaN if one of its values was NaN
+    /// or too large.
     pub fn mean(&self) -> Vec<f32> {
         let scale = f64::from(UNITS) * self.rows as f64;
         let mean = |&sum: &i64| match sum {
@@ -75,7 +75,7 @@ impl PooledRows {
     }
 }
 
-/// What is unsound stays unsound.
+/// Adds to a sum. An invalid sum stays invalid.
 fn add(sum: &mut i64, units: i64) {
     *sum = match (*sum, units) {
         (UNSOUND, _) | (_, UNSOUND) => UNSOUND,

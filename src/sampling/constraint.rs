@@ -1,33 +1,36 @@
-//! Which tokens may come next: what a grammar, or any other rule, tells the sampler.
+//! Constraints: a grammar, or any other rule, tells the sampler which tokens may come next.
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use thiserror::Error;
 
-/// Decides which tokens an answer may go on with. One state belongs to one answer.
+/// Decides which tokens an answer may continue with. Each answer has a state of its own.
 ///
-/// It is called on the scheduler thread, between the steps of everybody's requests:
-/// what it does should take microseconds. An error, or a panic, ends its own request.
+/// It is called on the scheduler thread, between the steps of all requests, so its methods
+/// should take only microseconds. An error or a panic ends only the request that it belongs
+/// to.
 pub trait Constraint: fmt::Debug + Send + Sync {
-    /// Sets the bit of each token that may come next: bit `t % 32` of `mask[t / 32]`
-    /// for the token `t`. All bits are clear before. Tokens that end the sequence are
-    /// among them exactly when the answer may end here.
+    /// Sets the bit of each token that may come next: bit `t % 32` of `mask[t / 32]` for
+    /// token `t`. All bits are clear when it is called. The tokens that end the sequence
+    /// must be set if, and only if, the answer may end here.
     ///
     /// # Errors
-    /// When it cannot say.
+    /// Returns an error if the constraint cannot decide.
     fn mask(&mut self, mask: &mut [u32]) -> Result<(), ConstraintError>;
 
-    /// Goes on with a token of the answer; one that ended the sequence is not among them.
+    /// Advances the state by one token of the answer. It is not called with a token that
+    /// ends the sequence.
     ///
     /// # Errors
-    /// When the token may not come next, or it cannot say what may come after it.
+    /// Returns an error if the token may not come next, or if the constraint cannot decide
+    /// what may follow it.
     fn accept(&mut self, token: u32) -> Result<(), ConstraintError>;
 
-    /// Whether nothing may follow but the end: then the sequence ends at once.
+    /// Returns whether nothing but the end may follow. If so, the sequence ends at once.
     fn is_complete(&self) -> bool;
 
-    /// The same state once more, for another answer.
+    /// Clones the state, for another answer.
     fn boxed_clone(&self) -> Box<dyn Constraint>;
 }
 
@@ -37,23 +40,23 @@ impl Clone for Box<dyn Constraint> {
     }
 }
 
-/// Why a constraint cannot go on.
+/// Why a constraint cannot continue.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error("the constraint on the answer failed: {0}")]
 pub struct ConstraintError(pub String);
 
-/// The constraint of one sequence, and the tokens that it allows next.
+/// The constraint of one sequence and the tokens that it allows next.
 #[derive(Clone, Debug)]
 pub struct ConstraintState {
     constraint: Box<dyn Constraint>,
-    /// Empty until it is first asked for: a sequence that waits takes no memory for it.
+    /// Empty until it is first needed, so that a waiting sequence takes no memory for it.
     mask: Arc<[u32]>,
-    /// Length of the mask.
+    /// Length of the mask in words.
     words: usize,
 }
 
 impl ConstraintState {
-    /// The state before the first token, over a vocabulary of so many tokens.
+    /// Creates the state before the first token, for a vocabulary of `vocabulary` tokens.
     pub fn new(constraint: Box<dyn Constraint>, vocabulary: usize) -> Self {
         Self {
             constraint,
@@ -62,17 +65,17 @@ impl ConstraintState {
         }
     }
 
-    /// The tokens that were allowed at the last [`ConstraintState::refresh`], a bit each;
-    /// empty before the first.
+    /// Returns the tokens that were allowed at the last [`ConstraintState::refresh`], one
+    /// bit per token. Empty before the first refresh.
     pub fn mask(&self) -> &Arc<[u32]> {
         &self.mask
     }
 
-    /// Finds out which tokens may come next. The memory is used again unless somebody
-    /// still holds the mask.
+    /// Computes which tokens may come next. Reuses the memory of the last mask unless it is
+    /// still shared.
     ///
     /// # Errors
-    /// When the constraint cannot say, when it panics, and when no token is allowed.
+    /// Returns an error if the constraint fails or panics, or if it allows no token.
     pub fn refresh(&mut self) -> Result<(), ConstraintError> {
         if self.mask.len() != self.words || Arc::get_mut(&mut self.mask).is_none() {
             self.mask = vec![0; self.words].into();
@@ -89,10 +92,10 @@ impl ConstraintState {
         Ok(())
     }
 
-    /// Goes on with a token; whether the answer is complete with it.
+    /// Advances by one token and returns whether the answer is then complete.
     ///
     /// # Errors
-    /// When the constraint refuses the token, and when it panics.
+    /// Returns an error if the constraint refuses the token or panics.
     pub fn accept(&mut self, token: u32) -> Result<bool, ConstraintError> {
         let constraint = &mut self.constraint;
         guarded(|| {
@@ -102,7 +105,8 @@ impl ConstraintState {
     }
 }
 
-/// Calls a constraint; its panic is an error. Nobody looks at its state after one.
+/// Calls a constraint and turns a panic into an error. The constraint's state is not used
+/// after a panic.
 fn guarded<T>(call: impl FnOnce() -> Result<T, ConstraintError>) -> Result<T, ConstraintError> {
     catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| {
         let message = panic
@@ -114,7 +118,7 @@ fn guarded<T>(call: impl FnOnce() -> Result<T, ConstraintError>) -> Result<T, Co
     })
 }
 
-/// Whether a mask allows a token; tokens behind its end are forbidden.
+/// Returns whether a mask allows a token. Tokens beyond its end are forbidden.
 pub(super) fn allows(mask: &[u32], token: usize) -> bool {
     let word = mask.get(token / 32);
     word.is_some_and(|word| word >> (token % 32) & 1 == 1)
@@ -124,7 +128,7 @@ pub(super) fn allows(mask: &[u32], token: usize) -> bool {
 mod tests {
     use super::*;
 
-    /// Allows the token after the last one, and fails in many ways.
+    /// Allows only the next number. Fails in a different way at 5, 6 and 7.
     #[derive(Clone, Debug)]
     struct Counting(u32);
 

@@ -1,24 +1,25 @@
-//! What a model's authors recommend for requests that do not say how to sample.
+//! Sampling settings that a model's authors recommend, for requests that set none.
 
 use super::{ParamError, SamplingParams};
 
-/// A model's own sampling settings; `None` where it says nothing.
+/// A model's own sampling settings; `None` if the model does not set one.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct SamplingDefaults {
-    /// [`SamplingParams::temperature`].
+    /// Default of [`SamplingParams::temperature`].
     pub temperature: Option<f32>,
-    /// [`SamplingParams::top_k`].
+    /// Default of [`SamplingParams::top_k`].
     pub top_k: Option<u32>,
-    /// [`SamplingParams::top_p`].
+    /// Default of [`SamplingParams::top_p`].
     pub top_p: Option<f32>,
-    /// [`SamplingParams::min_p`].
+    /// Default of [`SamplingParams::min_p`].
     pub min_p: Option<f32>,
-    /// [`SamplingParams::repetition_penalty`].
+    /// Default of [`SamplingParams::repetition_penalty`].
     pub repetition_penalty: Option<f32>,
 }
 
 impl SamplingDefaults {
-    /// Sampling by these settings, and by [`SamplingParams::default`] where they say nothing.
+    /// Returns sampling parameters with these settings, and with those of
+    /// [`SamplingParams::default`] for the rest.
     pub fn params(&self) -> SamplingParams {
         let neutral = SamplingParams::default();
         SamplingParams {
@@ -36,12 +37,12 @@ impl SamplingDefaults {
     /// Checks every setting against its range.
     ///
     /// # Errors
-    /// The first setting that is out of it.
+    /// Returns the first setting that is out of range.
     pub fn validate(&self) -> Result<(), ParamError> {
         self.params().validate(usize::MAX)
     }
 
-    /// The settings that the model has, with their names.
+    /// Returns the names and values of the settings that the model has.
     pub fn named(&self) -> Vec<(&'static str, f64)> {
         let each = [
             ("temperature", self.temperature.map(decimal)),
@@ -57,7 +58,8 @@ impl SamplingDefaults {
     }
 }
 
-/// The shortest decimal number that means this float32: 0.7, not 0.699999988079071.
+/// Returns the number with the shortest decimal form of this float32: 0.7, not
+/// 0.699999988079071.
 fn decimal(value: f32) -> f64 {
     value.to_string().parse().unwrap_or(f64::from(value))
 }

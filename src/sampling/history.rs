@@ -1,20 +1,21 @@
-//! Which tokens a sequence has, and how often each was generated: what penalties go by.
+//! Counts the tokens of a sequence, as the penalties need them.
 
 use super::SampleRow;
 
-/// No entry.
+/// Sentinel: the token has no entry.
 const NONE: u32 = u32::MAX;
 
-/// Counts the tokens of histories, in memory that is used again.
+/// Counts the tokens of histories and reuses its memory between them.
 #[derive(Default)]
 pub(crate) struct HistoryCounts {
-    /// A token's entry in the history that is being counted; no token has one between two.
+    /// Index of each token's entry in the history that is being counted, by token id. All
+    /// are [`NONE`] between two histories.
     entry_of: Vec<u32>,
 }
 
 impl HistoryCounts {
-    /// Adds an entry for each token below `vocabulary` in a row's history, in the order of
-    /// their first occurrence: the token, and how often it is in the answer.
+    /// Adds one entry per distinct token below `vocabulary` in the row's history, in the
+    /// order of first occurrence: the token and its number of occurrences in the answer.
     pub(crate) fn count(
         &mut self,
         row: &SampleRow,
@@ -54,7 +55,7 @@ mod tests {
         };
         counts.count(&row, 8, &mut entries);
         assert_eq!(entries, [[9, 9], [5, 0], [3, 2], [7, 1]]);
-        // Nothing is left over for the next, whatever its vocabulary.
+        // Nothing is left over for the next history, whatever its vocabulary.
         row.history = vec![7, 3];
         for vocabulary in [4, 8] {
             let mut entries = Vec::new();

@@ -1,37 +1,37 @@
-//! Limits on single tokens: which may come at all, which sequences may not, and how many
-//! must come before the end.
+//! Limits on tokens: which are allowed, which sequences are banned, and how many must come
+//! before the end.
 
 use super::constraint::{Constraint, ConstraintError};
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-/// Which tokens an answer may be made of, beside what a [`Constraint`] says.
+/// Limits on the tokens of an answer, in addition to a [`Constraint`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TokenLimits {
-    /// No end token comes, and no stop string counts, before so many tokens. A
-    /// [`Constraint`] that allows nothing but the end wins.
+    /// Minimum number of tokens before an end token may come or a stop string takes effect.
+    /// A [`Constraint`] that allows nothing but the end takes precedence.
     pub min_tokens: usize,
-    /// Only these tokens may come; all if `None`. End tokens count as any other.
+    /// The only tokens that may come, end tokens included; all if `None`.
     pub allowed: Option<Arc<[u32]>>,
-    /// Sequences of tokens that may not come: the last token of one is forbidden where the
-    /// answer ends with those before it.
+    /// Banned sequences of tokens. The last token of one is forbidden if the answer ends
+    /// with the tokens before it.
     pub banned: Arc<[Vec<u32>]>,
 }
 
 impl TokenLimits {
-    /// Whether they leave an answer as it is.
+    /// Returns whether these limits have no effect on an answer.
     pub fn is_empty(&self) -> bool {
         self.min_tokens == 0 && self.allowed.is_none() && self.banned.is_empty()
     }
 
-    /// Whether tokens are excluded for the whole of the answer, which may leave a
-    /// [`Constraint`] without any.
+    /// Returns whether tokens are excluded for the whole answer, which may leave a
+    /// [`Constraint`] with no token to choose.
     pub fn exclude_tokens(&self) -> bool {
         self.allowed.is_some() || !self.banned.is_empty()
     }
 
-    /// The constraint that holds an answer to these limits and to `inner`, over a
-    /// vocabulary of so many tokens of which `ends` end the answer.
+    /// Creates the constraint that holds an answer to these limits and to `inner`. The
+    /// vocabulary has `vocabulary` tokens, and the tokens in `ends` end the answer.
     pub(crate) fn constraint(
         &self,
         inner: Option<Box<dyn Constraint>>,
@@ -61,28 +61,28 @@ impl TokenLimits {
 #[derive(Clone, Debug)]
 struct Limited {
     inner: Option<Box<dyn Constraint>>,
-    /// The tokens that may come at all, a bit each.
+    /// The tokens that are allowed at all, one bit per token.
     base: Arc<[u32]>,
     banned: Arc<[Vec<u32>]>,
-    /// The last tokens of the answer, the newest at the back.
+    /// Last tokens of the answer, newest at the back.
     recent: VecDeque<u32>,
-    /// How many of them are needed.
+    /// Number of last tokens that the banned sequences need.
     remembered: usize,
     ends: Arc<[u32]>,
-    /// End tokens that were taken out of the mask; kept for its memory.
+    /// End tokens that were removed from the mask. Kept between calls to reuse its memory.
     removed: Vec<u32>,
-    /// Tokens that must come before an end token may.
+    /// Number of tokens that must still come before an end token may.
     missing: usize,
 }
 
 impl Limited {
-    /// Whether the answer ends with these tokens.
+    /// Returns whether the answer ends with these tokens.
     fn ends_with(&self, tokens: &[u32]) -> bool {
         let start = self.recent.len().checked_sub(tokens.len());
         start.is_some_and(|start| self.recent.range(start..).eq(tokens))
     }
 
-    /// Forbids the end tokens, unless nothing else is allowed.
+    /// Forbids the end tokens, unless no other token is allowed.
     fn forbid_ends(&mut self, mask: &mut [u32]) {
         self.removed.clear();
         for &end in self.ends.iter() {
@@ -143,14 +143,14 @@ impl Constraint for Limited {
     }
 }
 
-/// Sets a token's bit; one outside the mask has none.
+/// Sets a token's bit. Does nothing for a token outside the mask.
 fn set(mask: &mut [u32], token: u32) {
     if let Some(word) = mask.get_mut(token as usize / 32) {
         *word |= 1 << (token % 32);
     }
 }
 
-/// Clears a token's bit; whether it was set.
+/// Clears a token's bit and returns whether it was set.
 fn clear(mask: &mut [u32], token: u32) -> bool {
     let Some(word) = mask.get_mut(token as usize / 32) else {
         return false;
@@ -205,7 +205,7 @@ mod tests {
             ..TokenLimits::default()
         };
         assert_eq!(allowed(&mut constraint(&limits, &[3])), [5, 33]);
-        // Where nothing else may come, the end may, however early.
+        // If only end tokens are allowed, one may come before the minimum.
         let limits = TokenLimits {
             min_tokens: 5,
             allowed: Some([3].into()),
@@ -239,7 +239,7 @@ mod tests {
             constraint.accept(token).unwrap();
             assert_eq!(forbidden(&mut constraint), expected, "after {token}");
         }
-        // A copy goes its own way.
+        // A copy does not affect the original.
         constraint.accept(1).unwrap();
         let mut copy = constraint.clone();
         copy.accept(2).unwrap();

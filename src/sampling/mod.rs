@@ -1,8 +1,7 @@
-//! Choosing the next token from logits.
+//! Chooses the next token from logits.
 //!
-//! [`SamplingParams`] is what a caller asks for; [`sample`] is the reference
-//! sampler that every device agrees with, token for token. A [`Constraint`] says which
-//! tokens may come at all.
+//! [`SamplingParams`] is what a caller asks for. [`sample`] is the reference sampler, which
+//! every device matches token for token. A [`Constraint`] restricts which tokens may come.
 
 mod constraint;
 mod defaults;
@@ -19,7 +18,7 @@ pub use limits::TokenLimits;
 pub use params::{ParamError, SamplingParams};
 pub use sampler::{SampleRow, Sampled, sample};
 
-/// The parts of the reference sampler that a device on the host shares with it.
+/// Parts of the reference sampler that host devices share.
 pub(crate) mod reference {
     pub(crate) use super::sampler::{MAX_GUMBEL, forbid, gumbel_of, penalise, philox, strongest};
 }

@@ -1,36 +1,38 @@
-//! What a caller can ask of the sampler, and the check that it makes sense.
+//! Sampling parameters and the checks of their ranges.
 
 use thiserror::Error;
 
 /// How tokens are chosen.
 ///
-/// Applied in this order: repetition, presence and frequency penalty, logit bias,
-/// temperature, top-k, top-p, min-p.
+/// The parameters are applied in this order: repetition, presence and frequency penalty,
+/// logit bias, temperature, top-k, top-p, min-p.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplingParams {
-    /// Logits are divided by it; 0 means greedy: the largest logit wins, and of
-    /// equal ones the lower token id.
+    /// Divides the logits. 0 means greedy: the largest logit wins, and the lowest token id
+    /// among equal ones.
     pub temperature: f32,
-    /// Only the `top_k` likeliest tokens; 0 means all.
+    /// Keeps only the `top_k` likeliest tokens; 0 means all.
     pub top_k: u32,
-    /// Only the likeliest tokens whose probabilities reach this sum (nucleus
+    /// Keeps only the likeliest tokens whose probabilities add up to this number (nucleus
     /// sampling, Holtzman et al., 2019); 1 means all.
     pub top_p: f32,
-    /// Only tokens at least this fraction as likely as the likeliest; 0 means all.
+    /// Keeps only tokens that are at least this fraction as likely as the likeliest; 0
+    /// means all.
     pub min_p: f32,
-    /// Positive logits of tokens in the prompt or the answer are divided by it,
-    /// negative ones multiplied (CTRL, Keskar et al., 2019); 1 means none.
+    /// Divides the positive logits and multiplies the negative logits of tokens in the
+    /// prompt or the answer (CTRL, Keskar et al., 2019); 1 means no penalty.
     pub repetition_penalty: f32,
-    /// Subtracted from the logits of tokens that the answer contains.
+    /// Subtracted from the logit of each token that the answer contains.
     pub presence_penalty: f32,
-    /// Subtracted once for each time that the answer contains the token.
+    /// Subtracted from the logit of a token once per occurrence in the answer.
     pub frequency_penalty: f32,
-    /// Added to the logits of single tokens.
+    /// Numbers that are added to the logits of single tokens.
     pub logit_bias: Vec<(u32, f32)>,
-    /// The same seed gives the same tokens, whoever else is in the batch.
+    /// Seed of the random numbers. The same seed gives the same tokens, whatever else is in
+    /// the batch.
     pub seed: u64,
-    /// How many of the likeliest tokens to report a step, with log-probabilities
-    /// of the unmodified logits; `None` reports nothing, `Some(0)` the chosen only.
+    /// Number of likeliest tokens to report per step, with log probabilities of the
+    /// unmodified logits. `None` reports nothing; `Some(0)` reports only the chosen token.
     pub logprobs: Option<u32>,
 }
 
@@ -55,11 +57,11 @@ impl Default for SamplingParams {
 #[derive(Clone, Debug, Error, PartialEq)]
 #[error("{name} is {value}, but must be {expected}")]
 pub struct ParamError {
-    /// The parameter.
+    /// Name of the parameter.
     pub name: &'static str,
-    /// What was given.
+    /// The value that was given.
     pub value: String,
-    /// What is accepted.
+    /// The values that are accepted.
     pub expected: &'static str,
 }
 
@@ -67,7 +69,7 @@ impl SamplingParams {
     /// The largest value of [`SamplingParams::logprobs`].
     pub const MAX_LOGPROBS: u32 = 1024;
 
-    /// Greedy decoding.
+    /// Returns parameters for greedy decoding.
     pub fn greedy() -> Self {
         Self {
             temperature: 0.0,
@@ -75,14 +77,17 @@ impl SamplingParams {
         }
     }
 
-    /// Whether the sampler needs to know the tokens so far.
+    /// Returns whether the sampler needs the sequence's tokens so far.
     pub fn needs_history(&self) -> bool {
         self.repetition_penalty != 1.0
             || self.presence_penalty != 0.0
             || self.frequency_penalty != 0.0
     }
 
-    /// Checks every parameter against its range.
+    /// Checks every parameter against its range, for a vocabulary of `vocabulary` tokens.
+    ///
+    /// # Errors
+    /// Returns the first parameter that is out of range.
     pub fn validate(&self, vocabulary: usize) -> Result<(), ParamError> {
         let check = |ok: bool, name, value: f32, expected| {
             if ok {

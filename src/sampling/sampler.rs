@@ -1,31 +1,30 @@
-//! The reference sampler: one row of logits to one token.
+//! The reference sampler: chooses one token from one row of logits.
 //!
-//! Random choice is by the Gumbel-max method with counter-based random numbers:
-//! the noise of a token depends on (seed, position, token id) only, so the choice
-//! depends neither on the batch, nor on the order in which tokens are visited, nor
-//! on what was drawn before.
+//! Random choice uses the Gumbel-max method with counter-based random numbers. The noise of
+//! a token depends only on (seed, position, token id). The choice therefore does not depend
+//! on the batch, on the order in which tokens are visited, or on earlier draws.
 
 use super::SamplingParams;
 use super::constraint::allows;
 use std::sync::Arc;
 
-/// What the sampler needs to know of a sequence for one row of logits.
+/// What the sampler needs to know about a sequence for one row of logits.
 #[derive(Clone, Debug, Default)]
 pub struct SampleRow {
-    /// How to choose.
+    /// Sampling parameters of the request.
     pub params: Arc<SamplingParams>,
-    /// Index in the sequence that the chosen token will have; with the seed it
+    /// Index that the chosen token will have in the sequence. Together with the seed it
     /// determines the random numbers.
     pub position: u32,
-    /// The sequence's tokens so far, if [`SamplingParams::needs_history`]; empty
+    /// Tokens of the sequence so far, if [`SamplingParams::needs_history`]; empty
     /// otherwise.
     pub history: Vec<u32>,
-    /// How many of `history` are the prompt.
+    /// Number of tokens in `history` that belong to the prompt.
     pub prompt_tokens: usize,
-    /// The tokens that may be chosen, bit `t % 32` of word `t / 32` for the token `t`;
-    /// tokens behind its end may not. `None`: all.
+    /// The tokens that may be chosen: bit `t % 32` of word `t / 32` for token `t`. Tokens
+    /// beyond its end may not be chosen. `None` allows all.
     pub mask: Option<Arc<[u32]>>,
-    /// The token that it is in any case: nothing is chosen, only log-probabilities are
+    /// A token that is already decided. Nothing is chosen then; only log probabilities are
     /// reported.
     pub forced: Option<u32>,
 }
@@ -33,24 +32,24 @@ pub struct SampleRow {
 /// A chosen token.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampled {
-    /// Its id.
+    /// Id of the token.
     pub token: u32,
-    /// Its log-probability under the unmodified logits; 0 unless asked for.
+    /// Log probability under the unmodified logits; 0 unless [`SamplingParams::logprobs`]
+    /// asks for it.
     pub logprob: f32,
-    /// The likeliest tokens with their log-probabilities, likeliest first, as many
-    /// as asked for.
+    /// The likeliest tokens with their log probabilities, likeliest first, as many as were
+    /// asked for.
     pub top: Vec<(u32, f32)>,
-    /// Whether all of the row's unmodified logits were finite. If not, the model has gone
-    /// wrong, and the token means nothing.
+    /// Whether all unmodified logits of the row were finite. If not, the model's
+    /// computation has failed, and the token is meaningless.
     pub is_finite: bool,
 }
 
-/// Chooses a token. `logits` is changed: penalties, bias and temperature are
-/// applied in place, and forbidden tokens get −∞. Log-probabilities are those of the
-/// unmodified logits.
+/// Chooses a token. Changes `logits` in place: applies penalties and bias, and sets the
+/// logits of forbidden tokens to −∞. Log probabilities are those of the unmodified logits.
 ///
-/// A row in which no token is possible (every logit NaN or −∞) gives the lowest
-/// token id, forbidden or not. NaN never wins.
+/// If no token is possible because every logit is NaN or −∞, returns token 0, even if it is
+/// forbidden. A NaN logit never wins.
 pub fn sample(logits: &mut [f32], row: &SampleRow) -> Sampled {
     let params = &*row.params;
     let is_finite = logits.iter().all(|logit| logit.is_finite());
@@ -95,7 +94,7 @@ fn choose(logits: &mut [f32], row: &SampleRow) -> u32 {
     token as u32
 }
 
-/// Log-probabilities of the unmodified logits, taken before they are changed.
+/// Log probabilities of the unmodified logits, computed before the logits are changed.
 struct LogProbs {
     raw: Vec<f32>,
     log_sum: f32,
@@ -105,7 +104,7 @@ struct LogProbs {
 impl LogProbs {
     fn of(logits: &[f32], count: usize) -> Self {
         let max = logits[argmax(logits)];
-        // NaN counts as impossible here as it does when a token is chosen.
+        // NaN counts as impossible, as it does when a token is chosen.
         let sum: f64 = logits
             .iter()
             .map(|&logit| f64::from((logit - max).exp()))
@@ -143,7 +142,8 @@ impl LogProbs {
     }
 }
 
-/// Index of the largest logit, the lowest of equal ones; NaN never wins.
+/// Returns the index of the largest logit, and the lowest index among equal ones. NaN never
+/// wins.
 fn argmax(logits: &[f32]) -> usize {
     let mut best = 0;
     let mut value = f32::NEG_INFINITY;
@@ -171,7 +171,8 @@ fn apply_penalties(logits: &mut [f32], row: &SampleRow) {
     }
 }
 
-/// The logit of a token that is in the prompt or in the answer, there `generated` times.
+/// Returns the penalised logit of a token that is in the prompt or the answer and occurs
+/// `generated` times in the answer.
 pub(crate) fn penalise(mut logit: f32, generated: u32, params: &SamplingParams) -> f32 {
     if logit > 0.0 {
         logit /= params.repetition_penalty;
@@ -184,7 +185,7 @@ pub(crate) fn penalise(mut logit: f32, generated: u32, params: &SamplingParams) 
     logit
 }
 
-/// Makes the tokens impossible that a mask does not allow.
+/// Sets the logits of all tokens that the mask does not allow to −∞.
 pub(crate) fn forbid(logits: &mut [f32], mask: &[u32]) {
     for (index, logits) in logits.chunks_mut(32).enumerate() {
         match mask.get(index) {
@@ -202,12 +203,12 @@ pub(crate) fn forbid(logits: &mut [f32], mask: &[u32]) {
     }
 }
 
-/// Draws among the tokens that top-k, top-p and min-p leave.
+/// Draws one of the tokens that top-k, top-p and min-p leave.
 fn draw(logits: &mut [f32], best: usize, row: &SampleRow) -> usize {
     let params = &*row.params;
     let inverse = 1.0 / params.temperature;
     let max = logits[best];
-    // At most 0; NaN (0 · ∞ at the smallest temperatures) never wins over `best`.
+    // At most 0. NaN (0 · ∞ at the smallest temperatures) never wins over `best`.
     let scaled = |logit: f32| (logit - max) * inverse;
     let noise = |token: usize| gumbel(params.seed, row.position, token as u32);
 
@@ -258,10 +259,10 @@ fn draw(logits: &mut [f32], best: usize, row: &SampleRow) -> usize {
     strongest(kept.into_iter(), floor, best, noise)
 }
 
-/// The token with the largest score + noise among those at or above `floor`.
+/// Returns the token with the largest score plus noise among those at or above `floor`.
 ///
-/// Noise is at most [`MAX_GUMBEL`], so tokens that cannot reach the best so far
-/// are passed over without computing theirs.
+/// The noise is at most [`MAX_GUMBEL`], so the noise of tokens that cannot reach the best
+/// so far is not computed.
 pub(crate) fn strongest(
     candidates: impl Iterator<Item = (usize, f32)>,
     floor: f32,
@@ -282,23 +283,24 @@ pub(crate) fn strongest(
     winner
 }
 
-/// Above −ln(−ln(u)) for the largest u below 1 that [`gumbel`] uses, 1 − 2⁻²⁵.
+/// Upper bound of the Gumbel noise: above −ln(−ln(u)) for the largest u that [`gumbel`]
+/// uses, 1 − 2⁻²⁵.
 pub(crate) const MAX_GUMBEL: f32 = 17.4;
 
-/// Standard Gumbel noise for one token, from Philox 4×32-10.
+/// Returns standard Gumbel noise for one token, from Philox 4×32-10.
 fn gumbel(seed: u64, position: u32, token: u32) -> f32 {
     gumbel_of(philox([token, position, 0, 0], [seed as u32, (seed >> 32) as u32])[0])
 }
 
-/// Standard Gumbel noise from random bits.
+/// Converts random bits to standard Gumbel noise.
 pub(crate) fn gumbel_of(bits: u32) -> f32 {
     // 24 bits, centred, so that neither 0 nor 1 occurs.
     let uniform = ((bits >> 8) as f64 + 0.5) / f64::from(1u32 << 24);
     -(-uniform.ln()).ln() as f32
 }
 
-/// Philox 4×32-10, a counter-based random number generator.
-/// Salmon et al., *Parallel Random Numbers: As Easy as 1, 2, 3*, 2011.
+/// Philox 4×32-10, a counter-based random number generator (Salmon et al., *Parallel Random
+/// Numbers: As Easy as 1, 2, 3*, 2011).
 pub(crate) fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     for _ in 0..10 {
         let a = u64::from(counter[0]) * 0xD251_1F53;
@@ -493,7 +495,7 @@ mod tests {
         assert_eq!(chosen.top.iter().map(|t| t.0).collect::<Vec<_>>(), [1, 0]);
     }
 
-    /// A mask of a vocabulary of so many tokens.
+    /// Returns a mask that allows `tokens`, for a vocabulary of `vocabulary` tokens.
     fn mask(vocabulary: usize, tokens: &[usize]) -> Option<Arc<[u32]>> {
         let mut mask = vec![0; vocabulary.div_ceil(32)];
         for &token in tokens {
@@ -566,7 +568,7 @@ mod tests {
         let never = f32::NEG_INFINITY;
         assert_eq!(logits[..5], [-2.0, never, 2.0, -1.0, never]);
         assert!(logits[32..].iter().all(|&logit| logit == never));
-        // All tokens allowed is as good as no mask.
+        // A mask that allows all tokens has the same effect as no mask.
         row.mask = mask(40, &(0..40).collect::<Vec<_>>());
         let mut allowed = [-1.0; 40];
         sample(&mut allowed, &row);

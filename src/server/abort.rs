@@ -1,4 +1,4 @@
-//! `POST /abort_request`: cancels requests by their ids, whoever's connection they have.
+//! `POST /abort_request`: cancels requests by their ids, on any connection.
 
 use super::App;
 use super::error::ApiError;
@@ -11,18 +11,18 @@ use futures_util::future::try_join_all;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
-/// What is to be cancelled.
+/// Which requests to cancel.
 #[derive(Debug, Default, Deserialize)]
 struct AbortRequest {
-    /// What SGLang calls it.
+    /// SGLang calls this field `rid`.
     #[serde(alias = "rid")]
     request_id: Option<RequestId>,
     #[serde(default)]
     abort_all: Option<bool>,
 }
 
-/// The `id` of an answer, such as `chatcmpl-…`, or an engine's number for a request, as
-/// its snapshot and its logs give it.
+/// The `id` of an answer, such as `chatcmpl-…`, or the engine's number for a request, as its
+/// snapshots and logs show it.
 #[derive(Debug, Deserialize)]
 #[serde(
     untagged,
@@ -33,7 +33,7 @@ enum RequestId {
     Name(String),
 }
 
-/// Requests that are cancelled now, and whose blocks are free.
+/// The requests that were cancelled and whose blocks are now free.
 #[derive(Debug, Serialize)]
 pub(crate) struct Aborted {
     aborted: Vec<AbortedRequest>,
@@ -41,18 +41,18 @@ pub(crate) struct Aborted {
 
 #[derive(Debug, Serialize)]
 struct AbortedRequest {
-    /// The engine's number for it.
+    /// The engine's number for the request.
     id: SessionId,
     #[serde(flatten)]
     freed: Freed,
 }
 
-/// What a receipt says.
+/// The contents of a receipt, in the form that clients see.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(crate) struct Freed {
     blocks_freed: usize,
     tokens_generated: usize,
-    /// From the post of the cancel until the blocks were free.
+    /// Milliseconds from posting the cancel until the blocks were free.
     posted_to_freed_ms: f64,
 }
 
@@ -69,8 +69,8 @@ impl From<Receipt> for Freed {
     }
 }
 
-/// Cancels, and answers when the blocks are free. What is not open is not in the answer:
-/// a second abort of the same request finds nothing, and is no error.
+/// Cancels requests, and answers once their blocks are free. Requests that are no longer open
+/// are left out of the answer, so aborting the same request twice is not an error.
 pub(crate) async fn abort_request(
     State(app): State<Arc<App>>,
     body: JsonBody,
@@ -100,10 +100,10 @@ pub(crate) async fn abort_request(
         let cancel = app.engine.cancel_request(id, reason);
         async move { Ok::<_, ApiError>((id, cancel.await?)) }
     });
-    // All are posted before the first is waited for.
+    // Post every cancel before waiting for the first one.
     let cancels: Vec<_> = cancels.collect();
     if all {
-        // Those that came meanwhile.
+        // Also cancel the requests that have arrived since the snapshot.
         app.engine.abort_all()?;
     }
     let receipts = try_join_all(cancels).await?;

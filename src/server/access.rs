@@ -1,4 +1,4 @@
-//! What the logs say of a request: a span around it, and a line when its answer begins.
+//! Access log: a span around each request, and a line when its answer begins.
 
 use super::trace_context;
 use axum::extract::{MatchedPath, Request};
@@ -8,10 +8,11 @@ use std::time::Instant;
 use tower_http::request_id::RequestId;
 use tracing::Instrument;
 
-/// Polled by machines all the time: logged at the level debug.
+/// Routes that machines poll all the time; they are logged at debug level.
 const POLLED: [&str; 3] = ["/health", "/ready", "/metrics"];
 
-/// Runs the request in a span, which the engine's own span of it is inside, and logs it.
+/// Handles the request within a span, which is the parent of the engine's own span for it, and
+/// logs the response.
 pub(super) async fn log(request: Request, next: Next) -> Response {
     let begun = Instant::now();
     let method = request.method().clone();

@@ -1,4 +1,4 @@
-//! Finished answers, and what all APIs say of them.
+//! Finished answers, and what every API reports about them.
 
 use super::error::ApiError;
 use super::sse::merge;
@@ -7,10 +7,10 @@ use crate::text::Tokenizer;
 use futures_util::StreamExt;
 use serde::Serialize;
 
-/// An answer that is complete.
+/// A complete answer.
 pub(crate) struct Answer {
     pub text: String,
-    /// Without a final stop token.
+    /// The answer's tokens, without a final stop token.
     pub tokens: Vec<Token>,
     /// The prompt's tokens after the first, if the request asked for them.
     pub prompt: Option<Vec<Token>>,
@@ -18,7 +18,7 @@ pub(crate) struct Answer {
     pub finish_reason: &'static str,
 }
 
-/// What has come of an answer.
+/// The parts of an answer that have arrived so far.
 #[derive(Default)]
 struct Part {
     text: String,
@@ -27,7 +27,7 @@ struct Part {
     finish: Option<Finish>,
 }
 
-/// Waits for all answers to a request. One that fails takes the others with it.
+/// Waits for all answers to a request. If one of them fails, the others are dropped.
 pub(crate) async fn complete(streams: Vec<TokenStream>) -> Result<Vec<Answer>, ApiError> {
     let count = streams.len();
     let mut parts: Vec<Part> = Vec::new();
@@ -49,7 +49,7 @@ pub(crate) async fn complete(streams: Vec<TokenStream>) -> Result<Vec<Answer>, A
             prompt,
             finish,
         } = part;
-        // A stream ends with a finish or an error.
+        // A stream always ends with a finish or an error.
         let finish = finish.ok_or_else(|| ApiError::unavailable("the answer was cut short"))?;
         Ok(Answer {
             text,
@@ -62,7 +62,7 @@ pub(crate) async fn complete(streams: Vec<TokenStream>) -> Result<Vec<Answer>, A
     answers.collect()
 }
 
-/// Which tokens end an answer without being part of it.
+/// The tokens that end an answer without being part of it.
 pub(crate) struct EndTokens(std::sync::Arc<[u32]>);
 
 impl EndTokens {
@@ -70,7 +70,7 @@ impl EndTokens {
         Self(stream.stop_tokens())
     }
 
-    /// The token of a chunk, unless it is the one that ended the answer.
+    /// Takes the token of a chunk, unless it is the one that ended the answer.
     pub fn visible(&self, chunk: &mut Chunk) -> Option<Token> {
         let stopped = chunk
             .finish
@@ -82,8 +82,9 @@ impl EndTokens {
     }
 }
 
-/// Why an answer ended, in OpenAI's words; `abort`, in vLLM's, when somebody ended it on
-/// purpose; an error when it was cancelled for another reason.
+/// Returns why an answer ended. The words are OpenAI's, except for vLLM's `abort`, which means
+/// that somebody ended the answer on purpose. An answer that was cancelled for any other reason
+/// is an error.
 pub(crate) fn finish_reason(outcome: Outcome) -> Result<&'static str, ApiError> {
     match outcome {
         Outcome::Stop => Ok("stop"),
@@ -98,7 +99,7 @@ pub(crate) fn finish_reason(outcome: Outcome) -> Result<&'static str, ApiError> 
     }
 }
 
-/// Tokens that a request took.
+/// Number of tokens that a request used.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub(crate) struct Usage {
     pub prompt_tokens: usize,
@@ -107,14 +108,14 @@ pub(crate) struct Usage {
     pub prompt_tokens_details: PromptDetails,
 }
 
-/// How many of the prompt's tokens were computed before.
+/// How many of the prompt's tokens came from the cache.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub(crate) struct PromptDetails {
     pub cached_tokens: usize,
 }
 
 impl Usage {
-    /// Counts an answer; its prompt if it is the first to it.
+    /// Counts an answer. Its prompt is counted only with the `first` answer to it.
     pub fn add(&mut self, finish: &Finish, first: bool) {
         self.completion_tokens += finish.generated_tokens;
         if first {
@@ -125,16 +126,16 @@ impl Usage {
     }
 }
 
-/// What tokens are called in log-probabilities.
+/// How tokens are named in log probabilities.
 #[derive(Clone, Copy)]
 pub(crate) struct TokenNames<'a> {
     pub tokenizer: Option<&'a Tokenizer>,
-    /// By their ids, as the field `return_tokens_as_token_ids` asks for.
+    /// Whether tokens are named by their ids, as `return_tokens_as_token_ids` asks for.
     pub as_ids: bool,
 }
 
 impl TokenNames<'_> {
-    /// The token's text, or its id where it has none.
+    /// Returns the token's text, or its id if it has no text or ids are wanted.
     pub fn name(self, id: u32) -> String {
         match self.bytes(id) {
             Some(bytes) if !self.as_ids => String::from_utf8_lossy(bytes).into_owned(),
@@ -142,7 +143,7 @@ impl TokenNames<'_> {
         }
     }
 
-    /// The bytes that the token stands for.
+    /// Returns the bytes that the token stands for.
     pub fn bytes(&self, id: u32) -> Option<&[u8]> {
         self.tokenizer?.token_bytes(id)
     }

@@ -11,8 +11,8 @@ use std::fmt;
 use std::sync::Arc;
 use subtle::{Choice, ConditionallySelectable, ConstantTimeEq};
 
-/// What a server may be asked without a key: whether it lives, and its page, which asks
-/// for the key itself.
+/// Paths that need no API key: probes, metrics, version and API description, and the web page,
+/// which asks its user for the key.
 pub(super) const OPEN: [&str; 6] = [
     "/",
     "/health",
@@ -22,17 +22,17 @@ pub(super) const OPEN: [&str; 6] = [
     "/openapi.json",
 ];
 
-/// Where clients of other APIs put a key.
+/// Header in which clients of other APIs send the key.
 const API_KEY: &str = "x-api-key";
 
-/// What follows a key and says how urgent its requests may be.
+/// The setting after a key that says how urgent its requests may be.
 const MAX_PRIORITY: &str = "max-priority=";
 
-/// A key that opens a server.
+/// A key that grants access to the server.
 #[derive(Clone)]
 struct ApiKey {
     secret: Box<str>,
-    /// In place of [`ServerOptions::max_priority`](super::ServerOptions).
+    /// Replaces [`ServerOptions::max_priority`](super::ServerOptions) for this key.
     max_priority: Option<i32>,
 }
 
@@ -55,14 +55,15 @@ impl ApiKey {
     }
 }
 
-/// The keys that open a server. They are compared in constant time and never printed.
+/// The keys that grant access to a server. They are compared in constant time and never
+/// printed.
 #[derive(Clone, Default)]
 pub struct ApiKeys(Vec<ApiKey>);
 
 impl ApiKeys {
-    /// One key a line or between commas; spaces around it, empty lines and what follows a
-    /// `#` at the beginning of a line do not count. `KEY max-priority=-5` lets the requests
-    /// of this key have a priority down to -5.
+    /// Reads keys that are separated by line breaks or commas. Surrounding spaces, empty lines
+    /// and lines that begin with `#` are ignored. `KEY max-priority=-5` lets the requests of
+    /// this key have a priority down to -5.
     pub fn parse(text: &str) -> Self {
         let lines = text
             .lines()
@@ -72,19 +73,20 @@ impl ApiKeys {
         Self(keys.collect())
     }
 
-    /// Whether there are none: then everybody is let in.
+    /// Returns whether there are no keys, in which case everybody has access.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// The keys of both.
+    /// Returns the keys of both lists.
     pub fn join(mut self, other: Self) -> Self {
         self.0.extend(other.0);
         self
     }
 
-    /// Which of the keys `given` is, the first of equal ones. Takes the same time whichever
-    /// it is, and however much of it is right.
+    /// Returns the index of the key that equals `given`, the first one if there are several.
+    /// The time that this takes does not depend on which key matches or on how many bytes of a
+    /// key are correct, only on the lengths.
     fn find(&self, given: &[u8]) -> Option<usize> {
         let (mut found, mut index) = (Choice::from(0), 0);
         for (number, key) in self.0.iter().enumerate() {
@@ -96,16 +98,16 @@ impl ApiKeys {
     }
 }
 
-/// Who has sent a request, and what that allows.
+/// The sender of a request, and what it is allowed to do.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Caller {
-    /// Which of the server's keys it has brought.
+    /// Index of the API key that came with the request.
     key: Option<usize>,
     max_priority: i32,
 }
 
 impl Caller {
-    /// Whoever reaches a server that asks for no key.
+    /// Returns the caller of a server that requires no key.
     pub fn without_key(app: &App) -> Self {
         Self {
             key: None,
@@ -122,19 +124,21 @@ impl Caller {
         }
     }
 
-    /// Makes a request the caller's own: no more urgent than it may be, and apart from the
-    /// prompts of other keys.
+    /// Applies the caller's limits to a request: bounds its priority, and keeps its cached
+    /// prefixes apart from those of other keys.
     pub fn admit(&self, request: &mut engine::Request) {
         request.priority = self.priority(request.priority);
         request.cache_salt = self.cache_salt(request.cache_salt.take());
     }
 
-    /// The priority that a request gets which asks for this one.
+    /// Returns the priority of a request that asks for `asked`, limited to the most urgent one
+    /// that the caller may use.
     pub fn priority(&self, asked: i32) -> i32 {
         asked.max(self.max_priority)
     }
 
-    /// The salt of a request that asks for this one. Those of two keys are never the same.
+    /// Returns the cache salt of a request that asks for `asked`. The salts of two keys are
+    /// never equal.
     pub fn cache_salt(&self, asked: Option<Arc<str>>) -> Option<Arc<str>> {
         let Some(key) = self.key else {
             return asked;
@@ -150,7 +154,8 @@ impl fmt::Debug for ApiKeys {
     }
 }
 
-/// Lets a request pass that brings a key, as `Authorization: Bearer KEY` or `X-API-Key: KEY`.
+/// Lets a request pass if it has a valid key, as `Authorization: Bearer KEY` or `X-API-Key:
+/// KEY`.
 pub(super) async fn check(
     State(app): State<Arc<App>>,
     mut request: Request,

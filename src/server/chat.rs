@@ -1,4 +1,4 @@
-//! `POST /v1/chat/completions`: a conversation answered.
+//! `POST /v1/chat/completions`: answers a conversation.
 
 use super::answer::{EndTokens, TokenNames, complete, finish_reason};
 use super::conversation::Conversation;
@@ -23,7 +23,7 @@ use axum::response::Response;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
-/// Likeliest tokens reported a step, at most.
+/// Maximum number of alternatives reported per token.
 const MAX_TOP_LOGPROBS: u32 = 20;
 
 #[derive(Debug, Deserialize)]
@@ -32,7 +32,7 @@ struct ChatRequest {
     messages: Vec<Message>,
     #[serde(default, deserialize_with = "integer::optional")]
     max_tokens: Option<usize>,
-    /// The newer name of `max_tokens`; wins over it.
+    /// The newer name of `max_tokens`, which takes precedence.
     #[serde(default, deserialize_with = "integer::optional")]
     max_completion_tokens: Option<usize>,
     stream: Option<bool>,
@@ -41,16 +41,16 @@ struct ChatRequest {
     logprobs: Option<bool>,
     #[serde(default, deserialize_with = "integer::optional")]
     top_logprobs: Option<u32>,
-    /// Names tokens by their ids.
+    /// Whether tokens are named by their ids.
     return_tokens_as_token_ids: Option<bool>,
-    /// A variable of the chat template, as OpenAI has it.
+    /// A variable of the chat template; OpenAI's name for it.
     reasoning_effort: Option<String>,
-    /// Another one.
+    /// Another variable of the chat template.
     verbosity: Option<String>,
     include_reasoning: Option<bool>,
 }
 
-/// A whole answer.
+/// A complete answer.
 #[derive(Serialize)]
 struct Choice {
     index: usize,
@@ -62,22 +62,22 @@ struct Choice {
 #[derive(Default, Serialize)]
 struct AssistantMessage {
     role: &'static str,
-    /// Null when there are only calls.
+    /// Null if there are only tool calls.
     content: Option<String>,
     refusal: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     reasoning_content: Option<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     tool_calls: Vec<ToolCall>,
-    /// The call of an answer to a request that speaks of functions.
+    /// The call in an answer to a request that uses `functions` instead of `tools`.
     #[serde(skip_serializing_if = "Option::is_none")]
     function_call: Option<Function>,
 }
 
-/// A call, or in a stream a piece of one.
+/// A tool call, or a piece of one in a stream.
 #[derive(Serialize)]
 struct ToolCall {
-    /// In a stream only.
+    /// Set only in a stream.
     #[serde(skip_serializing_if = "Option::is_none")]
     index: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -109,7 +109,8 @@ impl ToolCall {
 }
 
 impl AssistantMessage {
-    /// The message of an answer; with functions instead of tools for a `legacy` request.
+    /// Returns the message of an answer. For a `legacy` request, its first call becomes a
+    /// `function_call`.
     fn new(parts: Vec<Part>, legacy: bool) -> Self {
         let mut content = String::new();
         let mut message = Self {
@@ -144,7 +145,7 @@ impl AssistantMessage {
     }
 }
 
-/// A piece of an answer.
+/// A piece of an answer in a stream.
 #[derive(Serialize)]
 struct ChunkChoice {
     index: usize,
@@ -175,7 +176,7 @@ impl Delta {
         }
     }
 
-    /// `None` when there is nothing to say.
+    /// Returns the delta for `part`, or `None` if it adds nothing to the stream.
     fn new(part: Part, legacy: bool) -> Option<Self> {
         let call = match part {
             Part::Text(text) => return Some(Self::text(text)),
@@ -230,7 +231,7 @@ struct NamedLogProb {
     bytes: Vec<u8>,
 }
 
-/// Answers the request.
+/// Handles a chat completion request.
 pub(crate) async fn chat_completions(
     State(app): State<Arc<App>>,
     body: JsonBody,
@@ -292,7 +293,7 @@ pub(crate) async fn chat_completions(
         .submit_turn(&caller, session, asked, vec![prompt], samples)
         .await
         .map_err(|mut error| {
-            // The fields by their names here.
+            // Report fields under the names that this API has for them.
             let renamed = match error.body.param.as_deref() {
                 Some("prompt") => Some("messages"),
                 Some("max_tokens") if newer_name => Some("max_completion_tokens"),
@@ -348,7 +349,7 @@ pub(crate) async fn chat_completions(
     Ok(notices.mark(envelope.whole(&choices)))
 }
 
-/// Why an answer with so many calls ended.
+/// Returns the finish reason of an answer with this many calls.
 fn with_calls(finish_reason: &'static str, calls: usize, legacy: bool) -> &'static str {
     match finish_reason {
         "stop" if calls > 0 && legacy => "function_call",
@@ -357,7 +358,7 @@ fn with_calls(finish_reason: &'static str, calls: usize, legacy: bool) -> &'stat
     }
 }
 
-/// How many log-probabilities a step are asked for.
+/// Returns how many alternatives to report per token; `None` without log probabilities.
 fn logprobs(wanted: Option<bool>, top: Option<u32>) -> Result<Option<u32>, ApiError> {
     let invalid = |problem: String| Err(ApiError::invalid(problem).param("top_logprobs"));
     match (wanted.unwrap_or(false), top) {
@@ -370,7 +371,7 @@ fn logprobs(wanted: Option<bool>, top: Option<u32>) -> Result<Option<u32>, ApiEr
     }
 }
 
-/// Tokens with their log-probabilities.
+/// Returns the log probabilities of tokens.
 fn reported(names: TokenNames<'_>, tokens: &[Token]) -> LogProbs {
     let named = |id, logprob| NamedLogProb {
         token: names.name(id),
@@ -391,12 +392,12 @@ fn reported(names: TokenNames<'_>, tokens: &[Token]) -> LogProbs {
 struct ChatWriter {
     envelope: Envelope,
     tokenizer: Option<Arc<Tokenizer>>,
-    /// Tokens are named by their ids.
+    /// Whether tokens are named by their ids.
     as_ids: bool,
     ends: Vec<EndTokens>,
     parts: Vec<Parts>,
     logprobs: bool,
-    /// Calls are told as those of functions.
+    /// Whether calls are reported as function calls instead of tool calls.
     legacy: bool,
 }
 

@@ -1,4 +1,4 @@
-//! `POST /v1/completions`: text continued.
+//! `POST /v1/completions`: continues text.
 
 use super::answer::{Answer, EndTokens, TokenNames, complete, finish_reason};
 use super::envelope::Envelope;
@@ -22,10 +22,10 @@ use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::sync::Arc;
 
-/// Tokens of an answer when the request does not say, as OpenAI has it.
+/// Maximum length of an answer if the request sets none, as in OpenAI's API.
 const DEFAULT_MAX_TOKENS: usize = 16;
 
-/// Log-probabilities a token at most.
+/// Maximum number of alternatives reported per token.
 const MAX_LOGPROBS: u32 = 20;
 
 #[derive(Debug, Deserialize)]
@@ -39,16 +39,16 @@ struct CompletionRequest {
     stream_options: Option<StreamOptions>,
     #[serde(default, deserialize_with = "integer::optional")]
     logprobs: Option<u32>,
-    /// Names tokens by their ids.
+    /// Whether tokens are named by their ids.
     return_tokens_as_token_ids: Option<bool>,
     echo: Option<bool>,
     add_special_tokens: Option<bool>,
-    /// Answers to choose the likeliest `n` from.
+    /// Number of answers from which the likeliest `n` are chosen.
     #[serde(default, deserialize_with = "integer::optional")]
     best_of: Option<usize>,
 }
 
-/// A piece of an answer, or all of it.
+/// An answer, or a piece of one in a stream.
 #[derive(Serialize)]
 struct Choice {
     index: usize,
@@ -71,7 +71,7 @@ impl Choice {
     }
 }
 
-/// Answers the request.
+/// Handles a completion request.
 pub(crate) async fn completions(
     State(app): State<Arc<App>>,
     body: JsonBody,
@@ -103,7 +103,7 @@ pub(crate) async fn completions(
     let template = sampling.request(&app, Some(max_tokens), request.logprobs)?;
     let mut template = template.label(id.as_str());
     if candidates > samples {
-        // The likeliest answers are found by them.
+        // The likeliest answers are chosen by their tokens' log probabilities.
         template.sampling.logprobs.get_or_insert(0);
     }
     template.prompt_logprobs = scored;
@@ -150,7 +150,7 @@ pub(crate) async fn completions(
     Ok(notices.mark(writer.envelope.whole(&choices)))
 }
 
-/// How many answers to compute for each prompt.
+/// Returns how many answers to compute per prompt.
 fn candidates(
     best_of: Option<usize>,
     samples: usize,
@@ -169,8 +169,9 @@ fn candidates(
     Err(ApiError::invalid(problem).param("best_of"))
 }
 
-/// The places of the `samples` likeliest of each `candidates` answers, by the mean of
-/// their tokens' log-probabilities; all of them in their order if that is how many there are.
+/// Returns the indices of the `samples` likeliest answers in each group of `candidates`, by the
+/// mean log probability of their tokens. If the two numbers are equal, all answers stay in
+/// their order.
 fn likeliest(answers: &[Answer], candidates: usize, samples: usize) -> Vec<usize> {
     if candidates == samples {
         return (0..answers.len()).collect();
@@ -196,15 +197,15 @@ struct CompletionWriter {
     tokenizer: Option<Arc<Tokenizer>>,
     samples: usize,
     ends: Vec<EndTokens>,
-    /// Text before each answer: its prompt, if that is to be echoed.
+    /// Text before each answer: its prompt, if prompts are echoed.
     opening: Vec<String>,
-    /// The first token of that prompt.
+    /// The first token of each echoed prompt.
     first: Vec<Option<u32>>,
-    /// Characters of the tokens of each answer so far, if log-probabilities are told.
+    /// Characters of each answer's tokens so far, if log probabilities are reported.
     offsets: Vec<usize>,
-    /// How many of the likeliest tokens are told beside each token.
+    /// How many alternatives are reported per token; no log probabilities if `None`.
     logprobs: Option<u32>,
-    /// Tokens are named by their ids.
+    /// Whether tokens are named by their ids.
     as_ids: bool,
 }
 
@@ -233,7 +234,7 @@ impl CompletionWriter {
         }
     }
 
-    /// Counts the tokens of the prompts, each once.
+    /// Counts the tokens of each prompt once.
     fn count_prompts(&mut self, streams: &[TokenStream]) {
         for stream in streams.iter().step_by(self.samples) {
             self.envelope.count(stream.prompt_ids().len(), 0);
@@ -247,7 +248,7 @@ impl CompletionWriter {
         }
     }
 
-    /// The answer of the stream at `place` as a choice.
+    /// Returns the answer of the stream at `place` as a choice.
     fn choice(
         &mut self,
         index: usize,
@@ -276,8 +277,8 @@ impl CompletionWriter {
         }
     }
 
-    /// The log-probabilities of a prompt that is echoed, whose tokens after the first are
-    /// `tokens`. Before the first there is nothing that it could follow from.
+    /// Returns the log probabilities of an echoed prompt whose tokens after the first are
+    /// `tokens`. The first token has none, because nothing comes before it.
     fn echoed(&mut self, index: usize, tokens: &[Token]) -> Option<LogProbs> {
         let most = self.logprobs?;
         let first = self.first[index]?;
@@ -290,7 +291,7 @@ impl CompletionWriter {
         Some(lists)
     }
 
-    /// The log-probabilities of the next tokens of an answer.
+    /// Returns the log probabilities of the next tokens of an answer.
     fn logprobs_of(&mut self, index: usize, tokens: &[Token]) -> Option<LogProbs> {
         self.logprobs?;
         let mut offset = self.offsets[index];
@@ -303,7 +304,7 @@ impl CompletionWriter {
     }
 }
 
-/// Tokens with so many of the likeliest beside them, at most.
+/// Returns the tokens with at most `most` alternatives each.
 fn likeliest_of(tokens: &[Token], most: u32) -> Cow<'_, [Token]> {
     let most = most as usize;
     if tokens.iter().all(|token| token.top.len() <= most) {
@@ -317,7 +318,7 @@ fn likeliest_of(tokens: &[Token], most: u32) -> Cow<'_, [Token]> {
 impl Writer for CompletionWriter {
     fn open(&mut self, events: &mut Events) {
         if self.logprobs.is_some() {
-            // Prompts come with their log-probabilities.
+            // The prompts are sent later, together with their log probabilities.
             return;
         }
         for (index, text) in std::mem::take(&mut self.opening).into_iter().enumerate() {

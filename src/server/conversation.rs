@@ -1,4 +1,4 @@
-//! A conversation with tools and a form for its answer, as a prompt.
+//! Turns a conversation, with its tools and the form of its answer, into a prompt.
 
 use super::App;
 use super::error::ApiError;
@@ -17,33 +17,35 @@ use crate::text::{Calls, Grammar};
 use crate::text::{ChatTemplate, EncodeOptions, Message, RenderOptions, TextError, Tokenizer};
 use std::sync::Arc;
 
-/// What a model is asked, before its template makes a prompt of it.
+/// A conversation before the chat template makes a prompt of it.
 pub(crate) struct Conversation {
     pub messages: Vec<Message>,
     pub tools: Tools,
     pub structure: Option<Structure>,
     pub rendering: Rendering,
     pub hide_reasoning: bool,
-    /// Leave messages at the beginning out until the prompt has no more tokens than this.
+    /// If set, messages at the beginning are left out until the prompt has at most this many
+    /// tokens.
     pub truncate_to: Option<usize>,
-    /// Whether the prompt is cut later.
+    /// Whether the prompt may be truncated later.
     pub may_be_cut: bool,
 }
 
-/// What the engine is asked, and how its answers are read.
+/// The prompt and the settings for the engine, and how to read the answers.
 pub(crate) struct Prepared {
     pub prompt: Vec<u32>,
     pub constraint: Option<Box<dyn Constraint>>,
-    /// Marks that are special tokens are looked for in the answer.
+    /// Whether special tokens stay in the answer's text, because marks to look for are among
+    /// them.
     pub keep_special: bool,
     pub reading: Reading,
-    /// What is not honoured of it.
+    /// Parts of the request that are not honoured.
     pub notices: Notices,
 }
 
 impl Conversation {
-    /// Makes the prompt, which comes from a body of `bytes` bytes. What takes long is done
-    /// apart, so that other connections do not wait for it.
+    /// Makes the prompt; the request's body had `bytes` bytes. Long work is done on a worker
+    /// thread, so that other connections do not wait for it.
     pub async fn prepare(self, app: &Arc<App>, bytes: usize) -> Result<Prepared, ApiError> {
         let compiles = self.structure.is_some() || self.tools.forced();
         let shared = Arc::clone(app);
@@ -76,7 +78,8 @@ impl Conversation {
         let source = template.source();
         self.rendering.require_documents_known(source)?;
         let format = app.options.tool_format.unwrap_or_else(|| {
-            // Where all is put into words, those ask for this format.
+            // A template that knows neither gets tools and calls as plain text, which asks for
+            // this format.
             match template.knows_tools() || template.knows_calls() {
                 true => ToolFormat::detect(source),
                 false => ToolFormat::Hermes,
@@ -90,7 +93,7 @@ impl Conversation {
                 Some(calls.grammar(tokenizer, keywords, None)?)
             }
             (None, Some(structure)) => {
-                // The form is that of an answer; the model may call a tool before it.
+                // The form applies to the answer; the model may call a tool instead.
                 let tools: Vec<_> = self.tools.schemas().collect();
                 let calls = self.tools.offered().then_some(Calls {
                     format,
@@ -106,7 +109,7 @@ impl Conversation {
         require_roles_known(&self.messages, source)?;
         self.messages = legacy::as_tools(self.messages);
         if !source.contains("developer") {
-            // OpenAI's newer name of it.
+            // The template does not know OpenAI's newer name of the role.
             for message in &mut self.messages {
                 if message.role == "developer" {
                     message.role = "system".to_owned();
@@ -115,7 +118,7 @@ impl Conversation {
         }
         let mut opening = Opening {
             marks: ReasoningFormat::detect(source),
-            // What is held to a form is the answer, with no reasoning before it.
+            // A constrained answer must begin at once, with no reasoning before it.
             close_reasoning: constraint.is_some(),
             call: forced.as_ref().map(|_| format.forced_opening()),
             inside_reasoning: false,
@@ -154,12 +157,12 @@ impl Conversation {
         })
     }
 
-    /// Whether a prompt that is too long is cut rather than refused.
+    /// Returns whether a prompt that is too long is truncated rather than refused.
     fn is_cut(&self) -> bool {
         self.may_be_cut || self.truncate_to.is_some()
     }
 
-    /// The prompt of these messages.
+    /// Returns the prompt for these messages.
     fn tokens_of(
         &self,
         app: &App,
@@ -210,7 +213,8 @@ impl Conversation {
     }
 }
 
-/// What stands at the beginning of the answer already.
+/// The text that follows the rendered conversation in the prompt, so that the answer begins in
+/// the right place.
 struct Opening {
     marks: Option<ReasoningFormat>,
     close_reasoning: bool,
@@ -231,7 +235,7 @@ impl Opening {
     }
 }
 
-/// Roles that every template is taken to know, or to refuse by itself.
+/// Roles that are passed to every template, which may still refuse them.
 const ROLES: [&str; 6] = [
     "system",
     "developer",
@@ -258,8 +262,8 @@ fn require_roles_known(messages: &[Message], template: &str) -> Result<(), ApiEr
     Ok(())
 }
 
-/// The prompt of as many of the last messages as have room; system messages at the
-/// beginning and the last message always stay.
+/// Returns the prompt for as many of the last messages as fit in `room` tokens. System messages
+/// at the beginning and the last message always stay.
 fn fitting(
     messages: &[Message],
     room: usize,
@@ -268,7 +272,7 @@ fn fitting(
     let mut whole = write(messages)?;
     let is_system = |message: &&Message| matches!(&*message.role, "system" | "developer");
     let kept = messages.iter().take_while(is_system).count();
-    // Where the rest may begin: not with a result whose call is left out.
+    // Do not begin with a tool's result whose call has been left out.
     let begins = |index: &usize| !matches!(&*messages[*index].role, "tool" | "function");
     let places: Vec<usize> = (kept + 1..messages.len()).filter(begins).collect();
     if whole.len() <= room {
@@ -282,7 +286,8 @@ fn fitting(
         let (system, rest) = (&messages[..kept], &messages[places[place]..]);
         write(&[system, rest].concat())
     };
-    // A prompt of fewer messages is no longer: the first place that fits is searched for.
+    // Fewer messages never make a longer prompt, so a binary search finds the first place that
+    // fits.
     let (mut low, mut high) = (0, places.len() - 1);
     while low < high {
         let middle = (low + high) / 2;
@@ -292,12 +297,12 @@ fn fitting(
         }
     }
     let mut prompt = from(low)?;
-    // A last message that is too long by itself loses its own beginning.
+    // If the last message alone is too long, its own beginning is cut off.
     Truncation::Last(room).cut(&mut prompt);
     Ok(prompt)
 }
 
-/// Whether a mark that is looked for is a special token, which text usually leaves out.
+/// Returns whether a mark to look for is a special token, which answers usually leave out.
 fn has_special_marks(reading: &Reading, tokenizer: &Tokenizer) -> bool {
     let special = |mark: &&str| {
         let id = tokenizer.id_of(mark);

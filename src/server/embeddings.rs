@@ -1,4 +1,4 @@
-//! `POST /v1/embeddings`: texts as vectors.
+//! `POST /v1/embeddings`: turns texts into vectors.
 
 use super::App;
 use super::error::ApiError;
@@ -18,8 +18,8 @@ use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Inputs of one request that are computed at the same time; a request with more does
-/// not fill the engine's queue alone.
+/// Number of inputs of one request that are computed at a time, so that a request with many
+/// inputs does not fill the engine's queue.
 const AT_ONCE: usize = 64;
 
 #[derive(Deserialize)]
@@ -30,15 +30,15 @@ struct EmbeddingsRequest {
     #[serde(default, deserialize_with = "integer::optional")]
     dimensions: Option<usize>,
     add_special_tokens: Option<bool>,
-    /// −1 means as many as the context has room for.
+    /// −1 means as many as fit in the context.
     #[serde(default, deserialize_with = "integer::optional")]
     truncate_prompt_tokens: Option<i64>,
     truncation_side: Option<Side>,
-    /// Whom fairness counts it for.
+    /// The user to whom fair scheduling attributes the request.
     user: Option<String>,
     #[serde(default, deserialize_with = "integer::optional")]
     priority: Option<i32>,
-    /// Whom it shares the prefix cache with.
+    /// Only requests with the same salt share cached prefixes.
     cache_salt: Option<String>,
 }
 
@@ -46,10 +46,10 @@ struct EmbeddingsRequest {
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum Encoding {
-    /// As a list of numbers.
+    /// A list of numbers.
     #[default]
     Float,
-    /// The bytes of little-endian float32 numbers, in base64.
+    /// Base64 of little-endian float32 values.
     Base64,
 }
 
@@ -81,7 +81,7 @@ struct Usage {
     total_tokens: usize,
 }
 
-/// The vectors of the inputs, each of length 1.
+/// Returns the vectors of the inputs, each normalized to length 1.
 pub(crate) async fn embeddings(
     State(app): State<Arc<App>>,
     body: JsonBody,
@@ -112,7 +112,7 @@ pub(crate) async fn embeddings(
         room,
     )?;
     let inputs = request.input.into_vec("input")?;
-    // Before anything is computed: a text that is none is found first.
+    // Tokenize all inputs first, so that an invalid one is refused before anything is computed.
     let bare = request.add_special_tokens == Some(false);
     let inputs = app.tokenize_all(inputs, bare, truncation.is_some()).await;
     let mut inputs = inputs.map_err(of_input)?;
@@ -146,8 +146,8 @@ pub(crate) async fn embeddings(
     .into_response())
 }
 
-/// Embeds all inputs, a few at a time, in their order. Dropping the future cancels those
-/// that are on their way as a disconnect.
+/// Embeds all inputs, [`AT_ONCE`] at a time, and returns the embeddings in order. If the future
+/// is dropped, the inputs in progress are cancelled as after a disconnect.
 async fn embed_all(
     app: &Arc<App>,
     inputs: Vec<Vec<u32>>,
@@ -172,7 +172,7 @@ async fn embed_all(
     all.buffered(AT_ONCE).try_collect().await
 }
 
-/// What is wrong with a prompt is wrong with the input here.
+/// Renames the field `prompt` of an error to `input`, its name in this API.
 fn of_input(mut error: ApiError) -> ApiError {
     if error.body.param.as_deref() == Some("prompt") {
         error.body.param = Some("input".to_owned());
@@ -180,7 +180,7 @@ fn of_input(mut error: ApiError) -> ApiError {
     error
 }
 
-/// The vector scaled to length 1; one without a length stays as it is.
+/// Scales a vector to length 1; a zero vector is returned unchanged.
 fn normalized(mut values: Vec<f32>) -> Result<Vec<f32>, ApiError> {
     let squares = values
         .iter()

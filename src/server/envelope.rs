@@ -1,5 +1,5 @@
-//! What completions and chat completions have in common: the object around the choices, as
-//! a whole and as events.
+//! The JSON object around the choices of completions and chat completions, for whole answers
+//! and for events.
 
 use super::answer::Usage;
 use super::logprobs::PromptLogProbs;
@@ -10,19 +10,19 @@ use axum::Json;
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
-/// What every object of an answer says, and the tokens that it took so far.
+/// What all objects of an answer have in common, and the tokens used so far.
 pub(super) struct Envelope {
     head: Head,
-    /// Whether events tell the usage: the last one does, and the others that it is not
-    /// known yet, or how many tokens there were so far.
+    /// Which events report usage. The last event has the totals; earlier ones have null, or the
+    /// counts so far.
     usage_events: UsageEvents,
     usage: Usage,
     so_far: UsageSoFar,
-    /// Those of a chat's prompt.
+    /// Log probabilities of a chat's prompt.
     pub prompt_logprobs: Option<PromptLogProbs>,
 }
 
-/// Tokens before the answers are complete.
+/// Tokens used before the answers are complete.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 struct UsageSoFar {
     prompt_tokens: usize,
@@ -58,7 +58,7 @@ struct Object<'a, C> {
 }
 
 impl Envelope {
-    /// Around the choices of answer `id`.
+    /// Creates the envelope of the answer with this id.
     pub fn new(
         app: &App,
         id: String,
@@ -81,19 +81,20 @@ impl Envelope {
         }
     }
 
-    /// Counts tokens of a prompt, and of an answer, before that has ended.
+    /// Counts tokens of a prompt and of an answer that has not ended yet.
     pub fn count(&mut self, prompt_tokens: usize, completion_tokens: usize) {
         self.so_far.prompt_tokens += prompt_tokens;
         self.so_far.completion_tokens += completion_tokens;
         self.so_far.total_tokens += prompt_tokens + completion_tokens;
     }
 
-    /// Counts an answer that has ended; its prompt if it is the first to it.
+    /// Counts an answer that has ended. Its prompt is counted only with the `first` answer to
+    /// it.
     pub fn add(&mut self, finish: &Finish, first: bool) {
         self.usage.add(finish, first);
     }
 
-    /// The whole answer.
+    /// Returns the complete answer.
     pub fn whole<C: Serialize>(&self, choices: &[C]) -> Response {
         let object = Object {
             head: &self.head,
@@ -104,7 +105,7 @@ impl Envelope {
         Json(object).into_response()
     }
 
-    /// Sends a piece of it.
+    /// Sends a piece of the answer.
     pub fn send<C: Serialize>(&self, choice: C, events: &mut Events) {
         events.json(&Object {
             head: &self.head,
@@ -118,7 +119,7 @@ impl Envelope {
         });
     }
 
-    /// Sends the end.
+    /// Sends the end of the stream.
     pub fn close(&self, events: &mut Events) {
         if self.usage_events != UsageEvents::None {
             events.json(&Object::<()> {

@@ -1,20 +1,20 @@
-//! What goes wrong, as OpenAI's clients expect to be told.
+//! Errors in the form that OpenAI's clients expect.
 
 use crate::engine::{CancelReason, EngineFault, GenerateError, SubmitError};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
-/// A refusal: a status, and the error object of OpenAI's API.
+/// An error response: a status, and the error object of OpenAI's API.
 #[derive(Debug)]
 pub(crate) struct ApiError {
     pub status: StatusCode,
     pub body: ErrorBody,
-    /// After how many seconds to try again.
+    /// Number of seconds after which the client should try again.
     pub retry_after: Option<u32>,
 }
 
-/// `{"error": {…}}` without the braces around it.
+/// The value of `error` in `{"error": {…}}`.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct ErrorBody {
     pub message: String,
@@ -45,22 +45,22 @@ impl ApiError {
         }
     }
 
-    /// 400: the request makes no sense.
+    /// Status 400: the request is invalid.
     pub fn invalid(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message)
     }
 
-    /// 403: not from there.
+    /// Status 403: requests from this origin, or for this host, are not allowed.
     pub fn forbidden(message: impl Into<String>) -> Self {
         Self::new(StatusCode::FORBIDDEN, "permission_error", message)
     }
 
-    /// 404.
+    /// Status 404: what the request names does not exist.
     pub fn not_found(message: impl Into<String>) -> Self {
         Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
     }
 
-    /// 503: not now.
+    /// Status 503: the server cannot answer now.
     pub fn unavailable(message: impl Into<String>) -> Self {
         Self::new(
             StatusCode::SERVICE_UNAVAILABLE,
@@ -69,7 +69,7 @@ impl ApiError {
         )
     }
 
-    /// Names the field that is wrong.
+    /// Sets the field that is wrong.
     pub fn param(mut self, name: impl Into<String>) -> Self {
         self.body.param = Some(name.into());
         self

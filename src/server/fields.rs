@@ -1,8 +1,9 @@
-//! Every field that OpenAI's, vLLM's and llama.cpp's request schemas have, and what
-//! becomes of it here: nothing that a client asks for is silently left undone.
+//! Every field in the request schemas of OpenAI, vLLM and llama.cpp, and how this server treats
+//! it. No known field that would change the answer is silently ignored.
 //!
-//! [`request_fields`] is the one list of them. `JsonBody::check_fields` refuses by it,
-//! `docs/api-fields.md` is written from it, and `tests/server_fields.rs` walks it.
+//! [`request_fields`] is the only list of them. `JsonBody::check_fields` uses it to refuse
+//! requests, `docs/api-fields.md` is generated from it, and `tests/server_fields.rs` goes
+//! through it.
 
 use super::error::ApiError;
 use super::json::JsonBody;
@@ -16,7 +17,7 @@ mod table;
 
 pub use table::request_fields;
 
-/// A route that takes a request's fields.
+/// A route whose request body has fields.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Route {
     /// `/v1/completions`
@@ -44,7 +45,7 @@ impl Route {
         Self::Detokenize,
     ];
 
-    /// Its path.
+    /// Returns the route's path.
     pub fn path(self) -> &'static str {
         match self {
             Self::Completions => "/v1/completions",
@@ -57,16 +58,16 @@ impl Route {
     }
 }
 
-/// What becomes of a field.
+/// How the server treats a field.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Verdict {
-    /// It is done.
+    /// The field has its documented effect.
     Honoured,
-    /// A request with it is refused with status 400, unless it is null or one of these
-    /// values, which ask for nothing.
+    /// A request with the field is refused with status 400, unless its value is null or one of
+    /// these, which ask for nothing.
     Refused(&'static [Neutral]),
-    /// It is accepted whatever its value: it is a hint that this server has no use for, or
-    /// belongs to another field that is refused.
+    /// The field is accepted with any value and has no effect: it is a hint that this server
+    /// has no use for, or it belongs to another field that is refused.
     Accepted,
 }
 
@@ -81,22 +82,22 @@ pub enum Neutral {
     Number(f64),
     /// This string.
     Text(&'static str),
-    /// A list of these strings; an empty one if there are none.
+    /// A list of exactly these strings, which may be empty.
     List(&'static [&'static str]),
     /// `{}`
     EmptyObject,
 }
 
-/// A field of a request on some routes.
+/// A request field on some routes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RequestField {
-    /// Its name; behind a dot that of a field within it.
+    /// Name of the field. A nested field is written as `outer.inner`.
     pub name: &'static str,
-    /// The routes that know it.
+    /// The routes that know the field.
     pub routes: &'static [Route],
-    /// What becomes of it there.
+    /// How these routes treat the field.
     pub verdict: Verdict,
-    /// What else there is to know.
+    /// Further explanation; may be empty.
     pub note: &'static str,
 }
 
@@ -125,8 +126,8 @@ impl fmt::Display for Neutral {
 }
 
 impl JsonBody {
-    /// Refuses a field that asks for what this server does not do. What is no object is
-    /// left to be refused as a request.
+    /// Refuses a body with a field that asks for something this server does not do. A body that
+    /// is not an object passes, because parsing the request refuses it.
     pub fn check_fields(&self, route: Route) -> Result<(), ApiError> {
         let mut refused = None;
         let mut reader = serde_json::Deserializer::from_slice(self.bytes());
@@ -135,7 +136,7 @@ impl JsonBody {
             within: None,
             refused: &mut refused,
         };
-        // A body that is no JSON ends this early.
+        // Invalid JSON only ends the reading early; parsing the request reports it.
         let _ = fields.deserialize(&mut reader);
         match refused {
             Some(field) => Err(field.refuse()),
@@ -144,7 +145,7 @@ impl JsonBody {
     }
 }
 
-/// The list by name.
+/// The list by field name.
 static INDEX: LazyLock<HashMap<&str, Vec<&RequestField>>> = LazyLock::new(|| {
     let mut index: HashMap<_, Vec<_>> = HashMap::new();
     for field in request_fields() {
@@ -153,7 +154,7 @@ static INDEX: LazyLock<HashMap<&str, Vec<&RequestField>>> = LazyLock::new(|| {
     index
 });
 
-/// The fields within which others are known, and on which routes.
+/// Fields that have known nested fields, and the routes on which they do.
 static PARENTS: LazyLock<HashMap<&str, Vec<Route>>> = LazyLock::new(|| {
     let mut parents: HashMap<_, Vec<_>> = HashMap::new();
     for field in request_fields() {
@@ -164,20 +165,20 @@ static PARENTS: LazyLock<HashMap<&str, Vec<Route>>> = LazyLock::new(|| {
     parents
 });
 
-/// Looks at the fields of an object without keeping their values.
+/// Visits the fields of an object without keeping their values.
 struct Fields<'a> {
     route: Route,
-    /// The field that the object is the value of.
+    /// The field whose value the object is, for a nested object.
     within: Option<&'a str>,
-    /// The first field that is to be refused.
+    /// The first field that must be refused.
     refused: &'a mut Option<&'static RequestField>,
 }
 
 impl Fields<'_> {
-    /// What is known of a field here.
+    /// Returns the entry for a field of this object.
     fn find(&self, name: &str) -> Option<&'static RequestField> {
         let entries = match self.within {
-            // The names with a dot are those of fields within others.
+            // Names with a dot in the list are those of nested fields.
             None if name.contains('.') => None,
             None => INDEX.get(name),
             Some(outer) => INDEX.get(format!("{outer}.{name}").as_str()),
@@ -186,7 +187,7 @@ impl Fields<'_> {
         entries.find(|field| field.routes.contains(&self.route))
     }
 
-    /// Whether fields within this one are known.
+    /// Returns whether this field has known nested fields.
     fn is_parent(&self, name: &str) -> bool {
         let routes = PARENTS.get(name).filter(|_| self.within.is_none());
         routes.is_some_and(|routes| routes.contains(&self.route))
@@ -269,7 +270,7 @@ impl<'de> Visitor<'de> for Fields<'_> {
     }
 }
 
-/// Whether a value is null or one of these.
+/// Reads whether a value is null or one of these.
 struct IsNeutral(&'static [Neutral]);
 
 impl IsNeutral {
@@ -345,7 +346,7 @@ impl<'de> Visitor<'de> for IsNeutral {
     }
 }
 
-/// An item of a list, if it is a string.
+/// An item of a list; only strings are kept.
 #[derive(serde::Deserialize)]
 #[serde(untagged)]
 enum ListItem {
@@ -410,7 +411,7 @@ mod tests {
                 "{body}"
             );
         }
-        // Not known on this route.
+        // The field is not known on this route.
         assert_eq!(refused(Route::Detokenize, json!({"mirostat": 2})), None);
     }
 

@@ -1,14 +1,15 @@
-//! What keeps web pages from using a server that asks for no key.
+//! Keeps foreign web pages from using a server that requires no API key.
 //!
-//! A browser sends what a page of any site asks it to, also to a server on the same machine
-//! or network, and a page can even be given the server's own address under a name of its
-//! site (DNS rebinding). A key stops both, as the page does not have it. Without keys:
+//! A page of any site can make the browser send requests, including to a server on the same
+//! machine or network. With DNS rebinding, a site can even give the server's address to a name
+//! of its own. An API key stops both, because the page does not have it. Without keys, the
+//! server checks two headers:
 //!
-//! - The `Host` of a request must be the server's: an address, which no name can be
-//!   rebound to; a name that the public DNS has no answer for, such as `localhost`; the
-//!   name that the server listens on; or one that is allowed.
-//! - The `Origin` of a request that changes something, which browsers send along, must be
-//!   the server's own, or one that is allowed.
+//! - The `Host` of a request must be the server's: an IP address, which no name can be rebound
+//!   to; a name that public DNS does not resolve, such as `localhost`; the name that the server
+//!   listens on; or an allowed name.
+//! - The `Origin` that browsers send with a request that changes something must be the server's
+//!   own, or an allowed one.
 
 use super::error::ApiError;
 use super::{App, ServeError, ServerOptions, auth};
@@ -20,29 +21,29 @@ use axum::response::{IntoResponse, Response};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-/// Ends of names that are never registered: RFC 6761 and 6762, and ICANN's resolution on
-/// `internal`.
+/// Suffixes of names that are never registered, by RFC 6761, RFC 6762, and ICANN's resolution
+/// on `internal`.
 const PRIVATE: [&str; 3] = [".localhost", ".local", ".internal"];
 
-/// Which requests pass.
+/// Decides which requests pass.
 #[derive(Debug)]
 pub(super) struct Guard {
-    /// Names of the server; all are if `None`.
+    /// Names of the server; any name passes if `None`.
     hosts: Option<Vec<String>>,
-    /// Origins whose pages may use it; all may if `None`.
+    /// Origins whose pages may use the server; any origin passes if `None`.
     origins: Option<Vec<String>>,
 }
 
 impl Guard {
-    /// Of a server that listens on `address`, a host and a port.
+    /// Creates the guard of a server that listens on `address`, a host and a port.
     ///
     /// # Errors
-    /// If an allowed host is no host.
+    /// Returns an error if an allowed host is not a valid host.
     pub fn new(options: &ServerOptions, address: &str) -> Result<Self, ServeError> {
         let keys = !options.api_keys.is_empty();
         let all = |list: &[String]| list.iter().any(|one| one == "*");
         let allowed = &options.allowed_hosts;
-        // A page has no key, and a name of its own site is not in our certificate.
+        // A foreign page has no key, and its site's name is not in our certificate.
         let protected = allowed.is_empty() && (keys || options.tls.is_some());
         let hosts = if protected || all(allowed) {
             None
@@ -74,7 +75,7 @@ impl Guard {
                 let host = host(authority);
                 is_private(&host) || hosts.contains(&host)
             };
-            // HTTP/1.0 knows no Host, and no browser speaks it.
+            // HTTP/1.0 requests may lack a Host header, but no browser sends them.
             let named = authority.is_some() || headers.contains_key(header::HOST);
             if named && !authority.as_ref().is_some_and(own) {
                 let given = headers.get(header::HOST).map(|host| host.to_str());
@@ -104,7 +105,7 @@ impl Guard {
     }
 }
 
-/// Lets those requests pass that no foreign page has made.
+/// Lets a request pass unless a foreign page may have sent it.
 pub(super) async fn check(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let checked = app
         .guard
@@ -115,7 +116,8 @@ pub(super) async fn check(State(app): State<Arc<App>>, request: Request, next: N
     }
 }
 
-/// Whom a request is for: HTTP/2 and the absolute form of HTTP/1 say it in the address.
+/// Returns the host that a request is for. HTTP/2 and the absolute form of HTTP/1 have it in
+/// the URI, which takes precedence over the header.
 fn authority(uri: &Uri, headers: &HeaderMap) -> Option<Authority> {
     if let Some(authority) = uri.authority() {
         return Some(authority.clone());
@@ -124,15 +126,15 @@ fn authority(uri: &Uri, headers: &HeaderMap) -> Option<Authority> {
     Authority::try_from(host.as_bytes()).ok()
 }
 
-/// The host alone, in one spelling.
+/// Returns the host without its port, in lower case and without a trailing dot.
 fn host(authority: &Authority) -> String {
     let host = authority.host();
     let host = host.strip_suffix('.').unwrap_or(host);
     host.to_ascii_lowercase()
 }
 
-/// Whether no page can have been loaded from this host but from the server that a client
-/// would reach by it as well.
+/// Returns whether this host cannot be rebound by DNS, so that a page loaded from it comes from
+/// the same server that its requests reach.
 fn is_private(host: &str) -> bool {
     let address = host
         .strip_prefix('[')
@@ -141,7 +143,7 @@ fn is_private(host: &str) -> bool {
     is_address || !host.contains('.') || PRIVATE.iter().any(|end| host.ends_with(end))
 }
 
-/// Whether a page of `origin` comes from the server itself, as far as the addresses say.
+/// Returns whether a page of `origin` comes from this server, judged by host and port.
 fn is_own(origin: &str, authority: Option<&Authority>) -> bool {
     let Ok(origin) = origin.parse::<Uri>() else {
         return false;
@@ -158,8 +160,9 @@ fn is_own(origin: &str, authority: Option<&Authority>) -> bool {
     }
 }
 
-/// Whether the browser says that the page comes from where its request goes to. A page
-/// cannot change what is said here, and a proxy does not change it, as it may the host.
+/// Returns whether the browser says that the page comes from the server that its request goes
+/// to. A page cannot change this header, and proxies leave it alone although they may rewrite
+/// the host.
 fn is_same_origin(headers: &HeaderMap) -> bool {
     let site = headers.get("sec-fetch-site");
     site.is_some_and(|site| site == "same-origin")
@@ -225,12 +228,12 @@ mod tests {
         ] {
             assert!(!host_passes(&guard, other), "{other}");
         }
-        // HTTP/2 says it in the address, and then that counts.
+        // HTTP/2 has the host in the URI, which takes precedence over the header.
         let path = "http://evil.example/v1/models";
         assert!(!passes(&guard, Method::GET, path, &[("host", "localhost")]));
         let path = "http://localhost/v1/models";
         assert!(passes(&guard, Method::GET, path, &[]));
-        // What a probe asks, it may ask by any name.
+        // Probes may use any host name.
         for path in ["/health", "/ready", "/metrics"] {
             let host = [("host", "evil.example")];
             assert!(passes(&guard, Method::GET, path, &host), "{path}");
@@ -306,7 +309,8 @@ mod tests {
         ] {
             assert!(!post(&strict, host, origin), "{origin}");
         }
-        // Who is no browser sends none; and what changes nothing is not readable anyhow.
+        // Clients other than browsers send no origin. Requests that change nothing need no
+        // check, because a foreign page cannot read the answer.
         assert!(passes(
             &strict,
             Method::POST,
@@ -316,7 +320,7 @@ mod tests {
         let with = [("host", host), ("origin", "https://evil.example")];
         assert!(passes(&strict, Method::GET, "/v1/models", &with));
         assert!(!passes(&strict, Method::DELETE, "/v1/sessions/1", &with));
-        // Behind a proxy that changes the host.
+        // A request through a proxy that rewrites the host.
         let with = [
             ("host", host),
             ("origin", "https://llm.example"),

@@ -1,4 +1,4 @@
-//! `/health`, `/ready`, `/metrics` and `/version`: for those who run the server.
+//! `/health`, `/ready`, `/metrics`, `/version` and `/openapi.json`.
 
 use super::App;
 use super::error::ApiError;
@@ -10,7 +10,7 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 use std::sync::Arc;
 
-/// Whether the scheduler thread lives: its heartbeat, not a hope.
+/// Reports whether the scheduler thread is alive, judged by its heartbeat.
 pub(crate) async fn health(State(app): State<Arc<App>>) -> Result<Json<Value>, ApiError> {
     let health = app.engine.health();
     if !health.is_healthy() {
@@ -26,7 +26,7 @@ pub(crate) async fn health(State(app): State<Arc<App>>) -> Result<Json<Value>, A
     })))
 }
 
-/// Whether requests are taken: not while the server drains.
+/// Reports whether the server accepts requests, which it does not while it drains.
 pub(crate) async fn ready(State(app): State<Arc<App>>) -> Result<Json<Value>, ApiError> {
     let health = app.engine.health();
     if health.draining {
@@ -40,8 +40,8 @@ pub(crate) async fn ready(State(app): State<Arc<App>>) -> Result<Json<Value>, Ap
     Ok(Json(json!({"status": "ready"})))
 }
 
-/// Closes the connections of a server that is being drained, request by request, so that
-/// its clients go elsewhere with the next one.
+/// Makes a draining server close each connection after its current request, so that clients
+/// send the next one elsewhere.
 pub(super) async fn close_while_draining(
     State(app): State<Arc<App>>,
     request: Request,
@@ -49,7 +49,7 @@ pub(super) async fn close_while_draining(
 ) -> Response {
     let first_version = request.version() <= Version::HTTP_11;
     let mut response = next.run(request).await;
-    // HTTP/2 has no such header, and says goodbye by itself.
+    // HTTP/2 has no such header; it announces the shutdown itself.
     if first_version && app.engine.health().draining {
         let close = HeaderValue::from_static("close");
         response.headers_mut().insert(header::CONNECTION, close);
@@ -57,7 +57,7 @@ pub(super) async fn close_while_draining(
     response
 }
 
-/// What Prometheus reads.
+/// Returns the metrics for Prometheus.
 pub(crate) async fn metrics(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
     let Some(metrics) = &app.options.metrics else {
         return Err(ApiError::not_found(
@@ -68,12 +68,12 @@ pub(crate) async fn metrics(State(app): State<Arc<App>>) -> Result<Response, Api
     Ok(([(header::CONTENT_TYPE, kind)], metrics.render()).into_response())
 }
 
-/// Which program this is.
+/// Returns the version of the program.
 pub(crate) async fn version() -> Json<Value> {
     Json(json!({"version": env!("CARGO_PKG_VERSION")}))
 }
 
-/// What all the routes take and answer, for those who make clients of it.
+/// Returns the OpenAPI description of all routes.
 pub(crate) async fn openapi() -> Response {
     let document = include_str!("openapi.json");
     ([(header::CONTENT_TYPE, "application/json")], document).into_response()

@@ -1,4 +1,4 @@
-//! The `Host` header, which every request of HTTP/1.1 has once.
+//! The `Host` header, which every HTTP/1.1 request must have exactly once.
 
 use super::error::ApiError;
 use axum::extract::Request;
@@ -6,8 +6,8 @@ use axum::http::{Version, header};
 use axum::middleware::Next;
 use axum::response::Response;
 
-/// Refuses a request of HTTP/1.1 without a `Host` header, and any with more than one: a
-/// proxy could take it for another host than the server does (RFC 9112, section 3.2).
+/// Refuses an HTTP/1.1 request without a `Host` header, and any request with more than one,
+/// because a proxy and the server might pick different hosts (RFC 9112, section 3.2).
 pub(super) async fn check(request: Request, next: Next) -> Result<Response, ApiError> {
     let hosts = request.headers().get_all(header::HOST).iter().count();
     if hosts > 1 {

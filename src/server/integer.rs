@@ -1,16 +1,16 @@
-//! Integers of a request. `16.0` is one, as it is in JSON Schema.
+//! Reads integers in requests. As in JSON Schema, `16.0` is an integer.
 
 use serde::Deserializer;
 use serde::de::{DeserializeSeed, Error, SeqAccess, Visitor};
 use std::fmt;
 use std::marker::PhantomData;
 
-/// Integers up to this size have a float of their own.
+/// Up to this magnitude, every integer has an exact float.
 const EXACT: f64 = 9_007_199_254_740_992.0;
 
-/// The types that an integer may become.
+/// A type that an integer in a request may be read as.
 pub(super) trait Integer: TryFrom<i128> {
-    /// What is accepted, for who gives something else.
+    /// Description of the accepted values, for error messages.
     const EXPECTED: &'static str;
 }
 
@@ -34,7 +34,7 @@ impl Integer for i64 {
     const EXPECTED: &'static str = "an integer from -2^63 to 2^63 - 1";
 }
 
-/// The integer that a number is, if it is one.
+/// Returns the integer that a number equals, if there is one.
 pub(super) fn of_float(number: f64) -> Option<i128> {
     (number.fract() == 0.0 && number.abs() <= EXACT).then_some(number as i128)
 }
@@ -145,14 +145,14 @@ pub(super) fn optional<'de, T: Integer, D: Deserializer<'de>>(
     deserializer.deserialize_option(Optional(PhantomData))
 }
 
-/// The same for a list of integers.
+/// Like [`optional`], for a list of integers.
 pub(super) fn list<'de, T: Integer, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<Vec<T>, D::Error> {
     deserializer.deserialize_seq(Several(PhantomData))
 }
 
-/// The same for an `Option` of a list of integers.
+/// Like [`optional`], for an `Option` of a list of integers.
 pub(super) fn optional_list<'de, T: Integer, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<Option<Vec<T>>, D::Error> {

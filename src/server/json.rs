@@ -1,4 +1,4 @@
-//! What a request brings: its body, and the open part of its path.
+//! Reads a request's JSON body and its path parameter.
 
 use super::auth::Caller;
 use super::error::ApiError;
@@ -19,26 +19,26 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-/// The bytes of a body that claims to be JSON; read within the limits of size, time and
+/// The bytes of a body that is declared as JSON, read within the limits on size, time and
 /// [`shape`].
 pub(crate) struct JsonBody {
     bytes: Bytes,
-    /// Who sent it.
+    /// Who sent the body.
     pub caller: Caller,
 }
 
 impl JsonBody {
-    /// Whether the body is JSON, whatever it says.
+    /// Returns whether the body is valid JSON, whatever it contains.
     fn is_json(&self) -> bool {
         serde_json::from_slice::<IgnoredAny>(&self.bytes).is_ok()
     }
 
-    /// The body as it came.
+    /// Returns the body as it was received.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 
-    /// A body that a test has written.
+    /// Creates a body for a test.
     #[cfg(test)]
     pub fn of(text: String) -> Self {
         Self {
@@ -47,13 +47,12 @@ impl JsonBody {
         }
     }
 
-    /// Bytes of the body.
+    /// Returns the length of the body in bytes.
     pub fn len(&self) -> usize {
         self.bytes.len()
     }
 
-    /// What `parse` makes of the body, which is done apart from other connections if it
-    /// takes long.
+    /// Parses the body with `parse`, on a worker thread if the body is long.
     pub async fn read<T: Send + 'static>(
         self,
         app: &App,
@@ -64,7 +63,8 @@ impl JsonBody {
         app.workers.run_if_long(bytes, work).await
     }
 
-    /// The body as a `T`. Unknown fields are ignored; a wrong one is named.
+    /// Parses the body as a `T`. Unknown fields are ignored; an error names the field that is
+    /// wrong.
     pub fn parse<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
         let mut reader = serde_json::Deserializer::from_slice(&self.bytes);
         let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
@@ -80,7 +80,7 @@ impl JsonBody {
                 return ApiError::invalid(format!("{field} is missing")).param(field);
             }
             let broken = problem.is_syntax() || problem.is_eof();
-            // A name that is given as a number is a syntax error to serde_json.
+            // serde_json reports a number in place of a variant's name as a syntax error.
             if broken && self.is_json() && path != "." {
                 let problem = format!("{path}: its value is of another type than expected");
                 ApiError::invalid(problem).param(path)
@@ -100,7 +100,7 @@ impl JsonBody {
         Ok(value)
     }
 
-    /// As [`JsonBody::parse`]; no body at all means a `T` with nothing set.
+    /// Like [`JsonBody::parse`], but an empty body gives the default `T`.
     pub fn parse_or_default<T: DeserializeOwned + Default>(&self) -> Result<T, ApiError> {
         if self.bytes.trim_ascii().is_empty() {
             return Ok(T::default());
@@ -109,8 +109,8 @@ impl JsonBody {
     }
 }
 
-/// Reads a field that is null or an object. What serde derives for a struct takes a list of
-/// its fields' values as well.
+/// Reads a field that is null or an object. The implementation that serde derives for a struct
+/// would also accept a list of its fields' values.
 pub(super) fn optional_object<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
 where
     D: Deserializer<'de>,
@@ -137,7 +137,7 @@ where
     deserializer.deserialize_any(Object(PhantomData))
 }
 
-/// The part of the path that a route leaves open.
+/// The parameter in a route's path.
 pub(crate) struct PathPart(pub String);
 
 impl<S: Send + Sync> FromRequestParts<S> for PathPart {
@@ -150,14 +150,14 @@ impl<S: Send + Sync> FromRequestParts<S> for PathPart {
     }
 }
 
-/// The field that serde says is not there.
+/// Returns the field that serde reports as missing.
 fn missing_field(problem: &str) -> Option<&str> {
     let (field, _) = problem.strip_prefix("missing field `")?.split_once('`')?;
     Some(field)
 }
 
-/// Refuses a body that does not say that it is JSON. Browsers ask the server first whether
-/// a page of another origin may send one that does.
+/// Refuses a body that is not declared as JSON. Browsers need the server's permission before a
+/// page of another origin may send one that is.
 fn require_json(request: &Request) -> Result<(), ApiError> {
     let problem = match request.headers().get(header::CONTENT_TYPE) {
         Some(kind) => {
@@ -174,8 +174,8 @@ fn require_json(request: &Request) -> Result<(), ApiError> {
     Err(unsupported(problem))
 }
 
-/// Refuses a body that is compressed: it would be read as what it is not, and its size
-/// would say nothing about what it holds.
+/// Refuses a compressed body: it would be parsed as if it were plain, and its size would say
+/// nothing about the size of its contents.
 fn refuse_compressed(headers: &HeaderMap) -> Result<(), ApiError> {
     for codings in headers.get_all(header::CONTENT_ENCODING) {
         let codings = codings.to_str().unwrap_or("?");
@@ -193,8 +193,8 @@ fn unsupported(problem: String) -> ApiError {
     ApiError::new(status, "invalid_request_error", problem)
 }
 
-/// All bytes of a body, which are copied once at most: there is only one copy of a large
-/// body at any time.
+/// Collects a body and copies its bytes at most once, so that there is only one copy of a large
+/// body in memory at a time.
 async fn collect(
     mut body: impl HttpBody<Data = Bytes, Error = BoxError> + Unpin,
 ) -> Result<Bytes, BoxError> {

@@ -1,13 +1,13 @@
-//! Messages with `function_call` and of the role `function`, as OpenAI's API had them before
-//! there were tools: made into tool calls and their results, which chat templates know.
+//! Turns messages with `function_call` and of the role `function`, which OpenAI's API had
+//! before tools, into tool calls and their results, which chat templates know.
 
 use crate::text::Message;
 use serde_json::{Map, Value, json};
 
-/// The conversation with calls of functions as calls of tools.
+/// Returns the conversation with function calls turned into tool calls.
 pub(super) fn as_tools(mut messages: Vec<Message>) -> Vec<Message> {
     let mut calls = 0;
-    // The name and id of the latest call, to which the next result belongs.
+    // Name and id of the latest call, to which the next result belongs.
     let mut latest: Option<(String, String)> = None;
     for message in &mut messages {
         if message.role == "function" {

@@ -1,5 +1,4 @@
-//! The log-probabilities of completions: OpenAI's four lists, and vLLM's
-//! `prompt_logprobs`.
+//! The log probabilities of completions: OpenAI's four lists, and vLLM's `prompt_logprobs`.
 
 use super::answer::TokenNames;
 use crate::engine::Token;
@@ -7,21 +6,21 @@ use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 use std::collections::HashSet;
 
-/// One entry per token in each list.
+/// Four lists with one entry per token each.
 #[derive(Default, Serialize)]
 pub(super) struct LogProbs {
     tokens: Vec<String>,
     token_logprobs: Vec<Option<f32>>,
     top_logprobs: Vec<Option<Alternatives>>,
-    /// Characters before the token.
+    /// Number of characters before each token.
     text_offset: Vec<usize>,
 }
 
-/// The likeliest tokens of a step by their names, the chosen token among them.
+/// The likeliest tokens at one position by name, including the chosen token.
 ///
-/// Numbers stay `f32` until they are written. A client that looks for the chosen token's
-/// log-probability among these compares digits, and a number that went through a JSON
-/// value would have those of an `f64`.
+/// Numbers stay `f32` until they are written. A client that looks up the chosen token's log
+/// probability in this map compares digits, and a number that went through a JSON value would
+/// have those of an `f64`.
 #[derive(Clone, Debug, PartialEq)]
 struct Alternatives(Vec<(String, f32)>);
 
@@ -42,7 +41,7 @@ impl Alternatives {
         let mut seen = HashSet::new();
         let mut entries = Vec::with_capacity(token.top.len() + 1);
         for (id, logprob) in all {
-            // Of tokens with the same name the likeliest, which comes first.
+            // If several tokens share a name, keep the first, which is the likeliest.
             let name = names.name(id);
             if seen.insert(name.clone()) {
                 entries.push((name, logprob));
@@ -53,8 +52,8 @@ impl Alternatives {
 }
 
 impl LogProbs {
-    /// Adds the first token of a prompt, which nothing comes before; returns where the
-    /// next token begins.
+    /// Adds the first token of a prompt, which has no log probability because nothing comes
+    /// before it. Returns the offset of the next token.
     pub fn push_first(&mut self, names: TokenNames<'_>, id: u32) -> usize {
         let text = names.name(id);
         let next = text.chars().count();
@@ -65,7 +64,8 @@ impl LogProbs {
         next
     }
 
-    /// Adds a token that begins after `offset` characters; returns where the next begins.
+    /// Adds a token that begins after `offset` characters. Returns the offset of the next
+    /// token.
     pub fn push(&mut self, names: TokenNames<'_>, token: &Token, offset: usize) -> usize {
         let text = names.name(token.id);
         let next = offset + text.chars().count();
@@ -77,7 +77,7 @@ impl LogProbs {
         next
     }
 
-    /// Adds what comes after it.
+    /// Appends the tokens that come after these.
     pub fn append(&mut self, mut later: Self) {
         self.tokens.append(&mut later.tokens);
         self.token_logprobs.append(&mut later.token_logprobs);
@@ -86,8 +86,8 @@ impl LogProbs {
     }
 }
 
-/// The log-probabilities of a prompt as vLLM reports them: nothing for the first token,
-/// then for each token a map by token id of the token itself and of the likeliest ones.
+/// The log probabilities of a prompt in vLLM's form: null for the first token, then for each
+/// token a map by token id that holds the token itself and the likeliest ones.
 #[derive(Serialize)]
 pub(super) struct PromptLogProbs(Vec<Option<RankedTokens>>);
 
@@ -96,7 +96,7 @@ struct RankedTokens(Vec<(u32, RankedToken)>);
 #[derive(Serialize)]
 struct RankedToken {
     logprob: f32,
-    /// Place among all tokens by likelihood, from 1; null if it is below those reported.
+    /// Rank among all tokens by likelihood, from 1; null if it is below the reported ones.
     rank: Option<usize>,
     decoded_token: String,
 }
@@ -112,7 +112,7 @@ impl Serialize for RankedTokens {
 }
 
 impl PromptLogProbs {
-    /// Those of a prompt whose tokens after the first are `tokens`.
+    /// Creates the report for a prompt whose tokens after the first are `tokens`.
     pub fn new(names: TokenNames<'_>, tokens: &[Token]) -> Self {
         let each = tokens.iter().map(|token| {
             let ranked = |(place, &(id, logprob)): (usize, &(u32, f32))| {
@@ -138,8 +138,8 @@ impl PromptLogProbs {
     }
 }
 
-/// A log-probability as a number of a JSON value, which holds `f64` only: the one that is
-/// written with the digits of the `f32`.
+/// Converts a log probability to the `f64` of a JSON value, such that it is written with the
+/// digits of the `f32`.
 pub(super) fn with_its_digits(logprob: f32) -> f64 {
     logprob.to_string().parse().unwrap_or(f64::from(logprob))
 }
@@ -165,7 +165,7 @@ mod tests {
     #[test]
     fn alternatives_have_the_digits_of_the_chosen_token_and_contain_it() {
         let mut lists = LogProbs::default();
-        // 0.1 and the like have other digits once they are widened to f64.
+        // Numbers such as 0.1 have other digits once they are widened to f64.
         lists.push(NAMES, &token(5, -0.1, &[(5, -0.1), (6, -2.3)]), 0);
         lists.push(NAMES, &token(7, -3.7, &[(5, -0.3)]), 0);
         lists.push(NAMES, &token(8, -0.7, &[]), 0);

@@ -1,9 +1,9 @@
 //! The HTTP server: OpenAI's API over an [`Engine`].
 //!
-//! A handler owns the token streams of its answer. When the connection closes, hyper
-//! drops the handler or the body that it returned, the streams go with it, and that
-//! posts a cancel to the scheduler thread: a disconnect needs no code of its own, and no
-//! task has to live for the clean-up to happen.
+//! A handler owns the token streams of its answer. When the connection closes, hyper drops the
+//! handler or the response body, and the streams with it, which posts a cancel to the scheduler
+//! thread. A disconnect therefore needs no code of its own, and no task has to stay alive for
+//! the clean-up.
 //!
 //! ```no_run
 //! use quell::server::{Metrics, Server, ServerOptions};
@@ -97,80 +97,85 @@ use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetReques
 use uuid::Uuid;
 use workers::{Job, Workers};
 
-/// Tokens of all prompts of a request at most, each counted once per answer to it. Every
-/// answer keeps the tokens of its prompt, so this bounds the memory of a request.
+/// Maximum number of tokens in all prompts of a request together, where a prompt counts once
+/// per answer to it. Every answer keeps its prompt's tokens, so this bounds the memory of a
+/// request.
 const MAX_BATCH_TOKENS: usize = 4 << 20;
 
-/// The id of a request: the client's, or one of ours.
+/// The id of an HTTP request: the client's, or one that the server generates.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// How long a browser may remember the answer to a preflight.
+/// How long a browser may cache the answer to a preflight request.
 const PREFLIGHT_AGE: Duration = Duration::from_secs(600);
 
-/// How a server behaves.
+/// The configuration of a server.
 #[derive(Clone, Debug)]
 pub struct ServerOptions {
-    /// What clients call the model.
+    /// Name of the model in the API.
     pub model_name: String,
-    /// More names for it.
+    /// Further names of the model.
     pub aliases: Vec<String>,
-    /// What `/metrics` answers; 404 if `None`.
+    /// The metrics that `/metrics` returns; 404 if `None`.
     pub metrics: Option<Metrics>,
-    /// Answers that one request may ask for with `n`.
+    /// Maximum number of answers that one request may ask for with `n`.
     pub max_samples: usize,
-    /// Bytes of a body at most.
+    /// Maximum size of a request body in bytes.
     pub max_body_bytes: usize,
-    /// How long a body may take to arrive.
+    /// How long a request body may take to arrive.
     pub body_timeout: Duration,
     /// How long the headers of a request may take to arrive.
     pub header_timeout: Duration,
-    /// How long a client may take nothing of its answer before that is dropped, and the
-    /// connection closed with HTTP/1.
+    /// How long a client may leave its answer unread before the answer is dropped. With HTTP/1,
+    /// the connection is closed as well.
     pub write_timeout: Duration,
-    /// How long an answer may take, from its submission on; without end if `None`.
+    /// How long an answer may take, counted from its submission; no limit if `None`.
     pub request_timeout: Option<Duration>,
-    /// How long a client may leave its connection unused between two requests, and a
-    /// client of HTTP/2 after it has connected, before the connection is closed.
+    /// How long a connection may stay idle between two requests before it is closed. With
+    /// HTTP/2, this also limits the time from connecting to the first request.
     pub keep_alive_timeout: Duration,
-    /// What the end of a client's bytes means while it is owed an answer.
+    /// What it means if a client closes its sending side while it waits for an answer.
     pub half_close: HalfClose,
-    /// Connections at the same time, or fewer if the process may not open so many files;
-    /// more wait to be accepted. An idle one is closed to make room.
+    /// Maximum number of connections at a time; fewer if the process may not open that many
+    /// files. Further connections wait to be accepted, and an idle one is closed to make room.
     pub max_connections: usize,
-    /// Connections from one address, or from one /64 network of IPv6; half of all if
-    /// `None`. One more is refused unless another one from there is idle.
+    /// Maximum number of connections from one IPv4 address or one IPv6 /64 network; half of all
+    /// connections if `None`. A further connection is refused unless another one from there is
+    /// idle and can be closed.
     pub max_connections_per_address: Option<usize>,
-    /// How the model writes tool calls; as its chat template has it if `None`.
+    /// The format in which the model writes tool calls; detected from its chat template if
+    /// `None`.
     pub tool_format: Option<ToolFormat>,
-    /// Whether a request may bring a chat template of its own.
+    /// Whether a request may bring its own chat template.
     pub trust_request_chat_template: bool,
-    /// Sessions that may be open at the same time; one more is refused.
+    /// Maximum number of sessions that may be open at a time; a further one is refused.
     pub max_sessions: usize,
-    /// How long a session may be left alone before it is ended.
+    /// How long a session may stay unused before it is ended.
     pub session_ttl: Duration,
-    /// How long open requests may take to finish once the server is told to stop.
+    /// How long open requests may take to finish after the server is told to stop.
     pub drain_timeout: Duration,
-    /// Whoever brings none of these keys is refused; everybody is let in if there are none.
+    /// The accepted API keys. Requests without one of them are refused, except on the routes
+    /// for probes and for the web page. If there are no keys, every request is accepted.
     pub api_keys: ApiKeys,
-    /// Origins whose pages may use the server from a browser (CORS), `*` for all; none
-    /// but the server's own by default.
+    /// Origins whose pages may use the server from a browser (CORS); `*` for all. By default,
+    /// only the server's own origin may.
     pub allowed_origins: Vec<String>,
-    /// Names that the server is asked under beside that which it listens on, `*` for all.
-    /// Addresses, and names that the public DNS does not know, need not be listed. With
-    /// none here, all names are allowed if there are API keys or a certificate.
+    /// Host names of the server in addition to the one that it listens on; `*` for all. IP
+    /// addresses and names that public DNS does not resolve need not be listed. If the list is
+    /// empty, any name is allowed as long as there are API keys or a certificate.
     pub allowed_hosts: Vec<String>,
     /// The most urgent [`Request::priority`](crate::Request) that a client may give its
-    /// requests, unless its key says another one: a lower number is taken for this one.
+    /// requests, unless its key sets another limit. Lower numbers, which are more urgent, are
+    /// raised to this one.
     pub max_priority: i32,
-    /// Certificate and key, to serve HTTPS; HTTP if `None`.
+    /// Certificate and key for HTTPS; HTTP if `None`.
     pub tls: Option<TlsFiles>,
-    /// Whether a schema with keywords that cannot be kept to is refused, or answered with
-    /// these keywords in the header `x-quell-unenforced`. Lenient by default.
+    /// Whether a schema with keywords that cannot be enforced is refused, or accepted with
+    /// these keywords named in the header `x-quell-unenforced`. Lenient by default.
     pub schema_keywords: Keywords,
 }
 
 impl ServerOptions {
-    /// Working defaults for a model that clients call `model_name`.
+    /// Creates options with working defaults for a model that clients call `model_name`.
     pub fn new(model_name: impl Into<String>) -> Self {
         Self {
             model_name: model_name.into(),
@@ -201,18 +206,18 @@ impl ServerOptions {
     }
 }
 
-/// What it means that a client has sent its last byte while it is owed an answer. TCP
-/// does not tell a client that closed its connection from one that only sends no more.
+/// What it means if a client closes its sending side while it waits for an answer. TCP does not
+/// tell a client that has closed its connection from one that only sends no more.
 ///
-/// HTTP/2 has an end for each request, and with it the end of a connection is always the
-/// end of its client.
+/// HTTP/2 marks the end of each request, so there the end of a connection always means that the
+/// client is gone.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum HalfClose {
-    /// The client is gone, and its request is cancelled. Web servers and proxies mostly
-    /// take it so, and clients of HTTP keep their side open.
+    /// The client is gone, and its request is cancelled. Most web servers and proxies treat it
+    /// this way, and HTTP clients usually keep their sending side open.
     #[default]
     Cancel,
-    /// The client may still read, and gets its answer. That it is gone shows once
+    /// The client may still read, and gets its answer. If it has gone, this is noticed once
     /// something is written to it, or when it resets the connection.
     Finish,
 }
@@ -229,15 +234,15 @@ impl std::str::FromStr for HalfClose {
     }
 }
 
-/// Why a server could not start.
+/// An error that keeps a server from starting.
 #[derive(Debug, Error)]
 pub enum ServeError {
-    /// The address cannot be listened on.
+    /// The server cannot listen on the address.
     #[error("cannot listen on {address}: {source}")]
     Bind {
         /// The address.
         address: String,
-        /// The system's own words.
+        /// The operating system's error.
         source: std::io::Error,
     },
     /// The certificate or its key cannot be used.
@@ -248,21 +253,21 @@ pub enum ServeError {
         /// What is wrong with it.
         problem: String,
     },
-    /// A host is not one.
+    /// An allowed host is not a valid host.
     #[error("{host:?} is no host, expected a name or an address like llm.example.com, or *")]
     Host {
-        /// What was given.
+        /// The value that was given.
         host: String,
     },
-    /// An origin is not one.
+    /// An allowed origin is not a valid origin.
     #[error("{origin:?} is no origin, expected one like https://example.com, or *")]
     Origin {
-        /// What was given.
+        /// The value that was given.
         origin: String,
     },
 }
 
-/// A server that listens.
+/// A server that is bound to its address.
 pub struct Server {
     app: Arc<App>,
     listener: TcpListener,
@@ -282,7 +287,11 @@ impl std::fmt::Debug for Server {
 }
 
 impl Server {
-    /// Listens on `address`; connections wait until [`Server::run`].
+    /// Binds to `address`. Connections wait in the backlog until [`Server::run`] is called.
+    ///
+    /// # Errors
+    /// Returns an error if an allowed host or origin is invalid, if the certificate or its key
+    /// cannot be used, or if the server cannot listen on `address`.
     pub async fn bind(
         engine: Engine,
         options: ServerOptions,
@@ -308,20 +317,20 @@ impl Server {
         })
     }
 
-    /// `http` or `https`.
+    /// Returns `http` or `https`.
     pub fn scheme(&self) -> &'static str {
         if self.tls.is_some() { "https" } else { "http" }
     }
 
-    /// Where it listens.
+    /// Returns the address that the server listens on.
     pub fn local_addr(&self) -> SocketAddr {
         self.address
     }
 
-    /// Serves until `stop` is done. Then it takes no more requests (`/ready` says so),
-    /// lets the open ones finish within [`ServerOptions::drain_timeout`], cancels the
-    /// rest, and closes the connections. Tells what became of the open requests; `None`
-    /// if the engine had ended before.
+    /// Serves until `stop` completes. The server then refuses new requests (and `/ready` says
+    /// so), gives open requests [`ServerOptions::drain_timeout`] to finish, cancels the rest,
+    /// and closes the connections. Returns what became of the open requests, or `None` if the
+    /// engine had ended before.
     pub async fn run(self, stop: impl Future<Output = ()>) -> Option<Drained> {
         let upkeep = self
             .app
@@ -347,7 +356,7 @@ impl Server {
     }
 }
 
-/// What lets pages of other origins use the server.
+/// Returns the layer that lets pages of the given origins use the server, if there are any.
 fn cors(origins: &[String]) -> Result<Option<CorsLayer>, ServeError> {
     if origins.is_empty() {
         return Ok(None);
@@ -367,8 +376,8 @@ fn cors(origins: &[String]) -> Result<Option<CorsLayer>, ServeError> {
     let layer = CorsLayer::new()
         .allow_origin(allowed)
         .allow_methods([Method::GET, Method::POST, Method::DELETE])
-        // Clients send many of their own, such as `x-stainless-os`; none means anything here
-        // that a page of an allowed origin may not say.
+        // Client libraries send many headers of their own, such as `x-stainless-os`. No header
+        // lets a page of an allowed origin do more than it may do anyway.
         .allow_headers(AllowHeaders::mirror_request())
         .expose_headers([
             REQUEST_ID,
@@ -381,7 +390,7 @@ fn cors(origins: &[String]) -> Result<Option<CorsLayer>, ServeError> {
 }
 
 fn router(app: Arc<App>, cors: Option<CorsLayer>) -> Router {
-    // A layer is around those before it.
+    // Each layer wraps the ones before it, so requests pass the last one first.
     routes()
         .layer(middleware::from_fn_with_state(
             Arc::clone(&app),
@@ -456,7 +465,8 @@ async fn no_method(method: Method, uri: Uri) -> ApiError {
     )
 }
 
-/// A bug: the connection and everybody else live on.
+/// Answers after a panic in a handler, so that a bug there affects neither the connection nor
+/// other clients.
 fn panicked(panic: Box<dyn std::any::Any + Send>) -> Response {
     let message = panic
         .downcast_ref::<&str>()
@@ -468,16 +478,16 @@ fn panicked(panic: Box<dyn std::any::Any + Send>) -> Response {
     ApiError::new(status, "server_error", message).into_response()
 }
 
-/// What all handlers share.
+/// The state that all handlers share.
 #[derive(Debug)]
 pub(crate) struct App {
     engine: Engine,
     options: ServerOptions,
-    /// Seconds since 1970.
+    /// Start time in seconds since 1970.
     started: u64,
-    /// Tells answers of different servers apart.
+    /// The `system_fingerprint` of answers: version and device of the server.
     fingerprint: String,
-    /// Responses that can be asked for again and gone on with.
+    /// Responses that clients can retrieve and continue.
     responses: responses::Store,
     sessions: Sessions,
     snapshots: Snapshots,
@@ -507,8 +517,8 @@ impl App {
         }
     }
 
-    /// The name under which the model is asked for; 404 for another one. No name means
-    /// whatever is served.
+    /// Returns the name by which a request calls the model; any unknown name is a 404 error. A
+    /// request without a name gets the model that is served.
     fn check_model(&self, name: Option<&str>) -> Result<String, ApiError> {
         let ours = &self.options.model_name;
         match name {
@@ -527,14 +537,14 @@ impl App {
         self.engine.tokenizer().ok_or_else(missing)
     }
 
-    /// An id that clients and logs call an answer by.
+    /// Returns a new id for an answer, which clients and logs use.
     fn answer_id(&self, kind: &str) -> String {
         format!("{kind}-{}", Uuid::new_v4().simple())
     }
 
-    /// Submits `prompts` of a caller, each for `samples` answers with the settings of
-    /// `request`: in order, those of a prompt together. Dropping one of the streams cancels
-    /// it as a disconnect.
+    /// Submits `prompts` for a caller, each for `samples` answers with the settings of
+    /// `request`. The streams are in the order of the prompts, with all answers to a prompt
+    /// together. Dropping a stream cancels its answer as after a disconnect.
     async fn submit(
         self: &Arc<Self>,
         caller: &Caller,
@@ -548,7 +558,8 @@ impl App {
                 self.check_length(prompt, tokens)?;
             }
         }
-        // Before anything is made of the prompts: what there is no place for costs nothing.
+        // Reserve places before processing the prompts, so that a request that is refused for
+        // lack of room costs nothing.
         let places = self.engine.places(prompts.len(), samples)?;
         let bytes = prompts.iter().map(text_bytes).sum();
         let app = Arc::clone(self);
@@ -556,7 +567,8 @@ impl App {
         self.workers.run_if_long(bytes, work).await
     }
 
-    /// As [`App::submit`], for the one answer of a session's turn if there is a session.
+    /// Like [`App::submit`], but submits a turn if there is a session. A turn has one prompt
+    /// and one answer.
     async fn submit_turn(
         self: &Arc<Self>,
         caller: &Caller,
@@ -626,8 +638,9 @@ impl App {
         Ok(streams.into_iter().map(owned).collect())
     }
 
-    /// The tokens of prompts, in their order; without those that the tokenizer puts around
-    /// a text if `bare`.
+    /// Returns the tokens of each prompt, in order. With `bare`, text prompts get none of the
+    /// special tokens that the tokenizer puts around a text. With `cut`, prompts may be longer
+    /// than the context, because they are truncated later.
     async fn tokenize_all(
         self: &Arc<Self>,
         prompts: Vec<Prompt>,
@@ -655,13 +668,13 @@ impl App {
         self.workers.run_if_long(bytes, tokenize).await
     }
 
-    /// Refuses a text that has more bytes than the tokens of the context can stand for:
-    /// that needs no tokens to know.
+    /// Refuses a text that has more bytes than the tokens of a whole context can stand for.
+    /// This needs no tokenization.
     fn check_bytes(&self, prompt: &Prompt) -> Result<(), ApiError> {
         self.check_text_bytes(text_bytes(prompt))
     }
 
-    /// As [`App::check_bytes`], for a text of `bytes` bytes.
+    /// Like [`App::check_bytes`], for a text of `bytes` bytes.
     fn check_text_bytes(&self, bytes: usize) -> Result<(), ApiError> {
         let limit = self.engine.max_sequence_tokens();
         let per_token = self
@@ -681,7 +694,7 @@ impl App {
             .code("context_length_exceeded"))
     }
 
-    /// The tokens of a text and no others.
+    /// Tokenizes a text without special tokens around it.
     fn tokenize_bare(&self, text: &str) -> Result<Vec<u32>, ApiError> {
         let tokenizer = self.require_tokenizer("a text prompt")?;
         let options = EncodeOptions {
@@ -692,7 +705,8 @@ impl App {
         tokens.map_err(|error| SubmitError::Text(error).into())
     }
 
-    /// Refuses an answer that the context has no room for. Only token ids are looked at.
+    /// Refuses an answer that the context has no room for, if the prompt is given as tokens.
+    /// Texts are checked once they are tokenized.
     fn check_length(&self, prompt: &Prompt, max_tokens: usize) -> Result<(), ApiError> {
         match prompt {
             Prompt::Tokens(tokens) => self.check_answer(tokens.len(), max_tokens),
@@ -700,11 +714,11 @@ impl App {
         }
     }
 
-    /// Refuses an answer of `max_tokens` tokens to a prompt of `tokens` tokens if the
-    /// context has no room for it.
+    /// Refuses an answer of `max_tokens` tokens to a prompt of `tokens` tokens if the context
+    /// has no room for both.
     fn check_answer(&self, tokens: usize, max_tokens: usize) -> Result<(), ApiError> {
         let limit = self.engine.max_sequence_tokens();
-        // A prompt that is too long by itself is for the engine to refuse.
+        // The engine refuses a prompt that is too long by itself.
         if tokens >= limit || max_tokens <= limit - tokens {
             return Ok(());
         }
@@ -719,7 +733,7 @@ impl App {
     }
 }
 
-/// Bytes that are to be turned into tokens.
+/// Returns the number of bytes of a prompt that must be tokenized.
 fn text_bytes(prompt: &Prompt) -> usize {
     match prompt {
         Prompt::Text(text) => text.len(),
@@ -730,26 +744,26 @@ fn text_bytes(prompt: &Prompt) -> usize {
     }
 }
 
-/// What a stream is to carry beside the answer.
+/// What a stream carries in addition to the answer.
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
 pub(crate) struct StreamOptions {
     include_usage: Option<bool>,
     continuous_usage_stats: Option<bool>,
 }
 
-/// How many tokens it took, as events tell it.
+/// Which events of a stream report token usage.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum UsageEvents {
     #[default]
     None,
-    /// In one more event at the end.
+    /// One more event at the end.
     Last,
-    /// In every event, so far.
+    /// Every event, with the counts so far.
     Each,
 }
 
 impl StreamOptions {
-    /// What is asked for; options of a stream belong to a stream.
+    /// Returns which events report usage. Stream options are refused without a stream.
     fn usage(options: Option<Self>, stream: bool) -> Result<UsageEvents, ApiError> {
         let Some(options) = options else {
             return Ok(UsageEvents::None);
@@ -767,7 +781,7 @@ impl StreamOptions {
     }
 }
 
-/// Seconds since 1970.
+/// Returns the current time in seconds since 1970.
 fn unix_time() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     now.map_or(0, |now| now.as_secs())

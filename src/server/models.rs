@@ -1,4 +1,4 @@
-//! `GET /v1/models`: what is served.
+//! `GET /v1/models`: the model that is served.
 
 use super::App;
 use super::error::ApiError;
@@ -8,12 +8,12 @@ use axum::extract::State;
 use serde_json::{Value, json};
 use std::sync::Arc;
 
-/// The list of models: one.
+/// Lists the models, of which there is one.
 pub(crate) async fn list(State(app): State<Arc<App>>) -> Json<Value> {
     Json(json!({"object": "list", "data": [model(&app)]}))
 }
 
-/// The model by its name.
+/// Returns the model with this name.
 pub(crate) async fn get(
     State(app): State<Arc<App>>,
     PathPart(name): PathPart,

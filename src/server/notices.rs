@@ -1,28 +1,27 @@
-//! What of a request could not be honoured although it is answered, told in headers of the
-//! answer.
+//! Response headers that name the parts of a request that were not honoured.
 
 use axum::http::{HeaderName, HeaderValue};
 use axum::response::Response;
 
-/// Types of tools that were skipped.
+/// Header with the types of tools that were skipped.
 pub(super) const SKIPPED_TOOLS: HeaderName = HeaderName::from_static("x-quell-skipped-tools");
-/// Schema keywords that the answer was not held to.
+/// Header with the schema keywords that the answer was not held to.
 pub(super) const UNENFORCED: HeaderName = HeaderName::from_static("x-quell-unenforced");
 
-/// The longest list in a header, in bytes.
+/// Maximum length of a list in a header, in bytes.
 const MAX_LIST_BYTES: usize = 1024;
 
-/// What was left out.
+/// The parts of a request that were not honoured.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Notices {
-    /// Types of tools that this server does not have.
+    /// Types of tools that this server does not support.
     pub skipped_tools: Vec<String>,
-    /// Schema keywords that cannot be held.
+    /// Schema keywords that cannot be enforced.
     pub unenforced: Vec<String>,
 }
 
 impl Notices {
-    /// The response with the headers that tell of it.
+    /// Returns the response with the headers that name them.
     pub fn mark(&self, mut response: Response) -> Response {
         for (name, list) in [
             (SKIPPED_TOOLS, &self.skipped_tools),
@@ -36,7 +35,8 @@ impl Notices {
     }
 }
 
-/// The words as the value of a header: each once, without what a header cannot hold.
+/// Returns the words as a header value, without duplicates and without characters that a header
+/// cannot hold.
 fn list_value(words: &[String]) -> Option<HeaderValue> {
     let plain = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | '$');
     let mut listed: Vec<String> = Vec::new();

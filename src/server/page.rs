@@ -1,5 +1,4 @@
-//! `GET /`: a page to chat on and to watch the engine, in one file that asks nobody else
-//! for anything.
+//! `GET /`: a self-contained page to chat with the model and to watch the engine.
 
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{Html, IntoResponse, Response};
@@ -7,8 +6,8 @@ use uuid::Uuid;
 
 const PAGE: &str = include_str!("page/index.html");
 
-/// The page. Its own script and style run by a number that is another one each time;
-/// nothing else does, and nothing is loaded from elsewhere.
+/// Returns the page. Only its own script and style may run, marked by a nonce that is new for
+/// each request, and nothing is loaded from other servers.
 pub(crate) async fn page() -> Response {
     let nonce = Uuid::new_v4().simple();
     let policy = format!(

@@ -1,10 +1,10 @@
-//! An answer taken apart as it comes: reasoning, text and tool calls.
+//! Splits an answer into reasoning, text and tool calls as it arrives.
 
 use crate::text::reasoning::{ReasoningFormat, ReasoningSplitter};
 use crate::text::tools::{ToolEvent, ToolFormat, ToolParser};
 use uuid::Uuid;
 
-/// What a piece of an answer brought.
+/// A part of an answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Part {
     Reasoning(String),
@@ -14,30 +14,30 @@ pub(crate) enum Part {
     CallEnd,
 }
 
-/// How the answers to a request are to be read.
+/// How to read the answers to a request.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Reading {
-    /// The marks of reasoning, and whether the prompt ended with the first of them.
+    /// The marks of reasoning, and whether the prompt has already opened it.
     pub reasoning: Option<(ReasoningFormat, bool)>,
-    /// Leave the reasoning out.
+    /// Whether to leave the reasoning out.
     pub hide_reasoning: bool,
     pub calls: Calls,
-    /// Leave all calls but the first out.
+    /// Whether to leave out all calls but the first.
     pub one_call: bool,
 }
 
-/// Whether calls are looked for.
+/// Whether to look for tool calls.
 #[derive(Clone, Debug, Default)]
 pub(crate) enum Calls {
     #[default]
     None,
-    /// In this format, of these tools.
+    /// The answer may contain calls of these tools, in this format.
     Allowed(ToolFormat, Vec<String>),
-    /// The answer is nothing else.
+    /// The answer consists of calls only.
     Forced(ToolFormat),
 }
 
-/// Takes one answer apart.
+/// Splits one answer.
 #[derive(Debug)]
 pub(crate) struct Parts {
     splitter: Option<ReasoningSplitter>,
@@ -48,7 +48,7 @@ pub(crate) struct Parts {
 }
 
 impl Reading {
-    /// The reader of one answer.
+    /// Creates the splitter of one answer.
     pub fn parts(&self) -> Parts {
         let splitter = self.reasoning.map(|(format, inside)| match inside {
             true => ReasoningSplitter::inside(format),
@@ -70,7 +70,7 @@ impl Reading {
 }
 
 impl Parts {
-    /// Takes the next piece of the answer.
+    /// Takes the next piece of the answer and returns the parts in it.
     pub fn push(&mut self, text: &str) -> Vec<Part> {
         let mut parts = Vec::new();
         let content = match &mut self.splitter {
@@ -85,7 +85,7 @@ impl Parts {
         parts
     }
 
-    /// The answer is over: gives what was held back after all.
+    /// Ends the answer and returns the text that was held back in case it began a mark.
     pub fn finish(&mut self) -> Vec<Part> {
         let mut parts = Vec::new();
         if let Some(splitter) = &mut self.splitter {
@@ -100,20 +100,20 @@ impl Parts {
         parts
     }
 
-    /// All parts of a whole answer.
+    /// Returns all parts of a complete answer.
     pub fn all(mut self, text: &str) -> Vec<Part> {
         let mut parts = self.push(text);
         parts.extend(self.finish());
         parts
     }
 
-    /// Whether the model is reasoning.
+    /// Returns whether the model is reasoning.
     pub fn in_reasoning(&self) -> bool {
         let splitter = self.splitter.as_ref();
         splitter.is_some_and(ReasoningSplitter::in_reasoning)
     }
 
-    /// How many calls have begun.
+    /// Returns how many calls have begun.
     pub fn calls(&self) -> usize {
         self.calls
     }
@@ -160,7 +160,7 @@ impl Parts {
     }
 }
 
-/// The id by which the result of a call names it.
+/// Returns a new id for a call, by which its result refers to it.
 pub(crate) fn call_id() -> String {
     format!("call_{}", Uuid::new_v4().simple())
 }

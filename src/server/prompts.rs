@@ -1,4 +1,4 @@
-//! One prompt or many, as text or token ids, read without a copy.
+//! Reads one or more prompts, as text or token ids, without intermediate copies.
 
 use super::error::ApiError;
 use super::integer;
@@ -6,18 +6,19 @@ use crate::engine::Prompt;
 use serde::de::{Deserialize, Deserializer, Error, SeqAccess, Visitor};
 use std::fmt;
 
-/// Prompts of a request at most.
+/// Maximum number of prompts of one request.
 const MAX_PROMPTS: usize = 2048;
 
 const EXPECTED: &str = "a string, a list of strings, a list of token ids, or a list of such lists";
 
-/// The prompts of a request. Token ids are read as such, never as JSON values, which are
-/// many times as large.
+/// The prompts of a request. Token ids are read directly, never as JSON values, which take many
+/// times as much memory.
 #[derive(Debug)]
 pub(crate) struct Prompts(Vec<Prompt>);
 
 impl Prompts {
-    /// The prompts, which the request has in `field`; one at least.
+    /// Returns the prompts, of which there must be at least one. `field` names them in the
+    /// error.
     pub fn into_vec(self, field: &'static str) -> Result<Vec<Prompt>, ApiError> {
         if self.0.is_empty() {
             return Err(ApiError::invalid(format!("{field} is an empty list")).param(field));

@@ -1,35 +1,36 @@
-//! How a conversation is written out as a prompt: the fields that chat completions and
-//! `/tokenize` share, and the end that is left open for the answer to continue.
+//! How a conversation is written as a prompt: the fields that chat completions and `/tokenize`
+//! share, and prompts that end inside a message for the answer to continue.
 
 use super::App;
 use super::error::ApiError;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-/// The fields of a request.
+/// The fields of a request that control rendering.
 #[derive(Debug, Default, Deserialize)]
 pub(crate) struct RenderingFields {
     add_generation_prompt: Option<bool>,
     continue_final_message: Option<bool>,
     add_special_tokens: Option<bool>,
-    /// A chat template in place of the model's.
+    /// A chat template that replaces the model's.
     chat_template: Option<String>,
     /// Variables of the chat template.
     chat_template_kwargs: Option<Map<String, Value>>,
-    /// One of these variables.
+    /// The template variable `documents`.
     documents: Option<Vec<Map<String, Value>>>,
 }
 
-/// How a conversation is to be written.
+/// How to write a conversation as a prompt.
 #[derive(Clone, Debug)]
 pub(crate) struct Rendering {
-    /// End with the beginning of an answer.
+    /// Whether the prompt ends with the beginning of an answer.
     pub add_generation_prompt: bool,
-    /// End with the text of the last message, which the answer continues.
+    /// Whether the prompt ends with the text of the last message, which the answer then
+    /// continues.
     pub continue_final_message: bool,
-    /// Put the tokens around the prompt that the tokenizer puts around a text.
+    /// Whether the prompt gets the special tokens that the tokenizer puts around a text.
     pub add_special: bool,
-    /// The source of a chat template in place of the model's.
+    /// Source of a chat template that replaces the model's.
     pub template: Option<String>,
     /// Variables of the template.
     pub variables: Map<String, Value>,
@@ -48,7 +49,7 @@ impl Default for Rendering {
 }
 
 impl RenderingFields {
-    /// The fields' meaning together.
+    /// Checks the fields together and returns what they ask for.
     pub fn check(self, app: &App) -> Result<Rendering, ApiError> {
         let continue_final_message = self.continue_final_message.unwrap_or(false);
         if continue_final_message && self.add_generation_prompt == Some(true) {
@@ -87,8 +88,8 @@ impl Rendering {
     }
 }
 
-/// Cuts a prompt behind the text of its last message, as transformers does: what the
-/// template writes after it ends the message.
+/// Cuts a prompt off after the text of its last message, as transformers does, because what the
+/// template writes after it would end the message.
 pub(super) fn leave_open(prompt: &mut String, last_message: &str) -> Result<(), ApiError> {
     let refused = |problem: &str| Err(ApiError::invalid(problem).param("continue_final_message"));
     let text = last_message.trim();
@@ -100,7 +101,7 @@ pub(super) fn leave_open(prompt: &mut String, last_message: &str) -> Result<(), 
             "continue_final_message: the chat template does not write the last message as it is",
         );
     };
-    // Spaces at its end are the message's own, if the template has left them there.
+    // Keep spaces at the end of the message if the template has kept them.
     let whole = last_message.trim_start();
     let kept = match prompt[begin..].starts_with(whole) {
         true => whole,
@@ -127,9 +128,9 @@ mod tests {
             opened(prompt, "The sea is").unwrap(),
             "<user>The sea</s>\n<assistant>The sea is"
         );
-        // The last place counts.
+        // The last occurrence counts.
         assert_eq!(opened("<a>x</s><a>x</s>", "x").unwrap(), "<a>x</s><a>x");
-        // Spaces are kept where the template keeps them, and only there.
+        // Spaces are kept only where the template keeps them.
         assert_eq!(opened("<a>x  </s>", " x  ").unwrap(), "<a>x  ");
         assert_eq!(opened("<a>x</s>", " x  ").unwrap(), "<a>x");
     }

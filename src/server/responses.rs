@@ -1,5 +1,5 @@
-//! `/v1/responses`: OpenAI's newer API, whose answers are lists of items and can be gone
-//! on with by their id.
+//! `/v1/responses`: OpenAI's newer API, whose answers are lists of items that a later request
+//! can continue by id.
 
 mod input;
 mod listing;
@@ -37,7 +37,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Number, Value, json};
 use std::sync::Arc;
 
-/// Bytes at most of the items that a request refers to: they are no part of its body.
+/// Maximum number of bytes of the items that a request refers to, which its body does not
+/// contain.
 const MAX_REFERRED: usize = 8 << 20;
 
 #[derive(Debug, Deserialize)]
@@ -47,7 +48,7 @@ struct CreateRequest {
     instructions: Option<String>,
     #[serde(default, deserialize_with = "integer::optional")]
     max_output_tokens: Option<usize>,
-    /// What is to be reported besides.
+    /// Names of additional data to report.
     include: Option<Vec<String>>,
     #[serde(default, deserialize_with = "integer::optional")]
     top_logprobs: Option<u32>,
@@ -61,16 +62,16 @@ struct CreateRequest {
     text: Option<TextFields>,
     #[serde(default, deserialize_with = "optional_object")]
     reasoning: Option<ReasoningFields>,
-    /// Variables of the chat template, as vLLM has it.
+    /// Variables of the chat template, as in vLLM.
     chat_template_kwargs: Option<Map<String, Value>>,
-    // The rest is only reported back.
+    // The following fields are reported back, and not used otherwise here.
     metadata: Option<Map<String, Value>>,
     temperature: Option<Number>,
     top_p: Option<Number>,
     user: Option<String>,
 }
 
-/// What is done with a conversation that the context has no room for.
+/// What happens to a conversation that does not fit in the context.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 enum Truncation {
@@ -81,7 +82,8 @@ enum Truncation {
     Disabled,
 }
 
-/// What `include` may name. But for the first, it is about what no answer here has.
+/// The accepted values of `include`. All but the first concern data that answers here never
+/// have.
 const INCLUDABLE: [&str; 9] = [
     LOGPROBS,
     "code_interpreter_call.outputs",
@@ -96,7 +98,7 @@ const INCLUDABLE: [&str; 9] = [
 
 const LOGPROBS: &str = "message.output_text.logprobs";
 
-/// Likeliest tokens reported a step, at most.
+/// Maximum number of alternatives reported per token.
 const MAX_TOP_LOGPROBS: u32 = 20;
 
 #[derive(Debug, Deserialize)]
@@ -110,16 +112,16 @@ struct ReasoningFields {
     effort: Option<String>,
 }
 
-/// What is asked, before the model is.
+/// A request whose prompt is ready for the engine.
 struct Asked {
     prepared: Prepared,
-    /// The conversation with the items of the input, without instructions.
+    /// The conversation with the items of the input, without the instructions.
     messages: Vec<Message>,
     /// The items of the input.
     items: Vec<Value>,
 }
 
-/// Answers a request.
+/// Handles a request for a response.
 pub(crate) async fn create(
     State(app): State<Arc<App>>,
     body: JsonBody,
@@ -137,7 +139,7 @@ pub(crate) async fn create(
     let model = app.check_model(request.model.as_deref())?;
     let logprobs = request.logprobs()?;
     let streaming = request.stream.unwrap_or(false);
-    // The last event has the usage whatever is asked for.
+    // Called only to check the options, because the last event has the usage in any case.
     StreamOptions::usage(request.stream_options, streaming)?;
     let Asked {
         prepared,
@@ -181,12 +183,12 @@ pub(crate) async fn create(
     let response = writer.complete(None);
     match writer.finish {
         Some(_) => Ok(notices.mark(Json(response).into_response())),
-        // A stream ends with a finish or an error.
+        // A stream always ends with a finish or an error.
         None => Err(ApiError::unavailable("the answer was cut short")),
     }
 }
 
-/// Counts the tokens that a request would take, and answers nothing.
+/// Counts a request's input tokens without generating an answer.
 pub(crate) async fn input_tokens(
     State(app): State<Arc<App>>,
     body: JsonBody,
@@ -210,7 +212,7 @@ pub(crate) async fn input_tokens(
     Ok(notices.mark(Json(count).into_response()))
 }
 
-/// Names the fields as they are called here.
+/// Renames the fields of an error to their names in this API.
 fn renamed(mut error: ApiError) -> ApiError {
     let param = match error.body.param.as_deref() {
         Some(name) if name == "prompt" || name.starts_with("messages") => "input",
@@ -221,7 +223,7 @@ fn renamed(mut error: ApiError) -> ApiError {
     error
 }
 
-/// A response that was kept.
+/// Returns a stored response.
 pub(crate) async fn get(
     State(app): State<Arc<App>>,
     PathPart(id): PathPart,
@@ -231,7 +233,7 @@ pub(crate) async fn get(
     Ok(([json], response).into_response())
 }
 
-/// Forgets a response.
+/// Deletes a stored response.
 pub(crate) async fn delete(
     State(app): State<Arc<App>>,
     PathPart(id): PathPart,
@@ -242,12 +244,13 @@ pub(crate) async fn delete(
     ))
 }
 
-/// A conversation with instructions before it; they are not part of what is kept.
+/// Returns the conversation with the instructions before it. They are not part of what is
+/// stored.
 fn with_instructions(instructions: Option<&str>, messages: &[Message]) -> Vec<Message> {
     let mut messages = messages.to_vec();
     if let Some(instructions) = instructions {
         match messages.first_mut() {
-            // Many templates take one system message and no more.
+            // Many templates accept only one system message.
             Some(first) if matches!(first.role.as_str(), "system" | "developer") => {
                 first.content = format!("{instructions}\n\n{}", first.content);
             }
@@ -258,7 +261,7 @@ fn with_instructions(instructions: Option<&str>, messages: &[Message]) -> Vec<Me
 }
 
 impl CreateRequest {
-    /// Makes a prompt of the input and what came before it; the body had `bytes` bytes.
+    /// Makes a prompt of the input and the conversation before it; the body had `bytes` bytes.
     async fn ask(
         &mut self,
         app: &Arc<App>,
@@ -314,7 +317,7 @@ impl CreateRequest {
         })
     }
 
-    /// How many log-probabilities a step are asked for.
+    /// Returns how many alternatives to report per token; `None` without log probabilities.
     fn logprobs(&self) -> Result<Option<u32>, ApiError> {
         let include = self.include.as_deref().unwrap_or_default();
         if let Some(name) = include
@@ -354,7 +357,7 @@ impl CreateRequest {
             .transpose()
     }
 
-    /// The fields that the response reports back.
+    /// Returns the fields that the response reports back.
     fn echo(&self, model: String, tools: &Tools) -> Map<String, Value> {
         let format = self.text.as_ref().and_then(|text| text.format.clone());
         let mut text = json!({"format": format.unwrap_or_else(|| json!({"type": "text"}))});
@@ -386,18 +389,18 @@ impl CreateRequest {
     }
 }
 
-/// Makes the response of an answer, event by event.
+/// Builds the response, and its events in a stream, as the answer arrives.
 struct ResponseWriter {
     app: Arc<App>,
     id: String,
     created: u64,
-    /// If the response is to be kept: the conversation before it, without instructions,
-    /// and the items that it answers.
+    /// Set if the response will be stored: the conversation before it, without instructions,
+    /// and the items of its input.
     kept: Option<(Vec<Message>, Vec<Value>)>,
     echo: Map<String, Value>,
     ends: Option<EndTokens>,
     parts: Parts,
-    /// Whether log-probabilities are told.
+    /// Whether log probabilities are reported.
     logprobs: bool,
     output: Output,
     reasoning_tokens: usize,
@@ -406,7 +409,7 @@ struct ResponseWriter {
 }
 
 impl ResponseWriter {
-    /// The response as it stands.
+    /// Returns the response in its current state.
     fn response(&self, status: &str, error: Option<Value>) -> Value {
         let cut = self.finish.filter(|(_, reason)| *reason != "stop");
         let cut = cut.map(|(_, reason)| match reason {
@@ -436,7 +439,7 @@ impl ResponseWriter {
         };
         let mut usage = Usage::default();
         usage.add(finish, true);
-        // Later requests find complete blocks.
+        // Only complete blocks are kept for later requests.
         let engine = &self.app.engine;
         let block = engine.info().block_tokens.max(1);
         let complete = match engine.keeps_prefixes() {
@@ -461,7 +464,7 @@ impl ResponseWriter {
         feed.send(event, || json!({"response": response}));
     }
 
-    /// A token with its log-probability, and with the likeliest ones.
+    /// Returns a token with its log probability and the likeliest alternatives.
     fn reported(&self, token: &Token) -> Value {
         let names = TokenNames {
             tokenizer: self.app.engine.tokenizer().map(Arc::as_ref),
@@ -501,7 +504,7 @@ impl ResponseWriter {
         Ok(())
     }
 
-    /// The finished response, which is kept if it is to be.
+    /// Returns the finished response, and stores it if the request wants that.
     fn complete(&mut self, events: Option<&mut Events>) -> Value {
         let complete = matches!(self.finish, Some((_, "stop")));
         let status = if complete { "completed" } else { "incomplete" };

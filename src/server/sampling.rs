@@ -1,4 +1,4 @@
-//! The fields that every request for text shares.
+//! The fields that all requests for text share.
 
 use super::App;
 use super::error::ApiError;
@@ -12,34 +12,35 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use uuid::Uuid;
 
-/// Stop strings of a request at most.
+/// Maximum number of stop strings of a request.
 const MAX_STOPS: usize = 16;
 
-/// Words that a request may forbid, and bytes of one.
+/// Maximum number of words that a request may forbid, and the maximum length of one in bytes.
 const MAX_BAD_WORDS: usize = 256;
 const MAX_BAD_WORD_BYTES: usize = 256;
 
-/// Log-probabilities of a request's prompt, per token.
+/// Maximum number of alternatives reported per prompt token.
 const MAX_PROMPT_LOGPROBS: u32 = 20;
 
-/// Characters of a cache salt at most; blocks of the prefix cache keep it.
+/// Maximum length of a cache salt in characters. It is limited because blocks of the prefix
+/// cache keep it.
 const MAX_SALT: usize = 128;
-/// Bytes of all its stop strings at most.
+/// Maximum length of all stop strings of a request together, in bytes.
 const MAX_STOP_BYTES: usize = 16 << 10;
 
-/// Stop tokens of a request at most, and biased tokens.
+/// Maximum number of stop tokens, and of biased tokens, per request.
 const MAX_TOKEN_IDS: usize = 1024;
 
-/// Bytes of the name of a user at most.
+/// Maximum length of a user's name in bytes.
 const MAX_USER_BYTES: usize = 512;
 
-/// How to choose tokens and when to stop: OpenAI's fields, and those that vLLM and
-/// llama.cpp add.
+/// How to choose tokens and when to stop: OpenAI's fields, and those that vLLM and llama.cpp
+/// add.
 #[derive(Debug, Deserialize)]
 pub(crate) struct SamplingFields {
     temperature: Option<f32>,
     top_p: Option<f32>,
-    /// −1 and 0 mean all.
+    /// −1 and 0 mean no limit.
     #[serde(default, deserialize_with = "integer::optional")]
     top_k: Option<i64>,
     min_p: Option<f32>,
@@ -60,7 +61,7 @@ pub(crate) struct SamplingFields {
     #[serde(default, deserialize_with = "integer::optional_list")]
     allowed_token_ids: Option<Vec<u32>>,
     skip_special_tokens: Option<bool>,
-    /// −1 means as many as the context has room for.
+    /// −1 means as many as fit in the context.
     #[serde(default, deserialize_with = "integer::optional")]
     truncate_prompt_tokens: Option<i64>,
     truncation_side: Option<Side>,
@@ -68,19 +69,19 @@ pub(crate) struct SamplingFields {
     prompt_logprobs: Option<u32>,
     #[serde(default, deserialize_with = "integer::optional")]
     n: Option<usize>,
-    /// Whom fairness counts it for.
+    /// The user to whom fair scheduling attributes the request.
     user: Option<String>,
     #[serde(default, deserialize_with = "integer::optional")]
     priority: Option<i32>,
-    /// What the client calls the request: part of the answer's id.
+    /// The client's name for the request, which becomes part of the answer's id.
     request_id: Option<String>,
-    /// Whom it shares the prefix cache with.
+    /// Only requests with the same salt share cached prefixes.
     cache_salt: Option<String>,
-    /// The session whose turn it is.
+    /// The session that the request is a turn of.
     session_id: Option<String>,
 }
 
-/// Where a prompt that is too long is cut.
+/// The side on which a prompt that is too long is truncated.
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Side {
@@ -109,13 +110,14 @@ impl Strings {
 }
 
 impl SamplingFields {
-    /// The session whose turn it is, and what the prompt is to it.
+    /// Returns the session that the request is a turn of, if any, and how the prompt relates to
+    /// it.
     pub fn session(&self, prompt: SessionPrompt) -> Option<SessionTurn> {
         let id = self.session_id.clone()?;
         Some(SessionTurn { id, prompt })
     }
 
-    /// How many answers are asked for.
+    /// Returns how many answers are asked for.
     pub fn samples(&self, app: &App) -> Result<usize, ApiError> {
         let (n, most) = (self.n.unwrap_or(1), app.options.max_samples);
         if (1..=most).contains(&n) {
@@ -125,7 +127,8 @@ impl SamplingFields {
         }
     }
 
-    /// Log-probabilities of the prompt that are asked for.
+    /// Returns how many alternatives to report per prompt token; `None` without log
+    /// probabilities.
     pub fn prompt_logprobs(&self, stream: bool) -> Result<Option<u32>, ApiError> {
         let wrong = |problem: String| Err(ApiError::invalid(problem).param("prompt_logprobs"));
         match self.prompt_logprobs {
@@ -137,7 +140,8 @@ impl SamplingFields {
         }
     }
 
-    /// An id that clients and logs call the answer by: the client's own, or a new one.
+    /// Returns an id for the answer, which clients and logs use: the client's own, or a new
+    /// one.
     pub fn answer_id(&self, app: &App, kind: &str) -> Result<String, ApiError> {
         match &self.request_id {
             Some(id) if id.is_empty() || id.len() > 256 => {
@@ -149,12 +153,12 @@ impl SamplingFields {
         }
     }
 
-    /// Whether a prompt that is too long is cut rather than refused.
+    /// Returns whether a prompt that is too long is truncated rather than refused.
     pub fn cuts_prompt(&self) -> bool {
         self.truncate_prompt_tokens.is_some()
     }
 
-    /// The request, without its prompt.
+    /// Returns the request without its prompt.
     pub fn request(
         self,
         app: &App,
@@ -209,7 +213,7 @@ impl SamplingFields {
         request.cache_salt = cache_salt(self.cache_salt)?;
         request.tenant = self.user.filter(|user| !user.is_empty()).map(Into::into);
         let default = app.engine.sampling_defaults().params();
-        // No share of the probabilities leaves the likeliest token.
+        // A `top_p` of 0 leaves only the likeliest token.
         let greedy = self.top_p == Some(0.0);
         request.sampling = SamplingParams {
             temperature: match greedy {
@@ -225,7 +229,7 @@ impl SamplingFields {
             presence_penalty: self.presence_penalty.unwrap_or(default.presence_penalty),
             frequency_penalty: self.frequency_penalty.unwrap_or(default.frequency_penalty),
             logit_bias: self.logit_bias.map_or(Ok(Vec::new()), logit_bias)?,
-            // Who gives no seed wants another answer each time.
+            // Without a seed, each request gets a different answer.
             seed: match self.seed {
                 Some(seed) => seed as u64,
                 None => Uuid::new_v4().as_u64_pair().1,
@@ -236,7 +240,8 @@ impl SamplingFields {
     }
 }
 
-/// Holds the answer to a form, which must leave its tokens alone.
+/// Constrains the answer to a form. Refuses a request that also excludes tokens, because the
+/// form might need them.
 pub(crate) fn hold(
     request: &mut Request,
     constraint: Option<Box<dyn Constraint>>,
@@ -253,7 +258,7 @@ pub(crate) fn hold(
     Ok(())
 }
 
-/// What is to be kept of a prompt; `room` tokens are all that fit.
+/// Returns which part of a prompt to keep; `room` is the number of tokens that fit.
 pub(crate) fn truncation(
     tokens: Option<i64>,
     side: Option<Side>,
@@ -277,7 +282,8 @@ pub(crate) fn truncation(
     }))
 }
 
-/// The tokens of words that may not come: at the beginning of a text, and after a space.
+/// Returns the token sequences of forbidden words: as at the beginning of a text, and as after
+/// a space.
 fn banned(words: &[String], tokenizer: &Tokenizer) -> Result<Vec<Vec<u32>>, ApiError> {
     let wrong = |problem: String| ApiError::invalid(problem).param("bad_words");
     if words.len() > MAX_BAD_WORDS {
@@ -307,7 +313,7 @@ fn banned(words: &[String], tokenizer: &Tokenizer) -> Result<Vec<Vec<u32>>, ApiE
     Ok(banned)
 }
 
-/// A salt, as vLLM takes it: a string with something in it.
+/// Checks a cache salt, which must not be empty, as in vLLM.
 pub(super) fn cache_salt(salt: Option<String>) -> Result<Option<Arc<str>>, ApiError> {
     let length = salt.as_ref().map_or(1, |salt| salt.chars().count());
     if (1..=MAX_SALT).contains(&length) {
@@ -342,7 +348,7 @@ fn top_k(top_k: Option<i64>) -> Result<Option<u32>, ApiError> {
     }
 }
 
-/// Token ids come as the names of fields.
+/// Reads biases from an object whose field names are token ids.
 fn logit_bias(biases: BTreeMap<String, f32>) -> Result<Vec<(u32, f32)>, ApiError> {
     let each = biases.into_iter().map(|(id, bias)| {
         let problem = |what: String| Err(ApiError::invalid(what).param("logit_bias"));

@@ -1,10 +1,10 @@
-//! `/v1/sessions`: conversations whose keys and values carry over from turn to turn.
+//! `/v1/sessions`: conversations whose keys and values are kept between turns.
 //!
-//! A turn is a request for a completion or a chat completion with a `session_id`. A
-//! completion's prompt continues from all the turns before it. The messages of a chat are
-//! the whole conversation, as ever; what they have in common with the turns before is not
-//! computed again. One turn at a time: another one is a conflict, 409. A turn whose
-//! connection is closed leaves its session as it was before the turn.
+//! A turn is a completion or chat completion request with a `session_id`. The prompt of a
+//! completion continues all turns before it. The messages of a chat are the whole conversation,
+//! as usual; the part that they share with the turns before is not computed again. A session
+//! has one turn at a time, and a second one is refused with status 409. If the connection of a
+//! turn is closed, the session returns to its state before the turn.
 
 use super::abort::Freed;
 use super::error::ApiError;
@@ -23,10 +23,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 
-/// How often forgotten sessions are looked for, at most.
+/// Longest interval between two searches for unused sessions.
 const SWEEP: Duration = Duration::from_secs(30);
 
-/// The open sessions by their ids.
+/// The open sessions by id.
 #[derive(Debug, Default)]
 pub(crate) struct Sessions(Mutex<HashMap<String, Arc<OpenSession>>>);
 
@@ -42,7 +42,7 @@ pub(crate) struct OpenSession {
 }
 
 impl OpenSession {
-    /// Takes a turn.
+    /// Begins a turn.
     pub fn turn(
         &self,
         request: Request,
@@ -69,11 +69,11 @@ impl Deref for OpenSession {
 
 impl Sessions {
     fn open(&self) -> MutexGuard<'_, HashMap<String, Arc<OpenSession>>> {
-        // Entries come and go as a whole.
+        // Entries are added and removed as a whole, so the map is always consistent.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// An open session, which counts as used now.
+    /// Returns an open session, and marks it as used now.
     pub fn find(&self, id: &str) -> Result<Arc<OpenSession>, ApiError> {
         let found = self.open().get(id).cloned();
         let session = found.ok_or_else(|| unknown(id))?;
@@ -81,7 +81,7 @@ impl Sessions {
         Ok(session)
     }
 
-    /// Opens a session, unless `most` are open.
+    /// Adds an open session, unless `most` are open already.
     fn add(&self, session: Arc<OpenSession>, most: usize) -> Result<(), ApiError> {
         let mut open = self.open();
         if open.len() >= most {
@@ -94,7 +94,7 @@ impl Sessions {
         Ok(())
     }
 
-    /// Ends the sessions that were left alone for `ttl`. A turn is use.
+    /// Ends the sessions that have not been used for `ttl`. A session is in use during a turn.
     fn sweep(&self, ttl: Duration) {
         let now = Instant::now();
         let forgotten = |session: &OpenSession| {
@@ -122,7 +122,7 @@ fn unknown(id: &str) -> ApiError {
         .code("session_not_found")
 }
 
-/// Ends forgotten sessions for as long as the server lives.
+/// Ends unused sessions for as long as the server lives.
 pub(crate) async fn keep(app: Weak<App>) {
     loop {
         let Some(ttl) = app.upgrade().map(|app| app.options.session_ttl) else {
@@ -135,29 +135,29 @@ pub(crate) async fn keep(app: Weak<App>) {
     }
 }
 
-/// Which session's turn a request is.
+/// The session that a request is a turn of.
 #[derive(Debug)]
 pub(crate) struct SessionTurn {
     pub id: String,
     pub prompt: SessionPrompt,
 }
 
-/// What a prompt is to its session.
+/// How the prompt of a turn relates to its session.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum SessionPrompt {
-    /// It follows the turns before it.
+    /// The prompt follows the turns before it.
     Next,
-    /// It is the whole conversation.
+    /// The prompt is the whole conversation.
     Whole,
 }
 
-/// Seconds that a session may be pinned for: a day.
+/// Longest time in seconds that a session may be pinned: one day.
 const LONGEST_PIN: f64 = 86_400.0;
 
-/// How a session is to be kept.
+/// The options of a new session.
 #[derive(Debug, Default, Deserialize)]
 struct NewSession {
-    /// After each turn, keep its keys and values from others for so long.
+    /// For how long after each turn other requests cannot take the session's blocks.
     pin_seconds: Option<f64>,
 }
 
@@ -169,24 +169,24 @@ pub(crate) struct SessionObject {
     /// Seconds since 1970.
     created: u64,
     pin_seconds: Option<f64>,
-    /// Since it was last asked for.
+    /// Seconds since the session was last used.
     idle_seconds: f64,
     /// Whether a turn is generating.
     generating: bool,
-    /// Tokens of the finished turns.
+    /// Number of tokens of the finished turns.
     context_tokens: usize,
-    /// Of these, how many have their keys and values in the cache. Those of a turn that
-    /// is generating are the turn's.
+    /// How many of these have their keys and values in the cache. During a turn, the turn holds
+    /// them instead of the session.
     kept_tokens: usize,
-    /// Blocks that hold them.
+    /// Number of blocks that hold them.
     kept_blocks: usize,
-    /// Whether they are kept from others.
+    /// Whether the blocks are pinned, so that other requests cannot take them.
     pinned: bool,
 }
 
 impl SessionObject {
     fn new(open: &OpenSession, snapshot: &EngineSnapshot) -> Self {
-        // They are in the order of their ids.
+        // The snapshot lists sessions in the order of their ids.
         let place = snapshot
             .sessions
             .binary_search_by_key(&open.session.id(), |state| state.id);
@@ -208,7 +208,7 @@ impl SessionObject {
     }
 }
 
-/// `POST /v1/sessions`: opens one.
+/// `POST /v1/sessions`: opens a session.
 pub(crate) async fn create(
     State(app): State<Arc<App>>,
     body: JsonBody,
@@ -238,14 +238,14 @@ pub(crate) async fn create(
     Ok((StatusCode::CREATED, Json(object)))
 }
 
-/// The open sessions, the oldest first.
+/// The open sessions, oldest first.
 #[derive(Debug, Serialize)]
 pub(crate) struct SessionList {
     object: &'static str,
     data: Vec<SessionObject>,
 }
 
-/// `GET /v1/sessions`: all of them.
+/// `GET /v1/sessions`: lists the open sessions.
 pub(crate) async fn list(State(app): State<Arc<App>>) -> Result<Json<SessionList>, ApiError> {
     let snapshot = app.engine.snapshot().await?;
     let mut open: Vec<_> = app.sessions.open().values().cloned().collect();
@@ -257,7 +257,7 @@ pub(crate) async fn list(State(app): State<Arc<App>>) -> Result<Json<SessionList
     }))
 }
 
-/// `GET /v1/sessions/{id}`.
+/// `GET /v1/sessions/{id}`: returns an open session. This does not count as use.
 pub(crate) async fn get(
     State(app): State<Arc<App>>,
     PathPart(id): PathPart,
@@ -268,7 +268,7 @@ pub(crate) async fn get(
     Ok(Json(SessionObject::new(&session, &snapshot)))
 }
 
-/// What becomes of the turn that is stopped.
+/// What to do with the turn that is stopped.
 #[derive(Debug, Default, Deserialize)]
 struct StopTurn {
     mode: Option<StopMode>,
@@ -279,11 +279,11 @@ struct StopTurn {
 enum StopMode {
     /// The session keeps the prompt and the answer so far.
     Keep,
-    /// The session is as it was before the turn.
+    /// The session returns to its state before the turn.
     Rewind,
 }
 
-/// The receipt of something that was stopped or ended.
+/// The receipt for a turn that was stopped or a session that was ended.
 #[derive(Debug, Serialize)]
 pub(crate) struct SessionReceipt {
     id: String,
@@ -293,7 +293,7 @@ pub(crate) struct SessionReceipt {
 }
 
 /// `POST /v1/sessions/{id}/stop`: stops the turn that is generating, if there is one, and
-/// answers when its blocks are free. Keeps it unless the body says otherwise.
+/// answers once its blocks are free. The session keeps the turn unless the body says otherwise.
 pub(crate) async fn stop(
     State(app): State<Arc<App>>,
     PathPart(id): PathPart,
@@ -312,7 +312,7 @@ pub(crate) async fn stop(
     }))
 }
 
-/// `DELETE /v1/sessions/{id}`: ends it and its turn, and answers when all its blocks are
+/// `DELETE /v1/sessions/{id}`: ends a session and its turn, and answers once all its blocks are
 /// free.
 pub(crate) async fn end(
     State(app): State<Arc<App>>,

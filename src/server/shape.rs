@@ -1,27 +1,29 @@
-//! What a JSON body may be made of, found out before it is parsed.
+//! Checks how complex a JSON body is before it is parsed.
 //!
-//! A text takes as many bytes in memory as in the body, and a list of token ids four per
-//! id. Everything else takes a multiple of its bytes: `[1,1,1]` as JSON values is sixteen
-//! times as large, and a chat template sees a copy of it. So there is a limit on the
-//! number of values, and one on the bytes that are neither texts nor token ids.
+//! In memory, a text takes as many bytes as in the body, and a list of token ids four bytes per
+//! id. Everything else takes a multiple of its bytes: `[1,1,1]` as JSON values is sixteen times
+//! as large, and a chat template sees a copy of it. The number of values is therefore limited,
+//! and so is the number of bytes that are neither texts nor token ids.
 
 use super::error::ApiError;
 use std::ops::Range;
 
-/// Values and names of fields in a body at most, without token ids.
+/// Maximum number of values and field names in a body, not counting token ids.
 const MAX_VALUES: usize = 128 << 10;
 
-/// Bytes of a body at most that are neither texts nor token ids: tools, arguments of
-/// calls, schemas, variables of the template and the like.
+/// Maximum number of bytes of a body that are neither texts nor token ids: tools, arguments of
+/// calls, schemas, template variables and the like.
 const MAX_STRUCTURE: usize = 4 << 20;
 
-/// Deeper bodies are refused by the parser.
+/// Deepest nesting that is scanned. The parser refuses deeper values, except in fields that it
+/// ignores.
 const MAX_DEPTH: usize = 128;
 
-/// What a field of the body has.
+/// What a top-level field of the body may hold.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Field {
-    /// A text, texts, token ids, or items with contents: `prompt`, `input`, `messages`.
+    /// A text, a list of texts, token ids, or items with contents: `prompt`, `input`,
+    /// `messages`.
     Texts,
     /// Token ids only.
     TokenIds,
@@ -29,7 +31,7 @@ enum Field {
 }
 
 impl Field {
-    /// The field of the whole body that is called `name`.
+    /// Returns what the top-level field `name` may hold.
     fn named(name: &[u8]) -> Self {
         match name {
             b"prompt" | b"input" | b"messages" => Self::Texts,
@@ -39,29 +41,29 @@ impl Field {
     }
 }
 
-/// What has been seen of a body.
+/// The state of a scan through a body.
 struct Scan<'a> {
     body: &'a [u8],
     at: usize,
-    /// The open objects (true) and lists (false) around `at`.
+    /// The objects (`true`) and lists (`false`) that enclose `at`, outermost first.
     open: Vec<bool>,
-    /// Whether a string would be the name of a field.
+    /// Whether a string at this place would be a field name.
     name_next: bool,
-    /// The field of the whole body that `at` is in.
+    /// The top-level field that contains `at`.
     field: Field,
     /// Whether `at` is in the content of a message or an item.
     in_content: bool,
-    /// Whether the value that comes next is a text within such a content.
+    /// Whether the next value is a text within such a content.
     in_text: bool,
-    /// Whether it is, if it is a text, JSON that is parsed later.
+    /// Whether the next value, if it is a text, is JSON that is parsed later.
     is_json: bool,
     values: usize,
-    /// Bytes that do not count.
+    /// Bytes of texts and token ids, which do not count as structure.
     plain: usize,
 }
 
-/// Refuses a body that takes much more memory than it has bytes. What is no JSON passes:
-/// the parser says what is wrong with it.
+/// Refuses a body that would take much more memory than it has bytes. A body that is not JSON
+/// passes, because the parser reports what is wrong with it.
 pub(crate) fn check(body: &[u8]) -> Result<(), ApiError> {
     let mut scan = Scan {
         body,
@@ -97,7 +99,7 @@ pub(crate) fn check(body: &[u8]) -> Result<(), ApiError> {
 }
 
 impl Scan<'_> {
-    /// Takes one value, name or mark.
+    /// Scans one value, field name or punctuation mark.
     fn step(&mut self) {
         match self.body[self.at] {
             b'"' => self.string(),
@@ -146,9 +148,9 @@ impl Scan<'_> {
         }
         let is_text = match (self.field, depth) {
             (Field::Texts, 1 | 2) => true,
-            // Of a message or an item.
+            // A text of a message or an item.
             (Field::Texts, 3) => self.in_content && self.open[2],
-            // Of a part of its content.
+            // A text of a part of its content.
             (Field::Texts, 5) => self.in_content && self.in_text && self.open[4],
             _ => false,
         };
@@ -157,7 +159,7 @@ impl Scan<'_> {
         }
     }
 
-    /// What is inside the string that begins at `start`, up to its closing mark.
+    /// Returns the range inside the string that begins at `start`, up to its closing quote.
     fn string_at(&self, start: usize) -> Range<usize> {
         let mut end = start;
         while let Some(&byte) = self.body.get(end) {
@@ -170,7 +172,7 @@ impl Scan<'_> {
         start..end.min(self.body.len())
     }
 
-    /// A number, or a literal.
+    /// Scans a number or a literal.
     fn scalar(&mut self) {
         let start = self.at;
         let ends = |byte: &u8| matches!(byte, b',' | b']' | b'}' | b' ' | b'\n' | b'\r' | b'\t');
@@ -180,7 +182,7 @@ impl Scan<'_> {
         let in_list = self.open.last() == Some(&false) && matches!(self.open.len(), 2 | 3);
         let is_token = in_list && self.field != Field::Other && rest[0].is_ascii_digit();
         if is_token {
-            // With the comma.
+            // Including the comma.
             self.plain += length + usize::from(self.at < self.body.len());
         } else {
             self.values += 1;

@@ -1,4 +1,4 @@
-//! `GET /v1/engine/snapshot`: the engine from the inside, once or again and again.
+//! `GET /v1/engine/snapshot`: the internal state of the engine, once or as a stream.
 
 use super::error::ApiError;
 use super::{App, sse};
@@ -15,14 +15,14 @@ use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 use tokio::time::{MissedTickBehavior, interval};
 
-/// A snapshot this young is sent again: however many watch, the scheduler thread is asked
-/// at most so often.
+/// How long a snapshot is reused. However many clients watch, the scheduler thread is asked at
+/// most once per interval.
 const FRESH: Duration = Duration::from_millis(50);
 
-/// Times between two snapshots of a stream, in milliseconds.
+/// Accepted intervals between two snapshots of a stream, in milliseconds.
 const EVERY_MS: std::ops::RangeInclusive<u64> = 50..=10_000;
 
-/// The last snapshot, for all who watch.
+/// The latest snapshot, shared by all clients.
 #[derive(Debug, Default)]
 pub(crate) struct Snapshots(Mutex<Option<Latest>>);
 
@@ -30,7 +30,7 @@ pub(crate) struct Snapshots(Mutex<Option<Latest>>);
 struct Latest {
     at: Instant,
     json: Arc<str>,
-    /// No request is open.
+    /// Whether no request was open or closing.
     at_rest: bool,
 }
 
@@ -55,7 +55,7 @@ impl App {
             model: &self.options.model_name,
             snapshot: &snapshot,
         });
-        // Our own types are always JSON.
+        // Our own types always serialize.
         let json = json.map_err(|error| ApiError::unavailable(error.to_string()))?;
         let taken = Latest {
             at: Instant::now(),
@@ -70,15 +70,14 @@ impl App {
 /// How the snapshot is wanted.
 #[derive(Debug, Deserialize)]
 pub(crate) struct SnapshotQuery {
-    /// As server-sent events.
+    /// Whether to send server-sent events.
     #[serde(default)]
     stream: bool,
-    /// One every so many milliseconds.
+    /// Interval between two events in milliseconds.
     every_ms: Option<u64>,
 }
 
-/// Answers with a snapshot, or with a stream of them that ends when the server has been
-/// drained.
+/// Returns a snapshot, or a stream of snapshots that ends when the server has been drained.
 pub(crate) async fn snapshot(
     State(app): State<Arc<App>>,
     query: Result<Query<SnapshotQuery>, QueryRejection>,
@@ -105,7 +104,7 @@ pub(crate) async fn snapshot(
     Ok(sse::send(stream::unfold(watcher, Watcher::next)))
 }
 
-/// One who watches.
+/// A client that receives a stream of snapshots.
 struct Watcher {
     app: Arc<App>,
     ticks: tokio::time::Interval,

@@ -1,7 +1,7 @@
 //! Answers as server-sent events.
 //!
-//! The response owns the token streams: when the connection goes, so do they, and that
-//! cancels their requests.
+//! The response owns the token streams. When the connection goes away, they are dropped with
+//! it, which cancels their requests.
 
 use super::error::{ApiError, ErrorObject};
 use crate::engine::{Chunk, TokenStream};
@@ -13,25 +13,25 @@ use serde::Serialize;
 use std::convert::Infallible;
 use std::time::Duration;
 
-/// A comment is sent when nothing else was for so long, so that proxies keep the
-/// connection and a client that is gone is noticed.
+/// Time without an event after which a comment is sent, so that proxies keep the connection
+/// open and a client that has gone is noticed.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
-/// How an API tells of its answers, event by event.
+/// Writes the events of an API's answers.
 pub(crate) trait Writer: Send + 'static {
-    /// What comes before the first piece.
+    /// Writes the events before the first chunk.
     fn open(&mut self, events: &mut Events);
-    /// Whether that is sent at once, rather than together with the first piece. Clients
-    /// take the first event for the first token unless the API has events that say that a
-    /// request was accepted.
+    /// Returns whether the opening events are sent at once rather than together with the first
+    /// chunk. Clients take the first event for the first token, unless the API has events that
+    /// say that a request was accepted.
     fn opens_at_once(&self) -> bool {
         false
     }
-    /// A piece of answer `index`.
+    /// Writes the events of a chunk of answer `index`.
     fn chunk(&mut self, index: usize, chunk: Chunk, events: &mut Events) -> Result<(), ApiError>;
-    /// After the end of the last answer.
+    /// Writes the events after the end of the last answer.
     fn close(&mut self, events: &mut Events);
-    /// In place of the rest.
+    /// Writes the error that takes the place of all further events.
     fn fail(&mut self, error: &ApiError, events: &mut Events) {
         events.json(&ErrorObject { error: &error.body });
         events.done();
@@ -43,17 +43,17 @@ pub(crate) trait Writer: Send + 'static {
 pub(crate) struct Events(Vec<Event>);
 
 impl Events {
-    /// An event whose data is JSON.
+    /// Adds an event whose data is JSON.
     pub fn json(&mut self, data: &impl Serialize) {
         self.push(Event::default(), data);
     }
 
-    /// The same with a name.
+    /// Adds a named event whose data is JSON.
     pub fn named(&mut self, name: &str, data: &impl Serialize) {
         self.push(Event::default().event(name), data);
     }
 
-    /// The end as OpenAI's older APIs mark it.
+    /// Adds the end marker of OpenAI's older APIs.
     pub fn done(&mut self) {
         self.0.push(Event::default().data("[DONE]"));
     }
@@ -61,18 +61,18 @@ impl Events {
     fn push(&mut self, event: Event, data: &impl Serialize) {
         match event.json_data(data) {
             Ok(event) => self.0.push(event),
-            // Our own types are always JSON.
+            // Our own types always serialize.
             Err(error) => tracing::error!(%error, "an event could not be written"),
         }
     }
 }
 
-/// The response that sends what `writer` makes of `answers`.
+/// Returns the response that sends the events of `answers`, as `writer` writes them.
 pub(crate) fn respond(answers: Vec<TokenStream>, writer: impl Writer) -> Response {
     send(events(answers, writer))
 }
 
-/// A response of events.
+/// Returns a response that sends these events.
 pub(crate) fn send(events: impl Stream<Item = Event> + Send + 'static) -> Response {
     let keep_alive = KeepAlive::new().interval(KEEP_ALIVE);
     let sse = Sse::new(events.map(Ok::<_, Infallible>)).keep_alive(keep_alive);
@@ -84,12 +84,12 @@ pub(crate) fn send(events: impl Stream<Item = Event> + Send + 'static) -> Respon
     ([unbuffered, uncached], sse).into_response()
 }
 
-/// What is left to be done for the events of a request.
+/// The state of a response that is being streamed.
 struct Open<W> {
     writer: W,
-    /// Answers that have not ended.
+    /// Number of answers that have not ended.
     open: usize,
-    /// Whether the writer's opening has been sent.
+    /// Whether the writer's opening events have been written.
     opened: bool,
 }
 
@@ -129,7 +129,7 @@ fn events(answers: Vec<TokenStream>, mut writer: impl Writer) -> impl Stream<Ite
     stream::iter(opening.0).chain(rest.flatten())
 }
 
-/// The chunks of all answers as they come, with the answer's index.
+/// Merges the chunks of all answers as they arrive, each with the index of its answer.
 pub(crate) fn merge<E>(
     answers: Vec<impl Stream<Item = Result<Chunk, E>> + Send + Unpin>,
 ) -> impl Stream<Item = (usize, Result<Chunk, E>)> + Send {

@@ -1,5 +1,5 @@
-//! Answers held to a form: `response_format` of OpenAI's API, `text.format` of its
-//! responses API, and what vLLM adds.
+//! Answers constrained to a form: `response_format` of OpenAI's API, `text.format` of its
+//! responses API, and vLLM's additions.
 
 use super::App;
 use super::error::ApiError;
@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use std::sync::Arc;
 
-/// The fields of a request that say what form its answer must have.
+/// The fields of a request that ask for a form of the answer.
 #[derive(Debug, Default, Deserialize)]
 pub(crate) struct StructureFields {
     response_format: Option<Format>,
@@ -20,7 +20,7 @@ pub(crate) struct StructureFields {
     structured_outputs: Option<StructuredOutputs>,
 }
 
-/// The newer names of `guided_…`.
+/// vLLM's newer names of the `guided_…` fields.
 #[derive(Debug, Default, Deserialize)]
 struct StructuredOutputs {
     json: Option<Value>,
@@ -30,19 +30,19 @@ struct StructuredOutputs {
     grammar: Option<String>,
 }
 
-/// OpenAI's way to say it.
+/// OpenAI's way to ask for a form.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub(crate) enum Format {
     Text,
     JsonObject {
-        /// Where llama.cpp has the schema of the object.
+        /// The schema of the object, as in llama.cpp.
         schema: Option<Value>,
     },
     JsonSchema {
-        /// Where the chat API has the schema.
+        /// The schema in the chat API.
         json_schema: Option<Schema>,
-        /// Where the responses API has it.
+        /// The schema in the responses API.
         schema: Option<Value>,
     },
 }
@@ -69,7 +69,7 @@ enum Form {
 }
 
 impl Format {
-    /// The form that `field` asks for.
+    /// Returns the form that `field` asks for, if any.
     pub fn structure(self, field: &'static str) -> Result<Option<Structure>, ApiError> {
         let form = match self {
             Self::Text => return Ok(None),
@@ -94,7 +94,7 @@ impl Format {
 }
 
 impl StructureFields {
-    /// The form that is asked for; one at most.
+    /// Returns the form that the request asks for. Only one field may ask for a form.
     pub fn structure(self) -> Result<Option<Structure>, ApiError> {
         let form = |form: Option<Form>, field| form.map(|form| Structure { form, field });
         let vllm = self.structured_outputs.unwrap_or_default();
@@ -129,7 +129,7 @@ impl StructureFields {
     }
 }
 
-/// A schema whose values are objects, if it does not say so itself.
+/// Restricts a schema to objects, unless it already says what its values are.
 fn object(mut schema: Value) -> Value {
     const SHAPES: [&str; 5] = ["type", "$ref", "allOf", "anyOf", "oneOf"];
     if let Value::Object(fields) = &mut schema
@@ -140,7 +140,7 @@ fn object(mut schema: Value) -> Value {
     schema
 }
 
-/// vLLM takes a schema as JSON text as well.
+/// Returns the form of a schema, which vLLM also accepts as JSON text.
 fn schema(schema: Value) -> Form {
     let read = match &schema {
         Value::String(text) => serde_json::from_str(text).ok(),
@@ -150,13 +150,13 @@ fn schema(schema: Value) -> Form {
 }
 
 impl Structure {
-    /// The form of a JSON schema, which `field` asks for.
+    /// Returns the form of a JSON schema that `field` asks for.
     pub fn of_schema(schema: Value, field: &'static str) -> Self {
         let form = Form::Schema(schema);
         Self { form, field }
     }
 
-    /// Compiles it apart from other connections, as it may take a while.
+    /// Compiles the form on a worker thread, because this may take long.
     pub async fn compiled(self, app: &App) -> Result<Grammar, ApiError> {
         let tokenizer = Arc::clone(app.require_tokenizer("a form of the answer")?);
         let keywords = app.options.schema_keywords;
@@ -164,7 +164,8 @@ impl Structure {
         app.workers.run(GRAMMAR_COST, compile).await
     }
 
-    /// Compiles it, which may take a while; if there are `calls`, they may come in its place.
+    /// Compiles the form, which may take long. With `calls`, the answer may be tool calls
+    /// instead.
     pub fn grammar(
         &self,
         tokenizer: &Arc<Tokenizer>,
@@ -189,7 +190,7 @@ impl Structure {
         let Some(calls) = calls else {
             return alone();
         };
-        // If the form alone is right, the tools are at fault.
+        // If the form alone compiles, the error lies in the tools.
         Grammar::or_calls(tokenizer, form, keywords, calls)
             .or_else(|error| alone().and_then(|_| Err(refused("tools", error))))
     }

@@ -1,16 +1,16 @@
-//! Instructions for chat templates that take one system message and only at the beginning.
+//! Merges system messages for chat templates that accept only one, at the beginning.
 //!
-//! OpenAI takes system and developer messages in any number and anywhere. Many templates
-//! refuse a second or a late one, and others leave it out without a word. For those, all of
-//! them become one leading system message, as in vLLM and litellm.
+//! OpenAI's API accepts any number of system and developer messages at any place. Many
+//! templates refuse a second or a late one, and others silently leave it out. For those, all of
+//! them are merged into one leading system message, as in vLLM and litellm.
 
 use crate::text::{ChatTemplate, Message, RenderOptions, TextError};
 
-/// Renders a conversation: as it is, or with its instructions merged if the template
-/// refuses them or does not write them.
+/// Renders a conversation. If the template refuses its instructions or does not write them all,
+/// they are merged first.
 ///
 /// # Errors
-/// Those of the template, for the conversation as it is.
+/// Returns the template's error for the unmerged conversation.
 pub(super) fn render(
     template: &ChatTemplate,
     messages: &[Message],
@@ -27,7 +27,7 @@ pub(super) fn render(
     };
     match (template.render(&merged, options), rendered) {
         (Ok(text), Err(_)) => Ok(text),
-        // What is left out of both is left out by intention.
+        // A template that leaves text out in both cases does so on purpose.
         (Ok(text), Ok(_)) if has_all(&text, messages) => Ok(text),
         (_, rendered) => rendered,
     }
@@ -37,14 +37,14 @@ fn instructs(message: &Message) -> bool {
     matches!(message.role.as_str(), "system" | "developer")
 }
 
-/// Whether a prompt has the text of every instruction.
+/// Returns whether a prompt contains the text of every instruction.
 fn has_all(prompt: &str, messages: &[Message]) -> bool {
     let mut instructions = messages.iter().filter(|message| instructs(message));
     instructions.all(|message| prompt.contains(message.content.trim()))
 }
 
-/// The conversation with all instructions in one leading system message; `None` if that is
-/// what it is already.
+/// Returns the conversation with all instructions in one leading system message, or `None` if
+/// it has that form already or has no instructions.
 fn merged(messages: &[Message]) -> Option<Vec<Message>> {
     let mut instructions = messages.iter().filter(|message| instructs(message));
     let first = instructions.next()?;
@@ -72,14 +72,14 @@ fn merged(messages: &[Message]) -> Option<Vec<Message>> {
 mod tests {
     use super::*;
 
-    /// Takes a system message at the beginning, and knows no other roles than three.
+    /// Accepts a system message only at the beginning, and refuses other roles.
     const STRICT: &str = "{%- for m in messages %}{%- if m.role == 'system' %}\
         {%- if not loop.first %}{{- raise_exception('System message must be at the beginning.') }}{%- endif %}\
         {{- '[S:' + m.content + ']' }}\
         {%- elif m.role == 'user' or m.role == 'assistant' %}{{- '[' + m.role[:1] + ':' + m.content + ']' }}\
         {%- else %}{{- raise_exception('Unexpected message role.') }}{%- endif %}{%- endfor %}";
 
-    /// Writes only the system message that comes first, and leaves out what it does not know.
+    /// Writes only a leading system message, and leaves out whatever it does not know.
     const FORGETFUL: &str = "{%- if messages[0].role == 'system' %}{{- '[S:' + messages[0].content + ']' }}{%- endif %}\
         {%- for m in messages %}{%- if m.role == 'user' or m.role == 'assistant' %}\
         {{- '[' + m.role[:1] + ':' + m.content + ']' }}{%- endif %}{%- endfor %}";

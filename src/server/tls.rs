@@ -1,4 +1,4 @@
-//! TLS, by rustls.
+//! TLS with rustls.
 
 use super::ServeError;
 use std::path::{Path, PathBuf};
@@ -9,12 +9,12 @@ use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
-/// Where a server's certificate and its key lie, as PEM.
+/// Paths of the server's certificate and its key, both PEM files.
 #[derive(Clone, Debug)]
 pub struct TlsFiles {
-    /// The certificate, then those that vouch for it.
+    /// The certificate, followed by the rest of its chain.
     pub certificate: PathBuf,
-    /// Its private key.
+    /// The private key of the certificate.
     pub key: PathBuf,
 }
 

@@ -1,5 +1,5 @@
-//! `POST /tokenize` and `POST /detokenize`: text to token ids and back, in the form of
-//! vLLM's routes.
+//! `POST /tokenize` and `POST /detokenize`: text to token ids and back, in the form of vLLM's
+//! routes.
 
 use super::App;
 use super::conversation::Conversation;
@@ -28,7 +28,7 @@ use std::sync::Arc;
 struct TokenizeRequest {
     model: Option<String>,
     prompt: Option<String>,
-    /// In place of `prompt`.
+    /// Replaces `prompt`.
     messages: Option<Vec<Message>>,
     add_special_tokens: Option<bool>,
     return_token_strs: Option<bool>,
@@ -41,7 +41,7 @@ struct DetokenizeRequest {
     tokens: Vec<u32>,
 }
 
-/// The tokens of a text, or of a conversation.
+/// Returns the tokens of a text or of a conversation.
 pub(crate) async fn tokenize(
     State(app): State<Arc<App>>,
     body: JsonBody,
@@ -112,7 +112,7 @@ pub(crate) async fn tokenize(
     Ok(written(pieces.chain(between).chain(names).chain(end)))
 }
 
-/// The text of tokens.
+/// Returns the text of tokens.
 pub(crate) async fn detokenize(
     State(app): State<Arc<App>>,
     body: JsonBody,
@@ -143,11 +143,11 @@ pub(crate) async fn detokenize(
     Ok(written(head.chain(texts).chain(end)))
 }
 
-/// Bytes after which a piece of an answer is complete.
+/// Size in bytes at which a piece of a response is sent.
 const PIECE: usize = 32 << 10;
 
-/// An answer's JSON that is made of tokens, piece by piece as it is sent: all of it can be
-/// forty times as large as the request.
+/// Writes the JSON of a list of tokens piece by piece while it is sent, because all of it can
+/// be forty times as large as the request.
 struct Pieces<F> {
     tokens: Arc<[u32]>,
     next: usize,
@@ -155,7 +155,8 @@ struct Pieces<F> {
 }
 
 impl<F: FnMut(u32, usize, &mut String)> Pieces<F> {
-    /// `write` appends the part of a token, which it gets with its index.
+    /// Creates the iterator. `write` is called with each token and its index, and appends the
+    /// token's JSON.
     fn new(tokens: Arc<[u32]>, write: F) -> Self {
         Self {
             tokens,
@@ -176,13 +177,13 @@ impl<F: FnMut(u32, usize, &mut String)> Iterator for Pieces<F> {
             (self.write)(id, self.next, &mut piece);
             self.next += 1;
         }
-        // Tokens may be without text.
+        // An empty piece may be followed by more, because tokens may have no text.
         let more = self.next < self.tokens.len() || !piece.is_empty();
         more.then_some(piece)
     }
 }
 
-/// The same with commas between the tokens.
+/// Like [`Pieces::new`], with commas between the tokens.
 fn list(
     tokens: Arc<[u32]>,
     mut write: impl FnMut(u32, &mut String),
@@ -200,20 +201,20 @@ fn push_json(text: &str, json: &mut String) {
     json.push_str(&Value::from(text).to_string());
 }
 
-/// Appends a text as a part of a JSON string.
+/// Appends a text to the inside of a JSON string.
 fn push_inside(text: &str, json: &mut String) {
     let quoted = Value::from(text).to_string();
     json.push_str(&quoted[1..quoted.len() - 1]);
 }
 
-/// The answer that consists of these pieces of JSON.
+/// Returns the response that consists of these pieces of JSON.
 fn written(pieces: impl Iterator<Item = String> + Send + 'static) -> Response {
     let pieces = stream::iter(pieces.map(Ok::<_, Infallible>));
     let json = (header::CONTENT_TYPE, "application/json");
     ([json], Body::from_stream(pieces)).into_response()
 }
 
-/// What a client needs to know of the tokenizer, in the form of vLLM's route.
+/// Describes the tokenizer, in the form of vLLM's route.
 pub(crate) async fn tokenizer_info(State(app): State<Arc<App>>) -> Result<Json<Value>, ApiError> {
     let tokenizer = app.require_tokenizer("its description")?;
     let text = |id: Option<u32>| id.and_then(|id| tokenizer.token_text(id));

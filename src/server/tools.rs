@@ -1,18 +1,19 @@
-//! The tools of a request: what there is to call, and whether it must be called.
+//! The tools of a request, and whether the model must call them.
 
 use super::error::ApiError;
 use crate::text::tools::ToolFormat;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-/// The fields of a request that are about tools, in the shapes of both the chat and the
+/// The fields of a request that concern tools, in the forms of both the chat API and the
 /// responses API.
 #[derive(Debug, Default, Deserialize)]
 pub(crate) struct ToolFields {
     tools: Option<Vec<Offer>>,
     tool_choice: Option<ToolChoice>,
     parallel_tool_calls: Option<bool>,
-    /// The older name of `tools`, from which messages with `function_call` come.
+    /// The older name of `tools`. With it, the answer has a `function_call` instead of tool
+    /// calls.
     functions: Option<Vec<LegacyFunction>>,
     /// The older name of `tool_choice`.
     function_call: Option<LegacyChoice>,
@@ -23,7 +24,7 @@ pub(crate) struct ToolFields {
 #[serde(try_from = "Value")]
 enum Offer {
     Function(Tool),
-    /// A tool of a type that this server does not have, such as `web_search`.
+    /// A tool of a type that this server does not support, such as `web_search`.
     Other(String),
 }
 
@@ -33,7 +34,7 @@ pub(crate) struct Tool {
     name: String,
     parameters: Option<Value>,
     strict: Option<bool>,
-    /// As chat templates expect it.
+    /// The tool in the form that chat templates expect.
     description: Value,
 }
 
@@ -42,7 +43,7 @@ pub(crate) struct Tool {
 #[serde(try_from = "Value")]
 struct LegacyFunction(Tool);
 
-/// Whether tools are to be called.
+/// Whether the model may or must call tools.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 #[serde(try_from = "Value")]
 pub(crate) enum ToolChoice {
@@ -50,28 +51,28 @@ pub(crate) enum ToolChoice {
     Auto,
     Required,
     Named(String),
-    /// Only these, if any or at least one.
+    /// The model may call only these tools, and must call one if `required`.
     Allowed {
         required: bool,
         names: Vec<String>,
     },
 }
 
-/// `function_call` of a request.
+/// The `function_call` field of a request.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(try_from = "Value")]
 struct LegacyChoice(ToolChoice);
 
-/// The tools of a request and how they are to be used.
+/// The tools of a request, and how the model may use them.
 #[derive(Clone, Debug)]
 pub(crate) struct Tools {
     list: Vec<Tool>,
     choice: ToolChoice,
-    /// More than one call in an answer.
+    /// Whether an answer may have more than one call.
     pub parallel: bool,
-    /// The request speaks of functions, and so does the answer.
+    /// Whether the request uses `functions`, so that the answer has a `function_call`.
     pub legacy: bool,
-    /// The types of tools that the request brought and that this server does not have.
+    /// Types of the request's tools that this server does not support.
     pub skipped: Vec<String>,
 }
 
@@ -98,7 +99,7 @@ impl TryFrom<Value> for LegacyFunction {
 
 impl Tool {
     fn read(tool: Value) -> Result<Self, String> {
-        // The responses API has the function's fields in the tool itself.
+        // In the responses API, the function's fields are in the tool itself.
         let function = match tool.get("function") {
             Some(function) => function.clone(),
             None => without(&tool, &["type", "strict"]),
@@ -130,7 +131,7 @@ impl Tool {
     }
 }
 
-/// An object without some of its fields, and without those that are null.
+/// Returns an object without the fields `names` and without fields that are null.
 fn without(object: &Value, names: &[&str]) -> Value {
     let fields = object.as_object().into_iter().flatten();
     let kept = fields.filter(|(name, value)| !names.contains(&name.as_str()) && !value.is_null());
@@ -140,7 +141,7 @@ fn without(object: &Value, names: &[&str]) -> Value {
     kept.into()
 }
 
-/// The name of a function in either API's shape.
+/// Returns the name of a function in the form of either API.
 fn function_name(choice: &Value) -> Option<String> {
     let named = choice.get("function").unwrap_or(choice).get("name")?;
     named.as_str().map(str::to_owned)
@@ -174,7 +175,7 @@ impl TryFrom<Value> for ToolChoice {
     }
 }
 
-/// Reads a choice among some of the tools: flat in the responses API, nested in the chat
+/// Reads a choice of allowed tools, which is flat in the responses API and nested in the chat
 /// API.
 fn allowed_tools(choice: &Value) -> Result<ToolChoice, String> {
     let fields = choice.get("allowed_tools").unwrap_or(choice);
@@ -189,7 +190,7 @@ fn allowed_tools(choice: &Value) -> Result<ToolChoice, String> {
     if tools.iter().any(|tool| !tool["type"].is_string()) {
         return Err("allowed_tools has a tool without a type".to_owned());
     }
-    // Tools of other types are not offered, so that there is nothing to allow.
+    // Tools of other types are never offered, so there is nothing to allow.
     let functions = tools.iter().filter(|tool| tool["type"] == "function");
     let names = functions.map(|tool| {
         let missing = || "allowed_tools has a function without a name".to_owned();
@@ -214,7 +215,7 @@ impl TryFrom<Value> for LegacyChoice {
     }
 }
 
-/// As the responses API reports it.
+/// Writes the choice in the form of the responses API.
 impl Serialize for ToolChoice {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let function = |name: &String| json!({"type": "function", "name": name});
@@ -234,7 +235,7 @@ impl Serialize for ToolChoice {
 }
 
 impl ToolFields {
-    /// Checks that the tools that must be called are there.
+    /// Checks the fields, and that the tools that must be called exist.
     pub fn check(self) -> Result<Tools, ApiError> {
         if self.functions.is_some() && self.tools.is_some() {
             let problem = "tools and functions, its older name, exclude one another";
@@ -269,7 +270,7 @@ impl ToolFields {
         let tools = Tools {
             list,
             choice,
-            // There is room for one call in an answer that has `function_call`.
+            // An answer with a `function_call` has room for only one call.
             parallel: !legacy && self.parallel_tool_calls.unwrap_or(true),
             legacy,
             skipped,
@@ -282,7 +283,7 @@ impl ToolFields {
 }
 
 impl Tools {
-    /// What is wrong with the choice, if there is no such tool.
+    /// Returns what is wrong with the choice, if it asks for a tool that does not exist.
     fn missing(&self) -> Option<String> {
         let has = |name: &String| self.list.iter().any(|tool| tool.name == *name);
         let names = match &self.choice {
@@ -301,12 +302,12 @@ impl Tools {
         (must && none).then(|| "there are no tools to call".to_owned())
     }
 
-    /// Whether tools are to be called.
+    /// Returns the choice that the request makes between the tools.
     pub fn choice(&self) -> &ToolChoice {
         &self.choice
     }
 
-    /// The tools that the model may call.
+    /// Returns the tools that the model may call.
     fn usable(&self) -> impl Iterator<Item = &Tool> {
         self.list.iter().filter(|tool| match &self.choice {
             ToolChoice::None => false,
@@ -315,29 +316,30 @@ impl Tools {
         })
     }
 
-    /// Whether the model may call any.
+    /// Returns whether there are tools that the model may call.
     pub fn offered(&self) -> bool {
         self.usable().next().is_some()
     }
 
-    /// Their names.
+    /// Returns the names of the tools that the model may call.
     pub fn names(&self) -> impl Iterator<Item = String> {
         self.usable().map(|tool| tool.name.clone())
     }
 
-    /// Their names, each with the schema of its parameters.
+    /// Returns these names, each with the schema of the tool's parameters.
     pub fn schemas(&self) -> impl Iterator<Item = (&str, Option<&Value>)> {
         self.usable()
             .map(|tool| (tool.name.as_str(), tool.parameters.as_ref()))
     }
 
-    /// The tools as a chat template expects them, if the model may call any.
+    /// Returns the tools in the form that chat templates expect, or `None` if the model may
+    /// call none.
     pub fn described(&self) -> Option<Value> {
         let each = self.usable().map(|tool| tool.description.clone());
         self.offered().then(|| each.collect())
     }
 
-    /// The tools as the responses API reports them.
+    /// Returns the tools in the form in which the responses API reports them.
     pub fn reported(&self) -> Value {
         let each = self.list.iter().map(|tool| {
             let mut reported = json!({
@@ -353,7 +355,7 @@ impl Tools {
         each.collect()
     }
 
-    /// Whether the answer must be a call.
+    /// Returns whether the answer must be a call.
     pub fn forced(&self) -> bool {
         match &self.choice {
             ToolChoice::None | ToolChoice::Auto => false,
@@ -362,7 +364,7 @@ impl Tools {
         }
     }
 
-    /// The JSON schema of the answer, if it must be a call.
+    /// Returns the JSON schema of the answer, if it must be a call.
     pub fn forced_schema(&self, format: ToolFormat) -> Option<Value> {
         if !self.forced() {
             return None;

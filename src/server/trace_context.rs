@@ -1,10 +1,10 @@
-//! W3C trace context: the trace that a caller's request belongs to.
+//! W3C trace context: the trace that a client's request belongs to.
 //! <https://www.w3.org/TR/trace-context/>
 
 use axum::http::HeaderMap;
 use tracing::Span;
 
-/// Makes a request's span part of its caller's trace, if the caller says which.
+/// Makes a request's span part of the client's trace, if the request names one.
 pub(super) fn join(span: &Span, headers: &HeaderMap) {
     let parent = headers.get("traceparent");
     if let Some(id) = parent.and_then(|value| trace_id(value.to_str().ok()?)) {
@@ -14,7 +14,8 @@ pub(super) fn join(span: &Span, headers: &HeaderMap) {
     }
 }
 
-/// The id of the trace: `version-trace_id-parent_id-flags`, in lower-case hexadecimal.
+/// Returns the trace id of a valid `traceparent` header, `version-trace_id-parent_id-flags` in
+/// lower-case hexadecimal.
 fn trace_id(parent: &str) -> Option<&str> {
     let mut parts = parent.split('-');
     let mut part = |digits: usize| {
@@ -50,7 +51,7 @@ mod otel {
 
     pub fn set_parent(span: &Span, headers: &HeaderMap) {
         let context = TraceContextPropagator::new().extract(&Headers(headers));
-        // Fails only without an exporter, and then there is no trace to be part of.
+        // This fails only if there is no exporter, and then there are no traces.
         let _ = span.set_parent(context);
     }
 }
@@ -65,7 +66,7 @@ mod tests {
         let of = |text: &str| trace_id(text).map(str::to_owned);
         let parent = format!("00-{trace}-00f067aa0ba902b7-01");
         assert_eq!(of(&parent).as_deref(), Some(trace));
-        // A later version may say more.
+        // Later versions may append fields.
         assert_eq!(of(&format!("{parent}-x")).as_deref(), Some(trace));
         let zero = "0".repeat(32);
         for wrong in [

@@ -1,6 +1,6 @@
-//! What serde says of a wrong request, in the terms of JSON in place of Rust's.
+//! Rewrites serde's errors about a request in terms of JSON instead of Rust.
 
-/// The problem as a client reads it.
+/// Returns the error message for the client.
 pub(super) fn plain(problem: &str) -> String {
     let problem = without_position(problem);
     for opening in ["invalid type: ", "invalid value: ", "invalid length "] {
@@ -29,7 +29,7 @@ pub(super) fn plain(problem: &str) -> String {
     problem.to_owned()
 }
 
-/// Without the line and column, which say little of a body that a program wrote.
+/// Removes line and column, which mean little for a body that a program has written.
 fn without_position(problem: &str) -> &str {
     match problem.rsplit_once(" at line ") {
         Some((text, place)) if is_position(place) => text,
@@ -43,7 +43,7 @@ fn is_position(place: &str) -> bool {
     parts.is_some_and(|(line, column)| number(line) && number(column))
 }
 
-/// A value that serde has found.
+/// Translates the value that serde has found.
 fn in_json(found: &str) -> String {
     let value = |kind: &str| found.strip_prefix(kind);
     if let Some(number) = value("integer ").or_else(|| value("floating point ")) {
@@ -63,7 +63,7 @@ fn in_json(found: &str) -> String {
     }
 }
 
-/// What serde has expected.
+/// Translates what serde has expected.
 fn kind(expected: &str) -> String {
     match expected {
         "u8" | "u16" | "u32" | "u64" | "u128" | "usize" => "an integer, 0 or more".to_owned(),
@@ -78,7 +78,7 @@ fn kind(expected: &str) -> String {
     }
 }
 
-/// Whether the words name a Rust type.
+/// Returns whether the text names a Rust type.
 fn is_type(expected: &str) -> bool {
     let kinds = [
         "struct ",
@@ -91,7 +91,7 @@ fn is_type(expected: &str) -> bool {
     kinds.iter().any(|kind| expected.starts_with(kind))
 }
 
-/// Names between backticks as strings of JSON.
+/// Writes names in backticks as JSON strings.
 fn quoted(names: &str) -> String {
     names.replace('`', "\"")
 }

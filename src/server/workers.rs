@@ -1,10 +1,9 @@
-//! The few threads on which large bodies are parsed, long texts become tokens, and
-//! grammars are compiled.
+//! The worker threads that parse large bodies, tokenize long texts and compile grammars.
 //!
-//! The runtime's own threads must never be busy for long: every connection waits for
-//! them. What may take long is done here instead, by no more threads than leave the
-//! scheduler its processors. How much may wait is bounded, too: there is one budget for
-//! all work that waits or is being done, and what exceeds it is refused.
+//! The runtime's own threads must never be busy for long, because every connection waits for
+//! them. Long work is done on worker threads instead, few enough to leave processors for the
+//! scheduler thread. The amount of work is bounded as well: waiting and running work share one
+//! budget, and work that exceeds it is refused.
 
 use super::error::ApiError;
 use axum::http::StatusCode;
@@ -12,36 +11,36 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use tokio::sync::Semaphore;
 
-/// Work that may wait or be done at a time, in bytes of bodies.
+/// Limit on the work that waits or runs at a time, in bytes of bodies.
 const BUDGET: usize = 256 << 20;
 
-/// What a piece of work counts for at least.
+/// Minimum cost of a piece of work.
 const LEAST_COST: usize = 256 << 10;
 
-/// What it counts for to compile a grammar.
+/// Cost of compiling a grammar.
 pub(crate) const GRAMMAR_COST: usize = 4 << 20;
 
-/// Work on bodies and texts that have no more bytes than this is done where it comes up:
-/// it takes less than handing it over would gain.
+/// Length in bytes up to which bodies and texts are processed in place, because handing them
+/// over would cost more than it gains.
 pub(crate) const SHORT: usize = 16 << 10;
 
-/// The threads, and the work that waits for them.
+/// The worker threads, and the work that waits for them.
 #[derive(Debug)]
 pub(crate) struct Workers {
     threads: Arc<Semaphore>,
-    /// The cost of all work that waits or is being done.
+    /// Total cost of the work that waits or runs.
     cost: Arc<AtomicUsize>,
 }
 
 impl Default for Workers {
-    /// As many threads as half of the processors, and one at least.
+    /// Uses half as many threads as there are processors, and at least one.
     fn default() -> Self {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         Self::new((processors / 2).max(1))
     }
 }
 
-/// Work's place in the budget, given back when it is dropped.
+/// A share of the budget, which is returned when this is dropped.
 struct Place {
     all: Arc<AtomicUsize>,
     cost: usize,
@@ -53,15 +52,15 @@ impl Drop for Place {
     }
 }
 
-/// Tells work in progress whether anybody still waits for it.
+/// Tells running work whether anybody still waits for its result.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Job(Arc<AtomicBool>);
 
 impl Job {
-    /// To be called between the steps of long work.
+    /// Checks whether to go on; long work calls this between its steps.
     ///
     /// # Errors
-    /// When the client has gone; nobody reads the error.
+    /// Returns an error if the client has gone; nobody sees it.
     pub fn check(&self) -> Result<(), ApiError> {
         match self.0.load(Ordering::Acquire) {
             true => Err(ApiError::unavailable("the client has gone")),
@@ -70,7 +69,8 @@ impl Job {
     }
 }
 
-/// Dropped together with the future of whoever waits.
+/// Dropped together with the future that waits for the result, and then tells the job that
+/// nobody waits.
 struct Waiting(Job);
 
 impl Drop for Waiting {
@@ -87,7 +87,7 @@ impl Workers {
         }
     }
 
-    /// Takes a place in the budget. One piece of work is always accepted, however large.
+    /// Reserves a share of the budget. If no other work waits or runs, any cost is accepted.
     fn place(&self, cost: usize) -> Result<Place, ApiError> {
         let taken = (self.cost).fetch_update(Ordering::AcqRel, Ordering::Acquire, |all| {
             all.checked_add(cost)
@@ -106,12 +106,12 @@ impl Workers {
         })
     }
 
-    /// Does `work` that costs as much as so many bytes on one of the threads. When the
-    /// future is dropped, work that has not begun never does, and work that has learns of
-    /// it by its [`Job`].
+    /// Runs `work`, whose cost is given in bytes, on one of the threads. If the future is
+    /// dropped, work that has not begun is never run, and work in progress is told through its
+    /// [`Job`].
     ///
     /// # Errors
-    /// The error of `work`; 429 when too much waits already.
+    /// Returns the error of `work`, or status 429 if the budget is exhausted.
     pub async fn run<T: Send + 'static>(
         &self,
         cost: usize,
@@ -124,7 +124,8 @@ impl Workers {
         let job = Job::default();
         let _waiting = Waiting(job.clone());
         let done = tokio::task::spawn_blocking(move || {
-            // The place is given back first: who gets the thread finds it free.
+            // Fields are dropped in order: the budget is returned before the thread is free for
+            // the next job.
             let _held = (place, thread);
             work(&job)
         });
@@ -137,7 +138,8 @@ impl Workers {
         }
     }
 
-    /// Does `work` on `bytes` bytes: here if they are few, else as [`Workers::run`].
+    /// Runs `work` on `bytes` bytes, in place if they are few, and as [`Workers::run`] does if
+    /// they are many.
     pub async fn run_if_long<T: Send + 'static>(
         &self,
         bytes: usize,
@@ -193,7 +195,7 @@ mod tests {
     fn what_exceeds_the_budget_is_refused_until_there_is_room() {
         let workers = Arc::new(Workers::new(1));
         runtime().block_on(async {
-            // Alone it is accepted, however large.
+            // The only piece of work is accepted, whatever its cost.
             let (release, held) = mpsc::channel::<()>();
             let (begun, has_begun) = oneshot::channel();
             let first = {
@@ -213,7 +215,7 @@ mod tests {
             assert_eq!(refused.retry_after, Some(1));
             drop(release);
             first.await.unwrap().unwrap();
-            // The place is given back before the result is there.
+            // The budget is returned before the result arrives.
             workers.run(1, |_| Ok(())).await.unwrap();
         });
     }
@@ -259,7 +261,7 @@ mod tests {
             }
             drop(leave);
             assert!(seen.await.unwrap(), "it is told that nobody waits");
-            // Comes after all that was waiting.
+            // This runs after all work that was waiting.
             workers.run(0, |_| Ok(())).await.unwrap();
             assert!(!ran.load(Ordering::SeqCst));
             assert_eq!(workers.cost.load(Ordering::SeqCst), 0);

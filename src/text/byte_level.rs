@@ -1,8 +1,8 @@
-//! Byte-level byte pair encoding, the kind of GPT-2, Llama 3, Qwen and SmolLM.
+//! Byte-level byte pair encoding, as used by GPT-2, Llama 3, Qwen and SmolLM.
 //!
-//! Every byte is written as a visible character, so that any text can be a
-//! sequence of tokens (Radford et al., 2019, "Language Models are Unsupervised
-//! Multitask Learners").
+//! Every byte is represented by a visible character, so that any text can be written as a
+//! sequence of tokens (Radford et al., 2019, "Language Models are Unsupervised Multitask
+//! Learners").
 
 use super::TextError;
 use super::merges::{Merger, Merges};
@@ -11,8 +11,8 @@ use super::vocabulary::Vocabulary;
 use std::collections::HashMap;
 use std::sync::LazyLock;
 
-/// The character that stands for each byte: itself where it is visible, and
-/// one from U+0100 on where it is not.
+/// Character that represents each byte, by byte value: the byte itself if it is visible,
+/// otherwise a character from U+0100 upwards.
 static ALPHABET: LazyLock<[char; 256]> = LazyLock::new(|| {
     let mut hidden = 0x100;
     std::array::from_fn(|byte| {
@@ -26,7 +26,7 @@ static ALPHABET: LazyLock<[char; 256]> = LazyLock::new(|| {
     })
 });
 
-/// The characters that stand for all bytes.
+/// Returns the characters that represent the bytes 0 to 255, in order.
 pub(super) fn byte_characters() -> impl Iterator<Item = char> {
     ALPHABET.iter().copied()
 }
@@ -36,7 +36,7 @@ fn byte_of(character: char) -> Option<u8> {
     match u8::try_from(code) {
         Ok(byte) => (ALPHABET[usize::from(byte)] == character).then_some(byte),
         Err(_) => match code - 0x100 {
-            // The hidden bytes in order: 0 to 32, 127 to 160, and 173.
+            // Bytes without a visible character, in order: 0 to 32, 127 to 160, and 173.
             offset @ 0..=32 => u8::try_from(offset).ok(),
             offset @ 33..=66 => u8::try_from(offset - 33 + 127).ok(),
             67 => Some(0xAD),
@@ -45,8 +45,8 @@ fn byte_of(character: char) -> Option<u8> {
     }
 }
 
-/// The bytes that a byte-level token stands for. A token with a character
-/// outside the alphabet stands for its own text.
+/// Returns the bytes that a byte-level token represents. If the token contains a character
+/// outside the alphabet, returns the UTF-8 bytes of its text.
 pub(super) fn token_bytes(text: &str) -> Vec<u8> {
     text.chars()
         .map(byte_of)
@@ -54,21 +54,24 @@ pub(super) fn token_bytes(text: &str) -> Vec<u8> {
         .unwrap_or_else(|| text.as_bytes().to_vec())
 }
 
-/// Merges bytes into tokens, word by word.
+/// Byte-level BPE model, which splits text into words and merges the bytes of each into tokens.
 pub(super) struct ByteLevelBpe {
     pre_tokenizer: PreTokenizer,
     merges: Merges,
-    /// The token of each byte, where there is one.
+    /// Token of each byte, if the vocabulary has one.
     bytes: Box<[Option<u32>; 256]>,
-    /// Words that are tokens whatever the merges say; empty unless the rule wants them.
+    /// Words that are tokens themselves and are not merged. Empty unless the pre-tokenizer
+    /// rule asks for them.
     whole_words: HashMap<Vec<u8>, u32>,
 }
 
 impl ByteLevelBpe {
-    /// Builds the merges `"left right"`, the first being done first.
+    /// Builds the model from `merges`, a list of `"left right"` entries with the highest
+    /// priority first.
     ///
     /// # Errors
-    /// When a merge has not that shape, or takes or makes an unknown token.
+    /// Returns an error if an entry is not two tokens separated by one space, or if it
+    /// needs a token that the vocabulary lacks.
     pub(super) fn new(
         vocabulary: &Vocabulary,
         merges: &[String],
@@ -81,7 +84,7 @@ impl ByteLevelBpe {
                 part: "merges",
                 message: format!("there are {} of them", merges.len()),
             })?;
-            // Of a merge that is listed twice, the later place counts.
+            // If a merge is listed twice, the later position counts.
             pairs.insert((left, right), (rank, joined));
         }
         let token = |byte: usize| {
@@ -109,19 +112,20 @@ impl ByteLevelBpe {
         })
     }
 
-    /// Whether every byte of usual text has a token, so that none of it is left out. Some
-    /// vocabularies lack control characters, and the first bytes of characters that are
-    /// not assigned.
+    /// Returns whether the bytes of ordinary text have tokens, so that none of them is dropped.
+    ///
+    /// This checks printable ASCII, tabs, line breaks and UTF-8 continuation bytes. Some
+    /// vocabularies lack other control characters, and the lead bytes of unassigned characters.
     pub(super) fn writes_every_byte(&self) -> bool {
         let rest = [b'\t', b'\n', b'\r'];
         let mut usual = (b' '..=b'~').chain(0x80..=0xBF).chain(rest);
         usual.all(|byte| self.bytes[usize::from(byte)].is_some())
     }
 
-    /// Appends the tokens of `text`. A byte that no token stands for is left out.
+    /// Appends the tokens of `text` to `ids`. Bytes without a token are dropped.
     ///
     /// # Errors
-    /// When a word is longer than any that is taken.
+    /// Returns an error if a word exceeds the length limit for merging.
     pub(super) fn encode(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), TextError> {
         let mut merger = Merger::default();
         self.pre_tokenizer.split(text, &mut |word| {

@@ -1,4 +1,4 @@
-//! `strftime` for chat templates that tell the model the date; in UTC.
+//! `strftime` for chat templates that tell the model the date. All times are in UTC.
 
 use std::fmt::Write;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -28,16 +28,16 @@ const MONTHS: [&str; 12] = [
     "December",
 ];
 
-/// A moment, in the parts that formats name.
+/// Point in time, split into the fields that format codes name.
 struct Moment {
     year: i64,
-    /// 0 to 11.
+    /// Month, 0 to 11.
     month: usize,
-    /// 1 to 31.
+    /// Day of the month, 1 to 31.
     day: i64,
-    /// 0 is Sunday.
+    /// Day of the week; 0 is Sunday.
     weekday: usize,
-    /// 0 to 365.
+    /// Day of the year, 0 to 365.
     day_of_year: i64,
     hour: i64,
     minute: i64,
@@ -45,8 +45,10 @@ struct Moment {
 }
 
 impl Moment {
-    /// Civil date from days, after Hinnant, "chrono-Compatible Low-Level Date
-    /// Algorithms": years begin in March, so that leap days come last.
+    /// Splits `time` into its calendar fields.
+    ///
+    /// Uses Hinnant's algorithm ("chrono-Compatible Low-Level Date Algorithms"), in which
+    /// years begin in March so that the leap day comes last.
     fn new(time: SystemTime) -> Self {
         let seconds = match time.duration_since(UNIX_EPOCH) {
             Ok(after) => i64::try_from(after.as_secs()).unwrap_or(0),
@@ -81,7 +83,7 @@ impl Moment {
         }
     }
 
-    /// One field; `None` for a letter that has none.
+    /// Returns the text of one format code, or `None` if `letter` is not a code.
     fn field(&self, letter: char) -> Option<String> {
         let weekday = i64::try_from(self.weekday).unwrap_or(0);
         let half_day = (self.hour + 11) % 12 + 1;
@@ -151,7 +153,7 @@ impl Moment {
     }
 }
 
-/// `time` as `format` says. Letters that mean nothing stay as they are.
+/// Formats `time` according to `format`. Unknown format codes are copied unchanged.
 pub(super) fn strftime(time: SystemTime, format: &str) -> String {
     Moment::new(time).fields(format)
 }

@@ -1,15 +1,15 @@
-//! Token ids into text one at a time, never splitting a character.
+//! Turns token ids into text one at a time, without splitting a character.
 
 use super::Tokenizer;
 use std::fmt;
 use std::str;
 use std::sync::Arc;
 
-/// Turns an answer's tokens into text as they come.
+/// Turns the tokens of an answer into text as they are generated.
 ///
-/// All it gives, put together, is what [`Tokenizer::decode`] gives for all the
-/// tokens at once. Bytes that could still become a character are held back;
-/// each token costs the same, however long the answer is.
+/// The returned pieces, concatenated, equal what [`Tokenizer::decode`] returns for all the
+/// tokens at once. Bytes that could still become a character are held back. The cost per
+/// token does not depend on the length of the answer.
 #[derive(Clone)]
 pub struct Detokenizer {
     tokenizer: Arc<Tokenizer>,
@@ -27,14 +27,16 @@ impl fmt::Debug for Detokenizer {
 }
 
 impl Detokenizer {
-    /// Begins a text; without special tokens if `skip_special`.
+    /// Starts a new text. If `skip_special`, special tokens are left out.
     pub fn new(tokenizer: Arc<Tokenizer>, skip_special: bool) -> Self {
         Self::after(&[], tokenizer, skip_special)
     }
 
-    /// Goes on where the text of `prompt` ends: a space that a SentencePiece model
-    /// writes there is part of the text. After nothing, or a special token, a text
-    /// begins, as with [`new`](Self::new).
+    /// Starts after the text of `prompt`, so that a space which a SentencePiece model puts
+    /// there is kept as part of the text.
+    ///
+    /// If `prompt` is empty or ends with a special token, this is the same as
+    /// [`new`](Self::new).
     pub fn after(prompt: &[u32], tokenizer: Arc<Tokenizer>, skip_special: bool) -> Self {
         let begins = prompt.last().is_none_or(|&id| tokenizer.is_special(id));
         let assembler = match begins {
@@ -48,7 +50,7 @@ impl Detokenizer {
         }
     }
 
-    /// The text that `id` completes; empty while a character is incomplete.
+    /// Returns the text that `id` completes. Empty while a character is incomplete.
     pub fn push(&mut self, id: u32) -> String {
         let mut text = String::new();
         self.tokenizer
@@ -56,8 +58,8 @@ impl Detokenizer {
         text
     }
 
-    /// What is still held back, an incomplete character being U+FFFD. The next
-    /// [`push`](Self::push) begins a new text.
+    /// Returns the text that is still held back, with U+FFFD for an incomplete character.
+    /// The next [`push`](Self::push) starts a new text.
     pub fn finish(&mut self) -> String {
         let mut text = String::new();
         self.assembler.finish(&mut text);
@@ -66,12 +68,13 @@ impl Detokenizer {
     }
 }
 
-/// Bytes into text, whatever their chunks: as `String::from_utf8_lossy` on all.
+/// Turns bytes into text chunk by chunk. The result is that of `String::from_utf8_lossy` on
+/// all the bytes.
 #[derive(Clone, Debug)]
 pub(super) struct Utf8Assembler {
-    /// The beginning of a character: at most three bytes.
+    /// Bytes of an incomplete character, at most three.
     pending: Vec<u8>,
-    /// Whether a space that comes now is the tokenizer's own.
+    /// Whether a space that comes next was added by the tokenizer and must be removed.
     strip_space: bool,
 }
 
@@ -100,7 +103,7 @@ impl Utf8Assembler {
         }
     }
 
-    /// Appends what is left: one U+FFFD for an incomplete character.
+    /// Appends one U+FFFD if an incomplete character is left.
     pub(super) fn finish(&mut self, text: &mut String) {
         if !self.pending.is_empty() {
             text.push(char::REPLACEMENT_CHARACTER);
@@ -109,8 +112,8 @@ impl Utf8Assembler {
     }
 }
 
-/// Appends to `text` all of `bytes` but an incomplete character at their end,
-/// which is returned.
+/// Appends `bytes` to `text`, except for an incomplete character at the end, and returns
+/// the bytes of that character.
 fn append<'a>(mut bytes: &'a [u8], text: &mut String) -> &'a [u8] {
     loop {
         let error = match str::from_utf8(bytes) {

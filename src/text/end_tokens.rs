@@ -1,11 +1,11 @@
-//! Which tokens end an answer.
+//! Finds the tokens that end an answer.
 //!
-//! Models name one end token in their metadata and use several, so the
-//! well-known names count as well, as they do in llama.cpp.
+//! Model metadata names one end token although models use several, so tokens with
+//! well-known names count too, as in llama.cpp.
 
 use super::vocabulary::{TokenKind, Vocabulary};
 
-/// Names that end a turn or a text wherever they occur.
+/// Token names that end a turn or a text in every model that has them.
 const WELL_KNOWN: [&str; 20] = [
     "<|eot_id|>",
     "<|eom_id|>",
@@ -29,10 +29,10 @@ const WELL_KNOWN: [&str; 20] = [
     "<|file_sep|>",
 ];
 
-/// Marks the well-known end tokens of `vocabulary` as control tokens and gives
-/// them together with `named`, the ids that the metadata names; sorted.
+/// Marks the well-known end tokens of `vocabulary` as control tokens and returns them
+/// together with `named`, the ids from the metadata. The result is sorted.
 ///
-/// With `added_only`, ordinary tokens that merely have such a name don't count.
+/// With `added_only`, ordinary tokens that merely have a well-known name are ignored.
 pub(super) fn end_tokens(
     vocabulary: &mut Vocabulary,
     named: impl IntoIterator<Item = u32>,
@@ -49,7 +49,7 @@ pub(super) fn end_tokens(
         vocabulary.set_kind(id, TokenKind::Control);
         ends.push(id);
     }
-    // In the harmony format and its kin `<|end|>` ends a message, not the answer.
+    // In harmony and similar formats, `<|end|>` ends a message, not the answer.
     let has = |name: &str| vocabulary.id(name).is_some_and(|id| ends.contains(&id));
     let calls = has("<|call|>") || has("<|calls|>");
     if calls && (has("<|return|>") || has("<|flush|>")) {

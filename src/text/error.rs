@@ -1,211 +1,211 @@
-//! What can be wrong with a tokenizer, a chat template or a text.
+//! Errors of tokenizers, chat templates and their inputs.
 
 use std::path::PathBuf;
 use thiserror::Error;
 
-/// A tokenizer or chat template that cannot be built, or cannot do what was asked.
+/// Error from building or using a tokenizer or chat template.
 #[derive(Debug, Error)]
 pub enum TextError {
     /// A tokenizer file cannot be read.
     #[error("cannot read {}: {source}", path.display())]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why not.
+        /// Underlying I/O error.
         source: std::io::Error,
     },
-    /// A tokenizer file is not what its name promises.
+    /// A tokenizer file does not have the expected content.
     #[error("{} is {found}, expected {expected}", path.display())]
     File {
-        /// The file.
+        /// Path of the file or folder.
         path: PathBuf,
-        /// What is there.
+        /// What was found.
         found: String,
-        /// What should be there.
+        /// What was expected.
         expected: &'static str,
     },
-    /// A value in a GGUF file is missing or of the wrong type.
+    /// A value in a GGUF file is missing or has the wrong type.
     #[error("metadata {key} is {found}, expected {expected}")]
     Metadata {
-        /// The key.
+        /// Metadata key.
         key: &'static str,
-        /// The type that is there.
+        /// Type of the value, or `missing`.
         found: String,
-        /// The type that should be there.
+        /// Expected type.
         expected: &'static str,
     },
     /// The vocabulary has no tokens.
     #[error("the tokenizer's vocabulary is empty, expected at least one token")]
     EmptyVocabulary,
-    /// The vocabulary is larger than any model's.
+    /// The vocabulary has more tokens than the limit.
     #[error("the vocabulary has {tokens} tokens, expected at most {limit}")]
     VocabularyTooLarge {
-        /// How many tokens it has, or the largest id plus one.
+        /// Number of tokens, or the largest id plus one.
         tokens: usize,
-        /// The most that are accepted.
+        /// Maximum number of tokens.
         limit: usize,
     },
-    /// A list that goes with the vocabulary has another length.
+    /// A list that must have one entry per token has another length.
     #[error("tokenizer list {list} has {found} entries, expected {expected}, one a token")]
     LengthMismatch {
-        /// The list: `scores` or `token_types`.
+        /// Name of the list: `scores` or `token_types`.
         list: &'static str,
-        /// Its length.
+        /// Length of the list.
         found: usize,
-        /// The number of tokens.
+        /// Number of tokens.
         expected: usize,
     },
-    /// One text stands for two ids.
+    /// Two ids have the same text.
     #[error("token {second} is {text:?}, as token {first} is, expected every token once")]
     DuplicateToken {
-        /// The text.
+        /// Text of both tokens.
         text: String,
-        /// The first id.
+        /// First id.
         first: u32,
-        /// The second id.
+        /// Second id.
         second: u32,
     },
-    /// A token is longer than any model's.
+    /// A token is longer than the limit.
     #[error("token {id} is {bytes} bytes long, expected at most {limit}")]
     TokenTooLong {
-        /// The token.
+        /// Id of the token.
         id: u32,
-        /// Its length.
+        /// Length of the token, in bytes.
         bytes: usize,
-        /// The longest that is accepted.
+        /// Maximum length, in bytes.
         limit: usize,
     },
-    /// A token's type is no known number.
+    /// A token's type is not a known number.
     #[error("token {id} has type {found}, expected 1 to 6")]
     TokenType {
-        /// The token.
+        /// Id of the token.
         id: u32,
-        /// Its type.
+        /// Type of the token.
         found: i32,
     },
-    /// A token of type "byte" names no byte.
+    /// A token of type "byte" does not name a byte.
     #[error("byte token {id} is {text:?}, expected <0x00> to <0xFF>")]
     ByteToken {
-        /// The token.
+        /// Id of the token.
         id: u32,
-        /// Its text.
+        /// Text of the token.
         text: String,
     },
-    /// A score is not a number.
+    /// A score is infinite or not a number.
     #[error("token {id} has score {score}, expected a finite number")]
     Score {
-        /// The token.
+        /// Id of the token.
         id: u32,
-        /// Its score.
+        /// Score of the token.
         score: f32,
     },
-    /// A merge is not two tokens with a space between them.
+    /// A merge is not two tokens separated by one space.
     #[error("merge {index} is {merge:?}, expected two tokens with one space between")]
     MergeShape {
-        /// Its place in the list.
+        /// Index in the list of merges.
         index: usize,
-        /// The merge.
+        /// Text of the merge.
         merge: String,
     },
-    /// A merge takes or makes a token that the vocabulary lacks.
+    /// A merge needs a token that the vocabulary lacks.
     #[error("merge {index} ({merge:?}) needs token {token:?}, which the vocabulary lacks")]
     MergeToken {
-        /// Its place in the list.
+        /// Index in the list of merges.
         index: usize,
-        /// The merge.
+        /// Text of the merge.
         merge: String,
-        /// The missing token.
+        /// Missing token.
         token: String,
     },
     /// A special token's id is outside the vocabulary.
     #[error("{name} is {id}, expected an id below {vocabulary}")]
     SpecialId {
-        /// Which special token: `bos`, `eos` and so on.
+        /// Kind of special token, such as `bos` or `eos`.
         name: &'static str,
-        /// Its id.
+        /// Id of the token.
         id: u32,
-        /// The size of the vocabulary.
+        /// Size of the vocabulary.
         vocabulary: usize,
     },
-    /// The model wants a special token around every prompt, and names none.
+    /// The tokenizer must add a special token to every prompt but does not define it.
     #[error("the tokenizer adds {name} to every prompt but names no such token")]
     MissingSpecial {
-        /// Which special token: `bos` or `eos`.
+        /// Kind of special token: `bos` or `eos`.
         name: &'static str,
     },
-    /// The kind of tokenizer is unknown.
+    /// The tokenizer model is unknown.
     #[error("tokenizer model is {found:?}, expected gpt2, llama or t5")]
     UnknownModel {
-        /// What the file says.
+        /// Model that the file names.
         found: String,
     },
     /// The pre-tokenizer is unknown.
     #[error("pre-tokenizer is {found:?}, expected one of {known}")]
     UnknownPreTokenizer {
-        /// What the file says.
+        /// Pre-tokenizer that the file names.
         found: String,
-        /// Every known name.
+        /// Names of all known pre-tokenizers.
         known: String,
     },
-    /// The tokenizer uses something that is not there yet.
+    /// The tokenizer uses a feature that is not supported.
     #[error("the tokenizer's {part} is {found}, expected {expected}")]
     Unsupported {
-        /// The part: `decoder`, for one.
+        /// Part of the tokenizer, such as `decoder`.
         part: &'static str,
-        /// What the file says.
+        /// What the file specifies.
         found: String,
-        /// What is understood.
+        /// What is supported.
         expected: &'static str,
     },
-    /// Part of the tokenizer cannot be built.
+    /// A part of the tokenizer cannot be built.
     #[error("cannot build the tokenizer's {part}: {message}")]
     Build {
-        /// Which part.
+        /// Part that cannot be built.
         part: &'static str,
-        /// Why not.
+        /// Reason.
         message: String,
     },
     /// A text cannot be encoded.
     #[error("cannot encode a text of {bytes} bytes: {message}")]
     Encode {
-        /// The length of the text.
+        /// Length of the text, or of the word that is too long, in bytes.
         bytes: usize,
-        /// Why not.
+        /// Reason.
         message: String,
     },
     /// A chat template does not parse.
     #[error("chat template, line {line}: {message}")]
     TemplateSyntax {
-        /// The line, counted from 1; 0 when it is not known.
+        /// Line number, counted from 1; 0 if it is unknown.
         line: usize,
-        /// What is wrong there.
+        /// Description of the error.
         message: String,
     },
-    /// A chat template refused the conversation with `raise_exception`.
+    /// A chat template rejected the conversation with `raise_exception`.
     #[error("the chat template refuses the conversation: {message}")]
     TemplateRaised {
-        /// The template's own words.
+        /// Message from the template.
         message: String,
     },
-    /// A chat template failed while it ran.
+    /// A chat template failed while it was rendered.
     #[error("chat template failed on line {line}: {message}")]
     TemplateFailed {
-        /// The line, counted from 1; 0 when it is not known.
+        /// Line number, counted from 1; 0 if it is unknown.
         line: usize,
-        /// What went wrong.
+        /// Description of the error.
         message: String,
     },
-    /// A conversation's last message is to be continued, and its end is not in the prompt.
+    /// The last message was to be continued, but its end does not appear in the prompt.
     #[error(
         "the chat template does not write the end of the last message, which was to be continued"
     )]
     NotContinued,
-    /// A chat template did more work or wrote more than any real one does.
+    /// A chat template exceeded its limit on instructions or on output.
     #[error("the chat template exceeds its limit of {limit} {unit}")]
     TemplateTooExpensive {
         /// The limit.
         limit: u64,
-        /// What is limited: `instructions` or `bytes`.
+        /// Unit of the limit: `instructions` or `bytes`.
         unit: &'static str,
     },
 }

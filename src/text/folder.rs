@@ -1,4 +1,4 @@
-//! A tokenizer from a Hugging Face folder: `tokenizer.json` and the files beside it.
+//! Builds a tokenizer from a Hugging Face folder: `tokenizer.json` and its companion files.
 
 use super::TextError;
 use super::byte_level::{byte_characters, token_bytes};
@@ -14,16 +14,16 @@ use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::OnceLock;
 
-/// The `tokenizers` crate's tokenizer, twice where both readings are wanted.
+/// Tokenizer of the `tokenizers` crate, with a second copy if plain text is encoded too.
 pub(super) struct HuggingFace {
     /// Reads the text of a special token as that token.
     parsing: tokenizers::Tokenizer,
-    /// Reads it as plain text; made when first needed.
+    /// Reads the text of a special token as plain text. Created on first use.
     plain: OnceLock<tokenizers::Tokenizer>,
-    /// Whether `add_special` is the tokenizer's own business.
+    /// Whether this tokenizer adds the special tokens for `add_special` itself.
     frames: bool,
-    /// Whether a text may have fewer bytes once it is normalised, or tokens take text
-    /// beside their own.
+    /// Whether tokens may represent fewer bytes than the text has, because normalization
+    /// shortens it or tokens absorb the text around them.
     may_shrink: bool,
 }
 
@@ -61,12 +61,13 @@ impl HuggingFace {
 impl Tokenizer {
     /// Builds the tokenizer of a Hugging Face folder.
     ///
-    /// `tokenizer.json` must be there. `tokenizer_config.json`,
-    /// `special_tokens_map.json`, `generation_config.json`, `config.json` and
-    /// `chat_template.jinja` or `chat_template.json` are read where they are.
+    /// `tokenizer.json` is required. `tokenizer_config.json`, `special_tokens_map.json`,
+    /// `generation_config.json`, `config.json`, and `chat_template.jinja` or
+    /// `chat_template.json` are read if they exist.
     ///
     /// # Errors
-    /// When a file cannot be read or understood; the error names it.
+    /// Returns an error that names the file if one cannot be read or parsed. Also returns
+    /// an error if the contents are inconsistent or not supported.
     pub fn from_folder(dir: &Path) -> Result<Tokenizer, TextError> {
         let files = Files::read(dir)?;
         let mut parsing = files.tokenizer;
@@ -139,9 +140,10 @@ impl Tokenizer {
     }
 }
 
-/// Whether a tokenizer may take more bytes of text than its tokens have: unless it has no
-/// normalizer, cuts text into bytes, has a token for each, and none that takes the white
-/// space around it.
+/// Returns whether tokens may represent fewer bytes than the encoded text has.
+///
+/// This is ruled out only if the tokenizer has no normalizer, splits text into bytes, has a
+/// token for every byte, and has no added token that absorbs the white space next to it.
 fn may_shrink(tokenizer: &tokenizers::Tokenizer) -> bool {
     let steps = serde_json::to_string(&tokenizer.get_pre_tokenizer()).unwrap_or_default();
     let every_byte = byte_characters().all(|character| {
@@ -153,7 +155,7 @@ fn may_shrink(tokenizer: &tokenizers::Tokenizer) -> bool {
     tokenizer.get_normalizer().is_some() || !steps.contains("ByteLevel") || !every_byte || strips
 }
 
-/// What the folder's files say; null where there is no such file.
+/// Contents of the folder's files. A JSON value is null if its file does not exist.
 struct Files {
     tokenizer: tokenizers::Tokenizer,
     config: Value,
@@ -163,7 +165,7 @@ struct Files {
     template: Option<TemplateSources>,
 }
 
-/// A folder's chat template, and the one to take where there are tools.
+/// Chat template of a folder, and the template to use if tools are given.
 struct TemplateSources {
     default: String,
     tool_use: Option<String>,
@@ -201,7 +203,7 @@ impl Files {
     }
 }
 
-/// The text of an optional file.
+/// Reads an optional text file. Returns `None` if it does not exist.
 fn read(path: &Path) -> Result<Option<String>, TextError> {
     match std::fs::read_to_string(path) {
         Ok(text) => Ok(Some(text)),
@@ -213,7 +215,7 @@ fn read(path: &Path) -> Result<Option<String>, TextError> {
     }
 }
 
-/// An optional JSON file; null when it is not there.
+/// Reads an optional JSON file. Returns null if it does not exist.
 fn json(dir: &Path, name: &str) -> Result<Value, TextError> {
     let path = dir.join(name);
     let Some(text) = read(&path)? else {
@@ -226,8 +228,11 @@ fn json(dir: &Path, name: &str) -> Result<Value, TextError> {
     })
 }
 
-/// The chat template: its own file before the tokenizer's configuration, and of
-/// several the ones called `default` and `tool_use`.
+/// Finds the chat template. A separate file takes precedence over the tokenizer's
+/// configuration.
+///
+/// From a list of templates, this takes the ones named `default` (or else the first) and
+/// `tool_use`.
 fn template_source(dir: &Path, config: &Value) -> Result<Option<TemplateSources>, TextError> {
     if let Some(default) = read(&dir.join("chat_template.jinja"))? {
         let tool_use = read(&dir.join("additional_chat_templates/tool_use.jinja"))?;
@@ -264,7 +269,7 @@ fn template_source(dir: &Path, config: &Value) -> Result<Option<TemplateSources>
     })
 }
 
-/// The text of a special token: a string, or an object with `content`.
+/// Returns the text of a special token, which is a string or an object with `content`.
 fn special_text<'a>(config: &'a Value, special: &'a Value, name: &str) -> Option<&'a str> {
     [config, special].into_iter().find_map(|file| {
         let token = &file[name];
@@ -272,7 +277,7 @@ fn special_text<'a>(config: &'a Value, special: &'a Value, name: &str) -> Option
     })
 }
 
-/// Token ids written as a number or a list of numbers.
+/// Returns the token ids in a field that holds a number or a list of numbers.
 fn ids(file: &Value, name: &str) -> Vec<u32> {
     let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
     match &file[name] {
@@ -281,8 +286,11 @@ fn ids(file: &Value, name: &str) -> Vec<u32> {
     }
 }
 
-/// What goes around a prompt by `add_bos_token` and `add_eos_token`. Only these
-/// classes heed them, in place of what `tokenizer.json` says.
+/// Returns the tokens to put around a prompt according to `add_bos_token` and
+/// `add_eos_token`.
+///
+/// Only the tokenizer classes listed here use these settings, in place of what `tokenizer.json`
+/// says. Returns `None` for other classes, or if neither setting is present.
 fn explicit_frame(
     config: &Value,
     bos: Option<u32>,
@@ -311,7 +319,7 @@ fn explicit_frame(
     }))
 }
 
-/// Every token with its bytes, by id.
+/// Collects all tokens with their bytes, ordered by id.
 fn vocabulary(tokenizer: &tokenizers::Tokenizer) -> Result<Vocabulary, TextError> {
     let decoding = Decoding::of(tokenizer)?;
     let mut by_id: BTreeMap<u32, String> = BTreeMap::new();
@@ -353,12 +361,12 @@ fn vocabulary(tokenizer: &tokenizers::Tokenizer) -> Result<Vocabulary, TextError
     Ok(vocabulary)
 }
 
-/// What `tokenizer.json`'s decoder does, as far as models' decoders differ.
+/// Settings of the decoder in `tokenizer.json`, as far as models differ in them.
 #[derive(Default)]
 struct Decoding {
     byte_level: bool,
     byte_fallback: bool,
-    /// What stands for a space.
+    /// Text that stands for a space.
     space: Option<String>,
     strip_leading_space: bool,
 }

@@ -1,19 +1,19 @@
-//! Entry points for fuzzing: what must hold for every input, however hostile.
+//! Entry points for fuzzing, which check properties that must hold for every input.
 
 use super::{Detokenizer, EncodeOptions, GgufVocabulary, TextError, Tokenizer};
 use std::sync::Arc;
 
-/// Builds a tokenizer from untrusted metadata and works with it.
+/// Builds a tokenizer from untrusted metadata, and encodes and decodes with it.
 ///
-/// Returns the error of a description that was refused. Work and memory are in
-/// proportion to the input.
+/// Work and memory are proportional to the input.
 ///
 /// # Errors
-/// As [`Tokenizer::from_gguf`].
+/// Returns an error for the same reasons as [`Tokenizer::from_gguf`] and
+/// [`Tokenizer::encode`].
 ///
 /// # Panics
-/// When a token has an id outside the vocabulary, or when text that comes token
-/// by token is not the text of all tokens. That is what fuzzing looks for.
+/// Panics if an encoded id is outside the vocabulary, or if decoding token by token gives a
+/// different text than decoding all tokens at once. Fuzzing looks for these panics.
 pub fn check_vocabulary(
     vocabulary: GgufVocabulary,
     text: &str,

@@ -1,15 +1,17 @@
-//! Takes the tokenizer's description out of a GGUF file's metadata.
+//! Extracts a tokenizer's description from the metadata of a GGUF file.
 
 use super::{GgufVocabulary, TextError};
 use crate::weights::Gguf;
 use crate::weights::gguf::Value;
 
 impl GgufVocabulary {
-    /// The tokenizer that `file` describes, with its values of the right types
-    /// but not yet checked against each other.
+    /// Reads the description of the tokenizer in `file`.
+    ///
+    /// The types of the values are checked, but not whether the values are consistent.
     ///
     /// # Errors
-    /// When a value has the wrong type, or the file has no tokenizer.
+    /// Returns an error if the file has no tokenizer, if a value has the wrong type, or if
+    /// a `t5` model has a normalizer, which is not supported.
     pub fn from_file(file: &Gguf) -> Result<Self, TextError> {
         let read = Metadata(file);
         let model = read.required("tokenizer.ggml.model", "a string", Value::as_str)?;
@@ -70,7 +72,7 @@ impl GgufVocabulary {
     }
 }
 
-/// Typed reading, with errors that name the key.
+/// Reads typed values, with errors that name the key.
 struct Metadata<'a>(&'a Gguf);
 
 impl<'a> Metadata<'a> {

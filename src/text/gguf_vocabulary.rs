@@ -1,4 +1,5 @@
-//! A tokenizer as a GGUF file describes it, and the checks that make one of it.
+//! Description of a tokenizer in a GGUF file, and the checks that turn it into a
+//! [`Tokenizer`].
 
 use super::TextError;
 use super::byte_level::{ByteLevelBpe, token_bytes};
@@ -11,21 +12,22 @@ use super::tokenizer::{Frame, Model, PlainModel, Tokenizer};
 use super::unigram::Unigram;
 use super::vocabulary::{MAX_TOKENS, TokenKind, Vocabulary};
 
-/// The `tokenizer.*` metadata of a GGUF file, not yet checked.
+/// `tokenizer.*` metadata of a GGUF file, not yet validated.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct GgufVocabulary {
     /// `tokenizer.ggml.model`: `gpt2` (byte-level BPE), `llama` (SentencePiece BPE)
     /// or `t5` (SentencePiece unigram).
     pub model: String,
-    /// `tokenizer.ggml.pre`: the pre-tokenizer of a `gpt2` model; none is `default`.
+    /// `tokenizer.ggml.pre`: name of the pre-tokenizer of a `gpt2` model. `None` means
+    /// `default`.
     pub pre: Option<String>,
     /// `tokenizer.ggml.tokens`.
     pub tokens: Vec<String>,
-    /// `tokenizer.ggml.scores`: one a token, or none at all where the model needs none.
+    /// `tokenizer.ggml.scores`: one per token, or empty if the model needs none.
     pub scores: Vec<f32>,
-    /// `tokenizer.ggml.token_type`: one a token, or none at all if all are normal.
+    /// `tokenizer.ggml.token_type`: one per token, or empty if all tokens are normal.
     pub token_types: Vec<i32>,
-    /// `tokenizer.ggml.merges`: `"left right"`, the first being merged first.
+    /// `tokenizer.ggml.merges`: `"left right"` entries, highest priority first.
     pub merges: Vec<String>,
     /// `tokenizer.ggml.bos_token_id`.
     pub bos: Option<u32>,
@@ -49,11 +51,11 @@ pub struct GgufVocabulary {
     pub remove_extra_whitespaces: Option<bool>,
     /// `tokenizer.chat_template`.
     pub chat_template: Option<String>,
-    /// `tokenizer.chat_template.tool_use`: the template to take where there are tools.
+    /// `tokenizer.chat_template.tool_use`: the template to use if tools are given.
     pub tool_use_template: Option<String>,
 }
 
-/// The kinds of tokenizer that GGUF files hold.
+/// Kinds of tokenizer that GGUF files contain.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Family {
     ByteLevel,
@@ -65,8 +67,8 @@ impl Tokenizer {
     /// Builds the tokenizer that a GGUF file describes.
     ///
     /// # Errors
-    /// When the description contradicts itself, or asks for a tokenizer model or
-    /// pre-tokenizer that is not there; the error names what and why.
+    /// Returns an error if the description is inconsistent, if its chat template does not
+    /// parse, or if its tokenizer model or pre-tokenizer is not supported.
     pub fn from_gguf(gguf: GgufVocabulary) -> Result<Tokenizer, TextError> {
         let family = match gguf.model.as_str() {
             "gpt2" => Family::ByteLevel,
@@ -150,7 +152,8 @@ impl Tokenizer {
     }
 }
 
-/// A token that SentencePiece models have without naming it in the metadata.
+/// Finds a control token by name. SentencePiece models may have one that the metadata does
+/// not name.
 fn control(vocabulary: &Vocabulary, family: Family, name: &str) -> Option<u32> {
     let id = vocabulary
         .id(name)
@@ -158,7 +161,7 @@ fn control(vocabulary: &Vocabulary, family: Family, name: &str) -> Option<u32> {
     (vocabulary.kind(id) == TokenKind::Control).then_some(id)
 }
 
-/// The token to put around every prompt, if there is to be one.
+/// Returns the token to put around every prompt, or `None` if there is none.
 fn wanted(
     name: &'static str,
     explicit: Option<bool>,
@@ -257,7 +260,7 @@ impl GgufVocabulary {
     }
 }
 
-/// The byte that `<0x00>` to `<0xFF>` names.
+/// Returns the byte that a token text `<0x00>` to `<0xFF>` names.
 pub(super) fn named_byte(text: &str) -> Option<u8> {
     let digits = text.strip_prefix("<0x")?.strip_suffix('>')?;
     let hexadecimal = digits.len() == 2 && digits.bytes().all(|digit| digit.is_ascii_hexdigit());

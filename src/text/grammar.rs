@@ -1,8 +1,9 @@
-//! [`Grammar`]: an answer held to a JSON schema, a regular expression or a grammar.
+//! [`Grammar`] restricts an answer to a JSON schema, a regular expression or a grammar.
 //!
-//! Grammars are compiled and followed by llguidance (Moskal et al., "llguidance:
-//! Super-fast Structured Outputs"): an Earley parser over lexemes that are derivatives of
-//! regular expressions, which walks a trie of all tokens for the mask of a step.
+//! llguidance compiles and follows the grammars (Moskal et al., "llguidance: Super-fast
+//! Structured Outputs"). It is an Earley parser over lexemes, which it matches with
+//! derivatives of regular expressions. In each step it walks a trie of all tokens to
+//! compute the token mask.
 
 mod pattern;
 mod schema;
@@ -23,67 +24,68 @@ use std::sync::Arc;
 use thiserror::Error;
 use vocabulary::Tokens;
 
-/// What an answer must be, compiled for one tokenizer. Cloning is cheap; give it to any
-/// number of requests as their [`constraint`](crate::Request::constraint).
+/// What an answer must look like, compiled for one tokenizer. Cloning is cheap. One grammar
+/// can be the [`constraint`](crate::Request::constraint) of any number of requests.
 ///
-/// Compiling takes from under a millisecond to some hundreds for the largest schemas, on
-/// the caller's thread; the first grammar of a tokenizer also prepares its vocabulary
-/// ([`Grammar::prepare`]).
+/// Compiling blocks the calling thread, from less than a millisecond to some hundred
+/// milliseconds for the largest schemas. The first grammar of a tokenizer also prepares its
+/// vocabulary ([`Grammar::prepare`]).
 ///
 /// # JSON
+/// Objects are written on one line. One space is allowed after `,` and `:`, and no other
+/// white space, so that an answer cannot spend its tokens on blanks. Properties come in the
+/// order of the schema.
 ///
-/// Objects are written on one line. After `,` and `:` one space may stand, and there is no
-/// other white space: an answer cannot spend its tokens on blanks. Properties come in the
-/// order of the schema. A schema keyword that cannot be kept to is refused by name, or left
-/// out and named by [`Grammar::unenforced`] ([`Keywords`]), as is `oneOf` of schemas that
-/// exclude one another in no obvious way: write `anyOf`. Formats that are not known are
-/// annotations. The schema's draft is that of its `$schema`, 2020-12 if it names none; references to other
-/// documents are not followed.
+/// A schema keyword that cannot be enforced is rejected by name, or dropped and reported by
+/// [`Grammar::unenforced`], as [`Keywords`] says. The same holds for a `oneOf` whose
+/// schemas are not obviously exclusive; use `anyOf` instead. Unknown formats are
+/// annotations. The draft is the one that `$schema` names, or 2020-12 if it names none.
+/// References to other documents are not followed.
 ///
-/// An answer that ends with `length` is the beginning of one that would have been right.
+/// An answer that ends with the finish reason `length` is the beginning of a valid answer.
 #[derive(Clone)]
 pub struct Grammar {
-    /// Before the first token. Never used itself.
+    /// State before the first token. It is only cloned, never advanced.
     start: Arc<Matcher>,
     kind: GrammarKind,
     unenforced: Arc<[String]>,
 }
 
-/// What an answer must be.
+/// Form that an answer must have.
 #[derive(Clone, Copy, Debug)]
 pub enum Form<'a> {
-    /// JSON of this schema.
+    /// JSON that conforms to this schema.
     JsonSchema(&'a Value),
-    /// A text that this regular expression matches as a whole.
+    /// Text that this regular expression matches as a whole.
     Regex(&'a str),
-    /// A text of this grammar.
+    /// Text of this grammar, in Lark's syntax.
     Lark(&'a str),
     /// One of these texts.
     Choice(&'a [String]),
 }
 
-/// What becomes of a schema with keywords that cannot be kept to.
+/// How to treat schema keywords that cannot be enforced.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Keywords {
-    /// It is refused.
+    /// The schema is rejected.
     #[default]
     Strict,
-    /// They are left out: the answer may be more than the schema allows.
+    /// The keywords are dropped, so that an answer may violate them.
     Lenient,
 }
 
-/// Tools that may be called in place of an answer of a form.
+/// Tools that the model may call instead of giving an answer of the required form.
 #[derive(Clone, Copy, Debug)]
 pub struct Calls<'a> {
-    /// How the model writes calls.
+    /// Format in which the model writes calls.
     pub format: ToolFormat,
-    /// The names of the tools, each with the schema of its parameters.
+    /// Names of the tools, each with the schema of its parameters.
     pub tools: &'a [(&'a str, Option<&'a Value>)],
-    /// Whether an answer may have several calls.
+    /// Whether an answer may contain several calls.
     pub several: bool,
 }
 
-/// What a grammar was made of.
+/// Kind of source that a grammar is compiled from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GrammarKind {
     /// A JSON schema.
@@ -107,69 +109,70 @@ impl fmt::Display for GrammarKind {
     }
 }
 
-/// Why there is no grammar.
+/// Error from compiling a grammar.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum GrammarError {
-    /// It is longer than any that is taken.
+    /// The source is longer than the limit.
     #[error("the {kind} is {bytes} bytes long, but may have at most {limit}")]
     TooLong {
-        /// What it was to be made of.
+        /// Kind of source.
         kind: GrammarKind,
-        /// The length.
+        /// Length of the source, in bytes.
         bytes: usize,
-        /// The limit.
+        /// Maximum length, in bytes.
         limit: usize,
     },
-    /// It is nested deeper than any that is taken.
+    /// The source is nested more deeply than the limit.
     #[error("the {kind} is nested deeper than the {limit} levels that it may have")]
     TooDeep {
-        /// What it was to be made of.
+        /// Kind of source.
         kind: GrammarKind,
-        /// The limit.
+        /// Maximum depth.
         limit: usize,
     },
-    /// It is wrong, asks for what is not supported, or takes too much work.
+    /// The source is invalid, uses an unsupported feature, or takes too much work.
     #[error("the {kind} cannot be used: {reason}")]
     Refused {
-        /// What it was to be made of.
+        /// Kind of source.
         kind: GrammarKind,
-        /// What is wrong, in the words of the compiler.
+        /// What is wrong, in the compiler's words.
         reason: String,
     },
     /// The tokenizer's vocabulary cannot be prepared.
     #[error("the tokenizer cannot serve grammars: {reason}")]
     Tokenizer {
-        /// Why.
+        /// Reason.
         reason: String,
     },
 }
 
-/// The longest JSON schema without its white space, and list of choices, in bytes.
+/// Maximum length of a JSON schema without its white space, and of a list of choices, in bytes.
 const MAX_SCHEMA_BYTES: usize = 128 << 10;
-/// The longest regular expression and grammar, in bytes.
+/// Maximum length of a regular expression or grammar, in bytes.
 const MAX_TEXT_BYTES: usize = 32 << 10;
-/// The deepest nesting of brackets in any of them.
+/// Maximum nesting depth of brackets in any source.
 const MAX_DEPTH: usize = 128;
-/// The most properties of one object: what they cost grows with their square.
+/// Maximum number of properties per object. Their cost grows with the square of the number.
 const MAX_PROPERTIES: usize = 2000;
-/// The most patterns of a schema that are looked at one by one when it cannot be compiled.
+/// Maximum number of patterns to test one by one when a schema does not compile.
 const MAX_PATTERNS: usize = 64;
-/// The number of properties from which on an object is tried before it is answered with.
+/// Objects with more properties than this are checked with [`look_ahead`].
 const LARGE_OBJECT: usize = 200;
-/// How many tokens that takes: the brackets and the beginning of a name.
+/// Number of tokens to look ahead: the brackets and the beginning of a property name.
 const LOOK_AHEAD: usize = 4;
-/// The longest message of the compiler that is passed on, in bytes.
+/// Maximum length of a compiler message that is passed on, in bytes.
 const MAX_REASON: usize = 400;
-/// The compiler goes deeper than the text is nested: one call a property, for one.
+/// Stack size of the compiler thread, in bytes. The compiler recurses more deeply than the
+/// source is nested, for example once per property.
 const COMPILER_STACK: usize = 256 << 20;
 
-/// What compiling and a step may cost at most; beyond it is an error.
+/// Returns the limits on the cost of compiling and of a step. Exceeding one is an error.
 fn limits() -> ParserLimits {
     ParserLimits {
-        // One or two KiB a state: what a running answer may take.
+        // Each state takes one or two KiB, so this bounds the memory of a running answer.
         max_lexer_states: 20_000,
-        // Four for each property that may be left out.
+        // Four for each optional property.
         max_items_in_row: 4 * MAX_PROPERTIES + 2000,
         verbose_errors: false,
         ..ParserLimits::default()
@@ -188,11 +191,11 @@ impl Compiler {
             factory.quiet();
             Ok(Self(factory))
         };
-        // A vocabulary beyond what the trie has room for makes it panic.
+        // Building the trie panics if the vocabulary does not fit.
         guarded(build).map_err(|reason| GrammarError::Tokenizer { reason })
     }
 
-    /// The one of a tokenizer, made when it is first asked for.
+    /// Returns the compiler of a tokenizer, created on first use.
     fn of(tokenizer: &Arc<Tokenizer>) -> Result<&Self, GrammarError> {
         let compiler = tokenizer.grammars.get_or_init(|| Self::new(tokenizer));
         compiler.as_ref().map_err(Clone::clone)
@@ -209,7 +212,7 @@ impl Compiler {
         let compile = || {
             let parser = self.0.create_parser(source);
             let mut matcher = Matcher::new(parser);
-            // Not for the mask: this finds grammars that no answer satisfies.
+            // The mask is not used. Computing it finds grammars that no answer satisfies.
             let begins = matcher.compute_mask_or_eos().map(drop);
             begins.map_err(|error| reason(&error))?;
             if large {
@@ -231,7 +234,8 @@ impl Compiler {
         compiled.map_err(|reason| GrammarError::Refused { kind, reason })
     }
 
-    /// The patterns that are regular expressions, but not ones that can be followed.
+    /// Returns the patterns that are valid regular expressions but that the compiler cannot
+    /// follow.
     fn beyond(&self, patterns: BTreeSet<String>) -> BTreeSet<String> {
         let unfit = |pattern: &String| {
             let source = compilable(json!({"type": "string", "pattern": pattern}), false);
@@ -247,8 +251,8 @@ impl Compiler {
     }
 }
 
-/// Takes the first steps of an answer, where an object with many properties fails that is
-/// beyond the limits.
+/// Takes the first steps of an answer, so that an object with too many properties fails now
+/// rather than during generation.
 fn look_ahead(matcher: &Matcher) -> Result<(), String> {
     let mut ahead = matcher.deep_clone();
     for _ in 0..LOOK_AHEAD {
@@ -269,14 +273,14 @@ fn look_ahead(matcher: &Matcher) -> Result<(), String> {
     Ok(())
 }
 
-/// The name of the grammar of an answer that is no call.
+/// Name of the grammar for an answer that is not a call.
 const ANSWER: &str = "answer";
 
-/// A form, ready to be compiled.
+/// A form, prepared for compilation.
 struct Source {
     kind: GrammarKind,
     grammar: GrammarWithLexer,
-    /// Keywords that were left out of a schema.
+    /// Schema keywords that were dropped.
     unheld: BTreeSet<String>,
 }
 
@@ -313,8 +317,8 @@ impl Source {
         })
     }
 
-    /// Leaves patterns out that cannot be followed, after this `error`; whether there were
-    /// any.
+    /// Drops patterns that the compiler cannot follow, after compilation failed with
+    /// `error`. Returns whether it dropped any.
     fn relax(&mut self, compiler: &Compiler, error: &GrammarError) -> bool {
         let Some(schema) = &mut self.grammar.json_schema else {
             return false;
@@ -324,7 +328,7 @@ impl Source {
         if !beyond.is_empty() {
             self.unheld.insert("pattern".to_owned());
         }
-        // A name may have one pattern.
+        // The compiler allows only one matching pattern per property name.
         let overlap = error.to_string().contains("are not disjoint");
         if overlap {
             schema::without_overlaps(schema);
@@ -333,14 +337,14 @@ impl Source {
         overlap || !beyond.is_empty()
     }
 
-    /// Whether the schema has a keyword, anywhere.
+    /// Returns whether the schema has a keyword anywhere.
     fn says(&self, keyword: &str) -> bool {
         let schema = self.grammar.json_schema.as_ref();
         schema.is_some_and(|schema| schema::has_key(schema, keyword))
     }
 }
 
-/// A schema that the compiler takes, and what was left out of it.
+/// Returns the schema in a form that the compiler accepts, and the keywords dropped from it.
 fn ready_schema(
     schema: &Value,
     keywords: Keywords,
@@ -369,7 +373,7 @@ fn ready_schema(
     Ok((compilable(schema, lenient), rewriter.unheld))
 }
 
-/// A schema that says how it is to be compiled, in place of what it says of that itself.
+/// Sets the compile options in a schema, which override any that the schema has itself.
 fn compilable(mut schema: Value, lenient: bool) -> Value {
     JsonCompileOptions {
         item_separator: ", ?".to_owned(),
@@ -382,7 +386,7 @@ fn compilable(mut schema: Value, lenient: bool) -> Value {
     schema
 }
 
-/// The schema keywords that a warning of the compiler says it has not kept to.
+/// Returns the schema keywords that a compiler warning reports as not enforced.
 fn keywords_of(warning: &str) -> Vec<String> {
     if let Some(keys) = warning.strip_prefix("Unimplemented keys: ") {
         let quoted = keys.split('"').skip(1).step_by(2);
@@ -398,10 +402,11 @@ fn keywords_of(warning: &str) -> Vec<String> {
 }
 
 impl Grammar {
-    /// An answer of this form.
+    /// Compiles a grammar for answers of this form.
     ///
     /// # Errors
-    /// When the form is wrong, needs what is not supported, or is too large.
+    /// Returns an error if the form is invalid, uses an unsupported feature, or exceeds a
+    /// limit.
     pub fn new(
         tokenizer: &Arc<Tokenizer>,
         form: Form<'_>,
@@ -423,13 +428,13 @@ impl Grammar {
         Ok(Self::of(source, compiled?))
     }
 
-    /// An answer of this form, or calls of tools in place of it.
+    /// Compiles a grammar for answers that have this form or consist of tool calls instead.
     ///
-    /// The arguments of calls are of their tool's schema, as far as the format writes them
-    /// as JSON and the schema can be kept to.
+    /// The arguments of a call conform to the schema of its tool, as far as the format
+    /// writes them as JSON and the schema can be enforced.
     ///
     /// # Errors
-    /// As for [`Grammar::new`].
+    /// Returns an error for the same reasons as [`Grammar::new`].
     pub fn or_calls(
         tokenizer: &Arc<Tokenizer>,
         form: Form<'_>,
@@ -469,7 +474,8 @@ impl Grammar {
         if let Err(error) = &compiled
             && keywords == Keywords::Lenient
         {
-            // Without its tools it may be one that can be held: arguments of any kind then.
+            // The schemas of the tools may be what fails, so try again with arguments of
+            // any kind.
             source.relax(compiler, error);
             let any = json!({"type": "object"});
             let tools: Vec<_> = calls
@@ -491,7 +497,8 @@ impl Grammar {
 
     fn of(source: Source, (matcher, warnings): (Matcher, Vec<String>)) -> Self {
         let warned = warnings.iter().flat_map(|warning| keywords_of(warning));
-        // One warning may be about several keywords. The tools' schemas are not kept.
+        // One warning covers `minProperties` and `maxProperties`, so report only those that
+        // the schema uses. The schemas of the tools are not available here.
         let warned = warned.filter(|name| !name.ends_with("Properties") || source.says(name));
         let mut unheld = source.unheld.clone();
         unheld.extend(warned);
@@ -502,46 +509,54 @@ impl Grammar {
         }
     }
 
-    /// JSON of a schema: an object, or `true` for any JSON.
+    /// Compiles a grammar for JSON that conforms to a schema: an object, or `true` for any
+    /// JSON.
     ///
     /// # Errors
-    /// When the schema is wrong, needs what is not supported, or is too large.
+    /// Returns an error if the schema is invalid, uses an unsupported feature, or exceeds a
+    /// limit.
     pub fn json_schema(tokenizer: &Arc<Tokenizer>, schema: &Value) -> Result<Self, GrammarError> {
         Self::new(tokenizer, Form::JsonSchema(schema), Keywords::Strict)
     }
 
-    /// Any JSON object.
+    /// Compiles a grammar for any JSON object.
     ///
     /// # Errors
-    /// When the tokenizer's vocabulary cannot be prepared.
+    /// Returns an error if the tokenizer's vocabulary cannot be prepared.
     pub fn json_object(tokenizer: &Arc<Tokenizer>) -> Result<Self, GrammarError> {
         Self::json_schema(tokenizer, &json!({"type": "object"}))
     }
 
-    /// A text that a regular expression matches as a whole, in the syntax of the
-    /// [`regex`](https://docs.rs/regex/latest/regex/#syntax) crate. `^` at its beginning
-    /// and `$` at its end change nothing; look-around and references are not supported.
+    /// Compiles a grammar for texts that a regular expression matches as a whole.
+    ///
+    /// The syntax is that of the [`regex`](https://docs.rs/regex/latest/regex/#syntax)
+    /// crate. `^` at the beginning and `$` at the end have no effect. Look-around and
+    /// back-references are not supported.
     ///
     /// # Errors
-    /// When the expression is wrong, needs what is not supported, or is too large.
+    /// Returns an error if the expression is invalid, uses an unsupported feature, or
+    /// exceeds a limit.
     pub fn regex(tokenizer: &Arc<Tokenizer>, regex: &str) -> Result<Self, GrammarError> {
         Self::new(tokenizer, Form::Regex(regex), Keywords::Strict)
     }
 
-    /// A text of a grammar in
+    /// Compiles a grammar in
     /// [llguidance's variant](https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md)
-    /// of Lark's syntax; the rule `start` is the whole.
+    /// of Lark's syntax. The rule `start` matches the whole answer.
     ///
     /// # Errors
-    /// When the grammar is wrong, needs what is not supported, or is too large.
+    /// Returns an error if the grammar is invalid, uses an unsupported feature, or exceeds
+    /// a limit.
     pub fn lark(tokenizer: &Arc<Tokenizer>, grammar: &str) -> Result<Self, GrammarError> {
         Self::new(tokenizer, Form::Lark(grammar), Keywords::Strict)
     }
 
-    /// One of these texts. Where one begins with another, both are possible.
+    /// Compiles a grammar for one of these texts. If one text begins with another, both are
+    /// possible.
     ///
     /// # Errors
-    /// When there is none, or one is empty, or they are too large together.
+    /// Returns an error if there are no texts, if one of them is empty, or if their total
+    /// length exceeds the limit.
     pub fn choice<T: AsRef<str>>(
         tokenizer: &Arc<Tokenizer>,
         choices: &[T],
@@ -551,25 +566,25 @@ impl Grammar {
     }
 
     /// Prepares a tokenizer for grammars, which takes some hundred milliseconds, so that
-    /// the first of them is compiled as fast as the next.
+    /// its first grammar compiles as fast as later ones.
     ///
     /// # Errors
-    /// When its vocabulary cannot be prepared.
+    /// Returns an error if the tokenizer's vocabulary cannot be prepared.
     pub fn prepare(tokenizer: &Arc<Tokenizer>) -> Result<(), GrammarError> {
         Compiler::of(tokenizer).map(drop)
     }
 
-    /// What it was made of.
+    /// Returns the kind of source that the grammar was compiled from.
     pub fn kind(&self) -> GrammarKind {
         self.kind
     }
 
-    /// The schema keywords that answers are not held to.
+    /// Returns the schema keywords that are not enforced.
     pub fn unenforced(&self) -> &[String] {
         &self.unenforced
     }
 
-    /// The constraint on a new answer.
+    /// Creates the constraint for a new answer.
     pub fn constraint(&self) -> Box<dyn Constraint> {
         Box::new(Following {
             start: Arc::clone(&self.start),
@@ -599,12 +614,12 @@ impl From<Grammar> for Box<dyn Constraint> {
     }
 }
 
-/// How far an answer has come in its grammar. It shares nothing that changes with other
-/// answers: neither can what one costs fall on another, nor its failure.
+/// Position of one answer in its grammar. It shares no mutable state with other answers, so
+/// that neither the cost nor the failure of one affects another.
 struct Following {
-    /// Before the first token; shared by the answers that wait.
+    /// State before the first token, shared by all answers that have not begun.
     start: Arc<Matcher>,
-    /// A state of its own, once it has begun.
+    /// State of this answer, once it has begun.
     begun: Option<Matcher>,
 }
 
@@ -648,7 +663,8 @@ impl Constraint for Following {
     }
 }
 
-/// A mark of a call in a grammar: a special token, which no text has, or its text.
+/// Returns the grammar terminal for a mark of a call: a special token, which text cannot
+/// contain, or else the text of the mark.
 fn mark(tokenizer: &Tokenizer, text: &str) -> String {
     match tokenizer.id_of(text).filter(|id| tokenizer.is_special(*id)) {
         Some(id) => format!("<[{id}]>"),
@@ -656,8 +672,8 @@ fn mark(tokenizer: &Tokenizer, text: &str) -> String {
     }
 }
 
-/// An error's message in one line, without what only its makers understand: notes in
-/// angle brackets after it, such as the trace of a panic.
+/// Formats an error in one line of limited length. Drops the notes in angle brackets after
+/// the message, such as the trace of a panic, which only the compiler's authors understand.
 fn reason(error: &impl fmt::Display) -> String {
     let text = format!("{error:#}");
     let end = text.find("\n<").unwrap_or(text.len());
@@ -672,7 +688,7 @@ fn reason(error: &impl fmt::Display) -> String {
     }
 }
 
-/// Calls what may panic; its panic is an error.
+/// Runs a call that may panic, and turns its panic into an error.
 fn guarded<T>(call: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
     catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| {
         let message = panic
@@ -721,7 +737,7 @@ fn require_text(kind: GrammarKind, text: &str) -> Result<(), GrammarError> {
     require_shallow(kind, bracket_depth(text))
 }
 
-/// How deep the arrays and objects of a value are nested.
+/// Returns the nesting depth of the arrays and objects in a value.
 fn value_depth(value: &Value) -> usize {
     let (mut deepest, mut todo) = (0, vec![(value, 1)]);
     while let Some((value, depth)) = todo.pop() {
@@ -735,7 +751,8 @@ fn value_depth(value: &Value) -> usize {
     deepest
 }
 
-/// The number of members of the largest object in a schema, but for lists of definitions.
+/// Returns the number of members of the largest object in a schema, not counting lists of
+/// definitions.
 fn most_properties(schema: &Value) -> Option<usize> {
     let (mut most, mut todo) = (None, vec![(schema, false)]);
     while let Some((value, definitions)) = todo.pop() {
@@ -754,13 +771,13 @@ fn most_properties(schema: &Value) -> Option<usize> {
     most
 }
 
-/// How deep the brackets of a text are nested; those in strings count, too.
+/// Returns the nesting depth of the brackets in a text. Brackets in strings count too.
 fn bracket_depth(text: &str) -> usize {
     let (mut deepest, mut depth) = (0usize, 0usize);
     let mut bytes = text.bytes();
     while let Some(byte) = bytes.next() {
         match byte {
-            // What is escaped is no bracket.
+            // An escaped character is not a bracket.
             b'\\' => drop(bytes.next()),
             b'(' | b'[' | b'{' => {
                 depth += 1;
@@ -773,7 +790,7 @@ fn bracket_depth(text: &str) -> usize {
     deepest
 }
 
-/// A regular expression for one of these texts.
+/// Builds a regular expression that matches one of these texts.
 fn alternatives(choices: &[String]) -> String {
     let mut regex = String::new();
     for (index, choice) in choices.iter().enumerate() {

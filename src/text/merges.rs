@@ -1,24 +1,25 @@
-//! Byte pair encoding's merges of one word: of all neighbours that can be merged, the
-//! pair that is listed first, and of equals the leftmost, until there is none.
+//! Byte pair encoding of one word.
+//!
+//! Of all adjacent pairs that can be merged, the pair that is listed first is merged first,
+//! and the leftmost of equal ones, until no pair is left.
 
 use super::TextError;
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 
-/// The longest word, in bytes. Merging takes some thirty times its length in memory.
+/// Maximum length of a word, in bytes. Merging takes about thirty times as much memory.
 const MAX_WORD_BYTES: usize = 3 << 19;
 
-/// Words of up to so many tokens are searched through for each merge; longer ones have
-/// their pairs in a heap.
+/// Words of up to this many bytes are searched in full for each merge. For longer words,
+/// the candidate pairs are kept in a heap.
 const SHORT: usize = 48;
 
-/// What pairs of tokens become, and in which order.
+/// Merge table, which maps each pair of tokens to its rank and to the token that it becomes.
 #[derive(Debug)]
 pub(super) struct Merges(HashMap<(u32, u32), (u32, u32), foldhash::fast::FixedState>);
 
 impl Merges {
-    /// `pairs` has the rank of each pair, lower ones being merged first, and the token
-    /// that it becomes.
+    /// Builds the table. Pairs with a lower rank are merged first.
     pub(super) fn new(pairs: HashMap<(u32, u32), (u32, u32)>) -> Self {
         Self(pairs.into_iter().collect())
     }
@@ -28,27 +29,28 @@ impl Merges {
     }
 }
 
-/// Merges words one after the other; its memory is used again for each.
+/// Merges one word after another and reuses its buffer.
 #[derive(Debug, Default)]
 pub(super) struct Merger {
     short: Vec<u32>,
 }
 
-/// One token of a long word.
+/// Token of a long word, as a node of a doubly linked list.
 struct Symbol {
     id: u32,
     previous: u32,
     next: u32,
 }
 
-/// No neighbour; also the id of a symbol that is merged into its left neighbour.
+/// Sentinel: no neighbour. Also the id of a symbol that was merged into its left neighbour.
 const NONE: u32 = u32::MAX;
 
 impl Merger {
-    /// Appends what a word of `bytes` bytes, whose bytes are `tokens`, becomes.
+    /// Merges a word of `bytes` bytes and appends the resulting tokens to `ids`. `tokens`
+    /// are the tokens of the single bytes.
     ///
     /// # Errors
-    /// When the word is too long.
+    /// Returns an error if the word is longer than [`MAX_WORD_BYTES`].
     pub(super) fn merge(
         &mut self,
         merges: &Merges,
@@ -109,7 +111,7 @@ fn merge_long(
     if let Some(last) = symbols.last_mut() {
         last.next = NONE;
     }
-    // A pair is known by its left symbol; its rank tells whether it is still that pair.
+    // The heap identifies a pair by its left symbol. The rank shows whether an entry is stale.
     let pairs = (0..).zip(symbols.windows(2));
     let pairs = pairs.filter_map(|(at, pair)| {
         let (rank, _) = merges.get(pair[0].id, pair[1].id)?;
@@ -156,7 +158,8 @@ mod tests {
     use tokenizers::Model;
     use tokenizers::models::bpe::{BPE, Vocab};
 
-    /// Letters, and merges of tokens made before; the same in both ways to merge.
+    /// Builds the same merges for both implementations, out of letters and of tokens from
+    /// earlier merges.
     fn both(picks: &[(usize, usize)]) -> (Merges, BPE) {
         let mut texts: Vec<String> = ["a", "b", "c"].map(String::from).to_vec();
         let mut pairs = HashMap::new();
@@ -219,7 +222,7 @@ mod tests {
 
     #[test]
     fn a_run_of_a_million_equal_letters_is_merged() {
-        // Doubled five times: up to 32 letters a token.
+        // Doubled five times: up to 32 letters per token.
         let (merges, _) = both(&[(0, 0), (3, 3), (4, 4), (5, 5), (6, 6)]);
         let ids = long(&merges, &"a".repeat(1_000_000));
         assert_eq!(ids, vec![7; 1_000_000 / 32]);

@@ -1,4 +1,4 @@
-//! One message of a conversation, as OpenAI clients write it.
+//! Message of a conversation, in the format of OpenAI clients.
 
 use super::python_json::{Style, dumps};
 use serde::de::{Error, MapAccess, SeqAccess, Visitor};
@@ -6,22 +6,24 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 use std::fmt;
 
-/// A message for a chat template.
+/// Message for a chat template.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Message {
-    /// Who speaks: `system`, `user`, `assistant`, `tool`, or what the template knows.
+    /// Role of the speaker: `system`, `user`, `assistant`, `tool`, or another that the
+    /// template knows.
     pub role: String,
-    /// What is said. Read from a string, from null or nothing (empty), or from a
-    /// list of text parts (joined with line breaks).
+    /// Text of the message. Deserialized from a string, from null or a missing field
+    /// (empty), or from a list of text parts (joined with line breaks).
     pub content: String,
-    /// All else, such as `tool_calls`. The template sees it unchanged, but for the
-    /// arguments of tool calls: JSON text, as clients write them, becomes an object.
+    /// All other fields, such as `tool_calls`. The template sees them unchanged, except
+    /// that the arguments of tool calls are parsed from JSON text, as clients send them,
+    /// into objects.
     #[serde(flatten)]
     pub extra: Map<String, Value>,
 }
 
 impl Message {
-    /// A message that is only text.
+    /// Creates a message that consists only of text.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
         Self {
             role: role.into(),
@@ -30,8 +32,8 @@ impl Message {
         }
     }
 
-    /// The message with the arguments of its tool calls as objects, which is what
-    /// templates expect; `None` when none of them are JSON text.
+    /// Returns the message with the arguments of its tool calls as objects, which most
+    /// templates expect. Returns `None` if none of them are JSON text.
     pub(super) fn with_arguments_as_objects(&self) -> Option<Self> {
         let calls = self.extra.get("tool_calls")?.as_array()?;
         let mut calls = calls.clone();
@@ -52,8 +54,8 @@ impl Message {
         })
     }
 
-    /// The message with the arguments of its tool calls as JSON text, for the few
-    /// templates that expect it.
+    /// Returns the message with the arguments of its tool calls as JSON text, which a few
+    /// templates expect.
     pub(super) fn with_arguments_as_text(&self) -> Self {
         let mut message = self.clone();
         let calls = message.extra.get_mut("tool_calls");
@@ -72,12 +74,12 @@ impl Message {
     }
 }
 
-/// A message as a template sees it.
+/// Message as a template sees it.
 #[derive(Serialize)]
 #[serde(untagged)]
 pub(super) enum Shown<'a> {
     Whole(&'a Message),
-    /// Tool calls, and nothing in place of a text.
+    /// Tool calls without text; the content is null.
     OnlyCalls {
         role: &'a str,
         content: (),
@@ -87,8 +89,8 @@ pub(super) enum Shown<'a> {
 }
 
 impl Message {
-    /// With `null_content`, a message that is tool calls and no text has the content
-    /// null in place of an empty text.
+    /// Returns the message as a template sees it. With `null_content`, the content of a
+    /// message that has tool calls but no text is null instead of an empty string.
     pub(super) fn shown(&self, null_content: bool) -> Shown<'_> {
         let only_calls = self.content.is_empty() && self.extra.contains_key("tool_calls");
         match null_content && only_calls {
@@ -102,7 +104,7 @@ impl Message {
     }
 }
 
-/// The arguments of a tool call: of its function, or its own.
+/// Returns the arguments of a tool call, from its `function` field or from the call itself.
 fn arguments_of(call: &mut Value) -> Option<&mut Value> {
     let call = call.as_object_mut()?;
     match call.contains_key("function") {
@@ -111,7 +113,7 @@ fn arguments_of(call: &mut Value) -> Option<&mut Value> {
     }
 }
 
-/// The object that a JSON text is; no text is an empty one.
+/// Parses JSON text that holds an object. Empty text counts as an empty object.
 fn object(text: &str) -> Option<Value> {
     if text.trim().is_empty() {
         return Some(Map::new().into());
@@ -120,8 +122,8 @@ fn object(text: &str) -> Option<Value> {
     value.is_object().then_some(value)
 }
 
-// Messages are the largest part of most requests. They are read by hand because serde's
-// own ways to read flattened and untagged fields first make a copy of everything.
+// Messages are the largest part of most requests. They are deserialized by hand because
+// serde's derived code first copies everything for flattened and untagged fields.
 
 impl<'de> Deserialize<'de> for Message {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -162,7 +164,7 @@ impl<'de> Visitor<'de> for MessageVisitor {
     }
 }
 
-/// The text of a message, in all the ways in which clients write it.
+/// Text of a message, in any of the forms in which clients send it.
 struct Content(String);
 
 impl<'de> Deserialize<'de> for Content {
@@ -202,7 +204,7 @@ impl<'de> Visitor<'de> for ContentVisitor {
                     text: Some(text),
                     ..
                 } if kind == "text" => text,
-                // What an assistant's earlier answer may be made of.
+                // An assistant message from an earlier turn may contain a refusal.
                 Part {
                     kind,
                     refusal: Some(text),

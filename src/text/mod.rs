@@ -1,15 +1,15 @@
-//! Text: what lies between a caller's words and the model's token ids.
+//! Text processing between a client's messages and the model's token ids.
 //!
-//! [`Tokenizer`] turns text into token ids and back, [`Detokenizer`] does the
-//! way back one token at a time, [`StopMatcher`] finds stop strings across token
-//! borders, and [`ChatTemplate`] turns a conversation into a prompt. An answer is
-//! split into reasoning, content and tool calls by [`reasoning`] and [`tools`].
+//! [`Tokenizer`] converts text to token ids and back, [`Detokenizer`] converts ids to text
+//! one token at a time, [`StopMatcher`] finds stop strings across token boundaries, and
+//! [`ChatTemplate`] turns a conversation into a prompt. [`reasoning`] and [`tools`] split
+//! an answer into reasoning, content and tool calls.
 //!
-//! With the feature `grammar`, `Grammar` holds an answer to a JSON schema, a regular
+//! With the feature `grammar`, `Grammar` restricts an answer to a JSON schema, a regular
 //! expression or a grammar.
 //!
-//! Everything a model file says is checked: a tokenizer that is built answers
-//! every string and every id without a panic.
+//! Everything that a model file contains is validated. Once a tokenizer has been built, it
+//! handles every string and every id without a panic.
 
 mod byte_level;
 mod clock;

@@ -1,44 +1,46 @@
-//! Cuts text into the words that byte pair encoding may merge within.
+//! Splits text into the words within which byte pair encoding may merge.
 //!
-//! GGUF files name the rule (`tokenizer.ggml.pre`) and leave the rule itself to
-//! the reader. The patterns are those of the models' own `tokenizer.json` files.
+//! GGUF files only name the rule (`tokenizer.ggml.pre`) and leave its definition to the
+//! reader. The patterns are those of the models' own `tokenizer.json` files.
 //!
-//! Most of them look ahead: white space before a word goes without its last character,
-//! which belongs to the word. An engine that looks ahead must go back as well, and keeps a
-//! state for each character of a run of spaces. So that part is done by hand, and the rest
-//! by automata, whose time and memory are linear in the text.
+//! Most patterns look ahead: a run of white space before a word matches without its last
+//! character, which belongs to the word. A regex engine with look-ahead has to backtrack,
+//! and keeps a state for each character of a run of spaces. This part is therefore done by
+//! hand, and the rest by automata, whose time and memory are linear in the text.
 
 use super::TextError;
 use regex::Regex;
 
-/// GPT-2's own pattern.
+/// Pattern of GPT-2.
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 
-/// Llama 3: contractions in either case, and numbers in groups of three digits.
+/// Pattern of Llama 3: contractions in either case, and numbers in groups of up to three
+/// digits.
 const LLAMA3: &str = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// Qwen 2: like Llama 3, but every digit alone.
+/// Pattern of Qwen 2: like Llama 3, but each digit is a word of its own.
 const QWEN2: &str = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// Qwen 3.5: like Qwen 2, with combining marks kept in words.
+/// Pattern of Qwen 3.5: like Qwen 2, with combining marks kept in words.
 const QWEN35: &str = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// Tekken (Mistral): words are cut where upper case begins.
+/// Pattern of Tekken (Mistral): words are split where upper case begins.
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// GPT-4o: Tekken with contractions and groups of three digits.
+/// Pattern of GPT-4o: like Tekken, with contractions and groups of up to three digits.
 const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// Seed-Coder.
+/// Pattern of Seed-Coder.
 const SEED_CODER: &str = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// Bailing (Ling).
+/// Pattern of Bailing (Ling).
 const BAILING: &str = r"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
 
-/// DeepSeek V3's last step.
+/// Pattern of the last step of DeepSeek V3.
 const DEEPSEEK3: &str = r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"##;
 
-/// DeepSeek LLM's words: the cased letters of Latin, Greek, Cyrillic and their kin.
+/// Pattern of words in DeepSeek LLM: the cased letters of Latin, Greek, Cyrillic and
+/// similar scripts.
 const DEEPSEEK_WORDS: &str = concat!(
     r"\s?[",
     r"A-Za-z\x{B5}\x{C0}-\x{D6}\x{D8}-\x{F6}\x{F8}-\x{1BA}\x{1BC}-\x{1BF}\x{1C4}-\x{293}",
@@ -60,19 +62,19 @@ const DEEPSEEK_WORDS: &str = concat!(
     r"]+",
 );
 
-/// DeepSeek's Chinese, Japanese and Korean runs.
+/// Pattern of Chinese, Japanese and Korean runs in DeepSeek models.
 const DEEPSEEK_CJK: &str = r"[\x{4E00}-\x{9FA5}\x{800}-\x{4E00}\x{AC00}-\x{D7FF}]+";
 
-/// Bloom and its kin: words end at white space and at punctuation.
+/// Pattern of Bloom and related models: words end at white space and at punctuation.
 const BLOOM: &str = r" ?[^(\s|.,!?\x{2026}\x{3002}\x{FF0C}\x{3001}\x{964}\x{6D4}\x{60C})]+";
 
-/// One rule: its names, its patterns in order, and what goes with it.
+/// Pre-tokenizer rule: its names, and its patterns in the order in which they apply.
 struct Rule {
     names: &'static [&'static str],
     patterns: &'static [&'static str],
-    /// A word that is a token is that token, whatever the merges say.
+    /// Whether a word that is a token becomes that token without merging.
     whole_words: bool,
-    /// A prompt begins with the beginning-of-text token unless the file says otherwise.
+    /// Whether a prompt begins with the beginning-of-text token unless the file says otherwise.
     add_bos: bool,
 }
 
@@ -194,35 +196,35 @@ const RULES: &[Rule] = &[
     rule(&["viking"], &[BLOOM, r"\p{N}"]),
 ];
 
-/// How most patterns end: white space without the last character before a word.
+/// End of most patterns: white space before a word matches without its last character.
 const WHITE_SPACE: &str = r"|\s+(?!\S)|\s+";
 
-/// A ready rule.
+/// Compiled rule.
 #[derive(Debug)]
 pub(super) struct PreTokenizer {
     patterns: Vec<Pattern>,
-    /// A word that is a token is that token, whatever the merges say.
+    /// Whether a word that is a token becomes that token without merging.
     pub(super) whole_words: bool,
     /// Whether prompts begin with the beginning-of-text token by default.
     pub(super) add_bos: bool,
 }
 
-/// A pattern without its look-ahead.
+/// Compiled pattern, without its look-ahead.
 #[derive(Debug)]
 struct Pattern {
     regex: Regex,
-    /// Which runs of white space leave their last character to the word after them.
+    /// Runs of white space that leave their last character to the word after them.
     spaces: Spaces,
 }
 
-/// See [`Pattern::spaces`].
+/// Value of [`Pattern::spaces`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Spaces {
-    /// None.
+    /// No runs.
     Whole,
-    /// Those without a line break: another part of the pattern takes the others.
+    /// Runs without a line break. Another part of the pattern matches the other runs.
     WithoutLineBreaks,
-    /// All.
+    /// All runs.
     All,
 }
 
@@ -245,8 +247,8 @@ impl Pattern {
         Ok(Self { regex, spaces })
     }
 
-    /// Calls `piece` with the parts of `text` in order, none of them empty: what matches,
-    /// and what lies between two matches.
+    /// Splits `text` and calls `piece` with each part in order. The parts are the matches
+    /// and the text between them; empty parts are skipped.
     fn cut<'a>(
         &self,
         text: &'a str,
@@ -256,7 +258,7 @@ impl Pattern {
         while let Some(found) = self.regex.find_at(text, done) {
             let end = found.end() - self.left_over(text, found.start(), found.end());
             if end <= done {
-                // No pattern matches nothing.
+                // Only a safeguard: no pattern matches the empty string.
                 break;
             }
             for part in [&text[done..found.start()], &text[found.start()..end]] {
@@ -272,8 +274,10 @@ impl Pattern {
         }
     }
 
-    /// Bytes at the end of a match that belong to the word after it: those of the last
-    /// character of white space, if there are several and there is a word.
+    /// Returns the number of bytes at the end of a match that belong to the next word.
+    ///
+    /// These are the bytes of the last character, if the match is a run of several
+    /// white-space characters and a word follows.
     fn left_over(&self, text: &str, start: usize, end: usize) -> usize {
         let found = &text[start..end];
         let last = found.chars().next_back();
@@ -295,10 +299,10 @@ impl Pattern {
 }
 
 impl PreTokenizer {
-    /// The rule called `name`.
+    /// Compiles the rule called `name`.
     ///
     /// # Errors
-    /// When no rule is called so; the error names all that there are.
+    /// Returns an error that lists all known names if there is no such rule.
     pub(super) fn named(name: &str) -> Result<Self, TextError> {
         let rule = RULES
             .iter()
@@ -318,11 +322,12 @@ impl PreTokenizer {
         })
     }
 
-    /// Cuts `text` with each pattern in turn, and calls `piece` with the pieces in order:
-    /// what matches is one, and so is what lies between two matches. They make up the text.
+    /// Splits `text` with each pattern in turn and calls `piece` with the pieces in order.
+    /// Matches and the text between them are pieces, so that the pieces together make up
+    /// the text.
     ///
     /// # Errors
-    /// Only those of `piece`.
+    /// Returns only errors from `piece`.
     pub(super) fn split<'a>(
         &self,
         text: &'a str,
@@ -364,7 +369,7 @@ mod tests {
         pieces(&PreTokenizer::named(name).unwrap(), text)
     }
 
-    /// A rule as its models' files have it, by an engine that looks ahead.
+    /// Rule with the patterns of the models' own files, run by an engine with look-ahead.
     struct Original(Vec<fancy_regex::Regex>);
 
     impl Original {
@@ -414,7 +419,7 @@ mod tests {
         }
     }
 
-    /// All rules in both ways.
+    /// All rules in both implementations.
     static READY: LazyLock<Vec<(&Rule, PreTokenizer, Original)>> = LazyLock::new(|| {
         let ready = |rule: &'static Rule| {
             let ours = PreTokenizer::named(rule.names[0]).unwrap();

@@ -1,18 +1,18 @@
-//! JSON as Python's `json.dumps` writes it, which models saw when they were trained.
+//! JSON as Python's `json.dumps` writes it, which is the form that models saw in training.
 
 use super::jinja::python::{failed, integer, items, number, pairs, type_name};
 use minijinja::Error;
 use minijinja::value::{Value, ValueKind};
 use std::fmt::Write;
 
-/// How deeply a value that is written may be nested.
+/// Maximum nesting depth of a value.
 const MAX_DEPTH: usize = 256;
 
-/// The arguments of `json.dumps`.
+/// Arguments of `json.dumps`.
 pub(super) struct Style {
-    /// What a level is indented by; `None` is all on one line.
+    /// Text that indents each level. `None` writes everything on one line.
     pub(super) indent: Option<String>,
-    /// What comes between items, and after a key.
+    /// Separator between items, and separator after a key.
     pub(super) separators: (String, String),
     pub(super) ensure_ascii: bool,
     pub(super) sort_keys: bool,
@@ -29,10 +29,11 @@ impl Default for Style {
     }
 }
 
-/// Writes a value.
+/// Writes a value as JSON.
 ///
 /// # Errors
-/// When part of it is nothing that JSON knows: undefined, or a function.
+/// Returns an error if the value is nested too deeply, or if part of it has no JSON form,
+/// such as undefined or a function.
 pub(super) fn dumps(value: &Value, style: &Style) -> Result<String, Error> {
     let mut writer = Writer {
         style,
@@ -104,7 +105,8 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// What comes before an item.
+    /// Writes what precedes an item: a separator if the item `follows` another, and a line
+    /// break.
     fn separate(&mut self, follows: bool, depth: usize) {
         if follows {
             self.out.push_str(&self.style.separators.0);
@@ -119,7 +121,7 @@ impl Writer<'_> {
         self.out.push(bracket);
     }
 
-    /// Begins a line where values are spread over lines.
+    /// Starts a new line if the output is indented.
     fn line(&mut self, depth: usize) {
         if let Some(indent) = &self.style.indent {
             self.out.push('\n');
@@ -251,7 +253,7 @@ mod tests {
         }
         let deep = (0..9999).fold(Value::from(1), |value, _| Value::from(vec![value]));
         assert!(dumps(&deep, &Style::default()).is_err());
-        // Its drop would be as deep as it is.
+        // Dropping it would recurse as deeply as it is nested.
         std::mem::forget(deep);
     }
 }

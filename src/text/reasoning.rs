@@ -1,28 +1,28 @@
-//! Splits an answer into the model's reasoning and what it says.
+//! Splits an answer into the model's reasoning and its content.
 
-/// The marks around a model's reasoning.
+/// Marks around a model's reasoning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReasoningFormat {
-    /// Before the reasoning.
+    /// Mark before the reasoning.
     pub open: &'static str,
-    /// After it.
+    /// Mark after the reasoning.
     pub close: &'static str,
 }
 
 impl ReasoningFormat {
-    /// `<think>…</think>`: DeepSeek R1, Qwen3 and most others.
+    /// `<think>…</think>`, used by DeepSeek R1, Qwen3 and most others.
     pub const THINK: Self = Self {
         open: "<think>",
         close: "</think>",
     };
 
-    /// `[THINK]…[/THINK]`: Magistral.
+    /// `[THINK]…[/THINK]`, used by Magistral.
     pub const MISTRAL: Self = Self {
         open: "[THINK]",
         close: "[/THINK]",
     };
 
-    /// The format whose marks a chat template mentions; `None` for a model that is
+    /// Detects the format from the marks in a chat template. Returns `None` if the model is
     /// not known to reason.
     pub fn detect(template_source: &str) -> Option<Self> {
         [Self::THINK, Self::MISTRAL]
@@ -30,39 +30,39 @@ impl ReasoningFormat {
             .find(|format| template_source.contains(format.close))
     }
 
-    /// Whether a prompt that ends like this has begun the reasoning.
+    /// Returns whether a prompt with this end has already opened the reasoning.
     pub fn is_open(self, prompt_end: &str) -> bool {
         prompt_end.trim_end().ends_with(self.open)
     }
 }
 
-/// What a piece of an answer brought; the reasoning comes first.
+/// Text that a piece of an answer contributes. The reasoning precedes the content.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Split {
-    /// More of the reasoning.
+    /// Additional reasoning.
     pub reasoning: String,
-    /// More of what the model says.
+    /// Additional content.
     pub content: String,
 }
 
 /// Splits an answer into reasoning and content, piece by piece.
 ///
-/// Reasoning is what stands between the marks at the beginning of the answer; marks
-/// that come later are content. Line breaks next to a mark belong to it. Held back
-/// is only what could still become a mark.
+/// Reasoning is the text between the marks at the beginning of the answer. Marks that come
+/// later are content. Line breaks next to a mark belong to the mark. Only text that could
+/// still become part of a mark is held back.
 #[derive(Clone, Debug)]
 pub struct ReasoningSplitter {
     format: ReasoningFormat,
     state: State,
-    /// White space at the beginning of the answer, or line breaks in the reasoning.
+    /// White space at the beginning of the answer, or line breaks in the reasoning, held back.
     space: String,
-    /// The beginning of a mark.
+    /// Beginning of a mark, held back.
     mark: String,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// Before the opening mark, if one comes.
+    /// Before the opening mark, if there is one.
     Start,
     /// After the opening mark and its line breaks.
     AfterOpen,
@@ -73,7 +73,7 @@ enum State {
 }
 
 impl ReasoningSplitter {
-    /// For an answer that begins with the opening mark if the model reasons.
+    /// Creates a splitter for an answer that begins with the opening mark if the model reasons.
     pub fn new(format: ReasoningFormat) -> Self {
         Self {
             format,
@@ -83,8 +83,8 @@ impl ReasoningSplitter {
         }
     }
 
-    /// For an answer to a prompt that ends with the opening mark: it begins with
-    /// reasoning.
+    /// Creates a splitter for an answer that begins with reasoning, because the prompt ends
+    /// with the opening mark.
     pub fn inside(format: ReasoningFormat) -> Self {
         Self {
             state: State::AfterOpen,
@@ -92,8 +92,8 @@ impl ReasoningSplitter {
         }
     }
 
-    /// As [`inside`](Self::inside) if the end of the prompt is the opening mark, and
-    /// [`new`](Self::new) if not.
+    /// Creates a splitter with [`inside`](Self::inside) if the prompt ends with the opening
+    /// mark, and with [`new`](Self::new) otherwise.
     pub fn after(format: ReasoningFormat, prompt_end: &str) -> Self {
         if format.is_open(prompt_end) {
             Self::inside(format)
@@ -102,12 +102,12 @@ impl ReasoningSplitter {
         }
     }
 
-    /// Whether what comes next is reasoning, as far as is known.
+    /// Returns whether the next text is reasoning, as far as is known.
     pub fn in_reasoning(&self) -> bool {
         matches!(self.state, State::AfterOpen | State::Reasoning)
     }
 
-    /// Takes the next piece of the answer.
+    /// Processes the next piece of the answer.
     pub fn push(&mut self, text: &str) -> Split {
         let mut split = Split::default();
         for (place, c) in text.char_indices() {
@@ -120,7 +120,7 @@ impl ReasoningSplitter {
         split
     }
 
-    /// The answer is over: gives what was held back after all.
+    /// Ends the answer and returns the text that was held back.
     pub fn finish(&mut self) -> Split {
         let mut held = std::mem::take(&mut self.space);
         held.push_str(&std::mem::take(&mut self.mark));
@@ -188,7 +188,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// The reasoning and the content of an answer that comes in these pieces.
+    /// Returns the reasoning and the content of an answer that arrives in these pieces.
     fn split<'a>(
         mut splitter: ReasoningSplitter,
         pieces: impl IntoIterator<Item = &'a str>,
@@ -301,7 +301,7 @@ mod tests {
             let cut = split(start(), pieces.iter().map(String::as_str));
             prop_assert_eq!(&cut, &(reasoning.clone(), content.clone()));
 
-            // Put together again, all but line breaks next to marks is there.
+            // Apart from white space next to marks, no text is lost.
             let visible = |text: &str| text.replace(['\n', ' '], "");
             let (mut open, mut rest) = ("", visible(&answer));
             if !inside && let Some(after) = rest.strip_prefix("<think>") {

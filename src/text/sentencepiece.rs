@@ -1,17 +1,17 @@
-//! SentencePiece byte pair encoding by scores, the kind of Llama 2, Mistral and Gemma.
+//! SentencePiece byte pair encoding by scores, as used by Llama 2, Mistral and Gemma.
 //!
-//! Of all neighbours that together are a token, the pair with the best score is
-//! merged first, the leftmost of equals (Kudo and Richardson, 2018,
-//! "SentencePiece"). Characters that no token stands for are written as bytes.
+//! Of all adjacent pairs that form a token, the pair with the best score is merged first,
+//! and the leftmost of equal ones (Kudo and Richardson, 2018, "SentencePiece"). Characters
+//! without a token are written as bytes.
 
 use super::vocabulary::{TokenKind, Vocabulary};
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 
-/// What SentencePiece writes for a space.
+/// Character that SentencePiece writes for a space.
 pub(super) const SPACE: &str = "\u{2581}";
 
-/// The scores, and the tokens for single bytes.
+/// Scores of all tokens, and the tokens for single bytes.
 #[derive(Debug)]
 pub(super) struct ScoredBpe {
     scores: Vec<f32>,
@@ -20,25 +20,25 @@ pub(super) struct ScoredBpe {
     longest: usize,
 }
 
-/// A stretch of the text that is one token, or one character that is none.
+/// Part of the text that is one token, or one character without a token.
 #[derive(Clone, Copy)]
 struct Symbol {
     start: usize,
-    /// Its length in bytes; 0 once it is merged into its left neighbour.
+    /// Length in bytes; 0 once the symbol is merged into its left neighbour.
     length: usize,
     previous: usize,
     next: usize,
 }
 
-/// No neighbour.
+/// Sentinel: no neighbour.
 const NONE: usize = usize::MAX;
 
-/// Two neighbours that could become one token.
+/// Neighbours that could become one token.
 struct Pair {
     score: f32,
     left: usize,
     right: usize,
-    /// Their length together, by which a stale entry is known.
+    /// Combined length in bytes, which shows whether the entry is stale.
     length: usize,
 }
 
@@ -65,7 +65,7 @@ impl PartialEq for Pair {
 impl Eq for Pair {}
 
 impl ScoredBpe {
-    /// `scores` holds one finite number a token.
+    /// Builds the model. `scores` holds one finite number per token.
     pub(super) fn new(vocabulary: &Vocabulary, scores: Vec<f32>, unknown: Option<u32>) -> Self {
         let longest = vocabulary
             .iter()
@@ -80,7 +80,8 @@ impl ScoredBpe {
         }
     }
 
-    /// Whether every byte has a token, so that no run of text becomes one unknown token.
+    /// Returns whether every byte has a token, so that no run of text becomes one unknown
+    /// token.
     pub(super) fn writes_every_byte(&self) -> bool {
         self.byte_ids.iter().all(Option::is_some)
     }
@@ -124,7 +125,7 @@ impl ScoredBpe {
         }
     }
 
-    /// Queues two neighbours if together they are a token.
+    /// Queues two neighbours if together they form a token.
     fn offer(
         &self,
         vocabulary: &Vocabulary,
@@ -168,8 +169,8 @@ fn characters(text: &str) -> Vec<Symbol> {
     symbols
 }
 
-/// The token called `text`, if plain text may become it. Control tokens,
-/// the unknown token and byte tokens are never made from their names.
+/// Returns the token called `text` if plain text may become it. Control tokens, the unknown
+/// token and byte tokens are never made from their names.
 pub(super) fn mergeable(vocabulary: &Vocabulary, text: &str) -> Option<u32> {
     let id = vocabulary.id(text)?;
     let plain = matches!(
@@ -179,7 +180,7 @@ pub(super) fn mergeable(vocabulary: &Vocabulary, text: &str) -> Option<u32> {
     plain.then_some(id)
 }
 
-/// The token for each byte, where there is one.
+/// Returns the token of each byte, if there is one.
 pub(super) fn byte_ids(vocabulary: &Vocabulary) -> Box<[Option<u32>; 256]> {
     let mut ids = Box::new([None; 256]);
     for (id, _, kind) in vocabulary.iter() {
@@ -192,8 +193,8 @@ pub(super) fn byte_ids(vocabulary: &Vocabulary) -> Box<[Option<u32>; 256]> {
     ids
 }
 
-/// Writes tokens, and what has no token as bytes; failing that, as one unknown
-/// token a run.
+/// Writes tokens. Text without a token is written as bytes or, if a byte has no token, as
+/// one unknown token per run.
 pub(super) struct Fallback<'a> {
     byte_ids: &'a [Option<u32>; 256],
     unknown: Option<u32>,

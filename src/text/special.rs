@@ -4,24 +4,23 @@ use super::TextError;
 use super::vocabulary::{TokenKind, Vocabulary};
 use aho_corasick::{AhoCorasick, MatchKind};
 
-/// A stretch of text, or a special token found in it.
+/// Part of a text: plain text or a special token.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Fragment<'a> {
     /// Text to tokenize; never empty.
     Text(&'a str),
-    /// A token.
+    /// Special token.
     Token(u32),
 }
 
-/// The special tokens of a vocabulary, ready to be searched for.
+/// Special tokens of a vocabulary, prepared for searching.
 ///
-/// Of two that start at the same place the longer one wins, as in Hugging
-/// Face's tokenizers.
+/// If two tokens start at the same place, the longer one wins, as in Hugging Face's tokenizers.
 #[derive(Debug)]
 pub(super) struct SpecialTokens {
     /// Control, unknown and user-defined tokens.
     all: Finder,
-    /// User-defined tokens: part of plain text as well.
+    /// User-defined tokens, which are recognized in plain text as well.
     plain: Finder,
 }
 
@@ -91,7 +90,7 @@ impl SpecialTokens {
         })
     }
 
-    /// Cuts `text` at special tokens; without `parse_special`, at user-defined
+    /// Splits `text` at special tokens. Without `parse_special`, splits at user-defined
     /// tokens only.
     pub(super) fn split<'a>(&self, text: &'a str, parse_special: bool) -> Vec<Fragment<'a>> {
         if parse_special {

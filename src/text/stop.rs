@@ -1,8 +1,9 @@
-//! Finds stop strings in text that comes in pieces, and holds back no more than it must.
+//! Finds stop strings in text that arrives in pieces, and holds back no more text than
+//! necessary.
 
 use std::sync::Arc;
 
-/// Stop strings, prepared to be searched for.
+/// Stop strings, prepared for searching.
 ///
 /// Cloning is cheap: all answers that watch for the same strings share one copy, which
 /// takes five bytes per byte of the strings.
@@ -10,7 +11,7 @@ use std::sync::Arc;
 pub struct StopStrings(Arc<[Pattern]>);
 
 impl StopStrings {
-    /// Prepares `stops`. Empty ones are never found.
+    /// Prepares `stops`. Empty strings never match.
     pub fn new(stops: &[String]) -> Self {
         let mut patterns: Vec<Pattern> = stops
             .iter()
@@ -18,35 +19,36 @@ impl StopStrings {
             .filter(|(_, stop)| !stop.is_empty())
             .map(|(index, stop)| Pattern::new(index, stop))
             .collect();
-        // The first that is complete wins, so longer ones are asked first.
+        // Of the patterns that complete at the same byte, the first in this order wins.
         patterns.sort_by_key(|pattern| (usize::MAX - pattern.bytes.len(), pattern.index));
         Self(patterns.into())
     }
 }
 
-/// Watches an answer for stop strings, across the borders of its pieces.
+/// Watches an answer for stop strings, across the boundaries of its pieces.
 ///
-/// The stop string that is complete first wins; of two that are complete at the
-/// same character the longer one, then the one given first. Each byte of text
-/// costs a constant time a stop string (Knuth, Morris and Pratt, 1977).
+/// The stop string that is completed first wins. If several are completed at the same
+/// character, the longest wins, then the one given first. The cost is constant per byte of
+/// text and stop string (Knuth, Morris and Pratt, 1977).
 #[derive(Clone, Debug)]
 pub struct StopMatcher {
     patterns: StopStrings,
-    /// For each pattern, how many of its bytes the text so far ends with.
+    /// Number of bytes of each pattern that the text so far ends with.
     progress: Box<[usize]>,
-    /// The text that a stop string could still begin with.
+    /// Text that could be the beginning of a stop string.
     held: String,
     matched: Option<usize>,
-    /// Whether the stop string that is found is part of the text.
+    /// Whether the returned text includes the stop string that is found.
     include_stop: bool,
 }
 
-/// What a piece of text brought.
+/// Result of processing a piece of text.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StopStep {
-    /// Text that is certainly before any stop string; may be shown.
+    /// Text that may be shown, because no stop string can begin in it. With
+    /// [`StopMatcher::include_stop`], it ends with the stop string that was found.
     pub text: String,
-    /// The stop string that was found, by its place in the list.
+    /// Index of the stop string that was found.
     pub matched: Option<usize>,
 }
 
@@ -55,13 +57,13 @@ pub struct StopStep {
 struct Pattern {
     index: usize,
     bytes: Box<[u8]>,
-    /// For each prefix, the length of its longest proper prefix that it ends with.
+    /// For each prefix, the length of its longest proper prefix that is also its suffix.
     borders: Box<[u32]>,
 }
 
 impl Pattern {
     fn new(index: usize, text: &str) -> Self {
-        // Whoever has a stop string of 4 GiB watches for the beginning of it.
+        // Lengths must fit in 32 bits, so only the first 4 GiB of a stop string count.
         let length = text.len().min(u32::MAX as usize);
         let bytes: Box<[u8]> = text.as_bytes()[..length].into();
         let mut borders = vec![0_u32; length].into_boxed_slice();
@@ -80,8 +82,8 @@ impl Pattern {
         }
     }
 
-    /// Takes one byte of text after which `progress` bytes matched; gives how many match
-    /// with it. All of them do when the stop string is complete.
+    /// Processes one byte of text after `progress` bytes have matched. Returns the number
+    /// of bytes that match now, which is the whole length when the stop string is complete.
     fn step(&self, mut progress: usize, byte: u8) -> usize {
         while progress > 0 && self.bytes[progress] != byte {
             progress = self.borders[progress - 1] as usize;
@@ -91,7 +93,7 @@ impl Pattern {
 }
 
 impl StopMatcher {
-    /// Watches for `stops`.
+    /// Creates a matcher for `stops`.
     pub fn new(stops: StopStrings) -> Self {
         Self {
             progress: vec![0; stops.0.len()].into(),
@@ -102,20 +104,20 @@ impl StopMatcher {
         }
     }
 
-    /// Whether the stop string that is found is part of the text; it is not by default.
+    /// Sets whether the returned text includes the stop string that is found. Off by default.
     pub fn include_stop(mut self, include: bool) -> Self {
         self.include_stop = include;
         self
     }
 
-    /// Takes the next piece of text. After a stop string was found nothing more
-    /// comes, and the same `matched` each time.
+    /// Processes the next piece of text. After a stop string was found, returns no more
+    /// text and the same `matched` each time.
     pub fn push(&mut self, text: &str) -> StopStep {
         self.take(text, true)
     }
 
-    /// As [`StopMatcher::push`], but stop strings that are complete within this piece do
-    /// not count.
+    /// Processes a piece like [`StopMatcher::push`], but ignores stop strings that are
+    /// completed within it.
     pub fn push_through(&mut self, text: &str) -> StopStep {
         self.take(text, false)
     }
@@ -141,7 +143,8 @@ impl StopMatcher {
                 };
             }
         }
-        // A stop string begins with a whole character, so this is a border of one.
+        // The last `progress` bytes are the beginning of a stop string, so they start at a
+        // character boundary.
         let progress = self.progress.iter().copied().max().unwrap_or(0);
         let held = self.held.split_off(self.held.len() - progress);
         StopStep {
@@ -150,18 +153,19 @@ impl StopMatcher {
         }
     }
 
-    /// The end of the answer: the text that was held back after all.
+    /// Ends the answer and returns the text that was held back.
     pub fn finish(&mut self) -> String {
         self.progress.fill(0);
         std::mem::take(&mut self.held)
     }
 
-    /// Whether text is held back.
+    /// Returns whether text is held back.
     pub fn is_holding(&self) -> bool {
         !self.held.is_empty()
     }
 
-    /// Advances every pattern; the place and length of the one to win.
+    /// Advances every pattern by one byte. Returns the index and length of the stop string
+    /// that wins.
     fn step(&mut self, byte: u8) -> Option<(usize, usize)> {
         let mut winner = None;
         for (pattern, progress) in self.patterns.0.iter().zip(&mut self.progress) {
@@ -185,7 +189,8 @@ mod tests {
         StopMatcher::new(StopStrings::new(&stops))
     }
 
-    /// The text before the stop string that is complete first, and which it is.
+    /// Searches naively. Returns the text before the stop string that is completed first,
+    /// and its index.
     fn naive(stops: &[String], text: &str) -> (String, Option<usize>) {
         for end in 1..=text.len() {
             let found = stops
@@ -291,7 +296,7 @@ mod tests {
         let mut matcher = matcher(&["aa"]);
         assert_eq!(matcher.push_through("xaay").matched, None);
         assert_eq!(matcher.push_through("a").text, "");
-        // It began where it did not count, and is complete where it does.
+        // The stop string begins in the ignored piece and is completed in this one.
         let step = matcher.push("ab");
         assert_eq!((step.text.as_str(), step.matched), ("", Some(0)));
     }

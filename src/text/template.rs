@@ -1,8 +1,9 @@
-//! Chat templates: a conversation into the prompt that the model was trained on.
+//! Chat templates, which turn a conversation into a prompt of the form that the model was
+//! trained on.
 //!
-//! Templates are Jinja, run as transformers runs them: `trim_blocks` and
-//! `lstrip_blocks`, loop controls, Python's operators and methods, `raise_exception`,
-//! `strftime_now`, and values as Python prints them.
+//! Templates are Jinja and are run as in transformers: `trim_blocks` and `lstrip_blocks`,
+//! loop controls, Python's operators and methods, `raise_exception`, `strftime_now`, and
+//! values printed as in Python.
 
 use super::TextError;
 use super::clock::strftime;
@@ -19,48 +20,47 @@ use std::io::{self, Write};
 use std::sync::OnceLock;
 use std::time::SystemTime;
 
-/// How many instructions a rendering may take; real ones take some thousands.
+/// Maximum number of instructions per rendering. Real templates take some thousands.
 const FUEL: u64 = 20_000_000;
 
-/// How long a prompt may get, in bytes.
+/// Maximum length of a prompt, in bytes.
 const MAX_PROMPT_BYTES: usize = 256 << 20;
 
-/// Marks the place up to which a message is written that is to be continued. The space
-/// at its end shows whether the template takes white space away there.
+/// Marker appended to the message that is to be continued, so that its end can be found in
+/// the prompt. The trailing space shows whether the template trims white space there.
 const CONTINUED: &str = "<|quell-continues-here|> ";
 
-/// A model's chat template, parsed and ready.
+/// A model's chat template, parsed and ready to render.
 ///
-/// A rendering is bounded in instructions and in what it writes, so that it
-/// ends whatever the template says. What a template holds in variables while it
-/// runs is not bounded.
+/// The number of instructions and the length of the output are limited, so that rendering
+/// always ends. The total memory of a template's variables is not limited.
 pub struct ChatTemplate {
     environment: Environment<'static>,
     source: String,
-    /// The source as minijinja reads it.
+    /// Source as translated for minijinja.
     translated: String,
     bos: Option<String>,
     eos: Option<String>,
-    /// The template to take in place of this one where tools are given.
+    /// Template to use in place of this one if tools are given.
     tool_use: Option<Box<ChatTemplate>>,
-    /// Whether it is such a one, which knows tools whatever it makes of a probe.
+    /// Whether this is such a template, which supports tools whatever [`Habits`] says.
     is_for_tools: bool,
     habits: OnceLock<Habits>,
 }
 
-/// What a template is given besides the messages.
+/// Inputs of a rendering other than the messages.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RenderOptions {
-    /// End the prompt with the beginning of an answer. True by default.
+    /// Whether to end the prompt with the beginning of an answer. True by default.
     pub add_generation_prompt: bool,
-    /// End the prompt with the text of the last message, left open, so that the answer
-    /// continues it. No answer is begun then, whatever `add_generation_prompt` says.
+    /// Whether to end the prompt with the text of the last message, left open so that the
+    /// answer continues it. If so, `add_generation_prompt` has no effect.
     pub continue_final_message: bool,
-    /// The tools that the model may call, as OpenAI clients write them.
+    /// Tools that the model may call, in the format of OpenAI clients.
     pub tools: Option<serde_json::Value>,
-    /// More variables, such as `enable_thinking`. They win over all others.
+    /// Additional variables, such as `enable_thinking`. They override all others.
     pub extra: Map<String, serde_json::Value>,
-    /// The time that `strftime_now` tells, in UTC; the present by default.
+    /// Time that `strftime_now` reports, in UTC. `None` means the current time.
     pub now: Option<SystemTime>,
 }
 
@@ -85,11 +85,11 @@ impl fmt::Debug for ChatTemplate {
 }
 
 impl ChatTemplate {
-    /// Parses a template. `bos` and `eos` are the texts that it knows as
-    /// `bos_token` and `eos_token`.
+    /// Parses a template. `bos` and `eos` are the values of its variables `bos_token` and
+    /// `eos_token`.
     ///
     /// # Errors
-    /// [`TextError::TemplateSyntax`] when it does not parse.
+    /// Returns [`TextError::TemplateSyntax`] if the template does not parse.
     pub fn new(source: &str, bos: Option<&str>, eos: Option<&str>) -> Result<Self, TextError> {
         let mut environment = python_environment();
         environment.set_fuel(Some(FUEL));
@@ -116,19 +116,19 @@ impl ChatTemplate {
         })
     }
 
-    /// Another template over the same `bos` and `eos`.
+    /// Parses another template with the same `bos` and `eos`.
     ///
     /// # Errors
-    /// As [`ChatTemplate::new`].
+    /// Returns [`TextError::TemplateSyntax`] if the template does not parse.
     pub fn with_source(&self, source: &str) -> Result<Self, TextError> {
         Self::new(source, self.bos.as_deref(), self.eos.as_deref())
     }
 
-    /// With another template that is taken where tools are given: the one that models
-    /// with several templates call `tool_use`.
+    /// Adds a second template that is used if tools are given. Models with several
+    /// templates call it `tool_use`.
     ///
     /// # Errors
-    /// [`TextError::TemplateSyntax`] when it does not parse.
+    /// Returns [`TextError::TemplateSyntax`] if the template does not parse.
     pub fn with_tool_use(mut self, source: &str) -> Result<Self, TextError> {
         let mut other = Self::new(source, self.bos.as_deref(), self.eos.as_deref())?;
         other.is_for_tools = true;
@@ -136,7 +136,7 @@ impl ChatTemplate {
         Ok(self)
     }
 
-    /// The template for a conversation with tools, or for one without.
+    /// Returns the template for a conversation with or without tools.
     pub fn variant(&self, with_tools: bool) -> &Self {
         match &self.tool_use {
             Some(tool_use) if with_tools => tool_use,
@@ -144,17 +144,16 @@ impl ChatTemplate {
         }
     }
 
-    /// The prompt for a conversation.
+    /// Renders the prompt for a conversation.
     ///
-    /// Arguments of tool calls that are JSON text reach the template as objects, and
-    /// as they are when it fails on those: a few templates expect text.
+    /// Arguments of tool calls that are JSON text are passed to the template as objects. If the
+    /// template fails on objects, they are passed as text, which a few templates expect.
     ///
     /// # Errors
-    /// [`TextError::TemplateRaised`] when the template refuses the conversation,
-    /// [`TextError::TemplateFailed`] when it fails,
-    /// [`TextError::TemplateTooExpensive`] when it exceeds its limits, and
-    /// [`TextError::NotContinued`] when the last message is to be continued and its end
-    /// is not in the prompt.
+    /// Returns [`TextError::TemplateRaised`] if the template rejects the conversation,
+    /// [`TextError::TemplateFailed`] if it fails, [`TextError::TemplateTooExpensive`] if it
+    /// exceeds a limit, and [`TextError::NotContinued`] if the last message is to be
+    /// continued but its end does not appear in the prompt.
     pub fn render(
         &self,
         messages: &[Message],
@@ -168,7 +167,7 @@ impl ChatTemplate {
         template.render_whole(messages, options, template.habits().null_content)
     }
 
-    /// The prompt up to the end of the last message's text.
+    /// Renders the prompt up to the end of the last message's text.
     fn render_open(
         &self,
         messages: &[Message],
@@ -192,8 +191,8 @@ impl ChatTemplate {
         Ok(prompt)
     }
 
-    /// What this very template makes of a conversation. With `null_content`, a message
-    /// that is tool calls and no text has none in place of an empty text.
+    /// Renders this template itself, not its variant for tools. With `null_content`, the
+    /// content of a message that has tool calls but no text is null instead of an empty string.
     pub(super) fn render_whole(
         &self,
         messages: &[Message],
@@ -274,14 +273,14 @@ impl ChatTemplate {
         }
     }
 
-    /// Whether the template writes the tools that it is given. Where it does not,
-    /// [`tools::in_words`](super::tools::in_words) does.
+    /// Returns whether the template writes the tools that it is given. If it does not,
+    /// [`tools::in_words`](super::tools::in_words) can describe them in plain messages.
     pub fn knows_tools(&self) -> bool {
         self.is_for_tools || self.habits().tools
     }
 
-    /// Whether the template writes tool calls and their results, in the model's own
-    /// format, even where it does not know the tools.
+    /// Returns whether the template writes tool calls and their results in the model's own
+    /// format, which it may do even if it does not write the tools.
     pub fn knows_calls(&self) -> bool {
         self.habits().calls
     }
@@ -290,19 +289,19 @@ impl ChatTemplate {
         self.habits.get_or_init(|| Habits::of(self))
     }
 
-    /// Whether the template reads a variable that it does not set.
+    /// Returns whether the template reads a variable that it does not set.
     pub(super) fn reads(&self, variable: &str) -> bool {
         (self.environment.template_from_str(&self.translated))
             .is_ok_and(|template| template.undeclared_variables(false).contains(variable))
     }
 
-    /// The template's source.
+    /// Returns the template's source.
     pub fn source(&self) -> &str {
         &self.source
     }
 }
 
-/// Collects a prompt up to its limit.
+/// Collects a prompt up to the maximum length.
 #[derive(Default)]
 struct Prompt {
     bytes: Vec<u8>,

@@ -1,22 +1,22 @@
-//! What a chat template does with tools, found by rendering it with some.
+//! Detects how a chat template handles tools, by rendering it with probes.
 
 use super::message::Message;
 use super::template::{ChatTemplate, RenderOptions};
 use serde_json::{Value, json};
 
-/// What is looked for in a rendered prompt: no template says these by itself.
+/// Names to look for in a rendered prompt. No template contains them itself.
 const TOOL: &str = "quell_probe_tool";
 const CALLED: &str = "quell_probe_call";
 const RESULT: &str = "quell_probe_result";
 
-/// What a template does with tools.
+/// How a template handles tools.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Habits {
-    /// It writes the tools that it is given.
+    /// Whether it writes the tools that it is given.
     pub(super) tools: bool,
-    /// It writes calls in a conversation, and their results.
+    /// Whether it writes the tool calls of a conversation and their results.
     pub(super) calls: bool,
-    /// It tells a message that is only calls by its content, which is null.
+    /// Whether it recognizes a message that consists only of tool calls by its null content.
     pub(super) null_content: bool,
 }
 
@@ -26,7 +26,7 @@ impl Habits {
         let [empty, null] = [false, true].map(|null| with_call(template, null));
         let nones = |prompt: &str| prompt.matches("None").count();
         let null_content = match (&empty, &null) {
-            // Some print a null content as they would any value.
+            // Some templates print null content like any other value, as `None`.
             (Some(empty), Some(null)) => empty != null && nones(empty) == nones(null),
             (_, null) => null.is_some(),
         };
@@ -67,18 +67,17 @@ fn writes_tools(template: &ChatTemplate) -> bool {
             }
         }
     }
-    // One that wants more than a plain conversation is taken at its word.
+    // A template that rejects these plain conversations is judged by the variables it reads.
     !rendered && template.reads("tools")
 }
 
-/// A prompt with a call and its result, if the template writes both.
+/// Renders a prompt with a call and its result. Returns `None` unless the template writes both.
 fn with_call(template: &ChatTemplate, null_content: bool) -> Option<String> {
     let message = |role: &str, content: &str, extra: Value| Message {
         extra: extra.as_object().cloned().unwrap_or_default(),
         ..Message::new(role, content)
     };
-    // Ids as Mistral's templates demand them, and arguments that are text as clients
-    // send them.
+    // Mistral's templates demand ids of this form. Arguments are text, as clients send them.
     let call = json!({"id": "probe0001", "type": "function", "function": {
         "name": CALLED, "arguments": "{}",
     }});
@@ -129,7 +128,7 @@ mod tests {
             ..Habits::default()
         };
         assert_eq!(habits(&format!("{{{{ tools | tojson }}}}{PLAIN}")), tools);
-        // In other places than the beginning, and with a system prompt only.
+        // Tools written elsewhere than at the beginning, and only with a system prompt.
         let late =
             "{% for m in messages %}{% if m.role == 'system' %}{{ tools }}{% endif %}{% endfor %}";
         assert_eq!(habits(late), tools);

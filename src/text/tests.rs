@@ -1,4 +1,4 @@
-//! Whole tokenizers: small ones against llama.cpp's answers, and broken ones.
+//! Tests of whole tokenizers: small ones compared with llama.cpp's results, and broken ones.
 
 use super::*;
 use proptest::prelude::*;
@@ -94,7 +94,7 @@ fn scored_bpe_gives_the_references_ids() {
             ids(&case["prefixed"]),
             "{text:?}"
         );
-        // The reference reads "<0x0A>" in plain text as the byte that it names.
+        // In plain text, the reference reads "<0x0A>" as the byte that it names.
         if !text.contains("<0x") {
             assert_eq!(
                 bare.encode(text, PLAIN).unwrap(),
@@ -106,7 +106,7 @@ fn scored_bpe_gives_the_references_ids() {
         }
         if !text.contains('\u{2581}') {
             assert_eq!(bare.decode(&parsed, false), text);
-            // A word after a user-defined token gets a space of its own.
+            // The tokenizer adds a space before a word that follows a user-defined token.
             if !text.contains("<tag>") {
                 let prefixed = SCORED.encode(text, PLAIN).unwrap();
                 assert_eq!(SCORED.decode(&prefixed, false), text);
@@ -204,7 +204,7 @@ fn an_answer_keeps_the_space_that_it_begins_with() {
         text
     };
     assert_eq!(continued(&prompt), " cat");
-    // After a special token, or nothing, a text begins.
+    // After a special token, or without a prompt, a new text begins.
     assert_eq!(continued(&prompt[..1]), "cat");
     assert_eq!(continued(&[]), "cat");
 }
@@ -219,7 +219,7 @@ fn a_prompt_comes_back_as_it_was_sent() {
             assert_eq!(tokenizer.decode_prompt(&bare), text);
         }
     }
-    // Special tokens that the text had itself stay.
+    // Special tokens that are part of the text itself are kept.
     let prompt = SCORED.encode("the</s>", FRAMED).unwrap();
     assert_eq!(SCORED.decode_prompt(&prompt), "the</s>");
     let prompt = BYTE_LEVEL
@@ -292,7 +292,7 @@ fn long_texts_take_time_in_proportion() {
     }
 }
 
-/// The error of a description that one change made wrong.
+/// Returns the error for a description that one change made invalid.
 fn refusal(fixture: &str, change: impl FnOnce(&mut GgufVocabulary)) -> String {
     let mut vocabulary = vocabulary(fixture);
     change(&mut vocabulary);
@@ -382,7 +382,7 @@ fn a_folder_without_a_tokenizer_or_with_a_broken_one_is_refused() {
     assert!(matches!(error, TextError::File { .. }), "{error}");
 }
 
-/// A SentencePiece-like `tokenizer.json`, as Llama 2 has it.
+/// SentencePiece-like `tokenizer.json`, in the form that Llama 2 uses.
 const LLAMA2_JSON: &str = r#"{"version":"1.0","truncation":{"max_length":2,"strategy":"LongestFirst","stride":0,"direction":"Right"},
 "added_tokens":[{"id":0,"content":"<s>","special":true,"single_word":false,"lstrip":false,"rstrip":false,"normalized":false}],
 "normalizer":{"type":"Sequence","normalizers":[{"type":"Prepend","prepend":"▁"},{"type":"Replace","pattern":{"String":" "},"content":"▁"}]},

@@ -1,4 +1,4 @@
-//! Text into token ids and back, whatever kind of tokenizer the model has.
+//! Converts text to token ids and back, for every kind of tokenizer.
 
 use super::TextError;
 use super::byte_level::ByteLevelBpe;
@@ -15,53 +15,53 @@ use std::fmt;
 #[cfg(feature = "grammar")]
 use std::sync::OnceLock;
 
-/// How to read a text; see [`Tokenizer::encode`].
+/// Options of [`Tokenizer::encode`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct EncodeOptions {
-    /// Put the tokens around the text that the model wants there, such as the
-    /// beginning-of-text token. A rendered chat template usually has them already.
+    /// Whether to put the tokens around the text that the model expects there, such as the
+    /// beginning-of-text token. A rendered chat template usually contains them already.
     pub add_special: bool,
-    /// Read the text of a control token as that token. Without it such a text
-    /// is plain text, which is what anything that a user typed should be.
+    /// Whether to read the text of a control token as that token. If not, it is read as
+    /// plain text, which is the right choice for user input.
     pub parse_special: bool,
 }
 
-/// A model's tokenizer. Shared between threads freely; nothing in it changes.
+/// A model's tokenizer. It can be shared freely between threads.
 pub struct Tokenizer {
     pub(super) vocabulary: Vocabulary,
     pub(super) model: Model,
     pub(super) bos: Option<u32>,
     pub(super) eos: Option<u32>,
-    /// All tokens that end an answer, sorted.
+    /// All tokens that end an answer, sorted by id.
     pub(super) ends: Vec<u32>,
     pub(super) frame: Frame,
-    /// Whether the space before the first word is the tokenizer's own.
+    /// Whether the tokenizer adds the space before the first word, so that decoding removes it.
     pub(super) strip_leading_space: bool,
     pub(super) template: Option<ChatTemplate>,
-    /// What compiles grammars for it; made when first needed.
+    /// Compiler of grammars for this tokenizer, created on first use.
     #[cfg(feature = "grammar")]
     pub(super) grammars: OnceLock<Result<Compiler, GrammarError>>,
 }
 
-/// What `add_special` puts around a text.
+/// Tokens that `add_special` puts around a text.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Frame {
     pub(super) before: Option<u32>,
     pub(super) after: Option<u32>,
 }
 
-/// How text becomes tokens.
+/// How a tokenizer turns text into tokens.
 pub(super) enum Model {
     /// A `tokenizer.json`, which finds its special tokens itself.
     HuggingFace(Box<HuggingFace>),
-    /// Special tokens are found first; what lies between is plain text.
+    /// Special tokens are found first, and the text between them is encoded as plain text.
     Fragments {
         specials: Box<SpecialTokens>,
         plain: PlainModel,
     },
 }
 
-/// How plain text becomes tokens.
+/// How plain text is turned into tokens.
 pub(super) enum PlainModel {
     ByteLevel(Box<ByteLevelBpe>),
     Scored {
@@ -87,14 +87,14 @@ impl fmt::Debug for Tokenizer {
 }
 
 impl Tokenizer {
-    /// The tokens of `text`.
+    /// Encodes `text` as token ids.
     ///
-    /// Every text can be encoded; text that the vocabulary cannot write becomes
-    /// the unknown token, or nothing where there is none.
+    /// Text that the vocabulary cannot represent becomes the unknown token, or is dropped
+    /// if there is none.
     ///
     /// # Errors
-    /// Only when a pattern of the tokenizer gives up, which takes a text of many
-    /// megabytes or a `tokenizer.json` that is at odds with itself.
+    /// Returns [`TextError::Encode`] if a word exceeds the length limit of byte-level BPE
+    /// (1.5 MiB), or if the `tokenizers` library fails on the text.
     pub fn encode(&self, text: &str, options: EncodeOptions) -> Result<Vec<u32>, TextError> {
         let mut ids = Vec::with_capacity(text.len() / 3 + 2);
         if options.add_special {
@@ -121,7 +121,7 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// The tokens of a text that goes on where another one ends.
+    /// Encodes a text that continues another one.
     #[cfg(feature = "grammar")]
     pub(super) fn encode_inside(&self, text: &str) -> Result<Vec<u32>, TextError> {
         let mut ids = Vec::new();
@@ -139,8 +139,8 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// Appends the tokens of a text without special tokens. `after_special` says
-    /// that it begins the prompt or follows a special token.
+    /// Appends the tokens of a text without special tokens. `after_special` says whether
+    /// the text begins the prompt or follows a special token.
     fn encode_plain(
         &self,
         plain: &PlainModel,
@@ -181,11 +181,10 @@ impl Tokenizer {
         Ok(())
     }
 
-    /// The text of `ids`; without special tokens if `skip_special`.
+    /// Decodes `ids` to text. If `skip_special`, special tokens are left out.
     ///
-    /// Bytes that are no UTF-8, and ids that no token has, become U+FFFD. The
-    /// space that a SentencePiece model puts before the first word is taken away
-    /// again, as transformers does.
+    /// Invalid UTF-8 and ids without a token become U+FFFD. The space that a SentencePiece
+    /// model puts before the first word is removed, as in transformers.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> String {
         let mut assembler = self.assembler();
         let mut text = String::new();
@@ -196,8 +195,8 @@ impl Tokenizer {
         text
     }
 
-    /// The text that a prompt of `ids` was: special tokens are part of it, but for those
-    /// that [`encode`](Self::encode) puts around a text.
+    /// Recovers the text of a prompt from its `ids`. Special tokens are included, except
+    /// for those that [`encode`](Self::encode) puts around a text.
     pub fn decode_prompt(&self, ids: &[u32]) -> String {
         let around = EncodeOptions {
             add_special: true,
@@ -211,12 +210,12 @@ impl Tokenizer {
         self.decode(text.unwrap_or(ids), false)
     }
 
-    /// A fresh state for [`decode_step`](Self::decode_step).
+    /// Creates the state for [`decode_step`](Self::decode_step).
     pub(super) fn assembler(&self) -> Utf8Assembler {
         Utf8Assembler::new(self.strip_leading_space)
     }
 
-    /// Appends to `text` what `id` completes.
+    /// Appends to `text` the characters that `id` completes.
     pub(super) fn decode_step(
         &self,
         assembler: &mut Utf8Assembler,
@@ -236,15 +235,17 @@ impl Tokenizer {
         );
     }
 
-    /// The bytes that a token stands for, which may be part of a character;
-    /// `None` for an id that no token has.
+    /// Returns the bytes that a token represents, which may be part of a character. Returns
+    /// `None` for an id without a token.
     pub fn token_bytes(&self, id: u32) -> Option<&[u8]> {
         self.vocabulary.bytes(id)
     }
 
-    /// Bytes of text that one token can stand for at most, so that a text of more than
-    /// `n` times as many has more than `n` tokens. `None` where there is no such bound:
-    /// where text may be left out, runs of it become one token, or spaces are merged.
+    /// Returns the maximum number of bytes of text per token, so that a text of more than
+    /// `n` times as many bytes has more than `n` tokens.
+    ///
+    /// Returns `None` if there is no such bound, because text may be dropped, runs of text
+    /// may become one token, or spaces may be merged.
     pub fn max_token_bytes(&self) -> Option<usize> {
         let shrinks = match &self.model {
             Model::HuggingFace(model) => model.may_shrink(),
@@ -257,52 +258,52 @@ impl Tokenizer {
         (!shrinks).then(|| self.vocabulary.longest())
     }
 
-    /// What the vocabulary calls a token; `None` for an id that no token has.
+    /// Returns the name of a token in the vocabulary, or `None` for an id without a token.
     pub fn token_text(&self, id: u32) -> Option<&str> {
         self.vocabulary.text(id)
     }
 
-    /// The token that the vocabulary calls `text`.
+    /// Returns the token whose name in the vocabulary is `text`.
     pub fn id_of(&self, text: &str) -> Option<u32> {
         self.vocabulary.id(text)
     }
 
-    /// Number of ids: every token's id is below it. A model's logits may be more.
+    /// Returns the number of ids; every token's id is below it. The model may have more logits.
     pub fn vocabulary_size(&self) -> usize {
         self.vocabulary.len()
     }
 
-    /// Whether a token steers the model and is no part of the text.
+    /// Returns whether a token controls the model and is not part of the text.
     pub fn is_special(&self, id: u32) -> bool {
         self.vocabulary.kind(id).is_special()
     }
 
-    /// The beginning-of-text token.
+    /// Returns the beginning-of-text token.
     pub fn bos(&self) -> Option<u32> {
         self.bos
     }
 
-    /// The end-of-text token that the model names first; see
-    /// [`end_tokens`](Self::end_tokens) for all that end an answer.
+    /// Returns the end-of-text token that the model names first. See
+    /// [`end_tokens`](Self::end_tokens) for all tokens that end an answer.
     pub fn eos(&self) -> Option<u32> {
         self.eos
     }
 
-    /// Every token that ends an answer, in order of id: those that the model
-    /// names, and those with a well-known name, such as `<|im_end|>`.
+    /// Returns all tokens that end an answer, sorted by id: those that the model names, and
+    /// those with a well-known name such as `<|im_end|>`.
     pub fn end_tokens(&self) -> &[u32] {
         &self.ends
     }
 
-    /// The model's chat template, if it has one.
+    /// Returns the model's chat template, if it has one.
     pub fn chat_template(&self) -> Option<&ChatTemplate> {
         self.template.as_ref()
     }
 
-    /// A chat template for this model's tokens, in place of its own.
+    /// Parses a chat template for this model's tokens, to use in place of its own.
     ///
     /// # Errors
-    /// As [`ChatTemplate::new`].
+    /// Returns an error for the same reasons as [`ChatTemplate::new`].
     pub fn template_from(&self, source: &str) -> Result<ChatTemplate, TextError> {
         match &self.template {
             Some(template) => template.with_source(source),
@@ -313,17 +314,17 @@ impl Tokenizer {
         }
     }
 
-    /// Replaces the chat template, or gives one to a model that has none.
+    /// Replaces the chat template, or sets one if the model has none.
     ///
     /// # Errors
-    /// As [`ChatTemplate::new`].
+    /// Returns an error for the same reasons as [`ChatTemplate::new`].
     pub fn set_chat_template(&mut self, source: &str) -> Result<(), TextError> {
         self.template = Some(self.template_from(source)?);
         Ok(())
     }
 }
 
-/// `text` with runs of spaces made one space, and none at either end.
+/// Returns `text` with runs of spaces collapsed to one space, and no spaces at either end.
 fn single_spaces(text: &str) -> String {
     text.split(' ')
         .filter(|word| !word.is_empty())

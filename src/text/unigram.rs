@@ -1,17 +1,19 @@
-//! SentencePiece's unigram model: the likeliest way to cut a text into tokens.
+//! SentencePiece's unigram model, which splits a text into tokens in the most likely way.
 //!
-//! A Viterbi search over all cuts (Kudo, 2018, "Subword Regularization").
+//! This is a Viterbi search over all possible splits (Kudo, 2018, "Subword
+//! Regularization").
 
 use super::sentencepiece::{Fallback, byte_ids, mergeable};
 use super::vocabulary::{TokenKind, Vocabulary};
 
-/// How much less likely than the rarest token a character without a token is.
+/// Amount by which the log probability of a character without a token is below that of the
+/// rarest token.
 const UNKNOWN_PENALTY: f64 = 10.0;
 
-/// The tokens in byte order, with their log-probabilities.
+/// Tokens in byte order, with their log probabilities.
 #[derive(Debug)]
 pub(super) struct Unigram {
-    /// Ids sorted by text, so that the tokens with one prefix lie side by side.
+    /// Ids sorted by text, so that tokens with a common prefix are adjacent.
     sorted: Vec<u32>,
     scores: Vec<f32>,
     unknown_score: f64,
@@ -19,7 +21,7 @@ pub(super) struct Unigram {
     unknown: Option<u32>,
 }
 
-/// The best way to end at a place.
+/// Best way to reach a position in the text.
 #[derive(Clone, Copy)]
 struct Cut {
     score: f64,
@@ -28,7 +30,7 @@ struct Cut {
 }
 
 impl Unigram {
-    /// `scores` holds one finite number a token.
+    /// Builds the model. `scores` holds one finite number per token.
     pub(super) fn new(vocabulary: &Vocabulary, scores: Vec<f32>, unknown: Option<u32>) -> Self {
         let mut sorted: Vec<u32> = vocabulary
             .iter()
@@ -108,7 +110,7 @@ impl Unigram {
                     .and_then(|t| t.as_bytes().get(depth))
                     .copied()
             };
-            // Shorter tokens have no byte here and sort first.
+            // Tokens that end before this byte sort first.
             let from = range.partition_point(|id| byte(id) < Some(wanted));
             let to = range.partition_point(|id| byte(id) <= Some(wanted));
             range = &range[from..to];

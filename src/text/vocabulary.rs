@@ -1,28 +1,28 @@
-//! The table of tokens: what each id is called, which bytes it stands for, and of what kind it is.
+//! Table of tokens: the text, the bytes and the kind of each id.
 
 use super::TextError;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
-/// The most tokens that a vocabulary may have: eight times the largest known.
+/// Maximum number of tokens in a vocabulary: eight times the largest known one.
 pub(super) const MAX_TOKENS: usize = 1 << 21;
 
-/// The longest token, in bytes. Bounds the work a byte of text can cause.
+/// Maximum length of a token, in bytes. It bounds the work per byte of text.
 pub(super) const MAX_TOKEN_BYTES: usize = 4096;
 
-/// What a token is for; the numbers are those of `tokenizer.ggml.token_type`.
+/// Kind of a token: those of `tokenizer.ggml.token_type`, and [`Absent`](Self::Absent).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum TokenKind {
     /// An ordinary piece of text.
     Normal,
-    /// Stands for text that the vocabulary cannot write.
+    /// Stands for text that the vocabulary cannot represent.
     Unknown,
-    /// Steers the model (a turn's end, for one); never made from plain text.
+    /// Controls the model, for example by ending a turn; never made from plain text.
     Control,
-    /// Added by the model's makers: found in text before all else, and visible.
+    /// Added by the model's makers; found in text before anything else, and visible.
     UserDefined,
-    /// In the table, but no longer used.
+    /// In the vocabulary, but no longer used.
     Unused,
     /// One raw byte.
     Byte,
@@ -31,7 +31,7 @@ pub(super) enum TokenKind {
 }
 
 impl TokenKind {
-    /// Whether the token is left out of text that is made for people.
+    /// Returns whether the token is left out of text that is meant for people.
     pub(super) fn is_special(self) -> bool {
         matches!(self, Self::Control | Self::Unknown)
     }
@@ -41,7 +41,7 @@ impl TokenKind {
 struct Token {
     text: Arc<str>,
     kind: TokenKind,
-    /// Where its bytes lie in the arena.
+    /// Range of its bytes in the arena.
     start: u32,
     end: u32,
 }
@@ -52,16 +52,17 @@ pub(super) struct Vocabulary {
     tokens: Vec<Token>,
     ids: HashMap<Arc<str>, u32>,
     bytes: Vec<u8>,
-    /// Bytes of the longest token.
+    /// Length of the longest token, in bytes.
     longest: usize,
 }
 
 impl Vocabulary {
-    /// Appends a token that stands for `bytes`. An empty text, or an absent
-    /// token, has an id but is found under no text.
+    /// Appends a token that represents `bytes`. A token that is absent or has an empty text
+    /// gets an id, but cannot be found by its text.
     ///
     /// # Errors
-    /// When the text is there already, is too long, or there are too many tokens.
+    /// Returns an error if the text already exists or is too long, or if there are too many
+    /// tokens.
     pub(super) fn push(
         &mut self,
         text: &str,
@@ -91,7 +92,7 @@ impl Vocabulary {
                 }
             };
         }
-        // The text of a token that is found in text as such may be longer than its bytes.
+        // The text of a token that is matched literally may be longer than its bytes.
         self.longest = self.longest.max(match kind {
             TokenKind::Normal | TokenKind::Byte => bytes.len(),
             _ => bytes.len().max(text.len()),
@@ -129,12 +130,12 @@ impl Vocabulary {
         })
     }
 
-    /// Bytes of text that the longest token stands for; 1 at least.
+    /// Returns the number of bytes of text that the longest token represents, at least 1.
     pub(super) fn longest(&self) -> usize {
         self.longest.max(1)
     }
 
-    /// Number of ids, absent ones too.
+    /// Returns the number of ids, including absent ones.
     pub(super) fn len(&self) -> usize {
         self.tokens.len()
     }
@@ -151,7 +152,7 @@ impl Vocabulary {
         self.known(id).map_or(TokenKind::Absent, |token| token.kind)
     }
 
-    /// The bytes that a token stands for; `None` for an id without a token.
+    /// Returns the bytes that a token represents, or `None` for an id without a token.
     pub(super) fn bytes(&self, id: u32) -> Option<&[u8]> {
         self.known(id)
             .and_then(|token| self.bytes.get(token.start as usize..token.end as usize))
@@ -163,7 +164,7 @@ impl Vocabulary {
         }
     }
 
-    /// Every token that there is: id, text, kind.
+    /// Iterates over all tokens that are not absent, as id, text and kind.
     pub(super) fn iter(&self) -> impl Iterator<Item = (u32, &str, TokenKind)> {
         (0u32..)
             .zip(&self.tokens)

@@ -1,5 +1,5 @@
-//! The tensors of one or more open files, found by name: what GGUF files and
-//! Hugging Face folders have in common.
+//! The tensors of one or more open files, by name. GGUF files and Hugging Face folders
+//! share this code.
 
 use super::file::WeightFile;
 use super::{DType, TensorView, WeightsError, quant};
@@ -8,14 +8,13 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-/// Bytes that one thread reads and checks at a time: they are still in its cache when they
-/// are checked.
+/// Bytes that a thread reads before it checks them. They are then still in its cache.
 const CHUNK: usize = 1 << 20;
 
-/// Threads that read one tensor at most.
+/// Maximum number of threads that read one tensor.
 const MOST_THREADS: usize = 8;
 
-/// The bytes of a model file.
+/// The contents of a model file, on disk or in memory.
 #[derive(Debug)]
 pub(super) enum Contents {
     File(WeightFile),
@@ -23,7 +22,7 @@ pub(super) enum Contents {
 }
 
 impl Contents {
-    /// Number of bytes.
+    /// Returns the number of bytes.
     pub(super) fn len(&self) -> usize {
         match self {
             Self::File(file) => file.len(),
@@ -31,7 +30,7 @@ impl Contents {
         }
     }
 
-    /// The first `count` bytes, of which there must be so many.
+    /// Returns the first `count` bytes. `count` must not exceed [`Contents::len`].
     pub(super) fn head(&self, count: usize) -> Result<Cow<'_, [u8]>, WeightsError> {
         match self {
             Self::File(file) => {
@@ -51,7 +50,8 @@ pub(super) struct TensorEntry {
     pub(super) dtype: DType,
     /// Outermost dimension first.
     pub(super) shape: Vec<usize>,
-    /// The tensor's bytes: inside the file, as many as `dtype` and `shape` need.
+    /// Byte range in the file. It lies inside the file and has the length that `dtype` and
+    /// `shape` need.
     pub(super) range: Range<usize>,
 }
 
@@ -77,11 +77,11 @@ struct Tensor {
     entry: TensorEntry,
 }
 
-/// A tensor of the file being added that an earlier one has, too.
+/// A tensor name that an earlier file already uses.
 #[derive(Debug)]
 pub(super) struct Repeated {
     pub(super) name: String,
-    /// The earlier file.
+    /// The file that has the name first.
     pub(super) first: PathBuf,
 }
 
@@ -89,7 +89,8 @@ impl Directory {
     /// Adds a file and its tensors.
     ///
     /// # Errors
-    /// When one of the names is taken; the directory is then of no further use.
+    /// Returns [`Repeated`] if one of the names is taken. The directory must not be used
+    /// after that.
     pub(super) fn add(
         &mut self,
         path: &Path,
@@ -113,12 +114,12 @@ impl Directory {
         Ok(())
     }
 
-    /// Number of tensors.
+    /// Returns the number of tensors.
     pub(super) fn len(&self) -> usize {
         self.tensors.len()
     }
 
-    /// Size in bytes of all files together.
+    /// Returns the size of all files together, in bytes.
     pub(super) fn file_bytes(&self) -> u64 {
         let parts = self.parts.iter();
         parts.map(|part| part.contents.len() as u64).sum()
@@ -139,7 +140,7 @@ impl Directory {
         tensors.map(|tensor| tensor.entry.name.as_str()).collect()
     }
 
-    /// See [`WeightSource::read`](super::WeightSource::read).
+    /// Reads the bytes of a tensor; see [`WeightSource::read`](super::WeightSource::read).
     pub(super) fn read(&self, view: &TensorView<'_>) -> Result<Cow<'_, [u8]>, WeightsError> {
         let tensor = self
             .by_name
@@ -187,15 +188,15 @@ impl Directory {
     }
 }
 
-/// Weights in the first `bytes` bytes.
+/// Returns the number of weights in the first `bytes` bytes of a tensor.
 fn elements(dtype: DType, bytes: usize) -> usize {
     bytes / dtype.block_bytes() * dtype.block_elements()
 }
 
 type Fill<'a> = dyn Fn(usize, &mut [u8]) -> Result<(), WeightsError> + Sync + 'a;
 
-/// Has every chunk of `data`, of whole blocks, filled by `fill`, which is given its offset;
-/// by several threads where there is much to do.
+/// Calls `fill` for each chunk of `data` with the chunk's offset. Chunks are whole blocks
+/// of `block` bytes. Several threads share the work if there are enough chunks.
 fn in_chunks(data: &mut [u8], block: usize, fill: &Fill<'_>) -> Result<(), WeightsError> {
     let chunk = CHUNK.next_multiple_of(block);
     let in_turn = |start: usize, share: &mut [u8]| {

@@ -1,11 +1,11 @@
-//! The element and block formats that weights are stored in.
+//! The element and block formats in which weights are stored.
 
 use std::fmt;
 
-/// How the numbers of a tensor are stored.
+/// Storage format of a tensor's numbers.
 ///
-/// The block formats are those of ggml: a row is a whole number of blocks, and
-/// a block holds a fixed number of weights with their scales.
+/// The block formats are those of ggml. A row is a whole number of blocks, and a block
+/// holds a fixed number of weights with their scales.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[allow(missing_docs)] // the names are the formats' own
 pub enum DType {
@@ -44,7 +44,7 @@ impl DType {
         Self::Iq4Nl,
     ];
 
-    /// Weights in a block; 1 for the plain formats.
+    /// Returns the number of weights per block; 1 for the plain formats.
     pub fn block_elements(self) -> usize {
         match self {
             Self::F32 | Self::F16 | Self::BF16 => 1,
@@ -53,7 +53,7 @@ impl DType {
         }
     }
 
-    /// Bytes in a block.
+    /// Returns the number of bytes per block.
     pub fn block_bytes(self) -> usize {
         match self {
             Self::F32 => 4,
@@ -71,8 +71,8 @@ impl DType {
         }
     }
 
-    /// Bytes that `elements` consecutive weights take, or `None` where they are
-    /// not a whole number of blocks or the count overflows.
+    /// Returns the size of `elements` consecutive weights in bytes. `None` if they are not
+    /// a whole number of blocks or if the size overflows.
     pub fn bytes_for(self, elements: usize) -> Option<usize> {
         if !elements.is_multiple_of(self.block_elements()) {
             return None;
@@ -80,12 +80,12 @@ impl DType {
         (elements / self.block_elements()).checked_mul(self.block_bytes())
     }
 
-    /// Whether the weights are plain floating-point numbers.
+    /// Returns whether the weights are plain floating-point numbers.
     pub fn is_float(self) -> bool {
         matches!(self, Self::F32 | Self::F16 | Self::BF16)
     }
 
-    /// The format's usual name, as in file names: `Q4_K`, `BF16`, …
+    /// Returns the format's usual name, as in file names: `Q4_K`, `BF16`, …
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "F32",

@@ -1,5 +1,5 @@
-//! A model file on disk, read at given offsets. It is never mapped into memory: a file that
-//! another process truncates while it is read gives an error, not a `SIGBUS`.
+//! A model file on disk, read at given offsets. It is never memory-mapped: if another
+//! process truncates it, a read returns an error, where a mapping would raise `SIGBUS`.
 
 use super::WeightsError;
 use std::fs::File;
@@ -18,13 +18,13 @@ impl WeightFile {
     /// Opens the file at `path`.
     ///
     /// # Errors
-    /// [`WeightsError::Io`] when it is not a regular file or cannot be opened.
+    /// Returns [`WeightsError::Io`] if it is not a regular file or cannot be opened.
     pub(super) fn open(path: &Path) -> Result<Self, WeightsError> {
         let failed = |source| WeightsError::Io {
             path: path.to_owned(),
             source,
         };
-        // Checked before opening: opening a pipe waits for its writer.
+        // Checked before opening, because opening a pipe waits for its writer.
         if !std::fs::metadata(path).map_err(failed)?.is_file() {
             let problem = "it is a folder or a device; a file was expected";
             return Err(failed(Error::new(ErrorKind::InvalidInput, problem)));
@@ -42,7 +42,7 @@ impl WeightFile {
         })
     }
 
-    /// Size of the file in bytes when it was opened.
+    /// Returns the size of the file when it was opened, in bytes.
     pub(super) fn len(&self) -> usize {
         self.bytes
     }
@@ -50,8 +50,8 @@ impl WeightFile {
     /// Fills `out` with the bytes of the file from `offset` on.
     ///
     /// # Errors
-    /// [`WeightsError::Shortened`] when the file ends before `out` is full,
-    /// [`WeightsError::Io`] when it cannot be read.
+    /// Returns [`WeightsError::Shortened`] if the file ends before `out` is full, and
+    /// [`WeightsError::Io`] if it cannot be read.
     pub(super) fn read(&self, offset: usize, out: &mut [u8]) -> Result<(), WeightsError> {
         read_exact_at(&self.file, out, offset as u64).map_err(|source| match source.kind() {
             ErrorKind::UnexpectedEof => WeightsError::Shortened {

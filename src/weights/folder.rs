@@ -1,5 +1,5 @@
-//! Hugging Face model folders: `config.json` and safetensors weights, in one file
-//! or in shards.
+//! Hugging Face model folders: `config.json` with safetensors weights, in one file or in
+//! shards.
 
 use super::directory::{Contents, Directory};
 use super::file::WeightFile;
@@ -15,10 +15,10 @@ const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
-/// The largest JSON file that is read; real ones are a thousandth of it.
+/// Size limit for JSON files, in bytes. Real ones are about a thousandth of this.
 const LARGEST_JSON: u64 = 64 << 20;
 
-/// An open model folder: its configuration, and its tensors in place.
+/// An open model folder: its configuration and the location of its tensors.
 #[derive(Debug)]
 pub struct ModelFolder {
     path: PathBuf,
@@ -26,25 +26,23 @@ pub struct ModelFolder {
     directory: Directory,
 }
 
-/// `model.safetensors.index.json`.
+/// The contents of `model.safetensors.index.json`.
 #[derive(serde::Deserialize)]
 struct Index {
-    /// The shard that holds each tensor.
+    /// Name of the shard that holds each tensor, by tensor name.
     weight_map: BTreeMap<String, String>,
 }
 
 impl ModelFolder {
-    /// Opens the folder at `path`: reads `config.json`, and opens
-    /// `model.safetensors` or, where there is none, the shards named by
-    /// `model.safetensors.index.json`. The files must not be changed while they
-    /// are open.
+    /// Opens the folder at `path`: reads `config.json`, then opens `model.safetensors` or,
+    /// if there is none, the shards that `model.safetensors.index.json` names. The files
+    /// must not be changed while they are open.
     ///
     /// # Errors
-    /// [`WeightsError::Io`] when a file cannot be read,
-    /// [`WeightsError::MissingFile`] when one is not there,
-    /// [`WeightsError::Unsupported`] for tensors that are not F32, F16 or BF16 and
-    /// for folders without safetensors weights, [`WeightsError::Malformed`] for
-    /// anything else.
+    /// Returns [`WeightsError::Io`] or [`WeightsError::Shortened`] if a file cannot be
+    /// read, [`WeightsError::MissingFile`] if one is absent, [`WeightsError::Unsupported`]
+    /// for tensors that are not F32, F16 or BF16 and for PyTorch checkpoints and Git LFS
+    /// pointers, and [`WeightsError::Malformed`] for anything else.
     pub fn open(path: &Path) -> Result<Self, WeightsError> {
         let config_path = path.join(CONFIG);
         if !config_path.exists() {
@@ -68,17 +66,17 @@ impl ModelFolder {
         })
     }
 
-    /// The contents of `config.json`: a JSON object.
+    /// Returns the contents of `config.json`, which is a JSON object.
     pub fn config(&self) -> &Value {
         &self.config
     }
 
-    /// Where the folder is.
+    /// Returns the path of the folder.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Size of the weight files in bytes.
+    /// Returns the size of the weight files in bytes.
     pub fn file_bytes(&self) -> u64 {
         self.directory.file_bytes()
     }
@@ -134,7 +132,7 @@ fn open_weights(folder: &Path) -> Result<Directory, WeightsError> {
     })
 }
 
-/// Why a folder without `config.json` holds no model, as far as its files tell.
+/// Explains why a folder has no `config.json`, as far as its other files tell.
 fn undescribed(folder: &Path) -> String {
     if folder.join("adapter_config.json").exists() {
         return "adapter_config.json is there: this is an adapter, which must be merged into \
@@ -147,7 +145,7 @@ fn undescribed(folder: &Path) -> String {
     }
 }
 
-/// The names of the files directly in `folder` with an extension, sorted.
+/// Returns the names of the files directly in `folder` that have this extension, sorted.
 fn files_with(folder: &Path, extension: &str) -> Vec<String> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     let mut names: Vec<String> = entries
@@ -182,7 +180,7 @@ fn open_shards(folder: &Path, index_path: &Path) -> Result<Directory, WeightsErr
     Ok(directory)
 }
 
-/// Where shard `name` is: a file directly in the folder, nowhere else.
+/// Returns the path of shard `name`, which must be a file directly in the folder.
 fn shard_path(folder: &Path, name: &str, index: &Path) -> Result<PathBuf, WeightsError> {
     let plain = name.ends_with(".safetensors") && !name.contains(['/', '\\', ':', '\0']);
     if plain {
@@ -197,8 +195,8 @@ fn shard_path(folder: &Path, name: &str, index: &Path) -> Result<PathBuf, Weight
     })
 }
 
-/// Opens a weight file and adds its tensors, or only `wanted` of them, all of
-/// which it must have.
+/// Opens a weight file and adds its tensors. If `wanted` is given, adds only those, and the
+/// file must have them all.
 fn add_file(
     directory: &mut Directory,
     path: &Path,

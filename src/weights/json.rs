@@ -1,15 +1,17 @@
-//! JSON as Python writes it: with `NaN`, `Infinity` and `-Infinity`, which JSON lacks.
+//! JSON as Python writes it, with `NaN`, `Infinity` and `-Infinity`, which standard JSON
+//! does not have.
 
 use serde::de::DeserializeOwned;
 
-/// Python's numbers that are no JSON, longest first.
+/// Python's number literals that are not valid JSON, longest first.
 const NUMBERS: [&str; 3] = ["-Infinity", "Infinity", "NaN"];
 
-/// Reads JSON in which Python's numbers that are not finite may occur. They are given as
-/// strings: where such a number is used, it is refused by name; elsewhere it does no harm.
+/// Parses JSON that may contain Python's non-finite numbers. They become strings, so that
+/// code that needs a number there can name the value in its error, and unused ones do no
+/// harm.
 ///
 /// # Errors
-/// What is wrong, and where.
+/// Returns the error of the strict JSON parser, which says what is wrong and where.
 pub fn from_python_json<T: DeserializeOwned>(text: &[u8]) -> Result<T, serde_json::Error> {
     let strict = serde_json::from_slice(text);
     let (Err(error), Ok(text)) = (&strict, std::str::from_utf8(text)) else {
@@ -21,7 +23,7 @@ pub fn from_python_json<T: DeserializeOwned>(text: &[u8]) -> Result<T, serde_jso
     serde_json::from_str(&quoted(text)).or(strict)
 }
 
-/// The text with quotes around the numbers of [`NUMBERS`] that are in no string.
+/// Returns the text with quotes around each of the [`NUMBERS`] outside of strings.
 fn quoted(text: &str) -> String {
     let mut out = String::with_capacity(text.len() + 16);
     let mut rest = text;

@@ -1,7 +1,7 @@
-//! Model files: what tensors and metadata a file holds, read without trusting it.
+//! Model files: reads their tensors and metadata without trusting the contents.
 //!
-//! [`gguf`] reads GGUF files, [`folder`] reads Hugging Face folders, and both
-//! give the same [`WeightSource`] to the model builder.
+//! [`gguf`] reads GGUF files and [`folder`] reads Hugging Face folders. Both give the model
+//! builder a [`WeightSource`].
 
 mod directory;
 mod dtype;

@@ -1,42 +1,42 @@
-//! Tensors of random numbers, to measure a model of any size without having one.
+//! Tensors of random numbers, to measure a model of any size without its weights.
 
 use super::{DType, TensorView, WeightSource, WeightsError};
 use half::{bf16, f16};
 use std::borrow::Cow;
 use std::collections::HashMap;
 
-/// The standard deviation of the weights: what models are initialised with.
+/// Standard deviation of the weights: a common initialisation of models.
 pub const RANDOM_DEVIATION: f32 = 0.02;
 
-/// Tensors begin at different places of the pool, so that they are not alike.
+/// Number of different offsets in the pool at which tensors begin, so that they differ.
 const PLACES: usize = 4096;
 
-/// Bytes, more or less, that one random number generator fills.
+/// Bytes that one random number generator fills, rounded up to whole blocks.
 const CHUNK: usize = 1 << 20;
 
-/// What a tensor holds.
+/// The contents of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum RandomContent {
     /// Weights of mean 0 and standard deviation [`RANDOM_DEVIATION`].
     Weights,
-    /// One number, as float32.
+    /// One number for all elements, stored as float32.
     Constant(f32),
 }
 
-/// A tensor to be made.
+/// A tensor to create.
 #[derive(Clone, Debug)]
 pub struct RandomTensor {
-    /// Its name.
+    /// Name of the tensor.
     pub name: String,
-    /// Its dimensions, outermost first.
+    /// Dimensions, outermost first.
     pub shape: Vec<usize>,
-    /// What it holds.
+    /// Contents of the tensor.
     pub content: RandomContent,
 }
 
-/// Tensors that share one pool of random weights as large as the largest of them, so
-/// that 16 GB of weights take 1 GB of memory. The same tensors have the same numbers
-/// each time.
+/// Tensors that share one pool of random weights, which is about as large as the largest
+/// tensor: 16 GB of weights, for example, take 1 GB of memory. The same tensors always have
+/// the same numbers.
 #[derive(Debug)]
 pub struct RandomWeights {
     tensors: Vec<RandomTensor>,
@@ -44,12 +44,12 @@ pub struct RandomWeights {
     by_name: HashMap<String, usize>,
     format: DType,
     pool: Vec<u8>,
-    /// The constant tensors' bytes, by position in `tensors`.
+    /// Bytes of the constant tensors, by position in `tensors`.
     constants: HashMap<usize, Vec<u8>>,
 }
 
 impl RandomWeights {
-    /// The formats that random weights can be made in.
+    /// Formats that are available for random weights.
     pub const FORMATS: [DType; 8] = [
         DType::F32,
         DType::F16,
@@ -61,11 +61,12 @@ impl RandomWeights {
         DType::Q6K,
     ];
 
-    /// Makes the tensors, weights in `format`.
+    /// Creates the tensors, with weights in `format`.
     ///
     /// # Errors
-    /// The first tensor whose rows are not whole blocks of the format, or any when the
-    /// format is not one of [`RandomWeights::FORMATS`].
+    /// Returns the first tensor whose rows are not whole blocks of the format or whose size
+    /// overflows. Returns the first weight tensor if the format is not one of
+    /// [`RandomWeights::FORMATS`].
     pub fn new(tensors: Vec<RandomTensor>, format: DType) -> Result<Self, UnfitTensor> {
         let mut constants = HashMap::new();
         let mut largest = 0;
@@ -106,19 +107,19 @@ impl RandomWeights {
     }
 }
 
-/// A tensor that cannot be stored in the format.
+/// A tensor that cannot be stored in the requested format.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UnfitTensor {
-    /// Its name.
+    /// Name of the tensor.
     pub name: String,
-    /// Its row length.
+    /// Length of the tensor's rows.
     pub columns: usize,
-    /// The format.
+    /// The requested format.
     pub format: DType,
 }
 
 impl RandomWeights {
-    /// The bytes of the tensor called `name`, if there is one.
+    /// Returns the bytes of the tensor called `name`, if there is one.
     pub fn bytes(&self, name: &str) -> Option<&[u8]> {
         let &index = self.by_name.get(name)?;
         if let Some(bytes) = self.constants.get(&index) {
@@ -164,8 +165,8 @@ impl WeightSource for RandomWeights {
     }
 }
 
-/// At least `bytes` bytes of random weights. They do not depend on how many threads
-/// the machine has.
+/// Returns at least `bytes` bytes of random weights. They do not depend on the machine's
+/// number of threads.
 fn pool(format: DType, bytes: usize) -> Vec<u8> {
     let chunk = CHUNK.next_multiple_of(format.block_bytes());
     let mut pool = vec![0; bytes.next_multiple_of(format.block_bytes())];
@@ -186,11 +187,13 @@ fn pool(format: DType, bytes: usize) -> Vec<u8> {
     pool
 }
 
-/// How bytes become weights.
+/// How random bytes become weights.
 enum Fill {
-    /// Each random byte chooses a number: 256 of them, evenly spread.
+    /// Each random byte selects one of 256 evenly spaced numbers, which take `width` bytes
+    /// each.
     Table { numbers: Vec<u8>, width: usize },
-    /// Random codes; these bytes of each block, its scales, are overwritten.
+    /// Blocks of random codes. `scales` lists the offsets and contents of the scales, which
+    /// overwrite the random bytes of each block.
     Block {
         bytes: usize,
         scales: Vec<(usize, Vec<u8>)>,
@@ -205,8 +208,8 @@ impl Fill {
             width: numbers.len() / 256,
             numbers,
         };
-        // The scale of codes that are spread evenly over so many numbers, and whose
-        // block has a further factor.
+        // The scale that gives codes the wanted deviation if they are uniform over `codes`
+        // values and the block multiplies them by another `factor`.
         let scale = |codes: f32, factor: f32| {
             let deviation = ((codes * codes - 1.0) / 12.0).sqrt();
             RANDOM_DEVIATION / deviation / factor
@@ -234,23 +237,23 @@ impl Fill {
             }
             DType::Q8_0 => block(vec![(0, half(scale(256.0, 1.0)))]),
             DType::Q4K => {
-                // All inner scales and minima are 32: 6 bits, packed as ggml packs them.
+                // All inner scales and minimums are 32, in 6 bits each, packed as in ggml.
                 let scale = scale(16.0, 32.0);
                 let inner = [[0xa0; 4], [0xa0; 4], [0; 4]].concat();
                 block(vec![(0, half(scale)), (2, half(7.5 * scale)), (4, inner)])
             }
             DType::Q6K => block(vec![(192, vec![16; 16]), (208, half(scale(64.0, 16.0)))]),
-            // `RandomWeights::new` refuses the formats that are not listed.
+            // F32. `RandomWeights::new` refuses the formats that are not in its list.
             _ => table(numbers.flat_map(f32::to_le_bytes).collect()),
         }
     }
 
-    /// Fills a whole number of blocks, always alike for the same `index`.
+    /// Fills a whole number of blocks. The same `index` always gives the same bytes.
     fn chunk(&self, out: &mut [u8], index: u64) {
         let mut state = index.wrapping_mul(0xd134_2543_de82_ef95);
         let mut next = move || {
-            // SplitMix64. Steele, Lea & Flood, *Fast splittable pseudorandom number
-            // generators*, 2014.
+            // SplitMix64 (Steele, Lea & Flood, *Fast splittable pseudorandom number
+            // generators*, 2014).
             state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
             let mut word = state;
             word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -313,7 +316,7 @@ mod tests {
             let count = values.len() as f32;
             let mean = values.iter().sum::<f32>() / count;
             let square = values.iter().map(|x| x * x).sum::<f32>() / count;
-            // The codes of Q4_0 go from -8 to 7.
+            // The codes of Q4_0 range from -8 to 7, so the mean is not exactly 0.
             assert!(mean.abs() < 0.0025, "{format}: mean {mean}");
             let deviation = square.sqrt();
             assert!((deviation - 0.02).abs() < 0.001, "{format}: {deviation}");

@@ -1,7 +1,7 @@
-//! One safetensors file: its header, checked against the file it describes.
+//! The header of one safetensors file, checked against the file that it describes.
 //!
-//! Only the header is read. The tensors' bytes must follow each other without gaps to the
-//! end of the file, and no name may appear twice.
+//! Only the header is read. The tensors' bytes must follow each other without gaps up to
+//! the end of the file, and no name may appear twice.
 
 use super::directory::TensorEntry;
 use super::file::WeightFile;
@@ -13,18 +13,19 @@ use std::collections::HashSet;
 use std::fmt;
 use std::path::Path;
 
-/// Bytes of the length that a file begins with.
+/// Size in bytes of the header length, with which a file begins.
 const LENGTH_BYTES: usize = 8;
 
-/// The longest header that the format allows.
+/// Maximum length of a header in the format, in bytes.
 const LONGEST_HEADER: u64 = 100_000_000;
 
-/// Reads the header of `file`, which is at `path`. The tensors come in the order of their
-/// bytes.
+/// Reads the header of `file`, which is at `path`, and returns the tensors in the order of
+/// their bytes.
 ///
 /// # Errors
-/// [`WeightsError::Malformed`], and [`WeightsError::Unsupported`] for a tensor
-/// that is not F32, F16 or BF16.
+/// Returns [`WeightsError::Malformed`] for a broken header, and
+/// [`WeightsError::Unsupported`] for a tensor that is not F32, F16 or BF16 or for a Git LFS
+/// pointer. Errors of reading the file are passed on.
 pub(super) fn read(file: &WeightFile, path: &Path) -> Result<Vec<TensorEntry>, WeightsError> {
     let malformed = |problem: String| WeightsError::Malformed {
         path: path.to_owned(),
@@ -97,7 +98,7 @@ pub(super) fn read(file: &WeightFile, path: &Path) -> Result<Vec<TensorEntry>, W
     Ok(entries)
 }
 
-/// The bytes of the header.
+/// Reads the bytes of the header.
 fn read_header(
     file: &WeightFile,
     malformed: &dyn Fn(String) -> WeightsError,
@@ -139,7 +140,7 @@ fn dtype(name: &str, info: &TensorInfo, path: &Path) -> Result<DType, WeightsErr
     }
 }
 
-/// Reads the tensors of a header; fails when a name appears twice.
+/// Visitor that reads the tensors of a header. Fails if a name appears twice.
 struct Tensors;
 
 impl<'de> Visitor<'de> for Tensors {

@@ -1,4 +1,4 @@
-//! What a model file offers to the model builder: named tensors.
+//! Named tensors, which a model file offers to the model builder.
 
 use super::DType;
 use std::borrow::Cow;
@@ -7,29 +7,29 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
-/// One stored tensor, or a part of one: what the file says of it. [`WeightSource::read`]
-/// gives its weights.
+/// Description of a stored tensor or of a part of one. [`WeightSource::read`] reads its
+/// weights.
 #[derive(Clone, Debug)]
 pub struct TensorView<'a> {
-    /// The tensor's name in the file.
+    /// Name of the tensor in the file.
     pub name: &'a str,
-    /// How its numbers are stored.
+    /// Storage format of the numbers.
     pub dtype: DType,
-    /// Its dimensions, outermost first: a weight matrix is `[outputs, inputs]`.
+    /// Dimensions, outermost first. A weight matrix is `[outputs, inputs]`.
     pub shape: &'a [usize],
-    /// Which of the tensor's bytes these are: exactly as many as `dtype` and `shape` need,
-    /// row after row, little-endian.
+    /// Byte range within the tensor. It has exactly the length that `dtype` and `shape`
+    /// need. The data is row after row, little-endian.
     pub bytes: Range<usize>,
 }
 
 impl<'a> TensorView<'a> {
-    /// Number of weights.
+    /// Returns the number of weights.
     pub fn elements(&self) -> usize {
         self.shape.iter().product()
     }
 
-    /// Entry `index` of the outermost dimension (an expert of a stacked tensor).
-    /// `None` when there is no such entry.
+    /// Returns entry `index` of the outermost dimension, such as an expert of a stacked
+    /// tensor. `None` if there is no such entry.
     pub fn slice(&self, index: usize) -> Option<TensorView<'a>> {
         let (&count, inner) = self.shape.split_first()?;
         if index >= count {
@@ -48,20 +48,20 @@ impl<'a> TensorView<'a> {
 
 /// A set of named tensors: a GGUF file or a Hugging Face folder.
 pub trait WeightSource: Send + Sync {
-    /// The tensor called `name`, if there is one.
+    /// Returns the tensor called `name`, if there is one.
     fn tensor(&self, name: &str) -> Option<TensorView<'_>>;
 
-    /// The names of all tensors, in the file's order.
+    /// Returns the names of all tensors, in the file's order.
     fn names(&self) -> Vec<&str>;
 
-    /// Reads the bytes of a tensor of this source, all of whose weights are finite.
+    /// Reads the bytes of a tensor of this source. All of its weights are finite.
     ///
     /// # Errors
-    /// [`WeightsError::NotFinite`] for a NaN or an infinity,
-    /// [`WeightsError::Shortened`] and [`WeightsError::Io`] when the file cannot be read.
+    /// Returns [`WeightsError::NotFinite`] if a weight is NaN or infinite, and
+    /// [`WeightsError::Shortened`] or [`WeightsError::Io`] if the bytes cannot be read.
     fn read(&self, tensor: &TensorView<'_>) -> Result<Cow<'_, [u8]>, WeightsError>;
 
-    /// How many weights there are, and in which formats.
+    /// Counts the weights, in total and by format.
     fn count(&self) -> ParameterCount {
         let mut count = ParameterCount::default();
         let names = self.names().into_iter();
@@ -75,36 +75,37 @@ pub trait WeightSource: Send + Sync {
         count
     }
 
-    /// Number of weights in all tensors together.
+    /// Returns the number of weights in all tensors together.
     fn parameters(&self) -> u64 {
         self.count().total as u64
     }
 
-    /// The format that most weights are stored in, to show as the model's
-    /// quantisation. `None` when there are no weights.
+    /// Returns the format that most weights are stored in, which is shown as the model's
+    /// quantisation. `None` if there are no weights.
     fn dominant_dtype(&self) -> Option<DType> {
         self.count().main_format()
     }
 }
 
-/// How many weights a model has, and in which formats.
+/// Number of weights in a model, in total and by format.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ParameterCount {
-    /// All weights.
+    /// Number of all weights.
     pub total: usize,
-    /// Weights by format.
+    /// Number of weights by format.
     pub by_format: BTreeMap<DType, usize>,
-    /// Their bytes in the file.
+    /// Size of the weights in the file, in bytes.
     pub bytes: usize,
 }
 
 impl ParameterCount {
-    /// Whether any weights are stored in a block format.
+    /// Returns whether any weights are stored in a block format.
     pub fn is_quantised(&self) -> bool {
         self.by_format.keys().any(|format| !format.is_float())
     }
 
-    /// The format that most weights are stored in. `None` when there are none.
+    /// Returns the format that most weights are stored in, or `None` if there are no
+    /// weights.
     pub fn main_format(&self) -> Option<DType> {
         let most = self.by_format.iter().max_by_key(|(_, count)| **count);
         most.filter(|(_, count)| **count > 0)
@@ -121,17 +122,17 @@ pub enum WeightsError {
     Io {
         /// The file.
         path: PathBuf,
-        /// What the operating system said.
+        /// Error of the operating system.
         source: std::io::Error,
     },
-    /// The file's bytes are not what its format prescribes.
+    /// The contents of the file do not follow its format.
     #[error("{path} is not a valid {format} file: {problem}")]
     Malformed {
         /// The file.
         path: PathBuf,
-        /// `GGUF`, `safetensors`, `config.json`, …
+        /// Name of the format: `GGUF`, `safetensors`, `config.json`, …
         format: &'static str,
-        /// What was found and what was expected, with the offset where known.
+        /// What was found and what was expected, with the offset if it is known.
         problem: String,
     },
     /// The file is valid, but uses something that quell does not read.
@@ -139,19 +140,19 @@ pub enum WeightsError {
     Unsupported {
         /// The file.
         path: PathBuf,
-        /// What the file uses.
+        /// The unsupported feature that the file uses.
         what: String,
-        /// What would have been accepted.
+        /// What is supported instead.
         expected: String,
     },
-    /// The file became shorter while it was read: somebody else writes to it.
+    /// The file became shorter after it was opened, because something else wrote to it.
     #[error("{path} became shorter while it was read: it had {expected} bytes and has {found} now")]
     Shortened {
         /// The file.
         path: PathBuf,
-        /// Its size in bytes when it was opened.
+        /// Size in bytes when the file was opened.
         expected: u64,
-        /// Its size in bytes now.
+        /// Size in bytes now.
         found: u64,
     },
     /// A weight is NaN or infinite.
@@ -161,31 +162,32 @@ pub enum WeightsError {
     NotFinite {
         /// The file.
         path: PathBuf,
-        /// The tensor's name.
+        /// Name of the tensor.
         tensor: String,
-        /// The weight's index in the tensor, row after row; for a block format, that of the
-        /// block's first weight.
+        /// Index of the weight in the tensor, row after row. In a block format, the index
+        /// of the first weight of the block.
         index: usize,
     },
-    /// A file that the model needs is not there.
+    /// A file that the model needs does not exist.
     #[error("{path} is missing: {reason}")]
     MissingFile {
         /// The file.
         path: PathBuf,
-        /// Who needs it.
+        /// Why the file is needed.
         reason: String,
     },
 }
 
-/// Bytes at a file's beginning that show whether it is such a pointer.
+/// Number of bytes at the beginning of a file that suffice to recognise a Git LFS pointer.
 pub(super) const LFS_POINTER: usize = 64;
 
-/// Whether `bytes` are what Git leaves in a file's place until Git LFS has fetched it.
+/// Returns whether `bytes` begin a Git LFS pointer, which stands in for a file until Git
+/// LFS has fetched it.
 pub(crate) fn is_lfs_pointer(bytes: &[u8]) -> bool {
     bytes.starts_with(b"version https://git-lfs.github.com/spec/")
 }
 
-/// Refuses a file that is only a pointer to what was stored with Git LFS.
+/// Fails if a file is only a Git LFS pointer.
 pub(super) fn refuse_lfs_pointer(bytes: &[u8], path: &Path) -> Result<(), WeightsError> {
     if !is_lfs_pointer(bytes) {
         return Ok(());

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use std::path::Path;
 use tempfile::TempDir;
 
-/// A safetensors file with the given header and this many bytes of data.
+/// Builds a safetensors file with the given header and this many bytes of data.
 fn weights(header: &Value, data: usize) -> Vec<u8> {
     raw_weights(header.to_string().as_bytes(), data)
 }
@@ -22,7 +22,7 @@ fn tensor(dtype: &str, shape: &[u64], start: u64, end: u64) -> Value {
     json!({"dtype": dtype, "shape": shape, "data_offsets": [start, end]})
 }
 
-/// Two tensors of 24 and 16 bytes.
+/// The header of two tensors of 24 and 16 bytes.
 fn valid_header() -> Value {
     json!({
         "__metadata__": {"format": "pt"},
@@ -64,12 +64,12 @@ fn open(path: &Path) -> Result<ModelFolder, WeightsError> {
     result
 }
 
-/// What opening a folder with this `model.safetensors` gives.
+/// Opens a folder with this `model.safetensors`.
 fn open_weights(contents: &[u8]) -> Result<ModelFolder, WeightsError> {
     open(folder(&[("model.safetensors", contents)]).path())
 }
 
-/// What opening a folder with this index and a valid `one.safetensors` gives.
+/// Opens a folder with this index and a valid `one.safetensors`.
 fn open_index(index: &Value) -> Result<ModelFolder, WeightsError> {
     let index = index.to_string();
     let shard = weights(&valid_header(), 40);

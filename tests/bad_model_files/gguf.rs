@@ -8,7 +8,7 @@ use quell::weights::{DType, Gguf, WeightSource, WeightsError};
 use std::path::Path;
 
 const NAME: &str = "broken.gguf";
-/// Magic, version, tensor count, metadata count.
+/// Magic number, version, tensor count and metadata count.
 const PREAMBLE: usize = 4 + 4 + 8 + 8;
 
 fn valid() -> GgufWriter {
@@ -26,7 +26,7 @@ fn valid() -> GgufWriter {
         .tensor("k.weight", DType::Q4K, &[1, 256], vec![9; 144])
 }
 
-/// Opens a file and reads all that it says and holds.
+/// Opens a file and reads all of its metadata and tensors.
 fn read(bytes: &[u8]) -> Result<(), WeightsError> {
     let result = Gguf::from_bytes(bytes.to_vec(), Path::new(NAME)).map(|file| {
         for key in file.metadata_keys() {
@@ -75,7 +75,7 @@ fn assert_unsupported(bytes: &[u8], expected: &str) {
     }
 }
 
-/// A file whose only metadata entry is `key` with the given type and content.
+/// Builds a file whose only metadata entry is `key`, with the given type and content.
 fn one_metadata(key: &[u8], kind: u32, content: &[u8]) -> Vec<u8> {
     let mut file = GgufWriter::new().build()[..PREAMBLE].to_vec();
     file[16..24].copy_from_slice(&1u64.to_le_bytes());
@@ -87,7 +87,7 @@ fn one_metadata(key: &[u8], kind: u32, content: &[u8]) -> Vec<u8> {
     file
 }
 
-/// A file whose only tensor is `tensor`.
+/// Builds a file whose only tensor is `tensor`.
 fn one_tensor(tensor: Tensor) -> Vec<u8> {
     GgufWriter::new().raw_tensor(tensor).build()
 }

@@ -1,5 +1,5 @@
-//! Broken model files give the error that names what is broken: they never cause
-//! a panic, nor an allocation out of proportion to the file.
+//! Broken model files give an error that names what is broken. They never cause a panic, nor an
+//! allocation out of proportion to the size of the file.
 
 #[path = "../common/mod.rs"]
 mod common;

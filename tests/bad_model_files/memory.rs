@@ -1,10 +1,10 @@
-//! Counts what this test program has allocated.
+//! Counts the bytes that this test program has allocated.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// The most that all tests together may have allocated at any time. Their files
-/// have a few kilobytes each; the counts that some of them claim are gigabytes.
+/// Upper limit on what all tests together may hold at any time. Their files have a few
+/// kilobytes each; the counts that some of the files claim would take gigabytes.
 const LIMIT: usize = 64 << 20;
 
 struct Counting;
@@ -12,7 +12,7 @@ struct Counting;
 static HELD: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
 
-// SAFETY: every call goes on to the system's allocator unchanged.
+// SAFETY: every call is passed on to the system allocator unchanged.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let held = HELD.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
@@ -31,7 +31,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Fails when more than [`LIMIT`] bytes were ever held.
+/// Fails if [`LIMIT`] or more bytes were held at any time.
 pub fn assert_little_was_allocated() {
     let peak = PEAK.load(Ordering::Relaxed);
     assert!(peak < LIMIT, "{peak} bytes were allocated");

@@ -1,11 +1,11 @@
-"""Renders chat templates with jinja2, set up as transformers sets it up.
+"""Renders chat templates with jinja2, configured as in transformers.
 
     chat_templates.py FOLDER
     chat_templates.py --expect EXPRESSIONS.json
 
-Prints a JSON list: for each template of the folder and each of the conversations below,
-what the template is given, and what it makes of it: `expected`, or null where it fails.
-With --expect, what each expression of a fixture gives is written into it.
+Prints a JSON list with an entry for each template of the folder and each of the conversations
+below: the inputs of the template, and its output as `expected`, or null if it fails. With
+--expect, writes the output of each expression of a fixture into the fixture.
 """
 
 import copy
@@ -20,7 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 class Generation(jinja2.ext.Extension):
-    """`generation` blocks mark the assistant's words for training, and print them."""
+    """`generation` blocks mark the assistant's text for training; their content is printed."""
 
     tags = {"generation"}
 
@@ -49,7 +49,7 @@ def environment():
 
     made.filters["tojson"] = to_json
     made.globals["raise_exception"] = raise_exception
-    # The tests' own clock stands still.
+    # The clock of the tests stands still, too.
     made.globals["strftime_now"] = datetime.datetime(1970, 1, 2).strftime
     return made
 
@@ -103,7 +103,7 @@ CALLS = [
 ]
 SUNNY = result('{"t": 21}', "call12345", "get_weather")
 
-# Name, messages, tools, whether an answer is begun, variables.
+# Name, messages, tools, whether to add the generation prompt, variables.
 CONVERSATIONS = [
     ("user", [say("user", "Hello, wörld 🙂")], None, True, {}),
     ("system", [say("system", "You are terse."), say("user", "Hi")], None, True, {}),

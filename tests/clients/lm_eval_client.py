@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Has EleutherAI's lm-evaluation-harness count greedy continuations, as its
+"""Lets EleutherAI's lm-evaluation-harness score continuations as greedy or not, as its
 `local-completions` model does for every multiple-choice task.
 
     lm_eval_client.py URL
 
-What the server itself continues a prompt with is greedy, and another word is not. Both of
-the harness's forms are tried: prompts as token ids, and as text. Its tokenizer is the
-server's, by /tokenizer_info and /tokenize.
+The server's own greedy continuation of a prompt must count as greedy, and a different word
+must not. Both request forms of the harness are tested: prompts as token IDs, and as text. It
+uses the server's tokenizer, through /tokenizer_info and /tokenize.
 """
 
 import json

@@ -2,8 +2,8 @@
 
     openai_client.py BASE_URL [CHECK ...]     BASE_URL such as http://127.0.0.1:8000
 
-Runs all checks, or those that are named. Prints a line for each and ends with exit code 1
-at the first that fails. Every answer is short, as the model computes on the CPU.
+Runs all checks, or only those named. Prints one line per check, and exits with code 1 at the
+first that fails. Every answer is short, because the model runs on the CPU.
 """
 
 import base64
@@ -21,7 +21,7 @@ CHECKS = []
 
 
 def check(function):
-    """Registers a check; its name is the function's."""
+    """Registers a check under the function's name."""
     CHECKS.append(function)
     return function
 
@@ -37,7 +37,7 @@ def holds(condition, what):
 
 
 def refused(error_class, status, call):
-    """Makes a call that must end with this class of error; gives the error."""
+    """Makes a call that must fail with this class of error, and returns the error."""
     try:
         call()
     except error_class as error:
@@ -49,7 +49,7 @@ def refused(error_class, status, call):
 
 
 class Server:
-    """The server under test, as each check is given it."""
+    """The server under test, which is passed to each check."""
 
     def __init__(self, base_url):
         self.url = base_url.rstrip("/")
@@ -70,7 +70,7 @@ class Server:
         return self.client.completions.create(model=self.model, prompt=prompt, **fields)
 
     def gauge(self, name, **labels):
-        """The value of a gauge in /metrics, summed over the label sets that match."""
+        """Returns the value of a gauge in /metrics, summed over the matching label sets."""
         total = None
         for line in requests.get(f"{self.url}/metrics", timeout=60).text.splitlines():
             series, _, value = line.rpartition(" ")
@@ -82,7 +82,7 @@ class Server:
         return total
 
     def becomes_idle(self):
-        """Asks until nothing runs or waits and no block is in use."""
+        """Polls until no request runs or waits and no block is in use."""
         until = time.monotonic() + 60
         while True:
             running = self.gauge("quell_num_requests_running")
@@ -359,8 +359,8 @@ def log_probabilities_contain_the_chosen_token_with_its_digits(server):
 
 
 def loglikelihoods(server, pairs):
-    """What lm-eval's `local-completions` makes of (context, continuation) pairs of token ids:
-    the same request and the same reading of its answer as in its `openai_completions.py`."""
+    """Scores (context, continuation) pairs of token IDs like lm-eval's `local-completions`:
+    with the same request and the same reading of its answer as in `openai_completions.py`."""
     payload = {
         "prompt": [context + continuation for context, continuation in pairs],
         "model": server.model,
@@ -437,7 +437,7 @@ def fields_of_vllm_are_kept_to(server):
 
 @check
 def a_context_that_is_too_small_is_recognised(server):
-    # What litellm looks for.
+    # litellm looks for this message.
     error = refused(openai.BadRequestError, 400, lambda: server.complete("Hi", max_tokens=10**6))
     equal(error.code, "context_length_exceeded", "the code")
     holds("this model's maximum context length is" in str(error).lower(), f"the message is {error}")

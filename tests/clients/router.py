@@ -1,7 +1,7 @@
-"""Two replicas of `quell serve` behind vllm-router: what must hold when they scale out.
+"""Tests two replicas of `quell serve` behind vllm-router: what must hold when scaling out.
 
-Takes the program from QUELL and the model from MODEL. Prints a line a check; ends with 1
-and the reason at the first that fails.
+Takes the program from QUELL and the model from MODEL. Prints one line per check. Exits with
+code 1 and the reason at the first check that fails.
 """
 
 import json
@@ -17,10 +17,10 @@ import time
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
-# Seconds for everything: much, for a machine that has other things to do as well.
+# Time limit in seconds for everything; generous, for a machine that is busy with other work.
 TIME = 600
 NAME = "model"
-# Without a proxy between this machine and itself.
+# No proxy for connections of this machine to itself.
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
 
 
@@ -29,7 +29,7 @@ class Failed(Exception):
 
 
 def stop(number, _):
-    """Whatever the main thread waits for, it waits no longer."""
+    """Signal handler that interrupts whatever the main thread waits for."""
     raise Failed("out of time" if number == signal.SIGALRM else "told to stop")
 
 
@@ -39,7 +39,7 @@ def check(holds, otherwise):
 
 
 def until(what, holds):
-    """Asks again and again until it holds; returns what it then is."""
+    """Polls until the condition holds, and returns its value."""
     try:
         while not (answer := holds()):
             time.sleep(0.02)
@@ -67,7 +67,7 @@ class Program:
         return HTTPConnection("127.0.0.1", self.port)
 
     def ask(self, method, path, body=None):
-        """The status and the text of the answer; (0, reason) if there is none."""
+        """Returns the status and the text of the answer, or (0, reason) if there is none."""
         connection = self.connection()
         try:
             data = None if body is None else json.dumps(body)
@@ -87,7 +87,7 @@ class Program:
 
 
 def question(max_tokens, **extra):
-    """A request whose answer has exactly so many tokens, and always the same ones."""
+    """Returns a request whose answer always has the same `max_tokens` tokens."""
     return {
         "model": NAME,
         "prompt": "The quick brown fox",
@@ -105,8 +105,8 @@ class Replica(Program):
         self.start()
 
     def start(self):
-        """Starts it; on the port that it had before, if it had one."""
-        # Somebody's connection may use that port for a moment.
+        """Starts the replica, on its previous port if it had one."""
+        # Another program's connection may briefly occupy that port.
         for _ in range(10):
             if self.listens():
                 return
@@ -115,7 +115,7 @@ class Replica(Program):
     def listens(self):
         command = [os.environ["QUELL"], "serve", "--model", os.environ["MODEL"], "--device", "cpu"]
         command += ["--threads", "1", "--port", str(self.port), "--served-model-name", NAME]
-        # Longer than this test: whoever is cut off by a drain is cut off wrongly.
+        # Longer than this test: a drain must not cut off any request.
         command += ["--drain-timeout", "3600"]
         self.spawn(command, stdout=subprocess.PIPE, stderr=self.log, text=True)
         line = self.process.stdout.readline()
@@ -128,7 +128,7 @@ class Replica(Program):
         return True
 
     def metric(self, name, **labels):
-        """The sum over the lines of this name that have these labels."""
+        """Returns the sum over the series with this name and these labels."""
         status, text = self.get("/metrics")
         check(status == 200, f"/metrics of {self.url} answers {status}: {text}")
         values = []
@@ -179,7 +179,7 @@ class Router(Program):
         return self.get("/workers")[0] == 200
 
     def uses(self, replica):
-        """Whether it thinks that the replica is well."""
+        """Returns whether the router considers the replica healthy."""
         status, text = self.get("/workers")
         check(status == 200, f"/workers answers {status}: {text}")
         well = {worker["url"]: worker["is_healthy"] for worker in json.loads(text)["workers"]}
@@ -187,13 +187,13 @@ class Router(Program):
 
 
 class Stream:
-    """An answer that is being read, by a thread of its own."""
+    """An answer that is being read by its own thread."""
 
     def __init__(self, server, tokens):
         self.tokens = tokens
         self.text = ""
         self.usage = None
-        self.whole = False  # has the end that a whole answer has
+        self.whole = False  # whether it ended with [DONE], like a complete answer
         self.problem = None
         self.begun = threading.Event()
         self.connection = server.connection()
@@ -217,7 +217,7 @@ class Stream:
                 elif data:
                     self.event(json.loads(data))
         except (OSError, HTTPException, ValueError, AttributeError) as error:
-            # The last two: closed under the reader's hands.
+            # The last two occur if the connection is closed while it is being read.
             self.problem = repr(error)
         finally:
             self.begun.set()
@@ -243,7 +243,7 @@ class Stream:
         return self.whole and self.usage and self.usage["completion_tokens"] == self.tokens
 
     def cut(self):
-        """Hangs up."""
+        """Closes the connection in the middle of the answer."""
         if self.connection.sock:
             self.connection.sock.shutdown(socket.SHUT_RDWR)
         self.join()
@@ -251,11 +251,11 @@ class Stream:
 
 
 def streams_in_flight(router, replicas, count, lengths=(1200, 3600)):
-    """So many streams, of which all have begun and none has ended; the replicas, which
-    run nothing else, have counted them. As many tokens as it takes."""
+    """Returns `count` streams that have all begun, none of which has ended, and which the
+    replicas count as running; they must run nothing else. Tries longer answers if needed."""
 
     def counted():
-        # A token may be here before the gauge that counts its request.
+        # A token may arrive before the gauge counts its request.
         return sum(replica.running() for replica in replicas) == count
 
     for tokens in lengths:
@@ -306,13 +306,13 @@ def a_disconnect_frees_the_blocks(router, replicas):
         return all(replica.holds_nothing() for replica in replicas)
 
     before = disconnects()
-    # None ends by itself.
+    # None of these streams ends by itself.
     for stream in streams_in_flight(router, replicas, 4, [7200]):
         stream.cut()
     until("the cut streams hold nothing", all_hold_nothing)
     until("4 disconnects are counted", lambda: disconnects() == before + 4)
 
-    # A client that leaves before there is anything to read.
+    # A client that disconnects before there is anything to read.
     connection = router.connection()
     kind = {"Content-Type": "application/json"}
     connection.request("POST", "/v1/completions", json.dumps(question(7200)), kind)
@@ -328,7 +328,7 @@ def a_killed_replica_loses_only_its_own(router, replicas):
     streams = streams_in_flight(router, replicas, 6)
     running = victim.running()
     check(0 < running < 6, f"the replica to be killed runs {running} of 6 streams")
-    # Of an answer in one piece nothing has been sent: the router can ask again.
+    # No part of a non-streamed answer has been sent yet, so the router can retry.
     answers = []
     ask = [
         threading.Thread(target=lambda: answers.append(router.complete(400)), daemon=True)
@@ -342,7 +342,7 @@ def a_killed_replica_loses_only_its_own(router, replicas):
     for ending in [*streams, *ask]:
         ending.join()
     lost = sum(not stream.is_complete() for stream in streams)
-    # Fewer, if one ended just before.
+    # Fewer streams are lost if one ended just before.
     check(0 < lost <= running, f"it ran {running} of 6 streams, {lost} are not whole")
     for status, text in answers:
         check(status == 200, f"an answer in one piece is lost: {status}: {text}")
@@ -423,7 +423,7 @@ def start(log):
     for _ in range(3):
         router = Router(replicas, log)
         until("the router serves", lambda: router.has_ended() or router.serves())
-        # It ends where somebody has taken its port in the meantime.
+        # The router exits if another program has taken its port in the meantime.
         if not router.has_ended():
             until("it uses both", lambda: all(router.uses(replica) for replica in replicas))
             return router, replicas

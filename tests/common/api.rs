@@ -1,26 +1,26 @@
-//! Requests to a server under test, and the events of its answers.
+//! Sends requests to a server under test and parses its answers.
 
-#![allow(dead_code)] // each test file uses its part
+#![allow(dead_code)] // each test file uses only part of this module
 
 use super::http::{Reply, exchange, get, post};
 use serde_json::Value;
 use std::net::SocketAddr;
 
-/// Asks, and expects an answer, not a refusal.
+/// Posts a request and returns the answer. Panics unless the status is 200.
 pub fn ask(address: SocketAddr, path: &str, body: &Value) -> Value {
     let reply = send(address, path, body);
     assert_eq!(reply.status, 200, "{body}: {}", reply.text());
     reply.json()
 }
 
-/// Asks, and expects to be refused with this status; gives the error.
+/// Posts a request, expects this error status and returns the `error` object.
 pub fn refused(address: SocketAddr, path: &str, body: &Value, status: u16) -> Value {
     let reply = send(address, path, body);
     assert_eq!(reply.status, status, "{body}: {}", reply.text());
     reply.json()["error"].clone()
 }
 
-/// Asks for a stream; gives the events' data.
+/// Posts a streaming request and returns the data of its events, without the final `[DONE]`.
 pub fn events(address: SocketAddr, path: &str, body: &Value) -> Vec<Value> {
     let mut body = body.clone();
     body["stream"] = true.into();

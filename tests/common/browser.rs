@@ -1,6 +1,6 @@
 //! A headless Chromium, driven through WebDriver (<https://www.w3.org/TR/webdriver2/>).
 
-#![allow(dead_code)] // each test file uses its part
+#![allow(dead_code)] // each test file uses only part of this module
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
@@ -12,10 +12,10 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 use tempfile::TempDir;
 
-/// How long what is waited for may take.
+/// How long a script in the page, or the end of the browser, may take.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// What the browser is started with: no window, no network of its own.
+/// Command-line arguments of the browser: no window, and no background network traffic.
 const ARGUMENTS: [&str; 9] = [
     "--headless",
     "--no-sandbox",
@@ -28,8 +28,9 @@ const ARGUMENTS: [&str; 9] = [
     "--hide-scrollbars",
 ];
 
-/// A driver and the port where it listens. None if it has ended: it takes a free port, and
-/// fails if somebody else has the same port of the other kind of address, IPv4 or IPv6.
+/// Starts a driver and returns it with its port. Returns `None` if the driver has exited: it
+/// picks a free port, and fails if another process already uses that port on the other IP
+/// version.
 fn start_driver() -> Option<(Child, u16)> {
     let mut driver = Command::new("chromedriver")
         .arg("--port=0")
@@ -46,31 +47,32 @@ fn start_driver() -> Option<(Child, u16)> {
         driver.wait().unwrap();
         return None;
     };
-    // It goes on writing.
+    // Keep draining stdout, so that the driver cannot block on a full pipe.
     std::thread::spawn(move || lines.for_each(drop));
     Some((driver, port))
 }
 
-/// A client of HTTP.
+/// Returns an HTTP client.
 pub fn client() -> reqwest::Client {
-    // It wants a provider of TLS even where it uses none; who comes first installs it.
+    // reqwest needs a TLS provider even for plain HTTP. An error here means that one is already
+    // installed.
     let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
     reqwest::Client::new()
 }
 
-/// A browser with one page; it is closed when it is dropped.
+/// A browser with one page. It is closed when it is dropped.
 pub struct Browser {
     driver: Child,
     client: reqwest::Client,
     port: u16,
-    /// Where its commands go.
+    /// URL of the WebDriver session.
     session: String,
-    /// What it writes, a folder of its own.
+    /// The user data directory, which only this browser uses.
     profile: TempDir,
 }
 
 impl Browser {
-    /// Starts it; `scripts/setup-browser` installs what this needs.
+    /// Starts a browser. Needs what `scripts/setup-browser` installs.
     pub async fn start() -> Self {
         let (driver, port) = (0..8)
             .find_map(|_| start_driver())
@@ -96,12 +98,13 @@ impl Browser {
         browser
     }
 
-    /// The folder of what it writes, which its processes are told.
+    /// The user data directory. It appears in the command lines of the browser's processes.
     pub fn profile(&self) -> &Path {
         self.profile.path()
     }
 
-    /// Has it end: it would outlive its driver.
+    /// Ends the WebDriver session, and with it the browser, which would otherwise outlive its
+    /// driver.
     fn quit(&self) -> std::io::Result<()> {
         let mut connection = TcpStream::connect(("127.0.0.1", self.port))?;
         connection.set_read_timeout(Some(PATIENCE))?;
@@ -110,7 +113,7 @@ impl Browser {
             connection,
             "DELETE /session/{session} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
         )?;
-        // It answers when the browser has ended.
+        // The response arrives once the browser has exited.
         connection.read(&mut [0]).map(drop)
     }
 
@@ -123,18 +126,18 @@ impl Browser {
         answer["value"].clone()
     }
 
-    /// Goes to a page.
+    /// Navigates to a URL.
     pub async fn open(&self, url: &str) {
         self.post("/url", json!({"url": url})).await;
     }
 
-    /// What a function's body returns in the page.
+    /// Runs the body of a JavaScript function in the page and returns its result.
     pub async fn run(&self, script: &str) -> Value {
         let body = json!({"script": script, "args": []});
         self.post("/execute/sync", body).await
     }
 
-    /// Waits until an expression is true in the page, and gives what it is then.
+    /// Waits until an expression is truthy in the page and returns its value.
     pub async fn until(&self, expression: &str) -> Value {
         let script = format!(
             "const done = arguments[0];
@@ -162,7 +165,7 @@ impl Browser {
         value
     }
 
-    /// Presses keys where the page has its focus.
+    /// Types keys into the focused element.
     pub async fn press(&self, keys: &str) {
         let each = keys.chars().flat_map(|key| {
             ["keyDown", "keyUp"].map(|kind| json!({"type": kind, "value": key.to_string()}))
@@ -172,7 +175,8 @@ impl Browser {
         self.post("/actions", json!({"actions": [keyboard]})).await;
     }
 
-    /// A window of this size, in CSS pixels, for someone who likes it light or dark.
+    /// Sets the viewport size in CSS pixels, the device pixel ratio and the preferred colour
+    /// scheme.
     pub async fn look(&self, (width, height): (u32, u32), scale: u32, scheme: &str) {
         let command = |name: &str, parameters: Value| {
             self.post(
@@ -188,7 +192,7 @@ impl Browser {
         command("Emulation.setEmulatedMedia", json!({"features": features})).await;
     }
 
-    /// Writes what is to be seen to a PNG file.
+    /// Writes a screenshot of the viewport to a PNG file.
     pub async fn screenshot(&self, path: &Path) {
         let url = format!("{}/screenshot", self.session);
         let answer: Value = self
@@ -207,7 +211,7 @@ impl Browser {
         std::fs::write(path, image).unwrap();
     }
 
-    /// What the page has complained of since the last call.
+    /// Returns the messages that the page has logged to the console since the last call.
     pub async fn complaints(&self) -> Vec<String> {
         let log = self.post("/se/log", json!({"type": "browser"})).await;
         let entries = log.as_array().unwrap().iter();

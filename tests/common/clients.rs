@@ -1,18 +1,18 @@
-//! Programs that others have written, and the scripts that drive them.
+//! Third-party client programs, and the scripts that drive them.
 
-#![allow(dead_code)] // each test file uses its part
+#![allow(dead_code)] // each test file uses only part of this module
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// A file of the tests' clients.
+/// Path of a file in `tests/clients`.
 pub fn script(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/clients")
         .join(name)
 }
 
-/// A program that `scripts/setup-clients` has installed.
+/// A command for a program that `scripts/setup-clients` has installed.
 pub fn installed(name: &str) -> Command {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("target/clients/bin")
@@ -25,10 +25,10 @@ pub fn installed(name: &str) -> Command {
     Command::new(path)
 }
 
-/// Runs a program to its end, and shows what it says.
+/// Runs a command to its end and prints its output.
 ///
 /// # Panics
-/// If it fails.
+/// If the command fails.
 pub fn succeeds(command: &mut Command) {
     let output = command.output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);

@@ -1,22 +1,22 @@
-//! A constraint whose next tokens depend on all that it has accepted, so that a token
-//! that it never saw, or saw twice, shows in the answer.
+//! A constraint whose allowed tokens depend on every token that it has accepted, so that a
+//! token that it missed, or accepted twice, changes the answer.
 
-#![allow(dead_code)] // each test file uses its part
+#![allow(dead_code)] // each test file uses only part of this module
 
 use quell::{Constraint, ConstraintError};
 
-/// Of this many tokens one is allowed.
+/// One token out of this many is allowed.
 const PERIOD: u32 = 7;
 
-/// Allows the tokens that leave the same remainder, divided by seven, as all that were
-/// accepted and their number do together.
+/// Allows the tokens that are congruent, modulo [`PERIOD`], to the sum of the accepted tokens
+/// plus their number.
 #[derive(Clone, Debug, Default)]
 pub struct Remainders {
     sum: u32,
     count: usize,
-    /// The answer is complete with so many tokens.
+    /// Number of tokens after which the answer is complete.
     complete: Option<usize>,
-    /// What happens after so many tokens.
+    /// A failure, and the number of accepted tokens at which it happens.
     trouble: Option<(usize, Trouble)>,
 }
 
@@ -31,7 +31,7 @@ pub enum Trouble {
 }
 
 impl Remainders {
-    /// As its default, complete with so many tokens.
+    /// A constraint whose answer is complete after this many tokens.
     pub fn complete_with(tokens: usize) -> Self {
         Self {
             complete: Some(tokens),
@@ -39,7 +39,7 @@ impl Remainders {
         }
     }
 
-    /// As its default, failing after so many tokens.
+    /// A constraint that fails after this many tokens.
     pub fn failing(after: usize, trouble: Trouble) -> Self {
         Self {
             trouble: Some((after, trouble)),
@@ -47,25 +47,25 @@ impl Remainders {
         }
     }
 
-    /// Whether the token is allowed after these.
+    /// Whether `token` is allowed after `tokens`.
     pub fn allow_after(tokens: &[u32], token: u32) -> bool {
         let mut state = Self::default();
         tokens.iter().for_each(|&token| state.push(token));
         state.allows(token)
     }
 
-    /// Whether it allows this token next.
+    /// Whether `token` is allowed next.
     fn allows(&self, token: u32) -> bool {
         token % PERIOD == (self.sum + self.count as u32) % PERIOD
     }
 
-    /// Goes on with a token.
+    /// Accepts a token without checking it.
     fn push(&mut self, token: u32) {
         self.sum = (self.sum + token) % PERIOD;
         self.count += 1;
     }
 
-    /// Whether each of these tokens was allowed.
+    /// Whether each of these tokens is allowed after the ones before it.
     pub fn allowed(tokens: impl IntoIterator<Item = u32>) -> bool {
         let tokens: Vec<u32> = tokens.into_iter().collect();
         (0..tokens.len()).all(|at| Self::allow_after(&tokens[..at], tokens[at]))

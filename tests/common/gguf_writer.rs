@@ -1,5 +1,5 @@
-//! Writes GGUF files for tests: valid ones, and invalid ones where asked to.
-#![allow(dead_code)] // each test file uses its part
+//! Writes GGUF files for tests: valid ones, and invalid ones on request.
+#![allow(dead_code)] // each test file uses only part of this module
 
 use quell::weights::DType;
 use quell::weights::gguf::{Array, Value};
@@ -13,21 +13,21 @@ pub struct GgufWriter {
     tensors: Vec<Tensor>,
 }
 
-/// A tensor to be written; the public fields can be set to what no valid file has.
+/// A tensor to be written. The public fields can be set to values that no valid file has.
 #[derive(Clone, Debug)]
 pub struct Tensor {
     pub name: String,
-    /// Innermost first, as the file stores them.
+    /// Dimensions, innermost first, as the file stores them.
     pub dimensions: Vec<u64>,
-    /// ggml's number of the type.
+    /// ggml's number for the type.
     pub kind: u32,
     pub data: Vec<u8>,
-    /// Where the directory says the data is, if not where it is.
+    /// The offset that the directory states, if it must differ from the true one.
     pub offset: Option<u64>,
 }
 
 impl Tensor {
-    /// A tensor whose `shape` is given outermost first.
+    /// Creates a tensor whose `shape` is given outermost first.
     pub fn new(name: &str, dtype: DType, shape: &[usize], data: Vec<u8>) -> Self {
         Self {
             name: name.to_owned(),
@@ -60,7 +60,7 @@ impl GgufWriter {
         self
     }
 
-    /// Aligns the data to `alignment` bytes and says so in the metadata.
+    /// Aligns the data to `alignment` bytes and records this in the metadata.
     pub fn alignment(mut self, alignment: u32) -> Self {
         self.alignment = alignment as usize;
         self.metadata("general.alignment", Value::U32(alignment))
@@ -99,7 +99,7 @@ impl GgufWriter {
         self
     }
 
-    /// The file's bytes.
+    /// Returns the file's bytes.
     pub fn build(&self) -> Vec<u8> {
         let mut file = b"GGUF".to_vec();
         file.extend(self.version.to_le_bytes());
@@ -129,7 +129,7 @@ impl GgufWriter {
     }
 }
 
-/// ggml's number of the type.
+/// Returns ggml's number for a type.
 pub fn type_number(dtype: DType) -> u32 {
     match dtype {
         DType::F32 => 0,

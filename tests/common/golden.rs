@@ -1,15 +1,15 @@
-//! Compares an engine with reference outputs, by the rule of ARCHITECTURE.md.
+//! Compares an engine with reference outputs, by the rule in ARCHITECTURE.md.
 
-#![allow(dead_code)] // each test file uses its part
+#![allow(dead_code)] // each test file uses only part of this module
 
 use quell::{Engine, Request, SamplingParams, TokenStream};
 use serde_json::Value;
 use std::path::PathBuf;
 
-/// One step of a reference: the likeliest tokens with their log-probabilities.
+/// One step of a reference: the most likely tokens with their log probabilities.
 pub struct Step {
     pub token: u32,
-    /// By how much the likeliest token leads.
+    /// Difference between the two highest log probabilities.
     pub margin: f32,
     pub top: Vec<(u32, f32)>,
 }
@@ -20,7 +20,7 @@ pub struct Case {
     pub steps: Vec<Step>,
 }
 
-/// How near is near enough.
+/// How far an engine may differ from a reference.
 #[derive(Clone, Copy, Debug)]
 pub struct Tolerance {
     pub max: f32,
@@ -28,20 +28,20 @@ pub struct Tolerance {
     pub margin: f32,
 }
 
-/// A tiny checkpoint's folder.
+/// Path of the folder of a tiny checkpoint.
 pub fn tiny(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
         .join("tests/fixtures/golden/tiny")
         .join(name)
 }
 
-/// Token ids of a reference file.
+/// Reads the token ids of a reference file.
 pub fn ids(value: &Value) -> Vec<u32> {
     let ids = value.as_array().unwrap().iter();
     ids.map(|id| id.as_u64().unwrap() as u32).collect()
 }
 
-/// The reference for a tiny checkpoint.
+/// Reads the reference of a tiny checkpoint.
 pub fn tiny_cases(name: &str) -> Vec<Case> {
     let text = std::fs::read_to_string(tiny(name).join("golden.json")).unwrap();
     let golden: Value = serde_json::from_str(&text).unwrap();
@@ -68,14 +68,14 @@ pub fn tiny_cases(name: &str) -> Vec<Case> {
         .collect()
 }
 
-/// The reference for the demo's model: one value a case.
+/// Reads the reference of the demo model: one value per case.
 pub fn smollm2_reference() -> Vec<Value> {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
         .join("tests/fixtures/golden/smollm2-135m-instruct-q4_1.json");
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }
 
-/// A case of it.
+/// Parses one case of [`smollm2_reference`].
 pub fn smollm2_case(value: &Value) -> Case {
     let step = |step: &Value| {
         let top = step["top"]
@@ -106,8 +106,8 @@ pub fn smollm2_case(value: &Value) -> Case {
     }
 }
 
-/// The largest error that transformers itself makes on a tiny checkpoint in another
-/// type than float32.
+/// Returns the largest error that transformers itself makes on a tiny checkpoint when it runs
+/// it in `dtype` instead of float32.
 pub fn transformers_error(name: &str, dtype: &str) -> f32 {
     let text = std::fs::read_to_string(tiny(name).join("golden.json")).unwrap();
     let golden: Value = serde_json::from_str(&text).unwrap();
@@ -125,8 +125,8 @@ fn request(prompt: Vec<u32>, tokens: usize, logprobs: Option<u32>) -> Request {
     request
 }
 
-/// Errors of the log-probabilities of a case, every step given the reference's
-/// tokens so far. `report` likeliest tokens are asked of the engine a step.
+/// Returns the errors of the log probabilities of a case. Each step is given the reference's
+/// tokens so far. The engine reports the `report` most likely tokens per step.
 pub fn teacher_forced_errors(engine: &Engine, case: &Case, report: u32) -> Vec<f32> {
     let streams: Vec<(&Step, TokenStream)> = case
         .steps
@@ -157,8 +157,9 @@ pub fn teacher_forced_errors(engine: &Engine, case: &Case, report: u32) -> Vec<f
     errors
 }
 
-/// Checks a case: the log-probabilities given the reference's tokens, and the
-/// engine's own greedy tokens up to the first that the reference leaves open.
+/// Checks a case: the log probabilities given the reference's tokens, and the engine's own
+/// greedy tokens up to the first step at which they differ, which must be a step where the
+/// reference's margin is small.
 pub fn check(engine: &Engine, case: &Case, report: u32, tolerance: Tolerance) -> Vec<f32> {
     let errors = teacher_forced_errors(engine, case, report);
     let max = errors.iter().copied().fold(0.0, f32::max);

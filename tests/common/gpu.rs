@@ -1,16 +1,16 @@
-//! The GPU of the tests: the virtual one, or with `QUELL_TEST_GPU=real` a real one.
+//! The GPU that the tests use: the virtual one, or a real one with `QUELL_TEST_GPU=real`.
 //!
-//! The virtual GPU calls itself `libcuda.so`. It is loaded by its path before the
-//! driver is looked for, so that whoever asks for the driver finds it loaded already.
-//! That it was found, and not a real driver, is checked by the device's name.
-#![allow(dead_code)] // each test file uses a part
+//! The virtual GPU's library names itself `libcuda.so`. It is loaded by its path before
+//! anything looks for the driver, so that a later search for the driver finds it already
+//! loaded. The device's name shows whether the virtual GPU or a real driver was found.
+#![allow(dead_code)] // each test file uses only part of this module
 
 use cudarc::driver::result;
 use libloading::Library;
 use std::ffi::{CStr, CString, c_char};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 
-/// What the virtual GPU calls itself.
+/// Device name of the virtual GPU.
 const NAME: &str = "quell virtual GPU";
 
 /// Whether the tests run on a real GPU.
@@ -24,14 +24,14 @@ pub fn is_real() -> bool {
     }
 }
 
-/// The virtual GPU, loaded; `None` on a real one.
+/// The loaded virtual GPU, or `None` on a real one.
 fn library() -> Option<&'static Library> {
     static LIBRARY: OnceLock<Option<Library>> = OnceLock::new();
     let library = LIBRARY.get_or_init(|| {
         if is_real() {
             return None;
         }
-        // Cargo puts the dev-dependency beside the test.
+        // Cargo puts the dev-dependency next to the test's executable.
         let folder = std::env::current_exe().unwrap();
         let path = folder.parent().unwrap().join("libvirtual_gpu.so");
         // SAFETY: the library's initialisation does nothing.
@@ -41,7 +41,7 @@ fn library() -> Option<&'static Library> {
     library.as_ref()
 }
 
-/// Loads the GPU of the tests and checks that it is the one that is meant. Idempotent.
+/// Loads the tests' GPU and checks that it is the one that was asked for. Idempotent.
 pub fn load() {
     static CHECKED: OnceLock<()> = OnceLock::new();
     CHECKED.get_or_init(|| {
@@ -53,25 +53,26 @@ pub fn load() {
     });
 }
 
-/// Only one holder at a time uses the GPU: what it counts is the holder's.
+/// Exclusive use of the GPU within this process, so that all that the GPU counts belongs to the
+/// holder.
 ///
 /// When it is dropped, the virtual GPU must have seen no violation (a leak is one).
 pub struct Gpu {
     _one_at_a_time: MutexGuard<'static, ()>,
 }
 
-/// Loads the GPU of the tests and waits for its other users in this process. The
-/// virtual GPU begins anew, with nothing counted.
+/// Loads the tests' GPU and waits for its other users in this process. The virtual GPU is
+/// reset: its counts start at zero.
 pub fn lock() -> Gpu {
     static LOCK: Mutex<()> = Mutex::new(());
     load();
-    // A test that failed holding it has left nothing behind that matters.
+    // A test that failed while it held the lock has left no state that matters.
     let guard = LOCK.lock().unwrap_or_else(|failed| failed.into_inner());
     let gpu = Gpu {
         _one_at_a_time: guard,
     };
     if let Some(library) = library() {
-        // SAFETY: as the virtual GPU declares it.
+        // SAFETY: the virtual GPU declares the function with this type.
         unsafe { symbol::<unsafe extern "C" fn()>(library, "vgpu_reset")() };
     }
     gpu
@@ -87,7 +88,7 @@ fn text(value: &str) -> CString {
     CString::new(value).unwrap()
 }
 
-/// What only the virtual GPU can do. All of it panics on a real one.
+/// Functions that only the virtual GPU has. All of them panic on a real one.
 impl Gpu {
     fn library(&self) -> &'static Library {
         library().expect("this needs the virtual GPU")
@@ -114,7 +115,7 @@ impl Gpu {
         assert_eq!(refused, 0, "{key:?} = {value:?}");
     }
 
-    /// Lets the `nth` call (from 1, from now on) of a driver function fail once.
+    /// Makes the `nth` call (counted from 1, from now on) of a driver function fail once.
     pub fn fail(&self, function: &str, nth: u64, code: i32) {
         type Function = unsafe extern "C" fn(*const c_char, u64, i32, u64);
         let fail = symbol::<Function>(self.library(), "vgpu_fail");
@@ -123,21 +124,21 @@ impl Gpu {
         unsafe { fail(function.as_ptr(), nth, code, 1) };
     }
 
-    /// Failures that were asked for and have not happened.
+    /// Number of requested failures that have not happened yet.
     pub fn waiting_failures(&self) -> u64 {
         let waiting =
             symbol::<unsafe extern "C" fn() -> u64>(self.library(), "vgpu_waiting_failures");
-        // SAFETY: as the virtual GPU declares it.
+        // SAFETY: the virtual GPU declares the function with this type.
         unsafe { waiting() }
     }
 
-    /// Begins anew: counts and settings, not what is allocated.
+    /// Resets counts and settings, but not what is allocated.
     pub fn reset(&self) {
-        // SAFETY: as the virtual GPU declares it.
+        // SAFETY: the virtual GPU declares the function with this type.
         unsafe { symbol::<unsafe extern "C" fn()>(self.library(), "vgpu_reset")() };
     }
 
-    /// One of the virtual GPU's counts: `synchronisations`, `graph_launches`, …
+    /// Returns one of the virtual GPU's counts: `synchronisations`, `graph_launches`, …
     pub fn statistic(&self, name: &str) -> u64 {
         type Function = unsafe extern "C" fn(*const c_char) -> u64;
         let statistic = symbol::<Function>(self.library(), "vgpu_statistic");
@@ -148,7 +149,7 @@ impl Gpu {
         value
     }
 
-    /// Driver functions called, with how often.
+    /// Driver functions that were called, with the number of calls.
     pub fn calls(&self) -> Vec<(String, u64)> {
         let parse = |line: &String| {
             let (name, count) = line.rsplit_once(' ').unwrap();
@@ -157,12 +158,12 @@ impl Gpu {
         self.texts("vgpu_calls").iter().map(parse).collect()
     }
 
-    /// What was done that a program must not do.
+    /// What the program did that a program must not do.
     pub fn violations(&self) -> Vec<String> {
         self.texts("vgpu_violations")
     }
 
-    /// What is allocated or created, and was not given back.
+    /// What was allocated or created and not released.
     pub fn leaks(&self) -> Vec<String> {
         self.texts("vgpu_leaks")
     }

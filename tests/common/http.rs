@@ -1,32 +1,32 @@
-//! HTTP/1.1 by hand: bytes out, replies in, so that a test can send what no client would.
+//! Hand-written HTTP/1.1, so that a test can send what no client library would.
 
-#![allow(dead_code)] // each test file uses its part
+#![allow(dead_code)] // each test file uses only part of this module
 
 use serde_json::Value;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-/// How long a reply may take before a test fails.
+/// How long a reply may take before the test fails.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A reply, whole.
+/// A complete reply.
 #[derive(Clone, Debug, Default)]
 pub struct Reply {
     pub status: u16,
-    /// Names in lower case.
+    /// Header names are in lower case.
     pub headers: Vec<(String, String)>,
     pub body: Vec<u8>,
 }
 
 impl Reply {
-    /// The value of a header; the name in lower case.
+    /// Returns the value of a header. `name` is in lower case.
     pub fn header(&self, name: &str) -> Option<&str> {
         let mut found = self.headers.iter().filter(|(header, _)| header == name);
         found.next().map(|(_, value)| value.as_str())
     }
 
-    /// The body as JSON; null if it is none.
+    /// Returns the body as JSON, or null if it is not JSON.
     pub fn json(&self) -> Value {
         serde_json::from_slice(&self.body).unwrap_or(Value::Null)
     }
@@ -36,7 +36,7 @@ impl Reply {
     }
 }
 
-/// One connection.
+/// A client connection.
 pub struct Connection {
     reader: BufReader<TcpStream>,
 }
@@ -55,21 +55,21 @@ impl Connection {
         }
     }
 
-    /// The socket, to set options or to close a side of it.
+    /// The socket, to set options or to shut down one direction.
     pub fn socket(&self) -> &TcpStream {
         self.reader.get_ref()
     }
 
-    /// Sends bytes. A server may refuse before it has read all of them and close; what
-    /// it says is for [`Connection::reply`] to find.
+    /// Sends bytes. A server may refuse a request and close before it has read all of it; use
+    /// [`Connection::reply`] to read what it answered.
     pub fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.reader.get_mut().write_all(bytes)
     }
 
-    /// The next reply; `None` when the server has closed without a further one.
+    /// Reads the next reply. Returns `None` if the server closes without sending another one.
     ///
     /// # Panics
-    /// If none comes in time, or what comes is no HTTP.
+    /// If no reply comes in time, or if it is not HTTP.
     pub fn reply(&mut self) -> Option<Reply> {
         let line = self.line()?;
         let status = line.split(' ').nth(1).and_then(|text| text.parse().ok());
@@ -100,7 +100,7 @@ impl Connection {
         Some(reply)
     }
 
-    /// The head of a reply, when its body is to be read by [`Connection::chunk`].
+    /// Reads the head of a reply, for callers that read the body with [`Connection::chunk`].
     pub fn head(&mut self) -> Option<Reply> {
         let status = self.line()?;
         let status = status.split(' ').nth(1)?.parse().ok()?;
@@ -118,8 +118,8 @@ impl Connection {
         Some(reply)
     }
 
-    /// The next chunk of a chunked body; `None` after the last, or if the server has
-    /// closed.
+    /// Reads the next chunk of a chunked body. Returns `None` after the last one, or if the
+    /// server has closed.
     pub fn chunk(&mut self) -> Option<Vec<u8>> {
         let size = usize::from_str_radix(self.line()?.trim(), 16).ok()?;
         let mut chunk = vec![0; size];
@@ -128,7 +128,7 @@ impl Connection {
         (size > 0).then_some(chunk)
     }
 
-    /// Whether something can be read within `time`: a reply, or the end.
+    /// Whether something can be read within `time`: a reply, or the end of the stream.
     pub fn answers_within(&mut self, time: Duration) -> bool {
         self.socket().set_read_timeout(Some(time)).unwrap();
         let came = match self.reader.fill_buf() {
@@ -142,7 +142,8 @@ impl Connection {
         came
     }
 
-    /// A line without its end; `None` if the server has closed or reset.
+    /// Reads a line, without its line ending. Returns `None` if the server has closed or reset
+    /// the connection.
     fn line(&mut self) -> Option<String> {
         let mut line = Vec::new();
         match self.reader.read_until(b'\n', &mut line) {
@@ -163,7 +164,7 @@ fn is_closed(error: &io::Error) -> bool {
     )
 }
 
-/// A POST request with a JSON body.
+/// Builds a POST request with a JSON body.
 pub fn post(path: &str, body: impl AsRef<[u8]>) -> Vec<u8> {
     let body = body.as_ref();
     let head = format!(
@@ -174,13 +175,13 @@ pub fn post(path: &str, body: impl AsRef<[u8]>) -> Vec<u8> {
     [head.as_bytes(), body].concat()
 }
 
-/// A GET request.
+/// Builds a GET request.
 pub fn get(path: &str) -> Vec<u8> {
     format!("GET {path} HTTP/1.1\r\nHost: quell\r\n\r\n").into_bytes()
 }
 
-/// As [`exchange`], where the server's limits of time are so short that this machine may
-/// be too slow for them: it is asked again.
+/// Like [`exchange`], but asks again while the server times out. For servers whose time limits
+/// are so short that a slow machine may miss them.
 pub fn answered(address: SocketAddr, request: &[u8]) -> Reply {
     let until = Instant::now() + PATIENCE;
     loop {
@@ -191,7 +192,7 @@ pub fn answered(address: SocketAddr, request: &[u8]) -> Reply {
     }
 }
 
-/// Sends one request on a connection of its own, and waits for the reply.
+/// Sends one request on its own connection and waits for the reply.
 pub fn exchange(address: SocketAddr, request: &[u8]) -> Option<Reply> {
     let mut connection = Connection::open(address);
     let _ = connection.send(request);

@@ -1,16 +1,16 @@
-//! HTTP/2 by hand: frames out, frames in, so that a test can grant windows as no client
+//! Hand-written HTTP/2, so that a test can grant flow-control windows as no client library
 //! would.
 
-#![allow(dead_code)] // each test file uses its part
+#![allow(dead_code)] // each test file uses only part of this module
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
-/// How long a frame may take before a test fails.
+/// How long a frame may take before the test fails.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Kinds of frames (RFC 9113, section 6).
+/// Frame types (RFC 9113, section 6).
 pub const DATA: u8 = 0;
 pub const HEADERS: u8 = 1;
 pub const RST_STREAM: u8 = 3;
@@ -19,7 +19,7 @@ pub const PING: u8 = 6;
 pub const GOAWAY: u8 = 7;
 pub const WINDOW_UPDATE: u8 = 8;
 
-/// Flags: the last frame of a stream, and an answer to a PING or to SETTINGS.
+/// Flags. END_STREAM marks the last frame of a stream, ACK an answer to PING or SETTINGS.
 const END_STREAM: u8 = 1;
 const ACK: u8 = 1;
 const END_HEADERS: u8 = 4;
@@ -33,14 +33,15 @@ pub struct Frame {
     pub payload: Vec<u8>,
 }
 
-/// One connection.
+/// A client connection.
 pub struct Http2 {
     socket: TcpStream,
     next: u32,
 }
 
 impl Http2 {
-    /// Connects and says hello. Streams get this window at first, or the usual one.
+    /// Connects and sends the preface and SETTINGS. `window` is the initial window of each
+    /// stream, or `None` for the protocol's default.
     pub fn open(address: SocketAddr, window: Option<u32>) -> Self {
         let socket = TcpStream::connect(address).unwrap();
         socket.set_nodelay(true).unwrap();
@@ -59,13 +60,12 @@ impl Http2 {
         connection
     }
 
-    /// The socket, to close it or a side of it.
+    /// The socket, to close it or to shut down one direction.
     pub fn socket(&self) -> &TcpStream {
         &self.socket
     }
 
-    /// Sends a frame. A server that has gone takes none, which is for [`Http2::frame`] to
-    /// find.
+    /// Sends a frame. Errors are ignored: if the server has gone, [`Http2::frame`] reports it.
     pub fn send(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
         let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
         let mut frame = length[1..].to_vec();
@@ -75,7 +75,7 @@ impl Http2 {
         let _ = self.socket.write_all(&frame);
     }
 
-    /// Posts a JSON body; returns the stream's number.
+    /// Posts a JSON body and returns the stream's number.
     pub fn post(&mut self, path: &str, body: &str) -> u32 {
         let stream = self.next;
         self.next += 2;
@@ -87,7 +87,7 @@ impl Http2 {
             (":authority", "localhost"),
             ("content-type", "application/json"),
         ] {
-            // A literal that is not indexed (RFC 7541, section 6.2.2).
+            // A literal field without indexing (RFC 7541, section 6.2.2).
             headers.push(0);
             for text in [name, value] {
                 assert!(text.len() < 127, "{text}");
@@ -100,11 +100,11 @@ impl Http2 {
         stream
     }
 
-    /// The next frame, when PINGs and SETTINGS have been answered; `None` when the server
-    /// has closed the connection.
+    /// Reads the next frame, and acknowledges it if it is a PING or SETTINGS. Returns `None` if
+    /// the server has closed the connection.
     ///
     /// # Panics
-    /// If none comes in time.
+    /// If no frame comes in time.
     pub fn frame(&mut self) -> Option<Frame> {
         let mut head = [0; 9];
         self.read(&mut head)?;

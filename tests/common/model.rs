@@ -1,8 +1,8 @@
-//! Where the demo's model is.
+//! Locates the demo model.
 
 use std::path::{Path, PathBuf};
 
-/// The demo's model; a test that needs it fails where it is missing.
+/// Returns the path of the demo model. Panics if the file is missing.
 pub fn smollm2() -> PathBuf {
     let path = std::env::var_os("QUELL_TEST_MODEL").map_or_else(
         || Path::new(env!("CARGO_MANIFEST_DIR")).join("models/SmolLM2-135M-Instruct.Q4_1.gguf"),

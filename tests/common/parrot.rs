@@ -1,6 +1,6 @@
-//! A model that says what it is told to, so that a test decides what an answer is.
+//! A model that says what its prompt tells it to say, so that a test decides what an answer is.
 
-#![allow(dead_code)] // each test file uses its part
+#![allow(dead_code)] // each test file uses only part of this module
 
 use quell::config::EngineConfig;
 use quell::device::DeviceError;
@@ -11,22 +11,23 @@ use quell::text::Tokenizer;
 use quell::{Engine, LoadError};
 use std::path::Path;
 
-/// Special tokens of the fixture's tokenizer, and what they are here.
+/// Special tokens of the fixture's tokenizer that mark where the text to say begins and ends.
 const BEGIN: (u32, &str) = (11, "<jupyter_start>");
 const END: (u32, &str) = (13, "<jupyter_code>");
 const END_OF_ANSWER: u32 = 2;
 
-/// What a message must have in it for the model to say `text`.
+/// Returns what a message must contain to make the model answer `text`.
 pub fn say(text: &str) -> String {
     format!("{}{text}{}", BEGIN.1, END.1)
 }
 
-/// An engine over it, whose chat template is `template`.
+/// Creates an engine over the model, with this chat template.
 pub fn engine(template: &str) -> Engine {
     engine_with(template.into())
 }
 
-/// An engine over it, with the chat template, or a list of them, as a folder says it.
+/// Creates an engine over the model. `template` is the value of `chat_template` in
+/// `tokenizer_config.json`: one template or a list of them.
 pub fn engine_with(template: serde_json::Value) -> Engine {
     let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/text/folder");
     let folder = tempfile::tempdir().unwrap();
@@ -60,7 +61,7 @@ pub fn engine_with(template: serde_json::Value) -> Engine {
     .unwrap()
 }
 
-/// Says what stands between the last two marks of the prompt, then ends.
+/// Answers with the tokens between the last two marks in the prompt, then ends.
 #[derive(Default)]
 struct Parrot {
     launched: Vec<Sampled>,

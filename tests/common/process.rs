@@ -1,24 +1,24 @@
-//! What a process holds, as Linux says.
+//! What a process holds, as Linux reports it in `/proc`.
 
-#![allow(dead_code)] // each test file uses its part
+#![allow(dead_code)] // each test file uses only part of this module
 
 use std::path::PathBuf;
 
-/// A process by its folder in `/proc`.
+/// A process, by its folder in `/proc`.
 pub struct Process(PathBuf);
 
 impl Process {
-    /// This one.
+    /// This process.
     pub fn this() -> Self {
         Self("/proc/self".into())
     }
 
-    /// The one with this number.
+    /// The process with this id.
     pub fn with_id(id: u32) -> Self {
         Self(format!("/proc/{id}").into())
     }
 
-    /// Bytes that `status` gives for a field, such as `VmRSS`.
+    /// Returns the value of a field of `status`, such as `VmRSS`, in bytes.
     pub fn memory(&self, field: &str) -> usize {
         let status = std::fs::read_to_string(self.0.join("status")).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix(field));
@@ -26,13 +26,13 @@ impl Process {
         kib.parse::<usize>().unwrap() << 10
     }
 
-    /// Lets `VmHWM`, the most that was ever resident, begin anew.
+    /// Resets `VmHWM`, the peak resident set size.
     pub fn forget_peak(&self) {
         std::fs::write(self.0.join("clear_refs"), "5").unwrap();
     }
 }
 
-/// Bytes that this process holds, by a field of its `status`.
+/// Returns a field of this process's `status`, in bytes.
 pub fn memory(field: &str) -> usize {
     Process::this().memory(field)
 }

@@ -1,10 +1,10 @@
 //! Quantises float32 weights for test models, as ggml does.
-#![allow(dead_code)] // each test file uses its part
+#![allow(dead_code)] // each test file uses only part of this module
 
 use half::f16;
 use quell::weights::DType;
 
-/// The blocks of `weights` in `dtype`: a floating-point format, Q4_0, Q4_1 or Q8_0.
+/// Encodes `weights` as blocks of `dtype`: a floating-point format, Q4_0, Q4_1 or Q8_0.
 pub fn quantize(dtype: DType, weights: &[f32]) -> Vec<u8> {
     match dtype {
         DType::F32 => weights.iter().flat_map(|w| w.to_le_bytes()).collect(),
@@ -33,7 +33,8 @@ fn inverse(scale: f32) -> f32 {
     if scale == 0.0 { 0.0 } else { 1.0 / scale }
 }
 
-/// Joins 32 codes of four bits: the first 16 low, the others high.
+/// Packs 32 four-bit codes: the first 16 in the low halves of the bytes, the others in the high
+/// halves.
 fn nibbles(codes: [u8; 32]) -> impl Iterator<Item = u8> {
     (0..16).map(move |index| codes[index].min(15) | codes[index + 16].min(15) << 4)
 }

@@ -1,8 +1,8 @@
-//! Random numbers that a seed repeats.
+//! Reproducible pseudorandom numbers.
 
-#![allow(dead_code)] // each user uses its part
+#![allow(dead_code)] // each user uses only part of this module
 
-/// SplitMix64.
+/// SplitMix64, seeded with its field.
 pub struct Random(pub u64);
 
 impl Random {
@@ -14,17 +14,17 @@ impl Random {
         bits ^ (bits >> 31)
     }
 
-    /// From 0 up to, and without, `limit`.
+    /// Returns a number from 0 up to but excluding `limit`.
     pub fn below(&mut self, limit: usize) -> usize {
         (self.next() % limit as u64) as usize
     }
 
-    /// True once in `times`.
+    /// Returns true with a probability of 1 in `times`.
     pub fn once_in(&mut self, times: usize) -> bool {
         self.below(times) == 0
     }
 
-    /// From 0 up to, and without, 1.
+    /// Returns a number from 0 up to but excluding 1.
     pub fn share(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1u64 << 53) as f64
     }

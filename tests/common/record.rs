@@ -1,27 +1,28 @@
-//! Outputs of kernels as a real GPU gave them, kept as fixtures that the virtual GPU has
-//! to agree with.
+//! Outputs of kernels that a real GPU computed, kept as fixtures that the virtual GPU must
+//! agree with.
 //!
-//! With `QUELL_RECORD=FOLDER` outputs are written to the folder, one file a name; those
-//! of `tests/fixtures/gpu` are compared with. `scripts/gpu/check` records.
+//! With `QUELL_RECORD=FOLDER`, outputs are written to that folder, one file per name. Outputs
+//! are compared with the recordings in `tests/fixtures/gpu`. `scripts/gpu/check` makes
+//! recordings.
 
 use std::path::{Path, PathBuf};
 
-/// Values that are kept of an output, evenly spaced.
+/// Maximum number of values kept per output, evenly spaced.
 const KEPT: usize = 1024;
 
-/// Where recorded outputs are kept.
+/// Folder of the recorded outputs.
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/gpu")
 }
 
-/// Whether outputs of a real GPU are there to compare with.
+/// Whether there are recordings of a real GPU to compare with.
 pub fn exists() -> bool {
     fixtures().is_dir()
 }
 
-/// Writes the output called `name` where that was asked for; compares it with what a
-/// real GPU gave if there is a recording at all. A value may differ by `tolerance` times
-/// itself or the output's root mean square, whichever is larger.
+/// Records the output called `name` if `QUELL_RECORD` is set, and compares it with the
+/// recording if there are recordings. A value may differ by `tolerance` times the larger of its
+/// recorded magnitude and the root mean square of the recording.
 pub fn outputs(name: &str, values: &[f32], tolerance: f32) {
     assert!(!values.is_empty(), "{name} has no values");
     assert!(

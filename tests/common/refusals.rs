@@ -1,4 +1,4 @@
-//! Transfers that every device refuses, whole.
+//! Block transfers that every device must refuse, without transferring anything.
 
 use quell::device::{CacheShape, Device, DeviceError};
 
@@ -8,7 +8,7 @@ fn refused(outcome: Result<(), DeviceError>, complaint: &str) {
     assert!(error.to_string().contains(complaint), "{error}");
 }
 
-/// Asks for transfers with blocks and slots that are none, of a cache of six blocks.
+/// Asks for transfers of blocks and host slots that do not exist. The cache has six blocks.
 pub fn blocks_and_slots_that_are_none<D: Device>(
     device: &mut D,
     cache: &mut D::Cache,
@@ -25,7 +25,7 @@ pub fn blocks_and_slots_that_are_none<D: Device>(
     refused(back, "block 6");
     let back = device.swap_in(cache, &host, &[[0, 1], [2, 1]]);
     refused(back, "host slot 2");
-    // Nothing went to slot 1.
+    // The refused transfer left slot 1 empty.
     let back = device.swap_in(cache, &host, &[[0, 1], [1, 1]]);
     refused(back, "slot 1 holds no block");
     refused(device.copy_blocks(cache, &[[0, 1], [6, 2]]), "block 6");

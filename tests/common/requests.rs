@@ -1,15 +1,15 @@
-//! Requests to a simulated engine, and waiting for it to fall idle.
+//! Builds requests to a simulated engine, and waits until the engine is idle.
 
-#![allow(dead_code)] // each test file uses its part
+#![allow(dead_code)] // each test file uses only part of this module
 
 use quell::{Engine, EngineStats, Generation, Request};
 
-/// A request of at most `tokens` new tokens.
+/// A request for at most `tokens` new tokens.
 pub fn request(prompt: Vec<u32>, tokens: usize) -> Request {
     Request::new(prompt).max_tokens(tokens)
 }
 
-/// A prompt of this length, another for each index.
+/// A prompt of this length, different for each index.
 pub fn prompt(index: usize, length: usize) -> Vec<u32> {
     (0..length)
         .map(|position| ((index * 131 + position * 7 + 3) % 1000) as u32)
@@ -21,7 +21,7 @@ pub fn ids(generation: &Generation) -> Vec<u32> {
     tokens.map(|token| token.id).collect()
 }
 
-/// Waits, by asking the scheduler thread, until nothing is open (I12).
+/// Polls the scheduler thread until no request is open (I12).
 pub fn idle(engine: &Engine) -> EngineStats {
     loop {
         let stats = engine.stats().unwrap();

@@ -1,6 +1,6 @@
-//! The real server: `quell serve` in a process of its own.
+//! Runs the real server: `quell serve` in its own process.
 
-#![allow(dead_code)] // each test file uses its part
+#![allow(dead_code)] // each test file uses only part of this module
 
 use super::http::{exchange, get};
 use std::io::{BufRead, BufReader};
@@ -9,22 +9,22 @@ use std::path::Path;
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-/// How long the server may take to fall idle.
+/// How long the server may take to become idle.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// `quell serve` over a model on the CPU; it is killed when it is dropped.
+/// `quell serve` with a model on the CPU. The process is killed when this is dropped.
 pub struct Serve {
     pub address: SocketAddr,
     child: Child,
 }
 
 impl Serve {
-    /// Starts it on a free port, with these arguments beside the model.
+    /// Starts the server on a free port. `arguments` are added after the model.
     pub fn start(model: &Path, arguments: &[&str]) -> Self {
         Self::spawn(&mut Self::command(model, arguments))
     }
 
-    /// What starts it so.
+    /// Builds the command that [`Serve::start`] runs.
     pub fn command(model: &Path, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_quell"));
         command
@@ -35,7 +35,7 @@ impl Serve {
         command
     }
 
-    /// Runs a command that starts it, and waits until it listens.
+    /// Runs a command that starts a server, and waits until it listens.
     pub fn spawn(command: &mut Command) -> Self {
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap());
@@ -50,7 +50,7 @@ impl Serve {
         Self { address, child }
     }
 
-    /// The number of its process.
+    /// Id of the server's process.
     pub fn id(&self) -> u32 {
         self.child.id()
     }
@@ -59,7 +59,7 @@ impl Serve {
         format!("http://{}", self.address)
     }
 
-    /// The value of a metric whose line begins like this.
+    /// Returns the value of the first metric whose line starts with `beginning`.
     pub fn metric(&self, beginning: &str) -> f64 {
         let metrics = exchange(self.address, &get("/metrics")).unwrap().text();
         let line = metrics.lines().find(|line| line.starts_with(beginning));
@@ -67,7 +67,7 @@ impl Serve {
         line.rsplit(' ').next().unwrap().parse().unwrap()
     }
 
-    /// Waits until nothing runs, waits or holds a block.
+    /// Waits until no request runs or waits, and no block is held.
     pub fn falls_idle(&self) {
         let until = Instant::now() + PATIENCE;
         loop {
@@ -84,36 +84,37 @@ impl Serve {
         }
     }
 
-    /// Nothing is left; and told to stop, it stops.
+    /// Waits until the server is idle, then sends SIGTERM and checks that it exits
+    /// successfully.
     pub fn ends_with_nothing_held(self) {
         self.falls_idle();
         self.ends_when_told();
     }
 
-    /// Told to stop, it finishes what it has and stops.
+    /// Sends SIGTERM and checks that the server exits successfully.
     pub fn ends_when_told(mut self) {
         self.signal("TERM");
         let ended = self.ended();
         assert!(ended.success(), "{ended}");
     }
 
-    /// Sends it a signal.
+    /// Sends a signal to the server.
     pub fn signal(&self, name: &str) {
         signal(&self.child, name);
     }
 
-    /// Waits until it has ended.
+    /// Waits until the server has exited.
     pub fn ended(&mut self) -> ExitStatus {
         self.child.wait().unwrap()
     }
 
-    /// What it writes to stderr, if its command has a pipe there.
+    /// Takes the server's stderr. The command must have a pipe there.
     pub fn take_stderr(&mut self) -> ChildStderr {
         self.child.stderr.take().unwrap()
     }
 }
 
-/// Sends a process a signal.
+/// Sends a signal to a process.
 pub fn signal(child: &Child, name: &str) {
     let pid = child.id().to_string();
     let kill = Command::new("kill")

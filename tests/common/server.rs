@@ -1,6 +1,6 @@
-//! A server inside the test's own process.
+//! Runs a server inside the test's own process.
 
-#![allow(dead_code)] // each test file uses its part
+#![allow(dead_code)] // each test file uses only part of this module
 
 use quell::runner::{ModelFiles, NullOptions, NullRunner};
 use quell::server::{Server, ServerOptions};
@@ -12,11 +12,11 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::sync::oneshot;
 
-/// What the model of a server under test is called.
+/// Model name of a server under test.
 pub const MODEL: &str = "test-model";
 
-/// Settings of a server under test. Their limits of time are for no test to reach,
-/// however busy the machine: one that is about a limit sets it.
+/// Settings of a server under test. The timeouts are so long that no test reaches them, even on
+/// a busy machine; a test of a timeout sets its own.
 pub fn options() -> ServerOptions {
     let long = Duration::from_secs(600);
     let mut options = ServerOptions::new(MODEL);
@@ -28,14 +28,14 @@ pub fn options() -> ServerOptions {
     options
 }
 
-/// The tokenizer of a model file.
+/// Reads the tokenizer of a model file.
 pub fn tokenizer(model: &Path) -> Tokenizer {
     let mut files = ModelFiles::open(model).unwrap();
     files.take_tokenizer().expect("the model has a tokenizer")
 }
 
-/// An engine that computes nothing, with a tokenizer; its books are checked after every
-/// step.
+/// Creates an engine that computes nothing, with a tokenizer. Its invariants are checked after
+/// every step.
 pub fn null_engine(tokenizer: Tokenizer, config: EngineConfig) -> Engine {
     let options = NullOptions {
         vocabulary: tokenizer.vocabulary_size(),
@@ -49,11 +49,11 @@ pub fn null_engine(tokenizer: Tokenizer, config: EngineConfig) -> Engine {
     Engine::with_runner(config, Some(tokenizer), move || NullRunner::start(options)).unwrap()
 }
 
-/// A running server; it ends, with all its connections, when it is dropped.
+/// A running server. When it is dropped, the server and all its connections end.
 pub struct TestServer {
-    /// Where it listens.
+    /// Address that the server listens on.
     pub address: SocketAddr,
-    /// What it serves.
+    /// The engine that it serves.
     pub engine: Engine,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
@@ -92,7 +92,7 @@ impl TestServer {
 }
 
 impl TestServer {
-    /// Tells it to stop, and does not wait for it.
+    /// Tells the server to stop, without waiting for it.
     pub fn stop(mut self) -> Stopping {
         drop(self.stop.take());
         Stopping(self)
@@ -103,7 +103,7 @@ impl TestServer {
 pub struct Stopping(TestServer);
 
 impl Stopping {
-    /// Waits for its end.
+    /// Waits until the server has ended.
     pub fn join(self) {}
 }
 

@@ -1,10 +1,10 @@
 //! A simulated runner: a device whose "model" is a hash of the cached tokens.
 //!
-//! It keeps one token a slot of the key-value cache, writes and reads it through
-//! the block tables, and only when a step is collected: a block that is handed out
-//! too early, or a table that is wrong, changes the tokens that come out.
+//! It stores one token per slot of the KV cache and accesses the slots through the block
+//! tables, but only when a step is collected. A block that is handed out too early, or a wrong
+//! table, therefore changes the tokens that come out.
 
-#![allow(dead_code)] // each test file uses its part
+#![allow(dead_code)] // each test file uses only part of this module
 
 use quell::cache::{BlockId, Transfers};
 use quell::device::{DeviceError, PooledRows};
@@ -17,26 +17,26 @@ use std::collections::VecDeque;
 use std::sync::{Arc, mpsc};
 
 pub const VOCABULARY: u32 = 1000;
-/// Numbers of a hidden state.
+/// Length of a hidden state.
 pub const HIDDEN: usize = 8;
 
-/// What the simulated device is to do.
+/// Options of the simulated device.
 pub struct SimOptions {
-    /// Steps in flight.
+    /// Maximum number of steps in flight.
     pub depth: usize,
-    /// Blocks of the cache.
+    /// Number of KV cache blocks.
     pub blocks: usize,
     pub block_tokens: usize,
     pub context: usize,
-    /// Blocks of host memory; none means that nothing can be swapped out.
+    /// Number of host blocks for swapped-out data. With 0, nothing can be swapped out.
     pub swap_blocks: usize,
-    /// Each collected step takes one permit from here, if there is a gate.
+    /// If set, each collected step waits for one permit from this channel.
     pub gate: Option<mpsc::Receiver<()>>,
-    /// What happens when the step with this number is collected.
+    /// A fault, and the number of the step that it hits.
     pub fault: Option<(u64, Fault)>,
 }
 
-/// What a step can be made to do.
+/// What can go wrong with a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// The launch is refused.
@@ -63,8 +63,8 @@ impl Default for SimOptions {
     }
 }
 
-/// Whose blocks they are. Turns of one session follow each other in the same blocks:
-/// steps take effect in the order in which they are launched.
+/// Owner of a set of blocks. Turns of one session use the same blocks one after another, which
+/// is safe because steps take effect in launch order.
 #[derive(Clone, Copy, PartialEq)]
 enum Owner {
     Sequence(SequenceKey),
@@ -77,13 +77,13 @@ struct Item {
     feedback: Option<usize>,
     /// Slots of the tokens of this step.
     written: Vec<usize>,
-    /// Slots of all tokens up to the last of this step.
+    /// Slots of all tokens up to the last one of this step.
     read: Vec<usize>,
     report: Report,
-    /// The known tokens after those of the scored rows.
+    /// For each scored row, the known token that follows it.
     next: Vec<u32>,
     sample: bool,
-    /// The tokens that may be chosen; all without one.
+    /// Bit mask of the tokens that may be chosen. Without one, all may be.
     mask: Option<Arc<[u32]>>,
 }
 
@@ -103,7 +103,7 @@ pub struct SimRunner {
     in_flight: VecDeque<Launched>,
 }
 
-/// A failure that does not outlive its step.
+/// An error that affects only the step that it happens in.
 pub fn failure(operation: &'static str) -> DeviceError {
     DeviceError::Failed {
         device: "sim",
@@ -113,7 +113,7 @@ pub fn failure(operation: &'static str) -> DeviceError {
 }
 
 impl SimRunner {
-    /// Its memory holds nothing.
+    /// Creates a device whose memory is empty.
     pub fn new(options: SimOptions) -> Self {
         Self {
             memory: vec![u32::MAX; options.blocks * options.block_tokens],
@@ -124,17 +124,17 @@ impl SimRunner {
         }
     }
 
-    /// The token at each slot of the cache, as the collected steps have left it.
+    /// The token in each slot of the cache, as of the last collected step.
     pub fn memory(&self) -> &[u32] {
         &self.memory
     }
 
-    /// Steps in flight.
+    /// Number of steps in flight.
     pub fn in_flight(&self) -> usize {
         self.in_flight.len()
     }
 
-    /// The oldest step in flight fails, and leaves nothing behind.
+    /// Fails the oldest step in flight, which leaves no effects.
     pub fn fail_oldest(&mut self) -> DeviceError {
         self.in_flight.pop_front().expect("a step is in flight");
         self.previous.clear();
@@ -148,7 +148,7 @@ impl SimRunner {
             .map(|(_, fault)| fault)
     }
 
-    /// I4: nobody writes where a step in flight of another owner reads.
+    /// I4: a step must not write to slots that a step in flight of another owner reads.
     fn check_writes(&self, owner: Option<Owner>, written: &[usize]) {
         for earlier in &self.in_flight {
             for old in &earlier.items {
@@ -256,7 +256,7 @@ impl Runner for SimRunner {
 
     fn collect(&mut self) -> Result<StepOutput, DeviceError> {
         if let Some(gate) = &self.options.gate {
-            // A closed gate lets everything through.
+            // A closed gate lets every step through.
             let _ = gate.recv();
         }
         let launched = self.in_flight.pop_front().expect("a step is in flight");
@@ -284,7 +284,7 @@ impl Runner for SimRunner {
         for item in &items {
             for (index, &slot) in item.written.iter().enumerate() {
                 self.memory[slot] = match item.feedback {
-                    // Of a step that failed there is nothing to feed back.
+                    // A failed step leaves no sample to feed back.
                     Some(sample) => self.previous.get(sample).copied().unwrap_or(u32::MAX),
                     None => item.tokens[index],
                 };
@@ -324,7 +324,7 @@ impl Runner for SimRunner {
     }
 }
 
-/// The "model": the next token after these.
+/// The "model": returns the token that follows these tokens.
 pub fn next_token(tokens: impl Iterator<Item = u32>) -> u32 {
     let hash = tokens.fold(0xcbf2_9ce4_8422_2325u64, |hash, token| {
         (hash ^ u64::from(token)).wrapping_mul(0x0100_0000_01b3)
@@ -332,13 +332,13 @@ pub fn next_token(tokens: impl Iterator<Item = u32>) -> u32 {
     ((hash >> 20) % u64::from(VOCABULARY)) as u32
 }
 
-/// The last hidden state of the last of these tokens.
+/// Returns the last hidden state of the last of these tokens.
 pub fn hidden_state(tokens: impl Iterator<Item = u32>) -> [f32; HIDDEN] {
     let token = next_token(tokens) as usize;
     std::array::from_fn(|column| (token * (column + 1) % 97) as f32 / 97.0 - 0.5)
 }
 
-/// The mean of the hidden states of a prompt.
+/// Returns the mean of the hidden states of a prompt.
 pub fn expected_embedding(prompt: &[u32]) -> Vec<f32> {
     let mut sum = PooledRows::new(HIDDEN);
     for end in 1..=prompt.len() {
@@ -347,7 +347,7 @@ pub fn expected_embedding(prompt: &[u32]) -> Vec<f32> {
     sum.mean()
 }
 
-/// The log-probability of `next` after these tokens.
+/// Returns the log probability of `next` after these tokens.
 pub fn logprob(tokens: impl Iterator<Item = u32>, next: u32) -> f32 {
     -(next_token(tokens.chain([next])) as f32) / 100.0
 }
@@ -356,8 +356,8 @@ fn is_set(mask: &[u32], token: u32) -> bool {
     mask[token as usize / 32] >> (token % 32) & 1 == 1
 }
 
-/// The first token from `token` on that is allowed, beginning anew after the last; `token`
-/// itself if there is none.
+/// Returns the first allowed token from `token` on, wrapping around at the end of the
+/// vocabulary, or `token` itself if no token is allowed.
 fn nearest(token: u32, allowed: impl Fn(u32) -> bool) -> u32 {
     let order = (0..VOCABULARY).map(|next| (token + next) % VOCABULARY);
     order
@@ -366,7 +366,8 @@ fn nearest(token: u32, allowed: impl Fn(u32) -> bool) -> u32 {
         .unwrap_or(token)
 }
 
-/// What the model answers to a prompt, each token allowed after the ones before it.
+/// Returns the model's answer to a prompt if each token must be allowed after the ones before
+/// it.
 pub fn expected_where(
     prompt: &[u32],
     count: usize,
@@ -382,7 +383,7 @@ pub fn expected_where(
     tokens.split_off(prompt.len())
 }
 
-/// What the model answers to a prompt.
+/// Returns the model's answer to a prompt.
 pub fn expected(prompt: &[u32], count: usize) -> Vec<u32> {
     let mut tokens = prompt.to_vec();
     for _ in 0..count {
@@ -391,13 +392,13 @@ pub fn expected(prompt: &[u32], count: usize) -> Vec<u32> {
     tokens.split_off(prompt.len())
 }
 
-/// An engine over a simulated device; its books are checked after every step.
+/// Creates an engine over a simulated device. Its invariants are checked after every step.
 pub fn engine(options: SimOptions, config: EngineConfig) -> Engine {
     start(options, config, None)
 }
 
-/// As [`engine`], with text: the model's tokens are the tokenizer's, as far as it has
-/// so many.
+/// Like [`engine`], but with text: token ids are those of the tokenizer, as far as its
+/// vocabulary reaches.
 pub fn engine_with_text(options: SimOptions, config: EngineConfig, tokenizer: Tokenizer) -> Engine {
     start(options, config, Some(tokenizer))
 }
@@ -415,7 +416,7 @@ fn start(options: SimOptions, config: EngineConfig, tokenizer: Option<Tokenizer>
     .expect("a simulated engine starts")
 }
 
-/// What an engine is told of the simulated device.
+/// Describes the simulated device to an engine.
 pub fn info(options: &SimOptions) -> RunnerInfo {
     RunnerInfo {
         vocabulary: VOCABULARY as usize,

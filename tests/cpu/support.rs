@@ -1,5 +1,5 @@
-//! What the tests of the CPU device share: random numbers, operands, options.
-#![allow(dead_code)] // each test file uses a part
+//! Helpers for the tests of the CPU device: random numbers, operands and options.
+#![allow(dead_code)] // each test file uses only part of this module
 
 use quell::device::cpu::{
     Activations, CpuDevice, CpuLinear, CpuOptions, CpuTensor, KvType, SimdLevel,
@@ -7,7 +7,7 @@ use quell::device::cpu::{
 use quell::device::{Device, LinearSpec, Precision, RowOrder, WeightRows};
 use quell::weights::{DType, quant};
 
-/// A xorshift generator: the same numbers on every machine.
+/// A xorshift generator, which gives the same numbers on every machine.
 pub struct Random(u64);
 
 impl Random {
@@ -26,7 +26,7 @@ impl Random {
         (self.bits() >> 33) as usize % end
     }
 
-    /// Between −1 and 1.
+    /// Returns a number between −1 and 1.
     pub fn number(&mut self) -> f32 {
         (self.bits() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
     }
@@ -36,7 +36,7 @@ impl Random {
     }
 }
 
-/// The instruction sets that this machine has, best first.
+/// Returns the instruction sets that this machine supports, best first.
 pub fn levels() -> Vec<SimdLevel> {
     let all = [SimdLevel::Avx512, SimdLevel::Avx2, SimdLevel::Portable];
     let present = |level: &SimdLevel| {
@@ -78,7 +78,7 @@ pub fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
 
-/// Random weights as a file would hold them, with scales of a sensible size.
+/// Returns random weights in a file's format, with scales of a sensible size.
 pub fn weights(random: &mut Random, dtype: DType, rows: usize, columns: usize) -> Vec<u8> {
     let count = dtype.bytes_for(columns).unwrap() * rows;
     let half = |value: f32| half::f16::from_f32(value).to_le_bytes();
@@ -145,7 +145,7 @@ pub fn linear(
         .unwrap()
 }
 
-/// `out = W x` on a fresh device.
+/// Computes `W x` for each row of `x`.
 pub fn multiply(device: &mut CpuDevice, weight: &CpuLinear, x: &[f32]) -> Vec<f32> {
     let x = tensor(device, weight.columns(), x);
     let rows = x.rows();

@@ -1,5 +1,5 @@
-//! One layer's rotary embedding, cache and attention on the CUDA device, for tests.
-#![allow(dead_code)] // each test file uses a part
+//! One layer's rotary embedding, KV cache and attention on the CUDA device, for tests.
+#![allow(dead_code)] // each test file uses only part of this module
 
 use half::{bf16, f16};
 use quell::device::cuda::*;
@@ -8,7 +8,7 @@ use std::ops::Range;
 
 pub const TYPES: [CudaActivations; 2] = [CudaActivations::Bf16, CudaActivations::F16];
 
-/// Blocks of these many tokens are what the device expects; see [`device`].
+/// Limits for steps with this block size, to be reserved on a [`device`].
 pub fn limits(block_tokens: usize) -> DeviceLimits {
     DeviceLimits {
         rows: 64,
@@ -27,7 +27,7 @@ pub fn device(activations: CudaActivations) -> CudaDevice {
     .unwrap()
 }
 
-/// `value` as activations keep it.
+/// Rounds `value` to the type of the activations.
 pub fn kept(activations: CudaActivations, value: f32) -> f32 {
     match activations {
         CudaActivations::Bf16 => bf16::from_f32(value).to_f32(),
@@ -35,7 +35,7 @@ pub fn kept(activations: CudaActivations, value: f32) -> f32 {
     }
 }
 
-/// The number whose bits the cache holds.
+/// Returns the number whose bits the cache holds.
 pub fn decoded(activations: CudaActivations, bits: u16) -> f32 {
     match activations {
         CudaActivations::Bf16 => bf16::from_bits(bits).to_f32(),
@@ -43,7 +43,7 @@ pub fn decoded(activations: CudaActivations, bits: u16) -> f32 {
     }
 }
 
-/// The largest error of a number that is rounded to activations, relative to it.
+/// Returns the largest relative error of rounding to the type of the activations.
 pub fn rounding(activations: CudaActivations) -> f64 {
     match activations {
         CudaActivations::Bf16 => 1.0 / 256.0,
@@ -51,7 +51,7 @@ pub fn rounding(activations: CudaActivations) -> f64 {
     }
 }
 
-/// A rotary embedding that leaves everything as it is, to the bit.
+/// A rotary embedding that changes no bit.
 pub fn identity(positions: usize) -> RopeSpec {
     RopeSpec {
         inverse_frequencies: vec![0.0; 2],
@@ -60,21 +60,21 @@ pub fn identity(positions: usize) -> RopeSpec {
     }
 }
 
-/// Some tokens of one sequence: `tokens[range]`, with blocks `table`. `qkv` holds the rows
-/// of all tokens up to the end of the range.
+/// Tokens `range` of one sequence, whose blocks are `table`. `qkv` holds the rows of all tokens
+/// up to the end of the range.
 pub struct Part<'a> {
     pub qkv: &'a [f32],
     pub range: Range<usize>,
     pub table: &'a [u32],
 }
 
-/// A cache of one layer, every number of which is NaN until it is written.
+/// One layer of a cache. Every number in the cache is NaN until it is written.
 pub struct Layer<'d> {
     pub device: &'d mut CudaDevice,
     pub cache: CudaCache,
     pub rope: CudaRope,
     pub heads: HeadShape,
-    /// Weights for queries and for keys, and whether they are a head's.
+    /// Weights for queries and for keys, and whether they apply per head.
     pub norm: Option<(CudaVector, CudaVector, bool)>,
     block_tokens: usize,
 }
@@ -111,7 +111,7 @@ impl<'d> Layer<'d> {
         }
     }
 
-    /// The inputs of a step with these parts, and its queries, keys and values.
+    /// Returns the inputs of a step with these parts, and its queries, keys and values.
     pub fn batch(&self, parts: &[Part<'_>]) -> (Batch, Vec<f32>) {
         let (mut batch, mut rows) = (Batch::default(), Vec::new());
         let columns = self.heads.qkv_columns();
@@ -134,7 +134,7 @@ impl<'d> Layer<'d> {
         (batch, rows)
     }
 
-    /// Stages `batch`, which is to be enqueued.
+    /// Stages `batch`, and checks that its operations must be enqueued.
     pub fn stage(&mut self, batch: &Batch) {
         assert_eq!(self.device.stage(batch).unwrap(), Staged::Enqueue);
     }
@@ -156,7 +156,7 @@ impl<'d> Layer<'d> {
         self.device.tensor(columns, precision, values).unwrap()
     }
 
-    /// Writes keys and values of the parts to the cache; gives what has become of the rows.
+    /// Writes keys and values of the parts to the cache. Returns the rows after the operation.
     pub fn store(&mut self, parts: &[Part<'_>]) -> Vec<f32> {
         let (batch, rows) = self.batch(parts);
         let mut qkv = self.tensor(self.heads.qkv_columns(), &rows);
@@ -166,12 +166,12 @@ impl<'d> Layer<'d> {
         self.device.values(&qkv, batch.rows()).unwrap()
     }
 
-    /// Writes the parts' keys and values to the cache; gives their attention, a part each.
+    /// Writes keys and values of the parts to the cache. Returns the attention of each part.
     pub fn step(&mut self, spec: &AttentionSpec, parts: &[Part<'_>]) -> Vec<Vec<f32>> {
         let (batch, rows) = self.batch(parts);
         let columns = self.heads.q_columns();
         let mut qkv = self.tensor(self.heads.qkv_columns(), &rows);
-        // What is not written stays NaN.
+        // Outputs that are not written stay NaN.
         let mut out = self.tensor(columns, &vec![f32::NAN; batch.rows() * columns]);
         self.stage(&batch);
         self.rope_store(&mut qkv).unwrap();

@@ -1,1 +1,1 @@
-//! Nothing: what this package is for is in its `tests/`.
+//! Intentionally empty: the contents of this package are in its `tests/` directory.

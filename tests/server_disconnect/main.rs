@@ -1,5 +1,5 @@
-//! A client that goes away cancels what it has asked for: hundreds of connections cut in
-//! every way and at every moment, and afterwards the engine's books are what they were.
+//! A client that goes away cancels its requests. The tests cut hundreds of connections in every
+//! way and at every moment, and check that the engine's statistics return to what they were.
 
 #![cfg(feature = "server")]
 
@@ -32,13 +32,13 @@ use tokio::net::TcpSocket;
 /// How long anything may take before a test fails.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// How long a step takes: time for a client to go away in the middle.
+/// Duration of a step: long enough for a client to go away in the middle.
 const STEP: Duration = Duration::from_millis(5);
 
-/// A runner that computes nothing and takes its time for it.
+/// A runner that computes nothing, but takes time for it.
 struct SlowRunner {
     runner: NullRunner,
-    /// Never sent to; a step takes no time once it is closed.
+    /// Nothing is ever sent on this channel. Once it is closed, steps take no time.
     open: mpsc::Receiver<()>,
 }
 
@@ -61,8 +61,8 @@ impl Runner for SlowRunner {
     }
 }
 
-/// An engine over it, and what keeps it slow. Its requests never come to an end by
-/// themselves: the context is longer than any test.
+/// Creates an engine with a [`SlowRunner`], and the sender that keeps it slow. Its requests
+/// never end by themselves, because the context is longer than any test needs.
 fn slow_engine(config: EngineConfig, label: &str) -> (Engine, mpsc::Sender<()>) {
     let (slow, open) = mpsc::channel();
     let tokenizer = server::tokenizer(&model::smollm2());
@@ -74,7 +74,7 @@ fn slow_engine(config: EngineConfig, label: &str) -> (Engine, mpsc::Sender<()>) 
     };
     let config = EngineConfig {
         metrics_label: Some(label.to_owned()),
-        // Nobody is to be cancelled for anything but a lost connection.
+        // Only a lost connection may cancel a request.
         slow_consumer_deadline: None,
         ..config
     };
@@ -88,7 +88,7 @@ fn slow_engine(config: EngineConfig, label: &str) -> (Engine, mpsc::Sender<()>) 
     (engine, slow)
 }
 
-/// Asks the scheduler thread again and again until all is as it should be.
+/// Polls the scheduler thread until `is` returns true.
 fn until(engine: &Engine, what: &str, is: impl Fn(&EngineStats) -> bool) -> EngineStats {
     let patience = Instant::now() + PATIENCE;
     loop {
@@ -107,26 +107,26 @@ fn nothing_is_open(stats: &EngineStats) -> bool {
 /// How a client goes away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Cut {
-    /// It closes the connection.
+    /// Closes the connection.
     Close,
-    /// It resets the connection.
+    /// Resets the connection.
     Reset,
-    /// It says that it will send nothing more, and stays.
+    /// Shuts down its sending side, and stays connected.
     HalfClose,
-    /// It stops reading, and stays.
+    /// Stops reading, and stays connected.
     Silence,
 }
 
 const CUTS: [Cut; 3] = [Cut::Close, Cut::Reset, Cut::HalfClose];
 
-/// A client with a request under way.
+/// A client with an open request.
 struct Client {
     connection: Connection,
     cut: Cut,
 }
 
 impl Client {
-    /// Asks for an endless answer.
+    /// Asks for an answer that never ends by itself.
     fn ask(server: &TestServer, index: usize, stream: bool, cut: Cut) -> Self {
         let address = server.address;
         let mut connection = match cut {
@@ -150,19 +150,19 @@ impl Client {
         Self { connection, cut }
     }
 
-    /// Waits for the first events of a stream.
+    /// Reads the first events of a stream.
     fn read(&mut self, events: usize) {
         let head = self.connection.head().expect("an answer");
         assert_eq!(head.status, 200);
         let mut read = 0;
         while read < events {
             let event = self.connection.chunk().expect("an event");
-            // Comments keep a connection alive that has nothing else to say for long.
+            // Skip comments, which only keep the connection alive.
             read += usize::from(event.starts_with(b"data: "));
         }
     }
 
-    /// Goes away; gives back what stays open.
+    /// Goes away. Returns the connection if it stays open.
     fn leave(self) -> Option<Connection> {
         let socket = self.connection.socket();
         match self.cut {
@@ -182,7 +182,7 @@ impl Client {
     }
 }
 
-/// Closing the last handle of a socket that does not linger resets the connection.
+/// Resets a connection: closing the last handle of a socket with zero linger sends a reset.
 fn reset(socket: std::net::TcpStream) {
     socket.set_nonblocking(true).unwrap();
     let runtime = runtime();
@@ -198,7 +198,7 @@ fn runtime() -> tokio::runtime::Runtime {
         .unwrap()
 }
 
-/// A connection whose system keeps little of what is not read.
+/// Opens a connection with a small receive buffer.
 fn with_little_memory(address: SocketAddr) -> Connection {
     let connect = async {
         let socket = TcpSocket::new_v4().unwrap();
@@ -210,8 +210,8 @@ fn with_little_memory(address: SocketAddr) -> Connection {
     Connection::over(stream)
 }
 
-/// How many requests of the engine with this label were cancelled, in all and because
-/// their clients were gone, as `/metrics` says.
+/// Returns how many requests of the engine with this label `/metrics` counts as cancelled: in
+/// all, and because of a disconnect.
 fn cancelled(address: SocketAddr, label: &str) -> (u64, u64) {
     let metrics = exchange(address, &get("/metrics")).unwrap().text();
     let ours = metrics.lines().filter(|line| {
@@ -239,7 +239,7 @@ fn options() -> ServerOptions {
     options
 }
 
-/// I12, and the counters say why.
+/// Checks I12, and that every request was counted as cancelled by a disconnect.
 fn all_is_as_before(server: &TestServer, label: &str, before: &EngineStats, gone: usize) {
     let stats = server.engine.stats().unwrap();
     assert!(stats.is_idle(), "{stats:?}");
@@ -264,7 +264,7 @@ fn five_hundred_clients_that_go_away_at_any_moment_leave_nothing() {
     let before = engine.stats().unwrap();
     let server = TestServer::start(engine.clone(), options);
 
-    // As many as may run: streams in the middle, and answers that are waited for whole.
+    // As many requests as can run at once: streams in progress, and answers sent as a whole.
     let mut running: Vec<Client> = (0..RUNNING)
         .map(|index| Client::ask(&server, index, index % 5 != 0, CUTS[index % 3]))
         .collect();
@@ -276,7 +276,7 @@ fn five_hundred_clients_that_go_away_at_any_moment_leave_nothing() {
     for (_, client) in streaming.filter(|(index, _)| index % 5 != 0) {
         client.read(4);
     }
-    // More, which get no token: those who run never end.
+    // These requests get no token, because the running ones never end.
     let waiting: Vec<Client> = (0..WAITING)
         .map(|index| Client::ask(&server, index, index % 3 != 0, CUTS[index / 3 % 3]))
         .collect();
@@ -292,14 +292,14 @@ fn five_hundred_clients_that_go_away_at_any_moment_leave_nothing() {
     drop(slow);
 }
 
-/// Half-open connections: nothing tells the server that its client is gone, except that
-/// it takes nothing more.
+/// Half-open connections: the server can tell that the client has gone only because it takes no
+/// more data.
 #[test]
 fn a_client_that_stops_reading_is_cut_off_and_leaves_nothing() {
     const SILENT: usize = 12;
     const LABEL: &str = "silent";
     let mut options = options();
-    // What is kept between server and client, some megabytes, is soon full of long events.
+    // Long events soon fill the buffers between server and client, which hold a few megabytes.
     options.model_name = "m".repeat(8000);
     options.write_timeout = Duration::from_millis(200);
     let (engine, slow) = slow_engine(EngineConfig::default(), LABEL);
@@ -308,7 +308,7 @@ fn a_client_that_stops_reading_is_cut_off_and_leaves_nothing() {
     let mut clients: Vec<Client> = (0..SILENT)
         .map(|index| Client::ask(&server, index, true, Cut::Silence))
         .collect();
-    // Some may be cut off while others are still to come.
+    // Some clients may be cut off before others have connected.
     until(&engine, "all are accepted", |stats| {
         stats.outcomes.accepted == SILENT as u64
     });
@@ -330,7 +330,7 @@ fn a_client_that_stops_reading_is_cut_off_and_leaves_nothing() {
 fn embeddings_of_a_client_that_goes_away_leave_nothing() {
     const INPUTS: usize = 60;
     const LABEL: &str = "embeddings";
-    // Minutes, if all were computed.
+    // With one token per step, it would take minutes to compute all inputs.
     let config = EngineConfig {
         max_batch_tokens: 1,
         ..EngineConfig::default()
@@ -371,7 +371,8 @@ fn sixty_four_clients_of_a_real_model_that_go_away_leave_nothing() {
     let before = engine.stats().unwrap();
     let server = TestServer::start(engine.clone(), options);
     let mut clients: Vec<Client> = Vec::new();
-    // The first half runs, the other half, which comes when all of that is there, waits.
+    // The first half runs. The second half is sent once all of the first half is open, and
+    // waits.
     for half in [0..CLIENTS / 2, CLIENTS / 2..CLIENTS] {
         let ask = |index| Client::ask(&server, index, index % 4 != 0, CUTS[index % 3]);
         clients.extend(half.clone().map(ask));

@@ -1,4 +1,4 @@
-//! Clients of HTTPS that go away: the end shows in TLS, or beneath it.
+//! HTTPS clients that go away, with or without closing the TLS session.
 
 use super::http::post;
 use super::server::TestServer;
@@ -15,7 +15,8 @@ use tokio_rustls::rustls::{ClientConfig, ClientConnection, RootCertStore, Stream
 
 type Client = StreamOwned<ClientConnection, TcpStream>;
 
-/// A certificate for this machine in `folder`, and what a client needs to trust it.
+/// Writes a certificate for localhost to `folder`, and returns it with a client configuration
+/// that trusts it.
 fn certificate(folder: &std::path::Path) -> (TlsFiles, Arc<ClientConfig>) {
     let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
     let files = TlsFiles {
@@ -41,10 +42,10 @@ fn open(address: SocketAddr, config: &Arc<ClientConfig>) -> Client {
     StreamOwned::new(client, TcpStream::connect(address).unwrap())
 }
 
-/// Goes away; returns what stays open.
+/// Goes away. Returns the connection if it stays open.
 fn leave(mut client: Client, cut: Cut) -> Option<Client> {
     match cut {
-        // Without a word of TLS, as a process that is killed does.
+        // Without a TLS close, as when a process is killed.
         Cut::Close => None,
         Cut::Reset => {
             let socket = client.sock.try_clone().unwrap();
@@ -74,7 +75,8 @@ fn whoever_leaves_a_connection_with_tls_is_cancelled() {
     let mut clients = Vec::new();
     for cut in CUTS {
         for after in After::ALL {
-            // Only the end of the connection can tell: nothing is written.
+            // Nothing is written to the client, so the server can notice only the end of the
+            // connection.
             let request = post("/v1/completions", endless(&engine, Stage::HeldBack, true));
             let mut client = open(server.address, &config);
             client.write_all(&request).unwrap();

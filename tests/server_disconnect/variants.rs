@@ -1,5 +1,5 @@
-//! Every way of going away, at every stage of a request, with HTTP/1 and HTTP/2: each is
-//! noticed and cancels the request, whatever else the client has sent.
+//! Every way to go away, at every stage of a request, with HTTP/1 and HTTP/2. The server must
+//! notice each of them and cancel the request, whatever else the client has sent.
 
 use super::http::{Connection, get, post};
 use super::http2::Http2;
@@ -9,15 +9,15 @@ use quell::server::{HalfClose, ServerOptions};
 use quell::{Engine, EngineConfig, EngineStats};
 use std::net::{Shutdown, TcpStream};
 
-/// What a client of HTTP/1 sends after its request.
+/// What an HTTP/1 client sends after its request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum After {
     Nothing,
-    /// An empty line, as some old clients do.
+    /// An empty line, as some old clients send.
     Line,
-    /// The next request.
+    /// Another request.
     Request,
-    /// More requests than anybody keeps for later.
+    /// More requests than the server buffers.
     Flood,
 }
 
@@ -48,7 +48,7 @@ impl Waiting {
         }
     }
 
-    /// Goes away; returns what stays open.
+    /// Goes away. Returns the connection if it stays open.
     fn leave(self, cut: Cut) -> Option<Self> {
         match cut {
             Cut::Close => None,
@@ -67,20 +67,20 @@ impl Waiting {
     }
 }
 
-/// Where a request is when its client goes.
+/// Stage of a request when its client goes away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
-    /// It waits for others to end.
+    /// It waits for other requests to end.
     Queued,
-    /// Its prompt is being computed: there is no token yet.
+    /// Its prompt is being computed; there is no token yet.
     Prompt,
-    /// Tokens come.
+    /// Tokens are being generated.
     Tokens,
-    /// Tokens come, but none is sent: all of them may be part of a stop string.
+    /// Tokens are being generated but not sent, because they may be part of a stop string.
     HeldBack,
 }
 
-/// A request that does not end by itself.
+/// Builds a request that does not end by itself.
 pub fn endless(engine: &Engine, stage: Stage, stream: bool) -> String {
     let tokens = engine.max_sequence_tokens() - 1000;
     let prompt: Vec<u32> = match stage {
@@ -94,7 +94,8 @@ pub fn endless(engine: &Engine, stage: Stage, stream: bool) -> String {
         "stream": stream,
     });
     if stage == Stage::HeldBack {
-        // The simulated model counts: the text of its next tokens, but for the end.
+        // The simulated model counts up, so this is the text of its next tokens, except for the
+        // end.
         let next: Vec<u32> = (8..400).collect();
         let text = engine.tokenizer().unwrap().decode(&next, false);
         body["stop"] = format!("{text}!").into();
@@ -102,7 +103,7 @@ pub fn endless(engine: &Engine, stage: Stage, stream: bool) -> String {
     body.to_string()
 }
 
-/// Asks in all ways.
+/// Sends a request for each combination of cut, streaming, pipelined data and protocol version.
 fn ask_all(server: &TestServer, stage: Stage) -> Vec<(Waiting, Cut)> {
     let address = server.address;
     let mut clients = Vec::new();
@@ -125,7 +126,7 @@ fn config(stage: Stage) -> EngineConfig {
     let mut config = EngineConfig::default();
     match stage {
         Stage::Queued => config.max_sequences = 1,
-        // Seconds until the first token.
+        // It takes seconds until the first token.
         Stage::Prompt => config.max_batch_tokens = 1,
         Stage::Tokens | Stage::HeldBack => {}
     }
@@ -191,8 +192,8 @@ fn whoever_leaves_while_a_stop_string_holds_everything_back_is_cancelled() {
     all_who_leave_at(Stage::HeldBack, "leave-held-back");
 }
 
-/// Has clients leave whose `body` keeps the server busy before there is a request to the
-/// engine; one more that stays gets an answer.
+/// Cuts clients whose `body` keeps the server busy before it submits a request to the engine.
+/// One more client stays and must get an answer.
 fn leave_before_submission(path: &str, body: &str, label: &str) {
     let (engine, slow) = slow_engine(EngineConfig::default(), label);
     let server = TestServer::start(engine.clone(), options());
@@ -212,11 +213,11 @@ fn leave_before_submission(path: &str, body: &str, label: &str) {
     patient.chunk().expect("an event");
     drop(patient);
     until(&engine, "nothing is open", nothing_is_open);
-    // With the server ends all work that could still submit something.
+    // Once the server has ended, nothing can submit a request any more.
     drop(server);
     let stats = until(&engine, "nothing is open", nothing_is_open);
     assert!(stats.is_idle(), "{stats:?}");
-    // The simulated model knows no grammar, and may break it.
+    // The simulated model does not know the grammar and may violate it.
     let ended = stats.outcomes.cancelled + stats.outcomes.failed;
     assert_eq!(ended, stats.outcomes.accepted, "{stats:?}");
     drop(slow);
@@ -298,8 +299,9 @@ fn half_closed_connections_that_are_to_be_finished_end_with_their_clients() {
     const LABEL: &str = "half-closed-then-gone";
     let (engine, slow) = slow_engine(EngineConfig::default(), LABEL);
     let server = TestServer::start(engine.clone(), finishing());
-    // A stream's client that has closed answers the next token with a reset; one whose
-    // answer is not streamed has to say so itself.
+    // After a close, the client's system answers the next event of a stream with a reset. An
+    // answer that is not streamed sends nothing, so its client must reset the connection
+    // itself.
     let mut gone = 0;
     for (stream, resets) in [(true, false), (true, true), (false, true)] {
         for after in After::ALL {
@@ -333,8 +335,8 @@ fn what_is_sent_ahead_is_answered_or_the_connection_is_closed() {
     for _ in 0..4 {
         assert_eq!(few.reply().expect("a reply each").status, 200);
     }
-    // Whatever is answered is answered whole and in its order. A client that still sends
-    // when the server closes may lose what it has not read.
+    // All replies must be complete and in order. A client that still sends when the server
+    // closes may lose replies that it has not read yet.
     loop {
         let mut many = Connection::open(server.address);
         let _ = many.send(&[first.clone(), After::Flood.bytes()].concat());

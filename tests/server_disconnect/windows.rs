@@ -1,5 +1,5 @@
-//! Clients of HTTP/2 that answer every PING and grant no window: they are alive, and take
-//! nothing of their answers.
+//! HTTP/2 clients that answer every PING but grant no flow-control window: they are alive, but
+//! take nothing of their answers.
 
 use super::http2::{GOAWAY, Http2, RST_STREAM};
 use super::server::TestServer;
@@ -31,7 +31,8 @@ fn answers_that_no_window_is_granted_for_are_dropped() {
                 while resets < STREAMS {
                     match connection.frame() {
                         Some(frame) => resets += usize::from(frame.kind == RST_STREAM),
-                        // Too slow to answer a PING: the whole connection was given up.
+                        // A PING was answered too late, so the server gave up the whole
+                        // connection.
                         None => return None,
                     }
                 }

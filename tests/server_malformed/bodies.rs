@@ -1,4 +1,4 @@
-//! Bodies that are no JSON, not the JSON that is wanted, or not a body at all.
+//! Bodies that are not JSON, not the expected JSON, or not a valid body at all.
 
 use super::http::post;
 use super::{BODY_LIMIT, Case, Expected};
@@ -47,7 +47,7 @@ pub fn cases() -> Vec<Case> {
 
 const GOOD: &str = r#"{"model": "test-model", "prompt": "Hi", "max_tokens": 1}"#;
 
-/// A completion request with these headers in place of the usual.
+/// Builds a completion request with these headers in place of `Content-Type`.
 fn with_headers(headers: &str, body: &str) -> Vec<u8> {
     let length = body.len();
     format!(
@@ -171,7 +171,7 @@ fn texts() -> Vec<(&'static str, String)> {
     texts
 }
 
-/// The body as a string that holds these bytes.
+/// Builds a body whose prompt is a string of these bytes.
 fn prompt_of(bytes: &[u8]) -> Vec<u8> {
     [b"{\"prompt\": \"", bytes, b"\"}"].concat()
 }
@@ -206,7 +206,7 @@ fn bytes() -> Vec<(&'static str, Vec<u8>)> {
     ]
 }
 
-/// A good request, cut off after so many bytes.
+/// Prefixes of a valid request, of increasing length.
 fn truncated() -> Vec<(String, String)> {
     let whole = r#"{"model": "test-model", "messages": [{"role": "user", "content": "H\u00e9"}], "temperature": 0.5, "stop": ["x"]}"#;
     let cuts = (1..whole.len()).step_by(4);
@@ -219,7 +219,7 @@ fn truncated() -> Vec<(String, String)> {
     .collect()
 }
 
-/// Far deeper than any request has a reason to be.
+/// Bodies that are nested much deeper than any valid request.
 fn nested() -> Vec<(String, String)> {
     const DEPTH: usize = 10_000;
     let (open, close) = ("[".repeat(DEPTH), "]".repeat(DEPTH));

@@ -1,7 +1,7 @@
 //! Requests with one field of a wrong type or value.
 //!
-//! Each is a good request with one field replaced, so that nothing else can be what is
-//! refused. Values are JSON texts.
+//! Each is a valid request with one field replaced, so that only this field can be the reason
+//! for a refusal. Values are JSON texts.
 
 use super::http::post;
 use super::{Case, Expected};
@@ -9,18 +9,18 @@ use super::{Case, Expected};
 /// The fields of a request, as JSON texts.
 type Fields = &'static [(&'static str, &'static str)];
 
-/// A route, a request that it answers, and fields with values that it must refuse.
+/// A route, a valid request for it, and fields with values that it must refuse.
 struct Route {
     path: &'static str,
     good: Fields,
     wrong: Wrong,
-    /// More of it, which several routes share.
+    /// More fields and values to refuse, shared between routes.
     shared: &'static [Wrong],
 }
 
 type Wrong = &'static [(&'static str, &'static [&'static str])];
 
-/// What every request for text refuses.
+/// Values that every request for text must refuse.
 const SAMPLING: Wrong = &[
     (
         "temperature",
@@ -104,7 +104,7 @@ const SAMPLING: Wrong = &[
     ("model", &["5", "[]", "{\"id\": \"test-model\"}", "true"]),
 ];
 
-/// What limits the tokens of an answer and of its prompt.
+/// Fields that limit the tokens of an answer or its prompt.
 const LIMITS: Wrong = &[
     ("min_tokens", &["-1", "1.5", "\"x\"", "2", "[]"]),
     (
@@ -125,7 +125,7 @@ const LIMITS: Wrong = &[
     ("priority", &["1.5", "\"high\"", "4294967296"]),
 ];
 
-/// What says which form the answer must have.
+/// Fields that constrain the form of an answer.
 const STRUCTURE: Wrong = &[
     (
         "response_format",
@@ -178,7 +178,7 @@ const STRUCTURE: Wrong = &[
     ),
 ];
 
-/// Tools, in the shape of the chat API.
+/// Fields for tools, in the chat API's form.
 const TOOLS: Wrong = &[
     (
         "tools",
@@ -473,17 +473,17 @@ const ROUTES: &[Route] = &[
     },
 ];
 
-/// In place of a value: the field is left out.
+/// Stands for a missing value: the field is left out.
 const MISSING: &str = "";
 
-/// A request for each route that nothing is wrong with.
+/// Returns a valid request for each route.
 pub fn good() -> impl Iterator<Item = (&'static str, String)> {
     ROUTES
         .iter()
         .map(|route| (route.path, body(route.good, "", "")))
 }
 
-/// One field wrong in each.
+/// Returns the bad requests, each with one wrong field.
 pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for route in ROUTES {
@@ -491,7 +491,7 @@ pub fn cases() -> Vec<Case> {
         for (field, values) in route.wrong.iter().chain(shared) {
             for value in *values {
                 let expected = match (route.path, *field, *value) {
-                    // Neither of the two, or both.
+                    // With both fields, the error names `prompt`.
                     ("/tokenize", "messages", "[{\"role\": \"user\", \"content\": \"Hi\"}]") => {
                         Expected::bad_field("prompt")
                     }
@@ -539,7 +539,7 @@ fn case(route: &Route, field: &str, value: &str, expected: Expected) -> Case {
     }
 }
 
-/// The fields with one of them replaced, or left out.
+/// Builds a body from the fields, with one of them replaced or left out.
 fn body(good: Fields, field: &str, value: &str) -> String {
     let kept = good.iter().filter(|(name, _)| *name != field);
     let replaced = [(field, value)];
@@ -551,7 +551,7 @@ fn body(good: Fields, field: &str, value: &str) -> String {
     format!("{{{}}}", all.join(", "))
 }
 
-/// Prompts that are longer than the context.
+/// Returns requests with prompts longer than the context.
 fn too_long() -> Vec<Case> {
     let ids = vec!["7"; 9000].join(",");
     let words = "word ".repeat(9000);

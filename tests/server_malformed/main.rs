@@ -1,5 +1,5 @@
-//! A corpus of bad requests: each gets the right refusal, none reaches the device, and
-//! afterwards the engine's books balance and a good request is answered.
+//! A corpus of bad requests: each gets the right refusal, and none reaches the device.
+//! Afterwards the engine's statistics are unchanged and a valid request is answered.
 
 #![cfg(feature = "server")]
 
@@ -23,43 +23,43 @@ use quell::server::ServerOptions;
 use requests::idle;
 use server::TestServer;
 
-/// Bytes of a body that are accepted; little, so that the tests need not send much.
+/// Limit on the bytes of a body. Small, so that the tests need not send much.
 const BODY_LIMIT: usize = 1 << 20;
 
-/// A bad request and what must come of it.
+/// A bad request and the expected outcome.
 pub struct Case {
-    /// What is wrong.
+    /// What is wrong with the request.
     pub name: String,
-    /// All that is sent.
+    /// All bytes that are sent.
     pub sent: Vec<u8>,
     pub expected: Expected,
 }
 
-/// What must come of a bad request.
+/// Expected outcome of a bad request.
 #[derive(Clone, Debug)]
 pub enum Expected {
-    /// This status with OpenAI's error object, in which `param` names this field, or one
-    /// inside it, and `code` is this; where nothing is said, anything will do.
+    /// This status with OpenAI's error object, in which `param` names this field or one inside
+    /// it and `code` is this code. `None` accepts anything.
     Refused {
         status: u16,
         param: Option<String>,
         code: Option<&'static str>,
     },
-    /// This status; HTTP itself is broken, so the body may be empty.
+    /// This status. The body may be empty, because HTTP itself is broken.
     Status(u16),
-    /// The same, where it depends on what the server notices first.
+    /// One of these statuses, depending on what the server notices first.
     OneOf([u16; 2]),
-    /// No reply, only the end of the connection.
+    /// No reply: the server closes the connection.
     Closed,
 }
 
 impl Expected {
-    /// 400 for the whole of a body.
+    /// Expects 400 for the body as a whole.
     pub fn bad_body() -> Self {
         Self::refused(400)
     }
 
-    /// A refusal with an error object that need not name a field.
+    /// Expects an error object that need not name a field.
     pub fn refused(status: u16) -> Self {
         Self::Refused {
             status,
@@ -68,7 +68,7 @@ impl Expected {
         }
     }
 
-    /// 400 for a field.
+    /// Expects 400 for a field.
     pub fn bad_field(field: &str) -> Self {
         Self::Refused {
             status: 400,
@@ -77,7 +77,7 @@ impl Expected {
         }
     }
 
-    /// Says what is wrong with a reply, if something is.
+    /// Returns what is wrong with a reply, or `None` if it is as expected.
     fn complaint(&self, reply: Option<&Reply>) -> Option<String> {
         let Some(reply) = reply else {
             return (!matches!(self, Self::Closed)).then(|| "the connection was closed".to_owned());
@@ -110,7 +110,7 @@ impl Expected {
     }
 }
 
-/// Whether a message names a type of Rust, or what only a Rust program has.
+/// Whether a message contains the name of a Rust type or another term that only Rust code uses.
 fn names_a_type(message: &str) -> bool {
     let rust = [
         "u8", "u32", "u64", "usize", "i32", "i64", "f32", "f64", "struct", "enum", "tuple",
@@ -120,7 +120,7 @@ fn names_a_type(message: &str) -> bool {
     words.any(|word| rust.contains(&word))
 }
 
-/// A server over an engine that computes nothing.
+/// Starts a server with an engine that computes nothing.
 fn start() -> TestServer {
     start_with(|_| ())
 }
@@ -136,16 +136,17 @@ fn start_with(change: impl FnOnce(&mut ServerOptions)) -> TestServer {
     TestServer::start(engine, options)
 }
 
-/// Every case gets what it must get; then nothing is left, and the server still works.
+/// Checks that every case has the expected outcome, that no request is left open, and that the
+/// server still works.
 fn all_are_refused(server: &TestServer, cases: &[Case]) {
     let before = server.engine.stats().unwrap().outcomes;
     let mut wrong = Vec::new();
     for case in cases {
         let mut connection = Connection::open(server.address);
-        // It may be refused, and the connection closed, before all of it is sent.
+        // The server may refuse the request and close before all of it is sent.
         let _ = connection.send(&case.sent);
         let reply = match case.expected {
-            // That nothing more comes is part of what is sent.
+            // These cases include the end of the stream: nothing more may come.
             Expected::Closed => {
                 let _ = connection.socket().shutdown(std::net::Shutdown::Write);
                 connection.reply()
@@ -174,13 +175,13 @@ fn all_are_refused(server: &TestServer, cases: &[Case]) {
     still_works(server);
 }
 
-/// A good request is answered.
+/// Checks that a valid request is answered.
 fn still_works(server: &TestServer) {
     let reply = exchange(server.address, &good()).unwrap();
     is_answer(server, &reply);
 }
 
-/// As [`still_works`], for a server with a short limit of time.
+/// Like [`still_works`], for a server with short timeouts.
 fn still_works_in_time(server: &TestServer) {
     let reply = answered(server.address, &good());
     is_answer(server, &reply);

@@ -52,7 +52,7 @@ pub fn cases() -> Vec<Case> {
     add(
         "an address of 100,000 bytes",
         long.into_bytes(),
-        // More than the server keeps of headers, before it sees that it is an address.
+        // The server's limit on headers may be exceeded before it recognises an address.
         Expected::OneOf([414, 431]),
     );
     for path in UNKNOWN {
@@ -77,7 +77,7 @@ pub fn cases() -> Vec<Case> {
     cases
 }
 
-/// A completion request with these headers beside the usual, and this behind them.
+/// Builds a completion request with these headers added, and with this body as it is.
 fn post_with(headers: &str, body: &str) -> Vec<u8> {
     format!(
         "POST /v1/completions HTTP/1.1\r\nHost: quell\r\nContent-Type: application/json\r\n{headers}\r\n{body}"
@@ -145,8 +145,7 @@ fn bad_headers() -> Vec<(&'static str, &'static [u8])> {
     ]
 }
 
-/// No host, or too many: another server on the way could take the request for another
-/// host's.
+/// No host, or more than one: a proxy on the way could take the request for another host's.
 fn hosts() -> Vec<(&'static str, &'static str)> {
     vec![
         ("no host", ""),
@@ -155,8 +154,8 @@ fn hosts() -> Vec<(&'static str, &'static str)> {
     ]
 }
 
-/// Lengths that are none, or that contradict each other: what is read as the end of one
-/// request and the beginning of the next must never be a matter of opinion.
+/// Invalid or contradictory lengths. Two parties must never disagree about where one request
+/// ends and the next one begins.
 fn lengths() -> Vec<(&'static str, &'static str)> {
     vec![
         ("a negative length", "Content-Length: -5\r\n"),
@@ -240,7 +239,7 @@ fn floods() -> Vec<(&'static str, Vec<u8>)> {
     ]
 }
 
-/// Addresses that lead nowhere.
+/// Paths that do not exist.
 const UNKNOWN: [&str; 20] = [
     "/v1",
     "/v1/",
@@ -283,7 +282,7 @@ const WRONG_METHODS: [(&str, &str); 16] = [
     ("OPTIONS", "/v1/completions"),
 ];
 
-/// Requests that end before they are whole: there is nobody left to answer.
+/// Requests that end before they are complete: no client is left to answer.
 fn cut_off() -> Vec<(&'static str, Vec<u8>)> {
     vec![
         ("nothing at all", Vec::new()),

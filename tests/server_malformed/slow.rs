@@ -1,4 +1,4 @@
-//! Clients that are slow, or that talk while they are not asked to.
+//! Slow clients, and clients that send more than one request at a time.
 
 use super::http::{Connection, get, post};
 use super::{requests::idle, start, start_with, still_works, still_works_in_time};
@@ -6,15 +6,16 @@ use std::time::Duration;
 
 const GOOD: &str = r#"{"model": "test-model", "prompt": "Hi", "max_tokens": 2}"#;
 
-/// A limit that a test can reach.
+/// A timeout that a test can reach.
 const SHORT: Duration = Duration::from_millis(300);
 
-/// Sends bytes one at a time until the server has had enough; says how many it took.
+/// Sends bytes one at a time until the server answers or closes, and returns how many it
+/// accepted.
 fn drip(connection: &mut Connection, bytes: impl Iterator<Item = u8>) -> usize {
     let mut sent = 0;
     for byte in bytes {
         let gone = connection.send(&[byte]).is_err();
-        // Waiting for the server is what makes it slow.
+        // Waiting for an answer is also what slows the client down.
         if gone || connection.answers_within(Duration::from_millis(2)) {
             return sent;
         }
@@ -33,7 +34,7 @@ fn headers_that_never_end_are_cut_off() {
         "GET /health HTTP/1.1\r\nHost: que",
     ] {
         let mut connection = Connection::open(server.address);
-        // It may have lost its patience already.
+        // The server may have given up already.
         let _ = connection.send(sent.as_bytes());
         let reply = connection.reply();
         assert!(
@@ -136,7 +137,7 @@ fn pipelined_requests_are_answered_in_their_order_good_and_bad() {
 fn what_follows_a_request_in_dispute_is_not_taken_for_one() {
     let server = start();
     let smuggled = post("/v1/completions", GOOD);
-    // By its length the body is all of what follows; by its chunks, nothing.
+    // By the length, the body includes all that follows. By the chunks, the body is empty.
     let head = |order: [&str; 2]| {
         format!(
             "POST /tokenize HTTP/1.1\r\nHost: quell\r\nContent-Type: application/json\r\n{}{}\r\n0\r\n\r\n",

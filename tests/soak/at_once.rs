@@ -1,4 +1,4 @@
-//! Many callers at once, and an engine that runs as fast as it can.
+//! Many concurrent callers, and an engine that runs as fast as it can.
 
 use super::random::Random;
 use super::requests::{ids, prompt, request};
@@ -70,7 +70,7 @@ fn call(engine: &Engine, requests: usize, random: &mut Random) -> Tally {
     tally
 }
 
-/// Drops the stream, cancels it and forgets the acknowledgement, or waits for it.
+/// Drops the stream, cancels it without waiting for the receipt, or cancels it and waits.
 fn end(stream: TokenStream, wanted: usize, random: &mut Random, tally: &mut Tally) {
     match random.below(4) {
         0 => {

@@ -1,4 +1,4 @@
-//! One caller that lets the engine go step by step, and cancels between the steps.
+//! One caller that advances the engine step by step and cancels between the steps.
 
 use super::random::Random;
 use super::requests::{idle, prompt, request};
@@ -12,11 +12,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::task::{Context, Poll, Waker};
 
-/// Requests at a time: more than run, so that some wait.
+/// Requests at a time: more than can run, so that some wait.
 const LIVE: usize = 24;
 
 pub fn engine(depth: usize) -> (Engine, Gate) {
-    // A permit is taken only by a thread that waits for one.
+    // A rendezvous channel: a permit is handed over only to a thread that waits for one.
     let (permit, gate) = mpsc::sync_channel(0);
     let options = SimOptions {
         depth,
@@ -26,11 +26,11 @@ pub fn engine(depth: usize) -> (Engine, Gate) {
     (super::engine(options), Gate(permit))
 }
 
-/// What lets the engine's steps complete, one at a time; dropped, it lets all through.
+/// Lets the engine's steps complete one at a time. Once it is dropped, all steps complete.
 pub struct Gate(mpsc::SyncSender<()>);
 
 impl Gate {
-    /// Lets a step complete, if there soon is one.
+    /// Lets a step complete, if the engine waits for a permit soon.
     fn step(&self) {
         for _ in 0..200 {
             if self.0.try_send(()).is_ok() {
@@ -49,7 +49,8 @@ impl Gate {
                     self.step();
                 }
             });
-            // Even if the engine is found not to be as it should: then that is reported.
+            // Set the flag even if `idle` panics, so that the failure is reported instead of
+            // hanging.
             let _raise = RaiseOnDrop(&is_idle);
             idle(engine);
         });
@@ -64,20 +65,20 @@ impl Drop for RaiseOnDrop<'_> {
     }
 }
 
-/// What is to become of a request.
+/// When a request is cancelled, if at all.
 #[derive(Clone, Copy)]
 enum Fate {
-    /// It is read to its end.
+    /// Never: it is read to its end.
     Whole,
-    /// It is cancelled after so many steps, wherever it is then.
+    /// After this many steps, whatever its state is then.
     After(usize),
-    /// It is cancelled when all its tokens but one have come.
+    /// When all its tokens but one have arrived.
     BeforeLast,
-    /// Nobody reads it, and it is cancelled long after: paused, preempted, or ended.
+    /// Unread, after this many steps: it may be paused, preempted or finished by then.
     Unread(usize),
 }
 
-/// A request and what has come of it.
+/// An open request and what it has produced so far.
 struct Live {
     stream: TokenStream,
     prompt: Vec<u32>,
@@ -114,7 +115,7 @@ pub fn run(engine: &Engine, gate: &Gate, requests: usize, random: &mut Random, t
             }
         }
         if random.once_in(500) {
-            // A second cancel for those just posted, the first for all others.
+            // A second cancellation for those just posted, the first one for all others.
             engine.abort_all().unwrap();
         }
         posted.retain_mut(|(cancellation, wanted)| !settled(cancellation, *wanted, tally));
@@ -152,7 +153,7 @@ impl Live {
         }
     }
 
-    /// Reads what has come; whether that was the end.
+    /// Reads what has arrived, and returns whether the request has ended.
     fn is_over(&mut self, tally: &mut Tally) -> bool {
         if matches!(self.fate, Fate::Unread(_)) {
             return false;
@@ -166,7 +167,7 @@ impl Live {
             };
             match finish.outcome {
                 Outcome::Length => {
-                    // I10: whatever became of the others.
+                    // I10: whatever happened to the other requests.
                     assert_eq!(self.tokens, expected(&self.prompt, self.wanted));
                     tally.whole += 1;
                 }

@@ -1,9 +1,9 @@
-//! The soak: a great many requests, half of them cancelled at every point of their
-//! lives; then the books are what they were before, to the block, and neither memory
+//! The soak test: runs a great many requests and cancels half of them, at every point of their
+//! lives. Afterwards the engine's statistics are as before, to the block, and neither memory
 //! nor file descriptors have grown.
 //!
-//! `QUELL_SOAK_REQUESTS` says how many, `QUELL_SOAK_SEED` which ones, and
-//! `QUELL_SOAK_OUTPUT` names a file for the summary. `make soak` runs a million.
+//! `QUELL_SOAK_REQUESTS` sets the number of requests, `QUELL_SOAK_SEED` the random seed, and
+//! `QUELL_SOAK_OUTPUT` a file for the summary. `make soak` runs a million requests.
 
 #[path = "../common/process.rs"]
 mod process;
@@ -27,16 +27,16 @@ use sim::SimOptions;
 use std::time::Instant;
 use tally::Tally;
 
-/// Requests that may be open at once.
+/// Maximum number of open requests.
 const OPEN: usize = 64;
-/// Longest prompt: several chunks of a step's budget.
+/// Longest prompt: several chunks of a step's token budget.
 const PROMPT: usize = 60;
 /// Longest answer.
 const ANSWER: usize = 16;
-/// Rounds of each engine; what the process holds is looked at after each.
+/// Rounds per engine. The resources of the process are sampled after each round.
 const ROUNDS: usize = 10;
 
-/// I2, I3, I8, I12, and the bounds on what is held.
+/// Checks I2, I3, I8, I12 and the bounds on memory and file descriptors.
 #[test]
 fn after_many_requests_half_of_them_cancelled_books_and_memory_are_as_before() {
     let requests = number("QUELL_SOAK_REQUESTS", 50_000);
@@ -77,7 +77,7 @@ fn number(variable: &str, default: usize) -> usize {
     std::env::var(variable).map_or(default, |text| text.parse().unwrap())
 }
 
-/// An engine that is short of places and of blocks.
+/// Creates an engine that is short of places and of blocks.
 fn engine(options: SimOptions) -> Engine {
     let options = SimOptions {
         blocks: 100,
@@ -93,13 +93,13 @@ fn engine(options: SimOptions) -> Engine {
     sim::engine(options, config)
 }
 
-/// Nobody who has ended still counts as open.
+/// Checks that no ended request still counts as open.
 fn every_place_is_free(engine: &Engine) {
     let streams: Vec<_> = (0..OPEN)
         .map(|index| engine.generate(request(prompt(index, 4), 4)).unwrap())
         .collect();
     let refused = engine.generate(request(prompt(0, 4), 4));
-    // Some may have come to their end meanwhile.
+    // It is accepted if one of the others has ended meanwhile.
     if let Err(refused) = refused {
         assert!(
             matches!(refused, SubmitError::Overloaded { open: OPEN, .. }),

@@ -1,18 +1,18 @@
-//! What the process holds, as the kernel says.
+//! The resources that the process holds, as the kernel reports them.
 
 use super::process::memory;
 use serde_json::{Value, json};
 
-/// Growth of resident memory, in bytes, that counts as none: what an allocator keeps
-/// for later moves by less. A leak of 100 bytes a request would be more.
+/// Growth of resident memory, in bytes, that is tolerated. Memory that the allocator retains
+/// varies by less; a leak of 100 bytes per request would exceed it.
 const MEMORY: usize = 4 << 20;
 
-/// What the process holds.
+/// The resources that the process holds.
 #[derive(Clone, Copy, Debug)]
 pub struct Resources {
-    /// Bytes of resident memory.
+    /// Resident memory, in bytes.
     memory: usize,
-    /// Open file descriptors.
+    /// Number of open file descriptors.
     files: usize,
 }
 
@@ -29,7 +29,8 @@ impl Resources {
     }
 }
 
-/// After a first tenth, in which buffers find their sizes, nothing grows.
+/// Checks that nothing grows after the first tenth of the samples, during which buffers reach
+/// their final sizes.
 pub fn check(samples: &[Resources]) {
     println!("{samples:?}");
     let (warm, rest) = samples[samples.len() / 10..].split_first().unwrap();

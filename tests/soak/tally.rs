@@ -1,4 +1,4 @@
-//! What was done, and at which point of its life each request was cancelled.
+//! Counts what was done, and at which point of its life each request was cancelled.
 
 use quell::{EngineStats, Receipt};
 use serde_json::{Value, json};
@@ -7,11 +7,11 @@ use serde_json::{Value, json};
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Tally {
     pub submitted: u64,
-    /// Answers that came whole, with the right tokens.
+    /// Complete answers with the right tokens.
     pub whole: u64,
-    /// Streams that were dropped, whatever they had come to.
+    /// Streams that were dropped, whatever their state.
     pub dropped: u64,
-    /// Requests that an `abort_all` ended, some of them cancelled before.
+    /// Requests that `abort_all` ended, some of which had been cancelled before.
     pub aborted: u64,
     pub cancelled: Cancelled,
     accepted: u64,
@@ -20,7 +20,7 @@ pub struct Tally {
     preemptions: u64,
 }
 
-/// Where the cancels with a receipt met their requests.
+/// Cancellations with a receipt, by the state of the request.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Cancelled {
     /// Before the first chunk of the prompt, or preempted before the first token.
@@ -32,14 +32,14 @@ pub struct Cancelled {
     last_token: u64,
     /// With tokens, but without blocks.
     preempted: u64,
-    /// After the end: the identity was not in use any more.
+    /// After the end of the request.
     ended: u64,
-    /// Receipts that count discarded tokens.
+    /// Receipts that report discarded tokens.
     in_flight: u64,
 }
 
 impl Tally {
-    /// Counts a cancel of a request that was to have `wanted` tokens.
+    /// Counts the cancellation of a request that asked for `wanted` tokens.
     pub fn receipt(&mut self, receipt: &Receipt, wanted: usize) {
         assert!(receipt.freed_at >= receipt.posted_at || receipt.tokens_generated == wanted);
         let cancelled = &mut self.cancelled;
@@ -55,7 +55,7 @@ impl Tally {
         *place += 1;
     }
 
-    /// Adds what another thread has counted.
+    /// Adds the counts of another thread.
     pub fn add(&mut self, other: &Self) {
         let (all, more) = (&mut self.cancelled, &other.cancelled);
         for (sum, count) in [
@@ -75,7 +75,7 @@ impl Tally {
         }
     }
 
-    /// Adds what an idle engine has counted (I2).
+    /// Adds the counts of an idle engine and checks I2.
     pub fn outcomes(&mut self, stats: &EngineStats) {
         let outcomes = &stats.outcomes;
         assert_eq!(outcomes.failed + outcomes.stopped, 0);
@@ -86,7 +86,8 @@ impl Tally {
         self.preemptions += stats.preemptions;
     }
 
-    /// The engines counted what was done, and every kind of cancel has happened.
+    /// Checks that the engines counted every request, and that every kind of cancellation
+    /// occurred.
     pub fn check(&self) {
         println!("{self:?}");
         let cancelled = &self.cancelled;

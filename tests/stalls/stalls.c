@@ -1,10 +1,11 @@
-/* Stalls threads at random: what a busy machine does to a test, only far more often.
+/* Stalls random threads, to make tests face what a busy machine does, only far more often.
  *
- * Preloaded (LD_PRELOAD) into the programs below target/debug, it lets a call of the C
- * library wait now and then: before memory is allocated, before and after bytes are read
- * or written, around every other system call (a futex's among them), before the clock is
- * read. QUELL_STALLS says how often, in 100,000 calls; QUELL_STALL_BITS how long: up to
- * two to the power of it, in microseconds, each power as likely as the others. glibc.
+ * When preloaded (LD_PRELOAD) into a program below target/debug, it makes some calls of the
+ * C library wait: before memory is allocated, before and after bytes are read or written,
+ * around every call of syscall() (including futex), and before the clock is read.
+ * QUELL_STALLS sets how often a call waits, per 100,000 calls. QUELL_STALL_BITS sets the
+ * maximum duration: a stall lasts 2^n microseconds, where n is uniformly random between 0
+ * and QUELL_STALL_BITS. Requires glibc.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -22,14 +23,14 @@
 
 extern void *__libc_malloc(size_t size);
 
-static int often = -1; /* not known yet */
+static int often = -1; /* not yet initialised */
 static int bits = 16;
 static OWN uint64_t state;
 static OWN int inside;
 
 static void *real(const char *name) { return dlsym(RTLD_NEXT, name); }
 
-/* The function that a call is passed on to. */
+/* Declares `next` as the original function, to which the call is passed on. */
 #define REAL(name) \
     static __typeof__(&name) next; \
     if (!next) next = (__typeof__(&name))real(#name)

@@ -1,5 +1,5 @@
-//! Names the library as cudarc first asks for the driver, so that it is found loaded
-//! already, also where a real driver is installed.
+//! Names the library `libcuda.so`, the name that cudarc tries first for the driver, so that the
+//! loaded virtual GPU is found even if a real driver is installed.
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");

@@ -1,4 +1,4 @@
-//! One request to a server and the answer to it, measured.
+//! Sends one request to a server and measures the answer.
 
 use super::sse::{EventTooLong, SseParser};
 use reqwest::{Client, Response, Url, header};
@@ -9,7 +9,7 @@ use std::fmt;
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
-/// Characters of what a server says of an error that are repeated.
+/// Maximum number of characters that are quoted from a server's error.
 const QUOTED: usize = 200;
 
 /// Where requests go.
@@ -17,33 +17,33 @@ const QUOTED: usize = 200;
 pub struct Target {
     pub client: Client,
     pub url: Url,
-    /// How long a request may take, from when it is sent to the end of its answer.
+    /// Time limit of a request, from sending it to the end of its answer.
     pub timeout: Duration,
 }
 
 /// A request that is ready to be sent.
 #[derive(Debug)]
 pub struct Job {
-    /// JSON.
+    /// The body, as JSON.
     pub body: Vec<u8>,
-    /// Its connection is closed after so many events with content; 0 means as soon as the
-    /// answer begins.
+    /// Number of content events after which the connection is closed. 0 closes it as soon
+    /// as the answer begins.
     pub cancel_after: Option<u64>,
 }
 
-/// What one request came to.
+/// The measurements of one request.
 #[derive(Debug)]
 pub struct Sample {
-    /// When it was to be sent: latencies count from here.
+    /// When the request was due. Latencies count from here.
     pub due: Instant,
     pub sent: Instant,
-    /// When its first and its last event with content came.
+    /// When the first and the last content event arrived.
     content: Option<(Instant, Instant)>,
-    /// Between one event with content and the next.
+    /// Times between consecutive content events.
     pub gaps: Vec<Duration>,
-    /// When its answer ended.
+    /// When the answer ended.
     pub ended: Instant,
-    /// As the server counts them.
+    /// Token counts that the server reported.
     pub usage: Option<Usage>,
     pub end: End,
 }
@@ -52,12 +52,12 @@ pub struct Sample {
 #[derive(Debug, PartialEq, Eq)]
 pub enum End {
     Finished,
-    /// By closing its connection, as planned.
+    /// The client closed the connection, as planned.
     Cancelled,
     Failed(Failure),
 }
 
-/// What went wrong.
+/// Why a request failed.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error("{kind}: {message}")]
 pub struct Failure {
@@ -70,20 +70,20 @@ pub enum FailureKind {
     /// The server refused the request.
     #[error("HTTP {0}")]
     Status(u16),
-    /// The connection could not be made, or was lost before an answer.
+    /// The connection could not be established, or was lost before an answer.
     #[error("connection")]
     Connection,
-    /// The answer broke off, or is no stream of JSON events.
+    /// The answer was cut off, or it is not a stream of JSON events.
     #[error("broken stream")]
     BrokenStream,
-    /// An event of the answer is an error.
+    /// An event of the answer reports an error.
     #[error("error event")]
     ErrorEvent,
     #[error("timeout")]
     Timeout,
 }
 
-/// Tokens as the server counts them.
+/// Token counts that a server reports.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
 pub struct Usage {
     #[serde(default)]
@@ -93,23 +93,24 @@ pub struct Usage {
 }
 
 impl Sample {
-    /// Until the first event with content.
+    /// Returns the time until the first content event.
     pub fn first(&self) -> Option<Duration> {
         self.content.map(|(first, _)| first - self.due)
     }
 
-    /// Events with content.
+    /// Returns the number of content events.
     pub fn events(&self) -> u64 {
         self.content.map_or(0, |_| self.gaps.len() as u64 + 1)
     }
 
-    /// Tokens of the answer: events if the server does not count them.
+    /// Returns the number of tokens in the answer, or of content events if the server
+    /// reports no count.
     pub fn tokens(&self) -> u64 {
         self.usage
             .map_or_else(|| self.events(), |usage| usage.completion_tokens)
     }
 
-    /// Time of each token after the first.
+    /// Returns the mean time per token after the first.
     pub fn per_token(&self) -> Option<Duration> {
         let later = u32::try_from(self.tokens().checked_sub(1)?).ok()?;
         let (first, _) = self.content?;
@@ -138,13 +139,14 @@ impl From<EventTooLong> for Failure {
     }
 }
 
-/// The innermost cause: what the layers above it say is how they are built.
+/// Returns the innermost cause of an error. The layers above it only describe how the
+/// client is built.
 pub fn root_cause(error: &(dyn std::error::Error + 'static)) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
     causes.last().unwrap_or(error).to_string()
 }
 
-/// Sends a request that was due at `due`, and reads the answer.
+/// Sends a request that was due at `due` and reads the answer.
 pub async fn exchange(target: &Target, job: Job, due: Instant) -> Sample {
     let mut reading = Reading::default();
     let cancel_after = job.cancel_after;
@@ -190,12 +192,12 @@ async fn read(
         return Ok(End::Cancelled);
     }
     let mut parser = SseParser::default();
-    // To the end of the body, so that the connection can be used again.
+    // Read to the end of the body, so that the connection can be reused.
     loop {
         let bytes = match answer.chunk().await {
             Ok(Some(bytes)) => bytes,
             Ok(None) => break,
-            // The answer is complete; only its connection cannot be used again.
+            // The answer is complete; only the connection cannot be reused.
             Err(_) if reading.done.is_some() => break,
             Err(error) => return Err(Failure::broken(root_cause(&error))),
         };
@@ -211,7 +213,7 @@ async fn read(
     }
 }
 
-/// What an answer has come to so far.
+/// What has been read of an answer so far.
 #[derive(Default)]
 struct Reading {
     content: Option<(Instant, Instant)>,
@@ -219,12 +221,12 @@ struct Reading {
     events: u64,
     usage: Option<Usage>,
     finish_reason: bool,
-    /// When `[DONE]` came.
+    /// When `[DONE]` arrived.
     done: Option<Instant>,
 }
 
 impl Reading {
-    /// An event that came at `now`.
+    /// Records an event that arrived at `now`.
     fn event(&mut self, data: &[u8], now: Instant) -> Result<(), Failure> {
         if data == b"[DONE]" {
             self.done.get_or_insert(now);
@@ -257,14 +259,15 @@ impl Reading {
     }
 }
 
-/// What a server says of an error, out of OpenAI's error object if it is one.
+/// Returns the message of a server's error: from OpenAI's error object, or the whole body
+/// if it is not one.
 fn error_message(body: &str) -> String {
     let object: Option<Value> = serde_json::from_str(body).ok();
     let message = object.and_then(|object| Some(object["error"]["message"].as_str()?.to_owned()));
     message.unwrap_or_else(|| body.trim().to_owned())
 }
 
-/// An event of either endpoint: only what is measured is kept of it.
+/// An event of either endpoint. Only what is measured is kept.
 #[derive(Deserialize)]
 struct Event {
     #[serde(default)]
@@ -273,7 +276,7 @@ struct Event {
     error: Option<Value>,
 }
 
-/// What the choices of an event have together.
+/// What the choices of an event contain, all together.
 #[derive(Default)]
 struct Choices {
     content: bool,
@@ -335,7 +338,8 @@ impl Delta {
     }
 }
 
-/// Whether a field has a text or a list, and that is not empty. Neither is kept.
+/// Whether a field is a string, list or object that is not empty. The contents are not
+/// kept.
 #[derive(Clone, Copy, Default)]
 struct Filled(bool);
 

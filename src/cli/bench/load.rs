@@ -1,4 +1,4 @@
-//! When requests are sent: at a rate, or as answers end.
+//! Decides when requests are sent: at a given rate, or as answers end.
 
 use super::exchange::{Job, Sample, Target, exchange};
 use super::prompts::Prompts;
@@ -11,16 +11,16 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::JoinSet;
 
-/// What separates the generators of one seed, after those of the prompts.
+/// Paths of the random number generators under one seed. `prompts` uses 1 and 2.
 const ARRIVALS: u64 = 3;
 const CANCELS: u64 = 4;
 
 /// How requests follow each other.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Load {
-    /// An open loop: a Poisson process of so many requests a second on average.
+    /// An open loop: a Poisson process with this many requests per second on average.
     Rate(f64),
-    /// A closed loop: so many clients, each with one request at a time.
+    /// A closed loop: this many clients, each with one request at a time.
     Concurrency(usize),
 }
 
@@ -29,10 +29,10 @@ pub enum Load {
 pub struct Work {
     pub target: Target,
     pub prompts: Prompts,
-    /// The number of the measurement: prompts of others differ.
+    /// Number of the measurement. Each measurement has its own prompts.
     pub point: u64,
     pub requests: u64,
-    /// Of the requests, the share that is cancelled.
+    /// Fraction of the requests that are cancelled, from 0 to 1.
     pub cancel_share: f64,
     next: AtomicU64,
     sent: AtomicU64,
@@ -57,12 +57,12 @@ impl Work {
         }
     }
 
-    /// Requests that were sent so far.
+    /// Returns the number of requests sent so far.
     pub fn sent(&self) -> u64 {
         self.sent.load(Ordering::Relaxed)
     }
 
-    /// The number of the next request, if there is one.
+    /// Returns the number of the next request, if there is one.
     fn next(&self) -> Option<u64> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         (number < self.requests).then_some(number)
@@ -81,26 +81,27 @@ impl Work {
     }
 }
 
-/// Content events after which a request is cancelled, if it is one of those: fewer than its
-/// answer has, so that there is something to cancel.
+/// Returns the number of content events after which a request is cancelled, or `None` if it
+/// is not one of those. The number is below the length of the answer, so that there is
+/// something to cancel.
 fn cancel_after(prompts: &Prompts, share: f64, point: u64, number: u64) -> Option<u64> {
     let mut random = Random::new(prompts.seed, &[CANCELS, point, number]);
     let chosen = random.share() < share;
     chosen.then(|| random.below(prompts.generate as u64))
 }
 
-/// Requests under way. Dropping it sends no more of them.
+/// Requests in progress. Dropping it stops sending further requests.
 #[derive(Debug)]
 pub struct Running {
-    /// What came of each request; ends after the last one.
+    /// The result of each request. Ends after the last one.
     pub samples: UnboundedReceiver<Sample>,
-    /// The clients of a closed loop, which end with it.
+    /// The clients of a closed loop, which are aborted when this is dropped.
     _clients: JoinSet<()>,
-    /// Ends the open loop when it is dropped.
+    /// Stops the open loop when it is dropped.
     _stop: Option<Sender<()>>,
 }
 
-/// Begins to send the requests, on the runtime of the caller.
+/// Starts to send the requests, on the caller's runtime.
 pub fn start(load: Load, work: &Arc<Work>) -> std::io::Result<Running> {
     let (results, samples) = unbounded_channel();
     let mut clients = JoinSet::new();
@@ -116,7 +117,8 @@ pub fn start(load: Load, work: &Arc<Work>) -> std::io::Result<Running> {
             stop = Some(keep);
             let (work, runtime) = (Arc::clone(work), Handle::current());
             let arrivals = Arrivals::new(rate, work.prompts.seed, work.point);
-            // A thread, as the runtime's timers are no finer than a millisecond.
+            // Use a thread, because the runtime's timers have a resolution of only a
+            // millisecond.
             std::thread::Builder::new()
                 .name("quell-arrivals".to_owned())
                 .spawn(move || send_all(&work, arrivals, &runtime, &results, &stopped))?;
@@ -129,7 +131,7 @@ pub fn start(load: Load, work: &Arc<Work>) -> std::io::Result<Running> {
     })
 }
 
-/// One client of a closed loop.
+/// Runs one client of a closed loop.
 async fn client(work: Arc<Work>, results: UnboundedSender<Sample>) {
     while let Some(number) = work.next() {
         let job = work.job(number);
@@ -140,7 +142,7 @@ async fn client(work: Arc<Work>, results: UnboundedSender<Sample>) {
     }
 }
 
-/// The open loop: each request is sent when it is due, whatever became of the others.
+/// Runs the open loop: sends each request when it is due, regardless of the others.
 fn send_all(
     work: &Arc<Work>,
     arrivals: Arrivals,
@@ -160,13 +162,13 @@ fn send_all(
         let (work, results) = (Arc::clone(work), results.clone());
         runtime.spawn(async move {
             let sample = work.send(job, due).await;
-            // Nobody listens after Ctrl-C.
+            // The receiver is gone after Ctrl-C.
             let _ = results.send(sample);
         });
     }
 }
 
-/// The times of a Poisson process, from its first arrival on, without end.
+/// The endless arrival times of a Poisson process, relative to the first arrival.
 #[derive(Clone, Debug)]
 pub struct Arrivals {
     rate: f64,
@@ -175,7 +177,7 @@ pub struct Arrivals {
 }
 
 impl Arrivals {
-    /// On average `rate` arrivals a second, for one measurement of a seed.
+    /// Creates the arrivals of one measurement, with `rate` per second on average.
     fn new(rate: f64, seed: u64, point: u64) -> Self {
         Self {
             rate,
@@ -190,8 +192,7 @@ impl Iterator for Arrivals {
 
     fn next(&mut self) -> Option<Duration> {
         let arrival = self.next;
-        // Exponential gaps, by inversion. The share is below 1, so that the logarithm is
-        // finite.
+        // Exponential gaps by inversion. `share` is below 1, so the logarithm is finite.
         let gap = -(1.0 - self.random.share()).ln() / self.rate;
         self.next = arrival.checked_add(Duration::try_from_secs_f64(gap).ok()?)?;
         Some(arrival)
@@ -217,9 +218,9 @@ mod tests {
             let variance = gaps.iter().map(|gap| (gap - mean).powi(2)).sum::<f64>() / count;
             // The standard error of the mean is 0.3 %.
             assert!((mean * rate - 1.0).abs() < 0.015, "mean {mean}");
-            // Of an exponential distribution, deviation and mean are the same.
+            // The standard deviation of an exponential distribution equals its mean.
             assert!((variance.sqrt() / mean - 1.0).abs() < 0.03, "{variance}");
-            // And a share of 1/e is longer than the mean.
+            // A fraction of 1/e of the gaps is longer than the mean.
             let long = gaps.iter().filter(|gap| **gap > 1.0 / rate).count();
             assert!((long as f64 / count - (-1f64).exp()).abs() < 0.01, "{long}");
         }

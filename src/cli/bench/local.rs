@@ -1,4 +1,5 @@
-//! `quell bench`: prefill and decode speed, as medians with their spread.
+//! `quell bench` without a server: measures prefill and decode speed, as medians with
+//! minimum and maximum.
 
 use super::BenchArgs;
 use crate::cli::args::{CliError, Format, resolve};
@@ -13,22 +14,23 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::time::Instant;
 
-/// The model that is measured.
+/// The model to measure.
 #[derive(Debug, Args)]
 pub struct WhichModel {
-    /// A .gguf file, a Hugging Face folder, or hf:ORG/NAME[/FILE] to download. With
-    /// --server the name that the server has for it [default: the first that it lists].
+    /// Model to measure: a .gguf file, a Hugging Face folder, or hf:ORG/NAME[/FILE] to
+    /// download. With --server, the server's name for the model [default: the first that it
+    /// lists].
     #[arg(
         long,
         value_name = "PATH",
         required_unless_present_any = ["random_weights", "server"]
     )]
     pub model: Option<String>,
-    /// Instead of a model, random weights of the size that a Hugging Face config.json
-    /// says; llama-3.1-8b and llama-3.2-1b need no file.
+    /// Measure random weights of the size given by a Hugging Face config.json instead of a
+    /// model; llama-3.1-8b and llama-3.2-1b need no file.
     #[arg(long, value_name = "CONFIG", conflicts_with = "model")]
     random_weights: Option<String>,
-    /// What random weights are stored as.
+    /// Storage format of random weights.
     #[arg(long, value_enum, default_value_t, conflicts_with = "model")]
     weights_format: WeightsFormat,
 }
@@ -66,7 +68,7 @@ impl WeightsFormat {
     }
 }
 
-/// The models whose `config.json` is at hand.
+/// The models whose `config.json` is built in.
 const BUILT_IN: [(&str, &str); 2] = [
     ("llama-3.1-8b", include_str!("llama-3.1-8b.json")),
     ("llama-3.2-1b", include_str!("llama-3.2-1b.json")),
@@ -83,14 +85,14 @@ impl WhichModel {
         Ok(ModelFiles::random(name, &settings, format)?)
     }
 
-    /// What the user called it.
+    /// Returns the name that the user gave for the model.
     fn name(&self) -> &str {
         let name = self.model.as_deref().or(self.random_weights.as_deref());
         name.unwrap_or_default()
     }
 }
 
-/// The settings of a model without weights: a built-in name's, or a file's.
+/// Returns the `config.json` of a model without weights: a built-in one, or a file.
 fn random_settings(name: &str) -> Result<Value, CliError> {
     let text = match BUILT_IN.iter().find(|(built_in, _)| *built_in == name) {
         Some((_, text)) => (*text).to_owned(),
@@ -105,7 +107,7 @@ fn random_settings(name: &str) -> Result<Value, CliError> {
     })
 }
 
-/// What is measured: a name and how to measure it once, in tokens a second.
+/// One figure to measure, in tokens per second.
 struct Figure {
     name: String,
     streams: usize,
@@ -116,7 +118,7 @@ struct Figure {
 enum Phase {
     Prefill,
     Decode,
-    /// Prompts and answers, as they come to a server.
+    /// Prompts and answers together, as a server handles them.
     Mixed,
 }
 
@@ -131,11 +133,11 @@ impl Phase {
 }
 
 impl BenchArgs {
-    /// Tokens that the first of so many streams may decode before the last one begins: 0
-    /// when one step takes the prompts of all of them.
+    /// Returns the number of tokens that the first of `streams` streams may decode before
+    /// the last one starts, or 0 if one step takes the prompts of all of them.
     fn lead(&self, streams: usize) -> usize {
         let steps = (streams * self.decode_prompt).div_ceil(self.run.max_batch_tokens);
-        // Decoding takes a part of each step.
+        // Tokens of streams that already decode take up a part of each step.
         if steps <= 1 { 0 } else { 2 * steps + 4 }
     }
 }
@@ -154,9 +156,9 @@ pub fn run(args: &BenchArgs) -> Result<(), CliError> {
     let settings = args.run.config()?;
     let most = args.concurrency.iter().max().copied().unwrap_or(1);
     let config = EngineConfig {
-        // Streams that are not read while others are must not be paused.
+        // A stream must not be paused while other streams are being read.
         stream_buffer: args.generate + args.lead(most),
-        // Repetitions are to compute their prompts.
+        // Each repetition must compute its prompts.
         prefix_cache: false,
         ..settings
     };
@@ -201,7 +203,7 @@ pub fn run(args: &BenchArgs) -> Result<(), CliError> {
     report(&engine, args, &rows)
 }
 
-/// One measurement, in tokens a second over all streams.
+/// Measures a figure once. Returns tokens per second over all streams.
 fn measure(
     engine: &Engine,
     figure: &Figure,
@@ -242,8 +244,8 @@ fn measure(
     })
 }
 
-/// Tokens a second from the moment when all streams decode until the last of them has
-/// `count` tokens.
+/// Returns tokens per second over all streams, from the moment when all of them decode
+/// until the last one has `count` tokens.
 fn decode_rate(
     engine: &Engine,
     mut streams: Vec<TokenStream>,
@@ -259,7 +261,7 @@ fn decode_rate(
     let after = engine.stats()?.tokens_generated;
     let seconds = begin.elapsed().as_secs_f64();
     for stream in streams {
-        // The next measurement begins with an idle engine.
+        // The next measurement must start with an idle engine.
         stream.cancel().wait()?;
     }
     if after == before {
@@ -269,7 +271,7 @@ fn decode_rate(
     Ok((after - before) as f64 / seconds)
 }
 
-/// Prompt `number`, always the same.
+/// Returns the random token ids of prompt `number`, which are the same every time.
 fn random_ids(engine: &Engine, number: u64, length: usize) -> Vec<u32> {
     let vocabulary = engine.info().vocabulary as u64;
     let mut state = number;
@@ -294,8 +296,8 @@ fn read_tokens(stream: &mut TokenStream, mut count: usize) -> Result<(), CliErro
     Ok(())
 }
 
-/// The processor, as Linux calls it, how many of its threads this process may use, and
-/// the system.
+/// Describes the machine: the processor's name as Linux reports it, the number of threads
+/// that this process may use, and the operating system.
 fn machine() -> String {
     let cpus = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let mut names = cpus.lines().filter(|line| line.starts_with("model name"));

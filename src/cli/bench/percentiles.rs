@@ -1,11 +1,11 @@
-//! What a set of measurements comes to.
+//! Statistics of a set of measurements.
 
 use serde::Serialize;
 
 /// Mean, percentiles and maximum of a set of measurements, in their unit.
 ///
-/// A percentile between two measurements is interpolated linearly, as NumPy's default
-/// does it.
+/// Percentiles between two measurements are interpolated linearly, which is NumPy's
+/// default.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Spread {
     pub count: usize,
@@ -18,7 +18,7 @@ pub struct Spread {
 }
 
 impl Spread {
-    /// Of these measurements; `None` of none.
+    /// Computes the statistics of these measurements, or returns `None` if there are none.
     pub fn of(mut values: Vec<f64>) -> Option<Self> {
         values.sort_unstable_by(f64::total_cmp);
         let max = *values.last()?;
@@ -35,7 +35,7 @@ impl Spread {
     }
 }
 
-/// Of sorted values; 0 of none.
+/// Returns a percentile of sorted values, or 0 if there are none.
 fn percentile(sorted: &[f64], percent: f64) -> f64 {
     let Some(last) = sorted.len().checked_sub(1) else {
         return 0.0;

@@ -1,36 +1,37 @@
-//! What is asked of a server: random prompts, each different, all repeated by a seed.
+//! Random prompts for a server. All differ, and the same seed gives the same ones.
 
 use super::random::Random;
 use clap::ValueEnum;
 use serde_json::{Value, json};
 use std::ops::Range;
 
-/// Ids from here on are text in most vocabularies; special tokens and single bytes come
-/// before.
+/// First token id of prompts. In most vocabularies, special tokens and single bytes come
+/// before it, and text from here on.
 const FIRST_ID: u64 = 100;
 
-/// Words are made of these.
+/// Syllables that random words consist of.
 const SYLLABLES: [&str; 24] = [
     "ba", "ce", "di", "fo", "gu", "ha", "je", "ki", "lo", "mu", "na", "pe", "qui", "ro", "su",
     "ta", "ve", "wi", "xo", "yu", "za", "bren", "stil", "mor",
 ];
 
-/// What separates the generators of one seed.
+/// Paths of the random number generators under one seed.
 const SHARED: u64 = 1;
 const OWN: u64 = 2;
 
-/// Which of the server's endpoints is asked.
+/// The endpoint of the server that receives requests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Endpoint {
-    /// /v1/completions, with a prompt of random token ids: exactly as many as asked for.
+    /// /v1/completions, with a prompt of exactly --prompt random token ids.
     #[default]
     Completions,
-    /// /v1/chat/completions, with one message of random words: more tokens than words.
+    /// /v1/chat/completions, with a message of --prompt random words, which are more
+    /// tokens.
     Chat,
 }
 
 impl Endpoint {
-    /// Where it is on a server.
+    /// Returns the endpoint's path on a server.
     pub fn path(self) -> &'static str {
         match self {
             Self::Completions => "/v1/completions",
@@ -38,7 +39,7 @@ impl Endpoint {
         }
     }
 
-    /// Its name among the arguments.
+    /// Returns the endpoint's name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Completions => "completions",
@@ -47,24 +48,24 @@ impl Endpoint {
     }
 }
 
-/// The bodies of requests.
+/// Generator of request bodies.
 #[derive(Clone, Debug)]
 pub struct Prompts {
     pub endpoint: Endpoint,
     pub model: String,
-    /// Tokens of a prompt, or words of a message.
+    /// Length of a prompt: tokens, or words of a message.
     pub length: usize,
-    /// Of these, how many all prompts begin with.
+    /// Length of the prefix that all prompts share, in the same unit.
     pub shared: usize,
-    /// Tokens of an answer.
+    /// Number of tokens per answer.
     pub generate: usize,
-    /// Prompts have ids below this one.
+    /// Upper bound of the token ids in prompts, exclusive.
     pub vocabulary: u64,
     pub seed: u64,
 }
 
 impl Prompts {
-    /// The body of request `number` of measurement `point`, as JSON.
+    /// Returns the body of request `number` of measurement `point`, as JSON.
     pub fn body(&self, point: u64, number: u64) -> Vec<u8> {
         let shared = Random::new(self.seed, &[SHARED]);
         let own = Random::new(self.seed, &[OWN, point, number]);
@@ -74,7 +75,7 @@ impl Prompts {
             "model": self.model,
             "max_tokens": self.generate,
             "temperature": 0,
-            // Answers have the length that was asked for.
+            // Answers must have exactly the requested length.
             "ignore_eos": true,
             "stream": true,
             "stream_options": {"include_usage": true},
@@ -97,7 +98,8 @@ impl Prompts {
         Value::Array(ids)
     }
 
-    /// A small vocabulary is used up to its middle downwards.
+    /// Returns the range of token ids in prompts. For a small vocabulary, it starts at the
+    /// middle instead of at `FIRST_ID`.
     fn id_range(&self) -> Range<u64> {
         FIRST_ID.min(self.vocabulary / 2)..self.vocabulary.max(1)
     }

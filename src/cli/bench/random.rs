@@ -1,19 +1,20 @@
-//! Random numbers that a seed repeats.
+//! Reproducible random numbers.
 
-/// SplitMix64 (Steele, Lea and Flood: "Fast Splittable Pseudorandom Number Generators",
-/// 2014).
+/// SplitMix64, a pseudorandom number generator (Steele, Lea and Flood: "Fast Splittable
+/// Pseudorandom Number Generators", 2014).
 #[derive(Clone, Debug)]
 pub struct Random(u64);
 
 impl Random {
-    /// The generator of one purpose: others have another `path`, from the same seed.
+    /// Creates the generator for one purpose. Each purpose has its own `path` under the
+    /// same seed.
     pub fn new(seed: u64, path: &[u64]) -> Self {
         path.iter().fold(Self(seed), |mut random, part| {
             Self(random.next() ^ part.wrapping_mul(0xd134_2543_de82_ef95))
         })
     }
 
-    /// Any number.
+    /// Returns 64 random bits.
     pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut bits = self.0;
@@ -22,13 +23,13 @@ impl Random {
         bits ^ (bits >> 31)
     }
 
-    /// From 0 up to, and without, `limit`; 0 if that is 0.
+    /// Returns a number from 0 up to `limit`, exclusive; 0 if `limit` is 0.
     pub fn below(&mut self, limit: u64) -> u64 {
-        // The upper half of the product is even enough for limits far below 2^64.
+        // The upper half of the product is uniform enough for limits far below 2^64.
         ((u128::from(self.next()) * u128::from(limit)) >> 64) as u64
     }
 
-    /// From 0 up to, and without, 1.
+    /// Returns a number from 0 up to 1, exclusive.
     pub fn share(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1u64 << 53) as f64
     }

@@ -1,4 +1,4 @@
-//! What a server did under load, in numbers.
+//! Figures of a server under load.
 
 use super::exchange::{End, FailureKind, Sample};
 use super::load::Load;
@@ -8,30 +8,30 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-/// One measurement. Latencies are those of finished requests, in milliseconds.
+/// Summary of one measurement. Latencies are those of finished requests, in milliseconds.
 #[derive(Debug)]
 pub struct Summary {
     load: Load,
-    /// From the first request on until the end of the last answer.
+    /// Seconds from the first request to the end of the last answer.
     seconds: f64,
     finished: usize,
     cancelled: usize,
-    /// Requests without an end when Ctrl-C was pressed.
+    /// Number of requests that had not ended when Ctrl-C was pressed.
     interrupted: u64,
-    /// How often each kind occurred, and one message of it.
+    /// Number of failures of each kind, with one example message.
     failures: BTreeMap<FailureKind, (usize, String)>,
-    /// Finished requests whose tokens the server did not count.
+    /// Number of finished requests whose tokens the server did not count.
     uncounted: usize,
     input_tokens: u64,
-    /// Of finished requests.
+    /// Output tokens of finished requests.
     output_tokens: u64,
-    /// Events with content of cancelled ones.
+    /// Content events of cancelled requests.
     cancelled_tokens: u64,
     first: Option<Spread>,
     gaps: Option<Spread>,
     per_token: Option<Spread>,
     whole: Option<Spread>,
-    /// From when a request was due until it was sent.
+    /// Time from when a request was due until it was sent.
     late: Option<Spread>,
 }
 
@@ -40,7 +40,7 @@ fn milliseconds(duration: Duration) -> f64 {
 }
 
 impl Summary {
-    /// Of these samples, after `sent` requests.
+    /// Summarises these samples, after `sent` requests were sent.
     pub fn of(load: Load, samples: &[Sample], sent: u64) -> Self {
         let ended = |wanted: &End| samples.iter().filter(|s| s.end == *wanted).count();
         let mut failures = BTreeMap::new();
@@ -76,17 +76,17 @@ impl Summary {
         }
     }
 
-    /// Requests that failed.
+    /// Returns the number of requests that failed.
     pub fn failed(&self) -> usize {
         self.failures.values().map(|(count, _)| count).sum()
     }
 
-    /// Requests that ended, in whatever way.
+    /// Returns the number of requests that finished, were cancelled or failed.
     pub fn ended(&self) -> usize {
         self.finished + self.cancelled + self.failed()
     }
 
-    /// The kinds of failures, how often each occurred, and a message of each.
+    /// Returns each kind of failure, its count and an example message.
     pub fn failures(&self) -> impl Iterator<Item = (FailureKind, usize, &str)> {
         let each = self.failures.iter();
         each.map(|(kind, (count, message))| (*kind, *count, message.as_str()))
@@ -114,7 +114,7 @@ impl Summary {
         ]
     }
 
-    /// For programs.
+    /// Returns the summary as JSON.
     pub fn json(&self) -> Value {
         let (rate, concurrency) = match self.load {
             Load::Rate(rate) => (Some(rate), None),
@@ -150,7 +150,7 @@ impl Summary {
         point
     }
 
-    /// For people.
+    /// Prints the summary as text.
     pub fn print(&self, out: &mut impl Write) -> std::io::Result<()> {
         let load = match self.load {
             Load::Rate(rate) => format!("{rate} requests/s offered"),
@@ -212,7 +212,7 @@ impl Summary {
     }
 }
 
-/// From the first moment that a request was due until the last end.
+/// Returns the time from when the first request was due to the end of the last answer.
 fn span(samples: &[Sample]) -> Duration {
     let first: Option<Instant> = samples.iter().map(|sample| sample.due).min();
     let last = samples.iter().map(|sample| sample.ended).max();

@@ -1,4 +1,4 @@
-//! `quell bench --server`: any server with OpenAI's API under load.
+//! `quell bench --server`: puts load on any server with OpenAI's API.
 
 use super::BenchArgs;
 use super::exchange::{End, Failure, Sample, Target, root_cause};
@@ -17,40 +17,45 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use thiserror::Error;
 
-/// Below this, and the server's vocabulary, are the ids of prompts: special tokens come
-/// after it in most vocabularies.
+/// Upper bound of the token ids in prompts, unless the server's vocabulary is smaller. In
+/// most vocabularies, special tokens come after it.
 const DEFAULT_VOCABULARY: u64 = 30_000;
 
-/// How long a server may take to say what it serves.
+/// How long a server may take to tell which models it serves.
 const ASKING: Duration = Duration::from_secs(30);
 
-/// A prompt or an answer with more tokens is a mistake.
+/// Maximum length of a prompt or an answer. A larger number is assumed to be a mistake.
 const MOST_TOKENS: usize = 10_000_000;
 
-/// Warm-up requests are numbered like those of a measurement that never is.
+/// Measurement number of the warm-up requests. No real measurement has it.
 const WARM_UP: u64 = u64::MAX;
 
-/// How load is put on a server.
+/// How to put load on a server.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Load on a server")]
 pub struct ServerArgs {
     /// Put load on the server at this URL, instead of measuring a model here.
     ///
-    /// It must have OpenAI's API. Answers run to their full length: greedy, and past their
-    /// natural end (ignore_eos). Latencies are those of finished requests: ttft until the
-    /// first event with content, itl between one such event and the next, tpot for each token
-    /// after the first, e2e until the end. They count from when a request was due, not from
-    /// when it was sent, so that a client that falls behind hides nothing (no coordinated
-    /// omission). Tokens are counted by the server, in its usage. Ctrl-C prints what was
-    /// measured so far. Ends with 1 if a request failed; cancelled ones have not.
+    /// The server must have OpenAI's API. Answers run to their full length: they are greedy
+    /// and continue past their natural end (ignore_eos).
+    ///
+    /// Latencies are those of finished requests: ttft is the time until the first event
+    /// with content, itl the time between one such event and the next, tpot the time per
+    /// token after the first, and e2e the time until the end. They count from when a
+    /// request was due, not from when it was sent, so that a client that falls behind hides
+    /// nothing (no coordinated omission). Tokens are counted by the server, in its usage.
+    ///
+    /// Ctrl-C prints what was measured so far. The exit code is 1 if a request failed;
+    /// cancelled requests do not count as failed.
     #[arg(long, value_name = "URL", conflicts_with_all = super::LOCAL_FLAGS)]
     #[cfg_attr(feature = "cuda", arg(conflicts_with_all = super::CUDA_FLAGS))]
     pub server: Option<String>,
-    /// Requests of each rate or concurrency.
+    /// Number of requests for each rate or concurrency.
     #[arg(long, value_name = "N", default_value_t = 100, requires = "server")]
     requests: u64,
-    /// An open loop instead of --concurrency: so many requests a second on average, as a
-    /// Poisson process that waits for no answer; a list, separated by commas.
+    /// Use an open loop instead of --concurrency: this many requests per second on average,
+    /// as a Poisson process that does not wait for answers; several rates are separated by
+    /// commas.
     #[arg(
         long,
         value_name = "LIST",
@@ -59,36 +64,36 @@ pub struct ServerArgs {
         conflicts_with = "concurrency"
     )]
     rate: Vec<f64>,
-    /// Share of the requests, from 0 to 1, whose connection is closed at a random point of
-    /// the answer.
+    /// Fraction of the requests, from 0 to 1, whose connection is closed at a random point
+    /// of the answer.
     #[arg(long, value_name = "SHARE", default_value_t = 0.0, requires = "server")]
     cancel_share: f64,
-    /// Of each prompt's tokens, how many are the same in all prompts. The others are random,
-    /// so that a prefix cache does not help.
+    /// Number of tokens at the beginning of each prompt that are the same in all prompts.
+    /// The others are random, so that a prefix cache does not help.
     #[arg(long, value_name = "N", default_value_t = 0, requires = "server")]
     shared_prefix: usize,
-    /// Prompts have token ids from 100 up to this one [default: 30000, or fewer if the
-    /// server says so].
+    /// Upper bound of the token ids in prompts, which start at 100 [default: 30000, or
+    /// fewer if the server says so].
     #[arg(long, value_name = "N", requires = "server")]
     vocabulary: Option<u64>,
-    /// Which endpoint is asked.
+    /// Endpoint to send requests to.
     #[arg(long, value_enum, default_value_t, requires = "server")]
     endpoint: Endpoint,
-    /// Unmeasured requests before the first measurement, one after the other.
+    /// Number of unmeasured requests before the first measurement, one after the other.
     #[arg(long, value_name = "N", default_value_t = 1, requires = "server")]
     warm_up: u64,
-    /// Repeats prompts, arrivals and cancels.
+    /// Seed of prompts, arrivals and cancellations.
     #[arg(long, value_name = "S", default_value_t = 0, requires = "server")]
     seed: u64,
-    /// The environment variable that holds the API key.
+    /// Environment variable that holds the API key.
     #[arg(long, value_name = "VAR", requires = "server")]
     api_key_env: Option<String>,
-    /// How long a request may take until it counts as failed, in seconds.
+    /// Time in seconds after which a request counts as failed.
     #[arg(long, value_name = "S", default_value_t = 600.0, requires = "server")]
     timeout: f64,
 }
 
-/// Why there are no figures, or why they are not good.
+/// Why the measurement failed or is not valid.
 #[derive(Debug, Error)]
 pub enum ServerBenchError {
     #[error("{url} cannot be reached: {problem}")]
@@ -109,17 +114,17 @@ pub enum ServerBenchError {
     Interrupted,
 }
 
-/// The arguments, checked.
+/// The checked arguments.
 struct Plan<'a> {
     args: &'a BenchArgs,
-    /// Without a path.
+    /// Base URL of the server, without `/v1`.
     url: Url,
     headers: HeaderMap,
     timeout: Duration,
     loads: Vec<Load>,
 }
 
-/// What a server says of itself.
+/// What a server reports about itself.
 struct Served {
     model: String,
     vocabulary: Option<u64>,
@@ -133,7 +138,7 @@ pub fn run(url: &str, args: &BenchArgs) -> Result<(), CliError> {
         .enable_all()
         .build()?;
     let result = runtime.block_on(measure(&plan));
-    // After Ctrl-C, requests are still open.
+    // Requests may still be open after Ctrl-C.
     runtime.shutdown_background();
     result
 }
@@ -215,7 +220,7 @@ impl<'a> Plan<'a> {
             .user_agent(concat!("quell-bench/", env!("CARGO_PKG_VERSION")))
             .redirect(redirect::Policy::none());
         if self.url.scheme() == "http" {
-            // The system's certificates are not needed, and may not be there.
+            // The system's certificates are not needed and may not be there.
             builder = builder.tls_certs_only([]);
         }
         builder
@@ -224,7 +229,7 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// The server's URL without a trailing `/v1`, which OpenAI's clients want there.
+/// Returns the server's URL without a trailing `/v1`, which OpenAI's clients expect in it.
 fn base_url(text: &str) -> Result<Url, CliError> {
     let wrong = |problem: &str| usage(format!("--server is {text:?}, {problem}"));
     let url = Url::parse(text).map_err(|error| wrong(&format!("no URL: {error}")))?;
@@ -318,14 +323,14 @@ async fn measure(plan: &Plan<'_>) -> Result<(), CliError> {
     verdict(&summaries, interrupted)
 }
 
-/// What came of the requests of one measurement.
+/// The results of one measurement.
 struct Measured {
     samples: Vec<Sample>,
     sent: u64,
     interrupted: bool,
 }
 
-/// Sends the requests, and waits for the last answer or Ctrl-C.
+/// Sends the requests of one measurement, and waits for the last answer or for Ctrl-C.
 async fn point(
     load: Load,
     work: Work,
@@ -346,7 +351,7 @@ async fn point(
         }
         bar.inc(1);
     };
-    // What had ended when the interrupt came was measured, too.
+    // Requests that ended before the interrupt are measured too.
     while let Ok(sample) = running.samples.try_recv() {
         samples.push(sample);
     }
@@ -358,7 +363,7 @@ async fn point(
     })
 }
 
-/// An error if a request failed, or if not all were sent.
+/// Returns an error if a request failed or if the measurement was interrupted.
 fn verdict(summaries: &[Summary], interrupted: bool) -> Result<(), CliError> {
     let failed = summaries.iter().map(Summary::failed).sum();
     if failed > 0 {
@@ -379,8 +384,8 @@ fn verdict(summaries: &[Summary], interrupted: bool) -> Result<(), CliError> {
     Ok(())
 }
 
-/// Asks the server for its models. One that is not there is an error; one that does not
-/// answer the question is not, if the model is named.
+/// Asks the server which models it serves. An unreachable server is an error. A server that
+/// does not list its models is an error only if the command line names no model.
 async fn served(plan: &Plan<'_>, client: &Client) -> Result<Served, ServerBenchError> {
     let url = plan.url("/v1/models");
     let timeout = ASKING.min(plan.timeout);
@@ -419,13 +424,13 @@ async fn served(plan: &Plan<'_>, client: &Client) -> Result<Served, ServerBenchE
     })
 }
 
-/// All measurements and what was measured how.
+/// All measurements and the settings that they were made with.
 struct Report<'a> {
     plan: &'a Plan<'a>,
     served: &'a Served,
     prompts: &'a Prompts,
     summaries: &'a [Summary],
-    /// Seconds since 1970.
+    /// Start of the measurements, in seconds since 1970.
     begin: u64,
     interrupted: bool,
 }
@@ -481,7 +486,7 @@ impl Report<'_> {
     }
 }
 
-/// Ctrl-C, from now on.
+/// Listener for Ctrl-C.
 struct Interrupt {
     #[cfg(unix)]
     signal: tokio::signal::unix::Signal,
@@ -501,7 +506,7 @@ impl Interrupt {
 
     async fn pressed(&mut self) {
         if self.signal.recv().await.is_none() {
-            // No signal can come any more.
+            // No further signal can arrive.
             std::future::pending::<()>().await;
         }
     }

@@ -1,33 +1,34 @@
-//! Server-sent events, read as they come.
+//! Incremental parser of server-sent events.
 
 use thiserror::Error;
 
-/// Bytes of one event at most.
+/// Maximum size of one event in bytes.
 const MAX_EVENT: usize = 16 << 20;
 
-/// An event that does not end.
+/// An event that is too long.
 #[derive(Debug, Error)]
 #[error("an event has more than {MAX_EVENT} bytes")]
 pub struct EventTooLong;
 
-/// Reads a stream of server-sent events in whatever pieces it comes: the data of each event,
-/// as the WHATWG HTML standard, section 9.2, has it. Names, ids and comments are skipped.
+/// Parses a stream of server-sent events that arrives in arbitrary pieces, and gives the
+/// data of each event as defined in section 9.2 of the WHATWG HTML standard. Skips event
+/// names, ids and comments.
 #[derive(Debug, Default)]
 pub struct SseParser {
-    /// The beginning of a line whose end has not come yet.
+    /// The beginning of a line that is not complete yet.
     line: Vec<u8>,
-    /// The data lines of the event so far.
+    /// The data lines of the current event so far.
     data: Vec<u8>,
     has_data: bool,
-    /// The last byte was CR: a LF that follows belongs to it.
+    /// The last byte was CR, so an LF that follows belongs to it.
     after_cr: bool,
-    /// The first line has been read: no byte order mark can follow.
+    /// The first line has been read, so no byte order mark can follow.
     begun: bool,
 }
 
 impl SseParser {
-    /// Reads the next piece, and gives the data of each event that it completes to
-    /// `on_event`. The first error of `on_event` ends the reading.
+    /// Parses the next piece and passes the data of each event that it completes to
+    /// `on_event`. Stops at the first error of `on_event` and returns it.
     pub fn feed<E: From<EventTooLong>>(
         &mut self,
         mut bytes: &[u8],
@@ -54,7 +55,7 @@ impl SseParser {
                 let mut whole = std::mem::take(&mut self.line);
                 whole.extend_from_slice(line);
                 self.end_line(&whole, &mut on_event)?;
-                // Its memory is used again.
+                // Reuse the memory.
                 whole.clear();
                 self.line = whole;
             }
@@ -63,7 +64,7 @@ impl SseParser {
         self.check_length(0).map_err(E::from)
     }
 
-    /// A whole line, without its end.
+    /// Handles a complete line, without its line ending.
     fn end_line<E: From<EventTooLong>>(
         &mut self,
         mut line: &[u8],
@@ -110,7 +111,7 @@ impl SseParser {
 mod tests {
     use super::*;
 
-    /// Events of a stream that comes in these pieces.
+    /// Returns the events of a stream that arrives in these pieces.
     fn events<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> Vec<String> {
         let mut parser = SseParser::default();
         let mut found = Vec::new();

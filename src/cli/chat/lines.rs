@@ -1,4 +1,4 @@
-//! The user's lines: typed at a prompt, or read from a file or a pipe.
+//! Lines of user input, typed at a prompt or read from a file or a pipe.
 
 use super::ChatError;
 use rustyline::completion::Completer;
@@ -12,7 +12,7 @@ use std::borrow::Cow;
 use std::io::{self, BufRead as _};
 use tokio::sync::mpsc;
 
-/// Where the user's lines come from.
+/// Source of the user's lines.
 pub enum Lines {
     /// A person at a terminal, with line editing.
     Terminal(Box<Editor<PromptStyle, MemHistory>>),
@@ -21,10 +21,10 @@ pub enum Lines {
 }
 
 impl Lines {
-    /// The next line; `None` when the user leaves.
+    /// Returns the next line, or `None` when the user leaves.
     pub async fn next(&mut self) -> Result<Option<String>, ChatError> {
         match self {
-            // Blocks the thread: nothing else runs on it while the user types.
+            // This blocks the thread, but nothing else runs on it while the user types.
             Self::Terminal(editor) => match editor.readline("> ") {
                 Ok(line) => Ok(Some(line)),
                 Err(ReadlineError::Interrupted | ReadlineError::Eof) => Ok(None),
@@ -41,7 +41,7 @@ impl Lines {
     }
 }
 
-/// Reads stdin on a thread of its own, so that Ctrl-C is heard meanwhile.
+/// Reads stdin on a separate thread, so that Ctrl-C is noticed in the meantime.
 pub fn stream_lines() -> Result<mpsc::Receiver<io::Result<String>>, ChatError> {
     let (sender, lines) = mpsc::channel(1);
     let read = move || {
@@ -52,14 +52,14 @@ pub fn stream_lines() -> Result<mpsc::Receiver<io::Result<String>>, ChatError> {
             }
         }
     };
-    // It ends with stdin, or with the process.
+    // The thread ends with stdin or with the process, so nobody joins it.
     let thread = std::thread::Builder::new()
         .name("quell-stdin".to_owned())
         .spawn(read);
     thread.map(|_| lines).map_err(ChatError::Input)
 }
 
-/// A line editor with the history of this run.
+/// Creates a line editor whose history covers only this run.
 pub fn terminal_editor(bold: bool) -> Result<Editor<PromptStyle, MemHistory>, ChatError> {
     let config = Config::builder().auto_add_history(true).build();
     let mut editor = Editor::with_history(config.clone(), MemHistory::with_config(&config))
@@ -75,7 +75,7 @@ fn io_error(error: ReadlineError) -> io::Error {
     }
 }
 
-/// What the line editor asks about the prompt's looks.
+/// Style of the prompt, as the line editor's helper.
 pub struct PromptStyle {
     bold: bool,
 }

@@ -1,4 +1,4 @@
-//! What can go wrong between a model's name and its files.
+//! Errors of finding and downloading a model on a hub.
 
 use super::{PREFIX, WEIGHTS};
 use thiserror::Error;
@@ -6,13 +6,13 @@ use thiserror::Error;
 /// Why a model could not be fetched from a hub.
 #[derive(Debug, Error)]
 pub enum HubError {
-    /// The name does not follow the form.
+    /// The name is malformed.
     #[error(
         "'{PREFIX}{name}' names no model: {problem}; expected {PREFIX}ORG/NAME or \
          {PREFIX}ORG/NAME/FILE.gguf, with @REVISION after NAME to pin one"
     )]
     Malformed {
-        /// What follows `hf:`.
+        /// The part of the name after `hf:`.
         name: String,
         /// What is wrong with it.
         problem: &'static str,
@@ -25,7 +25,7 @@ pub enum HubError {
         /// The file, repository and revision.
         what: What,
     },
-    /// The hub wants to know who asks.
+    /// The hub requires authentication or consent.
     #[error(
         "{endpoint} refuses {what} ({status}): it does not exist, is private or asks for \
          consent; accept its terms there and set HF_TOKEN"
@@ -48,7 +48,7 @@ pub enum HubError {
         /// The HTTP status.
         status: u16,
     },
-    /// The hub cannot be reached.
+    /// The hub could not be reached.
     #[error(
         "cannot reach {endpoint} for {what}: {source}; check the network, set HF_ENDPOINT to a \
          mirror, or give the path of a model that is already here"
@@ -61,7 +61,7 @@ pub enum HubError {
         /// What went wrong.
         source: Box<ureq::Error>,
     },
-    /// The transfer of a file broke off, or the file could not be written.
+    /// The transfer of a file was interrupted, or the file could not be written.
     #[error("the download of {what} broke off: {source}; the next try goes on from there")]
     Transfer {
         /// The file, repository and revision.
@@ -69,7 +69,7 @@ pub enum HubError {
         /// What went wrong.
         source: std::io::Error,
     },
-    /// The hub's answer makes no sense.
+    /// The hub's answer is invalid.
     #[error("{endpoint} gave an answer about {what} that makes no sense: {problem}")]
     Answer {
         /// The hub.
@@ -79,37 +79,37 @@ pub enum HubError {
         /// What is wrong with it.
         problem: String,
     },
-    /// A file arrived with another size than the hub had announced.
+    /// A file does not have the size that the hub announced.
     #[error("{what} arrived with {found} bytes, expected {expected}; it was discarded, try again")]
     Size {
         /// The file, repository and revision.
         what: What,
-        /// Bytes that arrived.
+        /// Number of bytes that arrived.
         found: u64,
-        /// Bytes announced.
+        /// Number of bytes that the hub announced.
         expected: u64,
     },
-    /// Another process is at the same file.
+    /// Another process is downloading the same file.
     #[error("another process is downloading {what}; try again when it is done")]
     Locked {
         /// The file, repository and revision.
         what: What,
     },
-    /// The repository has no weights in a format that a folder is loaded from.
+    /// The repository has no weights that a folder can be loaded from.
     #[error("{what} has no {WEIGHTS}{}", gguf_hint(.gguf))]
     NoWeights {
         /// The repository and revision.
         what: What,
-        /// The GGUF files that it has.
+        /// The repository's GGUF files.
         gguf: Vec<String>,
     },
-    /// There is no place for the cache.
+    /// There is no folder for the cache.
     #[error("there is no home folder to keep downloads in; set HF_HOME to a folder")]
     NoHome,
 }
 
 impl HubError {
-    /// Whether the hub could not be asked at all.
+    /// Returns whether the hub could not be reached.
     pub fn is_network(&self) -> bool {
         matches!(self, Self::Network { .. })
     }
@@ -127,12 +127,12 @@ fn gguf_hint(files: &[String]) -> String {
     }
 }
 
-/// A file or a whole repository, as errors name it.
+/// A file or a whole repository, as error messages name it.
 #[derive(Clone, Debug)]
 pub struct What {
-    /// The file, if one is meant.
+    /// The file; the whole repository if `None`.
     pub file: Option<String>,
-    /// `ORG/NAME`.
+    /// The repository, as `ORG/NAME`.
     pub repository: String,
     /// The branch, tag or commit.
     pub revision: String,

@@ -1,21 +1,21 @@
-//! Names of models on a hub, taken apart and checked.
+//! Names of models on a hub, parsed and checked.
 
 use super::error::{HubError, What};
 use hf_hub::Repo;
 
-/// What `hf:` is followed by, taken apart.
+/// The parsed name of a model: what follows `hf:`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelName {
-    /// `ORG/NAME`.
+    /// The repository, as `ORG/NAME`.
     pub repository: String,
     /// A branch, a tag or a commit.
     pub revision: String,
-    /// A GGUF file's path; a whole folder is meant if `None`.
+    /// Path of a GGUF file in the repository; the whole folder if `None`.
     pub file: Option<String>,
 }
 
 impl ModelName {
-    /// Reads `ORG/NAME[@REVISION][/FILE.gguf]`.
+    /// Parses `ORG/NAME[@REVISION][/FILE.gguf]`.
     pub fn parse(name: &str) -> Result<Self, HubError> {
         let malformed = |problem| HubError::Malformed {
             name: name.to_owned(),
@@ -53,12 +53,12 @@ impl ModelName {
         })
     }
 
-    /// Its repository, as the cache knows it.
+    /// Returns the repository in the form that the cache uses.
     pub fn repo(&self) -> Repo {
         super::repo_at(&self.repository, &self.revision)
     }
 
-    /// Its repository, or a file of it, as errors name it.
+    /// Returns the repository, or one of its files, in the form that errors use.
     pub fn what(&self, file: Option<&str>) -> What {
         What {
             file: file.map(str::to_owned),
@@ -68,7 +68,7 @@ impl ModelName {
     }
 }
 
-/// `REVISION[/FILE.gguf]`; revisions such as `refs/pr/1` have slashes of their own.
+/// Splits `REVISION[/FILE.gguf]`. Revisions such as `refs/pr/1` contain slashes themselves.
 fn split_revision(pinned: &str) -> (&str, Option<&str>) {
     let slashes = if pinned.starts_with("refs/") { 3 } else { 1 };
     match pinned.match_indices('/').nth(slashes - 1) {
@@ -77,18 +77,18 @@ fn split_revision(pinned: &str) -> (&str, Option<&str>) {
     }
 }
 
-/// Whether it is named as a GGUF file is.
+/// Returns whether a file name is that of a GGUF file.
 pub fn is_gguf(file: &str) -> bool {
     file.to_ascii_lowercase().ends_with(".gguf")
 }
 
-/// Whether it can be a part of a name, an address and a path, with the same meaning.
+/// Returns whether the text can be a segment of a name, a URL and a path alike.
 pub fn is_segment(text: &str) -> bool {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-+=,".contains(&byte);
     !matches!(text, "" | "." | "..") && text.bytes().all(allowed)
 }
 
-/// Whether it is the name of a commit, not of a branch that may move.
+/// Returns whether the text is the hash of a commit rather than a branch, which may move.
 pub fn is_commit(text: &str) -> bool {
     text.len() >= 40 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }

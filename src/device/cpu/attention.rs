@@ -1,15 +1,14 @@
-//! Causal attention over the paged cache.
+//! Causal attention over the paged KV cache.
 //!
-//! An item of work is some consecutive rows of a sequence and one key-value head:
-//! all query heads of the group and all rows of the item share each tile of
-//! sixteen keys.
+//! An item of work consists of some consecutive rows of a sequence and one key-value head. All
+//! query heads of the group and all rows of the item share each tile of sixteen keys.
 //!
-//! Keys are gathered in spans of [`SPAN`] positions, counted from the sequence's
-//! beginning, each with its own running softmax; spans are merged in their order.
-//! Where there are few rows, spans are items of their own, so that a long sequence
-//! keeps all threads busy. A row goes through the same tiles and merges in either
-//! case, and a tile or span of which it sees nothing leaves its state as it is, to
-//! the bit; so its result does not depend on the rows that it is computed with.
+//! Keys are processed in spans of [`SPAN`] positions, counted from the start of the sequence.
+//! Each span has its own running softmax, and the spans are merged in order. If there are few
+//! rows, each span is an item of its own, so that a long sequence keeps all threads busy. In
+//! both cases a row goes through the same tiles and merges. A tile or span in which a row
+//! attends to nothing leaves the row's state unchanged, bit for bit. The result of a row
+//! therefore does not depend on the rows that it is computed with.
 
 use super::cache::{CpuCache, HalfBits, KvElement, TileShape};
 use super::memory::Disjoint;
@@ -23,39 +22,39 @@ use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// Positions that share a running softmax: a multiple of 16.
+/// Number of positions that share a running softmax; a multiple of 16.
 const SPAN: usize = 128;
 
-/// Elements of query state that stay in the first-level cache.
+/// Number of elements of query state that stay in the L1 cache.
 const STATE: usize = 3072;
 
-/// Consecutive rows of one sequence.
+/// Consecutive rows of one sequence that are computed together.
 #[derive(Clone, Debug)]
 pub(crate) struct Item {
     pub(crate) sequence: usize,
     pub(crate) rows: Range<usize>,
-    /// The positions that any of the rows sees.
+    /// Positions that at least one of the rows attends to.
     pub(crate) sees: Range<usize>,
-    /// Where its first span is among all items' spans.
+    /// Index of its first span among the spans of all items.
     first_span: usize,
 }
 
 impl Item {
-    /// The spans that `sees` touches.
+    /// Returns the spans that overlap `sees`.
     fn spans(&self) -> Range<usize> {
         self.sees.start / SPAN..self.sees.end.div_ceil(SPAN)
     }
 }
 
-/// Cuts batches into items; kept from call to call for its memory.
+/// Cuts batches into items. Reused from call to call to keep the memory.
 #[derive(Default)]
 pub(crate) struct Attention {
     items: Vec<Item>,
-    /// Softmaxes of single spans, until they are merged.
+    /// Softmax state of single spans, until they are merged.
     partial: Vec<f32>,
 }
 
-/// The operands; they were checked against each other.
+/// Operands of an attention operation. The caller has checked that they fit together.
 pub(crate) struct Attend<'a> {
     pub(crate) qkv: &'a [f32],
     pub(crate) spec: &'a AttentionSpec,
@@ -65,22 +64,22 @@ pub(crate) struct Attend<'a> {
 }
 
 impl Attend<'_> {
-    /// First and last position that a row sees.
+    /// Returns the first and the last position that a row attends to.
     fn sees(&self, row: usize) -> (usize, usize) {
         let position = self.batch.positions[row] as usize;
         let before = |window| (position + 1).saturating_sub(window);
         (self.spec.window.map_or(0, before), position)
     }
 
-    /// Query heads of a key-value head.
+    /// Returns the number of query heads per key-value head.
     fn group(&self) -> usize {
         self.spec.heads.q_heads / self.spec.heads.kv_heads
     }
 
     fn softmax_shape(&self, rows: usize) -> SoftmaxShape {
         let queries = rows * self.group();
-        // Queries are processed in blocks of 8, 4, 2 or 1; others are filled up with
-        // queries that nobody reads.
+        // Queries are processed in blocks of 8, 4, 2 or 1. The last block is padded with
+        // queries whose results are not used.
         let padded = match queries {
             0..=2 => queries,
             _ => queries.next_multiple_of(4),
@@ -93,7 +92,7 @@ impl Attend<'_> {
 }
 
 impl Attention {
-    /// Attention of all rows of the batch.
+    /// Computes attention for all rows of the batch.
     pub(crate) fn all_rows(
         &mut self,
         workers: &mut Workers,
@@ -109,15 +108,15 @@ impl Attention {
         if whole >= 4 * workers.count() || spans == items.len() {
             return workers.run("attend", whole, 1, |range| {
                 for index in range {
-                    // The last rows of a prompt see most keys: they come first, so
-                    // that no thread is left with a long item at the end.
+                    // The last rows of a prompt attend to the most keys. They are computed
+                    // first, so that no thread is left with a long item at the end.
                     let item = &items[items.len() - 1 - index / heads.kv_heads];
                     let head = index % heads.kv_heads;
                     attend.gather(isa, item, head, item.spans(), Target::Finish(out));
                 }
             });
         }
-        // All items have the same room, that of the largest.
+        // Every item gets the room that the largest one needs.
         let rows = items.iter().map(|item| item.rows.len()).max();
         let room = attend.softmax_shape(rows.unwrap_or(0)).len();
         self.partial.resize(spans * heads.kv_heads * room, 0.0);
@@ -127,7 +126,7 @@ impl Attention {
                 let (span, head) = (index / heads.kv_heads, index % heads.kv_heads);
                 let item = &items[items.partition_point(|item| item.first_span <= span) - 1];
                 let span = item.spans().start + span - item.first_span;
-                // SAFETY: each span and head has its own room.
+                // SAFETY: each pair of a span and a head has its own room.
                 let target = Target::Keep(unsafe { partial.range(index * room, room) });
                 attend.gather(isa, item, head, span..span + 1, target);
             }
@@ -156,7 +155,7 @@ impl Attention {
         })
     }
 
-    /// Cuts the batch into items; gives the number of their spans.
+    /// Cuts the batch into items. Returns the total number of their spans.
     fn cut(&mut self, attend: &Attend<'_>) -> usize {
         let queries = (STATE / attend.spec.heads.head_dim).clamp(4, 48);
         let rows = (queries / attend.group()).max(1);
@@ -181,16 +180,16 @@ impl Attention {
     }
 }
 
-/// What becomes of a softmax.
+/// What happens to a softmax once its spans are processed.
 enum Target<'a> {
-    /// It is complete: its means are results.
+    /// It is complete, and its means are written as results.
     Finish(&'a Disjoint<'a, f32>),
-    /// It is merged later.
+    /// It is kept to be merged later.
     Keep(&'a mut [f32]),
 }
 
 impl Attend<'_> {
-    /// Gathers some spans of an item and a head.
+    /// Processes some spans of an item for one head.
     fn gather(&self, isa: Isa, item: &Item, head: usize, spans: Range<usize>, target: Target<'_>) {
         STATES.with_borrow_mut(|state| {
             let gather = Gather {
@@ -208,7 +207,7 @@ impl Attend<'_> {
         });
     }
 
-    /// Writes the results of an item and a head.
+    /// Writes the results of an item for one head.
     #[inline(always)]
     fn finish<S: Simd>(
         &self,
@@ -230,20 +229,20 @@ impl Attend<'_> {
     }
 }
 
-/// Memory that each thread keeps.
+/// Buffers that each thread keeps.
 #[derive(Default)]
 struct State {
-    /// `[head_dim][query]`.
+    /// Queries, `[head_dim][query]`.
     queries: Vec<f32>,
-    /// Weights of the tile in progress, `[query][16]`.
+    /// Weights of the current tile, `[query][16]`.
     weights: Vec<f32>,
-    /// What softmaxes are multiplied by before this tile is added.
+    /// Factor by which each query's softmax is scaled before the current tile is added.
     decay: Vec<f32>,
-    /// First and last position that a query sees.
+    /// First and last position that each query attends to.
     sees: Vec<(usize, usize)>,
-    /// The softmax of the span in progress.
+    /// Softmax of the current span.
     span: Vec<f32>,
-    /// The softmax of all spans so far.
+    /// Softmax of all spans so far.
     total: Vec<f32>,
 }
 
@@ -278,7 +277,7 @@ impl<'p, P: Iterator<Item = &'p [f32]>> Kernel for Merge<'_, P> {
     }
 }
 
-/// Some spans of an item, for one key-value head.
+/// Processes some spans of an item for one key-value head.
 struct Gather<'a> {
     attend: &'a Attend<'a>,
     item: &'a Item,
@@ -288,7 +287,7 @@ struct Gather<'a> {
     state: &'a mut State,
 }
 
-/// The same, over a cache that holds `E`.
+/// [`Gather`] over a cache of elements `E`.
 struct Of<'a, E>(Gather<'a>, PhantomData<E>);
 
 impl<E: KvElement> Kernel for Of<'_, E> {
@@ -373,7 +372,7 @@ impl Attend<'_> {
             }
             sees.extend(std::iter::repeat_n(self.sees(row), group));
         }
-        // Padding sees what the last row sees.
+        // Padding attends to the same positions as the last row.
         sees.resize(shape.queries, self.sees(item.rows.end - 1));
     }
 }

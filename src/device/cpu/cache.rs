@@ -1,8 +1,8 @@
-//! The paged key-value cache, laid out for attention.
+//! The paged KV cache, laid out for attention.
 //!
-//! For each layer, block and head, sixteen tokens at a time: their keys transposed,
-//! `[head_dim][16 tokens]`, so that sixteen scores are one vector and need no
-//! horizontal sums; then their values, `[16 tokens][head_dim, padded to 16]`.
+//! Each layer, block and head stores its tokens in tiles of sixteen. A tile has the keys first,
+//! transposed to `[head_dim][16 tokens]`, so that sixteen scores are one vector and need no
+//! horizontal sums. The values follow, `[16 tokens][head_dim, padded to a multiple of 16]`.
 
 use super::memory::Buffer;
 use super::simd::{LANES, Simd};
@@ -10,25 +10,25 @@ use crate::device::blocks::Slots;
 use crate::device::{CacheShape, DeviceError};
 use std::ops::Range;
 
-/// The key-value cache of all layers.
+/// The KV cache of all layers.
 pub struct CpuCache {
     shape: CacheShape,
     pub(crate) half: bool,
     layers: Vec<Buffer<u8>>,
 }
 
-/// Memory for swapped-out blocks: a slot holds a block, layer by layer. It takes no memory
-/// before it is written, as memory that is asked for zeroed does.
+/// Host memory for swapped-out blocks. A slot holds one block, layer by layer. The memory is
+/// allocated zeroed, so a slot takes no physical memory until it is first written.
 pub struct CpuHostBlocks {
     pub(super) slots: Slots,
     memory: Buffer<u8>,
 }
 
-/// Where the parts of a tile lie, in elements.
+/// Positions of the parts of a tile, in elements.
 #[derive(Clone, Copy)]
 pub(crate) struct TileShape {
     pub(crate) head_dim: usize,
-    /// Elements from one value to the next.
+    /// Number of elements from one value to the next.
     pub(crate) value_stride: usize,
 }
 
@@ -40,12 +40,12 @@ impl TileShape {
         }
     }
 
-    /// Elements of a tile's keys; the values follow.
+    /// Returns the number of elements of a tile's keys. The values follow them.
     pub(crate) fn keys(self) -> usize {
         self.head_dim * LANES
     }
 
-    /// Elements of a tile.
+    /// Returns the number of elements of a tile.
     pub(crate) fn elements(self) -> usize {
         (self.head_dim + self.value_stride) * LANES
     }
@@ -59,7 +59,7 @@ fn unsupported(what: String, expected: &str) -> DeviceError {
     }
 }
 
-/// Bytes of one block of all layers.
+/// Returns the number of bytes per block, all layers together.
 pub(crate) fn block_bytes(shape: &CacheShape, half: bool) -> usize {
     let element = if half { 2 } else { 4 };
     let tiles = shape.block_tokens / LANES * shape.kv_heads * shape.layers;
@@ -89,12 +89,12 @@ impl CpuCache {
         })
     }
 
-    /// What it was allocated for.
+    /// Returns the shape that the cache was allocated for.
     pub fn shape(&self) -> &CacheShape {
         &self.shape
     }
 
-    /// The bytes of a layer.
+    /// Returns the bytes of a layer.
     pub(crate) fn layer(&self, layer: usize) -> &[u8] {
         &self.layers[layer]
     }
@@ -103,19 +103,20 @@ impl CpuCache {
         &mut self.layers[layer]
     }
 
-    /// The bytes of a block of a layer; `None` if there is none. For tests.
+    /// Returns the bytes of a block of a layer, or `None` if the block or the layer does not
+    /// exist. For tests.
     pub fn read(&self, layer: usize, block: usize) -> Option<&[u8]> {
         let exists = block < self.shape.blocks;
         let layer = self.layers.get(layer).filter(|_| exists)?;
         layer.get(self.part(block as u32))
     }
 
-    /// How many blocks there are, and the bytes of one in all layers.
+    /// Returns the number of blocks, and the number of bytes per block in all layers.
     pub(super) fn blocks(&self) -> (usize, usize) {
         (self.shape.blocks, block_bytes(&self.shape, self.half))
     }
 
-    /// Bytes of one block of one layer.
+    /// Returns the number of bytes per block and layer.
     fn part_bytes(&self) -> usize {
         let one_layer = CacheShape {
             layers: 1,
@@ -124,14 +125,14 @@ impl CpuCache {
         block_bytes(&one_layer, self.half)
     }
 
-    /// Where a block lies in each layer.
+    /// Returns the byte range of a block in each layer.
     fn part(&self, block: u32) -> Range<usize> {
         let bytes = self.part_bytes();
         let start = block as usize * bytes;
         start..start + bytes
     }
 
-    /// Copies a block to another, both of which exist.
+    /// Copies a block to another. Both must exist.
     pub(super) fn copy(&mut self, [from, to]: [u32; 2]) {
         let (from, to) = (self.part(from), self.part(to));
         for layer in &mut self.layers {
@@ -139,7 +140,7 @@ impl CpuCache {
         }
     }
 
-    /// Copies a block to a slot, both of which exist.
+    /// Copies a block to a slot. Both must exist.
     pub(super) fn swap_out(&self, host: &mut CpuHostBlocks, [block, slot]: [u32; 2]) {
         let part = self.part(block);
         let parts = host.slot_mut(slot).chunks_exact_mut(part.len().max(1));
@@ -149,7 +150,7 @@ impl CpuCache {
         host.slots.set_written(slot);
     }
 
-    /// Copies a slot to a block, both of which exist.
+    /// Copies a slot to a block. Both must exist.
     pub(super) fn swap_in(&mut self, host: &CpuHostBlocks, [slot, block]: [u32; 2]) {
         let part = self.part(block);
         let parts = host.slot(slot).chunks_exact(part.len().max(1));
@@ -158,7 +159,8 @@ impl CpuCache {
         }
     }
 
-    /// The element at which a tile begins: sixteen tokens of a block, one head.
+    /// Returns the index of the first element of a tile, which holds sixteen tokens of a block
+    /// and head.
     pub(crate) fn tile(&self, block: usize, head: usize, tile_in_block: usize) -> usize {
         let tiles = self.shape.block_tokens / LANES;
         let tile = (block * self.shape.kv_heads + head) * tiles + tile_in_block;
@@ -186,7 +188,7 @@ impl CpuCache {
 }
 
 impl CpuHostBlocks {
-    /// So many slots for blocks of so many bytes.
+    /// Allocates `count` slots for blocks of `bytes` bytes.
     pub(super) fn new(bytes: usize, count: usize) -> Result<Self, DeviceError> {
         let all = bytes.saturating_mul(count);
         Ok(Self {
@@ -206,30 +208,34 @@ impl CpuHostBlocks {
     }
 }
 
-/// A number as the cache keeps it.
+/// Number type of the cached keys and values.
 pub(crate) trait KvElement: Copy + Default + Send + Sync + 'static {
+    /// Loads sixteen elements as float32.
+    ///
     /// # Safety
-    /// `from` is readable for 16 elements.
+    /// `from` must be readable for 16 elements.
     unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::F;
+    /// Stores sixteen float32 numbers.
+    ///
     /// # Safety
-    /// `to` is writable for 16 elements.
+    /// `to` must be writable for 16 elements.
     unsafe fn store<S: Simd>(s: S, to: *mut Self, value: S::F);
 }
 
 impl KvElement for f32 {
     #[inline(always)]
     unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::F {
-        // SAFETY: the caller vouches for `from`.
+        // SAFETY: the caller guarantees that `from` is readable.
         unsafe { s.load(from) }
     }
     #[inline(always)]
     unsafe fn store<S: Simd>(s: S, to: *mut Self, value: S::F) {
-        // SAFETY: the caller vouches for `to`.
+        // SAFETY: the caller guarantees that `to` is writable.
         unsafe { s.store(to, value) }
     }
 }
 
-/// The bits of a float16.
+/// A float16 number as its bits.
 #[derive(Clone, Copy, Default)]
 #[repr(transparent)]
 pub(crate) struct HalfBits(u16);
@@ -237,12 +243,14 @@ pub(crate) struct HalfBits(u16);
 impl KvElement for HalfBits {
     #[inline(always)]
     unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::F {
-        // SAFETY: the caller vouches for `from`; `HalfBits` is a `u16`.
+        // SAFETY: the caller guarantees that `from` is readable, and `HalfBits` is a
+        // transparent `u16`.
         unsafe { s.load_f16(from.cast()) }
     }
     #[inline(always)]
     unsafe fn store<S: Simd>(s: S, to: *mut Self, value: S::F) {
-        // SAFETY: the caller vouches for `to`; `HalfBits` is a `u16`.
+        // SAFETY: the caller guarantees that `to` is writable, and `HalfBits` is a transparent
+        // `u16`.
         unsafe { s.store_f16(to.cast(), value) }
     }
 }

@@ -1,4 +1,5 @@
-//! Mixture-of-experts layers: routing on the host, one multiplication an expert.
+//! Mixture-of-experts layers: each token is routed first, then each expert multiplies the rows
+//! that chose it.
 
 use super::linear::{CpuLinear, Multiplier};
 use super::rowwise::{Add, Gate};
@@ -11,10 +12,10 @@ pub struct CpuExperts {
     pub(crate) down: Vec<CpuLinear>,
 }
 
-/// Memory that is kept from call to call.
+/// Buffers that are reused from call to call.
 #[derive(Default)]
 pub(crate) struct Scratch {
-    /// For each expert the rows that chose it, with their weights.
+    /// Rows that chose each expert, with their weights.
     chosen: Vec<Vec<(usize, f32)>>,
     order: Vec<(usize, f32)>,
     x: Vec<f32>,
@@ -23,18 +24,18 @@ pub(crate) struct Scratch {
     y: Vec<f32>,
 }
 
-/// The operands; they were checked against each other.
+/// Operands of an experts operation. The caller has checked that their shapes fit together.
 pub(crate) struct Operands<'a> {
-    /// One row a token.
+    /// Activations, one row per token.
     pub(crate) x: &'a [f32],
-    /// One logit an expert, one row a token.
+    /// Router logits: one row per token, one logit per expert.
     pub(crate) router: &'a [f32],
     pub(crate) routing: RoutingSpec,
     pub(crate) rows: usize,
 }
 
 impl CpuExperts {
-    /// `out = Σ weight · expert(x)` over each row's experts, in the order of their
+    /// Computes `out = Σ weight · expert(x)` over each row's experts, in the order of their
     /// index.
     pub(crate) fn apply(
         &self,
@@ -87,7 +88,7 @@ impl CpuExperts {
 }
 
 impl Scratch {
-    /// Fills `chosen`.
+    /// Fills `chosen` with the experts of each row.
     fn choose(&mut self, operands: &Operands<'_>, experts: usize) {
         let routing = operands.routing;
         self.chosen

@@ -1,9 +1,9 @@
-//! Weights times float32 activations: floating-point weights always, quantised
-//! ones on the reference path.
+//! Products of weights and float32 activations: always for floating-point weights, and on the
+//! reference path for quantised weights.
 //!
-//! Every output is one chain of fused multiply-adds over the inputs in order, so
-//! it does not depend on how many rows or tiles share the registers; several rows
-//! or tiles at once only hide the latency of the chain.
+//! Each output is one chain of fused multiply-adds over the inputs in order, so it does not
+//! depend on how many rows or tiles share the registers. Several rows or tiles are computed at
+//! once only to hide the latency of the chain.
 
 use super::layout::{QuantLayout, load_scales};
 use super::linear::Operands;
@@ -12,14 +12,14 @@ use super::simd::{Isa, Kernel, LANES, Simd, unroll};
 use std::cell::RefCell;
 use std::ops::Range;
 
-/// Bytes of activations that stay in the second-level cache while the tiles of an
-/// item pass over them.
+/// Bytes of activations that stay in the L2 cache while the tiles of an item are multiplied by
+/// them.
 const ROW_BYTES: usize = 384 * 1024;
 
-/// Tiles that a single row takes at once.
+/// Number of tiles that a single row is multiplied by at once.
 pub(crate) const TILES: usize = 4;
 
-/// Some tiles of a part times all rows.
+/// Product of some tiles of a part with all rows.
 pub(crate) struct FloatTiles<'a> {
     pub(crate) part: &'a Packed,
     pub(crate) float: FloatType,
@@ -46,7 +46,8 @@ impl Kernel for FloatTiles<'_> {
     }
 }
 
-/// Some tiles of quantised weights times all rows, the weights made float32 first.
+/// Product of some tiles of quantised weights with all rows. The weights are expanded to
+/// float32 first.
 pub(crate) struct DequantisedTiles<'a> {
     pub(crate) part: &'a Packed,
     pub(crate) layout: QuantLayout,
@@ -59,7 +60,7 @@ thread_local! {
 }
 
 impl DequantisedTiles<'_> {
-    /// Runs on this thread's panel.
+    /// Runs with this thread's panel as the buffer for the expanded weights.
     pub(crate) fn dispatch(self, isa: Isa) {
         PANEL.with_borrow_mut(|panel| {
             panel.resize(LANES * self.part.columns, 0.0);
@@ -70,7 +71,7 @@ impl DequantisedTiles<'_> {
 
 struct Dequantised<'a> {
     tiles: DequantisedTiles<'a>,
-    /// `[input][16]`.
+    /// Expanded tile, `[input][16]`.
     panel: &'a mut [f32],
 }
 
@@ -94,7 +95,7 @@ impl Kernel for Dequantised<'_> {
     }
 }
 
-/// Expands a tile to `[input][16]`.
+/// Expands a tile to float32, `[input][16]`.
 #[inline(always)]
 fn dequantise<S: Simd>(s: S, tile: &[u8], layout: &QuantLayout, out: &mut [f32]) {
     let affine = &layout.affine;
@@ -105,7 +106,7 @@ fn dequantise<S: Simd>(s: S, tile: &[u8], layout: &QuantLayout, out: &mut [f32])
         let groups = codes.chunks_exact(layout.code_bytes());
         let outs = out.chunks_exact_mut(affine.group * LANES);
         for (index, (codes, out)) in groups.zip(outs).enumerate() {
-            // SAFETY: a block begins with its header, and has `block_groups` groups.
+            // SAFETY: a block begins with its header, and it has `block_groups` groups.
             let (scale, min) = unsafe {
                 let header = header.as_ptr();
                 match (affine.has_min, layout.nested()) {
@@ -124,7 +125,7 @@ fn dequantise<S: Simd>(s: S, tile: &[u8], layout: &QuantLayout, out: &mut [f32])
             if affine.bits == 4 {
                 let nibble = s.splat_i(0x0f0f_0f0f);
                 for (from, out) in codes.chunks_exact(64).zip(out.chunks_exact_mut(8 * LANES)) {
-                    // SAFETY: a chunk of 64 bytes.
+                    // SAFETY: the chunk has 64 bytes.
                     let bytes = unsafe { s.load_bytes(from.as_ptr()) };
                     let (first, second) = out.split_at_mut(4 * LANES);
                     group.expand(s, s.and_i(bytes, nibble), first);
@@ -132,7 +133,7 @@ fn dequantise<S: Simd>(s: S, tile: &[u8], layout: &QuantLayout, out: &mut [f32])
                 }
             } else {
                 for (from, out) in codes.chunks_exact(64).zip(out.chunks_exact_mut(4 * LANES)) {
-                    // SAFETY: a chunk of 64 bytes.
+                    // SAFETY: the chunk has 64 bytes.
                     group.expand(s, unsafe { s.load_bytes(from.as_ptr()) }, out);
                 }
             }
@@ -140,7 +141,7 @@ fn dequantise<S: Simd>(s: S, tile: &[u8], layout: &QuantLayout, out: &mut [f32])
     }
 }
 
-/// What the weights of a group have in common.
+/// Parameters that the weights of a group share.
 struct Group<S: Simd> {
     zero: S::I,
     scale: S::F,
@@ -148,7 +149,8 @@ struct Group<S: Simd> {
 }
 
 impl<S: Simd> Group<S> {
-    /// The weights of four inputs, one byte of each lane an input.
+    /// Writes the weights of four inputs, of which each lane of `codes` holds one byte per
+    /// input.
     #[inline(always)]
     fn expand(&self, s: S, codes: S::I, out: &mut [f32]) {
         let mut codes = codes;
@@ -158,18 +160,20 @@ impl<S: Simd> Group<S> {
             if let Some(min) = self.min {
                 weight = s.add(weight, min);
             }
-            // SAFETY: a chunk of `LANES`.
+            // SAFETY: the chunk has `LANES` elements.
             unsafe { s.store(out.as_mut_ptr(), weight) };
             codes = s.shift_right::<8>(codes);
         }
     }
 }
 
-/// A floating-point weight format, as the kernel loads it.
+/// A floating-point weight format that the kernel can load.
 trait Weight {
     const BYTES: usize;
+    /// Loads sixteen weights.
+    ///
     /// # Safety
-    /// `at` is readable for 16 weights.
+    /// `at` must be readable for 16 weights.
     unsafe fn load<S: Simd>(s: S, at: *const u8) -> S::F;
 }
 
@@ -181,7 +185,7 @@ impl Weight for F32 {
     const BYTES: usize = 4;
     #[inline(always)]
     unsafe fn load<S: Simd>(s: S, at: *const u8) -> S::F {
-        // SAFETY: the caller vouches for `at`.
+        // SAFETY: the caller guarantees that `at` is readable.
         unsafe { s.load(at.cast()) }
     }
 }
@@ -190,7 +194,7 @@ impl Weight for F16 {
     const BYTES: usize = 2;
     #[inline(always)]
     unsafe fn load<S: Simd>(s: S, at: *const u8) -> S::F {
-        // SAFETY: the caller vouches for `at`.
+        // SAFETY: the caller guarantees that `at` is readable.
         unsafe { s.load_f16(at.cast()) }
     }
 }
@@ -199,19 +203,20 @@ impl Weight for Bf16 {
     const BYTES: usize = 2;
     #[inline(always)]
     unsafe fn load<S: Simd>(s: S, at: *const u8) -> S::F {
-        // SAFETY: the caller vouches for `at`.
+        // SAFETY: the caller guarantees that `at` is readable.
         unsafe { s.load_bf16(at.cast()) }
     }
 }
 
-/// Where the outputs of tiles go.
+/// A part of the weights, and the operands to multiply it with.
 struct Panels<'a> {
     part: &'a Packed,
     operands: &'a Operands<'a>,
 }
 
 impl Panels<'_> {
-    /// `load` gives where a tile of `W` lies: `columns · 16` weights.
+    /// Multiplies the tiles `tiles` with all rows. `load` returns the address of a tile, which
+    /// holds `columns · 16` weights of format `W`.
     #[inline(always)]
     fn tiles<S: Simd, W: Weight>(
         &self,
@@ -238,7 +243,8 @@ impl Panels<'_> {
         }
     }
 
-    /// `T` tiles times some rows: few rows take several tiles at once, many rows one.
+    /// Multiplies `T` tiles with some rows. Blocks of 8 or 4 rows take one tile at a time; the
+    /// remaining rows each take all `T` tiles at once.
     #[inline(always)]
     fn rows<S: Simd, W: Weight, const T: usize>(
         &self,
@@ -268,7 +274,7 @@ impl Panels<'_> {
         }
     }
 
-    /// `T` tiles times `M` rows.
+    /// Multiplies `T` tiles with `M` rows.
     #[inline(always)]
     fn block<S: Simd, W: Weight, const T: usize, const M: usize>(
         &self,
@@ -282,7 +288,8 @@ impl Panels<'_> {
         let mut total = [[s.splat(0.0); M]; T];
         let x = x.as_ptr();
         for k in 0..columns {
-            // SAFETY: every tile holds `columns · 16` weights, `x` has `M` rows.
+            // SAFETY: every tile holds `columns · 16` weights, and `x` has `M` rows of
+            // `columns` values.
             unsafe {
                 unroll!(t < T => {
                     let weight = W::load(s, at[t].add(k * LANES * W::BYTES));

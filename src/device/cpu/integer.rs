@@ -1,11 +1,11 @@
-//! Quantised weights times 8-bit activations: integer dot products, scaled a group
-//! at a time.
+//! Products of quantised weights and 8-bit activations: integer dot products that are scaled
+//! once per group.
 //!
-//! For a row and an output, the float operations are a fused addition a span of
-//! activations and one or two a group of weights, in the order of the groups,
-//! whatever the number of rows in the register block: that keeps results
-//! independent of the batch. The product of the row's largest value comes last; columns
-//! in which only other rows of the block have theirs add 0.
+//! For a row and an output, the float operations are one fused multiply-add per span of
+//! activations and one or two per group of weights, in the order of the groups. They are the
+//! same for any number of rows in the register block, which keeps results independent of the
+//! batch. The product of the row's largest value comes last. Columns in which only other rows
+//! of the block have their largest value add 0.
 
 use super::layout::{QuantLayout, load_scales};
 use super::linear::Operands;
@@ -14,14 +14,14 @@ use super::quantise::{Quantised, SHARED, SPAN};
 use super::simd::{Kernel, LANES, Simd, unroll};
 use std::ops::Range;
 
-/// Bytes of activations that stay in the second-level cache while the tiles of an
-/// item pass over them.
+/// Bytes of activations that stay in the L2 cache while the tiles of an item are multiplied by
+/// them.
 const ROW_BYTES: usize = 384 * 1024;
 
-/// How far ahead of the weights in use memory is asked for.
+/// Prefetch distance in bytes.
 const AHEAD: usize = 4096;
 
-/// Some tiles of a part times all rows.
+/// Product of some tiles of a part with all rows.
 pub(crate) struct IntegerTiles<'a> {
     pub(crate) part: &'a Packed,
     pub(crate) layout: QuantLayout,
@@ -58,20 +58,22 @@ impl Kernel for IntegerTiles<'_> {
     }
 }
 
-/// A layout as constants: a branch in the innermost loop would keep accumulators
+/// A layout as compile-time constants. A branch in the innermost loop would keep accumulators
 /// out of registers.
 struct Shape<const BITS: usize, const GROUP: usize, const NESTED: bool, const MIN: bool>;
 
-/// The constants of a [`Shape`].
+/// Constants of a [`Shape`].
 trait TileShape {
     const BITS: usize;
     const GROUP: usize;
     const MIN: bool;
-    /// Groups of a block.
+    /// Number of groups per block.
     const BLOCK: usize;
 
+    /// Loads the scales and minimums of a group.
+    ///
     /// # Safety
-    /// `header` is a header of this layout, `group` is below `BLOCK`.
+    /// `header` must point to a header of this layout, and `group` must be below `BLOCK`.
     unsafe fn scales<S: Simd>(s: S, header: *const u8, group: usize) -> (S::F, S::F);
 }
 
@@ -85,7 +87,7 @@ impl<const BITS: usize, const GROUP: usize, const NESTED: bool, const MIN: bool>
 
     #[inline(always)]
     unsafe fn scales<S: Simd>(s: S, header: *const u8, group: usize) -> (S::F, S::F) {
-        // SAFETY: the caller vouches for the header.
+        // SAFETY: the caller guarantees the header and the group.
         unsafe { load_scales::<S, MIN, NESTED>(s, header, group) }
     }
 }
@@ -104,7 +106,7 @@ impl IntegerTiles<'_> {
         }
     }
 
-    /// One tile times some rows, in blocks of at most [`Simd::ROWS`].
+    /// Multiplies one tile with some rows, in blocks of at most [`Simd::ROWS`] rows.
     #[inline(always)]
     fn rows<S: Simd, T: TileShape>(&self, s: S, tile: usize, rows: Range<usize>) {
         let mut row = rows.start;
@@ -125,7 +127,7 @@ impl IntegerTiles<'_> {
         }
     }
 
-    /// One tile times `M` rows.
+    /// Multiplies one tile with `M` rows.
     #[inline(always)]
     fn block<S: Simd, T: TileShape, const M: usize>(&self, s: S, tile: usize, row: usize) {
         let (layout, columns) = (&self.layout, self.part.columns);
@@ -142,8 +144,8 @@ impl IntegerTiles<'_> {
         let mut at = weights.as_ptr();
         let (mut header, mut within) = (at, T::BLOCK);
         for g in 0..groups {
-            // SAFETY: `at` walks over the blocks of the tile, whose lengths were asserted
-            // to add up to it; codes and meta hold `M` rows, as sliced.
+            // SAFETY: `at` advances over the blocks of the tile, whose lengths were asserted to
+            // add up to the tile. `codes` and `meta` were sliced to `M` rows.
             unsafe {
                 if T::BLOCK == 1 || within == T::BLOCK {
                     prefetch(s, at, header_bytes);
@@ -197,7 +199,7 @@ impl IntegerTiles<'_> {
         let within = row % SHARED;
         assert!(within + M <= SHARED);
         for large in self.x.large(row) {
-            // SAFETY: it is a column of the activations.
+            // SAFETY: `large.column` is a column of the activations, so the tile has it.
             let weights = unsafe { column::<S, T>(s, layout, weights, large.column) };
             unroll!(m < M => {
                 total[m] = s.fma(weights, s.splat(large.values[within + m]), total[m]);
@@ -212,10 +214,11 @@ impl IntegerTiles<'_> {
     }
 }
 
-/// The weights of one column, in float32.
+/// Returns the weights of one column in float32.
 ///
 /// # Safety
-/// `tile` is a tile of this layout, whose constants are those of `T`, and has the column.
+/// `tile` must be a tile of `layout`, `T` must have the constants of `layout`, and the tile
+/// must have the column.
 #[inline(always)]
 unsafe fn column<S: Simd, T: TileShape>(
     s: S,
@@ -225,10 +228,10 @@ unsafe fn column<S: Simd, T: TileShape>(
 ) -> S::F {
     let (group, within) = (column / T::GROUP, column % T::GROUP);
     let (block, group) = (group / T::BLOCK, group % T::BLOCK);
-    // Inputs of a vector of codes.
+    // Number of inputs per vector of codes.
     let inputs = 32 / T::BITS;
     let codes = layout.header_bytes() + group * layout.code_bytes() + within / inputs * 64;
-    // SAFETY: the caller vouches for the tile and the column.
+    // SAFETY: the caller guarantees the tile and the column.
     unsafe {
         let block = tile.as_ptr().add(block * layout.block_bytes());
         let (scale, min) = T::scales(s, block, group);
@@ -239,7 +242,7 @@ unsafe fn column<S: Simd, T: TileShape>(
             }
             bytes = s.and_i(bytes, s.splat_i(0x0f0f_0f0f));
         }
-        // A dot product with 1 in one place is the code that is there.
+        // A dot product with a single 1 extracts the code in that place.
         let place = s.splat_i(1 << (within % 4 * 8));
         let code = s.dot4(s.splat_i(-layout.affine.zero), bytes, place);
         let weights = s.mul(scale, s.to_float(code));
@@ -247,7 +250,7 @@ unsafe fn column<S: Simd, T: TileShape>(
     }
 }
 
-/// Asks for the weights that lie [`AHEAD`] of these.
+/// Prefetches the weights that are [`AHEAD`] bytes after `at`.
 #[inline(always)]
 fn prefetch<S: Simd>(s: S, at: *const u8, bytes: usize) {
     let mut line = 0;
@@ -257,12 +260,12 @@ fn prefetch<S: Simd>(s: S, at: *const u8, bytes: usize) {
     }
 }
 
-/// Four codes in every lane.
+/// Returns a vector with the same four codes in every lane.
 ///
 /// # Safety
-/// `x` is readable for 4 bytes.
+/// `x` must be readable for 4 bytes.
 #[inline(always)]
 unsafe fn splat_quad<S: Simd>(s: S, x: *const i8) -> S::I {
-    // SAFETY: the caller vouches for `x`.
+    // SAFETY: the caller guarantees that `x` is readable for 4 bytes.
     s.splat_i(unsafe { x.cast::<i32>().read_unaligned() })
 }

@@ -1,18 +1,17 @@
-//! Where codes and scales of a quantised tile lie.
+//! Layout of the codes and scales in a quantised tile.
 //!
-//! A tile is a sequence of blocks, and a block is a header of scales, sixteen of
-//! each (one a row), followed by the codes of its groups.
+//! A tile is a sequence of blocks. A block consists of a header of scales, sixteen of each kind
+//! (one per row), followed by the codes of its groups.
 //!
-//! - Formats with float16 scales: a block is one group; its header is the scales
-//!   and, where the format has them, the minimums.
-//! - K-quants, whose scales are small integers times a float16: a block is 256
-//!   inputs; its header is the float16 factors of scales and minimums, then for
-//!   each group the integers as signed bytes. Expanded to float32 they have the
-//!   bits that the format's definition gives.
+//! - Formats with float16 scales: a block is one group. The header has the scales and, if the
+//!   format has them, the minimums.
+//! - K-quants, whose scales are small integers times a float16: a block has 256 inputs. The
+//!   header has the float16 factors of the scales and minimums, then the integers of each group
+//!   as signed bytes. The expanded float32 values are bit for bit those that the format
+//!   defines.
 //!
-//! 64 bytes of codes hold, for each of the sixteen rows, four consecutive inputs
-//! as bytes, or eight as nibbles: the low ones are the first four inputs, the high
-//! ones the next four.
+//! Each 64 bytes of codes hold four consecutive inputs of each of the sixteen rows as bytes, or
+//! eight as nibbles. The low nibbles are the first four inputs, the high nibbles the next four.
 
 use super::simd::{LANES, Simd};
 use crate::device::DeviceError;
@@ -20,22 +19,22 @@ use crate::weights::DType;
 use crate::weights::quant::{self, Affine};
 use half::f16;
 
-/// Inputs of a block with nested scales.
+/// Number of inputs per block with nested scales.
 const NESTED: usize = 256;
 
-/// The layout of a quantised tile.
+/// Layout of a quantised tile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct QuantLayout {
-    /// The format's constants.
+    /// Constants of the format.
     pub(crate) affine: Affine,
-    /// Groups of a row.
+    /// Number of groups per row.
     pub(crate) groups: usize,
-    /// Groups of a block.
+    /// Number of groups per block.
     pub(crate) block_groups: usize,
     dtype: DType,
 }
 
-/// Some consecutive weights of one row, unpacked.
+/// Consecutive weights of one row, unpacked.
 #[derive(Default)]
 pub(crate) struct Row {
     codes: Vec<u8>,
@@ -43,12 +42,12 @@ pub(crate) struct Row {
     mins: Vec<f32>,
 }
 
-/// Scales and minimums of group `group` of a block, as constants of the layout; the
-/// scales twice where there are no minimums.
+/// Loads the scales and minimums of group `group` of a block. The layout is given as constants.
+/// Returns the scales twice if the layout has no minimums.
 ///
 /// # Safety
-/// `header` is a header of a layout with minimums if `MIN`, with nested scales if
-/// `NEST`; `group` is below its `block_groups`.
+/// `header` must point to a header of a layout that has minimums if `MIN` and nested scales if
+/// `NEST`, and not otherwise. `group` must be below its `block_groups`.
 #[inline(always)]
 pub(crate) unsafe fn load_scales<S: Simd, const MIN: bool, const NEST: bool>(
     s: S,
@@ -56,7 +55,7 @@ pub(crate) unsafe fn load_scales<S: Simd, const MIN: bool, const NEST: bool>(
     group: usize,
 ) -> (S::F, S::F) {
     let kinds = if MIN { 2 } else { 1 };
-    // SAFETY: all offsets are inside the header; the loads need no alignment.
+    // SAFETY: all offsets are inside the header, and the loads need no alignment.
     unsafe {
         let integers = header
             .wrapping_add(LANES * kinds * (2 + group))
@@ -76,7 +75,8 @@ pub(crate) unsafe fn load_scales<S: Simd, const MIN: bool, const NEST: bool>(
     }
 }
 
-/// Where a K-quant's block has its float16 factors of scales and minimums.
+/// Returns the offsets of the float16 factors of scales and minimums in a K-quant block, or
+/// `None` for other formats.
 fn factor_offsets(dtype: DType) -> Option<(usize, usize)> {
     match dtype {
         DType::Q2K => Some((80, 82)),
@@ -91,14 +91,16 @@ fn half_at(bytes: &[u8], at: usize) -> f16 {
     f16::from_le_bytes([bytes[at], bytes[at + 1]])
 }
 
-/// The integer that `value` is a multiple of `factor` by.
+/// Returns the integer `n` for which `value = n · factor`.
 fn multiple(value: f32, factor: f16) -> u8 {
-    // Exact: a float16 times an integer of 8 bits is a float32. 0 / 0 becomes 0.
+    // Exact, because a float16 times an 8-bit integer is always a float32. 0 / 0 is NaN, which
+    // the cast turns into 0.
     (value / factor.to_f32()).round() as i8 as u8
 }
 
 impl QuantLayout {
-    /// The layout for `columns` inputs of `dtype`; `None` for plain numbers.
+    /// Returns the layout for rows of `columns` inputs of `dtype`, or `None` for floating-point
+    /// formats.
     pub(crate) fn of(dtype: DType, columns: usize) -> Result<Option<Self>, DeviceError> {
         let Some(affine) = quant::affine(dtype) else {
             return Ok(None);
@@ -124,48 +126,48 @@ impl QuantLayout {
         }))
     }
 
-    /// Whether scales are integers times a float16.
+    /// Returns whether the scales are integers times a float16.
     pub(crate) fn nested(&self) -> bool {
         !self.affine.native_f16_scales
     }
 
-    /// Scales and minimums, or scales alone.
+    /// Returns 2 if there are scales and minimums, 1 if there are only scales.
     fn kinds(&self) -> usize {
         if self.affine.has_min { 2 } else { 1 }
     }
 
-    /// Bytes of a block's scales.
+    /// Returns the number of bytes of a block's header.
     pub(crate) fn header_bytes(&self) -> usize {
         let halves = LANES * 2 * self.kinds();
         match self.nested() {
-            // Codes begin at a cache line.
+            // The codes begin at a cache line.
             true => (halves + LANES * self.kinds() * self.block_groups).next_multiple_of(64),
             false => halves,
         }
     }
 
-    /// Bytes of a group's codes.
+    /// Returns the number of bytes of a group's codes.
     pub(crate) fn code_bytes(&self) -> usize {
         LANES * self.affine.group * usize::from(self.affine.bits) / 8
     }
 
-    /// Bytes of a block.
+    /// Returns the number of bytes per block.
     pub(crate) fn block_bytes(&self) -> usize {
         self.header_bytes() + self.block_groups * self.code_bytes()
     }
 
-    /// Bytes of a tile.
+    /// Returns the number of bytes per tile.
     pub(crate) fn tile_bytes(&self) -> usize {
         self.groups / self.block_groups * self.block_bytes()
     }
 
-    /// Where in a header the integers of a group begin: its scales, or, with
-    /// `kind` 1, its minimums.
+    /// Returns the offset in a header of a group's integers: those of its scales if `kind` is
+    /// 0, those of its minimums if `kind` is 1.
     fn integers(&self, group: usize, kind: usize) -> usize {
         LANES * (self.kinds() * (2 + group) + kind)
     }
 
-    /// Scale and minimum of one lane.
+    /// Returns the scale and the minimum of one lane.
     fn read_scale(&self, header: &[u8], group: usize, lane: usize) -> (f32, f32) {
         let read = |kind: usize| {
             let factor = half_at(header, kind * LANES * 2 + lane * 2).to_f32();
@@ -177,7 +179,7 @@ impl QuantLayout {
         (read(0), if self.affine.has_min { read(1) } else { 0.0 })
     }
 
-    /// Spreads a row, as stored in a file, over its lane of `tile`.
+    /// Writes a row, as stored in a file, to its lane of `tile`.
     pub(crate) fn write_lane(&self, tile: &mut [u8], lane: usize, stored: &[u8], row: &mut Row) {
         row.codes.resize(self.groups * self.affine.group, 0);
         row.scales.resize(self.groups, 0.0);
@@ -202,7 +204,9 @@ impl QuantLayout {
         }
     }
 
-    /// `scales`: those of the block's groups and of what follows, then the minimums.
+    /// Writes one lane of a block's header. `scales` has the scales and, if the format has
+    /// them, the minimums. Both lists begin with the block's groups and may continue beyond
+    /// them.
     fn write_header(&self, header: &mut [u8], lane: usize, scales: &[&[f32]], stored: &[u8]) {
         let offsets = factor_offsets(self.dtype).unwrap_or_default();
         for (kind, values) in scales.iter().enumerate() {
@@ -237,7 +241,7 @@ impl QuantLayout {
         }
     }
 
-    /// The weights of one lane.
+    /// Writes the weights of one lane to `out` in float32.
     pub(crate) fn read_lane(&self, tile: &[u8], lane: usize, out: &mut [f32]) {
         let outs = out.chunks_exact_mut(self.affine.group * self.block_groups);
         for (block, out) in tile.chunks_exact(self.block_bytes()).zip(outs) {

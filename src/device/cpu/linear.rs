@@ -1,4 +1,4 @@
-//! Linear layers: loading, and choosing the kernel that multiplies.
+//! Linear layers: loading, and the choice of the kernel that multiplies.
 
 use super::float::{DequantisedTiles, FloatTiles, TILES};
 use super::integer::IntegerTiles;
@@ -20,17 +20,17 @@ pub struct CpuLinear {
 }
 
 impl CpuLinear {
-    /// Outputs.
+    /// Returns the number of outputs.
     pub fn rows(&self) -> usize {
         self.rows
     }
 
-    /// Inputs.
+    /// Returns the number of inputs.
     pub fn columns(&self) -> usize {
         self.columns
     }
 
-    /// Bytes that the weights and the bias take.
+    /// Returns the number of bytes that the weights and the bias take.
     pub fn bytes(&self) -> usize {
         let bias = self
             .bias
@@ -59,7 +59,8 @@ impl CpuLinear {
         }
         let mut parts = Vec::new();
         let mut first_output = 0;
-        // Neighbours of one format become one part: only its last tile is padded.
+        // Adjacent parts of the same format are packed as one, so that only its last tile is
+        // padded.
         for same in spec.parts.chunk_by(|a, b| a.dtype == b.dtype) {
             parts.push(Packed::new(workers, arena, same, first_output)?);
             first_output += same.iter().map(|part| part.rows).sum::<usize>();
@@ -72,7 +73,7 @@ impl CpuLinear {
         })
     }
 
-    /// Row `row` of the weights in float32, without the bias.
+    /// Writes row `row` of the weights to `out` in float32, without the bias.
     pub(crate) fn read_row(&self, row: usize, out: &mut [f32]) {
         let holds =
             |part: &&Packed| (part.first_output..part.first_output + part.rows).contains(&row);
@@ -120,12 +121,12 @@ fn check(part: &WeightRows<'_>, columns: usize) -> Result<(), DeviceError> {
     Ok(())
 }
 
-/// What a multiplication reads and writes beside the weights.
+/// Operands of a multiplication other than the weights.
 pub(crate) struct Operands<'a> {
-    /// `rows` rows of `columns` activations.
+    /// Activations, `rows` rows of the layer's `columns`.
     pub(crate) x: &'a [f32],
     pub(crate) rows: usize,
-    /// `rows` rows of `outputs` results.
+    /// Results, `rows` rows of `outputs`.
     pub(crate) out: Disjoint<'a, f32>,
     pub(crate) outputs: usize,
     pub(crate) bias: Option<&'a [f32]>,
@@ -135,7 +136,7 @@ impl Operands<'_> {
     /// Adds the bias to `count` outputs of a row and writes them.
     ///
     /// # Safety
-    /// Nobody else writes these outputs. `count` is at most 16.
+    /// Nothing else may write these outputs, and `count` must be at most 16.
     #[inline(always)]
     pub(crate) unsafe fn store<S: Simd>(
         &self,
@@ -146,7 +147,7 @@ impl Operands<'_> {
         value: S::F,
     ) {
         let to = self.out.pointer(row * self.outputs + output, count);
-        // SAFETY: `count` outputs lie at `to`, as many biases were sliced.
+        // SAFETY: `to` points to `count` outputs, and the slice of the bias has `count` values.
         unsafe {
             let value = match self.bias {
                 Some(bias) => s.add(
@@ -164,7 +165,7 @@ impl Operands<'_> {
     }
 }
 
-/// What multiplications share from call to call.
+/// State that is shared by all multiplications.
 pub(crate) struct Multiplier {
     pub(crate) isa: Isa,
     pub(crate) activations: Activations,
@@ -180,7 +181,7 @@ impl Multiplier {
         }
     }
 
-    /// `out = W x + b` for `rows` rows; `x` and `out` hold exactly these rows.
+    /// Computes `out = W x + b` for `rows` rows. `x` and `out` must have exactly `rows` rows.
     pub(crate) fn multiply(
         &mut self,
         workers: &mut Workers,
@@ -233,7 +234,8 @@ impl Multiplier {
             }
         };
         let tiles = weight.parts.iter().map(Packed::tiles).sum::<usize>();
-        // A few claims a thread even out what else the machine does.
+        // Several claims per thread balance the load when other programs slow down some
+        // threads.
         let grain = (tiles / (workers.count() * 4))
             .next_multiple_of(TILES)
             .max(1);

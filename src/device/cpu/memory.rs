@@ -1,4 +1,4 @@
-//! Memory that kernels stream: aligned to cache lines, zero until written.
+//! Memory that kernels stream, aligned to cache lines and initially zero.
 
 use crate::device::DeviceError;
 use memmap2::MmapMut;
@@ -8,36 +8,36 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-/// A cache line.
+/// Bytes per cache line.
 const ALIGNMENT: usize = 64;
 
-/// Numbers for which all bits zero is a value and which own nothing.
+/// Number types for which all bits zero is a valid value and which own no resources.
 pub(crate) trait Plain: Copy + Send + Sync + 'static {}
 impl Plain for u8 {}
 impl Plain for f32 {}
 
-/// A fixed number of elements, zero at first, aligned to a cache line.
+/// A fixed number of elements, initially zero and aligned to a cache line.
 ///
-/// Pages that were never written take no memory: the allocation comes from
-/// `calloc`, which a larger alignment than the allocator's own would forgo, so it
-/// is aligned by hand.
+/// Pages that were never written take no memory, because the allocation comes from `calloc`. An
+/// alignment above the allocator's own would rule `calloc` out, so the buffer is aligned by
+/// hand.
 pub(crate) struct Buffer<T: Plain> {
     start: NonNull<T>,
     len: usize,
     memory: Memory,
 }
 
-/// What a buffer's elements lie in.
+/// The memory that holds a buffer's elements.
 enum Memory {
-    /// Its own allocation.
+    /// An allocation of its own.
     Own { base: NonNull<u8>, layout: Layout },
-    /// A part of a mapping that others have parts of, too.
+    /// A part of a mapping that it shares with other buffers.
     Part { _of: Arc<Mapping> },
 }
 
-// SAFETY: a buffer owns its memory, and `Plain` types may cross threads.
+// SAFETY: a buffer is the only owner of its elements, and `Plain` types may cross threads.
 unsafe impl<T: Plain> Send for Buffer<T> {}
-// SAFETY: as above; shared access only reads.
+// SAFETY: as above, and shared access only reads.
 unsafe impl<T: Plain> Sync for Buffer<T> {}
 
 fn out_of_memory<T>(len: usize, what: &str) -> DeviceError {
@@ -49,7 +49,7 @@ fn out_of_memory<T>(len: usize, what: &str) -> DeviceError {
 }
 
 impl<T: Plain> Buffer<T> {
-    /// `len` zeros. `what` is named in the error where memory cannot be had.
+    /// Allocates `len` zeros. The error names `what` if memory cannot be allocated.
     pub(crate) fn zeroed(len: usize, what: &str) -> Result<Self, DeviceError> {
         let out_of_memory = || out_of_memory::<T>(len, what);
         let bytes = len
@@ -57,11 +57,12 @@ impl<T: Plain> Buffer<T> {
             .and_then(|bytes| bytes.checked_add(ALIGNMENT));
         let layout = bytes.and_then(|bytes| Layout::from_size_align(bytes, 16).ok());
         let layout = layout.ok_or_else(out_of_memory)?;
-        // SAFETY: the layout's size is at least `ALIGNMENT`, not 0.
+        // SAFETY: the size of the layout is at least `ALIGNMENT`, so it is not 0.
         let base = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(out_of_memory)?;
         let offset = base.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
         Ok(Self {
-            // SAFETY: `offset` is at most `ALIGNMENT`, by which the allocation is longer.
+            // SAFETY: `offset` is at most `ALIGNMENT`, and the allocation is `ALIGNMENT` bytes
+            // longer than the elements.
             start: unsafe { base.add(offset) }.cast(),
             len,
             memory: Memory::Own { base, layout },
@@ -72,7 +73,8 @@ impl<T: Plain> Buffer<T> {
 impl<T: Plain> Deref for Buffer<T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
-        // SAFETY: `len` elements are this buffer's, and zeros are a `Plain` value.
+        // SAFETY: `start` points to `len` elements that belong to this buffer, and the zeros in
+        // them are a valid `Plain` value.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
     }
 }
@@ -87,33 +89,35 @@ impl<T: Plain> DerefMut for Buffer<T> {
 impl<T: Plain> Drop for Buffer<T> {
     fn drop(&mut self) {
         if let Memory::Own { base, layout } = self.memory {
-            // SAFETY: allocated in `zeroed` with this layout, freed once.
+            // SAFETY: `base` was allocated in `zeroed` with this layout and is freed only here.
             unsafe { dealloc(base.as_ptr(), layout) }
         }
     }
 }
 
-/// Bytes that an [`Arena`] maps at a time.
+/// Minimum number of bytes that an [`Arena`] maps at a time.
 const MAPPING: usize = 64 << 20;
 
-/// Gives out buffers that are parts of large mappings, in large pages where the system has
-/// them: for weights, which are read from end to end for every token, so that each page
-/// has to be found anew. A mapping goes with the last of its buffers, the current one with
-/// the arena; what a buffer leaves is not given out again.
+/// Allocates buffers as parts of large mappings, which use huge pages if the system supports
+/// them.
+///
+/// Meant for weights: they are read from end to end for every token, so with small pages each
+/// page would cost a TLB miss per token. A mapping is freed with the last of its buffers, but
+/// the current mapping no sooner than the arena. The memory of a dropped buffer is not reused.
 #[derive(Default)]
 pub(crate) struct Arena {
     mapping: Option<Arc<Mapping>>,
-    /// Bytes of it that were given out.
+    /// Bytes of the current mapping that are in use.
     used: usize,
 }
 
-/// Anonymous memory.
+/// Anonymous memory mapped from the operating system.
 struct Mapping {
     base: NonNull<u8>,
     memory: MmapMut,
 }
 
-// SAFETY: the memory is only touched through buffers, each of which has a part of its own.
+// SAFETY: the memory is accessed only through buffers, each of which has its own part.
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
@@ -131,7 +135,7 @@ impl Mapping {
 }
 
 impl Arena {
-    /// `len` zeros. `what` is named in the error where memory cannot be had.
+    /// Allocates `len` zeros. The error names `what` if memory cannot be allocated.
     pub(crate) fn zeroed<T: Plain>(
         &mut self,
         len: usize,
@@ -150,8 +154,8 @@ impl Arena {
                 Arc::clone(self.mapping.insert(Arc::new(mapping)))
             }
         };
-        // SAFETY: `used` and `bytes` lie within the mapping, and `used` only grows: no
-        // two buffers overlap. A mapping is aligned to pages, and each part to a line.
+        // SAFETY: `used` and `bytes` are within the mapping, and `used` only grows, so no two
+        // buffers overlap. A mapping is aligned to a page, and each part to a cache line.
         let start = unsafe { mapping.base.add(self.used) }.cast();
         self.used += bytes;
         Ok(Buffer {
@@ -162,22 +166,22 @@ impl Arena {
     }
 }
 
-/// A slice that several workers write, each its own elements.
+/// A slice that several workers write, each to its own elements.
 ///
-/// This is the one way in which workers share results: an operation cuts its
-/// output so that no element belongs to two items of work.
+/// This is the only way in which workers share results. An operation divides its output so that
+/// no element belongs to two items of work.
 pub(crate) struct Disjoint<'a, T> {
     start: *mut T,
     len: usize,
     of: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: `range` hands out elements only under the promise that no two threads
-// ask for the same ones, which makes this a `&mut [T]` cut into pieces.
+// SAFETY: `range` hands out elements only if the caller guarantees that no two threads ask for
+// the same ones, so this is a `&mut [T]` that has been cut into pieces.
 unsafe impl<T: Send> Sync for Disjoint<'_, T> {}
 
 impl<'a, T> Disjoint<'a, T> {
-    /// Cuts `slice`.
+    /// Wraps `slice` so that it can be cut into pieces.
     pub(crate) fn new(slice: &'a mut [T]) -> Self {
         Self {
             start: slice.as_mut_ptr(),
@@ -186,23 +190,27 @@ impl<'a, T> Disjoint<'a, T> {
         }
     }
 
-    /// Where `len` elements from `start` lie.
+    /// Returns a pointer to `len` elements from `start`.
+    ///
+    /// # Panics
+    /// Panics if the elements are not inside the slice.
     pub(crate) fn pointer(&self, start: usize, len: usize) -> *mut T {
         assert!(
             start <= self.len && len <= self.len - start,
             "a piece outside its slice"
         );
-        // SAFETY: inside the slice, as just checked.
+        // SAFETY: `start` is inside the slice, as just checked.
         unsafe { self.start.add(start) }
     }
 
-    /// `len` elements from `start`.
+    /// Returns `len` elements from `start`.
     ///
     /// # Safety
-    /// Nobody else holds any of these elements while the result lives.
-    #[allow(clippy::mut_from_ref)] // the promise above is what `&mut` asks for
+    /// While the result lives, nothing else may access any of these elements.
+    #[allow(clippy::mut_from_ref)] // the caller guarantees exclusive access
     pub(crate) unsafe fn range(&self, start: usize, len: usize) -> &mut [T] {
-        // SAFETY: inside the slice, as `pointer` checks; the caller keeps pieces disjoint.
+        // SAFETY: the elements are inside the slice, as `pointer` checks, and the caller keeps
+        // the pieces disjoint.
         unsafe { std::slice::from_raw_parts_mut(self.pointer(start, len), len) }
     }
 }

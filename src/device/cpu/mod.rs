@@ -1,15 +1,14 @@
-//! The CPU device: the embedded default, and the second opinion that other devices
-//! are compared with.
+//! The CPU device: the embedded default, and the reference that other devices are compared
+//! with.
 //!
-//! Weights are repacked once at load (`packed`), into the layout that the kernels
-//! (`integer`, `float`) stream. Kernels are written once against sixteen-lane
-//! vectors (`simd`) and run on a few threads with one barrier an operation
-//! (`workers`). Operations compute at once: nothing is left for
-//! [`Device::collect`] to wait for.
+//! Weights are repacked once at load (`packed`) into the layout that the kernels (`integer`,
+//! `float`) stream. Kernels are written once against sixteen-lane vectors (`simd`) and run on a
+//! few threads with one barrier per operation (`workers`). Operations compute immediately, so
+//! [`Device::collect`] has nothing left to wait for.
 //!
-//! Why results depend on nothing but their own row: every kernel does the same
-//! float operations in the same order for a row and an output, however many rows
-//! or outputs share its registers, and no sum is ever split between threads.
+//! The result of a row does not depend on the other rows. A kernel does the same float
+//! operations in the same order for each row and output, however many rows or outputs share its
+//! registers, and a sum is never split between threads.
 
 #![deny(unsafe_op_in_unsafe_fn, missing_docs)]
 
@@ -56,19 +55,19 @@ use workers::Workers;
 pub struct CpuVector(Vec<f32>);
 
 impl CpuVector {
-    /// The numbers.
+    /// Returns the numbers.
     pub fn values(&self) -> &[f32] {
         &self.0
     }
 }
 
-/// Samples that are ready.
+/// Samples of a step, already computed.
 pub struct CpuPending(Vec<Sampled>);
 
-/// Sums of rows that are ready.
+/// Sums of rows, already computed.
 pub struct CpuPooling(Vec<PooledRows>);
 
-/// Computes on the processor.
+/// A device that computes on the CPU.
 pub struct CpuDevice {
     workers: Workers,
     multiplier: Multiplier,
@@ -79,15 +78,19 @@ pub struct CpuDevice {
     ropes: RopeTables,
     attention: Attention,
     experts: experts::Scratch,
-    /// What the last step sampled, for rows that wait for it.
+    /// Tokens that the last step sampled, for rows of the next step that refer to them.
     sampled: Vec<u32>,
-    /// Samples that have been read, for their memory.
+    /// Samples that the caller has read, kept to reuse their memory.
     spare_samples: Vec<Sampled>,
 }
 
 impl CpuDevice {
-    /// Starts the worker threads. `Unsupported` if the machine lacks the
-    /// instruction set asked for.
+    /// Creates the device and starts its worker threads.
+    ///
+    /// # Errors
+    /// Returns [`DeviceError::Unsupported`] if the machine lacks the requested instruction set,
+    /// and [`DeviceError::Unavailable`] if a core is not available to the process or if a
+    /// thread cannot be started.
     pub fn new(options: &CpuOptions) -> Result<Self, DeviceError> {
         let isa = Isa::choose(options.simd)?;
         let threads = options
@@ -116,8 +119,8 @@ impl CpuDevice {
         })
     }
 
-    /// Runs `kernel(first row, rows' elements of out)` over the rows of `out` on
-    /// all threads; `weight` is how many elements a row costs.
+    /// Runs `kernel(rows, elements)` over the rows of `out` on all threads, where `elements`
+    /// are the elements of these rows in `out`. `weight` is the cost of a row in elements.
     fn rowwise<'a, K: Kernel>(
         &mut self,
         operation: &'static str,
@@ -128,10 +131,11 @@ impl CpuDevice {
         let isa = self.multiplier.isa;
         let columns = out.len() / rows.max(1);
         let out = Disjoint::new(out);
-        // A few rows are done sooner than a second thread would join.
+        // A small number of rows is done sooner than a second thread could join.
         let grain = (16_384 / weight.max(1)).max(1);
         self.workers.run(operation, rows, grain, |range| {
-            // SAFETY: rows are items; the elements live as long as `out` was lent.
+            // SAFETY: each row belongs to one item, so that no two calls share elements, and
+            // `out` stays borrowed for `'a`, the lifetime that the elements get.
             let elements = unsafe {
                 let part = out.range(range.start * columns, range.len() * columns);
                 std::slice::from_raw_parts_mut(part.as_mut_ptr(), part.len())
@@ -141,7 +145,7 @@ impl CpuDevice {
     }
 }
 
-/// `Failed` unless `holds`.
+/// Returns [`DeviceError::Failed`] unless `holds`.
 fn require(
     holds: bool,
     operation: &'static str,
@@ -157,12 +161,12 @@ fn require(
     })
 }
 
-/// `Failed` where something is wrong.
+/// Turns the reason of a failed check into [`DeviceError::Failed`].
 fn sound(operation: &'static str, checked: Result<(), String>) -> Result<(), DeviceError> {
     checked.or_else(|reason| require(false, operation, || reason))
 }
 
-/// A matrix has `columns` columns and at least `rows` rows.
+/// Requires a matrix of exactly `columns` columns and at least `rows` rows.
 fn require_shape(
     operation: &'static str,
     name: &str,
@@ -288,7 +292,7 @@ impl Device for CpuDevice {
         self.weight_bytes
     }
 
-    /// All activations are float32 here.
+    /// Ignores the precision, because all activations are float32 on this device.
     fn allocate(
         &mut self,
         rows: usize,
@@ -314,7 +318,8 @@ impl Device for CpuDevice {
         CpuHostBlocks::new(cache::block_bytes(shape, self.kv_half), blocks)
     }
 
-    /// What one thread copies from memory to memory, of a size that no cache holds.
+    /// Returns the rate at which one thread copies memory, for sizes that do not fit in a CPU
+    /// cache.
     fn swap_bandwidth(&self) -> f64 {
         5e9
     }
@@ -355,7 +360,7 @@ impl Device for CpuDevice {
         self.workers
             .run("embed", rows, (4096 / columns.max(1)).max(1), |range| {
                 for row in range {
-                    // SAFETY: a row is one item.
+                    // SAFETY: each row belongs to one item.
                     let out = unsafe { out.range(row * columns, columns) };
                     table.read_row(tokens[row] as usize, out);
                     if scale != 1.0 {
@@ -696,7 +701,7 @@ impl Device for CpuDevice {
         self.workers.begin_step();
         let chosen = self.workers.run("sample", rows.len(), 1, |range| {
             for row in range {
-                // SAFETY: a row is one item.
+                // SAFETY: each row belongs to one item.
                 let out = unsafe { &mut out.range(row, 1)[0] };
                 *out = sampling::choose(isa, logits.row(row), &rows[row]);
             }
@@ -731,7 +736,8 @@ impl Device for CpuDevice {
             range.clone().for_each(|row| sum.add_row(x.row(row)));
             sum
         };
-        // Next to the products that made the rows it costs nothing: no thread is woken.
+        // Summing costs little compared with the products that made the rows, so that waking
+        // other threads is not worthwhile.
         Ok(CpuPooling(ranges.iter().map(sum).collect()))
     }
 

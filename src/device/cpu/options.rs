@@ -1,31 +1,35 @@
-//! What can be chosen about the CPU device.
+//! Options of the CPU device.
 
-/// How many threads, which instructions, which number formats.
+/// Options of the CPU device: threads, instruction set and number formats.
 ///
-/// The default is the fastest that the machine has; every combination keeps the
-/// determinism contract of [`crate::device`].
+/// The default is the fastest combination that the machine supports. Every combination keeps
+/// the determinism guarantee of [`crate::device`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CpuOptions {
-    /// Threads that compute, the calling one included; one for each of `cores` when
-    /// `None`, and without these as many as the process may use.
+    /// Number of threads that compute, including the calling thread. `None` means one thread
+    /// for each of `cores`, or, if `cores` is empty, as many as the process may use.
     pub threads: Option<usize>,
-    /// Which of the machine's logical processors they run on, the calling thread on the
-    /// first from its first operation on: one each, and round again if there are fewer.
-    /// The system chooses if it is empty, and the engines of a process then share the
-    /// processors. An engine does best on the cores of one socket, which also has its
-    /// memory then; of cores that differ in speed, the faster ones take more of the work.
+    /// Logical processors to bind the threads to.
+    ///
+    /// Each thread is bound to one entry; if there are more threads than entries, the
+    /// assignment wraps around. The calling thread is bound to the first entry when it runs its
+    /// first operation. If the list is empty, the operating system places the threads, and the
+    /// engines of a process share the processors. An engine runs best on the cores of one
+    /// socket, because its memory is then local to that socket. If cores differ in speed, the
+    /// faster ones take more of the work.
     pub cores: Vec<usize>,
-    /// The instruction set.
+    /// Instruction set to compute with.
     pub simd: SimdLevel,
-    /// What activations are multiplied as.
+    /// Number format of activations in matrix products.
     pub activations: Activations,
-    /// What cached keys and values are kept as.
+    /// Number format of cached keys and values.
     pub kv: KvType,
 }
 
 impl CpuOptions {
-    /// Settles [`KvType::Auto`] for a model: a cache in float16 adds an error that
-    /// is small beside that of int8 activations, and large beside float32's.
+    /// Resolves [`KvType::Auto`] for a model: float16 if its weights are quantised and
+    /// activations are int8, otherwise float32. The error of a float16 cache is small compared
+    /// with that of int8 activations, but large compared with that of float32 activations.
     pub fn for_weights(mut self, quantised: bool) -> Self {
         if self.kv == KvType::Auto {
             let integer = quantised && self.activations != Activations::F32;
@@ -35,42 +39,42 @@ impl CpuOptions {
     }
 }
 
-/// An instruction set to compute with.
+/// Instruction set to compute with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SimdLevel {
-    /// The best one that the machine has.
+    /// The best one that the machine supports.
     #[default]
     Auto,
     /// AVX-512 F, BW, DQ, VL and VNNI.
     Avx512,
-    /// AVX2, FMA and F16C; the same bits as AVX-512.
+    /// AVX2, FMA and F16C. Gives the same results as AVX-512, bit for bit.
     Avx2,
-    /// Plain Rust.
+    /// Plain Rust, without explicit vector instructions.
     Portable,
 }
 
-/// What activations are multiplied with weights as.
+/// Number format of activations in matrix products.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Activations {
     /// Int8 for quantised weights, float32 for floating-point weights.
     #[default]
     Auto,
-    /// Float32 for all weights: the reference.
+    /// Float32 for all weights. This is the reference.
     F32,
-    /// As `Auto`: int8 wherever the weights are quantised. Floating-point weights
-    /// are always multiplied in float32.
+    /// Same as `Auto`: int8 for quantised weights. Products with floating-point weights are
+    /// always computed in float32.
     Int8,
 }
 
-/// What cached keys and values are kept as.
+/// Number format of cached keys and values.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum KvType {
-    /// Float16 where quantised weights are multiplied in int8, float32 otherwise; see
-    /// [`CpuOptions::for_weights`].
+    /// Float16 if quantised weights are multiplied in int8, otherwise float32. Weights count as
+    /// quantised unless [`CpuOptions::for_weights`] resolves this.
     #[default]
     Auto,
     /// Float32.
     F32,
-    /// Float16; what it cannot hold becomes its largest finite number.
+    /// Float16. Values out of range become the nearest finite float16.
     F16,
 }

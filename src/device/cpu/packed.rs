@@ -1,13 +1,13 @@
 //! Weights in the layout that the kernels stream.
 //!
-//! Sixteen output rows are interleaved into a *tile*, so that one vector load
-//! brings the weights of sixteen outputs. A tile is read from front to back:
+//! Sixteen output rows are interleaved into a *tile*, so that one vector load brings the
+//! weights of sixteen outputs. A tile is read from front to back:
 //!
-//! - quantised: scales and codes as `layout` describes.
-//! - floating-point: for each input, sixteen weights in the format they came in.
+//! - Quantised: scales and codes in the layout that `layout` describes.
+//! - Floating-point: sixteen weights per input, in the format that they are stored in.
 //!
-//! The last tile is filled up with zeros. There is no other copy of the weights:
-//! [`Packed::read_row`] serves embeddings from the same tiles.
+//! The last tile is padded with zeros. There is no other copy of the weights: embeddings are
+//! read from the same tiles by [`Packed::read_row`].
 
 use super::layout::{QuantLayout, Row};
 use super::memory::{Arena, Buffer, Disjoint};
@@ -18,7 +18,7 @@ use crate::weights::DType;
 use half::{bf16, f16};
 use std::cell::RefCell;
 
-/// How a floating-point weight is stored.
+/// Storage format of a floating-point weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FloatType {
     F32,
@@ -40,7 +40,7 @@ impl FloatType {
     }
 }
 
-/// What a tile holds.
+/// Contents of a tile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Format {
     Float(FloatType),
@@ -72,14 +72,14 @@ impl Format {
     }
 }
 
-/// Consecutive output rows of one format.
+/// Consecutive output rows of the same format.
 pub(crate) struct Packed {
     pub(crate) format: Format,
-    /// Output rows.
+    /// Number of output rows.
     pub(crate) rows: usize,
-    /// Inputs.
+    /// Number of inputs.
     pub(crate) columns: usize,
-    /// Which output of the linear layer row 0 is.
+    /// Index of row 0 among the outputs of the linear layer.
     pub(crate) first_output: usize,
     tile_bytes: usize,
     data: Buffer<u8>,
@@ -90,7 +90,8 @@ thread_local! {
 }
 
 impl Packed {
-    /// Packs `parts`, which share dtype and columns and have been checked.
+    /// Packs `parts`, which must have the same dtype and number of columns. The caller has
+    /// checked them.
     pub(crate) fn new(
         workers: &mut Workers,
         arena: &mut Arena,
@@ -113,7 +114,7 @@ impl Packed {
         let out = Disjoint::new(&mut data);
         workers.run("load_linear", tiles, 4, |range| {
             for tile in range {
-                // SAFETY: each tile is one item.
+                // SAFETY: each tile belongs to one item.
                 let to = unsafe { out.range(tile * tile_bytes, tile_bytes) };
                 for lane in 0..LANES.min(rows - tile * LANES) {
                     let (part, row) = find(parts, tile * LANES + lane);
@@ -133,22 +134,22 @@ impl Packed {
         })
     }
 
-    /// How many tiles.
+    /// Returns the number of tiles.
     pub(crate) fn tiles(&self) -> usize {
         self.rows.div_ceil(LANES)
     }
 
-    /// Bytes taken.
+    /// Returns the number of bytes that the weights take.
     pub(crate) fn bytes(&self) -> usize {
         self.data.len()
     }
 
-    /// The bytes of a tile.
+    /// Returns the bytes of a tile.
     pub(crate) fn tile(&self, tile: usize) -> &[u8] {
         &self.data[tile * self.tile_bytes..][..self.tile_bytes]
     }
 
-    /// Row `row` in float32.
+    /// Writes row `row` to `out` in float32.
     pub(crate) fn read_row(&self, row: usize, out: &mut [f32]) {
         let (tile, lane) = (self.tile(row / LANES), row % LANES);
         match self.format {
@@ -163,7 +164,7 @@ impl Packed {
     }
 }
 
-/// Which part holds row `row` of all parts together, and which of its rows it is.
+/// Returns the part that holds row `row` of the stacked parts, and the row's index in it.
 fn find<'a, 'b>(parts: &'a [WeightRows<'b>], mut row: usize) -> (&'a WeightRows<'b>, usize) {
     let mut part = &parts[0];
     for candidate in parts {
@@ -176,7 +177,7 @@ fn find<'a, 'b>(parts: &'a [WeightRows<'b>], mut row: usize) -> (&'a WeightRows<
     (part, row)
 }
 
-/// Spreads a stored row over its lane of a tile.
+/// Writes a stored row to its lane of a tile.
 fn pack_lane(format: Format, stored: &[u8], tile: &mut [u8], lane: usize) {
     match format {
         Format::Float(float) => {

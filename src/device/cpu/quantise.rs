@@ -1,14 +1,14 @@
 //! Activations as 8-bit integers, for integer dot products with quantised weights.
 //!
-//! Each span of 16 values of a row has its own scale, `largest magnitude / 127`:
-//! spans of 32, as in ggml, have a third more error in the log-probabilities. Sums
-//! over the weights' groups are kept next to it: they stand for the weights' zero
-//! points (exactly, in integers) and minimums.
+//! Each span of 16 values of a row has its own scale, `largest magnitude / 127`. With spans of
+//! 32, as in ggml, the error of the log probabilities is a third larger. The sums of the codes
+//! over each group of weights are stored as well. The kernel uses them to account for the zero
+//! points of the weights (exactly, in integers) and for their minimums.
 //!
-//! The value of a row with the largest magnitude is not rounded: its code is 0, and
-//! the kernel adds its products in float32, as LLM.int8() does with the columns of
-//! large values (Dettmers et al., 2022). Otherwise a channel far above the others
-//! would take the precision of its span.
+//! The value with the largest magnitude of each row is not rounded. Its code is 0, and the
+//! kernel adds its products in float32, as LLM.int8() does for columns with large values
+//! (Dettmers et al., 2022). Otherwise a channel that is much larger than the others would
+//! reduce the precision of its whole span.
 
 use super::layout::QuantLayout;
 use super::memory::Disjoint;
@@ -17,59 +17,59 @@ use super::workers::Workers;
 use crate::device::DeviceError;
 use std::ops::Range;
 
-/// Values that share a scale.
+/// Number of values that share a scale.
 pub(crate) const SPAN: usize = 16;
 
-/// Values that are quantised at a time: the largest group of weights.
+/// Number of values that are quantised at a time: the size of the largest group of weights.
 const GROUP: usize = 2 * SPAN;
 
-/// Rows whose largest values are listed together: as many as a register block has at
-/// most, and no block reaches over a multiple of it.
+/// Number of rows whose largest values are listed together. This is the maximum number of rows
+/// of a register block, and no block crosses a multiple of it.
 pub(crate) const SHARED: usize = 8;
 
 /// A column in which at least one of [`SHARED`] rows has its largest value.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LargeColumn {
     pub(crate) column: usize,
-    /// The rows' values; 0 where a row's largest value is in another column.
+    /// Value of each row in this column; 0 if the row has its largest value in another column.
     pub(crate) values: [f32; SHARED],
 }
 
 impl LargeColumn {
-    /// Follows the last column of a list.
+    /// Sentinel after the last column of a list.
     const END: Self = Self {
         column: usize::MAX,
         values: [0.0; SHARED],
     };
 }
 
-/// What a kernel needs to know of a row's values beside their codes, for one group
-/// of weights: one or two spans.
+/// What a kernel needs to know about the values of a row, apart from their codes, for one group
+/// of weights. A group consists of one or two spans.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct GroupMeta {
-    /// Value of code 1 in each span.
+    /// Scale of each span, which is the value of code 1.
     pub(crate) scales: [f32; 2],
-    /// `−zero · Σ codes` of each span: where the integer dot product starts.
+    /// `−zero · Σ codes` of each span, the initial value of the integer dot product.
     pub(crate) starts: [i32; 2],
-    /// `Σ scale · Σ codes`: what a weight minimum is multiplied by.
+    /// `Σ scale · Σ codes`, the factor for a minimum of the weights.
     pub(crate) sum: f32,
 }
 
-/// Rows of activations as integers; kept from call to call for its memory.
+/// Quantised rows of activations. Reused from call to call to keep the memory.
 #[derive(Default)]
 pub(crate) struct Quantised {
     codes: Vec<i8>,
     meta: Vec<GroupMeta>,
     views: Vec<View>,
-    /// For each [`SHARED`] rows, a list of as many columns at most.
+    /// For every [`SHARED`] rows, a list of at most [`SHARED`] columns.
     large: Vec<LargeColumn>,
 }
 
-/// The sums that weights of one group size and zero point need.
+/// Sums for the weights of one group size and zero point.
 struct View {
     group: usize,
     zero: i32,
-    /// Where they lie in [`Quantised::meta`], row after row.
+    /// Range of the sums in [`Quantised::meta`], row after row.
     meta: Range<usize>,
 }
 
@@ -104,7 +104,7 @@ impl Quantised {
         let large = &Disjoint::new(&mut self.large);
         let codes = &Disjoint::new(&mut self.codes);
         let (views, meta) = (&self.views[..], &Disjoint::new(&mut self.meta));
-        // A few rows are done sooner than a second thread would join.
+        // A small number of rows is done sooner than a second thread could join.
         let grain = (16_384 / SHARED / columns.max(1)).max(1);
         workers.run("linear", shares, grain, |range| {
             isa.dispatch(QuantiseRows {
@@ -120,19 +120,20 @@ impl Quantised {
         })
     }
 
-    /// The codes of all rows.
+    /// Returns the codes of all rows.
     pub(crate) fn codes(&self) -> &[i8] {
         &self.codes
     }
 
-    /// The columns of the largest values, ascending, of `row` and the rows listed with it.
+    /// Returns the columns of the largest values of `row` and of the rows listed with it, in
+    /// ascending order.
     #[inline(always)]
     pub(crate) fn large(&self, row: usize) -> impl Iterator<Item = &LargeColumn> {
         let list = &self.large[row / SHARED * SHARED..][..SHARED];
         list.iter().take_while(|large| large.column != usize::MAX)
     }
 
-    /// What weights of `layout` need: one entry a row and group.
+    /// Returns the [`GroupMeta`] for weights of `layout`, one entry per row and group.
     pub(crate) fn meta(&self, layout: &QuantLayout) -> &[GroupMeta] {
         let affine = &layout.affine;
         let fits = |view: &&View| view.group == affine.group && view.zero == affine.zero;
@@ -147,7 +148,7 @@ struct QuantiseRows<'a> {
     x: &'a [f32],
     rows: usize,
     columns: usize,
-    /// Which [`SHARED`] rows.
+    /// Indices of the groups of [`SHARED`] rows.
     range: Range<usize>,
     codes: &'a Disjoint<'a, i8>,
     meta: &'a Disjoint<'a, GroupMeta>,
@@ -176,8 +177,8 @@ impl Kernel for QuantiseRows<'_> {
 }
 
 impl QuantiseRows<'_> {
-    /// Writes the codes of a row and what belongs to them. Returns the column of its
-    /// largest value, whose code is 0; `None` where all values are 0 or NaN.
+    /// Quantises a row and writes its codes and sums. Returns the column of the largest value,
+    /// whose code is 0, or `None` if all values are 0 or NaN.
     #[inline(always)]
     fn quantise_row<S: Simd>(&self, s: S, row: usize, x: &[f32]) -> Option<usize> {
         let groups = x.as_chunks::<GROUP>().0;
@@ -192,17 +193,18 @@ impl QuantiseRows<'_> {
         }
         let (g, offset) = found.filter(|_| largest > 0.0)?;
         let mut rest = groups[g];
-        // What an infinite value leaves is NaN: it must not get lost.
+        // This is 0, or NaN if the value is infinite, so that an infinity is not lost.
         rest[offset] *= 0.0;
         self.quantise_group(s, row, g, &rest);
         Some(g * GROUP + offset)
     }
 
-    /// Writes the codes of some values of a row and what belongs to them.
+    /// Quantises one group of values of a row and writes its codes and sums.
     #[inline(always)]
     fn quantise_group<S: Simd>(&self, s: S, row: usize, g: usize, x: &[f32; GROUP]) -> [Span; 2] {
         let codes = self.codes.pointer(row * self.columns + g * GROUP, GROUP);
-        // SAFETY: 32 values in, 32 codes out; the row belongs to this item.
+        // SAFETY: `x` has 32 values, `codes` points to 32 codes, and the row belongs to this
+        // item.
         let spans = unsafe {
             let (first, second) = x.split_at(SPAN);
             [
@@ -213,7 +215,7 @@ impl QuantiseRows<'_> {
         for view in self.views {
             let groups = GROUP / view.group;
             let first = view.meta.start + row * (self.columns / view.group) + g * groups;
-            // SAFETY: entries of this row only.
+            // SAFETY: these entries belong to this row only.
             let meta = unsafe { self.meta.range(first, groups) };
             if let [whole] = meta {
                 *whole = GroupMeta::new(view.zero, spans);
@@ -227,19 +229,19 @@ impl QuantiseRows<'_> {
     }
 }
 
-/// The largest magnitude of a row; NaN does not count.
+/// Returns the largest magnitude of a row, ignoring NaN.
 #[inline(always)]
 fn largest<S: Simd>(s: S, x: &[f32]) -> f32 {
     let mut largest = s.splat(0.0);
     for x in x.as_chunks::<LANES>().0 {
-        // SAFETY: sixteen values are a vector. The second operand of a maximum stays
-        // where the first is NaN.
+        // SAFETY: a chunk holds sixteen values, which is one vector. If the first operand of
+        // `max` is NaN, the second one is the result.
         largest = s.max(s.abs(unsafe { s.load(x.as_ptr()) }), largest);
     }
     s.reduce_max(largest)
 }
 
-/// Writes what was found, column, row and value, as one list by column.
+/// Writes the entries of `found`, each a column, a row and a value, as one list by column.
 fn list_columns(found: &mut [(usize, usize, f32); SHARED], list: &mut [LargeColumn]) {
     found.sort_unstable_by_key(|&(column, row, _)| (column, row));
     list.fill(LargeColumn::END);
@@ -253,7 +255,7 @@ fn list_columns(found: &mut [(usize, usize, f32); SHARED], list: &mut [LargeColu
     }
 }
 
-/// The scale and the sum of codes of some values.
+/// Scale and sum of the codes of a span.
 #[derive(Clone, Copy, Debug, Default)]
 struct Span {
     scale: f32,
@@ -265,7 +267,8 @@ impl GroupMeta {
     fn new(zero: i32, [first, second]: [Span; 2]) -> Self {
         Self {
             scales: [first.scale, second.scale],
-            // A NaN's integers are arbitrary, but its scale is NaN as well.
+            // If a span contains NaN, its integer sum is arbitrary, but its scale is NaN as
+            // well.
             starts: [
                 first.sum.wrapping_mul(-zero),
                 second.sum.wrapping_mul(-zero),
@@ -275,18 +278,18 @@ impl GroupMeta {
     }
 }
 
-/// Writes the codes of one span.
+/// Quantises one span and writes its codes.
 ///
 /// # Safety
-/// `x` holds [`SPAN`] values, and `codes` is writable for as many bytes.
+/// `x` must hold [`SPAN`] values, and `codes` must be writable for [`SPAN`] bytes.
 #[inline(always)]
 unsafe fn quantise<S: Simd>(s: S, x: &[f32], codes: *mut i8) -> Span {
     const { assert!(SPAN == LANES) };
     debug_assert_eq!(x.len(), SPAN);
-    // SAFETY: one vector is the span.
+    // SAFETY: the span is exactly one vector.
     let x = unsafe { s.load(x.as_ptr()) };
     let largest = s.reduce_max(s.abs(x));
-    // 0 for finite values, else NaN: integers could not carry a NaN any further.
+    // 0 if all values are finite, otherwise NaN. The integer codes cannot represent a NaN.
     let poison = s.reduce_add(s.mul(x, s.splat(0.0)));
     let inverse = if largest > 1e-30 {
         127.0 / largest
@@ -294,7 +297,7 @@ unsafe fn quantise<S: Simd>(s: S, x: &[f32], codes: *mut i8) -> Span {
         0.0
     };
     let quantised = s.to_int(s.mul(x, s.splat(inverse)));
-    // SAFETY: the caller vouches for 16 bytes.
+    // SAFETY: the caller guarantees that `codes` is writable for 16 bytes.
     unsafe { s.store_low_bytes(codes, quantised) };
     Span {
         scale: largest / 127.0 + poison,

@@ -1,4 +1,4 @@
-//! Rotary position embedding, the norms before it, and writing the cache.
+//! Rotary position embedding, the norms before it, and the writes to the KV cache.
 
 use super::cache::{CpuCache, HalfBits, KvElement, TileShape};
 use super::memory::Disjoint;
@@ -12,7 +12,7 @@ use std::ops::Range;
 /// A loaded [`RopeSpec`].
 pub struct CpuRope {
     pub(crate) spec: RopeSpec,
-    /// Where its table is among [`RopeTables`].
+    /// Index of its table in [`RopeTables`].
     pub(crate) index: usize,
 }
 
@@ -25,18 +25,19 @@ pub(crate) struct RopeTables {
 #[derive(Default)]
 struct Table {
     generation: u64,
-    /// One row a batch row: the cosines, then the sines.
+    /// One row per row of the batch: the cosines, then the sines.
     angles: Vec<f32>,
 }
 
 impl RopeTables {
-    /// A place for one more rope.
+    /// Adds a table for one more rotary embedding and returns its index.
     pub(crate) fn add(&mut self) -> usize {
         self.tables.push(Table::default());
         self.tables.len() - 1
     }
 
-    /// The angles for `batch`.
+    /// Returns the angles of `rope` for the rows of `batch`, and computes them if the batch is
+    /// new.
     pub(crate) fn angles(
         &mut self,
         workers: &mut Workers,
@@ -57,7 +58,7 @@ impl RopeTables {
             let grain = (512 / half.max(1)).max(1);
             workers.run("rope_store", batch.rows(), grain, |range| {
                 for row in range {
-                    // SAFETY: a row is one item.
+                    // SAFETY: each row belongs to one item.
                     let angles = unsafe { angles.range(row * 2 * half, 2 * half) };
                     let (cosines, sines) = angles.split_at_mut(half);
                     let position = batch.positions[row] as f32;
@@ -74,7 +75,7 @@ impl RopeTables {
     }
 }
 
-/// A norm on queries and keys, its weights as slices.
+/// Weights of the norms on queries and keys, as slices.
 #[derive(Clone, Copy)]
 pub(crate) struct NormWeights<'a> {
     pub(crate) q: &'a [f32],
@@ -83,7 +84,7 @@ pub(crate) struct NormWeights<'a> {
     pub(crate) per_head: bool,
 }
 
-/// What `rope_store` works on; operands were checked against each other.
+/// Operands of `rope_store`. The caller has checked that they fit together.
 pub(crate) struct RopeStore<'a> {
     pub(crate) heads: HeadShape,
     pub(crate) norm: Option<NormWeights<'a>>,
@@ -103,7 +104,8 @@ impl RopeStore<'_> {
         layer: usize,
     ) -> Result<(), DeviceError> {
         let qkv = Disjoint::new(qkv);
-        // Where a token's keys and values go; worked out before the layer is borrowed.
+        // Where a token's key and value go: the first element of the tile, and the index in the
+        // tile. The sizes are read here, before the layer is borrowed mutably.
         let block_tokens = cache.shape().block_tokens;
         let tile_elements = TileShape::new(self.heads.head_dim).elements();
         let place = |slot: usize, head: usize| {
@@ -138,7 +140,7 @@ impl RopeStore<'_> {
     }
 }
 
-/// Some rows of the batch.
+/// Processes some rows of the batch.
 struct Rows<'a, E, P> {
     store: &'a RopeStore<'a>,
     rows: Range<usize>,
@@ -163,7 +165,7 @@ impl<E: KvElement, P: Fn(usize, usize) -> (usize, usize)> Kernel for Rows<'_, E,
         let dim = heads.head_dim;
         let columns = heads.qkv_columns();
         for row in self.rows {
-            // SAFETY: a row is one item.
+            // SAFETY: each row belongs to one item.
             let qkv = unsafe { self.qkv.range(row * columns, columns) };
             let (q, kv) = qkv.split_at_mut(heads.q_columns());
             let (k, v) = kv.split_at_mut(heads.kv_heads * dim);
@@ -189,7 +191,8 @@ impl<E: KvElement, P: Fn(usize, usize) -> (usize, usize)> Kernel for Rows<'_, E,
                     .pointer(tile * bytes, shape.elements() * bytes)
                     .cast::<E>();
                 let (k, v) = (&k[head * dim..][..dim], &v[head * dim..][..dim]);
-                // SAFETY: `to` is a whole tile; no other row writes this token of it.
+                // SAFETY: `to` points to a whole tile, and no other row writes this token of
+                // it.
                 unsafe { store_token(s, to, shape, token, k, v) };
             }
         }
@@ -204,7 +207,8 @@ fn rotate<S: Simd>(s: S, head: &mut [f32], cosines: &[f32], sines: &[f32]) {
     let mut at = 0;
     while at < half {
         let count = LANES.min(half - at);
-        // SAFETY: `at + count` is at most `half`, twice which is inside the head.
+        // SAFETY: `at + count` is at most `half`, and `2 * half` is at most the length of the
+        // head.
         unsafe {
             let (first, second) = (head.as_mut_ptr().add(at), head.as_mut_ptr().add(half + at));
             let (a, b) = (s.load_part(first, count), s.load_part(second, count));
@@ -219,10 +223,10 @@ fn rotate<S: Simd>(s: S, head: &mut [f32], cosines: &[f32], sines: &[f32]) {
     }
 }
 
-/// Writes one token's key and value into its tile.
+/// Writes the key and value of one token into its tile.
 ///
 /// # Safety
-/// `tile` is writable for a whole tile; nobody else uses this token of it.
+/// `tile` must be writable for a whole tile, and nothing else may use this token of it.
 #[inline(always)]
 unsafe fn store_token<S: Simd, E: KvElement>(
     s: S,
@@ -235,8 +239,8 @@ unsafe fn store_token<S: Simd, E: KvElement>(
     let mut converted = [E::default(); LANES];
     for at in (0..shape.head_dim).step_by(LANES) {
         let count = LANES.min(shape.head_dim - at);
-        // SAFETY: `count` elements are left of key and value; the tile has room for
-        // the keys' `head_dim` rows and for whole vectors of values.
+        // SAFETY: at least `count` elements of the key and the value are left. The tile has
+        // room for the `head_dim` rows of keys and for whole vectors of values.
         unsafe {
             E::store(
                 s,

@@ -1,9 +1,9 @@
-//! Operations on each row alone: norms, sums, activations.
+//! Operations on single rows: norms, sums and activations.
 
 use super::simd::{Kernel, LANES, Simd};
 use crate::device::Activation;
 
-/// The start and length of each vector of a row of `columns`.
+/// Iterates over the start and the length of each vector of a row of `columns` elements.
 #[inline(always)]
 fn vectors(columns: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..columns)
@@ -11,11 +11,13 @@ fn vectors(columns: usize) -> impl Iterator<Item = (usize, usize)> {
         .map(move |at| (at, LANES.min(columns - at)))
 }
 
+/// Loads the first `count` numbers of a vector.
+///
 /// # Safety
-/// `from` is readable for `count` numbers; `count` is at most 16.
+/// `from` must be readable for `count` numbers, and `count` must be at most 16.
 #[inline(always)]
 unsafe fn load<S: Simd>(s: S, from: *const f32, count: usize) -> S::F {
-    // SAFETY: the caller vouches for `from`.
+    // SAFETY: the caller guarantees that `from` is readable.
     unsafe {
         if count == LANES {
             s.load(from)
@@ -25,11 +27,13 @@ unsafe fn load<S: Simd>(s: S, from: *const f32, count: usize) -> S::F {
     }
 }
 
+/// Stores the first `count` numbers of a vector.
+///
 /// # Safety
-/// `to` is writable for `count` numbers; `count` is at most 16.
+/// `to` must be writable for `count` numbers, and `count` must be at most 16.
 #[inline(always)]
 unsafe fn store<S: Simd>(s: S, to: *mut f32, value: S::F, count: usize) {
-    // SAFETY: the caller vouches for `to`.
+    // SAFETY: the caller guarantees that `to` is writable.
     unsafe {
         if count == LANES {
             s.store(to, value)
@@ -39,7 +43,7 @@ unsafe fn store<S: Simd>(s: S, to: *mut f32, value: S::F, count: usize) {
     }
 }
 
-/// `1 / √(mean square + ε)`.
+/// Returns `1 / √(mean square + ε)`.
 #[inline(always)]
 fn inverse_rms<S: Simd>(s: S, x: &[f32], epsilon: f32) -> f32 {
     let mut sum = s.splat(0.0);
@@ -51,13 +55,13 @@ fn inverse_rms<S: Simd>(s: S, x: &[f32], epsilon: f32) -> f32 {
     1.0 / (s.reduce_add(sum) / x.len() as f32 + epsilon).sqrt()
 }
 
-/// `x = x / rms(x) · weight`.
+/// Computes `x = x / rms(x) · weight` in place.
 #[inline(always)]
 pub(crate) fn normalize<S: Simd>(s: S, x: &mut [f32], weight: &[f32], epsilon: f32) {
     assert!(weight.len() >= x.len());
     let factor = s.splat(inverse_rms(s, x, epsilon));
     for (at, count) in vectors(x.len()) {
-        // SAFETY: `vectors` stays inside the row; the weight is as long.
+        // SAFETY: `vectors` stays inside the row, and the weight is at least as long.
         unsafe {
             let v = load(s, x.as_ptr().add(at), count);
             let w = load(s, weight.as_ptr().add(at), count);
@@ -87,7 +91,8 @@ impl Kernel for RmsNorm<'_> {
         {
             let factor = s.splat(inverse_rms(s, x, self.epsilon));
             for (at, count) in vectors(columns) {
-                // SAFETY: `vectors` stays inside the rows, which are equally long.
+                // SAFETY: `vectors` stays inside the rows, and the rows and the weight have the
+                // same length.
                 unsafe {
                     let v = load(s, x.as_ptr().add(at), count);
                     let w = load(s, self.weight.as_ptr().add(at), count);
@@ -121,7 +126,8 @@ impl Kernel for RmsNormAdd<'_> {
         for (x, residual) in self.x.chunks_exact(columns).zip(residuals) {
             let factor = s.splat(inverse_rms(s, x, self.epsilon));
             for (at, count) in vectors(columns) {
-                // SAFETY: `vectors` stays inside the rows, which are equally long.
+                // SAFETY: `vectors` stays inside the rows, and the rows and the weight have the
+                // same length.
                 unsafe {
                     let v = load(s, x.as_ptr().add(at), count);
                     let w = load(s, self.weight.as_ptr().add(at), count);
@@ -134,11 +140,11 @@ impl Kernel for RmsNormAdd<'_> {
     }
 }
 
-/// `a += b`, element by element.
+/// `a += factor · b`, element by element.
 pub(crate) struct Add<'a> {
     pub(crate) a: &'a mut [f32],
     pub(crate) b: &'a [f32],
-    /// Factor on `b`.
+    /// Factor applied to `b`.
     pub(crate) factor: f32,
 }
 
@@ -176,8 +182,8 @@ impl Kernel for Gate<'_> {
         let rows = self.gate_up.chunks_exact(2 * columns);
         for (gate_up, out) in rows.zip(self.out.chunks_exact_mut(columns)) {
             for (at, count) in vectors(columns) {
-                // SAFETY: `vectors` stays inside the row, and inside each half of the
-                // row of the operand.
+                // SAFETY: `vectors` stays inside the result row, and inside each half of the
+                // operand row.
                 unsafe {
                     let gate = load(s, gate_up.as_ptr().add(at), count);
                     let up = load(s, gate_up.as_ptr().add(columns + at), count);
@@ -198,7 +204,7 @@ fn silu<S: Simd>(s: S, x: S::F) -> S::F {
     s.div(x, s.add(s.splat(1.0), e))
 }
 
-/// `x/2 · (1 + tanh u)` as `x / (1 + e^(−2u))`, which does not cancel.
+/// Returns `x/2 · (1 + tanh u)`, computed as `x / (1 + e^(−2u))` to avoid cancellation.
 #[inline(always)]
 fn gelu_tanh<S: Simd>(s: S, x: S::F) -> S::F {
     const MINUS_2_SQRT_2_OVER_PI: f32 = -1.595_769;
@@ -234,7 +240,7 @@ impl Kernel for Softcap<'_> {
     }
 }
 
-/// The largest number, −∞ for none; NaN never wins.
+/// Largest of the numbers, or −∞ if there are none. NaN is ignored.
 pub(crate) struct Largest<'a>(pub(crate) &'a [f32]);
 
 impl Kernel for Largest<'_> {
@@ -245,7 +251,8 @@ impl Kernel for Largest<'_> {
         let (whole, rest) = self.0.as_chunks::<LANES>();
         let mut best = [s.splat(f32::NEG_INFINITY); 4];
         for (i, chunk) in whole.iter().enumerate() {
-            // SAFETY: a chunk of `LANES`. The operand order keeps NaN out.
+            // SAFETY: the chunk has `LANES` elements. If the first operand of `max` is NaN, the
+            // second one is the result, so NaN is ignored.
             best[i % 4] = s.max(unsafe { s.load(chunk.as_ptr()) }, best[i % 4]);
         }
         let best = s.max(s.max(best[0], best[1]), s.max(best[2], best[3]));

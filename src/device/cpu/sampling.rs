@@ -1,9 +1,9 @@
-//! Sampling on the CPU device: the tokens of the reference sampler,
-//! [`sample`](crate::sampling::sample), without its copies and its sort, and without a
-//! random number for each token that cannot win.
+//! Sampling on the CPU device. Chooses the same tokens as the reference sampler,
+//! [`sample`](crate::sampling::sample), but avoids its copies, its sort, and the random numbers
+//! of tokens that cannot win.
 //!
-//! Log-probabilities differ from the reference's by the rounding of a sum. What is not
-//! finite where it matters is left to the reference.
+//! Log probabilities differ from those of the reference by the rounding of a sum. Rows in which
+//! non-finite values affect the result are left to the reference.
 
 use super::rowwise::Largest;
 use super::simd::{Isa, Kernel, LANES, Simd};
@@ -22,25 +22,25 @@ pub(crate) fn choose(isa: Isa, logits: &[f32], row: &SampleRow) -> Sampled {
 }
 
 thread_local! {
-    /// Memory that a thread uses again.
+    /// Buffers that a thread reuses.
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-/// Has room for the whole vocabulary where it is not known how much is needed: memory that
-/// is not written to costs nothing.
+/// Buffers for sampling a row. If the needed size is not known in advance, they reserve room
+/// for the whole vocabulary, because memory that is not written costs nothing.
 #[derive(Default)]
 struct Scratch {
-    /// The row's logits, if they are to be changed.
+    /// Copy of the row's logits, for changing them.
     logits: Vec<f32>,
     counts: HistoryCounts,
-    /// Tokens of the history, and how often each was generated.
+    /// Tokens of the history, with the number of times that each was generated.
     seen: Vec<[u32; 2]>,
     best: BinaryHeap<Candidate>,
     kept: Vec<(usize, f32)>,
 }
 
 impl Scratch {
-    /// `None` where numbers are such that the reference is to decide.
+    /// Chooses a token. Returns `None` if the reference must decide.
     fn choose(&mut self, isa: Isa, logits: &[f32], row: &SampleRow) -> Option<Sampled> {
         let params = &*row.params;
         let report = params
@@ -115,7 +115,8 @@ impl Scratch {
         }
     }
 
-    /// The largest logit, or a draw.
+    /// Returns the token with the largest logit, or draws one. Returns `None` if the reference
+    /// must decide.
     fn pick(&mut self, isa: Isa, logits: &[f32], row: &SampleRow) -> Option<u32> {
         let params = &*row.params;
         let max = isa.dispatch(Largest(logits));
@@ -123,7 +124,7 @@ impl Scratch {
             return Some(0);
         }
         let best = logits.iter().position(|&logit| logit == max)?;
-        let max = logits[best]; // of the two zeros, the first
+        let max = logits[best]; // `max` may be the other zero, 0.0 or -0.0
         if params.temperature == 0.0 || max == f32::INFINITY {
             return Some(best as u32);
         }
@@ -160,7 +161,7 @@ impl Scratch {
             let p = f64::from(params.top_p);
             let rounding = match params.top_k {
                 0 => ROUNDING,
-                _ => 0.0, // the sum is the reference's
+                _ => 0.0, // the sum is computed as in the reference
             };
             let cut = nucleus(&self.kept, p, total, rounding).or_else(|| {
                 let weights = logits
@@ -176,7 +177,7 @@ impl Scratch {
         Some(strongest(kept, floor, best, noise) as u32)
     }
 
-    /// Leaves the `count` best tokens in `kept`, best first, with their scores.
+    /// Fills `kept` with the `count` best tokens and their scores, best first.
     fn take_best(&mut self, isa: Isa, logits: &[f32], scale: (f32, f32), count: usize) {
         self.best.clear();
         self.best.reserve(count);
@@ -197,12 +198,13 @@ impl Scratch {
         self.kept.sort_unstable_by(descending);
     }
 
-    /// Leaves the best tokens in `kept`, best first, with their scores: at least so many
-    /// that their weights reach the share `p` of all weights, whose sum is given.
+    /// Fills `kept` with the best tokens and their scores, best first, and with at least as
+    /// many as are needed for their weights to reach the share `p` of all weights. Returns the
+    /// sum of all weights.
     fn take_likely(&mut self, isa: Isa, logits: &[f32], scale: (f32, f32), p: f64) -> f64 {
         let weights = isa.dispatch(Weights { logits, scale });
         let [total, above @ ..] = weights;
-        // A little more than enough: the sums are rounded.
+        // Takes slightly more than needed, because the sums are rounded.
         let enough = (p + ROUNDING) * total;
         let depths = DEPTHS.iter().zip(above);
         let depth = depths
@@ -221,8 +223,9 @@ impl Scratch {
     }
 }
 
-/// How many of the best tokens reach the share `p` of all weights, whose sum is `total`;
-/// `None` where that depends on how the sum was rounded, by so much of itself at most.
+/// Returns how many of the best tokens are needed to reach the share `p` of all weights, whose
+/// sum is `total`. Returns `None` if that depends on the rounding of the sums, whose error is
+/// at most `rounding * total`.
 fn nucleus(best: &[(usize, f32)], p: f64, total: f64, rounding: f64) -> Option<usize> {
     let mut sum = 0.0;
     for (index, (_, score)) in best.iter().enumerate() {
@@ -241,12 +244,13 @@ fn key(params: &SamplingParams) -> [u32; 2] {
     [params.seed as u32, (params.seed >> 32) as u32]
 }
 
-/// Best first, the lowest id of equal ones.
+/// Orders by descending score, then by ascending id.
 fn descending(a: &(usize, f32), b: &(usize, f32)) -> Ordering {
     b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
 }
 
-/// A token with its score; the worst is the greatest.
+/// A token and its score. The order puts worse candidates later, so that the worst one is at
+/// the top of the heap.
 struct Candidate(usize, f32);
 
 impl Ord for Candidate {
@@ -269,44 +273,44 @@ impl PartialEq for Candidate {
 
 impl Eq for Candidate {}
 
-/// The scores of up to sixteen logits, `(logit − max) · inverse` with `scale` the two;
-/// −∞ for NaN, and where there are none.
+/// Returns the scores `(logit − max) · inverse` of up to sixteen logits, where `scale` is
+/// `(max, inverse)`. The score is −∞ for NaN and for lanes without a logit.
 #[inline(always)]
 fn scores<S: Simd>(s: S, logits: &[f32], scale: (f32, f32)) -> S::F {
     let nothing = s.splat(f32::NEG_INFINITY);
     let x = if logits.len() == LANES {
-        // SAFETY: there are sixteen.
+        // SAFETY: there are sixteen logits.
         unsafe { s.load(logits.as_ptr()) }
     } else {
         let mut lanes = [f32::NEG_INFINITY; LANES];
         lanes[..logits.len()].copy_from_slice(logits);
-        // SAFETY: there are sixteen.
+        // SAFETY: `lanes` has sixteen elements.
         unsafe { s.load(lanes.as_ptr()) }
     };
     let score = s.mul(s.sub(x, s.splat(scale.0)), s.splat(scale.1));
-    // The operand order keeps NaN out.
+    // If the score is NaN, the second operand is the result.
     s.max(score, nothing)
 }
 
 #[inline(always)]
 fn lanes<S: Simd>(s: S, value: S::F) -> [f32; LANES] {
     let mut lanes = [0.0; LANES];
-    // SAFETY: there are sixteen.
+    // SAFETY: `lanes` has sixteen elements.
     unsafe { s.store(lanes.as_mut_ptr(), value) };
     lanes
 }
 
-/// Vectors that are added up in float32 before they go to the float64 sum.
+/// Number of vectors that are summed in float32 before they are added to the float64 sum.
 const RUN: usize = 32;
 
-/// By what share of itself a sum of weights may be wrong: those of a run are added up in
-/// float32, and each is off by two units in its last place.
+/// Bound on the relative error of a sum of weights. The weights of a run are added in float32,
+/// and each has an error of up to two units in the last place.
 const ROUNDING: f64 = 4e-6;
 
-/// As [`ROUNDING`], of sums in float64 that only differ in their order.
+/// Like [`ROUNDING`], for float64 sums that differ only in the order of addition.
 const EXACT_ROUNDING: f64 = 1e-10;
 
-/// Whether no logit is NaN or infinite.
+/// Whether all logits are finite.
 struct AllFinite<'a>(&'a [f32]);
 
 impl Kernel for AllFinite<'_> {
@@ -315,10 +319,10 @@ impl Kernel for AllFinite<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> bool {
         let (chunks, rest) = self.0.as_chunks::<LANES>();
-        // The difference of a number to itself is 0, or NaN.
+        // The difference of a number and itself is 0, or NaN if the number is not finite.
         let mut sum = s.splat(0.0);
         for chunk in chunks {
-            // SAFETY: there are sixteen.
+            // SAFETY: the chunk has sixteen logits.
             let x = unsafe { s.load(chunk.as_ptr()) };
             sum = s.add(sum, s.sub(x, x));
         }
@@ -326,7 +330,7 @@ impl Kernel for AllFinite<'_> {
     }
 }
 
-/// Σ e^(logit − max).
+/// Computes Σ e^(logit − max).
 struct ExpSum<'a> {
     logits: &'a [f32],
     max: f32,
@@ -349,10 +353,12 @@ impl Kernel for ExpSum<'_> {
     }
 }
 
-/// How far below the largest score the tokens are whose weights [`Weights`] adds up.
+/// Depths below the largest score. For each depth, [`Weights`] sums the weights of the tokens
+/// whose scores are at most this far below the largest.
 const DEPTHS: [f32; 8] = [0.5, 1.0, 2.0, 3.0, 4.5, 6.0, 8.0, 11.0];
 
-/// The sum of e^score over all tokens, then over those above each depth.
+/// Computes the sum of e^score over all tokens, then over the tokens within each of the
+/// [`DEPTHS`].
 struct Weights<'a> {
     logits: &'a [f32],
     scale: (f32, f32),
@@ -384,7 +390,7 @@ impl Kernel for Weights<'_> {
     }
 }
 
-/// The tokens whose scores are no lower than `floor`, which is finite.
+/// Collects the tokens whose scores are at least `floor`, which must be finite.
 struct Above<'a> {
     logits: &'a [f32],
     scale: (f32, f32),
@@ -411,7 +417,7 @@ impl Kernel for Above<'_> {
     }
 }
 
-/// The `count` tokens with the largest scores, of those that are above −∞.
+/// Collects the `count` tokens with the largest scores, except those with score −∞.
 struct Best<'a> {
     logits: &'a [f32],
     scale: (f32, f32),
@@ -448,12 +454,13 @@ impl Kernel for Best<'_> {
     }
 }
 
-/// The token with the largest score + noise among those at or above `floor`.
+/// Finds the token with the largest sum of score and noise, among those with a score of at
+/// least `floor`.
 struct Race<'a> {
     logits: &'a [f32],
     scale: (f32, f32),
     floor: f32,
-    /// The likeliest, and its noise: its score is 0.
+    /// The likeliest token, whose score is 0, and its noise.
     best: (usize, f32),
     position: u32,
     key: [u32; 2],
@@ -490,15 +497,15 @@ impl Kernel for Race<'_> {
     }
 }
 
-/// No less than the noise that `bits` make, −ln(−ln u): that is at most −ln(1 − u), and
-/// 1 − u is at least the power of two that its leading zeros say.
+/// Returns an upper bound of the noise −ln(−ln u) that `bits` produce. The noise is at most
+/// −ln(1 − u), and 1 − u is at least the power of two that its leading zeros indicate.
 #[inline(always)]
 fn most_noise(bits: u32) -> f32 {
     let rest = 0x00FF_FFFF - (bits >> 8);
     (rest.leading_zeros() - 7) as f32 * std::f32::consts::LN_2 + 1e-3
 }
 
-/// The first word of [`philox`] for sixteen consecutive tokens.
+/// Returns the first word of [`philox`] for sixteen consecutive tokens.
 #[inline(always)]
 fn philox_of(first: u32, position: u32, mut key: [u32; 2]) -> [u32; LANES] {
     let mut counter = [[0; LANES], [position; LANES], [0; LANES], [0; LANES]];
@@ -538,7 +545,7 @@ mod tests {
             .collect()
     }
 
-    /// Logits as a model has them: a bell, some of it shifted up.
+    /// Returns logits similar to those of a model: normally distributed, with a few shifted up.
     fn logits(seed: u32, count: usize, width: f32) -> Vec<f32> {
         let uniform = |token: u32, word: usize| {
             f64::from(philox([token, seed, 7, 7], [seed, 1])[word]) / 4_294_967_296.0
@@ -637,7 +644,8 @@ mod tests {
             top_p,
             ..SamplingParams::default()
         };
-        // The sum of weights reaches the share exactly, but for its rounding.
+        // In the first three rows, the sum of weights reaches the share exactly, up to
+        // rounding.
         let mut rows = vec![
             (vec![0.0, -0.21], top_p(0.552_307_9)),
             (vec![0.0, -0.09], top_p(0.522_484_84)),

@@ -1,9 +1,9 @@
-//! The inputs of the step in progress, checked so that operations need not.
+//! Inputs of the step in progress, checked once so that operations need not check them.
 
 use crate::device::{Batch, BatchSequence, DeviceError};
 
-/// A checked batch: every row has a token, sequences cover the rows in order, and
-/// no two rows write the same slot.
+/// A checked batch: every row has a token, the sequences cover the rows in order, and no two
+/// rows write the same slot.
 #[derive(Default)]
 pub(crate) struct StagedBatch {
     pub(crate) tokens: Vec<u32>,
@@ -12,9 +12,9 @@ pub(crate) struct StagedBatch {
     pub(crate) sequences: Vec<BatchSequence>,
     pub(crate) tables: Vec<u32>,
     pub(crate) sample_rows: Vec<usize>,
-    /// Which batch this is; what was computed for another one is stale.
+    /// Number of the batch. Values computed for another number are stale.
     pub(crate) generation: u64,
-    /// Beyond the largest position, slot and block; 0 for an empty batch.
+    /// One more than the largest position, slot and block; 0 for an empty batch.
     pub(crate) position_end: usize,
     pub(crate) slot_end: usize,
     pub(crate) block_end: usize,
@@ -28,7 +28,8 @@ fn end(values: &[u32]) -> usize {
         .map_or(0, |&largest| largest as usize + 1)
 }
 
-/// With as much room as `from` has, so that one does not grow after the other.
+/// Replaces the contents of `to` with `from`. Reserves the capacity of `from` as well, so that
+/// `to` does not reallocate as long as `from` does not.
 fn copy<T: Clone>(to: &mut Vec<T>, from: &Vec<T>) {
     to.clear();
     to.reserve_exact(from.capacity());
@@ -36,17 +37,17 @@ fn copy<T: Clone>(to: &mut Vec<T>, from: &Vec<T>) {
 }
 
 impl StagedBatch {
-    /// Number of rows.
+    /// Returns the number of rows.
     pub(crate) fn rows(&self) -> usize {
         self.tokens.len()
     }
 
-    /// Takes `batch`; tokens that only the device knows come from `sampled`.
+    /// Takes `batch`. Tokens that only the device knows are read from `sampled`.
     pub(crate) fn take(&mut self, batch: &Batch, sampled: &[u32]) -> Result<(), DeviceError> {
         self.generation += 1;
         let outcome = self.check(batch, sampled);
         if outcome.is_err() {
-            // Nothing may be computed from a batch that was refused.
+            // A rejected batch must not be computed.
             self.tokens.clear();
             self.sequences.clear();
             self.sample_rows.clear();

@@ -3,7 +3,7 @@
 use super::memory::Buffer;
 use crate::device::DeviceError;
 
-/// A row-major float32 matrix, zero at first.
+/// A row-major float32 matrix, initially zero.
 pub struct CpuTensor {
     rows: usize,
     columns: usize,
@@ -27,38 +27,38 @@ impl CpuTensor {
         })
     }
 
-    /// Number of rows.
+    /// Returns the number of rows.
     pub fn rows(&self) -> usize {
         self.rows
     }
 
-    /// Number of columns.
+    /// Returns the number of columns.
     pub fn columns(&self) -> usize {
         self.columns
     }
 
-    /// A row.
+    /// Returns row `row`.
     ///
     /// # Panics
-    /// When there is no row `row`.
+    /// Panics if there is no row `row`.
     pub fn row(&self, row: usize) -> &[f32] {
         &self.data[row * self.columns..][..self.columns]
     }
 
-    /// A row, to be written.
+    /// Returns row `row` for writing.
     ///
     /// # Panics
-    /// When there is no row `row`.
+    /// Panics if there is no row `row`.
     pub fn row_mut(&mut self, row: usize) -> &mut [f32] {
         &mut self.data[row * self.columns..][..self.columns]
     }
 
-    /// The first `rows` rows; they were checked to exist.
+    /// Returns the first `rows` rows. The caller has checked that they exist.
     pub(crate) fn leading(&self, rows: usize) -> &[f32] {
         &self.data[..rows * self.columns]
     }
 
-    /// The first `rows` rows, to be written.
+    /// Returns the first `rows` rows for writing. The caller has checked that they exist.
     pub(crate) fn leading_mut(&mut self, rows: usize) -> &mut [f32] {
         &mut self.data[..rows * self.columns]
     }

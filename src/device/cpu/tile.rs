@@ -1,4 +1,4 @@
-//! Attention's inner kernel: sixteen cached tokens and the queries that see them.
+//! The inner kernel of attention: sixteen cached tokens and the queries that attend to them.
 
 use super::attention::{Attend, Item};
 use super::cache::{KvElement, TileShape};
@@ -7,9 +7,9 @@ use super::softmax::Softmax;
 use crate::device::AttentionSpec;
 use std::ops::Range;
 
-/// The queries that share tiles, and what they have gathered.
+/// Queries that share tiles, and the state that they have accumulated.
 pub(crate) struct Block<'a> {
-    /// `[head_dim][query]`.
+    /// Queries, `[head_dim][query]`.
     pub(crate) queries: &'a [f32],
     pub(crate) weights: &'a mut [f32],
     pub(crate) decay: &'a mut [f32],
@@ -17,21 +17,21 @@ pub(crate) struct Block<'a> {
     pub(crate) softmax: Softmax<'a>,
 }
 
-/// Sixteen tokens of one head.
+/// Keys and values of sixteen tokens of one head.
 pub(crate) struct Tile<E> {
-    /// `shape.elements()` of them.
+    /// The keys and values, `shape.elements()` elements.
     elements: *const E,
-    /// Where the next sixteen tokens are, or null.
+    /// Address of the next sixteen tokens, or null.
     next: *const u8,
     shape: TileShape,
-    /// The positions of the sixteen.
+    /// Positions of the sixteen tokens.
     positions: Range<usize>,
-    /// Which of the sixteen any row of the item sees.
+    /// Indices of the tokens that at least one row of the item attends to.
     tokens: Range<usize>,
 }
 
 impl<E: KvElement> Tile<E> {
-    /// Tile `tile` of the item's sequence.
+    /// Returns tile `tile` of the item's sequence.
     #[inline(always)]
     pub(crate) fn of(attend: &Attend<'_>, item: &Item, head: usize, tile: usize) -> Self {
         let Attend { cache, batch, .. } = *attend;
@@ -47,8 +47,8 @@ impl<E: KvElement> Tile<E> {
         // The table covers every position of the batch, as `attend` has checked.
         let elements = at(tile).unwrap_or_else(|| panic!("tile {tile} has no block"));
         let start = tile * LANES;
-        // Slots outside were never written for this sequence: they may hold anything,
-        // and 0 · NaN would not be 0.
+        // Slots outside this range may never have been written for this sequence. They may hold
+        // anything, and 0 · NaN would not be 0.
         let tokens = item.sees.start.saturating_sub(start)..(item.sees.end - start).min(LANES);
         Self {
             elements: elements.as_ptr().cast(),
@@ -59,7 +59,8 @@ impl<E: KvElement> Tile<E> {
         }
     }
 
-    /// Asks for the next tile: blocks lie anywhere, so the machine cannot guess.
+    /// Prefetches the next tile. Blocks can be anywhere in memory, so the hardware cannot
+    /// predict the address.
     #[inline(always)]
     pub(crate) fn prefetch_next<S: Simd>(&self, s: S) {
         if self.next.is_null() {
@@ -70,7 +71,7 @@ impl<E: KvElement> Tile<E> {
         }
     }
 
-    /// Adds the tile to all queries.
+    /// Adds the tile to the state of all queries.
     #[inline(always)]
     pub(crate) fn add_all<S: Simd>(&self, s: S, spec: &AttentionSpec, block: &mut Block<'_>) {
         let (mut q, end) = (0, block.sees.len());
@@ -91,7 +92,7 @@ impl<E: KvElement> Tile<E> {
         }
     }
 
-    /// Adds the tile to `M` queries from `first`.
+    /// Adds the tile to the state of `M` queries from `first`.
     #[inline(always)]
     fn add<S: Simd, const M: usize>(
         &self,
@@ -113,7 +114,8 @@ impl<E: KvElement> Tile<E> {
             let before = block.softmax.largest[query];
             let here = s.reduce_max(score);
             let largest = if here > before { here } else { before };
-            // Nothing seen so far: any finite number will do, the weights are 0.
+            // The query has not attended to anything yet. Any finite pivot will do, because all
+            // weights are 0.
             let pivot = if largest == f32::NEG_INFINITY {
                 0.0
             } else {
@@ -121,7 +123,7 @@ impl<E: KvElement> Tile<E> {
             };
             let weights = s.exp(s.sub(score, s.splat(pivot)));
             let sums = &mut block.softmax.sums[query * LANES..][..LANES];
-            // SAFETY: 16 sums and 16 weights a query.
+            // SAFETY: there are 16 sums and 16 weights per query.
             unsafe {
                 let mut sum = s.load(sums.as_ptr());
                 if largest != before {
@@ -143,20 +145,21 @@ impl<E: KvElement> Tile<E> {
         self.add_values::<S, M>(s, block, first, decays);
     }
 
-    /// `q · k` of `M` queries from `first` with the sixteen tokens.
+    /// Returns the scores `q · k` of `M` queries from `first` with the sixteen tokens.
     #[inline(always)]
     fn scores<S: Simd, const M: usize>(&self, s: S, queries: &[f32], first: usize) -> [S::F; M] {
         let dim = self.shape.head_dim;
         let stride = queries.len() / dim;
         assert!(dim.is_multiple_of(2) && first + M <= stride);
-        // Two chains a query hide half of the latency.
+        // Two chains per query hide half of the latency.
         let mut even = [s.splat(0.0); M];
         let mut odd = [s.splat(0.0); M];
         let mut k = self.elements;
         let mut q = queries[first..].as_ptr();
         for _ in 0..dim / 2 {
-            // SAFETY: a tile has `dim` rows of keys; `queries` has `dim` rows of `stride`,
-            // of which `M` from `first` exist. The pointers end where those do.
+            // SAFETY: a tile has `dim` rows of keys. `queries` has `dim` rows of `stride`
+            // elements, and the `M` elements from `first` exist in each row. The loop reads no
+            // further.
             unsafe {
                 let keys = E::load(s, k);
                 unroll!(m < M => { even[m] = s.fma(s.splat(*q.add(m)), keys, even[m]); });
@@ -170,7 +173,7 @@ impl<E: KvElement> Tile<E> {
         even
     }
 
-    /// −∞ for the tokens that a query does not see.
+    /// Sets the scores of tokens that a query does not attend to to −∞.
     #[inline(always)]
     fn masked<S: Simd>(&self, s: S, score: S::F, (first, last): (usize, usize)) -> S::F {
         const LANE: [f32; LANES] = [
@@ -182,13 +185,13 @@ impl<E: KvElement> Tile<E> {
         }
         let limit = |position: usize| position.saturating_sub(start).min(LANES) as f32;
         let nothing = s.splat(f32::NEG_INFINITY);
-        // SAFETY: 16 of them.
+        // SAFETY: `LANE` has 16 elements.
         let lane = unsafe { s.load(LANE.as_ptr()) };
         let score = s.select_lt(lane, s.splat(limit(last + 1)), score, nothing);
         s.select_lt(lane, s.splat(limit(first)), nothing, score)
     }
 
-    /// `result = result · decay + Σ weight · value` of `M` queries.
+    /// Computes `result = result · decay + Σ weight · value` for `M` queries.
     #[inline(always)]
     fn add_values<S: Simd, const M: usize>(
         &self,
@@ -203,8 +206,8 @@ impl<E: KvElement> Tile<E> {
         let decay = &block.decay[first..][..M];
         let values = self.shape.keys();
         for at in (0..value_stride).step_by(LANES) {
-            // SAFETY: results hold `M` rows of `value_stride`, a multiple of 16; the
-            // tile holds sixteen values after its keys; `tokens` is within 0..16.
+            // SAFETY: `results` holds `M` rows of `value_stride` elements, a multiple of 16.
+            // The tile holds sixteen values after its keys, and `tokens` is within 0..16.
             unsafe {
                 let results = results.as_mut_ptr().add(at);
                 let mut sums = [s.splat(0.0); M];

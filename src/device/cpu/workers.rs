@@ -1,18 +1,19 @@
-//! The threads that compute: one barrier an operation, no allocation, no queue.
+//! Worker threads of the CPU device: one barrier per operation, no allocation, no queue.
 //!
-//! An operation is a number of items; whoever is free claims the next few. The
-//! calling thread takes part and never waits for a worker that has not begun:
-//! when the items are claimed it *closes* the job, and then waits only for those
-//! that joined. A worker that sleeps, or that the operating system has set aside,
-//! therefore delays nothing.
+//! An operation consists of a number of items, and each free thread claims the next few. The
+//! calling thread takes part and never waits for a worker that has not joined yet: once all
+//! items are claimed, it *closes* the job and waits only for the workers that joined it. A
+//! worker that is asleep, or that the operating system has descheduled, therefore delays
+//! nothing.
 //!
-//! Workers spin for a moment after a job, because the next one usually follows
-//! within microseconds, and then sleep.
+//! After a job, workers spin for a short time, because the next job usually follows within
+//! microseconds, and then sleep.
 //!
-//! Several engines may share a process: those that are in the middle of a step share the
-//! processors evenly, and workers beyond an engine's share sleep. So each of many busy
-//! engines has its own thread, and one busy engine has all of them. Engines that are bound
-//! to processors are left out of that: whoever binds them has divided the machine.
+//! Several engines may share a process. Engines that are in the middle of a step share the
+//! processors evenly, and workers beyond an engine's share sleep. Each of many busy engines
+//! thus has its own thread, and a single busy engine has all of its threads. Engines that are
+//! bound to processors take no part in this, because binding them has already divided the
+//! machine.
 
 use crate::device::DeviceError;
 use std::any::Any;
@@ -24,29 +25,30 @@ use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// How long an idle worker looks for the next job before it sleeps.
+/// How long an idle worker spins before it sleeps.
 const SPIN: Duration = Duration::from_micros(150);
 
-/// The processors that this process may use, read before a thread is bound to any.
+/// Processors that this process may use, read before any thread is bound.
 static PROCESSORS: LazyLock<Vec<usize>> = LazyLock::new(|| {
     let known = core_affinity::get_core_ids().unwrap_or_default();
     known.into_iter().map(|core| core.id).collect()
 });
 
-/// How many threads of this process may compute at a time, and how many engines do.
+/// Number of threads of this process that may compute at the same time, and the number of
+/// engines that share them.
 struct Budget {
     threads: usize,
-    /// Engines in the middle of a step.
+    /// Number of engines in the middle of a step.
     engines: AtomicUsize,
 }
 
-/// That of all engines that are not bound to processors.
+/// Budget of all engines that are not bound to processors.
 static PROCESS: LazyLock<Arc<Budget>> = LazyLock::new(|| {
     let threads = std::thread::available_parallelism().map_or(1, |count| count.get());
     Arc::new(Budget::new(threads))
 });
 
-/// How many threads of this process can compute at a time.
+/// Returns the number of threads of this process that can compute at the same time.
 pub(crate) fn parallelism() -> usize {
     PROCESS.threads
 }
@@ -59,67 +61,69 @@ impl Budget {
         }
     }
 
-    /// How many threads each engine may compute with now, of those that it has. One that
-    /// was asked to have more of them than there are processors is meant to.
+    /// Returns how many of its `threads` threads an engine may use now. If it has more threads
+    /// than there are processors, that is assumed to be deliberate, and the share is computed
+    /// from `threads`.
     fn share(&self, threads: usize) -> usize {
-        // Changes once a step: to read it costs nothing.
+        // Written only twice per step, so reading it is cheap.
         let engines = self.engines.load(Ordering::Relaxed).max(1);
         (self.threads.max(threads) / engines).max(1)
     }
 }
 
-/// In [`Shared::state`]: the job may be joined.
+/// Flag in [`Shared::state`]: the job may be joined.
 const OPEN: u64 = 1 << 31;
-/// In [`Shared::state`]: how many workers are in the job.
+/// Mask in [`Shared::state`]: number of workers in the job.
 const JOINED: u64 = OPEN - 1;
-/// In [`Shared::state`]: one job further.
+/// Increment in [`Shared::state`] from one job to the next.
 const NEXT: u64 = 1 << 32;
 
-/// What an operation does to some of its items.
+/// Function that computes a range of an operation's items.
 type Job<'a> = &'a (dyn Fn(Range<usize>) + Sync);
 
-/// Several threads that work on one operation at a time.
+/// Threads that work together on one operation at a time.
 pub(crate) struct Workers {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
-    /// Where the thread that computes with them is to be bound, until it is.
+    /// Core to bind the calling thread to; `None` once it is bound, or if it must not be bound.
     bind_caller: Option<usize>,
     /// Whether the calling thread is in the middle of a step.
     in_step: bool,
 }
 
 struct Shared {
-    /// None for an engine that shares nothing.
+    /// `None` for an engine that does not share the processors.
     budget: Option<Arc<Budget>>,
-    /// Of this engine, the caller included.
+    /// Number of threads of this engine, including the caller.
     threads: usize,
     /// `job number · NEXT | OPEN? | workers in the job`.
     state: AtomicU64,
-    /// The open job. Written only while no job is open and none is joined.
+    /// The open job. It is written only while no job is open and no worker is in a job.
     job: UnsafeCell<Option<Job<'static>>>,
-    /// First item that nobody has claimed.
+    /// First unclaimed item.
     next: AtomicUsize,
     items: AtomicUsize,
     grain: AtomicUsize,
     panicked: AtomicBool,
     message: Mutex<String>,
     stop: AtomicBool,
-    /// Which workers are asleep or about to be; the first is number 1.
+    /// Whether each worker is asleep or about to sleep. The first entry is worker 1.
     asleep: Box<[AtomicBool]>,
-    /// Whether the caller sleeps until the last worker leaves.
+    /// Whether the caller is asleep until the last worker leaves.
     caller_sleeps: AtomicBool,
     left: (Mutex<()>, Condvar),
 }
 
-// SAFETY: `job` is the only field that is not `Sync`; its protocol is in its doc:
-// writes happen before the `OPEN` bit is set and after the last worker has left.
+// SAFETY: `job` is the only field that is not `Sync`. As its doc says, it is written only
+// before the `OPEN` bit is set and after the last worker has left.
 unsafe impl Sync for Shared {}
-// SAFETY: the job is a reference to something `Sync`.
+// SAFETY: the job is a reference to a `Sync` function.
 unsafe impl Send for Shared {}
 
 impl Workers {
-    /// `threads` of them, the caller included; 0 counts as 1. Each is bound to one of
-    /// `cores`, if there are any; the caller when it first computes with them.
+    /// Starts workers so that `threads` threads compute, including the caller; 0 counts as 1.
+    /// If `cores` is not empty, each thread is bound to one of them, the caller when it first
+    /// runs an operation.
     pub(crate) fn new(threads: usize, cores: &[usize]) -> Result<Self, DeviceError> {
         check_cores(cores)?;
         let budget = cores.is_empty().then(|| Arc::clone(&PROCESS));
@@ -147,7 +151,7 @@ impl Workers {
             caller_sleeps: AtomicBool::new(false),
             left: Default::default(),
         });
-        // From here on dropping `workers` stops the threads that did start.
+        // From here on, dropping `workers` stops the threads that have been started.
         let mut workers = Self {
             shared,
             threads: Vec::new(),
@@ -173,7 +177,7 @@ impl Workers {
         Ok(workers)
     }
 
-    /// A step begins: until its end this engine counts as busy.
+    /// Starts a step: this engine counts as busy until the step ends.
     pub(crate) fn begin_step(&mut self) {
         let Some(budget) = &self.shared.budget else {
             return;
@@ -183,7 +187,7 @@ impl Workers {
         }
     }
 
-    /// The step that was begun is over.
+    /// Ends the step, if one was started.
     pub(crate) fn end_step(&mut self) {
         let Some(budget) = &self.shared.budget else {
             return;
@@ -193,16 +197,16 @@ impl Workers {
         }
     }
 
-    /// How many threads compute, the caller included.
+    /// Returns the number of threads that compute, including the caller.
     pub(crate) fn count(&self) -> usize {
         self.threads.len() + 1
     }
 
-    /// Calls `job` with ranges of at most `grain` items until `0..items` is
-    /// covered, on all threads, and returns when all calls have. A panic in `job`
-    /// becomes `Failed { operation }`.
+    /// Calls `job` on all threads with ranges of at most `grain` items until they cover
+    /// `0..items`, and returns when all calls have returned. A panic in `job` becomes
+    /// [`DeviceError::Failed`].
     ///
-    /// `&mut self`: one job at a time, and `job` cannot start another.
+    /// Takes `&mut self` so that only one job runs at a time and `job` cannot start another.
     pub(crate) fn run(
         &mut self,
         operation: &'static str,
@@ -235,9 +239,9 @@ impl Workers {
 
     fn run_together(&mut self, items: usize, grain: usize, job: Job<'_>) -> Result<(), String> {
         let shared = &*self.shared;
-        // SAFETY: only the lifetime changes. Workers use the reference only while
-        // joined, and this function returns after the last has left. `job` is
-        // written while no job is open: the previous call closed its own.
+        // SAFETY: only the lifetime changes. Workers use the reference only while they are in
+        // the job, and this function returns after the last of them has left. `job` is written
+        // while no job is open, because the previous call closed its own.
         unsafe {
             *shared.job.get() = Some(std::mem::transmute::<Job<'_>, Job<'static>>(job));
         }
@@ -273,25 +277,25 @@ impl Drop for Workers {
         self.shared.stop.store(true, Ordering::SeqCst);
         for thread in self.threads.drain(..) {
             thread.thread().unpark();
-            // A worker catches the panics of its jobs, so it has nothing to report.
+            // A worker catches the panics of its jobs, so `join` has nothing to report.
             let _ = thread.join();
         }
     }
 }
 
 impl Shared {
-    /// How many threads of this engine may compute now, the caller included.
+    /// Returns how many threads of this engine may compute now, including the caller.
     fn share(&self) -> usize {
         let budget = self.budget.as_ref();
         budget.map_or(self.threads.max(1), |budget| budget.share(self.threads))
     }
 
-    /// Whether the `index`-th thread is within the engine's share; the caller is number 0.
+    /// Returns whether thread `index` is within the engine's share. The caller is thread 0.
     fn may_join(&self, index: usize) -> bool {
         index < self.share()
     }
 
-    /// The life of the `index`-th thread.
+    /// Main loop of worker thread `index`.
     fn work(&self, index: usize) {
         let mut done = 0;
         while let Some(job) = self.wait_for_job(index, &mut done) {
@@ -305,7 +309,8 @@ impl Shared {
         }
     }
 
-    /// Joins the next job after number `done`; `None` when it is time to stop.
+    /// Waits for a job other than number `done` and joins it. Returns `None` if the thread must
+    /// stop.
     fn wait_for_job(&self, index: usize, done: &mut u64) -> Option<Job<'static>> {
         let mut idle = Idle::new();
         loop {
@@ -315,13 +320,13 @@ impl Shared {
             if let Some(job) = self.try_join(index, done) {
                 return Some(job);
             }
-            // Beyond the share, to spin would only be in the others' way.
+            // A thread beyond the share must not spin: it would only slow down other engines.
             if self.may_join(index) && idle.spin(SPIN) {
                 continue;
             }
-            // Sleep. The flag goes up before the state is looked at again, and the
-            // caller opens a job before it looks at the flag: one of the two sees
-            // the other.
+            // Sleep. This thread sets its flag before it checks the state again, and the caller
+            // opens a job before it checks the flag. At least one of the two sees the other's
+            // write, so no wake-up is lost.
             let asleep = &self.asleep[index - 1];
             asleep.store(true, Ordering::SeqCst);
             while !self.stop.load(Ordering::SeqCst) && !self.joinable(index, *done) {
@@ -347,12 +352,12 @@ impl Shared {
                 .compare_exchange(state, state + 1, Ordering::SeqCst, Ordering::Relaxed);
         joined.ok()?;
         *done = state / NEXT;
-        // SAFETY: joined while open, so the caller wrote the job before and will not
-        // write it again until this worker has left.
+        // SAFETY: this worker joined the job while it was open. The caller had therefore
+        // written the job, and does not write it again until this worker has left.
         unsafe { *self.job.get() }
     }
 
-    /// Works on items until all are claimed.
+    /// Claims and computes items until all are claimed.
     fn claim(&self, job: Job<'_>) {
         let items = self.items.load(Ordering::Relaxed);
         let grain = self.grain.load(Ordering::Relaxed);
@@ -368,7 +373,7 @@ impl Shared {
         if let Err(panic) = outcome {
             *lock(&self.message) = describe(&*panic);
             self.panicked.store(true, Ordering::Release);
-            // Nobody needs the rest.
+            // The operation has failed, so the remaining items are not needed.
             self.next.fetch_max(items, Ordering::Relaxed);
         }
     }
@@ -395,7 +400,7 @@ impl Shared {
     }
 }
 
-/// Counts how long somebody has been idle, reading the clock now and then.
+/// Measures how long a thread has been idle, reading the clock only now and then.
 struct Idle {
     turns: u32,
     since: Option<Instant>,
@@ -409,7 +414,7 @@ impl Idle {
         }
     }
 
-    /// One short pause; `false` once the limit has passed.
+    /// Pauses briefly. Returns `false` once `limit` has passed.
     fn spin(&mut self, limit: Duration) -> bool {
         std::hint::spin_loop();
         self.turns = self.turns.wrapping_add(1);
@@ -420,7 +425,7 @@ impl Idle {
     }
 }
 
-/// Fails unless the process may use each of these processors.
+/// Checks that the process may use each of these processors.
 fn check_cores(cores: &[usize]) -> Result<(), DeviceError> {
     let known = &*PROCESSORS;
     match cores.iter().find(|core| !known.contains(core)) {
@@ -513,9 +518,9 @@ mod tests {
             })
             .unwrap();
         assert_eq!(strangers.load(Ordering::Relaxed), 0);
-        // An engine that goes away takes no share any more.
+        // A dropped engine no longer takes a share.
         drop(others);
-        // The job lasts until the worker has joined.
+        // The job lasts until the worker has joined it.
         let joined = AtomicBool::new(false);
         workers
             .run("a test", 2, 1, |_| {
@@ -534,7 +539,8 @@ mod tests {
         let allowed = || core_affinity::get_core_ids().unwrap();
         let last = allowed().last().unwrap().id;
         let before: Vec<_> = allowed().iter().map(|core| core.id).collect();
-        // In a thread of its own, which is bound when it computes, and not before.
+        // Runs in a separate thread, because the calling thread is bound when it first
+        // computes, and not before.
         let seen = std::thread::spawn(move || {
             let mut workers = Workers::new(2, &[last]).unwrap();
             assert_eq!(
@@ -557,7 +563,7 @@ mod tests {
     #[test]
     fn sleeping_workers_delay_nothing_and_wake_for_the_next_job() {
         let mut workers = Workers::new(3, &[]).unwrap();
-        // Every worker has slept once it is counted; jobs run before and after.
+        // Wait until every worker has gone to sleep, so that the next job must wake them.
         workers.run("a test", 8, 1, |_| {}).unwrap();
         let asleep = |worker: &AtomicBool| worker.load(Ordering::SeqCst);
         while !workers.shared.asleep.iter().all(asleep) {

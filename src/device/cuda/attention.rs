@@ -1,9 +1,10 @@
 //! Paged attention.
 //!
-//! Sequences with one row are spread over the GPU by units of 128 keys, whose results a
-//! second kernel merges; sequences with more rows have a kernel of their own. A row has
-//! the same bits either way: see `kernels/attention.cuh`. A step with more units than
-//! there is to be room for is several launches, one after the other in the same room.
+//! Sequences with one row (decode) are spread over the GPU in units of 128 keys, whose partial
+//! results a second kernel merges. Sequences with several rows (prefill) have a kernel of their
+//! own. Both give a row the same bits; see `kernels/attention.cuh`. A step whose units exceed
+//! the limit on scratch memory takes several launches, which reuse that memory one after the
+//! other.
 
 use super::context::Context;
 use super::error::{require, unsupported};
@@ -64,19 +65,20 @@ kernels! {
     }
 }
 
-/// Sizes of heads that there are kernels for.
+/// Head sizes, in elements, for which there are kernels.
 const HEAD_DIMS: [usize; 7] = [16, 32, 64, 80, 96, 128, 256];
 
-/// Warps of a block.
+/// Warps per CUDA block.
 const WARPS: usize = 4;
 
-/// Packed query rows of a warp.
+/// Packed query rows per warp.
 const WARP_ROWS: usize = 16;
 
-/// Blocks of a decode launch beyond which warps do several units each.
+/// Maximum number of CUDA blocks to spread a decode launch over. Beyond it, warps process
+/// several units each.
 const MOST_BLOCKS: usize = 4096;
 
-/// The kernels, and room for what units of keys come to until they are merged.
+/// The kernels, and scratch memory for partial results until they are merged.
 pub(super) struct AttentionKernels {
     kernels: Kernels,
     partial_out: Scratch,
@@ -98,7 +100,7 @@ impl AttentionKernels {
     }
 }
 
-/// `Unsupported` for heads that there are no kernels for.
+/// Returns [`DeviceError::Unsupported`] if there are no kernels for heads of this size.
 pub(super) fn require_head_dim(head_dim: usize) -> Result<(), DeviceError> {
     if HEAD_DIMS.contains(&head_dim) {
         return Ok(());
@@ -110,8 +112,8 @@ pub(super) fn require_head_dim(head_dim: usize) -> Result<(), DeviceError> {
     ))
 }
 
-/// Dynamic shared memory of a decode block: each warp's ring of 16 keys or values a slot,
-/// with 16 bytes beside each.
+/// Returns the bytes of dynamic shared memory of a decode block: a ring of slots per warp, each
+/// slot for 16 keys or values padded by 16 bytes.
 fn decode_shared(head_dim: usize) -> usize {
     let slots = match head_dim {
         0..=64 => 8,
@@ -121,8 +123,8 @@ fn decode_shared(head_dim: usize) -> usize {
     WARPS * slots * 16 * (2 * head_dim + 16)
 }
 
-/// Dynamic shared memory of a prefill block: a ring of 32 keys or values a slot, and for
-/// large heads the float32 sums of all rows.
+/// Returns the bytes of dynamic shared memory of a prefill block: a ring of slots, each for 32
+/// keys or values padded by 16 bytes, and for large heads the float32 sums of all rows.
 fn prefill_shared(head_dim: usize) -> usize {
     let (slots, sums) = match head_dim {
         0..=128 => (4, 0),
@@ -131,7 +133,7 @@ fn prefill_shared(head_dim: usize) -> usize {
     slots * 32 * (2 * head_dim + 16) + sums
 }
 
-/// `u32`s of a layer's attention, as kernels take them.
+/// Scalar parameters of a layer's attention, as the kernels take them.
 struct Numbers {
     q_heads: u32,
     kv_heads: u32,
@@ -149,7 +151,7 @@ impl Numbers {
             block_tokens: block_tokens as u32,
             scale: spec.scale,
             softcap: spec.softcap.unwrap_or(0.0),
-            // A window beyond all positions is none.
+            // A window that exceeds `u32` covers all positions, so it is no window.
             window: spec.window.map_or(0, |window| {
                 u32::try_from(window).map_or(0, |window| window.max(1))
             }),
@@ -157,7 +159,7 @@ impl Numbers {
     }
 }
 
-/// `Failed` unless the heads fit each other and the cache.
+/// Returns [`DeviceError::Failed`] unless the heads are consistent and match the cache.
 pub(super) fn require_heads(
     operation: &'static str,
     heads: HeadShape,
@@ -225,7 +227,7 @@ impl CudaDevice {
         self.attend_many_rows(&operands, heads, &numbers)
     }
 
-    /// Attention of the sequences with one row.
+    /// Enqueues attention for the sequences with one row.
     fn attend_single_rows(
         &mut self,
         operands: &Operands,
@@ -253,7 +255,8 @@ impl CudaDevice {
         Ok(())
     }
 
-    /// Attention of some sequences with one row: entries of the decode list.
+    /// Enqueues one launch of attention for sequences with one row, given by the address and
+    /// the number of their entries in the decode list.
     fn launch_single_rows(
         &self,
         operands: &Operands,
@@ -305,9 +308,10 @@ impl CudaDevice {
         )
     }
 
-    /// How many units of keys there is to be room for. What any step has whose sequences
-    /// share no blocks, at first. Where they do share blocks, a launch may have more, up to
-    /// [`MOST_UNITS`]: then the room grows, to a power of two, and does not shrink again.
+    /// Returns how many units the scratch memory must have room for. At first that is the
+    /// maximum of any step whose sequences share no blocks, at most [`MOST_UNITS`]. If
+    /// sequences share blocks, or a single sequence is longer, a launch may have more units:
+    /// the room then grows to a power of two, and it never shrinks.
     fn unit_room(&self, cache: &CudaCache) -> usize {
         let sequences = self.limits.map_or(0, |limits| limits.sequences);
         let tokens = cache.shape().blocks * cache.shape().block_tokens;
@@ -319,7 +323,7 @@ impl CudaDevice {
         }
     }
 
-    /// Attention of the sequences with more rows.
+    /// Enqueues attention for the sequences with several rows.
     fn attend_many_rows(
         &mut self,
         operands: &Operands,
@@ -353,13 +357,13 @@ impl CudaDevice {
     }
 }
 
-/// Where units' results lie until they are merged.
+/// Addresses of the partial results of units, until they are merged.
 struct Partials {
     out: Ptr,
     stats: Ptr,
 }
 
-/// Where the operands of a layer's attention lie.
+/// Addresses of the operands of a layer's attention.
 struct Operands {
     qkv: Ptr,
     keys: Ptr,

@@ -1,8 +1,7 @@
-//! cuBLASLt for large dense products, where it is asked for and installed.
+//! cuBLASLt for large dense products, if it is requested and installed.
 //!
-//! It chooses its own order of addition, which depends on the shape: with it, results
-//! may depend on the batch, and float16 results beyond 65504 become infinite. Hence it
-//! is an option, off by default.
+//! cuBLASLt chooses its own order of addition, depending on the shape. Results may then depend
+//! on the batch, and float16 results beyond 65504 become infinite, so it is off by default.
 
 use super::context::Context;
 use super::error::failed;
@@ -13,19 +12,19 @@ use cudarc::cublaslt::{result, sys};
 use std::collections::HashMap;
 use std::ffi::c_void;
 
-/// What a plan is made for.
+/// Shape of a product, for which a plan is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Shape {
     pub(super) rows: usize,
     pub(super) outputs: usize,
     pub(super) inputs: usize,
-    /// Elements from one row of the result to the next.
+    /// Distance between rows of the result, in elements.
     pub(super) out_stride: usize,
     /// Whether the result is float32.
     pub(super) out_full: bool,
 }
 
-/// The library, with the plans that were made so far.
+/// The loaded library, with the plans made so far.
 pub(super) struct Blas {
     handle: sys::cublasLtHandle_t,
     activations: CudaActivations,
@@ -33,16 +32,16 @@ pub(super) struct Blas {
     plans: HashMap<Shape, Plan>,
 }
 
-/// Bytes that cuBLASLt may use beside the operands, as NVIDIA recommends for Hopper.
+/// Bytes of scratch memory for cuBLASLt: what NVIDIA recommends for Hopper.
 const WORKSPACE: usize = 32 << 20;
 
 impl Blas {
-    /// Products of fewer rows are left to the kernels.
+    /// Minimum number of rows. Smaller products use quell's own kernels.
     pub(super) const LEAST_ROWS: usize = 128;
 
-    /// `Unavailable` when the library is not there.
+    /// Fails with [`DeviceError::Unavailable`] if the library is not installed.
     pub(super) fn new(context: &Context, options: &CudaOptions) -> Result<Self, DeviceError> {
-        // SAFETY: loads the library if there is one; that has no other effect.
+        // SAFETY: this only loads the library, if there is one.
         if !unsafe { sys::is_culib_present() } {
             return Err(DeviceError::Unavailable {
                 device: format!("cuda:{}", options.device),
@@ -59,7 +58,7 @@ impl Blas {
         })
     }
 
-    /// `out = x · weightᵀ`, row-major, on the compute stream.
+    /// Enqueues `out = x · weightᵀ`, all row-major, on the compute stream.
     pub(super) fn multiply(
         &mut self,
         context: &Context,
@@ -77,10 +76,10 @@ impl Blas {
         };
         let (one, zero) = (1f32, 0f32);
         let pointer = |ptr: Ptr| ptr.raw() as *const c_void;
-        // To the library, which is column-major, the weights are an `inputs × outputs` matrix to
-        // be transposed, x is `inputs × rows` and the result `outputs × rows`.
-        // SAFETY: the handle and the plan's descriptors live; the operands are as large as the
-        // shape says; the workspace is used by this stream only.
+        // cuBLASLt is column-major: to it, the weights are an `inputs × outputs` matrix to
+        // transpose, x is `inputs × rows`, and the result is `outputs × rows`.
+        // SAFETY: the handle and the plan's descriptors are alive; the operands are as large as
+        // the shape says; only this stream uses the workspace.
         let outcome = unsafe {
             result::matmul(
                 self.handle,
@@ -108,14 +107,15 @@ impl Blas {
 impl Drop for Blas {
     fn drop(&mut self) {
         self.plans.clear();
-        // SAFETY: made by `new`, destroyed once, after all that was made with it.
+        // SAFETY: the handle was created by `new` and is destroyed once, after everything that
+        // was created with it.
         if let Err(error) = unsafe { result::destroy_handle(self.handle) } {
             tracing::error!(%error, "a cuBLASLt handle could not be given back");
         }
     }
 }
 
-/// Descriptors of one shape, and the algorithm that the library proposes for it.
+/// Descriptors for one shape, and the algorithm that the library proposes for it.
 struct Plan {
     product: sys::cublasLtMatmulDesc_t,
     weight: sys::cublasLtMatrixLayout_t,
@@ -147,15 +147,15 @@ impl Plan {
             ))
         };
         let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
-        // Descriptors leak only if a later one cannot be made, and then the step fails.
+        // Descriptors leak only if a later one cannot be created, in which case the step fails.
         let product = check(result::create_matmul_desc(compute, float))?;
         let weight = layout(activation, inputs, outputs, shape.inputs)?;
         let x = layout(activation, inputs, rows, shape.inputs)?;
         let out = layout(result_type, outputs, rows, shape.out_stride)?;
-        // CUBLAS_OP_T, of a header that cudarc has no part of here.
+        // CUBLAS_OP_T, from a header for which cudarc has no bindings here.
         let transposed = 1i32;
         let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
-        // SAFETY: the descriptor was just made; the attribute is a 32-bit integer.
+        // SAFETY: the descriptor was just created, and the attribute is a 32-bit integer.
         check(unsafe {
             let value = (&raw const transposed).cast();
             result::set_matmul_desc_attribute(product, attribute, value, size_of::<i32>())
@@ -163,8 +163,8 @@ impl Plan {
         let preference = check(result::create_matmul_pref())?;
         let most =
             sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-        // SAFETY: the descriptors were just made; the preference's attribute is a `size_t`, and
-        // the preference is destroyed once.
+        // SAFETY: the descriptors were just created; the preference's attribute is a `size_t`;
+        // the preference is destroyed at most once.
         let heuristic = unsafe {
             let value = (&raw const WORKSPACE_BYTES).cast();
             result::set_matmul_pref_attribute(preference, most, value, size_of::<usize>())
@@ -189,7 +189,8 @@ static WORKSPACE_BYTES: usize = WORKSPACE;
 
 impl Drop for Plan {
     fn drop(&mut self) {
-        // SAFETY: made by `new`, destroyed once; the library has copied what running work needs.
+        // SAFETY: the descriptors were created by `new` and are destroyed once; the library has
+        // copied what work in progress needs.
         let outcomes = unsafe {
             [
                 result::destroy_matmul_desc(self.product),

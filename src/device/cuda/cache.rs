@@ -1,7 +1,8 @@
-//! The paged key-value cache.
+//! The paged KV cache.
 //!
-//! Two arrays a layer, keys and values: `[blocks][kv_heads][block_tokens][head_dim]` of
-//! the activation type; all arrays one after the other.
+//! Each layer has two arrays, keys and values, of shape
+//! `[blocks][kv_heads][block_tokens][head_dim]` in the activation type. All arrays are stored
+//! one after the other.
 
 use super::CudaDevice;
 use super::attention::require_head_dim;
@@ -19,27 +20,27 @@ kernels! {
     }
 }
 
-/// Bytes of a key's or value's element.
+/// Bytes per element of a key or value.
 const ELEMENT: usize = 2;
 
-/// The key-value cache of all layers.
+/// The KV cache of all layers.
 pub struct CudaCache {
     shape: CacheShape,
     buffer: Buffer,
 }
 
 impl CudaCache {
-    /// What it was allocated for.
+    /// Returns the shape that the cache was allocated for.
     pub fn shape(&self) -> &CacheShape {
         &self.shape
     }
 
-    /// The keys of a layer, which is below `shape().layers`.
+    /// Returns the address of the keys of a layer. `layer` must be below `shape().layers`.
     pub(super) fn keys(&self, layer: usize) -> Ptr {
         self.array(2 * layer)
     }
 
-    /// The values of a layer, likewise.
+    /// Returns the address of the values of a layer. `layer` must be below `shape().layers`.
     pub(super) fn values(&self, layer: usize) -> Ptr {
         self.array(2 * layer + 1)
     }
@@ -49,7 +50,8 @@ impl CudaCache {
         self.buffer.ptr().offset_bytes(index * bytes)
     }
 
-    /// Where a block's keys and values lie, in each layer, and the bytes of each.
+    /// Returns the addresses of a block's keys and values in each layer, and the bytes at each
+    /// address.
     pub(super) fn parts(&self, block: u32) -> (impl Iterator<Item = Ptr>, usize) {
         let bytes = block_bytes(&self.shape);
         let arrays = (0..2 * self.shape.layers).map(|index| self.array(index));
@@ -57,13 +59,16 @@ impl CudaCache {
         (arrays.map(move |array| array.offset_bytes(offset)), bytes)
     }
 
-    /// How many blocks there are, and the bytes of one in all layers.
+    /// Returns the number of blocks, and the bytes per block in all layers together.
     pub(super) fn blocks(&self) -> (usize, usize) {
         (self.shape.blocks, all_layers(&self.shape))
     }
 
-    /// Reads the keys and the values of a block of a layer, as bits of the activation
-    /// type: `[kv_heads][block_tokens][head_dim]`. For tests.
+    /// Reads the keys and the values of a block in a layer, as bits of the activation type,
+    /// each of shape `[kv_heads][block_tokens][head_dim]`. For tests.
+    ///
+    /// # Errors
+    /// Fails if the layer or the block does not exist, or if the driver fails.
     pub fn read(
         &self,
         device: &CudaDevice,
@@ -85,7 +90,8 @@ impl CudaCache {
         Ok((read(self.keys(layer))?, read(self.values(layer))?))
     }
 
-    /// A block for each entry and array, and the parameters that all kernels take.
+    /// Returns a grid with one CUDA block per entry and array, and the last two parameters of
+    /// the kernels: blocks per array, and 16-byte vectors per block in an array.
     fn launch(&self, entries: usize) -> (Grid, u32, u32) {
         let grid = Grid::new(
             [entries as u32, 2 * self.shape.layers as u32, 1],
@@ -96,17 +102,18 @@ impl CudaCache {
     }
 }
 
-/// Bytes of the keys, or the values, of a block of one layer.
+/// Returns the bytes of the keys, or of the values, of a block in one layer.
 fn block_bytes(shape: &CacheShape) -> usize {
     shape.kv_heads * shape.block_tokens * shape.head_dim * ELEMENT
 }
 
-/// Bytes of a block of all layers, of a shape that a cache has.
+/// Returns the bytes of a block in all layers. `shape` must be that of an allocated cache, so
+/// that the result does not overflow.
 pub(super) fn all_layers(shape: &CacheShape) -> usize {
     2 * shape.layers * block_bytes(shape)
 }
 
-/// Bytes of a cache; `None` if it has more than can be counted.
+/// Returns the bytes of a cache, or `None` if the number overflows.
 fn bytes(shape: &CacheShape) -> Option<usize> {
     [
         2,
@@ -146,7 +153,7 @@ impl CudaDevice {
         })
     }
 
-    /// Bytes of a cache of this shape.
+    /// Returns the bytes of a cache of this shape, or `usize::MAX` if the number overflows.
     pub(super) fn cache_bytes_op(&self, shape: &CacheShape) -> usize {
         bytes(shape).unwrap_or(usize::MAX)
     }

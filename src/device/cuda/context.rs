@@ -1,6 +1,6 @@
 //! The CUDA context, its two streams, and events between them.
 //!
-//! Everything is enqueued on the *compute* stream, in order. Samples go to the host
+//! All operations are enqueued in order on the *compute* stream. Results are copied to the host
 //! on the *results* stream, so that the copy overlaps with the next step.
 
 use super::error::{self, ErrorDoor};
@@ -12,14 +12,15 @@ use cudarc::driver::sys;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-/// A retained primary context; what every resource needs to be given back.
+/// A retained primary context. Every resource holds one, because it is needed for the release.
 pub(super) struct Handle {
     device: sys::CUdevice,
     context: sys::CUcontext,
     pub(super) errors: ErrorDoor,
-    /// Bytes of device memory that are allocated now.
+    /// Bytes of device memory that are currently allocated.
     pub(super) allocated: Cell<usize>,
-    /// Counts releases of device memory: addresses recorded before it changed may be stale.
+    /// Number of releases of device memory so far. Addresses recorded before the last one may
+    /// be stale.
     pub(super) releases: Cell<u64>,
 }
 
@@ -33,7 +34,7 @@ impl Handle {
         Ok(())
     }
 
-    /// Calls the driver with the context current; refuses when the device is lost.
+    /// Calls the driver with the context current. Fails without the call if the device is lost.
     pub(super) fn call<T>(
         &self,
         operation: &'static str,
@@ -45,8 +46,8 @@ impl Handle {
             .map_err(|error| self.errors.admit(operation, error))
     }
 
-    /// Waits until nothing runs, so that memory can be given back. One failure may be
-    /// an older one that surfaces here: it is logged, and the wait tried again.
+    /// Waits until the context is idle, so that memory can be released. The first failure may
+    /// stem from earlier work, so it is logged and the wait is retried once.
     pub(super) fn drain(&self) {
         self.errors.cleanup("binding the context", self.bind());
         let first = result::ctx::synchronize();
@@ -58,13 +59,13 @@ impl Handle {
         }
     }
 
-    /// Calls the driver to give something back. Happens even when the device is lost.
+    /// Calls the driver to release a resource, even if the device is lost.
     pub(super) fn cleanup(
         &self,
         operation: &'static str,
         call: impl FnOnce() -> Result<(), DriverError>,
     ) {
-        // Not being able to bind must not keep anything from being given back.
+        // Release even if the context cannot be bound.
         self.errors.cleanup("binding the context", self.bind());
         self.errors.cleanup(operation, call());
     }
@@ -72,7 +73,8 @@ impl Handle {
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        // SAFETY: retained once by `Context::new`; whatever belongs to the context holds an `Rc` of `self`.
+        // SAFETY: the context was retained once by `Context::new`, and everything that belongs
+        // to it holds an `Rc` of `self`, so nothing uses it any more.
         let outcome = unsafe { result::primary_ctx::release(self.device) };
         self.errors.cleanup("releasing the context", outcome);
     }
@@ -94,22 +96,22 @@ impl Stream {
         })
     }
 
-    /// For calls into the driver.
+    /// Returns the driver's handle.
     pub(super) fn raw(&self) -> sys::CUstream {
         self.stream
     }
 
-    /// Waits on the host until the stream is empty.
+    /// Blocks the host until all work in the stream has completed.
     pub(super) fn synchronize(&self, operation: &'static str) -> Result<(), DeviceError> {
-        // SAFETY: the stream lives.
+        // SAFETY: the stream is alive.
         let wait = || unsafe { result::stream::synchronize(self.stream) };
         self.handle.call(operation, wait)
     }
 
-    /// Work enqueued from now on waits, on the device, for `event`.
+    /// Makes all work enqueued from now on wait for `event`, on the device.
     pub(super) fn wait(&self, event: &Event) -> Result<(), DeviceError> {
         let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
-        // SAFETY: stream and event live, and are of the same context.
+        // SAFETY: stream and event are alive and belong to the same context.
         let wait = || unsafe { result::stream::wait_event(self.stream, event.event, flags) };
         self.handle.call("waiting for an event", wait)
     }
@@ -123,14 +125,14 @@ impl Drop for Stream {
     }
 }
 
-/// A point in a stream, to be waited for.
+/// A point in a stream that the host or another stream can wait for.
 pub(super) struct Event {
     event: sys::CUevent,
     handle: Rc<Handle>,
 }
 
 impl Event {
-    /// An event without timing; not recorded yet.
+    /// Creates an event without timing that is not recorded yet.
     pub(super) fn new(context: &Context) -> Result<Self, DeviceError> {
         let handle = Rc::clone(&context.handle);
         let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
@@ -138,16 +140,17 @@ impl Event {
         Ok(Self { event, handle })
     }
 
-    /// Is reached when all that is in `stream` now is done.
+    /// Records the event in `stream`: it is reached when all work enqueued so far has
+    /// completed.
     pub(super) fn record(&self, stream: &Stream) -> Result<(), DeviceError> {
-        // SAFETY: event and stream live, and are of the same context.
+        // SAFETY: event and stream are alive and belong to the same context.
         let record = || unsafe { result::event::record(self.event, stream.stream) };
         self.handle.call("recording an event", record)
     }
 
-    /// Whether it was reached; `true` for one that was never recorded.
+    /// Returns whether the event was reached; `true` if it was never recorded.
     pub(super) fn is_reached(&self) -> Result<bool, DeviceError> {
-        // SAFETY: the event lives.
+        // SAFETY: the event is alive.
         let query = || match unsafe { result::event::query(self.event) } {
             Ok(()) => Ok(true),
             Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
@@ -156,9 +159,9 @@ impl Event {
         self.handle.call("asking for an event", query)
     }
 
-    /// Waits for it on the host.
+    /// Blocks the host until the event is reached.
     pub(super) fn synchronize(&self, operation: &'static str) -> Result<(), DeviceError> {
-        // SAFETY: the event lives.
+        // SAFETY: the event is alive.
         let wait = || unsafe { result::event::synchronize(self.event) };
         self.handle.call(operation, wait)
     }
@@ -178,17 +181,17 @@ pub(super) struct Context {
     lists: RefCell<Uploads>,
     pub(super) compute: Stream,
     pub(super) results: Stream,
-    /// Whether a graph is being recorded on the compute stream: then nothing may be
+    /// Whether a graph is being recorded on the compute stream. Meanwhile nothing may be
     /// allocated or waited for.
     pub(super) capturing: Cell<bool>,
     pub(super) handle: Rc<Handle>,
 }
 
 impl Context {
-    /// Retains the primary context of `device` and makes the streams.
+    /// Retains the primary context of `device` and creates the streams.
     pub(super) fn new(device: sys::CUdevice) -> Result<Self, DeviceError> {
         let errors = ErrorDoor::default();
-        // SAFETY: `device` is one that the driver gave.
+        // SAFETY: the driver returned `device`.
         let context = unless_full(unsafe { result::primary_ctx::retain(device) })
             .map_err(|error| errors.admit("making a context", error))?
             .ok_or_else(|| out_of_memory(0, "a context"))?;
@@ -209,7 +212,7 @@ impl Context {
         })
     }
 
-    /// The compute stream, for libraries that enqueue on it.
+    /// Returns the compute stream, for libraries that enqueue on it.
     pub(super) fn stream(&self) -> sys::CUstream {
         self.compute.raw()
     }
@@ -223,27 +226,27 @@ impl Context {
         self.handle.call(operation, call)
     }
 
-    /// Uploads a few words for the next kernels: they stay where they are until the
-    /// next call enqueues its own.
+    /// Enqueues the upload of a short list for the kernels enqueued next, and returns its
+    /// address. The next call overwrites the list, after those kernels.
     pub(super) fn list(&self, words: &[u32]) -> Result<Ptr, DeviceError> {
         self.lists.borrow_mut().write(self, words)
     }
 
-    /// Refuses what cannot be done while a graph is being recorded.
+    /// Fails if a graph is being recorded. `operation` names the refused call in the error.
     pub(super) fn refuse_in_capture(&self, operation: &'static str) -> Result<(), DeviceError> {
         error::require(!self.capturing.get(), operation, || {
             "not possible while a graph is being recorded".to_owned()
         })
     }
 
-    /// Waits on the host until both streams are empty.
+    /// Blocks the host until all work in both streams has completed.
     pub(super) fn synchronize(&self) -> Result<(), DeviceError> {
         self.refuse_in_capture("synchronize")?;
         self.compute.synchronize("synchronize")?;
         self.results.synchronize("synchronize")
     }
 
-    /// Free and total bytes of the device's memory.
+    /// Returns the free and the total bytes of the device's memory.
     pub(super) fn memory_info(&self) -> Result<(usize, usize), DeviceError> {
         self.call("asking for free memory", result::mem_get_info)
     }

@@ -1,4 +1,4 @@
-//! The one door through which CUDA's errors become [`DeviceError`]s.
+//! Conversion of CUDA driver errors to [`DeviceError`]s.
 
 use crate::device::DeviceError;
 use cudarc::driver::result::DriverError;
@@ -8,7 +8,7 @@ use std::cell::{Cell, OnceCell};
 /// The name of this device in errors.
 pub(super) const DEVICE: &str = "cuda";
 
-/// `Failed`, with a reason of our own.
+/// Returns [`DeviceError::Failed`] with the given reason.
 pub(super) fn failed(operation: &'static str, reason: impl Into<String>) -> DeviceError {
     DeviceError::Failed {
         device: DEVICE,
@@ -17,7 +17,8 @@ pub(super) fn failed(operation: &'static str, reason: impl Into<String>) -> Devi
     }
 }
 
-/// `Unsupported`: `what` was asked for, `expected` would have been accepted.
+/// Returns [`DeviceError::Unsupported`]: `what` was requested, `expected` says what is
+/// accepted.
 pub(super) fn unsupported(what: impl Into<String>, expected: impl Into<String>) -> DeviceError {
     DeviceError::Unsupported {
         device: DEVICE,
@@ -26,7 +27,7 @@ pub(super) fn unsupported(what: impl Into<String>, expected: impl Into<String>) 
     }
 }
 
-/// `Failed` unless `holds`.
+/// Returns [`DeviceError::Failed`] unless `holds`.
 pub(super) fn require(
     holds: bool,
     operation: &'static str,
@@ -39,7 +40,7 @@ pub(super) fn require(
     }
 }
 
-/// `Failed` where something is wrong.
+/// Converts the reason of a failed check to [`DeviceError::Failed`].
 pub(super) fn sound(
     operation: &'static str,
     checked: Result<(), String>,
@@ -47,7 +48,7 @@ pub(super) fn sound(
     checked.map_err(|reason| failed(operation, reason))
 }
 
-/// CUDA's name and text of an error: `CUDA_ERROR_INVALID_VALUE, invalid argument`.
+/// Returns CUDA's name and text for an error: `CUDA_ERROR_INVALID_VALUE, invalid argument`.
 pub(super) fn describe(error: DriverError) -> String {
     let text = error.error_string().map(|text| text.to_string_lossy());
     match text {
@@ -56,7 +57,7 @@ pub(super) fn describe(error: DriverError) -> String {
     }
 }
 
-/// Whether an error leaves the context unusable: every later call would fail too.
+/// Returns whether an error leaves the context unusable, so that every later call fails too.
 fn is_sticky(error: DriverError) -> bool {
     use CUresult::*;
     matches!(
@@ -80,7 +81,7 @@ fn is_sticky(error: DriverError) -> bool {
     )
 }
 
-/// The errors of one context.
+/// Error state of one context. The results of all driver calls pass through here.
 #[derive(Default)]
 pub(super) struct ErrorDoor {
     lost: OnceCell<DeviceError>,
@@ -88,7 +89,7 @@ pub(super) struct ErrorDoor {
 }
 
 impl ErrorDoor {
-    /// The first sticky error, if there was one.
+    /// Returns the first sticky error as `Err`, if there was one.
     pub(super) fn check(&self) -> Result<(), DeviceError> {
         match self.lost.get() {
             Some(lost) => Err(lost.clone()),
@@ -96,7 +97,7 @@ impl ErrorDoor {
         }
     }
 
-    /// What a driver call's error means for whoever made it.
+    /// Converts the error of a driver call. A sticky error marks the device as lost.
     pub(super) fn admit(&self, operation: &'static str, error: DriverError) -> DeviceError {
         let reason = describe(error);
         if !is_sticky(error) {
@@ -113,8 +114,8 @@ impl ErrorDoor {
         lost.clone()
     }
 
-    /// Logs and counts an error of a clean-up, which nobody waits for. Once the
-    /// device is lost every clean-up fails; that is counted, and logged at debug level.
+    /// Logs and counts an error during clean-up, which no caller receives. Once the device is
+    /// lost, every clean-up fails; such errors are counted, but logged at debug level only.
     pub(super) fn cleanup(&self, operation: &'static str, outcome: Result<(), DriverError>) {
         if let Err(error) = outcome {
             self.cleanup.set(self.cleanup.get() + 1);
@@ -128,7 +129,7 @@ impl ErrorDoor {
         }
     }
 
-    /// Errors of clean-ups so far.
+    /// Returns the number of errors during clean-up so far.
     pub(super) fn cleanup_errors(&self) -> u64 {
         self.cleanup.get()
     }

@@ -1,5 +1,5 @@
-//! Mixture-of-experts layers: rows are routed and grouped by expert on the device,
-//! and one launch multiplies for all experts.
+//! Mixture-of-experts layers: rows are routed and grouped by expert on the device, and one
+//! launch multiplies for all experts.
 
 use super::CudaDevice;
 use super::error::{failed, require, unsupported};
@@ -27,29 +27,31 @@ kernels! {
     }
 }
 
-/// The most experts of a layer, and of them for a row; `experts.cu` has the same.
+/// Maximum number of experts per layer, as in `kernels/experts.cu`.
 const MAX_EXPERTS: usize = 256;
+/// Maximum number of experts per row, as in `kernels/experts.cu`.
 const MAX_TOP_K: usize = 32;
 
-/// The loaded experts of a layer.
+/// The loaded experts of one layer.
 pub struct CudaExperts {
     gate_up: CudaLinear,
     down: CudaLinear,
 }
 
-/// Memory for the pairs of rows and experts, kept from call to call.
+/// Scratch memory for the pairs of rows and experts, kept between calls.
 #[derive(Default)]
 pub(super) struct ExpertScratch(Scratch);
 
-/// Where the intermediate results lie; a pair is a row and one of its experts.
+/// Addresses of the intermediate results. A pair is a row and one of its experts.
 struct Pairs {
     expert: Ptr,
     weight: Ptr,
-    /// Where each expert's pairs begin when sorted by expert, and their number.
+    /// Index of each expert's first pair, with pairs sorted by expert, then the number of
+    /// pairs.
     offsets: Ptr,
-    /// The row of each sorted pair.
+    /// Row of each sorted pair.
     row_index: Ptr,
-    /// The sorted place of each pair.
+    /// Index of each pair among the sorted pairs.
     slot: Ptr,
     gate_up: Ptr,
     hidden: Ptr,
@@ -220,7 +222,7 @@ impl CudaDevice {
         )
     }
 
-    /// Chooses the experts of each row and sorts the pairs by expert.
+    /// Enqueues the choice of each row's experts and the sorting of the pairs by expert.
     fn route(
         &mut self,
         places: &Pairs,

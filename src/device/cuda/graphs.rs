@@ -1,10 +1,9 @@
-//! Decode steps recorded as CUDA graphs, one a size, and replayed.
+//! Records decode steps as CUDA graphs, one per size, and replays them.
 //!
-//! The first step of a size runs as it is enqueued, which makes scratch memory grow
-//! to what the size needs. The second is recorded and launched as a graph, later ones
-//! are launched again: hundreds of launches become one. Where recording fails, the
-//! operations of the step are enqueued once more, and steps of that size are never
-//! recorded again.
+//! The first step of a size is enqueued as usual, which makes scratch memory grow to what that
+//! size needs. The second is recorded and launched as a graph. Later steps launch the graph
+//! again, which replaces hundreds of launches by one. If recording fails, the operations of the
+//! step are enqueued once more, and steps of that size are never recorded again.
 
 use super::context::{Context, Handle};
 use super::error;
@@ -19,25 +18,25 @@ use std::rc::Rc;
 struct Graph {
     exec: sys::CUgraphExec,
     handle: Rc<Handle>,
-    /// What the memory that the graph refers to can hold.
+    /// Bounds of the memory that the graph refers to.
     ends: Ends,
 }
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        // SAFETY: instantiated once and destroyed once; one that still runs is destroyed by the
-        // driver when it is done.
+        // SAFETY: the graph was instantiated once and is destroyed once; if it still runs, the
+        // driver destroys it on completion.
         let destroy = || unsafe { result::graph::exec_destroy(self.exec) };
         self.handle.cleanup("destroying a graph", destroy);
     }
 }
 
-/// What is known of the steps of one size.
+/// State of the steps of one size.
 enum Record {
-    /// Such a step has run.
+    /// A step of this size has run, so that the next one can be recorded.
     Warm,
     Recorded(Graph),
-    /// Recording failed.
+    /// Recording failed and is not tried again.
     Refused,
 }
 
@@ -45,17 +44,17 @@ enum Record {
 #[derive(Default)]
 pub(super) struct Graphs {
     records: HashMap<StepKey, Record>,
-    /// [`Handle::releases`] when the graphs were recorded.
+    /// Value of [`Handle::releases`] when the graphs were recorded.
     releases: u64,
-    /// The step that is being enqueued, if it is one that can be recorded.
+    /// The step that is being enqueued, if it may be recorded.
     current: Option<StepKey>,
-    /// What its operations' memory can hold.
+    /// Bounds of the memory that its operations use.
     ends: Option<Ends>,
 }
 
 impl Graphs {
-    /// Replays a step of this size if one was recorded; else its operations are to be
-    /// enqueued, and are recorded if such a step has run before.
+    /// Replays a step of this size if one was recorded. Otherwise the caller must enqueue the
+    /// operations, which are recorded if a step of this size has run before.
     pub(super) fn begin(
         &mut self,
         context: &Context,
@@ -80,11 +79,11 @@ impl Graphs {
         Ok(Staged::Enqueue)
     }
 
-    /// Starts recording; where that fails, the step is enqueued as usual.
+    /// Starts recording. If that fails, the step is enqueued as usual.
     fn record(&mut self, context: &Context, key: StepKey) {
         let stream = context.compute.raw();
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        // SAFETY: the stream lives.
+        // SAFETY: the stream is alive.
         let begin = || unsafe { result::stream::begin_capture(stream, mode) };
         match context.call("recording a step", begin) {
             Ok(()) => context.capturing.set(true),
@@ -98,12 +97,13 @@ impl Graphs {
         self.records.insert(key, Record::Refused);
     }
 
-    /// Notes what the memory of an operation can hold, which a replay must not exceed.
+    /// Adds the bounds of an operation's memory, which a replay must not exceed.
     pub(super) fn limit(&mut self, ends: Ends) {
         self.ends = self.ends.map(|known| known.min(ends));
     }
 
-    /// Ends a step whose operations were enqueued with this outcome.
+    /// Ends a step after its operations were enqueued; `outcome` says whether that failed. A
+    /// step that was recorded is launched here.
     pub(super) fn finish(
         &mut self,
         context: &Context,
@@ -137,7 +137,7 @@ impl Graphs {
         }
     }
 
-    /// Ends a recording that was not finished, because its step failed.
+    /// Ends a recording that was not finished because its step failed.
     pub(super) fn abandon(&mut self, context: &Context) {
         self.current = None;
         if context.capturing.get() {
@@ -145,7 +145,8 @@ impl Graphs {
         }
     }
 
-    /// Drops graphs that may refer to memory that was given back since.
+    /// Drops all graphs if device memory was freed since they were recorded, because they may
+    /// refer to it.
     fn forget_stale(&mut self, context: &Context) -> Result<(), DeviceError> {
         let releases = context.handle.releases.get();
         if self.releases == releases {
@@ -156,7 +157,8 @@ impl Graphs {
         if self.records.values().any(recorded) {
             context.compute.synchronize("forgetting recorded steps")?;
         }
-        // What was given back may not be there again: such steps run once more first.
+        // Freed scratch memory may not have been replaced yet: each size must first run once
+        // more without recording.
         self.records
             .retain(|_, record| matches!(record, Record::Refused));
         Ok(())
@@ -174,27 +176,27 @@ impl Drop for Captured {
         if self.graph.is_null() {
             return;
         }
-        // SAFETY: given by the end of a capture, and destroyed once.
+        // SAFETY: the graph was returned by the end of a capture, and is destroyed once.
         let destroy = || unsafe { result::graph::destroy(self.graph) };
         self.handle.cleanup("destroying a recording", destroy);
     }
 }
 
-/// Ends the recording; what the stream is given from now on runs again.
+/// Ends the recording, so that work enqueued on the stream from now on is executed again.
 fn end_capture(context: &Context) -> Result<Captured, DeviceError> {
     const OPERATION: &str = "recording a step";
     let stream = context.compute.raw();
     let end = || -> Result<sys::CUgraph, DeviceError> {
-        // SAFETY: the stream lives, and is being recorded.
+        // SAFETY: the stream is alive and is being recorded.
         context.call(OPERATION, || unsafe { result::stream::end_capture(stream) })
     };
     let ended = end();
     if ended.is_err() && is_capturing(context) {
-        // A stream that records for ever would be of no use.
+        // Try once more: while the stream is being recorded, no work on it is executed.
         drop(end().map(|graph| captured(context, graph)));
     }
     context.capturing.set(false);
-    // On a lost device the driver has ended it.
+    // If the device is lost, the driver has ended the recording itself.
     let graph = ended?;
     error::require(!graph.is_null(), OPERATION, || {
         "the driver has no graph".to_owned()
@@ -209,7 +211,7 @@ fn captured(context: &Context, graph: sys::CUgraph) -> Captured {
 
 fn is_capturing(context: &Context) -> bool {
     let stream = context.compute.raw();
-    // SAFETY: the stream lives.
+    // SAFETY: the stream is alive.
     let ask = || unsafe { result::stream::is_capturing(stream) };
     let none = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
     context
@@ -220,7 +222,7 @@ fn is_capturing(context: &Context) -> bool {
 impl Graph {
     fn instantiate(context: &Context, captured: Captured, ends: Ends) -> Result<Self, DeviceError> {
         let flags = sys::CUgraphInstantiate_flags(0);
-        // SAFETY: the graph lives until `captured` is dropped.
+        // SAFETY: the graph is alive until `captured` is dropped.
         let instantiate = || unsafe { result::graph::instantiate(captured.graph, flags) };
         Ok(Self {
             exec: context.call("making a graph", instantiate)?,
@@ -231,8 +233,8 @@ impl Graph {
 
     fn launch(&self, context: &Context) -> Result<(), DeviceError> {
         let stream = context.compute.raw();
-        // SAFETY: the graph is executable, and the memory that it refers to was not given back:
-        // `forget_stale` has seen to that.
+        // SAFETY: the graph is executable, and the memory that it refers to has not been freed:
+        // `forget_stale` drops graphs for which it may have been.
         let launch = || unsafe { result::graph::launch(self.exec, stream) };
         context.call("replaying a step", launch)
     }

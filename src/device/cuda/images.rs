@@ -1,4 +1,4 @@
-//! The kernels' images: which are embedded, which fits the device, what it holds.
+//! Kernel images: finds and loads the embedded image that fits the device.
 
 use super::CudaActivations;
 use super::context::{Context, Handle};
@@ -12,23 +12,23 @@ use std::collections::HashMap;
 use std::ffi::CString;
 use std::rc::Rc;
 
-// `PORTABLE` and `NATIVE`, by build.rs.
+// `PORTABLE` and `NATIVE`, written by build.rs.
 include!(concat!(env!("OUT_DIR"), "/images.rs"));
 
-/// What the portable images are written for; any later GPU runs them.
+/// Target of the portable images. Every later GPU can run them.
 const PORTABLE_TARGET: &str = "compute_80";
 
-/// A loaded image.
+/// A loaded kernel image.
 pub(super) struct Module {
     module: sys::CUmodule,
-    /// The portable image of the same file, which tells the kernels' parameters.
+    /// The portable image of the same file, which declares the kernels' parameters.
     ptx: &'static str,
     handle: Rc<Handle>,
 }
 
 impl Module {
-    /// The kernel `name`, one of `signatures`; `Failed` if the image has none or one
-    /// with other parameters.
+    /// Returns the kernel `name`, which is one of `signatures`. Fails if the image lacks the
+    /// kernel or declares other parameters for it.
     pub(super) fn kernel(
         self: &Rc<Self>,
         name: &'static str,
@@ -57,14 +57,15 @@ impl Drop for Module {
     fn drop(&mut self) {
         let handle = &self.handle;
         handle.drain();
-        // SAFETY: loaded by `Modules`, unloaded once, and no kernel of it runs.
+        // SAFETY: the module was loaded by `Modules`, is unloaded once, and none of its kernels
+        // runs after the wait above.
         let unload = || unsafe { result::module::unload(self.module) };
         handle.cleanup("unloading kernels", unload);
     }
 }
 
-/// Kinds of the parameters of an entry of a PTX text; `None` if there is no such
-/// entry or a parameter is of no kind that a kernel here has.
+/// Returns the parameter kinds of the kernel `entry` in a PTX text, or `None` if there is no
+/// such kernel or a parameter is of an unknown kind.
 pub(super) fn parameters(ptx: &str, entry: &str) -> Option<Vec<ParameterKind>> {
     let list = ptx.split(".entry").skip(1).find_map(|rest| {
         let rest = rest.trim_start().strip_prefix(entry)?.trim_start();
@@ -87,18 +88,18 @@ pub(super) fn parameters(ptx: &str, entry: &str) -> Option<Vec<ParameterKind>> {
     list.split(',').map(kind).collect()
 }
 
-/// The images of one device, loaded as they are asked for.
+/// The kernel images of one device, each loaded on first use.
 pub(super) struct Modules {
     handle: Rc<Handle>,
-    /// The type of activations, `bf16` or `f16`.
+    /// The activation type, `bf16` or `f16`.
     activations: &'static str,
-    /// 90 is compute capability 9.0.
+    /// Compute capability times ten: 90 is 9.0.
     capability: u32,
     loaded: RefCell<HashMap<&'static str, Rc<Module>>>,
 }
 
 impl Modules {
-    /// For a device of compute capability `capability`: 90 is 9.0.
+    /// Creates the images for a device of compute capability `capability`, where 90 is 9.0.
     pub(super) fn new(context: &Context, activations: CudaActivations, capability: u32) -> Self {
         Self {
             handle: Rc::clone(&context.handle),
@@ -108,7 +109,7 @@ impl Modules {
         }
     }
 
-    /// Machine code of a file for exactly this device, if it is embedded.
+    /// Returns the file's machine code for exactly this compute capability, if it is embedded.
     fn native(&self, file: &str) -> Option<&'static [u8]> {
         let key = (file, self.activations, self.capability);
         let mut images = NATIVE.iter();
@@ -117,7 +118,7 @@ impl Modules {
         })
     }
 
-    /// What the kernels run as, for people.
+    /// Describes, for people, whether the kernels run as machine code or as PTX.
     pub(super) fn description(&self) -> String {
         match PORTABLE.iter().find_map(|(file, ..)| self.native(file)) {
             Some(_) => format!("machine code for sm_{}", self.capability),
@@ -125,7 +126,7 @@ impl Modules {
         }
     }
 
-    /// The loaded image of `kernels/FILE.cu`.
+    /// Returns the image of `kernels/FILE.cu`, which is loaded on first use.
     pub(super) fn file(&self, file: &'static str) -> Result<Rc<Module>, DeviceError> {
         const OPERATION: &str = "loading the kernels";
         if let Some(module) = self.loaded.borrow().get(file) {
@@ -142,8 +143,8 @@ impl Modules {
         let text = portable.strip_suffix(&[0]).ok_or_else(missing)?;
         let ptx = std::str::from_utf8(text).map_err(|_| missing())?;
         let image = self.native(file).unwrap_or(portable);
-        // SAFETY: machine code carries its size; a portable image ends with a zero byte, as was
-        // seen above.
+        // SAFETY: machine code carries its size, and a portable image ends with a zero byte, as
+        // checked above.
         let load = || unsafe { result::module::load_data(image.as_ptr().cast()) };
         let module = Rc::new(Module {
             module: self.handle.call(OPERATION, load)?,
@@ -155,7 +156,7 @@ impl Modules {
     }
 }
 
-/// The portable image of a file, if it is embedded.
+/// Returns the portable image of a file, if it is embedded.
 pub(super) fn portable(file: &str, activations: &str) -> Option<&'static [u8]> {
     let mut images = PORTABLE.iter();
     images.find_map(|&(name, of, bytes)| ((name, of) == (file, activations)).then_some(bytes))

@@ -1,8 +1,8 @@
 //! Typed kernel launches.
 //!
-//! [`kernels!`] declares the kernels of one `.cu` file with their parameters. When
-//! they are loaded, number and kinds of the parameters are compared with those of
-//! the image, so that a changed kernel is an error at start-up, not a wild read.
+//! [`kernels!`] declares the kernels of one `.cu` file with their parameters. On loading, the
+//! number and kinds of the parameters are compared with those in the image, so that a changed
+//! kernel fails at start-up instead of reading arbitrary memory.
 
 use super::context::Context;
 use super::error;
@@ -15,7 +15,7 @@ use std::cell::Cell;
 use std::ffi::c_void;
 use std::rc::Rc;
 
-/// What a kernel takes in one parameter.
+/// Kind of a kernel parameter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ParameterKind {
     /// A device address.
@@ -26,9 +26,9 @@ pub(super) enum ParameterKind {
     Float,
 }
 
-/// A Rust type that can be given to a kernel.
+/// A Rust type that can be passed to a kernel.
 pub(super) trait Argument: Copy {
-    /// The kind of the kernel's parameter.
+    /// Kind of the kernel parameter that takes this type.
     const KIND: ParameterKind;
 }
 
@@ -42,10 +42,10 @@ impl Argument for f32 {
     const KIND: ParameterKind = ParameterKind::Float;
 }
 
-/// A kernel as it is declared here.
+/// A kernel declared with [`kernels!`].
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Signature {
-    /// The entry's name.
+    /// Name of the kernel's entry point in the image.
     pub(super) name: &'static str,
     /// Name and kind of each parameter.
     pub(super) parameters: &'static [(&'static str, ParameterKind)],
@@ -60,7 +60,8 @@ pub(super) struct Grid {
 }
 
 impl Grid {
-    /// `blocks` blocks of `threads` threads. Without blocks nothing is launched.
+    /// Returns a grid of `blocks` blocks with `threads` threads each. A launch with 0 blocks
+    /// does nothing.
     pub(super) fn new(blocks: [u32; 3], threads: [u32; 3]) -> Self {
         let shared = 0;
         Self {
@@ -70,28 +71,28 @@ impl Grid {
         }
     }
 
-    /// With so many bytes of dynamic shared memory.
+    /// Sets the bytes of dynamic shared memory per block.
     pub(super) fn shared(self, bytes: u32) -> Self {
         let shared = bytes;
         Self { shared, ..self }
     }
 }
 
-/// Dynamic shared memory that a kernel has without asking for more.
+/// Bytes of dynamic shared memory that a kernel may use without opting in to more.
 const DEFAULT_SHARED: u32 = 48 << 10;
 
-/// A kernel that was found in its image, with the parameters that were declared.
+/// A loaded kernel, whose parameters match its declaration.
 pub(super) struct Kernel {
     function: sys::CUfunction,
     name: &'static str,
-    /// Dynamic shared memory that the kernel may have by now.
+    /// Bytes of dynamic shared memory that the kernel currently may use.
     allowed_shared: Cell<u32>,
     /// Keeps the code loaded.
     _module: Rc<Module>,
 }
 
 impl Kernel {
-    /// A function of `module`, whose parameters were checked.
+    /// Wraps a function of `module` whose parameters were checked.
     pub(super) fn new(function: sys::CUfunction, name: &'static str, module: Rc<Module>) -> Self {
         Self {
             function,
@@ -104,7 +105,7 @@ impl Kernel {
     /// Enqueues the kernel on the compute stream.
     ///
     /// # Safety
-    /// `arguments` point at values of the kinds that the kernel was loaded with.
+    /// `arguments` must point to values of the kinds that the kernel was loaded with.
     pub(super) unsafe fn launch(
         &self,
         context: &Context,
@@ -127,7 +128,7 @@ impl Kernel {
         if shared > self.allowed_shared.get() {
             let attribute =
                 sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: the function belongs to the module that `self` holds.
+            // SAFETY: the function belongs to the module that `self` keeps loaded.
             let allow = || unsafe {
                 result::function::set_function_attribute(self.function, attribute, shared as i32)
             };
@@ -137,8 +138,8 @@ impl Kernel {
         let stream = context.compute.raw();
         let [x, y, z] = blocks;
         let [tx, ty, tz] = threads;
-        // SAFETY: the function lives as its module; the caller vouches for the arguments, which
-        // the driver copies before it returns.
+        // SAFETY: the function is valid as long as its module, which `self` keeps loaded; the
+        // caller vouches for the arguments, which the driver copies before it returns.
         let launch = || unsafe {
             let (blocks, threads) = ((x, y, z), (tx, ty, tz));
             result::launch_kernel(self.function, blocks, threads, shared, stream, arguments)
@@ -147,9 +148,9 @@ impl Kernel {
     }
 }
 
-/// Which of the kernels of a family is meant: the end of its name.
+/// Selects one kernel of a family by the suffix of its name.
 pub(super) trait Variant: Copy + std::fmt::Display {
-    /// Whether the kernel's name ends so.
+    /// Returns whether this variant selects the suffix `name`.
     fn is(self, name: &str) -> bool;
 }
 
@@ -165,11 +166,12 @@ impl Variant for usize {
     }
 }
 
-/// Kernels with the same parameters, whose names differ in their end.
+/// A family of kernels with the same parameters, by the suffix of their names.
 pub(super) struct Variants(pub(super) Vec<(&'static str, Kernel)>);
 
 impl Variants {
-    /// The kernel whose name ends in `variant`.
+    /// Returns the kernel whose name ends in `variant`. `family` is the common part of the
+    /// names, for the error if there is no such kernel.
     pub(super) fn get(
         &self,
         family: &'static str,
@@ -198,10 +200,10 @@ impl Variants {
 /// }
 /// ```
 ///
-/// makes a struct with `load(&Modules)` and a method a kernel, which takes the
-/// context, a [`Grid`] and the arguments. `attend_hd[16, 32]` are two kernels,
-/// `attend_hd16` and `attend_hd32`, behind one method whose first argument is the
-/// variant: a `usize` or, for `linear_[q4_m16, q8_m16]`, a `&str`.
+/// This makes a struct with a function `load(&Modules)` and one method per kernel, which takes
+/// the context, a [`Grid`] and the kernel's arguments. `attend_hd[16, 32]` declares two
+/// kernels, `attend_hd16` and `attend_hd32`, behind one method whose first argument is the
+/// variant: a `usize`, or a `&str` for names such as `linear_[q4_m16, q8_m16]`.
 macro_rules! kernels {
     (
         $(#[$meta:meta])*
@@ -218,16 +220,16 @@ macro_rules! kernels {
         }
 
         impl $name {
-            /// The `.cu` file, and the name of its image.
+            /// Name of the `.cu` file and of its image.
             pub(super) const FILE: &'static str = $file;
 
-            /// What is declared.
+            /// The declared kernels.
             pub(super) const SIGNATURES: &'static [$crate::device::cuda::launch::Signature] =
                 &$crate::device::cuda::launch::kernels!(@signatures [] $(
                     $kernel $([$($variant)*])? ($($parameter: $kind),*)
                 )*);
 
-            /// Finds the kernels in their image and compares the parameters.
+            /// Loads the kernels from their image and checks their parameters.
             pub(super) fn load(
                 modules: &$crate::device::cuda::images::Modules,
             ) -> Result<Self, $crate::device::DeviceError> {
@@ -347,8 +349,9 @@ mod tests {
         (SamplingKernels::FILE, SamplingKernels::SIGNATURES),
     ];
 
-    /// Names of the parameters of the kernels in a source. A kernel's name may be made
-    /// by a macro: its parts are those between `##`, and one in capitals is any text.
+    /// Returns the name and the parameter names of each kernel in a source file. A macro may
+    /// build the name with `##`, so it is a list of parts; a part in capitals stands for any
+    /// text.
     fn sources(text: &str) -> Vec<(Vec<String>, Vec<String>)> {
         let text = text.replace('\\', " ");
         let starts = ["KERNEL ", "__global__ void "];
@@ -380,8 +383,8 @@ mod tests {
         kernels
     }
 
-    /// How many characters of `name` a name of a source gives literally; `None` if it
-    /// is another one.
+    /// Matches `name` against the parts of a kernel's name and returns the number of characters
+    /// that match literally, or `None` if the name does not match.
     fn matches(parts: &[String], name: &str) -> Option<usize> {
         let (part, others) = match parts {
             [] => return name.is_empty().then_some(0),

@@ -1,4 +1,4 @@
-//! Linear layers: which kernel multiplies, with which tile.
+//! Linear layers: chooses the kernel and its tile, and launches it.
 
 use super::CudaDevice;
 use super::blas::{Blas, Shape};
@@ -38,12 +38,12 @@ kernels! {
     }
 }
 
-/// Which kernels multiply by some weights.
+/// Kind of weights, which decides the kernels that multiply by them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// Floating-point weights, kept as activations are.
+    /// Floating-point weights, stored in the activation type.
     Dense,
-    /// A block format, with the type it was stored in.
+    /// Repacked weights of a block format, with the type in the model file.
     Quantised(Format, DType),
 }
 
@@ -53,39 +53,39 @@ impl Kind {
     }
 }
 
-/// Consecutive outputs of one kind.
+/// Consecutive outputs whose weights are of one kind.
 pub(super) struct Segment {
     pub(super) first_output: usize,
     pub(super) outputs: usize,
     pub(super) kind: Kind,
-    /// Matrix after matrix.
+    /// The weights, matrix after matrix.
     pub(super) weights: Buffer,
 }
 
-/// A loaded linear layer, or the same layer of all experts.
+/// A loaded linear layer, or the corresponding layers of all experts.
 pub struct CudaLinear {
     pub(super) segments: Vec<Segment>,
     pub(super) outputs: usize,
     pub(super) inputs: usize,
-    /// How many matrices: 1, or one an expert.
+    /// Number of matrices: 1, or one per expert.
     pub(super) matrices: usize,
-    /// float32, one an output.
+    /// The bias, if there is one: float32 per output.
     pub(super) bias: Option<Buffer>,
 }
 
 impl CudaLinear {
-    /// Outputs.
+    /// Returns the number of outputs.
     pub fn rows(&self) -> usize {
         self.outputs
     }
 
-    /// Inputs.
+    /// Returns the number of inputs.
     pub fn columns(&self) -> usize {
         self.inputs
     }
 
-    /// The weights, if they are one floating-point matrix: `rows × columns` of the
-    /// activation type.
+    /// Returns the weights if they form one floating-point matrix: `rows × columns` elements of
+    /// the activation type, row-major.
     pub(super) fn dense(&self) -> Option<Ptr> {
         match &self.segments[..] {
             [segment] if segment.kind == Kind::Dense => Some(segment.weights.ptr()),
@@ -94,16 +94,17 @@ impl CudaLinear {
     }
 }
 
-/// What the products of a device share beside their kernels.
+/// State that all matrix products of a device share, in addition to their kernels.
 pub(super) struct Products {
-    /// Float32 operands in the activation type.
+    /// Float32 operands, converted to the activation type.
     converted: Scratch,
-    /// cuBLASLt, if it was asked for.
+    /// cuBLASLt, if the options request it.
     blas: Option<Blas>,
 }
 
 impl Products {
-    /// `Unavailable` when the options ask for a library that is not there.
+    /// Fails with [`DeviceError::Unavailable`] if the options request cuBLASLt and it is not
+    /// installed.
     pub(super) fn new(context: &Context, options: &CudaOptions) -> Result<Self, DeviceError> {
         let blas = || Blas::new(context, options);
         Ok(Self {
@@ -113,31 +114,31 @@ impl Products {
     }
 }
 
-/// The operands of a product beside the weights.
+/// The operands of a product other than the weights.
 #[derive(Clone, Copy)]
 pub(super) struct Operands {
-    /// Rows of the activation type, `weight.columns()` each.
+    /// Rows of `weight.columns()` elements in the activation type.
     pub(super) x: Ptr,
-    /// Rows of `weight.rows()`.
+    /// Rows of `weight.rows()` elements in `precision`.
     pub(super) out: Ptr,
     pub(super) precision: Precision,
-    /// How many; with `experts` the most that one expert has.
+    /// Number of rows; with `experts`, the maximum per expert.
     pub(super) rows: usize,
     pub(super) experts: Option<Routed>,
 }
 
-/// How rows are divided among experts.
+/// How rows are distributed among experts.
 #[derive(Clone, Copy)]
 pub(super) struct Routed {
-    /// `u32` each: where the pairs of each expert begin, and their number.
+    /// Index of the first pair of each expert, then the total number of pairs: `u32` each.
     pub(super) offsets: Ptr,
-    /// `u32` a pair: its row of x; NULL if that is the pair's own number.
+    /// Row of x of each pair: `u32` per pair. NULL if pair `p` reads row `p`.
     pub(super) row_index: Ptr,
-    /// Rows of an expert, on average.
+    /// Average number of rows per expert.
     pub(super) average: usize,
 }
 
-/// The tile of a kernel.
+/// Tile size of a kernel, and the kernel that has it.
 struct Tile {
     variant: &'static str,
     rows: usize,
@@ -147,10 +148,10 @@ struct Tile {
 }
 
 impl Tile {
-    /// The tile for `rows` rows in each of `matrices` products. The choice decides
-    /// how fast it is; the results are the same to the bit.
+    /// Chooses the tile for `rows` rows in each of `matrices` products. The choice affects only
+    /// the speed; results are bit-identical for every tile.
     fn choose(kind: Kind, rows: usize, outputs: usize, matrices: usize) -> Self {
-        // Blocks that fill a GPU; fewer would leave parts of it idle.
+        // Number of blocks that fills a GPU. With fewer, parts of it would be idle.
         const ENOUGH: usize = 96;
         let few = rows <= 16;
         match kind {
@@ -228,7 +229,8 @@ impl CudaDevice {
         self.multiply(weight, &operands)
     }
 
-    /// The leading rows of `x` in the activation type, converted if they are float32.
+    /// Returns the first `rows` rows of `x` in the activation type, converted if they are
+    /// float32.
     pub(super) fn as_activations(
         &mut self,
         x: &CudaTensor,
@@ -239,14 +241,14 @@ impl CudaDevice {
         }
         let count = rows * x.columns();
         let converted = self.products.converted.get(&self.context, count * 2)?;
-        // Eight numbers a thread.
+        // Each thread converts eight numbers.
         let grid = Grid::new([count.div_ceil(8 * 256) as u32, 1, 1], [256, 1, 1]);
         self.norm
             .convert(&self.context, grid, converted, x.ptr(), count as u32)?;
         Ok(converted)
     }
 
-    /// `out = W x + b`.
+    /// Enqueues `out = W x + b`.
     pub(super) fn multiply(
         &mut self,
         weight: &CudaLinear,
@@ -337,8 +339,8 @@ impl CudaDevice {
         }
     }
 
-    /// `out[row] = scale · table[token of the row]` for a table in a block format;
-    /// the step's tokens were resolved.
+    /// Enqueues `out[row] = scale · table[token of the row]` for a table in a block format. The
+    /// step's tokens must be resolved.
     pub(super) fn embed_quant(
         &mut self,
         table: &CudaLinear,

@@ -1,8 +1,8 @@
-//! Bringing weight matrices to the device: floating-point weights as the activation
-//! type, block formats as records (`pack`).
+//! Uploads weight matrices: floating-point weights in the activation type, block formats as
+//! records (`pack`).
 //!
-//! Weights are converted on a few threads, a slab of rows at a time, so that loading
-//! takes little memory beside the model file's pages.
+//! Weights are converted on several threads, one slab of rows at a time, so that loading takes
+//! little memory in addition to the stored weights.
 
 use super::context::Context;
 use super::error::{failed, unsupported};
@@ -15,13 +15,13 @@ use crate::weights::{DType, quant};
 use half::{bf16, f16};
 use std::ops::Range;
 
-/// Bytes converted before they are uploaded, about.
+/// Approximate number of bytes that are converted and then uploaded at once.
 const SLAB: usize = 16 << 20;
 
-/// The largest float16.
+/// The largest finite float16.
 const LARGEST_F16: f32 = 65504.0;
 
-/// Loads matrices of one shape, the experts of a layer or just one, as one stack.
+/// Loads matrices of the same shape as one stack: the experts of a layer, or a single matrix.
 pub(super) fn load(
     context: &Context,
     activations: CudaActivations,
@@ -95,7 +95,8 @@ pub(super) fn load(
     })
 }
 
-/// Neighbouring parts that one kernel multiplies: their kind, rows and number.
+/// Groups adjacent parts that one kernel can multiply. Returns the kind, the total number of
+/// rows and the number of parts of each group.
 fn segments_of(spec: &LinearSpec<'_>) -> Vec<(Kind, usize, usize)> {
     let alike = |a: &WeightRows<'_>, b: &WeightRows<'_>| Kind::of(a.dtype) == Kind::of(b.dtype);
     let segments = spec.parts.chunk_by(alike).map(|parts| {
@@ -141,7 +142,7 @@ fn check(part: &WeightRows<'_>, columns: usize) -> Result<(), DeviceError> {
     Ok(())
 }
 
-/// The same segment of every matrix of a stack.
+/// The same segment of every matrix in a stack.
 struct Stack<'a> {
     parts: Vec<&'a [WeightRows<'a>]>,
     rows: usize,
@@ -149,14 +150,14 @@ struct Stack<'a> {
 }
 
 impl Stack<'_> {
-    /// Converts all rows and uploads them, matrix after matrix.
+    /// Converts and uploads all rows, matrix after matrix.
     fn upload(
         &self,
         context: &Context,
         activations: CudaActivations,
         kind: Kind,
     ) -> Result<Buffer, DeviceError> {
-        // Rows that are converted together, and what they become.
+        // A unit: rows that are converted together, and the bytes that they become.
         let (unit_rows, unit_bytes) = match kind {
             Kind::Dense => (1, self.inputs * 2),
             Kind::Quantised(format, _) => (RECORD_OUTPUTS, format.eight_bytes(self.inputs)),
@@ -214,7 +215,7 @@ impl Stack<'_> {
         Ok(buffer)
     }
 
-    /// Row `row` of matrix `matrix`, as stored.
+    /// Returns row `row` of matrix `matrix` as stored, with its type.
     fn row(&self, matrix: usize, mut row: usize) -> (DType, &[u8]) {
         let parts = self.parts[matrix];
         let mut part = &parts[0];
@@ -231,7 +232,7 @@ impl Stack<'_> {
 
 type Convert<'a> = dyn Fn(Range<usize>, &mut [u8]) -> Result<(), DeviceError> + Sync + 'a;
 
-/// Converts `units` on as many threads as the machine has.
+/// Converts `units` on all available processors, or on this thread if there is little to do.
 fn in_parallel(
     units: Range<usize>,
     unit_bytes: usize,
@@ -260,7 +261,7 @@ fn in_parallel(
     })
 }
 
-/// A row of floating-point weights in the activation type.
+/// Converts a row of floating-point weights to the activation type.
 fn to_activations(
     dtype: DType,
     stored: &[u8],
@@ -278,7 +279,7 @@ fn to_activations(
     for (out, &weight) in out.chunks_exact_mut(2).zip(&*floats) {
         let bytes = match activations {
             CudaActivations::Bf16 => bf16::from_f32(weight).to_le_bytes(),
-            // Saturates, as the kernels do; NaN stays NaN.
+            // Saturate as the kernels do. `clamp` keeps NaN.
             CudaActivations::F16 => {
                 f16::from_f32(weight.clamp(-LARGEST_F16, LARGEST_F16)).to_le_bytes()
             }

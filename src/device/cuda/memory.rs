@@ -15,22 +15,22 @@ use std::rc::Rc;
 pub(super) struct Ptr(u64);
 
 impl Ptr {
-    /// The address of nothing, for optional parameters.
+    /// The null address, for optional parameters.
     pub(super) const NULL: Self = Self(0);
 
-    /// The address `bytes` further on.
+    /// Returns the address `bytes` bytes after this one.
     pub(super) fn offset_bytes(self, bytes: usize) -> Self {
         Self(self.0 + bytes as u64)
     }
 
-    /// For calls into the driver.
+    /// Returns the address as a number, for driver calls.
     pub(super) fn raw(self) -> u64 {
         self.0
     }
 }
 
-/// Owned device memory, aligned to 256 bytes; given back on drop, when nothing that
-/// was enqueued uses it any more.
+/// Owned device memory, aligned to 256 bytes. Dropping it waits until all enqueued work has
+/// completed, then frees the memory.
 pub(super) struct Buffer {
     ptr: Ptr,
     bytes: usize,
@@ -38,12 +38,12 @@ pub(super) struct Buffer {
 }
 
 impl Buffer {
-    /// Where it begins; [`Ptr::NULL`] if it has no bytes.
+    /// Returns the start address; [`Ptr::NULL`] if the size is 0.
     pub(super) fn ptr(&self) -> Ptr {
         self.ptr
     }
 
-    /// Its size.
+    /// Returns the size in bytes.
     pub(super) fn bytes(&self) -> usize {
         self.bytes
     }
@@ -58,24 +58,25 @@ impl Drop for Buffer {
         handle.allocated.set(handle.allocated.get() - self.bytes);
         handle.releases.set(handle.releases.get() + 1);
         handle.drain();
-        // SAFETY: allocated by `Context::allocate`, freed once, and no longer in use.
+        // SAFETY: the memory was allocated by `Context::allocate`, is freed once, and is no
+        // longer in use after the wait above.
         let free = || unsafe { result::free_sync(self.ptr.0) };
         handle.cleanup("freeing device memory", free);
     }
 }
 
-/// How the host uses pinned memory.
+/// What pinned memory is used for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum PinnedUse {
-    /// Written by the host, read by the device: write-combined.
+    /// Written by the host and read by the device; allocated as write-combined memory.
     Upload,
-    /// Written by the device, read by the host.
+    /// Written by the device and read by the host.
     Download,
     /// Written and read by the device only.
     Swap,
 }
 
-/// Page-locked host memory, which the device copies from and to on its own.
+/// Page-locked host memory, to and from which the device copies asynchronously.
 pub(super) struct Pinned {
     start: NonNull<u8>,
     bytes: usize,
@@ -83,7 +84,7 @@ pub(super) struct Pinned {
 }
 
 impl Pinned {
-    /// Zeroed memory of at least one byte.
+    /// Allocates zeroed memory of `bytes` bytes, or of one byte if `bytes` is 0.
     pub(super) fn new(
         context: &Context,
         bytes: usize,
@@ -96,7 +97,7 @@ impl Pinned {
             PinnedUse::Upload => sys::CU_MEMHOSTALLOC_WRITECOMBINED,
             PinnedUse::Download | PinnedUse::Swap => 0,
         };
-        // SAFETY: a plain allocation.
+        // SAFETY: an allocation has no precondition.
         let allocate = || unless_full(unsafe { result::malloc_host(bytes, flags) });
         let start = context.call(OPERATION, allocate)?;
         let start = start.and_then(|start| NonNull::new(start.cast::<u8>()));
@@ -110,30 +111,31 @@ impl Pinned {
         })
     }
 
-    /// Its size.
+    /// Returns the size in bytes.
     pub(super) fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// Where `bytes` bytes from `offset` on lie.
+    /// Returns the address at `offset`. Fails unless `bytes` bytes from there on are inside the
+    /// allocation.
     fn at(&self, offset: usize, bytes: usize) -> Result<*mut u8, DeviceError> {
         let inside = offset <= self.bytes && bytes <= self.bytes - offset;
         error::require(inside, "copying pinned memory", || {
             format!("{bytes} bytes at {offset} are not in {} bytes", self.bytes)
         })?;
-        // SAFETY: inside the allocation, as just checked.
+        // SAFETY: the offset is inside the allocation, as just checked.
         Ok(unsafe { self.start.as_ptr().add(offset) })
     }
 
-    /// The bytes. The caller has waited for copies into them.
+    /// Returns the bytes. The caller must have waited for all copies into them.
     pub(super) fn as_slice(&self) -> &[u8] {
-        // SAFETY: allocated with this size, initialised by `new`.
+        // SAFETY: the memory was allocated with this size and initialised by `new`.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.bytes) }
     }
 
-    /// The bytes, to be written. The caller has waited for copies out of them.
+    /// Returns the bytes for writing. The caller must have waited for all copies out of them.
     pub(super) fn as_mut_slice(&mut self) -> &mut [u8] {
-        // SAFETY: allocated with this size, initialised by `new`.
+        // SAFETY: the memory was allocated with this size and initialised by `new`.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.bytes) }
     }
 }
@@ -142,13 +144,14 @@ impl Drop for Pinned {
     fn drop(&mut self) {
         let handle = &self.handle;
         handle.drain();
-        // SAFETY: allocated by `new`, freed once, and no copy is under way.
+        // SAFETY: the memory was allocated by `new`, is freed once, and no copy is under way
+        // after the wait above.
         let free = || unsafe { result::free_host(self.start.as_ptr().cast()) };
         handle.cleanup("freeing pinned memory", free);
     }
 }
 
-/// `OutOfMemory` of this device.
+/// Returns [`DeviceError::OutOfMemory`] for `bytes` bytes of `what`.
 pub(super) fn out_of_memory(bytes: usize, what: &str) -> DeviceError {
     DeviceError::OutOfMemory {
         device: DEVICE,
@@ -157,7 +160,7 @@ pub(super) fn out_of_memory(bytes: usize, what: &str) -> DeviceError {
     }
 }
 
-/// What was allocated; `None` when there is no memory left.
+/// Converts the driver's out-of-memory error to `None`.
 pub(super) fn unless_full<T>(allocated: Result<T, DriverError>) -> Result<Option<T>, DriverError> {
     match allocated {
         Ok(allocated) => Ok(Some(allocated)),
@@ -166,16 +169,17 @@ pub(super) fn unless_full<T>(allocated: Result<T, DriverError>) -> Result<Option
     }
 }
 
-/// Bytes of a piece of an upload.
+/// Maximum number of bytes per piece of an upload.
 const PIECE: usize = 16 << 20;
 
-/// One of the two places that a piece is put in before it is copied.
+/// A staging buffer for one piece of an upload, with the event that follows its copy.
 struct Piece {
     memory: Pinned,
     copied: Event,
 }
 
-/// Two pinned pieces, filled in turn: one is written while the other is copied.
+/// Uploads through two pinned staging buffers in turn: the host fills one while the other is
+/// copied.
 #[derive(Default)]
 pub(super) struct Uploader {
     pieces: [Option<Piece>; 2],
@@ -183,7 +187,7 @@ pub(super) struct Uploader {
 }
 
 impl Uploader {
-    /// Copies `bytes` to `to` on the compute stream.
+    /// Copies `bytes` to `to` on the compute stream. Returns once `bytes` have been read.
     fn copy(&mut self, context: &Context, to: Ptr, bytes: &[u8]) -> Result<(), DeviceError> {
         let capacity = bytes.len().next_power_of_two().clamp(4096, PIECE);
         for (index, part) in bytes.chunks(PIECE).enumerate() {
@@ -209,7 +213,7 @@ impl Uploader {
                 .copy_from_pinned(to, &piece.memory, part.len())
                 .and_then(|()| piece.copied.record(&context.compute));
             if copied.is_err() {
-                // Nobody would know when the piece may be written again.
+                // Without the event, nothing says when the buffer may be written again.
                 *place = None;
                 return copied;
             }
@@ -219,7 +223,7 @@ impl Uploader {
 }
 
 impl Context {
-    /// Uninitialised device memory; `what` names it when there is none left.
+    /// Allocates uninitialised device memory. `what` names it in an out-of-memory error.
     pub(super) fn allocate(&self, bytes: usize, what: &str) -> Result<Buffer, DeviceError> {
         const OPERATION: &str = "allocating device memory";
         self.refuse_in_capture(OPERATION)?;
@@ -228,7 +232,7 @@ impl Context {
             let ptr = Ptr::NULL;
             return Ok(Buffer { ptr, bytes, handle });
         }
-        // SAFETY: a plain allocation.
+        // SAFETY: an allocation has no precondition.
         let allocate = || unless_full(unsafe { result::malloc_sync(bytes) });
         let address = handle.call(OPERATION, allocate)?;
         let ptr = Ptr(address.ok_or_else(|| out_of_memory(bytes, what))?);
@@ -236,22 +240,22 @@ impl Context {
         Ok(Buffer { ptr, bytes, handle })
     }
 
-    /// Device memory filled with zeros.
+    /// Allocates device memory and enqueues filling it with zeros.
     pub(super) fn allocate_zeroed(&self, bytes: usize, what: &str) -> Result<Buffer, DeviceError> {
         let buffer = self.allocate(bytes, what)?;
         self.fill_zero(buffer.ptr(), bytes)?;
         Ok(buffer)
     }
 
-    /// Device memory that holds `values`. Returns when they are read, not when they
-    /// have arrived.
+    /// Allocates device memory and enqueues the upload of `values`. Returns once the values
+    /// have been read, which may be before they arrive.
     pub(super) fn upload<T: Pod>(&self, values: &[T], what: &str) -> Result<Buffer, DeviceError> {
         let buffer = self.allocate(size_of_val(values), what)?;
         self.write(&buffer, 0, values)?;
         Ok(buffer)
     }
 
-    /// Overwrites a part of `buffer`, after what is enqueued already.
+    /// Overwrites part of `buffer` with `values`, in stream order.
     pub(super) fn write<T: Pod>(
         &self,
         buffer: &Buffer,
@@ -274,8 +278,8 @@ impl Context {
         uploader.copy(self, buffer.ptr.offset_bytes(offset_bytes), bytes)
     }
 
-    /// Reads `count` values, after waiting for all that is enqueued. For tests and
-    /// benches: a step never waits.
+    /// Reads `count` values, after waiting for all enqueued work. For tests and benchmarks
+    /// only, because a step must not wait.
     pub(super) fn read<T: Pod>(&self, ptr: Ptr, count: usize) -> Result<Vec<T>, DeviceError> {
         const OPERATION: &str = "read";
         self.refuse_in_capture(OPERATION)?;
@@ -284,7 +288,7 @@ impl Context {
             return Ok(values);
         }
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut values);
-        // SAFETY: `bytes` lives until the stream was waited for, below.
+        // SAFETY: `bytes` outlives the copy, because the stream is waited for below.
         let copy = || unsafe { result::memcpy_dtoh_async(bytes, ptr.0, self.compute.raw()) };
         let copied = self.call(OPERATION, copy);
         self.compute.synchronize(OPERATION)?;
@@ -297,24 +301,26 @@ impl Context {
             return Ok(());
         }
         let stream = self.compute.raw();
-        // SAFETY: the caller owns both ranges, and buffers are freed only after a wait.
+        // SAFETY: the caller owns both ranges, and buffers are freed only after waiting for all
+        // enqueued work.
         let copy = || unsafe { result::memcpy_dtod_async(to.0, from.0, bytes, stream) };
         self.call("copy", copy)
     }
 
-    /// Enqueues zeros.
+    /// Enqueues filling `bytes` bytes with zeros.
     pub(super) fn fill_zero(&self, to: Ptr, bytes: usize) -> Result<(), DeviceError> {
         if bytes == 0 {
             return Ok(());
         }
         let stream = self.compute.raw();
-        // SAFETY: the caller owns the range, and buffers are freed only after a wait.
+        // SAFETY: the caller owns the range, and buffers are freed only after waiting for all
+        // enqueued work.
         let fill = || unsafe { result::memset_d8_async(to.0, 0, bytes, stream) };
         self.call("fill", fill)
     }
 
-    /// Enqueues a copy of some bytes of device memory to `to`, from `offset` on. The host
-    /// must not touch them before that was done.
+    /// Enqueues a copy of `bytes` bytes of device memory into pinned memory at `offset`. The
+    /// host must not touch them before the copy has completed.
     pub(super) fn copy_to_swap(
         &self,
         (to, offset): (&Pinned, usize),
@@ -322,13 +328,14 @@ impl Context {
         bytes: usize,
     ) -> Result<(), DeviceError> {
         let (to, stream) = (to.at(offset, bytes)?, self.compute.raw());
-        // SAFETY: `at` has checked the range, which is freed only after a wait; the caller owns
-        // the source.
+        // SAFETY: `at` has checked the target range, which is freed only after waiting for all
+        // enqueued work; the caller owns the source.
         let copy = || unsafe { sys::cuMemcpyDtoHAsync_v2(to.cast(), from.0, bytes, stream) };
         self.call("swap_out", || copy().result())
     }
 
-    /// Enqueues a copy of some bytes of `from`, from `offset` on, to device memory; likewise.
+    /// Enqueues a copy of `bytes` bytes of pinned memory at `offset` into device memory. The
+    /// host must not write them before the copy has completed.
     pub(super) fn copy_from_swap(
         &self,
         to: Ptr,
@@ -336,13 +343,14 @@ impl Context {
         bytes: usize,
     ) -> Result<(), DeviceError> {
         let (from, stream) = (from.at(offset, bytes)?, self.compute.raw());
-        // SAFETY: as above, with source and target exchanged.
+        // SAFETY: `at` has checked the source range, which is freed only after waiting for all
+        // enqueued work; the caller owns the target.
         let copy = || unsafe { sys::cuMemcpyHtoDAsync_v2(to.0, from.cast(), bytes, stream) };
         self.call("swap_in", || copy().result())
     }
 
-    /// Enqueues a copy of the first `bytes` of `from` to device memory. `from` must
-    /// not be written before that was done.
+    /// Enqueues a copy of the first `bytes` bytes of `from` into device memory. `from` must not
+    /// be written before the copy has completed.
     pub(super) fn copy_from_pinned(
         &self,
         to: Ptr,
@@ -353,13 +361,14 @@ impl Context {
             return Ok(());
         }
         let (source, stream) = (&from.as_slice()[..bytes], self.compute.raw());
-        // SAFETY: pinned memory is freed only after a wait; the caller owns the target.
+        // SAFETY: pinned memory is freed only after waiting for all enqueued work; the caller
+        // owns the target.
         let copy = || unsafe { result::memcpy_htod_async(to.0, source, stream) };
         self.call("upload", copy)
     }
 }
 
-/// A matrix of activations on the device: row-major, dense.
+/// A dense, row-major matrix of activations in device memory.
 pub struct CudaTensor {
     buffer: Buffer,
     rows: usize,
@@ -368,7 +377,7 @@ pub struct CudaTensor {
 }
 
 impl CudaTensor {
-    /// An uninitialised matrix.
+    /// Allocates an uninitialised matrix.
     pub(super) fn new(
         context: &Context,
         rows: usize,
@@ -391,40 +400,40 @@ impl CudaTensor {
         })
     }
 
-    /// Where the first row begins.
+    /// Returns the address of the first row.
     pub(super) fn ptr(&self) -> Ptr {
         self.buffer.ptr()
     }
 
-    /// The memory of all rows.
+    /// Returns the memory of all rows.
     pub(super) fn buffer(&self) -> &Buffer {
         &self.buffer
     }
 
-    /// Rows that there is room for.
+    /// Returns the number of rows that the matrix has room for.
     pub fn rows(&self) -> usize {
         self.rows
     }
 
-    /// Elements of a row.
+    /// Returns the number of elements per row.
     pub fn columns(&self) -> usize {
         self.columns
     }
 
-    /// What an element is kept as.
+    /// Returns how precisely elements are stored.
     pub fn precision(&self) -> Precision {
         self.precision
     }
 }
 
-/// Memory for intermediate results of one operation, which grows as needed. What it
-/// held is lost when it grows.
+/// Memory for the intermediate results of one operation. It grows as needed and loses its
+/// contents when it grows.
 #[derive(Default)]
 pub(super) struct Scratch(Option<Buffer>);
 
 impl Scratch {
-    /// At least `bytes` bytes, uninitialised. An error while a graph is being
-    /// recorded, if it had to grow.
+    /// Returns the address of at least `bytes` uninitialised bytes. Fails if the memory would
+    /// have to grow while a graph is being recorded.
     pub(super) fn get(&mut self, context: &Context, bytes: usize) -> Result<Ptr, DeviceError> {
         match &self.0 {
             Some(buffer) if buffer.bytes() >= bytes => Ok(buffer.ptr()),

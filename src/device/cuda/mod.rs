@@ -1,13 +1,13 @@
-//! The CUDA device: kernels on an NVIDIA GPU.
+//! The CUDA device: runs kernels on an NVIDIA GPU.
 //!
-//! Needs nothing but the driver, which is looked for when a device is made
-//! (`probe`). Kernels are embedded as portable images (`images`) and launched
-//! through typed methods (`launch`). Operations are enqueued on one stream; steps
-//! that only decode are recorded as graphs and replayed (`graphs`).
+//! It needs only the NVIDIA driver, which is looked up when a device is created (`probe`).
+//! Kernels are embedded as portable images (`images`) and launched through typed methods
+//! (`launch`). Operations are enqueued on one stream; steps that only decode are recorded as
+//! CUDA graphs and replayed (`graphs`).
 //!
-//! Why results depend on nothing but their own row: every kernel adds in an order
-//! that is fixed for a row and an output, there are no atomic additions, and
-//! attention is cut into units of 128 keys at fixed positions.
+//! A row's result does not depend on the other rows of the batch: every kernel adds in an order
+//! that is fixed per row and output, no kernel uses floating-point atomic additions, and
+//! attention splits the keys into units of 128 at fixed positions.
 
 #![deny(unsafe_op_in_unsafe_fn, missing_docs)]
 
@@ -65,11 +65,11 @@ use rope::RopeKernels;
 use sampling::{Sampler, SamplingKernels};
 use step::StepInputs;
 
-/// Computes on an NVIDIA GPU.
+/// A [`Device`] that computes on an NVIDIA GPU.
 ///
-/// Belongs to the thread that made it.
+/// It is not `Send`: it stays on the thread that created it.
 pub struct CudaDevice {
-    /// First, because graphs refer to the memory of what follows.
+    /// Declared first so that it is dropped first: graphs refer to memory of the other fields.
     graphs: Graphs,
     info: DeviceInfo,
     options: CudaOptions,
@@ -94,13 +94,20 @@ pub struct CudaDevice {
 }
 
 impl CudaDevice {
-    /// Whether there is a GPU `index` that quell can use; cheap. `Unavailable` says in
-    /// one line why there is none.
+    /// Checks whether GPU `index` exists and can be used, without creating a context on it.
+    ///
+    /// # Errors
+    /// [`DeviceError::Unavailable`], with a one-line reason, if the GPU cannot be used.
     pub fn available(index: usize) -> Result<(), DeviceError> {
         probe::find(index).map(|_| ())
     }
 
-    /// Makes the GPU ready. `Unavailable` says in one line why there is none.
+    /// Creates a context on the GPU and loads the kernels.
+    ///
+    /// # Errors
+    /// [`DeviceError::Unavailable`], with a one-line reason, if the GPU or a requested library
+    /// cannot be used; [`DeviceError::Unsupported`] if an option is out of range; other errors
+    /// if the driver fails or the kernel images do not match this build.
     pub fn new(options: &CudaOptions) -> Result<Self, DeviceError> {
         let utilisation = options.utilisation;
         if !(utilisation > 0.0 && utilisation <= 1.0) {
@@ -167,13 +174,18 @@ impl CudaDevice {
         })
     }
 
-    /// How many resources could not be given back; each was logged when it happened.
+    /// Returns the number of driver errors during clean-up so far; each was logged when it
+    /// occurred.
     pub fn cleanup_errors(&self) -> u64 {
         self.context.handle.errors.cleanup_errors()
     }
 
-    /// A matrix that holds `values`, rounded to what the precision keeps. For tests
-    /// and benches.
+    /// Creates a matrix with `columns` columns from row-major `values`, rounded to `precision`.
+    /// Values beyond the last whole row are ignored. For tests and benchmarks.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`] if the matrix cannot be allocated, and other errors if the
+    /// driver fails.
     pub fn tensor(
         &mut self,
         columns: usize,
@@ -195,8 +207,11 @@ impl CudaDevice {
         Ok(tensor)
     }
 
-    /// The first `rows` rows of a matrix, after waiting for all that is enqueued. For
-    /// tests and benches.
+    /// Reads the first `rows` rows of a matrix, after waiting for all enqueued work. For tests
+    /// and benchmarks.
+    ///
+    /// # Errors
+    /// Fails if the driver fails, or if a decode step is being recorded as a graph.
     pub fn values(&self, tensor: &CudaTensor, rows: usize) -> Result<Vec<f32>, DeviceError> {
         let count = rows.min(tensor.rows()) * tensor.columns();
         match tensor.precision() {
@@ -209,7 +224,7 @@ impl CudaDevice {
         }
     }
 
-    /// Loads something and counts its device memory as weights.
+    /// Calls `load` and counts the device memory that it allocates as weights.
     fn weights<T>(
         &mut self,
         load: impl FnOnce(&mut Self) -> Result<T, DeviceError>,
@@ -303,8 +318,8 @@ impl Device for CudaDevice {
         Ok(self.allocate_host_blocks_op(shape, blocks))
     }
 
-    /// PCIe 4 × 16 moves about 20e9; copies of some ten KiB each are taken to reach half of
-    /// that. Not measured.
+    /// Assumes half of the 20 GB/s that PCIe 4.0 x16 moves, because each copy is only some tens
+    /// of KiB. Not measured.
     fn swap_bandwidth(&self) -> f64 {
         10e9
     }

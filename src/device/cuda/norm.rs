@@ -19,36 +19,37 @@ kernels! {
     }
 }
 
-/// A vector of float32 numbers.
+/// A vector of float32 numbers in device memory.
 pub struct CudaVector {
     buffer: Buffer,
     length: usize,
 }
 
 impl CudaVector {
-    /// Where it begins.
+    /// Returns the address of the first number.
     pub(super) fn ptr(&self) -> Ptr {
         self.buffer.ptr()
     }
 
-    /// How many numbers.
+    /// Returns the number of elements.
     pub fn length(&self) -> usize {
         self.length
     }
 }
 
-/// One block a row.
+/// Returns a grid with one CUDA block per row.
 pub(super) fn row_grid(rows: usize) -> Grid {
     Grid::new([rows as u32, 1, 1], [256, 1, 1])
 }
 
-/// A thread for every eight numbers.
+/// Returns a grid with one thread per eight numbers.
 pub(super) fn vector_grid(count: usize) -> Grid {
     Grid::new([count.div_ceil(8 * 256) as u32, 1, 1], [256, 1, 1])
 }
 
-/// `Failed` unless `tensor` has at least `rows` rows, and `columns` columns of
-/// `precision`, which can be read eight at a time and counted in 32 bits.
+/// Returns [`DeviceError::Failed`] unless `tensor` has at least `rows` rows, exactly `columns`
+/// columns and this precision, `columns` is a multiple of eight, and the number of its elements
+/// fits 32 bits.
 pub(super) fn require_shape(
     operation: &'static str,
     name: &str,

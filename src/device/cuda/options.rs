@@ -1,22 +1,22 @@
-//! What can be chosen about the CUDA device.
+//! Options of the CUDA device.
 
 use half::{bf16, f16};
 
-/// Which GPU, and how it is used.
+/// Which GPU to use, and how.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CudaOptions {
-    /// Index of the GPU, as the driver counts them.
+    /// Index of the GPU in the driver's enumeration, from 0.
     pub device: usize,
-    /// What activations, cached keys and values, and floating-point weights are kept
-    /// as; sums are always float32.
+    /// Storage type of activations, cached keys and values, and floating-point weights. Sums
+    /// are always float32.
     pub activations: CudaActivations,
-    /// Whether decode steps are recorded as graphs and replayed.
+    /// Whether decode steps are recorded as CUDA graphs and replayed.
     pub graphs: bool,
-    /// Share of the GPU's memory that may be used, weights and cache together, from
-    /// 0 to 1.
+    /// Share of the GPU's memory that weights and KV cache together may use: above 0, at most
+    /// 1.
     pub utilisation: f32,
-    /// Whether cuBLASLt, which must be installed, multiplies large floating-point
-    /// matrices. A row's result may then depend on the rows beside it.
+    /// Whether to multiply large floating-point matrices with cuBLASLt, which must be
+    /// installed. A row's result may then depend on the other rows of the batch.
     pub blas: bool,
 }
 
@@ -32,11 +32,10 @@ impl Default for CudaOptions {
     }
 }
 
-/// A 16-bit type for activations.
+/// A 16-bit floating-point type for activations.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CudaActivations {
-    /// bfloat16: the range of float32, 8 bits of precision. What models are
-    /// trained in.
+    /// bfloat16: the range of float32 with 8 bits of precision. Most models are trained in it.
     #[default]
     Bf16,
     /// float16: 11 bits of precision; values beyond 65504 saturate.
@@ -44,7 +43,7 @@ pub enum CudaActivations {
 }
 
 impl CudaActivations {
-    /// `bf16` or `f16`.
+    /// Returns the type's name: `bf16` or `f16`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Bf16 => "bf16",
@@ -52,7 +51,7 @@ impl CudaActivations {
         }
     }
 
-    /// The bits of the nearest number of this type; float16 saturates.
+    /// Returns the bits of the nearest number of this type. float16 saturates.
     pub(super) fn encode(self, value: f32) -> u16 {
         match self {
             Self::Bf16 => bf16::from_f32(value).to_bits(),
@@ -61,7 +60,7 @@ impl CudaActivations {
         }
     }
 
-    /// The number that these bits are.
+    /// Returns the number that `bits` encode.
     pub(super) fn decode(self, bits: u16) -> f32 {
         match self {
             Self::Bf16 => bf16::from_bits(bits).to_f32(),

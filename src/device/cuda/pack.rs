@@ -1,57 +1,60 @@
-//! Block formats repacked into the records that `kernels/linear_quant.cu` streams.
+//! Repacks block formats into the records that `kernels/linear_quant.cu` streams.
 //!
-//! A record holds eight outputs and 128 inputs. A warp reads it as operand b of four
-//! matrix instructions, twice: lane `4 · output + quarter` of half `h` and step `s`
-//! (four steps a half) has the inputs `64 h + 16 s + 2 · quarter +` 0, 1, 8 and 9, one
-//! code in each byte of a word. In the order of memory:
+//! A record holds the weights of eight outputs and 128 inputs. A warp reads it as operand B of
+//! matrix instructions, in two halves of four steps each. In step `s` of half `h`, lane
+//! `4 · output + quarter` needs the inputs `64 h + 16 s + 2 · quarter +` 0, 1, 8 and 9: one
+//! code per byte of a word. In memory order, a record consists of:
 //!
-//! - low halves of the codes: for each half and lane two words; step `s` is word
-//!   `s / 2`, its low halves of bytes if `s` is even, else its high ones. Codes of 8
-//!   bits: four words, word `s`.
-//! - the fifth bits: for each lane a word; step `s` of half `h` is bit `4 h + s` of
-//!   each byte. The fifth and sixth bits: for each half and lane a word; step `s` is
-//!   bits `2 s` and `2 s + 1` of each byte.
-//! - scales: for each output those of the record's groups; see [`Scales`].
-//! - what the groups of an output share, for each output.
+//! - The low four bits of the codes: two words per half and lane. Step `s` is in word `s / 2`,
+//!   in the low four bits of each byte if `s` is even, otherwise in the high four bits. Codes
+//!   of 8 bits take four words instead, with step `s` in word `s`.
+//! - The high bits of the codes. Codes of 5 bits: one word per lane, with step `s` of half `h`
+//!   in bit `4 h + s` of each byte. Codes of 6 bits: one word per half and lane, with step `s`
+//!   in bits `2 s` and `2 s + 1` of each byte.
+//! - The scales: for each output, the scales of its groups in this record; see [`Scales`].
+//! - The shared scales: for each output, the values that the scales of its groups are multiples
+//!   of.
 //!
-//! The records of the same outputs follow each other, inputs ascending. Outputs are
-//! filled up to a multiple of eight and inputs to one of 128, with zeros.
+//! The records of the same eight outputs follow each other in the order of their inputs.
+//! Outputs are padded with zeros to a multiple of eight, and inputs to a multiple of 128.
 
 use super::error::{failed, unsupported};
 use crate::device::{DeviceError, WeightRows};
 use crate::weights::{DType, quant};
 use half::f16;
 
-/// Outputs of a record.
+/// Outputs per record.
 pub(super) const RECORD_OUTPUTS: usize = 8;
-/// Inputs of a record.
+/// Inputs per record.
 pub(super) const RECORD_INPUTS: usize = 128;
 
 /// How a group's scale is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Scales {
-    /// A float16.
+    /// A float16 scale.
     Plain,
     /// A float16 scale and minimum.
     PlainMinimum,
-    /// A byte, 128 more than the multiple of a float16 that 256 weights share.
+    /// A byte: 128 plus the multiple of a float16 scale that 256 weights share.
     Nested,
-    /// Two bytes, 128 more than the multiples of a float16 scale and minimum that 256
-    /// weights share; the minimum is subtracted.
+    /// Two bytes: 128 plus the multiples of a float16 scale and a float16 minimum that 256
+    /// weights share. The minimum is subtracted.
     NestedMinimum,
 }
 
-/// A layout of records, as `kernels/linear_quant.cu` names and defines it.
+/// A record layout, named and defined as in `kernels/linear_quant.cu`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Format {
-    /// The table's kernel is `embed_NAME`.
+    /// Suffix of the embedding kernel `embed_NAME`.
     pub(super) name: &'static str,
-    /// The products' kernels for few and for many rows are `linear_` these.
+    /// Suffixes of the `linear_…` kernels for few rows and for many rows.
     pub(super) kernels: [&'static str; 2],
+    /// Bits per code.
     bits: usize,
+    /// Weights per group.
     group: usize,
     scales: Scales,
-    /// What the kernels subtract from a code.
+    /// Number that the kernels subtract from a code.
     zero: i32,
 }
 
@@ -74,7 +77,7 @@ impl Format {
         }
     }
 
-    /// The layout that `dtype` is repacked into; `None` for floating-point formats.
+    /// Returns the layout that `dtype` is repacked into, or `None` for floating-point types.
     pub(super) fn of(dtype: DType) -> Option<Self> {
         use Scales::*;
         Some(match dtype {
@@ -108,7 +111,7 @@ impl Format {
         }
     }
 
-    /// Bytes of the groups' scales of an output.
+    /// Returns the bytes per output that the scales of its groups take in a record.
     fn scale_bytes(&self) -> usize {
         RECORD_INPUTS / self.group * self.group_bytes()
     }
@@ -125,17 +128,17 @@ impl Format {
         }
     }
 
-    /// Bytes of a record.
+    /// Returns the bytes per record.
     pub(super) fn record_bytes(&self) -> usize {
         self.shared_offset() + RECORD_OUTPUTS * self.shared_bytes()
     }
 
-    /// Bytes of the records of eight outputs.
+    /// Returns the bytes of all records of eight outputs with `inputs` inputs.
     pub(super) fn eight_bytes(&self, inputs: usize) -> usize {
         inputs.div_ceil(RECORD_INPUTS) * self.record_bytes()
     }
 
-    /// Stages of the tile of 16 rows.
+    /// Returns the number of pipeline stages of the kernel with a tile of 16 rows.
     pub(super) fn stages(&self) -> usize {
         match self.bits {
             4 => 12,
@@ -144,7 +147,7 @@ impl Format {
         }
     }
 
-    /// Writes the four codes of a lane in one step.
+    /// Writes the four codes that a lane needs in one step.
     fn put_codes(
         &self,
         record: &mut [u8],
@@ -173,12 +176,12 @@ impl Format {
     }
 }
 
-/// A row of weights, unpacked; reused from row to row.
+/// Repacks rows of weights into records. Its buffers are reused from row to row.
 pub(super) struct Packer {
     format: Format,
     dtype: DType,
     inputs: usize,
-    /// Weights must not be larger than this.
+    /// Largest magnitude that a weight may have.
     largest: f32,
     codes: Vec<u8>,
     scales: Vec<f32>,
@@ -186,8 +189,8 @@ pub(super) struct Packer {
 }
 
 impl Packer {
-    /// For rows of `inputs` weights of `dtype`, a block format. `largest` is the
-    /// largest weight that the activation type can hold.
+    /// Creates a packer for rows of `inputs` weights of the block format `dtype`. `largest` is
+    /// the largest magnitude that the activation type can hold.
     pub(super) fn new(dtype: DType, inputs: usize, largest: f32) -> Result<Self, DeviceError> {
         let (Some(format), Some(view)) = (Format::of(dtype), quant::affine(dtype)) else {
             return Err(failed("load_linear", format!("{dtype} is no block format")));
@@ -208,8 +211,8 @@ impl Packer {
         })
     }
 
-    /// Writes a stored row as output `output` of the eight whose zeroed records
-    /// `records` are.
+    /// Writes a stored row as output `output`, 0 to 7, of `records`. These are the records of
+    /// eight outputs and must be zeroed before the first row.
     pub(super) fn put(
         &mut self,
         records: &mut [u8],
@@ -224,7 +227,7 @@ impl Packer {
             &mut self.minimums,
         );
         self.check()?;
-        // Three-bit codes take the place of six-bit ones.
+        // Q3_K is stored in the layout of Q6_K, so its codes move to that layout's zero.
         let shift = match quant::affine(self.dtype) {
             Some(view) if self.format.scales == Scales::Nested => self.format.zero - view.zero,
             _ => 0,
@@ -233,7 +236,7 @@ impl Packer {
         for (index, record) in records.chunks_exact_mut(format.record_bytes()).enumerate() {
             let first = index * RECORD_INPUTS;
             let codes = &self.codes[first..self.inputs.min(first + RECORD_INPUTS)];
-            // Formats have groups of 16 or 32: steps are whole.
+            // Groups have 16 or 32 weights, so a row is a whole number of steps.
             for (at, step) in codes.chunks_exact(16).enumerate() {
                 for quarter in 0..4 {
                     let code = |within: usize| step[2 * quarter + within] + shift as u8;
@@ -246,7 +249,7 @@ impl Packer {
         Ok(())
     }
 
-    /// Refuses weights that the activation type cannot hold.
+    /// Fails if the activation type cannot hold the largest possible weight of the row.
     fn check(&self) -> Result<(), DeviceError> {
         let zero = quant::affine(self.dtype).map_or(0, |view| view.zero);
         let widest = f32::from(1u16 << self.format.bits.min(8)) - zero as f32;
@@ -277,7 +280,7 @@ impl Packer {
         ))
     }
 
-    /// Writes the scales of record `index`.
+    /// Writes the scales of an output to `record`, the record number `index` of the row.
     fn put_scales(
         &self,
         record: &mut [u8],
@@ -305,7 +308,7 @@ impl Packer {
                 Scales::Nested => out[0] = multiple(scale, shared[0])?,
                 Scales::NestedMinimum => {
                     out[0] = multiple(scale, shared[0])?;
-                    // Stored to be subtracted, unpacked to be added.
+                    // The record's minimum is subtracted; the unpacked one is added.
                     out[1] = multiple(-self.minimums[first + at], shared[1])?;
                 }
             }
@@ -316,8 +319,8 @@ impl Packer {
         Ok(())
     }
 
-    /// The scale and the minimum that the groups of record `index` share, out of the
-    /// stored block.
+    /// Reads from the stored block the scale and the minimum that the groups of record `index`
+    /// share.
     fn shared(&self, stored: &[u8], index: usize) -> [f16; 2] {
         let block = index * RECORD_INPUTS / self.dtype.block_elements() * self.dtype.block_bytes();
         let at = |offset: usize| {
@@ -333,13 +336,13 @@ impl Packer {
     }
 }
 
-/// Which multiple of `unit` a group's scale is, plus 128.
+/// Returns `scale / unit + 128`. Fails unless that is an integer from 0 to 255.
 fn multiple(scale: f32, unit: f16) -> Result<u8, DeviceError> {
     let quotient = match unit.to_f32() {
         0.0 => 0.0,
         unit => scale / unit,
     };
-    // The product was exact, so the quotient is.
+    // Unpacking computed `scale` as an exact product, so the quotient is exact.
     let multiple = quotient + 128.0;
     if (0.0..=255.0).contains(&multiple) && multiple.fract() == 0.0 {
         return Ok(multiple as u8);
@@ -350,7 +353,7 @@ fn multiple(scale: f32, unit: f16) -> Result<u8, DeviceError> {
     ))
 }
 
-/// One stored row of a part: row `row` as used.
+/// Returns the stored bytes of row `row`, where `row` counts in the order of use.
 pub(super) fn stored_row<'a>(part: &WeightRows<'a>, row: usize) -> &'a [u8] {
     let bytes = part.data.len() / part.rows.max(1);
     &part.data[part.order.stored_row(row) * bytes..][..bytes]
@@ -360,7 +363,7 @@ pub(super) fn stored_row<'a>(part: &WeightRows<'a>, row: usize) -> &'a [u8] {
 mod tests {
     use super::*;
 
-    /// The weight that the kernels make of a record, in float32.
+    /// Returns the float32 weight that the kernels compute from a record.
     fn weight(format: Format, record: &[u8], output: usize, input: usize) -> f32 {
         let (half, step, within) = (input / 64, input / 16 % 4, input % 16);
         let (quarter, byte) = (within % 8 / 2, within / 8 * 2 + within % 2);
@@ -416,7 +419,7 @@ mod tests {
             let mut rows = vec![vec![0f32; inputs]; 7];
             for (output, row) in rows.iter_mut().enumerate() {
                 let mut stored: Vec<u8> = (0..bytes).map(|_| random()).collect();
-                // Every float16 in a block is finite: no byte has all exponent bits.
+                // No byte has all exponent bits set, so every float16 in the block is finite.
                 stored.iter_mut().for_each(|byte| *byte &= 0xbf);
                 quant::dequantize(dtype, &stored, row);
                 packer.put(&mut records, output, &stored).unwrap();

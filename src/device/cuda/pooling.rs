@@ -1,5 +1,5 @@
-//! Sums of rows: where they are found goes up in one copy, the sums come back in one, on
-//! the results stream.
+//! Sums of rows. The ranges are uploaded in one copy, and the sums come back in one copy on the
+//! results stream.
 
 use super::CudaDevice;
 use super::error::require;
@@ -11,7 +11,7 @@ use crate::device::{DeviceError, PooledRows, Precision};
 use std::ops::Range;
 use std::rc::Rc;
 
-/// What pooling keeps from step to step.
+/// State of pooling that is kept from step to step.
 pub(super) struct Pooler {
     uploads: Uploads,
     downloads: Downloads,
@@ -29,13 +29,13 @@ impl Pooler {
 /// Sums of rows on their way to the host.
 pub struct CudaPooling {
     download: Rc<Download>,
-    /// Rows of each sum.
+    /// Number of rows of each sum.
     rows: Vec<usize>,
     columns: usize,
 }
 
 impl CudaPooling {
-    /// Waits for the sums.
+    /// Waits for the sums and returns them, in the order of the ranges.
     pub(super) fn receive(self) -> Result<Vec<PooledRows>, DeviceError> {
         let Self {
             download,

@@ -1,7 +1,7 @@
-//! Whether there is a GPU that quell can use, and if not, why.
+//! Detection of a usable GPU, or of the reason why there is none.
 //!
-//! cudarc panics where the driver or a function of it is missing: everything is
-//! looked for first.
+//! cudarc panics if the driver or one of its functions is missing, so all of them are looked up
+//! first.
 
 use super::error;
 use crate::device::DeviceError;
@@ -10,14 +10,15 @@ use cudarc::driver::result::DriverError;
 use cudarc::driver::sys;
 use cudarc::driver::sys::CUdevice_attribute_enum::*;
 
-/// The oldest CUDA version of a driver that reads the portable images (PTX ISA 8.4).
+/// The lowest CUDA version that a driver must support to read the portable images (PTX ISA
+/// 8.4): 12040 is 12.4.
 const OLDEST_VERSION: i32 = 12_040;
-/// The first driver branch of that version.
+/// The first driver branch that supports that version.
 const OLDEST_DRIVER: &str = "550";
-/// The lowest compute capability that the kernels run on: 80 is 8.0.
+/// The lowest compute capability that the kernels support: 80 is 8.0.
 const LOWEST_CAPABILITY: u32 = 80;
 
-/// The driver's functions that this device calls.
+/// The driver functions that this device calls.
 const FUNCTIONS: &[&str] = &[
     "cuCtxGetCurrent",
     "cuCtxSetCurrent",
@@ -64,7 +65,7 @@ const FUNCTIONS: &[&str] = &[
     "cuStreamWaitEvent",
 ];
 
-/// `Unavailable`: one line that says what is missing.
+/// Returns [`DeviceError::Unavailable`] for GPU `index`, with a one-line reason.
 pub(super) fn unavailable(index: usize, reason: impl Into<String>) -> DeviceError {
     DeviceError::Unavailable {
         device: format!("cuda:{index}"),
@@ -77,16 +78,16 @@ pub(super) fn unavailable(index: usize, reason: impl Into<String>) -> DeviceErro
 pub(super) struct Found {
     pub(super) device: sys::CUdevice,
     pub(super) name: String,
-    /// 90 is compute capability 9.0.
+    /// Compute capability times ten: 90 is 9.0.
     pub(super) capability: u32,
-    /// Bytes of its memory.
+    /// Bytes of device memory.
     pub(super) memory: usize,
     pub(super) multiprocessors: u32,
-    /// The newest CUDA version that the driver supports: 12040 is 12.4.
+    /// The highest CUDA version that the driver supports: 12040 is 12.4.
     pub(super) driver: i32,
 }
 
-/// Looks for GPU `index`, without making a context.
+/// Looks for GPU `index`, without creating a context on it.
 pub(super) fn find(index: usize) -> Result<Found, DeviceError> {
     driver().map_err(|reason| unavailable(index, reason))?;
     let count = count().map_err(|reason| unavailable(index, reason))?;
@@ -115,7 +116,8 @@ pub(super) fn find(index: usize) -> Result<Found, DeviceError> {
     Ok(found)
 }
 
-/// `Unavailable` for a GPU that was found, but does not take a context.
+/// Converts the error of creating a context on a GPU that was found to
+/// [`DeviceError::Unavailable`].
 pub(super) fn refused(index: usize, found: &Found, error: DeviceError) -> DeviceError {
     let (name, mebibytes) = (&found.name, found.memory >> 20);
     match error {
@@ -130,16 +132,16 @@ pub(super) fn refused(index: usize, found: &Found, error: DeviceError) -> Device
     }
 }
 
-/// Looks for the driver.
+/// Checks that the driver is installed, complete and recent enough. The error says why not.
 fn driver() -> Result<(), String> {
-    // SAFETY: opening the driver's library has no effect of its own.
+    // SAFETY: loading the driver's library has no side effects.
     if !unsafe { sys::is_culib_present() } {
         return Err("there is no NVIDIA driver (libcuda was not found)".to_owned());
     }
-    // SAFETY: the library is there, so that this does not panic.
+    // SAFETY: the library is present, so this does not panic.
     let library = unsafe { sys::culib() };
     for name in FUNCTIONS {
-        // SAFETY: the function is looked up and not called.
+        // SAFETY: the function is only looked up, not called.
         let function = unsafe { library.get::<unsafe extern "C" fn()>(name.as_bytes()) };
         if function.is_err() {
             return Err(format!(
@@ -161,15 +163,15 @@ fn driver() -> Result<(), String> {
     Ok(())
 }
 
-/// The newest CUDA version that the driver supports: 12040 is 12.4.
+/// Returns the highest CUDA version that the driver supports: 12040 is 12.4.
 fn version() -> Result<i32, DriverError> {
     let mut version = 0;
-    // SAFETY: the driver writes one integer.
+    // SAFETY: the driver writes one integer to a valid address.
     unsafe { sys::cuDriverGetVersion(&mut version) }.result()?;
     Ok(version)
 }
 
-/// How many GPUs there are; not 0.
+/// Returns the number of GPUs. If there are none, returns an error.
 fn count() -> Result<i32, String> {
     const NONE: &str = "the NVIDIA driver finds no GPU";
     let no_device = DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE);
@@ -186,7 +188,7 @@ fn count() -> Result<i32, String> {
 
 fn describe(ordinal: i32) -> Result<Found, DriverError> {
     let device = result::device::get(ordinal)?;
-    // SAFETY: `device` was given by the driver.
+    // SAFETY: the driver returned `device`.
     let attribute = |attribute| unsafe { result::device::get_attribute(device, attribute) };
     let positive = |number: i32| u32::try_from(number).unwrap_or(0);
     let major = positive(attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?);
@@ -196,7 +198,7 @@ fn describe(ordinal: i32) -> Result<Found, DriverError> {
         device,
         name: result::device::get_name(device)?,
         capability: 10 * major + minor,
-        // SAFETY: `device` was given by the driver.
+        // SAFETY: the driver returned `device`.
         memory: unsafe { result::device::total_mem(device) }?,
         multiprocessors,
         driver: version()?,

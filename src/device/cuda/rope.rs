@@ -1,5 +1,4 @@
-//! Rotary position embedding, fused with the norms before it and the write into the
-//! cache.
+//! Rotary position embedding, fused with the norms before it and the write to the KV cache.
 
 use super::attention::require_heads;
 use super::context::Context;
@@ -38,15 +37,15 @@ kernels! {
     }
 }
 
-/// How queries and keys are normalised, as the kernel takes it.
+/// How queries and keys are normalised, as values of the kernel's parameter.
 mod norm_mode {
     pub(super) const NONE: u32 = 0;
     pub(super) const HEADS: u32 = 1;
     pub(super) const ROW: u32 = 2;
 }
 
-/// The kernels, and the tables that were loaded: layers with and without a window often
-/// have the same one.
+/// The kernels, and the loaded tables. Layers with and without a sliding window often share a
+/// table.
 pub(super) struct RopeKernels {
     kernels: Kernels,
     tables: Vec<(RopeSpec, Weak<Buffer>)>,
@@ -66,20 +65,20 @@ impl RopeKernels {
     }
 }
 
-/// A loaded rotary embedding: cosine and sine of every position and pair.
+/// A loaded rotary embedding: the cosine and sine for each position and pair.
 pub struct CudaRope {
     angles: Rc<Buffer>,
     rotary_dim: usize,
     max_positions: usize,
 }
 
-/// Positions whose angles are computed and uploaded at once.
+/// Number of positions whose angles are computed and uploaded at once.
 const POSITIONS_AT_ONCE: usize = 4096;
 
-/// Cosine and sine, times the magnitude, of each pair at each of `positions`.
+/// Returns the cosine and sine, times the magnitude, of each pair at each of `positions`.
 ///
-/// The angle is the float32 product that models are trained with; its cosine and sine are
-/// exact to the last bit of float32.
+/// The angle is the float32 product that models are trained with. Its cosine and sine are
+/// computed in float64 and rounded to float32 once.
 fn angles(spec: &RopeSpec, positions: std::ops::Range<usize>) -> Vec<[f32; 2]> {
     let magnitude = f64::from(spec.magnitude);
     let frequencies = &spec.inverse_frequencies;

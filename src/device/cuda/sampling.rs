@@ -1,8 +1,8 @@
-//! Choosing tokens on the device: the launches of `kernels/sampling.cu`.
+//! Token sampling on the device: launches the kernels of `kernels/sampling.cu`.
 //!
-//! What the rows ask for goes up in one copy; ids, log-probabilities and likeliest
-//! tokens come back in one, on the results stream. The ids also stay on the device,
-//! where the next step finds them.
+//! The parameters of all rows are uploaded in one copy. Token ids, log probabilities and the
+//! likeliest tokens come back in one copy on the results stream. The ids also stay on the
+//! device, where the next step reads them.
 
 use super::CudaDevice;
 use super::context::Context;
@@ -54,19 +54,20 @@ kernels! {
 const SLICE: usize = 4096;
 const BINS: usize = 512;
 const LIST: usize = 4096;
-/// Ranks keep 24 bits for an id; masses have room for 2²⁰ of the likeliest tokens.
+/// Maximum vocabulary size. Ranks have 24 bits for a token id, and the 64-bit sum of
+/// probability masses has room for 2²⁰ tokens of the largest mass.
 const MAX_VOCABULARY: usize = (1 << 20) - 1;
 
-/// Words of a row's parameters.
+/// Words of parameters per row.
 const ROW_WORDS: usize = 18;
-/// Which of them says where the mask begins.
+/// Index of the parameter word that holds the offset of the row's mask.
 const MASK_WORD: usize = 15;
-/// Words of a row's result before its likeliest tokens.
+/// Words of a row's result that precede its likeliest tokens.
 const RESULT_WORDS: usize = 4;
-/// Set in the token of a result whose row has logits that are not finite.
+/// Bit that is set in the token of a result if the row has logits that are not finite.
 const NOT_FINITE: u32 = 1 << 31;
 
-/// What sampling keeps from step to step.
+/// State of sampling that is kept from step to step.
 pub(super) struct Sampler {
     uploads: Uploads,
     downloads: Downloads,
@@ -74,7 +75,7 @@ pub(super) struct Sampler {
     partials: Scratch,
     saved: Scratch,
     filters: Scratch,
-    /// Lists of steps that are over, for their memory.
+    /// Lists of past steps, kept so that their memory can be reused.
     spare_reports: Vec<Vec<bool>>,
     spare_samples: Vec<Sampled>,
 }
@@ -103,23 +104,23 @@ impl Sampler {
 /// Samples on their way to the host.
 pub struct CudaPending {
     download: Rc<Download>,
-    /// Whether each row asked for log-probabilities.
+    /// Whether each row requests log probabilities.
     reports: Vec<bool>,
     top_stride: usize,
 }
 
-/// What the rows of a step ask for, as the kernels read it: the rows' parameters, then
-/// the entries of histories and biases, then the masks.
+/// Sampling parameters of a step in the layout that the kernels read: the parameters of each
+/// row, then the entries of histories and biases, then the masks.
 #[derive(Default)]
 struct Request {
     words: Vec<u32>,
     entries: Vec<[u32; 2]>,
-    /// The masks of the rows that have one, one after the other.
+    /// Masks of the rows that have one, one after the other.
     masks: Vec<u32>,
     counts: HistoryCounts,
     reports: bool,
     top_stride: usize,
-    /// Whether any row has a history to be counted.
+    /// Whether any row has penalties, which need its history.
     penalties: bool,
     edits: bool,
     filters: bool,
@@ -141,7 +142,7 @@ impl Request {
         for row in rows {
             self.add(row, vocabulary);
         }
-        // Where the masks begin is known only now.
+        // The offset of the masks is known only now.
         let masks = self.words.len() + self.entries.as_flattened().len();
         for row in self.words.chunks_exact_mut(ROW_WORDS) {
             if row[MASK_WORD] != NONE {
@@ -195,8 +196,8 @@ impl Request {
         self.words.extend(words);
     }
 
-    /// Start and number of the entries of a row's history, {token, times generated};
-    /// one more is set aside for the token that only the device knows.
+    /// Appends the entries of a row's history, {token, times generated}, and returns their
+    /// start and number. One more entry is reserved for a token that only the device knows yet.
     fn add_history(&mut self, row: &SampleRow, vocabulary: usize) -> [u32; 2] {
         if !row.params.needs_history() {
             return [NONE, 0];
@@ -208,8 +209,9 @@ impl Request {
         [start as u32, count as u32]
     }
 
-    /// Where a row's mask begins among the masks. It has a bit for each token of the
-    /// vocabulary: what a shorter one does not say is forbidden.
+    /// Appends a row's mask and returns its offset among the masks, or [`NONE`] if it has none.
+    /// The mask has one bit per token of the vocabulary; tokens beyond a shorter mask are
+    /// forbidden.
     fn add_mask(&mut self, row: &SampleRow, vocabulary: usize) -> u32 {
         let Some(mask) = &row.mask else {
             return NONE;
@@ -220,8 +222,8 @@ impl Request {
         start as u32
     }
 
-    /// Start and number of a row's biases, {token, bias}, those of a token together and
-    /// in their order.
+    /// Appends a row's biases, {token, bias}, and returns their start and number. Biases of the
+    /// same token are adjacent and keep their order.
     fn add_biases(&mut self, params: &SamplingParams) -> [u32; 2] {
         let start = self.entries.len();
         let biases = params.logit_bias.iter();
@@ -232,17 +234,18 @@ impl Request {
     }
 }
 
-/// 0 where the largest logit wins: also at temperatures so low that nothing else can.
+/// Returns 1 / temperature, or 0 for greedy sampling: at temperature 0, or one so low that the
+/// inverse overflows.
 fn inverse_temperature(params: &SamplingParams) -> f32 {
     let inverse = 1.0 / params.temperature;
     if inverse.is_finite() { inverse } else { 0.0 }
 }
 
-/// Consecutive parts of one piece of memory.
+/// Divides one allocation into consecutive, aligned parts.
 struct Parts(usize);
 
 impl Parts {
-    /// The offset of the next `bytes` bytes.
+    /// Returns the offset of the next `bytes` bytes.
     fn take(&mut self, bytes: usize) -> usize {
         let offset = self.0;
         self.0 = (offset + bytes).next_multiple_of(256);
@@ -250,7 +253,7 @@ impl Parts {
     }
 }
 
-/// Where the kernels keep what they tell each other.
+/// Addresses of the kernels' parameters and of the memory in which they pass on results.
 struct Places {
     rows: Ptr,
     entries: Ptr,
@@ -265,7 +268,8 @@ struct Places {
 }
 
 impl Sampler {
-    /// Uploads the request and finds room for `rows` rows.
+    /// Uploads the parameters of `rows` rows, and makes room for the kernels' memory for `room`
+    /// rows.
     fn places(
         &mut self,
         context: &Context,
@@ -277,7 +281,7 @@ impl Sampler {
         let mut parts = Parts(0);
         let [sums, best, winners] = [8 * room * slices; 3].map(|bytes| parts.take(bytes));
         let base = self.partials.get(context, parts.0)?;
-        // Histories grow every step; their memory does not.
+        // Histories grow in every step; rounding up avoids reallocating in every step.
         let saved = 4 * request.entries.len().next_power_of_two().max(1024);
         let saved = self.saved.get(context, saved)?;
         let mut parts = Parts(0);
@@ -349,7 +353,7 @@ impl CudaDevice {
         })
     }
 
-    /// Launches the kernels that the request needs.
+    /// Launches the kernels that the rows need.
     fn enqueue_sampling(
         &mut self,
         logits: &CudaTensor,
@@ -474,7 +478,7 @@ impl CudaDevice {
     }
 }
 
-/// Reads a row's result.
+/// Decodes a row's result.
 fn decode(words: &[[u8; 4]], report: bool) -> Sampled {
     let (head, top) = words.split_at(RESULT_WORDS);
     let result = u32::from_ne_bytes(head[0]);

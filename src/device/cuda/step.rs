@@ -1,8 +1,8 @@
 //! The inputs of the step in progress, in device memory.
 //!
-//! All arrays of a step are one block of words, uploaded in one copy. Where an array
-//! lies in it depends on the number of rows only, so that a recorded step finds its
-//! inputs where they were when it was recorded.
+//! All arrays of a step form one run of words, uploaded in one copy. In a decode step, where an
+//! array starts depends only on the padded number of rows, so a replayed step finds its inputs
+//! where they were when it was recorded.
 
 use super::context::Context;
 use super::error;
@@ -11,24 +11,24 @@ use super::transfer::Uploads;
 use crate::device::{Batch, DeviceError, DeviceLimits};
 use std::ops::Range;
 
-/// A row or slot that is none.
+/// Sentinel: no row, no slot.
 pub(super) const NONE: u32 = u32::MAX;
 
-/// Rows of packed queries of one work item of prefill attention.
+/// Packed query rows per work item of prefill attention.
 pub(super) const PREFILL_ROWS: usize = 64;
 
-/// Keys of one unit of attention.
+/// Keys per unit of attention.
 pub(super) const UNIT: usize = 128;
 
-/// Units of all sequences of a launch of decode attention, unless it has only one sequence:
-/// 2²¹ keys. Bounds the memory for their results, whatever blocks sequences share: 260 MiB
-/// for 32 heads of 128 elements.
+/// Maximum number of units per launch of decode attention (2²¹ keys), unless the launch has
+/// only one sequence. It bounds the memory for partial results, however many blocks sequences
+/// share: 260 MiB for 32 heads of 128 elements.
 pub(super) const MOST_UNITS: usize = 1 << 14;
 
-/// Arrays begin at multiples of so many words: 64 bytes.
+/// Alignment of each array, in words: 64 bytes.
 const ALIGNMENT: usize = 16;
 
-/// Where the arrays of a step lie in its one block of inputs, in words.
+/// Offset of each array of a step in its run of words, in words.
 #[derive(Clone, Copy, Debug, Default)]
 struct Layout {
     tokens: usize,
@@ -41,7 +41,7 @@ struct Layout {
     tables: usize,
 }
 
-/// What a step must not reach: its largest position, slot and block lie below.
+/// Exclusive upper bounds on the positions, slots and blocks that a step uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Ends {
     pub(super) positions: usize,
@@ -50,14 +50,14 @@ pub(super) struct Ends {
 }
 
 impl Ends {
-    /// Beyond everything.
+    /// No bounds.
     pub(super) const NONE: Self = Self {
         positions: usize::MAX,
         slots: usize::MAX,
         blocks: usize::MAX,
     };
 
-    /// The lower of both.
+    /// Returns the lower of each pair of bounds.
     pub(super) fn min(self, other: Self) -> Self {
         Self {
             positions: self.positions.min(other.positions),
@@ -67,18 +67,18 @@ impl Ends {
     }
 }
 
-/// What the launches of a recorded step depend on.
+/// Size of a decode step: everything that the launches of a recorded step depend on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct StepKey {
-    /// Rows, padded; each is a sequence of its own, and all are sampled in order.
+    /// Number of rows, padded. Each row is a sequence of its own, and all are sampled in order.
     pub(super) rows: usize,
-    /// Units of attention that there is room for.
+    /// Units of the longest sequence, rounded up: [`StepInputs::max_units`].
     pub(super) units: usize,
 }
 
-/// The arrays that `stage` uploads, and what the host has to know of them.
+/// The arrays that `stage` uploads, and what the host needs to know about them.
 ///
-/// Pure decode steps may be *padded* to a bucket: see [`StepInputs::padded`].
+/// A step that only decodes may be *padded* to a bucket; see [`StepInputs::padded`].
 pub(super) struct StepInputs {
     limits: Option<DeviceLimits>,
     uploads: Uploads,
@@ -90,27 +90,29 @@ pub(super) struct StepInputs {
     rows: usize,
     padded_rows: usize,
     samples: usize,
-    /// Entries of the decode list, a range a launch.
+    /// Range of entries of the decode list, per launch.
     decodes: Vec<Range<usize>>,
     max_units: usize,
-    /// Units of the launch that has the most.
+    /// Largest number of units in one launch.
     decode_units: usize,
-    /// Units that attention has room for; `None` before its first use.
+    /// Number of units that attention has scratch memory for; `None` before its first use.
     unit_room: Option<usize>,
     key: Option<StepKey>,
     ends: Ends,
-    /// Index and rows of the sequences with several rows.
+    /// Index and number of rows of each sequence with several rows.
     prefills: Vec<(u32, usize)>,
-    /// For how many heads a group the work list is, where it is, and its length.
+    /// The uploaded prefill work list, if there is one: the query heads per group that it is
+    /// for, its address, and its number of items.
     work: Option<(usize, Ptr, usize)>,
-    /// Ids that the last step sampled, one a sample; what feedback reads.
+    /// Token ids that the last step sampled, one per sample. Feedback reads them.
     sampled: Option<Buffer>,
     sampled_count: usize,
-    /// Token ids after feedback, one a row.
+    /// Token ids after feedback, one per row.
     resolved: Option<Buffer>,
 }
 
-/// Rows that decode steps are padded to: few sizes, little waste.
+/// Returns the number of rows to which a decode step is padded: one of few sizes, less than
+/// twice `rows`.
 fn bucket(rows: usize) -> usize {
     match rows {
         0..=2 => rows,
@@ -128,12 +130,12 @@ fn bucket(rows: usize) -> usize {
     }
 }
 
-/// One more than the largest value; 0 if there is none.
+/// Returns one more than the largest value, or 0 if there is none.
 fn end(values: impl Iterator<Item = u32>) -> usize {
     values.max().map_or(0, |largest| largest as usize + 1)
 }
 
-/// Appends an array, aligned; gives where it begins.
+/// Appends an aligned array and returns its offset.
 fn append(words: &mut Vec<u32>, array: impl IntoIterator<Item = u32>) -> usize {
     words.resize(words.len().next_multiple_of(ALIGNMENT), 0);
     let start = words.len();
@@ -146,15 +148,16 @@ fn append(words: &mut Vec<u32>, array: impl IntoIterator<Item = u32>) -> usize {
 struct DecodeList {
     words: Vec<u32>,
     launches: Vec<Range<usize>>,
-    /// Units of the last launch so far.
+    /// Units in the last launch so far.
     units: usize,
-    /// Units of the longest sequence, and of the launch that has the most.
+    /// Units of the longest sequence.
     longest: usize,
+    /// Largest number of units in one launch.
     most: usize,
 }
 
 impl DecodeList {
-    /// Appends a sequence with so many units.
+    /// Appends a sequence that has `units` units.
     fn push(&mut self, sequence: u32, units: usize) {
         let entry = self.words.len() / 2;
         match self.launches.last_mut() {
@@ -198,14 +201,14 @@ impl StepInputs {
         }
     }
 
-    /// Rows of the step as the caller knows them.
+    /// Returns the number of rows of the batch, without padding.
     pub(super) fn rows(&self) -> usize {
         self.rows
     }
 
-    /// How many rows to compute where the caller says `rows`: more, when the step is
-    /// padded to a bucket. The rows beyond `rows` hold inputs that are safe to
-    /// compute with, and their results are not used.
+    /// Returns how many rows to compute when the caller asks for `rows`: more than that if the
+    /// step is padded to a bucket. The extra rows hold inputs that are safe to compute with,
+    /// and their results are not used.
     pub(super) fn padded(&self, rows: usize) -> usize {
         if rows == self.rows {
             self.padded_rows
@@ -214,7 +217,7 @@ impl StepInputs {
         }
     }
 
-    /// Sample rows, padded.
+    /// Returns the number of sample rows, padded.
     pub(super) fn samples(&self) -> usize {
         self.padded(self.samples)
     }
@@ -223,45 +226,47 @@ impl StepInputs {
         self.base.offset_bytes(4 * word)
     }
 
-    /// `u32` a row; not to be used where `feedback` is one.
+    /// Returns the token ids: `u32` per row, ignored for rows with feedback.
     pub(super) fn tokens(&self) -> Ptr {
         self.at(self.layout.tokens)
     }
 
-    /// `u32` a row: which sample of the previous step, or [`NONE`].
+    /// Returns the feedback: `u32` per row, the index of a sample of the previous step or
+    /// [`NONE`].
     pub(super) fn feedback(&self) -> Ptr {
         self.at(self.layout.feedback)
     }
 
-    /// `u32` a row.
+    /// Returns the positions: `u32` per row.
     pub(super) fn positions(&self) -> Ptr {
         self.at(self.layout.positions)
     }
 
-    /// `u32` a row; [`NONE`] for padding.
+    /// Returns the cache slots: `u32` per row, [`NONE`] for padding.
     pub(super) fn slots(&self) -> Ptr {
         self.at(self.layout.slots)
     }
 
-    /// `u32` a sample.
+    /// Returns the sampled rows: `u32` per sample.
     pub(super) fn sample_rows(&self) -> Ptr {
         self.at(self.layout.sample_rows)
     }
 
-    /// `uint4` a sequence: first row, rows, tokens in the cache with this step's,
-    /// where its table begins in [`StepInputs::tables`]. All 0 tokens for padding.
+    /// Returns the sequences: `uint4` per sequence, {first row, number of rows, tokens in the
+    /// cache including this step's, offset of its table in [`StepInputs::tables`]}. Padding has
+    /// 0 tokens.
     pub(super) fn sequences(&self) -> Ptr {
         self.at(self.layout.sequences)
     }
 
-    /// `u32` each: the block tables.
+    /// Returns the block tables: `u32` per entry, one table after the other.
     pub(super) fn tables(&self) -> Ptr {
         self.at(self.layout.tables)
     }
 
-    /// The launches of decode attention, each with the number of its entries and where they
-    /// begin: `uint2` each, a sequence with one row and how many units of attention those
-    /// before it in the launch have.
+    /// Returns the launches of decode attention: the address and the number of entries of each.
+    /// An entry is a `uint2`: {index of a sequence with one row, units of attention of the
+    /// entries before it in the launch}.
     pub(super) fn decodes(&self) -> impl Iterator<Item = (Ptr, usize)> {
         let at = |entry: usize| self.at(self.layout.decode_list + 2 * entry);
         self.decodes
@@ -269,31 +274,31 @@ impl StepInputs {
             .map(move |launch| (at(launch.start), launch.len()))
     }
 
-    /// At least as many units of 128 keys as the longest sequence of the decode list
-    /// has; a power of two, so that few values occur.
+    /// Returns the number of units of the longest sequence in the decode list, rounded up to a
+    /// power of two so that few values occur.
     pub(super) fn max_units(&self) -> usize {
         self.max_units
     }
 
-    /// Units of 128 keys that all sequences of a launch have together, at most.
+    /// Returns the largest number of units in one launch of decode attention.
     pub(super) fn decode_units(&self) -> usize {
         self.decode_units
     }
 
-    /// Units that attention has had room for so far.
+    /// Returns the number of units that attention has scratch memory for so far.
     pub(super) fn unit_room(&self) -> usize {
         self.unit_room.unwrap_or(0)
     }
 
-    /// Notes that a recorded step may have so many units together: longer ones are
-    /// enqueued anew.
+    /// Sets the number of units that attention has scratch memory for. Steps with more units
+    /// are neither recorded nor replayed until the memory has grown.
     pub(super) fn set_unit_room(&mut self, units: usize) {
         self.unit_room = Some(units);
     }
 
-    /// Prefill attention's work, for `group` query heads a kv head: `uint2` each,
-    /// {index of a sequence with several rows, first packed row}, 64 packed rows an
-    /// item. With the number of items.
+    /// Returns the address and the number of the work items of prefill attention, for `group`
+    /// query heads per key-value head. An item covers 64 packed rows and is a `uint2`: {index
+    /// of a sequence with several rows, first packed row}.
     pub(super) fn prefill_work(
         &mut self,
         context: &Context,
@@ -318,18 +323,18 @@ impl StepInputs {
         Ok((ptr, words.len() / 2))
     }
 
-    /// `u32` a sample: the ids that the sampler chose last.
+    /// Returns the token ids that the sampler chose last: `u32` per sample.
     pub(super) fn sampled(&self) -> Ptr {
         self.sampled.as_ref().map_or(Ptr::NULL, Buffer::ptr)
     }
 
-    /// `u32` a row: token ids after feedback.
+    /// Returns the token ids after feedback: `u32` per row.
     pub(super) fn resolved(&self) -> Ptr {
         self.resolved.as_ref().map_or(Ptr::NULL, Buffer::ptr)
     }
 
-    /// `Failed` if the step reaches one of `ends`, which are those of the cache and
-    /// of the rotary embedding.
+    /// Fails if the step exceeds one of `ends`, the bounds of the cache and of the rotary
+    /// embedding.
     pub(super) fn require_within(
         &self,
         ends: Ends,
@@ -348,24 +353,24 @@ impl StepInputs {
         Ok(())
     }
 
-    /// What the step would be recorded under; `None` for one that is not recorded.
+    /// Returns the key under which the step is recorded, or `None` if it must not be recorded.
     pub(super) fn key(&self) -> Option<StepKey> {
         self.key
     }
 
-    /// Notes that so many ids were sampled, which the next step may refer to.
+    /// Sets the number of token ids that were sampled, to which the next step may refer.
     pub(super) fn set_sampled(&mut self, count: usize) {
         self.sampled_count = count;
     }
 
-    /// Makes room for steps of this size.
+    /// Makes room for steps within `limits`.
     pub(super) fn reserve(
         &mut self,
         context: &Context,
         limits: &DeviceLimits,
     ) -> Result<(), DeviceError> {
         let blocks = limits.sequence_tokens.div_ceil(limits.block_tokens.max(1));
-        // Many long sequences at once are rare: room for more is made when they come.
+        // Many long sequences at once are rare. More room is made if they occur.
         let tables = limits.sequences.saturating_mul(blocks).min(1 << 18);
         let arrays = 5 * limits.rows + 7 * limits.sequences;
         self.uploads
@@ -375,7 +380,8 @@ impl StepInputs {
         Ok(())
     }
 
-    /// Room for so many resolved and sampled ids; what was sampled is kept.
+    /// Makes room for `rows` resolved and `samples` sampled token ids. Keeps the ids that were
+    /// sampled last.
     fn make_room(
         &mut self,
         context: &Context,
@@ -403,15 +409,15 @@ impl StepInputs {
         Ok(())
     }
 
-    /// Takes `batch` and enqueues its upload. A pure decode step is padded to a
-    /// bucket if `pad`.
+    /// Checks `batch` and enqueues its upload. If `pad`, a step that only decodes is padded to
+    /// a bucket.
     pub(super) fn take(
         &mut self,
         context: &Context,
         batch: &Batch,
         pad: bool,
     ) -> Result<(), DeviceError> {
-        // Nothing may be computed from a batch that was refused.
+        // If the batch is refused, nothing may be computed from the previous one.
         (self.rows, self.padded_rows, self.samples) = (0, 0, 0);
         (self.key, self.work) = (None, None);
         self.decodes.clear();
@@ -456,7 +462,7 @@ impl StepInputs {
         Ok(())
     }
 
-    /// Writes all arrays, padded to `padded` rows, into `words`.
+    /// Writes all arrays to `words`, padded to `padded` rows.
     fn lay_out(&mut self, batch: &Batch, padded: usize) {
         let rows = batch.rows();
         let padding = rows..padded;
@@ -509,7 +515,7 @@ impl StepInputs {
         };
     }
 
-    /// Why a batch makes no sense.
+    /// Checks that a batch is consistent. The error says why it is not.
     fn check(&mut self, batch: &Batch) -> Result<(), String> {
         let rows = batch.rows();
         let (positions, slots) = (batch.positions.len(), batch.slots.len());
@@ -586,7 +592,8 @@ mod tests {
     use super::*;
     use crate::device::{BatchSequence, Feedback};
 
-    /// Sequences of so many rows each, whose last token is at the position given.
+    /// Returns a batch of sequences, each given by its number of rows and the position of its
+    /// last token.
     fn batch(sequences: &[(usize, u32)]) -> Batch {
         let mut batch = Batch::default();
         for &(rows, last) in sequences {
@@ -681,7 +688,7 @@ mod tests {
         assert_eq!(list, [0, 0, 1, after, 2, 0, 3, 1, 4, after + 1]);
         assert_eq!(step.decode_units, MOST_UNITS);
         assert_eq!(step.max_units, MOST_UNITS / 2);
-        // One that is longer has a launch of its own.
+        // A sequence with more units has a launch of its own.
         let step = laid_out(&batch(&[(1, 0), (1, tokens(MOST_UNITS + 1)), (1, 0)]), 3);
         assert_eq!(step.decodes, [0..1, 1..2, 2..3]);
         assert_eq!(step.decode_units, MOST_UNITS + 1);

@@ -1,16 +1,16 @@
-//! Host memory for swapped-out blocks, and the copies to it and back.
+//! Host memory for swapped-out blocks, and the copies to and from it.
 //!
-//! Pinned memory, so that copies run on their own, in the order of the compute stream.
-//! Nobody waits for them: once the memory is made, that stream alone touches it, and so it
-//! is with the blocks. Whoever is given a block or a slot after a copy was enqueued comes
-//! after the copy in the stream.
+//! The memory is pinned, so that copies run asynchronously, in the order of the compute stream.
+//! Nothing waits for them: only that stream touches the memory and the blocks, so the next user
+//! of a block or a slot comes after the copy in the stream.
 //!
-//! Pinned memory takes its pages when it is made. So it is made in chunks, each when one
-//! of its slots is first written to; making one may wait for the device.
+//! Pinned memory occupies physical pages as soon as it is allocated. It is therefore allocated
+//! in chunks, each when one of its slots is first written; an allocation may wait for the
+//! device.
 //!
-//! A block is one copy for its keys and one for its values in each layer, which costs a
-//! call each. Gathering blocks on the device first, by a kernel, would take one copy for
-//! all; that is worth it when blocks of a layer are much smaller than 64 KiB.
+//! Each block takes two copies per layer, one for its keys and one for its values, and each
+//! copy is a driver call. A kernel that gathers blocks on the device first would need only one
+//! copy; that pays off if a block's part in a layer is much smaller than 64 KiB.
 
 use super::cache::{CudaCache, all_layers};
 use super::context::Context;
@@ -20,13 +20,14 @@ use super::{CudaDevice, DeviceError};
 use crate::device::CacheShape;
 use crate::device::blocks::Slots;
 
-/// Bytes of a chunk, unless a slot is larger.
+/// Bytes per chunk, unless a slot is larger.
 const CHUNK: usize = 8 << 20;
 
-/// Memory for swapped-out blocks: a slot holds a block, array by array.
+/// Host memory for swapped-out blocks. A slot holds one block: its keys and values in each
+/// layer, one after the other.
 pub struct CudaHostBlocks {
     slots: Slots,
-    /// `None` before the first of a chunk's slots is written.
+    /// `None` until one of the chunk's slots is first written.
     chunks: Vec<Option<Pinned>>,
     slots_in_chunk: usize,
 }
@@ -42,7 +43,7 @@ impl CudaHostBlocks {
         }
     }
 
-    /// Makes the chunk that a slot is in, if there is none yet.
+    /// Allocates the chunk that contains a slot, if it is not allocated yet.
     fn make_chunk(&mut self, context: &Context, slot: u32) -> Result<(), DeviceError> {
         let index = slot as usize / self.slots_in_chunk;
         let left = self.slots.count() - index * self.slots_in_chunk;
@@ -53,7 +54,7 @@ impl CudaHostBlocks {
         Ok(())
     }
 
-    /// Where a slot begins.
+    /// Returns the chunk that contains a slot, and the slot's offset in it in bytes.
     fn find(&self, operation: &'static str, slot: u32) -> Result<(&Pinned, usize), DeviceError> {
         let index = slot as usize / self.slots_in_chunk;
         let offset = slot as usize % self.slots_in_chunk * self.slots.bytes();

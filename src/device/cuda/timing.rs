@@ -1,4 +1,4 @@
-//! How long the GPU takes for operations, by its own clock: for `benches/kernels.rs`.
+//! GPU timing of operations by the GPU's own clock, for `benches/kernels`.
 
 use super::CudaDevice;
 use super::context::{Context, Handle};
@@ -9,10 +9,10 @@ use std::rc::Rc;
 
 const OPERATION: &str = "measuring time";
 
-/// Copies that are timed together.
+/// Number of copies that are timed together.
 const COPIES: usize = 8;
 
-/// An event that notes when it is reached.
+/// An event that records the time at which it is reached.
 struct Mark {
     event: sys::CUevent,
     handle: Rc<Handle>,
@@ -27,14 +27,14 @@ impl Mark {
     }
 
     fn record(&self, context: &Context) -> Result<(), DeviceError> {
-        // SAFETY: event and stream live, and are of the same context.
+        // SAFETY: event and stream are alive and belong to the same context.
         let record = || unsafe { result::event::record(self.event, context.compute.raw()) };
         context.call(OPERATION, record)
     }
 
-    /// Seconds from `self` to `end`; waits until both are reached.
+    /// Waits until both events are reached and returns the seconds from `self` to `end`.
     fn seconds_to(&self, end: &Self, context: &Context) -> Result<f64, DeviceError> {
-        // SAFETY: both events live and were recorded.
+        // SAFETY: both events are alive and were recorded.
         let elapsed = || unsafe {
             result::event::synchronize(end.event)?;
             result::event::elapsed(self.event, end.event)
@@ -51,36 +51,36 @@ impl Drop for Mark {
     }
 }
 
-/// Operations recorded to be launched at once.
+/// Operations recorded as a graph, to be launched in one call.
 struct Recording {
     exec: sys::CUgraphExec,
     handle: Rc<Handle>,
 }
 
 impl Recording {
-    /// Records what `work` enqueues on the compute stream.
+    /// Records the operations that `work` enqueues on the compute stream.
     fn new(
         device: &mut CudaDevice,
         work: impl FnOnce(&mut CudaDevice) -> Result<(), DeviceError>,
     ) -> Result<Self, DeviceError> {
         let stream = device.context.compute.raw();
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        // SAFETY: the stream lives.
+        // SAFETY: the stream is alive.
         let begin = || unsafe { result::stream::begin_capture(stream, mode) };
         device.context.call(OPERATION, begin)?;
         device.context.capturing.set(true);
         let outcome = work(device);
         device.context.capturing.set(false);
-        // SAFETY: recording was begun above; it is ended whatever came of the work.
+        // SAFETY: recording was begun above, and is ended even if `work` failed.
         let end = || unsafe { result::stream::end_capture(stream) };
         let graph = device.context.call(OPERATION, end);
         let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_USE_NODE_PRIORITY;
         let handle = Rc::clone(&device.context.handle);
         let graph = outcome.and(graph)?;
-        // SAFETY: the graph was just recorded; instantiating copies it.
+        // SAFETY: the graph was just recorded, and instantiation copies it.
         let instantiate = || unsafe { result::graph::instantiate(graph, flags) };
         let exec = handle.call(OPERATION, instantiate);
-        // SAFETY: destroyed once.
+        // SAFETY: the graph is destroyed once and not used afterwards.
         handle.cleanup("destroying a graph", || unsafe {
             result::graph::destroy(graph)
         });
@@ -91,8 +91,8 @@ impl Recording {
     }
 
     fn launch(&self, context: &Context) -> Result<(), DeviceError> {
-        // SAFETY: what the recorded operations use outlives the recording, which `time` drops
-        // when it is done.
+        // SAFETY: everything that the recorded operations use outlives the recording, which
+        // `time` drops before it returns.
         let launch = || unsafe { result::graph::launch(self.exec, context.compute.raw()) };
         context.call(OPERATION, launch)
     }
@@ -100,16 +100,20 @@ impl Recording {
 
 impl Drop for Recording {
     fn drop(&mut self) {
-        // SAFETY: instantiated once and destroyed once; the caller waited for its launches.
+        // SAFETY: the graph was instantiated once and is destroyed once; the caller has waited
+        // for its launches.
         let destroy = || unsafe { result::graph::exec_destroy(self.exec) };
         self.handle.cleanup("destroying a graph", destroy);
     }
 }
 
 impl CudaDevice {
-    /// GPU seconds of each of `samples` launches of the operations that `work` enqueues.
-    /// They are enqueued once as they are, then recorded and launched as one graph, so
-    /// that what the host takes does not count.
+    /// Measures the operations that `work` enqueues, and returns the GPU seconds of each of
+    /// `samples` runs. The operations run once unrecorded, then as one graph, so that the
+    /// host's launch overhead does not count.
+    ///
+    /// # Errors
+    /// Fails if `work` fails, if its operations cannot be recorded, or if the driver fails.
     pub fn time(
         &mut self,
         samples: usize,
@@ -121,7 +125,11 @@ impl CudaDevice {
         self.sample_times(samples, |device| recording.launch(&device.context))
     }
 
-    /// The same for operations that cannot be recorded, since they reach the host.
+    /// Does the same as [`CudaDevice::time`] for operations that cannot be recorded, because
+    /// they involve the host.
+    ///
+    /// # Errors
+    /// Fails if `work` or the driver fails.
     pub fn time_unrecorded(
         &mut self,
         samples: usize,
@@ -131,8 +139,12 @@ impl CudaDevice {
         self.sample_times(samples, work)
     }
 
-    /// Bytes that the GPU moves in a second when it copies `bytes` from one place of its
-    /// memory to another: read and written ones both count. The best of `samples`.
+    /// Measures copies of `bytes` bytes within device memory and returns the bandwidth in bytes
+    /// per second, reads and writes counted separately. The best of `samples` runs counts.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`] if the buffers cannot be allocated, and other errors if the
+    /// driver fails.
     pub fn copy_bandwidth(&mut self, bytes: usize, samples: usize) -> Result<f64, DeviceError> {
         let from = self.context.allocate_zeroed(bytes, "a copy")?;
         let to = self.context.allocate(bytes, "a copy")?;

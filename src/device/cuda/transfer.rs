@@ -1,4 +1,4 @@
-//! What goes back and forth in every step: inputs to the device, samples to the host.
+//! Transfers in every step: inputs to the device, results to the host.
 
 use super::context::{Context, Event};
 use super::memory::{Buffer, Pinned, PinnedUse, Ptr};
@@ -7,25 +7,27 @@ use cudarc::driver::result;
 use std::cell::RefCell;
 use std::rc::Rc;
 
-/// Steps in flight, and one that is being prepared.
+/// Number of staging places: one per step in flight (two), and one for the step that is being
+/// prepared.
 const PLACES: usize = 3;
 
-/// How much to allocate for `bytes`: what grows a little every step does not grow its
-/// memory, which would wait for the device and make recorded graphs stale, every step.
+/// Returns how many bytes to allocate for `bytes`. Rounding up to a power of two keeps data
+/// that grows in every step from reallocating in every step, which would wait for the device
+/// and invalidate recorded graphs.
 fn room_for(bytes: usize) -> usize {
     bytes.next_power_of_two().max(4096)
 }
 
-/// One of the places that inputs are put in before they are copied.
+/// A staging place: pinned memory, with the event that follows its copy.
 struct Place {
     memory: Pinned,
     copied: Event,
 }
 
-/// Small inputs of a step: one copy a step into device memory at a fixed address.
+/// Uploads the small inputs of a step: one copy per step into device memory at a fixed address.
 ///
-/// The host fills one of three pinned places in turn, so that it does not wait for
-/// the copies of the two steps in flight.
+/// The host fills three staging places in turn, so that it does not wait for the copies of the
+/// two steps in flight.
 pub(super) struct Uploads {
     what: &'static str,
     device: Option<Buffer>,
@@ -34,7 +36,7 @@ pub(super) struct Uploads {
 }
 
 impl Uploads {
-    /// None yet; `what` names them when there is no memory left.
+    /// Creates uploads without memory. `what` names them in an out-of-memory error.
     pub(super) fn new(what: &'static str) -> Self {
         Self {
             what,
@@ -44,7 +46,8 @@ impl Uploads {
         }
     }
 
-    /// Makes room for so many words, so that [`Uploads::write`] need not.
+    /// Makes room for `words` words, so that [`Uploads::write`] need not allocate device
+    /// memory. Returns the address.
     pub(super) fn reserve(&mut self, context: &Context, words: usize) -> Result<Ptr, DeviceError> {
         let bytes = words * 4;
         match &self.device {
@@ -60,8 +63,8 @@ impl Uploads {
         }
     }
 
-    /// Enqueues the copy of `words` to the beginning of the device memory, whose
-    /// address it gives. The address changes only when there was no room.
+    /// Enqueues the copy of `words` to the start of the device memory and returns its address.
+    /// The address changes only if there was not enough room.
     pub(super) fn write(&mut self, context: &Context, words: &[u32]) -> Result<Ptr, DeviceError> {
         const OPERATION: &str = "upload";
         context.refuse_in_capture(OPERATION)?;
@@ -85,15 +88,14 @@ impl Uploads {
             .copy_from_pinned(ptr, &place.memory, bytes.len())
             .and_then(|()| place.copied.record(&context.compute));
         if copied.is_err() {
-            // Nobody would know when the place may be written again.
+            // Without the event, nothing says when the place may be written again.
             self.places[index] = None;
         }
         copied.map(|()| ptr)
     }
 }
 
-/// Device memory that a step writes its results to, with the host memory that they
-/// are copied to.
+/// Device memory for the results of a step, and the host memory that they are copied to.
 pub(super) struct Download {
     device: Buffer,
     host: RefCell<Pinned>,
@@ -102,13 +104,13 @@ pub(super) struct Download {
 }
 
 impl Download {
-    /// Where kernels write the results.
+    /// Returns the address to which kernels write the results.
     pub(super) fn ptr(&self) -> Ptr {
         self.device.ptr()
     }
 
-    /// Enqueues the copy of the first `bytes` to the host, on the results stream,
-    /// after all that is enqueued on the compute stream.
+    /// Enqueues the copy of the first `bytes` bytes to the host. It runs on the results stream,
+    /// after all work enqueued so far on the compute stream.
     pub(super) fn send(&self, context: &Context, bytes: usize) -> Result<(), DeviceError> {
         self.written.record(&context.compute)?;
         context.results.wait(&self.written)?;
@@ -116,33 +118,33 @@ impl Download {
         let bytes = bytes.min(host.bytes());
         let target = &mut host.as_mut_slice()[..bytes];
         let stream = context.results.raw();
-        // SAFETY: pinned memory is freed only after a wait, and read only after `copied`.
+        // SAFETY: pinned memory is freed only after waiting for all enqueued work, and read
+        // only after `copied` is reached.
         let copy = || unsafe { result::memcpy_dtoh_async(target, self.device.ptr().raw(), stream) };
         context.call("copying results", copy)?;
         self.copied.record(&context.results)
     }
 
-    /// Waits for the copy, and for nothing that was enqueued later, and gives the
-    /// bytes to `read`.
+    /// Waits for the copy, but not for work enqueued later, and passes the bytes to `read`.
     pub(super) fn receive<R>(&self, read: impl FnOnce(&[u8]) -> R) -> Result<R, DeviceError> {
         self.copied.synchronize("waiting for a step")?;
         Ok(read(self.host.borrow().as_slice()))
     }
 }
 
-/// The downloads of the steps in flight, used in turn.
+/// A pool of downloads, one per step in flight.
 #[derive(Default)]
 pub(super) struct Downloads(Vec<Rc<Download>>);
 
 impl Downloads {
-    /// One that no step in flight holds, with room for `bytes`. What the kernels
-    /// write next waits, on the device, for its last copy.
+    /// Returns a download that no step in flight holds, with room for `bytes` bytes. Kernels
+    /// enqueued from now on wait, on the device, for its last copy to the host.
     pub(super) fn next(
         &mut self,
         context: &Context,
         bytes: usize,
     ) -> Result<Rc<Download>, DeviceError> {
-        // The one that was used longest ago comes first.
+        // The list is ordered by last use, oldest first.
         let free = self.0.iter().position(|one| Rc::strong_count(one) == 1);
         let reused = free.map(|index| self.0.remove(index));
         let download = match reused {

@@ -7,7 +7,7 @@ use super::{Neutral, RequestField};
 
 /// Routes that generate text.
 const TEXT: &[Route] = &[Completions, Chat, Responses];
-/// Those of them that take `n` and log-probabilities in OpenAI's older form.
+/// Of these, the routes with `n` and with log probabilities in OpenAI's older form.
 const CHOICES: &[Route] = &[Completions, Chat];
 /// Routes that take conversations.
 const CONVERSATION: &[Route] = &[Chat, Tokenize];
@@ -55,7 +55,7 @@ const fn accepted(
     }
 }
 
-/// Every known field of a request.
+/// Returns every known request field.
 pub fn request_fields() -> &'static [RequestField] {
     FIELDS
 }
@@ -66,7 +66,7 @@ const FIELDS: &[RequestField] = &[
         &Route::ALL,
         "404 for another name than those that are served",
     ),
-    // What is to be continued.
+    // The text to continue.
     honoured("prompt", &[Completions, Tokenize], ""),
     refused(
         "prompt",
@@ -137,7 +137,7 @@ const FIELDS: &[RequestField] = &[
         NONE,
         "send previous_response_id",
     ),
-    // How it is written.
+    // How the prompt is written.
     honoured(
         "add_special_tokens",
         &[Completions, Chat, Embeddings, Tokenize],
@@ -267,7 +267,7 @@ const FIELDS: &[RequestField] = &[
         "the order is fixed: penalties, temperature, top_k, top_p, min_p",
     ),
     refused("lora", TEXT, NONE, "no adapters are served"),
-    // When it ends.
+    // When the answer ends.
     honoured("max_tokens", CHOICES, ""),
     honoured("max_completion_tokens", &[Chat], "wins over max_tokens"),
     honoured("max_output_tokens", &[Responses], ""),
@@ -445,7 +445,7 @@ const FIELDS: &[RequestField] = &[
         NEVER,
         "send messages to /v1/chat/completions",
     ),
-    // How many answers, and what is told of them.
+    // How many answers there are, and what is reported about them.
     honoured("n", CHOICES, ""),
     refused(
         "n",
@@ -550,7 +550,7 @@ const FIELDS: &[RequestField] = &[
     refused("background", &[Responses], OFF, ""),
     honoured("store", &[Responses], ""),
     accepted("store", &[Chat], "chat completions are not stored"),
-    // Who asks.
+    // Who sends the request.
     honoured(
         "user",
         &[Completions, Chat, Responses, Embeddings],

@@ -1,4 +1,4 @@
-//! What a response answers: a text, or items of a conversation.
+//! The input of a response: a text, or items of a conversation.
 
 use super::super::error::ApiError;
 use super::store::Store;
@@ -21,8 +21,8 @@ impl<'de> Deserialize<'de> for Input {
     }
 }
 
-/// Reads it as it comes: an untagged enum would make a copy of everything first, and
-/// a list of numbers is refused at its first.
+/// Reads the input directly. An untagged enum would copy everything first, and would not refuse
+/// a list of numbers at its first element.
 struct InputVisitor;
 
 impl<'de> Visitor<'de> for InputVisitor {
@@ -50,8 +50,8 @@ impl<'de> Visitor<'de> for InputVisitor {
 }
 
 impl Input {
-    /// The items that it is, with those of earlier responses in place of references to
-    /// them. These may have `limit` bytes together.
+    /// Returns the items of the input, with references replaced by the items of earlier
+    /// responses. The items put in may have at most `limit` bytes together.
     pub fn items(self, store: &Store, limit: usize) -> Result<Vec<Value>, ApiError> {
         let mut items = match self {
             Self::Text(text) => vec![json!({"role": "user", "content": text})],
@@ -82,7 +82,7 @@ impl Input {
     }
 }
 
-/// The id of the item that this one refers to, if it is a reference.
+/// Returns the id of the item that this one refers to, if it is a reference.
 fn reference(item: &Value) -> Option<&str> {
     let id = item.get("id")?.as_str()?;
     match item.get("type") {
@@ -92,7 +92,7 @@ fn reference(item: &Value) -> Option<&str> {
     }
 }
 
-/// Appends items to a conversation. Those of an answer may be among them.
+/// Appends items to a conversation. They may include items of an answer.
 pub(super) fn append_all(items: &[Value], messages: &mut Vec<Message>) -> Result<(), ApiError> {
     for (index, item) in items.iter().enumerate() {
         append(item, messages).map_err(|problem| {
@@ -103,7 +103,8 @@ pub(super) fn append_all(items: &[Value], messages: &mut Vec<Message>) -> Result
     Ok(())
 }
 
-/// Items as they are listed: each with an id, a type and a status, and text as parts.
+/// Returns items in the form in which they are listed: each has an id, a type and a status, and
+/// a message's text is a list of parts.
 pub(super) fn listed(items: Vec<Value>) -> Vec<Value> {
     let each = items.into_iter().map(|mut item| {
         if let Value::Object(fields) = &mut item {
@@ -139,12 +140,12 @@ pub(super) fn listed(items: Vec<Value>) -> Vec<Value> {
     each.collect()
 }
 
-/// A new id of what `prefix` stands for.
+/// Returns a new id that begins with `prefix`.
 pub(super) fn new_id(prefix: &str) -> String {
     format!("{prefix}_{}", Uuid::new_v4().simple())
 }
 
-/// Appends one item; says what is wrong with it.
+/// Appends one item. The error says what is wrong with it.
 fn append(item: &Value, messages: &mut Vec<Message>) -> Result<(), String> {
     let text = |name: &str| match item.get(name) {
         Some(Value::String(text)) => Ok(text.as_str()),
@@ -155,7 +156,7 @@ fn append(item: &Value, messages: &mut Vec<Message>) -> Result<(), String> {
         _ => text("type")?,
     };
     match kind {
-        // Calls of tools that take text, made with a server that has these.
+        // A call of a tool with free-text input, made on a server that has such tools.
         "custom_tool_call" => {
             let arguments = json!({"input": text("input")?}).to_string();
             append_call(text("call_id")?, text("name")?, &arguments, messages);
@@ -175,10 +176,10 @@ fn append(item: &Value, messages: &mut Vec<Message>) -> Result<(), String> {
             message.extra.insert("tool_call_id".to_owned(), id);
             messages.push(message);
         }
-        // With an id, it was replaced by what it refers to.
+        // References with an id have been replaced, so this one has none.
         "item_reference" => drop(text("id")?),
-        // What the model thought then is not shown to it again, nor is what the tools of
-        // another server did: that is in the answers that came of it.
+        // Earlier reasoning is not shown to the model again. Neither are the actions of other
+        // servers' tools: their results are part of the answers that followed.
         "reasoning" => {}
         kind if HOSTED.contains(&kind) => {
             tracing::debug!(kind, "skipped an item of a tool that is not supported");
@@ -224,7 +225,7 @@ fn append_call(id: &str, name: &str, arguments: &str, messages: &mut Vec<Message
     }
 }
 
-/// The text of a message or of a call's output.
+/// Returns the text of a message or of a call's output.
 fn content(content: Option<&Value>) -> Result<String, String> {
     let parts = match content {
         None | Some(Value::Null) => return Ok(String::new()),

@@ -1,4 +1,4 @@
-//! `GET /v1/responses/{id}/input_items`: what a response answers, page by page.
+//! `GET /v1/responses/{id}/input_items`: lists the input of a response, page by page.
 
 use super::super::App;
 use super::super::error::ApiError;
@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use std::sync::Arc;
 
-/// Items of a page, at most.
+/// Maximum number of items per page.
 const MAX_LIMIT: usize = 100;
 
 /// Which page is wanted.
@@ -20,23 +20,23 @@ pub(crate) struct PageQuery {
     order: Option<Order>,
     /// The id of the item before the page.
     after: Option<String>,
-    /// The id of the item behind the page.
+    /// The id of the item after the page.
     before: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
 enum Order {
-    /// From the oldest item on.
+    /// Oldest item first.
     Asc,
-    /// From the latest item on.
+    /// Latest item first.
     Desc,
 }
 
-/// A list of items by their ids, in their order.
+/// Items in order, each with its id.
 type Items = Vec<(String, Arc<str>)>;
 
-/// Answers with a page of items.
+/// Returns a page of items.
 pub(crate) async fn input_items(
     State(app): State<Arc<App>>,
     PathPart(id): PathPart,
@@ -73,7 +73,7 @@ impl PageQuery {
         Err(ApiError::invalid(problem).param("limit"))
     }
 
-    /// The items of the page, and whether more follow.
+    /// Returns the items of the page, and whether more follow.
     fn page(&self, mut items: Items) -> Result<(Items, bool), ApiError> {
         let limit = self.limit();
         if self.order != Some(Order::Asc) {

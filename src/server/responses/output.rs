@@ -1,11 +1,11 @@
-//! The items of a response, and the events that tell how they come to be.
+//! The items of a response, and the events that report their progress.
 
 use super::super::parts::{Part, call_id};
 use super::super::sse::Events;
 use super::input::new_id;
 use serde_json::{Map, Value, json};
 
-/// Where events go, if anybody reads them, each with its number.
+/// Numbers events and sends them, if the response is streamed.
 pub(super) struct Feed<'a> {
     events: Option<&'a mut Events>,
     number: &'a mut u64,
@@ -37,7 +37,7 @@ impl<'a> Feed<'a> {
 pub(super) struct Output {
     done: Vec<Value>,
     open: Option<Item>,
-    /// Log-probabilities of tokens whose text has not come yet.
+    /// Log probabilities of tokens whose text has not arrived yet.
     reports: Vec<Value>,
 }
 
@@ -48,7 +48,7 @@ struct Item {
     kind: Kind,
     /// The text, or the arguments of a call.
     text: String,
-    /// The log-probabilities of its tokens, if they are told.
+    /// The log probabilities of its tokens, if they are reported.
     logprobs: Vec<Value>,
 }
 
@@ -78,7 +78,7 @@ impl Item {
         matches!(self.kind, Kind::Message)
     }
 
-    /// The item with these parts, as clients see it.
+    /// Returns the item with these parts, as clients see it.
     fn json(&self, status: &str, parts: &[Value]) -> Value {
         match &self.kind {
             Kind::Reasoning => json!({
@@ -96,7 +96,7 @@ impl Item {
         }
     }
 
-    /// The part of the item that is text; a call has none.
+    /// Returns the item's text part; a call has none.
     fn part(&self) -> Option<Value> {
         match self.kind {
             Kind::Reasoning => Some(json!({"type": "reasoning_text", "text": self.text})),
@@ -110,18 +110,18 @@ impl Item {
 }
 
 impl Output {
-    /// The complete items.
+    /// Returns the complete items.
     pub fn items(&self) -> &[Value] {
         &self.done
     }
 
-    /// Takes the log-probability of the next token. It belongs to the text that comes
-    /// next; tokens of calls and reasoning have none.
+    /// Takes the log probability of the next token. It belongs to the text that arrives next;
+    /// tokens of calls and reasoning have none.
     pub fn report(&mut self, logprob: Value) {
         self.reports.push(logprob);
     }
 
-    /// Adds a piece of the answer.
+    /// Adds a part of the answer.
     pub fn add(&mut self, part: Part, feed: &mut Feed<'_>) {
         match part {
             Part::Reasoning(text) => {
@@ -147,14 +147,14 @@ impl Output {
         }
     }
 
-    /// The answer is over.
+    /// Ends the answer.
     pub fn finish(&mut self, status: &str, feed: &mut Feed<'_>) {
         if self.done.is_empty() && self.open.is_none() {
-            // Clients look for a message, and find one without words.
+            // Clients expect a message, so an empty answer becomes an empty message.
             self.begin(Kind::Message, feed);
         }
         if let Some(item) = self.open.as_mut().filter(|item| item.is_message()) {
-            // Of tokens without text.
+            // The remaining log probabilities belong to tokens without text.
             item.logprobs.append(&mut self.reports);
         }
         self.end(status, feed);
@@ -203,7 +203,7 @@ impl Output {
         });
     }
 
-    /// Completes the item that is open, if one is.
+    /// Completes the open item, if there is one.
     fn end(&mut self, status: &str, feed: &mut Feed<'_>) {
         let place = self.done.len();
         let Some(item) = self.open.take() else {
@@ -310,7 +310,7 @@ mod tests {
             statuses,
             ["completed", "completed", "completed", "incomplete"]
         );
-        // Five events around each text, three around each call, and one each delta.
+        // Five events around each text, three around each call, and one per delta.
         assert_eq!(events, 2 * 5 + 2 * 3 + 6);
     }
 

@@ -1,4 +1,4 @@
-//! Responses that are kept, so that clients can ask for them again and go on from them.
+//! Stores responses, so that clients can retrieve and continue them.
 
 use super::super::error::ApiError;
 use crate::text::Message;
@@ -6,40 +6,40 @@ use serde_json::Value;
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Responses that are kept at most; the oldest goes first.
+/// Maximum number of responses that are stored; the oldest is removed first.
 const MAX_RESPONSES: usize = 1024;
 
-/// Their size at most, in bytes.
+/// Maximum size of the stored responses in bytes.
 const MAX_BYTES: usize = 64 << 20;
 
-/// Keeps the latest responses, in memory.
+/// The latest responses, kept in memory.
 #[derive(Debug, Default)]
 pub(crate) struct Store(Mutex<Kept>);
 
 #[derive(Debug, Default)]
 struct Kept {
     responses: HashMap<String, Entry>,
-    /// The items of all responses and of what they answer, by their ids.
+    /// The items of all responses and of their inputs, by id.
     items: HashMap<String, Item>,
-    /// From the oldest on; some may be deleted.
+    /// The ids of the responses, oldest first.
     order: VecDeque<String>,
     bytes: usize,
 }
 
-/// A response, all parts as JSON.
+/// A response, with each part as JSON.
 #[derive(Debug)]
 struct Entry {
     response: String,
-    /// What came before the response, and the response, as messages.
+    /// The conversation before the response, and the response, as messages.
     conversation: String,
-    /// The ids of the items that it answers, in their order.
+    /// The ids of the items of its input, in order.
     input: Vec<String>,
-    /// The ids of all items that go with it.
+    /// The ids of all items that the response owns.
     items: Vec<String>,
     bytes: usize,
 }
 
-/// An item of the response with this id.
+/// An item, and the id of the response that owns it.
 #[derive(Debug)]
 struct Item {
     response: String,
@@ -48,12 +48,12 @@ struct Item {
 
 impl Store {
     fn kept(&self) -> MutexGuard<'_, Kept> {
-        // Nothing panics while it is held.
+        // Nothing panics while the lock is held.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Keeps a response with the items that it answers, and forgets the oldest while there
-    /// is too much.
+    /// Stores a response with the items of its input, and removes the oldest responses if a
+    /// limit is exceeded.
     pub fn keep(&self, id: &str, response: &Value, conversation: &[Message], input: &[Value]) {
         let output = response.get("output").and_then(Value::as_array);
         let output = output.map_or(&[][..], Vec::as_slice);
@@ -81,7 +81,7 @@ impl Store {
         let mut kept = self.kept();
         kept.bytes += entry.bytes;
         for (item, json) in input.into_iter().chain(output) {
-            // An item that is sent back as it came stays that of its response.
+            // An item that a client sends back still belongs to the response that had it first.
             if !kept.items.contains_key(&item) {
                 let (response, json) = (id.to_owned(), json.into());
                 kept.items.insert(item.clone(), Item { response, json });
@@ -98,7 +98,7 @@ impl Store {
         }
     }
 
-    /// A response as JSON; 404 when it is not there.
+    /// Returns a response as JSON; 404 if it is not stored.
     pub fn response(&self, id: &str) -> Result<String, ApiError> {
         let kept = self.kept();
         let entry = kept.responses.get(id);
@@ -107,14 +107,14 @@ impl Store {
             .ok_or_else(|| missing(id).code("response_not_found"))
     }
 
-    /// An item as JSON, whichever response it goes with.
+    /// Returns an item as JSON, whichever response it belongs to.
     pub fn item(&self, id: &str) -> Option<Arc<str>> {
         let kept = self.kept();
         kept.items.get(id).map(|item| Arc::clone(&item.json))
     }
 
-    /// The items that a response answers, each with its id, as JSON; 404 when the response is
-    /// not there. Items of an earlier response that was deleted are missing.
+    /// Returns the items of a response's input as JSON, each with its id; 404 if the response
+    /// is not stored. Items of an earlier response that has been removed are missing.
     pub fn input(&self, id: &str) -> Result<Vec<(String, Arc<str>)>, ApiError> {
         let kept = self.kept();
         let entry = kept.responses.get(id);
@@ -126,7 +126,7 @@ impl Store {
         Ok(items.collect())
     }
 
-    /// The conversation that goes on from a response.
+    /// Returns the conversation up to and including a response, to be continued.
     pub fn conversation(&self, id: &str) -> Result<Vec<Message>, ApiError> {
         let conversation = {
             let kept = self.kept();
@@ -142,7 +142,7 @@ impl Store {
             })
     }
 
-    /// Forgets a response.
+    /// Removes a response.
     pub fn delete(&self, id: &str) -> Result<(), ApiError> {
         let mut kept = self.kept();
         match kept.remove(id) {
@@ -229,7 +229,7 @@ mod tests {
         let store = Store::default();
         let item = |id: &str| json!({"id": id, "type": "message"});
         store.keep("x", &json!({"output": [item("b")]}), &[], &[item("a")]);
-        // What is sent back keeps its place.
+        // An item that is sent back is still owned by the first response.
         store.keep(
             "y",
             &json!({"output": [item("d")]}),

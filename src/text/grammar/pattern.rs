@@ -1,21 +1,21 @@
-//! Regular expressions without what the compiler cannot follow: looking around, word
-//! boundaries, references back to a group, and what other languages write in their own way.
+//! Removes from regular expressions what the compiler cannot follow: look-around, word
+//! boundaries, back-references, and syntax that is specific to other languages.
 
-/// A pattern that allows all that another one does.
+/// A pattern that matches everything that the original pattern matches.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Relaxed {
-    /// What remains of it.
+    /// Remaining pattern.
     pub pattern: String,
-    /// What a text must match beside that: what looks ahead from the text's beginning.
+    /// Further patterns that a text must match, from look-aheads at the beginning of the text.
     pub also: Vec<String>,
-    /// Whether these together allow no more than it did.
+    /// Whether all of these together match only what the original pattern matches.
     pub exact: bool,
 }
 
-/// Nothing, as a group: what stands in for an assertion, which may be repeated.
+/// Empty group that replaces an assertion. It is a group because it may be repeated.
 const NOTHING: &str = "(?:)";
 
-/// A pattern without its assertions and references; `None` if it has none.
+/// Removes the assertions and back-references from a pattern. Returns `None` if it has none.
 pub(super) fn relaxed(pattern: &str) -> Option<Relaxed> {
     let mut also = Vec::new();
     let mut exact = true;
@@ -33,7 +33,7 @@ pub(super) fn relaxed(pattern: &str) -> Option<Relaxed> {
                 changed = true;
                 let inside = text.get(opening..).unwrap_or_default();
                 let inside = inside.strip_suffix(')').unwrap_or(inside);
-                // Only where the text begins is it known where to look from.
+                // Only at the beginning of the text is it known where the look-ahead starts.
                 let first = !alternatives && kept.replace(NOTHING, "") == "^";
                 let first = first && relaxed(inside).is_none();
                 if ahead && first && !repeated(rest) {
@@ -57,7 +57,6 @@ pub(super) fn relaxed(pattern: &str) -> Option<Relaxed> {
                 changed = true;
                 kept.push_str("(?s:.)");
             }
-            // Python's end of text.
             Token::End => {
                 changed = true;
                 kept.push('$');
@@ -73,9 +72,9 @@ pub(super) fn relaxed(pattern: &str) -> Option<Relaxed> {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Token {
-    /// A character.
+    /// A single character.
     Plain,
-    /// A class in brackets.
+    /// A character class in brackets.
     Class,
     /// A character after a backslash.
     Escaped,
@@ -83,17 +82,17 @@ enum Token {
     Boundary,
     /// `\1` or `\k<name>`.
     Back,
-    /// `[^]`, JavaScript's class of all characters.
+    /// `[^]`, which matches any character in JavaScript.
     Any,
-    /// `\Z`.
+    /// `\Z`, which is the end of the text in Python.
     End,
-    /// A group that looks around; `ahead` if what it looks for must be there, behind
-    /// `opening` bytes.
+    /// A look-around group whose content starts after `opening` bytes. `ahead` is true for
+    /// a positive look-ahead.
     Look { ahead: bool, opening: usize },
 }
 
 impl Token {
-    /// What a pattern that is not empty begins with.
+    /// Returns the first token of a non-empty pattern.
     fn next(pattern: &str) -> Self {
         for (opening, ahead) in [
             ("(?=", true),
@@ -121,7 +120,7 @@ impl Token {
         }
     }
 
-    /// How long it is, in bytes.
+    /// Returns the length of the token that `pattern` begins with, in bytes.
     fn length(self, pattern: &str) -> usize {
         match self {
             Self::Plain => pattern.chars().next().map_or(0, char::len_utf8),
@@ -143,10 +142,10 @@ impl Token {
     }
 }
 
-/// The length of the class that a pattern begins with.
+/// Returns the length of the class that a pattern begins with, in bytes.
 fn class_length(pattern: &str) -> usize {
     let mut escaped = false;
-    // A bracket that comes first is one of the class.
+    // A closing bracket that comes first is part of the class.
     let mut first = true;
     for (place, c) in pattern.char_indices().skip(1) {
         match c {
@@ -161,8 +160,8 @@ fn class_length(pattern: &str) -> usize {
     pattern.len()
 }
 
-/// The characters, escapes and classes of a pattern: the first character of each, where it
-/// ends, and how many groups are open there.
+/// Splits a pattern into characters, escapes and classes. Yields the first character of
+/// each, the offset of its end, and the number of groups that are open there.
 fn pieces(pattern: &str) -> impl Iterator<Item = (char, usize, isize)> {
     let (mut place, mut depth) = (0, 0);
     std::iter::from_fn(move || {
@@ -182,20 +181,21 @@ fn pieces(pattern: &str) -> impl Iterator<Item = (char, usize, isize)> {
     })
 }
 
-/// The length of the group that a pattern begins with, whose content follows `opening`
-/// bytes.
+/// Returns the length of the group that a pattern begins with, in bytes. Its content starts
+/// after `opening` bytes.
 fn group_length(pattern: &str, opening: usize) -> usize {
     let mut inside = pieces(pattern.get(opening..).unwrap_or_default());
     let end = inside.find(|&(_, _, depth)| depth < 0);
     end.map_or(pattern.len(), |(_, end, _)| opening + end)
 }
 
-/// Whether a pattern consists of alternatives.
+/// Returns whether a pattern consists of alternatives.
 fn has_alternatives(pattern: &str) -> bool {
     pieces(pattern).any(|(first, _, depth)| first == '|' && depth == 0)
 }
 
-/// Whether what comes before this is repeated, or may be missing.
+/// Returns whether a quantifier follows, so that what comes before `rest` is repeated or
+/// optional.
 fn repeated(rest: &str) -> bool {
     rest.starts_with(['?', '*', '+', '{'])
 }
@@ -253,9 +253,9 @@ mod tests {
     #[test]
     fn the_patterns_of_libraries_keep_what_can_be_held() {
         for (pattern, rest) in [
-            // Decimals of pydantic.
+            // Decimal numbers in pydantic.
             (r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$", r"^(?:)[+-]?0*\d*\.?\d*$"),
-            // E-mail addresses and durations of zod.
+            // E-mail addresses and durations in zod.
             (
                 r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$",
                 r"^(?:)(?:)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$",

@@ -1,11 +1,11 @@
-//! JSON schemas made ready for the compiler: what only describes is left out, and what the
-//! compiler has no words for is said in those that it has, as far as that goes.
+//! Prepares JSON schemas for the compiler. Keywords that only describe are dropped, and
+//! unsupported keywords are expressed by supported ones as far as possible.
 
 use super::pattern::relaxed;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;
 
-/// The formats that the compiler knows. All others are annotations, as JSON Schema has it.
+/// Formats that the compiler knows. All others are annotations, as JSON Schema specifies.
 const FORMATS: [&str; 10] = [
     "date",
     "date-time",
@@ -19,7 +19,7 @@ const FORMATS: [&str; 10] = [
     "uuid",
 ];
 
-/// The drafts that the compiler knows.
+/// Schema drafts that the compiler knows.
 const DRAFTS: [&str; 5] = [
     "https://json-schema.org/draft/2020-12/schema",
     "https://json-schema.org/draft/2019-09/schema",
@@ -28,20 +28,20 @@ const DRAFTS: [&str; 5] = [
     "http://json-schema.org/draft-04/schema",
 ];
 
-/// The most that one schema may grow by what is said in other words, in bytes.
+/// Maximum size that rewriting may add to one schema, in bytes.
 const MAX_GROWTH: usize = 64 << 10;
 
-/// How many references to names are followed.
+/// Maximum number of references to follow in `propertyNames`.
 const MAX_REFERENCES: usize = 16;
 
-/// Rewrites a schema.
+/// Rewrites a schema for the compiler.
 pub(super) struct Rewriter {
     root: Value,
-    /// Whether what cannot be held may be left out. If not, it stays, and the compiler
-    /// refuses it by name.
+    /// Whether keywords that cannot be enforced may be dropped. If not, they stay, and the
+    /// compiler rejects them by name.
     lenient: bool,
     growth: usize,
-    /// The keywords that were left out though they say something.
+    /// Dropped keywords that would restrict the answer.
     pub unheld: BTreeSet<String>,
 }
 
@@ -55,7 +55,7 @@ impl Rewriter {
         }
     }
 
-    /// The schema in words that the compiler knows. Its depth must be bounded.
+    /// Returns the schema in terms that the compiler knows. Its depth must be bounded.
     pub fn rewrite(&mut self) -> Value {
         let mut schema = self.root.clone();
         self.schema(&mut schema);
@@ -106,7 +106,7 @@ impl Rewriter {
         }
     }
 
-    /// A dialect of its own is read as the latest draft.
+    /// Removes an unknown `$schema` in lenient mode, so that the latest draft applies.
     fn draft(&mut self, fields: &mut Map<String, Value>) {
         let known = |draft: &Value| {
             let draft = draft.as_str().unwrap_or_default();
@@ -118,7 +118,7 @@ impl Rewriter {
         }
     }
 
-    /// Looking around is left out of a pattern, or made into patterns of their own.
+    /// Removes look-around from a pattern, or turns it into separate patterns.
     fn pattern(&mut self, fields: &mut Map<String, Value>) {
         let Some(Value::String(pattern)) = fields.get("pattern") else {
             return;
@@ -139,7 +139,7 @@ impl Rewriter {
         let also = relaxed.also.into_iter();
         let also = also.map(|pattern| json!({"type": "string", "pattern": pattern}));
         let also: Vec<Value> = also.collect();
-        // A string has all patterns; what is no string has none.
+        // A string must match all patterns; other values need not match any.
         let other = ["array", "boolean", "null", "number", "object"];
         let strings = fields.get("type").is_some_and(|kind| kind == "string");
         let all = also.into_iter().map(|schema| match strings {
@@ -178,7 +178,10 @@ impl Rewriter {
         }
     }
 
-    /// The compiler counts no properties that may be left out, but for one of several.
+    /// Removes limits on the number of properties that have no effect or cannot be enforced.
+    ///
+    /// The compiler supports limits if all properties are required. In a closed object it
+    /// also supports at least one, or at most one, optional property.
     fn property_counts(&mut self, fields: &mut Map<String, Value>) {
         let count = |name: &str| fields.get(name).and_then(Value::as_u64);
         let (least, most) = (count("minProperties"), count("maxProperties"));
@@ -194,7 +197,7 @@ impl Rewriter {
             && !fields.contains_key("patternProperties");
         let given = required.len() as u64;
         let all = properties.len() as u64;
-        // What is always so need not be counted.
+        // A limit that always holds need not be enforced.
         let least = least.filter(|least| *least > given);
         let most = most.filter(|most| !closed || *most < all);
         let one = least.is_none_or(|least| least <= given + 1)
@@ -211,7 +214,7 @@ impl Rewriter {
         }
     }
 
-    /// Says which names an object's properties may have by the properties themselves.
+    /// Expresses `propertyNames` by the properties themselves, if possible.
     fn property_names(&mut self, fields: &mut Map<String, Value>) {
         let Some(names) = fields.get("propertyNames") else {
             return;
@@ -229,7 +232,7 @@ impl Rewriter {
         }
     }
 
-    /// An object whose properties have names out of a list.
+    /// Restricts the property names of an object to a list. Returns whether this was possible.
     fn named(&mut self, list: &[String], fields: &mut Map<String, Value>) -> bool {
         let Some(own) = own_properties(fields) else {
             return false;
@@ -260,7 +263,8 @@ impl Rewriter {
         true
     }
 
-    /// An object whose properties have names of a pattern.
+    /// Restricts the property names of an object to a pattern. Returns whether this was
+    /// possible.
     fn patterned(&mut self, pattern: &str, fields: &mut Map<String, Value>) -> bool {
         let Some(own) = own_properties(fields) else {
             return false;
@@ -268,7 +272,7 @@ impl Rewriter {
         let Ok(regex) = fancy_regex::Regex::new(pattern) else {
             return false;
         };
-        // Too hard to tell counts as no.
+        // If matching exceeds the limits of the engine, the name counts as not matching.
         let fits = |name: &String| regex.is_match(name).unwrap_or(false);
         if !requires_only(fields, fits) {
             return false;
@@ -301,7 +305,7 @@ impl Rewriter {
     }
 }
 
-/// The names that `propertyNames` leaves.
+/// Property names that `propertyNames` allows.
 enum Names {
     Any,
     List(Vec<String>),
@@ -309,7 +313,7 @@ enum Names {
 }
 
 impl Names {
-    /// `None` if they cannot be told.
+    /// Returns the names that `schema` allows, or `None` if they cannot be determined.
     fn of(root: &Value, schema: &Value) -> Option<Self> {
         let mut schema = schema;
         for _ in 0..MAX_REFERENCES {
@@ -334,7 +338,7 @@ impl Names {
         let mut said = Vec::new();
         for (keyword, value) in fields {
             match keyword.as_str() {
-                // All names are strings.
+                // Names are always strings.
                 "type" if value == "string" => {}
                 "format" if FORMATS.iter().any(|format| value == format) => return None,
                 keyword if DESCRIBES.contains(&keyword) => {}
@@ -345,7 +349,7 @@ impl Names {
             [] => Some(Self::Any),
             [("const", Value::String(name))] => Some(Self::List(vec![name.clone()])),
             [("enum", Value::Array(names))] => {
-                // What is no string is no name.
+                // Values other than strings cannot be names.
                 let names = names.iter().filter_map(Value::as_str);
                 Some(Self::List(names.map(str::to_owned).collect()))
             }
@@ -366,7 +370,8 @@ impl Names {
     }
 }
 
-/// The properties that a schema describes itself; `None` if it does so by patterns, too.
+/// Returns the properties that a schema declares by name. Returns `None` if it also
+/// declares properties by pattern.
 fn own_properties(fields: &Map<String, Value>) -> Option<Map<String, Value>> {
     if fields.contains_key("patternProperties") {
         return None;
@@ -378,7 +383,7 @@ fn own_properties(fields: &Map<String, Value>) -> Option<Map<String, Value>> {
     }
 }
 
-/// Whether all names that a schema requires are such.
+/// Returns whether `fits` holds for all names that a schema requires.
 fn requires_only(fields: &Map<String, Value>, fits: impl Fn(&String) -> bool) -> bool {
     let required = fields.get("required").and_then(Value::as_array);
     let mut required = required.into_iter().flatten();
@@ -388,7 +393,7 @@ fn requires_only(fields: &Map<String, Value>, fits: impl Fn(&String) -> bool) ->
     })
 }
 
-/// Formats that are not known say nothing that could be held.
+/// Removes an unknown format, which is only an annotation.
 fn format(fields: &mut Map<String, Value>) {
     let known = |format: &Value| FORMATS.iter().any(|known| format == known);
     if fields
@@ -399,7 +404,7 @@ fn format(fields: &mut Map<String, Value>) {
     }
 }
 
-/// Items are unique where there are no two of them.
+/// Removes `uniqueItems` if it is false or if there can be at most one item.
 fn unique_items(fields: &mut Map<String, Value>) {
     let Some(Value::Bool(unique)) = fields.get("uniqueItems") else {
         return;
@@ -410,7 +415,7 @@ fn unique_items(fields: &mut Map<String, Value>) {
     }
 }
 
-/// All patterns of a schema, each once.
+/// Returns all patterns in a schema.
 pub(super) fn patterns(schema: &Value) -> BTreeSet<String> {
     let (mut patterns, mut todo) = (BTreeSet::new(), vec![schema]);
     while let Some(value) = todo.pop() {
@@ -428,7 +433,7 @@ pub(super) fn patterns(schema: &Value) -> BTreeSet<String> {
     patterns
 }
 
-/// Leaves these patterns out of a schema.
+/// Removes the given patterns from a schema.
 pub(super) fn without_patterns(schema: &mut Value, left_out: &BTreeSet<String>) {
     match schema {
         Value::Array(values) => {
@@ -449,7 +454,7 @@ pub(super) fn without_patterns(schema: &mut Value, left_out: &BTreeSet<String>) 
     }
 }
 
-/// Leaves several patterns of an object's names out where they may overlap.
+/// Removes `patternProperties` with several patterns, because these may overlap.
 pub(super) fn without_overlaps(schema: &mut Value) {
     match schema {
         Value::Array(values) => values.iter_mut().for_each(without_overlaps),
@@ -464,7 +469,7 @@ pub(super) fn without_overlaps(schema: &mut Value) {
     }
 }
 
-/// Whether an object anywhere in a value has this key.
+/// Returns whether any object in a value has this key.
 pub(super) fn has_key(value: &Value, key: &str) -> bool {
     let mut todo = vec![value];
     while let Some(value) = todo.pop() {

@@ -1,4 +1,4 @@
-//! Grammars over small tokenizers: what they allow, and what is refused.
+//! Tests of grammars over small tokenizers: what they allow, and what is rejected.
 
 use super::*;
 use crate::sampling::ConstraintState;
@@ -6,7 +6,8 @@ use crate::text::{EncodeOptions, GgufVocabulary};
 use serde_json::json;
 use std::time::{Duration, Instant};
 
-/// A byte-level tokenizer of all bytes, a few longer tokens, and two that end an answer.
+/// Creates a byte-level tokenizer with all bytes, a few longer tokens, two tokens that end
+/// an answer, and another special token.
 fn tokenizer() -> Arc<Tokenizer> {
     let alphabet: Vec<u32> = (33..127).chain(161..173).chain(174..256).collect();
     let hidden = 256..256 + 256 - alphabet.len() as u32;
@@ -46,26 +47,26 @@ fn tokenizer() -> Arc<Tokenizer> {
     Arc::new(Tokenizer::from_gguf(vocabulary).unwrap())
 }
 
-/// How an answer goes that is exactly `text`.
+/// State of an answer whose text so far is given.
 #[derive(Debug, PartialEq, Eq)]
 enum Answer {
-    /// Nothing may follow it.
+    /// Nothing may follow the text.
     Complete,
-    /// It may end here, and go on.
+    /// The answer may end here, or continue.
     MayEnd,
-    /// It may not end here.
+    /// The answer may not end here.
     Beginning,
-    /// The byte at this place is forbidden.
+    /// The byte at this index is forbidden.
     Wrong(usize),
 }
 
-/// Feeds a text byte by byte, and looks at every mask.
+/// Feeds a text byte by byte and checks every mask.
 fn answer(tokenizer: &Tokenizer, grammar: &Grammar, text: &str) -> Answer {
     let allowed = |mask: &[u32], token: u32| mask[token as usize / 32] >> (token % 32) & 1 == 1;
     let vocabulary = tokenizer.vocabulary_size();
     let mut state = ConstraintState::new(grammar.constraint(), vocabulary);
     let mut complete = false;
-    // Where no token is allowed with which the text goes on.
+    // First position where no allowed token continues the text.
     let mut stuck = None;
     for (at, byte) in text.bytes().enumerate() {
         assert!(!complete, "it is complete before byte {at} of {text}");
@@ -334,7 +335,7 @@ fn what_is_too_long_or_nested_too_deep_is_refused_before_it_is_compiled() {
     assert!(Grammar::regex(&tokenizer, &r"\(".repeat(MAX_DEPTH + 1)).is_ok());
 }
 
-/// Compiles, and takes a few steps: it ends, well or with an error.
+/// Checks that compiling a grammar and taking a few steps ends, with or without an error.
 fn survives(what: &str, compile: impl FnOnce(&Arc<Tokenizer>) -> Result<Grammar, GrammarError>) {
     let tokenizer = tokenizer();
     Grammar::prepare(&tokenizer).unwrap();
@@ -464,7 +465,7 @@ fn hostile_grammars_end_with_an_answer_or_an_error() {
 
 #[test]
 fn a_scored_tokenizer_with_bytes_and_unused_tokens_serves_grammars_too() {
-    // As of SentencePiece: a space before the first word, and bytes for the rest.
+    // As in SentencePiece: a space before the first word, and bytes for everything else.
     let mut tokens: Vec<String> = ["<unk>", "<s>", "</s>"].map(str::to_owned).to_vec();
     let mut token_types = vec![2, 3, 3];
     for byte in 0..=255 {
@@ -501,7 +502,7 @@ fn a_scored_tokenizer_with_bytes_and_unused_tokens_serves_grammars_too() {
         .filter(|id| state.mask()[*id as usize / 32] >> (id % 32) & 1 == 1)
         .filter_map(|id| tokenizer.token_text(id))
         .collect();
-    // "x" is no longer used, its byte is; "▁ab" has a space that is not wanted.
+    // "x" is unused, so its byte is allowed. "▁ab" begins with a space, which is not allowed.
     assert_eq!(names, ["<0x61>", "<0x78>", "a", "ab"]);
     assert_eq!(state.accept(tokenizer.id_of("<0x78>").unwrap()), Ok(false));
     assert_eq!(
@@ -511,7 +512,7 @@ fn a_scored_tokenizer_with_bytes_and_unused_tokens_serves_grammars_too() {
     assert_eq!(state.accept(tokenizer.id_of("b").unwrap()), Ok(true));
 }
 
-/// A grammar of a schema of which what cannot be held is left out.
+/// Compiles a grammar from a schema, and drops what cannot be enforced.
 fn lenient(schema: &Value) -> Grammar {
     let form = Form::JsonSchema(schema);
     Grammar::new(&tokenizer(), form, Keywords::Lenient)
@@ -542,7 +543,7 @@ fn formats_that_are_not_known_are_annotations() {
     }
     let date = schema(json!({"type": "string", "format": "date"})).unwrap();
     assert_eq!(answer(&tokenizer, &date, "\"2026-02-30"), Answer::Wrong(9));
-    // A property of that name is a property.
+    // A property called `format` is an ordinary property.
     let named = json!({"properties": {"format": {"type": "string", "enum": ["zip"]}}, "required": ["format"]});
     let named = schema(named).unwrap();
     assert_eq!(
@@ -618,7 +619,7 @@ fn keywords_that_cannot_be_held_are_left_out_by_name_or_refused() {
             "{wanted}"
         );
     }
-    // What is left is held.
+    // The rest of the schema is enforced.
     let list = lenient(&json!({"type": "array", "items": {"enum": [1, 2]}, "uniqueItems": true}));
     assert_eq!(answer(&tokenizer, &list, "[3"), Answer::Wrong(1));
     let address = lenient(
@@ -630,7 +631,7 @@ fn keywords_that_cannot_be_held_are_left_out_by_name_or_refused() {
         Answer::Complete
     );
     assert_eq!(answer(&tokenizer, &address, "\"a.b@c\""), Answer::Wrong(6));
-    // And what is no schema stays none.
+    // An invalid schema is still rejected.
     for wrong in [
         json!({"type": "strnig"}),
         json!({"pattern": "("}),
@@ -659,7 +660,7 @@ fn what_says_nothing_more_is_held_as_it_is() {
             ("[1", 1),
         ),
         (
-            // Two patterns that look ahead from the beginning, as for passwords.
+            // Two look-aheads at the beginning of the text, as used for passwords.
             json!({"type": "string", "pattern": r"^(?=.*[A-Z])(?=.*\d)[A-Za-z0-9]{3,6}$"}),
             "\"aB3\"",
             ("\"ab3\"", 4),
@@ -755,7 +756,7 @@ fn a_schema_of_many_properties_can_be_answered_to_its_end() {
         let mut state = ConstraintState::new(grammar.constraint(), tokenizer.vocabulary_size());
         let mut complete = false;
         for (at, byte) in text.bytes().enumerate() {
-            // Every mask can be asked for, but that takes its time.
+            // Every mask can be computed, but that takes long.
             if at < 40 || at + 40 > text.len() || at % 1000 == 0 {
                 state
                     .refresh()
@@ -868,7 +869,7 @@ fn an_answer_of_a_form_may_be_calls_instead_in_every_format() {
                 matches!(end, Answer::Complete | Answer::MayEnd),
                 "{format:?} {text}: {end:?}"
             );
-            // The parser finds the calls again, and takes nothing else for one.
+            // The parser finds the same calls and no others.
             let tools = ["weather", "now"].map(str::to_owned);
             let mut parser = crate::text::tools::ToolParser::new(format, tools);
             parser.push(text);

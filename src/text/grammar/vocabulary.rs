@@ -1,24 +1,27 @@
-//! A tokenizer's vocabulary as llguidance sees it: the bytes of every token, in a trie.
+//! Presents a tokenizer's vocabulary to llguidance, as a trie over the bytes of every token.
 
 use crate::text::Tokenizer;
 use crate::text::vocabulary::TokenKind;
 use llguidance::toktrie::{INVALID_TOKEN, TokRxInfo, TokTrie, TokenId, TokenizerEnv};
 use std::sync::{Arc, Weak};
 
-/// The trie has no room for longer tokens.
+/// Maximum length of a token in the trie, in bytes.
 const LONGEST_TOKEN: usize = 1000;
 
-/// The tokens of a tokenizer.
+/// Tokens of a tokenizer.
 pub(super) struct Tokens {
     trie: TokTrie,
-    /// Weak: it owns what is compiled for it.
+    /// Weak, because the tokenizer owns what is compiled for it.
     tokenizer: Weak<Tokenizer>,
-    /// Whether it can tokenize the middle of a text as its own `encode` would.
+    /// Whether it can tokenize the middle of a text exactly as the tokenizer's `encode` does.
     canonical: bool,
 }
 
 impl Tokens {
-    /// Panics if the vocabulary is larger than a trie can be: more than two million tokens.
+    /// Builds the trie of a tokenizer's tokens.
+    ///
+    /// # Panics
+    /// Panics if the vocabulary has more than two million tokens, which do not fit in a trie.
     pub(super) fn new(tokenizer: &Arc<Tokenizer>) -> Self {
         let ids = 0..tokenizer.vocabulary_size() as u32;
         let words: Vec<Vec<u8>> = ids.map(|id| word(tokenizer, id)).collect();
@@ -40,8 +43,10 @@ impl Tokens {
     }
 }
 
-/// The bytes of a token in the trie; none for what no answer may contain. A grammar can
-/// name a special token, whose word has a mark that no UTF-8 text has.
+/// Returns the bytes of a token in the trie, or nothing for a token that no answer may contain.
+///
+/// A grammar can name a special token: its bytes begin with a marker that UTF-8 text never
+/// contains.
 fn word(tokenizer: &Tokenizer, id: u32) -> Vec<u8> {
     const MARK: u8 = TokTrie::SPECIAL_TOKEN_MARKER;
     let kind = tokenizer.vocabulary.kind(id);
@@ -52,7 +57,7 @@ fn word(tokenizer: &Tokenizer, id: u32) -> Vec<u8> {
         }
         TokenKind::Normal | TokenKind::UserDefined | TokenKind::Byte => {
             let bytes = tokenizer.token_bytes(id).unwrap_or_default();
-            // The byte of the mark is in no text.
+            // Text never contains the marker byte.
             match bytes.contains(&MARK) {
                 true => Vec::new(),
                 false => bytes.to_vec(),
@@ -66,7 +71,8 @@ fn word(tokenizer: &Tokenizer, id: u32) -> Vec<u8> {
     }
 }
 
-/// The tokens of a text within an answer, if together they are this text to the byte.
+/// Tokenizes a text within an answer. Returns `None` unless the tokens represent exactly
+/// this text.
 fn exact(tokenizer: &Tokenizer, text: &str) -> Option<Vec<u32>> {
     let tokens = tokenizer.encode_inside(text).ok()?;
     let mut rest = text.as_bytes();
@@ -91,7 +97,8 @@ impl TokenizerEnv for Tokens {
         })
     }
 
-    /// Where it is not, the model chooses how to write what a grammar leaves no choice of.
+    /// Returns whether llguidance may choose the tokens of text that a grammar fully
+    /// determines. If not, the model chooses them.
     fn tokenize_is_canonical(&self) -> bool {
         self.canonical
     }

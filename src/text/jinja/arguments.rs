@@ -1,11 +1,11 @@
-//! The arguments of a filter or a method: by place or by name, as in Python.
+//! Arguments of a filter or a method, passed by position or by name as in Python.
 
 use super::python::{failed, integer, text};
 use minijinja::value::{Kwargs, Rest, Value, from_args};
 use minijinja::{Error, ErrorKind};
 use std::vec;
 
-/// Arguments, taken in the order in which the function declares them.
+/// Arguments, to be taken in the order in which the function declares them.
 pub(super) struct Arguments {
     placed: vec::IntoIter<Value>,
     named: Kwargs,
@@ -24,7 +24,7 @@ impl Arguments {
         Ok(Self::new(placed.0, named))
     }
 
-    /// The next argument, whose name is `name`; `None` when it is left out.
+    /// Returns the next argument, whose name is `name`, or `None` if it is omitted.
     pub(super) fn next(&mut self, name: &str) -> Result<Option<Value>, Error> {
         match self.placed.next() {
             Some(value) => Ok(Some(value)),
@@ -38,7 +38,7 @@ impl Arguments {
             .ok_or_else(|| Error::new(ErrorKind::MissingArgument, format!("'{name}'")))
     }
 
-    /// An argument that is a string; `None` when it is left out or none.
+    /// Returns the next argument as a string, or `None` if it is omitted or none.
     pub(super) fn string(&mut self, name: &str) -> Result<Option<String>, Error> {
         match self.next(name)? {
             Some(value) if !value.is_none() => text(&value).map(Some),
@@ -46,14 +46,14 @@ impl Arguments {
         }
     }
 
-    /// An argument that must be a string.
+    /// Returns the next argument, which must be a string.
     pub(super) fn required_string(&mut self, name: &str) -> Result<String, Error> {
         let value = self.required(name)?;
         let string = value.as_str().map(str::to_owned);
         string.ok_or_else(|| failed(format!("'{name}' is {value:?}, expected a string")))
     }
 
-    /// An integer; `None` when it is left out or none.
+    /// Returns the next argument as an integer, or `None` if it is omitted or none.
     pub(super) fn integer(&mut self, name: &str) -> Result<Option<i64>, Error> {
         match self.next(name)? {
             Some(value) if !value.is_none() => integer(&value)
@@ -66,17 +66,17 @@ impl Arguments {
         }
     }
 
-    /// Whether an argument is given and true.
+    /// Returns whether the next argument is given and true.
     pub(super) fn flag(&mut self, name: &str) -> Result<bool, Error> {
         Ok(self.next(name)?.is_some_and(|value| value.is_true()))
     }
 
-    /// The arguments that are left, by place.
+    /// Returns the remaining positional arguments.
     pub(super) fn rest(&mut self) -> Vec<Value> {
         self.placed.by_ref().collect()
     }
 
-    /// The arguments by name, together as the dict that they are.
+    /// Returns the named arguments as one dict, or `None` if there are none.
     pub(super) fn all_named(&mut self) -> Option<Value> {
         let names: Vec<String> = self.named.args().map(str::to_owned).collect();
         let pairs: Vec<(String, Value)> = names
@@ -86,7 +86,7 @@ impl Arguments {
         (!pairs.is_empty()).then(|| Value::from_iter(pairs))
     }
 
-    /// Refuses what no [`next`](Self::next) has taken.
+    /// Returns an error if an argument has not been taken.
     pub(super) fn finish(&mut self) -> Result<(), Error> {
         match self.placed.next() {
             Some(_) => Err(Error::from(ErrorKind::TooManyArguments)),

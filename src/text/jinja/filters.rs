@@ -1,4 +1,4 @@
-//! The filters of jinja2 that minijinja lacks, or that differ there.
+//! Filters of jinja2 that minijinja lacks or implements differently.
 
 use super::super::python_json::{Style, dumps};
 use super::arguments::Arguments;
@@ -14,7 +14,7 @@ use minijinja::value::{Kwargs, Rest, Value, ValueKind};
 use minijinja::{Environment, Error};
 use std::hash::{BuildHasher, RandomState};
 
-/// The widest indentation of JSON.
+/// Maximum indentation of JSON, in characters.
 const MAX_INDENT: usize = 64;
 
 type Filter = fn(&Value, &mut Arguments) -> Result<Value, Error>;
@@ -62,7 +62,7 @@ const FILTERS: [(&str, Filter); 42] = [
     ("urlize", urlize),
     ("wordcount", word_count),
     ("xmlattr", xml_attributes),
-    // Where minijinja's take what has a length only.
+    // The filters of minijinja accept only values with a length.
     ("batch", batch),
     ("max", |value, arguments| extreme(value, arguments, true)),
     ("min", |value, arguments| extreme(value, arguments, false)),
@@ -165,7 +165,7 @@ fn join(value: &Value, arguments: &mut Arguments) -> Result<Value, Error> {
     Ok(joined.into())
 }
 
-/// An item's attribute: a name, a path with dots, or a number.
+/// Looks up an attribute of an item, which is a name, a path with dots, or a number.
 fn attribute_of(item: &Value, attribute: &Value) -> Result<Value, Error> {
     let Some(path) = attribute.as_str() else {
         return item.get_item(attribute);
@@ -221,7 +221,7 @@ fn to_integer(value: &Value, arguments: &mut Arguments) -> Result<Value, Error> 
         return Ok(integer_value(integer));
     }
     let truncated = |float: f64| {
-        // Beyond 2^127 a conversion would not keep the number.
+        // Larger numbers do not fit in an `i128`.
         (float.abs() < 1e38).then(|| integer_value(float.trunc() as i128))
     };
     let read = match value.as_str() {
@@ -277,7 +277,7 @@ fn round(value: &Value, arguments: &mut Arguments) -> Result<Value, Error> {
             let rounded = (number * scale).round_ties_even() * scale.recip();
             Ok(integer_value(rounded as i128))
         }
-        // The nearest, and the even one of two that are as near.
+        // Rounds to the nearest number, and to the even one of two that are equally near.
         "common" => Ok(Value::from(match usize::try_from(precision) {
             Ok(digits) => format!("{number:.digits$}").parse().unwrap_or(number),
             Err(_) => (number * scale).round_ties_even() / scale,

@@ -1,4 +1,4 @@
-//! The global objects of jinja2: `cycler` and `joiner`.
+//! Global functions of jinja2: `cycler` and `joiner`.
 
 use super::arguments::Arguments;
 use super::python::failed;
@@ -23,7 +23,7 @@ pub(super) fn register(environment: &mut Environment<'_>) {
     });
 }
 
-/// Gives its items in turn.
+/// Object that returns its items in turn and starts over after the last one.
 #[derive(Debug)]
 struct Cycler {
     items: Vec<Value>,
@@ -68,7 +68,7 @@ impl Object for Cycler {
     }
 }
 
-/// Nothing at its first call, a separator at each later one.
+/// Object that returns an empty string on its first call and a separator on each later one.
 #[derive(Debug)]
 struct Joiner {
     separator: Value,

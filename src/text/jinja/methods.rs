@@ -1,4 +1,4 @@
-//! The methods of Python's strings, lists and dicts that templates call.
+//! Methods of Python's strings, lists and dicts that templates call.
 
 use super::arguments::Arguments;
 use super::operators::braces;
@@ -6,10 +6,10 @@ use super::python::{Tuple, bounded, failed, float, integer, is_printable, is_spa
 use minijinja::value::{Value, ValueKind};
 use minijinja::{Error, ErrorKind, State};
 
-/// The widest that a text may be made.
+/// Maximum width that a text can be padded to, in characters.
 const MAX_WIDTH: i64 = 1 << 16;
 
-/// Calls a method of a value that has none of its own.
+/// Calls a method on a value that does not define it itself.
 pub(super) fn call(
     _: &State<'_, '_>,
     value: &Value,
@@ -248,8 +248,8 @@ fn of_string(s: &str, method: &str, given: &mut Arguments) -> Result<Value, Erro
     })
 }
 
-/// The part of `s` that `start` and `end` name, which count characters; `None` when it
-/// begins behind the end.
+/// Returns the part of `s` between `start` and `end`, which count characters. Returns
+/// `None` if the start is after the end.
 fn range<'a>(s: &'a str, given: &mut Arguments) -> Result<Option<&'a str>, Error> {
     let (start, end) = (given.integer("start")?, given.integer("end")?);
     if start.is_none() && end.is_none() {
@@ -281,7 +281,7 @@ fn width(given: &mut Arguments) -> Result<usize, Error> {
     Ok(usize::try_from(width).unwrap_or(0))
 }
 
-/// Words between white space; after `most` splits the rest is the last one.
+/// Splits a text into words at white space. After `most` splits, the rest is the last word.
 fn words(s: &str, most: usize) -> Vec<&str> {
     let mut rest = s.trim_start_matches(is_space);
     let mut words = Vec::new();
@@ -314,7 +314,7 @@ fn words_from_end(s: &str, most: usize) -> Vec<&str> {
     words
 }
 
-/// Lines, at all that Python takes for a line's end.
+/// Splits a text into lines at every line boundary that Python recognizes.
 pub(super) fn lines(s: &str, keep_ends: bool) -> Vec<&str> {
     let ends = |c: char| {
         matches!(
@@ -348,7 +348,7 @@ pub(super) fn replaced(s: &str, old: &str, new: &str, count: Option<i64>) -> Res
     Ok(s.replacen(old, new, count))
 }
 
-/// Strings with `s` between them; Python takes nothing else.
+/// Joins strings with `s` between them. As in Python, all items must be strings.
 fn joined(s: &str, iterable: &Value) -> Result<String, Error> {
     let mut joined = String::new();
     for (index, item) in items(iterable)?.iter().enumerate() {
@@ -373,7 +373,7 @@ pub(super) fn capitalized(s: &str) -> String {
     first.collect::<String>() + &chars.as_str().to_lowercase()
 }
 
-/// Letters after other letters in lower case, all others in upper case.
+/// Writes letters that follow a letter in lower case, and all other letters in upper case.
 fn titled(s: &str) -> String {
     let mut out = String::with_capacity(s.len());
     let mut inside = false;
@@ -406,8 +406,7 @@ pub(super) fn is_upper(s: &str) -> bool {
     s.chars().any(char::is_uppercase) && !s.chars().any(char::is_lowercase)
 }
 
-/// Whether a character is a digit of a decimal number, of any script: these come in
-/// runs of ten, with nothing else that is numeric and no letter in the run.
+/// Returns whether a character is a decimal digit of any script (Unicode category Nd).
 fn is_decimal(c: char) -> bool {
     static DECIMAL: std::sync::LazyLock<Option<fancy_regex::Regex>> =
         std::sync::LazyLock::new(|| fancy_regex::Regex::new(r"\p{Nd}").ok());

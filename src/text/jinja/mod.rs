@@ -1,8 +1,8 @@
-//! Jinja as transformers sets it up for chat templates: jinja2 on Python's values.
+//! Jinja as transformers configures it for chat templates: jinja2 on Python's values.
 //!
-//! minijinja parses and runs the templates. What differs there from jinja2 is made up
-//! for here: [`source`] rewrites what minijinja cannot be taught otherwise, the other
-//! files hold the operators, filters, tests and methods.
+//! minijinja parses and runs the templates. The modules here make up for its differences
+//! from jinja2: [`source`] rewrites templates where minijinja cannot be extended, and the
+//! others contain the operators, filters, tests and methods.
 
 mod arguments;
 mod filters;
@@ -21,7 +21,7 @@ use minijinja::value::Value;
 use minijinja::{AutoEscape, Environment, Error, ErrorKind};
 pub(super) use source::translate;
 
-/// An environment that behaves like transformers' own, without any template.
+/// Creates an environment that behaves like that of transformers, without any template.
 pub(super) fn python_environment() -> Environment<'static> {
     let mut environment = Environment::new();
     environment.set_trim_blocks(true);
@@ -34,12 +34,12 @@ pub(super) fn python_environment() -> Environment<'static> {
     operators::register(&mut environment);
     predicates::register(&mut environment);
     environment.add_function("raise_exception", raise_exception);
-    // The template itself, whose blocks nothing else knows here.
+    // In jinja2, `self` gives access to the template's blocks, which are not supported here.
     environment.add_global("self", Value::from(()));
     environment
 }
 
-/// What a template said with `raise_exception`.
+/// Message that a template passed to `raise_exception`.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub(super) struct Raised(pub(super) String);

@@ -1,6 +1,6 @@
-//! Operators whose meaning in Python is not minijinja's own.
+//! Operators that have another meaning in Python than in minijinja.
 //!
-//! [`translate`](super::source::translate) makes calls of these functions out of them.
+//! [`translate`](super::source::translate) turns them into calls of these functions.
 
 use super::python::{
     Tuple, bounded, failed, float, integer, integer_value, items, text, type_name,
@@ -23,7 +23,7 @@ pub(super) fn register(environment: &mut Environment<'_>) {
     environment.add_function(TUPLE, |items: Vec<Value>| Tuple::value(items));
 }
 
-/// `a + b + …`.
+/// Evaluates `a + b + …`.
 fn add_all(operands: &[Value]) -> Result<Value, Error> {
     if operands
         .iter()
@@ -45,7 +45,7 @@ fn add_all(operands: &[Value]) -> Result<Value, Error> {
         .try_fold(first.clone(), |sum, next| add(&sum, next))
 }
 
-/// `a + b`.
+/// Evaluates `a + b`.
 pub(super) fn add(a: &Value, b: &Value) -> Result<Value, Error> {
     if let (Some(left), Some(right)) = (a.as_str(), b.as_str()) {
         return if a.is_safe() || b.is_safe() {
@@ -69,7 +69,7 @@ pub(super) fn add(a: &Value, b: &Value) -> Result<Value, Error> {
         let both = Tuple::is(a) && Tuple::is(b);
         let mut sum = items(a)?;
         sum.extend(items(b)?);
-        // The bound on a list's length.
+        // `items` enforces the limit on a list's length.
         let sum = items(&Value::from(sum))?;
         return Ok(if both {
             Tuple::value(sum)
@@ -96,7 +96,7 @@ fn unsupported(operator: &str, a: &Value, b: &Value) -> Error {
     })
 }
 
-/// `a ~ b ~ …`: text, also of markup.
+/// Evaluates `a ~ b ~ …`, whose result is plain text even if an operand is markup.
 fn concatenate(operands: &[Value]) -> Result<Value, Error> {
     let mut joined = String::new();
     for operand in operands {
@@ -109,7 +109,7 @@ fn concatenate(operands: &[Value]) -> Result<Value, Error> {
     Ok(Value::from(joined))
 }
 
-/// Markup beside text: the text is escaped.
+/// Joins markup and plain text, and escapes the plain text.
 fn joined_safely(operands: &[Value]) -> Result<Value, Error> {
     let mut joined = String::new();
     for operand in operands {
@@ -123,7 +123,8 @@ fn joined_safely(operands: &[Value]) -> Result<Value, Error> {
     Ok(Value::from_safe_string(joined))
 }
 
-/// `a % b`: a remainder with the divisor's sign, or a text with its places filled.
+/// Evaluates `a % b`: a remainder with the divisor's sign, or printf-style formatting if
+/// `a` is text.
 fn remainder(a: &Value, b: &Value) -> Result<Value, Error> {
     if let Some(form) = a.as_str() {
         let arguments = match Tuple::is(b) {
@@ -148,7 +149,7 @@ fn remainder(a: &Value, b: &Value) -> Result<Value, Error> {
     Err(unsupported("%", a, b))
 }
 
-/// `a // b`.
+/// Evaluates `a // b`.
 fn floor_divide(a: &Value, b: &Value) -> Result<Value, Error> {
     if let (Some(a), Some(b)) = (integer(a), integer(b)) {
         let quotient = a.checked_div(b).ok_or_else(by_zero)?;
@@ -168,17 +169,17 @@ fn by_zero() -> Error {
     failed("division by zero")
 }
 
-/// A text with `%` places filled.
+/// Formats a text with `%` placeholders.
 pub(super) fn percent(form: &str, arguments: &[Value]) -> Result<String, Error> {
     format_filter(FormatStyle::Printf, form, &printed(arguments, true)?)
 }
 
-/// A text with `{}` places filled.
+/// Formats a text with `{}` placeholders.
 pub(super) fn braces(form: &str, arguments: &[Value]) -> Result<String, Error> {
     format_filter(FormatStyle::StrFormat, form, &printed(arguments, false)?)
 }
 
-/// Arguments of a format, with what Python prints in its own way as text already.
+/// Prepares the arguments of a format: values that Python prints in its own way become text.
 fn printed(arguments: &[Value], keep_dicts: bool) -> Result<Vec<Value>, Error> {
     let printed = |value: &Value| match value.kind() {
         ValueKind::Map if value.is_kwargs() || (keep_dicts && arguments.len() == 1) => {

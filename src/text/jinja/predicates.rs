@@ -1,4 +1,4 @@
-//! The tests of jinja2 (`x is …`) that minijinja lacks, or that differ there.
+//! Tests of jinja2 (`x is …`) that minijinja lacks or implements differently.
 
 use super::methods::{is_lower, is_upper};
 use super::python::text;
@@ -25,8 +25,8 @@ pub(super) fn register(environment: &mut Environment<'_>) {
     });
 }
 
-/// Whether a `for` loop can go through a value. What it can go through has, but for
-/// generators, a length and items as well, so that it is a sequence.
+/// Returns whether a `for` loop can iterate over a value. Except for generators, such a
+/// value also has a length and items in Python, and is therefore a sequence.
 fn is_iterable(value: &Value) -> bool {
     matches!(
         value.kind(),

@@ -1,18 +1,19 @@
-//! Values as Python sees them: `str`, `repr`, numbers, iteration, tuples.
+//! Values as Python sees them: `str`, `repr`, numbers, iteration and tuples.
 
 use minijinja::value::{Enumerator, Object, ObjectRepr, Value, ValueKind};
 use minijinja::{Error, ErrorKind};
 use std::fmt::{self, Write};
 use std::sync::{Arc, LazyLock};
 
-/// How deeply lists and dicts that are printed may be nested.
+/// Maximum nesting depth of lists and dicts that are printed.
 const MAX_DEPTH: usize = 256;
 
-/// The longest list and the longest text that an expression may make.
+/// Maximum number of items in a list that an expression may create.
 const MAX_ITEMS: usize = 1 << 20;
+/// Maximum length of a text that an expression may create, in bytes.
 const MAX_TEXT: usize = 64 << 20;
 
-/// A Python tuple; minijinja has lists only.
+/// Python's tuple, which minijinja lacks.
 #[derive(Debug)]
 pub(super) struct Tuple(Vec<Value>);
 
@@ -45,12 +46,12 @@ impl Object for Tuple {
     }
 }
 
-/// An error of a template's own making.
+/// Creates the error for an operation that failed in a template.
 pub(in super::super) fn failed(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidOperation, message.into())
 }
 
-/// What `str` gives.
+/// Returns what Python's `str` returns for a value.
 pub(super) fn text(value: &Value) -> Result<String, Error> {
     match value.as_str() {
         Some(text) => Ok(text.to_owned()),
@@ -59,7 +60,7 @@ pub(super) fn text(value: &Value) -> Result<String, Error> {
     }
 }
 
-/// What `repr` gives.
+/// Returns what Python's `repr` returns for a value.
 pub(super) fn repr(value: &Value) -> Result<String, Error> {
     let mut out = String::new();
     write_repr(value, &mut out, 0)?;
@@ -111,7 +112,7 @@ fn write_repr(value: &Value, out: &mut String, depth: usize) -> Result<(), Error
     Ok(())
 }
 
-/// A string in the quotes and with the escapes that Python chooses.
+/// Writes a string with the quotes and escapes that Python chooses.
 fn quote(text: &str, out: &mut String) {
     let quote = if text.contains('\'') && !text.contains('"') {
         '"'
@@ -138,8 +139,8 @@ fn quote(text: &str, out: &mut String) {
     out.push(quote);
 }
 
-/// What `str.isprintable` says of a character: neither of the categories "other" and
-/// "separator", but for the space.
+/// Returns what `str.isprintable` says about a character. Characters of the Unicode
+/// categories "other" and "separator" are not printable, except for the space.
 pub(super) fn is_printable(c: char) -> bool {
     static HIDDEN: LazyLock<Option<fancy_regex::Regex>> =
         LazyLock::new(|| fancy_regex::Regex::new(r"[\p{C}\p{Z}]").ok());
@@ -152,12 +153,12 @@ pub(super) fn is_printable(c: char) -> bool {
         .is_some_and(|hidden| hidden.is_match(&text).unwrap_or(false))
 }
 
-/// Whether Python takes a character for white space.
+/// Returns whether Python treats a character as white space.
 pub(super) fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\x1c'..='\x1f').contains(&c)
 }
 
-/// What `repr` gives for a number.
+/// Returns what Python's `repr` returns for a number.
 pub(in super::super) fn number(value: &Value) -> String {
     match float(value) {
         Some(float) if !value.is_integer() => float_text(float),
@@ -165,7 +166,7 @@ pub(in super::super) fn number(value: &Value) -> String {
     }
 }
 
-/// The shortest digits that give `float` again, as Python writes them.
+/// Returns the shortest digits that parse to `float` again, in Python's notation.
 fn float_text(float: f64) -> String {
     if float.is_nan() {
         return "nan".to_owned();
@@ -187,7 +188,7 @@ fn float_text(float: f64) -> String {
     format!("{digits}e{sign}{:02}", exponent.abs())
 }
 
-/// An integer or a bool as an integer.
+/// Returns the value of an integer or bool as an integer.
 pub(in super::super) fn integer(value: &Value) -> Option<i128> {
     match value.kind() {
         ValueKind::Bool => Some(i128::from(value.is_true())),
@@ -196,7 +197,7 @@ pub(in super::super) fn integer(value: &Value) -> Option<i128> {
     }
 }
 
-/// A number or a bool as a float.
+/// Returns the value of a number or bool as a float.
 pub(super) fn float(value: &Value) -> Option<f64> {
     match value.kind() {
         ValueKind::Bool => Some(f64::from(u8::from(value.is_true()))),
@@ -207,12 +208,12 @@ pub(super) fn float(value: &Value) -> Option<f64> {
     }
 }
 
-/// An integer as a value, in the smallest kind that holds it.
+/// Converts an integer to a value, in the smallest type that holds it.
 pub(super) fn integer_value(integer: i128) -> Value {
     i64::try_from(integer).map_or_else(|_| Value::from(integer), Value::from)
 }
 
-/// What a `for` loop goes through: the keys of a dict, the characters of a string.
+/// Returns what a `for` loop iterates over: the keys of a dict, the characters of a string.
 pub(in super::super) fn items(value: &Value) -> Result<Vec<Value>, Error> {
     if let Some(text) = value.as_str() {
         return Ok(text.chars().map(Value::from).collect());
@@ -236,7 +237,7 @@ pub(in super::super) fn items(value: &Value) -> Result<Vec<Value>, Error> {
     }
 }
 
-/// The pairs of a dict.
+/// Returns the key-value pairs of a dict.
 pub(in super::super) fn pairs(value: &Value) -> Result<Vec<(Value, Value)>, Error> {
     items(value)?
         .into_iter()
@@ -244,7 +245,7 @@ pub(in super::super) fn pairs(value: &Value) -> Result<Vec<(Value, Value)>, Erro
         .collect()
 }
 
-/// Refuses a text of `bytes` that no prompt is.
+/// Returns an error if a text of `bytes` bytes is longer than [`MAX_TEXT`].
 pub(super) fn bounded(bytes: usize) -> Result<(), Error> {
     match bytes > MAX_TEXT {
         true => Err(failed(format!("a text has more than {MAX_TEXT} bytes"))),
@@ -252,7 +253,7 @@ pub(super) fn bounded(bytes: usize) -> Result<(), Error> {
     }
 }
 
-/// The name of a value's type in Python.
+/// Returns the name of a value's type in Python.
 pub(in super::super) fn type_name(value: &Value) -> &'static str {
     match value.kind() {
         ValueKind::Undefined => "Undefined",

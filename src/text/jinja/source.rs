@@ -1,30 +1,31 @@
-//! A template's source as minijinja reads it: what it lacks becomes what it has.
+//! Translates a template's source into what minijinja understands.
 //!
-//! Operators with a meaning of their own in Python become calls of functions, tuples
-//! too, and the `generation` blocks, by which transformers marks the assistant's words
-//! for training, become blocks that are always taken. All else, line breaks included,
-//! stays as it is, so that errors name the right line. A call begins with a space, which
-//! keeps it apart from a word before it.
+//! Operators with a different meaning in Python become function calls, and so do tuples.
+//! The `generation` blocks, with which transformers marks the assistant's words for
+//! training, become blocks that are always taken. Everything else stays as it is, including
+//! line breaks, so that errors name the right line. A call begins with a space, which
+//! separates it from a word before it.
 
 use super::operators::{ADD, CONCATENATE, FLOOR_DIVIDE, REMAINDER, TUPLE};
 
-/// How deeply brackets may be nested; minijinja refuses what is nested more deeply.
+/// Maximum nesting depth of brackets. minijinja rejects anything deeper.
 const MAX_DEPTH: usize = 150;
 
-/// How many tokens a statement or an expression may have, and how many branches with a
-/// condition of their own a template: minijinja calls itself once for each, and real
-/// templates have fifty and twenty.
+/// Maximum number of tokens in a statement or an expression. minijinja recurses once for
+/// each. Real templates have up to fifty.
 const MAX_TOKENS: usize = 1000;
+/// Maximum number of `elif` branches in a template. minijinja recurses once for each. Real
+/// templates have up to twenty.
 const MAX_BRANCHES: usize = 500;
 
-/// A statement is larger than minijinja can be trusted with.
+/// Error for a statement that is too large for minijinja to process safely.
 #[derive(Debug, PartialEq, Eq)]
 pub(in super::super) struct TooLarge {
-    /// The line of the statement, counted from 1.
+    /// Line of the statement, counted from 1.
     pub(in super::super) line: usize,
 }
 
-/// The source for minijinja. What is no template is left for minijinja to refuse.
+/// Translates a template for minijinja. Invalid parts are left for minijinja to reject.
 pub(in super::super) fn translate(source: &str) -> Result<String, TooLarge> {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
@@ -50,14 +51,14 @@ pub(in super::super) fn translate(source: &str) -> Result<String, TooLarge> {
     Ok(out)
 }
 
-/// Where the next comment, statement or expression begins.
+/// Returns the offset of the next comment, statement or expression.
 fn next_tag(text: &str) -> Option<usize> {
     let opens = |pair: &[u8]| pair[0] == b'{' && matches!(pair[1], b'{' | b'%' | b'#');
     text.as_bytes().windows(2).position(opens)
 }
 
-/// Writes what `text` begins with and returns its length; `None` when it does not end.
-/// `branches` counts the branches of the template.
+/// Translates the tag that `text` begins with and returns its length. Returns `None` if the
+/// tag does not end. `branches` counts the `elif` branches of the template.
 fn translate_tag(
     text: &str,
     out: &mut String,
@@ -100,7 +101,7 @@ fn translate_tag(
     if word != "raw" {
         return Ok(Some(after));
     }
-    // Nothing is read until the end of the raw text.
+    // Raw text is copied up to its end without being translated.
     let mut at = after;
     loop {
         let Some(tag) = text[at..].find("{%") else {
@@ -116,7 +117,7 @@ fn translate_tag(
     }
 }
 
-/// The length of the mark that ends a tag at `end`.
+/// Returns the length of the mark that closes a tag at `end`.
 fn close(text: &str, end: usize) -> usize {
     2 + usize::from(text[end..].starts_with(['-', '+']))
 }
@@ -142,7 +143,8 @@ impl Token {
     }
 }
 
-/// The tokens of a tag from `start` on, and where the mark begins that closes it.
+/// Splits a tag into tokens, beginning at `start`. Returns the tokens and the offset of the
+/// closing mark, or `None` if there is no closing mark.
 fn tokens(
     text: &str,
     start: usize,
@@ -188,7 +190,7 @@ fn tokens(
             _ => {}
         }
         if depth > MAX_DEPTH || length == 0 {
-            // Nested too deeply, or a string without an end.
+            // Nested too deeply, or an unterminated string.
             return Ok(None);
         }
         if tokens.len() == MAX_TOKENS {
@@ -207,7 +209,7 @@ fn first_length(text: &str) -> usize {
     text.chars().next().map_or(1, char::len_utf8)
 }
 
-/// The length of the string that `text` begins with.
+/// Returns the length of the string literal that `text` begins with.
 fn string_length(text: &str) -> Option<usize> {
     let quote = text.chars().next()?;
     let mut escaped = false;
@@ -222,7 +224,7 @@ fn string_length(text: &str) -> Option<usize> {
     None
 }
 
-/// The length of the number that `text` begins with.
+/// Returns the length of the number that `text` begins with.
 fn number_length(text: &str) -> usize {
     let bytes = text.as_bytes();
     let mut at = 0;
@@ -247,12 +249,12 @@ struct Expression<'a> {
     tokens: &'a [Token],
 }
 
-/// What lies between two places where an expression is cut, and the token there.
+/// Part of an expression between two tokens where it is cut.
 struct Piece<'a> {
     inside: Expression<'a>,
     start: usize,
     end: usize,
-    /// The operator before the piece.
+    /// Operator before the piece.
     before: Option<Token>,
 }
 
@@ -270,7 +272,8 @@ impl<'a> Expression<'a> {
             .map_or("", |token| token.text(self.text))
     }
 
-    /// A statement, from its first word on; `start` and `end` are its borders.
+    /// Translates a statement that begins with `word`. `start` and `end` are the byte
+    /// offsets of its content.
     fn statement(self, word: &str, start: usize, end: usize, out: &mut String) {
         let names_only = ["include", "import", "from", "extends", "block", "raw"];
         let target_ends = match word {
@@ -293,7 +296,7 @@ impl<'a> Expression<'a> {
         out.push_str(&rest.translated(border, end));
     }
 
-    /// The first token outside of brackets for which `found` holds.
+    /// Returns the index of the first token outside of brackets for which `found` holds.
     fn position(self, found: impl Fn(Self, usize) -> bool) -> Option<usize> {
         let mut depth = 0usize;
         for at in 0..self.tokens.len() {
@@ -307,7 +310,7 @@ impl<'a> Expression<'a> {
         None
     }
 
-    /// Cuts at the tokens outside of brackets for which `cuts` holds.
+    /// Cuts the expression at the tokens outside of brackets for which `cuts` holds.
     fn cut(self, start: usize, end: usize, cuts: impl Fn(Self, usize) -> bool) -> Vec<Piece<'a>> {
         let mut pieces = Vec::new();
         let (mut first, mut from, mut before) = (0, start, None);
@@ -336,7 +339,7 @@ impl<'a> Expression<'a> {
         pieces
     }
 
-    /// A list of expressions with words, commas and comparisons between them.
+    /// Translates a list of expressions with keywords, commas and comparisons between them.
     fn translated(self, start: usize, end: usize) -> String {
         let mut out = String::new();
         for piece in self.cut(start, end, Self::separates) {
@@ -348,7 +351,7 @@ impl<'a> Expression<'a> {
         out
     }
 
-    /// Whether a token is between expressions, and no part of one.
+    /// Returns whether a token separates expressions and is not part of one.
     fn separates(self, at: usize) -> bool {
         const OPERATORS: [&str; 9] = [",", "=", ":", "==", "!=", "<", ">", "<=", ">="];
         const WORDS: [&str; 7] = ["and", "or", "not", "if", "else", "in", "recursive"];
@@ -358,7 +361,7 @@ impl<'a> Expression<'a> {
             Kind::Literal => false,
             Kind::Name => {
                 let before = at.checked_sub(1).map_or("", |before| self.word(before));
-                // `is not`, `is in`, and fields or filters of these names.
+                // `is not`, `is in`, and fields or filters with these names.
                 let part = matches!(before, "is" | "." | "|")
                     || (before == "not" && at > 1 && self.word(at - 2) == "is");
                 !part && WORDS.contains(&word)
@@ -366,7 +369,8 @@ impl<'a> Expression<'a> {
         }
     }
 
-    /// Whether the token before `at` ends an operand, so that an operator at `at` has two.
+    /// Returns whether the token before `at` ends an operand, so that an operator at `at`
+    /// is binary.
     fn after_operand(self, at: usize) -> bool {
         at > 0
             && match self.tokens[at - 1].kind {
@@ -380,7 +384,7 @@ impl<'a> Expression<'a> {
             matches!(inside.word(at), "+" | "-") && inside.after_operand(at)
         };
         let mut sum = String::new();
-        // The operands of a call that is not closed yet.
+        // Whether a call that adds operands is still open.
         let mut open = false;
         for (index, piece) in self.cut(start, end, cuts).into_iter().enumerate() {
             let operand = piece.inside.joined(piece.start, piece.end);
@@ -437,7 +441,7 @@ impl<'a> Expression<'a> {
         product
     }
 
-    /// What has no operators outside of brackets.
+    /// Translates an operand, which has no operators outside of brackets.
     fn operand(self, start: usize, end: usize) -> String {
         let mut out = String::new();
         let mut written = start;
@@ -473,7 +477,7 @@ impl<'a> Expression<'a> {
         out
     }
 
-    /// The bracket that closes the one before the first token.
+    /// Returns the index of the bracket that closes the one right before the first token.
     fn position_of_close(self) -> Option<usize> {
         let mut depth = 0usize;
         for at in 0..self.tokens.len() {

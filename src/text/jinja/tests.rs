@@ -1,5 +1,5 @@
-//! Expressions and statements against jinja2's answers, as `tests/clients/chat_templates.py`
-//! has written them into the fixture.
+//! Compares expressions and statements with the results of jinja2, which
+//! `tests/clients/chat_templates.py` has written into the fixture.
 
 use super::super::{ChatTemplate, RenderOptions, TextError};
 use super::translate;
@@ -43,7 +43,7 @@ fn what_needs_no_translation_stays_as_it_is() {
         "{% for a, b in c.items() if a is not none and b not in (c) recursive %}{% endfor %}",
         "{% set a.b = [1, 2] %}{% macro f(a, b=1) %}{% endmacro %}{% raw %}{{ a + b }}{% endraw %}",
         "{{ f(*a, **b) }}{{ -a ** 2 }}{{ a[1:2, :] }}{{ 'it\\'s' }}{{ \"}}\" }}",
-        // What does not end is left for minijinja to refuse.
+        // Tags that do not end are left for minijinja to reject.
         "{{ a + b",
         "{% if 'a + b %}",
         "{{ (a + b }}",

@@ -1,4 +1,4 @@
-//! The filters that write text: for pages, for addresses, in lines of some width.
+//! Filters that format text: for HTML, for URLs, and in lines of limited width.
 
 use super::arguments::Arguments;
 use super::operators::percent;
@@ -6,10 +6,10 @@ use super::python::{bounded, failed, float, integer, is_space, items, pairs, tex
 use minijinja::Error;
 use minijinja::value::{Value, ValueKind};
 
-/// The widest that a text may be made.
+/// Maximum width that a text can be padded to, and maximum count, in characters or lines.
 const MAX_WIDTH: usize = 1 << 16;
 
-/// A count of lines or columns.
+/// Returns a count of lines or columns, which must be from 1 to [`MAX_WIDTH`].
 pub(super) fn positive(value: &Value) -> Result<usize, Error> {
     integer(value)
         .and_then(|count| usize::try_from(count).ok())
@@ -41,7 +41,7 @@ pub(super) fn trim(value: &Value, arguments: &mut Arguments) -> Result<Value, Er
     })
 }
 
-/// Every word with a capital: words begin after white space, hyphens and brackets.
+/// Capitalizes every word. Words begin after white space, hyphens and opening brackets.
 pub(super) fn title(value: &Value, _: &mut Arguments) -> Result<Value, Error> {
     let mut out = String::new();
     let mut begins = true;
@@ -94,7 +94,7 @@ pub(super) fn indent(value: &Value, arguments: &mut Arguments) -> Result<Value, 
             " ".repeat(usize::try_from(width).unwrap_or(0).min(MAX_WIDTH))
         }
     };
-    // A line break at the end begins one more line.
+    // A line break at the end begins another line.
     let text = text(value)? + "\n";
     let mut out = String::new();
     for (index, line) in super::methods::lines(&text, false).iter().enumerate() {
@@ -177,7 +177,7 @@ pub(super) fn file_size(value: &Value, arguments: &mut Arguments) -> Result<Valu
     Ok(format!("{size:.1} {unit}").into())
 }
 
-/// Text for HTML.
+/// Escapes text for HTML.
 pub(super) fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
@@ -200,7 +200,7 @@ pub(super) fn escaped(value: &Value, _: &mut Arguments) -> Result<Value, Error> 
     }
 }
 
-/// Text without tags and comments, and with one space between words.
+/// Removes tags and comments, and leaves one space between words.
 pub(super) fn strip_tags(value: &Value, _: &mut Arguments) -> Result<Value, Error> {
     let text = text(value)?;
     let mut rest = text.as_str();
@@ -260,7 +260,8 @@ pub(super) fn url_encode(value: &Value, _: &mut Arguments) -> Result<Value, Erro
     Ok(pairs.join("&").into())
 }
 
-/// Web addresses as links: those with a scheme or `www.` and a top-level domain.
+/// Turns web addresses into links. An address has a scheme, a path or a port, or begins
+/// with `www.`, and its host ends with a top-level domain.
 pub(super) fn urlize(value: &Value, _: &mut Arguments) -> Result<Value, Error> {
     let text = text(value)?;
     let mut out = String::new();

@@ -1,6 +1,8 @@
-//! DeepSeek's calls: between two marks for all of them, each between two of its own.
-//! V3 and R1 write `function`, a separator, the name, and the arguments in a code
-//! block; V3.1 writes the name, the separator and the arguments.
+//! Tool calls of DeepSeek models.
+//!
+//! One pair of marks encloses all calls, and another pair encloses each call. V3 and R1
+//! write `function`, a separator, the name, and the arguments in a code block. V3.1 writes
+//! the name, the separator and the arguments.
 
 use super::json::RawArguments;
 use super::scan::{Found, Marks};
@@ -14,15 +16,15 @@ const CALL_END: &str = "<｜tool▁call▁end｜>";
 const CALLS_END: &str = "<｜tool▁calls▁end｜>";
 const BLOCK_END: &str = "```";
 
-/// The longest text before the arguments that is waited for, in bytes.
+/// Maximum length of the text before the arguments, in bytes.
 const MAX_HEAD_BYTES: usize = 512;
 
-/// The calls after the tag.
+/// State of reading the calls after the tag.
 #[derive(Debug)]
 pub(super) enum DeepSeekCalls {
     /// Before the first call.
     First(Marks),
-    /// What is before a call's arguments.
+    /// In the text before a call's arguments.
     Head(String),
     Arguments(RawArguments),
     /// After a call's arguments.
@@ -84,7 +86,7 @@ impl Calls for DeepSeekCalls {
     }
 }
 
-/// The name in what stands before the arguments.
+/// Extracts the name from the text before the arguments.
 fn name(head: &str) -> Option<&str> {
     let (before, after) = head.split_once(SEPARATOR)?;
     let mut after = after.split_whitespace();

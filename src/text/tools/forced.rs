@@ -1,11 +1,11 @@
-//! Answers that must be calls: how they begin, and the JSON schema of the rest.
+//! Answers that must be tool calls: how they begin, and the JSON schema of the rest.
 
 use super::ToolFormat;
 use serde_json::{Map, Value, json};
 
 impl ToolFormat {
-    /// What a prompt ends with whose answer must be calls, so that the model writes them
-    /// where it is used to.
+    /// Returns the text to append to a prompt whose answer must be tool calls, so that the
+    /// model writes them in their usual place.
     pub fn forced_opening(self) -> &'static str {
         match self {
             Self::Hermes => "<tool_call>\n",
@@ -15,9 +15,11 @@ impl ToolFormat {
         }
     }
 
-    /// The JSON schema of an answer that must be a call of one of `tools`, given with
-    /// the schemas of their parameters; of one call or, where `several` are wanted and
-    /// the format has them in a list, at least one. [`ToolParser::forced`] reads it.
+    /// Returns the JSON schema of an answer that must call one of `tools`, which are given
+    /// with the schemas of their parameters.
+    ///
+    /// The answer is one call. If `several` are wanted and the format writes them as a
+    /// list, it is a list of at least one call. [`ToolParser::forced`] parses the answer.
     ///
     /// [`ToolParser::forced`]: super::ToolParser::forced
     pub fn forced_schema<'a>(
@@ -59,7 +61,7 @@ impl ToolFormat {
     }
 }
 
-/// The schema of a tool's arguments.
+/// Returns the schema of a tool's arguments.
 #[cfg(feature = "grammar")]
 pub(super) fn arguments(parameters: Option<&Value>) -> Value {
     closed(parameters).unwrap_or_else(no_arguments)
@@ -69,7 +71,8 @@ fn no_arguments() -> Value {
     json!({"type": "object", "properties": {}, "additionalProperties": false})
 }
 
-/// The schema of a tool's parameters as the definition `place` of another schema.
+/// Returns the schema of a tool's parameters, for use as the definition `place` of another
+/// schema.
 fn embedded(parameters: Option<&Value>, place: &str) -> Value {
     let Some(mut schema) = closed(parameters) else {
         return no_arguments();
@@ -78,7 +81,8 @@ fn embedded(parameters: Option<&Value>, place: &str) -> Value {
     schema
 }
 
-/// The schema of a tool's parameters without what is not described; `None` if nothing is.
+/// Returns the schema of a tool's parameters, which allows no undeclared ones. Returns
+/// `None` if nothing is declared.
 fn closed(parameters: Option<&Value>) -> Option<Value> {
     let mut parameters = parameters?.as_object()?.clone();
     parameters.shift_remove("$schema");
@@ -95,7 +99,7 @@ fn closed(parameters: Option<&Value>) -> Option<Value> {
         "additionalProperties",
     ];
     if !COMPOSED.iter().any(|key| parameters.contains_key(*key)) {
-        // Arguments are an object of the parameters that are described, and no others.
+        // Arguments are an object with the declared parameters and no others.
         parameters.entry("type").or_insert("object".into());
         if parameters.contains_key("properties") {
             parameters.insert("additionalProperties".to_owned(), false.into());
@@ -104,7 +108,7 @@ fn closed(parameters: Option<&Value>) -> Option<Value> {
     Some(Value::Object(parameters))
 }
 
-/// Lets references within a schema find their places when it is the definition `place`.
+/// Adjusts the references within a schema that becomes the definition `place`.
 fn move_references(schema: &mut Value, place: &str) {
     match schema {
         Value::Object(fields) => {

@@ -1,5 +1,5 @@
-//! A list of calls after a tag: `<|tool_call|>[{"name": …, "arguments": {…}}]`.
-//! Granite 3 writes no end, Phi 4 mini does.
+//! Tool calls as a list after a tag: `<|tool_call|>[{"name": …, "arguments": {…}}]`.
+//! Granite 3 writes no closing mark, Phi 4 mini does.
 
 use super::json::JsonCalls;
 

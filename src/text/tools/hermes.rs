@@ -1,4 +1,5 @@
-//! `<tool_call>{"name": …, "arguments": {…}}</tool_call>`: Hermes, Qwen2.5, Qwen3.
+//! Tool calls of Hermes, Qwen2.5 and Qwen3:
+//! `<tool_call>{"name": …, "arguments": {…}}</tool_call>`.
 
 use super::json::JsonCalls;
 

@@ -1,29 +1,29 @@
-//! Calls that are written in JSON, read a character at a time.
+//! Reads tool calls written in JSON, one character at a time.
 //!
-//! Brackets and strings are followed exactly, for they say where a call ends;
-//! numbers and words are taken as they come.
+//! Brackets and strings are tracked exactly, because they determine where a call ends.
+//! Numbers and words are not validated.
 
 use super::scan::{Found, Marks};
 use super::{Calls, Events, Step};
 use std::sync::Arc;
 
-/// What a character was to a JSON value.
+/// Role of a character in a JSON value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Follow {
     /// Part of the value.
     Inside,
-    /// The last of the value.
+    /// Last character of the value.
     Last,
-    /// The first after the value, which was a number or a word.
+    /// First character after the value, which was a number or a word.
     Past,
-    /// It cannot stand in JSON.
+    /// Not allowed in JSON.
     Wrong,
 }
 
 /// Finds the end of one JSON value.
 #[derive(Debug, Default)]
 pub(super) struct Value {
-    /// The closing brackets that are awaited.
+    /// Closing brackets that are expected.
     brackets: Vec<char>,
     string: bool,
     escaped: bool,
@@ -31,7 +31,7 @@ pub(super) struct Value {
 }
 
 impl Value {
-    /// Begins with the value's first character; `None` if no value begins with it.
+    /// Starts with the value's first character. Returns `None` if no value begins with it.
     pub(super) fn begin(c: char) -> Option<Self> {
         let mut value = Self::default();
         match c {
@@ -44,7 +44,7 @@ impl Value {
         Some(value)
     }
 
-    /// Whether it is an object or a list.
+    /// Returns whether the value is an object or a list.
     pub(super) fn nests(&self) -> bool {
         !self.brackets.is_empty()
     }
@@ -61,7 +61,7 @@ impl Value {
         }
     }
 
-    /// Takes a character after the first.
+    /// Processes a character after the first.
     pub(super) fn push(&mut self, c: char) -> Follow {
         if self.string {
             match c {
@@ -98,7 +98,7 @@ pub(super) struct RawArguments {
 }
 
 impl RawArguments {
-    /// Takes a character. [`Step::End`] is the object's last.
+    /// Processes a character. Returns [`Step::End`] for the last one of the object.
     pub(super) fn push(&mut self, c: char, events: &mut Events) -> Step {
         let follow = match &mut self.value {
             Some(value) => value.push(c),
@@ -126,20 +126,21 @@ impl RawArguments {
     }
 }
 
-/// One call: `{"name": …, "arguments": {…}}`, in whatever order, with whatever else.
+/// One call, `{"name": …, "arguments": {…}}`. The keys may come in any order, along with
+/// others.
 #[derive(Debug)]
 struct CallObject {
-    /// The tools that there are, if a call without a mark is only one when it names one.
+    /// Known tools, if the call has no mark. It is then a call only if it names one of them.
     bare: Option<Arc<[String]>>,
     state: ObjectState,
     key: String,
-    /// What was read of a key, a name, or arguments that are not streamed.
+    /// Text read so far of a key, of a name, or of arguments that are not streamed.
     text: String,
     name: Option<String>,
     arguments: Arguments,
     /// Arguments that could not be streamed.
     held: String,
-    /// The call was announced.
+    /// Whether the call was announced.
     begun: bool,
 }
 
@@ -154,7 +155,7 @@ enum ObjectState {
     AfterValue,
 }
 
-/// What a value of the object is.
+/// Role of a value in the object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
     Name,
@@ -162,7 +163,7 @@ enum Role {
     Other,
 }
 
-/// How far the arguments are.
+/// Progress of reading the arguments.
 #[derive(Debug, PartialEq, Eq)]
 enum Arguments {
     Missing,
@@ -184,11 +185,11 @@ impl CallObject {
         }
     }
 
-    /// Takes a character. [`Step::End`] is the object's last.
+    /// Processes a character. Returns [`Step::End`] for the last one of the object.
     fn push(&mut self, c: char, events: &mut Events) -> Step {
         let step = self.follow(c, events).unwrap_or(Step::Over);
         if self.begun {
-            // What frames a call that was announced will not become text.
+            // The frame of a call that was announced never becomes text.
             events.committed = true;
             if step == Step::Over {
                 events.end();
@@ -197,7 +198,7 @@ impl CallObject {
         step
     }
 
-    /// `None` for a character that cannot stand there.
+    /// Processes a character. Returns `None` if it is not allowed there.
     fn follow(&mut self, c: char, events: &mut Events) -> Option<Step> {
         match &mut self.state {
             ObjectState::Start if c == '{' => self.state = ObjectState::BeforeKey,
@@ -261,7 +262,8 @@ impl CallObject {
     fn value_begins(&mut self, c: char, role: Role, nests: bool, events: &mut Events) {
         self.text.clear();
         if role == Role::Arguments {
-            // Only an object is streamed: a string may hold one, and null means none.
+            // Only an object is streamed: a string may contain one, and null means no
+            // arguments.
             if nests && let Some(name) = &self.name {
                 self.begun = true;
                 events.begin(name);
@@ -321,18 +323,18 @@ impl CallObject {
     }
 }
 
-/// Whether a key may stand before a call's name.
+/// Returns whether a key may come before a call's name.
 fn belongs(key: &str) -> bool {
     matches!(key, "name" | "arguments" | "parameters" | "type" | "id")
 }
 
-/// The string that a JSON text is.
+/// Parses a JSON string.
 fn string(text: &str) -> Option<String> {
     serde_json::from_str(text).ok()
 }
 
-/// Arguments that are no object, as one: some models write the object's text in a
-/// string, or null for none.
+/// Converts arguments that are not an object. Some models write the object's text in a
+/// string, or null for no arguments.
 fn written_arguments(text: String) -> String {
     if text == "null" {
         return "{}".to_owned();
@@ -340,10 +342,10 @@ fn written_arguments(text: String) -> String {
     string(&text).unwrap_or(text)
 }
 
-/// Calls in JSON: one object, a list of them, or several one after the other.
+/// Calls in JSON: one object, a list of objects, or several objects in a row.
 #[derive(Debug)]
 pub(super) struct JsonCalls {
-    /// What may close the calls.
+    /// Marks that may close the calls.
     closes: &'static [&'static str],
     bare: Option<Arc<[String]>>,
     list: bool,
@@ -354,7 +356,7 @@ pub(super) struct JsonCalls {
 enum JsonState {
     /// Before the first object.
     Start,
-    /// Before a later one of a list.
+    /// Before a later object of a list.
     Before,
     Object(CallObject),
     /// Between the objects of a list.

@@ -1,5 +1,5 @@
-//! `{"name": …, "parameters": {…}}`, alone or after a tag; several with `;` between
-//! them: Llama 3.1 and later.
+//! Tool calls of Llama 3.1 and later: `{"name": …, "parameters": {…}}`, alone or after a
+//! tag. Several calls are separated by `;`.
 
 use super::json::JsonCalls;
 use std::sync::Arc;

@@ -1,5 +1,6 @@
-//! `[TOOL_CALLS]` and a JSON list of calls; since Mistral Small 3.2
-//! `[TOOL_CALLS]name[ARGS]{…}`, once a call, perhaps with `[CALL_ID]id` in between.
+//! Tool calls of Mistral models: `[TOOL_CALLS]` and a JSON list of calls. Since Mistral
+//! Small 3.2, each call is `[TOOL_CALLS]name[ARGS]{…}`, with an optional `[CALL_ID]id`
+//! after the name.
 
 use super::json::{JsonCalls, RawArguments};
 use super::{Calls, Events, Step};
@@ -9,16 +10,16 @@ pub(super) const TAGS: &[&str] = &["[TOOL_CALLS]"];
 const ARGUMENTS: &str = "[ARGS]";
 const CALL_ID: &str = "[CALL_ID]";
 
-/// The longest name, with marks, that is waited for.
+/// Maximum length of a name with its marks, in bytes.
 const MAX_HEAD_BYTES: usize = 512;
 
-/// The calls after one tag.
+/// State of reading the calls after one tag.
 #[derive(Debug, Default)]
 pub(super) enum MistralCalls {
     #[default]
     Start,
     Json(JsonCalls),
-    /// A name and the marks after it.
+    /// In a name or the marks after it.
     Head(String),
     Arguments(RawArguments),
 }
@@ -65,7 +66,7 @@ impl Calls for MistralCalls {
     }
 }
 
-/// The name in a complete `name[CALL_ID]id[ARGS]`; the marks may be missing.
+/// Extracts the name from a complete `name[CALL_ID]id[ARGS]`. The marks may be missing.
 fn name(head: &str) -> Option<&str> {
     let head = head.trim_end();
     let head = head.strip_suffix(ARGUMENTS).unwrap_or(head);
@@ -78,7 +79,7 @@ fn in_name(c: char) -> bool {
     c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.')
 }
 
-/// Whether a name and marks can still become of `head`.
+/// Returns whether `head` can still become a name with its marks.
 fn may_be_head(head: &str) -> bool {
     let (name, mut marks) = head.split_at(head.find(|c| !in_name(c)).unwrap_or(head.len()));
     if let Some(id) = marks.strip_prefix(CALL_ID) {

@@ -1,8 +1,9 @@
-//! Tool calls: parsed out of an answer as it comes, in the format of the model's
-//! own chat template, and written into prompts for templates that know no tools.
+//! Tool calls, which are parsed from an answer while it is generated, and written into
+//! prompts for templates that do not support tools.
 //!
-//! Each format is a state machine that takes one character at a time, so the
-//! borders of the pieces that an answer comes in change nothing.
+//! Calls are parsed in the format of the model's own chat template. Each format is a state
+//! machine that takes one character at a time, so the result does not depend on the pieces
+//! in which an answer arrives.
 
 mod deepseek;
 mod forced;
@@ -25,7 +26,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 pub use words::{describe_tools, in_words, with_described};
 
-/// How a model writes tool calls.
+/// Format in which a model writes tool calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ToolFormat {
     /// `<tool_call>{"name": …, "arguments": {…}}</tool_call>`: Hermes, Qwen2.5, Qwen3.
@@ -44,11 +45,11 @@ pub enum ToolFormat {
     Granite,
 }
 
-/// The name of a tool format that there is none of.
+/// Error for an unknown name of a tool format.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("tool format is {found:?}, expected one of {}", names(&ToolFormat::ALL))]
 pub struct UnknownToolFormat {
-    /// The name.
+    /// The unknown name.
     pub found: String,
 }
 
@@ -58,7 +59,7 @@ fn names(formats: &[ToolFormat]) -> String {
 }
 
 impl ToolFormat {
-    /// Every format.
+    /// All formats.
     pub const ALL: [Self; 6] = [
         Self::Hermes,
         Self::Llama,
@@ -68,7 +69,7 @@ impl ToolFormat {
         Self::Granite,
     ];
 
-    /// The format's name, which [`ToolFormat::from_str`] reads.
+    /// Returns the format's name, which [`ToolFormat::from_str`] parses.
     pub fn name(self) -> &'static str {
         match self {
             Self::Hermes => "hermes",
@@ -80,9 +81,9 @@ impl ToolFormat {
         }
     }
 
-    /// The format that a chat template teaches, by the marks that it mentions.
-    /// [`ToolFormat::Hermes`] when it mentions none: that is the format in which
-    /// [`describe_tools`] asks for calls.
+    /// Detects the format that a chat template teaches, from the marks in it. Returns
+    /// [`ToolFormat::Hermes`] if there are none, because [`describe_tools`] asks for calls
+    /// in that format.
     pub fn detect(template_source: &str) -> Self {
         const MARKS: [(&str, ToolFormat); 9] = [
             ("<｜tool▁calls▁begin｜>", ToolFormat::DeepSeek),
@@ -101,7 +102,7 @@ impl ToolFormat {
             .map_or(Self::Hermes, |(_, format)| *format)
     }
 
-    /// A call of a tool `tool_name` in this format, as an example for a model.
+    /// Returns an example call of a tool `tool_name` in this format, to show to a model.
     fn example(self) -> &'static str {
         match self {
             Self::Hermes => {
@@ -122,8 +123,8 @@ impl ToolFormat {
         }
     }
 
-    /// The marks that begin calls anywhere in an answer. Where they are special tokens,
-    /// the answer's text must keep those.
+    /// Returns the marks that begin calls anywhere in an answer. Those that are special
+    /// tokens must be kept in the answer's text.
     pub fn tags(self) -> &'static [&'static str] {
         match self {
             Self::Hermes => hermes::TAGS,
@@ -135,7 +136,7 @@ impl ToolFormat {
         }
     }
 
-    /// What begins calls at the beginning of an answer.
+    /// Returns the character that begins calls without a mark at the beginning of an answer.
     fn bare(self) -> Option<char> {
         match self {
             Self::Llama => Some('{'),
@@ -144,8 +145,8 @@ impl ToolFormat {
         }
     }
 
-    /// The machine that reads calls, after a tag or, with the tools that there are,
-    /// without one.
+    /// Creates the state machine that reads calls. `bare` is `None` after a tag. For calls
+    /// without a tag, it contains the known tools.
     fn calls(self, bare: Option<Arc<[String]>>) -> Box<dyn Calls> {
         match self {
             Self::Hermes => Box::new(hermes::calls()),
@@ -169,41 +170,41 @@ impl FromStr for ToolFormat {
     }
 }
 
-/// What a piece of an answer brought.
+/// Event from parsing a piece of an answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ToolEvent {
-    /// Text that is no part of a call.
+    /// Text that is not part of a call.
     Text(String),
     /// A call begins.
     CallBegin {
-        /// Its place among the answer's calls, from 0.
+        /// Index among the answer's calls, from 0.
         index: usize,
-        /// The tool's name, as the model wrote it.
+        /// Name of the tool, as the model wrote it.
         name: String,
     },
-    /// More of a call's arguments. All of them, put together, are the JSON text that
-    /// the model wrote: a valid object if it wrote one.
+    /// More of a call's arguments. All of them, concatenated, are the JSON text that the
+    /// model wrote, which is a valid object if it wrote one.
     CallArguments {
-        /// The call.
+        /// Index of the call.
         index: usize,
-        /// The text.
+        /// Text to append to the arguments.
         delta: String,
     },
-    /// A call is over. A call that the end of the answer cut off has no such event.
+    /// A call ends. There is no such event for a call that the end of the answer cuts off.
     CallEnd {
-        /// The call.
+        /// Index of the call.
         index: usize,
     },
 }
 
-/// Where events are gathered; neighbours of the same kind become one.
+/// Collects events and merges adjacent ones of the same kind.
 #[derive(Debug, Default)]
 struct Events {
     list: Vec<ToolEvent>,
     calls: usize,
-    /// The last thing that came was a call.
+    /// Whether a call, and not text, came last.
     after_call: bool,
-    /// What was read is part of a call, and will not become text.
+    /// Whether what was read is part of a call and will not become text.
     committed: bool,
 }
 
@@ -247,41 +248,41 @@ impl Events {
     }
 }
 
-/// What one character was to a machine that reads calls.
+/// Meaning of one character to a state machine that reads calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
-    /// Part of the calls, which go on.
+    /// Part of the calls, which continue.
     More,
-    /// The last of the calls.
+    /// Last character of the calls.
     End,
-    /// No part of the calls. What was read and is not committed is text.
+    /// Not part of the calls. What was read and not committed is text.
     Over,
 }
 
-/// Reads the calls of one format, from behind their tag to their end.
+/// State machine that reads the calls of one format, from after their tag to their end.
 trait Calls: Send {
-    /// Takes a character.
+    /// Processes a character.
     fn push(&mut self, c: char, events: &mut Events) -> Step;
 
-    /// Whether a call is complete and only its frame may follow: were the answer to
-    /// end here, what is not committed would be no text.
+    /// Returns whether a call is complete and only its frame may follow. If the answer ends
+    /// in this state, uncommitted characters are dropped and do not become text.
     fn framing(&self) -> bool;
 }
 
-/// Parses the tool calls out of an answer, piece by piece.
+/// Parses the tool calls in an answer, piece by piece.
 ///
-/// White space between text and a call belongs to neither, and is dropped. What
-/// looks like a call and is none comes out as text, as soon as that is certain. A
-/// call is announced when its name is known; what follows is streamed as the model
-/// writes it, except in [`ToolFormat::Pythonic`], whose calls come one at a time.
+/// White space between text and a call is dropped. Text that looks like a call but is not
+/// one is returned as text, as soon as that is certain. A call is announced once its name
+/// is known. Its arguments are streamed as the model writes them, except in
+/// [`ToolFormat::Pythonic`], where each call is returned as a whole.
 pub struct ToolParser {
     format: ToolFormat,
     tools: Arc<[String]>,
     scanner: TextScanner,
     calls: Option<Box<dyn Calls>>,
-    /// What `calls` has read and not committed to.
+    /// Characters that `calls` has read and not committed.
     raw: String,
-    /// Something other than white space was seen.
+    /// Whether a character other than white space was seen.
     begun: bool,
     events: Events,
 }
@@ -297,9 +298,9 @@ impl std::fmt::Debug for ToolParser {
 }
 
 impl ToolParser {
-    /// A parser for an answer of a model that was told of `tools`. Their names tell
-    /// a call that has no mark from an answer that looks like one; with none given,
-    /// every name will do.
+    /// Creates a parser for an answer of a model that was given `tools`. Their names
+    /// distinguish a call without a mark from an answer that looks like one. If `tools` is
+    /// empty, every name is accepted.
     pub fn new(format: ToolFormat, tools: impl IntoIterator<Item = String>) -> Self {
         Self {
             format,
@@ -312,8 +313,8 @@ impl ToolParser {
         }
     }
 
-    /// A parser for an answer that [`ToolFormat::forced_schema`] has made: nothing but
-    /// calls in JSON.
+    /// Creates a parser for an answer that follows [`ToolFormat::forced_schema`] and
+    /// contains nothing but calls in JSON.
     pub fn forced(format: ToolFormat) -> Self {
         Self {
             calls: Some(Box::new(json::JsonCalls::new(&[], None))),
@@ -321,7 +322,7 @@ impl ToolParser {
         }
     }
 
-    /// Takes the next piece of the answer.
+    /// Processes the next piece of the answer.
     pub fn push(&mut self, text: &str) -> Vec<ToolEvent> {
         for c in text.chars() {
             self.take(c);
@@ -329,7 +330,7 @@ impl ToolParser {
         std::mem::take(&mut self.events.list)
     }
 
-    /// The answer is over: gives what was held back after all.
+    /// Ends the answer and returns the events for what was held back.
     pub fn finish(&mut self) -> Vec<ToolEvent> {
         if self.calls.take().is_some_and(|calls| calls.framing()) {
             self.raw.clear();
@@ -339,7 +340,7 @@ impl ToolParser {
         std::mem::take(&mut self.events.list)
     }
 
-    /// How many calls have begun.
+    /// Returns the number of calls that have begun.
     pub fn calls(&self) -> usize {
         self.events.calls
     }
@@ -365,7 +366,7 @@ impl ToolParser {
                     self.raw.clear();
                 }
                 if framing {
-                    // Half a mark may be half of another.
+                    // Part of one mark may be the beginning of another.
                     for c in std::mem::take(&mut self.raw).chars() {
                         self.take_text(c);
                     }
@@ -391,7 +392,7 @@ impl ToolParser {
         }
     }
 
-    /// What was taken for a call is text.
+    /// Emits what was taken for a call as text.
     fn give_up(&mut self) {
         for c in std::mem::take(&mut self.raw).chars() {
             self.scanner.plain(c, &mut self.events);

@@ -1,7 +1,8 @@
-//! `[name(key="value"), …]` as the whole answer, or between Llama 4's marks.
+//! Tool calls in Python's syntax: `[name(key="value"), …]` as the whole answer, or between
+//! Llama 4's marks.
 //!
-//! The arguments are Python's literals, so a call is read as a whole and its
-//! arguments are written as JSON.
+//! The arguments are Python literals, so a call is read as a whole and its arguments are
+//! converted to JSON.
 
 use super::scan::{Found, Marks};
 use super::{Calls, Events, Step};
@@ -11,13 +12,14 @@ pub(super) const TAGS: &[&str] = &["<|python_start|>"];
 
 const CLOSES: &[&str] = &["<|python_end|>"];
 
-/// How deep lists and dictionaries may be nested.
+/// Maximum nesting depth of lists and dictionaries.
 const MAX_DEPTH: usize = 64;
 
-/// The calls of one list.
+/// Reads one list of calls.
 #[derive(Debug)]
 pub(super) struct PythonicCalls {
-    /// The tools that there are, if a call is only one when it names one.
+    /// Known tools, if the calls have no mark. They are then calls only if they name one of
+    /// them.
     bare: Option<Arc<[String]>>,
     state: State,
 }
@@ -37,13 +39,13 @@ enum State {
     After(Marks),
 }
 
-/// The text of one call.
+/// Text of one call.
 #[derive(Debug, Default)]
 struct Call {
     name: String,
-    /// What is between its parentheses.
+    /// Text between its parentheses.
     arguments: String,
-    /// The closing brackets that are awaited.
+    /// Closing brackets that are expected.
     brackets: Vec<char>,
     quote: Option<char>,
     escaped: bool,
@@ -105,19 +107,20 @@ impl Calls for PythonicCalls {
     }
 }
 
-/// Whether `name` is one of `tools`; any will do when there are none.
+/// Returns whether `name` is one of `tools`. Every name is accepted if there are none.
 fn known(tools: Option<&[String]>, name: &str) -> bool {
     let tools = tools.unwrap_or_default();
     tools.is_empty() || tools.iter().any(|tool| tool == name)
 }
 
 impl Call {
-    /// Whether `c` ends the name.
+    /// Returns whether `c` ends the name.
     fn named(&self, c: char) -> bool {
         self.brackets.is_empty() && c == '('
     }
 
-    /// Takes a character; true at the last, `None` where it cannot stand.
+    /// Processes a character. Returns true for the last one, and `None` if it is not
+    /// allowed there.
     fn push(&mut self, c: char) -> Option<bool> {
         if self.brackets.is_empty() {
             match c {
@@ -157,7 +160,7 @@ impl Call {
     }
 }
 
-/// Keyword arguments as a JSON object; `None` unless all are literals.
+/// Converts keyword arguments to a JSON object. Returns `None` unless all are literals.
 fn arguments(text: &str) -> Option<String> {
     let mut reader = Reader {
         rest: text,
@@ -183,8 +186,8 @@ fn arguments(text: &str) -> Option<String> {
     Some(reader.json)
 }
 
-/// Reads Python's literals and writes them as JSON. Each reading function leaves no
-/// white space before what comes next.
+/// Reads Python literals and writes them as JSON. Each method that reads also skips the
+/// white space that follows.
 struct Reader<'a> {
     rest: &'a str,
     json: String,
@@ -195,7 +198,7 @@ impl<'a> Reader<'a> {
         self.rest = self.rest.trim_start();
     }
 
-    /// Skips `c` and white space, if it comes next.
+    /// Skips `c` and the white space after it, if `c` comes next.
     fn skip(&mut self, c: char) -> bool {
         let Some(rest) = self.rest.strip_prefix(c) else {
             return false;
@@ -208,7 +211,7 @@ impl<'a> Reader<'a> {
         self.skip(c).then_some(())
     }
 
-    /// A name, a number, or a constant.
+    /// Reads a name, a number or a constant.
     fn word(&mut self) -> &'a str {
         let in_word = |c: char| c.is_alphanumeric() || matches!(c, '_' | '.' | '+' | '-');
         let end = self.rest.find(|c| !in_word(c)).unwrap_or(self.rest.len());
@@ -286,7 +289,7 @@ impl<'a> Reader<'a> {
         Some(())
     }
 
-    /// One or more string literals, which Python joins.
+    /// Reads one or more adjacent string literals, which Python concatenates.
     fn string(&mut self) -> Option<String> {
         let mut text = String::new();
         let mut any = false;
@@ -307,7 +310,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// What follows a backslash in a string literal.
+/// Reads an escape sequence after its backslash.
 fn escape(chars: &mut std::str::Chars<'_>, text: &mut String) -> Option<()> {
     let c = chars.next()?;
     let digits = match c {
@@ -333,13 +336,13 @@ fn escape(chars: &mut std::str::Chars<'_>, text: &mut String) -> Option<()> {
         'v' => text.push('\u{b}'),
         '0' => text.push('\0'),
         '\\' | '\'' | '"' => text.push(c),
-        // Python leaves what it does not know as it is.
+        // Python leaves unknown escape sequences as they are.
         _ => text.extend(['\\', c]),
     }
     Some(())
 }
 
-/// A number, truth value or nothing, as JSON.
+/// Converts a number, a truth value or `None` to JSON.
 fn constant(word: &str) -> Option<String> {
     let json = match word {
         "True" | "true" => "true".to_owned(),

@@ -1,18 +1,18 @@
-//! Calls as rules of a grammar: what an answer is that consists of calls, in the way in
-//! which the model writes them of its own accord.
+//! Grammar rules for answers that consist of tool calls, in the format in which the model
+//! writes calls by itself.
 
 use super::ToolFormat;
 use serde_json::{Value, json};
 use std::fmt::Write;
 
-/// The rule `calls` of a grammar in Lark's syntax, and the schemas that it refers to.
+/// Grammar rules in Lark's syntax that define `calls`, and the schemas that they refer to.
 pub(in crate::text) struct CallRules {
     pub lark: String,
-    /// JSON schemas by the names of their grammars.
+    /// JSON schemas with the names of their grammars.
     pub schemas: Vec<(String, Value)>,
 }
 
-/// Values as Python writes them.
+/// Rules for values in Python's syntax.
 const PYTHON_VALUES: &str = r#"
 py_value: PY_STRING | PY_NUMBER | "True" | "False" | "None" | py_list | py_dict
 py_list: "[" "]" | "[" py_value ("," " "? py_value)* "]"
@@ -23,8 +23,8 @@ PY_NUMBER: /-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?/
 "#;
 
 impl ToolFormat {
-    /// The rules for calls of `tools`, of one or of `several`. `mark` gives the terminal of
-    /// a mark, which may be a special token.
+    /// Returns the rules for one call, or for `several` calls, of `tools`. `mark` returns
+    /// the terminal of a mark, which may be a special token.
     pub(in crate::text) fn call_rules(
         self,
         tools: &[(&str, Option<&Value>)],
@@ -111,8 +111,8 @@ impl ToolFormat {
     }
 }
 
-/// Writes the alternatives of a rule, one for each tool, and adds the schemas of their
-/// arguments, once.
+/// Writes the alternatives of a rule, one per tool, and adds the schemas of their arguments
+/// unless they are there already.
 fn each(
     tools: &[(&str, Option<&Value>)],
     lark: &mut String,
@@ -132,7 +132,8 @@ fn each(
     lark.push('\n');
 }
 
-/// The names of a tool's parameters as alternatives; any name if there are none described.
+/// Returns the names of a tool's parameters as alternatives. Any name is allowed if none
+/// are declared.
 fn parameter_names(parameters: Option<&Value>) -> String {
     let properties = parameters.and_then(|schema| schema.get("properties"));
     let names = properties.and_then(Value::as_object);
@@ -145,7 +146,7 @@ fn parameter_names(parameters: Option<&Value>) -> String {
     }
 }
 
-/// A text as a terminal.
+/// Returns a text as a terminal.
 fn literal(text: &str) -> String {
     json!(text).to_string()
 }

@@ -1,11 +1,10 @@
-//! Finds the marks around calls in text that comes a character at a time.
+//! Finds the marks around tool calls in text that arrives one character at a time.
 
 use super::Events;
 
 /// Passes text on, and finds the tags in it that begin calls.
 ///
-/// Held back are the beginning of a tag, and white space, which is dropped next to
-/// a call.
+/// It holds back the beginning of a tag, and white space, which is dropped next to a call.
 #[derive(Debug)]
 pub(super) struct TextScanner {
     tags: &'static [&'static str],
@@ -22,7 +21,7 @@ impl TextScanner {
         }
     }
 
-    /// Takes a character; gives the tag that it completes.
+    /// Processes a character. Returns the tag that it completes, if any.
     pub(super) fn push(&mut self, c: char, events: &mut Events) -> Option<&'static str> {
         self.tag.push(c);
         while !self.tags.iter().any(|tag| tag.starts_with(&self.tag)) {
@@ -39,7 +38,7 @@ impl TextScanner {
         found
     }
 
-    /// Passes on a character that begins no tag.
+    /// Passes on a character that is not part of a tag.
     pub(super) fn plain(&mut self, c: char, events: &mut Events) {
         if c.is_whitespace() {
             self.space.push(c);
@@ -51,12 +50,12 @@ impl TextScanner {
         }
     }
 
-    /// Takes the white space before the call that begins here.
+    /// Takes the white space before a call.
     pub(super) fn take_space(&mut self) -> String {
         std::mem::take(&mut self.space)
     }
 
-    /// The answer is over.
+    /// Ends the answer and passes on what was held back, except white space after a call.
     pub(super) fn finish(&mut self, events: &mut Events) {
         for c in std::mem::take(&mut self.tag).chars() {
             self.plain(c, events);
@@ -69,25 +68,25 @@ impl TextScanner {
     }
 }
 
-/// What a character was to [`Marks`].
+/// Meaning of a character to [`Marks`].
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Found {
     /// White space before a mark, or part of one.
     Part,
-    /// The end of this mark.
+    /// End of this mark.
     Mark(&'static str),
     /// Neither.
     Wrong,
 }
 
-/// Reads one of several marks, after white space.
+/// Reads one of several marks, after optional white space.
 #[derive(Debug, Default)]
 pub(super) struct Marks {
     held: String,
 }
 
 impl Marks {
-    /// Takes a character where one of `marks` should stand.
+    /// Processes a character where one of `marks` is expected.
     pub(super) fn push(&mut self, c: char, marks: &[&'static str]) -> Found {
         if self.held.is_empty() && c.is_whitespace() {
             return Found::Part;
@@ -103,7 +102,7 @@ impl Marks {
         }
     }
 
-    /// Whether part of a mark was read.
+    /// Returns whether part of a mark was read.
     pub(super) fn in_mark(&self) -> bool {
         !self.held.is_empty()
     }

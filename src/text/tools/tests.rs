@@ -1,10 +1,11 @@
-//! Every format: whole answers and answers a character at a time.
+//! Tests of every format, on whole answers and on answers that arrive one character at a time.
 
 use super::*;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-/// The events of an answer that comes in these pieces; neighbours of a kind are one.
+/// Returns the events of an answer that arrives in these pieces, with adjacent events of
+/// the same kind merged.
 fn parse<'a>(mut parser: ToolParser, pieces: impl IntoIterator<Item = &'a str>) -> Vec<ToolEvent> {
     let mut all = Vec::new();
     let mut add = |events: Vec<ToolEvent>| {
@@ -33,7 +34,7 @@ fn parser(format: ToolFormat) -> ToolParser {
     ToolParser::new(format, ["f", "get_weather"].map(str::to_owned))
 }
 
-/// Events in short: `"text"`, `name(arguments)`, and `name(arguments` when cut off.
+/// Formats events briefly: `"text"`, `name(arguments)`, and `name(arguments` if cut off.
 fn show(events: &[ToolEvent]) -> String {
     let mut shown = String::new();
     let mut calls = 0;
@@ -58,7 +59,7 @@ fn show(events: &[ToolEvent]) -> String {
     shown.trim_start().to_owned()
 }
 
-/// Checks each answer against its events in short.
+/// Checks the events of each answer, in the format of [`show`].
 fn check(format: ToolFormat, cases: &[(&str, &str)]) {
     for (answer, expected) in cases {
         let whole = show(&parse(parser(format), [*answer]));
@@ -85,12 +86,12 @@ fn hermes_calls_are_read() {
             r#"<tool_call>{"name":"f","arguments":{"a":"}\"{</tool_call>\\","b":{"c":[{}]}}}</tool_call>"#,
             r#"f({"a":"}\"{</tool_call>\\","b":{"c":[{}]}})"#,
         ),
-        // Other keys, in another order, and a name that is written with escapes.
+        // Other keys, another order, and a name with escapes.
         (
             r#"<tool_call>{"id":[7],"arguments":{"a":1},"type":"function","name":"\u0066"}</tool_call>"#,
             r#"f({"a":1})"#,
         ),
-        // Arguments as a string, as null, and not at all.
+        // Arguments as a string, as null, and missing.
         (
             r#"<tool_call>{"name":"f","arguments":"{\"a\":1}"}</tool_call>"#,
             r#"f({"a":1})"#,
@@ -100,7 +101,7 @@ fn hermes_calls_are_read() {
             "f({})",
         ),
         (r#"<tool_call>{"name":"f"}</tool_call>"#, "f({})"),
-        // The end mark is missing, or cut off, or a brace is missing.
+        // The closing mark is missing or cut off, or a brace is missing.
         (r#"<tool_call>{"name":"f","arguments":{}}"#, "f({})"),
         (r#"<tool_call>{"name":"f","arguments":{}}</tool_"#, "f({})"),
         (
@@ -126,7 +127,7 @@ fn a_call_that_is_cut_off_has_no_end() {
             r#"<tool_call>{"name":"f","arguments":{"a":1}, "#,
             r#"f({"a":1}"#,
         ),
-        // Before there is a call, it is text.
+        // Text that is cut off before the call is announced stays text.
         (
             r#"a <tool_call>{"name":"f""#,
             r#""a <tool_call>{\"name\":\"f\"""#,
@@ -183,7 +184,8 @@ fn llama_calls_are_read() {
             r#"<|python_start|>{"name": "f", "parameters": {}}<|python_end|>"#,
             "f({})",
         ),
-        // An answer that is JSON and no call, by its keys, its name or its arguments.
+        // JSON answers that are not calls, because of their keys, their name or their
+        // arguments.
         (
             r#"{"city": "Paris", "name": "f"}"#,
             r#""{\"city\": \"Paris\", \"name\": \"f\"}""#,
@@ -481,7 +483,7 @@ fn any_segment() -> impl Strategy<Value = Segment> {
     prop_oneof![text, call]
 }
 
-/// A value as Python writes it.
+/// Writes a value in Python's syntax.
 fn python(value: &Value) -> String {
     let list = |values: Vec<String>| values.join(", ");
     match value {
@@ -503,7 +505,7 @@ fn python(value: &Value) -> String {
     }
 }
 
-/// A call as a model writes it.
+/// Writes a call as a model does.
 fn written(format: ToolFormat, name: &str, arguments: &Value) -> String {
     let json = match format {
         ToolFormat::Llama => json!({"name": name, "parameters": arguments}),
@@ -528,7 +530,7 @@ fn written(format: ToolFormat, name: &str, arguments: &Value) -> String {
     }
 }
 
-/// `text` in pieces, each of which is at least a character.
+/// Splits `text` before each character whose entry in `cuts`, repeated as needed, is true.
 fn pieces(text: &str, cuts: &[bool]) -> Vec<String> {
     let mut pieces = vec![String::new()];
     for (c, cut) in text.chars().zip(cuts.iter().cycle()) {
@@ -554,7 +556,7 @@ proptest! {
         let mut text = false;
         for segment in &segments {
             match segment {
-                // Two texts in a row are one, which other cases have.
+                // Two texts in a row would be read as one.
                 Segment::Text(_) if text => continue,
                 Segment::Text(words) => {
                     answer.push_str(words);

@@ -1,13 +1,15 @@
-//! Tools in plain words, for chat templates that know none.
+//! Tools described in plain words, for chat templates that do not support them.
 
 use super::super::Message;
 use super::super::python_json::{Style, dumps};
 use super::ToolFormat;
 use serde_json::{Map, Value, json};
 
-/// What a system prompt says about `tools`, a list as OpenAI clients write it, to a
-/// model whose template does not: what there is, and how to call it, which is in the
-/// format [`ToolFormat::Hermes`](super::ToolFormat::Hermes).
+/// Returns the part of a system prompt that describes `tools`, a list in the format of
+/// OpenAI clients, to a model whose template does not.
+///
+/// It lists the tools and says how to call them, in the format
+/// [`ToolFormat::Hermes`](super::ToolFormat::Hermes).
 pub fn describe_tools(tools: &Value) -> String {
     format!(
         "{}\nTo use a tool, answer with its name and its arguments as JSON, like this:\n{}\n\
@@ -18,7 +20,7 @@ pub fn describe_tools(tools: &Value) -> String {
     )
 }
 
-/// The tools, one a line.
+/// Lists the tools, one per line.
 fn list_tools(tools: &Value) -> String {
     let mut text = String::from("You have these tools, one JSON description a line:\n<tools>\n");
     for tool in tools.as_array().into_iter().flatten() {
@@ -29,8 +31,8 @@ fn list_tools(tools: &Value) -> String {
     text
 }
 
-/// A conversation with the tools described in its system message, for a template that
-/// writes calls and results itself; calls are asked for in `format`.
+/// Returns a conversation with the tools described in its system message, for a template
+/// that writes calls and results itself. The description asks for calls in `format`.
 pub fn with_described(messages: &[Message], tools: &Value, format: ToolFormat) -> Vec<Message> {
     let mut messages = messages.to_vec();
     let text = format!(
@@ -43,7 +45,7 @@ pub fn with_described(messages: &[Message], tools: &Value, format: ToolFormat) -
     messages
 }
 
-/// Adds what there is to say of `tools`, if there are any, to the system message.
+/// Adds a description of `tools` to the system message, if there are any tools.
 fn add_to_system(messages: &mut Vec<Message>, tools: &Value, text: String) {
     if tools.as_array().is_none_or(Vec::is_empty) {
         return;
@@ -57,9 +59,9 @@ fn add_to_system(messages: &mut Vec<Message>, tools: &Value, text: String) {
     }
 }
 
-/// A conversation with tools as one of plain messages: the tools are described in
-/// its system message, calls are written into the answers that made them, and their
-/// results are what the user says next.
+/// Converts a conversation with tools to plain messages. The tools are described in the
+/// system message, calls are written into the assistant messages that made them, and their
+/// results become user messages.
 pub fn in_words(messages: &[Message], tools: Option<&Value>) -> Vec<Message> {
     let mut plain: Vec<Message> = Vec::with_capacity(messages.len() + 1);
     let mut after_result = false;
@@ -68,7 +70,7 @@ pub fn in_words(messages: &[Message], tools: Option<&Value>) -> Vec<Message> {
         let message = match message.role.as_str() {
             "tool" => {
                 let text = format!("<tool_response>\n{}\n</tool_response>", message.content);
-                // Templates may want user and assistant to take turns.
+                // Some templates require that user and assistant messages alternate.
                 if let (true, Some(last)) = (after_result, plain.last_mut()) {
                     last.content.push('\n');
                     last.content.push_str(&text);
@@ -88,7 +90,7 @@ pub fn in_words(messages: &[Message], tools: Option<&Value>) -> Vec<Message> {
     plain
 }
 
-/// An answer with its calls in its text.
+/// Returns an assistant message with its calls written into its text.
 fn with_calls(message: &Message) -> Message {
     let mut message = message
         .with_arguments_as_objects()

@@ -1,5 +1,5 @@
-//! The header of one GGUF file: its metadata and its directory of tensors, both
-//! checked against the file they describe.
+//! The header of one GGUF file: its metadata and its tensor directory, both checked against
+//! the file that they describe.
 
 use super::Problem;
 use super::reader::Reader;
@@ -10,21 +10,21 @@ use crate::weights::{DType, WeightsError};
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
-/// Where tensor data is aligned unless `general.alignment` says otherwise.
+/// Alignment of the tensor data if the file has no `general.alignment`.
 const DEFAULT_ALIGNMENT: u64 = 32;
 const MOST_DIMENSIONS: u32 = 4;
 
-/// Bytes that are read at first; most headers are shorter.
+/// Bytes that are read first. Most headers are shorter.
 const FIRST_READ: usize = 8 << 20;
-/// The longest header that is read; real ones are a thirtieth of it.
+/// Maximum length of a header in bytes, about thirty times that of the longest real ones.
 const LONGEST_HEADER: usize = 1 << 30;
 
-/// What a GGUF file says about itself.
+/// The contents of a GGUF header.
 #[derive(Debug)]
 pub(super) struct Header {
     pub(super) version: u32,
     pub(super) metadata: BTreeMap<String, Value>,
-    /// In the file's order. No two names are equal, no two ranges overlap.
+    /// The tensors in the file's order. No two names are equal and no two ranges overlap.
     pub(super) tensors: Vec<TensorEntry>,
 }
 
@@ -77,9 +77,10 @@ impl Header {
     }
 }
 
-/// An empty name, one dimension, the type and the offset.
+/// Minimum size of a tensor entry in bytes: an empty name, the number of dimensions, one
+/// dimension, the type and the offset.
 const SMALLEST_TENSOR: usize = 8 + 4 + 8 + 4 + 8;
-/// An empty key, the type and one byte.
+/// Minimum size of a metadata entry in bytes: an empty key, the type and one byte of value.
 const SMALLEST_METADATA: usize = 8 + 4 + 1;
 
 fn check_magic(reader: &mut Reader<'_>) -> Result<(), Problem> {
@@ -141,7 +142,7 @@ fn alignment(metadata: &BTreeMap<String, Value>) -> Result<u64, Problem> {
     }
 }
 
-/// A directory entry as stored, its offset not yet checked.
+/// A tensor entry as stored. Its offset has not been checked yet.
 struct TensorInfo {
     name: String,
     dtype: DType,
@@ -223,8 +224,8 @@ fn read_dtype(reader: &mut Reader<'_>, what: &str) -> Result<DType, Problem> {
     })
 }
 
-/// Bytes of a tensor, or `None` when a row is not a whole number of blocks or the
-/// number of weights or bytes overflows.
+/// Returns the size of a tensor in bytes. `None` if a row is not a whole number of blocks,
+/// or if the number of weights or bytes overflows.
 fn tensor_bytes(dtype: DType, row: usize, shape: &[usize]) -> Option<u64> {
     if !row.is_multiple_of(dtype.block_elements()) {
         return None;
@@ -239,7 +240,7 @@ fn align_up(offset: u64, alignment: u64) -> Option<u64> {
     Some(offset.checked_add(alignment - 1)? & !(alignment - 1))
 }
 
-/// The part of the file that holds the tensors' bytes.
+/// The part of the file that holds the tensor data.
 struct Data {
     start: u64,
     end: u64,
@@ -275,7 +276,7 @@ impl Data {
             name,
             dtype,
             shape,
-            // Both fit: they are at most the length of a slice.
+            // Both fit in `usize`: they are at most the size of the file.
             range: start as usize..end as usize,
         })
     }

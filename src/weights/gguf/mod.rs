@@ -1,9 +1,9 @@
-//! GGUF files, the format of llama.cpp: versions 2 and 3, little-endian, whole or
-//! split into parts.
+//! GGUF files, the format of llama.cpp: versions 2 and 3, little-endian, whole or split
+//! into parts.
 //!
-//! Nothing in a file is trusted: each length is compared with what is left of the
-//! file before it is used, so a broken file gives an error that names what is
-//! wrong, never a panic or an allocation larger than a small multiple of the file.
+//! No part of a file is trusted. Each length is compared with the rest of the file before
+//! it is used, so a broken file gives an error that names the problem. It never causes a
+//! panic, or an allocation larger than a small multiple of the file.
 //!
 //! The format is described in ggml's `docs/gguf.md`.
 
@@ -24,10 +24,10 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-/// An open GGUF file: its metadata, and its tensors in place.
+/// An open GGUF file: its metadata and the location of its tensors.
 #[derive(Debug)]
 pub struct Gguf {
-    /// The file, or the first part of a split one.
+    /// Path of the file, or of the first part of a split file.
     path: PathBuf,
     version: u32,
     metadata: BTreeMap<String, Value>,
@@ -35,25 +35,27 @@ pub struct Gguf {
 }
 
 impl Gguf {
-    /// Opens and checks the file at `path`. The first part of a split file
-    /// (`…-00001-of-0000N.gguf`) opens all parts. The files must not be changed
-    /// while they are open.
+    /// Opens and checks the file at `path`. For the first part of a split file
+    /// (`…-00001-of-0000N.gguf`), opens all parts. The files must not be changed while they
+    /// are open.
     ///
     /// # Errors
-    /// [`WeightsError::Io`] when a file cannot be read,
-    /// [`WeightsError::MissingFile`] when a part is not there,
-    /// [`WeightsError::Unsupported`] for a version, byte order or tensor type that
-    /// quell does not read, [`WeightsError::Malformed`] for anything else.
+    /// Returns [`WeightsError::Io`] or [`WeightsError::Shortened`] if a file cannot be
+    /// read, [`WeightsError::MissingFile`] if a part is absent,
+    /// [`WeightsError::Unsupported`] for something that quell does not read, such as a
+    /// version, byte order or tensor type, and [`WeightsError::Malformed`] for anything
+    /// else.
     pub fn open(path: &Path) -> Result<Self, WeightsError> {
         let mut file = Self::from_contents(path, Contents::File(WeightFile::open(path)?))?;
         file.open_other_parts()?;
         Ok(file)
     }
 
-    /// Checks a file that is already in memory; `path` is what messages call it.
+    /// Checks a file that is already in memory. Error messages call it `path`.
     ///
     /// # Errors
-    /// As [`Gguf::open`]; a part of a split file is [`WeightsError::Unsupported`].
+    /// Returns the same errors as [`Gguf::open`], and [`WeightsError::Unsupported`] for a
+    /// part of a split file.
     pub fn from_bytes(bytes: Vec<u8>, path: &Path) -> Result<Self, WeightsError> {
         let file = Self::from_contents(path, Contents::Owned(bytes))?;
         file.refuse_parts()?;
@@ -86,34 +88,34 @@ impl Gguf {
         })
     }
 
-    /// The format's version: 2 or 3.
+    /// Returns the version of the format: 2 or 3.
     pub fn version(&self) -> u32 {
         self.version
     }
 
-    /// The value of metadata `key`.
+    /// Returns the value of metadata `key`, if the file has it.
     pub fn metadata(&self, key: &str) -> Option<&Value> {
         self.metadata.get(key)
     }
 
-    /// All metadata keys, in alphabetical order.
+    /// Returns all metadata keys in alphabetical order.
     pub fn metadata_keys(&self) -> impl Iterator<Item = &str> {
         self.metadata.keys().map(String::as_str)
     }
 
-    /// Where the file is: the first part of a split one.
+    /// Returns the path of the file, or of the first part of a split file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Size in bytes, all parts together.
+    /// Returns the size of all parts together, in bytes.
     pub fn file_bytes(&self) -> u64 {
         self.directory.file_bytes()
     }
 
-    /// The usual name of the recipe that the file was quantised by, such as
-    /// `Q4_K_M`, from metadata `general.file_type`. `None` when the file does not
-    /// say, or names a recipe unknown to quell.
+    /// Returns the usual name of the file's quantisation recipe, such as `Q4_K_M`, from
+    /// metadata `general.file_type`. `None` if the file does not state one or quell does
+    /// not know it.
     pub fn file_type(&self) -> Option<&'static str> {
         types::file_type(self.metadata("general.file_type")?.as_u64()?)
     }
@@ -133,7 +135,7 @@ impl WeightSource for Gguf {
     }
 }
 
-/// What is wrong with a file, before it is known which file it is.
+/// A problem with a file, before the file's path is known.
 #[derive(Debug)]
 enum Problem {
     Malformed(String),
@@ -141,7 +143,7 @@ enum Problem {
         what: String,
         expected: String,
     },
-    /// The part of the file that was read is too short: so many bytes of it are needed.
+    /// Too little of the file was read: `needed` bytes from its beginning are required.
     Short {
         needed: usize,
     },

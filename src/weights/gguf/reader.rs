@@ -1,10 +1,10 @@
-//! A cursor over untrusted bytes: every length is checked against what is left
+//! A cursor over untrusted bytes: every length is checked against the rest of the file
 //! before anything is allocated.
 
 use super::Problem;
 use super::value::{Array, Value};
 
-/// The longest key or tensor name that the format allows.
+/// Maximum length of a key or a tensor name in the format, in bytes.
 const LONGEST_NAME: u64 = u16::MAX as u64;
 
 /// Reads little-endian numbers, strings and metadata values in order.
@@ -12,14 +12,14 @@ pub(super) struct Reader<'a> {
     /// The beginning of the file, or all of it.
     bytes: &'a [u8],
     position: usize,
-    /// Size of the file.
+    /// Size of the whole file in bytes.
     end: usize,
 }
 
-/// A number of fixed width, stored little-endian.
+/// A fixed-width number, stored little-endian.
 pub(super) trait Number: Sized {
     const BYTES: usize;
-    /// From exactly [`Self::BYTES`] bytes.
+    /// Converts exactly [`Self::BYTES`] bytes.
     fn from_le(bytes: &[u8]) -> Option<Self>;
 }
 
@@ -36,8 +36,8 @@ macro_rules! numbers {
 numbers!(u8, i8, u16, i16, u32, i32, u64, i64, f32, f64);
 
 impl<'a> Reader<'a> {
-    /// A reader of a file of `end` bytes that begins with `bytes`. It fails with
-    /// [`Problem::Short`] where it needs more of the file than it was given.
+    /// Creates a reader for a file of `end` bytes that begins with `bytes`. It fails with
+    /// [`Problem::Short`] if it needs more of the file than `bytes` holds.
     pub(super) fn new(bytes: &'a [u8], end: usize) -> Self {
         Self {
             bytes,
@@ -46,7 +46,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Offset of the next byte in the file.
+    /// Returns the offset of the next byte in the file.
     pub(super) fn position(&self) -> usize {
         self.position
     }
@@ -55,7 +55,7 @@ impl<'a> Reader<'a> {
         self.end - self.position
     }
 
-    /// The next `count` bytes, which are part of `what`.
+    /// Takes the next `count` bytes. Errors say that they are part of `what`.
     pub(super) fn take(&mut self, count: usize, what: &str) -> Result<&'a [u8], Problem> {
         let left = self.left();
         if count > left {
@@ -78,8 +78,8 @@ impl<'a> Reader<'a> {
             .ok_or_else(|| Problem::malformed(format!("{what} at offset {offset} is no number")))
     }
 
-    /// A count of things that take at least `smallest` bytes each: more of them
-    /// than the rest of the file can hold is an error.
+    /// Reads a count of items that take at least `smallest` bytes each. Fails if the rest
+    /// of the file cannot hold that many.
     pub(super) fn count(&mut self, smallest: usize, what: &str) -> Result<usize, Problem> {
         let offset = self.position;
         let count: u64 = self.number(what)?;
@@ -92,7 +92,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// A string, of at most `longest` bytes.
+    /// Reads a string of at most `longest` bytes.
     fn string(&mut self, longest: u64, what: &str) -> Result<&'a str, Problem> {
         let offset = self.position;
         let length = self.count(1, &format!("the length of {what}"))?;
@@ -105,7 +105,7 @@ impl<'a> Reader<'a> {
             .map_err(|error| Problem::malformed(format!("{what} at offset {offset}: {error}")))
     }
 
-    /// A key or a tensor name.
+    /// Reads a key or a tensor name.
     pub(super) fn name(&mut self, what: &str) -> Result<&'a str, Problem> {
         self.string(LONGEST_NAME, what)
     }
@@ -121,7 +121,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// The value of metadata `key`: its type, then its content.
+    /// Reads the value of metadata `key`: its type, then its content.
     pub(super) fn value(&mut self, key: &str) -> Result<Value, Problem> {
         let what = format!("metadata {key:?}");
         let what = what.as_str();
@@ -199,7 +199,8 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// `count` values of `read`, which the caller has checked to fit the file.
+/// Calls `read` `count` times and collects the values. The caller has checked that `count`
+/// values fit in the file.
 fn collect<T>(
     count: usize,
     mut read: impl FnMut() -> Result<T, Problem>,

@@ -1,4 +1,4 @@
-//! GGUF files that were split into parts: finding and joining them.
+//! Finds and joins the parts of split GGUF files.
 
 use super::header::Header;
 use super::{Gguf, Problem};
@@ -7,7 +7,7 @@ use crate::weights::directory::Contents;
 use crate::weights::file::WeightFile;
 use std::path::{Path, PathBuf};
 
-/// The most parts that the file names have digits for.
+/// Maximum number of parts: the file names have five digits for it.
 const MOST_PARTS: u64 = 99_999;
 
 impl Gguf {
@@ -42,7 +42,7 @@ impl Gguf {
         self.check_tensor_count(&first)
     }
 
-    /// Refuses a part of a split file where only whole files can be read.
+    /// Fails if this is a part of a split file, where only whole files can be read.
     pub(super) fn refuse_parts(&self) -> Result<(), WeightsError> {
         match self.part_count()? {
             None => Ok(()),
@@ -54,7 +54,8 @@ impl Gguf {
         }
     }
 
-    /// Parts of the split file that this file begins, or `None` for a whole file.
+    /// Returns the number of parts if this is the first part of a split file, or `None` for
+    /// a whole file.
     fn part_count(&self) -> Result<Option<u64>, WeightsError> {
         let Some(count) = self.metadata("split.count") else {
             return Ok(None);
@@ -102,7 +103,7 @@ fn integer(header: &Header, key: &str) -> Option<u64> {
     header.metadata.get(key)?.as_u64()
 }
 
-/// The name of part `number` (from 0) beside the first part.
+/// Returns the path of part `number`, counted from 0, in the folder of the first part.
 fn part_path(first: &Path, number: u64, count: u64) -> Result<PathBuf, WeightsError> {
     let ending = format!("-00001-of-{count:05}.gguf");
     let name = first.file_name().and_then(|name| name.to_str());

@@ -2,8 +2,8 @@
 
 use crate::weights::DType;
 
-/// The format of ggml's tensor type `number`, or the name of a format that quell
-/// does not read, or `None` where ggml has no such type.
+/// Returns the format of ggml's tensor type `number`: `Err` with the type's name if quell
+/// does not read it, or `None` if ggml has no such type.
 pub(super) fn tensor_type(number: u32) -> Option<Result<DType, &'static str>> {
     Some(Ok(match number {
         0 => DType::F32,
@@ -58,8 +58,8 @@ fn unread_type(number: u32) -> Option<&'static str> {
     })
 }
 
-/// The usual name of `general.file_type` `number`, the recipe that a file was
-/// quantised by.
+/// Returns the usual name of `general.file_type` `number`, the recipe by which a file was
+/// quantised.
 pub(super) fn file_type(number: u64) -> Option<&'static str> {
     Some(match number {
         0 => "F32",

@@ -38,7 +38,7 @@ pub enum Array {
 }
 
 impl Value {
-    /// An integer of any width that is not negative.
+    /// Returns the value if it is a non-negative integer of any width.
     pub fn as_u64(&self) -> Option<u64> {
         match self {
             Self::U64(value) => Some(*value),
@@ -46,7 +46,7 @@ impl Value {
         }
     }
 
-    /// An integer of any width that fits.
+    /// Returns the value if it is an integer of any width that fits.
     pub fn as_i64(&self) -> Option<i64> {
         match *self {
             Self::U8(value) => Some(value.into()),
@@ -61,7 +61,7 @@ impl Value {
         }
     }
 
-    /// A floating-point number of either width.
+    /// Returns the value if it is a floating-point number of either width.
     pub fn as_f64(&self) -> Option<f64> {
         match *self {
             Self::F32(value) => Some(value.into()),
@@ -70,12 +70,13 @@ impl Value {
         }
     }
 
-    /// A floating-point number of either width, rounded to float32.
+    /// Returns the value, rounded to float32, if it is a floating-point number of either
+    /// width.
     pub fn as_f32(&self) -> Option<f32> {
         self.as_f64().map(|value| value as f32)
     }
 
-    /// A string.
+    /// Returns the value if it is a string.
     pub fn as_str(&self) -> Option<&str> {
         match self {
             Self::String(value) => Some(value),
@@ -83,7 +84,7 @@ impl Value {
         }
     }
 
-    /// A truth value.
+    /// Returns the value if it is a truth value.
     pub fn as_bool(&self) -> Option<bool> {
         match *self {
             Self::Bool(value) => Some(value),
@@ -91,7 +92,7 @@ impl Value {
         }
     }
 
-    /// An array of any type.
+    /// Returns the value if it is an array of any type.
     pub fn as_array(&self) -> Option<&Array> {
         match self {
             Self::Array(array) => Some(array),
@@ -99,7 +100,7 @@ impl Value {
         }
     }
 
-    /// An array of strings.
+    /// Returns the value if it is an array of strings.
     pub fn as_strings(&self) -> Option<&[String]> {
         match self {
             Self::Array(Array::String(values)) => Some(values),
@@ -107,7 +108,7 @@ impl Value {
         }
     }
 
-    /// An array of float32 numbers.
+    /// Returns the value if it is an array of float32 numbers.
     pub fn as_f32s(&self) -> Option<&[f32]> {
         match self {
             Self::Array(Array::F32(values)) => Some(values),
@@ -115,7 +116,7 @@ impl Value {
         }
     }
 
-    /// An array of signed 32-bit integers.
+    /// Returns the value if it is an array of signed 32-bit integers.
     pub fn as_i32s(&self) -> Option<&[i32]> {
         match self {
             Self::Array(Array::I32(values)) => Some(values),
@@ -123,7 +124,7 @@ impl Value {
         }
     }
 
-    /// An array of truth values.
+    /// Returns the value if it is an array of truth values.
     pub fn as_bools(&self) -> Option<&[bool]> {
         match self {
             Self::Array(Array::Bool(values)) => Some(values),
@@ -131,7 +132,8 @@ impl Value {
         }
     }
 
-    /// An array of integers that all fit, or a single one as an array of one.
+    /// Returns the value if it is an array of integers that all fit. A single integer is
+    /// returned as an array of one.
     pub fn as_i64s(&self) -> Option<Vec<i64>> {
         let Self::Array(array) = self else {
             return self.as_i64().map(|value| vec![value]);
@@ -149,8 +151,8 @@ impl Value {
         }
     }
 
-    /// An array of integers none of which is negative, or a single one as an
-    /// array of one. Per-layer settings are stored either way.
+    /// Returns the value if it is an array of non-negative integers. A single integer is
+    /// returned as an array of one, because per-layer settings are stored either way.
     pub fn as_u64s(&self) -> Option<Vec<u64>> {
         match self {
             Self::Array(Array::U64(values)) => Some(values.clone()),
@@ -165,7 +167,7 @@ impl Value {
         }
     }
 
-    /// The type's name, for messages: `u32`, `string`, `array of f32`, …
+    /// Returns the type's name for messages: `u32`, `string`, `array of f32`, …
     pub fn type_name(&self) -> &'static str {
         match self {
             Self::U8(_) => "u8",
@@ -186,7 +188,7 @@ impl Value {
 }
 
 impl Array {
-    /// Number of values.
+    /// Returns the number of values.
     pub fn len(&self) -> usize {
         match self {
             Self::U8(values) => values.len(),
@@ -204,12 +206,12 @@ impl Array {
         }
     }
 
-    /// Whether there are no values.
+    /// Returns whether there are no values.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The type's name, for messages: `array of f32`, …
+    /// Returns the type's name for messages: `array of f32`, …
     pub fn type_name(&self) -> &'static str {
         match self {
             Self::U8(_) => "array of u8",

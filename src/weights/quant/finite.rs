@@ -3,13 +3,15 @@
 use super::DType;
 use half::f16;
 
-/// Numbers that are looked at together before the first one that is not finite is sought.
+/// Numbers that are checked together. Only a run with a non-finite number is searched for
+/// the first one.
 const RUN: usize = 1024;
 
-/// The index of the first weight that is NaN or infinite; for a block format, of the first
-/// weight of a block with such a scale or minimum. `None` when all are finite.
+/// Returns the index of the first weight that is NaN or infinite, or `None` if all are
+/// finite. In a block format, this is the first weight of a block with a non-finite scale
+/// or minimum.
 ///
-/// Bytes behind the last whole block of `dtype` are ignored.
+/// Bytes after the last whole block of `dtype` are ignored.
 pub fn first_not_finite(dtype: DType, data: &[u8]) -> Option<usize> {
     let halves: &[usize] = match dtype {
         DType::F32 => return first(data, |number| u32::from_le_bytes(number) << 1 >= 0xff << 24),
@@ -34,7 +36,7 @@ fn first<const BYTES: usize>(
     is_bad: impl Fn([u8; BYTES]) -> bool + Copy,
 ) -> Option<usize> {
     let (numbers, _) = data.as_chunks::<BYTES>();
-    // A loop without an exit is computed with vector instructions.
+    // The compiler vectorises a loop that has no early exit.
     let mut runs = numbers.chunks(RUN);
     let run = runs.position(|run| run.iter().fold(false, |any, &number| any | is_bad(number)))?;
     let rest = numbers[run * RUN..].iter();
@@ -58,7 +60,7 @@ mod tests {
                     numbers.iter().flat_map(|&number| each(number)).collect()
                 };
                 let full = bytes(&|number| number.to_le_bytes().to_vec());
-                // The largest float32 is no finite bfloat16.
+                // The largest float32 is not finite in bfloat16.
                 let brain = bytes(&|number| {
                     bf16::from_f32(number.clamp(-3e38, 3e38))
                         .to_le_bytes()

@@ -1,7 +1,7 @@
-//! IQ4_NL: 32 weights of 4 bits that index a table of uneven steps, one scale.
+//! IQ4_NL: 32 weights of 4 bits that index a table of uneven steps; one scale.
 //!
-//! Block of 18 bytes, laid out as Q4_0. The code of a weight is its table entry
-//! plus 128.
+//! A block has 18 bytes in the layout of Q4_0. The code of a weight is its table entry plus
+//! 128.
 
 use super::{Affine, f16_at, nibbles};
 
@@ -13,7 +13,7 @@ pub(super) const AFFINE: Affine = Affine {
     native_f16_scales: true,
 };
 
-/// ggml's `kvalues_iq4nl`, plus 128.
+/// ggml's table `kvalues_iq4nl`, with 128 added to each entry.
 const STEPS: [u8; 16] = [
     1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241,
 ];

@@ -2,12 +2,12 @@
 
 use super::f16_at;
 
-/// Reads the first 16 bytes of a Q4_K or Q5_K block: `scale: f16`, `min: f16`
-/// and 12 bytes that hold eight 6-bit scales and eight 6-bit minimums.
+/// Reads the first 16 bytes of a Q4_K or Q5_K block: `scale: f16`, `min: f16`, and 12 bytes
+/// with eight 6-bit scales and eight 6-bit minimums.
 ///
-/// Bytes 0–3 hold scales 0–3 and bytes 4–7 minimums 0–3 in their low six bits.
-/// Byte `8 + i` holds the low halves of scale `4 + i` and minimum `4 + i`, whose
-/// high two bits are the top of bytes `i` and `4 + i`.
+/// In their low six bits, bytes 0–3 hold scales 0–3 and bytes 4–7 hold minimums 0–3. Byte
+/// `8 + i` holds the low four bits of scale `4 + i` and of minimum `4 + i`. Their high two
+/// bits are the top two bits of bytes `i` and `4 + i`.
 pub(super) fn unpack(block: &[u8], scales: &mut [f32], mins: &mut [f32]) {
     let (scale, min) = (f16_at(block, 0), f16_at(block, 2));
     let packed = &block[4..16];

@@ -1,15 +1,13 @@
-//! ggml's quantised block formats, one file each, seen as integers with scales.
+//! ggml's quantised block formats, one file each, as integers with scales.
 //!
-//! Every format is read as groups of 16 or 32 consecutive weights of one row:
-//! `weight = scale · (code − zero) + min`, where `code` is an unsigned integer of
-//! at most 4 or 8 bits, `zero` is the format's constant, and `scale` and `min`
-//! belong to the group. Devices repack from this form; [`dequantize`] is its
-//! definition in float32.
+//! Every format is read as groups of 16 or 32 consecutive weights of one row: `weight =
+//! scale · (code − zero) + min`. Here `code` is an unsigned integer of at most 4 or 8 bits,
+//! `zero` is a constant of the format, and `scale` and `min` belong to the group. Devices
+//! repack weights from this form; [`dequantize`] defines it in float32.
 //!
-//! The formula is evaluated as written, each operation rounded to float32, which
-//! is the order of ggml's `dequantize_row_*`: the results have the same bits.
-//! ggml subtracts a minimum where this form adds its negative, which is the same
-//! number.
+//! The formula is evaluated as written, and each operation is rounded to float32. This is
+//! the order of ggml's `dequantize_row_*`, so the results have the same bits. Where ggml
+//! subtracts a minimum, this form adds its negative, which gives the same number.
 
 mod finite;
 mod iq4_nl;
@@ -33,19 +31,19 @@ use half::{bf16, f16};
 /// The constants of a block format in the affine view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Affine {
-    /// Consecutive weights that share a scale: 16 or 32.
+    /// Number of consecutive weights that share a scale: 16 or 32.
     pub group: usize,
-    /// Width that holds every code: 4 or 8.
+    /// Bits that are enough for every code: 4 or 8.
     pub bits: u8,
-    /// What is subtracted from a code.
+    /// Number that is subtracted from each code.
     pub zero: i32,
     /// Whether groups have a minimum. Without one, `min` is 0 and is not added.
     pub has_min: bool,
-    /// Whether every scale and minimum is exactly a float16.
+    /// Whether every scale and minimum is exactly representable in float16.
     pub native_f16_scales: bool,
 }
 
-/// The affine view of `dtype`; `None` for the plain floating-point formats.
+/// Returns the affine view of `dtype`, or `None` for the plain floating-point formats.
 pub fn affine(dtype: DType) -> Option<Affine> {
     match dtype {
         DType::F32 | DType::F16 | DType::BF16 => None,
@@ -63,18 +61,18 @@ pub fn affine(dtype: DType) -> Option<Affine> {
     }
 }
 
-/// Reads one block: its codes, and the scale and minimum of each of its groups.
-/// Formats without minimums leave `mins` alone.
+/// Unpacks one block: its codes, and the scale and minimum of each of its groups. Formats
+/// without minimums leave `mins` unchanged.
 type Unpack = fn(block: &[u8], codes: &mut [u8], scales: &mut [f32], mins: &mut [f32]);
 
-/// Unpacks consecutive blocks, as many as `data` holds: one code for each weight,
-/// one scale and one minimum for each group of [`Affine::group`] weights.
+/// Unpacks all blocks in `data`: one code per weight, and one scale and one minimum per
+/// group of [`Affine::group`] weights.
 ///
 /// Formats without a minimum do not write to `mins`, which may then be empty.
 ///
 /// # Panics
-/// When `dtype` is a floating-point format, when `data` is not a whole number of
-/// blocks, or when an output is not as long as `data` needs.
+/// Panics if `dtype` is a floating-point format, if `data` is not a whole number of blocks,
+/// or if an output does not have the length that `data` needs.
 pub fn unpack_row(
     dtype: DType,
     data: &[u8],
@@ -119,11 +117,11 @@ pub fn unpack_row(
     }
 }
 
-/// The weights of consecutive blocks in float32, with the bits that ggml's
-/// `dequantize_row_*` gives (the bits of a NaN excepted).
+/// Converts consecutive blocks to float32, with the same bits as ggml's `dequantize_row_*`
+/// except for those of a NaN.
 ///
 /// # Panics
-/// When `data` is not exactly the bytes of `out.len()` weights.
+/// Panics if `data` is not exactly the bytes of `out.len()` weights.
 pub fn dequantize(dtype: DType, data: &[u8], out: &mut [f32]) {
     assert_eq!(
         dtype.bytes_for(out.len()),
@@ -158,7 +156,7 @@ fn dequantize_floats(dtype: DType, data: &[u8], out: &mut [f32]) {
 }
 
 fn dequantize_blocks(dtype: DType, view: Affine, data: &[u8], out: &mut [f32]) {
-    /// Weights unpacked at a time: the largest block.
+    /// Number of weights that are unpacked at a time: the largest block.
     const CHUNK: usize = 256;
     const GROUPS: usize = CHUNK / 16;
     let bytes = CHUNK / dtype.block_elements() * dtype.block_bytes();
@@ -181,10 +179,10 @@ fn dequantize_blocks(dtype: DType, view: Affine, data: &[u8], out: &mut [f32]) {
     }
 }
 
-/// Weights in `data`.
+/// Returns the number of weights in `data`.
 ///
 /// # Panics
-/// When `data` is not a whole number of blocks.
+/// Panics if `data` is not a whole number of blocks.
 fn elements_in(dtype: DType, data: &[u8]) -> usize {
     assert!(
         data.len().is_multiple_of(dtype.block_bytes()),
@@ -195,12 +193,12 @@ fn elements_in(dtype: DType, data: &[u8]) -> usize {
     data.len() / dtype.block_bytes() * dtype.block_elements()
 }
 
-/// The little-endian float16 at `offset`.
+/// Reads the little-endian float16 at `offset`.
 fn f16_at(block: &[u8], offset: usize) -> f32 {
     f16::from_le_bytes([block[offset], block[offset + 1]]).to_f32()
 }
 
-/// Splits bytes into their low halves, then their high halves.
+/// Splits bytes into 4-bit codes: the low halves of all bytes, then the high halves.
 fn nibbles(packed: &[u8], codes: &mut [u8]) {
     let (low, high) = codes.split_at_mut(packed.len());
     for ((&byte, low), high) in packed.iter().zip(low).zip(high) {
@@ -209,7 +207,7 @@ fn nibbles(packed: &[u8], codes: &mut [u8]) {
     }
 }
 
-/// Adds bit 4 of each of 32 codes, from the 32 bits of `high`, lowest first.
+/// Sets bit 4 of each of 32 codes from the 32 bits of `high`, lowest bit first.
 fn add_fifth_bits(high: &[u8], codes: &mut [u8]) {
     for (&bits, codes) in high.iter().zip(codes.chunks_exact_mut(8)) {
         for (bit, code) in codes.iter_mut().enumerate() {

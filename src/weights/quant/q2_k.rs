@@ -1,8 +1,8 @@
-//! Q2_K: 256 weights of 2 bits; groups of 16 with a 4-bit scale and minimum.
+//! Q2_K: 256 weights of 2 bits; groups of 16 with a 4-bit scale and a 4-bit minimum.
 //!
-//! Block of 84 bytes: `groups: [u8; 16]` (scale in the low half, minimum in the
-//! high half), `codes: [u8; 64]`, `scale: f16`, `min: f16`. Each 32 code bytes
-//! hold 128 weights: bits 0–1 the first 32, bits 2–3 the next, and so on.
+//! A block has 84 bytes: `groups: [u8; 16]` (scale in the low half, minimum in the high
+//! half), `codes: [u8; 64]`, `scale: f16`, `min: f16`. Each run of 32 code bytes holds 128
+//! weights: bits 0–1 hold the first 32, bits 2–3 the next 32, and so on.
 
 use super::{Affine, f16_at};
 
@@ -23,7 +23,7 @@ pub(super) fn unpack(block: &[u8], codes: &mut [u8], scales: &mut [f32], mins: &
     two_bits(&block[16..80], codes);
 }
 
-/// Spreads 64 bytes into 256 codes of two bits.
+/// Unpacks 64 bytes into 256 codes of two bits.
 pub(super) fn two_bits(packed: &[u8], codes: &mut [u8]) {
     for (packed, codes) in packed.chunks_exact(32).zip(codes.chunks_exact_mut(128)) {
         for (quarter, codes) in codes.chunks_exact_mut(32).enumerate() {

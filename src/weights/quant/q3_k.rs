@@ -1,10 +1,10 @@
 //! Q3_K: 256 weights of 3 bits around 4; groups of 16 with a signed 6-bit scale.
 //!
-//! Block of 110 bytes: `high: [u8; 32]`, `low: [u8; 64]`, `groups: [u8; 12]`,
-//! `scale: f16`. The low two bits lie as in Q2_K; bit `k` of `high[i]` is bit 2 of
-//! weight `32·k + i`. Of the 16 group scales (stored plus 32), the low four bits
-//! of scales 0–7 are the low halves of bytes 0–7 and those of scales 8–15 their
-//! high halves; the high two bits of scale `g` are bits `2·(g / 4)` of byte
+//! A block has 110 bytes: `high: [u8; 32]`, `low: [u8; 64]`, `groups: [u8; 12]`, `scale:
+//! f16`. The low two bits of the weights are laid out as in Q2_K; bit `k` of `high[i]` is
+//! bit 2 of weight `32·k + i`. The 16 group scales are stored with 32 added. The low four
+//! bits of scales 0–7 are the low halves of bytes 0–7 of `groups`, and those of scales 8–15
+//! are their high halves. The high two bits of scale `g` begin at bit `2·(g / 4)` of byte
 //! `8 + g % 4`.
 
 use super::q2_k::two_bits;

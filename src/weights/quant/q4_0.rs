@@ -1,7 +1,7 @@
-//! Q4_0: 32 weights of 4 bits around 8, one scale.
+//! Q4_0: 32 weights of 4 bits around 8; one scale.
 //!
-//! Block of 18 bytes: `scale: f16`, `codes: [u8; 16]`; byte `i` holds weight `i`
-//! in its low half and weight `i + 16` in its high half.
+//! A block has 18 bytes: `scale: f16`, `codes: [u8; 16]`. Byte `i` holds weight `i` in its
+//! low half and weight `i + 16` in its high half.
 
 use super::{Affine, f16_at, nibbles};
 

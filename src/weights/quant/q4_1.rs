@@ -1,7 +1,7 @@
-//! Q4_1: 32 weights of 4 bits, one scale and one minimum.
+//! Q4_1: 32 weights of 4 bits; one scale and one minimum.
 //!
-//! Block of 20 bytes: `scale: f16`, `min: f16`, `codes: [u8; 16]`; byte `i` holds
-//! weight `i` in its low half and weight `i + 16` in its high half.
+//! A block has 20 bytes: `scale: f16`, `min: f16`, `codes: [u8; 16]`. Byte `i` holds weight
+//! `i` in its low half and weight `i + 16` in its high half.
 
 use super::{Affine, f16_at, nibbles};
 

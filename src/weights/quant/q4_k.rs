@@ -1,8 +1,8 @@
-//! Q4_K: 256 weights of 4 bits; groups of 32 with a 6-bit scale and minimum.
+//! Q4_K: 256 weights of 4 bits; groups of 32 with a 6-bit scale and a 6-bit minimum.
 //!
-//! Block of 144 bytes: 16 bytes of scales (see `k_scales`), `codes: [u8; 128]`.
-//! Each 32 code bytes hold 64 weights: the low halves the first 32, the high
-//! halves the next.
+//! A block has 144 bytes: 16 bytes of scales (see `k_scales`), `codes: [u8; 128]`. Each run
+//! of 32 code bytes holds 64 weights: the low halves are the first 32, the high halves the
+//! next 32.
 
 use super::{Affine, k_scales, nibbles};
 

@@ -1,7 +1,7 @@
-//! Q5_0: 32 weights of 5 bits around 16, one scale.
+//! Q5_0: 32 weights of 5 bits around 16; one scale.
 //!
-//! Block of 22 bytes: `scale: f16`, `high: [u8; 4]`, `low: [u8; 16]`. The low
-//! four bits lie as in Q4_0; bit `i` of the little-endian `high` is bit 4 of
+//! A block has 22 bytes: `scale: f16`, `high: [u8; 4]`, `low: [u8; 16]`. The low four bits
+//! of the weights are laid out as in Q4_0; bit `i` of the little-endian `high` is bit 4 of
 //! weight `i`.
 
 use super::{Affine, add_fifth_bits, f16_at, nibbles};

@@ -1,8 +1,8 @@
-//! Q5_1: 32 weights of 5 bits, one scale and one minimum.
+//! Q5_1: 32 weights of 5 bits; one scale and one minimum.
 //!
-//! Block of 24 bytes: `scale: f16`, `min: f16`, `high: [u8; 4]`, `low: [u8; 16]`.
-//! The low four bits lie as in Q4_1; bit `i` of the little-endian `high` is bit 4
-//! of weight `i`.
+//! A block has 24 bytes: `scale: f16`, `min: f16`, `high: [u8; 4]`, `low: [u8; 16]`. The
+//! low four bits of the weights are laid out as in Q4_1; bit `i` of the little-endian
+//! `high` is bit 4 of weight `i`.
 
 use super::{Affine, add_fifth_bits, f16_at, nibbles};
 

@@ -1,7 +1,7 @@
-//! Q5_K: 256 weights of 5 bits; groups of 32 with a 6-bit scale and minimum.
+//! Q5_K: 256 weights of 5 bits; groups of 32 with a 6-bit scale and a 6-bit minimum.
 //!
-//! Block of 176 bytes: 16 bytes of scales (see `k_scales`), `high: [u8; 32]`,
-//! `low: [u8; 128]`. The low four bits lie as in Q4_K; bit `k` of `high[i]` is
+//! A block has 176 bytes: 16 bytes of scales (see `k_scales`), `high: [u8; 32]`, `low: [u8;
+//! 128]`. The low four bits of the weights are laid out as in Q4_K; bit `k` of `high[i]` is
 //! bit 4 of weight `32·k + i`.
 
 use super::{Affine, k_scales, nibbles};

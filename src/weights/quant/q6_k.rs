@@ -1,9 +1,10 @@
 //! Q6_K: 256 weights of 6 bits around 32; groups of 16 with a signed 8-bit scale.
 //!
-//! Block of 210 bytes: `low: [u8; 128]`, `high: [u8; 64]`, `groups: [i8; 16]`,
-//! `scale: f16`. Each 64 low and 32 high bytes hold 128 weights: the low halves
-//! of the 64 bytes the first 64 and their high halves the next; bits 0–1 of the
-//! 32 bytes belong to the first 32 weights, bits 2–3 to the next, and so on.
+//! A block has 210 bytes: `low: [u8; 128]`, `high: [u8; 64]`, `groups: [i8; 16]`, `scale:
+//! f16`. Each run of 64 bytes of `low` and 32 bytes of `high` holds 128 weights. The low
+//! halves of the 64 bytes belong to the first 64 weights and their high halves to the next
+//! 64. Bits 0–1 of the 32 bytes belong to the first 32 weights, bits 2–3 to the next 32,
+//! and so on.
 
 use super::{Affine, f16_at, nibbles};
 

@@ -1,7 +1,7 @@
-//! Q8_0: 32 signed weights of 8 bits, one scale.
+//! Q8_0: 32 signed weights of 8 bits; one scale.
 //!
-//! Block of 34 bytes: `scale: f16`, `weights: [i8; 32]`. The code of a weight is
-//! the weight plus 128.
+//! A block has 34 bytes: `scale: f16`, `weights: [i8; 32]`. The code of a weight is the
+//! weight plus 128.
 
 use super::{Affine, f16_at};
 

@@ -1,11 +1,15 @@
-//! The engine's hand-overs between threads under loom: every interleaving of a few
-//! threads with up to so many preemptions, and every value that an atomic may give.
+//! Checks how the engine hands work over between threads, using loom. Loom runs every
+//! interleaving of a few threads up to a bounded number of preemptions, and every value that an
+//! atomic load may return.
 //!
-//! Each model runs the engine itself, its scheduler thread included, over a simulated
-//! device, and says which kinds of executions it must have seen: one that races
-//! nothing fails. Loom reports a lost wake-up, or a thread that never ends, as a
-//! deadlock. `make models` runs this; `LOOM_MAX_PREEMPTIONS` sets another bound, and
-//! what loom says for finding a failure (`LOOM_LOG`, `LOOM_CHECKPOINT_FILE`) works.
+//! Each model runs the real engine, including its scheduler thread, on a simulated device. A
+//! model lists the kinds of executions that must occur, so a model without a race fails. Loom
+//! reports a lost wake-up, or a thread that never ends, as a deadlock. `make models` runs this;
+//! `LOOM_MAX_PREEMPTIONS` sets another bound, and loom's own variables for analysing a failure
+//! (`LOOM_LOG`, `LOOM_CHECKPOINT_FILE`) work too.
+//!
+//! The bugs that a test is said to catch were put into the engine by hand; the test then failed
+//! as described in parentheses.
 
 #[path = "../../common/sim.rs"]
 mod sim;
@@ -25,8 +29,9 @@ use std::time::Duration;
 
 const PROMPT: [u32; 1] = [7];
 
-/// Runs a scenario in all interleavings with up to `preemptions` preemptions. It gives
-/// the kind of execution that it was; each of `kinds` must have come up, and no other.
+/// Runs a scenario in all interleavings with up to `preemptions` preemptions. The scenario
+/// returns the kind of execution that it was. Each of `kinds` must occur, and no other kind
+/// may.
 fn model<const N: usize>(
     preemptions: usize,
     kinds: [&'static str; N],
@@ -79,7 +84,8 @@ fn request(tokens: usize) -> Request {
     Request::new(PROMPT.to_vec()).max_tokens(tokens)
 }
 
-/// Reads to the end as a task does, and gives the tokens and the end. I1: exactly one.
+/// Reads a stream to its end, as a task would, and returns the tokens and the end. Asserts that
+/// nothing follows the end (I1).
 fn read(mut stream: TokenStream) -> (Vec<u32>, Result<Outcome, GenerateError>) {
     let mut tokens = Vec::new();
     loop {
@@ -102,7 +108,7 @@ fn read(mut stream: TokenStream) -> (Vec<u32>, Result<Outcome, GenerateError>) {
     }
 }
 
-/// I2 and I12 after the last request has ended and its blocks are free.
+/// Asserts I2 and I12 after the last request has ended and its blocks have been freed.
 fn assert_idle(engine: &Engine, accepted: u64) -> quell::EngineStats {
     let stats = engine.stats().expect("the engine is open");
     let outcomes = stats.outcomes;
@@ -115,12 +121,13 @@ fn assert_idle(engine: &Engine, accepted: u64) -> quell::EngineStats {
     stats
 }
 
-/// Flag × admit × complete. Whenever the flag goes up, there is one outcome (I1, I2),
-/// the receipt comes, and all is free when it does (I12).
+/// Races the cancel flag with admission and completion. Whenever the flag is raised, the
+/// request has exactly one outcome (I1, I2) and the receipt arrives; everything is free when it
+/// does (I12).
 ///
-/// Broken by hand: receipts that do not wait for their fence leave a deferred block in
-/// the books of the pipeline; a thread that looks at the flag only at commits shows no
-/// cancel before a first step.
+/// Catches receipts that do not wait for their fence (a deferred block is left in the
+/// pipeline's accounting), and a thread that checks the flag only at commits (no request is
+/// cancelled before its first step).
 fn a_cancel_races_its_request(depth: usize) {
     let kinds = [
         "cancelled before its first step",
@@ -149,10 +156,10 @@ fn i1_i2_i12_hold_when_a_cancel_races_a_pipeline_of_two_steps() {
     a_cancel_races_its_request(2);
 }
 
-/// Flag × wake-up: a session whose reader is too slow is not planned, so nothing but
-/// the posted command ends it.
+/// Races the cancel flag with the wake-up. A request whose reader is too slow is not planned,
+/// so only the posted command can end it.
 ///
-/// Broken by hand: the command posted before the flag is raised, deadlock.
+/// Catches a command that is posted before the flag is raised (deadlock).
 #[test]
 fn i6_a_cancel_ends_a_paused_session() {
     let kinds = ["before its first token", "after its first token"];
@@ -171,12 +178,11 @@ fn i6_a_cancel_ends_a_paused_session() {
     });
 }
 
-/// Fence publish × free: the blocks of a session that is dropped while steps are in
-/// flight go to one that needs all of them. The device would see them handed out too
-/// early (I4), and the other's tokens would change (I10).
+/// Races the fence with the freeing of blocks. A request is dropped while steps are in flight,
+/// and its blocks go to a request that needs all of them. If they were handed out too early,
+/// the device would notice (I4) and the tokens of the other request would change (I10).
 ///
-/// Broken by hand: blocks that are free at once, "handed out again while step 3 is in
-/// flight".
+/// Catches blocks that are freed immediately ("handed out again while step 3 is in flight").
 #[test]
 fn i4_i10_blocks_are_handed_on_only_after_their_fence() {
     model(2, ["cancelled", "finished first"], || {
@@ -190,7 +196,8 @@ fn i4_i10_blocks_are_handed_on_only_after_their_fence() {
         assert_eq!(tokens, expected(&prompt, 1));
         assert!(matches!(end, Ok(Outcome::Length)), "{end:?}");
         dropper.join().unwrap();
-        // Behind everything that was posted; a first answer may come before the receipt.
+        // Answered after everything that was posted before; the first request may finish before
+        // its cancel takes effect.
         let outcomes = engine.stats().expect("the engine is open").outcomes;
         match outcomes.cancelled {
             1 => "cancelled",
@@ -199,9 +206,10 @@ fn i4_i10_blocks_are_handed_on_only_after_their_fence() {
     });
 }
 
-/// Reader × send: a reader that goes to sleep is woken for each token and for the end.
+/// Races a reader with the sender. A reader that goes to sleep is woken for each token and for
+/// the end.
 ///
-/// Broken by hand: no second look after the waker is registered, deadlock.
+/// Catches a reader that does not check again after it has registered its waker (deadlock).
 #[test]
 fn i1_no_wake_up_of_a_reader_is_lost() {
     model(3, ["finished"], || {
@@ -213,7 +221,7 @@ fn i1_no_wake_up_of_a_reader_is_lost() {
     });
 }
 
-/// As before, for the receipt of a cancel. Broken by hand in the same way: deadlock.
+/// Like the test above, but for the receipt of a cancel. Catches the same bug there (deadlock).
 #[test]
 fn i6_no_wake_up_for_a_receipt_is_lost() {
     model(3, ["freed"], || {
@@ -224,10 +232,10 @@ fn i6_no_wake_up_for_a_receipt_is_lost() {
     });
 }
 
-/// As before, when the thread goes away instead of sending.
+/// Like the tests above, but the thread exits instead of sending.
 ///
-/// Broken by hand: the waker called before the channel closes, deadlock; the fault set
-/// after the sessions have failed, a late reader is told of a shutdown.
+/// Catches a waker that is called before the channel is closed (deadlock), and a fault that is
+/// set after the requests have failed (a late reader is told of a shutdown).
 #[test]
 fn i1_a_reader_learns_that_the_device_is_lost() {
     let kinds = ["closed", "refused"];
@@ -252,11 +260,11 @@ fn i1_a_reader_learns_that_the_device_is_lost() {
     });
 }
 
-/// Pause × resume, one and two steps deep: whoever takes the pause flag down, the
-/// session goes on and its reader gets every token.
+/// Races pause with resume, with one and with two steps in flight. Whichever side clears the
+/// pause flag, the request continues and its reader gets every token.
 ///
-/// Broken by hand: no second look after the flag is up, deadlock; two steps deep, the
-/// flag taken down by the thread without an end of the pause, deadlock.
+/// Catches a pause without a second check after the flag has been set (deadlock) and, with two
+/// steps in flight, a thread that clears the flag without ending the pause (deadlock).
 #[test]
 fn i9_no_resume_is_lost() {
     for (depth, preemptions) in [(1, 2), (2, 3)] {
@@ -274,9 +282,10 @@ fn i9_no_resume_is_lost() {
     }
 }
 
-/// Last handle drop × shutdown × the last token: one end, and the thread ends.
+/// Races the drop of the last handle with a shutdown and the last token. There is one end, and
+/// the thread exits.
 ///
-/// Broken by hand: a thread that ends without closing its queue, deadlock.
+/// Catches a thread that exits without closing its queue (deadlock).
 #[test]
 fn i1_holds_when_a_shutdown_races_the_last_handle() {
     model(2, ["finished", "shut down"], || {
@@ -295,9 +304,9 @@ fn i1_holds_when_a_shutdown_races_the_last_handle() {
     });
 }
 
-/// The last handle goes while an answer is on its way: the thread finishes it first.
+/// Drops the last handle while an answer is being generated: the thread finishes it first.
 ///
-/// Broken by hand: a stream that does not keep the engine alive loses its tokens.
+/// Catches a stream that does not keep the engine alive (its tokens are lost).
 #[test]
 fn i1_holds_when_the_last_handle_goes_before_the_answer() {
     model(3, ["finished"], || {
@@ -311,10 +320,10 @@ fn i1_holds_when_the_last_handle_goes_before_the_answer() {
     });
 }
 
-/// Drop-post × close: a cancel that is posted while the engine shuts down is
-/// acknowledged, or told that the engine has closed; it never waits for ever.
+/// Races the post of a cancel with the close of the engine. A cancel that is posted during a
+/// shutdown is acknowledged or told that the engine has closed; it never waits forever.
 ///
-/// Broken by hand: a thread that ends without closing its queue, deadlock.
+/// Catches a thread that exits without closing its queue (deadlock).
 #[test]
 fn i8_a_cancel_races_a_shutdown() {
     let kinds = ["acknowledged", "submitted too late", "refused"];
@@ -336,10 +345,10 @@ fn i8_a_cancel_races_a_shutdown() {
     });
 }
 
-/// Abort × submit × pause: a request that came in before the abort is aborted, paused
-/// or not; one that came later is answered.
+/// Races an abort with a submission and a pause. A request that arrived before the abort is
+/// aborted, whether paused or not; a later one is answered.
 ///
-/// Broken by hand: an abort that only raises the flags leaves a paused request open.
+/// Catches an abort that only raises the flags (a paused request stays open).
 #[test]
 fn i2_i12_hold_when_an_abort_races_a_submission() {
     model(2, ["aborted", "finished"], || {
@@ -352,7 +361,7 @@ fn i2_i12_hold_when_an_abort_races_a_submission() {
         let aborter = thread::spawn(move || other.abort_all().expect("the engine is open"));
         let stream = submit(&engine, 3);
         aborter.join().unwrap();
-        // Behind the abort; without a reader the request cannot have finished.
+        // Answered after the abort. The request cannot have finished, since nobody reads it.
         let open = engine.stats().expect("the engine is open").open;
         let kind = match read(stream).1 {
             Ok(Outcome::Length) => "finished",
@@ -364,16 +373,16 @@ fn i2_i12_hold_when_an_abort_races_a_submission() {
     });
 }
 
-/// Drain × submit: a drain waits for a request that came in before it, and refuses or
-/// cancels one that came later.
+/// Races a drain with a submission. A drain waits for a request that arrived before it, and
+/// refuses or cancels a later one.
 ///
-/// Broken by hand: a thread that takes requests while it drains, none is cancelled.
+/// Catches a thread that accepts requests while it drains (none is cancelled).
 #[test]
 fn i2_i12_hold_when_a_drain_races_a_submission() {
     model(2, ["answered", "refused", "submitted too late"], || {
         let engine = engine(1, EngineConfig::default());
         let other = engine.clone();
-        // No model takes that long, and the checker's time stands still.
+        // No model takes this long, and time does not advance in the checker.
         let drain = move || other.drain(Duration::from_secs(1 << 20)).wait();
         let drainer = thread::spawn(drain);
         let kind = match engine.generate(request(1)).map(read) {
@@ -388,10 +397,11 @@ fn i2_i12_hold_when_a_drain_races_a_submission() {
     });
 }
 
-/// Stop × completion: a turn is stopped while it comes to its end by itself. It has one
-/// end, and when both have learnt of it, the next turn continues from what is kept.
+/// Races a stop with the completion of a turn. The turn has one end, and once both sides have
+/// learnt of it, the next turn continues from the tokens that were kept.
 ///
-/// Broken by hand: a terminal without word to the turn, the next turn is a conflict.
+/// Catches a terminal that is sent without notifying the turn (the next turn is refused as a
+/// conflict).
 #[test]
 fn i8_i10_hold_when_a_stop_races_the_end_of_a_turn() {
     model(2, ["finished", "stopped"], || {
@@ -413,11 +423,10 @@ fn i8_i10_hold_when_a_stop_races_the_end_of_a_turn() {
     });
 }
 
-/// Permit × permit: of two requests at a door for one, none is lost and none too many.
-/// Whoever has read an end has made room for the next.
+/// Races two requests for the single permit of an engine. The permit is neither lost nor given
+/// to both. Once a caller has read the end of its request, there is room for the next one.
 ///
-/// Broken by hand: the permit given back after the terminal is sent, "the door stayed
-/// shut".
+/// Catches a permit that is returned after the terminal has been sent ("the door stayed shut").
 #[test]
 fn the_door_lets_one_in_at_a_time() {
     model(1, ["one after the other", "overloaded"], || {
@@ -443,9 +452,10 @@ fn the_door_lets_one_in_at_a_time() {
     });
 }
 
-/// Ask × close: whoever asks for the state gets it, or learns that there is none.
+/// Races a query with the close of the engine. The caller gets the statistics, or learns that
+/// the engine has closed.
 ///
-/// Broken by hand: a thread that ends without closing its queue, deadlock.
+/// Catches a thread that exits without closing its queue (deadlock).
 #[test]
 fn a_question_races_a_shutdown() {
     model(2, ["answered", "refused"], || {

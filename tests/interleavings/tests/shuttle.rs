@@ -1,12 +1,12 @@
-//! The whole engine under shuttle: random interleavings of callers and the scheduler
-//! thread, over a simulated device.
+//! Runs the whole engine under shuttle: random interleavings of callers and the scheduler
+//! thread, on a simulated device.
 //!
-//! `make models` runs this. `QUELL_SCHEDULES` sets how many schedules a scenario gets:
-//! half of them uniformly random, half by PCT, which finds rare orders of a few events.
-//! A scenario that fails prints its schedule; put that into a file and replay it with
-//! `QUELL_REPLAY=FILE cargo test -p interleavings --features shuttle --test
-//! shuttle NAME`. A deadlock, which is a lost wake-up or a thread that never ends, fails
-//! too: an execution is over only when all its threads are.
+//! `make models` runs this. `QUELL_SCHEDULES` sets the number of schedules per scenario: half
+//! of them are uniformly random, half are chosen by PCT, which finds rare orders of a few
+//! events. A scenario that fails prints its schedule; write that to a file and replay it with
+//! `QUELL_REPLAY=FILE cargo test -p interleavings --features shuttle --test shuttle NAME`. A
+//! deadlock, which is a lost wake-up or a thread that never ends, also counts as a failure,
+//! because an execution ends only when all its threads have ended.
 
 #[path = "../../common/sim.rs"]
 mod sim;
@@ -25,7 +25,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Schedules of one scenario, unless `QUELL_SCHEDULES` says otherwise.
+/// Number of schedules per scenario, unless `QUELL_SCHEDULES` overrides it.
 const SCHEDULES: usize = 3000;
 
 fn explore(scenario: fn()) {
@@ -45,7 +45,7 @@ fn explore(scenario: fn()) {
     assert_eq!(explored, schedules);
 }
 
-/// One of `0..count`, chosen by the checker and so the same in a replay.
+/// Returns one of `0..count`. The checker chooses, so that a replay makes the same choices.
 fn choose(count: usize) -> usize {
     thread_rng().gen_range(0..count)
 }
@@ -56,8 +56,8 @@ fn prompt(caller: usize) -> Vec<u32> {
         .collect()
 }
 
-/// An engine whose cache is too small for all callers at once, one or two steps deep,
-/// and whose readers are soon too slow.
+/// Starts an engine with one or two steps in flight, whose cache is too small for all callers
+/// at once and whose stream buffers are so small that readers soon fall behind.
 fn engine(config: EngineConfig) -> Engine {
     faulty_engine(config, None)
 }
@@ -76,7 +76,7 @@ fn faulty_engine(config: EngineConfig, fault: Option<(u64, Fault)>) -> Engine {
         max_batch_tokens: 4,
         max_sequences: 3,
         stream_buffer: 1 + choose(3),
-        // Not `Auto`, which goes by the time that steps take.
+        // Not `Auto`, which depends on the time that steps take.
         preemption: [Preemption::Recompute, Preemption::Swap][choose(2)],
         step_deadline: None,
         slow_consumer_deadline: None,
@@ -85,14 +85,14 @@ fn faulty_engine(config: EngineConfig, fault: Option<(u64, Fault)>) -> Engine {
     sim::engine(options, config)
 }
 
-/// How a caller's request ended for it.
+/// How a request ended, from its caller's point of view.
 #[derive(Debug)]
 enum End {
     Finished(Outcome),
     Refused(GenerateError),
 }
 
-/// A caller that reads, and checks each chunk as it comes.
+/// A caller that reads its stream and checks each chunk as it arrives.
 struct Reader {
     stream: TokenStream,
     expected: std::vec::IntoIter<u32>,
@@ -107,7 +107,8 @@ impl Reader {
         })
     }
 
-    /// The next message, waited for on the thread or as a future.
+    /// Reads the next message, either blocking the thread or as a future. Returns the end, if
+    /// the message was the last.
     fn next(&mut self) -> Option<End> {
         let stream = &mut self.stream;
         let next = if choose(2) == 0 {
@@ -122,7 +123,8 @@ impl Reader {
             Err(error) => return Some(self.ended(End::Refused(error))),
         };
         if let Some(token) = chunk.token {
-            // I10, and I4: nobody else has changed what this answer is made of.
+            // I10 and I4: no other request has changed this answer or the blocks that it is
+            // computed from.
             assert_eq!(Some(token.id), self.expected.next());
         }
         let finish = chunk.finish?;
@@ -132,7 +134,7 @@ impl Reader {
         Some(self.ended(End::Finished(finish.outcome)))
     }
 
-    /// I1: nothing follows the terminal.
+    /// Asserts I1: nothing follows the terminal.
     fn ended(&mut self, end: End) -> End {
         assert!(self.stream.next_blocking().is_none());
         end
@@ -146,7 +148,7 @@ impl Reader {
         }
     }
 
-    /// Reads up to `count` messages; `None` if the end was among them.
+    /// Reads up to `count` messages. Returns `None` if the end was among them.
     fn read(mut self, count: usize) -> Option<Self> {
         for _ in 0..count {
             if self.next().is_some() {
@@ -157,7 +159,7 @@ impl Reader {
     }
 }
 
-/// Waits for the acknowledgement of a cancel, or for nothing.
+/// Waits for the acknowledgement of a cancel, or drops it without waiting.
 fn acknowledge(cancellation: Cancellation) {
     let receipt = match choose(3) {
         0 => return,
@@ -170,7 +172,7 @@ fn acknowledge(cancellation: Cancellation) {
     }
 }
 
-/// A caller that does what the checker chooses.
+/// Runs a caller that does what the checker chooses.
 fn behave(engine: &Engine, caller: usize, tokens: usize) {
     let Ok(reader) = Reader::new(engine, caller, tokens) else {
         return;
@@ -179,21 +181,21 @@ fn behave(engine: &Engine, caller: usize, tokens: usize) {
         0 => {
             reader.read_all();
         }
-        // On its way in, in the middle, or at the last token.
+        // Drops the request before its first token, in the middle, or at the last token.
         1 => drop(reader.read(choose(tokens + 1))),
         2 => {
             if let Some(reader) = reader.read(choose(tokens + 1)) {
                 acknowledge(reader.stream.cancel());
             }
         }
-        // From another thread than the one that submitted.
+        // Drops the request on a thread other than the one that submitted it.
         _ => {
             thread::spawn(move || drop(reader)).join().unwrap();
         }
     }
 }
 
-/// I2 and I3, as any moment must have them.
+/// Asserts I2 and I3, which must hold at any moment.
 fn check_books(stats: &EngineStats) {
     let outcomes = &stats.outcomes;
     let ended = outcomes.stopped + outcomes.length + outcomes.cancelled + outcomes.failed;
@@ -201,7 +203,7 @@ fn check_books(stats: &EngineStats) {
     assert_eq!(stats.open, stats.running + stats.waiting, "{stats:?}");
 }
 
-/// Waits, by asking the scheduler thread, until nothing is open: I12 must hold then.
+/// Polls the scheduler thread until nothing is open, then asserts I12.
 fn check_idle(engine: &Engine) -> EngineStats {
     loop {
         let stats = engine.stats().expect("the engine is open");
@@ -231,7 +233,7 @@ fn join(callers: Vec<thread::JoinHandle<()>>) {
     }
 }
 
-/// Four callers that read, cancel and drop at any moment, and one that looks on.
+/// Four callers read, cancel and drop at any moment while another one observes.
 #[test]
 fn i1_i2_i3_i12_hold_whatever_callers_do() {
     explore(|| {
@@ -248,8 +250,8 @@ fn i1_i2_i3_i12_hold_whatever_callers_do() {
     });
 }
 
-/// I9: slow readers pause and resume, and get every token. A resume that is lost is a
-/// reader that waits for ever.
+/// I9: slow readers pause and resume, and get every token. A lost resume would leave a reader
+/// waiting forever.
 #[test]
 fn i9_no_pause_outlasts_its_reader() {
     explore(|| {
@@ -263,8 +265,8 @@ fn i9_no_pause_outlasts_its_reader() {
     });
 }
 
-/// The scheduler thread ends after the last handle and the last stream, and not before
-/// the last reader has its answer.
+/// The scheduler thread ends after the last handle and the last stream have been dropped, but
+/// not before the last reader has its answer.
 #[test]
 fn i1_holds_when_all_handles_are_dropped() {
     explore(|| {
@@ -287,8 +289,8 @@ fn i1_holds_when_all_handles_are_dropped() {
     });
 }
 
-/// A shutdown between submissions, reads and cancels: everybody learns of it, and the
-/// thread ends.
+/// Shuts down between submissions, reads and cancels: every caller learns of it, and the thread
+/// ends.
 #[test]
 fn i1_holds_through_a_shutdown() {
     explore(|| {
@@ -322,8 +324,8 @@ fn i1_holds_through_a_shutdown() {
     });
 }
 
-/// `abort_all` between submissions and the last tokens: each request has one outcome,
-/// and the engine goes on.
+/// Calls `abort_all` between submissions and the last tokens: each request has one outcome, and
+/// the engine continues to work.
 #[test]
 fn i2_i12_hold_through_abort_all() {
     explore(|| {
@@ -348,8 +350,8 @@ fn i2_i12_hold_through_abort_all() {
     });
 }
 
-/// A permit is back before its caller learns of the end: whoever has seen an end can
-/// submit at once.
+/// A permit is returned before the caller learns of the end, so a caller that has seen an end
+/// can submit again at once.
 #[test]
 fn the_end_of_a_request_makes_room_for_the_next() {
     explore(|| {
@@ -373,8 +375,8 @@ fn the_end_of_a_request_makes_room_for_the_next() {
     });
 }
 
-/// One turn of a session: read, cancelled, dropped, or refused as the other party's
-/// turn is still on.
+/// Takes one turn of a session, which is read, cancelled, dropped, or refused because another
+/// turn is still running.
 fn take_turn(session: &Session) {
     let turn = session.generate(Request::new(vec![choose(3) as u32]).max_tokens(2));
     let stream = match turn {
@@ -382,7 +384,7 @@ fn take_turn(session: &Session) {
         Err(SubmitError::Conflict | SubmitError::PromptTooLong { .. }) => return,
         Err(error) => panic!("{error}"),
     };
-    // Whatever the session has been through, the answer is that to all its tokens.
+    // Whatever has happened to the session, the answer is the one for all of its tokens.
     let answer = expected(stream.prompt_ids(), 2);
     let reader = Reader {
         stream,
@@ -397,7 +399,7 @@ fn take_turn(session: &Session) {
     }
 }
 
-/// What the other party does to the session meanwhile.
+/// Interferes with the session from another thread.
 fn meddle(session: &Session) {
     match choose(4) {
         0 => acknowledge(session.stop(Stop::Keep)),
@@ -414,9 +416,8 @@ fn meddle(session: &Session) {
     }
 }
 
-/// Sessions whose turns are read, cancelled, stopped, rewound and forked by two parties
-/// at once: each turn answers the session's own tokens, and the end of the sessions
-/// leaves nothing behind.
+/// Two threads read, cancel, stop, rewind and fork the turns of the same sessions at once. Each
+/// turn answers the session's own tokens, and ending the sessions leaves nothing behind.
 #[test]
 fn i10_i12_hold_for_sessions_that_two_parties_use() {
     explore(|| {
@@ -442,8 +443,8 @@ fn i10_i12_hold_for_sessions_that_two_parties_use() {
     });
 }
 
-/// A drain between submissions: who came in is answered, who comes later is refused,
-/// and the drain counts them all.
+/// Drains between submissions: earlier requests are answered, later ones are refused, and the
+/// drain counts the requests that it aborts.
 #[test]
 fn i2_holds_through_a_drain() {
     explore(|| {
@@ -451,13 +452,13 @@ fn i2_holds_through_a_drain() {
         let callers = spawn_callers(3, &engine, |engine, index| {
             match Reader::new(engine, index, 2).map(Reader::read_all) {
                 Ok(End::Finished(Outcome::Length)) | Err(SubmitError::Draining) => {}
-                // Between the door and the queue.
+                // Submitted while the engine still accepted requests, but queued too late.
                 Ok(End::Finished(Outcome::Cancelled(CancelReason::Shutdown))) => {}
                 Ok(end) => panic!("{end:?}"),
                 Err(error) => panic!("{error}"),
             }
         });
-        // No test takes that long, and the checker's time stands still.
+        // No test takes this long, and time does not advance in the checker.
         let within = Duration::from_secs(1 << 20);
         let draining = engine.drain(within);
         let drained = match choose(2) {
@@ -467,13 +468,13 @@ fn i2_holds_through_a_drain() {
         let aborted = drained.unwrap().aborted;
         join(callers);
         let outcomes = check_idle(&engine).outcomes;
-        // Behind the drain, too, somebody may come in and be cancelled.
+        // After the drain, too, a request may still be queued and then be cancelled.
         assert!(aborted <= outcomes.cancelled, "{aborted} {outcomes:?}");
         engine.shutdown(Shutdown::Drain(within)).wait().unwrap();
     });
 }
 
-/// A step that fails fails its sessions; the engine goes on.
+/// A failing step fails its requests; the engine continues to work.
 #[test]
 fn i1_i2_i12_hold_when_a_step_fails() {
     explore(|| {
@@ -487,8 +488,8 @@ fn i1_i2_i12_hold_when_a_step_fails() {
     });
 }
 
-/// A lost device or a panic closes the engine: every waiter wakes with the cause, and
-/// the thread ends.
+/// A lost device or a panic closes the engine: every waiter wakes with the cause, and the
+/// thread ends.
 #[test]
 fn i1_holds_when_the_device_is_lost() {
     explore(|| {
@@ -517,7 +518,7 @@ fn i1_holds_when_the_device_is_lost() {
     });
 }
 
-/// Without this, a printed schedule would replay as another one.
+/// Schedules are deterministic; otherwise, a printed schedule would replay as a different one.
 #[test]
 fn a_schedule_decides_everything_that_happens() {
     shuttle::check_uncontrolled_nondeterminism(

@@ -1,7 +1,7 @@
-//! A GPU that is not there: the CUDA driver API on the CPU, for tests.
+//! A virtual GPU for tests: the CUDA driver API on the CPU.
 //!
-//! As a dynamic library it calls itself `libcuda.so`: load it by its path before the
-//! driver is looked for, and whoever asks for the driver finds it.
+//! As a dynamic library its name is `libcuda.so`. Load it by its path before the program looks
+//! for the driver; the program will then find it under that name.
 
 pub mod driver;
 pub mod ptx;

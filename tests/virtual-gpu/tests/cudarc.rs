@@ -1,7 +1,7 @@
-//! cudarc drives the virtual GPU: the library is loaded by its path, found as the
+//! Drives the virtual GPU through cudarc: the library is loaded by its path, found as the
 //! driver, and does what a program asks of a GPU.
 //!
-//! One process has one driver, so everything is one test after the other.
+//! A process has only one driver, so the tests run one after the other.
 
 use cudarc::driver::sys::{self, CUgraphInstantiate_flags, CUresult, CUstreamCaptureMode};
 use cudarc::driver::{CudaContext, DriverError, LaunchConfig, PushKernelArg, result};
@@ -47,7 +47,7 @@ $L__BB0_2:
 }
 "#;
 
-/// The virtual GPU of this process, used by one test at a time.
+/// The virtual GPU of this process, held exclusively by one test.
 struct Gpu {
     library: &'static Library,
     _alone: MutexGuard<'static, ()>,
@@ -63,7 +63,7 @@ fn gpu() -> Gpu {
             .parent()
             .unwrap()
             .join("libvirtual_gpu.so");
-        // SAFETY: nothing runs when the library is loaded.
+        // SAFETY: loading the library runs no code.
         unsafe { Library::new(&path) }.unwrap()
     });
     let gpu = Gpu {
@@ -76,7 +76,7 @@ fn gpu() -> Gpu {
 
 impl Gpu {
     fn call<F: Copy>(&self, name: &str) -> F {
-        // SAFETY: the callers name the types that control.rs gives the functions.
+        // SAFETY: the callers specify the types that control.rs declares for the functions.
         unsafe { *self.library.get::<F>(name.as_bytes()).unwrap() }
     }
 
@@ -119,7 +119,7 @@ fn context() -> Arc<CudaContext> {
 #[test]
 fn a_program_allocates_copies_launches_and_replays() {
     let gpu = gpu();
-    // SAFETY: asks for the library only.
+    // SAFETY: only checks whether the library is present.
     assert!(unsafe { sys::is_culib_present() });
     {
         let context = context();
@@ -135,7 +135,7 @@ fn a_program_allocates_copies_launches_and_replays() {
             block_dim: (256, 1, 1),
             shared_mem_bytes: 0,
         };
-        // SAFETY: the parameters are those of the kernel.
+        // SAFETY: the parameters match those of the kernel.
         unsafe {
             stream
                 .launch_builder(&add)
@@ -196,7 +196,7 @@ fn streams_wait_for_events_in_every_order() {
         let mut x = first.alloc_zeros::<f32>(64).unwrap();
         for step in 0..8 {
             let stream = if step % 2 == 0 { &first } else { &second };
-            // SAFETY: the parameters are those of the kernel.
+            // SAFETY: the parameters match those of the kernel.
             unsafe {
                 stream
                     .launch_builder(&add)
@@ -222,7 +222,7 @@ fn pinned_memory_is_read_when_the_copy_runs() {
     let stream = context.new_stream().unwrap();
     let mut x = stream.alloc_zeros::<u32>(4).unwrap();
     stream.synchronize().unwrap();
-    // SAFETY: filled before it is read.
+    // SAFETY: the memory is filled before it is read.
     let mut staging = unsafe { context.alloc_pinned_with_flags::<u32>(4, 0) }.unwrap();
     staging.as_mut_slice().unwrap().fill(1);
     stream.memcpy_htod(&staging, &mut x).unwrap();
@@ -258,7 +258,7 @@ fn injected_failures_and_faults_come_back_as_errors() {
 
         let module = context.load_module(Ptx::from_src(ADD)).unwrap();
         let add = module.load_function("add").unwrap();
-        // SAFETY: the kernel runs past the end of the memory, which is what is tested.
+        // SAFETY: the kernel runs past the end of the memory, which is what this tests.
         unsafe {
             stream
                 .launch_builder(&add)
@@ -295,7 +295,7 @@ fn what_a_program_forgets_is_reported() {
         let raw = event.cu_event();
         drop(event);
         context.bind_to_thread().unwrap();
-        // SAFETY: the handle is looked up, not followed.
+        // SAFETY: the handle is looked up, not dereferenced.
         let gone = unsafe { result::event::synchronize(raw) };
         assert_eq!(gone, Err(DriverError(CUresult::CUDA_ERROR_INVALID_HANDLE)));
     }
@@ -304,17 +304,17 @@ fn what_a_program_forgets_is_reported() {
     assert!(!text.contains("leaked: event"), "{text}");
 }
 
-/// What the process does that `settings_come_from_the_environment` starts.
+/// Code of the process that `settings_come_from_the_environment` starts.
 #[test]
 #[ignore = "started by another test"]
 fn child() {
-    // Without `gpu()`: the environment alone decides.
+    // Does not call `gpu()`, so that only the environment counts.
     let path = std::env::current_exe()
         .unwrap()
         .parent()
         .unwrap()
         .join("libvirtual_gpu.so");
-    // SAFETY: nothing runs when the library is loaded.
+    // SAFETY: loading the library runs no code.
     let _library = unsafe { Library::new(&path) }.unwrap();
     let context = context();
     assert_eq!(context.compute_capability().unwrap(), (8, 9));
@@ -326,7 +326,7 @@ fn child() {
         failed.err(),
         Some(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY))
     );
-    // SAFETY: the address is looked up, not followed.
+    // SAFETY: the address is looked up, not dereferenced.
     assert!(unsafe { result::free_sync(0x7000_1234_0000) }.is_err());
     std::process::exit(0);
 }
@@ -481,14 +481,14 @@ const FUNCTIONS: &str = "
 fn every_function_that_cudarc_calls_is_there() {
     let gpu = gpu();
     for name in FUNCTIONS.split_whitespace() {
-        // SAFETY: the function is looked up and not called.
+        // SAFETY: the function is looked up but not called.
         let found = unsafe { gpu.library.get::<unsafe extern "C" fn()>(name.as_bytes()) };
         assert!(found.is_ok(), "{name}");
     }
 }
 
 unsafe extern "C" fn count(data: *mut c_void) {
-    // SAFETY: the number that was passed with the function.
+    // SAFETY: `data` points to the number that was passed with the function.
     unsafe { *data.cast::<u32>() += 1 };
 }
 
@@ -509,7 +509,7 @@ fn raw_calls_agree_on_their_structures() {
         let x = stream.clone_htod(&[1.0f32; 32]).unwrap();
         let (pointer, y, n) = (x.leak(), 2.0f32, 32u32);
         let mut attribute: sys::CUlaunchAttribute = {
-            // SAFETY: all zeros are numbers of this structure: the attribute to ignore.
+            // SAFETY: all zeros are a valid value of this structure, the attribute to ignore.
             unsafe { std::mem::zeroed() }
         };
         let mut configuration = sys::CUlaunchConfig {
@@ -530,13 +530,13 @@ fn raw_calls_agree_on_their_structures() {
             (&raw const n).cast_mut().cast(),
         ];
         let image = CString::new(ADD).unwrap();
-        // SAFETY: the image is a C string, the module is unloaded below.
+        // SAFETY: the image is a C string; the module is unloaded below.
         let raw = unsafe { result::module::load_data(image.as_ptr().cast()) }.unwrap();
         // SAFETY: the module is loaded.
         let function = unsafe { result::module::get_function(raw, c"add".into()) }.unwrap();
         let mut launch = |configuration: &sys::CUlaunchConfig| {
             let none = std::ptr::null_mut();
-            // SAFETY: the parameters are those of the kernel.
+            // SAFETY: the parameters match those of the kernel.
             unsafe {
                 sys::cuLaunchKernelEx(configuration, function, parameters.as_mut_ptr(), none)
                     .result()
@@ -549,13 +549,13 @@ fn raw_calls_agree_on_their_structures() {
         configuration.attrs = &mut attribute;
         let refused = DriverError(CUresult::CUDA_ERROR_NOT_SUPPORTED);
         assert_eq!(launch(&configuration), Err(refused));
-        // SAFETY: the memory was allocated with this many numbers and is given up once.
+        // SAFETY: the memory was allocated with this many numbers and is handed over once.
         let x = unsafe { stream.upgrade_device_ptr::<f32>(pointer, 32) };
         assert_eq!(stream.clone_dtoh(&x).unwrap(), [3.0; 32]);
 
         let mut called = 0u32;
         let data = (&raw mut called).cast();
-        // SAFETY: the number lives until the stream was waited for.
+        // SAFETY: the number lives until the stream has been synchronised.
         unsafe { sys::cuLaunchHostFunc(stream.cu_stream(), Some(count), data).result() }.unwrap();
         stream.synchronize().unwrap();
         assert_eq!(called, 1);

@@ -1,8 +1,8 @@
-//! A test of the tester: the bugs that kernels usually have, put into quell's own kernels
-//! one at a time, are all found, by a report or by a wrong result.
+//! Tests that the virtual GPU finds bugs. Typical kernel bugs are put into quell's own kernels
+//! one at a time; each must be found, by a fault or by a wrong result.
 //!
-//! A bug is a change to a line of the compiled kernel. A change that finds nothing to
-//! change is a failure: the test then has to follow the kernel.
+//! A bug is a change to one line of the compiled kernel. The test fails if it no longer finds
+//! the line to change; it must then be adapted to the kernel.
 
 use virtual_gpu::ptx::{
     Argument, Fault, FaultKind, HostMemory, Launch, Module, Options, arguments, run,
@@ -16,7 +16,7 @@ fn image(family: &str) -> String {
     std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
-/// The lines of one kernel, as a range of the lines of its image.
+/// Returns the range of lines of an image that contains one kernel.
 fn kernel_lines(lines: &[String], kernel: &str) -> std::ops::Range<usize> {
     let entry = format!(".entry {kernel}(");
     let first = lines.iter().position(|line| line.contains(&entry));
@@ -26,7 +26,8 @@ fn kernel_lines(lines: &[String], kernel: &str) -> std::ops::Range<usize> {
     first..end.map_or(lines.len(), |end| first + 1 + end)
 }
 
-/// The image with the `nth` line of `kernel` that `is_meant` changed by `change`.
+/// Returns the image after applying `change` to the `nth` line of `kernel` that `is_meant`
+/// selects.
 fn with_bug(
     family: &str,
     kernel: &str,
@@ -36,8 +37,8 @@ fn with_bug(
 ) -> String {
     let mut lines: Vec<String> = image(family).lines().map(str::to_owned).collect();
     let range = kernel_lines(&lines, kernel);
-    // Positions in the source are between the instructions: a line's predecessor is the
-    // last one that is an instruction.
+    // Source positions stand between instructions: a line's predecessor is the previous
+    // instruction.
     let mut before = String::new();
     let mut found = 0;
     for index in range {
@@ -75,7 +76,8 @@ fn from_bf16(value: u16) -> f32 {
     f32::from_bits(u32::from(value) << 16)
 }
 
-/// Small whole numbers and halves: exact in bfloat16, and so are their sums in float32.
+/// Returns small multiples of one half: they are exact in bfloat16, and so are the sums of
+/// their products in float32.
 fn values(count: usize, seed: u32) -> Vec<u16> {
     let mut state = seed;
     let next = move || {
@@ -85,7 +87,7 @@ fn values(count: usize, seed: u32) -> Vec<u16> {
     std::iter::repeat_with(next).take(count).collect()
 }
 
-/// What came of a run: a report, or whether the results are right.
+/// Turns a run into a result: an error is a fault, or a wrong result.
 fn outcome(run: Result<bool, Fault>) -> Result<(), String> {
     match run {
         Ok(true) => Ok(()),
@@ -94,8 +96,8 @@ fn outcome(run: Result<bool, Fault>) -> Result<(), String> {
     }
 }
 
-/// `linear_m16`: three rows, 40 outputs, and so many inputs that the last of
-/// them lie in the first stage, which the results overwrite; in several orders of warps.
+/// Runs `linear_m16` with three rows, 40 outputs, and so many inputs that the last of them lie
+/// in the first stage, whose memory the results overwrite. Uses several orders of warps.
 fn product(image: &str) -> Result<bool, Fault> {
     let (rows, outputs, inputs) = (3usize, 40usize, 1400usize);
     let module = Module::parse(image).unwrap();
@@ -144,7 +146,7 @@ fn product(image: &str) -> Result<bool, Fault> {
     Ok(true)
 }
 
-/// `rms_norm`: two rows of 1032 columns.
+/// Runs `rms_norm` with two rows of 1032 columns.
 fn norm(image: &str) -> Result<bool, Fault> {
     let (rows, columns) = (2usize, 1032usize);
     let module = Module::parse(image).unwrap();
@@ -207,7 +209,7 @@ fn a_missing_barrier_after_waiting_for_copies_is_a_race() {
 
 #[test]
 fn a_missing_barrier_at_the_end_of_a_loop_is_a_race() {
-    // Third of four: after the loop, before its memory takes the results.
+    // The third of four barriers: after the loop, before its memory is reused for the results.
     let image = with_bug("linear", "linear_m16", 2, is_barrier, without);
     let fault = product(&image).unwrap_err();
     assert_eq!(fault.kind, FaultKind::SharedRace, "{fault}");
@@ -215,7 +217,7 @@ fn a_missing_barrier_at_the_end_of_a_loop_is_a_race() {
 
 #[test]
 fn a_missing_barrier_inside_a_block_reduction_is_found() {
-    // Before the partial sums are read.
+    // The last barrier is the one before the partial sums are read.
     let last = (0..).take_while(|&nth| {
         std::panic::catch_unwind(|| with_bug("norm", "rms_norm", nth, is_barrier, without)).is_ok()
     });
@@ -251,7 +253,7 @@ fn waiting_for_one_group_of_copies_too_few_is_found() {
 #[test]
 fn swapped_operands_of_a_matrix_instruction_give_a_wrong_result() {
     let is_mma = |_: &str, line: &str| line.starts_with("mma.sync");
-    // {d}, {a0, a1, a2, a3}, {b0, b1}, {c}: the two of b change places.
+    // {d}, {a0, a1, a2, a3}, {b0, b1}, {c}: swap the two registers of b.
     let swap = |line: &str| {
         let open = line.match_indices('{').nth(2).unwrap().0;
         let close = open + line[open..].find('}').unwrap();
@@ -265,7 +267,7 @@ fn swapped_operands_of_a_matrix_instruction_give_a_wrong_result() {
 
 #[test]
 fn a_missing_guard_of_the_rows_reads_out_of_bounds() {
-    // Which row of x a row of the tile is, NONE beyond the last.
+    // Selects the row of x for a row of the tile, or NONE past the last row.
     let is_guard = |_: &str, line: &str| line.starts_with("selp.b32") && line.contains(", -1, ");
     let unguarded = |line: &str| {
         let mut operands = line["selp.b32 ".len()..].split(',').map(str::trim);

@@ -1,13 +1,13 @@
-//! [`Simd`] on AVX2 with FMA and F16C: two registers a vector.
+//! [`Simd`] on AVX2 with FMA and F16C: two registers per vector.
 
 use super::{Kernel, Simd};
 use std::arch::x86_64::*;
 
-/// Proof that the machine has AVX2, FMA and F16C.
+/// Proof that the machine supports AVX2, FMA and F16C.
 #[derive(Clone, Copy)]
 pub(super) struct Avx2(());
 
-/// Whether [`enter`] may be called.
+/// Returns whether [`enter`] may be called.
 pub(super) fn available() -> bool {
     is_x86_feature_detected!("avx2")
         && is_x86_feature_detected!("fma")
@@ -17,7 +17,7 @@ pub(super) fn available() -> bool {
 /// Runs a kernel compiled for AVX2.
 ///
 /// # Safety
-/// [`available`] has returned true.
+/// [`available`] must have returned true.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(Avx2(()))
@@ -31,29 +31,29 @@ pub(super) struct F(__m256, __m256);
 #[derive(Clone, Copy)]
 pub(super) struct I(__m256i, __m256i);
 
-/// An intrinsic that reads and writes registers only.
+/// Calls an intrinsic that reads and writes only registers.
 macro_rules! register {
     ($call:expr) => {
-        // SAFETY: an `Avx2` exists only inside `enter`, where the features are there.
+        // SAFETY: an `Avx2` exists only inside `enter`, where the features are available.
         unsafe { $call }
     };
 }
 
-/// One intrinsic on both halves of two vectors.
+/// Calls an intrinsic on both halves of two vectors.
 macro_rules! halves {
     ($wrap:ident, $intrinsic:ident, $a:expr, $b:expr) => {
         register!($wrap($intrinsic($a.0, $b.0), $intrinsic($a.1, $b.1)))
     };
 }
 
-/// `w · x` summed over the four bytes of each lane, exactly: even and odd bytes
-/// are widened to 16 bits, because `vpmaddubsw` would saturate.
+/// Adds `w · x`, summed over the four bytes of each lane, to `acc`. The even and the odd bytes
+/// are widened to 16 bits to keep the sums exact, because `vpmaddubsw` would saturate.
 ///
 /// # Safety
-/// The machine has AVX2.
+/// The machine must support AVX2.
 #[inline(always)]
 unsafe fn dot4_half(acc: __m256i, w: __m256i, x: __m256i) -> __m256i {
-    // SAFETY: the caller vouches for AVX2.
+    // SAFETY: the caller guarantees AVX2.
     unsafe {
         let w_even = _mm256_and_si256(w, _mm256_set1_epi16(0xff));
         let w_odd = _mm256_srli_epi16::<8>(w);
@@ -80,12 +80,12 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn load(self, from: *const f32) -> F {
-        // SAFETY: the caller vouches for the pointer, `self` for the features.
+        // SAFETY: the caller guarantees the pointer, and `self` proves the features.
         unsafe { F(_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))) }
     }
     #[inline(always)]
     unsafe fn load_f16(self, from: *const u16) -> F {
-        // SAFETY: the caller vouches for the pointer, `self` for the features.
+        // SAFETY: the caller guarantees the pointer, and `self` proves the features.
         unsafe {
             F(
                 _mm256_cvtph_ps(_mm_loadu_si128(from.cast())),
@@ -95,7 +95,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn load_bf16(self, from: *const u16) -> F {
-        // SAFETY: the caller vouches for the pointer, `self` for the features.
+        // SAFETY: the caller guarantees the pointer, and `self` proves the features.
         unsafe {
             let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
             let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(8).cast()));
@@ -107,7 +107,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn load_i8(self, from: *const i8) -> F {
-        // SAFETY: the caller vouches for the pointer, `self` for the features.
+        // SAFETY: the caller guarantees the pointer, and `self` proves the features.
         unsafe {
             let bytes = _mm_loadu_si128(from.cast());
             F(
@@ -118,7 +118,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn store(self, to: *mut f32, value: F) {
-        // SAFETY: the caller vouches for the pointer, `self` for the features.
+        // SAFETY: the caller guarantees the pointer, and `self` proves the features.
         unsafe {
             _mm256_storeu_ps(to, value.0);
             _mm256_storeu_ps(to.add(8), value.1);
@@ -127,7 +127,7 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn store_f16(self, to: *mut u16, value: F) {
         let finite = self.max(self.splat(-65504.0), self.min(self.splat(65504.0), value));
-        // SAFETY: the caller vouches for the pointer, `self` for the features.
+        // SAFETY: the caller guarantees the pointer, and `self` proves the features.
         unsafe {
             let low = _mm256_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT }>(finite.0);
             let high = _mm256_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT }>(finite.1);
@@ -212,7 +212,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn load_bytes(self, from: *const u8) -> I {
-        // SAFETY: the caller vouches for the pointer, `self` for the features.
+        // SAFETY: the caller guarantees the pointer, and `self` proves the features.
         unsafe {
             I(
                 _mm256_loadu_si256(from.cast()),
@@ -223,7 +223,8 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn store_low_bytes(self, to: *mut i8, value: I) {
         let mut lanes = [0i32; 16];
-        // SAFETY: `lanes` holds 16; the caller vouches for `to`.
+        // SAFETY: `lanes` holds 16 elements, and the caller guarantees that `to` is writable.
+        // `self` proves the features.
         unsafe {
             _mm256_storeu_si256(lanes.as_mut_ptr().cast(), value.0);
             _mm256_storeu_si256(lanes.as_mut_ptr().add(8).cast(), value.1);

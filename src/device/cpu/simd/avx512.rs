@@ -1,13 +1,13 @@
-//! [`Simd`] on AVX-512 with VNNI: one register a vector.
+//! [`Simd`] on AVX-512 with VNNI: one register per vector.
 
 use super::{Kernel, Simd};
 use std::arch::x86_64::*;
 
-/// Proof that the machine has AVX-512 F, BW, DQ, VL and VNNI.
+/// Proof that the machine supports AVX-512 F, BW, DQ, VL and VNNI.
 #[derive(Clone, Copy)]
 pub(super) struct Avx512(());
 
-/// Whether [`enter`] may be called.
+/// Returns whether [`enter`] may be called.
 pub(super) fn available() -> bool {
     is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
@@ -22,16 +22,16 @@ pub(super) fn available() -> bool {
 /// Runs a kernel compiled for AVX-512.
 ///
 /// # Safety
-/// [`available`] has returned true.
+/// [`available`] must have returned true.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(super) unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(Avx512(()))
 }
 
-/// An intrinsic that reads and writes registers only.
+/// Calls an intrinsic that reads and writes only registers.
 macro_rules! register {
     ($call:expr) => {
-        // SAFETY: an `Avx512` exists only inside `enter`, where the features are there.
+        // SAFETY: an `Avx512` exists only inside `enter`, where the features are available.
         unsafe { $call }
     };
 }
@@ -51,17 +51,17 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn load(self, from: *const f32) -> __m512 {
-        // SAFETY: the caller vouches for the pointer, `self` for the features.
+        // SAFETY: the caller guarantees the pointer, and `self` proves the features.
         unsafe { _mm512_loadu_ps(from) }
     }
     #[inline(always)]
     unsafe fn load_f16(self, from: *const u16) -> __m512 {
-        // SAFETY: the caller vouches for the pointer, `self` for the features.
+        // SAFETY: the caller guarantees the pointer, and `self` proves the features.
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
     }
     #[inline(always)]
     unsafe fn load_bf16(self, from: *const u16) -> __m512 {
-        // SAFETY: the caller vouches for the pointer, `self` for the features.
+        // SAFETY: the caller guarantees the pointer, and `self` proves the features.
         unsafe {
             let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
@@ -69,18 +69,18 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn load_i8(self, from: *const i8) -> __m512 {
-        // SAFETY: the caller vouches for the pointer, `self` for the features.
+        // SAFETY: the caller guarantees the pointer, and `self` proves the features.
         unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) }
     }
     #[inline(always)]
     unsafe fn store(self, to: *mut f32, value: __m512) {
-        // SAFETY: the caller vouches for the pointer, `self` for the features.
+        // SAFETY: the caller guarantees the pointer, and `self` proves the features.
         unsafe { _mm512_storeu_ps(to, value) }
     }
     #[inline(always)]
     unsafe fn store_f16(self, to: *mut u16, value: __m512) {
         let finite = self.max(self.splat(-65504.0), self.min(self.splat(65504.0), value));
-        // SAFETY: the caller vouches for the pointer, `self` for the features.
+        // SAFETY: the caller guarantees the pointer, and `self` proves the features.
         unsafe {
             let half = _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT }>(finite);
             _mm256_storeu_si256(to.cast(), half);
@@ -156,12 +156,12 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn load_bytes(self, from: *const u8) -> __m512i {
-        // SAFETY: the caller vouches for the pointer, `self` for the features.
+        // SAFETY: the caller guarantees the pointer, and `self` proves the features.
         unsafe { _mm512_loadu_si512(from.cast()) }
     }
     #[inline(always)]
     unsafe fn store_low_bytes(self, to: *mut i8, value: __m512i) {
-        // SAFETY: the caller vouches for the pointer, `self` for the features.
+        // SAFETY: the caller guarantees the pointer, and `self` proves the features.
         unsafe { _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(value)) }
     }
     #[inline(always)]
@@ -202,13 +202,13 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn load_part(self, from: *const f32, count: usize) -> __m512 {
         let mask = ((1u32 << count) - 1) as u16;
-        // SAFETY: masked-out lanes are not read; the caller vouches for the others.
+        // SAFETY: masked-out lanes are not read, and the caller guarantees the others.
         unsafe { _mm512_maskz_loadu_ps(mask, from) }
     }
     #[inline(always)]
     unsafe fn store_part(self, to: *mut f32, value: __m512, count: usize) {
         let mask = ((1u32 << count) - 1) as u16;
-        // SAFETY: masked-out lanes are not written; the caller vouches for the others.
+        // SAFETY: masked-out lanes are not written, and the caller guarantees the others.
         unsafe { _mm512_mask_storeu_ps(to, mask, value) }
     }
 }

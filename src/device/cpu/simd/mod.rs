@@ -1,16 +1,16 @@
-//! Sixteen-lane vectors: what the kernels are written in, whatever the machine.
+//! Sixteen-lane vectors, in which the kernels are written for every instruction set.
 //!
-//! A kernel is a [`Kernel`]: a struct of operands with one function generic over
-//! [`Simd`]. [`Isa::dispatch`] runs it inside a function compiled for the chosen
-//! instruction set, so every `#[inline(always)]` operation becomes one
-//! instruction (two on AVX2) there.
+//! A kernel is a [`Kernel`]: a struct of operands with one function that is generic over
+//! [`Simd`]. [`Isa::dispatch`] runs it inside a function compiled for the chosen instruction
+//! set, so that every `#[inline(always)]` operation becomes one instruction there (two on
+//! AVX2).
 //!
-//! Kernels keep vector operations out of closures: a closure is compiled for the
-//! machine at large, and every operation in it may become a call.
+//! Kernels must not use vector operations inside closures. A closure is compiled for the
+//! baseline instruction set, and every operation in it may become a call.
 //!
-//! AVX-512 and AVX2 give the same bits: every operation is lane by lane, `fma`
-//! is fused in both, and reductions use one tree order. The portable form may
-//! differ in the last bit, because it does not fuse where the target has no FMA.
+//! AVX-512 and AVX2 give the same results bit for bit: every operation works lane by lane,
+//! `fma` is fused in both, and reductions use the same tree order. The portable form may differ
+//! in the last bit, because it does not fuse on targets without FMA.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -21,10 +21,10 @@ mod portable;
 use super::options::SimdLevel;
 use crate::device::DeviceError;
 
-/// Repeats a block for each `m` below `count`, at most 8 times, with `m` a constant.
+/// Repeats a block for each `m` below `count`, at most 8 times, with `m` as a constant.
 ///
-/// Accumulators in an array live in registers only if every index is a constant;
-/// the optimiser unrolls a loop too late for that.
+/// Accumulators in an array stay in registers only if every index is a constant. The optimiser
+/// unrolls loops too late for that.
 macro_rules! unroll {
     ($m:ident < $count:expr => $body:block) => {
         $crate::device::cpu::simd::unroll!(@ $m, $count, $body, 0 1 2 3 4 5 6 7);
@@ -39,153 +39,153 @@ macro_rules! unroll {
 }
 pub(crate) use unroll;
 
-/// Lanes of a vector, rows of a weight tile, tokens of a key tile.
+/// Number of lanes of a vector, rows of a weight tile, and tokens of a key tile.
 pub(crate) const LANES: usize = 16;
 
-/// An instruction set. A value of an implementing type is the proof that the
-/// machine has it.
+/// An instruction set. A value of an implementing type proves that the machine supports it.
 ///
-/// `F` is sixteen `f32`, `I` sixteen `i32` (or 64 bytes).
+/// `F` is sixteen `f32`; `I` is sixteen `i32`, or 64 bytes.
 pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Sixteen `f32`.
     type F: Copy;
     /// Sixteen `i32`.
     type I: Copy;
-    /// Activation rows that share one expanded weight tile: as many as the
-    /// registers hold accumulators for. 8, 4, 2 or 1.
+    /// Maximum number of activation rows that share one expanded weight tile, as the registers
+    /// have room for their accumulators: 8, 4, 2 or 1.
     const ROWS: usize;
 
-    /// Asks for the cache line at `address`, which need not be readable.
+    /// Prefetches the cache line at `address`, which need not be readable.
     #[inline(always)]
     fn prefetch(self, _address: *const u8) {}
 
-    /// All lanes `value`.
+    /// Returns a vector with `value` in all lanes.
     fn splat(self, value: f32) -> Self::F;
-    /// Sixteen consecutive numbers.
+    /// Loads sixteen consecutive numbers.
     ///
     /// # Safety
-    /// `from` is readable for 16 elements.
+    /// `from` must be readable for 16 elements.
     unsafe fn load(self, from: *const f32) -> Self::F;
-    /// Sixteen consecutive float16 numbers.
+    /// Loads sixteen consecutive float16 numbers.
     ///
     /// # Safety
-    /// `from` is readable for 16 elements.
+    /// `from` must be readable for 16 elements.
     unsafe fn load_f16(self, from: *const u16) -> Self::F;
-    /// Sixteen consecutive bfloat16 numbers.
+    /// Loads sixteen consecutive bfloat16 numbers.
     ///
     /// # Safety
-    /// `from` is readable for 16 elements.
+    /// `from` must be readable for 16 elements.
     unsafe fn load_bf16(self, from: *const u16) -> Self::F;
-    /// Sixteen consecutive signed bytes, as numbers.
+    /// Loads sixteen consecutive signed bytes and converts them to `f32`.
     ///
     /// # Safety
-    /// `from` is readable for 16 elements.
+    /// `from` must be readable for 16 elements.
     unsafe fn load_i8(self, from: *const i8) -> Self::F;
-    /// Writes sixteen numbers.
+    /// Stores sixteen numbers.
     ///
     /// # Safety
-    /// `to` is writable for 16 elements.
+    /// `to` must be writable for 16 elements.
     unsafe fn store(self, to: *mut f32, value: Self::F);
-    /// Writes sixteen numbers as float16, the nearest finite one; NaN stays NaN.
+    /// Stores sixteen numbers as float16, each rounded to the nearest finite value. NaN stays
+    /// NaN.
     ///
     /// # Safety
-    /// `to` is writable for 16 elements.
+    /// `to` must be writable for 16 elements.
     unsafe fn store_f16(self, to: *mut u16, value: Self::F);
 
-    /// `a + b`.
+    /// Returns `a + b`.
     fn add(self, a: Self::F, b: Self::F) -> Self::F;
-    /// `a − b`.
+    /// Returns `a − b`.
     fn sub(self, a: Self::F, b: Self::F) -> Self::F;
-    /// `a · b`.
+    /// Returns `a · b`.
     fn mul(self, a: Self::F, b: Self::F) -> Self::F;
-    /// `a / b`.
+    /// Returns `a / b`.
     fn div(self, a: Self::F, b: Self::F) -> Self::F;
-    /// `a · b + c`.
+    /// Returns `a · b + c`.
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
-    /// `a > b ? a : b`, so `b` where either is NaN.
+    /// Returns `a > b ? a : b`, which is `b` if either is NaN.
     fn max(self, a: Self::F, b: Self::F) -> Self::F;
-    /// `a < b ? a : b`, so `b` where either is NaN.
+    /// Returns `a < b ? a : b`, which is `b` if either is NaN.
     fn min(self, a: Self::F, b: Self::F) -> Self::F;
-    /// `|a|`.
+    /// Returns `|a|`.
     fn abs(self, a: Self::F) -> Self::F;
-    /// To the nearest integer, ties to even.
+    /// Rounds to the nearest integer, ties to even.
     fn round(self, a: Self::F) -> Self::F;
-    /// `a < b ? yes : no`; `no` where either is NaN.
+    /// Returns `a < b ? yes : no`, which is `no` if either is NaN.
     fn select_lt(self, a: Self::F, b: Self::F, yes: Self::F, no: Self::F) -> Self::F;
-    /// The sum of the lanes: halves are added to each other until one lane is left.
+    /// Returns the sum of the lanes. The two halves are added until one lane is left.
     fn reduce_add(self, a: Self::F) -> f32;
-    /// The largest lane, in the same tree order.
+    /// Returns the largest lane, in the same tree order.
     fn reduce_max(self, a: Self::F) -> f32;
 
-    /// All lanes `value`.
+    /// Returns a vector with `value` in all lanes.
     fn splat_i(self, value: i32) -> Self::I;
-    /// 64 consecutive bytes.
+    /// Loads 64 consecutive bytes.
     ///
     /// # Safety
-    /// `from` is readable for 64 bytes.
+    /// `from` must be readable for 64 bytes.
     unsafe fn load_bytes(self, from: *const u8) -> Self::I;
-    /// Writes the lanes' low bytes.
+    /// Stores the low byte of each lane.
     ///
     /// # Safety
-    /// `to` is writable for 16 bytes.
+    /// `to` must be writable for 16 bytes.
     unsafe fn store_low_bytes(self, to: *mut i8, value: Self::I);
-    /// Lane-wise sum.
+    /// Returns `a + b`, lane by lane.
     fn add_i(self, a: Self::I, b: Self::I) -> Self::I;
-    /// Bitwise and.
+    /// Returns the bitwise and.
     fn and_i(self, a: Self::I, b: Self::I) -> Self::I;
-    /// Logical shift right of every 32-bit lane.
+    /// Shifts every 32-bit lane right, filling with zeros.
     fn shift_right<const BITS: u32>(self, a: Self::I) -> Self::I;
-    /// Per lane: `acc` + the four products of an unsigned byte of `w` with a
-    /// signed byte of `x`.
+    /// Returns, per lane, `acc` plus the four products of an unsigned byte of `w` and a signed
+    /// byte of `x`.
     fn dot4(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
-    /// The sum of the lanes.
+    /// Returns the sum of the lanes.
     fn reduce_add_i(self, a: Self::I) -> i32;
-    /// Numbers to the nearest integers, ties to even.
+    /// Converts floats to the nearest integers, ties to even.
     fn to_int(self, a: Self::F) -> Self::I;
-    /// Integers to numbers.
+    /// Converts integers to floats.
     fn to_float(self, a: Self::I) -> Self::F;
-    /// `2^n` for integers `n` from −126 to 127.
+    /// Returns `2^n` for integers `n` from −126 to 127.
     fn power_of_two(self, n: Self::I) -> Self::F;
 
-    /// The first `count` of sixteen numbers, the rest 0.
+    /// Loads the first `count` of sixteen numbers and sets the others to 0.
     ///
     /// # Safety
-    /// `from` is readable for `count` elements; `count` is at most 16.
+    /// `from` must be readable for `count` elements, and `count` must be at most 16.
     #[inline(always)]
     unsafe fn load_part(self, from: *const f32, count: usize) -> Self::F {
         let mut lanes = [0.0f32; LANES];
-        // SAFETY: the caller vouches for `from`; `lanes` holds 16.
+        // SAFETY: the caller guarantees that `from` is readable, and `lanes` holds 16 elements.
         unsafe {
             std::ptr::copy_nonoverlapping(from, lanes.as_mut_ptr(), count);
             self.load(lanes.as_ptr())
         }
     }
-    /// Writes the first `count` of sixteen numbers.
+    /// Stores the first `count` of sixteen numbers.
     ///
     /// # Safety
-    /// `to` is writable for `count` elements; `count` is at most 16.
+    /// `to` must be writable for `count` elements, and `count` must be at most 16.
     #[inline(always)]
     unsafe fn store_part(self, to: *mut f32, value: Self::F, count: usize) {
         let mut lanes = [0.0f32; LANES];
-        // SAFETY: `lanes` holds 16; the caller vouches for `to`.
+        // SAFETY: `lanes` holds 16 elements, and the caller guarantees that `to` is writable.
         unsafe {
             self.store(lanes.as_mut_ptr(), value);
             std::ptr::copy_nonoverlapping(lanes.as_ptr(), to, count);
         }
     }
 
-    /// `e^x`, within 2 units in the last place; exactly 1 at 0, exactly 0 below
-    /// −87.3 (the online softmax counts on both).
+    /// Returns `e^x`, accurate to 2 units in the last place. The result is exactly 1 at 0 and
+    /// exactly 0 below −87.3; the online softmax relies on both.
     #[inline(always)]
     fn exp(self, x: Self::F) -> Self::F {
         let lowest = self.splat(-87.3);
-        // The operand order lets NaN through.
+        // The operand order propagates NaN.
         let clamped = self.min(self.splat(88.0), self.max(lowest, x));
         let n = self.round(self.mul(clamped, self.splat(std::f32::consts::LOG2_E)));
-        // ln 2 in two parts, so that n · ln 2 is subtracted without rounding.
+        // ln 2 is split in two, so that `n` times the first part is exact.
         let r = self.fma(n, self.splat(-0.693_359_4), clamped);
         let r = self.fma(n, self.splat(2.121_944_4e-4), r);
-        // Cephes' expf polynomial.
+        // The polynomial of expf in Cephes.
         let mut p = self.splat(1.987_569_1e-4);
         for coefficient in [
             1.398_199_9e-3,
@@ -201,7 +201,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         self.select_lt(x, lowest, self.splat(0.0), y)
     }
 
-    /// `tanh x`, within 2e-7; exactly 0 at 0.
+    /// Returns `tanh x` with an error of at most 2e-7; exactly 0 at 0.
     #[inline(always)]
     fn tanh(self, x: Self::F) -> Self::F {
         let one = self.splat(1.0);
@@ -212,9 +212,9 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
 
 /// A computation written once for every instruction set.
 pub(crate) trait Kernel {
-    /// What it gives.
+    /// Result type.
     type Output;
-    /// Computes it. Implementations are `#[inline(always)]`.
+    /// Runs the computation. Implementations must be `#[inline(always)]`.
     fn run<S: Simd>(self, simd: S) -> Self::Output;
 }
 
@@ -227,12 +227,13 @@ enum Kind {
     Portable,
 }
 
-/// An instruction set that this machine is known to have.
+/// An instruction set that this machine is known to support.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Isa(Kind);
 
 impl Isa {
-    /// The instruction set for `level`, or `Unsupported` where the machine lacks it.
+    /// Returns the instruction set for `level`, or [`DeviceError::Unsupported`] if the machine
+    /// lacks it.
     pub(crate) fn choose(level: SimdLevel) -> Result<Self, DeviceError> {
         let missing = |what: &str| DeviceError::Unsupported {
             device: "cpu",
@@ -256,7 +257,7 @@ impl Isa {
         }
     }
 
-    /// Its name, for the start-up log.
+    /// Returns its name, for the start-up log.
     pub(crate) fn name(self) -> &'static str {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
@@ -271,7 +272,7 @@ impl Isa {
     #[inline]
     pub(crate) fn dispatch<K: Kernel>(self, kernel: K) -> K::Output {
         match self.0 {
-            // SAFETY: an `Isa` of this kind is made only where `available` said so.
+            // SAFETY: an `Isa` of this kind is created only if `available` returned true.
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512 => unsafe { avx512::enter(kernel) },
             // SAFETY: as above.

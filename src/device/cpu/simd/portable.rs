@@ -1,14 +1,14 @@
-//! [`Simd`] in plain Rust: arrays that the compiler vectorises as it can.
+//! [`Simd`] in plain Rust, as arrays that the compiler vectorises as well as it can.
 
 use super::{LANES, Simd};
 use half::{bf16, f16};
 
-/// Needs nothing of the machine.
+/// The portable instruction set, which every machine supports.
 #[derive(Clone, Copy)]
 pub(super) struct Portable;
 
-/// `a · b + c`, fused where that is one instruction: elsewhere a fused result
-/// would take a library call a lane.
+/// Returns `a · b + c`, fused if the target has an instruction for it. Elsewhere, fusing would
+/// take a library call per lane.
 #[inline(always)]
 fn multiply_add(a: f32, b: f32, c: f32) -> f32 {
     if cfg!(any(target_feature = "fma", target_arch = "aarch64")) {
@@ -28,7 +28,7 @@ fn pairs<T: Copy>(a: [T; LANES], b: [T; LANES], f: impl Fn(T, T) -> T) -> [T; LA
     std::array::from_fn(|i| f(a[i], b[i]))
 }
 
-/// Halves combined with each other until one lane is left.
+/// Combines the two halves with each other until one lane is left.
 #[inline(always)]
 fn tree<T: Copy>(mut a: [T; LANES], f: impl Fn(T, T) -> T) -> T {
     for width in [8, 4, 2, 1] {
@@ -50,24 +50,24 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn load(self, from: *const f32) -> Self::F {
-        // SAFETY: the caller vouches for the pointer.
+        // SAFETY: the caller guarantees the pointer.
         unsafe { from.cast::<[f32; LANES]>().read_unaligned() }
     }
     #[inline(always)]
     unsafe fn load_f16(self, from: *const u16) -> Self::F {
-        // SAFETY: the caller vouches for the pointer.
+        // SAFETY: the caller guarantees the pointer.
         let bits = unsafe { from.cast::<[u16; LANES]>().read_unaligned() };
         lanes(bits, |b| f16::from_bits(b).to_f32())
     }
     #[inline(always)]
     unsafe fn load_bf16(self, from: *const u16) -> Self::F {
-        // SAFETY: the caller vouches for the pointer.
+        // SAFETY: the caller guarantees the pointer.
         let bits = unsafe { from.cast::<[u16; LANES]>().read_unaligned() };
         lanes(bits, |b| bf16::from_bits(b).to_f32())
     }
     #[inline(always)]
     unsafe fn load_i8(self, from: *const i8) -> Self::F {
-        // SAFETY: the caller vouches for the pointer.
+        // SAFETY: the caller guarantees the pointer.
         lanes(
             unsafe { from.cast::<[i8; LANES]>().read_unaligned() },
             f32::from,
@@ -75,14 +75,14 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn store(self, to: *mut f32, value: Self::F) {
-        // SAFETY: the caller vouches for the pointer.
+        // SAFETY: the caller guarantees the pointer.
         unsafe { to.cast::<[f32; LANES]>().write_unaligned(value) }
     }
     #[inline(always)]
     unsafe fn store_f16(self, to: *mut u16, value: Self::F) {
         let finite = self.max(self.splat(-65504.0), self.min(self.splat(65504.0), value));
         let bits = lanes(finite, |v| f16::from_f32(v).to_bits());
-        // SAFETY: the caller vouches for the pointer.
+        // SAFETY: the caller guarantees the pointer.
         unsafe { to.cast::<[u16; LANES]>().write_unaligned(bits) }
     }
 
@@ -141,13 +141,13 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn load_bytes(self, from: *const u8) -> Self::I {
-        // SAFETY: the caller vouches for the pointer.
+        // SAFETY: the caller guarantees the pointer.
         let bytes = unsafe { from.cast::<[[u8; 4]; LANES]>().read_unaligned() };
         lanes(bytes, i32::from_le_bytes)
     }
     #[inline(always)]
     unsafe fn store_low_bytes(self, to: *mut i8, value: Self::I) {
-        // SAFETY: the caller vouches for the pointer.
+        // SAFETY: the caller guarantees the pointer.
         unsafe {
             to.cast::<[i8; LANES]>()
                 .write_unaligned(lanes(value, |v| v as i8))

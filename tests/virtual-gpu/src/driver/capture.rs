@@ -1,5 +1,5 @@
-//! Stream capture: work goes into a graph instead of the queue. Forked streams join a
-//! capture by waiting for an event recorded in it.
+//! Stream capture: work is recorded into a graph instead of being queued. A forked stream joins
+//! a capture by waiting for an event that was recorded in it.
 
 use super::codes::{self, Code};
 use super::objects::Recorded;
@@ -8,19 +8,19 @@ use super::{Driver, Failure};
 use std::collections::{BTreeMap, BTreeSet};
 use std::thread::{self, ThreadId};
 
-/// `CUstreamCaptureMode`: which calls a capture forbids to whom.
+/// `CUstreamCaptureMode`: which calls a capture forbids, and to which threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// Calls that may wait or allocate are forbidden to all threads.
+    /// Forbids all threads to make calls that may wait or allocate.
     Global,
-    /// They are forbidden to the capturing thread.
+    /// Forbids the capturing thread to make such calls.
     ThreadLocal,
-    /// They are allowed.
+    /// Forbids nothing.
     Relaxed,
 }
 
 impl Mode {
-    /// From the number in the C API.
+    /// Converts from the number used in the C API.
     pub fn from_raw(raw: i32) -> Option<Self> {
         Some(match raw {
             0 => Mode::Global,
@@ -34,23 +34,23 @@ impl Mode {
 /// One node of a graph.
 #[derive(Clone)]
 pub struct GraphNode {
-    /// What it does.
+    /// The node's operation.
     pub op: Op,
-    /// Indices of the nodes before it.
+    /// Indices of the nodes that must run before it.
     pub depends: Vec<usize>,
 }
 
-/// A capture that has begun and not ended.
+/// A capture that has begun and not yet ended.
 pub struct Capture {
-    /// Context of its streams.
+    /// Context of the streams that take part.
     pub context: u64,
-    /// The stream that it began in, and must end in.
+    /// The stream in which the capture began, and in which it must end.
     pub origin: u64,
     mode: Mode,
     thread: ThreadId,
-    /// Whether an illegal call has spoiled it.
+    /// Whether an illegal call has invalidated the capture.
     pub spoiled: bool,
-    /// The graph so far.
+    /// Nodes recorded so far.
     pub nodes: Vec<GraphNode>,
     /// For each stream that takes part, the nodes that its next node depends on.
     pub heads: BTreeMap<u64, Vec<usize>>,
@@ -60,7 +60,7 @@ thread_local! {
     static THREAD_MODE: std::cell::Cell<i32> = const { std::cell::Cell::new(0) };
 }
 
-/// Swaps the mode in which this thread meets captures (`cuThreadExchangeStreamCaptureMode`).
+/// Swaps this thread's capture mode (`cuThreadExchangeStreamCaptureMode`).
 pub fn exchange_thread_mode(mode: i32) -> i32 {
     THREAD_MODE.with(|cell| cell.replace(mode))
 }
@@ -103,7 +103,7 @@ impl Driver {
         Ok(())
     }
 
-    /// Ends the capture that began in this stream. Gives its nodes.
+    /// Ends the capture that began in this stream. Returns its context and nodes.
     pub fn end_capture(&mut self, stream: u64) -> Result<(u64, Vec<GraphNode>), Failure> {
         let Some(id) = self.stream(stream)?.capture else {
             return self.refuse(codes::ILLEGAL_STATE, "the stream is not being captured");
@@ -147,7 +147,8 @@ impl Driver {
         Ok((capture.context, capture.nodes))
     }
 
-    /// Adds work to the capture that the stream takes part in, if it does.
+    /// Records work in the capture that the stream takes part in. Returns `false` if there is
+    /// none.
     pub fn capture(&mut self, stream: u64, op: &Op) -> Result<bool, Failure> {
         let Some(id) = self.stream(stream)?.capture else {
             return Ok(false);
@@ -164,7 +165,8 @@ impl Driver {
         Ok(true)
     }
 
-    /// Records an event in a capture, if the stream takes part in one.
+    /// Records an event in the capture that the stream takes part in. Returns `false` if there
+    /// is none.
     pub fn capture_record(&mut self, stream: u64, event: u64) -> Result<bool, Failure> {
         let Some(id) = self.stream(stream)?.capture else {
             return Ok(false);
@@ -181,8 +183,8 @@ impl Driver {
         Ok(true)
     }
 
-    /// Lets a stream wait for an event, where a capture has to do with one of them.
-    /// False if none has.
+    /// Makes a stream wait for an event, if either of them belongs to a capture. Returns
+    /// `false` if neither does.
     pub fn capture_wait(&mut self, stream: u64, event: u64) -> Result<bool, Failure> {
         let mine = self.stream(stream)?.capture;
         let recorded = self.event(event)?.recorded.clone();
@@ -237,8 +239,8 @@ impl Driver {
         }
     }
 
-    /// Fails if a capture forbids this thread a call that may wait or allocate. Such a
-    /// call spoils the capture.
+    /// Fails if a capture forbids this thread to make a call that may wait or allocate. The
+    /// attempt invalidates the capture.
     pub fn forbidden_while_capturing(&mut self) -> Result<(), Failure> {
         let thread_mode =
             Mode::from_raw(THREAD_MODE.with(std::cell::Cell::get)).unwrap_or(Mode::Global);
@@ -266,8 +268,8 @@ impl Driver {
         self.spoil(*first, codes::STREAM_CAPTURE_UNSUPPORTED, text)
     }
 
-    /// Fails if the stream is being captured: it cannot be waited for. That spoils the
-    /// capture.
+    /// Fails if the stream is being captured, since it cannot be waited for then. The attempt
+    /// invalidates the capture.
     pub fn forbidden_on_captured(&mut self, stream: u64) -> Result<(), Failure> {
         match self.stream(stream)?.capture {
             Some(id) => {
@@ -295,8 +297,8 @@ impl Driver {
         }
     }
 
-    /// Fails if the event was last recorded in a capture: it cannot be asked or waited
-    /// for by the host.
+    /// Fails if the event was last recorded in a capture, since the host cannot query it or
+    /// wait for it then.
     pub fn forbidden_on_captured_event(&mut self, event: u64) -> Result<(), Failure> {
         match self.event(event)?.recorded {
             Recorded::Captured { capture, .. } => self.spoil(
@@ -308,8 +310,8 @@ impl Driver {
         }
     }
 
-    /// A stream that takes part in a capture is gone: that spoils the capture, or ends
-    /// it if it began there.
+    /// Handles the destruction of a stream that takes part in a capture: this invalidates the
+    /// capture, or removes it if it began in that stream.
     pub fn lose_captured_stream<T>(&mut self, id: u64, stream: u64) -> Result<T, Failure> {
         if self
             .captures
@@ -323,7 +325,7 @@ impl Driver {
         self.spoil(id, codes::STREAM_CAPTURE_UNSUPPORTED, text)
     }
 
-    /// Forgets the captures of a context.
+    /// Drops all captures of a context.
     pub fn drop_captures(&mut self, context: u64) {
         for stream in self.streams.values_mut() {
             if stream.context == context {
@@ -342,7 +344,7 @@ impl Driver {
         }
     }
 
-    /// Whether an illegal call has spoiled the capture.
+    /// Returns whether an illegal call has invalidated the capture.
     pub fn capture_is_spoiled(&self, id: u64) -> bool {
         self.captures.get(&id).is_none_or(|capture| capture.spoiled)
     }
@@ -354,7 +356,7 @@ impl Driver {
         }
     }
 
-    /// Spoils a capture and refuses the call.
+    /// Invalidates a capture and refuses the call.
     pub fn spoil<T>(&mut self, id: u64, code: Code, text: &str) -> Result<T, Failure> {
         if let Some(capture) = self.captures.get_mut(&id) {
             capture.spoiled = true;
@@ -363,7 +365,7 @@ impl Driver {
     }
 }
 
-/// A node that the capture's first stream does not lead to.
+/// Returns a node that is not joined into the capture's first stream, if there is one.
 fn unjoined(capture: &Capture, origin: u64) -> Option<usize> {
     let mut joined = BTreeSet::new();
     let mut open = capture.heads.get(&origin).cloned().unwrap_or_default();

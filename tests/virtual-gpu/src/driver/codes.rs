@@ -2,7 +2,7 @@
 
 use std::ffi::CStr;
 
-/// What a driver function returns; 0 is success.
+/// The return value of a driver function; 0 is success.
 pub type Code = i32;
 
 fn c_string(text: &'static str) -> Option<&'static CStr> {
@@ -14,7 +14,7 @@ macro_rules! codes {
         $(#[doc = $text]
         pub const $name: Code = $code;)*
 
-        /// The code's name, as `cuGetErrorName` gives it.
+        /// Returns the code's name, as `cuGetErrorName` does.
         pub fn name(code: Code) -> Option<&'static CStr> {
             match code {
                 $($code => c_string(concat!($full, "\0")),)*
@@ -22,7 +22,7 @@ macro_rules! codes {
             }
         }
 
-        /// What the code means, as `cuGetErrorString` gives it.
+        /// Returns the code's description, as `cuGetErrorString` does.
         pub fn description(code: Code) -> Option<&'static CStr> {
             match code {
                 $($code => c_string(concat!($text, "\0")),)*
@@ -30,7 +30,7 @@ macro_rules! codes {
             }
         }
 
-        /// The code with this name (`CUDA_ERROR_...`, or without that prefix).
+        /// Returns the code with this name (`CUDA_ERROR_...`, or without that prefix).
         pub fn by_name(name: &str) -> Option<Code> {
             let short = name.strip_prefix("CUDA_ERROR_").or_else(|| name.strip_prefix("CUDA_")).unwrap_or(name);
             match short {
@@ -150,7 +150,7 @@ codes! {
     UNKNOWN = 999, "CUDA_ERROR_UNKNOWN", "unknown error";
 }
 
-/// Whether this error stays with the context: a real device cannot go on after it.
+/// Returns whether this error is sticky: every later call in the context fails with it.
 pub fn is_sticky(code: Code) -> bool {
     matches!(
         code,
@@ -168,7 +168,7 @@ pub fn is_sticky(code: Code) -> bool {
     )
 }
 
-/// The code as text: `CUDA_ERROR_OUT_OF_MEMORY (2)`.
+/// Formats the code as text: `CUDA_ERROR_OUT_OF_MEMORY (2)`.
 pub fn display(code: Code) -> String {
     match name(code) {
         Some(name) => format!("{} ({code})", name.to_string_lossy()),

@@ -1,43 +1,46 @@
-//! What tests steer and ask: functions that no real driver has, to be found with
-//! `dlsym`. Texts go into a buffer of the caller: a function that gives a text returns
-//! its length in bytes and copies as much as fits, with a closing 0.
+//! Functions for tests to control and inspect the virtual GPU. No real driver has them; tests
+//! find them with `dlsym`. Texts are written to a buffer of the caller: such a function returns
+//! the length of the text in bytes, and copies as much as fits, followed by a 0.
 //!
-//! | function | what it does |
-//! |---|---|
-//! | `vgpu_reset()` | books, injected failures and settings as at the start; what is allocated stays |
-//! | `vgpu_set(key, value)` | changes a setting; 0 if it did, else the reason is printed |
-//! | `vgpu_fail(function, nth, code, times)` | lets the `nth` call from now on (from 1) of a driver function fail with `code`, `times` times in a row |
-//! | `vgpu_waiting_failures()` | failures asked for that have not all happened |
-//! | `vgpu_violation_count()` | violations since the reset |
-//! | `vgpu_violation(index, buffer, len)` | the text of one (of the first 1000) |
-//! | `vgpu_violations(buffer, len)` | the texts of all, a line each |
-//! | `vgpu_calls(buffer, len)` | each driver function called since the reset with its count, a line each |
-//! | `vgpu_call_count(function)` | calls of one driver function |
-//! | `vgpu_kernels(buffer, len)` | each kernel that ran: name, launches, warp instructions, a line each |
-//! | `vgpu_statistic(name)` | one number, `u64::MAX` if there is none of that name |
-//! | `vgpu_leaks(buffer, len)` | what is alive now, in all contexts, a line each; gives the count of lines |
-//! | `vgpu_pending()` | queued work that has not run |
-//! | `vgpu_label(address, name)` | a name for an allocation, for reports |
+//! - `vgpu_reset()`: resets statistics, injected failures and settings to their initial state;
+//!   allocations stay.
+//! - `vgpu_set(key, value)`: changes a setting. Returns 0, or prints the reason for a failure.
+//! - `vgpu_fail(function, nth, code, times)`: makes the `nth` call of a driver function from
+//!   now on (counted from 1), and the `times - 1` calls after it, fail with `code`.
+//! - `vgpu_waiting_failures()`: requested failures that have not all happened yet.
+//! - `vgpu_violation_count()`: number of violations since the reset.
+//! - `vgpu_violation(index, buffer, len)`: text of one violation (of the first 1000).
+//! - `vgpu_violations(buffer, len)`: texts of these violations, one per line.
+//! - `vgpu_calls(buffer, len)`: driver functions called since the reset with their counts, one
+//!   per line.
+//! - `vgpu_call_count(function)`: number of calls of one driver function.
+//! - `vgpu_kernels(buffer, len)`: kernels that ran, with their launches and warp instructions,
+//!   one per line.
+//! - `vgpu_statistic(name)`: one statistic, or `u64::MAX` if the name is unknown.
+//! - `vgpu_leaks(buffer, len)`: objects that are alive now in any context, one per line.
+//!   Returns the number of lines.
+//! - `vgpu_pending()`: number of queued operations that have not run.
+//! - `vgpu_label(address, name)`: names an allocation in reports.
 //!
-//! Function names are understood with and without their `_v2`. A failure of a function
-//! that lets go of something (free, destroy, unload, release) is returned after the
-//! function has done its work: so does a real driver, where such an error comes from
-//! earlier work. A failure with a code that breaks a context (700, 719, ...) breaks the
-//! current one.
+//! Function names are accepted with and without their `_v2`. If a failure is injected into a
+//! function that releases something (free, destroy, unload, release), the function does its
+//! work first and then returns the error. Real drivers behave the same, since such an error
+//! comes from earlier work. A failure with a code that breaks a context (700, 719, ...) breaks
+//! the current one.
 //!
 //! Settings, see [`Settings`](super::settings::Settings): `name`, `compute_capability`,
 //! `memory`, `driver`, `devices`, `multiprocessors`, `shared_memory`, `memory_pools`,
-//! `schedule`, `threads`, `check_races`, `check_initialised`, `check_copies`,
-//! `backtrace`. Statistics: `launches`, `warp_instructions`, `synchronisations` (calls
-//! that made the host wait), `graph_launches`, `queued`, `executed`, `injected`,
-//! `undefined_bytes` (copied to the host), `peak_memory`, `violations`.
+//! `schedule`, `threads`, `check_races`, `check_initialised`, `check_copies`, `backtrace`.
+//! Statistics: `launches`, `warp_instructions`, `synchronisations` (calls that made the host
+//! wait), `graph_launches`, `queued`, `executed`, `injected`, `undefined_bytes` (copied to the
+//! host), `peak_memory`, `violations`.
 //!
-//! In the environment of a process: `VGPU_` and a setting's key in capitals
-//! (`VGPU_SCHEDULE=shuffle:7`); `VGPU_FAIL=FUNCTION:NTH:CODE[:TIMES]`, several with
-//! commas between; `VGPU_REPORT=FILE` writes the books to a file when the process ends.
-//! Violations are printed to the standard error output in any case. For a process to
-//! find the library without being changed, a folder on its `LD_LIBRARY_PATH` has it
-//! under the names `libcuda.so` and `libcuda.so.1`.
+//! These environment variables configure a process: `VGPU_` and a setting's key in capitals
+//! (`VGPU_SCHEDULE=shuffle:7`); `VGPU_FAIL=FUNCTION:NTH:CODE[:TIMES]`, or several of them
+//! separated by commas; `VGPU_REPORT=FILE` writes the report to a file when the process ends.
+//! Violations are always printed to standard error. A process uses the library without any
+//! change if a folder on its `LD_LIBRARY_PATH` contains it under the names `libcuda.so` and
+//! `libcuda.so.1`.
 
 use super::lock;
 use super::report::{Injection, Report, parse_injection};
@@ -45,10 +48,11 @@ use super::settings::Settings;
 use std::ffi::{CStr, c_char};
 use std::panic::catch_unwind;
 
-/// Copies a text with a closing 0 into a buffer, as much as fits. Gives its length.
+/// Copies as much of a text as fits into a buffer, followed by a 0. Returns the length of the
+/// whole text.
 ///
 /// # Safety
-/// `buffer` is null or has room for `len` bytes.
+/// `buffer` must be null or have room for `len` bytes.
 pub unsafe fn copy_text(text: &str, buffer: *mut c_char, len: usize) -> usize {
     if !buffer.is_null() && len > 0 {
         let kept = text.len().min(len - 1);
@@ -62,23 +66,23 @@ pub unsafe fn copy_text(text: &str, buffer: *mut c_char, len: usize) -> usize {
 }
 
 /// # Safety
-/// `text` is null or a C string.
+/// `text` must be null or a C string.
 unsafe fn argument(text: *const c_char) -> String {
     if text.is_null() {
         return String::new();
     }
-    // SAFETY: by the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe { CStr::from_ptr(text) }
         .to_string_lossy()
         .into_owned()
 }
 
-/// Keeps a panic from leaving a C function.
+/// Runs `body` and returns `default` if it panics, since a panic must not leave a C function.
 fn guarded<T>(default: T, body: impl FnOnce() -> T + std::panic::UnwindSafe) -> T {
     catch_unwind(body).unwrap_or(default)
 }
 
-/// Books, injected failures and settings as at the start.
+/// Resets statistics, injected failures and settings to their initial state.
 #[unsafe(no_mangle)]
 pub extern "C" fn vgpu_reset() {
     guarded((), || {
@@ -89,13 +93,13 @@ pub extern "C" fn vgpu_reset() {
     });
 }
 
-/// Changes a setting.
+/// Changes a setting. Returns 0 on success.
 ///
 /// # Safety
-/// Both are C strings.
+/// `key` and `value` must be null or C strings.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vgpu_set(key: *const c_char, value: *const c_char) -> i32 {
-    // SAFETY: by the caller's promise.
+    // SAFETY: guaranteed by the caller.
     let (key, value) = unsafe { (argument(key), argument(value)) };
     guarded(1, move || {
         let mut driver = lock();
@@ -113,13 +117,13 @@ pub unsafe extern "C" fn vgpu_set(key: *const c_char, value: *const c_char) -> i
     })
 }
 
-/// Lets calls of a driver function fail.
+/// Makes calls of a driver function fail.
 ///
 /// # Safety
-/// `function` is a C string.
+/// `function` must be null or a C string.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vgpu_fail(function: *const c_char, nth: u64, code: i32, times: u64) {
-    // SAFETY: by the caller's promise.
+    // SAFETY: guaranteed by the caller.
     let function = unsafe { argument(function) };
     guarded((), move || {
         lock().report.inject(Injection {
@@ -131,22 +135,22 @@ pub unsafe extern "C" fn vgpu_fail(function: *const c_char, nth: u64, code: i32,
     });
 }
 
-/// Failures asked for that have not all happened.
+/// Returns the number of requested failures that have not all happened yet.
 #[unsafe(no_mangle)]
 pub extern "C" fn vgpu_waiting_failures() -> u64 {
     guarded(0, || lock().report.waiting_injections() as u64)
 }
 
-/// Violations since the reset.
+/// Returns the number of violations since the reset.
 #[unsafe(no_mangle)]
 pub extern "C" fn vgpu_violation_count() -> u64 {
     guarded(u64::MAX, || lock().report.violation_count())
 }
 
-/// The text of a violation; empty if there is none of this index.
+/// Copies the text of a violation; empty if the index is out of range.
 ///
 /// # Safety
-/// `buffer` is null or has room for `len` bytes.
+/// `buffer` must be null or have room for `len` bytes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vgpu_violation(index: u64, buffer: *mut c_char, len: usize) -> usize {
     let text = guarded(String::new(), || {
@@ -156,71 +160,71 @@ pub unsafe extern "C" fn vgpu_violation(index: u64, buffer: *mut c_char, len: us
             .and_then(|at| driver.report.violations().get(at).cloned())
             .unwrap_or_default()
     });
-    // SAFETY: by the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe { copy_text(&text, buffer, len) }
 }
 
-/// The texts of all violations, a line each.
+/// Copies the texts of all violations, one per line.
 ///
 /// # Safety
-/// `buffer` is null or has room for `len` bytes.
+/// `buffer` must be null or have room for `len` bytes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vgpu_violations(buffer: *mut c_char, len: usize) -> usize {
     let text = guarded(String::new(), || lock().report.violations().join("\n"));
-    // SAFETY: by the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe { copy_text(&text, buffer, len) }
 }
 
-/// Each driver function called, with its count.
+/// Copies the names of all driver functions called, with their counts.
 ///
 /// # Safety
-/// `buffer` is null or has room for `len` bytes.
+/// `buffer` must be null or have room for `len` bytes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vgpu_calls(buffer: *mut c_char, len: usize) -> usize {
     let text = guarded(String::new(), || lock().report.calls());
-    // SAFETY: by the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe { copy_text(&text, buffer, len) }
 }
 
-/// Calls of one driver function.
+/// Returns the number of calls of one driver function.
 ///
 /// # Safety
-/// `function` is a C string.
+/// `function` must be null or a C string.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vgpu_call_count(function: *const c_char) -> u64 {
-    // SAFETY: by the caller's promise.
+    // SAFETY: guaranteed by the caller.
     let function = unsafe { argument(function) };
     guarded(u64::MAX, move || lock().report.calls_of(&function))
 }
 
-/// Each kernel that ran: name, launches, warp instructions.
+/// Copies the names of all kernels that ran, with their launches and warp instructions.
 ///
 /// # Safety
-/// `buffer` is null or has room for `len` bytes.
+/// `buffer` must be null or have room for `len` bytes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vgpu_kernels(buffer: *mut c_char, len: usize) -> usize {
     let text = guarded(String::new(), || lock().report.kernels());
-    // SAFETY: by the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe { copy_text(&text, buffer, len) }
 }
 
-/// One number by name.
+/// Returns a statistic by name, or `u64::MAX` if the name is unknown.
 ///
 /// # Safety
-/// `name` is a C string.
+/// `name` must be null or a C string.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vgpu_statistic(name: *const c_char) -> u64 {
-    // SAFETY: by the caller's promise.
+    // SAFETY: guaranteed by the caller.
     let name = unsafe { argument(name) };
     guarded(u64::MAX, move || {
         lock().report.statistic(&name).unwrap_or(u64::MAX)
     })
 }
 
-/// What is alive now, in all contexts; gives the count.
+/// Copies descriptions of the objects that are alive in any context. Returns their number.
 ///
 /// # Safety
-/// `buffer` is null or has room for `len` bytes.
+/// `buffer` must be null or have room for `len` bytes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vgpu_leaks(buffer: *mut c_char, len: usize) -> usize {
     let lines = guarded(Vec::new(), || {
@@ -231,24 +235,24 @@ pub unsafe extern "C" fn vgpu_leaks(buffer: *mut c_char, len: usize) -> usize {
             .flat_map(|context| driver.leaks(*context))
             .collect::<Vec<_>>()
     });
-    // SAFETY: by the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe { copy_text(&lines.join("\n"), buffer, len) };
     lines.len()
 }
 
-/// Queued work that has not run.
+/// Returns the number of queued operations that have not run.
 #[unsafe(no_mangle)]
 pub extern "C" fn vgpu_pending() -> u64 {
     guarded(u64::MAX, || lock().queue.len() as u64)
 }
 
-/// A name for an allocation.
+/// Names an allocation in reports.
 ///
 /// # Safety
-/// `name` is a C string.
+/// `name` must be null or a C string.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vgpu_label(address: u64, name: *const c_char) {
-    // SAFETY: by the caller's promise.
+    // SAFETY: guaranteed by the caller.
     let name = unsafe { argument(name) };
     guarded((), move || {
         if let Some(found) = lock().memory.get_mut(address) {
@@ -257,8 +261,8 @@ pub unsafe extern "C" fn vgpu_label(address: u64, name: *const c_char) {
     });
 }
 
-/// Takes `VGPU_FAIL`. What cannot be understood ends the process: a test must not pass
-/// because no failure came.
+/// Injects the failures that `VGPU_FAIL` requests. A malformed value aborts the process,
+/// because a test must not pass just because its failure was never injected.
 pub fn inject_from_environment(report: &mut Report) {
     let Ok(wanted) = std::env::var("VGPU_FAIL") else {
         return;
@@ -274,14 +278,14 @@ pub fn inject_from_environment(report: &mut Report) {
     }
 }
 
-/// Lets the books be written when the process ends, if `VGPU_REPORT` asks for that.
+/// Arranges for the report to be written when the process ends, if `VGPU_REPORT` is set.
 pub fn at_exit() {
     unsafe extern "C" {
         fn atexit(function: extern "C" fn()) -> i32;
     }
     if std::env::var_os("VGPU_REPORT").is_some() {
-        // SAFETY: the function is there for as long as the library, which is not
-        // unloaded by those who use a driver; it does not unwind.
+        // SAFETY: the function exists for as long as the library, which users of a driver do
+        // not unload; it does not unwind.
         unsafe { atexit(write_report) };
     }
 }

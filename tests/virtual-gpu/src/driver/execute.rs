@@ -1,4 +1,4 @@
-//! Running what is queued.
+//! Execution of queued work.
 
 use super::codes::{self, Code};
 use super::memory::Stage;
@@ -10,14 +10,14 @@ use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
-/// What a kernel or copy did wrong when it ran.
+/// What went wrong when a kernel or copy ran.
 struct Fault {
     code: Code,
     text: String,
 }
 
 impl Driver {
-    /// Runs until all targets have run.
+    /// Runs queued work until all targets have run.
     pub fn run(&mut self, context: u64, targets: Vec<NodeId>) -> Result<(), Failure> {
         let mut plan = self.queue.plan(targets);
         let schedule = self.settings.schedule;
@@ -34,7 +34,7 @@ impl Driver {
         self.run(context, all)
     }
 
-    /// Runs one node of the context that can run, if there is one.
+    /// Runs one node of the context that is ready, if there is one.
     pub fn run_one(&mut self, context: u64) {
         if let Some(id) = self.queue.random_ready(context)
             && let Some(node) = self.queue.take(id)
@@ -100,14 +100,14 @@ impl Driver {
                     }
                     HostSource::Snapshot(bytes) => bytes.as_ptr(),
                 };
-                // SAFETY: pinned memory is owned by the driver and just looked up; a
+                // SAFETY: the range of pinned memory was just looked up and is pinned; a
                 // snapshot has `len` bytes.
                 unsafe { self.memory.write(context, *to, from, *len) }.map_err(illegal)?;
             }
             Op::DeviceToHost { to, from, len } => {
-                // SAFETY: the caller of the copy vouches for the host memory: it is
-                // pinned (looked up when the copy was queued, and freeing it is refused
-                // while this waits), or the call that queued the copy waits for it.
+                // SAFETY: the caller of the copy guarantees that the host memory is valid:
+                // either it is pinned (checked when the copy was queued, and freeing it runs
+                // the queued copies first), or the call that queued the copy waits for it.
                 let missing = unsafe { self.memory.read(context, *to as *mut u8, *from, *len) }
                     .map_err(illegal)?;
                 self.report.undefined_bytes += missing as u64;
@@ -149,8 +149,8 @@ impl Driver {
             }
             Op::Host { function, data } => {
                 IN_HOST_FUNCTION.set(true);
-                // SAFETY: the caller of `cuLaunchHostFunc` vouches for the function and
-                // its argument.
+                // SAFETY: the caller of `cuLaunchHostFunc` guarantees that the function and its
+                // argument are valid.
                 unsafe { function(*data as *mut c_void) };
                 IN_HOST_FUNCTION.set(false);
             }
@@ -168,15 +168,15 @@ impl Driver {
         }
     }
 
-    /// The moment of a `cuMemFreeAsync`: whatever still waits to use the memory was not
-    /// ordered before it.
+    /// Performs a `cuMemFreeAsync`. Queued work that still uses the memory was not ordered
+    /// before the free, and so is a violation.
     fn free_now(&mut self, context: u64, address: u64) {
         self.users_of(context, address);
         self.memory.free(address);
     }
 
-    /// Keeps a violation for each piece of queued work that uses an allocation. Gives
-    /// the nodes.
+    /// Records a violation for each queued operation that uses an allocation. Returns the
+    /// nodes.
     pub fn users_of(&mut self, context: u64, address: u64) -> Vec<NodeId> {
         let Some((len, label)) = self
             .memory
@@ -188,8 +188,8 @@ impl Driver {
         self.users(context, &label, |op| op.uses_device(address, len))
     }
 
-    /// Keeps a violation for each piece of queued work that uses memory which is freed.
-    /// Gives the nodes.
+    /// Records a violation for each queued operation that uses memory which is being freed.
+    /// Returns the nodes.
     pub fn users(&mut self, context: u64, label: &str, uses: impl Fn(&Op) -> bool) -> Vec<NodeId> {
         let users = self
             .queue
@@ -212,8 +212,8 @@ impl Driver {
     }
 }
 
-/// The code that a real device gives for a fault. What a real device would not notice
-/// breaks the context as well, so that no test goes on after it.
+/// Returns the error code that a real device reports for a fault. Faults that a real device
+/// would not notice break the context as well, so that no test continues after one.
 fn fault_code(kind: FaultKind) -> Code {
     match kind {
         FaultKind::OutOfBounds => codes::ILLEGAL_ADDRESS,

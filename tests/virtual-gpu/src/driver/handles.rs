@@ -1,10 +1,10 @@
-//! Handles: contexts, streams, events, modules, functions, graphs. A handle is a number
-//! that says its own kind and was never given out before, so that a freed handle, a
-//! handle of another kind and a wild pointer can be told from each other.
+//! Handles of contexts, streams, events, modules, functions and graphs. A handle is a number
+//! that encodes its kind and is never reused, so that a freed handle, a handle of the wrong
+//! kind and an invalid pointer can be told apart.
 
 use std::collections::BTreeMap;
 
-/// What a handle stands for.
+/// The kind of object that a handle stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// `CUcontext`.
@@ -33,13 +33,13 @@ const KINDS: [Kind; 7] = [
     Kind::Exec,
 ];
 
-/// Handles lie where no mapping lies, so that following one crashes.
+/// Handles point into unmapped address space, so that dereferencing one crashes.
 const BASE: u64 = 0x1000_0000_0000;
 const KIND_SHIFT: u32 = 36;
 const SERIAL_SHIFT: u32 = 4;
 
 impl Kind {
-    /// With its article: "a stream".
+    /// Returns the kind with its article, such as "a stream".
     pub fn noun(self) -> &'static str {
         match self {
             Kind::Context => "a context",
@@ -60,7 +60,8 @@ impl Kind {
         BASE | self.tag() << KIND_SHIFT | serial << SERIAL_SHIFT
     }
 
-    /// The kind and serial number that a handle names, given out or not.
+    /// Returns the kind and serial number that a handle encodes, whether or not it was ever
+    /// issued.
     fn decode(handle: u64) -> Option<(Kind, u64)> {
         if handle & !0xfff_ffff_ffff != BASE || handle & 0xf != 0 {
             return None;
@@ -80,7 +81,7 @@ pub struct Table<T> {
 }
 
 impl<T> Table<T> {
-    /// Without an object.
+    /// Creates an empty table.
     pub fn new(kind: Kind) -> Self {
         Self {
             kind,
@@ -89,7 +90,7 @@ impl<T> Table<T> {
         }
     }
 
-    /// Takes an object in and gives its handle.
+    /// Adds an object and returns its handle.
     pub fn insert(&mut self, object: T) -> u64 {
         let handle = self.kind.handle(self.next);
         self.next += 1;
@@ -97,38 +98,38 @@ impl<T> Table<T> {
         handle
     }
 
-    /// The object, if the handle is live.
+    /// Returns the object, if the handle is live.
     pub fn get(&self, handle: u64) -> Option<&T> {
         self.live.get(&handle)
     }
 
-    /// The object, if the handle is live.
+    /// Returns the object, if the handle is live.
     pub fn get_mut(&mut self, handle: u64) -> Option<&mut T> {
         self.live.get_mut(&handle)
     }
 
-    /// Takes the object out; its handle is never used again.
+    /// Removes the object. Its handle is never reused.
     pub fn remove(&mut self, handle: u64) -> Option<T> {
         self.live.remove(&handle)
     }
 
-    /// The live objects, oldest first.
+    /// Iterates over the live objects, oldest first.
     pub fn iter(&self) -> impl Iterator<Item = (u64, &T)> {
         self.live.iter().map(|(handle, object)| (*handle, object))
     }
 
-    /// The live objects, oldest first.
+    /// Iterates over the live objects, oldest first.
     pub fn values_mut(&mut self) -> impl Iterator<Item = &mut T> {
         self.live.values_mut()
     }
 
-    /// The handles of the live objects that the filter wants.
+    /// Returns the handles of the live objects that match the filter.
     pub fn handles(&self, mut wanted: impl FnMut(&T) -> bool) -> Vec<u64> {
         let of = self.live.iter().filter(|(_, object)| wanted(object));
         of.map(|(handle, _)| *handle).collect()
     }
 
-    /// What is wrong with a handle that is not live in this table.
+    /// Describes what is wrong with a handle that is not live in this table.
     pub fn explain(&self, handle: u64) -> String {
         let wanted = self.kind.noun();
         if handle == 0 {

@@ -1,4 +1,4 @@
-//! Kernel launches: the parameters as bytes, the limits, and the run.
+//! Kernel launches: their parameters as bytes, their limits, and running them.
 
 use super::objects::Function;
 use super::settings::{Schedule, Settings};
@@ -6,15 +6,15 @@ use crate::ptx::{self, Kernel, Launch};
 use std::ffi::c_void;
 use std::sync::Arc;
 
-/// Shared memory that every kernel may have without opting in.
+/// Bytes of shared memory that a kernel may use without opting in.
 pub const SHARED_DEFAULT: usize = 48 << 10;
 const MAX_THREADS: u64 = 1024;
 const MAX_BLOCK: [u32; 3] = [1024, 1024, 64];
 const MAX_GRID: [u32; 3] = [i32::MAX as u32, 65535, 65535];
 
-/// A launch with all that it needs, so that the module's handle may go.
+/// A launch with everything that it needs, so that it does not depend on the module's handle.
 pub struct KernelLaunch {
-    /// Handle of the module that the kernel is from.
+    /// Handle of the module that contains the kernel.
     pub module: u64,
     image: Arc<ptx::Module>,
     name: String,
@@ -22,7 +22,10 @@ pub struct KernelLaunch {
 }
 
 impl KernelLaunch {
-    /// Checks a launch and takes it. The error says what is wrong with it.
+    /// Checks and creates a launch.
+    ///
+    /// # Errors
+    /// Returns a description of what is wrong with the launch.
     pub fn new(function: &Function, launch: Launch, most_shared: usize) -> Result<Self, String> {
         let name = function.name().to_owned();
         let kernel = function.kernel().ok_or("the kernel is gone")?;
@@ -58,12 +61,12 @@ impl KernelLaunch {
         })
     }
 
-    /// The kernel's name.
+    /// Returns the kernel's name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Parameters that can be device pointers: their index and value.
+    /// Iterates over the parameters that can be device pointers, with index and value.
     pub fn pointers(&self) -> impl Iterator<Item = (usize, u64)> {
         let parameters = self
             .image
@@ -87,7 +90,10 @@ impl KernelLaunch {
             })
     }
 
-    /// Runs it on the memory that it may reach. The error is a fault with its report.
+    /// Runs the kernel on the memory that it may access.
+    ///
+    /// # Errors
+    /// Returns the kind of the fault and its report.
     pub fn run(
         &self,
         regions: &[ptx::Region],
@@ -125,7 +131,7 @@ fn check_size(what: &str, size: [u32; 3], most: [u32; 3]) -> Result<(), String> 
     Ok(())
 }
 
-/// Bytes that the parameters of a kernel take.
+/// Returns the size in bytes of a kernel's parameters.
 pub fn parameter_bytes(kernel: &Kernel) -> usize {
     kernel
         .parameters
@@ -135,11 +141,14 @@ pub fn parameter_bytes(kernel: &Kernel) -> usize {
         .unwrap_or(0)
 }
 
-/// Copies the parameters that an array of pointers names.
+/// Copies the parameters that an array of pointers refers to.
+///
+/// # Errors
+/// Returns a description if a pointer is null.
 ///
 /// # Safety
-/// `pointers` is null or has an entry for each parameter of the kernel, each null or
-/// readable for the size of its parameter.
+/// `pointers` must be null or have an entry for each parameter of the kernel. Each entry must
+/// be null or readable for the size of its parameter.
 pub unsafe fn gather_parameters(
     kernel: &Kernel,
     pointers: *const *mut c_void,
@@ -156,7 +165,7 @@ pub unsafe fn gather_parameters(
         ));
     }
     for (index, parameter) in kernel.parameters.iter().enumerate() {
-        // SAFETY: by the caller's promise.
+        // SAFETY: guaranteed by the caller.
         let from = unsafe { *pointers.add(index) };
         if from.is_null() {
             return Err(format!(
@@ -165,7 +174,7 @@ pub unsafe fn gather_parameters(
             ));
         }
         let to = &mut bytes[parameter.offset..parameter.offset + parameter.size];
-        // SAFETY: by the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { std::ptr::copy_nonoverlapping(from.cast::<u8>(), to.as_mut_ptr(), to.len()) };
     }
     Ok(bytes)

@@ -1,30 +1,30 @@
-//! Memory: allocations of the device in an address space of their own, with a shadow
-//! byte a byte that says whether it was ever written, and pinned memory of the host.
+//! Memory: device allocations in an address space of their own, with a shadow byte per byte
+//! that tells whether it was ever written, and pinned host memory.
 //!
-//! Device addresses are numbers that mean nothing to the host: following one crashes.
-//! Allocations lie apart, with a gap that belongs to none, and no address is given out
-//! twice, so that a stray or stale address is always found.
+//! Device addresses mean nothing to the host: dereferencing one crashes. Allocations are
+//! separated by unused gaps, and no address is reused, so that a stray or stale address is
+//! always detected.
 
 use crate::ptx::Region;
 use std::alloc::{Layout, alloc, alloc_zeroed, dealloc};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-/// Where device addresses begin.
+/// First device address.
 pub const FIRST_ADDRESS: u64 = 0x7000_0000_0000;
-/// Past every device address.
+/// End of the device addresses, exclusive.
 pub const LAST_ADDRESS: u64 = 0x7800_0000_0000;
-/// Between two allocations, and what an address is a multiple of at least.
+/// Size of the unused gap after each allocation.
 const GAP: u64 = 1 << 16;
 const ALIGN: u64 = 512;
 const HOST_ALIGN: usize = 4096;
-/// Fresh memory is filled up to this size. Beyond it the pages stay untouched: the
-/// shadow still finds every read of them.
+/// Fresh memory up to this size is filled with the undefined pattern. The pages of larger
+/// allocations stay untouched to save memory; the shadow still detects every read of them.
 const FILL_LIMIT: usize = 256 << 20;
 
-/// What undefined memory holds: every aligned 2 or 4 bytes are a NaN in float16,
-/// bfloat16 and float32, and as an integer no sensible index (and not 0xffffffff, which
-/// kernels understand as "none").
+/// Returns the byte of the undefined pattern at an address. Every aligned 2 or 4 bytes of it
+/// are a NaN in float16, bfloat16 and float32, and no plausible index as an integer (nor
+/// 0xffffffff, which kernels understand as "none").
 pub fn undefined(address: usize) -> u8 {
     if address.is_multiple_of(2) {
         0xfb
@@ -33,40 +33,40 @@ pub fn undefined(address: usize) -> u8 {
     }
 }
 
-/// Where an allocation is in its life.
+/// Lifecycle stage of an allocation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
-    /// `cuMemAllocAsync` is queued, the device has not come to it.
+    /// `cuMemAllocAsync` is queued but has not run yet.
     Reserved,
-    /// Can be used.
+    /// Ready for use.
     Live,
 }
 
 /// One allocation of device memory.
 #[derive(Debug)]
 pub struct Allocation {
-    /// Context that it belongs to.
+    /// Context that owns the allocation.
     pub context: u64,
     /// First address.
     pub base: u64,
-    /// Bytes.
+    /// Size in bytes.
     pub len: usize,
-    /// Where it is in its life.
+    /// Lifecycle stage.
     pub stage: Stage,
     /// Whether `cuMemFreeAsync` is queued: only work queued before it may use the memory.
     pub leaving: bool,
-    /// Whether it was made by `cuMemAllocAsync`.
+    /// Whether the memory was allocated by `cuMemAllocAsync`.
     pub ordered: bool,
-    /// Whether it belongs to a module (a `.global` variable) and is freed with it.
+    /// Whether the memory belongs to a module (a `.global` variable) and is freed with it.
     pub of_module: bool,
-    /// Name for reports.
+    /// Name in reports.
     pub label: String,
     data: *mut u8,
     shadow: *mut u8,
 }
 
-// SAFETY: the pointers are owned by the allocation, and everything that reaches them
-// holds the lock of the driver.
+// SAFETY: the allocation owns the pointers, and everything that accesses them holds the
+// driver's lock.
 unsafe impl Send for Allocation {}
 
 impl Allocation {
@@ -76,7 +76,7 @@ impl Allocation {
 
     fn new(context: u64, base: u64, len: usize, label: String) -> Option<Self> {
         let layout = Self::layout(len)?;
-        // SAFETY: `len` is not 0 (checked by the caller); a null result is looked at.
+        // SAFETY: `len` is not 0 (checked by the caller); a null result is checked below.
         let (data, shadow) = unsafe {
             (
                 if len > FILL_LIMIT {
@@ -103,7 +103,7 @@ impl Allocation {
             return None;
         }
         if len <= FILL_LIMIT {
-            // SAFETY: `data` has `len` bytes, just allocated.
+            // SAFETY: `data` points to `len` bytes that were just allocated.
             let bytes = unsafe {
                 std::slice::from_raw_parts_mut(data.cast::<std::mem::MaybeUninit<u8>>(), len)
             };
@@ -114,7 +114,7 @@ impl Allocation {
         Some(made)
     }
 
-    /// The address past the last byte.
+    /// Returns the address past the last byte.
     pub fn end(&self) -> u64 {
         self.base + self.len as u64
     }
@@ -135,7 +135,7 @@ impl Drop for Allocation {
         let Some(layout) = Self::layout(self.len) else {
             return;
         };
-        // SAFETY: both came from `alloc` with this layout and are freed once.
+        // SAFETY: both pointers were allocated with this layout and are freed once.
         unsafe {
             if !self.data.is_null() {
                 dealloc(self.data, layout);
@@ -147,17 +147,17 @@ impl Drop for Allocation {
     }
 }
 
-/// The frozen list of regions that a kernel may reach.
+/// A frozen list of the regions that a kernel may access.
 #[derive(Default)]
 struct Regions {
     context: u64,
     list: Vec<Region>,
 }
 
-// SAFETY: the pointers in it are the allocations', see there.
+// SAFETY: the pointers in it belong to the allocations, which are `Send` (see there).
 unsafe impl Send for Regions {}
 
-/// The memory of all contexts of the devices.
+/// The device memory of all contexts.
 pub struct DeviceMemory {
     next: u64,
     serial: u64,
@@ -179,8 +179,8 @@ impl Default for DeviceMemory {
 }
 
 impl DeviceMemory {
-    /// Makes an allocation of `len` bytes (not 0) and gives its address; `None` if the
-    /// host has no memory for it.
+    /// Allocates `len` bytes (not 0) and returns the address. Returns `None` if the host is out
+    /// of memory or the device addresses are used up.
     pub fn allocate(&mut self, context: u64, len: usize, stage: Stage) -> Option<u64> {
         let base = self.next;
         let padded = (len as u64).checked_next_multiple_of(ALIGN)?;
@@ -199,7 +199,7 @@ impl DeviceMemory {
         Some(base)
     }
 
-    /// Frees an allocation by its first address; `None` if there is none.
+    /// Frees an allocation by its first address. Returns `None` if there is none.
     pub fn free(&mut self, base: u64) -> Option<()> {
         let gone = self.live.remove(&base)?;
         self.freed.insert(base, (gone.len, gone.label.clone()));
@@ -207,42 +207,44 @@ impl DeviceMemory {
         Some(())
     }
 
-    /// The allocation that begins at this address.
+    /// Returns the allocation that begins at this address.
     pub fn get(&self, base: u64) -> Option<&Allocation> {
         self.live.get(&base)
     }
 
-    /// The allocation that begins at this address, to change its stage or name.
+    /// Returns the allocation that begins at this address, to change its stage or name.
     pub fn get_mut(&mut self, base: u64) -> Option<&mut Allocation> {
         self.regions = None;
         self.live.get_mut(&base)
     }
 
-    /// The live allocation that this address lies in.
+    /// Returns the live allocation that contains this address.
     pub fn containing(&self, address: u64) -> Option<&Allocation> {
         let (_, found) = self.live.range(..=address).next_back()?;
         (address < found.end()).then_some(found)
     }
 
-    /// The live allocations, by address.
+    /// Iterates over the live allocations by address.
     pub fn iter(&self) -> impl Iterator<Item = &Allocation> {
         self.live.values()
     }
 
-    /// Bytes that the contexts which the filter wants hold.
+    /// Returns the bytes held by the contexts that match the filter.
     pub fn used(&self, mut wanted: impl FnMut(u64) -> bool) -> usize {
         let held = self.live.values().filter(|a| wanted(a.context));
         held.map(|a| a.len.next_multiple_of(ALIGN as usize)).sum()
     }
 
-    /// The freed allocation that this address lay in, by name.
+    /// Returns the name of the freed allocation that contained this address.
     pub fn freed(&self, address: u64) -> Option<&str> {
         let (base, (len, label)) = self.freed.range(..=address).next_back()?;
         (address < base + *len as u64).then_some(label)
     }
 
-    /// Checks that `len` bytes at `address` lie in one allocation of the context. The
-    /// error says where they lie instead.
+    /// Checks that the `len` bytes at `address` lie in one allocation of the context.
+    ///
+    /// # Errors
+    /// Returns a description of where they lie instead.
     pub fn check(&self, context: u64, address: u64, len: usize) -> Result<(), String> {
         let what = format!("device address {address:#x} ({len} bytes)");
         if address == 0 {
@@ -287,11 +289,14 @@ impl DeviceMemory {
             ));
         }
         let offset = (address - found.base) as usize;
-        // SAFETY: `check` found `offset + len` within the allocation.
+        // SAFETY: `check` verified that `offset + len` is within the allocation.
         Ok(unsafe { (found.data.add(offset), found.shadow.add(offset)) })
     }
 
     /// Writes host bytes to the device.
+    ///
+    /// # Errors
+    /// Fails unless the bytes lie in one live allocation of the context.
     ///
     /// # Safety
     /// `from` must be readable for `len` bytes.
@@ -303,8 +308,8 @@ impl DeviceMemory {
         len: usize,
     ) -> Result<(), String> {
         let (data, shadow) = self.reach(context, to, len)?;
-        // SAFETY: `reach` gives `len` bytes in both; `from` by the caller's promise;
-        // device memory is never what `from` points to.
+        // SAFETY: `reach` returns `len` bytes in both; `from` is readable as the caller
+        // guarantees, and never points into device memory.
         unsafe {
             std::ptr::copy_nonoverlapping(from, data, len);
             std::ptr::write_bytes(shadow, 1, len);
@@ -312,8 +317,11 @@ impl DeviceMemory {
         Ok(())
     }
 
-    /// Reads device bytes to the host. Undefined bytes come as the pattern of
-    /// [`undefined`]; gives how many there were.
+    /// Copies device bytes to the host. Undefined bytes are replaced by the pattern of
+    /// [`undefined`]. Returns their number.
+    ///
+    /// # Errors
+    /// Fails unless the bytes lie in one live allocation of the context.
     ///
     /// # Safety
     /// `to` must be writable for `len` bytes.
@@ -326,7 +334,7 @@ impl DeviceMemory {
     ) -> Result<usize, String> {
         let (data, shadow) = self.reach(context, from, len)?;
         let mut missing = 0;
-        // SAFETY: as in `write`, the other way round; the shadow is read as atomics, as
+        // SAFETY: as in `write`, in the other direction; the shadow is read atomically, as
         // kernels write it.
         unsafe {
             std::ptr::copy_nonoverlapping(data, to, len);
@@ -340,11 +348,14 @@ impl DeviceMemory {
         Ok(missing)
     }
 
-    /// Copies within the device; what was undefined stays so.
+    /// Copies within the device; undefined bytes stay undefined.
+    ///
+    /// # Errors
+    /// Fails unless both ranges lie in live allocations of the context.
     pub fn copy(&mut self, context: u64, to: u64, from: u64, len: usize) -> Result<(), String> {
         let (source, source_shadow) = self.reach(context, from, len)?;
         let (target, target_shadow) = self.reach(context, to, len)?;
-        // SAFETY: `reach` gives `len` bytes in all four; `copy` allows overlap.
+        // SAFETY: `reach` returns `len` bytes in all four; `copy` allows overlap.
         unsafe {
             std::ptr::copy(source, target, len);
             std::ptr::copy(source_shadow, target_shadow, len);
@@ -353,6 +364,9 @@ impl DeviceMemory {
     }
 
     /// Fills `count` units of `unit` bytes with the low bytes of `value`.
+    ///
+    /// # Errors
+    /// Fails unless the bytes lie in one live allocation of the context.
     pub fn fill(
         &mut self,
         context: u64,
@@ -364,7 +378,7 @@ impl DeviceMemory {
         let len = unit.checked_mul(count).ok_or("size overflows")?;
         let (data, shadow) = self.reach(context, to, len)?;
         let bytes = value.to_le_bytes();
-        // SAFETY: `reach` gives `len` bytes in both.
+        // SAFETY: `reach` returns `len` bytes in both.
         unsafe {
             if bytes[..unit].iter().all(|byte| *byte == bytes[0]) {
                 std::ptr::write_bytes(data, bytes[0], len);
@@ -378,7 +392,7 @@ impl DeviceMemory {
         Ok(())
     }
 
-    /// What kernels of the context may reach now, by address.
+    /// Returns the regions that kernels of the context may access now, by address.
     pub fn regions(&mut self, context: u64) -> &[Region] {
         if self
             .regions
@@ -398,14 +412,14 @@ impl DeviceMemory {
     }
 }
 
-/// One piece of pinned host memory.
+/// One range of pinned host memory.
 #[derive(Debug)]
 pub struct Pinned {
-    /// Context that it belongs to.
+    /// Context that owns the range.
     pub context: u64,
-    /// Bytes.
+    /// Size in bytes.
     pub len: usize,
-    /// Flags that it was made with.
+    /// Flags passed when it was pinned.
     pub flags: u32,
     /// Whether the caller owns the memory (`cuMemHostRegister`).
     pub registered: bool,
@@ -422,10 +436,10 @@ impl HostMemory {
         Layout::from_size_align(len, HOST_ALIGN).ok()
     }
 
-    /// Makes `len` bytes (not 0), filled with the pattern of [`undefined`].
+    /// Allocates `len` bytes (not 0), filled with the pattern of [`undefined`].
     pub fn allocate(&mut self, context: u64, len: usize, flags: u32) -> Option<usize> {
         let layout = Self::layout(len)?;
-        // SAFETY: `len` is not 0 (checked by the caller); a null result is looked at.
+        // SAFETY: `len` is not 0 (checked by the caller); a null result is checked below.
         let data = unsafe { alloc_zeroed(layout) };
         if data.is_null() {
             return None;
@@ -443,7 +457,7 @@ impl HostMemory {
         Some(data as usize)
     }
 
-    /// Pins memory of the caller; false if it overlaps what is pinned already.
+    /// Pins the caller's memory. Returns `false` if it overlaps memory that is already pinned.
     pub fn register(&mut self, context: u64, address: usize, len: usize, flags: u32) -> bool {
         if self.overlapping(address, len).is_some() {
             return false;
@@ -462,36 +476,36 @@ impl HostMemory {
 
     fn scribble(data: *mut u8, len: usize) {
         for at in 0..len {
-            // SAFETY: `data` has `len` bytes.
+            // SAFETY: `data` points to `len` bytes.
             unsafe { *data.add(at) = undefined(at) };
         }
     }
 
-    /// Lets go of pinned memory by its first address; `None` if there is none.
+    /// Releases pinned memory by its first address. Returns `None` if there is none.
     pub fn free(&mut self, address: usize) -> Option<()> {
         let gone = self.live.remove(&address)?;
         if !gone.registered {
             let layout = Self::layout(gone.len)?;
             Self::scribble(address as *mut u8, gone.len);
-            // SAFETY: made by `allocate` with this layout and freed once.
+            // SAFETY: allocated by `allocate` with this layout, and freed once.
             unsafe { dealloc(address as *mut u8, layout) };
         }
         Some(())
     }
 
-    /// The piece that begins at this address.
+    /// Returns the range that begins at this address.
     pub fn get(&self, address: usize) -> Option<&Pinned> {
         self.live.get(&address)
     }
 
-    /// A piece that these bytes touch, with its address.
+    /// Returns a range that overlaps these bytes, with its address.
     pub fn overlapping(&self, address: usize, len: usize) -> Option<(usize, &Pinned)> {
         let end = address.saturating_add(len.max(1));
         let (base, found) = self.live.range(..end).next_back()?;
         (base + found.len > address).then_some((*base, found))
     }
 
-    /// All pieces, by address.
+    /// Iterates over all ranges by address.
     pub fn iter(&self) -> impl Iterator<Item = (usize, &Pinned)> {
         self.live.iter().map(|(address, pinned)| (*address, pinned))
     }

@@ -1,9 +1,9 @@
-//! The driver: the functions of `libcuda.so.1` over a device that is not there.
+//! The driver: the functions of `libcuda.so.1` for a device that does not exist.
 //!
-//! Work is queued and runs when something waits for it ([`queue`]), with exactly the
-//! order that streams and events ask for. What a caller does wrong is answered with the
-//! code that a real driver gives, and kept as a violation with a text ([`report`]).
-//! Tests steer it through [`control`].
+//! Work is queued and runs when something waits for it ([`queue`]), in an order constrained
+//! only by streams and events. A caller's mistake is answered with the error code of a real
+//! driver and recorded as a violation with a text ([`report`]). Tests control it through
+//! [`control`].
 
 pub mod api;
 pub mod capture;
@@ -36,24 +36,25 @@ use std::collections::{BTreeMap, HashMap};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-/// Why a function fails.
+/// Error of the fallible methods of [`Driver`]: the code that the C function returns. Mistakes
+/// of the caller have also been recorded as violations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Failure(pub Code);
 
-/// All there is. One lock guards it; kernels run while it is held.
+/// The whole state of the driver. One lock guards it, which is held while kernels run.
 pub struct Driver {
-    /// What this pretends to be.
+    /// Properties of the GPU that this pretends to be.
     pub settings: Settings,
-    /// The books.
+    /// Violations, calls and statistics.
     pub report: Report,
     /// Whether `cuInit` was called.
     pub initialised: bool,
     function: &'static str,
-    /// Contexts.
+    /// Live contexts.
     pub contexts: Table<Context>,
-    /// Streams, default streams too.
+    /// Live streams, including default streams.
     pub streams: Table<Stream>,
-    /// Events.
+    /// Live events.
     pub events: Table<Event>,
     /// Loaded modules.
     pub modules: Table<Module>,
@@ -61,15 +62,15 @@ pub struct Driver {
     pub functions: Table<Function>,
     /// Captured graphs.
     pub graphs: Table<Graph>,
-    /// Graphs that can be launched.
+    /// Executable graphs.
     pub execs: Table<Exec>,
-    /// For each device its primary context, and how often it is retained.
+    /// Primary context of each device, with its retain count.
     pub primary: BTreeMap<i32, (u64, u64)>,
-    /// Memory of the device.
+    /// Device memory.
     pub memory: DeviceMemory,
-    /// Pinned memory of the host.
+    /// Pinned host memory.
     pub host: HostMemory,
-    /// Work that has not run.
+    /// Work that has not run yet.
     pub queue: Queue,
     captures: BTreeMap<u64, Capture>,
     next_capture: u64,
@@ -104,7 +105,7 @@ impl Driver {
         driver
     }
 
-    /// Takes new settings.
+    /// Applies new settings.
     pub fn apply(&mut self, settings: Settings) {
         if let Schedule::Shuffle(seed) = settings.schedule {
             self.queue.seed(seed);
@@ -112,20 +113,20 @@ impl Driver {
         self.settings = settings;
     }
 
-    /// Keeps a violation of the running function.
+    /// Records a violation of the running function.
     pub fn violation(&mut self, text: &str) {
         let text = format!("{}: {text}", self.function);
         self.report.violation(&text, self.settings.backtrace);
     }
 
-    /// Keeps a violation and fails.
+    /// Records a violation and fails.
     pub fn refuse<T>(&mut self, code: Code, text: &str) -> Result<T, Failure> {
         let text = format!("{text}: {}", codes::display(code));
         self.violation(&text);
         Err(Failure(code))
     }
 
-    /// The context that is current to this thread.
+    /// Returns the context that is current to this thread.
     pub fn current(&mut self) -> Result<u64, Failure> {
         let handle = current_context();
         if handle == 0 {
@@ -141,7 +142,7 @@ impl Driver {
         Ok(handle)
     }
 
-    /// Fails if the context is broken by an earlier fault.
+    /// Fails if an earlier fault has broken the context.
     pub fn sound(&self, context: u64) -> Result<(), Failure> {
         match self
             .contexts
@@ -153,7 +154,7 @@ impl Driver {
         }
     }
 
-    /// Checks what a function needs. Gives the error of a broken context.
+    /// Checks what a function needs. Returns the error of the current context if it is broken.
     fn enter(&mut self, need: Need) -> Result<Option<Failure>, Failure> {
         if need.init && !self.initialised {
             return self.refuse(codes::NOT_INITIALIZED, "cuInit was not called");
@@ -172,14 +173,14 @@ impl Driver {
         }
     }
 
-    /// Breaks a context: nothing queued in it runs, its captures are over, every later
-    /// call fails.
+    /// Breaks a context: queued work in it is dropped, its captures end, and every later call
+    /// fails.
     fn break_context(&mut self, context: u64, code: Code) {
         if let Some(found) = self.contexts.get_mut(context) {
             found.sticky.get_or_insert(code);
         }
         self.queue.drop_context(context);
-        // Nothing can end a capture in it any more.
+        // Nothing can end a capture in a broken context.
         self.drop_captures(context);
         for stream in self.streams.values_mut() {
             if stream.context == context {
@@ -193,12 +194,12 @@ macro_rules! lookups {
     ($($name:ident, $name_mut:ident, $table:ident, $object:ty;)*) => {
         impl Driver {
             $(
-                /// The object behind a handle, of the current context.
+                /// Returns the object behind a handle. It must belong to the current context.
                 pub fn $name(&mut self, handle: u64) -> Result<&$object, Failure> {
                     self.$name_mut(handle).map(|object| &*object)
                 }
 
-                /// The object behind a handle, of the current context.
+                /// Returns the object behind a handle. It must belong to the current context.
                 pub fn $name_mut(&mut self, handle: u64) -> Result<&mut $object, Failure> {
                     match self.$table.get(handle) {
                         None => {
@@ -229,7 +230,8 @@ lookups! {
 }
 
 impl Driver {
-    /// The function behind a handle, of the current context and of a loaded module.
+    /// Returns the function behind a handle. It must belong to the current context and to a
+    /// module that is still loaded.
     pub fn kernel(&mut self, handle: u64) -> Result<&mut Function, Failure> {
         let Some(found) = self.functions.get(handle) else {
             let text = self.functions.explain(handle);
@@ -249,7 +251,7 @@ impl Driver {
             .ok_or(Failure(codes::INVALID_HANDLE))
     }
 
-    /// Makes a context for a device.
+    /// Creates a context for a device.
     pub fn make_context(&mut self, device: i32, primary: bool, flags: u32) -> u64 {
         let handle = self.contexts.insert(Context {
             device,
@@ -276,7 +278,7 @@ impl Driver {
         handle
     }
 
-    /// What of a context nobody has freed, a line each.
+    /// Lists the objects of a context that have not been freed, one per line.
     pub fn leaks(&self, context: u64) -> Vec<String> {
         let mut found = Vec::new();
         let allocations = self
@@ -311,9 +313,10 @@ impl Driver {
         found
     }
 
-    /// Ends a context: what is queued runs, what is left over is a leak.
+    /// Destroys a context: queued work runs first, and anything that is left over is a leak.
     pub fn end_context(&mut self, context: u64) {
-        // A fault in what still runs is kept as a violation; the context ends anyway.
+        // A fault in the remaining work is recorded as a violation; the context is destroyed
+        // anyway.
         let _ = self.run_context(context);
         self.queue.drop_context(context);
         for leak in self.leaks(context) {
@@ -363,7 +366,7 @@ impl Driver {
     }
 }
 
-/// What a function needs before it does anything.
+/// Preconditions of a driver function.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Need {
     init: bool,
@@ -372,13 +375,13 @@ pub struct Need {
 }
 
 impl Need {
-    /// Nothing: works before `cuInit`.
+    /// Nothing: the function works before `cuInit`.
     pub const NOTHING: Need = Need {
         init: false,
         context: false,
         release: false,
     };
-    /// `cuInit`.
+    /// `cuInit` was called.
     pub const INIT: Need = Need {
         init: true,
         context: false,
@@ -390,14 +393,14 @@ impl Need {
         context: true,
         release: false,
     };
-    /// A current context. The function lets go of something: it does so even when the
-    /// context is broken or a failure is injected, and then returns the error.
+    /// A current context. The function releases something: it does so even if the context is
+    /// broken or a failure is injected, and then returns the error.
     pub const RELEASE: Need = Need {
         init: true,
         context: true,
         release: true,
     };
-    /// `cuInit`. The function lets go of something, also when a failure is injected.
+    /// `cuInit` was called. The function releases something, even if a failure is injected.
     pub const INIT_RELEASE: Need = Need {
         init: true,
         context: false,
@@ -410,16 +413,16 @@ thread_local! {
     static IN_HOST_FUNCTION: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Calls made by host functions, which may make none: kept apart, as the driver is
-/// locked then.
+/// Driver calls made by host functions, which must not make any. They are kept outside of
+/// [`Driver`], which is locked while host functions run.
 static CALLED_BY_HOST_FUNCTION: Mutex<Vec<&'static str>> = Mutex::new(Vec::new());
 
-/// The context that is current to this thread; 0 if none is.
+/// Returns the context that is current to this thread, or 0.
 pub fn current_context() -> u64 {
     CURRENT.with_borrow(|stack| stack.last().copied().unwrap_or(0))
 }
 
-/// Replaces the current context of this thread; 0 for none.
+/// Replaces the current context of this thread; 0 means none.
 pub fn set_current_context(context: u64) {
     CURRENT.with_borrow_mut(|stack| {
         stack.pop();
@@ -429,17 +432,17 @@ pub fn set_current_context(context: u64) {
     });
 }
 
-/// Pushes a context onto this thread's stack of contexts.
+/// Pushes a context onto this thread's context stack.
 pub fn push_current_context(context: u64) {
     CURRENT.with_borrow_mut(|stack| stack.push(context));
 }
 
-/// Pops the current context from this thread's stack of contexts.
+/// Pops the current context from this thread's context stack.
 pub fn pop_current_context() -> u64 {
     CURRENT.with_borrow_mut(Vec::pop).unwrap_or(0)
 }
 
-/// The driver, locked.
+/// Locks the driver. Also records the violations of host functions that called it meanwhile.
 pub fn lock() -> MutexGuard<'static, Driver> {
     static DRIVER: OnceLock<Mutex<Driver>> = OnceLock::new();
     let driver = DRIVER.get_or_init(|| {
@@ -458,8 +461,8 @@ pub fn lock() -> MutexGuard<'static, Driver> {
     driver
 }
 
-/// Does what every function of the driver does: counts the call, lets it fail if it
-/// shall, checks what it needs, runs it. Nothing unwinds out of it.
+/// Runs a driver function: counts the call, applies injected failures, checks the
+/// preconditions, and runs `body`. Never unwinds.
 pub fn call(
     name: &'static str,
     need: Need,
@@ -484,7 +487,7 @@ pub fn call(
             None => body(&mut driver),
             Some(failure) => {
                 if need.release {
-                    // The failure is what the caller hears of.
+                    // The caller only sees the earlier failure.
                     let _ = body(&mut driver);
                 }
                 Err(failure)
@@ -504,7 +507,7 @@ pub fn call(
     }
 }
 
-/// What a panic said.
+/// Returns the message of a panic.
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
     match (panic.downcast_ref::<&str>(), panic.downcast_ref::<String>()) {
         (Some(text), _) => text,

@@ -1,4 +1,4 @@
-//! What handles stand for.
+//! The objects that handles stand for.
 
 use super::capture::GraphNode;
 use super::codes::Code;
@@ -17,13 +17,13 @@ pub struct Context {
     pub device: i32,
     /// Whether it is the device's primary context.
     pub primary: bool,
-    /// Flags that it was made with.
+    /// Flags passed at its creation.
     pub flags: u32,
-    /// The error after which nothing works any more.
+    /// The error that broke it; every later call fails with it.
     pub sticky: Option<Code>,
     /// Handle of the legacy default stream.
     pub legacy: u64,
-    /// Handles of the default streams of threads.
+    /// Handles of the per-thread default streams.
     pub per_thread: HashMap<ThreadId, u64>,
     /// Limits that were set, by `CUlimit`.
     pub limits: HashMap<i32, usize>,
@@ -31,12 +31,12 @@ pub struct Context {
     pub cache: i32,
 }
 
-/// How a stream came to be.
+/// Origin of a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StreamRole {
-    /// `cuStreamCreate`.
+    /// Created by `cuStreamCreate`.
     Created,
-    /// The default stream that waits for all blocking streams, and they for it.
+    /// The legacy default stream, which waits for all blocking streams, as they wait for it.
     Legacy,
     /// The default stream of a thread.
     PerThread,
@@ -45,13 +45,13 @@ pub enum StreamRole {
 /// A stream.
 #[derive(Debug)]
 pub struct Stream {
-    /// Context that it belongs to.
+    /// Context that owns it.
     pub context: u64,
-    /// How it came to be.
+    /// Its origin.
     pub role: StreamRole,
-    /// Whether it is in order with the legacy default stream.
+    /// Whether it is ordered with the legacy default stream.
     pub blocking: bool,
-    /// Priority; a number without effect.
+    /// Priority, which has no effect.
     pub priority: i32,
     /// The newest node queued on it.
     pub tail: Option<NodeId>,
@@ -61,63 +61,64 @@ pub struct Stream {
     pub asked: Option<NodeId>,
 }
 
-/// What an event last recorded.
+/// The last record of an event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Recorded {
-    /// Nothing yet: it counts as complete.
+    /// Never recorded: the event counts as complete.
     Never,
-    /// This node.
+    /// Recorded as this node.
     Node(NodeId),
-    /// A place in a capture: these nodes of it.
+    /// Recorded in a capture, after these nodes of it.
     Captured { capture: u64, heads: Vec<usize> },
 }
 
 /// An event.
 #[derive(Debug)]
 pub struct Event {
-    /// Context that it belongs to.
+    /// Context that owns it.
     pub context: u64,
-    /// Whether it takes the time.
+    /// Whether it measures time.
     pub timing: bool,
-    /// What it last recorded.
+    /// Its last record.
     pub recorded: Recorded,
-    /// When that ran.
+    /// When the record ran.
     pub time: Option<Instant>,
-    /// Whether a query found the record unfinished.
+    /// Whether a query has found the record unfinished.
     pub asked: bool,
 }
 
 /// A loaded module.
 pub struct Module {
-    /// Context that it belongs to.
+    /// Context that owns it.
     pub context: u64,
-    /// The kernels.
+    /// Its kernels.
     pub image: Arc<ptx::Module>,
-    /// Handles of the functions that were asked for, by name.
+    /// Handles of the functions that were requested, by name.
     pub functions: HashMap<String, u64>,
 }
 
 /// A kernel of a loaded module.
 pub struct Function {
-    /// Context that it belongs to.
+    /// Context that owns it.
     pub context: u64,
-    /// Handle of the module.
+    /// Handle of its module.
     pub module: u64,
     /// The kernels of the module.
     pub image: Arc<ptx::Module>,
-    /// Which of them it is.
+    /// Name of this kernel among them.
     pub name: CString,
-    /// Most bytes of dynamic shared memory, if it was raised.
+    /// Maximum bytes of dynamic shared memory, if raised; otherwise 0.
     pub dynamic_shared: usize,
 }
 
 impl Function {
-    /// Its name.
+    /// Returns the kernel's name.
     pub fn name(&self) -> &str {
         self.name.to_str().unwrap_or_default()
     }
 
-    /// The kernel; `None` cannot be, as it was looked up when the function was made.
+    /// Returns the kernel. Never `None` in practice, since the kernel was looked up when the
+    /// function was created.
     pub fn kernel(&self) -> Option<&ptx::Kernel> {
         self.image.kernel(self.name())
     }
@@ -126,18 +127,18 @@ impl Function {
 /// A captured graph.
 #[derive(Clone)]
 pub struct Graph {
-    /// Context that it belongs to.
+    /// Context that owns it.
     pub context: u64,
-    /// Its nodes; each depends on earlier ones only.
+    /// Its nodes; each depends only on earlier ones.
     pub nodes: Arc<[GraphNode]>,
 }
 
-/// A graph that can be launched.
+/// An executable graph.
 pub struct Exec {
-    /// Context that it belongs to.
+    /// Context that owns it.
     pub context: u64,
-    /// Its nodes; each depends on earlier ones only.
+    /// Its nodes; each depends only on earlier ones.
     pub nodes: Arc<[GraphNode]>,
-    /// The end of its last launch: two launches of one executable graph do not overlap.
+    /// End of its last launch; launches of the same executable graph must not overlap.
     pub last: Option<NodeId>,
 }

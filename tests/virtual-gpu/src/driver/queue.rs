@@ -1,5 +1,5 @@
-//! Queued work: a graph of nodes with edges from stream order and recorded events. A
-//! node can run when all that it depends on has run.
+//! Queued work: a graph of nodes whose edges come from stream order and recorded events. A node
+//! can run once all nodes that it depends on have run.
 
 use super::launch::KernelLaunch;
 use super::settings::Schedule;
@@ -7,37 +7,37 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::c_void;
 use std::sync::Arc;
 
-/// Numbers of nodes, in the order in which they were queued.
+/// Number of a node; nodes are numbered in the order in which they were queued.
 pub type NodeId = u64;
 
 /// A function that `cuLaunchHostFunc` queues.
 pub type HostFunction = unsafe extern "C" fn(*mut c_void);
 
-/// Where a copy to the device takes its bytes.
+/// Source of a copy to the device.
 #[derive(Clone)]
 pub enum HostSource {
     /// Pinned memory, read when the copy runs.
     Pinned(usize),
-    /// Bytes taken when the copy was queued, as a driver does with pageable memory.
+    /// Bytes taken when the copy was queued, as a driver does for pageable memory.
     Snapshot(Arc<[u8]>),
 }
 
-/// One piece of work.
+/// One unit of queued work.
 #[derive(Clone)]
 pub enum Op {
-    /// A kernel.
+    /// Runs a kernel.
     Kernel(Arc<KernelLaunch>),
-    /// Copy to the device.
+    /// Copies to the device.
     HostToDevice {
         to: u64,
         from: HostSource,
         len: usize,
     },
-    /// Copy to the host, to an address that is valid when it runs.
+    /// Copies to a host address, which must be valid when the copy runs.
     DeviceToHost { to: usize, from: u64, len: usize },
-    /// Copy on the device.
+    /// Copies within the device.
     DeviceToDevice { to: u64, from: u64, len: usize },
-    /// Fill with a value of 1, 2 or 4 bytes.
+    /// Fills memory with a value of 1, 2 or 4 bytes.
     Fill {
         to: u64,
         value: u32,
@@ -48,16 +48,16 @@ pub enum Op {
     Allocate { address: u64 },
     /// `cuMemFreeAsync`.
     Free { address: u64 },
-    /// An event is recorded.
+    /// Records an event.
     Record { event: u64 },
-    /// A function of the host.
+    /// Calls a host function.
     Host { function: HostFunction, data: usize },
-    /// Nothing: where edges come together (event waits, the ends of graphs).
+    /// Does nothing; joins several edges (event waits, the start and end of graphs).
     Join,
 }
 
 impl Op {
-    /// For reports.
+    /// Describes the operation for reports.
     pub fn describe(&self) -> String {
         match self {
             Op::Kernel(launch) => format!("kernel {}", launch.name()),
@@ -79,8 +79,8 @@ impl Op {
         }
     }
 
-    /// Device addresses that it uses, with lengths. Of a kernel these are the values of
-    /// its parameters that can be pointers, with length 1.
+    /// Returns the device addresses that the operation uses, with lengths. For a kernel, these
+    /// are the parameter values that can be pointers, with length 1.
     pub fn addresses(&self) -> Vec<(u64, usize)> {
         match self {
             Op::Kernel(launch) => launch.pointers().map(|(_, pointer)| (pointer, 1)).collect(),
@@ -98,7 +98,7 @@ impl Op {
         }
     }
 
-    /// Whether it uses device memory from `base` on, `len` bytes.
+    /// Returns whether the operation uses any of the `len` bytes of device memory at `base`.
     pub fn uses_device(&self, base: u64, len: usize) -> bool {
         let end = base + len as u64;
         self.addresses()
@@ -106,7 +106,7 @@ impl Op {
             .any(|(at, bytes)| at < end && at + bytes as u64 > base)
     }
 
-    /// Whether it uses host memory from `base` on, `len` bytes.
+    /// Returns whether the operation uses any of the `len` bytes of host memory at `base`.
     pub fn uses_host(&self, base: usize, len: usize) -> bool {
         let (at, bytes) = match self {
             Op::HostToDevice {
@@ -121,27 +121,27 @@ impl Op {
     }
 }
 
-/// A node that has not run.
+/// A node that has not run yet.
 pub struct Node {
     /// Context that it belongs to.
     pub context: u64,
     /// Stream that it was queued on.
     pub stream: u64,
-    /// What it does.
+    /// Its operation.
     pub op: Op,
     depends: Vec<NodeId>,
     waiting: usize,
     dependents: Vec<NodeId>,
 }
 
-/// Nodes that a waiting call needs.
+/// The nodes that a waiting call needs to run.
 #[derive(Debug)]
 pub struct Plan {
     needed: BTreeSet<NodeId>,
     ready: BTreeSet<NodeId>,
 }
 
-/// The nodes that have not run.
+/// All nodes that have not run yet.
 #[derive(Default)]
 pub struct Queue {
     next: NodeId,
@@ -152,14 +152,14 @@ pub struct Queue {
 }
 
 impl Queue {
-    /// Starts the random numbers of [`Schedule::Shuffle`] anew.
+    /// Seeds the random numbers of [`Schedule::Shuffle`].
     pub fn seed(&mut self, seed: u64) {
         self.random = seed;
         self.pace = self.random() % 4;
     }
 
-    /// How many nodes shall run while more is being queued, at random. Some seeds run
-    /// nothing ahead, some most of it.
+    /// Returns a random number of nodes to run while more work is being queued. Some seeds run
+    /// nothing ahead, others most of the work.
     pub fn run_ahead(&mut self) -> u64 {
         if self.random() % 4 < self.pace {
             1 + self.random() % 2
@@ -168,7 +168,7 @@ impl Queue {
         }
     }
 
-    /// A random number (SplitMix64).
+    /// Returns a random number (SplitMix64).
     pub fn random(&mut self) -> u64 {
         self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.random;
@@ -177,7 +177,8 @@ impl Queue {
         mixed ^ mixed >> 31
     }
 
-    /// Queues work that may run after all of `depends` (nodes that have run are fine).
+    /// Queues work that may run after all of `depends`, which may include nodes that have
+    /// already run.
     pub fn add(&mut self, context: u64, stream: u64, op: Op, mut depends: Vec<NodeId>) -> NodeId {
         let id = self.next;
         self.next += 1;
@@ -207,22 +208,22 @@ impl Queue {
         id
     }
 
-    /// Nodes that have yet to run.
+    /// Returns the number of nodes that have not run yet.
     pub fn len(&self) -> usize {
         self.nodes.len()
     }
 
-    /// Whether all nodes have run.
+    /// Returns whether all nodes have run.
     pub fn is_empty(&self) -> bool {
         self.nodes.is_empty()
     }
 
-    /// Whether the node has yet to run.
+    /// Returns whether the node has not run yet.
     pub fn pending(&self, id: NodeId) -> bool {
         self.nodes.contains_key(&id)
     }
 
-    /// Nodes of the context that have yet to run, oldest first.
+    /// Iterates over the nodes of the context that have not run yet, oldest first.
     pub fn of_context(&self, context: u64) -> impl Iterator<Item = (NodeId, &Node)> {
         let mine = self
             .nodes
@@ -231,7 +232,7 @@ impl Queue {
         mine.map(|(id, node)| (*id, node))
     }
 
-    /// The targets that have yet to run and all that has to run before them.
+    /// Returns the targets that have not run yet and all nodes that must run before them.
     pub fn closure(&self, targets: impl IntoIterator<Item = NodeId>) -> BTreeSet<NodeId> {
         let mut found = BTreeSet::new();
         let mut open: Vec<NodeId> = targets.into_iter().collect();
@@ -245,16 +246,16 @@ impl Queue {
         found
     }
 
-    /// What has to run so that the targets have run.
+    /// Plans which nodes to run so that all targets have run.
     pub fn plan(&self, targets: impl IntoIterator<Item = NodeId>) -> Plan {
         let needed = self.closure(targets);
         let ready = needed.intersection(&self.ready).copied().collect();
         Plan { needed, ready }
     }
 
-    /// Takes out the next node to run for the plan; `None` if nothing is left of it.
-    /// [`Schedule::Shuffle`] also picks from what is not needed, but only of this
-    /// context.
+    /// Removes and returns the next node to run for the plan, or `None` if the plan is
+    /// complete. [`Schedule::Shuffle`] also picks nodes of the context that the plan does not
+    /// need.
     pub fn next(
         &mut self,
         plan: &mut Plan,
@@ -280,7 +281,7 @@ impl Queue {
         Some((id, node))
     }
 
-    /// One of the nodes of the context that can run, at random.
+    /// Returns a random node of the context that is ready to run.
     pub fn random_ready(&mut self, context: u64) -> Option<NodeId> {
         let can: Vec<NodeId> = {
             let of = |id: &&NodeId| {
@@ -298,7 +299,7 @@ impl Queue {
         can.get(at as usize).copied()
     }
 
-    /// Takes a node out to run it; what depends on it alone can run then.
+    /// Removes a node in order to run it. Nodes that waited only for this one become ready.
     pub fn take(&mut self, id: NodeId) -> Option<Node> {
         let node = self.nodes.remove(&id)?;
         self.ready.remove(&id);
@@ -313,7 +314,7 @@ impl Queue {
         Some(node)
     }
 
-    /// Forgets all nodes of a context. Gives how many there were.
+    /// Drops all nodes of a context. Returns their number.
     pub fn drop_context(&mut self, context: u64) -> usize {
         let mine: Vec<NodeId> = self.of_context(context).map(|(id, _)| id).collect();
         for id in &mine {

@@ -1,61 +1,61 @@
-//! What is kept for the tests: violations, calls, injected failures, statistics.
+//! Records for the tests: violations, calls, injected failures, statistics.
 
 use super::codes::{self, Code};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-/// Violations whose text is kept; more are counted only.
+/// Number of violations whose text is kept; further ones are only counted.
 const KEPT: usize = 1000;
 
-/// A function that shall fail.
+/// A request to make calls of a function fail.
 #[derive(Clone, Debug)]
 pub struct Injection {
-    /// Its name, with or without the `_v2` suffix.
+    /// Name of the function, with or without the `_v2` suffix.
     pub function: String,
-    /// Calls that still go well before.
+    /// Number of calls that still succeed first.
     pub before: u64,
-    /// Calls that then fail.
+    /// Number of calls that fail after that.
     pub times: u64,
-    /// With this code.
+    /// Error code of the failing calls.
     pub code: Code,
 }
 
-/// What happened to one kernel.
+/// Usage of one kernel.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct KernelUse {
-    /// Times that it ran.
+    /// Number of launches.
     pub launches: u64,
-    /// Instructions that its warps did.
+    /// Number of instructions executed by its warps.
     pub warp_instructions: u64,
 }
 
-/// The books.
+/// Violations, calls, injected failures and statistics.
 #[derive(Debug, Default)]
 pub struct Report {
     violations: Vec<String>,
     violation_count: u64,
     calls: BTreeMap<&'static str, u64>,
     injections: Vec<Injection>,
-    /// What happened to each kernel.
+    /// Usage of each kernel.
     pub kernels: BTreeMap<String, KernelUse>,
-    /// Calls that made the host wait for the device.
+    /// Number of calls that made the host wait for the device.
     pub synchronisations: u64,
-    /// Graphs launched.
+    /// Number of graphs launched.
     pub graph_launches: u64,
-    /// Work queued on streams, each node of a launched graph included.
+    /// Number of operations queued on streams, including each node of a launched graph.
     pub queued: u64,
-    /// Work that ran.
+    /// Number of operations that have run.
     pub executed: u64,
-    /// Failures injected.
+    /// Number of failures injected.
     pub injected: u64,
-    /// Bytes that copies to the host found undefined.
+    /// Number of undefined bytes in copies to the host.
     pub undefined_bytes: u64,
-    /// Most device memory in use, in bytes.
+    /// Maximum device memory in use, in bytes.
     pub peak_memory: u64,
 }
 
 impl Report {
-    /// Keeps a violation, as one line, and prints it.
+    /// Records a violation as one line, and prints it.
     pub fn violation(&mut self, text: &str, backtrace: bool) {
         let text = text.trim().replace('\n', "; ");
         eprintln!("virtual GPU: violation: {text}");
@@ -68,17 +68,17 @@ impl Report {
         }
     }
 
-    /// How many violations there were.
+    /// Returns the number of violations.
     pub fn violation_count(&self) -> u64 {
         self.violation_count
     }
 
-    /// The texts of the first violations.
+    /// Returns the texts of the first violations.
     pub fn violations(&self) -> &[String] {
         &self.violations
     }
 
-    /// Counts a call; gives the code that it shall fail with, if it shall.
+    /// Counts a call. Returns the code with which it must fail, if a failure was requested.
     pub fn called(&mut self, function: &'static str) -> Option<Code> {
         *self.calls.entry(function).or_default() += 1;
         let mut fails = None;
@@ -98,17 +98,17 @@ impl Report {
         fails
     }
 
-    /// Lets calls fail from now on.
+    /// Requests that calls fail from now on.
     pub fn inject(&mut self, injection: Injection) {
         self.injections.push(injection);
     }
 
-    /// Calls that still wait to fail.
+    /// Returns the number of requested failures that have not all happened yet.
     pub fn waiting_injections(&self) -> usize {
         self.injections.len()
     }
 
-    /// Calls of a function, by name with or without the `_v2` suffix.
+    /// Returns the number of calls of a function, by name with or without the `_v2` suffix.
     pub fn calls_of(&self, function: &str) -> u64 {
         let named = self
             .calls
@@ -117,7 +117,7 @@ impl Report {
         named.map(|(_, count)| count).sum()
     }
 
-    /// Each function called and how often, a line each.
+    /// Lists each function called and its count, one per line.
     pub fn calls(&self) -> String {
         let mut text = String::new();
         for (name, count) in &self.calls {
@@ -126,7 +126,7 @@ impl Report {
         text
     }
 
-    /// Each kernel with its launches and warp instructions, a line each.
+    /// Lists each kernel with its launches and warp instructions, one per line.
     pub fn kernels(&self) -> String {
         let mut text = String::new();
         for (name, uses) in &self.kernels {
@@ -135,7 +135,7 @@ impl Report {
         text
     }
 
-    /// One number by name.
+    /// Returns a statistic by name.
     pub fn statistic(&self, name: &str) -> Option<u64> {
         Some(match name {
             "launches" => self.kernels.values().map(|uses| uses.launches).sum(),
@@ -156,7 +156,7 @@ impl Report {
         })
     }
 
-    /// The names that [`Report::statistic`] knows.
+    /// The names that [`Report::statistic`] accepts.
     pub const STATISTICS: [&'static str; 10] = [
         "launches",
         "warp_instructions",
@@ -170,7 +170,7 @@ impl Report {
         "violations",
     ];
 
-    /// All of it as text, for the file that `VGPU_REPORT` names.
+    /// Formats the whole report for the file that `VGPU_REPORT` names.
     pub fn text(&self) -> String {
         let mut text = String::new();
         for name in Self::STATISTICS {
@@ -193,7 +193,7 @@ impl Report {
     }
 }
 
-/// A function's name without the suffix of its version.
+/// Returns a function's name without its version suffix.
 fn plain(function: &str) -> &str {
     let function = function.trim();
     ["_v2", "_v3", "_v4"]
@@ -202,7 +202,10 @@ fn plain(function: &str) -> &str {
         .unwrap_or(function)
 }
 
-/// Reads `FUNCTION:NTH:CODE[:TIMES]`, where the code is a number or a name.
+/// Parses `FUNCTION:NTH:CODE[:TIMES]`, where the code is a number or a name.
+///
+/// # Errors
+/// Returns a description of what is wrong with the text.
 pub fn parse_injection(text: &str) -> Result<Injection, String> {
     let mut parts = text.split(':');
     let (Some(function), Some(nth), Some(code)) = (parts.next(), parts.next(), parts.next()) else {

@@ -1,16 +1,16 @@
-//! Settings: which GPU this pretends to be, in what order queued work runs, what is
-//! checked. Each has a key; `vgpu_set` changes it by key, the environment variable
-//! `VGPU_` + the key in capitals says what it begins with.
+//! Settings: which GPU this pretends to be, in what order queued work runs, and what is
+//! checked. Each has a key. `vgpu_set` changes a setting by key; the environment variable
+//! `VGPU_` + the key in capitals sets its initial value.
 
-/// In what order queued work runs.
+/// The order in which queued work runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Schedule {
-    /// At once when it is queued. The call that queued it reports its fault.
+    /// Immediately when it is queued. The call that queued it reports its fault.
     Eager,
-    /// Only what a waiting call needs, and of that the newest first, as far as stream
-    /// order and events let it.
+    /// Only what a waiting call needs, and the newest work first, as far as stream order and
+    /// events allow.
     Late,
-    /// At random, as far as stream order and events let it, some of it already while
+    /// In random order, as far as stream order and events allow. Some work already runs while
     /// more is being queued.
     Shuffle(u64),
 }
@@ -18,34 +18,34 @@ pub enum Schedule {
 /// All settings.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
-    /// `name`: what `cuDeviceGetName` says.
+    /// `name`: result of `cuDeviceGetName`.
     pub name: String,
-    /// `compute_capability`: as `8.0`.
+    /// `compute_capability`, such as `8.0`.
     pub capability: (i32, i32),
-    /// `memory`: bytes of device memory; `512M` and `8G` are understood.
+    /// `memory`: bytes of device memory; accepts `512M` and `8G`.
     pub memory: usize,
-    /// `driver`: what `cuDriverGetVersion` says, 12040 for CUDA 12.4.
+    /// `driver`: result of `cuDriverGetVersion`; 12040 means CUDA 12.4.
     pub driver: i32,
-    /// `devices`: how many there are; with 0 `cuInit` fails with `NO_DEVICE`.
+    /// `devices`: number of devices; with 0, `cuInit` fails with `NO_DEVICE`.
     pub devices: i32,
-    /// `multiprocessors`.
+    /// `multiprocessors`: number of multiprocessors.
     pub multiprocessors: i32,
-    /// `shared_memory`: most bytes of shared memory of a block that opts in; 0: as the
-    /// compute capability has it.
+    /// `shared_memory`: maximum bytes of shared memory for a block that opts in; 0 means the
+    /// value of the compute capability.
     pub shared_memory: usize,
-    /// `memory_pools`: whether the device says it has `cuMemAllocAsync`.
+    /// `memory_pools`: whether the device reports support for `cuMemAllocAsync`.
     pub memory_pools: bool,
     /// `schedule`: `eager`, `late` or `shuffle:SEED`.
     pub schedule: Schedule,
-    /// `threads` of the host that run blocks of a kernel.
+    /// `threads`: number of host threads that run a kernel's blocks.
     pub threads: usize,
-    /// `check_races` of shared memory in kernels.
+    /// `check_races`: detect races on shared memory in kernels.
     pub check_races: bool,
-    /// `check_initialised`: kernels may not read what was never written.
+    /// `check_initialised`: reading memory that was never written is a fault in kernels.
     pub check_initialised: bool,
-    /// `check_copies`: copies to the host of what was never written are violations.
+    /// `check_copies`: copying memory that was never written to the host is a violation.
     pub check_copies: bool,
-    /// `backtrace`: print where a violation comes from.
+    /// `backtrace`: print a backtrace with each violation.
     pub backtrace: bool,
 }
 
@@ -89,9 +89,9 @@ pub const KEYS: [&str; 14] = [
 ];
 
 impl Settings {
-    /// The defaults, changed by the environment. Variables that cannot be understood
-    /// are printed and end the process: a test must not run with other settings than
-    /// it asked for.
+    /// Returns the defaults as changed by the environment. An invalid variable is printed and
+    /// aborts the process, because a test must not run with settings other than those it asked
+    /// for.
     pub fn from_environment() -> Self {
         let mut settings = Self::default();
         for key in KEYS {
@@ -106,7 +106,10 @@ impl Settings {
         settings
     }
 
-    /// Changes one setting. The error says what is wrong with the key or the value.
+    /// Changes one setting.
+    ///
+    /// # Errors
+    /// Returns a description of what is wrong with the key or the value.
     pub fn set(&mut self, key: &str, value: &str) -> Result<(), String> {
         match key {
             "name" => self.name = value.to_owned(),
@@ -146,7 +149,7 @@ impl Settings {
         Ok(())
     }
 
-    /// Most bytes of shared memory that a block can have when it opts in.
+    /// Returns the maximum bytes of shared memory for a block that opts in.
     pub fn shared_optin(&self) -> usize {
         if self.shared_memory > 0 {
             return self.shared_memory;
@@ -161,12 +164,12 @@ impl Settings {
         }
     }
 
-    /// Bytes of shared memory of a multiprocessor.
+    /// Returns the bytes of shared memory per multiprocessor.
     pub fn shared_per_multiprocessor(&self) -> usize {
         self.shared_optin() + 1024
     }
 
-    /// Threads that a multiprocessor holds.
+    /// Returns the maximum number of threads per multiprocessor.
     pub fn threads_per_multiprocessor(&self) -> i32 {
         match self.capability {
             (7, 5) => 1024,
@@ -175,7 +178,7 @@ impl Settings {
         }
     }
 
-    /// Blocks that a multiprocessor holds.
+    /// Returns the maximum number of blocks per multiprocessor.
     pub fn blocks_per_multiprocessor(&self) -> i32 {
         match self.capability {
             (7, 5) | (8, 6) => 16,
@@ -184,7 +187,7 @@ impl Settings {
         }
     }
 
-    /// The newest PTX version that this driver translates, as 84 for 8.4.
+    /// Returns the newest PTX version that this driver accepts, for example 84 for 8.4.
     pub fn ptx_version(&self) -> u32 {
         match self.driver {
             ..11040 => 73,

@@ -1,4 +1,4 @@
-//! Streams and events: how work gets into the queue, and what waiting means.
+//! Streams and events: how work is queued, and what waiting does.
 
 use super::codes;
 use super::objects::{Exec, Recorded, Stream, StreamRole};
@@ -7,14 +7,14 @@ use super::settings::Schedule;
 use super::{Driver, Failure};
 use std::thread;
 
-/// The stream handle that means the default stream of the thread.
+/// Stream handle that denotes the default stream of the calling thread.
 const PER_THREAD: u64 = 2;
-/// The stream handles that mean the legacy default stream.
+/// Stream handles that denote the legacy default stream.
 const LEGACY: [u64; 2] = [0, 1];
 
 impl Driver {
-    /// The handle behind what a caller passes as a stream, default streams resolved. It
-    /// is live and of the current context.
+    /// Resolves a stream argument, including default streams, to a handle. The handle is live
+    /// and belongs to the current context.
     pub fn resolve_stream(&mut self, raw: u64) -> Result<u64, Failure> {
         let context = self.current()?;
         if LEGACY.contains(&raw) {
@@ -60,7 +60,7 @@ impl Driver {
         self.run_ahead()
     }
 
-    /// Fails if the work uses memory that it may not.
+    /// Fails if the operation uses memory that it must not use.
     pub fn check_op(&mut self, op: &Op) -> Result<(), Failure> {
         match self.wrong_memory(op) {
             Some(text) => self.refuse(codes::INVALID_VALUE, &text),
@@ -116,7 +116,7 @@ impl Driver {
         }
     }
 
-    /// Puts work into the queue, after all that stream order and `extra` ask for.
+    /// Queues work after everything that stream order and `extra` require.
     pub fn enqueue(&mut self, stream: u64, op: Op, extra: Vec<NodeId>) -> Result<NodeId, Failure> {
         let (context, role, blocking) = {
             let found = self.stream(stream)?;
@@ -140,8 +140,8 @@ impl Driver {
         Ok(id)
     }
 
-    /// What has to run before the stream has nothing left to do. For the legacy default
-    /// stream this includes all blocking streams.
+    /// Returns the nodes that must run before the stream is idle. For the legacy default
+    /// stream, this includes all blocking streams.
     fn tails(&self, stream: u64) -> Vec<NodeId> {
         let Some(found) = self.streams.get(stream) else {
             return Vec::new();
@@ -157,7 +157,7 @@ impl Driver {
         ordered.filter_map(|(_, other)| other.tail).collect()
     }
 
-    /// After work was queued: runs all of it or some of it, as the schedule says.
+    /// Runs all or some of the work that was just queued, depending on the schedule.
     pub fn run_ahead(&mut self) -> Result<(), Failure> {
         let context = super::current_context();
         match self.settings.schedule {
@@ -217,7 +217,7 @@ impl Driver {
         self.run_ahead()
     }
 
-    /// A graph that can be launched, from captured nodes.
+    /// Creates an executable graph from a captured one.
     pub fn instantiate(&mut self, graph: u64) -> Result<u64, Failure> {
         let (context, nodes) = {
             let graph = self.graph(graph)?;
@@ -244,7 +244,7 @@ impl Driver {
         self.run_ahead()
     }
 
-    /// Lets what is queued on the stream from now on wait for what the event recorded.
+    /// Makes later work on the stream wait for what the event recorded.
     pub fn wait_event(&mut self, stream: u64, event: u64) -> Result<(), Failure> {
         if self.capture_wait(stream, event)? {
             return Ok(());
@@ -258,7 +258,7 @@ impl Driver {
         Ok(())
     }
 
-    /// Waits until the stream has nothing left to do.
+    /// Waits until the stream is idle.
     pub fn synchronise_stream(&mut self, stream: u64) -> Result<(), Failure> {
         self.forbidden_on_captured(stream)?;
         self.forbidden_while_capturing()?;
@@ -271,7 +271,7 @@ impl Driver {
         self.run(context, targets)
     }
 
-    /// Waits until the context has nothing left to do.
+    /// Waits until the context is idle.
     pub fn synchronise_context(&mut self, context: u64) -> Result<(), Failure> {
         let captured = self
             .captures
@@ -302,11 +302,11 @@ impl Driver {
         }
     }
 
-    /// Whether what the event recorded has run. The first question about a record that
-    /// is pending is answered with `NOT_READY`, the second makes it run: so a caller
-    /// meets both answers, and a loop comes to its end.
+    /// Queries whether what the event recorded has run. The first query of a pending record
+    /// fails with `NOT_READY`, and the second one runs it, so that callers experience both
+    /// answers and polling loops end.
     pub fn query_event(&mut self, event: u64) -> Result<(), Failure> {
-        // An event knows its context, which need not be the current one.
+        // An event stores its context, which need not be the current one.
         let Some(found) = self.events.get(event) else {
             let text = self.events.explain(event);
             return self.refuse(codes::INVALID_HANDLE, &text);
@@ -333,8 +333,7 @@ impl Driver {
         Err(Failure(codes::NOT_READY))
     }
 
-    /// Whether the stream has nothing left to do; answered as [`Driver::query_event`]
-    /// does.
+    /// Queries whether the stream is idle, in the same way as [`Driver::query_event`].
     pub fn query_stream(&mut self, stream: u64) -> Result<(), Failure> {
         self.forbidden_on_captured(stream)?;
         self.forbidden_while_capturing()?;

@@ -1,4 +1,4 @@
-//! The driver through its C functions, as a program calls them.
+//! Tests of the driver through its C functions, as programs call them.
 
 use super::api::unsupported::*;
 use super::api::{
@@ -14,9 +14,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 const NON_BLOCKING: u32 = 1;
 const OK: Code = codes::SUCCESS;
 
-/// `add(u32* x, u32 y)` and `move(u32* to, u32* from)`: one number a thread;
-/// `large`: as `add`, with 40 KiB of shared memory of its own;
-/// `stray(u32* x)`: writes 8 bytes at x + 4.
+/// `add(u32* x, u32 y)` and `move(u32* to, u32* from)`: one number per thread. `large`: takes
+/// one pointer and declares 40 KiB of shared memory. `stray(u32* x)`: writes 8 bytes at `x` + 4
+/// bytes.
 const KERNELS: &CStr = cr#"
 .version 8.0
 .target sm_75
@@ -63,13 +63,13 @@ const KERNELS: &CStr = cr#"
 }
 "#;
 
-/// The driver with a context, used by one test at a time.
+/// The driver with a current context, held exclusively by one test.
 struct Gpu {
     context: u64,
     _alone: MutexGuard<'static, ()>,
 }
 
-/// A driver with these settings and a current context.
+/// Locks the driver for this test, with these settings and a current context.
 fn gpu(settings: &[(&str, &str)]) -> Gpu {
     static ALONE: Mutex<()> = Mutex::new(());
     let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -96,7 +96,7 @@ impl Drop for Gpu {
 }
 
 impl Gpu {
-    /// Ends the context. No other test has the driver before this is dropped.
+    /// Releases the context. Other tests cannot use the driver until this value is dropped.
     fn release(&mut self) {
         if std::mem::take(&mut self.context) != 0 {
             unsafe {
@@ -106,7 +106,7 @@ impl Gpu {
         }
     }
 
-    /// Ends the context; everything must have been right and nothing is left over.
+    /// Releases the context, and asserts that there was no violation and no leak.
     fn finish(mut self) {
         assert_eq!(violations(), Vec::<String>::new());
         self.release();
@@ -141,7 +141,7 @@ fn violations() -> Vec<String> {
         .collect()
 }
 
-/// The only violation there is, which holds the text; there is none afterwards.
+/// Asserts that there is exactly one violation and that it contains the text, then clears it.
 #[track_caller]
 fn expect(text: &str) {
     let found = violations();
@@ -152,7 +152,7 @@ fn expect(text: &str) {
     forget();
 }
 
-/// Forgets violations, keeps settings.
+/// Clears the violations but keeps the settings.
 fn forget() {
     let settings = super::lock().settings.clone();
     vgpu_reset();
@@ -171,7 +171,7 @@ fn event() -> u64 {
     made
 }
 
-/// Device memory that holds these numbers, for all streams.
+/// Allocates device memory with these numbers, visible to all streams.
 fn device(values: &[u32]) -> u64 {
     let mut made = 0;
     unsafe {
@@ -197,7 +197,7 @@ fn unpin(memory: &mut [u32]) -> Code {
     unsafe { cuMemFreeHost(memory.as_mut_ptr().cast()) }
 }
 
-/// What device memory holds, without waiting for streams that do not block.
+/// Reads device memory, without waiting for non-blocking streams.
 fn read(address: u64, len: usize) -> Vec<u32> {
     let mut values = vec![0; len];
     assert_eq!(
@@ -304,8 +304,8 @@ fn work_of_a_stream_runs_in_order_and_only_when_waited_for() {
     }
 }
 
-/// A producer, and a consumer on another stream, with or without an event between them;
-/// gives what the consumer copied.
+/// Runs a producer and a consumer on two streams, with or without an event between them.
+/// Returns what the consumer copied.
 fn handed_over(schedule: &str, edge: bool) -> u32 {
     let gpu = gpu(&[("schedule", schedule)]);
     let (producer, consumer, e, k) = (stream(), stream(), event(), kernels());
@@ -315,7 +315,7 @@ fn handed_over(schedule: &str, edge: bool) -> u32 {
         assert_eq!(cuEventRecord(e, producer), OK);
         if edge {
             assert_eq!(cuStreamWaitEvent(consumer, e, 0), OK);
-            // What is recorded later does not change what was waited for.
+            // A later record does not change what the stream waits for.
             assert_eq!(cuEventRecord(e, consumer), OK);
         }
         assert_eq!(launch(k.shift, consumer, y, x), OK);
@@ -388,7 +388,7 @@ fn pinned_memory_is_read_late_and_pageable_memory_at_once() {
     }
     assert_eq!((read(x, 4), read(y, 4)), (vec![2; 4], vec![1; 4]));
     unsafe {
-        // Into pageable memory the copy waits.
+        // A copy to pageable memory waits.
         let before = statistic("synchronisations");
         assert_eq!(
             cuMemcpyDtoHAsync_v2(pageable.as_mut_ptr().cast(), x, 16, s),
@@ -682,7 +682,7 @@ fn captures_end_as_they_must() {
     let (a, b, e, k) = (stream(), stream(), event(), kernels());
     let x = device(&[1; 4]);
     unsafe {
-        // Forked and not joined.
+        // Forked but not joined.
         begin(a);
         assert_eq!(cuEventRecord(e, a), OK);
         assert_eq!(cuStreamWaitEvent(b, e, 0), OK);
@@ -698,13 +698,13 @@ fn captures_end_as_they_must() {
         assert_eq!(end(b).0, codes::STREAM_CAPTURE_UNMATCHED);
         assert_eq!(end(a).0, codes::STREAM_CAPTURE_INVALIDATED);
         expect("another stream");
-        // An event from outside.
+        // Waits for an event recorded outside.
         assert_eq!(cuEventRecord(e, b), OK);
         begin(a);
         assert_eq!(cuStreamWaitEvent(a, e, 0), codes::STREAM_CAPTURE_ISOLATION);
         assert_eq!(end(a).0, codes::STREAM_CAPTURE_INVALIDATED);
         expect("outside of the capture");
-        // Two captures that would become one.
+        // Two captures that would be merged.
         begin(a);
         begin(b);
         assert_eq!(cuEventRecord(e, a), OK);
@@ -712,7 +712,7 @@ fn captures_end_as_they_must() {
         assert_eq!(end(a).0, codes::STREAM_CAPTURE_INVALIDATED);
         assert_eq!(end(b).0, codes::STREAM_CAPTURE_INVALIDATED);
         expect("merge");
-        // Another thread.
+        // Ended by another thread.
         begin(a);
         let context = gpu.context;
         let other = std::thread::spawn(move || {
@@ -723,7 +723,7 @@ fn captures_end_as_they_must() {
         expect("another thread");
         let (code, graph) = end(a);
         assert_eq!((code, cuGraphDestroy(graph)), (OK, OK));
-        // No capture at all, two in one stream, the default stream.
+        // No capture at all, two captures in one stream, the default stream.
         assert_eq!(end(a).0, codes::ILLEGAL_STATE);
         expect("not being captured");
         begin(a);
@@ -736,7 +736,7 @@ fn captures_end_as_they_must() {
             codes::STREAM_CAPTURE_UNSUPPORTED
         );
         expect("legacy");
-        // The default stream while a blocking stream is captured.
+        // Work on the default stream while a blocking stream is captured.
         let mut blocking = 0;
         assert_eq!(cuStreamCreate(&mut blocking, 0), OK);
         begin(blocking);
@@ -802,7 +802,7 @@ fn wrong_handles_are_told_apart() {
         expect("was an event and is destroyed");
         assert_eq!(cuStreamDestroy_v2(0), codes::INVALID_HANDLE);
         expect("default stream");
-        // Another context.
+        // A handle of another context.
         let mut second = 0;
         assert_eq!(cuCtxCreate_v3(&mut second, null_mut(), 0, 0, 0), OK);
         let mine = stream();
@@ -820,7 +820,7 @@ fn wrong_handles_are_told_apart() {
         expect("was a context and is destroyed");
         assert_eq!(cuCtxDestroy_v2(gpu.context), codes::INVALID_CONTEXT);
         expect("primary");
-        // No context.
+        // No current context.
         assert_eq!(cuCtxSetCurrent(0), OK);
         assert_eq!(cuStreamSynchronize(s), codes::INVALID_CONTEXT);
         expect("no context is current");
@@ -913,7 +913,7 @@ fn ordered_allocations_live_and_die_in_stream_order() {
         expect("used after cuMemFreeAsync");
         assert_eq!(cuStreamSynchronize(a), OK);
         assert_eq!(vgpu_violation_count(), 0);
-        // Freed in a stream that does not wait for another one's use.
+        // Freed in a stream that does not wait for the use in another stream.
         assert_eq!(cuMemAllocAsync(&mut x, 16, a), OK);
         assert_eq!(cuMemsetD32Async(x, 3, 4, a), OK);
         assert_eq!(cuEventRecord(e, a), OK);
@@ -953,7 +953,7 @@ fn reading_what_was_never_written_breaks_the_context() {
     let (mut x, y) = (0, device(&[0; 4]));
     unsafe {
         assert_eq!(cuMemAlloc_v2(&mut x, 16), OK);
-        // Copies carry it along, and the host sees no sensible number.
+        // Copies propagate the undefined state, and the host reads no plausible number.
         assert_eq!(cuMemcpyDtoD_v2(y, x, 16), OK);
         assert_eq!(read(y, 4), [0x7ffb_7ffb; 4]);
         assert_eq!(statistic("undefined_bytes"), 16);
@@ -991,7 +991,7 @@ fn a_fault_stays_with_its_context() {
         assert_eq!(launch(k.add, s, x, 1), codes::MISALIGNED_ADDRESS);
         assert_eq!(vgpu_pending(), 0);
         expect("Misaligned");
-        // What is let go of is gone, whatever the call returns.
+        // Objects are released even though the calls return the error.
         assert_eq!(cuMemFree_v2(x), codes::MISALIGNED_ADDRESS);
         assert_eq!(cuStreamDestroy_v2(s), codes::MISALIGNED_ADDRESS);
         assert_eq!(cuModuleUnload(k.module), codes::MISALIGNED_ADDRESS);
@@ -1045,7 +1045,7 @@ fn calls_fail_when_they_shall() {
         assert_eq!(vgpu_waiting_failures(), 1);
         assert_eq!(cuMemAlloc_v2(&mut 0, 16), codes::OUT_OF_MEMORY);
         assert_eq!((vgpu_waiting_failures(), statistic("injected")), (0, 2));
-        // Letting go of something happens all the same.
+        // Releasing functions still release.
         fail("cuMemFree_v2", 1, codes::UNKNOWN, 1);
         assert_eq!(cuMemFree_v2(x), codes::UNKNOWN);
         assert_eq!(vgpu_call_count(c"cuMemAlloc".as_ptr()), 3);
@@ -1137,7 +1137,7 @@ fn launches_are_checked() {
             codes::INVALID_VALUE
         );
         expect("no parameters");
-        // Parameters in a buffer: their number is known and checked.
+        // Parameters in a buffer, whose size is known and checked.
         let buffer = [x, 5];
         for (len, code) in [(12usize, OK), (8, codes::INVALID_VALUE)] {
             let (pointer, size): (*mut c_void, *mut c_void) =

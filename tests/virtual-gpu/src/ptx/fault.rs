@@ -1,4 +1,4 @@
-//! What a kernel did wrong.
+//! Faults of kernels.
 
 use std::fmt;
 
@@ -7,40 +7,40 @@ use std::fmt;
 pub enum FaultKind {
     /// An access outside of every allocation, or beyond shared, local or parameter memory.
     OutOfBounds,
-    /// An address that is not a multiple of the size of the access.
+    /// An address that is not a multiple of the access size.
     Misaligned,
-    /// Reads bytes that were never written.
+    /// A read of bytes that were never written.
     UninitialisedRead,
-    /// Threads touch the same shared memory with nothing that orders them.
+    /// Unordered accesses of several threads to the same shared memory.
     SharedRace,
     /// A barrier that not all threads of the block reach together.
     DivergentBarrier,
-    /// An instruction of a whole warp that some of its lanes do not execute.
+    /// A warp-wide instruction that some lanes do not execute.
     DivergentWarp,
-    /// The launch does not fit the kernel.
+    /// A launch that does not fit the kernel.
     BadParameters,
-    /// Something that is not emulated.
+    /// A feature that is not emulated.
     Unsupported,
-    /// The kernel stopped itself.
+    /// A trap of the kernel itself.
     Trap,
-    /// A warp executed more instructions than it is allowed.
+    /// More instructions in a warp than allowed.
     Timeout,
 }
 
-/// A fault, and everything that helps to find it.
+/// A fault, with everything that helps to locate it.
 #[derive(Clone, Debug)]
 pub struct Fault {
     pub kind: FaultKind,
     pub kernel: String,
-    /// Line of the PTX; 0 if the launch itself is at fault.
+    /// PTX line; 0 if the launch itself is at fault.
     pub line: u32,
-    /// `file:line` of the source, where the PTX tells.
+    /// Source position as `file:line`, if the PTX contains it.
     pub source: Option<String>,
     pub block: [u32; 3],
-    /// The first thread at fault.
+    /// The first faulting thread.
     pub thread: Option<[u32; 3]>,
     pub address: Option<u64>,
-    /// Allocation and offset of the address.
+    /// Allocation that contains the address, and offset in it.
     pub location: Option<String>,
     /// What happened and what was expected.
     pub detail: String,
@@ -73,7 +73,7 @@ impl fmt::Display for Fault {
 
 impl std::error::Error for Fault {}
 
-/// A fault while it is on its way up: the place is added by who knows it.
+/// A fault on its way to the top, where callers add its position.
 #[derive(Debug)]
 pub struct Stop {
     pub kind: FaultKind,

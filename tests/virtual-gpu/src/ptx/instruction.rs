@@ -1,31 +1,33 @@
-//! Instructions as they are executed: names resolved, registers as slots of the register file.
+//! Instructions in executable form: names are resolved, and registers are slots of the register
+//! file.
 
 use super::types::Space;
 
-/// Lanes of a warp.
+/// Lanes per warp.
 pub const LANES: usize = 32;
-/// A mask with every lane.
+/// Mask of all lanes.
 pub const ALL: u32 = u32::MAX;
-/// The most operands of an instruction.
+/// Maximum number of operands of an instruction.
 pub const OPERANDS: usize = 16;
-/// Slot of the guard of an instruction that has none.
+/// Value of [`Instruction::guard`] for an instruction without a guard.
 pub const UNGUARDED: u16 = u16::MAX;
 
-/// Computes each lane by itself: register file, instruction, lanes to write.
+/// Computes each lane separately. Takes the register file, the instruction, and the mask of
+/// lanes to write.
 ///
 /// # Safety
-/// The register file must hold every slot that the instruction names, as the class that the
-/// handler was made for.
+/// The register file must contain every slot that the instruction names, in the class that the
+/// handler was built for.
 pub type Handler = unsafe fn(*mut u32, &Instruction, u32);
 
-/// One instruction, one cache line.
+/// One instruction, which fills one cache line.
 #[derive(Clone, Debug)]
 #[repr(align(64))]
 pub struct Instruction {
     pub action: Action,
     /// Rows of the register file (words, for predicates); destinations first.
     pub slots: [u16; OPERANDS],
-    /// Added to the address operand.
+    /// Offset that is added to the address operand.
     pub offset: i32,
     /// Word of the guard predicate, or [`UNGUARDED`].
     pub guard: u16,
@@ -33,27 +35,27 @@ pub struct Instruction {
     pub negated: bool,
 }
 
-/// Where an instruction stands in the texts.
+/// Position of an instruction in the PTX and in the source.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Place {
-    /// Line of the PTX.
+    /// PTX line.
     pub line: u32,
-    /// Number of the source file and the line in it, from `.loc`; zeros if unknown.
+    /// Source file number and line in it, from `.loc`; zeros if unknown.
     pub location: (u32, u32),
 }
 
-/// What an instruction does.
+/// The operation of an instruction. Operands are listed in the order of the slots.
 #[derive(Clone, Copy, Debug)]
 pub enum Action {
-    /// Each lane by itself.
+    /// Computes each lane separately.
     Lanes(Handler),
-    /// To the instruction with this index.
+    /// Jumps to the instruction with this index.
     Branch(u32),
     Exit,
     Trap,
-    /// Fences: blocks and warps see one order here anyway.
+    /// Does nothing. Used for fences, since blocks and warps see a single order here.
     Nothing,
-    /// `d`: instructions that this warp has executed.
+    /// `d`: the number of instructions that this warp has executed.
     Clock,
     /// `d..., address`.
     Load(Access),
@@ -64,7 +66,8 @@ pub enum Action {
     /// `shared address, global address, bytes to read`.
     AsyncCopy(u8),
     AsyncCommit,
-    /// Until at most so many groups are pending; `None` waits for all, committed or not.
+    /// Waits until at most this many groups are pending; `None` waits for all copies, committed
+    /// or not.
     AsyncWait(Option<u32>),
     /// `d, barrier, threads, predicate`.
     Barrier(Barrier),
@@ -99,22 +102,23 @@ pub enum Action {
 #[derive(Clone, Copy, Debug)]
 pub struct Access {
     pub space: Space,
-    /// Bytes of an element: 1, 2, 4 or 8.
+    /// Bytes per element: 1, 2, 4 or 8.
     pub size: u8,
-    /// Elements of the vector.
+    /// Number of elements in the vector.
     pub count: u8,
-    /// Whether a loaded element keeps its sign in a wider register.
+    /// Whether loaded elements are sign-extended in a wider register.
     pub signed: bool,
     /// Whether the registers of the elements are 64 bits wide.
     pub wide: bool,
     /// Whether the address is 64 bits wide.
     pub wide_address: bool,
-    /// Not plain: volatile or with an order, so it may meet others.
+    /// Whether the access is volatile or has a memory order, which makes concurrent accesses
+    /// legal.
     pub ordered: bool,
 }
 
 impl Access {
-    /// Bytes that a lane touches.
+    /// Returns the number of bytes that each lane accesses.
     pub fn bytes(&self) -> usize {
         usize::from(self.size) * usize::from(self.count)
     }
@@ -141,12 +145,12 @@ pub enum AtomicOperation {
 /// A barrier of the block.
 #[derive(Clone, Copy, Debug)]
 pub struct Barrier {
-    /// All threads of a warp must execute it together.
+    /// Whether all threads of a warp must execute it together.
     pub aligned: bool,
-    /// Only announces its arrival.
+    /// Whether threads only arrive, without waiting.
     pub arrive: bool,
     pub with_count: bool,
-    /// Combines a predicate of all threads.
+    /// How to combine a predicate of all threads, if requested.
     pub combine: Option<Vote>,
 }
 
@@ -158,7 +162,7 @@ pub enum Shuffle {
     Index,
 }
 
-/// How predicates of several threads are combined.
+/// How to combine predicates of several threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Vote {
     All,

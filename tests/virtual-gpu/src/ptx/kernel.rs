@@ -6,19 +6,19 @@ use super::types::{Class, Type};
 use std::cell::UnsafeCell;
 use std::collections::HashMap;
 
-/// Where the module's own variables lie.
+/// Address of the module's own variables.
 pub const MODULE_WINDOW: u64 = 0xd000_0000_0000_0000;
-/// Where local memory lies among the generic addresses.
+/// Address of local memory among the generic addresses.
 pub const LOCAL_WINDOW: u64 = 0xe000_0000_0000_0000;
-/// Where shared memory lies among the generic addresses.
+/// Address of shared memory among the generic addresses.
 pub const SHARED_WINDOW: u64 = 0xf000_0000_0000_0000;
-/// Bytes of each window.
+/// Size of each window in bytes.
 pub const WINDOW_SIZE: u64 = 1 << 32;
 
 /// A kernel's parameter.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Parameter {
-    /// Bytes from the beginning of the parameters.
+    /// Offset in bytes from the beginning of the parameters.
     pub offset: usize,
     pub size: usize,
     pub align: usize,
@@ -26,7 +26,7 @@ pub struct Parameter {
     pub of: Type,
 }
 
-/// A value that a register has when a thread begins.
+/// An initial value of a register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Preset {
     Thread(u8),
@@ -46,7 +46,7 @@ pub enum Preset {
     DynamicSharedWide,
 }
 
-/// A kernel, decoded.
+/// A decoded kernel.
 #[derive(Debug)]
 pub struct Kernel {
     pub name: String,
@@ -54,17 +54,18 @@ pub struct Kernel {
     /// Bytes of shared memory that the kernel declares itself.
     pub static_shared: usize,
     pub(super) code: Vec<Instruction>,
-    /// One for each instruction.
+    /// One position per instruction.
     pub(super) places: Vec<Place>,
     pub(super) constants: Vec<(u16, Class, u64)>,
     pub(super) presets: Vec<(Preset, u16)>,
-    /// Rows of 32 words that a warp's registers need.
+    /// Number of rows of 32 words for a warp's registers.
     pub(super) rows: usize,
-    /// Where the shared memory that the launch sizes begins.
+    /// Offset of the shared memory whose size is set at launch.
     pub(super) dynamic_shared_at: usize,
-    /// Bytes of local memory of a thread.
+    /// Bytes of local memory per thread.
     pub(super) local: usize,
-    /// The smallest access to shared memory, in bytes: checks are kept for pieces of this size.
+    /// Size of the smallest access to shared memory in bytes, which is the granularity of the
+    /// checks.
     pub(super) granule: usize,
     pub(super) max_threads: Option<u32>,
     pub(super) required_block: Option<[u32; 3]>,
@@ -72,27 +73,28 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// Bytes of all parameters.
+    /// Returns the size of all parameters in bytes.
     pub fn parameter_bytes(&self) -> usize {
         self.parameters.last().map_or(0, |p| p.offset + p.size)
     }
 
-    /// Bytes of local memory that a thread has, such as arrays that are indexed at run time.
+    /// Returns the bytes of local memory per thread, used for example by arrays that are
+    /// indexed at run time.
     pub fn local_bytes(&self) -> usize {
         self.local
     }
 
-    /// Instructions after decoding.
+    /// Returns the number of instructions after decoding.
     pub fn instructions(&self) -> usize {
         self.code.len()
     }
 
-    /// The most threads that a block may have, if the kernel says.
+    /// Returns the maximum number of threads per block, if the kernel declares it.
     pub fn max_threads(&self) -> Option<u32> {
         self.max_threads
     }
 
-    /// `file:line` of the source, if the PTX tells.
+    /// Returns the source position as `file:line`, if the PTX contains it.
     pub(super) fn source(&self, place: Place) -> Option<String> {
         let name = self.globals.files.get(&place.location.0)?;
         (place.location.1 > 0).then(|| format!("{name}:{}", place.location.1))
@@ -107,7 +109,7 @@ pub struct Globals {
     pub(super) files: HashMap<u32, String>,
 }
 
-/// A variable of a module: its place in the module's window, in bytes.
+/// A variable of a module, and its location in the module's window in bytes.
 #[derive(Debug)]
 pub struct GlobalVariable {
     pub name: String,
@@ -115,13 +117,13 @@ pub struct GlobalVariable {
     pub size: usize,
 }
 
-// SAFETY: the bytes are only reached through raw pointers, by kernels, as other device memory is.
+// SAFETY: only kernels access the bytes, through raw pointers as for other device memory.
 unsafe impl Sync for Globals {}
-// SAFETY: nothing in it belongs to a thread.
+// SAFETY: nothing in it is tied to a thread.
 unsafe impl Send for Globals {}
 
 impl Globals {
-    /// `bytes` holds all variables at their offsets, which ascend.
+    /// Creates the variables. `bytes` contains all of them at their offsets, which ascend.
     pub fn new(bytes: &[u8], variables: Vec<GlobalVariable>, files: HashMap<u32, String>) -> Self {
         let words = bytes.chunks(16).map(|chunk| {
             let mut word = [0; 16];
@@ -135,7 +137,7 @@ impl Globals {
         }
     }
 
-    /// The variables as regions of device memory.
+    /// Returns the variables as regions of device memory.
     pub fn regions(&self) -> Vec<Region> {
         let data: *mut u8 = self.data.as_ptr().cast_mut().cast();
         let region = |variable: &GlobalVariable| Region {

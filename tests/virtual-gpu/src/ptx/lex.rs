@@ -2,7 +2,7 @@
 
 use super::ParseError;
 
-/// A piece of the text, and the line it stands on (from 1).
+/// A token, and its line (counted from 1).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Token<'a> {
     pub kind: Kind,
@@ -10,18 +10,19 @@ pub struct Token<'a> {
     pub line: u32,
 }
 
-/// What a token is.
+/// The kind of a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// Names, numbers, directives and opcodes, each with all its dots: `ld.param.u64`, `%tid.x`, `0f3F800000`.
+    /// A name, number, directive or opcode with all its dots: `ld.param.u64`, `%tid.x`,
+    /// `0f3F800000`.
     Word,
-    /// One character of punctuation.
+    /// One punctuation character.
     Mark,
-    /// Text between quotation marks, without them.
+    /// Text between quotation marks, without the marks.
     Text,
 }
 
-/// Splits `text`; comments and blanks are dropped.
+/// Splits `text` into tokens. Comments and white space are dropped.
 pub fn tokens(text: &str) -> Result<Vec<Token<'_>>, ParseError> {
     let bytes = text.as_bytes();
     let mut found = Vec::with_capacity(bytes.len() / 6);
@@ -85,8 +86,9 @@ fn is_word(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'$' | b'%' | b'.')
 }
 
-/// A word goes on over `::`, as in `.L1::no_allocate`; one colon ends it. A directive, which
-/// begins with a dot, ends before the next one: `.reg.b16` are two words.
+/// Returns the length of a word. A word continues over `::`, as in `.L1::no_allocate`, but ends
+/// at a single colon. A directive, which begins with a dot, ends before the next dot:
+/// `.reg.b16` is two words.
 fn word_length(bytes: &[u8]) -> usize {
     let mut length = 1;
     while length < bytes.len() {

@@ -1,4 +1,4 @@
-//! The device memory that a kernel may touch.
+//! The device memory that a kernel may access.
 
 use super::kernel::Kernel;
 use std::sync::atomic::AtomicU8;
@@ -8,30 +8,30 @@ use std::sync::atomic::AtomicU8;
 pub struct Region {
     /// Device address.
     pub base: u64,
-    /// Bytes.
+    /// Size in bytes.
     pub len: usize,
-    /// Where the bytes are; as well aligned as `base`, at least to 16 bytes.
+    /// Location of the bytes; as aligned as `base`, but at least to 16 bytes.
     pub data: *mut u8,
-    /// One byte for each byte of data, 0 if it was never written; null if that is not tracked.
+    /// One byte per byte of data, 0 if it was never written; null if writes are not tracked.
     pub defined: *const AtomicU8,
-    /// What it is, for reports.
+    /// Name in reports.
     pub label: String,
 }
 
-// SAFETY: a region only names memory; `run` demands that it stays while a kernel runs, and
-// kernels reach it through atomic accesses.
+// SAFETY: a region only refers to memory; `run` requires that the memory stays valid while a
+// kernel runs, and kernels access it atomically.
 unsafe impl Send for Region {}
 // SAFETY: as above.
 unsafe impl Sync for Region {}
 
-/// All allocations, by ascending base, none overlapping. They must stay as they are while a
-/// kernel runs, and nobody else may touch their bytes.
+/// All allocations, by ascending base and without overlaps. They must stay unchanged while a
+/// kernel runs, and nothing else may access their bytes.
 pub struct Regions<'a>(pub &'a [Region]);
 
-/// Finds regions, beginning with the one that was found last.
+/// Finds regions by address.
 pub struct Map<'a> {
     regions: &'a [Region],
-    /// The module's own variables, which lie above all else.
+    /// The module's own variables, whose addresses are above all others.
     module: Vec<Region>,
 }
 
@@ -43,7 +43,7 @@ impl<'a> Map<'a> {
         }
     }
 
-    /// The region that `hint` numbers, if it exists.
+    /// Returns the region with the index `hint`, if it exists.
     pub fn get(&self, hint: usize) -> Option<&Region> {
         match hint.checked_sub(self.regions.len()) {
             None => self.regions.get(hint),
@@ -51,20 +51,21 @@ impl<'a> Map<'a> {
         }
     }
 
-    /// The number of the last region that begins at the address or below it.
+    /// Returns the index of the last region that begins at or below the address.
     fn below(&self, address: u64) -> Option<usize> {
         let begins = |r: &Region| r.base <= address;
         let count = self.regions.partition_point(begins) + self.module.partition_point(begins);
         count.checked_sub(1)
     }
 
-    /// The number of the region that holds all these bytes.
+    /// Returns the index of the region that contains all these bytes.
     pub fn find(&self, address: u64, bytes: u64) -> Option<usize> {
         let at = self.below(address)?;
         self.get(at)?.holds(address, bytes).then_some(at)
     }
 
-    /// Where an address is, in words; the nearest allocation below if it is in none.
+    /// Describes the location of an address, relative to the nearest allocation below if no
+    /// allocation contains it.
     pub fn describe(&self, address: u64) -> String {
         if address < 256 {
             return "a null pointer".to_string();
@@ -95,7 +96,7 @@ impl Region {
 /// Numbers whose bytes can be copied to a device and back.
 ///
 /// # Safety
-/// Every pattern of bits is a value, and there is no padding.
+/// Every bit pattern must be a valid value, and the type must have no padding.
 pub unsafe trait Plain: Copy + Default + 'static {}
 
 macro_rules! plain {
@@ -120,14 +121,14 @@ plain!(u8, i8, u16, i16, u32, i32, u64, i64, f32, f64);
 #[derive(Default)]
 pub struct HostMemory {
     regions: Vec<Region>,
-    /// What the regions point to.
+    /// The memory that the regions point to.
     data: Vec<(Box<[u128]>, Box<[AtomicU8]>)>,
 }
 
-// SAFETY: the pointers lead to the boxes beside them.
+// SAFETY: the pointers refer to the boxes in the same struct.
 unsafe impl Send for HostMemory {}
 
-/// Between allocations, so that an access past an end meets nothing.
+/// Gap between allocations, so that an access past the end of one does not hit another.
 const GAP: u64 = 1 << 16;
 const FIRST: u64 = 0x7000_0000_0000;
 
@@ -136,16 +137,16 @@ impl HostMemory {
         HostMemory::default()
     }
 
-    /// Allocates and fills memory; gives its address, a multiple of 256.
+    /// Allocates and fills memory. Returns its address, a multiple of 256.
     pub fn alloc<T: Plain>(&mut self, label: &str, values: &[T]) -> u64 {
         let address = self.alloc_uninitialised(label, size_of_val(values));
         self.write(address, values);
         address
     }
 
-    /// Allocates memory that a kernel must write before it reads.
+    /// Allocates memory that a kernel must write before it reads it.
     pub fn alloc_uninitialised(&mut self, label: &str, bytes: usize) -> u64 {
-        // Not zeros, so that a read that escapes the checks does not look right.
+        // Not zeros, so that a read that escapes the checks does not yield plausible values.
         let data = vec![u128::from_ne_bytes([0xcd; 16]); bytes.div_ceil(16) + 1].into_boxed_slice();
         let defined: Box<[AtomicU8]> = (0..bytes).map(|_| AtomicU8::new(0)).collect();
         let end = self
@@ -177,7 +178,7 @@ impl HostMemory {
     /// Writes values at an address inside an allocation.
     ///
     /// # Panics
-    /// If they do not lie in one allocation.
+    /// Panics if the values do not lie in one allocation.
     pub fn write<T: Plain>(&mut self, address: u64, values: &[T]) {
         let bytes = size_of_val(values);
         let region = self.find(address, bytes);
@@ -198,13 +199,13 @@ impl HostMemory {
     /// Reads values at an address inside an allocation.
     ///
     /// # Panics
-    /// If they do not lie in one allocation, or a byte was never written.
+    /// Panics if the values do not lie in one allocation, or if a byte was never written.
     pub fn read<T: Plain>(&self, address: u64, count: usize) -> Vec<T> {
         let bytes = count * size_of::<T>();
         let region = self.find(address, bytes);
         let offset = (address - region.base) as usize;
         let mut values = vec![T::default(); count];
-        // SAFETY: `find` checked the range; any bytes are `Plain` values.
+        // SAFETY: `find` checked the range; any bytes are valid `Plain` values.
         unsafe {
             for byte in offset..offset + bytes {
                 let defined =
@@ -224,7 +225,7 @@ impl HostMemory {
         values
     }
 
-    /// The bytes of an allocation that were never written.
+    /// Returns the number of bytes of an allocation that were never written.
     pub fn unwritten(&self, address: u64) -> usize {
         let region = self.find(address, 1);
         let Some(at) = self.regions.iter().position(|r| r.base == region.base) else {
@@ -237,13 +238,13 @@ impl HostMemory {
             .count()
     }
 
-    /// What a kernel may touch.
+    /// Returns the memory that a kernel may access.
     pub fn regions(&self) -> Regions<'_> {
         Regions(&self.regions)
     }
 }
 
-/// A kernel's argument, for [`arguments`].
+/// An argument of a kernel, for [`arguments`].
 #[derive(Clone, Copy, Debug)]
 pub enum Argument {
     Pointer(u64),
@@ -251,10 +252,11 @@ pub enum Argument {
     F32(f32),
 }
 
-/// The bytes of a launch's parameters.
+/// Returns the bytes of a launch's parameters.
 ///
 /// # Panics
-/// If the kernel takes another number of parameters, or of other sizes.
+/// Panics if the kernel takes a different number of parameters, or parameters of different
+/// sizes.
 pub fn arguments(kernel: &Kernel, values: &[Argument]) -> Vec<u8> {
     assert_eq!(
         values.len(),

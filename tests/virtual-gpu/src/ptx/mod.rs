@@ -1,21 +1,21 @@
-//! PTX: reading it, and running it with every access checked.
+//! PTX: parsing it, and running it with every access checked.
 //!
-//! [`Module::parse`] reads PTX ISA 8.4 as NVRTC 12.4 writes it for `compute_80`, and decodes
-//! every kernel; what it does not know is an error there, never ignored. [`run`] executes a
-//! kernel on the host, a warp at a time, and stops at the first [`Fault`].
+//! [`Module::parse`] reads PTX ISA 8.4 as NVRTC 12.4 emits it for `compute_80`, and decodes
+//! every kernel. Anything unknown is an error at that point and never ignored. [`run`] executes
+//! a kernel on the host, one warp at a time, and stops at the first [`Fault`].
 //!
 //! | Checked | How |
 //! |---|---|
 //! | global, shared, local, parameter accesses | inside one allocation, aligned to their size |
-//! | reads of memory that nobody wrote | a mark for each byte of global memory, for each piece of shared memory |
-//! | races in shared memory | see `shared.rs`; the target of `cp.async` is taken from its issue to its thread's wait |
-//! | barriers | every thread of the block reaches the same one; nobody has exited |
+//! | reads of memory never written | a mark per byte of global, per piece of shared memory |
+//! | races in shared memory | see `shared.rs`; `cp.async` owns its target until the wait |
+//! | barriers | every thread of the block reaches the same one; none has exited |
 //! | `shfl`, `vote`, `mma`, … | every lane that takes part executes it, or will |
 //! | the launch | size of the parameters, threads, shared memory |
-//! | endless loops | a number of instructions a warp |
+//! | endless loops | a maximum number of instructions per warp |
 //!
-//! Not detected: races between blocks, or between threads, on global memory; local memory and
-//! registers that are read before they are written; an order that only fences would give.
+//! Not detected: races between blocks, or between threads, on global memory; reads of local
+//! memory and registers before they are written; orderings that only fences would establish.
 
 mod decode;
 mod execute;
@@ -46,7 +46,7 @@ use std::sync::Arc;
 use syntax::{Initial, Source};
 use types::Space;
 
-/// A text that is not PTX, or PTX that is not known here.
+/// An error in PTX text: it is malformed, or it uses a feature that is not known here.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ParseError {
     pub line: u32,
@@ -70,14 +70,18 @@ impl fmt::Display for ParseError {
 
 impl std::error::Error for ParseError {}
 
-/// A module: its kernels, decoded.
+/// A module with its decoded kernels.
 #[derive(Debug)]
 pub struct Module {
     kernels: Vec<Kernel>,
 }
 
 impl Module {
-    /// Reads a module and decodes all its kernels.
+    /// Parses a module and decodes all its kernels.
+    ///
+    /// # Errors
+    /// Returns the first error: the text is malformed, or uses a feature that is not known
+    /// here.
     pub fn parse(text: &str) -> Result<Module, ParseError> {
         let source = parse::source(text)?;
         let (addresses, globals) = globals(&source)?;
@@ -108,7 +112,7 @@ fn globals<'a>(source: &Source<'a>) -> Result<(HashMap<&'a str, u64>, Arc<Global
         .filter(|v| v.space == Space::Global)
         .collect();
     for variable in &variables {
-        // A gap, so that an access past the end of one does not meet the next.
+        // A gap, so that an access past the end of one variable does not hit the next.
         let offset = (bytes.len() + 256).next_multiple_of(variable.align.max(16));
         places.push(GlobalVariable {
             name: variable.name.to_string(),

@@ -1,11 +1,11 @@
-//! Reads the tokens of a module into declarations and statements.
+//! Parses the tokens of a module into declarations and statements.
 
 use super::ParseError;
 use super::lex::{Kind, Token, tokens};
 use super::syntax::{Function, Initial, Item, Operand, Source, Statement, Variable};
 use super::types::{Space, Type};
 
-/// Reads a whole module.
+/// Parses a whole module.
 pub fn source(text: &str) -> Result<Source<'_>> {
     let mut parser = Parser {
         tokens: tokens(text)?,
@@ -71,7 +71,7 @@ impl<'a> Parser<'a> {
         }
     }
 
-    /// Takes the token if it is this one.
+    /// Consumes the next token if it is this one. Returns whether it was.
     fn take(&mut self, text: &str) -> bool {
         let found = self.peek_is(text);
         self.at += usize::from(found);
@@ -86,7 +86,7 @@ impl<'a> Parser<'a> {
         self.error(format!("expected `{text}`, found `{found}`"))
     }
 
-    /// A number that fits `u32`, such as a size or an alignment.
+    /// Parses a number that fits `u32`, such as a size or an alignment.
     fn small(&mut self) -> Result<u32> {
         let word = self.word()?;
         match integer(word).and_then(|n| u32::try_from(n).ok()) {
@@ -95,7 +95,7 @@ impl<'a> Parser<'a> {
         }
     }
 
-    /// A declaration of the module.
+    /// Parses a declaration of the module.
     fn item(&mut self, first: Token<'a>, source: &mut Source<'a>) -> Result<()> {
         match first.text {
             ".version" | ".address_size" => self.at += 2,
@@ -112,7 +112,7 @@ impl<'a> Parser<'a> {
             ".extern" => {
                 self.at += 1;
                 if self.peek_is(".func") || self.peek_is(".entry") {
-                    // Only its declaration: a call of it cannot be resolved and is reported there.
+                    // Only a declaration: a call of this function is reported as unresolved.
                     while !self.take(";") {
                         self.at += 1;
                         self.peek().ok_or_else(|| {
@@ -144,7 +144,7 @@ impl<'a> Parser<'a> {
         Ok(())
     }
 
-    /// Debug sections are skipped.
+    /// Skips a debug section.
     fn section(&mut self) -> Result<()> {
         while !self.take("{") {
             self.next()?;
@@ -218,7 +218,7 @@ impl<'a> Parser<'a> {
         Ok(parameters)
     }
 
-    /// `.align`, `.ptr` and such, up to the type.
+    /// Parses `.align`, `.ptr` and similar attributes, up to and including the type.
     fn attributes(&mut self) -> Result<(Option<usize>, Type)> {
         let mut align = None;
         loop {
@@ -242,7 +242,7 @@ impl<'a> Parser<'a> {
         }
     }
 
-    /// A name, its extents and its initial values.
+    /// Parses a name, its extents and its initial values.
     fn declarator(&mut self, space: Space, align: Option<usize>, of: Type) -> Result<Variable<'a>> {
         let line = self.line();
         let name = self.word()?;
@@ -306,7 +306,7 @@ impl<'a> Parser<'a> {
         Ok(())
     }
 
-    /// `.shared .align 4 .b8 name[128];`
+    /// Parses `.shared .align 4 .b8 name[128];`.
     fn variables(&mut self) -> Result<Vec<Variable<'a>>> {
         let space = match self.next()?.text {
             ".shared" => Space::Shared,
@@ -357,8 +357,8 @@ impl<'a> Parser<'a> {
         }
     }
 
-    /// `.loc file line column[, function_name label[, inlined_at file line column]]`: the line
-    /// is that of the innermost function.
+    /// Parses `.loc file line column[, function_name label[, inlined_at file line column]]`.
+    /// The line is that of the innermost function.
     fn loc(&mut self) -> Result<()> {
         let file = self.small()?;
         self.location = (file, self.small()?);
@@ -483,7 +483,7 @@ impl<'a> Parser<'a> {
         Ok(address)
     }
 
-    /// `+4`, `+-4`, `-4` or nothing.
+    /// Parses `+4`, `+-4`, `-4` or nothing.
     fn offset(&mut self) -> Result<i64> {
         let plus = self.take("+");
         let minus = self.take("-");
@@ -499,7 +499,7 @@ impl<'a> Parser<'a> {
     }
 }
 
-/// A whole number in any of PTX's bases; an optional `U` at its end.
+/// Parses a whole number in any of PTX's bases, with an optional trailing `U`.
 fn integer(word: &str) -> Option<u64> {
     let word = word.strip_suffix('U').unwrap_or(word);
     if let Some(digits) = word.strip_prefix("0x").or(word.strip_prefix("0X")) {
@@ -514,7 +514,7 @@ fn integer(word: &str) -> Option<u64> {
     word.parse().ok()
 }
 
-/// A number, if the word is one.
+/// Parses a number. Returns `None` if the word is not one.
 fn number(word: &str) -> Option<Operand<'_>> {
     if !word.starts_with(|c: char| c.is_ascii_digit()) {
         return None;

@@ -1,4 +1,4 @@
-//! Launches: all blocks of a grid, on several threads.
+//! Launches: runs all blocks of a grid on several host threads.
 
 use super::execute::{Block, Warp};
 use super::fault::{Fault, FaultKind, Stop};
@@ -12,27 +12,27 @@ use std::time::{Duration, Instant};
 /// A launch of a kernel.
 #[derive(Clone, Debug)]
 pub struct Launch {
-    /// Blocks.
+    /// Number of blocks per dimension.
     pub grid: [u32; 3],
-    /// Threads of a block.
+    /// Number of threads per block and dimension.
     pub block: [u32; 3],
-    /// Bytes of shared memory besides what the kernel declares.
+    /// Bytes of shared memory in addition to what the kernel declares.
     pub dynamic_shared: usize,
     /// The bytes of all parameters, each at its offset.
     pub parameters: Vec<u8>,
 }
 
-/// How a kernel is run and what is checked.
+/// How to run a kernel, and what to check.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Threads of the host that run blocks.
+    /// Number of host threads that run blocks.
     pub threads: usize,
-    /// Whether races in shared memory are looked for.
+    /// Whether to detect races in shared memory.
     pub check_races: bool,
-    /// Whether reads of memory that nobody wrote are looked for.
+    /// Whether to detect reads of memory that was never written.
     pub check_initialised: bool,
-    /// Runs blocks, and warps between barriers, in an order that follows from this number;
-    /// otherwise in ascending order.
+    /// Seed of a random order of blocks, and of warps between barriers. `None` means ascending
+    /// order.
     pub shuffle_seed: Option<u64>,
 }
 
@@ -48,26 +48,31 @@ impl Default for Options {
     }
 }
 
-/// What a launch amounted to.
+/// Totals of a launch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Statistics {
     pub blocks: u64,
-    /// Instructions, each counted once a warp.
+    /// Number of instructions, each counted once per warp.
     pub instructions: u64,
-    /// Barriers that blocks passed.
+    /// Number of barriers that blocks passed.
     pub barriers: u64,
 }
 
-/// Instructions that a warp may execute before the launch counts as hanging.
+/// Number of instructions that a warp may execute before the launch is considered to hang.
 pub const BUDGET: u64 = 1 << 28;
-/// Bytes of shared memory of a block, the most that any supported GPU has.
+/// Maximum bytes of shared memory per block on any supported GPU.
 const MAX_SHARED: usize = 227 << 10;
-/// A launch that is over by then is not worth another thread.
+/// Time after which further threads are started; shorter launches are not worth them.
 const ALONE: Duration = Duration::from_micros(200);
 
-/// Runs a kernel to its end, or to its first fault; what it wrote before that stays written.
+/// Runs a kernel to its end or to its first fault. What it wrote before the fault stays
+/// written.
 ///
-/// The regions must stay as they are meanwhile, and nobody else may touch their bytes.
+/// The regions must stay unchanged meanwhile, and nothing else may access their bytes.
+///
+/// # Errors
+/// Returns the first fault, or a fault of kind [`FaultKind::BadParameters`] if the launch does
+/// not fit the kernel.
 pub fn run(
     kernel: &Kernel,
     launch: &Launch,
@@ -77,7 +82,10 @@ pub fn run(
     run_within(kernel, launch, regions, options, BUDGET)
 }
 
-/// [`run`] with another limit of instructions a warp.
+/// Like [`run`], with a different limit on the instructions per warp.
+///
+/// # Errors
+/// Returns the same faults as [`run`].
 pub fn run_within(
     kernel: &Kernel,
     launch: &Launch,
@@ -121,7 +129,7 @@ pub fn run_within(
     }
 }
 
-/// Whether the launch fits the kernel.
+/// Checks that the launch fits the kernel.
 fn check(kernel: &Kernel, launch: &Launch, regions: &Regions) -> Result<(), Fault> {
     let threads = launch.block.iter().map(|&n| u64::from(n)).product::<u64>();
     let shared = kernel.dynamic_shared_at + launch.dynamic_shared;
@@ -192,7 +200,7 @@ fn check(kernel: &Kernel, launch: &Launch, regions: &Regions) -> Result<(), Faul
     })
 }
 
-/// What the threads of the host share.
+/// State shared by the host threads.
 struct Work<'a> {
     kernel: &'a Kernel,
     launch: &'a Launch,
@@ -202,13 +210,13 @@ struct Work<'a> {
     blocks: u64,
     next: AtomicU64,
     failed: AtomicBool,
-    /// With its place in the order, so that the first one is kept.
+    /// The fault with its position in the order, so that the first one is kept.
     fault: Mutex<Option<(u64, Box<Fault>)>>,
     total: Mutex<Statistics>,
 }
 
 impl Work<'_> {
-    /// Runs blocks until none is left, one has failed, or the time has come.
+    /// Runs blocks until none is left, one has failed, or the deadline has passed.
     fn run(&self, until: Option<Instant>) {
         let Options {
             check_races,
@@ -307,7 +315,7 @@ impl Work<'_> {
     }
 }
 
-/// Numbers that look random (xorshift64*).
+/// Pseudo-random numbers (xorshift64*).
 struct Random(u64);
 
 impl Random {
@@ -320,8 +328,8 @@ impl Random {
     }
 }
 
-/// A permutation of `0..count` that depends on the seed: steps of a length without a common
-/// divisor, from a random beginning.
+/// Returns an element of a permutation of `0..count` that depends on the seed. It starts at a
+/// random element and advances by a step that is coprime to `count`.
 fn shuffled(turn: u64, count: u64, seed: u64) -> u64 {
     let mut random = Random(seed.wrapping_add(1));
     random.next();

@@ -1,27 +1,27 @@
-//! Shared memory of a block, and who touched it last.
+//! Shared memory of a block, with a record of the last accesses.
 //!
-//! For each piece (the smallest access that the kernel makes) the last writer and the readers
-//! since are kept, as stamps. Two accesses of one piece are a race, if one of them writes, they
-//! are not both atomic, and nothing orders them:
+//! For each piece (the smallest access that the kernel makes), the last writer and the readers
+//! since then are recorded as stamps. Two accesses to the same piece are a race if at least one
+//! of them writes, they are not both atomic, and nothing orders them:
 //!
 //! - threads of different warps are ordered by a barrier of the block;
-//! - threads of one warp are ordered by that, by `bar.warp.sync`, and by the exchanges within a
-//!   warp (`shfl`, `vote`, `match`, `redux`), whatever their member masks;
-//! - a barrier of a part of the block counts as one of the whole.
+//! - threads of one warp are also ordered by `bar.warp.sync` and by exchanges within the warp
+//!   (`shfl`, `vote`, `match`, `redux`), whatever their member masks;
+//! - a barrier for a part of the block counts as one for the whole block.
 //!
-//! A write of the very bytes that are there already is not reported against another write.
-//! From its issue to the wait of its thread an asynchronous copy owns its target: any other
-//! access is a race, also one of the same thread.
+//! A write that does not change the bytes is not reported against another write. From its issue
+//! until its thread waits, an asynchronous copy owns its target: any other access is a race,
+//! even one by the same thread.
 
-/// Who touches memory, and when.
+/// Who accesses memory, and when.
 #[derive(Clone, Copy, Debug)]
 pub struct Visitor {
     pub warp: u32,
-    /// 32 stands for all lanes together.
+    /// Lane; 32 means all lanes together.
     pub lane: u32,
-    /// Counts what orders the threads of the warp, from 1.
+    /// Number of orderings between the threads of the warp so far, counted from 1.
     pub sequence: u32,
-    /// The instruction.
+    /// Index of the instruction.
     pub at: u32,
     pub atomic: bool,
 }
@@ -33,21 +33,21 @@ pub enum Conflict {
     Race { at: usize, other: Other },
 }
 
-/// The earlier of two accesses that nothing orders.
+/// The earlier of two unordered accesses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Other {
     pub wrote: bool,
     pub in_flight: bool,
     pub warp: u32,
     pub lane: u32,
-    /// The instruction.
+    /// Index of the instruction.
     pub at: u32,
-    /// Several lanes or warps read.
+    /// Whether several lanes or warps have read.
     pub many: bool,
 }
 
-// A stamp, from the highest bits: 14 era, 12 sequence, 4 flags, 5 warp, 5 lane, 24 instruction.
-// Eras count barriers and blocks; 0 means never.
+// Layout of a stamp, from the highest bits: 14 era, 12 sequence, 4 flags, 5 warp, 5 lane, 24
+// instruction. Eras count barriers and blocks; 0 means never.
 const ERA: u32 = 50;
 const SEQUENCE: u32 = 38;
 const MANY_LANES: u64 = 1 << 37;
@@ -58,7 +58,8 @@ const WARP: u32 = 29;
 const LANE: u32 = 24;
 const INSTRUCTION: u64 = 0xff_ffff;
 const LAST_ERA: u64 = (1 << 14) - 1;
-/// The last value of `Visitor::sequence`; then [`Shared::forget`] makes room.
+/// Maximum of `Visitor::sequence`; the sequence then restarts, after a call of
+/// [`Shared::forget`].
 pub const LAST_SEQUENCE: u32 = (1 << 12) - 1;
 
 fn warp_of(stamp: u64) -> u32 {
@@ -76,12 +77,12 @@ fn sequence_of(stamp: u64) -> u64 {
 /// The shared memory of a block.
 pub struct Shared {
     pub data: Vec<u8>,
-    /// log2 of the bytes of a piece.
+    /// log2 of the bytes per piece.
     piece: u32,
     writes: Vec<u64>,
     reads: Vec<u64>,
     era: u64,
-    /// The stamps of this block are at least this.
+    /// Lower bound of the stamps of this block.
     floor: u64,
     check_races: bool,
     check_initialised: bool,
@@ -113,7 +114,7 @@ impl Shared {
         }
     }
 
-    /// For the next block: nothing is written.
+    /// Prepares for the next block, for which nothing has been written.
     pub fn reset(&mut self) {
         self.data.fill(0xcd);
         self.era += 1;
@@ -125,11 +126,12 @@ impl Shared {
         self.floor = self.era << ERA;
     }
 
-    /// A barrier of the block: what was before is ordered before what follows.
+    /// Records a barrier of the block, which orders all earlier accesses before all later ones.
     pub fn barrier(&mut self) {
         self.era += 1;
         if self.era > LAST_ERA {
-            // Begin anew: what this block wrote is of era 1, and now is 2.
+            // Restart the eras: this block's writes are moved to era 1, and the current era is
+            // 2.
             self.era = 2;
             self.reads.fill(0);
             for stamp in &mut self.writes {
@@ -144,7 +146,7 @@ impl Shared {
         }
     }
 
-    /// The sequence of a warp begins anew: its earlier accesses are ordered before its later ones.
+    /// Restarts the sequence of a warp. Its earlier accesses are ordered before its later ones.
     pub fn forget(&mut self, warp: u32) {
         for stamp in self.writes.iter_mut().chain(&mut self.reads) {
             if *stamp >> ERA == self.era && warp_of(*stamp) == warp {
@@ -153,7 +155,7 @@ impl Shared {
         }
     }
 
-    /// What is noted for a visitor.
+    /// Returns the stamp of a visitor.
     pub fn stamp(&self, who: Visitor) -> u64 {
         let lane = if who.lane < 32 {
             u64::from(who.lane) << LANE
@@ -168,7 +170,7 @@ impl Shared {
             | u64::from(who.at) & INSTRUCTION
     }
 
-    /// Whether an earlier access is ordered before that of `who`, whose stamp is `mine`.
+    /// Returns whether an earlier access is ordered before the one with the stamp `mine`.
     #[inline(always)]
     fn is_ordered(&self, stamp: u64, mine: u64) -> bool {
         if stamp >> ERA != self.era {
@@ -201,14 +203,14 @@ impl Shared {
         at >> self.piece..((at + bytes - 1) >> self.piece) + 1
     }
 
-    /// Notes a read of bytes that exist.
+    /// Records a read of bytes that exist.
     #[inline]
     pub fn read(&mut self, at: usize, bytes: usize, who: Visitor) -> Result<(), Conflict> {
         let mine = self.stamp(who);
         self.read_as(at, bytes, mine)
     }
 
-    /// [`Self::read`] with the stamp of the visitor.
+    /// Like [`Self::read`], with the stamp of the visitor.
     #[inline(always)]
     pub fn read_as(&mut self, at: usize, bytes: usize, mine: u64) -> Result<(), Conflict> {
         let pieces = self.pieces(at, bytes);
@@ -229,7 +231,7 @@ impl Shared {
             &mut self.reads[pieces.clone()],
         );
         for (write, read) in writes.iter().zip(reads) {
-            // What this block wrote in an earlier era needs no closer look.
+            // Writes of this block in an earlier era need no closer check.
             if *write < self.floor || *write >= now || write & IN_FLIGHT != 0 {
                 return self.read_checked(pieces, mine);
             }
@@ -259,7 +261,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Notes a write of bytes that exist. `same`: they are the bytes that are there already.
+    /// Records a write of bytes that exist. `same` tells that the write does not change them.
     #[inline]
     pub fn write(
         &mut self,
@@ -272,7 +274,7 @@ impl Shared {
         self.write_as(at, bytes, mine, same)
     }
 
-    /// [`Self::write`] with the stamp of the visitor.
+    /// Like [`Self::write`], with the stamp of the visitor.
     #[inline(always)]
     pub fn write_as(
         &mut self,
@@ -322,7 +324,7 @@ impl Shared {
             if !both_atomic && !self.is_ordered(read, mine) {
                 return Err(self.race(piece, read, false));
             }
-            // A plain write stays noted when its thread goes on with an atomic one.
+            // Keep the record of a plain write when its thread continues with an atomic one.
             if !(mine & ATOMIC != 0 && write >> ERA == self.era && write & ATOMIC == 0) {
                 self.writes[piece] = mine;
             }
@@ -330,7 +332,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Notes the beginning of an asynchronous copy.
+    /// Records the beginning of an asynchronous copy.
     pub fn begin_copy(&mut self, at: usize, bytes: usize, mine: u64) -> Result<(), Conflict> {
         if self.check_races {
             self.write_as(at, bytes, mine | IN_FLIGHT, false)
@@ -339,7 +341,7 @@ impl Shared {
         }
     }
 
-    /// Notes the end of an asynchronous copy.
+    /// Records the end of an asynchronous copy.
     pub fn end_copy(&mut self, at: usize, bytes: usize, mine: u64) {
         if self.check_races || self.check_initialised {
             let pieces = self.pieces(at, bytes);
@@ -348,7 +350,7 @@ impl Shared {
     }
 }
 
-/// The stamp of all readers: those before, and `mine`.
+/// Returns the stamp of all readers: the earlier ones and `mine`.
 #[inline(always)]
 fn joined(before: u64, mine: u64) -> u64 {
     if before >> ERA != mine >> ERA {
@@ -359,7 +361,7 @@ fn joined(before: u64, mine: u64) -> u64 {
     } else {
         MANY_WARPS
     };
-    // Lanes whose reads are ordered before this one's no longer count within the warp.
+    // Reads of other lanes that are ordered before this one no longer count within the warp.
     let same_sequence = sequence_of(before) == sequence_of(mine);
     let other_lane = if same_sequence && lane_of(before) != lane_of(mine) {
         MANY_LANES
@@ -372,11 +374,11 @@ fn joined(before: u64, mine: u64) -> u64 {
         } else {
             MANY_WARPS
         };
-    // Atomic only if all of them are.
+    // The combination is atomic only if all reads are.
     (mine & (before | !ATOMIC)) | kept | other_warp | other_lane
 }
 
-/// A stamp for another lane of the same warp than lane 0, for which it was made.
+/// Turns a stamp made for lane 0 into one for another lane of the same warp.
 #[inline(always)]
 pub fn of_lane(stamp: u64, lane: usize) -> u64 {
     stamp | (lane as u64) << LANE
@@ -469,7 +471,7 @@ mod tests {
         for lane in [3, 5] {
             shared.read(0, 4, visitor(0, lane, 1)).unwrap();
         }
-        // Another lane read as well, until the warp is synchronised.
+        // Another lane has read, too, and the warp has not been synchronised since.
         assert!(shared.write(0, 4, visitor(0, 5, 1), false).is_err());
         shared.read(0, 4, visitor(1, 0, 1)).unwrap();
         assert!(shared.write(0, 4, visitor(1, 0, 2), false).is_err());

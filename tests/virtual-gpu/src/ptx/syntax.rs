@@ -1,4 +1,4 @@
-//! What the parser makes of the text: declarations and statements, names unresolved.
+//! The output of the parser: declarations and statements with unresolved names.
 
 use super::types::{Space, Type};
 use std::collections::HashMap;
@@ -6,23 +6,23 @@ use std::collections::HashMap;
 /// A whole module.
 #[derive(Default, Debug)]
 pub struct Source<'a> {
-    /// Names of the files that `.loc` numbers.
+    /// Names of the files, by their number in `.loc`.
     pub files: HashMap<u32, &'a str>,
     pub variables: Vec<Variable<'a>>,
     pub functions: Vec<Function<'a>>,
 }
 
-/// A variable of a module, of a function, or a formal parameter.
+/// A variable of a module or function, or a formal parameter.
 #[derive(Clone, Debug)]
 pub struct Variable<'a> {
     pub space: Space,
     pub name: &'a str,
     pub of: Type,
-    /// Bytes.
+    /// Alignment in bytes.
     pub align: usize,
     /// Number of elements.
     pub count: usize,
-    /// `.extern .shared x[]`: as large as the launch says.
+    /// `.extern .shared x[]`: the size is set at launch.
     pub is_dynamic: bool,
     /// Initial values of the first elements.
     pub initial: Vec<Initial<'a>>,
@@ -30,7 +30,7 @@ pub struct Variable<'a> {
 }
 
 impl Variable<'_> {
-    /// Bytes.
+    /// Returns the size in bytes.
     pub fn size(&self) -> usize {
         self.count * self.of.size()
     }
@@ -51,20 +51,20 @@ pub struct Function<'a> {
     pub name: &'a str,
     pub results: Vec<Variable<'a>>,
     pub parameters: Vec<Variable<'a>>,
-    /// `.maxntid`: the most threads of a block.
+    /// `.maxntid`: maximum number of threads per block.
     pub max_threads: Option<u32>,
-    /// `.reqntid`: the exact shape of a block.
+    /// `.reqntid`: required shape of a block.
     pub required_block: Option<[u32; 3]>,
     pub body: Vec<Item<'a>>,
 }
 
-/// A piece of a function's body.
+/// An item of a function's body.
 #[derive(Debug)]
 pub enum Item<'a> {
     Open,
     Close,
     Label(&'a str),
-    /// `.reg .b32 %r<8>, x;`: names, and whether the name is the stem of numbered registers.
+    /// `.reg .b32 %r<8>, x;`: names, and whether each is the stem of numbered registers.
     Registers(Type, Vec<(&'a str, bool)>),
     Variable(Variable<'a>),
     Statement(Statement<'a>),
@@ -76,14 +76,14 @@ pub struct Statement<'a> {
     pub line: u32,
     /// File number and line of the last `.loc`.
     pub location: (u32, u32),
-    /// Name of the guard predicate and whether it is negated.
+    /// Name of the guard predicate, and whether it is negated.
     pub guard: Option<(&'a str, bool)>,
-    /// With all its dots.
+    /// The opcode with all its dots.
     pub opcode: &'a str,
     pub operands: Vec<Operand<'a>>,
 }
 
-/// An operand, names unresolved.
+/// An operand with unresolved names.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Operand<'a> {
     /// A register, a special register, a variable, a label or a function.

@@ -27,7 +27,7 @@ pub enum Type {
 use Type::*;
 
 impl Type {
-    /// The type with this name, without the dot.
+    /// Returns the type with this name, which has no dot.
     pub fn named(name: &str) -> Option<Type> {
         Some(match name {
             "u8" => U8,
@@ -53,7 +53,7 @@ impl Type {
         })
     }
 
-    /// Bytes in memory.
+    /// Returns the size in memory in bytes.
     pub fn size(self) -> usize {
         match self {
             U8 | S8 | B8 | Pred => 1,
@@ -63,7 +63,7 @@ impl Type {
         }
     }
 
-    /// How a register of this type is kept.
+    /// Returns the class of a register of this type.
     pub fn class(self) -> Class {
         match self {
             Pred => Class::Predicate,
@@ -72,23 +72,23 @@ impl Type {
         }
     }
 
-    /// Whether it is a signed integer.
+    /// Returns whether this is a signed integer.
     pub fn is_signed(self) -> bool {
         matches!(self, S8 | S16 | S32 | S64)
     }
 
-    /// Whether it is one of the floating-point types.
+    /// Returns whether this is a floating-point type.
     pub fn is_float(self) -> bool {
         matches!(self, F16 | F16x2 | Bf16 | Bf16x2 | F32 | F64)
     }
 }
 
-/// How the lanes of a register lie in the register file.
+/// How the lanes of a register are stored in the register file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Class {
-    /// One bit a lane, 32 bits in all.
+    /// One bit per lane, 32 bits in total.
     Predicate,
-    /// 32 × u32; narrower values are kept with zeros above.
+    /// 32 × u32; narrower values are extended to 32 bits.
     Word,
     /// 32 × u64.
     Wide,

@@ -1,4 +1,4 @@
-//! Contexts.
+//! Context management.
 
 use crate::driver::codes::{self, Code};
 use crate::driver::{
@@ -7,7 +7,7 @@ use crate::driver::{
 };
 use std::ffi::c_void;
 
-/// Fails if the handle is no live context.
+/// Fails unless the handle is a live context.
 fn live(driver: &mut Driver, context: u64) -> Result<(), Failure> {
     if driver.contexts.get(context).is_some() {
         return Ok(());
@@ -18,7 +18,7 @@ fn live(driver: &mut Driver, context: u64) -> Result<(), Failure> {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuCtxGetCurrent(context: *mut u64) -> Code {
-    // SAFETY: as the API describes.
+    // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
     call("cuCtxGetCurrent", Need::INIT, |driver| unsafe {
         super::put(driver, context, current_context())
     })
@@ -54,14 +54,14 @@ pub unsafe extern "C" fn cuCtxPopCurrent_v2(context: *mut u64) -> Code {
                 "no context is current to this thread",
             );
         }
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put_optional(context, popped) };
         Ok(())
     })
 }
 
 /// # Safety
-/// See the module above.
+/// The pointers must be valid; see the [parent module](super).
 unsafe fn create(
     driver: &mut Driver,
     context: *mut u64,
@@ -75,7 +75,7 @@ unsafe fn create(
         );
     }
     let handle = driver.make_context(device, false, flags);
-    // SAFETY: as the API describes.
+    // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
     unsafe { super::put(driver, context, handle) }?;
     push_current_context(handle);
     Ok(())
@@ -83,7 +83,7 @@ unsafe fn create(
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuCtxCreate_v2(context: *mut u64, flags: u32, device: i32) -> Code {
-    // SAFETY: as the API describes.
+    // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
     call("cuCtxCreate_v2", Need::INIT, |driver| unsafe {
         create(driver, context, flags, device)
     })
@@ -101,7 +101,7 @@ pub unsafe extern "C" fn cuCtxCreate_v3(
         if affinities != 0 {
             return Err(Failure(codes::UNSUPPORTED_EXEC_AFFINITY));
         }
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { create(driver, context, flags, device) }
     })
 }
@@ -117,7 +117,7 @@ pub unsafe extern "C" fn cuCtxCreate_v4(
         if !parameters.is_null() {
             return Err(Failure(codes::NOT_SUPPORTED));
         }
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { create(driver, context, flags, device) }
     })
 }
@@ -149,7 +149,7 @@ pub unsafe extern "C" fn cuCtxGetDevice(device: *mut i32) -> Code {
     call("cuCtxGetDevice", Need::CONTEXT, |driver| {
         let context = driver.current()?;
         let value = driver.contexts.get(context).map_or(0, |found| found.device);
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put(driver, device, value) }
     })
 }
@@ -160,7 +160,7 @@ pub unsafe extern "C" fn cuCtxGetApiVersion(context: u64, version: *mut u32) -> 
         if context != 0 {
             live(driver, context)?;
         }
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put(driver, version, 3020) }
     })
 }
@@ -178,7 +178,7 @@ pub unsafe extern "C" fn cuCtxGetFlags(flags: *mut u32) -> Code {
     call("cuCtxGetFlags", Need::CONTEXT, |driver| {
         let context = driver.current()?;
         let value = driver.contexts.get(context).map_or(0, |found| found.flags);
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put(driver, flags, value) }
     })
 }
@@ -194,7 +194,7 @@ pub unsafe extern "C" fn cuCtxSetFlags(flags: u32) -> Code {
     })
 }
 
-/// Limits with their values where nothing was set, by `CUlimit`.
+/// Returns the default value of a limit, by `CUlimit`.
 fn default_limit(limit: i32) -> Option<usize> {
     Some(match limit {
         0 => 1024,
@@ -219,7 +219,7 @@ pub unsafe extern "C" fn cuCtxGetLimit(value: *mut usize, limit: i32) -> Code {
             .contexts
             .get(context)
             .and_then(|found| found.limits.get(&limit).copied());
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put(driver, value, set.unwrap_or(default)) }
     })
 }
@@ -243,7 +243,7 @@ pub unsafe extern "C" fn cuCtxGetCacheConfig(config: *mut i32) -> Code {
     call("cuCtxGetCacheConfig", Need::CONTEXT, |driver| {
         let context = driver.current()?;
         let value = driver.contexts.get(context).map_or(0, |found| found.cache);
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put(driver, config, value) }
     })
 }
@@ -259,13 +259,13 @@ pub unsafe extern "C" fn cuCtxSetCacheConfig(config: i32) -> Code {
     })
 }
 
-/// Priorities from least to greatest.
+/// Lowest and highest stream priority.
 pub const PRIORITIES: (i32, i32) = (0, -5);
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuCtxGetStreamPriorityRange(least: *mut i32, greatest: *mut i32) -> Code {
     call("cuCtxGetStreamPriorityRange", Need::CONTEXT, |_| {
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe {
             super::put_optional(least, PRIORITIES.0);
             super::put_optional(greatest, PRIORITIES.1);

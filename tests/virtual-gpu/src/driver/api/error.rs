@@ -1,17 +1,17 @@
-//! Errors by name, and the version.
+//! Initialisation, the driver version, and names of errors.
 
 use crate::driver::codes::{self, Code};
 use crate::driver::{Failure, Need, call};
 use std::ffi::{CStr, c_char};
 
 /// # Safety
-/// See the module above.
+/// The pointers must be valid; see the [parent module](super).
 unsafe fn give(code: Option<&'static CStr>, to: *mut *const c_char) -> Code {
     if to.is_null() {
         return codes::INVALID_VALUE;
     }
     let text = code.map_or(std::ptr::null(), CStr::as_ptr);
-    // SAFETY: not null, and valid by the caller's promise.
+    // SAFETY: not null, and valid as the caller guarantees.
     unsafe { to.write(text) };
     if text.is_null() {
         codes::INVALID_VALUE
@@ -22,13 +22,13 @@ unsafe fn give(code: Option<&'static CStr>, to: *mut *const c_char) -> Code {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuGetErrorName(error: Code, name: *mut *const c_char) -> Code {
-    // SAFETY: as the API describes.
+    // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
     unsafe { give(codes::name(error), name) }
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuGetErrorString(error: Code, text: *mut *const c_char) -> Code {
-    // SAFETY: as the API describes.
+    // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
     unsafe { give(codes::description(error), text) }
 }
 
@@ -36,7 +36,7 @@ pub unsafe extern "C" fn cuGetErrorString(error: Code, text: *mut *const c_char)
 pub unsafe extern "C" fn cuDriverGetVersion(version: *mut i32) -> Code {
     call("cuDriverGetVersion", Need::NOTHING, |driver| {
         let value = driver.settings.driver;
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put(driver, version, value) }
     })
 }

@@ -1,4 +1,4 @@
-//! Events.
+//! Event management.
 
 use crate::driver::codes::{self, Code};
 use crate::driver::objects::{Event, Recorded};
@@ -28,7 +28,7 @@ pub unsafe extern "C" fn cuEventCreate(event: *mut u64, flags: u32) -> Code {
             time: None,
             asked: false,
         });
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put(driver, event, made) }
     })
 }
@@ -82,7 +82,7 @@ pub unsafe extern "C" fn cuEventSynchronize(event: u64) -> Code {
 }
 
 /// # Safety
-/// See the module above.
+/// The pointers must be valid; see the [parent module](super).
 unsafe fn elapsed(
     driver: &mut Driver,
     milliseconds: *mut f32,
@@ -106,13 +106,13 @@ unsafe fn elapsed(
     };
     let seconds = end.saturating_duration_since(start).as_secs_f32()
         - start.saturating_duration_since(end).as_secs_f32();
-    // SAFETY: as the API describes.
+    // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
     unsafe { super::put(driver, milliseconds, seconds * 1000.0) }
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuEventElapsedTime(milliseconds: *mut f32, start: u64, end: u64) -> Code {
-    // SAFETY: as the API describes.
+    // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
     call("cuEventElapsedTime", Need::CONTEXT, |driver| unsafe {
         elapsed(driver, milliseconds, start, end)
     })
@@ -124,7 +124,7 @@ pub unsafe extern "C" fn cuEventElapsedTime_v2(
     start: u64,
     end: u64,
 ) -> Code {
-    // SAFETY: as the API describes.
+    // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
     call("cuEventElapsedTime_v2", Need::CONTEXT, |driver| unsafe {
         elapsed(driver, milliseconds, start, end)
     })

@@ -1,4 +1,4 @@
-//! Graphs. They come from stream capture only; nodes cannot be added or changed.
+//! Graphs. They are created by stream capture only; nodes cannot be added or changed.
 
 use crate::driver::codes::{self, Code};
 use crate::driver::objects::Graph;
@@ -26,7 +26,7 @@ fn check_flags(driver: &mut Driver, flags: u64) -> Result<(), Failure> {
 }
 
 /// # Safety
-/// See the module above.
+/// The pointers must be valid; see the [parent module](super).
 unsafe fn instantiate(
     driver: &mut Driver,
     exec: *mut u64,
@@ -35,7 +35,7 @@ unsafe fn instantiate(
 ) -> Result<(), Failure> {
     check_flags(driver, flags)?;
     let made = driver.instantiate(graph)?;
-    // SAFETY: as the API describes.
+    // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
     unsafe { super::put(driver, exec, made) }
 }
 
@@ -45,7 +45,7 @@ pub unsafe extern "C" fn cuGraphInstantiateWithFlags(
     graph: u64,
     flags: u64,
 ) -> Code {
-    // SAFETY: as the API describes.
+    // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
     call(
         "cuGraphInstantiateWithFlags",
         Need::CONTEXT,
@@ -75,7 +75,7 @@ pub unsafe extern "C" fn cuGraphCreate(graph: *mut u64, flags: u32) -> Code {
             context,
             nodes: [].into(),
         });
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put(driver, graph, made) }
     })
 }
@@ -85,12 +85,12 @@ pub unsafe extern "C" fn cuGraphClone(clone: *mut u64, graph: u64) -> Code {
     call("cuGraphClone", Need::CONTEXT, |driver| {
         let copy = driver.graph(graph)?.clone();
         let made = driver.graphs.insert(copy);
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put(driver, clone, made) }
     })
 }
 
-/// Gives the number of nodes; the nodes themselves cannot be had.
+/// Returns the number of nodes; returning the nodes themselves is not supported.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuGraphGetNodes(graph: u64, nodes: *mut u64, count: *mut usize) -> Code {
     call("cuGraphGetNodes", Need::CONTEXT, |driver| {
@@ -98,7 +98,7 @@ pub unsafe extern "C" fn cuGraphGetNodes(graph: u64, nodes: *mut u64, count: *mu
         if !nodes.is_null() {
             return Err(Failure(codes::NOT_SUPPORTED));
         }
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put(driver, count, len) }
     })
 }
@@ -129,7 +129,7 @@ pub unsafe extern "C" fn cuGraphDestroy(graph: u64) -> Code {
     })
 }
 
-/// A launch of it that is still queued runs to its end.
+/// Queued launches of the graph still run to their end.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuGraphExecDestroy(exec: u64) -> Code {
     call("cuGraphExecDestroy", Need::RELEASE, |driver| {
@@ -139,7 +139,7 @@ pub unsafe extern "C" fn cuGraphExecDestroy(exec: u64) -> Code {
     })
 }
 
-/// Refused: the caller has to instantiate anew.
+/// Always fails: the caller has to instantiate the graph again.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuGraphExecUpdate_v2(exec: u64, graph: u64, _result: *mut c_void) -> Code {
     call("cuGraphExecUpdate_v2", Need::CONTEXT, |driver| {

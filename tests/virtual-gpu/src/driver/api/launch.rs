@@ -1,4 +1,4 @@
-//! Launches of kernels and of host functions.
+//! Launches of kernels and host functions.
 
 use super::module::buffer_bytes;
 use crate::driver::codes::{self, Code};
@@ -13,10 +13,11 @@ const EXTRA_END: usize = 0;
 const EXTRA_POINTER: usize = 1;
 const EXTRA_SIZE: usize = 2;
 
-/// The parameters of a launch as bytes, from one of the two ways to pass them.
+/// Returns the parameters of a launch as bytes, from one of the two ways to pass them.
 ///
 /// # Safety
-/// As the API describes `kernelParams` and `extra`.
+/// `pointers` and `extra` must be valid, as the CUDA driver API requires of `kernelParams` and
+/// `extra`.
 unsafe fn parameters(
     driver: &mut Driver,
     function: u64,
@@ -25,7 +26,7 @@ unsafe fn parameters(
 ) -> Result<Vec<u8>, Failure> {
     if extra.is_null() {
         let gathered = match driver.kernel(function)?.kernel() {
-            // SAFETY: by the caller's promise.
+            // SAFETY: guaranteed by the caller.
             Some(kernel) => unsafe { gather_parameters(kernel, pointers) },
             None => Err("the kernel is gone".to_owned()),
         };
@@ -37,16 +38,16 @@ unsafe fn parameters(
     let (mut from, mut len) = (std::ptr::null::<u8>(), 0);
     let mut at = 0;
     loop {
-        // SAFETY: by the caller's promise the list ends with `EXTRA_END`.
+        // SAFETY: the caller guarantees that the list ends with `EXTRA_END`.
         let key = unsafe { extra.add(at).read() } as usize;
         if key == EXTRA_END {
             break;
         }
-        // SAFETY: as above; each key but the last has a value.
+        // SAFETY: as above; each key except the last is followed by a value.
         let value = unsafe { extra.add(at + 1).read() };
         match key {
             EXTRA_POINTER => from = value.cast(),
-            // SAFETY: by the caller's promise.
+            // SAFETY: guaranteed by the caller.
             EXTRA_SIZE => len = unsafe { value.cast::<usize>().read() },
             _ => {
                 return driver.refuse(
@@ -62,12 +63,13 @@ unsafe fn parameters(
         let text = format!("{len} bytes of parameters are passed; the kernel has {wanted}");
         return driver.refuse(codes::INVALID_VALUE, &text);
     }
-    // SAFETY: by the caller's promise.
+    // SAFETY: guaranteed by the caller.
     Ok(unsafe { std::slice::from_raw_parts(from, len) }.to_vec())
 }
 
 /// # Safety
-/// As the API describes `kernelParams` and `extra`.
+/// `pointers` and `extra` must be valid, as the CUDA driver API requires of `kernelParams` and
+/// `extra`.
 unsafe fn launch(
     driver: &mut Driver,
     function: u64,
@@ -77,7 +79,7 @@ unsafe fn launch(
     extra: *const *mut c_void,
 ) -> Result<(), Failure> {
     let stream = driver.resolve_stream(stream)?;
-    // SAFETY: by the caller's promise.
+    // SAFETY: guaranteed by the caller.
     launch.parameters = unsafe { parameters(driver, function, pointers, extra) }?;
     let most_shared = driver.settings.shared_optin();
     match KernelLaunch::new(driver.kernel(function)?, launch, most_shared) {
@@ -107,7 +109,7 @@ pub unsafe extern "C" fn cuLaunchKernel(
             dynamic_shared: shared as usize,
             parameters: Vec::new(),
         };
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { launch(driver, function, what, stream, pointers, extra) }
     })
 }
@@ -131,8 +133,8 @@ pub struct Configuration {
     count: u32,
 }
 
-/// Fails if an attribute asks for what this device does not have. Attributes that only
-/// allow the device to overlap work are fine: it does not.
+/// Fails if an attribute asks for a feature that this device lacks. Attributes that merely
+/// permit the device to overlap work are accepted and have no effect.
 fn check_attribute(driver: &mut Driver, attribute: &Attribute) -> Result<(), Failure> {
     const COOPERATIVE: i32 = 2;
     const CLUSTER_DIMENSION: i32 = 4;
@@ -157,12 +159,12 @@ pub unsafe extern "C" fn cuLaunchKernelEx(
     extra: *const *mut c_void,
 ) -> Code {
     call("cuLaunchKernelEx", Need::CONTEXT, |driver| {
-        // SAFETY: as the API describes; null is looked for.
+        // SAFETY: null is checked; otherwise valid, as the CUDA driver API requires.
         let Some(configuration) = (unsafe { configuration.as_ref() }) else {
             return driver.refuse(codes::INVALID_VALUE, "the configuration is null");
         };
         for at in 0..configuration.count as usize {
-            // SAFETY: as the API describes, the array has `count` entries.
+            // SAFETY: the array has `count` valid entries, as the CUDA driver API requires.
             check_attribute(driver, unsafe { &*configuration.attributes.add(at) })?;
         }
         let what = Launch {
@@ -171,7 +173,7 @@ pub unsafe extern "C" fn cuLaunchKernelEx(
             dynamic_shared: configuration.shared as usize,
             parameters: Vec::new(),
         };
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe {
             launch(
                 driver,

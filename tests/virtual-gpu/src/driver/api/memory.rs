@@ -1,4 +1,4 @@
-//! Memory of the device and pinned memory of the host: allocations, copies, fills.
+//! Device memory and pinned host memory: allocations, copies, fills.
 
 use crate::driver::codes::{self, Code};
 use crate::driver::memory::{FIRST_ADDRESS, LAST_ADDRESS, Stage};
@@ -6,7 +6,7 @@ use crate::driver::queue::{HostSource, Op};
 use crate::driver::{Driver, Failure, Need, call, current_context};
 use std::ffi::c_void;
 
-/// Bytes in use on the device of this context.
+/// Returns the bytes in use on the context's device.
 fn used(driver: &Driver, context: u64) -> usize {
     let device = driver.contexts.get(context).map(|context| context.device);
     driver
@@ -26,7 +26,7 @@ fn allocate(driver: &mut Driver, bytes: usize, stage: Stage) -> Result<u64, Fail
             .is_some_and(|padded| padded <= free)
     };
     if !fits(driver) {
-        // Frees that are queued give their memory back first.
+        // Run queued frees first, which return their memory.
         driver.run_context(context)?;
     }
     if !fits(driver) {
@@ -44,12 +44,12 @@ pub unsafe extern "C" fn cuMemAlloc_v2(address: *mut u64, bytes: usize) -> Code 
     call("cuMemAlloc_v2", Need::CONTEXT, |driver| {
         driver.forbidden_while_capturing()?;
         let made = allocate(driver, bytes, Stage::Live)?;
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put(driver, address, made) }
     })
 }
 
-/// Refused while the stream is captured: there are no allocation nodes in graphs.
+/// Refused while the stream is captured: graphs cannot contain allocation nodes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemAllocAsync(address: *mut u64, bytes: usize, stream: u64) -> Code {
     call("cuMemAllocAsync", Need::CONTEXT, |driver| {
@@ -57,12 +57,12 @@ pub unsafe extern "C" fn cuMemAllocAsync(address: *mut u64, bytes: usize, stream
         driver.forbidden_on_captured(stream)?;
         let made = allocate(driver, bytes, Stage::Reserved)?;
         driver.submit(stream, Op::Allocate { address: made })?;
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put(driver, address, made) }
     })
 }
 
-/// Fails if this is not the first address of an allocation of the current context.
+/// Fails unless this is the first address of an allocation of the current context.
 fn freeable(driver: &mut Driver, address: u64) -> Result<(), Failure> {
     let context = driver.current()?;
     let why = match driver.memory.get(address) {
@@ -87,8 +87,8 @@ fn freeable(driver: &mut Driver, address: u64) -> Result<(), Failure> {
     driver.refuse(codes::INVALID_VALUE, &why)
 }
 
-/// As a real driver does, this waits for queued work that uses the memory; that there is
-/// such work is a violation, as nothing promises the wait.
+/// Waits for queued work that uses the memory, as a real driver does. Nothing guarantees that
+/// wait, so such queued work is reported as a violation.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemFree_v2(address: u64) -> Code {
     call("cuMemFree_v2", Need::RELEASE, |driver| {
@@ -133,7 +133,7 @@ pub unsafe extern "C" fn cuMemFreeAsync(address: u64, stream: u64) -> Code {
         let stream = driver.resolve_stream(stream)?;
         driver.forbidden_on_captured(stream)?;
         if let Some(found) = driver.memory.get_mut(address) {
-            // The memory is there until the free runs.
+            // The memory stays valid until the free runs.
             found.leaving = true;
         }
         driver.submit(stream, Op::Free { address })
@@ -146,7 +146,7 @@ pub unsafe extern "C" fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) ->
         let context = driver.current()?;
         let all = driver.settings.memory;
         let left = all.saturating_sub(used(driver, context));
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe {
             super::put(driver, free, left)?;
             super::put(driver, total, all)
@@ -171,7 +171,7 @@ pub unsafe extern "C" fn cuMemGetAddressRange_v2(
                 &format!("{address:#x} lies in no allocation"),
             );
         };
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe {
             super::put_optional(base, start);
             super::put_optional(bytes, len);
@@ -198,14 +198,14 @@ pub unsafe extern "C" fn cuMemHostAlloc(
         let Some(made) = driver.host.allocate(context, bytes, flags) else {
             return Err(Failure(codes::OUT_OF_MEMORY));
         };
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put(driver, address, made as *mut c_void) }
     })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemAllocHost_v2(address: *mut *mut c_void, bytes: usize) -> Code {
-    // SAFETY: as the API describes.
+    // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
     unsafe { cuMemHostAlloc(address, bytes, 0) }
 }
 
@@ -265,7 +265,7 @@ fn unpin(driver: &mut Driver, address: usize, registered: bool) -> Result<(), Fa
     ran
 }
 
-/// Waits as `cuMemFree` does.
+/// Waits like `cuMemFree_v2`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemFreeHost(address: *mut c_void) -> Code {
     call("cuMemFreeHost", Need::RELEASE, |driver| {
@@ -293,12 +293,13 @@ pub unsafe extern "C" fn cuMemHostGetFlags(flags: *mut u32, address: *mut c_void
                 &format!("{address:p} is no pinned memory"),
             );
         };
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put(driver, flags, value) }
     })
 }
 
-/// `CUpointer_attribute`: memory type, device and host pointer, beginning and size.
+/// Serves these values of `CUpointer_attribute`: context, memory type, device and host pointer,
+/// start and size of the range.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuPointerGetAttribute(
     data: *mut c_void,
@@ -327,7 +328,8 @@ pub unsafe extern "C" fn cuPointerGetAttribute(
             12 => len as u64,
             _ => return Err(Failure(codes::NOT_SUPPORTED)),
         };
-        // SAFETY: as the API describes; the memory type is a 32-bit number.
+        // SAFETY: the caller's pointer is valid, as the CUDA driver API requires; the memory
+        // type is a 32-bit number.
         unsafe {
             match attribute {
                 MEMORY_TYPE => super::put(driver, data.cast::<u32>(), value as u32),
@@ -337,7 +339,7 @@ pub unsafe extern "C" fn cuPointerGetAttribute(
     })
 }
 
-/// Fails if this cannot be memory of the host.
+/// Fails if this cannot be the address of host memory.
 fn host_address(driver: &mut Driver, address: usize) -> Result<(), Failure> {
     if address == 0 {
         return driver.refuse(codes::INVALID_VALUE, "the host address is null");
@@ -351,20 +353,22 @@ fn host_address(driver: &mut Driver, address: usize) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Whether memory of the host is pinned; what is pinned in part counts, and is refused
+/// Returns whether host memory is pinned. Partly pinned memory counts as pinned and is refused
 /// when the copy is queued.
 fn is_pinned(driver: &Driver, address: usize, len: usize) -> bool {
     driver.host.overlapping(address, len).is_some()
 }
 
-/// A copy to the device. Pinned memory is read when the copy runs, pageable memory now.
+/// Queues a copy to the device. Pinned memory is read when the copy runs, pageable memory
+/// immediately.
 ///
-/// With `wait` a copy from pinned memory has run when this returns. One from pageable
-/// memory has not: as the manual says, the stream is waited for before the copy, and the
-/// call returns when the bytes are taken. Streams that do not block may come before it.
+/// With `wait`, a copy from pinned memory has run when this returns. A copy from pageable
+/// memory has not: as the CUDA manual says, the call waits for the stream first and returns as
+/// soon as the bytes have been taken. Non-blocking streams may run before that copy.
 ///
 /// # Safety
-/// `from` is readable for `len` bytes, and stays so until the copy ran if it is pinned.
+/// `from` must be readable for `len` bytes and, if it is pinned, stay so until the copy has
+/// run.
 unsafe fn to_device(
     driver: &mut Driver,
     to: u64,
@@ -385,7 +389,7 @@ unsafe fn to_device(
     let from = if pinned {
         HostSource::Pinned(from)
     } else {
-        // A graph would read the memory when it is launched, and nothing keeps it alive until then.
+        // A graph would read the memory at launch, and nothing keeps it alive until then.
         driver.forbidden_on_captured(stream)?;
         driver.check_op(&Op::Fill {
             to,
@@ -393,7 +397,7 @@ unsafe fn to_device(
             unit: 1,
             count: len,
         })?;
-        // SAFETY: by the caller's promise.
+        // SAFETY: guaranteed by the caller.
         HostSource::Snapshot(unsafe { std::slice::from_raw_parts(from as *const u8, len) }.into())
     };
     if wait && !pinned {
@@ -407,10 +411,10 @@ unsafe fn to_device(
     }
 }
 
-/// A copy to the host. Into pageable memory it waits, as a driver does.
+/// Queues a copy to the host. A copy to pageable memory always waits, as with a real driver.
 ///
 /// # Safety
-/// `to` is writable for `len` bytes, and stays so until the copy ran if it is pinned.
+/// `to` must be writable for `len` bytes and, if it is pinned, stay so until the copy has run.
 unsafe fn to_host(
     driver: &mut Driver,
     to: usize,
@@ -451,7 +455,7 @@ unsafe fn to_host(
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemcpyHtoD_v2(to: u64, from: *const c_void, len: usize) -> Code {
-    // SAFETY: as the API describes.
+    // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
     call("cuMemcpyHtoD_v2", Need::CONTEXT, |driver| unsafe {
         to_device(driver, to, from as usize, len, 0, true)
     })
@@ -465,14 +469,14 @@ pub unsafe extern "C" fn cuMemcpyHtoDAsync_v2(
     stream: u64,
 ) -> Code {
     call("cuMemcpyHtoDAsync_v2", Need::CONTEXT, |driver| {
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { to_device(driver, to, from as usize, len, stream, false) }
     })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemcpyDtoH_v2(to: *mut c_void, from: u64, len: usize) -> Code {
-    // SAFETY: as the API describes.
+    // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
     call("cuMemcpyDtoH_v2", Need::CONTEXT, |driver| unsafe {
         to_host(driver, to as usize, from, len, 0, true)
     })
@@ -486,7 +490,7 @@ pub unsafe extern "C" fn cuMemcpyDtoHAsync_v2(
     stream: u64,
 ) -> Code {
     call("cuMemcpyDtoHAsync_v2", Need::CONTEXT, |driver| {
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { to_host(driver, to as usize, from, len, stream, false) }
     })
 }
@@ -508,7 +512,7 @@ fn on_device(
     driver.submit(stream, Op::DeviceToDevice { to, from, len })
 }
 
-/// Does not wait, as a driver does not for a copy on the device.
+/// Does not wait, like a real driver for copies within the device.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemcpyDtoD_v2(to: u64, from: u64, len: usize) -> Code {
     call("cuMemcpyDtoD_v2", Need::CONTEXT, |driver| {
@@ -529,7 +533,7 @@ fn is_device(address: u64) -> bool {
 }
 
 /// # Safety
-/// Host addresses among the two are valid for `len` bytes.
+/// Any host address among `to` and `from` must be valid for `len` bytes.
 unsafe fn either(
     driver: &mut Driver,
     to: u64,
@@ -540,9 +544,9 @@ unsafe fn either(
 ) -> Result<(), Failure> {
     match (is_device(to), is_device(from)) {
         (true, true) => on_device(driver, to, from, len, stream),
-        // SAFETY: by the caller's promise.
+        // SAFETY: guaranteed by the caller.
         (true, false) => unsafe { to_device(driver, to, from as usize, len, stream, wait) },
-        // SAFETY: by the caller's promise.
+        // SAFETY: guaranteed by the caller.
         (false, true) => unsafe { to_host(driver, to as usize, from, len, stream, wait) },
         (false, false) => driver.refuse(codes::INVALID_VALUE, "a copy from host to host"),
     }
@@ -550,7 +554,7 @@ unsafe fn either(
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemcpy(to: u64, from: u64, len: usize) -> Code {
-    // SAFETY: as the API describes.
+    // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
     call("cuMemcpy", Need::CONTEXT, |driver| unsafe {
         either(driver, to, from, len, 0, true)
     })
@@ -558,7 +562,7 @@ pub unsafe extern "C" fn cuMemcpy(to: u64, from: u64, len: usize) -> Code {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemcpyAsync(to: u64, from: u64, len: usize, stream: u64) -> Code {
-    // SAFETY: as the API describes.
+    // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
     call("cuMemcpyAsync", Need::CONTEXT, |driver| unsafe {
         either(driver, to, from, len, stream, false)
     })

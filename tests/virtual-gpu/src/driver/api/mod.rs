@@ -1,10 +1,10 @@
-//! The functions that `libcuda.so.1` exports, grouped as the driver's manual groups
-//! them. Each is a few lines over [`super::Driver`].
+//! The functions that `libcuda.so.1` exports, grouped as in the manual of the CUDA driver API.
+//! Each is a thin wrapper around [`super::Driver`].
 //!
 //! # Safety
-//! All of them take the pointers that the CUDA driver API describes: a pointer that is
-//! not null must be valid for what the API says is read or written through it. Handles
-//! and device addresses can be anything, they are looked up.
+//! All functions take pointers as described by the CUDA driver API: a pointer that is not null
+//! must be valid for what the API reads or writes through it. Handles and device addresses may
+//! have any value, since they are looked up.
 
 #![allow(non_snake_case, clippy::missing_safety_doc, missing_docs)]
 
@@ -25,12 +25,12 @@ use std::ffi::{CStr, c_char};
 /// Writes a result through a pointer that must not be null.
 ///
 /// # Safety
-/// `to` is null or valid for writing.
+/// `to` must be null or valid for writing.
 unsafe fn put<T>(driver: &mut Driver, to: *mut T, value: T) -> Result<(), Failure> {
     if to.is_null() {
         return driver.refuse(codes::INVALID_VALUE, "the pointer for the result is null");
     }
-    // SAFETY: not null, and valid by the caller's promise.
+    // SAFETY: not null, and valid as the caller guarantees.
     unsafe { to.write(value) };
     Ok(())
 }
@@ -38,23 +38,23 @@ unsafe fn put<T>(driver: &mut Driver, to: *mut T, value: T) -> Result<(), Failur
 /// Writes a result through a pointer if it is not null.
 ///
 /// # Safety
-/// `to` is null or valid for writing.
+/// `to` must be null or valid for writing.
 unsafe fn put_optional<T>(to: *mut T, value: T) {
     if !to.is_null() {
-        // SAFETY: not null, and valid by the caller's promise.
+        // SAFETY: not null, and valid as the caller guarantees.
         unsafe { to.write(value) };
     }
 }
 
-/// The text of a C string.
+/// Returns the text of a C string.
 ///
 /// # Safety
-/// `text` is null or a C string.
+/// `text` must be null or a C string.
 unsafe fn text(driver: &mut Driver, text: *const c_char) -> Result<String, Failure> {
     if text.is_null() {
         return driver.refuse(codes::INVALID_VALUE, "a name is null");
     }
-    // SAFETY: not null, and a C string by the caller's promise.
+    // SAFETY: not null, and a C string as the caller guarantees.
     match unsafe { CStr::from_ptr(text) }.to_str() {
         Ok(text) => Ok(text.to_owned()),
         Err(_) => driver.refuse(codes::INVALID_VALUE, "a name is not UTF-8"),

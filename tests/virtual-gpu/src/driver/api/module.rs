@@ -1,4 +1,4 @@
-//! Modules and their functions. PTX text only: images of machine code cannot run here.
+//! Modules and their functions. Only PTX text is accepted, since machine code cannot run here.
 
 use crate::driver::codes::{self, Code};
 use crate::driver::launch::{SHARED_DEFAULT, parameter_bytes};
@@ -13,17 +13,18 @@ const ELF: [u8; 4] = *b"\x7fELF";
 const FATBIN: [u8; 4] = [0x50, 0xed, 0x55, 0xba];
 const FATBIN_WRAPPER: [u8; 4] = [0xb1, 0x43, 0x62, 0x46];
 
-/// Registers of every kernel, as far as the driver can say: none are handed out here.
+/// Nominal number of registers per thread of every kernel; the virtual GPU does not allocate
+/// any.
 const REGISTERS: i32 = 64;
 
-/// What follows a directive on its line: `.version 8.4` gives `8.4`.
+/// Returns the rest of the line after a directive: `.version 8.4` gives `8.4`.
 fn directive<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     text.lines()
         .find_map(|line| line.trim_start().strip_prefix(name))
         .map(str::trim)
 }
 
-/// Fails if the device or the driver is too old for the text.
+/// Fails if the device or the driver is too old for the PTX text.
 fn check_target(driver: &Driver, text: &str) -> Result<(), (Code, String)> {
     let invalid = |text: &str| (codes::INVALID_PTX, text.to_owned());
     let version = directive(text, ".version").and_then(|found| found.split_once('.'));
@@ -61,7 +62,8 @@ fn check_target(driver: &Driver, text: &str) -> Result<(), (Code, String)> {
     Ok(())
 }
 
-/// Whether the text declares variables: then each load has its own.
+/// Returns whether the text declares global variables. Each load of such a module needs its own
+/// copies of them.
 fn has_variables(text: &str) -> bool {
     let mut lines = text.lines().map(str::trim_start);
     lines.any(|line| {
@@ -103,17 +105,17 @@ fn load(driver: &mut Driver, text: &str, log: &mut String) -> Result<u64, Failur
     }
 }
 
-/// The text of an image in memory.
+/// Returns the text of an image in memory.
 ///
 /// # Safety
-/// `image` is null, a C string, or an image that begins with 4 bytes.
+/// `image` must be null, a C string, or an image that begins with 4 readable bytes.
 unsafe fn image_text<'a>(driver: &mut Driver, image: *const c_void) -> Result<&'a str, Failure> {
     if image.is_null() {
         return driver.refuse(codes::INVALID_VALUE, "the image is null");
     }
     let mut start = [0; 4];
     for (at, byte) in start.iter_mut().enumerate() {
-        // SAFETY: by the caller's promise; nothing is read behind the end of a string.
+        // SAFETY: guaranteed by the caller; the loop does not read past the end of a string.
         *byte = unsafe { image.cast::<u8>().add(at).read() };
         if *byte == 0 {
             break;
@@ -123,7 +125,7 @@ unsafe fn image_text<'a>(driver: &mut Driver, image: *const c_void) -> Result<&'
         eprintln!("virtual GPU: an image of machine code cannot be loaded, only PTX");
         return Err(Failure(codes::NO_BINARY_FOR_GPU));
     }
-    // SAFETY: a C string by the caller's promise.
+    // SAFETY: a C string, as the caller guarantees.
     match unsafe { CStr::from_ptr(image.cast::<c_char>()) }.to_str() {
         Ok(text) => Ok(text),
         Err(_) => driver.refuse(
@@ -136,15 +138,15 @@ unsafe fn image_text<'a>(driver: &mut Driver, image: *const c_void) -> Result<&'
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuModuleLoadData(module: *mut u64, image: *const c_void) -> Code {
     call("cuModuleLoadData", Need::CONTEXT, |driver| {
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         let text = unsafe { image_text(driver, image) }?;
         let made = load(driver, text, &mut String::new())?;
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put(driver, module, made) }
     })
 }
 
-/// Of the options the log of errors is served, the others have no effect.
+/// Only the options for the error log are supported; the others have no effect.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuModuleLoadDataEx(
     module: *mut u64,
@@ -156,13 +158,13 @@ pub unsafe extern "C" fn cuModuleLoadDataEx(
     const ERROR_LOG: i32 = 5;
     const ERROR_LOG_SIZE: i32 = 6;
     call("cuModuleLoadDataEx", Need::CONTEXT, |driver| {
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         let text = unsafe { image_text(driver, image) }?;
         let mut log = String::new();
         let made = load(driver, text, &mut log);
         let mut room = (std::ptr::null_mut::<u8>(), 0);
         for at in 0..count as usize {
-            // SAFETY: as the API describes, both arrays have `count` entries.
+            // SAFETY: both arrays have `count` entries, as the CUDA driver API requires.
             let (option, value) = unsafe { (options.add(at).read(), values.add(at).read()) };
             match option {
                 ERROR_LOG => room.0 = value.cast(),
@@ -170,10 +172,11 @@ pub unsafe extern "C" fn cuModuleLoadDataEx(
                 _ => {}
             }
         }
-        // SAFETY: as the API describes, the log has the size that the options say.
+        // SAFETY: the log buffer has the size given in the options, as the CUDA driver API
+        // requires.
         unsafe { crate::driver::control::copy_text(&log, room.0.cast(), room.1) };
         let made = made?;
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put(driver, module, made) }
     })
 }
@@ -181,18 +184,19 @@ pub unsafe extern "C" fn cuModuleLoadDataEx(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuModuleLoad(module: *mut u64, path: *const c_char) -> Code {
     call("cuModuleLoad", Need::CONTEXT, |driver| {
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         let path = unsafe { super::text(driver, path) }?;
         let Ok(text) = std::fs::read_to_string(&path) else {
             return Err(Failure(codes::FILE_NOT_FOUND));
         };
         let made = load(driver, &text, &mut String::new())?;
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put(driver, module, made) }
     })
 }
 
-/// Waits as `cuMemFree` does for queued launches of its kernels, which are violations.
+/// Waits for queued launches of the module's kernels, like `cuMemFree_v2`, and reports them as
+/// violations.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuModuleUnload(module: u64) -> Code {
     call("cuModuleUnload", Need::RELEASE, |driver| {
@@ -218,7 +222,7 @@ pub unsafe extern "C" fn cuModuleGetFunction(
     name: *const c_char,
 ) -> Code {
     call("cuModuleGetFunction", Need::CONTEXT, |driver| {
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         let name = unsafe { super::text(driver, name) }?;
         let found = driver.module(module)?;
         let (context, image) = (found.context, Arc::clone(&found.image));
@@ -241,7 +245,7 @@ pub unsafe extern "C" fn cuModuleGetFunction(
                 made
             }
         };
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put(driver, function, made) }
     })
 }
@@ -250,12 +254,12 @@ pub unsafe extern "C" fn cuModuleGetFunction(
 pub unsafe extern "C" fn cuModuleGetFunctionCount(count: *mut u32, module: u64) -> Code {
     call("cuModuleGetFunctionCount", Need::CONTEXT, |driver| {
         let value = driver.module(module)?.image.kernels().count() as u32;
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put(driver, count, value) }
     })
 }
 
-/// Variables of modules cannot be reached from the host: none is found.
+/// Always fails: module variables cannot be reached from the host.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuModuleGetGlobal_v2(
     _address: *mut u64,
@@ -272,7 +276,7 @@ pub unsafe extern "C" fn cuModuleGetGlobal_v2(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuModuleGetLoadingMode(mode: *mut i32) -> Code {
     const EAGER: i32 = 1;
-    // SAFETY: as the API describes.
+    // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
     call("cuModuleGetLoadingMode", Need::INIT, |driver| unsafe {
         super::put(driver, mode, EAGER)
     })
@@ -282,7 +286,7 @@ pub unsafe extern "C" fn cuModuleGetLoadingMode(mode: *mut i32) -> Code {
 pub unsafe extern "C" fn cuFuncGetModule(module: *mut u64, function: u64) -> Code {
     call("cuFuncGetModule", Need::CONTEXT, |driver| {
         let value = driver.kernel(function)?.module;
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put(driver, module, value) }
     })
 }
@@ -292,7 +296,7 @@ pub unsafe extern "C" fn cuFuncGetModule(module: *mut u64, function: u64) -> Cod
 pub unsafe extern "C" fn cuFuncGetName(name: *mut *const c_char, function: u64) -> Code {
     call("cuFuncGetName", Need::CONTEXT, |driver| {
         let value = driver.kernel(function)?.name.as_ptr();
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put(driver, name, value) }
     })
 }
@@ -309,11 +313,11 @@ pub unsafe extern "C" fn cuFuncGetParamInfo(
             .kernel(function)?
             .kernel()
             .map_or(&[][..], |kernel| &kernel.parameters);
-        // Past the last one is how a caller finds the end.
+        // Callers probe past the last parameter to find the end, so this is not a violation.
         let Some((at, bytes)) = parameters.get(index).map(|p| (p.offset, p.size)) else {
             return Err(Failure(codes::INVALID_VALUE));
         };
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe {
             super::put_optional(size, bytes);
             super::put(driver, offset, at)
@@ -321,7 +325,7 @@ pub unsafe extern "C" fn cuFuncGetParamInfo(
     })
 }
 
-/// The number of registers is nominal: the virtual GPU hands none out.
+/// The number of registers is nominal: the virtual GPU does not allocate any.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuFuncGetAttribute(
     value: *mut i32,
@@ -356,7 +360,7 @@ pub unsafe extern "C" fn cuFuncGetAttribute(
                 );
             }
         };
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put(driver, value, i32::try_from(number).unwrap_or(i32::MAX)) }
     })
 }
@@ -404,8 +408,8 @@ pub unsafe extern "C" fn cuFuncSetCacheConfig(function: u64, config: i32) -> Cod
     })
 }
 
-/// Blocks of a function that fit a multiprocessor, by threads, shared memory and the
-/// nominal registers.
+/// Returns how many blocks of a function fit on a multiprocessor, given its threads, shared
+/// memory and nominal registers.
 fn occupancy(
     driver: &mut Driver,
     function: u64,
@@ -449,7 +453,7 @@ pub unsafe extern "C" fn cuOccupancyMaxActiveBlocksPerMultiprocessor(
         Need::CONTEXT,
         |driver| {
             let value = occupancy(driver, function, block, dynamic)?;
-            // SAFETY: as the API describes.
+            // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
             unsafe { super::put(driver, count, value) }
         },
     )
@@ -468,7 +472,7 @@ pub unsafe extern "C" fn cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
         Need::CONTEXT,
         |driver| {
             let value = occupancy(driver, function, block, dynamic)?;
-            // SAFETY: as the API describes.
+            // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
             unsafe { super::put(driver, count, value) }
         },
     )
@@ -500,7 +504,7 @@ pub unsafe extern "C" fn cuOccupancyAvailableDynamicSMemPerBlock(
                     &format!("{blocks} blocks of {block} threads"),
                 );
             };
-            // SAFETY: as the API describes.
+            // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
             unsafe {
                 super::put(
                     driver,
@@ -518,7 +522,7 @@ pub unsafe extern "C" fn cuOccupancyAvailableDynamicSMemPerBlock(
 type BlockToShared = Option<unsafe extern "C" fn(i32) -> usize>;
 
 /// # Safety
-/// See the module above.
+/// The pointers must be valid; see the [parent module](super).
 unsafe fn potential(
     driver: &mut Driver,
     grid: *mut i32,
@@ -530,7 +534,7 @@ unsafe fn potential(
     let mut best = (0, 0, 0);
     let most = if limit > 0 { limit.min(1024) } else { 1024 };
     for size in (1..=most / 32).rev().map(|warps| warps * 32) {
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         let bytes = shared.map_or(dynamic, |shared| unsafe { shared(size) });
         let blocks = occupancy(driver, function, size, bytes)?;
         if blocks * size > best.0 {
@@ -538,7 +542,7 @@ unsafe fn potential(
         }
     }
     let multiprocessors = driver.settings.multiprocessors;
-    // SAFETY: as the API describes.
+    // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
     unsafe {
         super::put(driver, grid, best.2 * multiprocessors)?;
         super::put(driver, block, best.1)
@@ -558,7 +562,7 @@ pub unsafe extern "C" fn cuOccupancyMaxPotentialBlockSize(
         "cuOccupancyMaxPotentialBlockSize",
         Need::CONTEXT,
         |driver| {
-            // SAFETY: as the API describes.
+            // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
             unsafe { potential(driver, grid, block, function, (shared, dynamic), limit) }
         },
     )
@@ -578,13 +582,14 @@ pub unsafe extern "C" fn cuOccupancyMaxPotentialBlockSizeWithFlags(
         "cuOccupancyMaxPotentialBlockSizeWithFlags",
         Need::CONTEXT,
         |driver| {
-            // SAFETY: as the API describes.
+            // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
             unsafe { potential(driver, grid, block, function, (shared, dynamic), limit) }
         },
     )
 }
 
-/// Bytes of all parameters of a function, for launches with a buffer of parameters.
+/// Returns the size in bytes of all parameters of a function, for launches that pass a
+/// parameter buffer.
 pub(super) fn buffer_bytes(driver: &mut Driver, function: u64) -> Result<usize, Failure> {
     Ok(driver.kernel(function)?.kernel().map_or(0, parameter_bytes))
 }

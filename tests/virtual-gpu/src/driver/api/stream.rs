@@ -9,7 +9,7 @@ use crate::driver::{Driver, Failure, Need, call};
 const NON_BLOCKING: u32 = 1;
 
 /// # Safety
-/// See the module above.
+/// The pointers must be valid; see the [parent module](super).
 unsafe fn create(
     driver: &mut Driver,
     stream: *mut u64,
@@ -32,13 +32,13 @@ unsafe fn create(
         capture: None,
         asked: None,
     });
-    // SAFETY: as the API describes.
+    // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
     unsafe { super::put(driver, stream, made) }
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamCreate(stream: *mut u64, flags: u32) -> Code {
-    // SAFETY: as the API describes.
+    // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
     call("cuStreamCreate", Need::CONTEXT, |driver| unsafe {
         create(driver, stream, flags, 0)
     })
@@ -50,7 +50,7 @@ pub unsafe extern "C" fn cuStreamCreateWithPriority(
     flags: u32,
     priority: i32,
 ) -> Code {
-    // SAFETY: as the API describes.
+    // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
     call(
         "cuStreamCreateWithPriority",
         Need::CONTEXT,
@@ -58,8 +58,8 @@ pub unsafe extern "C" fn cuStreamCreateWithPriority(
     )
 }
 
-/// What is queued on the stream stays queued, as with a real driver: events and the
-/// context still lead to it.
+/// Work queued on the stream stays queued, as with a real driver: it is still reachable through
+/// events and the context.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamDestroy_v2(stream: u64) -> Code {
     call("cuStreamDestroy_v2", Need::RELEASE, |driver| {
@@ -119,7 +119,7 @@ pub unsafe extern "C" fn cuStreamGetPriority(stream: u64, priority: *mut i32) ->
     call("cuStreamGetPriority", Need::CONTEXT, |driver| {
         let stream = driver.resolve_stream(stream)?;
         let value = driver.stream(stream)?.priority;
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put(driver, priority, value) }
     })
 }
@@ -133,7 +133,7 @@ pub unsafe extern "C" fn cuStreamGetFlags(stream: u64, flags: *mut u32) -> Code 
         } else {
             NON_BLOCKING
         };
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put(driver, flags, value) }
     })
 }
@@ -142,7 +142,7 @@ pub unsafe extern "C" fn cuStreamGetFlags(stream: u64, flags: *mut u32) -> Code 
 pub unsafe extern "C" fn cuStreamGetId(stream: u64, id: *mut u64) -> Code {
     call("cuStreamGetId", Need::CONTEXT, |driver| {
         let stream = driver.resolve_stream(stream)?;
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put(driver, id, stream) }
     })
 }
@@ -152,7 +152,7 @@ pub unsafe extern "C" fn cuStreamGetCtx(stream: u64, context: *mut u64) -> Code 
     call("cuStreamGetCtx", Need::CONTEXT, |driver| {
         let stream = driver.resolve_stream(stream)?;
         let value = driver.stream(stream)?.context;
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put(driver, context, value) }
     })
 }
@@ -174,7 +174,7 @@ pub unsafe extern "C" fn cuStreamBeginCapture_v2(stream: u64, mode: i32) -> Code
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamEndCapture(stream: u64, graph: *mut u64) -> Code {
     call("cuStreamEndCapture", Need::CONTEXT, |driver| {
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put(driver, graph, 0) }?;
         let stream = driver.resolve_stream(stream)?;
         let (context, nodes) = driver.end_capture(stream)?;
@@ -182,12 +182,12 @@ pub unsafe extern "C" fn cuStreamEndCapture(stream: u64, graph: *mut u64) -> Cod
             context,
             nodes: nodes.into(),
         });
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put(driver, graph, made) }
     })
 }
 
-/// `CUstreamCaptureStatus`, the capture's id and the nodes that the next one depends on.
+/// Returns the `CUstreamCaptureStatus` of a stream and the ID of its capture.
 fn capture_status(driver: &mut Driver, stream: u64) -> Result<(i32, u64), Failure> {
     let stream = driver.resolve_stream(stream)?;
     let captured = driver.stream(stream)?.capture;
@@ -202,7 +202,7 @@ fn capture_status(driver: &mut Driver, stream: u64) -> Result<(i32, u64), Failur
 pub unsafe extern "C" fn cuStreamIsCapturing(stream: u64, status: *mut i32) -> Code {
     call("cuStreamIsCapturing", Need::CONTEXT, |driver| {
         let (value, _) = capture_status(driver, stream)?;
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe { super::put(driver, status, value) }
     })
 }
@@ -215,7 +215,7 @@ pub unsafe extern "C" fn cuStreamGetCaptureInfo(
 ) -> Code {
     call("cuStreamGetCaptureInfo", Need::CONTEXT, |driver| {
         let (value, capture) = capture_status(driver, stream)?;
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe {
             super::put_optional(id, capture);
             super::put(driver, status, value)
@@ -223,7 +223,8 @@ pub unsafe extern "C" fn cuStreamGetCaptureInfo(
     })
 }
 
-/// The graph under construction and its nodes cannot be had: asking for them is refused.
+/// Fails if the caller asks for the graph under construction or its nodes, which cannot be
+/// returned.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamGetCaptureInfo_v2(
     stream: u64,
@@ -238,7 +239,7 @@ pub unsafe extern "C" fn cuStreamGetCaptureInfo_v2(
         if value == 1 && !(graph.is_null() && depends.is_null() && count.is_null()) {
             return Err(Failure(codes::NOT_SUPPORTED));
         }
-        // SAFETY: as the API describes.
+        // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
         unsafe {
             super::put_optional(id, capture);
             super::put(driver, status, value)
@@ -252,7 +253,8 @@ pub unsafe extern "C" fn cuThreadExchangeStreamCaptureMode(mode: *mut i32) -> Co
         "cuThreadExchangeStreamCaptureMode",
         Need::NOTHING,
         |driver| {
-            // SAFETY: as the API describes; null is looked for first.
+            // SAFETY: null is checked first; otherwise the pointer is valid, as the CUDA driver
+            // API requires.
             let wanted = if mode.is_null() {
                 -1
             } else {
@@ -264,7 +266,7 @@ pub unsafe extern "C" fn cuThreadExchangeStreamCaptureMode(mode: *mut i32) -> Co
                     &format!("unknown capture mode {wanted}"),
                 );
             }
-            // SAFETY: as the API describes.
+            // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
             unsafe { super::put(driver, mode, exchange_thread_mode(wanted)) }
         },
     )

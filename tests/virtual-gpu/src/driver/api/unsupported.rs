@@ -1,7 +1,8 @@
-//! Functions that a caller may look up and that this device does not have. They say so.
+//! Functions that a caller may look up but that this device does not support. They return
+//! `CUDA_ERROR_NOT_SUPPORTED`.
 //!
-//! They take no parameters here: with the C calling convention a function may be called
-//! with more arguments than it looks at.
+//! They are declared without parameters: under the C calling convention, a function may be
+//! called with more arguments than it reads.
 
 use crate::driver::codes::{self, Code};
 use crate::driver::{Failure, Need, call};

@@ -1,24 +1,25 @@
-//! Gives registers their places in the register file.
+//! Assigns the registers of a kernel to slots of the register file.
 //!
-//! PTX names a new register for nearly every value. Values that are never needed at the same
-//! time share a place, so that the file of a warp stays small and near. What a thread needs
-//! is found by the usual analysis of live values; it holds for each lane by itself, and no
-//! lane reads a register that another one is done with.
+//! PTX names a new register for nearly every value. Values that are never live at the same time
+//! share a slot, so that the register file of a warp stays small and cache-friendly. Standard
+//! liveness analysis finds which values those are. It is valid for each lane on its own, and no
+//! lane reads a register of another lane after that lane has finished with it.
 
 use super::{Draft, Virtual};
 use crate::ptx::instruction::Action;
 use crate::ptx::types::Class;
 
-/// Where the registers are.
+/// The layout of the register file.
 pub struct File {
-    /// By register: a word, for predicates; otherwise a row of 32 words.
+    /// Slot of each register: the index of a word for predicates, otherwise of a row of 32
+    /// words.
     pub slots: Vec<u16>,
-    /// Rows of the whole file.
+    /// Number of rows of the whole file.
     pub rows: usize,
 }
 
-/// Places every register; `None` if there are too many. Those in `fixed` have a value from the
-/// beginning and keep it.
+/// Assigns a slot to every register. Returns `None` if there are too many. The registers in
+/// `fixed` have a value from the beginning and keep it.
 pub fn slots(drafts: &[Draft], classes: &[Class], fixed: &[Virtual]) -> Option<File> {
     let mut spans = live_spans(drafts, classes.len());
     for &register in fixed {
@@ -28,7 +29,7 @@ pub fn slots(drafts: &[Draft], classes: &[Class], fixed: &[Virtual]) -> Option<F
         .filter(|&r| spans[r].0 <= spans[r].1)
         .collect();
     order.sort_unstable_by_key(|&r| spans[r]);
-    // Places of each class with the end of their last span.
+    // The pools of slots, one per class.
     let (mut predicates, mut words, mut wides) =
         (Pool::default(), Pool::default(), Pool::default());
     let mut places = vec![0; classes.len()];
@@ -55,11 +56,11 @@ pub fn slots(drafts: &[Draft], classes: &[Class], fixed: &[Virtual]) -> Option<F
     })
 }
 
-/// Places of one class.
+/// Slots of one class.
 #[derive(Default)]
 struct Pool {
     count: usize,
-    /// Places that are free again, by the end of the span that had them.
+    /// Assigned slots, by the end of the live span that occupies them.
     busy: std::collections::BinaryHeap<std::cmp::Reverse<(u32, usize)>>,
 }
 
@@ -80,13 +81,13 @@ impl Pool {
     }
 }
 
-/// The first and the last instruction at which each register is needed; an empty span where it
-/// never is. Reads count at twice the index and writes one later, so that an instruction may
-/// write where it reads.
+/// Returns the first and last position at which each register is live; an empty span if it
+/// never is. A read counts as twice the index of its instruction and a write as one more, so
+/// that an instruction may write to the slot that it reads from.
 fn live_spans(drafts: &[Draft], registers: usize) -> Vec<(u32, u32)> {
     let blocks = blocks(drafts);
     let words = registers.div_ceil(64);
-    // Registers that are read in a block before they are written there, and those written.
+    // Registers that a block reads before it writes them, and registers that it writes.
     let mut needs = vec![vec![0u64; words]; blocks.len()];
     let mut gives = vec![vec![0u64; words]; blocks.len()];
     for (block, &(begin, end)) in blocks.iter().enumerate() {
@@ -104,7 +105,7 @@ fn live_spans(drafts: &[Draft], registers: usize) -> Vec<(u32, u32)> {
                 if draft.guard.is_none() {
                     gives[block][write as usize / 64] |= 1 << (write % 64);
                 } else if gives[block][write as usize / 64] >> (write % 64) & 1 == 0 {
-                    // Where the guard does not hold the old value stays.
+                    // If the guard does not hold, the old value stays.
                     needs[block][write as usize / 64] |= 1 << (write % 64);
                 }
             }
@@ -122,7 +123,8 @@ fn live_spans(drafts: &[Draft], registers: usize) -> Vec<(u32, u32)> {
         members(&leaves[block]).for_each(|register| extend(register, 2 * end as u32));
         for (at, draft) in (begin..end).zip(&drafts[begin..end]) {
             let (writes, reads) = draft.operands.split_at(draft.writes);
-            // Several destinations are written one after the other, while sources are read.
+            // These instructions may write a destination before they have read all sources, so
+            // sources and destinations must not share slots.
             let together = draft.writes > 1 || !matches!(draft.action, Action::Lanes(_));
             for &read in reads
                 .iter()
@@ -139,7 +141,8 @@ fn live_spans(drafts: &[Draft], registers: usize) -> Vec<(u32, u32)> {
     spans
 }
 
-/// The pieces of code that are entered at their beginning and left at their end only.
+/// Splits the code into basic blocks, which are entered only at their beginning and left only
+/// at their end.
 fn blocks(drafts: &[Draft]) -> Vec<(usize, usize)> {
     let mut begins = vec![false; drafts.len() + 1];
     begins[0] = true;
@@ -158,7 +161,8 @@ fn blocks(drafts: &[Draft]) -> Vec<(usize, usize)> {
     edges.windows(2).map(|pair| (pair[0], pair[1])).collect()
 }
 
-/// Completes what blocks need at their beginning, and gives what is needed at their ends.
+/// Completes the sets of registers that are live at the beginning of each block, and returns
+/// the sets that are live at their ends.
 fn flow(
     drafts: &[Draft],
     blocks: &[(usize, usize)],

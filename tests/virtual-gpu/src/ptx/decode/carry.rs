@@ -1,6 +1,7 @@
-//! Sums and products of many words: `add.cc`, `addc`, `mad.lo.cc`, `madc` and the like.
+//! Multi-word sums and products: `add.cc`, `addc`, `mad.lo.cc`, `madc` and the like.
 //!
-//! The carry flag is a predicate of the thread; each opcode becomes a sum and its carry.
+//! The carry flag is a predicate register of the thread. Each opcode becomes a sum and the
+//! computation of its carry.
 
 use super::form::Form;
 use super::{Assembler, Result, Virtual};
@@ -10,7 +11,8 @@ use crate::ptx::instruction::Action;
 use crate::ptx::syntax::Operand;
 use crate::ptx::types::Class;
 
-/// The sum (or difference) of two words and a carry, and whether it carries (or borrows).
+/// Returns the lanes for the sum (or difference) of two words and a carry, and for its carry
+/// (or borrow).
 fn sum(wide: bool, subtract: bool) -> (Lanes, Lanes) {
     match (wide, subtract) {
         (false, false) => (
@@ -48,7 +50,7 @@ impl<'a> Assembler<'a> {
         }
     }
 
-    /// Decodes the opcode if it reads or writes the carry flag.
+    /// Decodes the opcode if it reads or writes the carry flag. Returns whether it does.
     pub(super) fn with_carry(&mut self, form: &Form, operands: &[Operand<'a>]) -> Result<bool> {
         let reads = matches!(form.base, "addc" | "subc" | "madc");
         let known = reads || matches!(form.base, "add" | "sub" | "mad");

@@ -1,13 +1,13 @@
-//! An opcode taken apart: `ld.global.v4.f32` is `ld` with modifiers and types.
+//! An opcode split into its parts: `ld.global.v4.f32` is `ld` with modifiers and types.
 
 use crate::ptx::types::Type;
 use std::cell::RefCell;
 
-/// The parts of an opcode. A modifier that nobody asked for means that the form is not
-/// understood, and is an error in the end.
+/// The parts of an opcode. A modifier that no decoder queries was not understood and is
+/// reported as an error in the end.
 pub struct Form<'a> {
     pub base: &'a str,
-    /// In their order.
+    /// Types in the order in which the opcode names them.
     pub types: Vec<Type>,
     modifiers: RefCell<Vec<(&'a str, bool)>>,
 }
@@ -30,7 +30,7 @@ impl<'a> Form<'a> {
         }
     }
 
-    /// Whether the modifier is there; it counts as understood then.
+    /// Returns whether the opcode has this modifier, and marks it as understood.
     pub fn has(&self, name: &str) -> bool {
         let mut found = false;
         for (modifier, understood) in self.modifiers.borrow_mut().iter_mut() {
@@ -42,31 +42,31 @@ impl<'a> Form<'a> {
         found
     }
 
-    /// The first of these modifiers that is there.
+    /// Returns the first of these modifiers that the opcode has.
     pub fn one_of(&self, names: &[&'static str]) -> Option<&'static str> {
         names.iter().copied().find(|name| self.has(name))
     }
 
-    /// Takes note of modifiers that change nothing here.
+    /// Marks modifiers as understood that have no effect here.
     pub fn ignore(&self, names: &[&str]) {
         for name in names {
             self.has(name);
         }
     }
 
-    /// Takes note of all modifiers that begin so and change nothing here.
+    /// Marks all modifiers with this prefix as understood; they have no effect here.
     pub fn ignore_prefix(&self, prefix: &str) {
         for (modifier, understood) in self.modifiers.borrow_mut().iter_mut() {
             *understood |= modifier.starts_with(prefix);
         }
     }
 
-    /// The first type.
+    /// Returns the first type.
     pub fn of(&self) -> Option<Type> {
         self.types.first().copied()
     }
 
-    /// A modifier that was not understood.
+    /// Returns a modifier that was not understood.
     pub fn leftover(&self) -> Option<&'a str> {
         self.modifiers
             .borrow()

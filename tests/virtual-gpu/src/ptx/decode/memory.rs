@@ -7,7 +7,7 @@ use crate::ptx::instruction::{Access, Action, AtomicOperation};
 use crate::ptx::syntax::Operand;
 use crate::ptx::types::{Class, Space, Type};
 
-/// Modifiers of caches and of the reach of an order: they change nothing that is emulated.
+/// Modifiers for caching and for the scope of an ordering, none of which has an effect here.
 const HINTS: [&str; 10] = [
     "nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt", "weak", "noftz",
 ];
@@ -17,7 +17,7 @@ const ORDERS: [&str; 6] = [
 ];
 
 impl<'a> Assembler<'a> {
-    /// The space that the opcode names; generic if none.
+    /// Returns the state space that the opcode names; generic if it names none.
     pub(super) fn space(&self, form: &Form) -> Space {
         let spaces = [
             ("global", Space::Global),
@@ -35,7 +35,8 @@ impl<'a> Assembler<'a> {
             .map_or(Space::Generic, |(_, space)| *space)
     }
 
-    /// Register and offset of an address; the space if a variable of another one is named.
+    /// Resolves an address to a register and an offset, and to the variable's state space if it
+    /// names a variable.
     fn address(&mut self, operand: &Operand<'a>) -> Result<(Virtual, i32, Option<Space>)> {
         let Operand::Address(base, offset) = operand else {
             return self.error("expected an address");
@@ -63,7 +64,7 @@ impl<'a> Assembler<'a> {
         ))
     }
 
-    /// Notes how finely shared memory is used.
+    /// Tracks the smallest access to shared memory.
     fn use_shared(&mut self, space: Space, bytes: usize) {
         if matches!(space, Space::Shared | Space::Generic) {
             self.granule = self.granule.min(bytes);
@@ -95,7 +96,7 @@ impl<'a> Assembler<'a> {
         let (address, offset, named) = self.address(address)?;
         if let Some(named) = named.filter(|_| space == Space::Parameter || space == Space::Generic)
         {
-            space = named; // a call's parameters are local; a variable by its name needs no window
+            space = named; // parameters of a call are local; a variable named directly needs no window
         }
         let values: &[Operand] = match values {
             Operand::Vector(values) => values,
@@ -107,7 +108,7 @@ impl<'a> Assembler<'a> {
         if of == Type::Pred {
             return self.error("predicates are not in memory");
         }
-        // Registers may be wider than the type; the first tells.
+        // Registers may be wider than the type; the first one decides.
         let wide = match &values[0] {
             Operand::Name(name) if *name != "_" => {
                 let register = self.find_register(name);
@@ -155,7 +156,7 @@ impl<'a> Assembler<'a> {
         Ok(())
     }
 
-    /// `atom` and `red`: `[d,] [address], b[, c]`.
+    /// Decodes `atom` and `red`: `[d,] [address], b[, c]`.
     pub(super) fn atomic(&mut self, form: &Form, operands: &[Operand<'a>]) -> Result<()> {
         let Some(of) = form.of() else {
             return self.error("the type is missing");
@@ -231,7 +232,7 @@ impl<'a> Assembler<'a> {
         Ok(())
     }
 
-    /// `cp.async` and what waits for it.
+    /// Decodes `cp.async` and the instructions that wait for it.
     pub(super) fn async_copy(&mut self, form: &Form, operands: &[Operand<'a>]) -> Result<()> {
         if !form.has("async") {
             return self.error("only cp.async is known");
@@ -292,7 +293,7 @@ impl<'a> Assembler<'a> {
         Ok(())
     }
 
-    /// The 32-bit register and the offset of an address in shared memory.
+    /// Resolves an address in shared memory to a 32-bit register and an offset.
     pub(super) fn shared_address(&mut self, operand: &Operand<'a>) -> Result<(Virtual, i32)> {
         let (address, offset, _) = self.address(operand)?;
         Ok((self.narrowed(address), offset))

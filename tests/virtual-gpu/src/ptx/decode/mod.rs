@@ -1,6 +1,7 @@
-//! Turns a function's statements into instructions: resolves registers, variables and labels.
+//! Turns a function's statements into instructions by resolving registers, variables and
+//! labels.
 //!
-//! Calls are decoded in place of the call, so a kernel is one piece of code without a stack.
+//! Called functions are inlined, so a kernel is one piece of code without a stack.
 
 mod allocate;
 mod carry;
@@ -20,38 +21,38 @@ use std::sync::Arc;
 
 type Result<T> = std::result::Result<T, ParseError>;
 
-/// A register before it has a place in the register file.
+/// A register that has no slot in the register file yet.
 pub type Virtual = u32;
 
-/// An instruction before its registers have places.
+/// An instruction whose registers have no slots yet.
 pub struct Draft {
     pub action: Action,
-    /// Destinations first.
+    /// Registers, destinations first.
     pub operands: Vec<Virtual>,
-    /// How many of them are destinations.
+    /// Number of destinations.
     pub writes: usize,
     pub guard: Option<(Virtual, bool)>,
     pub offset: i32,
     pub place: Place,
 }
 
-/// A variable's place.
+/// Location of a variable.
 #[derive(Clone, Copy, Debug)]
 struct Symbol {
     space: Space,
     address: u64,
 }
 
-/// What is between two braces, or the whole function.
+/// The names declared between two braces, or in the whole function.
 #[derive(Default)]
 struct Scope<'a> {
     parent: Option<usize>,
-    /// Declared names (or stems of numbered names) of registers.
+    /// Declared names of registers, or the stems of numbered names.
     declared: HashMap<&'a str, (Type, bool)>,
     registers: HashMap<&'a str, Virtual>,
     symbols: HashMap<&'a str, Symbol>,
     labels: HashMap<&'a str, usize>,
-    /// `.branchtargets` lists by their label.
+    /// `.branchtargets` lists, by their label.
     targets: HashMap<&'a str, Vec<&'a str>>,
 }
 
@@ -66,7 +67,7 @@ pub struct Assembler<'a> {
     scopes: Vec<Scope<'a>>,
     scope: usize,
     branches: Vec<(usize, usize, &'a str)>,
-    /// For each call that is being decoded: its `ret`s, which become branches to its end.
+    /// The `ret`s of each call that is being inlined; they become branches to its end.
     returns: Vec<Vec<usize>>,
     last_label: Option<&'a str>,
     place: Place,
@@ -186,7 +187,7 @@ impl<'a> Assembler<'a> {
         self.place.line = variable.line;
         let symbol = match variable.space {
             Space::Shared => self.place_shared(variable),
-            // Parameters of a call live where local variables do.
+            // Parameters of a call are stored like local variables.
             Space::Local | Space::Parameter => {
                 self.local = self.local.next_multiple_of(variable.align);
                 let address = self.local as u64;
@@ -243,7 +244,7 @@ impl<'a> Assembler<'a> {
         register
     }
 
-    /// The register with this name, if one is declared.
+    /// Returns the register with this name, if one is declared.
     fn find_register(&mut self, name: &'a str) -> Option<Virtual> {
         let stem = name.trim_end_matches(|c: char| c.is_ascii_digit());
         let mut scope = Some(self.scope);
@@ -276,7 +277,7 @@ impl<'a> Assembler<'a> {
         }
     }
 
-    /// The variable with this name, of the function or of the module.
+    /// Returns the variable with this name, from the function or the module.
     fn symbol(&mut self, name: &'a str) -> Option<Symbol> {
         let mut scope = Some(self.scope);
         while let Some(at) = scope {
@@ -301,7 +302,7 @@ impl<'a> Assembler<'a> {
         Some(symbol)
     }
 
-    /// Whether the name is that of the memory whose size the launch gives.
+    /// Returns whether the name denotes the shared memory whose size is set at launch.
     fn is_dynamic_shared(&mut self, name: &str) -> bool {
         let source = self.source;
         let found = source
@@ -329,14 +330,14 @@ impl<'a> Assembler<'a> {
         });
     }
 
-    /// Applies `lanes` to registers and gives its result, in a new register.
+    /// Applies `lanes` to registers and returns a new register with the result.
     fn compute(&mut self, lanes: Lanes, reads: &[Virtual]) -> Virtual {
         let to = self.fresh(lanes.write);
         self.emit(Action::Lanes(lanes.run), &[to], reads);
         to
     }
 
-    /// The 32-bit form of an address in shared memory.
+    /// Converts an address in shared memory to 32 bits.
     fn narrowed(&mut self, register: Virtual) -> Virtual {
         match self.classes[register as usize] {
             Class::Wide => self.compute(unary(|a: u64| a as u32), &[register]),
@@ -344,7 +345,7 @@ impl<'a> Assembler<'a> {
         }
     }
 
-    /// The register that an operand is written to.
+    /// Returns the register that an operand writes to.
     fn write(&mut self, operand: &Operand<'a>, class: Class) -> Result<Virtual> {
         let Operand::Name(name) = operand else {
             return self.error("the destination is not a register");
@@ -365,7 +366,7 @@ impl<'a> Assembler<'a> {
         self.error(format!("`{name}` is {found:?}, expected {class:?}"))
     }
 
-    /// The register that an operand is read from; numbers become constants.
+    /// Returns the register that an operand reads from; numbers become constants.
     fn read(&mut self, operand: &Operand<'a>, class: Class, of: Option<Type>) -> Result<Virtual> {
         let bits = match (operand, class) {
             (Operand::Integer(bits), Class::Wide) => *bits,
@@ -459,7 +460,7 @@ impl<'a> Assembler<'a> {
         Ok(register)
     }
 
-    /// The instruction that a label names, seen from a scope.
+    /// Returns the index of the instruction that a label denotes, as seen from a scope.
     fn label(&self, name: &str, mut scope: usize) -> Option<usize> {
         loop {
             if let Some(&at) = self.scopes[scope].labels.get(name) {

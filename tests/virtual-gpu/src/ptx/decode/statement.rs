@@ -1,4 +1,4 @@
-//! One statement: control flow, moves, and what works on each lane by itself.
+//! Decodes single statements: control flow, moves, and operations on each lane separately.
 
 use super::form::Form;
 use super::{Assembler, Result};
@@ -9,14 +9,14 @@ use crate::ptx::kernel::{LOCAL_WINDOW, SHARED_WINDOW, WINDOW_SIZE};
 use crate::ptx::syntax::{Operand, Statement};
 use crate::ptx::types::{Class, Space, Type};
 
-/// What `set` and `setp` compare for.
+/// Relations that `set` and `setp` can test.
 const RELATIONS: [&str; 18] = [
     "eq", "ne", "lt", "le", "gt", "ge", "lo", "ls", "hi", "hs", "equ", "neu", "ltu", "leu", "gtu",
     "geu", "num", "nan",
 ];
 
 impl<'a> Assembler<'a> {
-    /// Decodes one instruction; its guard is set.
+    /// Decodes one instruction, whose guard is already set.
     pub(super) fn statement(&mut self, statement: &'a Statement<'a>) -> Result<()> {
         let form = Form::new(statement.opcode);
         let operands = statement.operands.as_slice();
@@ -97,7 +97,7 @@ impl<'a> Assembler<'a> {
         }
     }
 
-    /// `d, s...`, each by itself.
+    /// Emits an operation `d, s...` that works on each lane separately.
     fn lanes(&mut self, lanes: Lanes, of: Type, operands: &[Operand<'a>]) -> Result<()> {
         let Some((to, from)) = operands.split_first() else {
             return self.error("operands are missing");
@@ -138,7 +138,7 @@ impl<'a> Assembler<'a> {
         Ok(())
     }
 
-    /// A jump through a table becomes a comparison and a branch for each entry.
+    /// Decodes a jump through a table as one comparison and branch per entry.
     fn branch_table(&mut self, operands: &[Operand<'a>]) -> Result<()> {
         let [index, Operand::Name(table)] = operands else {
             return self.error("expected an index and a table");
@@ -179,7 +179,7 @@ impl<'a> Assembler<'a> {
         }
     }
 
-    /// Decodes the called function here, with its parameters bound to those of the call.
+    /// Inlines the called function, with its parameters bound to the arguments of the call.
     fn call(&mut self, operands: &'a [Operand<'a>]) -> Result<()> {
         let (results, name, arguments): (&[Operand], _, &[Operand]) = match operands {
             [
@@ -236,7 +236,7 @@ impl<'a> Assembler<'a> {
         }
         (self.scope, self.place) = caller;
         self.guard = None;
-        // So that the end is an instruction of this kernel.
+        // Makes sure that the end of the call is an instruction of this kernel.
         self.emit(Action::Nothing, &[], &[]);
         Ok(())
     }
@@ -299,7 +299,7 @@ impl<'a> Assembler<'a> {
         Ok(())
     }
 
-    /// `set.relation.to.from d, a, b`: 1.0 or all ones where the relation holds, else 0.
+    /// Decodes `set.relation.to.from d, a, b`: 1.0 or all ones if the relation holds, else 0.
     fn set(&mut self, form: &Form, operands: &[Operand<'a>]) -> Result<()> {
         let (Some(relation), [to, of]) = (form.one_of(&RELATIONS), form.types.as_slice()) else {
             return self.error("this comparison is not known");
@@ -335,7 +335,7 @@ impl<'a> Assembler<'a> {
         Ok(())
     }
 
-    /// `setp.relation[.and|.or|.xor].type p[|q], a, b[, c]`
+    /// Decodes `setp.relation[.and|.or|.xor].type p[|q], a, b[, c]`.
     fn compare(&mut self, form: &Form, operands: &[Operand<'a>]) -> Result<()> {
         let (Some(relation), Some(of)) = (form.one_of(&RELATIONS), form.of()) else {
             return self.error("this comparison is not known");
@@ -388,7 +388,7 @@ impl<'a> Assembler<'a> {
         Ok(())
     }
 
-    /// Between addresses of a space and generic ones.
+    /// Converts between addresses of a state space and generic addresses.
     fn convert_address(&mut self, form: &Form, operands: &[Operand<'a>]) -> Result<()> {
         let (to_space, space) = (form.has("to"), self.space(form));
         if form.of() != Some(Type::U64) {

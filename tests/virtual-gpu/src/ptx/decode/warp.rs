@@ -1,4 +1,4 @@
-//! What the threads of a warp or a block do together.
+//! Decodes operations that involve several threads of a warp or block.
 
 use super::form::Form;
 use super::{Assembler, Result};
@@ -76,7 +76,7 @@ impl<'a> Assembler<'a> {
         Ok(())
     }
 
-    /// Exchanges of values and predicates within a warp.
+    /// Decodes exchanges of values and predicates within a warp.
     pub(super) fn collective(&mut self, form: &Form, operands: &[Operand<'a>]) -> Result<()> {
         if form.base == "activemask" {
             let [to] = operands else {

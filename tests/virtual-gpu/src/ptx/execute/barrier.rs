@@ -1,4 +1,4 @@
-//! Barriers of the block.
+//! Barriers across a block.
 
 use super::warp::{Wait, Warp, set};
 use super::{Block, Flow, Outcome};
@@ -6,7 +6,7 @@ use crate::ptx::fault::{FaultKind, Stop};
 use crate::ptx::instruction::{Action, Barrier, Instruction, Vote};
 
 impl Block<'_> {
-    /// Lanes of a warp arrive at a barrier.
+    /// Makes lanes of a warp arrive at a barrier.
     pub(super) fn arrive(
         &mut self,
         warp: &mut Warp,
@@ -54,8 +54,8 @@ impl Block<'_> {
         Ok(Flow::Barrier { id, count })
     }
 
-    /// Lets the groups go on whose barrier is complete, when every warp waits or has left. A
-    /// barrier that cannot become complete is a fault.
+    /// Resumes the groups whose barrier is complete. Called when every warp waits or has
+    /// exited. A barrier that can never complete is a fault.
     pub fn release(&mut self, warps: &mut [Warp]) -> Result<(), (u32, usize, Box<Stop>)> {
         let mut released = false;
         for id in 0..16 {
@@ -80,7 +80,8 @@ impl Block<'_> {
         warps: &mut [Warp],
         id: u32,
     ) -> Result<bool, (u32, usize, Box<Stop>)> {
-        // Warp, place and lanes of whoever waits here, and for how many threads.
+        // Warp, instruction and lanes of each group that waits here, with the thread count that
+        // it waits for.
         let mut waiting = Vec::new();
         for warp in warps.iter() {
             for group in &warp.groups {
@@ -143,7 +144,7 @@ impl Block<'_> {
         Ok(true)
     }
 
-    /// Gives the result of `bar.red` to every thread that waits.
+    /// Writes the result of `bar.red` for every waiting thread.
     fn combine(&self, warps: &mut [Warp], id: u32) {
         let mut votes = Vec::new();
         for warp in warps.iter() {

@@ -1,14 +1,14 @@
-//! Single values in memory that other threads of the host may touch at the same time.
+//! Single values in memory that other host threads may access at the same time.
 
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering::Relaxed};
 
 /// A value of 1, 2, 4 or 8 bytes.
 pub trait Cell: Copy {
     /// # Safety
-    /// The bytes exist and are aligned to their size.
+    /// The bytes must exist and be aligned to their size.
     unsafe fn read(data: *mut u8) -> Self;
     /// # Safety
-    /// The bytes exist and are aligned to their size.
+    /// The bytes must exist and be aligned to their size.
     unsafe fn write(self, data: *mut u8);
     fn wide(self) -> u64;
     fn signed(self) -> u64;
@@ -22,13 +22,13 @@ macro_rules! cell {
         impl Cell for $of {
             #[inline(always)]
             unsafe fn read(data: *mut u8) -> Self {
-                // SAFETY: the caller's.
+                // SAFETY: guaranteed by the caller.
                 unsafe { <$atomic>::from_ptr(data.cast()).load(Relaxed) }
             }
 
             #[inline(always)]
             unsafe fn write(self, data: *mut u8) {
-                // SAFETY: the caller's.
+                // SAFETY: guaranteed by the caller.
                 unsafe { <$atomic>::from_ptr(data.cast()).store(self, Relaxed) }
             }
 
@@ -67,7 +67,7 @@ cell! {
     u64, i64, AtomicU64;
 }
 
-/// Evaluates `$body` with `$of` as the cell of `$size` bytes.
+/// Evaluates `$body` with `$of` as the cell type of `$size` bytes.
 macro_rules! sized {
     ($size:expr, $of:ident => $body:expr) => {
         match $size {
@@ -92,19 +92,19 @@ macro_rules! sized {
 }
 pub(super) use sized;
 
-/// Whether all of 1, 2, 4, 8 or 16 marks (bytes) are set.
+/// Returns whether all of 1, 2, 4, 8 or 16 marks (bytes) are set.
 ///
 /// # Safety
-/// The marks exist.
+/// The marks must exist.
 #[inline(always)]
 pub unsafe fn all_marked(marks: *const AtomicU8, count: usize) -> bool {
-    /// Whether no byte is zero.
+    /// Returns whether no byte is zero.
     fn full(word: u64) -> bool {
         word.wrapping_sub(0x0101_0101_0101_0101) & !word & 0x8080_8080_8080_8080 == 0
     }
     let marks = marks.cast_mut().cast::<u8>();
     let step = count.min(8);
-    // SAFETY: the caller's; aligned as checked here.
+    // SAFETY: the marks exist, as the caller guarantees; their alignment is checked here.
     unsafe {
         if !(marks as usize).is_multiple_of(step) {
             return (0..count).all(|at| u8::read(marks.add(at)) != 0);
@@ -122,12 +122,12 @@ pub unsafe fn all_marked(marks: *const AtomicU8, count: usize) -> bool {
 /// Sets 1, 2, 4, 8 or 16 marks.
 ///
 /// # Safety
-/// The marks exist.
+/// The marks must exist.
 #[inline(always)]
 pub unsafe fn set_marks(marks: *const AtomicU8, count: usize) {
     const ONES: u64 = 0x0101_0101_0101_0101;
     let marks = marks.cast_mut().cast::<u8>();
-    // SAFETY: the caller's; aligned as checked here.
+    // SAFETY: the marks exist, as the caller guarantees; their alignment is checked here.
     unsafe {
         if !(marks as usize).is_multiple_of(count.min(8)) {
             return (0..count).for_each(|at| 1u8.write(marks.add(at)));

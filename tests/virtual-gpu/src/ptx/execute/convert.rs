@@ -1,7 +1,7 @@
-//! `cvt`: between all numeric types.
+//! `cvt`: conversions between all numeric types.
 //!
-//! Float to integer: out of range gives the nearest end, NaN gives 0. Float to float and
-//! integer to float: to the nearest even, or toward zero where `.rz` is given.
+//! Float to integer: a value that is out of range becomes the nearest limit, NaN becomes 0.
+//! Float to float and integer to float: rounds to nearest even, or toward zero with `.rz`.
 
 use super::float::{canonical, flush, join, saturate};
 use super::half::{Brain, Half, Small};
@@ -10,7 +10,7 @@ use super::lanes::{Lanes, Value, binary, unary};
 use crate::ptx::decode::form::Form;
 use crate::ptx::types::{Type, Type::*};
 
-/// The lanes of a conversion; `None` if the combination is not known.
+/// Returns the lanes of a conversion, or `None` if the combination is not known.
 pub fn find(form: &Form) -> Option<Lanes> {
     let (to, from) = (*form.types.first()?, *form.types.get(1)?);
     if form.types.len() != 2 {
@@ -33,7 +33,7 @@ fn integer_to_integer(form: &Form, to: Type, from: Type) -> Option<Lanes> {
     Some(integers!(to, D => integers!(from, S => unary(|a: S| a as D))))
 }
 
-/// Numbers as doubles, exactly.
+/// Numbers that convert to doubles exactly.
 trait Exact: Value {
     fn double(self) -> f64;
     fn flushed(self) -> f64 {
@@ -109,7 +109,7 @@ fn integer_to_float(form: &Form, to: Type, from: Type) -> Option<Lanes> {
                 near
             }
         }))),
-        // A double holds every integer that does not become infinite exactly.
+        // A double represents every integer exactly that does not round to infinity.
         (F16, "rn") => Some(integers!(from, S => unary(|a: S| Half::rounded_double(a as f64)))),
         (Bf16, "rn") if from.size() < 8 => {
             Some(integers!(from, S => unary(|a: S| Brain::rounded_double(a as f64))))
@@ -118,7 +118,7 @@ fn integer_to_float(form: &Form, to: Type, from: Type) -> Option<Lanes> {
     }
 }
 
-/// A rounding to a whole number of the same type.
+/// Rounds to a whole number of the same type.
 macro_rules! whole {
     ($form:expr, $rounding:expr, |$a:ident: $of:ty| $get:expr, |$x:ident| $put:expr) => {
         match $rounding {
@@ -216,7 +216,7 @@ fn widened<S: Small + Value>(form: &Form) -> Option<Lanes> {
     })
 }
 
-/// `.relu`: below zero becomes 0.
+/// `.relu`: negative values become 0.
 #[inline(always)]
 fn positive(x: f32) -> f32 {
     if x < 0.0 || x.to_bits() == 0x8000_0000 {
@@ -244,7 +244,7 @@ fn narrowed<S: Small + Value>(form: &Form) -> Option<Lanes> {
     )
 }
 
-/// Two singles into one register, the first into the upper half.
+/// Packs two singles into one register, the first one into the upper half.
 fn packed<S: Small + 'static>(form: &Form) -> Option<Lanes> {
     Some(match (form.one_of(&["rn", "rz"])?, form.has("relu")) {
         ("rn", false) => binary(|a: f32, b: f32| join(S::rounded(b), S::rounded(a))),

@@ -7,20 +7,20 @@ use crate::ptx::fault::{FaultKind, Stop};
 use crate::ptx::instruction::{Instruction, LANES};
 use crate::ptx::shared::of_lane;
 
-/// A `cp.async` of a warp that has not arrived for all its lanes.
+/// A `cp.async` of a warp that has not completed for all of its lanes.
 pub struct Pending {
-    /// Lanes whose copy has not arrived.
+    /// Lanes whose copy has not completed.
     lanes: u32,
-    /// Number of its group among those of these lanes.
+    /// Number of the commit group, as counted by these lanes.
     group: u32,
-    /// Bytes that are written.
+    /// Bytes to write.
     size: usize,
-    /// Places in shared memory.
+    /// Target addresses in shared memory.
     to: [u32; LANES],
-    /// Bytes that are read; the others become zeros.
+    /// Bytes to read; the rest is filled with zeros.
     bytes: [u8; LANES],
     from: [*mut u8; LANES],
-    /// The instruction.
+    /// Index of the instruction.
     at: usize,
 }
 
@@ -34,7 +34,7 @@ impl Warp {
 }
 
 impl Block<'_> {
-    /// `cp.async`: the bytes stay where they are until the thread waits for them.
+    /// `cp.async`: the bytes are copied only when the thread waits for them.
     pub(super) fn copy(
         &mut self,
         warp: &mut Warp,
@@ -96,7 +96,7 @@ impl Block<'_> {
             copy.to[lane] = address;
             copy.bytes[lane] = wanted as u8;
         }
-        // Lanes that have committed other numbers of groups are in other groups.
+        // Lanes that have committed a different number of groups belong to different groups.
         let mut rest = active;
         while rest != 0 {
             let group = warp.committed[rest.trailing_zeros() as usize];
@@ -113,8 +113,8 @@ impl Block<'_> {
         Ok(())
     }
 
-    /// Lets the copies arrive that the lanes wait for: all, or all but those of the last
-    /// `pending` groups and those that are not committed.
+    /// Completes the copies that the lanes wait for: all of them, or all except those of the
+    /// last `pending` groups and those that are not committed.
     pub(super) fn wait(&mut self, warp: &mut Warp, pending: Option<u32>, active: u32) {
         let mut copies = std::mem::take(&mut warp.pending);
         copies.retain_mut(|copy| {
@@ -142,7 +142,8 @@ impl Block<'_> {
             let bytes = usize::from(copy.bytes[lane]);
             if bytes == copy.size {
                 for (at, word) in target.chunks_exact_mut(4).enumerate() {
-                    // SAFETY: `copy` found these bytes, aligned, in a region, which stays while the kernel runs.
+                    // SAFETY: `copy` checked that these bytes are aligned and lie in a region,
+                    // which stays valid while the kernel runs.
                     unsafe { u32::read(copy.from[lane].add(4 * at)) }.to_bytes(word);
                 }
             } else {

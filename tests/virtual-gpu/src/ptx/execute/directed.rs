@@ -4,7 +4,7 @@ use super::float::canonical;
 use super::lanes::{Lanes, binary, ternary};
 use crate::ptx::decode::form::Form;
 
-/// The lanes of `add`, `sub`, `mul` or `fma` with `.rm`, `.rp` or `.rz`.
+/// Returns the lanes of `add`, `sub`, `mul` or `fma` with `.rm`, `.rp` or `.rz`.
 pub fn find(form: &Form) -> Option<Lanes> {
     let rounding = form.one_of(&["rm", "rp", "rz"])?;
     macro_rules! forms {
@@ -25,14 +25,14 @@ pub fn find(form: &Form) -> Option<Lanes> {
     })
 }
 
-/// The neighbour of `near` below it, if the exact value is below it.
+/// Returns the next number below `near` if the exact value is below it, else `near`.
 #[inline(always)]
 fn down(near: f32, above: bool, below: bool) -> f32 {
     let _ = above;
     if below { near.next_down() } else { near }
 }
 
-/// The neighbour of `near` above it, if the exact value is above it.
+/// Returns the next number above `near` if the exact value is above it, else `near`.
 #[inline(always)]
 fn up(near: f32, above: bool, below: bool) -> f32 {
     let _ = below;
@@ -48,7 +48,8 @@ fn zero(near: f32, above: bool, below: bool) -> f32 {
     }
 }
 
-/// `a · b + c`: the product is exact in a double, the error of the sum is computed (Knuth).
+/// Computes `a · b + c`: the product is exact in a double, and the error of the sum is computed
+/// (Knuth).
 #[inline(always)]
 fn fused(a: f32, b: f32, c: f32, direction: impl Fn(f32, bool, bool) -> f32) -> f32 {
     let (product, addend) = (f64::from(a) * f64::from(b), f64::from(c));
@@ -58,7 +59,7 @@ fn fused(a: f32, b: f32, c: f32, direction: impl Fn(f32, bool, bool) -> f32) -> 
     round(sum, error, direction)
 }
 
-/// Rounds `value + error`, where the error is less than the last place of the value.
+/// Rounds `value + error`, where the error is smaller than the last place of the value.
 #[inline(always)]
 fn round(value: f64, error: f64, direction: impl Fn(f32, bool, bool) -> f32) -> f32 {
     let near = value as f32;

@@ -1,8 +1,8 @@
-//! Floating-point opcodes: what each does to a lane.
+//! Floating-point opcodes: the operation of each on a lane.
 //!
-//! Additions, products, fused products, divisions and roots round once, to the nearest, as
-//! IEEE 754 says. The `.approx` functions are computed in double precision and rounded, so
-//! they are more exact than any GPU. A NaN that is computed is PTX's canonical one.
+//! Sums, products, fused products, quotients and square roots round once, to nearest, as IEEE
+//! 754 specifies. The `.approx` functions are computed in double precision and then rounded, so
+//! they are more exact than on any GPU. A computed NaN is PTX's canonical NaN.
 
 use super::directed;
 use super::half::{Brain, Half, Small, fused};
@@ -10,7 +10,8 @@ use super::lanes::{Lanes, Value, binary, compare, select, ternary, unary};
 use crate::ptx::decode::form::Form;
 use crate::ptx::types::{Type, Type::*};
 
-/// The canonical NaN instead of any other. It looks at bits: to the compiler all NaNs are one.
+/// Replaces any NaN by the canonical one. Works on bits, because the compiler may treat all
+/// NaNs as equal.
 #[inline(always)]
 pub fn canonical(x: f32) -> f32 {
     let bits = x.to_bits();
@@ -28,7 +29,7 @@ fn canonical_double(x: f64) -> f64 {
     f64::from_bits(if is_nan { 0x7ff8_0000_0000_0000 } else { bits })
 }
 
-/// `.ftz`: zero, with the sign, instead of a subnormal number.
+/// `.ftz`: flushes subnormal numbers to zero and keeps the sign.
 #[inline(always)]
 pub fn flush(x: f32) -> f32 {
     let bits = x.to_bits();
@@ -39,7 +40,7 @@ pub fn flush(x: f32) -> f32 {
     })
 }
 
-/// `.sat`: into 0..=1; NaN becomes 0.
+/// `.sat`: clamps to 0..=1; NaN becomes 0.
 #[inline(always)]
 pub fn saturate(x: f32) -> f32 {
     if x > 0.0 {
@@ -49,7 +50,7 @@ pub fn saturate(x: f32) -> f32 {
     }
 }
 
-/// The less of two; a number goes before NaN, -0 before 0.
+/// Returns the smaller of two numbers. A number is preferred to NaN, and -0 to 0.
 #[inline(always)]
 fn less(a: f32, b: f32) -> f32 {
     if a.is_nan() {
@@ -63,7 +64,7 @@ fn less(a: f32, b: f32) -> f32 {
     }
 }
 
-/// The greater of two; a number goes before NaN, 0 before -0.
+/// Returns the greater of two numbers. A number is preferred to NaN, and 0 to -0.
 #[inline(always)]
 fn greater(a: f32, b: f32) -> f32 {
     if a.is_nan() {
@@ -77,7 +78,7 @@ fn greater(a: f32, b: f32) -> f32 {
     }
 }
 
-/// NaN when either is.
+/// Returns NaN if either argument is NaN, else `chosen`.
 #[inline(always)]
 fn strict(a: f32, b: f32, chosen: f32) -> f32 {
     if a.is_nan() || b.is_nan() {
@@ -92,7 +93,7 @@ fn through_double(x: f32, f: impl Fn(f64) -> f64) -> f32 {
     f(f64::from(x)) as f32
 }
 
-/// A function of singles in its four variants: as it is, `.ftz`, `.sat`, both.
+/// Builds a function of singles in its four variants: plain, `.ftz`, `.sat`, both.
 macro_rules! singles {
     ($form:expr, $make:ident, |$($a:ident),+| $body:expr) => {
         match ($form.has("ftz"), $form.has("sat")) {
@@ -104,10 +105,10 @@ macro_rules! singles {
     };
 }
 
-/// The lanes of a floating-point opcode, if it is one.
+/// Returns the lanes of a floating-point opcode, or `None` if it is not one.
 pub fn find(form: &Form) -> Option<Lanes> {
     if form.base != "cvt" {
-        // The only rounding that is computed; others stay unknown modifiers.
+        // Results are always rounded to nearest; other roundings stay unknown modifiers.
         form.ignore(&["rn"]);
     }
     match form.of()? {
@@ -163,7 +164,7 @@ fn single(form: &Form) -> Option<Lanes> {
     })
 }
 
-/// `testp` compares with itself, which its decoder passes twice.
+/// Returns the lanes of `testp`, whose single source the decoder passes twice.
 fn test(form: &Form) -> Option<Lanes> {
     Some(
         match form.one_of(&[
@@ -196,7 +197,7 @@ fn double(form: &Form) -> Option<Lanes> {
         "min" => binary(|a: f64, b: f64| a.min(b)),
         "max" => binary(|a: f64, b: f64| a.max(b)),
         "sqrt" => unary(|a: f64| canonical_double(a.sqrt())),
-        // The gross approximations keep the upper 32 bits only, and flush subnormal results.
+        // The gross approximations keep only the upper 32 bits and flush subnormal numbers.
         "rcp" if form.has("approx") && form.has("ftz") => unary(|a: f64| gross(1.0 / gross(a))),
         "rsqrt" if form.has("approx") => {
             form.ignore(&["ftz"]);
@@ -209,7 +210,7 @@ fn double(form: &Form) -> Option<Lanes> {
     })
 }
 
-/// The upper half of a double, subnormals flushed.
+/// Returns the upper half of a double, with subnormals flushed.
 #[inline(always)]
 fn gross(x: f64) -> f64 {
     let bits = x.to_bits() & 0xffff_ffff_0000_0000;
@@ -241,7 +242,7 @@ fn clamped<S: Small>(x: S) -> S {
     S::rounded(saturate(x.wide()))
 }
 
-/// `.relu`: negative becomes 0, NaN the canonical one.
+/// `.relu`: negative numbers become 0, NaN becomes the canonical NaN.
 #[inline(always)]
 fn positive<S: Small>(x: S) -> S {
     if x.wide().is_nan() {
@@ -288,11 +289,11 @@ fn computed<S: Small>(x: S, f: impl Fn(f64) -> f64) -> S {
     S::rounded_double(f(f64::from(x.wide())))
 }
 
-/// The table of the 16-bit types, once for one number and once for two in a register:
-/// `$one` and `$two` and `$three` make lanes of functions of one, two and three of them.
+/// The operations of the 16-bit types, shared by single numbers and by pairs in a register:
+/// `$one`, `$two` and `$three` build lanes from functions of one, two and three numbers.
 macro_rules! small_table {
     ($form:expr, $S:ident, $one:ident, $two:ident, $three:ident) => {{
-        // Subnormal half numbers are kept; `.ftz` of the 16-bit types is not emulated.
+        // Subnormal halves are kept; `.ftz` of the 16-bit types is not emulated.
         let plain = !$form.has("ftz") || matches!($form.base, "ex2" | "tanh");
         if !plain {
             return None;
@@ -392,7 +393,7 @@ fn pairs<S: Small + 'static>(form: &Form) -> Option<Lanes> {
     Some(small_table!(form, S, pair_one, pair_two, pair_three))
 }
 
-/// `setp` on `T`, each operand taken by `$get`.
+/// Builds `setp` on `T`, with `$get` applied to each operand.
 macro_rules! relations {
     ($relation:expr, $T:ty, $get:expr) => {
         match $relation {
@@ -415,7 +416,7 @@ macro_rules! relations {
     };
 }
 
-/// `setp` on floating-point numbers.
+/// Returns the lanes of `setp` on floating-point numbers.
 #[allow(clippy::neg_cmp_op_on_partial_ord)]
 pub fn comparison(relation: &str, of: Type, ftz: bool) -> Option<Lanes> {
     Some(match of {

@@ -1,4 +1,4 @@
-//! Global memory: finding the bytes, and reading and writing them for many lanes at once.
+//! Global memory: locating bytes, and reading and writing them for many lanes at once.
 
 use super::cells::{Cell, all_marked, set_marks, sized};
 use super::memory::Addresses;
@@ -9,11 +9,11 @@ use crate::ptx::instruction::{Access, Instruction};
 use crate::ptx::memory::Region;
 use std::sync::atomic::AtomicU8;
 
-/// Bytes of device memory on the host.
+/// Host location of bytes of device memory.
 #[derive(Clone, Copy)]
 pub(super) struct Spot {
     pub data: *mut u8,
-    /// Null if they are not tracked.
+    /// Null if writes are not tracked.
     marks: *const AtomicU8,
 }
 
@@ -47,18 +47,19 @@ impl Spot {
     /// Marks bytes as written.
     ///
     /// # Safety
-    /// They exist.
+    /// The bytes must exist.
     #[inline(always)]
     unsafe fn mark(self, bytes: usize) {
         if !self.marks.is_null() {
-            // SAFETY: a region has as many marks as bytes.
+            // SAFETY: the bytes exist as the caller guarantees, and a region has as many marks
+            // as bytes.
             unsafe { set_marks(self.marks, bytes) }
         }
     }
 }
 
 impl Block<'_> {
-    /// The bytes at a global address.
+    /// Returns the location of the bytes at a global address.
     #[inline]
     pub(super) fn locate(
         &self,
@@ -80,7 +81,7 @@ impl Block<'_> {
         }
     }
 
-    /// The region that holds all these bytes; the last one that was found is tried first.
+    /// Returns the region that contains all these bytes. The region found last is tried first.
     #[inline(always)]
     fn find(&self, warp: &mut Warp, address: u64, bytes: u64) -> Option<&Region> {
         let hinted = self
@@ -93,8 +94,8 @@ impl Block<'_> {
         })
     }
 
-    /// Where each lane's bytes are, if one allocation holds them all: the spot of the lowest
-    /// address, and that address.
+    /// Returns the location of the lowest address and that address, if one allocation contains
+    /// the bytes of all lanes.
     fn span(
         &self,
         warp: &mut Warp,
@@ -113,7 +114,7 @@ impl Block<'_> {
         Some((Spot::new(region, low), low))
     }
 
-    /// Whether all bytes have been written.
+    /// Fails unless all bytes have been written.
     #[inline(always)]
     pub(super) fn check_defined(
         &self,
@@ -155,7 +156,7 @@ impl Block<'_> {
     ) -> Outcome<()> {
         let bytes = access.bytes();
         let Some((spot, low)) = self.span(warp, addresses, lanes, bytes) else {
-            // In several allocations, or outside: lane by lane.
+            // The bytes are in several allocations, or outside of all: go lane by lane.
             for lane in set(lanes) {
                 let spot = self.locate(warp, addresses[lane], bytes, lane, "reads")?;
                 self.check_defined(addresses[lane], spot, bytes, lane)?;
@@ -199,7 +200,7 @@ impl Block<'_> {
             for element in 0..usize::from(access.count) {
                 let offset = (element * size_of::<T>()) as u64;
                 let read = |lane: usize| {
-                    // SAFETY: the caller found the bytes; they are aligned as the address is.
+                    // SAFETY: the caller located the bytes; they are as aligned as the address.
                     unsafe { T::read(spot.add(addresses[lane] - low + offset).data) }
                 };
                 warp.fill(i.slots[element], lanes, access, read);
@@ -252,14 +253,14 @@ fn store_spots(
             let slot = i.slots[1 + element];
             for lane in set(lanes) {
                 let value = T::narrow(warp.value(slot, lane, access.wide));
-                // SAFETY: the caller found the bytes; they are aligned as the address is.
+                // SAFETY: the caller located the bytes; they are as aligned as the address.
                 unsafe { value.write(spot.add(addresses[lane] - low + offset).data) }
             }
         }
     });
     if !spot.marks.is_null() {
         for lane in set(lanes) {
-            // SAFETY: the caller found the bytes.
+            // SAFETY: the caller located the bytes.
             unsafe { spot.add(addresses[lane] - low).mark(access.bytes()) }
         }
     }

@@ -1,4 +1,4 @@
-//! The 16-bit floating-point types, in integer arithmetic that vectorises.
+//! The 16-bit floating-point types, in integer arithmetic that compilers vectorise.
 
 /// An IEEE half-precision number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -8,19 +8,19 @@ pub struct Half(pub u16);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Brain(pub u16);
 
-/// What arithmetic on a 16-bit type needs.
+/// Conversions that arithmetic on a 16-bit type needs.
 pub trait Small: Copy {
     fn from_bits(bits: u16) -> Self;
     fn bits(self) -> u16;
-    /// Exact.
+    /// Widens exactly.
     fn wide(self) -> f32;
-    /// To the nearest, ties to even; NaN becomes the canonical one.
+    /// Rounds to nearest, ties to even; NaN becomes the canonical NaN.
     fn rounded(value: f32) -> Self;
-    /// `rounded` without a second rounding, for values that a double holds better.
+    /// Like `rounded`, but for values that only a double represents, without double rounding.
     fn rounded_double(value: f64) -> Self;
-    /// Toward zero.
+    /// Rounds toward zero.
     fn truncated(value: f32) -> Self;
-    /// The value of `self` where one is NaN, PTX's canonical NaN.
+    /// Bits of PTX's canonical NaN.
     const NAN: u16 = 0x7fff;
 }
 
@@ -39,7 +39,7 @@ impl Small for Half {
     fn wide(self) -> f32 {
         let sign = u32::from(self.0 & 0x8000) << 16;
         let magnitude = u32::from(self.0 & 0x7fff);
-        // A scale by 2^112 moves the exponent to where a single has it, subnormals included.
+        // Scaling by 2^112 rebiases the exponent for a single; this also handles subnormals.
         let finite = f32::from_bits(magnitude << 13) * f32::from_bits(0x7780_0000);
         let bits = if magnitude >= 0x7c00 {
             0x7f80_0000 | magnitude << 13
@@ -54,10 +54,10 @@ impl Small for Half {
         let bits = value.to_bits();
         let sign = (bits >> 16) & 0x8000;
         let magnitude = bits & 0x7fff_ffff;
-        // 2^-14 and more: rebias, round on the 13 bits that go.
+        // 2^-14 and above: rebias, and round off the 13 low bits.
         let normal = magnitude.wrapping_sub(112 << 23);
         let normal = normal.wrapping_add(0xfff).wrapping_add(normal >> 13 & 1) >> 13;
-        // Less: adding 0.5 leaves the multiple of 2^-24 in the low bits, rounded by the addition.
+        // Below that: adding 0.5 rounds to a multiple of 2^-24 and leaves it in the low bits.
         let subnormal = (f32::from_bits(magnitude) + 0.5)
             .to_bits()
             .wrapping_sub(0x3f00_0000);
@@ -132,7 +132,8 @@ impl Small for Brain {
     }
 }
 
-/// A double as a single, rounded to odd: rounding that again gives what rounding the double once would.
+/// Converts a double to a single, rounded to odd. Rounding the result again is equivalent to
+/// rounding the double once.
 #[inline(always)]
 pub fn to_odd(value: f64) -> f32 {
     let nearest = value as f32;
@@ -148,8 +149,8 @@ pub fn to_odd(value: f64) -> f32 {
     }
 }
 
-/// `a · b + c` with one rounding. The product of two 16-bit numbers is exact in a double; the
-/// sum is made odd where it is not exact, so that the rounding that follows is the only one.
+/// Computes `a · b + c` with one rounding. The product of two 16-bit numbers is exact in a
+/// double. An inexact sum is rounded to odd, so that only the final rounding matters.
 #[inline(always)]
 pub fn fused<S: Small>(a: S, b: S, c: S) -> S {
     let (product, addend) = (
@@ -223,7 +224,7 @@ mod tests {
 
     #[test]
     fn a_fused_product_is_rounded_once() {
-        // 1 + 2^-10 squared is 1 + 2^-9 + 2^-20; with a tiny addend it is just above a tie.
+        // (1 + 2^-10) squared is 1 + 2^-9 + 2^-20; with a tiny addend it is just above a tie.
         let a = Half(0x3c01);
         let tie = Half::rounded(2f32.powi(-11) - 2f32.powi(-20));
         let exact = 1.0 + 2f64.powi(-9) + 2f64.powi(-20) + f64::from(tie.wide());
@@ -233,7 +234,7 @@ mod tests {
             0x3c02
         };
         assert_eq!(fused(a, a, tie), Half(expected));
-        // 2^15 + 2^-24: the small one must not be lost in a tie.
+        // 2^15 + 2^-24: the small addend must not be lost in a tie.
         let big = Half::rounded(32768.0);
         assert_eq!(fused(big, Half(0x3c00), Half(1)), big);
     }

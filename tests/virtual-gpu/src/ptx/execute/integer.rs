@@ -1,10 +1,11 @@
-//! Integer, bit and predicate opcodes: what each does to a lane.
+//! Integer, bit and predicate opcodes: the operation of each on a lane.
 
 use super::lanes::{Lanes, binary, compare, predicates, quaternary, select, ternary, unary};
 use crate::ptx::decode::form::Form;
 use crate::ptx::types::{Class, Type, Type::*};
 
-/// `$lanes` with `$t` as the Rust type of an integer type; `None` from the function otherwise.
+/// Evaluates `$lanes` with `$t` as the Rust type of an integer type. For other types, the
+/// calling function returns `None`.
 macro_rules! integers {
     ($of:expr, $t:ident => $lanes:expr) => {
         match $of {
@@ -46,7 +47,7 @@ macro_rules! integers {
 }
 pub(super) use integers;
 
-/// `$lanes` with `$t` as the unsigned type of the same width, and `$s` as the signed one.
+/// Evaluates `$lanes` with `$t` as the unsigned and `$s` as the signed type of this width.
 macro_rules! widths {
     ($of:expr, $t:ident, $s:ident => $lanes:expr) => {
         match $of.size() {
@@ -76,7 +77,7 @@ macro_rules! widths {
     };
 }
 
-/// The lanes of an integer opcode, if it is one.
+/// Returns the lanes of an integer opcode, or `None` if it is not one.
 pub fn find(form: &Form) -> Option<Lanes> {
     let of = form.of()?;
     if of == Pred {
@@ -109,7 +110,7 @@ fn arithmetic(form: &Form, of: Type) -> Option<Lanes> {
         "abs" => widths!(of, T, S => unary(|a: S| a.wrapping_abs())),
         "min" => integers!(of, T => binary(|a: T, b: T| a.min(b))),
         "max" => integers!(of, T => binary(|a: T, b: T| a.max(b))),
-        // A division by zero has every bit set, its remainder is the dividend.
+        // Division by zero sets every bit; the remainder is then the dividend.
         "div" => {
             integers!(of, T => binary(|a: T, b: T| if b == 0 { !0 } else { a.wrapping_div(b) }))
         }
@@ -174,7 +175,7 @@ fn product(form: &Form, of: Type) -> Option<Lanes> {
     })
 }
 
-/// `mul.hi`: the upper half of a product.
+/// `mul.hi`: returns the lanes for the upper half of a product.
 pub fn high_product(of: Type) -> Option<Lanes> {
     Some(match of {
         U16 => binary(|a: u16, b: u16| ((u32::from(a) * u32::from(b)) >> 16) as u16),
@@ -257,7 +258,7 @@ fn bits(form: &Form, of: Type) -> Option<Lanes> {
         "xor" => widths!(of, T, S => binary(|a: T, b: T| a ^ b)),
         "not" => widths!(of, T, S => unary(|a: T| !a)),
         "cnot" => widths!(of, T, S => unary(|a: T| T::from(a == 0))),
-        // Shifts by the width or more leave zeros, or the sign.
+        // Shifts by the width or more leave only zeros or copies of the sign.
         "shl" => widths!(of, T, S => binary(|a: T, n: u32| if n < T::BITS { a << n } else { 0 })),
         "shr" => {
             integers!(of, T => binary(|a: T, n: u32| if n < T::BITS { a >> n } else { a >> (T::BITS - 1) >> 1 }))
@@ -294,7 +295,7 @@ fn bits(form: &Form, of: Type) -> Option<Lanes> {
     })
 }
 
-/// `bfe`: bits beyond the end are copies of the sign, or zeros.
+/// `bfe`: bits beyond the end of the field are copies of the sign, or zeros.
 #[inline(always)]
 fn extract(a: u64, position: u32, length: u32, signed: bool, width: u32) -> u64 {
     let (position, length) = (position & 0xff, length & 0xff);
@@ -338,7 +339,7 @@ fn find_bit(form: &Form, of: Type) -> Option<Lanes> {
     })
 }
 
-/// The place of the highest bit that is set; every bit set if there is none.
+/// Returns the position of the highest set bit, or all ones if no bit is set.
 #[inline(always)]
 fn highest(a: u64) -> u32 {
     63u32.wrapping_sub(a.leading_zeros())
@@ -366,7 +367,7 @@ fn both(low: u32, high: u32) -> u64 {
     u64::from(high) << 32 | u64::from(low)
 }
 
-/// `lop3`: the table's bit at place `a·4 + b·2 + c`, for each bit.
+/// `lop3`: each result bit is the bit of the table at index `a·4 + b·2 + c`.
 #[inline(always)]
 fn logic_table(a: u32, b: u32, c: u32, table: u32) -> u32 {
     let mut out = 0;
@@ -381,7 +382,7 @@ fn logic_table(a: u32, b: u32, c: u32, table: u32) -> u32 {
 }
 
 fn permute(form: &Form) -> Option<Lanes> {
-    // The modes other than the general one are selections that depend on the low two bits of c.
+    // Modes other than the default select bytes by the low two bits of c.
     Some(
         match form.one_of(&["f4e", "b4e", "rc8", "ecl", "ecr", "rc16"]) {
             None => ternary(|a: u32, b: u32, c: u32| {
@@ -418,7 +419,7 @@ fn pick(a: u32, b: u32, choice: impl Fn(u32) -> u32) -> u32 {
     })
 }
 
-/// `setp` on integers.
+/// Returns the lanes of `setp` on integers.
 pub fn comparison(relation: &str, of: Type) -> Option<Lanes> {
     Some(match relation {
         "eq" => integers!(of, T => compare(|a: T, b: T| a == b)),

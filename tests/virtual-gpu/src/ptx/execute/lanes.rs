@@ -1,17 +1,17 @@
-//! Makes handlers out of functions of one lane.
+//! Builds handlers from functions of one lane.
 //!
-//! A handler exists twice: compiled for any processor, and for those with AVX2 and FMA, where
-//! the loops over the lanes become vector instructions. Which is used is decided at decoding.
+//! Each handler is compiled twice: for any CPU, and for CPUs with AVX2 and FMA, where the loops
+//! over the lanes become vector instructions. The version is chosen at decoding.
 
 use super::half::{Brain, Half};
 use crate::ptx::instruction::{ALL, Handler, Instruction, LANES};
 use crate::ptx::types::Class;
 
-/// A value of one lane, and how it is kept in a register.
+/// The value of one lane, and its representation in a register.
 pub trait Value: Copy + 'static {
     /// `u32` or `u64`.
     type Store: Copy + Default;
-    /// The class of the register.
+    /// Class of the register.
     const CLASS: Class;
     fn get(store: Self::Store) -> Self;
     fn put(self) -> Self::Store;
@@ -36,8 +36,8 @@ macro_rules! value {
     )*};
 }
 
-// Bits above a narrow value are never read; signed ones extend their sign, as PTX asks of a
-// destination that is wider than the type.
+// Bits above a narrow value are never read. Signed values are sign-extended, as PTX requires if
+// the destination is wider than the type.
 value! {
     u8, u32, Word, |s| s as u8, u32::from;
     i8, u32, Word, |s| s as i8, |v| i32::from(v) as u32;
@@ -61,13 +61,13 @@ pub struct Lanes {
     pub reads: Vec<Class>,
 }
 
-/// The row of the register file where a slot begins.
+/// Returns the row of the register file at which a slot begins.
 ///
 /// # Safety
-/// The file must hold the slot.
+/// The file must contain the slot.
 #[inline(always)]
 unsafe fn row<S>(file: *mut u32, slot: u16) -> *mut [S; LANES] {
-    // SAFETY: the caller's.
+    // SAFETY: guaranteed by the caller.
     unsafe { file.add(usize::from(slot) * LANES).cast() }
 }
 
@@ -77,7 +77,7 @@ unsafe fn row<S>(file: *mut u32, slot: u16) -> *mut [S; LANES] {
 /// As for [`row`].
 #[inline(always)]
 unsafe fn write<S: Copy>(file: *mut u32, slot: u16, mask: u32, values: &[S; LANES]) {
-    // SAFETY: the caller's.
+    // SAFETY: guaranteed by the caller.
     let to = unsafe { &mut *row::<S>(file, slot) };
     if mask == ALL {
         *to = *values;
@@ -90,15 +90,16 @@ unsafe fn write<S: Copy>(file: *mut u32, slot: u16, mask: u32, values: &[S; LANE
     }
 }
 
-/// The value of a type that has exactly one, such as a function that captures nothing.
+/// Returns the value of a type that has exactly one, such as a closure without captures.
 #[inline(always)]
 fn only<F: Copy>() -> F {
     const { assert!(size_of::<F>() == 0) };
-    // SAFETY: there are no bytes to be wrong, and a value was given to the builder.
+    // SAFETY: the type has no bytes that could be invalid, and the builder was given a value of
+    // it.
     unsafe { std::ptr::NonNull::<F>::dangling().read() }
 }
 
-/// Whether this processor has what the second version of the handlers needs.
+/// Returns whether this CPU has the features that the vector version of the handlers needs.
 pub fn has_vectors() -> bool {
     #[cfg(target_arch = "x86_64")]
     {
@@ -112,7 +113,7 @@ pub fn has_vectors() -> bool {
     false
 }
 
-/// The body of a handler, compiled in both versions.
+/// Defines a handler whose body is compiled in both versions.
 macro_rules! handler {
     ($(#[$doc:meta])* $name:ident<$($of:ident),*>($($argument:ty),*) -> $out:ty { $write:expr, $reads:expr }
         |$file:ident, $i:ident, $mask:ident, $f:ident| $body:block) => {
@@ -125,17 +126,17 @@ macro_rules! handler {
                 $mask: u32,
             ) {
                 let $f = only::<F>();
-                // SAFETY: `Handler`'s contract, which the caller keeps.
+                // SAFETY: the caller upholds the contract of `Handler`.
                 unsafe { $body }
             }
             unsafe fn plain<$($of: Value,)* F: Fn($($argument),*) -> $out + Copy>(f: *mut u32, i: &Instruction, m: u32) {
-                // SAFETY: the caller's.
+                // SAFETY: guaranteed by the caller.
                 unsafe { body::<$($of,)* F>(f, i, m) }
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,bmi1,bmi2,lzcnt,popcnt")]
             unsafe fn vector<$($of: Value,)* F: Fn($($argument),*) -> $out + Copy>(f: *mut u32, i: &Instruction, m: u32) {
-                // SAFETY: the caller's.
+                // SAFETY: guaranteed by the caller.
                 unsafe { body::<$($of,)* F>(f, i, m) }
             }
             #[cfg(target_arch = "x86_64")]
@@ -247,7 +248,7 @@ handler! {
 /// `predicate = f(predicate, predicate)`, on the bits of all lanes at once.
 pub fn predicates<F: Fn(u32, u32) -> u32 + Copy + 'static>(_: F) -> Lanes {
     unsafe fn run<F: Fn(u32, u32) -> u32 + Copy>(file: *mut u32, i: &Instruction, mask: u32) {
-        // SAFETY: `Handler`'s contract: the file holds these words.
+        // SAFETY: the contract of `Handler` guarantees that the file contains these words.
         unsafe {
             let word = |slot: u16| file.add(usize::from(slot));
             let bits = only::<F>()(*word(i.slots[1]), *word(i.slots[2]));

@@ -1,4 +1,4 @@
-//! Matrices spread over a warp: `ldmatrix` and `mma`, laid out as the PTX manual says.
+//! Matrices distributed over a warp: `ldmatrix` and `mma`, with the layouts of the PTX manual.
 
 use super::float::canonical;
 use super::half::{Brain, Half, Small};
@@ -9,13 +9,13 @@ use super::{Block, Outcome};
 use crate::ptx::fault::{FaultKind, Stop};
 use crate::ptx::instruction::{Instruction, LANES};
 
-/// `d = a · b + c`, a of 16 × `depth` (8 or 16), b of `depth` × 8, in single precision: the
-/// products are added to c one after the other, by ascending k, each sum rounded to nearest.
-/// (A GPU adds in an order and with a rounding that PTX leaves open.)
+/// Computes `d = a · b + c` in single precision, where a is 16 × `depth` (8 or 16) and b is
+/// `depth` × 8. The products are added to c one by one, by ascending k, and each sum is rounded
+/// to nearest. (PTX leaves the order and the rounding of a GPU's additions open.)
 pub fn multiply(file: &mut Registers, i: &Instruction, depth: u8, brain: bool) {
     #[cfg(target_arch = "x86_64")]
     if has_vectors() {
-        // SAFETY: the processor has what the function is compiled for.
+        // SAFETY: the CPU has the features that the function is compiled for.
         return unsafe { multiply_vector(file, i, depth, brain) };
     }
     multiply_typed(file, i, depth, brain, add_products, add_products);
@@ -24,7 +24,7 @@ pub fn multiply(file: &mut Registers, i: &Instruction, depth: u8, brain: bool) {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
 fn multiply_vector(file: &mut Registers, i: &Instruction, depth: u8, brain: bool) {
-    // In here, so that they are called with the same features.
+    // Closures defined in here are compiled with the same features.
     let one = |a: &Halves<1>, b: &Halves<1>, sums: &mut Sums| add_products_vector(a, b, sums);
     let two = |a: &Halves<2>, b: &Halves<2>, sums: &mut Sums| add_products_vector(a, b, sums);
     multiply_typed(file, i, depth, brain, one, two);
@@ -47,14 +47,15 @@ fn multiply_typed(
     }
 }
 
-/// By eight of k: the lower and the upper halves of a register.
+/// For each group of eight k: the lower and the upper halves of a register.
 type Halves<const EIGHTS: usize> = [[[f32; LANES]; 2]; EIGHTS];
 
-/// Eight rows of results: the even columns, then the odd ones.
+/// Eight rows of results, each with its even columns first and then its odd ones.
 type Sums = [[f32; 8]; 8];
 
-/// Adds the products to the sums, by ascending k. Row r of a has its column 2 t (and 2 t + 1)
-/// at place 4 r + t of the lower (and upper) halves; row 2 t of b is at 8 t.
+/// Adds the products to the sums, by ascending k. Row r of a has its columns 2 t and 2 t + 1 at
+/// index 4 r + t of the lower and the upper halves; rows 2 t and 2 t + 1 of b begin at index 8
+/// t.
 fn add_products<const EIGHTS: usize>(a: &Halves<EIGHTS>, b: &Halves<EIGHTS>, sums: &mut Sums) {
     for (row, sums) in sums.iter_mut().enumerate() {
         for (a, b) in a.iter().zip(b) {
@@ -69,7 +70,7 @@ fn add_products<const EIGHTS: usize>(a: &Halves<EIGHTS>, b: &Halves<EIGHTS>, sum
     }
 }
 
-/// [`add_products`] with vectors, of which a compiler does not think by itself.
+/// [`add_products`] with explicit vector instructions, since compilers do not vectorise it.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 fn add_products_vector<const EIGHTS: usize>(
@@ -103,7 +104,7 @@ fn add_products_vector<const EIGHTS: usize>(
     }
 }
 
-/// The numbers in the lower and in the upper halves of a register's lanes.
+/// Returns the numbers in the lower and the upper halves of a register's lanes.
 #[inline(always)]
 fn halves<S: Small>(words: &[u32; LANES]) -> [[f32; LANES]; 2] {
     let mut out = [[0.0; LANES]; 2];
@@ -114,11 +115,12 @@ fn halves<S: Small>(words: &[u32; LANES]) -> [[f32; LANES]; 2] {
     out
 }
 
-/// A product with `EIGHTS` times eight of k.
+/// Computes a product whose depth k is `EIGHTS` × 8.
 ///
-/// Lane 4 g + t has of operand a, in row g, the columns 2 t and 2 t + 1; of operand b, in column
-/// g, the rows 2 t and 2 t + 1; of c and d, in row g, column 2 t in one register and 2 t + 1 in
-/// the next. So a row of results is kept as its even columns, then its odd ones.
+/// Lane 4 g + t holds columns 2 t and 2 t + 1 of row g of operand a, and the same two rows of
+/// column g of operand b. Of row g of c and d, it holds the same two columns, each in a
+/// register of its own. Therefore a row of results is stored as its even columns followed by
+/// its odd ones.
 #[inline(always)]
 fn multiply_body<S: Small, const EIGHTS: usize>(
     file: &mut Registers,
@@ -126,7 +128,8 @@ fn multiply_body<S: Small, const EIGHTS: usize>(
     add: impl Fn(&Halves<EIGHTS>, &Halves<EIGHTS>, &mut Sums),
 ) {
     let operands = &i.slots[4..];
-    // By eight of k: the even rows of b, then the odd ones, each row as results are kept.
+    // For each group of eight k: the even rows of b, then the odd ones, each row in the order
+    // of the results.
     let mut b = [[[0.0; LANES]; 2]; EIGHTS];
     for (eight, b) in b.iter_mut().enumerate() {
         let words = file.words(operands[2 * EIGHTS + eight]);
@@ -139,7 +142,8 @@ fn multiply_body<S: Small, const EIGHTS: usize>(
         }
         *b = halves::<S>(&rows);
     }
-    // Rows 0 to 7 are in the even registers of a and the first two of c and d, rows 8 to 15 in the others.
+    // Rows 0 to 7 are in the even registers of a and the first two of c and d, rows 8 to 15 in
+    // the others.
     let mut results = [[0u32; LANES]; 4];
     for lower in 0..2 {
         let (even, odd) = (
@@ -172,9 +176,9 @@ fn multiply_body<S: Small, const EIGHTS: usize>(
 }
 
 impl Block<'_> {
-    /// Loads `count` matrices of 8 × 8 halves; lane `8 m + r` gives the address of row r of
-    /// matrix m. Lane l gets the elements 2 (l mod 4) and the next of row l / 4, or of that
-    /// column if transposed.
+    /// Loads `count` matrices of 8 × 8 halves. Lane 8 m + r provides the address of row r of
+    /// matrix m. Lane l receives the elements 2 (l mod 4) and 2 (l mod 4) + 1 of row l / 4, or
+    /// of that column if transposed.
     pub(super) fn load_matrix(
         &mut self,
         warp: &mut Warp,
@@ -184,7 +188,7 @@ impl Block<'_> {
         at: usize,
     ) -> Outcome<()> {
         let addresses = *warp.file.words(i.slots[count]);
-        // All lanes read each row.
+        // Every lane reads every row.
         let stamp = self.shared.stamp(warp.visitor(32, at, false));
         for matrix in 0..count {
             let mut rows = [[0u32; 4]; 8];

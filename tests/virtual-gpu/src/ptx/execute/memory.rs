@@ -1,4 +1,4 @@
-//! Loads, stores and atomic operations, by their space.
+//! Loads, stores and atomic operations, by state space.
 
 use super::cells::{Cell, sized};
 use super::warp::{Warp, set};
@@ -10,11 +10,11 @@ use crate::ptx::shared::of_lane;
 use crate::ptx::types::Space;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
-/// Addresses of the lanes in the space of the access.
+/// Addresses of the lanes in the state space of the access.
 pub(super) type Addresses = [u64; LANES];
 
 impl Warp {
-    /// A lane of a register of either width.
+    /// Returns a lane of a register of either width.
     #[inline(always)]
     pub fn value(&self, slot: u16, lane: usize, wide: bool) -> u64 {
         if wide {
@@ -24,7 +24,7 @@ impl Warp {
         }
     }
 
-    /// Writes what is loaded for each lane to a register, with its sign above if it has one.
+    /// Writes the loaded value of each lane to a register, sign-extended if it is signed.
     #[inline(always)]
     pub(super) fn fill<T: Cell>(
         &mut self,
@@ -119,8 +119,8 @@ impl Block<'_> {
         self.by_space(access.space, &addresses, active, store)
     }
 
-    /// Calls `access` with the lanes of each space that generic addresses mean, and with
-    /// addresses in it.
+    /// Calls `access` once per state space that the generic addresses refer to, with the lanes
+    /// and addresses in that space.
     fn by_space(
         &mut self,
         space: Space,
@@ -213,7 +213,7 @@ impl Block<'_> {
         Ok(())
     }
 
-    /// Where a lane's local bytes are.
+    /// Returns the index of a lane's bytes in local memory.
     fn local(&self, warp: &Warp, address: u64, bytes: usize, lane: usize) -> Outcome<usize> {
         let size = self.kernel.local;
         if address <= size as u64 && bytes as u64 <= size as u64 - address {
@@ -330,7 +330,8 @@ impl Block<'_> {
                             let spot =
                                 block.locate(warp, addresses[lane], size, lane, "changes")?;
                             block.check_defined(addresses[lane], spot, size, lane)?;
-                            // SAFETY: `locate` found the bytes; they are aligned as the address is.
+                            // SAFETY: `locate` found the bytes; they are as aligned as the
+                            // address.
                             unsafe { exchange(spot.data, size, change) }
                         }
                     };
@@ -383,12 +384,12 @@ fn check_alignment(addresses: &Addresses, lanes: u32, bytes: usize) -> Outcome<(
         .at_lane(lane))
 }
 
-/// Replaces a value and gives the old one.
+/// Replaces a value and returns the old one.
 ///
 /// # Safety
-/// The bytes exist and are aligned to their size, 4 or 8.
+/// The bytes must exist and be aligned to their size, which is 4 or 8.
 unsafe fn exchange(data: *mut u8, size: usize, change: impl Fn(u64) -> u64) -> u64 {
-    // SAFETY: the caller's.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         if size == 4 {
             let cell = AtomicU32::from_ptr(data.cast());
@@ -403,7 +404,7 @@ unsafe fn exchange(data: *mut u8, size: usize, change: impl Fn(u64) -> u64) -> u
     }
 }
 
-/// The value after an atomic operation.
+/// Returns the value after an atomic operation.
 fn apply(operation: AtomicOperation, size: usize, old: u64, b: u64, c: u64) -> u64 {
     let signed = |x: u64| {
         if size == 4 {

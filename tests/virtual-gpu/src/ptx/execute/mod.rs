@@ -1,9 +1,9 @@
-//! Executes blocks: warps in lock step, lanes apart where they diverge.
+//! Executes blocks: the lanes of a warp run in lock step until they diverge.
 //!
-//! A warp is a set of groups of lanes, each with its own place in the code. The group whose
-//! place is lowest goes first, and groups that meet become one; so lanes come together again
-//! behind a branch or a loop. What needs lanes of other groups waits until they arrive, as the
-//! independent threads of a GPU since Volta do.
+//! A warp is a set of groups of lanes, each with its own position in the code. The group with
+//! the lowest position runs first, and groups that meet are merged, so that lanes converge
+//! again after a branch or loop. An instruction that needs lanes of other groups waits until
+//! they arrive, like the independent threads of GPUs since Volta.
 
 mod barrier;
 mod cells;
@@ -32,11 +32,11 @@ use super::run::Launch;
 use super::shared::Shared;
 use warp::{Group, Wait};
 
-/// What an instruction means for its group.
+/// What a group does after an instruction.
 enum Flow {
-    /// On to the next instruction.
+    /// Continues with the next instruction.
     Next,
-    /// Other lanes must arrive first; then the instruction is tried again.
+    /// Waits for other lanes to arrive, then tries the instruction again.
     Lanes,
     /// Waits at a barrier of the block.
     Barrier { id: u32, count: u32 },
@@ -44,19 +44,19 @@ enum Flow {
 
 type Outcome<T> = Result<T, Box<Stop>>;
 
-/// One block, and what its warps share.
+/// One block, and the state that its warps share.
 pub struct Block<'a> {
     pub kernel: &'a Kernel,
     pub launch: &'a Launch,
     pub memory: &'a Map<'a>,
     pub shared: Shared,
-    /// Coordinates.
+    /// Coordinates of the block in the grid.
     pub index: [u32; 3],
     pub threads: u32,
     pub check_initialised: bool,
-    /// Threads that announced themselves at each barrier without waiting.
+    /// Number of threads that have arrived at each barrier without waiting.
     arrivals: [u32; 16],
-    /// Instructions that a warp may execute.
+    /// Maximum number of instructions per warp.
     pub budget: u64,
     pub barriers: u64,
 }
@@ -91,7 +91,7 @@ impl<'a> Block<'a> {
         self.shared.reset();
     }
 
-    /// Runs a warp until all its lanes have left or wait at a barrier. A fault comes with the
+    /// Runs a warp until all its lanes have exited or wait at a barrier. A fault comes with the
     /// index of its instruction.
     pub fn advance(&mut self, warp: &mut Warp) -> Result<(), (usize, Box<Stop>)> {
         loop {
@@ -105,7 +105,8 @@ impl<'a> Block<'a> {
         }
     }
 
-    /// Runs one group until it waits, meets another, or is no longer the lowest.
+    /// Runs one group until it waits, meets another group, or no longer has the lowest
+    /// position.
     fn run_group(&mut self, warp: &mut Warp, chosen: usize) -> Result<(), (usize, Box<Stop>)> {
         let kernel = self.kernel;
         let Group { at, lanes, .. } = warp.groups[chosen];
@@ -138,7 +139,8 @@ impl<'a> Block<'a> {
             match instruction.action {
                 Action::Lanes(run) => {
                     if active != 0 {
-                        // SAFETY: decoding gave every slot a place in the file, by its class.
+                        // SAFETY: decoding assigned every slot a place in the file, according
+                        // to its class.
                         unsafe { run(file, instruction, active) };
                     }
                     at += 1;
@@ -215,7 +217,7 @@ impl<'a> Block<'a> {
         }
     }
 
-    /// Executes what is neither plain arithmetic nor a branch, for the lanes `active` of `lanes`.
+    /// Executes anything but plain arithmetic and branches, for the lanes `active` of `lanes`.
     fn execute(
         &mut self,
         warp: &mut Warp,

@@ -2,19 +2,19 @@
 
 use crate::ptx::instruction::{ALL, LANES};
 
-/// 16 words, aligned for vector instructions; only reached through slices of words.
+/// 16 words, aligned for vector instructions; accessed only through slices of words.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
 struct Line(#[allow(dead_code)] [u32; 16]);
 
-/// All registers of a warp: rows of 32 words, the first of them with predicates.
+/// All registers of a warp: rows of 32 words, the first of which contain predicates.
 pub struct Registers {
     lines: Vec<Line>,
 }
 
 impl Registers {
     pub fn new(rows: usize) -> Self {
-        // One row more, so that a wide register in the last row has both of its rows.
+        // One extra row, so that a wide register in the last row has both of its rows.
         Registers {
             lines: vec![Line([0; 16]); (rows + 1) * 2],
         }
@@ -50,7 +50,7 @@ impl Registers {
         *word = (*word & !mask) | (bits & mask);
     }
 
-    /// The lanes of a 32-bit register.
+    /// Returns the lanes of a 32-bit register.
     #[inline(always)]
     pub fn words(&self, slot: u16) -> &[u32; LANES] {
         let row = &self.words_of()[usize::from(slot) * LANES..][..LANES];
@@ -64,7 +64,7 @@ impl Registers {
         unsafe { &mut *row.as_mut_ptr().cast() }
     }
 
-    /// The lanes of a 64-bit register.
+    /// Returns the lanes of a 64-bit register.
     #[inline(always)]
     pub fn wides(&self, slot: u16) -> &[u64; LANES] {
         let rows = &self.words_of()[usize::from(slot) * LANES..][..2 * LANES];

@@ -1,12 +1,12 @@
-//! `set` on two 16-bit numbers in a register.
+//! `set` on two 16-bit numbers in one register.
 
 use super::float::split;
 use super::half::{Brain, Half, Small};
 use super::lanes::{Lanes, binary};
 use crate::ptx::types::{Type, Type::*};
 
-/// The lanes of `set` from pairs of `of`: each half becomes 1.0, or all ones when the result
-/// is an integer, where the relation holds.
+/// Returns the lanes of `set` for pairs of type `of`. If the relation holds, each half becomes
+/// 1.0, or all ones for an integer result.
 pub fn pairs(relation: &str, to: Type, of: Type) -> Option<Lanes> {
     match (to, of) {
         (F16x2, F16x2) => lanes::<Half, 0x3c00>(relation),

@@ -1,11 +1,11 @@
-//! Accesses to shared memory: bounds, and the words for what is wrong.
+//! Checks of accesses to shared memory, and descriptions of their faults.
 
 use super::{Block, Outcome};
 use crate::ptx::fault::{FaultKind, Stop};
 use crate::ptx::shared::Conflict;
 
 impl Block<'_> {
-    /// Whether the bytes exist.
+    /// Fails unless the bytes exist.
     pub(super) fn check_shared(&self, address: u64, bytes: usize, lane: usize) -> Outcome<()> {
         let size = self.shared.data.len();
         if address <= size as u64 && bytes as u64 <= size as u64 - address {
@@ -17,7 +17,7 @@ impl Block<'_> {
             .at_lane(lane))
     }
 
-    /// A fault for what the bookkeeping of shared memory found.
+    /// Turns a conflict found by the tracking of shared memory into a fault.
     pub(super) fn shared_fault(&self, conflict: Conflict, lane: usize, verb: &str) -> Box<Stop> {
         let (kind, at, detail) = match conflict {
             Conflict::Uninitialised { at } => (
@@ -59,7 +59,7 @@ impl Block<'_> {
             .at_lane(lane)
     }
 
-    /// The coordinates of a thread of the block.
+    /// Returns the coordinates of a thread within the block.
     pub fn coordinates(&self, thread: u32) -> [u32; 3] {
         let [x, y, _] = self.launch.block;
         [thread % x, thread / x % y, thread / x / y]

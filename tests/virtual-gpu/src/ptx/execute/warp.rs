@@ -10,7 +10,7 @@ use crate::ptx::run::Launch;
 use crate::ptx::shared::{LAST_SEQUENCE, Visitor};
 use crate::ptx::types::Class;
 
-/// Lanes at one place of the code.
+/// Lanes at the same position in the code.
 #[derive(Clone, Copy, Debug)]
 pub struct Group {
     pub at: u32,
@@ -22,9 +22,9 @@ pub struct Group {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wait {
     Nothing,
-    /// Other lanes of its warp, at its instruction.
+    /// Other lanes of its warp, at the group's instruction.
     Lanes,
-    /// A barrier of the block; `count` threads of it, or 0 for all.
+    /// A barrier of the block, for `count` of its threads; 0 means all.
     Barrier {
         id: u32,
         count: u32,
@@ -36,16 +36,16 @@ pub struct Warp {
     pub id: u32,
     pub file: Registers,
     pub groups: Vec<Group>,
-    /// Lanes that the block has.
+    /// Lanes that exist in the block.
     pub exists: u32,
     pub exited: u32,
     pub executed: u64,
-    /// Counts what orders the lanes' accesses to shared memory.
+    /// Number of orderings between the lanes' accesses to shared memory so far.
     pub sequence: u32,
-    /// Region of the last access to global memory.
+    /// Index of the region of the last access to global memory.
     pub hint: usize,
     pub pending: Vec<Box<Pending>>,
-    /// Groups of copies that each lane has committed.
+    /// Number of copy groups that each lane has committed.
     pub committed: [u32; LANES],
     /// Local memory, lane after lane.
     pub local: Vec<u8>,
@@ -68,7 +68,7 @@ impl Warp {
         }
     }
 
-    /// Prepares for a block: all lanes at the beginning.
+    /// Prepares for a block, with all lanes at the beginning of the code.
     pub fn begin(&mut self, kernel: &Kernel, launch: &Launch, block: [u32; 3]) {
         let threads: u32 = launch.block.iter().product();
         let count = threads.saturating_sub(self.id * 32).min(32);
@@ -140,7 +140,7 @@ impl Warp {
         }
     }
 
-    /// Joins groups that are at one place, and gives the lowest that does not wait.
+    /// Merges groups at the same position, and returns the lowest group that does not wait.
     pub fn choose(&mut self) -> Option<usize> {
         let is_waiting = |group: &Group| matches!(group.wait, Wait::Barrier { .. });
         let mut at = 0;
@@ -167,7 +167,7 @@ impl Warp {
         ready.min_by_key(|(_, g)| g.at).map(|(at, _)| at)
     }
 
-    /// The next place where the chosen group meets another.
+    /// Returns the next position at which the chosen group meets another.
     pub fn limit(&self, chosen: usize) -> usize {
         let mine = self.groups[chosen].at;
         let others = self
@@ -177,7 +177,7 @@ impl Warp {
         others.map(|g| g.at as usize).min().unwrap_or(usize::MAX)
     }
 
-    /// Where a group waits for lanes, when nothing else can run.
+    /// Returns the position of a group that waits for lanes. Called when no group can run.
     pub fn stuck(&self) -> Option<usize> {
         self.groups
             .iter()
@@ -185,7 +185,7 @@ impl Warp {
             .map(|g| g.at as usize)
     }
 
-    /// The fault of a group that waits for lanes that never come.
+    /// Returns the fault of a group that waits for lanes that never arrive.
     pub fn missing_lanes(&self, kernel: &Kernel) -> Box<Stop> {
         let Some(group) = self.groups.iter().find(|g| g.wait == Wait::Lanes) else {
             return Stop::new(FaultKind::DivergentWarp, "lanes wait for each other");
@@ -208,7 +208,8 @@ impl Warp {
         Stop::new(kind, detail).at_lane(group.lanes.trailing_zeros() as usize)
     }
 
-    /// Whether all lanes of `needed` execute this now. If some will never, that is a fault.
+    /// Returns whether all lanes of `needed` execute this instruction now. It is a fault if
+    /// some never will.
     pub fn gathered(&self, lanes: u32, active: u32, needed: u32) -> Outcome<bool> {
         let missing = needed & !active;
         if missing == 0 {
@@ -241,7 +242,7 @@ impl Warp {
 }
 
 impl Block<'_> {
-    /// What lanes of a member mask do together.
+    /// Executes an operation among the lanes of a member mask.
     pub(super) fn collective(
         &mut self,
         warp: &mut Warp,
@@ -286,7 +287,7 @@ impl Block<'_> {
     }
 }
 
-/// The lanes of a mask, ascending.
+/// Iterates over the lanes of a mask in ascending order.
 pub fn set(mask: u32) -> impl Iterator<Item = usize> {
     let mut rest = mask;
     std::iter::from_fn(move || {
@@ -296,7 +297,7 @@ pub fn set(mask: u32) -> impl Iterator<Item = usize> {
     })
 }
 
-/// `shfl.sync`, after the pseudo code of the PTX manual.
+/// `shfl.sync`, following the pseudocode in the PTX manual.
 fn shuffle(
     warp: &mut Warp,
     i: &Instruction,
@@ -312,7 +313,7 @@ fn shuffle(
     let (mut values, mut inside) = ([0; LANES], 0u32);
     let is_whole = active == u32::MAX && c == [31; LANES] && *members == [u32::MAX; LANES];
     if mode == Shuffle::Butterfly && is_whole && b == [b[0]; LANES] {
-        // The usual way to combine all lanes.
+        // Fast path for the usual way to combine all lanes.
         for (lane, value) in values.iter_mut().enumerate() {
             *value = a[lane ^ (b[0] & 31) as usize];
         }

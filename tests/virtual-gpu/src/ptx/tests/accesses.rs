@@ -1,8 +1,8 @@
-//! Loads, stores and atomic operations in all spaces and widths.
+//! Loads, stores and atomic operations in all state spaces and widths.
 
 use super::*;
 
-/// Runs a body with one thread; x holds bytes 0x80, 0x81, …; gives the words of the output.
+/// Runs a body with one thread. x contains the bytes 0x80, 0x81, …. Returns the output words.
 fn words(body: &str, count: usize) -> Vec<u32> {
     let bytes: Vec<u8> = (0x80..=0xff).collect();
     let x: Vec<u32> = bytes

@@ -1,8 +1,10 @@
-//! Every kind of fault: a kernel that commits it, and where possible its correct neighbour.
+//! Every kind of fault: a kernel that causes it and, where possible, a similar kernel that is
+//! correct.
 
 use super::*;
 
-/// The fault of a body run with `threads` threads and 64 words of input and output.
+/// Returns the fault of a body that runs with `threads` threads and 256 words of input and
+/// output.
 fn fault_of(body: &str, threads: u32) -> Fault {
     match run_words(body, threads, &[7; 256], 256) {
         Err(fault) => fault,
@@ -37,7 +39,8 @@ fn passes(body: &str, threads: u32) {
     }
 }
 
-/// Each thread's address in shared memory in %r1 (4 bytes a thread), the next thread's in %r2.
+/// Computes each thread's address in shared memory in %r1 (4 bytes per thread), and the next
+/// thread's in %r2.
 const PLACES: &str = "mov.u32 %r0, dynamic; mad.lo.u32 %r1, %lane, 4, %r0; add.u32 %r2, %r1, 4;";
 
 #[test]
@@ -180,7 +183,7 @@ fn a_missing_barrier_between_warps_is_a_race() {
     let fault = fault_of(&written, 64);
     assert_eq!(fault.kind, FaultKind::SharedRace);
     assert!(fault.detail.contains("issued at PTX line"), "{fault}");
-    // The first warp to come reads what is not written yet.
+    // The first warp to arrive reads what has not been written yet.
     assert_eq!(
         fault_of(&exchange("bar.warp.sync -1;"), 64).kind,
         FaultKind::UninitialisedRead
@@ -211,7 +214,7 @@ fn lanes_of_a_warp_must_be_ordered_too() {
     passes(&exchange("shfl.sync.bfly.b32 %r9, %r1, 1, 31, -1;"), 32);
     passes(&exchange("bar.sync 0;"), 32);
     assert_eq!(fault_of(&exchange(""), 32).kind, FaultKind::SharedRace);
-    // What a lane wrote itself it may read.
+    // A lane may read what it wrote itself.
     passes(
         &format!("{PLACES} st.shared.u32 [%r1], %lane; ld.shared.u32 %r4, [%r1];"),
         64,
@@ -272,7 +275,7 @@ fn asynchronous_copies_belong_to_nobody_until_the_wait() {
     let fault = fault_of(open, 1);
     assert_eq!(fault.kind, FaultKind::SharedRace);
     assert!(fault.detail.contains("asynchronous copy"), "{fault}");
-    // Copying over what others may still read.
+    // A copy that overwrites what others may still read.
     let reuse = |barrier: &str| {
         format!(
             "mov.u32 %r0, dynamic; mad.lo.u32 %r1, %lane, 16, %r0; cp.async.cg.shared.global [%r1], [%x], 16; cp.async.wait_all; bar.sync 0;
@@ -317,7 +320,8 @@ fn races_are_found_only_if_asked_for() {
 #[test]
 fn barriers_that_not_all_threads_reach() {
     let divergent = [
-        // Half of a warp, one warp of two, lanes that have left, warps that have left, two places.
+        // Half of a warp, one of two warps, lanes that have exited, warps that have exited, two
+        // barriers.
         "setp.lt.u32 %p0, %lane, 16; @%p0 bar.sync 0;",
         "setp.lt.u32 %p0, %lane, 32; @!%p0 bra $end; bar.sync 0; $end:",
         "setp.lt.u32 %p0, %lane, 5; @%p0 ret; bar.sync 0;",
@@ -340,7 +344,8 @@ fn barriers_that_not_all_threads_reach() {
 
 #[test]
 fn a_part_of_a_block_can_meet() {
-    // The second warp alone meets at barrier 1; both at barrier 2, one of them without waiting.
+    // The second warp alone meets at barrier 1. At barrier 2 both warps meet, one without
+    // waiting.
     passes(
         "setp.lt.u32 %p0, %lane, 32; @%p0 bra $end; bar.sync 1, 32; $end: bar.sync 0;",
         64,

@@ -1,4 +1,4 @@
-//! Each form of the floating-point opcodes: operands and the expected result.
+//! Each form of the floating-point opcodes, with operands and the expected result.
 
 use super::opcodes::check;
 
@@ -8,14 +8,14 @@ const THREE: u64 = 0x4040_0000;
 const HALF: u64 = 0x3f00_0000;
 const MINUS: u64 = 0xbf80_0000;
 const INFINITY: u64 = 0x7f80_0000;
-/// What PTX computes.
+/// The canonical NaN, which PTX operations produce.
 const NAN: u64 = 0x7fff_ffff;
 const TINY: u64 = 1;
 const ZERO: u64 = 0;
 const MINUS_ZERO: u64 = 0x8000_0000;
 const OTHER_NAN: u64 = 0x7fc0_0001;
 
-/// Doubles.
+/// The same as doubles.
 const D1: u64 = 0x3ff0_0000_0000_0000;
 const D2: u64 = 0x4000_0000_0000_0000;
 const D3: u64 = 0x4008_0000_0000_0000;
@@ -25,7 +25,7 @@ const DNAN: u64 = 0x7ff8_0000_0000_0000;
 fn single_precision_arithmetic() {
     check(&[
         ("add.f32", "rrr", &[ONE, TWO], THREE),
-        ("add.rn.f32", "rrr", &[ONE, 0x3380_0000], ONE), // 1 + 2^-24: a tie goes to the even
+        ("add.rn.f32", "rrr", &[ONE, 0x3380_0000], ONE), // 1 + 2^-24: ties round to even
         (
             "add.rn.f32",
             "rrr",
@@ -63,7 +63,7 @@ fn single_precision_arithmetic() {
             "rrrr",
             &[0x3f80_0001, 0x3f80_0001, 0xbf80_0002],
             0x2880_0000,
-        ), // 2^-46, exactly
+        ), // exactly 2^-46
         ("fma.rm.f32", "rrrr", &[ONE, ONE, 0x3380_0000], ONE),
         ("fma.rp.f32", "rrrr", &[ONE, ONE, 0x3380_0000], 0x3f80_0001),
         ("fma.rz.f32", "rrrr", &[MINUS, ONE, 0xb380_0000], MINUS),
@@ -213,13 +213,13 @@ fn comparisons_with_nan() {
 #[test]
 fn sixteen_bit_arithmetic() {
     check(&[
-        // f16: 1 is 3c00, 2 is 4000, 3 is 4200; bf16: 3f80, 4000, 4040.
+        // f16: 1 is 3c00, 2 is 4000, 3 is 4200; bf16: 1 is 3f80, 2 is 4000, 3 is 4040.
         ("add.f16", "sss", &[0x3c00, 0x4000], 0x4200),
         ("add.rn.f16", "sss", &[0x7bff, 0x7bff], 0x7c00),
         ("add.sat.f16", "sss", &[0x3c00, 0x4000], 0x3c00),
         ("sub.f16", "sss", &[0x4200, 0x4000], 0x3c00),
         ("mul.f16", "sss", &[0x3c01, 0x3c01], 0x3c02),
-        ("fma.rn.f16", "ssss", &[0x3c01, 0x3c01, 0xbc02], 0x0010), // 2^-20, exactly
+        ("fma.rn.f16", "ssss", &[0x3c01, 0x3c01, 0xbc02], 0x0010), // exactly 2^-20
         ("fma.rn.sat.f16", "ssss", &[0x4000, 0x4000, 0xbc00], 0x3c00),
         ("fma.rn.relu.f16", "ssss", &[0x4000, 0xc000, 0x3c00], 0),
         ("neg.f16", "ss", &[0x3c00], 0xbc00),
@@ -232,13 +232,13 @@ fn sixteen_bit_arithmetic() {
         ("add.bf16", "sss", &[0x3f80, 0x4000], 0x4040),
         ("sub.bf16", "sss", &[0x4040, 0x4000], 0x3f80),
         ("mul.bf16", "sss", &[0x3f81, 0x3f81], 0x3f82),
-        ("fma.rn.bf16", "ssss", &[0x3f81, 0x3f81, 0xbf82], 0x3880), // 2^-14, exactly
+        ("fma.rn.bf16", "ssss", &[0x3f81, 0x3f81, 0xbf82], 0x3880), // exactly 2^-14
         ("neg.bf16", "ss", &[0x3f80], 0xbf80),
         ("abs.bf16", "ss", &[0xbf80], 0x3f80),
         ("max.bf16", "sss", &[0x7fc0, 0x3f80], 0x3f80),
         ("add.f16x2", "rrr", &[0x3c00_4000, 0x4000_4000], 0x4200_4400),
         ("sub.f16x2", "rrr", &[0x4200_4400, 0x4000_4000], 0x3c00_4000),
-        ("sub.f16x2", "rrr", &[0x6407_6403, 0x6400_6400], 0x4700_4200), // 1024 + n, the way codes are unpacked
+        ("sub.f16x2", "rrr", &[0x6407_6403, 0x6400_6400], 0x4700_4200), // 1024 + n, as used for unpacking codes
         ("mul.f16x2", "rrr", &[0x3c00_4000, 0x4000_4000], 0x4000_4400),
         (
             "fma.rn.f16x2",
@@ -383,7 +383,7 @@ fn conversions_to_floats() {
         ("cvt.rz.f16.f32", "sr", &[0x477f_ffff], 0x7bff),
         ("cvt.rn.relu.f16.f32", "sr", &[MINUS], 0),
         ("cvt.rn.sat.f16.f32", "sr", &[THREE], 0x3c00),
-        ("cvt.rn.f16.f64", "sd", &[0x3ff0_0200_0000_0001], 0x3c01), // just above a tie: once rounded
+        ("cvt.rn.f16.f64", "sd", &[0x3ff0_0200_0000_0001], 0x3c01), // just above a tie: must round only once
         ("cvt.rn.bf16.f32", "sr", &[0x3f80_8000], 0x3f80),
         ("cvt.rn.bf16.f32", "sr", &[0x3f81_8000], 0x3f82),
         ("cvt.rn.bf16.f32", "sr", &[OTHER_NAN], 0x7fff),

@@ -1,19 +1,19 @@
-//! `mma` and `ldmatrix` against formulas taken from the PTX manual, element by element.
+//! Tests `mma` and `ldmatrix` against the formulas of the PTX manual, element by element.
 
 use super::*;
 
-/// bf16 of a small integer.
+/// Converts a small integer to bf16.
 fn brain(value: i32) -> u16 {
     ((value as f32).to_bits() >> 16) as u16
 }
 
-/// An asymmetric pattern that bf16 and f16 hold exactly.
+/// Returns an element of an asymmetric pattern that bf16 and f16 represent exactly.
 fn element(row: usize, column: usize, salt: usize) -> i32 {
     ((row * 7 + column * 13 + salt * 5 + row * column) % 19) as i32 - 9
 }
 
 fn half(value: i32) -> u16 {
-    // Integers below 2048 are exact: normalise by hand.
+    // Integers below 2048 are exact, so normalising suffices.
     if value == 0 {
         return 0;
     }
@@ -23,7 +23,7 @@ fn half(value: i32) -> u16 {
     sign | ((exponent + 15) << 10 | mantissa) as u16
 }
 
-/// Runs one `mma` with fragments built after the manual's formulas for each element `i` of a
+/// Runs one `mma` with fragments built from the manual's formulas for each element `i` of a
 /// lane's fragment, and checks every element of the result.
 fn check_product(depth: usize, types: &str, encode: fn(i32) -> u16) {
     let a_words = depth / 4;
@@ -131,7 +131,8 @@ fn mma_m16n8k8_of_f16_multiplies() {
     check_product(8, "f16", half);
 }
 
-/// Stores element (row, column) of matrix m as 1000 m + 10 row + column, loads, and checks.
+/// Stores element (row, column) of matrix m as 1000 m + 10 row + column, loads it with
+/// `ldmatrix`, and checks the result.
 fn check_load(count: usize, transposed: bool) {
     let halves: Vec<u16> = (0..count * 64)
         .map(|e| (1000 * (e / 64) + 10 * (e / 8 % 8) + e % 8) as u16)

@@ -10,8 +10,9 @@ mod warps;
 
 use super::*;
 
-/// Wraps statements into a kernel `test` with parameters `out` and `x` (pointers, in `%out` and
-/// `%x`) and `n`; registers `%r %rs %rd %f %fd %p`, and `%lane` with the thread's index.
+/// Wraps statements in a kernel `test` with the parameters `out` and `x` (pointers, in `%out`
+/// and `%x`) and `n` (in `%n`). It declares registers `%r %rs %rd %f %fd %p`, and `%lane`
+/// contains the thread's index.
 fn kernel(body: &str) -> String {
     format!(
         ".version 8.4\n.target sm_80\n.address_size 64\n.extern .shared .align 16 .b8 dynamic[];\n\
@@ -23,10 +24,10 @@ fn kernel(body: &str) -> String {
     )
 }
 
-/// The line of the body's first line in the text of [`kernel`].
+/// Line number of the first line of the body in the text of [`kernel`].
 const FIRST_LINE: u32 = 10;
 
-/// A launch of one block.
+/// Returns a launch of one block.
 fn launch(kernel: &Kernel, threads: u32, arguments_: &[Argument]) -> Launch {
     Launch {
         grid: [1; 3],
@@ -36,7 +37,8 @@ fn launch(kernel: &Kernel, threads: u32, arguments_: &[Argument]) -> Launch {
     }
 }
 
-/// Runs a body with one block of `threads`, x given, and `words` words of output.
+/// Runs a body with one block of `threads` threads and the input x. Returns `words` words of
+/// output.
 fn run_words(body: &str, threads: u32, x: &[u32], words: usize) -> Result<Vec<u32>, Fault> {
     let module = Module::parse(&kernel(body)).unwrap_or_else(|e| panic!("{e}"));
     let kernel = module.kernel("test").unwrap();

@@ -1,12 +1,13 @@
-//! Each form of the opcodes that compute a lane by itself: operands and the expected result.
+//! Each form of the opcodes that compute each lane separately, with operands and the expected
+//! result.
 
 use super::*;
 
-/// Opcode, kinds of destination and sources (`r` 32 bits, `s` 16 bits, `d` 64 bits, `p`
-/// predicate), sources, result.
+/// Opcode; kinds of the destination and the sources (`r` 32 bits, `s` 16 bits, `d` 64 bits, `p`
+/// predicate); sources; result.
 pub type Row<'a> = (&'a str, &'a str, &'a [u64], u64);
 
-/// Runs all rows in one kernel of one thread, and compares.
+/// Runs all rows in one kernel with one thread, and compares the results.
 pub fn check(rows: &[Row]) {
     let mut body = String::new();
     let mut inputs = Vec::new();

@@ -4,7 +4,7 @@ use super::*;
 
 #[test]
 fn lanes_with_other_trip_counts_come_together_again() {
-    // Lane i adds 0 + 1 + … + i, then all add up over the warp.
+    // Lane i computes 0 + 1 + … + i, then the warp adds up all results.
     let out = run_words(
         "mov.u32 %r0, 0; mov.u32 %r1, 0;
          $loop: add.u32 %r1, %r1, %r0; add.u32 %r0, %r0, 1; setp.le.u32 %p0, %r0, %lane; @%p0 bra $loop;
@@ -164,7 +164,7 @@ fn tables_of_branches_and_of_constants() {
 
 #[test]
 fn nested_divergence_and_early_exits() {
-    // Every lane takes its own way through two nested loops with a break; some leave early.
+    // Each lane takes its own path through two nested loops with a break; one lane exits early.
     let body = "
         mul.wide.u32 %rd0, %lane, 4; add.s64 %rd0, %rd0, %out; st.global.u32 [%rd0], 0;
         setp.eq.u32 %p0, %lane, 13; @%p0 ret;

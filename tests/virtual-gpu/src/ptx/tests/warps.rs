@@ -1,8 +1,8 @@
-//! What the lanes of a warp and the threads of a block do together.
+//! Operations among the lanes of a warp and the threads of a block.
 
 use super::*;
 
-/// Runs a body that leaves its result in %r9, and gives it for each thread.
+/// Runs a body that leaves its result in %r9. Returns the result of each thread.
 fn results(body: &str, threads: u32) -> Vec<u32> {
     let body = format!(
         "{body}\nmul.wide.u32 %rd0, %lane, 4; add.s64 %rd0, %rd0, %out; st.global.u32 [%rd0], %r9;"
@@ -10,7 +10,7 @@ fn results(body: &str, threads: u32) -> Vec<u32> {
     run_words(&body, threads, &[0], threads as usize).unwrap_or_else(|e| panic!("{e}"))
 }
 
-/// `shfl` of the value 100 + lane; the predicate is added times 1000.
+/// Runs `shfl` on the value 100 + lane. The result is 1000 larger if the predicate is set.
 fn shuffled(instruction: &str) -> Vec<u32> {
     results(
         &format!(
@@ -48,7 +48,7 @@ fn shuffles_exchange_values() {
         shuffled("shfl.sync.idx.b32 %r9|%p1, %r1, 7, 31, -1;"),
         expected(&|_| (7, true))
     );
-    // Segments of eight lanes: c = (32 - 8) << 8 | 31, or 0 for up.
+    // Segments of eight lanes: c = (32 - 8) << 8 | 31, or without the 31 for up.
     assert_eq!(
         shuffled("shfl.sync.down.b32 %r9|%p1, %r1, 2, 0x181f, -1;"),
         expected(&|l| if l % 8 + 2 < 8 {
