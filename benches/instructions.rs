@@ -11,7 +11,7 @@ use quell::model::ModelSource;
 use quell::runner::{ModelRunner, Runner};
 use quell::schedule::{Commit, Policy, Scheduler, SequenceSpec, StepPlan};
 use quell::weights::DType;
-use quell::{EngineConfig, SessionId};
+use quell::{EngineConfig, RequestId};
 use std::error::Error;
 use std::process::ExitCode;
 
@@ -64,7 +64,7 @@ fn scheduler(steps: usize) -> Result<(), Box<dyn Error>> {
     let blocks = SEQUENCES * (PROMPT + WARM + steps + 2).div_ceil(BLOCK);
     let mut scheduler = Scheduler::new(policy, BlockCache::new(blocks, BLOCK, true));
     for index in 0..SEQUENCES {
-        scheduler.add(SessionId::from_u64(index as u64), spec(index, PROMPT));
+        scheduler.add(RequestId::from_u64(index as u64), spec(index, PROMPT));
     }
     let mut plan = StepPlan::default();
     for step in 0..WARM + steps {
@@ -106,7 +106,7 @@ fn decode(steps: usize) -> Result<(), Box<dyn Error>> {
     let (mut runner, info) = ModelRunner::load(device, &source, &config, &mut |_, _| {})?;
     let cache = BlockCache::new(info.cache_blocks, info.block_tokens, true);
     let mut scheduler = Scheduler::new(Policy::default(), cache);
-    scheduler.add(SessionId::from_u64(1), spec(1, 16));
+    scheduler.add(RequestId::from_u64(1), spec(1, 16));
     let mut plan = StepPlan::default();
     for _ in 0..WARM + steps {
         assert!(scheduler.plan_into(&mut plan));

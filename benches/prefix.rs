@@ -8,7 +8,7 @@
 
 use quell::cache::{BlockCache, BlockTable, Transfers};
 use quell::schedule::{Commit, Policy, Scheduler, SequenceSpec};
-use quell::{Engine, EngineConfig, LoadOptions, Request, SessionId, StepId};
+use quell::{Engine, EngineConfig, LoadOptions, Request, RequestId, StepId};
 use std::error::Error;
 use std::hint::black_box;
 use std::time::Instant;
@@ -67,7 +67,7 @@ fn scheduler_round(sequences: usize, prefixes: bool) -> f64 {
     // Twice as many sequences as run at a time, so that later ones take over the blocks of
     // earlier ones.
     for index in 0..2 * sequences {
-        scheduler.add(SessionId::from_u64(index as u64), spec(index));
+        scheduler.add(RequestId::from_u64(index as u64), spec(index));
     }
     while finished < 2 * sequences {
         let Some(plan) = scheduler.plan() else { break };

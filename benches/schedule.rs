@@ -16,7 +16,7 @@ use quell::cache::BlockCache;
 use quell::device::DeviceError;
 use quell::runner::{NullOptions, NullRunner, Runner, RunnerInfo, StepOutput};
 use quell::schedule::{Commit, Policy, Scheduler, SequenceSpec, Sequences, StepPlan};
-use quell::{Engine, EngineConfig, LoadError, Request, SessionId};
+use quell::{Engine, EngineConfig, LoadError, Request, RequestId};
 use results::median;
 use serde_json::{Value, json};
 use std::error::Error;
@@ -153,7 +153,7 @@ fn filled(sequences: usize, hits: usize) -> Scheduler {
     let known = PROMPT * hits / 100;
     if known > 0 {
         for index in 0..sequences {
-            scheduler.add(SessionId::from_u64(0), spec(index, known, known));
+            scheduler.add(RequestId::from_u64(0), spec(index, known, known));
         }
         while let Some(plan) = scheduler.plan() {
             scheduler.written(&plan);
@@ -168,7 +168,7 @@ fn filled(sequences: usize, hits: usize) -> Scheduler {
     }
     for index in 0..sequences {
         let prompt = prompt(index);
-        scheduler.add(SessionId::from_u64(1), spec(index, prompt, prompt + answer));
+        scheduler.add(RequestId::from_u64(1), spec(index, prompt, prompt + answer));
     }
     scheduler
 }

@@ -3,10 +3,36 @@
 use serde::Serialize;
 use std::fmt;
 
-/// Identifies one accepted request, or one session.
+/// Identifies one accepted request: one prompt and its answer.
 ///
 /// Each engine hands out ids in ascending order and never reuses one, so a late cancel cannot
-/// hit a newer request or session.
+/// hit a newer request. A turn of a session is a request and has a `RequestId` of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(transparent)]
+pub struct RequestId(pub(crate) u64);
+
+impl RequestId {
+    /// Makes an id from a number: one read from a log or an answer, or an arbitrary one when
+    /// the scheduler is used without an engine.
+    pub fn from_u64(id: u64) -> Self {
+        Self(id)
+    }
+
+    /// Returns the id as a number, for logs.
+    pub fn as_u64(self) -> u64 {
+        self.0
+    }
+}
+
+impl fmt::Display for RequestId {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "request {}", self.0)
+    }
+}
+
+/// Identifies one session: a conversation that keeps its KV cache between its turns.
+///
+/// Each engine hands out ids in ascending order and never reuses one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(transparent)]
 pub struct SessionId(pub(crate) u64);
@@ -26,7 +52,7 @@ impl SessionId {
 
 impl fmt::Display for SessionId {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "session-{}", self.0)
+        write!(formatter, "session {}", self.0)
     }
 }
 

@@ -120,7 +120,7 @@ pub use engine::{
     Generation, Health, HealthStatus, Outcome, Prompt, Receipt, Request, Session, SessionOptions,
     Shutdown, ShuttingDown, Stop, SubmitError, Timing, Token, TokenStream, Truncation,
 };
-pub use id::{SessionId, StepId};
+pub use id::{RequestId, SessionId, StepId};
 pub use runner::{DeviceChoice, GenerationConfig, LoadError, LoadOptions, RunnerInfo};
 pub use sampling::{Constraint, ConstraintError, SamplingDefaults, SamplingParams, TokenLimits};
 pub use schedule::Kept;

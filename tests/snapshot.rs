@@ -7,7 +7,7 @@ mod sim;
 
 use quell::engine::{BlockUse, RequestPhase};
 use quell::{
-    CancelReason, Engine, EngineConfig, EngineFault, EngineSnapshot, Outcome, SessionId, Shutdown,
+    CancelReason, Engine, EngineConfig, EngineFault, EngineSnapshot, Outcome, RequestId, Shutdown,
     TokenStream,
 };
 use requests::{idle, ids, prompt, request};
@@ -312,16 +312,14 @@ fn a_second_cancel_by_id_finds_nothing_open_and_changes_nothing() {
 #[test]
 fn an_id_that_is_not_open_cancels_nothing_and_says_so() {
     let engine = engine(SimOptions::default(), patient());
-    let session = engine.session();
     let ended = engine.generate(request(prompt(1, 9), 2)).unwrap();
     let ended_id = ended.id();
     ended.complete_blocking().unwrap();
     let open = engine.generate(request(prompt(2, 9), 20)).unwrap();
     for id in [
         ended_id,
-        session.id(),
-        SessionId::from_u64(0),
-        SessionId::from_u64(u64::MAX),
+        RequestId::from_u64(0),
+        RequestId::from_u64(u64::MAX),
     ] {
         let cancelled = engine.cancel_request(id, CancelReason::Explicit).wait();
         assert_eq!(cancelled.unwrap(), None, "{id}");
@@ -364,7 +362,7 @@ fn an_engine_that_has_ended_answers_with_its_end() {
     let shutdown = |fault| matches!(fault, EngineFault::Shutdown);
     assert!(engine.snapshot().wait().is_err_and(shutdown));
     assert!(engine.inspect().wait().is_err_and(shutdown));
-    let cancelled = engine.cancel_request(SessionId::from_u64(1), CancelReason::Explicit);
+    let cancelled = engine.cancel_request(RequestId::from_u64(1), CancelReason::Explicit);
     assert!(cancelled.wait().is_err_and(shutdown));
 }
 

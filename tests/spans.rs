@@ -28,7 +28,7 @@ struct Span {
 }
 
 impl Span {
-    fn is_of(&self, id: quell::SessionId) -> bool {
+    fn is_of(&self, id: quell::RequestId) -> bool {
         self.name == "request" && self.fields["id"] == id.as_u64().to_string()
     }
 }
@@ -102,7 +102,7 @@ impl Subscriber for Recorder {
 
 impl Log {
     /// Returns the only event in the span of a request.
-    fn end_of(&self, id: quell::SessionId) -> Fields {
+    fn end_of(&self, id: quell::RequestId) -> Fields {
         let spans = self.spans.lock().unwrap();
         let of_request = |span: &u64| spans[span].is_of(id);
         let events = self.events.lock().unwrap();

@@ -3,7 +3,7 @@
 use super::deadlines::RequestDeadlines;
 use super::event::CancelReason;
 use super::event::Receipt;
-use super::event::{EventSender, SessionCell};
+use super::event::{EventSender, RequestCell};
 use super::permit::Permit;
 use super::record::RequestRecord;
 use super::stats::EngineStats;
@@ -11,7 +11,7 @@ use super::sync::{Arc, Never, Sender};
 use super::turn::{Stop, Turn, TurnCell};
 use super::waiting::Reply;
 use super::{Drained, EngineSnapshot};
-use crate::id::SessionId;
+use crate::id::{RequestId, SessionId};
 use crate::schedule::{Kept, SequenceSpec};
 use std::time::Instant;
 
@@ -22,16 +22,16 @@ pub(crate) enum Command {
     /// New requests with the same prompt: the first computes it for all.
     SubmitGroup(Vec<Submission>),
     /// Look at the session's cancel flag: the flag is the truth, this only wakes.
-    Cancel(SessionId),
+    Cancel(RequestId),
     /// Cancel an open request by its id; no receipt if there is none.
     CancelRequest {
-        id: SessionId,
+        id: RequestId,
         reason: CancelReason,
         posted_at: Instant,
         reply: Reply<Option<Receipt>>,
     },
     /// The session's reader has made room.
-    Resume(SessionId),
+    Resume(RequestId),
     /// Stop the turn of a session.
     Stop {
         session: SessionId,
@@ -59,7 +59,7 @@ pub(crate) enum Command {
     /// The same, for someone who waits without a thread.
     InspectLater(Reply<EngineStats>),
     /// Report the open requests with this label.
-    Find(Arc<str>, Reply<Vec<SessionId>>),
+    Find(Arc<str>, Reply<Vec<RequestId>>),
     /// Report who is open, and whose each block is.
     Snapshot(Reply<EngineSnapshot>),
     /// Cancel every session.
@@ -72,14 +72,14 @@ pub(crate) enum Command {
 
 /// A request on its way to the scheduler thread.
 pub(crate) struct Submission {
-    pub id: SessionId,
+    pub id: RequestId,
     pub spec: SequenceSpec,
     pub account: AccountSpec,
 }
 
 /// The scheduler thread's side of a new session.
 pub(crate) struct AccountSpec {
-    pub cell: Arc<SessionCell>,
+    pub cell: Arc<RequestCell>,
     pub events: EventSender,
     pub permit: Permit,
     pub record: RequestRecord,

@@ -3,7 +3,7 @@
 use super::stream::{Cancellation, Chunk, Timing, TokenStream};
 use super::sync::Arc;
 use super::{CancelReason, EngineFault, GenerateError, Outcome, Prompt};
-use crate::id::SessionId;
+use crate::id::RequestId;
 use futures_core::Stream;
 use std::future::Future;
 use std::pin::Pin;
@@ -66,7 +66,7 @@ impl EmbeddingFuture {
     }
 
     /// The request's identity, as the logs name it.
-    pub fn id(&self) -> SessionId {
+    pub fn id(&self) -> RequestId {
         self.0.id()
     }
 

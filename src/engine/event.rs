@@ -211,7 +211,7 @@ impl Receipt {
 
 /// What a session's two sides share: flags and wakers, no lock.
 #[derive(Debug, Default)]
-pub(crate) struct SessionCell {
+pub(crate) struct RequestCell {
     cancel: AtomicU8,
     posted: OnceLock<Instant>,
     /// Set by the thread when it pauses the session for its reader's sake.
@@ -222,7 +222,7 @@ pub(crate) struct SessionCell {
     receipt: AtomicWaker,
 }
 
-impl SessionCell {
+impl RequestCell {
     /// Raises the cancel flag; `true` for the first to do so.
     pub fn cancel(&self, reason: CancelReason) -> bool {
         self.cancel_at(reason, Instant::now())
@@ -268,7 +268,7 @@ impl SessionCell {
     }
 }
 
-impl Waiter for SessionCell {
+impl Waiter for RequestCell {
     fn wake(&self) {
         self.wake_reader();
         self.wake_receipt();
@@ -287,7 +287,7 @@ pub(super) fn wake(waker: Option<Waker>) {
 
 /// The scheduler thread's end of a session.
 pub(crate) struct EventSender {
-    cell: Arc<SessionCell>,
+    cell: Arc<RequestCell>,
     events: Option<Sender<Event>>,
     receipt: Option<Sender<Receipt>>,
     capacity: usize,
@@ -304,7 +304,7 @@ pub(crate) struct EventReceiver {
 const HEADROOM: usize = 8;
 
 /// Makes the two ends; the session is paused when `buffer` events wait.
-pub(crate) fn channel(cell: &Arc<SessionCell>, buffer: usize) -> (EventSender, EventReceiver) {
+pub(crate) fn channel(cell: &Arc<RequestCell>, buffer: usize) -> (EventSender, EventReceiver) {
     let (events, event_receiver) = bounded(buffer + HEADROOM);
     let (receipt, receipt_receiver) = bounded(1);
     let sender = EventSender {
@@ -392,7 +392,7 @@ mod tests {
     /// I1: nobody waits for what will never come.
     #[test]
     fn a_sender_that_is_dropped_wakes_whoever_waits() {
-        let cell = Arc::new(SessionCell::default());
+        let cell = Arc::new(RequestCell::default());
         let (sender, receiver) = channel(&cell, 4);
         let woken = Arc::new(Count::default());
         let waker = Waker::from(Arc::clone(&woken));
@@ -406,7 +406,7 @@ mod tests {
     /// I8.
     #[test]
     fn the_first_reason_to_cancel_wins() {
-        let cell = SessionCell::default();
+        let cell = RequestCell::default();
         assert_eq!(cell.cancelled(), None);
         assert!(cell.cancel(CancelReason::Explicit));
         assert!(!cell.cancel(CancelReason::StreamDropped));

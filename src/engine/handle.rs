@@ -2,7 +2,7 @@
 
 use super::command::{AccountSpec, Command, Submission};
 use super::deadlines::RequestDeadlines;
-use super::event::{CancelReason, Receipt, SessionCell, channel};
+use super::event::{CancelReason, Receipt, RequestCell, channel};
 use super::metrics::EngineMetrics;
 use super::permit::{Permit, Places};
 use super::record::RequestRecord;
@@ -19,7 +19,7 @@ use super::{
 };
 use crate::cache::BlockCache;
 use crate::config::EngineConfig;
-use crate::id::SessionId;
+use crate::id::{RequestId, SessionId};
 use crate::runner::limits;
 use crate::runner::{LoadError, LoadOptions, ModelFiles, Runner, RunnerInfo};
 use crate::sampling::{
@@ -346,7 +346,8 @@ impl CallersSide {
             draining: AtomicBool::new(false),
             metrics: self.metrics,
             open: Arc::default(),
-            next_id: AtomicU64::new(1),
+            next_request: AtomicU64::new(1),
+            next_session: AtomicU64::new(1),
             limit,
         };
         Engine {
@@ -367,7 +368,8 @@ struct Shared {
     draining: AtomicBool,
     metrics: Arc<EngineMetrics>,
     open: Arc<AtomicUsize>,
-    next_id: AtomicU64,
+    next_request: AtomicU64,
+    next_session: AtomicU64,
     /// Tokens of the longest sequence, and what limits it.
     limit: (usize, &'static str),
 }
@@ -743,8 +745,12 @@ impl Engine {
         self.shared.open.load(Ordering::Acquire)
     }
 
-    pub(super) fn next_id(&self) -> SessionId {
-        SessionId(self.shared.next_id.fetch_add(1, Ordering::Relaxed))
+    fn next_request_id(&self) -> RequestId {
+        RequestId(self.shared.next_request.fetch_add(1, Ordering::Relaxed))
+    }
+
+    pub(super) fn next_session_id(&self) -> SessionId {
+        SessionId(self.shared.next_session.fetch_add(1, Ordering::Relaxed))
     }
 
     /// A stream and the request that it is to be the answer to, not posted yet.
@@ -842,13 +848,13 @@ impl Engine {
         let text = tokenizer.map(|tokenizer| {
             TextState::new(&spec.prompt, tokenizer, request, settings.stop.clone())
         });
-        let id = self.next_id();
-        let cell = Arc::new(SessionCell::default());
+        let id = self.next_request_id();
+        let cell = Arc::new(RequestCell::default());
         // No more events come than tokens: a short answer needs no full buffer.
         let tokens = spec.max_tokens.saturating_sub(spec.prompt.len()).max(1);
         let buffer = self.shared.config.stream_buffer.min(tokens);
         let (events, receiver) = channel(&cell, buffer);
-        let waiter: Weak<SessionCell> = Arc::downgrade(&cell);
+        let waiter: Weak<RequestCell> = Arc::downgrade(&cell);
         self.shared.waiters.add(waiter);
         let submitted = Instant::now();
         let label = request.label.as_deref();
@@ -951,7 +957,7 @@ impl Engine {
     /// this returns; the answer is the receipt of its end when its blocks are free, or
     /// `None` when no request with this id is open: it has ended, or there never was one.
     /// A second cancel changes nothing.
-    pub fn cancel_request(&self, id: SessionId, reason: CancelReason) -> Asked<Option<Receipt>> {
+    pub fn cancel_request(&self, id: RequestId, reason: CancelReason) -> Asked<Option<Receipt>> {
         let posted_at = Instant::now();
         self.put(|reply| Command::CancelRequest {
             id,
@@ -962,7 +968,7 @@ impl Engine {
     }
 
     /// The open requests with this label, in the order of their ids.
-    pub fn find(&self, label: impl Into<Arc<str>>) -> Asked<Vec<SessionId>> {
+    pub fn find(&self, label: impl Into<Arc<str>>) -> Asked<Vec<RequestId>> {
         self.put(|reply| Command::Find(label.into(), reply))
     }
 

@@ -6,7 +6,7 @@
 
 use super::command::AccountSpec;
 use super::deadlines::{Deadlines, Due, RequestDeadlines};
-use super::event::{Event, EventSender, PromptReport, Receipt, SessionCell, Terminal, Token, wake};
+use super::event::{Event, EventSender, PromptReport, Receipt, RequestCell, Terminal, Token, wake};
 use super::metrics::{EndKind, EngineMetrics};
 use super::permit::Permit;
 use super::record::RequestRecord;
@@ -15,7 +15,7 @@ use super::sync::Arc;
 use super::sync::atomic::Ordering;
 use super::turn::Turn;
 use super::waiting::Reply;
-use crate::id::{SessionId, StepId};
+use crate::id::{RequestId, SessionId, StepId};
 use crate::schedule::{FinishReason, SequenceKey};
 use slotmap::SecondaryMap;
 use std::collections::{HashMap, VecDeque};
@@ -24,9 +24,9 @@ use std::time::Instant;
 
 /// An open request.
 struct Account {
-    id: SessionId,
+    id: RequestId,
     key: SequenceKey,
-    cell: Arc<SessionCell>,
+    cell: Arc<RequestCell>,
     events: EventSender,
     permit: Permit,
     record: RequestRecord,
@@ -70,7 +70,7 @@ struct ClosingSession {
 
 /// A request that has ended and whose blocks a step in flight may still touch.
 struct Closing {
-    id: SessionId,
+    id: RequestId,
     key: SequenceKey,
     fence: StepId,
     events: EventSender,
@@ -84,7 +84,7 @@ struct Closing {
 /// A request that has ended and whose blocks are free.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Ended {
-    pub id: SessionId,
+    pub id: RequestId,
     pub end: EndKind,
     pub receipt: Receipt,
 }
@@ -154,7 +154,7 @@ pub(super) struct Remains {
 pub(super) struct Ledger {
     metrics: Arc<EngineMetrics>,
     open: SecondaryMap<SequenceKey, Account>,
-    by_id: HashMap<SessionId, SequenceKey>,
+    by_id: HashMap<RequestId, SequenceKey>,
     /// The turns in progress.
     turns: HashMap<SessionId, SequenceKey>,
     closing: Vec<Closing>,
@@ -223,10 +223,10 @@ impl Ledger {
     }
 
     /// The open requests with this label, in the order of their ids.
-    pub fn labelled(&self, label: &str) -> Vec<SessionId> {
+    pub fn labelled(&self, label: &str) -> Vec<RequestId> {
         let labelled = |account: &&Account| account.label.as_deref() == Some(label);
         let found = self.open.values().filter(labelled);
-        let mut ids: Vec<SessionId> = found.map(|account| account.id).collect();
+        let mut ids: Vec<RequestId> = found.map(|account| account.id).collect();
         ids.sort_unstable();
         ids
     }
@@ -249,16 +249,16 @@ impl Ledger {
         self.open.keys().collect()
     }
 
-    pub fn key_of(&self, id: SessionId) -> Option<SequenceKey> {
+    pub fn key_of(&self, id: RequestId) -> Option<SequenceKey> {
         self.by_id.get(&id).copied()
     }
 
-    pub fn cell_of(&self, key: SequenceKey) -> Option<&SessionCell> {
+    pub fn cell_of(&self, key: SequenceKey) -> Option<&RequestCell> {
         self.open.get(key).map(|account| &*account.cell)
     }
 
     /// Opens the account of an accepted request.
-    pub fn open(&mut self, key: SequenceKey, id: SessionId, spec: AccountSpec) {
+    pub fn open(&mut self, key: SequenceKey, id: RequestId, spec: AccountSpec) {
         let AccountSpec {
             cell,
             events,
@@ -502,7 +502,7 @@ mod tests {
         id: u64,
         deadlines: RequestDeadlines,
     ) -> EventReceiver {
-        let cell = Arc::new(SessionCell::default());
+        let cell = Arc::new(RequestCell::default());
         let (events, receiver) = channel(&cell, 4);
         let spec = AccountSpec {
             cell,
@@ -518,7 +518,7 @@ mod tests {
             }),
             label: None,
         };
-        ledger.open(key, SessionId(id), spec);
+        ledger.open(key, RequestId(id), spec);
         receiver
     }
 

@@ -63,7 +63,7 @@ impl State {
 
 impl Session {
     pub(super) fn new(engine: Engine, options: SessionOptions) -> Self {
-        let id = engine.next_id();
+        let id = engine.next_session_id();
         Self {
             engine,
             id,

@@ -5,7 +5,7 @@ use super::EngineStats;
 use super::ledger::{Ended, Ledger};
 use super::sync::Arc;
 use crate::cache::{BlockState, BlockTable};
-use crate::id::{SessionId, StepId};
+use crate::id::{RequestId, SessionId, StepId};
 use crate::schedule::{Kept, Place, Scheduler, Sequence, SequenceKey};
 use serde::{Serialize, Serializer};
 use std::time::{Duration, Instant};
@@ -46,7 +46,7 @@ pub enum RequestPhase {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct RequestState {
     /// Its id, as [`Engine::cancel_request`](crate::Engine::cancel_request) takes it.
-    pub id: SessionId,
+    pub id: RequestId,
     /// What it does.
     pub phase: RequestPhase,
     /// The session whose turn it is.
@@ -89,7 +89,7 @@ pub struct SessionState {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct RequestEnd {
     /// Its id.
-    pub id: SessionId,
+    pub id: RequestId,
     /// `stop`, `length`, `cancelled` or `failed`.
     pub outcome: &'static str,
     /// Why: the reason of a cancel as metrics name it, `engine_fault`, or the outcome.

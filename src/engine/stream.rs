@@ -2,7 +2,7 @@
 
 use super::command::Command;
 use super::event::{
-    CancelReason, Event, EventReceiver, Outcome, PromptReport, Receipt, SessionCell, Terminal,
+    CancelReason, Event, EventReceiver, Outcome, PromptReport, Receipt, RequestCell, Terminal,
     Token, has_room,
 };
 use super::metrics::{EngineMetrics, Noop};
@@ -12,7 +12,7 @@ use super::turn::TurnCell;
 use super::waiting::{Answer, EngineEnd};
 use super::{EngineFault, GenerateError, Request};
 use crate::device::PooledRows;
-use crate::id::SessionId;
+use crate::id::RequestId;
 use crate::schedule::FinishReason;
 use crate::text::{Detokenizer, StopMatcher, StopStep, StopStrings, Tokenizer};
 use futures_core::Stream;
@@ -123,8 +123,8 @@ impl TextState {
 
 /// What a stream is made of.
 pub(crate) struct StreamParts {
-    pub id: SessionId,
-    pub cell: Arc<SessionCell>,
+    pub id: RequestId,
+    pub cell: Arc<RequestCell>,
     pub receiver: EventReceiver,
     pub commands: Sender<Command>,
     pub end: EngineEnd,
@@ -181,7 +181,7 @@ impl TokenStream {
     }
 
     /// The request's identity, as the logs name it.
-    pub fn id(&self) -> SessionId {
+    pub fn id(&self) -> RequestId {
         self.parts.id
     }
 
@@ -501,7 +501,7 @@ pub struct Cancellation(Acknowledgement);
 enum Acknowledgement {
     /// The request's own channel.
     Stream {
-        cell: Arc<SessionCell>,
+        cell: Arc<RequestCell>,
         receipt: Receiver<Receipt>,
         end: EngineEnd,
     },

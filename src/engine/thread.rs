@@ -2,7 +2,7 @@
 
 use super::command::{Command, Submission};
 use super::deadlines::Due;
-use super::event::{CancelReason, PromptReport, Receipt, SessionCell, Terminal, Token};
+use super::event::{CancelReason, PromptReport, Receipt, RequestCell, Terminal, Token};
 use super::ledger::{Ledger, ReceiptReply, Remains};
 use super::metrics::{EngineMetrics, Noop, Phase, cleanup_failed};
 use super::snapshot;
@@ -440,7 +440,7 @@ impl SchedulerThread {
         }
         // Cancelled on the way here: it never runs (I5).
         let cell = self.ledger.cell_of(key);
-        if cell.and_then(SessionCell::cancelled) == Some(CancelReason::StreamDropped) {
+        if cell.and_then(RequestCell::cancelled) == Some(CancelReason::StreamDropped) {
             self.end(key, Terminal::Cancelled(CancelReason::SubmitDropped));
         }
         self.apply_cancel(key);
@@ -550,7 +550,7 @@ impl SchedulerThread {
         ) else {
             return Fate::Free;
         };
-        let flag = self.ledger.cell_of(key).and_then(SessionCell::cancelled);
+        let flag = self.ledger.cell_of(key).and_then(RequestCell::cancelled);
         let (end, tokens) = match (terminal, flag) {
             // What a failed step has written is worth nothing.
             (Terminal::Failed(_), _) => {
@@ -835,7 +835,7 @@ impl SchedulerThread {
     }
 
     fn fail_step(&mut self, plan: &StepPlan, error: &DeviceError) {
-        tracing::error!(%error, step = %plan.step, sessions = plan.items.len(), "a step failed");
+        tracing::error!(%error, step = %plan.step, requests = plan.items.len(), "a step failed");
         self.scheduler.lost(plan);
         for item in &plan.items {
             // Who was cancelled before stays cancelled.

@@ -158,7 +158,7 @@ mod tests {
     use super::*;
     use crate::cache::BlockCache;
     use crate::config::Preemption;
-    use crate::id::SessionId;
+    use crate::id::RequestId;
     use crate::schedule::{Commit, Policy, Scheduler, SequenceSpec};
 
     /// I10: random numbers depend on the position of the token that is chosen, and on
@@ -173,7 +173,7 @@ mod tests {
         for (id, length) in [(1, 11), (2, 6)] {
             let prompt: Vec<u32> = (0..length).map(|token| token * 31 + id).collect();
             let spec = SequenceSpec::new(prompt, length as usize + 8);
-            scheduler.add(SessionId(u64::from(id)), spec);
+            scheduler.add(RequestId(u64::from(id)), spec);
         }
         let mut inputs = Inputs::new(6);
         let mut recomputed = 0;

@@ -209,7 +209,7 @@ mod tests {
     use crate::cache::{BlockCache, HostBlockId};
     use crate::device::CacheShape;
     use crate::device::cpu::{CpuDevice, CpuOptions};
-    use crate::id::SessionId;
+    use crate::id::RequestId;
     use crate::schedule::{Policy, Scheduler, SequenceKey, SequenceSpec};
     use crate::weights::DType;
 
@@ -262,7 +262,7 @@ mod tests {
         };
         let mut scheduler = Scheduler::new(policy, BlockCache::new(BLOCKS, 16, true));
         let spec = SequenceSpec::new((3..43).collect(), 60);
-        let key = scheduler.add(SessionId(1), spec);
+        let key = scheduler.add(RequestId(1), spec);
         (scheduler, key)
     }
 

@@ -10,7 +10,7 @@ use super::{
     StepPlan, Task, TokenInput,
 };
 use crate::cache::{BlockCache, BlockId, BlockTable, Books, HostBlockId, HostBlocks, Imbalance};
-use crate::id::{SessionId, StepId};
+use crate::id::{RequestId, SessionId, StepId};
 use crate::sampling::ConstraintError;
 use serde::Serialize;
 use std::time::Instant;
@@ -249,7 +249,7 @@ impl Scheduler {
 
     /// Takes a new sequence into the queue. What its session keeps beyond the common
     /// beginning is given back at once.
-    pub fn add(&mut self, id: SessionId, spec: SequenceSpec) -> SequenceKey {
+    pub fn add(&mut self, id: RequestId, spec: SequenceSpec) -> SequenceKey {
         self.add_follower(id, spec, None)
     }
 
@@ -257,7 +257,7 @@ impl Scheduler {
     /// starts when that has computed the prompt, and shares its blocks.
     pub fn add_follower(
         &mut self,
-        id: SessionId,
+        id: RequestId,
         spec: SequenceSpec,
         leader: Option<SequenceKey>,
     ) -> SequenceKey {
@@ -746,7 +746,7 @@ impl Scheduler {
         let cost = self.preemption_cost(sequence);
         let swap = cost.prefers_swap(self.policy.preemption);
         tracing::debug!(
-            session = %sequence.id,
+            request = %sequence.id,
             tokens = sequence.computed,
             recompute_seconds = cost.recompute,
             swap_seconds = cost.swap,

@@ -3,7 +3,7 @@
 use super::plan::Report;
 use super::tenants::TenantKey;
 use crate::cache::{BlockTable, HostBlockId};
-use crate::id::{SessionId, StepId};
+use crate::id::{RequestId, SessionId, StepId};
 use crate::sampling::{ConstraintState, SamplingParams};
 use slotmap::{SlotMap, new_key_type};
 use std::sync::Arc;
@@ -131,7 +131,7 @@ pub(super) struct Swapped {
 #[derive(Debug)]
 pub struct Sequence {
     /// Who it belongs to.
-    pub id: SessionId,
+    pub id: RequestId,
     /// What it does; `spec.prompt` has moved to `tokens`.
     pub spec: SequenceSpec,
     /// The counter of `spec.tenant`.
@@ -175,7 +175,7 @@ pub struct Sequence {
 
 impl Sequence {
     pub(super) fn new(
-        id: SessionId,
+        id: RequestId,
         mut spec: SequenceSpec,
         tenant: TenantKey,
         arrival: u64,

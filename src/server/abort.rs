@@ -4,7 +4,7 @@ use super::App;
 use super::error::ApiError;
 use super::json::JsonBody;
 use crate::engine::{CancelReason, Receipt};
-use crate::id::SessionId;
+use crate::id::RequestId;
 use axum::Json;
 use axum::extract::State;
 use futures_util::future::try_join_all;
@@ -16,7 +16,7 @@ use std::sync::Arc;
 struct AbortRequest {
     /// SGLang calls this field `rid`.
     #[serde(alias = "rid")]
-    request_id: Option<RequestId>,
+    request_id: Option<NumberOrLabel>,
     #[serde(default)]
     abort_all: Option<bool>,
 }
@@ -28,9 +28,9 @@ struct AbortRequest {
     untagged,
     expecting = "expected the id of an answer or the number of a request"
 )]
-enum RequestId {
+enum NumberOrLabel {
     Number(u64),
-    Name(String),
+    Label(String),
 }
 
 /// The requests that were cancelled and whose blocks are now free.
@@ -42,7 +42,7 @@ pub(crate) struct Aborted {
 #[derive(Debug, Serialize)]
 struct AbortedRequest {
     /// The engine's number for the request.
-    id: SessionId,
+    id: RequestId,
     #[serde(flatten)]
     freed: Freed,
 }
@@ -86,9 +86,9 @@ pub(crate) async fn abort_request(
             let open = app.engine.snapshot().await?.requests;
             open.into_iter().map(|request| request.id).collect()
         }
-        (Some(RequestId::Number(id)), false) => vec![SessionId::from_u64(id)],
-        (Some(RequestId::Name(name)), false) => match name.parse() {
-            Ok(id) => vec![SessionId::from_u64(id)],
+        (Some(NumberOrLabel::Number(id)), false) => vec![RequestId::from_u64(id)],
+        (Some(NumberOrLabel::Label(name)), false) => match name.parse() {
+            Ok(id) => vec![RequestId::from_u64(id)],
             Err(_) => app.engine.find(name).await?,
         },
         (None, false) => {

@@ -15,7 +15,7 @@ use crate::config::{EngineConfig, Preemption};
 use crate::device::DeviceError;
 use crate::engine::sync::{Arc, OnceLock};
 use crate::engine::{Engine, EngineFault, EngineStats, Outcome};
-use crate::id::SessionId;
+use crate::id::RequestId;
 use crate::runner::{Runner, StepOutput};
 use crate::schedule::{Sequences, StepPlan};
 use callers::{Act, Ask, Callers, End, Wanted};
@@ -85,7 +85,7 @@ struct Script {
     /// What callers do while the next step is collected.
     during: RefCell<Vec<Act>>,
     /// Who was in the steps that were launched since the last turn began.
-    planned: RefCell<Vec<SessionId>>,
+    planned: RefCell<Vec<RequestId>>,
     sim: RefCell<SimRunner>,
 }
 

@@ -35,7 +35,7 @@ impl Bench {
 
     fn add(&mut self, spec: SequenceSpec) -> SequenceKey {
         self.ids += 1;
-        self.scheduler.add(SessionId(self.ids), spec)
+        self.scheduler.add(RequestId(self.ids), spec)
     }
 
     /// Plans and launches a step: its items and transfers.
@@ -179,7 +179,7 @@ fn a_follower_waits_for_the_prompt_and_shares_all_of_it() {
     let follower =
         bench
             .scheduler
-            .add_follower(SessionId(99), spec(prompt(10, 1), 4), Some(leader));
+            .add_follower(RequestId(99), spec(prompt(10, 1), 4), Some(leader));
     assert_eq!(rows(&bench.launch().unwrap()), [(0, 10)]);
     assert_eq!(bench.sequence(follower).place(), Place::Parked);
     bench.complete(1);
@@ -202,7 +202,7 @@ fn a_follower_waits_for_the_prompt_and_shares_all_of_it() {
 fn a_follower_whose_leader_is_gone_computes_the_prompt_itself() {
     let mut bench = Bench::new(16, Policy::default());
     let leader = bench.add(spec(prompt(10, 1), 4));
-    let id = SessionId(99);
+    let id = RequestId(99);
     let follower = bench
         .scheduler
         .add_follower(id, spec(prompt(10, 1), 4), Some(leader));
@@ -596,7 +596,7 @@ fn a_follower_that_was_paused_does_not_wait_for_the_prompt_again() {
     };
     let mut bench = Bench::new(16, policy);
     let leader = bench.add(spec(prompt(10, 1), 9));
-    let id = SessionId(99);
+    let id = RequestId(99);
     let follower = bench
         .scheduler
         .add_follower(id, spec(prompt(10, 1), 9), Some(leader));
@@ -621,7 +621,7 @@ fn when_the_leader_goes_the_first_follower_computes_the_prompt_for_the_rest() {
     let leader = bench.add(spec(prompt(10, 1), 4));
     let followers: Vec<_> = (0..3)
         .map(|index| {
-            let id = SessionId(90 + index);
+            let id = RequestId(90 + index);
             let spec = spec(prompt(10, 1), 4);
             bench.scheduler.add_follower(id, spec, Some(leader))
         })
@@ -1150,6 +1150,6 @@ fn sequences_with_different_salts_share_nothing() {
     let other = salted("two", spec(prompt(9, 7), 1));
     bench
         .scheduler
-        .add_follower(SessionId(90), other, Some(leader));
+        .add_follower(RequestId(90), other, Some(leader));
     assert_eq!(rows(&bench.step()), [(0, 9), (0, 9)]);
 }

@@ -12,7 +12,7 @@ use crate::engine::{
     CancelReason, Cancellation, Draining, EmbedRequest, Engine, GenerateError, Outcome, Request,
     Session, SessionOptions, Shutdown, ShuttingDown, Stop, SubmitError, Token, TokenStream,
 };
-use crate::id::SessionId;
+use crate::id::{RequestId, SessionId};
 use crate::schedule::FinishReason;
 use futures_core::Stream;
 use std::future::Future;
@@ -100,7 +100,7 @@ pub enum End {
 
 /// A request and all that is known of it.
 pub struct Asked {
-    pub id: SessionId,
+    pub id: RequestId,
     prompt: Vec<u32>,
     /// The whole answer, what comes with its first token, and how it ends.
     answer: Vec<u32>,
