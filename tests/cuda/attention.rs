@@ -1,0 +1,678 @@
+//! Attention on the CUDA device agrees with float64, reads no key outside a row's window, and
+//! gives a row the same bits however it is computed.
+
+use crate::layer::*;
+use crate::support::{Random, bits};
+use crate::{gpu, layer};
+use quell::device::cuda::{CudaActivations, CudaDevice};
+use quell::device::*;
+use std::ops::Range;
+
+/// The attention of a layer, and the block size of its cache.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    spec: AttentionSpec,
+    block_tokens: usize,
+}
+
+fn case(
+    (q_heads, kv_heads, head_dim): (usize, usize, usize),
+    window: Option<usize>,
+    softcap: Option<f32>,
+    block_tokens: usize,
+) -> Case {
+    let heads = HeadShape {
+        q_heads,
+        kv_heads,
+        head_dim,
+    };
+    // Spread the scores so that some keys matter much more than others.
+    let scale = 4.0 / (head_dim as f32).sqrt();
+    Case {
+        spec: AttentionSpec {
+            heads,
+            scale,
+            window,
+            softcap,
+        },
+        block_tokens,
+    }
+}
+
+/// All head sizes, and groups of 1, 2, 3, 4, 8, 16 and more heads, whether they fill warps or
+/// not.
+fn cases() -> Vec<Case> {
+    vec![
+        case((2, 2, 16), None, None, 16),
+        case((20, 1, 16), Some(1), None, 32),
+        case((4, 2, 32), Some(7), None, 32),
+        case((33, 1, 32), None, Some(3.0), 16),
+        case((3, 1, 64), None, Some(2.0), 48),
+        case((2, 1, 64), Some(300), None, 16),
+        case((4, 1, 80), Some(150), None, 16),
+        case((8, 1, 96), None, Some(5.0), 64),
+        case((16, 2, 128), Some(33), None, 16),
+        case((2, 1, 128), None, None, 256),
+        case((16, 1, 256), None, None, 16),
+        case((2, 1, 256), Some(129), Some(4.0), 32),
+    ]
+}
+
+/// Lengths around the boundaries at which keys are split.
+const LENGTHS: [usize; 36] = [
+    1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 96, 97, 127, 128, 129, 160, 255, 256,
+    257, 383, 384, 385, 511, 512, 513, 640, 1000, 1023, 1024, 1025, 1500,
+];
+
+/// Returns the rows of `count` tokens, rounded to the type of the activations.
+fn tokens(random: &mut Random, kind: CudaActivations, case: &Case, count: usize) -> Vec<f32> {
+    let numbers = random.numbers(count * case.spec.heads.qkv_columns());
+    numbers.into_iter().map(|value| kept(kind, value)).collect()
+}
+
+/// Returns tables for sequences of these lengths, with shuffled and unshared blocks, and the
+/// number of blocks.
+fn tables(random: &mut Random, lengths: &[usize], block_tokens: usize) -> (Vec<Vec<u32>>, usize) {
+    let counts: Vec<usize> = lengths.iter().map(|n| n.div_ceil(block_tokens)).collect();
+    let blocks = counts.iter().sum::<usize>() + 2;
+    let mut order: Vec<u32> = (0..blocks as u32).collect();
+    for i in (1..blocks).rev() {
+        order.swap(i, random.below(i + 1));
+    }
+    let mut rest = &order[..];
+    let tables = counts.iter().map(|&count| {
+        let (table, others) = rest.split_at(count);
+        rest = others;
+        table.to_vec()
+    });
+    (tables.collect(), blocks)
+}
+
+/// Returns the first position that a token attends to.
+fn sees_from(spec: &AttentionSpec, position: usize) -> usize {
+    let from = |window| (position + 1).saturating_sub(window);
+    spec.window.map_or(0, from)
+}
+
+/// Computes the attention of one token in float64.
+fn reference(spec: &AttentionSpec, qkv: &[f32], position: usize) -> Vec<f64> {
+    let HeadShape {
+        q_heads,
+        kv_heads,
+        head_dim,
+    } = spec.heads;
+    let columns = spec.heads.qkv_columns();
+    let seen: Vec<&[f32]> = (sees_from(spec, position)..=position)
+        .map(|token| &qkv[token * columns..][..columns])
+        .collect();
+    let query = &qkv[position * columns..];
+    let mut out = Vec::with_capacity(q_heads * head_dim);
+    for head in 0..q_heads {
+        let q = &query[head * head_dim..][..head_dim];
+        let k_at = (q_heads + head / (q_heads / kv_heads)) * head_dim;
+        let v_at = k_at + kv_heads * head_dim;
+        let scores: Vec<f64> = seen
+            .iter()
+            .map(|row| {
+                let products = q.iter().zip(&row[k_at..]);
+                let dot: f64 = products.map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
+                let score = dot * f64::from(spec.scale);
+                let cap = |cap: f32| f64::from(cap) * (score / f64::from(cap)).tanh();
+                spec.softcap.map_or(score, cap)
+            })
+            .collect();
+        let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        let mut result = vec![0.0; head_dim];
+        for (weight, row) in weights.iter().zip(&seen) {
+            for (result, &value) in result.iter_mut().zip(&row[v_at..]) {
+                *result += weight * f64::from(value);
+            }
+        }
+        out.extend(result.iter().map(|value| value / sum));
+    }
+    out
+}
+
+/// Compares results with float64. The tolerance covers one rounding of each weight and each
+/// result, for values between −1 and 1.
+fn assert_near(kind: CudaActivations, out: &[f32], expected: &[f64], what: &str) {
+    assert_eq!(out.len(), expected.len(), "{what}");
+    for (i, (&out, &expected)) in out.iter().zip(expected).enumerate() {
+        let tolerance = 1.01 * rounding(kind) * (0.5 + expected.abs()) + 2e-5;
+        let error = (f64::from(out) - expected).abs();
+        assert!(
+            error <= tolerance,
+            "{what}: {out} at {i} instead of {expected}"
+        );
+    }
+}
+
+/// Computes the attention of the tokens `ranges` of several sequences in one step. All tokens
+/// before them are in the cache, and are NaN if no token of the range attends to them.
+fn check_step(
+    random: &mut Random,
+    device: &mut CudaDevice,
+    kind: CudaActivations,
+    case: &Case,
+    ranges: &[Range<usize>],
+) {
+    let Case { spec, block_tokens } = *case;
+    let lengths: Vec<usize> = ranges.iter().map(|range| range.end).collect();
+    let (tables, blocks) = tables(random, &lengths, block_tokens);
+    let mut layer = Layer::new(device, spec.heads, &identity(2048), block_tokens, blocks);
+    let qkv: Vec<Vec<f32>> = lengths
+        .iter()
+        .map(|&length| tokens(random, kind, case, length))
+        .collect();
+    let columns = spec.heads.qkv_columns();
+    let stored: Vec<Vec<f32>> = ranges
+        .iter()
+        .zip(&qkv)
+        .map(|(range, qkv)| {
+            let mut stored = qkv.clone();
+            stored[..sees_from(&spec, range.start) * columns].fill(f32::NAN);
+            stored
+        })
+        .collect();
+    let part = |i: usize, rows, range| Part {
+        qkv: rows,
+        range,
+        table: &tables[i],
+    };
+    let sequences = 0..ranges.len();
+    let before: Vec<Part<'_>> = sequences
+        .clone()
+        .map(|i| part(i, &stored[i], 0..ranges[i].start))
+        .filter(|part| !part.range.is_empty())
+        .collect();
+    if !before.is_empty() {
+        layer.store(&before);
+    }
+    let parts: Vec<Part<'_>> = sequences
+        .clone()
+        .map(|i| part(i, &qkv[i], ranges[i].clone()))
+        .collect();
+    let out = layer.step(&spec, &parts);
+    for i in sequences {
+        let rows = out[i].chunks(spec.heads.q_columns());
+        assert_eq!(rows.len(), ranges[i].len());
+        for (position, row) in ranges[i].clone().zip(rows) {
+            let what = format!("{kind:?} {case:?}, token {position} of {:?}", ranges[i]);
+            assert_near(kind, row, &reference(&spec, &qkv[i], position), &what);
+        }
+    }
+}
+
+#[test]
+fn decoding_agrees_with_float64() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(31);
+    for kind in TYPES {
+        let mut device = device(kind);
+        let mut lengths = LENGTHS.iter().cycle();
+        for case in cases() {
+            let ranges: Vec<Range<usize>> = lengths.by_ref().take(6).map(|&n| n - 1..n).collect();
+            check_step(&mut random, &mut device, kind, &case, &ranges);
+        }
+    }
+}
+
+#[test]
+fn prompts_agree_with_float64() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(32);
+    for (kind, first) in TYPES.into_iter().zip([0, 1]) {
+        let mut device = device(kind);
+        for (index, case) in cases().into_iter().enumerate() {
+            // Whole prompts, and chunks that follow other tokens.
+            let ranges = match (index + first) % 4 {
+                0 => vec![0..2, 0..131, 257..290],
+                1 => vec![0..33, 120..137],
+                2 => vec![96..128, 0..16, 511..514],
+                _ => vec![1000..1003, 0..65],
+            };
+            check_step(&mut random, &mut device, kind, &case, &ranges);
+        }
+    }
+}
+
+#[test]
+fn ragged_batches_agree_with_float64() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(33);
+    for kind in TYPES {
+        let mut device = device(kind);
+        for case in cases() {
+            let ranges = [0..1, 3..20, 128..129, 0..9, 299..300, 255..258];
+            check_step(&mut random, &mut device, kind, &case, &ranges);
+        }
+    }
+}
+
+/// Computes all tokens in chunks of the given sizes and returns the bits of the results.
+fn in_chunks(
+    random: &mut Random,
+    device: &mut CudaDevice,
+    case: &Case,
+    qkv: &[f32],
+    chunks: &[usize],
+) -> Vec<u32> {
+    let spec = case.spec;
+    let count = qkv.len() / spec.heads.qkv_columns();
+    let (tables, blocks) = tables(random, &[count], case.block_tokens);
+    let mut layer = Layer::new(
+        device,
+        spec.heads,
+        &identity(2048),
+        case.block_tokens,
+        blocks,
+    );
+    let (mut start, mut out) = (0, Vec::new());
+    for chunk in chunks.iter().cycle() {
+        let range = start..count.min(start + chunk);
+        start = range.end;
+        let table = &tables[0][..start.div_ceil(case.block_tokens)];
+        let part = Part { qkv, range, table };
+        out.extend(layer.step(&spec, &[part]).remove(0));
+        if start == count {
+            break;
+        }
+    }
+    assert!(out.iter().all(|value| value.is_finite()));
+    bits(&out)
+}
+
+#[test]
+fn a_prompt_at_once_in_chunks_and_token_by_token_give_the_same_bits() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(34);
+    for kind in TYPES {
+        let mut device = device(kind);
+        for (index, case) in cases().into_iter().enumerate() {
+            // Token by token is slow, so each type does it for every other case.
+            let alone = (index % 2 == 0) == (kind == CudaActivations::Bf16);
+            let count = if alone { 145 } else { 400 };
+            let qkv = tokens(&mut random, kind, &case, count);
+            let mut results = |block_tokens, chunks: &[usize]| {
+                let case = Case {
+                    block_tokens,
+                    ..case
+                };
+                in_chunks(&mut random, &mut device, &case, &qkv, chunks)
+            };
+            let whole = results(case.block_tokens, &[count]);
+            let mut cuts = vec![(16, vec![130]), (32, vec![5, 11, 1, 16, 40, 1, 33])];
+            if alone {
+                cuts.push((48, vec![1]));
+            }
+            for (block_tokens, chunks) in cuts {
+                let out = results(block_tokens, &chunks);
+                let row = case.spec.heads.q_columns();
+                let differs = out.iter().zip(&whole).position(|(a, b)| a != b);
+                let token = differs.map(|at| at / row);
+                assert_eq!(token, None, "{kind:?} {case:?} {block_tokens} {chunks:?}");
+                assert_eq!(out.len(), whole.len());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_sequence_has_the_same_bits_alone_and_in_a_ragged_batch() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(35);
+    let kind = CudaActivations::Bf16;
+    let mut device = device(kind);
+    for case in cases() {
+        let lengths = [40, 300, 17, 1, 133];
+        let last = [1, 3, 17, 1, 50];
+        let qkv: Vec<Vec<f32>> = lengths
+            .iter()
+            .map(|&length| tokens(&mut random, kind, &case, length))
+            .collect();
+        let mut run = |which: &[usize]| {
+            let lengths: Vec<usize> = which.iter().map(|&i| lengths[i]).collect();
+            let (tables, blocks) = tables(&mut random, &lengths, case.block_tokens);
+            let (heads, rope) = (case.spec.heads, identity(2048));
+            let mut layer = Layer::new(&mut device, heads, &rope, case.block_tokens, blocks);
+            let parts = |before: bool| -> Vec<Part<'_>> {
+                let part = |(&i, table): (&usize, _)| {
+                    let border = qkv[i].len() / heads.qkv_columns() - last[i];
+                    let range = if before {
+                        0..border
+                    } else {
+                        border..border + last[i]
+                    };
+                    let (qkv, table): (_, &Vec<u32>) = (&qkv[i][..], table);
+                    Part { qkv, range, table }
+                };
+                let parts = which.iter().zip(&tables).map(part);
+                parts.filter(|part| !part.range.is_empty()).collect()
+            };
+            let before = parts(true);
+            if !before.is_empty() {
+                layer.store(&before);
+            }
+            layer.step(&case.spec, &parts(false))
+        };
+        let together = run(&[0, 1, 2, 3, 4]);
+        let turned = run(&[4, 3, 2, 1, 0]);
+        for i in 0..lengths.len() {
+            let alone = run(&[i]).remove(0);
+            assert!(bits(&alone) == bits(&together[i]), "{case:?} {i}");
+            assert!(bits(&alone) == bits(&turned[4 - i]), "{case:?} {i}");
+        }
+    }
+}
+
+#[test]
+fn recorded_steps_are_padded_with_empty_sequences_and_give_the_same_bits() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(36);
+    let kind = CudaActivations::F16;
+    let mut device = device(kind);
+    let case = case((6, 2, 64), None, None, 16);
+    let (spec, heads) = (case.spec, case.spec.heads);
+    let columns = heads.q_columns();
+    let lengths = [5, 129, 40];
+    let steps = 5;
+    let ends: Vec<usize> = lengths.iter().map(|length| length + steps).collect();
+    let (tables, blocks) = tables(&mut random, &ends, case.block_tokens);
+    // All steps have the same rows, so that those in device memory can be reused.
+    let rows: Vec<Vec<f32>> = lengths
+        .iter()
+        .map(|&length| {
+            let context = tokens(&mut random, kind, &case, length);
+            let row = tokens(&mut random, kind, &case, 1);
+            [context, row.repeat(steps)].concat()
+        })
+        .collect();
+    let part = |i: usize, range| Part {
+        qkv: &rows[i],
+        range,
+        table: &tables[i],
+    };
+    let contexts = [0, 1, 2].map(|i| part(i, 0..lengths[i]));
+    let next = |step: usize| [0, 1, 2].map(|i| part(i, lengths[i] + step..lengths[i] + step + 1));
+    let rope = identity(2048);
+
+    let mut layer = Layer::new(&mut device, heads, &rope, case.block_tokens, blocks);
+    layer.store(&contexts);
+    let expected: Vec<Vec<u32>> = (0..steps)
+        .map(|step| bits(&layer.step(&spec, &next(step)).concat()))
+        .collect();
+
+    let mut layer = Layer::new(&mut device, heads, &rope, case.block_tokens, blocks);
+    layer.store(&contexts);
+    let (_, values) = layer.batch(&next(0));
+    let padding = vec![0.0; heads.qkv_columns()];
+    let mut qkv = layer.tensor(heads.qkv_columns(), &[values, padding].concat());
+    let mut out = layer.tensor(columns, &vec![7.0; 4 * columns]);
+    let mut replayed = 0;
+    for (step, expected) in expected.iter().enumerate() {
+        let (mut batch, _) = layer.batch(&next(step));
+        batch.sample_rows = vec![0, 1, 2];
+        match layer.device.stage(&batch).unwrap() {
+            Staged::Replayed => replayed += 1,
+            Staged::Enqueue => {
+                layer.rope_store(&mut qkv).unwrap();
+                let (device, cache) = (&mut layer.device, &layer.cache);
+                device.attend(&qkv, &spec, cache, 1, &mut out).unwrap();
+                assert_eq!(device.finish(Ok(())).unwrap(), Finished::Done);
+            }
+        }
+        let values = layer.device.values(&out, 4).unwrap();
+        assert!(bits(&values[..3 * columns]) == *expected, "step {step}");
+        assert!(values[3 * columns..].iter().all(|&value| value == 0.0));
+    }
+    assert!(replayed > 0, "no step was recorded");
+    // Padding writes no key: slots that no sequence wrote are still NaN.
+    let tokens = (0..blocks)
+        .map(|block| layer.cache.read(layer.device, 1, block).unwrap())
+        .flat_map(|(keys, values)| [keys, values].concat())
+        .filter(|&bits| !decoded(kind, bits).is_nan())
+        .count();
+    let written: usize = ends.iter().sum();
+    assert_eq!(tokens, written * 2 * heads.kv_heads * heads.head_dim);
+}
+
+/// Decodes one token per step of twelve sequences that begin with the same 112 tokens. Returns,
+/// for each step, its bits and whether it was replayed.
+fn decode_after_one_prompt(
+    device: &mut CudaDevice,
+    spec: &AttentionSpec,
+    (rows, tables): (&[Vec<f32>], &[Vec<u32>]),
+    blocks: usize,
+    steps: usize,
+) -> Vec<(Vec<u32>, bool)> {
+    let heads = spec.heads;
+    let mut layer = Layer::new(device, heads, &identity(2048), 16, blocks);
+    let length = |i: usize| rows[i].len() / heads.qkv_columns() - steps;
+    let part = |i: usize, range| Part {
+        qkv: &rows[i],
+        range,
+        table: &tables[i],
+    };
+    for i in 0..rows.len() {
+        // The shared blocks are already written.
+        let written = i > 0 && tables[i][0] == tables[0][0];
+        let start = if written { 112 } else { 0 };
+        layer.store(&[part(i, start..length(i))]);
+    }
+    let next = |step: usize| -> Vec<Part<'_>> {
+        let at = |i: usize| part(i, length(i) + step..length(i) + step + 1);
+        (0..rows.len()).map(at).collect()
+    };
+    // All steps have the same rows, so that those in device memory can be reused.
+    let (_, values) = layer.batch(&next(0));
+    let padding = vec![0.0; 4 * heads.qkv_columns()];
+    let mut qkv = layer.tensor(heads.qkv_columns(), &[values, padding].concat());
+    let mut out = layer.tensor(heads.q_columns(), &vec![f32::NAN; 16 * heads.q_columns()]);
+    let each = (0..steps).map(|step| {
+        let (mut batch, _) = layer.batch(&next(step));
+        batch.sample_rows = (0..rows.len()).collect();
+        let staged = layer.device.stage(&batch).unwrap();
+        if staged == Staged::Enqueue {
+            layer.rope_store(&mut qkv).unwrap();
+            let (device, cache) = (&mut layer.device, &layer.cache);
+            device.attend(&qkv, spec, cache, 1, &mut out).unwrap();
+            assert_eq!(device.finish(Ok(())).unwrap(), Finished::Done);
+        }
+        let values = layer.device.values(&out, rows.len()).unwrap();
+        assert!(values.iter().all(|value| value.is_finite()));
+        (bits(&values), staged == Staged::Replayed)
+    });
+    each.collect()
+}
+
+#[test]
+fn sequences_that_share_blocks_have_the_same_bits_as_with_blocks_of_their_own() {
+    const SEQUENCES: usize = 12;
+    const STEPS: usize = 14;
+    let _gpu = gpu::lock();
+    let mut random = Random::new(38);
+    let kind = CudaActivations::Bf16;
+    let case = case((4, 2, 32), None, None, 16);
+    let spec = case.spec;
+    let prompt = tokens(&mut random, kind, &case, 112);
+    let rows: Vec<Vec<f32>> = (0..SEQUENCES)
+        .map(|i| {
+            let own = tokens(&mut random, kind, &case, 8 + i % 4);
+            let row = tokens(&mut random, kind, &case, 1);
+            [prompt.clone(), own, row.repeat(STEPS)].concat()
+        })
+        .collect();
+    let apart: Vec<Vec<u32>> = (0..SEQUENCES as u32)
+        .map(|i| (9 * i..9 * (i + 1)).collect())
+        .collect();
+    let shared: Vec<Vec<u32>> = (0..SEQUENCES as u32)
+        .map(|i| (0..7).chain([7 + 2 * i, 8 + 2 * i]).collect())
+        .collect();
+    let blocks = 7 + 2 * SEQUENCES;
+    // The sequences have more tokens, and finally more units, than sequences that share nothing
+    // could have in this many blocks.
+    let columns = spec.heads.qkv_columns();
+    let lengths = rows.iter().map(|rows| rows.len() / columns);
+    assert!(lengths.clone().sum::<usize>() > 3 * blocks * 16);
+    let units: usize = lengths.map(|length| length.div_ceil(128)).sum();
+    assert!(units > (blocks * 16).div_ceil(128) + layer::limits(16).sequences);
+
+    let expected = decode_after_one_prompt(
+        &mut device(kind),
+        &spec,
+        (&rows, &apart),
+        9 * SEQUENCES,
+        STEPS,
+    );
+    let found = decode_after_one_prompt(&mut device(kind), &spec, (&rows, &shared), blocks, STEPS);
+    for (step, (found, expected)) in found.iter().zip(&expected).enumerate() {
+        assert!(found.0 == expected.0, "step {step}");
+    }
+    // Steps were replayed both before and after the capacity for units grew.
+    let replayed: Vec<bool> = found.iter().map(|step| step.1).collect();
+    assert!(replayed[2] && replayed[STEPS - 1], "{replayed:?}");
+}
+
+#[test]
+fn a_step_of_more_units_than_a_launch_has_room_for_gives_the_same_bits() {
+    const SEQUENCES: usize = 70;
+    /// Position of the only unshared token of each sequence, the first one of its 2048th block.
+    const POSITION: usize = 2047 * 16;
+    let gpu = gpu::lock();
+    let mut random = Random::new(39);
+    let kind = CudaActivations::F16;
+    let mut device = device(kind);
+    // A small window makes this fast; the units are counted all the same.
+    let case = case((2, 1, 16), Some(40), None, 16);
+    let (spec, columns) = (case.spec, case.spec.heads.qkv_columns());
+    let rope = identity(POSITION + 1);
+    let mut layer = Layer::new(&mut device, spec.heads, &rope, 16, 1 + SEQUENCES);
+    let shared = tokens(&mut random, kind, &case, 16);
+    layer.store(&[Part {
+        qkv: &shared,
+        range: 0..16,
+        table: &[0],
+    }]);
+    let own = tokens(&mut random, kind, &case, SEQUENCES);
+    let mut step = |sequences: Range<usize>| {
+        let (count, rows) = (sequences.len(), sequences.clone());
+        let block = |i: usize| 1 + i as u32;
+        let table = |i: usize| std::iter::repeat_n(0, 2047).chain([block(i)]);
+        let batch = Batch {
+            tokens: vec![0; count],
+            positions: vec![POSITION as u32; count],
+            slots: sequences.clone().map(|i| 16 * block(i)).collect(),
+            sequences: (0..count)
+                .map(|i| BatchSequence {
+                    rows: i..i + 1,
+                    table: 2048 * i..2048 * (i + 1),
+                })
+                .collect(),
+            tables: sequences.flat_map(table).collect(),
+            ..Batch::default()
+        };
+        let values = &own[rows.start * columns..rows.end * columns];
+        let mut qkv = layer.tensor(columns, values);
+        let nothing = vec![f32::NAN; count * spec.heads.q_columns()];
+        let mut out = layer.tensor(spec.heads.q_columns(), &nothing);
+        layer.stage(&batch);
+        layer.rope_store(&mut qkv).unwrap();
+        let (device, cache) = (&mut layer.device, &layer.cache);
+        device.attend(&qkv, &spec, cache, 1, &mut out).unwrap();
+        device.finish(Ok(())).unwrap();
+        bits(&device.values(&out, count).unwrap())
+    };
+    // Each sequence has 256 units. Together they exceed the 16384 units of one launch.
+    let launches = || match gpu::is_real() {
+        true => 0,
+        false => gpu
+            .calls()
+            .iter()
+            .filter(|(name, _)| name == "cuLaunchKernel")
+            .map(|(_, count)| *count)
+            .sum::<u64>(),
+    };
+    let before = launches();
+    let together = step(0..SEQUENCES);
+    let between = launches();
+    let few = [step(0..30), step(30..60), step(60..SEQUENCES)].concat();
+    if !gpu::is_real() {
+        // A split step takes two more launches than a whole one.
+        let whole = (launches() - between) / 3;
+        assert_eq!(between - before, whole + 2);
+    }
+    assert_eq!(together.len(), few.len());
+    assert!(together == few);
+    assert!(
+        together
+            .iter()
+            .all(|&bits| f32::from_bits(bits).is_finite())
+    );
+}
+
+#[test]
+fn what_cannot_be_attended_to_is_refused() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(37);
+    let kind = CudaActivations::Bf16;
+    let mut device = device(kind);
+    let good = case((2, 1, 64), None, None, 16).spec;
+    let heads = good.heads;
+    let sizes = "16, 32, 64, 80, 96, 128, 256";
+    let shape = CacheShape {
+        layers: 1,
+        kv_heads: 1,
+        head_dim: 48,
+        blocks: 1,
+        block_tokens: 16,
+    };
+    let error = device.allocate_cache(&shape).err().unwrap();
+    assert!(matches!(error, DeviceError::Unsupported { .. }), "{error}");
+    assert!(error.to_string().contains(sizes), "{error}");
+
+    let mut layer = Layer::new(&mut device, heads, &identity(64), 16, 2);
+    let rows = random.numbers(heads.qkv_columns());
+    let mut attend = |spec: &AttentionSpec, index: usize, columns: usize, block: u32| {
+        let table = &[block];
+        let part = Part {
+            qkv: &rows,
+            range: 0..1,
+            table,
+        };
+        let (mut batch, values) = layer.batch(&[part]);
+        batch.slots = vec![0];
+        let mut qkv = layer.tensor(heads.qkv_columns(), &values);
+        let mut out = layer.tensor(columns, &vec![0.0; columns]);
+        layer.stage(&batch);
+        layer.rope_store(&mut qkv).unwrap();
+        let (device, cache) = (&mut layer.device, &layer.cache);
+        let outcome = device.attend(&qkv, spec, cache, index, &mut out);
+        device.finish(Ok(())).unwrap();
+        outcome
+    };
+    attend(&good, 1, 128, 0).unwrap();
+    let other = |q_heads, kv_heads, head_dim| AttentionSpec {
+        heads: HeadShape {
+            q_heads,
+            kv_heads,
+            head_dim,
+        },
+        ..good
+    };
+    let error = attend(&other(2, 1, 48), 1, 128, 0).unwrap_err();
+    assert!(error.to_string().contains(sizes), "{error}");
+    for (spec, layer, columns, block, complaint) in [
+        (good, 2, 128, 0, "layer 2"),
+        (good, 1, 64, 0, "the result"),
+        (good, 1, 128, 2, "block 2"),
+        (other(4, 1, 64), 1, 256, 0, "qkv"),
+        (other(2, 2, 64), 1, 128, 0, "the cache"),
+        (other(2, 1, 128), 1, 256, 0, "the cache"),
+    ] {
+        let error = attend(&spec, layer, columns, block).unwrap_err();
+        assert!(matches!(error, DeviceError::Failed { .. }), "{error}");
+        assert!(error.to_string().contains(complaint), "{error}");
+    }
+}

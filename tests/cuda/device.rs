@@ -1,0 +1,602 @@
+//! The CUDA device as a whole: when it is refused, what is copied to it and back, what it waits
+//! for, which steps it records, and that every failure of the driver is a typed error after
+//! which nothing is leaked.
+
+use crate::gpu;
+use crate::gpu::Gpu;
+use crate::support::Random;
+use quell::SamplingParams;
+use quell::device::cuda::*;
+use quell::device::*;
+use quell::sampling::SampleRow;
+use quell::weights::DType;
+use std::sync::Arc;
+
+const HIDDEN: usize = 64;
+const VOCABULARY: usize = 96;
+const BLOCK: usize = 16;
+const HEADS: HeadShape = HeadShape {
+    q_heads: 2,
+    kv_heads: 1,
+    head_dim: 32,
+};
+const LIMITS: DeviceLimits = DeviceLimits {
+    rows: 16,
+    sequences: 8,
+    sequence_tokens: 64,
+    block_tokens: BLOCK,
+    vocabulary: VOCABULARY,
+};
+/// Lengths of the prompts.
+const PROMPTS: [usize; 3] = [5, 3, 1];
+
+/// A model of one layer, without a feed-forward part.
+struct Model {
+    table: CudaLinear,
+    output: CudaLinear,
+    qkv: CudaLinear,
+    out: CudaLinear,
+    norm: CudaVector,
+    rope: CudaRope,
+    cache: CudaCache,
+    residual: CudaTensor,
+    normed: CudaTensor,
+    rows: CudaTensor,
+    attended: CudaTensor,
+    delta: CudaTensor,
+    gathered: CudaTensor,
+    logits: CudaTensor,
+}
+
+fn linear(device: &mut CudaDevice, seed: u64, rows: usize) -> Result<CudaLinear, DeviceError> {
+    let data: Vec<u8> = Random::new(seed)
+        .numbers(rows * HIDDEN)
+        .iter()
+        .flat_map(|value| (value * 0.3).to_le_bytes())
+        .collect();
+    device.load_linear(&LinearSpec {
+        parts: vec![WeightRows {
+            dtype: DType::F32,
+            rows,
+            columns: HIDDEN,
+            data: &data,
+            order: RowOrder::AsStored,
+        }],
+        bias: None,
+    })
+}
+
+impl Model {
+    fn load(device: &mut CudaDevice) -> Result<Self, DeviceError> {
+        device.reserve(&LIMITS)?;
+        let shape = CacheShape {
+            layers: 1,
+            kv_heads: HEADS.kv_heads,
+            head_dim: HEADS.head_dim,
+            blocks: 16,
+            block_tokens: BLOCK,
+        };
+        let rope = RopeSpec {
+            inverse_frequencies: (0..16).map(|i| 0.7f32.powi(i)).collect(),
+            magnitude: 1.0,
+            max_positions: LIMITS.sequence_tokens,
+        };
+        let (rows, samples) = (LIMITS.rows, LIMITS.sequences);
+        let (activation, full) = (Precision::Activation, Precision::Full);
+        Ok(Self {
+            table: linear(device, 1, VOCABULARY)?,
+            output: linear(device, 4, VOCABULARY)?,
+            qkv: linear(device, 2, HEADS.qkv_columns())?,
+            out: linear(device, 3, HIDDEN)?,
+            norm: device.load_vector(&[1.0; HIDDEN])?,
+            rope: device.load_rope(&rope)?,
+            residual: device.allocate(rows, HIDDEN, full)?,
+            normed: device.allocate(rows, HIDDEN, activation)?,
+            rows: device.allocate(rows, HEADS.qkv_columns(), activation)?,
+            attended: device.allocate(rows, HEADS.q_columns(), activation)?,
+            delta: device.allocate(rows, HIDDEN, activation)?,
+            gathered: device.allocate(samples, HIDDEN, full)?,
+            logits: device.allocate(samples, VOCABULARY, full)?,
+            cache: device.allocate_cache(&shape)?,
+        })
+    }
+
+    fn enqueue(&mut self, device: &mut CudaDevice, batch: &Batch) -> Result<(), DeviceError> {
+        let (rows, samples) = (batch.rows(), batch.sample_rows.len());
+        let spec = AttentionSpec {
+            heads: HEADS,
+            scale: 0.2,
+            window: None,
+            softcap: None,
+        };
+        device.embed(&self.table, 1.0, &mut self.residual)?;
+        device.rms_norm(&self.residual, &self.norm, 1e-6, rows, &mut self.normed)?;
+        device.linear(&self.normed, &self.qkv, rows, &mut self.rows)?;
+        let (rope, cache) = (&self.rope, &mut self.cache);
+        device.rope_store(&mut self.rows, HEADS, None, rope, cache, 0)?;
+        device.attend(&self.rows, &spec, &self.cache, 0, &mut self.attended)?;
+        device.linear(&self.attended, &self.out, rows, &mut self.delta)?;
+        device.add(&mut self.residual, &self.delta, rows)?;
+        if samples == 0 {
+            return Ok(());
+        }
+        device.gather_samples(&self.residual, &mut self.gathered)?;
+        device.rms_norm(&self.gathered, &self.norm, 1e-6, samples, &mut self.normed)?;
+        device.linear(&self.normed, &self.output, samples, &mut self.logits)
+    }
+
+    fn launch(
+        &mut self,
+        device: &mut CudaDevice,
+        batch: &Batch,
+    ) -> Result<CudaPending, DeviceError> {
+        if device.stage(batch)? == Staged::Enqueue {
+            loop {
+                let outcome = self.enqueue(device, batch);
+                if device.finish(outcome)? == Finished::Done {
+                    break;
+                }
+            }
+        }
+        let params = Arc::new(SamplingParams::greedy());
+        let row = |&row: &usize| SampleRow {
+            params: Arc::clone(&params),
+            position: batch.positions[row] + 1,
+            history: Vec::new(),
+            prompt_tokens: 0,
+            ..SampleRow::default()
+        };
+        let rows: Vec<SampleRow> = batch.sample_rows.iter().map(row).collect();
+        device.sample(&self.logits, &rows)
+    }
+}
+
+/// Returns the batch of a step. Step 0 computes the prompts, and each later step computes one
+/// token per sequence, by feedback. Sequence `i` has four blocks, from block `4 i` on.
+fn batch(step: usize) -> Batch {
+    let mut batch = Batch::default();
+    for (index, &prompt) in PROMPTS.iter().enumerate() {
+        let positions = match step {
+            0 => 0..prompt,
+            step => prompt + step - 1..prompt + step,
+        };
+        let (first, table) = (batch.rows(), batch.tables.len());
+        if step > 0 {
+            let sample = index;
+            batch.feedback.push(Feedback { row: first, sample });
+        }
+        for position in positions.clone() {
+            batch.tokens.push((7 * index + 3 * position + 1) as u32);
+            batch.positions.push(position as u32);
+            batch.slots.push((4 * index * BLOCK + position) as u32);
+        }
+        let blocks = positions.end.div_ceil(BLOCK);
+        batch
+            .tables
+            .extend((0..blocks).map(|block| (4 * index + block) as u32));
+        batch.sequences.push(BatchSequence {
+            rows: first..batch.rows(),
+            table: table..batch.tables.len(),
+        });
+        batch.sample_rows.push(batch.rows() - 1);
+    }
+    batch
+}
+
+/// Loads the model and runs this many steps, with two in flight.
+fn run(options: &CudaOptions, steps: usize) -> Result<Vec<Vec<u32>>, DeviceError> {
+    let mut device = CudaDevice::new(options)?;
+    let mut model = Model::load(&mut device)?;
+    let mut tokens = Vec::new();
+    let mut collect = |device: &mut CudaDevice, pending| -> Result<(), DeviceError> {
+        let samples = device.collect(pending)?;
+        tokens.push(samples.iter().map(|sample| sample.token).collect());
+        Ok(())
+    };
+    let mut in_flight = None;
+    for step in 0..steps {
+        let pending = model.launch(&mut device, &batch(step))?;
+        if let Some(oldest) = in_flight.replace(pending) {
+            collect(&mut device, oldest)?;
+        }
+    }
+    if let Some(pending) = in_flight {
+        collect(&mut device, pending)?;
+    }
+    Ok(tokens)
+}
+
+fn options() -> CudaOptions {
+    CudaOptions::default()
+}
+
+fn refusal(gpu: &Gpu, index: usize) -> String {
+    let available = CudaDevice::available(index).err();
+    let options = CudaOptions {
+        device: index,
+        ..options()
+    };
+    let error = CudaDevice::new(&options).err().expect("no device");
+    let DeviceError::Unavailable { device, reason } = &error else {
+        panic!("{error}");
+    };
+    assert_eq!(*device, format!("cuda:{index}"));
+    if let Some(available) = available {
+        assert_eq!(available.to_string(), error.to_string());
+    }
+    assert!(!reason.contains('\n'), "{reason}");
+    assert_eq!(gpu.leaks(), [""; 0]);
+    reason.clone()
+}
+
+#[test]
+fn an_unusable_gpu_is_refused_with_the_reason() {
+    let gpu = gpu::lock();
+    if gpu::is_real() {
+        return;
+    }
+    let expect = |settings: &[(&str, &str)], index: usize, expected: &str| {
+        gpu.reset();
+        for (key, value) in settings {
+            gpu.set(key, value);
+        }
+        let reason = refusal(&gpu, index);
+        assert!(
+            reason.contains(expected),
+            "'{reason}' instead of '{expected}'"
+        );
+    };
+    expect(&[("devices", "0")], 0, "finds no GPU");
+    expect(&[("devices", "1")], 1, "there is only one GPU, cuda:0");
+    expect(&[("devices", "3")], 5, "there are 3 GPUs, cuda:0 to cuda:2");
+    expect(
+        &[("driver", "12020")],
+        0,
+        "supports CUDA 12.2, and 12.4 is needed (driver 550",
+    );
+    expect(
+        &[("compute_capability", "7.5")],
+        0,
+        "has compute capability 7.5, and 8.0",
+    );
+    gpu.reset();
+    gpu.fail("cuDevicePrimaryCtxRetain", 1, 2);
+    assert!(refusal(&gpu, 0).contains("has no memory left"));
+    gpu.reset();
+    gpu.fail("cuInit", 1, 999);
+    assert!(
+        CudaDevice::available(0)
+            .unwrap_err()
+            .to_string()
+            .contains("does not start")
+    );
+    gpu.reset();
+    CudaDevice::available(0).unwrap();
+    drop(CudaDevice::new(&options()).unwrap());
+}
+
+#[test]
+fn a_utilisation_that_is_none_is_refused() {
+    let _gpu = gpu::lock();
+    for utilisation in [0.0, -1.0, 1.5, f32::NAN] {
+        let options = CudaOptions {
+            utilisation,
+            ..options()
+        };
+        let error = CudaDevice::new(&options).err().unwrap();
+        assert!(matches!(error, DeviceError::Unsupported { .. }), "{error}");
+    }
+}
+
+#[test]
+fn matrices_come_back_as_they_went() {
+    let _gpu = gpu::lock();
+    for activations in [CudaActivations::Bf16, CudaActivations::F16] {
+        let mut device = CudaDevice::new(&CudaOptions {
+            activations,
+            ..options()
+        })
+        .unwrap();
+        // Larger than one piece of an upload, and not a multiple of it.
+        let mut random = Random::new(5);
+        let values = random.numbers((17 << 20) / 4 + 40);
+        let tensor = device.tensor(8, Precision::Full, &values).unwrap();
+        assert!(device.values(&tensor, usize::MAX).unwrap() == values);
+        let values: Vec<f32> = (0..64).map(|i| (i - 30) as f32 * 0.5).collect();
+        let tensor = device.tensor(16, Precision::Activation, &values).unwrap();
+        assert_eq!(device.values(&tensor, 4).unwrap(), values);
+        assert_eq!(device.values(&tensor, 1).unwrap(), values[..16]);
+    }
+}
+
+#[test]
+fn the_memory_plan_counts_weights_and_leaves_a_share_free() {
+    let gpu = gpu::lock();
+    if !gpu::is_real() {
+        gpu.set("memory", "1G");
+    }
+    let mut device = CudaDevice::new(&options()).unwrap();
+    let before = device.cache_budget().unwrap();
+    assert_eq!(device.weight_bytes(), 0);
+    let weights = linear(&mut device, 1, VOCABULARY).unwrap();
+    let bytes = device.weight_bytes();
+    assert!(
+        (2 * VOCABULARY * HIDDEN..4 * VOCABULARY * HIDDEN).contains(&bytes),
+        "{bytes}"
+    );
+    let half = CudaDevice::new(&CudaOptions {
+        utilisation: 0.45,
+        ..options()
+    });
+    if !gpu::is_real() {
+        assert_eq!(before, ((1 << 30) as f64 * f64::from(0.9f32)) as usize);
+        assert!(device.cache_budget().unwrap() <= before - bytes);
+        let half = half.unwrap().cache_budget().unwrap();
+        assert!(half < before / 2 + 4096, "{half} of {before}");
+    }
+    drop(weights);
+}
+
+#[test]
+fn too_large_an_allocation_is_out_of_memory_and_names_what_it_was_for() {
+    let gpu = gpu::lock();
+    if !gpu::is_real() {
+        gpu.set("memory", "64M");
+    }
+    let mut device = CudaDevice::new(&options()).unwrap();
+    let error = device.allocate(1 << 20, 1 << 20, Precision::Full).err();
+    let Some(DeviceError::OutOfMemory { bytes, what, .. }) = error else {
+        panic!("{error:?}");
+    };
+    assert_eq!((bytes, what.as_str()), (4 << 40, "activations"));
+    // The device can still be used.
+    device.allocate(16, 16, Precision::Full).unwrap();
+    let error = device.allocate(usize::MAX / 2, 16, Precision::Full).err();
+    assert!(matches!(error, Some(DeviceError::OutOfMemory { .. })));
+}
+
+#[test]
+fn recorded_steps_give_the_same_tokens_as_enqueued_ones() {
+    let gpu = gpu::lock();
+    let recorded = run(&options(), 8).unwrap();
+    let graphs = CudaOptions {
+        graphs: false,
+        ..options()
+    };
+    if !gpu::is_real() {
+        // The first decode step is enqueued, and the others are launched as a graph.
+        assert_eq!(gpu.statistic("graph_launches"), 6);
+        gpu.reset();
+    }
+    assert_eq!(run(&graphs, 8).unwrap(), recorded);
+    assert_eq!(recorded.len(), 8);
+    let mut seen: Vec<u32> = recorded.concat();
+    seen.sort_unstable();
+    seen.dedup();
+    assert!(seen.len() > 4, "{recorded:?} says little");
+    if !gpu::is_real() {
+        assert_eq!(gpu.statistic("graph_launches"), 0);
+        for seed in ["1", "2", "3"] {
+            gpu.set("schedule", &format!("shuffle:{seed}"));
+            assert_eq!(run(&options(), 8).unwrap(), recorded);
+        }
+        assert_eq!(gpu.leaks(), [""; 0]);
+    }
+}
+
+#[test]
+fn a_steady_decode_step_waits_for_nothing_but_an_older_steps_samples() {
+    let gpu = gpu::lock();
+    if gpu::is_real() {
+        return;
+    }
+    let mut device = CudaDevice::new(&options()).unwrap();
+    let mut model = Model::load(&mut device).unwrap();
+    let mut launch = |device: &mut CudaDevice, step| model.launch(device, &batch(step)).unwrap();
+    let mut in_flight = launch(&mut device, 0);
+    for step in 1..=4 {
+        let next = launch(&mut device, step);
+        device
+            .collect(std::mem::replace(&mut in_flight, next))
+            .unwrap();
+    }
+    for step in 5..12 {
+        gpu.reset();
+        let next = launch(&mut device, step);
+        assert_eq!(gpu.statistic("synchronisations"), 0, "{:?}", gpu.calls());
+        assert_eq!(gpu.statistic("graph_launches"), 1);
+        let calls = gpu.calls();
+        let called = |name: &str| calls.iter().any(|(function, _)| function.starts_with(name));
+        assert!(!called("cuMemAlloc") && !called("cuMemFree") && !called("cuMemHostAlloc"));
+        device
+            .collect(std::mem::replace(&mut in_flight, next))
+            .unwrap();
+        assert_eq!(gpu.statistic("synchronisations"), 1);
+    }
+    device.collect(in_flight).unwrap();
+}
+
+#[test]
+fn memory_that_is_given_back_is_not_used_by_a_recorded_step() {
+    let gpu = gpu::lock();
+    let mut device = CudaDevice::new(&options()).unwrap();
+    let mut model = Model::load(&mut device).unwrap();
+    for step in 0..5 {
+        let pending = model.launch(&mut device, &batch(step)).unwrap();
+        device.collect(pending).unwrap();
+    }
+    // The recorded steps wrote to the logits that this replaces.
+    model.logits = device
+        .allocate(LIMITS.sequences, VOCABULARY, Precision::Full)
+        .unwrap();
+    let pending = model.launch(&mut device, &batch(5)).unwrap();
+    let tokens = device.collect(pending).unwrap();
+    let tokens: Vec<u32> = tokens.iter().map(|sample| sample.token).collect();
+    drop((model, device));
+    assert_eq!(tokens, run(&options(), 6).unwrap()[5]);
+    drop(gpu);
+}
+
+#[test]
+fn a_batch_beyond_the_cache_is_refused_recorded_or_not() {
+    let _gpu = gpu::lock();
+    let mut device = CudaDevice::new(&options()).unwrap();
+    let mut model = Model::load(&mut device).unwrap();
+    for step in 0..5 {
+        let pending = model.launch(&mut device, &batch(step)).unwrap();
+        device.collect(pending).unwrap();
+        let mut refused = |change: fn(&mut Batch)| {
+            let mut batch = batch(step + 1);
+            change(&mut batch);
+            let error = model.launch(&mut device, &batch).err().expect("refused");
+            assert!(matches!(error, DeviceError::Failed { .. }), "{error}");
+        };
+        refused(|batch| batch.tables[0] = 16);
+        refused(|batch| batch.slots[0] = 16 * BLOCK as u32);
+        refused(|batch| batch.feedback[0].sample = PROMPTS.len());
+    }
+}
+
+/// Functions that only release something. Their failures are logged and counted.
+const CLEANUP: [&str; 10] = [
+    "cuCtxSynchronize",
+    "cuDevicePrimaryCtxRelease_v2",
+    "cuEventDestroy_v2",
+    "cuGraphDestroy",
+    "cuGraphExecDestroy",
+    "cuMemFreeHost",
+    "cuMemFree_v2",
+    "cuModuleUnload",
+    "cuStreamDestroy_v2",
+    "cuStreamIsCapturing",
+];
+/// Functions that may fail while a step is recorded: the step is enqueued instead.
+const RECORDING: [&str; 4] = [
+    "cuGraphInstantiateWithFlags",
+    "cuLaunchKernel",
+    "cuStreamBeginCapture_v2",
+    "cuStreamEndCapture",
+];
+
+const STEPS: usize = 5;
+
+/// Makes each call of `function` fail in turn, with `code`.
+fn fail_each(gpu: &Gpu, function: &str, count: u64, code: i32, expected: &[Vec<u32>]) {
+    let sticky = code >= 700;
+    // The context is checked before every call, so testing some of these calls is enough.
+    let stride = if function == "cuCtxGetCurrent" { 7 } else { 1 };
+    for nth in (1..=count).step_by(stride) {
+        gpu.reset();
+        gpu.fail(function, nth, code);
+        let outcome = run(&options(), STEPS);
+        let what = format!("call {nth} of {count} of {function} with {code}: {outcome:?}");
+        let waiting = gpu.waiting_failures();
+        let (violations, leaks) = (gpu.violations(), gpu.leaks());
+        assert!(
+            violations.is_empty() && leaks.is_empty(),
+            "{what}: {violations:?} {leaks:?}"
+        );
+        match outcome {
+            Ok(tokens) => {
+                // The result of the call was not needed, or there was a fallback.
+                let harmless = CLEANUP.contains(&function)
+                    || RECORDING.contains(&function)
+                    || function == "cuCtxGetCurrent"
+                    // A recorded step makes fewer calls.
+                    || waiting > 0;
+                assert!(harmless, "{what}");
+                assert_eq!(tokens, expected, "{what}");
+            }
+            Err(error) => {
+                assert_eq!(waiting, 0, "{what}");
+                let typed = match &error {
+                    DeviceError::Lost { .. } => sticky,
+                    DeviceError::Failed { reason, .. } => !sticky && reason.contains("CUDA_ERROR"),
+                    DeviceError::OutOfMemory { .. } => code == 2,
+                    // The device could not be created.
+                    DeviceError::Unavailable { .. } => true,
+                    _ => false,
+                };
+                assert!(typed, "{what}");
+            }
+        }
+    }
+}
+
+fn fail_everything(code: i32) {
+    let gpu = gpu::lock();
+    if gpu::is_real() {
+        return;
+    }
+    let expected = run(&options(), STEPS).unwrap();
+    let calls = gpu.calls();
+    assert!(calls.len() > 35, "{calls:?}");
+    for (function, count) in calls {
+        // It only looks up the text of an error.
+        if function != "cuGetErrorString" {
+            fail_each(&gpu, &function, count, code, &expected);
+        }
+    }
+    gpu.reset();
+    // A new device works as before.
+    assert_eq!(run(&options(), STEPS).unwrap(), expected);
+}
+
+#[test]
+fn every_driver_call_may_fail() {
+    fail_everything(1);
+}
+
+#[test]
+fn memory_may_run_out_at_every_driver_call() {
+    fail_everything(2);
+}
+
+#[test]
+fn the_device_may_be_lost_at_every_driver_call() {
+    fail_everything(719);
+}
+
+#[test]
+fn what_cannot_be_given_back_is_counted() {
+    let gpu = gpu::lock();
+    if gpu::is_real() {
+        return;
+    }
+    let mut device = CudaDevice::new(&options()).unwrap();
+    let matrix = device.allocate(16, 16, Precision::Full).unwrap();
+    assert_eq!(device.cleanup_errors(), 0);
+    gpu.fail("cuMemFree_v2", 1, 1);
+    drop(matrix);
+    assert_eq!(device.cleanup_errors(), 1);
+    device.allocate(16, 16, Precision::Full).unwrap();
+}
+
+#[test]
+fn a_lost_device_says_so_from_then_on() {
+    let gpu = gpu::lock();
+    if gpu::is_real() {
+        return;
+    }
+    let mut device = CudaDevice::new(&options()).unwrap();
+    let mut model = Model::load(&mut device).unwrap();
+    gpu.fail("cuLaunchKernel", 3, 700);
+    let first = model.launch(&mut device, &batch(0)).err().unwrap();
+    let DeviceError::Lost {
+        operation, reason, ..
+    } = &first
+    else {
+        panic!("{first}");
+    };
+    assert!(
+        !operation.is_empty() && reason.contains("CUDA_ERROR_ILLEGAL_ADDRESS"),
+        "{first}"
+    );
+    let text = first.to_string();
+    let again = model.launch(&mut device, &batch(0)).err().unwrap();
+    assert_eq!(again.to_string(), text);
+    let allocated = device.allocate(1, 8, Precision::Full).err().unwrap();
+    assert_eq!(allocated.to_string(), text);
+    drop((model, device));
+    assert_eq!(gpu.leaks(), [""; 0]);
+}

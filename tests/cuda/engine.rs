@@ -1,0 +1,352 @@
+//! The whole engine on the CUDA device, with two steps in flight: other requests in the batch,
+//! cancellations during graph replays, and preemption change no token.
+//!
+//! After every step, the engine's invariants are checked and freed blocks are filled with NaN,
+//! so that a request that reads a block of another one gets a different answer.
+
+use crate::constraint::Remainders;
+use crate::golden::tiny;
+use crate::gpu;
+use crate::requests::idle;
+use quell::{
+    CudaActivations, CudaOptions, DeviceChoice, EmbedRequest, Engine, EngineConfig, LoadOptions,
+    Preemption, Request, SamplingParams, TokenStream,
+};
+
+const REQUESTS: usize = 16;
+
+fn engine(model: &str, cuda: CudaOptions, kv_blocks: usize) -> Engine {
+    engine_with(model, cuda, kv_blocks, EngineConfig::default())
+}
+
+fn engine_with(model: &str, cuda: CudaOptions, kv_blocks: usize, config: EngineConfig) -> Engine {
+    let options = LoadOptions {
+        device: DeviceChoice::Cuda(0),
+        cuda,
+        ..LoadOptions::default()
+    };
+    // Two layers of two heads, and keys and values of two bytes.
+    let head_dim = if model == "llama" { 16 } else { 32 };
+    let block_bytes = 2 * 2 * 2 * 2 * head_dim * 16;
+    let config = EngineConfig {
+        max_batch_tokens: 64,
+        max_sequences: REQUESTS,
+        kv_cache_bytes: Some(kv_blocks * block_bytes),
+        audit: true,
+        ..config
+    };
+    let engine = Engine::load(tiny(model), config, options).unwrap();
+    assert_eq!(engine.info().cache_blocks, kv_blocks);
+    engine
+}
+
+/// Builds requests of all kinds: greedy, sampled, with penalties, bias and log probabilities.
+fn request(index: usize) -> Request {
+    let prompt: Vec<u32> = (0..1 + index * 5 % 23)
+        .map(|i| ((index * 97 + i * 31) % 500 + 3) as u32)
+        .collect();
+    let sampled = SamplingParams {
+        seed: index as u64,
+        temperature: 0.9,
+        ..SamplingParams::default()
+    };
+    let sampling = match index % 4 {
+        0 => SamplingParams::greedy(),
+        1 => sampled,
+        2 => SamplingParams {
+            top_k: 40,
+            top_p: 0.9,
+            min_p: 0.01,
+            ..sampled
+        },
+        _ => SamplingParams {
+            repetition_penalty: 1.2,
+            frequency_penalty: 0.3,
+            logit_bias: vec![(300, 2.0)],
+            logprobs: Some(2),
+            ..sampled
+        },
+    };
+    let tokens = 14 + index * 3 % 10;
+    let mut request = Request::new(prompt).max_tokens(tokens).sampling(sampling);
+    request.ignore_eos = true;
+    request
+}
+
+type Tokens = Vec<(u32, Vec<(u32, f32)>)>;
+
+fn tokens(stream: TokenStream) -> Tokens {
+    let generation = stream.complete_blocking().unwrap();
+    let tokens = generation.tokens.into_iter();
+    tokens.map(|token| (token.id, token.top)).collect()
+}
+
+/// Returns the tokens of each request when it runs alone.
+fn alone(engine: &Engine) -> Vec<Tokens> {
+    (0..REQUESTS)
+        .map(|index| tokens(engine.generate(request(index)).unwrap()))
+        .collect()
+}
+
+#[test]
+fn cancels_between_graph_replays_leave_the_other_tokens_as_they_are() {
+    let gpu = gpu::lock();
+    for model in ["llama", "mistral"] {
+        let engine = engine(model, CudaOptions::default(), 64);
+        let expected = alone(&engine);
+        let replays = || (!gpu::is_real()).then(|| gpu.statistic("graph_launches"));
+        let before = replays();
+
+        let streams: Vec<_> = (0..REQUESTS)
+            .map(|index| engine.generate(request(index)).unwrap())
+            .collect();
+        let mut kept = Vec::new();
+        for (index, mut stream) in streams.into_iter().enumerate() {
+            if index % 2 == 0 {
+                kept.push((index, stream));
+                continue;
+            }
+            // Read a few tokens and drop the stream, each one at a different step.
+            for _ in 0..index % 7 {
+                stream.next_blocking().unwrap().unwrap();
+            }
+            drop(stream);
+        }
+        for (index, stream) in kept {
+            assert_eq!(tokens(stream), expected[index], "{model}, request {index}");
+        }
+        let stats = idle(&engine);
+        assert!(stats.outcomes.cancelled > 0, "{stats:?}");
+        if let Some((before, after)) = before.zip(replays()) {
+            assert!(after > before, "no step was a replayed graph");
+        }
+    }
+}
+
+#[test]
+fn constrained_requests_beside_free_ones_give_the_tokens_of_each_alone() {
+    let _gpu = gpu::lock();
+    let held = |index: usize| match index % 3 {
+        0 => request(index).constraint(Remainders::default()),
+        _ => request(index),
+    };
+    let engine = engine("llama", CudaOptions::default(), 64);
+    let alone: Vec<Tokens> = (0..REQUESTS)
+        .map(|index| tokens(engine.generate(held(index)).unwrap()))
+        .collect();
+    let streams: Vec<_> = (0..REQUESTS)
+        .map(|index| engine.generate(held(index)).unwrap())
+        .collect();
+    for (index, stream) in streams.into_iter().enumerate() {
+        let tokens = tokens(stream);
+        assert_eq!(tokens, alone[index], "request {index}");
+        let ids = tokens.iter().map(|(id, _)| *id);
+        assert!(
+            index % 3 != 0 || Remainders::allowed(ids),
+            "request {index}"
+        );
+    }
+    idle(&engine);
+}
+
+#[test]
+fn graphs_change_no_token() {
+    let _gpu = gpu::lock();
+    let without = CudaOptions {
+        graphs: false,
+        ..CudaOptions::default()
+    };
+    let expected = alone(&engine("llama", without, 64));
+    let with = engine("llama", CudaOptions::default(), 64);
+    let streams: Vec<_> = (0..REQUESTS)
+        .map(|index| with.generate(request(index)).unwrap())
+        .collect();
+    for (index, stream) in streams.into_iter().enumerate() {
+        assert_eq!(tokens(stream), expected[index], "request {index}");
+    }
+}
+
+#[test]
+fn preempted_requests_give_the_tokens_of_each_alone() {
+    let _gpu = gpu::lock();
+    let expected = alone(&engine("llama", CudaOptions::default(), 64));
+    let crowd = engine("llama", CudaOptions::default(), 5);
+    let streams: Vec<_> = (0..REQUESTS)
+        .map(|index| crowd.generate(request(index)).unwrap())
+        .collect();
+    for (index, stream) in streams.into_iter().enumerate() {
+        assert_eq!(tokens(stream), expected[index], "request {index}");
+    }
+    let stats = idle(&crowd);
+    assert!(
+        stats.preemptions > 0,
+        "nothing was preempted: the test proves nothing"
+    );
+}
+
+#[test]
+fn swapped_requests_give_the_tokens_of_each_alone() {
+    let _gpu = gpu::lock();
+    let expected = alone(&engine("llama", CudaOptions::default(), 64));
+    let config = EngineConfig {
+        preemption: Preemption::Swap,
+        prefix_cache: false,
+        ..EngineConfig::default()
+    };
+    let crowd = engine_with("llama", CudaOptions::default(), 5, config);
+    let streams: Vec<_> = (0..REQUESTS)
+        .map(|index| crowd.generate(request(index)).unwrap())
+        .collect();
+    for (index, stream) in streams.into_iter().enumerate() {
+        assert_eq!(tokens(stream), expected[index], "request {index}");
+    }
+    let stats = idle(&crowd);
+    assert!(stats.swaps > 0, "nothing was swapped out");
+}
+
+#[test]
+fn sessions_forks_and_samples_give_the_tokens_of_the_whole_prompt() {
+    let _gpu = gpu::lock();
+    let config = EngineConfig {
+        prefix_cache: false,
+        ..EngineConfig::default()
+    };
+    let engine = engine_with("llama", CudaOptions::default(), 64, config);
+    let greedy = |prompt: Vec<u32>| {
+        let mut request = Request::new(prompt).greedy().max_tokens(6);
+        request.ignore_eos = true;
+        request
+    };
+    let ids = |stream| -> Vec<u32> { tokens(stream).into_iter().map(|(id, _)| id).collect() };
+    let prompt = |length: u32, seed: u32| {
+        (0..length)
+            .map(|i| (seed * 97 + i * 31) % 500 + 3)
+            .collect()
+    };
+    let session = engine.session();
+    let mut context: Vec<u32> = Vec::new();
+    for turn in 0..3 {
+        let new: Vec<u32> = prompt(7 + 5 * turn, turn);
+        context.extend(&new);
+        let answer = ids(session.generate(greedy(new)).unwrap());
+        let expected = ids(engine.generate(greedy(context.clone())).unwrap());
+        assert_eq!(answer, expected, "turn {turn}");
+        context.extend(answer);
+    }
+    // Both write to the block that they share.
+    let fork = session.fork().unwrap();
+    let streams = [&session, &fork].map(|session| {
+        let new: Vec<u32> = prompt(3, session.id().as_u64() as u32);
+        let whole = [context.clone(), new.clone()].concat();
+        (whole, session.generate(greedy(new)).unwrap())
+    });
+    for (whole, stream) in streams {
+        let expected = ids(engine.generate(greedy(whole)).unwrap());
+        assert_eq!(ids(stream), expected);
+    }
+    let streams = engine.generate_samples(greedy(context.clone()), 3).unwrap();
+    let expected = ids(engine.generate(greedy(context)).unwrap());
+    for stream in streams {
+        assert_eq!(ids(stream), expected);
+    }
+    drop((session, fork));
+    idle(&engine);
+}
+
+fn vector(engine: &Engine, prompt: &[u32]) -> Vec<f32> {
+    let request = EmbedRequest::new(prompt.to_vec());
+    engine.embed(request).unwrap().wait().unwrap().values
+}
+
+fn text(index: usize) -> Vec<u32> {
+    let length = 1 + index * 29 % 90;
+    let token = |i| ((index * 97 + i * 31) % 500 + 3) as u32;
+    (0..length).map(token).collect()
+}
+
+#[test]
+fn embeddings_are_near_those_of_the_cpu() {
+    let _gpu = gpu::lock();
+    for model in ["llama", "mistral"] {
+        let cpu = EngineConfig {
+            kv_cache_bytes: Some(8 << 20),
+            ..EngineConfig::default()
+        };
+        let cpu = Engine::load(tiny(model), cpu, LoadOptions::cpu()).unwrap();
+        let cuda = CudaOptions {
+            activations: CudaActivations::F16,
+            ..CudaOptions::default()
+        };
+        let cuda = engine(model, cuda, 64);
+        for index in 0..6 {
+            let (found, expected) = (vector(&cuda, &text(index)), vector(&cpu, &text(index)));
+            assert_eq!(found.len(), expected.len());
+            let size = expected.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+            for (found, expected) in found.iter().zip(&expected) {
+                let error = (found - expected).abs();
+                assert!(error <= 0.01 * size, "{model}, {index}: {error} of {size}");
+            }
+        }
+    }
+}
+
+/// Steps that only decode are replayed as graphs; steps with an embedding are not.
+#[test]
+fn embeddings_and_those_beside_them_are_the_same_alone_and_together() {
+    let gpu = gpu::lock();
+    let engine = engine("llama", CudaOptions::default(), 64);
+    let expected = alone(&engine);
+    let vectors: Vec<Vec<f32>> = (0..8).map(|index| vector(&engine, &text(index))).collect();
+    let replays = || (!gpu::is_real()).then(|| gpu.statistic("graph_launches"));
+    let before = replays();
+    let asked: Vec<_> = (0..REQUESTS)
+        .map(|index| {
+            let stream = engine.generate(request(index)).unwrap();
+            let text = EmbedRequest::new(text(index % 8));
+            let dropped = engine.embed(text.clone()).unwrap();
+            let embedding = engine.embed(text).unwrap();
+            drop(dropped);
+            (stream, embedding)
+        })
+        .collect();
+    for (index, (stream, embedding)) in asked.into_iter().enumerate() {
+        assert_eq!(tokens(stream), expected[index], "request {index}");
+        assert_eq!(embedding.wait().unwrap().values, vectors[index % 8]);
+    }
+    idle(&engine);
+    if let Some((before, after)) = before.zip(replays()) {
+        assert!(after > before, "no step was a replayed graph");
+    }
+}
+
+/// Returns the id of each token and the bits of its log probability.
+fn scores(tokens: &[quell::Token]) -> Vec<(u32, u32)> {
+    let score = |token: &quell::Token| (token.id, token.logprob.to_bits());
+    tokens.iter().map(score).collect()
+}
+
+#[test]
+fn the_scores_of_a_prompt_are_those_of_its_tokens_when_they_were_generated() {
+    let _gpu = gpu::lock();
+    let engine = engine("llama", CudaOptions::default(), 64);
+    for index in 0..4 {
+        let mut request = Request::new(text(index + 1)).greedy().max_tokens(20);
+        request.ignore_eos = true;
+        request.sampling.logprobs = Some(0);
+        let answer = engine.generate(request).unwrap();
+        let answer = answer.complete_blocking().unwrap();
+        let ids = answer.tokens.iter().map(|token| token.id);
+        let whole = answer.prompt_ids.iter().copied().chain(ids);
+        let score = Request::new(whole.collect::<Vec<u32>>())
+            .max_tokens(0)
+            .prompt_logprobs(3);
+        let neighbour = engine.generate(self::request(index)).unwrap();
+        let scored = engine.generate(score).unwrap().complete_blocking().unwrap();
+        let found = scored.prompt_logprobs.unwrap();
+        let (prompt, generated) = found.split_at(answer.prompt_ids.len() - 1);
+        assert_eq!(scores(generated), scores(&answer.tokens));
+        assert!(prompt.iter().all(|token| token.top.len() == 3));
+        drop(neighbour);
+    }
+    idle(&engine);
+}

@@ -1,0 +1,401 @@
+//! Mixture-of-experts layers on the CUDA device agree with float64, and the result of a row
+//! depends only on that row.
+
+use crate::gpu;
+use crate::support::{Random, bits, dequantized, weights};
+use half::{bf16, f16};
+use quell::device::cuda::{CudaDevice, CudaExperts};
+use quell::device::{
+    Activation, Device, DeviceError, LinearSpec, Precision, RoutingSpec, RowOrder, WeightRows,
+};
+use quell::weights::DType;
+use quell::{CudaActivations, CudaOptions};
+
+fn device(activations: CudaActivations) -> CudaDevice {
+    let options = CudaOptions {
+        activations,
+        ..CudaOptions::default()
+    };
+    CudaDevice::new(&options).unwrap()
+}
+
+/// Rounds a value to the type of the activations.
+fn rounded(activations: CudaActivations, value: f64) -> f64 {
+    match activations {
+        CudaActivations::Bf16 => bf16::from_f64(value).to_f64(),
+        CudaActivations::F16 => f16::from_f64(value.clamp(-65504.0, 65504.0)).to_f64(),
+    }
+}
+
+/// One matrix of an expert.
+struct Matrix {
+    dtype: DType,
+    columns: usize,
+    data: Vec<u8>,
+    /// The weights as the device stores them.
+    weights: Vec<f64>,
+}
+
+impl Matrix {
+    fn new(
+        random: &mut Random,
+        activations: CudaActivations,
+        dtype: DType,
+        (rows, columns): (usize, usize),
+    ) -> Self {
+        let data = weights(random, dtype, rows, columns);
+        let stored = dequantized(dtype, &data, rows * columns);
+        let kept = stored.iter().map(|&w| rounded(activations, w.into()));
+        Self {
+            dtype,
+            columns,
+            weights: kept.collect(),
+            data,
+        }
+    }
+
+    fn spec(&self) -> LinearSpec<'_> {
+        let part = WeightRows {
+            dtype: self.dtype,
+            rows: self.weights.len() / self.columns,
+            columns: self.columns,
+            data: &self.data,
+            order: RowOrder::AsStored,
+        };
+        LinearSpec {
+            parts: vec![part],
+            bias: None,
+        }
+    }
+
+    /// Returns the product, and the largest sum of magnitudes in it.
+    fn times(&self, x: &[f64]) -> (Vec<f64>, f64) {
+        let mut largest = 0.0f64;
+        let product = self.weights.chunks(self.columns).map(|row| {
+            let products = row.iter().zip(x).map(|(w, x)| w * x);
+            largest = largest.max(products.clone().map(f64::abs).sum());
+            products.sum()
+        });
+        (product.collect(), largest)
+    }
+}
+
+/// A layer of experts, with the matrices that it consists of.
+struct Layer {
+    activations: CudaActivations,
+    gate_up: Vec<Matrix>,
+    down: Vec<Matrix>,
+    hidden: usize,
+    columns: usize,
+}
+
+impl Layer {
+    fn new(
+        random: &mut Random,
+        activations: CudaActivations,
+        dtype: DType,
+        (experts, hidden, columns): (usize, usize, usize),
+    ) -> Self {
+        let mut matrices = |rows, columns| -> Vec<Matrix> {
+            let make = |_| Matrix::new(random, activations, dtype, (rows, columns));
+            (0..experts).map(make).collect()
+        };
+        Self {
+            activations,
+            gate_up: matrices(2 * hidden, columns),
+            down: matrices(columns, hidden),
+            hidden,
+            columns,
+        }
+    }
+
+    fn load(&self, device: &mut CudaDevice) -> CudaExperts {
+        fn specs(matrices: &[Matrix]) -> Vec<LinearSpec<'_>> {
+            matrices.iter().map(Matrix::spec).collect()
+        }
+        let (gate_up, down) = (specs(&self.gate_up), specs(&self.down));
+        device.load_experts(&gate_up, &down).unwrap()
+    }
+
+    /// Returns the result for one row, and the largest sum of magnitudes in it.
+    fn row(&self, x: &[f32], logits: &[f32], routing: RoutingSpec) -> (Vec<f64>, f64) {
+        let round = |value: f64| rounded(self.activations, value);
+        let x: Vec<f64> = x.iter().map(|&x| round(x.into())).collect();
+        let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let mut order: Vec<(usize, f64)> = logits
+            .iter()
+            .map(|&logit| f64::from(logit - largest).exp())
+            .enumerate()
+            .collect();
+        let total: f64 = order.iter().map(|(_, weight)| weight).sum();
+        order.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        order.truncate(routing.top_k);
+        let kept: f64 = order.iter().map(|(_, weight)| weight).sum();
+        let divisor = if routing.normalize { kept } else { total };
+        let (mut out, mut magnitude) = (vec![0.0; self.columns], 0.0f64);
+        for (expert, weight) in order {
+            let (gate_up, _) = self.gate_up[expert].times(&x);
+            let (gate, up) = gate_up.split_at(self.hidden);
+            let gated = gate.iter().zip(up).map(|(&gate, &up)| {
+                let (gate, up) = (round(gate), round(up));
+                let activated = match routing.activation {
+                    Activation::Silu => gate / (1.0 + (-gate).exp()),
+                    Activation::GeluTanh => {
+                        let inner = 0.797_884_560_802_865_4 * (gate + 0.044_715 * gate.powi(3));
+                        0.5 * gate * (1.0 + inner.tanh())
+                    }
+                };
+                round(activated * up)
+            });
+            let hidden: Vec<f64> = gated.collect();
+            let (down, largest) = self.down[expert].times(&hidden);
+            magnitude = magnitude.max(largest);
+            for (out, value) in out.iter_mut().zip(down) {
+                *out += weight / divisor * round(value);
+            }
+        }
+        (out, magnitude)
+    }
+}
+
+/// Returns the layer's result for the first `rows` rows. The row after them is NaN in all
+/// operands, and must stay NaN in the output.
+fn apply(
+    device: &mut CudaDevice,
+    experts: &CudaExperts,
+    routing: RoutingSpec,
+    (x, logits): (&[f32], &[f32]),
+    (rows, columns): (usize, usize),
+) -> Vec<f32> {
+    let poisoned = |values: &[f32]| {
+        let columns = values.len() / rows;
+        let mut values = values.to_vec();
+        values.extend(vec![f32::NAN; columns]);
+        (columns, values)
+    };
+    let (width, values) = poisoned(x);
+    let x = device
+        .tensor(width, Precision::Activation, &values)
+        .unwrap();
+    let (count, values) = poisoned(logits);
+    let router = device.tensor(count, Precision::Full, &values).unwrap();
+    let out = vec![f32::NAN; (rows + 1) * columns];
+    let mut out = device.tensor(columns, Precision::Activation, &out).unwrap();
+    device
+        .experts(&x, &router, routing, experts, rows, &mut out)
+        .unwrap();
+    let mut values = device.values(&out, rows + 1).unwrap();
+    let beyond = values.split_off(rows * columns);
+    assert!(
+        beyond.iter().all(|value| value.is_nan()),
+        "a row beyond the last was written"
+    );
+    values
+}
+
+fn routing(top_k: usize, normalize: bool, activation: Activation) -> RoutingSpec {
+    RoutingSpec {
+        top_k,
+        normalize,
+        activation,
+    }
+}
+
+/// Returns logits with ties, and with experts that are never chosen.
+fn logits(random: &mut Random, rows: usize, experts: usize) -> Vec<f32> {
+    let logit = |index: usize| {
+        let unwanted = index % experts % 3 == 2;
+        let steps = (random.number() * 8.0).round() / 4.0;
+        if unwanted { steps - 50.0 } else { steps }
+    };
+    (0..rows * experts).map(logit).collect()
+}
+
+#[test]
+fn experts_agree_with_float64() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(21);
+    let silu = |top_k, normalize| routing(top_k, normalize, Activation::Silu);
+    let cases = [
+        (DType::BF16, (6, 40, 24), silu(2, true), 11),
+        (DType::F16, (3, 16, 48), silu(1, false), 5),
+        (
+            DType::F32,
+            (9, 24, 16),
+            routing(4, true, Activation::GeluTanh),
+            70,
+        ),
+        (DType::Q8_0, (5, 64, 96), silu(3, false), 8),
+        (DType::Q4K, (4, 256, 256), silu(2, true), 40),
+        (DType::Q6K, (3, 256, 256), silu(3, true), 2),
+    ];
+    for activations in [CudaActivations::Bf16, CudaActivations::F16] {
+        let step = match activations {
+            CudaActivations::Bf16 => 2f64.powi(-8),
+            CudaActivations::F16 => 2f64.powi(-11),
+        };
+        let mut device = device(activations);
+        for (dtype, shape, routing, rows) in cases {
+            let (experts, _, columns) = shape;
+            let layer = Layer::new(&mut random, activations, dtype, shape);
+            let loaded = layer.load(&mut device);
+            let x = random.numbers(rows * columns);
+            let logits = logits(&mut random, rows, experts);
+            let out = apply(
+                &mut device,
+                &loaded,
+                routing,
+                (&x, &logits),
+                (rows, columns),
+            );
+            for row in 0..rows {
+                let x = &x[row * columns..][..columns];
+                let logits = &logits[row * experts..][..experts];
+                let (expected, magnitude) = layer.row(x, logits, routing);
+                for (column, expected) in expected.into_iter().enumerate() {
+                    let found = f64::from(out[row * columns + column]);
+                    // An intermediate result near the midpoint between two values may be
+                    // rounded either way.
+                    let bound = step * (magnitude + expected.abs()) + 1e-5;
+                    let error = (found - expected).abs();
+                    assert!(
+                        error <= bound,
+                        "{activations:?} {dtype} row {row} column {column}: {found}, not {expected}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// The row is computed alone, with a few others, and with enough others for larger tiles.
+#[test]
+fn a_row_depends_on_that_row_only() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(22);
+    let routing = routing(2, true, Activation::Silu);
+    for dtype in [DType::BF16, DType::Q4_0] {
+        let (experts, hidden, columns) = (3, 32, 64);
+        let mut device = device(CudaActivations::Bf16);
+        let shape = (experts, hidden, columns);
+        let layer = Layer::new(&mut random, CudaActivations::Bf16, dtype, shape);
+        let loaded = layer.load(&mut device);
+        let x = random.numbers(90 * columns);
+        let logits = logits(&mut random, 90, experts);
+        let many = apply(&mut device, &loaded, routing, (&x, &logits), (90, columns));
+        for (first, rows) in [(0, 1), (89, 1), (7, 5), (30, 40)] {
+            let x = &x[first * columns..][..rows * columns];
+            let logits = &logits[first * experts..][..rows * experts];
+            let few = apply(&mut device, &loaded, routing, (x, logits), (rows, columns));
+            let expected = &many[first * columns..][..rows * columns];
+            assert_eq!(bits(&few), bits(expected), "{dtype}: {rows} from {first}");
+        }
+    }
+}
+
+/// All rows go to the same two of many experts.
+#[test]
+fn experts_without_rows_are_passed_over() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(23);
+    let (experts, hidden, columns, rows) = (200, 8, 16, 20);
+    let activations = CudaActivations::F16;
+    let mut device = device(activations);
+    let shape = (experts, hidden, columns);
+    let layer = Layer::new(&mut random, activations, DType::F32, shape);
+    let loaded = layer.load(&mut device);
+    let routing = routing(2, false, Activation::Silu);
+    let x = random.numbers(rows * columns);
+    let mut logits = vec![0.0; rows * experts];
+    for row in logits.chunks_mut(experts) {
+        row[199] = 3.0;
+        row[100] = 2.0;
+    }
+    let out = apply(
+        &mut device,
+        &loaded,
+        routing,
+        (&x, &logits),
+        (rows, columns),
+    );
+    for (row, found) in out.chunks(columns).enumerate() {
+        let x = &x[row * columns..][..columns];
+        let (expected, magnitude) = layer.row(x, &logits[..experts], routing);
+        for (found, expected) in found.iter().zip(expected) {
+            let error = (f64::from(*found) - expected).abs();
+            assert!(
+                error <= 1e-3 * (magnitude + 1.0),
+                "row {row}: {found}, not {expected}"
+            );
+        }
+    }
+}
+
+/// NaN logits choose some experts, and change no other row.
+#[test]
+fn a_row_of_nan_stays_within_its_row() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(24);
+    let (experts, hidden, columns, rows) = (5, 16, 16, 3);
+    let mut device = device(CudaActivations::Bf16);
+    let shape = (experts, hidden, columns);
+    let layer = Layer::new(&mut random, CudaActivations::Bf16, DType::F32, shape);
+    let loaded = layer.load(&mut device);
+    let routing = routing(2, true, Activation::Silu);
+    let x = random.numbers(rows * columns);
+    let mut logits = logits(&mut random, rows, experts);
+    let whole = apply(
+        &mut device,
+        &loaded,
+        routing,
+        (&x, &logits),
+        (rows, columns),
+    );
+    logits[experts..2 * experts].fill(f32::NAN);
+    let out = apply(
+        &mut device,
+        &loaded,
+        routing,
+        (&x, &logits),
+        (rows, columns),
+    );
+    for row in [0, 2] {
+        let range = row * columns..(row + 1) * columns;
+        assert_eq!(bits(&out[range.clone()]), bits(&whole[range]), "row {row}");
+    }
+    assert!(out[columns..2 * columns].iter().all(|value| value.is_nan()));
+}
+
+#[test]
+fn what_cannot_be_loaded_or_routed_is_refused_by_name() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(25);
+    let activations = CudaActivations::Bf16;
+    let mut device = device(activations);
+    let layer = Layer::new(&mut random, activations, DType::F32, (2, 8, 16));
+    let other = Layer::new(&mut random, activations, DType::Q8_0, (2, 32, 32));
+    let mixed = [layer.gate_up[0].spec(), other.gate_up[0].spec()];
+    let down = [layer.down[0].spec(), layer.down[1].spec()];
+    let error = device.load_experts(&mixed, &down).err().unwrap();
+    assert!(matches!(
+        error,
+        DeviceError::Unsupported { .. } | DeviceError::Failed { .. }
+    ));
+    let error = device.load_experts(&mixed[..1], &down).err().unwrap();
+    assert!(
+        error.to_string().contains("1 experts have a gate"),
+        "{error}"
+    );
+
+    let loaded = layer.load(&mut device);
+    let x = device
+        .tensor(16, Precision::Activation, &[0.0; 16])
+        .unwrap();
+    let router = device.tensor(2, Precision::Full, &[0.0; 2]).unwrap();
+    let mut out = device.allocate(1, 16, Precision::Activation).unwrap();
+    let spec = routing(3, true, Activation::Silu);
+    let error = device
+        .experts(&x, &router, spec, &loaded, 1, &mut out)
+        .unwrap_err();
+    assert!(error.to_string().contains("3 of 2 experts"), "{error}");
+}

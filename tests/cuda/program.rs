@@ -1,0 +1,126 @@
+//! The program on the tests' GPU.
+
+#[cfg(feature = "server")]
+#[cfg(feature = "server")]
+use crate::{gpu, http, serve};
+use serde_json::Value;
+use std::path::Path;
+use std::process::{Command, Output};
+use tempfile::TempDir;
+
+/// Runs the program with the tests' GPU.
+fn quell(args: &[&str]) -> Output {
+    let folder = tempfile::tempdir().unwrap();
+    command(&folder).args(args).output().unwrap()
+}
+
+/// Returns a command that runs the program with the tests' GPU, found through links in
+/// `folder`.
+fn command(folder: &TempDir) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_quell"));
+    if !gpu::is_real() {
+        let test = std::env::current_exe().unwrap();
+        let library = test.parent().unwrap().join("libvirtual_gpu.so");
+        for name in ["libcuda.so", "libcuda.so.1"] {
+            std::os::unix::fs::symlink(&library, folder.path().join(name)).unwrap();
+        }
+        command.env("LD_LIBRARY_PATH", folder.path());
+    }
+    command
+}
+
+fn json(output: &Output) -> Value {
+    let problem = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{problem}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+fn tiny(name: &str) -> String {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let path = root.join("tests/fixtures/golden/tiny/llama").join(name);
+    path.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn inspect_shows_the_gpu_and_which_images_its_kernels_are() {
+    let shown = json(&quell(&["inspect", "--device", "cuda", "--format", "json"]));
+    assert_eq!(shown["device"], "cuda:0");
+    let details = &shown["device_details"];
+    for name in ["gpu", "compute_capability", "driver", "kernels", "memory"] {
+        let value = details[name].as_str().unwrap();
+        assert!(!value.is_empty(), "{name}");
+    }
+    let kernels = details["kernels"].as_str().unwrap();
+    assert!(
+        kernels.contains("PTX") || kernels.contains("sm_"),
+        "{kernels}"
+    );
+    let text = quell(&["inspect", "--device", "cuda:0"]);
+    let text = String::from_utf8(text.stdout).unwrap();
+    assert!(text.contains("compute capability"), "{text}");
+}
+
+#[test]
+fn inspect_plans_a_models_memory_on_the_gpu() {
+    let model = tiny("");
+    let shown = json(&quell(&[
+        "inspect", &model, "--device", "cuda", "--format", "json",
+    ]));
+    assert_eq!(shown["device"], "cuda:0");
+    // 2 layers, 2 heads of 16, and keys and values of 2 bytes.
+    assert_eq!(shown["memory"]["kv_bytes_per_token"], 256);
+    assert!(shown["memory"]["kv_blocks"].as_u64().unwrap() > 0);
+}
+
+#[test]
+fn bench_runs_random_weights_on_the_gpu() {
+    let config = tiny("config.json");
+    let report = json(&quell(&[
+        "bench",
+        "--random-weights",
+        &config,
+        "--device",
+        "cuda",
+        "--prompt",
+        "8",
+        "--generate",
+        "3",
+        "--concurrency",
+        "2",
+        "--repetitions",
+        "1",
+        "--kv-cache-mib",
+        "4",
+        "--format",
+        "json",
+    ]));
+    assert!(report["device"].as_str().unwrap().starts_with("cuda:0"));
+    for figure in report["figures"].as_array().unwrap() {
+        assert!(figure["tokens_per_s"].as_f64().unwrap() > 0.0, "{figure}");
+    }
+}
+
+/// systemd or Kubernetes restarts the server only once it has exited.
+#[cfg(feature = "server")]
+#[test]
+fn a_server_whose_gpu_is_lost_answers_what_is_open_and_ends_with_an_error() {
+    if gpu::is_real() {
+        return; // a real GPU cannot be lost on request
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let model = tiny("");
+    let mut command = command(&folder);
+    command.args([
+        "serve", "--model", &model, "--device", "cuda", "--port", "0",
+    ]);
+    command.args(["--kv-cache-mib", "4"]);
+    // Fail in the middle of an answer.
+    command.env("VGPU_FAIL", "cuGraphLaunch:5:LAUNCH_FAILED");
+    let mut server = serve::Serve::spawn(&mut command);
+    let body = r#"{"prompt": [5, 6, 7], "max_tokens": 50, "ignore_eos": true}"#;
+    let request = http::post("/v1/completions", body);
+    let reply = http::exchange(server.address, &request).expect("it is answered first");
+    assert!([500, 503].contains(&reply.status), "{}", reply.text());
+    assert!(reply.text().contains("LAUNCH_FAILED"), "{}", reply.text());
+    assert_eq!(server.ended().code(), Some(1));
+}

@@ -1,0 +1,22 @@
+//! Scale-out: two replicas of the real server behind vllm-router, a third-party program. The
+//! checks are in `tests/clients/router.py`.
+
+#![cfg(unix)]
+
+use crate::clients::{installed, script, succeeds};
+use crate::model;
+use std::path::Path;
+use std::process::Command;
+
+#[test]
+fn replicas_behind_a_router_share_the_load_and_lose_only_their_own_requests() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    // Does nothing if the clients are installed.
+    succeeds(&mut Command::new(root.join("scripts/setup-clients")));
+    let mut check = installed("python");
+    check
+        .arg(script("router.py"))
+        .env("QUELL", env!("CARGO_BIN_EXE_quell"))
+        .env("MODEL", model::smollm2());
+    succeeds(&mut check);
+}
