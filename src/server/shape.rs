@@ -15,8 +15,8 @@ const MAX_VALUES: usize = 128 << 10;
 /// calls, schemas, template variables and the like.
 const MAX_STRUCTURE: usize = 4 << 20;
 
-/// Deepest nesting that is scanned. The parser refuses deeper values, except in fields that it
-/// ignores.
+/// Deepest nesting of lists and objects that is accepted. The parser itself refuses deeper
+/// values only in fields that it knows.
 const MAX_DEPTH: usize = 128;
 
 /// What a top-level field of the body may hold.
@@ -77,8 +77,14 @@ pub(crate) fn check(body: &[u8]) -> Result<(), ApiError> {
         values: 0,
         plain: 0,
     };
-    while scan.at < body.len() && scan.open.len() <= MAX_DEPTH {
+    while scan.at < body.len() {
         scan.step();
+        if scan.open.len() > MAX_DEPTH {
+            let problem = format!(
+                "the body has lists and objects nested more than {MAX_DEPTH} levels deep"
+            );
+            return Err(ApiError::invalid(problem).code("request_too_complex"));
+        }
         if scan.values > MAX_VALUES {
             let problem = format!(
                 "the body has more than the {MAX_VALUES} values and names of fields that are \
@@ -88,7 +94,7 @@ pub(crate) fn check(body: &[u8]) -> Result<(), ApiError> {
         }
     }
     let structure = body.len() - scan.plain;
-    if structure > MAX_STRUCTURE && scan.open.len() <= MAX_DEPTH {
+    if structure > MAX_STRUCTURE {
         let problem = format!(
             "the body has {structure} bytes that are neither texts of prompts and messages nor \
              token ids, at most {MAX_STRUCTURE} are accepted"
@@ -258,8 +264,24 @@ mod tests {
         for body in ["", "\"", "\"\\", "[", "}", "{]", "nul", "\u{1}", "{\"a\""] {
             assert!(check(body.as_bytes()).is_ok(), "{body:?}");
         }
-        let deep = "[".repeat(1 << 20);
-        assert!(check(deep.as_bytes()).is_ok());
+    }
+
+    #[test]
+    fn a_deeply_nested_value_does_not_hide_what_follows_it() {
+        let nested = |depth: usize| format!("{}1{}", "[".repeat(depth), "]".repeat(depth));
+        let large = "a".repeat(MAX_STRUCTURE + 1);
+        // The body itself is one level.
+        let body = format!(r#"{{"x": {}, "user": "{large}"}}"#, nested(MAX_DEPTH - 1));
+        let problem = check(body.as_bytes()).unwrap_err().body.message;
+        assert!(problem.contains("neither texts"), "{problem}");
+        for body in [
+            format!(r#"{{"x": {}, "user": "{large}"}}"#, nested(MAX_DEPTH)),
+            format!(r#"{{"x": {}}}"#, nested(MAX_DEPTH)),
+            "[".repeat(1 << 20),
+        ] {
+            let problem = check(body.as_bytes()).unwrap_err().body.message;
+            assert!(problem.contains("levels deep"), "{problem}");
+        }
     }
 
     proptest::proptest! {
