@@ -1,32 +1,33 @@
-//! Blocks that were given back while a step in flight may still touch them.
+//! Blocks that were released while a step in flight may still touch them.
 
 use super::BlockId;
 use crate::id::StepId;
 use std::collections::VecDeque;
 
-/// Blocks that were given back together.
+/// Blocks that were released together.
 #[derive(Debug)]
 pub(super) struct Release {
-    /// Counted up: a block may be in several, of which the latest counts.
+    /// Ascending number. If a block is in several releases, only the latest one settles it.
     pub number: u64,
     pub blocks: Vec<BlockId>,
 }
 
-/// Remembers what to look at again when a step has completed (I4).
+/// Remembers which released blocks to settle when a step has completed (I4).
 #[derive(Debug, Default)]
 pub struct Fence {
-    /// In ascending order of the step that may touch the blocks.
+    /// Releases in ascending order of the step that may still touch the blocks.
     waiting: VecDeque<(StepId, Release)>,
     completed: StepId,
 }
 
 impl Fence {
-    /// The last step that has completed.
+    /// Returns the last step that has completed.
     pub fn completed(&self) -> StepId {
         self.completed
     }
 
-    /// The blocks to be looked at, each at least as often as it is deferred.
+    /// Returns the blocks that wait to be settled. Every deferred block is among them, perhaps
+    /// more than once.
     pub fn iter(&self) -> impl Iterator<Item = BlockId> + '_ {
         self.waiting
             .iter()

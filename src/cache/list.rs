@@ -2,17 +2,17 @@
 
 use super::BlockId;
 
-/// No block: an end of a list.
+/// Sentinel: no block, at either end of a list.
 const NONE: u32 = u32::MAX;
 
-/// The links of all blocks; each block is in at most one list.
+/// The links of all blocks. Each block is in at most one list.
 #[derive(Debug)]
 pub(super) struct Links {
     previous: Vec<u32>,
     next: Vec<u32>,
 }
 
-/// One list; its links are in [`Links`].
+/// One list, whose links are in [`Links`].
 #[derive(Debug)]
 pub(super) struct List {
     head: u32,
@@ -45,7 +45,7 @@ impl List {
         self.len
     }
 
-    /// The block that has been in the list the longest.
+    /// Returns the block that has been in the list the longest.
     pub fn front(&self) -> Option<BlockId> {
         (self.head != NONE).then_some(BlockId(self.head))
     }
@@ -61,7 +61,7 @@ impl List {
         self.len += 1;
     }
 
-    /// Takes out a block that is in this list.
+    /// Removes a block that is in this list.
     pub fn remove(&mut self, links: &mut Links, block: BlockId) {
         let (previous, next) = (links.previous[block.index()], links.next[block.index()]);
         match previous {
@@ -75,7 +75,7 @@ impl List {
         self.len -= 1;
     }
 
-    /// The blocks in order; ends early if the list is broken.
+    /// Returns the blocks in order. Terminates even if the links form a cycle.
     pub fn iter<'a>(&self, links: &'a Links) -> impl Iterator<Item = BlockId> + use<'a> {
         let mut block = self.head;
         let mut rest = links.next.len();

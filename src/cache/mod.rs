@@ -1,24 +1,24 @@
-//! The books of the paged key-value cache: which block belongs to whom.
+//! Block accounting of the paged KV cache: which tables hold which block.
 //!
-//! Pure logic: no device, no memory. [`BlockCache`] hands out blocks of a fixed
-//! number of tokens, shares them between tables, takes them back behind a fence (a
-//! step in flight may still touch them), and can prove at any time that its books
-//! balance.
+//! This is pure logic, with no device and no memory behind it. [`BlockCache`] allocates blocks
+//! of a fixed number of tokens, shares them between tables, and takes them back. A released
+//! block that a step in flight may still touch is deferred until that step has completed.
+//! [`BlockCache::audit`] checks that the accounting is consistent.
 //!
 //! # Prefix cache
 //!
-//! Complete blocks are *published*: known by their tokens and all tokens before. A
-//! later sequence that begins with the same tokens holds the same blocks. When nobody
-//! holds a published block it is *cached*: still known, and handed out only when no
-//! free block is left, least recently used first. Tables are given back from their
-//! end, so a block is always handed out before those that it follows.
+//! Complete blocks are *published*: they are known by their tokens and all tokens before these.
+//! A later sequence that begins with the same tokens holds the same blocks. A published block
+//! that no table holds is *cached*: it is still known, and it is evicted only if no free block
+//! is left, the least recently used one first. Tables are released from their end, so a block
+//! is always evicted before the blocks that it follows.
 //!
-//! Tables may have a *salt*. Only tables with the same salt share blocks, so that one
-//! tenant cannot find out what another one has sent.
+//! Tables may have a *salt*. Only tables with the same salt share blocks, so one tenant cannot
+//! find out what another one has sent.
 //!
-//! There is one published block for the same tokens and salt: who publishes a second one gets
-//! the first in its table instead. So whoever holds a published block holds all that
-//! come before it, and what nobody holds can always be handed out.
+//! There is only one published block for the same tokens and salt. If a table publishes a
+//! second one, it gets the first one in its place. So a table that holds a published block
+//! holds all blocks before it as well, and every cached block can be evicted.
 
 mod fence;
 mod list;
@@ -39,47 +39,47 @@ use serde::Serialize;
 use std::sync::Arc;
 use thiserror::Error;
 
-/// How the blocks of a cache are used at one moment.
+/// Number of blocks in each state at one moment.
 ///
 /// Invariant I3: `free + referenced + cached + deferred = total`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Books {
-    /// Blocks in all.
+    /// All blocks.
     pub total: usize,
-    /// Blocks that can be handed out now, and hold nothing of use.
+    /// Blocks that can be allocated now and hold nothing of use.
     pub free: usize,
     /// Blocks that at least one table holds.
     pub referenced: usize,
-    /// Blocks that nobody holds and whose tokens are still of use: the prefix cache,
-    /// handed out when no free block is left.
+    /// Blocks in the prefix cache that no table holds. They are evicted if no free block is
+    /// left.
     pub cached: usize,
-    /// Blocks given back that a step in flight may still touch.
+    /// Released blocks that a step in flight may still touch.
     pub deferred: usize,
 }
 
 impl Books {
-    /// Blocks that can be handed out now.
+    /// Returns the number of blocks that can be allocated now.
     pub fn available(&self) -> usize {
         self.free + self.cached
     }
 }
 
-/// There are not enough free blocks.
+/// The error of [`BlockCache::prepare`] if not enough blocks are available.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-#[error("{needed} more blocks of the key-value cache are needed, {free} are free")]
+#[error("{needed} more blocks of the KV cache are needed, but only {free} are available")]
 pub struct OutOfBlocks {
-    /// Blocks asked for.
+    /// Number of blocks needed.
     pub needed: usize,
-    /// Blocks that could be handed out at that moment.
+    /// Number of blocks that could be allocated at that moment.
     pub free: usize,
 }
 
-/// The books do not balance: a bug, found by [`BlockCache::audit`].
+/// The error of [`BlockCache::audit`] if the accounting is inconsistent, which is always a bug.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
-#[error("the key-value cache's books do not balance: {0}")]
+#[error("the block accounting of the KV cache is inconsistent: {0}")]
 pub struct Imbalance(pub(crate) String);
 
-/// Hands out the blocks of the key-value cache and takes them back.
+/// Allocates the blocks of the KV cache and takes them back.
 #[derive(Debug)]
 pub struct BlockCache {
     pool: Pool,
@@ -90,10 +90,13 @@ pub struct BlockCache {
 }
 
 impl BlockCache {
-    /// A cache of `blocks` blocks of `block_tokens` tokens, all free. With `prefixes`
+    /// Creates a cache of `blocks` free blocks of `block_tokens` tokens each. With `prefixes`,
     /// it remembers the tokens of complete blocks.
+    ///
+    /// # Panics
+    /// Panics if `block_tokens` is 0 or if there are more than 2³² − 2 blocks.
     pub fn new(blocks: usize, block_tokens: usize, prefixes: bool) -> Self {
-        assert!(block_tokens > 0, "a block holds at least one token");
+        assert!(block_tokens > 0, "a block must hold at least one token");
         Self {
             pool: Pool::new(blocks),
             fence: Fence::default(),
@@ -103,35 +106,36 @@ impl BlockCache {
         }
     }
 
-    /// Tokens a block holds.
+    /// Returns the number of tokens per block.
     pub fn block_tokens(&self) -> usize {
         self.block_tokens
     }
 
-    /// Blocks that `tokens` tokens take.
+    /// Returns the number of blocks that `tokens` tokens need.
     pub fn blocks_for(&self, tokens: usize) -> usize {
         tokens.div_ceil(self.block_tokens)
     }
 
-    /// Blocks that can be handed out now.
+    /// Returns the number of blocks that can be allocated now.
     pub fn available_blocks(&self) -> usize {
         self.pool.free_blocks() + self.pool.cached_blocks()
     }
 
-    /// Blocks that can be handed out when the steps in flight have completed.
+    /// Returns the number of blocks that can be allocated when the steps in flight have
+    /// completed.
     pub fn deferred_blocks(&self) -> usize {
         self.pool.deferred_blocks()
     }
 
-    /// Blocks that must be handed out so that the tokens from `start` to before `end`
-    /// can be written through `table`.
+    /// Returns the number of blocks that must be allocated before the tokens `start..end` can
+    /// be written through `table`.
     pub fn missing_blocks(&self, table: &BlockTable, start: usize, end: usize) -> usize {
         let growth = self.blocks_for(end).saturating_sub(table.len());
         growth + usize::from(self.shared_at(table, start).is_some())
     }
 
-    /// The block that the token at `start` goes to, if `table` holds it and others may
-    /// read what it holds.
+    /// Returns the index of the block for the token at `start`, if `table` has that block and
+    /// must not write to it because others may read it.
     fn shared_at(&self, table: &BlockTable, start: usize) -> Option<usize> {
         let index = start / self.block_tokens;
         let &block = table.blocks.get(index)?;
@@ -142,13 +146,13 @@ impl BlockCache {
         (known || self.pool.references(block) > 1).then_some(index)
     }
 
-    /// Whether giving `table` back would leave a block that nobody holds.
+    /// Returns whether releasing `table` would leave a block that no table holds.
     pub fn holds_alone(&self, table: &BlockTable) -> bool {
         let mut last_first = table.blocks.iter().rev();
         last_first.any(|&block| self.pool.references(block) == 1)
     }
 
-    /// How many blocks nobody would hold if `table` were given back.
+    /// Returns the number of blocks that no table would hold if `table` were released.
     pub fn held_alone(&self, table: &BlockTable) -> usize {
         let blocks = table.blocks.iter();
         blocks
@@ -156,9 +160,11 @@ impl BlockCache {
             .count()
     }
 
-    /// Makes `table` ready for the tokens from `start` to before `end` to be written
-    /// by step `step`: all blocks that this takes, or none. A block that others may
-    /// read is replaced by a copy (copy on write), which `transfers` names.
+    /// Prepares `table` so that step `step` can write the tokens `start..end`. A block that
+    /// others may read is replaced by a copy (copy on write), which is added to `transfers`.
+    ///
+    /// # Errors
+    /// Returns [`OutOfBlocks`] and changes nothing if not enough blocks are available.
     pub fn prepare(
         &mut self,
         table: &mut BlockTable,
@@ -175,7 +181,7 @@ impl BlockCache {
         if let Some(index) = self.shared_at(table, start) {
             let shared = table.blocks[index];
             table.published = table.published.min(index);
-            // One that starts at its own beginning has nothing to copy.
+            // If the first token to be written begins a block, there is nothing to copy.
             let copy = !start.is_multiple_of(self.block_tokens);
             if let Some(own) = self.hand_out() {
                 if copy {
@@ -194,8 +200,8 @@ impl BlockCache {
         Ok(())
     }
 
-    /// A block without anything in it: a free one, or else the cached one that was
-    /// unused for the longest.
+    /// Allocates a free block, or else the least recently used cached block, whose tokens are
+    /// forgotten.
     fn hand_out(&mut self) -> Option<BlockId> {
         if let Some(block) = self.pool.allocate() {
             return Some(block);
@@ -207,8 +213,8 @@ impl BlockCache {
         Some(block)
     }
 
-    /// How many leading blocks of `tokens` are known to tables with this salt, at most
-    /// `limit` tokens of them, and how many of these nobody holds.
+    /// Returns how many leading blocks of `tokens` are known to tables with this salt, within
+    /// the first `limit` tokens, and how many of these no table holds.
     pub fn lookup(&self, salt: Option<&Arc<str>>, tokens: &[u32], limit: usize) -> (usize, usize) {
         let mut unheld = 0;
         let known = self.matches(salt, tokens, limit).inspect(|&block| {
@@ -217,7 +223,8 @@ impl BlockCache {
         (known.count(), unheld)
     }
 
-    /// The known blocks that hold the beginning of `tokens`, at most `limit` of them.
+    /// Returns the known blocks that hold the beginning of `tokens`, within the first `limit`
+    /// tokens.
     fn matches<'a>(
         &'a self,
         salt: Option<&'a Arc<str>>,
@@ -233,10 +240,10 @@ impl BlockCache {
         })
     }
 
-    /// Lets an empty `table` hold the known blocks of `tokens`, at most `limit` tokens
-    /// of them, and gives the number of tokens.
+    /// Lets an empty `table` hold the known blocks of `tokens`, within the first `limit`
+    /// tokens. Returns the number of tokens in these blocks.
     pub fn attach(&mut self, table: &mut BlockTable, tokens: &[u32], limit: usize) -> usize {
-        debug_assert!(table.is_empty(), "only an empty table is filled");
+        debug_assert!(table.is_empty(), "the table must be empty");
         let known = self.matches(table.salt.as_ref(), tokens, limit);
         table.blocks.extend(known);
         for &block in &table.blocks {
@@ -246,9 +253,10 @@ impl BlockCache {
         table.len() * self.block_tokens
     }
 
-    /// Publishes the complete blocks of `table`, whose first `written` tokens are
-    /// `tokens` and have been computed by completed steps. A block whose tokens are
-    /// known already is replaced by the known one, and given back behind `touched`.
+    /// Publishes the complete blocks of `table`, which holds `tokens`. The first `written` of
+    /// these have been computed by completed steps. A block whose tokens are known already is
+    /// replaced by the known block; it can be allocated again when step `touched` has
+    /// completed.
     pub fn publish(
         &mut self,
         table: &mut BlockTable,
@@ -276,7 +284,8 @@ impl BlockCache {
                     replaced.push(own);
                 }
             } else {
-                // Another table that holds it need not hold what it follows.
+                // Only a block that no other table holds may be published, because another
+                // table might not hold the block before it.
                 let alone = self.pool.references(own) == 1;
                 if !alone || !prefix.publish(own, after, chunk) {
                     break;
@@ -289,7 +298,7 @@ impl BlockCache {
         }
     }
 
-    /// A table that holds the blocks of the first `tokens` tokens of `table`, too.
+    /// Returns a new table that shares the blocks of the first `tokens` tokens of `table`.
     pub fn share(&mut self, table: &BlockTable, tokens: usize) -> BlockTable {
         let blocks = &table.blocks[..self.blocks_for(tokens).min(table.len())];
         for &block in blocks {
@@ -302,8 +311,8 @@ impl BlockCache {
         }
     }
 
-    /// Takes back the blocks of `table` beyond the first `tokens` tokens, and gives
-    /// the number of those that nobody holds any more.
+    /// Releases the blocks of `table` after the first `tokens` tokens. Returns the number of
+    /// blocks that no table holds any more.
     pub fn truncate(&mut self, table: &mut BlockTable, tokens: usize, touched: StepId) -> usize {
         let keep = self.blocks_for(tokens).min(table.len());
         let blocks = table.blocks.split_off(keep);
@@ -311,15 +320,15 @@ impl BlockCache {
         self.release_blocks(blocks, touched)
     }
 
-    /// Takes back all blocks of `table`, and gives the number of those that nobody
-    /// holds any more. They can be handed out again once step `touched`, the last that
-    /// may use them, has completed (I4).
+    /// Releases all blocks of `table`. Returns the number of blocks that no table holds any
+    /// more. They can be allocated again when step `touched`, the last that may use them, has
+    /// completed (I4).
     pub fn release(&mut self, table: &mut BlockTable, touched: StepId) -> usize {
         self.truncate(table, 0, touched)
     }
 
     fn release_blocks(&mut self, mut blocks: Vec<BlockId>, touched: StepId) -> usize {
-        // From the end: a block is handed out again before those that it follows.
+        // From the end, so that a block is evicted before the blocks that it follows.
         blocks.reverse();
         self.releases += 1;
         let (pool, number) = (&mut self.pool, self.releases);
@@ -335,8 +344,8 @@ impl BlockCache {
         count
     }
 
-    /// Step `step` and all before it have completed: what waited for them can be
-    /// handed out.
+    /// Records that step `step` and all before it have completed. Blocks that were deferred
+    /// until then become free or cached.
     pub fn completed(&mut self, step: StepId) {
         let Self {
             pool,
@@ -347,12 +356,12 @@ impl BlockCache {
         fence.complete(step, |release| settle(pool, prefix, release));
     }
 
-    /// The last step that has completed.
+    /// Returns the last step that has completed.
     pub fn completed_step(&self) -> StepId {
         self.fence.completed()
     }
 
-    /// Forgets all tokens that nobody holds: what was cached is free.
+    /// Forgets the tokens of all cached blocks, which become free.
     pub fn clear_prefixes(&mut self) {
         let cached: Vec<BlockId> = self.pool.cached().collect();
         for block in cached {
@@ -363,13 +372,13 @@ impl BlockCache {
         }
     }
 
-    /// The blocks whose content was given up since the last call; the first call
-    /// starts the record.
+    /// Returns the blocks whose content was discarded since the last call. Recording starts
+    /// with the first call, which returns nothing.
     pub fn take_freed(&mut self) -> Vec<BlockId> {
         self.pool.take_freed()
     }
 
-    /// How the blocks are used now.
+    /// Returns the number of blocks in each state.
     pub fn books(&self) -> Books {
         Books {
             total: self.pool.total_blocks(),
@@ -380,12 +389,12 @@ impl BlockCache {
         }
     }
 
-    /// What each block is now, from the first to the last.
+    /// Returns the state of every block, by block index.
     pub fn states(&self) -> impl Iterator<Item = BlockState> + '_ {
         self.pool.states()
     }
 
-    /// What can be found: every known block with its tokens.
+    /// Returns every known block with its tokens.
     #[cfg(test)]
     pub(crate) fn known(&self) -> impl Iterator<Item = (BlockId, &[u32])> {
         let prefix = self.prefix.iter();
@@ -396,9 +405,12 @@ impl BlockCache {
         })
     }
 
-    /// Checks I3 against the tables of every holder: each block is free, cached,
-    /// deferred or referenced, and is referenced as often as tables hold it; and what
-    /// the prefix cache relies on.
+    /// Checks I3 against the tables of all holders. Each block must be free, cached, deferred
+    /// or referenced, and its reference count must be the number of tables that hold it. The
+    /// rules that the prefix cache relies on are checked, too.
+    ///
+    /// # Errors
+    /// Returns [`Imbalance`] with a description of the first inconsistency.
     pub fn audit<'a>(
         &self,
         tables: impl Iterator<Item = &'a BlockTable>,
@@ -423,7 +435,7 @@ impl BlockCache {
         Ok(books)
     }
 
-    /// A table's published blocks are known, follow each other, and have its salt.
+    /// Checks that a table's published blocks are known, follow each other, and have its salt.
     fn audit_published(&self, table: &BlockTable) -> Result<(), Imbalance> {
         let Some(prefix) = &self.prefix else {
             return Ok(());
@@ -438,7 +450,7 @@ impl BlockCache {
             if !prefix.knows(block) || prefix.parent(block) != parent {
                 let known = prefix.parent(block);
                 return Err(Imbalance(format!(
-                    "{block:?} was published after {parent:?}, and is known after {known:?}"
+                    "{block:?} was published after {parent:?}, but is known after {known:?}"
                 )));
             }
             parent = Some(block);
@@ -446,7 +458,7 @@ impl BlockCache {
         Ok(())
     }
 
-    /// Every deferred block will be looked at.
+    /// Checks that the fence will settle every deferred block.
     fn audit_deferred(&self) -> Result<(), Imbalance> {
         let mut awaited = vec![false; self.pool.total_blocks()];
         for block in self.fence.iter() {
@@ -454,20 +466,22 @@ impl BlockCache {
         }
         for (index, awaited) in awaited.into_iter().enumerate() {
             if self.pool.state(BlockId(index as u32)) == BlockState::Deferred && !awaited {
-                return Err(Imbalance(format!("block {index} is deferred for ever")));
+                return Err(Imbalance(format!("block {index} is deferred forever")));
             }
         }
         Ok(())
     }
 
-    /// What is cached is known, what is free is not; and what a known block follows is
-    /// known, and is not handed out before it.
+    /// Checks that cached blocks are known and free ones are not, and that the block that a
+    /// known block follows is known and is evicted after it.
     fn audit_prefixes(&self) -> Result<(), Imbalance> {
         let Some(prefix) = &self.prefix else {
             let cached = self.pool.cached_blocks();
             return match cached {
                 0 => Ok(()),
-                _ => Err(Imbalance(format!("{cached} blocks cached without a cache"))),
+                _ => Err(Imbalance(format!(
+                    "{cached} blocks are cached, but there is no prefix cache"
+                ))),
             };
         };
         let mut order = vec![usize::MAX; self.pool.total_blocks()];
@@ -480,7 +494,9 @@ impl BlockCache {
             let state = self.pool.state(block);
             if !prefix.knows(block) {
                 if state == BlockState::Cached {
-                    return Err(Imbalance(format!("{block:?} is cached, but unknown")));
+                    return Err(Imbalance(format!(
+                        "{block:?} is cached, but its tokens are not known"
+                    )));
                 }
                 continue;
             }
@@ -490,19 +506,21 @@ impl BlockCache {
             });
             if state == BlockState::Free || lost.is_some() {
                 return Err(Imbalance(format!(
-                    "{block:?}, which is {state:?}, is known after {lost:?}"
+                    "{block:?} is {state:?}, but is known after {lost:?}"
                 )));
             }
         }
         if known != prefix.len() {
             let listed = prefix.len();
-            return Err(Imbalance(format!("{known} blocks known, {listed} listed")));
+            return Err(Imbalance(format!(
+                "{known} blocks are known, but {listed} are indexed"
+            )));
         }
         Ok(())
     }
 }
 
-/// Deferred blocks whose steps have completed: cached if known, else free.
+/// Makes deferred blocks whose steps have completed cached if they are known, and free if not.
 fn settle(pool: &mut Pool, prefix: &Option<PrefixCache>, release: &Release) {
     for &block in &release.blocks {
         let known = prefix.as_ref().is_some_and(|prefix| prefix.knows(block));

@@ -1,56 +1,61 @@
-//! The pool of blocks: who holds each, and the lists of those that nobody holds.
+//! The pool of blocks: the state and reference count of each block, and the lists of unused
+//! blocks.
 
 use super::list::{Links, List};
 use crate::id::StepId;
 
-/// Names a block of the key-value cache, from 0.
+/// Index of a block of the KV cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BlockId(pub(crate) u32);
 
 impl BlockId {
-    /// The block's place in the device's cache.
+    /// Returns the index of the block in the device's cache.
     pub fn index(self) -> usize {
         self.0 as usize
     }
 }
 
-/// What a block is at one moment; every block is exactly one of these (I3).
+/// State of a block. Every block is in exactly one state (I3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BlockState {
     /// On the free list.
     Free,
     /// At least one table holds it.
     Referenced,
-    /// Nobody holds it, but a step in flight may still touch it.
+    /// No table holds it, but a step in flight may still touch it.
     Deferred,
-    /// Nobody holds it, and the prefix cache knows its tokens: it is handed out when
-    /// no free block is left, the one unused for the longest first.
+    /// No table holds it, and the prefix cache knows its tokens. Cached blocks are evicted if
+    /// no free block is left, the least recently used one first.
     Cached,
 }
 
-/// Flat arrays over all blocks; every operation on a block is O(1).
+/// The state of all blocks, in flat arrays. Every operation on one block takes constant time.
 ///
-/// The free list is first in, first out: the block that has been free the longest
-/// is handed out next.
+/// The free list is first in, first out: the block that has been free the longest is allocated
+/// next.
 #[derive(Debug)]
 pub struct Pool {
     state: Vec<BlockState>,
     references: Vec<u32>,
-    /// The last step that touches the block.
+    /// Last step that touches each block.
     touched: Vec<StepId>,
-    /// The release that deferred the block last.
+    /// Number of the release that last deferred each block.
     release: Vec<u64>,
     links: Links,
     free: List,
     cached: List,
     referenced: usize,
     deferred: usize,
-    /// What was given up since it was last asked, if anybody asks.
+    /// Blocks whose content was discarded since they were last taken; `None` until first asked
+    /// for.
     freed: Option<Vec<BlockId>>,
 }
 
 impl Pool {
-    /// A pool of `blocks` free blocks.
+    /// Creates a pool of `blocks` free blocks.
+    ///
+    /// # Panics
+    /// Panics if there are more than 2³² − 2 blocks.
     pub fn new(blocks: usize) -> Self {
         let mut links = Links::new(blocks);
         let mut free = List::default();
@@ -71,47 +76,47 @@ impl Pool {
         }
     }
 
-    /// Blocks in all.
+    /// Returns the number of all blocks.
     pub fn total_blocks(&self) -> usize {
         self.references.len()
     }
 
-    /// Blocks on the free list.
+    /// Returns the number of free blocks.
     pub fn free_blocks(&self) -> usize {
         self.free.len()
     }
 
-    /// Blocks that nobody holds and the prefix cache knows.
+    /// Returns the number of blocks that no table holds and the prefix cache knows.
     pub fn cached_blocks(&self) -> usize {
         self.cached.len()
     }
 
-    /// Blocks with at least one reference.
+    /// Returns the number of blocks with at least one reference.
     pub fn referenced_blocks(&self) -> usize {
         self.referenced
     }
 
-    /// Blocks that wait for a step in flight.
+    /// Returns the number of blocks that wait for a step in flight.
     pub fn deferred_blocks(&self) -> usize {
         self.deferred
     }
 
-    /// What a block is.
+    /// Returns the state of a block.
     pub fn state(&self, block: BlockId) -> BlockState {
         self.state[block.index()]
     }
 
-    /// What each block is, from the first to the last.
+    /// Returns the state of every block, by block index.
     pub fn states(&self) -> impl Iterator<Item = BlockState> + '_ {
         self.state.iter().copied()
     }
 
-    /// How many tables hold a block.
+    /// Returns how many tables hold a block.
     pub fn references(&self, block: BlockId) -> u32 {
         self.references[block.index()]
     }
 
-    /// Takes the block that has been free the longest; it has one reference then.
+    /// Allocates the block that has been free the longest, with one reference.
     pub fn allocate(&mut self) -> Option<BlockId> {
         let block = self.free.front()?;
         self.free.remove(&mut self.links, block);
@@ -119,8 +124,8 @@ impl Pool {
         Some(block)
     }
 
-    /// Takes the cached block that has been unused for the longest; its tokens are
-    /// lost, and it has one reference then.
+    /// Evicts the least recently used cached block and returns it with one reference. The
+    /// caller must forget its tokens.
     pub fn evict(&mut self) -> Option<BlockId> {
         let block = self.cached.front()?;
         self.cached.remove(&mut self.links, block);
@@ -137,7 +142,8 @@ impl Pool {
                 self.cached.remove(&mut self.links, block);
                 self.hold_first(block);
             }
-            // Its entry in the fence finds it held, and leaves it alone.
+            // The fence still lists the block, but `settle` ignores blocks that are not
+            // deferred.
             BlockState::Deferred => {
                 self.deferred -= 1;
                 self.hold_first(block);
@@ -152,8 +158,9 @@ impl Pool {
         self.referenced += 1;
     }
 
-    /// Drops a reference of a holder whose last step is `touched`; `true` when it was
-    /// the last. The block is deferred then, until [`Pool::settle`] of this release.
+    /// Drops the reference of a holder whose last step is `touched`. Returns whether it was the
+    /// last one. If so, the block is deferred until [`Pool::settle`] is called for this
+    /// release.
     pub fn drop_reference(&mut self, block: BlockId, touched: StepId, release: u64) -> bool {
         let index = block.index();
         debug_assert!(self.references[index] > 0, "{block:?} is not held");
@@ -169,13 +176,14 @@ impl Pool {
         last
     }
 
-    /// The last step that touches a block.
+    /// Returns the last step that touches a block.
     pub fn touched(&self, block: BlockId) -> StepId {
         self.touched[block.index()]
     }
 
-    /// Makes a block free, or cached if `known`, that `release` was the last to defer:
-    /// all steps that touch it have completed. Does nothing to any other block.
+    /// Makes a deferred block cached if it is `known`, and free if not. All steps that touch it
+    /// must have completed. Does nothing if the block is not deferred or if a later release
+    /// deferred it.
     pub fn settle(&mut self, block: BlockId, release: u64, known: bool) {
         let index = block.index();
         if self.state[index] != BlockState::Deferred || self.release[index] != release {
@@ -190,7 +198,7 @@ impl Pool {
         }
     }
 
-    /// Makes a cached block free.
+    /// Makes a cached block free. Does nothing to other blocks.
     pub fn forget(&mut self, block: BlockId) {
         if self.state(block) == BlockState::Cached {
             self.cached.remove(&mut self.links, block);
@@ -198,33 +206,33 @@ impl Pool {
         }
     }
 
-    /// Puts a block that is in no list at the end of the free list.
+    /// Appends a block that is in no list to the free list.
     fn make_free(&mut self, block: BlockId) {
         self.state[block.index()] = BlockState::Free;
         self.free.push_back(&mut self.links, block);
         self.record(block);
     }
 
-    /// The content of a block was given up.
+    /// Records that the content of a block was discarded, if anyone asked for the record.
     fn record(&mut self, block: BlockId) {
         if let Some(freed) = &mut self.freed {
             freed.push(block);
         }
     }
 
-    /// Cached blocks, the one unused for the longest first.
+    /// Returns the cached blocks, the least recently used one first.
     pub fn cached(&self) -> impl Iterator<Item = BlockId> + '_ {
         self.cached.iter(&self.links)
     }
 
-    /// The blocks whose content was given up since the last call; the first call
-    /// starts the record.
+    /// Returns the blocks whose content was discarded since the last call. Recording starts
+    /// with the first call, which returns nothing.
     pub fn take_freed(&mut self) -> Vec<BlockId> {
         self.freed.replace(Vec::new()).unwrap_or_default()
     }
 
-    /// Compares the counts with `held`, how many tables hold each block, and checks
-    /// that each block is in exactly the list that its state says.
+    /// Compares the reference counts with `held`, the number of tables that hold each block.
+    /// Also checks that each block is in the list for its state, and in no other.
     pub(super) fn audit(&self, held: &[u32]) -> Result<(), String> {
         let mut listed = vec![None; self.state.len()];
         for (list, state) in [
@@ -240,7 +248,7 @@ impl Pool {
             }
             if count != list.len() {
                 return Err(format!(
-                    "{count} blocks listed as {state:?}, {} counted",
+                    "{count} blocks are listed as {state:?}, but {} are counted",
                     list.len()
                 ));
             }
@@ -249,7 +257,7 @@ impl Pool {
             let references = self.references[index];
             if references != held {
                 return Err(format!(
-                    "block {index} has {references} references, {held} tables hold it"
+                    "block {index} has {references} references, but {held} tables hold it"
                 ));
             }
             if (references > 0) != (state == BlockState::Referenced) {
@@ -260,7 +268,7 @@ impl Pool {
             let expected = matches!(state, BlockState::Free | BlockState::Cached).then_some(state);
             if listed[index] != expected {
                 return Err(format!(
-                    "block {index} is {state:?}, and listed as {:?}",
+                    "block {index} is {state:?}, but listed as {:?}",
                     listed[index]
                 ));
             }
@@ -269,7 +277,7 @@ impl Pool {
         let counted = (count(BlockState::Referenced), count(BlockState::Deferred));
         if counted != (self.referenced, self.deferred) {
             return Err(format!(
-                "{counted:?} blocks are referenced and deferred, {:?} counted",
+                "{counted:?} blocks are referenced and deferred, but {:?} are recorded",
                 (self.referenced, self.deferred)
             ));
         }

@@ -1,10 +1,10 @@
-//! The prefix cache: which block holds which tokens after which.
+//! The prefix cache: finds blocks by their tokens and the block before them.
 //!
-//! A block is known by a hash of its tokens chained to the hash of the block before
-//! it (as in vLLM's automatic prefix caching). A hash only finds a candidate: it
-//! counts when its tokens are the same and it follows the very block that was matched
-//! before, or begins a sequence with the same salt. So a match is exact, whatever the
-//! hashes do, and sequences with different salts never share a block.
+//! A block is known by a hash of its tokens, chained to the hash of the block before it (as in
+//! vLLM's automatic prefix caching). A hash only finds a candidate. The candidate matches if
+//! its tokens are the same and it follows the very block that was matched before, or begins a
+//! sequence with the same salt. So a match is exact even if hashes collide, and sequences with
+//! different salts never share a block.
 
 use super::BlockId;
 use foldhash::fast::RandomState;
@@ -12,7 +12,7 @@ use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher};
 use std::sync::Arc;
 
-/// No block before: the first of a sequence.
+/// Sentinel: no block before, because the block is the first of a sequence.
 const ROOT: u32 = u32::MAX;
 
 /// What comes before a block.
@@ -24,15 +24,15 @@ pub(super) enum After<'a> {
     Salt(Option<&'a Arc<str>>),
 }
 
-/// What is known of one block.
+/// What is known about one block.
 #[derive(Clone, Debug)]
 struct Known {
     /// Hash of all tokens up to the end of the block.
     chain: u64,
-    /// The block before.
+    /// Index of the block before, or [`ROOT`].
     parent: u32,
-    /// The salt of the sequence that the block begins; none for later blocks, which
-    /// have that of their first one.
+    /// Salt of the sequence that begins with the block. Later blocks have `None` here: they
+    /// share the salt of their first block.
     salt: Option<Arc<str>>,
 }
 
@@ -45,15 +45,15 @@ impl Known {
     }
 }
 
-/// Complete blocks by the tokens that they hold, and all that come before.
+/// Complete blocks, by their tokens and all tokens before these.
 #[derive(Debug)]
 pub(super) struct PrefixCache {
     by_chain: HashMap<u64, BlockId, RandomState>,
     known: Vec<Option<Known>>,
-    /// The tokens of every block, one after the other.
+    /// The tokens of every block, one block after the other.
     tokens: Vec<u32>,
     block_tokens: usize,
-    /// Random for each cache, so that nobody can prepare collisions.
+    /// Randomly seeded for each cache, so that nobody can prepare collisions.
     hasher: RandomState,
 }
 
@@ -76,7 +76,7 @@ impl PrefixCache {
         self.known[block.index()].is_some()
     }
 
-    /// The block that holds `tokens` and comes after `after`.
+    /// Returns the known block that holds `tokens` and comes after `after`.
     pub fn find(&self, after: After<'_>, tokens: &[u32]) -> Option<BlockId> {
         let candidate = *self.by_chain.get(&self.chain(after, tokens))?;
         let known = self.known[candidate.index()].as_ref()?;
@@ -84,13 +84,13 @@ impl PrefixCache {
         same.then_some(candidate)
     }
 
-    /// Makes a complete block known. `false` when its hash is taken by other tokens:
-    /// then it stays unknown.
+    /// Makes a complete block known. Returns `false` and leaves it unknown if its hash is taken
+    /// by other tokens.
     pub fn publish(&mut self, block: BlockId, after: After<'_>, tokens: &[u32]) -> bool {
         debug_assert_eq!(
             tokens.len(),
             self.block_tokens,
-            "only complete blocks (I11)"
+            "only complete blocks are published (I11)"
         );
         debug_assert!(!self.knows(block), "{block:?} is known already");
         let chain = self.chain(after, tokens);
@@ -112,25 +112,25 @@ impl PrefixCache {
         true
     }
 
-    /// Forgets a block, which is about to get other tokens.
+    /// Forgets the tokens of a block, which is about to get other ones.
     pub fn forget(&mut self, block: BlockId) {
         if let Some(known) = self.known[block.index()].take() {
             self.by_chain.remove(&known.chain);
         }
     }
 
-    /// The block before a known block.
+    /// Returns the block before a known block.
     pub fn parent(&self, block: BlockId) -> Option<BlockId> {
         let known = self.known[block.index()].as_ref()?;
         (known.parent != ROOT).then_some(BlockId(known.parent))
     }
 
-    /// The salt of the sequences that begin with a known block.
+    /// Returns the salt of the sequences that begin with a known block.
     pub fn salt(&self, block: BlockId) -> Option<&Arc<str>> {
         self.known[block.index()].as_ref()?.salt.as_ref()
     }
 
-    /// The tokens of a known block.
+    /// Returns the tokens of a known block.
     pub fn tokens_of(&self, block: BlockId) -> &[u32] {
         &self.tokens[block.index() * self.block_tokens..][..self.block_tokens]
     }
@@ -159,12 +159,12 @@ mod tests {
 
     /// I11: a hash only finds a candidate.
     #[test]
-    fn other_tokens_with_the_same_hash_are_no_match() {
+    fn other_tokens_with_the_same_hash_do_not_match() {
         let mut cache = PrefixCache::new(4, 2);
         let known = BlockId(0);
         let (start, salt) = (After::Salt(None), Arc::from("salt"));
         assert!(cache.publish(known, start, &[1, 2]));
-        // Other tokens, and the same ones after another block or with a salt.
+        // Other tokens, and the same tokens after another block or with a salt.
         for (after, tokens) in [
             (start, [3, 4]),
             (After::Block(known), [1, 2]),
@@ -173,7 +173,10 @@ mod tests {
             let collision = cache.chain(after, &tokens);
             cache.by_chain.insert(collision, known);
             assert_eq!(cache.find(after, &tokens), None);
-            assert!(!cache.publish(BlockId(1), after, &tokens), "it is taken");
+            assert!(
+                !cache.publish(BlockId(1), after, &tokens),
+                "the hash exists"
+            );
         }
         assert_eq!(cache.find(start, &[1, 2]), Some(known));
     }

@@ -1,16 +1,16 @@
-//! The books, operation by operation, and in any order.
+//! Tests of the block accounting, of single operations and of random sequences of them.
 
 use super::*;
 use proptest::prelude::*;
 
-/// A cache with prefixes, of blocks of 16 tokens.
+/// Returns a cache with a prefix cache and blocks of 16 tokens.
 fn cache(blocks: usize) -> BlockCache {
     BlockCache::new(blocks, 16, true)
 }
 
-/// Room for `tokens` tokens in all.
+/// Extends `table` so that it has room for `tokens` tokens in all.
 fn grow(cache: &mut BlockCache, table: &mut BlockTable, tokens: usize) -> Result<(), OutOfBlocks> {
-    // From the end of what is there: nothing is copied.
+    // Starting at a block boundary, so that nothing is copied.
     let start = table.len() * 16;
     cache.prepare(table, start, tokens, StepId(0), &mut Transfers::default())
 }
@@ -20,7 +20,7 @@ fn tokens(count: usize, seed: u32) -> Vec<u32> {
 }
 
 #[test]
-fn growing_takes_all_blocks_or_none() {
+fn growing_allocates_all_blocks_or_none() {
     let mut cache = cache(4);
     let (mut a, mut b) = (BlockTable::default(), BlockTable::default());
     grow(&mut cache, &mut a, 33).unwrap();
@@ -54,7 +54,7 @@ fn blocks_that_a_step_in_flight_touches_are_deferred() {
     );
 }
 
-/// I4: the fence is that of the last step of any holder, not of the last holder.
+/// I4: the block waits for the last step of any holder, not for that of the last holder.
 #[test]
 fn a_shared_block_waits_for_the_last_step_of_every_holder() {
     let mut cache = cache(2);
@@ -69,7 +69,7 @@ fn a_shared_block_waits_for_the_last_step_of_every_holder() {
     assert_eq!(cache.books().free, 2);
 }
 
-/// I4: what was given back, held again and given back again waits for the later step.
+/// I4: a block that is released, held again and released again waits for the later step.
 #[test]
 fn an_outdated_release_frees_nothing() {
     let mut cache = cache(2);
@@ -78,7 +78,7 @@ fn an_outdated_release_frees_nothing() {
     grow(&mut cache, &mut table, 16).unwrap();
     cache.publish(&mut table, &all, 16, StepId(0));
     cache.release(&mut table, StepId(3));
-    // Known, so it is found although it is deferred.
+    // The block is known, so it is found although it is deferred.
     assert_eq!(cache.attach(&mut table, &all, 16), 16);
     cache.release(&mut table, StepId(5));
     cache.completed(StepId(3));
@@ -102,7 +102,7 @@ fn freed_blocks_are_recorded_once_asked_for() {
 
 /// I3.
 #[test]
-fn an_audit_finds_a_table_that_the_books_do_not_know() {
+fn an_audit_finds_a_table_that_was_not_accounted_for() {
     let mut cache = cache(4);
     let mut table = BlockTable::default();
     grow(&mut cache, &mut table, 20).unwrap();
@@ -111,7 +111,7 @@ fn an_audit_finds_a_table_that_the_books_do_not_know() {
     assert!(cache.audit(std::iter::empty()).is_err());
 }
 
-/// Computes `tokens` in a table of its own, publishes them, and gives them back.
+/// Allocates a table for `tokens`, publishes its blocks and releases them.
 fn leave_behind(cache: &mut BlockCache, tokens: &[u32]) {
     let mut table = BlockTable::default();
     cache.attach(&mut table, tokens, tokens.len());
@@ -153,13 +153,13 @@ fn only_complete_and_computed_blocks_are_found() {
 }
 
 #[test]
-fn what_nobody_holds_is_found_again_until_it_is_handed_out() {
+fn released_blocks_are_found_until_they_are_reallocated() {
     let mut cache = cache(4);
     let (first, second) = (tokens(32, 1), tokens(32, 2));
     leave_behind(&mut cache, &first);
     leave_behind(&mut cache, &second);
     assert_eq!(cache.books().cached, 4);
-    // It is used again: now the other one is older.
+    // The first blocks are used again, so the second ones are now older.
     leave_behind(&mut cache, &first);
     let mut table = BlockTable::default();
     grow(&mut cache, &mut table, 16).unwrap();
@@ -173,7 +173,7 @@ fn what_nobody_holds_is_found_again_until_it_is_handed_out() {
 }
 
 #[test]
-fn who_computes_known_tokens_gets_the_known_blocks() {
+fn publishing_known_tokens_replaces_blocks_by_the_known_ones() {
     let mut cache = cache(8);
     let all = tokens(40, 1);
     let (mut a, mut b) = (BlockTable::default(), BlockTable::default());
@@ -185,16 +185,17 @@ fn who_computes_known_tokens_gets_the_known_blocks() {
     assert_ne!(a.blocks()[2], b.blocks()[2], "the last is not complete");
     let books = cache.audit([&a, &b].into_iter()).unwrap();
     assert_eq!((books.referenced, books.deferred), (4, 2));
-    // The one that published them goes: the other still holds all of the chain.
+    // The table that published the blocks is released, but the other still holds the whole
+    // chain.
     cache.release(&mut a, StepId(0));
     cache.completed(StepId(3));
     let books = cache.audit([&b].into_iter()).unwrap();
     assert_eq!((books.referenced, books.cached, books.deferred), (3, 0, 0));
 }
 
-/// I10: nobody writes what another one reads.
+/// I10: no table writes to a block that another one reads.
 #[test]
-fn a_block_that_others_read_is_copied_before_it_is_written() {
+fn a_shared_block_is_copied_before_it_is_written() {
     let mut cache = cache(8);
     let mut transfers = Transfers::default();
     let mut a = BlockTable::default();
@@ -206,7 +207,7 @@ fn a_block_that_others_read_is_copied_before_it_is_written() {
         .unwrap();
     assert_eq!(transfers.copies, [(a.blocks()[1], b.blocks()[1])]);
     assert_eq!(a.blocks()[0], b.blocks()[0]);
-    // Now both are alone with their ends: nothing more is copied.
+    // Neither shares its last block now, so nothing more is copied.
     for (table, start) in [(&mut a, 24), (&mut b, 21)] {
         cache
             .prepare(table, start, start + 1, StepId(5), &mut transfers)
@@ -217,7 +218,7 @@ fn a_block_that_others_read_is_copied_before_it_is_written() {
 }
 
 #[test]
-fn a_published_block_that_is_cut_is_copied_before_it_is_written() {
+fn a_truncated_published_block_is_copied_before_it_is_written() {
     let mut cache = cache(8);
     let all = tokens(32, 1);
     let mut table = BlockTable::default();
@@ -248,7 +249,7 @@ fn a_cache_without_prefixes_finds_nothing() {
 }
 
 #[test]
-fn clearing_forgets_what_nobody_holds() {
+fn clearing_forgets_blocks_that_no_table_holds() {
     let mut cache = cache(4);
     leave_behind(&mut cache, &tokens(32, 1));
     cache.clear_prefixes();
@@ -273,7 +274,7 @@ fn tables_with_different_salts_share_nothing() {
     cache.audit(tables.iter()).unwrap();
     let fork = cache.share(&tables[1], 40);
     assert_eq!(fork.salt(), salts[1].as_ref());
-    // What was given back is found by the same salt only.
+    // Released blocks are found only with the same salt.
     let [mut none, mut one, two] = tables;
     cache.release(&mut none, StepId(0));
     cache.release(&mut one, StepId(0));
@@ -281,7 +282,7 @@ fn tables_with_different_salts_share_nothing() {
     assert_eq!(cache.attach(&mut again, &all, 40), 32);
     assert_eq!(again.blocks(), &fork.blocks()[..2]);
     cache.audit([&fork, &two, &again].into_iter()).unwrap();
-    // The books tell when a table holds what another salt has published.
+    // An audit finds a table with blocks that were published with another salt.
     let foreign = BlockTable {
         salt: salts[2].clone(),
         ..cache.share(&again, 32)
@@ -292,10 +293,10 @@ fn tables_with_different_salts_share_nothing() {
 }
 
 proptest! {
-    /// I3, I4 and I11 after every operation, with few kinds of tokens so that
-    /// prefixes are shared all the time.
+    /// Checks I3, I4 and I11 after every operation. There are only a few token sequences, so
+    /// prefixes are shared often.
     #[test]
-    fn the_books_balance_after_every_operation(
+    fn the_accounting_is_consistent_after_every_operation(
         prefixes in any::<bool>(),
         operations in prop::collection::vec((0usize..6, 0usize..8, 1usize..120, 0u32..2), 1..300)
     ) {

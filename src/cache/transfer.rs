@@ -1,54 +1,56 @@
-//! Copies between blocks, and between blocks and host memory; the books of the latter.
+//! Copies of blocks on the device and to and from host memory, and the accounting of host
+//! blocks.
 
 use super::BlockId;
 
-/// Names a block of host memory, from 0: room for one swapped-out block.
+/// Index of a block of host memory, which has room for one swapped-out block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct HostBlockId(pub(crate) u32);
 
 impl HostBlockId {
-    /// The block's place in the host memory set aside for swapping.
+    /// Returns the index of the block in the host memory for swapping.
     pub fn index(self) -> usize {
         self.0 as usize
     }
 }
 
-/// What is copied before a step computes, in this order: out, among, in.
+/// Copies to make before a step computes: first `swap_out`, then `copies`, then `swap_in`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Transfers {
-    /// To the host.
+    /// Copies from the device to the host.
     pub swap_out: Vec<(BlockId, HostBlockId)>,
-    /// From block to block (source, target): no block is a target twice, or a source
-    /// and a target.
+    /// Copies from block to block, as pairs of source and target. No block is the target of two
+    /// copies, or both a source and a target.
     pub copies: Vec<(BlockId, BlockId)>,
-    /// Back from the host.
+    /// Copies from the host back to the device.
     pub swap_in: Vec<(HostBlockId, BlockId)>,
 }
 
 impl Transfers {
-    /// Leaves nothing to copy, and keeps the memory.
+    /// Removes all copies and keeps the allocations.
     pub fn clear(&mut self) {
         self.swap_out.clear();
         self.copies.clear();
         self.swap_in.clear();
     }
 
-    /// Whether there is nothing to copy.
+    /// Returns whether there is nothing to copy.
     pub fn is_empty(&self) -> bool {
         self.swap_out.is_empty() && self.copies.is_empty() && self.swap_in.is_empty()
     }
 }
 
-/// The books of the host memory for swapped-out blocks.
+/// Accounting of the host memory for swapped-out blocks.
 #[derive(Debug)]
 pub struct HostBlocks {
-    /// The lowest is handed out first, so that no more memory is touched than needed.
+    /// Free blocks. The lowest index is allocated first, so that no more memory is touched than
+    /// needed.
     free: std::collections::BinaryHeap<std::cmp::Reverse<HostBlockId>>,
     total: usize,
 }
 
 impl HostBlocks {
-    /// Room for `blocks` blocks.
+    /// Creates the accounting for `blocks` free host blocks.
     pub fn new(blocks: usize) -> Self {
         let ids = (0..blocks as u32).map(|block| std::cmp::Reverse(HostBlockId(block)));
         Self {
@@ -57,17 +59,17 @@ impl HostBlocks {
         }
     }
 
-    /// Blocks in all.
+    /// Returns the number of all blocks.
     pub fn total(&self) -> usize {
         self.total
     }
 
-    /// Blocks that nobody holds.
+    /// Returns the number of free blocks.
     pub fn free(&self) -> usize {
         self.free.len()
     }
 
-    /// Takes `count` blocks, or none if there are not so many.
+    /// Allocates `count` blocks, or none if fewer are free.
     pub fn take(&mut self, count: usize) -> Option<Vec<HostBlockId>> {
         (count <= self.free.len()).then(|| {
             (0..count)
@@ -76,7 +78,7 @@ impl HostBlocks {
         })
     }
 
-    /// Takes blocks back.
+    /// Frees blocks.
     pub fn give_back(&mut self, blocks: impl IntoIterator<Item = HostBlockId>) {
         self.free.extend(blocks.into_iter().map(std::cmp::Reverse));
     }

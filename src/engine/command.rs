@@ -1,4 +1,4 @@
-//! The commands: the only way into the scheduler thread.
+//! The commands, which are the only way into the scheduler thread.
 
 use super::deadlines::RequestDeadlines;
 use super::event::CancelReason;
@@ -15,22 +15,23 @@ use crate::id::{RequestId, SessionId};
 use crate::schedule::{Kept, SequenceSpec};
 use std::time::Instant;
 
-/// What callers post to the scheduler thread; per session in the order posted (I7).
+/// A message from callers to the scheduler thread. Commands are applied in the order in which
+/// they were posted, in particular those of one session (I7).
 pub(crate) enum Command {
     /// A new request.
     Submit(Box<Submission>),
-    /// New requests with the same prompt: the first computes it for all.
+    /// New requests with the same prompt. The first one computes it for all of them.
     SubmitGroup(Vec<Submission>),
-    /// Look at the session's cancel flag: the flag is the truth, this only wakes.
+    /// Check a request's cancel flag. The flag decides; this command only wakes the thread.
     Cancel(RequestId),
-    /// Cancel an open request by its id; no receipt if there is none.
+    /// Cancel an open request by its id. The reply is `None` if no such request is open.
     CancelRequest {
         id: RequestId,
         reason: CancelReason,
         posted_at: Instant,
         reply: Reply<Option<Receipt>>,
     },
-    /// The session's reader has made room.
+    /// The reader of a paused request has made room.
     Resume(RequestId),
     /// Stop the turn of a session.
     Stop {
@@ -40,33 +41,34 @@ pub(crate) enum Command {
         posted_at: Instant,
         reply: Reply<Receipt>,
     },
-    /// Give back what a session keeps beyond its first tokens.
+    /// Give back what a session keeps beyond this number of tokens.
     Rewind(SessionId, usize),
-    /// Let a new session keep what another one keeps.
+    /// Let a new session keep what another session keeps.
     Fork { from: SessionId, to: SessionId },
     /// Report what a session keeps.
     Kept(SessionId, Sender<Kept>),
-    /// End a session, and its turn.
+    /// End a session and its turn.
     EndSession {
         session: SessionId,
         posted_at: Instant,
         reply: Option<Reply<Receipt>>,
     },
-    /// Forget the prefixes that nobody holds.
+    /// Forget the cached prefixes that nobody holds.
     ClearPrefixes,
-    /// Report the state; answered at once.
+    /// Report the engine's state to a caller that blocks its thread.
     Inspect(Sender<EngineStats>),
-    /// The same, for someone who waits without a thread.
+    /// Report the engine's state to a caller that may wait asynchronously.
     InspectLater(Reply<EngineStats>),
     /// Report the open requests with this label.
     Find(Arc<str>, Reply<Vec<RequestId>>),
-    /// Report who is open, and whose each block is.
+    /// Report the open requests, the sessions and the owner of each block.
     Snapshot(Reply<EngineSnapshot>),
-    /// Cancel every session.
+    /// Cancel every request.
     AbortAll,
-    /// Let open sessions finish until then, take no more, cancel the rest.
+    /// Accept no more requests, let the open ones finish until the deadline, and cancel the
+    /// rest.
     Drain(Option<Instant>, Reply<Drained>),
-    /// The same, then end the thread. The reply tells by its end.
+    /// Drain the engine, then end the thread. The reply is dropped when the thread has ended.
     Shutdown(Option<Instant>, Reply<Never>),
 }
 
@@ -77,15 +79,15 @@ pub(crate) struct Submission {
     pub account: AccountSpec,
 }
 
-/// The scheduler thread's side of a new session.
+/// The scheduler thread's side of a new request.
 pub(crate) struct AccountSpec {
     pub cell: Arc<RequestCell>,
     pub events: EventSender,
     pub permit: Permit,
     pub record: RequestRecord,
     pub deadlines: RequestDeadlines,
-    /// Whose turn it is; none for a request on its own.
+    /// The session turn that this request is; `None` for a request outside of sessions.
     pub turn: Option<Turn>,
-    /// What its caller knows it by.
+    /// Label that the caller chose for the request.
     pub label: Option<Arc<str>>,
 }

@@ -1,22 +1,22 @@
-//! What happens when time passes: one ordered set an engine, from which everything
-//! is removed as soon as it no longer counts.
+//! The deadlines of all open requests, in one ordered set per engine. A deadline is removed as
+//! soon as it no longer applies.
 
 use crate::schedule::SequenceKey;
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-/// What a request has not done in time.
+/// What a request has failed to do in time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Due {
-    /// Its first token.
+    /// Produce its first token.
     FirstToken,
-    /// Its end.
+    /// End.
     Finish,
-    /// Its reader, for whom it is paused, has not caught up.
+    /// Have its reader catch up while it was paused.
     Reader,
 }
 
-/// The deadlines of one request; `None` for those that it does not have.
+/// The deadlines of one request. `None` means that it has no such deadline.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct RequestDeadlines {
     pub first_token: Option<Instant>,
@@ -41,18 +41,18 @@ pub(super) struct Deadlines {
 }
 
 impl Deadlines {
-    /// The earliest.
+    /// Returns the earliest deadline.
     pub fn next(&self) -> Option<Instant> {
         self.set.first().map(|(at, _, _)| *at)
     }
 
-    /// The earliest that has passed at `now`.
+    /// Returns the earliest deadline, if it has passed at `now`.
     pub fn overdue(&self, now: Instant) -> Option<(SequenceKey, Due)> {
         let (at, key, due) = self.set.first()?;
         (*at <= now).then_some((*key, *due))
     }
 
-    /// Changes one deadline of a request.
+    /// Sets or, with `None`, clears one deadline of a request.
     pub fn set(
         &mut self,
         key: SequenceKey,
@@ -69,7 +69,7 @@ impl Deadlines {
         }
     }
 
-    /// Takes up all deadlines of a new request.
+    /// Adds all deadlines of a new request.
     pub fn add(&mut self, key: SequenceKey, mut request: RequestDeadlines) -> RequestDeadlines {
         for due in [Due::FirstToken, Due::Finish, Due::Reader] {
             if let Some(at) = *request.of(due) {
@@ -79,7 +79,7 @@ impl Deadlines {
         request
     }
 
-    /// Forgets all deadlines of a request.
+    /// Removes all deadlines of a request.
     pub fn remove(&mut self, key: SequenceKey, mut request: RequestDeadlines) {
         for due in [Due::FirstToken, Due::Finish, Due::Reader] {
             self.set(key, &mut request, due, None);
@@ -94,7 +94,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn the_earliest_comes_first_and_nothing_remains_of_a_removed_request() {
+    fn the_earliest_deadline_comes_first_and_a_removed_request_leaves_none() {
         let mut keys: SlotMap<SequenceKey, ()> = SlotMap::with_key();
         let (a, b) = (keys.insert(()), keys.insert(()));
         let start = Instant::now();
@@ -108,7 +108,7 @@ mod tests {
                 reader: None,
             },
         );
-        // At the same moment as another one's: both count.
+        // The same moment as a deadline of the other request: both must be kept.
         let of_b = deadlines.add(
             b,
             RequestDeadlines {

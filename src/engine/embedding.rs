@@ -1,4 +1,4 @@
-//! [`Engine::embed`](super::Engine::embed): a text as a vector.
+//! Requests for embeddings, submitted with [`Engine::embed`](super::Engine::embed).
 
 use super::stream::{Cancellation, Chunk, Timing, TokenStream};
 use super::sync::Arc;
@@ -10,26 +10,26 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-/// What to embed.
+/// A request to embed a prompt.
 #[derive(Clone, Debug)]
 pub struct EmbedRequest {
-    /// What the vector stands for.
+    /// The prompt to embed.
     pub prompt: Prompt,
-    /// The vector must come within this time from the submission, or the request is
-    /// cancelled as [`Deadline`](crate::CancelReason::Deadline).
+    /// Maximum time from the submission to the embedding. After it, the request is cancelled as
+    /// [`Deadline`](crate::CancelReason::Deadline).
     pub finish_within: Option<Duration>,
-    /// A lower number is served first, and may take the place of a higher one; 0 is
-    /// usual.
+    /// Priority of the request. Lower numbers are served first and may preempt requests with
+    /// higher ones; the default is 0.
     pub priority: i32,
-    /// Who it is for: of equally urgent requests, those of the tenant that was served
-    /// the least start first.
+    /// Tenant that the request belongs to. Among requests of equal priority, those of the
+    /// tenant that has been served least start first.
     pub tenant: Option<Arc<str>>,
-    /// Whom it shares the prefix cache with, as [`Request::cache_salt`](crate::Request).
+    /// Salt of the prefix cache, as in [`Request::cache_salt`](crate::Request::cache_salt).
     pub cache_salt: Option<Arc<str>>,
 }
 
 impl EmbedRequest {
-    /// A request with default settings.
+    /// Creates a request with default settings.
     pub fn new(prompt: impl Into<Prompt>) -> Self {
         Self {
             prompt: prompt.into(),
@@ -41,21 +41,22 @@ impl EmbedRequest {
     }
 }
 
-/// A prompt as a vector.
+/// The embedding of a prompt.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Embedding {
-    /// The mean, over all positions of the prompt, of the model's last hidden states after
-    /// the final norm. Not normalised. NaN where a hidden state was no finite number, or
-    /// one beyond 32,768.
+    /// Mean of the model's last hidden states, after the final norm, over all positions of the
+    /// prompt. Not normalised. A value is NaN if a hidden state was not finite or exceeded
+    /// 32,768 in magnitude.
     pub values: Vec<f32>,
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
-    /// How long it took.
+    /// How long the request took.
     pub timing: Timing,
 }
 
-/// An embedding on its way: a future, or [`EmbeddingFuture::wait`]. Dropping it cancels
-/// the request, as dropping a [`TokenStream`] does.
+/// An embedding that is being computed. Await it, or call [`EmbeddingFuture::wait`].
+///
+/// Dropping it cancels the request, like dropping a [`TokenStream`].
 #[derive(Debug)]
 #[must_use = "dropping it cancels the request"]
 pub struct EmbeddingFuture(TokenStream);
@@ -65,12 +66,12 @@ impl EmbeddingFuture {
         Self(stream)
     }
 
-    /// The request's identity, as the logs name it.
+    /// Returns the request's id, which also appears in the logs.
     pub fn id(&self) -> RequestId {
         self.0.id()
     }
 
-    /// The tokens of the prompt.
+    /// Returns the tokens of the prompt.
     pub fn prompt_ids(&self) -> &[u32] {
         self.0.prompt_ids()
     }
@@ -80,12 +81,17 @@ impl EmbeddingFuture {
         self.0.cancel()
     }
 
-    /// Sets the reason that dropping it gives; see [`TokenStream::when_dropped`].
+    /// Sets the reason to report if the future is dropped; see [`TokenStream::when_dropped`].
     pub fn when_dropped(self, reason: CancelReason) -> Self {
         Self(self.0.when_dropped(reason))
     }
 
-    /// Waits for the vector on this thread.
+    /// Waits on this thread for the embedding.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the request failed or was cancelled, or if the engine closed before
+    /// the embedding was computed.
     pub fn wait(mut self) -> Result<Embedding, GenerateError> {
         loop {
             let chunk = self.0.next_blocking();
@@ -100,7 +106,7 @@ impl EmbeddingFuture {
         self.0
     }
 
-    /// The vector, if this was the last chunk.
+    /// Returns the embedding if this was the last chunk.
     fn take(
         &mut self,
         chunk: Option<Result<Chunk, GenerateError>>,

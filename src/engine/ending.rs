@@ -1,4 +1,4 @@
-//! How an engine comes to its end: drained, or shut down.
+//! The ends of an engine: drains and shutdowns.
 
 use super::EngineFault;
 use super::sync::Never;
@@ -8,30 +8,37 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-/// What becomes of open requests at a shutdown.
+/// What happens to open requests when the engine shuts down.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shutdown {
-    /// They may finish within this time; the rest is cancelled.
+    /// They may finish within this time; the rest are cancelled.
     Drain(Duration),
-    /// They are cancelled.
+    /// They are cancelled at once.
     Abort,
 }
 
-/// What became of the requests that were open when an engine was drained.
+/// What became of the requests that were open during a drain.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Drained {
-    /// They ended in time, one way or another.
+    /// Requests that ended in time, for whatever reason.
     pub finished: u64,
-    /// They were cancelled: at the deadline, or because they came too late.
+    /// Requests that the drain cancelled: at its deadline, or because they arrived after it
+    /// began.
     pub aborted: u64,
 }
 
-/// A drain in progress; await it, or [`Draining::wait`], for what became of the open
-/// requests. Dropping it changes nothing: the engine is drained either way.
+/// A drain in progress. Await it, or call [`Draining::wait`], to learn what became of the open
+/// requests.
+///
+/// Dropping it does not stop the drain.
 pub struct Draining(pub(super) Answer<Drained>);
 
 impl Draining {
-    /// Waits on this thread. The error is what broke the engine meanwhile.
+    /// Waits on this thread until the engine has drained.
+    ///
+    /// # Errors
+    ///
+    /// Returns the fault that ended the engine before it had drained.
     pub fn wait(self) -> Result<Drained, EngineFault> {
         self.0.wait()
     }
@@ -51,19 +58,25 @@ impl std::fmt::Debug for Draining {
     }
 }
 
-/// A shutdown in progress; await it, or [`ShuttingDown::wait`], for the end of the
-/// scheduler thread. Dropping it changes nothing: the engine ends either way.
+/// A shutdown in progress. Await it, or call [`ShuttingDown::wait`], to wait for the end of the
+/// scheduler thread.
+///
+/// Dropping it does not stop the shutdown.
 pub struct ShuttingDown(pub(super) Answer<Never>);
 
 impl ShuttingDown {
-    /// Waits on this thread. The error is what broke the engine, before or meanwhile;
-    /// a stuck scheduler thread is not waited for.
+    /// Waits on this thread until the scheduler thread has ended, or until the watchdog has
+    /// given it up.
+    ///
+    /// # Errors
+    ///
+    /// Returns the fault that broke the engine, whether before or during the shutdown.
     pub fn wait(self) -> Result<(), EngineFault> {
         ended(self.0.wait())
     }
 }
 
-/// Nothing is ever sent: the end of the channel is the message.
+/// Converts the end of a channel on which nothing is ever sent: its end is the message.
 fn ended(result: Result<Never, EngineFault>) -> Result<(), EngineFault> {
     match result {
         Ok(never) => match never {},

@@ -1,4 +1,4 @@
-//! What can go wrong at submit and while generating.
+//! The errors of submitting requests and of generating answers.
 
 use super::CancelReason;
 use crate::cache::Imbalance;
@@ -24,12 +24,12 @@ pub enum SubmitError {
     PromptTooLong {
         /// Tokens of the prompt.
         tokens: usize,
-        /// The limit on prompt and answer together.
+        /// Maximum number of tokens of prompt and answer together.
         limit: usize,
-        /// `context length of the model`, or `size of the key-value cache`.
+        /// `context length of the model` or `size of the KV cache`.
         limited_by: &'static str,
     },
-    /// A prompt that is not continued is too long itself.
+    /// An input that is only scored or embedded is too long.
     #[error(
         "this model's maximum context length is {limit} tokens (the {limited_by}); the input has \
          {tokens} tokens, but must have at most {limit}"
@@ -37,84 +37,86 @@ pub enum SubmitError {
     InputTooLong {
         /// Tokens of the input.
         tokens: usize,
-        /// The most that there may be.
+        /// Maximum number of tokens of the input.
         limit: usize,
-        /// `context length of the model`, or `size of the key-value cache`.
+        /// `context length of the model` or `size of the KV cache`.
         limited_by: &'static str,
     },
-    /// A token id of the prompt is not in the vocabulary.
+    /// A token id in the prompt is not in the vocabulary.
     #[error("token {token} of the prompt is outside the vocabulary of {vocabulary} tokens")]
     UnknownToken {
-        /// The id.
+        /// The token id.
         token: u32,
-        /// Size of the vocabulary.
+        /// Number of tokens in the vocabulary.
         vocabulary: usize,
     },
     /// A sampling parameter is out of range.
     #[error(transparent)]
     Params(#[from] ParamError),
-    /// `max_tokens` is 0.
+    /// `max_tokens` is 0, but log probabilities of the prompt were not requested.
     #[error("max_tokens is 0, but must be at least 1 without prompt_logprobs")]
     NoTokens,
-    /// No answer was asked for.
+    /// The number of answers to generate is 0.
     #[error("samples is 0, but must be at least 1")]
     NoSamples,
-    /// The runner computes no embeddings.
-    #[error("this engine computes no embeddings: its runner has no hidden states")]
+    /// The runner does not compute embeddings.
+    #[error("this engine does not support embeddings: its runner provides no hidden states")]
     NoEmbeddings,
     /// A stop string is empty.
     #[error("stop string {index} is empty, but must have at least one character")]
     EmptyStop {
-        /// Which one.
+        /// Index of the stop string in the request.
         index: usize,
     },
-    /// The model has no tokenizer, and the request needs one.
+    /// The request needs a tokenizer, but the model has none.
     #[error("the model has no tokenizer files, which {needed_for} needs; give token ids instead")]
     NoTokenizer {
-        /// What needs it.
+        /// The part of the request that needs it.
         needed_for: &'static str,
     },
-    /// The model has no chat template, and the prompt is a conversation.
+    /// The prompt is a conversation, but the model has no chat template.
     #[error("the model has no chat template; give the prompt as text instead")]
     NoChatTemplate,
-    /// The prompt could not be turned into tokens.
+    /// The prompt could not be converted to tokens.
     #[error(transparent)]
     Text(#[from] TextError),
-    /// Too many requests are open.
+    /// Too many requests are open at the moment.
     #[error("{open} requests are open, and this engine accepts {limit} at once; try again later")]
     Overloaded {
-        /// How many are open.
+        /// Number of open requests.
         open: usize,
-        /// [`EngineConfig::max_open_requests`](crate::EngineConfig).
+        /// Value of
+        /// [`EngineConfig::max_open_requests`](crate::EngineConfig::max_open_requests).
         limit: usize,
     },
-    /// More answers are asked for at once than may ever be open.
-    #[error("{count} answers are asked for at once, but this engine accepts {limit}")]
+    /// The request asks for more answers at once than may ever be open.
+    #[error("{count} answers are requested at once, but this engine accepts at most {limit}")]
     TooManyAnswers {
-        /// Answers that are asked for.
+        /// Number of requested answers.
         count: usize,
-        /// [`EngineConfig::max_open_requests`](crate::EngineConfig).
+        /// Value of
+        /// [`EngineConfig::max_open_requests`](crate::EngineConfig::max_open_requests).
         limit: usize,
     },
-    /// The session is already generating.
+    /// A turn of the session is still generating.
     #[error("the session is already generating; one turn at a time")]
     Conflict,
-    /// The engine finishes what it has, and takes no more.
-    #[error("the engine is being drained and takes no more requests")]
+    /// The engine finishes its open requests and accepts no more.
+    #[error("the engine is being drained and accepts no more requests")]
     Draining,
     /// The engine has closed.
     #[error("the engine has closed: {0}")]
     Closed(EngineFault),
 }
 
-/// Why generation ended without an answer.
+/// Why a request ended without a complete answer.
 #[derive(Clone, Debug, Error)]
 #[non_exhaustive]
 pub enum GenerateError {
-    /// A step that this request was part of failed.
+    /// The request failed: in a step, by its constraint, or together with the engine.
     #[error("generation failed: {0}")]
     Failed(EngineFault),
-    /// The request was cancelled before it had finished.
+    /// The request was cancelled before its answer was complete.
     #[error("generation was cancelled: {}", .0.as_str())]
     Cancelled(CancelReason),
     /// The engine has closed.
@@ -122,38 +124,39 @@ pub enum GenerateError {
     Closed(EngineFault),
 }
 
-/// What broke on the scheduler thread.
+/// What went wrong on the scheduler thread.
 #[derive(Clone, Debug, Error)]
 #[non_exhaustive]
 pub enum EngineFault {
     /// The device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// The request's constraint could not say how the answer may go on. It ends this
-    /// request only.
+    /// The request's constraint could not decide which tokens may follow. This ends only the
+    /// request.
     #[error(transparent)]
     Constraint(#[from] ConstraintError),
-    /// The model has computed logits that are NaN or infinite. It ends this request only.
+    /// The model computed logits that are NaN or infinite. This ends only the request.
     #[error(
         "the model's logits after {tokens} tokens are NaN or infinite: its weights are broken, \
          or its activations overflow"
     )]
     NotFinite {
-        /// Tokens of the request, prompt and answer, that they were computed from.
+        /// Number of tokens, prompt and answer, that the logits were computed from.
         tokens: usize,
     },
-    /// The cache's books did not balance.
+    /// The block accounting was inconsistent.
     #[error(transparent)]
     Books(#[from] Imbalance),
-    /// The scheduler thread panicked: a bug in quell.
+    /// The scheduler thread panicked, which is a bug in quell.
     #[error("the scheduler thread panicked: {0}")]
     Panic(String),
-    /// A step takes longer than [`EngineConfig::step_deadline`](crate::EngineConfig).
+    /// A step took longer than
+    /// [`EngineConfig::step_deadline`](crate::EngineConfig::step_deadline).
     #[error("{step} has not completed after {waited:?}: the device is stuck")]
     Stuck {
         /// The step.
         step: StepId,
-        /// How long it had taken when it was given up.
+        /// How long the step had taken when it was given up.
         waited: Duration,
     },
     /// The engine was shut down.

@@ -1,4 +1,4 @@
-//! The events: the only way out of the scheduler thread.
+//! The events, which are the only way out of the scheduler thread.
 
 use super::EngineFault;
 use super::metrics::cleanup_failed;
@@ -18,33 +18,33 @@ use std::time::Instant;
 #[repr(u8)]
 #[non_exhaustive]
 pub enum CancelReason {
-    /// Its stream was dropped.
+    /// The request's stream was dropped.
     StreamDropped = 1,
-    /// `cancel` was called.
+    /// A caller cancelled the request.
     Explicit = 2,
-    /// `abort_all` was called.
+    /// A caller cancelled all requests with [`Engine::abort_all`](crate::Engine::abort_all).
     AbortAll = 3,
-    /// The engine was shut down, or drained and the request came too late.
+    /// The engine was shut down or drained before the request had ended.
     Shutdown = 4,
-    /// Its text came to a stop string: the caller's side has ended it as a normal
-    /// stop, and the scheduler thread only frees what it held.
+    /// The answer's text contained a stop string. The stream has already ended as a normal
+    /// stop; the scheduler thread only frees what the request held.
     StopString = 5,
     /// The reader lagged behind for too long.
     SlowConsumer = 6,
-    /// A deadline of the request has passed.
+    /// A deadline of the request passed.
     Deadline = 7,
-    /// The client has gone: its connection was closed.
+    /// The client closed its connection.
     Disconnect = 8,
-    /// Its session was ended.
+    /// The request's session was ended.
     SessionEnded = 9,
-    /// Its session stopped this turn.
+    /// The request's session stopped this turn.
     SessionStopped = 11,
-    /// Its stream was dropped before the scheduler thread had taken the request.
+    /// The request's stream was dropped before the scheduler thread had accepted the request.
     SubmitDropped = 10,
 }
 
 impl CancelReason {
-    /// Every reason.
+    /// All reasons.
     pub const ALL: [Self; 11] = [
         Self::StreamDropped,
         Self::Explicit,
@@ -59,8 +59,8 @@ impl CancelReason {
         Self::SubmitDropped,
     ];
 
-    /// What a caller can mean by it: that a stop string was found is for the stream
-    /// itself to say, and would count as a normal end.
+    /// Returns the reason to use for a cancel by a caller. Only the stream itself may report a
+    /// stop string, because that counts as a normal end.
     pub(crate) fn of_a_caller(self) -> Self {
         match self {
             Self::StopString => Self::Explicit,
@@ -68,7 +68,7 @@ impl CancelReason {
         }
     }
 
-    /// The reason as logs and metrics name it.
+    /// Returns the reason's name in logs and metrics.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::StreamDropped => "stream_dropped",
@@ -90,28 +90,28 @@ impl CancelReason {
     }
 }
 
-/// How an accepted request ended, exactly once (I1).
+/// How an accepted request ended, of which there is exactly one per request (I1).
 #[derive(Clone, Debug)]
 pub(crate) enum Terminal {
     Finished(FinishReason),
     Cancelled(CancelReason),
-    /// In a box, which keeps events small: a buffer of them is set aside for each request.
+    /// Boxed to keep events small, because each request has a buffer of them.
     Failed(Box<EngineFault>),
 }
 
 /// How a request ended, for its caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Outcome {
-    /// A stop token, a stop string, or the model's end of turn.
+    /// At a stop token, a stop string, the model's end of turn, or the end of its constraint.
     Stop,
-    /// The limit on new tokens, or the context limit.
+    /// At the limit on new tokens or the context limit.
     Length,
-    /// It was cancelled.
+    /// By a cancel.
     Cancelled(CancelReason),
 }
 
 impl Outcome {
-    /// `stop`, `length` or `cancelled`.
+    /// Returns `stop`, `length` or `cancelled`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Stop => "stop",
@@ -121,14 +121,15 @@ impl Outcome {
     }
 }
 
-/// A generated token; or one of a prompt, where its log-probability was asked for.
+/// A generated token, or a token of the prompt whose log probability was requested.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Token {
-    /// Its id.
+    /// The token's id.
     pub id: u32,
-    /// Its log-probability under the model's unmodified logits; 0 unless asked for.
+    /// Log probability under the model's unmodified logits; 0 if it was not requested.
     pub logprob: f32,
-    /// The likeliest tokens of its step, as many as asked for.
+    /// The likeliest tokens at this position with their log probabilities, as many as were
+    /// requested.
     pub top: Vec<(u32, f32)>,
 }
 
@@ -148,55 +149,55 @@ impl From<Sampled> for Token {
     }
 }
 
-/// What a request learns of its prompt.
+/// What a request learns about its prompt.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum PromptReport {
-    /// Its tokens, in order, with their log-probabilities.
+    /// The prompt's tokens after the first, in order, with their log probabilities.
     Scores(Vec<Token>),
-    /// The sum of the last hidden states.
+    /// Sum of the last hidden states.
     Sum(PooledRows),
 }
 
 impl PromptReport {
-    /// Adds what a later step has found.
+    /// Adds the report of a later step.
     pub fn add(&mut self, later: Self) {
         match (self, later) {
             (Self::Scores(tokens), Self::Scores(later)) => tokens.extend(later),
             (Self::Sum(sum), Self::Sum(later)) => sum.merge(&later),
-            (report, later) => *report = later, // A request has one kind.
+            (report, later) => *report = later, // A request has one kind of report.
         }
     }
 }
 
-/// What a session's reader gets for one step: at most one message a step.
+/// What a request's reader receives, at most once per step.
 #[derive(Debug)]
 pub(crate) struct Event {
     pub token: Option<Token>,
-    /// With the first token, or with the end if there is none.
+    /// Sent with the first token, or with the end if there is no token.
     pub report: Option<Box<PromptReport>>,
     pub terminal: Option<Terminal>,
     pub at: Instant,
 }
 
-/// Proof that a request's resources are free.
+/// Proof that the resources of a request or a session are free.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Receipt {
-    /// Blocks of the key-value cache that it held and that are free now.
+    /// Blocks of the KV cache that were held and that nobody holds any more.
     pub blocks_freed: usize,
-    /// Tokens it had generated.
+    /// Tokens that had been generated.
     pub tokens_generated: usize,
-    /// Tokens that steps in flight produced after its end.
+    /// Tokens that steps in flight produced after the end, and that were discarded.
     pub tokens_discarded: usize,
     /// The step after whose completion the blocks were free.
     pub step: StepId,
-    /// When the cancel was posted; when it ended, if it was not cancelled.
+    /// When the cancel was posted, or when the request ended if it was not cancelled.
     pub posted_at: Instant,
-    /// When its blocks were free.
+    /// When the blocks were free.
     pub freed_at: Instant,
 }
 
 impl Receipt {
-    /// There was nothing to free.
+    /// Creates a receipt for an end at which there was nothing to free.
     pub(crate) fn of_nothing(step: StepId, at: Instant) -> Self {
         Self {
             blocks_freed: 0,
@@ -209,35 +210,35 @@ impl Receipt {
     }
 }
 
-/// What a session's two sides share: flags and wakers, no lock.
+/// State shared by the two sides of a request: flags and wakers, without a lock.
 #[derive(Debug, Default)]
 pub(crate) struct RequestCell {
     cancel: AtomicU8,
     posted: OnceLock<Instant>,
-    /// Set by the thread when it pauses the session for its reader's sake.
+    /// Set by the scheduler thread when it pauses the request because its reader lags behind.
     pub paused: AtomicBool,
-    /// Prompt tokens that the cache held; set before the first token is sent.
+    /// Number of prompt tokens that the cache held. Set before the first token is sent.
     pub cached_tokens: AtomicUsize,
     reader: AtomicWaker,
     receipt: AtomicWaker,
 }
 
 impl RequestCell {
-    /// Raises the cancel flag; `true` for the first to do so.
+    /// Raises the cancel flag. Returns `true` if it was not raised before.
     pub fn cancel(&self, reason: CancelReason) -> bool {
         self.cancel_at(reason, Instant::now())
     }
 
-    /// As [`Self::cancel`], for a cancel that was posted earlier.
+    /// Raises the cancel flag, like [`Self::cancel`], for a cancel that was posted earlier.
     pub fn cancel_at(&self, reason: CancelReason, posted: Instant) -> bool {
-        // The time first: whoever sees the flag finds it.
+        // Set the time first, so that a thread that sees the flag finds it.
         let _ = self.posted.set(posted);
         self.cancel
             .compare_exchange(0, reason as u8, Ordering::AcqRel, Ordering::Acquire)
             .is_ok()
     }
 
-    /// The reason, if the flag is up.
+    /// Returns the reason, if the flag is raised.
     pub fn cancelled(&self) -> Option<CancelReason> {
         CancelReason::from_flag(self.cancel.load(Ordering::Acquire))
     }
@@ -250,7 +251,8 @@ impl RequestCell {
         self.reader.register(waker);
     }
 
-    /// Whom to wake when there is something to read; the caller must.
+    /// Takes the waker of a reader for which there is something to read. The caller must wake
+    /// it.
     fn take_reader(&self) -> Option<Waker> {
         self.reader.take()
     }
@@ -275,17 +277,17 @@ impl Waiter for RequestCell {
     }
 }
 
-/// Wakes a caller. A waker is the caller's code: if it panics, that is the caller's
-/// loss, and no other session's.
+/// Wakes a caller. A waker is the caller's code, so a panic in it must not affect other
+/// requests.
 pub(super) fn wake(waker: Option<Waker>) {
     let Some(waker) = waker else { return };
     if catch_unwind(AssertUnwindSafe(|| waker.wake())).is_err() {
-        tracing::error!("the waker of a caller panicked");
+        tracing::error!("a caller's waker panicked");
         cleanup_failed("waker");
     }
 }
 
-/// The scheduler thread's end of a session.
+/// The scheduler thread's end of a request.
 pub(crate) struct EventSender {
     cell: Arc<RequestCell>,
     events: Option<Sender<Event>>,
@@ -293,17 +295,17 @@ pub(crate) struct EventSender {
     capacity: usize,
 }
 
-/// The caller's end of a session.
+/// The caller's end of a request.
 pub(crate) struct EventReceiver {
     pub events: Receiver<Event>,
     pub receipt: Receiver<Receipt>,
 }
 
-/// Room beyond the pause threshold: the tokens of the steps in flight when the
-/// threshold is reached, and the terminal.
+/// Room in the buffer beyond the pause threshold, for the terminal and for the tokens of the
+/// steps in flight when the threshold is reached.
 const HEADROOM: usize = 8;
 
-/// Makes the two ends; the session is paused when `buffer` events wait.
+/// Creates the two ends. The request is paused when `buffer` events are unread.
 pub(crate) fn channel(cell: &Arc<RequestCell>, buffer: usize) -> (EventSender, EventReceiver) {
     let (events, event_receiver) = bounded(buffer + HEADROOM);
     let (receipt, receipt_receiver) = bounded(1);
@@ -323,27 +325,27 @@ pub(crate) fn channel(cell: &Arc<RequestCell>, buffer: usize) -> (EventSender, E
 }
 
 impl EventSender {
-    /// Sends without ever blocking (I9), and gives whom to wake for it. The event is
-    /// lost when the reader is gone or, which the pause threshold rules out, the buffer
-    /// is full.
-    #[must_use = "whoever waits for the event must be woken"]
+    /// Sends an event without ever blocking (I9), and returns the waker to wake for it. The
+    /// event is lost if the reader is gone, or if the buffer is full, which the pause threshold
+    /// rules out.
+    #[must_use = "the reader that waits for the event must be woken"]
     pub fn send(&self, event: Event) -> Option<Waker> {
         let events = self.events.as_ref()?;
         if let Err(TrySendError::Full(event)) = events.try_send(event) {
-            tracing::error!(?event, "a session's buffer overflowed; the event is lost");
+            tracing::error!(?event, "a request's buffer overflowed; the event is lost");
             cleanup_failed("events");
         }
         self.cell.take_reader()
     }
 
-    /// Whether so many events wait that the session is to be paused.
+    /// Returns whether enough events are unread for the request to be paused.
     pub fn is_full(&self) -> bool {
         self.events
             .as_ref()
             .is_some_and(|events| events.len() >= self.capacity)
     }
 
-    /// Whether the reader has caught up enough to go on.
+    /// Returns whether the reader has caught up enough to continue.
     pub fn has_room(&self) -> bool {
         self.events
             .as_ref()
@@ -352,21 +354,23 @@ impl EventSender {
 
     pub fn send_receipt(&mut self, receipt: Receipt) {
         if let Some(sender) = self.receipt.take() {
-            // The slot is empty: a receipt is sent once. No reader is no failure.
+            // There is room, because the receipt is sent only once. A missing reader is not an
+            // error.
             let _ = sender.try_send(receipt);
         }
         self.cell.wake_receipt();
     }
 }
 
-/// Whether a reader with `waiting` of `buffer` events has caught up enough.
+/// Returns whether a reader with `waiting` unread events, of at most `buffer`, has caught up
+/// enough.
 pub(crate) fn has_room(waiting: usize, buffer: usize) -> bool {
     waiting <= buffer / 2
 }
 
 impl Drop for EventSender {
     fn drop(&mut self) {
-        // Disconnect first, so that whoever wakes sees it.
+        // Disconnect first, so that the woken threads see it.
         self.events = None;
         self.receipt = None;
         self.cell.wake_reader();
@@ -389,9 +393,9 @@ mod tests {
         }
     }
 
-    /// I1: nobody waits for what will never come.
+    /// I1: nobody waits for a message that will never come.
     #[test]
-    fn a_sender_that_is_dropped_wakes_whoever_waits() {
+    fn dropping_a_sender_wakes_those_who_wait() {
         let cell = Arc::new(RequestCell::default());
         let (sender, receiver) = channel(&cell, 4);
         let woken = Arc::new(Count::default());
@@ -403,7 +407,7 @@ mod tests {
         assert!(receiver.events.try_recv().is_err());
     }
 
-    /// I8.
+    /// I8: further cancels change nothing.
     #[test]
     fn the_first_reason_to_cancel_wins() {
         let cell = RequestCell::default();
@@ -413,14 +417,14 @@ mod tests {
         assert_eq!(cell.cancelled(), Some(CancelReason::Explicit));
     }
 
-    /// Each open request has a buffer of them.
+    /// Each open request has a buffer of events.
     #[test]
     fn an_event_takes_little_more_than_a_cache_line() {
         assert!(size_of::<Event>() <= 72, "{}", size_of::<Event>());
     }
 
     #[test]
-    fn every_reason_survives_its_flag() {
+    fn every_cancel_reason_can_be_restored_from_its_flag() {
         for flag in 1..=11 {
             assert_eq!(
                 CancelReason::from_flag(flag).map(|reason| reason as u8),

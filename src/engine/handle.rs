@@ -1,4 +1,4 @@
-//! [`Engine`]: the handle that callers clone, submit through, and load with.
+//! [`Engine`], the handle through which callers load a model and submit requests.
 
 use super::command::{AccountSpec, Command, Submission};
 use super::deadlines::RequestDeadlines;
@@ -30,35 +30,36 @@ use crate::text::{EncodeOptions, Message, RenderOptions, StopStrings, Tokenizer}
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// What to continue.
+/// A prompt to continue.
 #[derive(Clone, Debug)]
 pub enum Prompt {
-    /// Raw text; the names of special tokens in it mean these tokens.
+    /// Raw text. The names of special tokens in it are read as these tokens.
     Text(String),
     /// Token ids.
     Tokens(Vec<u32>),
-    /// A conversation, rendered by the model's own chat template.
+    /// A conversation, rendered with the model's own chat template.
     Chat(Vec<Message>),
-    /// The same, with what else the template is given: tools and variables.
+    /// A conversation, rendered with the model's own chat template and further inputs of the
+    /// template.
     Conversation {
         /// The conversation.
         messages: Vec<Message>,
-        /// What the template is given besides.
+        /// Further inputs of the template: tools and variables.
         options: RenderOptions,
     },
 }
 
-/// Which part of a prompt is kept; all of a shorter one.
+/// Which part of a prompt to keep. A shorter prompt is kept as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Truncation {
-    /// So many tokens from its beginning.
+    /// Keep this many tokens from the beginning.
     First(usize),
-    /// So many tokens from its end.
+    /// Keep this many tokens from the end.
     Last(usize),
 }
 
 impl Truncation {
-    /// Cuts a prompt.
+    /// Cuts the tokens of a prompt.
     pub fn cut(self, prompt: &mut Vec<u32>) {
         match self {
             Self::First(tokens) => prompt.truncate(tokens),
@@ -91,65 +92,69 @@ impl From<Vec<Message>> for Prompt {
     }
 }
 
-/// What to generate.
+/// A request to generate an answer.
 #[derive(Clone, Debug)]
 pub struct Request {
-    /// What to continue.
+    /// The prompt to continue.
     pub prompt: Prompt,
-    /// At most this many new tokens; up to the context limit if `None`. None at all, 0, if
-    /// [`Request::prompt_logprobs`] are all that is wanted.
+    /// Maximum number of new tokens. If `None`, only the context limit applies. Use 0 to score
+    /// only the prompt, together with [`Request::prompt_logprobs`].
     pub max_tokens: Option<usize>,
-    /// What to keep of the prompt; all of it if `None`.
+    /// Which part of the prompt to keep. If `None`, all of it is kept.
     pub truncate_prompt: Option<Truncation>,
-    /// Asks for the log-probability of each token of the prompt after the first, under the
-    /// unmodified logits, with so many of the likeliest tokens in its place
-    /// ([`Chunk::prompt_logprobs`](crate::Chunk::prompt_logprobs)). The whole prompt is
-    /// computed then, also what the cache holds, and no more than `max_sequences` tokens of
-    /// it a step.
+    /// If set, reports the log probability of each token of the prompt after the first, under
+    /// the unmodified logits, and this many of the likeliest tokens at its position (see
+    /// [`Chunk::prompt_logprobs`](crate::Chunk::prompt_logprobs)). The whole prompt is then
+    /// computed, even the part that the cache holds, with at most `max_sequences` of its tokens
+    /// per step.
     pub prompt_logprobs: Option<u32>,
     /// How to choose tokens.
     pub sampling: SamplingParams,
-    /// Strings that end the answer; they are not part of it.
+    /// Strings that end the answer. They are not part of its text unless
+    /// [`Request::include_stop`] is set.
     pub stop: Vec<String>,
-    /// Tokens that end the answer beside the model's own.
+    /// Tokens that end the answer in addition to the model's own.
     pub stop_token_ids: Vec<u32>,
-    /// Go on past the model's end-of-sequence tokens.
+    /// Whether to continue after the model's end-of-sequence tokens.
     pub ignore_eos: bool,
-    /// Special tokens are part of the answer's text, save the one that ends it: the
-    /// marks around tool calls and reasoning are such tokens in some models.
+    /// Whether special tokens are part of the answer's text, except the one that ends it. Some
+    /// models mark tool calls and reasoning with such tokens.
     pub keep_special: bool,
-    /// The stop string, or the stop token, that ends the answer is part of its text.
+    /// Whether the stop string or stop token that ends the answer is part of its text.
     pub include_stop: bool,
-    /// Which tokens may come, and how many must.
+    /// Which tokens the answer may contain, and how many it must have.
     pub limits: TokenLimits,
-    /// The first token must come within this time from the submission, or the request
-    /// is cancelled as [`Deadline`](crate::CancelReason::Deadline).
+    /// Maximum time from the submission to the first token. After it, the request is cancelled
+    /// as [`Deadline`](crate::CancelReason::Deadline).
     pub first_token_within: Option<Duration>,
-    /// The same for the end of the answer.
+    /// Maximum time from the submission to the end of the answer. After it, the request is
+    /// cancelled as [`Deadline`](crate::CancelReason::Deadline).
     pub finish_within: Option<Duration>,
-    /// A lower number is served first, and may take the place of a higher one; 0 is
-    /// usual.
+    /// Priority of the request. Lower numbers are served first and may preempt requests with
+    /// higher ones; the default is 0.
     pub priority: i32,
-    /// Who it is for: of equally urgent requests, those of the tenant that was served
-    /// the least start first.
+    /// Tenant that the request belongs to. Among requests of equal priority, those of the
+    /// tenant that has been served least start first.
     pub tenant: Option<Arc<str>>,
-    /// Requests with different salts never share blocks of the prefix cache, so that
-    /// neither the time to the first token nor the count of cached tokens tells one of
-    /// them what another one has sent. `None` is a salt of its own.
+    /// Salt of the prefix cache. Requests with different salts never share blocks, so that
+    /// neither the time to the first token nor the number of cached tokens reveals to one what
+    /// another has sent. Requests whose salt is `None` share blocks with each other.
     pub cache_salt: Option<Arc<str>>,
-    /// Which tokens the answer may be made of, such as a [`Grammar`] compiled for this
-    /// engine's tokenizer. An answer that is complete by it ends as a normal stop.
+    /// Constrains which tokens the answer may consist of, for example with a [`Grammar`]
+    /// compiled for this engine's tokenizer. An answer that the constraint considers complete
+    /// ends as a normal stop.
     ///
     /// [`Grammar`]: crate::text::Grammar
     pub constraint: Option<Box<dyn Constraint>>,
-    /// What the caller knows it by: its span and [`Engine::snapshot`] show it, and
-    /// [`Engine::find`] looks for it. Requests may have the same.
+    /// Label that the caller chooses for the request. The request's span and
+    /// [`Engine::snapshot`] show it, and [`Engine::find`] looks for it. Labels need not be
+    /// unique.
     pub label: Option<Arc<str>>,
 }
 
 impl Request {
-    /// A request with default settings: sampling at temperature 1, up to the
-    /// context limit.
+    /// Creates a request with default settings: sampling at temperature 1, up to the context
+    /// limit.
     pub fn new(prompt: impl Into<Prompt>) -> Self {
         Self {
             prompt: prompt.into(),
@@ -173,20 +178,20 @@ impl Request {
         }
     }
 
-    /// Sets the limit on new tokens.
+    /// Sets the maximum number of new tokens.
     pub fn max_tokens(mut self, tokens: usize) -> Self {
         self.max_tokens = Some(tokens);
         self
     }
 
-    /// Asks for the log-probabilities of the prompt, with so many of the likeliest tokens
-    /// in the place of each.
+    /// Requests the log probabilities of the prompt, with this many of the likeliest tokens at
+    /// each position.
     pub fn prompt_logprobs(mut self, top: u32) -> Self {
         self.prompt_logprobs = Some(top);
         self
     }
 
-    /// What is wanted of its sequence.
+    /// Returns what the scheduler must compute for the request.
     fn task(&self) -> Task {
         let score = |top| Task::Score { top };
         self.prompt_logprobs.map_or(Task::Generate, score)
@@ -198,64 +203,65 @@ impl Request {
         self
     }
 
-    /// Sets the deadline of the first token, from the submission on.
+    /// Sets the maximum time from the submission to the first token.
     pub fn first_token_within(mut self, time: Duration) -> Self {
         self.first_token_within = Some(time);
         self
     }
 
-    /// Sets the deadline of the whole answer, from the submission on.
+    /// Sets the maximum time from the submission to the end of the answer.
     pub fn finish_within(mut self, time: Duration) -> Self {
         self.finish_within = Some(time);
         self
     }
 
-    /// Sets how urgent it is: a lower number is served first.
+    /// Sets the priority. Lower numbers are served first.
     pub fn priority(mut self, priority: i32) -> Self {
         self.priority = priority;
         self
     }
 
-    /// Sets who it is for.
+    /// Sets the tenant that the request belongs to.
     pub fn tenant(mut self, tenant: impl Into<Arc<str>>) -> Self {
         self.tenant = Some(tenant.into());
         self
     }
 
-    /// Sets whom it shares the prefix cache with.
+    /// Sets the salt of the prefix cache.
     pub fn cache_salt(mut self, salt: impl Into<Arc<str>>) -> Self {
         self.cache_salt = Some(salt.into());
         self
     }
 
-    /// Sets what holds the answer to a form.
+    /// Sets the constraint on the answer.
     pub fn constraint(mut self, constraint: impl Into<Box<dyn Constraint>>) -> Self {
         self.constraint = Some(constraint.into());
         self
     }
 
-    /// Sets which tokens may come, and how many must.
+    /// Sets which tokens the answer may contain, and how many it must have.
     pub fn limits(mut self, limits: TokenLimits) -> Self {
         self.limits = limits;
         self
     }
 
-    /// Sets what the caller knows it by.
+    /// Sets the label.
     pub fn label(mut self, label: impl Into<Arc<str>>) -> Self {
         self.label = Some(label.into());
         self
     }
 
-    /// Chooses the likeliest token at each step.
+    /// Chooses the likeliest token at each position.
     pub fn greedy(mut self) -> Self {
         self.sampling.temperature = 0.0;
         self
     }
 }
 
-/// A request that was checked, without its prompt: what all its answers share.
+/// A checked request without its prompt. All its answers share this.
 struct Settings {
-    /// What is left of it: its prompt, its stops and its way of sampling are taken out.
+    /// The request itself, without its prompt, stop conditions and sampling parameters, which
+    /// have been taken out.
     request: Request,
     task: Task,
     params: Arc<SamplingParams>,
@@ -263,7 +269,7 @@ struct Settings {
     stop_tokens: Arc<[u32]>,
 }
 
-/// The callers' side of an engine that has no model yet.
+/// The callers' side of an engine before its model is loaded.
 struct CallersSide {
     commands: Sender<Command>,
     end: EngineEnd,
@@ -272,7 +278,7 @@ struct CallersSide {
     metrics: Arc<EngineMetrics>,
 }
 
-/// The scheduler thread's side of the same.
+/// The scheduler thread's side of an engine before its model is loaded.
 struct ThreadSide {
     inbox: Receiver<Command>,
     fault: Arc<OnceLock<EngineFault>>,
@@ -280,7 +286,7 @@ struct ThreadSide {
     metrics: Arc<EngineMetrics>,
 }
 
-/// Makes what the two sides of an engine reach each other through.
+/// Creates the two sides of an engine and what connects them, and starts the watchdog.
 fn wire(config: &EngineConfig) -> std::io::Result<(CallersSide, ThreadSide)> {
     let (commands, inbox) = unbounded();
     let fault = Arc::new(OnceLock::new());
@@ -332,7 +338,7 @@ impl CallersSide {
     ) -> Engine {
         let cache_tokens = info.cache_blocks * info.block_tokens;
         let limit = if cache_tokens < info.context_tokens {
-            (cache_tokens, "size of the key-value cache")
+            (cache_tokens, "size of the KV cache")
         } else {
             (info.context_tokens, "context length of the model")
         };
@@ -364,19 +370,19 @@ struct Shared {
     end: EngineEnd,
     waiters: Arc<Waiters>,
     heart: Arc<Heartbeat>,
-    /// No more requests are taken.
+    /// Whether new requests are refused.
     draining: AtomicBool,
     metrics: Arc<EngineMetrics>,
     open: Arc<AtomicUsize>,
     next_request: AtomicU64,
     next_session: AtomicU64,
-    /// Tokens of the longest sequence, and what limits it.
+    /// Maximum number of tokens per sequence, and what imposes this limit.
     limit: (usize, &'static str),
 }
 
-/// A running engine. Clone it freely; all clones are the same engine.
+/// A handle to a running engine. Clones are cheap and refer to the same engine.
 ///
-/// The engine runs as long as a handle or a stream of it exists.
+/// The engine runs as long as any of its handles or streams exists.
 #[derive(Clone)]
 pub struct Engine {
     shared: Arc<Shared>,
@@ -393,8 +399,13 @@ impl std::fmt::Debug for Engine {
 }
 
 impl Engine {
-    /// Loads a model, a `.gguf` file or a Hugging Face folder, and starts its
-    /// scheduler thread. Blocks until the model is ready.
+    /// Loads a model, a `.gguf` file or a Hugging Face folder, and starts its scheduler thread.
+    /// Blocks until the model is ready.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if a setting is out of range, if the files cannot be read, if quell
+    /// cannot run the model, if the device cannot hold it, or if a thread cannot be started.
     pub fn load(
         path: impl AsRef<Path>,
         config: EngineConfig,
@@ -403,7 +414,12 @@ impl Engine {
         Self::from_files(ModelFiles::open(path.as_ref())?, config, options)
     }
 
-    /// Loads a model whose files are open, and starts its engine.
+    /// Loads a model whose files have been opened, and starts its scheduler thread. Blocks
+    /// until the model is ready.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error in the same cases as [`Engine::load`].
     pub fn from_files(
         mut files: ModelFiles,
         config: EngineConfig,
@@ -416,8 +432,13 @@ impl Engine {
         })
     }
 
-    /// Starts an engine over any [`Runner`]. `make_runner` is called on the
-    /// scheduler thread, which owns the runner from then on.
+    /// Starts an engine with any [`Runner`]. Calls `make_runner` on the scheduler thread, which
+    /// then owns the runner. Blocks until the runner is ready.
+    ///
+    /// # Errors
+    ///
+    /// Returns the error of `make_runner`, or an error if a setting is out of range or if a
+    /// thread cannot be started.
     pub fn with_runner(
         config: EngineConfig,
         tokenizer: Option<Tokenizer>,
@@ -443,13 +464,13 @@ impl Engine {
         })
         .map_err(|error| LoadError::Thread(error.to_string()))?;
         let info = started.recv().map_err(|_| {
-            LoadError::Thread("it panicked while the model was loaded".to_owned())
+            LoadError::Thread("it panicked while the model was being loaded".to_owned())
         })??;
         Ok(callers.engine(config, info, tokenizer))
     }
 
-    /// An engine and its scheduler thread, which a test turns itself; and where that
-    /// says how it has ended.
+    /// Creates an engine whose scheduler thread is driven by a test. Also returns the cell in
+    /// which the engine stores why it has ended.
     #[cfg(all(test, not(any(feature = "loom", feature = "shuttle"))))]
     pub(super) fn by_hand(
         config: EngineConfig,
@@ -462,51 +483,58 @@ impl Engine {
         (callers.engine(config, info, None), thread, fault)
     }
 
-    /// How to sample where a request does not say: the model's own settings, unless
-    /// [`LoadOptions::generation_config`] leaves them out. They are applied by whoever makes
-    /// requests, such as the server; [`Request::new`] does not know of them.
+    /// Returns the sampling settings to use where a caller specifies none: the model's own,
+    /// unless [`LoadOptions::generation_config`] excludes them. The engine does not apply them
+    /// by itself; whatever creates the requests must do so, as the server does.
+    /// [`Request::new`] ignores them.
     pub fn sampling_defaults(&self) -> SamplingDefaults {
         let model = self.shared.info.model.as_ref();
         model.map_or_else(SamplingDefaults::default, |model| model.sampling.clone())
     }
 
-    /// The model, the device and the memory plan.
+    /// Returns the model, the device and the memory plan.
     pub fn info(&self) -> &RunnerInfo {
         &self.shared.info
     }
 
-    /// Whether complete blocks of a prompt are kept for later requests.
+    /// Returns whether complete blocks of a prompt are kept for later requests.
     #[cfg(feature = "server")]
     pub(crate) fn keeps_prefixes(&self) -> bool {
         self.shared.config.prefix_cache
     }
 
-    /// The model's tokenizer, if its files have one.
+    /// Returns the model's tokenizer, if its files contain one.
     pub fn tokenizer(&self) -> Option<&Arc<Tokenizer>> {
         self.shared.tokenizer.as_ref()
     }
 
-    /// Tokens of the longest sequence that this engine accepts, prompt and answer.
+    /// Returns the maximum number of tokens per sequence, prompt and answer together.
     pub fn max_sequence_tokens(&self) -> usize {
         self.shared.limit.0
     }
 
-    /// A conversation whose tokens, keys and values carry over from turn to turn.
+    /// Starts a session: a conversation that keeps its tokens, keys and values from turn to
+    /// turn.
     pub fn session(&self) -> Session {
         self.session_with(SessionOptions::default())
     }
 
-    /// As [`Engine::session`], with settings.
+    /// Starts a session, like [`Engine::session`], with settings.
     pub fn session_with(&self, options: SessionOptions) -> Session {
         Session::new(self.clone(), options)
     }
 
-    /// Turns a prompt into token ids, as [`Engine::generate`] does.
+    /// Converts a prompt to token ids, as [`Engine::generate`] does.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the prompt needs a tokenizer or a chat template that the model does
+    /// not have, or if it cannot be rendered or tokenized.
     pub fn tokenize(&self, prompt: &Prompt) -> Result<Vec<u32>, SubmitError> {
         self.tokenize_part(prompt, true)
     }
 
-    /// As [`Engine::tokenize`], for a prompt that is no longer needed.
+    /// Converts a prompt to token ids, like [`Engine::tokenize`], without copying ids.
     fn tokens_of(&self, prompt: Prompt) -> Result<Vec<u32>, SubmitError> {
         match prompt {
             Prompt::Tokens(tokens) => Ok(tokens),
@@ -514,7 +542,8 @@ impl Engine {
         }
     }
 
-    /// As [`Engine::tokenize`]; `first` when nothing comes before the prompt.
+    /// Converts a prompt to token ids, like [`Engine::tokenize`]. `first` says that nothing
+    /// precedes the prompt in its sequence.
     pub(super) fn tokenize_part(
         &self,
         prompt: &Prompt,
@@ -548,7 +577,7 @@ impl Engine {
             .chat_template()
             .ok_or(SubmitError::NoChatTemplate)?;
         let text = template.render(messages, options)?;
-        // The template writes the special tokens itself.
+        // The template itself writes the special tokens.
         let options = EncodeOptions {
             add_special: false,
             parse_special: true,
@@ -561,15 +590,26 @@ impl Engine {
         tokenizer.ok_or(SubmitError::NoTokenizer { needed_for })
     }
 
-    /// Submits a request: one synchronous enqueue, no waiting. Dropping the stream
-    /// cancels.
+    /// Submits a request and returns the stream of its answer, without waiting for the
+    /// scheduler thread. The prompt is tokenized on the calling thread.
+    ///
+    /// Dropping the stream cancels the request.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the request is invalid, if too many requests are open
+    /// ([`SubmitError::Overloaded`]), or if the engine is being drained or has closed.
     pub fn generate(&self, request: Request) -> Result<TokenStream, SubmitError> {
         self.generate_turn(request, None)
     }
 
-    /// As [`Engine::generate`], for `samples` answers to the same prompt, which is
-    /// computed once. The answers differ by their seeds: that of the request, the next
-    /// one, and so on. Each stream stands for itself.
+    /// Submits a request for `samples` answers to the same prompt, which is computed once. The
+    /// first answer uses the seed of the request, the second one the next seed, and so on. The
+    /// streams are independent of each other.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error in the same cases as [`Engine::generate_batch`].
     pub fn generate_samples(
         &self,
         request: Request,
@@ -578,10 +618,15 @@ impl Engine {
         self.generate_batch(vec![request], samples)
     }
 
-    /// As [`Engine::generate_samples`], for several requests: all are accepted, or none
-    /// is, with [`SubmitError::Overloaded`] if there is not a place for every answer now,
-    /// and [`SubmitError::TooManyAnswers`] if there never is. The streams of a request
-    /// follow each other, in the order of the requests.
+    /// Submits several requests with `samples` answers each. Either all requests are accepted
+    /// or none is. The streams are in the order of the requests, with the streams of one
+    /// request next to each other.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SubmitError::Overloaded`] if there is no room for all answers now,
+    /// [`SubmitError::TooManyAnswers`] if there never is, [`SubmitError::NoSamples`] if
+    /// `samples` is 0, and otherwise an error in the same cases as [`Engine::generate`].
     pub fn generate_batch(
         &self,
         requests: Vec<Request>,
@@ -590,7 +635,7 @@ impl Engine {
         if samples == 0 {
             return Err(SubmitError::NoSamples);
         }
-        // What is wrong with any is found before a place is taken.
+        // Check every request before taking places.
         let mut checked = Vec::with_capacity(requests.len());
         for request in requests {
             let task = request.task();
@@ -603,9 +648,13 @@ impl Engine {
         self.submit_groups(groups.collect())
     }
 
-    /// As [`Engine::generate_batch`], for prompts that are continued with the same
-    /// settings, of which all answers share one copy. What `request` itself has as its
-    /// prompt does not matter.
+    /// Submits several prompts with the same settings and `samples` answers each, like
+    /// [`Engine::generate_batch`]. All answers share one copy of the settings. The prompt of
+    /// `request` itself is ignored.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error in the same cases as [`Engine::generate_batch`].
     pub fn generate_prompts(
         &self,
         request: Request,
@@ -624,8 +673,8 @@ impl Engine {
         self.generate_in(places, request, tokenized, samples)
     }
 
-    /// Takes the places of `samples` answers to each of so many prompts, all or none of
-    /// them. They are given back when they are dropped.
+    /// Takes places for `samples` answers to each of `prompts` prompts, either all of them or
+    /// none. Dropping the places releases them.
     pub(crate) fn places(&self, prompts: usize, samples: usize) -> Result<Places, SubmitError> {
         if samples == 0 {
             return Err(SubmitError::NoSamples);
@@ -635,8 +684,8 @@ impl Engine {
         Places::acquire(&self.shared.open, answers, limit)
     }
 
-    /// As [`Engine::generate_prompts`], in places that were taken for as many answers, for
-    /// prompts that are cut already.
+    /// Submits several prompts like [`Engine::generate_prompts`], in places that were taken
+    /// before. The prompts are already truncated, and there must be a place for each answer.
     pub(crate) fn generate_in(
         &self,
         mut places: Places,
@@ -656,7 +705,7 @@ impl Engine {
         self.submit_groups(groups.collect())
     }
 
-    /// The answers to one prompt, which differ by their seeds; not posted yet.
+    /// Prepares the answers to one prompt, which differ by their seeds, without posting them.
     fn group(
         &self,
         settings: &Settings,
@@ -667,7 +716,7 @@ impl Engine {
         let prompt: Arc<[u32]> = spec.prompt.as_slice().into();
         let seed = spec.params.seed;
         let mut group = Vec::with_capacity(samples);
-        // The last one gets the specification itself.
+        // `repeat_n` moves the specification into the last answer instead of cloning it.
         let each = (0..).zip(std::iter::repeat_n(spec, samples));
         for ((index, mut spec), permit) in each.zip(places) {
             if index > 0 {
@@ -678,7 +727,7 @@ impl Engine {
         group
     }
 
-    /// Posts the requests of each group together; gives all streams in their order.
+    /// Posts each group of requests in one command, and returns all streams in order.
     fn submit_groups(
         &self,
         groups: Vec<Vec<(TokenStream, Submission)>>,
@@ -692,7 +741,7 @@ impl Engine {
         Ok(streams)
     }
 
-    /// As [`Engine::generate`], for a turn of a session, if it is one.
+    /// Submits a request like [`Engine::generate`], as a turn of a session if `turn` is given.
     pub(super) fn generate_turn(
         &self,
         request: Request,
@@ -704,9 +753,16 @@ impl Engine {
         Ok(stream)
     }
 
-    /// Submits a prompt to be embedded, as [`Engine::generate`] submits one to be
-    /// continued: it shares the steps and the cache with the others, and dropping the
-    /// future cancels. A text is tokenized as a prompt is, special tokens included.
+    /// Submits a prompt to be embedded, without waiting for the scheduler thread. The request
+    /// shares steps and cache with all others. A text is tokenized as for [`Engine::generate`],
+    /// including special tokens.
+    ///
+    /// Dropping the future cancels the request.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SubmitError::NoEmbeddings`] if the engine does not support embeddings, and
+    /// otherwise an error in the same cases as [`Engine::generate`].
     pub fn embed(&self, request: EmbedRequest) -> Result<EmbeddingFuture, SubmitError> {
         if self.shared.info.embedding.is_none() {
             return Err(SubmitError::NoEmbeddings);
@@ -731,7 +787,7 @@ impl Engine {
         Ok(EmbeddingFuture::new(stream))
     }
 
-    /// Refuses if the engine has ended.
+    /// Returns an error if the engine has ended.
     pub(super) fn require_open(&self) -> Result<(), SubmitError> {
         match self.shared.end.fault() {
             Some(fault) => Err(SubmitError::Closed(fault.clone())),
@@ -739,7 +795,7 @@ impl Engine {
         }
     }
 
-    /// Requests that hold a place among the open ones.
+    /// Returns the number of requests that hold a permit.
     #[cfg(all(test, not(any(feature = "loom", feature = "shuttle"))))]
     pub(super) fn permits(&self) -> usize {
         self.shared.open.load(Ordering::Acquire)
@@ -753,7 +809,8 @@ impl Engine {
         SessionId(self.shared.next_session.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// A stream and the request that it is to be the answer to, not posted yet.
+    /// Checks a request, takes a place for it, and prepares its stream and its submission
+    /// without posting it.
     fn prepare(
         &self,
         request: Request,
@@ -766,7 +823,7 @@ impl Engine {
         Ok(self.open(&settings, spec, prompt, turn, permit))
     }
 
-    /// What is asked, and what the scheduler is to know of it, unless something is wrong.
+    /// Checks a request, and returns its settings and its specification for the scheduler.
     fn check(
         &self,
         mut request: Request,
@@ -782,7 +839,7 @@ impl Engine {
         Ok((settings, spec))
     }
 
-    /// Checks everything but the prompt, and completes it with the model's defaults.
+    /// Checks everything but the prompt, and fills in the model's defaults.
     fn settings(&self, mut request: Request, task: Task) -> Result<Settings, SubmitError> {
         self.require_open()?;
         if self.shared.draining.load(Ordering::Acquire) {
@@ -833,7 +890,8 @@ impl Engine {
         })
     }
 
-    /// The two ends of a request that was checked and has its place.
+    /// Creates the stream and the submission of a request that has been checked and has its
+    /// place.
     fn open(
         &self,
         settings: &Settings,
@@ -850,7 +908,8 @@ impl Engine {
         });
         let id = self.next_request_id();
         let cell = Arc::new(RequestCell::default());
-        // No more events come than tokens: a short answer needs no full buffer.
+        // There are at most as many events as tokens, so a short answer needs only a small
+        // buffer.
         let tokens = spec.max_tokens.saturating_sub(spec.prompt.len()).max(1);
         let buffer = self.shared.config.stream_buffer.min(tokens);
         let (events, receiver) = channel(&cell, buffer);
@@ -860,7 +919,7 @@ impl Engine {
         let label = request.label.as_deref();
         let span =
             tracing::info_span!(target: "quell::request", "request", id = id.as_u64(), label);
-        // Beyond the end of time means without a deadline.
+        // A deadline that is too far away to be represented is no deadline.
         let after = |time: Option<Duration>| submitted.checked_add(time?);
         let deadlines = RequestDeadlines {
             first_token: after(request.first_token_within),
@@ -868,7 +927,7 @@ impl Engine {
             reader: None,
         };
         let record = RequestRecord::new(span, submitted, spec.prompt.len());
-        // The guard exists before the request does: dropping it from here on cancels.
+        // The stream exists before the request is posted, so from here on dropping it cancels.
         let stream = TokenStream::new(StreamParts {
             id,
             cell: Arc::clone(&cell),
@@ -895,26 +954,33 @@ impl Engine {
         (stream, Submission { id, spec, account })
     }
 
-    /// Cancels every open request.
+    /// Cancels every open request. Returns without waiting for their ends.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SubmitError::Closed`] if the engine has closed.
     pub fn abort_all(&self) -> Result<(), SubmitError> {
         self.post(Command::AbortAll)
     }
 
-    /// Takes no more requests from now on ([`SubmitError::Draining`]), lets the open
-    /// ones finish within `deadline`, and cancels the rest. Posted before this
-    /// returns; the future, or [`Draining::wait`], tells what became of them.
+    /// Accepts no more requests from now on ([`SubmitError::Draining`]), lets the open ones
+    /// finish within `deadline`, and cancels the rest.
+    ///
+    /// The drain has begun when this returns. Await the result, or call [`Draining::wait`], to
+    /// learn what became of the open requests.
     pub fn drain(&self, deadline: Duration) -> Draining {
         self.shared.draining.store(true, Ordering::Release);
         let (reply, answer) = Answer::channel(&self.shared.end, &self.shared.waiters);
         let until = Instant::now().checked_add(deadline);
-        // A closed engine has drained; the reply, dropped, says so.
+        // If the engine has closed, dropping the reply ends the wait.
         let _ = self.commands.send(Command::Drain(until, reply));
         Draining(answer)
     }
 
-    /// Ends every open request, at once or after a while, and then the scheduler
-    /// thread. Posted before this returns; streams end with their terminal, and the
-    /// future, or [`ShuttingDown::wait`], is done when the thread has ended.
+    /// Ends every open request, as `how` says, and then the scheduler thread.
+    ///
+    /// The shutdown has begun when this returns. Streams still receive how their requests end.
+    /// Await the result, or call [`ShuttingDown::wait`], to wait until the thread has ended.
     pub fn shutdown(&self, how: Shutdown) -> ShuttingDown {
         let now = Instant::now();
         self.shared.draining.store(true, Ordering::Release);
@@ -923,40 +989,46 @@ impl Engine {
             Shutdown::Drain(deadline) => now.checked_add(deadline),
         };
         let (reply, answer) = Answer::channel(&self.shared.end, &self.shared.waiters);
-        // A closed engine is shut down already.
+        // If the engine has closed, dropping the reply ends the wait.
         let _ = self.commands.send(Command::Shutdown(until, reply));
         ShuttingDown(answer)
     }
 
-    /// Whether the engine works, read off the heartbeat of its scheduler thread, which
-    /// is never waited for.
+    /// Returns the engine's health. Reads the heartbeat of the scheduler thread and never waits
+    /// for the thread.
     pub fn health(&self) -> Health {
         let draining = self.shared.draining.load(Ordering::Acquire);
         self.shared.heart.health(self.shared.end.fault(), draining)
     }
 
-    /// The engine's state; waits for the scheduler thread, at most for one step.
+    /// Returns the engine's state. Waits for the scheduler thread, at most for one step.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SubmitError::Closed`] if the engine has closed.
     pub fn stats(&self) -> Result<EngineStats, SubmitError> {
         self.ask(Command::Inspect)
     }
 
-    /// As [`Engine::stats`], for async callers: it waits for nobody before it is awaited.
+    /// Asks for the engine's state, like [`Engine::stats`], without blocking the thread. Await
+    /// the result to get the answer.
     pub fn inspect(&self) -> Asked<EngineStats> {
         self.put(Command::InspectLater)
     }
 
-    /// Who is open, whose each block of the key-value cache is, and who ended last.
-    /// Costs the scheduler thread time in the number of blocks and open requests, and
-    /// nothing when nobody asks.
+    /// Asks for a snapshot: the open requests, the owner of each KV cache block, and the
+    /// requests that ended last. It costs the scheduler thread time in proportion to the number
+    /// of blocks and open requests.
     pub fn snapshot(&self) -> Asked<EngineSnapshot> {
         self.put(Command::Snapshot)
     }
 
-    /// Cancels an open request by its id, whoever holds its stream, which ends as
-    /// [`Outcome::Cancelled`](crate::Outcome::Cancelled) with this reason. Posted before
-    /// this returns; the answer is the receipt of its end when its blocks are free, or
-    /// `None` when no request with this id is open: it has ended, or there never was one.
-    /// A second cancel changes nothing.
+    /// Cancels an open request by its id, even if another caller holds its stream. The stream
+    /// ends as [`Outcome::Cancelled`](crate::Outcome::Cancelled) with this reason.
+    ///
+    /// The cancel has been posted when this returns. The answer is the receipt, which comes
+    /// when the request's blocks are free, or `None` if no request with this id is open.
+    /// Cancelling the same request again has no effect.
     pub fn cancel_request(&self, id: RequestId, reason: CancelReason) -> Asked<Option<Receipt>> {
         let posted_at = Instant::now();
         self.put(|reply| Command::CancelRequest {
@@ -967,25 +1039,29 @@ impl Engine {
         })
     }
 
-    /// The open requests with this label, in the order of their ids.
+    /// Asks for the open requests with this label, in ascending order of their ids.
     pub fn find(&self, label: impl Into<Arc<str>>) -> Asked<Vec<RequestId>> {
         self.put(|reply| Command::Find(label.into(), reply))
     }
 
-    /// Posts a question whose answer can be awaited.
+    /// Posts a command whose answer can be awaited.
     fn put<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Asked<T> {
         let (reply, answer) = Answer::channel(&self.shared.end, &self.shared.waiters);
-        // A closed engine answers nothing; the reply, dropped, says so.
+        // If the engine has closed, dropping the reply ends the wait.
         let _ = self.commands.send(command(reply));
         Asked::new(answer)
     }
 
-    /// Forgets the prefixes that no request holds; what sessions keep stays.
+    /// Forgets the cached prefixes that no request holds. What sessions keep is not affected.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SubmitError::Closed`] if the engine has closed.
     pub fn clear_prefix_cache(&self) -> Result<(), SubmitError> {
         self.post(Command::ClearPrefixes)
     }
 
-    /// Posts a question and waits for its answer.
+    /// Posts a command and waits for its answer.
     pub(super) fn ask<T>(
         &self,
         command: impl FnOnce(Sender<T>) -> Command,
@@ -995,13 +1071,13 @@ impl Engine {
         self.shared.end.recv(&answer).map_err(SubmitError::Closed)
     }
 
-    /// Posts a command that is acknowledged with a receipt.
+    /// Posts a session's command that is acknowledged with a receipt.
     pub(super) fn acknowledged(
         &self,
         command: impl FnOnce(Reply<Receipt>) -> Command,
     ) -> Cancellation {
         let (reply, answer) = Answer::channel(&self.shared.end, &self.shared.waiters);
-        // A closed engine keeps nothing; the reply, dropped, says so.
+        // If the engine has closed, dropping the reply ends the wait.
         let _ = self.commands.send(command(reply));
         Cancellation::of_session(answer)
     }
@@ -1014,8 +1090,8 @@ impl Engine {
         SubmitError::Closed(self.shared.end.cause())
     }
 
-    /// What the scheduler is to know of a request whose prompt is `prompt`, unless
-    /// something is wrong with that.
+    /// Returns the scheduler's specification of a request with this tokenized prompt, or an
+    /// error if the prompt is invalid.
     fn sequence_spec(
         &self,
         settings: &Settings,
@@ -1061,7 +1137,7 @@ impl Engine {
         })
     }
 
-    /// Refuses limits on tokens that nothing can be held to.
+    /// Returns an error if no answer can comply with the request's token limits.
     fn check_limits(&self, request: &Request) -> Result<(), SubmitError> {
         let vocabulary = self.shared.info.vocabulary;
         let limits = &request.limits;
@@ -1098,7 +1174,7 @@ fn take_prompt(request: &mut Request) -> Prompt {
     std::mem::replace(&mut request.prompt, Prompt::Tokens(Vec::new()))
 }
 
-/// The scheduler for what a runner has.
+/// Creates the scheduler for a runner of this size.
 fn scheduler(config: &EngineConfig, info: &RunnerInfo) -> Scheduler {
     let cache = BlockCache::new(info.cache_blocks, info.block_tokens, config.prefix_cache);
     let policy = Policy {

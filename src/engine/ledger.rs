@@ -1,8 +1,9 @@
-//! The ledger: the scheduler thread's account with every caller.
+//! The ledger: one account per open request, through which the scheduler thread answers its
+//! caller.
 //!
-//! An account is opened by a submission and closed by exactly one terminal (I1).
-//! After the terminal it is *closing* until its blocks are free; then the caller
-//! gets the receipt. There is one door out, [`Ledger::close`], whatever the reason.
+//! A submission opens an account, and exactly one terminal closes it (I1). After the terminal,
+//! the account is *closing* until its blocks are free; then the caller gets the receipt. Every
+//! account is closed by [`Ledger::close`], whatever the reason.
 
 use super::command::AccountSpec;
 use super::deadlines::{Deadlines, Due, RequestDeadlines};
@@ -22,7 +23,7 @@ use std::collections::{HashMap, VecDeque};
 use std::task::Waker;
 use std::time::Instant;
 
-/// An open request.
+/// The account of an open request.
 struct Account {
     id: RequestId,
     key: SequenceKey,
@@ -31,23 +32,23 @@ struct Account {
     permit: Permit,
     record: RequestRecord,
     deadlines: RequestDeadlines,
-    /// The token of this step, until the flush.
+    /// The token of the current step, until it is flushed.
     token: Option<Token>,
-    /// What is known of its prompt, until it is sent.
+    /// Report on the prompt, until it is sent.
     report: Option<Box<PromptReport>>,
-    /// The session's turn that it is.
+    /// The session turn that the request is, if it is one.
     turn: Option<Turn>,
-    /// What its caller knows it by.
+    /// Label that the caller chose for the request.
     label: Option<Arc<str>>,
-    /// Who else waits for the receipt.
+    /// Further recipients of the receipt.
     replies: Vec<ReceiptReply>,
 }
 
-/// Who waits for the receipt of a request, beside the owner of its stream.
+/// A recipient of a request's receipt in addition to the owner of its stream.
 pub(super) enum ReceiptReply {
-    /// Its session, which has stopped it.
+    /// The session of the request, which has stopped it.
     Session(Reply<Receipt>),
-    /// Who has cancelled it by its id.
+    /// A caller that has cancelled the request by its id.
     Request(Reply<Option<Receipt>>),
 }
 
@@ -60,15 +61,15 @@ impl ReceiptReply {
     }
 }
 
-/// A session that has ended, or a turn of it that was stopped, and whose blocks a step
-/// in flight may still touch.
+/// A receipt for the end of a session or a stopped turn. It is due when the steps in flight
+/// that may still touch the blocks have completed.
 struct ClosingSession {
     fence: StepId,
     receipt: Receipt,
     reply: Reply<Receipt>,
 }
 
-/// A request that has ended and whose blocks a step in flight may still touch.
+/// A request that has ended, but whose blocks a step in flight may still touch.
 struct Closing {
     id: RequestId,
     key: SequenceKey,
@@ -89,11 +90,11 @@ pub(super) struct Ended {
     pub receipt: Receipt,
 }
 
-/// How many of the last ends are remembered.
+/// Number of recently ended requests that are remembered.
 const RECENT_ENDS: usize = 64;
 
 impl Closing {
-    /// The blocks are free: the receipt goes out, and the end is reported.
+    /// Sends the receipt and logs the end, now that the blocks are free.
     fn settle(mut self, step: StepId, freed_at: Instant, metrics: &EngineMetrics) -> Ended {
         self.receipt.step = step;
         self.receipt.freed_at = freed_at;
@@ -115,8 +116,8 @@ impl Closing {
     }
 }
 
-/// Readers that have something to read, each task once where it comes several times in a
-/// row. They are woken in any case: at the latest when this is dropped.
+/// Wakers of readers that have something to read. If the same task occurs several times in a
+/// row, it is stored once. Whatever happens, every reader is woken when this is dropped.
 #[derive(Default)]
 struct Readers(Vec<Waker>);
 
@@ -146,7 +147,7 @@ impl Drop for Readers {
 pub(super) struct Remains {
     pub blocks: usize,
     pub tokens_generated: usize,
-    /// The last step that touches its blocks.
+    /// The last step that touches the request's blocks.
     pub fence: StepId,
 }
 
@@ -155,22 +156,22 @@ pub(super) struct Ledger {
     metrics: Arc<EngineMetrics>,
     open: SecondaryMap<SequenceKey, Account>,
     by_id: HashMap<RequestId, SequenceKey>,
-    /// The turns in progress.
+    /// The turns in progress, by session.
     turns: HashMap<SessionId, SequenceKey>,
     closing: Vec<Closing>,
     closing_sessions: Vec<ClosingSession>,
     /// Accounts with a token to flush.
     dirty: Vec<SequenceKey>,
-    /// Who is to be woken at the end of the flush.
+    /// Readers to wake at the end of the flush.
     readers: Readers,
     deadlines: Deadlines,
     outcomes: Outcomes,
-    /// The last ends, the oldest first.
+    /// The most recently ended requests, oldest first.
     recent: VecDeque<Ended>,
 }
 
 impl Ledger {
-    /// A ledger without accounts.
+    /// Creates a ledger without accounts.
     pub fn new(metrics: Arc<EngineMetrics>) -> Self {
         Self {
             metrics,
@@ -199,30 +200,30 @@ impl Ledger {
         self.closing.len() + self.closing_sessions.len()
     }
 
-    /// The turn of a session that is in progress.
+    /// Returns the turn of a session that is in progress.
     pub fn turn_key(&self, session: SessionId) -> Option<SequenceKey> {
         self.turns.get(&session).copied()
     }
 
-    /// The session's turn that an open request is.
+    /// Returns the session turn that an open request is, if it is one.
     pub fn turn_of(&self, key: SequenceKey) -> Option<&Turn> {
         self.open.get(key)?.turn.as_ref()
     }
 
-    /// Gives one more receipt when an open request has ended.
+    /// Adds a recipient for the receipt of an open request.
     pub fn add_reply(&mut self, key: SequenceKey, reply: ReceiptReply) {
         if let Some(account) = self.open.get_mut(key) {
             account.replies.push(reply);
         }
     }
 
-    /// When an open request was submitted, and what its caller knows it by.
+    /// Returns when an open request was submitted, and its label.
     pub fn known_of(&self, key: SequenceKey) -> Option<(Instant, Option<&Arc<str>>)> {
         let account = self.open.get(key)?;
         Some((account.record.submitted(), account.label.as_ref()))
     }
 
-    /// The open requests with this label, in the order of their ids.
+    /// Returns the open requests with this label, in ascending order of their ids.
     pub fn labelled(&self, label: &str) -> Vec<RequestId> {
         let labelled = |account: &&Account| account.label.as_deref() == Some(label);
         let found = self.open.values().filter(labelled);
@@ -231,12 +232,12 @@ impl Ledger {
         ids
     }
 
-    /// The last ends, the oldest first.
+    /// Returns the most recently ended requests, oldest first.
     pub fn recent_ends(&self) -> impl DoubleEndedIterator<Item = &Ended> {
         self.recent.iter()
     }
 
-    /// Gives a receipt when step `fence` has completed.
+    /// Sends a receipt as soon as step `fence` has completed.
     pub fn close_session(&mut self, fence: StepId, receipt: Receipt, reply: Reply<Receipt>) {
         self.closing_sessions.push(ClosingSession {
             fence,
@@ -291,7 +292,7 @@ impl Ledger {
         self.open.insert(key, account);
     }
 
-    /// A step with some of its prompt was launched.
+    /// Records that a step with a part of the request's prompt was launched.
     pub fn started(&mut self, key: SequenceKey, at: Instant, cached_tokens: usize) {
         if let Some(account) = self.open.get_mut(key) {
             account.record.started(at, cached_tokens);
@@ -300,8 +301,8 @@ impl Ledger {
         }
     }
 
-    /// Books what a step has found of a prompt; it is sent with the first token, or with
-    /// the terminal.
+    /// Records what a step has found about a prompt. It is sent with the first token or the
+    /// terminal.
     pub fn report(&mut self, key: SequenceKey, report: PromptReport) {
         if let Some(account) = self.open.get_mut(key) {
             match &mut account.report {
@@ -311,7 +312,7 @@ impl Ledger {
         }
     }
 
-    /// Books a token; it is sent by the flush, or with the terminal.
+    /// Records a token. It is sent by the flush or with the terminal.
     pub fn token(&mut self, key: SequenceKey, token: Token) {
         if let Some(account) = self.open.get_mut(key) {
             account.token = Some(token);
@@ -321,8 +322,8 @@ impl Ledger {
         }
     }
 
-    /// Sets until when the reader of a paused request must have caught up; `None` when
-    /// it has.
+    /// Sets the time by which the reader of a paused request must have caught up. `None` clears
+    /// it once the reader has.
     pub fn reader_due(&mut self, key: SequenceKey, at: Option<Instant>) {
         if let Some(account) = self.open.get_mut(key) {
             let due = Due::Reader;
@@ -330,25 +331,25 @@ impl Ledger {
         }
     }
 
-    /// When the next deadline passes.
+    /// Returns the earliest deadline.
     pub fn next_deadline(&self) -> Option<Instant> {
         self.deadlines.next()
     }
 
-    /// A request whose deadline has passed at `now`, the most overdue first.
+    /// Returns a request whose deadline has passed at `now`, starting with the most overdue.
     pub fn overdue(&self, now: Instant) -> Option<(SequenceKey, Due)> {
         self.deadlines.overdue(now)
     }
 
-    /// A step produced a token for a request that has ended.
+    /// Counts a token that a step produced for a request that has already ended.
     pub fn discarded(&mut self, key: SequenceKey) {
         if let Some(closing) = self.closing.iter_mut().find(|closing| closing.key == key) {
             closing.receipt.tokens_discarded += 1;
         }
     }
 
-    /// Closes an account: the one terminal goes out, the receipt follows when the
-    /// blocks are free. A second close of the same account does nothing (I8).
+    /// Closes an account: sends the terminal now, and the receipt when the blocks are free.
+    /// Closing the same account again does nothing (I8).
     pub fn close(&mut self, key: SequenceKey, terminal: Terminal, remains: Remains) {
         let Some(mut account) = self.open.remove(key) else {
             return;
@@ -376,14 +377,15 @@ impl Ledger {
             self.metrics
                 .cancel_ended(at.saturating_duration_since(posted_at));
         }
-        // A cancelled request's last token is dropped: no token follows a cancel.
+        // The last token of a cancelled request is dropped: no token may follow a cancel.
         let finished = matches!(terminal, Terminal::Finished(_));
         let token = account.token.take().filter(|_| finished);
         let report = account.report.take().filter(|_| finished);
         if token.is_some() {
             account.record.token(at, &self.metrics);
         }
-        // Before the caller learns of the end: it may submit the next at once.
+        // Release the place before the caller learns of the end, so that it can submit again at
+        // once.
         drop(account.permit);
         let reader = account.events.send(Event {
             token,
@@ -412,8 +414,8 @@ impl Ledger {
         });
     }
 
-    /// All steps up to `completed` have completed, and their blocks are free: the
-    /// receipts that waited for them go out.
+    /// Sends the receipts of the accounts whose blocks are free, now that all steps up to
+    /// `completed` have completed.
     pub fn settle(&mut self, completed: StepId) {
         if self.closing.is_empty() && self.closing_sessions.is_empty() {
             return;
@@ -437,8 +439,8 @@ impl Ledger {
         }
     }
 
-    /// The engine broke: what has not settled never will. Its ends are reported, its
-    /// receipts never go out.
+    /// Gives up the closing accounts after the engine broke. Their ends are logged, but no
+    /// receipt is sent.
     pub fn abandon(&mut self) {
         self.closing_sessions.clear();
         for closing in self.closing.drain(..) {
@@ -447,11 +449,12 @@ impl Ledger {
         }
     }
 
-    /// Sends this step's tokens: one message a session, never blocking (I9). Gives
-    /// the sessions that pause for their readers, and those that need not any more.
+    /// Sends the tokens of this step, at most one message per request and without blocking
+    /// (I9). Appends to `paused` the requests whose readers lag behind, and whether they are
+    /// paused now.
     ///
-    /// Readers are woken when all messages are there, and a task that reads several
-    /// sessions one after the other is woken once.
+    /// Readers are woken after all messages are sent. A task that reads several consecutive
+    /// requests is woken once.
     pub fn flush(&mut self, paused: &mut Vec<(SequenceKey, bool)>) {
         let at = Instant::now();
         for key in self.dirty.drain(..) {
@@ -470,11 +473,11 @@ impl Ledger {
             });
             self.readers.add(reader);
             if account.events.is_full() {
-                // A swap and not a store: loom gives the order of a store among the swaps
-                // of the other side too much freedom.
+                // A swap rather than a store, because loom allows a store too many orders
+                // relative to the swaps of the other side.
                 account.cell.paused.swap(true, Ordering::SeqCst);
-                // The reader may have caught up before it could see the flag. Who takes
-                // the flag down ends the pause, one that an earlier step began included.
+                // The reader may have caught up before it could see the flag. The side that
+                // clears the flag ends the pause, even one that an earlier step began.
                 let caught_up = account.events.has_room();
                 let goes_on = caught_up && account.cell.paused.swap(false, Ordering::SeqCst);
                 paused.push((key, !goes_on));
@@ -538,7 +541,7 @@ mod tests {
         }
     }
 
-    /// I1, and I8: a second close changes nothing.
+    /// I1 and I8: a second close changes nothing.
     #[test]
     fn an_account_has_one_terminal_and_no_token_with_a_cancel_or_after_it() {
         let mut keys: SlotMap<SequenceKey, ()> = SlotMap::with_key();
@@ -559,7 +562,7 @@ mod tests {
         assert_eq!(ledger.outcomes().cancelled, 1);
     }
 
-    /// I6: the receipt waits for the fence. I12: then nothing is left.
+    /// I6: the receipt waits for the fence. I12: afterwards nothing is left.
     #[test]
     fn a_closed_account_is_gone_with_its_receipt_when_its_fence_is_reached() {
         let mut keys: SlotMap<SequenceKey, ()> = SlotMap::with_key();
@@ -577,7 +580,7 @@ mod tests {
         assert!(ledger.by_id.is_empty() && ledger.turns.is_empty());
     }
 
-    /// Counts how often it was woken, and the messages that were there each time.
+    /// Counts how often it was woken, and the messages that it found each time.
     #[derive(Default)]
     struct Reader {
         messages: Vec<Receiver<Event>>,
@@ -594,7 +597,7 @@ mod tests {
     }
 
     #[test]
-    fn a_task_with_several_sessions_is_woken_once_when_all_their_tokens_are_there() {
+    fn a_task_with_several_requests_is_woken_once_when_all_their_tokens_are_there() {
         let mut keys: SlotMap<SequenceKey, ()> = SlotMap::with_key();
         let mut ledger = Ledger::new(Arc::new(EngineMetrics::new(None)));
         let all: Vec<_> = (0..3).map(|_| keys.insert(())).collect();
@@ -614,7 +617,7 @@ mod tests {
         assert_eq!(seen, [1, 3]);
     }
 
-    /// A waker that panics, and a log that panics when it hears of that.
+    /// A waker that panics, and a log that panics when that panic is reported.
     struct Panics;
 
     impl Wake for Panics {
@@ -640,7 +643,7 @@ mod tests {
     }
 
     #[test]
-    fn readers_that_were_to_be_woken_are_woken_whatever_happens() {
+    fn readers_are_woken_even_if_the_waker_of_another_panics() {
         let reader = Arc::new(Reader::default());
         let mut readers = Readers::default();
         readers.add(Some(Waker::from(Arc::new(Panics))));
@@ -653,7 +656,7 @@ mod tests {
         assert_eq!(reader.woken.load(Ordering::SeqCst), 1);
     }
 
-    /// I12.
+    /// I12: a closed account leaves nothing behind.
     #[test]
     fn a_closed_account_leaves_no_deadline_behind() {
         let mut keys: SlotMap<SequenceKey, ()> = SlotMap::with_key();

@@ -1,10 +1,9 @@
-//! The engine's metrics, through the `metrics` facade: whatever recorder the program
-//! has installed gets them, and without one they cost next to nothing.
+//! The engine's metrics, through the `metrics` facade. They go to whatever recorder the program
+//! has installed; without one they cost next to nothing.
 //!
-//! Gauges, and the totals that the books keep, are set from the books once a step;
-//! they are never kept by paired increments. Everything else is counted where it
-//! happens. The handles are taken once, when the engine starts, from the recorder
-//! that is installed then.
+//! Gauges, and the totals that [`EngineStats`] contains, are copied from there once per step,
+//! never kept by paired increments. Everything else is counted where it happens. The handles
+//! are taken from the recorder that is installed when the engine starts.
 
 use super::event::Terminal;
 use super::{CancelReason, EngineFault, EngineStats, Outcome};
@@ -18,9 +17,9 @@ use std::time::{Duration, Instant};
 /// How an accepted request ended, for the labels `outcome` and `reason`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum EndKind {
-    /// By itself, or cancelled.
+    /// It completed or was cancelled.
     Ended(Outcome),
-    /// A step that it was part of failed, or the engine.
+    /// A step that it was part of failed, or the whole engine did.
     Failed,
     /// Its constraint failed.
     ConstraintFailed,
@@ -29,7 +28,7 @@ pub(crate) enum EndKind {
 }
 
 impl EndKind {
-    /// `stop`, `length`, `cancelled` or `failed`.
+    /// Returns `stop`, `length`, `cancelled` or `failed`.
     pub fn outcome(self) -> &'static str {
         match self {
             Self::Ended(outcome) => outcome.as_str(),
@@ -37,8 +36,8 @@ impl EndKind {
         }
     }
 
-    /// Why: the reason of a cancel, `engine_fault`, `constraint` or `not_finite` of a failure, else the
-    /// outcome.
+    /// Returns the reason of a cancel, the kind of a failure (`engine_fault`, `constraint` or
+    /// `not_finite`), or otherwise the outcome.
     pub fn reason(self) -> &'static str {
         match self {
             Self::Ended(Outcome::Cancelled(reason)) => reason.as_str(),
@@ -49,7 +48,7 @@ impl EndKind {
         }
     }
 
-    /// The reason, if it was cancelled.
+    /// Returns the reason, if the request was cancelled.
     pub fn cancel_reason(self) -> Option<CancelReason> {
         match self {
             Self::Ended(Outcome::Cancelled(reason)) => Some(reason),
@@ -82,29 +81,29 @@ impl From<&Terminal> for EndKind {
     }
 }
 
-/// Why a cancel changed nothing.
+/// Why a cancel had no effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Noop {
-    /// Its request had ended before the scheduler thread saw the cancel.
+    /// The request had ended before the scheduler thread saw the cancel.
     AlreadyEnded,
-    /// Its request was cancelled already.
+    /// The request had already been cancelled.
     AlreadyCancelled,
-    /// The engine is gone.
+    /// The engine has ended.
     EngineClosed,
 }
 
-/// A part of the loop.
+/// A part of the scheduler thread's loop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
     Plan,
-    /// Which tokens may come next, in steps with constrained requests.
+    /// Computing the masks of allowed tokens, in steps with constrained requests.
     Mask,
     Launch,
     Collect,
     Commit,
 }
 
-/// The handles of one engine's metrics.
+/// Handles of one engine's metrics.
 pub(crate) struct EngineMetrics {
     running: Gauge,
     waiting: Gauge,
@@ -135,7 +134,7 @@ impl EngineMetrics {
     /// Takes the handles from the recorder that is installed now.
     pub fn new(model_name: Option<&str>) -> Self {
         describe();
-        // Shown as 0 before the first.
+        // Create the counters, so that they are shown as 0 before the first failure.
         for stage in CLEANUP_STAGES {
             let _ = counter!("quell_cleanup_failures_total", "stage" => stage);
         }
@@ -177,7 +176,7 @@ impl EngineMetrics {
             prompt_tokens: counter!("quell_prompt_tokens_total", base.clone()),
             generation_tokens: counter!("quell_generation_tokens_total", base.clone()),
             success: ["stop", "length", "cancelled"].map(success),
-            // A stop string ends a request as a stop: there is no such cancel.
+            // A stop string ends a request as a stop, so this cancel is never counted.
             outcomes: EndKind::all()
                 .filter(|end| end.reason() != CancelReason::StopString.as_str())
                 .map(outcome)
@@ -196,8 +195,8 @@ impl EngineMetrics {
         }
     }
 
-    /// Sets the gauges from the books, and lets the totals catch up with them;
-    /// `before` is what was published last.
+    /// Sets the gauges, and increases the totals by the difference from `before`, which was
+    /// published last.
     pub fn publish(&self, now: &EngineStats, before: &EngineStats) {
         let books = &now.blocks;
         self.running.set(now.running as f64);
@@ -230,7 +229,7 @@ impl EngineMetrics {
         catch_up(&self.prefix_hits, now.prefix_hits, before.prefix_hits);
     }
 
-    /// A request has ended, `total` after its submission.
+    /// Records that a request has ended, `total` after its submission.
     pub fn ended(&self, end: EndKind, total: Duration) {
         if let Some((_, counter)) = self.outcomes.iter().find(|(kind, _)| *kind == end) {
             counter.increment(1);
@@ -247,12 +246,12 @@ impl EngineMetrics {
         self.end_to_end.record(total);
     }
 
-    /// A cancelled request got its terminal.
+    /// Records that a cancelled request got its terminal.
     pub fn cancel_ended(&self, waited: Duration) {
         self.cancel_to_terminal.record(waited);
     }
 
-    /// A cancelled request's blocks are free.
+    /// Records that a cancelled request's blocks are free.
     pub fn cancel_freed(&self, waited: Duration, tokens_discarded: usize) {
         self.cancel_to_free.record(waited);
         if tokens_discarded > 0 {
@@ -260,7 +259,8 @@ impl EngineMetrics {
         }
     }
 
-    /// A token was sent: the first, `since` its submission, or `since` the one before.
+    /// Records that a token was sent, `since` the submission if it is the first, or else
+    /// `since` the previous token.
     pub fn token(&self, first: bool, since: Duration) {
         if first {
             self.time_to_first_token.record(since);
@@ -269,22 +269,22 @@ impl EngineMetrics {
         }
     }
 
-    /// A part of the loop has ended that began at `from`.
+    /// Records that a part of the loop, which began at `from`, has ended.
     pub fn phase(&self, phase: Phase, from: Instant) {
         self.step[phase as usize].record(from.elapsed());
     }
 
-    /// A cancel changed nothing.
+    /// Records that a cancel had no effect.
     pub fn noop(&self, why: Noop) {
         self.noops[why as usize].increment(1);
     }
 }
 
-/// What clean-up is made of, and can fail in.
+/// The stages of clean-up that can fail.
 const CLEANUP_STAGES: [&str; 3] = ["events", "fault", "waker"];
 
-/// A stage of clean-up failed, which is never swallowed. Rare: so no handle is kept,
-/// and any thread may say it.
+/// Counts a failed stage of clean-up. This is rare and may happen on any thread, so no handle
+/// is kept.
 pub(super) fn cleanup_failed(stage: &'static str) {
     debug_assert!(CLEANUP_STAGES.contains(&stage), "{stage}");
     counter!("quell_cleanup_failures_total", "stage" => stage).increment(1);
@@ -294,51 +294,51 @@ fn describe() {
     describe_gauge!(
         "quell_num_requests_running",
         Unit::Count,
-        "Requests that hold blocks and are computed"
+        "Requests that hold KV cache blocks and take part in steps"
     );
     describe_gauge!(
         "quell_num_requests_waiting",
         Unit::Count,
-        "Requests that wait for blocks"
+        "Requests that wait to be started, including preempted ones"
     );
     describe_gauge!(
         "quell_num_requests_paused",
         Unit::Count,
-        "Requests, running or waiting, whose reader is too slow"
+        "Requests, running or waiting, that are paused because their readers lag behind"
     );
     describe_gauge!(
         "quell_kv_cache_usage_perc",
-        "Share of the key-value cache that is in use; 1 is all of it"
+        "Fraction of the KV cache that is in use, from 0 to 1"
     );
     describe_gauge!(
         "quell_kv_blocks",
         Unit::Count,
-        "Blocks of the key-value cache by state"
+        "Number of KV cache blocks, by state"
     );
     describe_counter!(
         "quell_num_preemptions_total",
         Unit::Count,
-        "Running requests that gave their blocks to others"
+        "Preemptions: running requests whose blocks were given to others"
     );
     describe_counter!(
         "quell_request_success_total",
         Unit::Count,
-        "Requests that ended without a failure, by how they ended"
+        "Requests that ended without a failure, by finish reason"
     );
     describe_counter!(
         "quell_request_outcomes_total",
         Unit::Count,
-        "Requests that ended, by how and why"
+        "Requests that ended, by outcome and reason"
     );
     describe_counter!(
         "quell_prefix_cache_queries_total",
         Unit::Count,
-        "Prompt tokens that were looked for in the cache: prefixes, and what sessions keep"
+        "Prompt tokens that were looked up in the prefix cache or in a session"
     );
     describe_counter!(
         "quell_prefix_cache_hits_total",
         Unit::Count,
-        "Prompt tokens that were found in the prefix cache"
+        "Prompt tokens that were found in the prefix cache or in a session"
     );
     describe_counter!(
         "quell_prompt_tokens_total",
@@ -368,7 +368,7 @@ fn describe() {
     describe_histogram!(
         "quell_step_seconds",
         Unit::Seconds,
-        "Parts of a step of the scheduler thread"
+        "Duration of each phase of a step on the scheduler thread"
     );
     describe_histogram!(
         "quell_cancel_to_terminal_seconds",
@@ -378,21 +378,21 @@ fn describe() {
     describe_histogram!(
         "quell_cancel_to_free_seconds",
         Unit::Seconds,
-        "From a cancel to its blocks being free"
+        "From a cancel until the request's blocks are free"
     );
     describe_counter!(
         "quell_tokens_generated_after_cancel_total",
         Unit::Count,
-        "Tokens that steps in flight produced for cancelled requests, and that were discarded"
+        "Tokens that were computed for requests already cancelled, and discarded"
     );
     describe_counter!(
         "quell_cleanup_failures_total",
         Unit::Count,
-        "Stages of clean-up that failed"
+        "Failures of clean-up, by stage"
     );
     describe_counter!(
         "quell_cancel_noop_total",
         Unit::Count,
-        "Cancels that changed nothing, by why"
+        "Cancels that had no effect, by cause"
     );
 }

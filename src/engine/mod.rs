@@ -1,9 +1,9 @@
-//! The engine: async handles on one side, the scheduler thread on the other.
+//! The engine: async handles for callers on one side, the scheduler thread on the other.
 //!
-//! [`Engine`] and [`TokenStream`] belong to callers: they post commands and read
-//! events, and never clean up. The scheduler thread owns every sequence, every
-//! block and all clean-up; its loop is in `thread.rs`, its accounts with callers
-//! in `ledger.rs`, the wire between the two in `command.rs` and `event.rs`.
+//! Callers hold an [`Engine`] and [`TokenStream`]s. These post commands and read events, but
+//! never clean up. The scheduler thread owns every sequence and every block, and does all
+//! clean-up. Its loop is in `thread.rs`, and its record of the open requests in `ledger.rs`;
+//! `command.rs` and `event.rs` define the messages between the two sides.
 
 mod command;
 mod deadlines;

@@ -1,21 +1,21 @@
-//! The bound on open requests: who is in holds a permit.
+//! The limit on open requests: each open request holds a permit.
 
 use super::SubmitError;
 use super::sync::Arc;
 use super::sync::atomic::{AtomicUsize, Ordering};
 
-/// A place among the open requests, given back when dropped.
+/// A place among the open requests. Dropping it releases the place.
 pub(crate) struct Permit(Arc<AtomicUsize>);
 
 impl Permit {
-    /// Takes a place, unless `limit` are taken.
+    /// Takes a place, unless `limit` places are taken.
     pub fn acquire(open: &Arc<AtomicUsize>, limit: usize) -> Result<Self, SubmitError> {
         take(open, 1, limit)?;
         Ok(Self(Arc::clone(open)))
     }
 }
 
-/// Takes `count` places or none.
+/// Takes `count` places, either all of them or none.
 fn take(open: &AtomicUsize, count: usize, limit: usize) -> Result<(), SubmitError> {
     let taken = open.fetch_update(Ordering::AcqRel, Ordering::Acquire, |taken| {
         taken.checked_add(count).filter(|&all| all <= limit)
@@ -26,15 +26,14 @@ fn take(open: &AtomicUsize, count: usize, limit: usize) -> Result<(), SubmitErro
     }
 }
 
-/// Places that are taken together and handed out one by one; those that are left are
-/// given back when this is dropped.
+/// Places that are taken together and handed out one by one. Dropping this releases the rest.
 pub(crate) struct Places {
     open: Arc<AtomicUsize>,
     left: usize,
 }
 
 impl Places {
-    /// Takes `count` places or none.
+    /// Takes `count` places, either all of them or none.
     pub fn acquire(
         open: &Arc<AtomicUsize>,
         count: usize,

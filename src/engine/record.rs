@@ -1,14 +1,14 @@
-//! What is known of one request: its span, its times, and its one event at the end.
+//! The record of one request: its span, its times, and the log event at its end.
 
 use super::event::Receipt;
 use super::metrics::{EndKind, EngineMetrics};
 use std::time::{Duration, Instant};
 
-/// The times of one request, and the span that its end is reported in.
+/// The times of one request, and the span in which its end is logged.
 pub(crate) struct RequestRecord {
     span: tracing::Span,
     prompt_tokens: usize,
-    /// Of these, how many the cache held.
+    /// Number of those tokens that the cache held.
     cached_tokens: usize,
     submitted: Instant,
     started: Option<Instant>,
@@ -33,13 +33,14 @@ impl RequestRecord {
         self.submitted
     }
 
-    /// A step with it was launched; the first counts.
+    /// Records that a step with part of the prompt was launched. The start time is that of the
+    /// first.
     pub fn started(&mut self, at: Instant, cached_tokens: usize) {
         self.started.get_or_insert(at);
         self.cached_tokens = cached_tokens;
     }
 
-    /// A token was sent.
+    /// Records that a token was sent.
     pub fn token(&mut self, at: Instant, metrics: &EngineMetrics) {
         let before = self.last_token.replace(at);
         let since = at.saturating_duration_since(before.unwrap_or(self.submitted));
@@ -47,8 +48,8 @@ impl RequestRecord {
         self.first_token.get_or_insert(at);
     }
 
-    /// The one event of a request, in its span. Not `freed` when the engine broke
-    /// before its blocks were free.
+    /// Logs the end of the request as a single event in its span. `freed` is false if the
+    /// engine broke before the request's blocks were free.
     pub fn report(&self, end: EndKind, ended_at: Instant, receipt: &Receipt, freed: bool) {
         let since = |at: Instant| milliseconds(at.saturating_duration_since(self.submitted));
         let cancelled = freed && end.cancel_reason().is_some();

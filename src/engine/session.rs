@@ -1,5 +1,4 @@
-//! [`Session`]: a conversation whose tokens, and their keys and values, carry over from
-//! turn to turn.
+//! [`Session`], a conversation that keeps its tokens, keys and values from turn to turn.
 
 use super::command::Command;
 use super::stream::Cancellation;
@@ -10,24 +9,25 @@ use crate::id::SessionId;
 use crate::schedule::Kept;
 use std::time::{Duration, Instant};
 
-/// How a session is to be kept.
+/// Settings of a session.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SessionOptions {
-    /// After each turn, keep its keys and values from others for this long. All pins
-    /// together have a cap, [`EngineConfig::pinned_percent`]; beyond it, or without a
-    /// pin, they may be given to others, and are computed anew at the next turn.
+    /// How long, after each turn, the session's keys and values are protected from being
+    /// evicted. All pinned blocks together are limited by [`EngineConfig::pinned_percent`].
+    /// Beyond that limit, or without a pin, the blocks may be given to other requests; the next
+    /// turn then recomputes them.
     ///
     /// [`EngineConfig::pinned_percent`]: crate::EngineConfig::pinned_percent
     pub pin: Option<Duration>,
 }
 
-/// A conversation: each turn continues from all the turns before it.
+/// A conversation, in which each turn continues from all turns before it.
 ///
-/// One turn at a time. A turn that is cancelled, dropped or fails leaves the session as
-/// it was before the turn. Between turns the scheduler thread keeps the session's keys
-/// and values, unless others need the memory: then they are computed anew.
+/// Only one turn can generate at a time. A turn that is cancelled, dropped or fails leaves the
+/// session as it was before the turn. Between turns, the scheduler thread keeps the session's
+/// keys and values unless other requests need the memory; then the next turn recomputes them.
 ///
-/// Dropping the session ends it, its turn included.
+/// Dropping the session ends it, including its turn.
 #[derive(Debug)]
 pub struct Session {
     engine: Engine,
@@ -45,7 +45,7 @@ struct State {
 }
 
 impl State {
-    /// Takes over what the last turn has come to. `false` while it is generating.
+    /// Applies the outcome of the last turn. Returns `false` if the turn is still generating.
     fn settle(&mut self) -> bool {
         let Some(turn) = &self.turn else {
             return true;
@@ -74,11 +74,11 @@ impl Session {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // The tokens are replaced as a whole: they are never half-written.
+        // The tokens are replaced as a whole, so a panic cannot leave them half-written.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The state between two turns.
+    /// Returns the state between two turns, or an error if a turn is generating.
     fn idle(&self) -> Result<MutexGuard<'_, State>, SubmitError> {
         self.engine.require_open()?;
         let mut state = self.state();
@@ -88,34 +88,42 @@ impl Session {
         }
     }
 
-    /// The session's identity, as the logs name it.
+    /// Returns the session's id, which also appears in the logs.
     pub fn id(&self) -> SessionId {
         self.id
     }
 
-    /// Tokens of the finished turns.
+    /// Returns the number of tokens of the finished turns.
     pub fn context_tokens(&self) -> usize {
         let mut state = self.state();
         state.settle();
         state.context.len()
     }
 
-    /// Whether a turn is generating.
+    /// Returns whether a turn is generating.
     pub fn is_generating(&self) -> bool {
         !self.state().settle()
     }
 
-    /// What the engine keeps of this session now; waits for the scheduler thread, at
-    /// most for one step. During a turn it is the turn that holds the blocks.
+    /// Returns what the engine keeps of this session at the moment. Waits for the scheduler
+    /// thread, at most for one step. During a turn, the turn's request holds the blocks
+    /// instead.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SubmitError::Closed`] if the engine has closed.
     pub fn kept(&self) -> Result<Kept, SubmitError> {
         self.engine.ask(|reply| Command::Kept(self.id, reply))
     }
 
-    /// One turn: `request.prompt` is appended to the turns before it. A conversation
-    /// ([`Prompt::Chat`], [`Prompt::Conversation`]) is one as a whole: it takes the
-    /// place of the turns before it, and what it has in common with them is not computed
-    /// again. Refused with [`SubmitError::Conflict`] while another turn of this session
-    /// is generating.
+    /// Begins a turn: appends `request.prompt` to the turns before it and generates the answer.
+    /// A conversation ([`Prompt::Chat`] or [`Prompt::Conversation`]) instead replaces the turns
+    /// before it as a whole; what the two have in common is not computed again.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SubmitError::Conflict`] while another turn of this session is generating, and
+    /// otherwise an error in the same cases as [`Engine::generate`].
     pub fn generate(&self, request: Request) -> Result<TokenStream, SubmitError> {
         let whole = matches!(
             request.prompt,
@@ -124,16 +132,20 @@ impl Session {
         self.turn(request, whole)
     }
 
-    /// As [`Session::generate`], for a prompt that is the whole context, whatever it is
-    /// written as: it takes the place of the turns before it.
+    /// Begins a turn, like [`Session::generate`], whose prompt replaces the turns before it, in
+    /// whatever form it is given.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error in the same cases as [`Session::generate`].
     pub fn generate_anew(&self, request: Request) -> Result<TokenStream, SubmitError> {
         self.turn(request, true)
     }
 
     fn turn(&self, mut request: Request, whole: bool) -> Result<TokenStream, SubmitError> {
-        // Tokens that begin a text belong to the first turn only.
+        // Tokens that mark the beginning of a text belong only to the first turn.
         let first = whole || self.idle()?.context.is_empty();
-        // Not under the lock: it may take a while.
+        // Tokenize without the lock, because it may take a while.
         let new = self.engine.tokenize_part(&request.prompt, first)?;
         let mut state = self.idle()?;
         if !whole && state.context.is_empty() != first {
@@ -155,12 +167,12 @@ impl Session {
         Ok(stream)
     }
 
-    /// Stops the turn that is generating, if there is one. Posted before this returns;
-    /// the future is the acknowledgement. After [`Stop::Keep`] the next turn is refused
-    /// until then, after [`Stop::Rewind`] it may begin at once.
+    /// Stops the turn that is generating, if there is one. The stop has been posted when this
+    /// returns; await the result to get the receipt. After [`Stop::Keep`], the next turn is
+    /// refused until the stop has taken effect. After [`Stop::Rewind`], it may begin at once.
     pub fn stop(&self, stop: Stop) -> Cancellation {
         let mut state = self.state();
-        // A turn that is over is not stopped.
+        // A turn that has already ended is not stopped.
         state.settle();
         let turn = state.turn.clone();
         let posted_at = Instant::now();
@@ -171,15 +183,19 @@ impl Session {
             posted_at,
             reply,
         });
-        // After the post: the session's next turn is posted later still.
+        // Only after the post, so that the session posts its next turn after the stop.
         if let Some(turn) = turn {
             turn.stop(stop);
         }
         cancellation
     }
 
-    /// Keeps the first `tokens` tokens of the context and forgets the rest. Refused
-    /// with [`SubmitError::Conflict`] while a turn is generating.
+    /// Keeps the first `tokens` tokens of the context and forgets the rest.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SubmitError::Conflict`] while a turn is generating, and
+    /// [`SubmitError::Closed`] if the engine has closed.
     pub fn rewind(&self, tokens: usize) -> Result<(), SubmitError> {
         let mut state = self.idle()?;
         self.engine.post(Command::Rewind(self.id, tokens))?;
@@ -187,9 +203,13 @@ impl Session {
         Ok(())
     }
 
-    /// A second session that has had the same turns. The two share their keys and
-    /// values, and each copies what it writes to. Refused with
-    /// [`SubmitError::Conflict`] while a turn is generating.
+    /// Creates a second session with the same turns. The two sessions share their keys and
+    /// values, and each copies the blocks to which it writes.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SubmitError::Conflict`] while a turn is generating, and
+    /// [`SubmitError::Closed`] if the engine has closed.
     pub fn fork(&self) -> Result<Session, SubmitError> {
         let state = self.idle()?;
         let fork = Self::new(self.engine.clone(), self.options);
@@ -201,15 +221,15 @@ impl Session {
         Ok(fork)
     }
 
-    /// Ends the session and its turn, and gives all its memory back. Posted before this
-    /// returns; the future is the acknowledgement.
+    /// Ends the session and its turn, and frees all its memory. The end has been posted when
+    /// this returns; await the result to get the receipt.
     pub fn end(mut self) -> Cancellation {
         self.ended = true;
         self.post_end()
     }
 
-    /// As [`Session::end`], for one that others hold as well; a turn that they begin
-    /// later ends when the session is dropped.
+    /// Ends a session that has other owners, like [`Session::end`]. A turn that they begin
+    /// afterwards ends when the session is dropped.
     pub(crate) fn post_end(&self) -> Cancellation {
         let (session, posted_at) = (self.id, Instant::now());
         self.engine.acknowledged(|reply| Command::EndSession {
@@ -223,7 +243,7 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         if !self.ended {
-            // Without an engine there is nothing left to end.
+            // If the engine has ended, there is nothing left to end.
             let _ = self.engine.post(Command::EndSession {
                 session: self.id,
                 posted_at: Instant::now(),

@@ -1,5 +1,5 @@
-//! An engine from the inside at one moment: who is open, whose each block is, and who
-//! ended last.
+//! A view into an engine at one moment: its open requests, the owner of each block, and the
+//! requests that ended last.
 
 use super::EngineStats;
 use super::ledger::{Ended, Ledger};
@@ -13,64 +13,64 @@ use std::time::{Duration, Instant};
 /// An engine at one moment between two steps.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct EngineSnapshot {
-    /// The same moment in numbers.
+    /// The engine's state in numbers at the same moment.
     pub stats: EngineStats,
-    /// Steps that are launched and have not completed.
+    /// Number of steps that are launched and not yet completed.
     pub steps_in_flight: u64,
-    /// The open requests, in the order of their ids.
+    /// The open requests, in ascending order of their ids.
     pub requests: Vec<RequestState>,
-    /// The sessions that keep keys and values between their turns, in the order of their
+    /// The sessions that keep keys and values between their turns, in ascending order of their
     /// ids.
     pub sessions: Vec<SessionState>,
-    /// Whose each block of the key-value cache is.
+    /// The owner of each KV cache block.
     pub blocks: BlockMap,
-    /// The last requests whose blocks became free, at most 64, the latest first.
+    /// The requests whose blocks became free last, at most 64, latest first.
     pub recent_ends: Vec<RequestEnd>,
 }
 
-/// What an open request does.
+/// What an open request is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RequestPhase {
     /// It has not been started yet.
     Waiting,
-    /// It holds blocks and is computed.
+    /// It holds blocks and takes part in steps.
     Running,
-    /// Its reader lags behind: it may hold blocks, and is not computed.
+    /// It is not computed because its reader lags behind. It may hold blocks.
     Paused,
-    /// It gave its blocks to others, and waits to be started again.
+    /// It has lost its blocks to other requests and waits to be started again.
     Preempted,
 }
 
 /// One open request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct RequestState {
-    /// Its id, as [`Engine::cancel_request`](crate::Engine::cancel_request) takes it.
+    /// Id of the request, for [`Engine::cancel_request`](crate::Engine::cancel_request).
     pub id: RequestId,
-    /// What it does.
+    /// What the request is doing.
     pub phase: RequestPhase,
-    /// The session whose turn it is.
+    /// The session whose turn the request is, if it is one.
     pub session: Option<SessionId>,
-    /// What its caller knows it by.
+    /// Label that the caller chose.
     pub label: Option<Arc<str>>,
-    /// Who it is for.
+    /// Tenant that the request belongs to.
     pub tenant: Option<Arc<str>>,
-    /// How urgent it is; a lower number goes first.
+    /// Priority; lower numbers are served first.
     pub priority: i32,
-    /// Tokens of its prompt.
+    /// Tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Of these, how many the cache held when it was started.
+    /// Number of those tokens that the cache held when the request was started.
     pub cached_tokens: usize,
-    /// Tokens of prompt and answer whose keys and values are there; less than the prompt
-    /// while that is computed.
+    /// Number of tokens, prompt and answer, whose keys and values have been computed. Less than
+    /// the prompt while the prompt is being computed.
     pub computed_tokens: usize,
     /// Tokens generated so far.
     pub generated_tokens: usize,
-    /// Its blocks, those of its first tokens first; some may be others' as well.
-    /// Serialised as runs of neighbours: `first, count, first, count, …`.
+    /// Block table of the request, in the order of its tokens. Other requests may share some of
+    /// the blocks. Serialised as runs of consecutive blocks: `first, count, first, count, …`.
     #[serde(serialize_with = "as_runs")]
     pub blocks: Vec<u32>,
-    /// Time since its submission; serialised in milliseconds, as `age_ms`.
+    /// Time since the submission; serialised as `age_ms`, in milliseconds.
     #[serde(rename = "age_ms", serialize_with = "as_milliseconds")]
     pub age: Duration,
 }
@@ -78,57 +78,58 @@ pub struct RequestState {
 /// What a session keeps between its turns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct SessionState {
-    /// Its id.
+    /// Id of the session.
     pub id: SessionId,
     /// How much it keeps.
     #[serde(flatten)]
     pub kept: Kept,
 }
 
-/// A request that has ended, and whose blocks are free.
+/// A request that has ended and whose blocks are free.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct RequestEnd {
-    /// Its id.
+    /// Id of the request.
     pub id: RequestId,
     /// `stop`, `length`, `cancelled` or `failed`.
     pub outcome: &'static str,
-    /// Why: the reason of a cancel as metrics name it, `engine_fault`, or the outcome.
+    /// Reason of a cancel or a failure, under its name in metrics, such as `engine_fault`;
+    /// otherwise the same as `outcome`.
     pub reason: &'static str,
-    /// Tokens it had generated.
+    /// Tokens that had been generated.
     pub generated_tokens: usize,
     /// Blocks that became free.
     pub blocks_freed: usize,
-    /// The step after whose completion they were free.
+    /// The step after whose completion the blocks were free.
     pub step: StepId,
-    /// From the post of the cancel, or the end of a request that was not cancelled, until
-    /// the blocks were free; serialised in milliseconds, as `posted_to_freed_ms`.
+    /// Time from the cancel, or from the end of a request that was not cancelled, until the
+    /// blocks were free; serialised as `posted_to_freed_ms`, in milliseconds.
     #[serde(rename = "posted_to_freed_ms", serialize_with = "as_milliseconds")]
     pub posted_to_freed: Duration,
-    /// Time since then; serialised in milliseconds, as `age_ms`.
+    /// Time since the blocks were free; serialised as `age_ms`, in milliseconds.
     #[serde(rename = "age_ms", serialize_with = "as_milliseconds")]
     pub age: Duration,
 }
 
-/// Whose one block is.
+/// Owner of one block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum BlockUse {
-    /// Nobody's, and it holds nothing of use.
+    /// No owner, and the contents are of no use.
     Free,
-    /// Nobody's, and the prefix cache knows its tokens.
+    /// No owner, but the prefix cache can reuse the contents.
     Cached,
-    /// Given back; a step in flight may still touch it.
+    /// No owner, but a step in flight may still touch the block.
     Deferred,
-    /// Several requests or sessions hold it.
+    /// Several requests or sessions.
     Shared,
-    /// One request holds it: its place in [`EngineSnapshot::requests`].
+    /// The request at this index of [`EngineSnapshot::requests`].
     Request(u32),
-    /// One session keeps it: its place in [`EngineSnapshot::sessions`].
+    /// The session at this index of [`EngineSnapshot::sessions`].
     Session(u32),
 }
 
 impl BlockUse {
-    /// The number that stands for it when serialised: 0 free, 1 cached, 2 deferred, 3
-    /// shared, 4 + its place for a request, −1 − its place for a session.
+    /// Returns the number that represents the owner when serialised: 0 free, 1 cached, 2
+    /// deferred, 3 shared, 4 + index for a request, −1 − index for a session.
     pub fn code(self) -> i64 {
         match self {
             Self::Free => 0,
@@ -141,15 +142,15 @@ impl BlockUse {
     }
 }
 
-/// Whose each block is, from the first to the last.
+/// Owner of each block, by block index.
 ///
-/// Serialised as the runs of blocks that are used alike, `code, count, code, count, …`,
-/// with the codes of [`BlockUse::code`].
+/// Serialised as runs of blocks with the same owner, `code, count, code, count, …`, with the
+/// codes of [`BlockUse::code`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BlockMap(Vec<BlockUse>);
 
 impl BlockMap {
-    /// Each block.
+    /// Returns the owners, by block index.
     pub fn as_slice(&self) -> &[BlockUse] {
         &self.0
     }
@@ -179,7 +180,7 @@ fn as_milliseconds<S: Serializer>(time: &Duration, serializer: S) -> Result<S::O
     serializer.serialize_f64(time.as_secs_f64() * 1e3)
 }
 
-/// Reads a snapshot off the books.
+/// Takes a snapshot.
 pub(super) fn take(scheduler: &Scheduler, ledger: &Ledger, stats: EngineStats) -> EngineSnapshot {
     let now = Instant::now();
     let mut sequences: Vec<(SequenceKey, &Sequence)> = scheduler.sequences().iter().collect();
@@ -252,7 +253,7 @@ fn request_end(ended: &Ended, now: Instant) -> RequestEnd {
     }
 }
 
-/// What the pool says of each block, and the tables of who holds it.
+/// Combines the state of each block with the block tables that hold it.
 fn block_map<'a>(
     states: impl Iterator<Item = BlockState>,
     requests: impl Iterator<Item = &'a BlockTable>,
@@ -262,7 +263,7 @@ fn block_map<'a>(
         .map(|state| match state {
             BlockState::Cached => BlockUse::Cached,
             BlockState::Deferred => BlockUse::Deferred,
-            // Who holds what is referenced is in the tables.
+            // The block tables below tell who holds a referenced block.
             BlockState::Free | BlockState::Referenced => BlockUse::Free,
         })
         .collect();

@@ -1,71 +1,73 @@
-//! The state of an engine at one moment, as the scheduler thread reports it.
+//! The state of an engine in numbers, as the scheduler thread reports it.
 
 use crate::cache::Books;
 use crate::id::StepId;
 use serde::Serialize;
 
-/// How many requests were accepted, and how they ended.
+/// Number of requests that were accepted since the start, and how they ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Outcomes {
     /// Requests accepted by the scheduler thread.
     pub accepted: u64,
-    /// Ended at a stop token or stop string.
+    /// Requests that ended at a stop token or a stop string.
     pub stopped: u64,
-    /// Ended at a length limit.
+    /// Requests that ended at a length limit.
     pub length: u64,
-    /// Cancelled.
+    /// Requests that were cancelled.
     pub cancelled: u64,
-    /// Failed.
+    /// Requests that failed.
     pub failed: u64,
 }
 
-/// The state of an engine at one moment, read off its books.
+/// The state of an engine at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct EngineStats {
-    /// Use of the key-value cache.
+    /// Blocks of the KV cache, by state.
     pub blocks: Books,
-    /// Tokens a block.
+    /// Tokens per KV cache block.
     pub block_tokens: usize,
-    /// Requests that hold blocks and are computed.
+    /// Requests that hold blocks and take part in steps.
     pub running: usize,
-    /// Requests that wait for blocks.
+    /// Requests that wait to be started, including preempted ones.
     pub waiting: usize,
-    /// Of both, those whose reader is too slow.
+    /// Requests, running or waiting, that are paused because their readers lag behind.
     pub paused: usize,
-    /// Requests without a terminal.
+    /// Requests that have not ended.
     pub open: usize,
-    /// Ended requests whose blocks a step in flight may still touch.
+    /// Requests that have ended but whose blocks a step in flight may still touch, and sessions
+    /// whose receipts are due.
     pub closing: usize,
     /// Preemptions since the start.
     pub preemptions: u64,
-    /// Of these, how many copied the blocks to host memory instead of giving them up.
+    /// Number of those preemptions that copied the blocks to host memory.
     pub swaps: u64,
-    /// Blocks of host memory that hold swapped-out blocks.
+    /// Blocks of host memory that hold swapped-out KV cache blocks.
     pub swapped_blocks: usize,
-    /// Prompt tokens that were looked for in the cache since the start.
+    /// Prompt tokens that were looked up in the prefix cache or in a session, since the start.
     pub prefix_queries: u64,
-    /// Of these, how many the cache held already.
+    /// Number of those tokens that were found.
     pub prefix_hits: u64,
     /// Sessions that keep keys and values between their turns.
     pub retained_sessions: usize,
-    /// Blocks that they keep.
+    /// Blocks that those sessions keep.
     pub retained_blocks: usize,
-    /// Of these, how many are pinned.
+    /// Number of those blocks that are pinned.
     pub pinned_blocks: usize,
-    /// Pins refused since the start because of their cap.
+    /// Pins that were refused since the start because the limit on pinned blocks was reached.
     pub pins_refused: u64,
-    /// How requests ended since the start.
+    /// Number of requests accepted since the start, and how they ended.
     pub outcomes: Outcomes,
     /// Prompt tokens accepted since the start.
     pub prompt_tokens: u64,
     /// Tokens generated since the start.
     pub tokens_generated: u64,
-    /// The last completed step.
+    /// Number of the last completed step.
     pub steps: StepId,
 }
 
 impl EngineStats {
-    /// Nothing open, nothing held: invariant I12.
+    /// Returns whether no request is open and no block is held (invariant I12). The prefix
+    /// cache may still hold the contents of blocks.
     pub fn is_idle(&self) -> bool {
         self.open == 0
             && self.closing == 0

@@ -1,4 +1,5 @@
-//! [`TokenStream`]: one request's answer as it is generated; dropping it cancels.
+//! [`TokenStream`], the answer to one request as it is generated. Dropping it cancels the
+//! request.
 
 use super::command::Command;
 use super::event::{
@@ -21,19 +22,20 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-/// A piece of the answer.
+/// A piece of an answer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Chunk {
-    /// Text that became complete: whole characters only, no special tokens, nothing
-    /// of a stop string. Empty without a tokenizer.
+    /// Text that became complete with this chunk: whole characters, and no part of a special
+    /// token or a stop string unless the request asks for them. Empty if the model has no
+    /// tokenizer.
     pub text: String,
-    /// The token of this step, if the message carries one.
+    /// The token that this chunk delivers, if there is one.
     pub token: Option<Token>,
-    /// The prompt's tokens after the first with their log-probabilities, if they were
-    /// asked for ([`Request::prompt_logprobs`](crate::Request::prompt_logprobs)): with the
-    /// first token, or with the end where none is generated.
+    /// The prompt's tokens after the first, with their log probabilities, if the request asked
+    /// for them ([`Request::prompt_logprobs`](crate::Request::prompt_logprobs)). They come with
+    /// the first token, or with the end if no token is generated.
     pub prompt_logprobs: Option<Vec<Token>>,
-    /// In the last chunk: how the request ended.
+    /// How the request ended; present in the last chunk only.
     pub finish: Option<Finish>,
 }
 
@@ -44,58 +46,60 @@ pub struct Finish {
     pub outcome: Outcome,
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Of these, how many need not be computed: the cache held their keys and values.
+    /// Number of those tokens that were not computed because the cache held their keys and
+    /// values.
     pub cached_tokens: usize,
-    /// Tokens generated, a final stop token included.
+    /// Tokens generated, including a final stop token.
     pub generated_tokens: usize,
-    /// How long it took.
+    /// How long the request took.
     pub timing: Timing,
 }
 
-/// How long a request took, from its submission on.
+/// How long a request took, measured from its submission.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Timing {
-    /// Until its first token.
+    /// Time to the first token, if there was one.
     pub first_token: Option<Duration>,
-    /// Until its end.
+    /// Time to the end.
     pub total: Duration,
 }
 
 impl Timing {
-    /// Tokens a second after the first one; `None` for fewer than two tokens.
+    /// Returns the number of tokens per second after the first token, or `None` for fewer than
+    /// two tokens.
     pub fn decode_rate(&self, generated_tokens: usize) -> Option<f64> {
         let seconds = (self.total.checked_sub(self.first_token?)?).as_secs_f64();
         (generated_tokens > 1 && seconds > 0.0).then(|| (generated_tokens - 1) as f64 / seconds)
     }
 }
 
-/// A finished answer.
+/// A complete answer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Generation {
-    /// The prompt's tokens.
+    /// Tokens of the prompt.
     pub prompt_ids: Vec<u32>,
-    /// The answer's text; `None` without a tokenizer.
+    /// Text of the answer; `None` if the model has no tokenizer.
     pub text: Option<String>,
-    /// The answer's tokens, a final stop token included.
+    /// Tokens of the answer, including a final stop token.
     pub tokens: Vec<Token>,
-    /// The prompt's tokens after the first, if their log-probabilities were asked for.
+    /// The prompt's tokens after the first, if the request asked for their log probabilities.
     pub prompt_logprobs: Option<Vec<Token>>,
-    /// How it ended.
+    /// How the request ended.
     pub finish: Finish,
 }
 
-/// Turns a stream's tokens into text, on the caller's side.
+/// Converts a stream's tokens to text, on the caller's side.
 pub(crate) struct TextState {
     detokenizer: Detokenizer,
     stop: StopMatcher,
     /// Whether the stop token that ends the answer is part of its text.
     include_stop: bool,
-    /// Tokens before which no stop string counts.
+    /// Number of tokens within which stop strings are ignored.
     min_tokens: usize,
 }
 
 impl TextState {
-    /// For an answer that goes on where `prompt` ends.
+    /// Creates the state for an answer that continues `prompt`.
     pub fn new(
         prompt: &[u32],
         tokenizer: Arc<Tokenizer>,
@@ -111,7 +115,7 @@ impl TextState {
         }
     }
 
-    /// Takes the next token, the last of so many.
+    /// Takes the next token. `generated` is the number of tokens so far, including this one.
     fn push(&mut self, token: u32, generated: usize) -> StopStep {
         let text = self.detokenizer.push(token);
         match generated <= self.min_tokens {
@@ -121,7 +125,7 @@ impl TextState {
     }
 }
 
-/// What a stream is made of.
+/// The parts of a stream.
 pub(crate) struct StreamParts {
     pub id: RequestId,
     pub cell: Arc<RequestCell>,
@@ -134,21 +138,21 @@ pub(crate) struct StreamParts {
     pub prompt: Arc<[u32]>,
     pub stop_tokens: Arc<[u32]>,
     pub buffer: usize,
-    /// The session's turn that this is.
+    /// State of the session turn that this request is, if it is one.
     pub turn: Option<Arc<TurnCell>>,
 }
 
-/// The answer to one request, token by token: a [`futures_core::Stream`], or an
-/// iterator through [`TokenStream::blocking`].
+/// The answer to one request, token by token: a [`futures_core::Stream`] or, through
+/// [`TokenStream::blocking`], an iterator.
 ///
-/// Dropping it cancels the request: a flag is raised and a command posted, nothing
-/// else; the scheduler thread frees what the request held. This works with no
-/// runtime, while a runtime shuts down, during unwinding, and after the engine.
+/// Dropping it cancels the request. The drop only raises a flag and posts a command; the
+/// scheduler thread then frees what the request held. This works without a runtime, while a
+/// runtime shuts down, during unwinding, and after the engine has ended.
 pub struct TokenStream {
     parts: StreamParts,
-    /// Kept for a session, which continues from them.
+    /// Tokens of the answer, collected only for a session, which continues from them.
     answer: Vec<u32>,
-    /// Of an embedding.
+    /// Sum of the prompt's hidden states, for an embedding.
     sum: Option<PooledRows>,
     first_token: Option<Duration>,
     generated: usize,
@@ -180,30 +184,31 @@ impl TokenStream {
         }
     }
 
-    /// The request's identity, as the logs name it.
+    /// Returns the request's id, which also appears in the logs.
     pub fn id(&self) -> RequestId {
         self.parts.id
     }
 
-    /// The tokens of the prompt.
+    /// Returns the tokens of the prompt.
     pub fn prompt_ids(&self) -> &[u32] {
         &self.parts.prompt
     }
 
-    /// The tokens that end the answer, sorted: the model's own, unless they are
-    /// ignored, and the request's.
+    /// Returns the tokens that end the answer, sorted: the request's own and, unless the
+    /// request ignores them, the model's.
     pub fn stop_tokens(&self) -> Arc<[u32]> {
         Arc::clone(&self.parts.stop_tokens)
     }
 
-    /// Cancels the request. The cancel is posted before this returns; the future
-    /// (or [`Cancellation::wait`]) is the acknowledgement that its blocks are free.
+    /// Cancels the request. The cancel has been posted when this returns. Await the result, or
+    /// call [`Cancellation::wait`], to wait until the request's blocks are free.
     pub fn cancel(self) -> Cancellation {
         self.cancel_because(CancelReason::Explicit)
     }
 
-    /// As [`TokenStream::cancel`], for a reason that the caller knows better, such as
-    /// [`CancelReason::Disconnect`]. The books, the metrics and the logs say it.
+    /// Cancels the request like [`TokenStream::cancel`], for a more specific reason such as
+    /// [`CancelReason::Disconnect`]. The reason appears in the metrics and in the logs.
+    /// [`CancelReason::StopString`] is replaced by [`CancelReason::Explicit`].
     pub fn cancel_because(mut self, reason: CancelReason) -> Cancellation {
         self.post_cancel(reason.of_a_caller());
         Cancellation(Acknowledgement::Stream {
@@ -213,20 +218,25 @@ impl TokenStream {
         })
     }
 
-    /// Sets the reason that dropping the stream gives, in place of
-    /// [`CancelReason::StreamDropped`]: a server whose connections own their streams
-    /// says [`CancelReason::Disconnect`].
+    /// Sets the reason that dropping the stream reports, instead of
+    /// [`CancelReason::StreamDropped`]. For example, a server whose connections own their
+    /// streams uses [`CancelReason::Disconnect`].
     pub fn when_dropped(mut self, reason: CancelReason) -> Self {
         self.drop_reason = reason.of_a_caller();
         self
     }
 
-    /// The stream as a blocking iterator.
+    /// Converts the stream to a blocking iterator.
     pub fn blocking(self) -> Blocking {
         Blocking { stream: self }
     }
 
-    /// The next chunk, waiting for it on this thread. `None` after the last.
+    /// Waits on this thread for the next chunk. Returns `None` after the last one.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the request failed or the engine closed; then no further chunk
+    /// follows.
     pub fn next_blocking(&mut self) -> Option<Result<Chunk, GenerateError>> {
         if self.ended {
             return None;
@@ -238,6 +248,10 @@ impl TokenStream {
     }
 
     /// Waits for the whole answer.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the request failed or was cancelled, or if the engine closed.
     pub async fn complete(mut self) -> Result<Generation, GenerateError> {
         let mut collector = Collector::new(&self);
         loop {
@@ -248,7 +262,11 @@ impl TokenStream {
         }
     }
 
-    /// Waits for the whole answer on this thread.
+    /// Waits on this thread for the whole answer.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the request failed or was cancelled, or if the engine closed.
     pub fn complete_blocking(mut self) -> Result<Generation, GenerateError> {
         let mut collector = Collector::new(&self);
         loop {
@@ -258,19 +276,19 @@ impl TokenStream {
         }
     }
 
-    /// The events that are not read yet, also of a stream that is gone.
+    /// Returns a receiver of the unread events, which remains usable after the stream is gone.
     #[cfg(all(test, not(any(feature = "loom", feature = "shuttle"))))]
     pub(super) fn events(&self) -> Receiver<Event> {
         self.parts.receiver.events.clone()
     }
 
-    /// The sum of the prompt's hidden states, once it has come; given away once.
+    /// Takes the sum of the prompt's hidden states, if it has arrived.
     pub(super) fn take_sum(&mut self) -> Option<PooledRows> {
         self.sum.take()
     }
 
-    /// Raises the flag and posts the wake-up, once. Never blocks, never fails: when
-    /// the engine is gone, there is nothing left to cancel.
+    /// Raises the cancel flag and posts the wake-up, at most once. Never blocks and never
+    /// fails: if the engine is gone, there is nothing left to cancel.
     fn post_cancel(&mut self, reason: CancelReason) {
         if !self.ended {
             self.ended = true;
@@ -284,7 +302,7 @@ impl TokenStream {
             if let Some(why) = noop {
                 self.parts.metrics.noop(why);
             }
-            // After the post: the session's next turn is posted later still.
+            // Only after the post, so that the session posts its next turn after the cancel.
             if let (Some(turn), true) = (&self.parts.turn, first)
                 && reason != CancelReason::StopString
             {
@@ -293,7 +311,7 @@ impl TokenStream {
         }
     }
 
-    /// Makes a chunk of an event.
+    /// Converts an event to a chunk.
     fn take(&mut self, event: Event) -> Result<Chunk, GenerateError> {
         self.resume_if_paused();
         let prompt_logprobs = match event.report.map(|report| *report) {
@@ -313,7 +331,7 @@ impl TokenStream {
             if self.parts.turn.is_some() {
                 self.answer.push(token.id);
             }
-            // A token that ends the answer is no part of its text.
+            // A token that ends the answer is not part of its text.
             let ends = matches!(event.terminal, Some(Terminal::Finished(FinishReason::Stop)))
                 && self.parts.stop_tokens.contains(&token.id);
             if let Some(state) = &mut self.parts.text
@@ -335,10 +353,10 @@ impl TokenStream {
             }
         };
         if let (Some(state), Some(_), false) = (&mut self.parts.text, outcome, matched) {
-            // What was held back as half a character or half a stop string.
+            // Text that was held back as part of a character or of a stop string.
             let step = state.stop.push(&state.detokenizer.finish());
             text.push_str(&step.text);
-            // A cancel stays a cancel, whatever the last characters say.
+            // A cancel remains a cancel even if the last characters complete a stop string.
             matched = step.matched.is_some() && !matches!(outcome, Some(Outcome::Cancelled(_)));
             if step.matched.is_none() {
                 text.push_str(&state.stop.finish());
@@ -381,19 +399,20 @@ impl TokenStream {
         })
     }
 
-    /// Tells the scheduler thread once that a paused session's reader caught up.
+    /// Tells the scheduler thread, once per pause, that the reader of a paused request has
+    /// caught up.
     fn resume_if_paused(&self) {
         let cell = &self.parts.cell;
         if cell.paused.load(Ordering::SeqCst)
             && has_room(self.parts.receiver.events.len(), self.parts.buffer)
             && cell.paused.swap(false, Ordering::SeqCst)
         {
-            // Without an engine there is nothing to resume.
+            // If the engine has ended, there is nothing to resume.
             let _ = self.parts.commands.send(Command::Resume(self.parts.id));
         }
     }
 
-    /// No terminal will come any more.
+    /// Ends the stream of an engine that will never send a terminal.
     fn lost(&mut self, fault: EngineFault) -> Result<Chunk, GenerateError> {
         self.ended = true;
         Err(match fault {
@@ -431,7 +450,7 @@ impl Drop for TokenStream {
     }
 }
 
-/// [`TokenStream`] as an iterator that waits on the calling thread.
+/// A [`TokenStream`] as an iterator that waits on the calling thread.
 #[derive(Debug)]
 pub struct Blocking {
     stream: TokenStream,
@@ -445,7 +464,7 @@ impl Iterator for Blocking {
     }
 }
 
-/// Gathers a stream's chunks to a [`Generation`].
+/// Collects the chunks of a stream into a [`Generation`].
 struct Collector {
     prompt_ids: Vec<u32>,
     text: Option<String>,
@@ -463,7 +482,7 @@ impl Collector {
         }
     }
 
-    /// Adds a chunk; gives the whole at the last.
+    /// Adds a chunk. Returns the whole answer after the last one.
     fn add(
         &mut self,
         chunk: Option<Result<Chunk, GenerateError>>,
@@ -492,9 +511,10 @@ impl Collector {
     }
 }
 
-/// A posted cancel; await it, or [`Cancellation::wait`], for the receipt. Dropping
-/// it changes nothing: the request is cancelled either way.
-#[must_use = "the cancel is posted; await it, or drop it, to go on"]
+/// A cancel that has been posted. Await it, or call [`Cancellation::wait`], to get the receipt.
+///
+/// Dropping it does not undo the cancel.
+#[must_use = "the cancel has been posted; await it to get the receipt, or drop it"]
 pub struct Cancellation(Acknowledgement);
 
 /// Where the receipt comes from.
@@ -505,7 +525,7 @@ enum Acknowledgement {
         receipt: Receiver<Receipt>,
         end: EngineEnd,
     },
-    /// The answer to a command of a session.
+    /// The reply to a session's command.
     Session(Answer<Receipt>),
 }
 
@@ -522,7 +542,11 @@ impl Cancellation {
         Self(Acknowledgement::Session(answer))
     }
 
-    /// Waits for the receipt on this thread.
+    /// Waits on this thread for the receipt.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`GenerateError::Closed`] if the engine closed before the blocks were free.
     pub fn wait(self) -> Result<Receipt, GenerateError> {
         let received = match &self.0 {
             Acknowledgement::Stream { receipt, end, .. } => end.recv(receipt),

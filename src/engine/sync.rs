@@ -1,16 +1,16 @@
-//! What the engine's threads share, named in one place: all of `engine/` takes its
-//! threads, atomics, channels and locks from here.
+//! The threads, atomics, channels and locks of `engine/`. All of the engine takes them from
+//! here.
 //!
-//! A normal build gets the plain types. Under the features `loom` and `shuttle` a
-//! model checker takes their place and decides which thread goes on at each of their
-//! operations; what neither checker has is in `checked.rs`. Time stands still for a
-//! checker: a deadline never passes.
+//! A normal build uses the plain types. With the features `loom` and `shuttle`, the types of a
+//! model checker replace them, and the checker decides at each operation which thread runs
+//! next. What the checkers lack is in `checked.rs`. Time stands still under a checker, so
+//! deadlines never pass.
 
 #[cfg(all(feature = "loom", feature = "shuttle"))]
 compile_error!("the features `loom` and `shuttle` exclude each other");
 
 #[cfg(any(feature = "loom", feature = "shuttle"))]
-#[allow(dead_code, reason = "the whole set, whatever is used of it")]
+#[allow(dead_code, reason = "a build may not use the whole set")]
 mod checked;
 
 #[cfg(not(any(feature = "loom", feature = "shuttle")))]
@@ -28,7 +28,7 @@ mod plain {
     ) -> Result<T, RecvError> {
         crossbeam_channel::select! {
             recv(receiver) -> message => message,
-            // What was sent before the close still counts.
+            // A message that was sent before the close must still be received.
             recv(closed) -> _ => receiver.try_recv().map_err(|_| RecvError),
         }
     }
@@ -39,27 +39,27 @@ use checked as types;
 #[cfg(not(any(feature = "loom", feature = "shuttle")))]
 use plain as types;
 
-#[allow(unused_imports, reason = "the whole set, whatever is used of it")]
+#[allow(unused_imports, reason = "a build may not use the whole set")]
 pub use crossbeam_channel::{RecvError, RecvTimeoutError, SendError, TryRecvError, TrySendError};
-// The count in an `Arc` is not the engine's protocol, so it stays the plain one: what
-// is shared with `schedule` and `text` has the same type.
+// Reference counts are not part of the engine's protocol, so `Arc` is always the plain type.
+// Values shared with `schedule` and `text` thus have the same type everywhere.
 pub use std::sync::{Arc, PoisonError, Weak};
 pub use types::{
     AtomicWaker, JoinHandle, Mutex, MutexGuard, OnceLock, Receiver, Sender, atomic, bounded,
     unbounded,
 };
 
-/// The message of a channel that only ever closes.
+/// The message type of a channel that is only ever closed.
 #[derive(Debug)]
 pub enum Never {}
 
-/// Starts a thread.
+/// Starts a named thread.
 pub fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> std::io::Result<JoinHandle<()>> {
     types::Builder::new().name(name.to_owned()).spawn(body)
 }
 
-/// Waits for a message, or until `closed` has no sender left. A message that is there
-/// is received even so.
+/// Waits for a message, or until `closed` has no sender left. A message that is already there
+/// is received even then.
 #[allow(dead_code, reason = "for waiting on a thread that may be stuck")]
 pub fn recv_or<T>(receiver: &Receiver<T>, closed: &Receiver<Never>) -> Result<T, RecvError> {
     types::recv_or(receiver, closed)
@@ -75,7 +75,7 @@ mod tests {
         let (alive, closed) = bounded(0);
         sender.send(1).unwrap();
         drop(alive);
-        // `select!` chooses at random among what is ready.
+        // `select!` chooses at random among the ready channels.
         for _ in 0..100 {
             assert_eq!(recv_or(&receiver, &closed), Ok(1));
             sender.send(1).unwrap();

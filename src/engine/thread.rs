@@ -1,4 +1,4 @@
-//! The scheduler thread: one loop that owns everything.
+//! The scheduler thread: one loop that owns the device, the sequences and the KV cache.
 
 use super::command::{Command, Submission};
 use super::deadlines::Due;
@@ -25,61 +25,62 @@ use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
-/// A pin for longer is one for this long.
+/// Maximum duration of a pin; longer pins are shortened to it.
 const LONGEST_PIN: Duration = Duration::from_secs(100 * 365 * 86_400);
 
-/// What the scheduler thread owns.
+/// Everything that the scheduler thread owns.
 pub(super) struct SchedulerThread {
     scheduler: Scheduler,
     ledger: Ledger,
     runner: Box<dyn Runner>,
-    /// Steps in flight at most.
+    /// Maximum number of steps in flight.
     depth: usize,
-    /// Launched and not collected, oldest first.
+    /// Steps that are launched and not yet collected, oldest first.
     in_flight: VecDeque<StepPlan>,
-    /// When the oldest step in flight had the device to itself.
+    /// When the device could begin with the oldest step in flight.
     step_began: Instant,
-    /// Rows collected since then, and how many of them were prompts.
+    /// Rows collected since `step_began`, and the number of them that belong to prompts.
     rows: usize,
     prompt_rows: usize,
     completed: StepId,
     audit: bool,
     closing: bool,
-    /// How long a reader may keep its request paused.
+    /// How long a request may stay paused because its reader lags behind.
     slow_consumer_deadline: Option<Duration>,
-    /// Nothing to do until a command arrives or a deadline passes.
+    /// Whether there is nothing to do until a command arrives or a deadline passes.
     idle: bool,
-    /// A command was applied since the last plan.
+    /// Whether a command was applied since the last plan.
     applied: bool,
     tokens_generated: u64,
     prompt_tokens: u64,
     metrics: Arc<EngineMetrics>,
-    /// What the metrics show.
+    /// The stats that the metrics show.
     published: EngineStats,
-    /// Kept for its memory.
+    /// Scratch buffer, kept to reuse its allocation.
     paused: Vec<(SequenceKey, bool)>,
-    /// Plans whose steps are over, for their memory.
+    /// Plans of collected steps, kept to reuse their allocations.
     spare_plans: Vec<StepPlan>,
-    /// Those who wait for the open sessions to end.
+    /// Drains in progress.
     drains: Vec<Drain>,
-    /// New sessions come too late.
+    /// Whether a drain has begun. Requests that arrive later are cancelled.
     draining: bool,
-    /// Sessions that drains have cancelled.
+    /// Number of requests that drains have cancelled.
     aborted: u64,
-    // These go last, in this order: who learns of their end finds all the rest gone.
+    // Fields are dropped in order. These come last, so that a thread that observes their end
+    // finds everything else gone.
     commands: Receiver<Command>,
-    /// Tell by their end that the thread has ended.
+    /// Replies of shutdowns. Dropping them tells the callers that the thread has ended.
     shutdowns: Vec<Reply<Never>>,
     pulse: Pulse,
 }
 
-/// Someone who waits for the open sessions to end.
+/// A drain in progress: it waits until no request is open.
 struct Drain {
-    /// When those that are left are cancelled.
+    /// When the remaining requests are cancelled.
     until: Option<Instant>,
-    /// How many had ended, and how many of them by a drain, when it began.
+    /// The totals when the drain began. They are subtracted from those at its end.
     before: Drained,
-    /// Who is told; nobody at a shutdown, which goes on from here.
+    /// Where the result is sent. `None` for a shutdown, which then ends the thread.
     reply: Option<Reply<Drained>>,
 }
 
@@ -95,7 +96,8 @@ impl SchedulerThread {
         Self {
             scheduler,
             ledger: Ledger::new(Arc::clone(&metrics)),
-            // Feedback reaches back one step, not two.
+            // A step can take feedback from the previous step only, so a depth above 2 is of no
+            // use.
             depth: runner.depth().clamp(1, 2),
             runner,
             in_flight: VecDeque::new(),
@@ -123,8 +125,8 @@ impl SchedulerThread {
         }
     }
 
-    /// Runs until nobody can post a command any more, a shutdown, or a fault. A
-    /// panic is a fault: every waiter learns of it, and the engine closes.
+    /// Runs until no caller is left that could post a command, or until a shutdown or a fault.
+    /// A panic is a fault: the engine closes, and everyone who waits learns the reason.
     pub fn run(mut self, fault: &Arc<OnceLock<EngineFault>>) {
         let outcome = catch_unwind(AssertUnwindSafe(|| self.serve()));
         let cause = match outcome {
@@ -133,20 +135,20 @@ impl SchedulerThread {
             Err(panic) => EngineFault::Panic(panic_message(&*panic)),
         };
         self.close(&cause, fault);
-        // Dropping the receiver refuses later commands and drops those in the
-        // queue; a dropped submission wakes its reader.
+        // Dropping the receiver rejects later commands and drops those in the queue. A dropped
+        // submission wakes its reader.
     }
 
-    /// What comes after the last turn: every session ends, and learns the cause.
+    /// Runs after the last iteration of the loop: ends every request and reports the cause.
     fn close(&mut self, cause: &EngineFault, fault: &OnceLock<EngineFault>) {
         if !matches!(cause, EngineFault::Shutdown) {
-            tracing::error!(%cause, "the engine has failed and closes");
+            tracing::error!(%cause, "the engine has failed and is closing");
         }
-        // Before any waiter wakes, so that it finds the reason.
+        // Set the cause before waking anyone who waits, so that they find it.
         let _ = fault.set(cause.clone());
-        // A call that panicked is over, too.
+        // If a device call panicked, it is no longer running.
         let _ = self.pulse.returned();
-        // The runner may be what broke: nothing below touches it.
+        // The runner itself may be broken, so nothing below uses it.
         let rest = catch_unwind(AssertUnwindSafe(|| self.fail_everything(cause)));
         if let Err(panic) = rest {
             tracing::error!(
@@ -163,8 +165,8 @@ impl SchedulerThread {
         Ok(())
     }
 
-    /// One turn of the loop, in full. The last one, without a fault, is after a
-    /// shutdown, or when nobody is left who could post a command.
+    /// Runs one complete iteration of the loop. Returns `Break` after a shutdown, or when no
+    /// caller is left that could post a command.
     fn turn(&mut self) -> Result<ControlFlow<()>, EngineFault> {
         if self.drain_commands() {
             return Ok(ControlFlow::Break(()));
@@ -180,8 +182,8 @@ impl SchedulerThread {
         if due {
             self.collect()?;
         }
-        // A collected step may have made room, and a command may have come while it was
-        // collected: then plan once more before sleeping.
+        // Collecting may have freed blocks, and commands may have arrived meanwhile. In both
+        // cases, plan once more before sleeping.
         self.idle = !planned && !due && !self.applied;
         Ok(if self.closing && self.idle {
             ControlFlow::Break(())
@@ -204,25 +206,25 @@ impl SchedulerThread {
         Some(plan)
     }
 
-    /// Applies every command that has been posted; waits for one when idle: when
-    /// nothing can be planned and nothing is in flight, only a command or a deadline
-    /// changes that. `true` when nobody is left who could post.
+    /// Applies the commands that have been posted. When idle, waits for one: if nothing can be
+    /// planned and nothing is in flight, only a command or a deadline changes that. Returns
+    /// `true` when no caller is left that could post a command.
     fn drain_commands(&mut self) -> bool {
-        // Not more than are there now: whoever posts without end does not stop the rest.
+        // Drain only what is queued now, so that a busy caller cannot starve the loop.
         let mut rest = self.commands.len();
         loop {
             match self.commands.try_recv() {
                 Ok(command) => {
                     self.apply(command);
                     if rest <= 1 {
-                        // Here too: the queue may never be found empty.
+                        // Settle here as well, because a busy queue may never be found empty.
                         self.ledger.settle(self.completed);
                         return false;
                     }
                     rest -= 1;
                 }
                 Err(TryRecvError::Disconnected) => {
-                    // What is in flight is collected, so that every receipt goes out.
+                    // Collect what is in flight before ending, so that every receipt is sent.
                     self.ledger.settle(self.completed);
                     self.closing = true;
                     return self.in_flight.is_empty();
@@ -243,7 +245,7 @@ impl SchedulerThread {
         }
     }
 
-    /// Waits for a command, at most until the next deadline.
+    /// Waits for a command, but not beyond the next deadline.
     fn wait(&mut self) -> Result<Command, RecvTimeoutError> {
         let drains = self.drains.iter().filter_map(|drain| drain.until);
         let deadline = self.ledger.next_deadline().into_iter().chain(drains).min();
@@ -256,7 +258,8 @@ impl SchedulerThread {
         command
     }
 
-    /// Sessions that have ended, and those that drains have cancelled.
+    /// Returns how many requests have ended so far, here including those in `aborted`, and how
+    /// many of them drains have cancelled.
     fn ended(&self) -> Drained {
         let outcomes = self.ledger.outcomes();
         Drained {
@@ -274,8 +277,8 @@ impl SchedulerThread {
         });
     }
 
-    /// Cancels what is left when the time of a drain is over, and tells those who wait
-    /// when nothing is left.
+    /// Cancels the remaining requests when the deadline of a drain has passed. When no request
+    /// is left, reports the results of all drains.
     fn attend_drains(&mut self) {
         if self.drains.is_empty() {
             return;
@@ -303,7 +306,7 @@ impl SchedulerThread {
         }
     }
 
-    /// Does what is due by now. The one place where time decides something.
+    /// Handles what is due now. Deadlines take effect only here.
     fn pass_time(&mut self) {
         if self.scheduler.counts().pinned_blocks > 0 {
             self.scheduler.expire_pins(Instant::now());
@@ -330,8 +333,8 @@ impl SchedulerThread {
         }
     }
 
-    /// Cancels a session from this side. A caller's cancel that came first keeps its
-    /// reason.
+    /// Cancels a request from the engine's side. If its caller has already cancelled it, the
+    /// caller's reason stands.
     fn cancel(&mut self, key: SequenceKey, reason: CancelReason) -> Option<usize> {
         if let Some(cell) = self.ledger.cell_of(key) {
             cell.cancel(reason);
@@ -404,9 +407,9 @@ impl SchedulerThread {
             } => self.end_session(session, posted_at, reply),
             Command::ClearPrefixes => self.scheduler.clear_prefixes(),
             Command::Inspect(reply) => {
-                // The metrics say no less than the answer.
+                // Publish first, so that the metrics are as recent as the answer.
                 self.publish();
-                // The asker may be gone; that is its affair.
+                // The caller may have stopped waiting; its answer is then dropped.
                 let _ = reply.try_send(self.stats());
             }
             Command::InspectLater(reply) => {
@@ -427,7 +430,8 @@ impl SchedulerThread {
         }
     }
 
-    /// Takes a request in, behind the one that computes its prompt, if there is one.
+    /// Accepts a request. If it has a `leader`, it waits until the leader has computed their
+    /// common prompt.
     fn submit(&mut self, submission: Submission, leader: Option<SequenceKey>) -> SequenceKey {
         let Submission { id, spec, account } = submission;
         self.prompt_tokens += spec.prompt.len() as u64;
@@ -435,10 +439,10 @@ impl SchedulerThread {
         let key = self.scheduler.add_follower(id, spec, leader);
         self.ledger.open(key, id, account);
         if scores {
-            // Also if there will be nothing in it.
+            // Even if there are no scores, the request must get a report.
             self.ledger.report(key, PromptReport::Scores(Vec::new()));
         }
-        // Cancelled on the way here: it never runs (I5).
+        // The request was cancelled on its way here, so it never runs (I5).
         let cell = self.ledger.cell_of(key);
         if cell.and_then(RequestCell::cancelled) == Some(CancelReason::StreamDropped) {
             self.end(key, Terminal::Cancelled(CancelReason::SubmitDropped));
@@ -451,8 +455,8 @@ impl SchedulerThread {
         key
     }
 
-    /// Stops the turn of a session. Without one there is nothing to free, and the
-    /// receipt says so.
+    /// Stops the turn of a session. If the turn has already ended, there is nothing to free,
+    /// and the receipt says so.
     fn stop(
         &mut self,
         session: SessionId,
@@ -460,7 +464,7 @@ impl SchedulerThread {
         (stop, posted_at): (Stop, Instant),
         reply: Reply<Receipt>,
     ) {
-        // No other turn than the one that was meant.
+        // Stop only the turn that the caller meant; another one may have begun.
         let open = self.ledger.turn_key(session).filter(|&key| {
             let open = self.ledger.turn_of(key);
             turn.as_ref()
@@ -485,7 +489,7 @@ impl SchedulerThread {
         }
     }
 
-    /// Ends a session: its turn, and what it keeps.
+    /// Ends a session: cancels its turn and frees what it keeps.
     fn end_session(
         &mut self,
         session: SessionId,
@@ -498,7 +502,8 @@ impl SchedulerThread {
             let sequence = self.scheduler.sequences().get(key);
             receipt.tokens_generated = sequence.map_or(0, Sequence::generated);
             fence = sequence.map_or(fence, Sequence::touched);
-            // It goes back to the session first, and from there with the rest.
+            // The cancelled turn first returns its blocks to the session; they are freed below
+            // with the rest.
             receipt.blocks_freed = self.cancel(key, CancelReason::SessionEnded).unwrap_or(0);
         }
         let (blocks, touched) = self.scheduler.end_session(session);
@@ -509,7 +514,7 @@ impl SchedulerThread {
         }
     }
 
-    /// Ends a session if its cancel flag is up, and gives the number of blocks that
+    /// Ends a request if its cancel flag is raised, and returns the number of blocks that
     /// nobody holds any more.
     fn apply_cancel(&mut self, key: SequenceKey) -> Option<usize> {
         let reason = self.ledger.cell_of(key)?.cancelled()?;
@@ -526,7 +531,8 @@ impl SchedulerThread {
         }
     }
 
-    /// The one door out for a session, whatever the reason.
+    /// Ends a request, for any reason, and returns the number of blocks that nobody holds any
+    /// more. Every request ends here.
     fn end(&mut self, key: SequenceKey, terminal: Terminal) -> usize {
         let fate = self.fate(key, &terminal);
         let Some((sequence, blocks)) = self.scheduler.close(key, fate) else {
@@ -541,8 +547,8 @@ impl SchedulerThread {
         blocks
     }
 
-    /// What becomes of the blocks of a session that is about to end; tells its
-    /// session what is left of the turn.
+    /// Decides what happens to the blocks of a request that is about to end. If the request is
+    /// a turn, also records for its session how the turn ended.
     fn fate(&self, key: SequenceKey, terminal: &Terminal) -> Fate {
         let (Some(turn), Some(sequence)) = (
             self.ledger.turn_of(key),
@@ -552,7 +558,7 @@ impl SchedulerThread {
         };
         let flag = self.ledger.cell_of(key).and_then(RequestCell::cancelled);
         let (end, tokens) = match (terminal, flag) {
-            // What a failed step has written is worth nothing.
+            // What a failed step has written cannot be trusted.
             (Terminal::Failed(_), _) => {
                 turn.cell.ended_by_thread(TurnEnd::Rewound);
                 return Fate::Free;
@@ -580,7 +586,7 @@ impl SchedulerThread {
         Fate::Keep { tokens, pin_until }
     }
 
-    /// Enqueues a step. A failed launch fails the sessions of that step.
+    /// Enqueues a step. If the launch fails, the requests of that step fail.
     fn launch(&mut self, plan: StepPlan) -> Result<(), EngineFault> {
         if self.audit {
             self.poison_freed()?;
@@ -598,7 +604,8 @@ impl SchedulerThread {
         match launched {
             Ok(()) => {
                 self.in_flight.push_back(plan);
-                // Their rows are in the step, which gives them nothing.
+                // The rows of these requests are already in the step; their results are
+                // discarded.
                 for (key, error) in unmasked {
                     if self.apply_cancel(key).is_none() {
                         let fault = EngineFault::Constraint(error);
@@ -609,7 +616,8 @@ impl SchedulerThread {
             }
             Err(error) => {
                 self.fail_step(&plan, &error);
-                // Feedback refers to the step before, which this one no longer is.
+                // Feedback refers to the samples of the previous step, and the failed step has
+                // none. Empty the pipeline, so that no step takes feedback from it.
                 while !self.in_flight.is_empty() {
                     self.collect()?;
                 }
@@ -619,8 +627,8 @@ impl SchedulerThread {
         }
     }
 
-    /// Finds out which tokens the constrained sequences of a step may choose. Gives those
-    /// whose constraints cannot say.
+    /// Updates the masks of allowed tokens for the constrained sequences that the step samples.
+    /// Returns the sequences whose constraints failed.
     fn refresh_masks(&mut self, plan: &StepPlan) -> Vec<(SequenceKey, ConstraintError)> {
         let sequences = self.scheduler.sequences();
         let constrained = |item: &PlanItem| {
@@ -636,7 +644,7 @@ impl SchedulerThread {
         failed
     }
 
-    /// Notes whose prompts the step begins or goes on with.
+    /// Records the requests whose prompts this step begins or continues.
     fn note_starts(&mut self, plan: &StepPlan, at: Instant) {
         for item in &plan.items {
             let sequence = self.scheduler.sequences().get(item.key);
@@ -648,7 +656,8 @@ impl SchedulerThread {
         }
     }
 
-    /// Overwrites what was freed: whoever still reads it shows it by its tokens.
+    /// Overwrites freed blocks, so that a step that still reads them produces visibly wrong
+    /// tokens.
     fn poison_freed(&mut self) -> Result<(), EngineFault> {
         let freed = self.scheduler.take_freed();
         if freed.is_empty() {
@@ -660,7 +669,7 @@ impl SchedulerThread {
         poisoned.map_err(EngineFault::Device)
     }
 
-    /// Waits for the oldest step and commits it.
+    /// Waits for the oldest step in flight and commits it.
     fn collect(&mut self) -> Result<(), EngineFault> {
         let from = Instant::now();
         let step = self
@@ -676,7 +685,8 @@ impl SchedulerThread {
         };
         let from = Instant::now();
         self.observe(&plan, from);
-        // What was cancelled while the step ran gets no token from it.
+        // Apply the cancels that were posted while the step ran, so that it delivers no token
+        // for them.
         for _ in 0..self.commands.len() {
             match self.commands.try_recv() {
                 Ok(command) => self.apply(command),
@@ -708,10 +718,10 @@ impl SchedulerThread {
         failed
     }
 
-    /// Gives what a step has computed to those whose rows were in it.
+    /// Delivers the results of a step to the requests in it.
     fn commit_step(&mut self, plan: &StepPlan, mut output: StepOutput) {
         self.end_not_finite(plan, &output.samples);
-        // Before any other item ends: its complete blocks are worth keeping.
+        // Publish complete blocks before any other item ends, so that they can be reused.
         self.scheduler.written(plan);
         let mut samples = output.samples.drain(..).map(Token::from);
         let mut sums = output.sums.drain(..);
@@ -738,7 +748,7 @@ impl SchedulerThread {
         self.runner.recycle(output);
     }
 
-    /// Ends the sequences whose logits are not finite, before their blocks are published.
+    /// Ends the requests whose logits are not finite, before their blocks are published.
     fn end_not_finite(&mut self, plan: &StepPlan, samples: &[Sampled]) {
         if samples.iter().all(|sample| sample.is_finite) {
             return;
@@ -759,7 +769,8 @@ impl SchedulerThread {
         }
     }
 
-    /// Ends a sequence that ends with its prompt, unless it is cancelled.
+    /// Ends a request whose work ends with its prompt. If it was cancelled meanwhile, it ends
+    /// as cancelled.
     fn commit_end(&mut self, key: SequenceKey) {
         if self.apply_cancel(key).is_none()
             && let Commit::Finished(reason) = self.scheduler.commit_end(key)
@@ -769,7 +780,7 @@ impl SchedulerThread {
     }
 
     fn commit(&mut self, key: SequenceKey, token: Token) {
-        // The flag is read again here: a cancel posted since wins over the token.
+        // Read the flag again: a cancel that was posted meanwhile wins over the token.
         if self.apply_cancel(key).is_some() {
             self.ledger.discarded(key);
             return;
@@ -792,8 +803,9 @@ impl SchedulerThread {
         }
     }
 
-    /// Learns how fast prompts are computed. A step without results may not have been
-    /// waited for: its rows count with the next one that has some.
+    /// Measures how fast prompts are computed, to estimate the cost of recomputing. The device
+    /// may not wait for a step without results, so its rows are counted with the next step that
+    /// has some.
     fn observe(&mut self, plan: &StepPlan, now: Instant) {
         let prompts = plan.items.iter().filter(|item| item.count > 1);
         self.prompt_rows += prompts.map(|item| item.count).sum::<usize>();
@@ -802,15 +814,16 @@ impl SchedulerThread {
             return;
         }
         let took = now.saturating_duration_since(self.step_began);
-        // Decoding takes longer a token, and says nothing of computing anew.
+        // Decoding takes longer per token and says nothing about the cost of recomputing a
+        // prompt.
         if 2 * self.prompt_rows > self.rows {
             self.scheduler.observe_step(self.rows, took.as_secs_f64());
         }
         (self.rows, self.prompt_rows, self.step_began) = (0, 0, now);
     }
 
-    /// Steps up to `step` have completed. When none is in flight, so have all that
-    /// were planned, a failed launch included.
+    /// Records that all steps up to `step` have completed. If no step is in flight, every
+    /// planned step is over, including those whose launch failed.
     fn step_completed(&mut self, step: StepId) {
         let step = if self.in_flight.is_empty() {
             self.scheduler.launched()
@@ -838,7 +851,7 @@ impl SchedulerThread {
         tracing::error!(%error, step = %plan.step, requests = plan.items.len(), "a step failed");
         self.scheduler.lost(plan);
         for item in &plan.items {
-            // Who was cancelled before stays cancelled.
+            // A request that has already been cancelled stays cancelled.
             if self.apply_cancel(item.key).is_none() {
                 let fault = EngineFault::Device(error.clone());
                 self.end(item.key, Terminal::Failed(Box::new(fault)));
@@ -846,7 +859,8 @@ impl SchedulerThread {
         }
     }
 
-    /// Whether a device error ends the engine, not only the step's sessions.
+    /// Returns an error if a device error ends the engine rather than only the requests of one
+    /// step.
     fn closes_engine(&self, error: DeviceError) -> Result<(), EngineFault> {
         match error {
             DeviceError::Lost { .. } => Err(EngineFault::Device(error)),
@@ -854,7 +868,7 @@ impl SchedulerThread {
         }
     }
 
-    /// Ends every session; used when the thread is about to end.
+    /// Ends every request, when the thread is about to end.
     fn fail_everything(&mut self, cause: &EngineFault) {
         for key in self.ledger.open_keys() {
             if self.apply_cancel(key).is_some() {
@@ -867,14 +881,14 @@ impl SchedulerThread {
             self.end(key, terminal);
         }
         while let Ok(command) = self.commands.try_recv() {
-            // A submission's reader wakes and finds the fault.
+            // Dropping a submission wakes its reader, which finds the fault.
             drop(command);
         }
         self.ledger.abandon();
         self.publish();
     }
 
-    /// Sets the gauges from the books.
+    /// Updates the metrics.
     fn publish(&mut self) {
         let now = self.stats();
         self.metrics.publish(&now, &self.published);
@@ -908,7 +922,7 @@ impl SchedulerThread {
     }
 }
 
-/// Fails unless a step has given all that was wanted of it.
+/// Returns an error unless a step has delivered as many results as its plan asks for.
 fn complete(plan: &StepPlan, output: &StepOutput) -> Result<(), DeviceError> {
     let given = (output.samples.len(), output.sums.len());
     let wanted = (plan.sample_count(), plan.sums().count());
@@ -919,7 +933,7 @@ fn complete(plan: &StepPlan, output: &StepOutput) -> Result<(), DeviceError> {
         device: "runner",
         operation: "collect",
         reason: format!(
-            "{} samples and {} sums for a step of {} and {}",
+            "the step returned {} samples and {} sums, but its plan asks for {} and {}",
             given.0, given.1, wanted.0, wanted.1
         ),
     })

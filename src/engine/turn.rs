@@ -1,5 +1,5 @@
-//! A turn of a session: what its three parties, the session, the reader of its stream
-//! and the scheduler thread, tell each other of its end.
+//! The shared state of a session's turn, through which the session, the reader of the stream
+//! and the scheduler thread tell each other how the turn ended.
 
 use super::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use super::sync::{Arc, OnceLock};
@@ -11,7 +11,7 @@ use std::time::Duration;
 pub enum Stop {
     /// The prompt and the answer so far.
     Keep,
-    /// Nothing: it is as it was before the turn.
+    /// Nothing: the session returns to its state before the turn.
     Rewind,
 }
 
@@ -27,28 +27,30 @@ impl Stop {
 /// How a turn ended on the scheduler thread.
 #[derive(Clone, Debug)]
 pub(crate) enum TurnEnd {
-    /// By itself, after these tokens. Its reader may still find a stop string earlier.
+    /// The answer is complete, and these are the session's tokens. The reader may still find a
+    /// stop string earlier in the answer.
     Finished(Vec<u32>),
-    /// Stopped after these tokens, which the session keeps.
+    /// The session stopped the turn and keeps these tokens.
     Kept(Vec<u32>),
-    /// The session is as it was before.
+    /// The session has returned to its state before the turn.
     Rewound,
 }
 
-/// What the three share: written once each, no lock.
+/// State shared by the session, the reader and the scheduler thread. Each field is written at
+/// most once, without locks.
 #[derive(Debug, Default)]
 pub(crate) struct TurnCell {
-    /// How the session wants it to stop.
+    /// How the session wants to stop the turn; 0 if it has not stopped it.
     stop: AtomicU8,
-    /// What the reader has made of it: the session's tokens from now on.
+    /// Result of the reader: the session's tokens from now on, or `None` if the reader gave up.
     reader: OnceLock<Option<Vec<u32>>>,
     thread: OnceLock<TurnEnd>,
-    /// Answer tokens that the reader keeps, once it has found a stop string.
+    /// Number of answer tokens that the reader keeps after it has found a stop string.
     kept_answer: AtomicUsize,
 }
 
 impl TurnCell {
-    /// The session stops it; the first way counts.
+    /// Records how the session stops the turn. The first call wins.
     pub fn stop(&self, stop: Stop) {
         let _ = self
             .stop
@@ -59,8 +61,8 @@ impl TurnCell {
         self.stop.load(Ordering::Acquire) == stop.flag()
     }
 
-    /// The reader has found a stop string after so many answer tokens; said before the
-    /// cancel is posted.
+    /// Records that the reader has found a stop string after this many answer tokens. Must be
+    /// called before the cancel is posted.
     pub fn keep_answer(&self, tokens: usize) {
         self.kept_answer.store(tokens, Ordering::Release);
     }
@@ -69,18 +71,19 @@ impl TurnCell {
         self.kept_answer.load(Ordering::Acquire)
     }
 
-    /// The reader has come to the end, or given up.
+    /// Records that the reader has reached the end, with the session's tokens, or has given up.
     pub fn ended_by_reader(&self, tokens: Option<Vec<u32>>) {
         let _ = self.reader.set(tokens);
     }
 
-    /// The scheduler thread has ended it; said before the terminal is sent.
+    /// Records how the scheduler thread ended the turn. Must be called before the terminal is
+    /// sent.
     pub fn ended_by_thread(&self, end: TurnEnd) {
         let _ = self.thread.set(end);
     }
 
-    /// The session's tokens after the turn: `Some(None)` as before it, `None` while it
-    /// is still generating.
+    /// Returns the session's tokens after the turn. `Some(None)` means that the session is as
+    /// it was before the turn, and `None` that the turn is still generating.
     pub fn outcome(&self) -> Option<Option<Vec<u32>>> {
         if self.is_stopped(Stop::Rewind) {
             return Some(None);
@@ -97,13 +100,13 @@ impl TurnCell {
     }
 }
 
-/// A turn, as the scheduler thread knows it.
+/// The scheduler thread's view of a turn.
 #[derive(Clone, Debug)]
 pub(crate) struct Turn {
     pub session: SessionId,
-    /// Tokens of the session before it.
+    /// Tokens of the session before the turn.
     pub base: usize,
-    /// How long what it leaves behind is kept from others.
+    /// How long the blocks that the turn leaves to the session are pinned.
     pub pin: Option<Duration>,
     pub cell: Arc<TurnCell>,
 }
@@ -121,7 +124,7 @@ mod tests {
         assert_eq!(
             turn.outcome(),
             None,
-            "its reader may find a stop string yet"
+            "its reader may still find a stop string"
         );
         turn.ended_by_reader(Some(vec![1, 2]));
         assert_eq!(turn.outcome(), Some(Some(vec![1, 2])));

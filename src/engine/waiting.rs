@@ -10,7 +10,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-/// How an engine has ended, and word of it for those who wait.
+/// How an engine has ended, and the signal for those who wait for it.
 #[derive(Clone)]
 pub(crate) struct EngineEnd {
     fault: Arc<OnceLock<EngineFault>>,
@@ -23,23 +23,23 @@ impl EngineEnd {
         Self { fault, over }
     }
 
-    /// What ended the engine, if it has ended.
+    /// Returns what ended the engine, if it has ended.
     pub fn fault(&self) -> Option<&EngineFault> {
         self.fault.get()
     }
 
-    /// What ended the engine, which has ended.
+    /// Returns what ended an engine that is known to have ended.
     pub fn cause(&self) -> EngineFault {
         self.fault.get().cloned().unwrap_or(EngineFault::Shutdown)
     }
 
-    /// Waits on this thread.
+    /// Waits on this thread for a message or the end of the engine.
     pub fn recv<T>(&self, receiver: &Receiver<T>) -> Result<T, EngineFault> {
         recv_or(receiver, &self.over).map_err(|_| self.cause())
     }
 
-    /// Polls; `register` leaves the waker where the scheduler thread and the watchdog
-    /// find it.
+    /// Polls for a message or the end of the engine. `register` must leave the waker where the
+    /// scheduler thread and the watchdog find it.
     pub fn poll<T>(
         &self,
         receiver: &Receiver<T>,
@@ -48,14 +48,14 @@ impl EngineEnd {
         let mut received = receiver.try_recv();
         if matches!(received, Err(TryRecvError::Empty)) {
             register();
-            // Once more: it may have come before the waker was there.
+            // Try again, because a message may have come before the waker was registered.
             received = receiver.try_recv();
         }
         match received {
             Ok(message) => Poll::Ready(Ok(message)),
             Err(TryRecvError::Disconnected) => Poll::Ready(Err(self.cause())),
             Err(TryRecvError::Empty) => match self.fault.get() {
-                // Nobody is left who would send anything.
+                // The scheduler thread has been given up, so nothing more will be sent.
                 Some(fault @ EngineFault::Stuck { .. }) => Poll::Ready(Err(fault.clone())),
                 _ => Poll::Pending,
             },
@@ -63,9 +63,9 @@ impl EngineEnd {
     }
 }
 
-/// Something that a waker was left with.
+/// Something that holds wakers.
 pub(crate) trait Waiter: Send + Sync {
-    /// Wakes whoever waits.
+    /// Wakes everyone who waits.
     fn wake(&self);
 }
 
@@ -75,7 +75,7 @@ impl Waiter for AtomicWaker {
     }
 }
 
-/// All who may wait without a thread of their own, for the watchdog.
+/// Everyone who may wait without blocking a thread. The watchdog wakes them.
 #[derive(Default)]
 pub(crate) struct Waiters {
     registry: Mutex<Registry>,
@@ -84,17 +84,17 @@ pub(crate) struct Waiters {
 #[derive(Default)]
 struct Registry {
     all: Vec<Weak<dyn Waiter>>,
-    /// How many there may be before those that are gone are looked for.
+    /// Length of the list at which the waiters that are gone are removed.
     sweep_at: usize,
 }
 
 impl Waiters {
     pub fn add(&self, waiter: Weak<dyn Waiter>) {
-        // A vector of weak references is never half-written.
+        // A panic cannot leave a vector of weak references half-written.
         let mut registry = self.registry.lock().unwrap_or_else(PoisonError::into_inner);
         if registry.all.len() >= registry.sweep_at {
             registry.all.retain(|waiter| waiter.strong_count() > 0);
-            // Twice what is left: the work a waiter stays the same.
+            // At twice the remaining length, the work per waiter stays constant.
             registry.sweep_at = (2 * registry.all.len()).max(64);
         }
         registry.all.push(waiter);
@@ -103,7 +103,7 @@ impl Waiters {
     pub fn wake_all(&self) {
         let registry = self.registry.lock().unwrap_or_else(PoisonError::into_inner);
         let all = registry.all.clone();
-        // A waker is the caller's code, and may well submit.
+        // Release the lock first: a waker is the caller's code and may submit requests.
         drop(registry);
         for waiter in all.iter().filter_map(Weak::upgrade) {
             waiter.wake();
@@ -111,8 +111,8 @@ impl Waiters {
     }
 }
 
-/// The scheduler thread's end of a question that is answered later. Dropping it
-/// wakes the one who waits.
+/// The scheduler thread's end of a question that it answers later. Dropping it wakes the
+/// caller.
 pub(crate) struct Reply<T> {
     sender: Option<Sender<T>>,
     waker: Arc<AtomicWaker>,
@@ -121,7 +121,7 @@ pub(crate) struct Reply<T> {
 impl<T> Reply<T> {
     pub fn send(mut self, answer: T) {
         if let Some(sender) = self.sender.take() {
-            // The asker may be gone; that is its affair.
+            // The caller may have stopped waiting; its answer is then dropped.
             let _ = sender.try_send(answer);
         }
     }
@@ -129,13 +129,13 @@ impl<T> Reply<T> {
 
 impl<T> Drop for Reply<T> {
     fn drop(&mut self) {
-        // Disconnect first, so that whoever wakes sees it.
+        // Disconnect first, so that the woken caller sees it.
         self.sender = None;
         wake(self.waker.take());
     }
 }
 
-/// The caller's end of such a question.
+/// The caller's end of a question that is answered later.
 pub(crate) struct Answer<T> {
     receiver: Receiver<T>,
     waker: Arc<AtomicWaker>,
@@ -143,7 +143,7 @@ pub(crate) struct Answer<T> {
 }
 
 impl<T> Answer<T> {
-    /// A question and its answer.
+    /// Creates the two ends of a question.
     pub fn channel(end: &EngineEnd, waiters: &Waiters) -> (Reply<T>, Self) {
         let (sender, receiver) = bounded(1);
         let waker = Arc::new(AtomicWaker::default());
@@ -171,8 +171,8 @@ impl<T> Answer<T> {
     }
 }
 
-/// A question that was posted to the scheduler thread; await it, or [`Asked::wait`], for
-/// the answer, which comes within a step. Dropping it changes nothing.
+/// A question to the scheduler thread that has been posted. Await it, or call [`Asked::wait`],
+/// to get the answer, which takes at most one step. Dropping it has no effect.
 pub struct Asked<T>(Answer<T>);
 
 impl<T> Asked<T> {
@@ -180,7 +180,11 @@ impl<T> Asked<T> {
         Self(answer)
     }
 
-    /// Waits on this thread. The error is how the engine ended before it could answer.
+    /// Waits on this thread for the answer.
+    ///
+    /// # Errors
+    ///
+    /// Returns the fault that ended the engine before it could answer.
     pub fn wait(self) -> Result<T, EngineFault> {
         self.0.wait()
     }

@@ -1,13 +1,13 @@
 //! The heartbeat of the scheduler thread, and the thread that watches it.
 //!
-//! A device call that never returns cannot be interrupted. The watchdog gives the
-//! scheduler thread up instead: it sets the engine's fault and wakes every waiter.
-//! Should the call return after all, the scheduler thread finds that it was given
-//! up, clears up and ends. Which of the two came first is decided by one atomic.
+//! A device call that never returns cannot be interrupted. Instead, the watchdog gives up the
+//! scheduler thread: it sets the engine's fault and wakes every waiter. If the call returns
+//! after all, the scheduler thread finds that it was given up, cleans up and ends. One atomic
+//! decides which of the two came first.
 //!
-//! A process that is stopped (SIGSTOP, a paused container, a suspended machine) is not
-//! stuck, although the clock goes on. The watchdog looks often, and time by which it
-//! overslept is not held against the scheduler thread: see [`Awake`].
+//! A process that is stopped (SIGSTOP, a paused container, a suspended machine) is not stuck,
+//! although the clock continues. The watchdog looks often, and time by which it overslept does
+//! not count against the scheduler thread: see [`Awake`].
 
 use super::EngineFault;
 use super::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -20,20 +20,21 @@ use std::time::{Duration, Instant};
 
 /// No device call is running.
 const NO_CALL: u64 = 0;
-/// The watchdog has given the running call up.
+/// The watchdog has given up the running call.
 const GIVEN_UP: u64 = u64::MAX;
-/// Below this, the watchdog would be a busy loop; beyond that, time overflows.
+/// Shortest and longest deadline. With a shorter one, the watchdog would be a busy loop; with a
+/// longer one, times could overflow.
 const DEADLINES: (Duration, Duration) =
     (Duration::from_millis(1), Duration::from_secs(365 * 86_400));
-/// The watchdog looks so many times within a deadline, or every `LONGEST_NAP`.
+/// Number of looks per deadline. A long deadline gets more: one per `LONGEST_NAP`.
 const LOOKS: u32 = 16;
-/// The longest time between two looks at a busy thread: by so much a pause of the process
-/// may be underestimated.
+/// Maximum time between two looks at a busy thread. The length of a pause of the process may be
+/// underestimated by this much.
 const LONGEST_NAP: Duration = Duration::from_secs(1);
-/// The watchdog will not look before it is woken.
+/// The watchdog will not look until it is woken.
 const NEVER: u64 = u64::MAX;
 
-/// Signs of life of the scheduler thread, which anyone may read without waiting.
+/// Signs of life of the scheduler thread, which any thread can read without waiting.
 pub(crate) struct Heartbeat {
     start: Instant,
     deadline: Option<Duration>,
@@ -41,22 +42,25 @@ pub(crate) struct Heartbeat {
     beat: AtomicU64,
     /// The step of the latest device call.
     step: AtomicU64,
-    /// Since when a device call is running, likewise; or one of the constants.
+    /// When the running device call began, in nanoseconds since `start`; or `NO_CALL` or
+    /// `GIVEN_UP`.
     call: AtomicU64,
-    /// The thread waits for commands.
+    /// Whether the thread waits for commands.
     idle: AtomicBool,
-    /// The watchdog sleeps until the thread is busy again.
+    /// Whether the watchdog sleeps until the thread is busy again.
     asleep: AtomicBool,
-    /// When the watchdog will look next. Later than that, time does not count: nobody
+    /// When the watchdog will look next. Time after that does not count, because nobody
     /// watched.
     due: AtomicU64,
-    /// Time since the sign of life `slept_since` that does not count either.
+    /// Time after the sign of life at `slept_since` that does not count, because the watchdog
+    /// overslept.
     slept: AtomicU64,
     slept_since: AtomicU64,
 }
 
 impl Heartbeat {
-    /// Of a thread that starts now, and whose device calls may take `deadline`.
+    /// Creates the heartbeat of a thread that starts now, each of whose device calls may take
+    /// `deadline`.
     pub fn new(deadline: Option<Duration>) -> Self {
         Self {
             start: Instant::now(),
@@ -72,7 +76,8 @@ impl Heartbeat {
         }
     }
 
-    /// Now, in nanoseconds; at least 1, and enough for centuries.
+    /// Returns the current time in nanoseconds since `start`, at least 1. It overflows after
+    /// centuries.
     fn now(&self) -> u64 {
         self.start.elapsed().as_nanos() as u64 + 1
     }
@@ -81,7 +86,7 @@ impl Heartbeat {
         StepId(self.step.load(Ordering::Relaxed))
     }
 
-    /// When the running device call began, for [`Self::give_up`].
+    /// Returns when the running device call began, for [`Self::give_up`].
     fn running_call(&self) -> Option<u64> {
         match self.call.load(Ordering::Acquire) {
             NO_CALL | GIVEN_UP => None,
@@ -89,14 +94,15 @@ impl Heartbeat {
         }
     }
 
-    /// The last sign of life: the beginning of the running device call, or the last beat.
+    /// Returns the last sign of life: the start of the running device call, or the last beat.
     fn life(&self) -> u64 {
         let beat = self.beat.load(Ordering::Acquire);
         self.running_call().unwrap_or(beat)
     }
 
-    /// How much of the time from the sign of life `since` to `now` the process was awake,
-    /// as far as the watchdog has seen; none while it is not watching.
+    /// Returns how much of the time from the sign of life `since` until `now` the process was
+    /// awake, as far as the watchdog has observed. Returns zero while the watchdog is not
+    /// watching.
     fn awake(&self, since: u64, now: u64) -> Duration {
         let due = self.due.load(Ordering::Acquire);
         if due == NEVER {
@@ -109,14 +115,14 @@ impl Heartbeat {
         Duration::from_nanos(now.min(due).saturating_sub(since).saturating_sub(slept))
     }
 
-    /// Gives up the call that began at `since`; `false` if it has returned.
+    /// Gives up the call that began at `since`. Returns `false` if it has returned.
     fn give_up(&self, since: u64) -> bool {
         self.call
             .compare_exchange(since, GIVEN_UP, Ordering::AcqRel, Ordering::Acquire)
             .is_ok()
     }
 
-    /// The engine's health, given its fault.
+    /// Returns the engine's health, given its fault.
     pub fn health(&self, fault: Option<&EngineFault>, draining: bool) -> Health {
         self.health_at(self.now(), fault, draining)
     }
@@ -125,12 +131,12 @@ impl Heartbeat {
         let call = self.running_call();
         let idle = self.idle.load(Ordering::SeqCst);
         let beat = self.beat.load(Ordering::Relaxed);
-        // In a device call, or in something else that does not come back, such as a
+        // The thread is in a device call, or in something else that does not return, such as a
         // waker that blocks.
         let life = (call.is_some() || !idle).then(|| self.life());
         let late = |waited: &Duration| self.deadline.is_some_and(|deadline| *waited > deadline);
         let stuck = life.map(|life| self.awake(life, now)).filter(late);
-        // With a sign of life in between, what was read is not of one moment.
+        // If there was a sign of life meanwhile, the values read above are not of one moment.
         let stuck = stuck.filter(|_| life == Some(self.life()));
         let since_then = |then: u64| Duration::from_nanos(now.saturating_sub(then));
         let status = match (fault, stuck) {
@@ -139,7 +145,7 @@ impl Heartbeat {
                 waited: *waited,
             },
             (Some(fault), _) => HealthStatus::Closed(fault.clone()),
-            // The watchdog is about to say so, if it is a device call.
+            // If it is a device call, the watchdog is about to give it up.
             (None, Some(waited)) => HealthStatus::Stuck {
                 step: self.step(),
                 waited,
@@ -161,41 +167,42 @@ impl Heartbeat {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum HealthStatus {
-    /// It does.
+    /// The engine works.
     Healthy,
-    /// A step takes longer than [`EngineConfig::step_deadline`](crate::EngineConfig).
+    /// A step takes longer than
+    /// [`EngineConfig::step_deadline`](crate::EngineConfig::step_deadline).
     Stuck {
         /// The step.
         step: StepId,
-        /// How long it had taken when it was given up.
+        /// How long the step has taken so far, or had taken when it was given up.
         waited: Duration,
     },
-    /// It has ended.
+    /// The engine has ended.
     Closed(EngineFault),
 }
 
-/// The health of an engine at one moment, read off the heartbeat of its scheduler
-/// thread.
+/// The health of an engine at one moment, read from the heartbeat of its scheduler thread.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Health {
-    /// Whether it works.
+    /// Whether the engine works.
     pub status: HealthStatus,
-    /// Whether it has nothing to do.
+    /// Whether the engine has nothing to do.
     pub idle: bool,
-    /// Whether it takes no more requests, see [`Engine::drain`](crate::Engine::drain).
+    /// Whether the engine accepts no more requests; see
+    /// [`Engine::drain`](crate::Engine::drain).
     pub draining: bool,
-    /// How long ago the scheduler thread showed a sign of life. Grows without harm
-    /// while it is idle, and while the process is stopped.
+    /// Time since the last sign of life of the scheduler thread. It is harmless that this grows
+    /// while the thread is idle or the process is stopped.
     pub since_beat: Duration,
-    /// The step that the device was called for last.
+    /// The step of the latest device call.
     pub step: StepId,
-    /// For how long a call to the device has been running; `None` when none is.
+    /// How long the current device call has been running; `None` if there is none.
     pub device_call: Option<Duration>,
 }
 
 impl Health {
-    /// Whether the engine works: the colour of a health check.
+    /// Returns whether the engine works, as a health check reports it.
     pub fn is_healthy(&self) -> bool {
         matches!(self.status, HealthStatus::Healthy)
     }
@@ -207,33 +214,33 @@ pub(super) struct Pulse {
     /// Wakes the watchdog, and ends it when dropped.
     watchdog: Option<Sender<()>>,
     since: u64,
-    /// Without a watchdog: tells by its end that the thread has ended.
+    /// Without a watchdog, dropping this tells callers that the thread has ended.
     _over: Option<Sender<Never>>,
 }
 
 impl Pulse {
-    /// The thread waits for commands from here on.
+    /// Records that the thread now waits for commands.
     pub fn idle(&mut self) {
         self.heart.beat.store(self.heart.now(), Ordering::Relaxed);
         self.heart.idle.store(true, Ordering::SeqCst);
     }
 
-    /// The thread works from here on.
+    /// Records that the thread is now busy, and wakes the watchdog if it sleeps.
     pub fn busy(&mut self) {
         self.heart.beat.store(self.heart.now(), Ordering::Relaxed);
         self.heart.idle.store(false, Ordering::SeqCst);
-        // Rare: the watchdog falls asleep only after a time of idleness.
+        // This is rare, because the watchdog falls asleep only after an idle period.
         if let (Some(watchdog), true) = (&self.watchdog, self.heart.asleep.load(Ordering::SeqCst)) {
             match watchdog.try_send(()) {
                 Ok(()) | Err(TrySendError::Full(())) => {}
                 Err(TrySendError::Disconnected(())) => {
-                    tracing::error!("the watchdog has ended before its engine");
+                    tracing::error!("the watchdog ended before its engine");
                 }
             }
         }
     }
 
-    /// A device call of `step` begins.
+    /// Records that a device call of `step` begins.
     pub fn calls(&mut self, step: StepId) {
         self.since = self.heart.now();
         self.heart.beat.store(self.since, Ordering::Relaxed);
@@ -241,7 +248,8 @@ impl Pulse {
         self.heart.call.store(self.since, Ordering::Release);
     }
 
-    /// The device call has returned. An error when it was given up meanwhile.
+    /// Records that the device call has returned. Returns an error if it was given up
+    /// meanwhile.
     pub fn returned(&mut self) -> Result<(), EngineFault> {
         let now = self.heart.now();
         self.heart.beat.store(now, Ordering::Relaxed);
@@ -255,7 +263,7 @@ impl Pulse {
     }
 }
 
-/// Watches a heartbeat on a thread of its own.
+/// Watches a heartbeat on its own thread.
 struct Watchdog {
     heart: Arc<Heartbeat>,
     deadline: Duration,
@@ -265,8 +273,8 @@ struct Watchdog {
     waiters: Arc<Waiters>,
 }
 
-/// Starts watching, if there is a deadline. Gives the scheduler thread's end, and a
-/// channel that closes when that thread has ended or was given up.
+/// Starts the watchdog, if there is a deadline. Returns the scheduler thread's end of the
+/// heartbeat, and a channel that closes when that thread has ended or was given up.
 pub(super) fn watch(
     heart: &Arc<Heartbeat>,
     fault: &Arc<OnceLock<EngineFault>>,
@@ -298,10 +306,10 @@ pub(super) fn watch(
     Ok((pulse, is_over))
 }
 
-/// Keeps account of the time in which the process was not stopped.
+/// Tracks the time during which the process was not stopped.
 ///
-/// The watchdog says before each nap when it is to end. If it ends later, nobody was awake
-/// in between, or the machine is so busy that lateness says nothing.
+/// Before each nap, the watchdog records when the nap will end. If it wakes later, either the
+/// process was stopped meanwhile, or the machine is so busy that the delay says nothing.
 struct Awake<'a> {
     heart: &'a Heartbeat,
     nap: u64,
@@ -316,8 +324,8 @@ impl<'a> Awake<'a> {
         }
     }
 
-    /// The watchdog looks at `now`, and will look again after a nap. Gives the last sign
-    /// of life.
+    /// Records a look of the watchdog at `now`, and that the next one follows after a nap.
+    /// Returns the last sign of life.
     fn look(&self, now: u64) -> u64 {
         let heart = self.heart;
         let life = heart.life();
@@ -327,13 +335,12 @@ impl<'a> Awake<'a> {
             false => 0,
         };
         let due = match heart.due.load(Ordering::Relaxed) {
-            // It was woken, just now as far as it can know.
+            // The watchdog was woken, just now as far as it can know.
             NEVER => 0,
             due => due,
         };
         let overslept = now.saturating_sub(due.max(life));
-        // In this order: whoever reads meanwhile takes too much for slept, never too
-        // little.
+        // In this order, a concurrent reader counts too much time as slept, never too little.
         heart.slept.store(before + overslept, Ordering::Release);
         heart.slept_since.store(life, Ordering::Release);
         heart.due.store(now + self.nap, Ordering::Release);
@@ -344,15 +351,15 @@ impl<'a> Awake<'a> {
         Duration::from_nanos(self.nap)
     }
 
-    /// The watchdog will not look before it is woken.
+    /// Records that the watchdog will not look until it is woken.
     fn rest(&self) {
         self.heart.due.store(NEVER, Ordering::Release);
     }
 }
 
 impl Watchdog {
-    /// Looks at the heartbeat several times within a deadline, and not at all while the
-    /// engine is idle. Ends with the scheduler thread, or when it has given it up.
+    /// Looks at the heartbeat several times per deadline, but not while the engine is idle.
+    /// Returns when the scheduler thread ends, or after giving it up.
     fn run(self) {
         let heart = Arc::clone(&self.heart);
         let awake = Awake::of(&heart, self.deadline);
@@ -360,7 +367,8 @@ impl Watchdog {
             let now = heart.now();
             let since = awake.look(now);
             let waited = heart.awake(since, now);
-            // Only a call can be given up. If another one runs by now, this one has returned.
+            // Only a call can be given up. If another call is running by now, this one has
+            // returned.
             if waited >= self.deadline && heart.give_up(since) {
                 return self.give_up(waited);
             }
@@ -379,11 +387,12 @@ impl Watchdog {
         }
     }
 
-    /// Whether the engine is idle; then the scheduler thread wakes the watchdog.
+    /// Returns whether the engine is idle. If so, the scheduler thread wakes the watchdog
+    /// later.
     fn falls_asleep(&self) -> bool {
         self.heart.asleep.store(true, Ordering::SeqCst);
-        // Read after the store: whoever became busy before it is seen here, and
-        // whoever becomes so after it sees the store.
+        // Read `idle` after the store: if the thread became busy before the store, `idle` shows
+        // it; if it becomes busy after the store, it sees `asleep`.
         let idle = self.heart.idle.load(Ordering::SeqCst);
         if !idle {
             self.heart.asleep.store(false, Ordering::SeqCst);
@@ -393,8 +402,8 @@ impl Watchdog {
 
     fn give_up(self, waited: Duration) {
         let step = self.heart.step();
-        tracing::error!(%step, ?waited, "the device is stuck; the engine closes");
-        // Before any waiter wakes, so that it finds the reason.
+        tracing::error!(%step, ?waited, "the device is stuck; closing the engine");
+        // Set the fault before waking anyone who waits, so that they find the reason.
         let _ = self.fault.set(EngineFault::Stuck { step, waited });
         drop(self.over);
         self.waiters.wake_all();
@@ -408,7 +417,7 @@ mod tests {
     const DEADLINE: Duration = Duration::from_secs(120);
     const SECOND: u64 = 1_000_000_000;
 
-    /// A thread in a device call that began in second 10.
+    /// Returns the heartbeat of a thread in a device call that began at second 10.
     fn calling() -> Heartbeat {
         let heart = Heartbeat::new(Some(DEADLINE));
         heart.idle.store(false, Ordering::SeqCst);
@@ -417,8 +426,8 @@ mod tests {
         heart
     }
 
-    /// The watchdog looks once a second from the second `from` to before `to`. Gives how
-    /// long the call had run at its last look.
+    /// Lets the watchdog look once per second, from second `from` until before `to`. Returns
+    /// how long the call had been running at the last look.
     fn watched(heart: &Heartbeat, from: u64, to: u64) -> Duration {
         let awake = Awake::of(heart, DEADLINE);
         let mut waited = Duration::ZERO;
@@ -446,25 +455,28 @@ mod tests {
     fn a_pause_of_the_process_is_not_held_against_the_call() {
         let heart = calling();
         watched(&heart, 10, 13);
-        // Stopped from second 13 to 138. Nobody may have looked yet who is asked first.
+        // The process is stopped from second 13 to 138. Its health is read before the watchdog
+        // looks again.
         assert!(healthy(&heart, 138));
         assert!(watched(&heart, 138, 139) <= Duration::from_secs(4));
         assert!(healthy(&heart, 139));
-        // And once more, for a day.
+        // It is stopped again, for a day.
         let next = 139 + 86_400;
         assert!(healthy(&heart, next));
         assert!(watched(&heart, next, next + 1) <= Duration::from_secs(6));
-        // A call that is stuck all the same is found, by the time it was watched.
+        // A call that is really stuck is still found, after being watched for the whole
+        // deadline.
         assert!(watched(&heart, next + 1, next + 110) < DEADLINE);
         assert!(watched(&heart, next + 110, next + 130) >= DEADLINE);
         assert!(!healthy(&heart, next + 130));
     }
 
     #[test]
-    fn a_pause_before_the_call_is_none_of_its_business() {
+    fn a_pause_before_a_call_does_not_count_for_it() {
         let heart = calling();
         watched(&heart, 10, 12);
-        // Stopped until second 200, and a new call begins before the watchdog looks.
+        // The process is stopped until second 200, and a new call begins before the watchdog
+        // looks.
         heart.beat.store(200 * SECOND, Ordering::Relaxed);
         heart.call.store(200 * SECOND, Ordering::Relaxed);
         assert!(healthy(&heart, 201));
@@ -481,7 +493,7 @@ mod tests {
         assert!(watched(&heart, 501, 621) >= DEADLINE);
     }
 
-    /// Silence between two calls, such as in a waker that blocks, is judged alike.
+    /// Silence between two calls, such as in a waker that blocks, is judged in the same way.
     #[test]
     fn a_pause_of_the_process_outside_of_calls_does_not_make_it_unhealthy() {
         let heart = calling();

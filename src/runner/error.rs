@@ -1,4 +1,4 @@
-//! Why a model could not be made ready to run.
+//! Errors that prevent a model from being loaded.
 
 use crate::device::DeviceError;
 use crate::model::ModelError;
@@ -7,7 +7,7 @@ use crate::weights::WeightsError;
 use std::path::PathBuf;
 use thiserror::Error;
 
-/// Why an engine could not be started.
+/// Error that prevents an engine from starting.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum LoadError {
@@ -17,30 +17,30 @@ pub enum LoadError {
     /// The files hold no model that quell can run.
     #[error(transparent)]
     Model(#[from] ModelError),
-    /// The tokenizer or the chat template is broken.
+    /// The tokenizer or the chat template is invalid.
     #[error(transparent)]
     Text(#[from] TextError),
     /// The device cannot hold or run the model.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// The model's own sampling settings make no sense.
+    /// The model's own sampling settings are invalid.
     #[error(
-        "{path}: {problem}; to leave the model's sampling settings out: --generation-config none"
+        "{path}: {problem}; use --generation-config none to ignore the model's sampling settings"
     )]
     GenerationConfig {
-        /// The file.
+        /// The file with the settings.
         path: PathBuf,
-        /// What was found, and what was expected.
+        /// What was found and what was expected.
         problem: String,
     },
     /// A setting is out of range.
     #[error("{name} is {value}, but must be {expected}")]
     Config {
-        /// The setting.
+        /// Name of the setting.
         name: &'static str,
-        /// What was given.
+        /// The value that was given.
         value: String,
-        /// What is accepted.
+        /// The values that are accepted.
         expected: String,
     },
     /// The scheduler thread could not be started.

@@ -1,4 +1,4 @@
-//! From a path to a runner: which files, which device.
+//! Opens the files of a model, chooses a device, and builds a runner.
 
 use super::memory::{MemoryPlan, cache_shape};
 use super::{LoadError, ModelRunner, Runner, RunnerInfo, generation_config, limits};
@@ -16,47 +16,48 @@ use std::path::{Path, PathBuf};
 
 const TOKENIZER: &str = "tokenizer.json";
 
-/// Where a model is to run.
+/// The device that a model runs on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DeviceChoice {
-    /// The best device that this machine has.
+    /// A CUDA device if one can be used, else the CPU.
     #[default]
     Auto,
     /// The CPU.
     Cpu,
-    /// A CUDA device, by its index.
+    /// The CUDA device with this index.
     Cuda(usize),
 }
 
-/// Whose sampling settings count for requests that have none.
+/// Which sampling settings apply to requests that set none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum GenerationConfig {
-    /// The model's: `generation_config.json`, or `general.sampling` metadata.
+    /// The model's own, from `generation_config.json` or `general.sampling` metadata.
     #[default]
     Model,
-    /// Nobody's: temperature 1, all tokens.
+    /// None. The temperature is 1, and all tokens may be chosen.
     None,
 }
 
 /// How to load a model.
 #[derive(Default)]
 pub struct LoadOptions {
-    /// Where it is to run.
+    /// The device to run on.
     pub device: DeviceChoice,
     /// Settings of the CPU device.
     pub cpu: CpuOptions,
-    /// Settings of the CUDA device; [`DeviceChoice::Cuda`] says which it is.
+    /// Settings of the CUDA device. [`DeviceChoice::Cuda`] overrides the index in them.
     #[cfg(feature = "cuda")]
     pub cuda: CudaOptions,
-    /// Whose sampling settings [`Engine::sampling_defaults`](crate::Engine::sampling_defaults)
-    /// gives.
+    /// Which sampling settings [`Engine::sampling_defaults`](crate::Engine::sampling_defaults)
+    /// returns.
     pub generation_config: GenerationConfig,
-    /// Told after each part of the model how many of how many are loaded.
+    /// Called after each part of the model that is loaded, with the number of parts loaded and
+    /// the number of all parts.
     pub progress: Option<Box<dyn FnMut(usize, usize) + Send>>,
 }
 
 impl LoadOptions {
-    /// On the CPU, whatever else there is.
+    /// Returns the default options with the CPU as the device.
     pub fn cpu() -> Self {
         Self {
             device: DeviceChoice::Cpu,
@@ -64,7 +65,11 @@ impl LoadOptions {
         }
     }
 
-    /// The device that these options choose. It is made ready and given back.
+    /// Returns the description of the device that these options choose. The device is
+    /// initialised for this and released again.
+    ///
+    /// # Errors
+    /// Returns an error if the device cannot be used.
     pub fn device_info(&self) -> Result<DeviceInfo, LoadError> {
         #[cfg(feature = "cuda")]
         if let Some(device) = cuda_device(self.device, self.cuda.clone())? {
@@ -87,13 +92,13 @@ impl std::fmt::Debug for LoadOptions {
     }
 }
 
-/// The files of a model, opened and checked, its weights not yet read.
+/// The files of a model, opened and checked. Their weights have not been read yet.
 #[derive(Debug)]
 pub struct ModelFiles {
     path: PathBuf,
     source: ModelSource,
     tokenizer: Option<Tokenizer>,
-    /// The name of the recipe that the file was quantised by, if it says.
+    /// Name of the recipe by which the file was quantised, if the file states it.
     recipe: Option<&'static str>,
     /// The model's own sampling settings, or what is wrong with them.
     sampling: Result<SamplingDefaults, LoadError>,
@@ -101,9 +106,14 @@ pub struct ModelFiles {
 
 impl ModelFiles {
     /// Opens a `.gguf` file or a Hugging Face folder.
+    ///
+    /// # Errors
+    /// Returns an error if the files cannot be read, or if the model or its tokenizer is not
+    /// supported.
     pub fn open(path: &Path) -> Result<Self, LoadError> {
         let (source, tokenizer, recipe, sampling) = if path.is_dir() {
-            // What model it is comes first: whatever else differs follows from it.
+            // Check the model first: if it is not supported, errors in other files are only
+            // consequences.
             let source = ModelSource::from_folder(ModelFolder::open(path)?)?;
             let sampling = generation_config::of_folder(path);
             (source, folder_tokenizer(path)?, None, sampling)
@@ -123,7 +133,11 @@ impl ModelFiles {
         })
     }
 
-    /// The tokenizer of a model, whose settings and weights need not be there.
+    /// Opens only the tokenizer of a model, whose configuration and weights may be missing.
+    /// Returns `None` if the model has no tokenizer.
+    ///
+    /// # Errors
+    /// Returns an error if the files cannot be read or the tokenizer is not supported.
     pub fn open_tokenizer(path: &Path) -> Result<Option<Tokenizer>, LoadError> {
         match path.is_dir() {
             true => folder_tokenizer(path),
@@ -131,8 +145,8 @@ impl ModelFiles {
         }
     }
 
-    /// The file that holds a tokenizer in a form that quell does not read, in a folder
-    /// without `tokenizer.json`.
+    /// Returns the name of a tokenizer file in a format that quell does not read, if the folder
+    /// has one and no `tokenizer.json`.
     pub fn unread_tokenizer(path: &Path) -> Option<&'static str> {
         const OTHERS: [&str; 6] = [
             "tokenizer.model",
@@ -149,8 +163,12 @@ impl ModelFiles {
             .filter(|_| !is_there(&TOKENIZER))
     }
 
-    /// No files at all: random weights in `format`, of a model of the size that a
-    /// Hugging Face `config.json` says, to measure its speed. `name` stands for its path.
+    /// Creates a model with random weights in `format` instead of files, to measure its speed.
+    /// Its size is that of a Hugging Face `config.json`, given as `settings`. `name` stands for
+    /// its path.
+    ///
+    /// # Errors
+    /// Returns an error if `settings` describes no model that quell can run.
     pub fn random(name: &str, settings: &Value, format: DType) -> Result<Self, LoadError> {
         Ok(Self {
             path: PathBuf::from(name),
@@ -161,13 +179,13 @@ impl ModelFiles {
         })
     }
 
-    /// Where they are.
+    /// Returns the path of the file or folder.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The usual name of the weights' format: of the recipe, such as `Q4_K_M`, or of
-    /// most weights.
+    /// Returns the usual name of the format of the weights: the name of the recipe, such as
+    /// `Q4_K_M`, or else the format of most weights.
     pub fn quantisation(&self) -> String {
         match (self.recipe, self.source.parameters().main_format()) {
             (Some(recipe), _) => recipe.to_owned(),
@@ -176,21 +194,26 @@ impl ModelFiles {
         }
     }
 
-    /// The model's own sampling settings.
+    /// Returns the model's own sampling settings.
     ///
     /// # Errors
-    /// [`LoadError::GenerationConfig`] when they make no sense.
+    /// Returns [`LoadError::GenerationConfig`] if they are invalid.
     pub fn sampling_defaults(&self) -> Result<&SamplingDefaults, &LoadError> {
         self.sampling.as_ref()
     }
 
-    /// The tokenizer, if the files have one and it was not taken.
+    /// Returns the tokenizer, if the files have one and it was not taken.
     pub fn tokenizer(&self) -> Option<&Tokenizer> {
         self.tokenizer.as_ref()
     }
 
-    /// The device that the options choose and the memory that the model would take
-    /// there, without loading it: weights as in the file.
+    /// Returns the device that the options choose and the memory that the model would take
+    /// there, without loading it. The weights are assumed to take as much memory as in the
+    /// file.
+    ///
+    /// # Errors
+    /// Returns an error if a setting is out of range, if the device cannot be used, or if the
+    /// cache has no room for a single block.
     pub fn plan(
         &self,
         config: &EngineConfig,
@@ -200,7 +223,7 @@ impl ModelFiles {
         let parameters = self.source.parameters();
         #[cfg(feature = "cuda")]
         if let Some(device) = cuda_device(options.device, options.cuda.clone())? {
-            // Its cache gets what the weights leave.
+            // The cache of a GPU gets the memory that the weights leave.
             let budget = device.cache_budget()?.saturating_sub(parameters.bytes);
             return self.plan_on(&device, config, budget);
         }
@@ -211,7 +234,7 @@ impl ModelFiles {
         self.plan_on(&device, config, device.cache_budget()?)
     }
 
-    /// The plan where the device would give the cache `budget` bytes.
+    /// Returns the plan for a device that grants the cache `budget` bytes.
     fn plan_on<D: Device>(
         &self,
         device: &D,
@@ -224,22 +247,26 @@ impl ModelFiles {
         Ok((device.info(), MemoryPlan::new(weights, &shape, device)))
     }
 
-    /// The model's numbers and tensors.
+    /// Returns the model's configuration and tensors.
     pub fn source(&self) -> &ModelSource {
         &self.source
     }
 
-    /// The tokenizer, if the files have one, to change its chat template.
+    /// Returns the tokenizer, if the files have one, so that its chat template can be changed.
     pub fn tokenizer_mut(&mut self) -> Option<&mut Tokenizer> {
         self.tokenizer.as_mut()
     }
 
-    /// The tokenizer, if the files have one; it is given away once.
+    /// Takes the tokenizer out, if the files have one and it was not taken before.
     pub fn take_tokenizer(&mut self) -> Option<Tokenizer> {
         self.tokenizer.take()
     }
 
-    /// Loads the model onto its device, with a key-value cache.
+    /// Loads the model onto its device and allocates the KV cache.
+    ///
+    /// # Errors
+    /// Returns an error if the model's sampling settings are to be used and are invalid, if the
+    /// device cannot be used, or if loading the model fails.
     pub fn build_runner(
         mut self,
         config: &EngineConfig,
@@ -285,7 +312,7 @@ impl ModelFiles {
     }
 }
 
-/// The CUDA device, if it is to be used.
+/// Opens the CUDA device, unless the CPU is chosen or automatic choice finds no usable GPU.
 #[cfg(feature = "cuda")]
 fn cuda_device(
     choice: DeviceChoice,
@@ -305,7 +332,7 @@ fn cuda_device(
     }
 }
 
-/// Without the CUDA device there is nothing but the CPU.
+/// Refuses the choice of a CUDA device, which this build does not support.
 #[cfg(not(feature = "cuda"))]
 fn refuse_cuda(choice: DeviceChoice) -> Result<(), DeviceError> {
     match choice {
@@ -325,7 +352,7 @@ fn folder_tokenizer(path: &Path) -> Result<Option<Tokenizer>, LoadError> {
 }
 
 fn gguf_tokenizer(file: &Gguf) -> Result<Option<Tokenizer>, LoadError> {
-    // What llama.cpp's converters write of a model without one.
+    // llama.cpp's converters write these names for a model without a tokenizer.
     let none = |name: &str| matches!(name, "none" | "no_vocab");
     match file.metadata("tokenizer.ggml.model") {
         Some(model) if !model.as_str().is_some_and(none) => Ok(Some(Tokenizer::from_gguf(

@@ -1,5 +1,5 @@
-//! A model's own sampling settings: `generation_config.json` of a Hugging Face folder, or the
-//! `general.sampling` metadata of a GGUF file.
+//! A model's own sampling settings, from `generation_config.json` of a Hugging Face folder or
+//! from the `general.sampling` metadata of a GGUF file.
 
 use super::LoadError;
 use crate::sampling::SamplingDefaults;
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 const FILE: &str = "generation_config.json";
 
-/// Settings that ask for another way of sampling, with the value that means none of it.
+/// Settings that ask for unsupported ways of sampling, each with the value that disables it.
 const UNSUPPORTED: [(&str, f64); 10] = [
     ("diversity_penalty", 0.0),
     ("encoder_repetition_penalty", 1.0),
@@ -25,10 +25,11 @@ const UNSUPPORTED: [(&str, f64); 10] = [
     ("top_h", 1.0),
 ];
 
-/// The settings of the folder at `path`; none where it has no such file.
+/// Returns the settings of the folder at `path`; empty ones if it has no
+/// `generation_config.json`.
 ///
 /// # Errors
-/// [`LoadError::GenerationConfig`] for a setting of the wrong type or out of its range.
+/// Returns [`LoadError::GenerationConfig`] if a setting has the wrong type or is out of range.
 pub(super) fn of_folder(path: &Path) -> Result<SamplingDefaults, LoadError> {
     let path = path.join(FILE);
     let problem = |problem: String| LoadError::GenerationConfig {
@@ -50,7 +51,7 @@ pub(super) fn of_folder(path: &Path) -> Result<SamplingDefaults, LoadError> {
     };
     for (key, neutral) in UNSUPPORTED {
         if number(key)?.is_some_and(|value| value != neutral) {
-            tracing::warn!(path = %path.display(), key, "not supported, and not applied");
+            tracing::warn!(path = %path.display(), key, "ignored an unsupported setting");
         }
     }
     let read = Settings {
@@ -60,7 +61,7 @@ pub(super) fn of_folder(path: &Path) -> Result<SamplingDefaults, LoadError> {
         min_p: number("min_p")?,
         repetition_penalty: number("repetition_penalty")?,
     };
-    // As in transformers: the penalty applies to greedy answers, too.
+    // As in transformers, the repetition penalty applies to greedy decoding, too.
     let greedy = config.get("do_sample") == Some(&Value::Bool(false));
     let mut defaults = read.checked(path.clone())?;
     if greedy {
@@ -73,10 +74,10 @@ pub(super) fn of_folder(path: &Path) -> Result<SamplingDefaults, LoadError> {
     Ok(defaults)
 }
 
-/// The settings of a GGUF file.
+/// Returns the settings of a GGUF file.
 ///
 /// # Errors
-/// As [`of_folder`].
+/// Returns the same errors as [`of_folder`].
 pub(super) fn of_gguf(file: &Gguf) -> Result<SamplingDefaults, LoadError> {
     let number = |name: &str| {
         let key = format!("general.sampling.{name}");
@@ -93,11 +94,11 @@ pub(super) fn of_gguf(file: &Gguf) -> Result<SamplingDefaults, LoadError> {
     };
     for (key, neutral) in [("mirostat", 0.0), ("xtc_probability", 0.0)] {
         if number(key)?.is_some_and(|value| value != neutral) {
-            tracing::warn!(path = %file.path().display(), key, "not supported, and not applied");
+            tracing::warn!(path = %file.path().display(), key, "ignored an unsupported setting");
         }
     }
     if let Some(Metadata::String(order)) = file.metadata("general.sampling.sequence") {
-        tracing::debug!(order, "the order of samplers is not applied");
+        tracing::debug!(order, "the order of samplers is ignored");
     }
     let read = Settings {
         temperature: number("temp")?,
@@ -109,7 +110,7 @@ pub(super) fn of_gguf(file: &Gguf) -> Result<SamplingDefaults, LoadError> {
     read.checked(file.path().to_owned())
 }
 
-/// Settings as they were read.
+/// Settings as they were read, not checked yet.
 struct Settings {
     temperature: Option<f64>,
     top_k: Option<f64>,
@@ -123,7 +124,7 @@ impl Settings {
         let single = |number: Option<f64>| number.map(|number| number as f32);
         let defaults = SamplingDefaults {
             temperature: single(self.temperature),
-            // 0 and what is below it stand for all.
+            // 0 and negative numbers stand for all tokens.
             top_k: self.top_k.map(|top_k| top_k.max(0.0) as u32),
             top_p: single(self.top_p),
             min_p: single(self.min_p),

@@ -1,4 +1,4 @@
-//! A plan made into the flat arrays that a device takes.
+//! Turns a plan into the flat arrays that a device takes.
 
 use crate::device::{Batch, BatchSequence, Feedback};
 use crate::sampling::{SampleRow, SamplingParams};
@@ -6,29 +6,30 @@ use crate::schedule::{PlanItem, Report, Sequence, Sequences, StepPlan, Task, Tok
 use std::ops::Range;
 use std::sync::Arc;
 
-/// A step as a device takes it.
+/// The inputs of one step, in the form that a device takes.
 #[derive(Default)]
 pub(super) struct Inputs {
     pub batch: Batch,
-    /// One a sample row of the batch.
+    /// One entry per sample row of the batch.
     pub samples: Vec<SampleRow>,
-    /// Rows whose hidden states are added up.
+    /// Ranges of rows whose hidden states are summed.
     pub pooled: Vec<Range<usize>>,
-    /// Histories of earlier steps, for their memory.
+    /// Histories of earlier steps, whose allocations are reused.
     spare_histories: Vec<Vec<u32>>,
 }
 
 impl Inputs {
-    /// With room for the block tables of sequences that hold so many blocks together,
-    /// those that several hold counted several times.
+    /// Creates empty inputs with room for `blocks` entries in the block tables of a step. A
+    /// block that several sequences hold takes several entries.
     pub fn new(blocks: usize) -> Self {
         let mut inputs = Self::default();
         inputs.batch.tables.reserve_exact(blocks);
         inputs
     }
 
-    /// Takes a plan, in memory that is used again. Items of sequences that are gone are
-    /// left out; the scheduler launches a plan before anything can end in it.
+    /// Fills the inputs from a plan and reuses their allocations. Items whose sequence no
+    /// longer exists are skipped; the scheduler thread launches each plan before any of its
+    /// sequences can end.
     pub fn fill(&mut self, plan: &StepPlan, sequences: &Sequences, block_tokens: usize) {
         self.clear();
         let Self {
@@ -59,15 +60,16 @@ impl Inputs {
         }
     }
 
-    /// Lets go of a step that the device has taken: the masks of its constraints are free
-    /// to be written again.
+    /// Drops the inputs of a step that the device has taken. This also releases the masks of
+    /// its constraints, so that they can be written again.
     pub fn clear(&mut self) {
         self.batch.clear();
         self.pooled.clear();
         if self.samples.is_empty() {
             return;
         }
-        // As many as this step had, the first on top: the next step has the same rows.
+        // Keep as many histories as this step had. The first one is at the end, where the next
+        // step, which usually has the same rows, takes it first.
         self.spare_histories.clear();
         let histories = self.samples.drain(..).rev().map(|row| row.history);
         let used = histories.filter(|history| history.capacity() > 0);
@@ -92,7 +94,7 @@ fn add_item(item: &PlanItem, sequence: &Sequence, block_tokens: usize, batch: &m
     }
     for position in item.start..end {
         batch.positions.push(position as u32);
-        // The scheduler has booked the blocks of every position that it plans.
+        // The scheduler has allocated blocks for every position that it plans.
         let slot = sequence.table.slot(position, block_tokens);
         debug_assert!(slot.is_some(), "position {position} has no block");
         batch.slots.push(slot.unwrap_or(u32::MAX));
@@ -108,14 +110,15 @@ fn add_item(item: &PlanItem, sequence: &Sequence, block_tokens: usize, batch: &m
     });
 }
 
-/// `spares` is memory for the sequence's tokens, if they are needed.
+/// Returns the row that samples the last token of `item`. If the sampling needs the sequence's
+/// tokens, they are copied into an allocation from `spares`.
 fn sample_row(item: &PlanItem, sequence: &Sequence, spares: &mut Vec<Vec<u32>>) -> SampleRow {
     let params = &sequence.spec.params;
     let mut history = Vec::new();
     if params.needs_history() {
         history = spares.pop().unwrap_or_default();
         history.clear();
-        // As much room as the sequence has: the next step's history is longer.
+        // Reserve the sequence's capacity, because the history of the next step is longer.
         history.reserve_exact(sequence.tokens.capacity());
         history.extend_from_slice(&sequence.tokens);
     }
@@ -133,7 +136,7 @@ fn sample_row(item: &PlanItem, sequence: &Sequence, spares: &mut Vec<Vec<u32>>) 
     }
 }
 
-/// Log-probabilities of the known tokens after those of `rows`.
+/// Returns the rows that compute log probabilities of the known tokens after those of `rows`.
 fn score_rows(rows: Range<usize>, sequence: &Sequence) -> impl Iterator<Item = SampleRow> {
     let top = match sequence.spec.task {
         Task::Score { top } => top,
@@ -161,10 +164,10 @@ mod tests {
     use crate::id::RequestId;
     use crate::schedule::{Commit, Policy, Scheduler, SequenceSpec};
 
-    /// I10: random numbers depend on the position of the token that is chosen, and on
-    /// nothing that became of the sequence on the way there.
+    /// I10: random numbers depend only on the position of the chosen token, and not on what
+    /// happened to the sequence before.
     #[test]
-    fn a_sample_has_the_position_of_its_token_also_after_a_recompute() {
+    fn a_sample_has_the_position_of_its_token_even_after_a_recompute() {
         let policy = Policy {
             preemption: Preemption::Recompute,
             ..Policy::default()
@@ -194,6 +197,6 @@ mod tests {
             scheduler.completed(plan.step);
         }
         assert!(scheduler.sequences().is_empty());
-        assert!(recomputed > 0, "nothing was computed anew");
+        assert!(recomputed > 0, "nothing was recomputed");
     }
 }

@@ -1,11 +1,11 @@
-//! The engine's settings held against what makes sense, and against the model.
+//! Checks of the engine's settings, against valid ranges and against the model.
 
 use super::LoadError;
 use crate::config::EngineConfig;
 use crate::model::ModelConfig;
 use std::time::Duration;
 
-/// Longest sequence that the model and the settings allow.
+/// Returns the maximum number of tokens per sequence that the model and the settings allow.
 pub(super) fn context_tokens(model: &ModelConfig, config: &EngineConfig) -> usize {
     config
         .max_context
@@ -13,7 +13,7 @@ pub(super) fn context_tokens(model: &ModelConfig, config: &EngineConfig) -> usiz
         .min(model.context)
 }
 
-/// Refuses settings that are out of range, by name.
+/// Checks that all settings are in range. The error names the first that is not.
 pub(crate) fn validate(config: &EngineConfig) -> Result<(), LoadError> {
     for (name, value, limit) in [
         ("max_batch_tokens", config.max_batch_tokens, 1 << 20),
@@ -21,7 +21,7 @@ pub(crate) fn validate(config: &EngineConfig) -> Result<(), LoadError> {
         ("max_open_requests", config.max_open_requests, usize::MAX),
         ("block_tokens", config.block_tokens, 1 << 16),
         ("max_context", config.max_context.unwrap_or(1), usize::MAX),
-        // Each request has a buffer of this many events from its start.
+        // Each request allocates a buffer of this many events when it starts.
         ("stream_buffer", config.stream_buffer, 1 << 16),
     ] {
         if value == 0 || value > limit {
@@ -42,7 +42,7 @@ pub(crate) fn validate(config: &EngineConfig) -> Result<(), LoadError> {
             expected: "from 0 to 100".to_owned(),
         });
     }
-    // A watchdog that looks more often would cost more than it finds.
+    // A watchdog with a shorter deadline would cost more than it finds.
     let shortest = Duration::from_millis(1);
     if let Some(deadline) = config.step_deadline.filter(|deadline| *deadline < shortest) {
         return Err(LoadError::Config {

@@ -1,4 +1,4 @@
-//! The memory plan: how many blocks the key-value cache gets.
+//! The memory plan: how many blocks the KV cache gets.
 
 use super::limits::context_tokens;
 use super::{LoadError, SwapInfo};
@@ -6,24 +6,24 @@ use crate::config::EngineConfig;
 use crate::device::{CacheShape, Device};
 use crate::model::ModelConfig;
 
-/// Blocks that can be numbered, on the device or on the host.
+/// Maximum number of blocks, on the device or on the host.
 const MOST_BLOCKS: usize = u32::MAX as usize >> 8;
 
-/// What takes how much memory on the device, in bytes.
+/// Memory that a model takes on the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryPlan {
-    /// Weights, as the device keeps them.
+    /// Size of the weights in bytes, in the device's format.
     pub weights: usize,
-    /// Key-value cache of one token, all layers.
+    /// Size of the KV cache in bytes per token, all layers together.
     pub cache_per_token: usize,
-    /// Blocks of the key-value cache.
+    /// Number of blocks of the KV cache.
     pub cache_blocks: usize,
-    /// Tokens a block.
+    /// Tokens per KV cache block.
     pub block_tokens: usize,
 }
 
 impl MemoryPlan {
-    /// The plan for so many bytes of weights and a cache of this shape.
+    /// Creates the plan for `weights` bytes of weights and a cache of this shape.
     pub(super) fn new<D: Device>(weights: usize, shape: &CacheShape, device: &D) -> Self {
         Self {
             weights,
@@ -33,13 +33,13 @@ impl MemoryPlan {
         }
     }
 
-    /// The key-value cache in all.
+    /// Returns the size of the whole KV cache in bytes.
     pub fn cache(&self) -> usize {
         self.cache_per_token * self.block_tokens * self.cache_blocks
     }
 }
 
-/// The cache that fits in `budget` bytes.
+/// Returns the shape of the largest useful cache that fits in `budget` bytes.
 pub(super) fn cache_shape<D: Device>(
     model: &ModelConfig,
     config: &EngineConfig,
@@ -54,7 +54,7 @@ pub(super) fn cache_shape<D: Device>(
         block_tokens: config.block_tokens,
     };
     let block_bytes = device.cache_bytes(&block).max(1);
-    // More than one sequence of full length for each place would never be used.
+    // More than the full length of every sequence would never be used.
     let useful = context_tokens(model, config)
         .div_ceil(config.block_tokens)
         .saturating_mul(config.max_sequences);
@@ -63,14 +63,14 @@ pub(super) fn cache_shape<D: Device>(
         return Err(LoadError::Config {
             name: "kv_cache_bytes",
             value: budget.to_string(),
-            expected: format!("at least {block_bytes}, one block of this model"),
+            expected: format!("at least {block_bytes} (one block of this model)"),
         });
     }
     Ok(CacheShape { blocks, ..block })
 }
 
-/// Where the settings let blocks of a cache be swapped out to; `None` if there is not room
-/// for one.
+/// Returns how many blocks of a cache of this shape can be swapped out under the settings;
+/// `None` if there is no room for one.
 pub(super) fn swap_info<D: Device>(
     config: &EngineConfig,
     shape: &CacheShape,

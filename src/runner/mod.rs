@@ -1,8 +1,9 @@
-//! A plan made into device work: the model, its inputs, and its memory.
+//! Turns plans into device work: the model, its inputs and its memory.
 //!
-//! [`Runner`] is all that the scheduler thread knows of models and devices.
-//! [`ModelRunner`] is the real one; [`NullRunner`] measures the host side; tests bring
-//! their own to reach states that a real device can't be brought into on demand.
+//! [`Runner`] is all that the scheduler thread knows about models and devices. [`ModelRunner`]
+//! runs a model on a device. [`NullRunner`] computes nothing and serves to measure the host
+//! side. Tests have runners of their own, to reach states that a real device does not enter on
+//! demand.
 
 mod error;
 mod files;
@@ -27,38 +28,47 @@ use crate::schedule::{Sequences, StepPlan};
 use crate::weights::ParameterCount;
 use std::time::Duration;
 
-/// Carries out steps, in the order in which they are launched.
+/// Executes steps in the order in which they are launched.
 pub trait Runner {
-    /// Steps that may be in flight at the same time: 1 or 2.
+    /// Returns how many steps may be in flight at the same time: 1 or 2.
     fn depth(&self) -> usize;
 
-    /// Enqueues a step: its transfers, then its items, of which there may be none. An
-    /// error means that nothing of it is in flight, and that what it was to copy is lost.
+    /// Enqueues a step: first its transfers, then its items, if any.
+    ///
+    /// # Errors
+    /// Returns the error of the device. The step is then not in flight, and the data that it
+    /// should have copied is lost.
     fn launch(&mut self, plan: &StepPlan, sequences: &Sequences) -> Result<(), DeviceError>;
 
-    /// Overwrites blocks that nobody holds, so that a step that reads them shows it.
-    /// Comes after what is in flight and before what is launched next.
+    /// Overwrites blocks that no table holds, so that tests detect steps that still read them.
+    /// The write happens after the steps in flight and before the next one that is launched.
+    ///
+    /// # Errors
+    /// Returns the error of the device.
     fn poison(&mut self, blocks: &[BlockId]) -> Result<(), DeviceError> {
         let _ = blocks;
         Ok(())
     }
 
-    /// Waits for the oldest step in flight and gives what it has computed.
+    /// Waits for the oldest step in flight and returns what it has computed.
+    ///
+    /// # Errors
+    /// Returns the error of the device, if the step failed.
     fn collect(&mut self) -> Result<StepOutput, DeviceError>;
 
-    /// Takes an output back that has been read, so that a later step can use its memory.
+    /// Takes back an output that has been read, so that a later step can reuse its memory.
     fn recycle(&mut self, output: StepOutput) {
         drop(output);
     }
 }
 
-/// What a step has computed for the host.
+/// Results of a step for the host.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StepOutput {
-    /// In the order of the plan's items: the scores of an item's rows, then the sample of
-    /// its last.
+    /// Samples in the order of the plan's items. For each item, the scores of its rows come
+    /// first, then the sample of its last row.
     pub samples: Vec<Sampled>,
-    /// In the order of [`StepPlan::sums`].
+    /// Sums of hidden states, in the order of [`StepPlan::sums`].
     pub sums: Vec<PooledRows>,
 }
 
@@ -71,49 +81,49 @@ impl From<Vec<Sampled>> for StepOutput {
     }
 }
 
-/// What an engine runs, and in how much memory.
+/// Description of a runner: what it runs, and how large its KV cache is.
 #[derive(Clone, Debug)]
 pub struct RunnerInfo {
-    /// Tokens of the vocabulary.
+    /// Number of tokens in the vocabulary.
     pub vocabulary: usize,
-    /// Longest sequence that the model and the settings allow.
+    /// Maximum number of tokens per sequence that the model and the settings allow.
     pub context_tokens: usize,
-    /// Numbers of an embedding; `None` if the runner computes none.
+    /// Length of an embedding vector; `None` if the runner computes no embeddings.
     pub embedding: Option<usize>,
-    /// Tokens that end a sequence, by the model's own settings.
+    /// Tokens that end a sequence, according to the model's own settings.
     pub end_tokens: Vec<u32>,
-    /// Blocks of the key-value cache.
+    /// Number of blocks of the KV cache.
     pub cache_blocks: usize,
-    /// Tokens a block.
+    /// Tokens per KV cache block.
     pub block_tokens: usize,
-    /// Where blocks can be swapped out to; `None` if the runner cannot.
+    /// Host memory for swapped-out blocks; `None` if the runner cannot swap.
     pub swap: Option<SwapInfo>,
-    /// The model; `None` for a runner without one.
+    /// The loaded model; `None` for a runner without one.
     pub model: Option<ModelInfo>,
 }
 
-/// Host memory for swapped-out blocks, and how fast it is.
+/// Host memory for swapped-out blocks, and its speed.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SwapInfo {
-    /// Blocks that it has room for.
+    /// Number of blocks that fit in it.
     pub blocks: usize,
-    /// Seconds that copying one block takes, one way.
+    /// Time in seconds to copy one block in one direction.
     pub seconds_per_block: f64,
 }
 
-/// A loaded model.
+/// Description of a loaded model.
 #[derive(Clone, Debug)]
 pub struct ModelInfo {
-    /// Its numbers.
+    /// The model's configuration.
     pub config: ModelConfig,
-    /// Its weights in the file.
+    /// Number and formats of the weights in the file.
     pub parameters: ParameterCount,
-    /// The device that holds it.
+    /// The device that runs the model.
     pub device: DeviceInfo,
-    /// The memory that it takes there.
+    /// Memory that the model and its KV cache take on the device.
     pub memory: MemoryPlan,
-    /// How to sample where a request does not say, by the model's own settings.
+    /// The model's own sampling settings, which apply if a request sets none.
     pub sampling: SamplingDefaults,
-    /// How long it took to read the weights and to lay them out for the device.
+    /// Time it took to read the weights and convert them for the device.
     pub load_time: Duration,
 }

@@ -1,4 +1,4 @@
-//! [`ModelRunner`]: a decoder on a device.
+//! [`ModelRunner`]: runs a decoder on a device.
 
 use super::inputs::Inputs;
 use super::limits::context_tokens;
@@ -17,24 +17,25 @@ use std::time::Instant;
 #[path = "../../tests/common/gpu.rs"]
 mod gpu;
 
-/// A decoder on a device, with the key-value cache.
+/// A decoder on a device, with its KV cache.
 pub struct ModelRunner<D: Device> {
     device: D,
     decoder: Decoder<D>,
     cache: D::Cache,
-    /// Where blocks are swapped out to; `None` if they are not.
+    /// Host memory for swapped-out blocks; `None` if swapping is disabled.
     host: Option<D::HostBlocks>,
     block_tokens: usize,
     in_flight: VecDeque<InFlight<D>>,
     inputs: Inputs,
-    /// A list of transfers as the device takes it.
+    /// Buffer for a list of transfers in the device's format.
     pairs: Vec<[u32; 2]>,
 }
 
-/// What a step in flight has on its way to the host. A step without anything is collected
-/// without a wait, done or not. That is enough of a fence: blocks and host memory are
-/// touched by what the device is given only, and whoever is given them next comes after it
-/// in the device's order.
+/// Results of a step that are on their way to the host.
+///
+/// A step without results is collected without waiting for it. This is safe: only device
+/// operations touch blocks and host memory, and the device executes in order, so whatever uses
+/// them next comes after this step.
 struct InFlight<D: Device> {
     samples: Option<D::Pending>,
     sums: Option<D::Pooling>,
@@ -42,6 +43,10 @@ struct InFlight<D: Device> {
 
 impl<D: Device> ModelRunner<D> {
     /// Loads `source` onto `device` and allocates the cache.
+    ///
+    /// # Errors
+    /// Returns an error if the device cannot hold or run the model, or if a weight cannot be
+    /// read.
     pub fn load(
         mut device: D,
         source: &ModelSource,
@@ -107,8 +112,9 @@ impl<D: Device> ModelRunner<D> {
         Ok((runner, info))
     }
 
-    /// Enqueues the copies of a step. After an error some of them may have been enqueued:
-    /// what they wrote counts as lost, and the device's order still holds.
+    /// Enqueues the copies of a step. After an error, some of them may have been enqueued. What
+    /// they write counts as lost, and later operations still come after them in the device's
+    /// order.
     fn transfer(&mut self, transfers: &Transfers) -> Result<(), DeviceError> {
         let Transfers {
             swap_out,
@@ -139,7 +145,7 @@ impl<D: Device> ModelRunner<D> {
     }
 }
 
-/// The pairs of a list of transfers, in memory that is used again.
+/// Converts a list of transfers into the device's format, in the allocation of `pairs`.
 fn fill(pairs: &mut Vec<[u32; 2]>, each: impl Iterator<Item = (usize, usize)>) -> &[[u32; 2]] {
     pairs.clear();
     pairs.extend(each.map(|(from, to)| [from as u32, to as u32]));
@@ -253,7 +259,8 @@ mod tests {
         ModelRunner::load(device, &source, &config, &mut |_, _| {}).unwrap()
     }
 
-    /// A scheduler with one sequence, whose prompt fills two blocks and half of a third.
+    /// Returns a scheduler with one sequence, whose prompt fills two blocks and half of a
+    /// third.
     fn scheduler() -> (Scheduler, SequenceKey) {
         let policy = Policy {
             max_batch_tokens: 64,
@@ -271,7 +278,7 @@ mod tests {
         output.samples.iter().map(|sample| sample.token).collect()
     }
 
-    /// The tokens of the prompt's step and of the one after it, undisturbed.
+    /// Returns the tokens of the prompt's step and of the step after it, without any swapping.
     fn undisturbed<D: Device>(device: D) -> [Vec<u32>; 2] {
         let (mut runner, _) = load(device, 0);
         let (mut scheduler, _) = scheduler();
@@ -282,8 +289,9 @@ mod tests {
         [tokens(&mut runner), tokens(&mut runner)]
     }
 
-    /// Between the two steps all of the sequence's full blocks go to the host, in a step
-    /// that does nothing else, and they come back in the step that reads them.
+    /// Returns the same tokens as [`undisturbed`]. Between the two steps, a step without items
+    /// swaps out all complete blocks of the sequence. They come back in the step that reads
+    /// them.
     fn swap_out_and_in<D: Device>(
         device: D,
         read: impl Fn(&ModelRunner<D>, BlockId) -> Vec<u8>,

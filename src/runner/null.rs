@@ -7,20 +7,20 @@ use crate::schedule::{PlanItem, Report, Sequences, StepPlan, Task};
 use std::collections::VecDeque;
 use std::ops::Range;
 
-/// Sizes of a [`NullRunner`]; it allocates none of what they describe.
+/// Sizes of a [`NullRunner`], which allocates nothing of what they describe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NullOptions {
-    /// Steps in flight: 1 or 2.
+    /// Number of steps in flight: 1 or 2.
     pub depth: usize,
-    /// Tokens of the vocabulary.
+    /// Number of tokens in the vocabulary.
     pub vocabulary: usize,
-    /// Longest sequence, prompt and answer together.
+    /// Maximum number of tokens per sequence, prompt and answer together.
     pub context_tokens: usize,
-    /// Blocks of the key-value cache.
+    /// Number of blocks of the KV cache.
     pub cache_blocks: usize,
-    /// Tokens a block.
+    /// Tokens per KV cache block.
     pub block_tokens: usize,
-    /// Numbers of an embedding.
+    /// Length of an embedding vector.
     pub embedding: usize,
 }
 
@@ -37,11 +37,12 @@ impl Default for NullOptions {
     }
 }
 
-/// A runner that computes nothing: all the time that an engine over it takes is
-/// spent on the host side. Steps complete as soon as they are collected, and every
-/// token is the one that [`NullOptions::token`] says. A number of an embedding is the
-/// share of the prompt's tokens that [`NullOptions::hidden_state`] gives a 1 there, and
-/// log-probabilities are those of [`NullOptions::sampled`].
+/// A runner that computes nothing, so that an engine with it spends all its time on the host
+/// side.
+///
+/// Steps complete as soon as they are collected, and every token is the one that
+/// [`NullOptions::token`] returns. An embedding is the mean of the prompt's
+/// [`NullOptions::hidden_state`]s, and log probabilities are those of [`NullOptions::sampled`].
 ///
 /// ```
 /// use quell::runner::{NullOptions, NullRunner};
@@ -62,23 +63,23 @@ impl Default for NullOptions {
 #[derive(Debug)]
 pub struct NullRunner {
     options: NullOptions,
-    /// What the steps in flight give, oldest first.
+    /// Outputs of the steps in flight, oldest first.
     in_flight: VecDeque<StepOutput>,
-    /// Outputs that have been read, for their memory.
+    /// Outputs that have been read, whose allocations are reused.
     spare: Vec<StepOutput>,
 }
 
 impl NullOptions {
-    /// The token at `position` of a sequence whose prompt begins with `first`: the
-    /// sum of the two, in the vocabulary. It depends on no other sequence, and a
-    /// sequence that is computed anew gets the same.
+    /// Returns the token at `position` of a sequence whose prompt begins with `first`: the sum
+    /// of the two, modulo the size of the vocabulary. It does not depend on other sequences,
+    /// and it stays the same after a recompute.
     pub fn token(&self, first: u32, position: usize) -> u32 {
         ((first as usize + position) % self.vocabulary.max(1)) as u32
     }
 
-    /// A token with its log-probability, which is 0, and if `top` says how many, the
-    /// likeliest: it and those after it in the vocabulary, each less likely by a factor
-    /// of e.
+    /// Returns a sample of `token` with a log probability of 0. If `top` is given, the sample
+    /// also has that many likeliest tokens: `token` and those after it in the vocabulary, each
+    /// less likely than the one before by a factor of e.
     pub fn sampled(&self, token: u32, top: Option<u32>) -> Sampled {
         let size = self.vocabulary.max(1);
         let after = |step: usize| ((token as usize + step) % size) as u32;
@@ -92,8 +93,8 @@ impl NullOptions {
         }
     }
 
-    /// The last hidden state of a token: 1 in the column that is its id modulo the
-    /// columns, 0 elsewhere.
+    /// Returns the last hidden state of a token: 1 in the column that is the token id modulo
+    /// the number of columns, 0 elsewhere.
     pub fn hidden_state(&self, token: u32) -> Vec<f32> {
         let mut state = vec![0.0; self.embedding];
         if let Some(column) = (token as usize).checked_rem(self.embedding) {
@@ -104,7 +105,7 @@ impl NullOptions {
 }
 
 impl NullRunner {
-    /// A runner of these sizes.
+    /// Creates a runner of these sizes.
     pub fn new(options: NullOptions) -> Self {
         Self {
             options,
@@ -113,7 +114,10 @@ impl NullRunner {
         }
     }
 
-    /// The runner with its description, as [`Engine::with_runner`] takes them.
+    /// Creates a runner and its description, as [`Engine::with_runner`] expects them.
+    ///
+    /// # Errors
+    /// Never returns an error.
     ///
     /// [`Engine::with_runner`]: crate::Engine::with_runner
     pub fn start(options: NullOptions) -> Result<(Box<dyn Runner>, RunnerInfo), LoadError> {
@@ -122,7 +126,7 @@ impl NullRunner {
         Ok((Box::new(runner), info))
     }
 
-    /// What an engine over it runs.
+    /// Returns the description of this runner.
     pub fn info(&self) -> RunnerInfo {
         RunnerInfo {
             vocabulary: self.options.vocabulary,
@@ -146,7 +150,7 @@ impl NullRunner {
         self.options.sampled(token, top)
     }
 
-    /// The known tokens after those of an item's scored rows.
+    /// Returns the samples of the known tokens after an item's scored rows.
     fn scores(&self, item: &PlanItem, sequences: &Sequences) -> Vec<Sampled> {
         let (Report::Scores(rows), Some(sequence)) = (&item.report, sequences.get(item.key)) else {
             return Vec::new();

@@ -1,31 +1,31 @@
-//! What runs next: pure logic over sequences and the cache's books.
+//! Decides what runs next: pure logic over sequences and the block accounting of the KV cache.
 //!
-//! [`Scheduler::plan`] chooses the rows of a step: decodes first, then chunks of
-//! prompts under the token budget, then new sequences while blocks last.
-//! [`Scheduler::commit`] takes the step's samples. Between the two, any sequence
-//! may be removed.
+//! [`Scheduler::plan`] chooses the rows of a step: first decodes, then chunks of prompts within
+//! the token budget, then new sequences while blocks are left. [`Scheduler::commit`] records
+//! the step's samples. Between the two calls, any sequence may be removed.
 //!
 //! # Order
 //!
-//! Urgent sequences first (a lower [`SequenceSpec::priority`]); of equally urgent ones,
-//! those of the tenant that was served the least start first; then by arrival.
+//! Urgent sequences come first (those with a lower [`SequenceSpec::priority`]). Among equally
+//! urgent waiting sequences, those of the tenant that was served the least start first, then
+//! the earliest.
 //!
 //! # Where keys and values come from
 //!
-//! A sequence that starts takes what is there already: host memory, if it was swapped
-//! out; what its session kept of the last turn; the blocks of the sequence with the
-//! same prompt; or the prefix cache. A sequence of which every row of the prompt is
-//! wanted ([`Task`]) takes only what it has computed itself before.
+//! A sequence that starts reuses keys and values that exist already. They come from host memory
+//! if it was swapped out, from the last turn of its session, from the sequence with the same
+//! prompt, or from the prefix cache. If every row of the prompt is needed ([`Task`]), the
+//! sequence reuses only what it has computed itself.
 //!
-//! # Never a deadlock
+//! # Deadlock freedom
 //!
-//! When blocks run out, they are taken from: the prefix cache; sessions between their
-//! turns, unless pinned; a paused sequence; the last running sequence (*preemption*),
-//! which is computed anew later or swapped to host memory, whichever is estimated to
-//! take less time. The first of the running sequences is never anyone's victim, and any
-//! single sequence fits in the cache (a pinned session gives way to one that is alone),
-//! so the first always progresses. Blocks that a step in flight will free are waited
-//! for before a further victim is chosen.
+//! When blocks run out, they are taken in this order: from the prefix cache; from unpinned
+//! sessions between their turns; from a paused sequence; from the last running sequence
+//! (*preemption*). A preempted sequence is recomputed later or swapped to host memory,
+//! whichever is estimated to take less time. The first running sequence is never a victim. Any
+//! single sequence fits in the cache, because even pinned sessions are evicted for a sequence
+//! that runs alone. So the first running sequence always makes progress. If a step in flight
+//! will free enough blocks, the scheduler waits for them and chooses no further victim.
 
 mod plan;
 mod policy;

@@ -8,31 +8,31 @@ use std::ops::Range;
 /// Where the tokens of an item come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TokenInput {
-    /// The sequence's own tokens, known to the host.
+    /// The tokens are known to the host, in [`Sequence::tokens`](super::Sequence::tokens).
     Known,
-    /// One token: what the previous step samples as its `sample`-th.
+    /// One token, which the previous step samples and the host does not know yet.
     Feedback {
-        /// Index among the previous step's samples.
+        /// Index among the samples of the previous step.
         sample: usize,
     },
 }
 
-/// What is wanted of the rows of an item beside a sample of the last. Rows are named by
-/// the positions of their tokens.
+/// What the rows of an item report, in addition to the sample of the last row. Rows are named
+/// by the positions of their tokens.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Report {
     /// Nothing.
     #[default]
     Nothing,
-    /// The log-probability that each of these rows gives to the token after it, which is
-    /// known. They count as samples, and come before that of the last row.
+    /// The log probability that each of these rows gives to the token after it, which is known.
+    /// Each counts as a sample, and they come before the sample of the last row.
     Scores(Range<usize>),
     /// The sum of the last hidden states of these rows.
     Sum(Range<usize>),
 }
 
 impl Report {
-    /// The rows that are scored.
+    /// Returns the rows that are scored.
     pub fn scored(&self) -> Range<usize> {
         match self {
             Self::Scores(rows) => rows.clone(),
@@ -44,7 +44,7 @@ impl Report {
 /// The rows of one sequence in a step.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PlanItem {
-    /// Whose rows.
+    /// The sequence.
     pub key: SequenceKey,
     /// Position of the first row's token.
     pub start: usize,
@@ -54,32 +54,32 @@ pub struct PlanItem {
     pub input: TokenInput,
     /// Whether the last row is sampled.
     pub sample: bool,
-    /// Whether the sequence ends with its last row, without a sample.
+    /// Whether the sequence ends with the last row, without a sample.
     pub end: bool,
-    /// What else is wanted of its rows.
+    /// What else the rows report.
     pub report: Report,
 }
 
 impl PlanItem {
-    /// How many samples it takes.
+    /// Returns the number of samples, including scores.
     pub fn sample_count(&self) -> usize {
         self.report.scored().len() + usize::from(self.sample)
     }
 }
 
-/// One step: its number and its rows.
+/// What one step copies and computes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StepPlan {
-    /// The step's number.
+    /// Number of the step.
     pub step: StepId,
-    /// What is copied before anything is computed.
+    /// Copies of blocks, which come before the computation.
     pub transfers: Transfers,
-    /// One entry a sequence; may be empty when there is something to copy.
+    /// One item per sequence. There may be none if there are blocks to copy.
     pub items: Vec<PlanItem>,
 }
 
 impl StepPlan {
-    /// Leaves an empty plan, whose memory is kept.
+    /// Empties the plan and keeps its allocations.
     pub fn clear(&mut self) {
         let Self {
             step,
@@ -91,22 +91,22 @@ impl StepPlan {
         items.clear();
     }
 
-    /// Rows of all items.
+    /// Returns the number of rows of all items.
     pub fn rows(&self) -> usize {
         self.items.iter().map(|item| item.count).sum()
     }
 
-    /// The items whose last row is sampled, in order.
+    /// Returns the items whose last row is sampled, in order.
     pub fn samples(&self) -> impl Iterator<Item = &PlanItem> {
         self.items.iter().filter(|item| item.sample)
     }
 
-    /// Samples of all items.
+    /// Returns the number of samples of all items, including scores.
     pub fn sample_count(&self) -> usize {
         self.items.iter().map(PlanItem::sample_count).sum()
     }
 
-    /// The items that report a sum of rows, in order, with these rows.
+    /// Returns the items that report a sum, in order, each with the rows of the sum.
     pub fn sums(&self) -> impl Iterator<Item = (&PlanItem, &Range<usize>)> {
         self.items.iter().filter_map(|item| match &item.report {
             Report::Sum(rows) => Some((item, rows)),

@@ -1,26 +1,26 @@
-//! The limits that the scheduler keeps, and how it makes room.
+//! The limits of the scheduler, and how preemption is decided.
 
 use crate::config::Preemption;
 
-/// Limits on one step, and what may be done to make room.
+/// Limits of the scheduler, and how it preempts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Policy {
-    /// Tokens (rows) of a step, decodes and prompt chunks together.
+    /// Maximum number of tokens (rows) per step, for decodes and prompt chunks together.
     pub max_batch_tokens: usize,
-    /// Sequences that run at the same time.
+    /// Maximum number of sequences that run at the same time.
     pub max_sequences: usize,
-    /// Blocks that sessions may pin.
+    /// Maximum number of blocks that sessions may pin.
     pub max_pinned_blocks: usize,
-    /// How a sequence gives way.
+    /// What happens to the keys and values of a preempted sequence.
     pub preemption: Preemption,
-    /// Host memory for swapped-out blocks.
+    /// Number of blocks of host memory for swapped-out sequences.
     pub swap_blocks: usize,
-    /// Seconds that copying one block to the host, or back, takes.
+    /// Time in seconds to copy one block to or from the host.
     pub swap_seconds_per_block: f64,
 }
 
 impl Policy {
-    /// Samples of a step.
+    /// Returns the maximum number of samples per step.
     pub fn max_samples(&self) -> usize {
         self.max_sequences.min(self.max_batch_tokens)
     }
@@ -39,17 +39,17 @@ impl Default for Policy {
     }
 }
 
-/// What the two ways of a preemption are estimated to cost.
+/// Estimated costs of the two kinds of preemption.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PreemptionCost {
-    /// Seconds to compute its tokens anew; `None` before the first step was timed.
+    /// Seconds to recompute the tokens; `None` until the speed of a step has been measured.
     pub recompute: Option<f64>,
-    /// Seconds to copy its blocks out and in; `None` without room for them.
+    /// Seconds to copy the blocks out and back in; `None` if there is no room for them.
     pub swap: Option<f64>,
 }
 
 impl PreemptionCost {
-    /// Whether to swap.
+    /// Returns whether to swap instead of recomputing.
     pub fn prefers_swap(&self, preemption: Preemption) -> bool {
         match (preemption, self.swap, self.recompute) {
             (Preemption::Recompute, _, _) | (_, None, _) => false,
@@ -60,15 +60,16 @@ impl PreemptionCost {
     }
 }
 
-/// Seconds a computed token, learnt from steps.
+/// Running estimate of the compute time per token.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct ComputeSpeed {
     seconds_per_token: Option<f64>,
 }
 
-/// Steps of fewer rows say little about the speed of computing a whole prompt.
+/// Minimum number of rows of a step that counts as a measurement. Smaller steps say little
+/// about how fast a whole prompt is computed.
 const FEWEST_ROWS: usize = 16;
-/// Weight of a new observation.
+/// Weight of a new measurement in the running average.
 const NEWEST: f64 = 0.2;
 
 impl ComputeSpeed {
@@ -90,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_cheaper_way_to_give_way_is_taken_if_both_are_known() {
+    fn the_cheaper_kind_of_preemption_is_chosen_if_both_costs_are_known() {
         let cost = |recompute, swap| PreemptionCost { recompute, swap };
         for (cost, preemption, swaps) in [
             (cost(Some(2.0), Some(1.0)), Preemption::Auto, true),
@@ -109,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn the_speed_follows_the_steps_and_ignores_small_ones() {
+    fn the_speed_estimate_follows_large_steps_and_ignores_small_ones() {
         let mut speed = ComputeSpeed::default();
         assert_eq!(speed.seconds(10), None);
         speed.observe(1, 5.0);

@@ -1,10 +1,10 @@
-//! Who runs and who waits, each in its order.
+//! The running and the waiting sequences, each in their order.
 
 use super::tenants::{TenantKey, Tenants};
 use super::{SequenceKey, Sequences};
 use std::collections::BTreeMap;
 
-/// The running sequences, urgent ones first, then by arrival.
+/// The running sequences by priority, then by arrival.
 #[derive(Debug, Default)]
 pub(super) struct RunningQueue {
     keys: Vec<SequenceKey>,
@@ -19,13 +19,13 @@ impl RunningQueue {
         &self.keys
     }
 
-    /// Puts a sequence in its place.
+    /// Inserts a sequence at its position in the order.
     pub fn insert(&mut self, key: SequenceKey, sequences: &Sequences) {
         let at = self.place(key, sequences);
         self.keys.insert(at, key);
     }
 
-    /// Takes a sequence out, which must still be among `sequences`.
+    /// Removes a sequence, which must still be in `sequences`.
     pub fn remove(&mut self, key: SequenceKey, sequences: &Sequences) {
         let at = self.place(key, sequences);
         if self.keys.get(at) == Some(&key) {
@@ -40,11 +40,11 @@ impl RunningQueue {
     }
 }
 
-/// The sequences of a tenant by their arrival.
+/// The waiting sequences of one tenant, by arrival.
 type Line = BTreeMap<u64, SequenceKey>;
 
-/// The waiting sequences: urgent ones first, among them the tenant that was served
-/// the least, then by arrival.
+/// The waiting sequences by priority, then by how little their tenant was served, then by
+/// arrival.
 #[derive(Debug, Default)]
 pub(super) struct WaitingQueue {
     classes: BTreeMap<i32, BTreeMap<TenantKey, Line>>,
@@ -67,7 +67,7 @@ impl WaitingQueue {
         }
     }
 
-    /// Takes a sequence out, which must still be among `sequences`.
+    /// Removes a sequence, which must still be in `sequences`.
     pub fn remove(&mut self, key: SequenceKey, sequences: &Sequences) {
         let Some(sequence) = sequences.get(key) else {
             return;
@@ -89,7 +89,7 @@ impl WaitingQueue {
         }
     }
 
-    /// The next to be started.
+    /// Returns the sequence that starts next.
     pub fn next(&self, tenants: &Tenants) -> Option<SequenceKey> {
         let (_, class) = self.classes.first_key_value()?;
         let first = |line: &Line| {

@@ -1,8 +1,8 @@
 //! The keys and values that sessions keep between their turns.
 //!
-//! They go to others when blocks are needed, the session unused for the longest first,
-//! unless they are pinned: a pin has a limit in time, and all pins together have one in
-//! blocks. A session that has lost its blocks computes its tokens anew.
+//! When blocks are needed, sessions are evicted in least recently used order. Pinned sessions
+//! are exempt: each pin expires at a given time, and the blocks of all pins together are
+//! capped. A session whose blocks were evicted recomputes its tokens in its next turn.
 
 use super::Kept;
 use crate::cache::BlockTable;
@@ -10,22 +10,22 @@ use crate::id::{SessionId, StepId};
 use std::collections::{BTreeMap, HashMap};
 use std::time::Instant;
 
-/// What a session keeps.
+/// The keys and values that one session keeps.
 #[derive(Debug, Default)]
 pub(super) struct Retained {
-    /// The tokens that the blocks hold.
+    /// Tokens whose keys and values the blocks hold.
     pub tokens: Vec<u32>,
     pub table: BlockTable,
-    /// The last step that touches the blocks.
+    /// Last step that touches the blocks.
     pub touched: StepId,
-    /// Kept from others until then.
+    /// Time until which the blocks are not evicted.
     pub pinned_until: Option<Instant>,
-    /// Its place in the order of use; given when it is kept.
+    /// Position in the order of use, which [`RetainedSessions::insert`] sets.
     pub used: u64,
 }
 
 impl Retained {
-    /// How much it is.
+    /// Returns the number of tokens and blocks.
     pub fn kept(&self) -> Kept {
         Kept {
             tokens: self.tokens.len(),
@@ -35,11 +35,11 @@ impl Retained {
     }
 }
 
-/// What all sessions keep.
+/// The keys and values that all sessions keep.
 #[derive(Debug, Default)]
 pub(super) struct RetainedSessions {
     sessions: HashMap<SessionId, Retained>,
-    /// Those that give way, the one unused for the longest first.
+    /// Sessions without a pin, the least recently used first.
     evictable: BTreeMap<u64, SessionId>,
     uses: u64,
     blocks: usize,
@@ -59,7 +59,7 @@ impl RetainedSessions {
         self.sessions.values().map(|retained| &retained.table)
     }
 
-    /// Each session that keeps something; in no order.
+    /// Returns every session that keeps something, in arbitrary order.
     pub fn iter(&self) -> impl Iterator<Item = (SessionId, &Retained)> {
         self.sessions.iter().map(|(session, kept)| (*session, kept))
     }
@@ -78,7 +78,7 @@ impl RetainedSessions {
         self.sessions.get(&session)
     }
 
-    /// Keeps something for a session that keeps nothing yet.
+    /// Stores what a session keeps. The session must not keep anything yet.
     pub fn insert(&mut self, session: SessionId, mut retained: Retained) {
         self.uses += 1;
         retained.used = self.uses;
@@ -89,10 +89,10 @@ impl RetainedSessions {
             self.evictable.insert(retained.used, session);
         }
         let before = self.sessions.insert(session, retained);
-        debug_assert!(before.is_none(), "{session} keeps something already");
+        debug_assert!(before.is_none(), "{session} already keeps something");
     }
 
-    /// Takes what a session keeps.
+    /// Removes and returns what a session keeps.
     pub fn take(&mut self, session: SessionId) -> Option<Retained> {
         let retained = self.sessions.remove(&session)?;
         self.evictable.remove(&retained.used);
@@ -103,7 +103,7 @@ impl RetainedSessions {
         Some(retained)
     }
 
-    /// The sums that are kept here, each as it is and as a recount finds it.
+    /// Returns each running total by its name, with the value that a recount gives.
     pub fn sums(&self) -> [(&'static str, usize, usize); 3] {
         let (mut blocks, mut pinned, mut evictable) = (0, 0, 0);
         for kept in self.sessions.values() {
@@ -116,18 +116,18 @@ impl RetainedSessions {
         [
             ("retained blocks", self.blocks, blocks),
             ("pinned blocks", self.pinned_blocks, pinned),
-            ("sessions that give way", self.evictable.len(), evictable),
+            ("evictable sessions", self.evictable.len(), evictable),
         ]
     }
 
-    /// The session that gives way next: not pinned, unused for the longest.
+    /// Returns the least recently used session without a pin, which is evicted next.
     pub fn oldest(&self) -> Option<SessionId> {
         self.evictable
             .first_key_value()
             .map(|(_, session)| *session)
     }
 
-    /// The pinned session that would be unpinned first.
+    /// Returns the session whose pin expires first.
     pub fn first_pinned(&self) -> Option<SessionId> {
         let pinned = self.sessions.iter().filter_map(|(session, retained)| {
             Some((retained.pinned_until?, retained.used, *session))
@@ -135,7 +135,7 @@ impl RetainedSessions {
         pinned.min().map(|(_, _, session)| session)
     }
 
-    /// Pins that have come to their end: these sessions give way from now on.
+    /// Removes the pins that have expired by `now`, so that their sessions can be evicted.
     pub fn expire(&mut self, now: Instant) {
         if self.pinned_blocks == 0 {
             return;

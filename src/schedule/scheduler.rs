@@ -1,4 +1,4 @@
-//! The scheduler: plans steps and commits their outcomes.
+//! The scheduler, which plans steps and commits their results.
 
 use super::policy::{ComputeSpeed, PreemptionCost};
 use super::queue::{RunningQueue, WaitingQueue};
@@ -15,81 +15,82 @@ use crate::sampling::ConstraintError;
 use serde::Serialize;
 use std::time::Instant;
 
-/// Sequences by state, and what was done for them.
+/// Number of sequences in each state, and totals of what was done for them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// Sequences that hold blocks and are planned.
+    /// Sequences that hold blocks and take part in steps.
     pub running: usize,
-    /// Sequences that wait, never started or preempted.
+    /// Sequences that wait, whether never started or preempted.
     pub waiting: usize,
-    /// Of both, those whose reader is too slow.
+    /// Running and waiting sequences whose reader is too slow.
     pub paused: usize,
-    /// Preemptions since the start.
+    /// Number of preemptions since the start.
     pub preemptions: u64,
-    /// Of these, how many copied the blocks to host memory.
+    /// Number of preemptions that copied the blocks to host memory.
     pub swaps: u64,
-    /// Prompt tokens that the prefix cache or a session was asked for, since the start.
+    /// Prompt tokens that were looked up for reuse, since the start.
     pub prefix_queries: u64,
-    /// Of these, how many the cache held.
+    /// Prompt tokens that were reused from the prefix cache, from a session or from a sequence
+    /// with the same prompt, since the start.
     pub prefix_hits: u64,
     /// Sessions that keep keys and values between their turns.
     pub retained_sessions: usize,
-    /// Blocks that they keep.
+    /// Blocks that these sessions keep.
     pub retained_blocks: usize,
-    /// Of these, how many are pinned.
+    /// Blocks that these sessions have pinned.
     pub pinned_blocks: usize,
-    /// Pins refused since the start, for their cap.
+    /// Number of pins refused since the start because of the cap on pinned blocks.
     pub pins_refused: u64,
     /// Blocks of host memory in use.
     pub swapped_blocks: usize,
 }
 
-/// What became of one sample.
+/// Result of committing one sample.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Commit {
-    /// The token was appended; the sequence goes on.
+    /// The token was appended, and the sequence goes on.
     Token,
-    /// The token was appended, and the sequence has come to its end. It still
-    /// holds its blocks until it is closed.
+    /// The token was appended, and the sequence has ended. It holds its blocks until the caller
+    /// closes it.
     Finished(FinishReason),
-    /// The sequence's constraint cannot go on: the token was not appended, and the
-    /// sequence is the caller's to close.
+    /// The sequence's constraint failed. The token was not appended, and the caller must close
+    /// the sequence.
     Failed(ConstraintError),
-    /// The sequence is gone: the token was discarded.
+    /// The sequence no longer exists, and the token was discarded.
     Discarded,
 }
 
-/// What becomes of the blocks of a sequence that has ended.
+/// What happens to the blocks of a sequence that has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
-    /// They are given back.
+    /// They are released.
     Free,
-    /// Its session keeps those of the first tokens.
+    /// The sequence's session keeps the blocks of the first tokens.
     Keep {
-        /// How many tokens.
+        /// Number of tokens to keep.
         tokens: usize,
-        /// Keep them from others until then.
+        /// Time until which the blocks are pinned; not pinned if `None`.
         pin_until: Option<Instant>,
     },
 }
 
-/// What a session keeps between its turns.
+/// Size of what a session keeps between its turns.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Kept {
-    /// Tokens whose keys and values are kept.
+    /// Number of tokens whose keys and values are kept.
     pub tokens: usize,
-    /// Blocks that hold them.
+    /// Number of blocks that hold them.
     pub blocks: usize,
-    /// Whether they are kept from others.
+    /// Whether the blocks are pinned, so that they are not evicted.
     pub pinned: bool,
 }
 
-/// Where a sequence that starts gets its first keys and values from.
+/// Where a starting sequence takes its first keys and values from.
 #[derive(Clone, Copy, Debug)]
 enum Source {
-    /// Host memory, behind what the prefix cache knows.
+    /// Host memory, for the tokens that the prefix cache does not have.
     Swapped,
-    /// Its session's last turn.
+    /// The last turn of this session.
     Session(SessionId),
     /// The sequence with the same prompt.
     Leader(SequenceKey),
@@ -97,15 +98,16 @@ enum Source {
     Prefix,
 }
 
-/// What a start would take.
+/// What starting a sequence would take.
 #[derive(Clone, Copy, Debug)]
 struct Start {
     source: Source,
-    /// Tokens that need not be computed.
+    /// Number of tokens whose keys and values exist already.
     computed: usize,
-    /// Blocks to be handed out.
+    /// Number of blocks to allocate.
     missing: usize,
-    /// Blocks that could be handed out now and will be held by the sequence itself.
+    /// Number of reused blocks that count as available now and no longer will when the sequence
+    /// holds them.
     unheld: usize,
 }
 
@@ -115,14 +117,14 @@ struct Budget {
     samples: usize,
 }
 
-/// Owns the sequences and the cache's books.
+/// The scheduler, which owns the sequences and the block accounting.
 #[derive(Debug)]
 pub struct Scheduler {
     policy: Policy,
     cache: BlockCache,
     host: HostBlocks,
-    /// Host blocks that the step being planned copies in. They are given back when it
-    /// is: it copies out before it copies in, so it cannot copy out to these.
+    /// Host blocks that the step being planned copies in. They are freed when the step is fully
+    /// planned: it copies out before it copies in, so it must not copy out to these blocks.
     read_back: Vec<HostBlockId>,
     sequences: Sequences,
     running: RunningQueue,
@@ -132,15 +134,16 @@ pub struct Scheduler {
     speed: ComputeSpeed,
     arrivals: u64,
     paused: usize,
-    /// Totals since the start; the other fields are filled in when asked for.
+    /// Totals since the start. The other fields stay 0 until [`Scheduler::counts`] fills them
+    /// in.
     totals: Counts,
     launched: StepId,
-    /// Kept for its memory.
+    /// Spare allocation for [`Scheduler::plan_running`].
     scratch: Vec<SequenceKey>,
 }
 
 impl Scheduler {
-    /// A scheduler without sequences.
+    /// Creates a scheduler without sequences.
     pub fn new(policy: Policy, cache: BlockCache) -> Self {
         Self {
             policy,
@@ -161,28 +164,28 @@ impl Scheduler {
         }
     }
 
-    /// All sequences.
+    /// Returns all sequences that have not ended.
     pub fn sequences(&self) -> &Sequences {
         &self.sequences
     }
 
-    /// The cache's books.
+    /// Returns the block accounting of the KV cache.
     pub fn cache(&self) -> &BlockCache {
         &self.cache
     }
 
-    /// The blocks whose content was given up since the last call; the first call
-    /// starts the record.
+    /// Returns the blocks whose content was discarded since the last call. Recording starts
+    /// with the first call, which returns nothing.
     pub fn take_freed(&mut self) -> Vec<BlockId> {
         self.cache.take_freed()
     }
 
-    /// The last step that was planned.
+    /// Returns the last step that was planned.
     pub fn launched(&self) -> StepId {
         self.launched
     }
 
-    /// Sequences by state, and what was done for them.
+    /// Returns the number of sequences in each state, and totals of what was done for them.
     pub fn counts(&self) -> Counts {
         Counts {
             running: self.running.len(),
@@ -196,7 +199,11 @@ impl Scheduler {
         }
     }
 
-    /// Checks the books (I3), and that every sequence is in exactly one place (I2).
+    /// Checks the block accounting (I3), and that every sequence is in exactly one place (I2).
+    ///
+    /// # Errors
+    /// Returns [`Imbalance`] if the recorded numbers differ from a recount. This is always a
+    /// bug.
     pub fn audit(&self) -> Result<Books, Imbalance> {
         let places = |place| {
             let sequences = self.sequences.values();
@@ -229,32 +236,34 @@ impl Scheduler {
         for (what, counted, found) in sums.into_iter().chain(self.retained.sums()) {
             if counted != found {
                 return Err(Imbalance(format!(
-                    "{counted} {what} counted, {found} found"
+                    "{counted} {what} recorded, but {found} found"
                 )));
             }
         }
         for sequence in self.sequences.values() {
             if sequence.place != Place::Running && !sequence.table.is_empty() {
-                return Err(Imbalance(format!("{} waits with blocks", sequence.id)));
+                return Err(Imbalance(format!(
+                    "{} holds blocks but is not running",
+                    sequence.id
+                )));
             }
         }
         if self.sequences.is_empty() && !self.tenants.is_empty() {
-            return Err(Imbalance(
-                "a tenant without sequences is counted".to_owned(),
-            ));
+            return Err(Imbalance("there are tenants but no sequences".to_owned()));
         }
         let tables = self.sequences.values().map(|sequence| &sequence.table);
         self.cache.audit(tables.chain(self.retained.tables()))
     }
 
-    /// Takes a new sequence into the queue. What its session keeps beyond the common
-    /// beginning is given back at once.
+    /// Adds a sequence to the queue. If its session keeps tokens, those after the common
+    /// beginning with the prompt are dropped, and their blocks are released.
     pub fn add(&mut self, id: RequestId, spec: SequenceSpec) -> SequenceKey {
         self.add_follower(id, spec, None)
     }
 
-    /// As [`Scheduler::add`], for a sequence with the same prompt as `leader`: it
-    /// starts when that has computed the prompt, and shares its blocks.
+    /// Like [`Scheduler::add`], for a sequence with the same prompt as `leader`. The sequence
+    /// starts when the leader has computed the prompt, and shares its blocks. A leader with
+    /// another salt is ignored.
     pub fn add_follower(
         &mut self,
         id: RequestId,
@@ -263,8 +272,8 @@ impl Scheduler {
     ) -> SequenceKey {
         self.arrivals += 1;
         if let Some(session) = spec.session {
-            // What is computed anew as a whole has no use for what is there.
-            // Nor has one that is not to see what was computed with another salt.
+            // A task that needs every row recomputes the whole prompt, so it reuses nothing.
+            // Blocks with another salt must not be reused.
             let kept = self.retained.get(session);
             let foreign = kept.is_some_and(|kept| kept.table.salt() != spec.salt.as_ref());
             let reusable = match spec.task.needs_every_row() || foreign {
@@ -289,18 +298,18 @@ impl Scheduler {
         key
     }
 
-    /// Cuts what a session keeps to what it has in common with `tokens`.
+    /// Cuts what a session keeps to the common beginning with `tokens`.
     fn cut_retained(&mut self, session: SessionId, tokens: &[u32]) {
         let Some(kept) = self.retained.get(session) else {
             return;
         };
         let common = kept.tokens.iter().zip(tokens);
         let common = common.take_while(|(kept, new)| kept == new).count();
-        // Also when nothing is cut: it counts as used now.
+        // Called even if nothing is cut, because it marks the session as used.
         self.rewind_session(session, common);
     }
 
-    /// Moves a parked sequence to the waiting ones, if nothing holds it back.
+    /// Moves a parked sequence to the waiting ones, unless something holds it back.
     fn unpark(&mut self, key: SequenceKey) {
         let Some(sequence) = self.sequences.get(key) else {
             return;
@@ -309,7 +318,7 @@ impl Scheduler {
             .leader
             .and_then(|leader| self.sequences.get(leader))
             .is_some_and(|leader| leader.written < leader.prompt_tokens);
-        // One that has started before does not wait for the prompt again.
+        // A sequence that has started before does not wait for its leader's prompt again.
         let led = led && !sequence.started;
         let held_back = sequence.paused || sequence.in_flight > 0 || led;
         if sequence.place == Place::Parked && !held_back {
@@ -324,15 +333,15 @@ impl Scheduler {
         }
     }
 
-    /// Ends a sequence, wherever it is, and gives all its blocks back: as
-    /// [`Scheduler::close`] with [`Fate::Free`].
+    /// Ends a sequence in any state and releases all its blocks, like [`Scheduler::close`] with
+    /// [`Fate::Free`].
     pub fn remove(&mut self, key: SequenceKey) -> Option<(Sequence, usize)> {
         self.close(key, Fate::Free)
     }
 
-    /// Ends a sequence, wherever it is. Gives it back with the number of blocks that
-    /// nobody holds any more: they can be handed out at once, or when the last step
-    /// that touches them has completed.
+    /// Ends a sequence in any state. Returns it with the number of blocks that no table holds
+    /// any more. These can be allocated at once, or when the last step that touches them has
+    /// completed.
     pub fn close(&mut self, key: SequenceKey, fate: Fate) -> Option<(Sequence, usize)> {
         let place = self.sequences.get(key)?.place;
         match place {
@@ -356,8 +365,8 @@ impl Scheduler {
         Some((sequence, blocks))
     }
 
-    /// The leader of these is gone before it had computed their prompt: the first of
-    /// them takes its place.
+    /// Makes the first of these sequences the leader of the others, because their leader ended
+    /// before it had computed the prompt.
     fn hand_over(&mut self, followers: Vec<SequenceKey>) {
         let alive = |key: &SequenceKey| self.sequences.contains_key(*key);
         let mut rest = followers.into_iter().filter(alive).collect::<Vec<_>>();
@@ -377,8 +386,8 @@ impl Scheduler {
         self.unpark(first);
     }
 
-    /// Lets the session keep the blocks of the first `tokens` tokens, and gives the
-    /// number of other blocks that nobody holds any more.
+    /// Lets the session keep the blocks of the first `tokens` tokens. Returns the number of
+    /// other blocks that no table holds any more.
     fn keep(
         &mut self,
         sequence: &mut Sequence,
@@ -387,7 +396,7 @@ impl Scheduler {
         pin_until: Option<Instant>,
     ) -> usize {
         if sequence.table.is_empty() {
-            // It had not started: the session still keeps what it had.
+            // If the sequence never started, the session still has what it kept before.
             return self.rewind_session(session, tokens);
         }
         let tokens = tokens.min(sequence.written).min(sequence.tokens.len());
@@ -415,15 +424,15 @@ impl Scheduler {
         blocks
     }
 
-    /// What a session keeps now.
+    /// Returns the size of what a session keeps now.
     pub fn kept(&self, session: SessionId) -> Kept {
         self.retained
             .get(session)
             .map_or_else(Kept::default, Retained::kept)
     }
 
-    /// Each session that keeps something, in the order of their ids, and the blocks that
-    /// hold it.
+    /// Returns every session that keeps something, ordered by id, with the size and the block
+    /// table of what it keeps.
     pub fn kept_by_all(&self) -> Vec<(SessionId, Kept, &BlockTable)> {
         let kept = self.retained.iter();
         let mut all: Vec<_> = kept
@@ -433,14 +442,14 @@ impl Scheduler {
         all
     }
 
-    /// What all sessions keep: their tokens, and the blocks that hold them.
+    /// Returns what all sessions keep: the tokens, and the blocks that hold them.
     #[cfg(test)]
     pub(crate) fn retained(&self) -> impl Iterator<Item = (&[u32], &crate::cache::BlockTable)> {
         self.retained.contents()
     }
 
-    /// Gives back what a session keeps beyond its first `tokens` tokens, and gives the
-    /// number of blocks that nobody holds any more.
+    /// Cuts what a session keeps to its first `tokens` tokens. Returns the number of blocks
+    /// that no table holds any more.
     pub fn rewind_session(&mut self, session: SessionId, tokens: usize) -> usize {
         let Some(mut kept) = self.retained.take(session) else {
             return 0;
@@ -453,8 +462,8 @@ impl Scheduler {
         blocks
     }
 
-    /// Gives back all that a session keeps: the number of blocks that nobody holds any
-    /// more, and the last step that touches them.
+    /// Releases everything that a session keeps. Returns the number of blocks that no table
+    /// holds any more, and the last step that touches them.
     pub fn end_session(&mut self, session: SessionId) -> (usize, StepId) {
         match self.retained.take(session) {
             Some(mut kept) => {
@@ -465,7 +474,7 @@ impl Scheduler {
         }
     }
 
-    /// Lets the new session `to` keep what `from` keeps: they share the blocks.
+    /// Lets the new session `to` keep what `from` keeps. Both share the blocks.
     pub fn fork_session(&mut self, from: SessionId, to: SessionId) {
         let Some(kept) = self.retained.get(from) else {
             return;
@@ -480,17 +489,17 @@ impl Scheduler {
         self.retained.insert(to, fork);
     }
 
-    /// Pins that have come to their end: these sessions give way from now on.
+    /// Removes the pins that have expired by `now`, so that their sessions can be evicted.
     pub fn expire_pins(&mut self, now: Instant) {
         self.retained.expire(now);
     }
 
-    /// Forgets the tokens of all blocks that nobody holds.
+    /// Forgets the tokens of all blocks that no table holds.
     pub fn clear_prefixes(&mut self) {
         self.cache.clear_prefixes();
     }
 
-    /// Pauses a sequence, or lets it go on.
+    /// Pauses a sequence, or resumes it.
     pub fn set_paused(&mut self, key: SequenceKey, paused: bool) {
         let Some(sequence) = self.sequences.get_mut(key) else {
             return;
@@ -512,25 +521,26 @@ impl Scheduler {
         }
     }
 
-    /// Step `step` has completed on the device.
+    /// Records that step `step` and all before it have completed on the device.
     pub fn completed(&mut self, step: StepId) {
         self.cache.completed(step);
     }
 
-    /// A step of so many rows took so long: the estimate of what preemptions cost.
+    /// Records that a step of `rows` rows took `seconds`, from which the cost of recomputing is
+    /// estimated.
     pub fn observe_step(&mut self, rows: usize, seconds: f64) {
         self.speed.observe(rows, seconds);
     }
 
-    /// Chooses the rows of the next step and books their blocks. `None` when there
-    /// is nothing to do before a step completes or a command arrives.
+    /// Chooses the rows of the next step and allocates their blocks. Returns `None` if there is
+    /// nothing to do until a step completes or a command arrives.
     pub fn plan(&mut self) -> Option<StepPlan> {
         let mut plan = StepPlan::default();
         self.plan_into(&mut plan).then_some(plan)
     }
 
-    /// As [`Scheduler::plan`], in the memory of an earlier plan; `false` when there is
-    /// nothing to do.
+    /// Like [`Scheduler::plan`], but reuses the allocations of an earlier plan. Returns whether
+    /// there is something to do.
     pub fn plan_into(&mut self, plan: &mut StepPlan) -> bool {
         plan.clear();
         plan.step = self.launched.next();
@@ -538,7 +548,8 @@ impl Scheduler {
             tokens: self.policy.max_batch_tokens,
             samples: self.policy.max_samples(),
         };
-        // More urgent than what runs: before that is planned, so that it can give way.
+        // Sequences that are more urgent than a running one are admitted before the running
+        // ones are planned, while these can still be preempted.
         self.admit(plan, &mut budget, |urgent, running| {
             running.is_some_and(|last| urgent < last)
         });
@@ -552,13 +563,14 @@ impl Scheduler {
         some
     }
 
-    /// Plans the running sequences: those that decode, then those still at their prompt.
+    /// Plans the running sequences: first those that decode, then those that are still in
+    /// prefill.
     fn plan_running(&mut self, plan: &mut StepPlan, budget: &mut Budget) {
-        // Making room changes the queue: walk over a copy of it.
+        // Iterate over a copy, because making room changes the queue.
         let mut keys = std::mem::take(&mut self.scratch);
         keys.clear();
         keys.extend_from_slice(self.running.keys());
-        // Those at their prompt are moved to its front, for later.
+        // Sequences in prefill are moved to the front of `keys`, for the second loop.
         let mut prompts = 0;
         for index in 0..keys.len() {
             let key = keys[index];
@@ -581,7 +593,7 @@ impl Scheduler {
         self.scratch = keys;
     }
 
-    /// Tokens of a sequence that this step could still compute; 1 means a decode.
+    /// Returns how many more tokens of a sequence this step could compute; 1 means a decode.
     fn plannable(&self, key: SequenceKey, plan: &StepPlan) -> usize {
         let runs = |sequence: &&Sequence| {
             let planned = sequence.touched == plan.step;
@@ -591,7 +603,8 @@ impl Scheduler {
         sequence.map_or(0, Sequence::pending)
     }
 
-    /// Plans the next `count` tokens of a running sequence, if there is room for them.
+    /// Plans the next `count` tokens of a running sequence, or fewer, if there is room for
+    /// them.
     fn plan_rows(
         &mut self,
         key: SequenceKey,
@@ -606,7 +619,7 @@ impl Scheduler {
         }
     }
 
-    /// Books the item, which is within the budget, in the sequence and adds it to the plan.
+    /// Adds an item that is within the budget to the plan, and updates the sequence.
     fn push_item(
         &mut self,
         plan: &mut StepPlan,
@@ -646,14 +659,15 @@ impl Scheduler {
         };
         budget.tokens -= count;
         budget.samples -= item.sample_count();
-        // That of the last row, which is the item's last.
+        // The sample of an item's last row is the last sample of the item.
         sequence.last_sample = (self.policy.max_samples() - budget.samples).saturating_sub(1);
         self.tenants.charge(sequence.tenant, count, sample);
         plan.items.push(item);
     }
 
-    /// Readies the table of `key` for its next `count` tokens, taking blocks from
-    /// others if it must. `false` when it can't be now: then nothing was booked.
+    /// Prepares the block table of `key` for its next `count` tokens, and evicts or preempts
+    /// others if necessary. Returns whether this succeeded; if not, no block of `key` was
+    /// allocated.
     fn make_room(&mut self, key: SequenceKey, count: usize, plan: &mut StepPlan) -> bool {
         loop {
             let Some(sequence) = self.sequences.get_mut(key) else {
@@ -670,7 +684,7 @@ impl Scheduler {
                 return true;
             };
             if self.cache.available_blocks() + self.cache.deferred_blocks() >= short.needed {
-                return false; // a step in flight frees enough: wait for it
+                return false; // wait for the step in flight that frees enough blocks
             }
             if self.evict_session() || (self.running.len() == 1 && self.evict_pinned_session()) {
                 continue;
@@ -681,35 +695,34 @@ impl Scheduler {
             }
             let own = self.sequences.get(key);
             if own.is_none_or(|sequence| sequence.place != Place::Running) {
-                return false; // it was its own victim
+                return false; // `key` itself was the victim
             }
         }
     }
 
-    /// Takes the blocks of the session that was unused for the longest, but for pinned
-    /// ones.
+    /// Evicts the least recently used session without a pin. Returns whether there was one.
     fn evict_session(&mut self) -> bool {
         let oldest = self.retained.oldest();
         oldest.map(|session| self.end_session(session)).is_some()
     }
 
-    /// Takes the blocks of a pinned session: for a sequence that could never run
-    /// otherwise.
+    /// Evicts the session whose pin expires first, for a sequence that could never run
+    /// otherwise. Returns whether there was one.
     fn evict_pinned_session(&mut self) -> bool {
         let first = self.retained.first_pinned();
         first.map(|session| self.end_session(session)).is_some()
     }
 
-    /// Who gives way to `key`, which is not paused: the last of the paused sequences,
-    /// else the last of those that are served no earlier than `key` itself.
+    /// Returns the sequence to preempt for `key`, which is not paused: the last paused one,
+    /// else the last one that is served no earlier than `key`, which may be `key` itself.
     fn victim(&self, key: SequenceKey, plan: &StepPlan) -> Option<SequenceKey> {
         let own = self.sequences.get(key)?.rank();
         self.last_outside(plan, |sequence| sequence.paused)
             .or_else(|| self.last_outside(plan, |sequence| sequence.rank() >= own))
     }
 
-    /// The last running sequence of a kind that is not in the plan; one that frees
-    /// blocks by itself, if there is one.
+    /// Returns the last running sequence that satisfies `kind` and is not in the plan. Prefers
+    /// one whose release frees at least one block.
     fn last_outside(
         &self,
         plan: &StepPlan,
@@ -717,7 +730,7 @@ impl Scheduler {
     ) -> Option<SequenceKey> {
         let candidate = |key: &SequenceKey| {
             let sequence = self.sequences.get(*key)?;
-            // What is in the plan is touched by its step.
+            // Planning a sequence sets `touched` to the step.
             (kind(sequence) && sequence.touched != plan.step).then_some((*key, sequence))
         };
         let last_first = || self.running.keys().iter().rev().filter_map(candidate);
@@ -727,7 +740,7 @@ impl Scheduler {
             .map(|(key, _)| key)
     }
 
-    /// What it would cost to let a sequence give way.
+    /// Estimates what preempting a sequence would cost.
     fn preemption_cost(&self, sequence: &Sequence) -> PreemptionCost {
         let blocks = self.cache.blocks_for(sequence.computed);
         let swap = 2.0 * blocks as f64 * self.policy.swap_seconds_per_block;
@@ -737,7 +750,7 @@ impl Scheduler {
         }
     }
 
-    /// Takes a sequence's blocks; it waits to be computed anew, or to be copied back.
+    /// Preempts a sequence: swaps its blocks out, or drops them so that it is recomputed.
     fn preempt(&mut self, key: SequenceKey, plan: &mut StepPlan) {
         self.running.remove(key, &self.sequences);
         let Some(sequence) = self.sequences.get(key) else {
@@ -751,7 +764,7 @@ impl Scheduler {
             recompute_seconds = cost.recompute,
             swap_seconds = cost.swap,
             swap,
-            "a sequence gives way"
+            "preempted a sequence"
         );
         self.totals.preemptions += 1;
         let Some(sequence) = self.sequences.get_mut(key) else {
@@ -778,9 +791,10 @@ impl Scheduler {
         self.unpark(key);
     }
 
-    /// Starts waiting sequences, in order, while budget, places and blocks last, and
-    /// while `wanted` says so of the next one's priority and that of the last running
-    /// one. A sequence starts only when all its known tokens fit.
+    /// Starts waiting sequences in order, as long as budget, places and blocks are left.
+    /// `wanted` decides whether the next one may start, given its priority and that of the last
+    /// running sequence, if any. A sequence starts only if all its known tokens fit in the
+    /// cache.
     fn admit(
         &mut self,
         plan: &mut StepPlan,
@@ -820,8 +834,8 @@ impl Scheduler {
         }
     }
 
-    /// Whether `key` could start at all if everyone gave way that may: else nobody is
-    /// to give way in vain.
+    /// Returns whether `key` could start if all sessions were evicted and all sequences
+    /// preempted that may be preempted for it. Otherwise they would be preempted in vain.
     fn room_by_preemption(&self, key: SequenceKey, start: &Start, plan: &StepPlan) -> bool {
         let Some(own) = self.sequences.get(key) else {
             return false;
@@ -844,15 +858,17 @@ impl Scheduler {
         start.missing + running <= room
     }
 
-    /// Who gives way so that `key` can start: a paused sequence, or a less urgent one.
+    /// Returns the sequence to preempt so that `key` can start: a paused one, or a less urgent
+    /// one.
     fn gives_way_to_start(&self, key: SequenceKey, plan: &StepPlan) -> Option<SequenceKey> {
         let priority = self.sequences.get(key)?.spec.priority;
         self.last_outside(plan, |sequence| sequence.paused)
             .or_else(|| self.last_outside(plan, |other| other.spec.priority > priority))
     }
 
-    /// Makes room for a waiting sequence. A block is kept back for each running
-    /// sequence, so that the newcomer is not preempted at once.
+    /// Makes room for a waiting sequence. One block per running sequence stays available, so
+    /// that the new sequence is not preempted at once. Returns `None` if the sequence cannot
+    /// start now.
     fn room_to_start(&mut self, key: SequenceKey, plan: &mut StepPlan) -> Option<Start> {
         loop {
             let start = self.start_of(key)?;
@@ -875,7 +891,7 @@ impl Scheduler {
         }
     }
 
-    /// What starting a waiting sequence would take now.
+    /// Returns what starting a waiting sequence would take now; `None` if it cannot start yet.
     fn start_of(&self, key: SequenceKey) -> Option<Start> {
         let sequence = self.sequences.get(key)?;
         let length = sequence.tokens.len();
@@ -885,9 +901,10 @@ impl Scheduler {
         let kept = |session| Some((session, self.retained.get(session)?));
         if let Some(swapped) = &sequence.swapped {
             if swapped.step > self.cache.completed_step() {
-                return None; // the step that copies it out may yet fail
+                return None; // the step that copies the blocks out may still fail
             }
-            // All of them were reported.
+            // The rows of all swapped-out tokens were reported before, so none must be
+            // recomputed.
             let (known, unheld) =
                 self.cache
                     .lookup(salt, &sequence.tokens, swapped.tokens.min(length - 1));
@@ -907,7 +924,7 @@ impl Scheduler {
                 unheld: 0,
             });
         }
-        // One that has started before has more to find than the prompt.
+        // A sequence that has started before may find more than the prompt in the prefix cache.
         let leader = sequence.leader.filter(|_| !sequence.started);
         let leader = leader.and_then(|leader| self.sequences.get(leader));
         if let Some(leader) = leader.filter(|leader| leader.written >= leader.prompt_tokens) {
@@ -915,7 +932,8 @@ impl Scheduler {
             return Some(Start {
                 source: Source::Leader(sequence.leader?),
                 computed,
-                // Its last block is copied unless it begins there.
+                // A partial last block counts as missing, because it is copied before it is
+                // written.
                 missing: blocks - computed / self.cache.block_tokens(),
                 unheld: 0,
             });
@@ -973,7 +991,8 @@ impl Scheduler {
         let booked = self.cache.prepare(table, from, to, plan.step, transfers);
         debug_assert!(booked.is_ok(), "there was room: {booked:?}");
         if transfers.copies.len() > copies {
-            // What is copied is there when the step has completed, which may fail.
+            // A copied block counts as written only when this step has completed, because the
+            // step may fail.
             let size = self.cache.block_tokens();
             sequence.written = sequence.written.min(from - from % size);
         }
@@ -993,9 +1012,9 @@ impl Scheduler {
         }
     }
 
-    /// Finds out, for each sequence with a constraint that `plan` samples, which tokens
-    /// it may choose. Gives those that cannot say; they are the caller's to close when
-    /// the step is on its way.
+    /// Computes the mask of allowed tokens for each constrained sequence that `plan` samples.
+    /// Returns the sequences whose constraint failed. The caller must close them after
+    /// launching the step.
     pub fn refresh_masks(&mut self, plan: &StepPlan) -> Vec<(SequenceKey, ConstraintError)> {
         let mut failed = Vec::new();
         for item in plan.samples() {
@@ -1010,14 +1029,14 @@ impl Scheduler {
         failed
     }
 
-    /// The step of `plan` has completed without a fault: what its items wrote is
-    /// there, and complete blocks may be found by others.
+    /// Records that the step of `plan` has completed without an error. The keys and values that
+    /// its items wrote exist now, and other sequences may find the complete blocks.
     pub fn written(&mut self, plan: &StepPlan) {
         for item in &plan.items {
             let Some(sequence) = self.sequences.get_mut(item.key) else {
                 continue;
             };
-            // It may have given way since, and even have started again.
+            // The sequence may have been preempted since, and even restarted.
             if sequence.place != Place::Running || plan.step < sequence.since {
                 continue;
             }
@@ -1036,8 +1055,9 @@ impl Scheduler {
         }
     }
 
-    /// The step of `plan` has failed: what it was to copy to the host is lost, and is
-    /// computed anew. Its items are the caller's to end.
+    /// Records that the step of `plan` has failed. Blocks that it should have copied to the
+    /// host are lost, and their tokens are recomputed. The caller must end the sequences of its
+    /// items.
     pub fn lost(&mut self, plan: &StepPlan) {
         if plan.transfers.swap_out.is_empty() {
             return;
@@ -1052,7 +1072,7 @@ impl Scheduler {
         }
     }
 
-    /// Takes the sample of one plan item.
+    /// Commits the sample of one plan item.
     pub fn commit(&mut self, key: SequenceKey, token: u32) -> Commit {
         let Some(sequence) = self.sequences.get_mut(key) else {
             return Commit::Discarded;
@@ -1077,7 +1097,7 @@ impl Scheduler {
         commit
     }
 
-    /// Takes the end of the prompt of a sequence that ends with it.
+    /// Commits the end of the prompt of a sequence that ends with it.
     pub fn commit_end(&mut self, key: SequenceKey) -> Commit {
         let Some(sequence) = self.sequences.get_mut(key) else {
             return Commit::Discarded;

@@ -1,4 +1,4 @@
-//! One sequence: its tokens, its blocks, and how far it has come.
+//! One sequence: its tokens, its blocks and its progress.
 
 use super::plan::Report;
 use super::tenants::TenantKey;
@@ -9,7 +9,8 @@ use slotmap::{SlotMap, new_key_type};
 use std::sync::Arc;
 
 new_key_type! {
-    /// Names a sequence on the scheduler thread; carries a generation.
+    /// Key of a sequence on the scheduler thread. It carries a generation, so it does not match
+    /// a later sequence in the same slot.
     pub struct SequenceKey;
 }
 
@@ -19,15 +20,15 @@ pub type Sequences = SlotMap<SequenceKey, Sequence>;
 /// Why a sequence ended by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum FinishReason {
-    /// A stop token, or a stop string, or the model's end of turn; or a constraint that
-    /// allows nothing more.
+    /// A stop token, a stop string, the model's end of turn, or a constraint that allows no
+    /// further token.
     Stop,
-    /// The limit on new tokens, or the context limit.
+    /// The limit on new tokens or the context limit.
     Length,
 }
 
 impl FinishReason {
-    /// `stop` or `length`, as the OpenAI API says it.
+    /// Returns `stop` or `length`, the names in the OpenAI API.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Stop => "stop",
@@ -36,59 +37,60 @@ impl FinishReason {
     }
 }
 
-/// What is wanted of a sequence.
+/// What is computed for a sequence.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Task {
     /// Tokens that continue the prompt.
     #[default]
     Generate,
-    /// The same, and the log-probability of each token of the prompt after the first.
+    /// Tokens that continue the prompt, and the log probability of each token of the prompt
+    /// after the first.
     Score {
-        /// How many of the likeliest tokens to report in the place of each.
+        /// How many of the likeliest tokens to report for each position.
         top: u32,
     },
-    /// The mean of the last hidden states of the prompt; no token.
+    /// The mean of the last hidden states of the prompt, and no tokens.
     Embed,
 }
 
 impl Task {
-    /// Whether something is wanted of every row of the prompt, so that each must be
-    /// computed for this sequence.
+    /// Returns whether every row of the prompt is needed, so that the sequence must compute
+    /// each of them itself.
     pub fn needs_every_row(self) -> bool {
         self != Self::Generate
     }
 }
 
-/// What a new sequence is to do.
+/// Description of a new sequence.
 #[derive(Clone, Debug)]
 pub struct SequenceSpec {
-    /// The prompt: at least one token.
+    /// The prompt, which has at least one token.
     pub prompt: Vec<u32>,
-    /// What is wanted of it.
+    /// What is computed.
     pub task: Task,
-    /// Tokens at which it ends, prompt and answer together; more than the prompt, unless
-    /// only that is to be computed.
+    /// Number of tokens, prompt and answer together, at which the sequence ends. It exceeds the
+    /// length of the prompt unless only the prompt is to be computed.
     pub max_tokens: usize,
-    /// How to choose tokens.
+    /// How tokens are chosen.
     pub params: Arc<SamplingParams>,
-    /// Tokens that end it.
+    /// Tokens that end the sequence.
     pub stop_tokens: Arc<[u32]>,
-    /// A lower number goes first; 0 is usual.
+    /// Priority: lower numbers are more urgent, and 0 is the default.
     pub priority: i32,
-    /// Who it is served for: waiting tenants are served evenly.
+    /// The tenant whom the sequence is served for. Waiting tenants are served evenly.
     pub tenant: Option<Arc<str>>,
-    /// Only sequences with the same salt share blocks through the prefix cache.
+    /// Salt of the prefix cache: only sequences with the same salt share blocks.
     pub salt: Option<Arc<str>>,
-    /// The session whose turn it is.
+    /// The session, if the sequence is one of its turns.
     pub session: Option<SessionId>,
-    /// Which tokens may be chosen. It goes on with every token that is committed, and
-    /// is untouched by what becomes of the blocks.
+    /// Which tokens may be chosen. The constraint advances with every committed token, and a
+    /// preemption does not affect it.
     pub constraint: Option<ConstraintState>,
 }
 
 impl SequenceSpec {
-    /// A sequence that continues `prompt` greedily up to `max_tokens` tokens, prompt and
-    /// answer together, and nothing else.
+    /// Describes a sequence that continues `prompt` greedily, up to `max_tokens` tokens of
+    /// prompt and answer together.
     pub fn new(prompt: Vec<u32>, max_tokens: usize) -> Self {
         Self {
             prompt,
@@ -105,15 +107,15 @@ impl SequenceSpec {
     }
 }
 
-/// Where a sequence is; always exactly one of these (I2).
+/// Whether a sequence waits or runs. Each sequence is in exactly one place (I2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// Waits to be started, or started again.
+    /// Waits to be started, for the first time or after a preemption.
     Waiting,
-    /// Cannot be started yet: its reader is too slow, a sample is on its way, or
-    /// another sequence computes its prompt.
+    /// Cannot be started yet: its reader is too slow, a sample of it is in flight, or another
+    /// sequence is computing its prompt.
     Parked,
-    /// Holds blocks, and is planned.
+    /// Holds blocks and takes part in steps.
     Running,
 }
 
@@ -121,55 +123,56 @@ pub enum Place {
 #[derive(Debug)]
 pub(super) struct Swapped {
     pub blocks: Vec<HostBlockId>,
-    /// Tokens whose keys and values they hold.
+    /// Number of tokens whose keys and values the blocks hold.
     pub tokens: usize,
-    /// The step that copies them.
+    /// The step that copies the blocks to the host.
     pub step: StepId,
 }
 
 /// A sequence on the scheduler thread.
 #[derive(Debug)]
 pub struct Sequence {
-    /// Who it belongs to.
+    /// The request that the sequence belongs to.
     pub id: RequestId,
-    /// What it does; `spec.prompt` has moved to `tokens`.
+    /// Description of the sequence, except that `spec.prompt` has moved to `tokens`.
     pub spec: SequenceSpec,
-    /// The counter of `spec.tenant`.
+    /// Key of the counter of `spec.tenant`.
     pub(super) tenant: TenantKey,
-    /// The prompt, then the committed tokens.
+    /// The prompt, followed by the committed tokens.
     pub tokens: Vec<u32>,
-    /// How many of `tokens` are the prompt.
+    /// Length of the prompt in tokens.
     pub prompt_tokens: usize,
-    /// Prompt tokens that the cache held already when it was first started.
+    /// Number of prompt tokens that were cached when the sequence was first started.
     pub cached_tokens: usize,
-    /// Tokens whose keys and values the launched steps write.
+    /// Number of tokens whose keys and values are written by launched steps, completed or not.
     pub(super) computed: usize,
-    /// Tokens whose keys and values completed steps have written.
+    /// Number of tokens whose keys and values completed steps have written.
     pub(super) written: usize,
-    /// Prompt tokens whose rows were in a step: what the task wants of them is on its way.
+    /// Number of prompt tokens whose rows were in a launched step, and so report to the task.
     pub(super) reported: usize,
-    /// Samples, or the end of a prompt that is not continued, launched and not committed.
+    /// Number of launched items, not committed yet, that sample the next token or end the
+    /// sequence.
     pub(super) in_flight: usize,
-    /// Index of its latest sample among its step's, for feedback.
+    /// Index of the latest sample among the samples of its step, for feedback.
     pub(super) last_sample: usize,
-    /// The last step that touches its blocks.
+    /// Last step that touches the blocks.
     pub(super) touched: StepId,
-    /// The first step since it was last started.
+    /// First step since the sequence was last started.
     pub(super) since: StepId,
-    /// Its blocks.
+    /// The blocks of the sequence.
     pub table: BlockTable,
-    /// Its keys and values, if it was preempted to host memory.
+    /// Keys and values in host memory, if the sequence was swapped out.
     pub(super) swapped: Option<Swapped>,
-    /// Sequences with the same prompt that wait for this one to compute it.
+    /// Sequences with the same prompt that wait until this one has computed it.
     pub(super) followers: Vec<SequenceKey>,
-    /// The sequence that computes its prompt.
+    /// The sequence that computes the prompt for this one.
     pub(super) leader: Option<SequenceKey>,
-    /// Its place in the order of arrival.
+    /// Position in the order of arrival.
     pub(super) arrival: u64,
-    /// Whether its reader is too slow: then it is not planned.
+    /// Whether the reader is too slow, so that no rows are planned.
     pub(super) paused: bool,
     pub(super) place: Place,
-    /// Whether it has been started before.
+    /// Whether the sequence was started before.
     pub(super) started: bool,
 }
 
@@ -207,11 +210,11 @@ impl Sequence {
         }
     }
 
-    /// Makes room for what it is to become, so that a step that decodes allocates
-    /// nothing. Memory that is never written to costs nothing but addresses, yet who asks
-    /// for a long answer does not always get one: beyond `RESERVED` it grows as vectors do.
+    /// Reserves memory for the final length, so that decoding does not allocate. Reserved
+    /// memory costs only address space until it is written, but many requests end long before
+    /// their limit, so everything beyond `RESERVED` grows on demand.
     pub(super) fn reserve(&mut self, block_tokens: usize) {
-        /// Tokens.
+        /// Number of tokens beyond the current ones.
         const RESERVED: usize = 1 << 15;
         let length = self.spec.max_tokens.min(self.tokens.len() + RESERVED);
         let more = length.saturating_sub(self.tokens.len());
@@ -219,33 +222,33 @@ impl Sequence {
         self.table.reserve(length.div_ceil(block_tokens));
     }
 
-    /// Tokens known and on their way.
+    /// Returns the number of known tokens and samples in flight.
     pub(super) fn length(&self) -> usize {
         self.tokens.len() + self.in_flight
     }
 
-    /// Tokens that could be computed now; 1 means a decode.
+    /// Returns the number of tokens that could be computed now; 1 means a decode.
     pub(super) fn pending(&self) -> usize {
-        // Which tokens may come next is known when the one before has been committed.
+        // The constraint allows the next token only after the previous one has been committed.
         let held = self.spec.constraint.is_some() && self.in_flight > 0;
         if held {
             0
         } else if self.length() < self.spec.max_tokens {
             self.length() - self.computed
         } else {
-            // Nothing more is sampled: there is only what the prompt lacks.
+            // Nothing more is sampled, so only the rest of the prompt is left.
             self.prompt_tokens.saturating_sub(self.computed)
         }
     }
 
-    /// Whether it ends when its prompt has been computed.
+    /// Returns whether the sequence ends when its prompt has been computed.
     pub(super) fn ends_with_prompt(&self) -> bool {
         self.spec.max_tokens <= self.prompt_tokens
     }
 
-    /// How many of its tokens need no rows of their own where their keys and values are
-    /// there already: all but the last, which is computed for its logits; and of a prompt
-    /// whose every row is wanted, only those that have been reported before.
+    /// Returns how many leading tokens need no rows if their keys and values exist already.
+    /// This is all but the last token, which is computed for its logits. If every row of the
+    /// prompt is needed, it is only those that were reported before.
     pub(super) fn reusable(&self) -> usize {
         let most = self.tokens.len() - 1;
         if self.spec.task.needs_every_row() && self.reported < self.prompt_tokens {
@@ -255,12 +258,13 @@ impl Sequence {
         }
     }
 
-    /// What the next `count` rows report.
+    /// Returns what the next `count` rows report.
     pub(super) fn report(&self, count: usize) -> Report {
         let from = self.computed.max(self.reported);
         let to = (self.computed + count).min(self.prompt_tokens);
         match self.spec.task {
-            // The last token of the prompt has no next one that is known.
+            // The token after the prompt is not known, so the last row of the prompt has no
+            // score.
             Task::Score { .. } if from < to.min(self.prompt_tokens - 1) => {
                 Report::Scores(from..to.min(self.prompt_tokens - 1))
             }
@@ -269,17 +273,18 @@ impl Sequence {
         }
     }
 
-    /// Whether the row of the last known token is among the next `count`, and sampled.
+    /// Returns whether the next `count` rows end with the row of the last token and sample it.
     pub(super) fn samples_last(&self, count: usize) -> bool {
         self.computed + count == self.length() && !self.ends_with_prompt()
     }
 
-    /// The most of the next `count` rows that take no more than `samples` samples.
+    /// Returns the largest number of rows, at most `count`, that need no more than `samples`
+    /// samples.
     pub(super) fn rows_within(&self, mut count: usize, samples: usize) -> usize {
         loop {
             let last = usize::from(self.samples_last(count));
             let taken = self.report(count).scored().len() + last;
-            // A row takes one at most.
+            // Each row has at most one sample.
             match taken.saturating_sub(samples) {
                 0 => return count,
                 excess => count -= excess,
@@ -287,37 +292,38 @@ impl Sequence {
         }
     }
 
-    /// The order in which sequences are served: urgent ones, then early ones.
+    /// Returns the sort key of the order in which sequences are served: priority, then arrival.
     pub(super) fn rank(&self) -> (i32, u64) {
         (self.spec.priority, self.arrival)
     }
 
-    /// Answer tokens committed so far.
+    /// Returns the number of answer tokens committed so far.
     pub fn generated(&self) -> usize {
         self.tokens.len() - self.prompt_tokens
     }
 
-    /// Tokens whose keys and values completed steps have written.
+    /// Returns the number of tokens whose keys and values completed steps have written.
     pub fn written(&self) -> usize {
         self.written
     }
 
-    /// Whether its reader is too slow: then it is not planned.
+    /// Returns whether the reader is too slow, so that no rows are planned.
     pub fn is_paused(&self) -> bool {
         self.paused
     }
 
-    /// Whether it has given its blocks up to others, and waits to be started again.
+    /// Returns whether the sequence was started before and does not run now, so that its blocks
+    /// went to other sequences.
     pub fn is_preempted(&self) -> bool {
         self.started && self.place != Place::Running
     }
 
-    /// The last step that touches its blocks.
+    /// Returns the last step that touches the blocks.
     pub fn touched(&self) -> StepId {
         self.touched
     }
 
-    /// Where it is.
+    /// Returns whether the sequence waits or runs.
     pub fn place(&self) -> Place {
         self.place
     }

@@ -1,27 +1,28 @@
-//! Fairness between tenants: whose turn it is among those that wait.
+//! Fairness between tenants: decides whose sequence starts next among the waiting ones.
 //!
-//! A tenant's counter grows with the tokens that are computed for it, answer tokens
-//! counting double; the waiting tenant with the lowest counter goes first. Whoever had
-//! nothing open starts no lower than the others are, so that nobody saves up, and no
-//! lower than it was, so that nobody sheds what it was given (the Virtual Token Counter
-//! of Sheng et al., 2024, "Fairness in Serving Large Language Models").
+//! Each tenant has a counter of the tokens that were computed for it, in which answer tokens
+//! count double. The waiting tenant with the lowest counter goes first. When a tenant without
+//! open sequences submits one, its counter is raised to the lowest counter of the other
+//! tenants, so that idle time earns no advantage. It is never lowered, so going idle does not
+//! reset it. This is the Virtual Token Counter of Sheng et al., 2024, "Fairness in Serving
+//! Large Language Models".
 
 use slotmap::{SlotMap, new_key_type};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
-/// Weights of the counter.
+/// Weights of tokens in the counter.
 const PROMPT_TOKEN: u64 = 1;
 const ANSWER_TOKEN: u64 = 2;
 
-/// Tenants with nothing open that are remembered for being ahead of the others.
+/// Maximum number of tenants without open sequences whose counters are remembered.
 const REMEMBERED: usize = 1024;
 
-/// Who it is; requests without a tenant are one.
+/// Name of a tenant. Requests without a tenant share the tenant `None`.
 type Tenant = Option<Arc<str>>;
 
 new_key_type! {
-    /// Names a tenant's counter, as long as it has something open.
+    /// Key of a tenant's counter. It is valid at least while the tenant has open sequences.
     pub(super) struct TenantKey;
 }
 
@@ -29,30 +30,30 @@ new_key_type! {
 struct Counter {
     tenant: Tenant,
     served: u64,
-    /// Sequences that have not ended.
+    /// Number of sequences that have not ended.
     open: usize,
 }
 
-/// The counters of all tenants that have open sequences, or are ahead of those.
+/// The counters of all tenants that have open sequences or are ahead of those that do.
 #[derive(Debug, Default)]
 pub(super) struct Tenants {
     counters: SlotMap<TenantKey, Counter>,
     by_name: HashMap<Tenant, TenantKey>,
-    /// Those with nothing open, the one that is the least ahead first.
+    /// Tenants without open sequences, the lowest counter first.
     ahead: BTreeSet<(u64, Tenant)>,
 }
 
 impl Tenants {
-    /// The lowest counter of those with open sequences.
+    /// Returns the lowest counter of the tenants with open sequences.
     fn lowest(&self) -> Option<u64> {
         let open = self.counters.values().filter(|counter| counter.open > 0);
         open.map(|counter| counter.served).min()
     }
 
-    /// A sequence of this tenant begins; it ends with [`Tenants::close`].
+    /// Counts a new sequence of this tenant, until [`Tenants::close`] is called for it.
     pub fn open(&mut self, tenant: &Tenant) -> TenantKey {
         let known = self.by_name.get(tenant).copied();
-        // With something open it is where it is.
+        // The counter of a tenant with open sequences does not change.
         if let Some((key, counter)) = known.and_then(|key| Some((key, self.counters.get_mut(key)?)))
             && counter.open > 0
         {
@@ -77,7 +78,7 @@ impl Tenants {
         key
     }
 
-    /// A sequence of this tenant has ended.
+    /// Counts the end of a sequence of this tenant.
     pub fn close(&mut self, key: TenantKey) {
         let Some(counter) = self.counters.get_mut(key) else {
             return;
@@ -89,7 +90,8 @@ impl Tenants {
         }
     }
 
-    /// Forgets who has nothing open and is not ahead of the others, or is one too many.
+    /// Forgets tenants without open sequences that are not ahead of the others or exceed the
+    /// limit.
     fn forget(&mut self) {
         let lowest = self.lowest();
         while let Some((served, _)) = self.ahead.first() {
@@ -108,7 +110,8 @@ impl Tenants {
         self.counters.get(key).map_or(0, |counter| counter.served)
     }
 
-    /// Books `rows` computed tokens, of which the last is sampled or not.
+    /// Adds `rows` computed tokens to the counter. `sample` tells whether the last row is
+    /// sampled.
     pub fn charge(&mut self, key: TenantKey, rows: usize, sample: bool) {
         if let Some(counter) = self.counters.get_mut(key) {
             counter.served += rows as u64 * PROMPT_TOKEN + u64::from(sample) * ANSWER_TOKEN;
@@ -129,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tenant_neither_saves_up_nor_sheds_what_it_was_given() {
+    fn idling_neither_earns_an_advantage_nor_resets_a_counter() {
         let mut tenants = Tenants::default();
         let (a, b, c) = (tenant("a"), tenant("b"), tenant("c"));
         let (first, other) = (tenants.open(&a), tenants.open(&b));
@@ -137,17 +140,17 @@ mod tests {
         tenants.charge(other, 10, false);
         tenants.close(first);
         let again = tenants.open(&a);
-        assert_eq!(tenants.served(again), 1002, "it comes back as it went");
+        assert_eq!(tenants.served(again), 1002, "its counter was remembered");
         let new = tenants.open(&c);
         assert_eq!(tenants.served(new), 10, "a new one starts with the lowest");
         for tenant in [again, other, new] {
             tenants.close(tenant);
         }
-        assert!(tenants.is_empty(), "with nobody left nobody is ahead");
+        assert!(tenants.is_empty(), "nothing is left to remember");
     }
 
     #[test]
-    fn no_more_tenants_are_remembered_than_the_bound() {
+    fn the_number_of_remembered_tenants_is_bounded() {
         let mut tenants = Tenants::default();
         tenants.open(&tenant("waiting"));
         for index in 0..3 * REMEMBERED {

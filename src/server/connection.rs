@@ -1,8 +1,8 @@
-//! Connections: accepted up to a limit, with a time limit on everything that a client may
-//! keep the server waiting for.
+//! Accepts connections up to a limit, and limits the time for which a client may keep the
+//! server waiting.
 //!
-//! A client that goes away ends its connection's task, which drops hyper's connection,
-//! and with it the handlers and the answers.
+//! When a client goes away, the task of its connection ends. This drops hyper's connection, and
+//! with it the handlers and the responses.
 
 mod activity;
 mod admission;
@@ -35,30 +35,30 @@ use tokio::time::{sleep, timeout};
 use tokio_io_timeout::TimeoutStream;
 use tokio_rustls::TlsAcceptor;
 
-/// How long connections may take to close once every answer has been written.
+/// How long connections may take to close after every response has been written.
 const CLOSING: Duration = Duration::from_secs(5);
 
-/// Bytes of a request's headers at most.
+/// Maximum size of a request's headers in bytes.
 const HEADER_BYTES: usize = 64 << 10;
 
-/// How long to wait when no connection can be accepted: no file descriptors are left.
+/// How long to wait if accepting a connection fails, usually for lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// Requests that a connection of HTTP/2 may have open at the same time.
+/// Maximum number of open requests per HTTP/2 connection.
 const CONCURRENT_STREAMS: u32 = 128;
 
-/// Bytes of an answer that HTTP/2 may hold back for a client's windows.
+/// Bytes of a response that are buffered per HTTP/2 stream while the client's window is full.
 const STREAM_SEND_BUFFER: usize = 64 << 10;
 
-/// Streams that a client of HTTP/2 may have reset before the server has looked at them;
-/// with more the connection is closed ("rapid reset").
+/// Maximum number of streams that an HTTP/2 client may reset before the server has handled
+/// them. If there are more, the connection is closed ("rapid reset").
 const RESET_STREAMS: usize = 20;
 
-/// Streams of a client of HTTP/2 that may have to be reset for errors in its frames before
-/// the connection is closed.
+/// Maximum number of streams that the server may reset because of errors in a client's HTTP/2
+/// frames. If there are more, the connection is closed.
 const FAULTY_STREAMS: usize = 256;
 
-/// What connections are held to.
+/// Limits that apply to connections.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
     header_timeout: Duration,
@@ -72,7 +72,7 @@ pub(super) struct Limits {
 impl Limits {
     pub fn of(options: &ServerOptions) -> Self {
         let connections = files::limit(options.max_connections);
-        // Half of them, so that no client alone can keep all others out.
+        // Half of all connections, so that no single client can keep all others out.
         let per_address = options.max_connections_per_address;
         Self {
             header_timeout: options.header_timeout,
@@ -93,7 +93,7 @@ struct Service {
     tls: Option<TlsAcceptor>,
 }
 
-/// Serves connections until `end` is done, then lets them finish what they are at.
+/// Serves connections until `end` completes, then lets them finish their open requests.
 pub(super) async fn serve<T>(
     listener: TcpListener,
     tls: Option<TlsAcceptor>,
@@ -114,7 +114,8 @@ pub(super) async fn serve<T>(
         let accepted = async {
             let accepted = listener.accept().await;
             if accepted.is_ok() {
-                // Only now, so that nothing is closed for a connection that never comes.
+                // Only after accepting, so that no connection is closed for one that never
+                // comes.
                 admission.room().await;
             }
             accepted
@@ -133,7 +134,7 @@ pub(super) async fn serve<T>(
         };
         let Some(place) = admission.admit(address.ip()) else {
             let limit = limits.per_address;
-            tracing::debug!(%address, limit, "a connection is refused: too many from there");
+            tracing::debug!(%address, limit, "refused a connection: too many from this address");
             continue;
         };
         let socket = Socket::new(stream);
@@ -142,7 +143,7 @@ pub(super) async fn serve<T>(
         tokio::spawn(async move {
             let outcome = service.run(socket, &place, stopped).await;
             if let Err(error) = outcome {
-                // Mostly clients that went away.
+                // Usually the client went away.
                 tracing::debug!(error = &*error, "a connection ended");
             }
             drop(place);
@@ -152,7 +153,7 @@ pub(super) async fn serve<T>(
     let _ = stop.send(true);
     // Every connection holds a receiver.
     if timeout(CLOSING, stop.closed()).await.is_err() {
-        tracing::warn!("connections that did not close in time are cut");
+        tracing::warn!("connections that did not close in time are dropped");
     }
     ended
 }
@@ -163,8 +164,8 @@ fn builder(limits: &Limits) -> Builder<Streams> {
     });
     builder
         .http1()
-        // The time that headers may take is ours to watch: hyper's would run on
-        // connections between two requests, too.
+        // `Activity` limits the time for headers instead, because hyper's limit would also
+        // apply to connections between two requests.
         .header_read_timeout(None)
         .half_close(limits.half_close == HalfClose::Finish)
         .max_buf_size(HEADER_BYTES);
@@ -184,10 +185,10 @@ fn builder(limits: &Limits) -> Builder<Streams> {
 type Outcome = Result<(), Box<dyn std::error::Error + Send + Sync>>;
 
 impl Service {
-    /// Runs one connection to its end.
+    /// Runs one connection until it ends.
     async fn run(&self, socket: Socket, place: &Place, stop: watch::Receiver<bool>) -> Outcome {
         let mut stream = TimeoutStream::new(socket.clone());
-        // A client that stops reading holds its answer for so long.
+        // Limits how long a client that does not read can hold its response.
         stream.set_write_timeout(Some(self.limits.write_timeout));
         let stream = Box::pin(stream);
         let activity = &place.activity;
@@ -223,14 +224,14 @@ impl Service {
             .builder
             .serve_connection(TokioIo::new(stream), exchanges);
         let mut connection = pin!(connection);
-        // In this order: what hyper does decides what else there is to wait for.
+        // In this order, because the other futures depend on what hyper has just done.
         let why = tokio::select! {
             biased;
             ended = connection.as_mut() => return ended,
             error = watch.gone() => return Err(error.into()),
             why = seldom(self.interrupted(socket, activity, &progress, &mut stop)) => why?,
         };
-        // Says so to a client of HTTP/2, and takes no further request of HTTP/1.
+        // With HTTP/2 this tells the client; with HTTP/1 it ends keep-alive.
         connection.as_mut().graceful_shutdown();
         tokio::select! {
             biased;
@@ -249,8 +250,8 @@ impl Service {
         }
     }
 
-    /// Waits until a connection takes no more requests, though its client is still there.
-    /// Returns an error if it is to be closed at once.
+    /// Waits until a connection must take no more requests although its client is still there.
+    /// Returns an error if the connection must be closed at once.
     async fn interrupted(
         &self,
         socket: &Socket,
@@ -289,7 +290,7 @@ impl Service {
     }
 }
 
-/// Polls `future` only when it has woken the task itself. A connection's task is woken for
+/// Polls `future` only when it has woken the task itself. The task of a connection is woken for
 /// every token, and most of what it waits for has nothing to do with tokens.
 async fn seldom<F: Future>(future: F) -> F::Output {
     let mut one = FuturesUnordered::from_iter([future]);
@@ -302,20 +303,20 @@ async fn seldom<F: Future>(future: F) -> F::Output {
 /// Why a connection takes no more requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Goodbye {
-    /// Another one needs its place.
+    /// Another connection needs its place.
     Room,
-    /// It has been idle for long enough.
+    /// It was idle for the keep-alive timeout.
     Idle,
-    /// The server stops.
+    /// The server is stopping.
     Stop,
 }
 
 fn unread() -> io::Error {
-    late("the client did not take its answer")
+    late("the client did not read its response")
 }
 
 fn headless() -> io::Error {
-    late("the head of a request did not come in time")
+    late("the head of a request did not arrive in time")
 }
 
 fn late(what: &str) -> io::Error {

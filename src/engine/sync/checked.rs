@@ -1,5 +1,5 @@
-//! The types of a model checker, and over its lock and condition variable what it
-//! does not have: a channel, a cell written once, a waker.
+//! The types of the model checkers, and what they lack, built on their locks and condition
+//! variables: a channel, a cell that is written once, and a waker.
 
 use super::{
     Never, RecvError, RecvTimeoutError, SendError, TryRecvError, TrySendError,
@@ -21,7 +21,8 @@ pub use shuttle::{
     thread::{Builder, JoinHandle},
 };
 
-/// A thread of the checker; loom's own stacks are too small for an engine.
+/// Starts threads of the checker, with stacks larger than loom's, which are too small for an
+/// engine.
 #[cfg(feature = "loom")]
 pub struct Builder(loom::thread::Builder);
 
@@ -48,8 +49,8 @@ fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T>
     condvar.wait(guard).unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A cell written once. The plain cell holds the value; the flag makes its order
-/// known to the checker.
+/// A cell that is written once. The plain cell holds the value; the flag shows the checker the
+/// order of accesses.
 #[derive(Debug)]
 pub struct OnceLock<T> {
     value: std::sync::OnceLock<T>,
@@ -77,13 +78,14 @@ impl<T> OnceLock<T> {
 
     pub fn set(&self, value: T) -> Result<(), T> {
         let outcome = self.value.set(value);
-        // The loser too: after its `set`, it finds the winner's value.
+        // Set the flag even if another thread has won: after `set`, `get` must find the
+        // winner's value.
         self.is_set.store(true, Ordering::Release);
         outcome
     }
 }
 
-/// The last registered waker, behind a lock: what `atomic_waker` does without one.
+/// The last registered waker, behind a lock. `atomic_waker` does the same without one.
 #[derive(Debug, Default)]
 pub struct AtomicWaker(Mutex<Option<Waker>>);
 
@@ -97,7 +99,7 @@ impl AtomicWaker {
     }
 }
 
-/// Raised when one of several channels changes.
+/// A signal that several channels raise when they change.
 #[derive(Default)]
 struct Signal {
     raised: Mutex<bool>,
@@ -110,7 +112,7 @@ impl Signal {
         self.changed.notify_all();
     }
 
-    /// Waits until raised, and lowers.
+    /// Waits until the signal is raised, and lowers it.
     fn wait(&self) {
         let mut raised = lock(&self.raised);
         while !*raised {
@@ -124,13 +126,13 @@ struct State<T> {
     queue: VecDeque<T>,
     senders: usize,
     receivers: usize,
-    /// Who waits for this channel and another.
+    /// Threads that wait for this channel and another one.
     watchers: Vec<Arc<Signal>>,
 }
 
 struct Channel<T> {
     state: Mutex<State<T>>,
-    /// A message, room for one, or the last of a side has gone.
+    /// Notified when there is a message, when there is room for one, or when one side is gone.
     changed: Condvar,
     capacity: usize,
 }
@@ -152,12 +154,12 @@ pub struct Sender<T>(Arc<Channel<T>>);
 /// The receiving end of a channel.
 pub struct Receiver<T>(Arc<Channel<T>>);
 
-/// A channel without a limit.
+/// Creates a channel without a limit.
 pub fn unbounded<T>() -> (Sender<T>, Receiver<T>) {
     bounded(usize::MAX)
 }
 
-/// A channel for `capacity` messages.
+/// Creates a channel for at most `capacity` messages.
 pub fn bounded<T>(capacity: usize) -> (Sender<T>, Receiver<T>) {
     let state = State {
         queue: VecDeque::new(),
@@ -232,7 +234,7 @@ impl<T> Receiver<T> {
         Err(TryRecvError::Empty)
     }
 
-    /// As [`Receiver::recv`]: the deadline never passes.
+    /// Waits like [`Receiver::recv`], because the deadline never passes.
     pub fn recv_deadline(&self, _: Instant) -> Result<T, RecvTimeoutError> {
         self.recv().map_err(|_| RecvTimeoutError::Disconnected)
     }
@@ -256,7 +258,7 @@ pub fn recv_or<T>(receiver: &Receiver<T>, closed: &Receiver<Never>) -> Result<T,
     receiver.watch(&signal);
     closed.watch(&signal);
     let received = loop {
-        // The order matters: what was sent before the close still counts.
+        // Check for the close first, so that messages sent before it are still received.
         let is_closed = matches!(closed.try_recv(), Err(TryRecvError::Disconnected));
         match receiver.try_recv() {
             Ok(message) => break Ok(message),
@@ -298,8 +300,8 @@ impl<T> Drop for Receiver<T> {
         let mut state = lock(&self.0.state);
         state.receivers -= 1;
         if state.receivers == 0 {
-            // The messages go with the last receiver, and not under the lock: their
-            // own drop may come back to a channel.
+            // Drop the messages with the last receiver, but outside of the lock: their own drop
+            // may use channels.
             let unread = std::mem::take(&mut state.queue);
             self.0.changed(state);
             drop(unread);

@@ -1,7 +1,7 @@
-//! The scheduler thread as a state machine: random acts of callers and faults of a
-//! simulated device, one turn of the loop at a time, on the thread of the test. After
-//! each, the invariants of cancellation (I1 to I12) are checked; a failure names the one
-//! that it breaks.
+//! A property test of the scheduler thread as a state machine. It applies random acts of
+//! callers and faults of a simulated device, and runs one iteration of the loop at a time on
+//! the test's own thread. After each event it checks the invariants of cancellation (I1 to
+//! I12). A failure names the invariant that it violates.
 
 mod callers;
 #[path = "../../../tests/common/constraint.rs"]
@@ -31,7 +31,7 @@ use std::ops::ControlFlow;
 use std::rc::Rc;
 use std::time::Duration;
 
-/// More than anything takes that comes to an end.
+/// More iterations of the loop than any run needs to come to its end.
 const MAX_TURNS: usize = 5000;
 
 /// A fault of the device.
@@ -45,7 +45,7 @@ enum Fault {
     Lost,
 }
 
-/// What happens next.
+/// The next event of a run.
 #[derive(Clone, Debug)]
 enum Event {
     /// A caller does something now.
@@ -56,7 +56,7 @@ enum Event {
     Fault(Fault),
 }
 
-/// How the engine comes to its end.
+/// How a run ends.
 #[derive(Clone, Copy, Debug)]
 enum Finale {
     /// Everything is dropped.
@@ -78,18 +78,18 @@ struct Setup {
     finale: Finale,
 }
 
-/// What the device and the test tell each other.
+/// State shared by the device and the test.
 struct Script {
     callers: RefCell<Callers>,
     fault: Cell<Option<Fault>>,
     /// What callers do while the next step is collected.
     during: RefCell<Vec<Act>>,
-    /// Who was in the steps that were launched since the last turn began.
+    /// Requests in the steps that were launched since the last iteration began.
     planned: RefCell<Vec<RequestId>>,
     sim: RefCell<SimRunner>,
 }
 
-/// The simulated device, at the mercy of the test.
+/// The simulated device, under the control of the test.
 struct Device(Rc<Script>);
 
 impl Runner for Device {
@@ -151,14 +151,14 @@ impl Runner for Device {
 /// An engine, its callers and its device.
 struct Machine {
     script: Rc<Script>,
-    /// None once it has ended.
+    /// `None` once the thread has ended.
     thread: Option<SchedulerThread>,
     fault: Arc<OnceLock<EngineFault>>,
     metrics: Snapshotter,
     seen: Seen,
 }
 
-/// How often what is to be tested has happened.
+/// Counts how often the situations that the test is about have occurred.
 #[derive(Clone, Copy, Debug, Default)]
 struct Seen {
     preemptions: u64,
@@ -178,7 +178,7 @@ struct Seen {
 }
 
 impl Seen {
-    /// Totals are the same at every look, the rest is counted as often as it is there.
+    /// Takes over the totals, and counts the states that are present now.
     fn look(&mut self, stats: &EngineStats) {
         *self = Self {
             preemptions: stats.preemptions,
@@ -271,7 +271,7 @@ impl Machine {
         self.check();
     }
 
-    /// One turn of the loop.
+    /// Runs one iteration of the loop.
     fn turn(&mut self) {
         let Some(thread) = &mut self.thread else {
             return;
@@ -282,7 +282,8 @@ impl Machine {
             callers.turn
         };
         self.script.planned.take();
-        // A thread that would wait now is woken by a deadline that nobody has.
+        // Clearing `idle` keeps the thread from blocking, as if it were woken by a deadline of
+        // no request.
         let asleep = std::mem::take(&mut thread.idle) && thread.commands.is_empty();
         let turned = thread.turn();
         let launched = self.script.planned.take();
@@ -315,7 +316,7 @@ impl Machine {
         }
     }
 
-    /// What comes after the last turn.
+    /// Ends the thread after its last iteration.
     fn close(&mut self, cause: EngineFault) {
         let Some(mut thread) = self.thread.take() else {
             return;
@@ -333,13 +334,13 @@ impl Machine {
             "I1: terminals and accepted requests"
         );
         if shut {
-            // What sessions keep goes with the device.
+            // What sessions keep is freed together with the device.
             let idle = stats.retained_sessions > 0 || stats.is_idle();
             assert!(idle && stats.closing == 0, "I12: {stats:?}");
         }
     }
 
-    /// The invariants that hold at any moment.
+    /// Checks the invariants that hold at any moment.
     fn check(&mut self) {
         let Some(thread) = &self.thread else {
             return;
@@ -374,17 +375,17 @@ impl Machine {
             assert_eq!(
                 content(&block),
                 tokens,
-                "I11: {block:?} is not what it is known for"
+                "I11: {block:?} does not hold the tokens that it is cached for"
             );
         }
         for (tokens, table) in thread.scheduler.retained() {
             let mut kept: Vec<u32> = table.blocks().iter().flat_map(content).collect();
             kept.truncate(tokens.len());
-            assert_eq!(kept, tokens, "I11: a session keeps something else");
+            assert_eq!(kept, tokens, "I11: a session keeps wrong tokens");
         }
     }
 
-    /// Turns until the thread waits for commands, and the turn that it begins with that.
+    /// Runs iterations until the thread would wait for commands, and one more.
     fn settle(&mut self) {
         for _ in 0..MAX_TURNS {
             let idle = |thread: &SchedulerThread| thread.idle && thread.commands.is_empty();
@@ -394,7 +395,7 @@ impl Machine {
                 return;
             }
         }
-        panic!("I12: the thread goes on for ever");
+        panic!("I12: the thread never becomes idle");
     }
 
     /// Reads every stream to its end.
@@ -411,12 +412,12 @@ impl Machine {
             let stuck = self.thread.as_ref().is_some_and(stuck);
             assert!(!stuck, "I12: an idle thread has open requests");
         }
-        panic!("I12: requests without end");
+        panic!("I12: some requests never end");
     }
 
-    /// Ends everything. Nothing is left then.
+    /// Ends everything and checks that nothing is left.
     fn finish(mut self, finale: Finale) -> Seen {
-        // What has not happened yet does not happen any more.
+        // Forget the acts and faults that are still to come.
         self.script.during.borrow_mut().clear();
         self.script.fault.set(None);
         match finale {
@@ -426,7 +427,7 @@ impl Machine {
                 self.script.callers.borrow_mut().shut_down(abort);
                 self.read_to_end();
                 self.settle();
-                assert!(self.thread.is_none(), "I12: a shutdown is without end");
+                assert!(self.thread.is_none(), "I12: a shutdown never completes");
             }
         }
         self.script.callers.borrow_mut().drop_streams();
@@ -458,11 +459,11 @@ impl Machine {
                 ),
                 "I1: the ends that callers saw, and those in the books"
             );
-            // The last handle: the thread ends.
+            // Drop the last handle, so that the thread ends.
             callers.engine = None;
         }
         self.turn();
-        assert!(self.thread.is_none(), "I12: nobody is left, and it goes on");
+        assert!(self.thread.is_none(), "I12: the thread has not ended");
         self.check_counters();
         let receipts = self.script.callers.borrow().receipts;
         Seen {
@@ -471,7 +472,7 @@ impl Machine {
         }
     }
 
-    /// I8: what came too late is counted. I9: no event was lost.
+    /// I8: cancels that came too late are counted. I9: no event was lost.
     fn check_counters(&self) {
         let (mut noops, mut failures) = (0, 0);
         for (key, _, _, value) in self.metrics.snapshot().into_vec() {
@@ -574,7 +575,8 @@ fn event() -> impl Strategy<Value = Event> {
     ]
 }
 
-/// What ends an engine, or its taking of requests, comes late if at all.
+/// An event that may end the engine or its acceptance of requests. It comes late in a run, if
+/// at all.
 fn last_event() -> impl Strategy<Value = Event> {
     prop_oneof![
         3 => Just(Event::Turn),
@@ -617,7 +619,7 @@ fn setup() -> impl Strategy<Value = Setup> {
                 max_open_requests: 12,
                 stream_buffer,
                 prefix_cache,
-                // What depends on time would not be the same the next time.
+                // `Auto` would depend on time, so that a run could not be repeated.
                 preemption: match swap {
                     true => Preemption::Swap,
                     false => Preemption::Recompute,
@@ -653,7 +655,7 @@ const ASK: Ask = Ask {
     constrained: false,
 };
 
-/// A small engine without a prefix cache, two steps deep.
+/// A small engine without a prefix cache and with two steps in flight.
 fn small(blocks: usize, block_tokens: usize) -> Setup {
     Setup {
         depth: 2,
@@ -676,7 +678,7 @@ fn small(blocks: usize, block_tokens: usize) -> Setup {
 }
 
 #[test]
-fn a_step_does_not_copy_out_to_the_host_blocks_that_it_copies_in() {
+fn a_step_does_not_swap_out_to_host_blocks_that_it_swaps_in() {
     let ask = |length, max_tokens| Ask {
         length,
         max_tokens,
@@ -686,7 +688,7 @@ fn a_step_does_not_copy_out_to_the_host_blocks_that_it_copies_in() {
         depth: 1,
         ..small(4, 3)
     };
-    // Three requests whose readers are slow give way to each other.
+    // Three requests with slow readers preempt each other.
     let events = [
         Event::Act(Act::OpenSession { pin: None }),
         Event::Act(Act::Submit(ask(1, 1))),
@@ -705,7 +707,7 @@ fn a_step_does_not_copy_out_to_the_host_blocks_that_it_copies_in() {
 }
 
 #[test]
-fn what_a_failed_step_was_to_copy_out_is_not_copied_in() {
+fn what_a_failed_step_should_have_swapped_out_is_not_swapped_in() {
     let ask = |length, max_tokens| Ask {
         length,
         max_tokens,
@@ -714,7 +716,7 @@ fn what_a_failed_step_was_to_copy_out_is_not_copied_in() {
     let mut setup = small(12, 2);
     setup.config.max_batch_tokens = 4;
     setup.config.prefix_cache = true;
-    // The second is paused, gives way to the third, and starts again at once.
+    // The second request is paused, preempted by the third, and restarted at once.
     let mut events = vec![Event::Act(Act::Submit(ask(1, 1)))];
     events.extend([Event::Turn, Event::Turn, Event::Turn]);
     events.push(Event::Act(Act::Submit(ask(2, 3))));
@@ -729,7 +731,7 @@ fn what_a_failed_step_was_to_copy_out_is_not_copied_in() {
 }
 
 #[test]
-fn a_session_does_not_keep_what_a_failed_step_was_to_copy() {
+fn a_session_does_not_keep_what_a_failed_step_should_have_copied() {
     let turn = |length| Act::Turn(0, Ask { length, ..ASK });
     let events = [
         Event::Act(Act::OpenSession { pin: None }),
@@ -738,7 +740,7 @@ fn a_session_does_not_keep_what_a_failed_step_was_to_copy() {
         Event::Turn,
         Event::Turn,
         Event::Act(Act::Read(0)),
-        // The two share a block that the next turn writes to: it is copied.
+        // The two sessions share a block to which the next turn writes, so it is copied.
         Event::Act(Act::Fork(0)),
         Event::Act(turn(1)),
         Event::Turn,
@@ -751,7 +753,7 @@ fn a_session_does_not_keep_what_a_failed_step_was_to_copy() {
 }
 
 #[test]
-fn a_turn_may_begin_as_soon_as_the_one_before_is_stopped_to_be_rewound() {
+fn a_turn_may_begin_as_soon_as_the_previous_one_is_stopped_with_a_rewind() {
     let turn = Act::Turn(
         0,
         Ask {
@@ -786,8 +788,8 @@ fn a_turn_that_has_been_read_to_its_end_is_not_rewound_by_a_stop() {
     run(&small(8, 4), &events);
 }
 
-/// Commands are applied, and then receipts that are out are counted: no step is collected
-/// in between.
+/// Applies the posted commands and returns the number of receipts that callers have got. No
+/// step is collected in between.
 fn receipts_before_the_next_step(machine: &mut Machine) -> u64 {
     let thread = machine.thread.as_mut().expect("the engine is open");
     assert!(!thread.in_flight.is_empty(), "a step is in flight");
@@ -797,8 +799,8 @@ fn receipts_before_the_next_step(machine: &mut Machine) -> u64 {
     callers.receipts
 }
 
-/// I6: the receipt of a session waits for the steps that touch its blocks, those of its
-/// turn, those that it kept, and those that it shares with the session it was forked from.
+/// I6: the receipt of a session waits for all steps that touch its blocks: those of its turn,
+/// the blocks that it kept, and those that it shares with the session from which it was forked.
 #[test]
 fn the_receipt_of_a_session_comes_when_no_step_touches_its_blocks() {
     let ask = |stop_at| Ask {
@@ -807,8 +809,8 @@ fn the_receipt_of_a_session_comes_when_no_step_touches_its_blocks() {
         stop_at,
         ..ASK
     };
-    // In the middle of a turn; after a turn whose next token was on its way when it
-    // stopped; and after that with a fork, which ends last.
+    // The session ends during a turn; after a turn for which a token was still being computed
+    // when it stopped; and after such a turn and a fork, which ends last.
     let whole = [Act::Read(0), Act::Fork(0), Act::End(0), Act::End(0)];
     for (stop_at, acts) in [
         (None, &whole[3..]),
@@ -836,7 +838,7 @@ fn the_receipt_of_a_session_comes_when_no_step_touches_its_blocks() {
     }
 }
 
-/// I9: a deadline of its reader is one of the pause that it was set for.
+/// I9: the deadline of a reader ends with the pause for which it was set.
 #[test]
 fn a_reader_that_has_caught_up_has_no_deadline() {
     let mut setup = small(8, 4);
@@ -863,9 +865,9 @@ fn a_reader_that_has_caught_up_has_no_deadline() {
     machine.finish(setup.finale);
 }
 
-/// Without it, the property might hold because nothing happens.
+/// Ensures that the property test does not pass merely because nothing happens.
 #[test]
-fn random_acts_reach_what_they_are_to_test() {
+fn random_acts_cover_everything_that_the_property_is_about() {
     let mut runner = TestRunner::deterministic();
     let mut seen = Seen::default();
     for _ in 0..200 {

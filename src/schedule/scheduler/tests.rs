@@ -1,4 +1,5 @@
-//! Plans, step by step: who gets which blocks, and who gives way.
+//! Tests of the scheduler, step by step: which sequence gets which blocks, and which is
+//! preempted.
 
 use super::super::Report;
 use super::*;
@@ -38,7 +39,7 @@ impl Bench {
         self.scheduler.add(RequestId(self.ids), spec)
     }
 
-    /// Plans and launches a step: its items and transfers.
+    /// Plans and launches a step, and returns its plan.
     fn launch(&mut self) -> Option<StepPlan> {
         let plan = self.scheduler.plan();
         self.scheduler.audit().unwrap();
@@ -46,7 +47,8 @@ impl Bench {
         plan
     }
 
-    /// Completes the oldest step; every sample is `token`. Gives who has finished.
+    /// Completes the oldest step, in which every sample is `token`. Returns the finished
+    /// sequences.
     fn complete(&mut self, token: u32) -> Vec<SequenceKey> {
         let plan = self.in_flight.pop_front().unwrap();
         self.scheduler.written(&plan);
@@ -90,7 +92,7 @@ fn swapping() -> Policy {
 }
 
 #[test]
-fn the_blocks_of_an_ended_sequence_serve_the_next_with_the_same_beginning() {
+fn blocks_of_an_ended_sequence_are_reused_for_the_same_beginning() {
     let mut bench = Bench::new(16, Policy::default());
     let first = bench.add(spec(prompt(10, 1), 2));
     bench.step();
@@ -99,7 +101,7 @@ fn the_blocks_of_an_ended_sequence_serve_the_next_with_the_same_beginning() {
     let second = bench.add(spec(prompt(10, 1), 2));
     assert_eq!(rows(&bench.step()), [(8, 2)]);
     assert_eq!(bench.sequence(second).cached_tokens, 8);
-    // Of a prompt that is known as a whole, the last block is computed for its logits.
+    // If the whole prompt is cached, the last block is still computed for its logits.
     bench.scheduler.remove(second);
     bench.add(spec(prompt(8, 1), 2));
     assert_eq!(rows(&bench.step()), [(4, 4)]);
@@ -117,11 +119,11 @@ fn a_step_in_flight_publishes_nothing() {
     assert_eq!(rows(&bench.launch().unwrap())[1], (0, 10));
     bench.complete(1);
     bench.complete(1);
-    // Both computed the same: the second holds the blocks of the first now.
+    // Both computed the same tokens, so the second now holds the blocks of the first.
     assert_eq!(bench.scheduler.cache().books().referenced, 4);
 }
 
-/// I11: what a sequence computed before it gave way is not what its blocks hold now.
+/// I11: blocks do not hold what the sequence computed before it was preempted.
 #[test]
 fn a_step_from_before_a_restart_publishes_nothing() {
     let policy = Policy {
@@ -149,9 +151,9 @@ fn a_step_from_before_a_restart_publishes_nothing() {
     assert_eq!(known(&bench), 1);
 }
 
-/// Blocks that a step in flight will free are waited for: no further victim.
+/// The scheduler waits for blocks that a step in flight will free.
 #[test]
-fn who_gives_way_with_a_step_in_flight_gives_way_alone() {
+fn no_second_victim_is_chosen_while_a_step_in_flight_frees_enough_blocks() {
     let mut bench = Bench::new(9, Policy::default());
     let first = bench.add(spec(prompt(7, 1), 20));
     let second = bench.add(spec(prompt(6, 2), 20));
@@ -173,7 +175,7 @@ fn who_gives_way_with_a_step_in_flight_gives_way_alone() {
 }
 
 #[test]
-fn a_follower_waits_for_the_prompt_and_shares_all_of_it() {
+fn a_follower_waits_for_the_prompt_of_its_leader_and_shares_the_blocks() {
     let mut bench = Bench::new(16, Policy::default());
     let leader = bench.add(spec(prompt(10, 1), 4));
     let follower =
@@ -184,7 +186,7 @@ fn a_follower_waits_for_the_prompt_and_shares_all_of_it() {
     assert_eq!(bench.sequence(follower).place(), Place::Parked);
     bench.complete(1);
     let plan = bench.launch().unwrap();
-    // The leader decodes; the follower computes the last token of the prompt again.
+    // The leader decodes, and the follower computes the last token of the prompt again.
     assert_eq!(rows(&plan), [(10, 1), (9, 1)]);
     let last = bench.sequence(leader).table.blocks()[2];
     let copy = bench.sequence(follower).table.blocks()[2];
@@ -212,7 +214,7 @@ fn a_follower_whose_leader_is_gone_computes_the_prompt_itself() {
 }
 
 #[test]
-fn urgent_sequences_start_first_and_less_urgent_ones_give_way() {
+fn urgent_sequences_start_first_and_preempt_less_urgent_ones() {
     let policy = Policy {
         max_sequences: 1,
         ..Policy::default()
@@ -234,7 +236,7 @@ fn urgent_sequences_start_first_and_less_urgent_ones_give_way() {
 }
 
 #[test]
-fn tenants_are_served_evenly_however_much_each_asks_for() {
+fn tenants_are_served_evenly_whatever_their_demand() {
     let policy = Policy {
         max_sequences: 1,
         ..Policy::default()
@@ -277,7 +279,7 @@ fn tenants_are_served_evenly_however_much_each_asks_for() {
 }
 
 #[test]
-fn a_swapped_out_sequence_goes_on_where_it_was() {
+fn a_swapped_out_sequence_resumes_where_it_stopped() {
     let mut bench = Bench::new(6, swapping());
     let first = bench.add(spec(prompt(11, 1), 8));
     let second = bench.add(spec(prompt(6, 2), 8));
@@ -292,7 +294,7 @@ fn a_swapped_out_sequence_goes_on_where_it_was() {
     assert_eq!(bench.scheduler.counts().swaps, 1);
     bench.scheduler.remove(first);
     let plan = bench.step();
-    // Whole blocks are still known; the rest comes back from the host.
+    // Complete blocks are still in the prefix cache; the rest comes back from the host.
     assert_eq!(rows(&plan), [(at, 1)]);
     let back: Vec<_> = plan
         .transfers
@@ -305,9 +307,9 @@ fn a_swapped_out_sequence_goes_on_where_it_was() {
     assert_eq!(bench.scheduler.counts().swapped_blocks, 0);
 }
 
-/// I4: blocks on their way to the host are not handed out before the step is done.
+/// I4: blocks that are being copied to the host are not reallocated before the step completes.
 #[test]
-fn swapped_out_blocks_wait_for_the_step_that_copies_them() {
+fn swapped_out_blocks_stay_deferred_until_they_are_copied() {
     let mut bench = Bench::new(6, swapping());
     bench.add(spec(prompt(11, 1), 8));
     bench.add(spec(prompt(6, 2), 8));
@@ -324,10 +326,10 @@ fn swapped_out_blocks_wait_for_the_step_that_copies_them() {
     }
 }
 
-/// I10: who is on the way to the host starts again when it has arrived there, for the
-/// step that copies it may fail.
+/// I10: a sequence that is being swapped out starts again only when the copy has completed,
+/// because the step may fail.
 #[test]
-fn a_sequence_comes_back_from_the_host_after_the_step_that_copied_it() {
+fn a_sequence_is_swapped_in_only_after_the_step_that_swapped_it_out() {
     let policy = Policy {
         max_sequences: 1,
         ..swapping()
@@ -341,14 +343,14 @@ fn a_sequence_comes_back_from_the_host_after_the_step_that_copied_it() {
     });
     assert!(!bench.launch().unwrap().transfers.swap_out.is_empty());
     bench.scheduler.remove(urgent);
-    assert!(bench.launch().is_none(), "there is room for it");
+    assert!(bench.launch().is_none(), "its copy is in flight");
     bench.complete(7);
     assert!(!bench.launch().unwrap().transfers.swap_in.is_empty());
     assert!(bench.running(usual));
 }
 
 #[test]
-fn a_sequence_whose_copy_is_lost_is_computed_anew() {
+fn a_sequence_whose_copy_is_lost_is_recomputed() {
     let mut bench = Bench::new(6, swapping());
     let first = bench.add(spec(prompt(11, 1), 8));
     let second = bench.add(spec(prompt(6, 2), 8));
@@ -372,7 +374,7 @@ fn a_sequence_whose_copy_is_lost_is_computed_anew() {
 
 /// I12.
 #[test]
-fn a_cancelled_sequence_gives_its_host_memory_back() {
+fn a_cancelled_sequence_frees_its_host_memory() {
     let mut bench = Bench::new(6, swapping());
     bench.add(spec(prompt(11, 1), 8));
     let second = bench.add(spec(prompt(6, 2), 8));
@@ -399,7 +401,7 @@ fn keep(tokens: usize) -> Fate {
 }
 
 #[test]
-fn a_session_goes_on_from_what_it_kept() {
+fn a_session_continues_from_its_kept_blocks() {
     let mut bench = Bench::new(16, Policy::default());
     let first = bench.add(turn(50, prompt(9, 1), 1));
     bench.step();
@@ -409,7 +411,7 @@ fn a_session_goes_on_from_what_it_kept() {
     assert_eq!(bench.scheduler.kept(SessionId(50)).blocks, 3);
     tokens.extend([1, 2, 3]);
     bench.add(turn(50, tokens, 1));
-    assert_eq!(rows(&bench.step()), [(9, 4)], "also within a block");
+    assert_eq!(rows(&bench.step()), [(9, 4)], "even within a block");
 }
 
 #[test]
@@ -428,7 +430,7 @@ fn a_rewound_turn_leaves_the_session_as_it_was() {
     assert_eq!(bench.scheduler.kept(SessionId(50)).tokens, 9);
     let books = bench.scheduler.cache().books();
     assert_eq!(books.referenced, before.referenced);
-    // A turn that never started takes nothing away either.
+    // A turn that never started does not change what the session keeps.
     let third = bench.add(turn(50, tokens, 5));
     bench.scheduler.close(third, keep(9));
     assert_eq!(bench.scheduler.kept(SessionId(50)).tokens, 9);
@@ -438,7 +440,7 @@ fn a_rewound_turn_leaves_the_session_as_it_was() {
 }
 
 #[test]
-fn what_sessions_keep_goes_to_who_needs_it_the_oldest_first() {
+fn the_least_recently_used_session_is_evicted_first() {
     let mut bench = Bench::new(8, Policy::default());
     for session in [50, 51] {
         let key = bench.add(turn(session, prompt(9, session as u32), 1));
@@ -453,7 +455,7 @@ fn what_sessions_keep_goes_to_who_needs_it_the_oldest_first() {
 }
 
 #[test]
-fn a_pin_keeps_others_away_until_its_time_or_until_nobody_else_could_run() {
+fn a_pinned_session_is_evicted_only_for_a_sequence_that_could_never_run_otherwise() {
     let policy = Policy {
         max_pinned_blocks: 3,
         ..Policy::default()
@@ -480,7 +482,7 @@ fn a_pin_keeps_others_away_until_its_time_or_until_nobody_else_could_run() {
     bench.step();
     assert_eq!(bench.scheduler.kept(SessionId(50)).blocks, 3);
     bench.scheduler.remove(small);
-    // Alone it could never run with the pin.
+    // With the pin, it could never run, not even alone.
     let large = bench.add(spec(prompt(30, 9), 1));
     bench.step();
     assert!(bench.running(large));
@@ -488,7 +490,7 @@ fn a_pin_keeps_others_away_until_its_time_or_until_nobody_else_could_run() {
 }
 
 #[test]
-fn an_expired_pin_gives_way_like_any_other_session() {
+fn a_session_is_evicted_after_its_pin_has_expired() {
     let policy = Policy {
         max_pinned_blocks: 8,
         ..Policy::default()
@@ -513,9 +515,9 @@ fn an_expired_pin_gives_way_like_any_other_session() {
     assert_eq!(bench.scheduler.kept(SessionId(50)).blocks, 0);
 }
 
-/// I3: what an ended session had pinned does not count against the cap any more.
+/// I3: the pin of an ended session no longer counts against the cap.
 #[test]
-fn an_ended_session_takes_its_pin_with_it() {
+fn ending_a_session_removes_its_pin() {
     let policy = Policy {
         max_pinned_blocks: 3,
         ..Policy::default()
@@ -556,7 +558,7 @@ fn a_fork_shares_the_blocks_and_copies_what_it_writes() {
     assert_eq!(
         plan.transfers.copies.len(),
         1,
-        "the second to write is alone"
+        "the second to write is the only holder"
     );
     let (a, b) = (
         bench.sequence(one).table.blocks(),
@@ -568,7 +570,7 @@ fn a_fork_shares_the_blocks_and_copies_what_it_writes() {
 
 /// I2.
 #[test]
-fn paused_sequences_wait_aside_and_come_back_in_their_order() {
+fn paused_sequences_do_not_run_and_resume_in_order() {
     let policy = Policy {
         max_sequences: 1,
         ..Policy::default()
@@ -602,7 +604,7 @@ fn a_follower_that_was_paused_does_not_wait_for_the_prompt_again() {
         .add_follower(id, spec(prompt(10, 1), 9), Some(leader));
     bench.step();
     bench.step();
-    // Both give way: the leader's prompt is not there any more.
+    // Both are preempted, so the leader no longer holds the prompt.
     for key in [leader, follower] {
         bench.scheduler.set_paused(key, true);
     }
@@ -633,7 +635,7 @@ fn when_the_leader_goes_the_first_follower_computes_the_prompt_for_the_rest() {
 }
 
 #[test]
-fn nobody_gives_way_in_vain() {
+fn nothing_is_preempted_in_vain() {
     let mut bench = Bench::new(10, Policy::default());
     let usual = bench.add(spec(prompt(16, 1), 4));
     let low = SequenceSpec {
@@ -642,7 +644,7 @@ fn nobody_gives_way_in_vain() {
     };
     let low = bench.add(low);
     bench.step();
-    // It would not fit even without the less urgent one.
+    // It would not fit even if the less urgent one were preempted.
     let large = bench.add(spec(prompt(28, 3), 2));
     bench.step();
     assert!(bench.running(usual) && bench.running(low));
@@ -651,10 +653,10 @@ fn nobody_gives_way_in_vain() {
     assert!(bench.running(large) && !bench.running(low));
 }
 
-/// Whoever gave way could still not make room for the newcomer and for the next block of
-/// the sequence that goes on.
+/// Preempting the less urgent sequence would not make enough room for the new sequence and for
+/// the next block of the running one.
 #[test]
-fn nobody_gives_way_for_the_last_block_of_the_running() {
+fn nothing_is_preempted_if_the_next_block_of_a_running_sequence_would_be_missing() {
     let mut bench = Bench::new(10, Policy::default());
     let usual = bench.add(spec(prompt(16, 1), 4));
     let low = bench.add(SequenceSpec {
@@ -664,22 +666,22 @@ fn nobody_gives_way_for_the_last_block_of_the_running() {
     bench.step();
     let books = bench.scheduler.cache().books();
     assert_eq!((books.referenced, books.free), (7, 3));
-    // With the three blocks of the less urgent one there would be exactly six.
+    // With the three blocks of the less urgent sequence, exactly six would be free.
     let large = bench.add(spec(prompt(24, 3), 2));
     bench.launch().unwrap();
     assert!(bench.running(usual) && bench.running(low) && !bench.running(large));
     assert_eq!(bench.scheduler.counts().preemptions, 0);
 }
 
-/// A sequence that starts leaves a block for each that runs already, so that it does not
-/// give way to their next tokens at once.
+/// A sequence starts only if one block per running sequence stays free, so that it is not
+/// preempted for their next tokens at once.
 #[test]
-fn a_block_is_kept_back_for_each_running_sequence() {
+fn a_block_is_reserved_for_each_running_sequence() {
     let mut bench = Bench::new(4, Policy::default());
     let first = bench.add(spec(prompt(6, 1), 5));
     bench.step();
     assert_eq!(bench.scheduler.cache().books().free, 2);
-    // The two free blocks would hold its prompt.
+    // The two free blocks would hold the prompt of the second.
     let second = bench.add(spec(prompt(8, 2), 2));
     loop {
         bench.launch().unwrap();
@@ -694,7 +696,8 @@ fn a_block_is_kept_back_for_each_running_sequence() {
     assert_eq!(bench.scheduler.counts().preemptions, 0);
 }
 
-/// Nobody gives way to a newcomer while a step in flight frees what it needs.
+/// Nothing is evicted or preempted for a new sequence while a step in flight frees enough
+/// blocks.
 #[test]
 fn a_sequence_that_starts_waits_for_deferred_blocks() {
     let mut bench = Bench::new(8, Policy::default());
@@ -718,8 +721,8 @@ fn a_sequence_that_starts_waits_for_deferred_blocks() {
     assert_eq!(bench.scheduler.kept(SessionId(50)).blocks, 3);
 }
 
-/// Copies to the host come before copies from it: what is read back in a step is not
-/// handed out in it.
+/// A step copies out to the host before it copies in, so host blocks that it reads back are not
+/// reallocated in the same step.
 #[test]
 fn host_memory_that_a_step_reads_is_not_written_by_it() {
     let policy = Policy {
@@ -730,8 +733,8 @@ fn host_memory_that_a_step_reads_is_not_written_by_it() {
     let first = bench.add(spec(prompt(6, 1), 9));
     let second = bench.add(spec(prompt(6, 2), 9));
     bench.step();
-    // The first is swapped out while it is paused, then it comes back; the second is
-    // paused and gives way to a third in the same step.
+    // The first sequence is swapped out while it is paused. It comes back in the same step in
+    // which another paused sequence is swapped out for a new one.
     bench.scheduler.set_paused(first, true);
     bench.add(spec(prompt(6, 3), 9));
     let plan = bench.step();
@@ -768,7 +771,7 @@ fn scored(prompt: Vec<u32>, new_tokens: usize) -> SequenceSpec {
     }
 }
 
-/// Rows, samples and reports of each item.
+/// Returns start, number of rows, `sample`, `end` and report of each item.
 fn reports(plan: &StepPlan) -> Vec<(usize, usize, bool, bool, Report)> {
     let items = plan.items.iter();
     items
@@ -787,7 +790,7 @@ fn reports(plan: &StepPlan) -> Vec<(usize, usize, bool, bool, Report)> {
 }
 
 #[test]
-fn an_embedding_computes_its_whole_prompt_although_it_is_known_and_publishes_it() {
+fn an_embedding_computes_its_whole_prompt_even_if_cached_and_publishes_it() {
     let policy = Policy {
         max_batch_tokens: 6,
         ..Policy::default()
@@ -811,7 +814,7 @@ fn an_embedding_computes_its_whole_prompt_although_it_is_known_and_publishes_it(
     assert_eq!((counts.prefix_queries, counts.prefix_hits), (0, 0));
 }
 
-/// What is on its way is not reported twice, and need not be computed again either.
+/// Rows whose report is in flight are neither reported twice nor computed again.
 #[test]
 fn a_report_that_was_launched_is_not_launched_again_after_a_restart() {
     let policy = Policy {
@@ -829,14 +832,14 @@ fn a_report_that_was_launched_is_not_launched_again_after_a_restart() {
     bench.step();
     bench.scheduler.remove(urgent);
     assert!(!bench.running(key));
-    // The first block is known; of the second, two tokens were reported.
+    // The first block is cached. Two tokens of the second block were reported.
     let again = bench.step();
     assert_eq!(reports(&again), [(4, 6, false, false, Report::Sum(6..10))]);
     let last = bench.step();
     assert_eq!(reports(&last), [(10, 4, false, true, Report::Sum(10..14))]);
 }
 
-/// One that has only to hear from the device is not started again.
+/// A sequence that only waits for its end to be committed is not started again.
 #[test]
 fn an_embedding_whose_end_is_in_flight_waits_for_it() {
     let policy = Policy {
@@ -860,7 +863,7 @@ fn an_embedding_whose_end_is_in_flight_waits_for_it() {
 }
 
 #[test]
-fn scored_rows_are_samples_of_the_step_and_no_step_has_too_many() {
+fn scored_rows_count_towards_the_sample_limit_of_a_step() {
     let policy = Policy {
         max_sequences: 4,
         max_batch_tokens: 16,
@@ -872,7 +875,7 @@ fn scored_rows_are_samples_of_the_step_and_no_step_has_too_many() {
     let key = bench.add(scored(prompt(8, 2), 2));
     let later = bench.add(spec(prompt(5, 3), 2));
     let first = bench.step();
-    // One sample is the decode's. None is left for who came later.
+    // The decode takes one of the four samples. No sample is left for the last sequence.
     let scores = |from: usize, to: usize| Report::Scores(from..to);
     assert_eq!(reports(&first)[1..], [(0, 3, false, false, scores(0, 3))]);
     let second = bench.step();
@@ -887,7 +890,7 @@ fn scored_rows_are_samples_of_the_step_and_no_step_has_too_many() {
             (0, 5, true, false, Report::Nothing)
         ]
     );
-    // The last of the item's samples is fed back.
+    // All samples have been committed, so the host knows the next tokens.
     let fourth = bench.launch().unwrap();
     let inputs: Vec<_> = fourth.items.iter().map(|item| item.input).collect();
     assert_eq!(inputs, [TokenInput::Known; 2]);
@@ -898,7 +901,7 @@ fn scored_rows_are_samples_of_the_step_and_no_step_has_too_many() {
 }
 
 #[test]
-fn what_follows_scored_rows_is_fed_back_from_behind_them() {
+fn feedback_refers_to_the_sample_after_the_scored_rows() {
     let mut bench = Bench::new(32, Policy::default());
     bench.add(scored(prompt(8, 2), 3));
     bench.add(spec(prompt(5, 3), 3));
@@ -922,9 +925,9 @@ fn a_prompt_that_is_only_scored_ends_with_it() {
     }
 }
 
-/// What the session keeps was not computed for this turn.
+/// The kept tokens were not scored in this turn.
 #[test]
-fn a_turn_that_is_scored_computes_all_of_its_session_anew() {
+fn a_scored_turn_recomputes_its_whole_session() {
     let mut bench = Bench::new(16, Policy::default());
     let first = bench.add(turn(1, prompt(10, 1), 2));
     bench.step();
@@ -942,7 +945,8 @@ fn a_turn_that_is_scored_computes_all_of_its_session_anew() {
     bench.scheduler.close(second, fate);
     assert_eq!(bench.scheduler.kept(SessionId(1)).tokens, 10);
 }
-/// Allows the token 7 so many times; 8 makes it fail.
+/// Allows the token 7 this many times. It fails for other tokens, and if asked for a mask with
+/// a count of 13.
 #[derive(Clone, Debug)]
 struct Sevens(usize);
 
@@ -974,7 +978,7 @@ impl Constraint for Sevens {
     }
 }
 
-/// A spec that allows so many sevens.
+/// Adds a constraint that allows this many sevens.
 fn sevens(count: usize, spec: SequenceSpec) -> SequenceSpec {
     SequenceSpec {
         constraint: Some(ConstraintState::new(Box::new(Sevens(count)), 32)),
@@ -992,7 +996,8 @@ fn a_constrained_sequence_is_planned_when_its_last_token_is_known() {
     let free = bench.add(spec(prompt(5, 1), 20));
     let held = bench.add(sevens(99, spec(prompt(6, 2), 20)));
     assert_eq!(keys(&bench.launch().unwrap()), [free, held]);
-    // Two steps in flight: the free one goes on by feedback, the other is waited for.
+    // With two steps in flight, the unconstrained sequence continues by feedback, while the
+    // constrained one waits for its token.
     for _ in 0..8 {
         let plan = bench.launch().unwrap();
         assert_eq!(keys(&plan), [free]);
@@ -1005,7 +1010,7 @@ fn a_constrained_sequence_is_planned_when_its_last_token_is_known() {
         bench.complete(7);
     }
     assert_eq!(bench.sequence(held).generated(), 8);
-    // Alone there is nothing to do until its token comes.
+    // Without the other sequence there is nothing to do until the token is committed.
     bench.scheduler.remove(free);
     assert!(bench.launch().is_none());
 }
@@ -1025,14 +1030,14 @@ fn a_constrained_prompt_is_computed_in_chunks_without_waiting() {
 }
 
 #[test]
-fn a_complete_constraint_ends_its_sequence_as_a_stop() {
+fn a_complete_constraint_finishes_its_sequence_with_stop() {
     let mut bench = Bench::new(64, Policy::default());
     let key = bench.add(sevens(2, spec(prompt(5, 1), 2)));
     bench.launch();
     let commit = |bench: &mut Bench, token| bench.scheduler.commit(key, token);
     assert_eq!(commit(&mut bench, 7), Commit::Token);
     bench.launch();
-    // It is the last of its tokens, too.
+    // This is also the last token that `max_tokens` allows.
     assert_eq!(commit(&mut bench, 7), Commit::Finished(FinishReason::Stop));
     let long = bench.add(sevens(9, spec(prompt(5, 2), 1)));
     bench.launch();
@@ -1043,7 +1048,7 @@ fn a_complete_constraint_ends_its_sequence_as_a_stop() {
 }
 
 #[test]
-fn a_stop_token_is_not_for_the_constraint() {
+fn a_stop_token_is_not_passed_to_the_constraint() {
     let mut bench = Bench::new(64, Policy::default());
     let stops = SequenceSpec {
         stop_tokens: Arc::new([3]),
@@ -1069,7 +1074,7 @@ fn a_token_that_the_constraint_refuses_fails_its_sequence_and_is_not_appended() 
 }
 
 #[test]
-fn masks_are_those_of_the_step_and_the_failed_are_named() {
+fn masks_are_computed_for_sampled_items_and_failures_are_returned() {
     let policy = Policy {
         max_batch_tokens: 12,
         ..Policy::default()
@@ -1078,7 +1083,7 @@ fn masks_are_those_of_the_step_and_the_failed_are_named() {
     bench.add(spec(prompt(3, 1), 20));
     let fails = bench.add(sevens(13, spec(prompt(4, 2), 20)));
     let good = bench.add(sevens(12, spec(prompt(4, 3), 20)));
-    // Its first chunk takes no sample: nobody asks what may come next.
+    // Its first chunk is not sampled, so its constraint is not asked for a mask.
     let later = bench.add(sevens(13, spec(prompt(9, 4), 20)));
     let plan = bench.launch().unwrap();
     assert_eq!(keys(&plan).len(), 4);
@@ -1087,11 +1092,11 @@ fn masks_are_those_of_the_step_and_the_failed_are_named() {
     assert_eq!(failed[0].0, fails);
     let mask = |key| bench.sequence(key).spec.constraint.as_ref().unwrap().mask();
     assert_eq!(mask(good)[0], 1 << 7);
-    assert!(mask(later).is_empty(), "it was not asked");
+    assert!(mask(later).is_empty(), "its constraint was not asked");
 }
 
 #[test]
-fn a_preempted_sequence_keeps_what_its_constraint_has_accepted() {
+fn a_preempted_sequence_keeps_the_state_of_its_constraint() {
     for policy in [Policy::default(), swapping()] {
         let mut bench = Bench::new(8, policy);
         let first = bench.add(spec(prompt(10, 1), 20));
@@ -1127,14 +1132,15 @@ fn sequences_with_different_salts_share_nothing() {
     bench.step();
     let tokens = bench.sequence(first).tokens.clone();
     bench.scheduler.close(first, keep(tokens.len()));
-    // Another salt finds nothing in the cache, and nor does none.
+    // Neither another salt nor no salt finds the blocks in the cache.
     bench.add(salted("two", spec(prompt(9, 1), 1)));
     assert_eq!(rows(&bench.step()), [(0, 9)]);
     bench.add(spec(prompt(9, 1), 1));
     assert_eq!(rows(&bench.step()), [(0, 9)]);
     bench.add(salted("one", spec(prompt(9, 1), 1)));
     assert_eq!(rows(&bench.step()), [(8, 1)], "two whole blocks are known");
-    // A fork has the salt of its session, and a turn with another one starts anew.
+    // A fork has the salt of its session. A turn with another salt does not reuse what its
+    // session keeps.
     bench.scheduler.fork_session(SessionId(50), SessionId(51));
     bench.add(salted("one", turn(51, prompt(12, 1), 1)));
     assert_eq!(rows(&bench.step()), [(9, 3)]);
@@ -1142,10 +1148,10 @@ fn sequences_with_different_salts_share_nothing() {
     assert_eq!(
         rows(&bench.step()),
         [(8, 4)],
-        "what the second one has left"
+        "the second sequence left two blocks"
     );
     assert_eq!(bench.scheduler.kept(SessionId(50)).tokens, 0);
-    // A sample with another salt does not follow its leader.
+    // A sequence with another salt does not follow the leader.
     let leader = bench.add(salted("one", spec(prompt(9, 7), 1)));
     let other = salted("two", spec(prompt(9, 7), 1));
     bench

@@ -1,7 +1,8 @@
 //! What a connection is doing, and how long it may go on doing it.
 //!
-//! Requests and their answers, the socket's bytes and the list of connections all report
-//! to or read from the connection's [`Activity`]; its own task enforces the time limits.
+//! The requests and their responses, the socket's bytes and the list of connections all report
+//! to or read from the connection's [`Activity`]. The task of the connection enforces the time
+//! limits.
 
 use super::Limits;
 use atomic_waker::AtomicWaker;
@@ -14,21 +15,21 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::{Instant, Sleep, sleep_until};
 
-/// The version of HTTP that a client has turned out to speak.
+/// The HTTP version that a client speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Protocol {
-    /// HTTP/1.0 or HTTP/1.1: one request at a time.
+    /// HTTP/1.0 or HTTP/1.1, with one request at a time.
     Http1,
-    /// HTTP/2: many requests at a time.
+    /// HTTP/2, with many requests at a time.
     Http2,
 }
 
-/// Why a connection that has no open request is to be closed.
+/// Why a connection without an open request must be closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Late {
     /// The client did not send the whole head of a request in time.
     Head,
-    /// The client sent nothing for the length of the keep-alive timeout.
+    /// The client sent nothing for the keep-alive timeout.
     Idle,
 }
 
@@ -36,29 +37,29 @@ pub(super) enum Late {
 #[derive(Debug)]
 pub(super) struct Activity {
     state: Mutex<State>,
-    /// Wakes whoever waits for what this state says. Woken after every change.
+    /// Wakes the connection's task, which waits for changes of the state.
     changed: AtomicWaker,
-    /// Wakes the accept loop: this connection may now be closed for another one.
+    /// Wakes the accept loop when this connection may be closed to make room.
     idle: Arc<Notify>,
 }
 
 #[derive(Debug)]
 struct State {
     protocol: Option<Protocol>,
-    /// Requests whose answer has not been handed over to the end.
+    /// Number of requests whose response has not been completely handed to hyper.
     requests: usize,
-    /// Whether the body of the last request is still arriving. With HTTP/1 that is the
-    /// only open one; with HTTP/2 this means nothing.
+    /// Whether the body of the last request is still arriving. With HTTP/1 this is the only
+    /// open request. With HTTP/2 the value is not used.
     uploading: bool,
-    /// Whether there has been a request.
+    /// Whether there was a request.
     used: bool,
-    /// When the client connected, or its last request ended.
+    /// When the client connected or its last request ended.
     since: Instant,
-    /// When the first byte of a request's head came, while no request was open.
+    /// When the first byte of a request's head arrived while no request was open.
     head_since: Option<Instant>,
-    /// Whether the socket has taken all that was written.
+    /// Whether the socket has taken everything that was written.
     flushed: bool,
-    /// Chosen to make room for another connection.
+    /// Whether the connection was chosen to make room for another one.
     evicted: bool,
 }
 
@@ -69,8 +70,8 @@ impl State {
 }
 
 impl Activity {
-    /// A client that has just connected. `idle` is notified whenever the connection has
-    /// no open request any more.
+    /// Creates the state of a client that has just connected. `idle` is notified whenever the
+    /// connection becomes idle.
     pub fn new(idle: Arc<Notify>) -> Self {
         Self {
             state: Mutex::new(State {
@@ -101,7 +102,7 @@ impl Activity {
     /// Records bytes that hyper has read from the client.
     pub fn received(&self, bytes: &[u8]) {
         let mut state = self.state();
-        // An empty line between requests is tolerated and begins none (RFC 9112, 2.2).
+        // Empty lines before a request are ignored (RFC 9112, section 2.2).
         let begins = bytes.iter().any(|byte| !matches!(byte, b'\r' | b'\n'));
         let head = state.requests == 0 && state.protocol != Some(Protocol::Http2);
         if begins && head && state.head_since.is_none() {
@@ -111,7 +112,7 @@ impl Activity {
         }
     }
 
-    /// Records whether the socket has taken all that was written to it.
+    /// Records whether the socket has taken everything that was written to it.
     pub fn flushed(&self, flushed: bool) {
         let mut state = self.state();
         state.flushed = flushed;
@@ -120,7 +121,7 @@ impl Activity {
         }
     }
 
-    /// Records the head of a request; the request is open until the value is dropped.
+    /// Records the head of a request. The request is open until the returned value is dropped.
     pub fn request(self: &Arc<Self>) -> OpenRequest {
         let mut state = self.state();
         state.requests += 1;
@@ -131,37 +132,37 @@ impl Activity {
         OpenRequest(Arc::clone(self))
     }
 
-    /// Records that the body of the request that came last is arriving, or has arrived.
+    /// Records whether the body of the last request is still arriving.
     pub fn uploading(&self, uploading: bool) {
         self.state().uploading = uploading;
     }
 
-    /// Whether a client of HTTP/1 has sent its whole request and waits for the answer.
-    /// Whatever it sends now is no part of that request.
+    /// Returns whether an HTTP/1 client has sent its whole request and waits for the response.
+    /// Whatever it sends now is not part of that request.
     pub fn awaits_answer(&self) -> bool {
         let state = self.state();
         state.protocol == Some(Protocol::Http1) && state.requests > 0 && !state.uploading
     }
 
-    /// Whether no request is open and everything that was written has been taken.
+    /// Returns whether no request is open and everything that was written has been taken.
     pub fn is_idle(&self) -> bool {
         self.state().is_idle()
     }
 
-    /// Since when the connection has been idle; `None` while it is not, or if it is to be
+    /// Returns since when the connection has been idle; `None` if it is not idle or will be
     /// closed already.
     pub fn idle_since(&self) -> Option<Instant> {
         let state = self.state();
         (state.is_idle() && !state.evicted).then_some(state.since)
     }
 
-    /// Whether the connection is to make room for another one.
+    /// Returns whether the connection must make room for another one.
     pub fn is_evicted(&self) -> bool {
         self.state().evicted
     }
 
-    /// Asks the connection's task to close the connection if it is still idle. Returns
-    /// whether it was.
+    /// Asks the connection's task to close the connection if it is still idle. Returns whether
+    /// it was.
     pub fn evict(&self) -> bool {
         let mut state = self.state();
         let idle = state.is_idle() && !state.evicted;
@@ -172,15 +173,15 @@ impl Activity {
         idle
     }
 
-    /// Takes an eviction back: a request came first.
+    /// Takes an eviction back, because a request came first.
     pub fn keep(&self) {
         self.state().evicted = false;
-        // Another one has to go.
+        // Another connection must be closed instead.
         self.idle.notify_one();
     }
 
-    /// Wakes the caller after every change. Must be polled before the other methods that
-    /// wait, which rely on it.
+    /// Never completes, but wakes the caller after every change. Must be polled before the
+    /// other waiting methods, which rely on it.
     pub async fn changes(&self) -> Infallible {
         poll_fn(|context| {
             self.changed.register(context.waker());
@@ -189,8 +190,8 @@ impl Activity {
         .await
     }
 
-    /// Waits until the connection is to make room for another one. Needs to be polled
-    /// beside [`Activity::changes`].
+    /// Waits until the connection must make room for another one. Must be polled together with
+    /// [`Activity::changes`].
     pub async fn evicted(&self) {
         poll_fn(|_| match self.state().evicted {
             true => Poll::Ready(()),
@@ -199,7 +200,8 @@ impl Activity {
         .await;
     }
 
-    /// When the connection is closed unless something happens before.
+    /// Returns when the connection will be closed and why, unless something happens before;
+    /// `None` while a request is open.
     fn deadline(&self, limits: &Limits) -> Option<(Instant, Late)> {
         let state = self.state();
         if state.requests > 0 {
@@ -214,15 +216,14 @@ impl Activity {
         Some((state.since + limits.keep_alive_timeout, Late::Idle))
     }
 
-    /// Waits until a client without an open request has taken too long. Needs to be
-    /// polled beside [`Activity::changes`], and after hyper, so that it sees what hyper
-    /// has just read.
+    /// Waits until a client without an open request has taken too long. Must be polled together
+    /// with [`Activity::changes`], and after hyper, so that it sees what hyper has just read.
     pub async fn late(&self, limits: &Limits) -> Late {
         let mut clock = pin!(sleep_until(Instant::now() + FAR));
         poll_fn(|context| self.poll_late(limits, clock.as_mut(), context)).await
     }
 
-    /// Waits until no request has been open for so long.
+    /// Waits until no request has been open for `time`, counted from this call at the earliest.
     pub async fn idle_for(&self, time: Duration) {
         let begun = Instant::now();
         let mut clock = pin!(sleep_until(begun + FAR));
@@ -257,10 +258,10 @@ impl Activity {
     }
 }
 
-/// Longer than any connection lives; within what timers can represent.
+/// Longer than any connection lives, but within what timers can represent.
 const FAR: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// A request that is open for as long as this exists.
+/// A request that stays open until this value is dropped.
 #[derive(Debug)]
 pub(super) struct OpenRequest(Arc<Activity>);
 

@@ -1,7 +1,8 @@
-//! Which connections are accepted: so many in all, and so many from one address.
+//! Decides which connections are accepted. There is a limit on all connections and one per
+//! address.
 //!
-//! When there is no room, the connection that has been idle for the longest time is
-//! closed, so that clients that hold connections open cannot keep others out.
+//! When there is no room, the connection that has been idle the longest is closed, so that
+//! clients cannot keep others out by holding connections open.
 
 use super::activity::Activity;
 use std::collections::HashMap;
@@ -9,13 +10,13 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 
-/// The connections that are open.
+/// The open connections.
 #[derive(Debug)]
 pub(super) struct Admission {
     limit: usize,
     per_address: usize,
     open: Mutex<Open>,
-    /// Notified when a connection has been closed or has become idle.
+    /// Notified when a connection was closed or became idle.
     changed: Arc<Notify>,
 }
 
@@ -23,7 +24,7 @@ pub(super) struct Admission {
 struct Open {
     next: u64,
     connections: HashMap<u64, Connection>,
-    /// Connections from each address.
+    /// Number of connections per address.
     counts: HashMap<IpAddr, usize>,
 }
 
@@ -38,14 +39,14 @@ impl Open {
         self.counts.get(&address).copied().unwrap_or(0)
     }
 
-    /// Whether a connection is to be closed to make room and has not been closed yet.
+    /// Returns whether a connection was asked to make room and is not closed yet.
     fn is_evicting(&self) -> bool {
         let mut connections = self.connections.values();
         connections.any(|open| open.activity.is_evicted())
     }
 
-    /// Has the connection closed that has been idle for the longest time, of those from
-    /// `address` if one is given. Returns whether there was one.
+    /// Asks the connection that has been idle the longest to close, if there is one. If
+    /// `address` is given, only connections from there count. Returns whether one was asked.
     fn evict(&self, address: Option<IpAddr>) -> bool {
         let candidates = self.connections.values();
         let candidates = candidates.filter(|open| address.is_none_or(|own| own == open.address));
@@ -56,7 +57,7 @@ impl Open {
 }
 
 impl Admission {
-    /// No connection yet, and so many at most.
+    /// Creates an empty list of connections with these limits.
     pub fn new(limit: usize, per_address: usize) -> Self {
         Self {
             limit,
@@ -70,8 +71,8 @@ impl Admission {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until there is room for one more connection, and makes room if an idle one
-    /// can be closed.
+    /// Waits until there is room for one more connection. Closes an idle one if that makes
+    /// room.
     pub async fn room(&self) {
         loop {
             {
@@ -79,18 +80,19 @@ impl Admission {
                 if open.connections.len() < self.limit {
                     return;
                 }
-                // One at a time: this may be woken before the last one has been closed.
+                // Close one at a time: this loop may be woken before the last one has been
+                // closed.
                 if !open.is_evicting() {
                     open.evict(None);
                 }
             }
-            // Only the accept loop waits here, so that no wake-up is lost.
+            // No wake-up is lost, because only the accept loop waits here.
             self.changed.notified().await;
         }
     }
 
-    /// Takes in a connection from `address`, or refuses it: there are too many from there,
-    /// and none of them is idle.
+    /// Adds a connection from `address`. If there are too many from that address, asks an idle
+    /// one of them to close; if none is idle, refuses the new one and returns `None`.
     pub fn admit(self: &Arc<Self>, address: IpAddr) -> Option<Place> {
         let address = network(address);
         let mut open = self.open();
@@ -114,7 +116,7 @@ impl Admission {
     }
 }
 
-/// The addresses that one client can choose from: a /64 network with IPv6.
+/// Returns the network within which a client can choose its address: a /64 network with IPv6.
 fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V4(address) => IpAddr::V4(address),
@@ -125,7 +127,7 @@ fn network(address: IpAddr) -> IpAddr {
     }
 }
 
-/// A connection's place among those that are open, until it is dropped.
+/// The place of a connection among the open ones, freed on drop.
 #[derive(Debug)]
 pub(super) struct Place {
     admission: Arc<Admission>,

@@ -1,4 +1,4 @@
-//! Requests of a connection and their answers, passed between hyper and the router.
+//! Passes the requests of a connection from hyper to the router, and the responses back.
 
 use super::activity::Activity;
 use super::progress::{self, Answer, Progress};
@@ -15,11 +15,11 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use tower::ServiceExt;
 
-/// Answers the requests of one connection.
+/// Handles the requests of one connection.
 pub(super) struct Exchanges {
     pub router: Router,
     pub activity: Arc<Activity>,
-    /// Progress of the only answer at a time that HTTP/1 knows.
+    /// Progress of the response, of which there is only one at a time with HTTP/1.
     pub progress: Arc<Progress>,
 }
 
@@ -37,8 +37,8 @@ impl Service<Request<Incoming>> for Exchanges {
         let progress = Arc::clone(&self.progress);
         Box::pin(async move {
             if request.version() == Version::HTTP_2 {
-                // A stream whose reset has already come is dropped here, before any work
-                // is done for it.
+                // If the stream was reset already, it is dropped here, before any work is done
+                // for it.
                 tokio::task::yield_now().await;
             }
             let response = router.oneshot(request).await?;
@@ -48,8 +48,8 @@ impl Service<Request<Incoming>> for Exchanges {
     }
 }
 
-/// A request's body, which reports when it has arrived. If it is dropped before, what is
-/// left of it is still to come from the client.
+/// A request's body, which reports when it has arrived. If it is dropped before that, the rest
+/// of it is still to come from the client.
 struct Question {
     body: Incoming,
     activity: Arc<Activity>,

@@ -1,11 +1,11 @@
-//! How many connections the limit on open files leaves room for.
+//! Limits the number of connections to what the limit on open files leaves room for.
 
-/// Files that a server has open beside its connections, with some to spare: standard
-/// streams, the listener, event queues, model files, a log, a collector of spans.
+/// Number of files that a server opens in addition to its connections, with some to spare:
+/// standard streams, listener, event queues, model files, log, trace exporter.
 const RESERVE: usize = 64;
 
-/// As many connections as are `wanted` and as the process may have files open for. Where
-/// the limit is very low, half of it is reserved.
+/// Returns the number of connections: `wanted`, or fewer if the process may not open that many
+/// files. If the limit on open files is very low, half of it is reserved for other files.
 pub(super) fn limit(wanted: usize) -> usize {
     let Some(files) = open_files() else {
         return wanted.max(1);
@@ -21,7 +21,7 @@ pub(super) fn limit(wanted: usize) -> usize {
     wanted.min(room).max(1)
 }
 
-/// The soft limit on open files (`RLIMIT_NOFILE`), if there is one.
+/// Returns the soft limit on open files (`RLIMIT_NOFILE`), if there is one.
 #[cfg(unix)]
 fn open_files() -> Option<usize> {
     use rustix::process::{Resource, getrlimit};

@@ -1,9 +1,8 @@
-//! A time limit on answers that a client does not take.
+//! A time limit on responses that a client does not read.
 //!
-//! hyper asks an answer's body for its next piece once the piece before has been passed
-//! on: to the socket with HTTP/1, within the windows that the client grants with HTTP/2.
-//! So an answer whose piece has lain there for too long has a client that does not read,
-//! whatever the connection does otherwise.
+//! hyper asks a response body for its next piece when it has passed the previous piece on: to
+//! the socket with HTTP/1, or into the windows that the client grants with HTTP/2. So if a
+//! piece has waited for too long, the client does not read, whatever else the connection does.
 
 use axum::body::Body;
 use axum::body::{Bytes, HttpBody};
@@ -19,20 +18,20 @@ use tokio::time::{Instant, sleep_until};
 
 use super::activity::OpenRequest;
 
-/// Bytes that are handed to hyper at a time. The rest stays in the answer, which can be
-/// dropped.
+/// Number of bytes that are handed to hyper at a time. The rest stays in the response, which
+/// can be dropped.
 const PIECE: usize = 16 << 10;
 
-/// Whether an answer's client takes what is offered to it.
+/// Whether a client reads its response.
 #[derive(Debug)]
 pub(super) struct Progress {
     begun: Instant,
-    /// When the piece was offered that waits to be taken, in nanoseconds after `begun`;
-    /// [`NOTHING`] if none waits. Written for every token, so it is no lock.
+    /// When the current piece was offered, in nanoseconds after `begun`; [`NOTHING`] if no
+    /// piece waits. It is written for every token, so it is an atomic and not a lock.
     offered: AtomicU64,
 }
 
-/// No piece waits to be taken.
+/// Sentinel: no piece waits.
 const NOTHING: u64 = u64::MAX;
 
 impl Progress {
@@ -43,27 +42,27 @@ impl Progress {
         }
     }
 
-    /// A piece waits to be taken from now on.
+    /// Records that a piece waits from now on.
     fn offer(&self) {
         let since = self.begun.elapsed().as_nanos();
         let since = u64::try_from(since).unwrap_or(NOTHING);
         self.offered.store(since, Ordering::Relaxed);
     }
 
-    /// No piece waits any more.
+    /// Records that no piece waits any more.
     fn taken(&self) {
         self.offered.store(NOTHING, Ordering::Relaxed);
     }
 
-    /// Since when a piece waits to be taken.
+    /// Returns since when a piece has been waiting.
     fn offered(&self) -> Option<Instant> {
         let since = self.offered.load(Ordering::Relaxed);
         (since != NOTHING).then(|| self.begun + Duration::from_nanos(since))
     }
 
-    /// Waits until a piece has waited for longer than `limit`.
+    /// Waits until a piece has been waiting for longer than `limit`.
     pub async fn stalled(&self, limit: Duration) {
-        // A piece that is offered while this sleeps is late only after it.
+        // A piece that is offered during this sleep cannot be late before the sleep ends.
         let mut next = Instant::now() + limit;
         loop {
             sleep_until(next).await;
@@ -77,20 +76,20 @@ impl Progress {
 }
 
 tokio::task_local! {
-    /// Progress of the HTTP/2 stream whose task this is.
+    /// Progress of the HTTP/2 stream that the current task runs.
     static STREAM: Arc<Progress>;
 }
 
-/// The progress of the stream that the current task belongs to, if it is one of HTTP/2.
+/// Returns the progress of the HTTP/2 stream that the current task runs, if it runs one.
 pub(super) fn of_stream() -> Option<Arc<Progress>> {
     STREAM.try_with(Arc::clone).ok()
 }
 
-/// Runs the streams of HTTP/2 connections, each as a task, and drops one that its client
-/// does not read: hyper then resets it.
+/// Runs each stream of HTTP/2 connections as a task. Drops a stream whose client does not read
+/// its response, and hyper then resets it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Streams {
-    /// How long a piece of an answer may wait to be taken.
+    /// How long a piece of a response may wait.
     pub write_timeout: Duration,
 }
 
@@ -103,17 +102,17 @@ impl<F: Future + Send + 'static> Executor<F> for Streams {
                 biased;
                 _ = stream => {}
                 () = progress.stalled(limit) => {
-                    tracing::debug!("a client of HTTP/2 did not take its answer");
+                    tracing::debug!("an HTTP/2 client did not read its response");
                 }
             }
         }));
     }
 }
 
-/// An answer's body, in pieces, which keeps its request open.
+/// A response body that is handed out in pieces and keeps its request open.
 pub(super) struct Answer {
     body: Body,
-    /// What is left of the last frame.
+    /// Rest of the last frame.
     rest: Bytes,
     progress: Arc<Progress>,
     _open: OpenRequest,
@@ -173,7 +172,7 @@ impl HttpBody for Answer {
         let rest = self.rest.len() as u64;
         let body = self.body.size_hint();
         let mut hint = SizeHint::new();
-        // The upper bound first: a lower bound must not exceed it.
+        // Set the upper bound first, because a lower bound must not exceed it.
         if let Some(upper) = body.upper() {
             hint.set_upper(upper.saturating_add(rest));
         }

@@ -1,4 +1,5 @@
-//! A client's socket: its options, and its errors even when nobody reads or writes.
+//! A client's socket, with its options and with its errors even while nothing is read or
+//! written.
 
 use std::io;
 use std::pin::Pin;
@@ -10,20 +11,20 @@ use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 
-/// Bytes of an answer that the kernel may hold for a client that does not read. Tokens
-/// are small; what the kernel holds was computed for nobody if the client goes away.
+/// Number of bytes of a response that the kernel may buffer for a client that does not read. A
+/// small number is enough for tokens, and what is buffered was computed in vain if the client
+/// goes away.
 const SEND_BUFFER: usize = 64 << 10;
 
-/// A client's socket, which can be watched for errors while another handle of it is in
-/// hyper's hands.
+/// A client's socket. It can be watched for errors while hyper owns another handle of it.
 #[derive(Clone, Debug)]
 pub(super) struct Socket(Arc<TcpStream>);
 
 impl Socket {
-    /// Sets the options of an accepted connection. One whose options cannot be set works
-    /// all the same.
+    /// Sets the options of an accepted connection. Failures are ignored: the connection still
+    /// works.
     pub fn new(stream: TcpStream) -> Self {
-        // Tokens are to leave at once.
+        // So that each token is sent at once.
         let _ = stream.set_nodelay(true);
         let options = SockRef::from(&stream);
         let _ = options.set_tcp_keepalive(&keep_alive());
@@ -31,8 +32,8 @@ impl Socket {
         Self(Arc::new(stream))
     }
 
-    /// Waits for an error of the connection, such as a reset by the client. An end of the
-    /// client's bytes is none.
+    /// Waits for an error of the connection, such as a reset by the client. The end of the
+    /// client's bytes is not an error.
     pub async fn error(&self) -> io::Error {
         let taken = || match self.0.take_error() {
             Ok(Some(error)) | Err(error) => Ok(error),
@@ -43,7 +44,8 @@ impl Socket {
     }
 }
 
-/// Probes of a silent peer: a client whose machine is gone is noticed after half a minute.
+/// Returns the settings for probes of a silent peer. A client whose machine is gone is detected
+/// after half a minute.
 fn keep_alive() -> TcpKeepalive {
     TcpKeepalive::new()
         .with_time(Duration::from_secs(15))
@@ -96,7 +98,7 @@ impl AsyncWrite for Socket {
     }
 
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        // A socket passes everything on at once.
+        // Nothing is buffered here.
         Poll::Ready(Ok(()))
     }
 

@@ -1,10 +1,10 @@
-//! Bytes from and to a client, under a watch that sees the end of the connection.
+//! A client's byte stream, watched for its end while a request is being answered.
 //!
-//! hyper stops reading once the next request, or any other byte, is in its buffer: a
-//! client that sends a stray line after its request and goes away would be answered to
-//! the end. So the connection's task reads on while a request is being answered. It keeps
-//! a bounded number of bytes for hyper and drops what exceeds them; such a connection
-//! carries no further request.
+//! hyper stops reading once any byte of a next request is in its buffer. Without the watch, a
+//! client that sends a stray line after its request and goes away would be answered to the end.
+//! So the connection's task goes on reading while a request is being answered. It keeps a
+//! bounded number of bytes for hyper and drops the rest; such a connection carries no further
+//! request.
 
 use super::activity::{Activity, Protocol};
 use crate::server::HalfClose;
@@ -16,17 +16,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// What a client of HTTP/2 says first (RFC 9113, section 3.4).
+/// The first bytes from an HTTP/2 client (RFC 9113, section 3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// Bytes that are kept for hyper while it does not read. A client rarely sends any, as
-/// requests that change something are not to be pipelined (RFC 9112, section 9.3.2).
+/// Maximum number of bytes that are kept for hyper while it does not read. There are rarely
+/// any, because clients should not pipeline requests that change something (RFC 9112, section
+/// 9.3.2).
 const AHEAD: usize = 64 << 10;
 
-/// Bytes that are read in one go.
+/// Number of bytes per read.
 const PIECE: usize = 4 << 10;
 
-/// Reads at most before other tasks have their turn.
+/// Maximum number of reads before other tasks get their turn.
 const READS: usize = 16;
 
 /// The stream as hyper sees it.
@@ -38,23 +39,23 @@ pub(super) struct Watch<S> {
     half_close: HalfClose,
 }
 
-/// Both are used by one task only, so that the lock is never waited for.
+/// State of both halves. Only one task uses them, so the lock is never contended.
 struct Shared<S> {
     stream: S,
     activity: Arc<Activity>,
-    /// Bytes of the HTTP/2 preface so far; `None` once the protocol is clear.
+    /// Number of bytes of the HTTP/2 preface seen so far; `None` once the protocol is known.
     preface: Option<usize>,
-    /// Bytes that hyper has not read yet.
+    /// Bytes that were read ahead for hyper.
     ahead: Vec<u8>,
-    /// Set once bytes were dropped: hyper sees the end after what was read ahead.
+    /// Whether bytes were dropped. hyper then sees the end of the stream after `ahead`.
     overflowed: bool,
-    /// Whether hyper itself waits for the next byte, and so sees the end by itself.
+    /// Whether hyper itself waits for the next byte, and so will notice the end.
     hyper_reads: bool,
-    /// Whether the socket has taken all that was written to it.
+    /// Whether the socket has taken everything that was written to it.
     flushed: bool,
 }
 
-/// Splits a stream into what hyper reads and writes, and what watches it.
+/// Splits a stream into the half that hyper uses and the half that watches it.
 pub(super) fn watch<S>(
     stream: S,
     activity: Arc<Activity>,
@@ -81,7 +82,7 @@ fn lock<S>(shared: &Mutex<Shared<S>>) -> MutexGuard<'_, Shared<S>> {
 }
 
 impl<S> Shared<S> {
-    /// Looks at bytes that hyper is about to see.
+    /// Inspects bytes that hyper is about to see.
     fn look_at(&mut self, bytes: &[u8]) {
         if let Some(mut matched) = self.preface {
             for byte in bytes {
@@ -105,24 +106,24 @@ impl<S> Shared<S> {
 }
 
 impl<S: AsyncRead + Unpin> Watch<S> {
-    /// Waits until the client has sent its last byte while it was owed an answer, unless
-    /// it may do so.
+    /// Waits until the client has closed its sending side while it waits for a response, unless
+    /// it may do so ([`HalfClose::Finish`]).
     ///
-    /// Needs to be polled after hyper, which decides whether an answer is owed. With
-    /// HTTP/2, hyper reads at all times and notices the end by itself.
+    /// Must be polled after hyper, which determines whether a response is due. With HTTP/2,
+    /// hyper reads at all times and notices the end itself.
     pub async fn gone(&mut self) -> io::Error {
         poll_fn(|context| self.poll_gone(context)).await
     }
 
     fn poll_gone(&mut self, context: &mut Context<'_>) -> Poll<io::Error> {
         if self.half_close == HalfClose::Finish {
-            // Only an error ends such a connection, and the socket reports it.
+            // Only an error ends such a connection, and `Socket::error` reports it.
             return Poll::Pending;
         }
         let mut shared = lock(&self.shared);
         let shared = &mut *shared;
         if std::mem::take(&mut shared.hyper_reads) {
-            // It has just been polled, by this task, and found nothing.
+            // hyper has just been polled, by this task, and found nothing to read.
             return Poll::Pending;
         }
         let mut piece = [MaybeUninit::uninit(); PIECE];
@@ -146,7 +147,7 @@ impl<S: AsyncRead + Unpin> Watch<S> {
                 shared.overflowed = kept < read.len();
             }
         }
-        // There may be more.
+        // There may be more to read.
         context.waker().wake_by_ref();
         Poll::Pending
     }
@@ -166,7 +167,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
             buffer.put_slice(&shared.ahead[..taken]);
             shared.ahead.drain(..taken);
             if shared.ahead.is_empty() {
-                // An idle connection keeps no memory for it.
+                // Free the memory, because the connection may stay idle for long.
                 shared.ahead = Vec::new();
             }
             Poll::Ready(Ok(()))
@@ -185,7 +186,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
 }
 
 impl<S> Shared<S> {
-    /// Notes whether the client keeps its answer waiting.
+    /// Records whether the client keeps its response waiting.
     fn written<T>(&mut self, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         if self.flushed != written.is_ready() {
             self.flushed = written.is_ready();

@@ -1,5 +1,5 @@
-//! The callers of the state machine: what they have asked for, what they have seen, and
-//! what they may see.
+//! The callers of the state machine: what they have requested, what they have observed, and
+//! what they may observe.
 
 use super::constraint::Remainders;
 use super::sim::{HIDDEN, expected, expected_where, hidden_state, logprob};
@@ -20,41 +20,44 @@ use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-/// Longer than any test.
+/// Longer than any test runs.
 const FOR_EVER: Duration = Duration::from_secs(1 << 20);
 
-/// What a request wants of its prompt.
+/// What a request computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wanted {
     Tokens,
-    /// Tokens, and the log-probabilities of the prompt.
+    /// Tokens, and the log probabilities of the prompt.
     Scores,
-    /// These alone.
+    /// Only the log probabilities of the prompt.
     OnlyScores,
-    /// A vector; tokens where there can be none, as a turn or one of several samples.
+    /// An embedding; or tokens where embeddings are not possible, in turns and for several
+    /// samples.
     Embedding,
 }
 
-/// What a request asks for.
+/// The parameters of a request.
 #[derive(Clone, Debug)]
 pub struct Ask {
     pub wanted: Wanted,
-    /// Which of the few prompts.
+    /// Index of one of a few prompts.
     pub prompt: usize,
     pub length: usize,
     pub max_tokens: usize,
-    /// The answer token that is made a stop token.
+    /// Position in the answer of the token that is made a stop token.
     pub stop_at: Option<usize>,
     pub priority: i32,
     pub tenant: Option<u8>,
-    /// Its deadline has passed already: of the first token, or of the end.
+    /// Whether a deadline has passed from the start: `true` for that of the first token,
+    /// `false` for that of the end.
     pub overdue: Option<bool>,
-    /// Its tokens depend on all those before, by the host's books.
+    /// Whether a constraint makes each token depend on all tokens before it, as the host counts
+    /// them.
     pub constrained: bool,
 }
 
 impl Ask {
-    /// What the simulated device answers.
+    /// Returns the answer of the simulated device.
     fn expected(&self, prompt: &[u32], count: usize) -> Vec<u32> {
         match self.constrained {
             true => expected_where(prompt, count, Remainders::allow_after),
@@ -63,7 +66,8 @@ impl Ask {
     }
 }
 
-/// What a caller does. Numbers choose among what there is, round and round.
+/// What a caller does. A number selects one of the existing requests or sessions, modulo their
+/// count.
 #[derive(Clone, Debug)]
 pub enum Act {
     Submit(Ask),
@@ -71,7 +75,7 @@ pub enum Act {
     Read(usize),
     DropStream(usize),
     Cancel(usize),
-    /// A late wake-up: the flag is the truth, up or not.
+    /// Posts the wake-up of a cancel, whether the flag is raised or not. Only the flag counts.
     CancelLate(usize),
     OpenSession {
         pin: Option<bool>,
@@ -94,15 +98,15 @@ pub enum Act {
 pub enum End {
     Outcome(Outcome),
     Failed,
-    /// The engine closed before it had taken the request.
+    /// The engine closed before it had accepted the request.
     Closed,
 }
 
-/// A request and all that is known of it.
+/// A request and all that is known about it.
 pub struct Asked {
     pub id: RequestId,
     prompt: Vec<u32>,
-    /// The whole answer, what comes with its first token, and how it ends.
+    /// The whole answer; then the expected report on the prompt and the expected end.
     answer: Vec<u32>,
     report: Option<PromptReport>,
     finish: Outcome,
@@ -110,23 +114,23 @@ pub struct Asked {
     events: Receiver<Event>,
     pub read: Vec<u32>,
     pub end: Option<End>,
-    /// The end was read from the stream, not from behind its back.
+    /// Whether the end was read from the stream, rather than by [`Self::read_behind`].
     read_to_end: bool,
     session: Option<SessionId>,
-    /// Why it may end as cancelled.
+    /// Reasons for which the request may end as cancelled.
     causes: Vec<CancelReason>,
-    /// The turn of the loop during which, or after which, its first cancel was posted.
+    /// Iteration of the loop during or after which the first cancel was posted.
     pub cancelled_at: Option<u64>,
 }
 
-/// A session and what is known of it.
+/// A session and what is known about it.
 struct Held {
     session: Session,
-    /// Its tokens before the turn in progress.
+    /// Tokens of the session before the turn in progress.
     context: Vec<u32>,
-    /// The request that is its turn.
+    /// Index of the request that is the session's turn.
     turn: Option<usize>,
-    /// The first way in which that was stopped, and whether it had been read to its end.
+    /// How the turn was stopped first, and whether it had been read to its end by then.
     stopped: Option<(Stop, bool)>,
 }
 
@@ -136,7 +140,7 @@ struct Owed {
     cancellation: Cancellation,
     posted_at: u64,
     in_flight: usize,
-    /// At most so many tokens had been generated.
+    /// Maximum number of tokens that may have been generated.
     tokens: usize,
 }
 
@@ -149,25 +153,25 @@ pub struct Callers {
     drains: Vec<Draining>,
     shutdowns: Vec<ShuttingDown>,
     pub draining: bool,
-    /// The engine has closed, or is about to.
+    /// Whether the engine has closed or is about to.
     pub closed: bool,
-    /// Steps were made to fail.
+    /// Number of steps that were made to fail.
     pub faults: usize,
     impatient: bool,
     total_blocks: usize,
     depth: usize,
-    /// Turns of the loop so far, the one in progress included.
+    /// Iterations of the loop so far, including the one in progress.
     pub turn: u64,
-    /// Cancels posted by streams.
+    /// Number of cancels posted by streams.
     pub cancels: u64,
-    /// Wake-ups for no cancel.
+    /// Number of wake-ups that were posted without a cancel.
     pub late: u64,
-    /// Receipts that have come.
+    /// Number of receipts that have arrived.
     pub receipts: u64,
 }
 
 impl Ask {
-    /// Tokens that are generated at most.
+    /// Returns the maximum number of generated tokens.
     fn max_tokens(&self) -> usize {
         match self.wanted {
             Wanted::OnlyScores => 0,
@@ -185,7 +189,7 @@ fn pick<T>(all: &[T], number: usize) -> Option<usize> {
 }
 
 impl Asked {
-    /// Whether its reader has come to an end of its own.
+    /// Returns whether the reader has read a normal end.
     fn finished(&self) -> bool {
         let own = matches!(
             self.end,
@@ -194,8 +198,8 @@ impl Asked {
         own && self.read_to_end
     }
 
-    /// Takes note of what comes of the prompt, with a message that has a token or an end
-    /// of its own if `counts`: the first of these brings it, and no other.
+    /// Checks the report on the prompt that came with a message. It must come with the first
+    /// message that has a token or a normal end, for which `counts` is true, and with no other.
     fn reported(&self, report: Option<&PromptReport>, counts: bool) {
         let due = self
             .report
@@ -208,7 +212,7 @@ impl Asked {
         );
     }
 
-    /// Takes note of a token.
+    /// Records a token and checks it.
     fn token(&mut self, token: u32) {
         let id = self.id;
         assert!(
@@ -224,7 +228,7 @@ impl Asked {
         );
     }
 
-    /// Takes note of the end.
+    /// Records the end and checks it.
     fn ends(&mut self, end: End, faults: usize) {
         let id = self.id;
         assert!(
@@ -249,7 +253,7 @@ impl Asked {
         self.end = Some(end);
     }
 
-    /// Reads what nobody reads any more: the events of a stream that is gone.
+    /// Reads the events of a stream that has been dropped.
     fn read_behind(&mut self, faults: usize) {
         if self.stream.is_some() {
             return;
@@ -302,7 +306,7 @@ impl Asked {
         self.causes.push(reason);
     }
 
-    /// Reads at most one event. `false` when there is none.
+    /// Reads at most one event. Returns `false` if there is none.
     fn read_one(&mut self, faults: usize, closed: bool) -> bool {
         let Some(stream) = &mut self.stream else {
             return false;
@@ -346,7 +350,7 @@ impl Asked {
 }
 
 impl Callers {
-    /// Of an engine that is still to come.
+    /// Creates the callers of an engine that is created later.
     pub fn new(config: &EngineConfig, total_blocks: usize, depth: usize) -> Self {
         Self {
             engine: None,
@@ -395,7 +399,7 @@ impl Callers {
         request
     }
 
-    /// Submits a prompt to be embedded. What nobody asks for in an embedding is left out.
+    /// Submits a prompt to be embedded. Parameters that an embedding does not have are ignored.
     fn embed(&mut self, engine: &Engine, ask: &Ask) {
         let request = self.request(ask, &[]);
         let embedding = engine.embed(EmbedRequest {
@@ -426,7 +430,7 @@ impl Callers {
         }
     }
 
-    /// Takes note of a request that was accepted.
+    /// Records an accepted request, and what is expected of it.
     fn accepted(&mut self, ask: &Ask, stream: TokenStream, session: Option<SessionId>) {
         let prompt = stream.prompt_ids().to_vec();
         let room = self.engine.as_ref().map_or(0, Engine::max_sequence_tokens) - prompt.len();
@@ -468,7 +472,7 @@ impl Callers {
         self.asked.push(asked);
     }
 
-    /// A request may be refused for good reasons only.
+    /// Checks that there was a good reason to refuse a request.
     fn refused(&self, error: &SubmitError) {
         let expected = match error {
             SubmitError::PromptTooLong { .. }
@@ -481,7 +485,7 @@ impl Callers {
         assert!(expected, "refused: {error}");
     }
 
-    /// Does what a caller does; `in_flight` steps are in flight meanwhile.
+    /// Performs an act, while `in_flight` steps are in flight.
     pub fn act(&mut self, act: &Act, in_flight: usize) {
         let Some(engine) = self.engine.clone() else {
             return;
@@ -500,7 +504,7 @@ impl Callers {
                         }
                     }
                     Err(error) => {
-                        // Where the engine had closed, the streams were made, and are dropped.
+                        // If the engine had closed, the streams were created and then dropped.
                         self.late += *samples as u64;
                         self.refused(&error);
                     }
@@ -588,7 +592,7 @@ impl Callers {
         }
     }
 
-    /// A stream that somebody holds.
+    /// Selects a request whose stream is still held.
     fn reading(&self, number: usize) -> Option<usize> {
         let held = |(index, asked): (usize, &Asked)| asked.stream.is_some().then_some(index);
         let held: Vec<usize> = self.asked.iter().enumerate().filter_map(held).collect();
@@ -600,12 +604,12 @@ impl Callers {
         self.asked[index].read_one(faults, closed)
     }
 
-    /// Reads one event, if there is one to be read.
+    /// Reads one event, if there is one.
     pub fn read_any(&mut self) -> bool {
         (0..self.asked.len()).any(|index| self.read(index))
     }
 
-    /// Reads all that there is to be read.
+    /// Reads all events that there are.
     pub fn read_all(&mut self) {
         while self.read_any() {}
     }
@@ -641,7 +645,7 @@ impl Callers {
         );
     }
 
-    /// A receipt is to come, of a request with at most so many answer tokens.
+    /// Records that a receipt is due, for a request with at most this many answer tokens.
     fn owe(
         &mut self,
         what: String,
@@ -667,7 +671,8 @@ impl Callers {
         });
     }
 
-    /// The turn of a session, if it has one, is cancelled: at most so many tokens.
+    /// Records that the turn of a session, if it has one, is cancelled. Returns the maximum
+    /// number of its answer tokens.
     fn cancel_turn(&mut self, session: SessionId, reason: CancelReason) -> Option<usize> {
         let turn = self.turn;
         let of_session = self
@@ -688,8 +693,8 @@ impl Callers {
         }
     }
 
-    /// What the context of a session may have become, in tokens, now that its turn is
-    /// over; and all the tokens that it may be a part of.
+    /// Returns all tokens that the context of a session may consist of, and the possible
+    /// lengths of the context, now that the turn is over.
     fn contexts(&self, index: usize) -> (Vec<u32>, Vec<usize>) {
         let held = &self.sessions[index];
         let before = held.context.len();
@@ -701,7 +706,7 @@ impl Callers {
         let finished = asked.finished();
         let lengths = match held.stopped {
             None | Some((_, true)) if finished => vec![full.len()],
-            // It may have finished before it was stopped, and been read since.
+            // The turn may have finished before it was stopped, and have been read afterwards.
             Some((Stop::Rewind, _)) if finished => vec![before, full.len()],
             None | Some((Stop::Rewind, _)) => vec![before],
             Some((Stop::Keep, _)) => {
@@ -712,7 +717,7 @@ impl Callers {
         (full, lengths)
     }
 
-    /// The turn of a session is over, and its context has `tokens` tokens.
+    /// Records that the turn of a session is over and that its context has `tokens` tokens.
     fn settle(&mut self, index: usize, tokens: usize) {
         let (full, lengths) = self.contexts(index);
         assert!(
@@ -726,7 +731,7 @@ impl Callers {
         held.stopped = None;
     }
 
-    /// A session refused because of its turn must have one that is not over.
+    /// Checks that a session that refused a call because of its turn has one that is not over.
     fn refused_turn(&self, index: usize, error: &SubmitError) {
         let held = &self.sessions[index];
         if !matches!(error, SubmitError::Conflict) {
@@ -742,7 +747,7 @@ impl Callers {
     }
 
     fn take_turn(&mut self, index: usize, ask: &Ask) {
-        // A stop token is worked out from the tokens before it, as far as they are known.
+        // The stop token follows from the tokens before it, so they must be known.
         let context = self.sessions[index].context.clone();
         let ask = Ask {
             stop_at: ask.stop_at.filter(|_| self.sessions[index].turn.is_none()),
@@ -758,7 +763,7 @@ impl Callers {
                 assert_eq!(
                     stream.prompt_ids(),
                     whole,
-                    "I7: {id} goes on from other tokens"
+                    "I7: {id} continues from other tokens"
                 );
                 self.accepted(&ask, stream, Some(id));
                 self.sessions[index].turn = Some(self.asked.len() - 1);
@@ -807,8 +812,8 @@ impl Callers {
         }
     }
 
-    /// After a turn of the loop: reads what nobody reads any more, and takes the
-    /// receipts, which must be there in time.
+    /// Reads the events of dropped streams after an iteration of the loop, and takes the
+    /// receipts, which must arrive in time.
     pub fn after_turn(&mut self) {
         for asked in &mut self.asked {
             asked.read_behind(self.faults);
@@ -846,14 +851,14 @@ impl Callers {
         self.receipts += receipts;
     }
 
-    /// The engine has closed: everybody who waits learns of it.
+    /// Checks, after the engine has closed, that everyone who waits has learned of it.
     pub fn after_close(&mut self, shut: bool) {
         self.closed = true;
         self.read_all();
         self.after_turn();
         assert!(
             self.owed.is_empty(),
-            "I6: a receipt neither came nor will come"
+            "I6: a receipt has not come and never will"
         );
         for asked in &self.asked {
             assert!(asked.end.is_some(), "I1: {} has no terminal", asked.id);
@@ -872,7 +877,7 @@ impl Callers {
         }
     }
 
-    /// After the last step of an engine that has nothing to do.
+    /// Checks that nothing is due after the last step of an idle engine.
     pub fn when_idle(&mut self) {
         for asked in &self.asked {
             let gone = asked.stream.is_none();
@@ -911,7 +916,7 @@ impl Callers {
         }
     }
 
-    /// Whether somebody waits for the end of a stream.
+    /// Returns whether a stream that is still held has not ended.
     pub fn waits(&self) -> bool {
         self.asked
             .iter()
@@ -935,14 +940,14 @@ impl Callers {
         self.draining = true;
     }
 
-    /// Requests by their end.
+    /// Counts the requests that ended in this way.
     pub fn ends(&self, kind: impl Fn(End) -> bool) -> u64 {
         let ends = self.asked.iter().filter_map(|asked| asked.end);
         ends.filter(|end| kind(*end)).count() as u64
     }
 }
 
-/// What the simulated model says of a prompt.
+/// Returns the scores that the simulated model gives to a prompt.
 fn scores(prompt: &[u32]) -> Vec<Token> {
     let score = |end: usize| Token {
         id: prompt[end],
@@ -952,7 +957,7 @@ fn scores(prompt: &[u32]) -> Vec<Token> {
     (1..prompt.len()).map(score).collect()
 }
 
-/// The sum of a prompt's hidden states.
+/// Returns the sum of a prompt's hidden states.
 fn sum(prompt: &[u32]) -> PooledRows {
     let mut sum = PooledRows::new(HIDDEN);
     for end in 1..=prompt.len() {
@@ -961,7 +966,7 @@ fn sum(prompt: &[u32]) -> PooledRows {
     sum
 }
 
-/// One of a few prompts that begin alike.
+/// Returns one of a few prompts that begin alike.
 fn prompt(ask: &Ask) -> Vec<u32> {
     (0..ask.length)
         .map(|position| (position * 7 + if position < 3 { 0 } else { ask.prompt * 100 }) as u32)
