@@ -38,7 +38,9 @@ async fn status(State(engine): State<Engine>) -> Result<String, Refused> {
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut arguments = std::env::args().skip(1);
-    let path = arguments.next().ok_or("usage: axum_server MODEL [ADDRESS]")?;
+    let path = arguments
+        .next()
+        .ok_or("usage: axum_server MODEL [ADDRESS]")?;
     let address = arguments.next().unwrap_or("127.0.0.1:8000".to_owned());
     let engine = Engine::load(path)?;
     let routes = Router::new()

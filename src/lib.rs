@@ -39,7 +39,7 @@
 //! blocks as soon as no step in flight can touch them.
 //!
 //! [`TokenStream::cancel`] does the same and returns a [`Cancellation`]. `cancel().await`, or
-//! [`Cancellation::wait`] on a plain thread, waits until the blocks are free and returns a
+//! [`Pending::wait`] on a plain thread, waits until the blocks are free and returns a
 //! [`Receipt`], which says how many blocks were freed, after which step, and when. Dropping the
 //! [`Cancellation`] does not undo the cancel.
 //!
@@ -115,10 +115,10 @@ pub use device::cpu::{Activations, CpuOptions, KvType, SimdLevel};
 #[cfg(feature = "cuda")]
 pub use device::cuda::{CudaActivations, CudaOptions};
 pub use engine::{
-    Asked, CancelReason, Cancellation, Chunk, Drained, Draining, EmbedRequest, Embedding,
-    EmbeddingFuture, Engine, EngineFault, EngineSnapshot, EngineStats, Finish, GenerateError,
-    Generation, Health, HealthStatus, Outcome, Prompt, Receipt, Request, Session, SessionOptions,
-    Shutdown, ShuttingDown, Stop, SubmitError, Timing, Token, TokenStream, Truncation,
+    CancelReason, Cancellation, Chunk, Drained, EmbedRequest, Embedding, EmbeddingFuture, Engine,
+    EngineFault, EngineSnapshot, EngineStats, Finish, GenerateError, Generation, Health,
+    HealthStatus, Outcome, Pending, Prompt, Receipt, Request, Session, SessionOptions, Shutdown,
+    Stop, SubmitError, Timing, Token, TokenStream, Truncation,
 };
 pub use id::{RequestId, SessionId, StepId};
 pub use runner::{DeviceChoice, GenerationConfig, LoadError, LoadOptions, RunnerInfo};

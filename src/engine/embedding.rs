@@ -1,6 +1,7 @@
 //! Requests for embeddings, submitted with [`Engine::embed`](super::Engine::embed).
 
-use super::stream::{Cancellation, Chunk, Timing, TokenStream};
+use super::pending::Cancellation;
+use super::stream::{Chunk, Timing, TokenStream};
 use super::sync::Arc;
 use super::{CancelReason, EngineFault, GenerateError, Outcome, Prompt};
 use crate::id::RequestId;

@@ -121,7 +121,7 @@ pub enum GenerateError {
     Cancelled(CancelReason),
     /// The engine has closed.
     #[error("the engine has closed: {0}")]
-    Closed(EngineFault),
+    Closed(#[from] EngineFault),
 }
 
 /// What went wrong on the scheduler thread.

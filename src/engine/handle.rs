@@ -4,9 +4,10 @@ use super::command::{AccountSpec, Command, Submission};
 use super::deadlines::RequestDeadlines;
 use super::event::{CancelReason, Receipt, RequestCell, channel};
 use super::metrics::EngineMetrics;
+use super::pending::{Cancellation, Pending};
 use super::permit::{Permit, Places};
 use super::record::RequestRecord;
-use super::stream::{Cancellation, StreamParts, TextState};
+use super::stream::{StreamParts, TextState};
 use super::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use super::sync::{Arc, OnceLock, Receiver, Sender, Weak, bounded, spawn, unbounded};
 use super::thread::SchedulerThread;
@@ -14,8 +15,8 @@ use super::turn::Turn;
 use super::waiting::{Answer, Asked, EngineEnd, Reply, Waiters};
 use super::watchdog::{Heartbeat, Pulse, watch};
 use super::{
-    Draining, EmbedRequest, EmbeddingFuture, EngineFault, EngineSnapshot, EngineStats, Health,
-    Session, SessionOptions, Shutdown, ShuttingDown, SubmitError, TokenStream,
+    Drained, EmbedRequest, EmbeddingFuture, EngineFault, EngineSnapshot, EngineStats, Health,
+    Session, SessionOptions, Shutdown, SubmitError, TokenStream,
 };
 use crate::cache::BlockCache;
 use crate::config::EngineConfig;
@@ -966,22 +967,22 @@ impl Engine {
     /// Accepts no more requests from now on ([`SubmitError::Draining`]), lets the open ones
     /// finish within `deadline`, and cancels the rest.
     ///
-    /// The drain has begun when this returns. Await the result, or call [`Draining::wait`], to
+    /// The drain has begun when this returns. Await the result, or call [`Pending::wait`], to
     /// learn what became of the open requests.
-    pub fn drain(&self, deadline: Duration) -> Draining {
+    pub fn drain(&self, deadline: Duration) -> Pending<Drained> {
         self.shared.draining.store(true, Ordering::Release);
         let (reply, answer) = Answer::channel(&self.shared.end, &self.shared.waiters);
         let until = Instant::now().checked_add(deadline);
         // If the engine has closed, dropping the reply ends the wait.
         let _ = self.commands.send(Command::Drain(until, reply));
-        Draining(answer)
+        Pending::reply(answer)
     }
 
     /// Ends every open request, as `how` says, and then the scheduler thread.
     ///
     /// The shutdown has begun when this returns. Streams still receive how their requests end.
-    /// Await the result, or call [`ShuttingDown::wait`], to wait until the thread has ended.
-    pub fn shutdown(&self, how: Shutdown) -> ShuttingDown {
+    /// Await the result, or call [`Pending::wait`], to wait until the thread has ended.
+    pub fn shutdown(&self, how: Shutdown) -> Pending<()> {
         let now = Instant::now();
         self.shared.draining.store(true, Ordering::Release);
         let until = match how {
@@ -991,7 +992,7 @@ impl Engine {
         let (reply, answer) = Answer::channel(&self.shared.end, &self.shared.waiters);
         // If the engine has closed, dropping the reply ends the wait.
         let _ = self.commands.send(Command::Shutdown(until, reply));
-        ShuttingDown(answer)
+        Pending::end(answer)
     }
 
     /// Returns the engine's health. Reads the heartbeat of the scheduler thread and never waits
@@ -1012,14 +1013,14 @@ impl Engine {
 
     /// Asks for the engine's state, like [`Engine::stats`], without blocking the thread. Await
     /// the result to get the answer.
-    pub fn inspect(&self) -> Asked<EngineStats> {
+    pub fn inspect(&self) -> Pending<EngineStats> {
         self.put(Command::InspectLater)
     }
 
     /// Asks for a snapshot: the open requests, the owner of each KV cache block, and the
     /// requests that ended last. It costs the scheduler thread time in proportion to the number
     /// of blocks and open requests.
-    pub fn snapshot(&self) -> Asked<EngineSnapshot> {
+    pub fn snapshot(&self) -> Pending<EngineSnapshot> {
         self.put(Command::Snapshot)
     }
 
@@ -1029,7 +1030,7 @@ impl Engine {
     /// The cancel has been posted when this returns. The answer is the receipt, which comes
     /// when the request's blocks are free, or `None` if no request with this id is open.
     /// Cancelling the same request again has no effect.
-    pub fn cancel_request(&self, id: RequestId, reason: CancelReason) -> Asked<Option<Receipt>> {
+    pub fn cancel_request(&self, id: RequestId, reason: CancelReason) -> Pending<Option<Receipt>> {
         let posted_at = Instant::now();
         self.put(|reply| Command::CancelRequest {
             id,
@@ -1040,16 +1041,16 @@ impl Engine {
     }
 
     /// Asks for the open requests with this label, in ascending order of their ids.
-    pub fn find(&self, label: impl Into<Arc<str>>) -> Asked<Vec<RequestId>> {
+    pub fn find(&self, label: impl Into<Arc<str>>) -> Pending<Vec<RequestId>> {
         self.put(|reply| Command::Find(label.into(), reply))
     }
 
     /// Posts a command whose answer can be awaited.
-    fn put<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Asked<T> {
+    fn put<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Pending<T> {
         let (reply, answer) = Answer::channel(&self.shared.end, &self.shared.waiters);
         // If the engine has closed, dropping the reply ends the wait.
         let _ = self.commands.send(command(reply));
-        Asked::new(answer)
+        Pending::reply(answer)
     }
 
     /// Forgets the cached prefixes that no request holds. What sessions keep is not affected.
@@ -1079,7 +1080,7 @@ impl Engine {
         let (reply, answer) = Answer::channel(&self.shared.end, &self.shared.waiters);
         // If the engine has closed, dropping the reply ends the wait.
         let _ = self.commands.send(command(reply));
-        Cancellation::of_session(answer)
+        Pending::reply(answer)
     }
 
     pub(super) fn post(&self, command: Command) -> Result<(), SubmitError> {

@@ -14,6 +14,7 @@ mod event;
 mod handle;
 mod ledger;
 mod metrics;
+mod pending;
 mod permit;
 mod record;
 mod session;
@@ -27,10 +28,11 @@ mod waiting;
 mod watchdog;
 
 pub use embedding::{EmbedRequest, Embedding, EmbeddingFuture};
-pub use ending::{Drained, Draining, Shutdown, ShuttingDown};
+pub use ending::{Drained, Shutdown};
 pub use error::{EngineFault, GenerateError, SubmitError};
 pub use event::{CancelReason, Outcome, Receipt, Token};
 pub use handle::{Engine, Prompt, Request, Truncation};
+pub use pending::{Cancellation, Pending};
 #[cfg(feature = "server")]
 pub(crate) use permit::Places;
 pub use session::{Session, SessionOptions};
@@ -38,7 +40,6 @@ pub use snapshot::{
     BlockMap, BlockUse, EngineSnapshot, RequestEnd, RequestPhase, RequestState, SessionState,
 };
 pub use stats::{EngineStats, Outcomes};
-pub use stream::{Cancellation, Chunk, Finish, Generation, Timing, TokenStream};
+pub use stream::{Chunk, Finish, Generation, Timing, TokenStream};
 pub use turn::Stop;
-pub use waiting::Asked;
 pub use watchdog::{Health, HealthStatus};

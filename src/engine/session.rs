@@ -1,7 +1,7 @@
 //! [`Session`], a conversation that keeps its tokens, keys and values from turn to turn.
 
 use super::command::Command;
-use super::stream::Cancellation;
+use super::pending::Cancellation;
 use super::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::turn::{Stop, Turn, TurnCell};
 use super::{Engine, Prompt, Request, SubmitError, TokenStream};

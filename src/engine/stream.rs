@@ -3,21 +3,21 @@
 
 use super::command::Command;
 use super::event::{
-    CancelReason, Event, EventReceiver, Outcome, PromptReport, Receipt, RequestCell, Terminal,
-    Token, has_room,
+    CancelReason, Event, EventReceiver, Outcome, PromptReport, RequestCell, Terminal, Token,
+    has_room,
 };
 use super::metrics::{EngineMetrics, Noop};
+use super::pending::{Cancellation, Pending};
 use super::sync::atomic::Ordering;
-use super::sync::{Arc, Receiver, Sender};
+use super::sync::{Arc, Sender};
 use super::turn::TurnCell;
-use super::waiting::{Answer, EngineEnd};
+use super::waiting::EngineEnd;
 use super::{EngineFault, GenerateError, Request};
 use crate::device::PooledRows;
 use crate::id::RequestId;
 use crate::schedule::FinishReason;
 use crate::text::{Detokenizer, StopMatcher, StopStep, StopStrings, Tokenizer};
 use futures_core::Stream;
-use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -201,7 +201,7 @@ impl TokenStream {
     }
 
     /// Cancels the request. The cancel has been posted when this returns. Await the result, or
-    /// call [`Cancellation::wait`], to wait until the request's blocks are free.
+    /// call [`Pending::wait`], to wait until the request's blocks are free.
     pub fn cancel(self) -> Cancellation {
         self.cancel_because(CancelReason::Explicit)
     }
@@ -211,11 +211,11 @@ impl TokenStream {
     /// [`CancelReason::StopString`] is replaced by [`CancelReason::Explicit`].
     pub fn cancel_because(mut self, reason: CancelReason) -> Cancellation {
         self.post_cancel(reason.of_a_caller());
-        Cancellation(Acknowledgement::Stream {
-            cell: Arc::clone(&self.parts.cell),
-            receipt: self.parts.receiver.receipt.clone(),
-            end: self.parts.end.clone(),
-        })
+        Pending::receipt(
+            Arc::clone(&self.parts.cell),
+            self.parts.receiver.receipt.clone(),
+            self.parts.end.clone(),
+        )
     }
 
     /// Sets the reason that dropping the stream reports, instead of
@@ -508,64 +508,5 @@ impl Collector {
             prompt_logprobs: self.prompt_logprobs.take(),
             finish,
         }))
-    }
-}
-
-/// A cancel that has been posted. Await it, or call [`Cancellation::wait`], to get the receipt.
-///
-/// Dropping it does not undo the cancel.
-#[must_use = "the cancel has been posted; await it to get the receipt, or drop it"]
-pub struct Cancellation(Acknowledgement);
-
-/// Where the receipt comes from.
-enum Acknowledgement {
-    /// The request's own channel.
-    Stream {
-        cell: Arc<RequestCell>,
-        receipt: Receiver<Receipt>,
-        end: EngineEnd,
-    },
-    /// The reply to a session's command.
-    Session(Answer<Receipt>),
-}
-
-impl std::fmt::Debug for Cancellation {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter
-            .debug_struct("Cancellation")
-            .finish_non_exhaustive()
-    }
-}
-
-impl Cancellation {
-    pub(super) fn of_session(answer: Answer<Receipt>) -> Self {
-        Self(Acknowledgement::Session(answer))
-    }
-
-    /// Waits on this thread for the receipt.
-    ///
-    /// # Errors
-    ///
-    /// Returns [`GenerateError::Closed`] if the engine closed before the blocks were free.
-    pub fn wait(self) -> Result<Receipt, GenerateError> {
-        let received = match &self.0 {
-            Acknowledgement::Stream { receipt, end, .. } => end.recv(receipt),
-            Acknowledgement::Session(answer) => answer.wait(),
-        };
-        received.map_err(GenerateError::Closed)
-    }
-}
-
-impl Future for Cancellation {
-    type Output = Result<Receipt, GenerateError>;
-
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let polled = match &self.0 {
-            Acknowledgement::Stream { cell, receipt, end } => {
-                end.poll(receipt, || cell.register_receipt(context.waker()))
-            }
-            Acknowledgement::Session(answer) => answer.poll(context),
-        };
-        polled.map_err(GenerateError::Closed)
     }
 }

@@ -6,8 +6,6 @@ use super::sync::{
     Arc, AtomicWaker, Mutex, Never, OnceLock, PoisonError, Receiver, Sender, TryRecvError, Weak,
     bounded, recv_or,
 };
-use std::future::Future;
-use std::pin::Pin;
 use std::task::{Context, Poll};
 
 /// How an engine has ended, and the signal for those who wait for it.
@@ -168,39 +166,6 @@ impl<T> Answer<T> {
     pub fn poll(&self, context: &mut Context<'_>) -> Poll<Result<T, EngineFault>> {
         let register = || self.waker.register(context.waker());
         self.end.poll(&self.receiver, register)
-    }
-}
-
-/// A question to the scheduler thread that has been posted. Await it, or call [`Asked::wait`],
-/// to get the answer, which takes at most one step. Dropping it has no effect.
-pub struct Asked<T>(Answer<T>);
-
-impl<T> Asked<T> {
-    pub(super) fn new(answer: Answer<T>) -> Self {
-        Self(answer)
-    }
-
-    /// Waits on this thread for the answer.
-    ///
-    /// # Errors
-    ///
-    /// Returns the fault that ended the engine before it could answer.
-    pub fn wait(self) -> Result<T, EngineFault> {
-        self.0.wait()
-    }
-}
-
-impl<T> Future for Asked<T> {
-    type Output = Result<T, EngineFault>;
-
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        self.0.poll(context)
-    }
-}
-
-impl<T> std::fmt::Debug for Asked<T> {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.debug_struct("Asked").finish_non_exhaustive()
     }
 }
 

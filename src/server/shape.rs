@@ -80,9 +80,8 @@ pub(crate) fn check(body: &[u8]) -> Result<(), ApiError> {
     while scan.at < body.len() {
         scan.step();
         if scan.open.len() > MAX_DEPTH {
-            let problem = format!(
-                "the body has lists and objects nested more than {MAX_DEPTH} levels deep"
-            );
+            let problem =
+                format!("the body has lists and objects nested more than {MAX_DEPTH} levels deep");
             return Err(ApiError::invalid(problem).code("request_too_complex"));
         }
         if scan.values > MAX_VALUES {

@@ -9,8 +9,8 @@ use crate::engine::command::Command;
 use crate::engine::event::{Event, PromptReport, Terminal};
 use crate::engine::sync::{Receiver, TryRecvError};
 use crate::engine::{
-    CancelReason, Cancellation, Draining, EmbedRequest, Engine, GenerateError, Outcome, Request,
-    Session, SessionOptions, Shutdown, ShuttingDown, Stop, SubmitError, Token, TokenStream,
+    CancelReason, Cancellation, Drained, EmbedRequest, Engine, GenerateError, Outcome, Pending,
+    Request, Session, SessionOptions, Shutdown, Stop, SubmitError, Token, TokenStream,
 };
 use crate::id::{RequestId, SessionId};
 use crate::schedule::FinishReason;
@@ -150,8 +150,8 @@ pub struct Callers {
     pub asked: Vec<Asked>,
     sessions: Vec<Held>,
     owed: Vec<Owed>,
-    drains: Vec<Draining>,
-    shutdowns: Vec<ShuttingDown>,
+    drains: Vec<Pending<Drained>>,
+    shutdowns: Vec<Pending<()>>,
     pub draining: bool,
     /// Whether the engine has closed or is about to.
     pub closed: bool,
