@@ -55,7 +55,7 @@ fn main() -> io::Result<()> {
     }
     let native = match assembler() {
         Some(ptxas) => native_images(&ptxas, &portable, &out).unwrap_or_else(|problem| {
-            println!("cargo:warning=no machine code for GPUs is embedded: {problem}");
+            println!("cargo:warning=cannot embed machine code for GPUs: {problem}");
             Vec::new()
         }),
         None => Vec::new(),
@@ -195,13 +195,13 @@ fn run(command: &mut Command) -> Result<String, String> {
     }
     let said = String::from_utf8_lossy(&output.stderr);
     let line = said.lines().next().unwrap_or_default();
-    Err(format!("{program} fails ({}): {line}", output.status))
+    Err(format!("{program} failed ({}): {line}", output.status))
 }
 
 /// Returns the source of `images.rs`: the tables in which the program looks up images.
 fn table(portable: &[Portable], native: &[Native]) -> String {
     let mut text = String::from(
-        "/// Portable images: name, type of activations, PTX that ends with a NUL.\n\
+        "/// Portable images: name, activation type, NUL-terminated PTX.\n\
          pub(super) static PORTABLE: &[(&str, &str, &[u8])] = &[\n",
     );
     for image in portable {

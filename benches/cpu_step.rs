@@ -285,7 +285,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         times.sort_unstable();
         let median = times[times.len() / 2];
         let rate = batch.rows() as f64 / median.as_secs_f64();
-        println!("{name:>18}: {rate:8.1} tok/s, {median:.2?} a step");
+        println!("{name:>18}: {rate:8.1} tok/s, {median:.2?} per step");
         let mut parts: Vec<_> = model.times.iter().collect();
         parts.sort_unstable_by_key(|(_, time)| std::cmp::Reverse(**time));
         let steps = times.len() as f64;

@@ -24,7 +24,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         .find(|argument| !argument.starts_with('-'));
     let path = path.unwrap_or_else(|| "models/SmolLM2-135M-Instruct.Q4_1.gguf".to_owned());
     println!(
-        "Prompts of {PROMPT} tokens, no two alike, and {ANSWER} tokens each; microseconds a step"
+        "Distinct prompts of {PROMPT} tokens, answers of {ANSWER} tokens; microseconds per step"
     );
     println!("sequences  cache off  cache on  difference  model's step  share");
     for sequences in [1, 16, 64] {

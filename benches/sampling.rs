@@ -62,7 +62,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     ];
     let mut rows = Vec::new();
     if !as_json {
-        println!("microseconds a row, medians of {ROUNDS}");
+        println!("microseconds per row, medians of {ROUNDS}");
         println!("vocabulary  {:<24}  device  reference  ratio", "sampling");
     }
     for vocabulary in [49_152, 151_936] {

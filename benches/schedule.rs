@@ -59,7 +59,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             scheduler.push(times.json(sequences, hits));
         }
     }
-    print("\nsequences     turn  a sequence".to_owned());
+    print("\nsequences     turn  per sequence".to_owned());
     let mut engine = Vec::new();
     for sequences in SEQUENCES {
         let turn = engine_turn(sequences)?;

@@ -26,7 +26,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut rows = Vec::new();
     if !as_json {
         println!("{TOKENS} tokens, medians of {ROUNDS} rounds");
-        println!("streams  tokens a second  (slowest, fastest)");
+        println!("streams  tokens/s  (slowest, fastest)");
     }
     for streams in STREAMS {
         let mut rates = Vec::new();

@@ -167,7 +167,7 @@ fn cpu(
 
 /// There is one test in this file because the count covers the whole process.
 #[test]
-fn a_step_that_decodes_allocates_nothing() {
+fn a_decode_step_allocates_nothing() {
     READS.set(true);
     let greedy = |prompt| Request::new(prompt).greedy();
     let null = |_: &EngineConfig| NullRunner::start(NullOptions::default());

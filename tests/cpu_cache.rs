@@ -71,7 +71,10 @@ fn filled(kv: KvType, block_tokens: usize) -> (CpuDevice, CpuCache) {
     }
     let blocks = blocks(&cache);
     for (i, one) in blocks.iter().enumerate() {
-        assert!(!blocks[..i].contains(one), "block {i} has a double");
+        assert!(
+            !blocks[..i].contains(one),
+            "the contents of block {i} are not unique"
+        );
     }
     (device, cache)
 }
@@ -87,7 +90,7 @@ fn kinds() -> [(KvType, usize); 3] {
 }
 
 #[test]
-fn blocks_come_back_from_the_host_as_they_went_in_every_layer() {
+fn swapped_blocks_are_restored_in_every_layer() {
     for (kv, block_tokens) in kinds() {
         let (mut device, mut cache) = filled(kv, block_tokens);
         let before = blocks(&cache);
@@ -126,15 +129,15 @@ fn copied_blocks_are_equal_in_every_layer_and_no_other_changes() {
 }
 
 #[test]
-fn blocks_and_slots_that_are_none_are_refused_and_nothing_is_copied() {
+fn transfers_of_nonexistent_blocks_and_slots_are_refused() {
     let (mut device, mut cache) = filled(KvType::F16, 16);
     let before = blocks(&cache);
-    refusals::blocks_and_slots_that_are_none(&mut device, &mut cache, &shape(16));
+    refusals::blocks_and_slots_that_do_not_exist(&mut device, &mut cache, &shape(16));
     assert!(blocks(&cache) == before);
 }
 
 #[test]
-fn host_memory_that_cannot_be_had_is_an_error() {
+fn a_failed_host_allocation_is_an_error() {
     let (mut device, _) = filled(KvType::F16, 16);
     let error = device.allocate_host_blocks(&shape(16), 1 << 50).err();
     assert!(matches!(error, Some(DeviceError::OutOfMemory { .. })));
@@ -142,7 +145,7 @@ fn host_memory_that_cannot_be_had_is_an_error() {
 
 #[test]
 #[cfg(target_os = "linux")]
-fn host_memory_is_taken_when_it_is_written() {
+fn host_memory_is_committed_only_when_written() {
     let (mut device, cache) = filled(KvType::F16, 16);
     let block = device.cache_bytes(&CacheShape {
         blocks: 1,

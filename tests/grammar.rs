@@ -126,7 +126,7 @@ fn objects_have_the_fields_of_their_schema_and_no_other() {
     let first = &values[0];
     assert!(
         values.iter().any(|other| other != first),
-        "seeds make no difference"
+        "all seeds give the same answer"
     );
 }
 
@@ -171,7 +171,7 @@ fn arrays_and_nested_objects_fit_their_schema() {
 }
 
 #[test]
-fn any_of_several_shapes_is_one_of_them() {
+fn any_of_yields_one_of_its_alternatives() {
     let schema = json!({
         "anyOf": [
             {
@@ -192,7 +192,7 @@ fn any_of_several_shapes_is_one_of_them() {
 }
 
 #[test]
-fn a_json_object_is_an_object_or_the_beginning_of_one() {
+fn json_object_yields_an_object_or_its_beginning() {
     let grammar = Grammar::json_object(tokenizer(&ENGINE)).unwrap();
     let request = chat("Describe a cat as JSON.").max_tokens(60);
     for answer in answers(&request, &grammar) {
@@ -206,7 +206,7 @@ fn a_json_object_is_an_object_or_the_beginning_of_one() {
 }
 
 #[test]
-fn a_choice_is_one_of_its_texts() {
+fn choice_yields_one_of_its_texts() {
     let choices = ["yes", "no", "I do not know", "I do"];
     let grammar = Grammar::choice(tokenizer(&ENGINE), &choices).unwrap();
     for answer in answers(&chat("Is the sky blue?"), &grammar) {
@@ -216,7 +216,7 @@ fn a_choice_is_one_of_its_texts() {
 }
 
 #[test]
-fn an_answer_to_a_regular_expression_matches_it() {
+fn regex_yields_a_matching_answer() {
     let grammar = Grammar::regex(tokenizer(&ENGINE), "^[0-9]{4}-(0[1-9]|1[0-2])$").unwrap();
     for answer in answers(&chat("When was the moon landing?"), &grammar) {
         assert_eq!(answer.finish.outcome, Outcome::Stop);
@@ -227,13 +227,13 @@ fn an_answer_to_a_regular_expression_matches_it() {
 }
 
 #[test]
-fn a_lark_grammar_is_followed() {
+fn lark_yields_an_answer_of_its_grammar() {
     let source = "start: \"(\" NUMBER (\"+\" NUMBER)* \")\"\nNUMBER: /[1-9][0-9]?/";
     let grammar = Grammar::lark(tokenizer(&ENGINE), source).unwrap();
     for answer in answers(&chat("A sum?").max_tokens(40), &grammar) {
         let text = text(&answer)
             .strip_prefix('(')
-            .expect("it begins with a bracket");
+            .expect("the answer begins with a bracket");
         if answer.finish.outcome == Outcome::Stop {
             let sum = text.strip_suffix(')').unwrap();
             let numbers = sum.split('+').map(|part| part.parse::<u32>().unwrap());
@@ -243,7 +243,7 @@ fn a_lark_grammar_is_followed() {
 }
 
 #[test]
-fn a_constrained_neighbour_changes_no_token_of_others() {
+fn constrained_requests_change_no_token_of_others() {
     let grammar = Grammar::json_object(tokenizer(&ENGINE)).unwrap();
     let free = |seed| {
         let sampling = SamplingParams {
@@ -276,7 +276,7 @@ fn a_constrained_neighbour_changes_no_token_of_others() {
 }
 
 #[test]
-fn samples_of_one_request_have_a_state_each() {
+fn each_sample_of_a_request_has_its_own_grammar_state() {
     let schema = json!({
         "type": "object",
         "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9999}},
@@ -301,7 +301,7 @@ fn samples_of_one_request_have_a_state_each() {
 }
 
 #[test]
-fn a_grammar_that_may_end_ends_by_the_models_own_end_token() {
+fn a_grammar_that_may_end_is_ended_by_an_end_token() {
     let grammar = Grammar::regex(tokenizer(&ENGINE), "[A-Z][a-z ,]+\\.( [A-Z][a-z ,]+\\.)*");
     let grammar = grammar.unwrap();
     let ends = tokenizer(&ENGINE).end_tokens();
@@ -317,11 +317,11 @@ fn a_grammar_that_may_end_ends_by_the_models_own_end_token() {
         );
         ended += usize::from(stopped);
     }
-    assert!(ended > 0, "none came to its end");
+    assert!(ended > 0, "no answer was complete");
 }
 
 #[test]
-fn preempted_and_cancelled_constrained_requests_leave_the_rest_right() {
+fn preemption_and_cancellation_change_no_constrained_answer() {
     let config = EngineConfig {
         kv_cache_bytes: Some(16 * 16 * 23_040),
         prefix_cache: false,

@@ -82,7 +82,7 @@ fn used(text: &str) -> BTreeSet<String> {
 }
 
 #[test]
-fn modules_use_only_what_the_direction_allows() {
+fn modules_use_only_the_layers_they_may() {
     let allowed: BTreeMap<&str, &[&str]> = MAY_USE.iter().copied().collect();
     let mut checked = 0;
     for (module, path, text) in files() {
@@ -93,7 +93,7 @@ fn modules_use_only_what_the_direction_allows() {
             checked += 1;
             assert!(
                 name == module || allowed.contains(&name.as_str()),
-                "{} uses crate::{name}, which '{module}' may not",
+                "{} uses crate::{name}, which '{module}' must not use",
                 path.display()
             );
         }
@@ -105,7 +105,7 @@ fn modules_use_only_what_the_direction_allows() {
 }
 
 #[test]
-fn unsafe_code_is_in_devices_only() {
+fn only_devices_contain_unsafe_code() {
     for (module, path, text) in files() {
         let has_unsafe = text
             .lines()
@@ -120,7 +120,7 @@ fn unsafe_code_is_in_devices_only() {
 }
 
 #[test]
-fn cudarc_stays_in_the_cuda_device() {
+fn only_the_cuda_device_uses_cudarc() {
     let mut users = 0;
     for (_, path, text) in files() {
         if text.contains("cudarc::") {
@@ -130,11 +130,11 @@ fn cudarc_stays_in_the_cuda_device() {
             assert!(inside, "{} uses cudarc", path.display());
         }
     }
-    assert!(users > 0, "nobody was found: the test reads nothing");
+    assert!(users > 0, "no use was found: the test reads nothing");
 }
 
 #[test]
-fn tokio_and_locks_stay_on_the_callers_side() {
+fn the_scheduler_threads_code_uses_no_tokio_and_no_locks() {
     for (module, path, text) in files() {
         // `waiting.rs` holds the callers' wakers for the watchdog. The scheduler thread never
         // takes that lock.
@@ -168,7 +168,7 @@ fn tokio_and_locks_stay_on_the_callers_side() {
 }
 
 #[test]
-fn the_engine_takes_what_threads_share_from_one_place() {
+fn the_engine_imports_sync_types_only_from_its_facade() {
     let mut users = 0;
     for (module, path, text) in files() {
         let facade = path.ends_with("engine/sync.rs") || path.ends_with("engine/sync/checked.rs");

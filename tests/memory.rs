@@ -13,7 +13,7 @@ const KV_CACHE: usize = 64 << 20;
 
 // This must be the only test in this file: another one would share the process and its peak.
 #[test]
-fn a_model_takes_less_than_sixteen_tenths_of_its_file_and_the_cache_asked_for() {
+fn a_loaded_model_takes_less_than_1_6_times_its_file_plus_the_cache() {
     let path = model::smollm2();
     let file = std::fs::metadata(&path).unwrap().len() as usize;
     let config = EngineConfig {

@@ -268,7 +268,7 @@ impl Loaded {
 
     /// Returns the peak memory while `requests` are answered, beyond what the server takes
     /// anyway, and the result of `requests`.
-    fn taken_by<T>(&self, requests: impl FnOnce(SocketAddr) -> T) -> (usize, T) {
+    fn peak_memory_of<T>(&self, requests: impl FnOnce(SocketAddr) -> T) -> (usize, T) {
         self.process.forget_peak();
         let before = self.process.memory("VmRSS").max(self.at_work);
         let answered = requests(self.server.address);
@@ -277,15 +277,18 @@ impl Loaded {
     }
 
     /// Waits until the server holds no more than before all requests plus the allowance.
-    fn gives_memory_back(self) {
+    fn assert_memory_is_released(self) {
         let until = Instant::now() + PATIENCE;
         let before = self.at_rest;
         loop {
             let now = self.process.memory("VmRSS");
             if now <= before + ALLOWANCE {
-                return self.server.ends_with_nothing_held();
+                return self.server.terminate_when_idle();
             }
-            assert!(Instant::now() < until, "{before} bytes have become {now}");
+            assert!(
+                Instant::now() < until,
+                "memory grew from {before} to {now} bytes"
+            );
             // The allocator returns memory only while it is in use, so send it some work.
             exchange(self.server.address, &get("/health")).unwrap();
         }
@@ -293,7 +296,7 @@ impl Loaded {
 }
 
 #[test]
-fn no_request_takes_more_than_four_times_its_body_and_the_allowance() {
+fn no_request_takes_much_more_than_four_times_its_body() {
     let loaded = Loaded::start();
     let config = ProptestConfig {
         failure_persistence: None,
@@ -303,7 +306,7 @@ fn no_request_takes_more_than_four_times_its_body_and_the_allowance() {
     let checked = TestRunner::new(config).run(&any_large(), |large| {
         let body = large.body();
         let sent = post(large.route.path(), &body);
-        let (taken, reply) = loaded.taken_by(|address| exchange(address, &sent));
+        let (taken, reply) = loaded.peak_memory_of(|address| exchange(address, &sent));
         let reply = reply.expect("every request is answered");
         served.set(served.get() + usize::from(reply.status == 200));
         let limit = 4 * body.len() + ALLOWANCE;
@@ -317,11 +320,11 @@ fn no_request_takes_more_than_four_times_its_body_and_the_allowance() {
     });
     checked.unwrap();
     assert!(served.get() > 0, "some of them are served");
-    loaded.gives_memory_back();
+    loaded.assert_memory_is_released();
 }
 
 #[test]
-fn memory_comes_back_after_many_large_requests_at_once() {
+fn memory_is_released_after_many_large_concurrent_requests() {
     const AT_ONCE: usize = 8;
     let loaded = Loaded::start();
     let size = 13 << 20;
@@ -340,7 +343,7 @@ fn memory_comes_back_after_many_large_requests_at_once() {
     ];
     for (path, body) in &bursts {
         let sent = &post(path, body.to_string());
-        let (taken, ()) = loaded.taken_by(|address| {
+        let (taken, ()) = loaded.peak_memory_of(|address| {
             thread::scope(|scope| {
                 for _ in 0..AT_ONCE {
                     scope.spawn(|| exchange(address, sent).expect("it is answered"));
@@ -353,5 +356,5 @@ fn memory_comes_back_after_many_large_requests_at_once() {
             "{path}: {taken} bytes taken, {limit} allowed"
         );
     }
-    loaded.gives_memory_back();
+    loaded.assert_memory_is_released();
 }

@@ -116,7 +116,7 @@ impl Log {
 }
 
 #[test]
-fn every_request_has_a_span_in_its_callers_and_one_event_at_its_end() {
+fn every_request_has_a_child_span_and_one_event_at_its_end() {
     let recorder = Recorder::default();
     let log = Arc::clone(&recorder.log);
     tracing::subscriber::set_global_default(recorder).unwrap();

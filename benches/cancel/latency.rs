@@ -179,12 +179,12 @@ impl Live {
     }
 
     /// Cancels a random request. Returns `None` if it had already ended.
-    fn cancel(&mut self) -> Option<(Arc<Noted>, Cancellation)> {
+    fn cancel(&mut self) -> Option<(Arc<WakeTime>, Cancellation)> {
         let first = *self.streams.first_key_value()?.0;
         let from = first + self.random.below(self.submitted - first + 1);
         let index = *self.streams.range(from..).next()?.0;
         let mut stream = self.streams.remove(&index)?;
-        let noted = Arc::new(Noted::new());
+        let noted = Arc::new(WakeTime::new());
         let waker = Waker::from(Arc::clone(&noted));
         drain(&mut stream, &waker).then(|| (noted, stream.cancel()))
     }
@@ -204,13 +204,13 @@ fn drain(stream: &mut TokenStream, waker: &Waker) -> bool {
 }
 
 /// A waker that records when it was woken.
-struct Noted {
+struct WakeTime {
     made: Instant,
     /// Nanoseconds from `made` until it was woken; 0 if it never was.
     woken: AtomicU64,
 }
 
-impl Noted {
+impl WakeTime {
     fn new() -> Self {
         Self {
             made: Instant::now(),
@@ -224,7 +224,7 @@ impl Noted {
     }
 }
 
-impl Wake for Noted {
+impl Wake for WakeTime {
     fn wake(self: Arc<Self>) {
         let nanoseconds = self.made.elapsed().as_nanos() as u64;
         self.woken.store(nanoseconds.max(1), Ordering::Release);

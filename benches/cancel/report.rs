@@ -142,7 +142,7 @@ impl Report {
 
     /// Records that a device is not available.
     pub fn left_out(&mut self, device: &str, reason: &str) {
-        self.print(|| format!("\n{device} is left out: {reason}"));
+        self.print(|| format!("\n{device} is skipped: {reason}"));
         self.left_out
             .push(json!({ "device": device, "reason": reason }));
     }

@@ -166,7 +166,7 @@ pub fn experts(bench: &mut Bench) -> Result<(), DeviceError> {
         let used = ((1.0 - missed) * count as f64).round() as usize;
         let work = Work {
             kernel: "experts BF16".to_owned(),
-            shape: format!("{name} {count} × {width}×{hidden}, {top_k} a row"),
+            shape: format!("{name} {count} × {width}×{hidden}, {top_k} per row"),
             rows,
             sizes: vec![
                 ("experts", count),

@@ -63,7 +63,7 @@ impl Clients {
             .args(["--tokens", &tokens.to_string()])
             .stdout(Stdio::piped())
             .spawn()?;
-        let said = child.stdout.take().ok_or("the clients say nothing")?;
+        let said = child.stdout.take().ok_or("the clients printed nothing")?;
         let said = BufReader::new(said);
         Ok(Self { child, said })
     }
@@ -78,7 +78,7 @@ impl Clients {
     pub fn all_open(&mut self) -> Result<(), Failure> {
         match self.line()?.as_str() {
             "open\n" => Ok(()),
-            other => Err(format!("the clients say {other:?}").into()),
+            other => Err(format!("the clients printed {other:?}").into()),
         }
     }
 

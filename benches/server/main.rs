@@ -177,7 +177,7 @@ impl Cost {
 
     fn line(&self) -> String {
         format!(
-            "{} streams, a token each every {STEP:?}: {:.1} µs of CPU a token with the server, {:.1} without, {:.1} its overhead; from event to event p50 {:.1} ms, p99 {:.1} ms",
+            "{} streams, one token per stream every {STEP:?}: {:.1} µs of CPU per token with the server, {:.1} without, {:.1} overhead; between events p50 {:.1} ms, p99 {:.1} ms",
             self.load.streams,
             self.with_server,
             self.engine_only,

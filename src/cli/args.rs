@@ -45,17 +45,20 @@ pub enum CliError {
         path: PathBuf,
         source: std::io::Error,
     },
-    #[error("{path} is no list of messages: {problem}")]
+    #[error("{path} is not a list of messages: {problem}")]
     Messages { path: PathBuf, problem: String },
     #[cfg(feature = "grammar")]
-    #[error("{path} is no JSON: {problem}")]
+    #[error("{path} is not valid JSON: {problem}")]
     Schema { path: PathBuf, problem: String },
     #[cfg(feature = "grammar")]
     #[error(transparent)]
     Grammar(#[from] quell::GrammarError),
-    #[error("{path} is no config.json: {problem}")]
+    #[error("{path} is not a valid config.json: {problem}")]
     Config { path: PathBuf, problem: String },
-    #[error("{model} has no tokenizer files, which text needs{}", instead.map(of_other_tokenizer).unwrap_or_default())]
+    #[error(
+        "{model} has no tokenizer files, which text input and output require{}",
+        instead.map(of_other_tokenizer).unwrap_or_default()
+    )]
     NoTokenizer {
         model: String,
         /// Name of a tokenizer file that quell does not read, if there is one.
@@ -67,10 +70,10 @@ pub enum CliError {
     Engine(quell::EngineFault),
     /// The engine did not stop in time after the server was told to stop.
     #[cfg(feature = "server")]
-    #[error("the engine did not stop within {0:?}; what was open is cut off")]
+    #[error("the engine did not stop within {0:?}; open requests were cut off")]
     Stopping(std::time::Duration),
     #[cfg(feature = "server")]
-    #[error("the thread that loads the model has panicked")]
+    #[error("the thread that loads the model panicked")]
     Loading,
     #[error("cannot write the output: {0}")]
     Output(#[from] std::io::Error),
@@ -79,7 +82,7 @@ pub enum CliError {
 /// Tells how to convert a tokenizer file that quell does not read.
 fn of_other_tokenizer(file: &str) -> String {
     format!(
-        ": there is {file}, which has to be converted to tokenizer.json (transformers' \
+        ": {file} exists, but must be converted to tokenizer.json (transformers' \
          AutoTokenizer writes it with save_pretrained)"
     )
 }

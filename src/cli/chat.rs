@@ -68,7 +68,7 @@ pub fn start(args: ChatArgs) -> Result<(), CliError> {
 #[derive(Debug, Error)]
 pub enum ChatError {
     /// The model has no chat template.
-    #[error("the model has no chat template, which a chat needs; use `quell generate` instead")]
+    #[error("the model has no chat template, which a chat requires; use `quell generate` instead")]
     NoTemplate,
     /// The settings are invalid, or the engine has closed.
     #[error(transparent)]
@@ -309,7 +309,7 @@ impl Chat {
                 Input::Stats => self.show_stats()?,
                 Input::Reset => {
                     self.conversation.turns.clear();
-                    self.style.note("(the conversation is forgotten)");
+                    self.style.note("(conversation reset)");
                 }
                 Input::System(text) => {
                     self.conversation.system = text.map(str::to_owned);

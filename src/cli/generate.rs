@@ -9,10 +9,7 @@ use serde_json::{Value, json};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// Continue a prompt, or answer a message.
-///
-/// Without --temperature, the answer is greedy, whatever sampling defaults the model has.
-/// With it, the model's defaults apply to all settings that have no flag.
+/// Arguments of `quell generate`.
 #[derive(Debug, Args)]
 #[command(group = clap::ArgGroup::new("input").required(true).args(["prompt", "messages", "prompt_ids"]))]
 pub struct GenerateArgs {
@@ -71,9 +68,7 @@ pub fn run(args: GenerateArgs) -> Result<(), CliError> {
         ));
     }
     if args.stop.iter().any(String::is_empty) {
-        return Err(CliError::Usage(
-            "--stop is empty, but must have a character".to_owned(),
-        ));
+        return Err(CliError::Usage("--stop must not be empty".to_owned()));
     }
     #[cfg(feature = "grammar")]
     let schema = schema(&args)?;
@@ -189,7 +184,7 @@ fn stream_text(engine: &Engine, request: Request) -> Result<Finish, CliError> {
         finish = chunk.finish.or(finish);
     }
     writeln!(out)?;
-    finish.ok_or_else(|| CliError::Usage("the stream ended without a finish".to_owned()))
+    finish.ok_or_else(|| CliError::Usage("the stream ended without a finish reason".to_owned()))
 }
 
 fn result(engine: &Engine, generation: &Generation, logprobs: bool) -> Value {

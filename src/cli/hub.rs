@@ -223,7 +223,7 @@ impl Hub {
             .find(|shard| !is_segment(shard) || !files.contains(*shard))
         {
             Some(shard) => Err(answer(format!(
-                "it names '{shard}', which is no file of the repository"
+                "it names '{shard}', which is not a file of the repository"
             ))),
             None => Ok(shards.into_iter().map(str::to_owned).collect()),
         }
@@ -292,7 +292,7 @@ impl Hub {
             {
                 Ok(path) => break path,
                 Err(error) if attempt < ATTEMPTS && is_worth_another_try(&error) => {
-                    tracing::warn!(%error, %file, "the download broke off; going on");
+                    tracing::warn!(%error, %file, "the download was interrupted; resuming");
                     if is_unusable_part(&error) {
                         self.discard_part(&repo, file);
                     }
@@ -309,7 +309,8 @@ impl Hub {
                 let blob = std::fs::canonicalize(&path);
                 for wrong in [Ok(path), blob].into_iter().flatten() {
                     if let Err(error) = std::fs::remove_file(&wrong) {
-                        tracing::error!(%error, path = %wrong.display(), "cannot discard it");
+                        tracing::error!(%error, path = %wrong.display(), "cannot delete the \
+                                                                          incomplete file");
                     }
                 }
                 Err(HubError::Size {

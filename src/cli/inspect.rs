@@ -194,7 +194,7 @@ fn shape(config: &ModelConfig) -> String {
         config.vocabulary
     );
     if let Some(experts) = config.experts {
-        shape += &format!(", {} experts, {} a token", experts.count, experts.top_k);
+        shape += &format!(", {} experts, {} per token", experts.count, experts.top_k);
     }
     if let Some(window) = config.window {
         shape += &format!(", window {window}");

@@ -89,7 +89,7 @@ pub fn start_server(endpoint: Option<&str>) -> Result<Logging, CliError> {
         tracing::warn!(
             target: "quell",
             dropped,
-            "lines of the log were dropped, because it was not read"
+            "log lines were dropped because the log was not read"
         );
     };
     let log = Lossy::start(std::io::stderr(), report)?;

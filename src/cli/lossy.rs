@@ -72,7 +72,7 @@ impl Lossy {
     /// Counts dropped lines in the metrics recorder that is installed now.
     pub fn count(&self) {
         let counter = self.shared.counter.get_or_init(|| {
-            let what = "Lines of the log that were dropped because nobody read them";
+            let what = "Log lines dropped because the log was not read";
             metrics::describe_counter!(DROPPED, what);
             metrics::counter!(DROPPED)
         });
@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn long_lines_take_no_more_memory_than_is_set_apart() {
+    fn long_lines_respect_the_byte_limit() {
         let Bench {
             mut log,
             permit,

@@ -32,12 +32,11 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 /// How long to wait for stderr to accept the final error message.
-const LAST_WORDS: Duration = Duration::from_millis(500);
+const ERROR_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Run large language models: one scheduler thread, batched decoding, and
-/// cancellation that always frees the KV cache.
+/// Run, serve and measure large language models.
 #[derive(Debug, Parser)]
-#[command(name = "quell", version, about, max_term_width = 100)]
+#[command(name = "quell", version, max_term_width = 100)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -46,10 +45,18 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Continue a prompt, or answer a message.
+    ///
+    /// Without --temperature, the answer is greedy, whatever sampling defaults the model has.
+    /// With it, the model's defaults apply to all settings that have no flag.
     Generate(generate::GenerateArgs),
     /// Chat with a model in the terminal.
     Chat(chat::ChatArgs),
     /// Serve a model over HTTP with OpenAI's API.
+    ///
+    /// Every flag can also be set by an environment variable (QUELL_ and the flag's name, such
+    /// as QUELL_DRAIN_TIMEOUT) or in the file given with --config. Flags override the
+    /// environment, and the environment overrides the file. API keys are read from
+    /// --api-key-file and from the variable QUELL_API_KEYS, separated by commas.
     #[cfg(feature = "server")]
     Serve(serve::ServeArgs),
     /// Turn text into token ids.
@@ -107,7 +114,7 @@ fn failure(error: &CliError) -> ExitCode {
     // Print on a thread, so that a pipe that nobody reads cannot keep the process from
     // ending.
     if std::thread::Builder::new().spawn(print).is_ok() {
-        let _ = is_done.recv_timeout(LAST_WORDS);
+        let _ = is_done.recv_timeout(ERROR_TIMEOUT);
     }
     ExitCode::from(error.exit_code())
 }

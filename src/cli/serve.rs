@@ -14,24 +14,19 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 /// How often the engine's health is checked.
-const LOOKING: Duration = Duration::from_millis(250);
+const HEALTH_INTERVAL: Duration = Duration::from_millis(250);
 
 /// How long connections may take to learn that the engine has failed, and to close.
-const FAILING: Duration = Duration::from_secs(2);
+const FAILURE_NOTICE: Duration = Duration::from_secs(2);
 
 /// The process ends within this time after the engine has failed, even if something hangs.
 const LAST_RESORT: Duration = Duration::from_millis(4500);
 
 /// How long the server may take to end after all open requests should have ended.
 /// Connections have 5 seconds to close; the rest is for the engine.
-const STOPPING: Duration = Duration::from_secs(8);
+const STOP_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// Serve a model over HTTP with OpenAI's API.
-///
-/// Every flag can also be set by an environment variable (QUELL_ and the flag's name, such
-/// as QUELL_DRAIN_TIMEOUT) or in the file given with --config. Flags override the
-/// environment, and the environment overrides the file. API keys are read from
-/// --api-key-file and from the variable QUELL_API_KEYS, separated by commas.
+/// Arguments of `quell serve`.
 #[derive(Debug, Args)]
 pub struct ServeArgs {
     #[command(flatten)]
@@ -210,7 +205,7 @@ async fn prepare(args: ServeArgs, signals: &mut Signals) -> Result<Option<Prepar
     tokio::select! {
         prepared = prepared => prepared.map_err(|_| CliError::Loading)?.map(Some),
         signal = signals.next() => {
-            tracing::info!(signal, "told to stop before the model was loaded");
+            tracing::info!(signal, "stopped before the model was loaded");
             Ok(None)
         }
     }
@@ -262,25 +257,28 @@ async fn end(
 ) -> CliError {
     tokio::select! {
         signal = signals.next() => {
-            tracing::info!(signal, "finishing the open requests; once more to cancel them");
+            tracing::info!(
+                signal,
+                "finishing the open requests; send the signal again to cancel them"
+            );
         }
         fault = failure(engine) => {
-            tracing::error!(%fault, "the engine has failed, and the server ends");
+            tracing::error!(%fault, "the engine has failed; shutting down the server");
             drop(stop);
             abort_after(LAST_RESORT);
-            tokio::time::sleep(FAILING).await;
+            tokio::time::sleep(FAILURE_NOTICE).await;
             return CliError::Engine(fault);
         }
     }
     drop(stop);
-    let draining = drain_timeout.saturating_add(STOPPING);
+    let draining = drain_timeout.saturating_add(STOP_TIMEOUT);
     tokio::select! {
         signal = signals.next() => {
             tracing::info!(signal, "cancelling the open requests");
         }
         fault = failure(engine) => {
             abort_after(LAST_RESORT);
-            tokio::time::sleep(FAILING).await;
+            tokio::time::sleep(FAILURE_NOTICE).await;
             return CliError::Engine(fault);
         }
         () = tokio::time::sleep(draining) => return CliError::Stopping(draining),
@@ -288,8 +286,8 @@ async fn end(
     // The shutdown is posted at once, without awaiting it. The server ends when the engine
     // has.
     let _aborting = engine.shutdown(Shutdown::Abort);
-    tokio::time::sleep(STOPPING).await;
-    CliError::Stopping(STOPPING)
+    tokio::time::sleep(STOP_TIMEOUT).await;
+    CliError::Stopping(STOP_TIMEOUT)
 }
 
 /// Returns what ended the engine, unless it was told to end.
@@ -309,7 +307,7 @@ async fn failure(engine: &Engine) -> EngineFault {
         if let Some(fault) = fault(engine) {
             return fault;
         }
-        tokio::time::sleep(LOOKING).await;
+        tokio::time::sleep(HEALTH_INTERVAL).await;
     }
 }
 
@@ -332,11 +330,11 @@ fn announce(server: &Server) {
         let mut out = std::io::stdout().lock();
         let written = writeln!(out, "listening on {scheme}://{address}");
         if let Err(error) = written.and_then(|()| out.flush()) {
-            tracing::warn!(%error, "cannot say on stdout that {scheme}://{address} is listened on");
+            tracing::warn!(%error, "cannot announce {scheme}://{address} on stdout");
         }
     };
     if let Err(error) = std::thread::Builder::new().spawn(write) {
-        tracing::warn!(%error, "cannot say on stdout that {scheme}://{address} is listened on");
+        tracing::warn!(%error, "cannot announce {scheme}://{address} on stdout");
     }
 }
 
@@ -425,7 +423,7 @@ impl HttpArgs {
         let of_file = ApiKeys::parse(&text);
         if of_file.is_empty() {
             // An empty file must not open the server to everyone.
-            let problem = format!("--api-key-file {} has no key", path.display());
+            let problem = format!("--api-key-file {} contains no key", path.display());
             return Err(CliError::Usage(problem));
         }
         Ok(keys.join(of_file))

@@ -34,7 +34,7 @@ pub fn read(path: PathBuf) -> Result<Table, CliError> {
     })?;
     text.parse().map_err(|error: toml::de::Error| {
         let problem = error.message();
-        CliError::Usage(format!("{} is no TOML: {problem}", path.display()))
+        CliError::Usage(format!("{} is not valid TOML: {problem}", path.display()))
     })
 }
 
@@ -80,7 +80,7 @@ fn texts(name: &str, value: &Value) -> Result<Vec<String>, CliError> {
         Value::Float(number) => Ok(number.to_string()),
         Value::Boolean(flag) => Ok(flag.to_string()),
         other => Err(CliError::Usage(format!(
-            "{name} in the settings file is a {}, expected a text, a number, true or false, or \
+            "{name} in the settings file is a {}, expected a string, a number, true or false, or \
              a list of them",
             other.type_str()
         ))),

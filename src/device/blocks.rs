@@ -7,7 +7,9 @@ pub(super) fn check_blocks(
     count: usize,
 ) -> Result<(), String> {
     match blocks.find(|&block| block as usize >= count) {
-        Some(block) => Err(format!("block {block} is beyond the cache's {count}")),
+        Some(block) => Err(format!(
+            "block {block} is out of range: the cache has {count} blocks"
+        )),
         None => Ok(()),
     }
 }
@@ -24,7 +26,9 @@ pub(super) fn check_copies(pairs: &[[u32; 2]], count: usize) -> Result<(), Strin
         sources.find(|source| targets.binary_search(source).is_ok())
     });
     match clash {
-        Some(block) => Err(format!("block {block} is written and used again")),
+        Some(block) => Err(format!(
+            "block {block} is a target and occurs again in the same list"
+        )),
         None => Ok(()),
     }
 }
@@ -95,7 +99,7 @@ impl Slots {
         let count = self.count();
         match slots.find(|&slot| slot as usize >= count) {
             Some(slot) => Err(format!(
-                "host slot {slot} is beyond the {count} that there are"
+                "host slot {slot} is out of range: there are {count} slots"
             )),
             None => Ok(()),
         }

@@ -72,7 +72,7 @@ pub enum DeviceError {
         reason: String,
     },
     /// The device can no longer be used.
-    #[error("the {device} device is lost since {operation}: {reason}")]
+    #[error("the {device} device was lost during {operation}: {reason}")]
     Lost {
         /// `cpu` or `cuda`.
         device: &'static str,

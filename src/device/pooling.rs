@@ -6,7 +6,7 @@ const UNITS: f32 = (1 << 28) as f32;
 const LARGEST: f32 = (1 << 15) as f32;
 /// Sentinel for an invalid sum: it contains a NaN or a value that is too large, or it
 /// overflowed.
-const UNSOUND: i64 = i64::MIN;
+const INVALID: i64 = i64::MIN;
 
 /// Sum of rows of activations, column by column, in units of 2⁻²⁸.
 ///
@@ -43,7 +43,7 @@ impl PooledRows {
             // The comparison is false for NaN.
             let units = match value.abs() <= LARGEST {
                 true => (value * UNITS).round_ties_even() as i64,
-                false => UNSOUND,
+                false => INVALID,
             };
             add(sum, units);
         }
@@ -68,7 +68,7 @@ impl PooledRows {
     pub fn mean(&self) -> Vec<f32> {
         let scale = f64::from(UNITS) * self.rows as f64;
         let mean = |&sum: &i64| match sum {
-            UNSOUND => f32::NAN,
+            INVALID => f32::NAN,
             sum => (sum as f64 / scale) as f32,
         };
         self.sums.iter().map(mean).collect()
@@ -78,8 +78,8 @@ impl PooledRows {
 /// Adds to a sum. An invalid sum stays invalid.
 fn add(sum: &mut i64, units: i64) {
     *sum = match (*sum, units) {
-        (UNSOUND, _) | (_, UNSOUND) => UNSOUND,
-        (sum, units) => sum.checked_add(units).unwrap_or(UNSOUND),
+        (INVALID, _) | (_, INVALID) => INVALID,
+        (sum, units) => sum.checked_add(units).unwrap_or(INVALID),
     };
 }
 
@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_number_shows_in_its_column_only() {
+    fn nan_or_a_too_large_value_invalidates_only_its_column() {
         for wrong in [f32::NAN, f32::INFINITY, -40_000.0] {
             let with = sum(&[[1.0, 2.0, 3.0], [3.0, wrong, 5.0], [2.0, 1.0, 1.0]]);
             let mean = with.mean();

@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mask_is_written_where_the_last_one_was_unless_somebody_holds_that() {
+    fn a_masks_memory_is_reused_unless_the_mask_is_shared() {
         let mut state = state(33);
         state.refresh().unwrap();
         let first = Arc::as_ptr(state.mask());

@@ -45,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn prompts_count_as_seen_and_answers_by_the_times_that_they_say_a_token() {
+    fn prompt_tokens_count_as_seen_and_answer_tokens_per_occurrence() {
         let mut counts = HistoryCounts::default();
         let mut entries = vec![[9, 9]];
         let mut row = SampleRow {

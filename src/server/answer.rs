@@ -50,7 +50,8 @@ pub(crate) async fn complete(streams: Vec<TokenStream>) -> Result<Vec<Answer>, A
             finish,
         } = part;
         // A stream always ends with a finish or an error.
-        let finish = finish.ok_or_else(|| ApiError::unavailable("the answer was cut short"))?;
+        let missing = || ApiError::unavailable("the answer ended without a finish reason");
+        let finish = finish.ok_or_else(missing)?;
         Ok(Answer {
             text,
             tokens,

@@ -177,8 +177,10 @@ pub(super) async fn check(
         return next.run(request).await;
     }
     let problem = match given {
-        [None, None] => "an API key is needed, as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'",
-        _ => "the API key is not known",
+        [None, None] => {
+            "an API key is required, as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
+        }
+        _ => "unknown API key",
     };
     let error = ApiError::new(StatusCode::UNAUTHORIZED, "authentication_error", problem);
     let mut response = error.code("invalid_api_key").into_response();
@@ -215,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_may_say_how_urgent_its_requests_may_be() {
+    fn a_key_may_set_the_priority_limit_of_its_requests() {
         let keys = ApiKeys::parse("alpha max-priority=-5\nbeta\ngamma max-priority=x");
         let limits = keys.0.iter().map(|key| key.max_priority);
         assert_eq!(limits.collect::<Vec<_>>(), [Some(-5), None, None]);
@@ -239,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_comes_behind_the_word_bearer() {
+    fn the_key_follows_the_word_bearer() {
         assert_eq!(bearer_of(b"Bearer  k "), Some(&b"k"[..]));
         assert_eq!(bearer_of(b"bearer k"), Some(&b"k"[..]));
         assert_eq!(bearer_of(b"Basic k"), None);

@@ -10,7 +10,7 @@ use super::json::{JsonBody, optional_object};
 use super::logprobs::PromptLogProbs;
 use super::parts::{Part, Parts, call_id};
 use super::rendering::RenderingFields;
-use super::sampling::{SamplingFields, hold};
+use super::sampling::{SamplingFields, constrain};
 use super::sessions::SessionPrompt;
 use super::sse::{self, Events, Writer};
 use super::structure::StructureFields;
@@ -276,7 +276,7 @@ pub(crate) async fn chat_completions(
         rendering,
         hide_reasoning: !request.include_reasoning.unwrap_or(true),
         truncate_to: None,
-        may_be_cut: sampling.cuts_prompt(),
+        may_truncate: sampling.cuts_prompt(),
     };
     let prepared = conversation.prepare(&app, bytes).await?;
     let (reading, notices) = (prepared.reading, prepared.notices);
@@ -286,7 +286,7 @@ pub(crate) async fn chat_completions(
     let mut asked = sampling
         .request(&app, max_tokens, logprobs)?
         .label(id.as_str());
-    hold(&mut asked, prepared.constraint)?;
+    constrain(&mut asked, prepared.constraint)?;
     asked.keep_special |= prepared.keep_special;
     asked.prompt_logprobs = prompt_logprobs;
     let streams = app

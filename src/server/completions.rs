@@ -9,7 +9,7 @@ use super::json::{JsonBody, optional_object};
 use super::logprobs::{LogProbs, PromptLogProbs};
 use super::notices::Notices;
 use super::prompts::Prompts;
-use super::sampling::{SamplingFields, hold};
+use super::sampling::{SamplingFields, constrain};
 use super::sessions::SessionPrompt;
 use super::sse::{self, Events, Writer};
 use super::structure::StructureFields;
@@ -117,7 +117,7 @@ pub(crate) async fn completions(
         notices.unenforced = grammar.unenforced().to_vec();
         form = Some(grammar.constraint());
     }
-    hold(&mut template, form)?;
+    constrain(&mut template, form)?;
     let mut prompts = request.prompt.into_vec("prompt")?;
     if request.add_special_tokens == Some(false) {
         let cut = template.truncate_prompt.is_some();
@@ -160,7 +160,7 @@ fn candidates(
     let candidates = best_of.unwrap_or(samples);
     let most = app.options.max_samples;
     let problem = if !(samples..=most).contains(&candidates) {
-        format!("best_of is {candidates}, but must be from n, {samples}, to {most}")
+        format!("best_of is {candidates}, but must be between n ({samples}) and {most}")
     } else if stream && candidates > samples {
         "best_of above n is not available in a stream".to_owned()
     } else {

@@ -28,7 +28,7 @@ pub(crate) struct Conversation {
     /// tokens.
     pub truncate_to: Option<usize>,
     /// Whether the prompt may be truncated later.
-    pub may_be_cut: bool,
+    pub may_truncate: bool,
 }
 
 /// The prompt and the settings for the engine, and how to read the answers.
@@ -49,27 +49,27 @@ impl Conversation {
     pub async fn prepare(self, app: &Arc<App>, bytes: usize) -> Result<Prepared, ApiError> {
         let compiles = self.structure.is_some() || self.tools.forced();
         let shared = Arc::clone(app);
-        let work = move |job: &Job| self.prepare_here(&shared, job);
+        let work = move |job: &Job| self.prepare_blocking(&shared, job);
         match compiles {
             true => app.workers.run(bytes + GRAMMAR_COST, work).await,
             false => app.workers.run_if_long(bytes, work).await,
         }
     }
 
-    fn prepare_here(mut self, app: &App, job: &Job) -> Result<Prepared, ApiError> {
+    fn prepare_blocking(mut self, app: &App, job: &Job) -> Result<Prepared, ApiError> {
         let tokenizer = app.require_tokenizer("a conversation")?;
         if !self.is_cut() {
             let contents = self.messages.iter().map(|message| message.content.len());
             let bytes = app.check_text_bytes(contents.sum());
             bytes.map_err(|error| error.param("messages"))?;
         }
-        let of_request = match &self.rendering.template {
+        let request_template = match &self.rendering.template {
             None => None,
             Some(source) => Some(tokenizer.template_from(source).map_err(|error| {
                 ApiError::from(SubmitError::Text(error)).param("chat_template")
             })?),
         };
-        let template = of_request
+        let template = request_template
             .as_ref()
             .or(tokenizer.chat_template())
             .ok_or(SubmitError::NoChatTemplate)?;
@@ -159,7 +159,7 @@ impl Conversation {
 
     /// Returns whether a prompt that is too long is truncated rather than refused.
     fn is_cut(&self) -> bool {
-        self.may_be_cut || self.truncate_to.is_some()
+        self.may_truncate || self.truncate_to.is_some()
     }
 
     /// Returns the prompt for these messages.
@@ -198,7 +198,7 @@ impl Conversation {
             leave_open(&mut text, last)?;
         }
         opening.write(&mut text);
-        drop((in_words, options));
+        drop((changed, options));
         job.check()?;
         if !self.is_cut() {
             let bytes = app.check_text_bytes(text.len());

@@ -187,7 +187,7 @@ fn normalized(mut values: Vec<f32>) -> Result<Vec<f32>, ApiError> {
         .map(|&value| f64::from(value) * f64::from(value));
     let length = squares.sum::<f64>().sqrt();
     if !length.is_finite() {
-        let problem = "the model has given hidden states that are no numbers";
+        let problem = "the model produced hidden states that are not finite numbers";
         let status = axum::http::StatusCode::INTERNAL_SERVER_ERROR;
         return Err(ApiError::new(status, "server_error", problem));
     }

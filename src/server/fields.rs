@@ -433,13 +433,13 @@ mod tests {
         let mut text = String::from(
             "# Request fields\n\n\
              Every field that the request schemas of OpenAI, vLLM and llama.cpp have, on the routes that know it.\n\n\
-             - **honoured**: it is done.\n\
+             - **honoured**: it has its documented effect.\n\
              - **refused**: a request with it is answered with status 400 and its name in `error.param`, unless its value is null \
              or one of the values given, which ask for nothing.\n\
              - **accepted**: it is a hint that this server has no use for, or belongs to another field that is refused.\n\n\
              Fields with other names are ignored.\n\n\
              This file is written from the list in `src/server/fields/table.rs`: run \
-             `QUELL_WRITE_DOCS=1 cargo test --lib fields` after a change of it.\n",
+             `QUELL_WRITE_DOCS=1 cargo test --lib fields` after changing it.\n",
         );
         for route in Route::ALL {
             let _ = write!(
@@ -475,7 +475,7 @@ mod tests {
         let written = std::fs::read_to_string(path).unwrap();
         assert!(
             written == document(),
-            "docs/api-fields.md is not what the list says; QUELL_WRITE_DOCS=1 writes it"
+            "docs/api-fields.md is out of date; run this test with QUELL_WRITE_DOCS=1 to rewrite it"
         );
     }
 }

@@ -81,7 +81,8 @@ impl Guard {
                 let given = headers.get(header::HOST).map(|host| host.to_str());
                 let given = given.and_then(Result::ok).or(uri.host()).unwrap_or("?");
                 let problem = format!(
-                    "this server is not called {given:?}; start it with --allowed-hosts if it is"
+                    "{given:?} is not a name of this server; if it should be, start the server \
+                     with --allowed-hosts"
                 );
                 return Err(ApiError::forbidden(problem).code("host_not_allowed"));
             }
@@ -95,8 +96,8 @@ impl Guard {
             let own = is_own(origin, authority.as_ref()) || is_same_origin(headers);
             if !own && !origins.iter().any(allowed) {
                 let problem = format!(
-                    "pages of {origin} may not use this server; start it with --allowed-origins \
-                     if they may"
+                    "pages of {origin} may not use this server; to allow them, start it with \
+                     --allowed-origins"
                 );
                 return Err(ApiError::forbidden(problem).code("origin_not_allowed"));
             }
@@ -242,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn any_host_is_served_with_keys_with_a_certificate_or_if_all_are_allowed() {
+    fn any_host_passes_with_api_keys_or_a_certificate_or_a_star() {
         let keys = || ApiKeys::parse("key");
         let star = vec!["*".to_owned()];
         assert!(host_passes(
@@ -269,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_that_is_none_cannot_be_allowed() {
+    fn an_invalid_host_cannot_be_allowed() {
         let mut options = ServerOptions::new("model");
         options.allowed_hosts = vec!["a b".to_owned()];
         let error = Guard::new(&options, "127.0.0.1:8000").unwrap_err();

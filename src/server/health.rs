@@ -14,7 +14,7 @@ use std::sync::Arc;
 pub(crate) async fn health(State(app): State<Arc<App>>) -> Result<Json<Value>, ApiError> {
     let health = app.engine.health();
     if !health.is_healthy() {
-        let problem = format!("the engine does not work: {:?}", health.status);
+        let problem = format!("the engine is not healthy: {:?}", health.status);
         return Err(ApiError::unavailable(problem).code("unhealthy"));
     }
     Ok(Json(json!({
@@ -34,7 +34,7 @@ pub(crate) async fn ready(State(app): State<Arc<App>>) -> Result<Json<Value>, Ap
         return Err(ApiError::unavailable(problem).code("draining"));
     }
     if !health.is_healthy() {
-        let problem = format!("the engine does not work: {:?}", health.status);
+        let problem = format!("the engine is not healthy: {:?}", health.status);
         return Err(ApiError::unavailable(problem).code("unhealthy"));
     }
     Ok(Json(json!({"status": "ready"})))

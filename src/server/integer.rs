@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_integer_in_the_range_is_refused() {
+    fn non_integers_and_integers_out_of_range_are_refused() {
         for fields in [
             json!({"count": 16.5}),
             json!({"count": -1}),

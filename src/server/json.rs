@@ -82,21 +82,22 @@ impl JsonBody {
             let broken = problem.is_syntax() || problem.is_eof();
             // serde_json reports a number in place of a variant's name as a syntax error.
             if broken && self.is_json() && path != "." {
-                let problem = format!("{path}: its value is of another type than expected");
+                let problem = format!("{path}: its value has the wrong type");
                 ApiError::invalid(problem).param(path)
             } else if broken {
-                ApiError::invalid(format!("the body is no JSON: {problem}"))
+                ApiError::invalid(format!("the body is not valid JSON: {problem}"))
             } else if path == "." {
                 let problem = plain(&problem.to_string());
-                ApiError::invalid(format!("the body is wrong: {problem}"))
+                ApiError::invalid(format!("the body is invalid: {problem}"))
             } else {
                 let problem = plain(&problem.to_string());
                 ApiError::invalid(format!("{path}: {problem}")).param(path)
             }
         })?;
-        reader
-            .end()
-            .map_err(|error| ApiError::invalid(format!("the body goes on after it: {error}")))?;
+        reader.end().map_err(|error| {
+            let problem = "the body has trailing characters after the JSON value";
+            ApiError::invalid(format!("{problem}: {error}"))
+        })?;
         Ok(value)
     }
 
@@ -235,7 +236,7 @@ impl FromRequest<Arc<App>> for JsonBody {
             ApiError::new(
                 StatusCode::PAYLOAD_TOO_LARGE,
                 "invalid_request_error",
-                format!("the body has more than the {limit} bytes that are accepted"),
+                format!("the body is larger than the limit of {limit} bytes"),
             )
         };
         let body = request.into_body();

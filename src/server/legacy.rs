@@ -50,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn function_calls_and_results_become_those_of_tools() {
+    fn function_calls_and_results_become_tool_calls_and_results() {
         let read = |messages: Value| -> Vec<Message> { serde_json::from_value(messages).unwrap() };
         let function = |name: &str| json!({"name": name, "arguments": "{}"});
         let legacy = read(json!([

@@ -140,7 +140,7 @@ impl PromptLogProbs {
 
 /// Converts a log probability to the `f64` of a JSON value, such that it is written with the
 /// digits of the `f32`.
-pub(super) fn with_its_digits(logprob: f32) -> f64 {
+pub(super) fn f64_with_f32_digits(logprob: f32) -> f64 {
     logprob.to_string().parse().unwrap_or(f64::from(logprob))
 }
 
@@ -196,7 +196,7 @@ mod tests {
     #[test]
     fn a_number_of_a_json_value_keeps_its_digits() {
         for logprob in [-0.1f32, -3.7, 0.0, -1e-7, -123.456] {
-            let number = json!(with_its_digits(logprob)).to_string();
+            let number = json!(f64_with_f32_digits(logprob)).to_string();
             assert_eq!(number.parse::<f32>().unwrap(), logprob);
             assert!(number.len() <= 12, "{number}");
         }

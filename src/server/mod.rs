@@ -254,13 +254,15 @@ pub enum ServeError {
         problem: String,
     },
     /// An allowed host is not a valid host.
-    #[error("{host:?} is no host, expected a name or an address like llm.example.com, or *")]
+    #[error(
+        "{host:?} is not a valid host, expected a name or an address like llm.example.com, or *"
+    )]
     Host {
         /// The value that was given.
         host: String,
     },
     /// An allowed origin is not a valid origin.
-    #[error("{origin:?} is no origin, expected one like https://example.com, or *")]
+    #[error("{origin:?} is not a valid origin, expected one like https://example.com, or *")]
     Origin {
         /// The value that was given.
         origin: String,
@@ -457,7 +459,7 @@ async fn no_route(uri: Uri) -> ApiError {
 }
 
 async fn no_method(method: Method, uri: Uri) -> ApiError {
-    let problem = format!("{} does not take {method}", uri.path());
+    let problem = format!("{} does not support {method}", uri.path());
     ApiError::new(
         StatusCode::METHOD_NOT_ALLOWED,
         "invalid_request_error",
@@ -474,7 +476,7 @@ fn panicked(panic: Box<dyn std::any::Any + Send>) -> Response {
         .or_else(|| panic.downcast_ref::<String>().cloned());
     tracing::error!(panic = message, "a request handler panicked");
     let status = StatusCode::INTERNAL_SERVER_ERROR;
-    let message = "an internal error; the server's log says more";
+    let message = "internal error; see the server's log";
     ApiError::new(status, "server_error", message).into_response()
 }
 
@@ -563,7 +565,7 @@ impl App {
         let places = self.engine.places(prompts.len(), samples)?;
         let bytes = prompts.iter().map(text_bytes).sum();
         let app = Arc::clone(self);
-        let work = move |job: &Job| app.submit_here(job, places, request, prompts, samples);
+        let work = move |job: &Job| app.submit_blocking(job, places, request, prompts, samples);
         self.workers.run_if_long(bytes, work).await
     }
 
@@ -594,7 +596,7 @@ impl App {
         Ok(vec![stream.when_dropped(CancelReason::Disconnect)])
     }
 
-    fn submit_here(
+    fn submit_blocking(
         &self,
         job: &Job,
         places: Places,

@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn a_prompt_that_ends_in_reasoning_is_gone_on_with() {
+    fn reasoning_that_the_prompt_opened_is_continued() {
         let reading = Reading {
             reasoning: Some((ReasoningFormat::THINK, true)),
             ..Reading::default()

@@ -64,7 +64,8 @@ impl<'de> Visitor<'de> for PromptsVisitor {
                 return Err(A::Error::custom(format!("expected {EXPECTED}")));
             };
             if prompts.len() == MAX_PROMPTS {
-                let problem = format!("there are more than the {MAX_PROMPTS} accepted entries");
+                let problem =
+                    format!("there are more than {MAX_PROMPTS} entries, the accepted maximum");
                 return Err(A::Error::custom(problem));
             }
             prompts.push(prompt);
@@ -117,7 +118,7 @@ impl<'de> Visitor<'de> for EntryVisitor {
 
 fn whole<E: Error>(number: f64) -> Result<u64, E> {
     let id = integer::of_float(number).and_then(|id| u64::try_from(id).ok());
-    id.ok_or_else(|| E::custom(format!("{number} is no token id, expected {EXPECTED}")))
+    id.ok_or_else(|| E::custom(format!("{number} is not a token id, expected {EXPECTED}")))
 }
 
 /// One id in a list of token ids.
@@ -148,7 +149,7 @@ impl Visitor<'_> for TokenVisitor {
 }
 
 fn token_id<E: Error>(id: u64) -> Result<u32, E> {
-    u32::try_from(id).map_err(|_| E::custom(format!("{id} is no token id, expected {EXPECTED}")))
+    u32::try_from(id).map_err(|_| E::custom(format!("{id} is not a token id, expected {EXPECTED}")))
 }
 
 #[cfg(test)]
@@ -191,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_said() {
+    fn invalid_prompts_are_refused_with_a_reason() {
         for (prompts, problem) in [
             (json!([]), "prompt is an empty list"),
             (json!(5), "a list of strings"),
@@ -202,8 +203,8 @@ mod tests {
             (json!([-1]), "a list of strings"),
             (json!([[1, 1.5]]), "a list of strings"),
             (json!([[[1]]]), "a list of strings"),
-            (json!([1_u64 << 32]), "4294967296 is no token id"),
-            (json!(vec!["a"; MAX_PROMPTS + 1]), "more than the 2048"),
+            (json!([1_u64 << 32]), "4294967296 is not a token id"),
+            (json!(vec!["a"; MAX_PROMPTS + 1]), "more than 2048 entries"),
         ] {
             let error = read(prompts.clone()).unwrap_err();
             assert!(error.contains(problem), "{prompts}: {error}");

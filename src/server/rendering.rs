@@ -53,7 +53,7 @@ impl RenderingFields {
     pub fn check(self, app: &App) -> Result<Rendering, ApiError> {
         let continue_final_message = self.continue_final_message.unwrap_or(false);
         if continue_final_message && self.add_generation_prompt == Some(true) {
-            let problem = "continue_final_message and add_generation_prompt exclude one another";
+            let problem = "continue_final_message and add_generation_prompt cannot be combined";
             return Err(ApiError::invalid(problem).param("continue_final_message"));
         }
         if self.chat_template.is_some() && !app.options.trust_request_chat_template {
@@ -98,7 +98,7 @@ pub(super) fn leave_open(prompt: &mut String, last_message: &str) -> Result<(), 
     }
     let Some(begin) = prompt.rfind(text) else {
         return refused(
-            "continue_final_message: the chat template does not write the last message as it is",
+            "continue_final_message: the chat template does not write the last message unchanged",
         );
     };
     // Keep spaces at the end of the message if the template has kept them.
@@ -138,6 +138,6 @@ mod tests {
     #[test]
     fn a_message_that_cannot_be_continued_is_refused() {
         assert!(opened("<a></s>", " ").unwrap_err().contains("no text"));
-        assert!(opened("<a>X</s>", "x").unwrap_err().contains("as it is"));
+        assert!(opened("<a>X</s>", "x").unwrap_err().contains("unchanged"));
     }
 }

@@ -15,10 +15,10 @@ use super::error::ApiError;
 use super::fields::Route;
 use super::integer;
 use super::json::{JsonBody, PathPart, optional_object};
-use super::logprobs::with_its_digits;
+use super::logprobs::f64_with_f32_digits;
 use super::parts::Parts;
 use super::rendering::Rendering;
-use super::sampling::{SamplingFields, hold};
+use super::sampling::{SamplingFields, constrain};
 use super::sse::{self, Events, Writer, merge};
 use super::structure::Format;
 use super::tools::{ToolFields, Tools};
@@ -152,7 +152,7 @@ pub(crate) async fn create(
         .request(&app, request.max_output_tokens, logprobs)
         .map_err(renamed)?;
     let mut asked = asked.label(id.as_str());
-    hold(&mut asked, prepared.constraint)?;
+    constrain(&mut asked, prepared.constraint)?;
     asked.keep_special |= prepared.keep_special;
     let streams = app.submit(&caller, asked, vec![prompt], 1).await;
     let streams = streams.map_err(renamed)?;
@@ -184,7 +184,9 @@ pub(crate) async fn create(
     match writer.finish {
         Some(_) => Ok(notices.mark(Json(response).into_response())),
         // A stream always ends with a finish or an error.
-        None => Err(ApiError::unavailable("the answer was cut short")),
+        None => Err(ApiError::unavailable(
+            "the answer ended without a finish reason",
+        )),
     }
 }
 
@@ -273,7 +275,7 @@ impl CreateRequest {
             None => Vec::new(),
         };
         let Some(input) = self.input.take() else {
-            return Err(ApiError::invalid("there is no input").param("input"));
+            return Err(ApiError::invalid("input is missing").param("input"));
         };
         let limit = app.options.max_body_bytes.min(MAX_REFERRED);
         let items = input.items(&app.responses, limit)?;
@@ -300,7 +302,7 @@ impl CreateRequest {
                 ..Rendering::default()
             },
             hide_reasoning: false,
-            may_be_cut: false,
+            may_truncate: false,
             truncate_to: match self.truncation.unwrap_or_default() {
                 Truncation::Auto => {
                     let answer = self.max_output_tokens.unwrap_or(1).max(1);
@@ -474,7 +476,7 @@ impl ResponseWriter {
             json!({
                 "token": names.name(id),
                 "bytes": names.bytes(id).unwrap_or_default(),
-                "logprob": with_its_digits(logprob),
+                "logprob": f64_with_f32_digits(logprob),
             })
         };
         let mut reported = named(token.id, token.logprob);
@@ -516,7 +518,7 @@ impl ResponseWriter {
         {
             match append_all(self.output.items(), &mut messages) {
                 Ok(()) => (self.app.responses).keep(&self.id, &response, &messages, &items),
-                Err(error) => tracing::error!(?error, "a response could not be kept"),
+                Err(error) => tracing::error!(?error, "a response could not be stored"),
             }
         }
         response

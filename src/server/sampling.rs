@@ -242,7 +242,7 @@ impl SamplingFields {
 
 /// Constrains the answer to a form. Refuses a request that also excludes tokens, because the
 /// form might need them.
-pub(crate) fn hold(
+pub(crate) fn constrain(
     request: &mut Request,
     constraint: Option<Box<dyn Constraint>>,
 ) -> Result<(), ApiError> {
@@ -251,7 +251,8 @@ pub(crate) fn hold(
             Some(_) => "allowed_token_ids",
             None => "bad_words",
         };
-        let problem = format!("{field} is not supported for an answer that is held to a form");
+        let problem =
+            format!("{field} is not supported for an answer that is constrained to a form");
         return Err(ApiError::invalid(problem).param(field));
     }
     request.constraint = constraint;
@@ -342,7 +343,7 @@ fn top_k(top_k: Option<i64>) -> Result<Option<u32>, ApiError> {
         None => Ok(None),
         Some(-1) => Ok(Some(0)),
         Some(k) => u32::try_from(k).map(Some).map_err(|_| {
-            let problem = format!("top_k is {k}, but must be -1, 0 or more, and below 2^32");
+            let problem = format!("top_k is {k}, but must be -1 or from 0 to 2^32 - 1");
             ApiError::invalid(problem).param("top_k")
         }),
     }

@@ -85,7 +85,7 @@ impl Sessions {
     fn add(&self, session: Arc<OpenSession>, most: usize) -> Result<(), ApiError> {
         let mut open = self.open();
         if open.len() >= most {
-            let problem = format!("{most} sessions are open, no more are accepted");
+            let problem = format!("{most} sessions are open, which is the maximum");
             let status = StatusCode::TOO_MANY_REQUESTS;
             let refusal = ApiError::new(status, "rate_limit_error", problem);
             return Err(refusal.code("too_many_sessions").retry_after(1));
@@ -111,7 +111,7 @@ impl Sessions {
             .collect();
         drop(open);
         for session in ended {
-            tracing::info!(session = %session.id(), "a session was left alone, and is ended");
+            tracing::info!(session = %session.id(), "ended an unused session");
         }
     }
 }

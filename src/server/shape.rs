@@ -86,8 +86,7 @@ pub(crate) fn check(body: &[u8]) -> Result<(), ApiError> {
         }
         if scan.values > MAX_VALUES {
             let problem = format!(
-                "the body has more than the {MAX_VALUES} values and names of fields that are \
-                 accepted beside token ids"
+                "the body has more than {MAX_VALUES} values and field names, not counting token ids"
             );
             return Err(ApiError::invalid(problem).code("request_too_complex"));
         }
@@ -96,7 +95,7 @@ pub(crate) fn check(body: &[u8]) -> Result<(), ApiError> {
     if structure > MAX_STRUCTURE {
         let problem = format!(
             "the body has {structure} bytes that are neither texts of prompts and messages nor \
-             token ids, at most {MAX_STRUCTURE} are accepted"
+             token ids, but may have at most {MAX_STRUCTURE}"
         );
         return Err(ApiError::invalid(problem).code("request_too_complex"));
     }
@@ -254,7 +253,7 @@ mod tests {
             json!({"input": vec![json!({}); MAX_VALUES]}),
         ] {
             let problem = checked(&body).unwrap_err();
-            assert!(problem.contains("values and names"), "{problem}");
+            assert!(problem.contains("values and field names"), "{problem}");
         }
     }
 
@@ -285,7 +284,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn every_text_is_looked_through_to_its_end(
+        fn every_body_is_scanned_to_its_end(
             body in "[\\[\\]{}:,\"\\\\ a1.-]{0,64}",
         ) {
             proptest::prop_assert!(check(body.as_bytes()).is_ok());

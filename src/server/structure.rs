@@ -83,7 +83,7 @@ impl Format {
             } => {
                 let schema = json_schema.and_then(|named| named.schema).or(schema);
                 let missing = || {
-                    let problem = format!("{field} has no schema, which json_schema needs");
+                    let problem = format!("{field} has no schema, which json_schema requires");
                     ApiError::invalid(problem).param(field)
                 };
                 Form::Schema(schema.ok_or_else(missing)?)
@@ -120,7 +120,7 @@ impl StructureFields {
             (Some(one), Some(other)) => {
                 let problem = match one.field == other.field {
                     true => format!("{} asks for more than one form", one.field),
-                    false => format!("{} and {} exclude one another", one.field, other.field),
+                    false => format!("{} and {} cannot be combined", one.field, other.field),
                 };
                 Err(ApiError::invalid(problem).param(other.field))
             }
@@ -273,7 +273,7 @@ mod tests {
         for (fields, problem) in [
             (
                 json!({"guided_regex": "a", "response_format": {"type": "json_object"}}),
-                "response_format and guided_regex exclude one another",
+                "response_format and guided_regex cannot be combined",
             ),
             (
                 json!({"structured_outputs": {"regex": "a", "json_object": true}}),

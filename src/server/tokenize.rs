@@ -79,12 +79,12 @@ pub(crate) async fn tokenize(
                 rendering: rendering.check(&app)?,
                 hide_reasoning: false,
                 truncate_to: None,
-                may_be_cut: false,
+                may_truncate: false,
             };
             conversation.prepare(&app, bytes).await?.prompt
         }
         _ => {
-            let problem = "either prompt or messages is needed, and not both";
+            let problem = "expected either prompt or messages, but not both";
             return Err(ApiError::invalid(problem).param("prompt"));
         }
     };

@@ -111,7 +111,7 @@ impl Tool {
         let parameters = match function.get("parameters") {
             None | Some(Value::Null) => None,
             Some(parameters @ Value::Object(_)) => Some(parameters.clone()),
-            Some(_) => return Err(format!("the parameters of {name:?} are no JSON schema")),
+            Some(_) => return Err(format!("the parameters of {name:?} are not a JSON schema")),
         };
         let strict = match tool.get("strict").or_else(|| function.get("strict")) {
             None | Some(Value::Null) => None,
@@ -238,11 +238,11 @@ impl ToolFields {
     /// Checks the fields, and that the tools that must be called exist.
     pub fn check(self) -> Result<Tools, ApiError> {
         if self.functions.is_some() && self.tools.is_some() {
-            let problem = "tools and functions, its older name, exclude one another";
+            let problem = "tools and functions, its older name, cannot be combined";
             return Err(ApiError::invalid(problem).param("functions"));
         }
         if self.function_call.is_some() && self.tool_choice.is_some() {
-            let problem = "tool_choice and function_call, its older name, exclude one another";
+            let problem = "tool_choice and function_call, its older name, cannot be combined";
             return Err(ApiError::invalid(problem).param("function_call"));
         }
         let legacy = self.functions.is_some();
@@ -430,7 +430,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_said() {
+    fn invalid_tools_are_refused_with_a_reason() {
         let tool = json!({"type": "function", "function": {"name": "f"}});
         for (fields, problem) in [
             (json!({"tool_choice": "required"}), "no tools to call"),
@@ -465,7 +465,7 @@ mod tests {
             ),
             (
                 json!({"tools": [tool], "functions": [{"name": "f"}]}),
-                "exclude one another",
+                "cannot be combined",
             ),
             (
                 json!({"functions": [{"name": "f"}], "function_call": {"name": "g"}}),
@@ -481,7 +481,7 @@ mod tests {
             ),
             (
                 json!({"tools": [{"type": "function", "name": "f", "parameters": 1}]}),
-                "no JSON schema",
+                "not a JSON schema",
             ),
         ] {
             let error = check(fields).unwrap_err();

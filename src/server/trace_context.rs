@@ -25,6 +25,10 @@ fn trace_id(parent: &str) -> Option<&str> {
     };
     let (version, trace, parent) = (part(2)?, part(32)?, part(16)?);
     part(2)?;
+    // Only later versions may append fields.
+    if version == "00" && parts.next().is_some() {
+        return None;
+    }
     let zero = |id: &str| id.bytes().all(|c| c == b'0');
     (version != "ff" && !zero(trace) && !zero(parent)).then_some(trace)
 }
@@ -67,7 +71,9 @@ mod tests {
         let parent = format!("00-{trace}-00f067aa0ba902b7-01");
         assert_eq!(of(&parent).as_deref(), Some(trace));
         // Later versions may append fields.
-        assert_eq!(of(&format!("{parent}-x")).as_deref(), Some(trace));
+        let later = format!("01-{trace}-00f067aa0ba902b7-01");
+        assert_eq!(of(&later).as_deref(), Some(trace));
+        assert_eq!(of(&format!("{later}-x")).as_deref(), Some(trace));
         let zero = "0".repeat(32);
         for wrong in [
             String::new(),
@@ -77,6 +83,8 @@ mod tests {
             format!("00-{zero}-00f067aa0ba902b7-01"),
             format!("00-{trace}-0000000000000000-01"),
             format!("00-{trace}-00f067aa0ba902b7"),
+            format!("{parent}-x"),
+            format!("{parent}-"),
             format!("00-{trace}é-00f067aa0ba902b7-01"),
         ] {
             assert_eq!(of(&wrong), None, "{wrong}");

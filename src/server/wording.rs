@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn problems_are_told_without_rust() {
+    fn errors_mention_no_rust_types() {
         for (body, expected) in [
             (
                 json!({"count": "x, expected u32"}),

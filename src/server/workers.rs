@@ -63,7 +63,7 @@ impl Job {
     /// Returns an error if the client has gone; nobody sees it.
     pub fn check(&self) -> Result<(), ApiError> {
         match self.0.load(Ordering::Acquire) {
-            true => Err(ApiError::unavailable("the client has gone")),
+            true => Err(ApiError::unavailable("the client has disconnected")),
             false => Ok(()),
         }
     }
@@ -95,7 +95,7 @@ impl Workers {
         });
         if taken.is_err() {
             let status = StatusCode::TOO_MANY_REQUESTS;
-            let problem = "as much work waits to be prepared as is accepted; try again later";
+            let problem = "too many requests are waiting to be prepared; try again later";
             return Err(ApiError::new(status, "rate_limit_error", problem)
                 .code("overloaded")
                 .retry_after(1));
@@ -118,7 +118,7 @@ impl Workers {
         work: impl FnOnce(&Job) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
         let place = self.place(cost.max(LEAST_COST))?;
-        let stopped = || ApiError::unavailable("the server is being stopped");
+        let stopped = || ApiError::unavailable("the server is shutting down");
         let thread = Arc::clone(&self.threads).acquire_owned().await;
         let thread = thread.map_err(|_| stopped())?;
         let job = Job::default();
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn work_whose_client_has_gone_is_not_begun_or_learns_of_it() {
+    fn work_of_a_disconnected_client_is_skipped_or_notified() {
         let workers = Arc::new(Workers::new(1));
         runtime().block_on(async {
             let (begun, has_begun) = oneshot::channel();

@@ -82,7 +82,7 @@ impl ByteLevelBpe {
             let (left, right, joined) = split_merge(vocabulary, index, merge)?;
             let rank = u32::try_from(index).map_err(|_| TextError::Build {
                 part: "merges",
-                message: format!("there are {} of them", merges.len()),
+                message: format!("{} merges are too many to rank", merges.len()),
             })?;
             // If a merge is listed twice, the later position counts.
             pairs.insert((left, right), (rank, joined));
@@ -116,7 +116,7 @@ impl ByteLevelBpe {
     ///
     /// This checks printable ASCII, tabs, line breaks and UTF-8 continuation bytes. Some
     /// vocabularies lack other control characters, and the lead bytes of unassigned characters.
-    pub(super) fn writes_every_byte(&self) -> bool {
+    pub(super) fn covers_ordinary_text(&self) -> bool {
         let rest = [b'\t', b'\n', b'\r'];
         let mut usual = (b' '..=b'~').chain(0x80..=0xBF).chain(rest);
         usual.all(|byte| self.bytes[usize::from(byte)].is_some())

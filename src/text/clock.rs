@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn dates_are_the_calendars() {
+    fn dates_follow_the_calendar() {
         assert_eq!(
             at(0, "%A %d %B %Y, day %j"),
             "Thursday 01 January 1970, day 001"

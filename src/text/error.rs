@@ -46,7 +46,7 @@ pub enum TextError {
         limit: usize,
     },
     /// A list that must have one entry per token has another length.
-    #[error("tokenizer list {list} has {found} entries, expected {expected}, one a token")]
+    #[error("tokenizer list {list} has {found} entries, expected {expected}, one per token")]
     LengthMismatch {
         /// Name of the list: `scores` or `token_types`.
         list: &'static str,
@@ -56,7 +56,7 @@ pub enum TextError {
         expected: usize,
     },
     /// Two ids have the same text.
-    #[error("token {second} is {text:?}, as token {first} is, expected every token once")]
+    #[error("tokens {first} and {second} are both {text:?}, expected unique tokens")]
     DuplicateToken {
         /// Text of both tokens.
         text: String,
@@ -100,7 +100,7 @@ pub enum TextError {
         score: f32,
     },
     /// A merge is not two tokens separated by one space.
-    #[error("merge {index} is {merge:?}, expected two tokens with one space between")]
+    #[error("merge {index} is {merge:?}, expected two tokens separated by one space")]
     MergeShape {
         /// Index in the list of merges.
         index: usize,
@@ -128,7 +128,7 @@ pub enum TextError {
         vocabulary: usize,
     },
     /// The tokenizer must add a special token to every prompt but does not define it.
-    #[error("the tokenizer adds {name} to every prompt but names no such token")]
+    #[error("the tokenizer adds {name} to every prompt but defines no such token")]
     MissingSpecial {
         /// Kind of special token: `bos` or `eos`.
         name: &'static str,
@@ -196,9 +196,7 @@ pub enum TextError {
         message: String,
     },
     /// The last message was to be continued, but its end does not appear in the prompt.
-    #[error(
-        "the chat template does not write the end of the last message, which was to be continued"
-    )]
+    #[error("the last message cannot be continued: the chat template does not write its end")]
     NotContinued,
     /// A chat template exceeded its limit on instructions or on output.
     #[error("the chat template exceeds its limit of {limit} {unit}")]

@@ -181,7 +181,7 @@ impl Files {
         if is_lfs_pointer(&bytes) {
             return Err(TextError::File {
                 path,
-                found: "a Git LFS pointer in place of the file".to_owned(),
+                found: "a Git LFS pointer instead of the file".to_owned(),
                 expected: "the file itself, which `git lfs pull` fetches",
             });
         }
@@ -189,7 +189,7 @@ impl Files {
             tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| TextError::File {
                 path,
                 found: format!("not readable ({error})"),
-                expected: "a tokenizer as the tokenizers library writes it",
+                expected: "a tokenizer.json of the tokenizers library",
             })?;
         let config = json(dir, "tokenizer_config.json")?;
         Ok(Self {
@@ -264,7 +264,7 @@ fn template_source(dir: &Path, config: &Value) -> Result<Option<TemplateSources>
     };
     sources.map(Some).ok_or_else(|| TextError::File {
         path: dir.to_owned(),
-        found: "a folder whose chat_template is no text".to_owned(),
+        found: "a folder whose chat_template is not a string".to_owned(),
         expected: "a string, or a list of names with templates",
     })
 }

@@ -47,7 +47,7 @@ fn check_decoding(tokenizer: &Arc<Tokenizer>, ids: &[u32]) {
         assert_eq!(
             text,
             tokenizer.decode(ids, skip_special),
-            "pieces are not the whole"
+            "decoding token by token differs from decoding at once"
         );
     }
 }

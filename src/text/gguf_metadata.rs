@@ -25,7 +25,7 @@ impl GgufVocabulary {
             return Err(TextError::Unsupported {
                 part: "normalizer",
                 found: normalizer.to_owned(),
-                expected: "a unigram model without one",
+                expected: "a unigram model without a normalizer",
             });
         }
         Ok(Self {

@@ -131,8 +131,8 @@ impl Tokenizer {
             },
         };
         let frame = Frame {
-            before: wanted("bos", gguf.add_bos, add_bos, bos)?,
-            after: wanted("eos", gguf.add_eos, add_eos, eos)?,
+            before: frame_token("bos", gguf.add_bos, add_bos, bos)?,
+            after: frame_token("eos", gguf.add_eos, add_eos, eos)?,
         };
         Ok(Tokenizer {
             model: Model::Fragments {
@@ -162,7 +162,7 @@ fn control(vocabulary: &Vocabulary, family: Family, name: &str) -> Option<u32> {
 }
 
 /// Returns the token to put around every prompt, or `None` if there is none.
-fn wanted(
+fn frame_token(
     name: &'static str,
     explicit: Option<bool>,
     default: bool,

@@ -124,7 +124,7 @@ pub enum GrammarError {
         limit: usize,
     },
     /// The source is nested more deeply than the limit.
-    #[error("the {kind} is nested deeper than the {limit} levels that it may have")]
+    #[error("the {kind} is nested more than {limit} levels deep")]
     TooDeep {
         /// Kind of source.
         kind: GrammarKind,
@@ -140,7 +140,7 @@ pub enum GrammarError {
         reason: String,
     },
     /// The tokenizer's vocabulary cannot be prepared.
-    #[error("the tokenizer cannot serve grammars: {reason}")]
+    #[error("the tokenizer cannot be used with grammars: {reason}")]
     Tokenizer {
         /// Reason.
         reason: String,
@@ -192,7 +192,7 @@ impl Compiler {
             Ok(Self(factory))
         };
         // Building the trie panics if the vocabulary does not fit.
-        guarded(build).map_err(|reason| GrammarError::Tokenizer { reason })
+        catch_panic(build).map_err(|reason| GrammarError::Tokenizer { reason })
     }
 
     /// Returns the compiler of a tokenizer, created on first use.
@@ -225,20 +225,21 @@ impl Compiler {
             .name("quell-grammar".to_owned())
             .stack_size(COMPILER_STACK);
         let compiled = std::thread::scope(|scope| {
-            let thread = thread.spawn_scoped(scope, || guarded(compile));
-            let thread = thread.map_err(|error| format!("no thread to compile it: {error}"))?;
+            let thread = thread.spawn_scoped(scope, || catch_panic(compile));
+            let thread =
+                thread.map_err(|error| format!("cannot start the compiler thread: {error}"))?;
             thread
                 .join()
-                .unwrap_or_else(|_| Err("its compiler failed".to_owned()))
+                .unwrap_or_else(|_| Err("the compiler thread failed".to_owned()))
         });
         compiled.map_err(|reason| GrammarError::Refused { kind, reason })
     }
 
     /// Returns the patterns that are valid regular expressions but that the compiler cannot
     /// follow.
-    fn beyond(&self, patterns: BTreeSet<String>) -> BTreeSet<String> {
+    fn unsupported_patterns(&self, patterns: BTreeSet<String>) -> BTreeSet<String> {
         let unfit = |pattern: &String| {
-            let source = compilable(json!({"type": "string", "pattern": pattern}), false);
+            let source = with_compile_options(json!({"type": "string", "pattern": pattern}), false);
             let source = TopLevelGrammar::from_json_schema(source);
             fancy_regex::Regex::new(pattern).is_ok()
                 && self.compile(GrammarKind::JsonSchema, source).is_err()
@@ -281,16 +282,16 @@ struct Source {
     kind: GrammarKind,
     grammar: GrammarWithLexer,
     /// Schema keywords that were dropped.
-    unheld: BTreeSet<String>,
+    unenforced: BTreeSet<String>,
 }
 
 impl Source {
     fn new(form: Form<'_>, keywords: Keywords) -> Result<Self, GrammarError> {
-        let (kind, grammar, unheld) = match form {
+        let (kind, grammar, unenforced) = match form {
             Form::JsonSchema(schema) => {
                 let kind = GrammarKind::JsonSchema;
-                let (schema, unheld) = ready_schema(schema, keywords)?;
-                (kind, GrammarWithLexer::from_json_schema(schema), unheld)
+                let (schema, unenforced) = prepare_schema(schema, keywords)?;
+                (kind, GrammarWithLexer::from_json_schema(schema), unenforced)
             }
             Form::Regex(regex) => {
                 let kind = GrammarKind::Regex;
@@ -313,7 +314,7 @@ impl Source {
         Ok(Self {
             kind,
             grammar,
-            unheld,
+            unenforced,
         })
     }
 
@@ -323,29 +324,29 @@ impl Source {
         let Some(schema) = &mut self.grammar.json_schema else {
             return false;
         };
-        let beyond = compiler.beyond(schema::patterns(schema));
-        schema::without_patterns(schema, &beyond);
-        if !beyond.is_empty() {
-            self.unheld.insert("pattern".to_owned());
+        let unsupported = compiler.unsupported_patterns(schema::patterns(schema));
+        schema::without_patterns(schema, &unsupported);
+        if !unsupported.is_empty() {
+            self.unenforced.insert("pattern".to_owned());
         }
         // The compiler allows only one matching pattern per property name.
         let overlap = error.to_string().contains("are not disjoint");
         if overlap {
             schema::without_overlaps(schema);
-            self.unheld.insert("patternProperties".to_owned());
+            self.unenforced.insert("patternProperties".to_owned());
         }
-        overlap || !beyond.is_empty()
+        overlap || !unsupported.is_empty()
     }
 
     /// Returns whether the schema has a keyword anywhere.
-    fn says(&self, keyword: &str) -> bool {
+    fn has_keyword(&self, keyword: &str) -> bool {
         let schema = self.grammar.json_schema.as_ref();
         schema.is_some_and(|schema| schema::has_key(schema, keyword))
     }
 }
 
 /// Returns the schema in a form that the compiler accepts, and the keywords dropped from it.
-fn ready_schema(
+fn prepare_schema(
     schema: &Value,
     keywords: Keywords,
 ) -> Result<(Value, BTreeSet<String>), GrammarError> {
@@ -362,7 +363,7 @@ fn ready_schema(
         schema @ Value::Object(_) => schema,
         Value::Bool(true) => Value::Object(serde_json::Map::new()),
         Value::Bool(false) => return Err(refused("no JSON value satisfies false")),
-        _ => return Err(refused("a schema is an object, true or false")),
+        _ => return Err(refused("a schema must be an object, true or false")),
     };
     if let Some(properties) = most_properties(&schema).filter(|most| *most > MAX_PROPERTIES) {
         let limit = MAX_PROPERTIES;
@@ -370,11 +371,11 @@ fn ready_schema(
             "an object has {properties} properties, but may have at most {limit}"
         )));
     }
-    Ok((compilable(schema, lenient), rewriter.unheld))
+    Ok((with_compile_options(schema, lenient), rewriter.unenforced))
 }
 
 /// Sets the compile options in a schema, which override any that the schema has itself.
-fn compilable(mut schema: Value, lenient: bool) -> Value {
+fn with_compile_options(mut schema: Value, lenient: bool) -> Value {
     JsonCompileOptions {
         item_separator: ", ?".to_owned(),
         key_separator: ": ?".to_owned(),
@@ -444,7 +445,7 @@ impl Grammar {
         let mut source = Source::new(form, keywords)?;
         let compiler = Compiler::of(tokenizer)?;
         let compile = |source: &Source, calls: Calls<'_>| {
-            let mut unheld = BTreeSet::new();
+            let mut unenforced = BTreeSet::new();
             let mark = |text: &str| mark(tokenizer, text);
             let rules = calls.format.call_rules(calls.tools, calls.several, mark);
             let lark = format!("start: @{ANSWER} | calls\n{}", rules.lark);
@@ -454,8 +455,8 @@ impl Grammar {
             };
             let mut grammars = vec![GrammarWithLexer::from_lark(lark), answer];
             for (name, schema) in rules.schemas {
-                let (schema, left_out) = ready_schema(&schema, keywords)?;
-                unheld.extend(left_out);
+                let (schema, left_out) = prepare_schema(&schema, keywords)?;
+                unenforced.extend(left_out);
                 grammars.push(GrammarWithLexer {
                     name: Some(name),
                     json_schema: Some(schema),
@@ -468,7 +469,7 @@ impl Grammar {
                 max_tokens,
             };
             let compiled = compiler.compile(source.kind, grammar)?;
-            Ok((compiled, unheld))
+            Ok((compiled, unenforced))
         };
         let mut compiled = compile(&source, calls);
         if let Err(error) = &compiled
@@ -487,11 +488,11 @@ impl Grammar {
                 tools: &tools,
                 ..calls
             };
-            source.unheld.insert("parameters".to_owned());
+            source.unenforced.insert("parameters".to_owned());
             compiled = compile(&source, calls);
         }
-        let (compiled, unheld) = compiled?;
-        source.unheld.extend(unheld);
+        let (compiled, unenforced) = compiled?;
+        source.unenforced.extend(unenforced);
         Ok(Self::of(source, compiled))
     }
 
@@ -499,13 +500,14 @@ impl Grammar {
         let warned = warnings.iter().flat_map(|warning| keywords_of(warning));
         // One warning covers `minProperties` and `maxProperties`, so report only those that
         // the schema uses. The schemas of the tools are not available here.
-        let warned = warned.filter(|name| !name.ends_with("Properties") || source.says(name));
-        let mut unheld = source.unheld.clone();
-        unheld.extend(warned);
+        let warned =
+            warned.filter(|name| !name.ends_with("Properties") || source.has_keyword(name));
+        let mut unenforced = source.unenforced.clone();
+        unenforced.extend(warned);
         Self {
             start: Arc::new(matcher),
             kind: source.kind,
-            unenforced: unheld.into_iter().collect(),
+            unenforced: unenforced.into_iter().collect(),
         }
     }
 
@@ -586,9 +588,9 @@ impl Grammar {
 
     /// Creates the constraint for a new answer.
     pub fn constraint(&self) -> Box<dyn Constraint> {
-        Box::new(Following {
+        Box::new(GrammarState {
             start: Arc::clone(&self.start),
-            begun: None,
+            state: None,
         })
     }
 }
@@ -616,28 +618,30 @@ impl From<Grammar> for Box<dyn Constraint> {
 
 /// Position of one answer in its grammar. It shares no mutable state with other answers, so
 /// that neither the cost nor the failure of one affects another.
-struct Following {
-    /// State before the first token, shared by all answers that have not begun.
+struct GrammarState {
+    /// State before the first token, shared by all answers without a token.
     start: Arc<Matcher>,
-    /// State of this answer, once it has begun.
-    begun: Option<Matcher>,
+    /// State of this answer, once it has a token.
+    state: Option<Matcher>,
 }
 
-impl Following {
-    fn begun(&mut self) -> &mut Matcher {
-        self.begun.get_or_insert_with(|| self.start.deep_clone())
+impl GrammarState {
+    fn state(&mut self) -> &mut Matcher {
+        self.state.get_or_insert_with(|| self.start.deep_clone())
     }
 }
 
-impl fmt::Debug for Following {
+impl fmt::Debug for GrammarState {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.debug_struct("Following").finish_non_exhaustive()
+        formatter
+            .debug_struct("GrammarState")
+            .finish_non_exhaustive()
     }
 }
 
-impl Constraint for Following {
+impl Constraint for GrammarState {
     fn mask(&mut self, mask: &mut [u32]) -> Result<(), ConstraintError> {
-        let allowed = self.begun().compute_mask_or_eos();
+        let allowed = self.state().compute_mask_or_eos();
         let allowed = allowed.map_err(|error| ConstraintError(reason(&error)))?;
         for (word, allowed) in mask.iter_mut().zip(allowed.as_slice()) {
             *word = *allowed;
@@ -646,19 +650,19 @@ impl Constraint for Following {
     }
 
     fn accept(&mut self, token: u32) -> Result<(), ConstraintError> {
-        let accepted = self.begun().consume_token(token);
+        let accepted = self.state().consume_token(token);
         accepted.map_err(|error| ConstraintError(reason(&error)))
     }
 
     fn is_complete(&self) -> bool {
-        let matcher = self.begun.as_ref().unwrap_or(&self.start);
+        let matcher = self.state.as_ref().unwrap_or(&self.start);
         matcher.is_stopped() && matcher.stop_reason().is_ok()
     }
 
     fn boxed_clone(&self) -> Box<dyn Constraint> {
         Box::new(Self {
             start: Arc::clone(&self.start),
-            begun: self.begun.as_ref().map(Matcher::deep_clone),
+            state: self.state.as_ref().map(Matcher::deep_clone),
         })
     }
 }
@@ -689,13 +693,13 @@ fn reason(error: &impl fmt::Display) -> String {
 }
 
 /// Runs a call that may panic, and turns its panic into an error.
-fn guarded<T>(call: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+fn catch_panic<T>(call: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
     catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| {
         let message = panic
             .downcast_ref::<&str>()
             .map(|message| (*message).to_owned())
             .or_else(|| panic.downcast_ref::<String>().cloned());
-        Err(message.unwrap_or_else(|| "it panicked".to_owned()))
+        Err(message.unwrap_or_else(|| "the compiler panicked".to_owned()))
     })
 }
 
@@ -723,10 +727,10 @@ fn require_choices(choices: &[String]) -> Result<(), GrammarError> {
         })
     };
     if choices.is_empty() {
-        return refused("it is empty, but must have at least one text");
+        return refused("it is empty, expected at least one choice");
     }
     if choices.iter().any(String::is_empty) {
-        return refused("a text is empty, but must have at least one character");
+        return refused("a choice is empty, expected at least one character");
     }
     let bytes = choices.iter().map(String::len).sum();
     require_short(kind, bytes, MAX_SCHEMA_BYTES)

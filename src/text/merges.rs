@@ -61,9 +61,7 @@ impl Merger {
         if bytes > MAX_WORD_BYTES {
             return Err(TextError::Encode {
                 bytes,
-                message: format!(
-                    "it has no place to cut, and words have at most {MAX_WORD_BYTES} bytes"
-                ),
+                message: format!("a single word may have at most {MAX_WORD_BYTES} bytes"),
             });
         }
         if bytes > SHORT {

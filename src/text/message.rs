@@ -77,7 +77,7 @@ impl Message {
 /// Message as a template sees it.
 #[derive(Serialize)]
 #[serde(untagged)]
-pub(super) enum Shown<'a> {
+pub(super) enum MessageView<'a> {
     Whole(&'a Message),
     /// Tool calls without text; the content is null.
     OnlyCalls {
@@ -91,15 +91,15 @@ pub(super) enum Shown<'a> {
 impl Message {
     /// Returns the message as a template sees it. With `null_content`, the content of a
     /// message that has tool calls but no text is null instead of an empty string.
-    pub(super) fn shown(&self, null_content: bool) -> Shown<'_> {
+    pub(super) fn view(&self, null_content: bool) -> MessageView<'_> {
         let only_calls = self.content.is_empty() && self.extra.contains_key("tool_calls");
         match null_content && only_calls {
-            true => Shown::OnlyCalls {
+            true => MessageView::OnlyCalls {
                 role: &self.role,
                 content: (),
                 extra: &self.extra,
             },
-            false => Shown::Whole(self),
+            false => MessageView::Whole(self),
         }
     }
 }
@@ -212,7 +212,7 @@ impl<'de> Visitor<'de> for ContentVisitor {
                 } if kind == "refusal" => text,
                 Part { kind, .. } => {
                     return Err(Error::custom(format!(
-                        "content part has type {kind:?}, expected \"text\" with a text"
+                        "content part has type {kind:?}, expected type \"text\" with a text field"
                     )));
                 }
             };

@@ -256,7 +256,7 @@ impl Pattern {
     ) -> Result<(), TextError> {
         let mut done = 0;
         while let Some(found) = self.regex.find_at(text, done) {
-            let end = found.end() - self.left_over(text, found.start(), found.end());
+            let end = found.end() - self.trailing_space_bytes(text, found.start(), found.end());
             if end <= done {
                 // Only a safeguard: no pattern matches the empty string.
                 break;
@@ -278,7 +278,7 @@ impl Pattern {
     ///
     /// These are the bytes of the last character, if the match is a run of several
     /// white-space characters and a word follows.
-    fn left_over(&self, text: &str, start: usize, end: usize) -> usize {
+    fn trailing_space_bytes(&self, text: &str, start: usize, end: usize) -> usize {
         let found = &text[start..end];
         let last = found.chars().next_back();
         let Some(last) = last.filter(|last| last.is_whitespace() && end < text.len()) else {

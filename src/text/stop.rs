@@ -209,7 +209,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_result_is_the_naive_searchs_whatever_the_chunks(
+        fn matches_a_naive_search_for_any_chunks(
             stops in proptest::collection::vec("[ab€é]{0,5}", 0..4),
             chunks in proptest::collection::vec("[abcé€]{0,6}", 0..12),
         ) {
@@ -280,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stop_string_is_kept_if_it_is_to_be() {
+    fn the_stop_string_is_included_on_request() {
         let mut matcher = matcher(&["END"]).include_stop(true);
         assert_eq!(matcher.push("aE").text, "a");
         let found = StopStep {

@@ -8,8 +8,8 @@
 use super::TextError;
 use super::clock::strftime;
 use super::jinja::{Raised, python_environment, translate};
-use super::message::{Message, Shown};
-use super::template_habits::Habits;
+use super::message::{Message, MessageView};
+use super::tool_support::ToolSupport;
 use minijinja::Value;
 use minijinja::{Environment, Error, ErrorKind};
 use serde_json::Map;
@@ -43,9 +43,9 @@ pub struct ChatTemplate {
     eos: Option<String>,
     /// Template to use in place of this one if tools are given.
     tool_use: Option<Box<ChatTemplate>>,
-    /// Whether this is such a template, which supports tools whatever [`Habits`] says.
+    /// Whether this is such a template, which supports tools whatever [`ToolSupport`] says.
     is_for_tools: bool,
-    habits: OnceLock<Habits>,
+    tool_support: OnceLock<ToolSupport>,
 }
 
 /// Inputs of a rendering other than the messages.
@@ -112,7 +112,7 @@ impl ChatTemplate {
             eos: owned(eos),
             tool_use: None,
             is_for_tools: false,
-            habits: OnceLock::new(),
+            tool_support: OnceLock::new(),
         })
     }
 
@@ -164,7 +164,7 @@ impl ChatTemplate {
         if options.continue_final_message {
             return template.render_open(messages, options);
         }
-        template.render_whole(messages, options, template.habits().null_content)
+        template.render_whole(messages, options, template.tool_support().null_content)
     }
 
     /// Renders the prompt up to the end of the last message's text.
@@ -180,7 +180,8 @@ impl ChatTemplate {
         };
         let last = messages.last_mut().ok_or(TextError::NotContinued)?;
         last.content.push_str(CONTINUED);
-        let mut prompt = self.render_whole(&messages, &options, self.habits().null_content)?;
+        let mut prompt =
+            self.render_whole(&messages, &options, self.tool_support().null_content)?;
         let mark = CONTINUED.trim_end();
         let end = prompt.rfind(mark).ok_or(TextError::NotContinued)?;
         let trimmed = !prompt[end..].starts_with(CONTINUED);
@@ -227,13 +228,13 @@ impl ChatTemplate {
         options: &RenderOptions,
         null_content: bool,
     ) -> Result<String, TextError> {
-        let shown: Vec<Shown<'_>> = messages
+        let views: Vec<MessageView<'_>> = messages
             .iter()
-            .map(|message| message.shown(null_content))
+            .map(|message| message.view(null_content))
             .collect();
         let now = options.now.unwrap_or_else(SystemTime::now);
         let mut variables: BTreeMap<&str, Value> = BTreeMap::from([
-            ("messages", Value::from_serialize(shown)),
+            ("messages", Value::from_serialize(views)),
             (
                 "add_generation_prompt",
                 Value::from(options.add_generation_prompt),
@@ -276,17 +277,17 @@ impl ChatTemplate {
     /// Returns whether the template writes the tools that it is given. If it does not,
     /// [`tools::in_words`](super::tools::in_words) can describe them in plain messages.
     pub fn knows_tools(&self) -> bool {
-        self.is_for_tools || self.habits().tools
+        self.is_for_tools || self.tool_support().tools
     }
 
     /// Returns whether the template writes tool calls and their results in the model's own
     /// format, which it may do even if it does not write the tools.
     pub fn knows_calls(&self) -> bool {
-        self.habits().calls
+        self.tool_support().calls
     }
 
-    fn habits(&self) -> &Habits {
-        self.habits.get_or_init(|| Habits::of(self))
+    fn tool_support(&self) -> &ToolSupport {
+        self.tool_support.get_or_init(|| ToolSupport::of(self))
     }
 
     /// Returns whether the template reads a variable that it does not set.
@@ -373,7 +374,7 @@ mod tests {
     }
 
     #[test]
-    fn python_habits_work() {
+    fn python_methods_and_literals_work() {
         let source = "{{ messages[0]['content'].strip().upper() }}|{{ 'a,b'.split(',')[-1] }}|{{ true }} {{ none }} {{ missing }}|{{ bos_token }}{{ eos_token }}|{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}{% if i > 3 %}{% break %}{% endif %}{{ i }}{% endfor %}|{{ messages[0].content.startswith(' H') }}";
         assert_eq!(
             render(source, &user()).unwrap(),

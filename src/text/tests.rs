@@ -331,7 +331,7 @@ fn a_broken_description_is_refused_with_what_is_wrong() {
         ),
         (
             refusal(bpe, |v| v.tokens[40] = v.tokens[30].clone()),
-            "token 40 is",
+            "tokens 30 and 40 are both",
         ),
         (refusal(bpe, |v| v.token_types[5] = 9), "token 5 has type 9"),
         (
@@ -340,7 +340,7 @@ fn a_broken_description_is_refused_with_what_is_wrong() {
         ),
         (
             refusal(bpe, |v| (v.bos, v.add_bos) = (None, Some(true))),
-            "names no such token",
+            "defines no such token",
         ),
         (
             refusal(bpe, |v| v.chat_template = Some("\n{% if".into())),

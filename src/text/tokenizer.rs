@@ -250,7 +250,7 @@ impl Tokenizer {
         let shrinks = match &self.model {
             Model::HuggingFace(model) => model.may_shrink(),
             Model::Fragments { plain, .. } => match plain {
-                PlainModel::ByteLevel(model) => !model.writes_every_byte(),
+                PlainModel::ByteLevel(model) => !model.covers_ordinary_text(),
                 PlainModel::Scored { model, .. } => !model.writes_every_byte(),
                 PlainModel::Unigram { .. } => true,
             },

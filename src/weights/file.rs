@@ -26,7 +26,7 @@ impl WeightFile {
         };
         // Checked before opening, because opening a pipe waits for its writer.
         if !std::fs::metadata(path).map_err(failed)?.is_file() {
-            let problem = "it is a folder or a device; a file was expected";
+            let problem = "it is a folder or a device, expected a file";
             return Err(failed(Error::new(ErrorKind::InvalidInput, problem)));
         }
         let file = File::open(path).map_err(failed)?;
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_file_opens_and_what_is_no_file_is_named() {
+    fn an_empty_file_opens_and_errors_name_what_is_not_a_file() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("empty");
         std::fs::write(&path, []).unwrap();
@@ -130,6 +130,6 @@ mod tests {
         let error = WeightFile::open(&directory.path().join("absent")).unwrap_err();
         assert!(error.to_string().contains("absent"), "{error}");
         let error = WeightFile::open(directory.path()).unwrap_err();
-        assert!(error.to_string().contains("a file was expected"), "{error}");
+        assert!(error.to_string().contains("expected a file"), "{error}");
     }
 }

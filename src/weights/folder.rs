@@ -120,28 +120,30 @@ fn open_weights(folder: &Path) -> Result<Directory, WeightsError> {
     let others = files_with(folder, "safetensors");
     let instead = match others.first() {
         Some(other) if other.starts_with("consolidated") => format!(
-            "; {other} is in the layout of Mistral's own programs: take the checkpoint in the \
-             layout of transformers"
+            "; {other} is in Mistral's own layout: use the checkpoint in the layout of \
+             transformers"
         ),
-        Some(other) => format!("; {other} is there, but no {INDEX} that names it"),
+        Some(other) => format!("; {other} exists, but no {INDEX} lists it"),
         None => String::new(),
     };
     Err(WeightsError::MissingFile {
         path: single,
-        reason: format!("a model folder has it or {INDEX}{instead}"),
+        reason: format!("a model folder must have it or {INDEX}{instead}"),
     })
 }
 
 /// Explains why a folder has no `config.json`, as far as its other files tell.
 fn undescribed(folder: &Path) -> String {
     if folder.join("adapter_config.json").exists() {
-        return "adapter_config.json is there: this is an adapter, which must be merged into \
-                its base model first"
+        return "adapter_config.json exists: this is an adapter, which must be merged into its \
+                base model first"
             .to_owned();
     }
     match files_with(folder, "gguf").first() {
-        Some(file) => format!("a model folder is described by it; to run {file}, name the file"),
-        None => "a model folder is described by it".to_owned(),
+        Some(file) => {
+            format!("a model folder must have one; to run {file}, give the path of the file")
+        }
+        None => "a model folder must have one".to_owned(),
     }
 }
 
@@ -172,7 +174,7 @@ fn open_shards(folder: &Path, index_path: &Path) -> Result<Directory, WeightsErr
         if !path.exists() {
             return Err(WeightsError::MissingFile {
                 path,
-                reason: format!("{INDEX} names it for {} tensors", tensors.len()),
+                reason: format!("{INDEX} places {} tensors in it", tensors.len()),
             });
         }
         add_file(&mut directory, &path, Some(tensors))?;
@@ -190,7 +192,7 @@ fn shard_path(folder: &Path, name: &str, index: &Path) -> Result<PathBuf, Weight
         path: index.to_owned(),
         format: INDEX,
         problem: format!(
-            "it names the shard {name:?}; a shard is a .safetensors file beside the index"
+            "it names the shard {name:?}; a shard must be a .safetensors file next to the index"
         ),
     })
 }
@@ -215,7 +217,7 @@ fn add_file(
             let held: HashSet<&str> = entries.iter().map(|entry| entry.name.as_str()).collect();
             let absent = wanted.difference(&held).min().copied().unwrap_or_default();
             return Err(malformed(format!(
-                "it does not hold tensor {absent:?}, which {INDEX} says it does"
+                "it lacks tensor {absent:?}, which {INDEX} places in it"
             )));
         }
     }

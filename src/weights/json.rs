@@ -67,7 +67,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_json_either_way_is_refused_as_it_stands() {
+    fn text_that_is_not_json_gives_the_strict_parsers_error() {
         for text in [
             "{\"a\": NaN",
             "nan",

@@ -304,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn weights_of_every_format_have_the_deviation_of_a_models() {
+    fn weights_of_every_format_have_the_standard_deviation() {
         for format in RandomWeights::FORMATS {
             let source = weights(format);
             let tensor = source.tensor("b").unwrap();

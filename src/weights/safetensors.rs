@@ -43,8 +43,8 @@ pub(super) fn read(file: &WeightFile, path: &Path) -> Result<Vec<TensorEntry>, W
     let mut json = serde_json::Deserializer::from_str(header);
     let tensors = json.deserialize_map(Tensors);
     let tensors = tensors.and_then(|tensors| json.end().map(|()| tensors));
-    let mut tensors = tensors
-        .map_err(|error| malformed(format!("the header is not JSON as it should be: {error}")))?;
+    let mut tensors =
+        tensors.map_err(|error| malformed(format!("the header is not valid JSON: {error}")))?;
     tensors.sort_by(|(a_name, a), (b_name, b)| {
         let by_place = a.data_offsets.cmp(&b.data_offsets);
         by_place.then_with(|| a_name.cmp(b_name))
@@ -80,7 +80,9 @@ pub(super) fn read(file: &WeightFile, path: &Path) -> Result<Vec<TensorEntry>, W
             .checked_add(start)
             .zip(data_start.checked_add(end));
         let Some((start, end)) = range else {
-            return Err(malformed(format!("tensor {name:?} ends behind all files")));
+            return Err(malformed(format!(
+                "tensor {name:?} ends beyond the addressable range"
+            )));
         };
         entries.push(TensorEntry {
             name,
@@ -91,8 +93,8 @@ pub(super) fn read(file: &WeightFile, path: &Path) -> Result<Vec<TensorEntry>, W
     }
     if end_before != data_bytes {
         return Err(malformed(format!(
-            "the header describes {end_before} bytes, more or fewer bytes than the {data_bytes} \
-             that follow it in the file"
+            "the header describes {end_before} bytes of data, but the file has {data_bytes} after \
+             the header"
         )));
     }
     Ok(entries)
@@ -106,7 +108,7 @@ fn read_header(
     let size = file.len();
     if size < LENGTH_BYTES {
         return Err(malformed(format!(
-            "the file has {size} bytes, fewer than the {LENGTH_BYTES} of the header's length"
+            "the file has {size} bytes, fewer than the {LENGTH_BYTES} of the header's length field"
         )));
     }
     let mut length = [0; LENGTH_BYTES];

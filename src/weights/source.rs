@@ -146,7 +146,7 @@ pub enum WeightsError {
         expected: String,
     },
     /// The file became shorter after it was opened, because something else wrote to it.
-    #[error("{path} became shorter while it was read: it had {expected} bytes and has {found} now")]
+    #[error("{path} became shorter while it was read: it had {expected} bytes and now has {found}")]
     Shortened {
         /// The file.
         path: PathBuf,
@@ -194,7 +194,7 @@ pub(super) fn refuse_lfs_pointer(bytes: &[u8], path: &Path) -> Result<(), Weight
     }
     Err(WeightsError::Unsupported {
         path: path.to_owned(),
-        what: "a Git LFS pointer in place of the file".into(),
+        what: "a Git LFS pointer instead of the file".into(),
         expected: "fetch the file itself with `git lfs pull`".into(),
     })
 }

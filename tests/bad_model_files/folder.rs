@@ -111,13 +111,13 @@ fn assert_missing(result: Result<ModelFolder, WeightsError>, file: &str) {
 }
 
 #[test]
-fn the_unbroken_folder_is_read() {
+fn a_valid_folder_is_read() {
     let folder = open_weights(&weights(&valid_header(), 40)).unwrap();
     assert_eq!(folder.names(), ["a", "b"]);
 }
 
 #[test]
-fn a_pointer_of_git_lfs_in_a_files_place_is_named() {
+fn a_git_lfs_pointer_is_reported_as_such() {
     let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n";
     assert_unsupported(open_weights(pointer), "a Git LFS pointer");
     let files: [(&str, &[u8]); 1] = [("model.safetensors.index.json", pointer)];
@@ -127,7 +127,7 @@ fn a_pointer_of_git_lfs_in_a_files_place_is_named() {
 }
 
 #[test]
-fn a_weight_file_cut_anywhere_is_malformed() {
+fn a_weight_file_truncated_anywhere_is_malformed() {
     let file = weights(&valid_header(), 40);
     for part in 0..64 {
         assert_malformed(
@@ -176,10 +176,16 @@ fn a_header_that_is_not_json_is_refused() {
 }
 
 #[test]
-fn offsets_that_leave_the_file_or_run_backwards_are_refused() {
+fn offsets_outside_the_file_or_in_reverse_order_are_refused() {
     let far = json!({"a": tensor("F32", &[2, 3], 0, 24), "b": tensor("BF16", &[8], 24, 40)});
-    assert_malformed(open_weights(&weights(&far, 39)), "more or fewer bytes than");
-    assert_malformed(open_weights(&weights(&far, 41)), "more or fewer bytes than");
+    assert_malformed(
+        open_weights(&weights(&far, 39)),
+        "bytes of data, but the file has",
+    );
+    assert_malformed(
+        open_weights(&weights(&far, 41)),
+        "bytes of data, but the file has",
+    );
     let backwards = json!({"a": tensor("F32", &[2], 8, 0)});
     assert_malformed(open_weights(&weights(&backwards, 8)), "tensor \"a\"");
     let huge = json!({"a": tensor("F32", &[2], u64::MAX - 7, u64::MAX)});
@@ -216,7 +222,7 @@ fn a_repeated_tensor_name_is_refused() {
 }
 
 #[test]
-fn a_tensor_of_another_type_is_named() {
+fn an_unsupported_tensor_type_is_reported() {
     let header = json!({"a": tensor("F32", &[2], 0, 8), "ids": tensor("I64", &[1], 8, 16)});
     assert_unsupported(
         open_weights(&weights(&header, 16)),
@@ -234,11 +240,8 @@ fn a_folder_without_a_configuration_or_weights_is_refused() {
         let error = open(folder(files).path()).unwrap_err().to_string();
         assert!(error.contains(part), "{error}");
     };
-    says(
-        &[("consolidated.safetensors", b"")],
-        "Mistral's own programs",
-    );
-    says(&[("other.safetensors", b"")], "other.safetensors is there");
+    says(&[("consolidated.safetensors", b"")], "Mistral's own layout");
+    says(&[("other.safetensors", b"")], "other.safetensors exists");
     let bare = |name: &str, part: &str| {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join(name), "{}").unwrap();
@@ -249,13 +252,13 @@ fn a_folder_without_a_configuration_or_weights_is_refused() {
         );
     };
     bare("adapter_config.json", "this is an adapter");
-    bare("model.Q4_0.gguf", "to run model.Q4_0.gguf, name the file");
+    bare("model.Q4_0.gguf", "to run model.Q4_0.gguf, give the path");
     let pickled = folder(&[("pytorch_model.bin", b"\x80\x02")]);
     assert_unsupported(open(pickled.path()), "a PyTorch checkpoint");
 }
 
 #[test]
-fn a_configuration_that_is_no_json_object_is_refused() {
+fn a_configuration_that_is_not_a_json_object_is_refused() {
     for contents in [
         &b""[..],
         b"[1]",
@@ -269,22 +272,22 @@ fn a_configuration_that_is_no_json_object_is_refused() {
 }
 
 #[test]
-fn an_index_that_is_broken_is_refused() {
+fn a_broken_index_is_refused() {
     assert_malformed(open_index(&json!({})), "weight_map");
     assert_malformed(open_index(&json!({"weight_map": {"a": 1}})), "index.json");
     assert_malformed(open_index(&json!([])), "index.json");
 }
 
 #[test]
-fn a_shard_that_is_not_there_is_named() {
+fn a_missing_shard_is_reported() {
     let index = json!({"weight_map": {"a": "one.safetensors", "c": "two.safetensors"}});
     assert_missing(open_index(&index), "two.safetensors");
 }
 
 #[test]
-fn a_tensor_that_its_shard_lacks_is_named() {
+fn a_tensor_missing_from_its_shard_is_reported() {
     let index = json!({"weight_map": {"a": "one.safetensors", "c": "one.safetensors"}});
-    assert_malformed(open_index(&index), "does not hold tensor \"c\"");
+    assert_malformed(open_index(&index), "lacks tensor \"c\"");
 }
 
 #[test]

@@ -97,12 +97,12 @@ fn matrix() -> Tensor {
 }
 
 #[test]
-fn the_unbroken_file_is_read() {
+fn a_valid_file_is_read() {
     read(&valid().build()).unwrap();
 }
 
 #[test]
-fn a_file_cut_anywhere_is_malformed() {
+fn a_file_truncated_anywhere_is_malformed() {
     let file = valid().build();
     for part in 0..64 {
         let cut = &file[..file.len() * part / 64];
@@ -131,13 +131,13 @@ fn an_empty_file_has_no_magic_number() {
 }
 
 #[test]
-fn a_file_of_another_kind_is_named_by_its_first_bytes() {
+fn a_file_in_another_format_is_reported_with_its_first_bytes() {
     assert_malformed(b"PK\x03\x04 something else", "PK\\\\x03\\\\x04");
     assert_malformed(b"ggjt\x01\0\0\0 an older format", "ggjt");
 }
 
 #[test]
-fn versions_that_are_not_read_are_named() {
+fn unsupported_versions_are_reported() {
     assert_unsupported(&valid().version(1).build(), "GGUF version 1");
     assert_unsupported(&valid().version(4).build(), "GGUF version 4");
 }
@@ -193,7 +193,7 @@ fn a_name_longer_than_the_format_allows_is_refused() {
 }
 
 #[test]
-fn text_that_is_not_utf8_is_refused_by_name() {
+fn text_that_is_not_utf8_is_refused_with_its_key() {
     let mut content = 2u64.to_le_bytes().to_vec();
     content.extend([0xc3, 0x28]);
     assert_malformed(
@@ -217,12 +217,12 @@ fn metadata_of_an_unknown_type_is_refused() {
 }
 
 #[test]
-fn a_bool_is_zero_or_one() {
-    assert_malformed(&one_metadata(b"x", 7, &[2]), "is 2; a bool is 0 or 1");
+fn a_bool_other_than_zero_or_one_is_refused() {
+    assert_malformed(&one_metadata(b"x", 7, &[2]), "is 2; a bool must be 0 or 1");
 }
 
 #[test]
-fn arrays_of_arrays_are_refused_however_deep() {
+fn nested_arrays_are_refused_at_any_depth() {
     let nested: Vec<u8> = [9u32.to_le_bytes().as_slice(), &1u64.to_le_bytes()].concat();
     let file = one_metadata(b"deep", 9, &nested.repeat(10_000));
     assert_unsupported(&file, "metadata \"deep\", an array of arrays,");
@@ -237,7 +237,7 @@ fn repeated_names_are_refused() {
 }
 
 #[test]
-fn an_alignment_is_a_power_of_two() {
+fn an_alignment_that_is_not_a_power_of_two_is_refused() {
     for alignment in [0, 3, 48] {
         let file = valid().u32("general.alignment", alignment).build();
         assert_malformed(&file, &format!("\"general.alignment\" is {alignment}"));
@@ -251,7 +251,7 @@ fn an_alignment_is_a_power_of_two() {
 }
 
 #[test]
-fn a_tensor_has_one_to_four_dimensions() {
+fn tensors_without_one_to_four_dimensions_are_refused() {
     for dimensions in [0, 5, 1000] {
         let tensor = Tensor {
             dimensions: vec![1; dimensions],
@@ -297,7 +297,7 @@ fn a_shape_larger_than_the_file_is_refused() {
 }
 
 #[test]
-fn a_row_that_is_no_whole_number_of_blocks_is_refused() {
+fn a_row_that_is_not_a_whole_number_of_blocks_is_refused() {
     let tensor = Tensor::new("w", DType::Q4K, &[8, 32], vec![0; 144]);
     assert_malformed(
         &one_tensor(tensor),
@@ -306,7 +306,7 @@ fn a_row_that_is_no_whole_number_of_blocks_is_refused() {
 }
 
 #[test]
-fn tensor_types_that_are_not_read_are_named() {
+fn unsupported_tensor_types_are_reported() {
     let tensor = Tensor {
         kind: 16,
         ..matrix()
@@ -328,7 +328,7 @@ fn tensor_types_that_are_not_read_are_named() {
 }
 
 #[test]
-fn offsets_outside_the_file_or_off_the_alignment_are_refused() {
+fn offsets_outside_the_file_and_misaligned_offsets_are_refused() {
     let at = |offset| {
         one_tensor(Tensor {
             offset: Some(offset),
@@ -339,9 +339,9 @@ fn offsets_outside_the_file_or_off_the_alignment_are_refused() {
         &at(8),
         "is at offset 8, which is not a multiple of the alignment 32",
     );
-    assert_malformed(&at(32), "ends behind the file's");
-    assert_malformed(&at(1 << 40), "ends behind the file's");
-    assert_malformed(&at(u64::MAX - 31), "ends behind the file's");
+    assert_malformed(&at(32), "ends beyond the file's");
+    assert_malformed(&at(1 << 40), "ends beyond the file's");
+    assert_malformed(&at(u64::MAX - 31), "ends beyond the file's");
 }
 
 #[test]
@@ -359,7 +359,7 @@ fn overlapping_tensors_are_refused() {
 }
 
 #[test]
-fn one_part_of_a_split_file_in_memory_is_refused() {
+fn a_single_part_of_a_split_file_is_refused() {
     let part = |number, count| {
         let file = valid()
             .metadata("split.no", number)
@@ -378,7 +378,7 @@ fn one_part_of_a_split_file_in_memory_is_refused() {
 }
 
 #[test]
-fn a_pointer_of_git_lfs_in_the_files_place_is_named() {
+fn a_git_lfs_pointer_is_reported_as_such() {
     let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n";
     let error = read(pointer).unwrap_err();
     assert!(matches!(error, WeightsError::Unsupported { .. }), "{error}");

@@ -187,7 +187,7 @@ def the_async_client_streams_too(server):
 
 
 @check
-def n_answers_differ_and_come_in_their_order(server):
+def n_answers_differ_and_come_in_order(server):
     answer = server.chat("Tell me a story.", n=3, temperature=1.2, seed=7, max_completion_tokens=12)
     equal([choice.index for choice in answer.choices], [0, 1, 2], "the indexes")
     texts = {choice.message.content for choice in answer.choices}
@@ -215,7 +215,7 @@ def a_seed_repeats_an_answer(server):
 
 
 @check
-def a_stop_string_ends_the_answer_and_is_no_part_of_it(server):
+def a_stop_string_ends_the_answer_and_is_not_part_of_it(server):
     prompt = "Count from one to ten in digits, separated by commas."
     free = server.chat(prompt, max_completion_tokens=24).choices[0].message.content
     holds(len(free) > 8, f"the answer is {free!r}")
@@ -226,7 +226,7 @@ def a_stop_string_ends_the_answer_and_is_no_part_of_it(server):
 
 
 @check
-def a_token_limit_is_kept_and_told(server):
+def a_token_limit_is_respected_and_reported(server):
     answer = server.chat("Tell me a long story.", max_completion_tokens=3)
     equal(answer.choices[0].finish_reason, "length", "finish_reason")
     equal(answer.usage.completion_tokens, 3, "completion_tokens")
@@ -235,7 +235,7 @@ def a_token_limit_is_kept_and_told(server):
 
 
 @check
-def chat_log_probabilities_are_given(server):
+def chat_log_probabilities_are_returned(server):
     answer = server.chat("Say yes.", logprobs=True, top_logprobs=3, max_completion_tokens=4)
     content = answer.choices[0].logprobs.content
     equal(len(content), answer.usage.completion_tokens, "the number of tokens")
@@ -263,7 +263,7 @@ def a_long_conversation_is_accepted(server):
 
 
 @check
-def sampling_fields_beyond_openai_are_taken(server):
+def sampling_fields_beyond_openai_are_accepted(server):
     extra = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "ignore_eos": True}
     answer = server.chat("Hello", extra_body=extra, max_completion_tokens=9, temperature=0.8)
     equal(answer.usage.completion_tokens, 9, "completion_tokens past the end of the text")
@@ -287,7 +287,7 @@ def a_logit_bias_decides_the_token(server):
 
 
 @check
-def a_completion_is_given(server):
+def a_completion_is_returned(server):
     answer = server.complete("The capital of France is")
     equal(answer.object, "text_completion", "the object")
     holds("Paris" in answer.choices[0].text, f"the text is {answer.choices[0].text!r}")
@@ -321,7 +321,7 @@ def completions_take_batches_of_texts_and_of_token_ids(server):
 
 
 @check
-def completion_log_probabilities_are_given(server):
+def completion_log_probabilities_are_returned(server):
     answer = server.complete("One two three", logprobs=2, max_tokens=4)
     logprobs = answer.choices[0].logprobs
     equal(len(logprobs.tokens), 4, "the number of tokens")
@@ -348,7 +348,7 @@ def an_echo_can_score_the_prompt(server):
 
 
 @check
-def log_probabilities_contain_the_chosen_token_with_its_digits(server):
+def top_log_probabilities_contain_the_chosen_token(server):
     for count in (0, 1, 5):
         answer = server.complete("One two three", max_tokens=4, echo=True, logprobs=count).choices[0]
         logprobs = answer.logprobs
@@ -384,7 +384,7 @@ def loglikelihoods(server, pairs):
 
 
 @check
-def lm_eval_counts_the_greedy_continuations(server):
+def lm_eval_recognises_greedy_continuations(server):
     def ids(text):
         asked = {"prompt": text, "add_special_tokens": False}
         return requests.post(f"{server.url}/tokenize", json=asked, timeout=60).json()["tokens"]
@@ -420,7 +420,7 @@ def the_tokenizer_is_described(server):
 
 
 @check
-def fields_of_vllm_are_kept_to(server):
+def fields_of_vllm_are_honoured(server):
     plain = server.complete("One, two, three,").choices[0].text
     word = plain.split()[0].strip(",.")
     kept = server.complete("One, two, three,", extra_body={"bad_words": [word]}).choices[0].text
@@ -436,7 +436,7 @@ def fields_of_vllm_are_kept_to(server):
 
 
 @check
-def a_context_that_is_too_small_is_recognised(server):
+def context_overflow_is_reported_in_openais_words(server):
     # litellm looks for this message.
     error = refused(openai.BadRequestError, 400, lambda: server.complete("Hi", max_tokens=10**6))
     equal(error.code, "context_length_exceeded", "the code")
@@ -568,7 +568,7 @@ def an_answer_is_parsed_into_a_model(server):
 
 
 @check
-def a_cut_structured_answer_says_so(server):
+def a_truncated_structured_answer_is_reported(server):
     try:
         server.client.chat.completions.parse(
             model=server.model,
@@ -663,7 +663,7 @@ def a_response_streams_its_events(server):
 
 
 @check
-def a_response_lists_and_counts_what_it_answers(server):
+def the_input_of_a_response_is_listed_and_counted(server):
     question = [{"role": "user", "content": "Say hello."}]
     response = server.client.responses.create(
         model=server.model, input=question, max_output_tokens=4, temperature=0
@@ -714,7 +714,7 @@ def a_response_is_parsed_into_a_model(server):
 
 
 @check
-def embeddings_are_given(server):
+def embeddings_are_returned(server):
     texts = ["a cat", "a kitten", "the stock market fell"]
     answer = server.client.embeddings.create(model=server.model, input=texts)
     equal([item.index for item in answer.data], [0, 1, 2], "the indexes")
@@ -787,7 +787,7 @@ def an_unknown_route_is_not_found(server):
 
 
 @check
-def a_stream_closed_in_the_middle_frees_what_it_held(server):
+def a_closed_stream_frees_its_blocks(server):
     def ends():
         return server.gauge("quell_request_outcomes_total", reason="disconnect")
 
@@ -798,7 +798,7 @@ def a_stream_closed_in_the_middle_frees_what_it_held(server):
         before = 0
     for _ in range(3):
         stream = server.chat(
-            "Count up for ever.",
+            "Count up forever.",
             stream=True,
             max_completion_tokens=8000,
             extra_body={"ignore_eos": True},
@@ -813,13 +813,13 @@ def a_stream_closed_in_the_middle_frees_what_it_held(server):
 
 
 @check
-def a_request_that_the_client_gives_up_frees_what_it_held(server):
+def an_abandoned_request_frees_its_blocks(server):
     server.becomes_idle()
     impatient = server.client.with_options(timeout=0.5)
     try:
         impatient.chat.completions.create(
             model=server.model,
-            messages=[{"role": "user", "content": "Count up for ever."}],
+            messages=[{"role": "user", "content": "Count up forever."}],
             max_completion_tokens=8000,
             extra_body={"ignore_eos": True},
         )

@@ -76,7 +76,7 @@ impl Browser {
     pub async fn start() -> Self {
         let (driver, port) = (0..8)
             .find_map(|_| start_driver())
-            .expect("chromedriver says where it listens");
+            .expect("chromedriver prints its port");
         let profile = TempDir::new().unwrap();
         let folder = format!("--user-data-dir={}", profile.path().display());
         let arguments: Vec<&str> = ARGUMENTS.into_iter().chain([folder.as_str()]).collect();
@@ -160,7 +160,7 @@ impl Browser {
         let value = answer["value"].clone();
         if value["error"].is_string() {
             let page = self.run("return document.body.innerText").await;
-            panic!("it never came to be: {expression}\n{value}\n{page}");
+            panic!("this never became true: {expression}\n{value}\n{page}");
         }
         value
     }

@@ -19,7 +19,7 @@ pub fn quantize(dtype: DType, weights: &[f32]) -> Vec<u8> {
         DType::Q4_0 => blocks(weights, q4_0),
         DType::Q4_1 => blocks(weights, q4_1),
         DType::Q8_0 => blocks(weights, q8_0),
-        other => panic!("tests quantise to no {other}"),
+        other => panic!("tests do not quantise to {other}"),
     }
 }
 

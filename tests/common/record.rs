@@ -52,7 +52,7 @@ pub fn outputs(name: &str, values: &[f32], tolerance: f32) {
     assert_eq!(
         recorded.len(),
         kept.len(),
-        "{name}: the recording is of another shape"
+        "{name}: the recording has a different shape"
     );
     let square: f32 = recorded.iter().map(|x| x * x).sum();
     let scale = (square / recorded.len() as f32).sqrt();

@@ -9,7 +9,7 @@ fn refused(outcome: Result<(), DeviceError>, complaint: &str) {
 }
 
 /// Asks for transfers of blocks and host slots that do not exist. The cache has six blocks.
-pub fn blocks_and_slots_that_are_none<D: Device>(
+pub fn blocks_and_slots_that_do_not_exist<D: Device>(
     device: &mut D,
     cache: &mut D::Cache,
     shape: &CacheShape,

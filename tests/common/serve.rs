@@ -45,7 +45,7 @@ impl Serve {
         let address = address.and_then(|address| address.parse().ok());
         let Some(address) = address else {
             let _ = child.kill();
-            panic!("the server says {line:?}, expected where it listens");
+            panic!("the server printed {line:?}, expected its address");
         };
         Self { address, child }
     }
@@ -68,7 +68,7 @@ impl Serve {
     }
 
     /// Waits until no request runs or waits, and no block is held.
-    pub fn falls_idle(&self) {
+    pub fn wait_until_idle(&self) {
         let until = Instant::now() + PATIENCE;
         loop {
             let held = [
@@ -86,13 +86,13 @@ impl Serve {
 
     /// Waits until the server is idle, then sends SIGTERM and checks that it exits
     /// successfully.
-    pub fn ends_with_nothing_held(self) {
-        self.falls_idle();
-        self.ends_when_told();
+    pub fn terminate_when_idle(self) {
+        self.wait_until_idle();
+        self.terminate();
     }
 
     /// Sends SIGTERM and checks that the server exits successfully.
-    pub fn ends_when_told(mut self) {
+    pub fn terminate(mut self) {
         self.signal("TERM");
         let ended = self.ended();
         assert!(ended.success(), "{ended}");

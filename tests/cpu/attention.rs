@@ -335,7 +335,7 @@ fn in_chunks(layer: &mut Layer, qkv: &[f32], chunks: impl Iterator<Item = usize>
 }
 
 #[test]
-fn a_prompt_in_chunks_a_prompt_at_once_and_token_by_token_give_the_same_bits() {
+fn chunk_sizes_change_no_bit_of_a_prompt() {
     let mut random = Random::new(13);
     let long = specs().into_iter().map(|spec| (spec, 53));
     let longer = [0, 3, 6].map(|index| (specs()[index], 401));
@@ -407,7 +407,7 @@ fn a_sequence_has_the_same_bits_alone_and_in_a_ragged_batch() {
 }
 
 #[test]
-fn avx2_gives_the_bits_of_avx512() {
+fn avx2_and_avx512_are_bit_identical() {
     if !levels().starts_with(&[SimdLevel::Avx512, SimdLevel::Avx2]) {
         eprintln!("skipped: this machine has no AVX-512");
         return;
@@ -430,7 +430,7 @@ fn avx2_gives_the_bits_of_avx512() {
 }
 
 #[test]
-fn whoever_reads_a_poisoned_block_gets_nan_and_nobody_else_does() {
+fn only_sequences_that_read_a_poisoned_block_get_nan() {
     let mut random = Random::new(16);
     for kv in [KvType::F32, KvType::F16] {
         let (spec, rotary) = specs()[0];
@@ -459,7 +459,7 @@ fn whoever_reads_a_poisoned_block_gets_nan_and_nobody_else_does() {
 }
 
 #[test]
-fn blocks_below_the_window_are_not_read() {
+fn blocks_before_the_window_are_not_read() {
     let mut random = Random::new(17);
     let (mut spec, rotary) = specs()[0];
     spec.window = Some(10);
@@ -480,7 +480,7 @@ fn blocks_below_the_window_are_not_read() {
 }
 
 #[test]
-fn batches_that_make_no_sense_are_refused() {
+fn invalid_batches_are_refused() {
     let mut device = CpuDevice::new(&CpuOptions::default()).unwrap();
     let good = Batch {
         tokens: vec![1, 2],
@@ -565,7 +565,7 @@ fn batches_that_make_no_sense_are_refused() {
 }
 
 #[test]
-fn sequences_that_share_blocks_get_the_same_bits_as_with_blocks_of_their_own() {
+fn sharing_blocks_changes_no_bit() {
     let mut random = Random::new(19);
     let (spec, rotary) = specs()[0];
     let columns = spec.heads.qkv_columns();
@@ -649,7 +649,7 @@ fn blocks_slots_positions_and_layers_beyond_the_cache_are_refused() {
 }
 
 #[test]
-fn block_and_head_sizes_that_the_layout_lacks_are_unsupported() {
+fn unsupported_block_and_head_sizes_are_refused() {
     let mut device = CpuDevice::new(&CpuOptions::default()).unwrap();
     let shape = CacheShape {
         layers: 1,

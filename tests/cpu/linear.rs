@@ -89,7 +89,7 @@ fn every_format_agrees_with_float64() {
 }
 
 #[test]
-fn a_value_far_above_the_others_takes_no_precision_from_them() {
+fn an_outlier_does_not_reduce_the_precision_of_other_values() {
     let mut random = Random::new(7);
     for dtype in DType::ALL.into_iter().filter(|dtype| !dtype.is_float()) {
         let (rows, columns) = (37, 512);
@@ -117,7 +117,7 @@ fn a_value_far_above_the_others_takes_no_precision_from_them() {
 }
 
 #[test]
-fn a_row_has_the_same_bits_alone_and_in_any_batch_on_any_number_of_threads() {
+fn batch_size_and_thread_count_change_no_bit_of_a_row() {
     let mut random = Random::new(2);
     for dtype in DType::ALL {
         let (rows, columns) = (130, if dtype.is_float() { 77 } else { 512 });
@@ -148,7 +148,7 @@ fn a_row_has_the_same_bits_alone_and_in_any_batch_on_any_number_of_threads() {
 }
 
 #[test]
-fn avx2_gives_the_bits_of_avx512() {
+fn avx2_and_avx512_are_bit_identical() {
     if !levels().starts_with(&[SimdLevel::Avx512, SimdLevel::Avx2]) {
         eprintln!("skipped: this machine has no AVX-512");
         return;
@@ -219,7 +219,7 @@ fn parts_of_several_formats_stack_and_the_bias_is_added() {
 }
 
 #[test]
-fn rows_stored_for_interleaved_rope_are_used_half_split() {
+fn interleaved_rope_rows_are_reordered_to_half_split() {
     let mut random = Random::new(5);
     let (rows, columns, head_dim) = (48, 64, 24);
     let data = weights(&mut random, DType::Q8_0, rows, columns);
@@ -295,7 +295,7 @@ fn embeddings_are_rows_of_the_packed_table() {
 }
 
 #[test]
-fn packed_weights_take_about_what_the_file_did() {
+fn packed_weights_take_about_as_much_memory_as_in_the_file() {
     let mut random = Random::new(7);
     for dtype in DType::ALL {
         let (rows, columns) = (160, 512);
@@ -317,7 +317,7 @@ fn packed_weights_take_about_what_the_file_did() {
 }
 
 #[test]
-fn a_nan_among_the_activations_reaches_every_output_of_its_row_only() {
+fn a_nan_activation_reaches_every_output_of_its_own_row_only() {
     let mut random = Random::new(8);
     let (rows, columns) = (40, 64);
     for dtype in [DType::Q4_1, DType::Q8_0, DType::BF16] {
@@ -343,7 +343,7 @@ fn a_nan_among_the_activations_reaches_every_output_of_its_row_only() {
 }
 
 #[test]
-fn specifications_that_do_not_fit_together_are_refused() {
+fn inconsistent_specifications_are_refused() {
     let mut device = CpuDevice::new(&CpuOptions::default()).unwrap();
     let part = |rows, columns, bytes: &'static [u8], order| WeightRows {
         dtype: DType::F32,

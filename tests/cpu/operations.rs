@@ -83,7 +83,7 @@ fn norms_agree_with_float64() {
 }
 
 #[test]
-fn activations_agree_with_float64_far_from_zero_too() {
+fn activations_agree_with_float64_even_far_from_zero() {
     let mut random = Random::new(22);
     for (rows, columns) in SHAPES {
         let x: Vec<f32> = random
@@ -251,7 +251,7 @@ fn experts_are_chosen_weighted_and_summed() {
 }
 
 #[test]
-fn samples_are_those_of_the_reference_sampler() {
+fn samples_equal_those_of_the_reference_sampler() {
     // The device may sum in another order. NaN must have the same bits.
     let near = |a: f32, b: f32| (a - b).abs() < 1e-5 || a.to_bits() == b.to_bits();
     let mut random = Random::new(24);
@@ -337,7 +337,7 @@ fn samples_are_those_of_the_reference_sampler() {
 }
 
 #[test]
-fn a_row_that_waits_for_a_sample_gets_the_token_of_the_step_before() {
+fn a_feedback_row_gets_the_previous_steps_sample() {
     let mut d = device(SimdLevel::Auto, 1, Activations::Auto);
     let mut random = Random::new(25);
     let data = weights(&mut random, DType::F32, 10, 4);

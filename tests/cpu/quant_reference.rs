@@ -52,7 +52,7 @@ fn dequantised_weights_have_the_reference_bits() {
 }
 
 #[test]
-fn codes_scales_and_minimums_make_up_the_reference_weights() {
+fn unpacked_codes_and_scales_give_the_reference_weights() {
     for dtype in DType::ALL {
         let Some(view) = affine(dtype) else { continue };
         let Fixture { blocks, weights } = fixture(dtype);

@@ -285,7 +285,7 @@ fn in_chunks(
 }
 
 #[test]
-fn a_prompt_at_once_in_chunks_and_token_by_token_give_the_same_bits() {
+fn chunk_sizes_change_no_bit_of_a_prompt() {
     let _gpu = gpu::lock();
     let mut random = Random::new(34);
     for kind in TYPES {
@@ -368,7 +368,7 @@ fn a_sequence_has_the_same_bits_alone_and_in_a_ragged_batch() {
 }
 
 #[test]
-fn recorded_steps_are_padded_with_empty_sequences_and_give_the_same_bits() {
+fn padding_of_recorded_steps_changes_no_bit() {
     let _gpu = gpu::lock();
     let mut random = Random::new(36);
     let kind = CudaActivations::F16;
@@ -488,7 +488,7 @@ fn decode_after_one_prompt(
 }
 
 #[test]
-fn sequences_that_share_blocks_have_the_same_bits_as_with_blocks_of_their_own() {
+fn sharing_blocks_changes_no_bit() {
     const SEQUENCES: usize = 12;
     const STEPS: usize = 14;
     let _gpu = gpu::lock();
@@ -536,7 +536,7 @@ fn sequences_that_share_blocks_have_the_same_bits_as_with_blocks_of_their_own() 
 }
 
 #[test]
-fn a_step_of_more_units_than_a_launch_has_room_for_gives_the_same_bits() {
+fn splitting_a_step_into_several_launches_changes_no_bit() {
     const SEQUENCES: usize = 70;
     /// Position of the only unshared token of each sequence, the first one of its 2048th block.
     const POSITION: usize = 2047 * 16;
@@ -613,7 +613,7 @@ fn a_step_of_more_units_than_a_launch_has_room_for_gives_the_same_bits() {
 }
 
 #[test]
-fn what_cannot_be_attended_to_is_refused() {
+fn invalid_attention_arguments_are_refused() {
     let _gpu = gpu::lock();
     let mut random = Random::new(37);
     let kind = CudaActivations::Bf16;

@@ -68,7 +68,10 @@ fn filled(device: &mut CudaDevice) -> CudaCache {
     }
     let blocks = blocks(device, &cache);
     for (i, one) in blocks.iter().enumerate() {
-        assert!(!blocks[..i].contains(one), "block {i} has a double");
+        assert!(
+            !blocks[..i].contains(one),
+            "the contents of block {i} are not unique"
+        );
     }
     cache
 }
@@ -92,7 +95,7 @@ fn poison_all(device: &mut CudaDevice, cache: &mut CudaCache) {
 }
 
 #[test]
-fn blocks_come_back_from_the_host_as_they_went_in_every_layer() {
+fn swapped_blocks_are_restored_in_every_layer() {
     let gpu = gpu::lock();
     for schedule in ["", "shuffle:1", "shuffle:2", "shuffle:3"] {
         if !gpu::is_real() && !schedule.is_empty() {
@@ -117,7 +120,7 @@ fn blocks_come_back_from_the_host_as_they_went_in_every_layer() {
 }
 
 #[test]
-fn a_slot_may_be_written_again_while_its_last_copy_back_is_on_its_way() {
+fn a_slot_may_be_reused_while_its_copy_is_in_flight() {
     let gpu = gpu::lock();
     for schedule in ["", "shuffle:4", "shuffle:5"] {
         if !gpu::is_real() && !schedule.is_empty() {
@@ -146,7 +149,7 @@ fn a_slot_may_be_written_again_while_its_last_copy_back_is_on_its_way() {
 }
 
 #[test]
-fn copies_and_swaps_take_their_turn_with_what_is_enqueued_around_them() {
+fn copies_and_swaps_run_in_stream_order() {
     let _gpu = gpu::lock();
     let mut device = device();
     let mut cache = filled(&mut device);
@@ -164,12 +167,12 @@ fn copies_and_swaps_take_their_turn_with_what_is_enqueued_around_them() {
 }
 
 #[test]
-fn blocks_and_slots_that_are_none_are_refused_and_nothing_is_copied() {
+fn transfers_of_nonexistent_blocks_and_slots_are_refused() {
     let _gpu = gpu::lock();
     let mut device = device();
     let mut cache = filled(&mut device);
     let before = blocks(&device, &cache);
-    refusals::blocks_and_slots_that_are_none(&mut device, &mut cache, &shape());
+    refusals::blocks_and_slots_that_do_not_exist(&mut device, &mut cache, &shape());
     assert!(blocks(&device, &cache) == before);
 }
 
@@ -181,7 +184,7 @@ fn pinned(gpu: &Gpu) -> u64 {
 }
 
 #[test]
-fn host_memory_is_taken_when_it_is_written_and_given_back() {
+fn host_memory_is_pinned_when_written_and_released() {
     let gpu = gpu::lock();
     if gpu::is_real() {
         return;
@@ -212,7 +215,7 @@ fn host_memory_is_taken_when_it_is_written_and_given_back() {
 }
 
 #[test]
-fn a_driver_call_that_fails_fails_the_swap_and_the_device_goes_on() {
+fn a_failed_driver_call_fails_only_its_swap() {
     let gpu = gpu::lock();
     if gpu::is_real() {
         return;

@@ -268,7 +268,7 @@ fn an_unusable_gpu_is_refused_with_the_reason() {
         CudaDevice::available(0)
             .unwrap_err()
             .to_string()
-            .contains("does not start")
+            .contains("cannot be initialised")
     );
     gpu.reset();
     CudaDevice::available(0).unwrap();
@@ -276,7 +276,7 @@ fn an_unusable_gpu_is_refused_with_the_reason() {
 }
 
 #[test]
-fn a_utilisation_that_is_none_is_refused() {
+fn an_invalid_utilisation_is_refused() {
     let _gpu = gpu::lock();
     for utilisation in [0.0, -1.0, 1.5, f32::NAN] {
         let options = CudaOptions {
@@ -289,7 +289,7 @@ fn a_utilisation_that_is_none_is_refused() {
 }
 
 #[test]
-fn matrices_come_back_as_they_went() {
+fn matrices_are_read_back_unchanged() {
     let _gpu = gpu::lock();
     for activations in [CudaActivations::Bf16, CudaActivations::F16] {
         let mut device = CudaDevice::new(&CudaOptions {
@@ -338,7 +338,7 @@ fn the_memory_plan_counts_weights_and_leaves_a_share_free() {
 }
 
 #[test]
-fn too_large_an_allocation_is_out_of_memory_and_names_what_it_was_for() {
+fn a_too_large_allocation_reports_its_purpose() {
     let gpu = gpu::lock();
     if !gpu::is_real() {
         gpu.set("memory", "64M");
@@ -356,7 +356,7 @@ fn too_large_an_allocation_is_out_of_memory_and_names_what_it_was_for() {
 }
 
 #[test]
-fn recorded_steps_give_the_same_tokens_as_enqueued_ones() {
+fn recorded_and_enqueued_steps_give_the_same_tokens() {
     let gpu = gpu::lock();
     let recorded = run(&options(), 8).unwrap();
     let graphs = CudaOptions {
@@ -373,7 +373,7 @@ fn recorded_steps_give_the_same_tokens_as_enqueued_ones() {
     let mut seen: Vec<u32> = recorded.concat();
     seen.sort_unstable();
     seen.dedup();
-    assert!(seen.len() > 4, "{recorded:?} says little");
+    assert!(seen.len() > 4, "{recorded:?} has too few distinct tokens");
     if !gpu::is_real() {
         assert_eq!(gpu.statistic("graph_launches"), 0);
         for seed in ["1", "2", "3"] {
@@ -385,7 +385,7 @@ fn recorded_steps_give_the_same_tokens_as_enqueued_ones() {
 }
 
 #[test]
-fn a_steady_decode_step_waits_for_nothing_but_an_older_steps_samples() {
+fn a_decode_step_waits_only_for_an_older_steps_samples() {
     let gpu = gpu::lock();
     if gpu::is_real() {
         return;
@@ -417,7 +417,7 @@ fn a_steady_decode_step_waits_for_nothing_but_an_older_steps_samples() {
 }
 
 #[test]
-fn memory_that_is_given_back_is_not_used_by_a_recorded_step() {
+fn a_recorded_step_does_not_use_freed_memory() {
     let gpu = gpu::lock();
     let mut device = CudaDevice::new(&options()).unwrap();
     let mut model = Model::load(&mut device).unwrap();
@@ -438,7 +438,7 @@ fn memory_that_is_given_back_is_not_used_by_a_recorded_step() {
 }
 
 #[test]
-fn a_batch_beyond_the_cache_is_refused_recorded_or_not() {
+fn a_batch_beyond_the_cache_is_refused_with_and_without_recording() {
     let _gpu = gpu::lock();
     let mut device = CudaDevice::new(&options()).unwrap();
     let mut model = Model::load(&mut device).unwrap();
@@ -558,7 +558,7 @@ fn the_device_may_be_lost_at_every_driver_call() {
 }
 
 #[test]
-fn what_cannot_be_given_back_is_counted() {
+fn failed_releases_are_counted() {
     let gpu = gpu::lock();
     if gpu::is_real() {
         return;
@@ -573,7 +573,7 @@ fn what_cannot_be_given_back_is_counted() {
 }
 
 #[test]
-fn a_lost_device_says_so_from_then_on() {
+fn a_lost_device_keeps_reporting_its_error() {
     let gpu = gpu::lock();
     if gpu::is_real() {
         return;

@@ -89,7 +89,7 @@ fn alone(engine: &Engine) -> Vec<Tokens> {
 }
 
 #[test]
-fn cancels_between_graph_replays_leave_the_other_tokens_as_they_are() {
+fn cancels_between_graph_replays_change_no_other_token() {
     let gpu = gpu::lock();
     for model in ["llama", "mistral"] {
         let engine = engine(model, CudaOptions::default(), 64);
@@ -124,7 +124,7 @@ fn cancels_between_graph_replays_leave_the_other_tokens_as_they_are() {
 }
 
 #[test]
-fn constrained_requests_beside_free_ones_give_the_tokens_of_each_alone() {
+fn constrained_and_free_requests_keep_their_tokens() {
     let _gpu = gpu::lock();
     let held = |index: usize| match index % 3 {
         0 => request(index).constraint(Remainders::default()),
@@ -167,7 +167,7 @@ fn graphs_change_no_token() {
 }
 
 #[test]
-fn preempted_requests_give_the_tokens_of_each_alone() {
+fn preempted_requests_keep_their_tokens() {
     let _gpu = gpu::lock();
     let expected = alone(&engine("llama", CudaOptions::default(), 64));
     let crowd = engine("llama", CudaOptions::default(), 5);
@@ -185,7 +185,7 @@ fn preempted_requests_give_the_tokens_of_each_alone() {
 }
 
 #[test]
-fn swapped_requests_give_the_tokens_of_each_alone() {
+fn swapped_requests_keep_their_tokens() {
     let _gpu = gpu::lock();
     let expected = alone(&engine("llama", CudaOptions::default(), 64));
     let config = EngineConfig {
@@ -205,7 +205,7 @@ fn swapped_requests_give_the_tokens_of_each_alone() {
 }
 
 #[test]
-fn sessions_forks_and_samples_give_the_tokens_of_the_whole_prompt() {
+fn sessions_forks_and_samples_answer_like_the_whole_prompt() {
     let _gpu = gpu::lock();
     let config = EngineConfig {
         prefix_cache: false,
@@ -265,7 +265,7 @@ fn text(index: usize) -> Vec<u32> {
 }
 
 #[test]
-fn embeddings_are_near_those_of_the_cpu() {
+fn embeddings_are_within_one_percent_of_those_of_the_cpu() {
     let _gpu = gpu::lock();
     for model in ["llama", "mistral"] {
         let cpu = EngineConfig {
@@ -292,7 +292,7 @@ fn embeddings_are_near_those_of_the_cpu() {
 
 /// Steps that only decode are replayed as graphs; steps with an embedding are not.
 #[test]
-fn embeddings_and_those_beside_them_are_the_same_alone_and_together() {
+fn embeddings_and_other_requests_do_not_affect_each_other() {
     let gpu = gpu::lock();
     let engine = engine("llama", CudaOptions::default(), 64);
     let expected = alone(&engine);
@@ -326,7 +326,7 @@ fn scores(tokens: &[quell::Token]) -> Vec<(u32, u32)> {
 }
 
 #[test]
-fn the_scores_of_a_prompt_are_those_of_its_tokens_when_they_were_generated() {
+fn prompt_scores_equal_the_scores_at_generation() {
     let _gpu = gpu::lock();
     let engine = engine("llama", CudaOptions::default(), 64);
     for index in 0..4 {

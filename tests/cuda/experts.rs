@@ -270,7 +270,7 @@ fn experts_agree_with_float64() {
 
 /// The row is computed alone, with a few others, and with enough others for larger tiles.
 #[test]
-fn a_row_depends_on_that_row_only() {
+fn other_rows_change_no_bit_of_a_row() {
     let _gpu = gpu::lock();
     let mut random = Random::new(22);
     let routing = routing(2, true, Activation::Silu);
@@ -295,7 +295,7 @@ fn a_row_depends_on_that_row_only() {
 
 /// All rows go to the same two of many experts.
 #[test]
-fn experts_without_rows_are_passed_over() {
+fn experts_without_rows_are_skipped() {
     let _gpu = gpu::lock();
     let mut random = Random::new(23);
     let (experts, hidden, columns, rows) = (200, 8, 16, 20);
@@ -333,7 +333,7 @@ fn experts_without_rows_are_passed_over() {
 
 /// NaN logits choose some experts, and change no other row.
 #[test]
-fn a_row_of_nan_stays_within_its_row() {
+fn a_row_of_nan_changes_no_other_row() {
     let _gpu = gpu::lock();
     let mut random = Random::new(24);
     let (experts, hidden, columns, rows) = (5, 16, 16, 3);
@@ -367,7 +367,7 @@ fn a_row_of_nan_stays_within_its_row() {
 }
 
 #[test]
-fn what_cannot_be_loaded_or_routed_is_refused_by_name() {
+fn invalid_experts_and_routings_are_refused() {
     let _gpu = gpu::lock();
     let mut random = Random::new(25);
     let activations = CudaActivations::Bf16;
@@ -383,7 +383,7 @@ fn what_cannot_be_loaded_or_routed_is_refused_by_name() {
     ));
     let error = device.load_experts(&mixed[..1], &down).err().unwrap();
     assert!(
-        error.to_string().contains("1 experts have a gate"),
+        error.to_string().contains("1 gate-and-up projections"),
         "{error}"
     );
 

@@ -198,7 +198,7 @@ fn every_format_agrees_with_float64_in_every_tile() {
 }
 
 #[test]
-fn floating_point_weights_may_have_any_number_of_outputs_and_a_multiple_of_eight_inputs() {
+fn float_weights_support_any_outputs_and_multiples_of_eight_inputs() {
     let _gpu = gpu::lock();
     let mut random = Random::new(12);
     let mut device = device(CudaActivations::Bf16);
@@ -228,7 +228,7 @@ fn floating_point_weights_may_have_any_number_of_outputs_and_a_multiple_of_eight
 }
 
 #[test]
-fn stacked_parts_of_different_formats_and_orders_are_one_layer() {
+fn parts_of_different_formats_and_orders_form_one_layer() {
     let _gpu = gpu::lock();
     let mut random = Random::new(13);
     let heads = RowOrder::RopeInterleaved { head_dim: 16 };
@@ -285,7 +285,7 @@ fn a_float32_operand_is_rounded_first() {
 /// Unused rows of the operands are NaN. Rows are computed alone, with a few others and with
 /// many others, each in the tile for that number of rows.
 #[test]
-fn a_row_depends_on_that_row_only() {
+fn other_rows_change_no_bit_of_a_row() {
     let _gpu = gpu::lock();
     let mut random = Random::new(15);
     for activations in TYPES {
@@ -317,7 +317,7 @@ fn a_row_depends_on_that_row_only() {
 
 /// Enough outputs for many rows to be multiplied in the largest tile.
 #[test]
-fn the_tile_for_prompts_gives_the_bits_of_the_others() {
+fn all_tiles_are_bit_identical() {
     let _gpu = gpu::lock();
     let mut random = Random::new(16);
     let (outputs, columns) = (95 * 128 + 3, 40);
@@ -414,7 +414,7 @@ fn embeddings_are_the_rows_of_the_table() {
 }
 
 #[test]
-fn what_cannot_be_loaded_is_refused_by_name() {
+fn invalid_weights_are_refused() {
     let _gpu = gpu::lock();
     let mut random = Random::new(18);
     let mut device = device(CudaActivations::F16);

@@ -42,7 +42,7 @@ fn tiny(name: &str) -> String {
 }
 
 #[test]
-fn inspect_shows_the_gpu_and_which_images_its_kernels_are() {
+fn inspect_shows_the_gpu_and_its_kernel_images() {
     let shown = json(&quell(&["inspect", "--device", "cuda", "--format", "json"]));
     assert_eq!(shown["device"], "cuda:0");
     let details = &shown["device_details"];
@@ -103,7 +103,7 @@ fn bench_runs_random_weights_on_the_gpu() {
 /// systemd or Kubernetes restarts the server only once it has exited.
 #[cfg(feature = "server")]
 #[test]
-fn a_server_whose_gpu_is_lost_answers_what_is_open_and_ends_with_an_error() {
+fn a_server_that_loses_its_gpu_answers_open_requests_and_exits() {
     if gpu::is_real() {
         return; // a real GPU cannot be lost on request
     }
@@ -119,7 +119,7 @@ fn a_server_whose_gpu_is_lost_answers_what_is_open_and_ends_with_an_error() {
     let mut server = serve::Serve::spawn(&mut command);
     let body = r#"{"prompt": [5, 6, 7], "max_tokens": 50, "ignore_eos": true}"#;
     let request = http::post("/v1/completions", body);
-    let reply = http::exchange(server.address, &request).expect("it is answered first");
+    let reply = http::exchange(server.address, &request).expect("the request is answered first");
     assert!([500, 503].contains(&reply.status), "{}", reply.text());
     assert!(reply.text().contains("LAUNCH_FAILED"), "{}", reply.text());
     assert_eq!(server.ended().code(), Some(1));

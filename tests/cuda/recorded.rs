@@ -336,7 +336,7 @@ fn check(activations: CudaActivations, tolerance: f32) {
         record::outputs(&format!("{}-{name}", activations.name()), values, tolerance);
     }
     if !record::exists() {
-        println!("no recording of a real GPU is there: compared with a second run alone");
+        println!("there is no recording of a real GPU: compared only with a second run");
     }
 }
 
@@ -344,11 +344,11 @@ fn check(activations: CudaActivations, tolerance: f32) {
 // be rounded either way.
 
 #[test]
-fn in_bfloat16_outputs_are_finite_and_as_recorded_where_they_were() {
+fn bfloat16_outputs_are_reproducible_and_match_recordings() {
     check(CudaActivations::Bf16, 1.0 / 128.0);
 }
 
 #[test]
-fn in_float16_outputs_are_finite_and_as_recorded_where_they_were() {
+fn float16_outputs_are_reproducible_and_match_recordings() {
     check(CudaActivations::F16, 1.0 / 1024.0);
 }

@@ -114,7 +114,7 @@ fn cached(layer: &Layer<'_>, table: &[u32], block_tokens: usize, position: usize
 }
 
 #[test]
-fn rows_are_normalised_rotated_and_stored_as_in_float64() {
+fn norm_rotation_and_store_agree_with_float64() {
     let _gpu = gpu::lock();
     let mut random = Random::new(41);
     for kind in TYPES {
@@ -205,7 +205,7 @@ fn rows_are_normalised_rotated_and_stored_as_in_float64() {
 }
 
 #[test]
-fn a_row_has_the_same_bits_alone_and_among_others() {
+fn other_rows_change_no_bit_of_a_row() {
     let _gpu = gpu::lock();
     let mut random = Random::new(42);
     let kind = CudaActivations::Bf16;
@@ -244,7 +244,7 @@ fn a_row_has_the_same_bits_alone_and_among_others() {
 }
 
 #[test]
-fn what_cannot_be_rotated_or_stored_is_refused() {
+fn invalid_rope_arguments_are_refused() {
     let _gpu = gpu::lock();
     let mut device = device(CudaActivations::Bf16);
     let odd = RopeSpec {
@@ -293,7 +293,7 @@ fn what_cannot_be_rotated_or_stored_is_refused() {
         (&rope, 20, &[0, 1][..], 0, "position 20"),
         (&rope, 19, &[0, 2], 0, "slot 35"),
         (&rope, 19, &[0, 1], 8, "weights"),
-        (&spec(32, 1.0), 19, &[0, 1], 0, "cannot be rotated"),
+        (&spec(32, 1.0), 19, &[0, 1], 0, "elements of a head"),
     ] {
         let error = outcome(rope, position, table, norm).unwrap_err();
         assert!(error.to_string().contains(complaint), "{error}");

@@ -175,7 +175,7 @@ fn norms_and_sums_agree_with_float64() {
 }
 
 #[test]
-fn the_bits_of_a_row_do_not_depend_on_the_other_rows() {
+fn other_rows_change_no_bit_of_a_row() {
     let _gpu = gpu::lock();
     let mut random = Random::new(32);
     for activations in TYPES {
@@ -219,7 +219,7 @@ fn float16_saturates_and_keeps_nan() {
 }
 
 #[test]
-fn activations_agree_with_float64_far_from_zero_too() {
+fn activations_agree_with_float64_even_far_from_zero() {
     let _gpu = gpu::lock();
     let mut random = Random::new(33);
     for kind in TYPES {
@@ -301,7 +301,7 @@ fn batch(tokens: &[u32]) -> Batch {
 }
 
 #[test]
-fn embeddings_are_scaled_rows_of_the_table_and_follow_what_was_sampled() {
+fn embeddings_are_scaled_table_rows_and_use_feedback() {
     let _gpu = gpu::lock();
     let mut random = Random::new(35);
     let (vocabulary, columns) = (50, 72);
@@ -475,7 +475,7 @@ fn operands_that_do_not_fit_are_refused() {
 }
 
 #[test]
-fn pooled_rows_are_the_exact_sums_of_what_the_device_keeps() {
+fn pooled_rows_are_exact_sums_of_the_stored_values() {
     let _gpu = gpu::lock();
     let mut random = Random::new(37);
     for kind in TYPES {

@@ -253,33 +253,33 @@ fn check_random(seed: u64, vocabulary: usize, count: usize) {
 }
 
 #[test]
-fn any_request_gives_the_reference_token_of_one_or_two() {
+fn random_requests_match_the_reference_with_a_vocabulary_of_one_or_two() {
     check_random(1, 1, 64);
     check_random(2, 2, 192);
 }
 
 #[test]
-fn any_request_gives_the_reference_token_of_a_few() {
+fn random_requests_match_the_reference_with_a_vocabulary_of_a_few() {
     check_random(3, 33, 1024);
 }
 
 #[test]
-fn any_request_gives_the_reference_token_of_hundreds() {
+fn random_requests_match_the_reference_with_a_vocabulary_of_hundreds() {
     check_random(4, 512, 1024);
 }
 
 #[test]
-fn any_request_gives_the_reference_token_of_two_slices() {
+fn random_requests_match_the_reference_with_a_vocabulary_of_two_slices() {
     check_random(5, 5000, 256);
 }
 
 #[test]
-fn any_request_gives_the_reference_token_of_a_models_vocabulary() {
+fn random_requests_match_the_reference_with_a_models_vocabulary() {
     check_random(6, 49152, 16);
 }
 
 #[test]
-fn plain_draws_give_the_reference_token() {
+fn default_sampling_matches_the_reference() {
     let _gpu = gpu::lock();
     let mut random = Random::new(7);
     let cases: Vec<Case> = (0..256)
@@ -303,7 +303,7 @@ fn plain_draws_give_the_reference_token() {
 }
 
 #[test]
-fn a_greedy_row_takes_the_largest_logit_and_the_lowest_of_equals() {
+fn a_greedy_row_takes_the_largest_logit_and_the_lowest_id_on_ties() {
     let _gpu = gpu::lock();
     let mut random = Random::new(8);
     let mut cases = Vec::new();
@@ -318,7 +318,7 @@ fn a_greedy_row_takes_the_largest_logit_and_the_lowest_of_equals() {
 }
 
 #[test]
-fn a_row_without_any_possible_token_gives_the_lowest_token() {
+fn a_row_without_possible_tokens_gives_the_lowest_token() {
     let _gpu = gpu::lock();
     let reported = SamplingParams {
         logprobs: Some(3),
@@ -352,7 +352,7 @@ fn a_row_without_any_possible_token_gives_the_lowest_token() {
 }
 
 #[test]
-fn only_tokens_of_the_mask_are_chosen_be_they_the_first_or_the_last() {
+fn only_tokens_in_the_mask_are_chosen() {
     let _gpu = gpu::lock();
     let mut random = Random::new(14);
     let vocabulary = 9001usize;
@@ -399,7 +399,7 @@ fn only_tokens_of_the_mask_are_chosen_be_they_the_first_or_the_last() {
 }
 
 #[test]
-fn a_row_in_which_no_allowed_token_is_possible_gives_the_lowest_token() {
+fn a_row_without_possible_allowed_tokens_gives_the_lowest_token() {
     let _gpu = gpu::lock();
     let mut cases = Vec::new();
     for params in [SamplingParams::greedy(), SamplingParams::default()] {
@@ -416,7 +416,7 @@ fn a_row_in_which_no_allowed_token_is_possible_gives_the_lowest_token() {
 }
 
 #[test]
-fn zeros_of_both_signs_and_extreme_temperatures_are_ranked_as_the_reference_does() {
+fn signed_zeros_and_extreme_temperatures_match_the_reference() {
     let _gpu = gpu::lock();
     let mut random = Random::new(9);
     let mut cases = Vec::new();
@@ -441,7 +441,7 @@ fn zeros_of_both_signs_and_extreme_temperatures_are_ranked_as_the_reference_does
 }
 
 #[test]
-fn a_nucleus_that_ends_exactly_at_a_token_has_that_token_last() {
+fn a_nucleus_that_ends_exactly_at_a_token_includes_it() {
     let _gpu = gpu::lock();
     // Equal weights have exact sums: half of 64 tokens is 32.
     let mut cases = Vec::new();
@@ -459,7 +459,7 @@ fn a_nucleus_that_ends_exactly_at_a_token_has_that_token_last() {
 }
 
 #[test]
-fn more_candidates_than_the_list_holds_are_ranked_all_the_same() {
+fn more_candidates_than_the_list_holds_are_ranked_correctly() {
     let _gpu = gpu::lock();
     let mut random = Random::new(10);
     let vocabulary = 10_000;
@@ -508,7 +508,7 @@ fn the_likeliest_tokens_are_reported_in_order_with_ties_by_id() {
 }
 
 #[test]
-fn a_token_that_only_the_device_knows_counts_as_generated() {
+fn a_fed_back_token_counts_as_generated() {
     let _gpu = gpu::lock();
     let mut random = Random::new(12);
     let mut device = device();
@@ -628,7 +628,7 @@ fn two_steps_in_flight_keep_their_samples_apart() {
 }
 
 #[test]
-fn more_rows_than_announced_are_refused() {
+fn more_rows_than_reserved_are_refused() {
     let _gpu = gpu::lock();
     let mut device = device();
     let rows = MAX_ROWS + 1;
@@ -641,7 +641,7 @@ fn more_rows_than_announced_are_refused() {
 }
 
 #[test]
-fn forced_tokens_are_reported_and_change_nothing_for_those_that_are_chosen() {
+fn forced_tokens_are_reported_and_do_not_affect_other_rows() {
     let _gpu = gpu::lock();
     let mut random = Random::new(77);
     for vocabulary in [1, 513, 5000] {

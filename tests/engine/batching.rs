@@ -68,7 +68,7 @@ fn tokens(stream: TokenStream) -> Vec<(u32, Vec<(u32, f32)>)> {
 }
 
 #[test]
-fn sixty_four_requests_in_a_quarter_of_their_cache_give_the_tokens_of_each_alone() {
+fn requests_preempted_in_a_small_cache_keep_their_tokens() {
     let alone = engine(64);
     let expected: Vec<_> = (0..REQUESTS)
         .map(|index| tokens(alone.generate(request(index)).unwrap()))
@@ -219,7 +219,7 @@ fn logits(simd: SimdLevel, size: usize) -> Vec<Vec<u32>> {
 }
 
 #[test]
-fn logits_are_the_same_to_the_bit_alone_among_7_and_among_32() {
+fn logits_are_bit_identical_at_batch_sizes_1_7_and_32() {
     let has = |simd| {
         let options = CpuOptions {
             simd,

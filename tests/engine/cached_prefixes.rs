@@ -49,7 +49,7 @@ fn ids(tokens: &[Token]) -> Vec<u32> {
 }
 
 #[test]
-fn a_hit_gives_the_bits_of_a_miss() {
+fn a_prefix_cache_hit_gives_bit_identical_answers() {
     let (reference, cached) = (without_cache(), engine(EngineConfig::default()));
     let mut hits = 0;
     // Lengths of whole blocks, one token more and one less. The prompts continue each other.
@@ -73,7 +73,7 @@ fn a_hit_gives_the_bits_of_a_miss() {
 }
 
 #[test]
-fn prompts_with_the_same_beginning_at_the_same_time_keep_their_own_answers() {
+fn concurrent_prompts_with_a_common_prefix_keep_their_own_answers() {
     let (reference, cached) = (without_cache(), engine(EngineConfig::default()));
     let beginning = prompt(70, 1);
     let prompts: Vec<Vec<u32>> = (0..8)
@@ -93,7 +93,7 @@ fn prompts_with_the_same_beginning_at_the_same_time_keep_their_own_answers() {
 }
 
 #[test]
-fn sessions_forks_and_samples_give_the_bits_of_the_whole_prompt() {
+fn sessions_forks_and_samples_answer_like_the_whole_prompt() {
     let (reference, engine) = (without_cache(), engine(EngineConfig::default()));
     let session = engine.session();
     let mut context = Vec::new();
@@ -125,7 +125,7 @@ fn sessions_forks_and_samples_give_the_bits_of_the_whole_prompt() {
 }
 
 #[test]
-fn what_comes_back_from_host_memory_is_what_went_there() {
+fn swapped_out_requests_keep_their_answers() {
     let lengths = |index: usize| 20 + index * 13 % 60;
     let reference = without_cache();
     // A block of 16 tokens takes 16 × 23,040 bytes with float16 keys and values.

@@ -82,17 +82,17 @@ fn short(engine: &Engine) -> TokenStream {
 }
 
 #[test]
-fn the_future_of_a_whole_answer_can_be_dropped_at_every_await_point() {
+fn the_complete_future_can_be_dropped_at_every_await_point() {
     sweep(|engine, polls, permit| poll(pin!(short(engine).complete()), polls, permit));
 }
 
 #[test]
-fn the_future_of_a_cancel_can_be_dropped_at_every_await_point() {
+fn the_cancel_future_can_be_dropped_at_every_await_point() {
     sweep(|engine, polls, permit| poll(pin!(short(engine).cancel()), polls, permit));
 }
 
 #[test]
-fn the_future_of_the_next_chunk_can_be_dropped_at_every_await_point_with_its_stream() {
+fn the_next_future_can_be_dropped_with_its_stream_at_every_await_point() {
     sweep(|engine, polls, permit| {
         let mut stream = short(engine);
         (0..polls).fold(false, |_, _| poll(pin!(stream.next()), 1, permit))
@@ -100,7 +100,7 @@ fn the_future_of_the_next_chunk_can_be_dropped_at_every_await_point_with_its_str
 }
 
 #[test]
-fn the_future_of_a_drain_can_be_dropped_at_every_await_point() {
+fn the_drain_future_can_be_dropped_at_every_await_point() {
     sweep(|engine, polls, permit| {
         let _stream = short(engine);
         poll(pin!(engine.drain(Duration::MAX)), polls, permit)
@@ -124,7 +124,7 @@ fn the_futures_of_a_session_can_be_dropped_at_every_await_point() {
 }
 
 #[test]
-fn the_future_of_a_shutdown_can_be_dropped_at_every_await_point() {
+fn the_shutdown_future_can_be_dropped_at_every_await_point() {
     for how in [Shutdown::Abort, Shutdown::Drain(Duration::MAX)] {
         for polls in 0..12 {
             let (engine, permit) = gated(2);
@@ -144,7 +144,7 @@ fn the_future_of_a_shutdown_can_be_dropped_at_every_await_point() {
 }
 
 #[test]
-fn the_future_of_the_next_chunk_takes_no_token_with_it_when_it_is_dropped() {
+fn dropping_the_next_future_loses_no_token() {
     for polls in 0..12 {
         let (engine, permit) = gated(1);
         let mut stream = engine.generate(request(prompt(1, 5), 6)).unwrap();
@@ -186,7 +186,7 @@ fn wait_without_a_runtime<F: Future>(future: F) -> F::Output {
 }
 
 #[test]
-fn a_request_is_read_and_cancelled_with_no_runtime() {
+fn a_request_can_be_read_and_cancelled_without_a_runtime() {
     let engine = engine(SimOptions::default());
     let mut stream = endless(&engine, 1);
     let chunk = wait_without_a_runtime(stream.next()).unwrap().unwrap();
@@ -198,7 +198,7 @@ fn a_request_is_read_and_cancelled_with_no_runtime() {
 }
 
 #[test]
-fn streams_and_cancels_work_in_any_runtime_and_survive_its_end() {
+fn streams_and_cancels_outlive_the_runtime_they_are_used_in() {
     let engine = engine(SimOptions::default());
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let tokens = runtime.block_on(async {
@@ -244,7 +244,7 @@ impl Drop for CancelOnDrop {
 }
 
 #[test]
-fn a_task_that_a_runtime_drops_at_its_end_can_cancel_and_submit() {
+fn a_task_dropped_at_runtime_shutdown_can_cancel_and_submit() {
     for threads in [0, 2] {
         let engine = engine(SimOptions::default());
         let runtime = match threads {
@@ -327,7 +327,7 @@ fn when_woken(stream: &mut TokenStream, act: impl FnOnce() + Send + 'static) {
 
 /// Waits until the scheduler thread waits for the device. Commands that are posted before the
 /// gate opens are then applied together.
-fn in_a_step(engine: &Engine) {
+fn wait_for_a_step(engine: &Engine) {
     while engine.health().device_call.is_none() {}
 }
 
@@ -358,7 +358,10 @@ fn a_waker_may_drop_and_cancel_other_streams_and_submit_new_ones() {
         });
         drop(gate);
         let (on_thread, cancellation, submitted) = result.recv().unwrap();
-        assert!(on_thread, "the waker ran elsewhere: nothing is proved");
+        assert!(
+            on_thread,
+            "the waker did not run on the scheduler thread: the test proves nothing"
+        );
         cancellation.wait().unwrap();
         assert_eq!(
             ids(&stream.complete_blocking().unwrap()),
@@ -372,10 +375,10 @@ fn a_waker_may_drop_and_cancel_other_streams_and_submit_new_ones() {
 /// I6: the cancellation flag counts even if it is set after the commands of this step have been
 /// applied.
 #[test]
-fn a_cancel_in_the_middle_of_a_commit_wins_over_the_tokens_not_yet_committed() {
+fn a_cancel_during_a_commit_discards_uncommitted_tokens() {
     let (engine, gate) = gated(1);
     let busy = endless(&engine, 1);
-    in_a_step(&engine);
+    wait_for_a_step(&engine);
     // The step's first request finishes with it, and its reader is woken during the commit.
     let mut first = engine.generate(request(prompt(2, 5), 1)).unwrap();
     let second = endless(&engine, 3);
@@ -386,7 +389,10 @@ fn a_cancel_in_the_middle_of_a_commit_wins_over_the_tokens_not_yet_committed() {
     });
     drop(gate);
     let (on_thread, cancellation) = result.recv().unwrap();
-    assert!(on_thread, "the waker ran elsewhere: nothing is proved");
+    assert!(
+        on_thread,
+        "the waker did not run on the scheduler thread: the test proves nothing"
+    );
     let receipt = cancellation.wait().unwrap();
     assert_eq!(
         (receipt.tokens_generated, receipt.tokens_discarded),
@@ -399,10 +405,10 @@ fn a_cancel_in_the_middle_of_a_commit_wins_over_the_tokens_not_yet_committed() {
 
 /// I6: commands that are posted while a step runs are applied before the step is committed.
 #[test]
-fn an_abort_while_a_step_runs_wins_over_its_tokens() {
+fn an_abort_during_a_step_discards_its_tokens() {
     let (engine, gate) = gated(1);
     let stream = endless(&engine, 1);
-    in_a_step(&engine);
+    wait_for_a_step(&engine);
     engine.abort_all().unwrap();
     drop(gate);
     let error = stream.complete_blocking().unwrap_err();
@@ -414,7 +420,7 @@ fn an_abort_while_a_step_runs_wins_over_its_tokens() {
 }
 
 #[test]
-fn a_waker_may_own_the_stream_that_it_wakes_and_let_it_go() {
+fn a_waker_may_drop_the_stream_that_it_wakes() {
     for depth in [1, 2] {
         let (engine, gate) = gated(depth);
         let place = Arc::new(Mutex::new(Some(endless(&engine, 1))));
@@ -437,34 +443,37 @@ fn idle_when(engine: &Engine, cancelled: u64) -> quell::EngineStats {
 }
 
 /// A waker that does nothing when woken, and drops its stream when it is dropped.
-struct Holder {
+struct OwningWaker {
     /// In a mutex because a waker must be `Sync`.
     _stream: Mutex<TokenStream>,
     dropped_on: mpsc::Sender<bool>,
 }
 
-impl Wake for Holder {
+impl Wake for OwningWaker {
     fn wake(self: Arc<Self>) {}
 }
 
-impl Drop for Holder {
+impl Drop for OwningWaker {
     fn drop(&mut self) {
         self.dropped_on.send(on_the_scheduler_thread()).unwrap();
     }
 }
 
 #[test]
-fn a_waker_may_let_a_stream_go_when_it_is_dropped_on_the_scheduler_thread() {
+fn a_waker_dropped_on_the_scheduler_thread_may_drop_a_stream() {
     let (engine, gate) = gated(2);
     let mut stream = engine.generate(request(prompt(1, 5), 10)).unwrap();
     let (dropped_on, dropped) = mpsc::channel();
-    let holder = Holder {
+    let owner = OwningWaker {
         _stream: Mutex::new(endless(&engine, 2)),
         dropped_on,
     };
-    register(&mut stream, &Waker::from(Arc::new(holder)));
+    register(&mut stream, &Waker::from(Arc::new(owner)));
     drop(gate);
-    assert!(dropped.recv().unwrap(), "it was dropped elsewhere");
+    assert!(
+        dropped.recv().unwrap(),
+        "it was not dropped on the scheduler thread"
+    );
     assert_eq!(stream.complete_blocking().unwrap().tokens.len(), 10);
     assert_eq!(idle(&engine).outcomes.cancelled, 1);
 }
@@ -473,7 +482,7 @@ fn a_waker_may_let_a_stream_go_when_it_is_dropped_on_the_scheduler_thread() {
 fn the_last_handle_may_be_dropped_on_the_scheduler_thread() {
     let (engine, gate) = gated(2);
     let other = endless(&engine, 2);
-    in_a_step(&engine); // so that it has blocks
+    wait_for_a_step(&engine); // so that it has blocks
     let mut stream = engine.generate(request(prompt(1, 5), 10)).unwrap();
     let (done, result) = mpsc::channel();
     when_woken(&mut stream, move || {
@@ -486,13 +495,13 @@ fn the_last_handle_may_be_dropped_on_the_scheduler_thread() {
 }
 
 /// A null runner that drops and cancels streams in the middle of a step.
-struct LetsGo {
+struct DroppingRunner {
     null: NullRunner,
     at_launch: mpsc::Receiver<TokenStream>,
     at_collect: mpsc::Receiver<TokenStream>,
 }
 
-impl Runner for LetsGo {
+impl Runner for DroppingRunner {
     fn depth(&self) -> usize {
         self.null.depth()
     }
@@ -525,7 +534,7 @@ fn a_runner_may_drop_and_cancel_streams_in_the_middle_of_a_step() {
         let engine = Engine::with_runner(config, None, move || {
             let null = NullRunner::new(options);
             let info = null.info();
-            let runner = LetsGo {
+            let runner = DroppingRunner {
                 null,
                 at_launch,
                 at_collect,
@@ -554,7 +563,7 @@ fn a_runner_may_drop_and_cancel_streams_in_the_middle_of_a_step() {
 // After the engine has shut down, or its device was lost.
 
 #[test]
-fn streams_are_dropped_and_cancelled_after_a_shutdown() {
+fn streams_can_be_dropped_and_cancelled_after_a_shutdown() {
     for depth in [1, 2] {
         let engine = engine(SimOptions {
             depth,
@@ -582,7 +591,7 @@ fn streams_are_dropped_and_cancelled_after_a_shutdown() {
 }
 
 #[test]
-fn streams_are_dropped_and_cancelled_after_their_device_was_lost() {
+fn streams_can_be_dropped_and_cancelled_after_device_loss() {
     for fault in [Fault::Lost, Fault::Panic] {
         let engine = engine(SimOptions {
             fault: Some((3, fault)),
@@ -608,7 +617,7 @@ fn streams_are_dropped_and_cancelled_after_their_device_was_lost() {
 // All requests at once.
 
 #[test]
-fn sixty_four_threads_let_go_at_once() {
+fn sixty_four_threads_can_end_requests_at_once() {
     const THREADS: usize = 64;
     for depth in [1, 2] {
         let engine = engine(SimOptions {
@@ -658,7 +667,7 @@ impl Wake for Panics {
 
 /// I9: no reader can hold up the scheduler thread.
 #[test]
-fn a_waker_that_panics_harms_nobody_but_its_own_stream() {
+fn a_panicking_waker_affects_only_its_own_stream() {
     let (engine, gate) = gated(2);
     let panics = Arc::new(Panics(AtomicUsize::new(0)));
     let waker = Waker::from(Arc::clone(&panics));
@@ -687,7 +696,7 @@ fn a_waker_that_panics_harms_nobody_but_its_own_stream() {
 
 /// I9: no reader can hold up the scheduler thread.
 #[test]
-fn consumers_that_never_read_stop_nobody_and_are_cancelled_like_all_others() {
+fn consumers_that_never_read_block_no_other_request() {
     for depth in [1, 2] {
         let options = SimOptions {
             depth,

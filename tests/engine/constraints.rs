@@ -25,7 +25,7 @@ fn ids(stream: quell::TokenStream) -> Vec<u32> {
 }
 
 #[test]
-fn constrained_and_free_requests_in_a_crowd_give_the_tokens_of_each_alone() {
+fn constrained_and_free_requests_keep_their_tokens_in_a_batch() {
     for depth in [1, 2] {
         for (preemption, swap_blocks) in [(Preemption::Recompute, 0), (Preemption::Swap, 64)] {
             let (open, gate) = mpsc::channel();
@@ -63,7 +63,7 @@ fn constrained_and_free_requests_in_a_crowd_give_the_tokens_of_each_alone() {
                 assert_eq!(ids(stream), answer, "request {index}, depth {depth}");
             }
             let stats = idle(&engine);
-            assert!(stats.preemptions > 0, "nobody gave way");
+            assert!(stats.preemptions > 0, "nothing was preempted");
             assert_eq!(stats.swaps > 0, swap_blocks > 0);
         }
     }
@@ -91,7 +91,7 @@ fn a_slow_reader_pauses_a_constrained_request_and_loses_nothing() {
 }
 
 #[test]
-fn an_answer_ends_as_a_stop_when_its_constraint_is_complete() {
+fn a_complete_constraint_ends_the_answer_with_stop() {
     for depth in [1, 2] {
         let options = SimOptions {
             depth,
@@ -167,7 +167,7 @@ fn a_constraint_that_fails_ends_its_own_request_and_no_other() {
                 let free = engine.generate(Request::new(prompt(4)).max_tokens(20));
                 let mut tokens = Vec::new();
                 let error = loop {
-                    match bad.next_blocking().expect("it ends with an error") {
+                    match bad.next_blocking().expect("the request ends with an error") {
                         Ok(chunk) => tokens.extend(chunk.token.map(|token| token.id)),
                         Err(error) => break error,
                     }

@@ -27,7 +27,7 @@ fn a_deadline_that_has_passed_ends_a_request_before_it_runs() {
     }
     let stats = idle(&engine);
     assert_eq!(stats.outcomes.cancelled, 2);
-    assert_eq!(stats.steps.as_u64(), 0, "neither was computed");
+    assert_eq!(stats.steps.as_u64(), 0, "no request was computed");
 }
 
 #[test]
@@ -68,7 +68,7 @@ fn a_running_request_ends_at_its_deadline_with_the_tokens_so_far() {
 }
 
 #[test]
-fn a_waiting_request_ends_at_its_deadline_and_frees_nothing() {
+fn a_waiting_request_ends_at_its_deadline_with_no_blocks_to_free() {
     let (permit, gate) = mpsc::channel();
     let options = SimOptions {
         gate: Some(gate),
@@ -94,7 +94,7 @@ fn a_waiting_request_ends_at_its_deadline_and_frees_nothing() {
 }
 
 #[test]
-fn a_reader_that_lags_behind_for_too_long_is_cancelled_with_what_it_had() {
+fn a_slow_reader_is_cancelled_and_keeps_the_tokens_so_far() {
     for depth in [1, 2] {
         let options = SimOptions {
             depth,
@@ -136,7 +136,7 @@ fn a_reader_that_catches_up_in_time_is_not_cancelled() {
 
 /// I9: an idle scheduler thread wakes by itself for a deadline, without any command.
 #[test]
-fn the_thread_wakes_from_idleness_for_a_deadline() {
+fn an_idle_scheduler_thread_wakes_for_a_deadline() {
     let config = EngineConfig {
         stream_buffer: 2,
         slow_consumer_deadline: Some(Duration::from_millis(20)),

@@ -33,7 +33,7 @@ fn is_aborted(result: Result<quell::Generation, GenerateError>) -> bool {
 }
 
 #[test]
-fn a_drain_lets_open_requests_finish_and_takes_no_more() {
+fn a_drain_finishes_open_requests_and_refuses_new_ones() {
     for depth in [1, 2] {
         let (engine, open) = gated(depth);
         let streams: Vec<_> = (0..5)
@@ -65,7 +65,7 @@ fn a_drain_lets_open_requests_finish_and_takes_no_more() {
 }
 
 #[test]
-fn a_drain_cancels_what_is_left_at_its_deadline() {
+fn a_drain_cancels_the_remaining_requests_at_its_deadline() {
     for depth in [1, 2] {
         let (engine, open) = gated(depth);
         let short = engine.generate(request(1, 1)).unwrap();
@@ -87,7 +87,7 @@ fn a_drain_cancels_what_is_left_at_its_deadline() {
 
 /// One request is paused for its reader, so nothing but the deadline can end the drain.
 #[test]
-fn a_drain_of_an_idle_engine_ends_at_its_deadline_too() {
+fn a_drain_ends_at_its_deadline_while_a_request_is_paused() {
     let (open, gate) = mpsc::channel();
     let options = SimOptions {
         gate: Some(gate),
@@ -110,7 +110,7 @@ fn a_drain_of_an_idle_engine_ends_at_its_deadline_too() {
 }
 
 #[test]
-fn a_shutdown_is_done_when_the_thread_has_ended() {
+fn a_shutdown_completes_when_the_thread_has_ended() {
     for how in [Shutdown::Abort, Shutdown::Drain(Duration::ZERO)] {
         let (engine, open) = gated(2);
         let streams: Vec<_> = (0..4)
@@ -135,7 +135,7 @@ fn a_shutdown_is_done_when_the_thread_has_ended() {
 }
 
 #[test]
-fn a_shutdown_that_drains_lets_open_requests_finish() {
+fn a_draining_shutdown_lets_open_requests_finish() {
     let (engine, open) = gated(1);
     let stream = engine.generate(request(1, 20)).unwrap();
     let shutdown = engine.shutdown(Shutdown::Drain(HOUR));
@@ -149,7 +149,7 @@ fn a_shutdown_that_drains_lets_open_requests_finish() {
 }
 
 #[test]
-fn an_abort_overtakes_a_drain() {
+fn an_abort_ends_a_drain_early() {
     let (engine, open) = gated(1);
     let stream = engine.generate(request(1, 400)).unwrap();
     let drain = engine.drain(HOUR);
@@ -162,7 +162,7 @@ fn an_abort_overtakes_a_drain() {
 }
 
 #[test]
-fn the_futures_wake_their_task() {
+fn drain_and_shutdown_futures_wake_their_task() {
     let (engine, open) = gated(1);
     let stream = engine.generate(request(1, 20)).unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -179,7 +179,7 @@ fn the_futures_wake_their_task() {
 
 /// I8: dropping the acknowledgement does not undo the command.
 #[test]
-fn dropping_the_futures_after_any_number_of_polls_changes_nothing() {
+fn dropping_drain_and_shutdown_futures_after_any_poll_changes_nothing() {
     for polls in 0..4 {
         let (engine, open) = gated(1);
         let stream = engine.generate(request(1, 20)).unwrap();
@@ -201,7 +201,7 @@ fn dropping_the_futures_after_any_number_of_polls_changes_nothing() {
 }
 
 #[test]
-fn an_engine_that_breaks_tells_those_who_wait_for_its_end() {
+fn drain_and_shutdown_report_a_broken_engine() {
     for fault in [Fault::Lost, Fault::Panic] {
         let (open, gate) = mpsc::channel();
         let options = SimOptions {

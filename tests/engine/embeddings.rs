@@ -33,7 +33,7 @@ fn vector(engine: &Engine, prompt: Vec<u32>) -> Vec<u32> {
 // On a simulated device.
 
 #[test]
-fn every_prompt_is_embedded_whatever_runs_beside_it_and_when_blocks_are_scarce() {
+fn prompts_are_embedded_under_load_and_with_few_blocks() {
     for (depth, preemption) in [
         (1, Preemption::Recompute),
         (2, Preemption::Recompute),
@@ -77,7 +77,7 @@ fn every_prompt_is_embedded_whatever_runs_beside_it_and_when_blocks_are_scarce()
             assert_eq!(tokens, expected(&prompt(index, 9), 20), "{what}");
         }
         let stats = idle(&engine);
-        assert!(stats.preemptions > 0, "nobody gave way: {stats:?}");
+        assert!(stats.preemptions > 0, "nothing was preempted: {stats:?}");
         assert_eq!(stats.swaps > 0, preemption == Preemption::Swap);
         let outcomes = stats.outcomes;
         assert_eq!(
@@ -88,7 +88,7 @@ fn every_prompt_is_embedded_whatever_runs_beside_it_and_when_blocks_are_scarce()
 }
 
 #[test]
-fn an_embedding_counts_its_prompt_and_no_token() {
+fn an_embedding_counts_prompt_tokens_but_no_generated_token() {
     let engine = sim::engine(SimOptions::default(), EngineConfig::default());
     for _ in 0..2 {
         // The second time, the whole prompt is in the prefix cache, but it is computed all the
@@ -144,7 +144,7 @@ fn an_embedding_that_is_dropped_or_cancelled_frees_its_blocks() {
 }
 
 #[test]
-fn a_step_that_fails_fails_the_embeddings_in_it() {
+fn a_failed_step_fails_its_embeddings() {
     let options = SimOptions {
         fault: Some((2, Fault::Step)),
         ..SimOptions::default()
@@ -165,7 +165,7 @@ fn a_step_that_fails_fails_the_embeddings_in_it() {
 }
 
 #[test]
-fn a_future_is_ready_once_and_an_overdue_one_is_cancelled() {
+fn an_embedding_is_returned_once_and_an_overdue_one_is_cancelled() {
     let engine = sim::engine(SimOptions::default(), EngineConfig::default());
     let runtime = tokio::runtime::Builder::new_current_thread()
         .build()
@@ -220,7 +220,7 @@ fn inputs_that_cannot_be_embedded_are_refused() {
 }
 
 #[test]
-fn the_null_runner_counts_tokens() {
+fn the_null_runner_embeds_token_counts() {
     let options = NullOptions {
         embedding: 4,
         ..NullOptions::default()
@@ -278,7 +278,7 @@ fn log_softmax(logits: &[f64]) -> Vec<f64> {
 /// is the last hidden state of the prompt. The output matrix must turn it into the log
 /// probabilities of transformers.
 #[test]
-fn what_each_token_adds_gives_the_log_probabilities_of_transformers() {
+fn hidden_states_give_the_log_probabilities_of_transformers() {
     for name in ["llama", "llama-tied", "qwen3", "gemma3", "olmo2", "mixtral"] {
         let engine = cpu(name, EngineConfig::default());
         let output = output_matrix(name);
@@ -319,7 +319,7 @@ fn what_each_token_adds_gives_the_log_probabilities_of_transformers() {
 }
 
 #[test]
-fn chunks_neighbours_and_known_prefixes_change_no_bit() {
+fn chunking_batching_and_cached_prefixes_change_no_bit() {
     for name in ["llama", "gemma3"] {
         let prompts: Vec<Vec<u32>> = (0..6)
             .map(|index| {

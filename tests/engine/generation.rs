@@ -42,7 +42,7 @@ fn tokens_arrive_in_order_with_one_finish_at_the_end() {
 
 /// Checks I2, and I3 after every step.
 #[test]
-fn many_requests_in_a_quarter_of_the_cache_they_need_give_the_tokens_of_each_alone() {
+fn preempted_requests_keep_their_tokens() {
     for depth in [1, 2] {
         let lengths: Vec<(usize, usize)> = (0..64)
             .map(|index| (1 + index * 7 % 50, 5 + index * 11 % 60))
@@ -87,7 +87,7 @@ fn many_requests_in_a_quarter_of_the_cache_they_need_give_the_tokens_of_each_alo
 }
 
 #[test]
-fn one_sequence_as_long_as_the_whole_cache_finishes() {
+fn a_sequence_that_fills_the_whole_cache_finishes() {
     for depth in [1, 2] {
         let options = SimOptions {
             depth,
@@ -110,7 +110,7 @@ fn one_sequence_as_long_as_the_whole_cache_finishes() {
 }
 
 #[test]
-fn a_step_that_makes_room_as_the_last_in_flight_lets_the_next_request_in() {
+fn a_waiting_request_starts_when_the_last_step_frees_a_place() {
     for depth in [1, 2] {
         let options = SimOptions {
             depth,
@@ -132,7 +132,7 @@ fn a_step_that_makes_room_as_the_last_in_flight_lets_the_next_request_in() {
 }
 
 #[test]
-fn paused_requests_give_their_places_to_those_who_read() {
+fn paused_requests_give_their_places_to_others() {
     let config = EngineConfig {
         stream_buffer: 2,
         max_sequences: 2,
@@ -155,7 +155,7 @@ fn paused_requests_give_their_places_to_those_who_read() {
 }
 
 #[test]
-fn a_cancel_is_acknowledged_although_no_handle_is_left() {
+fn a_cancel_is_acknowledged_after_the_last_handle_is_dropped() {
     for depth in [1, 2] {
         for tokens in 0..6 {
             let options = SimOptions {
@@ -176,7 +176,7 @@ fn a_cancel_is_acknowledged_although_no_handle_is_left() {
 
 /// Checks I12.
 #[test]
-fn a_place_is_free_again_when_the_answer_is_complete() {
+fn a_complete_answer_frees_its_place() {
     let config = EngineConfig {
         max_open_requests: 1,
         ..EngineConfig::default()
@@ -196,7 +196,7 @@ fn a_place_is_free_again_when_the_answer_is_complete() {
 }
 
 #[test]
-fn settings_out_of_range_are_refused_by_name() {
+fn settings_out_of_range_are_refused() {
     let base = EngineConfig::default;
     for (config, name) in [
         (
@@ -250,7 +250,7 @@ fn settings_out_of_range_are_refused_by_name() {
 
 /// Checks I10 and I12.
 #[test]
-fn dropping_half_of_the_streams_frees_every_block_and_leaves_the_others_their_tokens() {
+fn dropped_streams_free_their_blocks_and_change_no_other_answer() {
     for depth in [1, 2] {
         let (open, gate) = mpsc::channel();
         let options = SimOptions {
@@ -306,7 +306,7 @@ fn dropping_half_of_the_streams_frees_every_block_and_leaves_the_others_their_to
 
 /// Checks I6.
 #[test]
-fn a_cancel_is_acknowledged_with_what_it_freed() {
+fn a_cancel_is_acknowledged_with_the_number_of_freed_blocks() {
     let engine = engine(SimOptions::default(), EngineConfig::default());
     let mut stream = engine.generate(request(prompt(1, 9), 400)).unwrap();
     let first = stream.next_blocking().unwrap().unwrap();
@@ -388,7 +388,7 @@ fn a_finished_request_still_has_a_receipt() {
 }
 
 #[test]
-fn requests_submitted_while_the_engine_falls_idle_are_served() {
+fn requests_submitted_as_the_engine_becomes_idle_are_served() {
     for depth in [1, 2] {
         let options = SimOptions {
             depth,
@@ -406,7 +406,7 @@ fn requests_submitted_while_the_engine_falls_idle_are_served() {
 
 /// Checks I9.
 #[test]
-fn a_slow_reader_is_paused_and_stops_nobody() {
+fn a_slow_reader_is_paused_and_blocks_no_other_request() {
     let config = EngineConfig {
         stream_buffer: 4,
         ..EngineConfig::default()
@@ -432,7 +432,7 @@ fn a_slow_reader_is_paused_and_stops_nobody() {
 }
 
 #[test]
-fn paused_requests_give_their_blocks_to_those_who_read() {
+fn paused_requests_give_their_blocks_to_others() {
     let config = EngineConfig {
         stream_buffer: 2,
         ..EngineConfig::default()
@@ -460,7 +460,7 @@ fn paused_requests_give_their_blocks_to_those_who_read() {
 }
 
 #[test]
-fn a_failed_step_fails_its_sessions_with_the_real_error_and_the_engine_goes_on() {
+fn a_failed_step_fails_its_requests_and_the_engine_continues() {
     for (depth, fault) in [
         (1, Fault::Step),
         (2, Fault::Step),
@@ -591,7 +591,7 @@ fn streams_outlive_every_handle() {
 }
 
 #[test]
-fn requests_that_make_no_sense_are_refused_with_what_is_wrong() {
+fn invalid_requests_are_refused_with_the_reason() {
     let engine = engine(
         SimOptions {
             context: 64,
@@ -658,7 +658,7 @@ fn requests_beyond_the_limit_are_refused_as_overload_until_others_end() {
 }
 
 #[test]
-fn a_batch_finds_places_for_all_its_answers_or_takes_none() {
+fn a_batch_is_accepted_as_a_whole_or_not_at_all() {
     let config = EngineConfig {
         max_open_requests: 5,
         ..EngineConfig::default()
@@ -719,7 +719,7 @@ fn stop_tokens_end_the_answer_and_are_its_last_token() {
 
 /// I1 and I2: a stop that the reader finds is also counted as a stop by the engine.
 #[test]
-fn a_stop_string_ends_a_request_as_a_stop_and_frees_all_of_it() {
+fn a_stop_string_counts_as_a_stop_and_frees_the_request() {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/text/folder");
     let tokenizer = Tokenizer::from_folder(folder.as_ref()).unwrap();
     let all = expected(&prompt(1, 5), 40);

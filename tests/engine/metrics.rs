@@ -64,7 +64,7 @@ impl Numbers {
 }
 
 #[test]
-fn after_a_mixed_run_the_counters_equal_the_books_and_every_cancel_has_its_reason() {
+fn counters_equal_the_statistics_after_a_mixed_run() {
     for depth in [1, 2] {
         let (permit, gate) = mpsc::channel();
         let options = SimOptions {
@@ -154,7 +154,7 @@ fn after_a_mixed_run_the_counters_equal_the_books_and_every_cancel_has_its_reaso
 }
 
 #[test]
-fn gauges_equal_the_books_in_the_middle_of_a_run_and_after_it() {
+fn gauges_equal_the_statistics_during_a_run_and_after_it() {
     let config = EngineConfig {
         stream_buffer: 2,
         max_sequences: 3,
@@ -199,7 +199,7 @@ fn gauges_equal_the_books_in_the_middle_of_a_run_and_after_it() {
 }
 
 #[test]
-fn tokens_of_steps_in_flight_at_a_cancel_are_counted_as_generated_after_it() {
+fn tokens_of_steps_in_flight_at_a_cancel_count_as_generated_after_it() {
     let (permit, gate) = mpsc::channel();
     let options = SimOptions {
         depth: 2,
@@ -223,7 +223,7 @@ fn tokens_of_steps_in_flight_at_a_cancel_are_counted_as_generated_after_it() {
 
 /// I8: a cancel after the terminal changes nothing, and is counted as such.
 #[test]
-fn cancels_that_change_nothing_are_counted_with_why() {
+fn cancels_without_effect_are_counted_by_cause() {
     let (engine, snapshotter) = recorded(SimOptions::default(), EngineConfig::default());
     let finished = engine.generate(request(1, 4, 3)).unwrap();
     idle(&engine);
@@ -274,7 +274,7 @@ fn reason_of(
 }
 
 #[test]
-fn every_way_to_end_early_has_its_reason() {
+fn every_early_end_is_counted_with_its_reason() {
     let base = EngineConfig::default;
     let endless = || request(1, 5, 400);
     let first_token = |engine: &Engine| {
@@ -338,7 +338,7 @@ fn every_way_to_end_early_has_its_reason() {
 }
 
 #[test]
-fn a_stream_dropped_before_its_submission_was_seen_is_named_so() {
+fn a_stream_dropped_before_submission_is_counted_as_submit_dropped() {
     let (permit, gate) = mpsc::channel();
     let options = SimOptions {
         gate: Some(gate),
@@ -363,7 +363,7 @@ fn a_stream_dropped_before_its_submission_was_seen_is_named_so() {
 /// A waker is the caller's code. It panics on the scheduler thread, which reports to the global
 /// recorder.
 #[test]
-fn a_waker_that_panics_is_counted_as_a_failed_clean_up() {
+fn a_panicking_waker_is_counted_as_a_cleanup_failure() {
     use futures_util::Stream;
     use std::task::{Context, Wake, Waker};
     struct Panics;

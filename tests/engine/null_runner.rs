@@ -29,7 +29,7 @@ impl Runner for Held {
 }
 
 #[test]
-fn its_tokens_depend_on_the_own_prompt_only_at_either_depth_and_when_blocks_are_scarce() {
+fn tokens_depend_only_on_the_requests_own_prompt() {
     for depth in [1, 2] {
         let options = NullOptions {
             depth,
@@ -104,7 +104,7 @@ impl Runner for Broken {
 }
 
 #[test]
-fn logits_that_are_not_finite_end_their_request_and_no_other() {
+fn non_finite_logits_end_only_their_own_request() {
     for depth in [1, 2] {
         let options = NullOptions {
             depth,

@@ -25,7 +25,7 @@ fn scores(tokens: &[Token]) -> Vec<(u32, f32)> {
 }
 
 #[test]
-fn every_prompt_is_scored_whatever_runs_beside_it_and_when_blocks_are_scarce() {
+fn prompts_are_scored_under_load_and_with_few_blocks() {
     for (depth, preemption) in [
         (1, Preemption::Recompute),
         (2, Preemption::Recompute),
@@ -67,13 +67,13 @@ fn every_prompt_is_scored_whatever_runs_beside_it_and_when_blocks_are_scarce() {
             assert_eq!(answer.finish.outcome, Outcome::Length);
         }
         let stats = idle(&engine);
-        assert!(stats.preemptions > 0, "nobody gave way: {stats:?}");
+        assert!(stats.preemptions > 0, "nothing was preempted: {stats:?}");
         assert_eq!(stats.swaps > 0, preemption == Preemption::Swap);
     }
 }
 
 #[test]
-fn the_scores_are_there_with_the_first_token() {
+fn the_scores_arrive_with_the_first_token() {
     let config = EngineConfig {
         max_batch_tokens: 4,
         ..EngineConfig::default()
@@ -101,7 +101,7 @@ fn a_prompt_that_is_only_scored_generates_nothing() {
         for _ in 0..2 {
             let asked = request(prompt(2, length), 0).prompt_logprobs(0);
             let chunks: Vec<_> = engine.generate(asked.clone()).unwrap().blocking().collect();
-            assert_eq!(chunks.len(), 1, "the end and nothing else");
+            assert_eq!(chunks.len(), 1, "only the end");
             let answer = engine.generate(asked).unwrap().complete_blocking().unwrap();
             let found = scores(&answer.prompt_logprobs.unwrap());
             assert_eq!(found, expected_scores(&prompt(2, length)));
@@ -183,7 +183,7 @@ fn a_scored_request_that_is_dropped_or_cancelled_frees_its_blocks() {
 }
 
 #[test]
-fn what_cannot_be_scored_is_refused() {
+fn requests_that_cannot_be_scored_are_refused() {
     let options = SimOptions {
         context: 20,
         ..SimOptions::default()
@@ -215,7 +215,7 @@ fn what_cannot_be_scored_is_refused() {
 }
 
 #[test]
-fn the_null_runner_reports_the_prompt() {
+fn the_null_runner_scores_the_prompt() {
     let options = NullOptions::default();
     let config = EngineConfig::default();
     let engine = Engine::with_runner(config, None, move || NullRunner::start(options)).unwrap();
@@ -229,7 +229,7 @@ fn the_null_runner_reports_the_prompt() {
 
 /// The prompt is a reference's prompt followed by its tokens, whose log probabilities it has.
 #[test]
-fn prompts_are_scored_as_transformers_scores_them() {
+fn prompt_scores_agree_with_transformers() {
     for name in ["llama", "gemma2", "qwen3", "mixtral"] {
         let config = EngineConfig {
             max_batch_tokens: 32,

@@ -42,7 +42,7 @@ fn sim(depth: usize) -> SimOptions {
 }
 
 #[test]
-fn a_turn_computes_only_what_is_new() {
+fn a_turn_computes_only_its_new_tokens() {
     for depth in [1, 2] {
         let engine = engine(sim(depth), without_prefixes());
         let session = engine.session();
@@ -68,7 +68,7 @@ fn a_turn_computes_only_what_is_new() {
 }
 
 #[test]
-fn a_dropped_turn_leaves_the_session_as_it_was_and_free_for_the_next() {
+fn a_dropped_turn_leaves_the_session_unchanged() {
     for depth in [1, 2] {
         let engine = engine(sim(depth), without_prefixes());
         let session = engine.session();
@@ -90,7 +90,7 @@ fn a_dropped_turn_leaves_the_session_as_it_was_and_free_for_the_next() {
 }
 
 #[test]
-fn one_turn_at_a_time() {
+fn a_session_has_one_turn_at_a_time() {
     let (open, gate) = mpsc::channel::<()>();
     let options = SimOptions {
         gate: Some(gate),
@@ -147,7 +147,7 @@ fn a_stopped_turn_is_kept_or_rewound_as_asked() {
 
 /// Checks I8.
 #[test]
-fn stopping_what_is_not_generating_frees_nothing_and_is_acknowledged() {
+fn stopping_an_idle_session_frees_nothing() {
     let engine = engine(sim(1), EngineConfig::default());
     let session = engine.session();
     for _ in 0..3 {
@@ -161,7 +161,7 @@ fn stopping_what_is_not_generating_frees_nothing_and_is_acknowledged() {
 }
 
 #[test]
-fn a_turn_that_finished_unread_is_over_when_the_session_stops_it() {
+fn stopping_a_session_ends_a_finished_turn_that_was_not_read() {
     for (stop, tokens) in [(Stop::Keep, 9), (Stop::Rewind, 0)] {
         let engine = engine(sim(1), EngineConfig::default());
         let session = engine.session();
@@ -179,7 +179,7 @@ fn a_turn_that_finished_unread_is_over_when_the_session_stops_it() {
 }
 
 #[test]
-fn a_rewound_session_goes_on_from_there() {
+fn a_rewound_session_continues_from_that_point() {
     let engine = engine(sim(2), without_prefixes());
     let session = engine.session();
     let mut context = Vec::new();
@@ -197,7 +197,7 @@ fn a_rewound_session_goes_on_from_there() {
 
 /// Checks I12.
 #[test]
-fn ending_a_session_ends_its_turn_and_frees_all_of_it() {
+fn ending_a_session_ends_its_turn_and_frees_all_its_blocks() {
     for depth in [1, 2] {
         let engine = engine(sim(depth), without_prefixes());
         let session = engine.session();
@@ -222,7 +222,7 @@ fn ending_a_session_ends_its_turn_and_frees_all_of_it() {
 
 /// I7: a turn and the end of its session are posted before the scheduler thread sees either.
 #[test]
-fn commands_of_a_session_take_effect_in_the_order_in_which_they_were_posted() {
+fn commands_of_a_session_take_effect_in_the_order_of_posting() {
     let (open, gate) = mpsc::channel::<()>();
     let options = SimOptions {
         gate: Some(gate),
@@ -246,7 +246,7 @@ fn commands_of_a_session_take_effect_in_the_order_in_which_they_were_posted() {
 }
 
 #[test]
-fn dropping_a_session_ends_it_in_the_middle_of_a_turn() {
+fn dropping_a_session_ends_it_even_during_a_turn() {
     let engine = engine(sim(2), EngineConfig::default());
     let session = engine.session();
     let mut stream = session.generate(request(&prompt(2, 9), 400)).unwrap();
@@ -262,7 +262,7 @@ fn dropping_a_session_ends_it_in_the_middle_of_a_turn() {
 
 /// Checks I10.
 #[test]
-fn forks_share_what_they_had_and_go_their_own_ways() {
+fn forks_share_their_common_blocks() {
     for depth in [1, 2] {
         let engine = engine(sim(depth), without_prefixes());
         let session = engine.session();
@@ -294,7 +294,7 @@ fn forks_share_what_they_had_and_go_their_own_ways() {
 }
 
 #[test]
-fn what_sessions_keep_never_stands_in_the_way_of_requests() {
+fn blocks_kept_by_sessions_never_block_requests() {
     let options = SimOptions {
         blocks: 16,
         ..SimOptions::default()
@@ -343,7 +343,7 @@ fn a_pinned_session_keeps_its_blocks_under_pressure_up_to_the_cap() {
 }
 
 #[test]
-fn samples_of_one_prompt_share_it_and_answer_each_for_itself() {
+fn samples_share_the_blocks_of_their_prompt() {
     for depth in [1, 2] {
         let engine = engine(sim(depth), without_prefixes());
         let prompt = prompt(1, 40);
@@ -357,14 +357,14 @@ fn samples_of_one_prompt_share_it_and_answer_each_for_itself() {
         assert_eq!(
             stats.prefix_hits,
             4 * 39,
-            "the last token is computed by each"
+            "every sample computes the last token"
         );
     }
 }
 
 /// Checks I10.
 #[test]
-fn samples_live_on_when_the_one_that_computes_the_prompt_is_cancelled() {
+fn samples_survive_the_cancellation_of_the_first_sample() {
     for depth in [1, 2] {
         let (open, gate) = mpsc::channel::<()>();
         let options = SimOptions {
@@ -385,7 +385,7 @@ fn samples_live_on_when_the_one_that_computes_the_prompt_is_cancelled() {
 }
 
 #[test]
-fn requests_swapped_to_the_host_answer_as_if_alone() {
+fn swapping_to_the_host_changes_no_answer() {
     for preemption in [Preemption::Swap, Preemption::Auto, Preemption::Recompute] {
         for depth in [1, 2] {
             let (open, gate) = mpsc::channel::<()>();
@@ -419,7 +419,7 @@ fn requests_swapped_to_the_host_answer_as_if_alone() {
                 );
             }
             let stats = idle(&engine);
-            assert!(stats.preemptions > 0, "nobody gave way");
+            assert!(stats.preemptions > 0, "nothing was preempted");
             match preemption {
                 Preemption::Swap => assert_eq!(stats.swaps, stats.preemptions),
                 Preemption::Recompute => assert_eq!(stats.swaps, 0),
@@ -432,7 +432,7 @@ fn requests_swapped_to_the_host_answer_as_if_alone() {
 /// I10: a failed step must not change the answers of other requests, even if it was swapping
 /// out their blocks.
 #[test]
-fn whatever_step_fails_the_others_answer_as_if_alone() {
+fn a_failed_step_changes_no_other_answer() {
     let mut swaps = 0;
     for depth in [1, 2] {
         for step in 1..40 {
@@ -473,11 +473,11 @@ fn whatever_step_fails_the_others_answer_as_if_alone() {
             swaps += stats.swaps;
         }
     }
-    assert!(swaps > 0, "nobody was swapped out");
+    assert!(swaps > 0, "nothing was swapped out");
 }
 
 #[test]
-fn urgent_requests_overtake_and_tenants_share() {
+fn urgent_requests_run_first_and_tenants_get_equal_shares() {
     let (open, gate) = mpsc::channel::<()>();
     let options = SimOptions {
         gate: Some(gate),
@@ -511,7 +511,7 @@ fn urgent_requests_overtake_and_tenants_share() {
 }
 
 #[test]
-fn an_answer_says_how_much_of_its_prompt_was_there() {
+fn an_answer_reports_its_cached_prompt_tokens() {
     let engine = engine(sim(1), EngineConfig::default());
     for (length, cached) in [(9, 0), (9, 8), (8, 4), (21, 8)] {
         let stream = engine.generate(request(&prompt(1, length), 2)).unwrap();

@@ -20,7 +20,7 @@ fn patient() -> EngineConfig {
 }
 
 /// Waits until every open request is paused for its reader and no step is in flight.
-fn at_rest(engine: &Engine) -> EngineSnapshot {
+fn wait_until_all_paused(engine: &Engine) -> EngineSnapshot {
     loop {
         let snapshot = engine.snapshot().wait().unwrap();
         let paused = |phase| phase == RequestPhase::Paused;
@@ -74,7 +74,7 @@ fn check_owners(snapshot: &EngineSnapshot) {
 }
 
 #[test]
-fn the_map_says_of_every_block_whose_it_is() {
+fn the_block_map_names_the_owner_of_every_block() {
     for depth in [1, 2] {
         let options = SimOptions {
             depth,
@@ -93,7 +93,7 @@ fn the_map_says_of_every_block_whose_it_is() {
             .generate_samples(request(prompt(3, 8), 200), 2)
             .unwrap();
         let alone = engine.generate(request(prompt(4, 8), 200)).unwrap();
-        let snapshot = at_rest(&engine);
+        let snapshot = wait_until_all_paused(&engine);
         check_owners(&snapshot);
 
         let order: Vec<_> = samples
@@ -134,7 +134,7 @@ fn the_map_says_of_every_block_whose_it_is() {
 }
 
 #[test]
-fn a_request_that_waits_and_one_that_runs_are_told_apart() {
+fn a_snapshot_distinguishes_waiting_and_running_requests() {
     let (open, gate) = mpsc::channel::<()>();
     let options = SimOptions {
         gate: Some(gate),
@@ -181,7 +181,7 @@ fn a_request_that_waits_and_one_that_runs_are_told_apart() {
 }
 
 #[test]
-fn a_request_that_gave_its_blocks_to_another_is_shown_as_preempted() {
+fn a_preempted_request_is_shown_as_preempted() {
     let (open, gate) = mpsc::channel::<()>();
     let options = SimOptions {
         blocks: 8,
@@ -197,7 +197,7 @@ fn a_request_that_gave_its_blocks_to_another_is_shown_as_preempted() {
         open.send(()).unwrap();
         let snapshot = asked.wait().unwrap();
         check_owners(&snapshot);
-        assert!(snapshot.stats.open > 0, "none was preempted");
+        assert!(snapshot.stats.open > 0, "no request was preempted");
         if snapshot.stats.preemptions > 0 {
             break snapshot;
         }
@@ -224,14 +224,14 @@ fn a_request_that_gave_its_blocks_to_another_is_shown_as_preempted() {
 }
 
 #[test]
-fn a_paused_request_whose_blocks_went_to_another_holds_none() {
+fn a_preempted_paused_request_holds_no_blocks() {
     let options = SimOptions {
         blocks: 8,
         ..SimOptions::default()
     };
     let engine = engine(options, patient());
     let paused = engine.generate(request(prompt(1, 10), 20)).unwrap();
-    at_rest(&engine);
+    wait_until_all_paused(&engine);
     // This request needs the whole cache, so the paused one is preempted.
     let large = engine.generate(request(prompt(2, 30), 2)).unwrap();
     large.complete_blocking().unwrap();
@@ -250,7 +250,7 @@ fn a_paused_request_whose_blocks_went_to_another_holds_none() {
 
 /// I6: the receipt is sent once the blocks are free.
 #[test]
-fn a_request_is_cancelled_by_its_id_and_its_blocks_are_free() {
+fn cancelling_a_request_by_its_id_frees_its_blocks() {
     for depth in [1, 2] {
         let options = SimOptions {
             depth,
@@ -259,7 +259,7 @@ fn a_request_is_cancelled_by_its_id_and_its_blocks_are_free() {
         let engine = engine(options, patient());
         let stream = engine.generate(request(prompt(1, 9), 200)).unwrap();
         let other = engine.generate(request(prompt(2, 9), 200)).unwrap();
-        let before = at_rest(&engine);
+        let before = wait_until_all_paused(&engine);
         let id = stream.id();
         let receipt = engine.cancel_request(id, CancelReason::Explicit).wait();
         let receipt = receipt.unwrap().expect("it is open");
@@ -268,7 +268,7 @@ fn a_request_is_cancelled_by_its_id_and_its_blocks_are_free() {
             receipt.tokens_generated,
             before.requests[0].generated_tokens
         );
-        let after = at_rest(&engine);
+        let after = wait_until_all_paused(&engine);
         assert_eq!(
             after.stats.blocks.referenced + receipt.blocks_freed,
             before.stats.blocks.referenced
@@ -290,7 +290,7 @@ fn a_request_is_cancelled_by_its_id_and_its_blocks_are_free() {
 
 /// Checks I8.
 #[test]
-fn a_second_cancel_by_id_finds_nothing_open_and_changes_nothing() {
+fn a_second_cancel_by_id_changes_nothing() {
     let engine = engine(SimOptions::default(), patient());
     let stream = engine.generate(request(prompt(1, 9), 200)).unwrap();
     let first = engine.cancel_request(stream.id(), CancelReason::Disconnect);
@@ -305,7 +305,7 @@ fn a_second_cancel_by_id_finds_nothing_open_and_changes_nothing() {
 }
 
 #[test]
-fn an_id_that_is_not_open_cancels_nothing_and_says_so() {
+fn cancelling_an_id_that_is_not_open_returns_none() {
     let engine = engine(SimOptions::default(), patient());
     let ended = engine.generate(request(prompt(1, 9), 2)).unwrap();
     let ended_id = ended.id();
@@ -326,7 +326,7 @@ fn an_id_that_is_not_open_cancels_nothing_and_says_so() {
 }
 
 #[test]
-fn the_last_ends_are_remembered_and_not_more_than_64() {
+fn the_last_64_ends_are_remembered() {
     let engine = engine(SimOptions::default(), EngineConfig::default());
     let ended: Vec<_> = (0..70)
         .map(|index| {
@@ -351,7 +351,7 @@ fn the_last_ends_are_remembered_and_not_more_than_64() {
 }
 
 #[test]
-fn an_engine_that_has_ended_answers_with_its_end() {
+fn an_ended_engine_reports_why_it_ended() {
     let engine = engine(SimOptions::default(), EngineConfig::default());
     engine.shutdown(Shutdown::Abort).wait().unwrap();
     let shutdown = |fault| matches!(fault, EngineFault::Shutdown);
@@ -362,7 +362,7 @@ fn an_engine_that_has_ended_answers_with_its_end() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn the_answers_can_be_awaited() {
+async fn snapshots_and_cancels_can_be_awaited() {
     let engine = engine(SimOptions::default(), patient());
     let stream = engine.generate(request(prompt(1, 9), 200)).unwrap();
     assert_eq!(engine.inspect().await.unwrap().open, 1);
@@ -375,10 +375,10 @@ async fn the_answers_can_be_awaited() {
 }
 
 #[test]
-fn its_json_has_the_blocks_as_runs() {
+fn a_snapshots_json_encodes_blocks_as_runs() {
     let engine = engine(SimOptions::default(), patient());
     let stream = engine.generate(request(prompt(1, 8), 200)).unwrap();
-    let snapshot = at_rest(&engine);
+    let snapshot = wait_until_all_paused(&engine);
     let json = serde_json::to_value(&snapshot).unwrap();
     assert_eq!(json["requests"][0]["id"], stream.id().as_u64());
     assert_eq!(json["requests"][0]["phase"], "paused");

@@ -8,7 +8,7 @@ use quell::{
 };
 use std::sync::mpsc;
 
-const SESSIONS: usize = 64;
+const REQUESTS: usize = 64;
 /// Steps that complete before the storm. By then every request has tokens.
 const STEPS: u64 = 6;
 
@@ -23,7 +23,7 @@ fn after_some_steps(depth: usize) -> (Engine, Vec<TokenStream>, mpsc::Sender<()>
         ..SimOptions::default()
     };
     let engine = sim::engine(options, EngineConfig::default());
-    let mut streams: Vec<_> = (0..SESSIONS)
+    let mut streams: Vec<_> = (0..REQUESTS)
         .map(|index| {
             engine
                 .generate(request(prompt(index, 1 + index % 7), 40))
@@ -42,14 +42,17 @@ fn after_some_steps(depth: usize) -> (Engine, Vec<TokenStream>, mpsc::Sender<()>
 
 /// I5, I6: no step runs except those launched before the storm.
 #[test]
-fn all_cancelled_in_one_step_every_block_is_free_when_the_steps_in_flight_have_completed() {
+fn cancelling_all_requests_frees_all_blocks_after_the_steps_in_flight() {
     for depth in [1, 2] {
         let (engine, streams, gate) = after_some_steps(depth);
         let posted: Vec<_> = streams.into_iter().map(TokenStream::cancel).collect();
         drop(gate);
         for cancellation in posted {
             let receipt = cancellation.wait().unwrap();
-            assert!(receipt.blocks_freed > 0, "it held nothing: {receipt:?}");
+            assert!(
+                receipt.blocks_freed > 0,
+                "the request held no block: {receipt:?}"
+            );
             assert!(
                 receipt.step.as_u64() <= STEPS + depth as u64,
                 "depth {depth}: {receipt:?}"
@@ -57,13 +60,13 @@ fn all_cancelled_in_one_step_every_block_is_free_when_the_steps_in_flight_have_c
         }
         let stats = idle(&engine);
         assert!(stats.steps.as_u64() <= STEPS + depth as u64, "{stats:?}");
-        assert_eq!(stats.outcomes.cancelled, SESSIONS as u64);
+        assert_eq!(stats.outcomes.cancelled, REQUESTS as u64);
     }
 }
 
 /// I1, I6: each stream gets no token of a later step, and one terminal.
 #[test]
-fn all_aborted_in_one_step_each_reader_gets_its_terminal_and_no_token_of_a_later_step() {
+fn abort_all_ends_every_stream_without_later_tokens() {
     for depth in [1, 2] {
         let (engine, streams, gate) = after_some_steps(depth);
         engine.abort_all().unwrap();
@@ -84,7 +87,7 @@ fn all_aborted_in_one_step_each_reader_gets_its_terminal_and_no_token_of_a_later
 
 /// I10 on the simulated device, which detects any slot that is handed out too early.
 #[test]
-fn half_cancelled_in_one_step_the_others_get_the_tokens_of_each_alone() {
+fn cancelling_half_of_the_requests_changes_no_other_answer() {
     for depth in [1, 2] {
         let (engine, streams, gate) = after_some_steps(depth);
         let (mut cancelled, mut going_on) = (Vec::new(), Vec::new());
@@ -106,14 +109,14 @@ fn half_cancelled_in_one_step_the_others_get_the_tokens_of_each_alone() {
             assert!(cancellation.wait().unwrap().blocks_freed > 0);
         }
         let outcomes = idle(&engine).outcomes;
-        let half = SESSIONS as u64 / 2;
+        let half = REQUESTS as u64 / 2;
         assert_eq!((outcomes.cancelled, outcomes.length), (half, half));
     }
 }
 
 /// Tokens in each answer of the real model.
 const ANSWER: usize = 24;
-const REAL_SESSIONS: usize = 12;
+const REAL_REQUESTS: usize = 12;
 
 fn real_engine() -> Engine {
     let config = EngineConfig {
@@ -141,7 +144,7 @@ fn real_streams(engine: &Engine) -> Vec<(TokenStream, Vec<u32>)> {
         request.ignore_eos = true;
         engine.generate(request).unwrap()
     };
-    let streams: Vec<_> = (0..REAL_SESSIONS).map(submit).collect();
+    let streams: Vec<_> = (0..REAL_REQUESTS).map(submit).collect();
     let begun = streams.into_iter().map(|mut stream| {
         let first = (0..4).map(|_| stream.next_blocking().unwrap().unwrap().token.unwrap().id);
         let first = first.collect();
@@ -150,18 +153,18 @@ fn real_streams(engine: &Engine) -> Vec<(TokenStream, Vec<u32>)> {
     begun.collect()
 }
 
-fn rest((stream, mut tokens): (TokenStream, Vec<u32>)) -> Vec<u32> {
+fn remaining_tokens((stream, mut tokens): (TokenStream, Vec<u32>)) -> Vec<u32> {
     tokens.extend(ids(&stream.complete_blocking().unwrap()));
     tokens
 }
 
 /// Checks I6 with a real model.
 #[test]
-fn a_real_model_has_every_block_back_one_step_after_all_are_cancelled() {
+fn with_a_real_model_cancelling_all_frees_all_blocks_within_a_step() {
     let engine = real_engine();
     let streams = real_streams(&engine);
     let held = engine.stats().unwrap().blocks.referenced;
-    assert!(held >= REAL_SESSIONS, "{held} blocks are held");
+    assert!(held >= REAL_REQUESTS, "{held} blocks are held");
     let posted: Vec<_> = streams
         .into_iter()
         .map(|(stream, _)| stream.cancel())
@@ -179,9 +182,12 @@ fn a_real_model_has_every_block_back_one_step_after_all_are_cancelled() {
 
 /// Checks I10 with a real model.
 #[test]
-fn a_real_model_gives_the_others_the_same_tokens_when_half_are_cancelled() {
+fn with_a_real_model_cancelling_half_changes_no_other_answer() {
     let engine = real_engine();
-    let undisturbed: Vec<_> = real_streams(&engine).into_iter().map(rest).collect();
+    let undisturbed: Vec<_> = real_streams(&engine)
+        .into_iter()
+        .map(remaining_tokens)
+        .collect();
     let mut going_on = Vec::new();
     for (index, stream) in real_streams(&engine).into_iter().enumerate() {
         if index % 2 == 0 {
@@ -191,8 +197,12 @@ fn a_real_model_gives_the_others_the_same_tokens_when_half_are_cancelled() {
         }
     }
     for (index, stream) in going_on {
-        assert_eq!(rest(stream), undisturbed[index], "request {index}");
+        assert_eq!(
+            remaining_tokens(stream),
+            undisturbed[index],
+            "request {index}"
+        );
     }
     let outcomes = idle(&engine).outcomes;
-    assert_eq!(outcomes.cancelled, REAL_SESSIONS as u64 / 2);
+    assert_eq!(outcomes.cancelled, REAL_REQUESTS as u64 / 2);
 }

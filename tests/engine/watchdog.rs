@@ -45,7 +45,7 @@ fn two_steps(open: &mpsc::Sender<()>) {
 }
 
 #[test]
-fn blocking_waiters_of_a_stuck_device_return_with_the_typed_error() {
+fn blocking_waiters_get_the_stuck_error() {
     let (engine, open) = gated(1);
     let threads: Vec<_> = (0..3)
         .map(|_| {
@@ -104,7 +104,7 @@ fn blocking_waiters_of_a_stuck_device_return_with_the_typed_error() {
 }
 
 #[test]
-fn async_waiters_of_a_stuck_device_are_woken_with_the_typed_error() {
+fn async_waiters_get_the_stuck_error() {
     for depth in [1, 2] {
         let (engine, open) = gated(depth);
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -140,7 +140,7 @@ fn async_waiters_of_a_stuck_device_are_woken_with_the_typed_error() {
 }
 
 #[test]
-fn a_device_that_comes_back_too_late_finds_the_engine_closed_and_the_thread_ends() {
+fn a_device_that_recovers_too_late_ends_the_thread() {
     let (engine, open) = gated(2);
     let stream = engine.generate(request(50)).unwrap();
     two_steps(&open);
@@ -158,7 +158,7 @@ fn a_device_that_comes_back_too_late_finds_the_engine_closed_and_the_thread_ends
 }
 
 #[test]
-fn the_health_of_a_working_engine_is_green_until_it_is_stuck() {
+fn an_engine_is_healthy_until_it_is_stuck() {
     let (engine, open) = gated(1);
     // The thread may not have become idle yet.
     while !engine.health().idle {
@@ -186,7 +186,7 @@ fn the_health_of_a_working_engine_is_green_until_it_is_stuck() {
 }
 
 #[test]
-fn the_health_of_an_engine_that_was_shut_down_says_so() {
+fn health_reports_a_shutdown() {
     let (engine, _open) = gated(1);
     engine.shutdown(Shutdown::Abort).wait().unwrap();
     let health = engine.health();
@@ -199,7 +199,7 @@ fn the_health_of_an_engine_that_was_shut_down_says_so() {
 const CHILD: &str = "QUELL_TEST_STUCK_CHILD";
 
 #[test]
-fn a_process_with_a_stuck_device_ends() {
+fn a_process_with_a_stuck_device_exits() {
     if std::env::var_os(CHILD).is_some() {
         let (engine, open) = gated(1);
         let stream = engine.generate(request(50)).unwrap();
@@ -210,7 +210,7 @@ fn a_process_with_a_stuck_device_ends() {
         return;
     }
     let output = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "watchdog::a_process_with_a_stuck_device_ends"])
+        .args(["--exact", "watchdog::a_process_with_a_stuck_device_exits"])
         .env(CHILD, "1")
         .output()
         .unwrap();

@@ -74,7 +74,7 @@ fn safetensors_seed() -> Vec<u8> {
 }
 
 #[test]
-fn every_seed_is_a_whole_file_and_up_to_date() {
+fn every_seed_is_valid_and_up_to_date() {
     if std::env::var_os("QUELL_WRITE_SEEDS").is_some() {
         write_the_seeds();
     }

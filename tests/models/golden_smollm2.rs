@@ -76,7 +76,7 @@ fn int8_activations_agree_with_transformers() {
 }
 
 #[test]
-fn prompts_become_the_reference_token_ids() {
+fn prompts_are_tokenized_like_the_reference() {
     let engine = engine(Activations::Auto);
     for value in smollm2_reference() {
         let text = Prompt::Text(value["text"].as_str().unwrap().to_owned());

@@ -28,7 +28,7 @@ fn bytes(source: &dyn WeightSource, name: &str) -> Vec<u8> {
 }
 
 #[test]
-fn metadata_of_every_type_comes_back() {
+fn metadata_of_every_type_is_read_back() {
     let values = [
         Value::U8(200),
         Value::I8(-100),
@@ -71,7 +71,7 @@ fn metadata_of_every_type_comes_back() {
 }
 
 #[test]
-fn shapes_are_outermost_first_and_rows_follow_each_other() {
+fn shapes_are_outermost_first_and_rows_are_contiguous() {
     let weights = ramp(6 * 32);
     for alignment in [8, 32, 64] {
         let file = open(
@@ -93,7 +93,7 @@ fn shapes_are_outermost_first_and_rows_follow_each_other() {
 }
 
 #[test]
-fn quantised_weights_stay_within_half_a_step() {
+fn quantised_weights_are_within_half_a_step_of_the_originals() {
     let weights = ramp(4 * 32);
     for (dtype, step) in [
         (DType::F32, 0.0),
@@ -119,7 +119,7 @@ fn quantised_weights_stay_within_half_a_step() {
 }
 
 #[test]
-fn a_file_sums_up_its_weights() {
+fn a_file_reports_its_size_and_weight_types() {
     let matrix = quantize(DType::Q8_0, &ramp(2 * 32));
     let writer = GgufWriter::new()
         .u32("general.file_type", 7)
@@ -338,7 +338,7 @@ fn assert_names(result: Result<ModelSource, String>, parts: &[&str]) {
 }
 
 #[test]
-fn tensors_without_a_use_are_refused_by_name_and_what_is_computed_anyway_is_not() {
+fn unused_tensors_are_refused_unless_they_are_known_to_be_redundant() {
     let config = llama_config();
     for name in [
         "model.layers.0.self_attn.q_proj.weight_scale",
@@ -366,14 +366,14 @@ fn tensors_without_a_use_are_refused_by_name_and_what_is_computed_anyway_is_not(
 }
 
 #[test]
-fn a_bias_that_the_settings_ask_for_must_be_there() {
+fn a_bias_required_by_the_settings_must_exist() {
     let mut config = llama_config();
     config["attention_bias"] = json!(true);
     assert_names(source(&config, &llama_tensors()), &["q_proj.bias"]);
 }
 
 #[test]
-fn a_stored_output_projection_is_used_whatever_the_settings_say_and_must_be_there_if_untied() {
+fn a_stored_output_projection_takes_precedence_over_tied_embeddings() {
     let (mut tied, mut untied) = (llama_config(), llama_config());
     tied["tie_word_embeddings"] = json!(true);
     untied["tie_word_embeddings"] = json!(false);
@@ -398,7 +398,7 @@ fn a_stored_output_projection_is_used_whatever_the_settings_say_and_must_be_ther
 }
 
 #[test]
-fn a_gguf_tensor_without_a_use_is_refused_by_name() {
+fn an_unused_gguf_tensor_is_refused() {
     let square = || noise(&[HIDDEN, HIDDEN], 5).1;
     let ones = [1.0; HIDDEN];
     let file = |extra: Option<&str>| {
@@ -447,7 +447,7 @@ fn a_gguf_tensor_without_a_use_is_refused_by_name() {
 }
 
 #[test]
-fn a_weight_that_is_not_finite_fails_the_load_with_its_tensor() {
+fn a_non_finite_weight_fails_the_load_and_its_tensor_is_reported() {
     for (name, index) in [
         ("model.embed_tokens.weight", 70),
         ("model.norm.weight", 3),
@@ -466,7 +466,7 @@ fn a_weight_that_is_not_finite_fails_the_load_with_its_tensor() {
 }
 
 #[test]
-fn a_file_that_is_truncated_while_it_loads_is_a_typed_error() {
+fn a_file_truncated_during_the_load_is_a_typed_error() {
     let folder = write_folder(&llama_config(), &llama_tensors());
     let path = folder.path().join("model.safetensors");
     let size = std::fs::metadata(&path).unwrap().len();
@@ -477,7 +477,7 @@ fn a_file_that_is_truncated_while_it_loads_is_a_typed_error() {
         writer.set_len(kept).unwrap();
         let error = Engine::from_files(files, EngineConfig::default(), LoadOptions::cpu());
         let error = error.expect_err("the model is refused").to_string();
-        let found = format!("had {size} bytes and has {kept} now");
+        let found = format!("had {size} bytes and now has {kept}");
         assert!(
             error.contains("model.safetensors") && error.contains(&found),
             "{error}"
@@ -487,7 +487,7 @@ fn a_file_that_is_truncated_while_it_loads_is_a_typed_error() {
 }
 
 #[test]
-fn pythons_infinity_in_a_configuration_does_no_harm_where_it_is_not_used() {
+fn infinity_in_an_unused_setting_is_accepted() {
     let folder = write_folder(&llama_config(), &llama_tensors());
     let path = folder.path().join("config.json");
     let config = std::fs::read_to_string(&path).unwrap();

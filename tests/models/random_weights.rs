@@ -39,7 +39,7 @@ fn tokens(engine: &Engine) -> Vec<u32> {
 }
 
 #[test]
-fn a_random_model_has_as_many_weights_as_the_checkpoint_of_its_settings() {
+fn a_random_model_has_the_parameter_count_of_its_checkpoint() {
     for folder in checkpoints() {
         let stored = ModelSource::from_folder(ModelFolder::open(&folder).unwrap()).unwrap();
         let random = ModelSource::random(&settings(&folder), DType::BF16).unwrap();
@@ -50,7 +50,7 @@ fn a_random_model_has_as_many_weights_as_the_checkpoint_of_its_settings() {
 }
 
 #[test]
-fn every_architecture_runs_on_random_weights_and_gives_the_same_tokens_each_time() {
+fn every_architecture_gives_reproducible_tokens_on_random_weights() {
     for folder in checkpoints() {
         let first = tokens(&engine(&folder, DType::BF16));
         assert_eq!(first.len(), 6, "{}", folder.display());
@@ -60,7 +60,7 @@ fn every_architecture_runs_on_random_weights_and_gives_the_same_tokens_each_time
 }
 
 #[test]
-fn quantised_random_weights_run_and_rows_that_do_not_fit_the_format_are_refused() {
+fn quantised_random_weights_run_if_their_rows_fit_the_format() {
     let folders = checkpoints();
     let llama = folders.iter().find(|folder| folder.ends_with("llama"));
     let llama = llama.unwrap();

@@ -38,7 +38,7 @@ fn ids(value: &Value) -> Vec<u32> {
 }
 
 #[test]
-fn every_text_gets_the_references_ids() {
+fn every_text_is_tokenized_like_the_reference() {
     let tokenizer = tokenizer();
     let file = fixture("smollm2.json");
     let cases = file["cases"].as_array().unwrap();
@@ -64,7 +64,7 @@ fn every_text_gets_the_references_ids() {
 }
 
 #[test]
-fn the_chat_template_writes_the_references_prompts() {
+fn the_chat_template_renders_the_references_prompts() {
     let tokenizer = tokenizer();
     let template = tokenizer.chat_template().unwrap();
     for case in fixture("smollm2_prompts.json").as_array().unwrap() {
@@ -87,7 +87,7 @@ fn the_chat_template_writes_the_references_prompts() {
 }
 
 #[test]
-fn the_end_tokens_are_those_of_llama_cpp() {
+fn end_tokens_equal_those_of_llama_cpp() {
     assert_eq!(tokenizer().end_tokens(), [0, 2, 4]);
 }
 
@@ -97,8 +97,8 @@ const MEANT: [(&str, &str, &str); 5] = [
     (
         "*",
         "null",
-        "an answer that is only tool calls has the content null: to the template it is an \
-         empty text, unless that leaves the calls out, so that it never reads \"None\"",
+        "an answer of tool calls only has null content; the template is given an empty text, \
+         unless that leaves the calls out, so that it never renders \"None\"",
     ),
     (DISTILLED[0], "call", DISTILLED_WHY),
     (DISTILLED[0], "calls", DISTILLED_WHY),
@@ -110,8 +110,8 @@ const DISTILLED: [&str; 2] = [
     "deepseek-ai-DeepSeek-R1-Distill-Llama-8B",
     "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B",
 ];
-const DISTILLED_WHY: &str = "beside an empty content that is not null, jinja2 leaves out the \
-    calls, or writes an empty answer more";
+const DISTILLED_WHY: &str = "if the content is empty but not null, jinja2 leaves out the calls \
+    or writes one more empty answer";
 
 #[derive(serde::Deserialize)]
 struct Case {
@@ -127,7 +127,7 @@ struct Case {
 
 /// Renders twelve conversations with each template that `scripts/fetch-templates` has fetched.
 #[test]
-fn other_models_chat_templates_write_what_jinja2_writes() {
+fn chat_templates_of_other_models_render_like_jinja2() {
     let folder = root().join("target/chat-templates");
     let hint = "run scripts/fetch-templates and scripts/setup-clients";
     assert!(folder.join("package").exists(), "{hint}");
@@ -183,7 +183,7 @@ fn other_models_chat_templates_write_what_jinja2_writes() {
 
 /// Whether a template renders tools and calls is determined by rendering samples.
 #[test]
-fn what_other_models_chat_templates_do_with_tools_is_found() {
+fn tool_support_of_chat_templates_is_detected() {
     let folder = root().join("target/chat-templates");
     let known = |name: &str| {
         let path = folder.join(format!("{name}.jinja"));

@@ -114,7 +114,7 @@ fn total(report: &Value, pointer: &str) -> u64 {
 }
 
 #[test]
-fn totals_of_a_closed_loop_are_those_of_the_servers_own_counters() {
+fn totals_of_a_closed_loop_equal_the_servers_counters() {
     let served = serve(null_engine());
     let args = "--concurrency 4,1 --requests 20 --prompt 40 --generate 9 --warm-up 0 --seed 7 \
         --vocabulary 1000";
@@ -151,7 +151,7 @@ fn totals_of_a_closed_loop_are_those_of_the_servers_own_counters() {
 }
 
 #[test]
-fn a_report_names_everything_that_repeats_it() {
+fn a_report_contains_everything_needed_to_reproduce_it() {
     let served = serve(null_engine());
     let args = "--rate 2000,500.5 --requests 10 --prompt 32 --generate 3 --shared-prefix 32 \
         --seed 11 --timeout 30 --vocabulary 300";
@@ -180,7 +180,7 @@ fn a_report_names_everything_that_repeats_it() {
 }
 
 #[test]
-fn chat_is_measured_and_text_for_people_has_a_line_a_latency() {
+fn chat_can_be_measured_and_the_text_report_lists_every_latency() {
     let served = serve(engine_that_chats());
     let args = "--endpoint chat --concurrency 2 --requests 6 --prompt 5 --generate 4";
     let report = run(&served.url, args);
@@ -205,7 +205,7 @@ fn engine_that_chats() -> Engine {
 }
 
 #[test]
-fn cancelled_requests_are_cancelled_on_the_server_and_their_blocks_are_free_again() {
+fn cancelled_requests_end_on_the_server_and_release_their_blocks() {
     let (gate, closed) = channel();
     let options = SimOptions {
         gate: Some(closed),
@@ -233,7 +233,7 @@ fn cancelled_requests_are_cancelled_on_the_server_and_their_blocks_are_free_agai
 }
 
 #[test]
-fn requests_that_are_not_cancelled_finish_beside_those_that_are() {
+fn requests_finish_while_others_are_cancelled() {
     let served = serve(null_engine());
     let args = "--cancel-share 0.5 --generate 20 --prompt 64 --concurrency 8 --requests 60 \
         --warm-up 0 --seed 3 --vocabulary 1000";
@@ -251,7 +251,7 @@ fn requests_that_are_not_cancelled_finish_beside_those_that_are() {
 }
 
 #[test]
-fn requests_that_the_server_refuses_are_counted_by_kind_and_end_with_code_1() {
+fn refused_requests_are_counted_by_kind_and_exit_with_code_1() {
     let served = serve(null_engine());
     // Longer than the context of the null device.
     let args = "--prompt 9000 --generate 2 --concurrency 2 --requests 5";
@@ -276,7 +276,7 @@ fn requests_that_the_server_refuses_are_counted_by_kind_and_end_with_code_1() {
 }
 
 #[test]
-fn a_closed_port_ends_with_one_line_and_code_1() {
+fn a_closed_port_exits_with_one_line_and_code_1() {
     // Bind the port, so that no other process takes it, but do not listen.
     let closed = tokio::net::TcpSocket::new_v4().unwrap();
     closed.bind("127.0.0.1:0".parse().unwrap()).unwrap();
@@ -289,7 +289,7 @@ fn a_closed_port_ends_with_one_line_and_code_1() {
 }
 
 #[test]
-fn command_lines_that_make_no_sense_end_with_one_line_and_code_2() {
+fn invalid_command_lines_exit_with_one_line_and_code_2() {
     let url = "http://127.0.0.1:9";
     for (args, part) in [
         ("--threads 2", "--threads"),
@@ -385,7 +385,7 @@ fn finish(stream: &mut dyn Connection) {
 }
 
 #[test]
-fn late_answers_delay_no_arrival_of_an_open_loop() {
+fn an_open_loop_sends_on_time_while_answers_are_late() {
     // No request is answered before all of them have arrived.
     let everybody = Barrier::new(12);
     let address = scripted(move |_, stream| {
@@ -401,7 +401,7 @@ fn late_answers_delay_no_arrival_of_an_open_loop() {
 }
 
 #[test]
-fn a_closed_loop_has_as_many_requests_open_as_it_has_clients() {
+fn a_closed_loop_has_at_most_one_open_request_per_client() {
     let clients = Barrier::new(3);
     let open = std::sync::atomic::AtomicUsize::new(0);
     let address = scripted(move |_, stream| {
@@ -421,7 +421,7 @@ fn a_closed_loop_has_as_many_requests_open_as_it_has_clients() {
 }
 
 #[test]
-fn broken_streams_errors_in_streams_and_timeouts_are_told_apart() {
+fn broken_streams_error_events_and_timeouts_are_distinguished() {
     let number = std::sync::atomic::AtomicUsize::new(0);
     let address = scripted(move |_, stream| {
         let _ = match number.fetch_add(1, std::sync::atomic::Ordering::SeqCst) {
@@ -461,7 +461,7 @@ fn broken_streams_errors_in_streams_and_timeouts_are_told_apart() {
 }
 
 #[test]
-fn the_api_key_of_the_named_variable_is_sent() {
+fn the_api_key_from_the_named_variable_is_sent() {
     let (seen, heads) = channel();
     let seen: Sender<String> = seen;
     let address = scripted(move |head, stream| {

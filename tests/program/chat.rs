@@ -58,7 +58,7 @@ fn text(bytes: &[u8]) -> String {
 fn exit_code(session: PtySession) -> i32 {
     match session.process().wait().unwrap() {
         WaitStatus::Exited(_, code) => code,
-        other => panic!("it did not exit: {other:?}"),
+        other => panic!("the program did not exit: {other:?}"),
     }
 }
 
@@ -95,7 +95,7 @@ fn ctrl_c_stops_an_answer_and_frees_all_its_blocks() {
     session.exp_string("> ").unwrap();
 
     session.send_line("/reset").unwrap();
-    session.exp_string("forgotten").unwrap();
+    session.exp_string("conversation reset").unwrap();
     session.exp_string("> ").unwrap();
     session.send_line("And now a poem!").unwrap();
     session.exp_string("a poem!").unwrap();
@@ -108,14 +108,14 @@ fn ctrl_c_stops_an_answer_and_frees_all_its_blocks() {
 }
 
 #[test]
-fn ctrl_c_at_the_prompt_leaves() {
+fn ctrl_c_at_the_prompt_exits() {
     let mut session = terminal(&[]);
     session.send_control('c').unwrap();
     assert_eq!(exit_code(session), 0);
 }
 
 #[test]
-fn a_pipe_is_answered_line_by_line_without_a_prompt() {
+fn piped_input_is_answered_line_by_line_without_a_prompt() {
     let output = script(&["--max-tokens", "40"], "What is a whale?\n\n/stats\n");
     assert!(output.status.success(), "{}", text(&output.stderr));
     let shown = text(&output.stdout);
@@ -142,7 +142,7 @@ fn the_conversation_is_remembered_until_reset() {
 }
 
 #[test]
-fn the_system_message_counts_as_prompt() {
+fn the_system_message_is_part_of_the_prompt() {
     let output = script(
         &["--max-tokens", "4", "--system", "Speak like a pirate."],
         "/system\n/system You are brief.\nHello!\n",
@@ -155,7 +155,7 @@ fn the_system_message_counts_as_prompt() {
 }
 
 #[test]
-fn a_conversation_too_long_is_said_and_does_not_leave() {
+fn a_too_long_conversation_is_reported_and_the_chat_continues() {
     let long = "word ".repeat(300);
     let lines = format!("{long}\n/reset\nHello!\n/stats\n");
     let output = script(&["--context", "128", "--max-tokens", "4"], &lines);
@@ -170,7 +170,7 @@ fn a_conversation_too_long_is_said_and_does_not_leave() {
 }
 
 #[test]
-fn unknown_commands_are_named() {
+fn unknown_commands_are_reported() {
     let output = script(&[], "/nonsense\n/help\n");
     assert!(output.status.success());
     let notes = text(&output.stderr);
@@ -182,7 +182,7 @@ fn unknown_commands_are_named() {
 }
 
 #[test]
-fn a_model_without_a_template_is_refused_at_the_start() {
+fn a_model_without_a_template_is_refused_at_startup() {
     let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden/tiny/llama");
     let mut command = Command::new(env!("CARGO_BIN_EXE_quell"));
     let output = command

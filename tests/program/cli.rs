@@ -57,7 +57,7 @@ fn assert_refused(args: &[&str], code: i32, parts: &[&str]) {
 }
 
 #[test]
-fn without_a_gpu_auto_takes_the_cpu_and_says_so() {
+fn without_a_gpu_auto_uses_the_cpu_and_logs_it() {
     let model = tiny("llama");
     let generate = [
         "generate",
@@ -138,7 +138,7 @@ fn chat_text_and_messages_render_the_same_prompt_and_stop_strings_cut_the_text()
 }
 
 #[test]
-fn a_folder_without_tokenizer_runs_on_token_ids_and_has_no_text() {
+fn a_folder_without_a_tokenizer_runs_on_token_ids_and_prints_no_text() {
     let output = quell(&[
         "generate",
         "--model",
@@ -218,7 +218,7 @@ fn tokenize_and_inspect_print_text_and_json() {
 }
 
 #[test]
-fn bench_measures_what_it_is_asked_for() {
+fn bench_measures_the_requested_workloads() {
     let output = quell(&[
         "bench",
         "--model",
@@ -313,7 +313,7 @@ fn bench_runs_on_random_weights_of_a_models_size() {
 }
 
 #[test]
-fn inspect_needs_a_path_unless_a_gpu_is_asked_for() {
+fn inspect_requires_a_path_unless_a_gpu_is_named() {
     assert_refused(&["inspect"], 2, &["PATH", "--device cuda"]);
     assert_refused(&["inspect", "--device", "cpu"], 2, &["PATH"]);
     // No machine has this many GPUs.
@@ -322,7 +322,7 @@ fn inspect_needs_a_path_unless_a_gpu_is_asked_for() {
 }
 
 #[test]
-fn command_lines_that_make_no_sense_end_with_one_line_and_code_2() {
+fn invalid_command_lines_exit_with_one_line_and_code_2() {
     let model = tiny("llama");
     let generate = ["generate", "--model", &model, "--prompt-ids", "1"];
     let with = |flags: &[&'static str]| [&generate[..], flags].concat();
@@ -342,7 +342,7 @@ fn command_lines_that_make_no_sense_end_with_one_line_and_code_2() {
     assert_refused(&with(&["--device", "tpu"]), 2, &["tpu", "cuda:N"]);
     assert_refused(&with(&["--logit-bias", "x"]), 2, &["42=-1.5"]);
     assert_refused(&with(&["--logprobs", "5000"]), 2, &["logprobs is 5000"]);
-    assert_refused(&with(&["--stop", ""]), 2, &["--stop is empty"]);
+    assert_refused(&with(&["--stop", ""]), 2, &["--stop must not be empty"]);
     assert_refused(
         &["generate", "--model", &model, "--prompt-ids", "1,x"],
         2,
@@ -359,7 +359,7 @@ fn command_lines_that_make_no_sense_end_with_one_line_and_code_2() {
 }
 
 #[test]
-fn what_cannot_be_run_ends_with_one_line_that_names_it_and_code_1() {
+fn what_cannot_run_exits_with_one_line_and_code_1() {
     let model = tiny("llama");
     let generate = |model: &str, rest: &[&str]| {
         let args: Vec<String> = ["generate", "--model", model]
@@ -423,7 +423,7 @@ fn what_cannot_be_run_ends_with_one_line_that_names_it_and_code_1() {
 }
 
 #[test]
-fn a_broken_tokenizer_or_template_is_refused_by_name() {
+fn a_broken_tokenizer_or_template_is_refused_with_its_name() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().to_str().unwrap();
     for name in ["config.json", "model.safetensors"] {
@@ -452,7 +452,7 @@ fn a_broken_tokenizer_or_template_is_refused_by_name() {
 }
 
 #[test]
-fn tokenize_needs_nothing_but_the_tokenizer_and_shows_the_rendered_conversation() {
+fn tokenize_needs_only_the_tokenizer_and_renders_conversations() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/text/folder");
     let model = folder.to_str().unwrap();
     let scratch = tempfile::tempdir().unwrap();
@@ -536,7 +536,7 @@ fn tokenize_needs_nothing_but_the_tokenizer_and_shows_the_rendered_conversation(
 }
 
 #[test]
-fn what_a_folder_has_in_place_of_what_is_needed_is_named() {
+fn unusable_files_in_a_model_folder_are_reported() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().to_str().unwrap();
     let write = |name: &str, contents: &[u8]| {
@@ -575,7 +575,7 @@ fn what_a_folder_has_in_place_of_what_is_needed_is_named() {
 }
 
 #[test]
-fn a_folder_whose_settings_and_tensors_disagree_is_refused_by_name() {
+fn a_folder_whose_settings_contradict_its_tensors_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let copy = |name: &str| {
         std::fs::copy(
@@ -637,7 +637,7 @@ fn a_folder_whose_settings_and_tensors_disagree_is_refused_by_name() {
 }
 
 #[test]
-fn generate_holds_its_answer_to_a_json_schema() {
+fn generate_constrains_its_answer_to_a_json_schema() {
     let folder = tempfile::tempdir().unwrap();
     let write = |name: &str, text: &str| {
         let path = folder.path().join(name);
@@ -664,7 +664,7 @@ fn generate_holds_its_answer_to_a_json_schema() {
     assert_refused(
         &with(&args, &["--json-schema", &broken]),
         1,
-        &["broken.json", "no JSON"],
+        &["broken.json", "not valid JSON"],
     );
     let wrong = write("wrong.json", r#"{"type": "strnig"}"#);
     assert_refused(
@@ -695,7 +695,7 @@ fn with_generation_config(config: &str) -> tempfile::TempDir {
 }
 
 #[test]
-fn the_models_own_sampling_settings_count_unless_a_flag_says_otherwise() {
+fn the_models_sampling_defaults_apply_unless_a_flag_overrides_them() {
     let model = with_generation_config(r#"{"do_sample": true, "temperature": 0.7, "top_k": 1}"#);
     let model = model.path().to_str().unwrap();
     let ids = |flags: &[&str]| {
@@ -726,7 +726,7 @@ fn the_models_own_sampling_settings_count_unless_a_flag_says_otherwise() {
 }
 
 #[test]
-fn sampling_settings_of_a_model_that_make_no_sense_are_named_and_can_be_left_out() {
+fn invalid_sampling_defaults_of_a_model_are_reported_and_can_be_skipped() {
     let model = with_generation_config(r#"{"top_p": 1.5}"#);
     let model = model.path().to_str().unwrap();
     let generate = [

@@ -37,7 +37,7 @@ fn flags(path: &str, of: impl Fn(&str) -> bool) -> BTreeSet<String> {
 }
 
 #[test]
-fn every_flag_of_quell_serve_exists() {
+fn every_documented_flag_of_quell_serve_exists() {
     let mut help = Command::new(env!("CARGO_BIN_EXE_quell"));
     let help = help.args(["serve", "--help"]).output().unwrap();
     let help = String::from_utf8(help.stdout).unwrap();
@@ -61,7 +61,7 @@ fn every_flag_of_quell_serve_exists() {
 
 /// The router's command in the README has only flags that the router's test also uses.
 #[test]
-fn the_router_is_started_as_it_is_tested() {
+fn the_router_command_in_the_readme_is_the_tested_one() {
     let test = read("tests/clients/router.py");
     for flag in flags("deploy/README.md", |line| line.starts_with("vllm-router ")) {
         assert!(test.contains(&format!("\"{flag}\"")), "{flag}");
@@ -73,7 +73,7 @@ fn the_router_is_started_as_it_is_tested() {
 }
 
 #[test]
-fn every_metric_exists() {
+fn every_documented_metric_exists() {
     let known = read("src/engine/metrics.rs") + &read("src/cli/lossy.rs");
     let mut seen = 0;
     for word in read("deploy/README.md").split(|c: char| !c.is_ascii_alphanumeric() && c != '_') {
@@ -101,7 +101,7 @@ fn number(text: &str, name: &str) -> u32 {
 
 /// No stop timeout may expire while the program may still be draining and closing connections.
 #[test]
-fn a_drain_has_the_time_it_takes() {
+fn stop_timeouts_are_longer_than_a_drain() {
     const CLOSING: u32 = 5;
     let unit = read("deploy/quell.service");
     let drain = number(&unit, "8000 --drain-timeout ") + CLOSING;

@@ -33,7 +33,7 @@ fn batch_completes_every_prompt() {
 }
 
 #[test]
-fn disconnect_gets_every_block_back() {
+fn disconnect_frees_every_block() {
     let printed = run("disconnect");
     assert!(
         printed.contains("100 of 100 requests cancelled"),

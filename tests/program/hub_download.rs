@@ -16,10 +16,10 @@ const NOWHERE: &str = "http://127.0.0.1:1";
 
 /// The files of a repository, and how the hub treats requests for them.
 #[derive(Default)]
-struct Shelf {
+struct Repository {
     files: HashMap<String, Vec<u8>>,
     /// Files whose first transfer breaks off half-way.
-    break_off: HashSet<String>,
+    interrupted: HashSet<String>,
     /// Token that requests must present.
     token: Option<&'static str>,
     /// The requests so far, in order, each as `GET PATH RANGE`.
@@ -29,7 +29,7 @@ struct Shelf {
 /// A hub with the repository `org/tiny`, on its own port.
 struct FakeHub {
     endpoint: String,
-    shelf: Arc<Mutex<Shelf>>,
+    repository: Arc<Mutex<Repository>>,
     home: tempfile::TempDir,
 }
 
@@ -38,11 +38,11 @@ impl FakeHub {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
         let files = files.into_iter().collect();
-        let shelf = Arc::new(Mutex::new(Shelf {
+        let repository = Arc::new(Mutex::new(Repository {
             files,
-            ..Shelf::default()
+            ..Repository::default()
         }));
-        let shared = Arc::clone(&shelf);
+        let shared = Arc::clone(&repository);
         // The thread ends with the test's process.
         std::thread::spawn(move || {
             for stream in listener.incoming() {
@@ -51,7 +51,7 @@ impl FakeHub {
         });
         Self {
             endpoint,
-            shelf,
+            repository,
             home: tempfile::tempdir().unwrap(),
         }
     }
@@ -62,7 +62,7 @@ impl FakeHub {
 
     /// Returns the requests since the last call.
     fn requests(&self) -> Vec<String> {
-        std::mem::take(&mut self.shelf.lock().unwrap().log)
+        std::mem::take(&mut self.repository.lock().unwrap().log)
     }
 
     fn snapshot(&self) -> PathBuf {
@@ -98,7 +98,7 @@ fn command(endpoint: &str, home: &Path, arguments: &[&str]) -> Command {
 }
 
 /// Answers one request like the hub, as far as a download needs.
-fn answer(mut stream: TcpStream, shelf: &Mutex<Shelf>) {
+fn answer(mut stream: TcpStream, repository: &Mutex<Repository>) {
     let mut lines = BufReader::new(stream.try_clone().unwrap())
         .lines()
         .map_while(Result::ok);
@@ -109,17 +109,17 @@ fn answer(mut stream: TcpStream, shelf: &Mutex<Shelf>) {
         let (name, value) = line.split_once(": ").unwrap();
         headers.insert(name.to_ascii_lowercase(), value.to_owned());
     }
-    let mut shelf = shelf.lock().unwrap();
+    let mut repository = repository.lock().unwrap();
     let range = headers.get("range").map_or("", String::as_str);
-    shelf.log.push(format!("GET {path} {range}"));
-    let token = shelf.token.map(|token| format!("Bearer {token}"));
+    repository.log.push(format!("GET {path} {range}"));
+    let token = repository.token.map(|token| format!("Bearer {token}"));
     if token.is_some() && token.as_ref() != headers.get("authorization") {
         return reply(&mut stream, "401 Unauthorized", "", b"");
     }
     let revisions = ["main", "v1", COMMIT];
     let is_info = |revision| path == format!("/api/models/org/tiny/revision/{revision}");
     if revisions.into_iter().any(is_info) {
-        let names = shelf
+        let names = repository
             .files
             .keys()
             .map(|name| serde_json::json!({ "rfilename": name }));
@@ -129,7 +129,7 @@ fn answer(mut stream: TcpStream, shelf: &Mutex<Shelf>) {
     let file = revisions
         .iter()
         .find_map(|revision| path.strip_prefix(&format!("/org/tiny/resolve/{revision}/")));
-    let Some((name, bytes)) = file.and_then(|name| shelf.files.get_key_value(name)) else {
+    let Some((name, bytes)) = file.and_then(|name| repository.files.get_key_value(name)) else {
         return reply(&mut stream, "404 Not Found", "", b"Entry not found");
     };
     let (name, bytes) = (name.clone(), bytes.clone());
@@ -151,7 +151,7 @@ fn answer(mut stream: TcpStream, shelf: &Mutex<Shelf>) {
         bytes.len()
     );
     let whole = last.is_empty();
-    if whole && shelf.break_off.remove(&name) {
+    if whole && repository.interrupted.remove(&name) {
         let half = &bytes[first..first + (end - first) / 2];
         let head = format!("{extra}content-length: {}\r\n", end - first);
         return send(&mut stream, "206 Partial Content", &head, half);
@@ -243,11 +243,11 @@ fn is_file_request(request: &str) -> bool {
 }
 
 #[test]
-fn a_downloaded_folder_generates_as_the_original_does() {
+fn a_downloaded_folder_generates_like_the_original() {
     let hub = FakeHub::new(tiny());
     let local = generate(&hub, fixture().to_str().unwrap());
     assert_eq!(local.trim().split(',').count(), 4, "{local}");
-    assert_eq!(hub.requests(), [""; 0], "a plain path asks nobody");
+    assert_eq!(hub.requests(), [""; 0], "a plain path makes no request");
 
     assert_eq!(generate(&hub, "hf:org/tiny"), local);
     let asked = hub.requests().join("\n");
@@ -288,7 +288,7 @@ fn the_second_run_downloads_nothing() {
 }
 
 #[test]
-fn a_cached_model_with_its_tokenizer_asks_nobody() {
+fn a_cached_model_with_its_tokenizer_makes_no_request() {
     let mut files = tiny();
     files.push(("tokenizer.json".to_owned(), b"not JSON".to_vec()));
     let hub = FakeHub::new(files);
@@ -318,12 +318,12 @@ fn a_cached_model_works_without_the_hub() {
 }
 
 #[test]
-fn a_transfer_that_breaks_off_goes_on_from_there() {
+fn an_interrupted_transfer_is_resumed() {
     let hub = FakeHub::new(tiny());
-    hub.shelf
+    hub.repository
         .lock()
         .unwrap()
-        .break_off
+        .interrupted
         .insert("model.safetensors".to_owned());
     stdout(&hub.quell(&["inspect", "hf:org/tiny"]));
     let half = std::fs::metadata(fixture().join("model.safetensors"))
@@ -371,7 +371,7 @@ fn shards_are_found_through_their_index() {
 }
 
 #[test]
-fn an_index_that_leaves_the_repository_is_refused() {
+fn an_index_that_names_files_outside_the_repository_is_refused() {
     let mut files = tiny();
     files.retain(|(name, _)| name != "model.safetensors");
     let index = r#"{"weight_map": {"a": "../../outside.safetensors"}}"#;
@@ -413,7 +413,7 @@ fn a_single_gguf_file_is_downloaded_alone() {
 }
 
 #[test]
-fn what_the_hub_does_not_have_is_named_in_one_line() {
+fn missing_repositories_revisions_and_files_are_reported() {
     let hub = FakeHub::new(tiny());
     let error = failure(&hub.quell(&["inspect", "hf:org/tiny/missing.gguf"]));
     contains_all(
@@ -433,7 +433,7 @@ fn what_the_hub_does_not_have_is_named_in_one_line() {
 }
 
 #[test]
-fn a_repository_of_gguf_files_says_to_name_one() {
+fn a_repository_of_gguf_files_asks_for_a_file_name() {
     let files = ["config.json", "m.Q4_0.gguf", "m.Q8_0.gguf"];
     let hub = FakeHub::new(files.map(|name| (name.to_owned(), b"{}".to_vec())));
     let error = failure(&hub.quell(&["inspect", "hf:org/tiny"]));
@@ -449,7 +449,7 @@ fn a_repository_of_gguf_files_says_to_name_one() {
 }
 
 #[test]
-fn a_hub_out_of_reach_is_named_with_what_to_do() {
+fn an_unreachable_hub_is_reported_with_advice() {
     let home = tempfile::tempdir().unwrap();
     for model in ["hf:org/tiny", "hf:org/tiny/a.gguf"] {
         let error = failure(&quell(NOWHERE, home.path(), &["inspect", model]));
@@ -461,7 +461,7 @@ fn a_hub_out_of_reach_is_named_with_what_to_do() {
 }
 
 #[test]
-fn a_malformed_name_asks_nobody() {
+fn a_malformed_name_makes_no_request() {
     let hub = FakeHub::new(tiny());
     let error = failure(&hub.quell(&["inspect", "hf:tiny"]));
     contains_all(&error, &["'hf:tiny'", "expected hf:ORG/NAME"]);
@@ -469,9 +469,9 @@ fn a_malformed_name_asks_nobody() {
 }
 
 #[test]
-fn the_token_opens_a_private_repository() {
+fn the_token_gives_access_to_a_private_repository() {
     let hub = FakeHub::new(tiny());
-    hub.shelf.lock().unwrap().token = Some("secret");
+    hub.repository.lock().unwrap().token = Some("secret");
     let error = failure(&hub.quell(&["inspect", "hf:org/tiny"]));
     contains_all(&error, &["401", "'org/tiny'", "HF_TOKEN"]);
     let mut inspect = command(&hub.endpoint, hub.home.path(), &["inspect", "hf:org/tiny"]);
@@ -479,7 +479,7 @@ fn the_token_opens_a_private_repository() {
 
     // The token file that a login with the hub's own program leaves.
     let other = FakeHub::new(tiny());
-    other.shelf.lock().unwrap().token = Some("secret");
+    other.repository.lock().unwrap().token = Some("secret");
     std::fs::write(other.home.path().join("token"), "secret\n").unwrap();
     stdout(&other.quell(&["inspect", "hf:org/tiny"]));
 }

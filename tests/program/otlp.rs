@@ -86,7 +86,7 @@ fn the_spans_of_a_request_reach_the_collector_in_the_callers_trace() {
     let request = request.replacen("\r\n", &parent, 1);
     let reply = exchange(server.address, request.as_bytes()).unwrap();
     assert_eq!(reply.status, 200, "{}", reply.text());
-    server.ends_when_told();
+    server.terminate();
 
     // The server's span and the engine's span below it.
     let mut spans = Vec::new();
@@ -96,7 +96,7 @@ fn the_spans_of_a_request_reach_the_collector_in_the_callers_trace() {
             break both;
         }
         let Ok((path, body)) = posted.recv_timeout(PATIENCE) else {
-            panic!("not all came: {}", String::from_utf8_lossy(&spans));
+            panic!("spans are missing: {}", String::from_utf8_lossy(&spans));
         };
         assert_eq!(path, "/v1/traces");
         spans.extend(body);

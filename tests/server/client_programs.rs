@@ -26,17 +26,17 @@ fn the_official_python_client_gets_what_it_expects() {
     let server = server(&[]);
     let mut client = installed("python");
     succeeds(client.arg(script("openai_client.py")).arg(server.url()));
-    server.ends_with_nothing_held();
+    server.terminate_when_idle();
 }
 
 #[test]
-fn lm_eval_counts_the_greedy_continuations() {
+fn lm_eval_recognises_greedy_continuations() {
     let server = server(&[]);
     let mut harness = installed("python");
     // Keep the harness from contacting any other server.
     harness.env("HF_HUB_OFFLINE", "1");
     succeeds(harness.arg(script("lm_eval_client.py")).arg(server.url()));
-    server.ends_with_nothing_held();
+    server.terminate_when_idle();
 }
 
 #[test]
@@ -47,13 +47,13 @@ fn curl_gets_what_it_expects() {
             .arg(script("curl.sh"))
             .arg(server.url()),
     );
-    server.ends_with_nothing_held();
+    server.terminate_when_idle();
 }
 
 /// Sends valid and invalid requests that are generated from the OpenAPI document. The document
 /// must describe every answer.
 #[test]
-fn every_answer_is_what_the_openapi_document_says() {
+fn every_answer_conforms_to_the_openapi_document() {
     let server = server(&["--context", "192"]);
     let mut schemathesis = installed("schemathesis");
     schemathesis
@@ -63,7 +63,7 @@ fn every_answer_is_what_the_openapi_document_says() {
         .arg(format!("{}/openapi.json", server.url()))
         .current_dir(env!("CARGO_TARGET_TMPDIR"));
     succeeds(&mut schemathesis);
-    server.ends_with_nothing_held();
+    server.terminate_when_idle();
 }
 
 /// Returns a client, and the name of the model that it finds.
@@ -129,11 +129,11 @@ async fn async_openai_chats_and_completes() {
     let prompt = json!({"model": model, "prompt": ["One, two,", "A, B,"], "max_tokens": 4});
     let answer = client.completions().create(typed(prompt)).await.unwrap();
     assert_eq!(answer.choices.len(), 2);
-    server.ends_with_nothing_held();
+    server.terminate_when_idle();
 }
 
 #[tokio::test]
-async fn async_openai_reads_refusals() {
+async fn async_openai_parses_errors() {
     let server = server(&[]);
     let (client, model) = rust_client(&server).await;
     let refused = |error| match error {
@@ -156,7 +156,7 @@ async fn async_openai_reads_refusals() {
     let refusal = refused(error);
     assert_eq!(refusal.status_code.as_u16(), 400);
     assert_eq!(refusal.api_error.param.as_deref(), Some("top_p"));
-    server.ends_with_nothing_held();
+    server.terminate_when_idle();
 }
 
 #[tokio::test]
@@ -186,7 +186,7 @@ async fn async_openai_calls_tools() {
     let arguments = calls[0]["function"]["arguments"].as_str().unwrap();
     let arguments: Value = serde_json::from_str(arguments).unwrap();
     assert!(arguments["city"].is_string(), "{arguments}");
-    server.ends_with_nothing_held();
+    server.terminate_when_idle();
 }
 
 #[tokio::test]
@@ -227,7 +227,7 @@ async fn async_openai_gets_responses_and_embeddings() {
         .await
         .unwrap();
     assert_eq!(packed.data.len(), 2);
-    server.ends_with_nothing_held();
+    server.terminate_when_idle();
 }
 
 // The client's own task must notice the drop while this task waits.
@@ -244,8 +244,8 @@ async fn dropping_a_stream_of_async_openai_cancels_its_request() {
         stream.next().await.unwrap().unwrap();
     }
     drop(stream);
-    server.falls_idle();
+    server.wait_until_idle();
     let gone = "quell_request_outcomes_total{outcome=\"cancelled\",reason=\"disconnect\"";
     assert_eq!(server.metric(gone), 1.0);
-    server.ends_with_nothing_held();
+    server.terminate_when_idle();
 }

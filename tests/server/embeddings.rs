@@ -47,7 +47,7 @@ fn unit(values: &[f32]) -> Vec<f32> {
 }
 
 #[test]
-fn inputs_of_every_form_are_embedded_in_their_order() {
+fn inputs_of_every_form_are_embedded_in_order() {
     let server = simulated(SimOptions::default(), EngineConfig::default());
     let inputs = [prompt(1, 3), prompt(2, 40), prompt(3, 1)];
     let answer = embed(&server, &json!({"model": MODEL, "input": inputs}));
@@ -91,7 +91,7 @@ fn inputs_of_every_form_are_embedded_in_their_order() {
 }
 
 #[test]
-fn vectors_come_as_base64_of_the_same_numbers_and_as_short_as_is_wanted() {
+fn embeddings_support_base64_and_dimensions() {
     let server = simulated(SimOptions::default(), EngineConfig::default());
     let input = prompt(1, 12);
     let ask = |more: Value| {
@@ -114,7 +114,7 @@ fn vectors_come_as_base64_of_the_same_numbers_and_as_short_as_is_wanted() {
 }
 
 #[test]
-fn what_cannot_be_embedded_is_refused_by_the_name_of_its_field() {
+fn invalid_embedding_requests_are_refused_with_their_field() {
     let sim = SimOptions {
         context: 20,
         ..SimOptions::default()
@@ -172,7 +172,7 @@ fn what_cannot_be_embedded_is_refused_by_the_name_of_its_field() {
 }
 
 #[test]
-fn one_request_may_have_more_inputs_than_the_engine_takes_at_once() {
+fn one_request_may_have_more_inputs_than_the_engine_accepts_at_once() {
     let config = EngineConfig {
         max_open_requests: 64,
         ..EngineConfig::default()
@@ -241,7 +241,7 @@ fn append(choice: &mut Value, piece: &Value) {
 }
 
 #[test]
-fn an_echoed_prompt_has_log_probabilities_but_for_its_first_token() {
+fn an_echoed_prompt_has_log_probabilities_except_for_its_first_token() {
     let server = simulated(SimOptions::default(), EngineConfig::default());
     let input = prompt(1, 9);
     let text = server.engine.tokenizer().unwrap();
@@ -286,7 +286,7 @@ fn an_echoed_prompt_has_log_probabilities_but_for_its_first_token() {
 }
 
 #[test]
-fn every_answer_to_every_prompt_is_echoed_with_its_own_prompt() {
+fn every_answer_echoes_its_own_prompt() {
     let server = null();
     let body = json!({
         "prompt": [[700, 701, 702], [900]], "n": 2, "echo": true, "logprobs": 2,

@@ -99,7 +99,7 @@ fn streamed(name: &str) -> Value {
 }
 
 #[test]
-fn refused_fields_are_named_unless_they_ask_for_nothing() {
+fn refused_fields_are_reported_unless_their_value_is_neutral() {
     // The null engine has no embeddings, so its refusal must name another field.
     let answered = |route: Route, body: &Value, name: &str| {
         let reply = send(NULL.address, route.path(), body);
@@ -567,7 +567,7 @@ fn honoured_fields_have_an_effect_or_are_checked() {
 /// lm-eval's `local-completions` takes a continuation as greedy if the log probability of each
 /// of its tokens equals the largest of the top log probabilities, compared as numbers.
 #[test]
-fn the_likeliest_tokens_have_the_digits_of_the_chosen_one() {
+fn top_log_probabilities_are_written_like_the_chosen_ones() {
     for logprobs in [0, 1, 5] {
         let body = json!({"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0, "logprobs": logprobs, "echo": true});
         let reply = send(SMOLLM2.address, COMPLETIONS, &body);
@@ -604,7 +604,7 @@ fn the_likeliest_tokens_have_the_digits_of_the_chosen_one() {
 }
 
 #[test]
-fn the_last_message_is_left_open_for_the_answer() {
+fn continue_final_message_leaves_the_last_message_open() {
     let body = json!({
         "messages": [{"role": "user", "content": "Write a poem"}, {"role": "assistant", "content": "The sea is "}],
         "add_generation_prompt": false, "continue_final_message": true,
@@ -648,7 +648,7 @@ fn the_last_message_is_left_open_for_the_answer() {
 }
 
 #[test]
-fn a_request_brings_a_template_only_where_it_is_trusted() {
+fn a_chat_template_in_a_request_is_used_only_if_trusted() {
     let mut options = options();
     options.trust_request_chat_template = true;
     let server = TestServer::start(parrot::engine("{{ messages[0].content }}"), options);
@@ -667,7 +667,7 @@ fn a_request_brings_a_template_only_where_it_is_trusted() {
 }
 
 #[test]
-fn a_chat_template_of_the_operator_takes_the_place_of_the_models_own() {
+fn the_operators_chat_template_replaces_the_models() {
     let mut tokenizer = tokenizer(&model::smollm2());
     let template = "{{ bos_token }}|{% for m in messages %}{{ m.content }}{% endfor %}";
     tokenizer.set_chat_template(template).unwrap();
@@ -681,7 +681,7 @@ fn a_chat_template_of_the_operator_takes_the_place_of_the_models_own() {
 }
 
 #[test]
-fn documents_reach_a_template_that_takes_them() {
+fn documents_reach_a_template_that_renders_them() {
     let template = "{{ messages[0].content }}{% for d in documents %}{{ d.text }}{% endfor %}";
     let server = TestServer::start(parrot::engine(template), options());
     let body = json!({
@@ -692,7 +692,7 @@ fn documents_reach_a_template_that_takes_them() {
 }
 
 #[test]
-fn roles_that_neither_the_api_nor_the_template_knows_are_refused() {
+fn roles_unknown_to_the_api_and_the_template_are_refused() {
     let template =
         "{% for m in messages %}{% if m.role == 'critic' %}{{ m.content }}{% endif %}{% endfor %}";
     let server = TestServer::start(parrot::engine(template), options());
@@ -705,7 +705,7 @@ fn roles_that_neither_the_api_nor_the_template_knows_are_refused() {
 }
 
 #[test]
-fn refusal_parts_of_an_earlier_answer_are_text() {
+fn refusal_parts_of_earlier_answers_are_rendered_as_text() {
     let server = TestServer::start(
         parrot::engine("{% for m in messages %}{{ m.content }}{% endfor %}"),
         options(),
@@ -745,7 +745,7 @@ fn integers_may_be_written_as_floats() {
 }
 
 #[test]
-fn usage_is_told_with_every_event_if_asked() {
+fn continuous_usage_stats_adds_usage_to_every_event() {
     for route in [Route::Completions, Route::Chat] {
         let options =
             json!({"stream_options": {"include_usage": true, "continuous_usage_stats": true}});
@@ -813,7 +813,7 @@ fn best_of_returns_the_likeliest_answers() {
 }
 
 #[test]
-fn a_response_has_log_probabilities_in_its_parts_and_its_events() {
+fn log_probabilities_are_in_the_parts_and_the_events_of_a_response() {
     let include = json!({"include": ["message.output_text.logprobs"], "top_logprobs": 1});
     let body = with(Route::Responses, &[&include]);
     let whole = ask(SMOLLM2.address, RESPONSES, &body);
@@ -859,7 +859,7 @@ fn a_response_has_log_probabilities_in_its_parts_and_its_events() {
 }
 
 #[test]
-fn a_conversation_that_is_too_long_loses_its_beginning_if_asked() {
+fn truncation_auto_drops_the_oldest_turns() {
     let turn = |number: usize| {
         json!([
             {"role": "user", "content": format!("Question {number}: {}", "why ".repeat(60))},
@@ -885,7 +885,7 @@ fn a_conversation_that_is_too_long_loses_its_beginning_if_asked() {
 }
 
 #[test]
-fn a_context_that_is_too_small_is_told_as_openai_tells_it() {
+fn context_overflow_is_reported_in_openais_words() {
     let ids: Vec<u32> = vec![504; 600];
     for (route, changes) in [
         (Route::Completions, json!({"prompt": ids})),
@@ -932,7 +932,7 @@ fn a_compressed_body_is_refused_with_its_encoding() {
 }
 
 #[test]
-fn the_tokenizer_is_described_and_models_are_listed_with_a_slash() {
+fn tokenizer_info_and_models_with_a_trailing_slash_are_served() {
     let info = fetch(SMOLLM2.address, "/tokenizer_info").json();
     assert_eq!(info["eos_token"], "<|im_end|>");
     assert!(info["chat_template"].as_str().unwrap().contains("messages"));
@@ -943,7 +943,7 @@ fn the_tokenizer_is_described_and_models_are_listed_with_a_slash() {
 }
 
 #[test]
-fn what_takes_tokens_away_is_refused_beside_a_form() {
+fn token_filters_are_refused_together_with_structured_outputs() {
     for changes in [
         json!({"bad_words": ["x"]}),
         json!({"allowed_token_ids": [28]}),

@@ -40,7 +40,7 @@ fn ask(address: SocketAddr, request: &[u8]) -> Reply {
 }
 
 #[test]
-fn who_brings_no_key_or_a_wrong_one_is_refused() {
+fn requests_without_a_valid_key_are_refused() {
     let server = start(|options| options.api_keys = ApiKeys::parse("one\ntwo"));
     let bring = |header: &str| {
         let request = with_headers(&post("/v1/completions", COMPLETION), header);
@@ -91,7 +91,7 @@ fn a_request_keeps_its_id_or_gets_one() {
 }
 
 #[test]
-fn pages_of_other_origins_are_served_only_if_they_are_allowed() {
+fn cross_origin_requests_are_served_only_from_allowed_origins() {
     let preflight = |origin: &str| {
         let headers = format!(
             "Origin: {origin}\r\nAccess-Control-Request-Method: POST\r\n\
@@ -119,7 +119,7 @@ fn pages_of_other_origins_are_served_only_if_they_are_allowed() {
 }
 
 #[test]
-fn a_preflight_allows_whatever_headers_the_clients_of_an_allowed_origin_send() {
+fn a_preflight_allows_all_headers_from_an_allowed_origin() {
     let server = start(|options| options.allowed_origins = vec!["*".to_owned()]);
     let asked = "authorization, content-type, x-api-key, x-stainless-os, openai-organization, \
                  idempotency-key, something-of-next-year";
@@ -134,7 +134,7 @@ fn a_preflight_allows_whatever_headers_the_clients_of_an_allowed_origin_send() {
 }
 
 #[test]
-fn without_keys_no_page_of_another_site_can_do_anything() {
+fn without_keys_cross_site_requests_are_refused() {
     let server = start(|_| ());
     let plain = String::from_utf8(post("/v1/completions", COMPLETION)).unwrap();
     let send = |request: &str| ask(server.address, request.as_bytes());
@@ -158,7 +158,7 @@ fn without_keys_no_page_of_another_site_can_do_anything() {
 }
 
 #[test]
-fn a_request_is_no_more_urgent_than_its_key_allows() {
+fn priorities_are_limited_by_the_key() {
     let (server, permits) = gated(|options| {
         options.api_keys = ApiKeys::parse("usual\nurgent max-priority=-7");
         options.max_priority = -2;
@@ -199,7 +199,7 @@ fn cached(reply: &Reply) -> u64 {
 }
 
 #[test]
-fn keys_and_salts_do_not_share_what_is_cached() {
+fn cached_prefixes_are_not_shared_between_keys_or_salts() {
     let server = start(|options| options.api_keys = ApiKeys::parse("alice\nmallory"));
     let prompt: Vec<u32> = (0..64).collect();
     let send = |key: &str, salt: &str| {
@@ -216,7 +216,7 @@ fn keys_and_salts_do_not_share_what_is_cached() {
     assert_eq!(
         cached(&send("mallory", "")),
         0,
-        "another key's prompt shows"
+        "the cache reveals another key's prompt"
     );
     assert_eq!(cached(&send("alice", salt)), 0);
     assert!(cached(&send("alice", salt)) > 0);
@@ -238,11 +238,14 @@ fn keys_and_salts_do_not_share_what_is_cached() {
     assert_eq!(send(""), 0);
     assert_eq!(send(salt), 0);
     assert!(send(salt) > 0);
-    assert!(send("") > 0, "without keys all share what has no salt");
+    assert!(
+        send("") > 0,
+        "without keys, unsalted prompts share cached prefixes"
+    );
 }
 
 #[test]
-fn headers_and_bodies_that_never_end_are_cut_off() {
+fn headers_and_bodies_that_never_end_time_out() {
     let short = Duration::from_millis(200);
     let server = start(|options| options.header_timeout = short);
     let mut slow = Connection::open(server.address);
@@ -277,22 +280,25 @@ fn used(address: SocketAddr) -> Connection {
 }
 
 #[test]
-fn a_connection_may_be_idle_for_longer_than_a_head_may_take() {
+fn the_header_timeout_does_not_apply_to_idle_connections() {
     let server = start(|options| options.header_timeout = SHORT);
     let mut idle = used(server.address);
-    assert!(!idle.answers_within(3 * SHORT), "it was closed");
+    assert!(!idle.answers_within(3 * SHORT), "the connection was closed");
     // An empty line between requests does not start a head either.
     idle.send(b"\r\n").unwrap();
-    assert!(!idle.answers_within(3 * SHORT), "it was closed");
+    assert!(!idle.answers_within(3 * SHORT), "the connection was closed");
     idle.send(&get("/health")).unwrap();
-    assert_eq!(idle.reply().expect("it is still open").status, 200);
+    assert_eq!(
+        idle.reply().expect("the connection is still open").status,
+        200
+    );
     // The timeout starts once a head has begun.
     idle.send(b"GET /health HTTP/1.1\r\nHo").unwrap();
     assert!(idle.reply().is_none_or(|reply| reply.status == 408));
 }
 
 #[test]
-fn a_connection_that_is_idle_for_too_long_is_closed() {
+fn a_connection_is_closed_when_idle_for_too_long() {
     let server = start(|options| options.keep_alive_timeout = SHORT);
     let mut idle = used(server.address);
     assert!(idle.reply().is_none());
@@ -337,7 +343,7 @@ fn idle_connections_make_room_for_new_ones() {
     let mut oldest = used(address);
     let mut newest = used(address);
     let mut new = used(address);
-    assert!(oldest.reply().is_none(), "it makes room");
+    assert!(oldest.reply().is_none(), "an idle connection is closed");
     for kept in [&mut newest, &mut new] {
         kept.send(&get("/health")).unwrap();
         assert_eq!(kept.reply().expect("it is kept").status, 200);
@@ -345,19 +351,19 @@ fn idle_connections_make_room_for_new_ones() {
     // Connections that have not sent anything yet make room too.
     let mut silent: Vec<_> = (0..10).map(|_| Connection::open(address)).collect();
     assert_eq!(ask(address, &get("/health")).status, 200);
-    assert!(silent[0].reply().is_none(), "it makes room");
+    assert!(silent[0].reply().is_none(), "an idle connection is closed");
     drop(permits);
     assert!(events(&mut stream).ends_with("data: [DONE]\n\n"));
 }
 
 #[test]
-fn one_address_has_only_so_many_connections() {
+fn connections_per_address_are_limited() {
     let (server, permits) = gated(|options| options.max_connections_per_address = Some(2));
     let address = server.address;
     let mut streams = [streaming(address), streaming(address)];
     let mut third = Connection::open(address);
     let _ = third.send(&get("/health"));
-    assert!(third.reply().is_none(), "it is refused");
+    assert!(third.reply().is_none(), "the connection is refused");
     // There is room for other addresses.
     let socket = socket_from([127, 0, 0, 2], address);
     let mut other = Connection::over(socket);
@@ -402,7 +408,7 @@ fn certificate(folder: &std::path::Path) -> (TlsFiles, Vec<u8>) {
 }
 
 #[test]
-fn https_is_served_with_the_certificate() {
+fn https_is_served_with_the_given_certificate() {
     let folder = tempfile::tempdir().unwrap();
     let (files, pem) = certificate(folder.path());
     let server = start(|options| options.tls = Some(files));
@@ -430,7 +436,7 @@ fn https_is_served_with_the_certificate() {
 }
 
 #[test]
-fn a_certificate_or_an_origin_that_is_none_is_refused_at_the_start() {
+fn an_invalid_certificate_or_origin_is_refused_at_startup() {
     let folder = tempfile::tempdir().unwrap();
     let (files, _) = certificate(folder.path());
     let mut broken = files.clone();
@@ -461,7 +467,7 @@ fn a_certificate_or_an_origin_that_is_none_is_refused_at_the_start() {
 }
 
 #[test]
-fn an_address_in_use_is_named() {
+fn an_address_in_use_is_reported() {
     let first = start(|_| ());
     let engine = null_engine(tokenizer(&model::smollm2()), EngineConfig::default());
     let runtime = tokio::runtime::Runtime::new().unwrap();
@@ -475,7 +481,7 @@ fn an_address_in_use_is_named() {
 }
 
 #[test]
-fn more_requests_than_are_accepted_are_told_to_come_back() {
+fn requests_beyond_the_limit_get_429_with_retry_after() {
     let (permits, gate) = std::sync::mpsc::channel();
     let sim = SimOptions {
         gate: Some(gate),
@@ -506,7 +512,7 @@ fn events(connection: &mut Connection) -> String {
 }
 
 #[test]
-fn a_server_that_stops_finishes_what_it_has_and_says_that_it_takes_no_more() {
+fn a_stopping_server_finishes_open_requests_and_refuses_new_ones() {
     let (server, permits) = gated(|_| ());
     let mut stream = streaming(server.address);
     permits.send(()).unwrap();
@@ -516,9 +522,13 @@ fn a_server_that_stops_finishes_what_it_has_and_says_that_it_takes_no_more() {
     let ready = || ask(address, &get("/ready")).status;
     assert!(
         (0..100_000).any(|_| ready() == 503),
-        "it is not ready any more"
+        "the server is no longer ready"
     );
-    assert_eq!(ask(address, &get("/health")).status, 200, "but it lives");
+    assert_eq!(
+        ask(address, &get("/health")).status,
+        200,
+        "but the server is alive"
+    );
     let late = ask(address, &post("/v1/completions", COMPLETION));
     assert_eq!(late.status, 503);
     assert_eq!(late.header("retry-after"), Some("5"));
@@ -531,13 +541,13 @@ fn a_server_that_stops_finishes_what_it_has_and_says_that_it_takes_no_more() {
 }
 
 #[test]
-fn a_server_that_is_told_to_stop_ends_by_itself() {
+fn a_stop_signal_ends_the_server_after_its_open_requests() {
     let server = Serve::start(&model::smollm2(), &[]);
     let mut stream = Connection::open(server.address);
     let body = r#"{"prompt": "Once", "max_tokens": 40, "ignore_eos": true, "stream": true}"#;
     stream.send(&post("/v1/completions", body)).unwrap();
     assert_eq!(stream.head().unwrap().status, 200);
-    let ending = std::thread::spawn(move || server.ends_when_told());
+    let ending = std::thread::spawn(move || server.terminate());
     let events = events(&mut stream);
     assert!(events.contains("\"finish_reason\":\"length\""), "{events}");
     ending.join().unwrap();
@@ -559,13 +569,13 @@ fn until(stderr: &mut impl BufRead, text: &str) {
         line.clear();
         assert!(
             stderr.read_line(&mut line).unwrap() > 0,
-            "it never says {text:?}"
+            "the log never contains {text:?}"
         );
     }
 }
 
 #[test]
-fn a_second_signal_cancels_what_is_open_however_soon_it_comes() {
+fn a_second_signal_cancels_open_requests() {
     for (first, second) in [("TERM", "TERM"), ("HUP", "TERM"), ("INT", "HUP")] {
         let mut command = Serve::command(&model::smollm2(), &["--drain-timeout", "100000"]);
         let mut server = Serve::spawn(command.stderr(Stdio::piped()));
@@ -582,7 +592,7 @@ fn a_second_signal_cancels_what_is_open_however_soon_it_comes() {
 }
 
 #[test]
-fn a_hangup_is_ignored_by_a_server_that_is_to_outlive_its_terminal() {
+fn sighup_is_ignored_under_nohup() {
     let plain = Serve::command(&model::smollm2(), &[]);
     let mut command = Command::new("nohup");
     command.arg(plain.get_program()).args(plain.get_args());
@@ -590,11 +600,11 @@ fn a_hangup_is_ignored_by_a_server_that_is_to_outlive_its_terminal() {
     server.signal("HUP");
     // If the server had handled the signal, it would be draining by now.
     assert_eq!(ask(server.address, &get("/ready")).status, 200);
-    server.ends_when_told();
+    server.terminate();
 }
 
 #[test]
-fn a_server_that_is_told_to_stop_before_it_listens_ends() {
+fn a_stop_signal_ends_a_server_that_does_not_listen_yet() {
     let folder = tempfile::tempdir().unwrap();
     let keys = folder.path().join("keys");
     assert!(
@@ -619,7 +629,7 @@ fn a_server_that_is_told_to_stop_before_it_listens_ends() {
 }
 
 #[test]
-fn a_log_that_nobody_reads_stops_nobody() {
+fn an_unread_log_does_not_block_requests() {
     let mut command = Serve::command(&model::smollm2(), &["--drain-timeout", "1"]);
     command.env("QUELL_LOG", "trace").stderr(Stdio::piped());
     let mut server = Serve::spawn(&mut command);
@@ -633,13 +643,13 @@ fn a_log_that_nobody_reads_stops_nobody() {
     }
     // The server still notices that a client disconnects, and frees what its request held.
     drop(long_stream(server.address));
-    server.falls_idle();
+    server.wait_until_idle();
     assert_eq!(ask(server.address, &get("/health")).status, 200);
     // Once it is read again, the log goes on and reports that lines are missing.
     let (found, is_found) = std::sync::mpsc::channel();
     let reader = std::thread::spawn(move || {
         let mut stderr = BufReader::new(&mut stderr);
-        until(&mut stderr, "lines of the log were dropped");
+        until(&mut stderr, "log lines were dropped");
         found.send(()).unwrap();
         std::io::copy(&mut stderr, &mut std::io::sink()).unwrap();
     });
@@ -650,7 +660,7 @@ fn a_log_that_nobody_reads_stops_nobody() {
 }
 
 #[test]
-fn a_server_ends_although_nobody_reads_its_log() {
+fn a_server_exits_even_if_its_log_is_unread() {
     let mut command = Serve::command(&model::smollm2(), &[]);
     command.env("QUELL_LOG", "trace").stderr(Stdio::piped());
     let mut server = Serve::spawn(&mut command);
@@ -693,13 +703,13 @@ fn settings_come_from_the_flag_then_the_environment_then_the_file() {
     write("max-boddy-mib = 1");
     assert!(serve(&[], None).contains("\"max-boddy-mib\""));
     write("model = ");
-    assert!(serve(&[], None).contains("is no TOML"));
+    assert!(serve(&[], None).contains("is not valid TOML"));
     write("model = \"none.gguf\"\nmax-connections = 0");
     assert!(serve(&[], None).contains("--max-connections is 0"));
 }
 
 #[test]
-fn a_request_that_does_not_say_how_to_sample_is_sampled_as_the_model_says() {
+fn sampling_defaults_of_the_model_apply_to_requests() {
     let tiny =
         std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden/tiny/llama");
     let copy = tempfile::tempdir().unwrap();

@@ -43,14 +43,14 @@ const IGNORE_EOS: &str = "
 const IDLE: &str = "latest && latest.stats.open + latest.stats.closing === 0
     && latest.stats.blocks.referenced === 0";
 
-async fn nothing_sticks_out(browser: &Browser) {
+async fn assert_nothing_overflows(browser: &Browser) {
     let script = "return [document.documentElement.scrollWidth, window.innerWidth]";
     let widths: Vec<u64> = serde_json::from_value(browser.run(script).await).unwrap();
     assert!(widths[0] <= widths[1], "{widths:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_page_chats_stops_shows_the_engine_and_cancels_the_requests_of_others() {
+async fn the_page_chats_stops_answers_and_cancels_other_requests() {
     let serve = Serve::start(&smollm2(), &[]);
     let browser = Browser::start().await;
     browser.look(WIDE, 1, "light").await;
@@ -119,7 +119,7 @@ async fn the_page_chats_stops_shows_the_engine_and_cancels_the_requests_of_other
     assert_eq!(
         browser.run("return map.owner").await,
         id,
-        "its blocks are shown"
+        "the blocks of the request are shown"
     );
     assert!(browser.run("return map.owned.size").await.as_u64().unwrap() > 0);
     browser.press(ENTER).await;
@@ -170,7 +170,7 @@ async fn the_page_chats_stops_shows_the_engine_and_cancels_the_requests_of_other
         ("phone-dark", PHONE, 2, "dark"),
     ] {
         browser.look(size, scale, scheme).await;
-        nothing_sticks_out(&browser).await;
+        assert_nothing_overflows(&browser).await;
         let dark = browser
             .run("return matchMedia('(prefers-color-scheme: dark)').matches")
             .await;
@@ -215,20 +215,23 @@ fn processes_with(argument: &str) -> usize {
 
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn nothing_is_left_of_a_browser() {
+async fn a_dropped_browser_leaves_no_process() {
     let browser = Browser::start().await;
     let profile = browser.profile().to_str().unwrap().to_owned();
     assert!(processes_with(&profile) > 0);
     drop(browser);
     let begun = std::time::Instant::now();
     while processes_with(&profile) > 0 {
-        assert!(begun.elapsed().as_secs() < 60, "the browser goes on");
+        assert!(
+            begun.elapsed().as_secs() < 60,
+            "the browser is still running"
+        );
         std::thread::yield_now();
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_server_with_keys_lets_the_page_in_with_one() {
+async fn the_page_asks_for_a_key_if_the_server_requires_one() {
     let keys = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(keys.path(), "sesame\n").unwrap();
     let serve = Serve::start(

@@ -42,7 +42,7 @@ fn delete(id: &str) -> http::Reply {
 }
 
 #[test]
-fn a_response_can_be_asked_for_again_until_it_is_deleted() {
+fn a_stored_response_can_be_fetched_until_it_is_deleted() {
     let response = create(json!({
         "input": say("Yes."), "instructions": "Be kind.", "temperature": 0.7,
         "metadata": {"a": "b"}, "max_output_tokens": 50,
@@ -83,14 +83,14 @@ fn a_response_can_be_asked_for_again_until_it_is_deleted() {
 }
 
 #[test]
-fn a_response_that_is_not_to_be_kept_is_not() {
+fn a_response_with_store_false_is_not_stored() {
     let response = create(json!({"input": say("Yes."), "store": false}));
     let place = format!("{RESPONSES}/{}", response["id"].as_str().unwrap());
     assert_eq!(fetch(SERVER.address, &place).status, 404);
 }
 
 #[test]
-fn a_response_goes_on_from_the_one_before() {
+fn previous_response_id_continues_a_conversation() {
     let first = create(json!({"input": say("One."), "instructions": "Be kind."}));
     let alone = create(json!({"input": say("Two.")}));
     let second = create(json!({"input": say("Two."), "previous_response_id": first["id"]}));
@@ -115,7 +115,7 @@ fn a_response_goes_on_from_the_one_before() {
 }
 
 #[test]
-fn calls_and_their_results_are_items() {
+fn tool_calls_and_their_results_are_items() {
     let text = "<think>\nHm.\n</think>\n\nI look.\n<tool_call>{\"name\": \"f\", \"arguments\": {\"a\": 1}}</tool_call>";
     let first = create(json!({"input": say(text), "tools": [tool()]}));
     let read = typed(&first);
@@ -160,7 +160,7 @@ fn calls_and_their_results_are_items() {
 }
 
 #[test]
-fn events_tell_how_the_response_comes_to_be() {
+fn events_follow_the_responses_protocol() {
     let text = "<think>Hm.</think>I look.<tool_call>{\"name\": \"f\", \"arguments\": {\"a\": 1}}</tool_call>";
     let body = json!({"input": say(text), "tools": [tool()]});
     let events = events(SERVER.address, RESPONSES, &body);
@@ -215,7 +215,7 @@ fn events_tell_how_the_response_comes_to_be() {
 }
 
 #[test]
-fn the_limit_makes_a_response_incomplete() {
+fn the_token_limit_makes_a_response_incomplete() {
     let body = json!({"input": say("One, two, three."), "max_output_tokens": 2});
     let response = create(body.clone());
     assert_eq!(typed(&response).status, Status::Incomplete);
@@ -229,7 +229,7 @@ fn the_limit_makes_a_response_incomplete() {
 }
 
 #[test]
-fn text_has_the_form_that_was_asked_for() {
+fn text_format_constrains_the_answer() {
     let schema = json!({"type": "object", "properties": {"a": {"type": "integer"}}});
     let format = json!({"type": "json_schema", "name": "n", "schema": schema, "strict": true});
     let response = create(json!({"input": say("{\"a\":1}"), "text": {"format": format}}));
@@ -239,7 +239,7 @@ fn text_has_the_form_that_was_asked_for() {
 }
 
 #[test]
-fn requests_that_make_no_sense_are_refused_by_field() {
+fn invalid_requests_are_refused_with_their_field() {
     for (body, field) in [
         (json!({}), "input"),
         (json!({"input": []}), "input"),
@@ -280,7 +280,7 @@ fn requests_that_make_no_sense_are_refused_by_field() {
 }
 
 #[test]
-fn items_can_be_referred_to_and_listed() {
+fn items_can_be_referenced_and_listed() {
     let first = create(json!({"input": say("One."), "instructions": "Be kind."}));
     let answer = &first["output"][0];
     let place = format!("{RESPONSES}/{}/input_items", first["id"].as_str().unwrap());
@@ -356,7 +356,7 @@ fn items_can_be_referred_to_and_listed() {
 }
 
 #[test]
-fn what_is_asked_can_be_counted_beforehand() {
+fn input_tokens_can_be_counted_in_advance() {
     let first = create(json!({"input": say("One.")}));
     for body in [
         json!({"input": say("Two.")}),
@@ -378,7 +378,7 @@ fn what_is_asked_can_be_counted_beforehand() {
 
 /// A request like those of Codex.
 #[test]
-fn tools_that_the_server_does_not_have_are_skipped_and_named() {
+fn unsupported_tools_are_skipped_and_reported() {
     let shell = json!({
         "type": "function", "name": "shell", "description": "Runs a command", "strict": true,
         "parameters": {
@@ -433,7 +433,7 @@ fn tools_that_the_server_does_not_have_are_skipped_and_named() {
 }
 
 #[test]
-fn text_of_a_form_may_be_a_call_instead() {
+fn an_answer_with_a_text_format_may_be_a_tool_call() {
     let schema = json!({"type": "object", "properties": {"b": {"type": "integer"}}, "required": ["b"], "additionalProperties": false});
     let format = json!({"type": "json_schema", "name": "n", "schema": schema});
     let with = |text: &str| {

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::Command;
 
 #[test]
-fn replicas_behind_a_router_share_the_load_and_lose_only_their_own_requests() {
+fn replicas_share_the_load_and_a_crash_loses_only_its_own_requests() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     // Does nothing if the clients are installed.
     succeeds(&mut Command::new(root.join("scripts/setup-clients")));

@@ -112,7 +112,7 @@ impl Served {
     }
 
     /// Waits until nothing is held any more.
-    async fn falls_idle(&self) {
+    async fn wait_until_idle(&self) {
         let until = Instant::now() + PATIENCE;
         while !self.engine.inspect().await.unwrap().is_idle() {
             assert!(Instant::now() < until, "{:?}", self.engine.inspect().await);
@@ -166,7 +166,7 @@ impl Events {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_session_carries_its_context_from_turn_to_turn_until_it_is_ended() {
+async fn a_session_keeps_its_context_across_turns_until_it_ends() {
     let served = Served::start(|_| ()).await;
     let (status, session) = served
         .post("/v1/sessions", json!({"pin_seconds": 60}))
@@ -203,7 +203,7 @@ async fn a_session_carries_its_context_from_turn_to_turn_until_it_is_ended() {
     assert_eq!(status, StatusCode::OK);
     assert_eq!(ended["blocks_freed"], 1);
     assert!(ended["posted_to_freed_ms"].as_f64().unwrap() >= 0.0);
-    served.falls_idle().await;
+    served.wait_until_idle().await;
     for (method, path) in [(Method::GET, &path), (Method::DELETE, &path)] {
         let (status, error) = served.call(method, path, None).await;
         assert_eq!(status, StatusCode::NOT_FOUND);
@@ -214,7 +214,7 @@ async fn a_session_carries_its_context_from_turn_to_turn_until_it_is_ended() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_turn_excludes_others_until_it_is_stopped_and_kept_or_rewound() {
+async fn a_session_has_one_turn_at_a_time_until_it_is_stopped() {
     let served = Served::start(|_| ()).await;
     let id = served.open_session().await;
     let path = format!("/v1/sessions/{id}");
@@ -254,7 +254,7 @@ async fn a_turn_excludes_others_until_it_is_stopped_and_kept_or_rewound() {
         (StatusCode::BAD_REQUEST, &json!("mode"))
     );
     served.call(Method::DELETE, &path, None).await;
-    served.falls_idle().await;
+    served.wait_until_idle().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -268,11 +268,11 @@ async fn ending_a_session_ends_its_turn() {
     let (_, receipt) = served.call(Method::DELETE, &path, None).await;
     assert!(receipt["blocks_freed"].as_u64().unwrap() > 0, "{receipt}");
     assert_eq!(events.finish_reason().await, "abort");
-    served.falls_idle().await;
+    served.wait_until_idle().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_turn_whose_connection_is_closed_leaves_its_session_as_it_was() {
+async fn a_disconnect_during_a_turn_leaves_the_session_unchanged() {
     let served = Served::start(|_| ()).await;
     let id = served.open_session().await;
     let (events, _) = served
@@ -288,7 +288,7 @@ async fn a_turn_whose_connection_is_closed_leaves_its_session_as_it_was() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn there_are_no_more_sessions_than_the_server_allows() {
+async fn the_number_of_sessions_is_limited() {
     let served = Served::start(|options| options.max_sessions = 2).await;
     let first = served.open_session().await;
     served.open_session().await;
@@ -301,7 +301,7 @@ async fn there_are_no_more_sessions_than_the_server_allows() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_session_that_is_left_alone_ends_and_one_that_is_busy_does_not() {
+async fn idle_sessions_expire_and_busy_ones_do_not() {
     // Long enough for each turn to begin in time.
     let ttl = Duration::from_secs(5);
     let served = Served::start(|options| options.session_ttl = ttl).await;
@@ -335,7 +335,7 @@ async fn a_session_that_is_left_alone_ends_and_one_that_is_busy_does_not() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_a_session_cannot_be_asked_is_refused_by_name() {
+async fn invalid_session_requests_are_refused_with_their_field() {
     let served = Served::start(|_| ()).await;
     let id = served.open_session().await;
     for (body, param) in [
@@ -365,7 +365,7 @@ async fn what_a_session_cannot_be_asked_is_refused_by_name() {
 
 /// The answer to the abort reports how many blocks were freed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_request_is_aborted_by_the_id_of_its_answer_or_by_its_number() {
+async fn a_request_can_be_aborted_by_its_answers_id_or_its_number() {
     let served = Served::start(|_| ()).await;
     for field in ["request_id", "rid"] {
         let (events, first) = served.endless(json!({"prompt": [5]})).await;
@@ -388,12 +388,12 @@ async fn a_request_is_aborted_by_the_id_of_its_answer_or_by_its_number() {
             let (status, done) = served.post("/abort_request", json!({field: again})).await;
             assert_eq!((status, done), (StatusCode::OK, json!({"aborted": []})));
         }
-        served.falls_idle().await;
+        served.wait_until_idle().await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn all_answers_of_a_request_are_aborted_with_it_and_those_of_others_are_not() {
+async fn aborting_a_request_aborts_all_its_answers_and_no_others() {
     let served = Served::start(|_| ()).await;
     let (two, first) = served.endless(json!({"prompt": [5], "n": 2})).await;
     let (other, _) = served.endless(json!({"prompt": [6]})).await;
@@ -408,14 +408,14 @@ async fn all_answers_of_a_request_are_aborted_with_it_and_those_of_others_are_no
         .await;
     assert_eq!(abort.1["aborted"].as_array().unwrap().len(), 1);
     assert_eq!(other.finish_reason().await, "abort");
-    served.falls_idle().await;
+    served.wait_until_idle().await;
     let (status, error) = served.post("/abort_request", json!({})).await;
     assert_eq!(status, StatusCode::BAD_REQUEST);
     assert_eq!(error["error"]["param"], "request_id");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_snapshot_names_the_open_answers_and_whose_each_block_is() {
+async fn a_snapshot_lists_open_requests_and_the_owner_of_each_block() {
     let served = Served::start(|_| ()).await;
     let (events, first) = served.endless(json!({"prompt": [5], "user": "team"})).await;
     let snapshot = served.get("/v1/engine/snapshot").await;
@@ -429,7 +429,7 @@ async fn a_snapshot_names_the_open_answers_and_whose_each_block_is() {
     assert_eq!(runs.chunks(2).map(|run| run[1]).sum::<i64>(), 4096);
     assert_eq!(runs[0], 4, "the first block is the first request's");
     drop(events);
-    served.falls_idle().await;
+    served.wait_until_idle().await;
     for query in ["every_ms=1", "every_ms=soon", "stream=perhaps"] {
         let path = format!("/v1/engine/snapshot?{query}");
         let (status, error) = served.call(Method::GET, &path, None).await;
@@ -438,7 +438,7 @@ async fn a_snapshot_names_the_open_answers_and_whose_each_block_is() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stream_of_snapshots_goes_on_until_the_server_has_drained() {
+async fn a_snapshot_stream_ends_when_the_server_has_drained() {
     let mut served = Served::start(|_| ()).await;
     let path = "/v1/engine/snapshot?stream=true&every_ms=50";
     let mut watch = Events::of(served.send(Method::GET, path, None).await);
@@ -463,7 +463,7 @@ async fn a_stream_of_snapshots_goes_on_until_the_server_has_drained() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_page_runs_its_own_script_only_and_asks_nobody_else() {
+async fn the_page_loads_nothing_from_other_sites() {
     let served = Served::start(|_| ()).await;
     let mut policies = Vec::new();
     for _ in 0..2 {

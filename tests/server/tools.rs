@@ -48,13 +48,13 @@ fn tool(name: &str) -> Value {
     }})
 }
 
-fn told(text: &str, extra: Value) -> Value {
+fn parrot_body(text: &str, extra: Value) -> Value {
     let mut body = json!({"messages": [{"role": "user", "content": say(text)}]});
     merge(&mut body, extra);
     body
 }
 
-fn asked(question: &str, extra: Value) -> Value {
+fn question_body(question: &str, extra: Value) -> Value {
     let mut body = json!({
         "messages": [{"role": "user", "content": question}],
         "temperature": 0.0,
@@ -74,8 +74,8 @@ const CALLS: &str = "I look.\n<tool_call>{\"name\": \"f\", \"arguments\": {\"cit
     \n<tool_call>{\"name\": \"g\", \"arguments\": {}}</tool_call>";
 
 #[test]
-fn calls_in_an_answer_are_tool_calls() {
-    let body = told(CALLS, json!({"tools": [tool("f"), tool("g")]}));
+fn calls_in_the_text_become_tool_calls() {
+    let body = parrot_body(CALLS, json!({"tools": [tool("f"), tool("g")]}));
     let answer = ask(PARROT.address, CHAT, &body);
     let choice = &answer["choices"][0];
     assert_eq!(choice["finish_reason"], "tool_calls");
@@ -102,19 +102,19 @@ fn calls_in_an_answer_are_tool_calls() {
 }
 
 #[test]
-fn an_answer_of_calls_alone_has_no_content() {
+fn an_answer_with_only_tool_calls_has_no_content() {
     let calls = "<tool_call>{\"name\": \"f\", \"arguments\": {}}</tool_call>";
     let answer = ask(
         PARROT.address,
         CHAT,
-        &told(calls, json!({"tools": [tool("f")]})),
+        &parrot_body(calls, json!({"tools": [tool("f")]})),
     );
     assert_eq!(answer["choices"][0]["message"]["content"], Value::Null);
 }
 
 #[test]
-fn calls_are_streamed_piece_by_piece() {
-    let body = told(CALLS, json!({"tools": [tool("f"), tool("g")], "n": 2}));
+fn tool_calls_are_streamed_incrementally() {
+    let body = parrot_body(CALLS, json!({"tools": [tool("f"), tool("g")], "n": 2}));
     let events = events(PARROT.address, CHAT, &body);
     for answer in 0..2 {
         let mut content = String::new();
@@ -161,16 +161,16 @@ fn calls_are_streamed_piece_by_piece() {
 }
 
 #[test]
-fn without_leave_an_answer_has_one_call_or_none() {
+fn tool_calls_are_limited_by_parallel_tool_calls_and_tool_choice() {
     let one = json!({"tools": [tool("f"), tool("g")], "parallel_tool_calls": false});
-    let answer = ask(PARROT.address, CHAT, &told(CALLS, one));
+    let answer = ask(PARROT.address, CHAT, &parrot_body(CALLS, one));
     let message = &answer["choices"][0]["message"];
     assert_eq!(message["tool_calls"].as_array().unwrap().len(), 1);
     for none in [
         json!({"tools": [tool("f")], "tool_choice": "none"}),
         json!({}),
     ] {
-        let answer = ask(PARROT.address, CHAT, &told(CALLS, none));
+        let answer = ask(PARROT.address, CHAT, &parrot_body(CALLS, none));
         let choice = &answer["choices"][0];
         assert_eq!(choice["message"]["content"], CALLS);
         assert_eq!(choice["message"].get("tool_calls"), None);
@@ -179,9 +179,9 @@ fn without_leave_an_answer_has_one_call_or_none() {
 }
 
 #[test]
-fn the_prompt_has_the_tools_that_may_be_called() {
+fn the_prompt_contains_only_callable_tools() {
     let tokens = |extra: Value| {
-        let answer = ask(PARROT.address, CHAT, &told("a", extra));
+        let answer = ask(PARROT.address, CHAT, &parrot_body("a", extra));
         answer["usage"]["prompt_tokens"].as_u64().unwrap()
     };
     let none = tokens(json!({}));
@@ -193,7 +193,7 @@ fn the_prompt_has_the_tools_that_may_be_called() {
 }
 
 #[test]
-fn a_template_that_knows_no_tools_is_given_them_in_words() {
+fn tools_are_described_in_text_if_the_template_does_not_render_them() {
     let template = "{# <｜tool▁calls▁begin｜> #}{% for m in messages %}\
         <|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
         {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
@@ -201,9 +201,9 @@ fn a_template_that_knows_no_tools_is_given_them_in_words() {
     let with_tools = ask(
         server.address,
         CHAT,
-        &told(CALLS, json!({"tools": [tool("f")]})),
+        &parrot_body(CALLS, json!({"tools": [tool("f")]})),
     );
-    let without = ask(server.address, CHAT, &told(CALLS, json!({})));
+    let without = ask(server.address, CHAT, &parrot_body(CALLS, json!({})));
     let calls = &with_tools["choices"][0]["message"]["tool_calls"];
     assert_eq!(calls.as_array().map(Vec::len), Some(2));
     let tokens = |answer: &Value| answer["usage"]["prompt_tokens"].as_u64().unwrap();
@@ -220,7 +220,7 @@ fn prompt(server: &TestServer, body: &Value) -> String {
 /// A template like those of DeepSeek's distilled models: it renders no tools, but renders calls
 /// in its own format, in messages without content.
 #[test]
-fn a_template_that_writes_calls_but_no_tools_keeps_its_own_format() {
+fn a_template_that_renders_calls_but_no_tools_keeps_its_own_format() {
     let template = "{% for m in messages %}<|im_start|>{{ m.role }}\n\
         {% if m.role == 'assistant' and m.content is none %}{% for c in m.tool_calls %}\
         <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>{{ c.function.name }}\n\
@@ -249,14 +249,14 @@ fn a_template_that_writes_calls_but_no_tools_keeps_its_own_format() {
     let answer = ask(
         server.address,
         CHAT,
-        &told(call, json!({"tools": [tool("f")]})),
+        &parrot_body(call, json!({"tools": [tool("f")]})),
     );
     let calls = &answer["choices"][0]["message"]["tool_calls"];
     assert_eq!(calls[0]["function"]["name"], "f");
 }
 
 #[test]
-fn a_conversation_with_tools_takes_the_template_for_tools() {
+fn the_tool_use_template_is_used_for_conversations_with_tools() {
     let templates = json!([
         {"name": "default", "template": "D{{ messages[0].content }}"},
         {"name": "tool_use", "template": "U{{ tools | length }}{{ messages[0].content }}"},
@@ -272,29 +272,29 @@ fn a_conversation_with_tools_takes_the_template_for_tools() {
 }
 
 #[test]
-fn tokenize_counts_what_a_chat_takes() {
+fn tokenize_counts_the_tokens_of_a_chat_prompt() {
     for extra in [
         json!({"tools": [tool("f")]}),
         json!({"chat_template_kwargs": {"open_thinking": true}}),
         json!({}),
     ] {
-        let body = told("a", extra);
+        let body = parrot_body("a", extra);
         let taken = &ask(PARROT.address, CHAT, &body)["usage"]["prompt_tokens"];
         assert_eq!(&ask(PARROT.address, "/tokenize", &body)["count"], taken);
     }
 }
 
 #[test]
-fn a_call_that_the_limit_cuts_off_is_no_reason_to_call() {
+fn a_truncated_call_finishes_with_length() {
     let extra = json!({"tools": [tool("f")], "max_tokens": 30});
-    let answer = ask(PARROT.address, CHAT, &told(CALLS, extra));
+    let answer = ask(PARROT.address, CHAT, &parrot_body(CALLS, extra));
     let choice = &answer["choices"][0];
     assert_eq!(choice["finish_reason"], "length");
     assert_eq!(choice["message"]["tool_calls"][0]["function"]["name"], "f");
 }
 
 #[test]
-fn reasoning_is_told_apart_from_the_answer() {
+fn reasoning_is_separated_from_the_answer() {
     let thought = "<think>\nHm.\n</think>\n\nYes.";
     for (text, extra) in [
         (thought, json!({})),
@@ -303,7 +303,7 @@ fn reasoning_is_told_apart_from_the_answer() {
             json!({"chat_template_kwargs": {"open_thinking": true}}),
         ),
     ] {
-        let body = told(text, extra);
+        let body = parrot_body(text, extra);
         let answer = ask(PARROT.address, CHAT, &body);
         let message = &answer["choices"][0]["message"];
         assert_eq!(message["reasoning_content"], "Hm.");
@@ -316,25 +316,25 @@ fn reasoning_is_told_apart_from_the_answer() {
         }
         assert_eq!((reasoning.as_str(), content.as_str()), ("Hm.", "Yes."));
     }
-    let quiet = told(thought, json!({"include_reasoning": false}));
+    let quiet = parrot_body(thought, json!({"include_reasoning": false}));
     let answer = ask(PARROT.address, CHAT, &quiet);
     let message = &answer["choices"][0]["message"];
     assert_eq!(message.get("reasoning_content"), None);
     assert_eq!(message["content"], "Yes.");
     let unthinking = json!({"chat_template_kwargs": {"enable_thinking": false}});
-    let answer = ask(PARROT.address, CHAT, &told("Yes.", unthinking));
+    let answer = ask(PARROT.address, CHAT, &parrot_body("Yes.", unthinking));
     assert_eq!(answer["choices"][0]["message"]["content"], "Yes.");
 }
 
 #[test]
-fn a_forced_call_does_without_reasoning_and_marks() {
+fn a_forced_call_has_no_reasoning_and_no_markers() {
     // The prompt has already ended the reasoning and begun the call.
     let call = "{\"name\":\"f\",\"arguments\":{\"city\":\"Rome\"}}";
     let extra = json!({
         "tools": [tool("f")], "tool_choice": "required",
         "chat_template_kwargs": {"open_thinking": true},
     });
-    let answer = ask(PARROT.address, CHAT, &told(call, extra));
+    let answer = ask(PARROT.address, CHAT, &parrot_body(call, extra));
     let message = &answer["choices"][0]["message"];
     assert_eq!(message.get("reasoning_content"), None);
     assert_eq!(message["content"], Value::Null);
@@ -343,9 +343,9 @@ fn a_forced_call_does_without_reasoning_and_marks() {
 }
 
 #[test]
-fn every_token_has_its_logprob_whatever_part_it_is_of() {
+fn every_token_has_a_logprob_including_those_of_tool_calls() {
     let extra = json!({"tools": [tool("f")], "logprobs": true, "max_tokens": 20});
-    let events = events(PARROT.address, CHAT, &told(CALLS, extra));
+    let events = events(PARROT.address, CHAT, &parrot_body(CALLS, extra));
     let reported = events.iter().filter_map(|event| {
         let content = event["choices"][0]["logprobs"]["content"].as_array();
         content.map(Vec::len)
@@ -354,7 +354,7 @@ fn every_token_has_its_logprob_whatever_part_it_is_of() {
 }
 
 #[test]
-fn special_tokens_are_kept_where_they_are_asked_for() {
+fn special_tokens_are_kept_if_requested() {
     let engine = parrot::engine(TEMPLATE);
     let answer = |keep: bool| {
         let message = quell::Message::new("user", say("a<file_sep>b"));
@@ -371,7 +371,7 @@ fn special_tokens_are_kept_where_they_are_asked_for() {
 }
 
 #[test]
-fn a_model_that_must_call_a_tool_does() {
+fn a_required_tool_call_is_made() {
     let tools = json!({"tools": [tool("get_weather"), tool("get_time")]});
     for (choice, names) in [
         (json!("required"), ["get_weather", "get_time"].as_slice()),
@@ -380,7 +380,7 @@ fn a_model_that_must_call_a_tool_does() {
             &["get_time"],
         ),
     ] {
-        let mut body = asked("What is the weather in Paris?", tools.clone());
+        let mut body = question_body("What is the weather in Paris?", tools.clone());
         body["tool_choice"] = choice;
         let answer = ask(SMOLLM2.address, CHAT, &body);
         let choice = &answer["choices"][0];
@@ -410,7 +410,7 @@ fn a_model_that_must_call_a_tool_does() {
 }
 
 #[test]
-fn an_answer_has_the_form_that_was_asked_for() {
+fn structured_outputs_constrain_the_answer() {
     let schema = json!({
         "type": "object",
         "properties": {
@@ -421,7 +421,7 @@ fn an_answer_has_the_form_that_was_asked_for() {
         "additionalProperties": false,
     });
     let text = |extra: Value| {
-        let body = asked("What is the capital of France?", extra);
+        let body = question_body("What is the capital of France?", extra);
         let answer = ask(SMOLLM2.address, CHAT, &body);
         assert_eq!(answer["choices"][0]["finish_reason"], "stop", "{answer}");
         answer["choices"][0]["message"]["content"]
@@ -457,7 +457,7 @@ fn an_answer_has_the_form_that_was_asked_for() {
 }
 
 #[test]
-fn a_conversation_with_calls_and_results_goes_on() {
+fn a_conversation_with_tool_calls_and_results_continues() {
     let body = json!({
         "messages": [
             {"role": "developer", "content": "Be brief."},
@@ -477,7 +477,7 @@ fn a_conversation_with_calls_and_results_goes_on() {
 }
 
 #[test]
-fn requests_that_make_no_sense_are_refused_by_field() {
+fn invalid_requests_are_refused_with_their_field() {
     let bad_schema = json!({"name": "x", "schema": {"type": "nonsense"}});
     for (extra, field) in [
         (json!({"tool_choice": "required"}), "tool_choice"),
@@ -522,7 +522,7 @@ fn requests_that_make_no_sense_are_refused_by_field() {
             "structured_outputs",
         ),
     ] {
-        let error = refused(PARROT.address, CHAT, &told("a", extra.clone()), 400);
+        let error = refused(PARROT.address, CHAT, &parrot_body("a", extra.clone()), 400);
         assert_eq!(error["param"], field, "{extra}: {error}");
         assert_eq!(error["type"], "invalid_request_error");
     }
@@ -532,7 +532,7 @@ const ONE_CALL: &str =
     "<tool_call>{\"name\": \"f\", \"arguments\": {\"city\": \"Paris\"}}</tool_call>";
 
 #[test]
-fn an_answer_held_to_a_form_may_still_be_a_call() {
+fn an_answer_with_a_response_format_may_be_a_tool_call() {
     let schema = json!({
         "type": "object", "properties": {"answer": {"type": "string"}},
         "required": ["answer"], "additionalProperties": false,
@@ -543,7 +543,7 @@ fn an_answer_held_to_a_form_may_still_be_a_call() {
         let extra = json!({
             "tools": [tool("f")], "tool_choice": choice, "response_format": form,
         });
-        told(text, extra)
+        parrot_body(text, extra)
     };
     let answer = ask(PARROT.address, CHAT, &with(ONE_CALL, "auto"));
     let choice = &answer["choices"][0];
@@ -578,7 +578,7 @@ fn an_answer_held_to_a_form_may_still_be_a_call() {
 }
 
 #[test]
-fn a_model_calls_a_tool_although_its_answers_have_a_form() {
+fn a_model_may_call_a_tool_despite_a_response_format() {
     // After several turns with calls, the model calls again unless the format forbids it.
     let turn = |city: &str, id: &str| {
         let arguments = json!({"city": city}).to_string();
@@ -620,24 +620,24 @@ fn a_model_calls_a_tool_although_its_answers_have_a_form() {
 }
 
 #[test]
-fn tools_that_the_server_does_not_have_are_skipped_and_named() {
+fn unsupported_tools_are_skipped_and_reported() {
     let custom = json!({"type": "custom", "custom": {"name": "apply_patch"}});
     let tools = json!([tool("f"), custom, {"type": "web_search"}]);
     for stream in [false, true] {
-        let body = told(ONE_CALL, json!({"tools": tools, "stream": stream}));
+        let body = parrot_body(ONE_CALL, json!({"tools": tools, "stream": stream}));
         let reply = send(PARROT.address, CHAT, &body);
         assert_eq!(reply.status, 200, "{}", reply.text());
         let skipped = reply.header("x-quell-skipped-tools");
         assert_eq!(skipped, Some("custom, web_search"));
         assert!(reply.text().contains("\"tool_calls\""));
     }
-    let only = told("Hi.", json!({"tools": [custom]}));
+    let only = parrot_body("Hi.", json!({"tools": [custom]}));
     let answer = ask(PARROT.address, CHAT, &only);
     assert_eq!(answer["choices"][0]["message"]["content"], "Hi.");
     let usual = send(
         PARROT.address,
         CHAT,
-        &told("Hi.", json!({"tools": [tool("f")]})),
+        &parrot_body("Hi.", json!({"tools": [tool("f")]})),
     );
     assert_eq!(usual.header("x-quell-skipped-tools"), None);
 }
@@ -653,7 +653,7 @@ fn only_allowed_tools_can_be_called() {
         })
     };
     let tokens = |extra: Value| {
-        let answer = ask(PARROT.address, CHAT, &told("a", extra));
+        let answer = ask(PARROT.address, CHAT, &parrot_body("a", extra));
         answer["usage"]["prompt_tokens"].as_u64().unwrap()
     };
     assert_eq!(
@@ -661,19 +661,27 @@ fn only_allowed_tools_can_be_called() {
         tokens(json!({"tools": [tool("g")]}))
     );
     let call = "{\"name\":\"g\",\"arguments\":{\"city\":\"Rome\"}}";
-    let answer = ask(PARROT.address, CHAT, &told(call, allowed("required")));
+    let answer = ask(
+        PARROT.address,
+        CHAT,
+        &parrot_body(call, allowed("required")),
+    );
     let called = &answer["choices"][0]["message"]["tool_calls"][0]["function"]["name"];
     assert_eq!(called, "g");
     let other = call.replace("\"g\"", "\"f\"");
-    let reply = send(PARROT.address, CHAT, &told(&other, allowed("required")));
+    let reply = send(
+        PARROT.address,
+        CHAT,
+        &parrot_body(&other, allowed("required")),
+    );
     assert_eq!(reply.status, 500, "{}", reply.text());
 }
 
 #[test]
-fn functions_are_called_and_answered_as_before_there_were_tools() {
+fn the_legacy_functions_api_works() {
     let function = tool("f")["function"].clone();
     let two = format!("{ONE_CALL}\n{ONE_CALL}");
-    let body = told(&two, json!({"functions": [function]}));
+    let body = parrot_body(&two, json!({"functions": [function]}));
     let answer = ask(PARROT.address, CHAT, &body);
     let choice = &answer["choices"][0];
     assert_eq!(choice["finish_reason"], "function_call");
@@ -700,7 +708,7 @@ fn functions_are_called_and_answered_as_before_there_were_tools() {
 
     // The prompt is the same as with `tools`, and so is that of a longer conversation.
     let tokens = |body: &Value| ask(PARROT.address, "/tokenize", body)["count"].clone();
-    let with_tools = told(&two, json!({"tools": [tool("f")]}));
+    let with_tools = parrot_body(&two, json!({"tools": [tool("f")]}));
     assert_eq!(tokens(&body), tokens(&with_tools));
     let goes_on = |answer: Value, result: Value| {
         let user = json!({"role": "user", "content": "Weather?"});
@@ -720,16 +728,16 @@ fn functions_are_called_and_answered_as_before_there_were_tools() {
 
     let forced = json!({"functions": [function], "function_call": {"name": "f"}});
     let call = "{\"name\":\"f\",\"arguments\":{\"city\":\"Rome\"}}";
-    let answer = ask(PARROT.address, CHAT, &told(call, forced));
+    let answer = ask(PARROT.address, CHAT, &parrot_body(call, forced));
     let called = &answer["choices"][0]["message"]["function_call"];
     assert_eq!(called["arguments"], "{\"city\":\"Rome\"}");
 }
 
 #[test]
-fn schema_keywords_that_are_not_held_are_named_or_refused() {
+fn unenforced_schema_keywords_are_reported_or_refused() {
     let schema = json!({"type": "array", "items": {"type": "integer"}, "uniqueItems": true});
     let form = json!({"type": "json_schema", "json_schema": {"name": "n", "schema": schema}});
-    let body = told("[1, 1]", json!({"response_format": form}));
+    let body = parrot_body("[1, 1]", json!({"response_format": form}));
     let legacy_body = json!({"prompt": say("[1, 1]"), "guided_json": schema});
     for (path, body) in [(CHAT, &body), ("/v1/completions", &legacy_body)] {
         for stream in [false, true] {
@@ -744,7 +752,7 @@ fn schema_keywords_that_are_not_held_are_named_or_refused() {
     parameters["function"]["parameters"]["properties"]["city"]["not"] = json!({"const": "Rome"});
     let call = "{\"name\":\"f\",\"arguments\":{\"city\":\"Rome\"}}";
     let forced = json!({"tools": [parameters], "tool_choice": "required"});
-    let reply = send(PARROT.address, CHAT, &told(call, forced));
+    let reply = send(PARROT.address, CHAT, &parrot_body(call, forced));
     assert_eq!(reply.header("x-quell-unenforced"), Some("not"));
 
     let mut strict = options();
@@ -759,12 +767,16 @@ fn schema_keywords_that_are_not_held_are_named_or_refused() {
 }
 
 #[test]
-fn an_object_may_have_its_schema_beside_it() {
+fn json_object_format_accepts_a_schema() {
     let schema = json!({"properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": false});
     let form = json!({"response_format": {"type": "json_object", "schema": schema}});
-    let answer = ask(PARROT.address, CHAT, &told("{\"a\": 1}", form.clone()));
+    let answer = ask(
+        PARROT.address,
+        CHAT,
+        &parrot_body("{\"a\": 1}", form.clone()),
+    );
     assert_eq!(answer["choices"][0]["message"]["content"], "{\"a\": 1}");
-    let reply = send(PARROT.address, CHAT, &told("{\"b\": 1}", form));
+    let reply = send(PARROT.address, CHAT, &parrot_body("{\"b\": 1}", form));
     assert_eq!(reply.status, 500, "{}", reply.text());
 }
 
@@ -780,7 +792,7 @@ const STRICT_TEMPLATE: &str = "{%- for m in messages %}{%- if m.role == 'system'
 fn instructions_reach_a_strict_template_as_one_system_message() {
     let server = TestServer::start(parrot::engine(STRICT_TEMPLATE), options());
     let one = |role: &str, text: &str| json!({"role": role, "content": text});
-    let (user, asked) = (one("user", "Q"), one("user", &say("Yes.")));
+    let (user, last) = (one("user", "Q"), one("user", &say("Yes.")));
     let answered = one("assistant", "A");
     let prompt = |messages: &Value| {
         let count = ask(server.address, "/tokenize", &json!({"messages": messages}));
@@ -789,21 +801,21 @@ fn instructions_reach_a_strict_template_as_one_system_message() {
         text["prompt"].as_str().unwrap().to_owned()
     };
     for messages in [
-        json!([one("system", "S1"), one("system", "S2"), asked]),
-        json!([one("system", "S1"), one("developer", "S2"), asked]),
+        json!([one("system", "S1"), one("system", "S2"), last]),
+        json!([one("system", "S1"), one("developer", "S2"), last]),
         json!([
             user,
             answered,
             one("developer", "S1"),
             one("system", "S2"),
-            asked
+            last
         ]),
         json!([
             one("system", "S1"),
             user,
             answered,
             one("system", "S2"),
-            asked
+            last
         ]),
     ] {
         let answer = ask(server.address, CHAT, &json!({"messages": messages}));

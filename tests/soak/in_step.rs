@@ -102,10 +102,10 @@ pub fn run(engine: &Engine, gate: &Gate, requests: usize, random: &mut Random, t
         gate.step();
         for mut request in std::mem::take(&mut live) {
             request.steps += 1;
-            if request.is_over(tally) {
+            if request.has_ended(tally) {
                 continue;
             }
-            if !request.is_due() {
+            if !request.should_be_cancelled() {
                 live.push(request);
             } else if random.once_in(4) {
                 tally.dropped += 1;
@@ -118,7 +118,7 @@ pub fn run(engine: &Engine, gate: &Gate, requests: usize, random: &mut Random, t
             // A second cancellation for those just posted, the first one for all others.
             engine.abort_all().unwrap();
         }
-        posted.retain_mut(|(cancellation, wanted)| !settled(cancellation, *wanted, tally));
+        posted.retain_mut(|(cancellation, wanted)| !is_acknowledged(cancellation, *wanted, tally));
     }
     gate.until_idle(engine);
 }
@@ -144,7 +144,7 @@ fn submit(engine: &Engine, random: &mut Random) -> Live {
 }
 
 impl Live {
-    fn is_due(&self) -> bool {
+    fn should_be_cancelled(&self) -> bool {
         match self.fate {
             Fate::Whole => false,
             Fate::After(steps) => self.steps > steps,
@@ -154,7 +154,7 @@ impl Live {
     }
 
     /// Reads what has arrived, and returns whether the request has ended.
-    fn is_over(&mut self, tally: &mut Tally) -> bool {
+    fn has_ended(&mut self, tally: &mut Tally) -> bool {
         if matches!(self.fate, Fate::Unread(_)) {
             return false;
         }
@@ -180,7 +180,7 @@ impl Live {
     }
 }
 
-fn settled(cancellation: &mut Cancellation, wanted: usize, tally: &mut Tally) -> bool {
+fn is_acknowledged(cancellation: &mut Cancellation, wanted: usize, tally: &mut Tally) -> bool {
     let mut context = Context::from_waker(Waker::noop());
     match pin!(cancellation).poll(&mut context) {
         Poll::Pending => false,

@@ -38,7 +38,7 @@ const ROUNDS: usize = 10;
 
 /// Checks I2, I3, I8, I12 and the bounds on memory and file descriptors.
 #[test]
-fn after_many_requests_half_of_them_cancelled_books_and_memory_are_as_before() {
+fn accounting_and_memory_return_to_their_initial_state_after_the_soak() {
     let requests = number("QUELL_SOAK_REQUESTS", 50_000);
     let seed = number("QUELL_SOAK_SEED", 1);
     println!("{requests} requests, seed {seed}");

@@ -91,10 +91,13 @@ impl Tally {
     pub fn check(&self) {
         println!("{self:?}");
         let cancelled = &self.cancelled;
-        assert_eq!(self.accepted, self.submitted, "each was accepted once");
+        assert_eq!(
+            self.accepted, self.submitted,
+            "every request was accepted once"
+        );
         assert!(
             self.outcomes_cancelled * 5 > self.submitted * 2,
-            "fewer than two in five were cancelled before their end"
+            "fewer than two in five requests were cancelled"
         );
         for (count, what) in [
             (cancelled.queued, "queued"),
@@ -109,7 +112,10 @@ impl Tally {
             (self.dropped, "dropped"),
             (self.whole, "left alone"),
         ] {
-            assert!(count > 0, "none was {what}: the soak proves too little");
+            assert!(
+                count > 0,
+                "no request was {what}: the soak proves too little"
+            );
         }
     }
 

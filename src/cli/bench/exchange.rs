@@ -162,7 +162,10 @@ pub async fn exchange(target: &Target, job: Job, due: Instant) -> Sample {
         Ok(Ok(end)) => end,
         Ok(Err(failure)) => End::Failed(failure),
         Err(_) => {
-            let problem = format!("no end within {} s", target.timeout.as_secs_f64());
+            let problem = format!(
+                "the answer did not end within {} s",
+                target.timeout.as_secs_f64()
+            );
             End::Failed(Failure::new(FailureKind::Timeout, problem))
         }
     };
@@ -234,9 +237,7 @@ impl Reading {
         }
         let event: Event = serde_json::from_slice(data).map_err(|error| {
             let data = String::from_utf8_lossy(data);
-            Failure::broken(format!(
-                "an event is not what it should be: {error}: {data}"
-            ))
+            Failure::broken(format!("an event is malformed: {error}: {data}"))
         })?;
         if let Some(error) = event.error {
             let message = error["message"].as_str().map(str::to_owned);

@@ -2,6 +2,7 @@
 //! minimum and maximum.
 
 use super::BenchArgs;
+use super::percentiles::percentile;
 use crate::cli::args::{CliError, Format, resolve};
 use crate::cli::generate::{load_seconds, println_json};
 use crate::cli::progress;
@@ -307,8 +308,12 @@ fn machine() -> String {
     format!("{name}, {threads} threads, {}", std::env::consts::OS)
 }
 
+/// Returns the median of sorted values.
+fn median(sorted: &[f64]) -> f64 {
+    percentile(sorted, 50.0)
+}
+
 fn report(engine: &Engine, args: &BenchArgs, rows: &[(&Figure, Vec<f64>)]) -> Result<(), CliError> {
-    let median = |rates: &[f64]| rates[rates.len() / 2];
     let model = engine.info().model.as_ref();
     let format = model.and_then(|model| model.parameters.main_format());
     let format = format.map(|format| format.name());
@@ -359,4 +364,17 @@ fn report(engine: &Engine, args: &BenchArgs, rows: &[(&Figure, Vec<f64>)]) -> Re
         )?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::median;
+
+    #[test]
+    fn the_median_of_an_even_number_is_the_mean_of_the_middle_two() {
+        assert_eq!(median(&[3.0]), 3.0);
+        assert_eq!(median(&[1.0, 2.0]), 1.5);
+        assert_eq!(median(&[1.0, 2.0, 9.0]), 2.0);
+        assert_eq!(median(&[1.0, 2.0, 4.0, 9.0]), 3.0);
+    }
 }

@@ -36,7 +36,7 @@ impl Spread {
 }
 
 /// Returns a percentile of sorted values, or 0 if there are none.
-fn percentile(sorted: &[f64], percent: f64) -> f64 {
+pub fn percentile(sorted: &[f64], percent: f64) -> f64 {
     let Some(last) = sorted.len().checked_sub(1) else {
         return 0.0;
     };

@@ -100,7 +100,7 @@ pub enum ServerBenchError {
     Unreachable { url: Url, problem: String },
     #[error("{url} does not list its models ({problem}); name one with --model")]
     NoModel { url: Url, problem: String },
-    #[error("the HTTP client cannot be made: {0}")]
+    #[error("cannot create the HTTP client: {0}")]
     Client(String),
     #[error("the warm-up failed: {0}")]
     WarmUp(Failure),
@@ -232,7 +232,7 @@ impl<'a> Plan<'a> {
 /// Returns the server's URL without a trailing `/v1`, which OpenAI's clients expect in it.
 fn base_url(text: &str) -> Result<Url, CliError> {
     let wrong = |problem: &str| usage(format!("--server is {text:?}, {problem}"));
-    let url = Url::parse(text).map_err(|error| wrong(&format!("no URL: {error}")))?;
+    let url = Url::parse(text).map_err(|error| wrong(&format!("not a valid URL: {error}")))?;
     if !matches!(url.scheme(), "http" | "https") {
         return Err(wrong("but must begin with http:// or https://"));
     }
@@ -250,7 +250,7 @@ fn headers(variable: Option<&str>) -> Result<HeaderMap, CliError> {
         let wrong = |problem: &str| usage(format!("--api-key-env is {variable}, {problem}"));
         let key = std::env::var(variable).map_err(|error| wrong(&format!("but {error}")))?;
         let value = HeaderValue::try_from(format!("Bearer {}", key.trim()));
-        let mut value = value.map_err(|_| wrong("which holds what no key has"))?;
+        let mut value = value.map_err(|_| wrong("whose value is not a valid API key"))?;
         value.set_sensitive(true);
         headers.insert(AUTHORIZATION, value);
     }

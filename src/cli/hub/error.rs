@@ -8,7 +8,7 @@ use thiserror::Error;
 pub enum HubError {
     /// The name is malformed.
     #[error(
-        "'{PREFIX}{name}' names no model: {problem}; expected {PREFIX}ORG/NAME or \
+        "'{PREFIX}{name}' is not a valid model name: {problem}; expected {PREFIX}ORG/NAME or \
          {PREFIX}ORG/NAME/FILE.gguf, with @REVISION after NAME to pin one"
     )]
     Malformed {
@@ -27,7 +27,7 @@ pub enum HubError {
     },
     /// The hub requires authentication or consent.
     #[error(
-        "{endpoint} refuses {what} ({status}): it does not exist, is private or asks for \
+        "{endpoint} refuses {what} ({status}): it does not exist, is private or requires \
          consent; accept its terms there and set HF_TOKEN"
     )]
     Refused {
@@ -62,7 +62,7 @@ pub enum HubError {
         source: Box<ureq::Error>,
     },
     /// The transfer of a file was interrupted, or the file could not be written.
-    #[error("the download of {what} broke off: {source}; the next try goes on from there")]
+    #[error("the download of {what} was interrupted: {source}; the next attempt resumes it")]
     Transfer {
         /// The file, repository and revision.
         what: What,
@@ -70,7 +70,7 @@ pub enum HubError {
         source: std::io::Error,
     },
     /// The hub's answer is invalid.
-    #[error("{endpoint} gave an answer about {what} that makes no sense: {problem}")]
+    #[error("{endpoint} sent an invalid answer about {what}: {problem}")]
     Answer {
         /// The hub.
         endpoint: String,
@@ -80,7 +80,7 @@ pub enum HubError {
         problem: String,
     },
     /// A file does not have the size that the hub announced.
-    #[error("{what} arrived with {found} bytes, expected {expected}; it was discarded, try again")]
+    #[error("{what} has {found} bytes, expected {expected}; it was discarded, try again")]
     Size {
         /// The file, repository and revision.
         what: What,
@@ -117,7 +117,7 @@ impl HubError {
 
 fn gguf_hint(files: &[String]) -> String {
     match files.first() {
-        None => ", which a model is loaded from".to_owned(),
+        None => ", from which quell loads a model".to_owned(),
         Some(file) => {
             format!(
                 ", but {} GGUF files; name one of them, such as {file}",

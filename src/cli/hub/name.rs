@@ -33,14 +33,14 @@ impl ModelName {
         let mut revision = "main";
         if let Some(pinned) = pinned {
             if file.is_some() {
-                return Err(malformed("the revision belongs right after the name"));
+                return Err(malformed("the revision must follow the name directly"));
             }
             (revision, file) = split_revision(pinned);
         }
         let mut segments = [org, repo].into_iter().chain(revision.split('/'));
         if !segments.all(is_segment) || !file.is_none_or(|file| file.split('/').all(is_segment)) {
             return Err(malformed(
-                "a part of it is empty or has characters that names don't have",
+                "a part of it is empty or has characters that names cannot have",
             ));
         }
         if file.is_some_and(|file| !is_gguf(file)) {

@@ -65,7 +65,7 @@ pub(crate) struct Attend<'a> {
 
 impl Attend<'_> {
     /// Returns the first and the last position that a row attends to.
-    fn sees(&self, row: usize) -> (usize, usize) {
+    fn visible(&self, row: usize) -> (usize, usize) {
         let position = self.batch.positions[row] as usize;
         let before = |window| (position + 1).saturating_sub(window);
         (self.spec.window.map_or(0, before), position)
@@ -168,7 +168,7 @@ impl Attention {
                 let item = Item {
                     sequence,
                     rows: start..end,
-                    sees: attend.sees(start).0..attend.sees(end - 1).1 + 1,
+                    sees: attend.visible(start).0..attend.visible(end - 1).1 + 1,
                     first_span: spans,
                 };
                 spans += item.spans().len();
@@ -201,8 +201,8 @@ impl Attend<'_> {
                 state,
             };
             match self.cache.half {
-                true => isa.dispatch(Of::<HalfBits>(gather, PhantomData)),
-                false => isa.dispatch(Of::<f32>(gather, PhantomData)),
+                true => isa.dispatch(GatherFrom::<HalfBits>(gather, PhantomData)),
+                false => isa.dispatch(GatherFrom::<f32>(gather, PhantomData)),
             }
         });
     }
@@ -288,9 +288,9 @@ struct Gather<'a> {
 }
 
 /// [`Gather`] over a cache of elements `E`.
-struct Of<'a, E>(Gather<'a>, PhantomData<E>);
+struct GatherFrom<'a, E>(Gather<'a>, PhantomData<E>);
 
-impl<E: KvElement> Kernel for Of<'_, E> {
+impl<E: KvElement> Kernel for GatherFrom<'_, E> {
     type Output = ();
 
     #[inline(always)]
@@ -370,9 +370,9 @@ impl Attend<'_> {
                     *to = from;
                 }
             }
-            sees.extend(std::iter::repeat_n(self.sees(row), group));
+            sees.extend(std::iter::repeat_n(self.visible(row), group));
         }
         // Padding attends to the same positions as the last row.
-        sees.resize(shape.queries, self.sees(item.rows.end - 1));
+        sees.resize(shape.queries, self.visible(item.rows.end - 1));
     }
 }

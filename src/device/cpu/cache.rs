@@ -70,13 +70,14 @@ impl CpuCache {
     pub(crate) fn new(shape: CacheShape, half: bool) -> Result<Self, DeviceError> {
         if shape.block_tokens == 0 || !shape.block_tokens.is_multiple_of(LANES) {
             let what = format!("blocks of {} tokens", shape.block_tokens);
-            return Err(unsupported(what, "a block is a multiple of 16 tokens"));
+            let expected = "the number of tokens per block must be a multiple of 16";
+            return Err(unsupported(what, expected));
         }
         if shape.head_dim == 0 || !shape.head_dim.is_multiple_of(8) || shape.head_dim > 1024 {
             let what = format!("heads of {} elements", shape.head_dim);
             return Err(unsupported(
                 what,
-                "a head has a multiple of 8 elements, at most 1024",
+                "the number of elements per head must be a multiple of 8, at most 1024",
             ));
         }
         let one_layer = CacheShape { layers: 1, ..shape };

@@ -92,7 +92,7 @@ fn half_at(bytes: &[u8], at: usize) -> f16 {
 }
 
 /// Returns the integer `n` for which `value = n · factor`.
-fn multiple(value: f32, factor: f16) -> u8 {
+fn quotient(value: f32, factor: f16) -> u8 {
     // Exact, because a float16 times an 8-bit integer is always a float32. 0 / 0 is NaN, which
     // the cast turns into 0.
     (value / factor.to_f32()).round() as i8 as u8
@@ -113,7 +113,7 @@ impl QuantLayout {
                 return Err(DeviceError::Unsupported {
                     device: "cpu",
                     what: format!("the scales of {dtype}"),
-                    expected: "float16 scales or a K-quant's are read".to_owned(),
+                    expected: "only float16 scales and K-quant scales are supported".to_owned(),
                 });
             }
         };
@@ -218,7 +218,7 @@ impl QuantLayout {
             header[at..at + 2].copy_from_slice(&factor.to_le_bytes());
             if self.nested() {
                 for (group, &value) in values[..self.block_groups].iter().enumerate() {
-                    header[self.integers(group, kind) + lane] = multiple(value, factor);
+                    header[self.integers(group, kind) + lane] = quotient(value, factor);
                 }
             }
         }

@@ -104,7 +104,7 @@ fn check(part: &WeightRows<'_>, columns: usize) -> Result<(), DeviceError> {
         .and_then(|row| row.checked_mul(part.rows));
     if bytes != Some(part.data.len()) {
         return Err(invalid(format!(
-            "{} × {columns} weights of {} cannot be {} bytes",
+            "{} × {columns} weights of type {} do not take {} bytes",
             part.rows,
             part.dtype,
             part.data.len()
@@ -114,7 +114,7 @@ fn check(part: &WeightRows<'_>, columns: usize) -> Result<(), DeviceError> {
         && (head_dim == 0 || !head_dim.is_multiple_of(2) || !part.rows.is_multiple_of(head_dim))
     {
         return Err(invalid(format!(
-            "{} rows are no heads of {head_dim}",
+            "{} rows cannot be divided into heads of {head_dim} rows (which must be even)",
             part.rows
         )));
     }

@@ -127,7 +127,7 @@ impl Mapping {
         let mut memory = MmapMut::map_anon(bytes)?;
         #[cfg(target_os = "linux")]
         if let Err(error) = memory.advise(memmap2::Advice::HugePage) {
-            tracing::debug!(%error, "weights are kept in pages of the usual size");
+            tracing::debug!(%error, "huge pages are not available for the weights");
         }
         let base = NonNull::new(memory.as_mut_ptr()).ok_or(std::io::ErrorKind::OutOfMemory)?;
         Ok(Self { base, memory })
@@ -197,7 +197,7 @@ impl<'a, T> Disjoint<'a, T> {
     pub(crate) fn pointer(&self, start: usize, len: usize) -> *mut T {
         assert!(
             start <= self.len && len <= self.len - start,
-            "a piece outside its slice"
+            "range outside the slice"
         );
         // SAFETY: `start` is inside the slice, as just checked.
         unsafe { self.start.add(start) }
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_that_cannot_be_had_is_an_error() {
+    fn a_failed_allocation_is_an_error() {
         for len in [usize::MAX, usize::MAX / 4, isize::MAX as usize / 4] {
             let own = Buffer::<f32>::zeroed(len, "a test").err();
             let part = Arena::default().zeroed::<f32>(len, "a test").err();
@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_of_an_arena_are_aligned_and_zero_and_each_for_itself() {
+    fn arena_buffers_are_aligned_zeroed_and_disjoint() {
         let mut arena = Arena::default();
         let sizes = [0, 1, 63, 4096, MAPPING - 8192, 100, MAPPING + 1, 100];
         let mut parts: Vec<Buffer<u8>> = sizes

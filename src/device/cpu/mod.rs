@@ -162,7 +162,7 @@ fn require(
 }
 
 /// Turns the reason of a failed check into [`DeviceError::Failed`].
-fn sound(operation: &'static str, checked: Result<(), String>) -> Result<(), DeviceError> {
+fn require_ok(operation: &'static str, checked: Result<(), String>) -> Result<(), DeviceError> {
     checked.or_else(|reason| require(false, operation, || reason))
 }
 
@@ -258,7 +258,7 @@ impl Device for CpuDevice {
         let count = (gate_up.len(), down.len());
         require(count.0 == count.1, "load_experts", || {
             format!(
-                "{} experts have a gate and {} a down projection",
+                "there are {} gate-and-up projections but {} down projections",
                 count.0, count.1
             )
         })?;
@@ -351,7 +351,7 @@ impl Device for CpuDevice {
             .find(|&&token| token as usize >= vocabulary);
         require(beyond.is_none(), "embed", || {
             format!(
-                "token {} is not below {vocabulary}",
+                "token {} is outside the vocabulary of {vocabulary} tokens",
                 beyond.copied().unwrap_or_default()
             )
         })?;
@@ -492,20 +492,23 @@ impl Device for CpuDevice {
         let slots = cache.shape().blocks * cache.shape().block_tokens;
         require(self.staged.slot_end <= slots, NAME, || {
             format!(
-                "slot {} is beyond the cache's {slots}",
+                "slot {} is out of range: the cache has {slots} slots",
                 self.staged.slot_end - 1
             )
         })?;
         let positions = rope.spec.max_positions;
         require(self.staged.position_end <= positions, NAME, || {
             format!(
-                "position {} is beyond the model's {positions}",
+                "position {} is out of range: the model has {positions} positions",
                 self.staged.position_end - 1
             )
         })?;
         let half = rope.spec.inverse_frequencies.len();
         require(2 * half <= heads.head_dim, NAME, || {
-            format!("{half} pairs are rotated in a head of {}", heads.head_dim)
+            format!(
+                "{half} rotated pairs do not fit in a head of {} elements",
+                heads.head_dim
+            )
         })?;
         if let Some(norm) = norm {
             let size =
@@ -555,12 +558,12 @@ impl Device for CpuDevice {
         require_shape(NAME, "the result", out, (rows, spec.heads.q_columns()))?;
         require_cache(NAME, cache, layer, spec.heads)?;
         require(spec.window != Some(0), NAME, || {
-            "a window of 0 tokens sees nothing".to_owned()
+            "the attention window must be at least 1 token".to_owned()
         })?;
         let blocks = cache.shape().blocks;
         require(self.staged.block_end <= blocks, NAME, || {
             format!(
-                "block {} is beyond the cache's {blocks}",
+                "block {} is out of range: the cache has {blocks} blocks",
                 self.staged.block_end - 1
             )
         })?;
@@ -571,7 +574,10 @@ impl Device for CpuDevice {
             let position = self.staged.positions[last] as usize;
             let tokens = sequence.table.len() * cache.shape().block_tokens;
             require(position < tokens, NAME, || {
-                format!("the table of sequence {index} ends at {tokens}, before {position}")
+                format!(
+                    "the block table of sequence {index} covers {tokens} tokens, but position \
+                     {position} is needed"
+                )
             })?;
         }
         let (qkv, out) = (qkv.leading(rows), out.leading_mut(rows));
@@ -640,7 +646,10 @@ impl Device for CpuDevice {
         require_shape("experts", "the router", router, (rows, count))?;
         require_shape("experts", "the result", out, (rows, result))?;
         require((1..=count).contains(&routing.top_k), "experts", || {
-            format!("a token cannot go to {} of {count} experts", routing.top_k)
+            format!(
+                "cannot choose {} experts per token out of {count}",
+                routing.top_k
+            )
         })?;
         let (x, router) = (x.leading(rows), router.leading(rows));
         let operands = experts::Operands {
@@ -747,7 +756,7 @@ impl Device for CpuDevice {
 
     fn copy_blocks(&mut self, cache: &mut CpuCache, pairs: &[[u32; 2]]) -> Result<(), DeviceError> {
         let checked = blocks::check_copies(pairs, cache.shape().blocks);
-        sound("copy_blocks", checked)?;
+        require_ok("copy_blocks", checked)?;
         pairs.iter().for_each(|&pair| cache.copy(pair));
         Ok(())
     }
@@ -758,7 +767,7 @@ impl Device for CpuDevice {
         host: &mut CpuHostBlocks,
         pairs: &[[u32; 2]],
     ) -> Result<(), DeviceError> {
-        sound("swap_out", host.slots.check_out(pairs, cache.blocks()))?;
+        require_ok("swap_out", host.slots.check_out(pairs, cache.blocks()))?;
         pairs.iter().for_each(|&pair| cache.swap_out(host, pair));
         Ok(())
     }
@@ -769,14 +778,14 @@ impl Device for CpuDevice {
         host: &CpuHostBlocks,
         pairs: &[[u32; 2]],
     ) -> Result<(), DeviceError> {
-        sound("swap_in", host.slots.check_in(pairs, cache.blocks()))?;
+        require_ok("swap_in", host.slots.check_in(pairs, cache.blocks()))?;
         pairs.iter().for_each(|&pair| cache.swap_in(host, pair));
         Ok(())
     }
 
     fn poison(&mut self, cache: &mut CpuCache, blocks: &[u32]) -> Result<(), DeviceError> {
         let checked = blocks::check_blocks(blocks.iter().copied(), cache.shape().blocks);
-        sound("poison", checked)?;
+        require_ok("poison", checked)?;
         cache.poison(blocks);
         Ok(())
     }

@@ -59,7 +59,7 @@ impl Format {
             other => Err(DeviceError::Unsupported {
                 device: "cpu",
                 what: format!("weights stored as {other}"),
-                expected: "F32, F16, BF16 or a block format".to_owned(),
+                expected: "expected F32, F16, BF16 or a block format".to_owned(),
             }),
         }
     }

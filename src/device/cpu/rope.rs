@@ -124,7 +124,7 @@ impl RopeStore<'_> {
                     qkv: &qkv,
                     cache: &bytes,
                     place,
-                    of: Default::default(),
+                    element: Default::default(),
                 });
             } else {
                 isa.dispatch(Rows::<f32, _> {
@@ -133,7 +133,7 @@ impl RopeStore<'_> {
                     qkv: &qkv,
                     cache: &bytes,
                     place,
-                    of: Default::default(),
+                    element: Default::default(),
                 });
             }
         })
@@ -147,7 +147,7 @@ struct Rows<'a, E, P> {
     qkv: &'a Disjoint<'a, f32>,
     cache: &'a Disjoint<'a, u8>,
     place: P,
-    of: std::marker::PhantomData<E>,
+    element: std::marker::PhantomData<E>,
 }
 
 impl<E: KvElement, P: Fn(usize, usize) -> (usize, usize)> Kernel for Rows<'_, E, P> {

@@ -483,7 +483,7 @@ impl Kernel for Race<'_> {
             let scores = lanes(s, score);
             for lane in 0..LANES {
                 let (token, score) = (first + lane, scores[lane]);
-                let hopeless = score < self.floor || score + most_noise(bits[lane]) < value;
+                let hopeless = score < self.floor || score + noise_bound(bits[lane]) < value;
                 if hopeless || token == self.best.0 {
                     continue;
                 }
@@ -500,7 +500,7 @@ impl Kernel for Race<'_> {
 /// Returns an upper bound of the noise −ln(−ln u) that `bits` produce. The noise is at most
 /// −ln(1 − u), and 1 − u is at least the power of two that its leading zeros indicate.
 #[inline(always)]
-fn most_noise(bits: u32) -> f32 {
+fn noise_bound(bits: u32) -> f32 {
     let rest = 0x00FF_FFFF - (bits >> 8);
     (rest.leading_zeros() - 7) as f32 * std::f32::consts::LN_2 + 1e-3
 }
@@ -594,7 +594,7 @@ mod tests {
     }
 
     #[test]
-    fn the_tokens_are_those_of_the_reference() {
+    fn tokens_match_the_reference() {
         let mut compared = 0;
         for (width, count) in [(0.5, 1003), (2.0, 5000), (4.0, 32_000)] {
             for (position, params) in settings().into_iter().enumerate() {
@@ -631,7 +631,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_close_or_no_number_is_as_in_the_reference() {
+    fn ties_and_non_finite_logits_match_the_reference() {
         let reported = SamplingParams {
             logprobs: Some(3),
             ..SamplingParams::default()
@@ -691,7 +691,7 @@ mod tests {
     }
 
     #[test]
-    fn a_logit_that_is_not_finite_is_noticed_wherever_it_is_and_a_mask_is_not() {
+    fn non_finite_logits_are_detected_at_any_index_and_masks_are_not() {
         let logits = logits(5, 1003, 4.0);
         let row = SampleRow {
             params: Arc::new(SamplingParams {
@@ -739,7 +739,7 @@ mod tests {
                 u32::MAX - (step << 8),
                 step << 8,
             ] {
-                let (noise, bound) = (gumbel_of(bits), most_noise(bits));
+                let (noise, bound) = (gumbel_of(bits), noise_bound(bits));
                 assert!(
                     noise <= bound && noise <= MAX_GUMBEL,
                     "{bits:x}: {noise} {bound}"
@@ -749,7 +749,7 @@ mod tests {
     }
 
     #[test]
-    fn sixteen_random_numbers_at_once_are_those_of_each() {
+    fn philox_of_gives_the_same_bits_as_philox() {
         for first in [0, 16, 49_136, u32::MAX - 31] {
             let all = philox_of(first, 9, [3, 4]);
             for (lane, bits) in all.into_iter().enumerate() {

@@ -79,10 +79,10 @@ impl<'a> Softmax<'a> {
             for (index, (&keep, &take)) in keep[..count].iter().zip(&take).enumerate() {
                 let (query, keep, take) = (first + index, s.splat(keep), s.splat(take));
                 let at = query * LANES..(query + 1) * LANES;
-                weigh(s, &mut self.sums[at.clone()], keep, &their_sums[at], take);
+                scale_add(s, &mut self.sums[at.clone()], keep, &their_sums[at], take);
                 let at = query * self.stride..(query + 1) * self.stride;
                 let theirs = &their_results[at.clone()];
-                weigh(s, &mut self.results[at], keep, theirs, take);
+                scale_add(s, &mut self.results[at], keep, theirs, take);
             }
         }
     }
@@ -108,7 +108,7 @@ impl<'a> Softmax<'a> {
 
 /// Computes `a = a · keep + b · take` over whole vectors.
 #[inline(always)]
-fn weigh<S: Simd>(s: S, a: &mut [f32], keep: S::F, b: &[f32], take: S::F) {
+fn scale_add<S: Simd>(s: S, a: &mut [f32], keep: S::F, b: &[f32], take: S::F) {
     for (a, b) in a.chunks_exact_mut(LANES).zip(b.chunks_exact(LANES)) {
         // SAFETY: the chunks have `LANES` elements.
         unsafe {

@@ -76,17 +76,20 @@ impl StagedBatch {
         for feedback in &batch.feedback {
             let (row, sample) = (feedback.row, feedback.sample);
             let token = self.tokens.get_mut(row);
-            let token = token.ok_or_else(|| format!("row {row} of {rows} awaits a sample"))?;
+            let token = token
+                .ok_or_else(|| format!("feedback for row {row}, but the batch has {rows} rows"))?;
             *token = *sampled.get(sample).ok_or_else(|| {
                 format!(
-                    "row {row} awaits sample {sample}, but the last step had {}",
+                    "row {row} needs sample {sample}, but the last step had {} samples",
                     sampled.len()
                 )
             })?;
         }
         self.check_sequences(rows)?;
         if let Some(row) = self.sample_rows.iter().find(|&&row| row >= rows) {
-            return Err(format!("logits are wanted of row {row} of {rows}"));
+            return Err(format!(
+                "sample row {row} is out of range: the batch has {rows} rows"
+            ));
         }
         copy(&mut self.sorted, &batch.slots);
         self.sorted.sort_unstable();
@@ -105,7 +108,8 @@ impl StagedBatch {
             let range = &sequence.rows;
             if range.start != next || range.end < range.start || range.end > rows {
                 return Err(format!(
-                    "sequence {index} has rows {range:?}, row {next} is next"
+                    "sequence {index} has rows {range:?}, but must start at row {next} and stay \
+                     within the batch"
                 ));
             }
             next = range.end;
@@ -115,14 +119,15 @@ impl StagedBatch {
                 .any(|pair| pair[0].checked_add(1) != Some(pair[1]))
             {
                 return Err(format!(
-                    "the positions of sequence {index} do not follow each other"
+                    "the positions of sequence {index} are not consecutive"
                 ));
             }
             let table = &sequence.table;
             if table.start > table.end || table.end > self.tables.len() {
                 let tables = self.tables.len();
                 return Err(format!(
-                    "sequence {index} has table {table:?} of {tables} entries"
+                    "block table {table:?} of sequence {index} is outside the batch's {tables} \
+                     table entries"
                 ));
             }
         }

@@ -127,10 +127,10 @@ impl Workers {
     pub(crate) fn new(threads: usize, cores: &[usize]) -> Result<Self, DeviceError> {
         check_cores(cores)?;
         let budget = cores.is_empty().then(|| Arc::clone(&PROCESS));
-        Self::within(budget, threads, cores)
+        Self::with_budget(budget, threads, cores)
     }
 
-    fn within(
+    fn with_budget(
         budget: Option<Arc<Budget>>,
         threads: usize,
         cores: &[usize],
@@ -431,7 +431,9 @@ fn check_cores(cores: &[usize]) -> Result<(), DeviceError> {
     match cores.iter().find(|core| !known.contains(core)) {
         Some(core) => Err(DeviceError::Unavailable {
             device: "cpu".to_owned(),
-            reason: format!("core {core} is none of those that this process may use, {known:?}"),
+            reason: format!(
+                "core {core} is not available to this process, which may use {known:?}"
+            ),
         }),
         None => Ok(()),
     }
@@ -440,7 +442,7 @@ fn check_cores(cores: &[usize]) -> Result<(), DeviceError> {
 /// Binds the current thread to a processor.
 fn bind(core: usize) {
     if !core_affinity::set_for_current(core_affinity::CoreId { id: core }) {
-        tracing::warn!(core, "a thread could not be bound to its core");
+        tracing::warn!(core, "cannot bind a thread to its core");
     }
 }
 
@@ -499,14 +501,14 @@ mod tests {
         }
     }
 
-    fn within(threads: usize, budget: &Arc<Budget>) -> Workers {
-        Workers::within(Some(Arc::clone(budget)), threads, &[]).unwrap()
+    fn with_budget(threads: usize, budget: &Arc<Budget>) -> Workers {
+        Workers::with_budget(Some(Arc::clone(budget)), threads, &[]).unwrap()
     }
 
     #[test]
-    fn engines_in_a_step_share_the_processors_and_one_alone_has_them_all() {
+    fn busy_engines_share_the_processors_and_a_single_one_uses_all() {
         let budget = Arc::new(Budget::new(2));
-        let (mut workers, mut others) = (within(2, &budget), within(2, &budget));
+        let (mut workers, mut others) = (with_budget(2, &budget), with_budget(2, &budget));
         let here = std::thread::current().id();
         workers.begin_step();
         others.begin_step();
@@ -535,7 +537,7 @@ mod tests {
     }
 
     #[test]
-    fn threads_run_on_the_cores_that_they_are_given_and_no_others_are_taken() {
+    fn threads_are_bound_to_the_given_cores_and_unknown_cores_are_rejected() {
         let allowed = || core_affinity::get_core_ids().unwrap();
         let last = allowed().last().unwrap().id;
         let before: Vec<_> = allowed().iter().map(|core| core.id).collect();

@@ -14,7 +14,7 @@ use super::launch::Signature;
 use super::launch::{Grid, kernels};
 use super::memory::{CudaTensor, Ptr, Scratch};
 use super::norm::require_shape;
-use super::step::{Ends, MOST_UNITS, UNIT};
+use super::step::{Bounds, MOST_UNITS, UNIT};
 use super::{CudaCache, CudaDevice};
 use crate::device::{AttentionSpec, DeviceError, HeadShape, Precision};
 
@@ -108,7 +108,7 @@ pub(super) fn require_head_dim(head_dim: usize) -> Result<(), DeviceError> {
     let known = HEAD_DIMS.map(|dim| dim.to_string()).join(", ");
     Err(unsupported(
         format!("attention heads of {head_dim} elements"),
-        format!("heads of {known} elements are"),
+        format!("supported head sizes are {known}"),
     ))
 }
 
@@ -134,7 +134,7 @@ fn prefill_shared(head_dim: usize) -> usize {
 }
 
 /// Scalar parameters of a layer's attention, as the kernels take them.
-struct Numbers {
+struct ScalarParameters {
     q_heads: u32,
     kv_heads: u32,
     block_tokens: u32,
@@ -143,7 +143,7 @@ struct Numbers {
     window: u32,
 }
 
-impl Numbers {
+impl ScalarParameters {
     fn new(spec: &AttentionSpec, block_tokens: usize) -> Self {
         Self {
             q_heads: spec.heads.q_heads as u32,
@@ -193,12 +193,16 @@ impl CudaDevice {
         require_heads(NAME, heads, cache, layer)?;
         let known = self.limits.map(|limits| limits.block_tokens);
         require(known == Some(shape.block_tokens), NAME, || {
-            format!("the cache is {shape:?}, but the limits said blocks of {known:?} tokens")
+            format!(
+                "the cache is {shape:?}, but the device was reserved for blocks of {known:?} tokens"
+            )
         })?;
         let rows_of_heads = shape.kv_heads * shape.blocks * shape.block_tokens;
         if rows_of_heads > u32::MAX as usize {
-            let what = format!("a cache of {rows_of_heads} keys a layer");
-            return Err(unsupported(what, "less than 2³² are, over all heads"));
+            return Err(unsupported(
+                format!("a cache of {rows_of_heads} keys per layer"),
+                "a layer must have fewer than 2³² keys over all heads",
+            ));
         }
         let rows = self.step.padded(self.step.rows());
         let activation = Precision::Activation;
@@ -210,21 +214,21 @@ impl CudaDevice {
             (rows, heads.q_columns()),
             activation,
         )?;
-        let ends = Ends {
+        let bounds = Bounds {
             blocks: shape.blocks,
-            ..Ends::NONE
+            ..Bounds::UNLIMITED
         };
-        self.step.require_within(ends, NAME)?;
-        self.graphs.limit(ends);
-        let numbers = Numbers::new(spec, shape.block_tokens);
+        self.step.require_within(bounds, NAME)?;
+        self.graphs.limit(bounds);
+        let scalars = ScalarParameters::new(spec, shape.block_tokens);
         let operands = Operands {
             qkv: qkv.ptr(),
             keys: cache.keys(layer),
             values: cache.values(layer),
             out: out.ptr(),
         };
-        self.attend_single_rows(&operands, heads, &numbers, cache)?;
-        self.attend_many_rows(&operands, heads, &numbers)
+        self.attend_single_rows(&operands, heads, &scalars, cache)?;
+        self.attend_many_rows(&operands, heads, &scalars)
     }
 
     /// Enqueues attention for the sequences with one row.
@@ -232,7 +236,7 @@ impl CudaDevice {
         &mut self,
         operands: &Operands,
         heads: HeadShape,
-        numbers: &Numbers,
+        scalars: &ScalarParameters,
         cache: &CudaCache,
     ) -> Result<(), DeviceError> {
         if self.step.decodes().next().is_none() {
@@ -250,7 +254,7 @@ impl CudaDevice {
         self.step.set_unit_room(room);
         let partials = Partials { out, stats };
         for launch in self.step.decodes() {
-            self.launch_single_rows(operands, &partials, heads, numbers, launch)?;
+            self.launch_single_rows(operands, &partials, heads, scalars, launch)?;
         }
         Ok(())
     }
@@ -262,7 +266,7 @@ impl CudaDevice {
         operands: &Operands,
         partials: &Partials,
         heads: HeadShape,
-        numbers: &Numbers,
+        scalars: &ScalarParameters,
         (decode_list, decodes): (Ptr, usize),
     ) -> Result<(), DeviceError> {
         let group = heads.q_heads / heads.kv_heads;
@@ -286,25 +290,25 @@ impl CudaDevice {
             self.step.tables(),
             sequences,
             decode_list,
-            numbers.q_heads,
-            numbers.kv_heads,
-            numbers.block_tokens,
-            numbers.scale,
-            numbers.softcap,
-            numbers.window,
+            scalars.q_heads,
+            scalars.kv_heads,
+            scalars.block_tokens,
+            scalars.scale,
+            scalars.softcap,
+            scalars.window,
         )?;
         let threads = heads.head_dim.next_multiple_of(32) as u32;
         kernels.attend_combine(
             &self.context,
-            Grid::new([numbers.q_heads, decodes as u32, 1], [threads, 1, 1]),
+            Grid::new([scalars.q_heads, decodes as u32, 1], [threads, 1, 1]),
             operands.out,
             partials.out,
             partials.stats,
             sequences,
             decode_list,
-            numbers.q_heads,
+            scalars.q_heads,
             heads.head_dim as u32,
-            numbers.window,
+            scalars.window,
         )
     }
 
@@ -328,12 +332,12 @@ impl CudaDevice {
         &mut self,
         operands: &Operands,
         heads: HeadShape,
-        numbers: &Numbers,
+        scalars: &ScalarParameters,
     ) -> Result<(), DeviceError> {
         let group = heads.q_heads / heads.kv_heads;
         let context: &Context = &self.context;
         let (work, items) = self.step.prefill_work(context, group)?;
-        let blocks = [items as u32, numbers.kv_heads, 1];
+        let blocks = [items as u32, scalars.kv_heads, 1];
         let grid = Grid::new(blocks, [32 * WARPS as u32, 1, 1])
             .shared(prefill_shared(heads.head_dim) as u32);
         self.attention.kernels.attend_prefill_hd(
@@ -347,12 +351,12 @@ impl CudaDevice {
             self.step.tables(),
             self.step.sequences(),
             work,
-            numbers.q_heads,
-            numbers.kv_heads,
-            numbers.block_tokens,
-            numbers.scale,
-            numbers.softcap,
-            numbers.window,
+            scalars.q_heads,
+            scalars.kv_heads,
+            scalars.block_tokens,
+            scalars.scale,
+            scalars.softcap,
+            scalars.window,
         )
     }
 }
@@ -384,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn other_heads_are_refused_with_the_list_of_those_that_work() {
+    fn unsupported_head_sizes_are_refused_with_the_supported_ones() {
         let error = require_head_dim(48).unwrap_err().to_string();
         assert!(error.contains("heads of 48 elements"), "{error}");
         assert!(error.contains("16, 32, 64, 80, 96, 128, 256"), "{error}");

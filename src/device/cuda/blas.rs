@@ -45,7 +45,7 @@ impl Blas {
         if !unsafe { sys::is_culib_present() } {
             return Err(DeviceError::Unavailable {
                 device: format!("cuda:{}", options.device),
-                reason: "cuBLASLt was asked for, but libcublasLt.so.12 is not on the loader's path"
+                reason: "cuBLASLt was requested, but libcublasLt.so.12 is not on the library path"
                     .to_owned(),
             });
         }
@@ -110,7 +110,7 @@ impl Drop for Blas {
         // SAFETY: the handle was created by `new` and is destroyed once, after everything that
         // was created with it.
         if let Err(error) = unsafe { result::destroy_handle(self.handle) } {
-            tracing::error!(%error, "a cuBLASLt handle could not be given back");
+            tracing::error!(%error, "could not destroy a cuBLASLt handle");
         }
     }
 }
@@ -200,7 +200,7 @@ impl Drop for Plan {
             ]
         };
         for error in outcomes.into_iter().filter_map(Result::err) {
-            tracing::error!(%error, "a cuBLASLt descriptor could not be given back");
+            tracing::error!(%error, "could not destroy a cuBLASLt descriptor");
         }
     }
 }

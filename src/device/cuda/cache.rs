@@ -6,7 +6,7 @@
 
 use super::CudaDevice;
 use super::attention::require_head_dim;
-use super::error::{require, sound, unsupported};
+use super::error::{require, require_ok, unsupported};
 use super::launch::{Grid, kernels};
 use super::memory::{Buffer, Ptr};
 use crate::device::blocks::{check_blocks, check_copies};
@@ -133,7 +133,10 @@ impl CudaDevice {
     ) -> Result<CudaCache, DeviceError> {
         if shape.block_tokens == 0 || !shape.block_tokens.is_multiple_of(16) {
             let what = format!("blocks of {} tokens", shape.block_tokens);
-            return Err(unsupported(what, "a block is a multiple of 16 tokens"));
+            return Err(unsupported(
+                what,
+                "the number of tokens per block must be a multiple of 16",
+            ));
         }
         require_head_dim(shape.head_dim)?;
         let slots = shape.blocks.checked_mul(shape.block_tokens);
@@ -143,7 +146,7 @@ impl CudaDevice {
         if !countable {
             return Err(unsupported(
                 format!("a cache of {shape:?}"),
-                "less than 2³² tokens and at most 16384 layers",
+                "a cache must have fewer than 2³² tokens and at most 16384 layers",
             ));
         }
         let bytes = self.cache_bytes_op(shape);
@@ -164,7 +167,7 @@ impl CudaDevice {
         blocks: &[u32],
     ) -> Result<(), DeviceError> {
         let checked = check_blocks(blocks.iter().copied(), cache.shape.blocks);
-        sound("poison", checked)?;
+        require_ok("poison", checked)?;
         let list = self.context.list(blocks)?;
         let (grid, count, vectors) = cache.launch(blocks.len());
         let (context, array) = (&self.context, cache.buffer.ptr());
@@ -178,7 +181,7 @@ impl CudaDevice {
         pairs: &[[u32; 2]],
     ) -> Result<(), DeviceError> {
         const NAME: &str = "copy_blocks";
-        sound(NAME, check_copies(pairs, cache.shape.blocks))?;
+        require_ok(NAME, check_copies(pairs, cache.shape.blocks))?;
         self.context.refuse_in_capture(NAME)?;
         if pairs.is_empty() {
             return Ok(());

@@ -3,8 +3,8 @@
 //! All operations are enqueued in order on the *compute* stream. Results are copied to the host
 //! on the *results* stream, so that the copy overlaps with the next step.
 
-use super::error::{self, ErrorDoor};
-use super::memory::{Ptr, Uploader, out_of_memory, unless_full};
+use super::error::{self, ErrorState};
+use super::memory::{Ptr, Uploader, none_if_out_of_memory, out_of_memory};
 use super::transfer::Uploads;
 use crate::device::DeviceError;
 use cudarc::driver::result::{self, DriverError};
@@ -16,7 +16,7 @@ use std::rc::Rc;
 pub(super) struct Handle {
     device: sys::CUdevice,
     context: sys::CUcontext,
-    pub(super) errors: ErrorDoor,
+    pub(super) errors: ErrorState,
     /// Bytes of device memory that are currently allocated.
     pub(super) allocated: Cell<usize>,
     /// Number of releases of device memory so far. Addresses recorded before the last one may
@@ -43,7 +43,7 @@ impl Handle {
         self.errors.check()?;
         self.bind()
             .and_then(|()| call())
-            .map_err(|error| self.errors.admit(operation, error))
+            .map_err(|error| self.errors.convert(operation, error))
     }
 
     /// Waits until the context is idle, so that memory can be released. The first failure may
@@ -156,7 +156,7 @@ impl Event {
             Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
             Err(error) => Err(error),
         };
-        self.handle.call("asking for an event", query)
+        self.handle.call("querying an event", query)
     }
 
     /// Blocks the host until the event is reached.
@@ -190,10 +190,10 @@ pub(super) struct Context {
 impl Context {
     /// Retains the primary context of `device` and creates the streams.
     pub(super) fn new(device: sys::CUdevice) -> Result<Self, DeviceError> {
-        let errors = ErrorDoor::default();
+        let errors = ErrorState::default();
         // SAFETY: the driver returned `device`.
-        let context = unless_full(unsafe { result::primary_ctx::retain(device) })
-            .map_err(|error| errors.admit("making a context", error))?
+        let context = none_if_out_of_memory(unsafe { result::primary_ctx::retain(device) })
+            .map_err(|error| errors.convert("creating a context", error))?
             .ok_or_else(|| out_of_memory(0, "a context"))?;
         let handle = Rc::new(Handle {
             device,
@@ -248,6 +248,6 @@ impl Context {
 
     /// Returns the free and the total bytes of the device's memory.
     pub(super) fn memory_info(&self) -> Result<(usize, usize), DeviceError> {
-        self.call("asking for free memory", result::mem_get_info)
+        self.call("querying free memory", result::mem_get_info)
     }
 }

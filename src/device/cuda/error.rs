@@ -41,7 +41,7 @@ pub(super) fn require(
 }
 
 /// Converts the reason of a failed check to [`DeviceError::Failed`].
-pub(super) fn sound(
+pub(super) fn require_ok(
     operation: &'static str,
     checked: Result<(), String>,
 ) -> Result<(), DeviceError> {
@@ -83,12 +83,12 @@ fn is_sticky(error: DriverError) -> bool {
 
 /// Error state of one context. The results of all driver calls pass through here.
 #[derive(Default)]
-pub(super) struct ErrorDoor {
+pub(super) struct ErrorState {
     lost: OnceCell<DeviceError>,
     cleanup: Cell<u64>,
 }
 
-impl ErrorDoor {
+impl ErrorState {
     /// Returns the first sticky error as `Err`, if there was one.
     pub(super) fn check(&self) -> Result<(), DeviceError> {
         match self.lost.get() {
@@ -98,7 +98,7 @@ impl ErrorDoor {
     }
 
     /// Converts the error of a driver call. A sticky error marks the device as lost.
-    pub(super) fn admit(&self, operation: &'static str, error: DriverError) -> DeviceError {
+    pub(super) fn convert(&self, operation: &'static str, error: DriverError) -> DeviceError {
         let reason = describe(error);
         if !is_sticky(error) {
             return failed(operation, reason);
@@ -120,11 +120,11 @@ impl ErrorDoor {
         if let Err(error) = outcome {
             self.cleanup.set(self.cleanup.get() + 1);
             let was_lost = self.lost.get().is_some();
-            let error = self.admit(operation, error);
+            let error = self.convert(operation, error);
             if was_lost {
                 tracing::debug!(operation, %error, "cleaning up after a lost CUDA device");
             } else {
-                tracing::error!(operation, %error, "a CUDA resource could not be given back");
+                tracing::error!(operation, %error, "could not release a CUDA resource");
             }
         }
     }

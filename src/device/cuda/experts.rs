@@ -113,13 +113,14 @@ impl CudaDevice {
     ) -> Result<CudaExperts, DeviceError> {
         let (gates, downs) = (gate_up.len(), down.len());
         if gates != downs {
-            let reason = format!("{gates} experts have a gate and {downs} a down projection");
+            let reason =
+                format!("there are {gates} gate-and-up projections but {downs} down projections");
             return Err(failed("load_experts", reason));
         }
         if gates > MAX_EXPERTS {
             return Err(unsupported(
                 format!("{gates} experts in a layer"),
-                format!("up to {MAX_EXPERTS}"),
+                format!("at most {MAX_EXPERTS} are supported"),
             ));
         }
         let activations = self.options.activations;
@@ -149,8 +150,8 @@ impl CudaDevice {
         let (hidden, columns) = (experts.down.inputs, experts.down.outputs);
         if top_k == 0 || top_k > MAX_TOP_K.min(count) {
             return Err(unsupported(
-                format!("{top_k} of {count} experts for a row"),
-                format!("1 to {}", MAX_TOP_K.min(count)),
+                format!("{top_k} of {count} experts per row"),
+                format!("the number must be 1 to {}", MAX_TOP_K.min(count)),
             ));
         }
         let is = |tensor: &CudaTensor, width: usize, precision: Precision| {

@@ -7,7 +7,7 @@
 
 use super::context::{Context, Handle};
 use super::error;
-use super::step::{Ends, StepInputs, StepKey};
+use super::step::{Bounds, StepInputs, StepKey};
 use crate::device::{DeviceError, Finished, Staged};
 use cudarc::driver::result;
 use cudarc::driver::sys;
@@ -19,7 +19,7 @@ struct Graph {
     exec: sys::CUgraphExec,
     handle: Rc<Handle>,
     /// Bounds of the memory that the graph refers to.
-    ends: Ends,
+    bounds: Bounds,
 }
 
 impl Drop for Graph {
@@ -49,7 +49,7 @@ pub(super) struct Graphs {
     /// The step that is being enqueued, if it may be recorded.
     current: Option<StepKey>,
     /// Bounds of the memory that its operations use.
-    ends: Option<Ends>,
+    bounds: Option<Bounds>,
 }
 
 impl Graphs {
@@ -62,14 +62,14 @@ impl Graphs {
     ) -> Result<Staged, DeviceError> {
         self.forget_stale(context)?;
         self.current = step.key();
-        self.ends = Some(Ends::NONE);
+        self.bounds = Some(Bounds::UNLIMITED);
         let Some(key) = self.current else {
             return Ok(Staged::Enqueue);
         };
         match self.records.get(&key) {
             Some(Record::Recorded(graph)) => {
                 self.current = None;
-                step.require_within(graph.ends, "stage")?;
+                step.require_within(graph.bounds, "stage")?;
                 graph.launch(context)?;
                 return Ok(Staged::Replayed);
             }
@@ -93,13 +93,16 @@ impl Graphs {
 
     fn refuse(&mut self, key: StepKey, error: &DeviceError) {
         let (rows, units) = (key.rows, key.units);
-        tracing::warn!(rows, units, %error, "steps of this size are not recorded as a graph");
+        tracing::warn!(
+            rows, units, %error,
+            "recording a graph failed; steps of this size run without one"
+        );
         self.records.insert(key, Record::Refused);
     }
 
     /// Adds the bounds of an operation's memory, which a replay must not exceed.
-    pub(super) fn limit(&mut self, ends: Ends) {
-        self.ends = self.ends.map(|known| known.min(ends));
+    pub(super) fn limit(&mut self, bounds: Bounds) {
+        self.bounds = self.bounds.map(|known| known.min(bounds));
     }
 
     /// Ends a step after its operations were enqueued; `outcome` says whether that failed. A
@@ -119,8 +122,8 @@ impl Graphs {
         }
         let captured = end_capture(context);
         let recorded = outcome.and(captured).and_then(|graph| {
-            let ends = self.ends.unwrap_or(Ends::NONE);
-            Graph::instantiate(context, graph, ends)
+            let bounds = self.bounds.unwrap_or(Bounds::UNLIMITED);
+            Graph::instantiate(context, graph, bounds)
         });
         match (key, recorded) {
             (Some(key), Ok(graph)) => {
@@ -199,7 +202,7 @@ fn end_capture(context: &Context) -> Result<Captured, DeviceError> {
     // If the device is lost, the driver has ended the recording itself.
     let graph = ended?;
     error::require(!graph.is_null(), OPERATION, || {
-        "the driver has no graph".to_owned()
+        "the driver returned no graph".to_owned()
     })?;
     Ok(captured(context, graph))
 }
@@ -220,14 +223,18 @@ fn is_capturing(context: &Context) -> bool {
 }
 
 impl Graph {
-    fn instantiate(context: &Context, captured: Captured, ends: Ends) -> Result<Self, DeviceError> {
+    fn instantiate(
+        context: &Context,
+        captured: Captured,
+        bounds: Bounds,
+    ) -> Result<Self, DeviceError> {
         let flags = sys::CUgraphInstantiate_flags(0);
         // SAFETY: the graph is alive until `captured` is dropped.
         let instantiate = || unsafe { result::graph::instantiate(captured.graph, flags) };
         Ok(Self {
             exec: context.call("making a graph", instantiate)?,
             handle: Rc::clone(&context.handle),
-            ends,
+            bounds,
         })
     }
 

@@ -45,7 +45,7 @@ impl Module {
             format!("the image's {name} takes {parameters:?}, but {declared:?} is declared")
         })?;
         let entry = CString::new(name)
-            .map_err(|_| error::failed(OPERATION, format!("{name} is not a name")))?;
+            .map_err(|_| error::failed(OPERATION, format!("{name} is not a kernel name")))?;
         // SAFETY: the module is loaded.
         let find = || unsafe { result::module::get_function(self.module, entry) };
         let function = self.handle.call(OPERATION, find)?;

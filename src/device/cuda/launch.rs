@@ -123,7 +123,7 @@ impl Kernel {
         error::require(
             blocks[1] <= 65_535 && blocks[2] <= 65_535,
             self.name,
-            || format!("{blocks:?} blocks are more than a launch can have"),
+            || format!("a grid of {blocks:?} blocks exceeds the limits of a launch"),
         )?;
         if shared > self.allowed_shared.get() {
             let attribute =
@@ -182,7 +182,7 @@ impl Variants {
             let known: Vec<&str> = self.0.iter().map(|(name, _)| *name).collect();
             error::unsupported(
                 format!("{family}{variant}"),
-                format!("there is {family} {}", known.join(", ")),
+                format!("the variants of {family} are {}", known.join(", ")),
             )
         })
     }
@@ -399,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn the_sources_name_the_parameters_as_they_are_declared() {
+    fn declared_parameters_match_the_sources() {
         for (file, signatures) in ALL {
             let path = format!("{}/kernels/{file}.cu", env!("CARGO_MANIFEST_DIR"));
             let text = std::fs::read_to_string(&path).unwrap();

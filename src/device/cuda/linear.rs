@@ -350,11 +350,14 @@ impl CudaDevice {
         let [segment] = &table.segments[..] else {
             return Err(unsupported(
                 "an embedding that is stored in parts",
-                "one matrix in one format",
+                "it must be one matrix in one format",
             ));
         };
         let Kind::Quantised(format, _) = segment.kind else {
-            return Err(unsupported("a floating-point table", "a block format"));
+            return Err(unsupported(
+                "a floating-point table",
+                "it must have a block format",
+            ));
         };
         let rows = self.step.padded(self.step.rows());
         let fits = out.rows() >= rows && out.columns() == table.inputs;

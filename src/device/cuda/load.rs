@@ -34,7 +34,7 @@ pub(super) fn load(
     if inputs == 0 || !inputs.is_multiple_of(8) {
         return Err(unsupported(
             format!("a linear layer with {inputs} inputs"),
-            "a multiple of 8",
+            "the number of inputs must be a multiple of 8",
         ));
     }
     for spec in specs {
@@ -44,18 +44,21 @@ pub(super) fn load(
         if segments_of(spec) != segments_of(first) {
             return Err(unsupported(
                 "experts that are stored differently",
-                "the same shapes and formats in all experts of a layer",
+                "all experts of a layer must have the same shapes and formats",
             ));
         }
         if specs.len() > 1 && spec.bias.is_some() {
-            return Err(unsupported("a bias in an expert", "experts without one"));
+            return Err(unsupported(
+                "a bias in an expert",
+                "experts must not have one",
+            ));
         }
     }
     let outputs = first.parts.iter().map(|part| part.rows).sum::<usize>();
     if u32::try_from(outputs).is_err() || u32::try_from(inputs).is_err() {
         return Err(unsupported(
             format!("{outputs} × {inputs} weights"),
-            "fewer than 2³² outputs and inputs",
+            "outputs and inputs must each be fewer than 2³²",
         ));
     }
     let bias = match &first.bias {
@@ -136,7 +139,10 @@ fn check(part: &WeightRows<'_>, columns: usize) -> Result<(), DeviceError> {
     {
         return Err(failed(
             "load_linear",
-            format!("{} rows are no heads of {head_dim}", part.rows),
+            format!(
+                "{} rows cannot be divided into heads of {head_dim}",
+                part.rows
+            ),
         ));
     }
     Ok(())

@@ -98,7 +98,7 @@ impl Pinned {
             PinnedUse::Download | PinnedUse::Swap => 0,
         };
         // SAFETY: an allocation has no precondition.
-        let allocate = || unless_full(unsafe { result::malloc_host(bytes, flags) });
+        let allocate = || none_if_out_of_memory(unsafe { result::malloc_host(bytes, flags) });
         let start = context.call(OPERATION, allocate)?;
         let start = start.and_then(|start| NonNull::new(start.cast::<u8>()));
         let start = start.ok_or_else(|| out_of_memory(bytes, "pinned host memory"))?;
@@ -161,7 +161,9 @@ pub(super) fn out_of_memory(bytes: usize, what: &str) -> DeviceError {
 }
 
 /// Converts the driver's out-of-memory error to `None`.
-pub(super) fn unless_full<T>(allocated: Result<T, DriverError>) -> Result<Option<T>, DriverError> {
+pub(super) fn none_if_out_of_memory<T>(
+    allocated: Result<T, DriverError>,
+) -> Result<Option<T>, DriverError> {
     match allocated {
         Ok(allocated) => Ok(Some(allocated)),
         Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => Ok(None),
@@ -233,7 +235,7 @@ impl Context {
             return Ok(Buffer { ptr, bytes, handle });
         }
         // SAFETY: an allocation has no precondition.
-        let allocate = || unless_full(unsafe { result::malloc_sync(bytes) });
+        let allocate = || none_if_out_of_memory(unsafe { result::malloc_sync(bytes) });
         let address = handle.call(OPERATION, allocate)?;
         let ptr = Ptr(address.ok_or_else(|| out_of_memory(bytes, what))?);
         handle.allocated.set(handle.allocated.get() + bytes);

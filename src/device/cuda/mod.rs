@@ -113,7 +113,7 @@ impl CudaDevice {
         if !(utilisation > 0.0 && utilisation <= 1.0) {
             return Err(error::unsupported(
                 format!("a utilisation of {utilisation}"),
-                "it is more than 0 and at most 1",
+                "it must be more than 0 and at most 1",
             ));
         }
         let found = probe::find(options.device)?;

@@ -193,7 +193,8 @@ impl Packer {
     /// the largest magnitude that the activation type can hold.
     pub(super) fn new(dtype: DType, inputs: usize, largest: f32) -> Result<Self, DeviceError> {
         let (Some(format), Some(view)) = (Format::of(dtype), quant::affine(dtype)) else {
-            return Err(failed("load_linear", format!("{dtype} is no block format")));
+            let reason = format!("{dtype} is not a block format");
+            return Err(failed("load_linear", reason));
         };
         let groups = inputs / view.group;
         Ok(Self {
@@ -276,7 +277,7 @@ impl Packer {
                 "{} weights with a scale of {scale} and a minimum of {minimum}",
                 self.dtype
             ),
-            format!("weights up to {}", self.largest),
+            format!("the magnitude of a weight must not exceed {}", self.largest),
         ))
     }
 
@@ -349,7 +350,7 @@ fn multiple(scale: f32, unit: f16) -> Result<u8, DeviceError> {
     }
     Err(failed(
         "load_linear",
-        format!("a scale of {scale} is no multiple of {unit}"),
+        format!("a scale of {scale} is not a multiple of {unit}"),
     ))
 }
 
@@ -439,7 +440,7 @@ mod tests {
     }
 
     #[test]
-    fn a_scale_that_is_no_number_is_refused() {
+    fn a_nan_scale_is_refused() {
         let mut stored = vec![0; 18];
         stored[..2].copy_from_slice(&f16::NAN.to_le_bytes());
         let mut packer = Packer::new(DType::Q4_0, 32, 65504.0).unwrap();

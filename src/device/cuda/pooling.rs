@@ -66,7 +66,7 @@ impl CudaDevice {
         require_shape(NAME, "x", x, (end, columns), Precision::Activation)?;
         let forward = ranges.iter().all(|range| range.start <= range.end);
         require(forward, NAME, || {
-            format!("{ranges:?} are not all ranges of rows")
+            format!("{ranges:?} contains a range that ends before it starts")
         })?;
         let rows: Vec<usize> = ranges.iter().map(Range::len).collect();
         let pairs = ranges.iter().zip(&rows);

@@ -100,7 +100,7 @@ pub(super) fn find(index: usize) -> Result<Found, DeviceError> {
         unavailable(index, reason)
     })?;
     let found = describe(ordinal).map_err(|error| {
-        let reason = format!("the GPU does not answer: {}", error::describe(error));
+        let reason = format!("the GPU cannot be queried: {}", error::describe(error));
         unavailable(index, reason)
     })?;
     if found.capability < LOWEST_CAPABILITY {
@@ -126,7 +126,8 @@ pub(super) fn refused(index: usize, found: &Found, error: DeviceError) -> Device
             format!("{name} has no memory left: other programs hold its {mebibytes} MiB"),
         ),
         DeviceError::Failed { reason, .. } | DeviceError::Lost { reason, .. } => {
-            unavailable(index, format!("{name} takes no work: {reason}"))
+            let reason = format!("no context can be created on {name}: {reason}");
+            unavailable(index, reason)
         }
         error => error,
     }
@@ -151,7 +152,7 @@ fn driver() -> Result<(), String> {
     }
     let version = version().map_err(|error| {
         let reason = error::describe(error);
-        format!("the NVIDIA driver does not say its version: {reason}")
+        format!("the version of the NVIDIA driver cannot be queried: {reason}")
     })?;
     if version < OLDEST_VERSION {
         let (major, minor) = (version / 1000, version % 1000 / 10);
@@ -181,7 +182,7 @@ fn count() -> Result<i32, String> {
         Err(error) if error == no_device => Err(NONE.to_owned()),
         Err(error) => {
             let reason = error::describe(error);
-            Err(format!("the NVIDIA driver does not start: {reason}"))
+            Err(format!("the NVIDIA driver cannot be initialised: {reason}"))
         }
     }
 }

@@ -9,7 +9,7 @@ use super::launch::Signature;
 use super::launch::{Grid, kernels};
 use super::memory::{Buffer, CudaTensor, Ptr};
 use super::norm::require_shape;
-use super::step::Ends;
+use super::step::Bounds;
 use super::{CudaCache, CudaDevice};
 use crate::device::{DeviceError, HeadShape, Precision, QkNorm, RopeSpec};
 use std::rc::{Rc, Weak};
@@ -108,7 +108,7 @@ impl CudaDevice {
         let rotary_dim = 2 * spec.inverse_frequencies.len();
         if !rotary_dim.is_multiple_of(4) {
             let what = format!("rotating {rotary_dim} elements of a head");
-            return Err(unsupported(what, "a multiple of 4 elements can be rotated"));
+            return Err(unsupported(what, "the number must be a multiple of 4"));
         }
         let tables = &mut self.rope.tables;
         tables.retain(|(_, table)| table.strong_count() > 0);
@@ -142,18 +142,18 @@ impl CudaDevice {
         require_heads(NAME, heads, cache, layer)?;
         require(rope.rotary_dim <= heads.head_dim, NAME, || {
             let (rotary, head) = (rope.rotary_dim, heads.head_dim);
-            format!("{rotary} of a head's {head} elements cannot be rotated")
+            format!("{rotary} rotated elements exceed the {head} elements of a head")
         })?;
         let rows = self.step.padded(self.step.rows());
         let columns = heads.qkv_columns();
         require_shape(NAME, "qkv", qkv, (rows, columns), Precision::Activation)?;
-        let ends = Ends {
+        let bounds = Bounds {
             positions: rope.max_positions,
             slots: shape.blocks * shape.block_tokens,
-            ..Ends::NONE
+            ..Bounds::UNLIMITED
         };
-        self.step.require_within(ends, NAME)?;
-        self.graphs.limit(ends);
+        self.step.require_within(bounds, NAME)?;
+        self.graphs.limit(bounds);
         let (mode, q_norm, k_norm, epsilon) = match norm {
             None => (norm_mode::NONE, Ptr::NULL, Ptr::NULL, 0.0),
             Some(norm) => {
@@ -199,7 +199,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn angles_are_those_of_the_pairs_of_each_position() {
+    fn the_table_has_the_angles_of_each_pair_at_each_position() {
         let spec = RopeSpec {
             inverse_frequencies: vec![1.0, 0.5],
             magnitude: 2.0,

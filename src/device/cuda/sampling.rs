@@ -71,7 +71,7 @@ const NOT_FINITE: u32 = 1 << 31;
 pub(super) struct Sampler {
     uploads: Uploads,
     downloads: Downloads,
-    request: Request,
+    row_parameters: RowParameters,
     partials: Scratch,
     saved: Scratch,
     filters: Scratch,
@@ -85,7 +85,7 @@ impl Sampler {
         Self {
             uploads: Uploads::new("sampling parameters"),
             downloads: Downloads::default(),
-            request: Request::default(),
+            row_parameters: RowParameters::default(),
             partials: Scratch::default(),
             saved: Scratch::default(),
             filters: Scratch::default(),
@@ -112,7 +112,7 @@ pub struct CudaPending {
 /// Sampling parameters of a step in the layout that the kernels read: the parameters of each
 /// row, then the entries of histories and biases, then the masks.
 #[derive(Default)]
-struct Request {
+struct RowParameters {
     words: Vec<u32>,
     entries: Vec<[u32; 2]>,
     /// Masks of the rows that have one, one after the other.
@@ -127,7 +127,7 @@ struct Request {
     draws: bool,
 }
 
-impl Request {
+impl RowParameters {
     fn fill(&mut self, rows: &[SampleRow], vocabulary: usize) {
         *self = Self {
             words: std::mem::take(&mut self.words),
@@ -254,7 +254,7 @@ impl Parts {
 }
 
 /// Addresses of the kernels' parameters and of the memory in which they pass on results.
-struct Places {
+struct Addresses {
     rows: Ptr,
     entries: Ptr,
     sums: Ptr,
@@ -270,30 +270,30 @@ struct Places {
 impl Sampler {
     /// Uploads the parameters of `rows` rows, and makes room for the kernels' memory for `room`
     /// rows.
-    fn places(
+    fn addresses(
         &mut self,
         context: &Context,
         (rows, room): (usize, usize),
         slices: usize,
-    ) -> Result<Places, DeviceError> {
-        let request = &self.request;
-        let parameters = self.uploads.write(context, &request.words)?;
+    ) -> Result<Addresses, DeviceError> {
+        let row_parameters = &self.row_parameters;
+        let parameters = self.uploads.write(context, &row_parameters.words)?;
         let mut parts = Parts(0);
         let [sums, best, winners] = [8 * room * slices; 3].map(|bytes| parts.take(bytes));
         let base = self.partials.get(context, parts.0)?;
         // Histories grow in every step; rounding up avoids reallocating in every step.
-        let saved = 4 * request.entries.len().next_power_of_two().max(1024);
+        let saved = 4 * row_parameters.entries.len().next_power_of_two().max(1024);
         let saved = self.saved.get(context, saved)?;
         let mut parts = Parts(0);
         let counts = parts.take(4 * room * BINS);
         let masses = parts.take(8 * room * BINS);
         let filters = parts.take(32 * room);
         let lists = parts.take(8 * room * LIST);
-        let filter_base = match request.filters {
+        let filter_base = match row_parameters.filters {
             true => self.filters.get(context, parts.0)?,
             false => Ptr::NULL,
         };
-        Ok(Places {
+        Ok(Addresses {
             rows: parameters,
             entries: parameters.offset_bytes(4 * ROW_WORDS * rows),
             sums: base.offset_bytes(sums),
@@ -321,8 +321,8 @@ impl CudaDevice {
             && (1..=MAX_VOCABULARY).contains(&columns);
         require(fits, NAME, || {
             format!(
-                "logits are {} × {columns} in {:?} precision, but {} rows in Full of 1 to \
-                 {MAX_VOCABULARY} are needed",
+                "logits are {} × {columns} in {:?} precision, but at least {} rows of 1 to \
+                 {MAX_VOCABULARY} columns in Full precision are needed",
                 logits.rows(),
                 logits.precision(),
                 rows.len()
@@ -330,15 +330,17 @@ impl CudaDevice {
         })?;
         let limit = self.limits.map_or(0, |limits| limits.sequences);
         require(rows.len() <= limit, NAME, || {
-            format!("{} rows are more than the {limit} announced", rows.len())
+            format!("{} rows are more than the {limit} reserved", rows.len())
         })?;
-        self.sampler.request.fill(rows, columns);
+        self.sampler.row_parameters.fill(rows, columns);
         let staged = self.step.samples();
-        let request = &self.sampler.request;
-        require(!request.penalties || staged >= rows.len(), NAME, || {
-            format!("{} rows are sampled of a step with {staged}", rows.len())
+        let row_parameters = &self.sampler.row_parameters;
+        let enough = !row_parameters.penalties || staged >= rows.len();
+        require(enough, NAME, || {
+            let count = rows.len();
+            format!("{count} rows are to be sampled, but the step has {staged}")
         })?;
-        let top_stride = request.top_stride;
+        let top_stride = row_parameters.top_stride;
         let bytes = 4 * rows.len() * (RESULT_WORDS + 2 * top_stride);
         let download = self.sampler.downloads.next(&self.context, bytes)?;
         self.enqueue_sampling(logits, rows.len(), limit, download.ptr())?;
@@ -362,8 +364,10 @@ impl CudaDevice {
         result: Ptr,
     ) -> Result<(), DeviceError> {
         let slices = logits.columns().div_ceil(SLICE);
-        let places = self.sampler.places(&self.context, (rows, room), slices)?;
-        let Places {
+        let addresses = self
+            .sampler
+            .addresses(&self.context, (rows, room), slices)?;
+        let Addresses {
             rows: parameters,
             entries,
             sums,
@@ -374,16 +378,16 @@ impl CudaDevice {
             masses,
             filters,
             lists,
-        } = places;
+        } = addresses;
         let by_slice = Grid::new([slices as u32, rows as u32, 1], [256, 1, 1]);
         let by_row = Grid::new([rows as u32, 1, 1], [256, 1, 1]);
         let by_large_row = Grid::new([rows as u32, 1, 1], [1024, 1, 1]);
         let (columns, slices) = (logits.columns() as u32, slices as u32);
-        let request = &self.sampler.request;
-        let top_stride = request.top_stride as u32;
+        let row_parameters = &self.sampler.row_parameters;
+        let top_stride = row_parameters.top_stride as u32;
         let (kernels, context, step) = (&self.sampling, &self.context, &self.step);
         let logits = logits.ptr();
-        if request.reports {
+        if row_parameters.reports {
             kernels.sample_sums(context, by_slice, sums, logits, parameters, columns)?;
             kernels.sample_top(
                 context,
@@ -397,7 +401,7 @@ impl CudaDevice {
                 top_stride,
             )?;
         }
-        if request.edits {
+        if row_parameters.edits {
             let (feedback, resolved) = (step.feedback(), step.resolved());
             let sample_rows = step.sample_rows();
             kernels.sample_edit(
@@ -416,7 +420,7 @@ impl CudaDevice {
         kernels.sample_best(
             context, by_slice, best, counts, masses, filters, logits, parameters, columns,
         )?;
-        if request.filters {
+        if row_parameters.filters {
             kernels.sample_histogram(
                 context, by_slice, counts, masses, logits, best, parameters, columns,
             )?;
@@ -437,7 +441,7 @@ impl CudaDevice {
                 slices,
             )?;
         }
-        if request.draws {
+        if row_parameters.draws {
             kernels.sample_draw(
                 context, by_slice, winners, logits, best, parameters, columns,
             )?;

@@ -43,15 +43,15 @@ struct Layout {
 
 /// Exclusive upper bounds on the positions, slots and blocks that a step uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Ends {
+pub(super) struct Bounds {
     pub(super) positions: usize,
     pub(super) slots: usize,
     pub(super) blocks: usize,
 }
 
-impl Ends {
+impl Bounds {
     /// No bounds.
-    pub(super) const NONE: Self = Self {
+    pub(super) const UNLIMITED: Self = Self {
         positions: usize::MAX,
         slots: usize::MAX,
         blocks: usize::MAX,
@@ -98,7 +98,7 @@ pub(super) struct StepInputs {
     /// Number of units that attention has scratch memory for; `None` before its first use.
     unit_room: Option<usize>,
     key: Option<StepKey>,
-    ends: Ends,
+    bounds: Bounds,
     /// Index and number of rows of each sequence with several rows.
     prefills: Vec<(u32, usize)>,
     /// The uploaded prefill work list, if there is one: the query heads per group that it is
@@ -192,7 +192,7 @@ impl StepInputs {
             decode_units: 0,
             unit_room: None,
             key: None,
-            ends: Ends::NONE,
+            bounds: Bounds::UNLIMITED,
             prefills: Vec::new(),
             work: None,
             sampled: None,
@@ -333,21 +333,21 @@ impl StepInputs {
         self.resolved.as_ref().map_or(Ptr::NULL, Buffer::ptr)
     }
 
-    /// Fails if the step exceeds one of `ends`, the bounds of the cache and of the rotary
+    /// Fails if the step exceeds one of `bounds`, the bounds of the cache and of the rotary
     /// embedding.
     pub(super) fn require_within(
         &self,
-        ends: Ends,
+        bounds: Bounds,
         operation: &'static str,
     ) -> Result<(), DeviceError> {
         for (what, reached, end) in [
-            ("position", self.ends.positions, ends.positions),
-            ("slot", self.ends.slots, ends.slots),
-            ("block", self.ends.blocks, ends.blocks),
+            ("position", self.bounds.positions, bounds.positions),
+            ("slot", self.bounds.slots, bounds.slots),
+            ("block", self.bounds.blocks, bounds.blocks),
         ] {
             error::require(reached <= end, operation, || {
                 let last = reached.saturating_sub(1);
-                format!("{what} {last} is beyond the {end} that there are")
+                format!("{what} {last} is out of range: there are {end}")
             })?;
         }
         Ok(())
@@ -448,7 +448,7 @@ impl StepInputs {
         self.lay_out(batch, padded);
         self.base = self.uploads.write(context, &self.words)?;
         (self.rows, self.padded_rows, self.samples) = (rows, padded, batch.sample_rows.len());
-        self.ends = Ends {
+        self.bounds = Bounds {
             positions: end(batch.positions.iter().copied()),
             slots: end(batch.slots.iter().copied()),
             blocks: end(batch.tables.iter().copied()),
@@ -527,17 +527,21 @@ impl StepInputs {
         for entry in &batch.feedback {
             let (row, sample, count) = (entry.row, entry.sample, self.sampled_count);
             if row >= rows {
-                return Err(format!("row {row} of {rows} awaits a sample"));
+                return Err(format!(
+                    "feedback for row {row}, but the batch has {rows} rows"
+                ));
             }
             if sample >= count {
                 return Err(format!(
-                    "row {row} awaits sample {sample}, but the last step had {count}"
+                    "row {row} needs sample {sample}, but the last step had {count} samples"
                 ));
             }
         }
         self.check_sequences(batch)?;
         if let Some(row) = batch.sample_rows.iter().find(|&&row| row >= rows) {
-            return Err(format!("logits are wanted of row {row} of {rows}"));
+            return Err(format!(
+                "sample row {row} is out of range: the batch has {rows} rows"
+            ));
         }
         self.sorted.clear();
         self.sorted.extend_from_slice(&batch.slots);
@@ -554,7 +558,8 @@ impl StepInputs {
             let range = &sequence.rows;
             if range.start != next || range.end < range.start || range.end > rows {
                 return Err(format!(
-                    "sequence {index} has rows {range:?}, row {next} is next"
+                    "sequence {index} has rows {range:?}, but must start at row {next} and stay \
+                     within the batch"
                 ));
             }
             next = range.end;
@@ -562,20 +567,22 @@ impl StepInputs {
             let follows = |pair: &[u32]| pair[0].checked_add(1) == Some(pair[1]);
             if !positions.windows(2).all(follows) {
                 return Err(format!(
-                    "the positions of sequence {index} do not follow each other"
+                    "the positions of sequence {index} are not consecutive"
                 ));
             }
             let table = &sequence.table;
             if table.start > table.end || table.end > tables {
                 return Err(format!(
-                    "sequence {index} has table {table:?} of {tables} entries"
+                    "block table {table:?} of sequence {index} is outside the batch's {tables} \
+                     table entries"
                 ));
             }
             if let (Some(limits), Some(&last)) = (self.limits, positions.last()) {
                 let tokens = table.len() * limits.block_tokens;
                 if last as usize >= tokens {
                     return Err(format!(
-                        "the table of sequence {index} ends at {tokens}, before {last}"
+                        "the block table of sequence {index} covers {tokens} tokens, but position \
+                         {last} is needed"
                     ));
                 }
             }
@@ -626,7 +633,7 @@ mod tests {
     }
 
     #[test]
-    fn buckets_hold_what_they_are_for_and_waste_little() {
+    fn buckets_are_large_enough_and_less_than_twice_the_rows() {
         for rows in 1..2000 {
             let bucket = bucket(rows);
             assert!(bucket >= rows && super::bucket(bucket) == bucket);
@@ -662,14 +669,14 @@ mod tests {
     }
 
     #[test]
-    fn where_the_arrays_lie_depends_on_the_padded_rows_only() {
+    fn array_offsets_depend_only_on_the_padded_rows() {
         let short = laid_out(&batch(&[(1, 3), (1, 4), (1, 5)]), 4).layout;
         let long = laid_out(&batch(&[(1, 900), (1, 400), (1, 5), (1, 77)]), 4).layout;
         assert_eq!(format!("{short:?}"), format!("{long:?}"));
     }
 
     #[test]
-    fn sequences_are_listed_by_what_they_are() {
+    fn decodes_and_prefills_are_listed_separately() {
         let step = laid_out(&batch(&[(5, 4), (1, 40), (3, 130)]), 9);
         assert_eq!(step.decodes, vec![0..1; 1]);
         assert_eq!(step.words[step.layout.decode_list..][..2], [1, 0]);
@@ -678,7 +685,7 @@ mod tests {
     }
 
     #[test]
-    fn what_one_launch_has_no_room_for_is_cut_into_several() {
+    fn a_decode_list_beyond_the_unit_limit_is_split_into_launches() {
         let tokens = |units: usize| (units * UNIT) as u32 - 1;
         let half = (1, tokens(MOST_UNITS / 2));
         let step = laid_out(&batch(&[half, half, (1, 0), half, (1, 40)]), 5);
@@ -695,7 +702,7 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_that_makes_no_sense_is_refused() {
+    fn an_inconsistent_batch_is_refused() {
         let good = batch(&[(2, 1), (1, 40)]);
         let mut step = StepInputs::new();
         assert_eq!(step.check(&good), Ok(()));

@@ -14,7 +14,7 @@
 
 use super::cache::{CudaCache, all_layers};
 use super::context::Context;
-use super::error::{failed, sound};
+use super::error::{failed, require_ok};
 use super::memory::{Pinned, PinnedUse};
 use super::{CudaDevice, DeviceError};
 use crate::device::CacheShape;
@@ -84,7 +84,7 @@ impl CudaDevice {
         pairs: &[[u32; 2]],
     ) -> Result<(), DeviceError> {
         const NAME: &str = "swap_out";
-        sound(NAME, host.slots.check_out(pairs, cache.blocks()))?;
+        require_ok(NAME, host.slots.check_out(pairs, cache.blocks()))?;
         let context = &self.context;
         context.refuse_in_capture(NAME)?;
         for &[_, slot] in pairs {
@@ -108,7 +108,7 @@ impl CudaDevice {
         pairs: &[[u32; 2]],
     ) -> Result<(), DeviceError> {
         const NAME: &str = "swap_in";
-        sound(NAME, host.slots.check_in(pairs, cache.blocks()))?;
+        require_ok(NAME, host.slots.check_in(pairs, cache.blocks()))?;
         let context = &self.context;
         context.refuse_in_capture(NAME)?;
         for &[slot, block] in pairs {

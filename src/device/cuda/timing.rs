@@ -13,12 +13,12 @@ const OPERATION: &str = "measuring time";
 const COPIES: usize = 8;
 
 /// An event that records the time at which it is reached.
-struct Mark {
+struct TimedEvent {
     event: sys::CUevent,
     handle: Rc<Handle>,
 }
 
-impl Mark {
+impl TimedEvent {
     fn new(context: &Context) -> Result<Self, DeviceError> {
         let flags = sys::CUevent_flags::CU_EVENT_DEFAULT;
         let event = context.call(OPERATION, || result::event::create(flags))?;
@@ -43,7 +43,7 @@ impl Mark {
     }
 }
 
-impl Drop for Mark {
+impl Drop for TimedEvent {
     fn drop(&mut self) {
         // SAFETY: created by `new` and destroyed once.
         let destroy = || unsafe { result::event::destroy(self.event) };
@@ -161,8 +161,8 @@ impl CudaDevice {
         mut work: impl FnMut(&mut Self) -> Result<(), DeviceError>,
     ) -> Result<Vec<f64>, DeviceError> {
         self.context.synchronize()?;
-        let begin = Mark::new(&self.context)?;
-        let end = Mark::new(&self.context)?;
+        let begin = TimedEvent::new(&self.context)?;
+        let end = TimedEvent::new(&self.context)?;
         let times = (0..samples).map(|_| {
             begin.record(&self.context)?;
             work(self)?;

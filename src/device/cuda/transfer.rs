@@ -7,9 +7,9 @@ use cudarc::driver::result;
 use std::cell::RefCell;
 use std::rc::Rc;
 
-/// Number of staging places: one per step in flight (two), and one for the step that is being
+/// Number of staging buffers: one per step in flight (two), and one for the step that is being
 /// prepared.
-const PLACES: usize = 3;
+const STAGING_BUFFERS: usize = 3;
 
 /// Returns how many bytes to allocate for `bytes`. Rounding up to a power of two keeps data
 /// that grows in every step from reallocating in every step, which would wait for the device
@@ -18,20 +18,20 @@ fn room_for(bytes: usize) -> usize {
     bytes.next_power_of_two().max(4096)
 }
 
-/// A staging place: pinned memory, with the event that follows its copy.
-struct Place {
+/// A staging buffer: pinned memory, with the event that follows its copy.
+struct StagingBuffer {
     memory: Pinned,
     copied: Event,
 }
 
 /// Uploads the small inputs of a step: one copy per step into device memory at a fixed address.
 ///
-/// The host fills three staging places in turn, so that it does not wait for the copies of the
+/// The host fills three staging buffers in turn, so that it does not wait for the copies of the
 /// two steps in flight.
 pub(super) struct Uploads {
     what: &'static str,
     device: Option<Buffer>,
-    places: [Option<Place>; PLACES],
+    buffers: [Option<StagingBuffer>; STAGING_BUFFERS],
     next: usize,
 }
 
@@ -41,7 +41,7 @@ impl Uploads {
         Self {
             what,
             device: None,
-            places: [const { None }; PLACES],
+            buffers: [const { None }; STAGING_BUFFERS],
             next: 0,
         }
     }
@@ -71,25 +71,25 @@ impl Uploads {
         let ptr = self.reserve(context, words.len())?;
         let bytes: &[u8] = bytemuck::cast_slice(words);
         let index = self.next;
-        self.next = (self.next + 1) % PLACES;
-        let place = match self.places[index].take() {
-            Some(place) if place.memory.bytes() >= bytes.len() => place,
-            _ => Place {
+        self.next = (self.next + 1) % STAGING_BUFFERS;
+        let buffer = match self.buffers[index].take() {
+            Some(buffer) if buffer.memory.bytes() >= bytes.len() => buffer,
+            _ => StagingBuffer {
                 memory: Pinned::new(context, room_for(bytes.len()), PinnedUse::Upload)?,
                 copied: Event::new(context)?,
             },
         };
-        let place = self.places[index].insert(place);
-        if !place.copied.is_reached()? {
-            place.copied.synchronize(OPERATION)?;
+        let buffer = self.buffers[index].insert(buffer);
+        if !buffer.copied.is_reached()? {
+            buffer.copied.synchronize(OPERATION)?;
         }
-        place.memory.as_mut_slice()[..bytes.len()].copy_from_slice(bytes);
+        buffer.memory.as_mut_slice()[..bytes.len()].copy_from_slice(bytes);
         let copied = context
-            .copy_from_pinned(ptr, &place.memory, bytes.len())
-            .and_then(|()| place.copied.record(&context.compute));
+            .copy_from_pinned(ptr, &buffer.memory, bytes.len())
+            .and_then(|()| buffer.copied.record(&context.compute));
         if copied.is_err() {
-            // Without the event, nothing says when the place may be written again.
-            self.places[index] = None;
+            // Without the event, nothing says when the buffer may be written again.
+            self.buffers[index] = None;
         }
         copied.map(|()| ptr)
     }

@@ -61,11 +61,7 @@ pub fn request_fields() -> &'static [RequestField] {
 }
 
 const FIELDS: &[RequestField] = &[
-    honoured(
-        "model",
-        &Route::ALL,
-        "404 for another name than those that are served",
-    ),
+    honoured("model", &Route::ALL, "404 for a name that is not served"),
     // The text to continue.
     honoured("prompt", &[Completions, Tokenize], ""),
     refused(
@@ -83,7 +79,7 @@ const FIELDS: &[RequestField] = &[
         "suffix",
         &[Completions],
         &[Text("")],
-        "this model continues text, it does not fill it in",
+        "the model continues text and cannot fill in the middle",
     ),
     refused(
         "prompt_embeds",
@@ -92,12 +88,12 @@ const FIELDS: &[RequestField] = &[
         "prompts are text or token ids",
     ),
     refused("image_data", TEXT, NONE, "this server takes text only"),
-    refused("audio", &[Chat], NEVER, "this server gives text only"),
+    refused("audio", &[Chat], NEVER, "this server returns text only"),
     refused(
         "modalities",
         &[Chat],
         &[List(&["text"])],
-        "this server gives text only",
+        "this server returns text only",
     ),
     refused(
         "mm_processor_kwargs",
@@ -116,7 +112,7 @@ const FIELDS: &[RequestField] = &[
         "content",
         &[Embeddings, Tokenize],
         NEVER,
-        "llama.cpp's name of what is input or prompt here",
+        "llama.cpp's name for input or prompt",
     ),
     refused(
         "conversation",
@@ -173,12 +169,12 @@ const FIELDS: &[RequestField] = &[
     accepted(
         "reasoning.summary",
         &[Responses],
-        "reasoning is given whole, never summarised",
+        "reasoning is returned in full, never summarised",
     ),
     accepted(
         "reasoning.generate_summary",
         &[Responses],
-        "reasoning is given whole, never summarised",
+        "reasoning is returned in full, never summarised",
     ),
     honoured("include_reasoning", &[Chat], ""),
     honoured(
@@ -210,14 +206,10 @@ const FIELDS: &[RequestField] = &[
     honoured("repetition_penalty", TEXT, ""),
     honoured("presence_penalty", TEXT, ""),
     honoured("frequency_penalty", TEXT, ""),
-    honoured("logit_bias", TEXT, "as an object by token id"),
+    honoured("logit_bias", TEXT, "an object from token id to bias"),
     honoured("seed", TEXT, ""),
-    honoured("bad_words", TEXT, "not with an answer held to a form"),
-    honoured(
-        "allowed_token_ids",
-        TEXT,
-        "not with an answer held to a form",
-    ),
+    honoured("bad_words", TEXT, "not with a constrained answer"),
+    honoured("allowed_token_ids", TEXT, "not with a constrained answer"),
     refused("logits_processors", TEXT, NONE, ""),
     refused(
         "use_beam_search",
@@ -299,7 +291,7 @@ const FIELDS: &[RequestField] = &[
     honoured(
         "min_tokens",
         TEXT,
-        "end tokens and stop strings wait for it; a form that is complete does not",
+        "end tokens and stop strings have no effect before; a complete form still ends the answer",
     ),
     honoured("stop", TEXT, ""),
     honoured("stop_token_ids", TEXT, ""),
@@ -319,7 +311,7 @@ const FIELDS: &[RequestField] = &[
     accepted(
         "max_tool_calls",
         &[Responses],
-        "it limits tools that a server has built in; there are none",
+        "it limits built-in tools, of which this server has none",
     ),
     // The form of the answer.
     honoured("response_format", CHOICES, ""),
@@ -401,17 +393,17 @@ const FIELDS: &[RequestField] = &[
     accepted(
         "prediction",
         &[Chat],
-        "it is about speed; the answer is the same",
+        "it affects only speed; the answer is the same",
     ),
     // Tools.
     honoured("tools", &[Chat, Responses, Tokenize], ""),
     honoured("tool_choice", &[Chat, Responses, Tokenize], ""),
     honoured("parallel_tool_calls", &[Chat, Responses, Tokenize], ""),
-    honoured("functions", CONVERSATION, "what tools were called before"),
+    honoured("functions", CONVERSATION, "the older name of tools"),
     honoured(
         "function_call",
         CONVERSATION,
-        "what tool_choice was called before",
+        "the older name of tool_choice",
     ),
     refused(
         "web_search_options",
@@ -424,14 +416,14 @@ const FIELDS: &[RequestField] = &[
         "reasoning_format",
         &[Chat],
         &[Text("auto"), Text("deepseek")],
-        "reasoning is given as reasoning_content",
+        "reasoning is returned as reasoning_content",
     ),
     refused("thinking_forced_open", &[Chat], OFF, ""),
     refused(
         "separate_reasoning",
         &[Chat],
         &[True],
-        "reasoning is given as reasoning_content",
+        "reasoning is returned as reasoning_content",
     ),
     refused(
         "tools",
@@ -451,7 +443,7 @@ const FIELDS: &[RequestField] = &[
         "n",
         &[Responses],
         &[Number(1.0)],
-        "a response is one answer",
+        "a response has exactly one answer",
     ),
     refused("n_cmpl", TEXT, &[Number(1.0)], "send n"),
     honoured(
@@ -463,7 +455,7 @@ const FIELDS: &[RequestField] = &[
         "best_of",
         &[Chat, Responses],
         &[Number(1.0)],
-        "completions have it",
+        "only /v1/completions supports it",
     ),
     honoured("echo", &[Completions], ""),
     refused("echo", &[Chat], OFF, ""),
@@ -471,7 +463,7 @@ const FIELDS: &[RequestField] = &[
     honoured(
         "top_logprobs",
         &[Chat, Responses],
-        "for responses with include",
+        "for responses, together with include",
     ),
     refused(
         "top_logprobs",
@@ -489,14 +481,14 @@ const FIELDS: &[RequestField] = &[
     honoured(
         "include",
         &[Responses],
-        "message.output_text.logprobs; the others are about what no answer here has",
+        "message.output_text.logprobs; the other values concern data that answers here never have",
     ),
     honoured("prompt_logprobs", CHOICES, "not in a stream"),
     refused(
         "prompt_logprobs",
         &[Responses],
         NEVER,
-        "completions have it",
+        "completions and chat completions support it",
     ),
     honoured("return_tokens_as_token_ids", CHOICES, ""),
     refused("return_token_ids", CHOICES, OFF, ""),
@@ -521,7 +513,7 @@ const FIELDS: &[RequestField] = &[
     honoured(
         "stream_options.include_usage",
         TEXT,
-        "only with stream; a response always ends with it",
+        "only with stream; a streamed response always ends with its usage",
     ),
     honoured(
         "stream_options.continuous_usage_stats",
@@ -544,7 +536,7 @@ const FIELDS: &[RequestField] = &[
         "stream_interval",
         CHOICES,
         &[Number(1.0)],
-        "every token is sent at once",
+        "every token is sent as soon as it is generated",
     ),
     refused("sse_ping_interval", TEXT, NEVER, ""),
     refused("background", &[Responses], OFF, ""),
@@ -554,7 +546,7 @@ const FIELDS: &[RequestField] = &[
     honoured(
         "user",
         &[Completions, Chat, Responses, Embeddings],
-        "whom fairness counts the request for",
+        "the user to whom fair scheduling attributes the request",
     ),
     honoured(
         "priority",
@@ -572,7 +564,7 @@ const FIELDS: &[RequestField] = &[
     honoured(
         "session_id",
         CHOICES,
-        "a session of /v1/sessions; vLLM's is a hint to its router",
+        "a session of /v1/sessions; in vLLM, a hint to its router",
     ),
     refused(
         "session_id",
@@ -584,7 +576,7 @@ const FIELDS: &[RequestField] = &[
     accepted(
         "prompt_cache_key",
         &[Chat, Responses],
-        "prefixes are found by their tokens",
+        "cached prefixes are found by their tokens, so no key is needed",
     ),
     accepted(
         "prompt_cache_retention",
@@ -604,35 +596,30 @@ const FIELDS: &[RequestField] = &[
     honoured(
         "cache_salt",
         &[Completions, Chat, Responses, Embeddings],
-        "only requests with the same one share what is cached",
+        "only requests with the same salt share cached prefixes",
     ),
     accepted("id_slot", TEXT, "there are no slots"),
     accepted("service_tier", &[Chat, Responses], "there is one tier"),
     accepted("metadata", &[Chat], "chat completions are not stored"),
-    honoured("metadata", &[Responses], "reported back"),
+    honoured("metadata", &[Responses], "returned with the response"),
     refused("moderation", &[Chat, Responses], NEVER, ""),
     refused("kv_transfer_params", TEXT, &[EmptyObject], ""),
     refused("ec_transfer_params", TEXT, &[EmptyObject], ""),
     // Embeddings and tokens.
     honoured("dimensions", &[Embeddings], ""),
     honoured("encoding_format", &[Embeddings], ""),
-    refused(
-        "normalize",
-        &[Embeddings],
-        &[True],
-        "vectors have the length 1",
-    ),
+    refused("normalize", &[Embeddings], &[True], "vectors have length 1"),
     refused(
         "use_activation",
         &[Embeddings],
         &[True],
-        "vectors have the length 1",
+        "vectors have length 1",
     ),
     refused(
         "embd_normalize",
         &[Embeddings],
         &[Number(2.0)],
-        "vectors have the length 1",
+        "vectors have length 1",
     ),
     refused(
         "embed_dtype",
@@ -654,7 +641,7 @@ const FIELDS: &[RequestField] = &[
         "parse_special",
         &[Tokenize],
         &[True],
-        "names of special tokens are these tokens",
+        "names of special tokens in the text are always parsed",
     ),
     refused(
         "mm_processor_kwargs",

@@ -64,14 +64,17 @@ impl Input {
             };
             let place = || format!("input[{index}]");
             let found = store.item(id).ok_or_else(|| {
-                let problem = format!("{}: there is no item {id:?}, or no longer", place());
+                let problem = format!(
+                    "{}: there is no item {id:?}, or it has been removed",
+                    place()
+                );
                 let error = ApiError::not_found(problem).param(place());
                 error.code("item_not_found")
             })?;
             bytes += found.len();
             if bytes > limit {
                 let problem = format!(
-                    "{}: the items that are referred to have more than {limit} bytes together",
+                    "{}: the referenced items have more than {limit} bytes in total",
                     place(),
                 );
                 return Err(ApiError::invalid(problem).param(place()));
@@ -149,7 +152,7 @@ pub(super) fn new_id(prefix: &str) -> String {
 fn append(item: &Value, messages: &mut Vec<Message>) -> Result<(), String> {
     let text = |name: &str| match item.get(name) {
         Some(Value::String(text)) => Ok(text.as_str()),
-        _ => Err(format!("has no {name}, or one that is no string")),
+        _ => Err(format!("has no {name}, or one that is not a string")),
     };
     let kind = match item.get("type") {
         None | Some(Value::Null) if item.get("role").is_some() => "message",
@@ -231,7 +234,7 @@ fn content(content: Option<&Value>) -> Result<String, String> {
         None | Some(Value::Null) => return Ok(String::new()),
         Some(Value::String(text)) => return Ok(text.clone()),
         Some(Value::Array(parts)) => parts,
-        Some(_) => return Err("has content that is no text and no list of parts".to_owned()),
+        Some(_) => return Err("has content that is neither a text nor a list of parts".to_owned()),
     };
     let texts = parts.iter().map(|part| {
         let field = match part.get("type").and_then(Value::as_str) {
@@ -319,7 +322,7 @@ mod tests {
             ),
             (
                 json!([{"role": "user", "content": 5}]),
-                "no text and no list",
+                "neither a text nor a list",
             ),
         ] {
             let error = read(input).unwrap_err();

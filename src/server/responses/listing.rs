@@ -82,8 +82,7 @@ impl PageQuery {
         let place = |items: &Items, id: &str, field: &'static str| {
             let place = items.iter().position(|(other, _)| other == id);
             let missing = || {
-                let problem =
-                    format!("{field}: there is no item {id:?} among those of the response");
+                let problem = format!("{field}: the response has no item {id:?}");
                 ApiError::invalid(problem).param(field)
             };
             place.ok_or_else(missing)
@@ -133,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_there_cannot_be_is_refused_by_field() {
+    fn an_invalid_page_query_is_refused_with_its_field() {
         for (query, field) in [
             (json!({"limit": 0}), "limit"),
             (json!({"limit": 101}), "limit"),

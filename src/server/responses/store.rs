@@ -175,7 +175,9 @@ impl Kept {
 }
 
 fn missing(id: &str) -> ApiError {
-    ApiError::not_found(format!("there is no response {id:?}, or no longer"))
+    ApiError::not_found(format!(
+        "there is no response {id:?}, or it has been removed"
+    ))
 }
 
 #[cfg(test)]

@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn patterns_that_look_nowhere_stay_as_they_are() {
+    fn patterns_without_look_around_are_unchanged() {
         for pattern in [
             "",
             "^[a-z]+$",
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn the_patterns_of_libraries_keep_what_can_be_held() {
+    fn library_patterns_keep_their_supported_parts() {
         for (pattern, rest) in [
             // Decimal numbers in pydantic.
             (r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$", r"^(?:)[+-]?0*\d*\.?\d*$"),

@@ -42,7 +42,7 @@ pub(super) struct Rewriter {
     lenient: bool,
     growth: usize,
     /// Dropped keywords that would restrict the answer.
-    pub unheld: BTreeSet<String>,
+    pub unenforced: BTreeSet<String>,
 }
 
 impl Rewriter {
@@ -51,7 +51,7 @@ impl Rewriter {
             root: schema.clone(),
             lenient,
             growth: 0,
-            unheld: BTreeSet::new(),
+            unenforced: BTreeSet::new(),
         }
     }
 
@@ -62,8 +62,8 @@ impl Rewriter {
         schema
     }
 
-    fn unheld(&mut self, keyword: &str) {
-        self.unheld.insert(keyword.to_owned());
+    fn mark_unenforced(&mut self, keyword: &str) {
+        self.unenforced.insert(keyword.to_owned());
     }
 
     fn schema(&mut self, schema: &mut Value) {
@@ -114,7 +114,7 @@ impl Rewriter {
         };
         if self.lenient && fields.get("$schema").is_some_and(|draft| !known(draft)) {
             fields.shift_remove("$schema");
-            self.unheld("$schema");
+            self.mark_unenforced("$schema");
         }
     }
 
@@ -130,7 +130,7 @@ impl Rewriter {
             if !self.lenient {
                 return;
             }
-            self.unheld("pattern");
+            self.mark_unenforced("pattern");
         }
         fields.insert("pattern".to_owned(), relaxed.pattern.into());
         if relaxed.also.is_empty() {
@@ -148,7 +148,7 @@ impl Rewriter {
         });
         match fields.entry("allOf").or_insert_with(|| json!([])) {
             Value::Array(schemas) => schemas.extend(all),
-            _ => self.unheld("pattern"),
+            _ => self.mark_unenforced("pattern"),
         }
     }
 
@@ -163,18 +163,18 @@ impl Rewriter {
             return;
         }
         let each = std::mem::take(patterns).into_iter();
-        let mut unheld = false;
+        let mut unenforced = false;
         *patterns = each
             .map(|(pattern, schema)| match relaxed(&pattern) {
                 Some(relaxed) => {
-                    unheld |= !relaxed.exact || !relaxed.also.is_empty();
+                    unenforced |= !relaxed.exact || !relaxed.also.is_empty();
                     (relaxed.pattern, schema)
                 }
                 None => (pattern, schema),
             })
             .collect();
-        if unheld {
-            self.unheld("patternProperties");
+        if unenforced {
+            self.mark_unenforced("patternProperties");
         }
     }
 
@@ -204,12 +204,12 @@ impl Rewriter {
             && most.is_none_or(|most| most == given + 1);
         let countable = !optional || (closed && one);
         for (keyword, limit) in [("minProperties", least), ("maxProperties", most)] {
-            let unheld = limit.is_some() && !countable;
-            if limit.is_none() || (unheld && self.lenient) {
+            let unenforced = limit.is_some() && !countable;
+            if limit.is_none() || (unenforced && self.lenient) {
                 fields.shift_remove(keyword);
             }
-            if unheld && self.lenient {
-                self.unheld(keyword);
+            if unenforced && self.lenient {
+                self.mark_unenforced(keyword);
             }
         }
     }
@@ -224,8 +224,8 @@ impl Rewriter {
         };
         let said = match names {
             Names::Any => true,
-            Names::List(list) => self.named(&list, fields),
-            Names::Pattern(pattern) => self.patterned(&pattern, fields),
+            Names::List(list) => self.restrict_names_to_list(&list, fields),
+            Names::Pattern(pattern) => self.restrict_names_to_pattern(&pattern, fields),
         };
         if said {
             fields.shift_remove("propertyNames");
@@ -233,7 +233,7 @@ impl Rewriter {
     }
 
     /// Restricts the property names of an object to a list. Returns whether this was possible.
-    fn named(&mut self, list: &[String], fields: &mut Map<String, Value>) -> bool {
+    fn restrict_names_to_list(&mut self, list: &[String], fields: &mut Map<String, Value>) -> bool {
         let Some(own) = own_properties(fields) else {
             return false;
         };
@@ -265,7 +265,11 @@ impl Rewriter {
 
     /// Restricts the property names of an object to a pattern. Returns whether this was
     /// possible.
-    fn patterned(&mut self, pattern: &str, fields: &mut Map<String, Value>) -> bool {
+    fn restrict_names_to_pattern(
+        &mut self,
+        pattern: &str,
+        fields: &mut Map<String, Value>,
+    ) -> bool {
         let Some(own) = own_properties(fields) else {
             return false;
         };
@@ -277,17 +281,17 @@ impl Rewriter {
         if !requires_only(fields, fits) {
             return false;
         }
-        let mut unheld = false;
+        let mut unenforced = false;
         let pattern = match relaxed(pattern) {
             None => pattern.to_owned(),
             Some(_) if !self.lenient => return false,
             Some(relaxed) => {
-                unheld = !relaxed.exact || !relaxed.also.is_empty();
+                unenforced = !relaxed.exact || !relaxed.also.is_empty();
                 relaxed.pattern
             }
         };
-        if unheld {
-            self.unheld("propertyNames");
+        if unenforced {
+            self.mark_unenforced("propertyNames");
         }
         let kept = own.iter().filter(|(name, _)| fits(name));
         let kept: Map<_, _> = kept

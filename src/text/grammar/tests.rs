@@ -298,7 +298,7 @@ fn what_a_schema_cannot_have_is_refused_by_name() {
 }
 
 #[test]
-fn what_a_schema_says_of_its_own_compilation_is_not_heard() {
+fn compile_options_in_a_schema_are_ignored() {
     let flexible = json!({"type": "object", "x-guidance": {"whitespace_flexible": true}});
     let grammar = schema(flexible).unwrap();
     assert_eq!(answer(&tokenizer(), &grammar, "{ "), Answer::Wrong(1));
@@ -557,7 +557,7 @@ fn formats_that_are_not_known_are_annotations() {
 }
 
 #[test]
-fn keywords_that_cannot_be_held_are_left_out_by_name_or_refused() {
+fn unenforceable_keywords_are_reported_or_rejected() {
     let tokenizer = tokenizer();
     for (wanted, names, right) in [
         (
@@ -646,7 +646,7 @@ fn keywords_that_cannot_be_held_are_left_out_by_name_or_refused() {
 }
 
 #[test]
-fn what_says_nothing_more_is_held_as_it_is() {
+fn keywords_that_can_be_rewritten_are_enforced() {
     let tokenizer = tokenizer();
     for (wanted, right, wrong) in [
         (
@@ -772,7 +772,7 @@ fn a_schema_of_many_properties_can_be_answered_to_its_end() {
 }
 
 #[test]
-fn a_choice_of_objects_beyond_the_limits_is_refused_before_it_is_answered_with() {
+fn too_large_objects_are_rejected_when_compiled() {
     let object = |first: usize| {
         let names = (first..first + 1200).map(|index| (format!("p{index}"), json!({})));
         let properties: serde_json::Map<String, Value> = names.collect();
@@ -887,7 +887,7 @@ fn an_answer_of_a_form_may_be_calls_instead_in_every_format() {
 }
 
 #[test]
-fn one_call_is_one_call() {
+fn only_one_call_is_allowed_unless_several() {
     let (tokenizer, grammar) = or_calls(ToolFormat::Hermes, false);
     let call = "<tool_call>{\"name\":\"now\",\"arguments\":{}}</tool_call>";
     assert_eq!(answer(&tokenizer, &grammar, call), Answer::Complete);

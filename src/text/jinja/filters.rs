@@ -138,7 +138,7 @@ fn to_json(value: &Value, arguments: &mut Arguments) -> Result<Value, Error> {
     {
         style.separators = match items(&pair)?.as_slice() {
             [item, key] => (text(item)?, text(key)?),
-            _ => return Err(failed("separators are two strings")),
+            _ => return Err(failed("separators must be two strings")),
         };
     }
     style.sort_keys = arguments.flag("sort_keys")?;
@@ -293,7 +293,7 @@ fn absolute(value: &Value, _: &mut Arguments) -> Result<Value, Error> {
         (Some(integer), _) => integer
             .checked_abs()
             .map(integer_value)
-            .ok_or_else(|| failed("an integer is too large")),
+            .ok_or_else(|| failed("the resulting integer is too large")),
         (None, Some(float)) => Ok(Value::from(float.abs())),
         (None, None) => Err(failed("abs needs a number")),
     }

@@ -276,7 +276,7 @@ fn range<'a>(s: &'a str, given: &mut Arguments) -> Result<Option<&'a str>, Error
 
 fn width(given: &mut Arguments) -> Result<usize, Error> {
     let width = given.required("width")?;
-    let width = integer(&width).ok_or_else(|| failed("a width is an integer"))?;
+    let width = integer(&width).ok_or_else(|| failed("a width must be an integer"))?;
     let width = width.clamp(0, i128::from(MAX_WIDTH));
     Ok(usize::try_from(width).unwrap_or(0))
 }

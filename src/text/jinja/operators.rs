@@ -59,7 +59,7 @@ pub(super) fn add(a: &Value, b: &Value) -> Result<Value, Error> {
         let sum = a.checked_add(b);
         return sum
             .map(integer_value)
-            .ok_or_else(|| failed("an integer is too large"));
+            .ok_or_else(|| failed("the resulting integer is too large"));
     }
     if let (Some(a), Some(b)) = (float(a), float(b)) {
         return Ok(Value::from(a + b));

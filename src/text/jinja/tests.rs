@@ -94,7 +94,7 @@ fn hostile_sources_neither_panic_nor_take_long() {
 }
 
 #[test]
-fn values_that_grow_without_end_are_refused() {
+fn values_that_grow_without_bound_are_rejected() {
     let none = Value::Null;
     for source in [
         "{% set ns = namespace(s='a') %}{% for i in range(64) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",

@@ -63,7 +63,9 @@ pub(super) fn truncate(value: &Value, arguments: &mut Arguments) -> Result<Value
     let text = text(value)?;
     let size = |text: &str| i64::try_from(text.chars().count()).unwrap_or(i64::MAX);
     if length < size(&end) || leeway < 0 {
-        return Err(failed("truncate needs a length for its end, and a leeway"));
+        return Err(failed(
+            "truncate needs a length that fits `end`, and a leeway of at least 0",
+        ));
     }
     if size(&text) <= length.saturating_add(leeway) {
         return Ok(text.into());
@@ -90,7 +92,7 @@ pub(super) fn indent(value: &Value, arguments: &mut Arguments) -> Result<Value, 
     let by = match width.as_str() {
         Some(text) => text.to_owned(),
         None => {
-            let width = integer(&width).ok_or_else(|| failed("a width is an integer"))?;
+            let width = integer(&width).ok_or_else(|| failed("a width must be an integer"))?;
             " ".repeat(usize::try_from(width).unwrap_or(0).min(MAX_WIDTH))
         }
     };
@@ -151,7 +153,7 @@ pub(super) fn file_size(value: &Value, arguments: &mut Arguments) -> Result<Valu
         Some(text) => text.trim().parse().ok(),
         None => float(value),
     };
-    let bytes = bytes.ok_or_else(|| failed("a size is a number"))?;
+    let bytes = bytes.ok_or_else(|| failed("a size must be a number"))?;
     let (base, units) = match binary {
         true => (
             1024.0,

@@ -43,11 +43,11 @@ impl Calls for DeepSeekCalls {
             Self::First(marks) => match marks.push(c, &[CALL_BEGIN]) {
                 Found::Part => {}
                 Found::Mark(_) => *self = Self::Head(String::new()),
-                Found::Wrong => return Step::Over,
+                Found::Wrong => return Step::NotCalls,
             },
             Self::Head(head) if c == '{' => {
                 let Some(name) = name(head) else {
-                    return Step::Over;
+                    return Step::NotCalls;
                 };
                 events.begin(name);
                 let mut arguments = RawArguments::default();
@@ -58,7 +58,7 @@ impl Calls for DeepSeekCalls {
             Self::Head(head) => {
                 head.push(c);
                 if head.len() > MAX_HEAD_BYTES {
-                    return Step::Over;
+                    return Step::NotCalls;
                 }
             }
             Self::Arguments(arguments) => {
@@ -74,7 +74,7 @@ impl Calls for DeepSeekCalls {
                     Found::Mark(CALLS_END) => return Step::End,
                     Found::Mark(_) => events.committed = true,
                     Found::Part => {}
-                    Found::Wrong => return Step::Over,
+                    Found::Wrong => return Step::NotCalls,
                 }
             }
         }

@@ -9,15 +9,15 @@ use std::sync::Arc;
 
 /// Role of a character in a JSON value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Follow {
+pub(super) enum JsonChar {
     /// Part of the value.
     Inside,
     /// Last character of the value.
     Last,
     /// First character after the value, which was a number or a word.
-    Past,
+    After,
     /// Not allowed in JSON.
-    Wrong,
+    Invalid,
 }
 
 /// Finds the end of one JSON value.
@@ -53,16 +53,16 @@ impl Value {
         self.brackets.push(if c == '{' { '}' } else { ']' });
     }
 
-    fn ended(&self) -> Follow {
+    fn ended(&self) -> JsonChar {
         if self.brackets.is_empty() {
-            Follow::Last
+            JsonChar::Last
         } else {
-            Follow::Inside
+            JsonChar::Inside
         }
     }
 
     /// Processes a character after the first.
-    pub(super) fn push(&mut self, c: char) -> Follow {
+    pub(super) fn push(&mut self, c: char) -> JsonChar {
         if self.string {
             match c {
                 _ if self.escaped => self.escaped = false,
@@ -73,11 +73,15 @@ impl Value {
                 }
                 _ => {}
             }
-            return Follow::Inside;
+            return JsonChar::Inside;
         }
         let word = c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.');
         if self.scalar {
-            return if word { Follow::Inside } else { Follow::Past };
+            return if word {
+                JsonChar::Inside
+            } else {
+                JsonChar::After
+            };
         }
         match c {
             '"' => self.string = true,
@@ -85,9 +89,9 @@ impl Value {
             '}' | ']' if self.brackets.pop() == Some(c) => return self.ended(),
             ',' | ':' => {}
             c if word || c.is_whitespace() => {}
-            _ => return Follow::Wrong,
+            _ => return JsonChar::Invalid,
         }
-        Follow::Inside
+        JsonChar::Inside
     }
 }
 
@@ -104,23 +108,23 @@ impl RawArguments {
             Some(value) => value.push(c),
             None if c == '{' => {
                 self.value = Value::begin(c);
-                Follow::Inside
+                JsonChar::Inside
             }
-            None => Follow::Wrong,
+            None => JsonChar::Invalid,
         };
         match follow {
-            Follow::Inside => {
+            JsonChar::Inside => {
                 events.arguments(c.encode_utf8(&mut [0; 4]));
                 Step::More
             }
-            Follow::Last => {
+            JsonChar::Last => {
                 events.arguments(c.encode_utf8(&mut [0; 4]));
                 events.end();
                 Step::End
             }
-            Follow::Past | Follow::Wrong => {
+            JsonChar::After | JsonChar::Invalid => {
                 events.end();
-                Step::Over
+                Step::NotCalls
             }
         }
     }
@@ -187,11 +191,11 @@ impl CallObject {
 
     /// Processes a character. Returns [`Step::End`] for the last one of the object.
     fn push(&mut self, c: char, events: &mut Events) -> Step {
-        let step = self.follow(c, events).unwrap_or(Step::Over);
+        let step = self.follow(c, events).unwrap_or(Step::NotCalls);
         if self.begun {
             // The frame of a call that was announced never becomes text.
             events.committed = true;
-            if step == Step::Over {
+            if step == Step::NotCalls {
                 events.end();
             }
         }
@@ -203,8 +207,8 @@ impl CallObject {
         match &mut self.state {
             ObjectState::Start if c == '{' => self.state = ObjectState::BeforeKey,
             ObjectState::Key(value) => match value.push(c) {
-                Follow::Inside => self.text.push(c),
-                Follow::Last => {
+                JsonChar::Inside => self.text.push(c),
+                JsonChar::Last => {
                     self.text.push(c);
                     self.key = string(&self.text)?;
                     self.state = ObjectState::Colon;
@@ -212,21 +216,21 @@ impl CallObject {
                         return None;
                     }
                 }
-                Follow::Past | Follow::Wrong => return None,
+                JsonChar::After | JsonChar::Invalid => return None,
             },
             ObjectState::Value(value, role) => {
                 let role = *role;
                 match value.push(c) {
-                    Follow::Inside => self.value(c, role, events),
-                    Follow::Last => {
+                    JsonChar::Inside => self.value(c, role, events),
+                    JsonChar::Last => {
                         self.value(c, role, events);
                         self.value_ends(role, events)?;
                     }
-                    Follow::Past => {
+                    JsonChar::After => {
                         self.value_ends(role, events)?;
                         return self.follow(c, events);
                     }
-                    Follow::Wrong => return None,
+                    JsonChar::Invalid => return None,
                 }
             }
             _ if c.is_whitespace() => {}
@@ -413,9 +417,9 @@ impl Calls for JsonCalls {
             JsonState::After(marks) => match marks.push(c, self.closes) {
                 Found::Part => {}
                 Found::Mark(_) => return Step::End,
-                Found::Wrong => return Step::Over,
+                Found::Wrong => return Step::NotCalls,
             },
-            _ => return Step::Over,
+            _ => return Step::NotCalls,
         }
         Step::More
     }

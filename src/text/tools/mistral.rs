@@ -41,7 +41,7 @@ impl Calls for MistralCalls {
             Self::Json(calls) => calls.push(c, events),
             Self::Head(head) if c == '{' => {
                 let Some(name) = name(head) else {
-                    return Step::Over;
+                    return Step::NotCalls;
                 };
                 events.begin(name);
                 let mut arguments = RawArguments::default();
@@ -54,7 +54,7 @@ impl Calls for MistralCalls {
                 if may_be_head(head) {
                     Step::More
                 } else {
-                    Step::Over
+                    Step::NotCalls
                 }
             }
             Self::Arguments(arguments) => arguments.push(c, events),

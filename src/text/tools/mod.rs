@@ -256,7 +256,7 @@ enum Step {
     /// Last character of the calls.
     End,
     /// Not part of the calls. What was read and not committed is text.
-    Over,
+    NotCalls,
 }
 
 /// State machine that reads the calls of one format, from after their tag to their end.
@@ -360,7 +360,7 @@ impl ToolParser {
                 self.calls = None;
                 self.raw.clear();
             }
-            Step::Over => {
+            Step::NotCalls => {
                 self.calls = None;
                 if committed {
                     self.raw.clear();

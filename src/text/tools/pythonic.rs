@@ -64,25 +64,25 @@ impl Calls for PythonicCalls {
     fn push(&mut self, c: char, events: &mut Events) -> Step {
         match &mut self.state {
             State::Call(call) if call.named(c) && !known(self.bare.as_deref(), &call.name) => {
-                return Step::Over;
+                return Step::NotCalls;
             }
             State::Call(call) => match call.push(c) {
                 Some(false) => {}
                 Some(true) => {
                     let Some(arguments) = arguments(&call.arguments) else {
-                        return Step::Over;
+                        return Step::NotCalls;
                     };
                     events.begin(&call.name);
                     events.arguments(&arguments);
                     events.end();
                     self.state = State::Between;
                 }
-                None => return Step::Over,
+                None => return Step::NotCalls,
             },
             State::After(marks) => match marks.push(c, CLOSES) {
                 Found::Part => {}
                 Found::Mark(_) => return Step::End,
-                Found::Wrong => return Step::Over,
+                Found::Wrong => return Step::NotCalls,
             },
             _ if c.is_whitespace() => {}
             State::Start if c == '[' => self.state = State::First,
@@ -97,7 +97,7 @@ impl Calls for PythonicCalls {
                 events.committed = true;
                 self.state = State::After(Marks::default());
             }
-            _ => return Step::Over,
+            _ => return Step::NotCalls,
         }
         Step::More
     }

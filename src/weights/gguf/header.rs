@@ -100,11 +100,11 @@ fn read_version(reader: &mut Reader<'_>) -> Result<u32, Problem> {
         2 | 3 => Ok(version),
         _ if matches!(version.swap_bytes(), 1..=3) => Err(Problem::Unsupported {
             what: format!("a big-endian GGUF file (version {})", version.swap_bytes()),
-            expected: "little-endian files of version 2 and 3 are".into(),
+            expected: "expected a little-endian file of version 2 or 3".into(),
         }),
         _ => Err(Problem::Unsupported {
             what: format!("GGUF version {version}"),
-            expected: "versions 2 and 3 are".into(),
+            expected: "expected version 2 or 3".into(),
         }),
     }
 }
@@ -169,7 +169,7 @@ fn read_tensor_info(reader: &mut Reader<'_>, name: &str) -> Result<TensorInfo, P
     let dimensions: u32 = reader.number(&what)?;
     if !(1..=MOST_DIMENSIONS).contains(&dimensions) {
         return Err(Problem::malformed(format!(
-            "{what} has {dimensions} dimensions; a tensor has 1 to {MOST_DIMENSIONS}"
+            "{what} has {dimensions} dimensions; a tensor must have 1 to {MOST_DIMENSIONS}"
         )));
     }
     let mut shape = Vec::new();
@@ -179,7 +179,8 @@ fn read_tensor_info(reader: &mut Reader<'_>, name: &str) -> Result<TensorInfo, P
             Ok(dimension) if dimension > 0 => shape.push(dimension),
             _ => {
                 return Err(Problem::malformed(format!(
-                    "{what} has a dimension of {dimension}; it must be positive and fit the machine"
+                    "{what} has a dimension of {dimension}; it must be positive and fit a \
+                     machine word"
                 )));
             }
         }
@@ -268,7 +269,7 @@ impl Data {
         let (Some(start), Some(end)) = (start, end.filter(|&end| end <= self.end)) else {
             return Err(Problem::malformed(format!(
                 "tensor {name:?} of {bytes} bytes at offset {offset} of the tensor data, which \
-                 begins at {}, ends behind the file's {} bytes",
+                 begins at {}, ends beyond the file's {} bytes",
                 self.start, self.end
             )));
         };

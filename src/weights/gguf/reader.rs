@@ -75,7 +75,7 @@ impl<'a> Reader<'a> {
     pub(super) fn number<T: Number>(&mut self, what: &str) -> Result<T, Problem> {
         let offset = self.position;
         T::from_le(self.take(T::BYTES, what)?)
-            .ok_or_else(|| Problem::malformed(format!("{what} at offset {offset} is no number")))
+            .ok_or_else(|| Problem::malformed(format!("{what} at offset {offset} is not a number")))
     }
 
     /// Reads a count of items that take at least `smallest` bytes each. Fails if the rest
@@ -116,7 +116,7 @@ impl<'a> Reader<'a> {
             0 => Ok(false),
             1 => Ok(true),
             other => Err(Problem::malformed(format!(
-                "{what} at offset {offset} is {other}; a bool is 0 or 1"
+                "{what} at offset {offset} is {other}; a bool must be 0 or 1"
             ))),
         }
     }
@@ -142,7 +142,7 @@ impl<'a> Reader<'a> {
             12 => Value::F64(self.number(what)?),
             other => {
                 return Err(Problem::malformed(format!(
-                    "{what} has type {other}; the types are 0 to 12"
+                    "{what} has type {other}; the type must be 0 to 12"
                 )));
             }
         })
@@ -171,7 +171,7 @@ impl<'a> Reader<'a> {
             9 => {
                 return Err(Problem::Unsupported {
                     what: format!("{what}, an array of arrays,"),
-                    expected: "arrays of numbers, bools and strings are".into(),
+                    expected: "expected an array of numbers, bools or strings".into(),
                 });
             }
             10 => Array::U64(self.numbers(what)?),
@@ -179,7 +179,7 @@ impl<'a> Reader<'a> {
             12 => Array::F64(self.numbers(what)?),
             other => {
                 return Err(Problem::malformed(format!(
-                    "{what} is an array of type {other}; the types are 0 to 12"
+                    "{what} is an array of type {other}; the type must be 0 to 12"
                 )));
             }
         })

@@ -33,7 +33,8 @@ impl Gguf {
             );
             if stated != (Some(number), Some(count)) {
                 return Err(Problem::malformed(format!(
-                    "its \"split.no\" and \"split.count\" are {stated:?}; part {number} of {count} was expected"
+                    "its \"split.no\" and \"split.count\" are {stated:?}, expected part {number} \
+                     of {count}"
                 ))
                 .at(&path));
             }
@@ -73,7 +74,7 @@ impl Gguf {
             Some(0) => Ok(Some(count)),
             Some(number) if number < count => Err(Problem::Unsupported {
                 what: format!("part {} of {count} of a split file", number + 1),
-                expected: "open the first part; the others are found beside it".into(),
+                expected: "open the first part; the others are found next to it".into(),
             }
             .at(self.path())),
             number => malformed(format!(

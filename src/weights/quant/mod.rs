@@ -81,7 +81,7 @@ pub fn unpack_row(
     mins: &mut [f32],
 ) {
     let unpack: Unpack = match dtype {
-        DType::F32 | DType::F16 | DType::BF16 => panic!("{dtype} is no block format"),
+        DType::F32 | DType::F16 | DType::BF16 => panic!("{dtype} is not a block format"),
         DType::Q4_0 => q4_0::unpack,
         DType::Q4_1 => q4_1::unpack,
         DType::Q5_0 => q5_0::unpack,
@@ -186,7 +186,7 @@ fn dequantize_blocks(dtype: DType, view: Affine, data: &[u8], out: &mut [f32]) {
 fn elements_in(dtype: DType, data: &[u8]) -> usize {
     assert!(
         data.len().is_multiple_of(dtype.block_bytes()),
-        "{} bytes are no whole number of {dtype} blocks of {}",
+        "{} bytes are not a whole number of {dtype} blocks of {} bytes",
         data.len(),
         dtype.block_bytes()
     );

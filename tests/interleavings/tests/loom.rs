@@ -101,7 +101,7 @@ fn read(mut stream: TokenStream) -> (Vec<u32>, Result<Outcome, GenerateError>) {
         if let Some(end) = end {
             assert!(
                 stream.next_blocking().is_none(),
-                "something follows the end"
+                "the stream continues after its end"
             );
             return (tokens, end);
         }
@@ -161,7 +161,7 @@ fn i1_i2_i12_hold_when_a_cancel_races_a_pipeline_of_two_steps() {
 ///
 /// Catches a command that is posted before the flag is raised (deadlock).
 #[test]
-fn i6_a_cancel_ends_a_paused_session() {
+fn i6_a_cancel_ends_a_paused_request() {
     let kinds = ["before its first token", "after its first token"];
     model(3, kinds, || {
         let config = EngineConfig {
@@ -184,7 +184,7 @@ fn i6_a_cancel_ends_a_paused_session() {
 ///
 /// Catches blocks that are freed immediately ("handed out again while step 3 is in flight").
 #[test]
-fn i4_i10_blocks_are_handed_on_only_after_their_fence() {
+fn i4_i10_blocks_are_reused_only_after_their_fence() {
     model(2, ["cancelled", "finished first"], || {
         let engine = engine(2, EngineConfig::default());
         let dropped = submit(&engine, 3);
@@ -299,7 +299,7 @@ fn i1_holds_when_a_shutdown_races_the_last_handle() {
             Ok(Outcome::Cancelled(CancelReason::Shutdown)) => "shut down",
             end => panic!("{end:?}"),
         };
-        closer.join().unwrap().expect("a shutdown is no fault");
+        closer.join().unwrap().expect("a shutdown is not a fault");
         kind
     });
 }
@@ -308,7 +308,7 @@ fn i1_holds_when_a_shutdown_races_the_last_handle() {
 ///
 /// Catches a stream that does not keep the engine alive (its tokens are lost).
 #[test]
-fn i1_holds_when_the_last_handle_goes_before_the_answer() {
+fn i1_holds_when_the_last_handle_is_dropped_before_the_answer() {
     model(3, ["finished"], || {
         let engine = engine(2, EngineConfig::default());
         let stream = submit(&engine, 2);
@@ -340,7 +340,7 @@ fn i8_a_cancel_races_a_shutdown() {
                 Err(error) => panic!("{error}"),
             },
         };
-        closer.join().unwrap().expect("a shutdown is no fault");
+        closer.join().unwrap().expect("a shutdown is not a fault");
         kind
     });
 }
@@ -391,7 +391,7 @@ fn i2_i12_hold_when_a_drain_races_a_submission() {
             Err(SubmitError::Draining) => "refused",
             unexpected => panic!("{unexpected:?}"),
         };
-        let drained = drainer.join().unwrap().expect("a drain is no fault");
+        let drained = drainer.join().unwrap().expect("a drain is not a fault");
         assert!(drained.aborted == 0 || kind == "submitted too late");
         kind
     });
@@ -426,9 +426,9 @@ fn i8_i10_hold_when_a_stop_races_the_end_of_a_turn() {
 /// Races two requests for the single permit of an engine. The permit is neither lost nor given
 /// to both. Once a caller has read the end of its request, there is room for the next one.
 ///
-/// Catches a permit that is returned after the terminal has been sent ("the door stayed shut").
+/// Catches a permit that is returned after the terminal has been sent ("no permit is left").
 #[test]
-fn the_door_lets_one_in_at_a_time() {
+fn only_one_request_is_open_at_a_time() {
     model(1, ["one after the other", "overloaded"], || {
         let config = EngineConfig {
             max_open_requests: 1,
@@ -443,10 +443,10 @@ fn the_door_lets_one_in_at_a_time() {
         };
         let rival = thread::spawn(move || answered(&other));
         let both = (answered(&engine), rival.join().unwrap());
-        assert!(answered(&engine), "the door stayed shut");
+        assert!(answered(&engine), "no permit is left");
         match both {
             (true, true) => "one after the other",
-            (false, false) => panic!("neither came in"),
+            (false, false) => panic!("both requests were refused"),
             _ => "overloaded",
         }
     });
@@ -457,7 +457,7 @@ fn the_door_lets_one_in_at_a_time() {
 ///
 /// Catches a thread that exits without closing its queue (deadlock).
 #[test]
-fn a_question_races_a_shutdown() {
+fn a_stats_query_races_a_shutdown() {
     model(2, ["answered", "refused"], || {
         let engine = engine(1, EngineConfig::default());
         let other = engine.clone();
@@ -467,7 +467,7 @@ fn a_question_races_a_shutdown() {
             Err(SubmitError::Closed(EngineFault::Shutdown)) => "refused",
             unexpected => panic!("{unexpected:?}"),
         };
-        closer.join().unwrap().expect("a shutdown is no fault");
+        closer.join().unwrap().expect("a shutdown is not a fault");
         kind
     });
 }

@@ -196,7 +196,7 @@ fn behave(engine: &Engine, caller: usize, tokens: usize) {
 }
 
 /// Asserts I2 and I3, which must hold at any moment.
-fn check_books(stats: &EngineStats) {
+fn check_accounting(stats: &EngineStats) {
     let outcomes = &stats.outcomes;
     let ended = outcomes.stopped + outcomes.length + outcomes.cancelled + outcomes.failed;
     assert_eq!(outcomes.accepted, ended + stats.open as u64, "{stats:?}");
@@ -207,7 +207,7 @@ fn check_books(stats: &EngineStats) {
 fn check_idle(engine: &Engine) -> EngineStats {
     loop {
         let stats = engine.stats().expect("the engine is open");
-        check_books(&stats);
+        check_accounting(&stats);
         if stats.open == 0 && stats.closing == 0 {
             assert!(stats.is_idle(), "{stats:?}");
             return stats;
@@ -235,13 +235,13 @@ fn join(callers: Vec<thread::JoinHandle<()>>) {
 
 /// Four callers read, cancel and drop at any moment while another one observes.
 #[test]
-fn i1_i2_i3_i12_hold_whatever_callers_do() {
+fn i1_i2_i3_i12_hold_for_random_callers() {
     explore(|| {
         let engine = engine(EngineConfig::default());
         let mut callers = spawn_callers(4, &engine, |engine, index| behave(engine, index, 4));
         let observer = engine.clone();
         callers.push(thread::spawn(move || {
-            check_books(&observer.stats().expect("the engine is open"));
+            check_accounting(&observer.stats().expect("the engine is open"));
         }));
         join(callers);
         let stats = check_idle(&engine);
@@ -253,7 +253,7 @@ fn i1_i2_i3_i12_hold_whatever_callers_do() {
 /// I9: slow readers pause and resume, and get every token. A lost resume would leave a reader
 /// waiting forever.
 #[test]
-fn i9_no_pause_outlasts_its_reader() {
+fn i9_every_paused_reader_resumes() {
     explore(|| {
         let engine = engine(EngineConfig::default());
         let callers = spawn_callers(3, &engine, |engine, index| {
@@ -353,7 +353,7 @@ fn i2_i12_hold_through_abort_all() {
 /// A permit is returned before the caller learns of the end, so a caller that has seen an end
 /// can submit again at once.
 #[test]
-fn the_end_of_a_request_makes_room_for_the_next() {
+fn a_caller_that_has_seen_an_end_can_submit_again() {
     explore(|| {
         let config = EngineConfig {
             max_open_requests: 2,
@@ -400,7 +400,7 @@ fn take_turn(session: &Session) {
 }
 
 /// Interferes with the session from another thread.
-fn meddle(session: &Session) {
+fn interfere(session: &Session) {
     match choose(4) {
         0 => acknowledge(session.stop(Stop::Keep)),
         1 => acknowledge(session.stop(Stop::Rewind)),
@@ -419,7 +419,7 @@ fn meddle(session: &Session) {
 /// Two threads read, cancel, stop, rewind and fork the turns of the same sessions at once. Each
 /// turn answers the session's own tokens, and ending the sessions leaves nothing behind.
 #[test]
-fn i10_i12_hold_for_sessions_that_two_parties_use() {
+fn i10_i12_hold_for_sessions_that_two_threads_use() {
     explore(|| {
         let engine = engine(EngineConfig::default());
         let mut parties = Vec::new();
@@ -430,7 +430,7 @@ fn i10_i12_hold_for_sessions_that_two_parties_use() {
                 take_turn(&turns);
                 take_turn(&turns);
             }));
-            parties.push(thread::spawn(move || meddle(&other)));
+            parties.push(thread::spawn(move || interfere(&other)));
         }
         join(parties);
         for session in sessions {
@@ -518,9 +518,9 @@ fn i1_holds_when_the_device_is_lost() {
     });
 }
 
-/// Schedules are deterministic; otherwise, a printed schedule would replay as a different one.
+/// Otherwise, a printed schedule would replay as a different one.
 #[test]
-fn a_schedule_decides_everything_that_happens() {
+fn schedules_are_deterministic() {
     shuttle::check_uncontrolled_nondeterminism(
         || {
             let engine = engine(EngineConfig::default());

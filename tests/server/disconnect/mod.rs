@@ -230,7 +230,7 @@ fn options() -> ServerOptions {
 }
 
 /// Checks I12, and that every request was counted as cancelled by a disconnect.
-fn all_is_as_before(server: &TestServer, label: &str, before: &EngineStats, gone: usize) {
+fn check_all_cancelled(server: &TestServer, label: &str, before: &EngineStats, gone: usize) {
     let stats = server.engine.stats().unwrap();
     assert!(stats.is_idle(), "{stats:?}");
     assert_eq!(stats.blocks.total, before.blocks.total);
@@ -241,7 +241,7 @@ fn all_is_as_before(server: &TestServer, label: &str, before: &EngineStats, gone
 }
 
 #[test]
-fn five_hundred_clients_that_go_away_at_any_moment_leave_nothing() {
+fn disconnects_of_five_hundred_clients_leave_nothing_open() {
     const RUNNING: usize = 200;
     const WAITING: usize = 300;
     const LABEL: &str = "five-hundred";
@@ -259,7 +259,7 @@ fn five_hundred_clients_that_go_away_at_any_moment_leave_nothing() {
         .map(|index| Client::ask(&server, index, index % 5 != 0, CUTS[index % 3]))
         .collect();
     until(&engine, "all run", |stats| stats.running == RUNNING);
-    until(&engine, "they have tokens", |stats| {
+    until(&engine, "every request has a token", |stats| {
         stats.tokens_generated >= 8 * RUNNING as u64
     });
     let streaming = running.iter_mut().enumerate();
@@ -270,22 +270,24 @@ fn five_hundred_clients_that_go_away_at_any_moment_leave_nothing() {
     let waiting: Vec<Client> = (0..WAITING)
         .map(|index| Client::ask(&server, index, index % 3 != 0, CUTS[index / 3 % 3]))
         .collect();
-    let full = until(&engine, "the others wait", |stats| stats.waiting == WAITING);
+    let full = until(&engine, "all other requests wait", |stats| {
+        stats.waiting == WAITING
+    });
     assert_eq!((full.running, full.open), (RUNNING, RUNNING + WAITING));
     assert!(full.blocks.referenced >= RUNNING, "{full:?}");
 
     let clients = waiting.into_iter().chain(running);
     let stayed: Vec<_> = clients.filter_map(Client::leave).collect();
     assert!(!stayed.is_empty());
-    until(&engine, "nothing is open", nothing_is_open);
-    all_is_as_before(&server, LABEL, &before, RUNNING + WAITING);
+    until(&engine, "no request is open", nothing_is_open);
+    check_all_cancelled(&server, LABEL, &before, RUNNING + WAITING);
     drop(slow);
 }
 
 /// Half-open connections: the server can tell that the client has gone only because it takes no
 /// more data.
 #[test]
-fn a_client_that_stops_reading_is_cut_off_and_leaves_nothing() {
+fn a_client_that_stops_reading_is_disconnected() {
     const SILENT: usize = 12;
     const LABEL: &str = "silent";
     let mut options = options();
@@ -299,10 +301,10 @@ fn a_client_that_stops_reading_is_cut_off_and_leaves_nothing() {
         .map(|index| Client::ask(&server, index, true, Cut::Silence))
         .collect();
     // Some clients may be cut off before others have connected.
-    until(&engine, "all are accepted", |stats| {
+    until(&engine, "all requests are accepted", |stats| {
         stats.outcomes.accepted == SILENT as u64
     });
-    until(&engine, "they have tokens", |stats| {
+    until(&engine, "every request has a token", |stats| {
         stats.tokens_generated >= 8 * SILENT as u64
     });
     for client in &mut clients {
@@ -310,14 +312,14 @@ fn a_client_that_stops_reading_is_cut_off_and_leaves_nothing() {
     }
     let stayed: Vec<_> = clients.into_iter().filter_map(Client::leave).collect();
     assert_eq!(stayed.len(), SILENT);
-    let after = until(&engine, "nothing is open", nothing_is_open);
+    let after = until(&engine, "no request is open", nothing_is_open);
     assert!(after.tokens_generated > before.tokens_generated);
-    all_is_as_before(&server, LABEL, &before, SILENT);
+    check_all_cancelled(&server, LABEL, &before, SILENT);
     drop(slow);
 }
 
 #[test]
-fn embeddings_of_a_client_that_goes_away_leave_nothing() {
+fn a_disconnect_cancels_embeddings() {
     const INPUTS: usize = 60;
     const LABEL: &str = "embeddings";
     // With one token per step, it would take minutes to compute all inputs.
@@ -331,11 +333,11 @@ fn embeddings_of_a_client_that_goes_away_leave_nothing() {
     let inputs: Vec<Vec<usize>> = (0..INPUTS).map(|index| vec![index; 500]).collect();
     let body = format!("{{\"input\": {inputs:?}}}");
     connection.send(&post("/v1/embeddings", body)).unwrap();
-    until(&engine, "all are accepted", |stats| {
+    until(&engine, "all requests are accepted", |stats| {
         stats.outcomes.accepted == INPUTS as u64
     });
     drop(connection);
-    let after = until(&engine, "nothing is open", nothing_is_open);
+    let after = until(&engine, "no request is open", nothing_is_open);
     assert!(after.outcomes.cancelled > 0, "{after:?}");
     assert_eq!(
         after.outcomes.stopped + after.outcomes.cancelled,
@@ -346,7 +348,7 @@ fn embeddings_of_a_client_that_goes_away_leave_nothing() {
 }
 
 #[test]
-fn sixty_four_clients_of_a_real_model_that_go_away_leave_nothing() {
+fn disconnects_with_a_real_model_leave_nothing_open() {
     const CLIENTS: usize = 64;
     const LABEL: &str = "real";
     let options = options();
@@ -366,7 +368,9 @@ fn sixty_four_clients_of_a_real_model_that_go_away_leave_nothing() {
     for half in [0..CLIENTS / 2, CLIENTS / 2..CLIENTS] {
         let ask = |index| Client::ask(&server, index, index % 4 != 0, CUTS[index % 3]);
         clients.extend(half.clone().map(ask));
-        until(&engine, "all are there", |stats| stats.open == half.end);
+        until(&engine, "all requests have arrived", |stats| {
+            stats.open == half.end
+        });
     }
     let streaming = clients.iter_mut().take(32).enumerate();
     for (_, client) in streaming.filter(|(index, _)| index % 4 != 0) {
@@ -376,6 +380,6 @@ fn sixty_four_clients_of_a_real_model_that_go_away_leave_nothing() {
     assert!(held.running > 0 && held.blocks.referenced > 0, "{held:?}");
     let stayed: Vec<_> = clients.into_iter().filter_map(Client::leave).collect();
     assert!(!stayed.is_empty());
-    until(&engine, "nothing is open", nothing_is_open);
-    all_is_as_before(&server, LABEL, &before, CLIENTS);
+    until(&engine, "no request is open", nothing_is_open);
+    check_all_cancelled(&server, LABEL, &before, CLIENTS);
 }

@@ -64,7 +64,7 @@ fn leave(mut client: Client, cut: Cut) -> Option<Client> {
 }
 
 #[test]
-fn whoever_leaves_a_connection_with_tls_is_cancelled() {
+fn a_disconnect_over_tls_cancels_the_request() {
     const LABEL: &str = "leave-tls";
     let folder = tempfile::tempdir().unwrap();
     let (files, config) = certificate(folder.path());
@@ -92,7 +92,7 @@ fn whoever_leaves_a_connection_with_tls_is_cancelled() {
     let leave = |(client, cut)| leave(client, cut);
     let stayed: Vec<_> = clients.into_iter().filter_map(leave).collect();
     assert!(!stayed.is_empty());
-    let stats = until(&engine, "nothing is open", nothing_is_open);
+    let stats = until(&engine, "no request is open", nothing_is_open);
     assert!(stats.is_idle(), "{stats:?}");
     assert_eq!(stats.outcomes.cancelled, gone, "{stats:?}");
     drop(slow);

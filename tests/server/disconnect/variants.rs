@@ -133,7 +133,7 @@ fn config(stage: Stage) -> EngineConfig {
     config
 }
 
-fn all_who_leave_at(stage: Stage, label: &str) {
+fn check_disconnects_at(stage: Stage, label: &str) {
     let options = options();
     let (engine, slow) = slow_engine(config(stage), label);
     let server = TestServer::start(engine.clone(), options);
@@ -156,15 +156,15 @@ fn all_who_leave_at(stage: Stage, label: &str) {
                 Stage::Tokens | Stage::HeldBack => stats.tokens_generated >= 8 * gone as u64,
             }
     };
-    until(&engine, "all are where they should be", there);
+    until(&engine, "all requests have reached the stage", there);
     let leave = |(client, cut): (Waiting, Cut)| client.leave(cut);
     let stayed: Vec<_> = clients.into_iter().filter_map(leave).collect();
     assert!(!stayed.is_empty());
-    until(&engine, "they are gone", |stats| {
+    until(&engine, "their requests have ended", |stats| {
         stats.open == others && stats.closing == 0
     });
     drop(occupant);
-    let stats = until(&engine, "nothing is open", nothing_is_open);
+    let stats = until(&engine, "no request is open", nothing_is_open);
     assert!(stats.is_idle(), "{stats:?}");
     assert_eq!(stats.outcomes.accepted, (gone + others) as u64, "{stats:?}");
     let disconnected = cancelled(server.address, label).1;
@@ -173,28 +173,28 @@ fn all_who_leave_at(stage: Stage, label: &str) {
 }
 
 #[test]
-fn whoever_leaves_while_queued_is_cancelled() {
-    all_who_leave_at(Stage::Queued, "leave-queued");
+fn a_disconnect_while_queued_cancels_the_request() {
+    check_disconnects_at(Stage::Queued, "leave-queued");
 }
 
 #[test]
-fn whoever_leaves_before_the_first_token_is_cancelled() {
-    all_who_leave_at(Stage::Prompt, "leave-prompt");
+fn a_disconnect_before_the_first_token_cancels_the_request() {
+    check_disconnects_at(Stage::Prompt, "leave-prompt");
 }
 
 #[test]
-fn whoever_leaves_while_tokens_come_is_cancelled() {
-    all_who_leave_at(Stage::Tokens, "leave-tokens");
+fn a_disconnect_during_generation_cancels_the_request() {
+    check_disconnects_at(Stage::Tokens, "leave-tokens");
 }
 
 #[test]
-fn whoever_leaves_while_a_stop_string_holds_everything_back_is_cancelled() {
-    all_who_leave_at(Stage::HeldBack, "leave-held-back");
+fn a_disconnect_while_text_is_held_back_cancels_the_request() {
+    check_disconnects_at(Stage::HeldBack, "leave-held-back");
 }
 
 /// Cuts clients whose `body` keeps the server busy before it submits a request to the engine.
 /// One more client stays and must get an answer.
-fn leave_before_submission(path: &str, body: &str, label: &str) {
+fn check_disconnects_before_submission(path: &str, body: &str, label: &str) {
     let (engine, slow) = slow_engine(EngineConfig::default(), label);
     let server = TestServer::start(engine.clone(), options());
     let mut stayed = Vec::new();
@@ -212,10 +212,10 @@ fn leave_before_submission(path: &str, body: &str, label: &str) {
     assert_eq!(head.status, 200);
     patient.chunk().expect("an event");
     drop(patient);
-    until(&engine, "nothing is open", nothing_is_open);
+    until(&engine, "no request is open", nothing_is_open);
     // Once the server has ended, nothing can submit a request any more.
     drop(server);
-    let stats = until(&engine, "nothing is open", nothing_is_open);
+    let stats = until(&engine, "no request is open", nothing_is_open);
     assert!(stats.is_idle(), "{stats:?}");
     // The simulated model does not know the grammar and may violate it.
     let ended = stats.outcomes.cancelled + stats.outcomes.failed;
@@ -224,7 +224,7 @@ fn leave_before_submission(path: &str, body: &str, label: &str) {
 }
 
 #[test]
-fn whoever_leaves_while_a_prompt_is_tokenized_leaves_nothing() {
+fn a_disconnect_during_tokenization_leaves_nothing_open() {
     let text = "Once upon a time there was a number. ".repeat(20_000);
     let body = serde_json::json!({
         "messages": [{"role": "user", "content": text}],
@@ -232,7 +232,7 @@ fn whoever_leaves_while_a_prompt_is_tokenized_leaves_nothing() {
         "max_tokens": 500_000,
         "stream": true,
     });
-    leave_before_submission(
+    check_disconnects_before_submission(
         "/v1/chat/completions",
         &body.to_string(),
         "leave-tokenizing",
@@ -240,7 +240,7 @@ fn whoever_leaves_while_a_prompt_is_tokenized_leaves_nothing() {
 }
 
 #[test]
-fn whoever_leaves_while_a_grammar_is_compiled_leaves_nothing() {
+fn a_disconnect_during_grammar_compilation_leaves_nothing_open() {
     let properties: serde_json::Map<String, serde_json::Value> = (0..400)
         .map(|index| {
             let kind = serde_json::json!({"type": "string", "pattern": "[a-z]{3,30}[0-9]{2,20}"});
@@ -263,7 +263,7 @@ fn whoever_leaves_while_a_grammar_is_compiled_leaves_nothing() {
             "json_schema": {"name": "large", "schema": schema},
         },
     });
-    leave_before_submission("/v1/completions", &body.to_string(), "leave-compiling");
+    check_disconnects_before_submission("/v1/completions", &body.to_string(), "leave-compiling");
 }
 
 fn finishing() -> ServerOptions {
@@ -273,7 +273,7 @@ fn finishing() -> ServerOptions {
 }
 
 #[test]
-fn whoever_only_sends_no_more_is_answered_if_half_closed_connections_are_to_be_finished() {
+fn a_half_closed_connection_is_answered_if_half_close_is_finish() {
     let (engine, slow) = slow_engine(EngineConfig::default(), "half-closed");
     let server = TestServer::start(engine, finishing());
     for stream in [true, false] {
@@ -295,7 +295,7 @@ fn whoever_only_sends_no_more_is_answered_if_half_closed_connections_are_to_be_f
 }
 
 #[test]
-fn half_closed_connections_that_are_to_be_finished_end_with_their_clients() {
+fn a_half_closed_connection_ends_when_its_client_disconnects() {
     const LABEL: &str = "half-closed-then-gone";
     let (engine, slow) = slow_engine(EngineConfig::default(), LABEL);
     let server = TestServer::start(engine.clone(), finishing());
@@ -309,7 +309,7 @@ fn half_closed_connections_that_are_to_be_finished_end_with_their_clients() {
             let request = post("/v1/completions", endless(&engine, Stage::Tokens, stream));
             connection.send(&[request, after.bytes()].concat()).unwrap();
             gone += 1;
-            until(&engine, "it is accepted", |stats| {
+            until(&engine, "the request is accepted", |stats| {
                 stats.outcomes.accepted == gone
             });
             let stayed = Waiting::Http1(connection).leave(Cut::HalfClose);
@@ -317,14 +317,14 @@ fn half_closed_connections_that_are_to_be_finished_end_with_their_clients() {
             assert!(stayed.unwrap().leave(cut).is_none());
         }
     }
-    let stats = until(&engine, "nothing is open", nothing_is_open);
+    let stats = until(&engine, "no request is open", nothing_is_open);
     assert!(stats.is_idle(), "{stats:?}");
     assert_eq!(cancelled(server.address, LABEL), (gone, gone));
     drop(slow);
 }
 
 #[test]
-fn what_is_sent_ahead_is_answered_or_the_connection_is_closed() {
+fn pipelined_requests_are_answered_or_the_connection_is_closed() {
     let (engine, slow) = slow_engine(EngineConfig::default(), "ahead");
     let server = TestServer::start(engine, options());
     let body = r#"{"prompt": [7], "max_tokens": 20, "ignore_eos": true}"#;
@@ -333,7 +333,7 @@ fn what_is_sent_ahead_is_answered_or_the_connection_is_closed() {
     few.send(&[first.clone(), get("/health").repeat(3)].concat())
         .unwrap();
     for _ in 0..4 {
-        assert_eq!(few.reply().expect("a reply each").status, 200);
+        assert_eq!(few.reply().expect("one reply per request").status, 200);
     }
     // All replies must be complete and in order. A client that still sends when the server
     // closes may lose replies that it has not read yet.

@@ -8,7 +8,7 @@ use quell::EngineConfig;
 use std::time::Duration;
 
 #[test]
-fn answers_that_no_window_is_granted_for_are_dropped() {
+fn http2_streams_without_a_window_are_cancelled() {
     const LABEL: &str = "windows";
     const CONNECTIONS: usize = 3;
     const STREAMS: usize = 8;
@@ -44,7 +44,7 @@ fn answers_that_no_window_is_granted_for_are_dropped() {
         let resets = client.join().unwrap();
         assert!(resets.is_none_or(|resets| resets == STREAMS));
     }
-    let stats = until(&engine, "nothing is open", nothing_is_open);
+    let stats = until(&engine, "no request is open", nothing_is_open);
     assert!(stats.is_idle(), "{stats:?}");
     let (all, disconnected) = cancelled(server.address, LABEL);
     assert_eq!(all, disconnected);
@@ -53,7 +53,7 @@ fn answers_that_no_window_is_granted_for_are_dropped() {
 }
 
 #[test]
-fn a_connection_of_http2_without_requests_is_closed() {
+fn an_idle_http2_connection_is_closed() {
     let mut options = options();
     options.keep_alive_timeout = Duration::from_millis(300);
     let (engine, slow) = slow_engine(EngineConfig::default(), "idle-http2");

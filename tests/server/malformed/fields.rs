@@ -516,7 +516,7 @@ pub fn cases() -> Vec<Case> {
     }
     cases.extend(too_long());
     cases.push(Case {
-        name: "a response to go on from that there is not".to_owned(),
+        name: "an unknown previous response".to_owned(),
         sent: post(
             "/v1/responses",
             r#"{"input": "Hi", "previous_response_id": "resp_nothing"}"#,

@@ -26,7 +26,7 @@ fn drip(connection: &mut Connection, bytes: impl Iterator<Item = u8>) -> usize {
 }
 
 #[test]
-fn headers_that_never_end_are_cut_off() {
+fn headers_that_never_end_time_out() {
     let server = start_with(|options| options.header_timeout = SHORT);
     for sent in [
         "",
@@ -48,7 +48,7 @@ fn headers_that_never_end_are_cut_off() {
 }
 
 #[test]
-fn headers_that_come_byte_by_byte_are_cut_off() {
+fn headers_sent_byte_by_byte_time_out() {
     let server = start_with(|options| options.header_timeout = SHORT);
     let mut connection = Connection::open(server.address);
     let head = b"GET /health HTTP/1.1\r\nHost: quell\r\nx-slow: "
@@ -62,7 +62,7 @@ fn headers_that_come_byte_by_byte_are_cut_off() {
 }
 
 #[test]
-fn a_body_that_never_ends_is_refused_as_late() {
+fn a_body_that_never_ends_times_out() {
     let server = start_with(|options| options.body_timeout = SHORT);
     let whole = post("/v1/completions", GOOD);
     for missing in [1, 20, GOOD.len()] {
@@ -81,7 +81,7 @@ fn a_body_that_never_ends_is_refused_as_late() {
 }
 
 #[test]
-fn a_body_that_comes_byte_by_byte_is_refused_as_late() {
+fn a_body_sent_byte_by_byte_times_out() {
     let server = start_with(|options| options.body_timeout = SHORT);
     let mut connection = Connection::open(server.address);
     let body = format!("{{\"prompt\": \"{}\"}}", "a".repeat(8000));
@@ -96,7 +96,7 @@ fn a_body_that_comes_byte_by_byte_is_refused_as_late() {
 }
 
 #[test]
-fn a_body_that_ends_early_is_not_answered_with_tokens() {
+fn an_incomplete_body_generates_nothing() {
     let server = start();
     let whole = post("/v1/completions", GOOD);
     let mut connection = Connection::open(server.address);
@@ -112,7 +112,7 @@ fn a_body_that_ends_early_is_not_answered_with_tokens() {
 }
 
 #[test]
-fn pipelined_requests_are_answered_in_their_order_good_and_bad() {
+fn pipelined_requests_are_answered_in_order() {
     let server = start();
     let good = post("/v1/completions", GOOD);
     let bad = post("/v1/completions", r#"{"model": "test-model", "prompt": 5}"#);
@@ -129,13 +129,13 @@ fn pipelined_requests_are_answered_in_their_order_good_and_bad() {
     connection
         .send(&requests.map(Vec::as_slice).concat())
         .unwrap();
-    let statuses = requests.map(|_| connection.reply().expect("a reply each").status);
+    let statuses = requests.map(|_| connection.reply().expect("one reply per request").status);
     assert_eq!(statuses, [200, 400, 404, 400, 200, 200]);
     assert_eq!(idle(&server.engine).outcomes.length, 2);
 }
 
 #[test]
-fn what_follows_a_request_in_dispute_is_not_taken_for_one() {
+fn a_request_with_ambiguous_length_cannot_smuggle_another() {
     let server = start();
     let smuggled = post("/v1/completions", GOOD);
     // By the length, the body includes all that follows. By the chunks, the body is empty.
@@ -158,7 +158,7 @@ fn what_follows_a_request_in_dispute_is_not_taken_for_one() {
 }
 
 #[test]
-fn a_pipelined_request_whose_client_is_gone_leaves_nothing() {
+fn a_disconnect_cancels_pipelined_requests() {
     let server = start();
     let endless = r#"{"model": "test-model", "prompt": "Hi", "max_tokens": 8000, "stream": true}"#;
     let endless = post("/v1/completions", endless);

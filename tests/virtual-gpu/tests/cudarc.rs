@@ -285,7 +285,7 @@ fn injected_failures_and_faults_come_back_as_errors() {
 }
 
 #[test]
-fn what_a_program_forgets_is_reported() {
+fn leaks_of_a_program_are_reported() {
     let gpu = gpu();
     {
         let context = context();
@@ -300,7 +300,10 @@ fn what_a_program_forgets_is_reported() {
         assert_eq!(gone, Err(DriverError(CUresult::CUDA_ERROR_INVALID_HANDLE)));
     }
     let text = gpu.violations();
-    assert!(text.contains("was an event and is destroyed"), "{text}");
+    assert!(
+        text.contains("was an event and has been destroyed"),
+        "{text}"
+    );
     assert!(!text.contains("leaked: event"), "{text}");
 }
 
@@ -353,7 +356,7 @@ fn settings_come_from_the_environment() {
     for line in [
         "statistic injected 1",
         "call cuMemAllocAsync 2",
-        "violation cuMemFree_v2: 0x700012340000 is no allocation",
+        "violation cuMemFree_v2: 0x700012340000 is not an allocation",
         "alive device memory",
     ] {
         assert!(text.contains(line), "{line}: {text}");
@@ -361,7 +364,7 @@ fn settings_come_from_the_environment() {
 }
 
 #[test]
-fn settings_that_make_no_sense_end_the_process() {
+fn invalid_settings_end_the_process() {
     for (variable, value) in [
         ("VGPU_SCHEDULE", "sideways"),
         ("VGPU_FAIL", "cuMemAlloc:first:2"),
@@ -478,7 +481,7 @@ const FUNCTIONS: &str = "
 ";
 
 #[test]
-fn every_function_that_cudarc_calls_is_there() {
+fn every_function_that_cudarc_calls_exists() {
     let gpu = gpu();
     for name in FUNCTIONS.split_whitespace() {
         // SAFETY: the function is looked up but not called.
@@ -493,7 +496,7 @@ unsafe extern "C" fn count(data: *mut c_void) {
 }
 
 #[test]
-fn raw_calls_agree_on_their_structures() {
+fn raw_calls_work_with_the_structures_of_cudarc() {
     let gpu = gpu();
     {
         let context = context();

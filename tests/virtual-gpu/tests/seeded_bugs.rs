@@ -57,7 +57,7 @@ fn with_bug(
         }
         before = line;
     }
-    panic!("{kernel} has only {found} lines of the kind that is to be changed");
+    panic!("{kernel} has only {found} matching lines");
 }
 
 fn without(_: &str) -> String {
@@ -193,7 +193,7 @@ fn norm(image: &str) -> Result<bool, Fault> {
 }
 
 #[test]
-fn the_kernels_as_they_are_pass() {
+fn unmodified_kernels_pass() {
     assert_eq!(outcome(product(&image("linear"))), Ok(()));
     assert_eq!(outcome(norm(&image("norm"))), Ok(()));
 }
@@ -216,7 +216,7 @@ fn a_missing_barrier_at_the_end_of_a_loop_is_a_race() {
 }
 
 #[test]
-fn a_missing_barrier_inside_a_block_reduction_is_found() {
+fn a_missing_barrier_inside_a_block_reduction_is_detected() {
     // The last barrier is the one before the partial sums are read.
     let last = (0..).take_while(|&nth| {
         std::panic::catch_unwind(|| with_bug("norm", "rms_norm", nth, is_barrier, without)).is_ok()
@@ -229,7 +229,7 @@ fn a_missing_barrier_inside_a_block_reduction_is_found() {
 }
 
 #[test]
-fn waiting_for_one_group_of_copies_too_few_is_found() {
+fn waiting_for_one_copy_group_too_few_is_detected() {
     let is_wait = |_: &str, line: &str| line.starts_with("cp.async.wait_group");
     let one_more = |line: &str| {
         let pending: u32 = line
@@ -266,7 +266,7 @@ fn swapped_operands_of_a_matrix_instruction_give_a_wrong_result() {
 }
 
 #[test]
-fn a_missing_guard_of_the_rows_reads_out_of_bounds() {
+fn a_missing_row_bounds_check_reads_out_of_bounds() {
     // Selects the row of x for a row of the tile, or NONE past the last row.
     let is_guard = |_: &str, line: &str| line.starts_with("selp.b32") && line.contains(", -1, ");
     let unguarded = |line: &str| {

@@ -238,7 +238,7 @@ impl Isa {
         let missing = |what: &str| DeviceError::Unsupported {
             device: "cpu",
             what: format!("{what} on this machine"),
-            expected: "the SIMD level 'auto' takes the best one there is".to_owned(),
+            expected: "SIMD level 'auto' selects the best supported instruction set".to_owned(),
         };
         #[cfg(target_arch = "x86_64")]
         match level {

@@ -140,7 +140,7 @@ impl Driver {
                 .map(|node| node.op.describe())
                 .unwrap_or_default();
             let text = format!(
-                "the capture ends with work that is not joined into its first stream: {what}"
+                "the capture ends with work that was not joined into its origin stream: {what}"
             );
             return self.refuse(codes::STREAM_CAPTURE_UNJOINED, &text);
         }

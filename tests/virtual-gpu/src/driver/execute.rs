@@ -163,7 +163,7 @@ impl Driver {
         match self.host.overlapping(address, len) {
             Some((base, found)) if address >= base && address + len <= base + found.len => Ok(()),
             _ => Err(format!(
-                "host address {address:#x} ({len} bytes) is no pinned memory any more"
+                "host address {address:#x} ({len} bytes) is no longer pinned memory"
             )),
         }
     }

@@ -133,11 +133,11 @@ impl<T> Table<T> {
     pub fn explain(&self, handle: u64) -> String {
         let wanted = self.kind.noun();
         if handle == 0 {
-            return format!("null where {wanted} is wanted");
+            return format!("null, expected {wanted}");
         }
         match Kind::decode(handle) {
             Some((kind, serial)) if kind == self.kind && serial < self.next && serial > 0 => {
-                format!("{handle:#x} was {wanted} and is destroyed")
+                format!("{handle:#x} was {wanted} and has been destroyed")
             }
             Some((kind, _)) if kind != self.kind => {
                 format!("{handle:#x} is {}, not {wanted}", kind.noun())
@@ -152,7 +152,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_handle_says_what_is_wrong_with_it() {
+    fn errors_explain_what_is_wrong_with_a_handle() {
         let mut streams = Table::new(Kind::Stream);
         let mut events = Table::new(Kind::Event);
         let stream = streams.insert(1);

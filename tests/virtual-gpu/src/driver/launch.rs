@@ -34,7 +34,7 @@ impl KernelLaunch {
         let threads: u64 = launch.block.iter().map(|n| u64::from(*n)).product();
         if threads > MAX_THREADS {
             return Err(format!(
-                "{name}: a block of {threads} threads; {MAX_THREADS} is the most"
+                "{name}: a block of {threads} threads; the maximum is {MAX_THREADS}"
             ));
         }
         let dynamic = launch.dynamic_shared;

@@ -251,14 +251,14 @@ impl DeviceMemory {
             return Err("device address is null".to_owned());
         }
         if let Some(label) = self.freed(address) {
-            return Err(format!("{what} lies in {label}, which is freed"));
+            return Err(format!("{what} lies in {label}, which has been freed"));
         }
         let Some((_, near)) = self.live.range(..=address).next_back() else {
-            return Err(format!("{what} is no device address"));
+            return Err(format!("{what} is not a device address"));
         };
         if address >= near.end() {
             if !(FIRST_ADDRESS..LAST_ADDRESS).contains(&address) {
-                return Err(format!("{what} is no device address"));
+                return Err(format!("{what} is not a device address"));
             }
             let past = address - near.end();
             return Err(format!(
@@ -516,7 +516,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_address_says_where_it_lies() {
+    fn errors_explain_where_an_address_lies() {
         let mut memory = DeviceMemory::default();
         let a = memory.allocate(1, 100, Stage::Live).unwrap();
         let b = memory.allocate(1, 8, Stage::Live).unwrap();
@@ -545,7 +545,7 @@ mod tests {
             memory
                 .check(1, 0x1234, 4)
                 .unwrap_err()
-                .contains("no device address")
+                .contains("not a device address")
         );
         memory.free(a).unwrap();
         assert!(memory.check(1, a + 4, 4).unwrap_err().contains("freed"));
@@ -553,7 +553,7 @@ mod tests {
     }
 
     #[test]
-    fn fresh_memory_is_undefined_and_copies_carry_that() {
+    fn new_memory_is_undefined_and_so_are_copies_of_it() {
         let mut memory = DeviceMemory::default();
         let a = memory.allocate(1, 8, Stage::Live).unwrap();
         let b = memory.allocate(1, 8, Stage::Live).unwrap();

@@ -209,7 +209,7 @@ macro_rules! lookups {
                         Some(object) => {
                             let (mine, current) = (object.context, current_context());
                             if current != 0 && mine != current {
-                                let text = format!("{handle:#x} belongs to another context than the current one");
+                                let text = format!("{handle:#x} belongs to another context, not the current one");
                                 return self.refuse(codes::INVALID_HANDLE, &text);
                             }
                         }
@@ -243,7 +243,7 @@ impl Driver {
             return self.refuse(codes::INVALID_HANDLE, &text);
         }
         if context != current_context() {
-            let text = format!("{handle:#x} belongs to another context than the current one");
+            let text = format!("{handle:#x} belongs to another context, not the current one");
             return self.refuse(codes::INVALID_HANDLE, &text);
         }
         self.functions

@@ -338,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn late_runs_only_what_is_needed() {
+    fn the_late_schedule_runs_only_what_is_needed() {
         let mut queue = Queue::default();
         let a = queue.add(1, 1, Op::Join, vec![]);
         let b = queue.add(1, 2, Op::Join, vec![]);
@@ -350,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn late_runs_the_newest_first_that_may() {
+    fn the_late_schedule_runs_the_newest_ready_work_first() {
         let mut queue = Queue::default();
         let a = queue.add(1, 1, Op::Join, vec![]);
         let b = queue.add(1, 2, Op::Join, vec![]);
@@ -360,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn shuffle_honours_every_edge_and_takes_every_order() {
+    fn the_shuffle_schedule_respects_every_edge_and_reaches_every_order() {
         let mut orders = BTreeSet::new();
         for seed in 0..64 {
             let mut queue = Queue::default();

@@ -79,7 +79,8 @@ impl Driver {
                 if let Some(label) = self.memory.freed(pointer) {
                     let name = launch.name();
                     return Some(format!(
-                        "parameter {index} of {name} is {pointer:#x}, in {label}, which is freed"
+                        "parameter {index} of {name} is {pointer:#x}, in {label}, which has been \
+                         freed"
                     ));
                 }
                 if let Some(text) = leaving(&self.memory, pointer) {
@@ -107,7 +108,7 @@ impl Driver {
         };
         match self.host.overlapping(host, len) {
             None => Some(format!(
-                "host address {host:#x} ({len} bytes) is no pinned memory (freed?)"
+                "host address {host:#x} ({len} bytes) is not pinned memory (freed?)"
             )),
             Some((base, found)) if host < base || host + len > base + found.len => Some(format!(
                 "host address {host:#x} ({len} bytes) is pinned only in part"

@@ -277,7 +277,7 @@ const SCHEDULES: [&str; 7] = [
 ];
 
 #[test]
-fn work_of_a_stream_runs_in_order_and_only_when_waited_for() {
+fn work_of_a_stream_runs_in_order_and_only_when_something_waits_for_it() {
     for schedule in SCHEDULES {
         let gpu = gpu(&[("schedule", schedule)]);
         let (s, k) = (stream(), kernels());
@@ -336,7 +336,7 @@ fn handed_over(schedule: &str, edge: bool) -> u32 {
 }
 
 #[test]
-fn event_edges_are_honoured_and_missing_ones_show() {
+fn event_edges_are_respected_and_missing_ones_are_exposed() {
     assert_eq!(
         handed_over("late", false),
         1,
@@ -352,7 +352,7 @@ fn event_edges_are_honoured_and_missing_ones_show() {
 }
 
 #[test]
-fn copies_to_pinned_memory_land_when_they_run() {
+fn copies_to_pinned_memory_write_when_they_run() {
     let gpu = gpu(&[]);
     let s = stream();
     let x = device(&[7; 4]);
@@ -442,7 +442,7 @@ fn the_legacy_default_stream_is_in_order_with_blocking_streams_only() {
 }
 
 #[test]
-fn a_query_says_not_ready_once_and_then_makes_it_so() {
+fn a_query_returns_not_ready_once_and_then_runs_the_work() {
     let gpu = gpu(&[]);
     let (s, e, k) = (stream(), event(), kernels());
     let x = device(&[0; 4]);
@@ -472,7 +472,7 @@ fn a_query_says_not_ready_once_and_then_makes_it_so() {
 }
 
 #[test]
-fn events_take_the_time_when_they_run() {
+fn events_record_the_time_when_they_run() {
     let gpu = gpu(&[]);
     let s = stream();
     let (mut start, mut end, without) = (0, 0, event());
@@ -609,7 +609,7 @@ fn two_launches_of_a_graph_do_not_overlap() {
 }
 
 #[test]
-fn calls_that_wait_or_allocate_spoil_a_capture() {
+fn calls_that_wait_or_allocate_invalidate_a_capture() {
     type Call = (&'static str, fn(u64, u64) -> Code);
     let calls: [Call; 8] = [
         ("cuStreamSynchronize", |s, _| unsafe {
@@ -677,7 +677,7 @@ fn calls_that_wait_or_allocate_spoil_a_capture() {
 }
 
 #[test]
-fn captures_end_as_they_must() {
+fn invalid_captures_are_refused() {
     let gpu = gpu(&[]);
     let (a, b, e, k) = (stream(), stream(), event(), kernels());
     let x = device(&[1; 4]);
@@ -766,7 +766,7 @@ fn a_graph_with_freed_memory_or_an_unloaded_module_is_refused() {
     free(x);
     unsafe {
         assert_eq!(cuGraphLaunch(of_x, s), codes::INVALID_VALUE);
-        expect("which is freed");
+        expect("which has been freed");
         assert_eq!(cuGraphLaunch(of_y, s), OK);
         assert_eq!(cuStreamSynchronize(s), OK);
         assert_eq!(cuModuleUnload(k.module), OK);
@@ -783,7 +783,7 @@ fn a_graph_with_freed_memory_or_an_unloaded_module_is_refused() {
 }
 
 #[test]
-fn wrong_handles_are_told_apart() {
+fn kinds_of_wrong_handles_are_distinguished() {
     let gpu = gpu(&[]);
     let (s, e) = (stream(), event());
     unsafe {
@@ -792,14 +792,14 @@ fn wrong_handles_are_told_apart() {
         assert_eq!(cuEventRecord(s, s), codes::INVALID_HANDLE);
         expect("is a stream, not an event");
         assert_eq!(cuEventSynchronize(0), codes::INVALID_HANDLE);
-        expect("null where an event is wanted");
+        expect("null, expected an event");
         assert_eq!(cuGraphLaunch(0x1234_5678, s), codes::INVALID_HANDLE);
         expect("never was an executable graph");
         assert_eq!(cuEventDestroy_v2(e), OK);
         assert_eq!(cuEventDestroy_v2(e), codes::INVALID_HANDLE);
-        expect("was an event and is destroyed");
+        expect("was an event and has been destroyed");
         assert_eq!(cuStreamWaitEvent(s, e, 0), codes::INVALID_HANDLE);
-        expect("was an event and is destroyed");
+        expect("was an event and has been destroyed");
         assert_eq!(cuStreamDestroy_v2(0), codes::INVALID_HANDLE);
         expect("default stream");
         // A handle of another context.
@@ -817,7 +817,7 @@ fn wrong_handles_are_told_apart() {
         assert_eq!(cuCtxDestroy_v2(second), OK);
         expect("leaked: device memory");
         assert_eq!(cuCtxSetCurrent(second), codes::INVALID_CONTEXT);
-        expect("was a context and is destroyed");
+        expect("was a context and has been destroyed");
         assert_eq!(cuCtxDestroy_v2(gpu.context), codes::INVALID_CONTEXT);
         expect("primary");
         // No current context.
@@ -831,7 +831,7 @@ fn wrong_handles_are_told_apart() {
 }
 
 #[test]
-fn wrong_addresses_are_told_apart() {
+fn kinds_of_wrong_addresses_are_distinguished() {
     let gpu = gpu(&[]);
     let x = device(&[1; 4]);
     let mut host = [0u32; 8];
@@ -860,14 +860,14 @@ fn wrong_addresses_are_told_apart() {
         assert_eq!(cuMemFree_v2(x), codes::INVALID_VALUE);
         expect("freed twice");
         assert_eq!(cuMemcpyDtoH_v2(to, x, 4), codes::INVALID_VALUE);
-        expect("which is freed");
+        expect("which has been freed");
         let memory = pinned(4);
         assert_eq!(cuMemFreeHost(memory.as_mut_ptr().cast()), OK);
         assert_eq!(
             cuMemFreeHost(memory.as_mut_ptr().cast()),
             codes::INVALID_VALUE
         );
-        expect("freed already?");
+        expect("already freed?");
     }
     gpu.finish();
 }
@@ -947,7 +947,7 @@ fn ordered_allocations_live_and_die_in_stream_order() {
 }
 
 #[test]
-fn reading_what_was_never_written_breaks_the_context() {
+fn reading_undefined_memory_breaks_the_context() {
     let gpu = gpu(&[]);
     let (s, k) = (stream(), kernels());
     let (mut x, y) = (0, device(&[0; 4]));
@@ -1003,7 +1003,7 @@ fn a_fault_stays_with_its_context() {
 }
 
 #[test]
-fn what_is_left_over_is_a_leak() {
+fn everything_that_is_not_released_is_a_leak() {
     let mut gpu = gpu(&[]);
     let (s, e, k) = (stream(), event(), kernels());
     let x = device(&[1; 4]);
@@ -1017,7 +1017,7 @@ fn what_is_left_over_is_a_leak() {
         unsafe { vgpu_leaks(buffer.as_mut_ptr().cast(), buffer.len()) },
         6
     );
-    assert_eq!(vgpu_violation_count(), 0, "asking is no violation");
+    assert_eq!(vgpu_violation_count(), 0, "asking is not a violation");
     gpu.release();
     let text = violations().join("\n");
     let _ = (e, k.large);
@@ -1035,7 +1035,7 @@ fn what_is_left_over_is_a_leak() {
 }
 
 #[test]
-fn calls_fail_when_they_shall() {
+fn injected_failures_are_returned() {
     let gpu = gpu(&[]);
     let mut x = 0;
     unsafe {
@@ -1158,7 +1158,7 @@ fn launches_are_checked() {
         let stale = device(&[1; 4]);
         free(stale);
         assert_eq!(launch(k.add, 0, stale, 1), codes::INVALID_VALUE);
-        expect("which is freed");
+        expect("which has been freed");
         assert_eq!(cuCtxSynchronize(), OK);
         assert_eq!(cuModuleUnload(k.module), OK);
     }
@@ -1230,7 +1230,7 @@ fn images_are_checked() {
 }
 
 #[test]
-fn memory_runs_out() {
+fn allocations_beyond_the_memory_of_the_device_fail() {
     let gpu = gpu(&[("memory", "1M")]);
     let s = stream();
     let (mut x, mut y) = (0, 0);
@@ -1282,7 +1282,7 @@ fn host_functions_run_in_order_and_may_not_call_the_driver() {
 }
 
 #[test]
-fn the_device_is_what_the_settings_say() {
+fn the_device_has_the_properties_in_the_settings() {
     let gpu = gpu(&[
         ("compute_capability", "7.5"),
         ("driver", "11080"),
@@ -1348,7 +1348,7 @@ fn a_destroyed_stream_ends_its_capture() {
 }
 
 #[test]
-fn nothing_unwinds_out_of_a_call() {
+fn no_panic_unwinds_out_of_a_call() {
     let gpu = gpu(&[]);
     let code = super::call("cuTest", super::Need::NOTHING, |_| panic!("on purpose"));
     assert_eq!(code, codes::UNKNOWN);
@@ -1421,7 +1421,7 @@ fn a_copy_from_pageable_memory_may_still_run_when_its_call_returns() {
 }
 
 #[test]
-fn a_device_lost_within_a_capture_lets_go_of_everything() {
+fn a_device_lost_during_a_capture_releases_everything() {
     let gpu = gpu(&[]);
     let (s, e, k) = (stream(), event(), kernels());
     let x = device(&[1; 4]);

@@ -108,7 +108,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn splits_an_instruction_and_counts_lines() {
+    fn an_instruction_is_split_and_its_lines_are_counted() {
         let found =
             tokens("// note\n@!%p1 ld.global.L1::no_allocate.u32 %r1, [%rd1+-4]; /* a\nb */ $L:")
                 .unwrap();
@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn an_endless_comment_is_an_error() {
+    fn an_unterminated_comment_is_an_error() {
         assert!(tokens("/* ...").is_err());
         assert!(tokens(".file 1 \"x").is_err());
     }

@@ -261,7 +261,7 @@ pub fn arguments(kernel: &Kernel, values: &[Argument]) -> Vec<u8> {
     assert_eq!(
         values.len(),
         kernel.parameters.len(),
-        "`{}` takes another number of parameters",
+        "`{}` takes a different number of parameters",
         kernel.name
     );
     let mut bytes = vec![0; kernel.parameter_bytes()];

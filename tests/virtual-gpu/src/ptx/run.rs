@@ -146,13 +146,13 @@ fn check(kernel: &Kernel, launch: &Launch, regions: &Regions) -> Result<(), Faul
             launch.grid, launch.block
         )
     } else if threads > most {
-        format!("{threads} threads a block, expected at most {most}")
+        format!("{threads} threads per block, expected at most {most}")
     } else if launch.block[2] > 64
         || launch.grid[0] > i32::MAX as u32
         || launch.grid[1..].iter().any(|&n| n > 65535)
     {
         format!(
-            "a grid of {:?} blocks of {:?} threads has an extent too large",
+            "a grid of {:?} blocks of {:?} threads exceeds the limit of a dimension",
             launch.grid, launch.block
         )
     } else if kernel
@@ -172,7 +172,7 @@ fn check(kernel: &Kernel, launch: &Launch, regions: &Regions) -> Result<(), Faul
         .find(|r| (r.base ^ r.data as u64) & 15 != 0)
     {
         format!(
-            "the bytes of `{}` are not aligned as its address is",
+            "the bytes of `{}` are not aligned like its address",
             region.label
         )
     } else if let Some(pair) = regions

@@ -403,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn races_are_found_after_any_number_of_barriers() {
+    fn races_are_detected_after_any_number_of_barriers() {
         let mut shared = shared();
         shared.write(0, 4, visitor(0, 0, 1), false).unwrap();
         for _ in 0..3 * LAST_ERA {
@@ -418,7 +418,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_written_in_a_new_block_after_any_number_of_blocks() {
+    fn shared_memory_of_a_new_block_is_undefined_after_any_number_of_blocks() {
         let mut shared = shared();
         for _ in 0..3 * LAST_ERA {
             shared.reset();
@@ -435,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_in_flight_stays_so_across_barriers() {
+    fn a_copy_stays_in_flight_across_barriers() {
         let mut shared = shared();
         let stamp = shared.stamp(visitor(0, 3, 1));
         shared.begin_copy(16, 16, stamp).unwrap();
@@ -453,7 +453,7 @@ mod tests {
     }
 
     #[test]
-    fn sequences_that_begin_anew_do_not_order_what_they_must_not() {
+    fn restarted_sequence_numbers_do_not_order_unordered_accesses() {
         let mut shared = shared();
         shared
             .write(0, 4, visitor(0, 0, LAST_SEQUENCE), false)

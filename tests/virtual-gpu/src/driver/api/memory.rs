@@ -81,7 +81,7 @@ fn freeable(driver: &mut Driver, address: u64) -> Result<(), Failure> {
                 "{address:#x} lies within {}, not at its beginning",
                 found.label
             ),
-            (None, None) => format!("{address:#x} is no allocation"),
+            (None, None) => format!("{address:#x} is not an allocation"),
         },
     };
     driver.refuse(codes::INVALID_VALUE, &why)
@@ -247,7 +247,7 @@ fn unpin(driver: &mut Driver, address: usize, registered: bool) -> Result<(), Fa
         };
         return driver.refuse(
             code,
-            &format!("{address:#x} is no pinned memory (freed already?)"),
+            &format!("{address:#x} is not pinned memory (already freed?)"),
         );
     };
     if owner != context || by_register != registered {
@@ -290,7 +290,7 @@ pub unsafe extern "C" fn cuMemHostGetFlags(flags: *mut u32, address: *mut c_void
         else {
             return driver.refuse(
                 codes::INVALID_VALUE,
-                &format!("{address:p} is no pinned memory"),
+                &format!("{address:p} is not pinned memory"),
             );
         };
         // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.

@@ -33,7 +33,7 @@ fn check_target(driver: &Driver, text: &str) -> Result<(), (Code, String)> {
     let number = |text: &str| {
         text.trim()
             .parse::<u32>()
-            .map_err(|_| invalid("the .version is no number"))
+            .map_err(|_| invalid("the .version is not a number"))
     };
     let version = number(major)? * 10 + number(&minor)?;
     if version > driver.settings.ptx_version() {
@@ -48,7 +48,7 @@ fn check_target(driver: &Driver, text: &str) -> Result<(), (Code, String)> {
     let digits: String = target.chars().take_while(char::is_ascii_digit).collect();
     let wanted: i32 = digits
         .parse()
-        .map_err(|_| invalid("the .target is no number"))?;
+        .map_err(|_| invalid("the .target is not a number"))?;
     let (major, minor) = driver.settings.capability;
     let device = major * 10 + minor;
     let exact = target[digits.len()..].starts_with('a');

@@ -103,10 +103,10 @@ impl<'a> Assembler<'a> {
             single => std::slice::from_ref(single),
         };
         if values.len() != count {
-            return self.error("the vector has another length than the opcode says");
+            return self.error("the length of the vector does not match the opcode");
         }
         if of == Type::Pred {
-            return self.error("predicates are not in memory");
+            return self.error("predicates cannot be loaded or stored");
         }
         // Registers may be wider than the type; the first one decides.
         let wide = match &values[0] {
@@ -117,7 +117,7 @@ impl<'a> Assembler<'a> {
             _ => of.class() == Class::Wide,
         };
         if of.size() == 8 && !wide {
-            return self.error("a 64-bit value and a narrower register");
+            return self.error("a 64-bit value needs a 64-bit register");
         }
         let class = if wide { Class::Wide } else { Class::Word };
         let access = Access {
@@ -203,7 +203,7 @@ impl<'a> Assembler<'a> {
         let (address, values) = match operands {
             [address, b] if operation != AtomicOperation::CompareAndSwap => (address, [b, b]),
             [address, b, c] if operation == AtomicOperation::CompareAndSwap => (address, [b, c]),
-            _ => return self.error("another number of operands than the opcode has"),
+            _ => return self.error("wrong number of operands for this opcode"),
         };
         let (address, offset, named) = self.address(address)?;
         let space = if space == Space::Generic {

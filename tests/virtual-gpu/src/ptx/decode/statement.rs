@@ -204,7 +204,7 @@ impl<'a> Assembler<'a> {
             return self.error("calls nest too deep, or recursively");
         }
         if results.len() != function.results.len() || arguments.len() != function.parameters.len() {
-            return self.error(format!("`{name}` takes another number of arguments"));
+            return self.error(format!("`{name}` takes a different number of arguments"));
         }
         let formals = function.results.iter().chain(&function.parameters);
         let mut bound = Vec::new();

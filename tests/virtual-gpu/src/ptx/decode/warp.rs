@@ -194,7 +194,7 @@ impl<'a> Assembler<'a> {
 
     pub(super) fn matrix(&mut self, form: &Form, operands: &[Operand<'a>]) -> Result<()> {
         if !form.has("sync") || !form.has("aligned") {
-            return self.error("the forms have .sync.aligned");
+            return self.error("only forms with .sync.aligned are known");
         }
         if form.base == "mma" {
             return self.multiply(form, operands);
@@ -218,7 +218,7 @@ impl<'a> Assembler<'a> {
             registers.push(self.write(part, Class::Word)?);
         }
         if registers.len() != count {
-            return self.error("another number of registers than matrices");
+            return self.error("the number of registers differs from the number of matrices");
         }
         let (address, offset) = self.shared_address(address)?;
         self.emit_offset(
@@ -240,7 +240,7 @@ impl<'a> Assembler<'a> {
             None => return self.error("this shape is not known"),
         };
         if !form.has("row") || !form.has("col") {
-            return self.error("the layouts are .row.col");
+            return self.error("only the layout .row.col is known");
         }
         let brain = match form.types.as_slice() {
             [Type::F32, Type::Bf16, Type::Bf16, Type::F32] => true,
@@ -257,7 +257,7 @@ impl<'a> Assembler<'a> {
             parts(c).len(),
         ];
         if lengths != [4, depth / 4, depth / 8, 4] {
-            return self.error("the fragments have other sizes");
+            return self.error("the fragments have unexpected sizes");
         }
         let mut writes = Vec::new();
         for part in parts(d) {

@@ -66,7 +66,7 @@ impl Block<'_> {
         }
         for warp in warps.iter() {
             if let Some(group) = warp.groups.first() {
-                let detail = format!("the barrier waits for ever: {}", self.whereabouts(warps));
+                let detail = format!("the barrier never completes: {}", self.whereabouts(warps));
                 let stop = Stop::new(FaultKind::DivergentBarrier, detail)
                     .at_lane(group.lanes.trailing_zeros() as usize);
                 return Err((warp.id, group.at as usize, stop));

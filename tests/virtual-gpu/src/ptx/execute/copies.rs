@@ -71,8 +71,9 @@ impl Block<'_> {
                 } else {
                     from[lane]
                 };
-                let detail =
-                    format!("a copy of {size} bytes needs addresses that are multiples of that");
+                let detail = format!(
+                    "a copy of {size} bytes needs addresses that are multiples of its size"
+                );
                 return Err(Stop::new(FaultKind::Misaligned, detail)
                     .at(wrong, "source or target")
                     .at_lane(lane));

@@ -80,7 +80,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sums_and_products_are_rounded_as_told() {
+    fn sums_and_products_are_rounded_in_the_given_direction() {
         let tiny = 2f32.powi(-60);
         assert_eq!(fused(1.0, 1.0, tiny, down), 1.0);
         assert_eq!(fused(1.0, 1.0, tiny, up), 1.0f32.next_up());

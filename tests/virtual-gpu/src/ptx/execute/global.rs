@@ -140,7 +140,7 @@ impl Block<'_> {
         let address = address + (0..bytes as u64).find(is_unset).unwrap_or(0);
         let stop = Stop::new(
             FaultKind::UninitialisedRead,
-            "reads memory that nobody wrote",
+            "reads memory that was never written",
         );
         stop.at(address, self.memory.describe(address))
             .at_lane(lane)

@@ -179,7 +179,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_half_survives_the_way_to_single_and_back() {
+    fn every_float16_round_trips_through_float32() {
         for bits in 0..=u16::MAX {
             let wide = Half(bits).wide();
             if wide.is_nan() {
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn halves_round_to_nearest_even() {
+    fn float16_rounds_to_nearest_even() {
         let cases = [
             (65519.996, 0x7bff),
             (65520.0, 0x7c00),
@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn brains_round_to_nearest_even() {
+    fn bfloat16_rounds_to_nearest_even() {
         assert_eq!(Brain::rounded(f32::from_bits(0x3f80_8000)), Brain(0x3f80));
         assert_eq!(Brain::rounded(f32::from_bits(0x3f81_8000)), Brain(0x3f82));
         assert_eq!(Brain::rounded(f32::from_bits(0x3f80_8001)), Brain(0x3f81));

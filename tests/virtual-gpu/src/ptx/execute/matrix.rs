@@ -198,7 +198,7 @@ impl Block<'_> {
                 if address % 16 != 0 {
                     let stop = Stop::new(
                         FaultKind::Misaligned,
-                        "a row of a matrix begins at a multiple of 16 bytes",
+                        "a row of a matrix must begin at a multiple of 16 bytes",
                     );
                     return Err(stop.at(address as u64, "shared memory").at_lane(lane));
                 }

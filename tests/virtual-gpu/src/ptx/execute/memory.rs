@@ -378,7 +378,8 @@ fn check_alignment(addresses: &Addresses, lanes: u32, bytes: usize) -> Outcome<(
     let Some(lane) = set(lanes).find(|&lane| addresses[lane] & low != 0) else {
         return Ok(());
     };
-    let detail = format!("an access of {bytes} bytes needs an address that is a multiple of that");
+    let detail =
+        format!("an access of {bytes} bytes needs an address that is a multiple of its size");
     Err(Stop::new(FaultKind::Misaligned, detail)
         .at(addresses[lane], "misaligned")
         .at_lane(lane))

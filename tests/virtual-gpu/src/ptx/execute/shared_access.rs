@@ -48,7 +48,8 @@ impl Block<'_> {
                     _ => "was read by what",
                 };
                 let detail = format!(
-                    "{verb} shared memory that {what} {who} issued at PTX line {}{source}, with nothing between that orders the two",
+                    "{verb} shared memory that {what} {who} issued at PTX line {}{source}, \
+                     and nothing orders the two accesses",
                     place.line
                 );
                 (FaultKind::SharedRace, at, detail)

@@ -122,7 +122,7 @@ fn misaligned_accesses() {
 }
 
 #[test]
-fn reads_of_memory_that_nobody_wrote() {
+fn reads_of_memory_that_was_never_written() {
     for body in [
         "ld.global.u32 %r1, [%out];",
         "st.global.u16 [%out], 1; ld.global.u32 %r1, [%out];",
@@ -204,7 +204,7 @@ fn a_missing_barrier_at_the_end_of_a_loop_is_a_race() {
 }
 
 #[test]
-fn lanes_of_a_warp_must_be_ordered_too() {
+fn lanes_of_one_warp_can_race() {
     let exchange = |order: &str| {
         format!(
             "{PLACES} st.shared.u32 [%r1], %lane; {order} xor.b32 %r3, %lane, 1; mad.lo.u32 %r3, %r3, 4, %r0; ld.shared.u32 %r4, [%r3];"
@@ -222,7 +222,7 @@ fn lanes_of_a_warp_must_be_ordered_too() {
 }
 
 #[test]
-fn lanes_that_store_other_values_to_one_place_race() {
+fn lanes_that_store_different_values_to_one_address_race() {
     assert_eq!(
         fault_of("mov.u32 %r0, dynamic; st.shared.u32 [%r0], %lane;", 32).kind,
         FaultKind::SharedRace
@@ -247,7 +247,7 @@ fn atomics_race_with_plain_accesses_only() {
 }
 
 #[test]
-fn asynchronous_copies_belong_to_nobody_until_the_wait() {
+fn the_target_of_an_asynchronous_copy_is_unusable_until_the_wait() {
     let body = |wait: &str| {
         format!(
             "mov.u32 %r0, dynamic; mad.lo.u32 %r1, %lane, 16, %r0; mul.wide.u32 %rd0, %lane, 16; add.s64 %rd0, %rd0, %x;
@@ -300,7 +300,7 @@ fn matrices_are_read_after_a_barrier_of_the_warp() {
 }
 
 #[test]
-fn races_are_found_only_if_asked_for() {
+fn races_are_detected_only_if_enabled() {
     let body = format!("{PLACES} st.shared.u32 [%r1], %lane; ld.shared.u32 %r4, [%r0];");
     let module = Module::parse(&kernel(&body)).unwrap();
     let kernel = module.kernel("test").unwrap();
@@ -343,7 +343,7 @@ fn barriers_that_not_all_threads_reach() {
 }
 
 #[test]
-fn a_part_of_a_block_can_meet() {
+fn a_barrier_can_be_for_part_of_a_block() {
     // The second warp alone meets at barrier 1. At barrier 2 both warps meet, one without
     // waiting.
     passes(
@@ -365,7 +365,7 @@ fn a_part_of_a_block_can_meet() {
 }
 
 #[test]
-fn lanes_missing_from_what_a_warp_does_together() {
+fn lanes_missing_from_a_warp_wide_instruction() {
     let zeros = "{%f0,%f1,%f2,%f3}, {%r1,%r2,%r3,%r4}, {%r5,%r6}, {%f0,%f1,%f2,%f3}";
     let wrong = [
         "setp.lt.u32 %p0, %lane, 16; @%p0 shfl.sync.bfly.b32 %r1, %r2, 1, 31, -1;".to_string(),
@@ -441,7 +441,7 @@ fn launches_that_do_not_fit() {
 }
 
 #[test]
-fn a_loop_without_end_and_a_trap() {
+fn an_infinite_loop_and_a_trap() {
     let module = Module::parse(&kernel("$loop: bra $loop;")).unwrap();
     let kernel_ = module.kernel("test").unwrap();
     let launch = launch(
@@ -458,7 +458,7 @@ fn a_loop_without_end_and_a_trap() {
 }
 
 #[test]
-fn what_is_not_known_is_an_error_with_its_line() {
+fn unknown_syntax_is_an_error_with_its_line() {
     for (body, line) in [
         ("\nfrob.u32 %r1, %r2;", 1),
         ("add.unheard.u32 %r1, %r2, %r3;", 0),

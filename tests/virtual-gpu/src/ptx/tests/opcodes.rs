@@ -114,7 +114,7 @@ fn integer_sums() {
 }
 
 #[test]
-fn carries_go_from_one_word_to_the_next() {
+fn carries_propagate_to_the_next_word() {
     check(&[
         ("add.cc.u32", "rrr", &[0xffff_ffff, 1], 0),
         ("addc.cc.u32", "rrr", &[0xffff_ffff, 0], 0),

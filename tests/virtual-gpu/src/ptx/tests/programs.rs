@@ -3,7 +3,7 @@
 use super::*;
 
 #[test]
-fn lanes_with_other_trip_counts_come_together_again() {
+fn lanes_with_different_trip_counts_reconverge() {
     // Lane i computes 0 + 1 + … + i, then the warp adds up all results.
     let out = run_words(
         "mov.u32 %r0, 0; mov.u32 %r1, 0;
@@ -24,7 +24,7 @@ fn lanes_with_other_trip_counts_come_together_again() {
 }
 
 #[test]
-fn asynchronous_copies_arrive_with_the_wait() {
+fn asynchronous_copies_are_complete_after_the_wait() {
     let x: Vec<u32> = (0..256).collect();
     let out = run_words(
         "mov.u32 %r0, dynamic; mad.lo.u32 %r1, %lane, 16, %r0; mul.wide.u32 %rd0, %lane, 16; add.s64 %rd1, %rd0, %x;
@@ -96,7 +96,7 @@ fn functions_are_called_with_parameters() {
 }
 
 #[test]
-fn an_access_past_an_allocation_is_named() {
+fn an_access_past_an_allocation_is_reported_with_its_distance() {
     let body =
         "mul.wide.u32 %rd0, %lane, 4; add.s64 %rd0, %rd0, %out;\nst.global.u32 [%rd0], %lane;";
     let fault = run_words(body, 32, &[0], 20).unwrap_err();

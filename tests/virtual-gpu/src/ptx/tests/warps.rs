@@ -80,7 +80,7 @@ fn shuffles_exchange_values() {
 }
 
 #[test]
-fn halves_of_a_warp_shuffle_by_themselves() {
+fn halves_of_a_warp_shuffle_independently() {
     let out = results(
         "setp.lt.u32 %p0, %lane, 16; selp.b32 %r1, 0xffff, 0xffff0000, %p0;
          @%p0 bra $low; shfl.sync.idx.b32 %r9, %lane, 20, 31, 0xffff0000; bra $end;

@@ -11,7 +11,7 @@ const RESULT: &str = "quell_probe_result";
 
 /// How a template handles tools.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Habits {
+pub(super) struct ToolSupport {
     /// Whether it writes the tools that it is given.
     pub(super) tools: bool,
     /// Whether it writes the tool calls of a conversation and their results.
@@ -20,7 +20,7 @@ pub(super) struct Habits {
     pub(super) null_content: bool,
 }
 
-impl Habits {
+impl ToolSupport {
     pub(super) fn of(template: &ChatTemplate) -> Self {
         let tools = writes_tools(template);
         let [empty, null] = [false, true].map(|null| with_call(template, null));
@@ -100,8 +100,8 @@ fn with_call(template: &ChatTemplate, null_content: bool) -> Option<String> {
 mod tests {
     use super::*;
 
-    fn habits(source: &str) -> Habits {
-        Habits::of(&ChatTemplate::new(source, None, None).unwrap())
+    fn tool_support(source: &str) -> ToolSupport {
+        ToolSupport::of(&ChatTemplate::new(source, None, None).unwrap())
     }
 
     const PLAIN: &str = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}";
@@ -110,34 +110,37 @@ mod tests {
 
     #[test]
     fn a_template_that_only_says_tools_does_not_know_them() {
-        let none = Habits::default();
-        assert_eq!(habits(PLAIN), none);
-        assert_eq!(habits(&format!("{{# no tools here #}}{PLAIN}")), none);
-        assert_eq!(habits(&format!("You have no tools.{PLAIN}")), none);
-        assert_eq!(habits(&format!("{{% set tools = 1 %}}{PLAIN}")), none);
+        let none = ToolSupport::default();
+        assert_eq!(tool_support(PLAIN), none);
+        assert_eq!(tool_support(&format!("{{# no tools here #}}{PLAIN}")), none);
+        assert_eq!(tool_support(&format!("You have no tools.{PLAIN}")), none);
+        assert_eq!(tool_support(&format!("{{% set tools = 1 %}}{PLAIN}")), none);
         assert_eq!(
-            habits(&format!("{{% if tools %}}!{{% endif %}}{PLAIN}")),
+            tool_support(&format!("{{% if tools %}}!{{% endif %}}{PLAIN}")),
             none
         );
     }
 
     #[test]
     fn tools_and_calls_are_known_each_by_itself() {
-        let tools = Habits {
+        let tools = ToolSupport {
             tools: true,
-            ..Habits::default()
+            ..ToolSupport::default()
         };
-        assert_eq!(habits(&format!("{{{{ tools | tojson }}}}{PLAIN}")), tools);
+        assert_eq!(
+            tool_support(&format!("{{{{ tools | tojson }}}}{PLAIN}")),
+            tools
+        );
         // Tools written elsewhere than at the beginning, and only with a system prompt.
         let late =
             "{% for m in messages %}{% if m.role == 'system' %}{{ tools }}{% endif %}{% endfor %}";
-        assert_eq!(habits(late), tools);
-        let calls = Habits {
+        assert_eq!(tool_support(late), tools);
+        let calls = ToolSupport {
             calls: true,
-            ..Habits::default()
+            ..ToolSupport::default()
         };
-        assert_eq!(habits(CALLS), calls);
-        let both = habits(&format!("{{{{ tools }}}}{CALLS}"));
+        assert_eq!(tool_support(CALLS), calls);
+        let both = tool_support(&format!("{{{{ tools }}}}{CALLS}"));
         assert!(both.tools && both.calls && !both.null_content);
     }
 
@@ -146,7 +149,7 @@ mod tests {
         let source = format!(
             "{{% if messages[1] and messages[1].content is none %}}{CALLS}{{% else %}}{PLAIN}{{% endif %}}"
         );
-        let found = habits(&source);
+        let found = tool_support(&source);
         assert!(found.calls && found.null_content && !found.tools);
         let template = ChatTemplate::new(&source, None, None).unwrap();
         let call = json!([{"function": {"name": "f", "arguments": "{}"}}]);
@@ -158,18 +161,18 @@ mod tests {
 
     #[test]
     fn a_null_content_is_not_shown_to_a_template_that_would_print_it() {
-        assert!(!habits(CALLS).null_content);
+        assert!(!tool_support(CALLS).null_content);
         let told_apart = CALLS.replace(
             "{{ m.content }}",
             "{% if m.content is not none %}[{{ m.content }}]{% endif %}",
         );
-        assert!(habits(&told_apart).null_content);
+        assert!(tool_support(&told_apart).null_content);
     }
 
     #[test]
     fn a_template_that_always_refuses_is_taken_at_its_word() {
         let refuses = "{{ raise_exception('no') }}";
-        assert!(!habits(refuses).tools);
-        assert!(habits(&format!("{refuses}{{{{ tools }}}}")).tools);
+        assert!(!tool_support(refuses).tools);
+        assert!(tool_support(&format!("{refuses}{{{{ tools }}}}")).tools);
     }
 }
