@@ -97,7 +97,7 @@ fn model_step(path: &str, sequences: usize) -> Result<f64, Box<dyn Error>> {
         stream_buffer: 4096,
         ..EngineConfig::default()
     };
-    let engine = Engine::load(path, config, LoadOptions::cpu())?;
+    let engine = Engine::load_with(path, config, LoadOptions::cpu())?;
     let prompts = (0..sequences).map(|index| vec![(index + 100) as u32; 4]);
     let streams = prompts
         .map(|prompt| {

@@ -2,12 +2,12 @@
 //!
 //! `cargo run --release --example batch -- models/SmolLM2-135M-Instruct.Q4_1.gguf`
 
-use quell::{Engine, EngineConfig, LoadOptions, Request};
+use quell::{Engine, Request};
 use std::time::Instant;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let path = std::env::args().nth(1).ok_or("usage: batch MODEL")?;
-    let engine = Engine::load(path, EngineConfig::default(), LoadOptions::default())?;
+    let engine = Engine::load(path)?;
     let animals = ["cat", "dog", "owl", "fox", "bear", "whale", "ant", "horse"];
 
     let start = Instant::now();

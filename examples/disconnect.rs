@@ -4,21 +4,20 @@
 //! `cargo run --release --example disconnect -- models/SmolLM2-135M-Instruct.Q4_1.gguf`
 
 use futures_util::StreamExt;
-use quell::{Engine, EngineConfig, EngineStats, LoadOptions, Request, SubmitError};
+use quell::{Engine, EngineStats, Request, SubmitError};
 use std::time::Instant;
 
 const CLIENTS: usize = 100;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let path = std::env::args().nth(1).ok_or("usage: disconnect MODEL")?;
-    let engine = Engine::load(path, EngineConfig::default(), LoadOptions::default())?;
+    let engine = Engine::load(path)?;
     report("before", &engine.stats()?);
 
     let runtime = tokio::runtime::Runtime::new()?;
     for client in 0..CLIENTS {
         let prompt = format!("Here is what happened to me on day {client} of my journey:");
-        let mut request = Request::new(prompt).max_tokens(1000);
-        request.ignore_eos = true;
+        let request = Request::new(prompt).max_tokens(1000).ignore_eos();
         let mut answer = engine.generate(request)?;
         runtime.spawn(async move {
             while let Some(Ok(chunk)) = answer.next().await {

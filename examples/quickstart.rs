@@ -3,12 +3,12 @@
 //! `cargo run --release --example quickstart -- models/SmolLM2-135M-Instruct.Q4_1.gguf`
 
 use futures_util::StreamExt;
-use quell::{Engine, EngineConfig, LoadOptions, Message, Request};
+use quell::{Engine, Message, Request};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let path = std::env::args().nth(1).ok_or("usage: quickstart MODEL")?;
-    let engine = Engine::load(path, EngineConfig::default(), LoadOptions::default())?;
+    let engine = Engine::load(path)?;
 
     let question = vec![Message::new("user", "Why is the sky blue?")];
     let mut answer = engine.generate(Request::new(question).greedy().max_tokens(32))?;

@@ -7,12 +7,12 @@
 //! runtime is already gone.
 //!
 //! ```
-//! use quell::{Engine, EngineConfig, LoadOptions, Request};
+//! use quell::{Engine, Request};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! # let model = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/golden/tiny/llama");
 //! // `model` is a .gguf file or a Hugging Face folder.
-//! let engine = Engine::load(model, EngineConfig::default(), LoadOptions::default())?;
+//! let engine = Engine::load(model)?;
 //! // A prompt is text, a conversation or token ids.
 //! let request = Request::new(vec![126, 36, 304]).greedy().max_tokens(8);
 //! let mut tokens = Vec::new();
@@ -116,9 +116,9 @@ pub use device::cpu::{Activations, CpuOptions, KvType, SimdLevel};
 pub use device::cuda::{CudaActivations, CudaOptions};
 pub use engine::{
     CancelReason, Cancellation, Chunk, Drained, EmbedRequest, Embedding, EmbeddingFuture, Engine,
-    EngineFault, EngineSnapshot, EngineStats, Finish, GenerateError, Generation, Health,
-    HealthStatus, Outcome, Pending, Prompt, Receipt, Request, Session, SessionOptions, Shutdown,
-    Stop, SubmitError, Timing, Token, TokenStream, Truncation,
+    EngineBuilder, EngineFault, EngineSnapshot, EngineStats, Finish, GenerateError, Generation,
+    Health, HealthStatus, Outcome, Pending, Prompt, Receipt, Request, Session, SessionOptions,
+    Shutdown, Stop, SubmitError, Timing, Token, TokenStream, Truncation,
 };
 pub use id::{RequestId, SessionId, StepId};
 pub use runner::{DeviceChoice, GenerationConfig, LoadError, LoadOptions, RunnerInfo};

@@ -24,7 +24,7 @@ fn start(config: EngineConfig) -> Engine {
         audit: true,
         ..config
     };
-    Engine::load(smollm2(), config, LoadOptions::cpu()).unwrap()
+    Engine::load_with(smollm2(), config, LoadOptions::cpu()).unwrap()
 }
 
 fn tokenizer(engine: &Engine) -> &Arc<Tokenizer> {
@@ -327,7 +327,7 @@ fn preemption_and_cancellation_change_no_constrained_answer() {
         prefix_cache: false,
         ..EngineConfig::default()
     };
-    let engine = Engine::load(smollm2(), config, LoadOptions::cpu()).unwrap();
+    let engine = Engine::load_with(smollm2(), config, LoadOptions::cpu()).unwrap();
     let grammar = Grammar::json_object(tokenizer(&engine)).unwrap();
     let request = |seed| {
         let sampling = SamplingParams {

@@ -20,7 +20,7 @@ fn a_loaded_model_takes_less_than_1_6_times_its_file_plus_the_cache() {
         kv_cache_bytes: Some(KV_CACHE),
         ..EngineConfig::default()
     };
-    let engine = Engine::load(&path, config, LoadOptions::cpu()).unwrap();
+    let engine = Engine::load_with(&path, config, LoadOptions::cpu()).unwrap();
     let request = Request::new("Once upon a time").greedy().max_tokens(100);
     engine
         .generate(request)

@@ -79,7 +79,7 @@ impl Device {
             device,
             ..LoadOptions::default()
         };
-        Engine::load(path, config, options)
+        Engine::load_with(path, config, options)
     }
 }
 

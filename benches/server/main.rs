@@ -134,7 +134,7 @@ fn real_engine(model: &Path) -> Result<Engine, Failure> {
         audit: false,
         ..EngineConfig::default()
     };
-    Ok(Engine::load(model, config, LoadOptions::cpu())?)
+    Ok(Engine::load_with(model, config, LoadOptions::cpu())?)
 }
 
 fn runtime() -> Result<Runtime, Failure> {

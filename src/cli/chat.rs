@@ -441,8 +441,7 @@ async fn stopped(stream: TokenStream) -> Result<String, ChatError> {
                 receipt.blocks_freed
             ))
         }
-        Err(GenerateError::Closed(fault)) => Err(ChatError::Closed(fault)),
-        Err(error) => Ok(format!("({error})")),
+        Err(fault) => Err(ChatError::Closed(fault)),
     }
 }
 

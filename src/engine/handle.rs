@@ -12,252 +12,23 @@ use super::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use super::sync::{Arc, OnceLock, Receiver, Sender, Weak, bounded, spawn, unbounded};
 use super::thread::SchedulerThread;
 use super::turn::Turn;
-use super::waiting::{Answer, Asked, EngineEnd, Reply, Waiters};
+use super::waiting::{Answer, EngineEnd, Reply, Waiters};
 use super::watchdog::{Heartbeat, Pulse, watch};
 use super::{
-    Drained, EmbedRequest, EmbeddingFuture, EngineFault, EngineSnapshot, EngineStats, Health,
-    Session, SessionOptions, Shutdown, SubmitError, TokenStream,
+    Drained, EmbedRequest, EmbeddingFuture, EngineBuilder, EngineFault, EngineSnapshot,
+    EngineStats, Health, Prompt, Request, Session, SessionOptions, Shutdown, SubmitError,
+    TokenStream,
 };
 use crate::cache::BlockCache;
 use crate::config::EngineConfig;
 use crate::id::{RequestId, SessionId};
 use crate::runner::limits;
 use crate::runner::{LoadError, LoadOptions, ModelFiles, Runner, RunnerInfo};
-use crate::sampling::{
-    Constraint, ConstraintState, ParamError, SamplingDefaults, SamplingParams, TokenLimits,
-};
+use crate::sampling::{ConstraintState, ParamError, SamplingDefaults, SamplingParams};
 use crate::schedule::{Policy, Scheduler, SequenceSpec, Task};
 use crate::text::{EncodeOptions, Message, RenderOptions, StopStrings, Tokenizer};
 use std::path::Path;
 use std::time::{Duration, Instant};
-
-/// A prompt to continue.
-#[derive(Clone, Debug)]
-pub enum Prompt {
-    /// Raw text. The names of special tokens in it are read as these tokens.
-    Text(String),
-    /// Token ids.
-    Tokens(Vec<u32>),
-    /// A conversation, rendered with the model's own chat template.
-    Chat(Vec<Message>),
-    /// A conversation, rendered with the model's own chat template and further inputs of the
-    /// template.
-    Conversation {
-        /// The conversation.
-        messages: Vec<Message>,
-        /// Further inputs of the template: tools and variables.
-        options: RenderOptions,
-    },
-}
-
-/// Which part of a prompt to keep. A shorter prompt is kept as a whole.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Truncation {
-    /// Keep this many tokens from the beginning.
-    First(usize),
-    /// Keep this many tokens from the end.
-    Last(usize),
-}
-
-impl Truncation {
-    /// Cuts the tokens of a prompt.
-    pub fn cut(self, prompt: &mut Vec<u32>) {
-        match self {
-            Self::First(tokens) => prompt.truncate(tokens),
-            Self::Last(tokens) => drop(prompt.drain(..prompt.len().saturating_sub(tokens))),
-        }
-    }
-}
-
-impl From<&str> for Prompt {
-    fn from(text: &str) -> Self {
-        Self::Text(text.to_owned())
-    }
-}
-
-impl From<String> for Prompt {
-    fn from(text: String) -> Self {
-        Self::Text(text)
-    }
-}
-
-impl From<Vec<u32>> for Prompt {
-    fn from(tokens: Vec<u32>) -> Self {
-        Self::Tokens(tokens)
-    }
-}
-
-impl From<Vec<Message>> for Prompt {
-    fn from(messages: Vec<Message>) -> Self {
-        Self::Chat(messages)
-    }
-}
-
-/// A request to generate an answer.
-#[derive(Clone, Debug)]
-pub struct Request {
-    /// The prompt to continue.
-    pub prompt: Prompt,
-    /// Maximum number of new tokens. If `None`, only the context limit applies. Use 0 to score
-    /// only the prompt, together with [`Request::prompt_logprobs`].
-    pub max_tokens: Option<usize>,
-    /// Which part of the prompt to keep. If `None`, all of it is kept.
-    pub truncate_prompt: Option<Truncation>,
-    /// If set, reports the log probability of each token of the prompt after the first, under
-    /// the unmodified logits, and this many of the likeliest tokens at its position (see
-    /// [`Chunk::prompt_logprobs`](crate::Chunk::prompt_logprobs)). The whole prompt is then
-    /// computed, even the part that the cache holds, with at most `max_sequences` of its tokens
-    /// per step.
-    pub prompt_logprobs: Option<u32>,
-    /// How to choose tokens.
-    pub sampling: SamplingParams,
-    /// Strings that end the answer. They are not part of its text unless
-    /// [`Request::include_stop`] is set.
-    pub stop: Vec<String>,
-    /// Tokens that end the answer in addition to the model's own.
-    pub stop_token_ids: Vec<u32>,
-    /// Whether to continue after the model's end-of-sequence tokens.
-    pub ignore_eos: bool,
-    /// Whether special tokens are part of the answer's text, except the one that ends it. Some
-    /// models mark tool calls and reasoning with such tokens.
-    pub keep_special: bool,
-    /// Whether the stop string or stop token that ends the answer is part of its text.
-    pub include_stop: bool,
-    /// Which tokens the answer may contain, and how many it must have.
-    pub limits: TokenLimits,
-    /// Maximum time from the submission to the first token. After it, the request is cancelled
-    /// as [`Deadline`](crate::CancelReason::Deadline).
-    pub first_token_within: Option<Duration>,
-    /// Maximum time from the submission to the end of the answer. After it, the request is
-    /// cancelled as [`Deadline`](crate::CancelReason::Deadline).
-    pub finish_within: Option<Duration>,
-    /// Priority of the request. Lower numbers are served first and may preempt requests with
-    /// higher ones; the default is 0.
-    pub priority: i32,
-    /// Tenant that the request belongs to. Among requests of equal priority, those of the
-    /// tenant that has been served least start first.
-    pub tenant: Option<Arc<str>>,
-    /// Salt of the prefix cache. Requests with different salts never share blocks, so that
-    /// neither the time to the first token nor the number of cached tokens reveals to one what
-    /// another has sent. Requests whose salt is `None` share blocks with each other.
-    pub cache_salt: Option<Arc<str>>,
-    /// Constrains which tokens the answer may consist of, for example with a [`Grammar`]
-    /// compiled for this engine's tokenizer. An answer that the constraint considers complete
-    /// ends as a normal stop.
-    ///
-    /// [`Grammar`]: crate::text::Grammar
-    pub constraint: Option<Box<dyn Constraint>>,
-    /// Label that the caller chooses for the request. The request's span and
-    /// [`Engine::snapshot`] show it, and [`Engine::find`] looks for it. Labels need not be
-    /// unique.
-    pub label: Option<Arc<str>>,
-}
-
-impl Request {
-    /// Creates a request with default settings: sampling at temperature 1, up to the context
-    /// limit.
-    pub fn new(prompt: impl Into<Prompt>) -> Self {
-        Self {
-            prompt: prompt.into(),
-            max_tokens: None,
-            truncate_prompt: None,
-            prompt_logprobs: None,
-            sampling: SamplingParams::default(),
-            stop: Vec::new(),
-            stop_token_ids: Vec::new(),
-            ignore_eos: false,
-            keep_special: false,
-            include_stop: false,
-            limits: TokenLimits::default(),
-            first_token_within: None,
-            finish_within: None,
-            priority: 0,
-            tenant: None,
-            cache_salt: None,
-            constraint: None,
-            label: None,
-        }
-    }
-
-    /// Sets the maximum number of new tokens.
-    pub fn max_tokens(mut self, tokens: usize) -> Self {
-        self.max_tokens = Some(tokens);
-        self
-    }
-
-    /// Requests the log probabilities of the prompt, with this many of the likeliest tokens at
-    /// each position.
-    pub fn prompt_logprobs(mut self, top: u32) -> Self {
-        self.prompt_logprobs = Some(top);
-        self
-    }
-
-    /// Returns what the scheduler must compute for the request.
-    fn task(&self) -> Task {
-        let score = |top| Task::Score { top };
-        self.prompt_logprobs.map_or(Task::Generate, score)
-    }
-
-    /// Sets how to choose tokens.
-    pub fn sampling(mut self, sampling: SamplingParams) -> Self {
-        self.sampling = sampling;
-        self
-    }
-
-    /// Sets the maximum time from the submission to the first token.
-    pub fn first_token_within(mut self, time: Duration) -> Self {
-        self.first_token_within = Some(time);
-        self
-    }
-
-    /// Sets the maximum time from the submission to the end of the answer.
-    pub fn finish_within(mut self, time: Duration) -> Self {
-        self.finish_within = Some(time);
-        self
-    }
-
-    /// Sets the priority. Lower numbers are served first.
-    pub fn priority(mut self, priority: i32) -> Self {
-        self.priority = priority;
-        self
-    }
-
-    /// Sets the tenant that the request belongs to.
-    pub fn tenant(mut self, tenant: impl Into<Arc<str>>) -> Self {
-        self.tenant = Some(tenant.into());
-        self
-    }
-
-    /// Sets the salt of the prefix cache.
-    pub fn cache_salt(mut self, salt: impl Into<Arc<str>>) -> Self {
-        self.cache_salt = Some(salt.into());
-        self
-    }
-
-    /// Sets the constraint on the answer.
-    pub fn constraint(mut self, constraint: impl Into<Box<dyn Constraint>>) -> Self {
-        self.constraint = Some(constraint.into());
-        self
-    }
-
-    /// Sets which tokens the answer may contain, and how many it must have.
-    pub fn limits(mut self, limits: TokenLimits) -> Self {
-        self.limits = limits;
-        self
-    }
-
-    /// Sets the label.
-    pub fn label(mut self, label: impl Into<Arc<str>>) -> Self {
-        self.label = Some(label.into());
-        self
-    }
-
-    /// Chooses the likeliest token at each position.
-    pub fn greedy(mut self) -> Self {
-        self.sampling.temperature = 0.0;
-        self
-    }
-}
 
 /// A checked request without its prompt. All its answers share this.
 struct Settings {
@@ -400,14 +171,30 @@ impl std::fmt::Debug for Engine {
 }
 
 impl Engine {
-    /// Loads a model, a `.gguf` file or a Hugging Face folder, and starts its scheduler thread.
-    /// Blocks until the model is ready.
+    /// Loads a model, a `.gguf` file or a Hugging Face folder, with default settings, and
+    /// starts its scheduler thread. Blocks until the model is ready.
     ///
     /// # Errors
     ///
-    /// Returns an error if a setting is out of range, if the files cannot be read, if quell
-    /// cannot run the model, if the device cannot hold it, or if a thread cannot be started.
-    pub fn load(
+    /// Returns an error if the files cannot be read, if quell cannot run the model, if the
+    /// device cannot hold it, or if a thread cannot be started.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self, LoadError> {
+        Self::builder(path).build()
+    }
+
+    /// Returns a builder that loads a model, a `.gguf` file or a Hugging Face folder, with
+    /// settings.
+    pub fn builder(path: impl AsRef<Path>) -> EngineBuilder {
+        EngineBuilder::new(path.as_ref().to_owned())
+    }
+
+    /// Loads a model with settings that are at hand as a whole; [`Engine::builder`] sets them
+    /// one by one.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error in the same cases as [`EngineBuilder::build`].
+    pub fn load_with(
         path: impl AsRef<Path>,
         config: EngineConfig,
         options: LoadOptions,
@@ -420,7 +207,7 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// Returns an error in the same cases as [`Engine::load`].
+    /// Returns an error in the same cases as [`EngineBuilder::build`].
     pub fn from_files(
         mut files: ModelFiles,
         config: EngineConfig,

@@ -5,6 +5,7 @@
 //! clean-up. Its loop is in `thread.rs`, and its record of the open requests in `ledger.rs`;
 //! `command.rs` and `event.rs` define the messages between the two sides.
 
+mod builder;
 mod command;
 mod deadlines;
 mod embedding;
@@ -17,6 +18,7 @@ mod metrics;
 mod pending;
 mod permit;
 mod record;
+mod request;
 mod session;
 mod snapshot;
 mod stats;
@@ -27,14 +29,16 @@ mod turn;
 mod waiting;
 mod watchdog;
 
+pub use builder::EngineBuilder;
 pub use embedding::{EmbedRequest, Embedding, EmbeddingFuture};
 pub use ending::{Drained, Shutdown};
 pub use error::{EngineFault, GenerateError, SubmitError};
 pub use event::{CancelReason, Outcome, Receipt, Token};
-pub use handle::{Engine, Prompt, Request, Truncation};
+pub use handle::Engine;
 pub use pending::{Cancellation, Pending};
 #[cfg(feature = "server")]
 pub(crate) use permit::Places;
+pub use request::{Prompt, Request, Truncation};
 pub use session::{Session, SessionOptions};
 pub use snapshot::{
     BlockMap, BlockUse, EngineSnapshot, RequestEnd, RequestPhase, RequestState, SessionState,

@@ -278,7 +278,7 @@ impl TokenStream {
 
     /// Returns a receiver of the unread events, which remains usable after the stream is gone.
     #[cfg(all(test, not(any(feature = "loom", feature = "shuttle"))))]
-    pub(super) fn events(&self) -> Receiver<Event> {
+    pub(super) fn events(&self) -> super::sync::Receiver<Event> {
         self.parts.receiver.events.clone()
     }
 

@@ -11,7 +11,7 @@
 //!
 //! # async fn serve() -> Result<(), Box<dyn std::error::Error>> {
 //! let metrics = Metrics::install()?;
-//! let engine = Engine::load("model.gguf", EngineConfig::default(), LoadOptions::default())?;
+//! let engine = Engine::load_with("model.gguf", EngineConfig::default(), LoadOptions::default())?;
 //! let options = ServerOptions {
 //!     metrics: Some(metrics),
 //!     ..ServerOptions::new("my-model")

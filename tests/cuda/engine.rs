@@ -35,7 +35,7 @@ fn engine_with(model: &str, cuda: CudaOptions, kv_blocks: usize, config: EngineC
         audit: true,
         ..config
     };
-    let engine = Engine::load(tiny(model), config, options).unwrap();
+    let engine = Engine::load_with(tiny(model), config, options).unwrap();
     assert_eq!(engine.info().cache_blocks, kv_blocks);
     engine
 }
@@ -272,7 +272,7 @@ fn embeddings_are_within_one_percent_of_those_of_the_cpu() {
             kv_cache_bytes: Some(8 << 20),
             ..EngineConfig::default()
         };
-        let cpu = Engine::load(tiny(model), cpu, LoadOptions::cpu()).unwrap();
+        let cpu = Engine::load_with(tiny(model), cpu, LoadOptions::cpu()).unwrap();
         let cuda = CudaOptions {
             activations: CudaActivations::F16,
             ..CudaOptions::default()

@@ -23,7 +23,7 @@ fn check(name: &str, activations: CudaActivations, tolerance: Tolerance) {
         audit: true,
         ..EngineConfig::default()
     };
-    let engine = Engine::load(tiny(name), config, options).unwrap();
+    let engine = Engine::load_with(tiny(name), config, options).unwrap();
     let device = engine.info().model.as_ref().unwrap().device.name.clone();
     assert_eq!(device, "cuda:0");
     let mut worst = 0.0f32;

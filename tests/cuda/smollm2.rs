@@ -28,7 +28,7 @@ fn check(activations: CudaActivations, steps: usize, mean_allowed: f32, max_allo
         },
         ..LoadOptions::default()
     };
-    let engine = Engine::load(model::smollm2(), config, options).unwrap();
+    let engine = Engine::load_with(model::smollm2(), config, options).unwrap();
     let cases = smollm2_reference();
     let cases = cases.iter().map(smollm2_case);
     let case = cases.min_by_key(|case| case.prompt.len()).unwrap();

@@ -18,7 +18,7 @@ fn engine(kv_blocks: usize) -> Engine {
         audit: true,
         ..EngineConfig::default()
     };
-    Engine::load(smollm2(), config, LoadOptions::cpu()).unwrap()
+    Engine::load_with(smollm2(), config, LoadOptions::cpu()).unwrap()
 }
 
 fn lengths(index: usize) -> (usize, usize) {

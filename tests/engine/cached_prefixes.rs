@@ -11,7 +11,7 @@ fn engine(config: EngineConfig) -> Engine {
         audit: true,
         ..config
     };
-    Engine::load(smollm2(), config, LoadOptions::cpu()).unwrap()
+    Engine::load_with(smollm2(), config, LoadOptions::cpu()).unwrap()
 }
 
 /// The reference engine, which reuses nothing.

@@ -583,7 +583,7 @@ fn streams_can_be_dropped_and_cancelled_after_a_shutdown() {
             match stream.cancel().wait() {
                 // The cancellation was acknowledged before the thread ended.
                 Ok(receipt) => assert!(receipt.step.as_u64() > 0 || receipt.blocks_freed == 0),
-                Err(GenerateError::Closed(EngineFault::Shutdown)) => {}
+                Err(EngineFault::Shutdown) => {}
                 Err(other) => panic!("{other}"),
             }
         }

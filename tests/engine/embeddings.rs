@@ -249,7 +249,7 @@ fn cpu(name: &str, config: EngineConfig) -> Engine {
         audit: true,
         ..config
     };
-    Engine::load(tiny(name), config, options).unwrap()
+    Engine::load_with(tiny(name), config, options).unwrap()
 }
 
 /// Reads the output matrix, which maps hidden states to logits, row by row.

@@ -303,7 +303,7 @@ fn every_early_end_is_counted_with_its_reason() {
     assert_eq!(aborted, "cancelled reason=abort_all");
     let shutdown = of(&|engine| {
         let stream = first_token(engine);
-        engine.shutdown(Shutdown::Abort);
+        drop(engine.shutdown(Shutdown::Abort));
         stream.complete_blocking().unwrap_err();
     });
     assert_eq!(shutdown, "cancelled reason=shutdown");

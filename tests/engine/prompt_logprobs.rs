@@ -238,7 +238,7 @@ fn prompt_scores_agree_with_transformers() {
             audit: true,
             ..EngineConfig::default()
         };
-        let engine = Engine::load(tiny(name), config, LoadOptions::cpu()).unwrap();
+        let engine = Engine::load_with(tiny(name), config, LoadOptions::cpu()).unwrap();
         let cases = tiny_cases(name);
         assert_eq!(cases.len(), 4);
         for case in cases {

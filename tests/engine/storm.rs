@@ -126,7 +126,7 @@ fn real_engine() -> Engine {
         audit: true,
         ..EngineConfig::default()
     };
-    Engine::load(model::smollm2(), config, LoadOptions::cpu()).unwrap()
+    Engine::load_with(model::smollm2(), config, LoadOptions::cpu()).unwrap()
 }
 
 /// Starts greedy and sampled requests, and reads the first four tokens of each.

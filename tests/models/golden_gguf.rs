@@ -247,7 +247,7 @@ fn check(name: &str, architecture: &'static str) {
         audit: true,
         ..EngineConfig::default()
     };
-    let engine = Engine::load(&path, config, LoadOptions::cpu()).unwrap();
+    let engine = Engine::load_with(&path, config, LoadOptions::cpu()).unwrap();
     let tolerance = Tolerance {
         max: 0.01,
         margin: 0.01,

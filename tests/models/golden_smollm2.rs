@@ -15,7 +15,7 @@ fn engine(activations: Activations) -> Engine {
         activations,
         ..CpuOptions::default()
     };
-    Engine::load(
+    Engine::load_with(
         model::smollm2(),
         config,
         LoadOptions {

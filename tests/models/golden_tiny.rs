@@ -27,7 +27,7 @@ fn check(name: &str) {
             audit: true,
             ..EngineConfig::default()
         };
-        let engine = match Engine::load(tiny(name), config, options) {
+        let engine = match Engine::load_with(tiny(name), config, options) {
             Ok(engine) => engine,
             Err(error) if simd == SimdLevel::Avx2 && error.to_string().contains("AVX2") => continue,
             Err(error) => panic!("{name}: {error}"),

@@ -313,7 +313,7 @@ fn start(folder: &TempDir) -> Result<Engine, LoadError> {
         audit: true,
         ..EngineConfig::default()
     };
-    Engine::load(folder.path(), config, LoadOptions::cpu())
+    Engine::load_with(folder.path(), config, LoadOptions::cpu())
 }
 
 /// Returns the greedy answer of eight tokens to a fixed prompt.

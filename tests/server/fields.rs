@@ -23,7 +23,7 @@ static SMOLLM2: LazyLock<TestServer> = LazyLock::new(|| {
         audit: true,
         ..EngineConfig::default()
     };
-    let engine = Engine::load(model::smollm2(), config, LoadOptions::cpu()).unwrap();
+    let engine = Engine::load_with(model::smollm2(), config, LoadOptions::cpu()).unwrap();
     TestServer::start(engine, options())
 });
 

@@ -723,7 +723,7 @@ fn sampling_defaults_of_the_model_apply_to_requests() {
         audit: true,
         ..EngineConfig::default()
     };
-    let engine = Engine::load(copy.path(), config, LoadOptions::cpu()).unwrap();
+    let engine = Engine::load_with(copy.path(), config, LoadOptions::cpu()).unwrap();
     let server = TestServer::start(engine, options());
     let answer = |fields: &str| {
         let body = format!(

@@ -9,7 +9,7 @@ use crate::cli::progress;
 use clap::{Args, ValueEnum};
 use quell::runner::ModelFiles;
 use quell::weights::DType;
-use quell::{Engine, EngineConfig, Request, TokenStream};
+use quell::{Engine, EngineConfig, GenerateError, Request, TokenStream};
 use serde_json::{Value, json};
 use std::io::Write;
 use std::path::PathBuf;
@@ -263,7 +263,7 @@ fn decode_rate(
     let seconds = begin.elapsed().as_secs_f64();
     for stream in streams {
         // The next measurement must start with an idle engine.
-        stream.cancel().wait()?;
+        stream.cancel().wait().map_err(GenerateError::from)?;
     }
     if after == before {
         let problem = "--generate is too small: the streams ended before they could be measured";

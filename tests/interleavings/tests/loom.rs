@@ -336,7 +336,7 @@ fn i8_a_cancel_races_a_shutdown() {
             Err(error) => panic!("{error}"),
             Ok(stream) => match stream.cancel().wait() {
                 Ok(_) => "acknowledged",
-                Err(GenerateError::Closed(EngineFault::Shutdown)) => "submitted too late",
+                Err(EngineFault::Shutdown) => "submitted too late",
                 Err(error) => panic!("{error}"),
             },
         };

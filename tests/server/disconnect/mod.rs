@@ -359,7 +359,7 @@ fn disconnects_with_a_real_model_leave_nothing_open() {
         audit: true,
         ..EngineConfig::default()
     };
-    let engine = Engine::load(model::smollm2(), config, LoadOptions::cpu()).unwrap();
+    let engine = Engine::load_with(model::smollm2(), config, LoadOptions::cpu()).unwrap();
     let before = engine.stats().unwrap();
     let server = TestServer::start(engine.clone(), options);
     let mut clients: Vec<Client> = Vec::new();
