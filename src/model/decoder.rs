@@ -112,31 +112,16 @@ impl<D: Device> Decoder<D> {
                 index,
                 rows,
             };
-            step.input(
-                device,
-                &mut self.workspace,
-                layer.attention_norm.as_ref(),
-                pending,
-            )?;
+            let workspace = &mut self.workspace;
+            let norms = &layer.mixer_norms;
+            step.input(device, workspace, norms.before.as_ref(), pending)?;
             let rope = &self.ropes[spec.attention().rope];
-            step.attention(device, &mut self.workspace, layer, rope, cache)?;
-            pending = step.output(
-                device,
-                &mut self.workspace,
-                layer.post_attention_norm.as_ref(),
-            )?;
-            step.input(
-                device,
-                &mut self.workspace,
-                layer.feed_forward_norm.as_ref(),
-                pending,
-            )?;
-            step.feed_forward(device, &mut self.workspace, layer)?;
-            pending = step.output(
-                device,
-                &mut self.workspace,
-                layer.post_feed_forward_norm.as_ref(),
-            )?;
+            step.attention(device, workspace, layer, rope, cache)?;
+            pending = step.output(device, workspace, norms.after.as_ref())?;
+            let norms = &layer.feed_forward_norms;
+            step.input(device, workspace, norms.before.as_ref(), pending)?;
+            step.feed_forward(device, workspace, layer)?;
+            pending = step.output(device, workspace, norms.after.as_ref())?;
         }
         if pending {
             device.add(&mut self.workspace.residual, &self.workspace.delta, rows)?;
@@ -255,7 +240,7 @@ impl LayerStep<'_> {
             delta,
             ..
         } = workspace;
-        let input = if layer.attention_norm.is_some() {
+        let input = if layer.mixer_norms.before.is_some() {
             normed
         } else {
             residual
@@ -293,7 +278,7 @@ impl LayerStep<'_> {
             router,
             ..
         } = workspace;
-        let input = if layer.feed_forward_norm.is_some() {
+        let input = if layer.feed_forward_norms.before.is_some() {
             normed
         } else {
             residual

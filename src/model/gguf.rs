@@ -108,17 +108,21 @@ impl<'a> Metadata<'a> {
     /// The numbers that all architectures have in common. There are no experts; an
     /// architecture that has some reads them itself.
     pub(super) fn hyperparameters(&self) -> Result<Hyperparameters, ModelError> {
+        let layers = self.layers()?;
         let hidden = self.required_size("embedding_length")?;
         let heads = self.heads(hidden)?;
         let context = self.required_size("context_length")?;
         let intermediate = match self.uniform_size("feed_forward_length")? {
             Some(intermediate) => intermediate,
-            // All layers are mixtures of experts.
-            None => self.size("expert_feed_forward_length")?.unwrap_or(0),
+            // Models without dense layers need not say it.
+            None if self.size("expert_count")?.unwrap_or(0) > 0 => {
+                self.size("expert_feed_forward_length")?.unwrap_or(0)
+            }
+            None => 0,
         };
         let rope = self.rope(heads.head_dim, context)?;
         Ok(Hyperparameters {
-            layers: self.layers()?,
+            layers,
             hidden,
             intermediate,
             activation: self.architecture.class.activation,

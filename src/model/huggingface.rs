@@ -73,20 +73,21 @@ impl<'a> Config<'a> {
             let expected = "false: quell decodes causally";
             return Err(ModelError::setting(key, true, expected));
         }
-        let heads = self.heads()?;
+        let (layers, hidden, heads) = (self.layers()?, self.hidden()?, self.heads()?);
+        let trained_context = self.trained_context()?;
         let (rope, sliding_rope) = self.ropes()?;
         let query_scale = match class.query_scale {
             Some(default) => settings.number_or("query_pre_attn_scalar", Some(default))?,
             None => None,
         };
         Ok(Hyperparameters {
-            layers: self.layers()?,
-            hidden: self.hidden()?,
+            layers,
+            hidden,
             intermediate: settings.size_or("intermediate_size", class.intermediate)?,
             activation: class.activation,
             heads,
             vocabulary: settings.size_or("vocab_size", class.vocabulary)?,
-            context: rope.extended_context(self.trained_context()?),
+            context: rope.extended_context(trained_context),
             norm_epsilon: settings
                 .number_or("rms_norm_eps", Some(class.norm_epsilon))?
                 .ok_or_else(|| ModelError::setting("rms_norm_eps", "null", "a number"))?,

@@ -35,6 +35,7 @@ const SLIDING_THETA: f32 = 10_000.0;
 const LAYERS_27B: usize = 62;
 
 fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
+    let common = config.hyperparameters()?;
     let settings = config.settings;
     let parameters = config.sliding_rope_parameters()?;
     let theta = settings.number("rope_local_base_freq")?;
@@ -43,7 +44,6 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     if period == 0 {
         return Err(ModelError::setting(key, period, "at least 1"));
     }
-    let common = config.hyperparameters()?;
     Ok(Hyperparameters {
         embedding_scale: gemma2::embedding_scale(&common),
         logit_softcap: settings.number("final_logit_softcapping")?,

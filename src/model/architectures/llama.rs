@@ -44,19 +44,21 @@ pub(super) const CLASS: ConfigClass = ConfigClass {
 };
 
 fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
+    let common = config.hyperparameters()?;
     let feed_forward = config.settings.flag("mlp_bias")?.unwrap_or(false);
     Ok(Hyperparameters {
         biases: Biases {
             feed_forward: Some(feed_forward),
             ..config.attention_biases()?
         },
-        ..config.hyperparameters()?
+        ..common
     })
 }
 
 fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError> {
+    let common = metadata.hyperparameters()?;
     Ok(Hyperparameters {
         experts: metadata.experts()?,
-        ..metadata.hyperparameters()?
+        ..common
     })
 }

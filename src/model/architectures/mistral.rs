@@ -22,8 +22,9 @@ pub(super) const CLASS: ConfigClass = ConfigClass {
 };
 
 fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
+    let common = config.hyperparameters()?;
     Ok(Hyperparameters {
         windows: config.same_windows(config.window()?)?,
-        ..config.hyperparameters()?
+        ..common
     })
 }

@@ -26,9 +26,10 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
 };
 
 fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
+    let common = config.hyperparameters()?;
     Ok(Hyperparameters {
         biases: config.attention_biases()?,
-        ..config.hyperparameters()?
+        ..common
     })
 }
 

@@ -33,8 +33,9 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
 };
 
 fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
+    let common = config.hyperparameters()?;
     Ok(Hyperparameters {
         windows: config.same_windows(config.window()?)?,
-        ..config.hyperparameters()?
+        ..common
     })
 }

@@ -28,13 +28,14 @@ pub(super) const CLASS: ConfigClass = ConfigClass {
 };
 
 fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
+    let common = config.hyperparameters()?;
     Ok(Hyperparameters {
         windows: upper_windows(config)?,
         biases: Biases {
             qkv: Some(true),
             ..Biases::NONE
         },
-        ..config.hyperparameters()?
+        ..common
     })
 }
 

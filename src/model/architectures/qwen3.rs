@@ -21,10 +21,11 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
 };
 
 fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
+    let common = config.hyperparameters()?;
     Ok(Hyperparameters {
         windows: qwen2::upper_windows(config)?,
         biases: config.attention_biases()?,
-        ..config.hyperparameters()?
+        ..common
     })
 }
 

@@ -67,8 +67,9 @@ fn dense_layers(config: &Config<'_>, layers: usize) -> Result<HashSet<usize>, Mo
 }
 
 fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError> {
+    let common = metadata.hyperparameters()?;
     Ok(Hyperparameters {
         experts: metadata.experts()?,
-        ..metadata.hyperparameters()?
+        ..common
     })
 }

@@ -7,15 +7,19 @@ use crate::model::{ModelError, ModelSource};
 
 /// The weights of one layer.
 pub(super) struct LayerWeights<D: Device> {
-    pub(super) attention_norm: Option<D::Vector>,
+    pub(super) mixer_norms: Norms<D>,
     pub(super) qkv: D::Linear,
     /// The norms of queries and of keys.
     pub(super) qk_norm: Option<(D::Vector, D::Vector)>,
     pub(super) attention_out: D::Linear,
-    pub(super) post_attention_norm: Option<D::Vector>,
-    pub(super) feed_forward_norm: Option<D::Vector>,
+    pub(super) feed_forward_norms: Norms<D>,
     pub(super) feed_forward: FeedForwardWeights<D>,
-    pub(super) post_feed_forward_norm: Option<D::Vector>,
+}
+
+/// The norms of a part of a layer, where there are some.
+pub(super) struct Norms<D: Device> {
+    pub(super) before: Option<D::Vector>,
+    pub(super) after: Option<D::Vector>,
 }
 
 /// The weights of a layer's feed-forward part.
@@ -51,12 +55,12 @@ impl<D: Device> LayerWeights<D> {
             device,
             layer,
         };
-        let (attention_norm, post_attention_norm) = loader.norms(
+        let mixer_norms = loader.norms(
             spec.mixer_norms,
             Part::AttentionNorm,
             Part::PostAttentionNorm,
         )?;
-        let (feed_forward_norm, post_feed_forward_norm) = loader.norms(
+        let feed_forward_norms = loader.norms(
             spec.feed_forward_norms,
             Part::FeedForwardNorm,
             Part::PostFeedForwardNorm,
@@ -68,38 +72,37 @@ impl<D: Device> LayerWeights<D> {
             )),
             None => None,
         };
+        let qkv = loader.device.load_linear(&source.qkv(layer)?.spec())?;
+        let attention_out = source.attention_out(layer)?;
+        let attention_out = loader.device.load_linear(&attention_out.spec())?;
         Ok(Self {
-            attention_norm,
-            qkv: loader.device.load_linear(&source.qkv(layer)?.spec())?,
+            mixer_norms,
+            qkv,
             qk_norm,
-            attention_out: loader
-                .device
-                .load_linear(&source.attention_out(layer)?.spec())?,
-            post_attention_norm,
-            feed_forward_norm,
+            attention_out,
+            feed_forward_norms,
             feed_forward: loader.feed_forward(&spec.feed_forward)?,
-            post_feed_forward_norm,
         })
     }
 }
 
 impl<D: Device> Loader<'_, D> {
-    /// The norms before and after a part of the layer, where there are some.
+    /// The norms of a part of the layer: those that its placement asks for.
     fn norms(
         &mut self,
         placement: NormPlacement,
         before: Part,
         after: Part,
-    ) -> Result<(Option<D::Vector>, Option<D::Vector>), ModelError> {
+    ) -> Result<Norms<D>, ModelError> {
         let hidden = self.source.config().hidden;
         let mut norm = |is_there: bool, part: Part| match is_there {
             true => self.norm(part, hidden).map(Some),
             false => Ok(None),
         };
-        Ok((
-            norm(placement.is_before(), before)?,
-            norm(placement.is_after(), after)?,
-        ))
+        Ok(Norms {
+            before: norm(placement.is_before(), before)?,
+            after: norm(placement.is_after(), after)?,
+        })
     }
 
     fn norm(&mut self, part: Part, length: usize) -> Result<D::Vector, ModelError> {
