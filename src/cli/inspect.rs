@@ -56,19 +56,19 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
     if args.format == Format::Json {
         return println_json(&json!({
             "path": model,
-            "architecture": config.family.huggingface_name(),
+            "architecture": config.architecture.name(),
             "quantisation": quantisation,
             "parameters": parameters.total,
             "parameters_by_format": formats,
-            "layers": config.layers,
+            "layers": config.layers.len(),
             "hidden_size": config.hidden,
-            "attention_heads": config.heads.q_heads,
-            "kv_heads": config.heads.kv_heads,
-            "head_dim": config.heads.head_dim,
+            "attention_heads": config.heads().q_heads,
+            "kv_heads": config.heads().kv_heads,
+            "head_dim": config.heads().head_dim,
             "vocabulary": config.vocabulary,
             "context": config.context,
-            "sliding_window": config.window,
-            "experts": config.experts.map(|experts| experts.count),
+            "sliding_window": config.window(),
+            "experts": config.experts().map(|experts| experts.count),
             "tokenizer": tokenizer.is_some(),
             "chat_template": tokenizer.is_some_and(|t| t.chat_template().is_some()),
             "sampling_defaults": match &sampling {
@@ -127,7 +127,7 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
     let mib = |bytes: usize| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
     let rows = [
         ("model", model.clone()),
-        ("architecture", config.family.huggingface_name().to_owned()),
+        ("architecture", config.architecture.name().to_owned()),
         ("quantisation", quantisation),
         (
             "parameters",
@@ -182,21 +182,23 @@ fn details(device: &DeviceInfo) -> Value {
 }
 
 fn shape(config: &ModelConfig) -> String {
-    let heads = config.heads;
+    let (heads, experts) = (config.heads(), config.experts());
+    let width = config.dense_width();
     let mut shape = format!(
         "{} layers, hidden {}, feed-forward {}, {} heads ({} KV) of {}, vocabulary {}",
-        config.layers,
+        config.layers.len(),
         config.hidden,
-        config.intermediate,
+        width.or(experts.map(|experts| experts.width)).unwrap_or(0),
         heads.q_heads,
         heads.kv_heads,
         heads.head_dim,
         config.vocabulary
     );
-    if let Some(experts) = config.experts {
-        shape += &format!(", {} experts, {} per token", experts.count, experts.top_k);
+    if let Some(experts) = experts {
+        let top_k = experts.routing.top_k;
+        shape += &format!(", {} experts, {top_k} per token", experts.count);
     }
-    if let Some(window) = config.window {
+    if let Some(window) = config.window() {
         shape += &format!(", window {window}");
     }
     shape

@@ -1,8 +1,10 @@
 //! Every tensor of a file is either used or known to be harmless; any other is refused by
 //! its name, since a model that is computed without some of its weights answers nonsense.
 
-use super::tensors::{Naming, Part, bias_name};
-use super::{Family, ModelError, ModelSource, NormPlacement};
+use super::layer::{FeedForward, LayerSpec};
+use super::names::{self, Part};
+use super::tensors::Naming;
+use super::{ModelError, ModelSource};
 use std::collections::HashSet;
 
 /// Beginnings of the names of tensors that are not the text model's: towers for images and
@@ -66,8 +68,8 @@ pub(super) fn check(source: &ModelSource) -> Result<(), ModelError> {
         used: HashSet::new(),
     };
     inventory.whole_model()?;
-    for layer in 0..source.config().layers {
-        inventory.layer(layer)?;
+    for (layer, spec) in source.config().layers.iter().enumerate() {
+        inventory.layer(layer, spec)?;
     }
     let used = inventory.used;
     let mut names = source.names().into_iter();
@@ -75,7 +77,7 @@ pub(super) fn check(source: &ModelSource) -> Result<(), ModelError> {
         None => Ok(()),
         Some(name) => Err(ModelError::UnusedTensor {
             name: name.to_owned(),
-            architecture: source.config().family.huggingface_name(),
+            architecture: source.config().architecture.name(),
             hint: hint(name),
         }),
     }
@@ -126,15 +128,9 @@ impl Inventory<'_> {
         Ok(())
     }
 
-    fn layer(&mut self, layer: usize) -> Result<(), ModelError> {
-        let config = self.source.config();
-        let family = config.family;
-        for &part in norms(family.norm_placement()) {
+    fn layer(&mut self, layer: usize, spec: &LayerSpec) -> Result<(), ModelError> {
+        for part in norms(spec) {
             self.require(self.source.name(layer, part))?;
-        }
-        if family.qk_norm().is_some() {
-            self.require(self.source.name(layer, Part::QueryNorm))?;
-            self.require(self.source.name(layer, Part::KeyNorm))?;
         }
         if self.source.fuses_qkv(layer) {
             self.linear(layer, Part::FusedQkv)?;
@@ -144,21 +140,22 @@ impl Inventory<'_> {
             }
         }
         self.linear(layer, Part::AttentionOut)?;
-        match config.layer_experts(layer) {
-            Some(experts) => {
+        match spec.feed_forward {
+            FeedForward::Experts(experts) => {
                 self.linear(layer, Part::Router)?;
                 for part in [Part::ExpertGate, Part::ExpertUp, Part::ExpertDown] {
                     self.experts(layer, experts.count, part)?;
                 }
                 Ok(())
             }
-            None if family == Family::Phi3 => {
-                self.linear(layer, Part::FusedGateUp)?;
-                self.linear(layer, Part::Down)
-            }
-            None => {
-                self.linear(layer, Part::Gate)?;
-                self.linear(layer, Part::Up)?;
+            FeedForward::Dense { .. } => {
+                let gate_up: &[Part] = match self.source.config().architecture.storage.is_fused {
+                    true => &[Part::FusedGateUp],
+                    false => &[Part::Gate, Part::Up],
+                };
+                for &part in gate_up {
+                    self.linear(layer, part)?;
+                }
                 self.linear(layer, Part::Down)
             }
         }
@@ -167,7 +164,7 @@ impl Inventory<'_> {
     /// A projection, with its bias if it has one.
     fn linear(&mut self, layer: usize, part: Part) -> Result<(), ModelError> {
         let weight = self.source.name(layer, part);
-        let bias = bias_name(&weight);
+        let bias = names::bias(&weight);
         self.require(weight)?;
         match self.source.has_bias(part, &bias) {
             true => self.require(bias),
@@ -190,16 +187,18 @@ impl Inventory<'_> {
     }
 }
 
-/// The norms of a layer's residual stream.
-fn norms(placement: NormPlacement) -> &'static [Part] {
-    match placement {
-        NormPlacement::Before => &[Part::AttentionNorm, Part::FeedForwardNorm],
-        NormPlacement::After => &[Part::PostAttentionNorm, Part::PostFeedForwardNorm],
-        NormPlacement::BeforeAndAfter => &[
-            Part::AttentionNorm,
-            Part::PostAttentionNorm,
-            Part::FeedForwardNorm,
-            Part::PostFeedForwardNorm,
-        ],
-    }
+/// The norms of a layer.
+fn norms(spec: &LayerSpec) -> impl Iterator<Item = Part> {
+    let (mixer, feed_forward) = (spec.mixer_norms, spec.feed_forward_norms);
+    let has_qk_norm = spec.attention().qk_norm.is_some();
+    let norms = [
+        (Part::AttentionNorm, mixer.is_before()),
+        (Part::PostAttentionNorm, mixer.is_after()),
+        (Part::FeedForwardNorm, feed_forward.is_before()),
+        (Part::PostFeedForwardNorm, feed_forward.is_after()),
+        (Part::QueryNorm, has_qk_norm),
+        (Part::KeyNorm, has_qk_norm),
+    ];
+    let norms = norms.into_iter().filter(|(_, is_there)| *is_there);
+    norms.map(|(part, _)| part)
 }

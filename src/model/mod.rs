@@ -1,24 +1,30 @@
 //! The models: what a checkpoint's architecture is, and how it is computed.
 //!
-//! Every family that quell runs is a decoder of the same plan; what sets one apart
-//! is said in [`Family`]. [`ModelConfig`] holds a checkpoint's numbers, read from
-//! `config.json` (`huggingface.rs`) or GGUF metadata (`gguf.rs`); `tensors.rs`
-//! finds its tensors; `decoder.rs` computes it over any [`crate::device::Device`].
+//! Every model that quell runs is a decoder. Its architecture, one file each in
+//! `architectures/`, reads a checkpoint's numbers from `config.json` (`huggingface.rs`) or
+//! GGUF metadata (`gguf.rs`) and makes a list of layers of them: a [`ModelConfig`] with a
+//! [`LayerSpec`] for each layer. `tensors.rs` finds the checkpoint's tensors; `decoder.rs`
+//! computes the layers over any [`crate::device::Device`].
 
+mod architectures;
 mod config;
 mod decoder;
 mod error;
-mod family;
 mod gguf;
 mod huggingface;
+mod hyperparameters;
 mod inventory;
+mod layer;
+mod names;
 mod random;
 mod rope;
+mod stored;
 mod tensors;
 
-pub use config::{Biases, ExpertConfig, ModelConfig};
+pub use architectures::Architecture;
+pub use config::{Biases, ModelConfig};
 pub use decoder::{Decoder, StepLimits};
 pub use error::ModelError;
-pub use family::{Family, NormPlacement, QkNormKind};
+pub use layer::{Attention, Experts, FeedForward, LayerSpec, Mixer, NormPlacement, QkNormKind};
 pub use rope::{RopeConfig, RopeScaling};
 pub use tensors::ModelSource;

@@ -1,8 +1,9 @@
 //! A model of any size with random weights, described by a `config.json`: speed does
 //! not depend on what the weights are.
 
-use super::tensors::{Part, huggingface_name};
-use super::{Family, ModelConfig, ModelError, NormPlacement, QkNormKind};
+use super::layer::FeedForward;
+use super::names::Part;
+use super::{ModelConfig, ModelError};
 use crate::weights::{DType, RandomContent, RandomTensor, RandomWeights};
 
 /// The tensors that a Hugging Face checkpoint of the model has.
@@ -14,7 +15,7 @@ pub(super) fn tensors(config: &ModelConfig, prefix: &str, tied: bool) -> Vec<Ran
     };
     let (vocabulary, hidden) = (config.vocabulary, config.hidden);
     list.matrix(format!("{prefix}embed_tokens.weight"), vocabulary, hidden);
-    for layer in 0..config.layers {
+    for layer in 0..config.layers.len() {
         list.layer(layer);
     }
     list.norm(format!("{prefix}norm.weight"), hidden);
@@ -53,9 +54,53 @@ struct List<'a> {
 impl List<'_> {
     fn layer(&mut self, layer: usize) {
         let config = self.config;
-        let (hidden, heads) = (config.hidden, config.heads);
+        let (spec, hidden) = (&config.layers[layer], config.hidden);
+        self.attention(layer);
+        for (part, is_there) in [
+            (Part::AttentionNorm, spec.mixer_norms.is_before()),
+            (Part::FeedForwardNorm, spec.feed_forward_norms.is_before()),
+            (Part::PostAttentionNorm, spec.mixer_norms.is_after()),
+            (
+                Part::PostFeedForwardNorm,
+                spec.feed_forward_norms.is_after(),
+            ),
+        ] {
+            if is_there {
+                self.part_norm(layer, part, hidden);
+            }
+        }
+        match spec.feed_forward {
+            FeedForward::Experts(experts) => {
+                let width = experts.width;
+                self.part(layer, Part::Router, experts.count, hidden);
+                for expert in 0..experts.count {
+                    self.part(layer, Part::ExpertGate(expert), width, hidden);
+                    self.part(layer, Part::ExpertUp(expert), width, hidden);
+                    self.part(layer, Part::ExpertDown(expert), hidden, width);
+                }
+            }
+            FeedForward::Dense { width, .. } => {
+                let bias = config.biases.feed_forward;
+                if config.architecture.storage.is_fused {
+                    self.part(layer, Part::FusedGateUp, 2 * width, hidden);
+                } else {
+                    self.part(layer, Part::Gate, width, hidden);
+                    self.part(layer, Part::Up, width, hidden);
+                    self.bias(layer, Part::Gate, width, bias);
+                    self.bias(layer, Part::Up, width, bias);
+                }
+                self.part(layer, Part::Down, hidden, width);
+                self.bias(layer, Part::Down, hidden, bias);
+            }
+        }
+    }
+
+    fn attention(&mut self, layer: usize) {
+        let (config, hidden) = (self.config, self.config.hidden);
+        let attention = config.layers[layer].attention();
+        let heads = attention.heads;
         let (q, kv) = (heads.q_columns(), heads.kv_heads * heads.head_dim);
-        if config.family == Family::Phi3 {
+        if config.architecture.storage.is_fused {
             self.part(layer, Part::FusedQkv, q + 2 * kv, hidden);
         } else {
             for (part, rows) in [(Part::Query, q), (Part::Key, kv), (Part::Value, kv)] {
@@ -66,51 +111,14 @@ impl List<'_> {
         self.part(layer, Part::AttentionOut, hidden, q);
         let bias = config.biases.attention_out;
         self.bias(layer, Part::AttentionOut, hidden, bias);
-        if let Some(kind) = config.family.qk_norm() {
-            let (q, k) = match kind {
-                QkNormKind::PerHead => (heads.head_dim, heads.head_dim),
-                QkNormKind::WholeRow => (q, kv),
-            };
+        if let Some((q, k)) = attention.qk_norm_lengths() {
             self.part_norm(layer, Part::QueryNorm, q);
             self.part_norm(layer, Part::KeyNorm, k);
-        }
-        let placement = config.family.norm_placement();
-        if placement != NormPlacement::After {
-            self.part_norm(layer, Part::AttentionNorm, hidden);
-            self.part_norm(layer, Part::FeedForwardNorm, hidden);
-        }
-        if placement != NormPlacement::Before {
-            self.part_norm(layer, Part::PostAttentionNorm, hidden);
-            self.part_norm(layer, Part::PostFeedForwardNorm, hidden);
-        }
-        match config.layer_experts(layer) {
-            Some(experts) => {
-                let width = experts.intermediate;
-                self.part(layer, Part::Router, experts.count, hidden);
-                for expert in 0..experts.count {
-                    self.part(layer, Part::ExpertGate(expert), width, hidden);
-                    self.part(layer, Part::ExpertUp(expert), width, hidden);
-                    self.part(layer, Part::ExpertDown(expert), hidden, width);
-                }
-            }
-            None => {
-                let width = config.intermediate;
-                if config.family == Family::Phi3 {
-                    self.part(layer, Part::FusedGateUp, 2 * width, hidden);
-                } else {
-                    self.part(layer, Part::Gate, width, hidden);
-                    self.part(layer, Part::Up, width, hidden);
-                    self.bias(layer, Part::Gate, width, config.biases.feed_forward);
-                    self.bias(layer, Part::Up, width, config.biases.feed_forward);
-                }
-                self.part(layer, Part::Down, hidden, width);
-                self.bias(layer, Part::Down, hidden, config.biases.feed_forward);
-            }
         }
     }
 
     fn name(&self, layer: usize, part: Part, kind: &str) -> String {
-        let part = huggingface_name(self.config.family, part);
+        let part = (self.config.architecture.storage.huggingface_name)(part);
         format!("{}layers.{layer}.{part}.{kind}", self.prefix)
     }
 
@@ -139,7 +147,7 @@ impl List<'_> {
 
     /// A norm that scales by 1.
     fn norm(&mut self, name: String, length: usize) {
-        let offset = self.config.family.norm_weights_are_offsets();
+        let offset = self.config.architecture.storage.norm_weights_are_offsets;
         self.vector(name, length, if offset { 0.0 } else { 1.0 });
     }
 

@@ -1,9 +1,10 @@
 //! Finds a model's tensors, whatever its file calls them.
 
-use super::{Family, ModelConfig, ModelError, NormPlacement, gguf, huggingface, inventory, random};
-use crate::device::{LinearSpec, RowOrder, WeightRows};
+use super::names::{self, Part};
+use super::stored::{StoredLinear, StoredRows};
+use super::{ModelConfig, ModelError, gguf, huggingface, inventory, random};
+use crate::device::RowOrder;
 use crate::weights::{DType, Gguf, ModelFolder, ParameterCount, TensorView, WeightSource, quant};
-use std::borrow::Cow;
 
 /// Who named the tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,30 +16,6 @@ pub(super) enum Naming {
     },
 }
 
-/// A tensor of a layer, by its role.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Part {
-    AttentionNorm,
-    Query,
-    Key,
-    Value,
-    FusedQkv,
-    AttentionOut,
-    QueryNorm,
-    KeyNorm,
-    PostAttentionNorm,
-    FeedForwardNorm,
-    Gate,
-    Up,
-    FusedGateUp,
-    Down,
-    PostFeedForwardNorm,
-    Router,
-    ExpertGate(usize),
-    ExpertUp(usize),
-    ExpertDown(usize),
-}
-
 /// A model's numbers together with its weights.
 pub struct ModelSource {
     config: ModelConfig,
@@ -46,38 +23,6 @@ pub struct ModelSource {
     naming: Naming,
     /// Whether the output projection is the embedding where the file has none of its own.
     tied: bool,
-}
-
-/// A linear layer whose weights have been read.
-pub(super) struct StoredLinear<'a> {
-    parts: Vec<StoredRows<'a>>,
-    bias: Option<Vec<f32>>,
-}
-
-/// Some rows of a linear layer, as they are stored.
-struct StoredRows<'a> {
-    dtype: DType,
-    rows: usize,
-    columns: usize,
-    data: Cow<'a, [u8]>,
-    order: RowOrder,
-}
-
-impl StoredLinear<'_> {
-    /// The layer as a device takes it.
-    pub(super) fn spec(&self) -> LinearSpec<'_> {
-        let parts = self.parts.iter().map(|part| WeightRows {
-            dtype: part.dtype,
-            rows: part.rows,
-            columns: part.columns,
-            data: &part.data,
-            order: part.order,
-        });
-        LinearSpec {
-            parts: parts.collect(),
-            bias: self.bias.clone(),
-        }
-    }
 }
 
 impl std::fmt::Debug for ModelSource {
@@ -208,7 +153,7 @@ impl ModelSource {
     pub(super) fn embedding(&self) -> Result<StoredLinear<'_>, ModelError> {
         let (rows, columns) = (self.config.vocabulary, self.config.hidden);
         let rows = self.matrix(&self.embedding_name(), rows, columns)?;
-        Ok(plain(vec![rows]))
+        Ok(StoredLinear::new(vec![rows]))
     }
 
     /// The output projection; `None` when it is the embedding, or a copy of it that the
@@ -225,7 +170,7 @@ impl ModelSource {
                 return Ok(None);
             }
         }
-        Ok(Some(plain(vec![output])))
+        Ok(Some(StoredLinear::new(vec![output])))
     }
 
     /// The norm before the output projection.
@@ -245,30 +190,26 @@ impl ModelSource {
 
     /// Query, key and value of a layer, stacked.
     pub(super) fn qkv(&self, layer: usize) -> Result<StoredLinear<'_>, ModelError> {
-        let heads = self.config.heads;
+        let (heads, hidden) = (
+            self.config.layers[layer].attention().heads,
+            self.config.hidden,
+        );
         let (q, kv) = (heads.q_columns(), heads.kv_heads * heads.head_dim);
         if self.fuses_qkv(layer) {
-            return self.linear(layer, &[(Part::FusedQkv, q + 2 * kv)], self.config.hidden);
+            return self.linear(layer, &[(Part::FusedQkv, q + 2 * kv)], hidden);
         }
         let parts = [(Part::Query, q), (Part::Key, kv), (Part::Value, kv)];
-        let mut spec = self.linear(layer, &parts, self.config.hidden)?;
+        let mut qkv = self.linear(layer, &parts, hidden)?;
         if self.interleaves() {
-            let order = RowOrder::RopeInterleaved {
-                head_dim: heads.head_dim,
-            };
-            spec.parts[0].order = order;
-            spec.parts[1].order = order;
-            if let Some(bias) = &mut spec.bias {
-                reorder(&mut bias[..q], order);
-                reorder(&mut bias[q..q + kv], order);
-            }
+            let head_dim = heads.head_dim;
+            qkv.order_first(2, RowOrder::RopeInterleaved { head_dim });
         }
-        Ok(spec)
+        Ok(qkv)
     }
 
     /// Whether query and key rows are stored interleaved for RoPE.
     fn interleaves(&self) -> bool {
-        self.naming == Naming::Gguf && self.config.family.gguf_interleaves_rope()
+        self.naming == Naming::Gguf && self.config.architecture.storage.gguf_interleaves_rope
     }
 
     /// Whether query, key and value of a layer are one tensor.
@@ -279,27 +220,26 @@ impl ModelSource {
 
     /// The attention's output projection.
     pub(super) fn attention_out(&self, layer: usize) -> Result<StoredLinear<'_>, ModelError> {
-        let columns = self.config.heads.q_columns();
+        let columns = self.config.layers[layer].attention().heads.q_columns();
         self.linear(layer, &[(Part::AttentionOut, self.config.hidden)], columns)
     }
 
     /// Gate and up projection of a dense layer, stacked.
-    pub(super) fn gate_up(&self, layer: usize) -> Result<StoredLinear<'_>, ModelError> {
-        let (width, hidden) = (self.config.intermediate, self.config.hidden);
-        // Phi 3: one tensor for both, which GGUF files call `ffn_up`.
-        if self.config.family == Family::Phi3 {
+    pub(super) fn gate_up(
+        &self,
+        layer: usize,
+        width: usize,
+    ) -> Result<StoredLinear<'_>, ModelError> {
+        let hidden = self.config.hidden;
+        if self.config.architecture.storage.is_fused {
             return self.linear(layer, &[(Part::FusedGateUp, 2 * width)], hidden);
         }
         self.linear(layer, &[(Part::Gate, width), (Part::Up, width)], hidden)
     }
 
     /// Down projection of a dense layer.
-    pub(super) fn down(&self, layer: usize) -> Result<StoredLinear<'_>, ModelError> {
-        self.linear(
-            layer,
-            &[(Part::Down, self.config.hidden)],
-            self.config.intermediate,
-        )
+    pub(super) fn down(&self, layer: usize, width: usize) -> Result<StoredLinear<'_>, ModelError> {
+        self.linear(layer, &[(Part::Down, self.config.hidden)], width)
     }
 
     /// The router of a mixture of experts.
@@ -322,15 +262,19 @@ impl ModelSource {
         let gate = self.expert_rows(layer, Part::ExpertGate(expert), expert, width, hidden)?;
         let up = self.expert_rows(layer, Part::ExpertUp(expert), expert, width, hidden)?;
         let down = self.expert_rows(layer, Part::ExpertDown(expert), expert, hidden, width)?;
-        Ok((plain(vec![gate, up]), plain(vec![down])))
+        Ok((
+            StoredLinear::new(vec![gate, up]),
+            StoredLinear::new(vec![down]),
+        ))
     }
 
     /// The name of the weight of a part of a layer.
     pub(super) fn name(&self, layer: usize, part: Part) -> String {
+        let storage = self.config.architecture.storage;
         match self.naming {
-            Naming::Gguf => format!("blk.{layer}.{}.weight", gguf_name(part)),
+            Naming::Gguf => format!("blk.{layer}.{}.weight", (storage.gguf_name)(part)),
             Naming::HuggingFace { prefix } => {
-                let name = huggingface_name(self.config.family, part);
+                let name = (storage.huggingface_name)(part);
                 format!("{prefix}layers.{layer}.{name}.weight")
             }
         }
@@ -352,13 +296,13 @@ impl ModelSource {
         parts: &[(Part, usize)],
         columns: usize,
     ) -> Result<StoredLinear<'_>, ModelError> {
-        let mut spec = plain(Vec::with_capacity(parts.len()));
+        let mut stored = Vec::with_capacity(parts.len());
         let mut bias = Vec::new();
         let mut biased = false;
         for &(part, rows) in parts {
             let name = self.name(layer, part);
-            spec.parts.push(self.matrix(&name, rows, columns)?);
-            let bias_name = bias_name(&name);
+            stored.push(self.matrix(&name, rows, columns)?);
+            let bias_name = names::bias(&name);
             if self.has_bias(part, &bias_name) {
                 bias.extend(self.vector(&bias_name, rows)?);
                 biased = true;
@@ -366,8 +310,7 @@ impl ModelSource {
                 bias.resize(bias.len() + rows, 0.0);
             }
         }
-        spec.bias = biased.then_some(bias);
-        Ok(spec)
+        Ok(StoredLinear::new(stored).with_bias(biased.then_some(bias)))
     }
 
     /// Whether a part has a bias, which is there if so: by the model's settings or, where
@@ -438,18 +381,17 @@ impl ModelSource {
 
     /// The name of the tensor that all experts of a layer are stacked in, if files have one.
     pub(super) fn stacked_name(&self, layer: usize, part: Part) -> Option<String> {
-        let name = match (self.naming, part) {
-            (Naming::Gguf, Part::ExpertGate(_)) => "ffn_gate_exps",
-            (Naming::Gguf, Part::ExpertUp(_)) => "ffn_up_exps",
-            (Naming::Gguf, Part::ExpertDown(_)) => "ffn_down_exps",
-            _ => return None,
+        let name = match self.naming {
+            Naming::Gguf => names::gguf_stacked(part)?,
+            Naming::HuggingFace { .. } => return None,
         };
         Some(format!("blk.{layer}.{name}.weight"))
     }
 
     fn norm_weight(&self, name: &str, length: usize) -> Result<Vec<f32>, ModelError> {
         let mut values = self.vector(name, length)?;
-        if self.naming != Naming::Gguf && self.config.family.norm_weights_are_offsets() {
+        let are_offsets = self.config.architecture.storage.norm_weights_are_offsets;
+        if self.naming != Naming::Gguf && are_offsets {
             values.iter_mut().for_each(|value| *value += 1.0);
         }
         Ok(values)
@@ -474,80 +416,5 @@ impl ModelSource {
         let mut values = vec![0.0; length];
         quant::dequantize(tensor.dtype, &self.weights.read(&tensor)?, &mut values);
         Ok(values)
-    }
-}
-
-fn plain(parts: Vec<StoredRows<'_>>) -> StoredLinear<'_> {
-    StoredLinear { parts, bias: None }
-}
-
-/// The name of the bias that belongs to a weight.
-pub(super) fn bias_name(weight: &str) -> String {
-    format!("{}bias", weight.trim_end_matches("weight"))
-}
-
-fn reorder(values: &mut [f32], order: RowOrder) {
-    let stored = values.to_vec();
-    for (row, value) in values.iter_mut().enumerate() {
-        *value = stored[order.stored_row(row)];
-    }
-}
-
-fn gguf_name(part: Part) -> String {
-    match part {
-        Part::AttentionNorm => "attn_norm".to_owned(),
-        Part::Query => "attn_q".to_owned(),
-        Part::Key => "attn_k".to_owned(),
-        Part::Value => "attn_v".to_owned(),
-        Part::FusedQkv => "attn_qkv".to_owned(),
-        Part::AttentionOut => "attn_output".to_owned(),
-        Part::QueryNorm => "attn_q_norm".to_owned(),
-        Part::KeyNorm => "attn_k_norm".to_owned(),
-        Part::PostAttentionNorm => "post_attention_norm".to_owned(),
-        Part::FeedForwardNorm => "ffn_norm".to_owned(),
-        Part::Gate => "ffn_gate".to_owned(),
-        Part::Up | Part::FusedGateUp => "ffn_up".to_owned(),
-        Part::Down => "ffn_down".to_owned(),
-        Part::PostFeedForwardNorm => "post_ffw_norm".to_owned(),
-        Part::Router => "ffn_gate_inp".to_owned(),
-        Part::ExpertGate(expert) => format!("ffn_gate.{expert}"),
-        Part::ExpertUp(expert) => format!("ffn_up.{expert}"),
-        Part::ExpertDown(expert) => format!("ffn_down.{expert}"),
-    }
-}
-
-pub(super) fn huggingface_name(family: Family, part: Part) -> String {
-    let mixtral = family == Family::Mixtral;
-    let expert = |index: usize, mixtral_name: &str, name: &str| {
-        if mixtral {
-            format!("block_sparse_moe.experts.{index}.{mixtral_name}")
-        } else {
-            format!("mlp.experts.{index}.{name}_proj")
-        }
-    };
-    match part {
-        Part::AttentionNorm => "input_layernorm".to_owned(),
-        Part::Query => "self_attn.q_proj".to_owned(),
-        Part::Key => "self_attn.k_proj".to_owned(),
-        Part::Value => "self_attn.v_proj".to_owned(),
-        Part::FusedQkv => "self_attn.qkv_proj".to_owned(),
-        Part::AttentionOut => "self_attn.o_proj".to_owned(),
-        Part::QueryNorm => "self_attn.q_norm".to_owned(),
-        Part::KeyNorm => "self_attn.k_norm".to_owned(),
-        Part::PostAttentionNorm => "post_attention_layernorm".to_owned(),
-        Part::FeedForwardNorm if family.norm_placement() == NormPlacement::Before => {
-            "post_attention_layernorm".to_owned()
-        }
-        Part::FeedForwardNorm => "pre_feedforward_layernorm".to_owned(),
-        Part::Gate => "mlp.gate_proj".to_owned(),
-        Part::Up => "mlp.up_proj".to_owned(),
-        Part::FusedGateUp => "mlp.gate_up_proj".to_owned(),
-        Part::Down => "mlp.down_proj".to_owned(),
-        Part::PostFeedForwardNorm => "post_feedforward_layernorm".to_owned(),
-        Part::Router if mixtral => "block_sparse_moe.gate".to_owned(),
-        Part::Router => "mlp.gate".to_owned(),
-        Part::ExpertGate(index) => expert(index, "w1", "gate"),
-        Part::ExpertUp(index) => expert(index, "w3", "up"),
-        Part::ExpertDown(index) => expert(index, "w2", "down"),
     }
 }

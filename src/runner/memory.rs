@@ -46,10 +46,11 @@ pub(super) fn cache_shape<D: Device>(
     budget: usize,
     device: &D,
 ) -> Result<CacheShape, LoadError> {
+    let heads = model.heads();
     let block = CacheShape {
-        layers: model.layers,
-        kv_heads: model.heads.kv_heads,
-        head_dim: model.heads.head_dim,
+        layers: model.layers.len(),
+        kv_heads: heads.kv_heads,
+        head_dim: heads.head_dim,
         blocks: 1,
         block_tokens: config.block_tokens,
     };

@@ -178,9 +178,9 @@ fn logits(simd: SimdLevel, size: usize) -> Vec<Vec<u32>> {
     let mut decoder = Decoder::load(&source, &mut device, limits, &mut |_, _| {}).unwrap();
     let config = source.config();
     let shape = CacheShape {
-        layers: config.layers,
-        kv_heads: config.heads.kv_heads,
-        head_dim: config.heads.head_dim,
+        layers: config.layers.len(),
+        kv_heads: config.heads().kv_heads,
+        head_dim: config.heads().head_dim,
         blocks: 32 * BLOCKS_EACH,
         block_tokens: BLOCK,
     };

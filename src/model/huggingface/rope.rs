@@ -1,72 +1,73 @@
 //! Position embeddings as `config.json` describes them: `rope_parameters`, or the older
 //! `rope_scaling` with settings beside it.
 
-use super::defaults::{Defaults, GEMMA3_LOCAL_THETA, PHI3_ORIGINAL_CONTEXT};
+use super::Config;
 use super::settings::Settings;
-use crate::model::{Family, ModelError, RopeConfig, RopeScaling};
+use crate::model::{ModelError, RopeConfig, RopeScaling};
 use serde_json::Value;
 
-/// What the position embeddings of a model have in common.
-struct Common<'a> {
-    settings: Settings<'a>,
-    family: Family,
-    head_dim: usize,
-    /// `max_position_embeddings`.
-    context: usize,
-}
+/// The keys under which `rope_parameters` holds one object for each kind of layer.
+const FULL: &str = "full_attention";
+const SLIDING: &str = "sliding_attention";
 
-/// The position embeddings of full and of sliding layers.
-pub(super) fn read(
-    settings: Settings<'_>,
-    family: Family,
-    head_dim: usize,
-    context: usize,
-) -> Result<(RopeConfig, RopeConfig), ModelError> {
-    let common = Common {
-        settings,
-        family,
-        head_dim,
-        context,
-    };
-    let theta = settings.number("rope_theta")?;
-    let theta = theta.unwrap_or(Defaults::of(family).rope_theta);
-    let scaling = settings.get("rope_scaling");
-    let parameters = settings.get("rope_parameters");
-    let kinds = ["full_attention", "sliding_attention"];
-    let nested = parameters.filter(|value| kinds.iter().any(|kind| value.get(kind).is_some()));
-    if family == Family::Gemma3 {
-        let flat = |value: &&Value| value.as_object().is_none_or(|object| !object.is_empty());
-        if let Some(flat) = parameters.filter(flat).filter(|_| nested.is_none()) {
-            let expected = "an object for each of full_attention and sliding_attention";
-            return Err(ModelError::setting("rope_parameters", flat, expected));
+impl<'a> Config<'a> {
+    /// The position embeddings of full and of sliding layers.
+    pub(super) fn ropes(&self) -> Result<(RopeConfig, RopeConfig), ModelError> {
+        let settings = self.settings;
+        let theta = settings.number("rope_theta")?;
+        let theta = theta.unwrap_or(self.class().rope_theta);
+        let scaling = settings.get("rope_scaling");
+        if let Some(nested) = self.nested_ropes().filter(|_| scaling.is_none()) {
+            let full = self.rope(nested.get(FULL), theta)?;
+            return Ok((full, self.rope(nested.get(SLIDING), theta)?));
         }
-        let local = settings.number("rope_local_base_freq")?;
-        let local = local.unwrap_or(GEMMA3_LOCAL_THETA);
-        let of = |kind: &str| nested.and_then(|nested| nested.get(kind));
-        let full = common.rope(scaling.or_else(|| of(kinds[0])), theta)?;
-        return Ok((full, common.rope(of(kinds[1]), local)?));
+        let full = self.rope(scaling.or(settings.get("rope_parameters")), theta)?;
+        Ok((full.clone(), full))
     }
-    if let Some(nested) = nested.filter(|_| scaling.is_none()) {
-        let full = common.rope(nested.get(kinds[0]), theta)?;
-        return Ok((full, common.rope(nested.get(kinds[1]), theta)?));
-    }
-    let full = common.rope(scaling.or(parameters), theta)?;
-    Ok((full.clone(), full))
-}
 
-impl Common<'_> {
+    /// The RoPE parameters of sliding layers, of a model that has some of their own.
+    ///
+    /// # Errors
+    /// [`ModelError::BadSetting`] when there is one set of parameters for all layers.
+    pub(in crate::model) fn sliding_rope_parameters(
+        &self,
+    ) -> Result<Option<&'a Value>, ModelError> {
+        let key = "rope_parameters";
+        let is_empty = |value: &Value| value.as_object().is_some_and(|object| object.is_empty());
+        match (self.nested_ropes(), self.settings.get(key)) {
+            (Some(nested), _) => Ok(nested.get(SLIDING)),
+            (None, Some(flat)) if !is_empty(flat) => {
+                let expected = "an object for each of full_attention and sliding_attention";
+                Err(ModelError::setting(key, flat, expected))
+            }
+            (None, _) => Ok(None),
+        }
+    }
+
+    /// `rope_parameters`, if it holds an object for each kind of layer.
+    fn nested_ropes(&self) -> Option<&'a Value> {
+        let parameters = self.settings.get("rope_parameters")?;
+        let is_nested = [FULL, SLIDING]
+            .iter()
+            .any(|kind| parameters.get(kind).is_some());
+        is_nested.then_some(parameters)
+    }
+
     /// One position embedding; `theta` is its base where the parameters have none.
-    fn rope(&self, parameters: Option<&Value>, theta: f32) -> Result<RopeConfig, ModelError> {
+    pub(in crate::model) fn rope(
+        &self,
+        parameters: Option<&Value>,
+        theta: f32,
+    ) -> Result<RopeConfig, ModelError> {
         let none = Value::Null;
         let own = Settings(parameters.unwrap_or(&none));
         let kind = match own.text("rope_type")? {
             Some(kind) => kind,
             None => own.text("type")?.unwrap_or("default"),
         };
-        // Early Phi 3 checkpoints call it so.
-        let kind = match kind {
-            "su" | "yarn" if self.family == Family::Phi3 => "longrope",
-            kind => kind,
+        let kind = match self.class().rope.longrope_aliases.contains(&kind) {
+            true => "longrope",
+            false => kind,
         };
         let scaling = match kind {
             "default" => RopeScaling::None,
@@ -105,12 +106,11 @@ impl Common<'_> {
             Some(partial) => partial,
             None => self.settings.number(key)?.unwrap_or(1.0),
         };
-        // The other families rotate all of a head whatever it says, or fail.
-        if partial != 1.0 && self.family != Family::Phi3 {
-            let expected = format!("1 for {}", self.family.huggingface_name());
+        if partial != 1.0 && !self.class().rope.is_partial {
+            let expected = format!("1 for {}", self.architecture.name());
             return Err(ModelError::setting(key, partial, expected));
         }
-        Ok((self.head_dim as f32 * partial) as usize)
+        Ok((self.heads()?.head_dim as f32 * partial) as usize)
     }
 
     /// The context that the model was trained on before it was extended.
@@ -120,16 +120,19 @@ impl Common<'_> {
         if let Some(original) = self.settings.size(key)? {
             return Ok(original);
         }
-        if self.family == Family::Phi3 {
-            return Ok(PHI3_ORIGINAL_CONTEXT);
+        if let Some(original) = self.class().rope.original_context {
+            return Ok(original);
         }
-        Ok(own.size(key)?.unwrap_or(self.context))
+        match own.size(key)? {
+            Some(original) => Ok(original),
+            None => self.trained_context(),
+        }
     }
 
     fn yarn(&self, own: Settings<'_>) -> Result<RopeScaling, ModelError> {
         let original = self.original_context(own)? as f32;
         let factor = own.number("factor")?;
-        let factor = factor.unwrap_or(self.context as f32 / original);
+        let factor = factor.unwrap_or(self.trained_context()? as f32 / original);
         // 0 stands for none here.
         let set = |key: &str| -> Result<Option<f32>, ModelError> {
             Ok(own.number(key)?.filter(|&number| number != 0.0))
@@ -166,7 +169,7 @@ impl Common<'_> {
         };
         let original = self.original_context(own)?;
         let factor = own.number("factor")?;
-        let factor = factor.unwrap_or(self.context as f32 / original as f32);
+        let factor = factor.unwrap_or(self.trained_context()? as f32 / original as f32);
         let derived = match factor <= 1.0 {
             true => 1.0,
             false => (1.0 + factor.ln() / (original as f32).ln()).sqrt(),

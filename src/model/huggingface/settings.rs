@@ -5,21 +5,21 @@ use serde_json::Value;
 
 /// An object of settings.
 #[derive(Clone, Copy)]
-pub(super) struct Settings<'a>(pub(super) &'a Value);
+pub(in crate::model) struct Settings<'a>(pub(super) &'a Value);
 
 impl<'a> Settings<'a> {
     /// The setting, unless it is missing or null.
-    pub(super) fn get(&self, key: &str) -> Option<&'a Value> {
+    pub(in crate::model) fn get(&self, key: &str) -> Option<&'a Value> {
         self.0.get(key).filter(|value| !value.is_null())
     }
 
     /// Whether the setting is there at all, null included.
-    pub(super) fn says(&self, key: &str) -> bool {
+    pub(in crate::model) fn says(&self, key: &str) -> bool {
         self.0.get(key).is_some()
     }
 
     /// The setting as `read` understands it; `None` where it is missing or null.
-    pub(super) fn optional<T>(
+    pub(in crate::model) fn optional<T>(
         &self,
         key: &str,
         expected: &str,
@@ -34,7 +34,7 @@ impl<'a> Settings<'a> {
         }
     }
 
-    pub(super) fn size(&self, key: &str) -> Result<Option<usize>, ModelError> {
+    pub(in crate::model) fn size(&self, key: &str) -> Result<Option<usize>, ModelError> {
         self.optional(key, "a whole number", |value| {
             let number = value.as_u64();
             number.and_then(|number| usize::try_from(number).ok())
@@ -43,7 +43,7 @@ impl<'a> Settings<'a> {
 
     /// The setting, or `default` where it is missing. A null is refused: transformers'
     /// configuration classes have no meaning for it.
-    pub(super) fn size_or(&self, key: &str, default: usize) -> Result<usize, ModelError> {
+    pub(in crate::model) fn size_or(&self, key: &str, default: usize) -> Result<usize, ModelError> {
         match self.size(key)? {
             Some(size) => Ok(size),
             None if self.says(key) => Err(ModelError::setting(key, "null", "a whole number")),
@@ -51,14 +51,14 @@ impl<'a> Settings<'a> {
         }
     }
 
-    pub(super) fn number(&self, key: &str) -> Result<Option<f32>, ModelError> {
+    pub(in crate::model) fn number(&self, key: &str) -> Result<Option<f32>, ModelError> {
         self.optional(key, "a number", |value| {
             value.as_f64().map(|number| number as f32)
         })
     }
 
     /// The setting, or `default` where it is missing; `None` where it is null.
-    pub(super) fn number_or(
+    pub(in crate::model) fn number_or(
         &self,
         key: &str,
         default: Option<f32>,
@@ -69,16 +69,16 @@ impl<'a> Settings<'a> {
         }
     }
 
-    pub(super) fn flag(&self, key: &str) -> Result<Option<bool>, ModelError> {
+    pub(in crate::model) fn flag(&self, key: &str) -> Result<Option<bool>, ModelError> {
         self.optional(key, "true or false", Value::as_bool)
     }
 
-    pub(super) fn text(&self, key: &str) -> Result<Option<&'a str>, ModelError> {
+    pub(in crate::model) fn text(&self, key: &str) -> Result<Option<&'a str>, ModelError> {
         self.optional(key, "a string", Value::as_str)
     }
 
     /// The number, which must be there.
-    pub(super) fn required_number(&self, key: &str) -> Result<f32, ModelError> {
+    pub(in crate::model) fn required_number(&self, key: &str) -> Result<f32, ModelError> {
         self.number(key)?.ok_or_else(|| ModelError::MissingSetting {
             key: key.to_owned(),
         })

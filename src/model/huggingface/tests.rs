@@ -35,27 +35,31 @@ fn gemma3_with_vision_gets_what_its_configuration_leaves_out() {
         q_heads,
         kv_heads,
         head_dim,
-    } = config.heads;
+    } = config.heads();
     assert_eq!((q_heads, kv_heads, head_dim), (8, 4, 256));
-    assert_eq!(config.attention_scale, 1.0 / 16.0);
+    assert_eq!(config.layers[0].attention().scale, 1.0 / 16.0);
     assert_eq!((config.context, config.vocabulary), (131_072, 262_208));
-    assert_eq!((config.rope.theta, config.sliding_rope.theta), (1e6, 1e4));
-    assert_eq!(config.rope.scaling, RopeScaling::Linear { factor: 8.0 });
-    assert_eq!(config.sliding_rope.scaling, RopeScaling::None);
-    assert_eq!(config.layer_window(4), Some(1024));
-    assert_eq!(config.layer_window(5), None);
+    let [full, sliding] = config.ropes.as_slice() else {
+        panic!("not two position embeddings: {:?}", config.ropes);
+    };
+    assert_eq!((full.theta, sliding.theta), (1e6, 1e4));
+    assert_eq!(full.scaling, RopeScaling::Linear { factor: 8.0 });
+    assert_eq!(sliding.scaling, RopeScaling::None);
+    let [slides, sees_all] = [4, 5].map(|layer| *config.layers[layer].attention());
+    assert_eq!((slides.window, slides.rope), (Some(1024), 1));
+    assert_eq!((sees_all.window, sees_all.rope), (None, 0));
     assert_eq!(config.end_tokens, [1, 106]);
 }
 
 #[test]
 fn a_window_counts_only_where_the_family_has_one_and_it_is_on() {
-    let window = |changes| read(&with(llama(), changes)).unwrap().window;
+    let window = |changes| read(&with(llama(), changes)).unwrap().window();
     assert_eq!(window(json!({"sliding_window": 16})), None);
     assert_eq!(
         window(json!({"model_type": "mistral", "sliding_window": 16})),
         Some(16)
     );
-    let qwen = json!({"model_type": "qwen2", "sliding_window": 16});
+    let qwen = json!({"model_type": "qwen2", "sliding_window": 16, "max_window_layers": 0});
     assert_eq!(window(qwen.clone()), None);
     assert_eq!(
         window(with(qwen, json!({"use_sliding_window": true}))),
@@ -116,11 +120,13 @@ fn what_a_configuration_leaves_out_is_as_in_the_configuration_class() {
             q_heads,
             kv_heads,
             head_dim,
-        } = config.heads;
+        } = config.heads();
+        let experts = config.experts().map(|experts| experts.width);
+        let width = config.dense_width().or(experts).unwrap();
         (
-            (config.layers, config.hidden, config.intermediate),
+            (config.layers.len(), config.hidden, width),
             (q_heads, kv_heads, head_dim),
-            (config.vocabulary, config.context, config.window),
+            (config.vocabulary, config.context, config.window()),
         )
     };
     let expected = [
@@ -156,7 +162,7 @@ fn what_a_configuration_leaves_out_is_as_in_the_configuration_class() {
         ),
         (
             "qwen3_moe",
-            (24, 2048, 6144),
+            (24, 2048, 768),
             (32, 4, 64),
             (151_936, 32_768, None),
         ),
@@ -192,40 +198,41 @@ fn what_a_configuration_leaves_out_is_as_in_the_configuration_class() {
             "mixtral" | "gemma3_text" => 1e6,
             _ => 10_000.0,
         };
-        assert_eq!(config.rope.theta, theta, "{name}");
+        assert_eq!(config.ropes[0].theta, theta, "{name}");
     }
-    let experts = |name| bare(name).experts.unwrap();
-    assert_eq!((experts("mixtral").count, experts("mixtral").top_k), (8, 2));
-    let qwen = experts("qwen3_moe");
-    assert_eq!((qwen.count, qwen.top_k, qwen.intermediate), (128, 8, 768));
-    assert!(!qwen.normalize && experts("mixtral").normalize);
+    let experts = |name| bare(name).experts().unwrap();
+    let (mixtral, qwen) = (experts("mixtral"), experts("qwen3_moe"));
+    assert_eq!((mixtral.count, mixtral.routing.top_k), (8, 2));
+    assert_eq!((qwen.count, qwen.routing.top_k, qwen.width), (128, 8, 768));
+    assert!(!qwen.routing.normalize && mixtral.routing.normalize);
+    let dense = json!({"model_type": "qwen3_moe", "decoder_sparse_step": 2});
+    assert_eq!(read(&dense).unwrap().dense_width(), Some(6144));
     assert!(ties_embeddings(&json!({"model_type": "gemma2"})).unwrap());
     assert!(!ties_embeddings(&json!({"model_type": "llama"})).unwrap());
 }
 
 #[test]
 fn gemmas_caps_and_scale_are_the_classes_unless_they_are_null() {
+    let caps = |config: &ModelConfig| {
+        let softcap = config.layers[0].attention().softcap;
+        (softcap, config.logit_softcap)
+    };
+    let scale = |config: &ModelConfig| config.layers[0].attention().scale;
     let gemma = bare("gemma2");
-    assert_eq!(
-        (gemma.attention_softcap, gemma.logit_softcap),
-        (Some(50.0), Some(30.0))
-    );
-    assert_eq!(gemma.attention_scale, 1.0 / 16.0);
+    assert_eq!(caps(&gemma), (Some(50.0), Some(30.0)));
+    assert_eq!(scale(&gemma), 1.0 / 16.0);
     let uncapped = read(&json!({
         "model_type": "gemma2", "attn_logit_softcapping": null, "final_logit_softcapping": null,
         "query_pre_attn_scalar": 64,
     }))
     .unwrap();
-    assert_eq!(
-        (uncapped.attention_softcap, uncapped.logit_softcap),
-        (None, None)
-    );
-    assert_eq!(uncapped.attention_scale, 1.0 / 8.0);
+    assert_eq!(caps(&uncapped), (None, None));
+    assert_eq!(scale(&uncapped), 1.0 / 8.0);
     assert_eq!(bare("gemma3_text").logit_softcap, None);
     // Other classes do not read them.
     let changes = json!({"final_logit_softcapping": 30.0, "query_pre_attn_scalar": 1});
     let config = read(&with(llama(), changes)).unwrap();
-    assert_eq!((config.logit_softcap, config.attention_scale), (None, 0.25));
+    assert_eq!((config.logit_softcap, scale(&config)), (None, 0.25));
 }
 
 #[test]
@@ -235,12 +242,9 @@ fn a_qwen_window_begins_at_layer_28_and_a_moe_one_at_the_first() {
             "model_type": model_type, "num_hidden_layers": 30, "use_sliding_window": true,
         });
         let config = read(&with(config, changes)).unwrap();
-        assert_eq!(config.window, Some(4096));
-        config
-            .sliding_layers
-            .iter()
-            .filter(|slides| **slides)
-            .count()
+        assert_eq!(config.window(), Some(4096));
+        let windows = config.layers.iter().map(|layer| layer.attention().window);
+        windows.flatten().count()
     };
     assert_eq!(slides("qwen2", json!({})), 2);
     assert_eq!(slides("qwen3", json!({"max_window_layers": 10})), 20);
@@ -252,7 +256,7 @@ fn rope_of(family: &str, rope: Value) -> RopeConfig {
         "model_type": family, "num_attention_heads": 4, "hidden_size": 64,
         "max_position_embeddings": 1024, "rope_scaling": rope,
     });
-    read(&config).unwrap().rope
+    read(&config).unwrap().ropes.remove(0)
 }
 
 #[test]
@@ -297,8 +301,8 @@ fn longrope_derives_its_magnitude_from_the_factor_and_keeps_to_the_original_cont
         config["rope_scaling"] = with(config["rope_scaling"].clone(), changes);
         let config = read(&config).unwrap();
         let contexts = (config.native_context(), config.context);
-        match config.rope.scaling {
-            RopeScaling::Long { magnitude, .. } => (magnitude, contexts),
+        match &config.ropes[0].scaling {
+            RopeScaling::Long { magnitude, .. } => (*magnitude, contexts),
             other => panic!("not LongRoPE: {other:?}"),
         }
     };
@@ -324,11 +328,10 @@ fn gemma3_takes_a_position_embedding_for_each_kind_of_layer() {
         "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
     });
     let config = gemma(nested).unwrap();
-    assert_eq!(
-        (config.rope.theta, config.sliding_rope.theta),
-        (1e6, 5000.0)
-    );
-    assert_eq!(config.rope.scaling, RopeScaling::Linear { factor: 8.0 });
+    let thetas: Vec<f32> = config.ropes.iter().map(|rope| rope.theta).collect();
+    assert_eq!(thetas, [1e6, 5000.0]);
+    let linear = RopeScaling::Linear { factor: 8.0 };
+    assert_eq!(config.ropes[0].scaling, linear);
     let flat = gemma(json!({"rope_type": "default", "rope_theta": 5.0})).unwrap_err();
     assert!(flat.to_string().contains("rope_parameters"), "{flat}");
 }

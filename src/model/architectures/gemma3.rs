@@ -1,0 +1,81 @@
+//! Gemma 3: Gemma 2 without the soft caps, with norms on queries and keys, and with position
+//! embeddings of their own for the sliding layers. A model with a vision tower is read as
+//! its text part.
+
+use super::{Architecture, GgufFormat, Hyperparameters, ModelError, gemma2};
+use crate::model::gguf::Metadata;
+use crate::model::huggingface::{Config, ConfigClass};
+use crate::model::layer::{Attention, LayerSpec, Mixer, QkNormKind};
+use crate::model::{RopeConfig, RopeScaling};
+
+pub(super) static ARCHITECTURE: Architecture = Architecture {
+    name: "gemma3_text",
+    // With a vision tower.
+    aliases: &["gemma3"],
+    class: ConfigClass {
+        vocabulary: 262_208,
+        context: 131_072,
+        rope_theta: 1e6,
+        ..gemma2::CLASS
+    },
+    read_config,
+    gguf: Some(GgufFormat {
+        name: "gemma3",
+        read: read_metadata,
+    }),
+    storage: gemma2::STORAGE,
+    layer,
+};
+
+/// One layer in so many has full attention.
+const PERIOD: usize = 6;
+/// The base of the sliding layers' position embedding.
+const SLIDING_THETA: f32 = 10_000.0;
+/// Layers of the largest model, Gemma 3 27B.
+const LAYERS_27B: usize = 62;
+
+fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
+    let common = config.hyperparameters()?;
+    let settings = config.settings;
+    let parameters = config.sliding_rope_parameters()?;
+    let theta = settings.number("rope_local_base_freq")?;
+    let key = "sliding_window_pattern";
+    let period = settings.size(key)?.unwrap_or(PERIOD);
+    if period == 0 {
+        return Err(ModelError::setting(key, period, "at least 1"));
+    }
+    Ok(Hyperparameters {
+        embedding_scale: gemma2::embedding_scale(&common),
+        logit_softcap: settings.number("final_logit_softcapping")?,
+        sliding_rope: config.rope(parameters, theta.unwrap_or(SLIDING_THETA))?,
+        windows: config.mixed_windows(config.window()?, |layer| (layer + 1) % period != 0)?,
+        biases: config.attention_biases()?,
+        ..common
+    })
+}
+
+fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError> {
+    let common = metadata.hyperparameters()?;
+    let theta = metadata.number("rope.freq_base_swa")?;
+    Ok(Hyperparameters {
+        embedding_scale: gemma2::embedding_scale(&common),
+        attention_scale: gemma2::attention_scale(&common, LAYERS_27B),
+        sliding_rope: RopeConfig {
+            theta: theta.unwrap_or(SLIDING_THETA),
+            scaling: RopeScaling::None,
+            ..common.rope.clone()
+        },
+        windows: metadata.windows(metadata.window(None)?, PERIOD)?,
+        ..common
+    })
+}
+
+fn layer(numbers: &Hyperparameters, index: usize) -> LayerSpec {
+    LayerSpec {
+        mixer: Mixer::Attention(Attention {
+            qk_norm: Some(QkNormKind::PerHead),
+            ..numbers.attention(index)
+        }),
+        ..gemma2::layer(numbers, index)
+    }
+}

@@ -1,0 +1,64 @@
+//! Llama 1, 2 and 3, and everything that is built the same way (SmolLM2, TinyLlama, …).
+//!
+//! GGUF files call Mistral and Mixtral by this name, too: windows and experts are read
+//! from them here.
+
+use super::{Architecture, GgufFormat, Hyperparameters, ModelError, Storage};
+use crate::device::Activation;
+use crate::model::Biases;
+use crate::model::gguf::Metadata;
+use crate::model::huggingface::{Config, ConfigClass, RopeRules};
+
+pub(super) static ARCHITECTURE: Architecture = Architecture {
+    name: "llama",
+    aliases: &[],
+    class: CLASS,
+    read_config,
+    gguf: Some(GgufFormat {
+        name: "llama",
+        read: read_metadata,
+    }),
+    storage: Storage {
+        gguf_interleaves_rope: true,
+        ..Storage::COMMON
+    },
+    layer: Hyperparameters::layer,
+};
+
+pub(super) const CLASS: ConfigClass = ConfigClass {
+    vocabulary: 32_000,
+    hidden: 4096,
+    intermediate: 11_008,
+    activation: Activation::Silu,
+    layers: 32,
+    q_heads: 32,
+    kv_heads: None,
+    head_dim: None,
+    query_scale: None,
+    window: None,
+    context: 2048,
+    norm_epsilon: 1e-6,
+    rope_theta: 10_000.0,
+    rope: RopeRules::COMMON,
+    ties_embeddings: false,
+};
+
+fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
+    let common = config.hyperparameters()?;
+    let feed_forward = config.settings.flag("mlp_bias")?.unwrap_or(false);
+    Ok(Hyperparameters {
+        biases: Biases {
+            feed_forward: Some(feed_forward),
+            ..config.attention_biases()?
+        },
+        ..common
+    })
+}
+
+fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError> {
+    let common = metadata.hyperparameters()?;
+    Ok(Hyperparameters {
+        experts: metadata.experts()?,
+        ..common
+    })
+}

@@ -1,0 +1,145 @@
+//! The architectures that quell computes, one file each.
+//!
+//! A file says the names that the architecture goes by, how its numbers are read from
+//! `config.json` and from GGUF metadata, how its tensors are stored, and what its layers
+//! compute. What several architectures share is in the readers ([`Config`], [`Metadata`]), in
+//! [`Hyperparameters`], or in the file that needed it first. No other file names an
+//! architecture.
+
+mod gemma2;
+mod gemma3;
+mod llama;
+mod mistral;
+mod mixtral;
+mod olmo2;
+mod phi3;
+mod qwen2;
+mod qwen3;
+mod qwen3_moe;
+#[cfg(test)]
+mod tests;
+
+use super::ModelError;
+use super::gguf::Metadata;
+use super::huggingface::{Config, ConfigClass};
+use super::hyperparameters::Hyperparameters;
+use super::layer::LayerSpec;
+use super::names::{self, Part};
+
+/// Every architecture. Where error messages list names, they are in this order.
+static ALL: &[&Architecture] = &[
+    &llama::ARCHITECTURE,
+    &mistral::ARCHITECTURE,
+    &mixtral::ARCHITECTURE,
+    &qwen2::ARCHITECTURE,
+    &qwen3::ARCHITECTURE,
+    &qwen3_moe::ARCHITECTURE,
+    &gemma2::ARCHITECTURE,
+    &gemma3::ARCHITECTURE,
+    &phi3::ARCHITECTURE,
+    &olmo2::ARCHITECTURE,
+];
+
+/// An architecture: its names, how its files are read, and what its layers compute.
+pub struct Architecture {
+    /// `model_type` in `config.json`.
+    name: &'static str,
+    /// Other values of `model_type` that are read as this architecture.
+    aliases: &'static [&'static str],
+    /// Its configuration class in transformers.
+    pub(super) class: ConfigClass,
+    /// Reads `config.json`.
+    pub(super) read_config: ReadConfig,
+    /// How GGUF files hold it; `None` if they call it by another architecture's name.
+    gguf: Option<GgufFormat>,
+    /// How its tensors are stored.
+    pub(super) storage: Storage,
+    /// What the layer of an index computes.
+    pub(super) layer: fn(&Hyperparameters, usize) -> LayerSpec,
+}
+
+/// Reads the numbers of a model from its `config.json`.
+type ReadConfig = fn(&Config<'_>) -> Result<Hyperparameters, ModelError>;
+/// Reads the numbers of a model from its GGUF metadata.
+pub(super) type ReadMetadata = fn(&Metadata<'_>) -> Result<Hyperparameters, ModelError>;
+
+/// How GGUF files hold an architecture.
+struct GgufFormat {
+    /// `general.architecture`.
+    name: &'static str,
+    /// Reads the metadata.
+    read: ReadMetadata,
+}
+
+/// How an architecture's tensors are stored.
+#[derive(Clone, Copy)]
+pub(super) struct Storage {
+    /// The name of a part of a layer in Hugging Face checkpoints, after `layers.N.`.
+    pub(super) huggingface_name: fn(Part) -> String,
+    /// The name of a part of a layer in GGUF files, after `blk.N.`.
+    pub(super) gguf_name: fn(Part) -> String,
+    /// Whether query, key and value are one tensor, and gate and up another.
+    pub(super) is_fused: bool,
+    /// Whether Hugging Face checkpoints store norm weights as `weight − 1`. GGUF
+    /// converters add the 1.
+    pub(super) norm_weights_are_offsets: bool,
+    /// Whether GGUF files store query and key rows interleaved for RoPE.
+    pub(super) gguf_interleaves_rope: bool,
+}
+
+impl Storage {
+    /// As most architectures have it.
+    const COMMON: Self = Self {
+        huggingface_name: names::huggingface,
+        gguf_name: names::gguf,
+        is_fused: false,
+        norm_weights_are_offsets: false,
+        gguf_interleaves_rope: false,
+    };
+}
+
+impl Architecture {
+    /// The architecture that a `config.json` names in `model_type`.
+    pub(super) fn from_model_type(name: &str) -> Result<&'static Self, ModelError> {
+        let names_it = |one: &&&Self| one.name == name || one.aliases.contains(&name);
+        let found = ALL.iter().find(names_it).copied();
+        found.ok_or_else(|| unknown(name, ALL.iter().map(|one| one.name)))
+    }
+
+    /// The architecture that a GGUF file names in `general.architecture`, and what reads
+    /// its metadata.
+    pub(super) fn from_gguf_name(name: &str) -> Result<(&'static Self, ReadMetadata), ModelError> {
+        let formats = || {
+            ALL.iter()
+                .filter_map(|one| Some((*one, one.gguf.as_ref()?)))
+        };
+        match formats().find(|(_, format)| format.name == name) {
+            Some((architecture, format)) => Ok((architecture, format.read)),
+            None => Err(unknown(name, formats().map(|(_, format)| format.name))),
+        }
+    }
+
+    /// Its name: `model_type` in `config.json`.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+}
+
+impl std::fmt::Debug for Architecture {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "Architecture({})", self.name)
+    }
+}
+
+impl PartialEq for Architecture {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name
+    }
+}
+
+fn unknown(found: &str, supported: impl Iterator<Item = &'static str>) -> ModelError {
+    ModelError::UnknownArchitecture {
+        found: found.to_owned(),
+        supported: supported.collect::<Vec<_>>().join(", "),
+    }
+}

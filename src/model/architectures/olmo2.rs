@@ -1,0 +1,61 @@
+//! OLMo 2: norms on the output of each part of a layer only; queries and keys normalised,
+//! all heads of a row together. GGUF files call OLMo 3 by this name, too: its sliding
+//! windows are read from them here.
+
+use super::{Architecture, GgufFormat, Hyperparameters, ModelError, Storage, llama};
+use crate::model::gguf::Metadata;
+use crate::model::huggingface::{Config, ConfigClass};
+use crate::model::layer::{Attention, LayerSpec, Mixer, NormPlacement, QkNormKind};
+use crate::model::{RopeConfig, RopeScaling};
+
+pub(super) static ARCHITECTURE: Architecture = Architecture {
+    name: "olmo2",
+    aliases: &[],
+    class: ConfigClass {
+        vocabulary: 50_304,
+        norm_epsilon: 1e-5,
+        ..llama::CLASS
+    },
+    read_config,
+    gguf: Some(GgufFormat {
+        name: "olmo2",
+        read: read_metadata,
+    }),
+    storage: Storage::COMMON,
+    layer,
+};
+
+fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
+    let common = config.hyperparameters()?;
+    Ok(Hyperparameters {
+        biases: config.attention_biases()?,
+        ..common
+    })
+}
+
+fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError> {
+    let common = metadata.hyperparameters()?;
+    let theta = metadata.number("rope.freq_base_swa")?;
+    Ok(Hyperparameters {
+        // The position embedding of OLMo 3's sliding layers is not extended.
+        sliding_rope: RopeConfig {
+            theta: theta.unwrap_or(common.rope.theta),
+            scaling: RopeScaling::None,
+            ..common.rope.clone()
+        },
+        windows: metadata.windows(metadata.window(None)?, 4)?,
+        ..common
+    })
+}
+
+fn layer(numbers: &Hyperparameters, index: usize) -> LayerSpec {
+    LayerSpec {
+        mixer: Mixer::Attention(Attention {
+            qk_norm: Some(QkNormKind::WholeRow),
+            ..numbers.attention(index)
+        }),
+        mixer_norms: NormPlacement::After,
+        feed_forward_norms: NormPlacement::After,
+        ..numbers.layer(index)
+    }
+}

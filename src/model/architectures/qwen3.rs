@@ -1,0 +1,40 @@
+//! Qwen 3: Qwen 2 with queries and keys normalised by head, and without its biases.
+
+use super::{Architecture, GgufFormat, Hyperparameters, ModelError, Storage, qwen2};
+use crate::model::huggingface::{Config, ConfigClass};
+use crate::model::layer::{Attention, LayerSpec, Mixer, QkNormKind};
+
+pub(super) static ARCHITECTURE: Architecture = Architecture {
+    name: "qwen3",
+    aliases: &[],
+    class: ConfigClass {
+        head_dim: Some(128),
+        ..qwen2::CLASS
+    },
+    read_config,
+    gguf: Some(GgufFormat {
+        name: "qwen3",
+        read: |metadata| metadata.hyperparameters(),
+    }),
+    storage: Storage::COMMON,
+    layer,
+};
+
+fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
+    let common = config.hyperparameters()?;
+    Ok(Hyperparameters {
+        windows: qwen2::upper_windows(config)?,
+        biases: config.attention_biases()?,
+        ..common
+    })
+}
+
+pub(super) fn layer(numbers: &Hyperparameters, index: usize) -> LayerSpec {
+    LayerSpec {
+        mixer: Mixer::Attention(Attention {
+            qk_norm: Some(QkNormKind::PerHead),
+            ..numbers.attention(index)
+        }),
+        ..numbers.layer(index)
+    }
+}

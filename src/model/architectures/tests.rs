@@ -1,0 +1,139 @@
+//! Architectures are named in this folder only, each file is registered, and each
+//! architecture has a reference.
+
+use super::*;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// The names of the architectures' files, without `.rs`.
+fn files() -> BTreeSet<String> {
+    let folder = std::fs::read_dir(root().join("src/model/architectures")).unwrap();
+    let names = folder.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let stems = names.map(|name| name.trim_end_matches(".rs").to_owned());
+    stems
+        .filter(|stem| stem != "mod" && stem != "tests")
+        .collect()
+}
+
+/// Every name that an architecture goes by.
+fn names() -> Vec<&'static str> {
+    let of = |one: &&'static Architecture| {
+        let gguf = one.gguf.as_ref().map(|format| format.name);
+        let config = [one.name].into_iter().chain(one.aliases.iter().copied());
+        config.chain(gguf).collect::<Vec<_>>()
+    };
+    ALL.iter().flat_map(of).collect()
+}
+
+#[test]
+fn every_file_is_registered() {
+    let registry = include_str!("mod.rs");
+    let files = files();
+    for file in &files {
+        let line = format!("&{file}::ARCHITECTURE,");
+        assert!(registry.contains(&line), "{file}.rs is not in ALL");
+    }
+    assert_eq!(files.len(), ALL.len());
+}
+
+#[test]
+fn no_two_architectures_have_a_name_in_common() {
+    let mut types = BTreeSet::new();
+    let mut gguf_names = BTreeSet::new();
+    for one in ALL {
+        for name in [one.name].iter().chain(one.aliases) {
+            assert!(types.insert(*name), "two read model_type '{name}'");
+            assert_eq!(Architecture::from_model_type(name).unwrap(), *one);
+        }
+        if let Some(format) = &one.gguf {
+            let name = format.name;
+            assert!(gguf_names.insert(name), "two read the GGUF name '{name}'");
+            assert_eq!(Architecture::from_gguf_name(name).unwrap().0, *one);
+        }
+    }
+}
+
+#[test]
+fn a_name_that_nobody_has_is_refused_with_the_names_that_there_are() {
+    let error = Architecture::from_model_type("gemma9").unwrap_err();
+    let error = error.to_string();
+    assert!(error.contains("'gemma9'") && error.contains("mistral, mixtral, qwen2, "));
+    let error = Architecture::from_gguf_name("gemma3_text").unwrap_err();
+    let error = error.to_string();
+    assert!(error.ends_with("llama, qwen2, qwen3, qwen3moe, gemma2, gemma3, phi3, olmo2"));
+}
+
+#[test]
+fn every_architecture_has_a_reference() {
+    let folders = std::fs::read_dir(root().join("tests/fixtures/golden/tiny")).unwrap();
+    let types = folders.map(|folder| {
+        let config = std::fs::read(folder.unwrap().path().join("config.json")).unwrap();
+        let config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+        config["model_type"].as_str().unwrap().to_owned()
+    });
+    let types: BTreeSet<String> = types.collect();
+    for one in ALL {
+        let name = one.name;
+        assert!(types.contains(name), "{name} has no tiny checkpoint");
+    }
+}
+
+fn rust_files(folder: &Path, found: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            rust_files(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+/// The words of a file's code, without its comments and its tests, in lower case and
+/// without underscores: `Qwen3Moe` and `"qwen3_moe"` are one word.
+fn words(text: &str) -> BTreeSet<String> {
+    let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap();
+    let lines = code.lines().map(str::trim_start);
+    let lines = lines.filter(|line| !line.starts_with("//"));
+    lines
+        // A program, which some messages name.
+        .map(|line| line.replace("llama.cpp", ""))
+        .flat_map(|line| {
+            let words = line.split(|c: char| !c.is_alphanumeric() && c != '_' && c != '-');
+            let words = words.map(|word| word.to_lowercase().replace('_', ""));
+            words.collect::<Vec<_>>()
+        })
+        .collect()
+}
+
+#[test]
+fn no_other_file_names_an_architecture() {
+    let names: BTreeSet<String> = files()
+        .into_iter()
+        .chain(names().into_iter().map(str::to_owned))
+        .map(|name| name.replace('_', ""))
+        .collect();
+    let (mut paths, mut naming) = (Vec::new(), 0);
+    rust_files(&root().join("src"), &mut paths);
+    for path in paths {
+        let relative = path.strip_prefix(root().join("src")).unwrap();
+        // These do not know what a model is. What they name after some models are
+        // tokenizers, the forms of tool calls, and layouts of folders.
+        let is_below = relative.starts_with("text") || relative.starts_with("weights");
+        if is_below || relative.ends_with("tests.rs") {
+            continue;
+        }
+        let words = words(&std::fs::read_to_string(&path).unwrap());
+        let found: Vec<&String> = words.intersection(&names).collect();
+        if relative.starts_with("model/architectures") {
+            naming += usize::from(!found.is_empty());
+            continue;
+        }
+        assert!(found.is_empty(), "{} names {found:?}", path.display());
+    }
+    assert_eq!(naming, ALL.len() + 1, "the test reads nothing");
+}

@@ -1,0 +1,76 @@
+//! Which layers have a sliding window, as `config.json` says it.
+
+use super::Config;
+use crate::model::ModelError;
+use serde_json::Value;
+
+/// No model has more layers; a number beyond is refused before it is used.
+const MOST_LAYERS: usize = 1 << 16;
+
+impl Config<'_> {
+    /// `sliding_window`, or the class's where it is missing; `None` where it is null.
+    pub(in crate::model) fn window(&self) -> Result<Option<usize>, ModelError> {
+        let key = "sliding_window";
+        Ok(match self.settings.size(key)? {
+            None if !self.settings.says(key) => self.class().window,
+            window => window,
+        })
+    }
+
+    /// The windows of layers that all have the same one, or none.
+    ///
+    /// # Errors
+    /// [`ModelError::BadSetting`] when `layer_types` gives full attention to one of them:
+    /// transformers gives all layers the window, whatever is listed.
+    pub(in crate::model) fn same_windows(
+        &self,
+        window: Option<usize>,
+    ) -> Result<Vec<Option<usize>>, ModelError> {
+        let Some(slides) = self.layer_types()? else {
+            return Ok(vec![window; self.layers()?.min(MOST_LAYERS)]);
+        };
+        if window.is_some() && slides.contains(&false) {
+            let expected = format!(
+                "sliding_attention for every layer of a {} model with a sliding_window",
+                self.architecture.name()
+            );
+            return Err(ModelError::setting(
+                "layer_types entry",
+                "full_attention",
+                expected,
+            ));
+        }
+        Ok(vec![window; slides.len()])
+    }
+
+    /// The windows of layers of two kinds: those with full attention, and those that slide,
+    /// as `layer_types` lists them or else as `slides` has it.
+    pub(in crate::model) fn mixed_windows(
+        &self,
+        window: Option<usize>,
+        slides: impl Fn(usize) -> bool,
+    ) -> Result<Vec<Option<usize>>, ModelError> {
+        let slides = match self.layer_types()? {
+            Some(listed) => listed,
+            None => (0..self.layers()?.min(MOST_LAYERS)).map(slides).collect(),
+        };
+        let windows = slides.into_iter().map(|slides| window.filter(|_| slides));
+        Ok(windows.collect())
+    }
+
+    /// `layer_types`: for each layer whether it slides.
+    fn layer_types(&self) -> Result<Option<Vec<bool>>, ModelError> {
+        let settings = self.settings;
+        let types = settings.optional("layer_types", "a list of layer types", Value::as_array)?;
+        let Some(types) = types else { return Ok(None) };
+        let slides = types.iter().map(|kind| match kind.as_str() {
+            Some("sliding_attention") => Ok(true),
+            Some("full_attention") => Ok(false),
+            _ => {
+                let expected = "sliding_attention or full_attention";
+                Err(ModelError::setting("layer_types entry", kind, expected))
+            }
+        });
+        slides.collect::<Result<_, _>>().map(Some)
+    }
+}

@@ -1,0 +1,121 @@
+//! What one layer of a decoder computes.
+//!
+//! An architecture describes a model as a list of [`LayerSpec`]s. The decoder computes
+//! them, the inventory and the random weights follow from them, and nothing else needs to
+//! know which architecture they came from.
+
+use crate::device::{Activation, HeadShape, RoutingSpec};
+
+/// One layer: a mixer, which lets tokens see each other, and a feed-forward part, which
+/// works on each token alone. The output of each is added to the residual stream.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LayerSpec {
+    /// How tokens see each other.
+    pub mixer: Mixer,
+    /// Where the mixer's norms are.
+    pub mixer_norms: NormPlacement,
+    /// What is computed for each token alone.
+    pub feed_forward: FeedForward,
+    /// Where the feed-forward part's norms are.
+    pub feed_forward_norms: NormPlacement,
+}
+
+/// How the tokens of a sequence see each other in a layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Mixer {
+    /// Causal softmax attention over cached keys and values.
+    Attention(Attention),
+}
+
+/// The attention of a layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Attention {
+    /// The heads.
+    pub heads: HeadShape,
+    /// Factor on `q · k`.
+    pub scale: f32,
+    /// A token sees itself and the `window − 1` tokens before it; all when `None`.
+    pub window: Option<usize>,
+    /// Index of its position embedding in [`ModelConfig::ropes`](super::ModelConfig::ropes).
+    pub rope: usize,
+    /// How queries and keys are normalised before RoPE, if they are.
+    pub qk_norm: Option<QkNormKind>,
+    /// Soft cap on the scaled scores: `s → cap · tanh(s / cap)`.
+    pub softcap: Option<f32>,
+}
+
+/// The feed-forward part of a layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum FeedForward {
+    /// `down(activation(gate(x)) · up(x))`.
+    Dense {
+        /// Rows of `gate` and of `up`.
+        width: usize,
+        /// The non-linearity.
+        activation: Activation,
+    },
+    /// A mixture of such parts, of which a router chooses some for each token.
+    Experts(Experts),
+}
+
+/// The mixture of experts of a layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Experts {
+    /// Number of experts.
+    pub count: usize,
+    /// Rows of an expert's `gate` and of its `up`.
+    pub width: usize,
+    /// How the router chooses, and the experts' non-linearity.
+    pub routing: RoutingSpec,
+}
+
+/// Where the norms of a mixer or of a feed-forward part are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormPlacement {
+    /// On its input.
+    Before,
+    /// On its output.
+    After,
+    /// On both.
+    BeforeAndAfter,
+}
+
+/// How queries and keys are normalised before RoPE.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QkNormKind {
+    /// Each head on its own.
+    PerHead,
+    /// All heads of a row together.
+    WholeRow,
+}
+
+impl LayerSpec {
+    /// The layer's attention.
+    pub fn attention(&self) -> &Attention {
+        let Mixer::Attention(attention) = &self.mixer;
+        attention
+    }
+}
+
+impl Attention {
+    /// Lengths of the weights of the query norm and of the key norm, if there are norms.
+    pub fn qk_norm_lengths(&self) -> Option<(usize, usize)> {
+        let heads = self.heads;
+        Some(match self.qk_norm? {
+            QkNormKind::PerHead => (heads.head_dim, heads.head_dim),
+            QkNormKind::WholeRow => (heads.q_columns(), heads.kv_heads * heads.head_dim),
+        })
+    }
+}
+
+impl NormPlacement {
+    /// Whether there is a norm on the input.
+    pub fn is_before(self) -> bool {
+        matches!(self, Self::Before | Self::BeforeAndAfter)
+    }
+
+    /// Whether there is a norm on the output.
+    pub fn is_after(self) -> bool {
+        matches!(self, Self::After | Self::BeforeAndAfter)
+    }
+}

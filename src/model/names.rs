@@ -1,0 +1,93 @@
+//! The names of tensors, as most architectures have them.
+
+/// A tensor of a layer, by its role.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Part {
+    AttentionNorm,
+    Query,
+    Key,
+    Value,
+    FusedQkv,
+    AttentionOut,
+    QueryNorm,
+    KeyNorm,
+    PostAttentionNorm,
+    FeedForwardNorm,
+    Gate,
+    Up,
+    FusedGateUp,
+    Down,
+    PostFeedForwardNorm,
+    Router,
+    ExpertGate(usize),
+    ExpertUp(usize),
+    ExpertDown(usize),
+}
+
+/// The name of a part in a GGUF file, between `blk.N.` and `.weight`.
+pub(super) fn gguf(part: Part) -> String {
+    let name = match part {
+        Part::AttentionNorm => "attn_norm",
+        Part::Query => "attn_q",
+        Part::Key => "attn_k",
+        Part::Value => "attn_v",
+        Part::FusedQkv => "attn_qkv",
+        Part::AttentionOut => "attn_output",
+        Part::QueryNorm => "attn_q_norm",
+        Part::KeyNorm => "attn_k_norm",
+        Part::PostAttentionNorm => "post_attention_norm",
+        Part::FeedForwardNorm => "ffn_norm",
+        Part::Gate => "ffn_gate",
+        // Converters name the fused tensor after its second half.
+        Part::Up | Part::FusedGateUp => "ffn_up",
+        Part::Down => "ffn_down",
+        Part::PostFeedForwardNorm => "post_ffw_norm",
+        Part::Router => "ffn_gate_inp",
+        Part::ExpertGate(expert) => return format!("ffn_gate.{expert}"),
+        Part::ExpertUp(expert) => return format!("ffn_up.{expert}"),
+        Part::ExpertDown(expert) => return format!("ffn_down.{expert}"),
+    };
+    name.to_owned()
+}
+
+/// The name of the tensor in which a GGUF file stacks a part of all experts of a layer,
+/// between `blk.N.` and `.weight`.
+pub(super) fn gguf_stacked(part: Part) -> Option<&'static str> {
+    match part {
+        Part::ExpertGate(_) => Some("ffn_gate_exps"),
+        Part::ExpertUp(_) => Some("ffn_up_exps"),
+        Part::ExpertDown(_) => Some("ffn_down_exps"),
+        _ => None,
+    }
+}
+
+/// The name of a part in a Hugging Face checkpoint, between `layers.N.` and `.weight`.
+pub(super) fn huggingface(part: Part) -> String {
+    let name = match part {
+        Part::AttentionNorm => "input_layernorm",
+        Part::Query => "self_attn.q_proj",
+        Part::Key => "self_attn.k_proj",
+        Part::Value => "self_attn.v_proj",
+        Part::FusedQkv => "self_attn.qkv_proj",
+        Part::AttentionOut => "self_attn.o_proj",
+        Part::QueryNorm => "self_attn.q_norm",
+        Part::KeyNorm => "self_attn.k_norm",
+        // Where there is a norm before the feed-forward part only, it has this name, too.
+        Part::PostAttentionNorm | Part::FeedForwardNorm => "post_attention_layernorm",
+        Part::Gate => "mlp.gate_proj",
+        Part::Up => "mlp.up_proj",
+        Part::FusedGateUp => "mlp.gate_up_proj",
+        Part::Down => "mlp.down_proj",
+        Part::PostFeedForwardNorm => "post_feedforward_layernorm",
+        Part::Router => "mlp.gate",
+        Part::ExpertGate(expert) => return format!("mlp.experts.{expert}.gate_proj"),
+        Part::ExpertUp(expert) => return format!("mlp.experts.{expert}.up_proj"),
+        Part::ExpertDown(expert) => return format!("mlp.experts.{expert}.down_proj"),
+    };
+    name.to_owned()
+}
+
+/// The name of the bias that belongs to a weight.
+pub(super) fn bias(weight: &str) -> String {
+    format!("{}bias", weight.trim_end_matches("weight"))
+}

@@ -1,0 +1,67 @@
+//! Linear layers whose weights have been read from a file.
+
+use crate::device::{LinearSpec, RowOrder, WeightRows};
+use crate::weights::DType;
+use std::borrow::Cow;
+
+/// A linear layer whose weights have been read.
+pub(super) struct StoredLinear<'a> {
+    parts: Vec<StoredRows<'a>>,
+    bias: Option<Vec<f32>>,
+}
+
+/// Some rows of a linear layer, as they are stored.
+pub(super) struct StoredRows<'a> {
+    pub(super) dtype: DType,
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    pub(super) data: Cow<'a, [u8]>,
+    pub(super) order: RowOrder,
+}
+
+impl<'a> StoredLinear<'a> {
+    /// A layer of stacked parts without a bias.
+    pub(super) fn new(parts: Vec<StoredRows<'a>>) -> Self {
+        Self { parts, bias: None }
+    }
+
+    /// The same layer with a bias, if there is one.
+    pub(super) fn with_bias(self, bias: Option<Vec<f32>>) -> Self {
+        Self { bias, ..self }
+    }
+
+    /// Says that the rows of the first `count` parts, and their biases, are stored in
+    /// `order`.
+    pub(super) fn order_first(&mut self, count: usize, order: RowOrder) {
+        let mut first = 0;
+        for part in self.parts.iter_mut().take(count) {
+            part.order = order;
+            if let Some(bias) = &mut self.bias {
+                reorder(&mut bias[first..first + part.rows], order);
+            }
+            first += part.rows;
+        }
+    }
+
+    /// The layer as a device takes it.
+    pub(super) fn spec(&self) -> LinearSpec<'_> {
+        let parts = self.parts.iter().map(|part| WeightRows {
+            dtype: part.dtype,
+            rows: part.rows,
+            columns: part.columns,
+            data: &part.data,
+            order: part.order,
+        });
+        LinearSpec {
+            parts: parts.collect(),
+            bias: self.bias.clone(),
+        }
+    }
+}
+
+fn reorder(values: &mut [f32], order: RowOrder) {
+    let stored = values.to_vec();
+    for (row, value) in values.iter_mut().enumerate() {
+        *value = stored[order.stored_row(row)];
+    }
+}
