@@ -2,7 +2,7 @@
 //! it. No known field that would change the answer is silently ignored.
 //!
 //! [`request_fields`] is the only list of them. `JsonBody::check_fields` uses it to refuse
-//! requests, `docs/api-fields.md` is generated from it, and `tests/server_fields.rs` goes
+//! requests, `docs/api-fields.md` is generated from it, and `tests/server/fields.rs` goes
 //! through it.
 
 use super::error::ApiError;

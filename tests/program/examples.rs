@@ -103,7 +103,7 @@ fn axum_server_streams_and_cancels_when_its_client_disconnects() {
     drop(client);
     // The request ends after at most 2,000 tokens, but then it is not cancelled.
     let ended = loop {
-        let status = exchange(address, &get("/status")).text();
+        let status = exchange(address, &get("/status")).unwrap().text();
         if status.starts_with("0 open") {
             break status;
         }
