@@ -19,7 +19,7 @@ check:
 ## virtual GPU, the server with third-party clients, the model checkers, and the examples.
 test: model clients templates models
 	$(CARGO) test --locked --workspace --features quell/otel
-	$(CARGO) test --locked --no-default-features --lib
+	$(MAKE) check
 
 ## Runs the engine's threads under model checkers: loom explores every interleaving of a few
 ## threads, shuttle random interleavings of many. QUELL_SCHEDULES sets the number of the latter.
