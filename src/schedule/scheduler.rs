@@ -2,14 +2,16 @@
 
 use super::policy::{ComputeSpeed, PreemptionCost};
 use super::queue::{RunningQueue, WaitingQueue};
-use super::retained::{Retained, RetainedSessions};
+use super::retained::{RetainedSession, RetainedSessions};
 use super::sequence::Swapped;
 use super::tenants::Tenants;
 use super::{
-    FinishReason, Place, PlanItem, Policy, Sequence, SequenceKey, SequenceSpec, Sequences,
+    FinishReason, PlanItem, Policy, Sequence, SequenceKey, SequenceSpec, SequenceState, Sequences,
     StepPlan, Task, TokenInput,
 };
-use crate::cache::{BlockCache, BlockId, BlockTable, Books, HostBlockId, HostBlocks, Imbalance};
+use crate::cache::{
+    AccountingError, BlockCache, BlockCounts, BlockId, BlockTable, HostBlockId, HostBlocks,
+};
 use crate::id::{RequestId, SessionId, StepId};
 use crate::sampling::ConstraintError;
 use serde::Serialize;
@@ -62,11 +64,11 @@ pub enum Commit {
 
 /// What happens to the blocks of a sequence that has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fate {
+pub enum BlockDisposition {
     /// They are released.
-    Free,
+    Release,
     /// The sequence's session keeps the blocks of the first tokens.
-    Keep {
+    Retain {
         /// Number of tokens to keep.
         tokens: usize,
         /// Time until which the blocks are pinned; not pinned if `None`.
@@ -76,8 +78,8 @@ pub enum Fate {
 
 /// Size of what a session keeps between its turns.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Kept {
-    /// Number of tokens whose keys and values are kept.
+pub struct RetainedCache {
+    /// Number of tokens whose keys and values are retained.
     pub tokens: usize,
     /// Number of blocks that hold them.
     pub blocks: usize,
@@ -100,7 +102,7 @@ enum Source {
 
 /// What starting a sequence would take.
 #[derive(Clone, Copy, Debug)]
-struct Start {
+struct StartCost {
     source: Source,
     /// Number of tokens whose keys and values exist already.
     computed: usize,
@@ -108,7 +110,7 @@ struct Start {
     missing: usize,
     /// Number of reused blocks that count as available now and no longer will when the sequence
     /// holds them.
-    unheld: usize,
+    reused_cached_blocks: usize,
 }
 
 /// What is left of a step's limits.
@@ -199,15 +201,15 @@ impl Scheduler {
         }
     }
 
-    /// Checks the block accounting (I3), and that every sequence is in exactly one place (I2).
+    /// Checks the block accounting (I3), and that every sequence is in exactly one state (I2).
     ///
     /// # Errors
-    /// Returns [`Imbalance`] if the recorded numbers differ from a recount. This is always a
+    /// Returns [`AccountingError`] if the recorded numbers differ from a recount. This is always a
     /// bug.
-    pub fn audit(&self) -> Result<Books, Imbalance> {
-        let places = |place| {
+    pub fn audit(&self) -> Result<BlockCounts, AccountingError> {
+        let in_state = |state| {
             let sequences = self.sequences.values();
-            sequences.filter(|other| other.place == place).count()
+            sequences.filter(|other| other.state == state).count()
         };
         let swapped: usize = self
             .sequences
@@ -219,12 +221,12 @@ impl Scheduler {
             (
                 "running sequences",
                 self.running.len(),
-                places(Place::Running),
+                in_state(SequenceState::Running),
             ),
             (
                 "waiting sequences",
                 self.waiting.len(),
-                places(Place::Waiting),
+                in_state(SequenceState::Waiting),
             ),
             ("paused sequences", self.paused, paused),
             (
@@ -235,21 +237,23 @@ impl Scheduler {
         ];
         for (what, counted, found) in sums.into_iter().chain(self.retained.sums()) {
             if counted != found {
-                return Err(Imbalance(format!(
+                return Err(AccountingError(format!(
                     "{counted} {what} recorded, but {found} found"
                 )));
             }
         }
         for sequence in self.sequences.values() {
-            if sequence.place != Place::Running && !sequence.table.is_empty() {
-                return Err(Imbalance(format!(
+            if sequence.state != SequenceState::Running && !sequence.table.is_empty() {
+                return Err(AccountingError(format!(
                     "{} holds blocks but is not running",
                     sequence.id
                 )));
             }
         }
         if self.sequences.is_empty() && !self.tenants.is_empty() {
-            return Err(Imbalance("there are tenants but no sequences".to_owned()));
+            return Err(AccountingError(
+                "there are tenants but no sequences".to_owned(),
+            ));
         }
         let tables = self.sequences.values().map(|sequence| &sequence.table);
         self.cache.audit(tables.chain(self.retained.tables()))
@@ -274,8 +278,9 @@ impl Scheduler {
         if let Some(session) = spec.session {
             // A task that needs every row recomputes the whole prompt, so it reuses nothing.
             // Blocks with another salt must not be reused.
-            let kept = self.retained.get(session);
-            let foreign = kept.is_some_and(|kept| kept.table.salt() != spec.salt.as_ref());
+            let retained = self.retained.get(session);
+            let foreign =
+                retained.is_some_and(|retained| retained.table.salt() != spec.salt.as_ref());
             let reusable = match spec.task.needs_every_row() || foreign {
                 true => &[],
                 false => spec.prompt.as_slice(),
@@ -294,73 +299,77 @@ impl Scheduler {
         if let Some(leader) = leader.and_then(|leader| self.sequences.get_mut(leader)) {
             leader.followers.push(key);
         }
-        self.unpark(key);
+        self.unblock(key);
         key
     }
 
     /// Cuts what a session keeps to the common beginning with `tokens`.
     fn cut_retained(&mut self, session: SessionId, tokens: &[u32]) {
-        let Some(kept) = self.retained.get(session) else {
+        let Some(retained) = self.retained.get(session) else {
             return;
         };
-        let common = kept.tokens.iter().zip(tokens);
-        let common = common.take_while(|(kept, new)| kept == new).count();
+        let common = retained.tokens.iter().zip(tokens);
+        let common = common.take_while(|(retained, new)| retained == new).count();
         // Called even if nothing is cut, because it marks the session as used.
         self.rewind_session(session, common);
     }
 
-    /// Moves a parked sequence to the waiting ones, unless something holds it back.
-    fn unpark(&mut self, key: SequenceKey) {
+    /// Moves a blocked sequence to the waiting ones, unless something holds it back.
+    fn unblock(&mut self, key: SequenceKey) {
         let Some(sequence) = self.sequences.get(key) else {
             return;
         };
         let led = sequence
             .leader
             .and_then(|leader| self.sequences.get(leader))
-            .is_some_and(|leader| leader.written < leader.prompt_tokens);
+            .is_some_and(|leader| leader.written_tokens < leader.prompt_tokens);
         // A sequence that has started before does not wait for its leader's prompt again.
         let led = led && !sequence.started;
         let held_back = sequence.paused || sequence.in_flight > 0 || led;
-        if sequence.place == Place::Parked && !held_back {
-            self.set_place(key, Place::Waiting);
+        if sequence.state == SequenceState::Blocked && !held_back {
+            self.set_state(key, SequenceState::Waiting);
             self.waiting.insert(key, &self.sequences);
         }
     }
 
-    fn set_place(&mut self, key: SequenceKey, place: Place) {
+    fn set_state(&mut self, key: SequenceKey, state: SequenceState) {
         if let Some(sequence) = self.sequences.get_mut(key) {
-            sequence.place = place;
+            sequence.state = state;
         }
     }
 
     /// Ends a sequence in any state and releases all its blocks, like [`Scheduler::close`] with
-    /// [`Fate::Free`].
+    /// [`BlockDisposition::Release`].
     pub fn remove(&mut self, key: SequenceKey) -> Option<(Sequence, usize)> {
-        self.close(key, Fate::Free)
+        self.close(key, BlockDisposition::Release)
     }
 
     /// Ends a sequence in any state. Returns it with the number of blocks that no table holds
     /// any more. These can be allocated at once, or when the last step that touches them has
     /// completed.
-    pub fn close(&mut self, key: SequenceKey, fate: Fate) -> Option<(Sequence, usize)> {
-        let place = self.sequences.get(key)?.place;
-        match place {
-            Place::Running => self.running.remove(key, &self.sequences),
-            Place::Waiting => self.waiting.remove(key, &self.sequences),
-            Place::Parked => {}
+    pub fn close(
+        &mut self,
+        key: SequenceKey,
+        disposition: BlockDisposition,
+    ) -> Option<(Sequence, usize)> {
+        let state = self.sequences.get(key)?.state;
+        match state {
+            SequenceState::Running => self.running.remove(key, &self.sequences),
+            SequenceState::Waiting => self.waiting.remove(key, &self.sequences),
+            SequenceState::Blocked => {}
         }
         let mut sequence = self.sequences.remove(key)?;
         self.paused -= usize::from(sequence.paused);
         self.tenants.close(sequence.tenant);
         if let Some(swapped) = sequence.swapped.take() {
-            self.host.give_back(swapped.blocks);
+            self.host.release(swapped.blocks);
         }
         self.hand_over(std::mem::take(&mut sequence.followers));
-        let blocks = match (fate, sequence.spec.session) {
-            (Fate::Keep { tokens, pin_until }, Some(session)) => {
-                self.keep(&mut sequence, session, tokens, pin_until)
+        let blocks = match (disposition, sequence.spec.session) {
+            (BlockDisposition::Retain { tokens, pin_until }, Some(session)) => {
+                self.retain(&mut sequence, session, tokens, pin_until)
             }
-            _ => self.cache.release(&mut sequence.table, sequence.touched),
+            _ => self.cache.release(&mut sequence.table, sequence.last_step),
         };
         Some((sequence, blocks))
     }
@@ -383,12 +392,12 @@ impl Scheduler {
             first.leader = None;
             first.followers = rest;
         }
-        self.unpark(first);
+        self.unblock(first);
     }
 
     /// Lets the session keep the blocks of the first `tokens` tokens. Returns the number of
     /// other blocks that no table holds any more.
-    fn keep(
+    fn retain(
         &mut self,
         sequence: &mut Sequence,
         session: SessionId,
@@ -396,12 +405,14 @@ impl Scheduler {
         pin_until: Option<Instant>,
     ) -> usize {
         if sequence.table.is_empty() {
-            // If the sequence never started, the session still has what it kept before.
+            // If the sequence never started, the session still has what it retained before.
             return self.rewind_session(session, tokens);
         }
-        let tokens = tokens.min(sequence.written).min(sequence.tokens.len());
-        let touched = sequence.touched;
-        let blocks = self.cache.truncate(&mut sequence.table, tokens, touched);
+        let tokens = tokens
+            .min(sequence.written_tokens)
+            .min(sequence.tokens.len());
+        let last_step = sequence.last_step;
+        let blocks = self.cache.truncate(&mut sequence.table, tokens, last_step);
         let mut table = std::mem::take(&mut sequence.table);
         if table.is_empty() {
             return blocks;
@@ -413,30 +424,30 @@ impl Scheduler {
         let pin_until = pin_until.filter(|_| fits);
         self.retained.insert(
             session,
-            Retained {
+            RetainedSession {
                 tokens: sequence.tokens[..tokens].to_vec(),
                 table,
-                touched,
+                last_step,
                 pinned_until: pin_until,
-                ..Retained::default()
+                ..RetainedSession::default()
             },
         );
         blocks
     }
 
     /// Returns the size of what a session keeps now.
-    pub fn kept(&self, session: SessionId) -> Kept {
+    pub fn retained(&self, session: SessionId) -> RetainedCache {
         self.retained
             .get(session)
-            .map_or_else(Kept::default, Retained::kept)
+            .map_or_else(RetainedCache::default, RetainedSession::size)
     }
 
     /// Returns every session that keeps something, ordered by id, with the size and the block
     /// table of what it keeps.
-    pub fn kept_by_all(&self) -> Vec<(SessionId, Kept, &BlockTable)> {
-        let kept = self.retained.iter();
-        let mut all: Vec<_> = kept
-            .map(|(session, kept)| (session, kept.kept(), &kept.table))
+    pub fn retained_sessions(&self) -> Vec<(SessionId, RetainedCache, &BlockTable)> {
+        let retained = self.retained.iter();
+        let mut all: Vec<_> = retained
+            .map(|(session, retained)| (session, retained.size(), &retained.table))
             .collect();
         all.sort_unstable_by_key(|(session, ..)| *session);
         all
@@ -444,20 +455,24 @@ impl Scheduler {
 
     /// Returns what all sessions keep: the tokens, and the blocks that hold them.
     #[cfg(test)]
-    pub(crate) fn retained(&self) -> impl Iterator<Item = (&[u32], &crate::cache::BlockTable)> {
+    pub(crate) fn retained_contents(
+        &self,
+    ) -> impl Iterator<Item = (&[u32], &crate::cache::BlockTable)> {
         self.retained.contents()
     }
 
     /// Cuts what a session keeps to its first `tokens` tokens. Returns the number of blocks
     /// that no table holds any more.
     pub fn rewind_session(&mut self, session: SessionId, tokens: usize) -> usize {
-        let Some(mut kept) = self.retained.take(session) else {
+        let Some(mut retained) = self.retained.take(session) else {
             return 0;
         };
-        kept.tokens.truncate(tokens);
-        let blocks = self.cache.truncate(&mut kept.table, tokens, kept.touched);
-        if !kept.table.is_empty() {
-            self.retained.insert(session, kept);
+        retained.tokens.truncate(tokens);
+        let blocks = self
+            .cache
+            .truncate(&mut retained.table, tokens, retained.last_step);
+        if !retained.table.is_empty() {
+            self.retained.insert(session, retained);
         }
         blocks
     }
@@ -466,9 +481,9 @@ impl Scheduler {
     /// holds any more, and the last step that touches them.
     pub fn end_session(&mut self, session: SessionId) -> (usize, StepId) {
         match self.retained.take(session) {
-            Some(mut kept) => {
-                let blocks = self.cache.release(&mut kept.table, kept.touched);
-                (blocks, kept.touched)
+            Some(mut retained) => {
+                let blocks = self.cache.release(&mut retained.table, retained.last_step);
+                (blocks, retained.last_step)
             }
             None => (0, StepId::default()),
         }
@@ -476,15 +491,15 @@ impl Scheduler {
 
     /// Lets the new session `to` keep what `from` keeps. Both share the blocks.
     pub fn fork_session(&mut self, from: SessionId, to: SessionId) {
-        let Some(kept) = self.retained.get(from) else {
+        let Some(retained) = self.retained.get(from) else {
             return;
         };
-        let table = self.cache.share(&kept.table, kept.tokens.len());
-        let fork = Retained {
-            tokens: kept.tokens.clone(),
+        let table = self.cache.share(&retained.table, retained.tokens.len());
+        let fork = RetainedSession {
+            tokens: retained.tokens.clone(),
             table,
-            touched: kept.touched,
-            ..Retained::default()
+            last_step: retained.last_step,
+            ..RetainedSession::default()
         };
         self.retained.insert(to, fork);
     }
@@ -508,22 +523,22 @@ impl Scheduler {
             return;
         }
         sequence.paused = paused;
-        let place = sequence.place;
+        let state = sequence.state;
         if !paused {
             self.paused -= 1;
-            self.unpark(key);
+            self.unblock(key);
             return;
         }
         self.paused += 1;
-        if place == Place::Waiting {
+        if state == SequenceState::Waiting {
             self.waiting.remove(key, &self.sequences);
-            self.set_place(key, Place::Parked);
+            self.set_state(key, SequenceState::Blocked);
         }
     }
 
     /// Records that step `step` and all before it have completed on the device.
-    pub fn completed(&mut self, step: StepId) {
-        self.cache.completed(step);
+    pub fn step_completed(&mut self, step: StepId) {
+        self.cache.step_completed(step);
     }
 
     /// Records that a step of `rows` rows took `seconds`, from which the cost of recomputing is
@@ -555,7 +570,7 @@ impl Scheduler {
         });
         self.plan_running(plan, &mut budget);
         self.admit(plan, &mut budget, |_, _| true);
-        self.host.give_back(self.read_back.drain(..));
+        self.host.release(self.read_back.drain(..));
         let some = !plan.items.is_empty() || !plan.transfers.is_empty();
         if some {
             self.launched = plan.step;
@@ -596,8 +611,8 @@ impl Scheduler {
     /// Returns how many more tokens of a sequence this step could compute; 1 means a decode.
     fn plannable(&self, key: SequenceKey, plan: &StepPlan) -> usize {
         let runs = |sequence: &&Sequence| {
-            let planned = sequence.touched == plan.step;
-            !planned && !sequence.paused && sequence.place == Place::Running
+            let planned = sequence.last_step == plan.step;
+            !planned && !sequence.paused && sequence.state == SequenceState::Running
         };
         let sequence = self.sequences.get(key).filter(runs);
         sequence.map_or(0, Sequence::pending)
@@ -630,7 +645,7 @@ impl Scheduler {
         let Some(sequence) = self.sequences.get_mut(key) else {
             return;
         };
-        let start = sequence.computed;
+        let start = sequence.launched_tokens;
         let sample = sequence.samples_last(count);
         let end = sequence.ends_with_prompt() && start + count == sequence.length();
         let report = sequence.report(count);
@@ -641,10 +656,10 @@ impl Scheduler {
         } else {
             TokenInput::Known
         };
-        sequence.computed += count;
-        let reported = sequence.computed.min(sequence.prompt_tokens);
+        sequence.launched_tokens += count;
+        let reported = sequence.launched_tokens.min(sequence.prompt_tokens);
         sequence.reported = sequence.reported.max(reported);
-        sequence.touched = plan.step;
+        sequence.last_step = plan.step;
         if sample || end {
             sequence.in_flight += 1;
         }
@@ -673,7 +688,7 @@ impl Scheduler {
             let Some(sequence) = self.sequences.get_mut(key) else {
                 return false;
             };
-            let start = sequence.computed;
+            let start = sequence.launched_tokens;
             let Err(short) = self.cache.prepare(
                 &mut sequence.table,
                 start,
@@ -694,7 +709,7 @@ impl Scheduler {
                 None => return false,
             }
             let own = self.sequences.get(key);
-            if own.is_none_or(|sequence| sequence.place != Place::Running) {
+            if own.is_none_or(|sequence| sequence.state != SequenceState::Running) {
                 return false; // `key` itself was the victim
             }
         }
@@ -717,35 +732,35 @@ impl Scheduler {
     /// else the last one that is served no earlier than `key`, which may be `key` itself.
     fn victim(&self, key: SequenceKey, plan: &StepPlan) -> Option<SequenceKey> {
         let own = self.sequences.get(key)?.rank();
-        self.last_outside(plan, |sequence| sequence.paused)
-            .or_else(|| self.last_outside(plan, |sequence| sequence.rank() >= own))
+        self.last_unplanned(plan, |sequence| sequence.paused)
+            .or_else(|| self.last_unplanned(plan, |sequence| sequence.rank() >= own))
     }
 
     /// Returns the last running sequence that satisfies `kind` and is not in the plan. Prefers
     /// one whose release frees at least one block.
-    fn last_outside(
+    fn last_unplanned(
         &self,
         plan: &StepPlan,
         kind: impl Fn(&Sequence) -> bool,
     ) -> Option<SequenceKey> {
         let candidate = |key: &SequenceKey| {
             let sequence = self.sequences.get(*key)?;
-            // Planning a sequence sets `touched` to the step.
-            (kind(sequence) && sequence.touched != plan.step).then_some((*key, sequence))
+            // Planning a sequence sets `last_step` to the step.
+            (kind(sequence) && sequence.last_step != plan.step).then_some((*key, sequence))
         };
         let last_first = || self.running.keys().iter().rev().filter_map(candidate);
         last_first()
-            .find(|(_, sequence)| self.cache.holds_alone(&sequence.table))
+            .find(|(_, sequence)| self.cache.has_exclusive_blocks(&sequence.table))
             .or_else(|| last_first().next())
             .map(|(key, _)| key)
     }
 
     /// Estimates what preempting a sequence would cost.
     fn preemption_cost(&self, sequence: &Sequence) -> PreemptionCost {
-        let blocks = self.cache.blocks_for(sequence.computed);
+        let blocks = self.cache.blocks_for(sequence.launched_tokens);
         let swap = 2.0 * blocks as f64 * self.policy.swap_seconds_per_block;
         PreemptionCost {
-            recompute: self.speed.seconds(sequence.computed),
+            recompute: self.speed.seconds(sequence.launched_tokens),
             swap: (blocks > 0 && blocks <= self.host.free()).then_some(swap),
         }
     }
@@ -760,7 +775,7 @@ impl Scheduler {
         let swap = cost.prefers_swap(self.policy.preemption);
         tracing::debug!(
             request = %sequence.id,
-            tokens = sequence.computed,
+            tokens = sequence.launched_tokens,
             recompute_seconds = cost.recompute,
             swap_seconds = cost.swap,
             swap,
@@ -770,25 +785,25 @@ impl Scheduler {
         let Some(sequence) = self.sequences.get_mut(key) else {
             return;
         };
-        let count = self.cache.blocks_for(sequence.computed);
-        if let Some(host) = swap.then(|| self.host.take(count)).flatten() {
+        let count = self.cache.blocks_for(sequence.launched_tokens);
+        if let Some(host) = swap.then(|| self.host.allocate(count)).flatten() {
             let blocks = sequence.table.blocks().iter().copied();
             let pairs = blocks.zip(host.iter().copied());
             plan.transfers.swap_out.extend(pairs);
             sequence.swapped = Some(Swapped {
                 blocks: host,
-                tokens: sequence.computed,
+                tokens: sequence.launched_tokens,
                 step: plan.step,
             });
             // The copy is part of this step.
-            sequence.touched = plan.step;
+            sequence.last_step = plan.step;
             self.totals.swaps += 1;
         }
-        self.cache.release(&mut sequence.table, sequence.touched);
-        sequence.computed = 0;
-        sequence.written = 0;
-        sequence.place = Place::Parked;
-        self.unpark(key);
+        self.cache.release(&mut sequence.table, sequence.last_step);
+        sequence.launched_tokens = 0;
+        sequence.written_tokens = 0;
+        sequence.state = SequenceState::Blocked;
+        self.unblock(key);
     }
 
     /// Starts waiting sequences in order, as long as budget, places and blocks are left.
@@ -813,9 +828,9 @@ impl Scheduler {
                 break;
             }
             if self.running.len() >= self.policy.max_sequences {
-                let start = self.start_of(key);
-                match self.gives_way_to_start(key, plan).zip(start) {
-                    Some((victim, start)) if self.room_by_preemption(key, &start, plan) => {
+                let start = self.start_cost(key);
+                match self.victim_to_start(key, plan).zip(start) {
+                    Some((victim, start)) if self.fits_after_preemption(key, &start, plan) => {
                         self.preempt(victim, plan);
                     }
                     _ => break,
@@ -836,11 +851,12 @@ impl Scheduler {
 
     /// Returns whether `key` could start if all sessions were evicted and all sequences
     /// preempted that may be preempted for it. Otherwise they would be preempted in vain.
-    fn room_by_preemption(&self, key: SequenceKey, start: &Start, plan: &StepPlan) -> bool {
+    fn fits_after_preemption(&self, key: SequenceKey, start: &StartCost, plan: &StepPlan) -> bool {
         let Some(own) = self.sequences.get(key) else {
             return false;
         };
-        let mut room = self.cache.available_blocks() + self.cache.deferred_blocks() - start.unheld;
+        let mut room = self.cache.available_blocks() + self.cache.deferred_blocks()
+            - start.reused_cached_blocks;
         room += self.retained.blocks();
         let mut running = self.running.len();
         for sequence in self
@@ -850,8 +866,8 @@ impl Scheduler {
             .filter_map(|key| self.sequences.get(*key))
         {
             let less_urgent = sequence.spec.priority > own.spec.priority;
-            if sequence.touched != plan.step && (sequence.paused || less_urgent) {
-                room += self.cache.held_alone(&sequence.table);
+            if sequence.last_step != plan.step && (sequence.paused || less_urgent) {
+                room += self.cache.exclusive_blocks(&sequence.table);
                 running -= 1;
             }
         }
@@ -860,20 +876,20 @@ impl Scheduler {
 
     /// Returns the sequence to preempt so that `key` can start: a paused one, or a less urgent
     /// one.
-    fn gives_way_to_start(&self, key: SequenceKey, plan: &StepPlan) -> Option<SequenceKey> {
+    fn victim_to_start(&self, key: SequenceKey, plan: &StepPlan) -> Option<SequenceKey> {
         let priority = self.sequences.get(key)?.spec.priority;
-        self.last_outside(plan, |sequence| sequence.paused)
-            .or_else(|| self.last_outside(plan, |other| other.spec.priority > priority))
+        self.last_unplanned(plan, |sequence| sequence.paused)
+            .or_else(|| self.last_unplanned(plan, |other| other.spec.priority > priority))
     }
 
     /// Makes room for a waiting sequence. One block per running sequence stays available, so
     /// that the new sequence is not preempted at once. Returns `None` if the sequence cannot
     /// start now.
-    fn room_to_start(&mut self, key: SequenceKey, plan: &mut StepPlan) -> Option<Start> {
+    fn room_to_start(&mut self, key: SequenceKey, plan: &mut StepPlan) -> Option<StartCost> {
         loop {
-            let start = self.start_of(key)?;
+            let start = self.start_cost(key)?;
             let needed = start.missing + self.running.len();
-            let available = self.cache.available_blocks() - start.unheld;
+            let available = self.cache.available_blocks() - start.reused_cached_blocks;
             if needed <= available {
                 return Some(start);
             }
@@ -883,8 +899,8 @@ impl Scheduler {
             if self.evict_session() || (self.running.len() == 0 && self.evict_pinned_session()) {
                 continue;
             }
-            let victim = self.gives_way_to_start(key, plan)?;
-            if !self.room_by_preemption(key, &start, plan) {
+            let victim = self.victim_to_start(key, plan)?;
+            if !self.fits_after_preemption(key, &start, plan) {
                 return None;
             }
             self.preempt(victim, plan);
@@ -892,65 +908,66 @@ impl Scheduler {
     }
 
     /// Returns what starting a waiting sequence would take now; `None` if it cannot start yet.
-    fn start_of(&self, key: SequenceKey) -> Option<Start> {
+    fn start_cost(&self, key: SequenceKey) -> Option<StartCost> {
         let sequence = self.sequences.get(key)?;
         let length = sequence.tokens.len();
         let most = sequence.reusable();
         let blocks = self.cache.blocks_for(length);
         let salt = sequence.spec.salt.as_ref();
-        let kept = |session| Some((session, self.retained.get(session)?));
+        let retained = |session| Some((session, self.retained.get(session)?));
         if let Some(swapped) = &sequence.swapped {
-            if swapped.step > self.cache.completed_step() {
+            if swapped.step > self.cache.last_completed_step() {
                 return None; // the step that copies the blocks out may still fail
             }
             // The rows of all swapped-out tokens were reported before, so none must be
             // recomputed.
-            let (known, unheld) =
+            let (known, reused_cached_blocks) =
                 self.cache
                     .lookup(salt, &sequence.tokens, swapped.tokens.min(length - 1));
-            return Some(Start {
+            return Some(StartCost {
                 source: Source::Swapped,
                 computed: swapped.tokens,
                 missing: blocks - known,
-                unheld,
+                reused_cached_blocks,
             });
         }
-        if let Some((session, kept)) = sequence.spec.session.and_then(kept) {
-            let computed = kept.tokens.len().min(most);
-            return Some(Start {
+        if let Some((session, retained)) = sequence.spec.session.and_then(retained) {
+            let computed = retained.tokens.len().min(most);
+            return Some(StartCost {
                 source: Source::Session(session),
                 computed,
-                missing: self.cache.missing_blocks(&kept.table, computed, length),
-                unheld: 0,
+                missing: self.cache.missing_blocks(&retained.table, computed, length),
+                reused_cached_blocks: 0,
             });
         }
         // A sequence that has started before may find more than the prompt in the prefix cache.
         let leader = sequence.leader.filter(|_| !sequence.started);
         let leader = leader.and_then(|leader| self.sequences.get(leader));
-        if let Some(leader) = leader.filter(|leader| leader.written >= leader.prompt_tokens) {
+        if let Some(leader) = leader.filter(|leader| leader.written_tokens >= leader.prompt_tokens)
+        {
             let computed = leader.prompt_tokens.min(most);
-            return Some(Start {
+            return Some(StartCost {
                 source: Source::Leader(sequence.leader?),
                 computed,
                 // A partial last block counts as missing, because it is copied before it is
                 // written.
                 missing: blocks - computed / self.cache.block_tokens(),
-                unheld: 0,
+                reused_cached_blocks: 0,
             });
         }
-        let (known, unheld) = self.cache.lookup(salt, &sequence.tokens, most);
-        Some(Start {
+        let (known, reused_cached_blocks) = self.cache.lookup(salt, &sequence.tokens, most);
+        Some(StartCost {
             source: Source::Prefix,
             computed: known * self.cache.block_tokens(),
             missing: blocks - known,
-            unheld,
+            reused_cached_blocks,
         })
     }
 
     /// Starts a waiting sequence for which there is room.
-    fn start(&mut self, key: SequenceKey, start: Start, plan: &mut StepPlan) {
+    fn start(&mut self, key: SequenceKey, start: StartCost, plan: &mut StepPlan) {
         self.waiting.remove(key, &self.sequences);
-        self.set_place(key, Place::Running);
+        self.set_state(key, SequenceState::Running);
         self.running.insert(key, &self.sequences);
         let shared = match start.source {
             Source::Leader(leader) => self
@@ -959,20 +976,20 @@ impl Scheduler {
                 .map(|leader| self.cache.share(&leader.table, start.computed)),
             _ => None,
         };
-        let kept = match start.source {
+        let retained = match start.source {
             Source::Session(session) => self.retained.take(session),
             _ => None,
         };
         let Some(sequence) = self.sequences.get_mut(key) else {
             return;
         };
-        sequence.since = plan.step;
-        sequence.computed = start.computed;
+        sequence.started_step = plan.step;
+        sequence.launched_tokens = start.computed;
         if let Some(table) = shared {
             sequence.table = table;
-        } else if let Some(kept) = kept {
-            sequence.table = kept.table;
-            sequence.touched = sequence.touched.max(kept.touched);
+        } else if let Some(retained) = retained {
+            sequence.table = retained.table;
+            sequence.last_step = sequence.last_step.max(retained.last_step);
         } else {
             let most = sequence.tokens.len() - 1;
             let limit = start.computed.min(most);
@@ -980,12 +997,12 @@ impl Scheduler {
                 .attach(&mut sequence.table, &sequence.tokens, limit);
         }
         sequence.reserve(self.cache.block_tokens());
-        sequence.written = match start.source {
+        sequence.written_tokens = match start.source {
             Source::Swapped => 0,
             _ => start.computed,
         };
         let known = sequence.table.len();
-        let (from, to) = (sequence.computed, sequence.tokens.len());
+        let (from, to) = (sequence.launched_tokens, sequence.tokens.len());
         let (table, transfers) = (&mut sequence.table, &mut plan.transfers);
         let copies = transfers.copies.len();
         let booked = self.cache.prepare(table, from, to, plan.step, transfers);
@@ -994,7 +1011,7 @@ impl Scheduler {
             // A copied block counts as written only when this step has completed, because the
             // step may fail.
             let size = self.cache.block_tokens();
-            sequence.written = sequence.written.min(from - from % size);
+            sequence.written_tokens = sequence.written_tokens.min(from - from % size);
         }
         if let Some(swapped) = sequence.swapped.take() {
             let blocks = sequence.table.blocks().iter().copied();
@@ -1031,25 +1048,25 @@ impl Scheduler {
 
     /// Records that the step of `plan` has completed without an error. The keys and values that
     /// its items wrote exist now, and other sequences may find the complete blocks.
-    pub fn written(&mut self, plan: &StepPlan) {
+    pub fn step_succeeded(&mut self, plan: &StepPlan) {
         for item in &plan.items {
             let Some(sequence) = self.sequences.get_mut(item.key) else {
                 continue;
             };
             // The sequence may have been preempted since, and even restarted.
-            if sequence.place != Place::Running || plan.step < sequence.since {
+            if sequence.state != SequenceState::Running || plan.step < sequence.started_step {
                 continue;
             }
-            sequence.written = item.start + item.count;
+            sequence.written_tokens = item.start + item.count;
             self.cache.publish(
                 &mut sequence.table,
                 &sequence.tokens,
-                sequence.written,
-                sequence.touched,
+                sequence.written_tokens,
+                sequence.last_step,
             );
-            if sequence.written >= sequence.prompt_tokens && !sequence.followers.is_empty() {
+            if sequence.written_tokens >= sequence.prompt_tokens && !sequence.followers.is_empty() {
                 for follower in std::mem::take(&mut sequence.followers) {
-                    self.unpark(follower);
+                    self.unblock(follower);
                 }
             }
         }
@@ -1058,7 +1075,7 @@ impl Scheduler {
     /// Records that the step of `plan` has failed. Blocks that it should have copied to the
     /// host are lost, and their tokens are recomputed. The caller must end the sequences of its
     /// items.
-    pub fn lost(&mut self, plan: &StepPlan) {
+    pub fn step_failed(&mut self, plan: &StepPlan) {
         if plan.transfers.swap_out.is_empty() {
             return;
         }
@@ -1067,7 +1084,7 @@ impl Scheduler {
                 .swapped
                 .take_if(|swapped| swapped.step == plan.step);
             if let Some(swapped) = lost {
-                self.host.give_back(swapped.blocks);
+                self.host.release(swapped.blocks);
             }
         }
     }
@@ -1093,7 +1110,7 @@ impl Scheduler {
         } else {
             Commit::Token
         };
-        self.unpark(key);
+        self.unblock(key);
         commit
     }
 
@@ -1107,7 +1124,7 @@ impl Scheduler {
             Task::Embed => FinishReason::Stop,
             Task::Generate | Task::Score { .. } => FinishReason::Length,
         };
-        self.unpark(key);
+        self.unblock(key);
         Commit::Finished(reason)
     }
 }
