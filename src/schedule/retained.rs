@@ -4,11 +4,22 @@
 //! are exempt: each pin expires at a given time, and the blocks of all pins together are
 //! capped. A session whose blocks were evicted recomputes its tokens in its next turn.
 
-use super::RetainedCache;
 use crate::cache::BlockTable;
 use crate::id::{SessionId, StepId};
+use serde::Serialize;
 use std::collections::{BTreeMap, HashMap};
 use std::time::Instant;
+
+/// Size of what a session keeps between its turns.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct RetainedCache {
+    /// Number of tokens whose keys and values are retained.
+    pub tokens: usize,
+    /// Number of blocks that hold them.
+    pub blocks: usize,
+    /// Whether the blocks are pinned, so that they are not evicted.
+    pub pinned: bool,
+}
 
 /// The keys and values that one session keeps.
 #[derive(Debug, Default)]

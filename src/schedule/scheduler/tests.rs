@@ -1,13 +1,16 @@
 //! Tests of the scheduler, step by step: which sequence gets which blocks, and which is
 //! preempted.
 
-use super::super::Report;
 use super::*;
 use crate::config::Preemption;
-use crate::sampling::{Constraint, ConstraintState};
+use crate::id::{RequestId, SessionId};
+use crate::sampling::{Constraint, ConstraintError, ConstraintState};
+use crate::schedule::{
+    FinishReason, PlanItem, Report, Sequence, SequenceSpec, StepPlan, Task, TokenInput,
+};
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A scheduler, and a device that completes its steps when told to.
 struct Bench {
