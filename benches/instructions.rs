@@ -46,11 +46,11 @@ fn spec(index: usize, prompt: usize) -> SequenceSpec {
 }
 
 fn commit(scheduler: &mut Scheduler, plan: &StepPlan, tokens: impl Iterator<Item = u32>) {
-    scheduler.written(plan);
+    scheduler.step_succeeded(plan);
     for (item, token) in plan.samples().zip(tokens) {
         assert_eq!(scheduler.commit(item.key, token), Commit::Token);
     }
-    scheduler.completed(plan.step);
+    scheduler.step_completed(plan.step);
 }
 
 fn scheduler(steps: usize) -> Result<(), Box<dyn Error>> {

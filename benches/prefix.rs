@@ -71,14 +71,14 @@ fn scheduler_round(sequences: usize, prefixes: bool) -> f64 {
     }
     while finished < 2 * sequences {
         let Some(plan) = scheduler.plan() else { break };
-        scheduler.written(&plan);
+        scheduler.step_succeeded(&plan);
         for item in plan.samples() {
             if let Commit::Finished(_) = scheduler.commit(item.key, steps as u32) {
                 scheduler.remove(item.key);
                 finished += 1;
             }
         }
-        scheduler.completed(plan.step);
+        scheduler.step_completed(plan.step);
         steps += 1;
     }
     assert_eq!(scheduler.counts().prefix_hits, 0, "something was found");

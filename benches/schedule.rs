@@ -110,12 +110,12 @@ fn scheduler_times(sequences: usize, hits: usize) -> SchedulerTimes {
             assert!(scheduler.plan_into(&mut step));
             let planned = Instant::now();
             assert_eq!(step.items.len(), sequences);
-            scheduler.written(&step);
+            scheduler.step_succeeded(&step);
             for item in step.samples() {
                 let committed = scheduler.commit(item.key, number as u32);
                 assert_eq!(committed, Commit::Token);
             }
-            scheduler.completed(step.step);
+            scheduler.step_completed(step.step);
             let committed = Instant::now();
             match number {
                 0 => admit.push(committed - start),
@@ -156,14 +156,14 @@ fn filled(sequences: usize, hits: usize) -> Scheduler {
             scheduler.add(RequestId::from_u64(0), spec(index, known, known));
         }
         while let Some(plan) = scheduler.plan() {
-            scheduler.written(&plan);
+            scheduler.step_succeeded(&plan);
             for item in &plan.items {
                 if item.end {
                     scheduler.commit_end(item.key);
                     scheduler.remove(item.key);
                 }
             }
-            scheduler.completed(plan.step);
+            scheduler.step_completed(plan.step);
         }
     }
     for index in 0..sequences {

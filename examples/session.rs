@@ -24,8 +24,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         conversation.push(Message::new("assistant", text));
     }
 
-    let kept = session.kept()?;
-    println!("kept: {} tokens in {} blocks", kept.tokens, kept.blocks);
+    let retained = session.retained()?;
+    println!(
+        "kept: {} tokens in {} blocks",
+        retained.tokens, retained.blocks
+    );
     let receipt = session.end().wait()?;
     println!("freed: {} blocks", receipt.blocks_freed);
     Ok(())

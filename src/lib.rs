@@ -123,7 +123,7 @@ pub use engine::{
 pub use id::{RequestId, SessionId, StepId};
 pub use runner::{DeviceChoice, GenerationConfig, LoadError, LoadOptions, RunnerInfo};
 pub use sampling::{Constraint, ConstraintError, SamplingDefaults, SamplingParams, TokenLimits};
-pub use schedule::Kept;
+pub use schedule::RetainedCache;
 pub use text::Message;
 #[cfg(feature = "grammar")]
 pub use text::{Grammar, GrammarError};

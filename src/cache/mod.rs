@@ -34,7 +34,7 @@ pub use transfer::{HostBlockId, HostBlocks, Transfers};
 
 use crate::id::StepId;
 use fence::Release;
-use prefix::{After, PrefixCache};
+use prefix::{Predecessor, PrefixCache};
 use serde::Serialize;
 use std::sync::Arc;
 use thiserror::Error;
@@ -43,7 +43,7 @@ use thiserror::Error;
 ///
 /// Invariant I3: `free + referenced + cached + deferred = total`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Books {
+pub struct BlockCounts {
     /// All blocks.
     pub total: usize,
     /// Blocks that can be allocated now and hold nothing of use.
@@ -57,7 +57,7 @@ pub struct Books {
     pub deferred: usize,
 }
 
-impl Books {
+impl BlockCounts {
     /// Returns the number of blocks that can be allocated now.
     pub fn available(&self) -> usize {
         self.free + self.cached
@@ -77,7 +77,7 @@ pub struct OutOfBlocks {
 /// The error of [`BlockCache::audit`] if the accounting is inconsistent, which is always a bug.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error("the block accounting of the KV cache is inconsistent: {0}")]
-pub struct Imbalance(pub(crate) String);
+pub struct AccountingError(pub(crate) String);
 
 /// Allocates the blocks of the KV cache and takes them back.
 #[derive(Debug)]
@@ -147,13 +147,13 @@ impl BlockCache {
     }
 
     /// Returns whether releasing `table` would leave a block that no table holds.
-    pub fn holds_alone(&self, table: &BlockTable) -> bool {
+    pub fn has_exclusive_blocks(&self, table: &BlockTable) -> bool {
         let mut last_first = table.blocks.iter().rev();
         last_first.any(|&block| self.pool.references(block) == 1)
     }
 
     /// Returns the number of blocks that no table would hold if `table` were released.
-    pub fn held_alone(&self, table: &BlockTable) -> usize {
+    pub fn exclusive_blocks(&self, table: &BlockTable) -> usize {
         let blocks = table.blocks.iter();
         blocks
             .filter(|&&block| self.pool.references(block) == 1)
@@ -183,7 +183,7 @@ impl BlockCache {
             table.published = table.published.min(index);
             // If the first token to be written begins a block, there is nothing to copy.
             let copy = !start.is_multiple_of(self.block_tokens);
-            if let Some(own) = self.hand_out() {
+            if let Some(own) = self.allocate() {
                 if copy {
                     transfers.copies.push((shared, own));
                 }
@@ -192,7 +192,7 @@ impl BlockCache {
             }
         }
         while table.len() < self.blocks_for(end) {
-            match self.hand_out() {
+            match self.allocate() {
                 Some(block) => table.blocks.push(block),
                 None => break,
             }
@@ -202,7 +202,7 @@ impl BlockCache {
 
     /// Allocates a free block, or else the least recently used cached block, whose tokens are
     /// forgotten.
-    fn hand_out(&mut self) -> Option<BlockId> {
+    fn allocate(&mut self) -> Option<BlockId> {
         if let Some(block) = self.pool.allocate() {
             return Some(block);
         }
@@ -231,11 +231,11 @@ impl BlockCache {
         tokens: &'a [u32],
         limit: usize,
     ) -> impl Iterator<Item = BlockId> + 'a {
-        let mut after = After::Salt(salt);
+        let mut after = Predecessor::Salt(salt);
         let whole = tokens[..limit.min(tokens.len())].chunks_exact(self.block_tokens);
         whole.map_while(move |chunk| {
             let block = self.prefix.as_ref()?.find(after, chunk)?;
-            after = After::Block(block);
+            after = Predecessor::Block(block);
             Some(block)
         })
     }
@@ -272,8 +272,8 @@ impl BlockCache {
         while table.published < whole.min(table.len()) {
             let index = table.published;
             let after = match index.checked_sub(1) {
-                Some(before) => After::Block(table.blocks[before]),
-                None => After::Salt(table.salt.as_ref()),
+                Some(before) => Predecessor::Block(table.blocks[before]),
+                None => Predecessor::Salt(table.salt.as_ref()),
             };
             let own = table.blocks[index];
             let chunk = &tokens[index * self.block_tokens..][..self.block_tokens];
@@ -346,7 +346,7 @@ impl BlockCache {
 
     /// Records that step `step` and all before it have completed. Blocks that were deferred
     /// until then become free or cached.
-    pub fn completed(&mut self, step: StepId) {
+    pub fn step_completed(&mut self, step: StepId) {
         let Self {
             pool,
             fence,
@@ -357,7 +357,7 @@ impl BlockCache {
     }
 
     /// Returns the last step that has completed.
-    pub fn completed_step(&self) -> StepId {
+    pub fn last_completed_step(&self) -> StepId {
         self.fence.completed()
     }
 
@@ -379,8 +379,8 @@ impl BlockCache {
     }
 
     /// Returns the number of blocks in each state.
-    pub fn books(&self) -> Books {
-        Books {
+    pub fn counts(&self) -> BlockCounts {
+        BlockCounts {
             total: self.pool.total_blocks(),
             free: self.pool.free_blocks(),
             referenced: self.pool.referenced_blocks(),
@@ -410,33 +410,37 @@ impl BlockCache {
     /// rules that the prefix cache relies on are checked, too.
     ///
     /// # Errors
-    /// Returns [`Imbalance`] with a description of the first inconsistency.
+    /// Returns [`AccountingError`] with a description of the first inconsistency.
     pub fn audit<'a>(
         &self,
         tables: impl Iterator<Item = &'a BlockTable>,
-    ) -> Result<Books, Imbalance> {
-        let books = self.books();
-        if books.free + books.referenced + books.cached + books.deferred != books.total {
-            return Err(Imbalance(format!("{books:?} does not add up")));
+    ) -> Result<BlockCounts, AccountingError> {
+        let counts = self.counts();
+        if counts.free + counts.referenced + counts.cached + counts.deferred != counts.total {
+            return Err(AccountingError(format!("{counts:?} does not add up")));
         }
-        let mut held = vec![0u32; books.total];
+        let mut held = vec![0u32; counts.total];
         for table in tables {
             for &block in table.blocks() {
                 match held.get_mut(block.index()) {
                     Some(count) => *count += 1,
-                    None => return Err(Imbalance(format!("a table holds {block:?} of {books:?}"))),
+                    None => {
+                        return Err(AccountingError(format!(
+                            "a table holds {block:?} of {counts:?}"
+                        )));
+                    }
                 }
             }
             self.audit_published(table)?;
         }
-        self.pool.audit(&held).map_err(Imbalance)?;
+        self.pool.audit(&held).map_err(AccountingError)?;
         self.audit_deferred()?;
         self.audit_prefixes()?;
-        Ok(books)
+        Ok(counts)
     }
 
     /// Checks that a table's published blocks are known, follow each other, and have its salt.
-    fn audit_published(&self, table: &BlockTable) -> Result<(), Imbalance> {
+    fn audit_published(&self, table: &BlockTable) -> Result<(), AccountingError> {
         let Some(prefix) = &self.prefix else {
             return Ok(());
         };
@@ -444,12 +448,12 @@ impl BlockCache {
         if let Some(&first) = table.blocks[..table.published].first()
             && prefix.salt(first) != table.salt()
         {
-            return Err(Imbalance(format!("{first:?} is shared across salts")));
+            return Err(AccountingError(format!("{first:?} is shared across salts")));
         }
         for &block in &table.blocks[..table.published] {
             if !prefix.knows(block) || prefix.parent(block) != parent {
                 let known = prefix.parent(block);
-                return Err(Imbalance(format!(
+                return Err(AccountingError(format!(
                     "{block:?} was published after {parent:?}, but is known after {known:?}"
                 )));
             }
@@ -459,14 +463,16 @@ impl BlockCache {
     }
 
     /// Checks that the fence will settle every deferred block.
-    fn audit_deferred(&self) -> Result<(), Imbalance> {
+    fn audit_deferred(&self) -> Result<(), AccountingError> {
         let mut awaited = vec![false; self.pool.total_blocks()];
         for block in self.fence.iter() {
             awaited[block.index()] = true;
         }
         for (index, awaited) in awaited.into_iter().enumerate() {
             if self.pool.state(BlockId(index as u32)) == BlockState::Deferred && !awaited {
-                return Err(Imbalance(format!("block {index} is deferred forever")));
+                return Err(AccountingError(format!(
+                    "block {index} is deferred forever"
+                )));
             }
         }
         Ok(())
@@ -474,12 +480,12 @@ impl BlockCache {
 
     /// Checks that cached blocks are known and free ones are not, and that the block that a
     /// known block follows is known and is evicted after it.
-    fn audit_prefixes(&self) -> Result<(), Imbalance> {
+    fn audit_prefixes(&self) -> Result<(), AccountingError> {
         let Some(prefix) = &self.prefix else {
             let cached = self.pool.cached_blocks();
             return match cached {
                 0 => Ok(()),
-                _ => Err(Imbalance(format!(
+                _ => Err(AccountingError(format!(
                     "{cached} blocks are cached, but there is no prefix cache"
                 ))),
             };
@@ -494,7 +500,7 @@ impl BlockCache {
             let state = self.pool.state(block);
             if !prefix.knows(block) {
                 if state == BlockState::Cached {
-                    return Err(Imbalance(format!(
+                    return Err(AccountingError(format!(
                         "{block:?} is cached, but its tokens are not known"
                     )));
                 }
@@ -505,14 +511,14 @@ impl BlockCache {
                 !prefix.knows(parent) || order[parent.index()] < order[block.index()]
             });
             if state == BlockState::Free || lost.is_some() {
-                return Err(Imbalance(format!(
+                return Err(AccountingError(format!(
                     "{block:?} is {state:?}, but is known after {lost:?}"
                 )));
             }
         }
         if known != prefix.len() {
             let listed = prefix.len();
-            return Err(Imbalance(format!(
+            return Err(AccountingError(format!(
                 "{known} blocks are known, but {listed} are indexed"
             )));
         }

@@ -17,7 +17,7 @@ const ROOT: u32 = u32::MAX;
 
 /// What comes before a block.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum After<'a> {
+pub(super) enum Predecessor<'a> {
     /// Another known block.
     Block(BlockId),
     /// Nothing: the block is the first of a sequence with this salt.
@@ -37,10 +37,10 @@ struct Known {
 }
 
 impl Known {
-    fn follows(&self, after: After<'_>) -> bool {
+    fn follows(&self, after: Predecessor<'_>) -> bool {
         match after {
-            After::Block(parent) => self.parent == parent.0,
-            After::Salt(salt) => self.parent == ROOT && self.salt.as_ref() == salt,
+            Predecessor::Block(parent) => self.parent == parent.0,
+            Predecessor::Salt(salt) => self.parent == ROOT && self.salt.as_ref() == salt,
         }
     }
 }
@@ -77,7 +77,7 @@ impl PrefixCache {
     }
 
     /// Returns the known block that holds `tokens` and comes after `after`.
-    pub fn find(&self, after: After<'_>, tokens: &[u32]) -> Option<BlockId> {
+    pub fn find(&self, after: Predecessor<'_>, tokens: &[u32]) -> Option<BlockId> {
         let candidate = *self.by_chain.get(&self.chain(after, tokens))?;
         let known = self.known[candidate.index()].as_ref()?;
         let same = known.follows(after) && self.tokens_of(candidate) == tokens;
@@ -86,7 +86,7 @@ impl PrefixCache {
 
     /// Makes a complete block known. Returns `false` and leaves it unknown if its hash is taken
     /// by other tokens.
-    pub fn publish(&mut self, block: BlockId, after: After<'_>, tokens: &[u32]) -> bool {
+    pub fn publish(&mut self, block: BlockId, after: Predecessor<'_>, tokens: &[u32]) -> bool {
         debug_assert_eq!(
             tokens.len(),
             self.block_tokens,
@@ -99,8 +99,8 @@ impl PrefixCache {
         }
         self.by_chain.insert(chain, block);
         let (parent, salt) = match after {
-            After::Block(parent) => (parent.0, None),
-            After::Salt(salt) => (ROOT, salt.cloned()),
+            Predecessor::Block(parent) => (parent.0, None),
+            Predecessor::Salt(salt) => (ROOT, salt.cloned()),
         };
         self.known[block.index()] = Some(Known {
             chain,
@@ -135,15 +135,15 @@ impl PrefixCache {
         &self.tokens[block.index() * self.block_tokens..][..self.block_tokens]
     }
 
-    fn chain(&self, after: After<'_>, tokens: &[u32]) -> u64 {
+    fn chain(&self, after: Predecessor<'_>, tokens: &[u32]) -> u64 {
         let mut hasher = self.hasher.build_hasher();
         match after {
-            After::Block(parent) => {
+            Predecessor::Block(parent) => {
                 let parent = self.known[parent.index()].as_ref();
                 hasher.write_u64(parent.map_or(0, |known| known.chain));
             }
-            After::Salt(None) => hasher.write_u64(0),
-            After::Salt(Some(salt)) => hasher.write(salt.as_bytes()),
+            Predecessor::Salt(None) => hasher.write_u64(0),
+            Predecessor::Salt(Some(salt)) => hasher.write(salt.as_bytes()),
         }
         for pair in tokens.chunks(2) {
             let second = pair.get(1).copied().unwrap_or_default();
@@ -162,13 +162,13 @@ mod tests {
     fn other_tokens_with_the_same_hash_do_not_match() {
         let mut cache = PrefixCache::new(4, 2);
         let known = BlockId(0);
-        let (start, salt) = (After::Salt(None), Arc::from("salt"));
+        let (start, salt) = (Predecessor::Salt(None), Arc::from("salt"));
         assert!(cache.publish(known, start, &[1, 2]));
         // Other tokens, and the same tokens after another block or with a salt.
         for (after, tokens) in [
             (start, [3, 4]),
-            (After::Block(known), [1, 2]),
-            (After::Salt(Some(&salt)), [1, 2]),
+            (Predecessor::Block(known), [1, 2]),
+            (Predecessor::Salt(Some(&salt)), [1, 2]),
         ] {
             let collision = cache.chain(after, &tokens);
             cache.by_chain.insert(collision, known);

@@ -39,11 +39,11 @@ fn blocks_that_a_step_in_flight_touches_are_deferred() {
     let mut table = BlockTable::default();
     grow(&mut cache, &mut table, 32).unwrap();
     assert_eq!(cache.release(&mut table, StepId(3)), 2);
-    let books = cache.books();
-    assert_eq!((books.free, books.referenced, books.deferred), (0, 0, 2));
-    cache.completed(StepId(2));
+    let counts = cache.counts();
+    assert_eq!((counts.free, counts.referenced, counts.deferred), (0, 0, 2));
+    cache.step_completed(StepId(2));
     assert_eq!(cache.available_blocks(), 0);
-    cache.completed(StepId(3));
+    cache.step_completed(StepId(3));
     assert_eq!(cache.available_blocks(), 2);
     grow(&mut cache, &mut table, 1).unwrap();
     cache.release(&mut table, StepId(3));
@@ -63,10 +63,10 @@ fn a_shared_block_waits_for_the_last_step_of_every_holder() {
     let mut b = cache.share(&a, 16);
     assert_eq!(cache.release(&mut a, StepId(7)), 0, "b holds it");
     assert_eq!(cache.release(&mut b, StepId(5)), 1);
-    cache.completed(StepId(6));
-    assert_eq!(cache.books().deferred, 1);
-    cache.completed(StepId(7));
-    assert_eq!(cache.books().free, 2);
+    cache.step_completed(StepId(6));
+    assert_eq!(cache.counts().deferred, 1);
+    cache.step_completed(StepId(7));
+    assert_eq!(cache.counts().free, 2);
 }
 
 /// I4: a block that is released, held again and released again waits for the later step.
@@ -81,10 +81,10 @@ fn an_outdated_release_frees_nothing() {
     // The block is known, so it is found although it is deferred.
     assert_eq!(cache.attach(&mut table, &all, 16), 16);
     cache.release(&mut table, StepId(5));
-    cache.completed(StepId(3));
-    assert_eq!(cache.books().deferred, 1);
-    cache.completed(StepId(5));
-    assert_eq!(cache.books().cached, 1);
+    cache.step_completed(StepId(3));
+    assert_eq!(cache.counts().deferred, 1);
+    cache.step_completed(StepId(5));
+    assert_eq!(cache.counts().cached, 1);
 }
 
 #[test]
@@ -95,7 +95,7 @@ fn freed_blocks_are_recorded_once_asked_for() {
     grow(&mut cache, &mut table, 32).unwrap();
     cache.release(&mut table, StepId(1));
     assert_eq!(cache.take_freed(), [], "step 1 may still touch them");
-    cache.completed(StepId(1));
+    cache.step_completed(StepId(1));
     assert_eq!(cache.take_freed(), [BlockId(1), BlockId(0)]);
     assert_eq!(cache.take_freed(), []);
 }
@@ -158,7 +158,7 @@ fn released_blocks_are_found_until_they_are_reallocated() {
     let (first, second) = (tokens(32, 1), tokens(32, 2));
     leave_behind(&mut cache, &first);
     leave_behind(&mut cache, &second);
-    assert_eq!(cache.books().cached, 4);
+    assert_eq!(cache.counts().cached, 4);
     // The first blocks are used again, so the second ones are now older.
     leave_behind(&mut cache, &first);
     let mut table = BlockTable::default();
@@ -183,14 +183,17 @@ fn publishing_known_tokens_replaces_blocks_by_the_known_ones() {
     cache.publish(&mut b, &all, 40, StepId(3));
     assert_eq!(a.blocks()[..2], b.blocks()[..2]);
     assert_ne!(a.blocks()[2], b.blocks()[2], "the last is not complete");
-    let books = cache.audit([&a, &b].into_iter()).unwrap();
-    assert_eq!((books.referenced, books.deferred), (4, 2));
+    let counts = cache.audit([&a, &b].into_iter()).unwrap();
+    assert_eq!((counts.referenced, counts.deferred), (4, 2));
     // The table that published the blocks is released, but the other still holds the whole
     // chain.
     cache.release(&mut a, StepId(0));
-    cache.completed(StepId(3));
-    let books = cache.audit([&b].into_iter()).unwrap();
-    assert_eq!((books.referenced, books.cached, books.deferred), (3, 0, 0));
+    cache.step_completed(StepId(3));
+    let counts = cache.audit([&b].into_iter()).unwrap();
+    assert_eq!(
+        (counts.referenced, counts.cached, counts.deferred),
+        (3, 0, 0)
+    );
 }
 
 /// I10: no table writes to a block that another one reads.
@@ -230,7 +233,7 @@ fn a_truncated_published_block_is_copied_before_it_is_written() {
         .prepare(&mut table, 20, 21, StepId(1), &mut transfers)
         .unwrap();
     assert_eq!(transfers.copies.len(), 1);
-    cache.completed(StepId(1));
+    cache.step_completed(StepId(1));
     assert_eq!(
         cache.lookup(None, &all, 32).0,
         2,
@@ -245,7 +248,7 @@ fn a_cache_without_prefixes_finds_nothing() {
     let all = tokens(32, 1);
     leave_behind(&mut cache, &all);
     assert_eq!(cache.lookup(None, &all, 32).0, 0);
-    assert_eq!(cache.books().free, 4);
+    assert_eq!(cache.counts().free, 4);
 }
 
 #[test]
@@ -253,7 +256,7 @@ fn clearing_forgets_blocks_that_no_table_holds() {
     let mut cache = cache(4);
     leave_behind(&mut cache, &tokens(32, 1));
     cache.clear_prefixes();
-    assert_eq!(cache.books().free, 4);
+    assert_eq!(cache.counts().free, 4);
     assert_eq!(cache.lookup(None, &tokens(32, 1), 32).0, 0);
     cache.audit(std::iter::empty()).unwrap();
 }
@@ -338,23 +341,23 @@ proptest! {
                     let written = held.len().min(count);
                     cache.publish(table, held, written, launched);
                 }
-                6 if launched > done => { done = done.next(); cache.completed(done); }
+                6 if launched > done => { done = done.next(); cache.step_completed(done); }
                 _ => launched = launched.next(),
             }
             let targets: Vec<_> = transfers.copies.iter().map(|(_, target)| *target).collect();
-            let books = cache.audit(tables.iter().map(|(table, _)| table)).unwrap();
+            let counts = cache.audit(tables.iter().map(|(table, _)| table)).unwrap();
             for target in targets {
                 prop_assert_eq!(cache.pool.references(target), 1);
             }
             if launched == done {
-                prop_assert_eq!(books.deferred, 0);
+                prop_assert_eq!(counts.deferred, 0);
             }
         }
         for (table, _) in &mut tables {
             cache.release(table, launched);
         }
-        cache.completed(launched);
-        let books = cache.audit(std::iter::empty()).unwrap();
-        prop_assert_eq!(books.available(), 24);
+        cache.step_completed(launched);
+        let counts = cache.audit(std::iter::empty()).unwrap();
+        prop_assert_eq!(counts.available(), 24);
     }
 }

@@ -70,7 +70,7 @@ impl HostBlocks {
     }
 
     /// Allocates `count` blocks, or none if fewer are free.
-    pub fn take(&mut self, count: usize) -> Option<Vec<HostBlockId>> {
+    pub fn allocate(&mut self, count: usize) -> Option<Vec<HostBlockId>> {
         (count <= self.free.len()).then(|| {
             (0..count)
                 .filter_map(|_| Some(self.free.pop()?.0))
@@ -79,7 +79,7 @@ impl HostBlocks {
     }
 
     /// Frees blocks.
-    pub fn give_back(&mut self, blocks: impl IntoIterator<Item = HostBlockId>) {
+    pub fn release(&mut self, blocks: impl IntoIterator<Item = HostBlockId>) {
         self.free.extend(blocks.into_iter().map(std::cmp::Reverse));
     }
 }

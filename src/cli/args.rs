@@ -92,7 +92,7 @@ impl CliError {
     pub fn no_tokenizer(model: &str, path: &Path) -> Self {
         Self::NoTokenizer {
             model: model.to_owned(),
-            instead: ModelFiles::unread_tokenizer(path),
+            instead: ModelFiles::unsupported_tokenizer(path),
         }
     }
 

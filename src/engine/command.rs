@@ -12,7 +12,7 @@ use super::turn::{Stop, Turn, TurnCell};
 use super::waiting::Reply;
 use super::{Drained, EngineSnapshot};
 use crate::id::{RequestId, SessionId};
-use crate::schedule::{Kept, SequenceSpec};
+use crate::schedule::{RetainedCache, SequenceSpec};
 use std::time::Instant;
 
 /// A message from callers to the scheduler thread. Commands are applied in the order in which
@@ -46,7 +46,7 @@ pub(crate) enum Command {
     /// Let a new session keep what another session keeps.
     Fork { from: SessionId, to: SessionId },
     /// Report what a session keeps.
-    Kept(SessionId, Sender<Kept>),
+    Retained(SessionId, Sender<RetainedCache>),
     /// End a session and its turn.
     EndSession {
         session: SessionId,

@@ -1,7 +1,7 @@
 //! The errors of submitting requests and of generating answers.
 
 use super::CancelReason;
-use crate::cache::Imbalance;
+use crate::cache::AccountingError;
 use crate::device::DeviceError;
 use crate::id::StepId;
 use crate::sampling::{ConstraintError, ParamError};
@@ -146,7 +146,7 @@ pub enum EngineFault {
     },
     /// The block accounting was inconsistent.
     #[error(transparent)]
-    Books(#[from] Imbalance),
+    Accounting(#[from] AccountingError),
     /// The scheduler thread panicked, which is a bug in quell.
     #[error("the scheduler thread panicked: {0}")]
     Panic(String),

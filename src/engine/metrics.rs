@@ -198,17 +198,17 @@ impl EngineMetrics {
     /// Sets the gauges, and increases the totals by the difference from `before`, which was
     /// published last.
     pub fn publish(&self, now: &EngineStats, before: &EngineStats) {
-        let books = &now.blocks;
+        let counts = &now.blocks;
         self.running.set(now.running as f64);
         self.waiting.set(now.waiting as f64);
         self.paused.set(now.paused as f64);
-        self.blocks_free.set(books.free as f64);
-        self.blocks_active.set(books.referenced as f64);
-        self.blocks_cached.set(books.cached as f64);
-        self.blocks_deferred.set(books.deferred as f64);
-        let used = books.referenced + books.deferred;
+        self.blocks_free.set(counts.free as f64);
+        self.blocks_active.set(counts.referenced as f64);
+        self.blocks_cached.set(counts.cached as f64);
+        self.blocks_deferred.set(counts.deferred as f64);
+        let used = counts.referenced + counts.deferred;
         self.cache_usage
-            .set(used as f64 / books.total.max(1) as f64);
+            .set(used as f64 / counts.total.max(1) as f64);
         let catch_up = |counter: &Counter, now: u64, before: u64| {
             if now > before {
                 counter.increment(now - before);

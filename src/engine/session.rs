@@ -6,7 +6,7 @@ use super::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::turn::{Stop, Turn, TurnCell};
 use super::{Engine, Prompt, Request, SubmitError, TokenStream};
 use crate::id::SessionId;
-use crate::schedule::Kept;
+use crate::schedule::RetainedCache;
 use std::time::{Duration, Instant};
 
 /// Settings of a session.
@@ -112,8 +112,8 @@ impl Session {
     /// # Errors
     ///
     /// Returns [`SubmitError::Closed`] if the engine has closed.
-    pub fn kept(&self) -> Result<Kept, SubmitError> {
-        self.engine.ask(|reply| Command::Kept(self.id, reply))
+    pub fn retained(&self) -> Result<RetainedCache, SubmitError> {
+        self.engine.ask(|reply| Command::Retained(self.id, reply))
     }
 
     /// Begins a turn: appends `request.prompt` to the turns before it and generates the answer.

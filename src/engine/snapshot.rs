@@ -6,7 +6,7 @@ use super::ledger::{Ended, Ledger};
 use super::sync::Arc;
 use crate::cache::{BlockState, BlockTable};
 use crate::id::{RequestId, SessionId, StepId};
-use crate::schedule::{Kept, Place, Scheduler, Sequence, SequenceKey};
+use crate::schedule::{RetainedCache, Scheduler, Sequence, SequenceKey, SequenceState};
 use serde::{Serialize, Serializer};
 use std::time::{Duration, Instant};
 
@@ -75,14 +75,14 @@ pub struct RequestState {
     pub age: Duration,
 }
 
-/// What a session keeps between its turns.
+/// What a session retains between its turns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct SessionState {
     /// Id of the session.
     pub id: SessionId,
-    /// How much it keeps.
+    /// Size of what it retains.
     #[serde(flatten)]
-    pub kept: Kept,
+    pub retained: RetainedCache,
 }
 
 /// A request that has ended and whose blocks are free.
@@ -185,15 +185,15 @@ pub(super) fn take(scheduler: &Scheduler, ledger: &Ledger, stats: EngineStats) -
     let now = Instant::now();
     let mut sequences: Vec<(SequenceKey, &Sequence)> = scheduler.sequences().iter().collect();
     sequences.sort_unstable_by_key(|(_, sequence)| sequence.id);
-    let kept = scheduler.kept_by_all();
+    let retained = scheduler.retained_sessions();
     let requests = sequences.iter().map(|(key, sequence)| {
         let (submitted, label) = ledger.known_of(*key).unwrap_or((now, None));
         let age = now.saturating_duration_since(submitted);
         request_state(sequence, label.cloned(), age)
     });
-    let sessions = kept.iter().map(|(id, kept, _)| SessionState {
+    let sessions = retained.iter().map(|(id, retained, _)| SessionState {
         id: *id,
-        kept: *kept,
+        retained: *retained,
     });
     let ends = ledger.recent_ends().rev();
     EngineSnapshot {
@@ -204,7 +204,7 @@ pub(super) fn take(scheduler: &Scheduler, ledger: &Ledger, stats: EngineStats) -
         blocks: block_map(
             scheduler.cache().states(),
             sequences.iter().map(|(_, sequence)| &sequence.table),
-            kept.iter().map(|(_, _, table)| *table),
+            retained.iter().map(|(_, _, table)| *table),
         ),
         recent_ends: ends.map(|ended| request_end(ended, now)).collect(),
     }
@@ -215,7 +215,7 @@ fn request_state(sequence: &Sequence, label: Option<Arc<str>>, age: Duration) ->
         RequestPhase::Paused
     } else if sequence.is_preempted() {
         RequestPhase::Preempted
-    } else if sequence.place() == Place::Running {
+    } else if sequence.state() == SequenceState::Running {
         RequestPhase::Running
     } else {
         RequestPhase::Waiting
@@ -230,7 +230,7 @@ fn request_state(sequence: &Sequence, label: Option<Arc<str>>, age: Duration) ->
         priority: sequence.spec.priority,
         prompt_tokens: sequence.prompt_tokens,
         cached_tokens: sequence.cached_tokens,
-        computed_tokens: sequence.written(),
+        computed_tokens: sequence.written_tokens(),
         generated_tokens: sequence.generated(),
         blocks: blocks.map(|block| block.index() as u32).collect(),
         age,

@@ -1,6 +1,6 @@
 //! The state of an engine in numbers, as the scheduler thread reports it.
 
-use crate::cache::Books;
+use crate::cache::BlockCounts;
 use crate::id::StepId;
 use serde::Serialize;
 
@@ -23,7 +23,7 @@ pub struct Outcomes {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct EngineStats {
     /// Blocks of the KV cache, by state.
-    pub blocks: Books,
+    pub blocks: BlockCounts,
     /// Tokens per KV cache block.
     pub block_tokens: usize,
     /// Requests that hold blocks and take part in steps.

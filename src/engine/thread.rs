@@ -18,7 +18,8 @@ use crate::id::{SessionId, StepId};
 use crate::runner::{Runner, StepOutput};
 use crate::sampling::{ConstraintError, Sampled};
 use crate::schedule::{
-    Commit, Fate, FinishReason, PlanItem, Report, Scheduler, Sequence, SequenceKey, StepPlan, Task,
+    BlockDisposition, Commit, FinishReason, PlanItem, Report, Scheduler, Sequence, SequenceKey,
+    StepPlan, Task,
 };
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
@@ -397,8 +398,8 @@ impl SchedulerThread {
                 self.scheduler.rewind_session(session, tokens);
             }
             Command::Fork { from, to } => self.scheduler.fork_session(from, to),
-            Command::Kept(session, reply) => {
-                let _ = reply.try_send(self.scheduler.kept(session));
+            Command::Retained(session, reply) => {
+                let _ = reply.try_send(self.scheduler.retained(session));
             }
             Command::EndSession {
                 session,
@@ -501,7 +502,7 @@ impl SchedulerThread {
         if let Some(key) = self.ledger.turn_key(session) {
             let sequence = self.scheduler.sequences().get(key);
             receipt.tokens_generated = sequence.map_or(0, Sequence::generated);
-            fence = sequence.map_or(fence, Sequence::touched);
+            fence = sequence.map_or(fence, Sequence::last_step);
             // The cancelled turn first returns its blocks to the session; they are freed below
             // with the rest.
             receipt.blocks_freed = self.cancel(key, CancelReason::SessionEnded).unwrap_or(0);
@@ -534,14 +535,14 @@ impl SchedulerThread {
     /// Ends a request, for any reason, and returns the number of blocks that nobody holds any
     /// more. Every request ends here.
     fn end(&mut self, key: SequenceKey, terminal: Terminal) -> usize {
-        let fate = self.fate(key, &terminal);
-        let Some((sequence, blocks)) = self.scheduler.close(key, fate) else {
+        let disposition = self.disposition(key, &terminal);
+        let Some((sequence, blocks)) = self.scheduler.close(key, disposition) else {
             return 0;
         };
         let remains = Remains {
             blocks,
             tokens_generated: sequence.generated(),
-            fence: sequence.touched(),
+            fence: sequence.last_step(),
         };
         self.ledger.close(key, terminal, remains);
         blocks
@@ -549,19 +550,19 @@ impl SchedulerThread {
 
     /// Decides what happens to the blocks of a request that is about to end. If the request is
     /// a turn, also records for its session how the turn ended.
-    fn fate(&self, key: SequenceKey, terminal: &Terminal) -> Fate {
+    fn disposition(&self, key: SequenceKey, terminal: &Terminal) -> BlockDisposition {
         let (Some(turn), Some(sequence)) = (
             self.ledger.turn_of(key),
             self.scheduler.sequences().get(key),
         ) else {
-            return Fate::Free;
+            return BlockDisposition::Release;
         };
         let flag = self.ledger.cell_of(key).and_then(RequestCell::cancelled);
         let (end, tokens) = match (terminal, flag) {
             // What a failed step has written cannot be trusted.
             (Terminal::Failed(_), _) => {
                 turn.cell.ended_by_thread(TurnEnd::Rewound);
-                return Fate::Free;
+                return BlockDisposition::Release;
             }
             (Terminal::Finished(_), Some(CancelReason::StopString)) => {
                 let kept = sequence.prompt_tokens + turn.cell.kept_answer();
@@ -583,7 +584,7 @@ impl SchedulerThread {
             turn.cell.ended_by_thread(end);
         }
         let pin_until = turn.pin.map(|pin| Instant::now() + pin.min(LONGEST_PIN));
-        Fate::Keep { tokens, pin_until }
+        BlockDisposition::Retain { tokens, pin_until }
     }
 
     /// Enqueues a step. If the launch fails, the requests of that step fail.
@@ -722,7 +723,7 @@ impl SchedulerThread {
     fn commit_step(&mut self, plan: &StepPlan, mut output: StepOutput) {
         self.end_not_finite(plan, &output.samples);
         // Publish complete blocks before any other item ends, so that they can be reused.
-        self.scheduler.written(plan);
+        self.scheduler.step_succeeded(plan);
         let mut samples = output.samples.drain(..).map(Token::from);
         let mut sums = output.sums.drain(..);
         for item in &plan.items {
@@ -831,7 +832,7 @@ impl SchedulerThread {
             step
         };
         self.completed = self.completed.max(step);
-        self.scheduler.completed(self.completed);
+        self.scheduler.step_completed(self.completed);
         self.ledger.settle(self.completed);
     }
 
@@ -849,7 +850,7 @@ impl SchedulerThread {
 
     fn fail_step(&mut self, plan: &StepPlan, error: &DeviceError) {
         tracing::error!(%error, step = %plan.step, requests = plan.items.len(), "a step failed");
-        self.scheduler.lost(plan);
+        self.scheduler.step_failed(plan);
         for item in &plan.items {
             // A request that has already been cancelled stays cancelled.
             if self.apply_cancel(item.key).is_none() {
@@ -898,7 +899,7 @@ impl SchedulerThread {
     fn stats(&self) -> EngineStats {
         let counts = self.scheduler.counts();
         EngineStats {
-            blocks: self.scheduler.cache().books(),
+            blocks: self.scheduler.cache().counts(),
             block_tokens: self.scheduler.cache().block_tokens(),
             running: counts.running,
             waiting: counts.waiting,

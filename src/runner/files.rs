@@ -147,7 +147,7 @@ impl ModelFiles {
 
     /// Returns the name of a tokenizer file in a format that quell does not read, if the folder
     /// has one and no `tokenizer.json`.
-    pub fn unread_tokenizer(path: &Path) -> Option<&'static str> {
+    pub fn unsupported_tokenizer(path: &Path) -> Option<&'static str> {
         const OTHERS: [&str; 6] = [
             "tokenizer.model",
             "spiece.model",

@@ -194,7 +194,7 @@ mod tests {
                     scheduler.remove(item.key);
                 }
             }
-            scheduler.completed(plan.step);
+            scheduler.step_completed(plan.step);
         }
         assert!(scheduler.sequences().is_empty());
         assert!(recomputed > 0, "nothing was recomputed");

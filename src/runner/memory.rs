@@ -7,7 +7,7 @@ use crate::device::{CacheShape, Device};
 use crate::model::ModelConfig;
 
 /// Maximum number of blocks, on the device or on the host.
-const MOST_BLOCKS: usize = u32::MAX as usize >> 8;
+const MAX_BLOCKS: usize = u32::MAX as usize >> 8;
 
 /// Memory that a model takes on the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,7 +59,7 @@ pub(super) fn cache_shape<D: Device>(
     let useful = context_tokens(model, config)
         .div_ceil(config.block_tokens)
         .saturating_mul(config.max_sequences);
-    let blocks = (budget / block_bytes).min(useful).min(MOST_BLOCKS);
+    let blocks = (budget / block_bytes).min(useful).min(MAX_BLOCKS);
     if blocks == 0 {
         return Err(LoadError::Config {
             name: "kv_cache_bytes",
@@ -83,7 +83,7 @@ pub(super) fn swap_info<D: Device>(
     });
     let blocks = config.swap_bytes.checked_div(block_bytes)?;
     (blocks > 0).then(|| SwapInfo {
-        blocks: blocks.min(MOST_BLOCKS),
+        blocks: blocks.min(MAX_BLOCKS),
         seconds_per_block: block_bytes as f64 / device.swap_bandwidth(),
     })
 }

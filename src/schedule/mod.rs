@@ -37,5 +37,8 @@ mod tenants;
 
 pub use plan::{PlanItem, Report, StepPlan, TokenInput};
 pub use policy::{Policy, PreemptionCost};
-pub use scheduler::{Commit, Counts, Fate, Kept, Scheduler};
-pub use sequence::{FinishReason, Place, Sequence, SequenceKey, SequenceSpec, Sequences, Task};
+pub use retained::RetainedCache;
+pub use scheduler::{BlockDisposition, Commit, Counts, Scheduler};
+pub use sequence::{
+    FinishReason, Sequence, SequenceKey, SequenceSpec, SequenceState, Sequences, Task,
+};

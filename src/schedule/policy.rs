@@ -68,16 +68,16 @@ pub(super) struct ComputeSpeed {
 
 /// Minimum number of rows of a step that counts as a measurement. Smaller steps say little
 /// about how fast a whole prompt is computed.
-const FEWEST_ROWS: usize = 16;
+const MIN_ROWS: usize = 16;
 /// Weight of a new measurement in the running average.
-const NEWEST: f64 = 0.2;
+const NEW_SAMPLE_WEIGHT: f64 = 0.2;
 
 impl ComputeSpeed {
     pub fn observe(&mut self, rows: usize, seconds: f64) {
-        if rows >= FEWEST_ROWS {
+        if rows >= MIN_ROWS {
             let now = seconds / rows as f64;
             let before = self.seconds_per_token.unwrap_or(now);
-            self.seconds_per_token = Some(before + NEWEST * (now - before));
+            self.seconds_per_token = Some(before + NEW_SAMPLE_WEIGHT * (now - before));
         }
     }
 

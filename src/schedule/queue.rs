@@ -41,13 +41,13 @@ impl RunningQueue {
 }
 
 /// The waiting sequences of one tenant, by arrival.
-type Line = BTreeMap<u64, SequenceKey>;
+type ArrivalQueue = BTreeMap<u64, SequenceKey>;
 
 /// The waiting sequences by priority, then by how little their tenant was served, then by
 /// arrival.
 #[derive(Debug, Default)]
 pub(super) struct WaitingQueue {
-    classes: BTreeMap<i32, BTreeMap<TenantKey, Line>>,
+    classes: BTreeMap<i32, BTreeMap<TenantKey, ArrivalQueue>>,
     len: usize,
 }
 
@@ -61,8 +61,8 @@ impl WaitingQueue {
             return;
         };
         let class = self.classes.entry(sequence.spec.priority).or_default();
-        let line = class.entry(sequence.tenant).or_default();
-        if line.insert(sequence.arrival, key).is_none() {
+        let queue = class.entry(sequence.tenant).or_default();
+        if queue.insert(sequence.arrival, key).is_none() {
             self.len += 1;
         }
     }
@@ -76,11 +76,11 @@ impl WaitingQueue {
         let Some(class) = self.classes.get_mut(&priority) else {
             return;
         };
-        if let Some(line) = class.get_mut(&sequence.tenant) {
-            if line.remove(&sequence.arrival).is_some() {
+        if let Some(queue) = class.get_mut(&sequence.tenant) {
+            if queue.remove(&sequence.arrival).is_some() {
                 self.len -= 1;
             }
-            if line.is_empty() {
+            if queue.is_empty() {
                 class.remove(&sequence.tenant);
             }
         }
@@ -92,14 +92,15 @@ impl WaitingQueue {
     /// Returns the sequence that starts next.
     pub fn next(&self, tenants: &Tenants) -> Option<SequenceKey> {
         let (_, class) = self.classes.first_key_value()?;
-        let first = |line: &Line| {
-            line.first_key_value()
+        let first = |queue: &ArrivalQueue| {
+            queue
+                .first_key_value()
                 .map(|(arrival, key)| (*arrival, *key))
         };
         class
             .iter()
-            .filter_map(|(tenant, line)| {
-                let (arrival, key) = first(line)?;
+            .filter_map(|(tenant, queue)| {
+                let (arrival, key) = first(queue)?;
                 Some((tenants.served(*tenant), arrival, key))
             })
             .min()

@@ -4,30 +4,41 @@
 //! are exempt: each pin expires at a given time, and the blocks of all pins together are
 //! capped. A session whose blocks were evicted recomputes its tokens in its next turn.
 
-use super::Kept;
 use crate::cache::BlockTable;
 use crate::id::{SessionId, StepId};
+use serde::Serialize;
 use std::collections::{BTreeMap, HashMap};
 use std::time::Instant;
 
+/// Size of what a session keeps between its turns.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct RetainedCache {
+    /// Number of tokens whose keys and values are retained.
+    pub tokens: usize,
+    /// Number of blocks that hold them.
+    pub blocks: usize,
+    /// Whether the blocks are pinned, so that they are not evicted.
+    pub pinned: bool,
+}
+
 /// The keys and values that one session keeps.
 #[derive(Debug, Default)]
-pub(super) struct Retained {
+pub(super) struct RetainedSession {
     /// Tokens whose keys and values the blocks hold.
     pub tokens: Vec<u32>,
     pub table: BlockTable,
     /// Last step that touches the blocks.
-    pub touched: StepId,
+    pub last_step: StepId,
     /// Time until which the blocks are not evicted.
     pub pinned_until: Option<Instant>,
     /// Position in the order of use, which [`RetainedSessions::insert`] sets.
     pub used: u64,
 }
 
-impl Retained {
+impl RetainedSession {
     /// Returns the number of tokens and blocks.
-    pub fn kept(&self) -> Kept {
-        Kept {
+    pub fn size(&self) -> RetainedCache {
+        RetainedCache {
             tokens: self.tokens.len(),
             blocks: self.table.len(),
             pinned: self.pinned_until.is_some(),
@@ -38,7 +49,7 @@ impl Retained {
 /// The keys and values that all sessions keep.
 #[derive(Debug, Default)]
 pub(super) struct RetainedSessions {
-    sessions: HashMap<SessionId, Retained>,
+    sessions: HashMap<SessionId, RetainedSession>,
     /// Sessions without a pin, the least recently used first.
     evictable: BTreeMap<u64, SessionId>,
     uses: u64,
@@ -60,26 +71,28 @@ impl RetainedSessions {
     }
 
     /// Returns every session that keeps something, in arbitrary order.
-    pub fn iter(&self) -> impl Iterator<Item = (SessionId, &Retained)> {
-        self.sessions.iter().map(|(session, kept)| (*session, kept))
+    pub fn iter(&self) -> impl Iterator<Item = (SessionId, &RetainedSession)> {
+        self.sessions
+            .iter()
+            .map(|(session, retained)| (*session, retained))
     }
 
     #[cfg(test)]
     pub fn contents(&self) -> impl Iterator<Item = (&[u32], &BlockTable)> {
         let sessions = self.sessions.values();
-        sessions.map(|kept| (kept.tokens.as_slice(), &kept.table))
+        sessions.map(|retained| (retained.tokens.as_slice(), &retained.table))
     }
 
     pub fn blocks(&self) -> usize {
         self.blocks
     }
 
-    pub fn get(&self, session: SessionId) -> Option<&Retained> {
+    pub fn get(&self, session: SessionId) -> Option<&RetainedSession> {
         self.sessions.get(&session)
     }
 
     /// Stores what a session keeps. The session must not keep anything yet.
-    pub fn insert(&mut self, session: SessionId, mut retained: Retained) {
+    pub fn insert(&mut self, session: SessionId, mut retained: RetainedSession) {
         self.uses += 1;
         retained.used = self.uses;
         self.blocks += retained.table.len();
@@ -93,7 +106,7 @@ impl RetainedSessions {
     }
 
     /// Removes and returns what a session keeps.
-    pub fn take(&mut self, session: SessionId) -> Option<Retained> {
+    pub fn take(&mut self, session: SessionId) -> Option<RetainedSession> {
         let retained = self.sessions.remove(&session)?;
         self.evictable.remove(&retained.used);
         self.blocks -= retained.table.len();
@@ -106,10 +119,10 @@ impl RetainedSessions {
     /// Returns each running total by its name, with the value that a recount gives.
     pub fn sums(&self) -> [(&'static str, usize, usize); 3] {
         let (mut blocks, mut pinned, mut evictable) = (0, 0, 0);
-        for kept in self.sessions.values() {
-            blocks += kept.table.len();
-            match kept.pinned_until {
-                Some(_) => pinned += kept.table.len(),
+        for retained in self.sessions.values() {
+            blocks += retained.table.len();
+            match retained.pinned_until {
+                Some(_) => pinned += retained.table.len(),
                 None => evictable += 1,
             }
         }

@@ -107,14 +107,14 @@ impl SequenceSpec {
     }
 }
 
-/// Whether a sequence waits or runs. Each sequence is in exactly one place (I2).
+/// Whether a sequence waits or runs. Each sequence is in exactly one state (I2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum SequenceState {
     /// Waits to be started, for the first time or after a preemption.
     Waiting,
     /// Cannot be started yet: its reader is too slow, a sample of it is in flight, or another
     /// sequence is computing its prompt.
-    Parked,
+    Blocked,
     /// Holds blocks and takes part in steps.
     Running,
 }
@@ -145,9 +145,9 @@ pub struct Sequence {
     /// Number of prompt tokens that were cached when the sequence was first started.
     pub cached_tokens: usize,
     /// Number of tokens whose keys and values are written by launched steps, completed or not.
-    pub(super) computed: usize,
+    pub(super) launched_tokens: usize,
     /// Number of tokens whose keys and values completed steps have written.
-    pub(super) written: usize,
+    pub(super) written_tokens: usize,
     /// Number of prompt tokens whose rows were in a launched step, and so report to the task.
     pub(super) reported: usize,
     /// Number of launched items, not committed yet, that sample the next token or end the
@@ -156,9 +156,9 @@ pub struct Sequence {
     /// Index of the latest sample among the samples of its step, for feedback.
     pub(super) last_sample: usize,
     /// Last step that touches the blocks.
-    pub(super) touched: StepId,
+    pub(super) last_step: StepId,
     /// First step since the sequence was last started.
-    pub(super) since: StepId,
+    pub(super) started_step: StepId,
     /// The blocks of the sequence.
     pub table: BlockTable,
     /// Keys and values in host memory, if the sequence was swapped out.
@@ -171,7 +171,7 @@ pub struct Sequence {
     pub(super) arrival: u64,
     /// Whether the reader is too slow, so that no rows are planned.
     pub(super) paused: bool,
-    pub(super) place: Place,
+    pub(super) state: SequenceState,
     /// Whether the sequence was started before.
     pub(super) started: bool,
 }
@@ -192,20 +192,20 @@ impl Sequence {
             tokens,
             spec,
             tenant,
-            computed: 0,
-            written: 0,
+            launched_tokens: 0,
+            written_tokens: 0,
             reported: 0,
             in_flight: 0,
             last_sample: 0,
-            touched: StepId::default(),
-            since: StepId::default(),
+            last_step: StepId::default(),
+            started_step: StepId::default(),
             table,
             swapped: None,
             followers: Vec::new(),
             leader: None,
             arrival,
             paused: false,
-            place: Place::Parked,
+            state: SequenceState::Blocked,
             started: false,
         }
     }
@@ -234,10 +234,10 @@ impl Sequence {
         if held {
             0
         } else if self.length() < self.spec.max_tokens {
-            self.length() - self.computed
+            self.length() - self.launched_tokens
         } else {
             // Nothing more is sampled, so only the rest of the prompt is left.
-            self.prompt_tokens.saturating_sub(self.computed)
+            self.prompt_tokens.saturating_sub(self.launched_tokens)
         }
     }
 
@@ -260,8 +260,8 @@ impl Sequence {
 
     /// Returns what the next `count` rows report.
     pub(super) fn report(&self, count: usize) -> Report {
-        let from = self.computed.max(self.reported);
-        let to = (self.computed + count).min(self.prompt_tokens);
+        let from = self.launched_tokens.max(self.reported);
+        let to = (self.launched_tokens + count).min(self.prompt_tokens);
         match self.spec.task {
             // The token after the prompt is not known, so the last row of the prompt has no
             // score.
@@ -275,7 +275,7 @@ impl Sequence {
 
     /// Returns whether the next `count` rows end with the row of the last token and sample it.
     pub(super) fn samples_last(&self, count: usize) -> bool {
-        self.computed + count == self.length() && !self.ends_with_prompt()
+        self.launched_tokens + count == self.length() && !self.ends_with_prompt()
     }
 
     /// Returns the largest number of rows, at most `count`, that need no more than `samples`
@@ -303,8 +303,8 @@ impl Sequence {
     }
 
     /// Returns the number of tokens whose keys and values completed steps have written.
-    pub fn written(&self) -> usize {
-        self.written
+    pub fn written_tokens(&self) -> usize {
+        self.written_tokens
     }
 
     /// Returns whether the reader is too slow, so that no rows are planned.
@@ -315,16 +315,16 @@ impl Sequence {
     /// Returns whether the sequence was started before and does not run now, so that its blocks
     /// went to other sequences.
     pub fn is_preempted(&self) -> bool {
-        self.started && self.place != Place::Running
+        self.started && self.state != SequenceState::Running
     }
 
     /// Returns the last step that touches the blocks.
-    pub fn touched(&self) -> StepId {
-        self.touched
+    pub fn last_step(&self) -> StepId {
+        self.last_step
     }
 
     /// Returns whether the sequence waits or runs.
-    pub fn place(&self) -> Place {
-        self.place
+    pub fn state(&self) -> SequenceState {
+        self.state
     }
 }

@@ -16,7 +16,7 @@ const PROMPT_TOKEN: u64 = 1;
 const ANSWER_TOKEN: u64 = 2;
 
 /// Maximum number of tenants without open sequences whose counters are remembered.
-const REMEMBERED: usize = 1024;
+const MAX_IDLE_TENANTS: usize = 1024;
 
 /// Name of a tenant. Requests without a tenant share the tenant `None`.
 type Tenant = Option<Arc<str>>;
@@ -40,7 +40,7 @@ pub(super) struct Tenants {
     counters: SlotMap<TenantKey, Counter>,
     by_name: HashMap<Tenant, TenantKey>,
     /// Tenants without open sequences, the lowest counter first.
-    ahead: BTreeSet<(u64, Tenant)>,
+    idle: BTreeSet<(u64, Tenant)>,
 }
 
 impl Tenants {
@@ -71,7 +71,7 @@ impl Tenants {
             key
         });
         if let Some(counter) = self.counters.get_mut(key) {
-            self.ahead.remove(&(counter.served, tenant.clone()));
+            self.idle.remove(&(counter.served, tenant.clone()));
             counter.served = counter.served.max(lowest);
             counter.open = 1;
         }
@@ -85,7 +85,7 @@ impl Tenants {
         };
         counter.open -= 1;
         if counter.open == 0 {
-            self.ahead.insert((counter.served, counter.tenant.clone()));
+            self.idle.insert((counter.served, counter.tenant.clone()));
             self.forget();
         }
     }
@@ -94,12 +94,12 @@ impl Tenants {
     /// limit.
     fn forget(&mut self) {
         let lowest = self.lowest();
-        while let Some((served, _)) = self.ahead.first() {
+        while let Some((served, _)) = self.idle.first() {
             let ahead = lowest.is_some_and(|lowest| *served > lowest);
-            if ahead && self.ahead.len() <= REMEMBERED {
+            if ahead && self.idle.len() <= MAX_IDLE_TENANTS {
                 break;
             }
-            let forgotten = self.ahead.pop_first();
+            let forgotten = self.idle.pop_first();
             if let Some(key) = forgotten.and_then(|(_, tenant)| self.by_name.remove(&tenant)) {
                 self.counters.remove(key);
             }
@@ -153,12 +153,12 @@ mod tests {
     fn the_number_of_remembered_tenants_is_bounded() {
         let mut tenants = Tenants::default();
         tenants.open(&tenant("waiting"));
-        for index in 0..3 * REMEMBERED {
+        for index in 0..3 * MAX_IDLE_TENANTS {
             let other = tenants.open(&tenant(&index.to_string()));
             tenants.charge(other, 5, true);
             tenants.close(other);
         }
-        assert!(tenants.counters.len() <= REMEMBERED + 1);
+        assert!(tenants.counters.len() <= MAX_IDLE_TENANTS + 1);
         assert_eq!(tenants.counters.len(), tenants.by_name.len());
     }
 }

@@ -13,10 +13,10 @@ mod socket;
 mod watched;
 
 use super::{HalfClose, ServerOptions};
-use activity::{Activity, Late};
+use activity::{Activity, TimeoutReason};
 use admission::{Admission, Place};
 use axum::Router;
-use exchange::Exchanges;
+use exchange::ConnectionService;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -193,7 +193,7 @@ impl Service {
         let stream = Box::pin(stream);
         let activity = &place.activity;
         let Some(tls) = &self.tls else {
-            return self.converse(stream, &socket, activity, stop).await;
+            return self.serve_http(stream, &socket, activity, stop).await;
         };
         let accepted = tokio::select! {
             biased;
@@ -201,11 +201,11 @@ impl Service {
             accepted = timeout(self.limits.header_timeout, tls.accept(stream)) => accepted,
             () = activity.evicted() => return Err("closed to make room".into()),
         };
-        self.converse(accepted??, &socket, activity, stop).await
+        self.serve_http(accepted??, &socket, activity, stop).await
     }
 
     /// Speaks HTTP over `stream`, whose bytes come from `socket`.
-    async fn converse(
+    async fn serve_http(
         &self,
         stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
         socket: &Socket,
@@ -215,21 +215,21 @@ impl Service {
         let limits = &self.limits;
         let (stream, mut watch) = watched::watch(stream, Arc::clone(activity), limits.half_close);
         let progress = Arc::new(Progress::new());
-        let exchanges = Exchanges {
+        let requests = ConnectionService {
             router: self.router.clone(),
             activity: Arc::clone(activity),
             progress: Arc::clone(&progress),
         };
         let connection = self
             .builder
-            .serve_connection(TokioIo::new(stream), exchanges);
+            .serve_connection(TokioIo::new(stream), requests);
         let mut connection = pin!(connection);
         // In this order, because the other futures depend on what hyper has just done.
         let why = tokio::select! {
             biased;
             ended = connection.as_mut() => return ended,
-            error = watch.gone() => return Err(error.into()),
-            why = seldom(self.interrupted(socket, activity, &progress, &mut stop)) => why?,
+            error = watch.closed_by_client() => return Err(error.into()),
+            why = poll_when_woken(self.interrupted(socket, activity, &progress, &mut stop)) => why?,
         };
         // With HTTP/2 this tells the client; with HTTP/1 it ends keep-alive.
         connection.as_mut().graceful_shutdown();
@@ -238,15 +238,15 @@ impl Service {
             ended = connection.as_mut() => return ended,
             () = ready(()) => {}
         }
-        if why == Goodbye::Room && activity.is_idle() {
+        if why == CloseReason::Room && activity.is_idle() {
             return Ok(());
         }
-        activity.keep();
+        activity.cancel_eviction();
         tokio::select! {
             biased;
             ended = connection.as_mut() => ended,
-            error = watch.gone() => Err(error.into()),
-            ended = seldom(self.finished(socket, activity, &progress)) => Ok(ended?),
+            error = watch.closed_by_client() => Err(error.into()),
+            ended = poll_when_woken(self.finished(socket, activity, &progress)) => Ok(ended?),
         }
     }
 
@@ -258,18 +258,18 @@ impl Service {
         activity: &Activity,
         progress: &Progress,
         stop: &mut watch::Receiver<bool>,
-    ) -> io::Result<Goodbye> {
+    ) -> io::Result<CloseReason> {
         tokio::select! {
             biased;
             never = activity.changes() => match never {},
             error = socket.error() => Err(error),
-            () = progress.stalled(self.limits.write_timeout) => Err(unread()),
-            () = activity.evicted() => Ok(Goodbye::Room),
-            late = activity.late(&self.limits) => match late {
-                Late::Head => Err(headless()),
-                Late::Idle => Ok(Goodbye::Idle),
+            () = progress.stalled(self.limits.write_timeout) => Err(write_timeout()),
+            () = activity.evicted() => Ok(CloseReason::Room),
+            reason = activity.timed_out(&self.limits) => match reason {
+                TimeoutReason::Head => Err(header_timeout()),
+                TimeoutReason::Idle => Ok(CloseReason::Idle),
             },
-            _ = stop.wait_for(|stop| *stop) => Ok(Goodbye::Stop),
+            _ = stop.wait_for(|stop| *stop) => Ok(CloseReason::Stop),
         }
     }
 
@@ -284,7 +284,7 @@ impl Service {
             biased;
             never = activity.changes() => match never {},
             error = socket.error() => Err(error),
-            () = progress.stalled(self.limits.write_timeout) => Err(unread()),
+            () = progress.stalled(self.limits.write_timeout) => Err(write_timeout()),
             () = activity.idle_for(CLOSING) => Ok(()),
         }
     }
@@ -292,7 +292,7 @@ impl Service {
 
 /// Polls `future` only when it has woken the task itself. The task of a connection is woken for
 /// every token, and most of what it waits for has nothing to do with tokens.
-async fn seldom<F: Future>(future: F) -> F::Output {
+async fn poll_when_woken<F: Future>(future: F) -> F::Output {
     let mut one = FuturesUnordered::from_iter([future]);
     match one.next().await {
         Some(output) => output,
@@ -302,7 +302,7 @@ async fn seldom<F: Future>(future: F) -> F::Output {
 
 /// Why a connection takes no more requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Goodbye {
+enum CloseReason {
     /// Another connection needs its place.
     Room,
     /// It was idle for the keep-alive timeout.
@@ -311,14 +311,14 @@ enum Goodbye {
     Stop,
 }
 
-fn unread() -> io::Error {
-    late("the client did not read its response")
+fn write_timeout() -> io::Error {
+    timed_out("the client did not read its response")
 }
 
-fn headless() -> io::Error {
-    late("the head of a request did not arrive in time")
+fn header_timeout() -> io::Error {
+    timed_out("the head of a request did not arrive in time")
 }
 
-fn late(what: &str) -> io::Error {
+fn timed_out(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::TimedOut, what)
 }

@@ -177,9 +177,11 @@ pub(crate) struct SessionObject {
     context_tokens: usize,
     /// How many of these have their keys and values in the cache. During a turn, the turn holds
     /// them instead of the session.
-    kept_tokens: usize,
+    #[serde(rename = "kept_tokens")]
+    retained_tokens: usize,
     /// Number of blocks that hold them.
-    kept_blocks: usize,
+    #[serde(rename = "kept_blocks")]
+    retained_blocks: usize,
     /// Whether the blocks are pinned, so that other requests cannot take them.
     pinned: bool,
 }
@@ -191,7 +193,7 @@ impl SessionObject {
             .sessions
             .binary_search_by_key(&open.session.id(), |state| state.id);
         let state = place.ok().and_then(|place| snapshot.sessions.get(place));
-        let kept = state.map(|state| state.kept).unwrap_or_default();
+        let retained = state.map(|state| state.retained).unwrap_or_default();
         let idle = open.used().elapsed();
         Self {
             id: open.id.clone(),
@@ -201,9 +203,9 @@ impl SessionObject {
             idle_seconds: idle.as_secs_f64(),
             generating: open.is_generating(),
             context_tokens: open.context_tokens(),
-            kept_tokens: kept.tokens,
-            kept_blocks: kept.blocks,
-            pinned: kept.pinned,
+            retained_tokens: retained.tokens,
+            retained_blocks: retained.blocks,
+            pinned: retained.pinned,
         }
     }
 }

@@ -49,12 +49,12 @@ fn a_turn_computes_only_its_new_tokens() {
         let mut context = Vec::new();
         for (index, length) in [9, 3, 1, 17].into_iter().enumerate() {
             let before = engine.stats().unwrap().prefix_hits;
-            let kept = session.kept().unwrap().tokens;
+            let kept = session.retained().unwrap().tokens;
             turn(&session, &mut context, &prompt(index, length), 5);
             let reused = engine.stats().unwrap().prefix_hits - before;
             assert_eq!(reused, kept as u64);
             // The last token is sampled, but not computed before the next turn.
-            let kept = session.kept().unwrap();
+            let kept = session.retained().unwrap();
             assert_eq!(
                 kept.tokens,
                 context.len() - 1,
@@ -136,7 +136,7 @@ fn a_stopped_turn_is_kept_or_rewound_as_asked() {
                 context.extend(answer);
             }
             assert_eq!(session.context_tokens(), context.len(), "{stop:?}");
-            let kept = session.kept().unwrap().tokens;
+            let kept = session.retained().unwrap().tokens;
             assert!(kept <= context.len(), "{kept} tokens kept after {stop:?}");
             turn(&session, &mut context, &prompt(3, 2), 4);
             session.end().wait().unwrap();
@@ -187,11 +187,11 @@ fn a_rewound_session_continues_from_that_point() {
     // Rewind into the middle of a block.
     session.rewind(6).unwrap();
     context.truncate(6);
-    assert_eq!(session.kept().unwrap().tokens, 6);
+    assert_eq!(session.retained().unwrap().tokens, 6);
     turn(&session, &mut context, &prompt(2, 4), 6);
     session.rewind(0).unwrap();
     context.clear();
-    assert_eq!(session.kept().unwrap().blocks, 0);
+    assert_eq!(session.retained().unwrap().blocks, 0);
     turn(&session, &mut context, &prompt(3, 4), 2);
 }
 
@@ -331,13 +331,13 @@ fn a_pinned_session_keeps_its_blocks_under_pressure_up_to_the_cap() {
     // The cap is a quarter of the cache: 10 blocks.
     turn(&pinned, &mut contexts[0], &prompt(1, 20), 12);
     turn(&beyond, &mut contexts[1], &prompt(2, 20), 12);
-    assert!(pinned.kept().unwrap().pinned);
-    assert!(!beyond.kept().unwrap().pinned);
+    assert!(pinned.retained().unwrap().pinned);
+    assert!(!beyond.retained().unwrap().pinned);
     assert_eq!(engine.stats().unwrap().pins_refused, 1);
     let stream = engine.generate(request(&prompt(3, 100), 20)).unwrap();
     stream.complete_blocking().unwrap();
-    assert_eq!(pinned.kept().unwrap().tokens, 31);
-    assert_eq!(beyond.kept().unwrap().blocks, 0);
+    assert_eq!(pinned.retained().unwrap().tokens, 31);
+    assert_eq!(beyond.retained().unwrap().blocks, 0);
     turn(&beyond, &mut contexts[1], &prompt(3, 2), 4);
     turn(&pinned, &mut contexts[0], &prompt(3, 2), 4);
 }

@@ -42,12 +42,12 @@ fn outcome(stream: TokenStream) -> Outcome {
 /// I3: the block map adds up to the statistics, and each owner holds the blocks mapped to it.
 fn check_owners(snapshot: &EngineSnapshot) {
     let map = snapshot.blocks.as_slice();
-    let books = snapshot.stats.blocks;
+    let counts = snapshot.stats.blocks;
     let count = |wanted: fn(&BlockUse) -> bool| map.iter().filter(|used| wanted(used)).count();
-    assert_eq!(map.len(), books.total);
-    assert_eq!(count(|used| *used == BlockUse::Free), books.free);
-    assert_eq!(count(|used| *used == BlockUse::Cached), books.cached);
-    assert_eq!(count(|used| *used == BlockUse::Deferred), books.deferred);
+    assert_eq!(map.len(), counts.total);
+    assert_eq!(count(|used| *used == BlockUse::Free), counts.free);
+    assert_eq!(count(|used| *used == BlockUse::Cached), counts.cached);
+    assert_eq!(count(|used| *used == BlockUse::Deferred), counts.deferred);
     let mut holders: HashMap<u32, Vec<usize>> = HashMap::new();
     for (place, request) in snapshot.requests.iter().enumerate() {
         for &block in &request.blocks {
@@ -69,7 +69,7 @@ fn check_owners(snapshot: &EngineSnapshot) {
         }
     }
     for (session, kept) in snapshot.sessions.iter().zip(kept) {
-        assert!(kept <= session.kept.blocks);
+        assert!(kept <= session.retained.blocks);
     }
 }
 
@@ -115,12 +115,12 @@ fn the_block_map_names_the_owner_of_every_block() {
             snapshot.requests[2].blocks.len()
         );
         assert!(used(BlockUse::Cached) >= 3);
-        let [kept] = snapshot.sessions.as_slice() else {
+        let [state] = snapshot.sessions.as_slice() else {
             panic!("{:?}", snapshot.sessions);
         };
-        assert_eq!(kept.id, session.id());
-        assert_eq!(kept.kept, session.kept().unwrap());
-        assert_eq!(used(BlockUse::Session(0)), kept.kept.blocks);
+        assert_eq!(state.id, session.id());
+        assert_eq!(state.retained, session.retained().unwrap());
+        assert_eq!(used(BlockUse::Session(0)), state.retained.blocks);
         for shown in &snapshot.requests {
             assert_eq!((shown.prompt_tokens, shown.session), (8, None));
             assert!(shown.generated_tokens >= 4);

@@ -378,7 +378,7 @@ impl Machine {
                 "I11: {block:?} does not hold the tokens that it is cached for"
             );
         }
-        for (tokens, table) in thread.scheduler.retained() {
+        for (tokens, table) in thread.scheduler.retained_contents() {
             let mut kept: Vec<u32> = table.blocks().iter().flat_map(content).collect();
             kept.truncate(tokens.len());
             assert_eq!(kept, tokens, "I11: a session keeps wrong tokens");

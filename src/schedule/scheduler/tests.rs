@@ -1,13 +1,16 @@
 //! Tests of the scheduler, step by step: which sequence gets which blocks, and which is
 //! preempted.
 
-use super::super::Report;
 use super::*;
 use crate::config::Preemption;
-use crate::sampling::{Constraint, ConstraintState};
+use crate::id::{RequestId, SessionId};
+use crate::sampling::{Constraint, ConstraintError, ConstraintState};
+use crate::schedule::{
+    FinishReason, PlanItem, Report, Sequence, SequenceSpec, StepPlan, Task, TokenInput,
+};
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A scheduler, and a device that completes its steps when told to.
 struct Bench {
@@ -51,14 +54,14 @@ impl Bench {
     /// sequences.
     fn complete(&mut self, token: u32) -> Vec<SequenceKey> {
         let plan = self.in_flight.pop_front().unwrap();
-        self.scheduler.written(&plan);
+        self.scheduler.step_succeeded(&plan);
         let mut finished = Vec::new();
         for item in plan.samples() {
             if let Commit::Finished(_) = self.scheduler.commit(item.key, token) {
                 finished.push(item.key);
             }
         }
-        self.scheduler.completed(plan.step);
+        self.scheduler.step_completed(plan.step);
         self.scheduler.audit().unwrap();
         finished
     }
@@ -74,7 +77,7 @@ impl Bench {
     }
 
     fn running(&self, key: SequenceKey) -> bool {
-        self.sequence(key).place() == Place::Running
+        self.sequence(key).state() == SequenceState::Running
     }
 }
 
@@ -97,7 +100,7 @@ fn blocks_of_an_ended_sequence_are_reused_for_the_same_beginning() {
     let first = bench.add(spec(prompt(10, 1), 2));
     bench.step();
     bench.scheduler.remove(first);
-    assert_eq!(bench.scheduler.cache().books().cached, 2);
+    assert_eq!(bench.scheduler.cache().counts().cached, 2);
     let second = bench.add(spec(prompt(10, 1), 2));
     assert_eq!(rows(&bench.step()), [(8, 2)]);
     assert_eq!(bench.sequence(second).cached_tokens, 8);
@@ -120,7 +123,7 @@ fn a_step_in_flight_publishes_nothing() {
     bench.complete(1);
     bench.complete(1);
     // Both computed the same tokens, so the second now holds the blocks of the first.
-    assert_eq!(bench.scheduler.cache().books().referenced, 4);
+    assert_eq!(bench.scheduler.cache().counts().referenced, 4);
 }
 
 /// I11: blocks do not hold what the sequence computed before it was preempted.
@@ -164,7 +167,7 @@ fn no_second_victim_is_chosen_while_a_step_in_flight_frees_enough_blocks() {
         bench.complete(7);
         plan = bench.launch().unwrap();
     }
-    assert!(bench.scheduler.cache().books().deferred > 0);
+    assert!(bench.scheduler.cache().counts().deferred > 0);
     let planned: Vec<_> = plan.items.iter().map(|item| item.key).collect();
     assert_eq!(planned, [second], "the first waits for its block");
     assert_eq!(bench.scheduler.counts().preemptions, 1);
@@ -183,7 +186,7 @@ fn a_follower_waits_for_the_prompt_of_its_leader_and_shares_the_blocks() {
             .scheduler
             .add_follower(RequestId(99), spec(prompt(10, 1), 4), Some(leader));
     assert_eq!(rows(&bench.launch().unwrap()), [(0, 10)]);
-    assert_eq!(bench.sequence(follower).place(), Place::Parked);
+    assert_eq!(bench.sequence(follower).state(), SequenceState::Blocked);
     bench.complete(1);
     let plan = bench.launch().unwrap();
     // The leader decodes, and the follower computes the last token of the prompt again.
@@ -316,10 +319,10 @@ fn swapped_out_blocks_stay_deferred_until_they_are_copied() {
     loop {
         let plan = bench.launch().unwrap();
         if !plan.transfers.swap_out.is_empty() {
-            let books = bench.scheduler.cache().books();
-            assert_eq!(books.deferred, plan.transfers.swap_out.len());
+            let counts = bench.scheduler.cache().counts();
+            assert_eq!(counts.deferred, plan.transfers.swap_out.len());
             bench.complete(7);
-            assert_eq!(bench.scheduler.cache().books().deferred, 0);
+            assert_eq!(bench.scheduler.cache().counts().deferred, 0);
             break;
         }
         bench.complete(7);
@@ -361,9 +364,9 @@ fn a_sequence_whose_copy_is_lost_is_recomputed() {
             continue;
         }
         bench.in_flight.clear();
-        bench.scheduler.lost(&plan);
+        bench.scheduler.step_failed(&plan);
         bench.scheduler.remove(first);
-        bench.scheduler.completed(plan.step);
+        bench.scheduler.step_completed(plan.step);
         break;
     }
     bench.scheduler.clear_prefixes();
@@ -393,22 +396,22 @@ fn turn(session: u64, prompt: Vec<u32>, new_tokens: usize) -> SequenceSpec {
     }
 }
 
-fn keep(tokens: usize) -> Fate {
-    Fate::Keep {
+fn retain(tokens: usize) -> BlockDisposition {
+    BlockDisposition::Retain {
         tokens,
         pin_until: None,
     }
 }
 
 #[test]
-fn a_session_continues_from_its_kept_blocks() {
+fn a_session_continues_from_its_retained_blocks() {
     let mut bench = Bench::new(16, Policy::default());
     let first = bench.add(turn(50, prompt(9, 1), 1));
     bench.step();
     let mut tokens = bench.sequence(first).tokens.clone();
-    bench.scheduler.close(first, keep(tokens.len()));
-    assert_eq!(bench.scheduler.kept(SessionId(50)).tokens, 9);
-    assert_eq!(bench.scheduler.kept(SessionId(50)).blocks, 3);
+    bench.scheduler.close(first, retain(tokens.len()));
+    assert_eq!(bench.scheduler.retained(SessionId(50)).tokens, 9);
+    assert_eq!(bench.scheduler.retained(SessionId(50)).blocks, 3);
     tokens.extend([1, 2, 3]);
     bench.add(turn(50, tokens, 1));
     assert_eq!(rows(&bench.step()), [(9, 4)], "even within a block");
@@ -420,20 +423,20 @@ fn a_rewound_turn_leaves_the_session_as_it_was() {
     let first = bench.add(turn(50, prompt(9, 1), 1));
     bench.step();
     let mut tokens = bench.sequence(first).tokens.clone();
-    bench.scheduler.close(first, keep(tokens.len()));
-    let before = bench.scheduler.cache().books();
+    bench.scheduler.close(first, retain(tokens.len()));
+    let before = bench.scheduler.cache().counts();
     tokens.extend(prompt(7, 2));
     let second = bench.add(turn(50, tokens.clone(), 5));
     bench.step();
     bench.step();
-    bench.scheduler.close(second, keep(9));
-    assert_eq!(bench.scheduler.kept(SessionId(50)).tokens, 9);
-    let books = bench.scheduler.cache().books();
-    assert_eq!(books.referenced, before.referenced);
+    bench.scheduler.close(second, retain(9));
+    assert_eq!(bench.scheduler.retained(SessionId(50)).tokens, 9);
+    let counts = bench.scheduler.cache().counts();
+    assert_eq!(counts.referenced, before.referenced);
     // A turn that never started does not change what the session keeps.
     let third = bench.add(turn(50, tokens, 5));
-    bench.scheduler.close(third, keep(9));
-    assert_eq!(bench.scheduler.kept(SessionId(50)).tokens, 9);
+    bench.scheduler.close(third, retain(9));
+    assert_eq!(bench.scheduler.retained(SessionId(50)).tokens, 9);
     let (blocks, _) = bench.scheduler.end_session(SessionId(50));
     assert_eq!(blocks, before.referenced);
     bench.scheduler.audit().unwrap();
@@ -445,12 +448,12 @@ fn the_least_recently_used_session_is_evicted_first() {
     for session in [50, 51] {
         let key = bench.add(turn(session, prompt(9, session as u32), 1));
         bench.step();
-        bench.scheduler.close(key, keep(100));
+        bench.scheduler.close(key, retain(100));
     }
     bench.add(spec(prompt(14, 9), 1));
     bench.step();
-    assert_eq!(bench.scheduler.kept(SessionId(50)).blocks, 0);
-    assert_eq!(bench.scheduler.kept(SessionId(51)).blocks, 3);
+    assert_eq!(bench.scheduler.retained(SessionId(50)).blocks, 0);
+    assert_eq!(bench.scheduler.retained(SessionId(51)).blocks, 3);
     assert_eq!(bench.scheduler.counts().preemptions, 0);
 }
 
@@ -466,27 +469,27 @@ fn a_pinned_session_is_evicted_only_for_a_sequence_that_could_never_run_otherwis
     for session in [50, 51] {
         let key = bench.add(turn(session, prompt(9, session as u32), 1));
         bench.step();
-        let fate = Fate::Keep {
+        let disposition = BlockDisposition::Retain {
             tokens: 100,
             pin_until: Some(until),
         };
-        bench.scheduler.close(key, fate);
+        bench.scheduler.close(key, disposition);
     }
-    assert!(bench.scheduler.kept(SessionId(50)).pinned);
+    assert!(bench.scheduler.retained(SessionId(50)).pinned);
     assert!(
-        !bench.scheduler.kept(SessionId(51)).pinned,
+        !bench.scheduler.retained(SessionId(51)).pinned,
         "beyond the cap"
     );
     assert_eq!(bench.scheduler.counts().pins_refused, 1);
     let small = bench.add(spec(prompt(14, 9), 1));
     bench.step();
-    assert_eq!(bench.scheduler.kept(SessionId(50)).blocks, 3);
+    assert_eq!(bench.scheduler.retained(SessionId(50)).blocks, 3);
     bench.scheduler.remove(small);
     // With the pin, it could never run, not even alone.
     let large = bench.add(spec(prompt(30, 9), 1));
     bench.step();
     assert!(bench.running(large));
-    assert_eq!(bench.scheduler.kept(SessionId(50)).blocks, 0);
+    assert_eq!(bench.scheduler.retained(SessionId(50)).blocks, 0);
 }
 
 #[test]
@@ -499,11 +502,11 @@ fn a_session_is_evicted_after_its_pin_has_expired() {
     let now = Instant::now();
     let key = bench.add(turn(50, prompt(9, 1), 1));
     bench.step();
-    let fate = Fate::Keep {
+    let disposition = BlockDisposition::Retain {
         tokens: 100,
         pin_until: Some(now),
     };
-    bench.scheduler.close(key, fate);
+    bench.scheduler.close(key, disposition);
     assert_eq!(bench.scheduler.counts().pinned_blocks, 3);
     bench.scheduler.expire_pins(now);
     assert_eq!(bench.scheduler.counts().pinned_blocks, 0);
@@ -512,7 +515,7 @@ fn a_session_is_evicted_after_its_pin_has_expired() {
     bench.add(spec(prompt(10, 4), 1));
     bench.step();
     assert!(bench.running(other));
-    assert_eq!(bench.scheduler.kept(SessionId(50)).blocks, 0);
+    assert_eq!(bench.scheduler.retained(SessionId(50)).blocks, 0);
 }
 
 /// I3: the pin of an ended session no longer counts against the cap.
@@ -527,13 +530,13 @@ fn ending_a_session_removes_its_pin() {
     for session in [50, 51] {
         let key = bench.add(turn(session, prompt(9, session as u32), 1));
         bench.step();
-        let fate = Fate::Keep {
+        let disposition = BlockDisposition::Retain {
             tokens: 100,
             pin_until: Some(until),
         };
-        bench.scheduler.close(key, fate);
+        bench.scheduler.close(key, disposition);
         bench.scheduler.audit().unwrap();
-        assert!(bench.scheduler.kept(SessionId(session)).pinned);
+        assert!(bench.scheduler.retained(SessionId(session)).pinned);
         bench.scheduler.end_session(SessionId(session));
         let counts = bench.scheduler.counts();
         assert_eq!((counts.retained_blocks, counts.pinned_blocks), (0, 0));
@@ -548,9 +551,9 @@ fn a_fork_shares_the_blocks_and_copies_what_it_writes() {
     let first = bench.add(turn(50, prompt(9, 1), 1));
     bench.step();
     let tokens = bench.sequence(first).tokens.clone();
-    bench.scheduler.close(first, keep(100));
+    bench.scheduler.close(first, retain(100));
     bench.scheduler.fork_session(SessionId(50), SessionId(51));
-    assert_eq!(bench.scheduler.cache().books().referenced, 3);
+    assert_eq!(bench.scheduler.cache().counts().referenced, 3);
     let one = bench.add(turn(50, [&tokens[..], &[1, 2]].concat(), 3));
     let two = bench.add(turn(51, [&tokens[..], &[3, 4]].concat(), 3));
     let plan = bench.step();
@@ -614,7 +617,7 @@ fn a_follower_that_was_paused_does_not_wait_for_the_prompt_again() {
     bench.step();
     assert!(!bench.running(leader) && !bench.running(follower));
     bench.scheduler.set_paused(follower, false);
-    assert_eq!(bench.sequence(follower).place(), Place::Waiting);
+    assert_eq!(bench.sequence(follower).state(), SequenceState::Waiting);
 }
 
 #[test]
@@ -664,8 +667,8 @@ fn nothing_is_preempted_if_the_next_block_of_a_running_sequence_would_be_missing
         ..spec(prompt(12, 2), 8)
     });
     bench.step();
-    let books = bench.scheduler.cache().books();
-    assert_eq!((books.referenced, books.free), (7, 3));
+    let counts = bench.scheduler.cache().counts();
+    assert_eq!((counts.referenced, counts.free), (7, 3));
     // With the three blocks of the less urgent sequence, exactly six would be free.
     let large = bench.add(spec(prompt(24, 3), 2));
     bench.launch().unwrap();
@@ -680,7 +683,7 @@ fn a_block_is_reserved_for_each_running_sequence() {
     let mut bench = Bench::new(4, Policy::default());
     let first = bench.add(spec(prompt(6, 1), 5));
     bench.step();
-    assert_eq!(bench.scheduler.cache().books().free, 2);
+    assert_eq!(bench.scheduler.cache().counts().free, 2);
     // The two free blocks would hold the prompt of the second.
     let second = bench.add(spec(prompt(8, 2), 2));
     loop {
@@ -703,22 +706,22 @@ fn a_sequence_that_starts_waits_for_deferred_blocks() {
     let mut bench = Bench::new(8, Policy::default());
     let turn = bench.add(turn(50, prompt(9, 1), 1));
     bench.step();
-    bench.scheduler.close(turn, keep(100));
+    bench.scheduler.close(turn, retain(100));
     let cancelled = bench.add(spec(prompt(12, 2), 9));
     bench.launch().unwrap();
     bench.scheduler.remove(cancelled);
-    let books = bench.scheduler.cache().books();
-    assert_eq!((books.deferred, books.free), (3, 2));
+    let counts = bench.scheduler.cache().counts();
+    assert_eq!((counts.deferred, counts.free), (3, 2));
     let newcomer = bench.add(spec(prompt(14, 3), 2));
     assert!(
         bench.launch().is_none(),
         "two of its four blocks are deferred"
     );
-    assert_eq!(bench.scheduler.kept(SessionId(50)).blocks, 3);
+    assert_eq!(bench.scheduler.retained(SessionId(50)).blocks, 3);
     bench.complete(7);
     bench.launch().unwrap();
     assert!(bench.running(newcomer));
-    assert_eq!(bench.scheduler.kept(SessionId(50)).blocks, 3);
+    assert_eq!(bench.scheduler.retained(SessionId(50)).blocks, 3);
 }
 
 /// A step copies out to the host before it copies in, so host blocks that it reads back are not
@@ -808,7 +811,7 @@ fn an_embedding_computes_its_whole_prompt_even_if_cached_and_publishes_it() {
         let end = bench.scheduler.commit_end(key);
         assert_eq!(end, Commit::Finished(FinishReason::Stop));
         bench.scheduler.remove(key);
-        assert_eq!(bench.scheduler.cache().books().cached, 2);
+        assert_eq!(bench.scheduler.cache().counts().cached, 2);
     }
     let counts = bench.scheduler.counts();
     assert_eq!((counts.prefix_queries, counts.prefix_hits), (0, 0));
@@ -855,7 +858,7 @@ fn an_embedding_whose_end_is_in_flight_waits_for_it() {
     });
     bench.launch().unwrap();
     bench.scheduler.remove(urgent);
-    assert_eq!(bench.sequence(key).place(), Place::Parked);
+    assert_eq!(bench.sequence(key).state(), SequenceState::Blocked);
     assert!(bench.launch().is_none());
     bench.complete(7);
     let end = bench.scheduler.commit_end(key);
@@ -925,25 +928,25 @@ fn a_prompt_that_is_only_scored_ends_with_it() {
     }
 }
 
-/// The kept tokens were not scored in this turn.
+/// The retained tokens were not scored in this turn.
 #[test]
 fn a_scored_turn_recomputes_its_whole_session() {
     let mut bench = Bench::new(16, Policy::default());
     let first = bench.add(turn(1, prompt(10, 1), 2));
     bench.step();
-    let fate = Fate::Keep {
+    let disposition = BlockDisposition::Retain {
         tokens: 10,
         pin_until: None,
     };
-    bench.scheduler.close(first, fate);
+    bench.scheduler.close(first, disposition);
     let second = SequenceSpec {
         task: Task::Score { top: 0 },
         ..turn(1, prompt(12, 1), 2)
     };
     let second = bench.add(second);
     assert_eq!(rows(&bench.step()), [(0, 12)]);
-    bench.scheduler.close(second, fate);
-    assert_eq!(bench.scheduler.kept(SessionId(1)).tokens, 10);
+    bench.scheduler.close(second, disposition);
+    assert_eq!(bench.scheduler.retained(SessionId(1)).tokens, 10);
 }
 /// Allows the token 7 this many times. It fails for other tokens, and if asked for a mask with
 /// a count of 13.
@@ -1131,7 +1134,7 @@ fn sequences_with_different_salts_share_nothing() {
     let first = bench.add(salted("one", turn(50, prompt(9, 1), 1)));
     bench.step();
     let tokens = bench.sequence(first).tokens.clone();
-    bench.scheduler.close(first, keep(tokens.len()));
+    bench.scheduler.close(first, retain(tokens.len()));
     // Neither another salt nor no salt finds the blocks in the cache.
     bench.add(salted("two", spec(prompt(9, 1), 1)));
     assert_eq!(rows(&bench.step()), [(0, 9)]);
@@ -1150,7 +1153,7 @@ fn sequences_with_different_salts_share_nothing() {
         [(8, 4)],
         "the second sequence left two blocks"
     );
-    assert_eq!(bench.scheduler.kept(SessionId(50)).tokens, 0);
+    assert_eq!(bench.scheduler.retained(SessionId(50)).tokens, 0);
     // A sequence with another salt does not follow the leader.
     let leader = bench.add(salted("one", spec(prompt(9, 7), 1)));
     let other = salted("two", spec(prompt(9, 7), 1));

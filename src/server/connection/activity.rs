@@ -26,7 +26,7 @@ pub(super) enum Protocol {
 
 /// Why a connection without an open request must be closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Late {
+pub(super) enum TimeoutReason {
     /// The client did not send the whole head of a request in time.
     Head,
     /// The client sent nothing for the keep-alive timeout.
@@ -139,7 +139,7 @@ impl Activity {
 
     /// Returns whether an HTTP/1 client has sent its whole request and waits for the response.
     /// Whatever it sends now is not part of that request.
-    pub fn awaits_answer(&self) -> bool {
+    pub fn awaits_response(&self) -> bool {
         let state = self.state();
         state.protocol == Some(Protocol::Http1) && state.requests > 0 && !state.uploading
     }
@@ -174,7 +174,7 @@ impl Activity {
     }
 
     /// Takes an eviction back, because a request came first.
-    pub fn keep(&self) {
+    pub fn cancel_eviction(&self) {
         self.state().evicted = false;
         // Another connection must be closed instead.
         self.idle.notify_one();
@@ -202,25 +202,25 @@ impl Activity {
 
     /// Returns when the connection will be closed and why, unless something happens before;
     /// `None` while a request is open.
-    fn deadline(&self, limits: &Limits) -> Option<(Instant, Late)> {
+    fn deadline(&self, limits: &Limits) -> Option<(Instant, TimeoutReason)> {
         let state = self.state();
         if state.requests > 0 {
             return None;
         }
         if let Some(since) = state.head_since.filter(|_| state.used) {
-            return Some((since + limits.header_timeout, Late::Head));
+            return Some((since + limits.header_timeout, TimeoutReason::Head));
         }
         if !state.used && state.protocol != Some(Protocol::Http2) {
-            return Some((state.since + limits.header_timeout, Late::Head));
+            return Some((state.since + limits.header_timeout, TimeoutReason::Head));
         }
-        Some((state.since + limits.keep_alive_timeout, Late::Idle))
+        Some((state.since + limits.keep_alive_timeout, TimeoutReason::Idle))
     }
 
     /// Waits until a client without an open request has taken too long. Must be polled together
     /// with [`Activity::changes`], and after hyper, so that it sees what hyper has just read.
-    pub async fn late(&self, limits: &Limits) -> Late {
+    pub async fn timed_out(&self, limits: &Limits) -> TimeoutReason {
         let mut clock = pin!(sleep_until(Instant::now() + FAR));
-        poll_fn(|context| self.poll_late(limits, clock.as_mut(), context)).await
+        poll_fn(|context| self.poll_timed_out(limits, clock.as_mut(), context)).await
     }
 
     /// Waits until no request has been open for `time`, counted from this call at the earliest.
@@ -242,19 +242,19 @@ impl Activity {
         .await;
     }
 
-    fn poll_late(
+    fn poll_timed_out(
         &self,
         limits: &Limits,
         mut clock: Pin<&mut Sleep>,
         context: &mut Context<'_>,
-    ) -> Poll<Late> {
-        let Some((deadline, late)) = self.deadline(limits) else {
+    ) -> Poll<TimeoutReason> {
+        let Some((deadline, reason)) = self.deadline(limits) else {
             return Poll::Pending;
         };
         if clock.deadline() != deadline {
             clock.as_mut().reset(deadline);
         }
-        clock.poll(context).map(|()| late)
+        clock.poll(context).map(|()| reason)
     }
 }
 

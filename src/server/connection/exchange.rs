@@ -1,7 +1,7 @@
 //! Passes the requests of a connection from hyper to the router, and the responses back.
 
 use super::activity::Activity;
-use super::progress::{self, Answer, Progress};
+use super::progress::{self, Progress, ResponseBody};
 use axum::Router;
 use axum::body::{Bytes, HttpBody};
 use hyper::body::Incoming;
@@ -16,23 +16,23 @@ use std::task::{Context, Poll, ready};
 use tower::ServiceExt;
 
 /// Handles the requests of one connection.
-pub(super) struct Exchanges {
+pub(super) struct ConnectionService {
     pub router: Router,
     pub activity: Arc<Activity>,
     /// Progress of the response, of which there is only one at a time with HTTP/1.
     pub progress: Arc<Progress>,
 }
 
-impl Service<Request<Incoming>> for Exchanges {
-    type Response = Response<Answer>;
+impl Service<Request<Incoming>> for ConnectionService {
+    type Response = Response<ResponseBody>;
     type Error = Infallible;
-    type Future = Pin<Box<dyn Future<Output = Result<Response<Answer>, Infallible>> + Send>>;
+    type Future = Pin<Box<dyn Future<Output = Result<Response<ResponseBody>, Infallible>> + Send>>;
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
         let open = self.activity.request();
         self.activity.uploading(!request.body().is_end_stream());
         let activity = Arc::clone(&self.activity);
-        let request = request.map(|body| Question { body, activity });
+        let request = request.map(|body| RequestBody { body, activity });
         let router = self.router.clone();
         let progress = Arc::clone(&self.progress);
         Box::pin(async move {
@@ -43,19 +43,19 @@ impl Service<Request<Incoming>> for Exchanges {
             }
             let response = router.oneshot(request).await?;
             let progress = progress::of_stream().unwrap_or(progress);
-            Ok(response.map(|body| Answer::new(body, progress, open)))
+            Ok(response.map(|body| ResponseBody::new(body, progress, open)))
         })
     }
 }
 
 /// A request's body, which reports when it has arrived. If it is dropped before that, the rest
 /// of it is still to come from the client.
-struct Question {
+struct RequestBody {
     body: Incoming,
     activity: Arc<Activity>,
 }
 
-impl HttpBody for Question {
+impl HttpBody for RequestBody {
     type Data = Bytes;
     type Error = hyper::Error;
 

@@ -20,7 +20,7 @@ use super::activity::OpenRequest;
 
 /// Number of bytes that are handed to hyper at a time. The rest stays in the response, which
 /// can be dropped.
-const PIECE: usize = 16 << 10;
+const CHUNK_BYTES: usize = 16 << 10;
 
 /// Whether a client reads its response.
 #[derive(Debug)]
@@ -110,7 +110,7 @@ impl<F: Future + Send + 'static> Executor<F> for Streams {
 }
 
 /// A response body that is handed out in pieces and keeps its request open.
-pub(super) struct Answer {
+pub(super) struct ResponseBody {
     body: Body,
     /// Rest of the last frame.
     rest: Bytes,
@@ -118,7 +118,7 @@ pub(super) struct Answer {
     _open: OpenRequest,
 }
 
-impl Answer {
+impl ResponseBody {
     pub fn new(body: Body, progress: Arc<Progress>, open: OpenRequest) -> Self {
         Self {
             body,
@@ -129,19 +129,19 @@ impl Answer {
     }
 
     fn offer(&mut self, mut bytes: Bytes) -> Frame<Bytes> {
-        self.rest = bytes.split_off(bytes.len().min(PIECE));
+        self.rest = bytes.split_off(bytes.len().min(CHUNK_BYTES));
         self.progress.offer();
         Frame::data(bytes)
     }
 }
 
-impl Drop for Answer {
+impl Drop for ResponseBody {
     fn drop(&mut self) {
         self.progress.taken();
     }
 }
 
-impl HttpBody for Answer {
+impl HttpBody for ResponseBody {
     type Data = Bytes;
     type Error = axum::Error;
 

@@ -22,13 +22,13 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// Maximum number of bytes that are kept for hyper while it does not read. There are rarely
 /// any, because clients should not pipeline requests that change something (RFC 9112, section
 /// 9.3.2).
-const AHEAD: usize = 64 << 10;
+const MAX_READ_AHEAD: usize = 64 << 10;
 
 /// Number of bytes per read.
-const PIECE: usize = 4 << 10;
+const READ_BYTES: usize = 4 << 10;
 
 /// Maximum number of reads before other tasks get their turn.
-const READS: usize = 16;
+const MAX_READS: usize = 16;
 
 /// The stream as hyper sees it.
 pub(super) struct Watched<S>(Arc<Mutex<Shared<S>>>);
@@ -111,11 +111,11 @@ impl<S: AsyncRead + Unpin> Watch<S> {
     ///
     /// Must be polled after hyper, which determines whether a response is due. With HTTP/2,
     /// hyper reads at all times and notices the end itself.
-    pub async fn gone(&mut self) -> io::Error {
-        poll_fn(|context| self.poll_gone(context)).await
+    pub async fn closed_by_client(&mut self) -> io::Error {
+        poll_fn(|context| self.poll_closed_by_client(context)).await
     }
 
-    fn poll_gone(&mut self, context: &mut Context<'_>) -> Poll<io::Error> {
+    fn poll_closed_by_client(&mut self, context: &mut Context<'_>) -> Poll<io::Error> {
         if self.half_close == HalfClose::Finish {
             // Only an error ends such a connection, and `Socket::error` reports it.
             return Poll::Pending;
@@ -126,9 +126,9 @@ impl<S: AsyncRead + Unpin> Watch<S> {
             // hyper has just been polled, by this task, and found nothing to read.
             return Poll::Pending;
         }
-        let mut piece = [MaybeUninit::uninit(); PIECE];
-        for _ in 0..READS {
-            if !shared.activity.awaits_answer() {
+        let mut piece = [MaybeUninit::uninit(); READ_BYTES];
+        for _ in 0..MAX_READS {
+            if !shared.activity.awaits_response() {
                 return Poll::Pending;
             }
             let mut read = ReadBuf::uninit(&mut piece);
@@ -142,7 +142,9 @@ impl<S: AsyncRead + Unpin> Watch<S> {
                 return Poll::Ready(io::ErrorKind::ConnectionAborted.into());
             }
             if !shared.overflowed {
-                let kept = read.len().min(AHEAD.saturating_sub(shared.ahead.len()));
+                let kept = read
+                    .len()
+                    .min(MAX_READ_AHEAD.saturating_sub(shared.ahead.len()));
                 shared.ahead.extend_from_slice(&read[..kept]);
                 shared.overflowed = kept < read.len();
             }

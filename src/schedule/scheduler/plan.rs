@@ -1,0 +1,163 @@
+//! Chooses the rows of the next step.
+
+use super::Scheduler;
+use crate::sampling::ConstraintError;
+use crate::schedule::{PlanItem, Sequence, SequenceKey, SequenceState, StepPlan, TokenInput};
+
+/// What is left of a step's limits.
+pub(super) struct Budget {
+    pub tokens: usize,
+    pub samples: usize,
+}
+
+impl Scheduler {
+    /// Chooses the rows of the next step and allocates their blocks. Returns `None` if there is
+    /// nothing to do until a step completes or a command arrives.
+    pub fn plan(&mut self) -> Option<StepPlan> {
+        let mut plan = StepPlan::default();
+        self.plan_into(&mut plan).then_some(plan)
+    }
+
+    /// Like [`Scheduler::plan`], but reuses the allocations of an earlier plan. Returns whether
+    /// there is something to do.
+    pub fn plan_into(&mut self, plan: &mut StepPlan) -> bool {
+        plan.clear();
+        plan.step = self.launched.next();
+        let mut budget = Budget {
+            tokens: self.policy.max_batch_tokens,
+            samples: self.policy.max_samples(),
+        };
+        // Sequences that are more urgent than a running one are admitted before the running
+        // ones are planned, while these can still be preempted.
+        self.admit(plan, &mut budget, |urgent, running| {
+            running.is_some_and(|last| urgent < last)
+        });
+        self.plan_running(plan, &mut budget);
+        self.admit(plan, &mut budget, |_, _| true);
+        self.host.release(self.read_back.drain(..));
+        let some = !plan.items.is_empty() || !plan.transfers.is_empty();
+        if some {
+            self.launched = plan.step;
+        }
+        some
+    }
+
+    /// Plans the running sequences: first those that decode, then those that are still in
+    /// prefill.
+    fn plan_running(&mut self, plan: &mut StepPlan, budget: &mut Budget) {
+        // Iterate over a copy, because making room changes the queue.
+        let mut keys = std::mem::take(&mut self.scratch);
+        keys.clear();
+        keys.extend_from_slice(self.running.keys());
+        // Sequences in prefill are moved to the front of `keys`, for the second loop.
+        let mut prompts = 0;
+        for index in 0..keys.len() {
+            let key = keys[index];
+            match self.plannable(key, plan) {
+                _ if budget.tokens == 0 => break,
+                0 => {}
+                1 => self.plan_rows(key, 1, plan, budget),
+                _ => {
+                    keys[prompts] = key;
+                    prompts += 1;
+                }
+            }
+        }
+        for &key in &keys[..prompts] {
+            let count = self.plannable(key, plan).min(budget.tokens);
+            if count > 0 {
+                self.plan_rows(key, count, plan, budget);
+            }
+        }
+        self.scratch = keys;
+    }
+
+    /// Returns how many more tokens of a sequence this step could compute; 1 means a decode.
+    fn plannable(&self, key: SequenceKey, plan: &StepPlan) -> usize {
+        let runs = |sequence: &&Sequence| {
+            let planned = sequence.last_step == plan.step;
+            !planned && !sequence.paused && sequence.state == SequenceState::Running
+        };
+        let sequence = self.sequences.get(key).filter(runs);
+        sequence.map_or(0, Sequence::pending)
+    }
+
+    /// Plans the next `count` tokens of a running sequence, or fewer, if there is room for
+    /// them.
+    fn plan_rows(
+        &mut self,
+        key: SequenceKey,
+        count: usize,
+        plan: &mut StepPlan,
+        budget: &mut Budget,
+    ) {
+        let sequence = self.sequences.get(key);
+        let count = sequence.map_or(0, |own| own.rows_within(count, budget.samples));
+        if count > 0 && self.make_room(key, count, plan) {
+            self.push_item(plan, key, count, budget);
+        }
+    }
+
+    /// Adds an item that is within the budget to the plan, and updates the sequence.
+    pub(super) fn push_item(
+        &mut self,
+        plan: &mut StepPlan,
+        key: SequenceKey,
+        count: usize,
+        budget: &mut Budget,
+    ) {
+        let Some(sequence) = self.sequences.get_mut(key) else {
+            return;
+        };
+        let start = sequence.launched_tokens;
+        let sample = sequence.samples_last(count);
+        let end = sequence.ends_with_prompt() && start + count == sequence.length();
+        let report = sequence.report(count);
+        let input = if start >= sequence.tokens.len() {
+            TokenInput::Feedback {
+                sample: sequence.last_sample,
+            }
+        } else {
+            TokenInput::Known
+        };
+        sequence.launched_tokens += count;
+        let reported = sequence.launched_tokens.min(sequence.prompt_tokens);
+        sequence.reported = sequence.reported.max(reported);
+        sequence.last_step = plan.step;
+        if sample || end {
+            sequence.in_flight += 1;
+        }
+        let item = PlanItem {
+            key,
+            start,
+            count,
+            input,
+            sample,
+            end,
+            report,
+        };
+        budget.tokens -= count;
+        budget.samples -= item.sample_count();
+        // The sample of an item's last row is the last sample of the item.
+        sequence.last_sample = (self.policy.max_samples() - budget.samples).saturating_sub(1);
+        self.tenants.charge(sequence.tenant, count, sample);
+        plan.items.push(item);
+    }
+
+    /// Computes the mask of allowed tokens for each constrained sequence that `plan` samples.
+    /// Returns the sequences whose constraint failed. The caller must close them after
+    /// launching the step.
+    pub fn refresh_masks(&mut self, plan: &StepPlan) -> Vec<(SequenceKey, ConstraintError)> {
+        let mut failed = Vec::new();
+        for item in plan.samples() {
+            let sequence = self.sequences.get_mut(item.key);
+            if let Some(constraint) =
+                sequence.and_then(|sequence| sequence.spec.constraint.as_mut())
+                && let Err(error) = constraint.refresh()
+            {
+                failed.push((item.key, error));
+            }
+        }
+        failed
+    }
+}

@@ -1,0 +1,208 @@
+//! Makes room for a sequence when blocks run out: decides which sessions are evicted and which
+//! sequences are preempted, and preempts them.
+
+use super::Scheduler;
+use super::start::StartCost;
+use crate::schedule::policy::PreemptionCost;
+use crate::schedule::sequence::Swapped;
+use crate::schedule::{Sequence, SequenceKey, SequenceState, StepPlan};
+
+impl Scheduler {
+    /// Prepares the block table of `key` for its next `count` tokens, and evicts or preempts
+    /// others if necessary. Returns whether this succeeded; if not, no block of `key` was
+    /// allocated.
+    pub(super) fn make_room(
+        &mut self,
+        key: SequenceKey,
+        count: usize,
+        plan: &mut StepPlan,
+    ) -> bool {
+        loop {
+            let Some(sequence) = self.sequences.get_mut(key) else {
+                return false;
+            };
+            let start = sequence.launched_tokens;
+            let Err(short) = self.cache.prepare(
+                &mut sequence.table,
+                start,
+                start + count,
+                plan.step,
+                &mut plan.transfers,
+            ) else {
+                return true;
+            };
+            if self.cache.available_blocks() + self.cache.deferred_blocks() >= short.needed {
+                return false; // wait for the step in flight that frees enough blocks
+            }
+            if self.evict_session() || (self.running.len() == 1 && self.evict_pinned_session()) {
+                continue;
+            }
+            match self.victim(key, plan) {
+                Some(victim) => self.preempt(victim, plan),
+                None => return false,
+            }
+            let own = self.sequences.get(key);
+            if own.is_none_or(|sequence| sequence.state != SequenceState::Running) {
+                return false; // `key` itself was the victim
+            }
+        }
+    }
+
+    /// Makes room for a waiting sequence. One block per running sequence stays available, so
+    /// that the new sequence is not preempted at once. Returns `None` if the sequence cannot
+    /// start now.
+    pub(super) fn room_to_start(
+        &mut self,
+        key: SequenceKey,
+        plan: &mut StepPlan,
+    ) -> Option<StartCost> {
+        loop {
+            let cost = self.start_cost(key)?;
+            let needed = cost.missing + self.running.len();
+            let available = self.cache.available_blocks() - cost.reused_cached_blocks;
+            if needed <= available {
+                return Some(cost);
+            }
+            if needed <= available + self.cache.deferred_blocks() {
+                return None;
+            }
+            if self.evict_session() || (self.running.len() == 0 && self.evict_pinned_session()) {
+                continue;
+            }
+            let victim = self.victim_to_start(key, plan)?;
+            if !self.fits_after_preemption(key, &cost, plan) {
+                return None;
+            }
+            self.preempt(victim, plan);
+        }
+    }
+
+    /// Returns whether `key` could start if all sessions were evicted and all sequences
+    /// preempted that may be preempted for it. Otherwise they would be preempted in vain.
+    pub(super) fn fits_after_preemption(
+        &self,
+        key: SequenceKey,
+        cost: &StartCost,
+        plan: &StepPlan,
+    ) -> bool {
+        let Some(own) = self.sequences.get(key) else {
+            return false;
+        };
+        let mut room = self.cache.available_blocks() + self.cache.deferred_blocks()
+            - cost.reused_cached_blocks;
+        room += self.retained.blocks();
+        let mut running = self.running.len();
+        for sequence in self
+            .running
+            .keys()
+            .iter()
+            .filter_map(|key| self.sequences.get(*key))
+        {
+            let less_urgent = sequence.spec.priority > own.spec.priority;
+            if sequence.last_step != plan.step && (sequence.paused || less_urgent) {
+                room += self.cache.exclusive_blocks(&sequence.table);
+                running -= 1;
+            }
+        }
+        cost.missing + running <= room
+    }
+
+    /// Returns the sequence to preempt so that `key` can start: a paused one, or a less urgent
+    /// one.
+    pub(super) fn victim_to_start(&self, key: SequenceKey, plan: &StepPlan) -> Option<SequenceKey> {
+        let priority = self.sequences.get(key)?.spec.priority;
+        self.last_unplanned(plan, |sequence| sequence.paused)
+            .or_else(|| self.last_unplanned(plan, |other| other.spec.priority > priority))
+    }
+
+    /// Returns the sequence to preempt for `key`, which is not paused: the last paused one,
+    /// else the last one that is served no earlier than `key`, which may be `key` itself.
+    fn victim(&self, key: SequenceKey, plan: &StepPlan) -> Option<SequenceKey> {
+        let own = self.sequences.get(key)?.rank();
+        self.last_unplanned(plan, |sequence| sequence.paused)
+            .or_else(|| self.last_unplanned(plan, |sequence| sequence.rank() >= own))
+    }
+
+    /// Returns the last running sequence that satisfies `kind` and is not in the plan. Prefers
+    /// one whose release frees at least one block.
+    fn last_unplanned(
+        &self,
+        plan: &StepPlan,
+        kind: impl Fn(&Sequence) -> bool,
+    ) -> Option<SequenceKey> {
+        let candidate = |key: &SequenceKey| {
+            let sequence = self.sequences.get(*key)?;
+            // Planning a sequence sets `last_step` to the step.
+            (kind(sequence) && sequence.last_step != plan.step).then_some((*key, sequence))
+        };
+        let last_first = || self.running.keys().iter().rev().filter_map(candidate);
+        last_first()
+            .find(|(_, sequence)| self.cache.has_exclusive_blocks(&sequence.table))
+            .or_else(|| last_first().next())
+            .map(|(key, _)| key)
+    }
+
+    /// Evicts the least recently used session without a pin. Returns whether there was one.
+    fn evict_session(&mut self) -> bool {
+        let oldest = self.retained.oldest();
+        oldest.map(|session| self.end_session(session)).is_some()
+    }
+
+    /// Evicts the session whose pin expires first, for a sequence that could never run
+    /// otherwise. Returns whether there was one.
+    fn evict_pinned_session(&mut self) -> bool {
+        let first = self.retained.first_pinned();
+        first.map(|session| self.end_session(session)).is_some()
+    }
+
+    /// Estimates what preempting a sequence would cost.
+    fn preemption_cost(&self, sequence: &Sequence) -> PreemptionCost {
+        let blocks = self.cache.blocks_for(sequence.launched_tokens);
+        let swap = 2.0 * blocks as f64 * self.policy.swap_seconds_per_block;
+        PreemptionCost {
+            recompute: self.speed.seconds(sequence.launched_tokens),
+            swap: (blocks > 0 && blocks <= self.host.free()).then_some(swap),
+        }
+    }
+
+    /// Preempts a sequence: swaps its blocks out, or drops them so that it is recomputed.
+    pub(super) fn preempt(&mut self, key: SequenceKey, plan: &mut StepPlan) {
+        self.running.remove(key, &self.sequences);
+        let Some(sequence) = self.sequences.get(key) else {
+            return;
+        };
+        let cost = self.preemption_cost(sequence);
+        let swap = cost.prefers_swap(self.policy.preemption);
+        tracing::debug!(
+            request = %sequence.id,
+            tokens = sequence.launched_tokens,
+            recompute_seconds = cost.recompute,
+            swap_seconds = cost.swap,
+            swap,
+            "preempted a sequence"
+        );
+        self.totals.preemptions += 1;
+        let Some(sequence) = self.sequences.get_mut(key) else {
+            return;
+        };
+        let count = self.cache.blocks_for(sequence.launched_tokens);
+        if let Some(host) = swap.then(|| self.host.allocate(count)).flatten() {
+            let blocks = sequence.table.blocks().iter().copied();
+            let pairs = blocks.zip(host.iter().copied());
+            plan.transfers.swap_out.extend(pairs);
+            sequence.swapped = Some(Swapped {
+                blocks: host,
+                tokens: sequence.launched_tokens,
+                step: plan.step,
+            });
+            // The copy is part of this step.
+            sequence.last_step = plan.step;
+            self.totals.swaps += 1;
+        }
+        self.cache.release(&mut sequence.table, sequence.last_step);
+        sequence.launched_tokens = 0;
+        sequence.written_tokens = 0;
+        sequence.state = SequenceState::Blocked;
+        self.unblock(key);
+    }
+}

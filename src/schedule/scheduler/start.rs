@@ -1,0 +1,199 @@
+//! Starts waiting sequences, and decides where their first keys and values come from.
+
+use super::Scheduler;
+use super::plan::Budget;
+use crate::id::SessionId;
+use crate::schedule::{SequenceKey, SequenceState, Sequences, StepPlan};
+
+/// Where a starting sequence takes its first keys and values from.
+#[derive(Clone, Copy, Debug)]
+enum Source {
+    /// Host memory, for the tokens that the prefix cache does not have.
+    Swapped,
+    /// The last turn of this session.
+    Session(SessionId),
+    /// The sequence with the same prompt.
+    Leader(SequenceKey),
+    /// The prefix cache.
+    Prefix,
+}
+
+/// What starting a sequence would take.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct StartCost {
+    source: Source,
+    /// Number of tokens whose keys and values exist already.
+    computed: usize,
+    /// Number of blocks to allocate.
+    pub missing: usize,
+    /// Number of reused blocks that count as available now and no longer will when the sequence
+    /// holds them.
+    pub reused_cached_blocks: usize,
+}
+
+impl Scheduler {
+    /// Starts waiting sequences in order, as long as budget, places and blocks are left.
+    /// `wanted` decides whether the next one may start, given its priority and that of the last
+    /// running sequence, if any. A sequence starts only if all its known tokens fit in the
+    /// cache.
+    pub(super) fn admit(
+        &mut self,
+        plan: &mut StepPlan,
+        budget: &mut Budget,
+        wanted: impl Fn(i32, Option<i32>) -> bool,
+    ) {
+        let priority =
+            |sequences: &Sequences, key| sequences.get(key).map(|other| other.spec.priority);
+        while budget.tokens > 0 && budget.samples > 0 {
+            let Some(key) = self.waiting.next(&self.tenants) else {
+                break;
+            };
+            let last = self.running.keys().last();
+            let last = last.and_then(|last| priority(&self.sequences, *last));
+            if !priority(&self.sequences, key).is_some_and(|own| wanted(own, last)) {
+                break;
+            }
+            if self.running.len() >= self.policy.max_sequences {
+                let cost = self.start_cost(key);
+                match self.victim_to_start(key, plan).zip(cost) {
+                    Some((victim, cost)) if self.fits_after_preemption(key, &cost, plan) => {
+                        self.preempt(victim, plan);
+                    }
+                    _ => break,
+                }
+                continue;
+            }
+            let Some(cost) = self.room_to_start(key, plan) else {
+                break;
+            };
+            self.start(key, cost, plan);
+            let count = self.sequences.get(key).map_or(0, |sequence| {
+                let count = sequence.pending().min(budget.tokens);
+                sequence.rows_within(count, budget.samples)
+            });
+            self.push_item(plan, key, count, budget);
+        }
+    }
+
+    /// Returns what starting a waiting sequence would take now; `None` if it cannot start yet.
+    pub(super) fn start_cost(&self, key: SequenceKey) -> Option<StartCost> {
+        let sequence = self.sequences.get(key)?;
+        let length = sequence.tokens.len();
+        let most = sequence.reusable();
+        let blocks = self.cache.blocks_for(length);
+        let salt = sequence.spec.salt.as_ref();
+        let retained = |session| Some((session, self.retained.get(session)?));
+        if let Some(swapped) = &sequence.swapped {
+            if swapped.step > self.cache.last_completed_step() {
+                return None; // the step that copies the blocks out may still fail
+            }
+            // The rows of all swapped-out tokens were reported before, so none must be
+            // recomputed.
+            let (known, reused_cached_blocks) =
+                self.cache
+                    .lookup(salt, &sequence.tokens, swapped.tokens.min(length - 1));
+            return Some(StartCost {
+                source: Source::Swapped,
+                computed: swapped.tokens,
+                missing: blocks - known,
+                reused_cached_blocks,
+            });
+        }
+        if let Some((session, retained)) = sequence.spec.session.and_then(retained) {
+            let computed = retained.tokens.len().min(most);
+            return Some(StartCost {
+                source: Source::Session(session),
+                computed,
+                missing: self.cache.missing_blocks(&retained.table, computed, length),
+                reused_cached_blocks: 0,
+            });
+        }
+        // A sequence that has started before may find more than the prompt in the prefix cache.
+        let leader = sequence.leader.filter(|_| !sequence.started);
+        let leader = leader.and_then(|leader| self.sequences.get(leader));
+        if let Some(leader) = leader.filter(|leader| leader.written_tokens >= leader.prompt_tokens)
+        {
+            let computed = leader.prompt_tokens.min(most);
+            return Some(StartCost {
+                source: Source::Leader(sequence.leader?),
+                computed,
+                // A partial last block counts as missing, because it is copied before it is
+                // written.
+                missing: blocks - computed / self.cache.block_tokens(),
+                reused_cached_blocks: 0,
+            });
+        }
+        let (known, reused_cached_blocks) = self.cache.lookup(salt, &sequence.tokens, most);
+        Some(StartCost {
+            source: Source::Prefix,
+            computed: known * self.cache.block_tokens(),
+            missing: blocks - known,
+            reused_cached_blocks,
+        })
+    }
+
+    /// Starts a waiting sequence for which there is room.
+    fn start(&mut self, key: SequenceKey, cost: StartCost, plan: &mut StepPlan) {
+        self.waiting.remove(key, &self.sequences);
+        self.set_state(key, SequenceState::Running);
+        self.running.insert(key, &self.sequences);
+        let shared = match cost.source {
+            Source::Leader(leader) => self
+                .sequences
+                .get(leader)
+                .map(|leader| self.cache.share(&leader.table, cost.computed)),
+            _ => None,
+        };
+        let retained = match cost.source {
+            Source::Session(session) => self.retained.take(session),
+            _ => None,
+        };
+        let Some(sequence) = self.sequences.get_mut(key) else {
+            return;
+        };
+        sequence.started_step = plan.step;
+        sequence.launched_tokens = cost.computed;
+        if let Some(table) = shared {
+            sequence.table = table;
+        } else if let Some(retained) = retained {
+            sequence.table = retained.table;
+            sequence.last_step = sequence.last_step.max(retained.last_step);
+        } else {
+            let most = sequence.tokens.len() - 1;
+            let limit = cost.computed.min(most);
+            self.cache
+                .attach(&mut sequence.table, &sequence.tokens, limit);
+        }
+        sequence.reserve(self.cache.block_tokens());
+        sequence.written_tokens = match cost.source {
+            Source::Swapped => 0,
+            _ => cost.computed,
+        };
+        let known = sequence.table.len();
+        let (from, to) = (sequence.launched_tokens, sequence.tokens.len());
+        let (table, transfers) = (&mut sequence.table, &mut plan.transfers);
+        let copies = transfers.copies.len();
+        let booked = self.cache.prepare(table, from, to, plan.step, transfers);
+        debug_assert!(booked.is_ok(), "there was room: {booked:?}");
+        if transfers.copies.len() > copies {
+            // A copied block counts as written only when this step has completed, because the
+            // step may fail.
+            let size = self.cache.block_tokens();
+            sequence.written_tokens = sequence.written_tokens.min(from - from % size);
+        }
+        if let Some(swapped) = sequence.swapped.take() {
+            let blocks = sequence.table.blocks().iter().copied();
+            let pairs = swapped.blocks.iter().copied().zip(blocks);
+            plan.transfers.swap_in.extend(pairs.skip(known));
+            self.read_back.extend(swapped.blocks);
+        }
+        if !sequence.started {
+            sequence.started = true;
+            sequence.cached_tokens = cost.computed;
+            if !sequence.spec.task.needs_every_row() {
+                self.totals.prefix_queries += sequence.prompt_tokens as u64;
+            }
+            self.totals.prefix_hits += cost.computed as u64;
+        }
+    }
+}
