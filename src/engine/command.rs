@@ -58,7 +58,7 @@ pub(crate) enum Command {
     /// Report the engine's state to a caller that blocks its thread.
     Inspect(Sender<EngineStats>),
     /// Report the engine's state to a caller that may wait asynchronously.
-    InspectLater(Reply<EngineStats>),
+    InspectAsync(Reply<EngineStats>),
     /// Report the open requests with this label.
     Find(Arc<str>, Reply<Vec<RequestId>>),
     /// Report the open requests, the sessions and the owner of each block.

@@ -924,7 +924,7 @@ impl Engine {
         let deadlines = RequestDeadlines {
             first_token: after(request.first_token_within),
             finish: after(request.finish_within),
-            reader: None,
+            catch_up: None,
         };
         let record = RequestRecord::new(span, submitted, spec.prompt.len());
         // The stream exists before the request is posted, so from here on dropping it cancels.
@@ -1013,7 +1013,7 @@ impl Engine {
     /// Asks for the engine's state, like [`Engine::stats`], without blocking the thread. Await
     /// the result to get the answer.
     pub fn inspect(&self) -> Asked<EngineStats> {
-        self.put(Command::InspectLater)
+        self.put(Command::InspectAsync)
     }
 
     /// Asks for a snapshot: the open requests, the owner of each KV cache block, and the
@@ -1033,7 +1033,7 @@ impl Engine {
         let posted_at = Instant::now();
         self.put(|reply| Command::CancelRequest {
             id,
-            reason: reason.of_a_caller(),
+            reason: reason.for_caller(),
             posted_at,
             reply,
         })

@@ -187,7 +187,7 @@ pub(super) fn take(scheduler: &Scheduler, ledger: &Ledger, stats: EngineStats) -
     sequences.sort_unstable_by_key(|(_, sequence)| sequence.id);
     let kept = scheduler.kept_by_all();
     let requests = sequences.iter().map(|(key, sequence)| {
-        let (submitted, label) = ledger.known_of(*key).unwrap_or((now, None));
+        let (submitted, label) = ledger.submission_info(*key).unwrap_or((now, None));
         let age = now.saturating_duration_since(submitted);
         request_state(sequence, label.cloned(), age)
     });

@@ -3,10 +3,10 @@
 
 use super::command::Command;
 use super::event::{
-    CancelReason, Event, EventReceiver, Outcome, PromptReport, Receipt, RequestCell, Terminal,
-    Token, has_room,
+    CancelReason, Event, EventReceiver, Outcome, PromptReport, Receipt, RequestCell, Token,
+    has_room,
 };
-use super::metrics::{EngineMetrics, Noop};
+use super::metrics::{EngineMetrics, NoEffect};
 use super::sync::atomic::Ordering;
 use super::sync::{Arc, Receiver, Sender};
 use super::turn::TurnCell;
@@ -14,7 +14,6 @@ use super::waiting::{Answer, EngineEnd};
 use super::{EngineFault, GenerateError, Request};
 use crate::device::PooledRows;
 use crate::id::RequestId;
-use crate::schedule::FinishReason;
 use crate::text::{Detokenizer, StopMatcher, StopStep, StopStrings, Tokenizer};
 use futures_core::Stream;
 use std::future::Future;
@@ -210,7 +209,7 @@ impl TokenStream {
     /// [`CancelReason::Disconnect`]. The reason appears in the metrics and in the logs.
     /// [`CancelReason::StopString`] is replaced by [`CancelReason::Explicit`].
     pub fn cancel_because(mut self, reason: CancelReason) -> Cancellation {
-        self.post_cancel(reason.of_a_caller());
+        self.post_cancel(reason.for_caller());
         Cancellation(Acknowledgement::Stream {
             cell: Arc::clone(&self.parts.cell),
             receipt: self.parts.receiver.receipt.clone(),
@@ -222,7 +221,7 @@ impl TokenStream {
     /// [`CancelReason::StreamDropped`]. For example, a server whose connections own their
     /// streams uses [`CancelReason::Disconnect`].
     pub fn when_dropped(mut self, reason: CancelReason) -> Self {
-        self.drop_reason = reason.of_a_caller();
+        self.drop_reason = reason.for_caller();
         self
     }
 
@@ -293,20 +292,20 @@ impl TokenStream {
         if !self.ended {
             self.ended = true;
             let first = self.parts.cell.cancel(reason);
-            let noop = if !first {
-                Some(Noop::AlreadyCancelled)
+            let no_effect = if !first {
+                Some(NoEffect::AlreadyCancelled)
             } else {
                 let posted = self.parts.commands.send(Command::Cancel(self.parts.id));
-                posted.err().map(|_| Noop::EngineClosed)
+                posted.err().map(|_| NoEffect::EngineClosed)
             };
-            if let Some(why) = noop {
-                self.parts.metrics.noop(why);
+            if let Some(cause) = no_effect {
+                self.parts.metrics.no_effect(cause);
             }
             // Only after the post, so that the session posts its next turn after the cancel.
             if let (Some(turn), true) = (&self.parts.turn, first)
                 && reason != CancelReason::StopString
             {
-                turn.ended_by_reader(None);
+                turn.set_reader_end(None);
             }
         }
     }
@@ -332,7 +331,7 @@ impl TokenStream {
                 self.answer.push(token.id);
             }
             // A token that ends the answer is not part of its text.
-            let ends = matches!(event.terminal, Some(Terminal::Finished(FinishReason::Stop)))
+            let ends = matches!(event.ending, Some(Ok(Outcome::Stop)))
                 && self.parts.stop_tokens.contains(&token.id);
             if let Some(state) = &mut self.parts.text
                 && (!ends || state.include_stop)
@@ -342,12 +341,10 @@ impl TokenStream {
                 matched = step.matched.is_some();
             }
         }
-        let mut outcome = match event.terminal {
+        let mut outcome = match event.ending {
             None => None,
-            Some(Terminal::Finished(FinishReason::Stop)) => Some(Outcome::Stop),
-            Some(Terminal::Finished(FinishReason::Length)) => Some(Outcome::Length),
-            Some(Terminal::Cancelled(reason)) => Some(Outcome::Cancelled(reason)),
-            Some(Terminal::Failed(fault)) => {
+            Some(Ok(outcome)) => Some(outcome),
+            Some(Err(fault)) => {
                 self.ended = true;
                 return Err(GenerateError::Failed(*fault));
             }
@@ -388,7 +385,7 @@ impl TokenStream {
             {
                 let mut tokens = self.parts.prompt.to_vec();
                 tokens.append(&mut self.answer);
-                turn.ended_by_reader(Some(tokens));
+                turn.set_reader_end(Some(tokens));
             }
         }
         Ok(Chunk {

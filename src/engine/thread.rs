@@ -2,9 +2,9 @@
 
 use super::command::{Command, Submission};
 use super::deadlines::Due;
-use super::event::{CancelReason, PromptReport, Receipt, RequestCell, Terminal, Token};
+use super::event::{CancelReason, Ending, Outcome, PromptReport, Receipt, RequestCell, Token};
 use super::ledger::{Ledger, ReceiptReply, Remains};
-use super::metrics::{EngineMetrics, Noop, Phase, cleanup_failed};
+use super::metrics::{EngineMetrics, NoEffect, Phase, cleanup_failed};
 use super::snapshot;
 use super::stats::EngineStats;
 use super::sync::{Arc, Never, OnceLock, Receiver, RecvTimeoutError, TryRecvError};
@@ -18,7 +18,7 @@ use crate::id::{SessionId, StepId};
 use crate::runner::{Runner, StepOutput};
 use crate::sampling::{ConstraintError, Sampled};
 use crate::schedule::{
-    Commit, Fate, FinishReason, PlanItem, Report, Scheduler, Sequence, SequenceKey, StepPlan, Task,
+    Commit, Fate, PlanItem, Report, Scheduler, Sequence, SequenceKey, StepPlan, Task,
 };
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
@@ -147,7 +147,7 @@ impl SchedulerThread {
         // Set the cause before waking anyone who waits, so that they find it.
         let _ = fault.set(cause.clone());
         // If a device call panicked, it is no longer running.
-        let _ = self.pulse.returned();
+        let _ = self.pulse.end_call();
         // The runner itself may be broken, so nothing below uses it.
         let rest = catch_unwind(AssertUnwindSafe(|| self.fail_everything(cause)));
         if let Err(panic) = rest {
@@ -161,17 +161,17 @@ impl SchedulerThread {
 
     fn serve(&mut self) -> Result<(), EngineFault> {
         self.pulse.busy();
-        while self.turn()?.is_continue() {}
+        while self.run_iteration()?.is_continue() {}
         Ok(())
     }
 
     /// Runs one complete iteration of the loop. Returns `Break` after a shutdown, or when no
     /// caller is left that could post a command.
-    fn turn(&mut self) -> Result<ControlFlow<()>, EngineFault> {
+    fn run_iteration(&mut self) -> Result<ControlFlow<()>, EngineFault> {
         if self.drain_commands() {
             return Ok(ControlFlow::Break(()));
         }
-        self.pass_time();
+        self.handle_deadlines();
         self.applied = false;
         let plan = self.plan();
         let planned = plan.is_some();
@@ -279,7 +279,7 @@ impl SchedulerThread {
 
     /// Cancels the remaining requests when the deadline of a drain has passed. When no request
     /// is left, reports the results of all drains.
-    fn attend_drains(&mut self) {
+    fn finish_drains(&mut self) {
         if self.drains.is_empty() {
             return;
         }
@@ -307,12 +307,12 @@ impl SchedulerThread {
     }
 
     /// Handles what is due now. Deadlines take effect only here.
-    fn pass_time(&mut self) {
+    fn handle_deadlines(&mut self) {
         if self.scheduler.counts().pinned_blocks > 0 {
             self.scheduler.expire_pins(Instant::now());
         }
         self.expire();
-        self.attend_drains();
+        self.finish_drains();
     }
 
     /// Cancels the requests whose deadlines have passed.
@@ -327,7 +327,7 @@ impl SchedulerThread {
         while let Some((key, due)) = self.ledger.overdue(now) {
             let reason = match due {
                 Due::FirstToken | Due::Finish => CancelReason::Deadline,
-                Due::Reader => CancelReason::SlowConsumer,
+                Due::CatchUp => CancelReason::SlowConsumer,
             };
             self.cancel(key, reason);
         }
@@ -360,7 +360,7 @@ impl SchedulerThread {
                 Some(key) => {
                     self.apply_cancel(key);
                 }
-                None => self.metrics.noop(Noop::AlreadyEnded),
+                None => self.metrics.no_effect(NoEffect::AlreadyEnded),
             },
             Command::CancelRequest {
                 id,
@@ -376,14 +376,14 @@ impl SchedulerThread {
                     self.apply_cancel(key);
                 }
                 None => {
-                    self.metrics.noop(Noop::AlreadyEnded);
+                    self.metrics.no_effect(NoEffect::AlreadyEnded);
                     reply.send(None);
                 }
             },
             Command::Resume(id) => {
                 if let Some(key) = self.ledger.key_of(id) {
                     self.scheduler.set_paused(key, false);
-                    self.ledger.reader_due(key, None);
+                    self.ledger.catch_up_due(key, None);
                 }
             }
             Command::Stop {
@@ -412,11 +412,11 @@ impl SchedulerThread {
                 // The caller may have stopped waiting; its answer is then dropped.
                 let _ = reply.try_send(self.stats());
             }
-            Command::InspectLater(reply) => {
+            Command::InspectAsync(reply) => {
                 self.publish();
                 reply.send(self.stats());
             }
-            Command::Find(label, reply) => reply.send(self.ledger.labelled(&label)),
+            Command::Find(label, reply) => reply.send(self.ledger.ids_with_label(&label)),
             Command::Snapshot(reply) => {
                 self.publish();
                 reply.send(snapshot::take(&self.scheduler, &self.ledger, self.stats()));
@@ -445,7 +445,7 @@ impl SchedulerThread {
         // The request was cancelled on its way here, so it never runs (I5).
         let cell = self.ledger.cell_of(key);
         if cell.and_then(RequestCell::cancelled) == Some(CancelReason::StreamDropped) {
-            self.end(key, Terminal::Cancelled(CancelReason::SubmitDropped));
+            self.end_request(key, Ok(Outcome::Cancelled(CancelReason::SubmitDropped)));
         }
         self.apply_cancel(key);
         if self.closing || self.draining {
@@ -483,8 +483,9 @@ impl SchedulerThread {
                 self.apply_cancel(key);
             }
             None => {
-                let receipt = Receipt::of_nothing(self.completed, posted_at);
-                self.ledger.close_session(self.completed, receipt, reply);
+                let receipt = Receipt::empty(self.completed, posted_at);
+                self.ledger
+                    .send_receipt_after(self.completed, receipt, reply);
             }
         }
     }
@@ -496,7 +497,7 @@ impl SchedulerThread {
         posted_at: Instant,
         reply: Option<Reply<Receipt>>,
     ) {
-        let mut receipt = Receipt::of_nothing(self.completed, posted_at);
+        let mut receipt = Receipt::empty(self.completed, posted_at);
         let mut fence = StepId::default();
         if let Some(key) = self.ledger.turn_key(session) {
             let sequence = self.scheduler.sequences().get(key);
@@ -510,7 +511,7 @@ impl SchedulerThread {
         receipt.blocks_freed += blocks;
         if let Some(reply) = reply {
             self.ledger
-                .close_session(fence.max(touched), receipt, reply);
+                .send_receipt_after(fence.max(touched), receipt, reply);
         }
     }
 
@@ -518,11 +519,11 @@ impl SchedulerThread {
     /// nobody holds any more.
     fn apply_cancel(&mut self, key: SequenceKey) -> Option<usize> {
         let reason = self.ledger.cell_of(key)?.cancelled()?;
-        let terminal = match reason {
-            CancelReason::StopString => Terminal::Finished(FinishReason::Stop),
-            reason => Terminal::Cancelled(reason),
+        let outcome = match reason {
+            CancelReason::StopString => Outcome::Stop,
+            reason => Outcome::Cancelled(reason),
         };
-        Some(self.end(key, terminal))
+        Some(self.end_request(key, Ok(outcome)))
     }
 
     fn cancel_all(&mut self, reason: CancelReason) {
@@ -533,9 +534,9 @@ impl SchedulerThread {
 
     /// Ends a request, for any reason, and returns the number of blocks that nobody holds any
     /// more. Every request ends here.
-    fn end(&mut self, key: SequenceKey, terminal: Terminal) -> usize {
-        let fate = self.fate(key, &terminal);
-        let Some((sequence, blocks)) = self.scheduler.close(key, fate) else {
+    fn end_request(&mut self, key: SequenceKey, ending: Ending) -> usize {
+        let disposition = self.decide_disposition(key, &ending);
+        let Some((sequence, blocks)) = self.scheduler.close(key, disposition) else {
             return 0;
         };
         let remains = Remains {
@@ -543,13 +544,13 @@ impl SchedulerThread {
             tokens_generated: sequence.generated(),
             fence: sequence.touched(),
         };
-        self.ledger.close(key, terminal, remains);
+        self.ledger.close(key, ending, remains);
         blocks
     }
 
     /// Decides what happens to the blocks of a request that is about to end. If the request is
     /// a turn, also records for its session how the turn ended.
-    fn fate(&self, key: SequenceKey, terminal: &Terminal) -> Fate {
+    fn decide_disposition(&self, key: SequenceKey, ending: &Ending) -> Fate {
         let (Some(turn), Some(sequence)) = (
             self.ledger.turn_of(key),
             self.scheduler.sequences().get(key),
@@ -557,30 +558,30 @@ impl SchedulerThread {
             return Fate::Free;
         };
         let flag = self.ledger.cell_of(key).and_then(RequestCell::cancelled);
-        let (end, tokens) = match (terminal, flag) {
+        let (end, tokens) = match (ending, flag) {
             // What a failed step has written cannot be trusted.
-            (Terminal::Failed(_), _) => {
-                turn.cell.ended_by_thread(TurnEnd::Rewound);
+            (Err(_), _) => {
+                turn.cell.set_thread_end(TurnEnd::Rewound);
                 return Fate::Free;
             }
-            (Terminal::Finished(_), Some(CancelReason::StopString)) => {
+            (Ok(Outcome::Stop | Outcome::Length), Some(CancelReason::StopString)) => {
                 let kept = sequence.prompt_tokens + turn.cell.kept_answer();
                 (None, kept)
             }
-            (Terminal::Finished(_), _) => {
+            (Ok(Outcome::Stop | Outcome::Length), _) => {
                 let tokens = sequence.tokens.clone();
                 (Some(TurnEnd::Finished(tokens)), sequence.tokens.len())
             }
-            (Terminal::Cancelled(_), Some(CancelReason::SessionStopped))
+            (Ok(Outcome::Cancelled(_)), Some(CancelReason::SessionStopped))
                 if turn.cell.is_stopped(Stop::Keep) =>
             {
                 let tokens = sequence.tokens.clone();
                 (Some(TurnEnd::Kept(tokens)), sequence.tokens.len())
             }
-            (Terminal::Cancelled(_), _) => (Some(TurnEnd::Rewound), turn.base),
+            (Ok(Outcome::Cancelled(_)), _) => (Some(TurnEnd::Rewound), turn.base),
         };
         if let Some(end) = end {
-            turn.cell.ended_by_thread(end);
+            turn.cell.set_thread_end(end);
         }
         let pin_until = turn.pin.map(|pin| Instant::now() + pin.min(LONGEST_PIN));
         Fate::Keep { tokens, pin_until }
@@ -597,9 +598,9 @@ impl SchedulerThread {
             self.step_began = from;
         }
         self.note_starts(&plan, from);
-        self.pulse.calls(plan.step);
+        self.pulse.begin_call(plan.step);
         let launched = self.runner.launch(&plan, self.scheduler.sequences());
-        self.pulse.returned()?;
+        self.pulse.end_call()?;
         self.metrics.phase(Phase::Launch, from);
         match launched {
             Ok(()) => {
@@ -609,7 +610,7 @@ impl SchedulerThread {
                 for (key, error) in unmasked {
                     if self.apply_cancel(key).is_none() {
                         let fault = EngineFault::Constraint(error);
-                        self.end(key, Terminal::Failed(Box::new(fault)));
+                        self.end_request(key, Err(Box::new(fault)));
                     }
                 }
                 Ok(())
@@ -663,9 +664,9 @@ impl SchedulerThread {
         if freed.is_empty() {
             return Ok(());
         }
-        self.pulse.calls(self.scheduler.launched());
+        self.pulse.begin_call(self.scheduler.launched());
         let poisoned = self.runner.poison(&freed);
-        self.pulse.returned()?;
+        self.pulse.end_call()?;
         poisoned.map_err(EngineFault::Device)
     }
 
@@ -676,9 +677,9 @@ impl SchedulerThread {
             .in_flight
             .front()
             .map_or(self.completed, |plan| plan.step);
-        self.pulse.calls(step);
+        self.pulse.begin_call(step);
         let outcome = self.runner.collect();
-        self.pulse.returned()?;
+        self.pulse.end_call()?;
         self.metrics.phase(Phase::Collect, from);
         let Some(plan) = self.in_flight.pop_front() else {
             return Ok(());
@@ -693,7 +694,7 @@ impl SchedulerThread {
                 Err(_) => break,
             }
         }
-        self.pass_time();
+        self.handle_deadlines();
         let failed = match outcome {
             Ok(output) => {
                 match complete(&plan, &output) {
@@ -764,7 +765,7 @@ impl SchedulerThread {
             if broken && self.apply_cancel(item.key).is_none() {
                 let tokens = item.start + item.count;
                 let fault = EngineFault::NotFinite { tokens };
-                self.end(item.key, Terminal::Failed(Box::new(fault)));
+                self.end_request(item.key, Err(Box::new(fault)));
             }
         }
     }
@@ -775,7 +776,7 @@ impl SchedulerThread {
         if self.apply_cancel(key).is_none()
             && let Commit::Finished(reason) = self.scheduler.commit_end(key)
         {
-            self.end(key, Terminal::Finished(reason));
+            self.end_request(key, Ok(reason.into()));
         }
     }
 
@@ -793,12 +794,12 @@ impl SchedulerThread {
             }
             Commit::Failed(error) => {
                 let fault = EngineFault::Constraint(error);
-                self.end(key, Terminal::Failed(Box::new(fault)));
+                self.end_request(key, Err(Box::new(fault)));
             }
             Commit::Finished(reason) => {
                 self.tokens_generated += 1;
                 self.ledger.token(key, token);
-                self.end(key, Terminal::Finished(reason));
+                self.end_request(key, Ok(reason.into()));
             }
         }
     }
@@ -842,7 +843,7 @@ impl SchedulerThread {
             self.scheduler.set_paused(key, paused);
             let deadline = self.slow_consumer_deadline.filter(|_| paused);
             let due = deadline.and_then(|within| Instant::now().checked_add(within));
-            self.ledger.reader_due(key, due);
+            self.ledger.catch_up_due(key, due);
         }
         self.paused = changes;
     }
@@ -854,7 +855,7 @@ impl SchedulerThread {
             // A request that has already been cancelled stays cancelled.
             if self.apply_cancel(item.key).is_none() {
                 let fault = EngineFault::Device(error.clone());
-                self.end(item.key, Terminal::Failed(Box::new(fault)));
+                self.end_request(item.key, Err(Box::new(fault)));
             }
         }
     }
@@ -874,11 +875,11 @@ impl SchedulerThread {
             if self.apply_cancel(key).is_some() {
                 continue;
             }
-            let terminal = match cause {
-                EngineFault::Shutdown => Terminal::Cancelled(CancelReason::Shutdown),
-                fault => Terminal::Failed(Box::new(fault.clone())),
+            let ending = match cause {
+                EngineFault::Shutdown => Ok(Outcome::Cancelled(CancelReason::Shutdown)),
+                fault => Err(Box::new(fault.clone())),
             };
-            self.end(key, terminal);
+            self.end_request(key, ending);
         }
         while let Ok(command) = self.commands.try_recv() {
             // Dropping a submission wakes its reader, which finds the fault.

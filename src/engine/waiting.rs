@@ -15,12 +15,12 @@ use std::task::{Context, Poll};
 pub(crate) struct EngineEnd {
     fault: Arc<OnceLock<EngineFault>>,
     /// Closes when the scheduler thread has ended or has been given up.
-    over: Receiver<Never>,
+    closed: Receiver<Never>,
 }
 
 impl EngineEnd {
-    pub fn new(fault: Arc<OnceLock<EngineFault>>, over: Receiver<Never>) -> Self {
-        Self { fault, over }
+    pub fn new(fault: Arc<OnceLock<EngineFault>>, closed: Receiver<Never>) -> Self {
+        Self { fault, closed }
     }
 
     /// Returns what ended the engine, if it has ended.
@@ -35,7 +35,7 @@ impl EngineEnd {
 
     /// Waits on this thread for a message or the end of the engine.
     pub fn recv<T>(&self, receiver: &Receiver<T>) -> Result<T, EngineFault> {
-        recv_or(receiver, &self.over).map_err(|_| self.cause())
+        recv_or(receiver, &self.closed).map_err(|_| self.cause())
     }
 
     /// Polls for a message or the end of the engine. `register` must leave the waker where the
