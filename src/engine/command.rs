@@ -1,14 +1,13 @@
 //! The commands, which are the only way into the scheduler thread.
 
-use super::deadlines::RequestDeadlines;
+use super::caller::permit::Permit;
+use super::caller::turn::{Stop, Turn, TurnCell};
 use super::event::CancelReason;
 use super::event::Receipt;
 use super::event::{EventSender, RequestCell};
-use super::permit::Permit;
-use super::record::RequestRecord;
 use super::stats::EngineStats;
 use super::sync::{Arc, Never, Sender};
-use super::turn::{Stop, Turn, TurnCell};
+use super::thread::{RequestDeadlines, RequestRecord};
 use super::waiting::Reply;
 use super::{Drained, EngineSnapshot};
 use crate::id::{RequestId, SessionId};

@@ -1,16 +1,14 @@
 //! [`Engine`], the handle through which callers load a model and submit requests.
 
+use super::caller::permit::{Permit, Places};
+use super::caller::turn::Turn;
 use super::command::{AccountSpec, Command, Submission};
-use super::deadlines::RequestDeadlines;
 use super::event::{CancelReason, Receipt, RequestCell, channel};
 use super::metrics::EngineMetrics;
-use super::permit::{Permit, Places};
-use super::record::RequestRecord;
 use super::stream::{Cancellation, StreamParts, TextState};
 use super::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use super::sync::{Arc, OnceLock, Receiver, Sender, Weak, bounded, spawn, unbounded};
-use super::thread::SchedulerThread;
-use super::turn::Turn;
+use super::thread::{RequestDeadlines, RequestRecord, SchedulerThread};
 use super::waiting::{Answer, Asked, EngineEnd, Reply, Waiters};
 use super::watchdog::{Heartbeat, Pulse, watch};
 use super::{

@@ -2,43 +2,37 @@
 //!
 //! Callers hold an [`Engine`] and [`TokenStream`]s. These post commands and read events, but
 //! never clean up. The scheduler thread owns every sequence and every block, and does all
-//! clean-up. Its loop is in `thread.rs`, and its record of the open requests in `ledger.rs`;
-//! `command.rs` and `event.rs` define the messages between the two sides.
+//! clean-up. Its loop is in `thread/mod.rs`, and its record of the open requests in
+//! `thread/ledger.rs`; `command.rs` and `event.rs` define the messages between the two sides.
 
+mod caller;
 mod command;
-mod deadlines;
-mod embedding;
 mod ending;
 mod error;
 mod event;
 mod handle;
-mod ledger;
 mod metrics;
-mod permit;
-mod record;
-mod session;
 mod snapshot;
 mod stats;
 mod stream;
 mod sync;
 mod thread;
-mod turn;
 mod waiting;
 mod watchdog;
 
-pub use embedding::{EmbedRequest, Embedding, EmbeddingFuture};
+pub use caller::embedding::{EmbedRequest, Embedding, EmbeddingFuture};
+#[cfg(feature = "server")]
+pub(crate) use caller::permit::Places;
+pub use caller::session::{Session, SessionOptions};
+pub use caller::turn::Stop;
 pub use ending::{Drained, Draining, Shutdown, ShuttingDown};
 pub use error::{EngineFault, GenerateError, SubmitError};
 pub use event::{CancelReason, Outcome, Receipt, Token};
 pub use handle::{Engine, Prompt, Request, Truncation};
-#[cfg(feature = "server")]
-pub(crate) use permit::Places;
-pub use session::{Session, SessionOptions};
 pub use snapshot::{
     BlockMap, BlockUse, EngineSnapshot, RequestEnd, RequestPhase, RequestState, SessionState,
 };
 pub use stats::{EngineStats, Outcomes};
 pub use stream::{Cancellation, Chunk, Finish, Generation, Timing, TokenStream};
-pub use turn::Stop;
 pub use waiting::Asked;
 pub use watchdog::{Health, HealthStatus};

@@ -1,6 +1,7 @@
 //! [`TokenStream`], the answer to one request as it is generated. Dropping it cancels the
 //! request.
 
+use super::caller::turn::TurnCell;
 use super::command::Command;
 use super::event::{
     CancelReason, Event, EventReceiver, Outcome, PromptReport, Receipt, RequestCell, Token,
@@ -9,7 +10,6 @@ use super::event::{
 use super::metrics::{EngineMetrics, NoEffect};
 use super::sync::atomic::Ordering;
 use super::sync::{Arc, Receiver, Sender};
-use super::turn::TurnCell;
 use super::waiting::{Answer, EngineEnd};
 use super::{EngineFault, GenerateError, Request};
 use crate::device::PooledRows;

@@ -5,19 +5,19 @@
 //! account is *closing* until its blocks are free; then the caller gets the receipt. Every
 //! account is closed by [`Ledger::close`], whatever the reason.
 
-use super::command::AccountSpec;
 use super::deadlines::{Deadlines, Due, RequestDeadlines};
-use super::event::{
+use super::record::RequestRecord;
+use crate::engine::caller::permit::Permit;
+use crate::engine::caller::turn::Turn;
+use crate::engine::command::AccountSpec;
+use crate::engine::event::{
     Ending, Event, EventSender, Outcome, PromptReport, Receipt, RequestCell, Token, wake,
 };
-use super::metrics::{EndLabels, EngineMetrics};
-use super::permit::Permit;
-use super::record::RequestRecord;
-use super::stats::Outcomes;
-use super::sync::Arc;
-use super::sync::atomic::Ordering;
-use super::turn::Turn;
-use super::waiting::Reply;
+use crate::engine::metrics::{EndLabels, EngineMetrics};
+use crate::engine::stats::Outcomes;
+use crate::engine::sync::Arc;
+use crate::engine::sync::atomic::Ordering;
+use crate::engine::waiting::Reply;
 use crate::id::{RequestId, SessionId, StepId};
 use crate::schedule::SequenceKey;
 use slotmap::SecondaryMap;

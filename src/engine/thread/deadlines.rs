@@ -7,7 +7,7 @@ use std::time::Instant;
 
 /// What a request has failed to do in time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Due {
+pub(super) enum Due {
     /// Produce its first token.
     FirstToken,
     /// End.

@@ -1,7 +1,7 @@
 //! The record of one request: its span, its times, and the log event at its end.
 
-use super::event::Receipt;
-use super::metrics::{EndLabels, EngineMetrics};
+use crate::engine::event::Receipt;
+use crate::engine::metrics::{EndLabels, EngineMetrics};
 use std::time::{Duration, Instant};
 
 /// The times of one request, and the span in which its end is logged.

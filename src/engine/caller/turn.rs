@@ -1,8 +1,8 @@
 //! The shared state of a session's turn, through which the session, the reader of the stream
 //! and the scheduler thread tell each other how the turn ended.
 
-use super::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
-use super::sync::{Arc, OnceLock};
+use crate::engine::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use crate::engine::sync::{Arc, OnceLock};
 use crate::id::SessionId;
 use std::time::Duration;
 
