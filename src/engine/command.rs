@@ -1,15 +1,14 @@
 //! The commands, which are the only way into the scheduler thread.
 
-use super::deadlines::RequestDeadlines;
+use super::caller::permit::Permit;
+use super::caller::turn::{Stop, Turn, TurnCell};
+use super::caller::waiting::Reply;
 use super::event::CancelReason;
 use super::event::Receipt;
 use super::event::{EventSender, RequestCell};
-use super::permit::Permit;
-use super::record::RequestRecord;
 use super::stats::EngineStats;
 use super::sync::{Arc, Never, Sender};
-use super::turn::{Stop, Turn, TurnCell};
-use super::waiting::Reply;
+use super::thread::{RequestDeadlines, RequestRecord};
 use super::{Drained, EngineSnapshot};
 use crate::id::{RequestId, SessionId};
 use crate::schedule::{RetainedCache, SequenceSpec};
@@ -58,7 +57,7 @@ pub(crate) enum Command {
     /// Report the engine's state to a caller that blocks its thread.
     Inspect(Sender<EngineStats>),
     /// Report the engine's state to a caller that may wait asynchronously.
-    InspectLater(Reply<EngineStats>),
+    InspectAsync(Reply<EngineStats>),
     /// Report the open requests with this label.
     Find(Arc<str>, Reply<Vec<RequestId>>),
     /// Report the open requests, the sessions and the owner of each block.

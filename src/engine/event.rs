@@ -1,10 +1,10 @@
 //! The events, which are the only way out of the scheduler thread.
 
 use super::EngineFault;
+use super::caller::waiting::Waiter;
 use super::metrics::cleanup_failed;
 use super::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use super::sync::{Arc, AtomicWaker, OnceLock, Receiver, Sender, TrySendError, bounded};
-use super::waiting::Waiter;
 use crate::device::PooledRows;
 use crate::id::StepId;
 use crate::sampling::Sampled;
@@ -61,7 +61,7 @@ impl CancelReason {
 
     /// Returns the reason to use for a cancel by a caller. Only the stream itself may report a
     /// stop string, because that counts as a normal end.
-    pub(crate) fn of_a_caller(self) -> Self {
+    pub(crate) fn for_caller(self) -> Self {
         match self {
             Self::StopString => Self::Explicit,
             reason => reason,
@@ -90,15 +90,6 @@ impl CancelReason {
     }
 }
 
-/// How an accepted request ended, of which there is exactly one per request (I1).
-#[derive(Clone, Debug)]
-pub(crate) enum Terminal {
-    Finished(FinishReason),
-    Cancelled(CancelReason),
-    /// Boxed to keep events small, because each request has a buffer of them.
-    Failed(Box<EngineFault>),
-}
-
 /// How a request ended, for its caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Outcome {
@@ -120,6 +111,21 @@ impl Outcome {
         }
     }
 }
+
+impl From<FinishReason> for Outcome {
+    fn from(reason: FinishReason) -> Self {
+        match reason {
+            FinishReason::Stop => Self::Stop,
+            FinishReason::Length => Self::Length,
+        }
+    }
+}
+
+/// How an accepted request ended: with an outcome, or by a fault. Each request has exactly one
+/// ending (I1).
+///
+/// The fault is boxed to keep events small, because each request has a buffer of them.
+pub(crate) type Ending = Result<Outcome, Box<EngineFault>>;
 
 /// A generated token, or a token of the prompt whose log probability was requested.
 #[derive(Clone, Debug, PartialEq)]
@@ -175,7 +181,7 @@ pub(crate) struct Event {
     pub token: Option<Token>,
     /// Sent with the first token, or with the end if there is no token.
     pub report: Option<Box<PromptReport>>,
-    pub terminal: Option<Terminal>,
+    pub ending: Option<Ending>,
     pub at: Instant,
 }
 
@@ -198,7 +204,7 @@ pub struct Receipt {
 
 impl Receipt {
     /// Creates a receipt for an end at which there was nothing to free.
-    pub(crate) fn of_nothing(step: StepId, at: Instant) -> Self {
+    pub(crate) fn empty(step: StepId, at: Instant) -> Self {
         Self {
             blocks_freed: 0,
             tokens_generated: 0,
@@ -301,7 +307,7 @@ pub(crate) struct EventReceiver {
     pub receipt: Receiver<Receipt>,
 }
 
-/// Room in the buffer beyond the pause threshold, for the terminal and for the tokens of the
+/// Room in the buffer beyond the pause threshold, for the ending and for the tokens of the
 /// steps in flight when the threshold is reached.
 const HEADROOM: usize = 8;
 

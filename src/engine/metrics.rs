@@ -5,55 +5,40 @@
 //! never kept by paired increments. Everything else is counted where it happens. The handles
 //! are taken from the recorder that is installed when the engine starts.
 
-use super::event::Terminal;
+use super::event::Ending;
 use super::{CancelReason, EngineFault, EngineStats, Outcome};
-use crate::schedule::FinishReason;
 use metrics::{
     Counter, Gauge, Histogram, Label, Unit, counter, describe_counter, describe_gauge,
     describe_histogram, gauge, histogram,
 };
 use std::time::{Duration, Instant};
 
-/// How an accepted request ended, for the labels `outcome` and `reason`.
+/// The labels of a request's end, `outcome` and `reason`: an outcome, or the name of a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum EndKind {
-    /// It completed or was cancelled.
-    Ended(Outcome),
-    /// A step that it was part of failed, or the whole engine did.
-    Failed,
-    /// Its constraint failed.
-    ConstraintFailed,
-    /// Its logits were NaN or infinite.
-    NotFinite,
-}
+pub(crate) struct EndLabels(Result<Outcome, &'static str>);
 
-impl EndKind {
+impl EndLabels {
+    /// Names of the failures: a failed step or engine, a failed constraint, and logits that are
+    /// NaN or infinite.
+    const FAILURES: [&'static str; 3] = ["engine_fault", "constraint", "not_finite"];
+
     /// Returns `stop`, `length`, `cancelled` or `failed`.
     pub fn outcome(self) -> &'static str {
-        match self {
-            Self::Ended(outcome) => outcome.as_str(),
-            Self::Failed | Self::ConstraintFailed | Self::NotFinite => "failed",
-        }
+        self.0.map_or("failed", Outcome::as_str)
     }
 
-    /// Returns the reason of a cancel, the kind of a failure (`engine_fault`, `constraint` or
+    /// Returns the reason of a cancel, the name of a failure (`engine_fault`, `constraint` or
     /// `not_finite`), or otherwise the outcome.
     pub fn reason(self) -> &'static str {
-        match self {
-            Self::Ended(Outcome::Cancelled(reason)) => reason.as_str(),
-            Self::Ended(outcome) => outcome.as_str(),
-            Self::Failed => "engine_fault",
-            Self::ConstraintFailed => "constraint",
-            Self::NotFinite => "not_finite",
+        match self.0 {
+            Ok(Outcome::Cancelled(reason)) => reason.as_str(),
+            Ok(outcome) => outcome.as_str(),
+            Err(failure) => failure,
         }
     }
 
-    /// Returns the reason, if the request was cancelled.
-    pub fn cancel_reason(self) -> Option<CancelReason> {
-        match self {
-            Self::Ended(Outcome::Cancelled(reason)) => Some(reason),
-            _ => None,
-        }
+    pub fn is_cancelled(self) -> bool {
+        matches!(self.0, Ok(Outcome::Cancelled(_)))
     }
 
     fn all() -> impl Iterator<Item = Self> {
@@ -61,29 +46,29 @@ impl EndKind {
         [Outcome::Stop, Outcome::Length]
             .into_iter()
             .chain(cancels)
-            .map(Self::Ended)
-            .chain([Self::Failed, Self::ConstraintFailed, Self::NotFinite])
+            .map(Ok)
+            .chain(Self::FAILURES.map(Err))
+            .map(Self)
     }
 }
 
-impl From<&Terminal> for EndKind {
-    fn from(terminal: &Terminal) -> Self {
-        match terminal {
-            Terminal::Finished(FinishReason::Stop) => Self::Ended(Outcome::Stop),
-            Terminal::Finished(FinishReason::Length) => Self::Ended(Outcome::Length),
-            Terminal::Cancelled(reason) => Self::Ended(Outcome::Cancelled(*reason)),
-            Terminal::Failed(fault) => match **fault {
-                EngineFault::Constraint(_) => Self::ConstraintFailed,
-                EngineFault::NotFinite { .. } => Self::NotFinite,
-                _ => Self::Failed,
-            },
-        }
+impl From<&Ending> for EndLabels {
+    fn from(ending: &Ending) -> Self {
+        let [engine_fault, constraint, not_finite] = Self::FAILURES;
+        Self(match ending {
+            Ok(outcome) => Ok(*outcome),
+            Err(fault) => Err(match **fault {
+                EngineFault::Constraint(_) => constraint,
+                EngineFault::NotFinite { .. } => not_finite,
+                _ => engine_fault,
+            }),
+        })
     }
 }
 
 /// Why a cancel had no effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Noop {
+pub(crate) enum NoEffect {
     /// The request had ended before the scheduler thread saw the cancel.
     AlreadyEnded,
     /// The request had already been cancelled.
@@ -119,7 +104,7 @@ pub(crate) struct EngineMetrics {
     prompt_tokens: Counter,
     generation_tokens: Counter,
     success: [Counter; 3],
-    outcomes: Vec<(EndKind, Counter)>,
+    outcomes: Vec<(EndLabels, Counter)>,
     time_to_first_token: Histogram,
     inter_token: Histogram,
     end_to_end: Histogram,
@@ -127,7 +112,7 @@ pub(crate) struct EngineMetrics {
     cancel_to_terminal: Histogram,
     cancel_to_free: Histogram,
     tokens_after_cancel: Counter,
-    noops: [Counter; 3],
+    no_effects: [Counter; 3],
 }
 
 impl EngineMetrics {
@@ -155,8 +140,8 @@ impl EngineMetrics {
             )
         };
         let step = |phase| histogram!("quell_step_seconds", with("phase", phase));
-        let noop = |why| counter!("quell_cancel_noop_total", with("why", why));
-        let outcome = |end: EndKind| {
+        let no_effect = |cause| counter!("quell_cancel_noop_total", with("why", cause));
+        let outcome = |end: EndLabels| {
             let mut labels = with("outcome", end.outcome());
             labels.push(Label::new("reason", end.reason()));
             (end, counter!("quell_request_outcomes_total", labels))
@@ -177,7 +162,7 @@ impl EngineMetrics {
             generation_tokens: counter!("quell_generation_tokens_total", base.clone()),
             success: ["stop", "length", "cancelled"].map(success),
             // A stop string ends a request as a stop, so this cancel is never counted.
-            outcomes: EndKind::all()
+            outcomes: EndLabels::all()
                 .filter(|end| end.reason() != CancelReason::StopString.as_str())
                 .map(outcome)
                 .collect(),
@@ -191,7 +176,7 @@ impl EngineMetrics {
                 "quell_tokens_generated_after_cancel_total",
                 base.clone()
             ),
-            noops: ["already_ended", "already_cancelled", "engine_closed"].map(noop),
+            no_effects: ["already_ended", "already_cancelled", "engine_closed"].map(no_effect),
         }
     }
 
@@ -230,15 +215,15 @@ impl EngineMetrics {
     }
 
     /// Records that a request has ended, `total` after its submission.
-    pub fn ended(&self, end: EndKind, total: Duration) {
-        if let Some((_, counter)) = self.outcomes.iter().find(|(kind, _)| *kind == end) {
+    pub fn ended(&self, end: EndLabels, total: Duration) {
+        if let Some((_, counter)) = self.outcomes.iter().find(|(labels, _)| *labels == end) {
             counter.increment(1);
         }
-        let success = match end {
-            EndKind::Ended(Outcome::Stop) => Some(0),
-            EndKind::Ended(Outcome::Length) => Some(1),
-            EndKind::Ended(Outcome::Cancelled(_)) => Some(2),
-            EndKind::Failed | EndKind::ConstraintFailed | EndKind::NotFinite => None,
+        let success = match end.0 {
+            Ok(Outcome::Stop) => Some(0),
+            Ok(Outcome::Length) => Some(1),
+            Ok(Outcome::Cancelled(_)) => Some(2),
+            Err(_) => None,
         };
         if let Some(index) = success {
             self.success[index].increment(1);
@@ -275,8 +260,8 @@ impl EngineMetrics {
     }
 
     /// Records that a cancel had no effect.
-    pub fn noop(&self, why: Noop) {
-        self.noops[why as usize].increment(1);
+    pub fn no_effect(&self, cause: NoEffect) {
+        self.no_effects[cause as usize].increment(1);
     }
 }
 

@@ -2,48 +2,35 @@
 //!
 //! Callers hold an [`Engine`] and [`TokenStream`]s. These post commands and read events, but
 //! never clean up. The scheduler thread owns every sequence and every block, and does all
-//! clean-up. Its loop is in `thread.rs`, and its record of the open requests in `ledger.rs`;
-//! `command.rs` and `event.rs` define the messages between the two sides.
+//! clean-up. Its loop is in `thread/mod.rs`, and its record of the open requests in
+//! `thread/ledger.rs`; `command.rs` and `event.rs` define the messages between the two sides.
 
-mod builder;
+mod caller;
 mod command;
-mod deadlines;
-mod embedding;
-mod ending;
 mod error;
 mod event;
-mod handle;
-mod ledger;
 mod metrics;
-mod pending;
-mod permit;
-mod record;
-mod request;
-mod session;
 mod snapshot;
 mod stats;
-mod stream;
 mod sync;
 mod thread;
-mod turn;
-mod waiting;
 mod watchdog;
 
-pub use builder::EngineBuilder;
-pub use embedding::{EmbedRequest, Embedding, EmbeddingFuture};
-pub use ending::{Drained, Shutdown};
+pub use caller::builder::EngineBuilder;
+pub use caller::embedding::{EmbedRequest, Embedding, EmbeddingFuture};
+pub use caller::ending::{Drained, Shutdown};
+pub use caller::handle::Engine;
+pub use caller::pending::{Cancellation, Pending};
+#[cfg(feature = "server")]
+pub(crate) use caller::permit::Places;
+pub use caller::request::{Prompt, Request, Truncation};
+pub use caller::session::{Session, SessionOptions};
+pub use caller::stream::{Chunk, Finish, Generation, Timing, TokenStream};
+pub use caller::turn::Stop;
 pub use error::{EngineFault, GenerateError, SubmitError};
 pub use event::{CancelReason, Outcome, Receipt, Token};
-pub use handle::Engine;
-pub use pending::{Cancellation, Pending};
-#[cfg(feature = "server")]
-pub(crate) use permit::Places;
-pub use request::{Prompt, Request, Truncation};
-pub use session::{Session, SessionOptions};
 pub use snapshot::{
     BlockMap, BlockUse, EngineSnapshot, RequestEnd, RequestPhase, RequestState, SessionState,
 };
 pub use stats::{EngineStats, Outcomes};
-pub use stream::{Chunk, Finish, Generation, Timing, TokenStream};
-pub use turn::Stop;
 pub use watchdog::{Health, HealthStatus};

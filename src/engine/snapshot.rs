@@ -2,13 +2,11 @@
 //! requests that ended last.
 
 use super::EngineStats;
-use super::ledger::{Ended, Ledger};
 use super::sync::Arc;
-use crate::cache::{BlockState, BlockTable};
 use crate::id::{RequestId, SessionId, StepId};
-use crate::schedule::{RetainedCache, Scheduler, Sequence, SequenceKey, SequenceState};
+use crate::schedule::RetainedCache;
 use serde::{Serialize, Serializer};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// An engine at one moment between two steps.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -147,7 +145,7 @@ impl BlockUse {
 /// Serialised as runs of blocks with the same owner, `code, count, code, count, …`, with the
 /// codes of [`BlockUse::code`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct BlockMap(Vec<BlockUse>);
+pub struct BlockMap(pub(super) Vec<BlockUse>);
 
 impl BlockMap {
     /// Returns the owners, by block index.
@@ -178,106 +176,4 @@ fn as_runs<S: Serializer>(blocks: &[u32], serializer: S) -> Result<S::Ok, S::Err
 
 fn as_milliseconds<S: Serializer>(time: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_f64(time.as_secs_f64() * 1e3)
-}
-
-/// Takes a snapshot.
-pub(super) fn take(scheduler: &Scheduler, ledger: &Ledger, stats: EngineStats) -> EngineSnapshot {
-    let now = Instant::now();
-    let mut sequences: Vec<(SequenceKey, &Sequence)> = scheduler.sequences().iter().collect();
-    sequences.sort_unstable_by_key(|(_, sequence)| sequence.id);
-    let retained = scheduler.retained_sessions();
-    let requests = sequences.iter().map(|(key, sequence)| {
-        let (submitted, label) = ledger.known_of(*key).unwrap_or((now, None));
-        let age = now.saturating_duration_since(submitted);
-        request_state(sequence, label.cloned(), age)
-    });
-    let sessions = retained.iter().map(|(id, retained, _)| SessionState {
-        id: *id,
-        retained: *retained,
-    });
-    let ends = ledger.recent_ends().rev();
-    EngineSnapshot {
-        stats,
-        steps_in_flight: scheduler.launched().0 - stats.steps.0,
-        requests: requests.collect(),
-        sessions: sessions.collect(),
-        blocks: block_map(
-            scheduler.cache().states(),
-            sequences.iter().map(|(_, sequence)| &sequence.table),
-            retained.iter().map(|(_, _, table)| *table),
-        ),
-        recent_ends: ends.map(|ended| request_end(ended, now)).collect(),
-    }
-}
-
-fn request_state(sequence: &Sequence, label: Option<Arc<str>>, age: Duration) -> RequestState {
-    let phase = if sequence.is_paused() {
-        RequestPhase::Paused
-    } else if sequence.is_preempted() {
-        RequestPhase::Preempted
-    } else if sequence.state() == SequenceState::Running {
-        RequestPhase::Running
-    } else {
-        RequestPhase::Waiting
-    };
-    let blocks = sequence.table.blocks().iter();
-    RequestState {
-        id: sequence.id,
-        phase,
-        session: sequence.spec.session,
-        label,
-        tenant: sequence.spec.tenant.clone(),
-        priority: sequence.spec.priority,
-        prompt_tokens: sequence.prompt_tokens,
-        cached_tokens: sequence.cached_tokens,
-        computed_tokens: sequence.written_tokens(),
-        generated_tokens: sequence.generated(),
-        blocks: blocks.map(|block| block.index() as u32).collect(),
-        age,
-    }
-}
-
-fn request_end(ended: &Ended, now: Instant) -> RequestEnd {
-    let receipt = &ended.receipt;
-    RequestEnd {
-        id: ended.id,
-        outcome: ended.end.outcome(),
-        reason: ended.end.reason(),
-        generated_tokens: receipt.tokens_generated,
-        blocks_freed: receipt.blocks_freed,
-        step: receipt.step,
-        posted_to_freed: receipt
-            .freed_at
-            .saturating_duration_since(receipt.posted_at),
-        age: now.saturating_duration_since(receipt.freed_at),
-    }
-}
-
-/// Combines the state of each block with the block tables that hold it.
-fn block_map<'a>(
-    states: impl Iterator<Item = BlockState>,
-    requests: impl Iterator<Item = &'a BlockTable>,
-    sessions: impl Iterator<Item = &'a BlockTable>,
-) -> BlockMap {
-    let mut map: Vec<BlockUse> = states
-        .map(|state| match state {
-            BlockState::Cached => BlockUse::Cached,
-            BlockState::Deferred => BlockUse::Deferred,
-            // The block tables below tell who holds a referenced block.
-            BlockState::Free | BlockState::Referenced => BlockUse::Free,
-        })
-        .collect();
-    let requests = (0..).map(BlockUse::Request).zip(requests);
-    let sessions = (0..).map(BlockUse::Session).zip(sessions);
-    for (owner, table) in requests.chain(sessions) {
-        for block in table.blocks() {
-            if let Some(held) = map.get_mut(block.index()) {
-                *held = match held {
-                    BlockUse::Free => owner,
-                    _ => BlockUse::Shared,
-                };
-            }
-        }
-    }
-    BlockMap(map)
 }

@@ -7,14 +7,14 @@
 //!
 //! A process that is stopped (SIGSTOP, a paused container, a suspended machine) is not stuck,
 //! although the clock continues. The watchdog looks often, and time by which it overslept does
-//! not count against the scheduler thread: see [`Awake`].
+//! not count against the scheduler thread: see [`AwakeTime`].
 
 use super::EngineFault;
+use super::caller::waiting::Waiters;
 use super::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use super::sync::{
     Arc, Never, OnceLock, Receiver, RecvTimeoutError, Sender, TrySendError, bounded, spawn,
 };
-use super::waiting::Waiters;
 use crate::id::StepId;
 use std::time::{Duration, Instant};
 
@@ -27,7 +27,7 @@ const GIVEN_UP: u64 = u64::MAX;
 const DEADLINES: (Duration, Duration) =
     (Duration::from_millis(1), Duration::from_secs(365 * 86_400));
 /// Number of looks per deadline. A long deadline gets more: one per `LONGEST_NAP`.
-const LOOKS: u32 = 16;
+const LOOKS_PER_DEADLINE: u32 = 16;
 /// Maximum time between two looks at a busy thread. The length of a pause of the process may be
 /// underestimated by this much.
 const LONGEST_NAP: Duration = Duration::from_secs(1);
@@ -95,7 +95,7 @@ impl Heartbeat {
     }
 
     /// Returns the last sign of life: the start of the running device call, or the last beat.
-    fn life(&self) -> u64 {
+    fn last_sign_of_life(&self) -> u64 {
         let beat = self.beat.load(Ordering::Acquire);
         self.running_call().unwrap_or(beat)
     }
@@ -133,11 +133,11 @@ impl Heartbeat {
         let beat = self.beat.load(Ordering::Relaxed);
         // The thread is in a device call, or in something else that does not return, such as a
         // waker that blocks.
-        let life = (call.is_some() || !idle).then(|| self.life());
+        let life = (call.is_some() || !idle).then(|| self.last_sign_of_life());
         let late = |waited: &Duration| self.deadline.is_some_and(|deadline| *waited > deadline);
         let stuck = life.map(|life| self.awake(life, now)).filter(late);
         // If there was a sign of life meanwhile, the values read above are not of one moment.
-        let stuck = stuck.filter(|_| life == Some(self.life()));
+        let stuck = stuck.filter(|_| life == Some(self.last_sign_of_life()));
         let since_then = |then: u64| Duration::from_nanos(now.saturating_sub(then));
         let status = match (fault, stuck) {
             (Some(EngineFault::Stuck { step, waited }), _) => HealthStatus::Stuck {
@@ -215,7 +215,7 @@ pub(super) struct Pulse {
     watchdog: Option<Sender<()>>,
     since: u64,
     /// Without a watchdog, dropping this tells callers that the thread has ended.
-    _over: Option<Sender<Never>>,
+    _alive: Option<Sender<Never>>,
 }
 
 impl Pulse {
@@ -241,7 +241,7 @@ impl Pulse {
     }
 
     /// Records that a device call of `step` begins.
-    pub fn calls(&mut self, step: StepId) {
+    pub fn begin_call(&mut self, step: StepId) {
         self.since = self.heart.now();
         self.heart.beat.store(self.since, Ordering::Relaxed);
         self.heart.step.store(step.as_u64(), Ordering::Relaxed);
@@ -250,7 +250,7 @@ impl Pulse {
 
     /// Records that the device call has returned. Returns an error if it was given up
     /// meanwhile.
-    pub fn returned(&mut self) -> Result<(), EngineFault> {
+    pub fn end_call(&mut self) -> Result<(), EngineFault> {
         let now = self.heart.now();
         self.heart.beat.store(now, Ordering::Relaxed);
         if self.heart.call.swap(NO_CALL, Ordering::AcqRel) == GIVEN_UP {
@@ -269,7 +269,7 @@ struct Watchdog {
     deadline: Duration,
     nudges: Receiver<()>,
     fault: Arc<OnceLock<EngineFault>>,
-    over: Sender<Never>,
+    alive: Sender<Never>,
     waiters: Arc<Waiters>,
 }
 
@@ -280,15 +280,15 @@ pub(super) fn watch(
     fault: &Arc<OnceLock<EngineFault>>,
     waiters: &Arc<Waiters>,
 ) -> std::io::Result<(Pulse, Receiver<Never>)> {
-    let (over, is_over) = bounded(0);
+    let (alive, closed) = bounded(0);
     let mut pulse = Pulse {
         heart: Arc::clone(heart),
         watchdog: None,
         since: NO_CALL,
-        _over: None,
+        _alive: None,
     };
     match heart.deadline {
-        None => pulse._over = Some(over),
+        None => pulse._alive = Some(alive),
         Some(deadline) => {
             let (nudge, nudges) = bounded(1);
             pulse.watchdog = Some(nudge);
@@ -297,27 +297,27 @@ pub(super) fn watch(
                 deadline,
                 nudges,
                 fault: Arc::clone(fault),
-                over,
+                alive,
                 waiters: Arc::clone(waiters),
             };
             spawn("quell-watchdog", move || watchdog.run())?;
         }
     }
-    Ok((pulse, is_over))
+    Ok((pulse, closed))
 }
 
 /// Tracks the time during which the process was not stopped.
 ///
 /// Before each nap, the watchdog records when the nap will end. If it wakes later, either the
 /// process was stopped meanwhile, or the machine is so busy that the delay says nothing.
-struct Awake<'a> {
+struct AwakeTime<'a> {
     heart: &'a Heartbeat,
     nap: u64,
 }
 
-impl<'a> Awake<'a> {
+impl<'a> AwakeTime<'a> {
     fn of(heart: &'a Heartbeat, deadline: Duration) -> Self {
-        let nap = (deadline / LOOKS).clamp(DEADLINES.0, LONGEST_NAP);
+        let nap = (deadline / LOOKS_PER_DEADLINE).clamp(DEADLINES.0, LONGEST_NAP);
         Self {
             heart,
             nap: nap.as_nanos() as u64,
@@ -326,9 +326,9 @@ impl<'a> Awake<'a> {
 
     /// Records a look of the watchdog at `now`, and that the next one follows after a nap.
     /// Returns the last sign of life.
-    fn look(&self, now: u64) -> u64 {
+    fn observe(&self, now: u64) -> u64 {
         let heart = self.heart;
-        let life = heart.life();
+        let life = heart.last_sign_of_life();
         let noted = heart.slept_since.load(Ordering::Relaxed) == life;
         let before = match noted {
             true => heart.slept.load(Ordering::Relaxed),
@@ -362,17 +362,17 @@ impl Watchdog {
     /// Returns when the scheduler thread ends, or after giving it up.
     fn run(self) {
         let heart = Arc::clone(&self.heart);
-        let awake = Awake::of(&heart, self.deadline);
+        let awake = AwakeTime::of(&heart, self.deadline);
         loop {
             let now = heart.now();
-            let since = awake.look(now);
+            let since = awake.observe(now);
             let waited = heart.awake(since, now);
             // Only a call can be given up. If another call is running by now, this one has
             // returned.
             if waited >= self.deadline && heart.give_up(since) {
                 return self.give_up(waited);
             }
-            let ended = if self.falls_asleep() {
+            let ended = if self.may_sleep() {
                 awake.rest();
                 let nudged = self.nudges.recv();
                 self.heart.asleep.store(false, Ordering::SeqCst);
@@ -389,7 +389,7 @@ impl Watchdog {
 
     /// Returns whether the engine is idle. If so, the scheduler thread wakes the watchdog
     /// later.
-    fn falls_asleep(&self) -> bool {
+    fn may_sleep(&self) -> bool {
         self.heart.asleep.store(true, Ordering::SeqCst);
         // Read `idle` after the store: if the thread became busy before the store, `idle` shows
         // it; if it becomes busy after the store, it sees `asleep`.
@@ -405,7 +405,7 @@ impl Watchdog {
         tracing::error!(%step, ?waited, "the device is stuck; closing the engine");
         // Set the fault before waking anyone who waits, so that they find the reason.
         let _ = self.fault.set(EngineFault::Stuck { step, waited });
-        drop(self.over);
+        drop(self.alive);
         self.waiters.wake_all();
     }
 }
@@ -429,10 +429,10 @@ mod tests {
     /// Lets the watchdog look once per second, from second `from` until before `to`. Returns
     /// how long the call had been running at the last look.
     fn watched(heart: &Heartbeat, from: u64, to: u64) -> Duration {
-        let awake = Awake::of(heart, DEADLINE);
+        let awake = AwakeTime::of(heart, DEADLINE);
         let mut waited = Duration::ZERO;
         for second in from..to {
-            let since = awake.look(second * SECOND);
+            let since = awake.observe(second * SECOND);
             waited = heart.awake(since, second * SECOND);
         }
         waited

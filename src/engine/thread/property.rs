@@ -285,7 +285,7 @@ impl Machine {
         // Clearing `idle` keeps the thread from blocking, as if it were woken by a deadline of
         // no request.
         let asleep = std::mem::take(&mut thread.idle) && thread.commands.is_empty();
-        let turned = thread.turn();
+        let turned = thread.run_iteration();
         let launched = self.script.planned.take();
         assert!(
             !asleep || launched.is_empty(),

@@ -6,14 +6,13 @@ use super::sim::{HIDDEN, expected, expected_where, hidden_state, logprob};
 use crate::config::EngineConfig;
 use crate::device::PooledRows;
 use crate::engine::command::Command;
-use crate::engine::event::{Event, PromptReport, Terminal};
+use crate::engine::event::{Event, PromptReport};
 use crate::engine::sync::{Receiver, TryRecvError};
 use crate::engine::{
     CancelReason, Cancellation, Drained, EmbedRequest, Engine, GenerateError, Outcome, Pending,
     Request, Session, SessionOptions, Shutdown, Stop, SubmitError, Token, TokenStream,
 };
 use crate::id::{RequestId, SessionId};
-use crate::schedule::FinishReason;
 use futures_core::Stream;
 use std::future::Future;
 use std::pin::Pin;
@@ -263,11 +262,11 @@ impl Asked {
                 Ok(Event {
                     token,
                     report,
-                    terminal,
+                    ending,
                     ..
                 }) => {
-                    let finished = matches!(terminal, Some(Terminal::Finished(_)));
-                    if let Some(Terminal::Cancelled(_) | Terminal::Failed(_)) = terminal {
+                    let finished = matches!(ending, Some(Ok(Outcome::Stop | Outcome::Length)));
+                    if ending.is_some() && !finished {
                         let none = token.is_none();
                         assert!(none, "I1: {} got a token with a cancel", self.id);
                     }
@@ -275,20 +274,10 @@ impl Asked {
                     if let Some(token) = token {
                         self.token(token.id);
                     }
-                    let Some(terminal) = terminal else {
+                    let Some(ending) = ending else {
                         continue;
                     };
-                    self.ends(
-                        match terminal {
-                            Terminal::Finished(FinishReason::Stop) => End::Outcome(Outcome::Stop),
-                            Terminal::Finished(FinishReason::Length) => {
-                                End::Outcome(Outcome::Length)
-                            }
-                            Terminal::Cancelled(reason) => End::Outcome(Outcome::Cancelled(reason)),
-                            Terminal::Failed(_) => End::Failed,
-                        },
-                        faults,
-                    );
+                    self.ends(ending.map_or(End::Failed, End::Outcome), faults);
                 }
                 Err(TryRecvError::Empty) => return,
                 Err(TryRecvError::Disconnected) => {

@@ -1,10 +1,10 @@
 //! [`Session`], a conversation that keeps its tokens, keys and values from turn to turn.
 
-use super::command::Command;
 use super::pending::Cancellation;
-use super::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::turn::{Stop, Turn, TurnCell};
-use super::{Engine, Prompt, Request, SubmitError, TokenStream};
+use crate::engine::command::Command;
+use crate::engine::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use crate::engine::{Engine, Prompt, Request, SubmitError, TokenStream};
 use crate::id::SessionId;
 use crate::schedule::RetainedCache;
 use std::time::{Duration, Instant};
@@ -62,7 +62,7 @@ impl State {
 }
 
 impl Session {
-    pub(super) fn new(engine: Engine, options: SessionOptions) -> Self {
+    pub(in crate::engine) fn new(engine: Engine, options: SessionOptions) -> Self {
         let id = engine.next_session_id();
         Self {
             engine,

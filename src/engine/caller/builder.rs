@@ -1,10 +1,10 @@
 //! [`EngineBuilder`]: the settings with which an engine is loaded.
 
-use super::Engine;
 use crate::config::{EngineConfig, Preemption};
 use crate::device::cpu::CpuOptions;
 #[cfg(feature = "cuda")]
 use crate::device::cuda::CudaOptions;
+use crate::engine::Engine;
 use crate::runner::{DeviceChoice, GenerationConfig, LoadError, LoadOptions};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -36,7 +36,7 @@ pub struct EngineBuilder {
 }
 
 impl EngineBuilder {
-    pub(super) fn new(path: PathBuf) -> Self {
+    pub(in crate::engine) fn new(path: PathBuf) -> Self {
         Self {
             path,
             config: EngineConfig::default(),

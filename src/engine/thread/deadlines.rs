@@ -7,13 +7,13 @@ use std::time::Instant;
 
 /// What a request has failed to do in time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Due {
+pub(super) enum Due {
     /// Produce its first token.
     FirstToken,
     /// End.
     Finish,
     /// Have its reader catch up while it was paused.
-    Reader,
+    CatchUp,
 }
 
 /// The deadlines of one request. `None` means that it has no such deadline.
@@ -21,7 +21,7 @@ pub(crate) enum Due {
 pub(crate) struct RequestDeadlines {
     pub first_token: Option<Instant>,
     pub finish: Option<Instant>,
-    pub reader: Option<Instant>,
+    pub catch_up: Option<Instant>,
 }
 
 impl RequestDeadlines {
@@ -29,7 +29,7 @@ impl RequestDeadlines {
         match due {
             Due::FirstToken => &mut self.first_token,
             Due::Finish => &mut self.finish,
-            Due::Reader => &mut self.reader,
+            Due::CatchUp => &mut self.catch_up,
         }
     }
 }
@@ -71,7 +71,7 @@ impl Deadlines {
 
     /// Adds all deadlines of a new request.
     pub fn add(&mut self, key: SequenceKey, mut request: RequestDeadlines) -> RequestDeadlines {
-        for due in [Due::FirstToken, Due::Finish, Due::Reader] {
+        for due in [Due::FirstToken, Due::Finish, Due::CatchUp] {
             if let Some(at) = *request.of(due) {
                 self.set.insert((at, key, due));
             }
@@ -81,7 +81,7 @@ impl Deadlines {
 
     /// Removes all deadlines of a request.
     pub fn remove(&mut self, key: SequenceKey, mut request: RequestDeadlines) {
-        for due in [Due::FirstToken, Due::Finish, Due::Reader] {
+        for due in [Due::FirstToken, Due::Finish, Due::CatchUp] {
             self.set(key, &mut request, due, None);
         }
     }
@@ -105,7 +105,7 @@ mod tests {
             RequestDeadlines {
                 first_token: Some(at(3)),
                 finish: Some(at(9)),
-                reader: None,
+                catch_up: None,
             },
         );
         // The same moment as a deadline of the other request: both must be kept.
@@ -114,15 +114,15 @@ mod tests {
             RequestDeadlines {
                 first_token: None,
                 finish: Some(at(3)),
-                reader: None,
+                catch_up: None,
             },
         );
         assert_eq!(deadlines.next(), Some(at(3)));
         assert_eq!(deadlines.overdue(at(2)), None);
         deadlines.set(a, &mut of_a, Due::FirstToken, None);
         assert_eq!(deadlines.overdue(at(3)), Some((b, Due::Finish)));
-        deadlines.set(a, &mut of_a, Due::Reader, Some(at(1)));
-        assert_eq!(deadlines.overdue(at(3)), Some((a, Due::Reader)));
+        deadlines.set(a, &mut of_a, Due::CatchUp, Some(at(1)));
+        assert_eq!(deadlines.overdue(at(3)), Some((a, Due::CatchUp)));
         deadlines.remove(a, of_a);
         deadlines.remove(b, of_b);
         assert_eq!(deadlines.next(), None);

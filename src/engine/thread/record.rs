@@ -1,7 +1,7 @@
 //! The record of one request: its span, its times, and the log event at its end.
 
-use super::event::Receipt;
-use super::metrics::{EndKind, EngineMetrics};
+use crate::engine::event::Receipt;
+use crate::engine::metrics::{EndLabels, EngineMetrics};
 use std::time::{Duration, Instant};
 
 /// The times of one request, and the span in which its end is logged.
@@ -50,9 +50,9 @@ impl RequestRecord {
 
     /// Logs the end of the request as a single event in its span. `freed` is false if the
     /// engine broke before the request's blocks were free.
-    pub fn report(&self, end: EndKind, ended_at: Instant, receipt: &Receipt, freed: bool) {
+    pub fn report(&self, end: EndLabels, ended_at: Instant, receipt: &Receipt, freed: bool) {
         let since = |at: Instant| milliseconds(at.saturating_duration_since(self.submitted));
-        let cancelled = freed && end.cancel_reason().is_some();
+        let cancelled = freed && end.is_cancelled();
         let waited = receipt
             .freed_at
             .saturating_duration_since(receipt.posted_at);

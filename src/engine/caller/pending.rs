@@ -1,9 +1,9 @@
 //! [`Pending`]: the answer to a posted command, for callers who await it or wait for it.
 
-use super::EngineFault;
-use super::event::{Receipt, RequestCell};
-use super::sync::{Arc, Never, Receiver};
 use super::waiting::{Answer, EngineEnd};
+use crate::engine::EngineFault;
+use crate::engine::event::{Receipt, RequestCell};
+use crate::engine::sync::{Arc, Never, Receiver};
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -38,11 +38,15 @@ enum Source<T> {
 }
 
 impl<T> Pending<T> {
-    pub(super) fn reply(answer: Answer<T>) -> Self {
+    pub(in crate::engine) fn reply(answer: Answer<T>) -> Self {
         Self(Source::Reply(answer))
     }
 
-    pub(super) fn receipt(cell: Arc<RequestCell>, receipt: Receiver<T>, end: EngineEnd) -> Self {
+    pub(in crate::engine) fn receipt(
+        cell: Arc<RequestCell>,
+        receipt: Receiver<T>,
+        end: EngineEnd,
+    ) -> Self {
         Self(Source::Receipt { cell, receipt, end })
     }
 
@@ -61,7 +65,7 @@ impl<T> Pending<T> {
 }
 
 impl Pending<()> {
-    pub(super) fn end(answer: Answer<Never>) -> Self {
+    pub(in crate::engine) fn end(answer: Answer<Never>) -> Self {
         Self(Source::End(answer, || ()))
     }
 }

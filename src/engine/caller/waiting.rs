@@ -1,8 +1,8 @@
 //! How callers wait for the scheduler thread, which may never answer.
 
-use super::EngineFault;
-use super::event::wake;
-use super::sync::{
+use crate::engine::EngineFault;
+use crate::engine::event::wake;
+use crate::engine::sync::{
     Arc, AtomicWaker, Mutex, Never, OnceLock, PoisonError, Receiver, Sender, TryRecvError, Weak,
     bounded, recv_or,
 };
@@ -13,12 +13,12 @@ use std::task::{Context, Poll};
 pub(crate) struct EngineEnd {
     fault: Arc<OnceLock<EngineFault>>,
     /// Closes when the scheduler thread has ended or has been given up.
-    over: Receiver<Never>,
+    closed: Receiver<Never>,
 }
 
 impl EngineEnd {
-    pub fn new(fault: Arc<OnceLock<EngineFault>>, over: Receiver<Never>) -> Self {
-        Self { fault, over }
+    pub fn new(fault: Arc<OnceLock<EngineFault>>, closed: Receiver<Never>) -> Self {
+        Self { fault, closed }
     }
 
     /// Returns what ended the engine, if it has ended.
@@ -33,7 +33,7 @@ impl EngineEnd {
 
     /// Waits on this thread for a message or the end of the engine.
     pub fn recv<T>(&self, receiver: &Receiver<T>) -> Result<T, EngineFault> {
-        recv_or(receiver, &self.over).map_err(|_| self.cause())
+        recv_or(receiver, &self.closed).map_err(|_| self.cause())
     }
 
     /// Polls for a message or the end of the engine. `register` must leave the waker where the

@@ -1,26 +1,24 @@
 //! [`Engine`], the handle through which callers load a model and submit requests.
 
-use super::command::{AccountSpec, Command, Submission};
-use super::deadlines::RequestDeadlines;
-use super::event::{CancelReason, Receipt, RequestCell, channel};
-use super::metrics::EngineMetrics;
 use super::pending::{Cancellation, Pending};
 use super::permit::{Permit, Places};
-use super::record::RequestRecord;
 use super::stream::{StreamParts, TextState};
-use super::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use super::sync::{Arc, OnceLock, Receiver, Sender, Weak, bounded, spawn, unbounded};
-use super::thread::SchedulerThread;
 use super::turn::Turn;
 use super::waiting::{Answer, EngineEnd, Reply, Waiters};
-use super::watchdog::{Heartbeat, Pulse, watch};
-use super::{
+use crate::cache::BlockCache;
+use crate::config::EngineConfig;
+use crate::engine::command::{AccountSpec, Command, Submission};
+use crate::engine::event::{CancelReason, Receipt, RequestCell, channel};
+use crate::engine::metrics::EngineMetrics;
+use crate::engine::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use crate::engine::sync::{Arc, OnceLock, Receiver, Sender, Weak, bounded, spawn, unbounded};
+use crate::engine::thread::{RequestDeadlines, RequestRecord, SchedulerThread};
+use crate::engine::watchdog::{Heartbeat, Pulse, watch};
+use crate::engine::{
     Drained, EmbedRequest, EmbeddingFuture, EngineBuilder, EngineFault, EngineSnapshot,
     EngineStats, Health, Prompt, Request, Session, SessionOptions, Shutdown, SubmitError,
     TokenStream,
 };
-use crate::cache::BlockCache;
-use crate::config::EngineConfig;
 use crate::id::{RequestId, SessionId};
 use crate::runner::limits;
 use crate::runner::{LoadError, LoadOptions, ModelFiles, Runner, RunnerInfo};
@@ -260,7 +258,7 @@ impl Engine {
     /// Creates an engine whose scheduler thread is driven by a test. Also returns the cell in
     /// which the engine stores why it has ended.
     #[cfg(all(test, not(any(feature = "loom", feature = "shuttle"))))]
-    pub(super) fn by_hand(
+    pub(in crate::engine) fn by_hand(
         config: EngineConfig,
         runner: Box<dyn Runner>,
         info: RunnerInfo,
@@ -332,7 +330,7 @@ impl Engine {
 
     /// Converts a prompt to token ids, like [`Engine::tokenize`]. `first` says that nothing
     /// precedes the prompt in its sequence.
-    pub(super) fn tokenize_part(
+    pub(in crate::engine) fn tokenize_part(
         &self,
         prompt: &Prompt,
         first: bool,
@@ -530,7 +528,7 @@ impl Engine {
     }
 
     /// Submits a request like [`Engine::generate`], as a turn of a session if `turn` is given.
-    pub(super) fn generate_turn(
+    pub(in crate::engine) fn generate_turn(
         &self,
         request: Request,
         turn: Option<Turn>,
@@ -576,7 +574,7 @@ impl Engine {
     }
 
     /// Returns an error if the engine has ended.
-    pub(super) fn require_open(&self) -> Result<(), SubmitError> {
+    pub(in crate::engine) fn require_open(&self) -> Result<(), SubmitError> {
         match self.shared.end.fault() {
             Some(fault) => Err(SubmitError::Closed(fault.clone())),
             None => Ok(()),
@@ -585,7 +583,7 @@ impl Engine {
 
     /// Returns the number of requests that hold a permit.
     #[cfg(all(test, not(any(feature = "loom", feature = "shuttle"))))]
-    pub(super) fn permits(&self) -> usize {
+    pub(in crate::engine) fn permits(&self) -> usize {
         self.shared.open.load(Ordering::Acquire)
     }
 
@@ -593,7 +591,7 @@ impl Engine {
         RequestId(self.shared.next_request.fetch_add(1, Ordering::Relaxed))
     }
 
-    pub(super) fn next_session_id(&self) -> SessionId {
+    pub(in crate::engine) fn next_session_id(&self) -> SessionId {
         SessionId(self.shared.next_session.fetch_add(1, Ordering::Relaxed))
     }
 
@@ -712,7 +710,7 @@ impl Engine {
         let deadlines = RequestDeadlines {
             first_token: after(request.first_token_within),
             finish: after(request.finish_within),
-            reader: None,
+            catch_up: None,
         };
         let record = RequestRecord::new(span, submitted, spec.prompt.len());
         // The stream exists before the request is posted, so from here on dropping it cancels.
@@ -801,7 +799,7 @@ impl Engine {
     /// Asks for the engine's state, like [`Engine::stats`], without blocking the thread. Await
     /// the result to get the answer.
     pub fn inspect(&self) -> Pending<EngineStats> {
-        self.put(Command::InspectLater)
+        self.put(Command::InspectAsync)
     }
 
     /// Asks for a snapshot: the open requests, the owner of each KV cache block, and the
@@ -821,7 +819,7 @@ impl Engine {
         let posted_at = Instant::now();
         self.put(|reply| Command::CancelRequest {
             id,
-            reason: reason.of_a_caller(),
+            reason: reason.for_caller(),
             posted_at,
             reply,
         })
@@ -850,7 +848,7 @@ impl Engine {
     }
 
     /// Posts a command and waits for its answer.
-    pub(super) fn ask<T>(
+    pub(in crate::engine) fn ask<T>(
         &self,
         command: impl FnOnce(Sender<T>) -> Command,
     ) -> Result<T, SubmitError> {
@@ -860,7 +858,7 @@ impl Engine {
     }
 
     /// Posts a session's command that is acknowledged with a receipt.
-    pub(super) fn acknowledged(
+    pub(in crate::engine) fn acknowledged(
         &self,
         command: impl FnOnce(Reply<Receipt>) -> Command,
     ) -> Cancellation {
@@ -870,7 +868,7 @@ impl Engine {
         Pending::reply(answer)
     }
 
-    pub(super) fn post(&self, command: Command) -> Result<(), SubmitError> {
+    pub(in crate::engine) fn post(&self, command: Command) -> Result<(), SubmitError> {
         self.commands.send(command).map_err(|_| self.closed())
     }
 

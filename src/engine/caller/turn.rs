@@ -1,8 +1,8 @@
 //! The shared state of a session's turn, through which the session, the reader of the stream
 //! and the scheduler thread tell each other how the turn ended.
 
-use super::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
-use super::sync::{Arc, OnceLock};
+use crate::engine::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use crate::engine::sync::{Arc, OnceLock};
 use crate::id::SessionId;
 use std::time::Duration;
 
@@ -72,13 +72,13 @@ impl TurnCell {
     }
 
     /// Records that the reader has reached the end, with the session's tokens, or has given up.
-    pub fn ended_by_reader(&self, tokens: Option<Vec<u32>>) {
+    pub fn set_reader_end(&self, tokens: Option<Vec<u32>>) {
         let _ = self.reader.set(tokens);
     }
 
-    /// Records how the scheduler thread ended the turn. Must be called before the terminal is
+    /// Records how the scheduler thread ended the turn. Must be called before the ending is
     /// sent.
-    pub fn ended_by_thread(&self, end: TurnEnd) {
+    pub fn set_thread_end(&self, end: TurnEnd) {
         let _ = self.thread.set(end);
     }
 
@@ -120,24 +120,24 @@ mod tests {
         let finished = || TurnEnd::Finished(vec![1, 2, 3]);
         let turn = TurnCell::default();
         assert_eq!(turn.outcome(), None);
-        turn.ended_by_thread(finished());
+        turn.set_thread_end(finished());
         assert_eq!(
             turn.outcome(),
             None,
             "its reader may still find a stop string"
         );
-        turn.ended_by_reader(Some(vec![1, 2]));
+        turn.set_reader_end(Some(vec![1, 2]));
         assert_eq!(turn.outcome(), Some(Some(vec![1, 2])));
 
         let turn = TurnCell::default();
-        turn.ended_by_thread(finished());
+        turn.set_thread_end(finished());
         turn.stop(Stop::Keep);
         assert_eq!(turn.outcome(), Some(Some(vec![1, 2, 3])));
 
         let turn = TurnCell::default();
         turn.stop(Stop::Rewind);
         turn.stop(Stop::Keep);
-        turn.ended_by_thread(finished());
+        turn.set_thread_end(finished());
         assert_eq!(turn.outcome(), Some(None), "the first way to stop counts");
     }
 }

@@ -1,23 +1,25 @@
 //! The ledger: one account per open request, through which the scheduler thread answers its
 //! caller.
 //!
-//! A submission opens an account, and exactly one terminal closes it (I1). After the terminal,
-//! the account is *closing* until its blocks are free; then the caller gets the receipt. Every
+//! A submission opens an account, and exactly one ending closes it (I1). After that, the
+//! account is *closing* until its blocks are free; then the caller gets the receipt. Every
 //! account is closed by [`Ledger::close`], whatever the reason.
 
-use super::command::AccountSpec;
 use super::deadlines::{Deadlines, Due, RequestDeadlines};
-use super::event::{Event, EventSender, PromptReport, Receipt, RequestCell, Terminal, Token, wake};
-use super::metrics::{EndKind, EngineMetrics};
-use super::permit::Permit;
 use super::record::RequestRecord;
-use super::stats::Outcomes;
-use super::sync::Arc;
-use super::sync::atomic::Ordering;
-use super::turn::Turn;
-use super::waiting::Reply;
+use crate::engine::caller::permit::Permit;
+use crate::engine::caller::turn::Turn;
+use crate::engine::caller::waiting::Reply;
+use crate::engine::command::AccountSpec;
+use crate::engine::event::{
+    Ending, Event, EventSender, Outcome, PromptReport, Receipt, RequestCell, Token, wake,
+};
+use crate::engine::metrics::{EndLabels, EngineMetrics};
+use crate::engine::stats::Outcomes;
+use crate::engine::sync::Arc;
+use crate::engine::sync::atomic::Ordering;
 use crate::id::{RequestId, SessionId, StepId};
-use crate::schedule::{FinishReason, SequenceKey};
+use crate::schedule::SequenceKey;
 use slotmap::SecondaryMap;
 use std::collections::{HashMap, VecDeque};
 use std::task::Waker;
@@ -63,7 +65,7 @@ impl ReceiptReply {
 
 /// A receipt for the end of a session or a stopped turn. It is due when the steps in flight
 /// that may still touch the blocks have completed.
-struct ClosingSession {
+struct PendingReceipt {
     fence: StepId,
     receipt: Receipt,
     reply: Reply<Receipt>,
@@ -77,7 +79,7 @@ struct Closing {
     events: EventSender,
     receipt: Receipt,
     record: RequestRecord,
-    end: EndKind,
+    end: EndLabels,
     ended_at: Instant,
     replies: Vec<ReceiptReply>,
 }
@@ -86,7 +88,7 @@ struct Closing {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Ended {
     pub id: RequestId,
-    pub end: EndKind,
+    pub end: EndLabels,
     pub receipt: Receipt,
 }
 
@@ -98,7 +100,7 @@ impl Closing {
     fn settle(mut self, step: StepId, freed_at: Instant, metrics: &EngineMetrics) -> Ended {
         self.receipt.step = step;
         self.receipt.freed_at = freed_at;
-        if self.end.cancel_reason().is_some() {
+        if self.end.is_cancelled() {
             let waited = freed_at.saturating_duration_since(self.receipt.posted_at);
             metrics.cancel_freed(waited, self.receipt.tokens_discarded);
         }
@@ -119,9 +121,9 @@ impl Closing {
 /// Wakers of readers that have something to read. If the same task occurs several times in a
 /// row, it is stored once. Whatever happens, every reader is woken when this is dropped.
 #[derive(Default)]
-struct Readers(Vec<Waker>);
+struct PendingWakes(Vec<Waker>);
 
-impl Readers {
+impl PendingWakes {
     fn add(&mut self, reader: Option<Waker>) {
         let Some(reader) = reader else { return };
         if !self.0.last().is_some_and(|last| last.will_wake(&reader)) {
@@ -137,7 +139,7 @@ impl Readers {
     }
 }
 
-impl Drop for Readers {
+impl Drop for PendingWakes {
     fn drop(&mut self) {
         self.wake();
     }
@@ -159,11 +161,11 @@ pub(super) struct Ledger {
     /// The turns in progress, by session.
     turns: HashMap<SessionId, SequenceKey>,
     closing: Vec<Closing>,
-    closing_sessions: Vec<ClosingSession>,
+    pending_receipts: Vec<PendingReceipt>,
     /// Accounts with a token to flush.
     dirty: Vec<SequenceKey>,
     /// Readers to wake at the end of the flush.
-    readers: Readers,
+    pending_wakes: PendingWakes,
     deadlines: Deadlines,
     outcomes: Outcomes,
     /// The most recently ended requests, oldest first.
@@ -179,9 +181,9 @@ impl Ledger {
             by_id: HashMap::new(),
             turns: HashMap::new(),
             closing: Vec::new(),
-            closing_sessions: Vec::new(),
+            pending_receipts: Vec::new(),
             dirty: Vec::new(),
-            readers: Readers::default(),
+            pending_wakes: PendingWakes::default(),
             deadlines: Deadlines::default(),
             outcomes: Outcomes::default(),
             recent: VecDeque::with_capacity(RECENT_ENDS),
@@ -197,7 +199,7 @@ impl Ledger {
     }
 
     pub fn closing_accounts(&self) -> usize {
-        self.closing.len() + self.closing_sessions.len()
+        self.closing.len() + self.pending_receipts.len()
     }
 
     /// Returns the turn of a session that is in progress.
@@ -218,13 +220,13 @@ impl Ledger {
     }
 
     /// Returns when an open request was submitted, and its label.
-    pub fn known_of(&self, key: SequenceKey) -> Option<(Instant, Option<&Arc<str>>)> {
+    pub fn submission_info(&self, key: SequenceKey) -> Option<(Instant, Option<&Arc<str>>)> {
         let account = self.open.get(key)?;
         Some((account.record.submitted(), account.label.as_ref()))
     }
 
     /// Returns the open requests with this label, in ascending order of their ids.
-    pub fn labelled(&self, label: &str) -> Vec<RequestId> {
+    pub fn ids_with_label(&self, label: &str) -> Vec<RequestId> {
         let labelled = |account: &&Account| account.label.as_deref() == Some(label);
         let found = self.open.values().filter(labelled);
         let mut ids: Vec<RequestId> = found.map(|account| account.id).collect();
@@ -238,8 +240,8 @@ impl Ledger {
     }
 
     /// Sends a receipt as soon as step `fence` has completed.
-    pub fn close_session(&mut self, fence: StepId, receipt: Receipt, reply: Reply<Receipt>) {
-        self.closing_sessions.push(ClosingSession {
+    pub fn send_receipt_after(&mut self, fence: StepId, receipt: Receipt, reply: Reply<Receipt>) {
+        self.pending_receipts.push(PendingReceipt {
             fence,
             receipt,
             reply,
@@ -302,7 +304,7 @@ impl Ledger {
     }
 
     /// Records what a step has found about a prompt. It is sent with the first token or the
-    /// terminal.
+    /// ending.
     pub fn report(&mut self, key: SequenceKey, report: PromptReport) {
         if let Some(account) = self.open.get_mut(key) {
             match &mut account.report {
@@ -312,7 +314,7 @@ impl Ledger {
         }
     }
 
-    /// Records a token. It is sent by the flush or with the terminal.
+    /// Records a token. It is sent by the flush or with the ending.
     pub fn token(&mut self, key: SequenceKey, token: Token) {
         if let Some(account) = self.open.get_mut(key) {
             account.token = Some(token);
@@ -324,9 +326,9 @@ impl Ledger {
 
     /// Sets the time by which the reader of a paused request must have caught up. `None` clears
     /// it once the reader has.
-    pub fn reader_due(&mut self, key: SequenceKey, at: Option<Instant>) {
+    pub fn catch_up_due(&mut self, key: SequenceKey, at: Option<Instant>) {
         if let Some(account) = self.open.get_mut(key) {
-            let due = Due::Reader;
+            let due = Due::CatchUp;
             self.deadlines.set(key, &mut account.deadlines, due, at);
         }
     }
@@ -348,9 +350,9 @@ impl Ledger {
         }
     }
 
-    /// Closes an account: sends the terminal now, and the receipt when the blocks are free.
+    /// Closes an account: sends the ending now, and the receipt when the blocks are free.
     /// Closing the same account again does nothing (I8).
-    pub fn close(&mut self, key: SequenceKey, terminal: Terminal, remains: Remains) {
+    pub fn close(&mut self, key: SequenceKey, ending: Ending, remains: Remains) {
         let Some(mut account) = self.open.remove(key) else {
             return;
         };
@@ -359,26 +361,26 @@ impl Ledger {
             self.turns.remove(&turn.session);
         }
         self.deadlines.remove(key, account.deadlines);
-        let count = match &terminal {
-            Terminal::Finished(FinishReason::Stop) => &mut self.outcomes.stopped,
-            Terminal::Finished(FinishReason::Length) => &mut self.outcomes.length,
-            Terminal::Cancelled(_) => &mut self.outcomes.cancelled,
-            Terminal::Failed(_) => &mut self.outcomes.failed,
+        let count = match ending {
+            Ok(Outcome::Stop) => &mut self.outcomes.stopped,
+            Ok(Outcome::Length) => &mut self.outcomes.length,
+            Ok(Outcome::Cancelled(_)) => &mut self.outcomes.cancelled,
+            Err(_) => &mut self.outcomes.failed,
         };
         *count += 1;
         let at = Instant::now();
-        let end = EndKind::from(&terminal);
+        let end = EndLabels::from(&ending);
         let posted_at = account.cell.posted_at().unwrap_or(at);
         self.metrics.ended(
             end,
             at.saturating_duration_since(account.record.submitted()),
         );
-        if end.cancel_reason().is_some() {
+        if end.is_cancelled() {
             self.metrics
                 .cancel_ended(at.saturating_duration_since(posted_at));
         }
         // The last token of a cancelled request is dropped: no token may follow a cancel.
-        let finished = matches!(terminal, Terminal::Finished(_));
+        let finished = matches!(ending, Ok(Outcome::Stop | Outcome::Length));
         let token = account.token.take().filter(|_| finished);
         let report = account.report.take().filter(|_| finished);
         if token.is_some() {
@@ -390,7 +392,7 @@ impl Ledger {
         let reader = account.events.send(Event {
             token,
             report,
-            terminal: Some(terminal),
+            ending: Some(ending),
             at,
         });
         wake(reader);
@@ -417,7 +419,7 @@ impl Ledger {
     /// Sends the receipts of the accounts whose blocks are free, now that all steps up to
     /// `completed` have completed.
     pub fn settle(&mut self, completed: StepId) {
-        if self.closing.is_empty() && self.closing_sessions.is_empty() {
+        if self.closing.is_empty() && self.pending_receipts.is_empty() {
             return;
         }
         let freed_at = Instant::now();
@@ -429,12 +431,12 @@ impl Ledger {
             }
             self.recent.push_back(ended);
         }
-        let free = |closing: &mut ClosingSession| closing.fence <= completed;
-        for closing in self.closing_sessions.extract_if(.., free) {
-            closing.reply.send(Receipt {
+        let free = |pending: &mut PendingReceipt| pending.fence <= completed;
+        for pending in self.pending_receipts.extract_if(.., free) {
+            pending.reply.send(Receipt {
                 step: completed,
                 freed_at,
-                ..closing.receipt
+                ..pending.receipt
             });
         }
     }
@@ -442,7 +444,7 @@ impl Ledger {
     /// Gives up the closing accounts after the engine broke. Their ends are logged, but no
     /// receipt is sent.
     pub fn abandon(&mut self) {
-        self.closing_sessions.clear();
+        self.pending_receipts.clear();
         for closing in self.closing.drain(..) {
             let Closing { record, end, .. } = &closing;
             record.report(*end, closing.ended_at, &closing.receipt, false);
@@ -468,10 +470,10 @@ impl Ledger {
             let reader = account.events.send(Event {
                 token: Some(token),
                 report: account.report.take(),
-                terminal: None,
+                ending: None,
                 at,
             });
-            self.readers.add(reader);
+            self.pending_wakes.add(reader);
             if account.events.is_full() {
                 // A swap rather than a store, because loom allows a store too many orders
                 // relative to the swaps of the other side.
@@ -483,7 +485,7 @@ impl Ledger {
                 paused.push((key, !goes_on));
             }
         }
-        self.readers.wake();
+        self.pending_wakes.wake();
     }
 }
 
@@ -550,14 +552,14 @@ mod tests {
         let receiver = account(&mut ledger, key, 1, RequestDeadlines::default());
         ledger.token(key, token());
         for _ in 0..2 {
-            let terminal = Terminal::Cancelled(CancelReason::Explicit);
-            ledger.close(key, terminal, remains(StepId::default()));
+            let ending = Ok(Outcome::Cancelled(CancelReason::Explicit));
+            ledger.close(key, ending, remains(StepId::default()));
         }
         ledger.token(key, token());
         ledger.flush(&mut Vec::new());
         let event = receiver.events.try_recv().unwrap();
         assert!(event.token.is_none());
-        assert!(matches!(event.terminal, Some(Terminal::Cancelled(_))));
+        assert!(matches!(event.ending, Some(Ok(Outcome::Cancelled(_)))));
         assert!(receiver.events.try_recv().is_err(), "something follows");
         assert_eq!(ledger.outcomes().cancelled, 1);
     }
@@ -569,8 +571,8 @@ mod tests {
         let key = keys.insert(());
         let mut ledger = Ledger::new(Arc::new(EngineMetrics::new(None)));
         let receiver = account(&mut ledger, key, 1, RequestDeadlines::default());
-        let terminal = Terminal::Finished(FinishReason::Length);
-        ledger.close(key, terminal, remains(StepId(4)));
+        let ending = Ok(Outcome::Length);
+        ledger.close(key, ending, remains(StepId(4)));
         ledger.settle(StepId(3));
         assert!(receiver.receipt.try_recv().is_err());
         assert_eq!(ledger.closing_accounts(), 1);
@@ -645,7 +647,7 @@ mod tests {
     #[test]
     fn readers_are_woken_even_if_the_waker_of_another_panics() {
         let reader = Arc::new(Reader::default());
-        let mut readers = Readers::default();
+        let mut readers = PendingWakes::default();
         readers.add(Some(Waker::from(Arc::new(Panics))));
         readers.add(Some(Waker::from(Arc::clone(&reader))));
         let all_woken = catch_unwind(AssertUnwindSafe(|| {
@@ -667,15 +669,15 @@ mod tests {
             let deadlines = RequestDeadlines {
                 first_token: Some(later),
                 finish: Some(later),
-                reader: None,
+                catch_up: None,
             };
             account(&mut ledger, key, index as u64, deadlines);
-            ledger.reader_due(key, Some(later));
+            ledger.catch_up_due(key, Some(later));
         }
         assert_eq!(ledger.next_deadline(), Some(later));
         for key in all {
-            let terminal = Terminal::Finished(FinishReason::Stop);
-            ledger.close(key, terminal, remains(StepId::default()));
+            let ending = Ok(Outcome::Stop);
+            ledger.close(key, ending, remains(StepId::default()));
         }
         assert_eq!(ledger.next_deadline(), None);
     }

@@ -1,21 +1,19 @@
 //! [`TokenStream`], the answer to one request as it is generated. Dropping it cancels the
 //! request.
 
-use super::command::Command;
-use super::event::{
-    CancelReason, Event, EventReceiver, Outcome, PromptReport, RequestCell, Terminal, Token,
-    has_room,
-};
-use super::metrics::{EngineMetrics, Noop};
 use super::pending::{Cancellation, Pending};
-use super::sync::atomic::Ordering;
-use super::sync::{Arc, Sender};
 use super::turn::TurnCell;
 use super::waiting::EngineEnd;
-use super::{EngineFault, GenerateError, Request};
 use crate::device::PooledRows;
+use crate::engine::command::Command;
+use crate::engine::event::{
+    CancelReason, Event, EventReceiver, Outcome, PromptReport, RequestCell, Token, has_room,
+};
+use crate::engine::metrics::{EngineMetrics, NoEffect};
+use crate::engine::sync::atomic::Ordering;
+use crate::engine::sync::{Arc, Sender};
+use crate::engine::{EngineFault, GenerateError, Request};
 use crate::id::RequestId;
-use crate::schedule::FinishReason;
 use crate::text::{Detokenizer, StopMatcher, StopStep, StopStrings, Tokenizer};
 use futures_core::Stream;
 use std::pin::Pin;
@@ -210,7 +208,7 @@ impl TokenStream {
     /// [`CancelReason::Disconnect`]. The reason appears in the metrics and in the logs.
     /// [`CancelReason::StopString`] is replaced by [`CancelReason::Explicit`].
     pub fn cancel_because(mut self, reason: CancelReason) -> Cancellation {
-        self.post_cancel(reason.of_a_caller());
+        self.post_cancel(reason.for_caller());
         Pending::receipt(
             Arc::clone(&self.parts.cell),
             self.parts.receiver.receipt.clone(),
@@ -222,7 +220,7 @@ impl TokenStream {
     /// [`CancelReason::StreamDropped`]. For example, a server whose connections own their
     /// streams uses [`CancelReason::Disconnect`].
     pub fn when_dropped(mut self, reason: CancelReason) -> Self {
-        self.drop_reason = reason.of_a_caller();
+        self.drop_reason = reason.for_caller();
         self
     }
 
@@ -278,12 +276,12 @@ impl TokenStream {
 
     /// Returns a receiver of the unread events, which remains usable after the stream is gone.
     #[cfg(all(test, not(any(feature = "loom", feature = "shuttle"))))]
-    pub(super) fn events(&self) -> super::sync::Receiver<Event> {
+    pub(in crate::engine) fn events(&self) -> crate::engine::sync::Receiver<Event> {
         self.parts.receiver.events.clone()
     }
 
     /// Takes the sum of the prompt's hidden states, if it has arrived.
-    pub(super) fn take_sum(&mut self) -> Option<PooledRows> {
+    pub(in crate::engine) fn take_sum(&mut self) -> Option<PooledRows> {
         self.sum.take()
     }
 
@@ -293,20 +291,20 @@ impl TokenStream {
         if !self.ended {
             self.ended = true;
             let first = self.parts.cell.cancel(reason);
-            let noop = if !first {
-                Some(Noop::AlreadyCancelled)
+            let no_effect = if !first {
+                Some(NoEffect::AlreadyCancelled)
             } else {
                 let posted = self.parts.commands.send(Command::Cancel(self.parts.id));
-                posted.err().map(|_| Noop::EngineClosed)
+                posted.err().map(|_| NoEffect::EngineClosed)
             };
-            if let Some(why) = noop {
-                self.parts.metrics.noop(why);
+            if let Some(cause) = no_effect {
+                self.parts.metrics.no_effect(cause);
             }
             // Only after the post, so that the session posts its next turn after the cancel.
             if let (Some(turn), true) = (&self.parts.turn, first)
                 && reason != CancelReason::StopString
             {
-                turn.ended_by_reader(None);
+                turn.set_reader_end(None);
             }
         }
     }
@@ -332,7 +330,7 @@ impl TokenStream {
                 self.answer.push(token.id);
             }
             // A token that ends the answer is not part of its text.
-            let ends = matches!(event.terminal, Some(Terminal::Finished(FinishReason::Stop)))
+            let ends = matches!(event.ending, Some(Ok(Outcome::Stop)))
                 && self.parts.stop_tokens.contains(&token.id);
             if let Some(state) = &mut self.parts.text
                 && (!ends || state.include_stop)
@@ -342,12 +340,10 @@ impl TokenStream {
                 matched = step.matched.is_some();
             }
         }
-        let mut outcome = match event.terminal {
+        let mut outcome = match event.ending {
             None => None,
-            Some(Terminal::Finished(FinishReason::Stop)) => Some(Outcome::Stop),
-            Some(Terminal::Finished(FinishReason::Length)) => Some(Outcome::Length),
-            Some(Terminal::Cancelled(reason)) => Some(Outcome::Cancelled(reason)),
-            Some(Terminal::Failed(fault)) => {
+            Some(Ok(outcome)) => Some(outcome),
+            Some(Err(fault)) => {
                 self.ended = true;
                 return Err(GenerateError::Failed(*fault));
             }
@@ -388,7 +384,7 @@ impl TokenStream {
             {
                 let mut tokens = self.parts.prompt.to_vec();
                 tokens.append(&mut self.answer);
-                turn.ended_by_reader(Some(tokens));
+                turn.set_reader_end(Some(tokens));
             }
         }
         Ok(Chunk {

@@ -1,6 +1,6 @@
 //! [`Request`]: a prompt, and everything that decides its answer.
 
-use super::sync::Arc;
+use crate::engine::sync::Arc;
 use crate::sampling::{Constraint, SamplingParams, TokenLimits};
 use crate::schedule::Task;
 use crate::text::{Message, RenderOptions};
@@ -168,7 +168,7 @@ impl Request {
     }
 
     /// Returns what the scheduler must compute for the request.
-    pub(super) fn task(&self) -> Task {
+    pub(in crate::engine) fn task(&self) -> Task {
         let score = |top| Task::Score { top };
         self.prompt_logprobs.map_or(Task::Generate, score)
     }

@@ -1,8 +1,8 @@
 //! The limit on open requests: each open request holds a permit.
 
-use super::SubmitError;
-use super::sync::Arc;
-use super::sync::atomic::{AtomicUsize, Ordering};
+use crate::engine::SubmitError;
+use crate::engine::sync::Arc;
+use crate::engine::sync::atomic::{AtomicUsize, Ordering};
 
 /// A place among the open requests. Dropping it releases the place.
 pub(crate) struct Permit(Arc<AtomicUsize>);

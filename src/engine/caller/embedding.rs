@@ -1,9 +1,9 @@
-//! Requests for embeddings, submitted with [`Engine::embed`](super::Engine::embed).
+//! Requests for embeddings, submitted with [`Engine::embed`](crate::Engine::embed).
 
 use super::pending::Cancellation;
 use super::stream::{Chunk, Timing, TokenStream};
-use super::sync::Arc;
-use super::{CancelReason, EngineFault, GenerateError, Outcome, Prompt};
+use crate::engine::sync::Arc;
+use crate::engine::{CancelReason, EngineFault, GenerateError, Outcome, Prompt};
 use crate::id::RequestId;
 use futures_core::Stream;
 use std::future::Future;
@@ -63,7 +63,7 @@ pub struct Embedding {
 pub struct EmbeddingFuture(TokenStream);
 
 impl EmbeddingFuture {
-    pub(super) fn new(stream: TokenStream) -> Self {
+    pub(in crate::engine) fn new(stream: TokenStream) -> Self {
         Self(stream)
     }
 
@@ -103,7 +103,7 @@ impl EmbeddingFuture {
     }
 
     #[cfg(all(test, not(any(feature = "loom", feature = "shuttle"))))]
-    pub(super) fn into_stream(self) -> TokenStream {
+    pub(in crate::engine) fn into_stream(self) -> TokenStream {
         self.0
     }
 

@@ -1,0 +1,150 @@
+//! Describes the state of the engine: its statistics, its metrics and snapshots of it.
+
+use super::SchedulerThread;
+use super::ledger::Ended;
+use crate::cache::{BlockState, BlockTable};
+use crate::engine::snapshot::{
+    BlockMap, BlockUse, EngineSnapshot, RequestEnd, RequestPhase, RequestState, SessionState,
+};
+use crate::engine::stats::EngineStats;
+use crate::engine::sync::Arc;
+use crate::schedule::{Sequence, SequenceKey, SequenceState};
+use std::time::{Duration, Instant};
+
+impl SchedulerThread {
+    /// Updates the metrics.
+    pub(super) fn publish(&mut self) {
+        let now = self.stats();
+        self.metrics.publish(&now, &self.published);
+        self.published = now;
+    }
+
+    pub(super) fn stats(&self) -> EngineStats {
+        let counts = self.scheduler.counts();
+        EngineStats {
+            blocks: self.scheduler.cache().counts(),
+            block_tokens: self.scheduler.cache().block_tokens(),
+            running: counts.running,
+            waiting: counts.waiting,
+            paused: counts.paused,
+            open: self.ledger.open_accounts(),
+            closing: self.ledger.closing_accounts(),
+            preemptions: counts.preemptions,
+            swaps: counts.swaps,
+            swapped_blocks: counts.swapped_blocks,
+            prefix_queries: counts.prefix_queries,
+            prefix_hits: counts.prefix_hits,
+            retained_sessions: counts.retained_sessions,
+            retained_blocks: counts.retained_blocks,
+            pinned_blocks: counts.pinned_blocks,
+            pins_refused: counts.pins_refused,
+            outcomes: self.ledger.outcomes(),
+            prompt_tokens: self.prompt_tokens,
+            tokens_generated: self.tokens_generated,
+            steps: self.completed,
+        }
+    }
+
+    /// Takes a snapshot.
+    pub(super) fn snapshot(&self) -> EngineSnapshot {
+        let (scheduler, ledger, stats) = (&self.scheduler, &self.ledger, self.stats());
+        let now = Instant::now();
+        let mut sequences: Vec<(SequenceKey, &Sequence)> = scheduler.sequences().iter().collect();
+        sequences.sort_unstable_by_key(|(_, sequence)| sequence.id);
+        let retained = scheduler.retained_sessions();
+        let requests = sequences.iter().map(|(key, sequence)| {
+            let (submitted, label) = ledger.submission_info(*key).unwrap_or((now, None));
+            let age = now.saturating_duration_since(submitted);
+            request_state(sequence, label.cloned(), age)
+        });
+        let sessions = retained.iter().map(|(id, retained, _)| SessionState {
+            id: *id,
+            retained: *retained,
+        });
+        let ends = ledger.recent_ends().rev();
+        EngineSnapshot {
+            stats,
+            steps_in_flight: scheduler.launched().0 - stats.steps.0,
+            requests: requests.collect(),
+            sessions: sessions.collect(),
+            blocks: block_map(
+                scheduler.cache().states(),
+                sequences.iter().map(|(_, sequence)| &sequence.table),
+                retained.iter().map(|(_, _, table)| *table),
+            ),
+            recent_ends: ends.map(|ended| request_end(ended, now)).collect(),
+        }
+    }
+}
+
+fn request_state(sequence: &Sequence, label: Option<Arc<str>>, age: Duration) -> RequestState {
+    let phase = if sequence.is_paused() {
+        RequestPhase::Paused
+    } else if sequence.is_preempted() {
+        RequestPhase::Preempted
+    } else if sequence.state() == SequenceState::Running {
+        RequestPhase::Running
+    } else {
+        RequestPhase::Waiting
+    };
+    let blocks = sequence.table.blocks().iter();
+    RequestState {
+        id: sequence.id,
+        phase,
+        session: sequence.spec.session,
+        label,
+        tenant: sequence.spec.tenant.clone(),
+        priority: sequence.spec.priority,
+        prompt_tokens: sequence.prompt_tokens,
+        cached_tokens: sequence.cached_tokens,
+        computed_tokens: sequence.written_tokens(),
+        generated_tokens: sequence.generated(),
+        blocks: blocks.map(|block| block.index() as u32).collect(),
+        age,
+    }
+}
+
+fn request_end(ended: &Ended, now: Instant) -> RequestEnd {
+    let receipt = &ended.receipt;
+    RequestEnd {
+        id: ended.id,
+        outcome: ended.end.outcome(),
+        reason: ended.end.reason(),
+        generated_tokens: receipt.tokens_generated,
+        blocks_freed: receipt.blocks_freed,
+        step: receipt.step,
+        posted_to_freed: receipt
+            .freed_at
+            .saturating_duration_since(receipt.posted_at),
+        age: now.saturating_duration_since(receipt.freed_at),
+    }
+}
+
+/// Combines the state of each block with the block tables that hold it.
+fn block_map<'a>(
+    states: impl Iterator<Item = BlockState>,
+    requests: impl Iterator<Item = &'a BlockTable>,
+    sessions: impl Iterator<Item = &'a BlockTable>,
+) -> BlockMap {
+    let mut map: Vec<BlockUse> = states
+        .map(|state| match state {
+            BlockState::Cached => BlockUse::Cached,
+            BlockState::Deferred => BlockUse::Deferred,
+            // The block tables below tell who holds a referenced block.
+            BlockState::Free | BlockState::Referenced => BlockUse::Free,
+        })
+        .collect();
+    let requests = (0..).map(BlockUse::Request).zip(requests);
+    let sessions = (0..).map(BlockUse::Session).zip(sessions);
+    for (owner, table) in requests.chain(sessions) {
+        for block in table.blocks() {
+            if let Some(held) = map.get_mut(block.index()) {
+                *held = match held {
+                    BlockUse::Free => owner,
+                    _ => BlockUse::Shared,
+                };
+            }
+        }
+    }
+    BlockMap(map)
+}
