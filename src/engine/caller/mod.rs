@@ -10,5 +10,8 @@ pub(super) mod permit;
 pub(super) mod request;
 pub(super) mod session;
 pub(super) mod stream;
+mod submit;
+mod tokenize;
 pub(super) mod turn;
 pub(super) mod waiting;
+mod wiring;
