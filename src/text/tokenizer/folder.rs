@@ -1,12 +1,11 @@
 //! Builds a tokenizer from a Hugging Face folder: `tokenizer.json` and its companion files.
 
-use super::TextError;
 use super::byte_level::{byte_characters, token_bytes};
 use super::end_tokens::end_tokens;
 use super::gguf_vocabulary::named_byte;
-use super::template::ChatTemplate;
-use super::tokenizer::{EncodeOptions, Frame, Model, Tokenizer};
 use super::vocabulary::{MAX_TOKENS, TokenKind, Vocabulary};
+use super::{EncodeOptions, Frame, Model, Tokenizer};
+use crate::text::{ChatTemplate, TextError};
 use crate::weights::{from_python_json, is_lfs_pointer};
 use serde_json::Value;
 use std::collections::BTreeMap;

@@ -8,7 +8,7 @@
 //! and keeps a state for each character of a run of spaces. This part is therefore done by
 //! hand, and the rest by automata, whose time and memory are linear in the text.
 
-use super::TextError;
+use crate::text::TextError;
 use regex::Regex;
 
 /// Pattern of GPT-2.

@@ -3,7 +3,7 @@
 //! Of all adjacent pairs that can be merged, the pair that is listed first is merged first,
 //! and the leftmost of equal ones, until no pair is left.
 
-use super::TextError;
+use crate::text::TextError;
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 

@@ -1,6 +1,6 @@
 //! Table of tokens: the text, the bytes and the kind of each id.
 
-use super::TextError;
+use crate::text::TextError;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ pub(super) const MAX_TOKEN_BYTES: usize = 4096;
 
 /// Kind of a token: those of `tokenizer.ggml.token_type`, and [`Absent`](Self::Absent).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum TokenKind {
+pub(in crate::text) enum TokenKind {
     /// An ordinary piece of text.
     Normal,
     /// Stands for text that the vocabulary cannot represent.
@@ -48,7 +48,7 @@ struct Token {
 
 /// All tokens of a model, by id and by text.
 #[derive(Debug, Default)]
-pub(super) struct Vocabulary {
+pub(in crate::text) struct Vocabulary {
     tokens: Vec<Token>,
     ids: HashMap<Arc<str>, u32>,
     bytes: Vec<u8>,
@@ -148,7 +148,7 @@ impl Vocabulary {
         self.known(id).map(|token| &*token.text)
     }
 
-    pub(super) fn kind(&self, id: u32) -> TokenKind {
+    pub(in crate::text) fn kind(&self, id: u32) -> TokenKind {
         self.known(id).map_or(TokenKind::Absent, |token| token.kind)
     }
 

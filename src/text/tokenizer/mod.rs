@@ -1,19 +1,37 @@
 //! Converts text to token ids and back, for every kind of tokenizer.
 
-use super::TextError;
-use super::byte_level::ByteLevelBpe;
-use super::detokenize::Utf8Assembler;
-use super::folder::HuggingFace;
+mod byte_level;
+mod detokenize;
+mod end_tokens;
+mod folder;
+mod gguf_metadata;
+mod gguf_vocabulary;
+mod merges;
+mod pre_tokenizer;
+mod sentencepiece;
+mod special;
+mod unigram;
+pub(super) mod vocabulary;
+
+#[cfg(test)]
+pub(super) mod tests;
+
+pub use detokenize::Detokenizer;
+pub use gguf_vocabulary::GgufVocabulary;
+
 #[cfg(feature = "grammar")]
-use super::grammar::{Compiler, GrammarError};
-use super::sentencepiece::{SPACE, ScoredBpe};
-use super::special::{Fragment, SpecialTokens};
-use super::template::ChatTemplate;
-use super::unigram::Unigram;
-use super::vocabulary::Vocabulary;
+use crate::text::grammar::{Compiler, GrammarError};
+use crate::text::{ChatTemplate, TextError};
+use byte_level::ByteLevelBpe;
+use detokenize::Utf8Assembler;
+use folder::HuggingFace;
+use sentencepiece::{SPACE, ScoredBpe};
+use special::{Fragment, SpecialTokens};
 use std::fmt;
 #[cfg(feature = "grammar")]
 use std::sync::OnceLock;
+use unigram::Unigram;
+use vocabulary::Vocabulary;
 
 /// Options of [`Tokenizer::encode`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,15 +47,15 @@ pub struct EncodeOptions {
 /// A model's tokenizer. It can be shared freely between threads.
 pub struct Tokenizer {
     pub(super) vocabulary: Vocabulary,
-    pub(super) model: Model,
-    pub(super) bos: Option<u32>,
-    pub(super) eos: Option<u32>,
+    model: Model,
+    bos: Option<u32>,
+    eos: Option<u32>,
     /// All tokens that end an answer, sorted by id.
-    pub(super) ends: Vec<u32>,
-    pub(super) frame: Frame,
+    ends: Vec<u32>,
+    frame: Frame,
     /// Whether the tokenizer adds the space before the first word, so that decoding removes it.
-    pub(super) strip_leading_space: bool,
-    pub(super) template: Option<ChatTemplate>,
+    strip_leading_space: bool,
+    template: Option<ChatTemplate>,
     /// Compiler of grammars for this tokenizer, created on first use.
     #[cfg(feature = "grammar")]
     pub(super) grammars: OnceLock<Result<Compiler, GrammarError>>,
@@ -45,13 +63,13 @@ pub struct Tokenizer {
 
 /// Tokens that `add_special` puts around a text.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Frame {
-    pub(super) before: Option<u32>,
-    pub(super) after: Option<u32>,
+struct Frame {
+    before: Option<u32>,
+    after: Option<u32>,
 }
 
 /// How a tokenizer turns text into tokens.
-pub(super) enum Model {
+enum Model {
     /// A `tokenizer.json`, which finds its special tokens itself.
     HuggingFace(Box<HuggingFace>),
     /// Special tokens are found first, and the text between them is encoded as plain text.
@@ -62,7 +80,7 @@ pub(super) enum Model {
 }
 
 /// How plain text is turned into tokens.
-pub(super) enum PlainModel {
+enum PlainModel {
     ByteLevel(Box<ByteLevelBpe>),
     Scored {
         model: ScoredBpe,
@@ -211,12 +229,12 @@ impl Tokenizer {
     }
 
     /// Creates the state for [`decode_step`](Self::decode_step).
-    pub(super) fn assembler(&self) -> Utf8Assembler {
+    fn assembler(&self) -> Utf8Assembler {
         Utf8Assembler::new(self.strip_leading_space)
     }
 
     /// Appends to `text` the characters that `id` completes.
-    pub(super) fn decode_step(
+    fn decode_step(
         &self,
         assembler: &mut Utf8Assembler,
         id: u32,

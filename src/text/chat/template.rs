@@ -5,11 +5,11 @@
 //! loop controls, Python's operators and methods, `raise_exception`, `strftime_now`, and
 //! values printed as in Python.
 
-use super::TextError;
 use super::clock::strftime;
 use super::jinja::{Raised, python_environment, translate};
 use super::message::{Message, MessageView};
 use super::tool_support::ToolSupport;
+use crate::text::TextError;
 use minijinja::Value;
 use minijinja::{Environment, Error, ErrorKind};
 use serde_json::Map;

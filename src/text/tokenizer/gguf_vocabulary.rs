@@ -1,16 +1,15 @@
 //! Description of a tokenizer in a GGUF file, and the checks that turn it into a
 //! [`Tokenizer`].
 
-use super::TextError;
 use super::byte_level::{ByteLevelBpe, token_bytes};
 use super::end_tokens::end_tokens;
 use super::pre_tokenizer::PreTokenizer;
 use super::sentencepiece::{SPACE, ScoredBpe};
 use super::special::SpecialTokens;
-use super::template::ChatTemplate;
-use super::tokenizer::{Frame, Model, PlainModel, Tokenizer};
 use super::unigram::Unigram;
 use super::vocabulary::{MAX_TOKENS, TokenKind, Vocabulary};
+use super::{Frame, Model, PlainModel, Tokenizer};
+use crate::text::{ChatTemplate, TextError};
 
 /// `tokenizer.*` metadata of a GGUF file, not yet validated.
 #[derive(Clone, Debug, Default, PartialEq)]

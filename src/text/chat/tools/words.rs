@@ -1,8 +1,8 @@
 //! Tools described in plain words, for chat templates that do not support them.
 
-use super::super::Message;
 use super::super::python_json::{Style, dumps};
 use super::ToolFormat;
+use crate::text::Message;
 use serde_json::{Map, Value, json};
 
 /// Returns the part of a system prompt that describes `tools`, a list in the format of

@@ -1,8 +1,8 @@
 //! Compares expressions and statements with the results of jinja2, which
 //! `tests/clients/chat_templates.py` has written into the fixture.
 
-use super::super::{ChatTemplate, RenderOptions, TextError};
 use super::translate;
+use crate::text::{ChatTemplate, RenderOptions, TextError};
 use serde_json::Value;
 use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};

@@ -4,10 +4,10 @@
 //! sequence of tokens (Radford et al., 2019, "Language Models are Unsupervised Multitask
 //! Learners").
 
-use super::TextError;
 use super::merges::{Merger, Merges};
 use super::pre_tokenizer::PreTokenizer;
 use super::vocabulary::Vocabulary;
+use crate::text::TextError;
 use std::collections::HashMap;
 use std::sync::LazyLock;
 

@@ -1,7 +1,7 @@
 //! Finds special tokens in text, so that the rest can be tokenized as plain text.
 
-use super::TextError;
 use super::vocabulary::{TokenKind, Vocabulary};
+use crate::text::TextError;
 use aho_corasick::{AhoCorasick, MatchKind};
 
 /// Part of a text: plain text or a special token.

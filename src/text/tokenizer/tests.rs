@@ -1,6 +1,7 @@
 //! Tests of whole tokenizers: small ones compared with llama.cpp's results, and broken ones.
 
 use super::*;
+use crate::text::*;
 use proptest::prelude::*;
 use serde_json::Value;
 use std::path::PathBuf;
@@ -424,7 +425,7 @@ fn a_decoder_that_is_not_understood_is_refused() {
     );
 }
 
-pub(super) fn any_text() -> impl Strategy<Value = String> {
+pub(in crate::text) fn any_text() -> impl Strategy<Value = String> {
     prop_oneof![
         any::<String>(),
         "[ab ▁é<>|s0x\n]{0,40}",
