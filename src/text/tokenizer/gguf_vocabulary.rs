@@ -56,7 +56,7 @@ pub struct GgufVocabulary {
 
 /// Kinds of tokenizer that GGUF files contain.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Family {
+enum TokenizerKind {
     ByteLevel,
     SentencePiece,
     Unigram,
@@ -69,20 +69,21 @@ impl Tokenizer {
     /// Returns an error if the description is inconsistent, if its chat template does not
     /// parse, or if its tokenizer model or pre-tokenizer is not supported.
     pub fn from_gguf(gguf: GgufVocabulary) -> Result<Tokenizer, TextError> {
-        let family = match gguf.model.as_str() {
-            "gpt2" => Family::ByteLevel,
-            "llama" => Family::SentencePiece,
-            "t5" => Family::Unigram,
+        let tokenizer_kind = match gguf.model.as_str() {
+            "gpt2" => TokenizerKind::ByteLevel,
+            "llama" => TokenizerKind::SentencePiece,
+            "t5" => TokenizerKind::Unigram,
             other => {
                 return Err(TextError::UnknownModel {
                     found: other.to_owned(),
                 });
             }
         };
-        gguf.check_lists(family)?;
-        let mut vocabulary = gguf.vocabulary(family)?;
+        gguf.check_lists(tokenizer_kind)?;
+        let mut vocabulary = gguf.vocabulary(tokenizer_kind)?;
         gguf.check_ids()?;
-        let named = |id: Option<u32>, name| id.or_else(|| control(&vocabulary, family, name));
+        let named =
+            |id: Option<u32>, name| id.or_else(|| control(&vocabulary, tokenizer_kind, name));
         let (bos, eos) = (named(gguf.bos, "<s>"), named(gguf.eos, "</s>"));
         let unknown = gguf.unk.or_else(|| {
             vocabulary
@@ -106,11 +107,15 @@ impl Tokenizer {
             }
             None => None,
         };
-        let mut add_bos = family == Family::SentencePiece;
-        let add_eos = gguf.add_eos.unwrap_or(family == Family::Unigram);
-        let space_prefix = gguf.add_space_prefix.unwrap_or(family != Family::ByteLevel);
-        let plain = match family {
-            Family::ByteLevel => {
+        let mut add_bos = tokenizer_kind == TokenizerKind::SentencePiece;
+        let add_eos = gguf
+            .add_eos
+            .unwrap_or(tokenizer_kind == TokenizerKind::Unigram);
+        let space_prefix = gguf
+            .add_space_prefix
+            .unwrap_or(tokenizer_kind != TokenizerKind::ByteLevel);
+        let plain = match tokenizer_kind {
+            TokenizerKind::ByteLevel => {
                 let rule = PreTokenizer::named(gguf.pre.as_deref().unwrap_or("default"))?;
                 add_bos = rule.add_bos;
                 PlainModel::ByteLevel(Box::new(ByteLevelBpe::new(
@@ -119,11 +124,11 @@ impl Tokenizer {
                     rule,
                 )?))
             }
-            Family::SentencePiece => PlainModel::Scored {
+            TokenizerKind::SentencePiece => PlainModel::Scored {
                 model: ScoredBpe::new(&vocabulary, gguf.scores, unknown),
                 space_prefix,
             },
-            Family::Unigram => PlainModel::Unigram {
+            TokenizerKind::Unigram => PlainModel::Unigram {
                 model: Unigram::new(&vocabulary, gguf.scores, unknown),
                 space_prefix,
                 merge_spaces: gguf.remove_extra_whitespaces.unwrap_or(false),
@@ -138,7 +143,7 @@ impl Tokenizer {
                 specials: Box::new(SpecialTokens::new(&vocabulary)?),
                 plain,
             },
-            strip_leading_space: space_prefix && family != Family::ByteLevel,
+            strip_leading_space: space_prefix && tokenizer_kind != TokenizerKind::ByteLevel,
             vocabulary,
             bos,
             eos,
@@ -153,10 +158,10 @@ impl Tokenizer {
 
 /// Finds a control token by name. SentencePiece models may have one that the metadata does
 /// not name.
-fn control(vocabulary: &Vocabulary, family: Family, name: &str) -> Option<u32> {
+fn control(vocabulary: &Vocabulary, tokenizer_kind: TokenizerKind, name: &str) -> Option<u32> {
     let id = vocabulary
         .id(name)
-        .filter(|_| family != Family::ByteLevel)?;
+        .filter(|_| tokenizer_kind != TokenizerKind::ByteLevel)?;
     (vocabulary.kind(id) == TokenKind::Control).then_some(id)
 }
 
@@ -174,7 +179,7 @@ fn frame_token(
 }
 
 impl GgufVocabulary {
-    fn check_lists(&self, family: Family) -> Result<(), TextError> {
+    fn check_lists(&self, tokenizer_kind: TokenizerKind) -> Result<(), TextError> {
         let expected = self.tokens.len();
         if expected == 0 {
             return Err(TextError::EmptyVocabulary);
@@ -196,7 +201,11 @@ impl GgufVocabulary {
             })
         };
         length("token_types", self.token_types.len(), true)?;
-        length("scores", self.scores.len(), family == Family::ByteLevel)?;
+        length(
+            "scores",
+            self.scores.len(),
+            tokenizer_kind == TokenizerKind::ByteLevel,
+        )?;
         match (0u32..)
             .zip(&self.scores)
             .find(|(_, score)| !score.is_finite())
@@ -227,7 +236,7 @@ impl GgufVocabulary {
         Ok(())
     }
 
-    fn vocabulary(&self, family: Family) -> Result<Vocabulary, TextError> {
+    fn vocabulary(&self, tokenizer_kind: TokenizerKind) -> Result<Vocabulary, TextError> {
         let mut vocabulary = Vocabulary::default();
         for (id, text) in (0u32..).zip(&self.tokens) {
             let kind = match self.token_types.get(id as usize) {
@@ -247,7 +256,9 @@ impl GgufVocabulary {
                     })?;
                     vec![byte]
                 }
-                TokenKind::Normal | TokenKind::Unused if family == Family::ByteLevel => {
+                TokenKind::Normal | TokenKind::Unused
+                    if tokenizer_kind == TokenizerKind::ByteLevel =>
+                {
                     token_bytes(text)
                 }
                 TokenKind::Normal | TokenKind::Unused => text.replace(SPACE, " ").into_bytes(),
