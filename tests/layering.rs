@@ -30,6 +30,14 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("server", &["engine", "id", "sampling", "text"]),
 ];
 
+/// The folders of the server, and the other ones of them that each may use. The files next to
+/// the folders hold what all of them share, and start the server.
+const SERVER_MAY_USE: &[(&str, &[&str])] = &[
+    ("http", &[]),
+    ("openai", &["http"]),
+    ("routes", &["http", "openai"]),
+];
+
 fn source() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("src")
 }
@@ -102,6 +110,68 @@ fn modules_use_only_the_layers_they_may() {
         checked > 50,
         "only {checked} uses were found: the test reads nothing"
     );
+}
+
+#[test]
+fn the_folders_of_the_server_use_only_the_ones_below_them() {
+    let folders: BTreeMap<&str, &[&str]> = SERVER_MAY_USE.iter().copied().collect();
+    let mut checked = 0;
+    for (_, path, text) in files() {
+        let inside = path.strip_prefix(source().join("server"));
+        let mut components = inside.iter().flat_map(|path| path.components());
+        let Some(first) = components.next().and_then(|part| part.as_os_str().to_str()) else {
+            continue;
+        };
+        let Some(allowed) = folders.get(first) else {
+            assert!(
+                components.next().is_none(),
+                "src/server/{first} is not in the list of the server's folders"
+            );
+            continue;
+        };
+        for other in folders.keys().filter(|other| **other != first) {
+            // Also `super::super::`, and the lists in braces.
+            let named = names_server_folder(&text, other);
+            checked += usize::from(named);
+            assert!(
+                !named || allowed.contains(other),
+                "{} uses server::{other}, which '{first}' must not use",
+                path.display()
+            );
+        }
+    }
+    assert!(
+        checked > 20,
+        "only {checked} uses were found: the test reads nothing"
+    );
+}
+
+/// Returns whether a path in the text goes through the given folder of the server. `http` is
+/// also a module of axum, so the segment before it must be one of this crate.
+fn names_server_folder(text: &str, folder: &str) -> bool {
+    let code: String = text
+        .lines()
+        .filter(|line| !line.trim_start().starts_with("//"))
+        .flat_map(|line| [line.trim(), " "])
+        .collect();
+    ["crate::server::", "super::"].iter().any(|prefix| {
+        code.split(prefix).skip(1).any(|rest| {
+            let names = |path: &str| {
+                let path = path.trim_start();
+                let rest = path.strip_prefix(folder);
+                rest.is_some_and(|rest| {
+                    !rest.starts_with(|c: char| c.is_alphanumeric() || c == '_')
+                })
+            };
+            match rest.strip_prefix('{') {
+                Some(list) => list
+                    .split(';')
+                    .next()
+                    .is_some_and(|list| list.split([',', '{']).any(names)),
+                None => names(rest),
+            }
+        })
+    })
 }
 
 #[test]

@@ -1,9 +1,47 @@
-//! Errors in the form that OpenAI's clients expect.
+//! Errors: [`ApiError`] answers a request, in the form that OpenAI's clients expect;
+//! [`ServeError`] keeps a server from starting.
 
 use crate::engine::{CancelReason, EngineFault, GenerateError, SubmitError};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
+use std::path::PathBuf;
+use thiserror::Error;
+
+/// An error that keeps a server from starting.
+#[derive(Debug, Error)]
+pub enum ServeError {
+    /// The server cannot listen on the address.
+    #[error("cannot listen on {address}: {source}")]
+    Bind {
+        /// The address.
+        address: String,
+        /// The operating system's error.
+        source: std::io::Error,
+    },
+    /// The certificate or its key cannot be used.
+    #[error("cannot use {path} for TLS: {problem}")]
+    Tls {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// An allowed host is not a valid host.
+    #[error(
+        "{host:?} is not a valid host, expected a name or an address like llm.example.com, or *"
+    )]
+    Host {
+        /// The value that was given.
+        host: String,
+    },
+    /// An allowed origin is not a valid origin.
+    #[error("{origin:?} is not a valid origin, expected one like https://example.com, or *")]
+    Origin {
+        /// The value that was given.
+        origin: String,
+    },
+}
 
 /// An error response: a status, and the error object of OpenAI's API.
 #[derive(Debug)]

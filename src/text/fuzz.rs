@@ -54,8 +54,8 @@ fn check_decoding(tokenizer: &Arc<Tokenizer>, ids: &[u32]) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::any_text;
     use super::*;
+    use crate::text::tokenizer::tests::any_text;
     use proptest::prelude::*;
 
     fn hostile_token() -> impl Strategy<Value = String> {

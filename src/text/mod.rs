@@ -11,42 +11,17 @@
 //! Everything that a model file contains is validated. Once a tokenizer has been built, it
 //! handles every string and every id without a panic.
 
-mod byte_level;
-mod clock;
-mod detokenize;
-mod end_tokens;
+mod chat;
 mod error;
-mod folder;
 pub mod fuzz;
-mod gguf_metadata;
-mod gguf_vocabulary;
 #[cfg(feature = "grammar")]
 mod grammar;
-mod jinja;
-mod merges;
-mod message;
-mod pre_tokenizer;
-mod python_json;
-pub mod reasoning;
-mod sentencepiece;
-mod special;
 mod stop;
-mod template;
 mod tokenizer;
-mod tool_support;
-pub mod tools;
-mod unigram;
-mod vocabulary;
 
-#[cfg(test)]
-mod tests;
-
-pub use detokenize::Detokenizer;
+pub use chat::{ChatTemplate, Message, RenderOptions, reasoning, tools};
 pub use error::TextError;
-pub use gguf_vocabulary::GgufVocabulary;
 #[cfg(feature = "grammar")]
 pub use grammar::{Calls, Form, Grammar, GrammarError, GrammarKind, Keywords};
-pub use message::Message;
 pub use stop::{StopMatcher, StopStep, StopStrings};
-pub use template::{ChatTemplate, RenderOptions};
-pub use tokenizer::{EncodeOptions, Tokenizer};
+pub use tokenizer::{Detokenizer, EncodeOptions, GgufVocabulary, Tokenizer};

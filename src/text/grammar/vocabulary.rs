@@ -1,7 +1,7 @@
 //! Presents a tokenizer's vocabulary to llguidance, as a trie over the bytes of every token.
 
 use crate::text::Tokenizer;
-use crate::text::vocabulary::TokenKind;
+use crate::text::tokenizer::vocabulary::TokenKind;
 use llguidance::toktrie::{INVALID_TOKEN, TokRxInfo, TokTrie, TokenId, TokenizerEnv};
 use std::sync::{Arc, Weak};
 

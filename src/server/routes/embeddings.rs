@@ -1,0 +1,207 @@
+//! `POST /v1/embeddings`: turns texts into vectors.
+
+use crate::engine::{CancelReason, EmbedRequest, Embedding, Prompt};
+use crate::server::App;
+use crate::server::error::ApiError;
+use crate::server::http::body::{JsonBody, integer};
+use crate::server::openai::fields::Route;
+use crate::server::openai::prompts::Prompts;
+use crate::server::openai::sampling::{Side, cache_salt, truncation};
+use axum::Json;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use futures_util::{StreamExt, TryStreamExt, stream};
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Number of inputs of one request that are computed at a time, so that a request with many
+/// inputs does not fill the engine's queue.
+const AT_ONCE: usize = 64;
+
+#[derive(Deserialize)]
+struct EmbeddingsRequest {
+    model: Option<String>,
+    input: Prompts,
+    encoding_format: Option<Encoding>,
+    #[serde(default, deserialize_with = "integer::optional")]
+    dimensions: Option<usize>,
+    add_special_tokens: Option<bool>,
+    /// −1 means as many as fit in the context.
+    #[serde(default, deserialize_with = "integer::optional")]
+    truncate_prompt_tokens: Option<i64>,
+    truncation_side: Option<Side>,
+    /// The user to whom fair scheduling attributes the request.
+    user: Option<String>,
+    #[serde(default, deserialize_with = "integer::optional")]
+    priority: Option<i32>,
+    /// Only requests with the same salt share cached prefixes.
+    cache_salt: Option<String>,
+}
+
+/// How vectors are written.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Encoding {
+    /// A list of numbers.
+    #[default]
+    Float,
+    /// Base64 of little-endian float32 values.
+    Base64,
+}
+
+#[derive(Serialize)]
+struct Embeddings {
+    object: &'static str,
+    data: Vec<Entry>,
+    model: String,
+    usage: Usage,
+}
+
+#[derive(Serialize)]
+struct Entry {
+    object: &'static str,
+    index: usize,
+    embedding: Vector,
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Vector {
+    Float(Vec<f32>),
+    Base64(String),
+}
+
+#[derive(Default, Serialize)]
+struct Usage {
+    prompt_tokens: usize,
+    total_tokens: usize,
+}
+
+/// Returns the vectors of the inputs, each normalized to length 1.
+pub(crate) async fn embeddings(
+    State(app): State<Arc<App>>,
+    body: JsonBody,
+) -> Result<Response, ApiError> {
+    let caller = body.caller.clone();
+    let fields = body.read(&app, |body| {
+        body.check_fields(Route::Embeddings)?;
+        body.parse::<EmbeddingsRequest>()
+    });
+    let request = fields.await?;
+    let model = app.check_model(request.model.as_deref())?;
+    let size = app.engine.info().embedding.unwrap_or(0);
+    let dimensions = request.dimensions.unwrap_or(size);
+    if dimensions > size || request.dimensions == Some(0) {
+        let problem = format!("dimensions is {dimensions}, but must be from 1 to {size}");
+        return Err(ApiError::invalid(problem).param("dimensions"));
+    }
+    let template = EmbedRequest {
+        priority: caller.priority(request.priority.unwrap_or(0)),
+        cache_salt: caller.cache_salt(cache_salt(request.cache_salt)?),
+        tenant: request.user.filter(|user| !user.is_empty()).map(Into::into),
+        ..EmbedRequest::new(Prompt::Tokens(Vec::new()))
+    };
+    let room = app.engine.max_sequence_tokens();
+    let truncation = truncation(
+        request.truncate_prompt_tokens,
+        request.truncation_side,
+        room,
+    )?;
+    let inputs = request.input.into_vec("input")?;
+    // Tokenize all inputs first, so that an invalid one is refused before anything is computed.
+    let bare = request.add_special_tokens == Some(false);
+    let inputs = app.tokenize_all(inputs, bare, truncation.is_some()).await;
+    let mut inputs = inputs.map_err(of_input)?;
+    if let Some(truncation) = truncation {
+        inputs.iter_mut().for_each(|tokens| truncation.cut(tokens));
+    }
+    let embeddings = embed_all(&app, inputs, &template).await?;
+    let mut usage = Usage::default();
+    let encoding = request.encoding_format.unwrap_or_default();
+    let mut data = Vec::with_capacity(embeddings.len());
+    for (index, mut embedding) in embeddings.into_iter().enumerate() {
+        usage.prompt_tokens += embedding.prompt_tokens;
+        embedding.values.truncate(dimensions);
+        let vector = normalized(embedding.values)?;
+        data.push(Entry {
+            object: "embedding",
+            index,
+            embedding: match encoding {
+                Encoding::Float => Vector::Float(vector),
+                Encoding::Base64 => Vector::Base64(base64(&vector)),
+            },
+        });
+    }
+    usage.total_tokens = usage.prompt_tokens;
+    Ok(Json(Embeddings {
+        object: "list",
+        data,
+        model,
+        usage,
+    })
+    .into_response())
+}
+
+/// Embeds all inputs, [`AT_ONCE`] at a time, and returns the embeddings in order. If the future
+/// is dropped, the inputs in progress are cancelled as after a disconnect.
+async fn embed_all(
+    app: &Arc<App>,
+    inputs: Vec<Vec<u32>>,
+    template: &EmbedRequest,
+) -> Result<Vec<Embedding>, ApiError> {
+    let begun = Instant::now();
+    let embed = |tokens: Vec<u32>| {
+        let left = |limit: std::time::Duration| limit.saturating_sub(begun.elapsed());
+        let request = EmbedRequest {
+            prompt: Prompt::Tokens(tokens),
+            finish_within: app.options.request_timeout.map(left),
+            ..template.clone()
+        };
+        let embedding = app.engine.embed(request);
+        async move {
+            let embedding = embedding.map_err(|error| of_input(error.into()))?;
+            let embedding = embedding.when_dropped(CancelReason::Disconnect);
+            embedding.await.map_err(ApiError::from)
+        }
+    };
+    let all = stream::iter(inputs).map(embed);
+    all.buffered(AT_ONCE).try_collect().await
+}
+
+/// Renames the field `prompt` of an error to `input`, its name in this API.
+fn of_input(mut error: ApiError) -> ApiError {
+    if error.body.param.as_deref() == Some("prompt") {
+        error.body.param = Some("input".to_owned());
+    }
+    error
+}
+
+/// Scales a vector to length 1; a zero vector is returned unchanged.
+fn normalized(mut values: Vec<f32>) -> Result<Vec<f32>, ApiError> {
+    let squares = values
+        .iter()
+        .map(|&value| f64::from(value) * f64::from(value));
+    let length = squares.sum::<f64>().sqrt();
+    if !length.is_finite() {
+        let problem = "the model produced hidden states that are not finite numbers";
+        let status = axum::http::StatusCode::INTERNAL_SERVER_ERROR;
+        return Err(ApiError::new(status, "server_error", problem));
+    }
+    if length > 0.0 {
+        for value in &mut values {
+            *value = (f64::from(*value) / length) as f32;
+        }
+    }
+    Ok(values)
+}
+
+fn base64(values: &[f32]) -> String {
+    let bytes: Vec<u8> = values
+        .iter()
+        .flat_map(|value| value.to_le_bytes())
+        .collect();
+    BASE64.encode(bytes)
+}

@@ -1,0 +1,13 @@
+//! Turns conversations into prompts, and splits answers into reasoning, content and tool calls.
+
+mod clock;
+mod jinja;
+mod message;
+mod python_json;
+pub mod reasoning;
+mod template;
+mod tool_support;
+pub mod tools;
+
+pub use message::Message;
+pub use template::{ChatTemplate, RenderOptions};

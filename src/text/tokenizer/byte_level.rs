@@ -1,0 +1,191 @@
+//! Byte-level byte pair encoding, as used by GPT-2, Llama 3, Qwen and SmolLM.
+//!
+//! Every byte is represented by a visible character, so that any text can be written as a
+//! sequence of tokens (Radford et al., 2019, "Language Models are Unsupervised Multitask
+//! Learners").
+
+use super::merges::{Merger, Merges};
+use super::pre_tokenizer::PreTokenizer;
+use super::vocabulary::Vocabulary;
+use crate::text::TextError;
+use std::collections::HashMap;
+use std::sync::LazyLock;
+
+/// Character that represents each byte, by byte value: the byte itself if it is visible,
+/// otherwise a character from U+0100 upwards.
+static ALPHABET: LazyLock<[char; 256]> = LazyLock::new(|| {
+    let mut hidden = 0x100;
+    std::array::from_fn(|byte| {
+        let byte = byte as u8;
+        if matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF) {
+            return char::from(byte);
+        }
+        let character = char::from_u32(hidden).unwrap_or(char::REPLACEMENT_CHARACTER);
+        hidden += 1;
+        character
+    })
+});
+
+/// Returns the characters that represent the bytes 0 to 255, in order.
+pub(super) fn byte_characters() -> impl Iterator<Item = char> {
+    ALPHABET.iter().copied()
+}
+
+fn byte_of(character: char) -> Option<u8> {
+    let code = u32::from(character);
+    match u8::try_from(code) {
+        Ok(byte) => (ALPHABET[usize::from(byte)] == character).then_some(byte),
+        Err(_) => match code - 0x100 {
+            // Bytes without a visible character, in order: 0 to 32, 127 to 160, and 173.
+            offset @ 0..=32 => u8::try_from(offset).ok(),
+            offset @ 33..=66 => u8::try_from(offset - 33 + 127).ok(),
+            67 => Some(0xAD),
+            _ => None,
+        },
+    }
+}
+
+/// Returns the bytes that a byte-level token represents. If the token contains a character
+/// outside the alphabet, returns the UTF-8 bytes of its text.
+pub(super) fn token_bytes(text: &str) -> Vec<u8> {
+    text.chars()
+        .map(byte_of)
+        .collect::<Option<_>>()
+        .unwrap_or_else(|| text.as_bytes().to_vec())
+}
+
+/// Byte-level BPE model, which splits text into words and merges the bytes of each into tokens.
+pub(super) struct ByteLevelBpe {
+    pre_tokenizer: PreTokenizer,
+    merges: Merges,
+    /// Token of each byte, if the vocabulary has one.
+    bytes: Box<[Option<u32>; 256]>,
+    /// Words that are tokens themselves and are not merged. Empty unless the pre-tokenizer
+    /// rule asks for them.
+    whole_words: HashMap<Vec<u8>, u32>,
+}
+
+impl ByteLevelBpe {
+    /// Builds the model from `merges`, a list of `"left right"` entries with the highest
+    /// priority first.
+    ///
+    /// # Errors
+    /// Returns an error if an entry is not two tokens separated by one space, or if it
+    /// needs a token that the vocabulary lacks.
+    pub(super) fn new(
+        vocabulary: &Vocabulary,
+        merges: &[String],
+        pre_tokenizer: PreTokenizer,
+    ) -> Result<Self, TextError> {
+        let mut pairs = HashMap::with_capacity(merges.len());
+        for (index, merge) in merges.iter().enumerate() {
+            let (left, right, joined) = split_merge(vocabulary, index, merge)?;
+            let rank = u32::try_from(index).map_err(|_| TextError::Build {
+                part: "merges",
+                message: format!("{} merges are too many to rank", merges.len()),
+            })?;
+            // If a merge is listed twice, the later position counts.
+            pairs.insert((left, right), (rank, joined));
+        }
+        let token = |byte: usize| {
+            let mut text = [0; 4];
+            vocabulary.id(ALPHABET[byte].encode_utf8(&mut text))
+        };
+        let whole_words = match pre_tokenizer.whole_words {
+            false => HashMap::new(),
+            true => {
+                let named = vocabulary.iter().filter(|(_, text, _)| !text.is_empty());
+                let known = |text: &str| vocabulary.id(text).is_some();
+                named
+                    .filter(|(_, text, _)| {
+                        known(text) && text.chars().all(|c| byte_of(c).is_some())
+                    })
+                    .map(|(id, text, _)| (token_bytes(text), id))
+                    .collect()
+            }
+        };
+        Ok(Self {
+            pre_tokenizer,
+            merges: Merges::new(pairs),
+            bytes: Box::new(std::array::from_fn(token)),
+            whole_words,
+        })
+    }
+
+    /// Returns whether the bytes of ordinary text have tokens, so that none of them is dropped.
+    ///
+    /// This checks printable ASCII, tabs, line breaks and UTF-8 continuation bytes. Some
+    /// vocabularies lack other control characters, and the lead bytes of unassigned characters.
+    pub(super) fn covers_ordinary_text(&self) -> bool {
+        let rest = [b'\t', b'\n', b'\r'];
+        let mut usual = (b' '..=b'~').chain(0x80..=0xBF).chain(rest);
+        usual.all(|byte| self.bytes[usize::from(byte)].is_some())
+    }
+
+    /// Appends the tokens of `text` to `ids`. Bytes without a token are dropped.
+    ///
+    /// # Errors
+    /// Returns an error if a word exceeds the length limit for merging.
+    pub(super) fn encode(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), TextError> {
+        let mut merger = Merger::default();
+        self.pre_tokenizer.split(text, &mut |word| {
+            if let Some(&id) = self.whole_words.get(word.as_bytes()) {
+                ids.push(id);
+                return Ok(());
+            }
+            let tokens = word
+                .bytes()
+                .filter_map(|byte| self.bytes[usize::from(byte)]);
+            merger.merge(&self.merges, tokens, word.len(), ids)
+        })
+    }
+}
+
+fn split_merge(
+    vocabulary: &Vocabulary,
+    index: usize,
+    merge: &str,
+) -> Result<(u32, u32, u32), TextError> {
+    let (left, right) = match merge.split_once(' ') {
+        Some((left, right)) if !left.is_empty() && !right.is_empty() && !right.contains(' ') => {
+            (left, right)
+        }
+        _ => {
+            return Err(TextError::MergeShape {
+                index,
+                merge: merge.to_owned(),
+            });
+        }
+    };
+    let id = |text: &str| {
+        vocabulary.id(text).ok_or_else(|| TextError::MergeToken {
+            index,
+            merge: merge.to_owned(),
+            token: text.to_owned(),
+        })
+    };
+    Ok((id(left)?, id(right)?, id(&format!("{left}{right}"))?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_byte_has_its_own_visible_character() {
+        for byte in 0..=255u8 {
+            let character = ALPHABET[usize::from(byte)];
+            assert!(!character.is_whitespace() && !character.is_control());
+            assert_eq!(byte_of(character), Some(byte));
+        }
+        assert_eq!(ALPHABET[usize::from(b' ')], 'Ġ');
+        assert_eq!(byte_of('漢'), None);
+        assert_eq!(byte_of(' '), None);
+    }
+
+    #[test]
+    fn a_token_outside_the_alphabet_stands_for_its_text() {
+        assert_eq!(token_bytes("Ġthe"), b" the");
+        assert_eq!(token_bytes("a b"), b"a b");
+    }
+}

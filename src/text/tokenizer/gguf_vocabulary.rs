@@ -1,0 +1,278 @@
+//! Description of a tokenizer in a GGUF file, and the checks that turn it into a
+//! [`Tokenizer`].
+
+use super::byte_level::{ByteLevelBpe, token_bytes};
+use super::end_tokens::end_tokens;
+use super::pre_tokenizer::PreTokenizer;
+use super::sentencepiece::{SPACE, ScoredBpe};
+use super::special::SpecialTokens;
+use super::unigram::Unigram;
+use super::vocabulary::{MAX_TOKENS, TokenKind, Vocabulary};
+use super::{Frame, Model, PlainModel, Tokenizer};
+use crate::text::{ChatTemplate, TextError};
+
+/// `tokenizer.*` metadata of a GGUF file, not yet validated.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct GgufVocabulary {
+    /// `tokenizer.ggml.model`: `gpt2` (byte-level BPE), `llama` (SentencePiece BPE)
+    /// or `t5` (SentencePiece unigram).
+    pub model: String,
+    /// `tokenizer.ggml.pre`: name of the pre-tokenizer of a `gpt2` model. `None` means
+    /// `default`.
+    pub pre: Option<String>,
+    /// `tokenizer.ggml.tokens`.
+    pub tokens: Vec<String>,
+    /// `tokenizer.ggml.scores`: one per token, or empty if the model needs none.
+    pub scores: Vec<f32>,
+    /// `tokenizer.ggml.token_type`: one per token, or empty if all tokens are normal.
+    pub token_types: Vec<i32>,
+    /// `tokenizer.ggml.merges`: `"left right"` entries, highest priority first.
+    pub merges: Vec<String>,
+    /// `tokenizer.ggml.bos_token_id`.
+    pub bos: Option<u32>,
+    /// `tokenizer.ggml.eos_token_id`.
+    pub eos: Option<u32>,
+    /// `tokenizer.ggml.unknown_token_id`.
+    pub unk: Option<u32>,
+    /// `tokenizer.ggml.padding_token_id`.
+    pub pad: Option<u32>,
+    /// `tokenizer.ggml.eot_token_id`.
+    pub eot: Option<u32>,
+    /// `tokenizer.ggml.eom_token_id`.
+    pub eom: Option<u32>,
+    /// `tokenizer.ggml.add_bos_token`.
+    pub add_bos: Option<bool>,
+    /// `tokenizer.ggml.add_eos_token`.
+    pub add_eos: Option<bool>,
+    /// `tokenizer.ggml.add_space_prefix`.
+    pub add_space_prefix: Option<bool>,
+    /// `tokenizer.ggml.remove_extra_whitespaces`.
+    pub remove_extra_whitespaces: Option<bool>,
+    /// `tokenizer.chat_template`.
+    pub chat_template: Option<String>,
+    /// `tokenizer.chat_template.tool_use`: the template to use if tools are given.
+    pub tool_use_template: Option<String>,
+}
+
+/// Kinds of tokenizer that GGUF files contain.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum TokenizerKind {
+    ByteLevel,
+    SentencePiece,
+    Unigram,
+}
+
+impl Tokenizer {
+    /// Builds the tokenizer that a GGUF file describes.
+    ///
+    /// # Errors
+    /// Returns an error if the description is inconsistent, if its chat template does not
+    /// parse, or if its tokenizer model or pre-tokenizer is not supported.
+    pub fn from_gguf(gguf: GgufVocabulary) -> Result<Tokenizer, TextError> {
+        let tokenizer_kind = match gguf.model.as_str() {
+            "gpt2" => TokenizerKind::ByteLevel,
+            "llama" => TokenizerKind::SentencePiece,
+            "t5" => TokenizerKind::Unigram,
+            other => {
+                return Err(TextError::UnknownModel {
+                    found: other.to_owned(),
+                });
+            }
+        };
+        gguf.check_lists(tokenizer_kind)?;
+        let mut vocabulary = gguf.vocabulary(tokenizer_kind)?;
+        gguf.check_ids()?;
+        let named =
+            |id: Option<u32>, name| id.or_else(|| control(&vocabulary, tokenizer_kind, name));
+        let (bos, eos) = (named(gguf.bos, "<s>"), named(gguf.eos, "</s>"));
+        let unknown = gguf.unk.or_else(|| {
+            vocabulary
+                .iter()
+                .find(|(_, _, kind)| *kind == TokenKind::Unknown)
+                .map(|(id, _, _)| id)
+        });
+        let ends = end_tokens(
+            &mut vocabulary,
+            [eos, gguf.eot, gguf.eom].into_iter().flatten(),
+            false,
+        );
+        let template = match gguf.chat_template.as_deref() {
+            Some(source) => {
+                let text = |id: Option<u32>| id.and_then(|id| vocabulary.text(id));
+                let template = ChatTemplate::new(source, text(bos), text(eos))?;
+                Some(match &gguf.tool_use_template {
+                    Some(source) => template.with_tool_use(source)?,
+                    None => template,
+                })
+            }
+            None => None,
+        };
+        let mut add_bos = tokenizer_kind == TokenizerKind::SentencePiece;
+        let add_eos = gguf
+            .add_eos
+            .unwrap_or(tokenizer_kind == TokenizerKind::Unigram);
+        let space_prefix = gguf
+            .add_space_prefix
+            .unwrap_or(tokenizer_kind != TokenizerKind::ByteLevel);
+        let plain = match tokenizer_kind {
+            TokenizerKind::ByteLevel => {
+                let rule = PreTokenizer::named(gguf.pre.as_deref().unwrap_or("default"))?;
+                add_bos = rule.add_bos;
+                PlainModel::ByteLevel(Box::new(ByteLevelBpe::new(
+                    &vocabulary,
+                    &gguf.merges,
+                    rule,
+                )?))
+            }
+            TokenizerKind::SentencePiece => PlainModel::Scored {
+                model: ScoredBpe::new(&vocabulary, gguf.scores, unknown),
+                space_prefix,
+            },
+            TokenizerKind::Unigram => PlainModel::Unigram {
+                model: Unigram::new(&vocabulary, gguf.scores, unknown),
+                space_prefix,
+                merge_spaces: gguf.remove_extra_whitespaces.unwrap_or(false),
+            },
+        };
+        let frame = Frame {
+            before: frame_token("bos", gguf.add_bos, add_bos, bos)?,
+            after: frame_token("eos", gguf.add_eos, add_eos, eos)?,
+        };
+        Ok(Tokenizer {
+            model: Model::Fragments {
+                specials: Box::new(SpecialTokens::new(&vocabulary)?),
+                plain,
+            },
+            strip_leading_space: space_prefix && tokenizer_kind != TokenizerKind::ByteLevel,
+            vocabulary,
+            bos,
+            eos,
+            ends,
+            frame,
+            template,
+            #[cfg(feature = "grammar")]
+            grammars: std::sync::OnceLock::new(),
+        })
+    }
+}
+
+/// Finds a control token by name. SentencePiece models may have one that the metadata does
+/// not name.
+fn control(vocabulary: &Vocabulary, tokenizer_kind: TokenizerKind, name: &str) -> Option<u32> {
+    let id = vocabulary
+        .id(name)
+        .filter(|_| tokenizer_kind != TokenizerKind::ByteLevel)?;
+    (vocabulary.kind(id) == TokenKind::Control).then_some(id)
+}
+
+/// Returns the token to put around every prompt, or `None` if there is none.
+fn frame_token(
+    name: &'static str,
+    explicit: Option<bool>,
+    default: bool,
+    id: Option<u32>,
+) -> Result<Option<u32>, TextError> {
+    match (explicit, id) {
+        (Some(true), None) => Err(TextError::MissingSpecial { name }),
+        (explicit, id) => Ok(id.filter(|_| explicit.unwrap_or(default))),
+    }
+}
+
+impl GgufVocabulary {
+    fn check_lists(&self, tokenizer_kind: TokenizerKind) -> Result<(), TextError> {
+        let expected = self.tokens.len();
+        if expected == 0 {
+            return Err(TextError::EmptyVocabulary);
+        }
+        if expected > MAX_TOKENS {
+            return Err(TextError::VocabularyTooLarge {
+                tokens: expected,
+                limit: MAX_TOKENS,
+            });
+        }
+        let length = |list, found: usize, may_lack: bool| {
+            if found == expected || (found == 0 && may_lack) {
+                return Ok(());
+            }
+            Err(TextError::LengthMismatch {
+                list,
+                found,
+                expected,
+            })
+        };
+        length("token_types", self.token_types.len(), true)?;
+        length(
+            "scores",
+            self.scores.len(),
+            tokenizer_kind == TokenizerKind::ByteLevel,
+        )?;
+        match (0u32..)
+            .zip(&self.scores)
+            .find(|(_, score)| !score.is_finite())
+        {
+            Some((id, &score)) => Err(TextError::Score { id, score }),
+            None => Ok(()),
+        }
+    }
+
+    fn check_ids(&self) -> Result<(), TextError> {
+        let ids = [
+            ("bos", self.bos),
+            ("eos", self.eos),
+            ("unk", self.unk),
+            ("pad", self.pad),
+            ("eot", self.eot),
+            ("eom", self.eom),
+        ];
+        for (name, id) in ids {
+            if let Some(id) = id.filter(|&id| id as usize >= self.tokens.len()) {
+                return Err(TextError::SpecialId {
+                    name,
+                    id,
+                    vocabulary: self.tokens.len(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn vocabulary(&self, tokenizer_kind: TokenizerKind) -> Result<Vocabulary, TextError> {
+        let mut vocabulary = Vocabulary::default();
+        for (id, text) in (0u32..).zip(&self.tokens) {
+            let kind = match self.token_types.get(id as usize) {
+                None | Some(1) => TokenKind::Normal,
+                Some(2) => TokenKind::Unknown,
+                Some(3) => TokenKind::Control,
+                Some(4) => TokenKind::UserDefined,
+                Some(5) => TokenKind::Unused,
+                Some(6) => TokenKind::Byte,
+                Some(&found) => return Err(TextError::TokenType { id, found }),
+            };
+            let bytes = match kind {
+                TokenKind::Byte => {
+                    let byte = named_byte(text).ok_or_else(|| TextError::ByteToken {
+                        id,
+                        text: text.clone(),
+                    })?;
+                    vec![byte]
+                }
+                TokenKind::Normal | TokenKind::Unused
+                    if tokenizer_kind == TokenizerKind::ByteLevel =>
+                {
+                    token_bytes(text)
+                }
+                TokenKind::Normal | TokenKind::Unused => text.replace(SPACE, " ").into_bytes(),
+                _ => text.clone().into_bytes(),
+            };
+            vocabulary.push(text, kind, &bytes)?;
+        }
+        Ok(vocabulary)
+    }
+}
+
+/// Returns the byte that a token text `<0x00>` to `<0xFF>` names.
+pub(super) fn named_byte(text: &str) -> Option<u8> {
+    let digits = text.strip_prefix("<0x")?.strip_suffix('>')?;
+    let hexadecimal = digits.len() == 2 && digits.bytes().all(|digit| digit.is_ascii_hexdigit());
+    u8::from_str_radix(digits, 16).ok().filter(|_| hexadecimal)
+}
