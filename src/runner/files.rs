@@ -6,7 +6,7 @@ use crate::config::EngineConfig;
 use crate::device::cpu::{CpuDevice, CpuOptions};
 #[cfg(feature = "cuda")]
 use crate::device::cuda::{CudaDevice, CudaOptions};
-use crate::device::{Device, DeviceError, DeviceInfo};
+use crate::device::{CacheOps, Device, DeviceError, DeviceInfo};
 use crate::model::ModelSource;
 use crate::sampling::SamplingDefaults;
 use crate::text::{GgufVocabulary, Tokenizer};
