@@ -28,9 +28,10 @@ pub trait CacheOps: DeviceTypes {
     /// 1.
     fn cache_bytes(&self, shape: &CacheShape) -> usize;
 
-    /// Returns the number of bytes that the KV cache may take if the settings do not say. Must
-    /// be called after everything else is loaded and allocated.
-    fn cache_budget(&self) -> Result<usize, DeviceError>;
+    /// Returns the number of bytes that the KV cache may take if the settings do not say.
+    /// `unloaded` is the number of bytes of weights that are yet to be loaded. Whatever else is
+    /// allocated later is not accounted for.
+    fn cache_budget(&self, unloaded: usize) -> Result<usize, DeviceError>;
 
     /// Allocates the KV cache.
     fn allocate_cache(&mut self, shape: &CacheShape) -> Result<Self::Cache, DeviceError>;

@@ -188,7 +188,8 @@ impl CacheOps for CpuDevice {
         block_bytes(shape, self.kv_half).saturating_mul(shape.blocks)
     }
 
-    fn cache_budget(&self) -> Result<usize, DeviceError> {
+    /// Returns a fixed size, whatever the weights take.
+    fn cache_budget(&self, _: usize) -> Result<usize, DeviceError> {
         Ok(512 << 20)
     }
 

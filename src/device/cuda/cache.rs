@@ -166,10 +166,10 @@ impl CacheOps for CudaDevice {
         bytes(shape).unwrap_or(usize::MAX)
     }
 
-    fn cache_budget(&self) -> Result<usize, DeviceError> {
+    fn cache_budget(&self, unloaded: usize) -> Result<usize, DeviceError> {
         let (free, total) = self.context.memory_info()?;
         let reserve = (total as f64 * f64::from(1.0 - self.options.utilisation)) as usize;
-        Ok(free.saturating_sub(reserve))
+        Ok(free.saturating_sub(reserve).saturating_sub(unloaded))
     }
 
     fn allocate_cache(&mut self, shape: &CacheShape) -> Result<CudaCache, DeviceError> {
