@@ -5,7 +5,7 @@
 //! `cargo bench --bench cpu_linear [-- THREADS]`
 
 use quell::device::cpu::{CpuDevice, CpuLinear, CpuOptions};
-use quell::device::{Device, LinearSpec, Precision, RowOrder, WeightRows};
+use quell::device::*;
 use quell::weights::DType;
 use std::hint::black_box;
 use std::time::{Duration, Instant};

@@ -7,7 +7,7 @@
 mod results;
 
 use quell::device::cpu::{CpuDevice, CpuOptions};
-use quell::device::{Device, Precision};
+use quell::device::*;
 use quell::sampling::{SampleRow, SamplingParams, sample};
 use results::median;
 use serde_json::json;

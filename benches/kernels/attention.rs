@@ -3,13 +3,13 @@
 use crate::report::Work;
 use crate::shapes::{BLOCK, Shape};
 use crate::{Bench, values};
-use quell::device::cuda::CudaDevice;
+use quell::device::cuda::{CudaCache, CudaRope};
 use quell::device::*;
 
 /// A KV cache of one or more layers whose sequences are full of random keys and values.
 struct Filled {
-    cache: <CudaDevice as Device>::Cache,
-    rope: <CudaDevice as Device>::Rope,
+    cache: CudaCache,
+    rope: CudaRope,
     layers: usize,
     spec: AttentionSpec,
 }

@@ -18,7 +18,7 @@ mod rows;
 mod shapes;
 
 use quell::device::cuda::{CudaDevice, CudaOptions};
-use quell::device::{Device, DeviceError, DeviceLimits};
+use quell::device::*;
 use report::{Report, Work};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};

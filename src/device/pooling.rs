@@ -1,4 +1,7 @@
-//! [`PooledRows`]: a sum of rows that does not depend on the order of addition.
+//! Sums of rows that do not depend on the order of addition.
+
+use super::{DeviceError, DeviceTypes};
+use std::ops::Range;
 
 /// Units per 1 in a sum. A power of two, so that scaling a value does not round.
 const UNITS: f32 = (1 << 28) as f32;
@@ -81,6 +84,23 @@ fn add(sum: &mut i64, units: i64) {
         (INVALID, _) | (_, INVALID) => INVALID,
         (sum, units) => sum.checked_add(units).unwrap_or(INVALID),
     };
+}
+
+/// The part of a [`Device`](super::Device) that sums rows of activations.
+pub trait PoolingOps: DeviceTypes {
+    /// Sums of rows on their way to the host.
+    type Pooling;
+
+    /// Computes the sum of the rows of `x` in each of `ranges`. Must be called after
+    /// [`StepOps::finish`](super::StepOps::finish).
+    fn pool(
+        &mut self,
+        x: &Self::Tensor,
+        ranges: &[Range<usize>],
+    ) -> Result<Self::Pooling, DeviceError>;
+
+    /// Waits for a step and returns its sums, in the order of the ranges.
+    fn collect_pooled(&mut self, pooling: Self::Pooling) -> Result<Vec<PooledRows>, DeviceError>;
 }
 
 #[cfg(test)]

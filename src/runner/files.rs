@@ -1,12 +1,11 @@
-//! Opens the files of a model, chooses a device, and builds a runner.
+//! Opens the files of a model, plans its memory, and builds a runner.
 
+use super::device::{DeviceWork, on_device};
 use super::memory::{MemoryPlan, cache_shape};
+use super::options::{GenerationConfig, LoadOptions};
 use super::{LoadError, ModelRunner, Runner, RunnerInfo, generation_config, limits};
 use crate::config::EngineConfig;
-use crate::device::cpu::{CpuDevice, CpuOptions};
-#[cfg(feature = "cuda")]
-use crate::device::cuda::{CudaDevice, CudaOptions};
-use crate::device::{Device, DeviceError, DeviceInfo};
+use crate::device::{Device, DeviceInfo};
 use crate::model::ModelSource;
 use crate::sampling::SamplingDefaults;
 use crate::text::{GgufVocabulary, Tokenizer};
@@ -15,82 +14,6 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 const TOKENIZER: &str = "tokenizer.json";
-
-/// The device that a model runs on.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum DeviceChoice {
-    /// A CUDA device if one can be used, else the CPU.
-    #[default]
-    Auto,
-    /// The CPU.
-    Cpu,
-    /// The CUDA device with this index.
-    Cuda(usize),
-}
-
-/// Which sampling settings apply to requests that set none.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum GenerationConfig {
-    /// The model's own, from `generation_config.json` or `general.sampling` metadata.
-    #[default]
-    Model,
-    /// None. The temperature is 1, and all tokens may be chosen.
-    None,
-}
-
-/// How to load a model.
-#[derive(Default)]
-pub struct LoadOptions {
-    /// The device to run on.
-    pub device: DeviceChoice,
-    /// Settings of the CPU device.
-    pub cpu: CpuOptions,
-    /// Settings of the CUDA device. [`DeviceChoice::Cuda`] overrides the index in them.
-    #[cfg(feature = "cuda")]
-    pub cuda: CudaOptions,
-    /// Which sampling settings [`Engine::sampling_defaults`](crate::Engine::sampling_defaults)
-    /// returns.
-    pub generation_config: GenerationConfig,
-    /// Called after each part of the model that is loaded, with the number of parts loaded and
-    /// the number of all parts.
-    pub progress: Option<Box<dyn FnMut(usize, usize) + Send>>,
-}
-
-impl LoadOptions {
-    /// Returns the default options with the CPU as the device.
-    pub fn cpu() -> Self {
-        Self {
-            device: DeviceChoice::Cpu,
-            ..Self::default()
-        }
-    }
-
-    /// Returns the description of the device that these options choose. The device is
-    /// initialised for this and released again.
-    ///
-    /// # Errors
-    /// Returns an error if the device cannot be used.
-    pub fn device_info(&self) -> Result<DeviceInfo, LoadError> {
-        #[cfg(feature = "cuda")]
-        if let Some(device) = cuda_device(self.device, self.cuda.clone())? {
-            return Ok(device.info());
-        }
-        #[cfg(not(feature = "cuda"))]
-        refuse_cuda(self.device)?;
-        Ok(CpuDevice::new(&self.cpu)?.info())
-    }
-}
-
-impl std::fmt::Debug for LoadOptions {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let mut debug = formatter.debug_struct("LoadOptions");
-        debug.field("device", &self.device).field("cpu", &self.cpu);
-        #[cfg(feature = "cuda")]
-        debug.field("cuda", &self.cuda);
-        debug.field("generation_config", &self.generation_config);
-        debug.finish_non_exhaustive()
-    }
-}
 
 /// The files of a model, opened and checked. Their weights have not been read yet.
 #[derive(Debug)]
@@ -220,31 +143,11 @@ impl ModelFiles {
         options: &LoadOptions,
     ) -> Result<(DeviceInfo, MemoryPlan), LoadError> {
         limits::validate(config)?;
-        let parameters = self.source.parameters();
-        #[cfg(feature = "cuda")]
-        if let Some(device) = cuda_device(options.device, options.cuda.clone())? {
-            // The cache of a GPU gets the memory that the weights leave.
-            let budget = device.cache_budget()?.saturating_sub(parameters.bytes);
-            return self.plan_on(&device, config, budget);
-        }
-        #[cfg(not(feature = "cuda"))]
-        refuse_cuda(options.device)?;
-        let cpu = options.cpu.clone().for_weights(parameters.is_quantised());
-        let device = CpuDevice::new(&cpu)?;
-        self.plan_on(&device, config, device.cache_budget()?)
-    }
-
-    /// Returns the plan for a device that grants the cache `budget` bytes.
-    fn plan_on<D: Device>(
-        &self,
-        device: &D,
-        config: &EngineConfig,
-        budget: usize,
-    ) -> Result<(DeviceInfo, MemoryPlan), LoadError> {
-        let budget = config.kv_cache_bytes.unwrap_or(budget);
-        let shape = cache_shape(self.source.config(), config, budget, device)?;
-        let weights = self.source.parameters().bytes;
-        Ok((device.info(), MemoryPlan::new(weights, &shape, device)))
+        let plan = Plan {
+            source: &self.source,
+            config,
+        };
+        on_device(options, self.source.parameters().is_quantised(), plan)
     }
 
     /// Returns the model's configuration and tensors.
@@ -270,77 +173,67 @@ impl ModelFiles {
     pub fn build_runner(
         mut self,
         config: &EngineConfig,
-        options: LoadOptions,
+        mut options: LoadOptions,
     ) -> Result<(Box<dyn Runner>, RunnerInfo), LoadError> {
-        let LoadOptions {
-            device,
-            cpu,
-            #[cfg(feature = "cuda")]
-            cuda,
-            generation_config,
-            progress,
-        } = options;
         let sampling = std::mem::replace(&mut self.sampling, Ok(SamplingDefaults::default()));
-        let sampling = match generation_config {
+        let sampling = match options.generation_config {
             GenerationConfig::Model => sampling?,
             GenerationConfig::None => SamplingDefaults::default(),
         };
+        let progress = options.progress.take();
         let mut progress = progress.unwrap_or_else(|| Box::new(|_, _| {}));
-        #[cfg(feature = "cuda")]
-        if let Some(device) = cuda_device(device, cuda)? {
-            return self.run_on(device, config, sampling, &mut progress);
-        }
-        #[cfg(not(feature = "cuda"))]
-        refuse_cuda(device)?;
-        let quantised = self.source.parameters().is_quantised();
-        let device = CpuDevice::new(&cpu.for_weights(quantised))?;
-        self.run_on(device, config, sampling, &mut progress)
+        let load = Load {
+            source: &self.source,
+            config,
+            sampling,
+            progress: &mut progress,
+        };
+        on_device(&options, self.source.parameters().is_quantised(), load)
     }
+}
 
-    fn run_on<D: Device>(
-        &self,
-        device: D,
-        config: &EngineConfig,
-        sampling: SamplingDefaults,
-        progress: &mut dyn FnMut(usize, usize),
-    ) -> Result<(Box<dyn Runner>, RunnerInfo), LoadError> {
-        let (runner, mut info) = ModelRunner::load(device, &self.source, config, progress)?;
+/// Plans the memory of a model on a device.
+struct Plan<'a> {
+    source: &'a ModelSource,
+    config: &'a EngineConfig,
+}
+
+impl DeviceWork for Plan<'_> {
+    type Output = (DeviceInfo, MemoryPlan);
+
+    fn run<D: Device>(self, device: D) -> Result<Self::Output, LoadError> {
+        let Self { source, config } = self;
+        let weights = source.parameters().bytes;
+        let budget = device.cache_budget(weights)?;
+        let budget = config.kv_cache_bytes.unwrap_or(budget);
+        let shape = cache_shape(source.config(), config, budget, &device)?;
+        Ok((device.info(), MemoryPlan::new(weights, &shape, &device)))
+    }
+}
+
+/// Loads a model onto a device.
+struct Load<'a> {
+    source: &'a ModelSource,
+    config: &'a EngineConfig,
+    sampling: SamplingDefaults,
+    progress: &'a mut dyn FnMut(usize, usize),
+}
+
+impl DeviceWork for Load<'_> {
+    type Output = (Box<dyn Runner>, RunnerInfo);
+
+    fn run<D: Device>(self, device: D) -> Result<Self::Output, LoadError> {
+        let Self {
+            source,
+            config,
+            sampling,
+            progress,
+        } = self;
+        let (runner, mut info) = ModelRunner::load(device, source, config, progress)?;
         if let Some(model) = &mut info.model {
             model.sampling = sampling;
         }
         Ok((Box::new(runner), info))
-    }
-}
-
-/// Opens the CUDA device, unless the CPU is chosen or automatic choice finds no usable GPU.
-#[cfg(feature = "cuda")]
-fn cuda_device(
-    choice: DeviceChoice,
-    options: CudaOptions,
-) -> Result<Option<CudaDevice>, DeviceError> {
-    match choice {
-        DeviceChoice::Cpu => Ok(None),
-        DeviceChoice::Cuda(device) => CudaDevice::new(&CudaOptions { device, ..options }).map(Some),
-        DeviceChoice::Auto => match CudaDevice::new(&options) {
-            Ok(device) => Ok(Some(device)),
-            Err(DeviceError::Unavailable { reason, .. }) => {
-                tracing::info!("running on the CPU: {reason}");
-                Ok(None)
-            }
-            Err(error) => Err(error),
-        },
-    }
-}
-
-/// Refuses the choice of a CUDA device, which this build does not support.
-#[cfg(not(feature = "cuda"))]
-fn refuse_cuda(choice: DeviceChoice) -> Result<(), DeviceError> {
-    match choice {
-        DeviceChoice::Cuda(index) => Err(DeviceError::Unavailable {
-            device: format!("cuda:{index}"),
-            reason: "this quell was built without the feature 'cuda'".to_owned(),
-        }),
-        DeviceChoice::Auto | DeviceChoice::Cpu => Ok(()),
     }
 }
 

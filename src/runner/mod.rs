@@ -5,6 +5,7 @@
 //! side. Tests have runners of their own, to reach states that a real device does not enter on
 //! demand.
 
+mod device;
 mod error;
 mod files;
 mod generation_config;
@@ -13,12 +14,14 @@ pub(crate) mod limits;
 mod memory;
 mod model_runner;
 mod null;
+mod options;
 
 pub use error::LoadError;
-pub use files::{DeviceChoice, GenerationConfig, LoadOptions, ModelFiles};
+pub use files::ModelFiles;
 pub use memory::MemoryPlan;
 pub use model_runner::ModelRunner;
 pub use null::{NullOptions, NullRunner};
+pub use options::{DeviceChoice, GenerationConfig, LoadOptions};
 
 use crate::cache::BlockId;
 use crate::device::{DeviceError, DeviceInfo, PooledRows};

@@ -72,7 +72,7 @@ impl<D: Device> ModelRunner<D> {
         let load_time = begin.elapsed();
         let budget = match config.kv_cache_bytes {
             Some(bytes) => bytes,
-            None => device.cache_budget()?,
+            None => device.cache_budget(0)?,
         };
         let shape = cache_shape(model, config, budget, &device)?;
         let cache = device.allocate_cache(&shape)?;

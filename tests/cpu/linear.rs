@@ -3,9 +3,7 @@
 
 use crate::support::*;
 use quell::device::cpu::{Activations, CpuDevice, CpuOptions, SimdLevel};
-use quell::device::{
-    Batch, BatchSequence, Device, DeviceError, LinearSpec, Precision, RowOrder, WeightRows,
-};
+use quell::device::*;
 use quell::weights::DType;
 
 const MODES: [Activations; 2] = [Activations::F32, Activations::Int8];

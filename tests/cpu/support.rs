@@ -4,7 +4,7 @@
 use quell::device::cpu::{
     Activations, CpuDevice, CpuLinear, CpuOptions, CpuTensor, KvType, SimdLevel,
 };
-use quell::device::{Device, LinearSpec, Precision, RowOrder, WeightRows};
+use quell::device::*;
 use quell::weights::{DType, quant};
 
 /// A xorshift generator, which gives the same numbers on every machine.

@@ -316,7 +316,8 @@ fn the_memory_plan_counts_weights_and_leaves_a_share_free() {
         gpu.set("memory", "1G");
     }
     let mut device = CudaDevice::new(&options()).unwrap();
-    let before = device.cache_budget().unwrap();
+    let before = device.cache_budget(0).unwrap();
+    assert_eq!(device.cache_budget(1 << 20).unwrap(), before - (1 << 20));
     assert_eq!(device.weight_bytes(), 0);
     let weights = linear(&mut device, 1, VOCABULARY).unwrap();
     let bytes = device.weight_bytes();
@@ -330,8 +331,8 @@ fn the_memory_plan_counts_weights_and_leaves_a_share_free() {
     });
     if !gpu::is_real() {
         assert_eq!(before, ((1 << 30) as f64 * f64::from(0.9f32)) as usize);
-        assert!(device.cache_budget().unwrap() <= before - bytes);
-        let half = half.unwrap().cache_budget().unwrap();
+        assert!(device.cache_budget(0).unwrap() <= before - bytes);
+        let half = half.unwrap().cache_budget(0).unwrap();
         assert!(half < before / 2 + 4096, "{half} of {before}");
     }
     drop(weights);

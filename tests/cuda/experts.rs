@@ -5,9 +5,7 @@ use crate::gpu;
 use crate::support::{Random, bits, dequantized, weights};
 use half::{bf16, f16};
 use quell::device::cuda::{CudaDevice, CudaExperts};
-use quell::device::{
-    Activation, Device, DeviceError, LinearSpec, Precision, RoutingSpec, RowOrder, WeightRows,
-};
+use quell::device::*;
 use quell::weights::DType;
 use quell::{CudaActivations, CudaOptions};
 

@@ -5,10 +5,7 @@ use crate::gpu;
 use crate::support::{Random, bits, dequantized, weights};
 use half::{bf16, f16};
 use quell::device::cuda::{CudaDevice, CudaLinear};
-use quell::device::{
-    Batch, BatchSequence, Device, DeviceError, DeviceLimits, LinearSpec, Precision, RowOrder,
-    WeightRows,
-};
+use quell::device::*;
 use quell::weights::DType;
 use quell::{CudaActivations, CudaOptions};
 

@@ -3,7 +3,7 @@
 
 use crate::model::smollm2;
 use quell::device::cpu::{CpuDevice, CpuOptions, SimdLevel};
-use quell::device::{Batch, BatchSequence, CacheShape, Device};
+use quell::device::*;
 use quell::model::{Decoder, ModelSource, StepLimits};
 use quell::weights::Gguf;
 use quell::{Engine, EngineConfig, LoadOptions, Request, SamplingParams, TokenStream};

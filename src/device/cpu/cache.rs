@@ -4,24 +4,19 @@
 //! transposed to `[head_dim][16 tokens]`, so that sixteen scores are one vector and need no
 //! horizontal sums. The values follow, `[16 tokens][head_dim, padded to a multiple of 16]`.
 
+use super::CpuDevice;
+use super::error::{require, require_ok};
 use super::memory::Buffer;
 use super::simd::{LANES, Simd};
-use crate::device::blocks::Slots;
-use crate::device::{CacheShape, DeviceError};
+use crate::device::blocks::{check_blocks, check_copies};
+use crate::device::{CacheOps, CacheShape, DeviceError, HeadShape};
 use std::ops::Range;
 
 /// The KV cache of all layers.
 pub struct CpuCache {
     shape: CacheShape,
     pub(crate) half: bool,
-    layers: Vec<Buffer<u8>>,
-}
-
-/// Host memory for swapped-out blocks. A slot holds one block, layer by layer. The memory is
-/// allocated zeroed, so a slot takes no physical memory until it is first written.
-pub struct CpuHostBlocks {
-    pub(super) slots: Slots,
-    memory: Buffer<u8>,
+    pub(super) layers: Vec<Buffer<u8>>,
 }
 
 /// Positions of the parts of a tile, in elements.
@@ -127,36 +122,17 @@ impl CpuCache {
     }
 
     /// Returns the byte range of a block in each layer.
-    fn part(&self, block: u32) -> Range<usize> {
+    pub(super) fn part(&self, block: u32) -> Range<usize> {
         let bytes = self.part_bytes();
         let start = block as usize * bytes;
         start..start + bytes
     }
 
     /// Copies a block to another. Both must exist.
-    pub(super) fn copy(&mut self, [from, to]: [u32; 2]) {
+    fn copy(&mut self, [from, to]: [u32; 2]) {
         let (from, to) = (self.part(from), self.part(to));
         for layer in &mut self.layers {
             layer.copy_within(from.clone(), to.start);
-        }
-    }
-
-    /// Copies a block to a slot. Both must exist.
-    pub(super) fn swap_out(&self, host: &mut CpuHostBlocks, [block, slot]: [u32; 2]) {
-        let part = self.part(block);
-        let parts = host.slot_mut(slot).chunks_exact_mut(part.len().max(1));
-        for (layer, to) in self.layers.iter().zip(parts) {
-            to.copy_from_slice(&layer[part.clone()]);
-        }
-        host.slots.set_written(slot);
-    }
-
-    /// Copies a slot to a block. Both must exist.
-    pub(super) fn swap_in(&mut self, host: &CpuHostBlocks, [slot, block]: [u32; 2]) {
-        let part = self.part(block);
-        let parts = host.slot(slot).chunks_exact(part.len().max(1));
-        for (layer, from) in self.layers.iter_mut().zip(parts) {
-            layer[part.clone()].copy_from_slice(from);
         }
     }
 
@@ -169,7 +145,7 @@ impl CpuCache {
     }
 
     /// Overwrites blocks with NaN in every layer.
-    pub(crate) fn poison(&mut self, blocks: &[u32]) {
+    fn poison(&mut self, blocks: &[u32]) {
         let bytes = self.part_bytes();
         for layer in &mut self.layers {
             for &block in blocks {
@@ -188,24 +164,51 @@ impl CpuCache {
     }
 }
 
-impl CpuHostBlocks {
-    /// Allocates `count` slots for blocks of `bytes` bytes.
-    pub(super) fn new(bytes: usize, count: usize) -> Result<Self, DeviceError> {
-        let all = bytes.saturating_mul(count);
-        Ok(Self {
-            memory: Buffer::zeroed(all, "swapped-out blocks")?,
-            slots: Slots::new(bytes, count),
-        })
+/// Requires a layer of the cache and heads that fit it.
+pub(super) fn require_cache(
+    operation: &'static str,
+    cache: &CpuCache,
+    layer: usize,
+    heads: HeadShape,
+) -> Result<(), DeviceError> {
+    let shape = cache.shape();
+    let fits = layer < shape.layers
+        && heads.kv_heads == shape.kv_heads
+        && heads.head_dim == shape.head_dim
+        && heads.kv_heads > 0
+        && heads.q_heads > 0
+        && heads.q_heads.is_multiple_of(heads.kv_heads);
+    require(fits, operation, || {
+        format!("{heads:?} of layer {layer} do not fit the cache, {shape:?}")
+    })
+}
+
+impl CacheOps for CpuDevice {
+    fn cache_bytes(&self, shape: &CacheShape) -> usize {
+        block_bytes(shape, self.kv_half).saturating_mul(shape.blocks)
     }
 
-    fn slot(&self, slot: u32) -> &[u8] {
-        let bytes = self.slots.bytes();
-        &self.memory[slot as usize * bytes..][..bytes]
+    /// Returns a fixed size, whatever the weights take.
+    fn cache_budget(&self, _: usize) -> Result<usize, DeviceError> {
+        Ok(512 << 20)
     }
 
-    fn slot_mut(&mut self, slot: u32) -> &mut [u8] {
-        let bytes = self.slots.bytes();
-        &mut self.memory[slot as usize * bytes..][..bytes]
+    fn allocate_cache(&mut self, shape: &CacheShape) -> Result<CpuCache, DeviceError> {
+        CpuCache::new(*shape, self.kv_half)
+    }
+
+    fn copy_blocks(&mut self, cache: &mut CpuCache, pairs: &[[u32; 2]]) -> Result<(), DeviceError> {
+        let checked = check_copies(pairs, cache.shape().blocks);
+        require_ok("copy_blocks", checked)?;
+        pairs.iter().for_each(|&pair| cache.copy(pair));
+        Ok(())
+    }
+
+    fn poison(&mut self, cache: &mut CpuCache, blocks: &[u32]) -> Result<(), DeviceError> {
+        let checked = check_blocks(blocks.iter().copied(), cache.shape().blocks);
+        require_ok("poison", checked)?;
+        cache.poison(blocks);
+        Ok(())
     }
 }
 

@@ -1,15 +1,19 @@
 //! Mixture-of-experts layers: each token is routed first, then each expert multiplies the rows
 //! that chose it.
 
+use super::CpuDevice;
+use super::activation::Gate;
+use super::error::require;
 use super::linear::{CpuLinear, Multiplier};
-use super::rowwise::{Add, Gate};
+use super::norm::Add;
+use super::tensor::{CpuTensor, require_shape};
 use super::workers::Workers;
-use crate::device::{DeviceError, RoutingSpec};
+use crate::device::{DeviceError, ExpertOps, LinearOps, LinearSpec, RoutingSpec};
 
 /// The loaded experts of a layer.
 pub struct CpuExperts {
-    pub(crate) gate_up: Vec<CpuLinear>,
-    pub(crate) down: Vec<CpuLinear>,
+    gate_up: Vec<CpuLinear>,
+    down: Vec<CpuLinear>,
 }
 
 /// Buffers that are reused from call to call.
@@ -25,19 +29,104 @@ pub(crate) struct Scratch {
 }
 
 /// Operands of an experts operation. The caller has checked that their shapes fit together.
-pub(crate) struct Operands<'a> {
+struct Operands<'a> {
     /// Activations, one row per token.
-    pub(crate) x: &'a [f32],
+    x: &'a [f32],
     /// Router logits: one row per token, one logit per expert.
-    pub(crate) router: &'a [f32],
-    pub(crate) routing: RoutingSpec,
-    pub(crate) rows: usize,
+    router: &'a [f32],
+    routing: RoutingSpec,
+    rows: usize,
+}
+
+impl ExpertOps for CpuDevice {
+    type Experts = CpuExperts;
+
+    fn load_experts(
+        &mut self,
+        gate_up: &[LinearSpec<'_>],
+        down: &[LinearSpec<'_>],
+    ) -> Result<CpuExperts, DeviceError> {
+        let count = (gate_up.len(), down.len());
+        require(count.0 == count.1, "load_experts", || {
+            format!(
+                "there are {} gate-and-up projections but {} down projections",
+                count.0, count.1
+            )
+        })?;
+        let mut load = |specs: &[LinearSpec<'_>]| {
+            specs
+                .iter()
+                .map(|spec| self.load_linear(spec))
+                .collect::<Result<Vec<_>, _>>()
+        };
+        let experts = CpuExperts {
+            gate_up: load(gate_up)?,
+            down: load(down)?,
+        };
+        for (gate_up, down) in experts.gate_up.iter().zip(&experts.down) {
+            let fits = gate_up.rows() == 2 * down.columns() && gate_up.columns() == down.rows();
+            let first = &experts.gate_up[0];
+            let alike = (first.rows(), first.columns()) == (gate_up.rows(), gate_up.columns());
+            require(fits && alike, "load_experts", || {
+                let (rows, columns) = (gate_up.rows(), gate_up.columns());
+                let (down_rows, down_columns) = (down.rows(), down.columns());
+                format!(
+                    "gate and up are {rows} × {columns}, down is {down_rows} × {down_columns}; \
+                     all experts must fit together"
+                )
+            })?;
+        }
+        Ok(experts)
+    }
+
+    fn experts(
+        &mut self,
+        x: &CpuTensor,
+        router: &CpuTensor,
+        routing: RoutingSpec,
+        experts: &CpuExperts,
+        rows: usize,
+        out: &mut CpuTensor,
+    ) -> Result<(), DeviceError> {
+        let count = experts.gate_up.len();
+        let (width, result) = experts
+            .gate_up
+            .first()
+            .zip(experts.down.first())
+            .map_or((x.columns(), out.columns()), |(gate_up, down)| {
+                (gate_up.columns(), down.rows())
+            });
+        require_shape("experts", "x", x, (rows, width))?;
+        require_shape("experts", "the router", router, (rows, count))?;
+        require_shape("experts", "the result", out, (rows, result))?;
+        require((1..=count).contains(&routing.top_k), "experts", || {
+            format!(
+                "cannot choose {} experts per token out of {count}",
+                routing.top_k
+            )
+        })?;
+        let (x, router) = (x.leading(rows), router.leading(rows));
+        let operands = Operands {
+            x,
+            router,
+            routing,
+            rows,
+        };
+        let (workers, multiplier) = (&mut self.workers, &mut self.multiplier);
+        experts.apply(
+            workers,
+            multiplier,
+            &mut self.experts,
+            &operands,
+            out.leading_mut(rows),
+        )
+    }
 }
 
 impl CpuExperts {
     /// Computes `out = Σ weight · expert(x)` over each row's experts, in the order of their
     /// index.
-    pub(crate) fn apply(
+    fn apply(
         &self,
         workers: &mut Workers,
         multiplier: &mut Multiplier,

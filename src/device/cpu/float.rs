@@ -6,8 +6,8 @@
 //! once only to hide the latency of the chain.
 
 use super::layout::{QuantLayout, load_scales};
-use super::linear::Operands;
 use super::packed::{FloatType, Packed};
+use super::product::Operands;
 use super::simd::{Isa, Kernel, LANES, Simd, unroll};
 use std::cell::RefCell;
 use std::ops::Range;

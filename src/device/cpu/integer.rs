@@ -8,8 +8,8 @@
 //! of the block have their largest value add 0.
 
 use super::layout::{QuantLayout, load_scales};
-use super::linear::Operands;
 use super::packed::Packed;
+use super::product::Operands;
 use super::quantise::{Quantised, SHARED, SPAN};
 use super::simd::{Kernel, LANES, Simd, unroll};
 use std::ops::Range;

@@ -1,14 +1,17 @@
 //! Linear layers: loading, and the choice of the kernel that multiplies.
 
+use super::CpuDevice;
 use super::float::{DequantisedTiles, FloatTiles, TILES};
 use super::integer::IntegerTiles;
 use super::memory::{Arena, Disjoint};
 use super::options::Activations;
 use super::packed::{Format, Packed};
+use super::product::Operands;
 use super::quantise::Quantised;
-use super::simd::{Isa, LANES, Simd};
+use super::simd::Isa;
+use super::tensor::{CpuTensor, require_shape};
 use super::workers::Workers;
-use crate::device::{DeviceError, LinearSpec, RowOrder, WeightRows};
+use crate::device::{DeviceError, LinearOps, LinearSpec, RowOrder, WeightRows};
 use std::ops::Range;
 
 /// A linear layer whose weights have been packed for the CPU.
@@ -39,7 +42,7 @@ impl CpuLinear {
         self.parts.iter().map(Packed::bytes).sum::<usize>() + bias
     }
 
-    pub(crate) fn load(
+    fn load(
         workers: &mut Workers,
         arena: &mut Arena,
         spec: &LinearSpec<'_>,
@@ -121,47 +124,25 @@ fn check(part: &WeightRows<'_>, columns: usize) -> Result<(), DeviceError> {
     Ok(())
 }
 
-/// Operands of a multiplication other than the weights.
-pub(crate) struct Operands<'a> {
-    /// Activations, `rows` rows of the layer's `columns`.
-    pub(crate) x: &'a [f32],
-    pub(crate) rows: usize,
-    /// Results, `rows` rows of `outputs`.
-    pub(crate) out: Disjoint<'a, f32>,
-    pub(crate) outputs: usize,
-    pub(crate) bias: Option<&'a [f32]>,
-}
+impl LinearOps for CpuDevice {
+    fn load_linear(&mut self, spec: &LinearSpec<'_>) -> Result<CpuLinear, DeviceError> {
+        let linear = CpuLinear::load(&mut self.workers, &mut self.weights, spec)?;
+        self.weight_bytes += linear.bytes();
+        Ok(linear)
+    }
 
-impl Operands<'_> {
-    /// Adds the bias to `count` outputs of a row and writes them.
-    ///
-    /// # Safety
-    /// Nothing else may write these outputs, and `count` must be at most 16.
-    #[inline(always)]
-    pub(crate) unsafe fn store<S: Simd>(
-        &self,
-        s: S,
-        row: usize,
-        output: usize,
-        count: usize,
-        value: S::F,
-    ) {
-        let to = self.out.pointer(row * self.outputs + output, count);
-        // SAFETY: `to` points to `count` outputs, and the slice of the bias has `count` values.
-        unsafe {
-            let value = match self.bias {
-                Some(bias) => s.add(
-                    value,
-                    s.load_part(bias[output..output + count].as_ptr(), count),
-                ),
-                None => value,
-            };
-            if count == LANES {
-                s.store(to, value);
-            } else {
-                s.store_part(to, value, count);
-            }
-        }
+    fn linear(
+        &mut self,
+        x: &CpuTensor,
+        weight: &CpuLinear,
+        rows: usize,
+        out: &mut CpuTensor,
+    ) -> Result<(), DeviceError> {
+        require_shape("linear", "x", x, (rows, weight.columns()))?;
+        require_shape("linear", "the result", out, (rows, weight.rows()))?;
+        let (x, out) = (x.leading(rows), out.leading_mut(rows));
+        self.multiplier
+            .multiply(&mut self.workers, x, weight, rows, out)
     }
 }
 

@@ -1,19 +1,22 @@
 //! Rotary position embedding, the norms before it, and the writes to the KV cache.
 
-use super::cache::{CpuCache, HalfBits, KvElement, TileShape};
+use super::CpuDevice;
+use super::cache::{CpuCache, HalfBits, KvElement, TileShape, require_cache};
+use super::error::require;
 use super::memory::Disjoint;
-use super::rowwise::normalize;
+use super::norm::normalize;
 use super::simd::{Isa, Kernel, LANES, Simd};
 use super::stage::StagedBatch;
+use super::tensor::{CpuTensor, require_shape};
 use super::workers::Workers;
-use crate::device::{DeviceError, HeadShape, RopeSpec};
+use crate::device::{DeviceError, HeadShape, QkNorm, RopeOps, RopeSpec};
 use std::ops::Range;
 
 /// A loaded [`RopeSpec`].
 pub struct CpuRope {
-    pub(crate) spec: RopeSpec,
+    spec: RopeSpec,
     /// Index of its table in [`RopeTables`].
-    pub(crate) index: usize,
+    index: usize,
 }
 
 /// Cosines and sines of the staged batch's positions, computed once for all layers.
@@ -31,14 +34,14 @@ struct Table {
 
 impl RopeTables {
     /// Adds a table for one more rotary embedding and returns its index.
-    pub(crate) fn add(&mut self) -> usize {
+    fn add(&mut self) -> usize {
         self.tables.push(Table::default());
         self.tables.len() - 1
     }
 
     /// Returns the angles of `rope` for the rows of `batch`, and computes them if the batch is
     /// new.
-    pub(crate) fn angles(
+    fn angles(
         &mut self,
         workers: &mut Workers,
         rope: &CpuRope,
@@ -75,27 +78,106 @@ impl RopeTables {
     }
 }
 
+impl RopeOps for CpuDevice {
+    type Rope = CpuRope;
+
+    fn load_rope(&mut self, spec: &RopeSpec) -> Result<CpuRope, DeviceError> {
+        Ok(CpuRope {
+            spec: spec.clone(),
+            index: self.ropes.add(),
+        })
+    }
+
+    fn rope_store(
+        &mut self,
+        qkv: &mut CpuTensor,
+        heads: HeadShape,
+        norm: Option<&QkNorm<'_, Self>>,
+        rope: &CpuRope,
+        cache: &mut CpuCache,
+        layer: usize,
+    ) -> Result<(), DeviceError> {
+        const NAME: &str = "rope_store";
+        let rows = self.staged.rows();
+        require_shape(NAME, "qkv", qkv, (rows, heads.qkv_columns()))?;
+        require_cache(NAME, cache, layer, heads)?;
+        let slots = cache.shape().blocks * cache.shape().block_tokens;
+        require(self.staged.slot_end <= slots, NAME, || {
+            format!(
+                "slot {} is out of range: the cache has {slots} slots",
+                self.staged.slot_end - 1
+            )
+        })?;
+        let positions = rope.spec.max_positions;
+        require(self.staged.position_end <= positions, NAME, || {
+            format!(
+                "position {} is out of range: the model has {positions} positions",
+                self.staged.position_end - 1
+            )
+        })?;
+        let half = rope.spec.inverse_frequencies.len();
+        require(2 * half <= heads.head_dim, NAME, || {
+            format!(
+                "{half} rotated pairs do not fit in a head of {} elements",
+                heads.head_dim
+            )
+        })?;
+        if let Some(norm) = norm {
+            let size =
+                |heads_in_row: usize| heads.head_dim * if norm.per_head { 1 } else { heads_in_row };
+            let fits = norm.q.values().len() == size(heads.q_heads)
+                && norm.k.values().len() == size(heads.kv_heads);
+            require(fits, NAME, || {
+                format!(
+                    "norms of {} and {} do not fit {heads:?}",
+                    norm.q.values().len(),
+                    norm.k.values().len()
+                )
+            })?;
+        }
+        if rows == 0 {
+            return Ok(());
+        }
+        let norm = norm.map(|norm| NormWeights {
+            q: norm.q.values(),
+            k: norm.k.values(),
+            epsilon: norm.epsilon,
+            per_head: norm.per_head,
+        });
+        let angles = self.ropes.angles(&mut self.workers, rope, &self.staged)?;
+        let store = RopeStore {
+            heads,
+            norm,
+            half,
+            angles,
+            batch: &self.staged,
+        };
+        let isa = self.multiplier.isa;
+        store.all_rows(&mut self.workers, isa, qkv.leading_mut(rows), cache, layer)
+    }
+}
+
 /// Weights of the norms on queries and keys, as slices.
 #[derive(Clone, Copy)]
-pub(crate) struct NormWeights<'a> {
-    pub(crate) q: &'a [f32],
-    pub(crate) k: &'a [f32],
-    pub(crate) epsilon: f32,
-    pub(crate) per_head: bool,
+struct NormWeights<'a> {
+    q: &'a [f32],
+    k: &'a [f32],
+    epsilon: f32,
+    per_head: bool,
 }
 
 /// Operands of `rope_store`. The caller has checked that they fit together.
-pub(crate) struct RopeStore<'a> {
-    pub(crate) heads: HeadShape,
-    pub(crate) norm: Option<NormWeights<'a>>,
-    pub(crate) half: usize,
-    pub(crate) angles: &'a [f32],
-    pub(crate) batch: &'a StagedBatch,
+struct RopeStore<'a> {
+    heads: HeadShape,
+    norm: Option<NormWeights<'a>>,
+    half: usize,
+    angles: &'a [f32],
+    batch: &'a StagedBatch,
 }
 
 impl RopeStore<'_> {
     /// Rotates all rows of `qkv` and writes their keys and values to `layer`.
-    pub(crate) fn all_rows(
+    fn all_rows(
         &self,
         workers: &mut Workers,
         isa: Isa,

@@ -1,6 +1,7 @@
 //! Inputs of the step in progress, checked once so that operations need not check them.
 
-use crate::device::{Batch, BatchSequence, DeviceError};
+use super::CpuDevice;
+use crate::device::{Batch, BatchSequence, DeviceError, Finished, Staged, StepOps};
 
 /// A checked batch: every row has a token, the sequences cover the rows in order, and no two
 /// rows write the same slot.
@@ -135,5 +136,18 @@ impl StagedBatch {
             return Err(format!("sequences cover {next} of {rows} rows"));
         }
         Ok(())
+    }
+}
+
+impl StepOps for CpuDevice {
+    fn stage(&mut self, batch: &Batch) -> Result<Staged, DeviceError> {
+        self.staged.take(batch, &self.sampled)?;
+        self.workers.begin_step();
+        Ok(Staged::Enqueue)
+    }
+
+    fn finish(&mut self, outcome: Result<(), DeviceError>) -> Result<Finished, DeviceError> {
+        self.workers.end_step();
+        outcome.map(|()| Finished::Done)
     }
 }

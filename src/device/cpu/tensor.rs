@@ -1,7 +1,9 @@
 //! Matrices of activations.
 
+use super::CpuDevice;
+use super::error::require;
 use super::memory::Buffer;
-use crate::device::DeviceError;
+use crate::device::{DeviceError, Precision, TensorOps};
 
 /// A row-major float32 matrix, initially zero.
 pub struct CpuTensor {
@@ -61,5 +63,44 @@ impl CpuTensor {
     /// Returns the first `rows` rows for writing. The caller has checked that they exist.
     pub(crate) fn leading_mut(&mut self, rows: usize) -> &mut [f32] {
         &mut self.data[..rows * self.columns]
+    }
+}
+
+/// Requires a matrix of exactly `columns` columns and at least `rows` rows.
+pub(super) fn require_shape(
+    operation: &'static str,
+    name: &str,
+    tensor: &CpuTensor,
+    (rows, columns): (usize, usize),
+) -> Result<(), DeviceError> {
+    require(
+        tensor.rows() >= rows && tensor.columns() == columns,
+        operation,
+        || {
+            let (has_rows, has_columns) = (tensor.rows(), tensor.columns());
+            format!("{name} is {has_rows} × {has_columns}, but {rows} × {columns} is needed")
+        },
+    )
+}
+
+impl TensorOps for CpuDevice {
+    /// Ignores the precision, because all activations are float32 on this device.
+    fn allocate(
+        &mut self,
+        rows: usize,
+        columns: usize,
+        _: Precision,
+    ) -> Result<CpuTensor, DeviceError> {
+        CpuTensor::zeroed(rows, columns)
+    }
+
+    fn gather_samples(&mut self, x: &CpuTensor, out: &mut CpuTensor) -> Result<(), DeviceError> {
+        let (rows, samples) = (self.staged.rows(), self.staged.sample_rows.len());
+        require_shape("gather_samples", "x", x, (rows, x.columns()))?;
+        require_shape("gather_samples", "the result", out, (samples, x.columns()))?;
+        for (to, &from) in self.staged.sample_rows.iter().enumerate() {
+            out.row_mut(to).copy_from_slice(x.row(from));
+        }
+        Ok(())
     }
 }

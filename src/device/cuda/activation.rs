@@ -2,10 +2,10 @@
 
 use super::CudaDevice;
 use super::error::require;
-use super::launch::{Grid, kernels};
-use super::memory::{CudaTensor, Ptr};
-use super::norm::{require_shape, vector_grid};
-use crate::device::{Activation, DeviceError, Precision};
+use super::launch::{Grid, kernels, vector_grid};
+use super::memory::Ptr;
+use super::tensor::{CudaTensor, require_shape};
+use crate::device::{Activation, ActivationOps, DeviceError, Precision};
 
 kernels! {
     /// Kernels of `kernels/activation.cu`.
@@ -15,8 +15,8 @@ kernels! {
     }
 }
 
-impl CudaDevice {
-    pub(super) fn gated_activation_op(
+impl ActivationOps for CudaDevice {
+    fn gated_activation(
         &mut self,
         gate_up: &CudaTensor,
         activation: Activation,
@@ -40,12 +40,7 @@ impl CudaDevice {
         )
     }
 
-    pub(super) fn softcap_op(
-        &mut self,
-        x: &mut CudaTensor,
-        cap: f32,
-        rows: usize,
-    ) -> Result<(), DeviceError> {
+    fn softcap(&mut self, x: &mut CudaTensor, cap: f32, rows: usize) -> Result<(), DeviceError> {
         let rows = self.step.padded(rows);
         let count = rows.saturating_mul(x.columns());
         let fits =

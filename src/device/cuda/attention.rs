@@ -6,17 +6,18 @@
 //! the limit on scratch memory takes several launches, which reuse that memory one after the
 //! other.
 
+use super::CudaDevice;
+use super::cache::{CudaCache, require_head_dim, require_heads};
 use super::context::Context;
 use super::error::{require, unsupported};
 use super::images::Modules;
-#[cfg(test)]
-use super::launch::Signature;
 use super::launch::{Grid, kernels};
-use super::memory::{CudaTensor, Ptr, Scratch};
-use super::norm::require_shape;
+use super::memory::{Ptr, Scratch};
+#[cfg(test)]
+use super::signature::Signature;
 use super::step::{Bounds, MOST_UNITS, UNIT};
-use super::{CudaCache, CudaDevice};
-use crate::device::{AttentionSpec, DeviceError, HeadShape, Precision};
+use super::tensor::{CudaTensor, require_shape};
+use crate::device::{AttentionOps, AttentionSpec, DeviceError, HeadShape, Precision};
 
 kernels! {
     /// Kernels of `kernels/attention.cu`.
@@ -65,9 +66,6 @@ kernels! {
     }
 }
 
-/// Head sizes, in elements, for which there are kernels.
-const HEAD_DIMS: [usize; 7] = [16, 32, 64, 80, 96, 128, 256];
-
 /// Warps per CUDA block.
 const WARPS: usize = 4;
 
@@ -98,18 +96,6 @@ impl AttentionKernels {
             partial_stats: Scratch::default(),
         })
     }
-}
-
-/// Returns [`DeviceError::Unsupported`] if there are no kernels for heads of this size.
-pub(super) fn require_head_dim(head_dim: usize) -> Result<(), DeviceError> {
-    if HEAD_DIMS.contains(&head_dim) {
-        return Ok(());
-    }
-    let known = HEAD_DIMS.map(|dim| dim.to_string()).join(", ");
-    Err(unsupported(
-        format!("attention heads of {head_dim} elements"),
-        format!("supported head sizes are {known}"),
-    ))
 }
 
 /// Returns the bytes of dynamic shared memory of a decode block: a ring of slots per warp, each
@@ -159,27 +145,8 @@ impl ScalarParameters {
     }
 }
 
-/// Returns [`DeviceError::Failed`] unless the heads are consistent and match the cache.
-pub(super) fn require_heads(
-    operation: &'static str,
-    heads: HeadShape,
-    cache: &CudaCache,
-    layer: usize,
-) -> Result<(), DeviceError> {
-    let shape = cache.shape();
-    let fits = heads.kv_heads == shape.kv_heads
-        && heads.head_dim == shape.head_dim
-        && heads.kv_heads > 0
-        && heads.q_heads > 0
-        && heads.q_heads.is_multiple_of(heads.kv_heads)
-        && layer < shape.layers;
-    require(fits, operation, || {
-        format!("{heads:?} in layer {layer} do not fit the cache, {shape:?}")
-    })
-}
-
-impl CudaDevice {
-    pub(super) fn attend_op(
+impl AttentionOps for CudaDevice {
+    fn attend(
         &mut self,
         qkv: &CudaTensor,
         spec: &AttentionSpec,
@@ -230,7 +197,9 @@ impl CudaDevice {
         self.attend_single_rows(&operands, heads, &scalars, cache)?;
         self.attend_many_rows(&operands, heads, &scalars)
     }
+}
 
+impl CudaDevice {
     /// Enqueues attention for the sequences with one row.
     fn attend_single_rows(
         &mut self,
@@ -378,22 +347,13 @@ struct Operands {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::cuda::cache::HEAD_DIMS;
 
     #[test]
     fn blocks_fit_the_shared_memory_of_every_supported_gpu() {
         for head_dim in HEAD_DIMS {
             assert!(decode_shared(head_dim) <= 99 << 10, "{head_dim}");
             assert!(prefill_shared(head_dim) <= 99 << 10, "{head_dim}");
-        }
-    }
-
-    #[test]
-    fn unsupported_head_sizes_are_refused_with_the_supported_ones() {
-        let error = require_head_dim(48).unwrap_err().to_string();
-        assert!(error.contains("heads of 48 elements"), "{error}");
-        assert!(error.contains("16, 32, 64, 80, 96, 128, 256"), "{error}");
-        for head_dim in HEAD_DIMS {
-            require_head_dim(head_dim).unwrap();
         }
     }
 }

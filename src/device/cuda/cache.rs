@@ -5,12 +5,11 @@
 //! one after the other.
 
 use super::CudaDevice;
-use super::attention::require_head_dim;
 use super::error::{require, require_ok, unsupported};
 use super::launch::{Grid, kernels};
 use super::memory::{Buffer, Ptr};
 use crate::device::blocks::{check_blocks, check_copies};
-use crate::device::{CacheShape, DeviceError};
+use crate::device::{CacheOps, CacheShape, DeviceError, HeadShape};
 
 kernels! {
     /// Kernels of `kernels/cache.cu`.
@@ -22,6 +21,9 @@ kernels! {
 
 /// Bytes per element of a key or value.
 const ELEMENT: usize = 2;
+
+/// Head sizes, in elements, for which there are attention kernels.
+pub(super) const HEAD_DIMS: [usize; 7] = [16, 32, 64, 80, 96, 128, 256];
 
 /// The KV cache of all layers.
 pub struct CudaCache {
@@ -126,11 +128,51 @@ fn bytes(shape: &CacheShape) -> Option<usize> {
     .try_fold(shape.block_tokens * ELEMENT, usize::checked_mul)
 }
 
-impl CudaDevice {
-    pub(super) fn allocate_cache_op(
-        &mut self,
-        shape: &CacheShape,
-    ) -> Result<CudaCache, DeviceError> {
+/// Returns [`DeviceError::Unsupported`] if there are no attention kernels for heads of
+/// this size.
+pub(super) fn require_head_dim(head_dim: usize) -> Result<(), DeviceError> {
+    if HEAD_DIMS.contains(&head_dim) {
+        return Ok(());
+    }
+    let known = HEAD_DIMS.map(|dim| dim.to_string()).join(", ");
+    Err(unsupported(
+        format!("attention heads of {head_dim} elements"),
+        format!("supported head sizes are {known}"),
+    ))
+}
+
+/// Returns [`DeviceError::Failed`] unless the heads are consistent and match the cache.
+pub(super) fn require_heads(
+    operation: &'static str,
+    heads: HeadShape,
+    cache: &CudaCache,
+    layer: usize,
+) -> Result<(), DeviceError> {
+    let shape = cache.shape();
+    let fits = heads.kv_heads == shape.kv_heads
+        && heads.head_dim == shape.head_dim
+        && heads.kv_heads > 0
+        && heads.q_heads > 0
+        && heads.q_heads.is_multiple_of(heads.kv_heads)
+        && layer < shape.layers;
+    require(fits, operation, || {
+        format!("{heads:?} in layer {layer} do not fit the cache, {shape:?}")
+    })
+}
+
+impl CacheOps for CudaDevice {
+    /// Returns the bytes of a cache of this shape, or `usize::MAX` if the number overflows.
+    fn cache_bytes(&self, shape: &CacheShape) -> usize {
+        bytes(shape).unwrap_or(usize::MAX)
+    }
+
+    fn cache_budget(&self, unloaded: usize) -> Result<usize, DeviceError> {
+        let (free, total) = self.context.memory_info()?;
+        let reserve = (total as f64 * f64::from(1.0 - self.options.utilisation)) as usize;
+        Ok(free.saturating_sub(reserve).saturating_sub(unloaded))
+    }
+
+    fn allocate_cache(&mut self, shape: &CacheShape) -> Result<CudaCache, DeviceError> {
         if shape.block_tokens == 0 || !shape.block_tokens.is_multiple_of(16) {
             let what = format!("blocks of {} tokens", shape.block_tokens);
             return Err(unsupported(
@@ -149,33 +191,14 @@ impl CudaDevice {
                 "a cache must have fewer than 2³² tokens and at most 16384 layers",
             ));
         }
-        let bytes = self.cache_bytes_op(shape);
+        let bytes = self.cache_bytes(shape);
         Ok(CudaCache {
             shape: *shape,
             buffer: self.context.allocate_zeroed(bytes, "the key-value cache")?,
         })
     }
 
-    /// Returns the bytes of a cache of this shape, or `usize::MAX` if the number overflows.
-    pub(super) fn cache_bytes_op(&self, shape: &CacheShape) -> usize {
-        bytes(shape).unwrap_or(usize::MAX)
-    }
-
-    pub(super) fn poison_op(
-        &mut self,
-        cache: &mut CudaCache,
-        blocks: &[u32],
-    ) -> Result<(), DeviceError> {
-        let checked = check_blocks(blocks.iter().copied(), cache.shape.blocks);
-        require_ok("poison", checked)?;
-        let list = self.context.list(blocks)?;
-        let (grid, count, vectors) = cache.launch(blocks.len());
-        let (context, array) = (&self.context, cache.buffer.ptr());
-        self.cache
-            .poison_blocks(context, grid, array, list, count, vectors)
-    }
-
-    pub(super) fn copy_blocks_op(
+    fn copy_blocks(
         &mut self,
         cache: &mut CudaCache,
         pairs: &[[u32; 2]],
@@ -191,5 +214,30 @@ impl CudaDevice {
         let (context, array) = (&self.context, cache.buffer.ptr());
         self.cache
             .copy_blocks(context, grid, array, list, count, vectors)
+    }
+
+    fn poison(&mut self, cache: &mut CudaCache, blocks: &[u32]) -> Result<(), DeviceError> {
+        let checked = check_blocks(blocks.iter().copied(), cache.shape.blocks);
+        require_ok("poison", checked)?;
+        let list = self.context.list(blocks)?;
+        let (grid, count, vectors) = cache.launch(blocks.len());
+        let (context, array) = (&self.context, cache.buffer.ptr());
+        self.cache
+            .poison_blocks(context, grid, array, list, count, vectors)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unsupported_head_sizes_are_refused_with_the_supported_ones() {
+        let error = require_head_dim(48).unwrap_err().to_string();
+        assert!(error.contains("heads of 48 elements"), "{error}");
+        assert!(error.contains("16, 32, 64, 80, 96, 128, 256"), "{error}");
+        for head_dim in HEAD_DIMS {
+            require_head_dim(head_dim).unwrap();
+        }
     }
 }

@@ -1,11 +1,11 @@
 //! Token embeddings.
 
 use super::CudaDevice;
-use super::launch::{Grid, kernels};
-use super::linear::CudaLinear;
-use super::memory::{CudaTensor, Ptr};
-use super::norm::{require_shape, row_grid};
-use crate::device::{DeviceError, Precision};
+use super::launch::{Grid, kernels, row_grid};
+use super::memory::Ptr;
+use super::tensor::{CudaTensor, require_shape};
+use super::weights::CudaLinear;
+use crate::device::{DeviceError, EmbeddingOps, Precision};
 
 kernels! {
     /// Kernels of `kernels/embedding.cu`.
@@ -15,8 +15,8 @@ kernels! {
     }
 }
 
-impl CudaDevice {
-    pub(super) fn embed_op(
+impl EmbeddingOps for CudaDevice {
+    fn embed(
         &mut self,
         table: &CudaLinear,
         scale: f32,

@@ -2,12 +2,15 @@
 //! launch multiplies for all experts.
 
 use super::CudaDevice;
+use super::context::Context;
 use super::error::{failed, require, unsupported};
 use super::launch::{Grid, kernels};
-use super::linear::{CudaLinear, Operands, Routed};
+use super::linear::{Operands, Routed};
 use super::load;
-use super::memory::{CudaTensor, Ptr, Scratch};
-use crate::device::{Activation, DeviceError, LinearSpec, Precision, RoutingSpec};
+use super::memory::{Ptr, Scratch};
+use super::tensor::CudaTensor;
+use super::weights::CudaLinear;
+use crate::device::{Activation, DeviceError, ExpertOps, LinearSpec, Precision, RoutingSpec};
 
 kernels! {
     /// Kernels of `kernels/experts.cu`.
@@ -61,7 +64,7 @@ struct Pairs {
 impl ExpertScratch {
     fn pairs(
         &mut self,
-        context: &super::context::Context,
+        context: &Context,
         (pairs, experts): (usize, usize),
         (hidden, columns): (usize, usize),
     ) -> Result<Pairs, DeviceError> {
@@ -105,8 +108,10 @@ impl ExpertScratch {
     }
 }
 
-impl CudaDevice {
-    pub(super) fn load_experts_op(
+impl ExpertOps for CudaDevice {
+    type Experts = CudaExperts;
+
+    fn load_experts(
         &mut self,
         gate_up: &[LinearSpec<'_>],
         down: &[LinearSpec<'_>],
@@ -124,19 +129,21 @@ impl CudaDevice {
             ));
         }
         let activations = self.options.activations;
-        let gate_up = load::load(&self.context, activations, gate_up)?;
-        let down = load::load(&self.context, activations, down)?;
-        let fits = gate_up.outputs == 2 * down.inputs && gate_up.inputs == down.outputs;
-        require(fits, "load_experts", || {
-            format!(
-                "gate and up are {} × {}, down is {} × {}; they must fit together",
-                gate_up.outputs, gate_up.inputs, down.outputs, down.inputs
-            )
-        })?;
-        Ok(CudaExperts { gate_up, down })
+        self.weights(|context| {
+            let gate_up = load::load(context, activations, gate_up)?;
+            let down = load::load(context, activations, down)?;
+            let fits = gate_up.outputs == 2 * down.inputs && gate_up.inputs == down.outputs;
+            require(fits, "load_experts", || {
+                format!(
+                    "gate and up are {} × {}, down is {} × {}; they must fit together",
+                    gate_up.outputs, gate_up.inputs, down.outputs, down.inputs
+                )
+            })?;
+            Ok(CudaExperts { gate_up, down })
+        })
     }
 
-    pub(super) fn experts_op(
+    fn experts(
         &mut self,
         x: &CudaTensor,
         router: &CudaTensor,
@@ -222,7 +229,9 @@ impl CudaDevice {
             top_k as u32,
         )
     }
+}
 
+impl CudaDevice {
     /// Enqueues the choice of each row's experts and the sorting of the pairs by expert.
     fn route(
         &mut self,

@@ -1,9 +1,9 @@
 //! Kernel images: finds and loads the embedded image that fits the device.
 
-use super::CudaActivations;
 use super::context::{Context, Handle};
 use super::error;
-use super::launch::{Kernel, ParameterKind, Signature};
+use super::options::CudaActivations;
+use super::signature::{ParameterKind, Signature};
 use crate::device::DeviceError;
 use cudarc::driver::result;
 use cudarc::driver::sys;
@@ -27,13 +27,14 @@ pub(super) struct Module {
 }
 
 impl Module {
-    /// Returns the kernel `name`, which is one of `signatures`. Fails if the image lacks the
-    /// kernel or declares other parameters for it.
-    pub(super) fn kernel(
-        self: &Rc<Self>,
+    /// Returns the function of kernel `name`, which is one of `signatures`. Fails if the image
+    /// lacks the kernel or declares other parameters for it. The function is valid as long as
+    /// the module.
+    pub(super) fn function(
+        &self,
         name: &'static str,
         signatures: &[Signature],
-    ) -> Result<Kernel, DeviceError> {
+    ) -> Result<sys::CUfunction, DeviceError> {
         const OPERATION: &str = "loading the kernels";
         let parameters = parameters(self.ptx, name)
             .ok_or_else(|| error::failed(OPERATION, format!("the image has no kernel {name}")))?;
@@ -48,8 +49,7 @@ impl Module {
             .map_err(|_| error::failed(OPERATION, format!("{name} is not a kernel name")))?;
         // SAFETY: the module is loaded.
         let find = || unsafe { result::module::get_function(self.module, entry) };
-        let function = self.handle.call(OPERATION, find)?;
-        Ok(Kernel::new(function, name, Rc::clone(self)))
+        self.handle.call(OPERATION, find)
     }
 }
 

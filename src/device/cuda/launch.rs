@@ -8,23 +8,13 @@ use super::context::Context;
 use super::error;
 use super::images::Module;
 use super::memory::Ptr;
+use super::signature::{ParameterKind, Signature};
 use crate::device::DeviceError;
 use cudarc::driver::result;
 use cudarc::driver::sys;
 use std::cell::Cell;
 use std::ffi::c_void;
 use std::rc::Rc;
-
-/// Kind of a kernel parameter.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum ParameterKind {
-    /// A device address.
-    Pointer,
-    /// A `u32`.
-    Unsigned,
-    /// A `float`.
-    Float,
-}
 
 /// A Rust type that can be passed to a kernel.
 pub(super) trait Argument: Copy {
@@ -40,15 +30,6 @@ impl Argument for u32 {
 }
 impl Argument for f32 {
     const KIND: ParameterKind = ParameterKind::Float;
-}
-
-/// A kernel declared with [`kernels!`].
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Signature {
-    /// Name of the kernel's entry point in the image.
-    pub(super) name: &'static str,
-    /// Name and kind of each parameter.
-    pub(super) parameters: &'static [(&'static str, ParameterKind)],
 }
 
 /// The shape of a launch.
@@ -78,6 +59,16 @@ impl Grid {
     }
 }
 
+/// Returns a grid with one CUDA block per row.
+pub(super) fn row_grid(rows: usize) -> Grid {
+    Grid::new([rows as u32, 1, 1], [256, 1, 1])
+}
+
+/// Returns a grid with one thread per eight numbers.
+pub(super) fn vector_grid(count: usize) -> Grid {
+    Grid::new([count.div_ceil(8 * 256) as u32, 1, 1], [256, 1, 1])
+}
+
 /// Bytes of dynamic shared memory that a kernel may use without opting in to more.
 const DEFAULT_SHARED: u32 = 48 << 10;
 
@@ -92,14 +83,18 @@ pub(super) struct Kernel {
 }
 
 impl Kernel {
-    /// Wraps a function of `module` whose parameters were checked.
-    pub(super) fn new(function: sys::CUfunction, name: &'static str, module: Rc<Module>) -> Self {
-        Self {
-            function,
+    /// Loads kernel `name` of `module`, which is one of `signatures`.
+    pub(super) fn load(
+        module: &Rc<Module>,
+        name: &'static str,
+        signatures: &[Signature],
+    ) -> Result<Self, DeviceError> {
+        Ok(Self {
+            function: module.function(name, signatures)?,
             name,
             allowed_shared: Cell::new(DEFAULT_SHARED),
-            _module: module,
-        }
+            _module: Rc::clone(module),
+        })
     }
 
     /// Enqueues the kernel on the compute stream.
@@ -224,7 +219,7 @@ macro_rules! kernels {
             pub(super) const FILE: &'static str = $file;
 
             /// The declared kernels.
-            pub(super) const SIGNATURES: &'static [$crate::device::cuda::launch::Signature] =
+            pub(super) const SIGNATURES: &'static [$crate::device::cuda::signature::Signature] =
                 &$crate::device::cuda::launch::kernels!(@signatures [] $(
                     $kernel $([$($variant)*])? ($($parameter: $kind),*)
                 )*);
@@ -258,7 +253,7 @@ macro_rules! kernels {
     (@signatures [$($done:expr,)*] $kernel:ident ($($parameter:ident: $kind:ty),*) $($rest:tt)*) => {
         $crate::device::cuda::launch::kernels!(@signatures [
             $($done,)*
-            $crate::device::cuda::launch::Signature {
+            $crate::device::cuda::signature::Signature {
                 name: stringify!($kernel),
                 parameters: &[$((
                     stringify!($parameter),
@@ -274,7 +269,7 @@ macro_rules! kernels {
         ($($parameter:ident: $kind:ty),*) $($rest:tt)*) => {
         $crate::device::cuda::launch::kernels!(@variants [
             $($done,)*
-            $crate::device::cuda::launch::Signature {
+            $crate::device::cuda::signature::Signature {
                 name: concat!(stringify!($kernel), stringify!($variant)),
                 parameters: &[$((
                     stringify!($parameter),
@@ -285,12 +280,16 @@ macro_rules! kernels {
     };
 
     (@load $module:ident, $kernel:ident) => {
-        $module.kernel(stringify!($kernel), Self::SIGNATURES)?
+        $crate::device::cuda::launch::Kernel::load(
+            &$module, stringify!($kernel), Self::SIGNATURES
+        )?
     };
     (@load $module:ident, $kernel:ident [$($variant:tt)*]) => {
         $crate::device::cuda::launch::Variants(vec![$((
             stringify!($variant),
-            $module.kernel(concat!(stringify!($kernel), stringify!($variant)), Self::SIGNATURES)?,
+            $crate::device::cuda::launch::Kernel::load(
+                &$module, concat!(stringify!($kernel), stringify!($variant)), Self::SIGNATURES
+            )?,
         )),*])
     };
 

@@ -6,11 +6,11 @@ use super::context::Context;
 use super::error::{require, unsupported};
 use super::launch::{Grid, kernels};
 use super::load;
-use super::memory::{Buffer, CudaTensor, Ptr, Scratch};
+use super::memory::{Ptr, Scratch};
 use super::options::CudaOptions;
-use super::pack::Format;
-use crate::device::{DeviceError, LinearSpec, Precision};
-use crate::weights::DType;
+use super::tensor::CudaTensor;
+use super::weights::{CudaLinear, Kind, Segment};
+use crate::device::{DeviceError, LinearOps, LinearSpec, Precision};
 
 kernels! {
     /// Kernels of `kernels/linear.cu`.
@@ -35,62 +35,6 @@ kernels! {
         embed_[q4, q4m, q4k, q2k, q5, q5m, q5k, q6k, q8](
             out: Ptr, table: Ptr, resolved: Ptr, scale: f32, columns: u32, vocabulary: u32
         );
-    }
-}
-
-/// Kind of weights, which decides the kernels that multiply by them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
-    /// Floating-point weights, stored in the activation type.
-    Dense,
-    /// Repacked weights of a block format, with the type in the model file.
-    Quantised(Format, DType),
-}
-
-impl Kind {
-    pub(super) fn of(dtype: DType) -> Self {
-        Format::of(dtype).map_or(Self::Dense, |format| Self::Quantised(format, dtype))
-    }
-}
-
-/// Consecutive outputs whose weights are of one kind.
-pub(super) struct Segment {
-    pub(super) first_output: usize,
-    pub(super) outputs: usize,
-    pub(super) kind: Kind,
-    /// The weights, matrix after matrix.
-    pub(super) weights: Buffer,
-}
-
-/// A loaded linear layer, or the corresponding layers of all experts.
-pub struct CudaLinear {
-    pub(super) segments: Vec<Segment>,
-    pub(super) outputs: usize,
-    pub(super) inputs: usize,
-    /// Number of matrices: 1, or one per expert.
-    pub(super) matrices: usize,
-    /// The bias, if there is one: float32 per output.
-    pub(super) bias: Option<Buffer>,
-}
-
-impl CudaLinear {
-    /// Returns the number of outputs.
-    pub fn rows(&self) -> usize {
-        self.outputs
-    }
-
-    /// Returns the number of inputs.
-    pub fn columns(&self) -> usize {
-        self.inputs
-    }
-
-    /// Returns the weights if they form one floating-point matrix: `rows × columns` elements of
-    /// the activation type, row-major.
-    pub(super) fn dense(&self) -> Option<Ptr> {
-        match &self.segments[..] {
-            [segment] if segment.kind == Kind::Dense => Some(segment.weights.ptr()),
-            _ => None,
-        }
     }
 }
 
@@ -189,16 +133,13 @@ impl Tile {
     }
 }
 
-impl CudaDevice {
-    pub(super) fn load_linear_op(
-        &mut self,
-        spec: &LinearSpec<'_>,
-    ) -> Result<CudaLinear, DeviceError> {
+impl LinearOps for CudaDevice {
+    fn load_linear(&mut self, spec: &LinearSpec<'_>) -> Result<CudaLinear, DeviceError> {
         let activations = self.options.activations;
-        load::load(&self.context, activations, std::slice::from_ref(spec))
+        self.weights(|context| load::load(context, activations, std::slice::from_ref(spec)))
     }
 
-    pub(super) fn linear_op(
+    fn linear(
         &mut self,
         x: &CudaTensor,
         weight: &CudaLinear,
@@ -228,7 +169,9 @@ impl CudaDevice {
         };
         self.multiply(weight, &operands)
     }
+}
 
+impl CudaDevice {
     /// Returns the first `rows` rows of `x` in the activation type, converted if they are
     /// float32.
     pub(super) fn as_activations(

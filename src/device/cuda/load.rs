@@ -5,11 +5,11 @@
 //! little memory in addition to the stored weights.
 
 use super::context::Context;
-use super::error::{failed, unsupported};
-use super::linear::{CudaLinear, Kind, Segment};
+use super::error::{DEVICE, failed, unsupported};
 use super::memory::Buffer;
 use super::options::CudaActivations;
 use super::pack::{Packer, RECORD_OUTPUTS, stored_row};
+use super::weights::{CudaLinear, Kind, Segment};
 use crate::device::{DeviceError, LinearSpec, RowOrder, WeightRows};
 use crate::weights::{DType, quant};
 use half::{bf16, f16};
@@ -173,7 +173,7 @@ impl Stack<'_> {
         let bytes = units
             .checked_mul(unit_bytes)
             .ok_or_else(|| DeviceError::OutOfMemory {
-                device: super::error::DEVICE,
+                device: DEVICE,
                 bytes: usize::MAX,
                 what: "weights".to_owned(),
             })?;

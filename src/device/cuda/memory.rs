@@ -2,7 +2,7 @@
 
 use super::context::{Context, Event, Handle};
 use super::error::{self, DEVICE};
-use crate::device::{DeviceError, Precision};
+use crate::device::DeviceError;
 use bytemuck::Pod;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
@@ -367,64 +367,6 @@ impl Context {
         // owns the target.
         let copy = || unsafe { result::memcpy_htod_async(to.0, source, stream) };
         self.call("upload", copy)
-    }
-}
-
-/// A dense, row-major matrix of activations in device memory.
-pub struct CudaTensor {
-    buffer: Buffer,
-    rows: usize,
-    columns: usize,
-    precision: Precision,
-}
-
-impl CudaTensor {
-    /// Allocates an uninitialised matrix.
-    pub(super) fn new(
-        context: &Context,
-        rows: usize,
-        columns: usize,
-        precision: Precision,
-    ) -> Result<Self, DeviceError> {
-        let element = match precision {
-            Precision::Activation => 2,
-            Precision::Full => 4,
-        };
-        let bytes = rows
-            .checked_mul(columns)
-            .and_then(|elements| elements.checked_mul(element))
-            .ok_or_else(|| out_of_memory(usize::MAX, "activations"))?;
-        Ok(Self {
-            buffer: context.allocate(bytes, "activations")?,
-            rows,
-            columns,
-            precision,
-        })
-    }
-
-    /// Returns the address of the first row.
-    pub(super) fn ptr(&self) -> Ptr {
-        self.buffer.ptr()
-    }
-
-    /// Returns the memory of all rows.
-    pub(super) fn buffer(&self) -> &Buffer {
-        &self.buffer
-    }
-
-    /// Returns the number of rows that the matrix has room for.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// Returns the number of elements per row.
-    pub fn columns(&self) -> usize {
-        self.columns
-    }
-
-    /// Returns how precisely elements are stored.
-    pub fn precision(&self) -> Precision {
-        self.precision
     }
 }
 

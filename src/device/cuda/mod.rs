@@ -32,24 +32,26 @@ mod pooling;
 mod probe;
 mod rope;
 mod sampling;
+mod signature;
 mod step;
 mod swap;
+mod tensor;
 mod timing;
 mod transfer;
+mod weights;
 
 pub use cache::CudaCache;
 pub use experts::CudaExperts;
-pub use linear::CudaLinear;
-pub use memory::CudaTensor;
 pub use norm::CudaVector;
 pub use options::{CudaActivations, CudaOptions};
 pub use pooling::CudaPooling;
 pub use rope::CudaRope;
 pub use sampling::CudaPending;
 pub use swap::CudaHostBlocks;
+pub use tensor::CudaTensor;
+pub use weights::CudaLinear;
 
-use crate::device::*;
-use crate::sampling::{SampleRow, Sampled};
+use super::{Device, DeviceError, DeviceInfo, DeviceLimits, DeviceTypes};
 use activation::ActivationKernels;
 use attention::AttentionKernels;
 use cache::CacheKernels;
@@ -180,57 +182,13 @@ impl CudaDevice {
         self.context.handle.errors.cleanup_errors()
     }
 
-    /// Creates a matrix with `columns` columns from row-major `values`, rounded to `precision`.
-    /// Values beyond the last whole row are ignored. For tests and benchmarks.
-    ///
-    /// # Errors
-    /// [`DeviceError::OutOfMemory`] if the matrix cannot be allocated, and other errors if the
-    /// driver fails.
-    pub fn tensor(
-        &mut self,
-        columns: usize,
-        precision: Precision,
-        values: &[f32],
-    ) -> Result<CudaTensor, DeviceError> {
-        let rows = values.len().checked_div(columns).unwrap_or(0);
-        let tensor = CudaTensor::new(&self.context, rows, columns, precision)?;
-        let values = &values[..rows * columns];
-        let buffer = tensor.buffer();
-        match precision {
-            Precision::Full => self.context.write(buffer, 0, values)?,
-            Precision::Activation => {
-                let encode = |value: &f32| self.options.activations.encode(*value);
-                let encoded: Vec<u16> = values.iter().map(encode).collect();
-                self.context.write(buffer, 0, &encoded)?;
-            }
-        }
-        Ok(tensor)
-    }
-
-    /// Reads the first `rows` rows of a matrix, after waiting for all enqueued work. For tests
-    /// and benchmarks.
-    ///
-    /// # Errors
-    /// Fails if the driver fails, or if a decode step is being recorded as a graph.
-    pub fn values(&self, tensor: &CudaTensor, rows: usize) -> Result<Vec<f32>, DeviceError> {
-        let count = rows.min(tensor.rows()) * tensor.columns();
-        match tensor.precision() {
-            Precision::Full => self.context.read(tensor.ptr(), count),
-            Precision::Activation => {
-                let encoded: Vec<u16> = self.context.read(tensor.ptr(), count)?;
-                let decode = |bits| self.options.activations.decode(bits);
-                Ok(encoded.into_iter().map(decode).collect())
-            }
-        }
-    }
-
     /// Calls `load` and counts the device memory that it allocates as weights.
     fn weights<T>(
         &mut self,
-        load: impl FnOnce(&mut Self) -> Result<T, DeviceError>,
+        load: impl FnOnce(&Context) -> Result<T, DeviceError>,
     ) -> Result<T, DeviceError> {
         let before = self.context.handle.allocated.get();
-        let loaded = load(self)?;
+        let loaded = load(&self.context)?;
         let after = self.context.handle.allocated.get();
         self.weight_bytes += after.saturating_sub(before);
         Ok(loaded)
@@ -243,273 +201,19 @@ impl Drop for CudaDevice {
     }
 }
 
-impl Device for CudaDevice {
-    type Linear = CudaLinear;
-    type Vector = CudaVector;
-    type Rope = CudaRope;
-    type Experts = CudaExperts;
+impl DeviceTypes for CudaDevice {
     type Tensor = CudaTensor;
+    type Vector = CudaVector;
+    type Linear = CudaLinear;
     type Cache = CudaCache;
-    type HostBlocks = CudaHostBlocks;
-    type Pending = CudaPending;
-    type Pooling = CudaPooling;
+}
 
+impl Device for CudaDevice {
     fn info(&self) -> DeviceInfo {
         self.info.clone()
     }
 
-    fn cache_bytes(&self, shape: &CacheShape) -> usize {
-        self.cache_bytes_op(shape)
-    }
-
-    fn load_linear(&mut self, spec: &LinearSpec<'_>) -> Result<CudaLinear, DeviceError> {
-        self.weights(|device| device.load_linear_op(spec))
-    }
-
-    fn load_vector(&mut self, values: &[f32]) -> Result<CudaVector, DeviceError> {
-        self.weights(|device| device.load_vector_op(values))
-    }
-
-    fn load_rope(&mut self, spec: &RopeSpec) -> Result<CudaRope, DeviceError> {
-        self.load_rope_op(spec)
-    }
-
-    fn load_experts(
-        &mut self,
-        gate_up: &[LinearSpec<'_>],
-        down: &[LinearSpec<'_>],
-    ) -> Result<CudaExperts, DeviceError> {
-        self.weights(|device| device.load_experts_op(gate_up, down))
-    }
-
     fn weight_bytes(&self) -> usize {
         self.weight_bytes
-    }
-
-    fn reserve(&mut self, limits: &DeviceLimits) -> Result<(), DeviceError> {
-        self.limits = Some(*limits);
-        self.step.reserve(&self.context, limits)
-    }
-
-    fn allocate(
-        &mut self,
-        rows: usize,
-        columns: usize,
-        precision: Precision,
-    ) -> Result<CudaTensor, DeviceError> {
-        CudaTensor::new(&self.context, rows, columns, precision)
-    }
-
-    fn cache_budget(&self) -> Result<usize, DeviceError> {
-        let (free, total) = self.context.memory_info()?;
-        let reserve = (total as f64 * f64::from(1.0 - self.options.utilisation)) as usize;
-        Ok(free.saturating_sub(reserve))
-    }
-
-    fn allocate_cache(&mut self, shape: &CacheShape) -> Result<CudaCache, DeviceError> {
-        self.allocate_cache_op(shape)
-    }
-
-    fn allocate_host_blocks(
-        &mut self,
-        shape: &CacheShape,
-        blocks: usize,
-    ) -> Result<CudaHostBlocks, DeviceError> {
-        Ok(self.allocate_host_blocks_op(shape, blocks))
-    }
-
-    /// Assumes half of the 20 GB/s that PCIe 4.0 x16 moves, because each copy is only some tens
-    /// of KiB. Not measured.
-    fn swap_bandwidth(&self) -> f64 {
-        10e9
-    }
-
-    fn depth(&self) -> usize {
-        2
-    }
-
-    fn stage(&mut self, batch: &Batch) -> Result<Staged, DeviceError> {
-        self.graphs.abandon(&self.context);
-        self.step.take(&self.context, batch, self.options.graphs)?;
-        self.graphs.begin(&self.context, &self.step)
-    }
-
-    fn finish(&mut self, outcome: Result<(), DeviceError>) -> Result<Finished, DeviceError> {
-        self.graphs.finish(&self.context, outcome)
-    }
-
-    fn embed(
-        &mut self,
-        table: &CudaLinear,
-        scale: f32,
-        out: &mut CudaTensor,
-    ) -> Result<(), DeviceError> {
-        self.embed_op(table, scale, out)
-    }
-
-    fn rms_norm(
-        &mut self,
-        x: &CudaTensor,
-        weight: &CudaVector,
-        epsilon: f32,
-        rows: usize,
-        out: &mut CudaTensor,
-    ) -> Result<(), DeviceError> {
-        self.rms_norm_op(x, weight, epsilon, rows, out)
-    }
-
-    fn add_rms_norm(
-        &mut self,
-        residual: &mut CudaTensor,
-        x: &CudaTensor,
-        weight: &CudaVector,
-        epsilon: f32,
-        rows: usize,
-        out: &mut CudaTensor,
-    ) -> Result<(), DeviceError> {
-        self.add_rms_norm_op(residual, x, weight, epsilon, rows, out)
-    }
-
-    fn rms_norm_add(
-        &mut self,
-        x: &CudaTensor,
-        weight: &CudaVector,
-        epsilon: f32,
-        rows: usize,
-        residual: &mut CudaTensor,
-    ) -> Result<(), DeviceError> {
-        self.rms_norm_add_op(x, weight, epsilon, rows, residual)
-    }
-
-    fn add(
-        &mut self,
-        residual: &mut CudaTensor,
-        x: &CudaTensor,
-        rows: usize,
-    ) -> Result<(), DeviceError> {
-        self.add_op(residual, x, rows)
-    }
-
-    fn linear(
-        &mut self,
-        x: &CudaTensor,
-        weight: &CudaLinear,
-        rows: usize,
-        out: &mut CudaTensor,
-    ) -> Result<(), DeviceError> {
-        self.linear_op(x, weight, rows, out)
-    }
-
-    fn rope_store(
-        &mut self,
-        qkv: &mut CudaTensor,
-        heads: HeadShape,
-        norm: Option<&QkNorm<'_, Self>>,
-        rope: &CudaRope,
-        cache: &mut CudaCache,
-        layer: usize,
-    ) -> Result<(), DeviceError> {
-        self.rope_store_op(qkv, heads, norm, rope, cache, layer)
-    }
-
-    fn attend(
-        &mut self,
-        qkv: &CudaTensor,
-        spec: &AttentionSpec,
-        cache: &CudaCache,
-        layer: usize,
-        out: &mut CudaTensor,
-    ) -> Result<(), DeviceError> {
-        self.attend_op(qkv, spec, cache, layer, out)
-    }
-
-    fn gated_activation(
-        &mut self,
-        gate_up: &CudaTensor,
-        activation: Activation,
-        rows: usize,
-        out: &mut CudaTensor,
-    ) -> Result<(), DeviceError> {
-        self.gated_activation_op(gate_up, activation, rows, out)
-    }
-
-    fn experts(
-        &mut self,
-        x: &CudaTensor,
-        router: &CudaTensor,
-        routing: RoutingSpec,
-        experts: &CudaExperts,
-        rows: usize,
-        out: &mut CudaTensor,
-    ) -> Result<(), DeviceError> {
-        self.experts_op(x, router, routing, experts, rows, out)
-    }
-
-    fn gather_samples(&mut self, x: &CudaTensor, out: &mut CudaTensor) -> Result<(), DeviceError> {
-        self.gather_samples_op(x, out)
-    }
-
-    fn softcap(&mut self, x: &mut CudaTensor, cap: f32, rows: usize) -> Result<(), DeviceError> {
-        self.softcap_op(x, cap, rows)
-    }
-
-    fn sample(
-        &mut self,
-        logits: &CudaTensor,
-        rows: &[SampleRow],
-    ) -> Result<CudaPending, DeviceError> {
-        let pending = self.sample_op(logits, rows)?;
-        self.step.set_sampled(rows.len());
-        Ok(pending)
-    }
-
-    fn collect(&mut self, pending: CudaPending) -> Result<Vec<Sampled>, DeviceError> {
-        self.collect_op(pending)
-    }
-
-    fn recycle(&mut self, samples: Vec<Sampled>) {
-        self.sampler.recycle(samples);
-    }
-
-    fn pool(
-        &mut self,
-        x: &CudaTensor,
-        ranges: &[std::ops::Range<usize>],
-    ) -> Result<CudaPooling, DeviceError> {
-        self.pool_op(x, ranges)
-    }
-
-    fn collect_pooled(&mut self, pooling: CudaPooling) -> Result<Vec<PooledRows>, DeviceError> {
-        pooling.receive()
-    }
-
-    fn copy_blocks(
-        &mut self,
-        cache: &mut CudaCache,
-        pairs: &[[u32; 2]],
-    ) -> Result<(), DeviceError> {
-        self.copy_blocks_op(cache, pairs)
-    }
-
-    fn swap_out(
-        &mut self,
-        cache: &CudaCache,
-        host: &mut CudaHostBlocks,
-        pairs: &[[u32; 2]],
-    ) -> Result<(), DeviceError> {
-        self.swap_out_op(cache, host, pairs)
-    }
-
-    fn swap_in(
-        &mut self,
-        cache: &mut CudaCache,
-        host: &CudaHostBlocks,
-        pairs: &[[u32; 2]],
-    ) -> Result<(), DeviceError> {
-        self.swap_in_op(cache, host, pairs)
-    }
-
-    fn poison(&mut self, cache: &mut CudaCache, blocks: &[u32]) -> Result<(), DeviceError> {
-        self.poison_op(cache, blocks)
     }
 }

@@ -1,10 +1,10 @@
-//! Norms and sums of rows.
+//! Norms, and additions to the residual stream.
 
 use super::CudaDevice;
-use super::error::require;
-use super::launch::{Grid, kernels};
-use super::memory::{Buffer, CudaTensor, Ptr};
-use crate::device::{DeviceError, Precision};
+use super::launch::{kernels, row_grid, vector_grid};
+use super::memory::{Buffer, Ptr};
+use super::tensor::{CudaTensor, require_shape};
+use crate::device::{DeviceError, NormOps, Precision};
 
 kernels! {
     /// Kernels of `kernels/norm.cu`.
@@ -37,51 +37,17 @@ impl CudaVector {
     }
 }
 
-/// Returns a grid with one CUDA block per row.
-pub(super) fn row_grid(rows: usize) -> Grid {
-    Grid::new([rows as u32, 1, 1], [256, 1, 1])
-}
-
-/// Returns a grid with one thread per eight numbers.
-pub(super) fn vector_grid(count: usize) -> Grid {
-    Grid::new([count.div_ceil(8 * 256) as u32, 1, 1], [256, 1, 1])
-}
-
-/// Returns [`DeviceError::Failed`] unless `tensor` has at least `rows` rows, exactly `columns`
-/// columns and this precision, `columns` is a multiple of eight, and the number of its elements
-/// fits 32 bits.
-pub(super) fn require_shape(
-    operation: &'static str,
-    name: &str,
-    tensor: &CudaTensor,
-    (rows, columns): (usize, usize),
-    precision: Precision,
-) -> Result<(), DeviceError> {
-    let fits = tensor.rows() >= rows
-        && tensor.columns() == columns
-        && tensor.precision() == precision
-        && columns.is_multiple_of(8)
-        && (tensor.rows().max(1)).saturating_mul(columns) <= u32::MAX as usize;
-    require(fits, operation, || {
-        format!(
-            "{name} is {} × {} in {:?} precision, but {rows} × {columns} in {precision:?}, a \
-             multiple of 8 columns and less than 2³² numbers, is needed",
-            tensor.rows(),
-            tensor.columns(),
-            tensor.precision(),
-        )
-    })
-}
-
-impl CudaDevice {
-    pub(super) fn load_vector_op(&mut self, values: &[f32]) -> Result<CudaVector, DeviceError> {
-        Ok(CudaVector {
-            buffer: self.context.upload(values, "a vector")?,
-            length: values.len(),
+impl NormOps for CudaDevice {
+    fn load_vector(&mut self, values: &[f32]) -> Result<CudaVector, DeviceError> {
+        self.weights(|context| {
+            Ok(CudaVector {
+                buffer: context.upload(values, "a vector")?,
+                length: values.len(),
+            })
         })
     }
 
-    pub(super) fn rms_norm_op(
+    fn rms_norm(
         &mut self,
         x: &CudaTensor,
         weight: &CudaVector,
@@ -106,7 +72,7 @@ impl CudaDevice {
         )
     }
 
-    pub(super) fn add_rms_norm_op(
+    fn add_rms_norm(
         &mut self,
         residual: &mut CudaTensor,
         x: &CudaTensor,
@@ -134,7 +100,7 @@ impl CudaDevice {
         )
     }
 
-    pub(super) fn rms_norm_add_op(
+    fn rms_norm_add(
         &mut self,
         x: &CudaTensor,
         weight: &CudaVector,
@@ -159,7 +125,7 @@ impl CudaDevice {
         )
     }
 
-    pub(super) fn add_op(
+    fn add(
         &mut self,
         residual: &mut CudaTensor,
         x: &CudaTensor,
@@ -174,27 +140,5 @@ impl CudaDevice {
         let grid = vector_grid(count);
         self.norm
             .add(&self.context, grid, residual.ptr(), x.ptr(), count as u32)
-    }
-
-    pub(super) fn gather_samples_op(
-        &mut self,
-        x: &CudaTensor,
-        out: &mut CudaTensor,
-    ) -> Result<(), DeviceError> {
-        const NAME: &str = "gather_samples";
-        let rows = self.step.padded(self.step.rows());
-        let samples = self.step.samples();
-        let columns = x.columns();
-        require_shape(NAME, "x", x, (rows, columns), Precision::Full)?;
-        require_shape(NAME, "the result", out, (samples, columns), Precision::Full)?;
-        let indices = self.step.sample_rows();
-        self.norm.gather_rows(
-            &self.context,
-            row_grid(samples),
-            out.ptr(),
-            x.ptr(),
-            indices,
-            columns as u32,
-        )
     }
 }

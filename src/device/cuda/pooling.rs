@@ -4,10 +4,9 @@
 use super::CudaDevice;
 use super::error::require;
 use super::launch::Grid;
-use super::memory::CudaTensor;
-use super::norm::require_shape;
+use super::tensor::{CudaTensor, require_shape};
 use super::transfer::{Download, Downloads, Uploads};
-use crate::device::{DeviceError, PooledRows, Precision};
+use crate::device::{DeviceError, PooledRows, PoolingOps, Precision};
 use std::ops::Range;
 use std::rc::Rc;
 
@@ -34,28 +33,10 @@ pub struct CudaPooling {
     columns: usize,
 }
 
-impl CudaPooling {
-    /// Waits for the sums and returns them, in the order of the ranges.
-    pub(super) fn receive(self) -> Result<Vec<PooledRows>, DeviceError> {
-        let Self {
-            download,
-            rows,
-            columns,
-        } = self;
-        download.receive(|bytes| {
-            let (sums, _) = bytes.as_chunks::<8>();
-            let sums = sums.chunks_exact(columns.max(1));
-            let pooled = |(&rows, sums): (&usize, &[[u8; 8]])| {
-                let sums = sums.iter().map(|&bytes| i64::from_ne_bytes(bytes));
-                PooledRows::of_device(rows, sums.collect())
-            };
-            rows.iter().zip(sums).map(pooled).collect()
-        })
-    }
-}
+impl PoolingOps for CudaDevice {
+    type Pooling = CudaPooling;
 
-impl CudaDevice {
-    pub(super) fn pool_op(
+    fn pool(
         &mut self,
         x: &CudaTensor,
         ranges: &[Range<usize>],
@@ -90,6 +71,23 @@ impl CudaDevice {
             download,
             rows,
             columns,
+        })
+    }
+
+    fn collect_pooled(&mut self, pooling: CudaPooling) -> Result<Vec<PooledRows>, DeviceError> {
+        let CudaPooling {
+            download,
+            rows,
+            columns,
+        } = pooling;
+        download.receive(|bytes| {
+            let (sums, _) = bytes.as_chunks::<8>();
+            let sums = sums.chunks_exact(columns.max(1));
+            let pooled = |(&rows, sums): (&usize, &[[u8; 8]])| {
+                let sums = sums.iter().map(|&bytes| i64::from_ne_bytes(bytes));
+                PooledRows::of_device(rows, sums.collect())
+            };
+            rows.iter().zip(sums).map(pooled).collect()
         })
     }
 }

@@ -1,17 +1,17 @@
 //! Rotary position embedding, fused with the norms before it and the write to the KV cache.
 
-use super::attention::require_heads;
+use super::CudaDevice;
+use super::cache::{CudaCache, require_heads};
 use super::context::Context;
 use super::error::{require, unsupported};
 use super::images::Modules;
-#[cfg(test)]
-use super::launch::Signature;
 use super::launch::{Grid, kernels};
-use super::memory::{Buffer, CudaTensor, Ptr};
-use super::norm::require_shape;
+use super::memory::{Buffer, Ptr};
+#[cfg(test)]
+use super::signature::Signature;
 use super::step::Bounds;
-use super::{CudaCache, CudaDevice};
-use crate::device::{DeviceError, HeadShape, Precision, QkNorm, RopeSpec};
+use super::tensor::{CudaTensor, require_shape};
+use crate::device::{DeviceError, HeadShape, Precision, QkNorm, RopeOps, RopeSpec};
 use std::rc::{Rc, Weak};
 
 kernels! {
@@ -103,8 +103,10 @@ fn upload_angles(context: &Context, spec: &RopeSpec) -> Result<Buffer, DeviceErr
     Ok(buffer)
 }
 
-impl CudaDevice {
-    pub(super) fn load_rope_op(&mut self, spec: &RopeSpec) -> Result<CudaRope, DeviceError> {
+impl RopeOps for CudaDevice {
+    type Rope = CudaRope;
+
+    fn load_rope(&mut self, spec: &RopeSpec) -> Result<CudaRope, DeviceError> {
         let rotary_dim = 2 * spec.inverse_frequencies.len();
         if !rotary_dim.is_multiple_of(4) {
             let what = format!("rotating {rotary_dim} elements of a head");
@@ -128,11 +130,11 @@ impl CudaDevice {
         })
     }
 
-    pub(super) fn rope_store_op(
+    fn rope_store(
         &mut self,
         qkv: &mut CudaTensor,
         heads: HeadShape,
-        norm: Option<&QkNorm<'_, CudaDevice>>,
+        norm: Option<&QkNorm<'_, Self>>,
         rope: &CudaRope,
         cache: &mut CudaCache,
         layer: usize,

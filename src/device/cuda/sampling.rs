@@ -8,10 +8,11 @@ use super::CudaDevice;
 use super::context::Context;
 use super::error::require;
 use super::launch::{Grid, kernels};
-use super::memory::{CudaTensor, Ptr, Scratch};
+use super::memory::{Ptr, Scratch};
 use super::step::NONE;
+use super::tensor::CudaTensor;
 use super::transfer::{Download, Downloads, Uploads};
-use crate::device::{DeviceError, Precision};
+use crate::device::{DeviceError, Precision, SamplingOps};
 use crate::sampling::{HistoryCounts, SampleRow, Sampled, SamplingParams};
 use std::rc::Rc;
 
@@ -91,12 +92,6 @@ impl Sampler {
             filters: Scratch::default(),
             spare_reports: Vec::new(),
             spare_samples: Vec::new(),
-        }
-    }
-
-    pub(super) fn recycle(&mut self, samples: Vec<Sampled>) {
-        if samples.capacity() > self.spare_samples.capacity() {
-            self.spare_samples = samples;
         }
     }
 }
@@ -308,8 +303,10 @@ impl Sampler {
     }
 }
 
-impl CudaDevice {
-    pub(super) fn sample_op(
+impl SamplingOps for CudaDevice {
+    type Pending = CudaPending;
+
+    fn sample(
         &mut self,
         logits: &CudaTensor,
         rows: &[SampleRow],
@@ -348,6 +345,7 @@ impl CudaDevice {
         let mut reports = self.sampler.spare_reports.pop().unwrap_or_default();
         reports.clear();
         reports.extend(rows.iter().map(|row| row.params.logprobs.is_some()));
+        self.step.set_sampled(rows.len());
         Ok(CudaPending {
             download,
             reports,
@@ -355,6 +353,33 @@ impl CudaDevice {
         })
     }
 
+    fn collect(&mut self, pending: CudaPending) -> Result<Vec<Sampled>, DeviceError> {
+        let CudaPending {
+            download,
+            reports,
+            top_stride,
+        } = pending;
+        let mut samples = std::mem::take(&mut self.sampler.spare_samples);
+        samples.clear();
+        download.receive(|bytes| {
+            let stride = RESULT_WORDS + 2 * top_stride;
+            let words = bytes.as_chunks::<4>().0;
+            let rows = reports.iter().zip(words.chunks_exact(stride));
+            samples.extend(rows.map(|(&report, words)| decode(words, report)));
+        })?;
+        self.sampler.spare_reports.push(reports);
+        Ok(samples)
+    }
+
+    fn recycle(&mut self, samples: Vec<Sampled>) {
+        let spare = &mut self.sampler.spare_samples;
+        if samples.capacity() > spare.capacity() {
+            *spare = samples;
+        }
+    }
+}
+
+impl CudaDevice {
     /// Launches the kernels that the rows need.
     fn enqueue_sampling(
         &mut self,
@@ -461,24 +486,6 @@ impl CudaDevice {
             slices,
             top_stride,
         )
-    }
-
-    pub(super) fn collect_op(&mut self, pending: CudaPending) -> Result<Vec<Sampled>, DeviceError> {
-        let CudaPending {
-            download,
-            reports,
-            top_stride,
-        } = pending;
-        let mut samples = std::mem::take(&mut self.sampler.spare_samples);
-        samples.clear();
-        download.receive(|bytes| {
-            let stride = RESULT_WORDS + 2 * top_stride;
-            let words = bytes.as_chunks::<4>().0;
-            let rows = reports.iter().zip(words.chunks_exact(stride));
-            samples.extend(rows.map(|(&report, words)| decode(words, report)));
-        })?;
-        self.sampler.spare_reports.push(reports);
-        Ok(samples)
     }
 }
 

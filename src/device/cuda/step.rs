@@ -4,11 +4,12 @@
 //! array starts depends only on the padded number of rows, so a replayed step finds its inputs
 //! where they were when it was recorded.
 
+use super::CudaDevice;
 use super::context::Context;
 use super::error;
 use super::memory::{Buffer, Ptr};
 use super::transfer::Uploads;
-use crate::device::{Batch, DeviceError, DeviceLimits};
+use crate::device::{Batch, DeviceError, DeviceLimits, Finished, Staged, StepOps};
 use std::ops::Range;
 
 /// Sentinel: no row, no slot.
@@ -591,6 +592,27 @@ impl StepInputs {
             return Err(format!("sequences cover {next} of {rows} rows"));
         }
         Ok(())
+    }
+}
+
+impl StepOps for CudaDevice {
+    fn reserve(&mut self, limits: &DeviceLimits) -> Result<(), DeviceError> {
+        self.limits = Some(*limits);
+        self.step.reserve(&self.context, limits)
+    }
+
+    fn depth(&self) -> usize {
+        2
+    }
+
+    fn stage(&mut self, batch: &Batch) -> Result<Staged, DeviceError> {
+        self.graphs.abandon(&self.context);
+        self.step.take(&self.context, batch, self.options.graphs)?;
+        self.graphs.begin(&self.context, &self.step)
+    }
+
+    fn finish(&mut self, outcome: Result<(), DeviceError>) -> Result<Finished, DeviceError> {
+        self.graphs.finish(&self.context, outcome)
     }
 }
 

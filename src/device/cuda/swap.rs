@@ -12,13 +12,13 @@
 //! copy is a driver call. A kernel that gathers blocks on the device first would need only one
 //! copy; that pays off if a block's part in a layer is much smaller than 64 KiB.
 
+use super::CudaDevice;
 use super::cache::{CudaCache, all_layers};
 use super::context::Context;
 use super::error::{failed, require_ok};
 use super::memory::{Pinned, PinnedUse};
-use super::{CudaDevice, DeviceError};
-use crate::device::CacheShape;
 use crate::device::blocks::Slots;
+use crate::device::{CacheShape, DeviceError, SwapOps};
 
 /// Bytes per chunk, unless a slot is larger.
 const CHUNK: usize = 8 << 20;
@@ -68,16 +68,24 @@ impl CudaHostBlocks {
     }
 }
 
-impl CudaDevice {
-    pub(super) fn allocate_host_blocks_op(
+impl SwapOps for CudaDevice {
+    type HostBlocks = CudaHostBlocks;
+
+    fn allocate_host_blocks(
         &mut self,
         shape: &CacheShape,
         blocks: usize,
-    ) -> CudaHostBlocks {
-        CudaHostBlocks::new(all_layers(shape), blocks)
+    ) -> Result<CudaHostBlocks, DeviceError> {
+        Ok(CudaHostBlocks::new(all_layers(shape), blocks))
     }
 
-    pub(super) fn swap_out_op(
+    /// Assumes half of the 20 GB/s that PCIe 4.0 x16 moves, because each copy is only some tens
+    /// of KiB. Not measured.
+    fn swap_bandwidth(&self) -> f64 {
+        10e9
+    }
+
+    fn swap_out(
         &mut self,
         cache: &CudaCache,
         host: &mut CudaHostBlocks,
@@ -101,7 +109,7 @@ impl CudaDevice {
         Ok(())
     }
 
-    pub(super) fn swap_in_op(
+    fn swap_in(
         &mut self,
         cache: &mut CudaCache,
         host: &CudaHostBlocks,

@@ -2,7 +2,7 @@
 //!
 //! Milakov & Gimelshein, *Online normalizer calculation for softmax*, 2018.
 
-use super::simd::{LANES, Simd};
+use crate::device::cpu::simd::{LANES, Simd};
 
 /// Size of the softmax state of an item's queries.
 #[derive(Clone, Copy)]

@@ -1,10 +1,10 @@
 //! The inner kernel of attention: sixteen cached tokens and the queries that attend to them.
 
-use super::attention::{Attend, Item};
-use super::cache::{KvElement, TileShape};
-use super::simd::{LANES, Simd, unroll};
+use super::operands::{Attend, Item};
 use super::softmax::Softmax;
 use crate::device::AttentionSpec;
+use crate::device::cpu::cache::{KvElement, TileShape};
+use crate::device::cpu::simd::{LANES, Simd, unroll};
 use std::ops::Range;
 
 /// Queries that share tiles, and the state that they have accumulated.

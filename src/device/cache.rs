@@ -1,0 +1,49 @@
+//! The paged KV cache.
+
+use super::{DeviceError, DeviceTypes};
+
+/// Dimensions of the paged KV cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheShape {
+    /// Number of attention layers.
+    pub layers: usize,
+    /// Number of key-value heads per layer.
+    pub kv_heads: usize,
+    /// Number of elements per head.
+    pub head_dim: usize,
+    /// Total number of blocks.
+    pub blocks: usize,
+    /// Number of tokens per block.
+    pub block_tokens: usize,
+}
+
+/// The part of a [`Device`](super::Device) that allocates the KV cache and copies its blocks.
+///
+/// Like all operations, copies run after everything already enqueued and before everything
+/// enqueued later, and the caller does not wait. An operation that rejects its list of blocks
+/// changes nothing.
+pub trait CacheOps: DeviceTypes {
+    /// Returns the number of bytes that a KV cache of this shape takes on this device, all
+    /// layers and blocks together. For the size of one block, pass a shape with `blocks` set to
+    /// 1.
+    fn cache_bytes(&self, shape: &CacheShape) -> usize;
+
+    /// Returns the number of bytes that the KV cache may take if the settings do not say.
+    /// `unloaded` is the number of bytes of weights that are yet to be loaded. Whatever else is
+    /// allocated later is not accounted for.
+    fn cache_budget(&self, unloaded: usize) -> Result<usize, DeviceError>;
+
+    /// Allocates the KV cache.
+    fn allocate_cache(&mut self, shape: &CacheShape) -> Result<Self::Cache, DeviceError>;
+
+    /// Copies blocks within the cache, keys and values of all layers. Each pair is a source and
+    /// a target. A block must not be a target twice, nor both a source and a target.
+    fn copy_blocks(
+        &mut self,
+        cache: &mut Self::Cache,
+        pairs: &[[u32; 2]],
+    ) -> Result<(), DeviceError>;
+
+    /// Overwrites blocks with NaN, so that tests detect reads of blocks that were freed.
+    fn poison(&mut self, cache: &mut Self::Cache, blocks: &[u32]) -> Result<(), DeviceError>;
+}

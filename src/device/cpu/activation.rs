@@ -1,0 +1,126 @@
+//! Element-wise non-linearities.
+
+use super::CpuDevice;
+use super::rowwise::{load, store, vectors};
+use super::simd::{Kernel, Simd};
+use super::tensor::{CpuTensor, require_shape};
+use crate::device::{Activation, ActivationOps, DeviceError};
+
+impl ActivationOps for CpuDevice {
+    fn gated_activation(
+        &mut self,
+        gate_up: &CpuTensor,
+        activation: Activation,
+        rows: usize,
+        out: &mut CpuTensor,
+    ) -> Result<(), DeviceError> {
+        let columns = out.columns();
+        require_shape(
+            "gated_activation",
+            "gate and up",
+            gate_up,
+            (rows, 2 * columns),
+        )?;
+        require_shape("gated_activation", "the result", out, (rows, columns))?;
+        let gate_up = gate_up.leading(rows);
+        let weight = 4 * columns;
+        self.rowwise(
+            "gated_activation",
+            (rows, weight),
+            out.leading_mut(rows),
+            |range, out| {
+                let gate_up = &gate_up[range.start * 2 * columns..range.end * 2 * columns];
+                Gate {
+                    gate_up,
+                    activation,
+                    columns,
+                    out,
+                }
+            },
+        )
+    }
+
+    fn softcap(&mut self, x: &mut CpuTensor, cap: f32, rows: usize) -> Result<(), DeviceError> {
+        let columns = x.columns();
+        require_shape("softcap", "x", x, (rows, columns))?;
+        let weight = 4 * columns;
+        self.rowwise("softcap", (rows, weight), x.leading_mut(rows), |_, x| {
+            Softcap { x, cap }
+        })
+    }
+}
+
+/// `out = activation(gate) · up` for rows of `columns` results.
+pub(crate) struct Gate<'a> {
+    pub(crate) gate_up: &'a [f32],
+    pub(crate) activation: Activation,
+    pub(crate) columns: usize,
+    pub(crate) out: &'a mut [f32],
+}
+
+impl Kernel for Gate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let columns = self.columns;
+        let rows = self.gate_up.chunks_exact(2 * columns);
+        for (gate_up, out) in rows.zip(self.out.chunks_exact_mut(columns)) {
+            for (at, count) in vectors(columns) {
+                // SAFETY: `vectors` stays inside the result row, and inside each half of the
+                // operand row.
+                unsafe {
+                    let gate = load(s, gate_up.as_ptr().add(at), count);
+                    let up = load(s, gate_up.as_ptr().add(columns + at), count);
+                    let activated = match self.activation {
+                        Activation::Silu => silu(s, gate),
+                        Activation::GeluTanh => gelu_tanh(s, gate),
+                    };
+                    store(s, out.as_mut_ptr().add(at), s.mul(activated, up), count);
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn silu<S: Simd>(s: S, x: S::F) -> S::F {
+    let e = s.exp(s.sub(s.splat(0.0), x));
+    s.div(x, s.add(s.splat(1.0), e))
+}
+
+/// Returns `x/2 · (1 + tanh u)`, computed as `x / (1 + e^(−2u))` to avoid cancellation.
+#[inline(always)]
+fn gelu_tanh<S: Simd>(s: S, x: S::F) -> S::F {
+    const MINUS_2_SQRT_2_OVER_PI: f32 = -1.595_769;
+    let cubic = s.fma(s.mul(s.mul(x, x), x), s.splat(0.044_715), x);
+    let e = s.exp(s.mul(cubic, s.splat(MINUS_2_SQRT_2_OVER_PI)));
+    s.div(x, s.add(s.splat(1.0), e))
+}
+
+/// `x → cap · tanh(x / cap)`, element by element.
+pub(crate) struct Softcap<'a> {
+    pub(crate) x: &'a mut [f32],
+    pub(crate) cap: f32,
+}
+
+impl Kernel for Softcap<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let cap = s.splat(self.cap);
+        for (at, count) in vectors(self.x.len()) {
+            // SAFETY: `vectors` stays inside the slice.
+            unsafe {
+                let x = load(s, self.x.as_ptr().add(at), count);
+                store(
+                    s,
+                    self.x.as_mut_ptr().add(at),
+                    s.mul(cap, s.tanh(s.div(x, cap))),
+                    count,
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! What the kernels of attention work on: the operands, and the items that they are cut into.
+
+use super::softmax::SoftmaxShape;
+use crate::device::AttentionSpec;
+use crate::device::cpu::cache::{CpuCache, TileShape};
+use crate::device::cpu::stage::StagedBatch;
+use std::ops::Range;
+
+/// Number of positions that share a running softmax; a multiple of 16.
+pub(super) const SPAN: usize = 128;
+
+/// Consecutive rows of one sequence that are computed together.
+#[derive(Clone, Debug)]
+pub(super) struct Item {
+    pub(super) sequence: usize,
+    pub(super) rows: Range<usize>,
+    /// Positions that at least one of the rows attends to.
+    pub(super) sees: Range<usize>,
+    /// Index of its first span among the spans of all items.
+    pub(super) first_span: usize,
+}
+
+impl Item {
+    /// Returns the spans that overlap `sees`.
+    pub(super) fn spans(&self) -> Range<usize> {
+        self.sees.start / SPAN..self.sees.end.div_ceil(SPAN)
+    }
+}
+
+/// Operands of an attention operation. The caller has checked that they fit together.
+pub(super) struct Attend<'a> {
+    pub(super) qkv: &'a [f32],
+    pub(super) spec: &'a AttentionSpec,
+    pub(super) cache: &'a CpuCache,
+    pub(super) layer: usize,
+    pub(super) batch: &'a StagedBatch,
+}
+
+impl Attend<'_> {
+    /// Returns the first and the last position that a row attends to.
+    pub(super) fn visible(&self, row: usize) -> (usize, usize) {
+        let position = self.batch.positions[row] as usize;
+        let before = |window| (position + 1).saturating_sub(window);
+        (self.spec.window.map_or(0, before), position)
+    }
+
+    /// Returns the number of query heads per key-value head.
+    pub(super) fn group(&self) -> usize {
+        self.spec.heads.q_heads / self.spec.heads.kv_heads
+    }
+
+    pub(super) fn softmax_shape(&self, rows: usize) -> SoftmaxShape {
+        let queries = rows * self.group();
+        // Queries are processed in blocks of 8, 4, 2 or 1. The last block is padded with
+        // queries whose results are not used.
+        let padded = match queries {
+            0..=2 => queries,
+            _ => queries.next_multiple_of(4),
+        };
+        SoftmaxShape {
+            queries: padded,
+            stride: TileShape::new(self.spec.heads.head_dim).value_stride,
+        }
+    }
+}

@@ -1,0 +1,75 @@
+//! Linear layers, and how their weights are passed to a device.
+
+use super::{DeviceError, DeviceTypes};
+use crate::weights::DType;
+
+/// Order in which the rows of a stored matrix are used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RowOrder {
+    /// The stored order.
+    AsStored,
+    /// The order of the query and key projections of llama-family GGUF files. Within each head,
+    /// the two halves that RoPE rotates are stored interleaved. Loading de-interleaves them, so
+    /// that every model uses the same half-split RoPE.
+    RopeInterleaved {
+        /// Number of rows per head.
+        head_dim: usize,
+    },
+}
+
+impl RowOrder {
+    /// Returns the index of the stored row that is used as row `row`.
+    pub fn stored_row(self, row: usize) -> usize {
+        match self {
+            Self::AsStored => row,
+            Self::RopeInterleaved { head_dim } => {
+                let (head, within) = (row / head_dim, row % head_dim);
+                let (half, pair) = (within / (head_dim / 2), within % (head_dim / 2));
+                head * head_dim + 2 * pair + half
+            }
+        }
+    }
+}
+
+/// Rows of a weight matrix as stored in a model file.
+#[derive(Clone, Copy, Debug)]
+pub struct WeightRows<'a> {
+    /// Storage format of the weights.
+    pub dtype: DType,
+    /// Number of rows (outputs).
+    pub rows: usize,
+    /// Number of columns (inputs); must be a multiple of the block length of `dtype`.
+    pub columns: usize,
+    /// The stored bytes, row after row, `dtype.bytes_for(columns)` bytes per row.
+    pub data: &'a [u8],
+    /// Order in which the rows are used.
+    pub order: RowOrder,
+}
+
+/// Specification of a linear layer to load: `y = W x + b`, where `W` is the row-wise stack of
+/// `parts`.
+///
+/// Fused projections (query, key and value; gate and up) are made by stacking projections that
+/// are stored separately. The parts may differ in `dtype` but not in `columns`.
+#[derive(Clone, Debug)]
+pub struct LinearSpec<'a> {
+    /// The stacked parts, in the order of their outputs.
+    pub parts: Vec<WeightRows<'a>>,
+    /// Bias, if the layer has one: one value per output row of all parts together.
+    pub bias: Option<Vec<f32>>,
+}
+
+/// The part of a [`Device`](super::Device) that loads linear layers and multiplies by them.
+pub trait LinearOps: DeviceTypes {
+    /// Loads a linear layer.
+    fn load_linear(&mut self, spec: &LinearSpec<'_>) -> Result<Self::Linear, DeviceError>;
+
+    /// Computes `out = W x + b`.
+    fn linear(
+        &mut self,
+        x: &Self::Tensor,
+        weight: &Self::Linear,
+        rows: usize,
+        out: &mut Self::Tensor,
+    ) -> Result<(), DeviceError>;
+}

@@ -1,0 +1,48 @@
+//! Norms, and additions to the residual stream.
+
+use super::{DeviceError, DeviceTypes};
+
+/// The part of a [`Device`](super::Device) that computes norms and adds to the residual stream.
+pub trait NormOps: DeviceTypes {
+    /// Loads a vector.
+    fn load_vector(&mut self, values: &[f32]) -> Result<Self::Vector, DeviceError>;
+
+    /// Computes `out = x / rms(x) · weight`. Zhang & Sennrich, *RMSNorm*, 2019.
+    fn rms_norm(
+        &mut self,
+        x: &Self::Tensor,
+        weight: &Self::Vector,
+        epsilon: f32,
+        rows: usize,
+        out: &mut Self::Tensor,
+    ) -> Result<(), DeviceError>;
+
+    /// Computes `residual += x`, then `out = residual / rms(residual) · weight`.
+    fn add_rms_norm(
+        &mut self,
+        residual: &mut Self::Tensor,
+        x: &Self::Tensor,
+        weight: &Self::Vector,
+        epsilon: f32,
+        rows: usize,
+        out: &mut Self::Tensor,
+    ) -> Result<(), DeviceError>;
+
+    /// Computes `residual += x / rms(x) · weight`, for post-norm layers.
+    fn rms_norm_add(
+        &mut self,
+        x: &Self::Tensor,
+        weight: &Self::Vector,
+        epsilon: f32,
+        rows: usize,
+        residual: &mut Self::Tensor,
+    ) -> Result<(), DeviceError>;
+
+    /// Computes `residual += x`.
+    fn add(
+        &mut self,
+        residual: &mut Self::Tensor,
+        x: &Self::Tensor,
+        rows: usize,
+    ) -> Result<(), DeviceError>;
+}
