@@ -5,13 +5,12 @@ use super::waiting::{Answer, Reply};
 use super::wiring::{Shared, wire};
 use crate::config::EngineConfig;
 use crate::engine::command::Command;
-use crate::engine::event::{CancelReason, Receipt, channel};
+use crate::engine::event::{CancelReason, Receipt};
 use crate::engine::sync::atomic::Ordering;
-use crate::engine::sync::{Arc, OnceLock, Sender, bounded, spawn};
-use crate::engine::thread::SchedulerThread;
+use crate::engine::sync::{Arc, Sender, bounded, spawn};
 use crate::engine::{
-    Drained, EngineBuilder, EngineFault, EngineSnapshot, EngineStats, Health, Session,
-    SessionOptions, Shutdown, SubmitError,
+    Drained, EngineBuilder, EngineSnapshot, EngineStats, Health, Session, SessionOptions, Shutdown,
+    SubmitError,
 };
 use crate::id::{RequestId, SessionId};
 use crate::runner::{LoadError, LoadOptions, ModelFiles, Runner, RunnerInfo, limits};
@@ -123,20 +122,6 @@ impl Engine {
             LoadError::Thread("it panicked while the model was being loaded".to_owned())
         })??;
         Ok(callers.engine(config, info, tokenizer))
-    }
-
-    /// Creates an engine whose scheduler thread is driven by a test. Also returns the cell in
-    /// which the engine stores why it has ended.
-    #[cfg(all(test, not(any(feature = "loom", feature = "shuttle"))))]
-    pub(in crate::engine) fn by_hand(
-        config: EngineConfig,
-        runner: Box<dyn Runner>,
-        info: RunnerInfo,
-    ) -> (Self, SchedulerThread, Arc<OnceLock<EngineFault>>) {
-        let (callers, thread) = wire(&config).expect("the watchdog starts");
-        let fault = Arc::clone(&thread.fault);
-        let thread = thread.with_runner(runner, &info, &config);
-        (callers.engine(config, info, None), thread, fault)
     }
 
     /// Returns the sampling settings to use where a caller specifies none: the model's own,

@@ -66,7 +66,10 @@ impl Engine {
         Ok(tokenizer.encode(&text, options)?)
     }
 
-    fn tokenizer_for(&self, needed_for: &'static str) -> Result<&Tokenizer, SubmitError> {
+    pub(super) fn tokenizer_for(
+        &self,
+        needed_for: &'static str,
+    ) -> Result<&Tokenizer, SubmitError> {
         let tokenizer = self.shared.tokenizer.as_deref();
         tokenizer.ok_or(SubmitError::NoTokenizer { needed_for })
     }

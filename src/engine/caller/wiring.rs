@@ -109,6 +109,22 @@ impl CallersSide {
     }
 }
 
+#[cfg(all(test, not(any(feature = "loom", feature = "shuttle"))))]
+impl Engine {
+    /// Creates an engine whose scheduler thread is driven by a test. Also returns the cell in
+    /// which the engine stores why it has ended.
+    pub(in crate::engine) fn by_hand(
+        config: EngineConfig,
+        runner: Box<dyn Runner>,
+        info: RunnerInfo,
+    ) -> (Self, SchedulerThread, Arc<OnceLock<EngineFault>>) {
+        let (callers, thread) = wire(&config).expect("the watchdog starts");
+        let fault = Arc::clone(&thread.fault);
+        let thread = thread.with_runner(runner, &info, &config);
+        (callers.engine(config, info, None), thread, fault)
+    }
+}
+
 /// What all handles of an engine share.
 pub(super) struct Shared {
     pub(super) config: EngineConfig,
