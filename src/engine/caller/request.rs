@@ -123,8 +123,8 @@ pub struct Request {
     /// [`Grammar`]: crate::text::Grammar
     pub constraint: Option<Box<dyn Constraint>>,
     /// Label that the caller chooses for the request. The request's span and
-    /// [`Engine::snapshot`] show it, and [`Engine::find`] looks for it. Labels need not be
-    /// unique.
+    /// [`Engine::snapshot`](crate::Engine::snapshot) show it, and
+    /// [`Engine::find`](crate::Engine::find) looks for it. Labels need not be unique.
     pub label: Option<Arc<str>>,
 }
 
