@@ -266,3 +266,69 @@ fn the_engine_imports_sync_types_only_from_its_facade() {
         "only {users} users were found: the test reads nothing"
     );
 }
+
+/// Returns the names that follow `path` in a text.
+fn names_after<'a>(text: &'a str, path: &'a str) -> impl Iterator<Item = String> + 'a {
+    text.lines()
+        .filter(|line| !line.trim_start().starts_with("//"))
+        .flat_map(move |line| line.split(path).skip(1))
+        .map(|rest| {
+            let is_name = |c: &char| c.is_alphanumeric() || *c == '_';
+            rest.chars().take_while(is_name).collect()
+        })
+}
+
+/// `mod.rs` declares the device, and each operation's file implements its part for it. Apart
+/// from that, the files of a device can be read in one order. A folder counts as one file.
+#[test]
+fn files_of_a_device_do_not_use_each_other_in_a_circle() {
+    for (device, root) in [("cpu", "CpuDevice"), ("cuda", "CudaDevice")] {
+        let folder = source().join("device").join(device);
+        let absolute = format!("crate::device::{device}::");
+        let mut uses: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+        for (_, path, text) in files() {
+            let Ok(relative) = path.strip_prefix(&folder) else {
+                continue;
+            };
+            let first = relative.iter().next().unwrap().to_str().unwrap();
+            let name = first.trim_end_matches(".rs").to_owned();
+            if name == "mod" {
+                continue;
+            }
+            // Tests may use anything.
+            let code = text.split("#[cfg(test)]\nmod tests").next().unwrap();
+            let uses = uses.entry(name.clone()).or_default();
+            uses.extend(names_after(code, &absolute));
+            if relative == Path::new(first) {
+                uses.extend(names_after(code, "super::"));
+            }
+            uses.remove(&name);
+            uses.remove(root);
+        }
+        let names: BTreeSet<String> = uses.keys().cloned().collect();
+        for (name, used) in &uses {
+            let unknown: Vec<_> = used.difference(&names).collect();
+            assert!(
+                unknown.is_empty(),
+                "{device}/{name}.rs uses {unknown:?}, which must be named by their files"
+            );
+        }
+        assert!(
+            uses.values().map(BTreeSet::len).sum::<usize>() > 40,
+            "the test reads nothing"
+        );
+        // Remove files that use no other file, until only circles remain.
+        loop {
+            let before = uses.len();
+            let left: BTreeSet<String> = uses.keys().cloned().collect();
+            uses.retain(|_, used| !used.is_disjoint(&left));
+            if uses.len() == before {
+                break;
+            }
+        }
+        assert!(
+            uses.is_empty(),
+            "files in device/{device} use each other in a circle: {uses:?}"
+        );
+    }
+}

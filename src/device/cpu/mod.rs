@@ -34,7 +34,7 @@ mod rowwise;
 mod sampler;
 mod sampling;
 mod simd;
-mod stage;
+mod step;
 mod swap;
 mod tensor;
 mod workers;
@@ -57,7 +57,7 @@ use linear::Multiplier;
 use memory::Arena;
 use rope::RopeTables;
 use simd::Isa;
-use stage::StagedBatch;
+use step::StagedBatch;
 use workers::Workers;
 
 /// A device that computes on the CPU.

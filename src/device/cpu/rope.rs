@@ -6,7 +6,7 @@ use super::error::require;
 use super::memory::Disjoint;
 use super::norm::normalize;
 use super::simd::{Isa, Kernel, LANES, Simd};
-use super::stage::StagedBatch;
+use super::step::StagedBatch;
 use super::tensor::{CpuTensor, require_shape};
 use super::workers::Workers;
 use crate::device::{DeviceError, HeadShape, QkNorm, RopeOps, RopeSpec};

@@ -12,7 +12,8 @@ use super::context::Context;
 use super::error::{require, unsupported};
 use super::images::Modules;
 use super::launch::{Grid, kernels};
-use super::memory::{Ptr, Scratch};
+use super::memory::Ptr;
+use super::scratch::Scratch;
 #[cfg(test)]
 use super::signature::Signature;
 use super::step::{Bounds, MOST_UNITS, UNIT};

@@ -209,7 +209,7 @@ impl CacheOps for CudaDevice {
         if pairs.is_empty() {
             return Ok(());
         }
-        let list = self.context.list(pairs.as_flattened())?;
+        let list = self.lists.write(&self.context, pairs.as_flattened())?;
         let (grid, count, vectors) = cache.launch(pairs.len());
         let (context, array) = (&self.context, cache.buffer.ptr());
         self.cache
@@ -219,7 +219,7 @@ impl CacheOps for CudaDevice {
     fn poison(&mut self, cache: &mut CudaCache, blocks: &[u32]) -> Result<(), DeviceError> {
         let checked = check_blocks(blocks.iter().copied(), cache.shape.blocks);
         require_ok("poison", checked)?;
-        let list = self.context.list(blocks)?;
+        let list = self.lists.write(&self.context, blocks)?;
         let (grid, count, vectors) = cache.launch(blocks.len());
         let (context, array) = (&self.context, cache.buffer.ptr());
         self.cache

@@ -1,213 +1,34 @@
-//! The CUDA context, its two streams, and events between them.
+//! The context of a device: its two streams, and copies on them.
 //!
 //! All operations are enqueued in order on the *compute* stream. Results are copied to the host
 //! on the *results* stream, so that the copy overlaps with the next step.
 
-use super::error::{self, ErrorState};
-use super::memory::{Ptr, Uploader, none_if_out_of_memory, out_of_memory};
-use super::transfer::Uploads;
+use super::error;
+use super::handle::{Handle, Stream};
+use super::memory::{Buffer, Pinned, Ptr, Uploader};
 use crate::device::DeviceError;
+use bytemuck::Pod;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::rc::Rc;
-
-/// A retained primary context. Every resource holds one, because it is needed for the release.
-pub(super) struct Handle {
-    device: sys::CUdevice,
-    context: sys::CUcontext,
-    pub(super) errors: ErrorState,
-    /// Bytes of device memory that are currently allocated.
-    pub(super) allocated: Cell<usize>,
-    /// Number of releases of device memory so far. Addresses recorded before the last one may
-    /// be stale.
-    pub(super) releases: Cell<u64>,
-}
-
-impl Handle {
-    /// Makes the context current on this thread.
-    fn bind(&self) -> Result<(), DriverError> {
-        if result::ctx::get_current()? != Some(self.context) {
-            // SAFETY: the context is retained for as long as `self` lives.
-            unsafe { result::ctx::set_current(self.context)? };
-        }
-        Ok(())
-    }
-
-    /// Calls the driver with the context current. Fails without the call if the device is lost.
-    pub(super) fn call<T>(
-        &self,
-        operation: &'static str,
-        call: impl FnOnce() -> Result<T, DriverError>,
-    ) -> Result<T, DeviceError> {
-        self.errors.check()?;
-        self.bind()
-            .and_then(|()| call())
-            .map_err(|error| self.errors.convert(operation, error))
-    }
-
-    /// Waits until the context is idle, so that memory can be released. The first failure may
-    /// stem from earlier work, so it is logged and the wait is retried once.
-    pub(super) fn drain(&self) {
-        self.errors.cleanup("binding the context", self.bind());
-        let first = result::ctx::synchronize();
-        let failed = first.is_err();
-        self.errors.cleanup("waiting before a release", first);
-        if failed && self.errors.check().is_ok() {
-            let again = result::ctx::synchronize();
-            self.errors.cleanup("waiting before a release", again);
-        }
-    }
-
-    /// Calls the driver to release a resource, even if the device is lost.
-    pub(super) fn cleanup(
-        &self,
-        operation: &'static str,
-        call: impl FnOnce() -> Result<(), DriverError>,
-    ) {
-        // Release even if the context cannot be bound.
-        self.errors.cleanup("binding the context", self.bind());
-        self.errors.cleanup(operation, call());
-    }
-}
-
-impl Drop for Handle {
-    fn drop(&mut self) {
-        // SAFETY: the context was retained once by `Context::new`, and everything that belongs
-        // to it holds an `Rc` of `self`, so nothing uses it any more.
-        let outcome = unsafe { result::primary_ctx::release(self.device) };
-        self.errors.cleanup("releasing the context", outcome);
-    }
-}
-
-/// A stream of the context.
-pub(super) struct Stream {
-    stream: sys::CUstream,
-    handle: Rc<Handle>,
-}
-
-impl Stream {
-    fn new(handle: &Rc<Handle>) -> Result<Self, DeviceError> {
-        let kind = result::stream::StreamKind::NonBlocking;
-        let stream = handle.call("creating a stream", || result::stream::create(kind))?;
-        Ok(Self {
-            stream,
-            handle: Rc::clone(handle),
-        })
-    }
-
-    /// Returns the driver's handle.
-    pub(super) fn raw(&self) -> sys::CUstream {
-        self.stream
-    }
-
-    /// Blocks the host until all work in the stream has completed.
-    pub(super) fn synchronize(&self, operation: &'static str) -> Result<(), DeviceError> {
-        // SAFETY: the stream is alive.
-        let wait = || unsafe { result::stream::synchronize(self.stream) };
-        self.handle.call(operation, wait)
-    }
-
-    /// Makes all work enqueued from now on wait for `event`, on the device.
-    pub(super) fn wait(&self, event: &Event) -> Result<(), DeviceError> {
-        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
-        // SAFETY: stream and event are alive and belong to the same context.
-        let wait = || unsafe { result::stream::wait_event(self.stream, event.event, flags) };
-        self.handle.call("waiting for an event", wait)
-    }
-}
-
-impl Drop for Stream {
-    fn drop(&mut self) {
-        // SAFETY: created by `new` and destroyed once.
-        let destroy = || unsafe { result::stream::destroy(self.stream) };
-        self.handle.cleanup("destroying a stream", destroy);
-    }
-}
-
-/// A point in a stream that the host or another stream can wait for.
-pub(super) struct Event {
-    event: sys::CUevent,
-    handle: Rc<Handle>,
-}
-
-impl Event {
-    /// Creates an event without timing that is not recorded yet.
-    pub(super) fn new(context: &Context) -> Result<Self, DeviceError> {
-        let handle = Rc::clone(&context.handle);
-        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
-        let event = handle.call("creating an event", || result::event::create(flags))?;
-        Ok(Self { event, handle })
-    }
-
-    /// Records the event in `stream`: it is reached when all work enqueued so far has
-    /// completed.
-    pub(super) fn record(&self, stream: &Stream) -> Result<(), DeviceError> {
-        // SAFETY: event and stream are alive and belong to the same context.
-        let record = || unsafe { result::event::record(self.event, stream.stream) };
-        self.handle.call("recording an event", record)
-    }
-
-    /// Returns whether the event was reached; `true` if it was never recorded.
-    pub(super) fn is_reached(&self) -> Result<bool, DeviceError> {
-        // SAFETY: the event is alive.
-        let query = || match unsafe { result::event::query(self.event) } {
-            Ok(()) => Ok(true),
-            Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
-            Err(error) => Err(error),
-        };
-        self.handle.call("querying an event", query)
-    }
-
-    /// Blocks the host until the event is reached.
-    pub(super) fn synchronize(&self, operation: &'static str) -> Result<(), DeviceError> {
-        // SAFETY: the event is alive.
-        let wait = || unsafe { result::event::synchronize(self.event) };
-        self.handle.call(operation, wait)
-    }
-}
-
-impl Drop for Event {
-    fn drop(&mut self) {
-        // SAFETY: created by `new` and destroyed once.
-        let destroy = || unsafe { result::event::destroy(self.event) };
-        self.handle.cleanup("destroying an event", destroy);
-    }
-}
 
 /// The context of one device, with its streams.
 pub(super) struct Context {
-    pub(super) uploader: RefCell<Uploader>,
-    lists: RefCell<Uploads>,
+    uploader: RefCell<Uploader>,
     pub(super) compute: Stream,
     pub(super) results: Stream,
-    /// Whether a graph is being recorded on the compute stream. Meanwhile nothing may be
-    /// allocated or waited for.
-    pub(super) capturing: Cell<bool>,
     pub(super) handle: Rc<Handle>,
 }
 
 impl Context {
     /// Retains the primary context of `device` and creates the streams.
     pub(super) fn new(device: sys::CUdevice) -> Result<Self, DeviceError> {
-        let errors = ErrorState::default();
-        // SAFETY: the driver returned `device`.
-        let context = none_if_out_of_memory(unsafe { result::primary_ctx::retain(device) })
-            .map_err(|error| errors.convert("creating a context", error))?
-            .ok_or_else(|| out_of_memory(0, "a context"))?;
-        let handle = Rc::new(Handle {
-            device,
-            context,
-            errors,
-            allocated: Cell::new(0),
-            releases: Cell::new(0),
-        });
+        let handle = Handle::new(device)?;
         Ok(Self {
             uploader: RefCell::default(),
-            lists: RefCell::new(Uploads::new("a list")),
             compute: Stream::new(&handle)?,
             results: Stream::new(&handle)?,
-            capturing: Cell::new(false),
             handle,
         })
     }
@@ -226,17 +47,9 @@ impl Context {
         self.handle.call(operation, call)
     }
 
-    /// Enqueues the upload of a short list for the kernels enqueued next, and returns its
-    /// address. The next call overwrites the list, after those kernels.
-    pub(super) fn list(&self, words: &[u32]) -> Result<Ptr, DeviceError> {
-        self.lists.borrow_mut().write(self, words)
-    }
-
     /// Fails if a graph is being recorded. `operation` names the refused call in the error.
     pub(super) fn refuse_in_capture(&self, operation: &'static str) -> Result<(), DeviceError> {
-        error::require(!self.capturing.get(), operation, || {
-            "not possible while a graph is being recorded".to_owned()
-        })
+        self.handle.refuse_in_capture(operation)
     }
 
     /// Blocks the host until all work in both streams has completed.
@@ -249,5 +62,134 @@ impl Context {
     /// Returns the free and the total bytes of the device's memory.
     pub(super) fn memory_info(&self) -> Result<(usize, usize), DeviceError> {
         self.call("querying free memory", result::mem_get_info)
+    }
+
+    /// Allocates uninitialised device memory. `what` names it in an out-of-memory error.
+    pub(super) fn allocate(&self, bytes: usize, what: &str) -> Result<Buffer, DeviceError> {
+        Buffer::new(&self.handle, bytes, what)
+    }
+
+    /// Allocates device memory and enqueues filling it with zeros.
+    pub(super) fn allocate_zeroed(&self, bytes: usize, what: &str) -> Result<Buffer, DeviceError> {
+        let buffer = self.allocate(bytes, what)?;
+        self.fill_zero(buffer.ptr(), bytes)?;
+        Ok(buffer)
+    }
+
+    /// Allocates device memory and enqueues the upload of `values`. Returns once the values
+    /// have been read, which may be before they arrive.
+    pub(super) fn upload<T: Pod>(&self, values: &[T], what: &str) -> Result<Buffer, DeviceError> {
+        let buffer = self.allocate(size_of_val(values), what)?;
+        self.write(&buffer, 0, values)?;
+        Ok(buffer)
+    }
+
+    /// Overwrites part of `buffer` with `values`, in stream order.
+    pub(super) fn write<T: Pod>(
+        &self,
+        buffer: &Buffer,
+        offset_bytes: usize,
+        values: &[T],
+    ) -> Result<(), DeviceError> {
+        const OPERATION: &str = "upload";
+        self.refuse_in_capture(OPERATION)?;
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        let end = offset_bytes.checked_add(bytes.len());
+        error::require(
+            end.is_some_and(|end| end <= buffer.bytes()),
+            OPERATION,
+            || {
+                let (length, size) = (bytes.len(), buffer.bytes());
+                format!("{length} bytes at {offset_bytes} do not fit {size} bytes")
+            },
+        )?;
+        let mut uploader = self.uploader.borrow_mut();
+        uploader.copy(
+            &self.compute,
+            buffer.ptr().offset_bytes(offset_bytes),
+            bytes,
+        )
+    }
+
+    /// Reads `count` values, after waiting for all enqueued work. For tests and benchmarks
+    /// only, because a step must not wait.
+    pub(super) fn read<T: Pod>(&self, ptr: Ptr, count: usize) -> Result<Vec<T>, DeviceError> {
+        const OPERATION: &str = "read";
+        self.refuse_in_capture(OPERATION)?;
+        let mut values = vec![T::zeroed(); count];
+        if count == 0 {
+            return Ok(values);
+        }
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut values);
+        // SAFETY: `bytes` outlives the copy, because the stream is waited for below.
+        let copy = || unsafe { result::memcpy_dtoh_async(bytes, ptr.raw(), self.compute.raw()) };
+        let copied = self.call(OPERATION, copy);
+        self.compute.synchronize(OPERATION)?;
+        copied.map(|()| values)
+    }
+
+    /// Enqueues a copy from device memory to device memory.
+    pub(super) fn copy(&self, to: Ptr, from: Ptr, bytes: usize) -> Result<(), DeviceError> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let stream = self.compute.raw();
+        // SAFETY: the caller owns both ranges, and buffers are freed only after waiting for all
+        // enqueued work.
+        let copy = || unsafe { result::memcpy_dtod_async(to.raw(), from.raw(), bytes, stream) };
+        self.call("copy", copy)
+    }
+
+    /// Enqueues filling `bytes` bytes with zeros.
+    pub(super) fn fill_zero(&self, to: Ptr, bytes: usize) -> Result<(), DeviceError> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let stream = self.compute.raw();
+        // SAFETY: the caller owns the range, and buffers are freed only after waiting for all
+        // enqueued work.
+        let fill = || unsafe { result::memset_d8_async(to.raw(), 0, bytes, stream) };
+        self.call("fill", fill)
+    }
+
+    /// Enqueues a copy of `bytes` bytes of device memory into pinned memory at `offset`. The
+    /// host must not touch them before the copy has completed.
+    pub(super) fn copy_to_swap(
+        &self,
+        (to, offset): (&Pinned, usize),
+        from: Ptr,
+        bytes: usize,
+    ) -> Result<(), DeviceError> {
+        let (to, stream) = (to.at(offset, bytes)?, self.compute.raw());
+        // SAFETY: `at` has checked the target range, which is freed only after waiting for all
+        // enqueued work; the caller owns the source.
+        let copy = || unsafe { sys::cuMemcpyDtoHAsync_v2(to.cast(), from.raw(), bytes, stream) };
+        self.call("swap_out", || copy().result())
+    }
+
+    /// Enqueues a copy of `bytes` bytes of pinned memory at `offset` into device memory. The
+    /// host must not write them before the copy has completed.
+    pub(super) fn copy_from_swap(
+        &self,
+        to: Ptr,
+        (from, offset): (&Pinned, usize),
+        bytes: usize,
+    ) -> Result<(), DeviceError> {
+        let (from, stream) = (from.at(offset, bytes)?, self.compute.raw());
+        // SAFETY: `at` has checked the source range, which is freed only after waiting for all
+        // enqueued work; the caller owns the target.
+        let copy = || unsafe { sys::cuMemcpyHtoDAsync_v2(to.raw(), from.cast(), bytes, stream) };
+        self.call("swap_in", || copy().result())
+    }
+
+    /// Enqueues a copy of the first `bytes` bytes of `from` into device memory. `from` must not
+    /// be written before the copy has completed.
+    pub(super) fn copy_from_pinned(
+        &self,
+        to: Ptr,
+        from: &Pinned,
+        bytes: usize,
+    ) -> Result<(), DeviceError> {
+        from.copy_to(to, bytes, &self.compute)
     }
 }

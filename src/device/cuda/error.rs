@@ -27,6 +27,26 @@ pub(super) fn unsupported(what: impl Into<String>, expected: impl Into<String>) 
     }
 }
 
+/// Returns [`DeviceError::OutOfMemory`] for `bytes` bytes of `what`.
+pub(super) fn out_of_memory(bytes: usize, what: &str) -> DeviceError {
+    DeviceError::OutOfMemory {
+        device: DEVICE,
+        bytes,
+        what: what.to_owned(),
+    }
+}
+
+/// Converts the driver's out-of-memory error to `None`.
+pub(super) fn none_if_out_of_memory<T>(
+    allocated: Result<T, DriverError>,
+) -> Result<Option<T>, DriverError> {
+    match allocated {
+        Ok(allocated) => Ok(Some(allocated)),
+        Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 /// Returns [`DeviceError::Failed`] unless `holds`.
 pub(super) fn require(
     holds: bool,

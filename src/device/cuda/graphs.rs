@@ -5,8 +5,9 @@
 //! again, which replaces hundreds of launches by one. If recording fails, the operations of the
 //! step are enqueued once more, and steps of that size are never recorded again.
 
-use super::context::{Context, Handle};
+use super::context::Context;
 use super::error;
+use super::handle::Handle;
 use super::step::{Bounds, StepInputs, StepKey};
 use crate::device::{DeviceError, Finished, Staged};
 use cudarc::driver::result;
@@ -86,7 +87,7 @@ impl Graphs {
         // SAFETY: the stream is alive.
         let begin = || unsafe { result::stream::begin_capture(stream, mode) };
         match context.call("recording a step", begin) {
-            Ok(()) => context.capturing.set(true),
+            Ok(()) => context.handle.capturing.set(true),
             Err(error) => self.refuse(key, &error),
         }
     }
@@ -113,7 +114,7 @@ impl Graphs {
         outcome: Result<(), DeviceError>,
     ) -> Result<Finished, DeviceError> {
         let key = self.current.take();
-        if !context.capturing.get() {
+        if !context.handle.capturing.get() {
             outcome?;
             if let Some(key) = key {
                 self.records.entry(key).or_insert(Record::Warm);
@@ -143,7 +144,7 @@ impl Graphs {
     /// Ends a recording that was not finished because its step failed.
     pub(super) fn abandon(&mut self, context: &Context) {
         self.current = None;
-        if context.capturing.get() {
+        if context.handle.capturing.get() {
             drop(end_capture(context));
         }
     }
@@ -198,7 +199,7 @@ fn end_capture(context: &Context) -> Result<Captured, DeviceError> {
         // Try once more: while the stream is being recorded, no work on it is executed.
         drop(end().map(|graph| captured(context, graph)));
     }
-    context.capturing.set(false);
+    context.handle.capturing.set(false);
     // If the device is lost, the driver has ended the recording itself.
     let graph = ended?;
     error::require(!graph.is_null(), OPERATION, || {

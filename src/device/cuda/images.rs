@@ -1,7 +1,8 @@
 //! Kernel images: finds and loads the embedded image that fits the device.
 
-use super::context::{Context, Handle};
+use super::context::Context;
 use super::error;
+use super::handle::Handle;
 use super::options::CudaActivations;
 use super::signature::{ParameterKind, Signature};
 use crate::device::DeviceError;

@@ -1,10 +1,9 @@
-//! Device memory, pinned host memory, and copies between them.
+//! Device memory, pinned host memory, and uploads through it.
 
-use super::context::{Context, Event, Handle};
-use super::error::{self, DEVICE};
+use super::error::{self, none_if_out_of_memory, out_of_memory};
+use super::handle::{Event, Handle, Stream};
 use crate::device::DeviceError;
-use bytemuck::Pod;
-use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::result;
 use cudarc::driver::sys;
 use std::ptr::NonNull;
 use std::rc::Rc;
@@ -38,6 +37,23 @@ pub(super) struct Buffer {
 }
 
 impl Buffer {
+    /// Allocates uninitialised memory. `what` names it in an out-of-memory error.
+    pub(super) fn new(handle: &Rc<Handle>, bytes: usize, what: &str) -> Result<Self, DeviceError> {
+        const OPERATION: &str = "allocating device memory";
+        handle.refuse_in_capture(OPERATION)?;
+        let handle = Rc::clone(handle);
+        if bytes == 0 {
+            let ptr = Ptr::NULL;
+            return Ok(Self { ptr, bytes, handle });
+        }
+        // SAFETY: an allocation has no precondition.
+        let allocate = || none_if_out_of_memory(unsafe { result::malloc_sync(bytes) });
+        let address = handle.call(OPERATION, allocate)?;
+        let ptr = Ptr(address.ok_or_else(|| out_of_memory(bytes, what))?);
+        handle.allocated.set(handle.allocated.get() + bytes);
+        Ok(Self { ptr, bytes, handle })
+    }
+
     /// Returns the start address; [`Ptr::NULL`] if the size is 0.
     pub(super) fn ptr(&self) -> Ptr {
         self.ptr
@@ -58,7 +74,7 @@ impl Drop for Buffer {
         handle.allocated.set(handle.allocated.get() - self.bytes);
         handle.releases.set(handle.releases.get() + 1);
         handle.drain();
-        // SAFETY: the memory was allocated by `Context::allocate`, is freed once, and is no
+        // SAFETY: the memory was allocated by `new`, is freed once, and is no
         // longer in use after the wait above.
         let free = || unsafe { result::free_sync(self.ptr.0) };
         handle.cleanup("freeing device memory", free);
@@ -86,12 +102,12 @@ pub(super) struct Pinned {
 impl Pinned {
     /// Allocates zeroed memory of `bytes` bytes, or of one byte if `bytes` is 0.
     pub(super) fn new(
-        context: &Context,
+        handle: &Rc<Handle>,
         bytes: usize,
         usage: PinnedUse,
     ) -> Result<Self, DeviceError> {
         const OPERATION: &str = "allocating pinned memory";
-        context.refuse_in_capture(OPERATION)?;
+        handle.refuse_in_capture(OPERATION)?;
         let bytes = bytes.max(1);
         let flags = match usage {
             PinnedUse::Upload => sys::CU_MEMHOSTALLOC_WRITECOMBINED,
@@ -99,7 +115,7 @@ impl Pinned {
         };
         // SAFETY: an allocation has no precondition.
         let allocate = || none_if_out_of_memory(unsafe { result::malloc_host(bytes, flags) });
-        let start = context.call(OPERATION, allocate)?;
+        let start = handle.call(OPERATION, allocate)?;
         let start = start.and_then(|start| NonNull::new(start.cast::<u8>()));
         let start = start.ok_or_else(|| out_of_memory(bytes, "pinned host memory"))?;
         // SAFETY: the memory was just allocated with this size.
@@ -107,7 +123,7 @@ impl Pinned {
         Ok(Self {
             start,
             bytes,
-            handle: Rc::clone(&context.handle),
+            handle: Rc::clone(handle),
         })
     }
 
@@ -118,13 +134,31 @@ impl Pinned {
 
     /// Returns the address at `offset`. Fails unless `bytes` bytes from there on are inside the
     /// allocation.
-    fn at(&self, offset: usize, bytes: usize) -> Result<*mut u8, DeviceError> {
+    pub(super) fn at(&self, offset: usize, bytes: usize) -> Result<*mut u8, DeviceError> {
         let inside = offset <= self.bytes && bytes <= self.bytes - offset;
         error::require(inside, "copying pinned memory", || {
             format!("{bytes} bytes at {offset} are not in {} bytes", self.bytes)
         })?;
         // SAFETY: the offset is inside the allocation, as just checked.
         Ok(unsafe { self.start.as_ptr().add(offset) })
+    }
+
+    /// Enqueues a copy of the first `bytes` bytes into device memory. The host must not write
+    /// them before the copy has completed.
+    pub(super) fn copy_to(
+        &self,
+        to: Ptr,
+        bytes: usize,
+        stream: &Stream,
+    ) -> Result<(), DeviceError> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let (source, stream) = (&self.as_slice()[..bytes], stream.raw());
+        // SAFETY: pinned memory is freed only after waiting for all enqueued work; the caller
+        // owns the target.
+        let copy = || unsafe { result::memcpy_htod_async(to.0, source, stream) };
+        self.handle.call("upload", copy)
     }
 
     /// Returns the bytes. The caller must have waited for all copies into them.
@@ -151,26 +185,6 @@ impl Drop for Pinned {
     }
 }
 
-/// Returns [`DeviceError::OutOfMemory`] for `bytes` bytes of `what`.
-pub(super) fn out_of_memory(bytes: usize, what: &str) -> DeviceError {
-    DeviceError::OutOfMemory {
-        device: DEVICE,
-        bytes,
-        what: what.to_owned(),
-    }
-}
-
-/// Converts the driver's out-of-memory error to `None`.
-pub(super) fn none_if_out_of_memory<T>(
-    allocated: Result<T, DriverError>,
-) -> Result<Option<T>, DriverError> {
-    match allocated {
-        Ok(allocated) => Ok(Some(allocated)),
-        Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
 /// Maximum number of bytes per piece of an upload.
 const PIECE: usize = 16 << 20;
 
@@ -189,8 +203,13 @@ pub(super) struct Uploader {
 }
 
 impl Uploader {
-    /// Copies `bytes` to `to` on the compute stream. Returns once `bytes` have been read.
-    fn copy(&mut self, context: &Context, to: Ptr, bytes: &[u8]) -> Result<(), DeviceError> {
+    /// Copies `bytes` to `to` on `stream`. Returns once `bytes` have been read.
+    pub(super) fn copy(
+        &mut self,
+        stream: &Stream,
+        to: Ptr,
+        bytes: &[u8],
+    ) -> Result<(), DeviceError> {
         let capacity = bytes.len().next_power_of_two().clamp(4096, PIECE);
         for (index, part) in bytes.chunks(PIECE).enumerate() {
             let place = &mut self.pieces[self.next];
@@ -201,8 +220,8 @@ impl Uploader {
             {
                 *place = None;
                 *place = Some(Piece {
-                    memory: Pinned::new(context, capacity, PinnedUse::Upload)?,
-                    copied: Event::new(context)?,
+                    memory: Pinned::new(stream.handle(), capacity, PinnedUse::Upload)?,
+                    copied: Event::new(stream.handle())?,
                 });
             }
             let Some(piece) = place else {
@@ -211,9 +230,10 @@ impl Uploader {
             piece.copied.synchronize("upload")?;
             piece.memory.as_mut_slice()[..part.len()].copy_from_slice(part);
             let to = to.offset_bytes(index * PIECE);
-            let copied = context
-                .copy_from_pinned(to, &piece.memory, part.len())
-                .and_then(|()| piece.copied.record(&context.compute));
+            let copied = piece
+                .memory
+                .copy_to(to, part.len(), stream)
+                .and_then(|()| piece.copied.record(stream));
             if copied.is_err() {
                 // Without the event, nothing says when the buffer may be written again.
                 *place = None;
@@ -221,174 +241,5 @@ impl Uploader {
             }
         }
         Ok(())
-    }
-}
-
-impl Context {
-    /// Allocates uninitialised device memory. `what` names it in an out-of-memory error.
-    pub(super) fn allocate(&self, bytes: usize, what: &str) -> Result<Buffer, DeviceError> {
-        const OPERATION: &str = "allocating device memory";
-        self.refuse_in_capture(OPERATION)?;
-        let handle = Rc::clone(&self.handle);
-        if bytes == 0 {
-            let ptr = Ptr::NULL;
-            return Ok(Buffer { ptr, bytes, handle });
-        }
-        // SAFETY: an allocation has no precondition.
-        let allocate = || none_if_out_of_memory(unsafe { result::malloc_sync(bytes) });
-        let address = handle.call(OPERATION, allocate)?;
-        let ptr = Ptr(address.ok_or_else(|| out_of_memory(bytes, what))?);
-        handle.allocated.set(handle.allocated.get() + bytes);
-        Ok(Buffer { ptr, bytes, handle })
-    }
-
-    /// Allocates device memory and enqueues filling it with zeros.
-    pub(super) fn allocate_zeroed(&self, bytes: usize, what: &str) -> Result<Buffer, DeviceError> {
-        let buffer = self.allocate(bytes, what)?;
-        self.fill_zero(buffer.ptr(), bytes)?;
-        Ok(buffer)
-    }
-
-    /// Allocates device memory and enqueues the upload of `values`. Returns once the values
-    /// have been read, which may be before they arrive.
-    pub(super) fn upload<T: Pod>(&self, values: &[T], what: &str) -> Result<Buffer, DeviceError> {
-        let buffer = self.allocate(size_of_val(values), what)?;
-        self.write(&buffer, 0, values)?;
-        Ok(buffer)
-    }
-
-    /// Overwrites part of `buffer` with `values`, in stream order.
-    pub(super) fn write<T: Pod>(
-        &self,
-        buffer: &Buffer,
-        offset_bytes: usize,
-        values: &[T],
-    ) -> Result<(), DeviceError> {
-        const OPERATION: &str = "upload";
-        self.refuse_in_capture(OPERATION)?;
-        let bytes: &[u8] = bytemuck::cast_slice(values);
-        let end = offset_bytes.checked_add(bytes.len());
-        error::require(
-            end.is_some_and(|end| end <= buffer.bytes),
-            OPERATION,
-            || {
-                let (length, size) = (bytes.len(), buffer.bytes);
-                format!("{length} bytes at {offset_bytes} do not fit {size} bytes")
-            },
-        )?;
-        let mut uploader = self.uploader.borrow_mut();
-        uploader.copy(self, buffer.ptr.offset_bytes(offset_bytes), bytes)
-    }
-
-    /// Reads `count` values, after waiting for all enqueued work. For tests and benchmarks
-    /// only, because a step must not wait.
-    pub(super) fn read<T: Pod>(&self, ptr: Ptr, count: usize) -> Result<Vec<T>, DeviceError> {
-        const OPERATION: &str = "read";
-        self.refuse_in_capture(OPERATION)?;
-        let mut values = vec![T::zeroed(); count];
-        if count == 0 {
-            return Ok(values);
-        }
-        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut values);
-        // SAFETY: `bytes` outlives the copy, because the stream is waited for below.
-        let copy = || unsafe { result::memcpy_dtoh_async(bytes, ptr.0, self.compute.raw()) };
-        let copied = self.call(OPERATION, copy);
-        self.compute.synchronize(OPERATION)?;
-        copied.map(|()| values)
-    }
-
-    /// Enqueues a copy from device memory to device memory.
-    pub(super) fn copy(&self, to: Ptr, from: Ptr, bytes: usize) -> Result<(), DeviceError> {
-        if bytes == 0 {
-            return Ok(());
-        }
-        let stream = self.compute.raw();
-        // SAFETY: the caller owns both ranges, and buffers are freed only after waiting for all
-        // enqueued work.
-        let copy = || unsafe { result::memcpy_dtod_async(to.0, from.0, bytes, stream) };
-        self.call("copy", copy)
-    }
-
-    /// Enqueues filling `bytes` bytes with zeros.
-    pub(super) fn fill_zero(&self, to: Ptr, bytes: usize) -> Result<(), DeviceError> {
-        if bytes == 0 {
-            return Ok(());
-        }
-        let stream = self.compute.raw();
-        // SAFETY: the caller owns the range, and buffers are freed only after waiting for all
-        // enqueued work.
-        let fill = || unsafe { result::memset_d8_async(to.0, 0, bytes, stream) };
-        self.call("fill", fill)
-    }
-
-    /// Enqueues a copy of `bytes` bytes of device memory into pinned memory at `offset`. The
-    /// host must not touch them before the copy has completed.
-    pub(super) fn copy_to_swap(
-        &self,
-        (to, offset): (&Pinned, usize),
-        from: Ptr,
-        bytes: usize,
-    ) -> Result<(), DeviceError> {
-        let (to, stream) = (to.at(offset, bytes)?, self.compute.raw());
-        // SAFETY: `at` has checked the target range, which is freed only after waiting for all
-        // enqueued work; the caller owns the source.
-        let copy = || unsafe { sys::cuMemcpyDtoHAsync_v2(to.cast(), from.0, bytes, stream) };
-        self.call("swap_out", || copy().result())
-    }
-
-    /// Enqueues a copy of `bytes` bytes of pinned memory at `offset` into device memory. The
-    /// host must not write them before the copy has completed.
-    pub(super) fn copy_from_swap(
-        &self,
-        to: Ptr,
-        (from, offset): (&Pinned, usize),
-        bytes: usize,
-    ) -> Result<(), DeviceError> {
-        let (from, stream) = (from.at(offset, bytes)?, self.compute.raw());
-        // SAFETY: `at` has checked the source range, which is freed only after waiting for all
-        // enqueued work; the caller owns the target.
-        let copy = || unsafe { sys::cuMemcpyHtoDAsync_v2(to.0, from.cast(), bytes, stream) };
-        self.call("swap_in", || copy().result())
-    }
-
-    /// Enqueues a copy of the first `bytes` bytes of `from` into device memory. `from` must not
-    /// be written before the copy has completed.
-    pub(super) fn copy_from_pinned(
-        &self,
-        to: Ptr,
-        from: &Pinned,
-        bytes: usize,
-    ) -> Result<(), DeviceError> {
-        if bytes == 0 {
-            return Ok(());
-        }
-        let (source, stream) = (&from.as_slice()[..bytes], self.compute.raw());
-        // SAFETY: pinned memory is freed only after waiting for all enqueued work; the caller
-        // owns the target.
-        let copy = || unsafe { result::memcpy_htod_async(to.0, source, stream) };
-        self.call("upload", copy)
-    }
-}
-
-/// Memory for the intermediate results of one operation. It grows as needed and loses its
-/// contents when it grows.
-#[derive(Default)]
-pub(super) struct Scratch(Option<Buffer>);
-
-impl Scratch {
-    /// Returns the address of at least `bytes` uninitialised bytes. Fails if the memory would
-    /// have to grow while a graph is being recorded.
-    pub(super) fn get(&mut self, context: &Context, bytes: usize) -> Result<Ptr, DeviceError> {
-        match &self.0 {
-            Some(buffer) if buffer.bytes() >= bytes => Ok(buffer.ptr()),
-            _ => {
-                context.refuse_in_capture("allocating scratch memory")?;
-                self.0 = None;
-                let buffer = context.allocate(bytes.next_multiple_of(256), "intermediates")?;
-                let ptr = buffer.ptr();
-                self.0 = Some(buffer);
-                Ok(ptr)
-            }
-        }
     }
 }

@@ -20,6 +20,7 @@ mod embedding;
 mod error;
 mod experts;
 mod graphs;
+mod handle;
 mod images;
 mod launch;
 mod linear;
@@ -32,6 +33,7 @@ mod pooling;
 mod probe;
 mod rope;
 mod sampling;
+mod scratch;
 mod signature;
 mod step;
 mod swap;
@@ -66,6 +68,7 @@ use pooling::Pooler;
 use rope::RopeKernels;
 use sampling::{Sampler, SamplingKernels};
 use step::StepInputs;
+use transfer::Uploads;
 
 /// A [`Device`] that computes on an NVIDIA GPU.
 ///
@@ -82,6 +85,8 @@ pub struct CudaDevice {
     expert_scratch: ExpertScratch,
     experts: ExpertKernels,
     linear: LinearKernels,
+    /// Short lists of blocks for the kernels that are enqueued next.
+    lists: Uploads,
     norm: NormKernels,
     pooler: Pooler,
     products: Products,
@@ -162,6 +167,7 @@ impl CudaDevice {
             expert_scratch: ExpertScratch::default(),
             experts: ExpertKernels::load(&modules)?,
             linear: LinearKernels::load(&modules)?,
+            lists: Uploads::new("a list"),
             norm: NormKernels::load(&modules)?,
             pooler: Pooler::new(),
             products: Products::new(&context, options)?,

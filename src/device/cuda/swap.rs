@@ -49,7 +49,7 @@ impl CudaHostBlocks {
         let left = self.slots.count() - index * self.slots_in_chunk;
         let bytes = self.slots_in_chunk.min(left) * self.slots.bytes();
         if let Some(chunk) = self.chunks.get_mut(index).filter(|chunk| chunk.is_none()) {
-            *chunk = Some(Pinned::new(context, bytes, PinnedUse::Swap)?);
+            *chunk = Some(Pinned::new(&context.handle, bytes, PinnedUse::Swap)?);
         }
         Ok(())
     }

@@ -2,9 +2,9 @@
 
 use super::CudaDevice;
 use super::context::Context;
-use super::error::require;
+use super::error::{out_of_memory, require};
 use super::launch::row_grid;
-use super::memory::{Buffer, Ptr, out_of_memory};
+use super::memory::{Buffer, Ptr};
 use crate::device::{DeviceError, Precision, TensorOps};
 
 /// A dense, row-major matrix of activations in device memory.

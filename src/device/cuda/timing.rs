@@ -1,7 +1,8 @@
 //! GPU timing of operations by the GPU's own clock, for `benches/kernels`.
 
 use super::CudaDevice;
-use super::context::{Context, Handle};
+use super::context::Context;
+use super::handle::Handle;
 use crate::device::DeviceError;
 use cudarc::driver::result;
 use cudarc::driver::sys;
@@ -68,9 +69,9 @@ impl Recording {
         // SAFETY: the stream is alive.
         let begin = || unsafe { result::stream::begin_capture(stream, mode) };
         device.context.call(OPERATION, begin)?;
-        device.context.capturing.set(true);
+        device.context.handle.capturing.set(true);
         let outcome = work(device);
-        device.context.capturing.set(false);
+        device.context.handle.capturing.set(false);
         // SAFETY: recording was begun above, and is ended even if `work` failed.
         let end = || unsafe { result::stream::end_capture(stream) };
         let graph = device.context.call(OPERATION, end);

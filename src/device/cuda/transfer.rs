@@ -1,6 +1,7 @@
 //! Transfers in every step: inputs to the device, results to the host.
 
-use super::context::{Context, Event};
+use super::context::Context;
+use super::handle::Event;
 use super::memory::{Buffer, Pinned, PinnedUse, Ptr};
 use crate::device::DeviceError;
 use cudarc::driver::result;
@@ -75,8 +76,8 @@ impl Uploads {
         let buffer = match self.buffers[index].take() {
             Some(buffer) if buffer.memory.bytes() >= bytes.len() => buffer,
             _ => StagingBuffer {
-                memory: Pinned::new(context, room_for(bytes.len()), PinnedUse::Upload)?,
-                copied: Event::new(context)?,
+                memory: Pinned::new(&context.handle, room_for(bytes.len()), PinnedUse::Upload)?,
+                copied: Event::new(&context.handle)?,
             },
         };
         let buffer = self.buffers[index].insert(buffer);
@@ -153,9 +154,9 @@ impl Downloads {
                 let bytes = room_for(bytes);
                 Rc::new(Download {
                     device: context.allocate(bytes, "the results of a step")?,
-                    host: RefCell::new(Pinned::new(context, bytes, PinnedUse::Download)?),
-                    written: Event::new(context)?,
-                    copied: Event::new(context)?,
+                    host: RefCell::new(Pinned::new(&context.handle, bytes, PinnedUse::Download)?),
+                    written: Event::new(&context.handle)?,
+                    copied: Event::new(&context.handle)?,
                 })
             }
         };

@@ -3,7 +3,7 @@
 use super::softmax::SoftmaxShape;
 use crate::device::AttentionSpec;
 use crate::device::cpu::cache::{CpuCache, TileShape};
-use crate::device::cpu::stage::StagedBatch;
+use crate::device::cpu::step::StagedBatch;
 use std::ops::Range;
 
 /// Number of positions that share a running softmax; a multiple of 16.

@@ -1,0 +1,203 @@
+//! The driver's context, its streams, and events between them.
+
+use super::error::{self, ErrorState, none_if_out_of_memory, out_of_memory};
+use crate::device::DeviceError;
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys;
+use std::cell::Cell;
+use std::rc::Rc;
+
+/// A retained primary context. Every resource holds one, because it is needed for the release.
+pub(super) struct Handle {
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+    pub(super) errors: ErrorState,
+    /// Whether a graph is being recorded on the compute stream. Meanwhile nothing may be
+    /// allocated or waited for.
+    pub(super) capturing: Cell<bool>,
+    /// Bytes of device memory that are currently allocated.
+    pub(super) allocated: Cell<usize>,
+    /// Number of releases of device memory so far. Addresses recorded before the last one may
+    /// be stale.
+    pub(super) releases: Cell<u64>,
+}
+
+impl Handle {
+    /// Retains the primary context of `device`.
+    pub(super) fn new(device: sys::CUdevice) -> Result<Rc<Self>, DeviceError> {
+        let errors = ErrorState::default();
+        // SAFETY: the driver returned `device`.
+        let context = none_if_out_of_memory(unsafe { result::primary_ctx::retain(device) })
+            .map_err(|error| errors.convert("creating a context", error))?
+            .ok_or_else(|| out_of_memory(0, "a context"))?;
+        Ok(Rc::new(Self {
+            device,
+            context,
+            errors,
+            capturing: Cell::new(false),
+            allocated: Cell::new(0),
+            releases: Cell::new(0),
+        }))
+    }
+
+    /// Makes the context current on this thread.
+    fn bind(&self) -> Result<(), DriverError> {
+        if result::ctx::get_current()? != Some(self.context) {
+            // SAFETY: the context is retained for as long as `self` lives.
+            unsafe { result::ctx::set_current(self.context)? };
+        }
+        Ok(())
+    }
+
+    /// Calls the driver with the context current. Fails without the call if the device is lost.
+    pub(super) fn call<T>(
+        &self,
+        operation: &'static str,
+        call: impl FnOnce() -> Result<T, DriverError>,
+    ) -> Result<T, DeviceError> {
+        self.errors.check()?;
+        self.bind()
+            .and_then(|()| call())
+            .map_err(|error| self.errors.convert(operation, error))
+    }
+
+    /// Fails if a graph is being recorded. `operation` names the refused call in the error.
+    pub(super) fn refuse_in_capture(&self, operation: &'static str) -> Result<(), DeviceError> {
+        error::require(!self.capturing.get(), operation, || {
+            "not possible while a graph is being recorded".to_owned()
+        })
+    }
+
+    /// Waits until the context is idle, so that memory can be released. The first failure may
+    /// stem from earlier work, so it is logged and the wait is retried once.
+    pub(super) fn drain(&self) {
+        self.errors.cleanup("binding the context", self.bind());
+        let first = result::ctx::synchronize();
+        let failed = first.is_err();
+        self.errors.cleanup("waiting before a release", first);
+        if failed && self.errors.check().is_ok() {
+            let again = result::ctx::synchronize();
+            self.errors.cleanup("waiting before a release", again);
+        }
+    }
+
+    /// Calls the driver to release a resource, even if the device is lost.
+    pub(super) fn cleanup(
+        &self,
+        operation: &'static str,
+        call: impl FnOnce() -> Result<(), DriverError>,
+    ) {
+        // Release even if the context cannot be bound.
+        self.errors.cleanup("binding the context", self.bind());
+        self.errors.cleanup(operation, call());
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        // SAFETY: the context was retained once by `new`, and everything that belongs
+        // to it holds an `Rc` of `self`, so nothing uses it any more.
+        let outcome = unsafe { result::primary_ctx::release(self.device) };
+        self.errors.cleanup("releasing the context", outcome);
+    }
+}
+
+/// A stream of the context.
+pub(super) struct Stream {
+    stream: sys::CUstream,
+    handle: Rc<Handle>,
+}
+
+impl Stream {
+    pub(super) fn new(handle: &Rc<Handle>) -> Result<Self, DeviceError> {
+        let kind = result::stream::StreamKind::NonBlocking;
+        let stream = handle.call("creating a stream", || result::stream::create(kind))?;
+        Ok(Self {
+            stream,
+            handle: Rc::clone(handle),
+        })
+    }
+
+    /// Returns the driver's handle.
+    pub(super) fn raw(&self) -> sys::CUstream {
+        self.stream
+    }
+
+    /// Returns the context that the stream belongs to.
+    pub(super) fn handle(&self) -> &Rc<Handle> {
+        &self.handle
+    }
+
+    /// Blocks the host until all work in the stream has completed.
+    pub(super) fn synchronize(&self, operation: &'static str) -> Result<(), DeviceError> {
+        // SAFETY: the stream is alive.
+        let wait = || unsafe { result::stream::synchronize(self.stream) };
+        self.handle.call(operation, wait)
+    }
+
+    /// Makes all work enqueued from now on wait for `event`, on the device.
+    pub(super) fn wait(&self, event: &Event) -> Result<(), DeviceError> {
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: stream and event are alive and belong to the same context.
+        let wait = || unsafe { result::stream::wait_event(self.stream, event.event, flags) };
+        self.handle.call("waiting for an event", wait)
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        // SAFETY: created by `new` and destroyed once.
+        let destroy = || unsafe { result::stream::destroy(self.stream) };
+        self.handle.cleanup("destroying a stream", destroy);
+    }
+}
+
+/// A point in a stream that the host or another stream can wait for.
+pub(super) struct Event {
+    event: sys::CUevent,
+    handle: Rc<Handle>,
+}
+
+impl Event {
+    /// Creates an event without timing that is not recorded yet.
+    pub(super) fn new(handle: &Rc<Handle>) -> Result<Self, DeviceError> {
+        let handle = Rc::clone(handle);
+        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
+        let event = handle.call("creating an event", || result::event::create(flags))?;
+        Ok(Self { event, handle })
+    }
+
+    /// Records the event in `stream`: it is reached when all work enqueued so far has
+    /// completed.
+    pub(super) fn record(&self, stream: &Stream) -> Result<(), DeviceError> {
+        // SAFETY: event and stream are alive and belong to the same context.
+        let record = || unsafe { result::event::record(self.event, stream.stream) };
+        self.handle.call("recording an event", record)
+    }
+
+    /// Returns whether the event was reached; `true` if it was never recorded.
+    pub(super) fn is_reached(&self) -> Result<bool, DeviceError> {
+        // SAFETY: the event is alive.
+        let query = || match unsafe { result::event::query(self.event) } {
+            Ok(()) => Ok(true),
+            Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
+            Err(error) => Err(error),
+        };
+        self.handle.call("querying an event", query)
+    }
+
+    /// Blocks the host until the event is reached.
+    pub(super) fn synchronize(&self, operation: &'static str) -> Result<(), DeviceError> {
+        // SAFETY: the event is alive.
+        let wait = || unsafe { result::event::synchronize(self.event) };
+        self.handle.call(operation, wait)
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: created by `new` and destroyed once.
+        let destroy = || unsafe { result::event::destroy(self.event) };
+        self.handle.cleanup("destroying an event", destroy);
+    }
+}
