@@ -127,7 +127,7 @@ impl Engine {
     /// Returns the sampling settings to use where a caller specifies none: the model's own,
     /// unless [`LoadOptions::generation_config`] excludes them. The engine does not apply them
     /// by itself; whatever creates the requests must do so, as the server does.
-    /// [`Request::new`] ignores them.
+    /// [`Request::new`](crate::Request::new) ignores them.
     pub fn sampling_defaults(&self) -> SamplingDefaults {
         let model = self.shared.info.model.as_ref();
         model.map_or_else(SamplingDefaults::default, |model| model.sampling.clone())

@@ -28,7 +28,7 @@
 //! comes from earlier work. A failure with a code that breaks a context (700, 719, ...) breaks
 //! the current one.
 //!
-//! Settings, see [`Settings`](super::settings::Settings): `name`, `compute_capability`,
+//! Settings, see [`Settings`]: `name`, `compute_capability`,
 //! `memory`, `driver`, `devices`, `multiprocessors`, `shared_memory`, `memory_pools`,
 //! `schedule`, `threads`, `check_races`, `check_initialised`, `check_copies`, `backtrace`.
 //! Statistics: `launches`, `warp_instructions`, `synchronisations` (calls that made the host
