@@ -27,7 +27,7 @@ models:
 	$(CARGO) test --locked -p interleavings --features loom --test loom
 	$(CARGO) test --locked -p interleavings --features shuttle --test shuttle
 
-## Runs a million requests and cancels half of them; accounting, memory and open files must
+## Runs a million requests and cancels most of them; accounting, memory and open files must
 ## return to their initial state. Then runs 100,000 schedules per scenario of the model checker.
 soak:
 	QUELL_SOAK_REQUESTS=1000000 $(CARGO) test --locked --release --test soak -- --nocapture

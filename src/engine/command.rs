@@ -21,7 +21,7 @@ pub(crate) enum Command {
     Submit(Box<Submission>),
     /// New requests with the same prompt. The first one computes it for all of them.
     SubmitGroup(Vec<Submission>),
-    /// Check a request's cancel flag. The flag decides; this command only wakes the thread.
+    /// Check a request's cancel flag. The command alone cancels nothing; the flag decides.
     Cancel(RequestId),
     /// Cancel an open request by its id. The reply is `None` if no such request is open.
     CancelRequest {

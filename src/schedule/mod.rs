@@ -1,8 +1,9 @@
 //! Decides what runs next: pure logic over sequences and the block accounting of the KV cache.
 //!
-//! [`Scheduler::plan`] chooses the rows of a step: first decodes, then chunks of prompts within
-//! the token budget, then new sequences while blocks are left. [`Scheduler::commit`] records
-//! the step's samples. Between the two calls, any sequence may be removed.
+//! [`Scheduler::plan`] chooses the rows of a step: first new sequences that are more urgent
+//! than a running one, then decodes, then chunks of prompts within the token budget, then new
+//! sequences while blocks are left. [`Scheduler::commit`] records the step's samples. Between
+//! the two calls, any sequence may be removed.
 //!
 //! # Order
 //!

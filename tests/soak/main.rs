@@ -1,4 +1,4 @@
-//! The soak test: runs a great many requests and cancels half of them, at every point of their
+//! The soak test: runs a great many requests and cancels most of them, at every point of their
 //! lives. Afterwards the engine's statistics are as before, to the block, and neither memory
 //! nor file descriptors have grown.
 //!

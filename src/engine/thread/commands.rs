@@ -113,7 +113,7 @@ impl SchedulerThread {
             // Even if there are no scores, the request must get a report.
             self.ledger.report(key, PromptReport::Scores(Vec::new()));
         }
-        // The request was cancelled on its way here, so it never runs (I5).
+        // If the request was cancelled on its way here, it never runs (I5).
         let cell = self.ledger.cell_of(key);
         if cell.and_then(RequestCell::cancelled) == Some(CancelReason::StreamDropped) {
             self.end_request(key, Ok(Outcome::Cancelled(CancelReason::SubmitDropped)));

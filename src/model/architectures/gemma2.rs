@@ -63,7 +63,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
 
 fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError> {
     let common = metadata.hyperparameters()?;
-    // Early files lack what never differs.
+    // Early files lack these keys, whose values are the same in every Gemma 2 model.
     let cap = metadata.number("attn_logit_softcapping")?;
     let window = metadata.window(CLASS.window)?;
     Ok(Hyperparameters {
@@ -92,7 +92,7 @@ pub(super) fn attention_scale(numbers: &Hyperparameters, largest: usize) -> f32 
     1.0 / (width as f32).sqrt()
 }
 
-/// Norms before and after.
+/// A layer with norms before and after both the attention and the feed-forward part.
 pub(super) fn layer(numbers: &Hyperparameters, index: usize) -> LayerSpec {
     LayerSpec {
         mixer_norms: NormPlacement::BeforeAndAfter,

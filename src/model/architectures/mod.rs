@@ -1,6 +1,6 @@
 //! The architectures that quell computes, one file each.
 //!
-//! A file says the names that the architecture goes by, how its numbers are read from
+//! Each file gives the architecture's names, how its hyperparameters are read from
 //! `config.json` and from GGUF metadata, how its tensors are stored, and what its layers
 //! compute. What several architectures share is in the readers ([`Config`], [`Metadata`]), in
 //! [`Hyperparameters`], or in the file that needed it first. No other file names an
@@ -88,7 +88,7 @@ pub(super) struct Storage {
 }
 
 impl Storage {
-    /// As most architectures have it.
+    /// The layout of most architectures.
     const COMMON: Self = Self {
         huggingface_name: names::huggingface,
         gguf_name: names::gguf,
@@ -99,15 +99,15 @@ impl Storage {
 }
 
 impl Architecture {
-    /// The architecture that a `config.json` names in `model_type`.
+    /// Returns the architecture that a `config.json` names in `model_type`.
     pub(super) fn from_model_type(name: &str) -> Result<&'static Self, ModelError> {
         let names_it = |one: &&&Self| one.name == name || one.aliases.contains(&name);
         let found = ALL.iter().find(names_it).copied();
         found.ok_or_else(|| unknown(name, ALL.iter().map(|one| one.name)))
     }
 
-    /// The architecture that a GGUF file names in `general.architecture`, and what reads
-    /// its metadata.
+    /// Returns the architecture that a GGUF file names in `general.architecture`, and the
+    /// function that reads its metadata.
     pub(super) fn from_gguf_name(name: &str) -> Result<(&'static Self, ReadMetadata), ModelError> {
         let formats = || {
             ALL.iter()
@@ -119,7 +119,7 @@ impl Architecture {
         }
     }
 
-    /// Its name: `model_type` in `config.json`.
+    /// Returns its name: `model_type` in `config.json`.
     pub fn name(&self) -> &'static str {
         self.name
     }

@@ -14,7 +14,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
         norm_epsilon: 1e-5,
         rope: RopeRules {
             is_partial: true,
-            // Early checkpoints call it so.
+            // Early checkpoints use these names for LongRoPE.
             longrope_aliases: &["su", "yarn"],
             original_context: Some(4096),
         },

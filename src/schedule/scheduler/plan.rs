@@ -72,7 +72,8 @@ impl Scheduler {
         self.scratch = keys;
     }
 
-    /// Returns how many more tokens of a sequence this step could compute; 1 means a decode.
+    /// Returns how many more tokens of a sequence this step could compute. 1 is planned as a
+    /// decode.
     fn plannable(&self, key: SequenceKey, plan: &StepPlan) -> usize {
         let runs = |sequence: &&Sequence| {
             let planned = sequence.last_step == plan.step;
@@ -138,7 +139,8 @@ impl Scheduler {
         };
         budget.tokens -= count;
         budget.samples -= item.sample_count();
-        // The sample of an item's last row is the last sample of the item.
+        // The next step may read this item's last sample as feedback; this is its index in the
+        // step.
         sequence.last_sample = (self.policy.max_samples() - budget.samples).saturating_sub(1);
         self.tenants.charge(sequence.tenant, count, sample);
         plan.items.push(item);

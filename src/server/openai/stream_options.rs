@@ -15,14 +15,15 @@ pub(crate) struct StreamOptions {
 pub(crate) enum UsageEvents {
     #[default]
     None,
-    /// One more event at the end.
+    /// One additional event, at the end.
     Last,
     /// Every event, with the counts so far.
     Each,
 }
 
 impl StreamOptions {
-    /// Returns which events report usage. Stream options are refused without a stream.
+    /// Returns which events report usage: none without `include_usage`. Refuses stream options
+    /// unless the answer is streamed.
     pub fn usage(options: Option<Self>, stream: bool) -> Result<UsageEvents, ApiError> {
         let Some(options) = options else {
             return Ok(UsageEvents::None);

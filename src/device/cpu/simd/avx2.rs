@@ -14,7 +14,7 @@ pub(super) fn available() -> bool {
         && is_x86_feature_detected!("f16c")
 }
 
-/// Runs a kernel compiled for AVX2.
+/// Compiles a kernel for AVX2, FMA and F16C, and runs it.
 ///
 /// # Safety
 /// [`available`] must have returned true.

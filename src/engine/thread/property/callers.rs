@@ -1,4 +1,4 @@
-//! The callers of the state machine: what they have requested, what they have observed, and
+//! The callers in the property test: what they have requested, what they have observed, and
 //! what they may observe.
 
 use super::constraint::Remainders;
