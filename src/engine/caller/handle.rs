@@ -1,6 +1,6 @@
 //! [`Engine`], the handle through which callers load a model, and watch and stop its engine.
 
-use super::pending::{Cancellation, Pending};
+use super::pending::Pending;
 use super::waiting::{Answer, Reply};
 use super::wiring::{Shared, wire};
 use crate::config::EngineConfig;
@@ -203,11 +203,8 @@ impl Engine {
     /// learn what became of the open requests.
     pub fn drain(&self, deadline: Duration) -> Pending<Drained> {
         self.shared.draining.store(true, Ordering::Release);
-        let (reply, answer) = Answer::channel(&self.shared.end, &self.shared.waiters);
         let until = Instant::now().checked_add(deadline);
-        // If the engine has closed, dropping the reply ends the wait.
-        let _ = self.commands.send(Command::Drain(until, reply));
-        Pending::reply(answer)
+        self.put(|reply| Command::Drain(until, reply))
     }
 
     /// Ends every open request, as `how` says, and then the scheduler thread.
@@ -221,10 +218,7 @@ impl Engine {
             Shutdown::Abort => Some(now),
             Shutdown::Drain(deadline) => now.checked_add(deadline),
         };
-        let (reply, answer) = Answer::channel(&self.shared.end, &self.shared.waiters);
-        // If the engine has closed, dropping the reply ends the wait.
-        let _ = self.commands.send(Command::Shutdown(until, reply));
-        Pending::end(answer)
+        Pending::end(self.question(|reply| Command::Shutdown(until, reply)))
     }
 
     /// Returns the engine's health. Reads the heartbeat of the scheduler thread and never waits
@@ -278,11 +272,19 @@ impl Engine {
     }
 
     /// Posts a command whose answer can be awaited.
-    fn put<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Pending<T> {
+    pub(in crate::engine) fn put<T>(
+        &self,
+        command: impl FnOnce(Reply<T>) -> Command,
+    ) -> Pending<T> {
+        Pending::reply(self.question(command))
+    }
+
+    /// Posts a command with the place for its reply, and returns the other end.
+    fn question<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Answer<T> {
         let (reply, answer) = Answer::channel(&self.shared.end, &self.shared.waiters);
         // If the engine has closed, dropping the reply ends the wait.
         let _ = self.commands.send(command(reply));
-        Pending::reply(answer)
+        answer
     }
 
     /// Forgets the cached prefixes that no request holds. What sessions keep is not affected.
@@ -302,17 +304,6 @@ impl Engine {
         let (reply, answer) = bounded(1);
         self.post(command(reply))?;
         self.shared.end.recv(&answer).map_err(SubmitError::Closed)
-    }
-
-    /// Posts a session's command that is acknowledged with a receipt.
-    pub(in crate::engine) fn acknowledged(
-        &self,
-        command: impl FnOnce(Reply<Receipt>) -> Command,
-    ) -> Cancellation {
-        let (reply, answer) = Answer::channel(&self.shared.end, &self.shared.waiters);
-        // If the engine has closed, dropping the reply ends the wait.
-        let _ = self.commands.send(command(reply));
-        Pending::reply(answer)
     }
 
     pub(in crate::engine) fn post(&self, command: Command) -> Result<(), SubmitError> {

@@ -11,7 +11,7 @@ use std::task::{Context, Poll};
 /// The answer to a command that has been posted to the scheduler thread.
 ///
 /// Await it in any async runtime, or call [`Pending::wait`] on a plain thread. The command has
-/// taken its way when this is returned: dropping the answer does not undo it.
+/// already been posted, so dropping the answer does not undo it.
 ///
 /// # Errors
 ///

@@ -176,7 +176,7 @@ impl Session {
         state.settle();
         let turn = state.turn.clone();
         let posted_at = Instant::now();
-        let cancellation = self.engine.acknowledged(|reply| Command::Stop {
+        let cancellation = self.engine.put(|reply| Command::Stop {
             session: self.id,
             turn: turn.clone(),
             stop,
@@ -232,7 +232,7 @@ impl Session {
     /// afterwards ends when the session is dropped.
     pub(crate) fn post_end(&self) -> Cancellation {
         let (session, posted_at) = (self.id, Instant::now());
-        self.engine.acknowledged(|reply| Command::EndSession {
+        self.engine.put(|reply| Command::EndSession {
             session,
             posted_at,
             reply: Some(reply),
