@@ -21,6 +21,7 @@
 //! holds all blocks before it as well, and every cached block can be evicted.
 
 mod fence;
+mod layout;
 mod list;
 mod pool;
 mod prefix;
@@ -28,8 +29,9 @@ mod table;
 mod transfer;
 
 pub use fence::Fence;
+pub use layout::{CacheGroup, CacheLayout, EmptyWindow, GroupKind};
 pub use pool::{BlockId, BlockState, Pool};
-pub use table::BlockTable;
+pub use table::{BlockTable, GroupBlocks};
 pub use transfer::{HostBlockId, HostBlocks, Transfers};
 
 use crate::id::StepId;

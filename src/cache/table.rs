@@ -3,6 +3,16 @@
 use super::BlockId;
 use std::sync::Arc;
 
+/// The blocks that one group of layers has for a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GroupBlocks<'a> {
+    /// Index of the first block, counted from the start of the sequence. The blocks before it
+    /// lie behind the window and were given back.
+    pub first: usize,
+    /// The blocks from there on, in the order of the tokens.
+    pub blocks: &'a [BlockId],
+}
+
 /// The blocks of one sequence, in the order of its tokens.
 ///
 /// Only the cache creates and changes tables, so that its accounting covers every holder.
@@ -61,10 +71,21 @@ impl BlockTable {
         self.published
     }
 
-    /// Returns the slot for the key and value of the token at `position`, counted in tokens
-    /// from the start of the cache, or `None` if the table is too short.
-    pub fn slot(&self, position: usize, block_tokens: usize) -> Option<u32> {
-        let block = self.blocks.get(position / block_tokens)?;
+    /// Returns the blocks of one group of layers.
+    pub fn group(&self, group: usize) -> GroupBlocks<'_> {
+        let blocks: &[BlockId] = match group {
+            0 => &self.blocks,
+            _ => &[],
+        };
+        GroupBlocks { first: 0, blocks }
+    }
+
+    /// Returns the slot for the key and value of the token at `position` in the layers of
+    /// `group`, counted in tokens from the start of the cache, or `None` if the table has no
+    /// block for it.
+    pub fn slot(&self, group: usize, position: usize, block_tokens: usize) -> Option<u32> {
+        let GroupBlocks { first, blocks } = self.group(group);
+        let block = blocks.get((position / block_tokens).checked_sub(first)?)?;
         Some(block.0 * block_tokens as u32 + (position % block_tokens) as u32)
     }
 }

@@ -95,7 +95,7 @@ fn add_item(item: &PlanItem, sequence: &Sequence, block_tokens: usize, batch: &m
     for position in item.start..end {
         batch.positions.push(position as u32);
         // The scheduler has allocated blocks for every position that it plans.
-        let slot = sequence.table.slot(position, block_tokens);
+        let slot = sequence.table.slot(0, position, block_tokens);
         debug_assert!(slot.is_some(), "position {position} has no block");
         batch.slots.push(slot.unwrap_or(u32::MAX));
     }

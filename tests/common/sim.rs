@@ -200,7 +200,7 @@ impl Runner for SimRunner {
                 let end = item.start + item.count;
                 let slots: Vec<usize> = (0..end)
                     .map(|position| {
-                        let slot = sequence.table.slot(position, self.options.block_tokens);
+                        let slot = sequence.table.slot(0, position, self.options.block_tokens);
                         slot.expect("every planned position has a block") as usize
                     })
                     .collect();
