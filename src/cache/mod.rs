@@ -13,6 +13,15 @@
 //! is left, the least recently used one first. Tables are released from their end, so a block
 //! is always evicted before the blocks that it follows.
 //!
+//! # Groups
+//!
+//! A table has blocks for each group of layers ([`CacheLayout`]), all from the same pool. The
+//! layers of a group with a window need only the last tokens, so
+//! [`BlockCache::give_back`] releases the blocks behind the window while the sequence goes on.
+//! These stay in the prefix cache until they are evicted. A sequence can begin with cached
+//! blocks up to any position at which every group can continue: groups that need all tokens
+//! have all blocks up to it, and those with a window have the blocks that the window covers.
+//!
 //! Tables may have a *salt*. Only tables with the same salt share blocks, so one tenant cannot
 //! find out what another one has sent.
 //!
@@ -20,25 +29,27 @@
 //! second one, it gets the first one in its place. So a table that holds a published block
 //! holds all blocks before it as well, and every cached block can be evicted.
 
+mod audit;
 mod fence;
 mod layout;
 mod list;
 mod pool;
 mod prefix;
+mod reuse;
 mod table;
 mod transfer;
 
 pub use fence::Fence;
 pub use layout::{CacheGroup, CacheLayout, EmptyWindow, GroupKind};
 pub use pool::{BlockId, BlockState, Pool};
+pub use reuse::PrefixHit;
 pub use table::{BlockTable, GroupBlocks};
 pub use transfer::{HostBlockId, HostBlocks, Transfers};
 
 use crate::id::StepId;
 use fence::Release;
-use prefix::{Predecessor, PrefixCache};
+use prefix::PrefixCache;
 use serde::Serialize;
-use std::sync::Arc;
 use thiserror::Error;
 
 /// Number of blocks in each state at one moment.
@@ -81,30 +92,74 @@ pub struct OutOfBlocks {
 #[error("the block accounting of the KV cache is inconsistent: {0}")]
 pub struct AccountingError(pub(crate) String);
 
+/// How far a sequence needs blocks, in tokens from its start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// In groups whose layers need all tokens.
+    pub full: usize,
+    /// In groups whose layers have a window. Further blocks are allocated when the first ones
+    /// have been given back.
+    pub windowed: usize,
+}
+
+impl Extent {
+    /// Returns the extent of `tokens` tokens in all groups.
+    pub fn all(tokens: usize) -> Self {
+        Self {
+            full: tokens,
+            windowed: tokens,
+        }
+    }
+}
+
 /// Allocates the blocks of the KV cache and takes them back.
 #[derive(Debug)]
 pub struct BlockCache {
     pool: Pool,
     fence: Fence,
     prefix: Option<PrefixCache>,
+    layout: CacheLayout,
+    /// Whether any group has a window.
+    windowed: bool,
     block_tokens: usize,
     releases: u64,
+    /// Blocks that the prefix cache has just forgotten together with another one. Kept to reuse
+    /// the allocation.
+    useless: Vec<BlockId>,
 }
 
 impl BlockCache {
-    /// Creates a cache of `blocks` free blocks of `block_tokens` tokens each. With `prefixes`,
-    /// it remembers the tokens of complete blocks.
+    /// Creates a cache of `blocks` free blocks of `block_tokens` tokens each, for one group of
+    /// layers that need all tokens. With `prefixes`, it remembers the tokens of complete blocks.
     ///
     /// # Panics
     /// Panics if `block_tokens` is 0 or if there are more than 2³² − 2 blocks.
     pub fn new(blocks: usize, block_tokens: usize, prefixes: bool) -> Self {
+        Self::with_layout(blocks, block_tokens, prefixes, CacheLayout::single())
+    }
+
+    /// Like [`BlockCache::new`], for the groups of `layout`.
+    ///
+    /// # Panics
+    /// Panics if `block_tokens` is 0 or if there are more than 2³² − 2 blocks.
+    pub fn with_layout(
+        blocks: usize,
+        block_tokens: usize,
+        prefixes: bool,
+        layout: CacheLayout,
+    ) -> Self {
         assert!(block_tokens > 0, "a block must hold at least one token");
+        let mut groups = layout.groups().iter();
+        let windowed = groups.any(|group| matches!(group.kind, GroupKind::Window(_)));
         Self {
             pool: Pool::new(blocks),
             fence: Fence::default(),
-            prefix: prefixes.then(|| PrefixCache::new(blocks, block_tokens)),
+            prefix: prefixes.then(|| PrefixCache::new(blocks, block_tokens, &layout)),
+            layout,
+            windowed,
             block_tokens,
             releases: 0,
+            useless: Vec::new(),
         }
     }
 
@@ -113,9 +168,30 @@ impl BlockCache {
         self.block_tokens
     }
 
-    /// Returns the number of blocks that `tokens` tokens need.
+    /// Returns the groups of layers.
+    pub fn layout(&self) -> &CacheLayout {
+        &self.layout
+    }
+
+    /// Returns the number of groups of layers.
+    pub fn groups(&self) -> usize {
+        self.layout.groups().len()
+    }
+
+    /// Returns the number of blocks of one group that `tokens` tokens need.
     pub fn blocks_for(&self, tokens: usize) -> usize {
         tokens.div_ceil(self.block_tokens)
+    }
+
+    /// Returns how many blocks of a group, counted from the start of the sequence, an extent
+    /// covers.
+    fn end(&self, group: usize, extent: Extent) -> usize {
+        let tokens = match self.layout.groups()[group].kind {
+            GroupKind::Full => extent.full,
+            GroupKind::Window(_) => extent.windowed,
+            GroupKind::State => 0,
+        };
+        self.blocks_for(tokens)
     }
 
     /// Returns the number of blocks that can be allocated now.
@@ -129,18 +205,40 @@ impl BlockCache {
         self.pool.deferred_blocks()
     }
 
-    /// Returns the number of blocks that must be allocated before the tokens `start..end` can
-    /// be written through `table`.
-    pub fn missing_blocks(&self, table: &BlockTable, start: usize, end: usize) -> usize {
-        let growth = self.blocks_for(end).saturating_sub(table.len());
-        growth + usize::from(self.shared_at(table, start).is_some())
+    /// Returns the number of blocks that must be allocated before the tokens from `start` on can
+    /// be written through `table`, up to `extent`.
+    pub fn missing_blocks(&self, table: &BlockTable, start: usize, extent: Extent) -> usize {
+        let missing = |group: usize| {
+            let held = table.groups.get(group).map_or(0, |own| own.range().end);
+            let growth = self.end(group, extent).saturating_sub(held);
+            growth + usize::from(self.shared_at(table, group, start).is_some())
+        };
+        (0..self.groups()).map(missing).sum()
     }
 
-    /// Returns the index of the block for the token at `start`, if `table` has that block and
-    /// must not write to it because others may read it.
-    fn shared_at(&self, table: &BlockTable, start: usize) -> Option<usize> {
+    /// Returns the number of blocks that must be allocated for the tokens up to `extent`, if all
+    /// complete blocks before the token `start` exist, and no other block.
+    pub fn blocks_between(&self, start: usize, extent: Extent) -> usize {
+        let first = start / self.block_tokens;
+        (0..self.groups())
+            .map(|group| self.end(group, extent).saturating_sub(first))
+            .sum()
+    }
+
+    /// Returns the number of blocks that each group needs from the index in `first` on, up to
+    /// `extent`, all groups together.
+    pub fn blocks_from(&self, first: &[usize], extent: Extent) -> usize {
+        let groups = first.iter().enumerate();
+        groups
+            .map(|(group, first)| self.end(group, extent).saturating_sub(*first))
+            .sum()
+    }
+
+    /// Returns the index of the block of `group` for the token at `start`, if `table` has that
+    /// block and must not write to it because others may read it.
+    fn shared_at(&self, table: &BlockTable, group: usize, start: usize) -> Option<usize> {
         let index = start / self.block_tokens;
-        let &block = table.blocks.get(index)?;
+        let block = table.groups.get(group)?.get(index)?;
         let known = self
             .prefix
             .as_ref()
@@ -150,20 +248,42 @@ impl BlockCache {
 
     /// Returns whether releasing `table` would leave a block that no table holds.
     pub fn has_exclusive_blocks(&self, table: &BlockTable) -> bool {
-        let mut last_first = table.blocks.iter().rev();
-        last_first.any(|&block| self.pool.references(block) == 1)
+        let mut groups = table.groups.iter();
+        groups.any(|group| {
+            let mut last_first = group.blocks.iter().rev();
+            last_first.any(|&block| self.pool.references(block) == 1)
+        })
     }
 
     /// Returns the number of blocks that no table would hold if `table` were released.
     pub fn exclusive_blocks(&self, table: &BlockTable) -> usize {
-        let blocks = table.blocks.iter();
+        let blocks = table.blocks();
         blocks
-            .filter(|&&block| self.pool.references(block) == 1)
+            .filter(|&block| self.pool.references(block) == 1)
             .count()
     }
 
-    /// Prepares `table` so that step `step` can write the tokens `start..end`. A block that
-    /// others may read is replaced by a copy (copy on write), which is added to `transfers`.
+    /// Reserves memory for the blocks of a sequence of `tokens` tokens that is computed in steps
+    /// of at most `step_tokens` tokens, so that `table` is not reallocated as it grows.
+    pub fn reserve(&self, table: &mut BlockTable, tokens: usize, step_tokens: usize) {
+        self.open(table);
+        for (index, group) in table.groups.iter_mut().enumerate() {
+            let most = self
+                .layout
+                .most_blocks(index, tokens, step_tokens, self.block_tokens);
+            let more = most.saturating_sub(group.blocks.len());
+            group.blocks.reserve_exact(more);
+        }
+    }
+
+    /// Gives `table` its groups, if it was never used.
+    fn open(&self, table: &mut BlockTable) {
+        table.groups.resize_with(self.groups(), Default::default);
+    }
+
+    /// Prepares `table` so that step `step` can write the tokens from `start` on, up to `extent`.
+    /// A block that others may read is replaced by a copy (copy on write), which is added to
+    /// `transfers`.
     ///
     /// # Errors
     /// Returns [`OutOfBlocks`] and changes nothing if not enough blocks are available.
@@ -171,33 +291,42 @@ impl BlockCache {
         &mut self,
         table: &mut BlockTable,
         start: usize,
-        end: usize,
+        extent: Extent,
         step: StepId,
         transfers: &mut Transfers,
     ) -> Result<(), OutOfBlocks> {
-        let needed = self.missing_blocks(table, start, end);
+        self.open(table);
+        let needed = self.missing_blocks(table, start, extent);
         let free = self.available_blocks();
         if needed > free {
             return Err(OutOfBlocks { needed, free });
         }
-        if let Some(index) = self.shared_at(table, start) {
-            let shared = table.blocks[index];
-            table.published = table.published.min(index);
-            // If the first token to be written begins a block, there is nothing to copy.
-            let copy = !start.is_multiple_of(self.block_tokens);
-            if let Some(own) = self.allocate() {
-                if copy {
+        if needed == 0 {
+            return Ok(());
+        }
+        let mut replaced = Vec::new();
+        for group in 0..self.groups() {
+            if let Some(index) = self.shared_at(table, group, start) {
+                self.unpublish_from(table, index);
+                let first = table.groups[group].first;
+                let Some(own) = self.allocate() else { continue };
+                let shared = std::mem::replace(&mut table.groups[group].blocks[index - first], own);
+                // If the first token to be written begins a block, there is nothing to copy.
+                if !start.is_multiple_of(self.block_tokens) {
                     transfers.copies.push((shared, own));
                 }
-                table.blocks[index] = own;
-                self.release_blocks(vec![shared], step);
+                replaced.push(shared);
+            }
+            let end = self.end(group, extent);
+            while table.groups[group].range().end < end {
+                match self.allocate() {
+                    Some(block) => table.groups[group].blocks.push(block),
+                    None => break,
+                }
             }
         }
-        while table.len() < self.blocks_for(end) {
-            match self.allocate() {
-                Some(block) => table.blocks.push(block),
-                None => break,
-            }
+        if !replaced.is_empty() {
+            self.release_blocks(replaced, step);
         }
         Ok(())
     }
@@ -209,124 +338,80 @@ impl BlockCache {
             return Some(block);
         }
         let block = self.pool.evict()?;
-        if let Some(prefix) = &mut self.prefix {
-            prefix.forget(block);
-        }
+        self.forget(block);
         Some(block)
     }
 
-    /// Returns how many leading blocks of `tokens` are known to tables with this salt, within
-    /// the first `limit` tokens, and how many of these no table holds.
-    pub fn lookup(&self, salt: Option<&Arc<str>>, tokens: &[u32], limit: usize) -> (usize, usize) {
-        let mut unheld = 0;
-        let known = self.matches(salt, tokens, limit).inspect(|&block| {
-            unheld += usize::from(self.pool.state(block) == BlockState::Cached);
-        });
-        (known.count(), unheld)
-    }
-
-    /// Returns the known blocks that hold the beginning of `tokens`, within the first `limit`
-    /// tokens.
-    fn matches<'a>(
-        &'a self,
-        salt: Option<&'a Arc<str>>,
-        tokens: &'a [u32],
-        limit: usize,
-    ) -> impl Iterator<Item = BlockId> + 'a {
-        let mut after = Predecessor::Salt(salt);
-        let whole = tokens[..limit.min(tokens.len())].chunks_exact(self.block_tokens);
-        whole.map_while(move |chunk| {
-            let block = self.prefix.as_ref()?.find(after, chunk)?;
-            after = Predecessor::Block(block);
-            Some(block)
-        })
-    }
-
-    /// Lets an empty `table` hold the known blocks of `tokens`, within the first `limit`
-    /// tokens. Returns the number of tokens in these blocks.
-    pub fn attach(&mut self, table: &mut BlockTable, tokens: &[u32], limit: usize) -> usize {
-        debug_assert!(table.is_empty(), "the table must be empty");
-        let known = self.matches(table.salt.as_ref(), tokens, limit);
-        table.blocks.extend(known);
-        for &block in &table.blocks {
-            self.pool.add_reference(block);
-        }
-        table.published = table.len();
-        table.len() * self.block_tokens
-    }
-
-    /// Publishes the complete blocks of `table`, which holds `tokens`. The first `written` of
-    /// these have been computed by completed steps. A block whose tokens are known already is
-    /// replaced by the known block; it can be allocated again when step `touched` has
-    /// completed.
-    pub fn publish(
-        &mut self,
-        table: &mut BlockTable,
-        tokens: &[u32],
-        written: usize,
-        touched: StepId,
-    ) {
+    /// Lets the prefix cache forget a block. Cached blocks that are of no use without it become
+    /// free.
+    fn forget(&mut self, block: BlockId) {
         let Some(prefix) = &mut self.prefix else {
             return;
         };
-        let whole = written.min(tokens.len()) / self.block_tokens;
-        let mut replaced = Vec::new();
-        while table.published < whole.min(table.len()) {
-            let index = table.published;
-            let after = match index.checked_sub(1) {
-                Some(before) => Predecessor::Block(table.blocks[before]),
-                None => Predecessor::Salt(table.salt.as_ref()),
-            };
-            let own = table.blocks[index];
-            let chunk = &tokens[index * self.block_tokens..][..self.block_tokens];
-            if let Some(known) = prefix.find(after, chunk) {
-                if known != own {
-                    self.pool.add_reference(known);
-                    table.blocks[index] = known;
-                    replaced.push(own);
-                }
-            } else {
-                // Only a block that no other table holds may be published, because another
-                // table might not hold the block before it.
-                let alone = self.pool.references(own) == 1;
-                if !alone || !prefix.publish(own, after, chunk) {
-                    break;
-                }
+        prefix.forget(block, &mut self.useless);
+        for other in self.useless.drain(..) {
+            self.pool.forget(other);
+        }
+    }
+
+    /// Releases the blocks of `table` that no token from `position` on needs. Returns the number
+    /// of blocks that no table holds any more. They can be allocated again when step `touched`,
+    /// the last that may use them, has completed.
+    pub fn give_back(&mut self, table: &mut BlockTable, position: usize, touched: StepId) -> usize {
+        if !self.windowed {
+            return 0;
+        }
+        let size = self.block_tokens;
+        let mut behind = Vec::new();
+        for (index, group) in table.groups.iter_mut().enumerate() {
+            let keep = self.layout.first_kept_block(index, position, size);
+            let keep = keep.min(group.range().end);
+            if keep > group.first {
+                behind.extend(group.blocks.drain(..keep - group.first));
+                group.first = keep;
             }
-            table.published += 1;
         }
-        if !replaced.is_empty() {
-            self.release_blocks(replaced, touched);
+        match behind.is_empty() {
+            true => 0,
+            false => self.release_blocks(behind, touched),
         }
-    }
-
-    /// Returns a new table that shares the blocks of the first `tokens` tokens of `table`.
-    pub fn share(&mut self, table: &BlockTable, tokens: usize) -> BlockTable {
-        let blocks = &table.blocks[..self.blocks_for(tokens).min(table.len())];
-        for &block in blocks {
-            self.pool.add_reference(block);
-        }
-        BlockTable {
-            blocks: blocks.to_vec(),
-            published: table.published.min(tokens / self.block_tokens),
-            salt: table.salt.clone(),
-        }
-    }
-
-    /// Releases the blocks of `table` after the first `tokens` tokens. Returns the number of
-    /// blocks that no table holds any more.
-    pub fn truncate(&mut self, table: &mut BlockTable, tokens: usize, touched: StepId) -> usize {
-        let keep = self.blocks_for(tokens).min(table.len());
-        let blocks = table.blocks.split_off(keep);
-        table.published = table.published.min(tokens / self.block_tokens);
-        self.release_blocks(blocks, touched)
     }
 
     /// Releases all blocks of `table`. Returns the number of blocks that no table holds any
     /// more. They can be allocated again when step `touched`, the last that may use them, has
     /// completed (I4).
     pub fn release(&mut self, table: &mut BlockTable, touched: StepId) -> usize {
-        self.truncate(table, 0, touched)
+        self.cut(table, 0, touched)
+    }
+
+    /// Releases the blocks of `table` after the first `tokens` tokens. Returns the number of
+    /// blocks that no table holds any more.
+    fn cut(&mut self, table: &mut BlockTable, tokens: usize, touched: StepId) -> usize {
+        self.unpublish_from(table, tokens / self.block_tokens);
+        let keep = self.blocks_for(tokens);
+        let mut blocks = Vec::new();
+        match table.groups.as_mut_slice() {
+            [group] => {
+                let keep = keep.saturating_sub(group.first);
+                blocks = group.blocks.split_off(keep.min(group.blocks.len()));
+            }
+            groups => {
+                // In the order of the tokens, because that is the order of eviction.
+                let end = groups.iter().map(|group| group.range().end).max();
+                for index in keep..end.unwrap_or(0) {
+                    blocks.extend(groups.iter().filter_map(|group| group.get(index)));
+                }
+                for group in groups {
+                    group.blocks.truncate(keep.saturating_sub(group.first));
+                }
+            }
+        }
+        if tokens == 0 {
+            for group in &mut table.groups {
+                group.first = 0;
+            }
+        }
+        self.release_blocks(blocks, touched)
     }
 
     fn release_blocks(&mut self, mut blocks: Vec<BlockId>, touched: StepId) -> usize {
@@ -367,9 +452,7 @@ impl BlockCache {
     pub fn clear_prefixes(&mut self) {
         let cached: Vec<BlockId> = self.pool.cached().collect();
         for block in cached {
-            if let Some(prefix) = &mut self.prefix {
-                prefix.forget(block);
-            }
+            self.forget(block);
             self.pool.forget(block);
         }
     }
@@ -394,137 +477,6 @@ impl BlockCache {
     /// Returns the state of every block, by block index.
     pub fn states(&self) -> impl Iterator<Item = BlockState> + '_ {
         self.pool.states()
-    }
-
-    /// Returns every known block with its tokens.
-    #[cfg(test)]
-    pub(crate) fn known(&self) -> impl Iterator<Item = (BlockId, &[u32])> {
-        let prefix = self.prefix.iter();
-        prefix.flat_map(|prefix| {
-            let blocks = (0..self.pool.total_blocks() as u32).map(BlockId);
-            let known = blocks.filter(|&block| prefix.knows(block));
-            known.map(|block| (block, prefix.tokens_of(block)))
-        })
-    }
-
-    /// Checks I3 against the tables of all holders. Each block must be free, cached, deferred
-    /// or referenced, and its reference count must be the number of tables that hold it. The
-    /// rules that the prefix cache relies on are checked, too.
-    ///
-    /// # Errors
-    /// Returns [`AccountingError`] with a description of the first inconsistency.
-    pub fn audit<'a>(
-        &self,
-        tables: impl Iterator<Item = &'a BlockTable>,
-    ) -> Result<BlockCounts, AccountingError> {
-        let counts = self.counts();
-        if counts.free + counts.referenced + counts.cached + counts.deferred != counts.total {
-            return Err(AccountingError(format!("{counts:?} does not add up")));
-        }
-        let mut held = vec![0u32; counts.total];
-        for table in tables {
-            for &block in table.blocks() {
-                match held.get_mut(block.index()) {
-                    Some(count) => *count += 1,
-                    None => {
-                        return Err(AccountingError(format!(
-                            "a table holds {block:?} of {counts:?}"
-                        )));
-                    }
-                }
-            }
-            self.audit_published(table)?;
-        }
-        self.pool.audit(&held).map_err(AccountingError)?;
-        self.audit_deferred()?;
-        self.audit_prefixes()?;
-        Ok(counts)
-    }
-
-    /// Checks that a table's published blocks are known, follow each other, and have its salt.
-    fn audit_published(&self, table: &BlockTable) -> Result<(), AccountingError> {
-        let Some(prefix) = &self.prefix else {
-            return Ok(());
-        };
-        let mut parent = None;
-        if let Some(&first) = table.blocks[..table.published].first()
-            && prefix.salt(first) != table.salt()
-        {
-            return Err(AccountingError(format!("{first:?} is shared across salts")));
-        }
-        for &block in &table.blocks[..table.published] {
-            if !prefix.knows(block) || prefix.parent(block) != parent {
-                let known = prefix.parent(block);
-                return Err(AccountingError(format!(
-                    "{block:?} was published after {parent:?}, but is known after {known:?}"
-                )));
-            }
-            parent = Some(block);
-        }
-        Ok(())
-    }
-
-    /// Checks that the fence will settle every deferred block.
-    fn audit_deferred(&self) -> Result<(), AccountingError> {
-        let mut awaited = vec![false; self.pool.total_blocks()];
-        for block in self.fence.iter() {
-            awaited[block.index()] = true;
-        }
-        for (index, awaited) in awaited.into_iter().enumerate() {
-            if self.pool.state(BlockId(index as u32)) == BlockState::Deferred && !awaited {
-                return Err(AccountingError(format!(
-                    "block {index} is deferred forever"
-                )));
-            }
-        }
-        Ok(())
-    }
-
-    /// Checks that cached blocks are known and free ones are not, and that the block that a
-    /// known block follows is known and is evicted after it.
-    fn audit_prefixes(&self) -> Result<(), AccountingError> {
-        let Some(prefix) = &self.prefix else {
-            let cached = self.pool.cached_blocks();
-            return match cached {
-                0 => Ok(()),
-                _ => Err(AccountingError(format!(
-                    "{cached} blocks are cached, but there is no prefix cache"
-                ))),
-            };
-        };
-        let mut order = vec![usize::MAX; self.pool.total_blocks()];
-        for (place, block) in self.pool.cached().enumerate() {
-            order[block.index()] = place;
-        }
-        let mut known = 0;
-        for index in 0..self.pool.total_blocks() as u32 {
-            let block = BlockId(index);
-            let state = self.pool.state(block);
-            if !prefix.knows(block) {
-                if state == BlockState::Cached {
-                    return Err(AccountingError(format!(
-                        "{block:?} is cached, but its tokens are not known"
-                    )));
-                }
-                continue;
-            }
-            known += 1;
-            let lost = prefix.parent(block).filter(|&parent| {
-                !prefix.knows(parent) || order[parent.index()] < order[block.index()]
-            });
-            if state == BlockState::Free || lost.is_some() {
-                return Err(AccountingError(format!(
-                    "{block:?} is {state:?}, but is known after {lost:?}"
-                )));
-            }
-        }
-        if known != prefix.len() {
-            let listed = prefix.len();
-            return Err(AccountingError(format!(
-                "{known} blocks are known, but {listed} are indexed"
-            )));
-        }
-        Ok(())
     }
 }
 

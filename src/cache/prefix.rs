@@ -1,46 +1,63 @@
-//! The prefix cache: finds blocks by their tokens and the block before them.
+//! The prefix cache: finds blocks by their tokens and all tokens before these.
 //!
-//! A block is known by a hash of its tokens, chained to the hash of the block before it (as in
-//! vLLM's automatic prefix caching). A hash only finds a candidate. The candidate matches if
-//! its tokens are the same and it follows the very block that was matched before, or begins a
-//! sequence with the same salt. So a match is exact even if hashes collide, and sequences with
-//! different salts never share a block.
+//! It is a tree of *nodes*. A node stands for one block's worth of tokens after those of its
+//! parent, and knows the block that holds them in each group of layers, as far as these are
+//! still cached. A node is found by a hash of its tokens, chained to the hash of its parent (as
+//! in vLLM's automatic prefix caching). A hash only finds a candidate. The candidate matches if
+//! its tokens are the same and it is a child of the very node that was matched before, or
+//! begins a sequence with the same salt. So a match is exact even if hashes collide, and
+//! sequences with different salts never share a block.
+//!
+//! A node exists as long as it has a block or a child. If some layers need all tokens, a node
+//! without their blocks is of no use, so its other blocks are forgotten with them.
 
-use super::BlockId;
+use super::{BlockId, CacheLayout, GroupKind};
 use foldhash::fast::RandomState;
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher};
 use std::sync::Arc;
 
-/// Sentinel: no block before, because the block is the first of a sequence.
-const ROOT: u32 = u32::MAX;
+/// Sentinel: no node, or no block.
+const NONE: u32 = u32::MAX;
+
+/// Limit on the nodes, as a multiple of the blocks. There can be more nodes than blocks only if
+/// all layers have windows, so that the first blocks of a sequence are gone.
+const NODES_PER_BLOCK: usize = 8;
+
+/// A node of the prefix cache. It does not match a later node in the same place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct NodeId {
+    index: u32,
+    generation: u32,
+}
 
 /// What comes before a block.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Predecessor<'a> {
-    /// Another known block.
-    Block(BlockId),
+    /// The block of this node.
+    Node(NodeId),
     /// Nothing: the block is the first of a sequence with this salt.
     Salt(Option<&'a Arc<str>>),
 }
 
-/// What is known about one block.
 #[derive(Clone, Debug)]
-struct Known {
+struct Node {
     /// Hash of all tokens up to the end of the block.
     chain: u64,
-    /// Index of the block before, or [`ROOT`].
+    /// Index of the parent, or [`NONE`].
     parent: u32,
-    /// Salt of the sequence that begins with the block. Later blocks have `None` here: they
-    /// share the salt of their first block.
+    children: u32,
+    generation: u32,
+    /// Salt of the sequences that begin with the node. Other nodes have `None` here: they share
+    /// the salt of the first one.
     salt: Option<Arc<str>>,
 }
 
-impl Known {
+impl Node {
     fn follows(&self, after: Predecessor<'_>) -> bool {
         match after {
-            Predecessor::Block(parent) => self.parent == parent.0,
-            Predecessor::Salt(salt) => self.parent == ROOT && self.salt.as_ref() == salt,
+            Predecessor::Node(parent) => self.parent == parent.index,
+            Predecessor::Salt(salt) => self.parent == NONE && self.salt.as_ref() == salt,
         }
     }
 }
@@ -48,99 +65,213 @@ impl Known {
 /// Complete blocks, by their tokens and all tokens before these.
 #[derive(Debug)]
 pub(super) struct PrefixCache {
-    by_chain: HashMap<u64, BlockId, RandomState>,
-    known: Vec<Option<Known>>,
-    /// The tokens of every block, one block after the other.
+    by_chain: HashMap<u64, u32, RandomState>,
+    nodes: Vec<Node>,
+    /// Indices of unused nodes.
+    unused: Vec<u32>,
+    most_nodes: usize,
+    /// The tokens of every node, one node after the other.
     tokens: Vec<u32>,
+    /// The block of every group, or [`NONE`], one node after the other.
+    blocks: Vec<u32>,
+    /// The node of each block, or [`NONE`].
+    node_of: Vec<u32>,
+    /// Whether each group needs all tokens.
+    full: Vec<bool>,
     block_tokens: usize,
     /// Randomly seeded for each cache, so that nobody can prepare collisions.
     hasher: RandomState,
 }
 
 impl PrefixCache {
-    pub fn new(blocks: usize, block_tokens: usize) -> Self {
+    pub fn new(blocks: usize, block_tokens: usize, layout: &CacheLayout) -> Self {
+        let groups = layout.groups();
+        let full: Vec<bool> = groups
+            .iter()
+            .map(|group| group.kind == GroupKind::Full)
+            .collect();
+        let most_nodes = match full.contains(&true) {
+            true => blocks,
+            false => blocks.saturating_mul(NODES_PER_BLOCK),
+        };
         Self {
             by_chain: HashMap::with_capacity_and_hasher(blocks, RandomState::default()),
-            known: vec![None; blocks],
-            tokens: vec![0; blocks * block_tokens],
+            nodes: Vec::with_capacity(blocks),
+            unused: Vec::with_capacity(blocks),
+            most_nodes: most_nodes.min(NONE as usize),
+            tokens: Vec::with_capacity(blocks * block_tokens),
+            blocks: Vec::with_capacity(blocks * full.len()),
+            node_of: vec![NONE; blocks],
+            full,
             block_tokens,
             hasher: RandomState::default(),
         }
     }
 
-    pub fn len(&self) -> usize {
-        self.by_chain.len()
-    }
-
     pub fn knows(&self, block: BlockId) -> bool {
-        self.known[block.index()].is_some()
+        self.node_of[block.index()] != NONE
     }
 
-    /// Returns the known block that holds `tokens` and comes after `after`.
-    pub fn find(&self, after: Predecessor<'_>, tokens: &[u32]) -> Option<BlockId> {
-        let candidate = *self.by_chain.get(&self.chain(after, tokens))?;
-        let known = self.known[candidate.index()].as_ref()?;
-        let same = known.follows(after) && self.tokens_of(candidate) == tokens;
-        same.then_some(candidate)
+    /// Returns the node of a known block.
+    pub fn node_of(&self, block: BlockId) -> Option<NodeId> {
+        let index = self.node_of[block.index()];
+        (index != NONE).then(|| self.id(index))
     }
 
-    /// Makes a complete block known. Returns `false` and leaves it unknown if its hash is taken
-    /// by other tokens.
-    pub fn publish(&mut self, block: BlockId, after: Predecessor<'_>, tokens: &[u32]) -> bool {
+    fn id(&self, index: u32) -> NodeId {
+        NodeId {
+            index,
+            generation: self.nodes[index as usize].generation,
+        }
+    }
+
+    /// Returns whether a node still exists.
+    pub fn exists(&self, node: NodeId) -> bool {
+        self.nodes[node.index as usize].generation == node.generation
+    }
+
+    /// Returns the node that holds `tokens` and comes after `after`.
+    pub fn find(&self, after: Predecessor<'_>, tokens: &[u32]) -> Option<NodeId> {
+        let candidate = self.id(*self.by_chain.get(&self.chain(after, tokens))?);
+        let follows = self.nodes[candidate.index as usize].follows(after);
+        (follows && self.tokens_of(candidate) == tokens).then_some(candidate)
+    }
+
+    /// Returns the node before this one.
+    pub fn parent(&self, node: NodeId) -> Option<NodeId> {
+        let parent = self.nodes[node.index as usize].parent;
+        (parent != NONE).then(|| self.id(parent))
+    }
+
+    /// Returns the node `steps` nodes before this one; `None` if that is before the first.
+    pub fn ancestor(&self, node: NodeId, steps: usize) -> Option<NodeId> {
+        (0..steps).try_fold(node, |node, _| self.parent(node))
+    }
+
+    /// Returns the block of a group, if it is cached.
+    pub fn block(&self, node: NodeId, group: usize) -> Option<BlockId> {
+        let block = self.blocks[node.index as usize * self.full.len() + group];
+        (block != NONE).then_some(BlockId(block))
+    }
+
+    /// Returns whether the node has the blocks of all groups that need all tokens.
+    pub fn has_full_groups(&self, node: NodeId) -> bool {
+        let mut groups = self.full.iter().enumerate();
+        groups.all(|(group, full)| !full || self.block(node, group).is_some())
+    }
+
+    /// Returns the salt of the sequences that begin with this node.
+    pub fn salt(&self, node: NodeId) -> Option<&Arc<str>> {
+        self.nodes[node.index as usize].salt.as_ref()
+    }
+
+    /// Returns the tokens of a node.
+    pub fn tokens_of(&self, node: NodeId) -> &[u32] {
+        &self.tokens[node.index as usize * self.block_tokens..][..self.block_tokens]
+    }
+
+    /// Adds a node without blocks; the caller must give it one. Returns `None` if its hash is
+    /// taken by other tokens, or if there are too many nodes.
+    pub fn insert(&mut self, after: Predecessor<'_>, tokens: &[u32]) -> Option<NodeId> {
         debug_assert_eq!(
             tokens.len(),
             self.block_tokens,
             "only complete blocks are published (I11)"
         );
-        debug_assert!(!self.knows(block), "{block:?} is known already");
         let chain = self.chain(after, tokens);
         if self.by_chain.contains_key(&chain) {
-            return false;
+            return None;
         }
-        self.by_chain.insert(chain, block);
+        let index = self.unused_node()?;
+        let at = index as usize * self.block_tokens;
+        self.tokens[at..at + self.block_tokens].copy_from_slice(tokens);
         let (parent, salt) = match after {
-            Predecessor::Block(parent) => (parent.0, None),
-            Predecessor::Salt(salt) => (ROOT, salt.cloned()),
+            Predecessor::Node(parent) => (parent.index, None),
+            Predecessor::Salt(salt) => (NONE, salt.cloned()),
         };
-        self.known[block.index()] = Some(Known {
-            chain,
-            parent,
-            salt,
-        });
-        self.tokens[block.index() * self.block_tokens..][..self.block_tokens]
-            .copy_from_slice(tokens);
-        true
-    }
-
-    /// Forgets the tokens of a block, which is about to get other ones.
-    pub fn forget(&mut self, block: BlockId) {
-        if let Some(known) = self.known[block.index()].take() {
-            self.by_chain.remove(&known.chain);
+        if let Some(parent) = self.nodes.get_mut(parent as usize) {
+            parent.children += 1;
         }
+        let node = &mut self.nodes[index as usize];
+        (node.chain, node.parent, node.salt) = (chain, parent, salt);
+        self.by_chain.insert(chain, index);
+        Some(self.id(index))
     }
 
-    /// Returns the block before a known block.
-    pub fn parent(&self, block: BlockId) -> Option<BlockId> {
-        let known = self.known[block.index()].as_ref()?;
-        (known.parent != ROOT).then_some(BlockId(known.parent))
+    fn unused_node(&mut self) -> Option<u32> {
+        if let Some(index) = self.unused.pop() {
+            return Some(index);
+        }
+        if self.nodes.len() >= self.most_nodes {
+            return None;
+        }
+        self.nodes.push(Node {
+            chain: 0,
+            parent: NONE,
+            children: 0,
+            generation: 0,
+            salt: None,
+        });
+        let nodes = self.nodes.len();
+        self.tokens.resize(nodes * self.block_tokens, 0);
+        self.blocks.resize(nodes * self.full.len(), NONE);
+        Some(nodes as u32 - 1)
     }
 
-    /// Returns the salt of the sequences that begin with a known block.
-    pub fn salt(&self, block: BlockId) -> Option<&Arc<str>> {
-        self.known[block.index()].as_ref()?.salt.as_ref()
+    /// Makes a complete block known as the block of a group.
+    pub fn publish(&mut self, node: NodeId, group: usize, block: BlockId) {
+        debug_assert!(!self.knows(block), "{block:?} is known already");
+        self.blocks[node.index as usize * self.full.len() + group] = block.0;
+        self.node_of[block.index()] = node.index;
     }
 
-    /// Returns the tokens of a known block.
-    pub fn tokens_of(&self, block: BlockId) -> &[u32] {
-        &self.tokens[block.index() * self.block_tokens..][..self.block_tokens]
+    /// Forgets a block, which is about to get other tokens. Adds to `useless` the blocks that
+    /// are forgotten with it.
+    pub fn forget(&mut self, block: BlockId, useless: &mut Vec<BlockId>) {
+        let index = std::mem::replace(&mut self.node_of[block.index()], NONE);
+        if index == NONE {
+            return;
+        }
+        let groups = self.full.len();
+        let blocks = &mut self.blocks[index as usize * groups..][..groups];
+        if let Some(group) = blocks.iter().position(|other| *other == block.0) {
+            blocks[group] = NONE;
+            if self.full[group] {
+                for other in blocks.iter_mut().filter(|other| **other != NONE) {
+                    self.node_of[*other as usize] = NONE;
+                    useless.push(BlockId(*other));
+                    *other = NONE;
+                }
+            }
+        }
+        self.remove_unused(index);
+    }
+
+    /// Removes a node without blocks and children, and then its parent, if that has none left.
+    fn remove_unused(&mut self, mut index: u32) {
+        let groups = self.full.len();
+        while index != NONE {
+            let blocks = &self.blocks[index as usize * groups..][..groups];
+            let node = &mut self.nodes[index as usize];
+            if node.children > 0 || blocks.iter().any(|block| *block != NONE) {
+                return;
+            }
+            node.generation = node.generation.wrapping_add(1);
+            node.salt = None;
+            self.by_chain.remove(&node.chain);
+            self.unused.push(index);
+            index = std::mem::replace(&mut node.parent, NONE);
+            if let Some(parent) = self.nodes.get_mut(index as usize) {
+                parent.children -= 1;
+            }
+        }
     }
 
     fn chain(&self, after: Predecessor<'_>, tokens: &[u32]) -> u64 {
         let mut hasher = self.hasher.build_hasher();
         match after {
-            Predecessor::Block(parent) => {
-                let parent = self.known[parent.index()].as_ref();
-                hasher.write_u64(parent.map_or(0, |known| known.chain));
+            Predecessor::Node(parent) => {
+                hasher.write_u64(self.nodes[parent.index as usize].chain);
             }
             Predecessor::Salt(None) => hasher.write_u64(0),
             Predecessor::Salt(Some(salt)) => hasher.write(salt.as_bytes()),
@@ -151,6 +282,53 @@ impl PrefixCache {
         }
         hasher.finish()
     }
+
+    /// Returns the nodes that exist.
+    pub fn nodes(&self) -> impl Iterator<Item = NodeId> + '_ {
+        self.by_chain.values().map(|index| self.id(*index))
+    }
+
+    /// Checks that nodes and blocks refer to each other, and that every node has a use. The
+    /// error says what is wrong.
+    pub fn audit(&self) -> Result<(), String> {
+        let mut children = vec![0; self.nodes.len()];
+        let mut known = 0;
+        for node in self.nodes() {
+            let blocks = (0..self.full.len()).filter_map(|group| self.block(node, group));
+            let mut used = false;
+            for block in blocks {
+                used = true;
+                known += 1;
+                if self.node_of(block) != Some(node) {
+                    return Err(format!("{node:?} has {block:?}, which belongs to another"));
+                }
+            }
+            used |= self.nodes[node.index as usize].children > 0;
+            if !used {
+                return Err(format!("{node:?} has neither blocks nor children"));
+            }
+            if let Some(parent) = self.parent(node) {
+                children[parent.index as usize] += 1;
+            }
+        }
+        let counted: Vec<u32> = self.nodes.iter().map(|node| node.children).collect();
+        if counted != children {
+            return Err(format!(
+                "{children:?} children, but {counted:?} are counted"
+            ));
+        }
+        if self.by_chain.len() + self.unused.len() != self.nodes.len() {
+            let (used, unused) = (self.by_chain.len(), self.unused.len());
+            return Err(format!("{used} nodes are used and {unused} are unused"));
+        }
+        let indexed = self.node_of.iter().filter(|node| **node != NONE).count();
+        if indexed != known {
+            return Err(format!(
+                "{indexed} blocks are indexed, but {known} are known"
+            ));
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -160,24 +338,46 @@ mod tests {
     /// I11: a hash only finds a candidate.
     #[test]
     fn other_tokens_with_the_same_hash_do_not_match() {
-        let mut cache = PrefixCache::new(4, 2);
-        let known = BlockId(0);
+        let mut cache = PrefixCache::new(4, 2, &CacheLayout::single());
         let (start, salt) = (Predecessor::Salt(None), Arc::from("salt"));
-        assert!(cache.publish(known, start, &[1, 2]));
+        let known = cache.insert(start, &[1, 2]).unwrap();
+        cache.publish(known, 0, BlockId(0));
         // Other tokens, and the same tokens after another block or with a salt.
         for (after, tokens) in [
             (start, [3, 4]),
-            (Predecessor::Block(known), [1, 2]),
+            (Predecessor::Node(known), [1, 2]),
             (Predecessor::Salt(Some(&salt)), [1, 2]),
         ] {
             let collision = cache.chain(after, &tokens);
-            cache.by_chain.insert(collision, known);
+            cache.by_chain.insert(collision, known.index);
             assert_eq!(cache.find(after, &tokens), None);
-            assert!(
-                !cache.publish(BlockId(1), after, &tokens),
-                "the hash exists"
-            );
+            assert!(cache.insert(after, &tokens).is_none(), "the hash exists");
         }
         assert_eq!(cache.find(start, &[1, 2]), Some(known));
+    }
+
+    #[test]
+    fn the_nodes_of_windows_alone_are_bounded() {
+        let layout = CacheLayout::new(&[Some(2)], 100, 1).unwrap();
+        let mut cache = PrefixCache::new(2, 2, &layout);
+        let mut last = None;
+        let mut nodes = 0;
+        loop {
+            let after = last.map_or(Predecessor::Salt(None), Predecessor::Node);
+            let Some(node) = cache.insert(after, &[nodes, nodes]) else {
+                break;
+            };
+            // Only the newest node keeps its block.
+            cache.forget(BlockId(nodes % 2), &mut Vec::new());
+            cache.publish(node, 0, BlockId(nodes % 2));
+            last = Some(node);
+            nodes += 1;
+        }
+        assert_eq!(nodes as usize, 2 * NODES_PER_BLOCK);
+        for block in 0..2 {
+            cache.forget(BlockId(block), &mut Vec::new());
+        }
+        assert_eq!(cache.by_chain.len(), 0, "nodes without use are removed");
+        cache.audit().unwrap();
     }
 }

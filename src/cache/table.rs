@@ -1,6 +1,8 @@
 //! The block table of a sequence: which block holds which of its tokens.
 
 use super::BlockId;
+use super::prefix::NodeId;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// The blocks that one group of layers has for a sequence.
@@ -13,15 +15,37 @@ pub struct GroupBlocks<'a> {
     pub blocks: &'a [BlockId],
 }
 
-/// The blocks of one sequence, in the order of its tokens.
+/// The same, as part of a table.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Group {
+    pub first: usize,
+    pub blocks: Vec<BlockId>,
+}
+
+impl Group {
+    /// Returns the indices of the blocks, counted from the start of the sequence.
+    pub fn range(&self) -> Range<usize> {
+        self.first..self.first + self.blocks.len()
+    }
+
+    /// Returns the block with this index, if the group holds it.
+    pub fn get(&self, index: usize) -> Option<BlockId> {
+        self.blocks.get(index.checked_sub(self.first)?).copied()
+    }
+}
+
+/// The blocks of one sequence, in the order of its tokens, for each group of layers.
 ///
 /// Only the cache creates and changes tables, so that its accounting covers every holder.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct BlockTable {
-    pub(super) blocks: Vec<BlockId>,
-    /// Number of leading blocks that are published in the prefix cache. No other block is
-    /// published for the same tokens.
+    /// One entry per group, or none in a table that was never used.
+    pub(super) groups: Vec<Group>,
+    /// The number of blocks from the start of the sequence that are published in the prefix
+    /// cache. For these, the table holds the published blocks and no others.
     pub(super) published: usize,
+    /// The node of the last published block.
+    pub(super) last: Option<NodeId>,
     /// Only tables with the same salt share blocks.
     pub(super) salt: Option<Arc<str>>,
 }
@@ -40,52 +64,68 @@ impl BlockTable {
         self.salt.as_ref()
     }
 
-    /// Reserves memory for `blocks` blocks in all, so that the table is not reallocated as it
-    /// grows.
-    pub fn reserve(&mut self, blocks: usize) {
-        self.blocks.reserve_exact(blocks.saturating_sub(self.len()));
-    }
-
     /// Frees unused memory.
     pub fn shrink(&mut self) {
-        self.blocks.shrink_to_fit();
+        for group in &mut self.groups {
+            group.blocks.shrink_to_fit();
+        }
     }
 
-    /// Returns the number of blocks.
+    /// Returns the number of blocks of all groups.
     pub fn len(&self) -> usize {
-        self.blocks.len()
+        self.groups.iter().map(|group| group.blocks.len()).sum()
     }
 
     /// Returns whether the table has no blocks.
     pub fn is_empty(&self) -> bool {
-        self.blocks.is_empty()
+        self.groups.iter().all(|group| group.blocks.is_empty())
     }
 
-    /// Returns the blocks, in the order of the tokens.
-    pub fn blocks(&self) -> &[BlockId] {
-        &self.blocks
+    /// Returns the blocks of all groups, one group after the other.
+    pub fn blocks(&self) -> impl Iterator<Item = BlockId> + '_ {
+        let groups = self.groups.iter();
+        groups.flat_map(|group| group.blocks.iter().copied())
     }
 
-    /// Returns the number of leading blocks that the prefix cache knows.
-    pub fn published(&self) -> usize {
-        self.published
+    /// Returns the blocks before the index `end`, counted from the start of the sequence, one
+    /// group after the other. Each comes with its index.
+    pub fn blocks_before(&self, end: usize) -> impl Iterator<Item = (usize, BlockId)> + '_ {
+        self.groups.iter().flat_map(move |group| {
+            let blocks = group.range().zip(group.blocks.iter().copied());
+            blocks.take_while(move |(index, _)| *index < end)
+        })
+    }
+
+    /// Returns the index of the first block of each group, counted from the start of the
+    /// sequence.
+    pub fn first_blocks(&self) -> Vec<usize> {
+        self.groups.iter().map(|group| group.first).collect()
     }
 
     /// Returns the blocks of one group of layers.
     pub fn group(&self, group: usize) -> GroupBlocks<'_> {
-        let blocks: &[BlockId] = match group {
-            0 => &self.blocks,
-            _ => &[],
-        };
-        GroupBlocks { first: 0, blocks }
+        match self.groups.get(group) {
+            Some(Group { first, blocks }) => GroupBlocks {
+                first: *first,
+                blocks,
+            },
+            None => GroupBlocks {
+                first: 0,
+                blocks: &[],
+            },
+        }
+    }
+
+    /// Returns the number of blocks from the start of the sequence that the prefix cache knows.
+    pub fn published(&self) -> usize {
+        self.published
     }
 
     /// Returns the slot for the key and value of the token at `position` in the layers of
     /// `group`, counted in tokens from the start of the cache, or `None` if the table has no
     /// block for it.
     pub fn slot(&self, group: usize, position: usize, block_tokens: usize) -> Option<u32> {
-        let GroupBlocks { first, blocks } = self.group(group);
-        let block = blocks.get((position / block_tokens).checked_sub(first)?)?;
+        let block = self.groups.get(group)?.get(position / block_tokens)?;
         Some(block.0 * block_tokens as u32 + (position % block_tokens) as u32)
     }
 }

@@ -100,7 +100,7 @@ fn add_item(item: &PlanItem, sequence: &Sequence, block_tokens: usize, batch: &m
         batch.slots.push(slot.unwrap_or(u32::MAX));
     }
     let first_block = batch.tables.len();
-    let blocks = &sequence.table.blocks()[..end.div_ceil(block_tokens)];
+    let blocks = &sequence.table.group(0).blocks[..end.div_ceil(block_tokens)];
     batch
         .tables
         .extend(blocks.iter().map(|block| block.index() as u32));

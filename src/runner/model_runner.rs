@@ -303,7 +303,7 @@ mod tests {
         let (mut scheduler, key) = scheduler();
         let prompt = scheduler.plan().unwrap();
         runner.launch(&prompt, scheduler.sequences()).unwrap();
-        let blocks = scheduler.sequences()[key].table.blocks().to_vec();
+        let blocks: Vec<BlockId> = scheduler.sequences()[key].table.blocks().collect();
         let (first, second) = (blocks[0], blocks[1]);
         let mut spare = (0..BLOCKS as u32).map(BlockId);
         let mut spare = || spare.find(|block| !blocks.contains(block)).unwrap();

@@ -2,7 +2,7 @@
 
 use super::plan::Report;
 use super::tenants::TenantKey;
-use crate::cache::{BlockTable, HostBlockId};
+use crate::cache::{BlockCache, BlockTable, HostBlockId};
 use crate::id::{RequestId, SessionId, StepId};
 use crate::sampling::{ConstraintState, SamplingParams};
 use slotmap::{SlotMap, new_key_type};
@@ -122,7 +122,10 @@ pub enum SequenceState {
 /// Keys and values in host memory.
 #[derive(Debug)]
 pub(super) struct Swapped {
+    /// The blocks of all groups, one group after the other.
     pub blocks: Vec<HostBlockId>,
+    /// Index of the first block of each group, counted from the start of the sequence.
+    pub first: Vec<usize>,
     /// Number of tokens whose keys and values the blocks hold.
     pub tokens: usize,
     /// The step that copies the blocks to the host.
@@ -213,13 +216,13 @@ impl Sequence {
     /// Reserves memory for the final length, so that decoding does not allocate. Reserved
     /// memory costs only address space until it is written, but many requests end long before
     /// their limit, so everything beyond `RESERVED` grows on demand.
-    pub(super) fn reserve(&mut self, block_tokens: usize) {
+    pub(super) fn reserve(&mut self, cache: &BlockCache, step_tokens: usize) {
         /// Number of tokens beyond the current ones.
         const RESERVED: usize = 1 << 15;
         let length = self.spec.max_tokens.min(self.tokens.len() + RESERVED);
         let more = length.saturating_sub(self.tokens.len());
         self.tokens.reserve_exact(more);
-        self.table.reserve(length.div_ceil(block_tokens));
+        cache.reserve(&mut self.table, length, step_tokens);
     }
 
     /// Returns the number of known tokens and samples in flight.

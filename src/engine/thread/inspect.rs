@@ -87,7 +87,7 @@ fn request_state(sequence: &Sequence, label: Option<Arc<str>>, age: Duration) ->
     } else {
         RequestPhase::Waiting
     };
-    let blocks = sequence.table.blocks().iter();
+    let blocks = sequence.table.blocks();
     RequestState {
         id: sequence.id,
         phase,

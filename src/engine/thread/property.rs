@@ -379,9 +379,13 @@ impl Machine {
             );
         }
         for (tokens, table) in thread.scheduler.retained_contents() {
-            let mut kept: Vec<u32> = table.blocks().iter().flat_map(content).collect();
-            kept.truncate(tokens.len());
-            assert_eq!(kept, tokens, "I11: a session keeps wrong tokens");
+            for group in 0..thread.scheduler.cache().groups() {
+                let held = table.group(group);
+                let begin = held.first * size;
+                let mut kept: Vec<u32> = held.blocks.iter().flat_map(content).collect();
+                kept.truncate(tokens.len() - begin);
+                assert_eq!(kept, tokens[begin..], "I11: a session keeps wrong tokens");
+            }
         }
     }
 

@@ -50,6 +50,10 @@ impl Scheduler {
                 sequence.written_tokens,
                 sequence.last_step,
             );
+            // After publishing, so that others can still find the blocks.
+            let next = sequence.written_tokens.min(sequence.tokens.len());
+            self.cache
+                .give_back(&mut sequence.table, next, sequence.last_step);
             if sequence.written_tokens >= sequence.prompt_tokens && !sequence.followers.is_empty() {
                 for follower in std::mem::take(&mut sequence.followers) {
                     self.unblock(follower);

@@ -3,6 +3,7 @@
 
 use super::Scheduler;
 use super::start::StartCost;
+use crate::cache::Extent;
 use crate::schedule::policy::PreemptionCost;
 use crate::schedule::sequence::Swapped;
 use crate::schedule::{Sequence, SequenceKey, SequenceState, StepPlan};
@@ -25,7 +26,7 @@ impl Scheduler {
             let Err(short) = self.cache.prepare(
                 &mut sequence.table,
                 start,
-                start + count,
+                Extent::all(start + count),
                 plan.step,
                 &mut plan.transfers,
             ) else {
@@ -48,8 +49,8 @@ impl Scheduler {
         }
     }
 
-    /// Makes room for a waiting sequence. One block per running sequence stays available, so
-    /// that the new sequence is not preempted at once. Returns `None` if the sequence cannot
+    /// Makes room for a waiting sequence. One block per running sequence and group stays
+    /// available, so that the new sequence is not preempted at once. Returns `None` if the sequence cannot
     /// start now.
     pub(super) fn room_to_start(
         &mut self,
@@ -58,7 +59,7 @@ impl Scheduler {
     ) -> Option<StartCost> {
         loop {
             let cost = self.start_cost(key)?;
-            let needed = cost.missing + self.running.len();
+            let needed = cost.missing + self.running.len() * self.cache.groups();
             let available = self.cache.available_blocks() - cost.reused_cached_blocks;
             if needed <= available {
                 return Some(cost);
@@ -104,7 +105,7 @@ impl Scheduler {
                 running -= 1;
             }
         }
-        cost.missing + running <= room
+        cost.missing + running * self.cache.groups() <= room
     }
 
     /// Returns the sequence to preempt so that `key` can start: a paused one, or a less urgent
@@ -157,7 +158,8 @@ impl Scheduler {
 
     /// Estimates what preempting a sequence would cost.
     fn preemption_cost(&self, sequence: &Sequence) -> PreemptionCost {
-        let blocks = self.cache.blocks_for(sequence.launched_tokens);
+        let end = self.cache.blocks_for(sequence.launched_tokens);
+        let blocks = sequence.table.blocks_before(end).count();
         let swap = 2.0 * blocks as f64 * self.policy.swap_seconds_per_block;
         PreemptionCost {
             recompute: self.speed.seconds(sequence.launched_tokens),
@@ -185,13 +187,15 @@ impl Scheduler {
         let Some(sequence) = self.sequences.get_mut(key) else {
             return;
         };
-        let count = self.cache.blocks_for(sequence.launched_tokens);
-        if let Some(host) = swap.then(|| self.host.allocate(count)).flatten() {
-            let blocks = sequence.table.blocks().iter().copied();
-            let pairs = blocks.zip(host.iter().copied());
+        let end = self.cache.blocks_for(sequence.launched_tokens);
+        let blocks = || sequence.table.blocks_before(end).map(|(_, block)| block);
+        let host = swap.then(|| self.host.allocate(blocks().count()));
+        if let Some(host) = host.flatten() {
+            let pairs = blocks().zip(host.iter().copied());
             plan.transfers.swap_out.extend(pairs);
             sequence.swapped = Some(Swapped {
                 blocks: host,
+                first: sequence.table.first_blocks(),
                 tokens: sequence.launched_tokens,
                 step: plan.step,
             });

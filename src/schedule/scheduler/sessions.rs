@@ -26,7 +26,7 @@ impl Scheduler {
             .min(sequence.written_tokens)
             .min(sequence.tokens.len());
         let last_step = sequence.last_step;
-        let blocks = self.cache.truncate(&mut sequence.table, tokens, last_step);
+        let (tokens, blocks) = self.cache.rewind(&mut sequence.table, tokens, last_step);
         let mut table = std::mem::take(&mut sequence.table);
         if table.is_empty() {
             return blocks;
@@ -56,20 +56,27 @@ impl Scheduler {
         };
         let common = retained.tokens.iter().zip(tokens);
         let common = common.take_while(|(retained, new)| retained == new).count();
+        // The last token of the prompt is computed, even if its key and value exist.
+        let reused = common.min(tokens.len().saturating_sub(1));
+        let common = match self.cache.can_continue(&retained.table, reused) {
+            true => common,
+            false => reused,
+        };
         // Called even if nothing is cut, because it marks the session as used.
         self.rewind_session(session, common);
     }
 
-    /// Cuts what a session keeps to its first `tokens` tokens. Returns the number of blocks
-    /// that no table holds any more.
+    /// Cuts what a session keeps to its first `tokens` tokens, or to fewer if a window needs
+    /// blocks that are gone. Returns the number of blocks that no table holds any more.
     pub fn rewind_session(&mut self, session: SessionId, tokens: usize) -> usize {
         let Some(mut retained) = self.retained.take(session) else {
             return 0;
         };
-        retained.tokens.truncate(tokens);
-        let blocks = self
+        let tokens = tokens.min(retained.tokens.len());
+        let (tokens, blocks) = self
             .cache
-            .truncate(&mut retained.table, tokens, retained.last_step);
+            .rewind(&mut retained.table, tokens, retained.last_step);
+        retained.tokens.truncate(tokens);
         if !retained.table.is_empty() {
             self.retained.insert(session, retained);
         }

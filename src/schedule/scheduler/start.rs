@@ -2,8 +2,9 @@
 
 use super::Scheduler;
 use super::plan::Budget;
+use crate::cache::Extent;
 use crate::id::SessionId;
-use crate::schedule::{SequenceKey, SequenceState, Sequences, StepPlan};
+use crate::schedule::{Sequence, SequenceKey, SequenceState, Sequences, StepPlan};
 
 /// Where a starting sequence takes its first keys and values from.
 #[derive(Clone, Copy, Debug)]
@@ -66,11 +67,7 @@ impl Scheduler {
             let Some(cost) = self.room_to_start(key, plan) else {
                 break;
             };
-            self.start(key, cost, plan);
-            let count = self.sequences.get(key).map_or(0, |sequence| {
-                let count = sequence.pending().min(budget.tokens);
-                sequence.rows_within(count, budget.samples)
-            });
+            let count = self.start(key, cost, plan, budget);
             self.push_item(plan, key, count, budget);
         }
     }
@@ -80,7 +77,6 @@ impl Scheduler {
         let sequence = self.sequences.get(key)?;
         let length = sequence.tokens.len();
         let most = sequence.reusable();
-        let blocks = self.cache.blocks_for(length);
         let salt = sequence.spec.salt.as_ref();
         let retained = |session| Some((session, self.retained.get(session)?));
         if let Some(swapped) = &sequence.swapped {
@@ -89,14 +85,16 @@ impl Scheduler {
             }
             // The rows of all swapped-out tokens were reported before, so none must be
             // recomputed.
-            let (known, reused_cached_blocks) =
-                self.cache
-                    .lookup(salt, &sequence.tokens, swapped.tokens.min(length - 1));
+            let limit = swapped.tokens.min(length - 1);
+            let known = self
+                .cache
+                .lookup_before(salt, &sequence.tokens, limit, &swapped.first);
+            let extent = self.extent(sequence, swapped.tokens);
             return Some(StartCost {
                 source: Source::Swapped,
                 computed: swapped.tokens,
-                missing: blocks - known,
-                reused_cached_blocks,
+                missing: self.cache.blocks_from(&swapped.first, extent) - known.blocks,
+                reused_cached_blocks: known.cached,
             });
         }
         if let Some((session, retained)) = sequence.spec.session.and_then(retained) {
@@ -104,36 +102,63 @@ impl Scheduler {
             return Some(StartCost {
                 source: Source::Session(session),
                 computed,
-                missing: self.cache.missing_blocks(&retained.table, computed, length),
+                missing: self.cache.missing_blocks(
+                    &retained.table,
+                    computed,
+                    self.extent(sequence, computed),
+                ),
                 reused_cached_blocks: 0,
             });
         }
         // A sequence that has started before may find more than the prompt in the prefix cache.
         let leader = sequence.leader.filter(|_| !sequence.started);
         let leader = leader.and_then(|leader| self.sequences.get(leader));
-        if let Some(leader) = leader.filter(|leader| leader.written_tokens >= leader.prompt_tokens)
-        {
-            let computed = leader.prompt_tokens.min(most);
+        let leader = leader.filter(|leader| leader.written_tokens >= leader.prompt_tokens);
+        let computed = leader.map_or(0, |leader| leader.prompt_tokens.min(most));
+        // The leader may have given back what is needed here, if this sequence waited for long.
+        if leader.is_some_and(|leader| self.cache.can_continue(&leader.table, computed)) {
             return Some(StartCost {
                 source: Source::Leader(sequence.leader?),
                 computed,
                 // A partial last block counts as missing, because it is copied before it is
                 // written.
-                missing: blocks - computed / self.cache.block_tokens(),
+                missing: self
+                    .cache
+                    .blocks_between(computed, self.extent(sequence, computed)),
                 reused_cached_blocks: 0,
             });
         }
-        let (known, reused_cached_blocks) = self.cache.lookup(salt, &sequence.tokens, most);
+        let known = self.cache.lookup(salt, &sequence.tokens, most);
+        let extent = self.extent(sequence, known.tokens);
         Some(StartCost {
             source: Source::Prefix,
-            computed: known * self.cache.block_tokens(),
-            missing: blocks - known,
-            reused_cached_blocks,
+            computed: known.tokens,
+            missing: self.cache.blocks_between(known.tokens, extent),
+            reused_cached_blocks: known.cached,
         })
     }
 
-    /// Starts a waiting sequence for which there is room.
-    fn start(&mut self, key: SequenceKey, cost: StartCost, plan: &mut StepPlan) {
+    /// Returns how far a sequence needs blocks that continues after `computed` tokens. Layers
+    /// with a window get blocks for two steps, because a step can be planned while another one
+    /// is in flight.
+    fn extent(&self, sequence: &Sequence, computed: usize) -> Extent {
+        let length = sequence.tokens.len();
+        let soon = computed.saturating_add(self.policy.max_batch_tokens.saturating_mul(2));
+        Extent {
+            full: length,
+            windowed: length.min(soon),
+        }
+    }
+
+    /// Starts a waiting sequence for which there is room. Returns the number of tokens to
+    /// compute for it in this step.
+    fn start(
+        &mut self,
+        key: SequenceKey,
+        cost: StartCost,
+        plan: &mut StepPlan,
+        budget: &Budget,
+    ) -> usize {
         self.waiting.remove(key, &self.sequences);
         self.set_state(key, SequenceState::Running);
         self.running.insert(key, &self.sequences);
@@ -149,10 +174,14 @@ impl Scheduler {
             _ => None,
         };
         let Some(sequence) = self.sequences.get_mut(key) else {
-            return;
+            return 0;
         };
         sequence.started_step = plan.step;
         sequence.launched_tokens = cost.computed;
+        let count = sequence.pending().min(budget.tokens);
+        let count = sequence.rows_within(count, budget.samples);
+        // Number of tokens that the prefix cache has.
+        let mut known = 0;
         if let Some(table) = shared {
             sequence.table = table;
         } else if let Some(retained) = retained {
@@ -161,19 +190,29 @@ impl Scheduler {
         } else {
             let most = sequence.tokens.len() - 1;
             let limit = cost.computed.min(most);
-            self.cache
-                .attach(&mut sequence.table, &sequence.tokens, limit);
+            let (table, tokens) = (&mut sequence.table, &sequence.tokens);
+            known = match &sequence.swapped {
+                Some(swapped) => self
+                    .cache
+                    .attach_before(table, tokens, limit, &swapped.first),
+                None => self.cache.attach(table, tokens, limit),
+            };
         }
-        sequence.reserve(self.cache.block_tokens());
+        sequence.reserve(&self.cache, self.policy.max_batch_tokens);
         sequence.written_tokens = match cost.source {
             Source::Swapped => 0,
             _ => cost.computed,
         };
-        let known = sequence.table.len();
-        let (from, to) = (sequence.launched_tokens, sequence.tokens.len());
+        let from = sequence.launched_tokens;
+        let extent = Extent {
+            full: sequence.tokens.len(),
+            windowed: from + count,
+        };
         let (table, transfers) = (&mut sequence.table, &mut plan.transfers);
         let copies = transfers.copies.len();
-        let booked = self.cache.prepare(table, from, to, plan.step, transfers);
+        let booked = self
+            .cache
+            .prepare(table, from, extent, plan.step, transfers);
         debug_assert!(booked.is_ok(), "there was room: {booked:?}");
         if transfers.copies.len() > copies {
             // A copied block counts as written only when this step has completed, because the
@@ -182,9 +221,13 @@ impl Scheduler {
             sequence.written_tokens = sequence.written_tokens.min(from - from % size);
         }
         if let Some(swapped) = sequence.swapped.take() {
-            let blocks = sequence.table.blocks().iter().copied();
-            let pairs = swapped.blocks.iter().copied().zip(blocks);
-            plan.transfers.swap_in.extend(pairs.skip(known));
+            let end = self.cache.blocks_for(swapped.tokens);
+            let blocks = sequence.table.blocks_before(end);
+            let pairs = swapped.blocks.iter().zip(blocks);
+            let unknown = self.cache.blocks_for(known);
+            let missing = pairs.filter(|(_, (index, _))| *index >= unknown);
+            let missing = missing.map(|(host, (_, block))| (*host, block));
+            plan.transfers.swap_in.extend(missing);
             self.read_back.extend(swapped.blocks);
         }
         if !sequence.started {
@@ -195,5 +238,6 @@ impl Scheduler {
             }
             self.totals.prefix_hits += cost.computed as u64;
         }
+        count
     }
 }

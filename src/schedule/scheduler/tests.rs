@@ -146,12 +146,12 @@ fn a_step_from_before_a_restart_publishes_nothing() {
     bench.scheduler.remove(urgent);
     assert_eq!(rows(&bench.launch().unwrap()), [(0, 4)]);
     assert!(bench.running(usual), "it has started again");
-    let known = |bench: &Bench| bench.scheduler.cache().lookup(None, &tokens, 12).0;
+    let known = |bench: &Bench| bench.scheduler.cache().lookup(None, &tokens, 12).tokens;
     bench.complete(7);
     assert_eq!(known(&bench), 0);
     bench.complete(7);
     bench.complete(7);
-    assert_eq!(known(&bench), 1);
+    assert_eq!(known(&bench), 4);
 }
 
 /// The scheduler waits for blocks that a step in flight will free.
@@ -191,13 +191,13 @@ fn a_follower_waits_for_the_prompt_of_its_leader_and_shares_the_blocks() {
     let plan = bench.launch().unwrap();
     // The leader decodes, and the follower computes the last token of the prompt again.
     assert_eq!(rows(&plan), [(10, 1), (9, 1)]);
-    let last = bench.sequence(leader).table.blocks()[2];
-    let copy = bench.sequence(follower).table.blocks()[2];
+    let last = bench.sequence(leader).table.group(0).blocks[2];
+    let copy = bench.sequence(follower).table.group(0).blocks[2];
     assert_eq!(plan.transfers.copies, [(last, copy)]);
     bench.complete(2);
     let (a, b) = (
-        bench.sequence(leader).table.blocks(),
-        bench.sequence(follower).table.blocks(),
+        bench.sequence(leader).table.group(0).blocks,
+        bench.sequence(follower).table.group(0).blocks,
     );
     assert_eq!(a[..2], b[..2]);
     assert_ne!(a[2], b[2]);
@@ -564,8 +564,8 @@ fn a_fork_shares_the_blocks_and_copies_what_it_writes() {
         "the second to write is the only holder"
     );
     let (a, b) = (
-        bench.sequence(one).table.blocks(),
-        bench.sequence(two).table.blocks(),
+        bench.sequence(one).table.group(0).blocks,
+        bench.sequence(two).table.group(0).blocks,
     );
     assert_eq!(a[..2], b[..2]);
     assert_ne!(a[2], b[2]);
