@@ -166,6 +166,7 @@ impl Model {
             softcap: None,
         };
         for (index, layer) in self.layers.iter().enumerate() {
+            let place = CacheLayer::single_group(index);
             d.linear(&self.x, &layer.qkv, rows, &mut self.qkv)?;
             lap("linear qkv");
             d.rope_store(
@@ -174,10 +175,10 @@ impl Model {
                 None,
                 &self.rope,
                 &mut self.cache,
-                index,
+                place,
             )?;
             lap("rope_store");
-            d.attend(&self.qkv, &spec, &self.cache, index, &mut self.attended)?;
+            d.attend(&self.qkv, &spec, &self.cache, place, &mut self.attended)?;
             lap("attend");
             d.linear(&self.attended, &layer.output, rows, &mut self.x)?;
             lap("linear output");
@@ -222,24 +223,12 @@ impl Model {
     /// Builds a batch of `count` sequences, each with `tokens` cached tokens and `new` rows.
     fn batch(count: usize, tokens: usize, new: usize) -> Batch {
         let blocks = (tokens + new).div_ceil(BLOCK);
-        let mut batch = Batch::default();
+        let mut batch = Batch::new(1);
         for sequence in 0..count {
-            let row = batch.tokens.len();
-            for position in tokens..tokens + new {
-                batch.tokens.push((position * 31 % VOCABULARY) as u32);
-                batch.positions.push(position as u32);
-                batch
-                    .slots
-                    .push((sequence * blocks * BLOCK + position) as u32);
-            }
-            let table = batch.tables.len();
-            batch
-                .tables
-                .extend((sequence * blocks..(sequence + 1) * blocks).map(|b| b as u32));
-            batch.sequences.push(BatchSequence {
-                rows: row..batch.tokens.len(),
-                table: table..batch.tables.len(),
-            });
+            let token = |position: usize| (position * 31 % VOCABULARY) as u32;
+            let new: Vec<u32> = (tokens..tokens + new).map(token).collect();
+            let own = (sequence * blocks..(sequence + 1) * blocks).map(|block| block as u32);
+            batch.push(&new, tokens, BLOCK, [(0, own)]);
             batch.sample_rows.push(batch.tokens.len() - 1);
         }
         batch

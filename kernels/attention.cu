@@ -85,7 +85,7 @@ INLINE void attend_decode(
     qkv += u64(sequence.x) * (q_heads + 2 * kv_heads) * HEAD;
     const Queries<HEAD> queries(qkv + min(head, last_head) * HEAD, qkv + min(head + 8, last_head) * HEAD);
 
-    const Pages pages = {tables + sequence.w, block_tokens, kv_heads, kv_head};
+    const Pages pages = {tables, sequence.w, block_tokens, kv_heads, kv_head};
     const Scoring scoring(scale, softcap);
     const Sight sights[2] = {sight, sight};
     const u32 ring = shared_address(shared) + warp_id() * DECODE_SLOTS<HEAD> * DECODE_SLOT_BYTES<HEAD>;
@@ -338,7 +338,7 @@ INLINE void attend_prefill(
 
     PrefillCopies<HEAD> copies = {
         k_cache, v_cache, shared_address(shared), block.begin / TILE, (block.end + TILE - 1) / TILE, block,
-        {tables + sequence.w, block_tokens, kv_heads, kv_head}, 0, 0, 0
+        {tables, sequence.w, block_tokens, kv_heads, kv_head}, 0, 0, 0
     };
     copies.begin();
     const Scoring scoring(scale, softcap);

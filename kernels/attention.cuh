@@ -107,8 +107,10 @@ struct Sight {
 
 // The blocks of one sequence, and in them one key-value head.
 struct Pages {
-    const u32* table;
-    u32 block_tokens, kv_heads, kv_head;
+    // The block of position 0 is tables[origin]. If the table begins later in the sequence,
+    // `origin` is a place before it, modulo 2^32.
+    const u32* tables;
+    u32 origin, block_tokens, kv_heads, kv_head;
 
     // Lane i (modulo 8) gets where the unit's granule i begins, counted in rows of a head;
     // 0 for a granule of which `sight` sees nothing: its block may be gone.
@@ -116,7 +118,7 @@ struct Pages {
         const u32 granule = unit * UNIT_GRANULES + lane_id() % UNIT_GRANULES;
         if (!sight.sees_any(granule * GRANULE, GRANULE)) return 0;
         const u32 per_block = block_tokens / GRANULE;
-        return (table[granule / per_block] * kv_heads + kv_head) * block_tokens + granule % per_block * GRANULE;
+        return (tables[origin + granule / per_block] * kv_heads + kv_head) * block_tokens + granule % per_block * GRANULE;
     }
 };
 

@@ -47,18 +47,8 @@ fn filled(kv: KvType, block_tokens: usize) -> (CpuDevice, CpuCache) {
         max_positions: rows,
     };
     let rope = device.load_rope(&rope).unwrap();
-    let all = 0..rows as u32;
-    let batch = Batch {
-        tokens: vec![0; rows],
-        positions: all.clone().collect(),
-        slots: all.collect(),
-        sequences: vec![BatchSequence {
-            rows: 0..rows,
-            table: 0..BLOCKS,
-        }],
-        tables: (0..BLOCKS as u32).collect(),
-        ..Batch::default()
-    };
+    let mut batch = Batch::new(1);
+    batch.push(&vec![0; rows], 0, block_tokens, [(0, 0..BLOCKS as u32)]);
     let mut random = Random::new(81);
     for layer in 0..LAYERS {
         let columns = HEADS.qkv_columns();
@@ -66,7 +56,14 @@ fn filled(kv: KvType, block_tokens: usize) -> (CpuDevice, CpuCache) {
         let mut qkv = tensor(&mut device, columns, &values);
         device.stage(&batch).unwrap();
         device
-            .rope_store(&mut qkv, HEADS, None, &rope, &mut cache, layer)
+            .rope_store(
+                &mut qkv,
+                HEADS,
+                None,
+                &rope,
+                &mut cache,
+                CacheLayer::single_group(layer),
+            )
             .unwrap();
     }
     let blocks = blocks(&cache);

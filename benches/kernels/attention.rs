@@ -49,23 +49,10 @@ fn token_bytes(shape: &Shape) -> usize {
 /// assigned round-robin, so that the blocks of one sequence are not adjacent.
 fn batch(sequences: usize, cached: usize, new: usize, total: usize) -> Batch {
     let blocks = total.div_ceil(BLOCK);
-    let mut batch = Batch::default();
+    let mut batch = Batch::new(1);
     for sequence in 0..sequences {
-        let first = batch.tokens.len();
-        for position in cached..cached + new {
-            let block = position / BLOCK * sequences + sequence;
-            batch.tokens.push(0);
-            batch.positions.push(position as u32);
-            batch.slots.push((block * BLOCK + position % BLOCK) as u32);
-        }
-        let table = batch.tables.len();
-        batch
-            .tables
-            .extend((0..blocks).map(|block| (block * sequences + sequence) as u32));
-        batch.sequences.push(BatchSequence {
-            rows: first..batch.tokens.len(),
-            table: table..batch.tables.len(),
-        });
+        let blocks = (0..blocks).map(|block| (block * sequences + sequence) as u32);
+        batch.push(&vec![0; new], cached, BLOCK, [(0, blocks)]);
         batch.sample_rows.push(batch.tokens.len() - 1);
     }
     batch
@@ -104,6 +91,7 @@ fn fill(
         let mut qkv = device.tensor(columns, Precision::Activation, &x)?;
         device.stage(&batch(sequences, begin, new, total))?;
         for layer in 0..layers {
+            let layer = CacheLayer::single_group(layer);
             device.rope_store(&mut qkv, heads, None, &rope, &mut cache, layer)?;
         }
     }
@@ -150,7 +138,7 @@ fn decode(
         operations: 4 * sequences * cached * heads.q_columns(),
     };
     bench.measure(work, filled.layers, |device| {
-        let mut layers = 0..filled.layers;
+        let mut layers = (0..filled.layers).map(CacheLayer::single_group);
         layers
             .try_for_each(|layer| device.attend(&qkv, &filled.spec, &filled.cache, layer, &mut out))
     });
@@ -183,7 +171,8 @@ fn prefill(bench: &mut Bench, shape: &Shape, new: usize, cached: usize) -> Resul
     };
     if bench.wants("attend prefill") {
         bench.measure(work, 1, |device| {
-            device.attend(&qkv, &filled.spec, &filled.cache, 0, &mut out)
+            let layer = CacheLayer::single_group(0);
+            device.attend(&qkv, &filled.spec, &filled.cache, layer, &mut out)
         });
     }
     if bench.wants("rope_store") {
@@ -197,7 +186,8 @@ fn prefill(bench: &mut Bench, shape: &Shape, new: usize, cached: usize) -> Resul
         };
         let layers = filled.layers;
         bench.measure(work, layers, |device| {
-            (0..layers).try_for_each(|layer| {
+            let mut layers = (0..layers).map(CacheLayer::single_group);
+            layers.try_for_each(|layer| {
                 let Filled { rope, cache, .. } = &mut filled;
                 device.rope_store(&mut qkv, heads, None, rope, cache, layer)
             })

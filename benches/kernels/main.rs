@@ -118,6 +118,7 @@ fn run() -> Result<bool, DeviceError> {
         sequences: if small { 4 } else { 256 },
         sequence_tokens: if small { 64 } else { 8192 },
         block_tokens: shapes::BLOCK,
+        groups: 1,
         vocabulary: shapes
             .iter()
             .map(|shape| shape.vocabulary)

@@ -139,20 +139,10 @@ pub fn sampling(bench: &mut Bench, shape: &Shape) -> Result<(), DeviceError> {
 
 /// Builds a step of `rows` sequences, each with its first token.
 fn one_row_each(rows: usize) -> Batch {
-    Batch {
-        tokens: vec![0; rows],
-        positions: vec![0; rows],
-        slots: (0..rows)
-            .map(|row| (row * crate::shapes::BLOCK) as u32)
-            .collect(),
-        sequences: (0..rows)
-            .map(|row| BatchSequence {
-                rows: row..row + 1,
-                table: row..row + 1,
-            })
-            .collect(),
-        tables: (0..rows as u32).collect(),
-        sample_rows: (0..rows).collect(),
-        feedback: Vec::new(),
+    let mut batch = Batch::new(1);
+    for row in 0..rows {
+        batch.push(&[0], 0, crate::shapes::BLOCK, [(0, [row as u32])]);
+        batch.sample_rows.push(row);
     }
+    batch
 }

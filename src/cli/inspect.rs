@@ -5,9 +5,10 @@ use super::args::{CliError, Format, RunArgs, resolve};
 use super::generate::println_json;
 use clap::Args;
 use quell::GenerationConfig;
+use quell::cache::{CacheLayout, GroupKind};
 use quell::device::DeviceInfo;
 use quell::model::ModelConfig;
-use quell::runner::ModelFiles;
+use quell::runner::{MemoryPlan, ModelFiles};
 use serde_json::{Value, json};
 use std::io::Write;
 
@@ -46,7 +47,7 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
         .collect::<serde_json::Map<_, _>>()
         .into();
     let quantisation = files.quantisation();
-    let tokens = plan.cache_blocks * plan.block_tokens;
+    let tokens = plan.tokens();
     let tokenizer = files.tokenizer();
     let sampling = match (options.generation_config, files.sampling_defaults()) {
         (GenerationConfig::None, _) => Ok(Vec::new()),
@@ -89,6 +90,12 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
                 "kv_block_tokens": plan.block_tokens,
                 "kv_tokens": tokens,
                 "kv_bytes": plan.cache(),
+                "kv_block_bytes": plan.block_bytes,
+                "kv_groups": groups(&plan.layout),
+                "context_tokens": plan.context_tokens,
+                "kv_bytes_per_sequence": plan.sequence_bytes(plan.context_tokens),
+                "kv_bytes_per_sequence_without_windows":
+                    plan.sequence_bytes_without_windows(plan.context_tokens),
             },
         }));
     }
@@ -124,7 +131,6 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
         .iter()
         .map(|(format, count)| format!("{} {format}", millions(*count)))
         .collect();
-    let mib = |bytes: usize| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
     let rows = [
         ("model", model.clone()),
         ("architecture", config.architecture.name().to_owned()),
@@ -140,6 +146,8 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
         ("device", format!("{}: {}", device.name, device.description)),
         ("weights", mib(plan.weights)),
         ("KV per token", format!("{} bytes", plan.cache_per_token)),
+        ("KV groups", plan.groups()),
+        ("KV sequence", of_sequence(&plan)),
         (
             "KV cache",
             format!(
@@ -155,6 +163,35 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
         writeln!(out, "{name:<13} {value}")?;
     }
     Ok(())
+}
+
+/// Returns the groups of layers that share blocks of the KV cache.
+fn groups(layout: &CacheLayout) -> Value {
+    let groups = layout.groups().iter().map(|group| {
+        let (keeps, window) = match group.kind {
+            GroupKind::Full => ("all tokens", None),
+            GroupKind::Window(window) => ("window", Some(window)),
+            GroupKind::State => ("state", None),
+        };
+        json!({ "keeps": keeps, "window": window, "layers": group.layers })
+    });
+    groups.collect()
+}
+
+/// Describes the memory that one sequence of the maximum length takes.
+fn of_sequence(plan: &MemoryPlan) -> String {
+    let tokens = plan.context_tokens;
+    let bytes = plan.sequence_bytes(tokens);
+    let all = plan.sequence_bytes_without_windows(tokens);
+    let size = format!("{} for {tokens} tokens", mib(bytes));
+    match bytes < all {
+        true => format!("{size}, {} without windows", mib(all)),
+        false => size,
+    }
+}
+
+fn mib(bytes: usize) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
 /// Prints what is known about a device, without a model.

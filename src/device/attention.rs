@@ -1,6 +1,15 @@
 //! Attention over the paged KV cache.
 
-use super::{DeviceError, DeviceTypes};
+use super::{CacheLayer, DeviceError, DeviceTypes};
+
+/// Number of positions in a span of keys. Spans are counted from the start of the sequence. A
+/// multiple of 16.
+///
+/// Devices may read a span as a whole. A block table must therefore hold every block from the
+/// beginning of the span that contains the first position that a row of its sequence attends to.
+/// The blocks before it may be missing, and no device reads them. Within the span, a key before
+/// the window contributes nothing to the result.
+pub const ATTENTION_SPAN: usize = 128;
 
 /// Head counts and head size of an attention layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,12 +52,32 @@ pub struct AttentionSpec {
 pub trait AttentionOps: DeviceTypes {
     /// Computes causal attention of every row over the cached tokens of its sequence, including
     /// its own. `out` has `heads.q_columns()` columns.
+    ///
+    /// Fails if a block table of the layer's group begins too late for the window, see
+    /// [`ATTENTION_SPAN`], or ends too early for the rows.
     fn attend(
         &mut self,
         qkv: &Self::Tensor,
         spec: &AttentionSpec,
         cache: &Self::Cache,
-        layer: usize,
+        layer: CacheLayer,
         out: &mut Self::Tensor,
     ) -> Result<(), DeviceError>;
+}
+
+/// Checks that the block tables of `group` begin early enough for `window`, where `longest` is the longest
+/// window that they begin early enough for. `usize::MAX` stands for no window. The error says
+/// what is missing.
+pub(super) fn check_window(group: usize, window: usize, longest: usize) -> Result<(), String> {
+    if window <= longest {
+        return Ok(());
+    }
+    let needed = match window {
+        usize::MAX => "all tokens".to_owned(),
+        window => format!("a window of {window} tokens"),
+    };
+    Err(format!(
+        "block tables of group {group} begin too late: they are enough for a window of {longest} \
+         tokens, but a layer attends to {needed}"
+    ))
 }

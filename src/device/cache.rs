@@ -2,10 +2,29 @@
 
 use super::{DeviceError, DeviceTypes};
 
+/// Place of a layer in the KV cache.
+///
+/// A block holds the keys and values of a fixed number of layers, [`CacheShape::layers`]. The
+/// layers that share blocks, and with them the block tables, are a group.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CacheLayer {
+    /// Index of the group in [`Batch::groups`](super::Batch::groups).
+    pub group: usize,
+    /// Index of the layer in the blocks of its group.
+    pub index: usize,
+}
+
+impl CacheLayer {
+    /// Returns the place of layer `index` if all layers are in one group.
+    pub fn single_group(index: usize) -> Self {
+        Self { group: 0, index }
+    }
+}
+
 /// Dimensions of the paged KV cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CacheShape {
-    /// Number of attention layers.
+    /// Number of attention layers per block.
     pub layers: usize,
     /// Number of key-value heads per layer.
     pub kv_heads: usize,
@@ -36,7 +55,7 @@ pub trait CacheOps: DeviceTypes {
     /// Allocates the KV cache.
     fn allocate_cache(&mut self, shape: &CacheShape) -> Result<Self::Cache, DeviceError>;
 
-    /// Copies blocks within the cache, keys and values of all layers. Each pair is a source and
+    /// Copies blocks within the cache, keys and values of all its layers. Each pair is a source and
     /// a target. A block must not be a target twice, nor both a source and a target.
     fn copy_blocks(
         &mut self,

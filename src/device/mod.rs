@@ -24,6 +24,7 @@
 
 mod activation;
 mod attention;
+mod batch;
 mod blocks;
 mod cache;
 pub mod cpu;
@@ -43,8 +44,9 @@ mod tensor;
 mod types;
 
 pub use activation::{Activation, ActivationOps};
-pub use attention::{AttentionOps, AttentionSpec, HeadShape};
-pub use cache::{CacheOps, CacheShape};
+pub use attention::{ATTENTION_SPAN, AttentionOps, AttentionSpec, HeadShape};
+pub use batch::{Batch, BatchGroup, BatchSequence, BatchTable, Feedback};
+pub use cache::{CacheLayer, CacheOps, CacheShape};
 pub use embedding::EmbeddingOps;
 pub use error::DeviceError;
 pub use experts::{ExpertOps, RoutingSpec};
@@ -53,7 +55,7 @@ pub use norm::NormOps;
 pub use pooling::{PooledRows, PoolingOps};
 pub use rope::{QkNorm, RopeOps, RopeSpec};
 pub use sampling::SamplingOps;
-pub use step::{Batch, BatchSequence, DeviceLimits, Feedback, Finished, Staged, StepOps};
+pub use step::{DeviceLimits, Finished, Staged, StepOps};
 pub use swap::SwapOps;
 pub use tensor::{Precision, TensorOps};
 pub use types::DeviceTypes;

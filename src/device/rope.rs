@@ -1,6 +1,6 @@
 //! Rotary position embeddings.
 
-use super::{DeviceError, DeviceTypes, HeadShape};
+use super::{CacheLayer, DeviceError, DeviceTypes, HeadShape};
 
 /// Specification of a rotary position embedding, which turns positions into angles.
 ///
@@ -43,7 +43,8 @@ pub trait RopeOps: DeviceTypes {
     fn load_rope(&mut self, spec: &RopeSpec) -> Result<Self::Rope, DeviceError>;
 
     /// Normalises the queries and keys if `norm` is given, rotates both in place, and writes
-    /// the keys and values to the cache, for every row of the batch.
+    /// the keys and values to the cache at the slots of the layer's group, for every row of the
+    /// batch.
     fn rope_store(
         &mut self,
         qkv: &mut Self::Tensor,
@@ -51,6 +52,6 @@ pub trait RopeOps: DeviceTypes {
         norm: Option<&QkNorm<'_, Self>>,
         rope: &Self::Rope,
         cache: &mut Self::Cache,
-        layer: usize,
+        layer: CacheLayer,
     ) -> Result<(), DeviceError>;
 }

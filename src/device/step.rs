@@ -1,6 +1,6 @@
-//! Steps: their inputs, and when their operations are enqueued.
+//! Steps: how large they get, and when their operations are enqueued.
 
-use super::{DeviceError, DeviceTypes};
+use super::{Batch, DeviceError, DeviceTypes};
 
 /// What the caller must do next after staging a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,64 +33,10 @@ pub struct DeviceLimits {
     pub sequence_tokens: usize,
     /// Tokens per KV cache block.
     pub block_tokens: usize,
+    /// Number of groups of layers, each of which has its own block tables.
+    pub groups: usize,
     /// Number of logits per sampled row.
     pub vocabulary: usize,
-}
-
-/// The rows of one sequence in a step.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BatchSequence {
-    /// Rows of the sequence, which are consecutive tokens.
-    pub rows: std::ops::Range<usize>,
-    /// Range of its block table in [`Batch::tables`].
-    pub table: std::ops::Range<usize>,
-}
-
-/// Reference to a token id that so far only the device knows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Feedback {
-    /// Row that takes the token.
-    pub row: usize,
-    /// Index of the sample in the previous step.
-    pub sample: usize,
-}
-
-/// Input of one step, as flat arrays with one entry per row unless stated otherwise.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Batch {
-    /// Token ids. The entry of a row that `feedback` names is ignored.
-    pub tokens: Vec<u32>,
-    /// Rows whose token is a sample of the previous step.
-    pub feedback: Vec<Feedback>,
-    /// Position of each token in its sequence, from 0.
-    pub positions: Vec<u32>,
-    /// Slot that each token's key and value are written to: `block · block_tokens + offset`.
-    pub slots: Vec<u32>,
-    /// One entry per sequence. Their rows follow each other without gaps.
-    pub sequences: Vec<BatchSequence>,
-    /// Block tables of the sequences, one after the other. Entry `i` of a table is the block of
-    /// the positions from `i · block_tokens`.
-    pub tables: Vec<u32>,
-    /// Rows whose logits are needed, in ascending order.
-    pub sample_rows: Vec<usize>,
-}
-
-impl Batch {
-    /// Returns the number of tokens.
-    pub fn rows(&self) -> usize {
-        self.tokens.len()
-    }
-
-    /// Empties every array but keeps its memory.
-    pub fn clear(&mut self) {
-        self.tokens.clear();
-        self.feedback.clear();
-        self.positions.clear();
-        self.slots.clear();
-        self.sequences.clear();
-        self.tables.clear();
-        self.sample_rows.clear();
-    }
 }
 
 /// The part of a [`Device`](super::Device) that begins and ends steps.

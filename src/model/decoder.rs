@@ -5,7 +5,9 @@ mod workspace;
 
 use super::layer::{LayerSpec, QkNormKind};
 use super::{ModelConfig, ModelError, ModelSource};
-use crate::device::{AttentionSpec, Batch, Device, DeviceError, Finished, QkNorm, Staged};
+use crate::device::{
+    AttentionSpec, Batch, CacheLayer, Device, DeviceError, Finished, QkNorm, Staged,
+};
 use std::ops::Range;
 use weights::{FeedForwardWeights, LayerWeights};
 use workspace::Workspace;
@@ -15,6 +17,8 @@ pub struct Decoder<D: Device> {
     config: ModelConfig,
     embedding: D::Linear,
     layers: Vec<LayerWeights<D>>,
+    /// Where each layer's keys and values are in the KV cache.
+    places: Vec<CacheLayer>,
     final_norm: D::Vector,
     /// `None` when it is the embedding.
     output: Option<D::Linear>,
@@ -35,12 +39,13 @@ pub struct StepLimits {
 }
 
 impl<D: Device> Decoder<D> {
-    /// Loads a model. `progress` is told after each layer how many of how many are
-    /// done.
+    /// Loads a model. `place` returns where a layer's keys and values are in the KV cache.
+    /// `progress` is told after each layer how many of how many are done.
     pub fn load(
         source: &ModelSource,
         device: &mut D,
         limits: StepLimits,
+        place: impl Fn(usize) -> CacheLayer,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Self, ModelError> {
         let config = source.config().clone();
@@ -63,6 +68,7 @@ impl<D: Device> Decoder<D> {
         let ropes = ropes.collect::<Result<Vec<_>, _>>()?;
         let workspace = Workspace::allocate(&config, device, limits)?;
         Ok(Self {
+            places: (0..config.layers.len()).map(place).collect(),
             config,
             embedding,
             layers,
@@ -104,12 +110,12 @@ impl<D: Device> Decoder<D> {
         device.embed(&self.embedding, scale, &mut self.workspace.residual)?;
         // Whether `delta` is still to be added to the residual stream.
         let mut pending = false;
-        let layers = self.config.layers.iter().zip(&self.layers);
-        for (index, (spec, layer)) in layers.enumerate() {
+        let specs = self.config.layers.iter().zip(&self.places);
+        for ((spec, &place), layer) in specs.zip(&self.layers) {
             let step = LayerStep {
                 spec,
                 epsilon: self.config.norm_epsilon,
-                index,
+                place,
                 rows,
             };
             let workspace = &mut self.workspace;
@@ -174,7 +180,7 @@ struct LayerStep<'a> {
     spec: &'a LayerSpec,
     /// Added to the mean square in norms.
     epsilon: f32,
-    index: usize,
+    place: CacheLayer,
     rows: usize,
 }
 
@@ -252,14 +258,14 @@ impl LayerStep<'_> {
             epsilon: self.epsilon,
             per_head: spec.qk_norm == Some(QkNormKind::PerHead),
         });
-        device.rope_store(qkv, spec.heads, norm.as_ref(), rope, cache, self.index)?;
+        device.rope_store(qkv, spec.heads, norm.as_ref(), rope, cache, self.place)?;
         let spec = AttentionSpec {
             heads: spec.heads,
             scale: spec.scale,
             window: spec.window,
             softcap: spec.softcap,
         };
-        device.attend(qkv, &spec, cache, self.index, attention)?;
+        device.attend(qkv, &spec, cache, self.place, attention)?;
         device.linear(attention, &layer.attention_out, self.rows, delta)
     }
 

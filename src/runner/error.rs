@@ -1,5 +1,6 @@
 //! Errors that prevent a model from being loaded.
 
+use crate::cache::EmptyWindow;
 use crate::device::DeviceError;
 use crate::model::ModelError;
 use crate::text::TextError;
@@ -23,6 +24,9 @@ pub enum LoadError {
     /// The device cannot hold or run the model.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The model's KV cache cannot be laid out.
+    #[error(transparent)]
+    Layout(#[from] EmptyWindow),
     /// The model's own sampling settings are invalid.
     #[error(
         "{path}: {problem}; use --generation-config none to ignore the model's sampling settings"

@@ -1,7 +1,7 @@
 //! Opens the files of a model, plans its memory, and builds a runner.
 
 use super::device::{DeviceWork, on_device};
-use super::memory::{MemoryPlan, cache_shape};
+use super::memory::{MemoryPlan, cache_layout, cache_shape};
 use super::options::{GenerationConfig, LoadOptions};
 use super::{LoadError, ModelRunner, Runner, RunnerInfo, generation_config, limits};
 use crate::config::EngineConfig;
@@ -206,8 +206,12 @@ impl DeviceWork for Plan<'_> {
         let weights = source.parameters().bytes;
         let budget = device.cache_budget(weights)?;
         let budget = config.kv_cache_bytes.unwrap_or(budget);
-        let shape = cache_shape(source.config(), config, budget, &device)?;
-        Ok((device.info(), MemoryPlan::new(weights, &shape, &device)))
+        let model = source.config();
+        let layout = cache_layout(model, config)?;
+        let shape = cache_shape(model, config, &layout, budget, &device)?;
+        let context = limits::context_tokens(model, config);
+        let plan = MemoryPlan::new(weights, &layout, context, &shape, &device);
+        Ok((device.info(), plan))
     }
 }
 

@@ -1,6 +1,7 @@
 //! Turns a plan into the flat arrays that a device takes.
 
-use crate::device::{Batch, BatchSequence, Feedback};
+use crate::cache::GroupBlocks;
+use crate::device::{Batch, Feedback};
 use crate::sampling::{SampleRow, SamplingParams};
 use crate::schedule::{PlanItem, Report, Sequence, Sequences, StepPlan, Task, TokenInput};
 use std::ops::Range;
@@ -19,12 +20,17 @@ pub(super) struct Inputs {
 }
 
 impl Inputs {
-    /// Creates empty inputs with room for `blocks` entries in the block tables of a step. A
-    /// block that several sequences hold takes several entries.
-    pub fn new(blocks: usize) -> Self {
-        let mut inputs = Self::default();
-        inputs.batch.tables.reserve_exact(blocks);
-        inputs
+    /// Creates empty inputs for this many groups of layers, with room for `blocks` entries in
+    /// the block tables of each group. A block that several sequences hold takes several entries.
+    pub fn new(groups: usize, blocks: usize) -> Self {
+        let mut batch = Batch::new(groups);
+        for group in &mut batch.groups {
+            group.entries.reserve_exact(blocks);
+        }
+        Self {
+            batch,
+            ..Self::default()
+        }
     }
 
     /// Fills the inputs from a plan and reuses their allocations. Items whose sequence no
@@ -78,36 +84,24 @@ impl Inputs {
 }
 
 fn add_item(item: &PlanItem, sequence: &Sequence, block_tokens: usize, batch: &mut Batch) {
-    let first_row = batch.rows();
     let end = item.start + item.count;
-    match item.input {
-        TokenInput::Known => batch
-            .tokens
-            .extend_from_slice(&sequence.tokens[item.start..end]),
+    let tokens = match item.input {
+        TokenInput::Known => &sequence.tokens[item.start..end],
         TokenInput::Feedback { sample } => {
-            batch.feedback.push(Feedback {
-                row: first_row,
-                sample,
-            });
-            batch.tokens.push(0);
+            let row = batch.rows();
+            batch.feedback.push(Feedback { row, sample });
+            &[0]
         }
-    }
-    for position in item.start..end {
-        batch.positions.push(position as u32);
-        // The scheduler has allocated blocks for every position that it plans.
-        let slot = sequence.table.slot(0, position, block_tokens);
-        debug_assert!(slot.is_some(), "position {position} has no block");
-        batch.slots.push(slot.unwrap_or(u32::MAX));
-    }
-    let first_block = batch.tables.len();
-    let blocks = &sequence.table.group(0).blocks[..end.div_ceil(block_tokens)];
-    batch
-        .tables
-        .extend(blocks.iter().map(|block| block.index() as u32));
-    batch.sequences.push(BatchSequence {
-        rows: first_row..batch.rows(),
-        table: first_block..batch.tables.len(),
+    };
+    // The scheduler has allocated blocks for every position that it plans.
+    let tables = (0..batch.groups.len()).map(|group| {
+        let GroupBlocks { first, blocks } = sequence.table.group(group);
+        let needed = end.div_ceil(block_tokens).saturating_sub(first);
+        debug_assert!(needed <= blocks.len(), "position {} has no block", end - 1);
+        let blocks = blocks.iter().take(needed);
+        (first, blocks.map(|block| block.index() as u32))
     });
+    batch.push(tokens, item.start, block_tokens, tables);
 }
 
 /// Returns the row that samples the last token of `item`. If the sampling needs the sequence's
@@ -178,7 +172,7 @@ mod tests {
             let spec = SequenceSpec::new(prompt, length as usize + 8);
             scheduler.add(RequestId(u64::from(id)), spec);
         }
-        let mut inputs = Inputs::new(6);
+        let mut inputs = Inputs::new(1, 6);
         let mut recomputed = 0;
         while let Some(plan) = scheduler.plan() {
             inputs.fill(&plan, scheduler.sequences(), 4);

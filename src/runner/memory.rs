@@ -2,69 +2,175 @@
 
 use super::limits::context_tokens;
 use super::{LoadError, SwapInfo};
+use crate::cache::{CacheLayout, GroupKind};
 use crate::config::EngineConfig;
-use crate::device::{CacheShape, Device};
+use crate::device::{ATTENTION_SPAN, CacheShape, Device};
 use crate::model::ModelConfig;
 
 /// Maximum number of blocks, on the device or on the host.
 const MAX_BLOCKS: usize = u32::MAX as usize >> 8;
 
 /// Memory that a model takes on the device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+///
+/// A block of the KV cache holds the keys and values of [`CacheLayout::layers_per_block`] layers.
+/// A sequence has blocks in each group of layers, and a group with a sliding window gives back
+/// those that its layers no longer need.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryPlan {
     /// Size of the weights in bytes, in the device's format.
     pub weights: usize,
-    /// Size of the KV cache in bytes per token, all layers together.
+    /// Size of the KV cache in bytes per token that all layers keep.
     pub cache_per_token: usize,
     /// Number of blocks of the KV cache.
     pub cache_blocks: usize,
+    /// Size of a block in bytes.
+    pub block_bytes: usize,
     /// Tokens per KV cache block.
     pub block_tokens: usize,
+    /// How the layers share blocks.
+    pub layout: CacheLayout,
+    /// Maximum number of tokens per sequence.
+    pub context_tokens: usize,
 }
 
 impl MemoryPlan {
-    /// Creates the plan for `weights` bytes of weights and a cache of this shape.
-    pub(super) fn new<D: Device>(weights: usize, shape: &CacheShape, device: &D) -> Self {
+    /// Creates the plan for `weights` bytes of weights, a cache of this shape, and sequences of
+    /// up to `context_tokens` tokens.
+    pub(super) fn new<D: Device>(
+        weights: usize,
+        layout: &CacheLayout,
+        context_tokens: usize,
+        shape: &CacheShape,
+        device: &D,
+    ) -> Self {
+        let block_bytes = block_bytes(shape, device);
+        let layers: usize = layout.groups().iter().map(|group| group.layers.len()).sum();
+        let of_layer = block_bytes / (shape.layers * shape.block_tokens);
         Self {
             weights,
-            cache_per_token: device.cache_bytes(shape) / (shape.blocks * shape.block_tokens),
+            cache_per_token: layers * of_layer,
             cache_blocks: shape.blocks,
+            block_bytes,
             block_tokens: shape.block_tokens,
+            layout: layout.clone(),
+            context_tokens,
         }
     }
 
     /// Returns the size of the whole KV cache in bytes.
     pub fn cache(&self) -> usize {
-        self.cache_per_token * self.block_tokens * self.cache_blocks
+        self.block_bytes * self.cache_blocks
     }
+
+    /// Returns the number of blocks that a sequence of this many tokens holds while it is
+    /// decoded.
+    pub fn sequence_blocks(&self, tokens: usize) -> usize {
+        self.layout.most_blocks_of_all(tokens, 1, self.block_tokens)
+    }
+
+    /// Returns the size of [`MemoryPlan::sequence_blocks`] in bytes.
+    pub fn sequence_bytes(&self, tokens: usize) -> usize {
+        self.sequence_blocks(tokens)
+            .saturating_mul(self.block_bytes)
+    }
+
+    /// Returns the size in bytes that a sequence of this many tokens would take if every layer
+    /// kept all tokens.
+    pub fn sequence_bytes_without_windows(&self, tokens: usize) -> usize {
+        let blocks = tokens.div_ceil(self.block_tokens);
+        let block_tokens = blocks.saturating_mul(self.block_tokens);
+        block_tokens.saturating_mul(self.cache_per_token)
+    }
+
+    /// Returns the number of tokens that fit in the KV cache, as sequences of
+    /// [`MemoryPlan::context_tokens`] tokens. Shorter sequences have less of their tokens outside
+    /// the windows, so that fewer tokens fit.
+    pub fn tokens(&self) -> usize {
+        let tokens = self.context_tokens.next_multiple_of(self.block_tokens);
+        let blocks = self.sequence_blocks(tokens).max(1);
+        let fit = self.cache_blocks as u128 * tokens as u128 / blocks as u128;
+        usize::try_from(fit).unwrap_or(usize::MAX)
+    }
+
+    /// Describes the groups, for example `4 layers of all tokens; 22 of the last 512, 6 groups`.
+    pub fn groups(&self) -> String {
+        let groups = self.layout.groups();
+        let kinds = groups.chunk_by(|a, b| a.kind == b.kind).map(|same| {
+            let layers: usize = same.iter().map(|group| group.layers.len()).sum();
+            let tokens = match same[0].kind {
+                GroupKind::Full => "all tokens".to_owned(),
+                GroupKind::Window(window) => format!("the last {window} tokens"),
+                GroupKind::State => "one state".to_owned(),
+            };
+            let layers = match layers {
+                1 => "1 layer keeps".to_owned(),
+                layers => format!("{layers} layers keep"),
+            };
+            match same.len() {
+                1 => format!("{layers} {tokens}"),
+                count => format!("{layers} {tokens}, in {count} groups"),
+            }
+        });
+        kinds.collect::<Vec<_>>().join("; ")
+    }
+}
+
+/// Returns how the layers of a model share blocks under the settings.
+pub(super) fn cache_layout(
+    model: &ModelConfig,
+    config: &EngineConfig,
+) -> Result<CacheLayout, LoadError> {
+    let layers = model.layers.iter();
+    let windows: Vec<Option<usize>> = layers.map(|layer| layer.attention().window).collect();
+    let context = context_tokens(model, config);
+    Ok(CacheLayout::new(&windows, context, ATTENTION_SPAN)?)
+}
+
+/// Returns the size in bytes of a block of a cache of this shape.
+fn block_bytes<D: Device>(shape: &CacheShape, device: &D) -> usize {
+    device.cache_bytes(&CacheShape {
+        blocks: 1,
+        ..*shape
+    })
 }
 
 /// Returns the shape of the largest useful cache that fits in `budget` bytes.
 pub(super) fn cache_shape<D: Device>(
     model: &ModelConfig,
     config: &EngineConfig,
+    layout: &CacheLayout,
     budget: usize,
     device: &D,
 ) -> Result<CacheShape, LoadError> {
     let heads = model.heads();
     let block = CacheShape {
-        layers: model.layers.len(),
+        layers: layout.layers_per_block(),
         kv_heads: heads.kv_heads,
         head_dim: heads.head_dim,
         blocks: 1,
         block_tokens: config.block_tokens,
     };
-    let block_bytes = device.cache_bytes(&block).max(1);
+    let block_bytes = block_bytes(&block, device).max(1);
     // More than the full length of every sequence would never be used.
-    let useful = context_tokens(model, config)
-        .div_ceil(config.block_tokens)
+    let (tokens, step) = (context_tokens(model, config), config.max_batch_tokens);
+    let useful = layout
+        .most_blocks_of_all(tokens, step, config.block_tokens)
         .saturating_mul(config.max_sequences);
     let blocks = (budget / block_bytes).min(useful).min(MAX_BLOCKS);
-    if blocks == 0 {
+    // Every group needs a block for the first token.
+    let least = layout.groups().len();
+    if blocks < least {
         return Err(LoadError::Config {
             name: "kv_cache_bytes",
             value: budget.to_string(),
-            expected: format!("at least {block_bytes} (one block of this model)"),
+            expected: match least {
+                1 => format!("at least {block_bytes} (one block of this model)"),
+                least => format!(
+                    "at least {} (one block for each of the {least} groups of layers of this \
+                     model)",
+                    least.saturating_mul(block_bytes)
+                ),
+            },
         });
     }
     Ok(CacheShape { blocks, ..block })
@@ -77,13 +183,73 @@ pub(super) fn swap_info<D: Device>(
     shape: &CacheShape,
     device: &D,
 ) -> Option<SwapInfo> {
-    let block_bytes = device.cache_bytes(&CacheShape {
-        blocks: 1,
-        ..*shape
-    });
+    let block_bytes = block_bytes(shape, device);
     let blocks = config.swap_bytes.checked_div(block_bytes)?;
     (blocks > 0).then(|| SwapInfo {
         blocks: blocks.min(MAX_BLOCKS),
         seconds_per_block: block_bytes as f64 / device.swap_bandwidth(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Returns the plan for the layers of Gemma 3 1B, with `full` of 26 layers without a window.
+    fn plan(full: usize) -> MemoryPlan {
+        let windows: Vec<Option<usize>> = (0..26)
+            .map(|layer| (layer >= full).then_some(512))
+            .collect();
+        let layout = CacheLayout::new(&windows, 32_768, ATTENTION_SPAN).unwrap();
+        let of_layer = 1024;
+        MemoryPlan {
+            weights: 0,
+            cache_per_token: 26 * of_layer,
+            cache_blocks: 10_000,
+            block_bytes: layout.layers_per_block() * 16 * of_layer,
+            block_tokens: 16,
+            layout,
+            context_tokens: 32_768,
+        }
+    }
+
+    #[test]
+    fn a_sequence_takes_less_where_layers_have_windows() {
+        let plan = plan(4);
+        let all = plan.sequence_bytes_without_windows(8192);
+        assert_eq!(all, 8192 * 26 * 1024);
+        // All tokens in four layers, and at most 42 blocks in each of the other groups.
+        let bytes = plan.sequence_bytes(8192);
+        assert!(bytes <= (512 + 6 * 45) * 4 * 16 * 1024, "{bytes}");
+        assert!(bytes >= (512 + 6 * 33) * 4 * 16 * 1024, "{bytes}");
+        assert!(4 * bytes < all, "{bytes} {all}");
+        let longer = plan.sequence_bytes(32_768);
+        assert!(5 * longer < plan.sequence_bytes_without_windows(32_768));
+        // A sequence shorter than the windows saves nothing, and the empty places cost some.
+        let short = plan.sequence_bytes(16);
+        assert_eq!(short, 7 * 4 * 16 * 1024);
+    }
+
+    #[test]
+    fn without_windows_the_cache_holds_as_many_tokens_as_it_has_slots() {
+        let plan = plan(26);
+        assert_eq!(plan.tokens(), 160_000);
+        for tokens in [1, 16, 17, 32_768] {
+            let bytes = plan.sequence_bytes(tokens);
+            assert_eq!(bytes, plan.sequence_bytes_without_windows(tokens));
+        }
+        assert_eq!(plan.groups(), "26 layers keep all tokens");
+    }
+
+    #[test]
+    fn groups_are_described_by_what_their_layers_keep() {
+        let described = plan(4).groups();
+        let expected = "4 layers keep all tokens; 22 layers keep the last 512 tokens, in 6 groups";
+        assert_eq!(described, expected);
+        let described = plan(25).groups();
+        assert!(
+            described.ends_with("; 1 layer keeps the last 512 tokens"),
+            "{described}"
+        );
+    }
 }

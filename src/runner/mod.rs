@@ -23,7 +23,7 @@ pub use model_runner::ModelRunner;
 pub use null::{NullOptions, NullRunner};
 pub use options::{DeviceChoice, GenerationConfig, LoadOptions};
 
-use crate::cache::BlockId;
+use crate::cache::{BlockId, CacheLayout};
 use crate::device::{DeviceError, DeviceInfo, PooledRows};
 use crate::model::ModelConfig;
 use crate::sampling::{Sampled, SamplingDefaults};
@@ -99,6 +99,8 @@ pub struct RunnerInfo {
     pub cache_blocks: usize,
     /// Tokens per KV cache block.
     pub block_tokens: usize,
+    /// How the layers share blocks and block tables.
+    pub layout: CacheLayout,
     /// Host memory for swapped-out blocks; `None` if the runner cannot swap.
     pub swap: Option<SwapInfo>,
     /// The loaded model; `None` for a runner without one.

@@ -2,11 +2,11 @@
 
 use super::inputs::Inputs;
 use super::limits::context_tokens;
-use super::memory::{MemoryPlan, cache_shape, swap_info};
+use super::memory::{MemoryPlan, cache_layout, cache_shape, swap_info};
 use super::{LoadError, ModelInfo, Runner, RunnerInfo, StepOutput};
 use crate::cache::{BlockId, Transfers};
 use crate::config::EngineConfig;
-use crate::device::{Device, DeviceError, DeviceLimits};
+use crate::device::{CacheLayer, Device, DeviceError, DeviceLimits};
 use crate::model::{Decoder, ModelSource, StepLimits};
 use crate::sampling::SamplingDefaults;
 use crate::schedule::{Sequences, StepPlan};
@@ -56,6 +56,7 @@ impl<D: Device> ModelRunner<D> {
         let begin = Instant::now();
         let model = source.config();
         let context = context_tokens(model, config);
+        let layout = cache_layout(model, config)?;
         let limits = StepLimits {
             rows: config.max_batch_tokens,
             samples: config.max_sequences.min(config.max_batch_tokens),
@@ -66,22 +67,35 @@ impl<D: Device> ModelRunner<D> {
             sequences: limits.samples,
             sequence_tokens: context,
             block_tokens: config.block_tokens,
+            groups: layout.groups().len(),
             vocabulary: model.vocabulary,
         })?;
-        let decoder = Decoder::load(source, &mut device, limits, progress)?;
+        let place = |layer| {
+            let (group, index) = layout.place(layer);
+            CacheLayer { group, index }
+        };
+        let decoder = Decoder::load(source, &mut device, limits, place, progress)?;
         let load_time = begin.elapsed();
         let budget = match config.kv_cache_bytes {
             Some(bytes) => bytes,
             None => device.cache_budget(0)?,
         };
-        let shape = cache_shape(model, config, budget, &device)?;
+        let shape = cache_shape(model, config, &layout, budget, &device)?;
         let cache = device.allocate_cache(&shape)?;
         let swap = swap_info(config, &shape, &device);
         let host = match swap {
             Some(swap) => Some(device.allocate_host_blocks(&shape, swap.blocks)?),
             None => None,
         };
-        let memory = MemoryPlan::new(device.weight_bytes(), &shape, &device);
+        let memory = MemoryPlan::new(device.weight_bytes(), &layout, context, &shape, &device);
+        tracing::info!(
+            blocks = shape.blocks,
+            bytes = memory.cache(),
+            groups = memory.groups(),
+            bytes_per_sequence = memory.sequence_bytes(context),
+            "allocated the KV cache"
+        );
+        let groups = layout.groups().len();
         let info = RunnerInfo {
             vocabulary: model.vocabulary,
             context_tokens: context,
@@ -89,6 +103,7 @@ impl<D: Device> ModelRunner<D> {
             end_tokens: model.end_tokens.clone(),
             cache_blocks: shape.blocks,
             block_tokens: shape.block_tokens,
+            layout,
             swap,
             model: Some(ModelInfo {
                 config: model.clone(),
@@ -106,7 +121,7 @@ impl<D: Device> ModelRunner<D> {
             host,
             block_tokens: shape.block_tokens,
             in_flight: VecDeque::new(),
-            inputs: Inputs::new(shape.blocks),
+            inputs: Inputs::new(groups, shape.blocks),
             pairs: Vec::new(),
         };
         Ok((runner, info))

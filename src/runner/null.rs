@@ -1,6 +1,7 @@
 //! [`NullRunner`]: a runner without a model, to measure the host side.
 
 use super::{LoadError, Runner, RunnerInfo, StepOutput};
+use crate::cache::CacheLayout;
 use crate::device::{DeviceError, PooledRows};
 use crate::sampling::Sampled;
 use crate::schedule::{PlanItem, Report, Sequences, StepPlan, Task};
@@ -135,6 +136,7 @@ impl NullRunner {
             end_tokens: Vec::new(),
             cache_blocks: self.options.cache_blocks,
             block_tokens: self.options.block_tokens,
+            layout: CacheLayout::single(),
             swap: None,
             model: None,
         }

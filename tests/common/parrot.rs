@@ -2,6 +2,7 @@
 
 #![allow(dead_code)] // each test file uses only part of this module
 
+use quell::cache::CacheLayout;
 use quell::config::EngineConfig;
 use quell::device::DeviceError;
 use quell::runner::{Runner, RunnerInfo, StepOutput};
@@ -48,6 +49,7 @@ pub fn engine_with(template: serde_json::Value) -> Engine {
         end_tokens: vec![END_OF_ANSWER],
         cache_blocks: 4096,
         block_tokens: 16,
+        layout: CacheLayout::single(),
         swap: None,
         model: None,
     };

@@ -2,11 +2,12 @@
 //!
 //! It stores one token per slot of the KV cache and accesses the slots through the block
 //! tables, but only when a step is collected. A block that is handed out too early, or a wrong
-//! table, therefore changes the tokens that come out.
+//! table, therefore changes the tokens that come out. If there are several groups of layers, each
+//! of them must hold the same tokens, as far as its layers attend to them.
 
 #![allow(dead_code)] // each test file uses only part of this module
 
-use quell::cache::{BlockId, Transfers};
+use quell::cache::{BlockId, BlockTable, CacheLayout, GroupKind, Transfers};
 use quell::device::{DeviceError, PooledRows};
 use quell::runner::{Runner, RunnerInfo, StepOutput, SwapInfo};
 use quell::sampling::Sampled;
@@ -14,6 +15,7 @@ use quell::schedule::{Report, SequenceKey, Sequences, StepPlan, TokenInput};
 use quell::text::Tokenizer;
 use quell::{Engine, EngineConfig, LoadError, SessionId};
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::{Arc, mpsc};
 
 pub const VOCABULARY: u32 = 1000;
@@ -27,6 +29,9 @@ pub struct SimOptions {
     /// Number of KV cache blocks.
     pub blocks: usize,
     pub block_tokens: usize,
+    /// Groups of layers. The model's answers depend on the tokens that the first group attends
+    /// to; [`expected`] assumes that these are all tokens.
+    pub layout: CacheLayout,
     pub context: usize,
     /// Number of host blocks for swapped-out data. With 0, nothing can be swapped out.
     pub swap_blocks: usize,
@@ -55,6 +60,7 @@ impl Default for SimOptions {
             depth: 1,
             blocks: 256,
             block_tokens: 4,
+            layout: CacheLayout::single(),
             context: 512,
             swap_blocks: 0,
             gate: None,
@@ -75,16 +81,46 @@ struct Item {
     owner: Owner,
     tokens: Vec<u32>,
     feedback: Option<usize>,
-    /// Slots of the tokens of this step.
-    written: Vec<usize>,
-    /// Slots of all tokens up to the last one of this step.
-    read: Vec<usize>,
+    /// Position of the first token of this step.
+    start: usize,
+    /// Position after the last token of this step.
+    end: usize,
+    groups: Vec<ItemGroup>,
     report: Report,
     /// For each scored row, the known token that follows it.
     next: Vec<u32>,
     sample: bool,
     /// Bit mask of the tokens that may be chosen. Without one, all may be.
     mask: Option<Arc<[u32]>>,
+}
+
+/// The slots of one group of layers that an item accesses.
+struct ItemGroup {
+    kind: GroupKind,
+    /// Position of the first slot.
+    first: usize,
+    /// Slots of all tokens from there on, up to the last one of this step. The layers may read
+    /// all of them.
+    slots: Vec<usize>,
+}
+
+impl Item {
+    /// Returns the slots of the tokens of this step, in all groups.
+    fn written(&self) -> impl Iterator<Item = usize> + '_ {
+        let groups = self.groups.iter();
+        groups.flat_map(|group| group.slots[self.start - group.first..].iter().copied())
+    }
+
+    /// Returns the slots that the layers may read, in all groups.
+    fn reads(&self, slot: usize) -> bool {
+        self.groups.iter().any(|group| group.slots.contains(&slot))
+    }
+}
+
+impl ItemGroup {
+    fn slot(&self, position: usize) -> usize {
+        self.slots[position - self.first]
+    }
 }
 
 /// A launched step.
@@ -152,7 +188,7 @@ impl SimRunner {
     fn check_writes(&self, owner: Option<Owner>, written: &[usize]) {
         for earlier in &self.in_flight {
             for old in &earlier.items {
-                let shared = written.iter().find(|slot| old.read.contains(slot));
+                let shared = written.iter().find(|slot| old.reads(**slot));
                 assert!(
                     owner == Some(old.owner) || shared.is_none(),
                     "I4: slot {shared:?} is handed out again while step {} is in flight",
@@ -162,7 +198,47 @@ impl SimRunner {
         }
     }
 
-    fn slots(&self, block: usize) -> std::ops::Range<usize> {
+    /// Returns the slots that a step with the tokens `positions` of a sequence accesses.
+    fn groups(&self, positions: Range<usize>, table: &BlockTable) -> Vec<ItemGroup> {
+        let SimOptions {
+            block_tokens,
+            layout,
+            ..
+        } = &self.options;
+        let groups = layout.groups().iter().enumerate();
+        let groups = groups.map(|(index, group)| {
+            let first = layout.first_block(index, positions.start, *block_tokens) * block_tokens;
+            let slot = |position| {
+                let slot = table.slot(index, position, *block_tokens);
+                slot.unwrap_or_else(|| {
+                    panic!("position {position} of group {index} has no block: {table:?}")
+                }) as usize
+            };
+            ItemGroup {
+                kind: group.kind,
+                first,
+                slots: (first..positions.end).map(slot).collect(),
+            }
+        });
+        groups.collect()
+    }
+
+    /// Returns the tokens that the token at `position` attends to in the first group of layers.
+    /// If another group holds other tokens at these positions, one more follows, which no
+    /// sequence has.
+    fn seen(&self, item: &Item, position: usize) -> impl Iterator<Item = u32> {
+        let (first, others) = item.groups.split_first().expect("there is a group");
+        let token = |group: &ItemGroup, position| self.memory[group.slot(position)];
+        let own = first.kind.first_position(position)..=position;
+        let differs = others.iter().any(|other| {
+            let from = other.kind.first_position(position).max(*own.start());
+            (from..=position).any(|position| token(other, position) != token(first, position))
+        });
+        own.map(move |position| token(first, position))
+            .chain(differs.then_some(u32::MAX))
+    }
+
+    fn slots(&self, block: usize) -> Range<usize> {
         let size = self.options.block_tokens;
         block * size..(block + 1) * size
     }
@@ -198,12 +274,7 @@ impl Runner for SimRunner {
             .map(|item| {
                 let sequence = &sequences[item.key];
                 let end = item.start + item.count;
-                let slots: Vec<usize> = (0..end)
-                    .map(|position| {
-                        let slot = sequence.table.slot(0, position, self.options.block_tokens);
-                        slot.expect("every planned position has a block") as usize
-                    })
-                    .collect();
+                let groups = self.groups(item.start..end, &sequence.table);
                 let (tokens, feedback) = match item.input {
                     TokenInput::Known => (sequence.tokens[item.start..end].to_vec(), None),
                     TokenInput::Feedback { sample } => (vec![0], Some(sample)),
@@ -218,8 +289,9 @@ impl Runner for SimRunner {
                         .map_or(Owner::Sequence(item.key), Owner::Session),
                     tokens,
                     feedback,
-                    written: slots[item.start..].to_vec(),
-                    read: slots,
+                    start: item.start,
+                    end,
+                    groups,
                     sample: item.sample,
                     mask: sequence
                         .spec
@@ -230,7 +302,8 @@ impl Runner for SimRunner {
             })
             .collect();
         for item in &items {
-            self.check_writes(Some(item.owner), &item.written);
+            let written: Vec<usize> = item.written().collect();
+            self.check_writes(Some(item.owner), &written);
         }
         let copied = plan.transfers.copies.iter().map(|(_, target)| target);
         let swapped = plan.transfers.swap_in.iter().map(|(_, target)| target);
@@ -282,17 +355,17 @@ impl Runner for SimRunner {
         }
         self.transfer(&transfers);
         for item in &items {
-            for (index, &slot) in item.written.iter().enumerate() {
+            for (index, slot) in item.written().enumerate() {
                 self.memory[slot] = match item.feedback {
                     // A failed step leaves no sample to feed back.
                     Some(sample) => self.previous.get(sample).copied().unwrap_or(u32::MAX),
-                    None => item.tokens[index],
+                    None => item.tokens[index % item.tokens.len()],
                 };
             }
         }
         let mut output = StepOutput::default();
         for item in &items {
-            let up_to = |row: usize| item.read[..=row].iter().map(|&slot| self.memory[slot]);
+            let up_to = |position: usize| self.seen(item, position);
             let scores = item.report.scored().zip(&item.next);
             output.samples.extend(scores.map(|(row, &token)| Sampled {
                 token,
@@ -307,7 +380,7 @@ impl Runner for SimRunner {
                 output.sums.push(sum);
             }
             if item.sample {
-                let token = next_token(up_to(item.read.len() - 1));
+                let token = next_token(up_to(item.end - 1));
                 let mask = item.mask.as_deref();
                 let allowed = |token| mask.is_none_or(|mask| is_set(mask, token));
                 output.samples.push(Sampled {
@@ -425,6 +498,7 @@ pub fn info(options: &SimOptions) -> RunnerInfo {
         end_tokens: Vec::new(),
         cache_blocks: options.blocks,
         block_tokens: options.block_tokens,
+        layout: options.layout.clone(),
         swap: (options.swap_blocks > 0).then_some(SwapInfo {
             blocks: options.swap_blocks,
             seconds_per_block: 1e-9,

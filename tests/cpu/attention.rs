@@ -26,7 +26,7 @@ struct Part<'a> {
     table: &'a [u32],
 }
 
-fn rope_spec(rotary_dim: usize) -> RopeSpec {
+pub fn rope_spec(rotary_dim: usize) -> RopeSpec {
     let pairs = rotary_dim / 2;
     let frequency = |i| 10_000f32.powf(-(2.0 * i as f32) / rotary_dim as f32);
     RopeSpec {
@@ -67,24 +67,13 @@ impl Layer {
     fn step(&mut self, parts: &[Part<'_>]) -> Vec<Vec<f32>> {
         let columns = self.spec.heads.qkv_columns();
         let block_tokens = self.cache.shape().block_tokens;
-        let mut batch = Batch::default();
+        let mut batch = Batch::new(1);
         let mut rows = Vec::new();
         for part in parts {
-            let (row, table) = (batch.tokens.len(), batch.tables.len());
-            for position in part.range.clone() {
-                batch.tokens.push(0);
-                batch.positions.push(position as u32);
-                let block = part.table[position / block_tokens] as usize;
-                batch
-                    .slots
-                    .push((block * block_tokens + position % block_tokens) as u32);
-                rows.extend_from_slice(&part.qkv[position * columns..][..columns]);
-            }
-            batch.tables.extend_from_slice(part.table);
-            batch.sequences.push(BatchSequence {
-                rows: row..batch.tokens.len(),
-                table: table..batch.tables.len(),
-            });
+            let Range { start, end } = part.range;
+            rows.extend_from_slice(&part.qkv[start * columns..end * columns]);
+            let table = [(0, part.table.iter().copied())];
+            batch.push(&vec![0; end - start], start, block_tokens, table);
         }
         let count = batch.rows();
         let mut qkv = tensor(&mut self.device, columns, &rows);
@@ -99,7 +88,7 @@ impl Layer {
             epsilon: 1e-5,
             per_head: *per_head,
         });
-        let (heads, layer) = (self.spec.heads, 1);
+        let (heads, layer) = (self.spec.heads, CacheLayer::single_group(1));
         self.device
             .rope_store(
                 &mut qkv,
@@ -135,7 +124,7 @@ fn norm64(x: &mut [f64], weight: &[f32]) {
 }
 
 /// Computes norms, rotation and attention of all tokens in float64.
-fn reference(
+pub fn reference(
     spec: &AttentionSpec,
     rope: &RopeSpec,
     norm: Option<(&[f32], &[f32], bool)>,
@@ -211,7 +200,7 @@ fn reference(
     out
 }
 
-fn heads(q_heads: usize, kv_heads: usize, head_dim: usize) -> HeadShape {
+pub fn heads(q_heads: usize, kv_heads: usize, head_dim: usize) -> HeadShape {
     HeadShape {
         q_heads,
         kv_heads,
@@ -237,7 +226,7 @@ fn specs() -> Vec<(AttentionSpec, usize)> {
     ]
 }
 
-fn options(simd: SimdLevel, threads: usize, kv: KvType) -> CpuOptions {
+pub fn options(simd: SimdLevel, threads: usize, kv: KvType) -> CpuOptions {
     CpuOptions {
         threads: Some(threads),
         simd,
@@ -252,7 +241,7 @@ fn table(first: u32, count: usize) -> Vec<u32> {
     (0..count as u32).map(|i| (first + i * 7) % 64).collect()
 }
 
-fn assert_near(out: &[f32], expected: &[f64], tolerance: f64, what: &str) {
+pub fn assert_near(out: &[f32], expected: &[f64], tolerance: f64, what: &str) {
     assert_eq!(out.len(), expected.len(), "{what}");
     for (i, (out, expected)) in out.iter().zip(expected).enumerate() {
         let error = (f64::from(*out) - expected).abs();
@@ -482,74 +471,27 @@ fn blocks_before_the_window_are_not_read() {
 #[test]
 fn invalid_batches_are_refused() {
     let mut device = CpuDevice::new(&CpuOptions::default()).unwrap();
-    let good = Batch {
-        tokens: vec![1, 2],
-        positions: vec![3, 4],
-        slots: vec![3, 4],
-        sequences: vec![BatchSequence {
-            rows: 0..2,
-            table: 0..1,
-        }],
-        tables: vec![0],
-        ..Default::default()
-    };
+    let mut good = Batch::new(2);
+    good.push(&[1, 2], 3, 16, [(0, [0]), (0, [1])]);
     device.stage(&good).unwrap();
-    let bad = [
-        Batch {
-            positions: vec![3],
-            ..good.clone()
-        },
-        Batch {
-            positions: vec![3, 5],
-            ..good.clone()
-        },
-        Batch {
-            slots: vec![3, 3],
-            ..good.clone()
-        },
-        Batch {
-            slots: vec![],
-            ..good.clone()
-        },
-        Batch {
-            sequences: vec![],
-            ..good.clone()
-        },
-        Batch {
-            sequences: vec![BatchSequence {
-                rows: 0..3,
-                table: 0..1,
-            }],
-            ..good.clone()
-        },
-        Batch {
-            sequences: vec![BatchSequence {
-                rows: 1..2,
-                table: 0..1,
-            }],
-            ..good.clone()
-        },
-        Batch {
-            sequences: vec![BatchSequence {
-                rows: 0..2,
-                table: 0..2,
-            }],
-            ..good.clone()
-        },
-        Batch {
-            feedback: vec![Feedback { row: 0, sample: 0 }],
-            ..good.clone()
-        },
-        Batch {
-            feedback: vec![Feedback { row: 2, sample: 0 }],
-            ..good.clone()
-        },
-        Batch {
-            sample_rows: vec![2],
-            ..good.clone()
-        },
+    let bad: [fn(&mut Batch); 13] = [
+        |batch| batch.positions.truncate(1),
+        |batch| batch.positions[1] = 5,
+        |batch| batch.groups[0].slots[1] = batch.groups[0].slots[0],
+        |batch| batch.groups[1].slots[1] = batch.groups[0].slots[0],
+        |batch| batch.groups[1].slots.clear(),
+        |batch| batch.sequences.clear(),
+        |batch| batch.sequences[0].rows = 0..3,
+        |batch| batch.sequences[0].rows = 1..2,
+        |batch| batch.groups[1].tables[0].entries = 0..2,
+        |batch| batch.groups[1].tables.clear(),
+        |batch| batch.feedback.push(Feedback { row: 0, sample: 0 }),
+        |batch| batch.feedback.push(Feedback { row: 2, sample: 0 }),
+        |batch| batch.sample_rows.push(2),
     ];
-    for batch in bad {
+    for change in bad {
+        let mut batch = good.clone();
+        change(&mut batch);
         let error = device.stage(&batch);
         assert!(
             matches!(
@@ -617,25 +559,19 @@ fn blocks_slots_positions_and_layers_beyond_the_cache_are_refused() {
         .device
         .allocate(1, spec.heads.q_columns(), Precision::Full)
         .unwrap();
+    let place = |group, index| CacheLayer { group, index };
     for (slot, position, block, of_layer, ok) in [
-        (0, 0, 0, 0, (true, true)),
-        (64 * 16, 0, 0, 0, (false, true)),
-        (0, 4096, 0, 0, (false, false)),
-        (0, 16, 0, 0, (true, false)),
-        (0, 0, 64, 0, (true, false)),
-        (0, 0, 0, 2, (false, false)),
+        (0, 0, 0, place(0, 0), (true, true)),
+        (64 * 16, 0, 0, place(0, 0), (false, true)),
+        (0, 4096, 0, place(0, 0), (false, false)),
+        (0, 16, 0, place(0, 0), (true, false)),
+        (0, 0, 64, place(0, 0), (true, false)),
+        (0, 0, 0, place(0, 2), (false, false)),
+        (0, 0, 0, place(1, 0), (false, false)),
     ] {
-        let batch = Batch {
-            tokens: vec![0],
-            positions: vec![position],
-            slots: vec![slot],
-            sequences: vec![BatchSequence {
-                rows: 0..1,
-                table: 0..1,
-            }],
-            tables: vec![block],
-            ..Default::default()
-        };
+        let mut batch = Batch::new(1);
+        batch.push(&[0], position, 16, [(0, [block])]);
+        batch.groups[0].slots = vec![slot];
         layer.device.stage(&batch).unwrap();
         let (device, cache) = (&mut layer.device, &mut layer.cache);
         let stored = device.rope_store(&mut qkv, spec.heads, None, &layer.rope, cache, of_layer);
@@ -643,7 +579,7 @@ fn blocks_slots_positions_and_layers_beyond_the_cache_are_refused() {
         assert_eq!(
             (stored.is_ok(), attended.is_ok()),
             ok,
-            "{batch:?} {of_layer}"
+            "{batch:?} {of_layer:?}"
         );
     }
 }

@@ -255,17 +255,8 @@ fn embeddings_are_rows_of_the_packed_table() {
         let mut device = device(SimdLevel::Auto, 2, Activations::Auto);
         let weight = linear(&mut device, dtype, rows, columns, &data);
         let tokens = [0, 52, 17, 16, 15];
-        let batch = Batch {
-            tokens: tokens.to_vec(),
-            positions: (0..5).collect(),
-            slots: (0..5).collect(),
-            sequences: vec![BatchSequence {
-                rows: 0..5,
-                table: 0..1,
-            }],
-            tables: vec![0],
-            ..Default::default()
-        };
+        let mut batch = Batch::new(1);
+        batch.push(&tokens, 0, 16, [(0, [0])]);
         device.stage(&batch).unwrap();
         let mut out = device.allocate(5, columns, Precision::Full).unwrap();
         device.embed(&weight, 2.0, &mut out).unwrap();

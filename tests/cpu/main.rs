@@ -1,8 +1,11 @@
 //! The CPU device, operation by operation, against plain reference code.
 
+#[path = "../common/groups.rs"]
+mod grouped;
 mod support;
 
 mod attention;
+mod groups;
 mod linear;
 mod operations;
 mod quant_reference;

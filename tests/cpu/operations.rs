@@ -129,17 +129,9 @@ fn activations_agree_with_float64_even_far_from_zero() {
 }
 
 fn batch(rows: usize) -> Batch {
-    Batch {
-        tokens: vec![0; rows],
-        positions: (0..rows as u32).collect(),
-        slots: (0..rows as u32).collect(),
-        sequences: vec![BatchSequence {
-            rows: 0..rows,
-            table: 0..1,
-        }],
-        tables: vec![0],
-        ..Default::default()
-    }
+    let mut batch = Batch::new(1);
+    batch.push(&vec![0; rows], 0, 16, [(0, 0..rows as u32)]);
+    batch
 }
 
 #[test]

@@ -95,7 +95,7 @@ fn sees_from(spec: &AttentionSpec, position: usize) -> usize {
 }
 
 /// Computes the attention of one token in float64.
-fn reference(spec: &AttentionSpec, qkv: &[f32], position: usize) -> Vec<f64> {
+pub fn reference(spec: &AttentionSpec, qkv: &[f32], position: usize) -> Vec<f64> {
     let HeadShape {
         q_heads,
         kv_heads,
@@ -137,7 +137,7 @@ fn reference(spec: &AttentionSpec, qkv: &[f32], position: usize) -> Vec<f64> {
 
 /// Compares results with float64. The tolerance covers one rounding of each weight and each
 /// result, for values between −1 and 1.
-fn assert_near(kind: CudaActivations, out: &[f32], expected: &[f64], what: &str) {
+pub fn assert_near(kind: CudaActivations, out: &[f32], expected: &[f64], what: &str) {
     assert_eq!(out.len(), expected.len(), "{what}");
     for (i, (&out, &expected)) in out.iter().zip(expected).enumerate() {
         let tolerance = 1.01 * rounding(kind) * (0.5 + expected.abs()) + 2e-5;
@@ -419,7 +419,7 @@ fn padding_of_recorded_steps_changes_no_bit() {
             Staged::Enqueue => {
                 layer.rope_store(&mut qkv).unwrap();
                 let (device, cache) = (&mut layer.device, &layer.cache);
-                device.attend(&qkv, &spec, cache, 1, &mut out).unwrap();
+                device.attend(&qkv, &spec, cache, LAYER, &mut out).unwrap();
                 assert_eq!(device.finish(Ok(())).unwrap(), Finished::Done);
             }
         }
@@ -477,7 +477,7 @@ fn decode_after_one_prompt(
         if staged == Staged::Enqueue {
             layer.rope_store(&mut qkv).unwrap();
             let (device, cache) = (&mut layer.device, &layer.cache);
-            device.attend(&qkv, spec, cache, 1, &mut out).unwrap();
+            device.attend(&qkv, spec, cache, LAYER, &mut out).unwrap();
             assert_eq!(device.finish(Ok(())).unwrap(), Finished::Done);
         }
         let values = layer.device.values(&out, rows.len()).unwrap();
@@ -558,21 +558,11 @@ fn splitting_a_step_into_several_launches_changes_no_bit() {
     let own = tokens(&mut random, kind, &case, SEQUENCES);
     let mut step = |sequences: Range<usize>| {
         let (count, rows) = (sequences.len(), sequences.clone());
-        let block = |i: usize| 1 + i as u32;
-        let table = |i: usize| std::iter::repeat_n(0, 2047).chain([block(i)]);
-        let batch = Batch {
-            tokens: vec![0; count],
-            positions: vec![POSITION as u32; count],
-            slots: sequences.clone().map(|i| 16 * block(i)).collect(),
-            sequences: (0..count)
-                .map(|i| BatchSequence {
-                    rows: i..i + 1,
-                    table: 2048 * i..2048 * (i + 1),
-                })
-                .collect(),
-            tables: sequences.flat_map(table).collect(),
-            ..Batch::default()
-        };
+        let mut batch = Batch::new(1);
+        for i in sequences {
+            let table = std::iter::repeat_n(0, 2047).chain([1 + i as u32]);
+            batch.push(&[0], POSITION, 16, [(0, table)]);
+        }
         let values = &own[rows.start * columns..rows.end * columns];
         let mut qkv = layer.tensor(columns, values);
         let nothing = vec![f32::NAN; count * spec.heads.q_columns()];
@@ -580,7 +570,7 @@ fn splitting_a_step_into_several_launches_changes_no_bit() {
         layer.stage(&batch);
         layer.rope_store(&mut qkv).unwrap();
         let (device, cache) = (&mut layer.device, &layer.cache);
-        device.attend(&qkv, &spec, cache, 1, &mut out).unwrap();
+        device.attend(&qkv, &spec, cache, LAYER, &mut out).unwrap();
         device.finish(Ok(())).unwrap();
         bits(&device.values(&out, count).unwrap())
     };
@@ -642,13 +632,14 @@ fn invalid_attention_arguments_are_refused() {
             table,
         };
         let (mut batch, values) = layer.batch(&[part]);
-        batch.slots = vec![0];
+        batch.groups[0].slots = vec![0];
         let mut qkv = layer.tensor(heads.qkv_columns(), &values);
         let mut out = layer.tensor(columns, &vec![0.0; columns]);
         layer.stage(&batch);
         layer.rope_store(&mut qkv).unwrap();
         let (device, cache) = (&mut layer.device, &layer.cache);
-        let outcome = device.attend(&qkv, spec, cache, index, &mut out);
+        let place = CacheLayer::single_group(index);
+        let outcome = device.attend(&qkv, spec, cache, place, &mut out);
         device.finish(Ok(())).unwrap();
         outcome
     };

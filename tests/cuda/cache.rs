@@ -42,18 +42,8 @@ fn filled(device: &mut CudaDevice) -> CudaCache {
     let rope = device.load_rope(&identity(BLOCKS * BLOCK)).unwrap();
     let mut random = Random::new(71);
     let rows = BLOCKS * BLOCK;
-    let all = 0..rows as u32;
-    let batch = Batch {
-        tokens: vec![0; rows],
-        positions: all.clone().collect(),
-        slots: all.collect(),
-        sequences: vec![BatchSequence {
-            rows: 0..rows,
-            table: 0..BLOCKS,
-        }],
-        tables: (0..BLOCKS as u32).collect(),
-        ..Batch::default()
-    };
+    let mut batch = Batch::new(1);
+    batch.push(&vec![0; rows], 0, BLOCK, [(0, 0..BLOCKS as u32)]);
     for layer in 0..LAYERS {
         let columns = HEADS.qkv_columns();
         let values = random.numbers(rows * columns);
@@ -62,7 +52,14 @@ fn filled(device: &mut CudaDevice) -> CudaCache {
             .unwrap();
         assert_eq!(device.stage(&batch).unwrap(), Staged::Enqueue);
         device
-            .rope_store(&mut qkv, HEADS, None, &rope, &mut cache, layer)
+            .rope_store(
+                &mut qkv,
+                HEADS,
+                None,
+                &rope,
+                &mut cache,
+                CacheLayer::single_group(layer),
+            )
             .unwrap();
         device.finish(Ok(())).unwrap();
     }

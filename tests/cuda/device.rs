@@ -25,8 +25,11 @@ const LIMITS: DeviceLimits = DeviceLimits {
     sequences: 8,
     sequence_tokens: 64,
     block_tokens: BLOCK,
+    groups: 1,
     vocabulary: VOCABULARY,
 };
+/// Place of the model's only layer.
+const LAYER: CacheLayer = CacheLayer { group: 0, index: 0 };
 /// Lengths of the prompts.
 const PROMPTS: [usize; 3] = [5, 3, 1];
 
@@ -113,8 +116,8 @@ impl Model {
         device.rms_norm(&self.residual, &self.norm, 1e-6, rows, &mut self.normed)?;
         device.linear(&self.normed, &self.qkv, rows, &mut self.rows)?;
         let (rope, cache) = (&self.rope, &mut self.cache);
-        device.rope_store(&mut self.rows, HEADS, None, rope, cache, 0)?;
-        device.attend(&self.rows, &spec, &self.cache, 0, &mut self.attended)?;
+        device.rope_store(&mut self.rows, HEADS, None, rope, cache, LAYER)?;
+        device.attend(&self.rows, &spec, &self.cache, LAYER, &mut self.attended)?;
         device.linear(&self.attended, &self.out, rows, &mut self.delta)?;
         device.add(&mut self.residual, &self.delta, rows)?;
         if samples == 0 {
@@ -154,30 +157,21 @@ impl Model {
 /// Returns the batch of a step. Step 0 computes the prompts, and each later step computes one
 /// token per sequence, by feedback. Sequence `i` has four blocks, from block `4 i` on.
 fn batch(step: usize) -> Batch {
-    let mut batch = Batch::default();
+    let mut batch = Batch::new(1);
     for (index, &prompt) in PROMPTS.iter().enumerate() {
         let positions = match step {
             0 => 0..prompt,
             step => prompt + step - 1..prompt + step,
         };
-        let (first, table) = (batch.rows(), batch.tables.len());
         if step > 0 {
-            let sample = index;
-            batch.feedback.push(Feedback { row: first, sample });
+            let (row, sample) = (batch.rows(), index);
+            batch.feedback.push(Feedback { row, sample });
         }
-        for position in positions.clone() {
-            batch.tokens.push((7 * index + 3 * position + 1) as u32);
-            batch.positions.push(position as u32);
-            batch.slots.push((4 * index * BLOCK + position) as u32);
-        }
-        let blocks = positions.end.div_ceil(BLOCK);
-        batch
-            .tables
-            .extend((0..blocks).map(|block| (4 * index + block) as u32));
-        batch.sequences.push(BatchSequence {
-            rows: first..batch.rows(),
-            table: table..batch.tables.len(),
-        });
+        let token = |position: usize| (7 * index + 3 * position + 1) as u32;
+        let tokens: Vec<u32> = positions.clone().map(token).collect();
+        let blocks = 0..positions.end.div_ceil(BLOCK);
+        let blocks = blocks.map(|block| (4 * index + block) as u32);
+        batch.push(&tokens, positions.start, BLOCK, [(0, blocks)]);
         batch.sample_rows.push(batch.rows() - 1);
     }
     batch
@@ -452,8 +446,8 @@ fn a_batch_beyond_the_cache_is_refused_with_and_without_recording() {
             let error = model.launch(&mut device, &batch).err().expect("refused");
             assert!(matches!(error, DeviceError::Failed { .. }), "{error}");
         };
-        refused(|batch| batch.tables[0] = 16);
-        refused(|batch| batch.slots[0] = 16 * BLOCK as u32);
+        refused(|batch| batch.groups[0].entries[0] = 16);
+        refused(|batch| batch.groups[0].slots[0] = 16 * BLOCK as u32);
         refused(|batch| batch.feedback[0].sample = PROMPTS.len());
     }
 }

@@ -15,6 +15,7 @@ pub fn limits(block_tokens: usize) -> DeviceLimits {
         sequences: 16,
         sequence_tokens: 2048,
         block_tokens,
+        groups: 1,
         vocabulary: 32,
     }
 }
@@ -79,6 +80,9 @@ pub struct Layer<'d> {
     block_tokens: usize,
 }
 
+/// Place of the layer in the cache.
+pub const LAYER: CacheLayer = CacheLayer { group: 0, index: 1 };
+
 pub const EPSILON: f32 = 1e-5;
 
 impl<'d> Layer<'d> {
@@ -113,23 +117,13 @@ impl<'d> Layer<'d> {
 
     /// Returns the inputs of a step with these parts, and its queries, keys and values.
     pub fn batch(&self, parts: &[Part<'_>]) -> (Batch, Vec<f32>) {
-        let (mut batch, mut rows) = (Batch::default(), Vec::new());
+        let (mut batch, mut rows) = (Batch::new(1), Vec::new());
         let columns = self.heads.qkv_columns();
         for part in parts {
-            let (row, table) = (batch.tokens.len(), batch.tables.len());
-            for position in part.range.clone() {
-                batch.tokens.push(0);
-                batch.positions.push(position as u32);
-                let block = part.table[position / self.block_tokens] as usize;
-                let slot = block * self.block_tokens + position % self.block_tokens;
-                batch.slots.push(slot as u32);
-                rows.extend_from_slice(&part.qkv[position * columns..][..columns]);
-            }
-            batch.tables.extend_from_slice(part.table);
-            batch.sequences.push(BatchSequence {
-                rows: row..batch.tokens.len(),
-                table: table..batch.tables.len(),
-            });
+            let Range { start, end } = part.range;
+            rows.extend_from_slice(&part.qkv[start * columns..end * columns]);
+            let table = [(0, part.table.iter().copied())];
+            batch.push(&vec![0; end - start], start, self.block_tokens, table);
         }
         (batch, rows)
     }
@@ -148,7 +142,7 @@ impl<'d> Layer<'d> {
         });
         let (rope, cache) = (&self.rope, &mut self.cache);
         self.device
-            .rope_store(qkv, self.heads, norm.as_ref(), rope, cache, 1)
+            .rope_store(qkv, self.heads, norm.as_ref(), rope, cache, LAYER)
     }
 
     pub fn tensor(&mut self, columns: usize, values: &[f32]) -> CudaTensor {
@@ -176,7 +170,7 @@ impl<'d> Layer<'d> {
         self.stage(&batch);
         self.rope_store(&mut qkv).unwrap();
         let (device, cache) = (&mut self.device, &self.cache);
-        device.attend(&qkv, spec, cache, 1, &mut out).unwrap();
+        device.attend(&qkv, spec, cache, LAYER, &mut out).unwrap();
         device.finish(Ok(())).unwrap();
         let values = device.values(&out, batch.rows()).unwrap();
         let mut values = values.as_slice();

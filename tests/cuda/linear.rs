@@ -369,23 +369,15 @@ fn embeddings_are_the_rows_of_the_table() {
                 sequences: 4,
                 sequence_tokens: 64,
                 block_tokens: 16,
+                groups: 1,
                 vocabulary,
             };
             device.reserve(&limits).unwrap();
             let parts = [Part::new(&mut random, dtype, (vocabulary, columns))];
             let table = load(&mut device, &parts, None);
-            let batch = Batch {
-                tokens: tokens.to_vec(),
-                positions: (0..5).collect(),
-                slots: (0..5).collect(),
-                sequences: vec![BatchSequence {
-                    rows: 0..5,
-                    table: 0..1,
-                }],
-                tables: vec![0],
-                sample_rows: vec![4],
-                ..Batch::default()
-            };
+            let mut batch = Batch::new(1);
+            batch.push(&tokens, 0, 16, [(0, [0])]);
+            batch.sample_rows.push(4);
             device.stage(&batch).unwrap();
             let mut out = device.allocate(8, columns, Precision::Full).unwrap();
             device.embed(&table, scale, &mut out).unwrap();

@@ -6,6 +6,8 @@ mod constraint;
 mod golden;
 #[path = "../common/gpu.rs"]
 mod gpu;
+#[path = "../common/groups.rs"]
+mod grouped;
 #[path = "../common/http.rs"]
 mod http;
 mod layer;
@@ -28,6 +30,7 @@ mod device;
 mod engine;
 mod experts;
 mod golden_models;
+mod groups;
 mod linear;
 mod program;
 mod recorded;

@@ -54,32 +54,20 @@ fn spec(weights: &RandomWeights, bias: Option<Vec<f32>>) -> LinearSpec<'_> {
 
 /// Builds a step of sequences with `(cached, new)` tokens, whose blocks alternate in the cache.
 fn batch(sequences: &[(usize, usize)]) -> Batch {
-    let mut batch = Batch::default();
+    let mut batch = Batch::new(1);
     for (index, &(cached, new)) in sequences.iter().enumerate() {
-        let first = batch.tokens.len();
-        let block = |position: usize| position / BLOCK * sequences.len() + index;
-        for position in cached..cached + new {
-            batch
-                .tokens
-                .push((position * 37 + index) as u32 % VOCABULARY as u32);
-            batch.positions.push(position as u32);
-            batch
-                .slots
-                .push((block(position) * BLOCK + position % BLOCK) as u32);
-        }
-        let table = batch.tables.len();
-        let blocks = (cached + new).div_ceil(BLOCK);
-        batch
-            .tables
-            .extend((0..blocks).map(|i| block(i * BLOCK) as u32));
-        batch.sequences.push(BatchSequence {
-            rows: first..batch.tokens.len(),
-            table: table..batch.tables.len(),
-        });
+        let token = |position: usize| (position * 37 + index) as u32 % VOCABULARY as u32;
+        let tokens: Vec<u32> = (cached..cached + new).map(token).collect();
+        let blocks = 0..(cached + new).div_ceil(BLOCK);
+        let blocks = blocks.map(|block| (block * sequences.len() + index) as u32);
+        batch.push(&tokens, cached, BLOCK, [(0, blocks)]);
         batch.sample_rows.push(batch.tokens.len() - 1);
     }
     batch
 }
+
+/// Place of the only layer in the cache.
+const LAYER: CacheLayer = CacheLayer { group: 0, index: 0 };
 
 /// A device and the outputs of its operations.
 struct Run {
@@ -100,6 +88,7 @@ impl Run {
             sequences: 8,
             sequence_tokens: 512,
             block_tokens: BLOCK,
+            groups: 1,
             vocabulary: VOCABULARY,
         };
         device.reserve(&limits).unwrap();
@@ -238,9 +227,9 @@ impl Run {
             let device = &mut self.device;
             device.stage(&step).unwrap();
             device
-                .rope_store(&mut qkv, heads, None, &rope, &mut cache, 0)
+                .rope_store(&mut qkv, heads, None, &rope, &mut cache, LAYER)
                 .unwrap();
-            device.attend(&qkv, &spec, &cache, 0, &mut out).unwrap();
+            device.attend(&qkv, &spec, &cache, LAYER, &mut out).unwrap();
             self.keep(format!("attend-{head_dim}-step{index}"), &out, rows);
         }
     }

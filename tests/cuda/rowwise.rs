@@ -25,6 +25,7 @@ fn device(activations: CudaActivations) -> CudaDevice {
         sequences: 64,
         sequence_tokens: 64,
         block_tokens: 16,
+        groups: 1,
         vocabulary: 512,
     };
     device.reserve(&limits).unwrap();
@@ -286,16 +287,9 @@ fn the_softcap_agrees_with_float64_for_any_number_of_columns() {
 
 /// Builds a step of sequences with one row each.
 fn batch(tokens: &[u32]) -> Batch {
-    let mut batch = Batch::default();
-    for (row, &token) in tokens.iter().enumerate() {
-        batch.tokens.push(token);
-        batch.positions.push(0);
-        batch.slots.push(16 * row as u32);
-        batch.sequences.push(BatchSequence {
-            rows: row..row + 1,
-            table: row..row + 1,
-        });
-        batch.tables.push(row as u32);
+    let mut batch = Batch::new(1);
+    for (row, token) in (0..).zip(tokens) {
+        batch.push(&[*token], 0, 16, [(0, [row])]);
     }
     batch
 }

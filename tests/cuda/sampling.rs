@@ -22,6 +22,7 @@ fn device() -> CudaDevice {
         sequences: MAX_ROWS,
         sequence_tokens: 64,
         block_tokens: 16,
+        groups: 1,
         vocabulary: 1000,
     };
     device.reserve(&limits).unwrap();
@@ -31,16 +32,9 @@ fn device() -> CudaDevice {
 /// Stages a step with one sampled row for each of `rows`. Rows in `feedback` take the token
 /// that the previous step sampled for the same row.
 fn stage(device: &mut CudaDevice, rows: usize, feedback: &[usize]) {
-    let mut batch = Batch::default();
+    let mut batch = Batch::new(1);
     for row in 0..rows {
-        batch.tokens.push(0);
-        batch.positions.push(0);
-        batch.slots.push(16 * row as u32);
-        batch.sequences.push(BatchSequence {
-            rows: row..row + 1,
-            table: row..row + 1,
-        });
-        batch.tables.push(row as u32);
+        batch.push(&[0], 0, 16, [(0, [row as u32])]);
         batch.sample_rows.push(row);
     }
     let fed = |&row: &usize| Feedback { row, sample: row };
@@ -541,16 +535,9 @@ fn a_fed_back_token_counts_as_generated() {
 
         // Every other row is fed the sampled token, which is missing from the host's history.
         let feedback: Vec<usize> = (0..rows).filter(|row| row % 2 == round % 2).collect();
-        let mut batch = Batch::default();
+        let mut batch = Batch::new(1);
         for row in 0..rows {
-            batch.tokens.push(0);
-            batch.positions.push(0);
-            batch.slots.push(row as u32);
-            batch.sequences.push(BatchSequence {
-                rows: row..row + 1,
-                table: row..row + 1,
-            });
-            batch.tables.push(row as u32);
+            batch.push(&[0], 0, 16, [(0, [row as u32])]);
         }
         // Not all rows are sampled, so the index of a sample differs from that of its row.
         batch.sample_rows = (3..rows).collect();

@@ -139,21 +139,12 @@ struct Part {
 
 /// Builds a step in which each sequence has its own blocks and the last row of each is sampled.
 fn batch(parts: &[Part], blocks_each: usize) -> Batch {
-    let mut batch = Batch::default();
+    let mut batch = Batch::new(1);
     for part in parts {
         let first = part.sequence * blocks_each;
-        let (row, table) = (batch.rows(), batch.tables.len());
         let end = part.start + part.tokens.len();
-        batch.tokens.extend(&part.tokens);
-        batch.positions.extend(part.start as u32..end as u32);
-        let slots = first * BLOCK + part.start..first * BLOCK + end;
-        batch.slots.extend(slots.map(|slot| slot as u32));
-        let blocks = first..first + end.div_ceil(BLOCK);
-        batch.tables.extend(blocks.map(|block| block as u32));
-        batch.sequences.push(BatchSequence {
-            rows: row..batch.rows(),
-            table: table..batch.tables.len(),
-        });
+        let blocks = (first..first + end.div_ceil(BLOCK)).map(|block| block as u32);
+        batch.push(&part.tokens, part.start, BLOCK, [(0, blocks)]);
         batch.sample_rows.push(batch.rows() - 1);
     }
     batch
@@ -175,7 +166,14 @@ fn logits(simd: SimdLevel, size: usize) -> Vec<Vec<u32>> {
         samples: 32,
         positions: BLOCKS_EACH * BLOCK,
     };
-    let mut decoder = Decoder::load(&source, &mut device, limits, &mut |_, _| {}).unwrap();
+    let mut decoder = Decoder::load(
+        &source,
+        &mut device,
+        limits,
+        CacheLayer::single_group,
+        &mut |_, _| {},
+    )
+    .unwrap();
     let config = source.config();
     let shape = CacheShape {
         layers: config.layers.len(),

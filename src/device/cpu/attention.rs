@@ -3,7 +3,8 @@
 //! An item of work consists of some consecutive rows of a sequence and one key-value head. All
 //! query heads of the group and all rows of the item share each tile of sixteen keys.
 //!
-//! Keys are processed in spans of 128 positions, counted from the start of the sequence.
+//! Keys are processed in spans of [`ATTENTION_SPAN`](crate::device::ATTENTION_SPAN) positions,
+//! counted from the start of the sequence.
 //! Each span has its own running softmax, and the spans are merged in order. If there are few
 //! rows, each span is an item of its own, so that a long sequence keeps all threads busy. In
 //! both cases a row goes through the same tiles and merges. A tile or span in which a row
@@ -17,12 +18,13 @@ mod tile;
 
 use super::CpuDevice;
 use super::cache::{CpuCache, require_cache};
-use super::error::require;
+use super::error::{require, require_ok};
 use super::memory::Disjoint;
 use super::simd::Isa;
 use super::tensor::{CpuTensor, require_shape};
 use super::workers::Workers;
-use crate::device::{AttentionOps, AttentionSpec, DeviceError};
+use crate::device::attention::check_window;
+use crate::device::{AttentionOps, AttentionSpec, CacheLayer, DeviceError};
 use gather::Target;
 use operands::{Attend, Item};
 
@@ -35,7 +37,7 @@ impl AttentionOps for CpuDevice {
         qkv: &CpuTensor,
         spec: &AttentionSpec,
         cache: &CpuCache,
-        layer: usize,
+        layer: CacheLayer,
         out: &mut CpuTensor,
     ) -> Result<(), DeviceError> {
         const NAME: &str = "attend";
@@ -53,26 +55,22 @@ impl AttentionOps for CpuDevice {
                 self.staged.block_end - 1
             )
         })?;
-        for (index, sequence) in self.staged.sequences.iter().enumerate() {
-            let Some(last) = sequence.rows.clone().last() else {
-                continue;
-            };
-            let position = self.staged.positions[last] as usize;
-            let tokens = sequence.table.len() * cache.shape().block_tokens;
-            require(position < tokens, NAME, || {
-                format!(
-                    "the block table of sequence {index} covers {tokens} tokens, but position \
-                     {position} is needed"
-                )
-            })?;
-        }
+        let group = self.staged.group(NAME, layer)?;
+        let (sequences, positions) = (&self.staged.sequences, &self.staged.positions);
+        let block_tokens = cache.shape().block_tokens;
+        let ends = group.check_ends(sequences, positions, block_tokens);
+        require_ok(NAME, ends)?;
+        let longest = group.longest_window(sequences, positions, block_tokens);
+        let window = spec.window.unwrap_or(usize::MAX);
+        require_ok(NAME, check_window(layer.group, window, longest))?;
         let (qkv, out) = (qkv.leading(rows), out.leading_mut(rows));
         let attend = Attend {
             qkv,
             spec,
             cache,
-            layer,
+            layer: layer.index,
             batch: &self.staged,
+            group_tables: group,
         };
         self.attention
             .all_rows(&mut self.workers, self.multiplier.isa, &attend, out)

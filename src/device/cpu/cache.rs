@@ -1,6 +1,6 @@
 //! The paged KV cache, laid out for attention.
 //!
-//! Each layer, block and head stores its tokens in tiles of sixteen. A tile has the keys first,
+//! Each layer of a block, block and head stores its tokens in tiles of sixteen. A tile has the keys first,
 //! transposed to `[head_dim][16 tokens]`, so that sixteen scores are one vector and need no
 //! horizontal sums. The values follow, `[16 tokens][head_dim, padded to a multiple of 16]`.
 
@@ -9,10 +9,10 @@ use super::error::{require, require_ok};
 use super::memory::Buffer;
 use super::simd::{LANES, Simd};
 use crate::device::blocks::{check_blocks, check_copies};
-use crate::device::{CacheOps, CacheShape, DeviceError, HeadShape};
+use crate::device::{CacheLayer, CacheOps, CacheShape, DeviceError, HeadShape};
 use std::ops::Range;
 
-/// The KV cache of all layers.
+/// The KV cache. It has one buffer for each layer of a block.
 pub struct CpuCache {
     shape: CacheShape,
     pub(crate) half: bool,
@@ -168,18 +168,18 @@ impl CpuCache {
 pub(super) fn require_cache(
     operation: &'static str,
     cache: &CpuCache,
-    layer: usize,
+    CacheLayer { group, index }: CacheLayer,
     heads: HeadShape,
 ) -> Result<(), DeviceError> {
     let shape = cache.shape();
-    let fits = layer < shape.layers
+    let fits = index < shape.layers
         && heads.kv_heads == shape.kv_heads
         && heads.head_dim == shape.head_dim
         && heads.kv_heads > 0
         && heads.q_heads > 0
         && heads.q_heads.is_multiple_of(heads.kv_heads);
     require(fits, operation, || {
-        format!("{heads:?} of layer {layer} do not fit the cache, {shape:?}")
+        format!("{heads:?} of layer {index} of group {group} do not fit the cache, {shape:?}")
     })
 }
 

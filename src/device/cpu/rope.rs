@@ -9,7 +9,7 @@ use super::simd::{Isa, Kernel, LANES, Simd};
 use super::step::StagedBatch;
 use super::tensor::{CpuTensor, require_shape};
 use super::workers::Workers;
-use crate::device::{DeviceError, HeadShape, QkNorm, RopeOps, RopeSpec};
+use crate::device::{CacheLayer, DeviceError, HeadShape, QkNorm, RopeOps, RopeSpec};
 use std::ops::Range;
 
 /// A loaded [`RopeSpec`].
@@ -95,12 +95,13 @@ impl RopeOps for CpuDevice {
         norm: Option<&QkNorm<'_, Self>>,
         rope: &CpuRope,
         cache: &mut CpuCache,
-        layer: usize,
+        layer: CacheLayer,
     ) -> Result<(), DeviceError> {
         const NAME: &str = "rope_store";
         let rows = self.staged.rows();
         require_shape(NAME, "qkv", qkv, (rows, heads.qkv_columns()))?;
         require_cache(NAME, cache, layer, heads)?;
+        let group = self.staged.group(NAME, layer)?;
         let slots = cache.shape().blocks * cache.shape().block_tokens;
         require(self.staged.slot_end <= slots, NAME, || {
             format!(
@@ -150,10 +151,11 @@ impl RopeOps for CpuDevice {
             norm,
             half,
             angles,
-            batch: &self.staged,
+            slots: &group.slots,
         };
         let isa = self.multiplier.isa;
-        store.all_rows(&mut self.workers, isa, qkv.leading_mut(rows), cache, layer)
+        let qkv = qkv.leading_mut(rows);
+        store.all_rows(&mut self.workers, isa, qkv, cache, layer.index)
     }
 }
 
@@ -172,7 +174,8 @@ struct RopeStore<'a> {
     norm: Option<NormWeights<'a>>,
     half: usize,
     angles: &'a [f32],
-    batch: &'a StagedBatch,
+    /// One slot per row.
+    slots: &'a [u32],
 }
 
 impl RopeStore<'_> {
@@ -198,7 +201,7 @@ impl RopeStore<'_> {
         };
         let (half, bytes) = (cache.half, Disjoint::new(cache.layer_mut(layer)));
         let grain = (4096 / self.heads.qkv_columns().max(1)).max(1);
-        workers.run("rope_store", self.batch.rows(), grain, |rows| {
+        workers.run("rope_store", self.slots.len(), grain, |rows| {
             if half {
                 isa.dispatch(Rows::<HalfBits, _> {
                     store: self,
@@ -242,7 +245,7 @@ impl<E: KvElement, P: Fn(usize, usize) -> (usize, usize)> Kernel for Rows<'_, E,
             norm,
             half,
             angles,
-            batch,
+            slots,
         } = *self.store;
         let dim = heads.head_dim;
         let columns = heads.qkv_columns();
@@ -263,7 +266,7 @@ impl<E: KvElement, P: Fn(usize, usize) -> (usize, usize)> Kernel for Rows<'_, E,
             for head in q.chunks_exact_mut(dim).chain(k.chunks_exact_mut(dim)) {
                 rotate(s, head, cosines, sines);
             }
-            let slot = batch.slots[row] as usize;
+            let slot = slots[row] as usize;
             let shape = TileShape::new(dim);
             for head in 0..heads.kv_heads {
                 let (tile, token) = (self.place)(slot, head);

@@ -18,7 +18,7 @@ use super::scratch::Scratch;
 use super::signature::Signature;
 use super::step::{Bounds, MOST_UNITS, UNIT};
 use super::tensor::{CudaTensor, require_shape};
-use crate::device::{AttentionOps, AttentionSpec, DeviceError, HeadShape, Precision};
+use crate::device::{AttentionOps, AttentionSpec, CacheLayer, DeviceError, HeadShape, Precision};
 
 kernels! {
     /// Kernels of `kernels/attention.cu`.
@@ -152,7 +152,7 @@ impl AttentionOps for CudaDevice {
         qkv: &CudaTensor,
         spec: &AttentionSpec,
         cache: &CudaCache,
-        layer: usize,
+        layer: CacheLayer,
         out: &mut CudaTensor,
     ) -> Result<(), DeviceError> {
         const NAME: &str = "attend";
@@ -188,11 +188,15 @@ impl AttentionOps for CudaDevice {
         };
         self.step.require_within(bounds, NAME)?;
         self.graphs.limit(bounds);
+        let window = spec.window.unwrap_or(usize::MAX);
+        self.step.require_window(layer.group, window, NAME)?;
+        self.graphs.limit_window(layer.group, window);
         let scalars = ScalarParameters::new(spec, shape.block_tokens);
         let operands = Operands {
             qkv: qkv.ptr(),
-            keys: cache.keys(layer),
-            values: cache.values(layer),
+            keys: cache.keys(layer.index),
+            values: cache.values(layer.index),
+            sequences: self.step.sequences(layer.group),
             out: out.ptr(),
         };
         self.attend_single_rows(&operands, heads, &scalars, cache)?;
@@ -241,12 +245,16 @@ impl CudaDevice {
     ) -> Result<(), DeviceError> {
         let group = heads.q_heads / heads.kv_heads;
         let (y, z) = (heads.kv_heads * group.div_ceil(WARP_ROWS), decodes);
-        let wanted = self.step.max_units().div_ceil(WARPS);
+        // A token sees the units that its window overlaps, and no others.
+        let seen = match scalars.window as usize {
+            0 => usize::MAX,
+            window => window.div_ceil(UNIT) + 1,
+        };
+        let wanted = self.step.max_units().min(seen).div_ceil(WARPS);
         let x = wanted.min((MOST_BLOCKS / (y * z)).max(1));
         let threads = [32 * WARPS as u32, 1, 1];
         let grid = Grid::new([x as u32, y as u32, z as u32], threads)
             .shared(decode_shared(heads.head_dim) as u32);
-        let sequences = self.step.sequences();
         let kernels = &self.attention.kernels;
         kernels.attend_decode_hd(
             heads.head_dim,
@@ -258,7 +266,7 @@ impl CudaDevice {
             operands.keys,
             operands.values,
             self.step.tables(),
-            sequences,
+            operands.sequences,
             decode_list,
             scalars.q_heads,
             scalars.kv_heads,
@@ -274,7 +282,7 @@ impl CudaDevice {
             operands.out,
             partials.out,
             partials.stats,
-            sequences,
+            operands.sequences,
             decode_list,
             scalars.q_heads,
             heads.head_dim as u32,
@@ -319,7 +327,7 @@ impl CudaDevice {
             operands.keys,
             operands.values,
             self.step.tables(),
-            self.step.sequences(),
+            operands.sequences,
             work,
             scalars.q_heads,
             scalars.kv_heads,
@@ -342,6 +350,8 @@ struct Operands {
     qkv: Ptr,
     keys: Ptr,
     values: Ptr,
+    /// The sequences as the layer's group sees them.
+    sequences: Ptr,
     out: Ptr,
 }
 

@@ -1,6 +1,6 @@
 //! The paged KV cache.
 //!
-//! Each layer has two arrays, keys and values, of shape
+//! Each layer of a block has two arrays, keys and values, of shape
 //! `[blocks][kv_heads][block_tokens][head_dim]` in the activation type. All arrays are stored
 //! one after the other.
 
@@ -9,7 +9,7 @@ use super::error::{require, require_ok, unsupported};
 use super::launch::{Grid, kernels};
 use super::memory::{Buffer, Ptr};
 use crate::device::blocks::{check_blocks, check_copies};
-use crate::device::{CacheOps, CacheShape, DeviceError, HeadShape};
+use crate::device::{CacheLayer, CacheOps, CacheShape, DeviceError, HeadShape};
 
 kernels! {
     /// Kernels of `kernels/cache.cu`.
@@ -25,7 +25,7 @@ const ELEMENT: usize = 2;
 /// Head sizes, in elements, for which there are attention kernels.
 pub(super) const HEAD_DIMS: [usize; 7] = [16, 32, 64, 80, 96, 128, 256];
 
-/// The KV cache of all layers.
+/// The KV cache. Layers are counted within a block.
 pub struct CudaCache {
     shape: CacheShape,
     buffer: Buffer,
@@ -146,7 +146,7 @@ pub(super) fn require_heads(
     operation: &'static str,
     heads: HeadShape,
     cache: &CudaCache,
-    layer: usize,
+    CacheLayer { group, index }: CacheLayer,
 ) -> Result<(), DeviceError> {
     let shape = cache.shape();
     let fits = heads.kv_heads == shape.kv_heads
@@ -154,9 +154,9 @@ pub(super) fn require_heads(
         && heads.kv_heads > 0
         && heads.q_heads > 0
         && heads.q_heads.is_multiple_of(heads.kv_heads)
-        && layer < shape.layers;
+        && index < shape.layers;
     require(fits, operation, || {
-        format!("{heads:?} in layer {layer} do not fit the cache, {shape:?}")
+        format!("{heads:?} of layer {index} of group {group} do not fit the cache, {shape:?}")
     })
 }
 

@@ -21,6 +21,8 @@ struct Graph {
     handle: Rc<Handle>,
     /// Bounds of the memory that the graph refers to.
     bounds: Bounds,
+    /// The longest window of the layers of each group.
+    windows: Vec<usize>,
 }
 
 impl Drop for Graph {
@@ -51,6 +53,8 @@ pub(super) struct Graphs {
     current: Option<StepKey>,
     /// Bounds of the memory that its operations use.
     bounds: Option<Bounds>,
+    /// The longest window of the layers of each group, as far as they have been enqueued.
+    windows: Vec<usize>,
 }
 
 impl Graphs {
@@ -64,6 +68,7 @@ impl Graphs {
         self.forget_stale(context)?;
         self.current = step.key();
         self.bounds = Some(Bounds::UNLIMITED);
+        self.windows.clear();
         let Some(key) = self.current else {
             return Ok(Staged::Enqueue);
         };
@@ -71,6 +76,9 @@ impl Graphs {
             Some(Record::Recorded(graph)) => {
                 self.current = None;
                 step.require_within(graph.bounds, "stage")?;
+                for (group, &window) in graph.windows.iter().enumerate() {
+                    step.require_window(group, window, "stage")?;
+                }
                 graph.launch(context)?;
                 return Ok(Staged::Replayed);
             }
@@ -106,6 +114,15 @@ impl Graphs {
         self.bounds = self.bounds.map(|known| known.min(bounds));
     }
 
+    /// Records the window of a layer, for which the block tables of a replay must begin early
+    /// enough.
+    pub(super) fn limit_window(&mut self, group: usize, window: usize) {
+        if self.windows.len() <= group {
+            self.windows.resize(group + 1, 0);
+        }
+        self.windows[group] = self.windows[group].max(window);
+    }
+
     /// Ends a step after its operations were enqueued; `outcome` says whether that failed. A
     /// step that was recorded is launched here.
     pub(super) fn finish(
@@ -124,7 +141,7 @@ impl Graphs {
         let captured = end_capture(context);
         let recorded = outcome.and(captured).and_then(|graph| {
             let bounds = self.bounds.unwrap_or(Bounds::UNLIMITED);
-            Graph::instantiate(context, graph, bounds)
+            Graph::instantiate(context, graph, bounds, self.windows.clone())
         });
         match (key, recorded) {
             (Some(key), Ok(graph)) => {
@@ -228,6 +245,7 @@ impl Graph {
         context: &Context,
         captured: Captured,
         bounds: Bounds,
+        windows: Vec<usize>,
     ) -> Result<Self, DeviceError> {
         let flags = sys::CUgraphInstantiate_flags(0);
         // SAFETY: the graph is alive until `captured` is dropped.
@@ -236,6 +254,7 @@ impl Graph {
             exec: context.call("making a graph", instantiate)?,
             handle: Rc::clone(&context.handle),
             bounds,
+            windows,
         })
     }
 

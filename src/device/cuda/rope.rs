@@ -11,7 +11,7 @@ use super::memory::{Buffer, Ptr};
 use super::signature::Signature;
 use super::step::Bounds;
 use super::tensor::{CudaTensor, require_shape};
-use crate::device::{DeviceError, HeadShape, Precision, QkNorm, RopeOps, RopeSpec};
+use crate::device::{CacheLayer, DeviceError, HeadShape, Precision, QkNorm, RopeOps, RopeSpec};
 use std::rc::{Rc, Weak};
 
 kernels! {
@@ -137,7 +137,7 @@ impl RopeOps for CudaDevice {
         norm: Option<&QkNorm<'_, Self>>,
         rope: &CudaRope,
         cache: &mut CudaCache,
-        layer: usize,
+        layer: CacheLayer,
     ) -> Result<(), DeviceError> {
         const NAME: &str = "rope_store";
         let shape = *cache.shape();
@@ -154,6 +154,7 @@ impl RopeOps for CudaDevice {
             slots: shape.blocks * shape.block_tokens,
             ..Bounds::UNLIMITED
         };
+        self.step.require_group(layer.group, NAME)?;
         self.step.require_within(bounds, NAME)?;
         self.graphs.limit(bounds);
         let (mode, q_norm, k_norm, epsilon) = match norm {
@@ -178,10 +179,10 @@ impl RopeOps for CudaDevice {
             &self.context,
             Grid::new([rows as u32, 1, 1], [256, 1, 1]),
             qkv.ptr(),
-            cache.keys(layer),
-            cache.values(layer),
+            cache.keys(layer.index),
+            cache.values(layer.index),
             self.step.positions(),
-            self.step.slots(),
+            self.step.slots(layer.group),
             rope.angles.ptr(),
             q_norm,
             k_norm,

@@ -1,15 +1,18 @@
 //! The inputs of the step in progress, in device memory.
 //!
 //! All arrays of a step form one run of words, uploaded in one copy. In a decode step, where an
-//! array starts depends only on the padded number of rows, so a replayed step finds its inputs
-//! where they were when it was recorded.
+//! array starts depends only on the padded number of rows and on the number of groups of layers,
+//! so a replayed step finds its inputs where they were when it was recorded.
 
 use super::CudaDevice;
 use super::context::Context;
 use super::error;
 use super::memory::{Buffer, Ptr};
 use super::transfer::Uploads;
-use crate::device::{Batch, DeviceError, DeviceLimits, Finished, Staged, StepOps};
+use crate::device::attention::check_window;
+use crate::device::{
+    ATTENTION_SPAN, Batch, BatchSequence, DeviceError, DeviceLimits, Finished, Staged, StepOps,
+};
 use std::ops::Range;
 
 /// Sentinel: no row, no slot.
@@ -19,7 +22,7 @@ pub(super) const NONE: u32 = u32::MAX;
 pub(super) const PREFILL_ROWS: usize = 64;
 
 /// Keys per unit of attention.
-pub(super) const UNIT: usize = 128;
+pub(super) const UNIT: usize = ATTENTION_SPAN;
 
 /// Maximum number of units per launch of decode attention (2²¹ keys), unless the launch has
 /// only one sequence. It bounds the memory for partial results, however many blocks sequences
@@ -35,11 +38,25 @@ struct Layout {
     tokens: usize,
     feedback: usize,
     positions: usize,
-    slots: usize,
+    slots: GroupArrays,
     sample_rows: usize,
-    sequences: usize,
+    sequences: GroupArrays,
     decode_list: usize,
     tables: usize,
+}
+
+/// Offsets of arrays of the same length, one per group of layers, in words.
+#[derive(Clone, Copy, Debug, Default)]
+struct GroupArrays {
+    first: usize,
+    stride: usize,
+}
+
+impl GroupArrays {
+    /// Returns the offset of the array of a group.
+    fn of(self, group: usize) -> usize {
+        self.first + group * self.stride
+    }
 }
 
 /// Exclusive upper bounds on the positions, slots and blocks that a step uses.
@@ -75,6 +92,8 @@ pub(super) struct StepKey {
     pub(super) rows: usize,
     /// Units of the longest sequence, rounded up: [`StepInputs::max_units`].
     pub(super) units: usize,
+    /// Number of groups of layers, on which the offsets of the arrays depend.
+    pub(super) groups: usize,
 }
 
 /// The arrays that `stage` uploads, and what the host needs to know about them.
@@ -100,6 +119,8 @@ pub(super) struct StepInputs {
     unit_room: Option<usize>,
     key: Option<StepKey>,
     bounds: Bounds,
+    /// For each group of layers, the longest window for which the tables begin early enough.
+    windows: Vec<usize>,
     /// Index and number of rows of each sequence with several rows.
     prefills: Vec<(u32, usize)>,
     /// The uploaded prefill work list, if there is one: the query heads per group that it is
@@ -142,6 +163,20 @@ fn append(words: &mut Vec<u32>, array: impl IntoIterator<Item = u32>) -> usize {
     let start = words.len();
     words.extend(array);
     start
+}
+
+/// Appends one aligned array per group, all of the same length, and returns their offsets.
+fn append_each<Array: IntoIterator<Item = u32>>(
+    words: &mut Vec<u32>,
+    arrays: impl Iterator<Item = Array>,
+) -> GroupArrays {
+    let first = append(words, []);
+    let mut stride = 0;
+    for array in arrays {
+        let start = append(words, array);
+        stride = (words.len() - start).next_multiple_of(ALIGNMENT);
+    }
+    GroupArrays { first, stride }
 }
 
 /// The decode list, cut into launches of at most [`MOST_UNITS`] units.
@@ -194,6 +229,7 @@ impl StepInputs {
             unit_room: None,
             key: None,
             bounds: Bounds::UNLIMITED,
+            windows: Vec::new(),
             prefills: Vec::new(),
             work: None,
             sampled: None,
@@ -243,9 +279,9 @@ impl StepInputs {
         self.at(self.layout.positions)
     }
 
-    /// Returns the cache slots: `u32` per row, [`NONE`] for padding.
-    pub(super) fn slots(&self) -> Ptr {
-        self.at(self.layout.slots)
+    /// Returns the cache slots of a group: `u32` per row, [`NONE`] for padding.
+    pub(super) fn slots(&self, group: usize) -> Ptr {
+        self.at(self.layout.slots.of(group))
     }
 
     /// Returns the sampled rows: `u32` per sample.
@@ -253,14 +289,18 @@ impl StepInputs {
         self.at(self.layout.sample_rows)
     }
 
-    /// Returns the sequences: `uint4` per sequence, {first row, number of rows, tokens in the
-    /// cache including this step's, offset of its table in [`StepInputs::tables`]}. Padding has
-    /// 0 tokens.
-    pub(super) fn sequences(&self) -> Ptr {
-        self.at(self.layout.sequences)
+    /// Returns the sequences as a group of layers sees them: `uint4` per sequence, {first row,
+    /// number of rows, tokens in the cache including this step's, index in
+    /// [`StepInputs::tables`] of the block of position 0}. Padding has 0 tokens.
+    ///
+    /// If a table begins in the middle of its sequence, the block of position 0 is not in it, and
+    /// the index may be negative. It is used modulo 2³², so the indices of the blocks that are in
+    /// the table are correct.
+    pub(super) fn sequences(&self, group: usize) -> Ptr {
+        self.at(self.layout.sequences.of(group))
     }
 
-    /// Returns the block tables: `u32` per entry, one table after the other.
+    /// Returns the block tables of all groups: `u32` per entry, one table after the other.
     pub(super) fn tables(&self) -> Ptr {
         self.at(self.layout.tables)
     }
@@ -354,6 +394,31 @@ impl StepInputs {
         Ok(())
     }
 
+    /// Fails if the step has no such group of layers.
+    pub(super) fn require_group(
+        &self,
+        group: usize,
+        operation: &'static str,
+    ) -> Result<(), DeviceError> {
+        let groups = self.windows.len();
+        error::require(group < groups, operation, || {
+            format!("group {group} of layers is out of range: the batch has {groups} groups")
+        })
+    }
+
+    /// Fails if a block table of the group begins too late for a window of this many
+    /// tokens; `usize::MAX` stands for no window.
+    pub(super) fn require_window(
+        &self,
+        group: usize,
+        window: usize,
+        operation: &'static str,
+    ) -> Result<(), DeviceError> {
+        self.require_group(group, operation)?;
+        let longest = self.windows[group];
+        error::require_ok(operation, check_window(group, window, longest))
+    }
+
     /// Returns the key under which the step is recorded, or `None` if it must not be recorded.
     pub(super) fn key(&self) -> Option<StepKey> {
         self.key
@@ -372,10 +437,12 @@ impl StepInputs {
     ) -> Result<(), DeviceError> {
         let blocks = limits.sequence_tokens.div_ceil(limits.block_tokens.max(1));
         // Many long sequences at once are rare. More room is made if they occur.
-        let tables = limits.sequences.saturating_mul(blocks).min(1 << 18);
-        let arrays = 5 * limits.rows + 7 * limits.sequences;
+        let tables = limits.sequences.saturating_mul(blocks);
+        let tables = tables.saturating_mul(limits.groups).min(1 << 18);
+        let arrays = 4 * limits.rows + 3 * limits.sequences;
+        let of_groups = limits.groups * (limits.rows + 4 * limits.sequences + 2 * ALIGNMENT);
         self.uploads
-            .reserve(context, arrays + tables + 9 * ALIGNMENT)?;
+            .reserve(context, arrays + of_groups + tables + 7 * ALIGNMENT)?;
         self.make_room(context, limits.rows, limits.sequences)?;
         self.limits = Some(*limits);
         Ok(())
@@ -421,6 +488,7 @@ impl StepInputs {
         // If the batch is refused, nothing may be computed from the previous one.
         (self.rows, self.padded_rows, self.samples) = (0, 0, 0);
         (self.key, self.work) = (None, None);
+        self.windows.clear();
         self.decodes.clear();
         self.prefills.clear();
         self.check(batch)
@@ -451,14 +519,19 @@ impl StepInputs {
         (self.rows, self.padded_rows, self.samples) = (rows, padded, batch.sample_rows.len());
         self.bounds = Bounds {
             positions: end(batch.positions.iter().copied()),
-            slots: end(batch.slots.iter().copied()),
-            blocks: end(batch.tables.iter().copied()),
+            slots: end(batch.groups.iter().flat_map(|group| &group.slots).copied()),
+            blocks: end(batch
+                .groups
+                .iter()
+                .flat_map(|group| &group.entries)
+                .copied()),
         };
         let fits =
             self.unit_room.is_none_or(|room| self.decode_units <= room) && self.decodes.len() <= 1;
         self.key = (recorded && fits).then_some(StepKey {
             rows: padded,
             units: self.max_units,
+            groups: batch.groups.len(),
         });
         Ok(())
     }
@@ -476,34 +549,51 @@ impl StepInputs {
             words[feedback + entry.row] = entry.sample as u32;
         }
         let positions = append(words, batch.positions.iter().copied().chain(extra(0)));
-        let slots = append(words, batch.slots.iter().copied().chain(extra(NONE)));
+        let slots = batch.groups.iter().map(|group| &group.slots);
+        let slots = slots.map(|slots| slots.iter().copied().chain(extra(NONE)));
+        let slots = append_each(words, slots);
         let samples = batch.sample_rows.iter().map(|&row| row as u32);
         let padding = padding.map(|row| row as u32);
         let sample_rows = append(words, samples.chain(padding.clone()));
-        let sequences = append(words, []);
-        let mut decodes = DecodeList::default();
-        for (index, sequence) in batch.sequences.iter().enumerate() {
-            let (first, count) = (sequence.rows.start, sequence.rows.len());
+        let describe = |sequence: &BatchSequence| {
             let last = sequence.rows.clone().last();
             let length = last.map_or(0, |last| batch.positions[last] as usize + 1);
-            let start = sequence.table.start;
-            words.extend([first as u32, count as u32, length as u32, start as u32]);
+            (sequence.rows.start, sequence.rows.len(), length)
+        };
+        // The tables of all groups follow each other.
+        let mut begin = 0;
+        let groups = batch.groups.iter().map(|group| {
+            let offset = begin;
+            begin += group.entries.len();
+            let each = batch.sequences.iter().zip(&group.tables);
+            let each = each.map(move |(sequence, table)| {
+                let (first, count, length) = describe(sequence);
+                let start = (offset + table.entries.start) as u32;
+                let origin = start.wrapping_sub(table.first as u32);
+                [first as u32, count as u32, length as u32, origin]
+            });
+            let padding = padding.clone().map(|row| [row, 1, 0, 0]);
+            each.chain(padding).flatten()
+        });
+        let sequences = append_each(words, groups);
+        let mut decodes = DecodeList::default();
+        for (index, sequence) in batch.sequences.iter().enumerate() {
+            let (_, count, length) = describe(sequence);
             match count {
                 0 => {}
                 1 => decodes.push(index as u32, length.div_ceil(UNIT)),
                 _ => self.prefills.push((index as u32, count)),
             }
         }
-        let count = batch.sequences.len() as u32;
-        for (offset, row) in padding.enumerate() {
-            words.extend([row, 1, 0, 0]);
-            decodes.push(count + offset as u32, 0);
+        for sequence in batch.sequences.len()..batch.sequences.len() + padding.len() {
+            decodes.push(sequence as u32, 0);
         }
         self.max_units = decodes.longest.next_power_of_two();
         self.decode_units = decodes.most;
         let decode_list = append(words, decodes.words);
         self.decodes = decodes.launches;
-        let tables = append(words, batch.tables.iter().copied());
+        let entries = batch.groups.iter().flat_map(|group| &group.entries);
+        let tables = append(words, entries.copied());
         self.layout = Layout {
             tokens,
             feedback,
@@ -516,80 +606,18 @@ impl StepInputs {
         };
     }
 
-    /// Checks that a batch is consistent. The error says why it is not.
+    /// Checks that a batch is consistent, and finds out how far its tables reach back. The error
+    /// says why it is not.
     fn check(&mut self, batch: &Batch) -> Result<(), String> {
-        let rows = batch.rows();
-        let (positions, slots) = (batch.positions.len(), batch.slots.len());
-        if positions != rows || slots != rows {
-            return Err(format!(
-                "{rows} tokens have {positions} positions and {slots} slots"
-            ));
-        }
-        for entry in &batch.feedback {
-            let (row, sample, count) = (entry.row, entry.sample, self.sampled_count);
-            if row >= rows {
-                return Err(format!(
-                    "feedback for row {row}, but the batch has {rows} rows"
-                ));
+        batch.check(self.sampled_count, &mut self.sorted)?;
+        for group in &batch.groups {
+            let mut longest = usize::MAX;
+            if let Some(DeviceLimits { block_tokens, .. }) = self.limits {
+                let (sequences, positions) = (&batch.sequences, &batch.positions);
+                group.check_ends(sequences, positions, block_tokens)?;
+                longest = group.longest_window(sequences, positions, block_tokens);
             }
-            if sample >= count {
-                return Err(format!(
-                    "row {row} needs sample {sample}, but the last step had {count} samples"
-                ));
-            }
-        }
-        self.check_sequences(batch)?;
-        if let Some(row) = batch.sample_rows.iter().find(|&&row| row >= rows) {
-            return Err(format!(
-                "sample row {row} is out of range: the batch has {rows} rows"
-            ));
-        }
-        self.sorted.clear();
-        self.sorted.extend_from_slice(&batch.slots);
-        self.sorted.sort_unstable();
-        if let Some(pair) = self.sorted.windows(2).find(|pair| pair[0] == pair[1]) {
-            return Err(format!("two rows write slot {}", pair[0]));
-        }
-        Ok(())
-    }
-
-    fn check_sequences(&self, batch: &Batch) -> Result<(), String> {
-        let (mut next, rows, tables) = (0, batch.rows(), batch.tables.len());
-        for (index, sequence) in batch.sequences.iter().enumerate() {
-            let range = &sequence.rows;
-            if range.start != next || range.end < range.start || range.end > rows {
-                return Err(format!(
-                    "sequence {index} has rows {range:?}, but must start at row {next} and stay \
-                     within the batch"
-                ));
-            }
-            next = range.end;
-            let positions = &batch.positions[range.clone()];
-            let follows = |pair: &[u32]| pair[0].checked_add(1) == Some(pair[1]);
-            if !positions.windows(2).all(follows) {
-                return Err(format!(
-                    "the positions of sequence {index} are not consecutive"
-                ));
-            }
-            let table = &sequence.table;
-            if table.start > table.end || table.end > tables {
-                return Err(format!(
-                    "block table {table:?} of sequence {index} is outside the batch's {tables} \
-                     table entries"
-                ));
-            }
-            if let (Some(limits), Some(&last)) = (self.limits, positions.last()) {
-                let tokens = table.len() * limits.block_tokens;
-                if last as usize >= tokens {
-                    return Err(format!(
-                        "the block table of sequence {index} covers {tokens} tokens, but position \
-                         {last} is needed"
-                    ));
-                }
-            }
-        }
-        if next != rows {
-            return Err(format!("sequences cover {next} of {rows} rows"));
+            self.windows.push(longest);
         }
         Ok(())
     }
@@ -619,32 +647,31 @@ impl StepOps for CudaDevice {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::{BatchSequence, Feedback};
+    use crate::device::{BatchGroup, Feedback};
 
     /// Returns a batch of sequences, each given by its number of rows and the position of its
-    /// last token.
-    fn batch(sequences: &[(usize, u32)]) -> Batch {
-        let mut batch = Batch::default();
+    /// last token. There is one group per entry of `firsts`, the first blocks of its tables.
+    fn batch_of(firsts: &[usize], sequences: &[(usize, u32)]) -> Batch {
+        let mut batch = Batch::new(firsts.len());
         for &(rows, last) in sequences {
-            let first = batch.rows();
-            let table = batch.tables.len();
-            for row in 0..rows as u32 {
-                let position = last + 1 - rows as u32 + row;
-                batch.tokens.push(100 + position);
-                batch.positions.push(position);
-                batch.slots.push((first as u32 + row) * 1000);
-            }
-            let blocks = last as usize / 16 + 1;
-            batch
-                .tables
-                .extend((0..blocks as u32).map(|block| 7 + block));
-            batch.sequences.push(BatchSequence {
-                rows: first..first + rows,
-                table: table..table + blocks,
-            });
-            batch.sample_rows.push(first + rows - 1);
+            let first = last + 1 - rows as u32;
+            let tokens: Vec<u32> = (first..=last).map(|position| 100 + position).collect();
+            let blocks = last / 16 + 1;
+            let tables = firsts
+                .iter()
+                .map(|&first| (first, 7 + first as u32..7 + blocks));
+            batch.push(&tokens, first as usize, 16, tables);
+            batch.sample_rows.push(batch.rows() - 1);
         }
+        let mut slots = batch.groups.iter_mut().flat_map(|group| &mut group.slots);
+        (0..)
+            .zip(&mut slots)
+            .for_each(|(row, slot)| *slot = row * 1000);
         batch
+    }
+
+    fn batch(sequences: &[(usize, u32)]) -> Batch {
+        batch_of(&[0], sequences)
     }
 
     fn laid_out(batch: &Batch, padded: usize) -> StepInputs {
@@ -680,21 +707,77 @@ mod tests {
         assert_eq!(at(layout.tokens, 4), [100, 400, 227, 0]);
         assert_eq!(at(layout.feedback, 4), [NONE, 2, NONE, NONE]);
         assert_eq!(at(layout.positions, 4), [0, 300, 127, 0]);
-        assert_eq!(at(layout.slots, 4), [0, 1000, 2000, NONE]);
+        assert_eq!(at(layout.slots.of(0), 4), [0, 1000, 2000, NONE]);
         assert_eq!(at(layout.sample_rows, 4), [0, 1, 2, 3]);
         let sequences = [0, 1, 1, 0, 1, 1, 301, 1, 2, 1, 128, 20, 3, 1, 0, 0];
-        assert_eq!(at(layout.sequences, 16), sequences);
+        assert_eq!(at(layout.sequences.of(0), 16), sequences);
         assert_eq!(at(layout.decode_list, 8), [0, 0, 1, 1, 2, 4, 3, 5]);
         assert_eq!(step.decodes, vec![0..4; 1]);
         assert_eq!((step.max_units, step.decode_units), (4, 5));
-        assert_eq!(at(layout.tables, 28), &batch.tables[..]);
+        assert_eq!(at(layout.tables, 28), &batch.groups[0].entries[..]);
     }
 
     #[test]
-    fn array_offsets_depend_only_on_the_padded_rows() {
-        let short = laid_out(&batch(&[(1, 3), (1, 4), (1, 5)]), 4).layout;
-        let long = laid_out(&batch(&[(1, 900), (1, 400), (1, 5), (1, 77)]), 4).layout;
-        assert_eq!(format!("{short:?}"), format!("{long:?}"));
+    fn array_offsets_depend_only_on_the_padded_rows_and_the_number_of_groups() {
+        for firsts in [&[0][..], &[0, 0, 0]] {
+            let short = batch_of(firsts, &[(1, 3), (1, 4), (1, 5)]);
+            let long = batch_of(firsts, &[(1, 900), (1, 400), (1, 5), (1, 77)]);
+            let [short, long] = [short, long].map(|batch| laid_out(&batch, 4).layout);
+            assert_eq!(format!("{short:?}"), format!("{long:?}"));
+        }
+    }
+
+    #[test]
+    fn each_group_has_slots_and_sequences_of_its_own() {
+        let batch = batch_of(&[0, 20], &[(1, 330), (2, 400)]);
+        let step = laid_out(&batch, 3);
+        let at = |start: usize, count: usize| &step.words[start..start + count];
+        let layout = step.layout;
+        assert_eq!(at(layout.slots.of(0), 3), [0, 1000, 2000]);
+        assert_eq!(at(layout.slots.of(1), 3), [3000, 4000, 5000]);
+        assert_eq!(
+            at(layout.tables, 48)[..47],
+            [&batch.groups[0].entries[..], &batch.groups[1].entries].concat()
+        );
+        for (
+            group,
+            BatchGroup {
+                tables, entries, ..
+            },
+        ) in batch.groups.iter().enumerate()
+        {
+            let sequences = at(layout.sequences.of(group), 8);
+            assert_eq!(sequences[..3], [0, 1, 331]);
+            assert_eq!(sequences[4..7], [1, 2, 401]);
+            for (sequence, table) in sequences.chunks(4).zip(tables) {
+                // The last block of each table, found as a kernel does.
+                let block = (sequence[2] - 1) / 16;
+                let index = sequence[3].wrapping_add(block) as usize;
+                let expected = entries[table.entries.end - 1];
+                assert_eq!(step.words[layout.tables + index], expected);
+            }
+        }
+    }
+
+    #[test]
+    fn the_windows_of_a_step_are_those_that_its_tables_begin_early_enough_for() {
+        let mut step = StepInputs::new();
+        step.limits = Some(DeviceLimits {
+            rows: 8,
+            sequences: 8,
+            sequence_tokens: 512,
+            block_tokens: 16,
+            groups: 2,
+            vocabulary: 1,
+        });
+        step.check(&batch_of(&[0, 16], &[(1, 330)])).unwrap();
+        assert_eq!(step.windows, [usize::MAX, 75]);
+        step.require_window(0, usize::MAX, "attend").unwrap();
+        step.require_window(1, 75, "attend").unwrap();
+        for (group, window) in [(1, 76), (1, usize::MAX), (2, 1)] {
+            let error = step.require_window(group, window, "attend").unwrap_err();
+            assert!(matches!(error, DeviceError::Failed { .. }), "{error}");
+        }
     }
 
     #[test]
@@ -734,10 +817,10 @@ mod tests {
             step.check(&batch).unwrap_err()
         };
         refused(|batch| batch.tokens.push(1));
-        refused(|batch| batch.slots[0] = batch.slots[1]);
+        refused(|batch| batch.groups[0].slots[0] = batch.groups[0].slots[1]);
         refused(|batch| batch.positions[0] = 7);
         refused(|batch| batch.sequences[1].rows = 1..3);
-        refused(|batch| batch.sequences[1].table = 0..1000);
+        refused(|batch| batch.groups[0].tables[1].entries = 0..1000);
         refused(|batch| batch.sample_rows[0] = 3);
         refused(|batch| batch.feedback.push(Feedback { row: 9, sample: 0 }));
         refused(|batch| batch.sequences.truncate(batch.sequences.len() - 1));

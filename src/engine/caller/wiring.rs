@@ -82,7 +82,12 @@ impl CallersSide {
         info: RunnerInfo,
         tokenizer: Option<Tokenizer>,
     ) -> Engine {
-        let cache_tokens = info.cache_blocks * info.block_tokens;
+        let cache_tokens = info.layout.longest_sequence(
+            info.cache_blocks,
+            config.max_batch_tokens,
+            info.block_tokens,
+            info.context_tokens,
+        );
         let limit = if cache_tokens < info.context_tokens {
             (cache_tokens, "size of the KV cache")
         } else {
@@ -145,7 +150,12 @@ pub(super) struct Shared {
 
 /// Creates the scheduler for a runner of this size.
 fn scheduler(config: &EngineConfig, info: &RunnerInfo) -> Scheduler {
-    let cache = BlockCache::new(info.cache_blocks, info.block_tokens, config.prefix_cache);
+    let cache = BlockCache::with_layout(
+        info.cache_blocks,
+        info.block_tokens,
+        config.prefix_cache,
+        info.layout.clone(),
+    );
     let policy = Policy {
         max_batch_tokens: config.max_batch_tokens,
         max_sequences: config.max_sequences,

@@ -10,7 +10,7 @@ mod constraint;
 mod sim;
 
 use super::SchedulerThread;
-use crate::cache::BlockId;
+use crate::cache::{BlockId, CacheLayout};
 use crate::config::{EngineConfig, Preemption};
 use crate::device::DeviceError;
 use crate::engine::sync::{Arc, OnceLock};
@@ -73,6 +73,7 @@ struct Setup {
     depth: usize,
     blocks: usize,
     block_tokens: usize,
+    layout: CacheLayout,
     swap_blocks: usize,
     config: EngineConfig,
     finale: Finale,
@@ -230,6 +231,7 @@ impl Machine {
             depth: setup.depth,
             blocks: setup.blocks,
             block_tokens: setup.block_tokens,
+            layout: setup.layout.clone(),
             swap_blocks: setup.swap_blocks,
             ..SimOptions::default()
         };
@@ -599,24 +601,39 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
     )
 }
 
+/// Groups of layers with windows shorter than the sequences. The first group needs all tokens.
+fn layout() -> impl Strategy<Value = CacheLayout> {
+    let windows: [(&[Option<usize>], usize); 3] = [
+        (&[None], 1),
+        (&[None, Some(3)], 1),
+        (&[None, Some(6), None, Some(2)], 4),
+    ];
+    (0..windows.len()).prop_map(move |which| {
+        let (windows, span) = windows[which];
+        CacheLayout::new(windows, 1000, span).expect("no window is empty")
+    })
+}
+
 fn setup() -> impl Strategy<Value = Setup> {
     let finale = prop_oneof![
         1 => Just(Finale::Dropped),
         2 => Just(Finale::Read),
         1 => any::<bool>().prop_map(|abort| Finale::Shutdown { abort }),
     ];
-    let memory = (1..3usize, 4..16usize, 1..5usize, 0..8usize);
+    let memory = (1..3usize, 4..16usize, 1..5usize, 0..8usize, layout());
     let limits = (2..20usize, 1..5usize, 1..5usize, 0..3u8);
     let ways = (any::<bool>(), any::<bool>(), weighted(0.2, Just(())));
     (memory, limits, ways, finale).prop_map(|(memory, limits, ways, finale)| {
-        let (depth, blocks, block_tokens, swap_blocks) = memory;
+        let (depth, blocks, block_tokens, swap_blocks, layout) = memory;
+        let groups = layout.groups().len();
         let (max_batch_tokens, max_sequences, stream_buffer, pinned) = limits;
         let (prefix_cache, swap, impatient) = ways;
         Setup {
             depth,
-            blocks,
+            blocks: blocks * groups,
             block_tokens,
-            swap_blocks,
+            layout,
+            swap_blocks: swap_blocks * groups,
             config: EngineConfig {
                 max_batch_tokens,
                 max_sequences,
@@ -665,6 +682,7 @@ fn small(blocks: usize, block_tokens: usize) -> Setup {
         depth: 2,
         blocks,
         block_tokens,
+        layout: CacheLayout::single(),
         swap_blocks: 4,
         config: EngineConfig {
             max_batch_tokens: 7,

@@ -1,13 +1,13 @@
 //! What the kernels of attention work on: the operands, and the items that they are cut into.
 
 use super::softmax::SoftmaxShape;
-use crate::device::AttentionSpec;
 use crate::device::cpu::cache::{CpuCache, TileShape};
 use crate::device::cpu::step::StagedBatch;
+use crate::device::{ATTENTION_SPAN, AttentionSpec, BatchGroup};
 use std::ops::Range;
 
 /// Number of positions that share a running softmax; a multiple of 16.
-pub(super) const SPAN: usize = 128;
+pub(super) const SPAN: usize = ATTENTION_SPAN;
 
 /// Consecutive rows of one sequence that are computed together.
 #[derive(Clone, Debug)]
@@ -32,8 +32,11 @@ pub(super) struct Attend<'a> {
     pub(super) qkv: &'a [f32],
     pub(super) spec: &'a AttentionSpec,
     pub(super) cache: &'a CpuCache,
+    /// Index of the layer in the blocks of its group.
     pub(super) layer: usize,
     pub(super) batch: &'a StagedBatch,
+    /// The block tables of the layer's group.
+    pub(super) group_tables: &'a BatchGroup,
 }
 
 impl Attend<'_> {

@@ -34,17 +34,19 @@ impl<E: KvElement> Tile<E> {
     /// Returns tile `tile` of the item's sequence.
     #[inline(always)]
     pub(crate) fn of(attend: &Attend<'_>, item: &Item, head: usize, tile: usize) -> Self {
-        let Attend { cache, batch, .. } = *attend;
+        let cache = attend.cache;
         let shape = TileShape::new(attend.spec.heads.head_dim);
-        let table = &batch.tables[batch.sequences[item.sequence].table.clone()];
+        let group = attend.group_tables;
+        let table = &group.tables[item.sequence];
+        let (first, blocks) = (table.first, &group.entries[table.entries.clone()]);
         let layer = cache.layer(attend.layer);
         let in_block = cache.shape().block_tokens / LANES;
         let at = |tile: usize| {
-            let block = *table.get(tile / in_block)? as usize;
+            let block = *blocks.get((tile / in_block).checked_sub(first)?)? as usize;
             let at = cache.tile(block, head, tile % in_block) * size_of::<E>();
             layer.get(at..at + shape.elements() * size_of::<E>())
         };
-        // The table covers every position of the batch, as `attend` has checked.
+        // The table covers every position that a row attends to, as `attend` has checked.
         let elements = at(tile).unwrap_or_else(|| panic!("tile {tile} has no block"));
         let start = tile * LANES;
         // Slots outside this range may never have been written for this sequence. They may hold
