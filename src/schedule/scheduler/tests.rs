@@ -1162,3 +1162,5 @@ fn sequences_with_different_salts_share_nothing() {
         .add_follower(RequestId(90), other, Some(leader));
     assert_eq!(rows(&bench.step()), [(0, 9), (0, 9)]);
 }
+
+mod windows;

@@ -1,0 +1,240 @@
+//! Tests of groups of layers whose windows are shorter than the sequences.
+
+use super::*;
+use crate::cache::CacheLayout;
+
+/// Tokens per block, as in [`Bench`].
+const BLOCK: usize = 4;
+
+/// A scheduler for a group of layers that need all tokens and one with a window of 8 tokens.
+fn bench(blocks: usize, policy: Policy) -> Bench {
+    let layout = CacheLayout::new(&[None, Some(8)], 10_000, BLOCK).unwrap();
+    let cache = BlockCache::with_layout(blocks, BLOCK, true, layout);
+    Bench {
+        scheduler: Scheduler::new(policy, cache),
+        ..Bench::new(0, policy)
+    }
+}
+
+/// Returns the number of blocks that a sequence holds in each group.
+fn held(bench: &Bench, key: SequenceKey) -> [usize; 2] {
+    [0, 1].map(|group| bench.sequence(key).table.group(group).blocks.len())
+}
+
+fn chunked(tokens: usize) -> Policy {
+    Policy {
+        max_batch_tokens: tokens,
+        ..Policy::default()
+    }
+}
+
+#[test]
+fn a_prompt_longer_than_the_window_never_holds_blocks_for_all_of_it() {
+    let mut bench = bench(100, chunked(8));
+    let key = bench.add(spec(prompt(80, 1), 20));
+    let mut most = 0;
+    for _ in 0..10 {
+        bench.launch().unwrap();
+        bench.launch();
+        let [all, windowed] = held(&bench, key);
+        assert!(all >= 20, "the whole prompt is booked at the start");
+        most = most.max(windowed);
+        bench.complete(7);
+        while !bench.in_flight.is_empty() {
+            bench.complete(7);
+        }
+    }
+    let layout = bench.scheduler.cache().layout();
+    let bound = layout.most_blocks(1, 100, 8, BLOCK);
+    assert!(most <= bound, "{most} of {bound}");
+    assert!(bound < 20, "{bound}");
+    // While it decodes, the window, and up to a block more at each end.
+    bench.step();
+    assert!(
+        held(&bench, key)[1] <= 8 / BLOCK + 2,
+        "{:?}",
+        held(&bench, key)
+    );
+}
+
+#[test]
+fn the_longest_sequence_that_fits_runs_to_its_end() {
+    let layout = CacheLayout::new(&[None, Some(8)], 10_000, BLOCK).unwrap();
+    for blocks in [8, 13, 20, 40] {
+        for step_tokens in [1, 3, 8, 16] {
+            let longest = layout.longest_sequence(blocks, step_tokens, BLOCK, 10_000);
+            assert!(longest > 0);
+            let mut bench = bench(blocks, chunked(step_tokens));
+            let key = bench.add(spec(prompt(longest / 2 + 1, 1), longest - longest / 2 - 1));
+            let mut steps = 0;
+            while bench.scheduler.sequences().contains_key(key) {
+                bench.launch();
+                bench.launch();
+                assert!(!bench.in_flight.is_empty(), "nothing is planned");
+                let finished = bench.complete(7);
+                assert!(bench.running(key), "it was preempted after {steps} steps");
+                for key in finished {
+                    assert_eq!(bench.sequence(key).tokens.len(), longest);
+                    bench.scheduler.remove(key);
+                }
+                steps += 1;
+            }
+        }
+    }
+}
+
+#[test]
+fn a_swapped_out_sequence_takes_the_blocks_of_its_window_along() {
+    let mut bench = bench(30, swapping());
+    let long = bench.add(spec(prompt(40, 1), 30));
+    for _ in 0..3 {
+        bench.step();
+    }
+    let before = held(&bench, long);
+    let first = bench.sequence(long).table.group(1).first;
+    assert!(first > 0, "blocks were given back");
+    let urgent = bench.add(SequenceSpec {
+        priority: -1,
+        ..spec(prompt(52, 2), 2)
+    });
+    let plan = bench.launch().unwrap();
+    assert!(!bench.running(long));
+    assert_eq!(plan.transfers.swap_out.len(), before[0] + before[1]);
+    bench.complete(7);
+    while bench.scheduler.sequences().contains_key(urgent) {
+        bench.launch().unwrap();
+        for key in bench.complete(7) {
+            bench.scheduler.remove(key);
+        }
+    }
+    let plan = bench.launch().unwrap();
+    assert!(bench.running(long));
+    assert_eq!(rows(&plan), [(42, 1)], "nothing is computed again");
+    assert!(!plan.transfers.swap_in.is_empty());
+    assert_eq!(bench.sequence(long).table.group(1).first, first);
+    bench.complete(7);
+}
+
+#[test]
+fn a_follower_whose_leader_has_moved_on_finds_the_prompt_in_the_prefix_cache() {
+    let policy = Policy {
+        max_sequences: 1,
+        ..Policy::default()
+    };
+    let mut bench = bench(100, policy);
+    let leader = bench.add(spec(prompt(30, 1), 40));
+    let spec = spec(prompt(30, 1), 40);
+    let id = RequestId(99);
+    let follower = bench.scheduler.add_follower(id, spec, Some(leader));
+    for _ in 0..30 {
+        bench.step();
+    }
+    assert!(bench.sequence(leader).table.group(1).first > 30 / BLOCK);
+    bench.scheduler.set_paused(leader, true);
+    let plan = bench.launch().unwrap();
+    assert!(bench.running(follower));
+    assert_eq!(rows(&plan), [(28, 2)]);
+    assert_eq!(bench.sequence(follower).cached_tokens, 28);
+    bench.complete(7);
+}
+
+/// Runs a turn of session 1 to its end and lets the session keep its tokens.
+fn run_turn(bench: &mut Bench, tokens: Vec<u32>, new_tokens: usize) -> Vec<u32> {
+    let key = bench.add(turn(1, tokens, new_tokens));
+    loop {
+        bench.launch().unwrap();
+        if !bench.complete(7).is_empty() {
+            break;
+        }
+    }
+    let tokens = bench.sequence(key).tokens.clone();
+    bench.scheduler.close(key, retain(tokens.len()));
+    tokens
+}
+
+#[test]
+fn a_session_keeps_the_window_and_continues_from_it() {
+    let mut bench = bench(100, Policy::default());
+    let mut tokens = run_turn(&mut bench, prompt(40, 1), 10);
+    let retained = bench.scheduler.retained(SessionId(1));
+    assert_eq!(retained.tokens, 49, "the last token has no key yet");
+    assert!(retained.blocks <= 13 + 8 / BLOCK + 2, "{retained:?}");
+    tokens.extend([1, 2, 3]);
+    bench.add(turn(1, tokens, 4));
+    assert_eq!(rows(&bench.step()), [(49, 4)]);
+}
+
+#[test]
+fn a_session_that_goes_back_behind_its_window_uses_what_is_cached() {
+    let mut bench = bench(100, Policy::default());
+    let tokens = run_turn(&mut bench, prompt(40, 1), 10);
+    bench.scheduler.rewind_session(SessionId(1), 22);
+    assert_eq!(bench.scheduler.retained(SessionId(1)).tokens, 22);
+    bench.scheduler.audit().unwrap();
+    let mut branch = tokens[..22].to_vec();
+    branch.extend([5, 6]);
+    bench.add(turn(1, branch, 4));
+    let plan = bench.step();
+    assert_eq!(rows(&plan), [(22, 2)]);
+    assert_eq!(plan.transfers.copies.len(), 2, "a block of each group");
+}
+
+#[test]
+fn a_session_that_goes_back_behind_its_window_computes_again_what_is_gone() {
+    let mut bench = bench(40, Policy::default());
+    let tokens = run_turn(&mut bench, prompt(40, 1), 10);
+    // Forgets the window blocks that were given back.
+    bench.scheduler.clear_prefixes();
+    bench.scheduler.rewind_session(SessionId(1), 22);
+    assert_eq!(bench.scheduler.retained(SessionId(1)).tokens, 0);
+    bench.scheduler.audit().unwrap();
+    let key = bench.add(turn(1, tokens[..24].to_vec(), 4));
+    assert_eq!(rows(&bench.step()), [(0, 24)]);
+    assert_eq!(bench.sequence(key).cached_tokens, 0);
+}
+
+#[test]
+fn one_block_of_each_group_is_reserved_for_each_running_sequence() {
+    // The first sequence holds a block of each group and its growth needs one more of each.
+    let mut bench = bench(8, Policy::default());
+    let first = bench.add(spec(prompt(4, 1), 4));
+    bench.step();
+    let second = bench.add(spec(prompt(11, 2), 4));
+    bench.step();
+    assert!(bench.running(first));
+    assert!(!bench.running(second), "it needs 6 of the 4 blocks");
+    assert_eq!(bench.scheduler.counts().preemptions, 0);
+}
+
+/// Gemma 3 1B has 26 layers, of which every sixth attends to all tokens and the others to the
+/// last 512.
+#[test]
+fn gemma_3_holds_a_quarter_of_the_blocks_at_8192_tokens() {
+    let windows: Vec<Option<usize>> = (0..26)
+        .map(|layer| (layer % 6 != 5).then_some(512))
+        .collect();
+    let layout = CacheLayout::new(&windows, 32_768, 128).unwrap();
+    let layers_per_block = layout.layers_per_block();
+    let cache = BlockCache::with_layout(10_000, 16, true, layout);
+    let mut bench = Bench {
+        scheduler: Scheduler::new(Policy::default(), cache),
+        ..Bench::new(0, Policy::default())
+    };
+    let key = bench.add(spec(prompt(8100, 1), 1000));
+    while bench.sequence(key).tokens.len() < 8192 {
+        bench.step();
+    }
+    // In blocks of 16 tokens of one layer.
+    let held = bench.sequence(key).table.len() * layers_per_block;
+    let before = 8192 / 16 * 26;
+    assert_eq!(before, 13_312);
+    assert_eq!(held, 3_008);
+    let receipt = bench.scheduler.remove(key).unwrap().1;
+    assert_eq!(
+        receipt * layers_per_block,
+        held,
+        "the receipt counts all groups"
+    );
+    let counts = bench.scheduler.audit().unwrap();
+    assert_eq!(counts.referenced + counts.deferred, 0);
+}
