@@ -397,6 +397,12 @@ impl Runner for SimRunner {
     }
 }
 
+/// Returns a layout with layers that need all tokens and others with a window of `window`
+/// tokens. A sequence has a block table for each of the two groups.
+pub fn layout_with_window(window: usize) -> CacheLayout {
+    CacheLayout::new(&[None, Some(window)], usize::MAX, 1).expect("the window is not empty")
+}
+
 /// The "model": returns the token that follows these tokens.
 pub fn next_token(tokens: impl Iterator<Item = u32>) -> u32 {
     let hash = tokens.fold(0xcbf2_9ce4_8422_2325u64, |hash, token| {

@@ -18,7 +18,8 @@ fn after_some_steps(depth: usize) -> (Engine, Vec<TokenStream>, mpsc::Sender<()>
     let (permit, gate) = mpsc::channel();
     let options = SimOptions {
         depth,
-        blocks: 2048,
+        blocks: 4096,
+        layout: sim::layout_with_window(6),
         gate: Some(gate),
         ..SimOptions::default()
     };

@@ -77,10 +77,12 @@ fn number(variable: &str, default: usize) -> usize {
     std::env::var(variable).map_or(default, |text| text.parse().unwrap())
 }
 
-/// Creates an engine that is short of places and of blocks.
+/// Creates an engine that is short of places and of blocks, and whose sequences have two block
+/// tables.
 fn engine(options: SimOptions) -> Engine {
     let options = SimOptions {
-        blocks: 100,
+        blocks: 180,
+        layout: sim::layout_with_window(10),
         ..options
     };
     let config = EngineConfig {

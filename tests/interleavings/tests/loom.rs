@@ -60,8 +60,9 @@ fn engine(depth: usize, config: EngineConfig) -> Engine {
 fn faulty_engine(depth: usize, config: EngineConfig, fault: Option<(u64, Fault)>) -> Engine {
     let options = SimOptions {
         depth,
-        blocks: 3,
+        blocks: 6,
         block_tokens: 2,
+        layout: sim::layout_with_window(3),
         context: 8,
         fault,
         ..SimOptions::default()

@@ -11,6 +11,7 @@
 #[path = "../../common/sim.rs"]
 mod sim;
 
+use quell::cache::CacheLayout;
 use quell::{
     CancelReason, Cancellation, Engine, EngineConfig, EngineFault, EngineStats, GenerateError,
     Outcome, Preemption, Request, Session, Shutdown, Stop, SubmitError, TokenStream,
@@ -63,12 +64,17 @@ fn engine(config: EngineConfig) -> Engine {
 }
 
 fn faulty_engine(config: EngineConfig, fault: Option<(u64, Fault)>) -> Engine {
+    let (layout, groups) = match choose(2) {
+        0 => (CacheLayout::single(), 1),
+        _ => (sim::layout_with_window(3), 2),
+    };
     let options = SimOptions {
         depth: 1 + choose(2),
-        blocks: 6,
+        blocks: 6 * groups,
         block_tokens: 2,
+        layout,
         context: 12,
-        swap_blocks: 4 * choose(2),
+        swap_blocks: 4 * groups * choose(2),
         fault,
         ..SimOptions::default()
     };
