@@ -92,7 +92,8 @@ impl MemoryPlan {
         usize::try_from(fit).unwrap_or(usize::MAX)
     }
 
-    /// Describes the groups, for example `4 layers of all tokens; 22 of the last 512, 6 groups`.
+    /// Describes the groups, for example `4 layers keep all tokens; 22 layers keep the last 512
+    /// tokens, in 6 groups`.
     pub fn groups(&self) -> String {
         let groups = self.layout.groups();
         let kinds = groups.chunk_by(|a, b| a.kind == b.kind).map(|same| {

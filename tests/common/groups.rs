@@ -154,7 +154,9 @@ impl<D: TestDevice> Grouped<D> {
             };
             let gone = needed.saturating_sub(*first).min(blocks.len());
             let gone: Vec<u32> = blocks.drain(..gone).collect();
-            self.device.poison(&mut self.cache, &gone).unwrap();
+            if !gone.is_empty() {
+                self.device.poison(&mut self.cache, &gone).unwrap();
+            }
             self.free.extend(gone);
             *first = needed.max(*first);
             while (*first + blocks.len()) * self.block_tokens < *computed + count {

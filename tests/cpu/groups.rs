@@ -2,6 +2,7 @@
 
 use crate::attention::{assert_near, heads, options, reference, rope_spec};
 use crate::grouped::*;
+use crate::model_groups::a_model_has_the_same_bits_in_groups;
 use crate::support::*;
 use quell::device::cpu::{CpuDevice, CpuTensor, KvType, SimdLevel};
 use quell::device::*;
@@ -56,4 +57,19 @@ fn missing_blocks_and_groups_are_refused() {
         CpuDevice::new(&options).unwrap(),
         heads(4, 2, 16),
     );
+}
+
+#[test]
+fn models_have_the_same_bits_in_groups() {
+    for (name, windows) in [
+        ("gemma2", true),
+        ("gemma3", true),
+        ("mistral", true),
+        ("phi3", false),
+    ] {
+        for level in levels() {
+            let mut device = || CpuDevice::new(&options(level, 2, KvType::Auto)).unwrap();
+            a_model_has_the_same_bits_in_groups(&mut device, name, windows);
+        }
+    }
 }

@@ -2,6 +2,8 @@
 
 #[path = "../common/groups.rs"]
 mod grouped;
+#[path = "../common/model_groups.rs"]
+mod model_groups;
 mod support;
 
 mod attention;

@@ -4,6 +4,7 @@ use crate::attention::{assert_near, reference};
 use crate::gpu;
 use crate::grouped::*;
 use crate::layer::{TYPES, device, kept};
+use crate::model_groups::a_model_has_the_same_bits_in_groups;
 use crate::support::{Random, bits};
 use quell::device::cuda::{CudaActivations, CudaDevice, CudaTensor};
 use quell::device::*;
@@ -156,4 +157,18 @@ fn recorded_steps_follow_the_tables_of_each_group() {
     }
     assert_eq!(grouped.device.stage(&batch).unwrap(), Staged::Replayed);
     grouped.device.finish(Ok(())).unwrap();
+}
+
+#[test]
+fn models_have_the_same_bits_in_groups() {
+    let _gpu = gpu::lock();
+    for (name, windows) in [
+        ("gemma2", true),
+        ("gemma3", true),
+        ("mistral", true),
+        ("phi3", false),
+    ] {
+        let mut device = || device(CudaActivations::F16);
+        a_model_has_the_same_bits_in_groups(&mut device, name, windows);
+    }
 }

@@ -13,6 +13,8 @@ mod http;
 mod layer;
 #[path = "../common/model.rs"]
 mod model;
+#[path = "../common/model_groups.rs"]
+mod model_groups;
 #[path = "../common/record.rs"]
 mod record;
 #[path = "../common/refusals.rs"]

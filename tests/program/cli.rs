@@ -213,8 +213,39 @@ fn tokenize_and_inspect_print_text_and_json() {
     assert_eq!(inspect["parameters"], 134_515_008);
     assert_eq!(inspect["memory"]["kv_bytes_per_token"], 23_040);
     assert_eq!(inspect["memory"]["kv_blocks"], 45);
+    let groups = &inspect["memory"]["kv_groups"];
+    assert_eq!(groups.as_array().map(Vec::len), Some(1));
+    assert_eq!(groups[0]["keeps"], "all tokens");
     let text = quell(&["inspect", &model]);
     assert!(String::from_utf8_lossy(&text.stdout).contains("KV per token  23040 bytes"));
+}
+
+#[test]
+fn inspect_shows_which_layers_keep_which_tokens() {
+    let model = tiny("gemma3");
+    let inspect = json(&quell(&["inspect", &model, "--format", "json"]));
+    let memory = &inspect["memory"];
+    let groups = memory["kv_groups"].as_array().unwrap();
+    assert_eq!(groups.len(), 6);
+    let full = serde_json::json!({ "keeps": "all tokens", "window": null, "layers": [5] });
+    assert_eq!(groups[0], full);
+    for (layer, group) in groups[1..].iter().enumerate() {
+        let own = serde_json::json!({ "keeps": "window", "window": 24, "layers": [layer] });
+        assert_eq!(*group, own);
+    }
+    let bytes = |name: &str| memory[name].as_u64().unwrap();
+    assert_eq!(bytes("context_tokens"), 512);
+    let whole = bytes("kv_bytes_per_sequence_without_windows");
+    assert_eq!(whole, 512 * bytes("kv_bytes_per_token"));
+    let held = bytes("kv_bytes_per_sequence");
+    assert!(10 * held < 6 * whole, "{held} of {whole}");
+    let text = quell(&["inspect", &model]);
+    let text = String::from_utf8_lossy(&text.stdout);
+    assert!(
+        text.contains("5 layers keep the last 24 tokens, in 5 groups"),
+        "{text}"
+    );
+    assert!(text.contains("for 512 tokens, "), "{text}");
 }
 
 #[test]

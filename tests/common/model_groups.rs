@@ -1,0 +1,118 @@
+//! Whole models whose layers are in several groups, on any device.
+
+use crate::grouped::TestDevice;
+use quell::cache::{CacheLayout, GroupKind};
+use quell::device::*;
+use quell::model::{Decoder, ModelSource, StepLimits};
+use quell::weights::ModelFolder;
+use std::path::Path;
+
+/// Checks that a tiny checkpoint gives the same logits, bit for bit, whether its layers are in
+/// groups that give back blocks or all in one. Some of its layers have a window if `windows`.
+pub fn a_model_has_the_same_bits_in_groups<D: TestDevice>(
+    device: &mut dyn FnMut() -> D,
+    name: &str,
+    windows: bool,
+) {
+    const TOKENS: usize = 300;
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden/tiny");
+    let folder = ModelFolder::open(&folder.join(name)).unwrap();
+    let source = ModelSource::from_folder(folder).unwrap();
+    let layers = source.config().layers.iter();
+    let own: Vec<Option<usize>> = layers.map(|layer| layer.attention().window).collect();
+    assert_eq!(own.iter().any(Option::is_some), windows, "{name}");
+    let mut logits = |windows: &[Option<usize>]| {
+        let layout = CacheLayout::new(windows, TOKENS, ATTENTION_SPAN).unwrap();
+        logits_of_steps(device(), &source, &layout, TOKENS)
+    };
+    let expected = logits(&vec![None; own.len()]);
+    let found = logits(&own);
+    assert_eq!(found.len(), expected.len());
+    for (step, (found, expected)) in found.iter().zip(&expected).enumerate() {
+        assert!(found.iter().all(|value| value.is_finite()));
+        let bits = |values: &[f32]| -> Vec<u32> { values.iter().map(|v| v.to_bits()).collect() };
+        assert!(bits(found) == bits(expected), "{name}, step {step}");
+    }
+}
+
+/// Computes `tokens` tokens of one sequence, partly in chunks and partly one by one. Each group
+/// gives back the blocks that it no longer needs, which become NaN. Returns the logits of the
+/// last token of each step.
+fn logits_of_steps<D: TestDevice>(
+    mut device: D,
+    source: &ModelSource,
+    layout: &CacheLayout,
+    tokens: usize,
+) -> Vec<Vec<f32>> {
+    const BLOCK: usize = 16;
+    const CHUNKS: [usize; 5] = [100, 1, 60, 90, 33];
+    let model = source.config();
+    let groups = layout.groups();
+    let limits = DeviceLimits {
+        rows: 100,
+        sequences: 1,
+        sequence_tokens: tokens,
+        block_tokens: BLOCK,
+        groups: groups.len(),
+        vocabulary: model.vocabulary,
+    };
+    device.reserve(&limits).unwrap();
+    let limits = StepLimits {
+        rows: 100,
+        samples: 1,
+        positions: tokens,
+    };
+    let place = |layer| {
+        let (group, index) = layout.place(layer);
+        CacheLayer { group, index }
+    };
+    let mut decoder = Decoder::load(source, &mut device, limits, place, &mut |_, _| {}).unwrap();
+    let shape = CacheShape {
+        layers: layout.layers_per_block(),
+        kv_heads: model.heads().kv_heads,
+        head_dim: model.heads().head_dim,
+        blocks: groups.len() * tokens.div_ceil(BLOCK),
+        block_tokens: BLOCK,
+    };
+    let mut cache = device.allocate_cache(&shape).unwrap();
+    let mut free: Vec<u32> = (0..shape.blocks as u32).collect();
+    device.poison(&mut cache, &free).unwrap();
+
+    let mut tables = vec![(0, Vec::<u32>::new()); groups.len()];
+    let (mut start, mut logits) = (0, Vec::new());
+    for count in CHUNKS.into_iter().chain(std::iter::repeat(1)) {
+        let end = start + count;
+        for (group, (first, blocks)) in tables.iter_mut().enumerate() {
+            let needed = layout.first_block(group, start, BLOCK);
+            let gone: Vec<u32> = blocks.drain(..needed - *first).collect();
+            *first = needed;
+            if !gone.is_empty() {
+                device.poison(&mut cache, &gone).unwrap();
+            }
+            free.extend(gone);
+            while (*first + blocks.len()) * BLOCK < end {
+                blocks.push(free.pop().expect("the cache is large enough"));
+            }
+        }
+        let mut batch = Batch::new(groups.len());
+        let ids = start..end;
+        let ids: Vec<u32> = ids
+            .map(|i| (7 * i + 3) as u32 % model.vocabulary as u32)
+            .collect();
+        let each = tables.iter();
+        let each = each.map(|(first, blocks)| (*first, blocks.iter().copied()));
+        batch.push(&ids, start, BLOCK, each);
+        batch.sample_rows.push(count - 1);
+        let result = decoder.forward(&mut device, &batch, &mut cache).unwrap();
+        logits.push(device.read(result, 1));
+        start = end;
+        if start == tokens {
+            break;
+        }
+    }
+    for ((first, _), group) in tables.iter().zip(groups) {
+        let gives_back = matches!(group.kind, GroupKind::Window(_));
+        assert_eq!(*first > 0, gives_back, "{:?}", group.kind);
+    }
+    logits
+}
