@@ -48,7 +48,8 @@ fn spec(index: usize, prompt: usize) -> SequenceSpec {
 fn commit(scheduler: &mut Scheduler, plan: &StepPlan, tokens: impl Iterator<Item = u32>) {
     scheduler.step_succeeded(plan);
     for (item, token) in plan.samples().zip(tokens) {
-        assert_eq!(scheduler.commit(item.key, token), Commit::Token);
+        let committed = scheduler.commit(plan.step, item, [token]);
+        assert_eq!(committed, Commit::Continues);
     }
     scheduler.step_completed(plan.step);
 }
@@ -112,7 +113,7 @@ fn decode(steps: usize) -> Result<(), Box<dyn Error>> {
         assert!(scheduler.plan_into(&mut plan));
         runner.launch(&plan, scheduler.sequences())?;
         let output = runner.collect()?;
-        let tokens = output.samples.iter().map(|sample| sample.token);
+        let tokens = output.samples.tokens.iter().map(|token| token.id);
         commit(&mut scheduler, &plan, tokens);
         runner.recycle(output);
     }

@@ -73,7 +73,8 @@ fn scheduler_round(sequences: usize, prefixes: bool) -> f64 {
         let Some(plan) = scheduler.plan() else { break };
         scheduler.step_succeeded(&plan);
         for item in plan.samples() {
-            if let Commit::Finished(_) = scheduler.commit(item.key, steps as u32) {
+            let committed = scheduler.commit(plan.step, item, [steps as u32]);
+            if let Commit::Finished { .. } = committed {
                 scheduler.remove(item.key);
                 finished += 1;
             }

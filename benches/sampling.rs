@@ -91,7 +91,7 @@ fn main() -> Result<(), Box<dyn Error>> {
                 let start = Instant::now();
                 let expected = sample(&mut copy, &row);
                 theirs.push(start.elapsed());
-                assert_eq!(sampled[0].token, expected.token, "{name}");
+                assert_eq!(sampled.tokens[0].id, expected.id, "{name}");
                 device.recycle(sampled);
             }
             let (ours, theirs) = (median(ours), median(theirs));

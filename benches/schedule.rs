@@ -112,8 +112,8 @@ fn scheduler_times(sequences: usize, hits: usize) -> SchedulerTimes {
             assert_eq!(step.items.len(), sequences);
             scheduler.step_succeeded(&step);
             for item in step.samples() {
-                let committed = scheduler.commit(item.key, number as u32);
-                assert_eq!(committed, Commit::Token);
+                let committed = scheduler.commit(step.step, item, [number as u32]);
+                assert_eq!(committed, Commit::Continues);
             }
             scheduler.step_completed(step.step);
             let committed = Instant::now();

@@ -81,7 +81,7 @@ fn rate(streams: usize) -> Result<f64, Box<dyn Error>> {
             readers.spawn(async move {
                 let mut read = 0;
                 while let Some(chunk) = stream.next().await {
-                    read += usize::from(chunk.is_ok_and(|chunk| chunk.token.is_some()));
+                    read += chunk.map_or(0, |chunk| chunk.tokens.len());
                 }
                 read
             });

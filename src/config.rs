@@ -21,7 +21,8 @@ pub struct EngineConfig {
     /// Maximum number of tokens per sequence, prompt and answer together. If `None`, the
     /// model's own limit applies.
     pub max_context: Option<usize>,
-    /// Number of unread tokens at which a request is paused until its reader catches up.
+    /// Number of unread chunks at which a request is paused until its reader catches up. A chunk
+    /// has the tokens of one step, which is usually one.
     pub stream_buffer: usize,
     /// Whether complete blocks are kept after their sequence has ended, so that later
     /// sequences that begin with the same tokens can reuse them.

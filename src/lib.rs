@@ -19,7 +19,7 @@
 //! for chunk in engine.generate(request)?.blocking() {
 //!     let chunk = chunk?;
 //!     print!("{}", chunk.text);
-//!     tokens.extend(chunk.token.map(|token| token.id));
+//!     tokens.extend(chunk.tokens.ids());
 //! }
 //! assert_eq!(tokens.len(), 8);
 //!
@@ -118,11 +118,13 @@ pub use engine::{
     CancelReason, Cancellation, Chunk, Drained, EmbedRequest, Embedding, EmbeddingFuture, Engine,
     EngineBuilder, EngineFault, EngineSnapshot, EngineStats, Finish, GenerateError, Generation,
     Health, HealthStatus, Outcome, Pending, Prompt, Receipt, Request, Session, SessionOptions,
-    Shutdown, Stop, SubmitError, Timing, Token, TokenStream, Truncation,
+    Shutdown, Stop, SubmitError, Timing, TokenStream, Truncation,
 };
 pub use id::{RequestId, SessionId, StepId};
 pub use runner::{DeviceChoice, GenerationConfig, LoadError, LoadOptions, RunnerInfo};
-pub use sampling::{Constraint, ConstraintError, SamplingDefaults, SamplingParams, TokenLimits};
+pub use sampling::{
+    Constraint, ConstraintError, SamplingDefaults, SamplingParams, Token, TokenLimits, TokenRun,
+};
 pub use schedule::RetainedCache;
 pub use text::Message;
 #[cfg(feature = "grammar")]

@@ -217,10 +217,12 @@ impl Pace {
         }
     }
 
-    fn token(&mut self) {
-        self.last = Instant::now();
-        self.first.get_or_insert(self.last);
-        self.tokens += 1;
+    fn tokens(&mut self, count: usize) {
+        if count > 0 {
+            self.last = Instant::now();
+            self.first.get_or_insert(self.last);
+            self.tokens += count;
+        }
     }
 
     fn first_token(&self) -> Option<Duration> {
@@ -383,9 +385,7 @@ impl Chat {
             let Some(chunk) = chunk.transpose().or_else(failed)? else {
                 break None;
             };
-            if chunk.token.is_some() {
-                pace.token();
-            }
+            pace.tokens(chunk.tokens.len());
             show(&chunk, self.style.terminal_output)?;
             answer.push_str(&chunk.text);
             if let Some(finish) = chunk.finish {

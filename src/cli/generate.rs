@@ -173,12 +173,10 @@ fn stream_text(engine: &Engine, request: Request) -> Result<Finish, CliError> {
     let mut finish = None;
     for chunk in engine.generate(request)?.blocking() {
         let chunk = chunk?;
-        match chunk.token {
-            Some(token) if !has_text => {
-                write!(out, "{separator}{}", token.id)?;
-                separator = ",";
-            }
-            _ => out.write_all(chunk.text.as_bytes())?,
+        out.write_all(chunk.text.as_bytes())?;
+        for id in chunk.tokens.ids().filter(|_| !has_text) {
+            write!(out, "{separator}{id}")?;
+            separator = ",";
         }
         out.flush()?;
         finish = chunk.finish.or(finish);

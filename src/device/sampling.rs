@@ -1,7 +1,7 @@
 //! Sampling: the choice of the next tokens.
 
 use super::{DeviceError, DeviceTypes};
-use crate::sampling::{SampleRow, Sampled};
+use crate::sampling::{SampleRow, Samples};
 
 /// The part of a [`Device`](super::Device) that samples tokens.
 pub trait SamplingOps: DeviceTypes {
@@ -16,11 +16,11 @@ pub trait SamplingOps: DeviceTypes {
     ) -> Result<Self::Pending, DeviceError>;
 
     /// Waits for a step and returns its samples, in the order of its sample rows.
-    fn collect(&mut self, pending: Self::Pending) -> Result<Vec<Sampled>, DeviceError>;
+    fn collect(&mut self, pending: Self::Pending) -> Result<Samples, DeviceError>;
 
     /// Takes back samples that the caller has read, so that a later step can reuse their
     /// memory.
-    fn recycle(&mut self, samples: Vec<Sampled>) {
+    fn recycle(&mut self, samples: Samples) {
         drop(samples);
     }
 }

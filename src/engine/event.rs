@@ -7,7 +7,7 @@ use super::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use super::sync::{Arc, AtomicWaker, OnceLock, Receiver, Sender, TrySendError, bounded};
 use crate::device::PooledRows;
 use crate::id::StepId;
-use crate::sampling::Sampled;
+use crate::sampling::{Token, TokenRun};
 use crate::schedule::FinishReason;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::task::Waker;
@@ -127,34 +127,6 @@ impl From<FinishReason> for Outcome {
 /// The fault is boxed to keep events small, because each request has a buffer of them.
 pub(crate) type Ending = Result<Outcome, Box<EngineFault>>;
 
-/// A generated token, or a token of the prompt whose log probability was requested.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Token {
-    /// The token's id.
-    pub id: u32,
-    /// Log probability under the model's unmodified logits; 0 if it was not requested.
-    pub logprob: f32,
-    /// The likeliest tokens at this position with their log probabilities, as many as were
-    /// requested.
-    pub top: Vec<(u32, f32)>,
-}
-
-impl From<Sampled> for Token {
-    fn from(sampled: Sampled) -> Self {
-        let Sampled {
-            token,
-            logprob,
-            top,
-            is_finite: _,
-        } = sampled;
-        Self {
-            id: token,
-            logprob,
-            top,
-        }
-    }
-}
-
 /// What a request learns about its prompt.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum PromptReport {
@@ -178,7 +150,7 @@ impl PromptReport {
 /// What a request's reader receives, at most once per step.
 #[derive(Debug)]
 pub(crate) struct Event {
-    pub token: Option<Token>,
+    pub tokens: TokenRun,
     /// Sent with the first token, or with the end if there is no token.
     pub report: Option<Box<PromptReport>>,
     pub ending: Option<Ending>,
@@ -192,7 +164,8 @@ pub struct Receipt {
     pub blocks_freed: usize,
     /// Tokens that had been generated.
     pub tokens_generated: usize,
-    /// Tokens that steps in flight produced after the end, and that were discarded.
+    /// Tokens that were computed after the end of the answer and discarded: by steps in flight,
+    /// or in the same step, behind the token that ended the answer.
     pub tokens_discarded: usize,
     /// The step after whose completion the blocks were free.
     pub step: StepId,
@@ -225,6 +198,9 @@ pub(crate) struct RequestCell {
     pub paused: AtomicBool,
     /// Number of prompt tokens that the cache held. Set before the first token is sent.
     pub cached_tokens: AtomicUsize,
+    /// Number of answer tokens that the reader keeps after it has found a stop string. Set
+    /// before it cancels the request for that reason.
+    pub kept_tokens: AtomicUsize,
     reader: AtomicWaker,
     receipt: AtomicWaker,
 }
@@ -425,8 +401,8 @@ mod tests {
 
     /// Each open request has a buffer of events.
     #[test]
-    fn an_event_takes_little_more_than_a_cache_line() {
-        assert!(size_of::<Event>() <= 72, "{}", size_of::<Event>());
+    fn an_event_takes_less_than_two_cache_lines() {
+        assert!(size_of::<Event>() <= 88, "{}", size_of::<Event>());
     }
 
     #[test]

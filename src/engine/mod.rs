@@ -16,6 +16,7 @@ mod sync;
 mod thread;
 mod watchdog;
 
+pub use caller::answer::{Chunk, Finish, Generation, Timing};
 pub use caller::builder::EngineBuilder;
 pub use caller::embedding::{EmbedRequest, Embedding, EmbeddingFuture};
 pub use caller::ending::{Drained, Shutdown};
@@ -25,10 +26,10 @@ pub use caller::pending::{Cancellation, Pending};
 pub(crate) use caller::permit::Places;
 pub use caller::request::{Prompt, Request, Truncation};
 pub use caller::session::{Session, SessionOptions};
-pub use caller::stream::{Chunk, Finish, Generation, Timing, TokenStream};
+pub use caller::stream::TokenStream;
 pub use caller::turn::Stop;
 pub use error::{EngineFault, GenerateError, SubmitError};
-pub use event::{CancelReason, Outcome, Receipt, Token};
+pub use event::{CancelReason, Outcome, Receipt};
 pub use snapshot::{
     BlockMap, BlockUse, EngineSnapshot, RequestEnd, RequestPhase, RequestState, SessionState,
 };

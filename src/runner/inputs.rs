@@ -59,9 +59,9 @@ impl Inputs {
                 }
                 Report::Sum(rows) => pooled.push(row(rows.start)..row(rows.end)),
             }
-            if item.sample {
-                batch.sample_rows.push(batch.rows() - 1);
-                samples.push(sample_row(item, sequence, spare_histories));
+            for position in item.sampled.clone() {
+                batch.sample_rows.push(row(position));
+                samples.push(sample_row(position, sequence, spare_histories));
             }
         }
     }
@@ -104,9 +104,10 @@ fn add_item(item: &PlanItem, sequence: &Sequence, block_tokens: usize, batch: &m
     batch.push(tokens, item.start, block_tokens, tables);
 }
 
-/// Returns the row that samples the last token of `item`. If the sampling needs the sequence's
-/// tokens, they are copied into an allocation from `spares`.
-fn sample_row(item: &PlanItem, sequence: &Sequence, spares: &mut Vec<Vec<u32>>) -> SampleRow {
+/// Returns the row that samples the token after `position`. If the sampling needs the tokens
+/// before it, they are copied into an allocation from `spares`.
+fn sample_row(position: usize, sequence: &Sequence, spares: &mut Vec<Vec<u32>>) -> SampleRow {
+    let next = position + 1;
     let params = &sequence.spec.params;
     let mut history = Vec::new();
     if params.needs_history() {
@@ -114,11 +115,13 @@ fn sample_row(item: &PlanItem, sequence: &Sequence, spares: &mut Vec<Vec<u32>>) 
         history.clear();
         // Reserve the sequence's capacity, because the history of the next step is longer.
         history.reserve_exact(sequence.tokens.capacity());
-        history.extend_from_slice(&sequence.tokens);
+        // A token that is fed back is not known yet.
+        let known = sequence.tokens.len().min(next);
+        history.extend_from_slice(&sequence.tokens[..known]);
     }
     SampleRow {
         params: Arc::clone(params),
-        position: (item.start + item.count) as u32,
+        position: next as u32,
         history,
         prompt_tokens: sequence.prompt_tokens,
         mask: sequence
@@ -176,15 +179,14 @@ mod tests {
         let mut recomputed = 0;
         while let Some(plan) = scheduler.plan() {
             inputs.fill(&plan, scheduler.sequences(), 4);
-            let sampled = plan.items.iter().filter(|item| item.sample);
-            assert_eq!(sampled.clone().count(), inputs.samples.len());
-            for (item, sample) in sampled.zip(&inputs.samples) {
+            assert_eq!(plan.samples().count(), inputs.samples.len());
+            for (item, sample) in plan.samples().zip(&inputs.samples) {
                 let sequence = &scheduler.sequences()[item.key];
                 assert_eq!(sample.position as usize, sequence.tokens.len());
                 recomputed += usize::from(item.count > 1 && sequence.generated() > 0);
             }
-            for item in &plan.items {
-                if item.sample && matches!(scheduler.commit(item.key, 7), Commit::Finished(_)) {
+            for item in plan.samples() {
+                if let Commit::Finished { .. } = scheduler.commit(plan.step, item, [7]) {
                     scheduler.remove(item.key);
                 }
             }

@@ -26,14 +26,16 @@ pub use options::{DeviceChoice, GenerationConfig, LoadOptions};
 use crate::cache::{BlockId, CacheLayout};
 use crate::device::{DeviceError, DeviceInfo, PooledRows};
 use crate::model::ModelConfig;
-use crate::sampling::{Sampled, SamplingDefaults};
+use crate::sampling::{Samples, SamplingDefaults, Token};
 use crate::schedule::{Sequences, StepPlan};
 use crate::weights::ParameterCount;
 use std::time::Duration;
 
 /// Executes steps in the order in which they are launched.
 pub trait Runner {
-    /// Returns how many steps may be in flight at the same time: 1 or 2.
+    /// Returns how many steps may be in flight at the same time: 1 or 2. With 2, every run must
+    /// have one token per sampled position, because the next step is planned before the run is
+    /// known.
     fn depth(&self) -> usize;
 
     /// Enqueues a step: first its transfers, then its items, if any.
@@ -68,18 +70,36 @@ pub trait Runner {
 /// Results of a step for the host.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StepOutput {
-    /// Samples in the order of the plan's items. For each item, the scores of its rows come
-    /// first, then the sample of its last row.
-    pub samples: Vec<Sampled>,
+    /// Tokens in the order of the plan's items. For each item, the scores of its rows come
+    /// first, then its run: the tokens that follow the first of its sampled positions.
+    pub samples: Samples,
+    /// Number of tokens in the run of each item that is sampled, in the order of the plan, and
+    /// at least 1 each. Empty if every run has one token per sampled position, which is usual.
+    pub runs: Vec<usize>,
     /// Sums of hidden states, in the order of [`StepPlan::sums`].
     pub sums: Vec<PooledRows>,
 }
 
-impl From<Vec<Sampled>> for StepOutput {
-    fn from(samples: Vec<Sampled>) -> Self {
+impl StepOutput {
+    /// Empties the output and keeps its allocations.
+    pub fn clear(&mut self) {
+        let Self {
+            samples: Samples { tokens, not_finite },
+            runs,
+            sums,
+        } = self;
+        tokens.clear();
+        not_finite.clear();
+        runs.clear();
+        sums.clear();
+    }
+}
+
+impl From<Vec<Token>> for StepOutput {
+    fn from(tokens: Vec<Token>) -> Self {
         Self {
-            samples,
-            sums: Vec::new(),
+            samples: tokens.into(),
+            ..Self::default()
         }
     }
 }

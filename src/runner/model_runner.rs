@@ -290,7 +290,7 @@ mod tests {
 
     fn tokens<D: Device>(runner: &mut ModelRunner<D>) -> Vec<u32> {
         let output = runner.collect().unwrap();
-        output.samples.iter().map(|sample| sample.token).collect()
+        output.samples.tokens.iter().map(|token| token.id).collect()
     }
 
     /// Returns the tokens of the prompt's step and of the step after it, without any swapping.

@@ -3,7 +3,7 @@
 use super::{LoadError, Runner, RunnerInfo, StepOutput};
 use crate::cache::CacheLayout;
 use crate::device::{DeviceError, PooledRows};
-use crate::sampling::Sampled;
+use crate::sampling::Token;
 use crate::schedule::{PlanItem, Report, Sequences, StepPlan, Task};
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -78,19 +78,18 @@ impl NullOptions {
         ((first as usize + position) % self.vocabulary.max(1)) as u32
     }
 
-    /// Returns a sample of `token` with a log probability of 0. If `top` is given, the sample
-    /// also has that many likeliest tokens: `token` and those after it in the vocabulary, each
-    /// less likely than the one before by a factor of e.
-    pub fn sampled(&self, token: u32, top: Option<u32>) -> Sampled {
+    /// Returns `token` with a log probability of 0. If `top` is given, it also has that many
+    /// likeliest tokens: `token` and those after it in the vocabulary, each less likely than the
+    /// one before by a factor of e.
+    pub fn sampled(&self, token: u32, top: Option<u32>) -> Token {
         let size = self.vocabulary.max(1);
         let after = |step: usize| ((token as usize + step) % size) as u32;
         let top =
             (0..size.min(top.unwrap_or(0) as usize)).map(|step| (after(step), -(step as f32)));
-        Sampled {
-            token,
+        Token {
+            id: token,
             logprob: 0.0,
             top: top.collect(),
-            is_finite: true,
         }
     }
 
@@ -142,18 +141,20 @@ impl NullRunner {
         }
     }
 
-    fn sample(&self, item: &PlanItem, sequences: &Sequences) -> Sampled {
+    /// Returns the tokens after an item's sampled positions.
+    fn run(&self, item: &PlanItem, sequences: &Sequences) -> impl Iterator<Item = Token> {
         let sequence = sequences.get(item.key);
         let first = sequence.and_then(|sequence| sequence.tokens.first().copied());
-        let token = self
-            .options
-            .token(first.unwrap_or(0), item.start + item.count);
         let top = sequence.and_then(|sequence| sequence.spec.params.logprobs);
-        self.options.sampled(token, top)
+        let options = self.options;
+        item.sampled.clone().map(move |position| {
+            let token = options.token(first.unwrap_or(0), position + 1);
+            options.sampled(token, top)
+        })
     }
 
     /// Returns the samples of the known tokens after an item's scored rows.
-    fn scores(&self, item: &PlanItem, sequences: &Sequences) -> Vec<Sampled> {
+    fn scores(&self, item: &PlanItem, sequences: &Sequences) -> Vec<Token> {
         let (Report::Scores(rows), Some(sequence)) = (&item.report, sequences.get(item.key)) else {
             return Vec::new();
         };
@@ -187,15 +188,15 @@ impl Runner for NullRunner {
 
     fn launch(&mut self, plan: &StepPlan, sequences: &Sequences) -> Result<(), DeviceError> {
         let mut output = self.spare.pop().unwrap_or_default();
-        let StepOutput { samples, sums } = &mut output;
-        samples.clear();
+        output.clear();
+        let tokens = &mut output.samples.tokens;
         for item in &plan.items {
-            samples.append(&mut self.scores(item, sequences));
-            samples.extend(item.sample.then(|| self.sample(item, sequences)));
+            tokens.append(&mut self.scores(item, sequences));
+            tokens.extend(self.run(item, sequences));
         }
-        sums.clear();
-        let rows = plan.sums();
-        sums.extend(rows.map(|(item, rows)| self.sum(item, rows.clone(), sequences)));
+        let sums = plan.sums();
+        let sums = sums.map(|(item, rows)| self.sum(item, rows.clone(), sequences));
+        output.sums.extend(sums);
         self.in_flight.push_back(output);
         Ok(())
     }

@@ -9,6 +9,7 @@ mod history;
 mod limits;
 mod params;
 mod sampler;
+mod token;
 
 pub(crate) use history::HistoryCounts;
 
@@ -16,7 +17,8 @@ pub use constraint::{Constraint, ConstraintError, ConstraintState};
 pub use defaults::SamplingDefaults;
 pub use limits::TokenLimits;
 pub use params::{ParamError, SamplingParams};
-pub use sampler::{SampleRow, Sampled, sample};
+pub use sampler::{SampleRow, sample};
+pub use token::{Samples, Token, TokenRun};
 
 /// Parts of the reference sampler that host devices share.
 pub(crate) mod reference {

@@ -4,8 +4,8 @@
 //! a token depends only on (seed, position, token id). The choice therefore does not depend
 //! on the batch, on the order in which tokens are visited, or on earlier draws.
 
-use super::SamplingParams;
 use super::constraint::allows;
+use super::{SamplingParams, Token};
 use std::sync::Arc;
 
 /// What the sampler needs to know about a sequence for one row of logits.
@@ -29,48 +29,26 @@ pub struct SampleRow {
     pub forced: Option<u32>,
 }
 
-/// A chosen token.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Sampled {
-    /// Id of the token.
-    pub token: u32,
-    /// Log probability under the unmodified logits; 0 unless [`SamplingParams::logprobs`]
-    /// asks for it.
-    pub logprob: f32,
-    /// The likeliest tokens with their log probabilities, likeliest first, as many as were
-    /// asked for.
-    pub top: Vec<(u32, f32)>,
-    /// Whether all unmodified logits of the row were finite. If not, the model's
-    /// computation has failed, and the token is meaningless.
-    pub is_finite: bool,
-}
-
 /// Chooses a token. Changes `logits` in place: applies penalties and bias, and sets the
-/// logits of forbidden tokens to −∞. Log probabilities are those of the unmodified logits.
+/// logits of forbidden tokens to −∞. Log probabilities are those of the unmodified logits, and
+/// are reported only if [`SamplingParams::logprobs`] asks for them.
 ///
 /// If no token is possible because every logit is NaN or −∞, returns token 0, even if it is
 /// forbidden. A NaN logit never wins.
-pub fn sample(logits: &mut [f32], row: &SampleRow) -> Sampled {
+pub fn sample(logits: &mut [f32], row: &SampleRow) -> Token {
     let params = &*row.params;
-    let is_finite = logits.iter().all(|logit| logit.is_finite());
-    let mut report = params.logprobs.map(|k| LogProbs::of(logits, k as usize));
-    let token = match row.forced {
+    let report = params.logprobs.map(|k| LogProbs::of(logits, k as usize));
+    let id = match row.forced {
         Some(token) => token,
         None => choose(logits, row),
     };
-    match report.as_mut() {
-        Some(report) => Sampled {
-            token,
-            logprob: report.chosen(token),
-            top: std::mem::take(&mut report.top),
-            is_finite,
+    match report {
+        Some(report) => Token {
+            id,
+            logprob: report.chosen(id),
+            top: report.top,
         },
-        None => Sampled {
-            token,
-            logprob: 0.0,
-            top: Vec::new(),
-            is_finite,
-        },
+        None => Token::new(id),
     }
 }
 
@@ -335,7 +313,7 @@ mod tests {
         let mut seen = vec![0; logits.len()];
         for position in 0..count {
             let sampled = sample(&mut logits.to_vec(), &row(params.clone(), position));
-            seen[sampled.token as usize] += 1;
+            seen[sampled.id as usize] += 1;
         }
         seen
     }
@@ -355,10 +333,7 @@ mod tests {
     #[test]
     fn greedy_takes_the_largest_and_the_lowest_of_equals() {
         let mut logits = [1.0, 3.0, f32::NAN, 3.0];
-        assert_eq!(
-            sample(&mut logits, &row(SamplingParams::greedy(), 0)).token,
-            1
-        );
+        assert_eq!(sample(&mut logits, &row(SamplingParams::greedy(), 0)).id, 1);
     }
 
     #[test]
@@ -366,7 +341,7 @@ mod tests {
         for value in [f32::NAN, f32::NEG_INFINITY, f32::INFINITY] {
             let mut logits = [value; 4];
             assert_eq!(
-                sample(&mut logits, &row(SamplingParams::default(), 0)).token,
+                sample(&mut logits, &row(SamplingParams::default(), 0)).id,
                 0
             );
         }
@@ -452,8 +427,7 @@ mod tests {
             seed,
             ..SamplingParams::default()
         };
-        let token =
-            |seed, position| sample(&mut logits.clone(), &row(params(seed), position)).token;
+        let token = |seed, position| sample(&mut logits.clone(), &row(params(seed), position)).id;
         assert_eq!(token(7, 3), token(7, 3));
         let sequence = |seed| (0..20).map(|p| token(seed, p)).collect::<Vec<_>>();
         assert_ne!(sequence(7), sequence(8));
@@ -490,7 +464,7 @@ mod tests {
         let logits = [1.0f32, 2.0, 0.0];
         let chosen = sample(&mut logits.clone(), &sampling);
         let log_sum = logits.iter().map(|l| l.exp()).sum::<f32>().ln();
-        assert_eq!(chosen.token, 2);
+        assert_eq!(chosen.id, 2);
         assert!((chosen.logprob - (0.0 - log_sum)).abs() < 1e-6);
         assert_eq!(chosen.top.iter().map(|t| t.0).collect::<Vec<_>>(), [1, 0]);
     }
@@ -542,7 +516,7 @@ mod tests {
                     ..row(params.clone(), position)
                 };
                 let sampled = sample(&mut logits.clone(), &row);
-                let token = sampled.token as usize;
+                let token = sampled.id as usize;
                 assert!(allowed.contains(&token), "{token}, {params:?}");
                 assert!((sampled.logprob - (logits[token] - log_sum)).abs() < 1e-5);
                 seen.insert(token);
@@ -594,7 +568,7 @@ mod tests {
         let logits = [1.0f32, 2.0, 0.0];
         let log_sum = logits.iter().map(|l| l.exp()).sum::<f32>().ln();
         let sampled = sample(&mut logits.clone(), &forced);
-        assert_eq!(sampled.token, 2);
+        assert_eq!(sampled.id, 2);
         assert!((sampled.logprob - (0.0 - log_sum)).abs() < 1e-6);
         let top: Vec<u32> = sampled.top.iter().map(|top| top.0).collect();
         assert_eq!(top, [1, 0]);

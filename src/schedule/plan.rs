@@ -17,15 +17,15 @@ pub enum TokenInput {
     },
 }
 
-/// What the rows of an item report, in addition to the sample of the last row. Rows are named
-/// by the positions of their tokens.
+/// What the rows of an item report, in addition to the samples. Rows are named by the positions
+/// of their tokens.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Report {
     /// Nothing.
     #[default]
     Nothing,
     /// The log probability that each of these rows gives to the token after it, which is known.
-    /// Each counts as a sample, and they come before the sample of the last row.
+    /// Each counts as a sample, and they come before the other samples of the item.
     Scores(Range<usize>),
     /// The sum of the last hidden states of these rows.
     Sum(Range<usize>),
@@ -52,8 +52,10 @@ pub struct PlanItem {
     pub count: usize,
     /// Where the tokens come from.
     pub input: TokenInput,
-    /// Whether the last row is sampled.
-    pub sample: bool,
+    /// Positions whose rows are sampled, each for the token at the next position; empty if
+    /// nothing is sampled. They end with the last row. If there are several, the tokens of the
+    /// rows after the first are drafts, and the step's run says how many of them are right.
+    pub sampled: Range<usize>,
     /// Whether the sequence ends with the last row, without a sample.
     pub end: bool,
     /// What else the rows report.
@@ -61,9 +63,15 @@ pub struct PlanItem {
 }
 
 impl PlanItem {
+    /// Returns the number of the sequence's first tokens whose keys and values exist when the
+    /// step has completed, whatever it samples. Rows of drafts do not count.
+    pub fn written_tokens(&self) -> usize {
+        (self.start + self.count).min(self.sampled.start + 1)
+    }
+
     /// Returns the number of samples, including scores.
     pub fn sample_count(&self) -> usize {
-        self.report.scored().len() + usize::from(self.sample)
+        self.report.scored().len() + self.sampled.len()
     }
 }
 
@@ -96,9 +104,9 @@ impl StepPlan {
         self.items.iter().map(|item| item.count).sum()
     }
 
-    /// Returns the items whose last row is sampled, in order.
+    /// Returns the items with sampled positions, in order.
     pub fn samples(&self) -> impl Iterator<Item = &PlanItem> {
-        self.items.iter().filter(|item| item.sample)
+        self.items.iter().filter(|item| !item.sampled.is_empty())
     }
 
     /// Returns the number of samples of all items, including scores.

@@ -153,8 +153,7 @@ pub struct Sequence {
     pub(super) written_tokens: usize,
     /// Number of prompt tokens whose rows were in a launched step, and so report to the task.
     pub(super) reported: usize,
-    /// Number of launched items, not committed yet, that sample the next token or end the
-    /// sequence.
+    /// Number of launched items, not committed yet, that sample tokens or end the sequence.
     pub(super) in_flight: usize,
     /// Index of the latest sample among the samples of its step, for feedback.
     pub(super) last_sample: usize,

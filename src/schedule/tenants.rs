@@ -110,11 +110,10 @@ impl Tenants {
         self.counters.get(key).map_or(0, |counter| counter.served)
     }
 
-    /// Adds `rows` computed tokens to the counter. `sample` tells whether the last row is
-    /// sampled.
-    pub fn charge(&mut self, key: TenantKey, rows: usize, sample: bool) {
+    /// Adds `rows` computed tokens to the counter, of which `samples` are sampled.
+    pub fn charge(&mut self, key: TenantKey, rows: usize, samples: usize) {
         if let Some(counter) = self.counters.get_mut(key) {
-            counter.served += rows as u64 * PROMPT_TOKEN + u64::from(sample) * ANSWER_TOKEN;
+            counter.served += rows as u64 * PROMPT_TOKEN + samples as u64 * ANSWER_TOKEN;
         }
     }
 
@@ -136,8 +135,8 @@ mod tests {
         let mut tenants = Tenants::default();
         let (a, b, c) = (tenant("a"), tenant("b"), tenant("c"));
         let (first, other) = (tenants.open(&a), tenants.open(&b));
-        tenants.charge(first, 1000, true);
-        tenants.charge(other, 10, false);
+        tenants.charge(first, 1000, 1);
+        tenants.charge(other, 10, 0);
         tenants.close(first);
         let again = tenants.open(&a);
         assert_eq!(tenants.served(again), 1002, "its counter was remembered");
@@ -155,7 +154,7 @@ mod tests {
         tenants.open(&tenant("waiting"));
         for index in 0..3 * MAX_IDLE_TENANTS {
             let other = tenants.open(&tenant(&index.to_string()));
-            tenants.charge(other, 5, true);
+            tenants.charge(other, 5, 1);
             tenants.close(other);
         }
         assert!(tenants.counters.len() <= MAX_IDLE_TENANTS + 1);

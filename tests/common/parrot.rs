@@ -6,7 +6,7 @@ use quell::cache::CacheLayout;
 use quell::config::EngineConfig;
 use quell::device::DeviceError;
 use quell::runner::{Runner, RunnerInfo, StepOutput};
-use quell::sampling::Sampled;
+use quell::sampling::Token;
 use quell::schedule::{PlanItem, Sequences, StepPlan};
 use quell::text::Tokenizer;
 use quell::{Engine, LoadError};
@@ -24,12 +24,21 @@ pub fn say(text: &str) -> String {
 
 /// Creates an engine over the model, with this chat template.
 pub fn engine(template: &str) -> Engine {
-    engine_with(template.into())
+    start(template.into(), 1)
+}
+
+/// Creates an engine over the model, which says this many tokens per step.
+pub fn engine_with_runs(template: &str, run: usize) -> Engine {
+    start(template.into(), run)
 }
 
 /// Creates an engine over the model. `template` is the value of `chat_template` in
 /// `tokenizer_config.json`: one template or a list of them.
 pub fn engine_with(template: serde_json::Value) -> Engine {
+    start(template, 1)
+}
+
+fn start(template: serde_json::Value, run: usize) -> Engine {
     let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/text/folder");
     let folder = tempfile::tempdir().unwrap();
     let copy = |name: &str| std::fs::copy(fixture.join(name), folder.path().join(name));
@@ -58,18 +67,21 @@ pub fn engine_with(template: serde_json::Value) -> Engine {
         ..EngineConfig::default()
     };
     Engine::with_runner(config, Some(tokenizer), move || {
-        Ok::<_, LoadError>((Box::new(Parrot::default()) as Box<dyn Runner>, info))
+        let output = StepOutput::default();
+        Ok::<_, LoadError>((Box::new(Parrot { run, output }) as Box<dyn Runner>, info))
     })
     .unwrap()
 }
 
 /// Answers with the tokens between the last two marks in the prompt, then ends.
-#[derive(Default)]
 struct Parrot {
-    launched: Vec<Sampled>,
+    /// Number of tokens per run. They do not end with the answer.
+    run: usize,
+    output: StepOutput,
 }
 
-fn sample(item: &PlanItem, sequences: &Sequences) -> Sampled {
+/// Returns the tokens that follow an item's rows.
+fn tokens(item: &PlanItem, sequences: &Sequences) -> impl Iterator<Item = Token> {
     let sequence = sequences.get(item.key).unwrap();
     let prompt = &sequence.tokens[..sequence.prompt_tokens];
     let last = |token: u32| prompt.iter().rposition(|&other| other == token);
@@ -78,12 +90,12 @@ fn sample(item: &PlanItem, sequences: &Sequences) -> Sampled {
         _ => &[],
     };
     let place = item.start + item.count - prompt.len();
-    Sampled {
-        token: words.get(place).copied().unwrap_or(END_OF_ANSWER),
+    let said = words.iter().skip(place).copied();
+    let said = said.chain(std::iter::repeat(END_OF_ANSWER));
+    said.map(|id| Token {
         logprob: -0.5,
-        top: Vec::new(),
-        is_finite: true,
-    }
+        ..Token::new(id)
+    })
 }
 
 impl Runner for Parrot {
@@ -92,11 +104,16 @@ impl Runner for Parrot {
     }
 
     fn launch(&mut self, plan: &StepPlan, sequences: &Sequences) -> Result<(), DeviceError> {
-        self.launched = plan.samples().map(|item| sample(item, sequences)).collect();
+        self.output.clear();
+        for item in plan.samples() {
+            let run = tokens(item, sequences).take(self.run);
+            self.output.samples.tokens.extend(run);
+            self.output.runs.push(self.run);
+        }
         Ok(())
     }
 
     fn collect(&mut self) -> Result<StepOutput, DeviceError> {
-        Ok(std::mem::take(&mut self.launched).into())
+        Ok(std::mem::take(&mut self.output))
     }
 }

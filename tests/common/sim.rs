@@ -10,7 +10,7 @@
 use quell::cache::{BlockId, BlockTable, CacheLayout, GroupKind, Transfers};
 use quell::device::{DeviceError, PooledRows};
 use quell::runner::{Runner, RunnerInfo, StepOutput, SwapInfo};
-use quell::sampling::Sampled;
+use quell::sampling::Token;
 use quell::schedule::{Report, SequenceKey, Sequences, StepPlan, TokenInput};
 use quell::text::Tokenizer;
 use quell::{Engine, EngineConfig, LoadError, SessionId};
@@ -35,6 +35,9 @@ pub struct SimOptions {
     pub context: usize,
     /// Number of host blocks for swapped-out data. With 0, nothing can be swapped out.
     pub swap_blocks: usize,
+    /// Maximum number of tokens per run. More than 1 is possible only with depth 1. Constrained
+    /// sequences have runs of one token.
+    pub run: usize,
     /// If set, each collected step waits for one permit from this channel.
     pub gate: Option<mpsc::Receiver<()>>,
     /// A fault, and the number of the step that it hits.
@@ -63,6 +66,7 @@ impl Default for SimOptions {
             layout: CacheLayout::single(),
             context: 512,
             swap_blocks: 0,
+            run: 1,
             gate: None,
             fault: None,
         }
@@ -89,7 +93,7 @@ struct Item {
     report: Report,
     /// For each scored row, the known token that follows it.
     next: Vec<u32>,
-    sample: bool,
+    sampled: bool,
     /// Bit mask of the tokens that may be chosen. Without one, all may be.
     mask: Option<Arc<[u32]>>,
 }
@@ -151,6 +155,7 @@ pub fn failure(operation: &'static str) -> DeviceError {
 impl SimRunner {
     /// Creates a device whose memory is empty.
     pub fn new(options: SimOptions) -> Self {
+        assert!(options.run == 1 || options.depth == 1);
         Self {
             memory: vec![u32::MAX; options.blocks * options.block_tokens],
             host: vec![u32::MAX; options.swap_blocks * options.block_tokens],
@@ -238,6 +243,22 @@ impl SimRunner {
             .chain(differs.then_some(u32::MAX))
     }
 
+    /// Returns the run that follows these tokens.
+    fn run(&self, mut tokens: Vec<u32>, mask: Option<&[u32]>) -> Vec<Token> {
+        let allowed = |token| mask.is_none_or(|mask| is_set(mask, token));
+        let mut run = Vec::new();
+        let mut length = 1;
+        while run.len() < length {
+            let token = nearest(next_token(tokens.iter().copied()), allowed);
+            if mask.is_none() && run.is_empty() {
+                length = 1 + token as usize % self.options.run;
+            }
+            run.push(Token::new(token));
+            tokens.push(token);
+        }
+        run
+    }
+
     fn slots(&self, block: usize) -> Range<usize> {
         let size = self.options.block_tokens;
         block * size..(block + 1) * size
@@ -292,7 +313,7 @@ impl Runner for SimRunner {
                     start: item.start,
                     end,
                     groups,
-                    sample: item.sample,
+                    sampled: !item.sampled.is_empty(),
                     mask: sequence
                         .spec
                         .constraint
@@ -367,31 +388,26 @@ impl Runner for SimRunner {
         for item in &items {
             let up_to = |position: usize| self.seen(item, position);
             let scores = item.report.scored().zip(&item.next);
-            output.samples.extend(scores.map(|(row, &token)| Sampled {
-                token,
-                logprob: logprob(up_to(row), token),
-                top: Vec::new(),
-                is_finite: true,
-            }));
+            output
+                .samples
+                .tokens
+                .extend(scores.map(|(row, &token)| Token {
+                    logprob: logprob(up_to(row), token),
+                    ..Token::new(token)
+                }));
             if let Report::Sum(rows) = &item.report {
                 let mut sum = PooledRows::new(HIDDEN);
                 rows.clone()
                     .for_each(|row| sum.add_row(&hidden_state(up_to(row))));
                 output.sums.push(sum);
             }
-            if item.sample {
-                let token = next_token(up_to(item.end - 1));
-                let mask = item.mask.as_deref();
-                let allowed = |token| mask.is_none_or(|mask| is_set(mask, token));
-                output.samples.push(Sampled {
-                    token: nearest(token, allowed),
-                    logprob: 0.0,
-                    top: Vec::new(),
-                    is_finite: true,
-                });
+            if item.sampled {
+                let run = self.run(up_to(item.end - 1).collect(), item.mask.as_deref());
+                output.runs.push(run.len());
+                output.samples.tokens.extend(run);
             }
         }
-        let tokens = output.samples.iter().map(|sample| sample.token);
+        let tokens = output.samples.tokens.iter().map(|token| token.id);
         self.previous = tokens.collect();
         Ok(output)
     }

@@ -315,8 +315,14 @@ fn samples_equal_those_of_the_reference_sampler() {
             let mut d = device(level, 2, Activations::Auto);
             let logits = tensor(&mut d, vocabulary, &logits);
             let pending = d.sample(&logits, &rows).unwrap();
-            for (got, expected) in d.collect(pending).unwrap().iter().zip(&expected) {
-                assert_eq!(got.token, expected.token);
+            let samples = d.collect(pending).unwrap();
+            let broken = fill.is_some_and(|value| !value.is_finite());
+            assert_eq!(
+                samples.not_finite,
+                Vec::from_iter(broken.then_some(rows.len() - 1))
+            );
+            for (got, expected) in samples.tokens.iter().zip(&expected) {
+                assert_eq!(got.id, expected.id);
                 assert!(near(got.logprob, expected.logprob));
                 assert_eq!(got.top.len(), expected.top.len());
                 for (got, expected) in got.top.iter().zip(&expected.top) {

@@ -184,7 +184,7 @@ fn run(options: &CudaOptions, steps: usize) -> Result<Vec<Vec<u32>>, DeviceError
     let mut tokens = Vec::new();
     let mut collect = |device: &mut CudaDevice, pending| -> Result<(), DeviceError> {
         let samples = device.collect(pending)?;
-        tokens.push(samples.iter().map(|sample| sample.token).collect());
+        tokens.push(samples.tokens.iter().map(|token| token.id).collect());
         Ok(())
     };
     let mut in_flight = None;
@@ -425,8 +425,8 @@ fn a_recorded_step_does_not_use_freed_memory() {
         .allocate(LIMITS.sequences, VOCABULARY, Precision::Full)
         .unwrap();
     let pending = model.launch(&mut device, &batch(5)).unwrap();
-    let tokens = device.collect(pending).unwrap();
-    let tokens: Vec<u32> = tokens.iter().map(|sample| sample.token).collect();
+    let samples = device.collect(pending).unwrap();
+    let tokens: Vec<u32> = samples.tokens.iter().map(|token| token.id).collect();
     drop((model, device));
     assert_eq!(tokens, run(&options(), 6).unwrap()[5]);
     drop(gpu);

@@ -286,8 +286,8 @@ impl Run {
             .unwrap();
         let logits = self.tensor(30, 3, VOCABULARY, true);
         let pending = self.device.sample(&logits, &rows).unwrap();
-        let sampled = self.device.collect(pending).unwrap();
-        let tokens = sampled.iter().map(|sample| sample.token as f32).collect();
+        let sampled = self.device.collect(pending).unwrap().tokens;
+        let tokens = sampled.iter().map(|token| token.id as f32).collect();
         self.outputs.insert("sample-tokens".to_owned(), tokens);
         let top = sampled[1].top.iter().map(|(_, logprob)| *logprob).collect();
         self.outputs.insert("sample-logprobs".to_owned(), top);

@@ -354,7 +354,7 @@ fn embeddings_are_scaled_table_rows_and_use_feedback() {
             bits(&expected(&[11, 4, 12, 33], 1.0)),
             "{kind:?}"
         );
-        assert_eq!(device.collect(pending).unwrap().len(), 2);
+        assert_eq!(device.collect(pending).unwrap().tokens.len(), 2);
     }
 }
 

@@ -10,7 +10,7 @@ use crate::support::{Random, bits};
 use quell::SamplingParams;
 use quell::device::cuda::{CudaDevice, CudaOptions};
 use quell::device::*;
-use quell::sampling::{SampleRow, Sampled, sample};
+use quell::sampling::{SampleRow, Token, sample};
 use std::sync::Arc;
 
 const MAX_ROWS: usize = 64;
@@ -61,32 +61,34 @@ impl Case {
         Self { logits, row }
     }
 
-    fn expected(&self) -> Sampled {
+    fn expected(&self) -> Token {
         sample(&mut self.logits.clone(), &self.row)
     }
 }
 
 /// Samples the cases in one step. All must have the same vocabulary.
-fn on_device(device: &mut CudaDevice, cases: &[Case]) -> Vec<Sampled> {
+fn on_device(device: &mut CudaDevice, cases: &[Case]) -> Vec<Token> {
     let vocabulary = cases[0].logits.len();
     let logits: Vec<f32> = cases.iter().flat_map(|case| case.logits.clone()).collect();
     let tensor = device.tensor(vocabulary, Precision::Full, &logits).unwrap();
     let rows: Vec<SampleRow> = cases.iter().map(|case| case.row.clone()).collect();
     let pending = device.sample(&tensor, &rows).unwrap();
-    let sampled = device.collect(pending).unwrap();
+    let samples = device.collect(pending).unwrap();
     let after = device.values(&tensor, cases.len()).unwrap();
     assert_eq!(bits(&after), bits(&logits), "the logits were changed");
-    sampled
+    let broken = |&row: &usize| !cases[row].logits.iter().all(|logit| logit.is_finite());
+    let not_finite: Vec<usize> = (0..cases.len()).filter(broken).collect();
+    assert_eq!(samples.not_finite, not_finite);
+    samples.tokens
 }
 
-fn assert_same(found: &Sampled, case: &Case) {
+fn assert_same(found: &Token, case: &Case) {
     let (expected, what) = (case.expected(), &case.row);
-    assert_eq!(found.token, expected.token, "{what:?}");
-    assert_eq!(found.is_finite, expected.is_finite, "{what:?}");
+    assert_eq!(found.id, expected.id, "{what:?}");
     let near = |a: f32, b: f32| (a - b).abs() <= 1e-5 || a == b || (a.is_nan() && b.is_nan());
     let (a, b) = (found.logprob, expected.logprob);
     assert!(near(a, b), "{a} instead of {b}, {what:?}");
-    let ids = |sampled: &Sampled| sampled.top.iter().map(|top| top.0).collect::<Vec<_>>();
+    let ids = |token: &Token| token.top.iter().map(|top| top.0).collect::<Vec<_>>();
     assert_eq!(ids(found), ids(&expected), "{what:?}");
     for (found, expected) in found.top.iter().zip(&expected.top) {
         let (a, b) = (found.1, expected.1);
@@ -118,7 +120,7 @@ fn scores(case: &Case) -> Vec<f32> {
         ..case.row.clone()
     };
     // This applies penalties and bias in place.
-    let best = sample(&mut logits, &row).token as usize;
+    let best = sample(&mut logits, &row).id as usize;
     let inverse = 1.0 / case.row.params.temperature;
     let score = |&logit: &f32| (logit - logits[best]) * inverse;
     let mut scores: Vec<f32> = logits.iter().map(score).collect();
@@ -291,7 +293,7 @@ fn default_sampling_matches_the_reference() {
     // Most tokens must not be the most likely one, or the test would compare greedy search.
     let greedy = |case: &&Case| {
         let largest = case.logits.iter().copied().fold(f32::MIN, f32::max);
-        case.logits[case.expected().token as usize] == largest
+        case.logits[case.expected().id as usize] == largest
     };
     assert!(cases.iter().filter(greedy).count() < 64);
 }
@@ -340,7 +342,7 @@ fn a_row_without_possible_tokens_gives_the_lowest_token() {
         }
     }
     for case in &cases[..3] {
-        assert_eq!(case.expected().token, 0);
+        assert_eq!(case.expected().id, 0);
     }
     check(&mut device(), &cases);
 }
@@ -382,10 +384,10 @@ fn only_tokens_in_the_mask_are_chosen() {
             };
             let mut case = Case::plain(random.numbers(vocabulary), params);
             case.row.mask = Some(bits.into());
-            assert!(allowed.contains(&(case.expected().token as usize)));
+            assert!(allowed.contains(&(case.expected().id as usize)));
             // Add the same row without a mask to the same step.
             let free = Case::plain(case.logits.clone(), (*case.row.params).clone());
-            assert_ne!(free.expected().token, case.expected().token);
+            assert_ne!(free.expected().id, case.expected().id);
             cases.extend([case, free]);
         }
     }
@@ -402,7 +404,7 @@ fn a_row_without_possible_allowed_tokens_gives_the_lowest_token() {
             logits[33] = value;
             let mut case = Case::plain(logits, params.clone());
             case.row.mask = Some([0, 2].into());
-            assert_eq!(case.expected().token, 0);
+            assert_eq!(case.expected().id, 0);
             cases.push(case);
         }
     }
@@ -448,7 +450,7 @@ fn a_nucleus_that_ends_exactly_at_a_token_includes_it() {
         cases.push(Case::plain(vec![1.5; 64], params));
     }
     check(&mut device(), &cases);
-    let tokens: Vec<u32> = cases.iter().map(|case| case.expected().token).collect();
+    let tokens: Vec<u32> = cases.iter().map(|case| case.expected().id).collect();
     assert_eq!(tokens.iter().max(), Some(&31));
 }
 
@@ -530,7 +532,7 @@ fn a_fed_back_token_counts_as_generated() {
         stage(&mut device, rows, &[]);
         let fed: Vec<u32> = on_device(&mut device, &first)
             .iter()
-            .map(|sampled| sampled.token)
+            .map(|token| token.id)
             .collect();
 
         // Every other row is fed the sampled token, which is missing from the host's history.
@@ -581,7 +583,7 @@ fn a_fed_back_token_counts_as_generated() {
         let found = on_device(&mut device, &cases);
         for ((found, known), case) in found.iter().zip(&known).zip(&cases) {
             assert_same(found, known);
-            decided += usize::from(known.expected().token != case.expected().token);
+            decided += usize::from(known.expected().id != case.expected().id);
         }
     }
     // The token that was fed back made a difference.
@@ -605,7 +607,7 @@ fn two_steps_in_flight_keep_their_samples_apart() {
         in_flight.push_back((device.sample(&tensor, &rows).unwrap(), cases));
         if in_flight.len() == 2 {
             let (pending, cases) = in_flight.pop_front().unwrap();
-            let found = device.collect(pending).unwrap();
+            let found = device.collect(pending).unwrap().tokens;
             assert_eq!(found.len(), cases.len());
             for (found, case) in found.iter().zip(&cases) {
                 assert_same(found, case);

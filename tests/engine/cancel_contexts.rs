@@ -154,11 +154,16 @@ fn dropping_the_next_future_loses_no_token() {
             let mut next = pin!(stream.next());
             let mut context = Context::from_waker(Waker::noop());
             if let Poll::Ready(Some(chunk)) = next.as_mut().poll(&mut context) {
-                tokens.extend(chunk.unwrap().token.map(|token| token.id));
+                tokens.extend(chunk.unwrap().tokens.ids());
             }
         }
         drop(permit);
-        tokens.extend(stream.blocking().filter_map(|c| Some(c.unwrap().token?.id)));
+        tokens.extend(
+            stream
+                .blocking()
+                .flat_map(|chunk| chunk.unwrap().tokens)
+                .map(|token| token.id),
+        );
         assert_eq!(tokens, expected(&prompt(1, 5), 6));
     }
 }
@@ -190,7 +195,7 @@ fn a_request_can_be_read_and_cancelled_without_a_runtime() {
     let engine = engine(SimOptions::default());
     let mut stream = endless(&engine, 1);
     let chunk = wait_without_a_runtime(stream.next()).unwrap().unwrap();
-    assert!(chunk.token.is_some());
+    assert!(!chunk.tokens.is_empty());
     let receipt = wait_without_a_runtime(stream.cancel()).unwrap();
     assert!(receipt.blocks_freed > 0);
     drop(endless(&engine, 2));
@@ -204,7 +209,8 @@ fn streams_and_cancels_outlive_the_runtime_they_are_used_in() {
     let tokens = runtime.block_on(async {
         let stream = engine.generate(request(prompt(3, 5), 10)).unwrap();
         stream
-            .filter_map(|chunk| async { chunk.unwrap().token.map(|token| token.id) })
+            .flat_map(|chunk| futures_util::stream::iter(chunk.unwrap().tokens))
+            .map(|token| token.id)
             .collect::<Vec<u32>>()
             .await
     });

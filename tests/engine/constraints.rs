@@ -168,7 +168,7 @@ fn a_constraint_that_fails_ends_its_own_request_and_no_other() {
                 let mut tokens = Vec::new();
                 let error = loop {
                     match bad.next_blocking().expect("the request ends with an error") {
-                        Ok(chunk) => tokens.extend(chunk.token.map(|token| token.id)),
+                        Ok(chunk) => tokens.extend(chunk.tokens.ids()),
                         Err(error) => break error,
                     }
                 };

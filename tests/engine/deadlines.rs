@@ -109,10 +109,7 @@ fn a_slow_reader_is_cancelled_and_keeps_the_tokens_so_far() {
         let slow = engine.generate(request(vec![1, 2, 3], 100)).unwrap();
         assert_eq!(idle(&engine).outcomes.cancelled, 1);
         let chunks: Vec<_> = slow.blocking().map(Result::unwrap).collect();
-        let tokens: Vec<u32> = chunks
-            .iter()
-            .filter_map(|chunk| Some(chunk.token.as_ref()?.id))
-            .collect();
+        let tokens: Vec<u32> = chunks.iter().flat_map(|chunk| chunk.tokens.ids()).collect();
         assert!(tokens.len() >= 3);
         assert_eq!(tokens, expected(&[1, 2, 3], tokens.len()));
         let outcome = chunks.last().unwrap().finish.unwrap().outcome;

@@ -25,10 +25,7 @@ fn tokens_arrive_in_order_with_one_finish_at_the_end() {
     let engine = engine(SimOptions::default(), EngineConfig::default());
     let stream = engine.generate(request(prompt(1, 9), 20)).unwrap();
     let chunks: Vec<_> = stream.blocking().map(Result::unwrap).collect();
-    let tokens: Vec<u32> = chunks
-        .iter()
-        .filter_map(|chunk| Some(chunk.token.as_ref()?.id))
-        .collect();
+    let tokens: Vec<u32> = chunks.iter().flat_map(|chunk| chunk.tokens.ids()).collect();
     assert_eq!(tokens, expected(&prompt(1, 9), 20));
     assert_eq!(
         chunks.iter().filter(|chunk| chunk.finish.is_some()).count(),
@@ -366,7 +363,7 @@ fn tokens_of_steps_in_flight_at_a_cancel_are_discarded_and_counted() {
     let engine = engine(options, EngineConfig::default());
     let mut stream = engine.generate(request(prompt(1, 4), 400)).unwrap();
     permit.send(()).unwrap();
-    assert!(stream.next_blocking().unwrap().unwrap().token.is_some());
+    assert!(!stream.next_blocking().unwrap().unwrap().tokens.is_empty());
     // The scheduler thread waits at the gate with two steps in flight, or is about to.
     let cancellation = stream.cancel();
     drop(permit);

@@ -22,6 +22,7 @@ mod generation;
 mod metrics;
 mod null_runner;
 mod prompt_logprobs;
+mod runs;
 mod sessions;
 mod snapshot;
 mod storm;

@@ -2,6 +2,7 @@
 
 use quell::device::DeviceError;
 use quell::runner::{NullOptions, NullRunner, Runner, StepOutput};
+use quell::sampling::Samples;
 use quell::schedule::{Sequences, StepPlan};
 use quell::{Engine, EngineConfig, EngineFault, GenerateError, LoadError, Request};
 use std::sync::mpsc::{Receiver, channel};
@@ -96,9 +97,9 @@ impl Runner for Broken {
 
     fn collect(&mut self) -> Result<StepOutput, DeviceError> {
         let mut output = self.runner.collect()?;
-        for sample in &mut output.samples {
-            sample.is_finite = !self.samples.pop_front().unwrap_or(false);
-        }
+        let Samples { tokens, not_finite } = &mut output.samples;
+        let broken = |_: &usize| self.samples.pop_front().unwrap_or(false);
+        not_finite.extend((0..tokens.len()).filter(broken));
         Ok(output)
     }
 }
@@ -135,7 +136,7 @@ fn non_finite_logits_end_only_their_own_request() {
                 let mut tokens = 0;
                 let end = loop {
                     match stream.next() {
-                        Some(Ok(chunk)) => tokens += usize::from(chunk.token.is_some()),
+                        Some(Ok(chunk)) => tokens += chunk.tokens.len(),
                         Some(Err(error)) => break Some(error),
                         None => break None,
                     }

@@ -85,7 +85,7 @@ fn the_scores_arrive_with_the_first_token() {
     assert_eq!(chunks.len(), 3);
     let found = scores(chunks[0].prompt_logprobs.as_deref().unwrap());
     assert_eq!(found, expected_scores(&prompt(1, 30)));
-    let given = |chunk: &Chunk| chunk.token.is_some() && chunk.prompt_logprobs.is_some();
+    let given = |chunk: &Chunk| !chunk.tokens.is_empty() && chunk.prompt_logprobs.is_some();
     assert_eq!(chunks.iter().filter(|chunk| given(chunk)).count(), 1);
     // A request that does not ask for scores gets none.
     let answer = engine.generate(request(prompt(1, 30), 3)).unwrap();

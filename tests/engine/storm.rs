@@ -36,7 +36,7 @@ fn after_some_steps(depth: usize) -> (Engine, Vec<TokenStream>, mpsc::Sender<()>
     }
     for stream in &mut streams {
         let chunk = stream.next_blocking().unwrap().unwrap();
-        assert!(chunk.token.is_some());
+        assert!(!chunk.tokens.is_empty());
     }
     (engine, streams, permit)
 }
@@ -76,7 +76,7 @@ fn abort_all_ends_every_stream_without_later_tokens() {
             let chunks: Vec<_> = stream.blocking().map(Result::unwrap).collect();
             let (last, before) = chunks.split_last().unwrap();
             assert!(before.len() < STEPS as usize && before.iter().all(|c| c.finish.is_none()));
-            assert!(last.token.is_none());
+            assert!(last.tokens.is_empty());
             assert_eq!(
                 last.finish.unwrap().outcome,
                 Outcome::Cancelled(CancelReason::AbortAll)
@@ -147,7 +147,7 @@ fn real_streams(engine: &Engine) -> Vec<(TokenStream, Vec<u32>)> {
     };
     let streams: Vec<_> = (0..REAL_REQUESTS).map(submit).collect();
     let begun = streams.into_iter().map(|mut stream| {
-        let first = (0..4).map(|_| stream.next_blocking().unwrap().unwrap().token.unwrap().id);
+        let first = (0..4).map(|_| stream.next_blocking().unwrap().unwrap().tokens[0].id);
         let first = first.collect();
         (stream, first)
     });

@@ -32,5 +32,6 @@ mod operations;
 mod page;
 mod responses;
 mod router;
+mod runs;
 mod sessions;
 mod tools;

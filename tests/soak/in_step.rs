@@ -161,7 +161,7 @@ impl Live {
         let mut context = Context::from_waker(Waker::noop());
         while let Poll::Ready(chunk) = Pin::new(&mut self.stream).poll_next(&mut context) {
             let chunk = chunk.expect("a finish comes first").unwrap();
-            self.tokens.extend(chunk.token.map(|token| token.id));
+            self.tokens.extend(chunk.tokens.ids());
             let Some(finish) = chunk.finish else {
                 continue;
             };

@@ -292,7 +292,7 @@ fn read_tokens(stream: &mut TokenStream, mut count: usize) -> Result<(), CliErro
             let problem = "a stream ended before it had all its tokens; --context is too small";
             return Err(CliError::Usage(problem.to_owned()));
         };
-        count -= usize::from(chunk?.token.is_some());
+        count = count.saturating_sub(chunk?.tokens.len());
     }
     Ok(())
 }

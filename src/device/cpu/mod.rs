@@ -51,7 +51,7 @@ pub use swap::CpuHostBlocks;
 pub use tensor::CpuTensor;
 
 use super::{Device, DeviceError, DeviceInfo, DeviceTypes};
-use crate::sampling::Sampled;
+use crate::sampling::Samples;
 use attention::Attention;
 use linear::Multiplier;
 use memory::Arena;
@@ -74,7 +74,7 @@ pub struct CpuDevice {
     /// Tokens that the last step sampled, for rows of the next step that refer to them.
     sampled: Vec<u32>,
     /// Samples that the caller has read, kept to reuse their memory.
-    spare_samples: Vec<Sampled>,
+    spare_samples: Samples,
 }
 
 impl CpuDevice {
@@ -108,7 +108,7 @@ impl CpuDevice {
             attention: Attention::default(),
             experts: experts::Scratch::default(),
             sampled: Vec::new(),
-            spare_samples: Vec::new(),
+            spare_samples: Samples::default(),
         })
     }
 }

@@ -14,7 +14,7 @@ use super::step::NONE;
 use super::tensor::CudaTensor;
 use super::transfer::{Download, Downloads, Uploads};
 use crate::device::{DeviceError, Precision, SamplingOps};
-use crate::sampling::{HistoryCounts, SampleRow, Sampled, SamplingParams};
+use crate::sampling::{HistoryCounts, SampleRow, Samples, SamplingParams, Token};
 use std::rc::Rc;
 
 kernels! {
@@ -79,7 +79,7 @@ pub(super) struct Sampler {
     filters: Scratch,
     /// Lists of past steps, kept so that their memory can be reused.
     spare_reports: Vec<Vec<bool>>,
-    spare_samples: Vec<Sampled>,
+    spare_samples: Samples,
 }
 
 impl Sampler {
@@ -92,7 +92,7 @@ impl Sampler {
             saved: Scratch::default(),
             filters: Scratch::default(),
             spare_reports: Vec::new(),
-            spare_samples: Vec::new(),
+            spare_samples: Samples::default(),
         }
     }
 }
@@ -354,27 +354,33 @@ impl SamplingOps for CudaDevice {
         })
     }
 
-    fn collect(&mut self, pending: CudaPending) -> Result<Vec<Sampled>, DeviceError> {
+    fn collect(&mut self, pending: CudaPending) -> Result<Samples, DeviceError> {
         let CudaPending {
             download,
             reports,
             top_stride,
         } = pending;
         let mut samples = std::mem::take(&mut self.sampler.spare_samples);
-        samples.clear();
+        let Samples { tokens, not_finite } = &mut samples;
+        tokens.clear();
+        not_finite.clear();
         download.receive(|bytes| {
             let stride = RESULT_WORDS + 2 * top_stride;
             let words = bytes.as_chunks::<4>().0;
             let rows = reports.iter().zip(words.chunks_exact(stride));
-            samples.extend(rows.map(|(&report, words)| decode(words, report)));
+            for (row, (&report, words)) in rows.enumerate() {
+                let (token, is_finite) = decode(words, report);
+                tokens.push(token);
+                not_finite.extend((!is_finite).then_some(row));
+            }
         })?;
         self.sampler.spare_reports.push(reports);
         Ok(samples)
     }
 
-    fn recycle(&mut self, samples: Vec<Sampled>) {
+    fn recycle(&mut self, samples: Samples) {
         let spare = &mut self.sampler.spare_samples;
-        if samples.capacity() > spare.capacity() {
+        if samples.tokens.capacity() > spare.tokens.capacity() {
             *spare = samples;
         }
     }
@@ -490,27 +496,22 @@ impl CudaDevice {
     }
 }
 
-/// Decodes a row's result.
-fn decode(words: &[[u8; 4]], report: bool) -> Sampled {
+/// Decodes a row's result: the token, and whether the row's logits were finite.
+fn decode(words: &[[u8; 4]], report: bool) -> (Token, bool) {
     let (head, top) = words.split_at(RESULT_WORDS);
     let result = u32::from_ne_bytes(head[0]);
-    let (token, is_finite) = (result & !NOT_FINITE, result & NOT_FINITE == 0);
+    let (id, is_finite) = (result & !NOT_FINITE, result & NOT_FINITE == 0);
     if !report {
-        return Sampled {
-            token,
-            logprob: 0.0,
-            top: Vec::new(),
-            is_finite,
-        };
+        return (Token::new(id), is_finite);
     }
     let count = u32::from_ne_bytes(head[2]) as usize;
     let pairs = top.as_chunks::<2>().0.iter().take(count);
     let pair =
         |&[token, logprob]: &[[u8; 4]; 2]| (u32::from_ne_bytes(token), f32::from_ne_bytes(logprob));
-    Sampled {
-        token,
+    let token = Token {
+        id,
         logprob: f32::from_ne_bytes(head[1]),
         top: pairs.map(pair).collect(),
-        is_finite,
-    }
+    };
+    (token, is_finite)
 }

@@ -1,7 +1,8 @@
 //! Requests for embeddings, submitted with [`Engine::embed`](crate::Engine::embed).
 
+use super::answer::{Chunk, Timing};
 use super::pending::Cancellation;
-use super::stream::{Chunk, Timing, TokenStream};
+use super::stream::TokenStream;
 use crate::engine::sync::Arc;
 use crate::engine::{CancelReason, EngineFault, GenerateError, Outcome, Prompt};
 use crate::id::RequestId;

@@ -1,6 +1,7 @@
 //! The callers' side of the engine: the handle, requests and their streams, sessions, and the
 //! answers to posted commands.
 
+pub(super) mod answer;
 pub(super) mod builder;
 pub(super) mod embedding;
 pub(super) mod ending;

@@ -1,90 +1,26 @@
 //! [`TokenStream`], the answer to one request as it is generated. Dropping it cancels the
 //! request.
 
+use super::answer::{Chunk, Collector, Finish, Generation, Timing};
 use super::pending::{Cancellation, Pending};
 use super::turn::TurnCell;
 use super::waiting::EngineEnd;
 use crate::device::PooledRows;
 use crate::engine::command::Command;
 use crate::engine::event::{
-    CancelReason, Event, EventReceiver, Outcome, PromptReport, RequestCell, Token, has_room,
+    CancelReason, Event, EventReceiver, Outcome, PromptReport, RequestCell, has_room,
 };
 use crate::engine::metrics::{EngineMetrics, NoEffect};
 use crate::engine::sync::atomic::Ordering;
 use crate::engine::sync::{Arc, Sender};
 use crate::engine::{EngineFault, GenerateError, Request};
 use crate::id::RequestId;
+use crate::sampling::TokenRun;
 use crate::text::{Detokenizer, StopMatcher, StopStep, StopStrings, Tokenizer};
 use futures_core::Stream;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
-
-/// A piece of an answer.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Chunk {
-    /// Text that became complete with this chunk: whole characters, and no part of a special
-    /// token or a stop string unless the request asks for them. Empty if the model has no
-    /// tokenizer.
-    pub text: String,
-    /// The token that this chunk delivers, if there is one.
-    pub token: Option<Token>,
-    /// The prompt's tokens after the first, with their log probabilities, if the request asked
-    /// for them ([`Request::prompt_logprobs`](crate::Request::prompt_logprobs)). They come with
-    /// the first token, or with the end if no token is generated.
-    pub prompt_logprobs: Option<Vec<Token>>,
-    /// How the request ended; present in the last chunk only.
-    pub finish: Option<Finish>,
-}
-
-/// How a request ended.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Finish {
-    /// The reason.
-    pub outcome: Outcome,
-    /// Tokens of the prompt.
-    pub prompt_tokens: usize,
-    /// Number of those tokens that were not computed because the cache held their keys and
-    /// values.
-    pub cached_tokens: usize,
-    /// Tokens generated, including a final stop token.
-    pub generated_tokens: usize,
-    /// How long the request took.
-    pub timing: Timing,
-}
-
-/// How long a request took, measured from its submission.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Timing {
-    /// Time to the first token, if there was one.
-    pub first_token: Option<Duration>,
-    /// Time to the end.
-    pub total: Duration,
-}
-
-impl Timing {
-    /// Returns the number of tokens per second after the first token, or `None` for fewer than
-    /// two tokens.
-    pub fn decode_rate(&self, generated_tokens: usize) -> Option<f64> {
-        let seconds = (self.total.checked_sub(self.first_token?)?).as_secs_f64();
-        (generated_tokens > 1 && seconds > 0.0).then(|| (generated_tokens - 1) as f64 / seconds)
-    }
-}
-
-/// A complete answer.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Generation {
-    /// Tokens of the prompt.
-    pub prompt_ids: Vec<u32>,
-    /// Text of the answer; `None` if the model has no tokenizer.
-    pub text: Option<String>,
-    /// Tokens of the answer, including a final stop token.
-    pub tokens: Vec<Token>,
-    /// The prompt's tokens after the first, if the request asked for their log probabilities.
-    pub prompt_logprobs: Option<Vec<Token>>,
-    /// How the request ended.
-    pub finish: Finish,
-}
 
 /// Converts a stream's tokens to text, on the caller's side.
 pub(crate) struct TextState {
@@ -121,6 +57,16 @@ impl TextState {
             false => self.stop.push(&text),
         }
     }
+}
+
+/// The text of the tokens of one step.
+#[derive(Default)]
+struct Reading {
+    text: String,
+    /// Where in `text` the text of each token but the last ends.
+    splits: Vec<usize>,
+    /// Whether the last token completes a stop string.
+    matched: bool,
 }
 
 /// The parts of a stream.
@@ -245,13 +191,17 @@ impl TokenStream {
         })
     }
 
+    fn collector(&self) -> Collector {
+        Collector::new(&self.parts.prompt, self.parts.text.is_some())
+    }
+
     /// Waits for the whole answer.
     ///
     /// # Errors
     ///
     /// Returns an error if the request failed or was cancelled, or if the engine closed.
     pub async fn complete(mut self) -> Result<Generation, GenerateError> {
-        let mut collector = Collector::new(&self);
+        let mut collector = self.collector();
         loop {
             let next = std::future::poll_fn(|context| Pin::new(&mut self).poll_next(context));
             if let Some(generation) = collector.add(next.await)? {
@@ -266,7 +216,7 @@ impl TokenStream {
     ///
     /// Returns an error if the request failed or was cancelled, or if the engine closed.
     pub fn complete_blocking(mut self) -> Result<Generation, GenerateError> {
-        let mut collector = Collector::new(&self);
+        let mut collector = self.collector();
         loop {
             if let Some(generation) = collector.add(self.next_blocking())? {
                 return Ok(generation);
@@ -320,26 +270,17 @@ impl TokenStream {
             }
             None => None,
         };
-        let mut text = String::new();
-        let mut matched = false;
-        if let Some(token) = &event.token {
-            self.generated += 1;
+        let mut tokens = event.tokens;
+        if !tokens.is_empty() {
             self.first_token
                 .get_or_insert_with(|| event.at - self.parts.submitted);
-            if self.parts.turn.is_some() {
-                self.answer.push(token.id);
-            }
-            // A token that ends the answer is not part of its text.
-            let ends = matches!(event.ending, Some(Ok(Outcome::Stop)))
-                && self.parts.stop_tokens.contains(&token.id);
-            if let Some(state) = &mut self.parts.text
-                && (!ends || state.include_stop)
-            {
-                let step = state.push(token.id, self.generated);
-                text = step.text;
-                matched = step.matched.is_some();
-            }
         }
+        let stopped = matches!(event.ending, Some(Ok(Outcome::Stop)));
+        let Reading {
+            mut text,
+            splits,
+            mut matched,
+        } = self.read_run(&mut tokens, stopped);
         let mut outcome = match event.ending {
             None => None,
             Some(Ok(outcome)) => Some(outcome),
@@ -360,9 +301,8 @@ impl TokenStream {
         }
         if matched {
             if outcome.is_none() {
-                if let Some(turn) = &self.parts.turn {
-                    turn.keep_answer(self.answer.len());
-                }
+                let kept = &self.parts.cell.kept_tokens;
+                kept.store(self.generated, Ordering::Release);
                 self.post_cancel(CancelReason::StopString);
             }
             outcome = Some(Outcome::Stop);
@@ -389,10 +329,45 @@ impl TokenStream {
         }
         Ok(Chunk {
             text,
-            token: event.token,
+            tokens,
             prompt_logprobs,
             finish,
+            splits,
         })
+    }
+
+    /// Converts the tokens of a step to text. Drops the tokens after a stop string. If the
+    /// answer has `stopped`, the last token may be the one that ended it.
+    fn read_run(&mut self, tokens: &mut TokenRun, stopped: bool) -> Reading {
+        let mut reading = Reading::default();
+        for (index, token) in tokens.iter().enumerate() {
+            if index > 0 {
+                reading.splits.push(reading.text.len());
+            }
+            self.generated += 1;
+            if self.parts.turn.is_some() {
+                self.answer.push(token.id);
+            }
+            let Some(state) = &mut self.parts.text else {
+                continue;
+            };
+            // A token that ends the answer is not part of its text.
+            let ends = stopped && index + 1 == tokens.len();
+            if ends && !state.include_stop && self.parts.stop_tokens.contains(&token.id) {
+                continue;
+            }
+            let step = state.push(token.id, self.generated);
+            match index {
+                0 => reading.text = step.text,
+                _ => reading.text.push_str(&step.text),
+            }
+            if step.matched.is_some() {
+                reading.matched = true;
+                tokens.truncate(index + 1);
+                break;
+            }
+        }
+        reading
     }
 
     /// Tells the scheduler thread, once per pause, that the reader of a paused request has
@@ -457,52 +432,5 @@ impl Iterator for Blocking {
 
     fn next(&mut self) -> Option<Self::Item> {
         self.stream.next_blocking()
-    }
-}
-
-/// Collects the chunks of a stream into a [`Generation`].
-struct Collector {
-    prompt_ids: Vec<u32>,
-    text: Option<String>,
-    tokens: Vec<Token>,
-    prompt_logprobs: Option<Vec<Token>>,
-}
-
-impl Collector {
-    fn new(stream: &TokenStream) -> Self {
-        Self {
-            prompt_ids: stream.parts.prompt.to_vec(),
-            text: stream.parts.text.as_ref().map(|_| String::new()),
-            tokens: Vec::new(),
-            prompt_logprobs: None,
-        }
-    }
-
-    /// Adds a chunk. Returns the whole answer after the last one.
-    fn add(
-        &mut self,
-        chunk: Option<Result<Chunk, GenerateError>>,
-    ) -> Result<Option<Generation>, GenerateError> {
-        let Some(chunk) = chunk.transpose()? else {
-            return Err(GenerateError::Closed(EngineFault::Shutdown));
-        };
-        if let Some(text) = &mut self.text {
-            text.push_str(&chunk.text);
-        }
-        self.tokens.extend(chunk.token);
-        self.prompt_logprobs = chunk.prompt_logprobs.or(self.prompt_logprobs.take());
-        let Some(finish) = chunk.finish else {
-            return Ok(None);
-        };
-        if let Outcome::Cancelled(reason) = finish.outcome {
-            return Err(GenerateError::Cancelled(reason));
-        }
-        Ok(Some(Generation {
-            prompt_ids: std::mem::take(&mut self.prompt_ids),
-            text: self.text.take(),
-            tokens: std::mem::take(&mut self.tokens),
-            prompt_logprobs: self.prompt_logprobs.take(),
-            finish,
-        }))
     }
 }

@@ -1,7 +1,7 @@
 //! The shared state of a session's turn, through which the session, the reader of the stream
 //! and the scheduler thread tell each other how the turn ended.
 
-use crate::engine::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use crate::engine::sync::atomic::{AtomicU8, Ordering};
 use crate::engine::sync::{Arc, OnceLock};
 use crate::id::SessionId;
 use std::time::Duration;
@@ -45,8 +45,6 @@ pub(crate) struct TurnCell {
     /// Result of the reader: the session's tokens from now on, or `None` if the reader gave up.
     reader: OnceLock<Option<Vec<u32>>>,
     thread: OnceLock<TurnEnd>,
-    /// Number of answer tokens that the reader keeps after it has found a stop string.
-    kept_answer: AtomicUsize,
 }
 
 impl TurnCell {
@@ -59,16 +57,6 @@ impl TurnCell {
 
     pub fn is_stopped(&self, stop: Stop) -> bool {
         self.stop.load(Ordering::Acquire) == stop.flag()
-    }
-
-    /// Records that the reader has found a stop string after this many answer tokens. Must be
-    /// called before the cancel is posted.
-    pub fn keep_answer(&self, tokens: usize) {
-        self.kept_answer.store(tokens, Ordering::Release);
-    }
-
-    pub fn kept_answer(&self) -> usize {
-        self.kept_answer.load(Ordering::Acquire)
     }
 
     /// Records that the reader has reached the end, with the session's tokens, or has given up.

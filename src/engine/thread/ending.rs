@@ -7,6 +7,7 @@ use super::ledger::Remains;
 use crate::engine::caller::turn::{Stop, TurnEnd};
 use crate::engine::caller::waiting::Reply;
 use crate::engine::event::{CancelReason, Ending, Outcome, RequestCell};
+use crate::engine::sync::atomic::Ordering;
 use crate::engine::{Drained, EngineFault};
 use crate::schedule::{BlockDisposition, SequenceKey};
 use std::time::{Duration, Instant};
@@ -85,13 +86,26 @@ impl SchedulerThread {
         let Some((sequence, blocks)) = self.scheduler.close(key, disposition) else {
             return 0;
         };
+        let generated = sequence.generated();
+        let kept = self
+            .kept_tokens(key)
+            .map_or(generated, |kept| kept.min(generated));
         let remains = Remains {
             blocks,
-            tokens_generated: sequence.generated(),
+            tokens_generated: kept,
+            tokens_discarded: generated - kept,
             fence: sequence.last_step(),
         };
         self.ledger.close(key, ending, remains);
         blocks
+    }
+
+    /// Returns how many tokens of its answer a request keeps if its reader has found a stop
+    /// string.
+    fn kept_tokens(&self, key: SequenceKey) -> Option<usize> {
+        let cell = self.ledger.cell_of(key)?;
+        let stopped = cell.cancelled() == Some(CancelReason::StopString);
+        stopped.then(|| cell.kept_tokens.load(Ordering::Acquire))
     }
 
     /// Decides what happens to the blocks of a request that is about to end. If the request is
@@ -111,8 +125,8 @@ impl SchedulerThread {
                 return BlockDisposition::Release;
             }
             (Ok(Outcome::Stop | Outcome::Length), Some(CancelReason::StopString)) => {
-                let kept = sequence.prompt_tokens + turn.cell.kept_answer();
-                (None, kept)
+                let kept = self.kept_tokens(key).unwrap_or_default();
+                (None, sequence.prompt_tokens + kept)
             }
             (Ok(Outcome::Stop | Outcome::Length), _) => {
                 let tokens = sequence.tokens.clone();

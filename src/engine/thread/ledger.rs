@@ -12,13 +12,14 @@ use crate::engine::caller::turn::Turn;
 use crate::engine::caller::waiting::Reply;
 use crate::engine::command::AccountSpec;
 use crate::engine::event::{
-    Ending, Event, EventSender, Outcome, PromptReport, Receipt, RequestCell, Token, wake,
+    Ending, Event, EventSender, Outcome, PromptReport, Receipt, RequestCell, wake,
 };
 use crate::engine::metrics::{EndLabels, EngineMetrics};
 use crate::engine::stats::Outcomes;
 use crate::engine::sync::Arc;
 use crate::engine::sync::atomic::Ordering;
 use crate::id::{RequestId, SessionId, StepId};
+use crate::sampling::TokenRun;
 use crate::schedule::SequenceKey;
 use slotmap::SecondaryMap;
 use std::collections::{HashMap, VecDeque};
@@ -34,8 +35,8 @@ struct Account {
     permit: Permit,
     record: RequestRecord,
     deadlines: RequestDeadlines,
-    /// The token of the current step, until it is flushed.
-    token: Option<Token>,
+    /// The tokens of the current step, until they are flushed.
+    tokens: TokenRun,
     /// Report on the prompt, until it is sent.
     report: Option<Box<PromptReport>>,
     /// The session turn that the request is, if it is one.
@@ -149,6 +150,7 @@ impl Drop for PendingWakes {
 pub(super) struct Remains {
     pub blocks: usize,
     pub tokens_generated: usize,
+    pub tokens_discarded: usize,
     /// The last step that touches the request's blocks.
     pub fence: StepId,
 }
@@ -162,7 +164,7 @@ pub(super) struct Ledger {
     turns: HashMap<SessionId, SequenceKey>,
     closing: Vec<Closing>,
     pending_receipts: Vec<PendingReceipt>,
-    /// Accounts with a token to flush.
+    /// Accounts with tokens to flush.
     dirty: Vec<SequenceKey>,
     /// Readers to wake at the end of the flush.
     pending_wakes: PendingWakes,
@@ -285,7 +287,7 @@ impl Ledger {
             permit,
             record,
             deadlines,
-            token: None,
+            tokens: TokenRun::default(),
             report: None,
             turn,
             label,
@@ -314,10 +316,10 @@ impl Ledger {
         }
     }
 
-    /// Records a token. It is sent by the flush or with the ending.
-    pub fn token(&mut self, key: SequenceKey, token: Token) {
+    /// Records the tokens of a step. They are sent by the flush or with the ending.
+    pub fn tokens(&mut self, key: SequenceKey, tokens: TokenRun) {
         if let Some(account) = self.open.get_mut(key) {
-            account.token = Some(token);
+            account.tokens = tokens;
             self.dirty.push(key);
             let due = Due::FirstToken;
             self.deadlines.set(key, &mut account.deadlines, due, None);
@@ -343,10 +345,13 @@ impl Ledger {
         self.deadlines.overdue(now)
     }
 
-    /// Counts a token that a step produced for a request that has already ended.
-    pub fn discarded(&mut self, key: SequenceKey) {
+    /// Counts tokens that a step produced for a request that has already ended.
+    pub fn discarded(&mut self, key: SequenceKey, tokens: usize) {
+        if tokens == 0 {
+            return;
+        }
         if let Some(closing) = self.closing.iter_mut().find(|closing| closing.key == key) {
-            closing.receipt.tokens_discarded += 1;
+            closing.receipt.tokens_discarded += tokens;
         }
     }
 
@@ -379,18 +384,18 @@ impl Ledger {
             self.metrics
                 .cancel_ended(at.saturating_duration_since(posted_at));
         }
-        // The last token of a cancelled request is dropped: no token may follow a cancel.
+        // The last tokens of a cancelled request are dropped: no token may follow a cancel.
         let finished = matches!(ending, Ok(Outcome::Stop | Outcome::Length));
-        let token = account.token.take().filter(|_| finished);
+        let tokens = Some(account.tokens)
+            .filter(|_| finished)
+            .unwrap_or_default();
         let report = account.report.take().filter(|_| finished);
-        if token.is_some() {
-            account.record.token(at, &self.metrics);
-        }
+        account.record.tokens(tokens.len(), at, &self.metrics);
         // Release the place before the caller learns of the end, so that it can submit again at
         // once.
         drop(account.permit);
         let reader = account.events.send(Event {
-            token,
+            tokens,
             report,
             ending: Some(ending),
             at,
@@ -403,7 +408,7 @@ impl Ledger {
             receipt: Receipt {
                 blocks_freed: remains.blocks,
                 tokens_generated: remains.tokens_generated,
-                tokens_discarded: 0,
+                tokens_discarded: remains.tokens_discarded,
                 step: remains.fence,
                 posted_at,
                 freed_at: at,
@@ -463,12 +468,13 @@ impl Ledger {
             let Some(account) = self.open.get_mut(key) else {
                 continue;
             };
-            let Some(token) = account.token.take() else {
+            let tokens = std::mem::take(&mut account.tokens);
+            if tokens.is_empty() {
                 continue;
-            };
-            account.record.token(at, &self.metrics);
+            }
+            account.record.tokens(tokens.len(), at, &self.metrics);
             let reader = account.events.send(Event {
-                token: Some(token),
+                tokens,
                 report: account.report.take(),
                 ending: None,
                 at,
@@ -496,6 +502,7 @@ mod tests {
     use crate::engine::event::{EventReceiver, channel};
     use crate::engine::sync::Receiver;
     use crate::engine::sync::atomic::AtomicUsize;
+    use crate::sampling::Token;
     use slotmap::SlotMap;
     use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::task::Wake;
@@ -527,18 +534,15 @@ mod tests {
         receiver
     }
 
-    fn token() -> Token {
-        Token {
-            id: 1,
-            logprob: 0.0,
-            top: Vec::new(),
-        }
+    fn token() -> TokenRun {
+        Token::new(1).into()
     }
 
     fn remains(fence: StepId) -> Remains {
         Remains {
             blocks: 3,
             tokens_generated: 1,
+            tokens_discarded: 0,
             fence,
         }
     }
@@ -550,15 +554,15 @@ mod tests {
         let key = keys.insert(());
         let mut ledger = Ledger::new(Arc::new(EngineMetrics::new(None)));
         let receiver = account(&mut ledger, key, 1, RequestDeadlines::default());
-        ledger.token(key, token());
+        ledger.tokens(key, token());
         for _ in 0..2 {
             let ending = Ok(Outcome::Cancelled(CancelReason::Explicit));
             ledger.close(key, ending, remains(StepId::default()));
         }
-        ledger.token(key, token());
+        ledger.tokens(key, token());
         ledger.flush(&mut Vec::new());
         let event = receiver.events.try_recv().unwrap();
-        assert!(event.token.is_none());
+        assert!(event.tokens.is_empty());
         assert!(matches!(event.ending, Some(Ok(Outcome::Cancelled(_)))));
         assert!(receiver.events.try_recv().is_err(), "something follows");
         assert_eq!(ledger.outcomes().cancelled, 1);
@@ -612,7 +616,7 @@ mod tests {
         let waker = Waker::from(Arc::clone(&reader));
         for &key in &all {
             ledger.cell_of(key).unwrap().register_reader(&waker);
-            ledger.token(key, token());
+            ledger.tokens(key, token());
         }
         ledger.flush(&mut Vec::new());
         let seen = [&reader.woken, &reader.found].map(|count| count.load(Ordering::SeqCst));
@@ -693,7 +697,7 @@ mod tests {
         };
         account(&mut ledger, key, 1, deadlines);
         assert_eq!(ledger.overdue(Instant::now()), Some((key, Due::FirstToken)));
-        ledger.token(key, token());
+        ledger.tokens(key, token());
         assert_eq!(ledger.next_deadline(), None);
     }
 }

@@ -71,6 +71,8 @@ enum Finale {
 #[derive(Clone, Debug)]
 struct Setup {
     depth: usize,
+    /// Maximum number of tokens that a step adds to a sequence.
+    run: usize,
     blocks: usize,
     block_tokens: usize,
     layout: CacheLayout,
@@ -229,6 +231,7 @@ impl Machine {
     fn new(setup: &Setup) -> Self {
         let options = SimOptions {
             depth: setup.depth,
+            run: setup.run,
             blocks: setup.blocks,
             block_tokens: setup.block_tokens,
             layout: setup.layout.clone(),
@@ -236,7 +239,7 @@ impl Machine {
             ..SimOptions::default()
         };
         let info = sim::info(&options);
-        let callers = Callers::new(&setup.config, setup.blocks, setup.depth);
+        let callers = Callers::new(&setup.config, setup.blocks, setup.depth * setup.run);
         let script = Rc::new(Script {
             callers: RefCell::new(callers),
             fault: Cell::default(),
@@ -620,16 +623,19 @@ fn setup() -> impl Strategy<Value = Setup> {
         2 => Just(Finale::Read),
         1 => any::<bool>().prop_map(|abort| Finale::Shutdown { abort }),
     ];
-    let memory = (1..3usize, 4..16usize, 1..5usize, 0..8usize, layout());
+    // Runs of several tokens need depth 1.
+    let depth = prop_oneof![Just((2, 1)), (1..5usize).prop_map(|run| (1, run))];
+    let memory = (depth, 4..16usize, 1..5usize, 0..8usize, layout());
     let limits = (2..20usize, 1..5usize, 1..5usize, 0..3u8);
     let ways = (any::<bool>(), any::<bool>(), weighted(0.2, Just(())));
     (memory, limits, ways, finale).prop_map(|(memory, limits, ways, finale)| {
-        let (depth, blocks, block_tokens, swap_blocks, layout) = memory;
+        let ((depth, run), blocks, block_tokens, swap_blocks, layout) = memory;
         let groups = layout.groups().len();
         let (max_batch_tokens, max_sequences, stream_buffer, pinned) = limits;
         let (prefix_cache, swap, impatient) = ways;
         Setup {
             depth,
+            run,
             blocks: blocks * groups,
             block_tokens,
             layout,
@@ -680,6 +686,7 @@ const ASK: Ask = Ask {
 fn small(blocks: usize, block_tokens: usize) -> Setup {
     Setup {
         depth: 2,
+        run: 1,
         blocks,
         block_tokens,
         layout: CacheLayout::single(),

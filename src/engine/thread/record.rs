@@ -40,12 +40,14 @@ impl RequestRecord {
         self.cached_tokens = cached_tokens;
     }
 
-    /// Records that a token was sent.
-    pub fn token(&mut self, at: Instant, metrics: &EngineMetrics) {
-        let before = self.last_token.replace(at);
-        let since = at.saturating_duration_since(before.unwrap_or(self.submitted));
-        metrics.token(before.is_none(), since);
-        self.first_token.get_or_insert(at);
+    /// Records that `count` tokens were sent at the same time.
+    pub fn tokens(&mut self, count: usize, at: Instant, metrics: &EngineMetrics) {
+        for _ in 0..count {
+            let before = self.last_token.replace(at);
+            let since = at.saturating_duration_since(before.unwrap_or(self.submitted));
+            metrics.token(before.is_none(), since);
+            self.first_token.get_or_insert(at);
+        }
     }
 
     /// Logs the end of the request as a single event in its span. `freed` is false if the

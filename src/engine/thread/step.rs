@@ -3,11 +3,11 @@
 use super::SchedulerThread;
 use crate::device::DeviceError;
 use crate::engine::EngineFault;
-use crate::engine::event::{PromptReport, Token};
+use crate::engine::event::PromptReport;
 use crate::engine::metrics::Phase;
 use crate::id::StepId;
 use crate::runner::StepOutput;
-use crate::sampling::{ConstraintError, Sampled};
+use crate::sampling::{ConstraintError, Samples, TokenRun};
 use crate::schedule::{Commit, PlanItem, Report, SequenceKey, StepPlan};
 use std::time::Instant;
 
@@ -137,7 +137,7 @@ impl SchedulerThread {
         self.handle_deadlines();
         let failed = match outcome {
             Ok(output) => {
-                match complete(&plan, &output) {
+                match complete(&plan, &output, self.in_flight.is_empty()) {
                     Ok(()) => self.commit_step(&plan, output),
                     Err(error) => self.fail_step(&plan, &error),
                 }
@@ -161,16 +161,20 @@ impl SchedulerThread {
 
     /// Delivers the results of a step to the requests in it.
     fn commit_step(&mut self, plan: &StepPlan, mut output: StepOutput) {
-        self.end_not_finite(plan, &output.samples);
+        self.end_not_finite(plan, &output);
         // Publish complete blocks before any other item ends, so that they can be reused.
         self.scheduler.step_succeeded(plan);
-        let mut samples = output.samples.drain(..).map(Token::from);
-        let mut sums = output.sums.drain(..);
-        for item in &plan.items {
+        let StepOutput {
+            samples: Samples { tokens, .. },
+            runs,
+            sums,
+        } = &mut output;
+        let (mut tokens, mut sums) = (tokens.drain(..), sums.drain(..));
+        for (item, length) in plan.items.iter().zip(run_lengths(plan, runs)) {
             let report = match &item.report {
                 Report::Nothing => None,
                 Report::Scores(rows) => {
-                    let scores = samples.by_ref().take(rows.len());
+                    let scores = tokens.by_ref().take(rows.len());
                     Some(PromptReport::Scores(scores.collect()))
                 }
                 Report::Sum(_) => sums.next().map(PromptReport::Sum),
@@ -178,30 +182,29 @@ impl SchedulerThread {
             if let Some(report) = report {
                 self.ledger.report(item.key, report);
             }
-            if let Some(token) = item.sample.then(|| samples.next()).flatten() {
-                self.commit(item.key, token);
+            if length > 0 {
+                let run = tokens.by_ref().take(length).collect();
+                self.commit(plan.step, item, run);
             }
             if item.end {
                 self.commit_end(item.key);
             }
         }
-        drop((samples, sums));
+        drop((tokens, sums));
         self.runner.recycle(output);
     }
 
     /// Ends the requests whose logits are not finite, before their blocks are published.
-    fn end_not_finite(&mut self, plan: &StepPlan, samples: &[Sampled]) {
-        if samples.iter().all(|sample| sample.is_finite) {
+    fn end_not_finite(&mut self, plan: &StepPlan, output: &StepOutput) {
+        let not_finite = &output.samples.not_finite;
+        if not_finite.is_empty() {
             return;
         }
-        let mut samples = samples.iter();
-        for item in &plan.items {
-            let scores = match &item.report {
-                Report::Scores(rows) => rows.len(),
-                Report::Nothing | Report::Sum(_) => 0,
-            };
-            let own = samples.by_ref().take(scores + usize::from(item.sample));
-            let broken = own.filter(|sample| !sample.is_finite).count() > 0;
+        let mut next = 0;
+        for (item, length) in plan.items.iter().zip(run_lengths(plan, &output.runs)) {
+            let own = next..next + item.report.scored().len() + length;
+            next = own.end;
+            let broken = not_finite.iter().any(|index| own.contains(index));
             if broken && self.apply_cancel(item.key).is_none() {
                 let tokens = item.start + item.count;
                 let fault = EngineFault::NotFinite { tokens };
@@ -210,35 +213,48 @@ impl SchedulerThread {
         }
     }
 
-    fn commit(&mut self, key: SequenceKey, token: Token) {
-        // Read the flag again: a cancel that was posted meanwhile wins over the token.
+    /// Commits the run of an item: delivers the tokens up to the one that ends the request, if
+    /// one does, and counts those after it as discarded.
+    fn commit(&mut self, step: StepId, item: &PlanItem, run: TokenRun) {
+        let (key, count) = (item.key, run.len());
+        // Read the flag again: a cancel that was posted meanwhile wins over the tokens.
         if self.apply_cancel(key).is_some() {
-            self.ledger.discarded(key);
+            self.ledger.discarded(key, count);
             return;
         }
-        match self.scheduler.commit(key, token.id) {
-            Commit::Discarded => self.ledger.discarded(key),
-            Commit::Token => {
-                self.tokens_generated += 1;
-                self.ledger.token(key, token);
+        match self.scheduler.commit(step, item, run.ids()) {
+            Commit::Discarded => self.ledger.discarded(key, count),
+            Commit::Continues => self.deliver(key, run, count),
+            Commit::Finished { tokens, reason } => {
+                self.deliver(key, run, tokens);
+                self.end_request(key, Ok(reason.into()));
+                self.ledger.discarded(key, count - tokens);
             }
-            Commit::Failed(error) => {
+            Commit::Failed { tokens, error } => {
+                if tokens > 0 {
+                    // Only a normal ending comes with tokens, so these are sent before it.
+                    self.deliver(key, run, tokens);
+                    self.flush();
+                }
                 let fault = EngineFault::Constraint(error);
                 self.end_request(key, Err(Box::new(fault)));
-            }
-            Commit::Finished(reason) => {
-                self.tokens_generated += 1;
-                self.ledger.token(key, token);
-                self.end_request(key, Ok(reason.into()));
+                self.ledger.discarded(key, count - tokens - 1);
             }
         }
+    }
+
+    /// Records the first `committed` tokens of a run for the request's reader.
+    fn deliver(&mut self, key: SequenceKey, mut run: TokenRun, committed: usize) {
+        run.truncate(committed);
+        self.tokens_generated += committed as u64;
+        self.ledger.tokens(key, run);
     }
 
     /// Ends a request whose work ends with its prompt. If it was cancelled meanwhile, it ends
     /// as cancelled.
     fn commit_end(&mut self, key: SequenceKey) {
         if self.apply_cancel(key).is_none()
-            && let Commit::Finished(reason) = self.scheduler.commit_end(key)
+            && let Commit::Finished { reason, .. } = self.scheduler.commit_end(key)
         {
             self.end_request(key, Ok(reason.into()));
         }
@@ -310,19 +326,50 @@ impl SchedulerThread {
     }
 }
 
-/// Returns an error unless a step has delivered as many results as its plan asks for.
-fn complete(plan: &StepPlan, output: &StepOutput) -> Result<(), DeviceError> {
-    let given = (output.samples.len(), output.sums.len());
-    let wanted = (plan.sample_count(), plan.sums().count());
-    if given == wanted {
+/// Returns the number of tokens in the run of each item, which is 0 for an item that is not
+/// sampled. `runs` is [`StepOutput::runs`].
+fn run_lengths(plan: &StepPlan, runs: &[usize]) -> impl Iterator<Item = usize> {
+    let mut runs = runs.iter().copied();
+    plan.items.iter().map(move |item| match item.sampled.len() {
+        0 => 0,
+        positions => runs.next().unwrap_or(positions),
+    })
+}
+
+/// Returns an error unless the results of a step are those that its plan asks for. Only the
+/// `last` step in flight may have runs of another length than planned.
+fn complete(plan: &StepPlan, output: &StepOutput, last: bool) -> Result<(), DeviceError> {
+    let failed = |reason| {
+        Err(DeviceError::Failed {
+            device: "runner",
+            operation: "collect",
+            reason,
+        })
+    };
+    let runs = &output.runs;
+    if !runs.is_empty() {
+        let wanted = plan.samples().count();
+        if runs.len() != wanted || runs.contains(&0) {
+            return failed(format!(
+                "the step returned runs of {runs:?} tokens, but its plan asks for {wanted} runs of at least one token"
+            ));
+        }
+        let planned = || plan.samples().map(|item| &item.sampled);
+        if !last && !planned().map(|range| range.len()).eq(runs.iter().copied()) {
+            let planned: Vec<_> = planned().collect();
+            return failed(format!(
+                "the step returned runs of {runs:?} tokens for the positions {planned:?}, but the step after it is in flight"
+            ));
+        }
+    }
+    let scores = plan.sample_count() - plan.samples().map(|item| item.sampled.len()).sum::<usize>();
+    let wanted = scores + run_lengths(plan, runs).sum::<usize>();
+    let (samples, sums) = (output.samples.tokens.len(), output.sums.len());
+    if (samples, sums) == (wanted, plan.sums().count()) {
         return Ok(());
     }
-    Err(DeviceError::Failed {
-        device: "runner",
-        operation: "collect",
-        reason: format!(
-            "the step returned {} samples and {} sums, but its plan asks for {} and {}",
-            given.0, given.1, wanted.0, wanted.1
-        ),
-    })
+    failed(format!(
+        "the step returned {samples} samples and {sums} sums, but its plan asks for {wanted} and {}",
+        plan.sums().count()
+    ))
 }

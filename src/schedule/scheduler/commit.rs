@@ -3,20 +3,30 @@
 use super::Scheduler;
 use crate::id::StepId;
 use crate::sampling::ConstraintError;
-use crate::schedule::{FinishReason, SequenceKey, SequenceState, StepPlan, Task};
+use crate::schedule::{
+    FinishReason, PlanItem, Sequence, SequenceKey, SequenceState, StepPlan, Task,
+};
 
-/// Result of committing one sample.
+/// Result of committing a run of tokens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Commit {
-    /// The token was appended, and the sequence goes on.
-    Token,
-    /// The token was appended, and the sequence has ended. It holds its blocks until the caller
-    /// closes it.
-    Finished(FinishReason),
-    /// The sequence's constraint failed. The token was not appended, and the caller must close
-    /// the sequence.
-    Failed(ConstraintError),
-    /// The sequence no longer exists, and the token was discarded.
+    /// All tokens were appended, and the sequence goes on.
+    Continues,
+    /// The sequence has ended. It holds its blocks until the caller closes it.
+    Finished {
+        /// How many tokens of the run were appended. Those after them are discarded.
+        tokens: usize,
+        /// Why the sequence has ended.
+        reason: FinishReason,
+    },
+    /// The sequence's constraint failed, and the caller must close the sequence.
+    Failed {
+        /// How many tokens of the run were appended. The constraint failed with the next one.
+        tokens: usize,
+        /// The error of the constraint.
+        error: ConstraintError,
+    },
+    /// The sequence no longer exists, and the tokens were discarded.
     Discarded,
 }
 
@@ -43,7 +53,7 @@ impl Scheduler {
             if sequence.state != SequenceState::Running || plan.step < sequence.started_step {
                 continue;
             }
-            sequence.written_tokens = item.start + item.count;
+            sequence.written_tokens = item.written_tokens();
             self.cache.publish(
                 &mut sequence.table,
                 &sequence.tokens,
@@ -79,29 +89,66 @@ impl Scheduler {
         }
     }
 
-    /// Commits the sample of one plan item.
-    pub fn commit(&mut self, key: SequenceKey, token: u32) -> Commit {
-        let Some(sequence) = self.sequences.get_mut(key) else {
+    /// Commits the run of one item of step `step`: the tokens that follow its first sampled
+    /// position. The run is cut after the token that ends the sequence. Call it after
+    /// [`Scheduler::step_succeeded`].
+    pub fn commit(
+        &mut self,
+        step: StepId,
+        item: &PlanItem,
+        run: impl IntoIterator<Item = u32>,
+    ) -> Commit {
+        let Some(sequence) = self.sequences.get_mut(item.key) else {
             return Commit::Discarded;
         };
         sequence.in_flight -= 1;
-        let mut stopped = sequence.spec.stop_tokens.contains(&token);
-        if let Some(constraint) = sequence.spec.constraint.as_mut().filter(|_| !stopped) {
-            match constraint.accept(token) {
-                Ok(complete) => stopped = complete,
-                Err(error) => return Commit::Failed(error),
+        let mut tokens = 0;
+        let mut commit = Commit::Continues;
+        for token in run {
+            match append(sequence, token) {
+                Ok(reason) => {
+                    tokens += 1;
+                    if let Some(reason) = reason {
+                        commit = Commit::Finished { tokens, reason };
+                        break;
+                    }
+                }
+                Err(error) => {
+                    commit = Commit::Failed { tokens, error };
+                    break;
+                }
             }
         }
-        sequence.tokens.push(token);
-        let commit = if stopped {
-            Commit::Finished(FinishReason::Stop)
-        } else if sequence.tokens.len() >= sequence.spec.max_tokens {
-            Commit::Finished(FinishReason::Length)
-        } else {
-            Commit::Token
-        };
-        self.unblock(key);
+        if item.sampled.len() > 1 {
+            self.settle_drafts(step, item, tokens);
+        }
+        self.unblock(item.key);
         commit
+    }
+
+    /// Decides which rows of drafts count as written: those of the committed tokens except the
+    /// last, from which the run may differ from the drafts. The other positions are computed
+    /// again.
+    fn settle_drafts(&mut self, step: StepId, item: &PlanItem, committed: usize) {
+        let Some(sequence) = self.sequences.get_mut(item.key) else {
+            return;
+        };
+        let right = item.sampled.start + committed.max(1);
+        if let Some(swapped) = &mut sequence.swapped {
+            swapped.tokens = swapped.tokens.min(right);
+        }
+        // As in `step_succeeded`.
+        if sequence.state != SequenceState::Running || step < sequence.started_step {
+            return;
+        }
+        sequence.written_tokens = right.min(item.start + item.count);
+        sequence.launched_tokens = sequence.written_tokens;
+        self.cache.publish(
+            &mut sequence.table,
+            &sequence.tokens,
+            sequence.written_tokens,
+            sequence.last_step,
+        );
     }
 
     /// Commits the end of the prompt of a sequence that ends with it.
@@ -115,6 +162,23 @@ impl Scheduler {
             Task::Generate | Task::Score { .. } => FinishReason::Length,
         };
         self.unblock(key);
-        Commit::Finished(reason)
+        Commit::Finished { tokens: 0, reason }
     }
+}
+
+/// Appends a token to a sequence. Returns why the sequence ends with it, if it does. A token
+/// that the constraint refuses is not appended.
+fn append(sequence: &mut Sequence, token: u32) -> Result<Option<FinishReason>, ConstraintError> {
+    let spec = &mut sequence.spec;
+    let mut stopped = spec.stop_tokens.contains(&token);
+    if let Some(constraint) = spec.constraint.as_mut().filter(|_| !stopped) {
+        stopped = constraint.accept(token)?;
+    }
+    sequence.tokens.push(token);
+    let full = sequence.tokens.len() >= sequence.spec.max_tokens;
+    Ok(match (stopped, full) {
+        (true, _) => Some(FinishReason::Stop),
+        (false, true) => Some(FinishReason::Length),
+        (false, false) => None,
+    })
 }

@@ -111,8 +111,9 @@ impl Scheduler {
             return;
         };
         let start = sequence.launched_tokens;
-        let sample = sequence.samples_last(count);
-        let end = sequence.ends_with_prompt() && start + count == sequence.length();
+        let next = start + count;
+        let sampled = next - usize::from(sequence.samples_last(count))..next;
+        let end = sequence.ends_with_prompt() && next == sequence.length();
         let report = sequence.report(count);
         let input = if start >= sequence.tokens.len() {
             TokenInput::Feedback {
@@ -125,7 +126,7 @@ impl Scheduler {
         let reported = sequence.launched_tokens.min(sequence.prompt_tokens);
         sequence.reported = sequence.reported.max(reported);
         sequence.last_step = plan.step;
-        if sample || end {
+        if end || !sampled.is_empty() {
             sequence.in_flight += 1;
         }
         let item = PlanItem {
@@ -133,7 +134,7 @@ impl Scheduler {
             start,
             count,
             input,
-            sample,
+            sampled,
             end,
             report,
         };
@@ -142,12 +143,14 @@ impl Scheduler {
         // The next step may read this item's last sample as feedback; this is its index in the
         // step.
         sequence.last_sample = (self.policy.max_samples() - budget.samples).saturating_sub(1);
-        self.tenants.charge(sequence.tenant, count, sample);
+        let samples = item.sampled.len();
+        self.tenants.charge(sequence.tenant, count, samples);
         plan.items.push(item);
     }
 
-    /// Computes the mask of allowed tokens for each constrained sequence that `plan` samples.
-    /// Returns the sequences whose constraint failed. The caller must close them after
+    /// Computes the mask of allowed tokens for each constrained sequence that `plan` samples. It
+    /// applies to the token after the first sampled position, because what may follow depends on
+    /// that token. Returns the sequences whose constraint failed. The caller must close them after
     /// launching the step.
     pub fn refresh_masks(&mut self, plan: &StepPlan) -> Vec<(SequenceKey, ConstraintError)> {
         let mut failed = Vec::new();

@@ -12,6 +12,8 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+mod runs;
+
 /// A scheduler, and a device that completes its steps when told to.
 struct Bench {
     scheduler: Scheduler,
@@ -53,17 +55,23 @@ impl Bench {
     /// Completes the oldest step, in which every sample is `token`. Returns the finished
     /// sequences.
     fn complete(&mut self, token: u32) -> Vec<SequenceKey> {
+        let committed = self.complete_runs(&[token]).into_iter();
+        let finished = |(key, commit)| matches!(commit, Commit::Finished { .. }).then_some(key);
+        committed.filter_map(finished).collect()
+    }
+
+    /// Completes the oldest step, in which every run is `run`.
+    fn complete_runs(&mut self, run: &[u32]) -> Vec<(SequenceKey, Commit)> {
         let plan = self.in_flight.pop_front().unwrap();
         self.scheduler.step_succeeded(&plan);
-        let mut finished = Vec::new();
+        let mut committed = Vec::new();
         for item in plan.samples() {
-            if let Commit::Finished(_) = self.scheduler.commit(item.key, token) {
-                finished.push(item.key);
-            }
+            let commit = self.scheduler.commit(plan.step, item, run.iter().copied());
+            committed.push((item.key, commit));
         }
         self.scheduler.step_completed(plan.step);
         self.scheduler.audit().unwrap();
-        finished
+        committed
     }
 
     fn step(&mut self) -> StepPlan {
@@ -79,6 +87,10 @@ impl Bench {
     fn running(&self, key: SequenceKey) -> bool {
         self.sequence(key).state() == SequenceState::Running
     }
+}
+
+fn finished(tokens: usize, reason: FinishReason) -> Commit {
+    Commit::Finished { tokens, reason }
 }
 
 fn rows(plan: &StepPlan) -> Vec<(usize, usize)> {
@@ -774,7 +786,8 @@ fn scored(prompt: Vec<u32>, new_tokens: usize) -> SequenceSpec {
     }
 }
 
-/// Returns start, number of rows, `sample`, `end` and report of each item.
+/// Returns start, number of rows, whether the last row is sampled, `end` and report of each
+/// item.
 fn reports(plan: &StepPlan) -> Vec<(usize, usize, bool, bool, Report)> {
     let items = plan.items.iter();
     items
@@ -782,11 +795,14 @@ fn reports(plan: &StepPlan) -> Vec<(usize, usize, bool, bool, Report)> {
             let PlanItem {
                 start,
                 count,
-                sample,
+                sampled,
                 end,
                 report,
                 ..
             } = item.clone();
+            let next = start + count;
+            let sample = !sampled.is_empty();
+            assert_eq!(sampled, next - usize::from(sample)..next);
             (start, count, sample, end, report)
         })
         .collect()
@@ -809,7 +825,7 @@ fn an_embedding_computes_its_whole_prompt_even_if_cached_and_publishes_it() {
         bench.complete(7);
         bench.complete(7);
         let end = bench.scheduler.commit_end(key);
-        assert_eq!(end, Commit::Finished(FinishReason::Stop));
+        assert_eq!(end, finished(0, FinishReason::Stop));
         bench.scheduler.remove(key);
         assert_eq!(bench.scheduler.cache().counts().cached, 2);
     }
@@ -862,7 +878,7 @@ fn an_embedding_whose_end_is_in_flight_waits_for_it() {
     assert!(bench.launch().is_none());
     bench.complete(7);
     let end = bench.scheduler.commit_end(key);
-    assert_eq!(end, Commit::Finished(FinishReason::Stop));
+    assert_eq!(end, finished(0, FinishReason::Stop));
 }
 
 #[test]
@@ -923,7 +939,7 @@ fn a_prompt_that_is_only_scored_ends_with_it() {
         let plan = bench.step();
         assert_eq!(reports(&plan), [(0, length, false, true, report)]);
         let end = bench.scheduler.commit_end(key);
-        assert_eq!(end, Commit::Finished(FinishReason::Length));
+        assert_eq!(end, finished(0, FinishReason::Length));
         bench.scheduler.remove(key);
     }
 }
@@ -1037,17 +1053,16 @@ fn a_complete_constraint_finishes_its_sequence_with_stop() {
     let mut bench = Bench::new(64, Policy::default());
     let key = bench.add(sevens(2, spec(prompt(5, 1), 2)));
     bench.launch();
-    let commit = |bench: &mut Bench, token| bench.scheduler.commit(key, token);
-    assert_eq!(commit(&mut bench, 7), Commit::Token);
+    assert_eq!(bench.complete_runs(&[7]), [(key, Commit::Continues)]);
     bench.launch();
     // This is also the last token that `max_tokens` allows.
-    assert_eq!(commit(&mut bench, 7), Commit::Finished(FinishReason::Stop));
+    let stop = finished(1, FinishReason::Stop);
+    assert_eq!(bench.complete_runs(&[7]), [(key, stop)]);
+    bench.scheduler.remove(key);
     let long = bench.add(sevens(9, spec(prompt(5, 2), 1)));
     bench.launch();
-    assert_eq!(
-        bench.scheduler.commit(long, 7),
-        Commit::Finished(FinishReason::Length)
-    );
+    let length = finished(1, FinishReason::Length);
+    assert_eq!(bench.complete_runs(&[7]), [(long, length)]);
 }
 
 #[test]
@@ -1059,8 +1074,8 @@ fn a_stop_token_is_not_passed_to_the_constraint() {
     };
     let key = bench.add(sevens(9, stops));
     bench.launch();
-    let commit = bench.scheduler.commit(key, 3);
-    assert_eq!(commit, Commit::Finished(FinishReason::Stop));
+    let stop = finished(1, FinishReason::Stop);
+    assert_eq!(bench.complete_runs(&[3]), [(key, stop)]);
     assert_eq!(bench.sequence(key).tokens.last(), Some(&3));
 }
 
@@ -1069,8 +1084,9 @@ fn a_token_that_the_constraint_refuses_fails_its_sequence_and_is_not_appended() 
     let mut bench = Bench::new(64, Policy::default());
     let key = bench.add(sevens(9, spec(prompt(5, 1), 20)));
     bench.launch();
-    let commit = bench.scheduler.commit(key, 8);
-    assert!(matches!(commit, Commit::Failed(error) if error.0.contains("8 is not 7")));
+    let failed = bench.complete_runs(&[8]).remove(0).1;
+    let refused = |error: &ConstraintError| error.0.contains("8 is not 7");
+    assert!(matches!(failed, Commit::Failed { tokens: 0, error } if refused(&error)));
     assert_eq!(bench.sequence(key).generated(), 0);
     bench.scheduler.remove(key);
     bench.scheduler.audit().unwrap();

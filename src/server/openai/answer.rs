@@ -1,7 +1,8 @@
 //! Finished answers, and what every API reports about them.
 
 use super::sse::merge;
-use crate::engine::{CancelReason, Chunk, Finish, GenerateError, Outcome, Token, TokenStream};
+use crate::engine::{CancelReason, Chunk, Finish, GenerateError, Outcome, TokenStream};
+use crate::sampling::{Token, TokenRun};
 use crate::server::error::ApiError;
 use crate::text::Tokenizer;
 use futures_util::StreamExt;
@@ -71,15 +72,16 @@ impl EndTokens {
         Self(stream.stop_tokens())
     }
 
-    /// Takes the token of a chunk, unless it is the one that ended the answer.
-    pub fn visible(&self, chunk: &mut Chunk) -> Option<Token> {
+    /// Takes the tokens of a chunk, without the one that ended the answer.
+    pub fn visible(&self, chunk: &mut Chunk) -> TokenRun {
         let stopped = chunk
             .finish
             .is_some_and(|finish| finish.outcome == Outcome::Stop);
-        chunk
-            .token
-            .take()
-            .filter(|token| !(stopped && self.0.contains(&token.id)))
+        let mut tokens = std::mem::take(&mut chunk.tokens);
+        if stopped && tokens.last().is_some_and(|last| self.0.contains(&last.id)) {
+            tokens.pop();
+        }
+        tokens
     }
 }
 

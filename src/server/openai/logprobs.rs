@@ -1,7 +1,7 @@
 //! The log probabilities of completions: OpenAI's four lists, and vLLM's `prompt_logprobs`.
 
 use super::answer::TokenNames;
-use crate::engine::Token;
+use crate::sampling::Token;
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 use std::collections::HashSet;

@@ -1,6 +1,7 @@
 //! `POST /v1/chat/completions`: answers a conversation.
 
-use crate::engine::{Chunk, Prompt, Token};
+use crate::engine::{Chunk, Prompt};
+use crate::sampling::Token;
 use crate::server::App;
 use crate::server::error::ApiError;
 use crate::server::http::body::{JsonBody, integer, optional_object};
@@ -423,8 +424,8 @@ impl Writer for ChatWriter {
         mut chunk: Chunk,
         events: &mut Events,
     ) -> Result<(), ApiError> {
-        self.envelope.count(0, usize::from(chunk.token.is_some()));
-        let token = self.ends[index].visible(&mut chunk);
+        self.envelope.count(0, chunk.tokens.len());
+        let tokens = self.ends[index].visible(&mut chunk);
         let finish_reason = chunk
             .finish
             .map(|finish| finish_reason(finish.outcome))
@@ -442,8 +443,7 @@ impl Writer for ChatWriter {
             tokenizer: self.tokenizer.as_deref(),
             as_ids: self.as_ids,
         };
-        let mut reports =
-            (self.logprobs && token.is_some()).then(|| reported(names, token.as_slice()));
+        let mut reports = (self.logprobs && !tokens.is_empty()).then(|| reported(names, &tokens));
         let mut deltas: Vec<Delta> = pieces
             .into_iter()
             .filter_map(|part| Delta::new(part, self.legacy))

@@ -1,6 +1,7 @@
 //! `POST /v1/completions`: continues text.
 
-use crate::engine::{Chunk, Prompt, Token, TokenStream};
+use crate::engine::{Chunk, Prompt, TokenStream};
+use crate::sampling::Token;
 use crate::server::App;
 use crate::server::error::ApiError;
 use crate::server::http::body::{JsonBody, integer, optional_object};
@@ -340,17 +341,16 @@ impl Writer for CompletionWriter {
             self.envelope
                 .send(Choice::piece(index, text, Some(logprobs)), events);
         }
-        let generated = usize::from(chunk.token.is_some());
-        self.envelope.count(0, generated);
-        let token = self.ends[index].visible(&mut chunk);
+        self.envelope.count(0, chunk.tokens.len());
+        let tokens = self.ends[index].visible(&mut chunk);
         let finish_reason = chunk
             .finish
             .map(|finish| finish_reason(finish.outcome))
             .transpose()?;
-        let logprobs = self.logprobs_of(index, token.as_slice());
+        let logprobs = self.logprobs_of(index, &tokens);
         let says_something = !chunk.text.is_empty()
             || finish_reason.is_some()
-            || (self.logprobs.is_some() && token.is_some());
+            || (self.logprobs.is_some() && !tokens.is_empty());
         if let Some(finish) = &chunk.finish {
             let first = index.is_multiple_of(self.samples);
             self.envelope.add(finish, first);

@@ -9,7 +9,8 @@ mod store;
 pub(crate) use listing::input_items;
 pub(crate) use store::Store;
 
-use crate::engine::{Chunk, Finish, Prompt, Token};
+use crate::engine::{Chunk, Finish, Prompt};
+use crate::sampling::Token;
 use crate::server::error::ApiError;
 use crate::server::http::body::wording::plain;
 use crate::server::http::body::{JsonBody, PathPart, integer, optional_object};
@@ -25,7 +26,7 @@ use crate::server::openai::stream_options::StreamOptions;
 use crate::server::openai::structure::Format;
 use crate::server::openai::tools::{ToolFields, Tools};
 use crate::server::{App, unix_time};
-use crate::text::Message;
+use crate::text::{Message, Tokenizer};
 use axum::Json;
 use axum::extract::State;
 use axum::http::header;
@@ -466,42 +467,35 @@ impl ResponseWriter {
         feed.send(event, || json!({"response": response}));
     }
 
-    /// Returns a token with its log probability and the likeliest alternatives.
-    fn reported(&self, token: &Token) -> Value {
-        let names = TokenNames {
-            tokenizer: self.app.engine.tokenizer().map(Arc::as_ref),
-            as_ids: false,
-        };
-        let named = |id, logprob| {
-            json!({
-                "token": names.name(id),
-                "bytes": names.bytes(id).unwrap_or_default(),
-                "logprob": f64_with_f32_digits(logprob),
-            })
-        };
-        let mut reported = named(token.id, token.logprob);
-        let top = token.top.iter().map(|&(id, logprob)| named(id, logprob));
-        reported["top_logprobs"] = top.collect();
-        reported
-    }
-
     /// Takes a piece of the answer.
     fn take(&mut self, mut chunk: Chunk, events: Option<&mut Events>) -> Result<(), ApiError> {
-        let reasoning = self.parts.in_reasoning();
-        let token = self.ends.as_ref().and_then(|ends| ends.visible(&mut chunk));
-        let mut parts = self.parts.push(&chunk.text);
         if let Some(finish) = chunk.finish {
             self.finish = Some((finish, finish_reason(finish.outcome)?));
-            parts.extend(self.parts.finish());
         }
-        let reasoning = reasoning || self.parts.in_reasoning();
-        self.reasoning_tokens += usize::from(reasoning && token.is_some());
-        if let (true, false, Some(token)) = (self.logprobs, reasoning, &token) {
-            self.output.report(self.reported(token));
-        }
+        let ends = self.ends.as_ref();
+        let tokens = ends.map(|ends| ends.visible(&mut chunk));
+        let mut tokens = tokens.unwrap_or_default().into_iter();
         let mut feed = Feed::new(events, &mut self.events_sent);
-        for part in parts {
-            self.output.add(part, &mut feed);
+        // Each token is either part of the reasoning or of the answer.
+        for text in chunk.texts() {
+            let reasoning = self.parts.in_reasoning();
+            let parts = self.parts.push(text);
+            let reasoning = reasoning || self.parts.in_reasoning();
+            if let Some(token) = tokens.next() {
+                self.reasoning_tokens += usize::from(reasoning);
+                if self.logprobs && !reasoning {
+                    let tokenizer = self.app.engine.tokenizer().map(Arc::as_ref);
+                    self.output.report(reported(tokenizer, &token));
+                }
+            }
+            for part in parts {
+                self.output.add(part, &mut feed);
+            }
+        }
+        if chunk.finish.is_some() {
+            for part in self.parts.finish() {
+                self.output.add(part, &mut feed);
+            }
         }
         Ok(())
     }
@@ -523,6 +517,25 @@ impl ResponseWriter {
         }
         response
     }
+}
+
+/// Returns a token with its log probability and the likeliest alternatives.
+fn reported(tokenizer: Option<&Tokenizer>, token: &Token) -> Value {
+    let names = TokenNames {
+        tokenizer,
+        as_ids: false,
+    };
+    let named = |id, logprob| {
+        json!({
+            "token": names.name(id),
+            "bytes": names.bytes(id).unwrap_or_default(),
+            "logprob": f64_with_f32_digits(logprob),
+        })
+    };
+    let mut reported = named(token.id, token.logprob);
+    let top = token.top.iter().map(|&(id, logprob)| named(id, logprob));
+    reported["top_logprobs"] = top.collect();
+    reported
 }
 
 impl Writer for ResponseWriter {

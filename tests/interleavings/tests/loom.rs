@@ -94,7 +94,7 @@ fn read(mut stream: TokenStream) -> (Vec<u32>, Result<Outcome, GenerateError>) {
             poll_fn(|context| futures_core::Stream::poll_next(Pin::new(&mut stream), context));
         let end = match block_on(next).expect("a stream has a last chunk") {
             Ok(chunk) => {
-                tokens.extend(chunk.token.map(|token| token.id));
+                tokens.extend(chunk.tokens.ids());
                 chunk.finish.map(|finish| Ok(finish.outcome))
             }
             Err(error) => Some(Err(error)),

@@ -128,10 +128,10 @@ impl Reader {
             Ok(chunk) => chunk,
             Err(error) => return Some(self.ended(End::Refused(error))),
         };
-        if let Some(token) = chunk.token {
+        for id in chunk.tokens.ids() {
             // I10 and I4: no other request has changed this answer or the blocks that it is
             // computed from.
-            assert_eq!(Some(token.id), self.expected.next());
+            assert_eq!(Some(id), self.expected.next());
         }
         let finish = chunk.finish?;
         if finish.outcome == Outcome::Length {

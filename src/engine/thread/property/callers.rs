@@ -10,9 +10,10 @@ use crate::engine::event::{Event, PromptReport};
 use crate::engine::sync::{Receiver, TryRecvError};
 use crate::engine::{
     CancelReason, Cancellation, Drained, EmbedRequest, Engine, GenerateError, Outcome, Pending,
-    Request, Session, SessionOptions, Shutdown, Stop, SubmitError, Token, TokenStream,
+    Request, Session, SessionOptions, Shutdown, Stop, SubmitError, TokenStream,
 };
 use crate::id::{RequestId, SessionId};
+use crate::sampling::Token;
 use futures_core::Stream;
 use std::future::Future;
 use std::pin::Pin;
@@ -158,7 +159,8 @@ pub struct Callers {
     pub faults: usize,
     impatient: bool,
     total_blocks: usize,
-    depth: usize,
+    /// Most tokens that the steps in flight may produce for a request that has ended.
+    most_discarded: usize,
     /// Iterations of the loop so far, including the one in progress.
     pub turn: u64,
     /// Number of cancels posted by streams.
@@ -260,20 +262,18 @@ impl Asked {
         loop {
             match self.events.try_recv() {
                 Ok(Event {
-                    token,
+                    tokens,
                     report,
                     ending,
                     ..
                 }) => {
                     let finished = matches!(ending, Some(Ok(Outcome::Stop | Outcome::Length)));
                     if ending.is_some() && !finished {
-                        let none = token.is_none();
+                        let none = tokens.is_empty();
                         assert!(none, "I1: {} got a token with a cancel", self.id);
                     }
-                    self.reported(report.as_deref(), token.is_some() || finished);
-                    if let Some(token) = token {
-                        self.token(token.id);
-                    }
+                    self.reported(report.as_deref(), !tokens.is_empty() || finished);
+                    tokens.ids().for_each(|id| self.token(id));
                     let Some(ending) = ending else {
                         continue;
                     };
@@ -317,11 +317,11 @@ impl Asked {
                 let scores = chunk.prompt_logprobs.map(PromptReport::Scores);
                 let report = scores.or(sum.map(PromptReport::Sum));
                 let own = matches!(finish, Some(Outcome::Stop | Outcome::Length));
-                self.reported(report.as_ref(), chunk.token.is_some() || own);
-                if let Some(token) = chunk.token {
-                    let cancelled = matches!(finish, Some(Outcome::Cancelled(_)));
+                self.reported(report.as_ref(), !chunk.tokens.is_empty() || own);
+                let cancelled = matches!(finish, Some(Outcome::Cancelled(_)));
+                for id in chunk.tokens.ids() {
                     assert!(!cancelled, "I1: {} got a token with a cancel", self.id);
-                    self.token(token.id);
+                    self.token(id);
                 }
                 if let Some(outcome) = finish {
                     self.read_to_end = true;
@@ -340,7 +340,7 @@ impl Asked {
 
 impl Callers {
     /// Creates the callers of an engine that is created later.
-    pub fn new(config: &EngineConfig, total_blocks: usize, depth: usize) -> Self {
+    pub fn new(config: &EngineConfig, total_blocks: usize, most_discarded: usize) -> Self {
         Self {
             engine: None,
             asked: Vec::new(),
@@ -353,7 +353,7 @@ impl Callers {
             faults: 0,
             impatient: config.slow_consumer_deadline.is_some(),
             total_blocks,
-            depth,
+            most_discarded,
             turn: 0,
             cancels: 0,
             late: 0,
@@ -825,7 +825,7 @@ impl Callers {
                     assert!(
                         receipt.blocks_freed <= total
                             && receipt.tokens_generated <= owed.tokens
-                            && receipt.tokens_discarded <= self.depth,
+                            && receipt.tokens_discarded <= self.most_discarded,
                         "I6: {receipt:?} of the {what}, {} steps were in flight",
                         owed.in_flight
                     );
