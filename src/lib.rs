@@ -117,8 +117,8 @@ pub use device::cuda::{CudaActivations, CudaOptions};
 pub use engine::{
     CancelReason, Cancellation, Chunk, Drained, EmbedRequest, Embedding, EmbeddingFuture, Engine,
     EngineBuilder, EngineFault, EngineSnapshot, EngineStats, Finish, GenerateError, Generation,
-    Health, HealthStatus, Outcome, Pending, Prompt, Receipt, Request, Session, SessionOptions,
-    Shutdown, Stop, SubmitError, Timing, TokenStream, Truncation,
+    Health, HealthStatus, Outcome, Pending, Prompt, Receipt, Request, RequestQuery, Session,
+    SessionOptions, Shutdown, Stop, SubmitError, Timing, TokenStream, Truncation,
 };
 pub use id::{RequestId, SessionId, StepId};
 pub use runner::{DeviceChoice, GenerationConfig, LoadError, LoadOptions, RunnerInfo};

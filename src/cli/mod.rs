@@ -56,7 +56,8 @@ enum Command {
     /// Every flag can also be set by an environment variable (QUELL_ and the flag's name, such
     /// as QUELL_DRAIN_TIMEOUT) or in the file given with --config. Flags override the
     /// environment, and the environment overrides the file. API keys are read from
-    /// --api-key-file and from the variable QUELL_API_KEYS, separated by commas.
+    /// --api-key-file and from the variable QUELL_API_KEYS, and admin keys from
+    /// --admin-key-file and from QUELL_ADMIN_KEYS, each separated by commas.
     #[cfg(feature = "server")]
     Serve(serve::ServeArgs),
     /// Turn text into token ids.

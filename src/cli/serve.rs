@@ -69,6 +69,10 @@ struct HttpArgs {
     /// sets --max-priority for that key.
     #[arg(long, value_name = "FILE")]
     api_key_file: Option<PathBuf>,
+    /// Also accept the keys in this file, one per line, as admin keys: they show the engine's
+    /// snapshot, and show and end the requests and sessions of all keys.
+    #[arg(long, value_name = "FILE")]
+    admin_key_file: Option<PathBuf>,
     /// Origins whose pages may use the server from a browser, separated by commas; * allows
     /// all.
     #[arg(long, value_name = "ORIGIN", value_delimiter = ',')]
@@ -408,26 +412,32 @@ impl HttpArgs {
         self.chat_template.as_ref().map(read).transpose()
     }
 
-    /// Returns the API keys of the file and of the environment. There is no flag for keys,
-    /// because the system shows the flags of a process to everyone.
+    /// Returns the API keys, those of admins first: a key that is listed as both is an admin's.
     fn api_keys(&self) -> Result<ApiKeys, CliError> {
-        let variable = std::env::var("QUELL_API_KEYS").unwrap_or_default();
-        let keys = ApiKeys::parse(&variable);
-        let Some(path) = &self.api_key_file else {
-            return Ok(keys);
-        };
-        let text = std::fs::read_to_string(path).map_err(|source| CliError::Read {
-            path: path.clone(),
-            source,
-        })?;
-        let of_file = ApiKeys::parse(&text);
-        if of_file.is_empty() {
-            // An empty file must not open the server to everyone.
-            let problem = format!("--api-key-file {} contains no key", path.display());
-            return Err(CliError::Usage(problem));
-        }
-        Ok(keys.join(of_file))
+        let admin = keys("QUELL_ADMIN_KEYS", "--admin-key-file", &self.admin_key_file)?;
+        let other = keys("QUELL_API_KEYS", "--api-key-file", &self.api_key_file)?;
+        Ok(admin.for_admins().join(other))
     }
+}
+
+/// Returns the keys of an environment variable and of the file that a flag names. There is no
+/// flag for keys, because the system shows the flags of a process to everyone.
+fn keys(variable: &str, flag: &str, file: &Option<PathBuf>) -> Result<ApiKeys, CliError> {
+    let keys = ApiKeys::parse(&std::env::var(variable).unwrap_or_default());
+    let Some(path) = file else {
+        return Ok(keys);
+    };
+    let text = std::fs::read_to_string(path).map_err(|source| CliError::Read {
+        path: path.clone(),
+        source,
+    })?;
+    let of_file = ApiKeys::parse(&text);
+    if of_file.is_empty() {
+        // An empty file must not open the server to everyone.
+        let problem = format!("{flag} {} contains no key", path.display());
+        return Err(CliError::Usage(problem));
+    }
+    Ok(keys.join(of_file))
 }
 
 /// Returns the model's name: that of its file or folder.

@@ -9,7 +9,7 @@ use super::event::{EventSender, RequestCell};
 use super::stats::EngineStats;
 use super::sync::{Arc, Never, Sender};
 use super::thread::{RequestDeadlines, RequestRecord};
-use super::{Drained, EngineSnapshot};
+use super::{Drained, EngineSnapshot, RequestQuery};
 use crate::id::{RequestId, SessionId};
 use crate::schedule::{RetainedCache, SequenceSpec};
 use std::time::Instant;
@@ -58,8 +58,8 @@ pub(crate) enum Command {
     Inspect(Sender<EngineStats>),
     /// Report the engine's state to a caller that may wait asynchronously.
     InspectAsync(Reply<EngineStats>),
-    /// Report the open requests with this label.
-    Find(Arc<str>, Reply<Vec<RequestId>>),
+    /// Report the open requests that fit the query.
+    Find(RequestQuery, Reply<Vec<RequestId>>),
     /// Report the open requests, the sessions and the owner of each block.
     Snapshot(Reply<EngineSnapshot>),
     /// Cancel every request.
@@ -89,4 +89,6 @@ pub(crate) struct AccountSpec {
     pub turn: Option<Turn>,
     /// Label that the caller chose for the request.
     pub label: Option<Arc<str>>,
+    /// Owner of the request, if the caller named one.
+    pub owner: Option<u64>,
 }

@@ -31,7 +31,8 @@ pub use caller::turn::Stop;
 pub use error::{EngineFault, GenerateError, SubmitError};
 pub use event::{CancelReason, Outcome, Receipt};
 pub use snapshot::{
-    BlockMap, BlockUse, EngineSnapshot, RequestEnd, RequestPhase, RequestState, SessionState,
+    BlockMap, BlockUse, EngineSnapshot, RequestEnd, RequestPhase, RequestQuery, RequestState,
+    SessionState,
 };
 pub use stats::{EngineStats, Outcomes};
 pub use watchdog::{Health, HealthStatus};

@@ -51,6 +51,8 @@ pub struct RequestState {
     pub session: Option<SessionId>,
     /// Label that the caller chose.
     pub label: Option<Arc<str>>,
+    /// Owner that the caller named.
+    pub owner: Option<u64>,
     /// Tenant that the request belongs to.
     pub tenant: Option<Arc<str>>,
     /// Priority; lower numbers are served first.
@@ -71,6 +73,39 @@ pub struct RequestState {
     /// Time since the submission; serialised as `age_ms`, in milliseconds.
     #[serde(rename = "age_ms", serialize_with = "as_milliseconds")]
     pub age: Duration,
+}
+
+/// Which of the open requests [`Engine::find`](crate::Engine::find) looks for. The default fits
+/// all of them; each further setting excludes those that differ from it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RequestQuery {
+    /// The request's id.
+    pub id: Option<RequestId>,
+    /// The request's label.
+    pub label: Option<Arc<str>>,
+    /// The request's owner.
+    pub owner: Option<u64>,
+}
+
+impl RequestQuery {
+    /// Excludes all requests but the one with this id.
+    pub fn id(mut self, id: RequestId) -> Self {
+        self.id = Some(id);
+        self
+    }
+
+    /// Excludes requests that do not have this label.
+    pub fn label(mut self, label: impl Into<Arc<str>>) -> Self {
+        self.label = Some(label.into());
+        self
+    }
+
+    /// Excludes requests that do not have this owner.
+    pub fn owner(mut self, owner: u64) -> Self {
+        self.owner = Some(owner);
+        self
+    }
 }
 
 /// What a session retains between its turns.

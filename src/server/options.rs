@@ -51,7 +51,9 @@ pub struct ServerOptions {
     /// How long open requests may take to finish after the server is told to stop.
     pub drain_timeout: Duration,
     /// The accepted API keys. Requests without one of them are refused, except on the routes
-    /// for probes and for the web page. If there are no keys, every request is accepted.
+    /// for probes and for the web page. What was created with a key exists only for that key;
+    /// [`ApiKeys::for_admins`] makes keys that see the requests of all others. If there are no
+    /// keys, every request is accepted, and everybody sees everything.
     pub api_keys: ApiKeys,
     /// Origins whose pages may use the server from a browser (CORS); `*` for all. By default,
     /// only the server's own origin may.

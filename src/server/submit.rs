@@ -58,7 +58,7 @@ impl App {
             return Err(ApiError::invalid(problem).param("session_id"));
         };
         caller.admit(&mut request);
-        let session = self.sessions.find(&id)?;
+        let session = self.sessions.use_own(caller, &id)?;
         self.check_bytes(&prompt)?;
         let bytes = text_bytes(&prompt);
         request.prompt = prompt;

@@ -49,6 +49,25 @@ pub fn null_engine(tokenizer: Tokenizer, config: EngineConfig) -> Engine {
     Engine::with_runner(config, Some(tokenizer), move || NullRunner::start(options)).unwrap()
 }
 
+/// More tokens than a test will wait for.
+pub const ENDLESS: usize = 2_000_000;
+
+/// Creates an engine without a tokenizer that computes nothing and never ends an answer by
+/// itself. Its invariants are checked after every step.
+pub fn endless_engine() -> Engine {
+    let null = NullOptions {
+        context_tokens: 2 * ENDLESS,
+        cache_blocks: 4096,
+        block_tokens: 4096,
+        ..NullOptions::default()
+    };
+    let config = EngineConfig {
+        audit: true,
+        ..EngineConfig::default()
+    };
+    Engine::with_runner(config, None, move || NullRunner::start(null)).unwrap()
+}
+
 /// A running server. When it is dropped, the server and all its connections end.
 pub struct TestServer {
     /// Address that the server listens on.

@@ -4,8 +4,8 @@ use crate::requests::{idle, ids, prompt, request};
 use crate::sim::{SimOptions, engine, expected};
 use quell::engine::{BlockUse, RequestPhase};
 use quell::{
-    CancelReason, Engine, EngineConfig, EngineFault, EngineSnapshot, Outcome, RequestId, Shutdown,
-    TokenStream,
+    CancelReason, Engine, EngineConfig, EngineFault, EngineSnapshot, Outcome, RequestId,
+    RequestQuery, Shutdown, TokenStream,
 };
 use std::collections::HashMap;
 use std::sync::mpsc;
@@ -286,6 +286,33 @@ fn cancelling_a_request_by_its_id_frees_its_blocks() {
         drop(other);
         idle(&engine);
     }
+}
+
+#[test]
+fn open_requests_are_found_by_their_id_label_and_owner() {
+    let engine = engine(SimOptions::default(), patient());
+    let open = |label: &str, owner| {
+        let request = request(prompt(1, 9), 200).label(label).owner(owner);
+        engine.generate(request).unwrap()
+    };
+    let streams = [open("a", 1), open("b", 1), open("a", 2)];
+    let [one, two, three] = [&streams[0], &streams[1], &streams[2]].map(TokenStream::id);
+    let find = |query| engine.find(query).wait().unwrap();
+    let any = RequestQuery::default;
+    assert_eq!(find(any()), [one, two, three]);
+    assert_eq!(find(any().label("a")), [one, three]);
+    assert_eq!(find(any().owner(1)), [one, two]);
+    assert_eq!(find(any().label("a").owner(2)), [three]);
+    assert_eq!(find(any().id(two)), [two]);
+    assert_eq!(find(any().id(two).owner(1)), [two]);
+    assert_eq!(find(any().id(two).owner(2)), []);
+    assert_eq!(find(any().label("c")), []);
+    let snapshot = engine.snapshot().wait().unwrap();
+    let owners: Vec<_> = snapshot.requests.iter().map(|open| open.owner).collect();
+    assert_eq!(owners, [Some(1), Some(1), Some(2)]);
+    drop(streams);
+    idle(&engine);
+    assert_eq!(find(any()), []);
 }
 
 /// Checks I8.

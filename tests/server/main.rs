@@ -27,6 +27,7 @@ mod client_programs;
 mod disconnect;
 mod embeddings;
 mod fields;
+mod keys;
 mod malformed;
 mod operations;
 mod page;

@@ -236,7 +236,7 @@ async fn the_page_asks_for_a_key_if_the_server_requires_one() {
     std::fs::write(keys.path(), "sesame\n").unwrap();
     let serve = Serve::start(
         &smollm2(),
-        &["--api-key-file", keys.path().to_str().unwrap()],
+        &["--admin-key-file", keys.path().to_str().unwrap()],
     );
     let browser = Browser::start().await;
     browser.open(&serve.url()).await;
@@ -253,6 +253,30 @@ async fn the_page_asks_for_a_key_if_the_server_requires_one() {
     }
     browser
         .until("$('connection').textContent === 'live' && !$('key-dialog').open")
+        .await;
+    browser
+        .run("$('max-tokens').value = 4; $('input').focus()")
+        .await;
+    browser.press(&format!("Hello{ENTER}")).await;
+    browser.until("!answering && messages.length === 2").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_page_lets_a_key_chat_that_may_not_see_the_engine() {
+    let keys = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(keys.path(), "visitor\n").unwrap();
+    let serve = Serve::start(
+        &smollm2(),
+        &["--api-key-file", keys.path().to_str().unwrap()],
+    );
+    let browser = Browser::start().await;
+    browser.open(&serve.url()).await;
+    browser
+        .until("$('key-dialog').open && document.activeElement.id === 'key'")
+        .await;
+    browser.press(&format!("visitor{ENTER}")).await;
+    browser
+        .until("$('connection').textContent.startsWith('chat only') && !$('key-dialog').open")
         .await;
     browser
         .run("$('max-tokens').value = 4; $('input').focus()")

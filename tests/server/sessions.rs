@@ -1,8 +1,8 @@
 //! Sessions, aborts by id, snapshots and the page, over HTTP.
 
-use quell::runner::{NullOptions, NullRunner};
+use crate::server::{ENDLESS, endless_engine};
+use quell::Engine;
 use quell::server::{Server, ServerOptions};
-use quell::{Engine, EngineConfig};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use std::collections::VecDeque;
@@ -12,9 +12,6 @@ use tokio::task::JoinHandle;
 
 /// How long a test may wait for something.
 const PATIENCE: Duration = Duration::from_secs(60);
-
-/// More tokens than a test will wait for.
-const ENDLESS: usize = 2_000_000;
 
 fn client() -> reqwest::Client {
     // reqwest needs a TLS provider even for plain HTTP. An error here means that one is already
@@ -34,17 +31,7 @@ struct Served {
 
 impl Served {
     async fn start(change: impl FnOnce(&mut ServerOptions)) -> Self {
-        let null = NullOptions {
-            context_tokens: 2 * ENDLESS,
-            cache_blocks: 4096,
-            block_tokens: 4096,
-            ..NullOptions::default()
-        };
-        let config = EngineConfig {
-            audit: true,
-            ..EngineConfig::default()
-        };
-        let engine = Engine::with_runner(config, None, move || NullRunner::start(null)).unwrap();
+        let engine = endless_engine();
         let mut options = ServerOptions::new("null");
         change(&mut options);
         let server = Server::bind(engine.clone(), options, "127.0.0.1:0")

@@ -28,6 +28,8 @@ pub struct EmbedRequest {
     pub tenant: Option<Arc<str>>,
     /// Salt of the prefix cache, as in [`Request::cache_salt`](crate::Request::cache_salt).
     pub cache_salt: Option<Arc<str>>,
+    /// Owner of the request, as in [`Request::owner`](crate::Request::owner).
+    pub owner: Option<u64>,
 }
 
 impl EmbedRequest {
@@ -39,6 +41,7 @@ impl EmbedRequest {
             priority: 0,
             tenant: None,
             cache_salt: None,
+            owner: None,
         }
     }
 }

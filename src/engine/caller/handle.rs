@@ -9,8 +9,8 @@ use crate::engine::event::{CancelReason, Receipt};
 use crate::engine::sync::atomic::Ordering;
 use crate::engine::sync::{Arc, Sender, bounded, spawn};
 use crate::engine::{
-    Drained, EngineBuilder, EngineSnapshot, EngineStats, Health, Session, SessionOptions, Shutdown,
-    SubmitError,
+    Drained, EngineBuilder, EngineSnapshot, EngineStats, Health, RequestQuery, Session,
+    SessionOptions, Shutdown, SubmitError,
 };
 use crate::id::{RequestId, SessionId};
 use crate::runner::{LoadError, LoadOptions, ModelFiles, Runner, RunnerInfo, limits};
@@ -266,9 +266,9 @@ impl Engine {
         })
     }
 
-    /// Asks for the open requests with this label, in ascending order of their ids.
-    pub fn find(&self, label: impl Into<Arc<str>>) -> Pending<Vec<RequestId>> {
-        self.put(|reply| Command::Find(label.into(), reply))
+    /// Asks for the open requests that fit the query, in ascending order of their ids.
+    pub fn find(&self, query: RequestQuery) -> Pending<Vec<RequestId>> {
+        self.put(|reply| Command::Find(query, reply))
     }
 
     /// Posts a command whose answer can be awaited.

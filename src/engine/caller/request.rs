@@ -126,6 +126,12 @@ pub struct Request {
     /// [`Engine::snapshot`](crate::Engine::snapshot) show it, and
     /// [`Engine::find`](crate::Engine::find) looks for it. Labels need not be unique.
     pub label: Option<Arc<str>>,
+    /// Owner of the request, such as the number of a client. [`Engine::snapshot`] shows it, and
+    /// [`Engine::find`] can be limited to the requests of one owner.
+    ///
+    /// [`Engine::find`]: crate::Engine::find
+    /// [`Engine::snapshot`]: crate::Engine::snapshot
+    pub owner: Option<u64>,
 }
 
 impl Request {
@@ -151,6 +157,7 @@ impl Request {
             cache_salt: None,
             constraint: None,
             label: None,
+            owner: None,
         }
     }
 
@@ -224,6 +231,12 @@ impl Request {
     /// Sets the label.
     pub fn label(mut self, label: impl Into<Arc<str>>) -> Self {
         self.label = Some(label.into());
+        self
+    }
+
+    /// Sets the owner.
+    pub fn owner(mut self, owner: u64) -> Self {
+        self.owner = Some(owner);
         self
     }
 

@@ -211,6 +211,7 @@ impl Engine {
             priority,
             tenant,
             cache_salt,
+            owner,
         } = request;
         let request = Request {
             max_tokens: Some(0),
@@ -218,6 +219,7 @@ impl Engine {
             priority,
             tenant,
             cache_salt,
+            owner,
             ..Request::new(prompt)
         };
         let (stream, submission) = self.prepare(request, Task::Embed, None)?;
@@ -366,6 +368,7 @@ impl Engine {
             deadlines,
             turn,
             label: request.label.clone(),
+            owner: request.owner,
         };
         (stream, Submission { id, spec, account })
     }

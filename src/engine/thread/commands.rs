@@ -87,7 +87,7 @@ impl SchedulerThread {
                 self.publish();
                 reply.send(self.stats());
             }
-            Command::Find(label, reply) => reply.send(self.ledger.ids_with_label(&label)),
+            Command::Find(query, reply) => reply.send(self.ledger.find(&query)),
             Command::Snapshot(reply) => {
                 self.publish();
                 reply.send(self.snapshot());

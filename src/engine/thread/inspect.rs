@@ -1,15 +1,14 @@
 //! Describes the state of the engine: its statistics, its metrics and snapshots of it.
 
 use super::SchedulerThread;
-use super::ledger::Ended;
+use super::ledger::{Ended, Origin};
 use crate::cache::{BlockState, BlockTable};
 use crate::engine::snapshot::{
     BlockMap, BlockUse, EngineSnapshot, RequestEnd, RequestPhase, RequestState, SessionState,
 };
 use crate::engine::stats::EngineStats;
-use crate::engine::sync::Arc;
 use crate::schedule::{Sequence, SequenceKey, SequenceState};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 impl SchedulerThread {
     /// Updates the metrics.
@@ -53,9 +52,8 @@ impl SchedulerThread {
         sequences.sort_unstable_by_key(|(_, sequence)| sequence.id);
         let retained = scheduler.retained_sessions();
         let requests = sequences.iter().map(|(key, sequence)| {
-            let (submitted, label) = ledger.submission_info(*key).unwrap_or((now, None));
-            let age = now.saturating_duration_since(submitted);
-            request_state(sequence, label.cloned(), age)
+            let origin = ledger.origin(*key);
+            request_state(sequence, origin, now)
         });
         let sessions = retained.iter().map(|(id, retained, _)| SessionState {
             id: *id,
@@ -77,7 +75,7 @@ impl SchedulerThread {
     }
 }
 
-fn request_state(sequence: &Sequence, label: Option<Arc<str>>, age: Duration) -> RequestState {
+fn request_state(sequence: &Sequence, origin: Option<Origin>, now: Instant) -> RequestState {
     let phase = if sequence.is_paused() {
         RequestPhase::Paused
     } else if sequence.is_preempted() {
@@ -88,11 +86,14 @@ fn request_state(sequence: &Sequence, label: Option<Arc<str>>, age: Duration) ->
         RequestPhase::Waiting
     };
     let blocks = sequence.table.blocks();
+    let submitted = origin.as_ref().map_or(now, |origin| origin.submitted);
+    let owner = origin.as_ref().and_then(|origin| origin.owner);
     RequestState {
         id: sequence.id,
         phase,
         session: sequence.spec.session,
-        label,
+        label: origin.and_then(|origin| origin.label),
+        owner,
         tenant: sequence.spec.tenant.clone(),
         priority: sequence.spec.priority,
         prompt_tokens: sequence.prompt_tokens,
@@ -100,7 +101,7 @@ fn request_state(sequence: &Sequence, label: Option<Arc<str>>, age: Duration) ->
         computed_tokens: sequence.written_tokens(),
         generated_tokens: sequence.generated(),
         blocks: blocks.map(|block| block.index() as u32).collect(),
-        age,
+        age: now.saturating_duration_since(submitted),
     }
 }
 

@@ -7,6 +7,7 @@
 
 use super::deadlines::{Deadlines, Due, RequestDeadlines};
 use super::record::RequestRecord;
+use crate::engine::RequestQuery;
 use crate::engine::caller::permit::Permit;
 use crate::engine::caller::turn::Turn;
 use crate::engine::caller::waiting::Reply;
@@ -43,8 +44,17 @@ struct Account {
     turn: Option<Turn>,
     /// Label that the caller chose for the request.
     label: Option<Arc<str>>,
+    /// Owner that the caller named for the request.
+    owner: Option<u64>,
     /// Further recipients of the receipt.
     replies: Vec<ReceiptReply>,
+}
+
+/// What is known of a request from its submission.
+pub(super) struct Origin {
+    pub submitted: Instant,
+    pub label: Option<Arc<str>>,
+    pub owner: Option<u64>,
 }
 
 /// A recipient of a request's receipt in addition to the owner of its stream.
@@ -221,16 +231,27 @@ impl Ledger {
         }
     }
 
-    /// Returns when an open request was submitted, and its label.
-    pub fn submission_info(&self, key: SequenceKey) -> Option<(Instant, Option<&Arc<str>>)> {
+    /// Returns what is known of an open request from its submission.
+    pub fn origin(&self, key: SequenceKey) -> Option<Origin> {
         let account = self.open.get(key)?;
-        Some((account.record.submitted(), account.label.as_ref()))
+        Some(Origin {
+            submitted: account.record.submitted(),
+            label: account.label.clone(),
+            owner: account.owner,
+        })
     }
 
-    /// Returns the open requests with this label, in ascending order of their ids.
-    pub fn ids_with_label(&self, label: &str) -> Vec<RequestId> {
-        let labelled = |account: &&Account| account.label.as_deref() == Some(label);
-        let found = self.open.values().filter(labelled);
+    /// Returns the open requests that fit the query, in ascending order of their ids.
+    pub fn find(&self, query: &RequestQuery) -> Vec<RequestId> {
+        let fits = |account: &&Account| {
+            query.id.is_none_or(|id| id == account.id)
+                && query
+                    .label
+                    .as_ref()
+                    .is_none_or(|label| account.label.as_ref() == Some(label))
+                && query.owner.is_none_or(|owner| account.owner == Some(owner))
+        };
+        let found = self.open.values().filter(fits);
         let mut ids: Vec<RequestId> = found.map(|account| account.id).collect();
         ids.sort_unstable();
         ids
@@ -272,6 +293,7 @@ impl Ledger {
             deadlines,
             turn,
             label,
+            owner,
         } = spec;
         let deadlines = self.deadlines.add(key, deadlines);
         self.outcomes.accepted += 1;
@@ -291,6 +313,7 @@ impl Ledger {
             report: None,
             turn,
             label,
+            owner,
             replies: Vec::new(),
         };
         self.open.insert(key, account);
@@ -529,6 +552,7 @@ mod tests {
                 cell: Arc::default(),
             }),
             label: None,
+            owner: None,
         };
         ledger.open(key, RequestId(id), spec);
         receiver

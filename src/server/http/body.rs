@@ -4,7 +4,6 @@ pub(crate) mod integer;
 mod shape;
 pub(crate) mod wording;
 
-use super::auth::Caller;
 use super::workers::Job;
 use crate::server::App;
 use crate::server::error::ApiError;
@@ -27,8 +26,6 @@ use wording::plain;
 /// [`shape`].
 pub(crate) struct JsonBody {
     bytes: Bytes,
-    /// Who sent the body.
-    pub caller: Caller,
 }
 
 impl JsonBody {
@@ -45,10 +42,7 @@ impl JsonBody {
     /// Creates a body for a test.
     #[cfg(test)]
     pub fn of(text: String) -> Self {
-        Self {
-            bytes: text.into(),
-            caller: Caller::default(),
-        }
+        Self { bytes: text.into() }
     }
 
     /// Returns the length of the body in bytes.
@@ -230,11 +224,9 @@ async fn collect(
 impl FromRequest<Arc<App>> for JsonBody {
     type Rejection = ApiError;
 
-    async fn from_request(mut request: Request, app: &Arc<App>) -> Result<Self, ApiError> {
+    async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, ApiError> {
         require_json(&request)?;
         refuse_compressed(request.headers())?;
-        let caller = request.extensions_mut().remove::<Caller>();
-        let caller = caller.unwrap_or_else(|| Caller::without_key(app));
         let limit = app.options.max_body_bytes;
         let too_large = || {
             ApiError::new(
@@ -253,10 +245,7 @@ impl FromRequest<Arc<App>> for JsonBody {
                 let checked = body.clone();
                 let check = move |_: &Job| shape::check(&checked);
                 app.workers.run_if_long(body.len(), check).await?;
-                Ok(Self {
-                    bytes: body,
-                    caller,
-                })
+                Ok(Self { bytes: body })
             }
             Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
             Ok(Err(error)) => Err(ApiError::invalid(format!("the body ended early: {error}"))),

@@ -1,9 +1,11 @@
-//! `POST /abort_request`: cancels requests by their ids, on any connection.
+//! `POST /abort_request`: cancels requests by their ids, on any connection. With API keys, only
+//! an admin key cancels the requests of other keys.
 
-use crate::engine::{CancelReason, Receipt};
+use crate::engine::{CancelReason, Receipt, RequestQuery};
 use crate::id::RequestId;
 use crate::server::App;
 use crate::server::error::ApiError;
+use crate::server::http::auth::Caller;
 use crate::server::http::body::JsonBody;
 use axum::Json;
 use axum::extract::State;
@@ -70,9 +72,11 @@ impl From<Receipt> for Freed {
 }
 
 /// Cancels requests, and answers once their blocks are free. Requests that are no longer open
-/// are left out of the answer, so aborting the same request twice is not an error.
+/// are left out of the answer, so aborting the same request twice is not an error. The same
+/// goes for requests that the caller may not cancel: the answer does not tell that they exist.
 pub(crate) async fn abort_request(
     State(app): State<Arc<App>>,
+    caller: Caller,
     body: JsonBody,
 ) -> Result<Json<Aborted>, ApiError> {
     let request: AbortRequest = body.parse()?;
@@ -81,29 +85,30 @@ pub(crate) async fn abort_request(
         true => CancelReason::AbortAll,
         false => CancelReason::Explicit,
     };
-    let ids = match (request.request_id, all) {
-        (_, true) => {
-            let open = app.engine.snapshot().await?.requests;
-            open.into_iter().map(|request| request.id).collect()
-        }
-        (Some(NumberOrLabel::Number(id)), false) => vec![RequestId::from_u64(id)],
+    let query = RequestQuery::default();
+    let query = match (request.request_id, all) {
+        (_, true) => query,
+        (Some(NumberOrLabel::Number(id)), false) => query.id(RequestId::from_u64(id)),
         (Some(NumberOrLabel::Label(name)), false) => match name.parse() {
-            Ok(id) => vec![RequestId::from_u64(id)],
-            Err(_) => app.engine.find(name).await?,
+            Ok(id) => query.id(RequestId::from_u64(id)),
+            Err(_) => query.label(name),
         },
         (None, false) => {
             let problem = "request_id is missing, and abort_all is not true";
             return Err(ApiError::invalid(problem).param("request_id"));
         }
     };
+    let query = caller.limit(query);
+    let everything = query == RequestQuery::default();
+    let ids = app.engine.find(query).await?;
     let cancels = ids.into_iter().map(|id| {
         let cancel = app.engine.cancel_request(id, reason);
         async move { Ok::<_, ApiError>((id, cancel.await?)) }
     });
     // Post every cancel before waiting for the first one.
     let cancels: Vec<_> = cancels.collect();
-    if all {
-        // Also cancel the requests that have arrived since the snapshot.
+    if everything {
+        // Also cancel the requests that have arrived since the answer.
         app.engine.abort_all()?;
     }
     let receipts = try_join_all(cancels).await?;

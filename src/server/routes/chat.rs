@@ -4,6 +4,7 @@ use crate::engine::{Chunk, Prompt};
 use crate::sampling::Token;
 use crate::server::App;
 use crate::server::error::ApiError;
+use crate::server::http::auth::Caller;
 use crate::server::http::body::{JsonBody, integer, optional_object};
 use crate::server::openai::answer::{EndTokens, TokenNames, complete, finish_reason};
 use crate::server::openai::conversation::Conversation;
@@ -235,9 +236,10 @@ struct NamedLogProb {
 /// Handles a chat completion request.
 pub(crate) async fn chat_completions(
     State(app): State<Arc<App>>,
+    caller: Caller,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    let (bytes, caller) = (body.len(), body.caller.clone());
+    let bytes = body.len();
     let fields = body.read(&app, |body| {
         body.check_fields(Route::Chat)?;
         Ok((

@@ -4,6 +4,7 @@ use crate::engine::{Chunk, Prompt, TokenStream};
 use crate::sampling::Token;
 use crate::server::App;
 use crate::server::error::ApiError;
+use crate::server::http::auth::Caller;
 use crate::server::http::body::{JsonBody, integer, optional_object};
 use crate::server::openai::answer::{Answer, EndTokens, TokenNames, complete, finish_reason};
 use crate::server::openai::envelope::Envelope;
@@ -75,9 +76,9 @@ impl Choice {
 /// Handles a completion request.
 pub(crate) async fn completions(
     State(app): State<Arc<App>>,
+    caller: Caller,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    let caller = body.caller.clone();
     let fields = body.read(&app, |body| {
         body.check_fields(Route::Completions)?;
         Ok((

@@ -3,6 +3,7 @@
 use crate::engine::{CancelReason, EmbedRequest, Embedding, Prompt};
 use crate::server::App;
 use crate::server::error::ApiError;
+use crate::server::http::auth::Caller;
 use crate::server::http::body::{JsonBody, integer};
 use crate::server::openai::fields::Route;
 use crate::server::openai::prompts::Prompts;
@@ -83,9 +84,9 @@ struct Usage {
 /// Returns the vectors of the inputs, each normalized to length 1.
 pub(crate) async fn embeddings(
     State(app): State<Arc<App>>,
+    caller: Caller,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    let caller = body.caller.clone();
     let fields = body.read(&app, |body| {
         body.check_fields(Route::Embeddings)?;
         body.parse::<EmbeddingsRequest>()
@@ -98,12 +99,13 @@ pub(crate) async fn embeddings(
         let problem = format!("dimensions is {dimensions}, but must be from 1 to {size}");
         return Err(ApiError::invalid(problem).param("dimensions"));
     }
-    let template = EmbedRequest {
-        priority: caller.priority(request.priority.unwrap_or(0)),
-        cache_salt: caller.cache_salt(cache_salt(request.cache_salt)?),
+    let mut template = EmbedRequest {
+        priority: request.priority.unwrap_or(0),
+        cache_salt: cache_salt(request.cache_salt)?,
         tenant: request.user.filter(|user| !user.is_empty()).map(Into::into),
         ..EmbedRequest::new(Prompt::Tokens(Vec::new()))
     };
+    caller.admit_embedding(&mut template);
     let room = app.engine.max_sequence_tokens();
     let truncation = truncation(
         request.truncate_prompt_tokens,

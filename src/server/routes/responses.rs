@@ -12,6 +12,7 @@ pub(crate) use store::Store;
 use crate::engine::{Chunk, Finish, Prompt};
 use crate::sampling::Token;
 use crate::server::error::ApiError;
+use crate::server::http::auth::{Caller, Owner};
 use crate::server::http::body::wording::plain;
 use crate::server::http::body::{JsonBody, PathPart, integer, optional_object};
 use crate::server::openai::answer::{EndTokens, TokenNames, Usage, finish_reason};
@@ -125,9 +126,10 @@ struct Asked {
 /// Handles a request for a response.
 pub(crate) async fn create(
     State(app): State<Arc<App>>,
+    caller: Caller,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    let (bytes, caller) = (body.len(), body.caller.clone());
+    let bytes = body.len();
     let fields = body.read(&app, |body| {
         body.check_fields(Route::Responses)?;
         Ok((
@@ -146,7 +148,7 @@ pub(crate) async fn create(
         prepared,
         messages,
         items,
-    } = request.ask(&app, &tools, bytes).await?;
+    } = request.ask(&app, caller.owner(), &tools, bytes).await?;
     let prompt = Prompt::Tokens(prepared.prompt);
     let id = new_id("resp");
     let asked = sampling
@@ -162,6 +164,7 @@ pub(crate) async fn create(
     let store = request.store.unwrap_or(true);
     let mut writer = ResponseWriter {
         logprobs: logprobs.is_some(),
+        owner: caller.owner(),
         id,
         created: unix_time(),
         kept: store.then(|| (messages, listed(items))),
@@ -194,6 +197,7 @@ pub(crate) async fn create(
 /// Counts a request's input tokens without generating an answer.
 pub(crate) async fn input_tokens(
     State(app): State<Arc<App>>,
+    caller: Caller,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
     let bytes = body.len();
@@ -206,7 +210,7 @@ pub(crate) async fn input_tokens(
     });
     let (mut request, tools) = fields.await?;
     app.check_model(request.model.as_deref())?;
-    let asked = request.ask(&app, &tools, bytes).await?;
+    let asked = request.ask(&app, caller.owner(), &tools, bytes).await?;
     let count = json!({
         "object": "response.input_tokens",
         "input_tokens": asked.prepared.prompt.len(),
@@ -229,9 +233,10 @@ fn renamed(mut error: ApiError) -> ApiError {
 /// Returns a stored response.
 pub(crate) async fn get(
     State(app): State<Arc<App>>,
+    caller: Caller,
     PathPart(id): PathPart,
 ) -> Result<Response, ApiError> {
-    let response = app.responses.response(&id)?;
+    let response = app.responses.response(caller.owner(), &id)?;
     let json = (header::CONTENT_TYPE, "application/json");
     Ok(([json], response).into_response())
 }
@@ -239,9 +244,10 @@ pub(crate) async fn get(
 /// Deletes a stored response.
 pub(crate) async fn delete(
     State(app): State<Arc<App>>,
+    caller: Caller,
     PathPart(id): PathPart,
 ) -> Result<Json<Value>, ApiError> {
-    app.responses.delete(&id)?;
+    app.responses.delete(caller.owner(), &id)?;
     Ok(Json(
         json!({"id": id, "object": "response", "deleted": true}),
     ))
@@ -264,22 +270,24 @@ fn with_instructions(instructions: Option<&str>, messages: &[Message]) -> Vec<Me
 }
 
 impl CreateRequest {
-    /// Makes a prompt of the input and the conversation before it; the body had `bytes` bytes.
+    /// Makes a prompt of the input and the conversation before it, which both may refer to what
+    /// `owner` has stored. The body had `bytes` bytes.
     async fn ask(
         &mut self,
         app: &Arc<App>,
+        owner: Owner,
         tools: &Tools,
         bytes: usize,
     ) -> Result<Asked, ApiError> {
         let mut messages = match &self.previous_response_id {
-            Some(id) => app.responses.conversation(id)?,
+            Some(id) => app.responses.conversation(owner, id)?,
             None => Vec::new(),
         };
         let Some(input) = self.input.take() else {
             return Err(ApiError::invalid("input is missing").param("input"));
         };
         let limit = app.options.max_body_bytes.min(MAX_REFERRED);
-        let items = input.items(&app.responses, limit)?;
+        let items = input.items(&app.responses, owner, limit)?;
         append_all(&items, &mut messages)?;
         if messages.is_empty() {
             return Err(ApiError::invalid("input is an empty list").param("input"));
@@ -395,6 +403,7 @@ impl CreateRequest {
 /// Builds the response, and its events in a stream, as the answer arrives.
 struct ResponseWriter {
     app: Arc<App>,
+    owner: Owner,
     id: String,
     created: u64,
     /// Set if the response will be stored: the conversation before it, without instructions,
@@ -511,7 +520,10 @@ impl ResponseWriter {
             && let Some((mut messages, items)) = self.kept.take()
         {
             match append_all(self.output.items(), &mut messages) {
-                Ok(()) => (self.app.responses).keep(&self.id, &response, &messages, &items),
+                Ok(()) => {
+                    let store = &self.app.responses;
+                    store.keep(self.owner, &self.id, &response, &messages, &items);
+                }
                 Err(error) => tracing::error!(?error, "a response could not be stored"),
             }
         }

@@ -5,12 +5,16 @@
 //! as usual; the part that they share with the turns before is not computed again. A session
 //! has one turn at a time, and a second one is refused with status 409. If the connection of a
 //! turn is closed, the session returns to its state before the turn.
+//!
+//! With API keys, only the key that has opened a session can begin a turn of it. Admin keys can
+//! list, stop and end the sessions of all keys. To any other key, a session does not exist.
 
 use super::abort::Freed;
 use crate::engine::{
     EngineSnapshot, Request, Session, SessionOptions, Stop, SubmitError, TokenStream,
 };
 use crate::server::error::ApiError;
+use crate::server::http::auth::{Caller, Owner};
 use crate::server::http::body::{JsonBody, PathPart};
 use crate::server::openai::session_turn::SessionPrompt;
 use crate::server::{App, unix_time};
@@ -35,6 +39,7 @@ pub(crate) struct Sessions(Mutex<HashMap<String, Arc<OpenSession>>>);
 #[derive(Debug)]
 pub(crate) struct OpenSession {
     id: String,
+    owner: Owner,
     session: Session,
     pin: Option<Duration>,
     /// Seconds since 1970.
@@ -53,6 +58,11 @@ impl OpenSession {
             SessionPrompt::Next => self.session.generate(request),
             SessionPrompt::Whole => self.session.generate_anew(request),
         }
+    }
+
+    /// Marks the session as used now.
+    fn touch(&self) {
+        *self.used() = Instant::now();
     }
 
     fn used(&self) -> MutexGuard<'_, Instant> {
@@ -74,12 +84,31 @@ impl Sessions {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns an open session, and marks it as used now.
-    pub fn find(&self, id: &str) -> Result<Arc<OpenSession>, ApiError> {
-        let found = self.open().get(id).cloned();
-        let session = found.ok_or_else(|| unknown(id))?;
-        *session.used() = Instant::now();
+    /// Returns a session that the caller may begin a turn of, and marks it as used now.
+    pub fn use_own(&self, caller: &Caller, id: &str) -> Result<Arc<OpenSession>, ApiError> {
+        let session = self.managed(caller, id)?;
+        if session.owner != caller.owner() {
+            return Err(unknown(id));
+        }
+        session.touch();
         Ok(session)
+    }
+
+    /// Returns a session that the caller may see and end.
+    fn managed(&self, caller: &Caller, id: &str) -> Result<Arc<OpenSession>, ApiError> {
+        let open = self.open();
+        let found = open.get(id).filter(|open| caller.manages(open.owner));
+        found.cloned().ok_or_else(|| unknown(id))
+    }
+
+    /// Removes a session that the caller may end.
+    fn remove(&self, caller: &Caller, id: &str) -> Result<Arc<OpenSession>, ApiError> {
+        let mut open = self.open();
+        match open.get(id) {
+            Some(session) if caller.manages(session.owner) => open.remove(id),
+            _ => None,
+        }
+        .ok_or_else(|| unknown(id))
     }
 
     /// Adds an open session, unless `most` are open already.
@@ -198,6 +227,7 @@ impl SessionObject {
 /// `POST /v1/sessions`: opens a session.
 pub(crate) async fn create(
     State(app): State<Arc<App>>,
+    caller: Caller,
     body: JsonBody,
 ) -> Result<(StatusCode, Json<SessionObject>), ApiError> {
     let new: NewSession = body.parse_or_default()?;
@@ -212,6 +242,7 @@ pub(crate) async fn create(
     app.sessions.sweep(app.options.session_ttl);
     let session = OpenSession {
         id: format!("session-{}", Uuid::new_v4().simple()),
+        owner: caller.owner(),
         session: app.engine.session_with(SessionOptions { pin }),
         pin,
         created: unix_time(),
@@ -232,10 +263,14 @@ pub(crate) struct SessionList {
     data: Vec<SessionObject>,
 }
 
-/// `GET /v1/sessions`: lists the open sessions.
-pub(crate) async fn list(State(app): State<Arc<App>>) -> Result<Json<SessionList>, ApiError> {
+/// `GET /v1/sessions`: lists the open sessions that the caller may see.
+pub(crate) async fn list(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+) -> Result<Json<SessionList>, ApiError> {
     let snapshot = app.engine.snapshot().await?;
     let mut open: Vec<_> = app.sessions.open().values().cloned().collect();
+    open.retain(|session| caller.manages(session.owner));
     open.sort_unstable_by_key(|session| session.session.id());
     let data = open.iter().map(|open| SessionObject::new(open, &snapshot));
     Ok(Json(SessionList {
@@ -247,10 +282,10 @@ pub(crate) async fn list(State(app): State<Arc<App>>) -> Result<Json<SessionList
 /// `GET /v1/sessions/{id}`: returns an open session. This does not count as use.
 pub(crate) async fn get(
     State(app): State<Arc<App>>,
+    caller: Caller,
     PathPart(id): PathPart,
 ) -> Result<Json<SessionObject>, ApiError> {
-    let found = app.sessions.open().get(&id).cloned();
-    let session = found.ok_or_else(|| unknown(&id))?;
+    let session = app.sessions.managed(&caller, &id)?;
     let snapshot = app.engine.snapshot().await?;
     Ok(Json(SessionObject::new(&session, &snapshot)))
 }
@@ -283,11 +318,13 @@ pub(crate) struct SessionReceipt {
 /// answers once its blocks are free. The session keeps the turn unless the body says otherwise.
 pub(crate) async fn stop(
     State(app): State<Arc<App>>,
+    caller: Caller,
     PathPart(id): PathPart,
     body: JsonBody,
 ) -> Result<Json<SessionReceipt>, ApiError> {
     let stop: StopTurn = body.parse_or_default()?;
-    let session = app.sessions.find(&id)?;
+    let session = app.sessions.managed(&caller, &id)?;
+    session.touch();
     let receipt = session.stop(match stop.mode.unwrap_or(StopMode::Keep) {
         StopMode::Keep => Stop::Keep,
         StopMode::Rewind => Stop::Rewind,
@@ -303,10 +340,10 @@ pub(crate) async fn stop(
 /// free.
 pub(crate) async fn end(
     State(app): State<Arc<App>>,
+    caller: Caller,
     PathPart(id): PathPart,
 ) -> Result<Json<SessionReceipt>, ApiError> {
-    let removed = app.sessions.open().remove(&id);
-    let session = removed.ok_or_else(|| unknown(&id))?;
+    let session = app.sessions.remove(&caller, &id)?;
     let receipt = session.post_end();
     Ok(Json(SessionReceipt {
         id,

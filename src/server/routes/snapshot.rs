@@ -1,8 +1,10 @@
-//! `GET /v1/engine/snapshot`: the internal state of the engine, once or as a stream.
+//! `GET /v1/engine/snapshot`: the internal state of the engine, once or as a stream. It shows
+//! the requests of everybody, so with API keys it needs an admin key.
 
 use crate::engine::EngineSnapshot;
 use crate::server::App;
 use crate::server::error::ApiError;
+use crate::server::http::auth::Caller;
 use crate::server::openai::sse;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
@@ -81,8 +83,10 @@ pub(crate) struct SnapshotQuery {
 /// Returns a snapshot, or a stream of snapshots that ends when the server has been drained.
 pub(crate) async fn snapshot(
     State(app): State<Arc<App>>,
+    caller: Caller,
     query: Result<Query<SnapshotQuery>, QueryRejection>,
 ) -> Result<Response, ApiError> {
+    caller.require_admin()?;
     let query = query.map_err(|problem| ApiError::invalid(problem.body_text()))?;
     let every = query.every_ms.unwrap_or(500);
     if !EVERY_MS.contains(&every) {

@@ -2,6 +2,7 @@
 
 use super::store::Store;
 use crate::server::error::ApiError;
+use crate::server::http::auth::Owner;
 use crate::text::Message;
 use serde::de::{Deserialize, Deserializer, Error, SeqAccess, Visitor};
 use serde_json::{Value, json};
@@ -50,9 +51,9 @@ impl<'de> Visitor<'de> for InputVisitor {
 }
 
 impl Input {
-    /// Returns the items of the input, with references replaced by the items of earlier
-    /// responses. The items put in may have at most `limit` bytes together.
-    pub fn items(self, store: &Store, limit: usize) -> Result<Vec<Value>, ApiError> {
+    /// Returns the items of the input, with references replaced by the items of the owner's
+    /// earlier responses. The items put in may have at most `limit` bytes together.
+    pub fn items(self, store: &Store, owner: Owner, limit: usize) -> Result<Vec<Value>, ApiError> {
         let mut items = match self {
             Self::Text(text) => vec![json!({"role": "user", "content": text})],
             Self::Items(items) => items,
@@ -63,7 +64,7 @@ impl Input {
                 continue;
             };
             let place = || format!("input[{index}]");
-            let found = store.item(id).ok_or_else(|| {
+            let found = store.item(owner, id).ok_or_else(|| {
                 let problem = format!(
                     "{}: there is no item {id:?}, or it has been removed",
                     place()
@@ -260,7 +261,7 @@ mod tests {
     fn read(input: Value) -> Result<Vec<Message>, String> {
         let input: Input = serde_json::from_value(input).map_err(|error| error.to_string())?;
         let mut messages = Vec::new();
-        let items = input.items(&Store::default(), 1000);
+        let items = input.items(&Store::default(), Owner::default(), 1000);
         let appended = items.and_then(|items| append_all(&items, &mut messages));
         appended.map_err(|error| error.body.message)?;
         Ok(messages)
@@ -352,20 +353,30 @@ mod tests {
     fn references_are_the_items_that_they_refer_to_within_limits() {
         let store = Store::default();
         let answer = json!({"type": "message", "id": "msg_1", "role": "assistant", "content": "A"});
-        store.keep("r", &json!({"output": [answer]}), &[], &[]);
+        store.keep(
+            Owner::default(),
+            "r",
+            &json!({"output": [answer]}),
+            &[],
+            &[],
+        );
         let input = |count: usize| {
             let mut items = vec![json!({"type": "item_reference", "id": "msg_1"}); count];
             items.push(json!({"id": "msg_1"}));
             Input::Items(items)
         };
         let bytes = answer.to_string().len();
-        let items = input(1).items(&store, 2 * bytes).unwrap();
+        let items = input(1).items(&store, Owner::default(), 2 * bytes).unwrap();
         assert_eq!(items, [answer.clone(), answer]);
-        let error = input(1).items(&store, 2 * bytes - 1).unwrap_err();
+        let error = input(1)
+            .items(&store, Owner::default(), 2 * bytes - 1)
+            .unwrap_err();
         assert_eq!(error.body.param.as_deref(), Some("input[1]"));
         assert_eq!(error.status, 400);
-        store.delete("r").unwrap();
-        let error = input(0).items(&store, 2 * bytes).unwrap_err();
+        store.delete(Owner::default(), "r").unwrap();
+        let error = input(0)
+            .items(&store, Owner::default(), 2 * bytes)
+            .unwrap_err();
         assert_eq!(
             (error.status.as_u16(), error.body.code),
             (404, Some("item_not_found"))

@@ -2,6 +2,7 @@
 
 use crate::server::App;
 use crate::server::error::ApiError;
+use crate::server::http::auth::Caller;
 use crate::server::http::body::PathPart;
 use axum::Json;
 use axum::extract::rejection::QueryRejection;
@@ -39,12 +40,13 @@ type Items = Vec<(String, Arc<str>)>;
 /// Returns a page of items.
 pub(crate) async fn input_items(
     State(app): State<Arc<App>>,
+    caller: Caller,
     PathPart(id): PathPart,
     query: Result<Query<PageQuery>, QueryRejection>,
 ) -> Result<Json<Value>, ApiError> {
     let Query(query) = query.map_err(|problem| ApiError::invalid(problem.body_text()))?;
     query.check()?;
-    let (page, more) = query.page(app.responses.input(&id)?)?;
+    let (page, more) = query.page(app.responses.input(caller.owner(), &id)?)?;
     let data = page.iter().map(|(_, item)| item_json(item));
     Ok(Json(json!({
         "object": "list",
