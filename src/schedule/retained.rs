@@ -52,6 +52,8 @@ pub(super) struct RetainedSessions {
     sessions: HashMap<SessionId, RetainedSession>,
     /// Sessions without a pin, the least recently used first.
     evictable: BTreeMap<u64, SessionId>,
+    /// Sessions with a pin, by the time when it expires, then by their last use.
+    pinned: BTreeMap<(Instant, u64), SessionId>,
     uses: u64,
     blocks: usize,
     pinned_blocks: usize,
@@ -96,8 +98,9 @@ impl RetainedSessions {
         self.uses += 1;
         retained.used = self.uses;
         self.blocks += retained.table.len();
-        if retained.pinned_until.is_some() {
+        if let Some(until) = retained.pinned_until {
             self.pinned_blocks += retained.table.len();
+            self.pinned.insert((until, retained.used), session);
         } else {
             self.evictable.insert(retained.used, session);
         }
@@ -108,27 +111,33 @@ impl RetainedSessions {
     /// Removes and returns what a session keeps.
     pub fn take(&mut self, session: SessionId) -> Option<RetainedSession> {
         let retained = self.sessions.remove(&session)?;
-        self.evictable.remove(&retained.used);
         self.blocks -= retained.table.len();
-        if retained.pinned_until.is_some() {
+        if let Some(until) = retained.pinned_until {
             self.pinned_blocks -= retained.table.len();
+            self.pinned.remove(&(until, retained.used));
+        } else {
+            self.evictable.remove(&retained.used);
         }
         Some(retained)
     }
 
     /// Returns each running total by its name, with the value that a recount gives.
-    pub fn sums(&self) -> [(&'static str, usize, usize); 3] {
-        let (mut blocks, mut pinned, mut evictable) = (0, 0, 0);
+    pub fn sums(&self) -> [(&'static str, usize, usize); 4] {
+        let (mut blocks, mut pinned, mut pins, mut evictable) = (0, 0, 0, 0);
         for retained in self.sessions.values() {
             blocks += retained.table.len();
             match retained.pinned_until {
-                Some(_) => pinned += retained.table.len(),
+                Some(_) => {
+                    pinned += retained.table.len();
+                    pins += 1;
+                }
                 None => evictable += 1,
             }
         }
         [
             ("retained blocks", self.blocks, blocks),
             ("pinned blocks", self.pinned_blocks, pinned),
+            ("pinned sessions", self.pinned.len(), pins),
             ("evictable sessions", self.evictable.len(), evictable),
         ]
     }
@@ -142,22 +151,24 @@ impl RetainedSessions {
 
     /// Returns the session whose pin expires first.
     pub fn first_pinned(&self) -> Option<SessionId> {
-        let pinned = self.sessions.iter().filter_map(|(session, retained)| {
-            Some((retained.pinned_until?, retained.used, *session))
-        });
-        pinned.min().map(|(_, _, session)| session)
+        self.pinned.first_key_value().map(|(_, session)| *session)
+    }
+
+    /// Returns when the next pin expires, if there is one.
+    pub fn next_expiry(&self) -> Option<Instant> {
+        self.pinned.first_key_value().map(|((until, _), _)| *until)
     }
 
     /// Removes the pins that have expired by `now`, so that their sessions can be evicted.
     pub fn expire(&mut self, now: Instant) {
-        if self.pinned_blocks == 0 {
-            return;
-        }
-        for (session, retained) in &mut self.sessions {
-            if retained.pinned_until.is_some_and(|until| until <= now) {
+        while let Some(pin) = self.pinned.first_entry()
+            && pin.key().0 <= now
+        {
+            let ((_, used), session) = pin.remove_entry();
+            self.evictable.insert(used, session);
+            if let Some(retained) = self.sessions.get_mut(&session) {
                 retained.pinned_until = None;
                 self.pinned_blocks -= retained.table.len();
-                self.evictable.insert(retained.used, *session);
             }
         }
     }

@@ -26,9 +26,19 @@ pub(super) struct Drain {
 }
 
 impl SchedulerThread {
+    /// Returns when [`SchedulerThread::handle_deadlines`] has something to do next.
+    pub(super) fn next_due(&self) -> Option<Instant> {
+        let drains = self.drains.iter().filter_map(|drain| drain.until);
+        let due = [
+            self.ledger.next_deadline(),
+            self.scheduler.next_pin_expiry(),
+        ];
+        due.into_iter().flatten().chain(drains).min()
+    }
+
     /// Handles what is due now. Deadlines take effect only here.
     pub(super) fn handle_deadlines(&mut self) {
-        if self.scheduler.counts().pinned_blocks > 0 {
+        if self.scheduler.next_pin_expiry().is_some() {
             self.scheduler.expire_pins(Instant::now());
         }
         self.expire();

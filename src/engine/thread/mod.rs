@@ -167,7 +167,7 @@ impl SchedulerThread {
     }
 
     /// Applies the commands that have been posted. When idle, waits for one: if nothing can be
-    /// planned and nothing is in flight, only a command or a deadline changes that. Returns
+    /// planned and nothing is in flight, only a command or the passing of time changes that. Returns
     /// `true` when no caller is left that could post a command.
     fn drain_commands(&mut self) -> bool {
         // Drain only what is queued now, so that a busy caller cannot starve the loop.
@@ -205,12 +205,11 @@ impl SchedulerThread {
         }
     }
 
-    /// Waits for a command, but not beyond the next deadline.
+    /// Waits for a command, but not beyond the next time at which something is due.
     fn wait(&mut self) -> Result<Command, RecvTimeoutError> {
-        let drains = self.drains.iter().filter_map(|drain| drain.until);
-        let deadline = self.ledger.next_deadline().into_iter().chain(drains).min();
+        let due = self.next_due();
         self.pulse.idle();
-        let command = match deadline {
+        let command = match due {
             Some(deadline) => self.commands.recv_deadline(deadline),
             None => self.commands.recv().map_err(RecvTimeoutError::from),
         };

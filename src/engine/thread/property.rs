@@ -13,7 +13,7 @@ use super::SchedulerThread;
 use crate::cache::{BlockId, CacheLayout};
 use crate::config::{EngineConfig, Preemption};
 use crate::device::DeviceError;
-use crate::engine::sync::{Arc, OnceLock};
+use crate::engine::sync::{Arc, OnceLock, RecvTimeoutError};
 use crate::engine::{Engine, EngineFault, EngineStats, Outcome};
 use crate::id::RequestId;
 use crate::runner::{Runner, StepOutput};
@@ -892,6 +892,40 @@ fn a_reader_that_has_caught_up_has_no_deadline() {
         assert_eq!(paused(&machine), (0, false));
     }
     machine.finish(setup.finale);
+}
+
+#[test]
+fn an_idle_thread_wakes_when_the_next_pin_expires() {
+    let mut setup = small(8, 4);
+    setup.config.pinned_percent = 100;
+    for long in [true, false] {
+        let mut machine = Machine::new(&setup);
+        machine.apply(&Event::Act(Act::OpenSession { pin: Some(long) }));
+        machine.apply(&Event::Act(Act::Turn(0, ASK)));
+        let pinned = |machine: &Machine| {
+            let thread = machine.thread.as_ref().unwrap();
+            thread.stats().pinned_blocks
+        };
+        // Pins expire at the beginning of an iteration, so that this sees even the short one.
+        for _ in 0..MAX_TURNS {
+            if pinned(&machine) == 0 {
+                machine.turn();
+            }
+        }
+        assert_eq!(pinned(&machine), 1);
+        let thread = machine.thread.as_mut().unwrap();
+        let due = thread.next_due().expect("the pin expires at some time");
+        if long {
+            thread.scheduler.expire_pins(due);
+        } else {
+            let woken = thread.wait();
+            assert!(matches!(woken, Err(RecvTimeoutError::Timeout)));
+            thread.handle_deadlines();
+        }
+        assert_eq!(thread.next_due(), None);
+        assert_eq!(pinned(&machine), 0);
+        machine.finish(setup.finale);
+    }
 }
 
 /// Ensures that the property test does not pass merely because nothing happens.

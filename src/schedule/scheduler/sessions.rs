@@ -115,6 +115,11 @@ impl Scheduler {
         self.retained.expire(now);
     }
 
+    /// Returns when the next pin expires, if there is one.
+    pub fn next_pin_expiry(&self) -> Option<Instant> {
+        self.retained.next_expiry()
+    }
+
     /// Returns the size of what a session keeps now.
     pub fn retained(&self, session: SessionId) -> RetainedCache {
         self.retained
