@@ -8,8 +8,9 @@ use super::python::{
 };
 use super::text_filters::{
     center, escape, escaped, file_size, format, indent, positive, replace, strip_tags, title, trim,
-    truncate, url_encode, urlize, word_count, word_wrap, xml_attributes,
+    truncate, url_encode, word_count, word_wrap, xml_attributes,
 };
+use super::urlize::urlize;
 use minijinja::value::{Kwargs, Rest, Value, ValueKind};
 use minijinja::{Environment, Error};
 use std::hash::{BuildHasher, RandomState};

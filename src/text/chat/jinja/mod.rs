@@ -13,6 +13,7 @@ mod predicates;
 pub(super) mod python;
 mod source;
 mod text_filters;
+mod urlize;
 
 #[cfg(test)]
 mod tests;

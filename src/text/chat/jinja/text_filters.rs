@@ -262,41 +262,6 @@ pub(super) fn url_encode(value: &Value, _: &mut Arguments) -> Result<Value, Erro
     Ok(pairs.join("&").into())
 }
 
-/// Turns web addresses into links. An address has a scheme, a path or a port, or begins
-/// with `www.`, and its host ends with a top-level domain.
-pub(super) fn urlize(value: &Value, _: &mut Arguments) -> Result<Value, Error> {
-    let text = text(value)?;
-    let mut out = String::new();
-    for word in text.split_inclusive(is_space) {
-        let bare = word.trim_end_matches(is_space);
-        let host = bare
-            .trim_start_matches("https://")
-            .trim_start_matches("http://");
-        let host = host.split(['/', '?', '#', ':']).next().unwrap_or_default();
-        let labels: Vec<&str> = host.split('.').collect();
-        let known = bare.len() > host.len() || host.starts_with("www.");
-        let domain = labels.last().is_some_and(|last| {
-            labels.len() > 1 && last.len() > 1 && last.bytes().all(|b| b.is_ascii_alphabetic())
-        });
-        let named = labels.iter().all(|label| !label.is_empty());
-        if !(known && domain && named) {
-            out.push_str(&escape(word));
-            continue;
-        }
-        let scheme = if bare.starts_with("www.") {
-            "https://"
-        } else {
-            ""
-        };
-        let shown = escape(bare);
-        out.push_str(&format!(
-            "<a href=\"{scheme}{shown}\" rel=\"noopener\">{shown}</a>"
-        ));
-        out.push_str(&word[bare.len()..]);
-    }
-    Ok(out.into())
-}
-
 pub(super) fn xml_attributes(value: &Value, arguments: &mut Arguments) -> Result<Value, Error> {
     let space = arguments
         .next("autospace")?
