@@ -66,15 +66,18 @@ impl PooledRows {
         self.rows
     }
 
-    /// Returns the mean of the rows, rounded once. A column is NaN if one of its values was NaN
-    /// or too large.
-    pub fn mean(&self) -> Vec<f32> {
+    /// Returns the mean of the rows, rounded once; `None` if there are none. A column is NaN if
+    /// one of its values was NaN or too large.
+    pub fn mean(&self) -> Option<Vec<f32>> {
+        if self.rows == 0 {
+            return None;
+        }
         let scale = f64::from(UNITS) * self.rows as f64;
         let mean = |&sum: &i64| match sum {
             INVALID => f32::NAN,
             sum => (sum as f64 / scale) as f32,
         };
-        self.sums.iter().map(mean).collect()
+        Some(self.sums.iter().map(mean).collect())
     }
 }
 
@@ -130,22 +133,32 @@ mod tests {
             let column = rows.iter().map(|row| f64::from(row[column]));
             column.sum::<f64>() / rows.len() as f64
         };
-        for (column, mean) in whole.mean().into_iter().enumerate() {
+        for (column, mean) in whole.mean().unwrap().into_iter().enumerate() {
             let error = (f64::from(mean) - exact(column)).abs();
             assert!(error <= 2e-9 + 6e-8 * exact(column).abs(), "{column}");
         }
     }
 
     #[test]
+    fn no_rows_have_no_mean() {
+        let mut none = PooledRows::new(3);
+        assert_eq!(none.mean(), None);
+        none.merge(&PooledRows::of_device(0, vec![0; 3]));
+        assert_eq!((none.rows(), none.mean()), (0, None));
+        none.merge(&sum(&[[1.0, 2.0, 3.0]]));
+        assert_eq!(none.mean(), Some(vec![1.0, 2.0, 3.0]));
+    }
+
+    #[test]
     fn nan_or_a_too_large_value_invalidates_only_its_column() {
         for wrong in [f32::NAN, f32::INFINITY, -40_000.0] {
             let with = sum(&[[1.0, 2.0, 3.0], [3.0, wrong, 5.0], [2.0, 1.0, 1.0]]);
-            let mean = with.mean();
+            let mean = with.mean().unwrap();
             assert_eq!((mean[0], mean[2]), (2.0, 3.0));
             assert!(mean[1].is_nan());
             let mut later = sum(&[[1.0, 1.0, 1.0]]);
             later.merge(&with);
-            assert!(later.mean()[1].is_nan());
+            assert!(later.mean().unwrap()[1].is_nan());
         }
     }
 }

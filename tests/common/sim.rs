@@ -439,7 +439,7 @@ pub fn expected_embedding(prompt: &[u32]) -> Vec<f32> {
     for end in 1..=prompt.len() {
         sum.add_row(&hidden_state(prompt[..end].iter().copied()));
     }
-    sum.mean()
+    sum.mean().expect("a prompt has tokens")
 }
 
 /// Returns the log probability of `next` after these tokens.

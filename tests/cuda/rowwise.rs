@@ -492,7 +492,10 @@ fn pooled_rows_are_exact_sums_of_the_stored_values() {
             let next = device.pool(&x, &ranges[3..]).unwrap();
             assert_eq!(device.collect_pooled(pooling).unwrap(), expected);
             assert_eq!(device.collect_pooled(next).unwrap(), expected[3..]);
-            let unsound = |sum: &PooledRows| sum.mean().iter().filter(|v| v.is_nan()).count();
+            let unsound = |sum: &PooledRows| {
+                let mean = sum.mean().unwrap();
+                mean.iter().filter(|value| value.is_nan()).count()
+            };
             assert_eq!((unsound(&expected[0]), unsound(&expected[1])), (1, 1));
             assert!(device.pool(&x, &[0..23, 2..24]).is_err());
         }

@@ -123,9 +123,10 @@ impl EmbeddingFuture {
         if let Outcome::Cancelled(reason) = finish.outcome {
             return Err(GenerateError::Cancelled(reason));
         }
-        let sum = self.0.take_sum().ok_or_else(ended)?;
+        // A prompt has at least one token, so its sum has a mean.
+        let mean = self.0.take_sum().and_then(|sum| sum.mean());
         Ok(Some(Embedding {
-            values: sum.mean(),
+            values: mean.ok_or_else(ended)?,
             prompt_tokens: finish.prompt_tokens,
             timing: finish.timing,
         }))
