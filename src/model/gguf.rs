@@ -4,6 +4,7 @@ mod rope;
 
 use super::architectures::Architecture;
 use super::hyperparameters::Hyperparameters;
+use super::key_names::{self, KeyNames};
 use super::layer::Experts;
 use super::{Biases, ModelConfig, ModelError};
 use crate::device::{HeadShape, RoutingSpec};
@@ -51,14 +52,21 @@ impl<'a> Metadata<'a> {
         expected: &str,
         read: impl Fn(&'a Value) -> Option<T>,
     ) -> Result<Option<T>, ModelError> {
-        let key = self.key(key);
-        let Some(value) = self.file.metadata(&key) else {
+        let Some(value) = self.file.metadata(&self.key(key)) else {
             return Ok(None);
         };
         match read(value) {
             Some(value) => Ok(Some(value)),
-            None => Err(ModelError::setting(key, value.type_name(), expected)),
+            None => {
+                let found = format!("of type {}", value.type_name());
+                Err(self.refused(key, found, expected))
+            }
         }
+    }
+
+    /// The error for a setting with this value.
+    fn refused(&self, key: &str, value: impl ToString, expected: impl Into<String>) -> ModelError {
+        ModelError::setting(self.key(key), value, expected)
     }
 
     pub(super) fn size(&self, key: &str) -> Result<Option<usize>, ModelError> {
@@ -85,11 +93,10 @@ impl<'a> Metadata<'a> {
             Some(&first) if all.iter().all(|&value| value == first) => {
                 Ok(usize::try_from(first).ok())
             }
-            _ => Err(ModelError::setting(
-                self.key(key),
-                format!("{all:?}"),
-                "the same number for every layer",
-            )),
+            _ => {
+                let expected = "the same number for every layer";
+                Err(self.refused(key, format!("{all:?}"), expected))
+            }
         }
     }
 
@@ -143,6 +150,11 @@ impl<'a> Metadata<'a> {
             dense_layers: HashSet::new(),
             biases: Biases::AS_STORED,
             end_tokens: Vec::new(),
+            names: KeyNames {
+                keys: key_names::GGUF,
+                place: self.key(""),
+                rope_place: self.key("rope.scaling."),
+            },
         })
     }
 
@@ -162,7 +174,7 @@ impl<'a> Metadata<'a> {
             && value_dim != head_dim
         {
             let expected = format!("{head_dim}, the key length");
-            return Err(ModelError::setting(key, value_dim, expected));
+            return Err(self.refused(key, value_dim, expected));
         }
         let kv_heads = self.uniform_size("attention.head_count_kv")?;
         Ok(HeadShape {
@@ -244,7 +256,7 @@ impl<'a> Metadata<'a> {
         match self.size(key)?.filter(|&count| count > 0) {
             Some(count) => {
                 let expected = format!("0 for the architecture '{}'", self.name);
-                Err(ModelError::setting(self.key(key), count, expected))
+                Err(self.refused(key, count, expected))
             }
             None => Ok(()),
         }
@@ -268,12 +280,12 @@ impl<'a> Metadata<'a> {
             let value = self.number(key)?.filter(|&value| value != 0.0);
             if let Some(value) = value.filter(|&value| value != neutral) {
                 let expected = format!("{neutral} for the architecture '{}'", self.name);
-                return Err(ModelError::setting(self.key(key), value, expected));
+                return Err(self.refused(key, value, expected));
             }
         }
         let (key, expected) = ("attention.causal", "true: quell decodes causally");
         match self.optional(key, "true or false", Value::as_bool)? {
-            Some(false) => Err(ModelError::setting(self.key(key), false, expected)),
+            Some(false) => Err(self.refused(key, false, expected)),
             _ => Ok(()),
         }
     }

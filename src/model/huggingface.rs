@@ -14,6 +14,7 @@ pub(super) use settings::Settings;
 
 use super::architectures::Architecture;
 use super::hyperparameters::Hyperparameters;
+use super::key_names::{self, KeyNames, Keys};
 use super::{Biases, ModelConfig, ModelError};
 use crate::device::{Activation, HeadShape};
 use serde_json::Value;
@@ -47,14 +48,12 @@ pub(super) fn ties_embeddings(config: &Value) -> Result<bool, ModelError> {
 
 impl<'a> Config<'a> {
     fn new(config: &'a Value) -> Result<Self, ModelError> {
-        let root = Settings(config);
+        let root = Settings::new(config);
         let key = "model_type";
-        let name = root.text(key)?.ok_or_else(|| ModelError::MissingSetting {
-            key: key.to_owned(),
-        })?;
+        let name = root.text(key)?.ok_or_else(|| root.missing(key))?;
         Ok(Self {
             root,
-            settings: root.get("text_config").map_or(root, Settings),
+            settings: root.part("text_config").unwrap_or(root),
             architecture: Architecture::from_model_type(name)?,
         })
     }
@@ -71,7 +70,7 @@ impl<'a> Config<'a> {
         let key = "use_bidirectional_attention";
         if settings.flag(key)? == Some(true) {
             let expected = "false: quell decodes causally";
-            return Err(ModelError::setting(key, true, expected));
+            return Err(settings.refused(key, true, expected));
         }
         let (layers, hidden, heads) = (self.layers()?, self.hidden()?, self.heads()?);
         let trained_context = self.trained_context()?;
@@ -90,7 +89,7 @@ impl<'a> Config<'a> {
             context: rope.extended_context(trained_context),
             norm_epsilon: settings
                 .number_or("rms_norm_eps", Some(class.norm_epsilon))?
-                .ok_or_else(|| ModelError::setting("rms_norm_eps", "null", "a number"))?,
+                .ok_or_else(|| settings.refused("rms_norm_eps", "null", "a number"))?,
             embedding_scale: 1.0,
             attention_scale: 1.0 / query_scale.unwrap_or(heads.head_dim as f32).sqrt(),
             attention_softcap: None,
@@ -102,7 +101,25 @@ impl<'a> Config<'a> {
             dense_layers: HashSet::new(),
             biases: Biases::NONE,
             end_tokens: self.end_tokens()?,
+            names: self.names(),
         })
+    }
+
+    /// What the file calls the numbers.
+    fn names(&self) -> KeyNames {
+        let settings = self.settings;
+        let experts = match settings.get("num_local_experts") {
+            Some(_) => "num_local_experts",
+            None => key_names::HUGGINGFACE.experts,
+        };
+        KeyNames {
+            keys: Keys {
+                experts,
+                ..key_names::HUGGINGFACE
+            },
+            place: settings.place(),
+            rope_place: self.rope_parameters().unwrap_or(settings).place(),
+        }
     }
 
     /// The number of layers.
@@ -131,7 +148,7 @@ impl<'a> Config<'a> {
             (Some(head_dim), _) => head_dim,
             (None, None) => split,
             (None, Some(_)) if settings.says(key) => {
-                return Err(ModelError::setting(key, "null", "a whole number"));
+                return Err(settings.refused(key, "null", "a whole number"));
             }
             (None, Some(head_dim)) => head_dim,
         };
@@ -165,7 +182,7 @@ impl<'a> Config<'a> {
             // Early Gemma checkpoints say "gelu" in hidden_act and mean the tanh form.
             Some("gelu") if key == "hidden_act" && activation == Activation::GeluTanh => Ok(()),
             Some(found) if !expected.contains(&found) => {
-                Err(ModelError::setting(key, found, expected.join(" or ")))
+                Err(self.settings.refused(key, found, expected.join(" or ")))
             }
             _ => Ok(()),
         }

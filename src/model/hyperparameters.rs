@@ -2,6 +2,7 @@
 //! them.
 
 use super::architectures::Architecture;
+use super::key_names::{KeyNames, Keys};
 use super::layer::{Attention, Experts, FeedForward, LayerSpec, Mixer, NormPlacement};
 use super::{Biases, ModelConfig, ModelError, RopeConfig};
 use crate::device::{Activation, HeadShape};
@@ -40,6 +41,8 @@ pub(super) struct Hyperparameters {
     pub(super) biases: Biases,
     /// Tokens that end a sequence.
     pub(super) end_tokens: Vec<u32>,
+    /// What the file calls the numbers.
+    pub(super) names: KeyNames,
 }
 
 impl Hyperparameters {
@@ -113,21 +116,40 @@ impl Hyperparameters {
         self.check_sizes()?;
         self.check_factors()?;
         if self.windows.contains(&Some(0)) {
-            return Err(ModelError::setting("sliding window", 0, "at least 1"));
+            return Err(self.refused(|keys| keys.window, 0, "at least 1"));
         }
         if self.windows.len() != self.layers {
             let expected = format!("one entry for each of the {} layers", self.layers);
-            return Err(ModelError::setting(
-                "list of layer types",
-                format!("{} entries long", self.windows.len()),
-                expected,
-            ));
+            let found = format!("{} entries long", self.windows.len());
+            return Err(self.refused(|keys| keys.layer_types, found, expected));
         }
         if let Some(experts) = self.experts {
-            check_experts(experts)?;
+            self.check_experts(experts)?;
         }
-        self.rope.validate(self.heads.head_dim)?;
-        self.sliding_rope.validate(self.heads.head_dim)
+        self.rope.validate(self.heads.head_dim, &self.names)?;
+        self.sliding_rope.validate(self.heads.head_dim, &self.names)
+    }
+
+    /// The error for a number with this value.
+    fn refused(
+        &self,
+        key: fn(&Keys) -> &'static str,
+        value: impl ToString,
+        expected: impl Into<String>,
+    ) -> ModelError {
+        ModelError::setting(self.names.of(key), value, expected)
+    }
+
+    fn check_size(
+        &self,
+        key: fn(&Keys) -> &'static str,
+        value: usize,
+        limit: usize,
+    ) -> Result<(), ModelError> {
+        if value == 0 || value > limit {
+            return Err(self.refused(key, value, format!("from 1 to {limit}")));
+        }
+        Ok(())
     }
 
     fn check_sizes(&self) -> Result<(), ModelError> {
@@ -136,67 +158,51 @@ impl Hyperparameters {
             kv_heads,
             head_dim,
         } = self.heads;
-        let sizes = [
-            ("number of layers", self.layers, 4096),
-            ("hidden size", self.hidden, 1 << 20),
-            ("feed-forward size", self.intermediate, 1 << 22),
-            ("number of attention heads", q_heads, 1 << 14),
-            ("number of key-value heads", kv_heads, 1 << 14),
-            ("head size", head_dim, 1 << 14),
-            ("vocabulary size", self.vocabulary, 1 << 26),
-            ("context length", self.context, 1 << 30),
-        ];
-        for (key, value, limit) in sizes {
-            check_size(key, value, limit)?;
-        }
+        self.check_size(|keys| keys.layers, self.layers, 4096)?;
+        self.check_size(|keys| keys.hidden, self.hidden, 1 << 20)?;
+        self.check_size(|keys| keys.intermediate, self.intermediate, 1 << 22)?;
+        self.check_size(|keys| keys.q_heads, q_heads, 1 << 14)?;
+        self.check_size(|keys| keys.kv_heads, kv_heads, 1 << 14)?;
+        self.check_size(|keys| keys.head_dim, head_dim, 1 << 14)?;
+        self.check_size(|keys| keys.vocabulary, self.vocabulary, 1 << 26)?;
+        self.check_size(|keys| keys.context, self.context, 1 << 30)?;
         if !q_heads.is_multiple_of(kv_heads) {
             let expected = format!("a multiple of the {kv_heads} key-value heads");
-            return Err(ModelError::setting(
-                "number of attention heads",
-                q_heads,
-                expected,
-            ));
+            return Err(self.refused(|keys| keys.q_heads, q_heads, expected));
         }
         if !head_dim.is_multiple_of(2) {
-            return Err(ModelError::setting("head size", head_dim, "even"));
+            return Err(self.refused(|keys| keys.head_dim, head_dim, "even"));
         }
         Ok(())
     }
 
     fn check_factors(&self) -> Result<(), ModelError> {
-        for (key, value) in [
-            ("norm epsilon", self.norm_epsilon),
-            ("attention scale", self.attention_scale),
-            ("attention soft cap", self.attention_softcap.unwrap_or(1.0)),
-            ("logit soft cap", self.logit_softcap.unwrap_or(1.0)),
-        ] {
-            if !value.is_finite() || value <= 0.0 {
-                return Err(ModelError::setting(key, value, "a positive number"));
-            }
+        let positive = |key, value: f32| match value.is_finite() && value > 0.0 {
+            true => Ok(()),
+            false => Err(self.refused(key, value, "a positive number")),
+        };
+        positive(|keys| keys.norm_epsilon, self.norm_epsilon)?;
+        // The scale is one over the root of the setting.
+        let scale = self.attention_scale;
+        if !scale.is_finite() || scale <= 0.0 {
+            let expected = "a positive number";
+            let setting = 1.0 / (scale * scale);
+            return Err(self.refused(|keys| keys.attention_scale, setting, expected));
+        }
+        let cap = self.attention_softcap.unwrap_or(1.0);
+        positive(|keys| keys.attention_softcap, cap)?;
+        let cap = self.logit_softcap.unwrap_or(1.0);
+        positive(|keys| keys.logit_softcap, cap)
+    }
+
+    fn check_experts(&self, experts: Experts) -> Result<(), ModelError> {
+        let (count, top_k) = (experts.count, experts.routing.top_k);
+        self.check_size(|keys| keys.experts, count, 4096)?;
+        self.check_size(|keys| keys.expert_width, experts.width, 1 << 22)?;
+        if top_k == 0 || top_k > count {
+            let expected = format!("from 1 to the {count} experts");
+            return Err(self.refused(|keys| keys.experts_per_token, top_k, expected));
         }
         Ok(())
     }
-}
-
-fn check_size(key: &str, value: usize, limit: usize) -> Result<(), ModelError> {
-    if value == 0 || value > limit {
-        let expected = format!("from 1 to {limit}");
-        return Err(ModelError::setting(key, value, expected));
-    }
-    Ok(())
-}
-
-fn check_experts(experts: Experts) -> Result<(), ModelError> {
-    let (count, top_k) = (experts.count, experts.routing.top_k);
-    check_size("number of experts", count, 4096)?;
-    check_size("feed-forward size of an expert", experts.width, 1 << 22)?;
-    if top_k == 0 || top_k > count {
-        let expected = format!("from 1 to the {count} experts");
-        return Err(ModelError::setting(
-            "number of experts a token",
-            top_k,
-            expected,
-        ));
-    }
-    Ok(())
 }

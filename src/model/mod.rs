@@ -14,6 +14,7 @@ mod gguf;
 mod huggingface;
 mod hyperparameters;
 mod inventory;
+mod key_names;
 mod layer;
 mod names;
 mod random;

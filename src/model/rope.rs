@@ -1,6 +1,7 @@
 //! Rotary position embeddings: from a checkpoint's settings to frequencies.
 
 use super::ModelError;
+use super::key_names::{KeyNames, Keys};
 use crate::device::RopeSpec;
 use std::f32::consts::PI;
 
@@ -75,48 +76,48 @@ pub enum RopeScaling {
 }
 
 impl RopeConfig {
-    pub(super) fn validate(&self, head_dim: usize) -> Result<(), ModelError> {
-        let positive = |key: &str, value: f32| {
+    /// Checks that the numbers make sense. `names` says what the file calls them.
+    pub(super) fn validate(&self, head_dim: usize, names: &KeyNames) -> Result<(), ModelError> {
+        let positive = |key: fn(&Keys) -> &'static str, value: f32| {
             if value.is_finite() && value > 0.0 {
                 Ok(())
             } else {
-                Err(ModelError::setting(
-                    format!("RoPE {key}"),
-                    value,
-                    "a positive number",
-                ))
+                let key = names.of_rope(key);
+                Err(ModelError::setting(key, value, "a positive number"))
             }
         };
-        positive("base", self.theta)?;
+        if !(self.theta.is_finite() && self.theta > 0.0) {
+            let key = names.of(|keys| keys.rope_base);
+            return Err(ModelError::setting(key, self.theta, "a positive number"));
+        }
         if self.rotary_dim == 0 || self.rotary_dim > head_dim || !self.rotary_dim.is_multiple_of(2)
         {
-            let expected = format!("even and from 2 to the head size of {head_dim}");
+            let dim = self.rotary_dim;
             return Err(ModelError::setting(
-                "RoPE dimension",
-                self.rotary_dim,
-                expected,
+                names.of(|keys| keys.rope_dimension),
+                format!("for {dim} elements of a head"),
+                format!("for an even number of elements from 2 to the head size of {head_dim}"),
             ));
         }
         match &self.scaling {
             RopeScaling::None => Ok(()),
-            RopeScaling::Linear { factor } => positive("factor", *factor),
+            RopeScaling::Linear { factor } => positive(|keys| keys.rope_factor, *factor),
             RopeScaling::Llama3 {
                 factor,
                 low_freq_factor,
                 high_freq_factor,
                 original_context,
             } => {
-                positive("factor", *factor)?;
-                positive("low frequency factor", *low_freq_factor)?;
-                positive("original context", *original_context)?;
+                positive(|keys| keys.rope_factor, *factor)?;
+                positive(|keys| keys.rope_low_frequency, *low_freq_factor)?;
+                positive(|keys| keys.rope_original_context, *original_context)?;
                 if high_freq_factor > low_freq_factor {
                     return Ok(());
                 }
-                let expected = format!("above the low frequency factor of {low_freq_factor}");
                 Err(ModelError::setting(
-                    "RoPE high frequency factor",
+                    names.of_rope(|keys| keys.rope_high_frequency),
                     high_freq_factor,
-                    expected,
+                    format!("above the low frequency factor of {low_freq_factor}"),
                 ))
             }
             RopeScaling::Yarn {
@@ -127,11 +128,12 @@ impl RopeConfig {
                 attention_factor,
                 ..
             } => {
-                positive("factor", *factor)?;
-                positive("original context", *original_context)?;
-                positive("beta_fast", *beta_fast)?;
-                positive("beta_slow", *beta_slow)?;
-                positive("attention factor", attention_factor.unwrap_or(1.0))
+                positive(|keys| keys.rope_factor, *factor)?;
+                positive(|keys| keys.rope_original_context, *original_context)?;
+                positive(|keys| keys.rope_beta_fast, *beta_fast)?;
+                positive(|keys| keys.rope_beta_slow, *beta_slow)?;
+                let factor = attention_factor.unwrap_or(1.0);
+                positive(|keys| keys.rope_attention_factor, factor)
             }
             RopeScaling::Factors { factors } => self.check_factors(factors),
             RopeScaling::Long {
@@ -140,7 +142,7 @@ impl RopeConfig {
                 magnitude,
                 ..
             } => {
-                positive("attention factor", *magnitude)?;
+                positive(|keys| keys.rope_attention_factor, *magnitude)?;
                 self.check_factors(short)?;
                 self.check_factors(long)
             }
@@ -307,6 +309,7 @@ fn divide(frequencies: &[f32], factors: &[f32]) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::key_names;
 
     fn rope(scaling: RopeScaling) -> RopeConfig {
         RopeConfig {
@@ -415,25 +418,21 @@ mod tests {
             theta: f32::NAN,
             ..rope(RopeScaling::None)
         };
-        assert!(
-            bad.validate(8)
-                .unwrap_err()
-                .to_string()
-                .contains("RoPE base")
-        );
+        let names = KeyNames {
+            keys: key_names::GGUF,
+            place: "any.".to_owned(),
+            rope_place: "any.rope.scaling.".to_owned(),
+        };
+        let refused = |rope: &RopeConfig, head_dim, what: &str| {
+            let error = rope.validate(head_dim, &names).unwrap_err().to_string();
+            assert!(error.contains(what), "{what}: {error}");
+        };
+        refused(&bad, 8, "any.rope.freq_base is NaN");
+        let shrinking = rope(RopeScaling::Linear { factor: -1.0 });
+        refused(&shrinking, 8, "any.rope.scaling.factor is -1");
         let wide = rope(RopeScaling::None);
-        assert!(
-            wide.validate(4)
-                .unwrap_err()
-                .to_string()
-                .contains("RoPE dimension")
-        );
+        refused(&wide, 4, "any.rope.dimension_count");
         let few = rope(RopeScaling::Factors { factors: vec![1.0] });
-        assert!(
-            few.validate(8)
-                .unwrap_err()
-                .to_string()
-                .contains("one a rotated pair")
-        );
+        refused(&few, 8, "one a rotated pair");
     }
 }

@@ -447,6 +447,64 @@ fn an_unused_gguf_tensor_is_refused() {
 }
 
 #[test]
+fn a_gguf_setting_is_named_with_its_architecture() {
+    let refused = |key: &str, value: Value| {
+        let mut settings = BTreeMap::from([
+            ("block_count", Value::U32(1)),
+            ("embedding_length", Value::U32(64)),
+            ("feed_forward_length", Value::U32(64)),
+            ("attention.head_count", Value::U32(2)),
+            ("context_length", Value::U32(64)),
+            ("vocab_size", Value::U32(10)),
+            ("rope.scaling.type", Value::String("yarn".into())),
+            ("rope.scaling.factor", Value::F32(2.0)),
+        ]);
+        settings.insert(key, value);
+        let mut file = GgufWriter::new().string("general.architecture", "llama");
+        for (key, value) in settings {
+            file = file.metadata(&format!("llama.{key}"), value);
+        }
+        let result = ModelSource::from_gguf(open(&file)).map_err(|error| error.to_string());
+        assert_names(result, &[&format!("the model's llama.{key} is ")]);
+    };
+    for key in [
+        "block_count",
+        "embedding_length",
+        "feed_forward_length",
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.key_length",
+        "context_length",
+        "vocab_size",
+        "rope.dimension_count",
+    ] {
+        refused(key, Value::U32(0));
+        refused(key, Value::String("many".into()));
+    }
+    for key in [
+        "attention.layer_norm_rms_epsilon",
+        "final_logit_softcapping",
+        "rope.freq_base",
+        "rope.scaling.factor",
+        "rope.scaling.yarn_beta_fast",
+        "rope.scaling.yarn_beta_slow",
+        "rope.scaling.attn_factor",
+    ] {
+        refused(key, Value::F32(-1.0));
+        refused(key, Value::String("large".into()));
+    }
+    refused("attention.value_length", Value::U32(16));
+    refused("attention.causal", Value::Bool(false));
+    refused("attention.scale", Value::F32(2.0));
+    refused("rope.scaling.original_context_length", Value::U32(0));
+    refused("rope.scaling.type", Value::String("odd".into()));
+    let uneven = Value::Array(Array::U32(vec![2, 3]));
+    refused("attention.head_count_kv", uneven);
+    let pattern = Value::Array(Array::Bool(vec![true, false]));
+    refused("attention.sliding_window_pattern", pattern);
+}
+
+#[test]
 fn a_non_finite_weight_fails_the_load_and_its_tensor_is_reported() {
     for (name, index) in [
         ("model.embed_tokens.weight", 70),

@@ -42,7 +42,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     let key = "sliding_window_pattern";
     let period = settings.size(key)?.unwrap_or(PERIOD);
     if period == 0 {
-        return Err(ModelError::setting(key, period, "at least 1"));
+        return Err(settings.refused(key, period, "at least 1"));
     }
     Ok(Hyperparameters {
         embedding_scale: gemma2::embedding_scale(&common),

@@ -35,9 +35,12 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
             activation: common.activation,
         },
     };
+    let mut names = common.names.clone();
+    names.keys.expert_width = names.keys.intermediate;
     Ok(Hyperparameters {
         windows: config.same_windows(config.window()?)?,
         experts: Some(experts),
+        names,
         ..common
     })
 }

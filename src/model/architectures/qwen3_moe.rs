@@ -53,7 +53,7 @@ fn dense_layers(config: &Config<'_>, layers: usize) -> Result<HashSet<usize>, Mo
     let key = "decoder_sparse_step";
     let step = config.settings.size_or(key, 1)?;
     if step == 0 {
-        return Err(ModelError::setting(key, step, "at least 1"));
+        return Err(config.settings.refused(key, step, "at least 1"));
     }
     let key = "mlp_only_layers";
     let listed = config.settings.optional(key, "a list of layers", |value| {

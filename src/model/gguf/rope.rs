@@ -71,11 +71,7 @@ impl Metadata<'_> {
             },
             (Some(other), Some(_)) => {
                 let expected = "none, linear or yarn";
-                return Err(ModelError::setting(
-                    self.key("rope.scaling.type"),
-                    other,
-                    expected,
-                ));
+                return Err(self.refused("rope.scaling.type", other, expected));
             }
         };
         Ok(RopeConfig {

@@ -16,13 +16,19 @@ impl<'a> Config<'a> {
         let settings = self.settings;
         let theta = settings.number("rope_theta")?;
         let theta = theta.unwrap_or(self.class().rope_theta);
-        let scaling = settings.get("rope_scaling");
-        if let Some(nested) = self.nested_ropes().filter(|_| scaling.is_none()) {
-            let full = self.rope(nested.get(FULL), theta)?;
-            return Ok((full, self.rope(nested.get(SLIDING), theta)?));
+        let is_new = settings.get("rope_scaling").is_none();
+        if let Some(nested) = self.nested_ropes().filter(|_| is_new) {
+            let full = self.rope(nested.part(FULL), theta)?;
+            return Ok((full, self.rope(nested.part(SLIDING), theta)?));
         }
-        let full = self.rope(scaling.or(settings.get("rope_parameters")), theta)?;
+        let full = self.rope(self.rope_parameters(), theta)?;
         Ok((full.clone(), full))
+    }
+
+    /// The parameters of the position embedding, if there are any.
+    pub(super) fn rope_parameters(&self) -> Option<Settings<'a>> {
+        let of = |key| self.settings.part(key);
+        of("rope_scaling").or_else(|| of("rope_parameters"))
     }
 
     /// The RoPE parameters of sliding layers, of a model that has some of their own.
@@ -31,39 +37,36 @@ impl<'a> Config<'a> {
     /// [`ModelError::BadSetting`] when there is one set of parameters for all layers.
     pub(in crate::model) fn sliding_rope_parameters(
         &self,
-    ) -> Result<Option<&'a Value>, ModelError> {
+    ) -> Result<Option<Settings<'a>>, ModelError> {
         let key = "rope_parameters";
-        let is_empty = |value: &Value| value.as_object().is_some_and(|object| object.is_empty());
-        match (self.nested_ropes(), self.settings.get(key)) {
-            (Some(nested), _) => Ok(nested.get(SLIDING)),
-            (None, Some(flat)) if !is_empty(flat) => {
+        match (self.nested_ropes(), self.settings.part(key)) {
+            (Some(nested), _) => Ok(nested.part(SLIDING)),
+            (None, Some(flat)) if !flat.is_empty() => {
                 let expected = "an object for each of full_attention and sliding_attention";
-                Err(ModelError::setting(key, flat, expected))
+                let found = self.settings.get(key).unwrap_or(&Value::Null);
+                Err(self.settings.refused(key, found, expected))
             }
             (None, _) => Ok(None),
         }
     }
 
     /// `rope_parameters`, if it holds an object for each kind of layer.
-    fn nested_ropes(&self) -> Option<&'a Value> {
-        let parameters = self.settings.get("rope_parameters")?;
-        let is_nested = [FULL, SLIDING]
-            .iter()
-            .any(|kind| parameters.get(kind).is_some());
+    fn nested_ropes(&self) -> Option<Settings<'a>> {
+        let parameters = self.settings.part("rope_parameters")?;
+        let is_nested = [FULL, SLIDING].iter().any(|kind| parameters.says(kind));
         is_nested.then_some(parameters)
     }
 
     /// One position embedding; `theta` is its base where the parameters have none.
     pub(in crate::model) fn rope(
         &self,
-        parameters: Option<&Value>,
+        parameters: Option<Settings<'_>>,
         theta: f32,
     ) -> Result<RopeConfig, ModelError> {
-        let none = Value::Null;
-        let own = Settings(parameters.unwrap_or(&none));
-        let kind = match own.text("rope_type")? {
-            Some(kind) => kind,
-            None => own.text("type")?.unwrap_or("default"),
+        let own = parameters.unwrap_or(Settings::new(&Value::Null));
+        let (key, kind) = match own.text("rope_type")? {
+            Some(kind) => ("rope_type", kind),
+            None => ("type", own.text("type")?.unwrap_or("default")),
         };
         let kind = match self.class().rope.longrope_aliases.contains(&kind) {
             true => "longrope",
@@ -89,7 +92,7 @@ impl<'a> Config<'a> {
             "longrope" => self.longrope(own)?,
             other => {
                 let expected = "default, dynamic, linear, llama3, yarn or longrope";
-                return Err(ModelError::setting("RoPE type", other, expected));
+                return Err(own.refused(key, other, expected));
             }
         };
         Ok(RopeConfig {
@@ -102,13 +105,13 @@ impl<'a> Config<'a> {
     /// Elements of a head that are rotated.
     fn rotary_dim(&self, own: Settings<'_>) -> Result<usize, ModelError> {
         let key = "partial_rotary_factor";
-        let partial = match own.number(key)? {
-            Some(partial) => partial,
-            None => self.settings.number(key)?.unwrap_or(1.0),
+        let (place, partial) = match own.number(key)? {
+            Some(partial) => (own, partial),
+            None => (self.settings, self.settings.number(key)?.unwrap_or(1.0)),
         };
         if partial != 1.0 && !self.class().rope.is_partial {
             let expected = format!("1 for {}", self.architecture.name());
-            return Err(ModelError::setting(key, partial, expected));
+            return Err(place.refused(key, partial, expected));
         }
         Ok((self.heads()?.head_dim as f32 * partial) as usize)
     }
@@ -117,15 +120,17 @@ impl<'a> Config<'a> {
     fn original_context(&self, own: Settings<'_>) -> Result<usize, ModelError> {
         let key = "original_max_position_embeddings";
         // Beside the parameters it counts more than in them.
-        if let Some(original) = self.settings.size(key)? {
-            return Ok(original);
-        }
-        if let Some(original) = self.class().rope.original_context {
-            return Ok(original);
-        }
-        match own.size(key)? {
-            Some(original) => Ok(original),
-            None => self.trained_context(),
+        let (place, original) = match (self.settings.size(key)?, own.size(key)?) {
+            (Some(original), _) => (self.settings, original),
+            (None, own_context) => match (self.class().rope.original_context, own_context) {
+                (Some(original), _) => return Ok(original),
+                (None, Some(original)) => (own, original),
+                (None, None) => return self.trained_context(),
+            },
+        };
+        match original {
+            0 => Err(place.refused(key, 0, "at least 1")),
+            original => Ok(original),
         }
     }
 
@@ -163,9 +168,7 @@ impl<'a> Config<'a> {
                 let factors = factors.map(|factor| factor.as_f64().map(|factor| factor as f32));
                 factors.collect::<Option<Vec<f32>>>()
             })?
-            .ok_or_else(|| ModelError::MissingSetting {
-                key: key.to_owned(),
-            })
+            .ok_or_else(|| own.missing(key))
         };
         let original = self.original_context(own)?;
         let factor = own.number("factor")?;

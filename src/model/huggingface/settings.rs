@@ -5,17 +5,76 @@ use serde_json::Value;
 
 /// An object of settings.
 #[derive(Clone, Copy)]
-pub(in crate::model) struct Settings<'a>(pub(super) &'a Value);
+pub(in crate::model) struct Settings<'a> {
+    value: &'a Value,
+    /// The keys that lead to the object, outermost first. Unused places are empty.
+    place: [&'static str; 3],
+}
 
 impl<'a> Settings<'a> {
+    /// The settings of the whole file.
+    pub(super) fn new(value: &'a Value) -> Self {
+        Self {
+            value,
+            place: [""; 3],
+        }
+    }
+
+    /// The object under `key`, unless it is missing or null.
+    pub(super) fn part(&self, key: &'static str) -> Option<Self> {
+        let mut part = Self {
+            value: self.get(key)?,
+            ..*self
+        };
+        if let Some(free) = part.place.iter_mut().find(|place| place.is_empty()) {
+            *free = key;
+        }
+        Some(part)
+    }
+
+    /// Whether the settings are an object without any setting.
+    pub(super) fn is_empty(&self) -> bool {
+        self.value
+            .as_object()
+            .is_some_and(|object| object.is_empty())
+    }
+
+    /// The keys that lead to the object, each followed by a dot.
+    pub(super) fn place(&self) -> String {
+        let place = self.place.iter().filter(|key| !key.is_empty());
+        place.map(|key| format!("{key}.")).collect()
+    }
+
+    /// The full name of a setting, from the beginning of the file.
+    pub(in crate::model) fn name(&self, key: &str) -> String {
+        self.place() + key
+    }
+
+    /// The error for a setting with this value.
+    pub(in crate::model) fn refused(
+        &self,
+        key: &str,
+        value: impl ToString,
+        expected: impl Into<String>,
+    ) -> ModelError {
+        ModelError::setting(self.name(key), value, expected)
+    }
+
+    /// The error for a setting that is not there.
+    pub(in crate::model) fn missing(&self, key: &str) -> ModelError {
+        ModelError::MissingSetting {
+            key: self.name(key),
+        }
+    }
+
     /// The setting, unless it is missing or null.
     pub(in crate::model) fn get(&self, key: &str) -> Option<&'a Value> {
-        self.0.get(key).filter(|value| !value.is_null())
+        self.value.get(key).filter(|value| !value.is_null())
     }
 
     /// Whether the setting is there at all, null included.
     pub(in crate::model) fn says(&self, key: &str) -> bool {
-        self.0.get(key).is_some()
+        self.value.get(key).is_some()
     }
 
     /// The setting as `read` understands it; `None` where it is missing or null.
@@ -30,7 +89,7 @@ impl<'a> Settings<'a> {
         };
         match read(value) {
             Some(value) => Ok(Some(value)),
-            None => Err(ModelError::setting(key, value, expected)),
+            None => Err(self.refused(key, value, expected)),
         }
     }
 
@@ -46,7 +105,7 @@ impl<'a> Settings<'a> {
     pub(in crate::model) fn size_or(&self, key: &str, default: usize) -> Result<usize, ModelError> {
         match self.size(key)? {
             Some(size) => Ok(size),
-            None if self.says(key) => Err(ModelError::setting(key, "null", "a whole number")),
+            None if self.says(key) => Err(self.refused(key, "null", "a whole number")),
             None => Ok(default),
         }
     }
@@ -79,8 +138,6 @@ impl<'a> Settings<'a> {
 
     /// The number, which must be there.
     pub(in crate::model) fn required_number(&self, key: &str) -> Result<f32, ModelError> {
-        self.number(key)?.ok_or_else(|| ModelError::MissingSetting {
-            key: key.to_owned(),
-        })
+        self.number(key)?.ok_or_else(|| self.missing(key))
     }
 }

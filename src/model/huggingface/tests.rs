@@ -81,19 +81,84 @@ fn what_cannot_be_run_is_refused_by_its_key() {
     for (changes, key) in [
         (json!({"num_hidden_layers": null}), "num_hidden_layers"),
         (json!({"hidden_size": "64"}), "hidden_size"),
-        (json!({"vocab_size": 0}), "vocabulary size"),
-        (json!({"num_key_value_heads": 3}), "attention heads"),
-        (json!({"rms_norm_eps": -1.0}), "norm epsilon"),
+        (json!({"vocab_size": 0}), "vocab_size"),
+        (json!({"num_key_value_heads": 3}), "num_attention_heads"),
+        (json!({"rms_norm_eps": -1.0}), "rms_norm_eps"),
         (
             json!({"use_bidirectional_attention": true}),
             "use_bidirectional_attention",
         ),
-        (json!({"layer_types": ["full_attention"]}), "layer types"),
-        (json!({"rope_theta": 0.0}), "RoPE base"),
+        (json!({"layer_types": ["full_attention"]}), "layer_types"),
+        (json!({"rope_theta": 0.0}), "rope_theta"),
     ] {
         let error = read(&with(llama(), changes)).unwrap_err().to_string();
         assert!(error.contains(key), "{key}: {error}");
     }
+}
+
+#[test]
+fn a_setting_is_named_with_the_objects_that_it_is_in() {
+    let refused = |changes: Value, key: &str| {
+        let error = read(&with(llama(), changes)).unwrap_err().to_string();
+        let start = format!("the model's {key} is ");
+        assert!(error.starts_with(&start), "{key}: {error}");
+    };
+    let text = |settings: Value| json!({"model_type": "gemma3", "text_config": settings});
+    refused(
+        text(json!({"hidden_size": "64"})),
+        "text_config.hidden_size",
+    );
+    refused(text(json!({"hidden_size": 0})), "text_config.hidden_size");
+    refused(text(json!({"head_dim": null})), "text_config.head_dim");
+    refused(
+        text(json!({"hidden_activation": "relu"})),
+        "text_config.hidden_activation",
+    );
+    let types = json!({"num_hidden_layers": 1, "layer_types": ["odd"]});
+    refused(text(types), "text_config.layer_types entry");
+    refused(
+        text(json!({"sliding_window_pattern": 0})),
+        "text_config.sliding_window_pattern",
+    );
+    let scaled = |scaling: Value| json!({ "rope_scaling": scaling });
+    refused(
+        scaled(json!({"rope_type": "linear"})),
+        "rope_scaling.factor",
+    );
+    refused(scaled(json!({"rope_type": 5})), "rope_scaling.rope_type");
+    refused(scaled(json!({"type": "odd"})), "rope_scaling.type");
+    refused(
+        scaled(json!({"rope_type": "linear", "factor": -1})),
+        "rope_scaling.factor",
+    );
+    let partial = json!({"rope_parameters": {"partial_rotary_factor": 0.5}});
+    refused(partial, "rope_parameters.partial_rotary_factor");
+    let sliding = json!({"full_attention": {}, "sliding_attention": {"rope_type": "odd"}});
+    refused(
+        text(json!({ "rope_parameters": sliding })),
+        "text_config.rope_parameters.sliding_attention.rope_type",
+    );
+    let original = json!({
+        "original_max_position_embeddings": 0, "rope_scaling": {"rope_type": "yarn", "factor": 2},
+    });
+    refused(original, "original_max_position_embeddings");
+    let experts = |model_type: &str, changes| with(json!({ "model_type": model_type }), changes);
+    refused(
+        experts("mixtral", json!({"num_local_experts": 0})),
+        "num_local_experts",
+    );
+    refused(
+        experts("qwen3_moe", json!({"num_experts": 0})),
+        "num_experts",
+    );
+    refused(
+        experts("qwen3_moe", json!({"moe_intermediate_size": 0})),
+        "moe_intermediate_size",
+    );
+    refused(
+        experts("mixtral", json!({"num_experts_per_tok": 99})),
+        "num_experts_per_tok",
+    );
 }
 
 #[test]

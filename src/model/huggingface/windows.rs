@@ -7,6 +7,9 @@ use serde_json::Value;
 /// No model has more layers; a number beyond is refused before it is used.
 const MOST_LAYERS: usize = 1 << 16;
 
+/// What errors call an entry of `layer_types`.
+const ENTRY: &str = "layer_types entry";
+
 impl Config<'_> {
     /// `sliding_window`, or the class's where it is missing; `None` where it is null.
     pub(in crate::model) fn window(&self) -> Result<Option<usize>, ModelError> {
@@ -34,11 +37,8 @@ impl Config<'_> {
                 "sliding_attention for every layer of a {} model with a sliding_window",
                 self.architecture.name()
             );
-            return Err(ModelError::setting(
-                "layer_types entry",
-                "full_attention",
-                expected,
-            ));
+            let found = "full_attention";
+            return Err(self.settings.refused(ENTRY, found, expected));
         }
         Ok(vec![window; slides.len()])
     }
@@ -68,7 +68,7 @@ impl Config<'_> {
             Some("full_attention") => Ok(false),
             _ => {
                 let expected = "sliding_attention or full_attention";
-                Err(ModelError::setting("layer_types entry", kind, expected))
+                Err(settings.refused(ENTRY, kind, expected))
             }
         });
         slides.collect::<Result<_, _>>().map(Some)

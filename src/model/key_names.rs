@@ -1,0 +1,116 @@
+//! What a model's files call its numbers, for errors about their values.
+
+/// The keys of one format, each relative to where the format keeps them.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Keys {
+    pub(super) layers: &'static str,
+    pub(super) hidden: &'static str,
+    pub(super) intermediate: &'static str,
+    pub(super) q_heads: &'static str,
+    pub(super) kv_heads: &'static str,
+    pub(super) head_dim: &'static str,
+    pub(super) vocabulary: &'static str,
+    pub(super) context: &'static str,
+    pub(super) norm_epsilon: &'static str,
+    pub(super) attention_scale: &'static str,
+    pub(super) attention_softcap: &'static str,
+    pub(super) logit_softcap: &'static str,
+    pub(super) window: &'static str,
+    pub(super) layer_types: &'static str,
+    pub(super) experts: &'static str,
+    pub(super) expert_width: &'static str,
+    pub(super) experts_per_token: &'static str,
+    pub(super) rope_base: &'static str,
+    pub(super) rope_dimension: &'static str,
+    /// The following are relative to [`KeyNames::rope_place`].
+    pub(super) rope_factor: &'static str,
+    pub(super) rope_low_frequency: &'static str,
+    pub(super) rope_high_frequency: &'static str,
+    pub(super) rope_original_context: &'static str,
+    pub(super) rope_beta_fast: &'static str,
+    pub(super) rope_beta_slow: &'static str,
+    pub(super) rope_attention_factor: &'static str,
+}
+
+/// The keys of GGUF metadata.
+pub(super) const GGUF: Keys = Keys {
+    layers: "block_count",
+    hidden: "embedding_length",
+    intermediate: "feed_forward_length",
+    q_heads: "attention.head_count",
+    kv_heads: "attention.head_count_kv",
+    head_dim: "attention.key_length",
+    vocabulary: "vocab_size",
+    context: "context_length",
+    norm_epsilon: "attention.layer_norm_rms_epsilon",
+    // There is no key for the scale, which follows from the size of a head.
+    attention_scale: "attention.key_length",
+    attention_softcap: "attn_logit_softcapping",
+    logit_softcap: "final_logit_softcapping",
+    window: "attention.sliding_window",
+    layer_types: "attention.sliding_window_pattern",
+    experts: "expert_count",
+    expert_width: "expert_feed_forward_length",
+    experts_per_token: "expert_used_count",
+    rope_base: "rope.freq_base",
+    rope_dimension: "rope.dimension_count",
+    rope_factor: "factor",
+    rope_low_frequency: "low_freq_factor",
+    rope_high_frequency: "high_freq_factor",
+    rope_original_context: "original_context_length",
+    rope_beta_fast: "yarn_beta_fast",
+    rope_beta_slow: "yarn_beta_slow",
+    rope_attention_factor: "attn_factor",
+};
+
+/// The keys of `config.json`.
+pub(super) const HUGGINGFACE: Keys = Keys {
+    layers: "num_hidden_layers",
+    hidden: "hidden_size",
+    intermediate: "intermediate_size",
+    q_heads: "num_attention_heads",
+    kv_heads: "num_key_value_heads",
+    head_dim: "head_dim",
+    vocabulary: "vocab_size",
+    context: "max_position_embeddings",
+    norm_epsilon: "rms_norm_eps",
+    attention_scale: "query_pre_attn_scalar",
+    attention_softcap: "attn_logit_softcapping",
+    logit_softcap: "final_logit_softcapping",
+    window: "sliding_window",
+    layer_types: "layer_types",
+    experts: "num_experts",
+    expert_width: "moe_intermediate_size",
+    experts_per_token: "num_experts_per_tok",
+    rope_base: "rope_theta",
+    rope_dimension: "partial_rotary_factor",
+    rope_factor: "factor",
+    rope_low_frequency: "low_freq_factor",
+    rope_high_frequency: "high_freq_factor",
+    rope_original_context: "original_max_position_embeddings",
+    rope_beta_fast: "beta_fast",
+    rope_beta_slow: "beta_slow",
+    rope_attention_factor: "attention_factor",
+};
+
+/// The keys of one file.
+#[derive(Clone, Debug)]
+pub(super) struct KeyNames {
+    pub(super) keys: Keys,
+    /// What precedes each key, such as `llama.` or `text_config.`.
+    pub(super) place: String,
+    /// What precedes the keys of an extended position embedding, such as `rope_scaling.`.
+    pub(super) rope_place: String,
+}
+
+impl KeyNames {
+    /// Returns the full name of a key.
+    pub(super) fn of(&self, key: fn(&Keys) -> &'static str) -> String {
+        format!("{}{}", self.place, key(&self.keys))
+    }
+
+    /// Returns the full name of a key of an extended position embedding.
+    pub(super) fn of_rope(&self, key: fn(&Keys) -> &'static str) -> String {
+        format!("{}{}", self.rope_place, key(&self.keys))
+    }
+}
