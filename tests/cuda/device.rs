@@ -552,6 +552,74 @@ fn the_device_may_be_lost_at_every_driver_call() {
     fail_everything(719);
 }
 
+/// A measurement whose operations fail in their `nth` run, if it is given.
+fn measure(device: &mut CudaDevice, nth: Option<usize>) -> Result<(), DeviceError> {
+    let mut x = device.allocate(4, HIDDEN, Precision::Full)?;
+    let y = device.allocate(4, HIDDEN, Precision::Activation)?;
+    let mut runs = 0;
+    let times = device.time(2, |device| {
+        runs += 1;
+        device.add(&mut x, &y, 4)?;
+        match nth == Some(runs) {
+            true => Err(DeviceError::Failed {
+                device: "test",
+                operation: "measure",
+                reason: "made to fail".to_owned(),
+            }),
+            false => Ok(()),
+        }
+    })?;
+    assert_eq!(times.len(), 2);
+    Ok(())
+}
+
+#[test]
+fn a_measurement_that_fails_leaks_nothing_and_leaves_the_device_usable() {
+    let gpu = gpu::lock();
+    if gpu::is_real() {
+        return;
+    }
+    let complete = || measure(&mut CudaDevice::new(&options())?, None);
+    complete().unwrap();
+    let calls = gpu.calls();
+    assert!(
+        calls
+            .iter()
+            .any(|(name, _)| name == "cuGraphInstantiateWithFlags")
+    );
+    // The first run is not recorded, and the second one is.
+    for nth in [1, 2] {
+        let mut device = CudaDevice::new(&options()).unwrap();
+        let error = measure(&mut device, Some(nth)).unwrap_err();
+        assert!(error.to_string().contains("made to fail"), "{error}");
+        measure(&mut device, None).unwrap();
+        drop(device);
+        assert_eq!(gpu.leaks(), [""; 0], "run {nth} fails");
+    }
+    for (function, count) in calls {
+        for (nth, code) in (1..=count).flat_map(|nth| [(nth, 1), (nth, 719)]) {
+            gpu.reset();
+            let Ok(mut device) = CudaDevice::new(&options()) else {
+                panic!("nothing was made to fail");
+            };
+            gpu.fail(&function, nth, code);
+            let outcome = measure(&mut device, None);
+            let what = format!("call {nth} of {function} with {code}: {outcome:?}");
+            if gpu.waiting_failures() == 0 && code < 700 {
+                let again = measure(&mut device, None);
+                assert!(again.is_ok(), "{what}: {again:?}");
+            }
+            drop(device);
+            let (violations, leaks) = (gpu.violations(), gpu.leaks());
+            assert!(
+                violations.is_empty() && leaks.is_empty(),
+                "{what}: {violations:?} {leaks:?}"
+            );
+        }
+    }
+    gpu.reset();
+}
+
 #[test]
 fn failed_releases_are_counted() {
     let gpu = gpu::lock();

@@ -83,17 +83,17 @@ impl Blas {
         let outcome = unsafe {
             result::matmul(
                 self.handle,
-                plan.product,
+                plan.product.raw,
                 (&raw const one).cast(),
                 (&raw const zero).cast(),
                 pointer(weight),
-                plan.weight,
+                plan.weight.raw,
                 pointer(x),
-                plan.x,
+                plan.x.raw,
                 pointer(out),
-                plan.out,
+                plan.out.raw,
                 pointer(out).cast_mut(),
-                plan.out,
+                plan.out.raw,
                 &raw const plan.algorithm,
                 pointer(self.workspace.ptr()).cast_mut(),
                 WORKSPACE,
@@ -115,12 +115,39 @@ impl Drop for Blas {
     }
 }
 
+/// A descriptor, which is destroyed when this is dropped.
+struct Descriptor<T: Copy> {
+    raw: T,
+    destroy: unsafe fn(T) -> Result<(), result::CublasError>,
+}
+
+impl<T: Copy> Descriptor<T> {
+    /// Takes over a descriptor that was just created, to be destroyed with `destroy`.
+    fn of(
+        created: Result<T, result::CublasError>,
+        destroy: unsafe fn(T) -> Result<(), result::CublasError>,
+    ) -> Result<Self, DeviceError> {
+        let raw = check(created)?;
+        Ok(Self { raw, destroy })
+    }
+}
+
+impl<T: Copy> Drop for Descriptor<T> {
+    fn drop(&mut self) {
+        // SAFETY: `of` has got the descriptor with the function for its kind; it is destroyed
+        // once, and the library has copied what work in progress needs.
+        if let Err(error) = unsafe { (self.destroy)(self.raw) } {
+            tracing::error!(%error, "could not destroy a cuBLASLt descriptor");
+        }
+    }
+}
+
 /// Descriptors for one shape, and the algorithm that the library proposes for it.
 struct Plan {
-    product: sys::cublasLtMatmulDesc_t,
-    weight: sys::cublasLtMatrixLayout_t,
-    x: sys::cublasLtMatrixLayout_t,
-    out: sys::cublasLtMatrixLayout_t,
+    product: Descriptor<sys::cublasLtMatmulDesc_t>,
+    weight: Descriptor<sys::cublasLtMatrixLayout_t>,
+    x: Descriptor<sys::cublasLtMatrixLayout_t>,
+    out: Descriptor<sys::cublasLtMatrixLayout_t>,
     algorithm: sys::cublasLtMatmulAlgo_t,
 }
 
@@ -139,16 +166,14 @@ impl Plan {
         let (rows, outputs, inputs) =
             (shape.rows as u64, shape.outputs as u64, shape.inputs as u64);
         let layout = |kind, rows, columns, stride: usize| {
-            check(result::create_matrix_layout(
-                kind,
-                rows,
-                columns,
-                stride as i64,
-            ))
+            let created = result::create_matrix_layout(kind, rows, columns, stride as i64);
+            Descriptor::of(created, result::destroy_matrix_layout)
         };
         let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
-        // Descriptors leak only if a later one cannot be created, in which case the step fails.
-        let product = check(result::create_matmul_desc(compute, float))?;
+        let product = Descriptor::of(
+            result::create_matmul_desc(compute, float),
+            result::destroy_matmul_desc,
+        )?;
         let weight = layout(activation, inputs, outputs, shape.inputs)?;
         let x = layout(activation, inputs, rows, shape.inputs)?;
         let out = layout(result_type, outputs, rows, shape.out_stride)?;
@@ -158,53 +183,73 @@ impl Plan {
         // SAFETY: the descriptor was just created, and the attribute is a 32-bit integer.
         check(unsafe {
             let value = (&raw const transposed).cast();
-            result::set_matmul_desc_attribute(product, attribute, value, size_of::<i32>())
+            result::set_matmul_desc_attribute(product.raw, attribute, value, size_of::<i32>())
         })?;
-        let preference = check(result::create_matmul_pref())?;
+        let preference = Descriptor::of(result::create_matmul_pref(), result::destroy_matmul_pref)?;
         let most =
             sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-        // SAFETY: the descriptors were just created; the preference's attribute is a `size_t`;
-        // the preference is destroyed at most once.
-        let heuristic = unsafe {
+        // SAFETY: the descriptor was just created, and the attribute is a `size_t`.
+        check(unsafe {
             let value = (&raw const WORKSPACE_BYTES).cast();
-            result::set_matmul_pref_attribute(preference, most, value, size_of::<usize>())
-                .and_then(|()| {
-                    result::get_matmul_algo_heuristic(
-                        handle, product, weight, x, out, out, preference,
-                    )
-                })
-                .and_then(|found| result::destroy_matmul_pref(preference).map(|()| found))
-        };
+            result::set_matmul_pref_attribute(preference.raw, most, value, size_of::<usize>())
+        })?;
+        // SAFETY: the handle and the descriptors are alive.
+        let heuristic = check(unsafe {
+            result::get_matmul_algo_heuristic(
+                handle,
+                product.raw,
+                weight.raw,
+                x.raw,
+                out.raw,
+                out.raw,
+                preference.raw,
+            )
+        })?;
         Ok(Self {
             product,
             weight,
             x,
             out,
-            algorithm: check(heuristic)?.algo,
+            algorithm: heuristic.algo,
         })
     }
 }
 
 static WORKSPACE_BYTES: usize = WORKSPACE;
 
-impl Drop for Plan {
-    fn drop(&mut self) {
-        // SAFETY: the descriptors were created by `new` and are destroyed once; the library has
-        // copied what work in progress needs.
-        let outcomes = unsafe {
-            [
-                result::destroy_matmul_desc(self.product),
-                result::destroy_matrix_layout(self.weight),
-                result::destroy_matrix_layout(self.x),
-                result::destroy_matrix_layout(self.out),
-            ]
-        };
-        for error in outcomes.into_iter().filter_map(Result::err) {
-            tracing::error!(%error, "could not destroy a cuBLASLt descriptor");
-        }
-    }
-}
-
 fn check<T>(outcome: Result<T, result::CublasError>) -> Result<T, DeviceError> {
     outcome.map_err(|error| failed("linear", format!("cuBLASLt: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    thread_local! {
+        static DESTROYED: Cell<u32> = const { Cell::new(0) };
+    }
+
+    unsafe fn destroy(number: u32) -> Result<(), result::CublasError> {
+        DESTROYED.set(DESTROYED.get() + number);
+        Ok(())
+    }
+
+    #[test]
+    fn descriptors_are_destroyed_once_if_a_later_one_cannot_be_created() {
+        let make = |last: Result<u32, result::CublasError>| -> Result<_, DeviceError> {
+            let first = Descriptor::of(Ok(1), destroy)?;
+            let second = Descriptor::of(Ok(10), destroy)?;
+            let last = Descriptor::of(last, destroy)?;
+            Ok((first, second, last))
+        };
+        let failure = result::CublasError(sys::cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED);
+        let error = make(Err(failure)).err().expect("it is refused");
+        assert!(error.to_string().contains("cuBLASLt"), "{error}");
+        assert_eq!(DESTROYED.take(), 11);
+        let made = make(Ok(100)).expect("it is made");
+        assert_eq!(DESTROYED.get(), 0);
+        drop(made);
+        assert_eq!(DESTROYED.take(), 111);
+    }
 }

@@ -5,33 +5,19 @@
 //! again, which replaces hundreds of launches by one. If recording fails, the operations of the
 //! step are enqueued once more, and steps of that size are never recorded again.
 
+use super::capture::{self, Captured, Executable};
 use super::context::Context;
-use super::error;
-use super::handle::Handle;
 use super::step::{Bounds, StepInputs, StepKey};
 use crate::device::{DeviceError, Finished, Staged};
-use cudarc::driver::result;
-use cudarc::driver::sys;
 use std::collections::HashMap;
-use std::rc::Rc;
 
-/// An executable graph.
+/// A recorded step.
 struct Graph {
-    exec: sys::CUgraphExec,
-    handle: Rc<Handle>,
+    executable: Executable,
     /// Bounds of the memory that the graph refers to.
     bounds: Bounds,
     /// The longest window of the layers of each group.
     windows: Vec<usize>,
-}
-
-impl Drop for Graph {
-    fn drop(&mut self) {
-        // SAFETY: the graph was instantiated once and is destroyed once; if it still runs, the
-        // driver destroys it on completion.
-        let destroy = || unsafe { result::graph::exec_destroy(self.exec) };
-        self.handle.cleanup("destroying a graph", destroy);
-    }
 }
 
 /// State of the steps of one size.
@@ -47,7 +33,7 @@ enum Record {
 #[derive(Default)]
 pub(super) struct Graphs {
     records: HashMap<StepKey, Record>,
-    /// Value of [`Handle::releases`] when the graphs were recorded.
+    /// Value of `Handle::releases` when the graphs were recorded.
     releases: u64,
     /// The step that is being enqueued, if it may be recorded.
     current: Option<StepKey>,
@@ -79,7 +65,9 @@ impl Graphs {
                 for (group, &window) in graph.windows.iter().enumerate() {
                     step.require_window(group, window, "stage")?;
                 }
-                graph.launch(context)?;
+                // The memory that it refers to has not been freed: otherwise `forget_stale` would
+                // have dropped it.
+                graph.executable.launch(context)?;
                 return Ok(Staged::Replayed);
             }
             Some(Record::Warm) => self.record(context, key),
@@ -90,13 +78,8 @@ impl Graphs {
 
     /// Starts recording. If that fails, the step is enqueued as usual.
     fn record(&mut self, context: &Context, key: StepKey) {
-        let stream = context.compute.raw();
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        // SAFETY: the stream is alive.
-        let begin = || unsafe { result::stream::begin_capture(stream, mode) };
-        match context.call("recording a step", begin) {
-            Ok(()) => context.handle.capturing.set(true),
-            Err(error) => self.refuse(key, &error),
+        if let Err(error) = capture::begin(context) {
+            self.refuse(key, &error);
         }
     }
 
@@ -138,14 +121,17 @@ impl Graphs {
             }
             return Ok(Finished::Done);
         }
-        let captured = end_capture(context);
-        let recorded = outcome.and(captured).and_then(|graph| {
-            let bounds = self.bounds.unwrap_or(Bounds::UNLIMITED);
-            Graph::instantiate(context, graph, bounds, self.windows.clone())
-        });
+        let captured = capture::end(context);
+        let recorded = outcome.and(captured).and_then(Captured::instantiate);
         match (key, recorded) {
-            (Some(key), Ok(graph)) => {
-                graph.launch(context)?;
+            (Some(key), Ok(executable)) => {
+                executable.launch(context)?;
+                let bounds = self.bounds.unwrap_or(Bounds::UNLIMITED);
+                let graph = Graph {
+                    executable,
+                    bounds,
+                    windows: self.windows.clone(),
+                };
                 self.records.insert(key, Record::Recorded(graph));
                 Ok(Finished::Done)
             }
@@ -162,7 +148,7 @@ impl Graphs {
     pub(super) fn abandon(&mut self, context: &Context) {
         self.current = None;
         if context.handle.capturing.get() {
-            drop(end_capture(context));
+            drop(capture::end(context));
         }
     }
 
@@ -183,86 +169,5 @@ impl Graphs {
         self.records
             .retain(|_, record| matches!(record, Record::Refused));
         Ok(())
-    }
-}
-
-/// A recorded graph, not yet executable.
-struct Captured {
-    graph: sys::CUgraph,
-    handle: Rc<Handle>,
-}
-
-impl Drop for Captured {
-    fn drop(&mut self) {
-        if self.graph.is_null() {
-            return;
-        }
-        // SAFETY: the graph was returned by the end of a capture, and is destroyed once.
-        let destroy = || unsafe { result::graph::destroy(self.graph) };
-        self.handle.cleanup("destroying a recording", destroy);
-    }
-}
-
-/// Ends the recording, so that work enqueued on the stream from now on is executed again.
-fn end_capture(context: &Context) -> Result<Captured, DeviceError> {
-    const OPERATION: &str = "recording a step";
-    let stream = context.compute.raw();
-    let end = || -> Result<sys::CUgraph, DeviceError> {
-        // SAFETY: the stream is alive and is being recorded.
-        context.call(OPERATION, || unsafe { result::stream::end_capture(stream) })
-    };
-    let ended = end();
-    if ended.is_err() && is_capturing(context) {
-        // Try once more: while the stream is being recorded, no work on it is executed.
-        drop(end().map(|graph| captured(context, graph)));
-    }
-    context.handle.capturing.set(false);
-    // If the device is lost, the driver has ended the recording itself.
-    let graph = ended?;
-    error::require(!graph.is_null(), OPERATION, || {
-        "the driver returned no graph".to_owned()
-    })?;
-    Ok(captured(context, graph))
-}
-
-fn captured(context: &Context, graph: sys::CUgraph) -> Captured {
-    let handle = Rc::clone(&context.handle);
-    Captured { graph, handle }
-}
-
-fn is_capturing(context: &Context) -> bool {
-    let stream = context.compute.raw();
-    // SAFETY: the stream is alive.
-    let ask = || unsafe { result::stream::is_capturing(stream) };
-    let none = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
-    context
-        .call("recording a step", ask)
-        .is_ok_and(|status| status != none)
-}
-
-impl Graph {
-    fn instantiate(
-        context: &Context,
-        captured: Captured,
-        bounds: Bounds,
-        windows: Vec<usize>,
-    ) -> Result<Self, DeviceError> {
-        let flags = sys::CUgraphInstantiate_flags(0);
-        // SAFETY: the graph is alive until `captured` is dropped.
-        let instantiate = || unsafe { result::graph::instantiate(captured.graph, flags) };
-        Ok(Self {
-            exec: context.call("making a graph", instantiate)?,
-            handle: Rc::clone(&context.handle),
-            bounds,
-            windows,
-        })
-    }
-
-    fn launch(&self, context: &Context) -> Result<(), DeviceError> {
-        let stream = context.compute.raw();
-        // SAFETY: the graph is executable, and the memory that it refers to has not been freed:
-        // `forget_stale` drops graphs for which it may have been.
-        let launch = || unsafe { result::graph::launch(self.exec, stream) };
-        context.call("replaying a step", launch)
     }
 }

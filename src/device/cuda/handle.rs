@@ -161,8 +161,16 @@ pub(super) struct Event {
 impl Event {
     /// Creates an event without timing that is not recorded yet.
     pub(super) fn new(handle: &Rc<Handle>) -> Result<Self, DeviceError> {
+        Self::create(handle, sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
+    }
+
+    /// Creates an event that records the time at which it is reached.
+    pub(super) fn with_time(handle: &Rc<Handle>) -> Result<Self, DeviceError> {
+        Self::create(handle, sys::CUevent_flags::CU_EVENT_DEFAULT)
+    }
+
+    fn create(handle: &Rc<Handle>, flags: sys::CUevent_flags) -> Result<Self, DeviceError> {
         let handle = Rc::clone(handle);
-        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
         let event = handle.call("creating an event", || result::event::create(flags))?;
         Ok(Self { event, handle })
     }
@@ -191,6 +199,19 @@ impl Event {
         // SAFETY: the event is alive.
         let wait = || unsafe { result::event::synchronize(self.event) };
         self.handle.call(operation, wait)
+    }
+}
+
+impl Event {
+    /// Waits until both events are reached and returns the seconds from `self` to `end`. Both
+    /// must have been created with a time, and recorded.
+    pub(super) fn seconds_to(&self, end: &Self) -> Result<f64, DeviceError> {
+        const OPERATION: &str = "measuring time";
+        end.synchronize(OPERATION)?;
+        // SAFETY: both events are alive; the driver refuses events without a time.
+        let elapsed = || unsafe { result::event::elapsed(self.event, end.event) };
+        let milliseconds = self.handle.call(OPERATION, elapsed)?;
+        Ok(f64::from(milliseconds) / 1e3)
     }
 }
 

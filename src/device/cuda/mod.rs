@@ -15,6 +15,7 @@ mod activation;
 mod attention;
 mod blas;
 mod cache;
+mod capture;
 mod context;
 mod embedding;
 mod error;

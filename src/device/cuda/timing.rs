@@ -1,111 +1,23 @@
 //! GPU timing of operations by the GPU's own clock, for `benches/kernels`.
 
 use super::CudaDevice;
-use super::context::Context;
-use super::handle::Handle;
+use super::capture::{self, Executable};
+use super::handle::Event;
 use crate::device::DeviceError;
-use cudarc::driver::result;
-use cudarc::driver::sys;
-use std::rc::Rc;
-
-const OPERATION: &str = "measuring time";
 
 /// Number of copies that are timed together.
 const COPIES: usize = 8;
 
-/// An event that records the time at which it is reached.
-struct TimedEvent {
-    event: sys::CUevent,
-    handle: Rc<Handle>,
-}
-
-impl TimedEvent {
-    fn new(context: &Context) -> Result<Self, DeviceError> {
-        let flags = sys::CUevent_flags::CU_EVENT_DEFAULT;
-        let event = context.call(OPERATION, || result::event::create(flags))?;
-        let handle = Rc::clone(&context.handle);
-        Ok(Self { event, handle })
-    }
-
-    fn record(&self, context: &Context) -> Result<(), DeviceError> {
-        // SAFETY: event and stream are alive and belong to the same context.
-        let record = || unsafe { result::event::record(self.event, context.compute.raw()) };
-        context.call(OPERATION, record)
-    }
-
-    /// Waits until both events are reached and returns the seconds from `self` to `end`.
-    fn seconds_to(&self, end: &Self, context: &Context) -> Result<f64, DeviceError> {
-        // SAFETY: both events are alive and were recorded.
-        let elapsed = || unsafe {
-            result::event::synchronize(end.event)?;
-            result::event::elapsed(self.event, end.event)
-        };
-        Ok(f64::from(context.call(OPERATION, elapsed)?) / 1e3)
-    }
-}
-
-impl Drop for TimedEvent {
-    fn drop(&mut self) {
-        // SAFETY: created by `new` and destroyed once.
-        let destroy = || unsafe { result::event::destroy(self.event) };
-        self.handle.cleanup("destroying an event", destroy);
-    }
-}
-
-/// Operations recorded as a graph, to be launched in one call.
-struct Recording {
-    exec: sys::CUgraphExec,
-    handle: Rc<Handle>,
-}
-
-impl Recording {
-    /// Records the operations that `work` enqueues on the compute stream.
-    fn new(
-        device: &mut CudaDevice,
-        work: impl FnOnce(&mut CudaDevice) -> Result<(), DeviceError>,
-    ) -> Result<Self, DeviceError> {
-        let stream = device.context.compute.raw();
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        // SAFETY: the stream is alive.
-        let begin = || unsafe { result::stream::begin_capture(stream, mode) };
-        device.context.call(OPERATION, begin)?;
-        device.context.handle.capturing.set(true);
-        let outcome = work(device);
-        device.context.handle.capturing.set(false);
-        // SAFETY: recording was begun above, and is ended even if `work` failed.
-        let end = || unsafe { result::stream::end_capture(stream) };
-        let graph = device.context.call(OPERATION, end);
-        let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_USE_NODE_PRIORITY;
-        let handle = Rc::clone(&device.context.handle);
-        let graph = outcome.and(graph)?;
-        // SAFETY: the graph was just recorded, and instantiation copies it.
-        let instantiate = || unsafe { result::graph::instantiate(graph, flags) };
-        let exec = handle.call(OPERATION, instantiate);
-        // SAFETY: the graph is destroyed once and not used afterwards.
-        handle.cleanup("destroying a graph", || unsafe {
-            result::graph::destroy(graph)
-        });
-        Ok(Self {
-            exec: exec?,
-            handle,
-        })
-    }
-
-    fn launch(&self, context: &Context) -> Result<(), DeviceError> {
-        // SAFETY: everything that the recorded operations use outlives the recording, which
-        // `time` drops before it returns.
-        let launch = || unsafe { result::graph::launch(self.exec, context.compute.raw()) };
-        context.call(OPERATION, launch)
-    }
-}
-
-impl Drop for Recording {
-    fn drop(&mut self) {
-        // SAFETY: the graph was instantiated once and is destroyed once; the caller has waited
-        // for its launches.
-        let destroy = || unsafe { result::graph::exec_destroy(self.exec) };
-        self.handle.cleanup("destroying a graph", destroy);
-    }
+/// Records the operations that `work` enqueues on the compute stream. If that fails, operations
+/// are executed again as usual.
+fn record(
+    device: &mut CudaDevice,
+    work: impl FnOnce(&mut CudaDevice) -> Result<(), DeviceError>,
+) -> Result<Executable, DeviceError> {
+    capture::begin(&device.context)?;
+    let outcome = work(device);
+    let captured = capture::end(&device.context);
+    outcome.and(captured)?.instantiate()
 }
 
 impl CudaDevice {
@@ -121,7 +33,8 @@ impl CudaDevice {
         mut work: impl FnMut(&mut Self) -> Result<(), DeviceError>,
     ) -> Result<Vec<f64>, DeviceError> {
         work(self)?;
-        let recording = Recording::new(self, work)?;
+        // What it uses outlives it, because it is dropped before this returns.
+        let recording = record(self, work)?;
         recording.launch(&self.context)?;
         self.sample_times(samples, |device| recording.launch(&device.context))
     }
@@ -162,13 +75,13 @@ impl CudaDevice {
         mut work: impl FnMut(&mut Self) -> Result<(), DeviceError>,
     ) -> Result<Vec<f64>, DeviceError> {
         self.context.synchronize()?;
-        let begin = TimedEvent::new(&self.context)?;
-        let end = TimedEvent::new(&self.context)?;
+        let begin = Event::with_time(&self.context.handle)?;
+        let end = Event::with_time(&self.context.handle)?;
         let times = (0..samples).map(|_| {
-            begin.record(&self.context)?;
+            begin.record(&self.context.compute)?;
             work(self)?;
-            end.record(&self.context)?;
-            begin.seconds_to(&end, &self.context)
+            end.record(&self.context.compute)?;
+            begin.seconds_to(&end)
         });
         times.collect()
     }
