@@ -134,13 +134,14 @@ fn parse() -> Result<Cli, Mistake> {
     let command = {
         let arguments: Vec<_> = std::env::args_os().skip(1).collect();
         if arguments.first().is_some_and(|first| first == "serve") {
-            let file = settings::file(&arguments).map(settings::read).transpose();
-            let wrong = |error| Mistake::Settings(Box::new(error));
-            let file = file.map_err(wrong)?.unwrap_or_default();
             let serve = command
                 .find_subcommand("serve")
                 .cloned()
                 .unwrap_or_default();
+            let file = settings::file(serve.clone(), &arguments);
+            let wrong = |error| Mistake::Settings(Box::new(error));
+            let file = file.map(settings::read).transpose().map_err(wrong)?;
+            let file = file.unwrap_or_default();
             let serve = settings::layered(serve, &file).map_err(wrong)?;
             command.mut_subcommand("serve", |_| serve)
         } else {

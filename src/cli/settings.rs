@@ -11,19 +11,16 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use toml::{Table, Value};
 
-/// Returns the settings file that the command line or the environment names.
-pub fn file(arguments: &[OsString]) -> Option<PathBuf> {
-    let mut arguments = arguments.iter();
-    while let Some(argument) = arguments.next() {
-        let text = argument.to_string_lossy();
-        if text == "--config" {
-            return arguments.next().map(PathBuf::from);
-        }
-        if let Some(path) = text.strip_prefix("--config=") {
-            return Some(PathBuf::from(path));
-        }
-    }
-    std::env::var_os("QUELL_CONFIG").map(PathBuf::from)
+/// Returns the settings file that the command line or the environment names. The first of the
+/// arguments is the name of the command.
+///
+/// The command itself parses the arguments, so that only what it takes for `--config` counts.
+/// Mistakes are not reported here: the arguments are parsed again together with the file.
+pub fn file(command: Command, arguments: &[OsString]) -> Option<PathBuf> {
+    let command = command.ignore_errors(true);
+    let matches = command.try_get_matches_from(arguments).ok()?;
+    let named = matches.get_one::<PathBuf>("config").cloned();
+    named.or_else(|| std::env::var_os("QUELL_CONFIG").map(PathBuf::from))
 }
 
 /// Reads the settings file.
@@ -97,11 +94,16 @@ mod tests {
 
     fn command() -> Command {
         Command::new("serve")
-            .arg(Arg::new("config").long("config"))
+            .arg(
+                Arg::new("config")
+                    .long("config")
+                    .value_parser(clap::value_parser!(PathBuf)),
+            )
             .arg(Arg::new("model").long("model").required(true))
             .arg(Arg::new("port").long("port").default_value("8000"))
             .arg(Arg::new("quiet").long("quiet").action(ArgAction::SetTrue))
             .arg(Arg::new("names").long("names").action(ArgAction::Append))
+            .arg(Arg::new("raw").long("raw").allow_hyphen_values(true))
     }
 
     fn parse(file: &str, arguments: &[&str]) -> Result<clap::ArgMatches, CliError> {
@@ -127,6 +129,33 @@ mod tests {
         let by_default = parse("", &["--model", "x"]).unwrap();
         assert_eq!(text(&by_default, "port").as_deref(), Some("8000"));
         assert!(!by_default.get_flag("quiet"));
+    }
+
+    #[test]
+    fn the_settings_file_is_what_the_command_takes_for_config() {
+        let file = |arguments: &[&str]| {
+            let arguments = ["serve"].iter().chain(arguments).map(OsString::from);
+            file(command(), &arguments.collect::<Vec<_>>())
+        };
+        let named = Some(PathBuf::from("a.toml"));
+        assert_eq!(file(&["--model", "m", "--config", "a.toml"]), named);
+        assert_eq!(file(&["--config=a.toml"]), named);
+        assert_eq!(
+            file(&["--quiet", "--config", "a.toml", "--quiet", "x"]),
+            named
+        );
+        for other in [
+            &[][..],
+            &["--model", "m"],
+            &["--config"],
+            &["--names=--config", "a.toml"],
+            &["--names=--config=a.toml"],
+            &["--raw", "--config", "a.toml"],
+            &["--raw", "--config=a.toml"],
+            &["--", "--config", "a.toml"],
+        ] {
+            assert_eq!(file(other), None, "{other:?}");
+        }
     }
 
     #[test]
