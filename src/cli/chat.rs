@@ -37,7 +37,8 @@ pub struct ChatArgs {
     /// System message of the conversation.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     system: Option<String>,
-    /// Maximum number of tokens per answer [default: up to the context limit].
+    /// Maximum number of tokens per answer [default: the model's own, else up to the context
+    /// limit].
     #[arg(long, value_name = "N")]
     max_tokens: Option<usize>,
     #[command(flatten)]
@@ -59,7 +60,7 @@ pub fn start(args: ChatArgs) -> Result<(), CliError> {
     let options = ChatOptions {
         system: args.system,
         sampling: args.sampling.params(&defaults.params(), None)?,
-        max_tokens: args.max_tokens,
+        max_tokens: args.max_tokens.or(defaults.max_tokens),
     };
     Ok(run(engine, options)?)
 }

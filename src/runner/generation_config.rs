@@ -54,12 +54,28 @@ pub(super) fn of_folder(path: &Path) -> Result<SamplingDefaults, LoadError> {
             tracing::warn!(path = %path.display(), key, "ignored an unsupported setting");
         }
     }
+    let max_tokens = match number("max_new_tokens")? {
+        None => None,
+        Some(count) if count >= 1.0 && count.fract() == 0.0 => Some(count as usize),
+        Some(count) => {
+            let expected = "a whole number of at least 1";
+            return Err(problem(format!(
+                "max_new_tokens is {count}, but must be {expected}"
+            )));
+        }
+    };
+    // transformers uses `max_length` only without `max_new_tokens`. It counts the prompt as well.
+    if max_tokens.is_none() && number("max_length")?.is_some() {
+        let key = "max_length";
+        tracing::warn!(path = %path.display(), key, "ignored an unsupported setting");
+    }
     let read = Settings {
         temperature: number("temperature")?,
         top_k: number("top_k")?,
         top_p: number("top_p")?,
         min_p: number("min_p")?,
         repetition_penalty: number("repetition_penalty")?,
+        max_tokens,
     };
     // As in transformers, the repetition penalty applies to greedy decoding, too.
     let greedy = config.get("do_sample") == Some(&Value::Bool(false));
@@ -68,6 +84,7 @@ pub(super) fn of_folder(path: &Path) -> Result<SamplingDefaults, LoadError> {
         defaults = SamplingDefaults {
             temperature: Some(0.0),
             repetition_penalty: defaults.repetition_penalty,
+            max_tokens: defaults.max_tokens,
             ..SamplingDefaults::default()
         };
     }
@@ -106,6 +123,8 @@ pub(super) fn of_gguf(file: &Gguf) -> Result<SamplingDefaults, LoadError> {
         top_p: number("top_p")?,
         min_p: number("min_p")?,
         repetition_penalty: number("penalty_repeat")?,
+        // There is no key for it.
+        max_tokens: None,
     };
     read.checked(file.path().to_owned())
 }
@@ -117,6 +136,7 @@ struct Settings {
     top_p: Option<f64>,
     min_p: Option<f64>,
     repetition_penalty: Option<f64>,
+    max_tokens: Option<usize>,
 }
 
 impl Settings {
@@ -129,6 +149,7 @@ impl Settings {
             top_p: single(self.top_p),
             min_p: single(self.min_p),
             repetition_penalty: single(self.repetition_penalty),
+            max_tokens: self.max_tokens,
         };
         match defaults.validate() {
             Ok(()) => Ok(defaults),

@@ -15,6 +15,9 @@ pub struct SamplingDefaults {
     pub min_p: Option<f32>,
     /// Default of [`SamplingParams::repetition_penalty`].
     pub repetition_penalty: Option<f32>,
+    /// Default of [`Request::max_tokens`](crate::Request::max_tokens). It is not part of
+    /// [`SamplingDefaults::params`].
+    pub max_tokens: Option<usize>,
 }
 
 impl SamplingDefaults {
@@ -50,6 +53,7 @@ impl SamplingDefaults {
             ("top_p", self.top_p.map(decimal)),
             ("min_p", self.min_p.map(decimal)),
             ("repetition_penalty", self.repetition_penalty.map(decimal)),
+            ("max_tokens", self.max_tokens.map(|tokens| tokens as f64)),
         ];
         let set = each
             .into_iter()
@@ -73,6 +77,7 @@ mod tests {
         let defaults = SamplingDefaults {
             temperature: Some(0.7),
             top_k: Some(20),
+            max_tokens: Some(512),
             ..SamplingDefaults::default()
         };
         let expected = SamplingParams {
@@ -81,7 +86,8 @@ mod tests {
             ..SamplingParams::default()
         };
         assert_eq!(defaults.params(), expected);
-        assert_eq!(defaults.named(), [("temperature", 0.7), ("top_k", 20.0)]);
+        let named = [("temperature", 0.7), ("top_k", 20.0), ("max_tokens", 512.0)];
+        assert_eq!(defaults.named(), named);
         assert_eq!(SamplingDefaults::default().named(), []);
     }
 }

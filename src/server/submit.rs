@@ -62,6 +62,7 @@ impl App {
         self.check_bytes(&prompt)?;
         let bytes = text_bytes(&prompt);
         request.prompt = prompt;
+        self.limit_answer(&mut request);
         let turn = move |_: &Job| Ok(session.turn(request, kind)?);
         let stream: TokenStream = self.workers.run_if_long(bytes, turn).await?;
         Ok(vec![stream.when_dropped(CancelReason::Disconnect)])
@@ -71,7 +72,7 @@ impl App {
         &self,
         job: &Job,
         places: Places,
-        request: Request,
+        mut request: Request,
         prompts: Vec<Prompt>,
         samples: usize,
     ) -> Result<Vec<TokenStream>, ApiError> {
@@ -104,11 +105,22 @@ impl App {
             }
             tokenized.push(tokens);
         }
+        self.limit_answer(&mut request);
         let streams = self
             .engine
             .generate_in(places, request, tokenized, samples)?;
         let owned = |stream: TokenStream| stream.when_dropped(CancelReason::Disconnect);
         Ok(streams.into_iter().map(owned).collect())
+    }
+
+    /// Limits an answer whose request sets no limit to as many tokens as the model's own settings
+    /// say, if they do. Unlike a limit that a client sets, this one may exceed the context's
+    /// room, and gives way to a minimum.
+    fn limit_answer(&self, request: &mut Request) {
+        if request.max_tokens.is_none() {
+            let limit = self.engine.sampling_defaults().max_tokens;
+            request.max_tokens = limit.map(|limit| limit.max(request.limits.min_tokens));
+        }
     }
 
     /// Returns the tokens of each prompt, in order. With `bare`, text prompts get none of the

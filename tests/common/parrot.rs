@@ -4,13 +4,14 @@
 
 use quell::cache::CacheLayout;
 use quell::config::EngineConfig;
-use quell::device::DeviceError;
-use quell::runner::{Runner, RunnerInfo, StepOutput};
-use quell::sampling::Token;
+use quell::device::{DeviceError, DeviceInfo};
+use quell::runner::{MemoryPlan, ModelFiles, ModelInfo, Runner, RunnerInfo, StepOutput};
+use quell::sampling::{SamplingDefaults, Token};
 use quell::schedule::{PlanItem, Sequences, StepPlan};
 use quell::text::Tokenizer;
 use quell::{Engine, LoadError};
 use std::path::Path;
+use std::time::Duration;
 
 /// Special tokens of the fixture's tokenizer that mark where the text to say begins and ends.
 const BEGIN: (u32, &str) = (11, "<jupyter_start>");
@@ -29,16 +30,47 @@ pub fn engine(template: &str) -> Engine {
 
 /// Creates an engine over the model, which says this many tokens per step.
 pub fn engine_with_runs(template: &str, run: usize) -> Engine {
-    start(template.into(), run)
+    start(template.into(), run, None)
 }
 
 /// Creates an engine over the model. `template` is the value of `chat_template` in
 /// `tokenizer_config.json`: one template or a list of them.
 pub fn engine_with(template: serde_json::Value) -> Engine {
-    start(template, 1)
+    start(template, 1, None)
 }
 
-fn start(template: serde_json::Value, run: usize) -> Engine {
+/// Creates an engine over the model, with this chat template and these settings of its own.
+pub fn engine_with_defaults(template: &str, defaults: SamplingDefaults) -> Engine {
+    start(template.into(), 1, Some(defaults))
+}
+
+/// Describes a model with these sampling settings. Only the settings matter.
+fn described(sampling: SamplingDefaults) -> ModelInfo {
+    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden/tiny/llama");
+    let files = ModelFiles::open(&tiny).unwrap();
+    ModelInfo {
+        config: files.source().config().clone(),
+        parameters: files.source().parameters(),
+        device: DeviceInfo {
+            name: "parrot".to_owned(),
+            description: String::new(),
+            details: Vec::new(),
+        },
+        memory: MemoryPlan {
+            weights: 0,
+            cache_per_token: 0,
+            cache_blocks: 4096,
+            block_bytes: 0,
+            block_tokens: 16,
+            layout: CacheLayout::single(),
+            context_tokens: 2048,
+        },
+        sampling,
+        load_time: Duration::ZERO,
+    }
+}
+
+fn start(template: serde_json::Value, run: usize, defaults: Option<SamplingDefaults>) -> Engine {
     let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/text/folder");
     let folder = tempfile::tempdir().unwrap();
     let copy = |name: &str| std::fs::copy(fixture.join(name), folder.path().join(name));
@@ -60,7 +92,7 @@ fn start(template: serde_json::Value, run: usize) -> Engine {
         block_tokens: 16,
         layout: CacheLayout::single(),
         swap: None,
-        model: None,
+        model: defaults.map(described),
     };
     let config = EngineConfig {
         audit: true,

@@ -757,6 +757,39 @@ fn the_models_sampling_defaults_apply_unless_a_flag_overrides_them() {
 }
 
 #[test]
+fn the_models_limit_on_new_tokens_is_shown_and_its_total_length_ignored_by_name() {
+    let inspect = |config: &str| {
+        let model = with_generation_config(config);
+        let output = quell(&[
+            "inspect",
+            model.path().to_str().unwrap(),
+            "--format",
+            "json",
+        ]);
+        let log = String::from_utf8_lossy(&output.stderr).into_owned();
+        (json(&output)["sampling_defaults"].clone(), log)
+    };
+    let ignored = "ignored an unsupported setting";
+    let (shown, log) = inspect(r#"{"max_new_tokens": 512, "max_length": 4096}"#);
+    assert_eq!(shown, serde_json::json!({"max_tokens": 512.0}));
+    assert!(!log.contains(ignored), "{log}");
+    let (shown, log) = inspect(r#"{"do_sample": false, "max_new_tokens": 7}"#);
+    assert_eq!(
+        shown,
+        serde_json::json!({"temperature": 0.0, "max_tokens": 7.0}),
+        "{log}"
+    );
+    let (shown, log) = inspect(r#"{"max_new_tokens": null, "max_length": 4096}"#);
+    assert_eq!(shown, serde_json::json!({}));
+    assert!(log.contains(ignored) && log.contains("max_length"), "{log}");
+    for wrong in ["0", "-1", "1.5", "\"many\""] {
+        let (shown, _) = inspect(&format!("{{\"max_new_tokens\": {wrong}}}"));
+        let error = shown["error"].as_str().unwrap_or_default();
+        assert!(error.contains("max_new_tokens is"), "{wrong}: {shown}");
+    }
+}
+
+#[test]
 fn invalid_sampling_defaults_of_a_model_are_reported_and_can_be_skipped() {
     let model = with_generation_config(r#"{"top_p": 1.5}"#);
     let model = model.path().to_str().unwrap();

@@ -5,10 +5,11 @@ use crate::http::{Connection, Reply, answered, exchange, get, post};
 use crate::serve::Serve;
 use crate::server::{TestServer, null_engine, options, tokenizer};
 use crate::sim::SimOptions;
-use crate::{model, serve, sim};
+use crate::{api, model, parrot, serve, sim};
+use quell::sampling::SamplingDefaults;
 use quell::server::{ApiKeys, ServeError, Server, ServerOptions, TlsFiles};
 use quell::{Engine, EngineConfig, LoadOptions};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
 use std::process::{Command, Stdio};
@@ -741,4 +742,48 @@ fn sampling_defaults_of_the_model_apply_to_requests() {
         "top_k is the model's"
     );
     assert_ne!(answer(r#", "temperature": 5, "top_k": -1"#), greedy);
+}
+
+#[test]
+fn the_models_own_limit_on_new_tokens_applies_to_requests_that_set_none() {
+    const TEMPLATE: &str = "{% for m in messages %}{{ m.content }}{% endfor %}";
+    let start = |limit| {
+        let defaults = SamplingDefaults {
+            max_tokens: Some(limit),
+            ..SamplingDefaults::default()
+        };
+        TestServer::start(parrot::engine_with_defaults(TEMPLATE, defaults), options())
+    };
+    let words = parrot::say("one two three four five six seven eight");
+    let server = start(3);
+    let chat = |fields: Value| {
+        let mut body = json!({"messages": [{"role": "user", "content": words}]});
+        let fields = fields.as_object().unwrap().clone();
+        body.as_object_mut().unwrap().extend(fields);
+        let answer = api::ask(server.address, "/v1/chat/completions", &body);
+        let reason = answer["choices"][0]["finish_reason"].clone();
+        (answer["usage"]["completion_tokens"].clone(), reason)
+    };
+    assert_eq!(chat(json!({})), (json!(3), json!("length")));
+    assert_eq!(
+        chat(json!({"max_tokens": null})),
+        (json!(3), json!("length"))
+    );
+    assert_eq!(chat(json!({"max_tokens": 2})), (json!(2), json!("length")));
+    assert_eq!(chat(json!({"max_tokens": 500})).1, "stop");
+    assert_eq!(chat(json!({"min_tokens": 5})), (json!(5), json!("length")));
+    let answer = api::ask(server.address, "/v1/responses", &json!({"input": words}));
+    assert_eq!(answer["usage"]["output_tokens"], 3);
+    // Completions have a default of their own, as in OpenAI's API.
+    let body = json!({"prompt": words});
+    let answer = api::ask(server.address, "/v1/completions", &body);
+    assert!(
+        answer["usage"]["completion_tokens"].as_u64() > Some(3),
+        "{answer}"
+    );
+    // A limit beyond the context is no reason to refuse a request.
+    let server = start(1_000_000);
+    let body = json!({"messages": [{"role": "user", "content": words}]});
+    let answer = api::ask(server.address, "/v1/chat/completions", &body);
+    assert_eq!(answer["choices"][0]["finish_reason"], "stop");
 }

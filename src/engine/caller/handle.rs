@@ -124,7 +124,7 @@ impl Engine {
         Ok(callers.engine(config, info, tokenizer))
     }
 
-    /// Returns the sampling settings to use where a caller specifies none: the model's own,
+    /// Returns the settings to use where a caller specifies none: the model's own,
     /// unless [`LoadOptions::generation_config`] excludes them. The engine does not apply them
     /// by itself; whatever creates the requests must do so, as the server does.
     /// [`Request::new`](crate::Request::new) ignores them.
