@@ -261,9 +261,7 @@ impl Service {
     ) -> io::Result<CloseReason> {
         tokio::select! {
             biased;
-            never = activity.changes() => match never {},
-            error = socket.error() => Err(error),
-            () = progress.stalled(self.limits.write_timeout) => Err(write_timeout()),
+            error = self.broken(socket, activity, progress) => Err(error),
             () = activity.evicted() => Ok(CloseReason::Room),
             reason = activity.timed_out(&self.limits) => match reason {
                 TimeoutReason::Head => Err(header_timeout()),
@@ -282,10 +280,18 @@ impl Service {
     ) -> io::Result<()> {
         tokio::select! {
             biased;
-            never = activity.changes() => match never {},
-            error = socket.error() => Err(error),
-            () = progress.stalled(self.limits.write_timeout) => Err(write_timeout()),
+            error = self.broken(socket, activity, progress) => Err(error),
             () = activity.idle_for(CLOSING) => Ok(()),
+        }
+    }
+
+    /// Waits until a connection must be closed at once, and returns why.
+    async fn broken(&self, socket: &Socket, activity: &Activity, progress: &Progress) -> io::Error {
+        tokio::select! {
+            biased;
+            never = activity.changes() => match never {},
+            error = socket.error() => error,
+            () = progress.stalled(self.limits.write_timeout) => write_timeout(),
         }
     }
 }
