@@ -46,6 +46,41 @@ pub struct WeightRows<'a> {
     pub order: RowOrder,
 }
 
+impl WeightRows<'_> {
+    /// Checks that the rows can be part of a layer with this number of columns. The error says
+    /// why not.
+    pub(super) fn check(&self, columns: usize) -> Result<(), String> {
+        let rows = self.rows;
+        if self.columns != columns {
+            let own = self.columns;
+            return Err(format!(
+                "parts of one layer have {columns} and {own} columns"
+            ));
+        }
+        let row_bytes = self.dtype.bytes_for(columns);
+        let bytes = row_bytes.and_then(|row| row.checked_mul(rows));
+        if bytes != Some(self.data.len()) {
+            let (dtype, found) = (self.dtype, self.data.len());
+            return Err(format!(
+                "{rows} × {columns} weights of type {dtype} do not take {found} bytes"
+            ));
+        }
+        match self.order {
+            RowOrder::RopeInterleaved { head_dim }
+                if head_dim == 0
+                    || !head_dim.is_multiple_of(2)
+                    || !rows.is_multiple_of(head_dim) =>
+            {
+                Err(format!(
+                    "{rows} rows cannot be divided into heads of {head_dim} rows (which must be \
+                     even)"
+                ))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// Specification of a linear layer to load: `y = W x + b`, where `W` is the row-wise stack of
 /// `parts`.
 ///

@@ -25,7 +25,7 @@ pub fn say(text: &str) -> String {
 
 /// Creates an engine over the model, with this chat template.
 pub fn engine(template: &str) -> Engine {
-    start(template.into(), 1)
+    start(template.into(), 1, None)
 }
 
 /// Creates an engine over the model, which says this many tokens per step.

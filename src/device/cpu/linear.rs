@@ -11,7 +11,7 @@ use super::quantise::Quantised;
 use super::simd::Isa;
 use super::tensor::{CpuTensor, require_shape};
 use super::workers::Workers;
-use crate::device::{DeviceError, LinearOps, LinearSpec, RowOrder, WeightRows};
+use crate::device::{DeviceError, LinearOps, LinearSpec};
 use std::ops::Range;
 
 /// A linear layer whose weights have been packed for the CPU.
@@ -49,7 +49,7 @@ impl CpuLinear {
     ) -> Result<Self, DeviceError> {
         let columns = spec.parts.first().map_or(0, |part| part.columns);
         for part in &spec.parts {
-            check(part, columns)?;
+            part.check(columns).map_err(invalid)?;
         }
         let rows = spec.parts.iter().map(|part| part.rows).sum::<usize>();
         if let Some(bias) = &spec.bias
@@ -92,36 +92,6 @@ fn invalid(reason: String) -> DeviceError {
         operation: "load_linear",
         reason,
     }
-}
-
-fn check(part: &WeightRows<'_>, columns: usize) -> Result<(), DeviceError> {
-    if part.columns != columns {
-        return Err(invalid(format!(
-            "parts of one layer have {columns} and {} columns",
-            part.columns
-        )));
-    }
-    let bytes = part
-        .dtype
-        .bytes_for(columns)
-        .and_then(|row| row.checked_mul(part.rows));
-    if bytes != Some(part.data.len()) {
-        return Err(invalid(format!(
-            "{} × {columns} weights of type {} do not take {} bytes",
-            part.rows,
-            part.dtype,
-            part.data.len()
-        )));
-    }
-    if let RowOrder::RopeInterleaved { head_dim } = part.order
-        && (head_dim == 0 || !head_dim.is_multiple_of(2) || !part.rows.is_multiple_of(head_dim))
-    {
-        return Err(invalid(format!(
-            "{} rows cannot be divided into heads of {head_dim} rows (which must be even)",
-            part.rows
-        )));
-    }
-    Ok(())
 }
 
 impl LinearOps for CpuDevice {

@@ -5,12 +5,12 @@
 //! little memory in addition to the stored weights.
 
 use super::context::Context;
-use super::error::{DEVICE, failed, unsupported};
+use super::error::{DEVICE, failed, require_ok, unsupported};
 use super::memory::Buffer;
 use super::options::CudaActivations;
 use super::pack::{Packer, RECORD_OUTPUTS, stored_row};
 use super::weights::{CudaLinear, Kind, Segment};
-use crate::device::{DeviceError, LinearSpec, RowOrder, WeightRows};
+use crate::device::{DeviceError, LinearSpec, WeightRows};
 use crate::weights::{DType, quant};
 use half::{bf16, f16};
 use std::ops::Range;
@@ -39,7 +39,7 @@ pub(super) fn load(
     }
     for spec in specs {
         for part in &spec.parts {
-            check(part, inputs)?;
+            require_ok("load_linear", part.check(inputs))?;
         }
         if segments_of(spec) != segments_of(first) {
             return Err(unsupported(
@@ -107,45 +107,6 @@ fn segments_of(spec: &LinearSpec<'_>) -> Vec<(Kind, usize, usize)> {
         (Kind::of(parts[0].dtype), rows, parts.len())
     });
     segments.collect()
-}
-
-fn check(part: &WeightRows<'_>, columns: usize) -> Result<(), DeviceError> {
-    if part.columns != columns {
-        return Err(failed(
-            "load_linear",
-            format!(
-                "parts of one layer have {columns} and {} columns",
-                part.columns
-            ),
-        ));
-    }
-    let bytes = part
-        .dtype
-        .bytes_for(columns)
-        .and_then(|row| row.checked_mul(part.rows));
-    if bytes != Some(part.data.len()) {
-        return Err(failed(
-            "load_linear",
-            format!(
-                "{} × {columns} weights of {} cannot be {} bytes",
-                part.rows,
-                part.dtype,
-                part.data.len()
-            ),
-        ));
-    }
-    if let RowOrder::RopeInterleaved { head_dim } = part.order
-        && (head_dim == 0 || !head_dim.is_multiple_of(2) || !part.rows.is_multiple_of(head_dim))
-    {
-        return Err(failed(
-            "load_linear",
-            format!(
-                "{} rows cannot be divided into heads of {head_dim}",
-                part.rows
-            ),
-        ));
-    }
-    Ok(())
 }
 
 /// The same segment of every matrix in a stack.
