@@ -2,6 +2,7 @@
 //! is counted.
 
 use crate::requests::{idle, prompt, request};
+use quell::cache::CacheLayout;
 use quell::device::DeviceError;
 use quell::runner::{Runner, RunnerInfo, StepOutput};
 use quell::sampling::{Constraint, ConstraintError, Token};
@@ -50,6 +51,7 @@ impl Scripted {
             end_tokens: Vec::new(),
             cache_blocks: 200,
             block_tokens: 4,
+            layout: CacheLayout::single(),
             swap: None,
             model: None,
         };
