@@ -138,7 +138,7 @@ fn prompt(args: &GenerateArgs) -> Result<Prompt, CliError> {
         (Some(text), ..) if args.chat => Prompt::Chat(vec![Message::new("user", text)]),
         (Some(text), ..) => Prompt::Text(text.clone()),
         (_, Some(path), _) => Prompt::Chat(read_messages(path)?),
-        (_, _, Some(ids)) => Prompt::Tokens(ids.clone()),
+        (_, _, Some(ids)) => Prompt::from(ids.as_slice()),
         // Unreachable: the argument group requires one of them.
         (None, None, None) => return Err(CliError::Usage("a prompt is missing".to_owned())),
     })

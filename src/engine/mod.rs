@@ -22,8 +22,6 @@ pub use caller::embedding::{EmbedRequest, Embedding, EmbeddingFuture};
 pub use caller::ending::{Drained, Shutdown};
 pub use caller::handle::Engine;
 pub use caller::pending::{Cancellation, Pending};
-#[cfg(feature = "server")]
-pub(crate) use caller::permit::Places;
 pub use caller::request::{Prompt, Request, Truncation};
 pub use caller::session::{Session, SessionOptions};
 pub use caller::stream::TokenStream;

@@ -64,8 +64,8 @@ impl Task {
 /// Description of a new sequence.
 #[derive(Clone, Debug)]
 pub struct SequenceSpec {
-    /// The prompt, which has at least one token.
-    pub prompt: Vec<u32>,
+    /// The prompt, which has at least one token. All answers to a prompt share it.
+    pub prompt: Arc<[u32]>,
     /// What is computed.
     pub task: Task,
     /// Number of tokens, prompt and answer together, at which the sequence ends. It exceeds the
@@ -93,7 +93,7 @@ impl SequenceSpec {
     /// prompt and answer together.
     pub fn new(prompt: Vec<u32>, max_tokens: usize) -> Self {
         Self {
-            prompt,
+            prompt: prompt.into(),
             task: Task::Generate,
             max_tokens,
             params: Arc::new(SamplingParams::greedy()),
@@ -137,7 +137,7 @@ pub(super) struct Swapped {
 pub struct Sequence {
     /// The request that the sequence belongs to.
     pub id: RequestId,
-    /// Description of the sequence, except that `spec.prompt` has moved to `tokens`.
+    /// Description of the sequence, except that `spec.prompt` is empty: `tokens` begins with it.
     pub spec: SequenceSpec,
     /// Key of the counter of `spec.tenant`.
     pub(super) tenant: TenantKey,
@@ -185,7 +185,8 @@ impl Sequence {
         tenant: TenantKey,
         arrival: u64,
     ) -> Self {
-        let tokens = std::mem::take(&mut spec.prompt);
+        // The only copy of the prompt: the sequence appends its answer to it.
+        let tokens = std::mem::take(&mut spec.prompt).to_vec();
         let table = BlockTable::salted(spec.salt.clone());
         Self {
             id,

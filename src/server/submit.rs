@@ -3,10 +3,9 @@
 use super::App;
 use super::error::ApiError;
 use super::http::auth::Caller;
-use super::http::workers::Job;
+use super::http::workers::{Job, Work};
 use super::openai::session_turn::SessionTurn;
-use crate::engine::{CancelReason, Places, Prompt, Request, SubmitError, TokenStream};
-use crate::text::EncodeOptions;
+use crate::engine::{CancelReason, Prompt, Request, TokenStream, Truncation};
 use std::sync::Arc;
 
 /// Maximum number of tokens in all prompts of a request together, where a prompt counts once
@@ -14,103 +13,150 @@ use std::sync::Arc;
 /// request.
 const MAX_BATCH_TOKENS: usize = 4 << 20;
 
+/// How texts become tokens.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Tokenization {
+    /// Whether a text gets the special tokens that the tokenizer puts around a text.
+    pub add_special: bool,
+    pub length: Length,
+}
+
+/// How long a prompt may be.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Length {
+    /// As long as the context. A text that must be longer is refused before it is tokenized.
+    Context,
+    /// Any length: it is truncated.
+    Cut(Truncation),
+    /// Any length.
+    Any,
+}
+
+impl Length {
+    /// Returns the length of prompts that are truncated if `truncation` is given.
+    pub fn of(truncation: Option<Truncation>) -> Self {
+        truncation.map_or(Self::Context, Self::Cut)
+    }
+
+    fn truncation(self) -> Option<Truncation> {
+        match self {
+            Self::Cut(truncation) => Some(truncation),
+            Self::Context | Self::Any => None,
+        }
+    }
+}
+
+/// Prompts, and how to answer them.
+pub(super) struct Submission {
+    /// The settings of all answers. Its own prompt is ignored.
+    pub request: Request,
+    pub prompts: Vec<Prompt>,
+    /// Number of answers to each prompt.
+    pub samples: usize,
+    /// Whether texts get the special tokens that the tokenizer puts around a text.
+    pub add_special: bool,
+    /// The session that the request is a turn of. A turn has one prompt and one answer.
+    pub session: Option<SessionTurn>,
+}
+
 impl App {
-    /// Submits `prompts` for a caller, each for `samples` answers with the settings of
-    /// `request`. The streams are in the order of the prompts, with all answers to a prompt
-    /// together. Dropping a stream cancels its answer as after a disconnect.
+    /// Submits prompts for a caller. The streams are in the order of the prompts, with all
+    /// answers to a prompt together. Dropping a stream cancels its answer as after a disconnect.
     pub(super) async fn submit(
         self: &Arc<Self>,
         caller: &Caller,
-        mut request: Request,
-        prompts: Vec<Prompt>,
-        samples: usize,
+        submission: Submission,
     ) -> Result<Vec<TokenStream>, ApiError> {
+        let Submission {
+            mut request,
+            mut prompts,
+            samples,
+            add_special,
+            session,
+        } = submission;
         caller.admit(&mut request);
-        if let (Some(tokens), None) = (request.max_tokens, request.truncate_prompt) {
-            for prompt in &prompts {
-                self.check_length(prompt, tokens)?;
-            }
-        }
-        // Reserve places before processing the prompts, so that a request that is refused for
-        // lack of room costs nothing.
-        let places = self.engine.places(prompts.len(), samples)?;
-        let bytes = prompts.iter().map(text_bytes).sum();
+        let tokenization = Tokenization {
+            add_special,
+            length: Length::of(request.truncate_prompt),
+        };
+        let work = work_on(&prompts);
         let app = Arc::clone(self);
-        let work = move |job: &Job| app.submit_blocking(job, places, request, prompts, samples);
-        self.workers.run_if_long(bytes, work).await
+        let streams = if let Some(turn) = session {
+            let (Some(prompt), 0, 1) = (prompts.pop(), prompts.len(), samples) else {
+                let problem = "a session answers one prompt at a time, with n = 1";
+                return Err(ApiError::invalid(problem).param("session_id"));
+            };
+            let session = self.sessions.use_own(caller, &turn.id)?;
+            request.prompt = prompt;
+            self.limit_answer(&mut request);
+            let submit = move |job: &Job| {
+                let request = app.encode_turn(job, request, tokenization)?;
+                Ok(session.turn(request, turn.prompt)?)
+            };
+            vec![self.workers.run(work, submit).await?]
+        } else {
+            let most = request.max_tokens;
+            if let (Some(most), Length::Context) = (most, tokenization.length) {
+                for prompt in &prompts {
+                    self.check_length(prompt, most)?;
+                }
+            }
+            // Check the request and take its places before the prompts are tokenized, so that a
+            // request that is refused costs nothing.
+            self.limit_answer(&mut request);
+            let admission = self.engine.admit(request, prompts.len(), samples)?;
+            let submit = move |job: &Job| {
+                let prompts = app.encode_batch(job, prompts, tokenization, most, samples)?;
+                Ok(app.engine.generate_admitted(admission, prompts)?)
+            };
+            self.workers.run(work, submit).await?
+        };
+        let owned = |stream: TokenStream| stream.when_dropped(CancelReason::Disconnect);
+        Ok(streams.into_iter().map(owned).collect())
     }
 
-    /// Like [`App::submit`], but submits a turn if there is a session. A turn has one prompt
-    /// and one answer.
-    pub(super) async fn submit_turn(
-        self: &Arc<Self>,
-        caller: &Caller,
-        session: Option<SessionTurn>,
-        mut request: Request,
-        mut prompts: Vec<Prompt>,
-        samples: usize,
-    ) -> Result<Vec<TokenStream>, ApiError> {
-        let Some(SessionTurn { id, prompt: kind }) = session else {
-            return self.submit(caller, request, prompts, samples).await;
-        };
-        let (Some(prompt), 0, 1) = (prompts.pop(), prompts.len(), samples) else {
-            let problem = "a session answers one prompt at a time, with n = 1";
-            return Err(ApiError::invalid(problem).param("session_id"));
-        };
-        caller.admit(&mut request);
-        let session = self.sessions.use_own(caller, &id)?;
-        self.check_bytes(&prompt)?;
-        let bytes = text_bytes(&prompt);
-        request.prompt = prompt;
-        self.limit_answer(&mut request);
-        let turn = move |_: &Job| Ok(session.turn(request, kind)?);
-        let stream: TokenStream = self.workers.run_if_long(bytes, turn).await?;
-        Ok(vec![stream.when_dropped(CancelReason::Disconnect)])
-    }
-
-    fn submit_blocking(
+    /// Tokenizes the prompt of a session's turn, unless the session does that.
+    fn encode_turn(
         &self,
         job: &Job,
-        places: Places,
         mut request: Request,
+        tokenization: Tokenization,
+    ) -> Result<Request, ApiError> {
+        if tokenization.add_special {
+            // The session tokenizes the text, because it knows what comes before it.
+            self.check_texts(texts(&request.prompt), tokenization.length)?;
+        } else {
+            request.prompt = Prompt::Tokens(self.encode(job, request.prompt, tokenization)?);
+        }
+        Ok(request)
+    }
+
+    /// Tokenizes the prompts of a request for `samples` answers of up to `most` tokens each.
+    fn encode_batch(
+        &self,
+        job: &Job,
         prompts: Vec<Prompt>,
+        tokenization: Tokenization,
+        most: Option<usize>,
         samples: usize,
-    ) -> Result<Vec<TokenStream>, ApiError> {
-        let mut tokenized = Vec::with_capacity(prompts.len());
+    ) -> Result<Vec<Arc<[u32]>>, ApiError> {
         let mut total = 0;
-        for prompt in prompts {
-            let mut tokens = match prompt {
-                Prompt::Tokens(tokens) => tokens,
-                prompt => {
-                    job.check()?;
-                    if request.truncate_prompt.is_none() {
-                        self.check_bytes(&prompt)?;
-                    }
-                    self.engine.tokenize(&prompt)?
-                }
-            };
-            if let Some(truncation) = request.truncate_prompt {
-                truncation.cut(&mut tokens);
-            }
-            if let Some(most) = request.max_tokens {
+        let each = prompts.into_iter().map(|prompt| {
+            let tokens = self.encode(job, prompt, tokenization)?;
+            if let Some(most) = most {
                 self.check_answer(tokens.len(), most)?;
             }
             total += tokens.len();
-            if total.saturating_mul(samples) > MAX_BATCH_TOKENS {
+            if samples.saturating_mul(total) > MAX_BATCH_TOKENS {
                 let problem = format!(
                     "the prompts have more than {MAX_BATCH_TOKENS} tokens, counted once for \
                      each of the {samples} answers to a prompt; send fewer at a time"
                 );
                 return Err(ApiError::invalid(problem).param("prompt"));
             }
-            tokenized.push(tokens);
-        }
-        self.limit_answer(&mut request);
-        let streams = self
-            .engine
-            .generate_in(places, request, tokenized, samples)?;
-        let owned = |stream: TokenStream| stream.when_dropped(CancelReason::Disconnect);
-        Ok(streams.into_iter().map(owned).collect())
+            Ok(tokens)
+        });
+        each.collect()
     }
 
     /// Limits an answer whose request sets no limit to as many tokens as the model's own settings
@@ -123,53 +169,55 @@ impl App {
         }
     }
 
-    /// Returns the tokens of each prompt, in order. With `bare`, text prompts get none of the
-    /// special tokens that the tokenizer puts around a text. With `cut`, prompts may be longer
-    /// than the context, because they are truncated later.
-    pub(super) async fn tokenize_all(
+    /// Returns the tokens of each prompt, in order.
+    pub(super) async fn tokenize(
         self: &Arc<Self>,
         prompts: Vec<Prompt>,
-        bare: bool,
-        cut: bool,
-    ) -> Result<Vec<Vec<u32>>, ApiError> {
-        let bytes = prompts.iter().map(text_bytes).sum();
+        tokenization: Tokenization,
+    ) -> Result<Vec<Arc<[u32]>>, ApiError> {
+        let work = work_on(&prompts);
         let app = Arc::clone(self);
         let tokenize = move |job: &Job| {
-            let each = prompts.into_iter().map(|prompt| match prompt {
-                Prompt::Tokens(tokens) => Ok(tokens),
-                prompt => {
-                    job.check()?;
-                    if !cut {
-                        app.check_bytes(&prompt)?;
-                    }
-                    match prompt {
-                        Prompt::Text(text) if bare => app.tokenize_bare(&text),
-                        prompt => Ok(app.engine.tokenize(&prompt)?),
-                    }
-                }
-            });
+            let prompts = prompts.into_iter();
+            let each = prompts.map(|prompt| app.encode(job, prompt, tokenization));
             each.collect()
         };
-        self.workers.run_if_long(bytes, tokenize).await
+        self.workers.run(work, tokenize).await
     }
 
-    /// Refuses a text that has more bytes than the tokens of a whole context can stand for.
-    /// This needs no tokenization.
-    fn check_bytes(&self, prompt: &Prompt) -> Result<(), ApiError> {
-        self.check_text_bytes(text_bytes(prompt))
+    /// Tokenizes a prompt on this thread, unless it is too long or the client has gone. The
+    /// tokens are shared from here on.
+    pub(super) fn encode(
+        &self,
+        job: &Job,
+        prompt: Prompt,
+        tokenization: Tokenization,
+    ) -> Result<Arc<[u32]>, ApiError> {
+        let Tokenization {
+            add_special,
+            length,
+        } = tokenization;
+        job.check()?;
+        self.check_texts(texts(&prompt), length)?;
+        let truncation = length.truncation();
+        Ok(self.engine.prompt_tokens(prompt, add_special, truncation)?)
     }
 
-    /// Like [`App::check_bytes`], for a text of `bytes` bytes.
-    pub(super) fn check_text_bytes(&self, bytes: usize) -> Result<(), ApiError> {
+    /// Refuses a text with all these parts if it must have more tokens than the context, unless
+    /// it may have any length. This needs no tokenization.
+    pub(super) fn check_texts<'a>(
+        &self,
+        parts: impl IntoIterator<Item = &'a str> + Clone,
+        length: Length,
+    ) -> Result<(), ApiError> {
+        let (Some(tokenizer), Length::Context) = (self.engine.tokenizer(), length) else {
+            return Ok(());
+        };
         let limit = self.engine.max_sequence_tokens();
-        let per_token = self
-            .engine
-            .tokenizer()
-            .and_then(|tokenizer| tokenizer.max_token_bytes());
-        let most = per_token.map_or(usize::MAX, |most| limit.saturating_mul(most));
-        if bytes <= most {
+        if tokenizer.min_tokens(parts.clone()) <= limit {
             return Ok(());
         }
+        let bytes: usize = parts.into_iter().map(str::len).sum();
         let problem = format!(
             "the prompt has {bytes} bytes, which are more tokens than the context has: this \
              model's maximum context length is {limit} tokens"
@@ -177,17 +225,6 @@ impl App {
         Err(ApiError::invalid(problem)
             .param("prompt")
             .code("context_length_exceeded"))
-    }
-
-    /// Tokenizes a text without special tokens around it.
-    fn tokenize_bare(&self, text: &str) -> Result<Vec<u32>, ApiError> {
-        let tokenizer = self.require_tokenizer("a text prompt")?;
-        let options = EncodeOptions {
-            add_special: false,
-            parse_special: true,
-        };
-        let tokens = tokenizer.encode(text, options);
-        tokens.map_err(|error| SubmitError::Text(error).into())
     }
 
     /// Refuses an answer that the context has no room for, if the prompt is given as tokens.
@@ -218,13 +255,18 @@ impl App {
     }
 }
 
-/// Returns the number of bytes of a prompt that must be tokenized.
-fn text_bytes(prompt: &Prompt) -> usize {
-    match prompt {
-        Prompt::Text(text) => text.len(),
-        Prompt::Tokens(_) => 0,
-        Prompt::Chat(messages) | Prompt::Conversation { messages, .. } => {
-            messages.iter().map(|message| message.content.len()).sum()
-        }
-    }
+/// Returns the texts of a prompt that must be tokenized.
+fn texts(prompt: &Prompt) -> impl Iterator<Item = &str> + Clone {
+    let (text, messages) = match prompt {
+        Prompt::Text(text) => (Some(text), &[][..]),
+        Prompt::Tokens(_) => (None, &[][..]),
+        Prompt::Chat(messages) | Prompt::Conversation { messages, .. } => (None, &messages[..]),
+    };
+    let contents = messages.iter().map(|message| &message.content);
+    text.into_iter().chain(contents).map(String::as_str)
+}
+
+/// Returns how much there is to tokenize.
+fn work_on(prompts: &[Prompt]) -> Work {
+    Work::on(prompts.iter().flat_map(texts).map(str::len).sum())
 }

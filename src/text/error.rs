@@ -195,6 +195,9 @@ pub enum TextError {
         /// Description of the error.
         message: String,
     },
+    /// The last message was to be continued, but there is none, or it has no text.
+    #[error("the last message cannot be continued: it has no text")]
+    NothingToContinue,
     /// The last message was to be continued, but its end does not appear in the prompt.
     #[error("the last message cannot be continued: the chat template does not write its end")]
     NotContinued,

@@ -12,8 +12,9 @@ use std::sync::Arc;
 /// [`Tokenizer::encode`].
 ///
 /// # Panics
-/// Panics if an encoded id is outside the vocabulary, or if decoding token by token gives a
-/// different text than decoding all tokens at once. Fuzzing looks for these panics.
+/// Panics if an encoded id is outside the vocabulary, if there are fewer tokens than
+/// [`Tokenizer::min_tokens`] says, or if decoding token by token gives a different text than
+/// decoding all tokens at once. Fuzzing looks for these panics.
 pub fn check_vocabulary(
     vocabulary: GgufVocabulary,
     text: &str,
@@ -32,6 +33,10 @@ pub fn check_vocabulary(
         assert!(
             encoded.iter().all(|&id| (id as usize) < size),
             "an id is outside the vocabulary"
+        );
+        assert!(
+            tokenizer.min_tokens([text]) <= encoded.len(),
+            "a text has fewer tokens than its bytes need"
         );
         check_decoding(&tokenizer, &encoded);
     }

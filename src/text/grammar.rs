@@ -474,10 +474,13 @@ impl Grammar {
         let mut compiled = compile(&source, calls);
         if let Err(error) = &compiled
             && keywords == Keywords::Lenient
+            && source.relax(compiler, error)
         {
+            compiled = compile(&source, calls);
+        }
+        if compiled.is_err() && keywords == Keywords::Lenient {
             // The schemas of the tools may be what fails, so try again with arguments of
             // any kind.
-            source.relax(compiler, error);
             let any = json!({"type": "object"});
             let tools: Vec<_> = calls
                 .tools

@@ -2,8 +2,8 @@
 
 use crate::sim::{Fault, SimOptions, engine};
 use quell::{
-    CancelReason, Drained, Engine, EngineConfig, EngineFault, GenerateError, Request, Shutdown,
-    SubmitError,
+    CancelReason, Drained, Engine, EngineConfig, EngineFault, GenerateError, Prompt, Request,
+    Shutdown, SubmitError,
 };
 use std::future::Future;
 use std::sync::mpsc;
@@ -61,6 +61,34 @@ fn a_drain_finishes_open_requests_and_refuses_new_ones() {
         assert!(stats.is_idle(), "{stats:?}");
         // No request is open, so the next drain completes at once.
         assert_eq!(engine.drain(HOUR).wait().unwrap(), Drained::default());
+    }
+}
+
+#[test]
+fn a_drain_is_reported_rather_than_a_lack_of_room() {
+    let (open, gate) = mpsc::channel();
+    let options = SimOptions {
+        gate: Some(gate),
+        ..SimOptions::default()
+    };
+    let config = EngineConfig {
+        max_open_requests: 2,
+        ..EngineConfig::default()
+    };
+    let engine = engine(options, config);
+    let prompts = || vec![Prompt::from(vec![1u32, 2]), Prompt::from(vec![3u32])];
+    let asked = || engine.generate_prompts(request(0, 6), prompts(), 1);
+    let streams = asked().unwrap();
+    assert!(matches!(asked(), Err(SubmitError::Overloaded { .. })));
+    // Without a place for each answer, an invalid request is still reported as such.
+    let invalid = engine.generate_prompts(request(0, 6).stop(""), prompts(), 1);
+    assert!(matches!(invalid, Err(SubmitError::EmptyStop { index: 0 })));
+    let drain = engine.drain(HOUR);
+    assert!(matches!(asked(), Err(SubmitError::Draining)));
+    drop(open);
+    drain.wait().unwrap();
+    for stream in streams {
+        assert_eq!(stream.complete_blocking().unwrap().tokens.len(), 6);
     }
 }
 

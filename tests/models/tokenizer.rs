@@ -157,7 +157,7 @@ fn chat_templates_of_other_models_render_like_jinja2() {
         let Some(expected) = &case.expected else {
             continue;
         };
-        match template.render(&case.messages, &options) {
+        match template.apply(&case.messages, &options) {
             Ok(rendered) if rendered == *expected => same += 1,
             rendered => different.push((case, rendered)),
         }

@@ -200,7 +200,7 @@ fn engine_that_chats() -> Engine {
     let engine = null_engine();
     let messages = vec![quell::text::Message::new("user", "hello")];
     let prompt = quell::Prompt::Chat(messages);
-    assert!(engine.tokenize(&prompt).is_ok(), "no chat template");
+    assert!(engine.tokenize(prompt).is_ok(), "no chat template");
     engine
 }
 

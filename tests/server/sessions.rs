@@ -1,8 +1,8 @@
 //! Sessions, aborts by id, snapshots and the page, over HTTP.
 
 use crate::server::{ENDLESS, endless_engine};
-use quell::Engine;
 use quell::server::{Server, ServerOptions};
+use quell::{Engine, Shutdown};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use std::collections::VecDeque;
@@ -477,4 +477,16 @@ async fn the_page_loads_nothing_from_other_sites() {
         policies.push(policy);
     }
     assert_ne!(policies[0], policies[1]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_that_cannot_be_reported_is_not_left_open() {
+    let served = Served::start(|options| options.max_sessions = 1).await;
+    served.engine.shutdown(Shutdown::Abort).await.unwrap();
+    for _ in 0..2 {
+        // The second time, a session that was left open would be one too many.
+        let (status, error) = served.post("/v1/sessions", json!({})).await;
+        assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{error}");
+        assert_eq!(error["error"]["code"], "engine_closed");
+    }
 }

@@ -11,8 +11,8 @@ use std::time::Duration;
 pub enum Prompt {
     /// Raw text. The names of special tokens in it are read as these tokens.
     Text(String),
-    /// Token ids.
-    Tokens(Vec<u32>),
+    /// Token ids. They are shared, not copied, on their way to the scheduler thread.
+    Tokens(Arc<[u32]>),
     /// A conversation, rendered with the model's own chat template.
     Chat(Vec<Message>),
     /// A conversation, rendered with the model's own chat template and further inputs of the
@@ -35,11 +35,11 @@ pub enum Truncation {
 }
 
 impl Truncation {
-    /// Cuts the tokens of a prompt.
-    pub fn cut(self, prompt: &mut Vec<u32>) {
+    /// Returns the part of a prompt's tokens that is kept.
+    pub fn cut(self, prompt: &[u32]) -> &[u32] {
         match self {
-            Self::First(tokens) => prompt.truncate(tokens),
-            Self::Last(tokens) => drop(prompt.drain(..prompt.len().saturating_sub(tokens))),
+            Self::First(tokens) => &prompt[..tokens.min(prompt.len())],
+            Self::Last(tokens) => &prompt[prompt.len().saturating_sub(tokens)..],
         }
     }
 }
@@ -58,6 +58,18 @@ impl From<String> for Prompt {
 
 impl From<Vec<u32>> for Prompt {
     fn from(tokens: Vec<u32>) -> Self {
+        Self::Tokens(tokens.into())
+    }
+}
+
+impl From<&[u32]> for Prompt {
+    fn from(tokens: &[u32]) -> Self {
+        Self::Tokens(tokens.into())
+    }
+}
+
+impl From<Arc<[u32]>> for Prompt {
+    fn from(tokens: Arc<[u32]>) -> Self {
         Self::Tokens(tokens)
     }
 }

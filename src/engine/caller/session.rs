@@ -1,6 +1,7 @@
 //! [`Session`], a conversation that keeps its tokens, keys and values from turn to turn.
 
 use super::pending::Cancellation;
+use super::submit::take_prompt;
 use super::turn::{Stop, Turn, TurnCell};
 use crate::engine::command::Command;
 use crate::engine::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -146,14 +147,16 @@ impl Session {
         // Tokens that mark the beginning of a text belong only to the first turn.
         let first = whole || self.idle()?.context.is_empty();
         // Tokenize without the lock, because it may take a while.
-        let new = self.engine.tokenize_part(&request.prompt, first)?;
+        let new = self
+            .engine
+            .encode_prompt(take_prompt(&mut request), first)?;
         let mut state = self.idle()?;
         if !whole && state.context.is_empty() != first {
             return Err(SubmitError::Conflict);
         }
         request.prompt = Prompt::Tokens(match whole {
-            true => new,
-            false => [state.context.as_slice(), &new].concat(),
+            true => new.kept(None),
+            false => state.context.iter().chain(&*new).copied().collect(),
         });
         let cell = Arc::new(TurnCell::default());
         let turn = Turn {

@@ -16,6 +16,14 @@ use crate::schedule::{SequenceSpec, Task};
 use crate::text::StopStrings;
 use std::time::{Duration, Instant};
 
+/// A checked request with places for its answers, whose prompts are not tokenized yet. Dropping
+/// it releases the places.
+pub(crate) struct Admission {
+    settings: Settings,
+    places: Places,
+    samples: usize,
+}
+
 /// A checked request without its prompt. All its answers share this.
 struct Settings {
     /// The request itself, without its prompt, stop conditions and sampling parameters, which
@@ -99,40 +107,56 @@ impl Engine {
         prompts: Vec<Prompt>,
         samples: usize,
     ) -> Result<Vec<TokenStream>, SubmitError> {
-        let places = self.places(prompts.len(), samples)?;
-        let mut tokenized = Vec::with_capacity(prompts.len());
-        for prompt in prompts {
-            let mut tokens = self.tokens_of(prompt)?;
-            if let Some(truncation) = request.truncate_prompt {
-                truncation.cut(&mut tokens);
-            }
-            tokenized.push(tokens);
-        }
-        self.generate_in(places, request, tokenized, samples)
+        let truncation = request.truncate_prompt;
+        let admission = self.admit(request, prompts.len(), samples)?;
+        let tokenized = prompts
+            .into_iter()
+            .map(|prompt| self.prompt_tokens(prompt, true, truncation))
+            .collect::<Result<_, _>>()?;
+        self.generate_admitted(admission, tokenized)
     }
 
-    /// Takes places for `samples` answers to each of `prompts` prompts, either all of them or
-    /// none. Dropping the places releases them.
-    pub(crate) fn places(&self, prompts: usize, samples: usize) -> Result<Places, SubmitError> {
+    /// Checks a request without its prompts, and takes places for `samples` answers to each of
+    /// `prompts` prompts, either all of them or none. A caller admits a request before it
+    /// tokenizes the prompts, so that a refused request costs nothing.
+    pub(crate) fn admit(
+        &self,
+        request: Request,
+        prompts: usize,
+        samples: usize,
+    ) -> Result<Admission, SubmitError> {
         if samples == 0 {
             return Err(SubmitError::NoSamples);
         }
+        let task = request.task();
+        let settings = self.settings(request, task)?;
+        let places = self.places(prompts, samples)?;
+        Ok(Admission {
+            settings,
+            places,
+            samples,
+        })
+    }
+
+    /// Takes places for `samples` answers to each of `prompts` prompts.
+    fn places(&self, prompts: usize, samples: usize) -> Result<Places, SubmitError> {
         let answers = prompts.saturating_mul(samples);
         let limit = self.shared.config.max_open_requests;
         Places::acquire(&self.shared.open, answers, limit)
     }
 
-    /// Submits several prompts like [`Engine::generate_prompts`], in places that were taken
-    /// before. The prompts are already truncated, and there must be a place for each answer.
-    pub(crate) fn generate_in(
+    /// Submits the prompts of a request that was admitted for as many. They are already
+    /// truncated.
+    pub(crate) fn generate_admitted(
         &self,
-        mut places: Places,
-        request: Request,
-        prompts: Vec<Vec<u32>>,
-        samples: usize,
+        admission: Admission,
+        prompts: Vec<Arc<[u32]>>,
     ) -> Result<Vec<TokenStream>, SubmitError> {
-        let task = request.task();
-        let settings = self.settings(request, task)?;
+        let Admission {
+            settings,
+            mut places,
+            samples,
+        } = admission;
         let mut specs = Vec::with_capacity(prompts.len());
         for prompt in prompts {
             specs.push(self.sequence_spec(&settings, prompt)?);
@@ -151,7 +175,6 @@ impl Engine {
         samples: usize,
         places: &mut Places,
     ) -> Vec<(TokenStream, Submission)> {
-        let prompt: Arc<[u32]> = spec.prompt.as_slice().into();
         let seed = spec.params.seed;
         let mut group = Vec::with_capacity(samples);
         // `repeat_n` moves the specification into the last answer instead of cloning it.
@@ -160,7 +183,7 @@ impl Engine {
             if index > 0 {
                 Arc::make_mut(&mut spec.params).seed = seed.wrapping_add(index);
             }
-            group.push(self.open(settings, spec, Arc::clone(&prompt), None, permit));
+            group.push(self.open(settings, spec, None, permit));
         }
         group
     }
@@ -237,8 +260,7 @@ impl Engine {
     ) -> Result<(TokenStream, Submission), SubmitError> {
         let (settings, spec) = self.check(request, task)?;
         let permit = Permit::acquire(&self.shared.open, self.shared.config.max_open_requests)?;
-        let prompt = spec.prompt.as_slice().into();
-        Ok(self.open(&settings, spec, prompt, turn, permit))
+        Ok(self.open(&settings, spec, turn, permit))
     }
 
     /// Checks a request, and returns its settings and its specification for the scheduler.
@@ -249,10 +271,7 @@ impl Engine {
     ) -> Result<(Settings, SequenceSpec), SubmitError> {
         let prompt = take_prompt(&mut request);
         let settings = self.settings(request, task)?;
-        let mut prompt = self.tokens_of(prompt)?;
-        if let Some(truncation) = settings.request.truncate_prompt {
-            truncation.cut(&mut prompt);
-        }
+        let prompt = self.prompt_tokens(prompt, true, settings.request.truncate_prompt)?;
         let spec = self.sequence_spec(&settings, prompt)?;
         Ok((settings, spec))
     }
@@ -314,7 +333,6 @@ impl Engine {
         &self,
         settings: &Settings,
         mut spec: SequenceSpec,
-        prompt: Arc<[u32]>,
         turn: Option<Turn>,
         permit: Permit,
     ) -> (TokenStream, Submission) {
@@ -355,7 +373,7 @@ impl Engine {
             metrics: Arc::clone(&self.shared.metrics),
             submitted,
             text,
-            prompt,
+            prompt: Arc::clone(&spec.prompt),
             stop_tokens: Arc::clone(&spec.stop_tokens),
             buffer,
             turn: turn.as_ref().map(|turn| Arc::clone(&turn.cell)),
@@ -378,7 +396,7 @@ impl Engine {
     fn sequence_spec(
         &self,
         settings: &Settings,
-        prompt: Vec<u32>,
+        prompt: Arc<[u32]>,
     ) -> Result<SequenceSpec, SubmitError> {
         let request = &settings.request;
         let vocabulary = self.shared.info.vocabulary;
@@ -453,6 +471,6 @@ impl Engine {
 }
 
 /// Takes the prompt out of a request.
-fn take_prompt(request: &mut Request) -> Prompt {
-    std::mem::replace(&mut request.prompt, Prompt::Tokens(Vec::new()))
+pub(super) fn take_prompt(request: &mut Request) -> Prompt {
+    std::mem::replace(&mut request.prompt, Prompt::Tokens(Arc::default()))
 }

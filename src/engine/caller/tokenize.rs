@@ -1,8 +1,41 @@
-//! Turns prompts into tokens, on the caller's thread.
+//! Turns prompts into tokens, on the caller's thread. Each prompt is rendered and tokenized here,
+//! once, and its tokens are then shared by everything that needs them.
 
 use super::handle::Engine;
-use crate::engine::{Prompt, SubmitError};
+use crate::engine::sync::Arc;
+use crate::engine::{Prompt, SubmitError, Truncation};
 use crate::text::{EncodeOptions, Message, RenderOptions, Tokenizer};
+use std::ops::Deref;
+
+/// The tokens of a prompt, before they are shared.
+pub(super) enum PromptTokens {
+    /// The prompt was given as tokens.
+    Given(Arc<[u32]>),
+    /// The tokenizer made them.
+    New(Vec<u32>),
+}
+
+impl Deref for PromptTokens {
+    type Target = [u32];
+
+    fn deref(&self) -> &[u32] {
+        match self {
+            Self::Given(tokens) => tokens,
+            Self::New(tokens) => tokens,
+        }
+    }
+}
+
+impl PromptTokens {
+    /// Returns the tokens that are kept. Copies them, unless they were given and all are kept.
+    pub fn kept(self, truncation: Option<Truncation>) -> Arc<[u32]> {
+        let kept = truncation.map_or(&*self, |truncation| truncation.cut(&self));
+        match &self {
+            Self::Given(tokens) if kept.len() == tokens.len() => Arc::clone(tokens),
+            _ => kept.into(),
+        }
+    }
+}
 
 impl Engine {
     /// Converts a prompt to token ids, as [`Engine::generate`] does.
@@ -11,59 +44,54 @@ impl Engine {
     ///
     /// Returns an error if the prompt needs a tokenizer or a chat template that the model does
     /// not have, or if it cannot be rendered or tokenized.
-    pub fn tokenize(&self, prompt: &Prompt) -> Result<Vec<u32>, SubmitError> {
-        self.tokenize_part(prompt, true)
+    pub fn tokenize(&self, prompt: impl Into<Prompt>) -> Result<Arc<[u32]>, SubmitError> {
+        self.prompt_tokens(prompt.into(), true, None)
     }
 
-    /// Converts a prompt to token ids, like [`Engine::tokenize`], without copying ids.
-    pub(super) fn tokens_of(&self, prompt: Prompt) -> Result<Vec<u32>, SubmitError> {
-        match prompt {
-            Prompt::Tokens(tokens) => Ok(tokens),
-            prompt => self.tokenize(&prompt),
-        }
-    }
-
-    /// Converts a prompt to token ids, like [`Engine::tokenize`]. `first` says that nothing
-    /// precedes the prompt in its sequence.
-    pub(in crate::engine) fn tokenize_part(
+    /// Converts a prompt to token ids, like [`Engine::tokenize`], and truncates them.
+    /// `add_special` says whether a text gets the special tokens that belong around a text.
+    pub(crate) fn prompt_tokens(
         &self,
-        prompt: &Prompt,
-        first: bool,
-    ) -> Result<Vec<u32>, SubmitError> {
-        match prompt {
-            Prompt::Tokens(tokens) => Ok(tokens.clone()),
-            Prompt::Text(text) => {
-                let options = EncodeOptions {
-                    add_special: first,
-                    parse_special: true,
-                };
-                Ok(self.tokenizer_for("a text prompt")?.encode(text, options)?)
-            }
-            Prompt::Chat(messages) => {
-                self.tokenize_conversation(messages, &RenderOptions::default())
-            }
-            Prompt::Conversation { messages, options } => {
-                self.tokenize_conversation(messages, options)
-            }
-        }
+        prompt: Prompt,
+        add_special: bool,
+        truncation: Option<Truncation>,
+    ) -> Result<Arc<[u32]>, SubmitError> {
+        Ok(self.encode_prompt(prompt, add_special)?.kept(truncation))
     }
 
-    fn tokenize_conversation(
+    /// Renders and tokenizes a prompt.
+    pub(super) fn encode_prompt(
+        &self,
+        prompt: Prompt,
+        add_special: bool,
+    ) -> Result<PromptTokens, SubmitError> {
+        let (text, add_special) = match prompt {
+            Prompt::Tokens(tokens) => return Ok(PromptTokens::Given(tokens)),
+            Prompt::Text(text) => (text, add_special),
+            // The template itself writes the special tokens.
+            Prompt::Chat(messages) => (self.rendered(&messages, &RenderOptions::default())?, false),
+            Prompt::Conversation { messages, options } => {
+                (self.rendered(&messages, &options)?, false)
+            }
+        };
+        let options = EncodeOptions {
+            add_special,
+            parse_special: true,
+        };
+        let tokenizer = self.tokenizer_for("a text prompt")?;
+        Ok(PromptTokens::New(tokenizer.encode(&text, options)?))
+    }
+
+    fn rendered(
         &self,
         messages: &[Message],
         options: &RenderOptions,
-    ) -> Result<Vec<u32>, SubmitError> {
+    ) -> Result<String, SubmitError> {
         let tokenizer = self.tokenizer_for("a conversation")?;
         let template = tokenizer
             .chat_template()
             .ok_or(SubmitError::NoChatTemplate)?;
-        let text = template.render(messages, options)?;
-        // The template itself writes the special tokens.
-        let options = EncodeOptions {
-            add_special: false,
-            parse_special: true,
-        };
-        Ok(tokenizer.encode(&text, options)?)
+        Ok(template.render(messages, options)?)
     }
 
     pub(super) fn tokenizer_for(

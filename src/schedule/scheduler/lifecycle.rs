@@ -44,7 +44,7 @@ impl Scheduler {
                 retained.is_some_and(|retained| retained.table.salt() != spec.salt.as_ref());
             let reusable = match spec.task.needs_every_row() || foreign {
                 true => &[],
-                false => spec.prompt.as_slice(),
+                false => &*spec.prompt,
             };
             self.cut_retained(session, reusable);
         }

@@ -1,10 +1,11 @@
 //! Reads a request's JSON body and its path parameter.
 
 pub(crate) mod integer;
+pub(crate) mod object;
 mod shape;
 pub(crate) mod wording;
 
-use super::workers::Job;
+use super::workers::{Job, Work};
 use crate::server::App;
 use crate::server::error::ApiError;
 use axum::BoxError;
@@ -14,11 +15,8 @@ use axum::extract::{FromRequest, FromRequestParts, Path, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
-use serde::de::value::MapAccessDeserializer;
-use serde::de::{DeserializeOwned, IgnoredAny, MapAccess, Visitor};
-use serde::{Deserialize, Deserializer};
-use std::fmt;
-use std::marker::PhantomData;
+use object::Object;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use std::sync::Arc;
 use wording::plain;
 
@@ -58,14 +56,15 @@ impl JsonBody {
     ) -> Result<T, ApiError> {
         let bytes = self.len();
         let work = move |_: &Job| parse(&self);
-        app.workers.run_if_long(bytes, work).await
+        app.workers.run(Work::on(bytes), work).await
     }
 
-    /// Parses the body as a `T`. Unknown fields are ignored; an error names the field that is
+    /// Parses the body, an object, as a `T`. Unknown fields are ignored; an error names the field that is
     /// wrong.
     pub fn parse<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
         let mut reader = serde_json::Deserializer::from_slice(&self.bytes);
-        let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
+        let read = serde_path_to_error::deserialize(&mut reader);
+        let Object(value) = read.map_err(|error| {
             let path = error.path().to_string();
             let problem = error.into_inner();
             if let Some(field) = missing_field(&problem.to_string()) {
@@ -106,34 +105,6 @@ impl JsonBody {
         }
         self.parse()
     }
-}
-
-/// Reads a field that is null or an object. The implementation that serde derives for a struct
-/// would also accept a list of its fields' values.
-pub(crate) fn optional_object<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
-where
-    D: Deserializer<'de>,
-    T: Deserialize<'de>,
-{
-    struct Object<T>(PhantomData<T>);
-
-    impl<'de, T: Deserialize<'de>> Visitor<'de> for Object<T> {
-        type Value = Option<T>;
-
-        fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-            formatter.write_str("an object")
-        }
-
-        fn visit_unit<E>(self) -> Result<Self::Value, E> {
-            Ok(None)
-        }
-
-        fn visit_map<A: MapAccess<'de>>(self, fields: A) -> Result<Self::Value, A::Error> {
-            T::deserialize(MapAccessDeserializer::new(fields)).map(Some)
-        }
-    }
-
-    deserializer.deserialize_any(Object(PhantomData))
 }
 
 /// The parameter in a route's path.
@@ -244,7 +215,7 @@ impl FromRequest<Arc<App>> for JsonBody {
             Ok(Ok(body)) => {
                 let checked = body.clone();
                 let check = move |_: &Job| shape::check(&checked);
-                app.workers.run_if_long(body.len(), check).await?;
+                app.workers.run(Work::on(body.len()), check).await?;
                 Ok(Self { bytes: body })
             }
             Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),

@@ -1,9 +1,12 @@
-//! The worker threads that parse large bodies, tokenize long texts and compile grammars.
+//! The worker threads that parse large bodies, render and tokenize long texts, and compile
+//! grammars.
 //!
 //! The runtime's own threads must never be busy for long, because every connection waits for
-//! them. Long work is done on worker threads instead, few enough to leave processors for the
-//! scheduler thread. The amount of work is bounded as well: waiting and running work share one
-//! budget, and work that exceeds it is refused.
+//! them. [`Workers::run`], the one place that decides this, therefore does long work on worker
+//! threads, few enough to leave processors for the scheduler thread, and short work in place.
+//! The amount of work is bounded as well: waiting and running work share one budget, and work
+//! that exceeds it is refused. The engine itself tokenizes on its caller's thread, so handlers
+//! call it through [`Workers::run`], or with prompts that are tokens already.
 
 use crate::server::error::ApiError;
 use axum::http::StatusCode;
@@ -11,18 +14,51 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use tokio::sync::Semaphore;
 
-/// Limit on the work that waits or runs at a time, in bytes of bodies.
+/// Limit on the work that waits or runs at a time, in bytes of bodies. Work takes up to four
+/// times as much memory.
 const BUDGET: usize = 256 << 20;
 
-/// Minimum cost of a piece of work.
+/// Minimum cost of a piece of work on a worker thread. It bounds the number of pieces that wait
+/// to a thousand.
 const LEAST_COST: usize = 256 << 10;
 
-/// Cost of compiling a grammar.
-pub(crate) const GRAMMAR_COST: usize = 4 << 20;
+/// Cost of compiling a grammar, which may take long however short its source is.
+const GRAMMAR_COST: usize = 4 << 20;
 
 /// Length in bytes up to which bodies and texts are processed in place, because handing them
 /// over would cost more than it gains.
-pub(crate) const SHORT: usize = 16 << 10;
+const SHORT: usize = 16 << 10;
+
+/// How much there is to do.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Work {
+    bytes: usize,
+    compiles: bool,
+}
+
+impl Work {
+    /// Work on a body or on texts of this many bytes.
+    pub fn on(bytes: usize) -> Self {
+        Self {
+            bytes,
+            compiles: false,
+        }
+    }
+
+    /// Adds the compilation of a grammar, if `compiles`.
+    pub fn and_grammar(self, compiles: bool) -> Self {
+        Self { compiles, ..self }
+    }
+
+    fn is_long(self) -> bool {
+        self.compiles || self.bytes > SHORT
+    }
+
+    fn cost(self) -> usize {
+        let grammar = if self.compiles { GRAMMAR_COST } else { 0 };
+        self.bytes.saturating_add(grammar).max(LEAST_COST)
+    }
+}
 
 /// The worker threads, and the work that waits for them.
 #[derive(Debug)]
@@ -106,18 +142,20 @@ impl Workers {
         })
     }
 
-    /// Runs `work`, whose cost is given in bytes, on one of the threads. If the future is
-    /// dropped, work that has not begun is never run, and work in progress is told through its
-    /// [`Job`].
+    /// Does short work in place, and long work on one of the threads. If the future is dropped,
+    /// work that has not begun is never run, and work in progress is told through its [`Job`].
     ///
     /// # Errors
-    /// Returns the error of `work`, or status 429 if the budget is exhausted.
+    /// Returns the error of `task`, or status 429 if the budget is exhausted.
     pub async fn run<T: Send + 'static>(
         &self,
-        cost: usize,
-        work: impl FnOnce(&Job) -> Result<T, ApiError> + Send + 'static,
+        work: Work,
+        task: impl FnOnce(&Job) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
-        let place = self.place(cost.max(LEAST_COST))?;
+        if !work.is_long() {
+            return task(&Job::default());
+        }
+        let place = self.place(work.cost())?;
         let stopped = || ApiError::unavailable("the server is shutting down");
         let thread = Arc::clone(&self.threads).acquire_owned().await;
         let thread = thread.map_err(|_| stopped())?;
@@ -127,7 +165,7 @@ impl Workers {
             // Fields are dropped in order: the budget is returned before the thread is free for
             // the next job.
             let _held = (place, thread);
-            work(&job)
+            task(&job)
         });
         match done.await {
             Ok(result) => result,
@@ -137,19 +175,6 @@ impl Workers {
             },
         }
     }
-
-    /// Runs `work` on `bytes` bytes, in place if they are few, and as [`Workers::run`] does if
-    /// they are many.
-    pub async fn run_if_long<T: Send + 'static>(
-        &self,
-        bytes: usize,
-        work: impl FnOnce(&Job) -> Result<T, ApiError> + Send + 'static,
-    ) -> Result<T, ApiError> {
-        if bytes <= SHORT {
-            return work(&Job::default());
-        }
-        self.run(bytes, work).await
-    }
 }
 
 #[cfg(test)]
@@ -157,6 +182,29 @@ mod tests {
     use super::*;
     use std::sync::mpsc;
     use tokio::sync::oneshot;
+
+    const LONG: Work = Work {
+        bytes: SHORT + 1,
+        compiles: false,
+    };
+
+    #[test]
+    fn only_long_work_leaves_the_thread() {
+        let workers = Workers::new(1);
+        runtime().block_on(async {
+            let own = std::thread::current().id();
+            for (work, moves) in [
+                (Work::on(0), false),
+                (Work::on(SHORT), false),
+                (LONG, true),
+                (Work::on(0).and_grammar(true), true),
+                (Work::on(0).and_grammar(false), false),
+            ] {
+                let thread = workers.run(work, |_| Ok(std::thread::current().id()));
+                assert_eq!(thread.await.unwrap() != own, moves, "{work:?}");
+            }
+        });
+    }
 
     fn runtime() -> tokio::runtime::Runtime {
         tokio::runtime::Builder::new_multi_thread()
@@ -180,7 +228,7 @@ mod tests {
                         busy.fetch_sub(1, Ordering::SeqCst);
                         Ok(())
                     };
-                    workers.run(0, work).await
+                    workers.run(LONG, work).await
                 })
             });
             for task in each.collect::<Vec<_>>() {
@@ -206,17 +254,17 @@ mod tests {
                         let _ = held.recv();
                         Ok(())
                     };
-                    workers.run(2 * BUDGET, work).await
+                    workers.run(Work::on(2 * BUDGET), work).await
                 })
             };
             has_begun.await.unwrap();
-            let refused = workers.run(1, |_| Ok(())).await.unwrap_err();
+            let refused = workers.run(LONG, |_| Ok(())).await.unwrap_err();
             assert_eq!(refused.status, StatusCode::TOO_MANY_REQUESTS);
             assert_eq!(refused.retry_after, Some(1));
             drop(release);
             first.await.unwrap().unwrap();
             // The budget is returned before the result arrives.
-            workers.run(1, |_| Ok(())).await.unwrap();
+            workers.run(LONG, |_| Ok(())).await.unwrap();
         });
     }
 
@@ -237,7 +285,7 @@ mod tests {
                         let _ = told.send(job.check().is_err());
                         Ok(())
                     };
-                    workers.run(0, work).await
+                    workers.run(LONG, work).await
                 })
             };
             has_begun.await.unwrap();
@@ -251,7 +299,7 @@ mod tests {
                         Ok(())
                     };
                     let _ = queued.send(());
-                    workers.run(0, work).await
+                    workers.run(LONG, work).await
                 })
             };
             is_queued.await.unwrap();
@@ -262,7 +310,7 @@ mod tests {
             drop(leave);
             assert!(seen.await.unwrap(), "it is told that nobody waits");
             // This runs after all work that was waiting.
-            workers.run(0, |_| Ok(())).await.unwrap();
+            workers.run(LONG, |_| Ok(())).await.unwrap();
             assert!(!ran.load(Ordering::SeqCst));
             assert_eq!(workers.cost.load(Ordering::SeqCst), 0);
         });

@@ -1,20 +1,20 @@
 //! Turns a conversation, with its tools and the form of its answer, into a prompt.
 
+use super::legacy_functions;
 use super::notices::Notices;
 use super::parts::{Calls as ReadCalls, Reading};
-use super::rendering::{Rendering, leave_open};
+use super::rendering::Rendering;
 use super::structure::Structure;
 use super::tools::Tools;
-use super::{legacy_functions, system_messages};
-use crate::engine::{SubmitError, Truncation};
+use crate::engine::{Prompt, SubmitError, Truncation};
 use crate::sampling::Constraint;
 use crate::server::App;
 use crate::server::error::ApiError;
-use crate::server::http::workers::{GRAMMAR_COST, Job};
+use crate::server::http::workers::{Job, Work};
+use crate::server::submit::{Length, Tokenization};
 use crate::text::reasoning::ReasoningFormat;
-use crate::text::tools::{ToolFormat, in_words, with_described};
 use crate::text::{Calls, Grammar};
-use crate::text::{ChatTemplate, EncodeOptions, Message, RenderOptions, TextError, Tokenizer};
+use crate::text::{Message, RenderOptions, TextError, Tokenizer};
 use std::sync::Arc;
 
 /// A conversation before the chat template makes a prompt of it.
@@ -24,16 +24,23 @@ pub(crate) struct Conversation {
     pub structure: Option<Structure>,
     pub rendering: Rendering,
     pub hide_reasoning: bool,
-    /// If set, messages at the beginning are left out until the prompt has at most this many
-    /// tokens.
-    pub truncate_to: Option<usize>,
-    /// Whether the prompt may be truncated later.
-    pub may_truncate: bool,
+    pub fit: Fit,
+}
+
+/// What happens to a conversation that is too long.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Fit {
+    /// It is refused.
+    Refuse,
+    /// Its tokens are truncated.
+    Cut(Truncation),
+    /// Messages at the beginning are left out until the prompt has at most this many tokens.
+    LeaveOut(usize),
 }
 
 /// The prompt and the settings for the engine, and how to read the answers.
 pub(crate) struct Prepared {
-    pub prompt: Vec<u32>,
+    pub prompt: Arc<[u32]>,
     pub constraint: Option<Box<dyn Constraint>>,
     /// Whether special tokens stay in the answer's text, because marks to look for are among
     /// them.
@@ -44,25 +51,29 @@ pub(crate) struct Prepared {
 }
 
 impl Conversation {
-    /// Makes the prompt; the request's body had `bytes` bytes. Long work is done on a worker
-    /// thread, so that other connections do not wait for it.
+    /// Makes the prompt; the request's body had `bytes` bytes. The chat template is run and the
+    /// text tokenized once, unless messages must be left out.
     pub async fn prepare(self, app: &Arc<App>, bytes: usize) -> Result<Prepared, ApiError> {
         let compiles = self.structure.is_some() || self.tools.forced();
+        let work = Work::on(bytes).and_grammar(compiles);
         let shared = Arc::clone(app);
-        let work = move |job: &Job| self.prepare_blocking(&shared, job);
-        match compiles {
-            true => app.workers.run(bytes + GRAMMAR_COST, work).await,
-            false => app.workers.run_if_long(bytes, work).await,
-        }
+        let prepare = move |job: &Job| self.prepare_blocking(&shared, job);
+        app.workers.run(work, prepare).await
     }
 
-    fn prepare_blocking(mut self, app: &App, job: &Job) -> Result<Prepared, ApiError> {
+    fn prepare_blocking(self, app: &App, job: &Job) -> Result<Prepared, ApiError> {
         let tokenizer = app.require_tokenizer("a conversation")?;
-        if !self.is_cut() {
-            let contents = self.messages.iter().map(|message| message.content.len());
-            let bytes = app.check_text_bytes(contents.sum());
-            bytes.map_err(|error| error.param("messages"))?;
-        }
+        let tokenization = Tokenization {
+            add_special: self.rendering.add_special,
+            length: match self.fit {
+                Fit::Refuse => Length::Context,
+                Fit::Cut(truncation) => Length::Cut(truncation),
+                Fit::LeaveOut(_) => Length::Any,
+            },
+        };
+        let contents = self.messages.iter().map(|message| &*message.content);
+        app.check_texts(contents, tokenization.length)
+            .map_err(of_messages)?;
         let request_template = match &self.rendering.template {
             None => None,
             Some(source) => Some(tokenizer.template_from(source).map_err(|error| {
@@ -77,14 +88,8 @@ impl Conversation {
         let template = template.variant(described.is_some());
         let source = template.source();
         self.rendering.require_documents_known(source)?;
-        let format = app.options.tool_format.unwrap_or_else(|| {
-            // A template that knows neither gets tools and calls as plain text, which asks for
-            // this format.
-            match template.knows_tools() || template.knows_calls() {
-                true => ToolFormat::detect(source),
-                false => ToolFormat::Hermes,
-            }
-        });
+        let format = app.options.tool_format;
+        let format = format.unwrap_or_else(|| template.tool_format());
         let keywords = app.options.schema_keywords;
         let forced = self.tools.forced_schema(format);
         let constraint = match (&forced, &self.structure) {
@@ -107,31 +112,39 @@ impl Conversation {
 
         job.check()?;
         require_roles_known(&self.messages, source)?;
-        self.messages = legacy_functions::as_tools(self.messages);
-        if !source.contains("developer") {
-            // The template does not know OpenAI's newer name of the role.
-            for message in &mut self.messages {
-                if message.role == "developer" {
-                    message.role = "system".to_owned();
-                }
-            }
-        }
-        let mut opening = Opening {
-            marks: ReasoningFormat::detect(source),
+        let messages = legacy_functions::as_tools(self.messages);
+        let opening = forced.as_ref().map_or("", |_| format.forced_opening());
+        let options = RenderOptions {
+            tools: described,
+            tool_format: Some(format),
             // A constrained answer must begin at once, with no reasoning before it.
             close_reasoning: constraint.is_some(),
-            call: forced.as_ref().map(|_| format.forced_opening()),
-            inside_reasoning: false,
+            answer_prefix: opening.to_owned(),
+            ..self.rendering.options
         };
-        let mut write = |messages: &[Message]| {
-            self.tokens_of(app, job, template, messages, format, &mut opening)
+        let marks = ReasoningFormat::detect(source);
+        let mut inside_reasoning = false;
+        let mut render = |messages: &[Message]| -> Result<Prompt, ApiError> {
+            job.check()?;
+            let text = template.render(messages, &options).map_err(of_rendering)?;
+            inside_reasoning = marks.is_some_and(|marks| marks.is_open(&text));
+            Ok(Prompt::Text(text))
         };
-        let prompt = match self.truncate_to {
-            None => write(&self.messages)?,
-            Some(room) => fitting(&self.messages, room, &mut write)?,
+        let encode = |prompt| app.encode(job, prompt, tokenization).map_err(of_messages);
+        let prompt = match self.fit {
+            Fit::Refuse | Fit::Cut(_) => {
+                let text = render(&messages)?;
+                // The text has replaced the messages, which may be as large.
+                drop(messages);
+                encode(text)?
+            }
+            Fit::LeaveOut(room) => {
+                let mut write = |messages: &[Message]| encode(render(messages)?);
+                fitting(&messages, room, &mut write)?
+            }
         };
         let mut reading = Reading {
-            reasoning: opening.marks.map(|marks| (marks, opening.inside_reasoning)),
+            reasoning: marks.map(|marks| (marks, inside_reasoning)),
             hide_reasoning: self.hide_reasoning,
             one_call: !self.tools.parallel,
             ..Reading::default()
@@ -156,83 +169,22 @@ impl Conversation {
             },
         })
     }
+}
 
-    /// Returns whether a prompt that is too long is truncated rather than refused.
-    fn is_cut(&self) -> bool {
-        self.may_truncate || self.truncate_to.is_some()
-    }
-
-    /// Returns the prompt for these messages.
-    fn tokens_of(
-        &self,
-        app: &App,
-        job: &Job,
-        template: &ChatTemplate,
-        messages: &[Message],
-        format: ToolFormat,
-        opening: &mut Opening,
-    ) -> Result<Vec<u32>, ApiError> {
-        job.check()?;
-        let tokenizer = app.require_tokenizer("a conversation")?;
-        let described = self.tools.described();
-        let mut options = RenderOptions {
-            add_generation_prompt: self.rendering.add_generation_prompt,
-            extra: self.rendering.variables.clone(),
-            ..RenderOptions::default()
-        };
-        let changed = if template.knows_tools() {
-            options.tools = described;
-            None
-        } else if template.knows_calls() {
-            described.map(|tools| with_described(messages, &tools, format))
-        } else {
-            Some(in_words(messages, described.as_ref()))
-        };
-        let messages = changed.as_deref().unwrap_or(messages);
-        let of_messages =
-            |error: TextError| ApiError::from(SubmitError::Text(error)).param("messages");
-        let mut text =
-            system_messages::render(template, messages, &options).map_err(of_messages)?;
-        if self.rendering.continue_final_message {
-            let last = messages.last().map_or("", |message| &message.content);
-            leave_open(&mut text, last)?;
-        }
-        opening.write(&mut text);
-        drop((changed, options));
-        job.check()?;
-        if !self.is_cut() {
-            let bytes = app.check_text_bytes(text.len());
-            bytes.map_err(|error| error.param("messages"))?;
-        }
-        // The template writes the special tokens itself.
-        let options = EncodeOptions {
-            add_special: self.rendering.add_special,
-            parse_special: true,
-        };
-        tokenizer.encode(&text, options).map_err(of_messages)
+/// Names the messages as the field that is wrong.
+fn of_messages(error: ApiError) -> ApiError {
+    match error.body.param.as_deref() {
+        Some("prompt") => error.param("messages"),
+        _ => error,
     }
 }
 
-/// The text that follows the rendered conversation in the prompt, so that the answer begins in
-/// the right place.
-struct Opening {
-    marks: Option<ReasoningFormat>,
-    close_reasoning: bool,
-    call: Option<&'static str>,
-    /// Whether the template has opened the answer's reasoning.
-    inside_reasoning: bool,
-}
-
-impl Opening {
-    fn write(&mut self, text: &mut String) {
-        let open = self.marks.filter(|marks| marks.is_open(text));
-        self.inside_reasoning = open.is_some();
-        if let (Some(marks), true) = (open, self.close_reasoning) {
-            text.push_str(marks.close);
-            text.push_str("\n\n");
-        }
-        text.push_str(self.call.unwrap_or(""));
-    }
+fn of_rendering(error: TextError) -> ApiError {
+    let field = match error {
+        TextError::NothingToContinue | TextError::NotContinued => "continue_final_message",
+        _ => "messages",
+    };
+    ApiError::from(SubmitError::Text(error)).param(field)
 }
 
 /// Roles that are passed to every template, which may still refuse them.
@@ -267,9 +219,9 @@ fn require_roles_known(messages: &[Message], template: &str) -> Result<(), ApiEr
 fn fitting(
     messages: &[Message],
     room: usize,
-    write: &mut impl FnMut(&[Message]) -> Result<Vec<u32>, ApiError>,
-) -> Result<Vec<u32>, ApiError> {
-    let mut whole = write(messages)?;
+    write: &mut impl FnMut(&[Message]) -> Result<Arc<[u32]>, ApiError>,
+) -> Result<Arc<[u32]>, ApiError> {
+    let whole = write(messages)?;
     let is_system = |message: &&Message| matches!(&*message.role, "system" | "developer");
     let kept = messages.iter().take_while(is_system).count();
     // Do not begin with a tool's result whose call has been left out.
@@ -279,8 +231,7 @@ fn fitting(
         return Ok(whole);
     }
     if places.is_empty() {
-        Truncation::Last(room).cut(&mut whole);
-        return Ok(whole);
+        return Ok(Truncation::Last(room).cut(&whole).into());
     }
     let mut from = |place: usize| {
         let (system, rest) = (&messages[..kept], &messages[places[place]..]);
@@ -296,10 +247,12 @@ fn fitting(
             false => low = middle + 1,
         }
     }
-    let mut prompt = from(low)?;
+    let prompt = from(low)?;
     // If the last message alone is too long, its own beginning is cut off.
-    Truncation::Last(room).cut(&mut prompt);
-    Ok(prompt)
+    Ok(match prompt.len() <= room {
+        true => prompt,
+        false => Truncation::Last(room).cut(&prompt).into(),
+    })
 }
 
 /// Returns whether a mark to look for is a special token, which answers usually leave out.

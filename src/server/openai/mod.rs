@@ -15,5 +15,4 @@ pub(crate) mod session_turn;
 pub(crate) mod sse;
 pub(crate) mod stream_options;
 pub(crate) mod structure;
-pub(crate) mod system_messages;
 pub(crate) mod tools;

@@ -55,7 +55,7 @@ impl<'de> Visitor<'de> for PromptsVisitor {
                 while let Some(Token(token)) = list.next_element()? {
                     tokens.push(token);
                 }
-                return Ok(Prompts(vec![Prompt::Tokens(tokens)]));
+                return Ok(Prompts(vec![tokens.into()]));
             }
             Some(Entry::Prompt(first)) => prompts.push(first),
         }
@@ -112,7 +112,7 @@ impl<'de> Visitor<'de> for EntryVisitor {
         while let Some(Token(token)) = list.next_element()? {
             tokens.push(token);
         }
-        Ok(Entry::Prompt(Prompt::Tokens(tokens)))
+        Ok(Entry::Prompt(tokens.into()))
     }
 }
 

@@ -153,11 +153,6 @@ impl SamplingFields {
         }
     }
 
-    /// Returns whether a prompt that is too long is truncated rather than refused.
-    pub fn cuts_prompt(&self) -> bool {
-        self.truncate_prompt_tokens.is_some()
-    }
-
     /// Returns the request without its prompt.
     pub fn request(
         self,
@@ -185,7 +180,7 @@ impl SamplingFields {
         at_most("logit_bias", biased, "tokens", MAX_TOKEN_IDS)?;
         let user = self.user.as_ref().map_or(0, String::len);
         at_most("user", user, "bytes", MAX_USER_BYTES)?;
-        let mut request = Request::new(Prompt::Tokens(Vec::new()));
+        let mut request = Request::new(Prompt::Tokens(Arc::default()));
         request.limits = TokenLimits {
             min_tokens: self.min_tokens.unwrap_or(0),
             allowed: self.allowed_token_ids.map(Into::into),

@@ -3,7 +3,8 @@
 
 use crate::server::App;
 use crate::server::error::ApiError;
-use crate::server::http::workers::{GRAMMAR_COST, Job};
+use crate::server::http::body::object;
+use crate::server::http::workers::{Job, Work};
 use crate::text::{Calls, Form as TextForm, Grammar, GrammarError, Keywords, Tokenizer};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -12,11 +13,13 @@ use std::sync::Arc;
 /// The fields of a request that ask for a form of the answer.
 #[derive(Debug, Default, Deserialize)]
 pub(crate) struct StructureFields {
+    #[serde(default, deserialize_with = "object::optional")]
     response_format: Option<Format>,
     guided_json: Option<Value>,
     guided_regex: Option<String>,
     guided_choice: Option<Vec<String>>,
     guided_grammar: Option<String>,
+    #[serde(default, deserialize_with = "object::optional")]
     structured_outputs: Option<StructuredOutputs>,
 }
 
@@ -41,6 +44,7 @@ pub(crate) enum Format {
     },
     JsonSchema {
         /// The schema in the chat API.
+        #[serde(default, deserialize_with = "object::optional")]
         json_schema: Option<Schema>,
         /// The schema in the responses API.
         schema: Option<Value>,
@@ -161,7 +165,8 @@ impl Structure {
         let tokenizer = Arc::clone(app.require_tokenizer("a form of the answer")?);
         let keywords = app.options.schema_keywords;
         let compile = move |_: &Job| self.grammar(&tokenizer, keywords, None);
-        app.workers.run(GRAMMAR_COST, compile).await
+        let work = Work::on(0).and_grammar(true);
+        app.workers.run(work, compile).await
     }
 
     /// Compiles the form, which may take long. With `calls`, the answer may be tool calls

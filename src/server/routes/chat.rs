@@ -5,9 +5,9 @@ use crate::sampling::Token;
 use crate::server::App;
 use crate::server::error::ApiError;
 use crate::server::http::auth::Caller;
-use crate::server::http::body::{JsonBody, integer, optional_object};
+use crate::server::http::body::{JsonBody, integer, object};
 use crate::server::openai::answer::{EndTokens, TokenNames, complete, finish_reason};
-use crate::server::openai::conversation::Conversation;
+use crate::server::openai::conversation::{Conversation, Fit};
 use crate::server::openai::envelope::Envelope;
 use crate::server::openai::fields::Route;
 use crate::server::openai::logprobs::PromptLogProbs;
@@ -19,6 +19,7 @@ use crate::server::openai::sse::{self, Events, Writer};
 use crate::server::openai::stream_options::StreamOptions;
 use crate::server::openai::structure::StructureFields;
 use crate::server::openai::tools::ToolFields;
+use crate::server::submit::Submission;
 use crate::text::{Message, Tokenizer};
 use axum::extract::State;
 use axum::response::Response;
@@ -38,7 +39,7 @@ struct ChatRequest {
     #[serde(default, deserialize_with = "integer::optional")]
     max_completion_tokens: Option<usize>,
     stream: Option<bool>,
-    #[serde(default, deserialize_with = "optional_object")]
+    #[serde(default, deserialize_with = "object::optional")]
     stream_options: Option<StreamOptions>,
     logprobs: Option<bool>,
     #[serde(default, deserialize_with = "integer::optional")]
@@ -264,49 +265,51 @@ pub(crate) async fn chat_completions(
     let prompt_logprobs = sampling.prompt_logprobs(streaming)?;
     let mut rendering = rendering.check(&app)?;
     if let Some(effort) = request.reasoning_effort {
-        let variables = &mut rendering.variables;
+        let variables = &mut rendering.options.extra;
         variables.entry("reasoning_effort").or_insert(effort.into());
     }
     if let Some(verbosity) = request.verbosity {
-        let variables = &mut rendering.variables;
+        let variables = &mut rendering.options.extra;
         variables.entry("verbosity").or_insert(verbosity.into());
     }
     let legacy = tools.legacy;
+    let session = sampling.session(SessionPrompt::Whole);
+    let id = sampling.answer_id(&app, "chatcmpl")?;
+    let mut asked = sampling
+        .request(&app, max_tokens, logprobs)?
+        .label(id.as_str());
     let conversation = Conversation {
         messages: request.messages,
         tools,
         structure,
         rendering,
         hide_reasoning: !request.include_reasoning.unwrap_or(true),
-        truncate_to: None,
-        may_truncate: sampling.cuts_prompt(),
+        fit: asked.truncate_prompt.map_or(Fit::Refuse, Fit::Cut),
     };
     let prepared = conversation.prepare(&app, bytes).await?;
     let (reading, notices) = (prepared.reading, prepared.notices);
-    let prompt = Prompt::Tokens(prepared.prompt);
-    let session = sampling.session(SessionPrompt::Whole);
-    let id = sampling.answer_id(&app, "chatcmpl")?;
-    let mut asked = sampling
-        .request(&app, max_tokens, logprobs)?
-        .label(id.as_str());
     constrain(&mut asked, prepared.constraint)?;
     asked.keep_special |= prepared.keep_special;
     asked.prompt_logprobs = prompt_logprobs;
-    let streams = app
-        .submit_turn(&caller, session, asked, vec![prompt], samples)
-        .await
-        .map_err(|mut error| {
-            // Report fields under the names that this API has for them.
-            let renamed = match error.body.param.as_deref() {
-                Some("prompt") => Some("messages"),
-                Some("max_tokens") if newer_name => Some("max_completion_tokens"),
-                _ => None,
-            };
-            if let Some(name) = renamed {
-                error.body.param = Some(name.to_owned());
-            }
-            error
-        })?;
+    let submission = Submission {
+        request: asked,
+        prompts: vec![Prompt::Tokens(prepared.prompt)],
+        samples,
+        add_special: false,
+        session,
+    };
+    let streams = app.submit(&caller, submission).await.map_err(|mut error| {
+        // Report fields under the names that this API has for them.
+        let renamed = match error.body.param.as_deref() {
+            Some("prompt") => Some("messages"),
+            Some("max_tokens") if newer_name => Some("max_completion_tokens"),
+            _ => None,
+        };
+        if let Some(name) = renamed {
+            error.body.param = Some(name.to_owned());
+        }
+        error
+    })?;
     let object = match streaming {
         true => "chat.completion.chunk",
         false => "chat.completion",

@@ -1,11 +1,11 @@
 //! `POST /v1/completions`: continues text.
 
-use crate::engine::{Chunk, Prompt, TokenStream};
+use crate::engine::{Chunk, TokenStream};
 use crate::sampling::Token;
 use crate::server::App;
 use crate::server::error::ApiError;
 use crate::server::http::auth::Caller;
-use crate::server::http::body::{JsonBody, integer, optional_object};
+use crate::server::http::body::{JsonBody, integer, object};
 use crate::server::openai::answer::{Answer, EndTokens, TokenNames, complete, finish_reason};
 use crate::server::openai::envelope::Envelope;
 use crate::server::openai::fields::Route;
@@ -17,6 +17,7 @@ use crate::server::openai::session_turn::SessionPrompt;
 use crate::server::openai::sse::{self, Events, Writer};
 use crate::server::openai::stream_options::StreamOptions;
 use crate::server::openai::structure::StructureFields;
+use crate::server::submit::Submission;
 use crate::text::Tokenizer;
 use axum::extract::State;
 use axum::response::Response;
@@ -37,7 +38,7 @@ struct CompletionRequest {
     #[serde(default, deserialize_with = "integer::optional")]
     max_tokens: Option<usize>,
     stream: Option<bool>,
-    #[serde(default, deserialize_with = "optional_object")]
+    #[serde(default, deserialize_with = "object::optional")]
     stream_options: Option<StreamOptions>,
     #[serde(default, deserialize_with = "integer::optional")]
     logprobs: Option<u32>,
@@ -120,15 +121,14 @@ pub(crate) async fn completions(
         form = Some(grammar.constraint());
     }
     constrain(&mut template, form)?;
-    let mut prompts = request.prompt.into_vec("prompt")?;
-    if request.add_special_tokens == Some(false) {
-        let cut = template.truncate_prompt.is_some();
-        let tokens = app.tokenize_all(prompts, true, cut).await?;
-        prompts = tokens.into_iter().map(Prompt::Tokens).collect();
-    }
-    let streams = app
-        .submit_turn(&caller, session, template, prompts, candidates)
-        .await?;
+    let submission = Submission {
+        request: template,
+        prompts: request.prompt.into_vec("prompt")?,
+        samples: candidates,
+        add_special: request.add_special_tokens.unwrap_or(true),
+        session,
+    };
+    let streams = app.submit(&caller, submission).await?;
     let envelope = Envelope::new(&app, id, "text_completion", model, usage_events);
     let mut writer = CompletionWriter::new(&app, envelope, &streams, candidates);
     writer.logprobs = request.logprobs;

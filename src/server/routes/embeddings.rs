@@ -8,6 +8,7 @@ use crate::server::http::body::{JsonBody, integer};
 use crate::server::openai::fields::Route;
 use crate::server::openai::prompts::Prompts;
 use crate::server::openai::sampling::{Side, cache_salt, truncation};
+use crate::server::submit::{Length, Tokenization};
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -103,7 +104,7 @@ pub(crate) async fn embeddings(
         priority: request.priority.unwrap_or(0),
         cache_salt: cache_salt(request.cache_salt)?,
         tenant: request.user.filter(|user| !user.is_empty()).map(Into::into),
-        ..EmbedRequest::new(Prompt::Tokens(Vec::new()))
+        ..EmbedRequest::new(Prompt::Tokens(Arc::default()))
     };
     caller.admit_embedding(&mut template);
     let room = app.engine.max_sequence_tokens();
@@ -114,12 +115,11 @@ pub(crate) async fn embeddings(
     )?;
     let inputs = request.input.into_vec("input")?;
     // Tokenize all inputs first, so that an invalid one is refused before anything is computed.
-    let bare = request.add_special_tokens == Some(false);
-    let inputs = app.tokenize_all(inputs, bare, truncation.is_some()).await;
-    let mut inputs = inputs.map_err(of_input)?;
-    if let Some(truncation) = truncation {
-        inputs.iter_mut().for_each(|tokens| truncation.cut(tokens));
-    }
+    let tokenization = Tokenization {
+        add_special: request.add_special_tokens.unwrap_or(true),
+        length: Length::of(truncation),
+    };
+    let inputs = app.tokenize(inputs, tokenization).await.map_err(of_input)?;
     let embeddings = embed_all(&app, inputs, &template).await?;
     let mut usage = Usage::default();
     let encoding = request.encoding_format.unwrap_or_default();
@@ -151,11 +151,11 @@ pub(crate) async fn embeddings(
 /// is dropped, the inputs in progress are cancelled as after a disconnect.
 async fn embed_all(
     app: &Arc<App>,
-    inputs: Vec<Vec<u32>>,
+    inputs: Vec<Arc<[u32]>>,
     template: &EmbedRequest,
 ) -> Result<Vec<Embedding>, ApiError> {
     let begun = Instant::now();
-    let embed = |tokens: Vec<u32>| {
+    let embed = |tokens| {
         let left = |limit: std::time::Duration| limit.saturating_sub(begun.elapsed());
         let request = EmbedRequest {
             prompt: Prompt::Tokens(tokens),

@@ -13,10 +13,11 @@ use crate::engine::{Chunk, Finish, Prompt};
 use crate::sampling::Token;
 use crate::server::error::ApiError;
 use crate::server::http::auth::{Caller, Owner};
+use crate::server::http::body::object::Object;
 use crate::server::http::body::wording::plain;
-use crate::server::http::body::{JsonBody, PathPart, integer, optional_object};
+use crate::server::http::body::{JsonBody, PathPart, integer, object};
 use crate::server::openai::answer::{EndTokens, TokenNames, Usage, finish_reason};
-use crate::server::openai::conversation::{Conversation, Prepared};
+use crate::server::openai::conversation::{Conversation, Fit, Prepared};
 use crate::server::openai::fields::Route;
 use crate::server::openai::logprobs::f64_with_f32_digits;
 use crate::server::openai::parts::Parts;
@@ -26,8 +27,9 @@ use crate::server::openai::sse::{self, Events, Writer, merge};
 use crate::server::openai::stream_options::StreamOptions;
 use crate::server::openai::structure::Format;
 use crate::server::openai::tools::{ToolFields, Tools};
+use crate::server::submit::Submission;
 use crate::server::{App, unix_time};
-use crate::text::{Message, Tokenizer};
+use crate::text::{Message, RenderOptions, Tokenizer};
 use axum::Json;
 use axum::extract::State;
 use axum::http::header;
@@ -58,11 +60,11 @@ struct CreateRequest {
     previous_response_id: Option<String>,
     store: Option<bool>,
     stream: Option<bool>,
-    #[serde(default, deserialize_with = "optional_object")]
+    #[serde(default, deserialize_with = "object::optional")]
     stream_options: Option<StreamOptions>,
-    #[serde(default, deserialize_with = "optional_object")]
+    #[serde(default, deserialize_with = "object::optional")]
     text: Option<TextFields>,
-    #[serde(default, deserialize_with = "optional_object")]
+    #[serde(default, deserialize_with = "object::optional")]
     reasoning: Option<ReasoningFields>,
     /// Variables of the chat template, as in vLLM.
     chat_template_kwargs: Option<Map<String, Value>>,
@@ -117,6 +119,12 @@ struct ReasoningFields {
 /// A request whose prompt is ready for the engine.
 struct Asked {
     prepared: Prepared,
+    /// What is stored with the response, if it is.
+    kept: Option<Kept>,
+}
+
+/// The conversation that a later request continues.
+struct Kept {
     /// The conversation with the items of the input, without the instructions.
     messages: Vec<Message>,
     /// The items of the input.
@@ -144,12 +152,11 @@ pub(crate) async fn create(
     let streaming = request.stream.unwrap_or(false);
     // Called only to check the options, because the last event has the usage in any case.
     StreamOptions::usage(request.stream_options, streaming)?;
-    let Asked {
-        prepared,
-        messages,
-        items,
-    } = request.ask(&app, caller.owner(), &tools, bytes).await?;
-    let prompt = Prompt::Tokens(prepared.prompt);
+    let store = request.store.unwrap_or(true);
+    let asked = request
+        .ask(&app, caller.owner(), &tools, bytes, store)
+        .await?;
+    let Asked { prepared, kept } = asked;
     let id = new_id("resp");
     let asked = sampling
         .request(&app, request.max_output_tokens, logprobs)
@@ -157,17 +164,22 @@ pub(crate) async fn create(
     let mut asked = asked.label(id.as_str());
     constrain(&mut asked, prepared.constraint)?;
     asked.keep_special |= prepared.keep_special;
-    let streams = app.submit(&caller, asked, vec![prompt], 1).await;
-    let streams = streams.map_err(renamed)?;
+    let submission = Submission {
+        request: asked,
+        prompts: vec![Prompt::Tokens(prepared.prompt)],
+        samples: 1,
+        add_special: false,
+        session: None,
+    };
+    let streams = app.submit(&caller, submission).await.map_err(renamed)?;
 
     let notices = prepared.notices;
-    let store = request.store.unwrap_or(true);
     let mut writer = ResponseWriter {
         logprobs: logprobs.is_some(),
         owner: caller.owner(),
         id,
         created: unix_time(),
-        kept: store.then(|| (messages, listed(items))),
+        kept: kept.map(|kept| (kept.messages, listed(kept.items))),
         echo: request.echo(model, &tools),
         app,
         ends: streams.iter().map(EndTokens::of).next(),
@@ -210,7 +222,9 @@ pub(crate) async fn input_tokens(
     });
     let (mut request, tools) = fields.await?;
     app.check_model(request.model.as_deref())?;
-    let asked = request.ask(&app, caller.owner(), &tools, bytes).await?;
+    let asked = request
+        .ask(&app, caller.owner(), &tools, bytes, false)
+        .await?;
     let count = json!({
         "object": "response.input_tokens",
         "input_tokens": asked.prepared.prompt.len(),
@@ -255,8 +269,7 @@ pub(crate) async fn delete(
 
 /// Returns the conversation with the instructions before it. They are not part of what is
 /// stored.
-fn with_instructions(instructions: Option<&str>, messages: &[Message]) -> Vec<Message> {
-    let mut messages = messages.to_vec();
+fn with_instructions(instructions: Option<&str>, mut messages: Vec<Message>) -> Vec<Message> {
     if let Some(instructions) = instructions {
         match messages.first_mut() {
             // Many templates accept only one system message.
@@ -271,13 +284,15 @@ fn with_instructions(instructions: Option<&str>, messages: &[Message]) -> Vec<Me
 
 impl CreateRequest {
     /// Makes a prompt of the input and the conversation before it, which both may refer to what
-    /// `owner` has stored. The body had `bytes` bytes.
+    /// `owner` has stored. The body had `bytes` bytes. Keeps a copy of the conversation if the
+    /// response will be stored.
     async fn ask(
         &mut self,
         app: &Arc<App>,
         owner: Owner,
         tools: &Tools,
         bytes: usize,
+        store: bool,
     ) -> Result<Asked, ApiError> {
         let mut messages = match &self.previous_response_id {
             Some(id) => app.responses.conversation(owner, id)?,
@@ -299,33 +314,35 @@ impl CreateRequest {
         if let Some(verbosity) = self.verbosity() {
             variables.entry("verbosity").or_insert(verbosity.into());
         }
+        let kept = store.then(|| Kept {
+            messages: messages.clone(),
+            items,
+        });
         let conversation = Conversation {
-            messages: with_instructions(self.instructions.as_deref(), &messages),
+            messages: with_instructions(self.instructions.as_deref(), messages),
             tools: tools.clone(),
             structure: match self.format()? {
                 Some(format) => format.structure("text.format")?,
                 None => None,
             },
             rendering: Rendering {
-                variables,
+                options: RenderOptions {
+                    extra: variables,
+                    ..RenderOptions::default()
+                },
                 ..Rendering::default()
             },
             hide_reasoning: false,
-            may_truncate: false,
-            truncate_to: match self.truncation.unwrap_or_default() {
+            fit: match self.truncation.unwrap_or_default() {
                 Truncation::Auto => {
                     let answer = self.max_output_tokens.unwrap_or(1).max(1);
-                    Some(app.engine.max_sequence_tokens().saturating_sub(answer))
+                    Fit::LeaveOut(app.engine.max_sequence_tokens().saturating_sub(answer))
                 }
-                Truncation::Disabled => None,
+                Truncation::Disabled => Fit::Refuse,
             },
         };
         let prepared = conversation.prepare(app, bytes).await.map_err(renamed)?;
-        Ok(Asked {
-            prepared,
-            messages,
-            items,
-        })
+        Ok(Asked { prepared, kept })
     }
 
     /// Returns how many alternatives to report per token; `None` without log probabilities.
@@ -364,7 +381,10 @@ impl CreateRequest {
             ApiError::invalid(format!("text.format: {problem}")).param("text.format")
         };
         format
-            .map(|format| serde_json::from_value(format).map_err(wrong))
+            .map(|format| match serde_json::from_value(format) {
+                Ok(Object(format)) => Ok(format),
+                Err(error) => Err(wrong(error)),
+            })
             .transpose()
     }
 

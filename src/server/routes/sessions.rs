@@ -240,6 +240,9 @@ pub(crate) async fn create(
     });
     let pin = pin.transpose()?;
     app.sessions.sweep(app.options.session_ttl);
+    // Taken before the session is opened: nobody would know of a session that stays open after
+    // an error. A session that is not in the snapshot retains nothing.
+    let snapshot = app.engine.snapshot().await?;
     let session = OpenSession {
         id: format!("session-{}", Uuid::new_v4().simple()),
         owner: caller.owner(),
@@ -251,7 +254,6 @@ pub(crate) async fn create(
     let session = Arc::new(session);
     app.sessions
         .add(Arc::clone(&session), app.options.max_sessions)?;
-    let snapshot = app.engine.snapshot().await?;
     let object = SessionObject::new(&session, &snapshot);
     Ok((StatusCode::CREATED, Json(object)))
 }

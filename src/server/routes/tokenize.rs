@@ -1,16 +1,16 @@
 //! `POST /tokenize` and `POST /detokenize`: text to token ids and back, in the form of vLLM's
 //! routes.
 
-use crate::engine::SubmitError;
+use crate::engine::Prompt;
 use crate::server::App;
 use crate::server::error::ApiError;
 use crate::server::http::body::{JsonBody, integer};
-use crate::server::http::workers::Job;
-use crate::server::openai::conversation::Conversation;
+use crate::server::openai::conversation::{Conversation, Fit};
 use crate::server::openai::fields::Route;
 use crate::server::openai::rendering::RenderingFields;
 use crate::server::openai::tools::ToolFields;
-use crate::text::{Detokenizer, EncodeOptions, Message};
+use crate::server::submit::{Length, Tokenization};
+use crate::text::{Detokenizer, Message};
 use axum::Json;
 use axum::body::Body;
 use axum::extract::State;
@@ -59,16 +59,12 @@ pub(crate) async fn tokenize(
     let tokenizer = Arc::clone(app.require_tokenizer("tokenization")?);
     let tokens = match (request.prompt, request.messages) {
         (Some(text), None) => {
-            let options = EncodeOptions {
+            let tokenization = Tokenization {
                 add_special: request.add_special_tokens.unwrap_or(true),
-                parse_special: true,
+                length: Length::Any,
             };
-            let tokenizer = Arc::clone(&tokenizer);
-            let encode = move |_: &Job| {
-                let tokens = tokenizer.encode(&text, options);
-                Ok(tokens.map_err(SubmitError::Text)?)
-            };
-            app.workers.run_if_long(bytes, encode).await?
+            let tokenized = app.tokenize(vec![Prompt::Text(text)], tokenization).await?;
+            tokenized.into_iter().next().unwrap_or_default()
         }
         (None, Some(messages)) => {
             let conversation = Conversation {
@@ -77,8 +73,7 @@ pub(crate) async fn tokenize(
                 structure: None,
                 rendering: rendering.check(&app)?,
                 hide_reasoning: false,
-                truncate_to: None,
-                may_truncate: false,
+                fit: Fit::Refuse,
             };
             conversation.prepare(&app, bytes).await?.prompt
         }
@@ -93,7 +88,6 @@ pub(crate) async fn tokenize(
         tokens.len(),
         app.engine.max_sequence_tokens(),
     );
-    let tokens: Arc<[u32]> = tokens.into();
     let ids = list(Arc::clone(&tokens), |id, piece| {
         piece.push_str(&id.to_string());
     });

@@ -1,7 +1,7 @@
 //! Message of a conversation, in the format of OpenAI clients.
 
 use super::python_json::{Style, dumps};
-use serde::de::{Error, MapAccess, SeqAccess, Visitor};
+use serde::de::{Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 use std::fmt;
@@ -225,12 +225,47 @@ impl<'de> Visitor<'de> for ContentVisitor {
     }
 }
 
-#[derive(Deserialize)]
+/// A part of a message's content.
 struct Part {
-    #[serde(rename = "type")]
     kind: String,
     text: Option<String>,
     refusal: Option<String>,
+}
+
+impl<'de> Deserialize<'de> for Part {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(PartVisitor)
+    }
+}
+
+/// Reads a part from an object. serde's derived code would also accept a list.
+struct PartVisitor;
+
+impl<'de> Visitor<'de> for PartVisitor {
+    type Value = Part;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("a part of a message: an object with a type")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<Part, A::Error> {
+        let (mut kind, mut text, mut refusal) = (None, None, None);
+        while let Some(name) = fields.next_key::<String>()? {
+            match name.as_str() {
+                "type" if kind.is_some() => return Err(Error::duplicate_field("type")),
+                "text" if text.is_some() => return Err(Error::duplicate_field("text")),
+                "type" => kind = Some(fields.next_value()?),
+                "text" => text = fields.next_value()?,
+                "refusal" => refusal = fields.next_value()?,
+                _ => drop(fields.next_value::<IgnoredAny>()?),
+            }
+        }
+        Ok(Part {
+            kind: kind.ok_or_else(|| Error::missing_field("type"))?,
+            text,
+            refusal,
+        })
+    }
 }
 
 #[cfg(test)]
@@ -251,6 +286,8 @@ mod tests {
         assert_eq!(read(parts).unwrap(), "a\nb");
         let error = read(json!([{"type": "image_url", "image_url": {}}])).unwrap_err();
         assert!(error.contains("\"image_url\""), "{error}");
+        let error = read(json!([["text", "a", null]])).unwrap_err();
+        assert!(error.contains("expected a part of a message"), "{error}");
         let error = read(json!(5)).unwrap_err();
         assert!(
             error.contains("expected content that is a string"),

@@ -6,13 +6,15 @@
 //! values printed as in Python.
 
 use super::clock::strftime;
+use super::instructions::InstructionSupport;
 use super::jinja::{Raised, python_environment, translate};
 use super::message::{Message, MessageView};
+use super::render::RenderOptions;
 use super::tool_support::ToolSupport;
 use crate::text::TextError;
 use minijinja::Value;
 use minijinja::{Environment, Error, ErrorKind};
-use serde_json::Map;
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::error::Error as _;
 use std::fmt;
@@ -46,34 +48,7 @@ pub struct ChatTemplate {
     /// Whether this is such a template, which supports tools whatever [`ToolSupport`] says.
     is_for_tools: bool,
     tool_support: OnceLock<ToolSupport>,
-}
-
-/// Inputs of a rendering other than the messages.
-#[derive(Clone, Debug, PartialEq)]
-pub struct RenderOptions {
-    /// Whether to end the prompt with the beginning of an answer. True by default.
-    pub add_generation_prompt: bool,
-    /// Whether to end the prompt with the text of the last message, left open so that the
-    /// answer continues it. If so, `add_generation_prompt` has no effect.
-    pub continue_final_message: bool,
-    /// Tools that the model may call, in the format of OpenAI clients.
-    pub tools: Option<serde_json::Value>,
-    /// Additional variables, such as `enable_thinking`. They override all others.
-    pub extra: Map<String, serde_json::Value>,
-    /// Time that `strftime_now` reports, in UTC. `None` means the current time.
-    pub now: Option<SystemTime>,
-}
-
-impl Default for RenderOptions {
-    fn default() -> Self {
-        Self {
-            add_generation_prompt: true,
-            continue_final_message: false,
-            tools: None,
-            extra: Map::new(),
-            now: None,
-        }
-    }
+    instruction_support: OnceLock<InstructionSupport>,
 }
 
 impl fmt::Debug for ChatTemplate {
@@ -113,6 +88,7 @@ impl ChatTemplate {
             tool_use: None,
             is_for_tools: false,
             tool_support: OnceLock::new(),
+            instruction_support: OnceLock::new(),
         })
     }
 
@@ -144,7 +120,9 @@ impl ChatTemplate {
         }
     }
 
-    /// Renders the prompt for a conversation.
+    /// Runs the template on a conversation as it is, like `apply_chat_template` of
+    /// transformers. Ignores `tool_format`, `close_reasoning` and `answer_prefix`, which
+    /// [`ChatTemplate::render`] honours.
     ///
     /// Arguments of tool calls that are JSON text are passed to the template as objects. If the
     /// template fails on objects, they are passed as text, which a few templates expect.
@@ -152,36 +130,34 @@ impl ChatTemplate {
     /// # Errors
     /// Returns [`TextError::TemplateRaised`] if the template rejects the conversation,
     /// [`TextError::TemplateFailed`] if it fails, [`TextError::TemplateTooExpensive`] if it
-    /// exceeds a limit, and [`TextError::NotContinued`] if the last message is to be
-    /// continued but its end does not appear in the prompt.
-    pub fn render(
+    /// exceeds a limit, and, if the last message is to be continued,
+    /// [`TextError::NothingToContinue`] if it has no text and [`TextError::NotContinued`] if
+    /// its end does not appear in the prompt.
+    pub fn apply(
         &self,
         messages: &[Message],
         options: &RenderOptions,
     ) -> Result<String, TextError> {
-        let tools = options.tools.as_ref();
-        let template = self.variant(tools.is_some_and(|tools| !tools.is_null()));
-        if options.continue_final_message {
-            return template.render_open(messages, options);
-        }
-        template.render_whole(messages, options, template.tool_support().null_content)
+        let template = self.variant(options.offered().is_some());
+        template.run(Cow::Borrowed(messages), options.offered(), options)
     }
 
-    /// Renders the prompt up to the end of the last message's text.
-    fn render_open(
+    /// Runs this template itself, not its variant for tools.
+    pub(super) fn run(
         &self,
-        messages: &[Message],
+        mut messages: Cow<'_, [Message]>,
+        tools: Option<&serde_json::Value>,
         options: &RenderOptions,
     ) -> Result<String, TextError> {
-        let mut messages = messages.to_vec();
-        let options = RenderOptions {
-            add_generation_prompt: false,
-            ..options.clone()
-        };
-        let last = messages.last_mut().ok_or(TextError::NotContinued)?;
+        let null_content = self.tool_support().null_content;
+        if !options.continue_final_message {
+            return self.render_whole(&messages, options, tools, null_content);
+        }
+        let last = messages.to_mut().last_mut();
+        let last = last.filter(|message| !message.content.trim().is_empty());
+        let last = last.ok_or(TextError::NothingToContinue)?;
         last.content.push_str(CONTINUED);
-        let mut prompt =
-            self.render_whole(&messages, &options, self.tool_support().null_content)?;
+        let mut prompt = self.render_whole(&messages, options, tools, null_content)?;
         let mark = CONTINUED.trim_end();
         let end = prompt.rfind(mark).ok_or(TextError::NotContinued)?;
         let trimmed = !prompt[end..].starts_with(CONTINUED);
@@ -192,17 +168,18 @@ impl ChatTemplate {
         Ok(prompt)
     }
 
-    /// Renders this template itself, not its variant for tools. With `null_content`, the
-    /// content of a message that has tool calls but no text is null instead of an empty string.
+    /// Runs this template with these tools. With `null_content`, the content of a message that
+    /// has tool calls but no text is null instead of an empty string.
     pub(super) fn render_whole(
         &self,
         messages: &[Message],
         options: &RenderOptions,
+        tools: Option<&serde_json::Value>,
         null_content: bool,
     ) -> Result<String, TextError> {
         let has_calls = |message: &Message| message.extra.contains_key("tool_calls");
         if !messages.iter().any(has_calls) {
-            return self.render_as_given(messages, options, null_content);
+            return self.render_as_given(messages, options, tools, null_content);
         }
         let with_objects: Vec<Message> = (messages.iter())
             .map(|message| {
@@ -211,14 +188,14 @@ impl ChatTemplate {
                     .unwrap_or_else(|| message.clone())
             })
             .collect();
-        let rendered = self.render_as_given(&with_objects, options, null_content);
+        let rendered = self.render_as_given(&with_objects, options, tools, null_content);
         let Err(error @ TextError::TemplateFailed { .. }) = rendered else {
             return rendered;
         };
         let as_text: Vec<Message> = (messages.iter())
             .map(Message::with_arguments_as_text)
             .collect();
-        self.render_as_given(&as_text, options, null_content)
+        self.render_as_given(&as_text, options, tools, null_content)
             .map_err(|_| error)
     }
 
@@ -226,8 +203,10 @@ impl ChatTemplate {
         &self,
         messages: &[Message],
         options: &RenderOptions,
+        tools: Option<&serde_json::Value>,
         null_content: bool,
     ) -> Result<String, TextError> {
+        tracing::trace!(messages = messages.len(), "running a chat template");
         let views: Vec<MessageView<'_>> = messages
             .iter()
             .map(|message| message.view(null_content))
@@ -237,9 +216,9 @@ impl ChatTemplate {
             ("messages", Value::from_serialize(views)),
             (
                 "add_generation_prompt",
-                Value::from(options.add_generation_prompt),
+                Value::from(options.add_generation_prompt && !options.continue_final_message),
             ),
-            ("tools", Value::from_serialize(&options.tools)),
+            ("tools", Value::from_serialize(tools)),
             ("documents", Value::from(())),
             (
                 "strftime_now",
@@ -275,7 +254,7 @@ impl ChatTemplate {
     }
 
     /// Returns whether the template writes the tools that it is given. If it does not,
-    /// [`tools::in_words`](super::tools::in_words) can describe them in plain messages.
+    /// [`ChatTemplate::render`] describes them in plain messages.
     pub fn knows_tools(&self) -> bool {
         self.is_for_tools || self.tool_support().tools
     }
@@ -288,6 +267,11 @@ impl ChatTemplate {
 
     fn tool_support(&self) -> &ToolSupport {
         self.tool_support.get_or_init(|| ToolSupport::of(self))
+    }
+
+    pub(super) fn instruction_support(&self) -> InstructionSupport {
+        let support = &self.instruction_support;
+        *support.get_or_init(|| InstructionSupport::of(self))
     }
 
     /// Returns whether the template reads a variable that it does not set.
@@ -360,7 +344,7 @@ mod tests {
     use std::time::{Duration, UNIX_EPOCH};
 
     fn render(source: &str, messages: &[Message]) -> Result<String, TextError> {
-        ChatTemplate::new(source, Some("<s>"), None)?.render(messages, &RenderOptions::default())
+        ChatTemplate::new(source, Some("<s>"), None)?.apply(messages, &RenderOptions::default())
     }
 
     fn user() -> [Message; 1] {
@@ -492,10 +476,11 @@ mod tests {
             open("{{ messages[0].content }}"),
             Err(TextError::NotContinued)
         ));
-        let none = ChatTemplate::new("", None, None)
-            .unwrap()
-            .render(&[], &options);
-        assert!(matches!(none, Err(TextError::NotContinued)));
+        let template = ChatTemplate::new(&around("m.content"), None, None).unwrap();
+        for nothing in [&[][..], &[Message::new("assistant", " \n")]] {
+            let refused = template.render(nothing, &options);
+            assert!(matches!(refused, Err(TextError::NothingToContinue)));
+        }
     }
 
     #[test]

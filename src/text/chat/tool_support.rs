@@ -1,7 +1,8 @@
 //! Detects how a chat template handles tools, by rendering it with probes.
 
 use super::message::Message;
-use super::template::{ChatTemplate, RenderOptions};
+use super::render::RenderOptions;
+use super::template::ChatTemplate;
 use serde_json::{Value, json};
 
 /// Names to look for in a rendered prompt. No template contains them itself.
@@ -39,14 +40,12 @@ impl ToolSupport {
 }
 
 fn writes_tools(template: &ChatTemplate) -> bool {
-    let options = RenderOptions {
-        tools: Some(json!([{"type": "function", "function": {
-            "name": TOOL,
-            "description": "d",
-            "parameters": {"type": "object", "properties": {}, "required": []},
-        }}])),
-        ..RenderOptions::default()
-    };
+    let tools = json!([{"type": "function", "function": {
+        "name": TOOL,
+        "description": "d",
+        "parameters": {"type": "object", "properties": {}, "required": []},
+    }}]);
+    let options = RenderOptions::default();
     let user = Message::new("user", "u");
     let conversations = [
         vec![user.clone()],
@@ -60,7 +59,7 @@ fn writes_tools(template: &ChatTemplate) -> bool {
     ];
     let mut rendered = false;
     for conversation in conversations {
-        if let Ok(prompt) = template.render_whole(&conversation, &options, false) {
+        if let Ok(prompt) = template.render_whole(&conversation, &options, Some(&tools), false) {
             rendered = true;
             if prompt.contains(TOOL) {
                 return true;
@@ -90,7 +89,8 @@ fn with_call(template: &ChatTemplate, null_content: bool) -> Option<String> {
             json!({"tool_call_id": "probe0001", "name": CALLED}),
         ),
     ];
-    let prompt = template.render_whole(&conversation, &RenderOptions::default(), null_content);
+    let options = RenderOptions::default();
+    let prompt = template.render_whole(&conversation, &options, None, null_content);
     prompt
         .ok()
         .filter(|prompt| prompt.contains(CALLED) && prompt.contains(RESULT))

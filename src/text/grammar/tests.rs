@@ -936,3 +936,28 @@ fn a_tool_whose_schema_is_beyond_the_compiler_may_be_called_with_anything() {
     let refused = Grammar::or_calls(&tokenizer, Form::JsonSchema(&bad), Keywords::Lenient, calls);
     assert!(refused.unwrap_err().to_string().contains("strnig"));
 }
+
+#[test]
+fn a_form_that_is_relaxed_leaves_the_schemas_of_the_tools_in_force() {
+    let tokenizer = tokenizer();
+    let form = json!({"type": "string", "pattern": "^(?!b)[ab]{2}$"});
+    let parameters = json!({
+        "type": "object", "properties": {"a": {"type": "integer"}},
+        "required": ["a"], "additionalProperties": false,
+    });
+    let calls = Calls {
+        format: ToolFormat::Hermes,
+        tools: &[("f", Some(&parameters))],
+        several: true,
+    };
+    let form = Form::JsonSchema(&form);
+    let grammar = Grammar::or_calls(&tokenizer, form, Keywords::Lenient, calls).unwrap();
+    assert_eq!(all(&grammar), ["pattern"]);
+    let call = |arguments: &str| {
+        let call = format!("<tool_call>{{\"name\":\"f\",\"arguments\":{arguments}}}</tool_call>");
+        answer(&tokenizer, &grammar, &call)
+    };
+    assert_eq!(call("{\"a\": 1}"), Answer::MayEnd);
+    assert!(matches!(call("{\"a\": [1]}"), Answer::Wrong(_)));
+    assert_eq!(answer(&tokenizer, &grammar, "\"bb\""), Answer::Complete);
+}

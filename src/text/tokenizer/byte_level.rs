@@ -112,14 +112,14 @@ impl ByteLevelBpe {
         })
     }
 
-    /// Returns whether the bytes of ordinary text have tokens, so that none of them is dropped.
-    ///
-    /// This checks printable ASCII, tabs, line breaks and UTF-8 continuation bytes. Some
-    /// vocabularies lack other control characters, and the lead bytes of unassigned characters.
-    pub(super) fn covers_ordinary_text(&self) -> bool {
-        let rest = [b'\t', b'\n', b'\r'];
-        let mut usual = (b' '..=b'~').chain(0x80..=0xBF).chain(rest);
-        usual.all(|byte| self.bytes[usize::from(byte)].is_some())
+    /// Returns the number of bytes of `text` that have tokens. The others are dropped: some
+    /// vocabularies lack control characters.
+    pub(super) fn represented_bytes(&self, text: &str) -> usize {
+        let has_token = |byte: &u8| self.bytes[usize::from(*byte)].is_some();
+        text.as_bytes()
+            .iter()
+            .filter(|byte| has_token(byte))
+            .count()
     }
 
     /// Appends the tokens of `text` to `ids`. Bytes without a token are dropped.

@@ -114,6 +114,7 @@ impl Tokenizer {
     /// Returns [`TextError::Encode`] if a word exceeds the length limit of byte-level BPE
     /// (1.5 MiB), or if the `tokenizers` library fails on the text.
     pub fn encode(&self, text: &str, options: EncodeOptions) -> Result<Vec<u32>, TextError> {
+        tracing::trace!(bytes = text.len(), "tokenizing a text");
         let mut ids = Vec::with_capacity(text.len() / 3 + 2);
         if options.add_special {
             ids.extend(self.frame.before);
@@ -259,21 +260,23 @@ impl Tokenizer {
         self.vocabulary.bytes(id)
     }
 
-    /// Returns the maximum number of bytes of text per token, so that a text of more than
-    /// `n` times as many bytes has more than `n` tokens.
+    /// Returns a number of tokens that a text with all these parts has at least. This takes far
+    /// less time than tokenizing it.
     ///
-    /// Returns `None` if there is no such bound, because text may be dropped, runs of text
-    /// may become one token, or spaces may be merged.
-    pub fn max_token_bytes(&self) -> Option<usize> {
-        let shrinks = match &self.model {
-            Model::HuggingFace(model) => model.may_shrink(),
+    /// Returns 0 if there is no such bound, because runs of text may become one token, or
+    /// spaces may be merged.
+    pub fn min_tokens<'a>(&self, parts: impl IntoIterator<Item = &'a str>) -> usize {
+        let bytes = parts.into_iter().map(|part| match &self.model {
+            Model::HuggingFace(model) if model.may_shrink() => 0,
+            Model::HuggingFace(_) => part.len(),
             Model::Fragments { plain, .. } => match plain {
-                PlainModel::ByteLevel(model) => !model.covers_ordinary_text(),
-                PlainModel::Scored { model, .. } => !model.writes_every_byte(),
-                PlainModel::Unigram { .. } => true,
+                PlainModel::ByteLevel(model) => model.represented_bytes(part),
+                PlainModel::Scored { model, .. } if model.writes_every_byte() => part.len(),
+                PlainModel::Scored { .. } | PlainModel::Unigram { .. } => 0,
             },
-        };
-        (!shrinks).then(|| self.vocabulary.longest())
+        });
+        // No token stands for more bytes than the longest one.
+        bytes.sum::<usize>().div_ceil(self.vocabulary.longest())
     }
 
     /// Returns the name of a token in the vocabulary, or `None` for an id without a token.

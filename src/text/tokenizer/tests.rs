@@ -119,6 +119,28 @@ fn scored_bpe_gives_the_references_ids() {
 }
 
 #[test]
+fn bytes_tell_how_many_tokens_a_text_has_at_least() {
+    // Byte 1 gets no token, and is dropped.
+    let mut lacking = vocabulary("byte_level_bpe.json");
+    let token = lacking.tokens.iter_mut().find(|token| *token == "\u{101}");
+    *token.unwrap() = "<lacking>".to_owned();
+    let lacking = Tokenizer::from_gguf(lacking).unwrap();
+    assert!(lacking.encode("\u{1}", PLAIN).unwrap().is_empty());
+    for tokenizer in [&lacking, &BYTE_LEVEL, &FOLDER, &SCORED] {
+        for text in ["\u{1}", "word ", "\u{e9}\u{1}\n"].map(|text| text.repeat(500)) {
+            let tokens = tokenizer.encode(&text, PARSE).unwrap().len();
+            let least = tokenizer.min_tokens([text.as_str()]);
+            assert!(least <= tokens, "{text:.8?}: {least} > {tokens}");
+            // It makes no difference how the text is divided.
+            let (one, other) = text.split_at(100);
+            assert_eq!(tokenizer.min_tokens([one, other]), least);
+        }
+    }
+    assert!(BYTE_LEVEL.min_tokens(["word ".repeat(500).as_str()]) > 20);
+    assert_eq!(lacking.min_tokens(["\u{1}\u{1}"]), 0);
+}
+
+#[test]
 fn special_tokens_frame_a_text_as_the_model_wants() {
     let encoded = SCORED.encode("a", FRAMED).unwrap();
     assert_eq!(encoded[0], 1);

@@ -26,7 +26,11 @@ fn draft(bench: &mut Bench, drafts: usize) -> StepPlan {
 
 /// Returns how many of a sequence's tokens are in complete blocks of the prefix cache.
 fn published(bench: &Bench, tokens: &[u32]) -> usize {
-    bench.scheduler.cache().lookup(None, tokens, tokens.len()).tokens
+    bench
+        .scheduler
+        .cache()
+        .lookup(None, tokens, tokens.len())
+        .tokens
 }
 
 /// Returns the numbers of launched and of written tokens.

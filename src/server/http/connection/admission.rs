@@ -5,7 +5,8 @@
 //! clients cannot keep others out by holding connections open.
 
 use super::activity::Activity;
-use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
@@ -24,8 +25,10 @@ pub(super) struct Admission {
 struct Open {
     next: u64,
     connections: HashMap<u64, Connection>,
-    /// Number of connections per address.
-    counts: HashMap<IpAddr, usize>,
+    /// The connections of each address.
+    by_address: HashMap<IpAddr, HashSet<u64>>,
+    /// The connections that were asked to make room, until they are closed or were used again.
+    evicted: Vec<u64>,
 }
 
 #[derive(Debug)]
@@ -35,25 +38,49 @@ struct Connection {
 }
 
 impl Open {
+    /// Returns the number of connections from an address.
     fn of(&self, address: IpAddr) -> usize {
-        self.counts.get(&address).copied().unwrap_or(0)
+        self.by_address.get(&address).map_or(0, HashSet::len)
     }
 
-    /// Returns whether a connection was asked to make room and is not closed yet.
-    fn is_evicting(&self) -> bool {
-        let mut connections = self.connections.values();
-        connections.any(|open| open.activity.is_evicted())
+    /// Returns whether a connection was asked to make room and is not closed yet. This is asked
+    /// whenever a connection becomes idle, so it does not look at all of them.
+    fn is_evicting(&mut self) -> bool {
+        let connections = &self.connections;
+        self.evicted.retain(|id| {
+            let connection = connections.get(id);
+            connection.is_some_and(|open| open.activity.is_evicted())
+        });
+        !self.evicted.is_empty()
     }
 
-    /// Asks the connection that has been idle the longest to close, if there is one. If
-    /// `address` is given, only connections from there count. Returns whether one was asked.
-    fn evict(&self, address: Option<IpAddr>) -> bool {
-        let candidates = self.connections.values();
-        let candidates = candidates.filter(|open| address.is_none_or(|own| own == open.address));
-        let idle = candidates.filter_map(|open| Some((open.activity.idle_since()?, open)));
-        let longest = idle.min_by_key(|(since, _)| *since);
-        longest.is_some_and(|(_, open)| open.activity.evict())
+    /// Asks the connection that has been idle the longest to close, if there is one. Returns
+    /// whether one was asked.
+    fn evict_any(&mut self) -> bool {
+        let longest = longest_idle(self.connections.iter().map(|(id, open)| (*id, open)));
+        self.evict(longest)
     }
+
+    /// Like [`Open::evict_any`], for the connections of one address.
+    fn evict_from(&mut self, address: IpAddr) -> bool {
+        let own = self.by_address.get(&address).into_iter().flatten();
+        let own = own.filter_map(|id| Some((*id, self.connections.get(id)?)));
+        let longest = longest_idle(own);
+        self.evict(longest)
+    }
+
+    fn evict(&mut self, chosen: Option<u64>) -> bool {
+        let connection = chosen.and_then(|id| Some((id, self.connections.get(&id)?)));
+        let asked = connection.filter(|(_, open)| open.activity.evict());
+        self.evicted.extend(asked.map(|(id, _)| id));
+        asked.is_some()
+    }
+}
+
+/// Returns the connection that has been idle the longest.
+fn longest_idle<'a>(connections: impl Iterator<Item = (u64, &'a Connection)>) -> Option<u64> {
+    let idle = connections.filter_map(|(id, open)| Some((open.activity.idle_since()?, id)));
+    idle.min().map(|(_, id)| id)
 }
 
 impl Admission {
@@ -76,14 +103,14 @@ impl Admission {
     pub async fn room(&self) {
         loop {
             {
-                let open = self.open();
+                let mut open = self.open();
                 if open.connections.len() < self.limit {
                     return;
                 }
                 // Close one at a time: this loop may be woken before the last one has been
                 // closed.
                 if !open.is_evicting() {
-                    open.evict(None);
+                    open.evict_any();
                 }
             }
             // No wake-up is lost, because only the accept loop waits here.
@@ -96,7 +123,7 @@ impl Admission {
     pub fn admit(self: &Arc<Self>, address: IpAddr) -> Option<Place> {
         let address = network(address);
         let mut open = self.open();
-        if open.of(address) >= self.per_address && !open.evict(Some(address)) {
+        if open.of(address) >= self.per_address && !open.evict_from(address) {
             return None;
         }
         let id = open.next;
@@ -107,7 +134,7 @@ impl Admission {
             activity: Arc::clone(&activity),
         };
         open.connections.insert(id, connection);
-        *open.counts.entry(address).or_insert(0) += 1;
+        open.by_address.entry(address).or_default().insert(id);
         Some(Place {
             admission: Arc::clone(self),
             id,
@@ -140,16 +167,69 @@ impl Drop for Place {
     fn drop(&mut self) {
         let mut open = self.admission.open();
         if let Some(connection) = open.connections.remove(&self.id) {
-            let count = open.counts.get_mut(&connection.address);
-            let left = count.map_or(0, |count| {
-                *count = count.saturating_sub(1);
-                *count
-            });
-            if left == 0 {
-                open.counts.remove(&connection.address);
+            if let Entry::Occupied(mut own) = open.by_address.entry(connection.address) {
+                own.get_mut().remove(&self.id);
+                if own.get().is_empty() {
+                    own.remove();
+                }
             }
         }
         drop(open);
         self.admission.changed.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::pin::pin;
+    use std::task::{Context, Poll, Waker};
+
+    /// Polls a future once.
+    fn poll<T>(future: impl Future<Output = T>) -> Poll<T> {
+        pin!(future).poll(&mut Context::from_waker(Waker::noop()))
+    }
+
+    fn evicted(places: &[Option<Place>]) -> Vec<bool> {
+        let each = places.iter().flatten();
+        each.map(|place| place.activity.is_evicted()).collect()
+    }
+
+    #[test]
+    fn one_connection_at_a_time_makes_room() {
+        let admission = Arc::new(Admission::new(3, 2));
+        let from = |last: u8| IpAddr::from([10, 0, 0, last]);
+        let mut places: Vec<_> = [1, 2, 2].map(|last| admission.admit(from(last))).into();
+        assert!(poll(admission.room()).is_pending());
+        assert!(poll(admission.room()).is_pending());
+        assert_eq!(evicted(&places), [true, false, false]);
+        // It is used again, so another one must close.
+        let first = places[0].as_ref().map(|place| Arc::clone(&place.activity));
+        let used = first.map(|activity| {
+            activity.cancel_eviction();
+            activity.request()
+        });
+        assert!(poll(admission.room()).is_pending());
+        assert_eq!(evicted(&places), [false, true, false]);
+        places.remove(1);
+        assert!(poll(admission.room()).is_ready());
+        drop(used);
+    }
+
+    #[test]
+    fn an_address_makes_room_among_its_own_connections() {
+        let admission = Arc::new(Admission::new(8, 2));
+        let from = |last: u8| IpAddr::from([10, 0, 0, last]);
+        let mut places: Vec<_> = [1, 2, 2].map(|last| admission.admit(from(last))).into();
+        let busy = places[1].as_ref().map(|place| place.activity.request());
+        places.push(admission.admit(from(2)));
+        assert_eq!(evicted(&places), [false, false, true, false]);
+        let newest = places[3].as_ref().map(|place| place.activity.request());
+        assert!(admission.admit(from(2)).is_none(), "none of them is idle");
+        assert!(admission.admit(from(1)).is_some());
+        drop((busy, newest));
+        places.clear();
+        let open = admission.open();
+        assert!(open.by_address.is_empty() && open.connections.is_empty());
     }
 }
