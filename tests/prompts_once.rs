@@ -10,10 +10,11 @@ mod http;
 #[path = "common/server.rs"]
 mod server;
 
+use quell::runner::{NullOptions, NullRunner};
 use quell::text::Tokenizer;
-use quell::{EngineConfig, Message, Prompt, Request};
+use quell::{Engine, EngineConfig, Message, Prompt, Request};
 use serde_json::{Value, json};
-use server::{TestServer, null_engine, options};
+use server::{TestServer, options};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tracing::field::{Field, Visit};
@@ -99,7 +100,16 @@ fn serve(template: &str) -> TestServer {
     let probe = [Message::new("system", "S"), Message::new("system", "T")];
     let _ = template.render(&probe, &Default::default());
     template.knows_tools();
-    let server = TestServer::start(null_engine(tokenizer, EngineConfig::default()), options());
+    let null = NullOptions {
+        vocabulary: tokenizer.vocabulary_size(),
+        // Room for the long texts, of which the fixture's tokenizer makes many tokens.
+        context_tokens: 1 << 15,
+        cache_blocks: 4096,
+        ..NullOptions::default()
+    };
+    let config = EngineConfig::default();
+    let engine = Engine::with_runner(config, Some(tokenizer), move || NullRunner::start(null));
+    let server = TestServer::start(engine.unwrap(), options());
     counts();
     server
 }
@@ -230,7 +240,7 @@ fn each_prompt_is_rendered_and_tokenized_once() {
         assert_eq!(counts(), (1, 1));
         // Only a conversation that does not fit is rendered again, to find what fits.
         let long = json!({
-            "input": vec![message("user", "Hi, it is me."); 2000],
+            "input": vec![message("user", &"It is me. ".repeat(8)); 2000],
             "max_output_tokens": 1, "truncation": "auto",
         });
         sent(&server, "/v1/responses", &long, 200);
