@@ -6,19 +6,19 @@ PYTHON := python3
 
 ## Fetches a small model if it is missing, builds quell, and answers a question.
 demo: model
-	$(CARGO) build --release --locked
+	$(CARGO) build --release --locked -p quell
 	./target/release/quell generate --model $(MODEL) --chat --max-tokens 96 --stats \
 	    --prompt "Give me three tips for staying healthy."
 
 ## The fast loop: the unit tests of the bare engine. The crate itself is not optimised, so that
 ## it compiles faster; its dependencies are.
 check:
-	$(CARGO) test --locked --no-default-features --lib --config profile.test.package.quell.opt-level=0
+	$(CARGO) test --locked -p quell --no-default-features --lib --config profile.test.package.quell.opt-level=0
 
 ## Runs all tests: unit, integration, golden and documentation tests, the CUDA device on the
 ## virtual GPU, the server with third-party clients, the model checkers, and the examples.
 test: model clients templates models
-	$(CARGO) test --locked --workspace --features quell/otel
+	$(CARGO) test --locked --workspace
 	$(MAKE) check
 
 ## Runs the engine's threads under model checkers: loom explores every interleaving of a few
@@ -30,7 +30,7 @@ models:
 ## Runs a million requests and cancels most of them; accounting, memory and open files must
 ## return to their initial state. Then runs 100,000 schedules per scenario of the model checker.
 soak:
-	QUELL_SOAK_REQUESTS=1000000 $(CARGO) test --locked --release --test soak -- --nocapture
+	QUELL_SOAK_REQUESTS=1000000 $(CARGO) test --locked --release -p quell-tests --no-default-features --test soak -- --nocapture
 	QUELL_SCHEDULES=100000 $(CARGO) test --locked -p interleavings --features shuttle --test shuttle
 
 ## Breaks the engine on purpose, in one way at a time: a test must fail each time. Takes five
@@ -41,9 +41,10 @@ mutations:
 ## Runs the tests of the engine, the server and the program while random threads are stalled, to
 ## find what only works on a fast machine. QUELL_STALLS and QUELL_STALL_BITS set how often and
 ## how long threads are stalled.
-STALLED := --locked --features otel --lib --bins --test '[!cm]*' --test memory
+STALLED := --locked --lib --test '[!cm]*' --test memory
 stalls: model clients templates
 	$(CARGO) test $(STALLED) --no-run
+	$(CARGO) build --locked --profile test --examples
 	$(CC) -std=gnu11 -Wall -Werror -O2 -shared -fPIC -o target/stalls.so tests/stalls/stalls.c
 	QUELL_SOAK_REQUESTS=2000 LD_PRELOAD=$(CURDIR)/target/stalls.so \
 	    $(CARGO) test $(STALLED) --no-fail-fast
@@ -51,29 +52,29 @@ stalls: model clients templates
 ## Checks formatting, lints and documentation.
 lint:
 	$(CARGO) fmt --all --check
-	$(CARGO) clippy --locked --workspace --all-targets --features quell/otel -- -D warnings
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 	@# Without the tests: their dependencies enable features that the product itself needs.
-	$(CARGO) clippy --locked -- -D warnings
-	$(CARGO) clippy --locked --no-default-features -- -D warnings
+	$(CARGO) clippy --locked -p quell -- -D warnings
+	$(CARGO) clippy --locked -p quell --no-default-features -- -D warnings
 	$(CARGO) clippy --locked -p interleavings --features loom --test loom -- -D warnings
 	$(CARGO) clippy --locked -p interleavings --features shuttle --test shuttle -- -D warnings
-	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked -p quell --no-deps
 
 ## Measures this machine: kernels, host code, then the whole engine, and counts the instructions
 ## per step. scripts/gpu/bench measures more of a GPU, and scripts/compare-llama-cpp compares
 ## with llama.cpp.
 bench: model
-	$(CARGO) bench --locked --bench cpu_linear
-	$(CARGO) bench --locked --bench cpu_step
-	$(CARGO) bench --locked --bench sampling
-	$(CARGO) bench --locked --bench schedule
-	$(CARGO) bench --locked --bench stream
-	$(CARGO) bench --locked --bench cancel
-	$(CARGO) bench --locked --bench prefix -- $(MODEL)
-	$(CARGO) bench --locked --bench grammar
-	$(CARGO) bench --locked --bench server
-	$(CARGO) bench --locked --bench kernels
-	$(CARGO) build --release --locked
+	$(CARGO) bench --locked -p quell --bench cpu_linear
+	$(CARGO) bench --locked -p quell --bench cpu_step
+	$(CARGO) bench --locked -p quell --bench sampling
+	$(CARGO) bench --locked -p quell --bench schedule
+	$(CARGO) bench --locked -p quell --bench stream
+	$(CARGO) bench --locked -p quell --bench cancel
+	$(CARGO) bench --locked -p quell --bench prefix -- $(MODEL)
+	$(CARGO) bench --locked -p quell --bench grammar
+	$(CARGO) bench --locked -p quell --bench server
+	$(CARGO) bench --locked -p quell --bench kernels
+	$(CARGO) build --release --locked -p quell
 	./target/release/quell bench --model $(MODEL) --mixed
 	$(PYTHON) scripts/count-instructions
 

@@ -92,11 +92,14 @@
 
 #![deny(missing_docs, unsafe_op_in_unsafe_fn)]
 
-// Unit tests share the simulated device in `tests/common`, which refers to this crate by name.
+// Unit tests share the simulated device in `tests/sim`, which refers to this crate by name.
 #[cfg(test)]
 extern crate self as quell;
 
 pub mod cache;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
+pub mod cli;
 pub mod config;
 pub mod device;
 pub mod engine;

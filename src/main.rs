@@ -1,8 +1,6 @@
-//! The `quell` program.
+//! The `quell` program. Everything but its allocator is in the library's `cli`.
 
 #![deny(missing_docs)]
-
-mod cli;
 
 /// The program's allocator. glibc's allocator keeps most of the memory that a burst of large
 /// requests used; mimalloc returns it to the system within seconds.
@@ -10,5 +8,5 @@ mod cli;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> std::process::ExitCode {
-    cli::main()
+    quell::cli::main()
 }

@@ -1,9 +1,7 @@
 //! A decode step allocates nothing, neither on the scheduler thread nor on the worker threads.
 //! What a reader of a stream allocates for its tokens is not counted.
 
-#[path = "common/model.rs"]
-mod model;
-
+use common::model;
 use quell::device::DeviceError;
 use quell::runner::{ModelFiles, NullOptions, NullRunner, Runner, RunnerInfo, StepOutput};
 use quell::schedule::{Sequences, StepPlan};

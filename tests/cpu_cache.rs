@@ -1,17 +1,12 @@
 //! Blocks of the CPU device's KV cache are copied to other blocks, to host memory and back
 //! without a change. Host memory is committed only when it is written.
 
+use common::cpu::{Random, tensor};
 #[cfg(target_os = "linux")]
-#[path = "common/process.rs"]
-mod process;
-#[path = "common/refusals.rs"]
-mod refusals;
-#[path = "cpu/support.rs"]
-mod support;
-
+use common::process;
+use common::refusals;
 use quell::device::cpu::*;
 use quell::device::*;
-use support::{Random, tensor};
 
 const BLOCKS: usize = 6;
 const LAYERS: usize = 3;

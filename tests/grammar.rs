@@ -1,17 +1,12 @@
 //! Answers of a real model that are constrained to schemas, regular expressions and choices.
 
-#[path = "common/model.rs"]
-mod model;
-#[path = "common/requests.rs"]
-mod requests;
-
-use model::smollm2;
+use common::model::smollm2;
+use common::requests::{idle, ids};
 use quell::text::Tokenizer;
 use quell::{
     Engine, EngineConfig, Generation, Grammar, LoadOptions, Message, Outcome, Request,
     SamplingParams,
 };
-use requests::{idle, ids};
 use serde_json::{Value, json};
 use std::sync::{Arc, LazyLock};
 

@@ -39,7 +39,7 @@ const SERVER_MAY_USE: &[(&str, &[&str])] = &[
 ];
 
 fn source() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("src")
+    common::root().join("src")
 }
 
 fn rust_files(path: &Path, found: &mut Vec<PathBuf>) {

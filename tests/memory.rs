@@ -2,11 +2,8 @@
 //! peak.
 #![cfg(target_os = "linux")]
 
-#[path = "common/model.rs"]
-mod model;
-#[path = "common/process.rs"]
-mod process;
-
+use common::model;
+use common::process;
 use quell::{Engine, EngineConfig, LoadOptions, Request};
 
 const KV_CACHE: usize = 64 << 20;

@@ -1,21 +1,12 @@
 //! Each prompt is rendered once and tokenized once, whatever the request asks for.
 //!
 //! There is one test in this file because the subscriber is global.
-#![cfg(feature = "server")]
 
-#[path = "common/api.rs"]
-mod api;
-#[path = "common/http.rs"]
-mod http;
-#[path = "common/server.rs"]
-mod server;
-
+use common::server::{TestServer, options};
 use quell::runner::{NullOptions, NullRunner};
 use quell::text::Tokenizer;
 use quell::{Engine, EngineConfig, Message, Prompt, Request};
 use serde_json::{Value, json};
-use server::{TestServer, options};
-use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
@@ -92,7 +83,7 @@ fn counts() -> (usize, usize) {
 }
 
 fn serve(template: &str) -> TestServer {
-    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/text/folder");
+    let fixture = common::root().join("tests/fixtures/text/folder");
     let mut tokenizer = Tokenizer::from_folder(&fixture).unwrap();
     tokenizer.set_chat_template(template).unwrap();
     let template = tokenizer.chat_template().unwrap();
@@ -210,7 +201,7 @@ fn conversations() -> Vec<(&'static str, Value, u16)> {
 fn each_prompt_is_rendered_and_tokenized_once() {
     tracing::subscriber::set_global_default(Counter).unwrap();
     let sent = |server: &TestServer, path: &str, body: &Value, status: u16| {
-        let reply = api::send(server.address, path, body);
+        let reply = common::api::send(server.address, path, body);
         assert_eq!(
             reply.status,
             status,

@@ -1,23 +1,15 @@
 //! Measures how much memory `quell serve` takes for a request, whatever it contains, and
 //! whether it gives the memory back. Linux only, because the kernel records the peak.
-#![cfg(all(feature = "server", target_os = "linux"))]
+#![cfg(target_os = "linux")]
 
-#[path = "common/http.rs"]
-mod http;
-#[path = "common/model.rs"]
-mod model;
-#[path = "common/process.rs"]
-mod process;
-#[path = "common/serve.rs"]
-mod serve;
-
-use http::{exchange, get, post};
-use process::Process;
+use common::http::{exchange, get, post};
+use common::model;
+use common::process::Process;
+use common::serve::Serve;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use quell::server::fields::{Route, request_fields};
 use serde_json::{Map, Value, json};
-use serve::Serve;
 use std::cell::Cell;
 use std::net::SocketAddr;
 use std::thread;

@@ -2,9 +2,6 @@
 //!
 //! There is one test in this file because the subscriber is global.
 
-#[path = "common/sim.rs"]
-mod sim;
-
 use quell::{EngineConfig, Request};
 use sim::{Fault, SimOptions, engine};
 use std::cell::RefCell;

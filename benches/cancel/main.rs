@@ -11,6 +11,7 @@
 mod latency;
 #[path = "../common/paced.rs"]
 mod paced;
+#[allow(dead_code)] // tests use the rest
 #[path = "../../tests/common/random.rs"]
 mod random;
 mod report;

@@ -14,6 +14,7 @@
 mod client;
 #[path = "../common/paced.rs"]
 mod paced;
+#[allow(dead_code)] // tests use the rest
 #[path = "../../tests/common/process.rs"]
 mod process;
 mod usage;

@@ -55,10 +55,6 @@ def adopt(built):
             built.symlink_to(ROOT)
     except OSError as error:
         sys.exit(f"the programs were built in {built}, which must be a link to {ROOT}: {error}")
-    program = built / "target" / "debug" / "quell"
-    if not program.exists():
-        program.parent.mkdir(parents=True, exist_ok=True)
-        program.symlink_to(PROGRAMS / "quell")
 
 
 def model():

@@ -1,14 +1,14 @@
 //! Arguments that several subcommands share, and their conversion into checked settings.
 
 use super::progress;
-use clap::{Args, ValueEnum};
-use quell::runner::ModelFiles;
-use quell::{
+use crate::runner::ModelFiles;
+use crate::{
     Activations, CpuOptions, DeviceChoice, Engine, EngineConfig, GenerateError, GenerationConfig,
     KvType, LoadError, LoadOptions, Preemption, SamplingParams, SimdLevel, SubmitError,
 };
 #[cfg(feature = "cuda")]
-use quell::{CudaActivations, CudaOptions};
+use crate::{CudaActivations, CudaOptions};
+use clap::{Args, ValueEnum};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use thiserror::Error;
@@ -26,17 +26,17 @@ pub enum CliError {
     #[error(transparent)]
     Generate(#[from] GenerateError),
     #[error(transparent)]
-    Text(#[from] quell::text::TextError),
+    Text(#[from] crate::text::TextError),
     #[error(transparent)]
     Chat(#[from] super::chat::ChatError),
     #[error(transparent)]
     ServerBench(#[from] super::bench::ServerBenchError),
     #[cfg(feature = "server")]
     #[error(transparent)]
-    Serve(#[from] quell::server::ServeError),
+    Serve(#[from] crate::server::ServeError),
     #[cfg(feature = "server")]
     #[error(transparent)]
-    Metrics(#[from] quell::server::MetricsError),
+    Metrics(#[from] crate::server::MetricsError),
     #[cfg(feature = "hub")]
     #[error(transparent)]
     Hub(#[from] super::hub::HubError),
@@ -52,7 +52,7 @@ pub enum CliError {
     Schema { path: PathBuf, problem: String },
     #[cfg(feature = "grammar")]
     #[error(transparent)]
-    Grammar(#[from] quell::GrammarError),
+    Grammar(#[from] crate::GrammarError),
     #[error("{path} is not a valid config.json: {problem}")]
     Config { path: PathBuf, problem: String },
     #[error(
@@ -67,7 +67,7 @@ pub enum CliError {
     /// The engine failed while the server was running.
     #[cfg(feature = "server")]
     #[error("the engine has failed: {0}")]
-    Engine(quell::EngineFault),
+    Engine(crate::EngineFault),
     /// The engine did not stop in time after the server was told to stop.
     #[cfg(feature = "server")]
     #[error("the engine did not stop within {0:?}; open requests were cut off")]

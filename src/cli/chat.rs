@@ -7,14 +7,14 @@
 mod lines;
 
 use super::args::{CliError, ModelArgs, SamplingArgs};
-use clap::Args;
-use futures_core::Stream;
-use lines::{Lines, stream_lines, terminal_editor};
-use quell::text::TextError;
-use quell::{
+use crate::text::TextError;
+use crate::{
     Chunk, Engine, EngineFault, GenerateError, Message, Outcome, Request, SamplingParams,
     SubmitError, TokenStream,
 };
+use clap::Args;
+use futures_core::Stream;
+use lines::{Lines, stream_lines, terminal_editor};
 use std::borrow::Cow;
 use std::io::{self, ErrorKind, IsTerminal as _, Write as _};
 use std::pin::Pin;

@@ -1,10 +1,10 @@
 //! `quell generate`: continues a prompt or answers a message.
 
 use super::args::{CliError, Format, ModelArgs, SamplingArgs, resolve};
-use clap::Args;
-use quell::{Engine, Finish, Generation, Message, Prompt, Request, SamplingParams};
+use crate::{Engine, Finish, Generation, Message, Prompt, Request, SamplingParams};
 #[cfg(feature = "grammar")]
-use quell::{Grammar, SubmitError};
+use crate::{Grammar, SubmitError};
+use clap::Args;
 use serde_json::{Value, json};
 use std::io::Write;
 use std::path::{Path, PathBuf};

@@ -3,12 +3,12 @@
 
 use super::args::{CliError, Format, RunArgs, resolve};
 use super::generate::println_json;
+use crate::GenerationConfig;
+use crate::cache::{CacheLayout, GroupKind};
+use crate::device::DeviceInfo;
+use crate::model::ModelConfig;
+use crate::runner::{MemoryPlan, ModelFiles};
 use clap::Args;
-use quell::GenerationConfig;
-use quell::cache::{CacheLayout, GroupKind};
-use quell::device::DeviceInfo;
-use quell::model::ModelConfig;
-use quell::runner::{MemoryPlan, ModelFiles};
 use serde_json::{Value, json};
 use std::io::Write;
 

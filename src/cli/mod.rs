@@ -36,7 +36,7 @@ const ERROR_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Run, serve and measure large language models.
 #[derive(Debug, Parser)]
-#[command(name = "quell", version, max_term_width = 100)]
+#[command(name = "quell", bin_name = "quell", version, max_term_width = 100)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

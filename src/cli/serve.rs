@@ -3,11 +3,11 @@
 use super::args::{CliError, ModelArgs};
 use super::logging;
 use super::signals::Signals;
+use crate::server::{ApiKeys, HalfClose, Metrics, Server, ServerOptions, TlsFiles};
+use crate::text::Keywords;
+use crate::text::tools::ToolFormat;
+use crate::{Engine, EngineFault, HealthStatus, Shutdown};
 use clap::Args;
-use quell::server::{ApiKeys, HalfClose, Metrics, Server, ServerOptions, TlsFiles};
-use quell::text::Keywords;
-use quell::text::tools::ToolFormat;
-use quell::{Engine, EngineFault, HealthStatus, Shutdown};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -300,7 +300,6 @@ fn fault(engine: &Engine) -> Option<EngineFault> {
         HealthStatus::Healthy | HealthStatus::Closed(EngineFault::Shutdown) => None,
         HealthStatus::Closed(fault) => Some(fault),
         HealthStatus::Stuck { step, waited } => Some(EngineFault::Stuck { step, waited }),
-        _ => None,
     }
 }
 

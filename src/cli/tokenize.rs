@@ -2,10 +2,10 @@
 
 use super::args::{CliError, Format, resolve};
 use super::generate::{println_json, read_conversation};
+use crate::SubmitError;
+use crate::runner::ModelFiles;
+use crate::text::{EncodeOptions, RenderOptions, Tokenizer};
 use clap::Args;
-use quell::SubmitError;
-use quell::runner::ModelFiles;
-use quell::text::{EncodeOptions, RenderOptions, Tokenizer};
 use serde_json::{Value, json};
 use std::io::Write;
 use std::path::{Path, PathBuf};

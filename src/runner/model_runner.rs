@@ -13,7 +13,10 @@ use crate::schedule::{Sequences, StepPlan};
 use std::collections::VecDeque;
 use std::time::Instant;
 
+// Included, because the tests' library depends on this crate: as a dependency, it would bring
+// along a second copy of this crate, compiled without `cfg(test)`.
 #[cfg(all(test, feature = "cuda"))]
+#[allow(dead_code)] // the tests in `tests/cuda` use the rest
 #[path = "../../tests/common/gpu.rs"]
 mod gpu;
 

@@ -1,7 +1,7 @@
 //! Broken GGUF files.
 
-use crate::common::gguf_writer::{GgufWriter, Tensor};
 use crate::memory::assert_little_was_allocated;
+use common::gguf_writer::{GgufWriter, Tensor};
 use quell::weights::gguf::{Array, Value};
 use quell::weights::quant::dequantize;
 use quell::weights::{DType, Gguf, WeightSource, WeightsError};

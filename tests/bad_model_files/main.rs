@@ -1,8 +1,6 @@
 //! Broken model files give an error that names what is broken. They never cause a panic, nor an
 //! allocation out of proportion to the size of the file.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod folder;
 mod gguf;
 mod memory;

@@ -1,8 +1,6 @@
 //! Sends requests to a server under test and parses its answers.
 
-#![allow(dead_code)] // each test file uses only part of this module
-
-use super::http::{Reply, exchange, get, post};
+use crate::http::{Reply, exchange, get, post};
 use serde_json::Value;
 use std::net::SocketAddr;
 

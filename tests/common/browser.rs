@@ -1,7 +1,5 @@
 //! A headless Chromium, driven through WebDriver (<https://www.w3.org/TR/webdriver2/>).
 
-#![allow(dead_code)] // each test file uses only part of this module
-
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use serde_json::{Value, json};

@@ -1,22 +1,16 @@
 //! Third-party client programs, and the scripts that drive them.
 
-#![allow(dead_code)] // each test file uses only part of this module
-
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 /// Path of a file in `tests/clients`.
 pub fn script(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/clients")
-        .join(name)
+    crate::root().join("tests/clients").join(name)
 }
 
 /// A command for a program that `scripts/setup-clients` has installed.
 pub fn installed(name: &str) -> Command {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("target/clients/bin")
-        .join(name);
+    let path = crate::root().join("target/clients/bin").join(name);
     assert!(
         path.exists(),
         "{} is missing: run scripts/setup-clients",

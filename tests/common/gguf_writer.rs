@@ -1,5 +1,4 @@
 //! Writes GGUF files for tests: valid ones, and invalid ones on request.
-#![allow(dead_code)] // each test file uses only part of this module
 
 use quell::weights::DType;
 use quell::weights::gguf::{Array, Value};

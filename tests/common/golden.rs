@@ -1,7 +1,5 @@
 //! Compares an engine with reference outputs, by the rule in ARCHITECTURE.md.
 
-#![allow(dead_code)] // each test file uses only part of this module
-
 use quell::{Engine, Request, SamplingParams, TokenStream};
 use serde_json::Value;
 use std::path::PathBuf;
@@ -30,9 +28,7 @@ pub struct Tolerance {
 
 /// Path of the folder of a tiny checkpoint.
 pub fn tiny(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/fixtures/golden/tiny")
-        .join(name)
+    crate::root().join("tests/fixtures/golden/tiny").join(name)
 }
 
 /// Reads the token ids of a reference file.
@@ -70,8 +66,7 @@ pub fn tiny_cases(name: &str) -> Vec<Case> {
 
 /// Reads the reference of the demo model: one value per case.
 pub fn smollm2_reference() -> Vec<Value> {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/fixtures/golden/smollm2-135m-instruct-q4_1.json");
+    let path = crate::root().join("tests/fixtures/golden/smollm2-135m-instruct-q4_1.json");
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }
 

@@ -3,7 +3,6 @@
 //! The virtual GPU's library names itself `libcuda.so`. It is loaded by its path before
 //! anything looks for the driver, so that a later search for the driver finds it already
 //! loaded. The device's name shows whether the virtual GPU or a real driver was found.
-#![allow(dead_code)] // each test file uses only part of this module
 
 use cudarc::driver::result;
 use libloading::Library;

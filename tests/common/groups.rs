@@ -3,6 +3,9 @@
 //! All groups take their blocks from one cache. A block that a group gives back is overwritten
 //! with NaN, and the next one to need a block, in whatever group or sequence, gets it.
 
+use quell::device::cpu::{CpuDevice, CpuTensor};
+#[cfg(feature = "product")]
+use quell::device::cuda::{CudaDevice, CudaTensor};
 use quell::device::*;
 use std::ops::Range;
 
@@ -13,6 +16,27 @@ pub trait TestDevice: Device {
 
     /// Reads the leading rows of a tensor.
     fn read(&self, tensor: &Self::Tensor, rows: usize) -> Vec<f32>;
+}
+
+impl TestDevice for CpuDevice {
+    fn create(&mut self, columns: usize, values: &[f32]) -> CpuTensor {
+        crate::cpu::tensor(self, columns, values)
+    }
+
+    fn read(&self, tensor: &CpuTensor, rows: usize) -> Vec<f32> {
+        crate::cpu::values(tensor, rows)
+    }
+}
+
+#[cfg(feature = "product")]
+impl TestDevice for CudaDevice {
+    fn create(&mut self, columns: usize, values: &[f32]) -> CudaTensor {
+        self.tensor(columns, Precision::Activation, values).unwrap()
+    }
+
+    fn read(&self, tensor: &CudaTensor, rows: usize) -> Vec<f32> {
+        self.values(tensor, rows).unwrap()
+    }
 }
 
 /// A layer, and the group that it is in.

@@ -1,7 +1,5 @@
 //! Hand-written HTTP/1.1, so that a test can send what no client library would.
 
-#![allow(dead_code)] // each test file uses only part of this module
-
 use serde_json::Value;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};

@@ -1,8 +1,6 @@
 //! Hand-written HTTP/2, so that a test can grant flow-control windows as no client library
 //! would.
 
-#![allow(dead_code)] // each test file uses only part of this module
-
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;

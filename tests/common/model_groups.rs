@@ -1,11 +1,10 @@
 //! Whole models whose layers are in several groups, on any device.
 
-use crate::grouped::TestDevice;
+use crate::groups::TestDevice;
 use quell::cache::{CacheLayout, GroupKind};
 use quell::device::*;
 use quell::model::{Decoder, ModelSource, StepLimits};
 use quell::weights::ModelFolder;
-use std::path::Path;
 
 /// Checks that a tiny checkpoint gives the same logits, bit for bit, whether its layers are in
 /// groups that give back blocks or all in one. Some of its layers have a window if `windows`.
@@ -15,7 +14,7 @@ pub fn a_model_has_the_same_bits_in_groups<D: TestDevice>(
     windows: bool,
 ) {
     const TOKENS: usize = 300;
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden/tiny");
+    let folder = crate::root().join("tests/fixtures/golden/tiny");
     let folder = ModelFolder::open(&folder.join(name)).unwrap();
     let source = ModelSource::from_folder(folder).unwrap();
     let layers = source.config().layers.iter();

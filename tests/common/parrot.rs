@@ -1,7 +1,5 @@
 //! A model that says what its prompt tells it to say, so that a test decides what an answer is.
 
-#![allow(dead_code)] // each test file uses only part of this module
-
 use quell::cache::CacheLayout;
 use quell::config::EngineConfig;
 use quell::device::{DeviceError, DeviceInfo};
@@ -10,7 +8,6 @@ use quell::sampling::{SamplingDefaults, Token};
 use quell::schedule::{PlanItem, Sequences, StepPlan};
 use quell::text::Tokenizer;
 use quell::{Engine, LoadError};
-use std::path::Path;
 use std::time::Duration;
 
 /// Special tokens of the fixture's tokenizer that mark where the text to say begins and ends.
@@ -46,7 +43,7 @@ pub fn engine_with_defaults(template: &str, defaults: SamplingDefaults) -> Engin
 
 /// Describes a model with these sampling settings. Only the settings matter.
 fn described(sampling: SamplingDefaults) -> ModelInfo {
-    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden/tiny/llama");
+    let tiny = crate::root().join("tests/fixtures/golden/tiny/llama");
     let files = ModelFiles::open(&tiny).unwrap();
     ModelInfo {
         config: files.source().config().clone(),
@@ -71,7 +68,7 @@ fn described(sampling: SamplingDefaults) -> ModelInfo {
 }
 
 fn start(template: serde_json::Value, run: usize, defaults: Option<SamplingDefaults>) -> Engine {
-    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/text/folder");
+    let fixture = crate::root().join("tests/fixtures/text/folder");
     let folder = tempfile::tempdir().unwrap();
     let copy = |name: &str| std::fs::copy(fixture.join(name), folder.path().join(name));
     copy("tokenizer.json").unwrap();

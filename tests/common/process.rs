@@ -1,7 +1,5 @@
 //! What a process holds, as Linux reports it in `/proc`.
 
-#![allow(dead_code)] // each test file uses only part of this module
-
 use std::path::PathBuf;
 
 /// A process, by its folder in `/proc`.

@@ -1,5 +1,4 @@
 //! Quantises float32 weights for test models, as ggml does.
-#![allow(dead_code)] // each test file uses only part of this module
 
 use half::f16;
 use quell::weights::DType;

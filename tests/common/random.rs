@@ -1,12 +1,10 @@
 //! Reproducible pseudorandom numbers.
 
-#![allow(dead_code)] // each user uses only part of this module
-
 /// SplitMix64, seeded with its field.
 pub struct Random(pub u64);
 
 impl Random {
-    pub fn next(&mut self) -> u64 {
+    pub fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut bits = self.0;
         bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -16,7 +14,7 @@ impl Random {
 
     /// Returns a number from 0 up to but excluding `limit`.
     pub fn below(&mut self, limit: usize) -> usize {
-        (self.next() % limit as u64) as usize
+        (self.bits() % limit as u64) as usize
     }
 
     /// Returns true with a probability of 1 in `times`.
@@ -26,6 +24,6 @@ impl Random {
 
     /// Returns a number from 0 up to but excluding 1.
     pub fn share(&mut self) -> f64 {
-        (self.next() >> 11) as f64 / (1u64 << 53) as f64
+        (self.bits() >> 11) as f64 / (1u64 << 53) as f64
     }
 }

@@ -5,14 +5,14 @@
 //! are compared with the recordings in `tests/fixtures/gpu`. `scripts/gpu/check` makes
 //! recordings.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Maximum number of values kept per output, evenly spaced.
 const KEPT: usize = 1024;
 
 /// Folder of the recorded outputs.
 fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/gpu")
+    crate::root().join("tests/fixtures/gpu")
 }
 
 /// Whether there are recordings of a real GPU to compare with.
@@ -33,7 +33,7 @@ pub fn outputs(name: &str, values: &[f32], tolerance: f32) {
     let kept: Vec<f32> = values.iter().copied().step_by(step).collect();
     let file = format!("{name}.f32");
     if let Some(folder) = std::env::var_os("QUELL_RECORD") {
-        let folder = PathBuf::from(folder);
+        let folder = crate::root().join(folder);
         std::fs::create_dir_all(&folder).unwrap();
         let bytes: Vec<u8> = kept.iter().flat_map(|value| value.to_le_bytes()).collect();
         std::fs::write(folder.join(&file), bytes).unwrap();

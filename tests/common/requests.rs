@@ -1,7 +1,5 @@
 //! Builds requests to a simulated engine, and waits until the engine is idle.
 
-#![allow(dead_code)] // each test file uses only part of this module
-
 use quell::{Engine, EngineStats, Generation, Request};
 
 /// A request for at most `tokens` new tokens.

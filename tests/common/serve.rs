@@ -1,8 +1,6 @@
 //! Runs the real server: `quell serve` in its own process.
 
-#![allow(dead_code)] // each test file uses only part of this module
-
-use super::http::{exchange, get};
+use crate::http::{exchange, get};
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::Path;
@@ -26,7 +24,7 @@ impl Serve {
 
     /// Builds the command that [`Serve::start`] runs.
     pub fn command(model: &Path, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_quell"));
+        let mut command = Command::new(crate::program::path());
         command
             .args(["serve", "--device", "cpu", "--port", "0", "--model"])
             .arg(model)

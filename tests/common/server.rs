@@ -1,7 +1,5 @@
 //! Runs a server inside the test's own process.
 
-#![allow(dead_code)] // each test file uses only part of this module
-
 use quell::runner::{ModelFiles, NullOptions, NullRunner};
 use quell::server::{Server, ServerOptions};
 use quell::text::Tokenizer;
@@ -123,7 +121,9 @@ pub struct Stopping(TestServer);
 
 impl Stopping {
     /// Waits until the server has ended.
-    pub fn join(self) {}
+    pub fn join(self) {
+        drop(self.0);
+    }
 }
 
 impl Drop for TestServer {

@@ -1,7 +1,7 @@
 //! Attention, RoPE and the paged KV cache on the CPU device agree with float64, and the result
 //! of a row depends only on its own sequence.
 
-use crate::support::*;
+use common::cpu::*;
 use quell::device::cpu::{
     Activations, CpuDevice, CpuOptions, CpuRope, CpuVector, KvType, SimdLevel,
 };

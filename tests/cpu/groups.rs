@@ -1,21 +1,11 @@
 //! Attention of layers in several groups on the CPU device.
 
 use crate::attention::{assert_near, heads, options, reference, rope_spec};
-use crate::grouped::*;
-use crate::model_groups::a_model_has_the_same_bits_in_groups;
-use crate::support::*;
-use quell::device::cpu::{CpuDevice, CpuTensor, KvType, SimdLevel};
+use common::cpu::*;
+use common::groups::*;
+use common::model_groups::a_model_has_the_same_bits_in_groups;
+use quell::device::cpu::{CpuDevice, KvType, SimdLevel};
 use quell::device::*;
-
-impl TestDevice for CpuDevice {
-    fn create(&mut self, columns: usize, values: &[f32]) -> CpuTensor {
-        tensor(self, columns, values)
-    }
-
-    fn read(&self, tensor: &CpuTensor, rows: usize) -> Vec<f32> {
-        values(tensor, rows)
-    }
-}
 
 #[test]
 fn late_tables_change_no_bit_of_any_group() {
@@ -53,7 +43,7 @@ fn chunk_sizes_change_no_bit_of_any_group() {
 #[test]
 fn missing_blocks_and_groups_are_refused() {
     let options = options(SimdLevel::Auto, 1, KvType::Auto);
-    crate::grouped::missing_blocks_and_groups_are_refused(
+    common::groups::missing_blocks_and_groups_are_refused(
         CpuDevice::new(&options).unwrap(),
         heads(4, 2, 16),
     );

@@ -1,7 +1,7 @@
 //! Linear layers on the CPU device agree with float64, whatever the format, the instruction
 //! set, the batch and the number of threads.
 
-use crate::support::*;
+use common::cpu::*;
 use quell::device::cpu::{Activations, CpuDevice, CpuOptions, SimdLevel};
 use quell::device::*;
 use quell::weights::DType;

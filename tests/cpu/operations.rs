@@ -1,7 +1,7 @@
 //! The CPU device's other operations agree with float64: norms, activations, experts, sampling
 //! and feedback.
 
-use crate::support::*;
+use common::cpu::*;
 use quell::device::cpu::{Activations, SimdLevel};
 use quell::device::*;
 use quell::sampling::{SampleRow, SamplingParams, sample};

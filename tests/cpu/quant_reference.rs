@@ -7,7 +7,6 @@
 
 use quell::weights::DType;
 use quell::weights::quant::{affine, dequantize, unpack_row};
-use std::path::PathBuf;
 
 struct Fixture {
     blocks: Vec<u8>,
@@ -15,10 +14,8 @@ struct Fixture {
 }
 
 fn fixture(dtype: DType) -> Fixture {
-    let folder = std::env::var_os("QUELL_QUANT_FIXTURES").map_or_else(
-        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/quant"),
-        PathBuf::from,
-    );
+    let chosen = std::env::var_os("QUELL_QUANT_FIXTURES");
+    let folder = common::root().join(chosen.unwrap_or("tests/fixtures/quant".into()));
     let path = folder.join(format!("{dtype}.bin"));
     let mut blocks = std::fs::read(&path).unwrap_or_else(|error| panic!("{path:?}: {error}"));
     let block = dtype.block_bytes() + 4 * dtype.block_elements();

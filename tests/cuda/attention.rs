@@ -1,9 +1,10 @@
 //! Attention on the CUDA device agrees with float64, reads no key outside a row's window, and
 //! gives a row the same bits however it is computed.
 
+use crate::layer;
 use crate::layer::*;
-use crate::support::{Random, bits};
-use crate::{gpu, layer};
+use common::cpu::{Random, bits};
+use common::gpu;
 use quell::device::cuda::{CudaActivations, CudaDevice};
 use quell::device::*;
 use std::ops::Range;

@@ -1,10 +1,11 @@
 //! Blocks of the CUDA device's KV cache are copied to other blocks, to host memory and back
 //! without a change and in stream order, and no allocation is leaked.
 
-use crate::gpu::Gpu;
+use crate::layer;
 use crate::layer::identity;
-use crate::support::Random;
-use crate::{gpu, layer, refusals};
+use common::cpu::Random;
+use common::gpu::Gpu;
+use common::{gpu, refusals};
 use quell::device::cuda::*;
 use quell::device::*;
 

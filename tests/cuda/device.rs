@@ -2,9 +2,9 @@
 //! for, which steps it records, and that every failure of the driver is a typed error after
 //! which nothing is leaked.
 
-use crate::gpu;
-use crate::gpu::Gpu;
-use crate::support::Random;
+use common::cpu::Random;
+use common::gpu;
+use common::gpu::Gpu;
 use quell::SamplingParams;
 use quell::device::cuda::*;
 use quell::device::*;

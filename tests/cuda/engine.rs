@@ -4,14 +4,14 @@
 //! After every step, the engine's invariants are checked and freed blocks are filled with NaN,
 //! so that a request that reads a block of another one gets a different answer.
 
-use crate::constraint::Remainders;
-use crate::golden::tiny;
-use crate::gpu;
-use crate::requests::idle;
+use common::golden::tiny;
+use common::gpu;
+use common::requests::idle;
 use quell::{
     CudaActivations, CudaOptions, DeviceChoice, EmbedRequest, Engine, EngineConfig, LoadOptions,
     Preemption, Request, SamplingParams, TokenStream,
 };
+use sim::constraint::Remainders;
 
 const REQUESTS: usize = 16;
 

@@ -1,8 +1,8 @@
 //! Mixture-of-experts layers on the CUDA device agree with float64, and the result of a row
 //! depends only on that row.
 
-use crate::gpu;
-use crate::support::{Random, bits, dequantized, weights};
+use common::cpu::{Random, bits, dequantized, weights};
+use common::gpu;
 use half::{bf16, f16};
 use quell::device::cuda::{CudaDevice, CudaExperts};
 use quell::device::*;

@@ -1,8 +1,8 @@
 //! Compares every supported architecture on the CUDA device with transformers, by the rule in
 //! ARCHITECTURE.md for each type of activations.
 
-use crate::golden::{Tolerance, tiny, tiny_cases};
-use crate::{golden, gpu};
+use common::golden::{Tolerance, tiny, tiny_cases};
+use common::{golden, gpu};
 use quell::{CudaActivations, CudaOptions, DeviceChoice, Engine, EngineConfig, LoadOptions};
 
 fn check(name: &str, activations: CudaActivations, tolerance: Tolerance) {

@@ -1,11 +1,11 @@
 //! Attention of layers in several groups on the CUDA device.
 
 use crate::attention::{assert_near, reference};
-use crate::gpu;
-use crate::grouped::*;
 use crate::layer::{TYPES, device, kept};
-use crate::model_groups::a_model_has_the_same_bits_in_groups;
-use crate::support::{Random, bits};
+use common::cpu::{Random, bits};
+use common::gpu;
+use common::groups::*;
+use common::model_groups::a_model_has_the_same_bits_in_groups;
 use quell::device::cuda::{CudaActivations, CudaDevice, CudaTensor};
 use quell::device::*;
 
@@ -14,16 +14,6 @@ const HEADS: HeadShape = HeadShape {
     kv_heads: 2,
     head_dim: 32,
 };
-
-impl TestDevice for CudaDevice {
-    fn create(&mut self, columns: usize, values: &[f32]) -> CudaTensor {
-        self.tensor(columns, Precision::Activation, values).unwrap()
-    }
-
-    fn read(&self, tensor: &CudaTensor, rows: usize) -> Vec<f32> {
-        self.values(tensor, rows).unwrap()
-    }
-}
 
 /// Returns random numbers that the type of the activations can hold.
 fn numbers(random: &mut Random, kind: CudaActivations, count: usize) -> Vec<f32> {
@@ -67,7 +57,7 @@ fn chunk_sizes_change_no_bit_of_any_group() {
 fn missing_blocks_and_groups_are_refused() {
     let _gpu = gpu::lock();
     let device = device(CudaActivations::F16);
-    crate::grouped::missing_blocks_and_groups_are_refused(device, HEADS);
+    common::groups::missing_blocks_and_groups_are_refused(device, HEADS);
 }
 
 /// The sequences' contexts, and the number of tokens that are decoded after them. Meanwhile, the

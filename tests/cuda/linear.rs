@@ -1,8 +1,8 @@
 //! Linear layers on the CUDA device agree with float64, whatever the format and the tile, and
 //! the result of a row depends only on that row.
 
-use crate::gpu;
-use crate::support::{Random, bits, dequantized, weights};
+use common::cpu::{Random, bits, dequantized, weights};
+use common::gpu;
 use half::{bf16, f16};
 use quell::device::cuda::{CudaDevice, CudaLinear};
 use quell::device::*;

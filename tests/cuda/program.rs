@@ -1,10 +1,7 @@
 //! The program on the tests' GPU.
 
-#[cfg(feature = "server")]
-#[cfg(feature = "server")]
-use crate::{gpu, http, serve};
+use common::{gpu, http, serve};
 use serde_json::Value;
-use std::path::Path;
 use std::process::{Command, Output};
 use tempfile::TempDir;
 
@@ -17,7 +14,7 @@ fn quell(args: &[&str]) -> Output {
 /// Returns a command that runs the program with the tests' GPU, found through links in
 /// `folder`.
 fn command(folder: &TempDir) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_quell"));
+    let mut command = Command::new(common::program::path());
     if !gpu::is_real() {
         let test = std::env::current_exe().unwrap();
         let library = test.parent().unwrap().join("libvirtual_gpu.so");
@@ -36,7 +33,7 @@ fn json(output: &Output) -> Value {
 }
 
 fn tiny(name: &str) -> String {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = common::root();
     let path = root.join("tests/fixtures/golden/tiny/llama").join(name);
     path.to_str().unwrap().to_owned()
 }
@@ -101,7 +98,6 @@ fn bench_runs_random_weights_on_the_gpu() {
 }
 
 /// systemd or Kubernetes restarts the server only once it has exited.
-#[cfg(feature = "server")]
 #[test]
 fn a_server_that_loses_its_gpu_answers_open_requests_and_exits() {
     if gpu::is_real() {

@@ -1,7 +1,7 @@
 //! Runs every operation on fixed inputs. The outputs must be bit-identical each time, and agree
 //! with those of a real GPU where they were recorded.
 
-use crate::{gpu, record};
+use common::{gpu, record};
 use quell::SamplingParams;
 use quell::device::cuda::{CudaDevice, CudaTensor};
 use quell::device::*;

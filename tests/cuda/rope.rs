@@ -1,9 +1,9 @@
 //! The rotary embedding on the CUDA device, the norms before it and the write to the KV cache
 //! agree with float64.
 
-use crate::gpu;
 use crate::layer::*;
-use crate::support::{Random, bits};
+use common::cpu::{Random, bits};
+use common::gpu;
 use quell::device::cuda::CudaActivations;
 use quell::device::*;
 

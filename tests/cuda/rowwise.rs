@@ -1,8 +1,8 @@
 //! The row-wise operations of the CUDA device agree with float64, and the result of a row does
 //! not depend on the number of rows.
 
-use crate::gpu;
-use crate::support::{Random, bits};
+use common::cpu::{Random, bits};
+use common::gpu;
 use half::{bf16, f16};
 use quell::SamplingParams;
 use quell::device::cuda::{CudaActivations, CudaCache, CudaDevice, CudaOptions, CudaTensor};

@@ -5,8 +5,8 @@
 //! up, differ in their last bits. The thresholds in these tests therefore lie in the middle of
 //! a token's share, so that no sum comes near one.
 
-use crate::gpu;
-use crate::support::{Random, bits};
+use common::cpu::{Random, bits};
+use common::gpu;
 use quell::SamplingParams;
 use quell::device::cuda::{CudaDevice, CudaOptions};
 use quell::device::*;

@@ -4,8 +4,8 @@
 //! A step takes seconds on the virtual GPU, so only the shortest case is used, and only as many
 //! of its steps as time allows. Each step continues from the engine's own tokens.
 
-use crate::golden::{smollm2_case, smollm2_reference};
-use crate::{gpu, model};
+use common::golden::{smollm2_case, smollm2_reference};
+use common::{gpu, model};
 use quell::{
     CudaActivations, CudaOptions, DeviceChoice, Engine, EngineConfig, LoadOptions, Request,
     SamplingParams,

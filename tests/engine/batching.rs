@@ -1,7 +1,7 @@
 //! Batching with a real model: other requests in the batch, preemption and cancellation change
 //! no token of a request, and no bit of a logit.
 
-use crate::model::smollm2;
+use common::model::smollm2;
 use quell::device::cpu::{CpuDevice, CpuOptions, SimdLevel};
 use quell::device::*;
 use quell::model::{Decoder, ModelSource, StepLimits};

@@ -1,7 +1,7 @@
 //! A real model whose keys and values are reused: from the prefix cache, an earlier turn of a
 //! session, a fork, another sample or host memory. This changes no bit of its answers.
 
-use crate::model::smollm2;
+use common::model::smollm2;
 use quell::{
     Engine, EngineConfig, LoadOptions, Preemption, Request, SamplingParams, Token, TokenStream,
 };

@@ -3,9 +3,7 @@
 //! itself, after the engine has ended, or together with all other requests. Every block is
 //! released (I12) and no other request is affected.
 
-use crate::requests::{idle, ids, prompt, request};
-use crate::sim;
-use crate::sim::{Fault, SimOptions, expected};
+use common::requests::{idle, ids, prompt, request};
 use futures_util::{Stream, StreamExt};
 use quell::device::DeviceError;
 use quell::runner::{NullOptions, NullRunner, Runner, StepOutput};
@@ -14,6 +12,7 @@ use quell::{
     CancelReason, Cancellation, Engine, EngineConfig, EngineFault, GenerateError, Outcome,
     Shutdown, Stop, TokenStream,
 };
+use sim::{Fault, SimOptions, expected};
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::{Pin, pin};

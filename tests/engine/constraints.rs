@@ -2,10 +2,10 @@
 //! own request, whatever happens to the request's blocks, and its failure ends only that
 //! request.
 
-use crate::constraint::{Remainders, Trouble};
-use crate::requests::idle;
-use crate::sim::{SimOptions, engine, expected, expected_where};
+use common::requests::idle;
 use quell::{EngineConfig, EngineFault, GenerateError, HealthStatus, Outcome, Preemption, Request};
+use sim::constraint::{Remainders, Trouble};
+use sim::{SimOptions, engine, expected, expected_where};
 use std::sync::mpsc;
 
 /// Returns the simulated model's answer to a prompt under [`Remainders`].

@@ -1,8 +1,8 @@
 //! Deadlines of requests and of slow readers.
 
-use crate::requests::{idle, request};
-use crate::sim::{SimOptions, engine, expected};
+use common::requests::{idle, request};
 use quell::{CancelReason, EngineConfig, GenerateError, Outcome, Request, SubmitError};
+use sim::{SimOptions, engine, expected};
 use std::sync::mpsc;
 use std::time::Duration;
 

@@ -1,10 +1,10 @@
 //! How an engine ends: by drain or by shutdown, awaited or not.
 
-use crate::sim::{Fault, SimOptions, engine};
 use quell::{
     CancelReason, Drained, Engine, EngineConfig, EngineFault, GenerateError, Prompt, Request,
     Shutdown, SubmitError,
 };
+use sim::{Fault, SimOptions, engine};
 use std::future::Future;
 use std::sync::mpsc;
 use std::time::Duration;

@@ -1,9 +1,7 @@
 //! Embeddings: the mean of a prompt's last hidden states, whatever else the engine computes.
 
-use crate::golden::{tiny, tiny_cases};
-use crate::requests::{idle, ids, prompt, request};
-use crate::sim;
-use crate::sim::{Fault, SimOptions, expected, expected_embedding};
+use common::golden::{tiny, tiny_cases};
+use common::requests::{idle, ids, prompt, request};
 use half::bf16;
 use quell::runner::{NullOptions, NullRunner};
 use quell::{
@@ -11,6 +9,7 @@ use quell::{
     LoadOptions, Preemption, Request, SubmitError,
 };
 use safetensors::SafeTensors;
+use sim::{Fault, SimOptions, expected, expected_embedding};
 use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;

@@ -1,12 +1,12 @@
 //! The engine's contract, tested on a simulated device.
 
-use crate::requests::{idle, ids, prompt, request};
-use crate::sim::{Fault, SimOptions, engine, engine_with_text, expected};
+use common::requests::{idle, ids, prompt, request};
 use quell::text::Tokenizer;
 use quell::{
     Engine, EngineConfig, EngineFault, GenerateError, Outcome, Request, SamplingParams, Shutdown,
     SubmitError,
 };
+use sim::{Fault, SimOptions, engine, engine_with_text, expected};
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -717,8 +717,8 @@ fn stop_tokens_end_the_answer_and_are_its_last_token() {
 /// I1 and I2: a stop that the reader finds is also counted as a stop by the engine.
 #[test]
 fn a_stop_string_counts_as_a_stop_and_frees_the_request() {
-    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/text/folder");
-    let tokenizer = Tokenizer::from_folder(folder.as_ref()).unwrap();
+    let folder = common::root().join("tests/fixtures/text/folder");
+    let tokenizer = Tokenizer::from_folder(&folder).unwrap();
     let all = expected(&prompt(1, 5), 40);
     // Find a token after the first few whose text occurs nowhere before it.
     let (at, text) = (3..all.len())

@@ -1,10 +1,10 @@
 //! The metrics agree with the engine's statistics, and cancelled requests are counted.
 
-use crate::requests::idle;
-use crate::sim::{Fault, SimOptions, VOCABULARY, engine};
+use common::requests::idle;
 use metrics_util::MetricKind;
 use metrics_util::debugging::{DebugValue, DebuggingRecorder, Snapshotter};
 use quell::{CancelReason, Engine, EngineConfig, EngineStats, Request, Shutdown};
+use sim::{Fault, SimOptions, VOCABULARY, engine};
 use std::collections::HashMap;
 use std::sync::mpsc;
 use std::time::Duration;

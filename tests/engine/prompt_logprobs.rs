@@ -1,13 +1,12 @@
 //! Log probabilities of prompts: they match references, whatever else the engine computes.
 
-use crate::golden::{tiny, tiny_cases};
-use crate::requests::{idle, ids, prompt, request};
-use crate::sim;
-use crate::sim::{SimOptions, expected, logprob};
+use common::golden::{tiny, tiny_cases};
+use common::requests::{idle, ids, prompt, request};
 use quell::runner::{NullOptions, NullRunner};
 use quell::{
     Chunk, Engine, EngineConfig, LoadOptions, Outcome, Preemption, Request, SubmitError, Token,
 };
+use sim::{SimOptions, expected, logprob};
 use std::sync::mpsc;
 
 /// Returns the scores that the simulated model gives to a prompt.

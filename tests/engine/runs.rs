@@ -1,7 +1,7 @@
 //! Steps that return several tokens per request: what is delivered, what is discarded, and what
 //! is counted.
 
-use crate::requests::{idle, prompt, request};
+use common::requests::{idle, prompt, request};
 use quell::cache::CacheLayout;
 use quell::device::DeviceError;
 use quell::runner::{Runner, RunnerInfo, StepOutput};
@@ -177,8 +177,8 @@ fn the_run_of_a_request_that_is_cancelled_meanwhile_is_discarded_as_a_whole() {
 }
 
 fn tokenizer() -> Tokenizer {
-    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/text/folder");
-    Tokenizer::from_folder(folder.as_ref()).unwrap()
+    let folder = common::root().join("tests/fixtures/text/folder");
+    Tokenizer::from_folder(&folder).unwrap()
 }
 
 const BEFORE: &str = "one two three ";

@@ -1,11 +1,11 @@
 //! Sessions: what carries over from turn to turn, and what is released.
 
-use crate::requests::{idle, ids, prompt};
-use crate::sim::{Fault, SimOptions, engine, expected};
+use common::requests::{idle, ids, prompt};
 use quell::{
     CancelReason, EngineConfig, GenerateError, Outcome, Preemption, Request, Session,
     SessionOptions, Stop, SubmitError,
 };
+use sim::{Fault, SimOptions, engine, expected};
 use std::sync::mpsc;
 use std::time::Duration;
 

@@ -1,12 +1,12 @@
 //! Snapshots of an engine's state, and cancelling requests by their ids.
 
-use crate::requests::{idle, ids, prompt, request};
-use crate::sim::{SimOptions, engine, expected};
+use common::requests::{idle, ids, prompt, request};
 use quell::engine::{BlockUse, RequestPhase};
 use quell::{
     CancelReason, Engine, EngineConfig, EngineFault, EngineSnapshot, Outcome, RequestId,
     RequestQuery, Shutdown, TokenStream,
 };
+use sim::{SimOptions, engine, expected};
 use std::collections::HashMap;
 use std::sync::mpsc;
 

@@ -1,11 +1,11 @@
 //! Storms: all requests, or every second one, are cancelled within one step.
 
-use crate::requests::{idle, ids, prompt, request};
-use crate::sim::{SimOptions, expected};
-use crate::{model, sim};
+use common::model;
+use common::requests::{idle, ids, prompt, request};
 use quell::{
     CancelReason, Engine, EngineConfig, LoadOptions, Outcome, Request, SamplingParams, TokenStream,
 };
+use sim::{SimOptions, expected};
 use std::sync::mpsc;
 
 const REQUESTS: usize = 64;

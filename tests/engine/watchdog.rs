@@ -1,10 +1,10 @@
 //! A device that never answers: every waiter is told, and the process can exit.
 
-use crate::sim::{SimOptions, engine, expected};
 use futures_util::StreamExt;
 use quell::{
     Engine, EngineConfig, EngineFault, GenerateError, HealthStatus, Request, Shutdown, SubmitError,
 };
+use sim::{SimOptions, engine, expected};
 use std::sync::mpsc;
 use std::time::Duration;
 

@@ -1,15 +1,13 @@
 //! The seed inputs of the fuzz targets are valid files.
 
-use crate::common::gguf_writer::GgufWriter;
-use crate::common::quantize::quantize;
+use common::gguf_writer::GgufWriter;
+use common::quantize::quantize;
 use quell::weights::gguf::{Array, Value};
 use quell::weights::{DType, Gguf, ModelFolder};
 use std::path::PathBuf;
 
 fn seeds(target: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("fuzz/seeds")
-        .join(target)
+    common::root().join("fuzz/seeds").join(target)
 }
 
 /// Builds the files in `fuzz/seeds/gguf`.

@@ -1,9 +1,9 @@
 //! The tiny checkpoints as GGUF files, converted here by llama.cpp's conventions: names,
 //! metadata keys, stacked experts, and interleaved query and key rows.
 
-use crate::common::gguf_writer::GgufWriter;
-use crate::golden;
-use crate::golden::{Tolerance, tiny, tiny_cases};
+use common::gguf_writer::GgufWriter;
+use common::golden;
+use common::golden::{Tolerance, tiny, tiny_cases};
 use quell::weights::gguf::Value as Metadata;
 use quell::weights::{DType, ModelFolder, WeightSource, quant};
 use quell::{Engine, EngineConfig, LoadOptions};

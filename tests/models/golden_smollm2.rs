@@ -1,8 +1,8 @@
 //! Compares the demo model with transformers, by the rule in ARCHITECTURE.md, with both kinds
 //! of activations. `make test` fetches the model file.
 
-use crate::golden::{Tolerance, ids, smollm2_case, smollm2_reference};
-use crate::{golden, model};
+use common::golden::{Tolerance, ids, smollm2_case, smollm2_reference};
+use common::{golden, model};
 use quell::{Activations, CpuOptions, Engine, EngineConfig, LoadOptions, Message, Prompt};
 
 fn engine(activations: Activations) -> Engine {

@@ -1,7 +1,7 @@
 //! Compares every supported architecture with transformers, on tiny random checkpoints.
 
-use crate::golden;
-use crate::golden::{Tolerance, tiny, tiny_cases};
+use common::golden;
+use common::golden::{Tolerance, tiny, tiny_cases};
 use quell::{CpuOptions, Engine, EngineConfig, LoadOptions, SimdLevel};
 
 fn check(name: &str) {

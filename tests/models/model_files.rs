@@ -1,7 +1,7 @@
 //! The contents of model files are read back as they were written.
 
-use crate::common::gguf_writer::GgufWriter;
-use crate::common::quantize::quantize;
+use common::gguf_writer::GgufWriter;
+use common::quantize::quantize;
 use quell::model::ModelSource;
 use quell::runner::ModelFiles;
 use quell::weights::gguf::{Array, Value};

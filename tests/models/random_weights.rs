@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 /// Returns the folders of the tiny checkpoints, one or more per architecture.
 fn checkpoints() -> Vec<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = common::root();
     let folders = std::fs::read_dir(root.join("tests/fixtures/golden/tiny")).unwrap();
     let mut folders: Vec<PathBuf> = folders.map(|entry| entry.unwrap().path()).collect();
     folders.sort();

@@ -1,13 +1,12 @@
 //! Compares the tokenizer and chat template in SmolLM2's GGUF file with llama.cpp's token ids
 //! and transformers' prompts, and the chat templates of other models with jinja2.
 
-use crate::clients::{installed, script};
-use crate::model;
+use common::clients::{installed, script};
+use common::{model, root};
 use quell::text::{ChatTemplate, EncodeOptions, GgufVocabulary, Message, RenderOptions, Tokenizer};
 use quell::weights::Gguf;
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
 
 const PARSE: EncodeOptions = EncodeOptions {
@@ -22,10 +21,6 @@ const PLAIN: EncodeOptions = EncodeOptions {
 fn tokenizer() -> Tokenizer {
     let path = model::smollm2();
     Tokenizer::from_gguf(GgufVocabulary::from_file(&Gguf::open(&path).unwrap()).unwrap()).unwrap()
-}
-
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
 fn fixture(name: &str) -> Value {

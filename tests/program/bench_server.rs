@@ -1,11 +1,12 @@
 //! `quell bench --server`: its counts agree with the server's, and it reports servers that
 //! misbehave.
-use crate::sim::{SimOptions, engine};
+
 use quell::runner::{NullOptions, NullRunner};
 use quell::server::{Server, ServerOptions};
 use quell::text::Tokenizer;
 use quell::{Engine, EngineConfig, EngineStats};
 use serde_json::Value;
+use sim::{SimOptions, engine};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::process::{Command, Output, Stdio};
@@ -36,8 +37,8 @@ fn serve(engine: Engine) -> Served {
 }
 
 fn null_engine() -> Engine {
-    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/text/folder");
-    let tokenizer = Tokenizer::from_folder(folder.as_ref()).unwrap();
+    let folder = common::root().join("tests/fixtures/text/folder");
+    let tokenizer = Tokenizer::from_folder(&folder).unwrap();
     let options = NullOptions {
         vocabulary: tokenizer.vocabulary_size(),
         ..NullOptions::default()
@@ -72,7 +73,7 @@ impl Served {
 }
 
 fn bench(url: &str, args: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_quell"));
+    let mut command = Command::new(common::program::path());
     command.args(["bench", "--server", url, "--format", "json"]);
     command.args(args.split_whitespace());
     for proxy in ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"] {
@@ -186,7 +187,7 @@ fn chat_can_be_measured_and_the_text_report_lists_every_latency() {
     let report = run(&served.url, args);
     assert_eq!(total(&report, "/tokens/output"), 24);
     assert_eq!(report["endpoint"], "chat");
-    let mut text = Command::new(env!("CARGO_BIN_EXE_quell"));
+    let mut text = Command::new(common::program::path());
     text.args(["bench", "--server", &served.url, "--model", "null"]);
     let output = text.args(args.split_whitespace()).output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();

@@ -2,18 +2,17 @@
 
 #![cfg(unix)]
 
-use crate::model;
+use common::model;
 use rexpect::process::WaitStatus;
 use rexpect::session::{PtySession, spawn_command};
 use std::io::Write;
-use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 /// How long the terminal may take to show the expected text, in milliseconds.
 const PATIENCE: u64 = 120_000;
 
 fn chat(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_quell"));
+    let mut command = Command::new(common::program::path());
     command
         .args(["chat", "--temperature", "0", "--model"])
         .arg(model::smollm2())
@@ -183,8 +182,8 @@ fn unknown_commands_are_reported() {
 
 #[test]
 fn a_model_without_a_template_is_refused_at_startup() {
-    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden/tiny/llama");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_quell"));
+    let tiny = common::root().join("tests/fixtures/golden/tiny/llama");
+    let mut command = Command::new(common::program::path());
     let output = command
         .arg("chat")
         .arg("--model")

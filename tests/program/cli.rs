@@ -1,14 +1,14 @@
 //! The command line program: its output for scripts, and its error messages.
 
-use crate::gguf_writer::GgufWriter;
-use crate::model::smollm2;
+use common::gguf_writer::GgufWriter;
+use common::model::smollm2;
 use quell::weights::gguf::{Array, Value as Metadata};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 fn command(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_quell"));
+    let mut command = Command::new(common::program::path());
     // Hide any GPU: these tests are about the program, not about the device.
     command.args(args).env("CUDA_VISIBLE_DEVICES", "");
     command
@@ -19,7 +19,7 @@ fn quell(args: &[&str]) -> Output {
 }
 
 fn tiny(name: &str) -> String {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = common::root();
     root.join("tests/fixtures/golden/tiny")
         .join(name)
         .to_str()
@@ -464,7 +464,7 @@ fn a_broken_tokenizer_or_template_is_refused_with_its_name() {
         )
         .unwrap();
     }
-    let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/text/folder");
+    let text = common::root().join("tests/fixtures/text/folder");
     for entry in std::fs::read_dir(text).unwrap() {
         let entry = entry.unwrap();
         std::fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
@@ -484,7 +484,7 @@ fn a_broken_tokenizer_or_template_is_refused_with_its_name() {
 
 #[test]
 fn tokenize_needs_only_the_tokenizer_and_renders_conversations() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/text/folder");
+    let folder = common::root().join("tests/fixtures/text/folder");
     let model = folder.to_str().unwrap();
     let scratch = tempfile::tempdir().unwrap();
     let write = |name: &str, contents: &[u8]| {

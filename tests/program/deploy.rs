@@ -4,11 +4,10 @@
 #![cfg(unix)]
 
 use std::collections::BTreeSet;
-use std::path::Path;
 use std::process::Command;
 
 fn read(path: &str) -> String {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+    let path = common::root().join(path);
     std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
@@ -38,7 +37,7 @@ fn flags(path: &str, of: impl Fn(&str) -> bool) -> BTreeSet<String> {
 
 #[test]
 fn every_documented_flag_of_quell_serve_exists() {
-    let mut help = Command::new(env!("CARGO_BIN_EXE_quell"));
+    let mut help = Command::new(common::program::path());
     let help = help.args(["serve", "--help"]).output().unwrap();
     let help = String::from_utf8(help.stdout).unwrap();
     let known: BTreeSet<&str> = help

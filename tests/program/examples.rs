@@ -1,18 +1,10 @@
 //! The examples run with the demo model and do what they promise.
 
-use crate::http::{Connection, exchange, get, post};
-use crate::model;
+use common::http::{Connection, exchange, get, post};
+use common::model;
+use common::program::example;
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
-
-/// Returns the path of an example. A plain `cargo test` builds the examples next to this test;
-/// `--test program` alone does not build them.
-fn example(name: &str) -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let built = test.parent().and_then(|deps| deps.parent()).unwrap();
-    built.join("examples").join(name)
-}
 
 /// Runs an example and returns what it prints.
 fn run(name: &str) -> String {

@@ -1,7 +1,5 @@
 //! `--model hf:…`: runs the program against a small hub inside the test.
 
-#![cfg(feature = "hub")]
-
 use std::collections::{HashMap, HashSet};
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
@@ -78,7 +76,7 @@ fn quell(endpoint: &str, home: &Path, arguments: &[&str]) -> Output {
 }
 
 fn command(endpoint: &str, home: &Path, arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_quell"));
+    let mut command = Command::new(common::program::path());
     for proxy in [
         "http_proxy",
         "HTTP_PROXY",
@@ -183,7 +181,7 @@ fn send(stream: &mut TcpStream, status: &str, headers: &str, body: &[u8]) {
 }
 
 fn fixture() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden/tiny/llama")
+    common::root().join("tests/fixtures/golden/tiny/llama")
 }
 
 /// The files of a tiny Llama repository, including some that do not belong to the model.

@@ -1,11 +1,11 @@
 //! `quell serve --otlp-endpoint` sends the spans of a request to a collector, as part of the
 //! caller's trace.
 
-#![cfg(all(unix, feature = "otel"))]
+#![cfg(unix)]
 
-use crate::http::{exchange, post};
-use crate::model;
-use crate::serve::Serve;
+use common::http::{exchange, post};
+use common::model;
+use common::serve::Serve;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::mpsc;

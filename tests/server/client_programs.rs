@@ -3,15 +3,15 @@
 
 #![cfg(unix)]
 
-use crate::clients::{installed, script, succeeds};
-use crate::model;
-use crate::serve::Serve;
 use async_openai::Client;
 use async_openai::config::OpenAIConfig;
 use async_openai::error::OpenAIError;
 use async_openai::types::chat::{
     CreateChatCompletionRequest, CreateChatCompletionStreamResponse, FinishReason,
 };
+use common::clients::{installed, script, succeeds};
+use common::model;
+use common::serve::Serve;
 use futures_util::StreamExt;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};

@@ -1,15 +1,15 @@
 //! `POST /v1/embeddings` and echoed prompts with log probabilities, over a real socket.
 
-use crate::http::{Reply, exchange, post};
-use crate::requests::{idle, prompt};
-use crate::server::{MODEL, TestServer, null_engine, options, tokenizer};
-use crate::sim::{SimOptions, expected, expected_embedding, logprob};
-use crate::{model, sim};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use common::http::{Reply, exchange, post};
+use common::model;
+use common::requests::{idle, prompt};
+use common::server::{MODEL, TestServer, null_engine, options, tokenizer};
 use quell::EngineConfig;
 use quell::runner::{NullOptions, NullRunner};
 use serde_json::{Value, json};
+use sim::{SimOptions, expected, expected_embedding, logprob};
 
 /// Starts a server whose model computes nothing.
 fn null() -> TestServer {

@@ -2,11 +2,11 @@
 //! refused one is named in the error, and an accepted one does no harm. Some fields have tests
 //! of their own.
 
-use crate::api::{ask, events, fetch, refused, send};
-use crate::http::{exchange, post};
-use crate::parrot::say;
-use crate::server::{TestServer, null_engine, options, tokenizer};
-use crate::{model, parrot, server};
+use common::api::{ask, events, fetch, refused, send};
+use common::http::{exchange, post};
+use common::parrot::say;
+use common::server::{TestServer, null_engine, options, tokenizer};
+use common::{model, parrot, server};
 use quell::server::fields::{Neutral, RequestField, Route, Verdict, request_fields};
 use quell::{Engine, EngineConfig, LoadOptions};
 use serde_json::{Value, json};

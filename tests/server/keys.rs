@@ -1,8 +1,8 @@
 //! What API keys see of each other: nothing. What admin keys see: everything but contents.
 
-use crate::http::{Connection, Reply, exchange, get, post};
-use crate::parrot::{self, say};
-use crate::server::{ENDLESS, TestServer, endless_engine, options};
+use common::http::{Connection, Reply, exchange, get, post};
+use common::parrot::{self, say};
+use common::server::{ENDLESS, TestServer, endless_engine, options};
 use quell::server::{ApiKeys, ServerOptions};
 use serde_json::{Value, json};
 use std::net::SocketAddr;

@@ -1,15 +1,15 @@
 //! What operators of a server rely on: keys, TLS, origins, ids, timeouts, and a shutdown that
 //! loses nothing.
 
-use crate::http::{Connection, Reply, answered, exchange, get, post};
-use crate::serve::Serve;
-use crate::server::{TestServer, null_engine, options, tokenizer};
-use crate::sim::SimOptions;
-use crate::{api, model, parrot, serve, sim};
+use common::http::{Connection, Reply, answered, exchange, get, post};
+use common::serve::Serve;
+use common::server::{TestServer, null_engine, options, tokenizer};
+use common::{api, model, parrot, serve};
 use quell::sampling::SamplingDefaults;
 use quell::server::{ApiKeys, ServeError, Server, ServerOptions, TlsFiles};
 use quell::{Engine, EngineConfig, LoadOptions};
 use serde_json::{Value, json};
+use sim::SimOptions;
 use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
 use std::process::{Command, Stdio};
@@ -682,7 +682,7 @@ fn settings_come_from_the_flag_then_the_environment_then_the_file() {
         file.write_all(text.as_bytes()).unwrap();
     };
     let serve = |arguments: &[&str], variable: Option<&str>| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_quell"));
+        let mut command = Command::new(common::program::path());
         command
             .args(["serve", "--config"])
             .arg(&path)
@@ -711,8 +711,7 @@ fn settings_come_from_the_flag_then_the_environment_then_the_file() {
 
 #[test]
 fn sampling_defaults_of_the_model_apply_to_requests() {
-    let tiny =
-        std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden/tiny/llama");
+    let tiny = common::root().join("tests/fixtures/golden/tiny/llama");
     let copy = tempfile::tempdir().unwrap();
     for name in ["config.json", "model.safetensors"] {
         std::fs::copy(tiny.join(name), copy.path().join(name)).unwrap();

@@ -2,9 +2,9 @@
 //!
 //! Screenshots are written to `target/page`.
 
-use crate::browser::{Browser, client};
-use crate::model::smollm2;
-use crate::serve::Serve;
+use common::browser::{Browser, client};
+use common::model::smollm2;
+use common::serve::Serve;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 

@@ -1,11 +1,11 @@
 //! `/v1/responses` over HTTP, parsed with the types of a real client.
 
-use crate::api::{ask, events, fetch, refused, send};
-use crate::http::exchange;
-use crate::parrot::say;
-use crate::server::{TestServer, options};
-use crate::{http, parrot};
 use async_openai::types::responses::{OutputItem, Response, ResponseStreamEvent, Status};
+use common::api::{ask, events, fetch, refused, send};
+use common::http::exchange;
+use common::parrot::say;
+use common::server::{TestServer, options};
+use common::{http, parrot};
 use serde_json::{Value, json};
 use std::sync::LazyLock;
 

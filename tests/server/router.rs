@@ -3,20 +3,19 @@
 
 #![cfg(unix)]
 
-use crate::clients::{installed, script, succeeds};
-use crate::model;
-use std::path::Path;
+use common::clients::{installed, script, succeeds};
+use common::model;
 use std::process::Command;
 
 #[test]
 fn replicas_share_the_load_and_a_crash_loses_only_its_own_requests() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = common::root();
     // Does nothing if the clients are installed.
     succeeds(&mut Command::new(root.join("scripts/setup-clients")));
     let mut check = installed("python");
     check
         .arg(script("router.py"))
-        .env("QUELL", env!("CARGO_BIN_EXE_quell"))
+        .env("QUELL", common::program::path())
         .env("MODEL", model::smollm2());
     succeeds(&mut check);
 }

@@ -1,9 +1,9 @@
 //! Answers whose steps have several tokens: one event per step, with the text and the log
 //! probabilities of all its tokens, and the same answer as with one token per step.
 
-use crate::api::{ask, events};
-use crate::parrot::{engine_with_runs, say};
-use crate::server::{TestServer, options};
+use common::api::{ask, events};
+use common::parrot::{engine_with_runs, say};
+use common::server::{TestServer, options};
 use serde_json::{Value, json};
 
 const TEMPLATE: &str = "{% if tools %}<tool_call></think>{% endif %}\

@@ -1,6 +1,6 @@
 //! Sessions, aborts by id, snapshots and the page, over HTTP.
 
-use crate::server::{ENDLESS, endless_engine};
+use common::server::{ENDLESS, endless_engine};
 use quell::server::{Server, ServerOptions};
 use quell::{Engine, Shutdown};
 use reqwest::{Method, StatusCode};

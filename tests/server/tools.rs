@@ -1,12 +1,12 @@
 //! Tool calls, reasoning and structured outputs, over HTTP.
 
-use crate::api::{ask, events, refused, send};
-use crate::parrot::say;
-use crate::server::{TestServer, options};
-use crate::{model, parrot};
 use async_openai::types::chat::{
     CreateChatCompletionResponse, CreateChatCompletionStreamResponse, FinishReason,
 };
+use common::api::{ask, events, refused, send};
+use common::parrot::say;
+use common::server::{TestServer, options};
+use common::{model, parrot};
 use quell::{Engine, EngineConfig, LoadOptions, Prompt, Request};
 use serde_json::{Value, json};
 use std::sync::LazyLock;

@@ -1,11 +1,11 @@
 //! Many concurrent callers, and an engine that runs as fast as it can.
 
-use super::random::Random;
-use super::requests::{ids, prompt, request};
-use super::sim::{SimOptions, expected};
 use super::tally::Tally;
 use super::{ANSWER, PROMPT};
+use common::random::Random;
+use common::requests::{ids, prompt, request};
 use quell::{Engine, TokenStream};
+use sim::{SimOptions, expected};
 use std::collections::VecDeque;
 
 const CALLERS: usize = 8;
@@ -24,7 +24,7 @@ pub fn run(engine: &Engine, requests: usize, random: &mut Random, tally: &mut Ta
     let callers: Vec<_> = (0..CALLERS)
         .map(|caller| {
             let share = requests / CALLERS + usize::from(caller < requests % CALLERS);
-            let (engine, mut random) = (engine.clone(), Random(random.next()));
+            let (engine, mut random) = (engine.clone(), Random(random.bits()));
             std::thread::spawn(move || call(&engine, share, &mut random))
         })
         .collect();

@@ -1,12 +1,12 @@
 //! One caller that advances the engine step by step and cancels between the steps.
 
-use super::random::Random;
-use super::requests::{idle, prompt, request};
-use super::sim::{SimOptions, expected};
 use super::tally::Tally;
 use super::{ANSWER, OPEN, PROMPT};
+use common::random::Random;
+use common::requests::{idle, prompt, request};
 use futures_util::Stream;
 use quell::{CancelReason, Cancellation, Engine, Outcome, TokenStream};
+use sim::{SimOptions, expected};
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;

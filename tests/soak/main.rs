@@ -5,23 +5,14 @@
 //! `QUELL_SOAK_REQUESTS` sets the number of requests, `QUELL_SOAK_SEED` the random seed, and
 //! `QUELL_SOAK_OUTPUT` a file for the summary. `make soak` runs a million requests.
 
-#[path = "../common/process.rs"]
-mod process;
-#[path = "../common/random.rs"]
-mod random;
-#[path = "../common/requests.rs"]
-mod requests;
-#[path = "../common/sim.rs"]
-mod sim;
-
 mod at_once;
 mod in_step;
 mod resources;
 mod tally;
 
+use common::random::Random;
+use common::requests::{idle, prompt, request};
 use quell::{Engine, EngineConfig, SubmitError};
-use random::Random;
-use requests::{idle, prompt, request};
 use resources::Resources;
 use sim::SimOptions;
 use std::time::Instant;
@@ -69,7 +60,7 @@ fn accounting_and_memory_return_to_their_initial_state_after_the_soak() {
         summary["seed"] = seed.into();
         summary["seconds"] = begin.elapsed().as_secs_f64().into();
         summary["resources"] = resources.iter().map(Resources::json).collect();
-        std::fs::write(path, format!("{summary:#}\n")).unwrap();
+        std::fs::write(common::root().join(path), format!("{summary:#}\n")).unwrap();
     }
 }
 

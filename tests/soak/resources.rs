@@ -1,6 +1,6 @@
 //! The resources that the process holds, as the kernel reports them.
 
-use super::process::memory;
+use common::process::memory;
 use serde_json::{Value, json};
 
 /// Growth of resident memory, in bytes, that is tolerated. Memory that the allocator retains

@@ -4,9 +4,11 @@
 //! I12). A failure names the invariant that it violates.
 
 mod callers;
-#[path = "../../../tests/common/constraint.rs"]
-mod constraint;
-#[path = "../../../tests/common/sim.rs"]
+// The package `sim` is included, not a dependency: its device must implement the traits of this
+// copy of the crate, which is compiled with `cfg(test)`, and a dependency would implement those
+// of a second copy.
+#[allow(dead_code)] // the tests in `tests/engine` use the rest
+#[path = "../../../tests/sim/lib.rs"]
 mod sim;
 
 use super::SchedulerThread;

@@ -439,7 +439,7 @@ mod tests {
              - **accepted**: it is a hint that this server has no use for, or belongs to another field that is refused.\n\n\
              Fields with other names are ignored.\n\n\
              This file is written from the list in `src/server/openai/fields/table.rs`: run \
-             `QUELL_WRITE_DOCS=1 cargo test --lib fields` after changing it.\n",
+             `QUELL_WRITE_DOCS=1 cargo test -p quell --lib fields` after changing it.\n",
         );
         for route in Route::ALL {
             let _ = write!(

@@ -11,9 +11,6 @@
 //! The bugs that a test is said to catch were put into the engine by hand; the test then failed
 //! as described in parentheses.
 
-#[path = "../../common/sim.rs"]
-mod sim;
-
 use loom::future::block_on;
 use loom::thread;
 use quell::{

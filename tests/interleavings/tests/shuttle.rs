@@ -8,9 +8,6 @@
 //! deadlock, which is a lost wake-up or a thread that never ends, also counts as a failure,
 //! because an execution ends only when all its threads have ended.
 
-#[path = "../../common/sim.rs"]
-mod sim;
-
 use quell::cache::CacheLayout;
 use quell::{
     CancelReason, Cancellation, Engine, EngineConfig, EngineFault, EngineStats, GenerateError,

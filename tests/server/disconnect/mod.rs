@@ -5,9 +5,9 @@ mod tls;
 mod variants;
 mod windows;
 
-use crate::http::{Connection, exchange, get, post};
-use crate::server::TestServer;
-use crate::{model, server};
+use common::http::{Connection, exchange, get, post};
+use common::server::TestServer;
+use common::{model, server};
 use quell::cache::BlockId;
 use quell::device::DeviceError;
 use quell::runner::{NullOptions, NullRunner, Runner, StepOutput};

@@ -2,8 +2,8 @@
 
 use super::variants::{After, Stage, endless};
 use super::{CUTS, Cut, nothing_is_open, options, reset, slow_engine, until};
-use crate::http::post;
-use crate::server::TestServer;
+use common::http::post;
+use common::server::TestServer;
 use quell::EngineConfig;
 use quell::server::TlsFiles;
 use std::io::Write;

@@ -2,9 +2,9 @@
 //! notice each of them and cancel the request, whatever else the client has sent.
 
 use super::{CUTS, Cut, cancelled, nothing_is_open, options, reset, slow_engine, until};
-use crate::http::{Connection, get, post};
-use crate::http2::Http2;
-use crate::server::TestServer;
+use common::http::{Connection, get, post};
+use common::http2::Http2;
+use common::server::TestServer;
 use quell::server::{HalfClose, ServerOptions};
 use quell::{Engine, EngineConfig, EngineStats};
 use std::net::{Shutdown, TcpStream};

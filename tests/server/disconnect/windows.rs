@@ -2,8 +2,8 @@
 //! take nothing of their answers.
 
 use super::{cancelled, nothing_is_open, options, slow_engine, until};
-use crate::http2::{GOAWAY, Http2, RST_STREAM};
-use crate::server::TestServer;
+use common::http2::{GOAWAY, Http2, RST_STREAM};
+use common::server::TestServer;
 use quell::EngineConfig;
 use std::time::Duration;
 

@@ -1,7 +1,7 @@
 //! Bodies that are not JSON, not the expected JSON, or not a valid body at all.
 
 use super::{BODY_LIMIT, Case, Expected};
-use crate::http::post;
+use common::http::post;
 
 const COMPLETIONS: &str = "/v1/completions";
 const CHAT: &str = "/v1/chat/completions";

@@ -4,7 +4,7 @@
 //! for a refusal. Values are JSON texts.
 
 use super::{Case, Expected};
-use crate::http::post;
+use common::http::post;
 
 /// The fields of a request, as JSON texts.
 type Fields = &'static [(&'static str, &'static str)];

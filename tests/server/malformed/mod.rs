@@ -6,10 +6,10 @@ mod fields;
 mod protocol;
 mod slow;
 
-use crate::http::{Connection, Reply, answered, exchange, post};
-use crate::requests::idle;
-use crate::server::TestServer;
-use crate::{model, server};
+use common::http::{Connection, Reply, answered, exchange, post};
+use common::requests::idle;
+use common::server::TestServer;
+use common::{model, server};
 use quell::EngineConfig;
 use quell::server::ServerOptions;
 

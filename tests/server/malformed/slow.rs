@@ -1,8 +1,8 @@
 //! Slow clients, and clients that send more than one request at a time.
 
 use super::{start, start_with, still_works, still_works_in_time};
-use crate::http::{Connection, get, post};
-use crate::requests::idle;
+use common::http::{Connection, get, post};
+use common::requests::idle;
 use std::time::Duration;
 
 const GOOD: &str = r#"{"model": "test-model", "prompt": "Hi", "max_tokens": 2}"#;

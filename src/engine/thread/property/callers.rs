@@ -1,7 +1,7 @@
 //! The callers in the property test: what they have requested, what they have observed, and
 //! what they may observe.
 
-use super::constraint::Remainders;
+use super::sim::constraint::Remainders;
 use super::sim::{HIDDEN, expected, expected_where, hidden_state, logprob};
 use crate::config::EngineConfig;
 use crate::device::PooledRows;

@@ -5,7 +5,7 @@
 //! table, therefore changes the tokens that come out. If there are several groups of layers, each
 //! of them must hold the same tokens, as far as its layers attend to them.
 
-#![allow(dead_code)] // each test file uses only part of this module
+pub mod constraint;
 
 use quell::cache::{BlockId, BlockTable, CacheLayout, GroupKind, Transfers};
 use quell::device::{DeviceError, PooledRows};

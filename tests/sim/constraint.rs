@@ -1,8 +1,6 @@
 //! A constraint whose allowed tokens depend on every token that it has accepted, so that a
 //! token that it missed, or accepted twice, changes the answer.
 
-#![allow(dead_code)] // each test file uses only part of this module
-
 use quell::{Constraint, ConstraintError};
 
 /// One token out of this many is allowed.

@@ -1,5 +1,4 @@
 //! Helpers for the tests of the CPU device: random numbers, operands and options.
-#![allow(dead_code)] // each test file uses only part of this module
 
 use quell::device::cpu::{
     Activations, CpuDevice, CpuLinear, CpuOptions, CpuTensor, KvType, SimdLevel,
