@@ -195,6 +195,9 @@ pub(super) fn swap_info<D: Device>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::cpu::{CpuDevice, CpuOptions};
+    use crate::model::ModelSource;
+    use crate::weights::DType;
 
     /// Returns the plan for the layers of Gemma 3 1B, with `full` of 26 layers without a window.
     fn plan(full: usize) -> MemoryPlan {
@@ -240,6 +243,37 @@ mod tests {
             assert_eq!(bytes, plan.sequence_bytes_without_windows(tokens));
         }
         assert_eq!(plan.groups(), "26 layers keep all tokens");
+    }
+
+    #[test]
+    fn a_cache_has_a_block_for_each_group_and_none_that_would_never_be_used() {
+        let path = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/tests/fixtures/golden/tiny/gemma3/config.json"
+        );
+        let settings = std::fs::read_to_string(path).unwrap();
+        let settings = serde_json::from_str(&settings).unwrap();
+        let source = ModelSource::random(&settings, DType::BF16).unwrap();
+        let (model, config) = (source.config(), EngineConfig::default());
+        let device = CpuDevice::new(&CpuOptions {
+            threads: Some(1),
+            ..CpuOptions::default()
+        })
+        .unwrap();
+        let layout = cache_layout(model, &config).unwrap();
+        assert_eq!(layout.groups().len(), 6);
+        let shape = |budget| cache_shape(model, &config, &layout, budget, &device);
+
+        let most = shape(usize::MAX).unwrap();
+        let step = config.max_batch_tokens;
+        let of_sequence = layout.most_blocks_of_all(512, step, config.block_tokens);
+        assert_eq!(most.blocks, of_sequence * config.max_sequences);
+        assert_eq!(most.layers, 1);
+        let block = block_bytes(&most, &device);
+        assert_eq!(shape(6 * block).unwrap().blocks, 6);
+        let error = shape(6 * block - 1).unwrap_err().to_string();
+        let least = format!("at least {} (one block for each of the 6 groups", 6 * block);
+        assert!(error.contains(&least), "{error}");
     }
 
     #[test]

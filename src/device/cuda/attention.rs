@@ -120,6 +120,15 @@ fn prefill_shared(head_dim: usize) -> usize {
     slots * 32 * (2 * head_dim + 16) + sums
 }
 
+/// Returns the maximum number of units that a window of this many keys overlaps, where 0 stands
+/// for no window.
+fn most_units(window: u32) -> usize {
+    match window as usize {
+        0 => usize::MAX,
+        window => (window - 1).div_ceil(UNIT) + 1,
+    }
+}
+
 /// Scalar parameters of a layer's attention, as the kernels take them.
 struct ScalarParameters {
     q_heads: u32,
@@ -245,12 +254,8 @@ impl CudaDevice {
     ) -> Result<(), DeviceError> {
         let group = heads.q_heads / heads.kv_heads;
         let (y, z) = (heads.kv_heads * group.div_ceil(WARP_ROWS), decodes);
-        // A token sees the units that its window overlaps, and no others.
-        let seen = match scalars.window as usize {
-            0 => usize::MAX,
-            window => window.div_ceil(UNIT) + 1,
-        };
-        let wanted = self.step.max_units().min(seen).div_ceil(WARPS);
+        let units = self.step.max_units().min(most_units(scalars.window));
+        let wanted = units.div_ceil(WARPS);
         let x = wanted.min((MOST_BLOCKS / (y * z)).max(1));
         let threads = [32 * WARPS as u32, 1, 1];
         let grid = Grid::new([x as u32, y as u32, z as u32], threads)
@@ -359,6 +364,16 @@ struct Operands {
 mod tests {
     use super::*;
     use crate::device::cuda::cache::HEAD_DIMS;
+
+    #[test]
+    fn a_window_overlaps_no_more_units_than_are_launched() {
+        for window in [1, 2, 127, 128, 129, 130, 255, 256, 257, 258, 512, 1024] {
+            let begins = 0..2 * UNIT;
+            let units = begins.map(|begin| (begin + window - 1) / UNIT - begin / UNIT + 1);
+            assert_eq!(units.max(), Some(most_units(window as u32)), "{window}");
+        }
+        assert_eq!(most_units(0), usize::MAX);
+    }
 
     #[test]
     fn blocks_fit_the_shared_memory_of_every_supported_gpu() {
