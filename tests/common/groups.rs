@@ -320,6 +320,10 @@ pub fn run<D: TestDevice>(
     results
 }
 
+/// Compares the results of a layer and a sequence, the last argument, with a reference that is
+/// computed from their inputs.
+pub type Check<'a> = dyn Fn(&AttentionSpec, &[f32], &[f32]) + 'a;
+
 /// Checks that a device computes the same bits whether the tables of its groups begin with the
 /// sequence or with the span of the window, and passes the results of each layer and sequence to
 /// `check`, which compares them with a reference.
@@ -328,7 +332,7 @@ pub fn late_tables_change_no_bit<D: TestDevice>(
     heads: HeadShape,
     block_tokens: usize,
     numbers: &mut dyn FnMut(usize) -> Vec<f32>,
-    check: &dyn Fn(&AttentionSpec, &[f32], &[f32]),
+    check: &Check<'_>,
 ) {
     let lengths = [430, 300, 21];
     let inputs = Inputs::new(heads, &lengths, numbers);

@@ -5,7 +5,7 @@ use crate::server::error::ApiError;
 use crate::server::http::auth::Owner;
 use crate::text::Message;
 use serde_json::Value;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, VecDeque, hash_map};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Maximum number of responses that are stored; the oldest is removed first.
@@ -100,10 +100,9 @@ impl Store {
         kept.bytes += entry.bytes;
         for (item, json) in input.into_iter().chain(output) {
             // An item that a client sends back still belongs to the response that had it first.
-            let place = name(owner, &item);
-            if !kept.items.contains_key(&place) {
+            if let hash_map::Entry::Vacant(place) = kept.items.entry(name(owner, &item)) {
                 let (response, json) = (id.to_owned(), json.into());
-                kept.items.insert(place, Item { response, json });
+                place.insert(Item { response, json });
                 entry.items.push(item);
             }
         }
