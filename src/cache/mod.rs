@@ -11,7 +11,7 @@
 //! A later sequence that begins with the same tokens holds the same blocks. A published block
 //! that no table holds is *cached*: it is still known, and it is evicted only if no free block
 //! is left, the least recently used one first. Tables are released from their end, so a block
-//! is always evicted before the blocks that it follows.
+//! of layers that need all tokens is always evicted before the blocks that it follows.
 //!
 //! # Groups
 //!
@@ -26,8 +26,9 @@
 //! find out what another one has sent.
 //!
 //! There is only one published block for the same tokens and salt. If a table publishes a
-//! second one, it gets the first one in its place. So a table that holds a published block
-//! holds all blocks before it as well, and every cached block can be evicted.
+//! second one, it gets the first one in its place. So for layers that need all
+//! tokens, a table that holds a published block holds all blocks before it as well, and every
+//! cached block can be evicted.
 
 mod audit;
 mod fence;
@@ -50,6 +51,7 @@ use crate::id::StepId;
 use fence::Release;
 use prefix::PrefixCache;
 use serde::Serialize;
+use table::Group;
 use thiserror::Error;
 
 /// Number of blocks in each state at one moment.
@@ -216,22 +218,54 @@ impl BlockCache {
         (0..self.groups()).map(missing).sum()
     }
 
-    /// Returns the number of blocks that must be allocated for the tokens up to `extent`, if all
-    /// complete blocks before the token `start` exist, and no other block.
-    pub fn blocks_between(&self, start: usize, extent: Extent) -> usize {
-        let first = start / self.block_tokens;
-        (0..self.groups())
-            .map(|group| self.end(group, extent).saturating_sub(first))
-            .sum()
+    /// Returns the index after the last block of `group` that a sequence of `tokens` tokens needs
+    /// before blocks from `first` on are given back, if it is computed in steps of at most
+    /// `step_tokens` tokens.
+    fn booked(&self, group: usize, first: usize, tokens: usize, step_tokens: usize) -> usize {
+        let most = self
+            .layout
+            .most_blocks(group, tokens, step_tokens, self.block_tokens);
+        self.blocks_for(tokens).min(first + most)
     }
 
-    /// Returns the number of blocks that each group needs from the index in `first` on, up to
-    /// `extent`, all groups together.
-    pub fn blocks_from(&self, first: &[usize], extent: Extent) -> usize {
+    /// Returns the number of blocks to allocate for a sequence of `tokens` tokens until blocks
+    /// are given back, if all complete blocks before the token `start` exist, and no other
+    /// block. It is computed in steps of at most `step_tokens` tokens.
+    pub fn blocks_after(&self, start: usize, tokens: usize, step_tokens: usize) -> usize {
+        let missing = |group: usize| {
+            let first = self.layout.first_block(group, start, self.block_tokens);
+            let end = self.booked(group, first, tokens, step_tokens);
+            end.saturating_sub(start / self.block_tokens)
+        };
+        (0..self.groups()).map(missing).sum()
+    }
+
+    /// Like [`BlockCache::blocks_after`], if each group begins with the block with the index in
+    /// `first` and no block exists.
+    pub fn blocks_from(&self, first: &[usize], tokens: usize, step_tokens: usize) -> usize {
         let groups = first.iter().enumerate();
-        groups
-            .map(|(group, first)| self.end(group, extent).saturating_sub(*first))
-            .sum()
+        let missing = |(group, &first): (usize, &usize)| {
+            self.booked(group, first, tokens, step_tokens) - first.min(self.blocks_for(tokens))
+        };
+        groups.map(missing).sum()
+    }
+
+    /// Like [`BlockCache::blocks_after`], for a sequence that continues `table` with the token
+    /// `start`.
+    pub fn blocks_to_continue(
+        &self,
+        table: &BlockTable,
+        start: usize,
+        tokens: usize,
+        step_tokens: usize,
+    ) -> usize {
+        let missing = |group: usize| {
+            let held = table.groups.get(group).map_or(0..0, Group::range);
+            let end = self.booked(group, held.start, tokens, step_tokens);
+            end.saturating_sub(held.end)
+                + usize::from(self.shared_at(table, group, start).is_some())
+        };
+        (0..self.groups()).map(missing).sum()
     }
 
     /// Returns the index of the block of `group` for the token at `start`, if `table` has that

@@ -280,9 +280,11 @@ impl BlockCache {
         }
         let steps = table.published - index;
         table.published = index;
-        table.last = match (index, &self.prefix, table.last) {
-            (1.., Some(prefix), Some(last)) if prefix.exists(last) => prefix.ancestor(last, steps),
-            _ => None,
+        table.last = match (&self.prefix, table.last) {
+            _ if index == 0 => None,
+            (Some(prefix), Some(last)) if prefix.exists(last) => prefix.ancestor(last, steps),
+            // A node that is gone: nothing can be published after it.
+            (_, last) => last,
         };
     }
 
@@ -379,7 +381,9 @@ impl BlockCache {
         let mut groups = table.groups.iter().enumerate();
         groups.all(|(group, held)| {
             let mut needed = self.window_range(group, tokens);
-            needed.all(|index| held.get(index).is_some() || known(group, index))
+            // What it holds reaches beyond these tokens.
+            let holds_all = held.first <= needed.start;
+            holds_all || needed.all(|index| held.get(index).is_some() || known(group, index))
         })
     }
 
@@ -389,8 +393,11 @@ impl BlockCache {
         for group in 0..table.groups.len() {
             let needed = self.window_range(group, tokens);
             let held = &mut table.groups[group];
+            if held.first <= needed.start {
+                continue;
+            }
             let missing = needed.start..held.first.min(needed.end);
-            let Some(prefix) = self.prefix.as_ref().filter(|_| !missing.is_empty()) else {
+            let Some(prefix) = &self.prefix else {
                 continue;
             };
             let known = nodes[missing.clone()].iter();

@@ -41,8 +41,8 @@ impl Group {
 pub struct BlockTable {
     /// One entry per group, or none in a table that was never used.
     pub(super) groups: Vec<Group>,
-    /// The number of blocks from the start of the sequence that are published in the prefix
-    /// cache. For these, the table holds the published blocks and no others.
+    /// The number of blocks from the start of the sequence that were published in the prefix
+    /// cache. As far as the table still holds them, it holds the published ones and no others.
     pub(super) published: usize,
     /// The node of the last published block.
     pub(super) last: Option<NodeId>,
@@ -96,6 +96,12 @@ impl BlockTable {
         })
     }
 
+    /// Returns the block of `group` with this index, counted from the start of the sequence, if
+    /// the table holds it.
+    pub fn block(&self, group: usize, index: usize) -> Option<BlockId> {
+        self.groups.get(group)?.get(index)
+    }
+
     /// Returns the index of the first block of each group, counted from the start of the
     /// sequence.
     pub fn first_blocks(&self) -> Vec<usize> {
@@ -116,7 +122,8 @@ impl BlockTable {
         }
     }
 
-    /// Returns the number of blocks from the start of the sequence that the prefix cache knows.
+    /// Returns the number of blocks from the start of the sequence that were published in the
+    /// prefix cache. Those that the table has given back may be gone.
     pub fn published(&self) -> usize {
         self.published
     }

@@ -220,7 +220,11 @@ pub fn println_json(value: &Value) -> Result<(), CliError> {
 
 fn print_stats(engine: &Engine, finish: &Finish) -> Result<(), CliError> {
     let stats = engine.stats()?;
-    let used = (finish.prompt_tokens + finish.generated_tokens).div_ceil(stats.block_tokens);
+    let tokens = finish.prompt_tokens + finish.generated_tokens;
+    let used = match &engine.info().model {
+        Some(model) => model.memory.sequence_blocks(tokens),
+        None => tokens.div_ceil(stats.block_tokens),
+    };
     let rate = match finish.timing.decode_rate(finish.generated_tokens) {
         Some(rate) => format!("{rate:.0} tokens/s"),
         None => "a single token".to_owned(),

@@ -91,7 +91,7 @@ impl<D: Device> ModelRunner<D> {
             None => None,
         };
         let memory = MemoryPlan::new(device.weight_bytes(), &layout, context, &shape, &device);
-        tracing::info!(
+        tracing::debug!(
             blocks = shape.blocks,
             bytes = memory.cache(),
             groups = memory.groups(),

@@ -69,6 +69,9 @@ pub struct Scheduler {
     /// in.
     totals: Counts,
     launched: StepId,
+    /// Whether a running sequence waits for room for more of its prompt, in the step that is being
+    /// planned.
+    waits_for_room: bool,
     /// Spare allocation for `Scheduler::plan_running`.
     scratch: Vec<SequenceKey>,
 }
@@ -91,6 +94,7 @@ impl Scheduler {
             paused: 0,
             totals: Counts::default(),
             launched: StepId::default(),
+            waits_for_room: false,
             scratch: Vec::new(),
         }
     }

@@ -126,6 +126,8 @@ pub(super) struct Swapped {
     pub blocks: Vec<HostBlockId>,
     /// Index of the first block of each group, counted from the start of the sequence.
     pub first: Vec<usize>,
+    /// Index after the last block of every group.
+    pub end: usize,
     /// Number of tokens whose keys and values the blocks hold.
     pub tokens: usize,
     /// The step that copies the blocks to the host.

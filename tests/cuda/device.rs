@@ -554,8 +554,9 @@ fn the_device_may_be_lost_at_every_driver_call() {
 
 /// A measurement whose operations fail in their `nth` run, if it is given.
 fn measure(device: &mut CudaDevice, nth: Option<usize>) -> Result<(), DeviceError> {
-    let mut x = device.allocate(4, HIDDEN, Precision::Full)?;
-    let y = device.allocate(4, HIDDEN, Precision::Activation)?;
+    let values = vec![1.0; 4 * HIDDEN];
+    let mut x = device.tensor(HIDDEN, Precision::Full, &values)?;
+    let y = device.tensor(HIDDEN, Precision::Activation, &values)?;
     let mut runs = 0;
     let times = device.time(2, |device| {
         runs += 1;

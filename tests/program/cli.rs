@@ -653,7 +653,7 @@ fn a_folder_whose_settings_contradict_its_tensors_is_refused() {
     refused(
         "\"num_attention_heads\": 4",
         "\"num_attention_heads\": 0",
-        &["attention heads is 0"],
+        &["num_attention_heads is 0"],
     );
     refused(
         "\"rope_type\": \"llama3\"",

@@ -32,8 +32,10 @@ impl Scheduler {
         self.admit(plan, &mut budget, |urgent, running| {
             running.is_some_and(|last| urgent < last)
         });
+        self.waits_for_room = false;
         self.plan_running(plan, &mut budget);
-        self.admit(plan, &mut budget, |_, _| true);
+        let may_start = !self.waits_for_room;
+        self.admit(plan, &mut budget, |_, _| may_start);
         self.host.release(self.read_back.drain(..));
         let some = !plan.items.is_empty() || !plan.transfers.is_empty();
         if some {

@@ -38,7 +38,16 @@ impl Scheduler {
             if self.evict_session() || (self.running.len() == 1 && self.evict_pinned_session()) {
                 continue;
             }
-            match self.victim(key, plan) {
+            let victim = self.victim(key, plan);
+            let others = !plan.items.is_empty() || self.cache.last_completed_step() < self.launched;
+            if count > 1 && victim == Some(key) && others {
+                // The next part of a prompt waits until other sequences have ended, or until a
+                // step in flight lets blocks behind a window go. What has been computed of the
+                // prompt is kept, and no sequence may start meanwhile.
+                self.waits_for_room = true;
+                return false;
+            }
+            match victim {
                 Some(victim) => self.preempt(victim, plan),
                 None => return false,
             }
@@ -196,6 +205,7 @@ impl Scheduler {
             sequence.swapped = Some(Swapped {
                 blocks: host,
                 first: sequence.table.first_blocks(),
+                end,
                 tokens: sequence.launched_tokens,
                 step: plan.step,
             });

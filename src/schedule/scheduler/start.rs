@@ -4,7 +4,7 @@ use super::Scheduler;
 use super::plan::Budget;
 use crate::cache::Extent;
 use crate::id::SessionId;
-use crate::schedule::{Sequence, SequenceKey, SequenceState, Sequences, StepPlan};
+use crate::schedule::{SequenceKey, SequenceState, Sequences, StepPlan};
 
 /// Where a starting sequence takes its first keys and values from.
 #[derive(Clone, Copy, Debug)]
@@ -77,6 +77,7 @@ impl Scheduler {
         let sequence = self.sequences.get(key)?;
         let length = sequence.tokens.len();
         let most = sequence.reusable();
+        let step_tokens = self.policy.max_batch_tokens;
         let salt = sequence.spec.salt.as_ref();
         let retained = |session| Some((session, self.retained.get(session)?));
         if let Some(swapped) = &sequence.swapped {
@@ -89,11 +90,11 @@ impl Scheduler {
             let known = self
                 .cache
                 .lookup_before(salt, &sequence.tokens, limit, &swapped.first);
-            let extent = self.extent(sequence, swapped.tokens);
+            let blocks = self.cache.blocks_from(&swapped.first, length, step_tokens);
             return Some(StartCost {
                 source: Source::Swapped,
                 computed: swapped.tokens,
-                missing: self.cache.blocks_from(&swapped.first, extent) - known.blocks,
+                missing: blocks - known.blocks,
                 reused_cached_blocks: known.cached,
             });
         }
@@ -102,10 +103,11 @@ impl Scheduler {
             return Some(StartCost {
                 source: Source::Session(session),
                 computed,
-                missing: self.cache.missing_blocks(
+                missing: self.cache.blocks_to_continue(
                     &retained.table,
                     computed,
-                    self.extent(sequence, computed),
+                    length,
+                    step_tokens,
                 ),
                 reused_cached_blocks: 0,
             });
@@ -122,32 +124,17 @@ impl Scheduler {
                 computed,
                 // A partial last block counts as missing, because it is copied before it is
                 // written.
-                missing: self
-                    .cache
-                    .blocks_between(computed, self.extent(sequence, computed)),
+                missing: self.cache.blocks_after(computed, length, step_tokens),
                 reused_cached_blocks: 0,
             });
         }
         let known = self.cache.lookup(salt, &sequence.tokens, most);
-        let extent = self.extent(sequence, known.tokens);
         Some(StartCost {
             source: Source::Prefix,
             computed: known.tokens,
-            missing: self.cache.blocks_between(known.tokens, extent),
+            missing: self.cache.blocks_after(known.tokens, length, step_tokens),
             reused_cached_blocks: known.cached,
         })
-    }
-
-    /// Returns how far a sequence needs blocks that continues after `computed` tokens. Layers
-    /// with a window get blocks for two steps, because a step can be planned while another one
-    /// is in flight.
-    fn extent(&self, sequence: &Sequence, computed: usize) -> Extent {
-        let length = sequence.tokens.len();
-        let soon = computed.saturating_add(self.policy.max_batch_tokens.saturating_mul(2));
-        Extent {
-            full: length,
-            windowed: length.min(soon),
-        }
     }
 
     /// Starts a waiting sequence for which there is room. Returns the number of tokens to
@@ -221,13 +208,18 @@ impl Scheduler {
             sequence.written_tokens = sequence.written_tokens.min(from - from % size);
         }
         if let Some(swapped) = sequence.swapped.take() {
-            let end = self.cache.blocks_for(swapped.tokens);
-            let blocks = sequence.table.blocks_before(end);
-            let pairs = swapped.blocks.iter().zip(blocks);
-            let unknown = self.cache.blocks_for(known);
-            let missing = pairs.filter(|(_, (index, _))| *index >= unknown);
-            let missing = missing.map(|(host, (_, block))| (*host, block));
-            plan.transfers.swap_in.extend(missing);
+            let needed = self.cache.blocks_for(known)..self.cache.blocks_for(swapped.tokens);
+            let mut host = swapped.blocks.iter();
+            for (group, &first) in swapped.first.iter().enumerate() {
+                let own = host.by_ref().take(swapped.end.saturating_sub(first));
+                for (index, &host) in (first..).zip(own) {
+                    if needed.contains(&index)
+                        && let Some(block) = sequence.table.block(group, index)
+                    {
+                        plan.transfers.swap_in.push((host, block));
+                    }
+                }
+            }
             self.read_back.extend(swapped.blocks);
         }
         if !sequence.started {

@@ -195,14 +195,18 @@ fn a_session_that_goes_back_behind_its_window_computes_again_what_is_gone() {
 
 #[test]
 fn one_block_of_each_group_is_reserved_for_each_running_sequence() {
-    // The first sequence holds a block of each group and its growth needs one more of each.
-    let mut bench = bench(8, Policy::default());
+    // The first sequence holds two blocks of each group once it decodes.
+    let mut bench = bench(9, Policy::default());
     let first = bench.add(spec(prompt(4, 1), 4));
     bench.step();
-    let second = bench.add(spec(prompt(11, 2), 4));
+    let second = bench.add(spec(prompt(7, 2), 4));
     bench.step();
     assert!(bench.running(first));
-    assert!(!bench.running(second), "it needs 6 of the 4 blocks");
+    assert_eq!(held(&bench, first), [2, 2]);
+    assert!(
+        !bench.running(second),
+        "it needs 4 of the 5 blocks, but the first may need one of each group"
+    );
     assert_eq!(bench.scheduler.counts().preemptions, 0);
 }
 
