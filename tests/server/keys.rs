@@ -63,6 +63,8 @@ impl Client {
         body["stream"] = true.into();
         body["ignore_eos"] = true.into();
         body["max_tokens"] = ENDLESS.into();
+        // Without a tokenizer, there is no text, and only log probabilities make an event.
+        body["logprobs"] = 0.into();
         let mut connection = Connection::open(self.address);
         let request = post("/v1/completions", body.to_string());
         connection.send(&signed(self.key, &request)).unwrap();
