@@ -2,6 +2,7 @@
 //! count.
 
 use super::*;
+use crate::cache::BlockId;
 
 /// Adds drafts to a planned item, as a planner that speculates would: their rows are computed
 /// and sampled, too.
@@ -179,4 +180,46 @@ fn a_sequence_that_is_swapped_out_with_drafts_resumes_behind_the_committed_ones(
     let back = bench.launch().unwrap();
     assert_eq!(rows(&back), [(8, 1)]);
     assert!(!back.transfers.swap_in.is_empty());
+}
+
+#[test]
+fn each_group_is_swapped_in_where_it_was_when_drafts_are_dropped() {
+    let mut bench = super::windows::bench(40, swapping());
+    let key = bench.add(spec(prompt(6, 1), 20));
+    bench.step();
+    draft(&mut bench, 3);
+    let places = |bench: &Bench| -> Vec<(usize, usize, BlockId)> {
+        let table = &bench.sequence(key).table;
+        let places = (0..2).flat_map(|group| (0..4).map(move |index| (group, index)));
+        places
+            .filter_map(|(group, index)| Some((group, index, table.block(group, index)?)))
+            .collect()
+    };
+    let before = places(&bench);
+    let mut away = StepPlan {
+        step: bench.scheduler.launched.next(),
+        ..StepPlan::default()
+    };
+    bench.scheduler.preempt(key, &mut away);
+    bench.scheduler.launched = away.step;
+    let hosts = away.transfers.swap_out.clone();
+    assert_eq!(hosts.len(), 6, "three blocks of each group");
+    bench.in_flight.push_back(away);
+    bench.complete_runs(&[51, 70]);
+    bench.complete_runs(&[]);
+    let back = bench.launch().unwrap();
+    assert_eq!(rows(&back), [(8, 1)]);
+    let after = places(&bench);
+    assert_eq!(
+        back.transfers.swap_in.len(),
+        2 + 2 - 2 * bench.sequence(key).table.published()
+    );
+    for (host, block) in &back.transfers.swap_in {
+        let (old, _) = hosts.iter().find(|(_, other)| other == host).unwrap();
+        let place = |places: &[(usize, usize, BlockId)], block| {
+            let found = places.iter().find(|(.., other)| *other == block);
+            found.map(|(group, index, _)| (*group, *index))
+        };
+        assert_eq!(place(&after, *block), place(&before, *old));
+    }
 }

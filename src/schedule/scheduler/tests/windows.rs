@@ -1,13 +1,14 @@
 //! Tests of groups of layers whose windows are shorter than the sequences.
 
 use super::*;
-use crate::cache::CacheLayout;
+use crate::cache::{BlockTable, CacheLayout, Extent, Transfers};
+use crate::schedule::retained::RetainedSession;
 
 /// Tokens per block, as in [`Bench`].
 const BLOCK: usize = 4;
 
 /// A scheduler for a group of layers that need all tokens and one with a window of 8 tokens.
-fn bench(blocks: usize, policy: Policy) -> Bench {
+pub(super) fn bench(blocks: usize, policy: Policy) -> Bench {
     let layout = CacheLayout::new(&[None, Some(8)], 10_000, BLOCK).unwrap();
     let cache = BlockCache::with_layout(blocks, BLOCK, true, layout);
     Bench {
@@ -208,6 +209,46 @@ fn one_block_of_each_group_is_reserved_for_each_running_sequence() {
         "it needs 4 of the 5 blocks, but the first may need one of each group"
     );
     assert_eq!(bench.scheduler.counts().preemptions, 0);
+}
+
+#[test]
+fn a_prompt_that_runs_out_of_window_blocks_waits_and_keeps_what_it_has() {
+    let mut bench = bench(40, chunked(5));
+    let other = bench.add(spec(prompt(1, 1), 20));
+    bench.step();
+    let key = bench.add(spec(prompt(40, 2), 4));
+    bench.step();
+    let computed = bench.sequence(key).launched_tokens;
+    assert!(bench.running(key) && computed < 40);
+    // A pinned session takes all free blocks.
+    let mut table = BlockTable::default();
+    let tokens = bench.scheduler.cache.available_blocks() / 2 * BLOCK;
+    let (step, transfers) = (bench.scheduler.launched, &mut Transfers::default());
+    let cache = &mut bench.scheduler.cache;
+    let extent = Extent::all(tokens);
+    cache
+        .prepare(&mut table, 0, extent, step, transfers)
+        .unwrap();
+    assert!(cache.available_blocks() < 2);
+    let hoard = RetainedSession {
+        tokens: prompt(tokens, 3),
+        table,
+        pinned_until: Some(Instant::now() + Duration::from_secs(1000)),
+        ..RetainedSession::default()
+    };
+    bench.scheduler.retained.insert(SessionId(1), hoard);
+    let mut plan = bench.step();
+    while rows(&plan).len() > 1 {
+        plan = bench.step();
+    }
+    assert_eq!(keys(&plan), [other], "only the other sequence goes on");
+    assert!(bench.running(key), "it keeps its blocks");
+    let computed = bench.sequence(key).launched_tokens.max(computed);
+    assert_eq!(bench.scheduler.counts().preemptions, 0);
+    bench.scheduler.end_session(SessionId(1));
+    let next = rows(&bench.step());
+    assert_eq!(next.len(), 2, "{next:?}");
+    assert_eq!(next[1].0, computed, "nothing is computed again");
 }
 
 /// Gemma 3 1B has 26 layers, of which every sixth attends to all tokens and the others to the
