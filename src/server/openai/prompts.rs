@@ -57,7 +57,7 @@ impl<'de> Visitor<'de> for PromptsVisitor {
                 }
                 return Ok(Prompts(vec![tokens.into()]));
             }
-            Some(Entry::Prompt(first)) => prompts.push(first),
+            Some(Entry::Prompt(first)) => prompts.push(*first),
         }
         while let Some(entry) = list.next_element::<Entry>()? {
             let Entry::Prompt(prompt) = entry else {
@@ -68,7 +68,7 @@ impl<'de> Visitor<'de> for PromptsVisitor {
                     format!("there are more than {MAX_PROMPTS} entries, the accepted maximum");
                 return Err(A::Error::custom(problem));
             }
-            prompts.push(prompt);
+            prompts.push(*prompt);
         }
         Ok(Prompts(prompts))
     }
@@ -77,7 +77,7 @@ impl<'de> Visitor<'de> for PromptsVisitor {
 /// One entry of a list.
 enum Entry {
     Token(u32),
-    Prompt(Prompt),
+    Prompt(Box<Prompt>),
 }
 
 impl<'de> Deserialize<'de> for Entry {
@@ -96,7 +96,7 @@ impl<'de> Visitor<'de> for EntryVisitor {
     }
 
     fn visit_str<E: Error>(self, text: &str) -> Result<Entry, E> {
-        Ok(Entry::Prompt(Prompt::Text(text.to_owned())))
+        Ok(Entry::Prompt(Box::new(Prompt::Text(text.to_owned()))))
     }
 
     fn visit_u64<E: Error>(self, id: u64) -> Result<Entry, E> {
@@ -112,7 +112,7 @@ impl<'de> Visitor<'de> for EntryVisitor {
         while let Some(Token(token)) = list.next_element()? {
             tokens.push(token);
         }
-        Ok(Entry::Prompt(tokens.into()))
+        Ok(Entry::Prompt(Box::new(tokens.into())))
     }
 }
 

@@ -166,12 +166,12 @@ pub(super) struct Place {
 impl Drop for Place {
     fn drop(&mut self) {
         let mut open = self.admission.open();
-        if let Some(connection) = open.connections.remove(&self.id) {
-            if let Entry::Occupied(mut own) = open.by_address.entry(connection.address) {
-                own.get_mut().remove(&self.id);
-                if own.get().is_empty() {
-                    own.remove();
-                }
+        if let Some(connection) = open.connections.remove(&self.id)
+            && let Entry::Occupied(mut own) = open.by_address.entry(connection.address)
+        {
+            own.get_mut().remove(&self.id);
+            if own.get().is_empty() {
+                own.remove();
             }
         }
         drop(open);
