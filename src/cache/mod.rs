@@ -208,11 +208,17 @@ impl BlockCache {
     }
 
     /// Returns the number of blocks that must be allocated before the tokens from `start` on can
-    /// be written through `table`, up to `extent`.
-    pub fn missing_blocks(&self, table: &BlockTable, start: usize, extent: Extent) -> usize {
+    /// be written through `table`. `end` returns the index after the last block that is needed
+    /// in a group, given the group and the index of the first block that it holds.
+    fn missing_blocks(
+        &self,
+        table: &BlockTable,
+        start: usize,
+        end: impl Fn(usize, usize) -> usize,
+    ) -> usize {
         let missing = |group: usize| {
-            let held = table.groups.get(group).map_or(0, |own| own.range().end);
-            let growth = self.end(group, extent).saturating_sub(held);
+            let held = table.groups.get(group).map_or(0..0, Group::range);
+            let growth = end(group, held.start).saturating_sub(held.end);
             growth + usize::from(self.shared_at(table, group, start).is_some())
         };
         (0..self.groups()).map(missing).sum()
@@ -259,13 +265,9 @@ impl BlockCache {
         tokens: usize,
         step_tokens: usize,
     ) -> usize {
-        let missing = |group: usize| {
-            let held = table.groups.get(group).map_or(0..0, Group::range);
-            let end = self.booked(group, held.start, tokens, step_tokens);
-            end.saturating_sub(held.end)
-                + usize::from(self.shared_at(table, group, start).is_some())
-        };
-        (0..self.groups()).map(missing).sum()
+        self.missing_blocks(table, start, |group, first| {
+            self.booked(group, first, tokens, step_tokens)
+        })
     }
 
     /// Returns the index of the block of `group` for the token at `start`, if `table` has that
@@ -330,7 +332,7 @@ impl BlockCache {
         transfers: &mut Transfers,
     ) -> Result<(), OutOfBlocks> {
         self.open(table);
-        let needed = self.missing_blocks(table, start, extent);
+        let needed = self.missing_blocks(table, start, |group, _| self.end(group, extent));
         let free = self.available_blocks();
         if needed > free {
             return Err(OutOfBlocks { needed, free });

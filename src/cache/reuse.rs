@@ -70,7 +70,7 @@ impl BlockCache {
             tokens: end * self.block_tokens,
             ..PrefixHit::default()
         };
-        self.for_each_block(end, node, needed, |_, _, block| {
+        self.for_each_block(end, node, needed, |_, block| {
             hit.blocks += 1;
             hit.cached += usize::from(self.pool.state(block) == BlockState::Cached);
         });
@@ -118,29 +118,34 @@ impl BlockCache {
         best
     }
 
-    /// Calls `act` with the group, the index and the block of everything that a sequence needs
-    /// that continues after `end` known blocks, the last of which belongs to `node`. Goes from
-    /// the end to the start.
+    /// Calls `act` with the group and the block of everything that a sequence needs that continues
+    /// after `end` known blocks, the last of which belongs to `node`. Goes from the end to the
+    /// start.
     fn for_each_block(
         &self,
         end: usize,
         mut node: Option<NodeId>,
         needed: Needed<'_>,
-        mut act: impl FnMut(usize, usize, BlockId),
+        mut act: impl FnMut(usize, BlockId),
     ) {
         let Some(prefix) = &self.prefix else {
             return;
         };
-        for index in (0..end).rev() {
+        let mut first = [0; CacheLayout::MOST_GROUPS];
+        let first = &mut first[..self.groups()];
+        for (group, first) in first.iter_mut().enumerate() {
+            *first = needed.first(&self.layout, group, end, self.block_tokens);
+        }
+        let begin = first.iter().copied().min().unwrap_or(0);
+        for index in (begin..end).rev() {
             let Some(current) = node else {
                 return;
             };
-            for group in 0..self.groups() {
-                let first = needed.first(&self.layout, group, end, self.block_tokens);
+            for (group, &first) in first.iter().enumerate() {
                 if index >= first
                     && let Some(block) = prefix.block(current, group)
                 {
-                    act(group, index, block);
+                    act(group, block);
                 }
             }
             node = prefix.parent(current);
@@ -179,7 +184,7 @@ impl BlockCache {
             group.first = needed.first(&self.layout, index, end, self.block_tokens);
         }
         let groups = &mut table.groups;
-        self.for_each_block(end, node, needed, |group, _, block| {
+        self.for_each_block(end, node, needed, |group, block| {
             groups[group].blocks.push(block);
         });
         for group in &mut table.groups {

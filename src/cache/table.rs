@@ -127,12 +127,4 @@ impl BlockTable {
     pub fn published(&self) -> usize {
         self.published
     }
-
-    /// Returns the slot for the key and value of the token at `position` in the layers of
-    /// `group`, counted in tokens from the start of the cache, or `None` if the table has no
-    /// block for it.
-    pub fn slot(&self, group: usize, position: usize, block_tokens: usize) -> Option<u32> {
-        let block = self.groups.get(group)?.get(position / block_tokens)?;
-        Some(block.0 * block_tokens as u32 + (position % block_tokens) as u32)
-    }
 }

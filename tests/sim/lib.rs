@@ -214,10 +214,11 @@ impl SimRunner {
         let groups = groups.map(|(index, group)| {
             let first = layout.first_block(index, positions.start, *block_tokens) * block_tokens;
             let slot = |position| {
-                let slot = table.slot(index, position, *block_tokens);
-                slot.unwrap_or_else(|| {
+                let block = table.block(index, position / block_tokens);
+                let block = block.unwrap_or_else(|| {
                     panic!("position {position} of group {index} has no block: {table:?}")
-                }) as usize
+                });
+                block.index() * block_tokens + position % block_tokens
             };
             ItemGroup {
                 kind: group.kind,
