@@ -65,9 +65,9 @@ pub trait AttentionOps: DeviceTypes {
     ) -> Result<(), DeviceError>;
 }
 
-/// Checks that the block tables of `group` begin early enough for `window`, where `longest` is the longest
-/// window that they begin early enough for. `usize::MAX` stands for no window. The error says
-/// what is missing.
+/// Checks that the block tables of `group` begin early enough for `window`, where `longest` is the
+/// longest window that they begin early enough for. `usize::MAX` stands for no window. The error
+/// says what is missing.
 pub(super) fn check_window(group: usize, window: usize, longest: usize) -> Result<(), String> {
     if window <= longest {
         return Ok(());

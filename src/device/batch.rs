@@ -112,6 +112,20 @@ impl Batch {
         }
     }
 
+    /// Returns one more than the largest position, slot and block; 0 if there is none.
+    pub(super) fn ends(&self) -> [usize; 3] {
+        let end = |values: &[u32]| values.iter().max().map_or(0, |last| *last as usize + 1);
+        let of_groups = |array: fn(&BatchGroup) -> &[u32]| {
+            let ends = self.groups.iter().map(|group| end(array(group)));
+            ends.max().unwrap_or(0)
+        };
+        [
+            end(&self.positions),
+            of_groups(|group| &group.slots),
+            of_groups(|group| &group.entries),
+        ]
+    }
+
     /// Checks that the arrays fit together. `samples` is the number of samples of the previous
     /// step, and `sorted` is a buffer. The error says what is wrong.
     pub(super) fn check(&self, samples: usize, sorted: &mut Vec<u32>) -> Result<(), String> {

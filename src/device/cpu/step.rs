@@ -24,13 +24,6 @@ pub(crate) struct StagedBatch {
     sorted: Vec<u32>,
 }
 
-fn end(values: &[u32]) -> usize {
-    values
-        .iter()
-        .max()
-        .map_or(0, |&largest| largest as usize + 1)
-}
-
 /// Replaces the contents of `to` with `from`. Reserves the capacity of `from` as well, so that
 /// `to` does not reallocate as long as `from` does not.
 fn copy<T: Clone>(to: &mut Vec<T>, from: &Vec<T>) {
@@ -70,15 +63,12 @@ impl StagedBatch {
         copy(&mut self.sample_rows, &batch.sample_rows);
         self.groups
             .resize_with(batch.groups.len(), Default::default);
-        (self.slot_end, self.block_end) = (0, 0);
         for (to, from) in self.groups.iter_mut().zip(&batch.groups) {
             copy(&mut to.slots, &from.slots);
             copy(&mut to.tables, &from.tables);
             copy(&mut to.entries, &from.entries);
-            self.slot_end = self.slot_end.max(end(&to.slots));
-            self.block_end = self.block_end.max(end(&to.entries));
         }
-        self.position_end = end(&self.positions);
+        [self.position_end, self.slot_end, self.block_end] = batch.ends();
         for &Feedback { row, sample } in &batch.feedback {
             self.tokens[row] = sampled[sample];
         }

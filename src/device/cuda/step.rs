@@ -152,11 +152,6 @@ fn bucket(rows: usize) -> usize {
     }
 }
 
-/// Returns one more than the largest value, or 0 if there is none.
-fn end(values: impl Iterator<Item = u32>) -> usize {
-    values.max().map_or(0, |largest| largest as usize + 1)
-}
-
 /// Appends an aligned array and returns its offset.
 fn append(words: &mut Vec<u32>, array: impl IntoIterator<Item = u32>) -> usize {
     words.resize(words.len().next_multiple_of(ALIGNMENT), 0);
@@ -517,14 +512,11 @@ impl StepInputs {
         self.lay_out(batch, padded);
         self.base = self.uploads.write(context, &self.words)?;
         (self.rows, self.padded_rows, self.samples) = (rows, padded, batch.sample_rows.len());
+        let [positions, slots, blocks] = batch.ends();
         self.bounds = Bounds {
-            positions: end(batch.positions.iter().copied()),
-            slots: end(batch.groups.iter().flat_map(|group| &group.slots).copied()),
-            blocks: end(batch
-                .groups
-                .iter()
-                .flat_map(|group| &group.entries)
-                .copied()),
+            positions,
+            slots,
+            blocks,
         };
         let fits =
             self.unit_room.is_none_or(|room| self.decode_units <= room) && self.decodes.len() <= 1;
