@@ -152,7 +152,8 @@ pub(super) fn cache_shape<D: Device>(
         block_tokens: config.block_tokens,
     };
     let block_bytes = block_bytes(&block, device).max(1);
-    // More than the full length of every sequence would never be used.
+    // All sequences at their full length hold no more at a time. What is beyond that would only
+    // serve the prefix cache and sessions.
     let (tokens, step) = (context_tokens(model, config), config.max_batch_tokens);
     let useful = layout
         .most_blocks_of_all(tokens, step, config.block_tokens)

@@ -167,8 +167,8 @@ impl SchedulerThread {
     }
 
     /// Applies the commands that have been posted. When idle, waits for one: if nothing can be
-    /// planned and nothing is in flight, only a command or the passing of time changes that. Returns
-    /// `true` when no caller is left that could post a command.
+    /// planned and nothing is in flight, only a command or the passing of time changes that.
+    /// Returns `true` when no caller is left that could post a command.
     fn drain_commands(&mut self) -> bool {
         // Drain only what is queued now, so that a busy caller cannot starve the loop.
         let mut rest = self.commands.len();

@@ -337,7 +337,7 @@ fn run_lengths(plan: &StepPlan, runs: &[usize]) -> impl Iterator<Item = usize> {
 }
 
 /// Returns an error unless the results of a step are those that its plan asks for. Only the
-/// `last` step in flight may have runs of another length than planned.
+/// `last` step in flight may have runs of several tokens.
 fn complete(plan: &StepPlan, output: &StepOutput, last: bool) -> Result<(), DeviceError> {
     let failed = |reason| {
         Err(DeviceError::Failed {
@@ -354,14 +354,14 @@ fn complete(plan: &StepPlan, output: &StepOutput, last: bool) -> Result<(), Devi
                 "the step returned runs of {runs:?} tokens, but its plan asks for {wanted} runs of at least one token"
             ));
         }
-        let planned = || plan.samples().map(|item| &item.sampled);
-        let single = || planned().all(|range| range.len() == 1) && runs.iter().all(|run| *run == 1);
-        if !last && !single() {
-            let planned: Vec<_> = planned().collect();
-            return failed(format!(
-                "the step returned runs of {runs:?} tokens for the positions {planned:?}, but the step after it is in flight and continues after one token"
-            ));
-        }
+    }
+    // The step after this one continues after one token.
+    let several =
+        plan.samples().any(|item| item.sampled.len() > 1) || runs.iter().any(|run| *run > 1);
+    if several && !last {
+        return failed(format!(
+            "the step returned runs of {runs:?} tokens, but the step after it is in flight and continues after one token"
+        ));
     }
     let scores = plan.sample_count() - plan.samples().map(|item| item.sampled.len()).sum::<usize>();
     let wanted = scores + run_lengths(plan, runs).sum::<usize>();
