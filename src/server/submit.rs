@@ -81,6 +81,9 @@ impl App {
         };
         let work = work_on(&prompts);
         let app = Arc::clone(self);
+        // The limit that the client has set, if it has set one.
+        let most = request.max_tokens;
+        self.limit_answer(&mut request);
         let streams = if let Some(turn) = session {
             let (Some(prompt), 0, 1) = (prompts.pop(), prompts.len(), samples) else {
                 let problem = "a session answers one prompt at a time, with n = 1";
@@ -88,14 +91,12 @@ impl App {
             };
             let session = self.sessions.use_own(caller, &turn.id)?;
             request.prompt = prompt;
-            self.limit_answer(&mut request);
             let submit = move |job: &Job| {
                 let request = app.encode_turn(job, request, tokenization)?;
                 Ok(session.turn(request, turn.prompt)?)
             };
             vec![self.workers.run(work, submit).await?]
         } else {
-            let most = request.max_tokens;
             if let (Some(most), Length::Context) = (most, tokenization.length) {
                 for prompt in &prompts {
                     self.check_length(prompt, most)?;
@@ -103,7 +104,6 @@ impl App {
             }
             // Check the request and take its places before the prompts are tokenized, so that a
             // request that is refused costs nothing.
-            self.limit_answer(&mut request);
             let admission = self.engine.admit(request, prompts.len(), samples)?;
             let submit = move |job: &Job| {
                 let prompts = app.encode_batch(job, prompts, tokenization, most, samples)?;

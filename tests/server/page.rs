@@ -254,11 +254,7 @@ async fn the_page_asks_for_a_key_if_the_server_requires_one() {
     browser
         .until("$('connection').textContent === 'live' && !$('key-dialog').open")
         .await;
-    browser
-        .run("$('max-tokens').value = 4; $('input').focus()")
-        .await;
-    browser.press(&format!("Hello{ENTER}")).await;
-    browser.until("!answering && messages.length === 2").await;
+    chat(&browser).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -278,6 +274,11 @@ async fn the_page_lets_a_key_chat_that_may_not_see_the_engine() {
     browser
         .until("$('connection').textContent.startsWith('chat only') && !$('key-dialog').open")
         .await;
+    chat(&browser).await;
+}
+
+/// Asks for a short answer on the page, and waits for it.
+async fn chat(browser: &Browser) {
     browser
         .run("$('max-tokens').value = 4; $('input').focus()")
         .await;
