@@ -278,57 +278,81 @@ fn names_after<'a>(text: &'a str, path: &'a str) -> impl Iterator<Item = String>
         })
 }
 
+/// Returns the names of this crate's modules that the files of a folder in `src` use, per file.
+/// A folder counts as one file, and `mod.rs` as none. Tests may use anything.
+fn uses_within(folder: &str) -> BTreeMap<String, BTreeSet<String>> {
+    let absolute = format!("crate::{}::", folder.replace('/', "::"));
+    let folder = source().join(folder);
+    let mut paths = Vec::new();
+    rust_files(&folder, &mut paths);
+    let mut uses: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for path in paths {
+        let relative = path.strip_prefix(&folder).unwrap();
+        let first = relative.iter().next().unwrap().to_str().unwrap();
+        let name = first.trim_end_matches(".rs").to_owned();
+        if name == "mod" {
+            continue;
+        }
+        let text = std::fs::read_to_string(&path).unwrap();
+        let code = text.split("#[cfg(test)]\nmod tests").next().unwrap();
+        let uses = uses.entry(name.clone()).or_default();
+        uses.extend(names_after(code, &absolute));
+        if relative == Path::new(first) {
+            uses.extend(names_after(code, "super::"));
+        }
+        uses.remove(&name);
+    }
+    uses
+}
+
+/// Fails if files of `folder` use each other in a circle, given what each uses.
+fn assert_no_circle(folder: &str, mut uses: BTreeMap<String, BTreeSet<String>>) {
+    let names: BTreeSet<String> = uses.keys().cloned().collect();
+    for (name, used) in &uses {
+        let unknown: Vec<_> = used.difference(&names).collect();
+        assert!(
+            unknown.is_empty(),
+            "{folder}/{name}.rs uses {unknown:?}, which must be named by their files"
+        );
+    }
+    // Remove files that use no other file, until only circles remain.
+    loop {
+        let before = uses.len();
+        let left: BTreeSet<String> = uses.keys().cloned().collect();
+        uses.retain(|_, used| !used.is_disjoint(&left));
+        if uses.len() == before {
+            break;
+        }
+    }
+    assert!(
+        uses.is_empty(),
+        "files in {folder} use each other in a circle: {uses:?}"
+    );
+}
+
 /// `mod.rs` declares the device, and each operation's file implements its part for it. Apart
-/// from that, the files of a device can be read in one order. A folder counts as one file.
+/// from that, the files of a device can be read in one order.
 #[test]
 fn files_of_a_device_do_not_use_each_other_in_a_circle() {
-    for (device, root) in [("cpu", "CpuDevice"), ("cuda", "CudaDevice")] {
-        let folder = source().join("device").join(device);
-        let absolute = format!("crate::device::{device}::");
-        let mut uses: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
-        for (_, path, text) in files() {
-            let Ok(relative) = path.strip_prefix(&folder) else {
-                continue;
-            };
-            let first = relative.iter().next().unwrap().to_str().unwrap();
-            let name = first.trim_end_matches(".rs").to_owned();
-            if name == "mod" {
-                continue;
-            }
-            // Tests may use anything.
-            let code = text.split("#[cfg(test)]\nmod tests").next().unwrap();
-            let uses = uses.entry(name.clone()).or_default();
-            uses.extend(names_after(code, &absolute));
-            if relative == Path::new(first) {
-                uses.extend(names_after(code, "super::"));
-            }
-            uses.remove(&name);
-            uses.remove(root);
-        }
-        let names: BTreeSet<String> = uses.keys().cloned().collect();
-        for (name, used) in &uses {
-            let unknown: Vec<_> = used.difference(&names).collect();
-            assert!(
-                unknown.is_empty(),
-                "{device}/{name}.rs uses {unknown:?}, which must be named by their files"
-            );
+    for (folder, root) in [("device/cpu", "CpuDevice"), ("device/cuda", "CudaDevice")] {
+        let mut uses = uses_within(folder);
+        for used in uses.values_mut() {
+            used.remove(root);
         }
         assert!(
             uses.values().map(BTreeSet::len).sum::<usize>() > 40,
             "the test reads nothing"
         );
-        // Remove files that use no other file, until only circles remain.
-        loop {
-            let before = uses.len();
-            let left: BTreeSet<String> = uses.keys().cloned().collect();
-            uses.retain(|_, used| !used.is_disjoint(&left));
-            if uses.len() == before {
-                break;
-            }
-        }
-        assert!(
-            uses.is_empty(),
-            "files in device/{device} use each other in a circle: {uses:?}"
-        );
+        assert_no_circle(folder, uses);
     }
+}
+
+#[test]
+fn files_of_the_program_do_not_use_each_other_in_a_circle() {
+    let uses = uses_within("cli");
+    assert!(
+        uses.values().map(BTreeSet::len).sum::<usize>() > 20,
+        "the test reads nothing"
+    );
+    assert_no_circle("cli", uses);
 }

@@ -1,113 +1,19 @@
 //! Arguments that several subcommands share, and their conversion into checked settings.
 
+use super::error::CliError;
+#[cfg(feature = "hub")]
+use super::hub;
 use super::progress;
 use crate::runner::ModelFiles;
 use crate::{
-    Activations, CpuOptions, DeviceChoice, Engine, EngineConfig, GenerateError, GenerationConfig,
-    KvType, LoadError, LoadOptions, Preemption, SamplingParams, SimdLevel, SubmitError,
+    Activations, CpuOptions, DeviceChoice, Engine, EngineConfig, GenerationConfig, KvType,
+    LoadOptions, Preemption, SamplingParams, SimdLevel,
 };
 #[cfg(feature = "cuda")]
 use crate::{CudaActivations, CudaOptions};
 use clap::{Args, ValueEnum};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
-use thiserror::Error;
-
-/// Why a subcommand failed.
-#[derive(Debug, Error)]
-pub enum CliError {
-    /// The command line or the settings are invalid.
-    #[error("{0}")]
-    Usage(String),
-    #[error(transparent)]
-    Load(#[from] LoadError),
-    #[error(transparent)]
-    Submit(#[from] SubmitError),
-    #[error(transparent)]
-    Generate(#[from] GenerateError),
-    #[error(transparent)]
-    Text(#[from] crate::text::TextError),
-    #[error(transparent)]
-    Chat(#[from] super::chat::ChatError),
-    #[error(transparent)]
-    ServerBench(#[from] super::bench::ServerBenchError),
-    #[cfg(feature = "server")]
-    #[error(transparent)]
-    Serve(#[from] crate::server::ServeError),
-    #[cfg(feature = "server")]
-    #[error(transparent)]
-    Metrics(#[from] crate::server::MetricsError),
-    #[cfg(feature = "hub")]
-    #[error(transparent)]
-    Hub(#[from] super::hub::HubError),
-    #[error("cannot read {path}: {source}")]
-    Read {
-        path: PathBuf,
-        source: std::io::Error,
-    },
-    #[error("{path} is not a list of messages: {problem}")]
-    Messages { path: PathBuf, problem: String },
-    #[cfg(feature = "grammar")]
-    #[error("{path} is not valid JSON: {problem}")]
-    Schema { path: PathBuf, problem: String },
-    #[cfg(feature = "grammar")]
-    #[error(transparent)]
-    Grammar(#[from] crate::GrammarError),
-    #[error("{path} is not a valid config.json: {problem}")]
-    Config { path: PathBuf, problem: String },
-    #[error(
-        "{model} has no tokenizer files, which text input and output require{}",
-        instead.map(of_other_tokenizer).unwrap_or_default()
-    )]
-    NoTokenizer {
-        model: String,
-        /// Name of a tokenizer file that quell does not read, if there is one.
-        instead: Option<&'static str>,
-    },
-    /// The engine failed while the server was running.
-    #[cfg(feature = "server")]
-    #[error("the engine has failed: {0}")]
-    Engine(crate::EngineFault),
-    /// The engine did not stop in time after the server was told to stop.
-    #[cfg(feature = "server")]
-    #[error("the engine did not stop within {0:?}; open requests were cut off")]
-    Stopping(std::time::Duration),
-    #[cfg(feature = "server")]
-    #[error("the thread that loads the model panicked")]
-    Loading,
-    #[error("cannot write the output: {0}")]
-    Output(#[from] std::io::Error),
-}
-
-/// Tells how to convert a tokenizer file that quell does not read.
-fn of_other_tokenizer(file: &str) -> String {
-    format!(
-        ": {file} exists, but must be converted to tokenizer.json (transformers' \
-         AutoTokenizer writes it with save_pretrained)"
-    )
-}
-
-impl CliError {
-    /// Returns the error for `model`, whose files at `path` include no tokenizer.
-    pub fn no_tokenizer(model: &str, path: &Path) -> Self {
-        Self::NoTokenizer {
-            model: model.to_owned(),
-            instead: ModelFiles::unsupported_tokenizer(path),
-        }
-    }
-
-    /// Returns 2 for invalid arguments, 130 after Ctrl-C, and 1 for any other failure.
-    pub fn exit_code(&self) -> u8 {
-        match self {
-            Self::Usage(_) => 2,
-            Self::Submit(SubmitError::Params(_) | SubmitError::NoTokens) => 2,
-            Self::Submit(SubmitError::EmptyStop { .. }) => 2,
-            Self::Load(LoadError::Config { .. }) => 2,
-            Self::ServerBench(super::bench::ServerBenchError::Interrupted) => 130,
-            _ => 1,
-        }
-    }
-}
 
 /// How results are printed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -421,7 +327,7 @@ impl RunArgs {
 /// Returns the model's path, after downloading the model if it is a name on a hub.
 #[cfg(feature = "hub")]
 pub fn resolve(model: &str) -> Result<PathBuf, CliError> {
-    Ok(super::hub::resolve(model, progress::on_terminal())?)
+    Ok(hub::resolve(model, progress::on_terminal())?)
 }
 
 /// Returns the model's path. Refuses names on a hub.

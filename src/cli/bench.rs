@@ -10,9 +10,8 @@ mod report;
 mod server;
 mod sse;
 
-pub use server::ServerBenchError;
-
-use super::args::{CliError, Format, RunArgs};
+use super::args::{Format, RunArgs};
+use super::error::CliError;
 use clap::Args;
 
 /// Measure prefill and decode speed, or put a server under load.

@@ -6,7 +6,8 @@
 
 mod lines;
 
-use super::args::{CliError, ModelArgs, SamplingArgs};
+use super::args::{ModelArgs, SamplingArgs};
+use super::error::CliError;
 use crate::text::TextError;
 use crate::{
     Chunk, Engine, EngineFault, GenerateError, Message, Outcome, Request, SamplingParams,
@@ -19,7 +20,6 @@ use std::borrow::Cow;
 use std::io::{self, ErrorKind, IsTerminal as _, Write as _};
 use std::pin::Pin;
 use std::time::{Duration, Instant};
-use thiserror::Error;
 
 const HELP: &str = "\
 /help          shows this
@@ -62,30 +62,7 @@ pub fn start(args: ChatArgs) -> Result<(), CliError> {
         sampling: args.sampling.params(&defaults.params(), None)?,
         max_tokens: args.max_tokens.or(defaults.max_tokens),
     };
-    Ok(run(engine, options)?)
-}
-
-/// Why a chat failed.
-#[derive(Debug, Error)]
-pub enum ChatError {
-    /// The model has no chat template.
-    #[error("the model has no chat template, which a chat requires; use `quell generate` instead")]
-    NoTemplate,
-    /// The settings are invalid, or the engine has closed.
-    #[error(transparent)]
-    Submit(#[from] SubmitError),
-    /// The engine closed during an answer.
-    #[error("the engine has closed: {0}")]
-    Closed(EngineFault),
-    /// The user's input cannot be read.
-    #[error("cannot read the input: {0}")]
-    Input(io::Error),
-    /// The answer cannot be written.
-    #[error("cannot write the output: {0}")]
-    Output(io::Error),
-    /// The async runtime cannot be started or cannot listen for Ctrl-C.
-    #[error("cannot wait for Ctrl-C: {0}")]
-    Runtime(io::Error),
+    run(engine, options)
 }
 
 /// Settings of a chat.
@@ -100,13 +77,13 @@ pub struct ChatOptions {
 }
 
 /// Runs the chat until the user leaves.
-pub fn run(engine: Engine, options: ChatOptions) -> Result<(), ChatError> {
+pub fn run(engine: Engine, options: ChatOptions) -> Result<(), CliError> {
     if engine
         .tokenizer()
         .and_then(|tokenizer| tokenizer.chat_template())
         .is_none()
     {
-        return Err(ChatError::NoTemplate);
+        return Err(CliError::NoTemplate);
     }
     options
         .sampling
@@ -118,7 +95,7 @@ pub fn run(engine: Engine, options: ChatOptions) -> Result<(), ChatError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .map_err(ChatError::Runtime)?;
+        .map_err(CliError::Runtime)?;
     let mut chat = Chat {
         engine,
         sampling: options.sampling,
@@ -132,7 +109,7 @@ pub fn run(engine: Engine, options: ChatOptions) -> Result<(), ChatError> {
     };
     match runtime.block_on(chat.talk()) {
         // The reader of stdout, such as `head`, has closed it. This is not a failure.
-        Err(ChatError::Output(error)) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        Err(CliError::Output(error)) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
         result => result,
     }
 }
@@ -296,7 +273,7 @@ struct Chat {
 }
 
 impl Chat {
-    async fn talk(&mut self) -> Result<(), ChatError> {
+    async fn talk(&mut self) -> Result<(), CliError> {
         let mut lines = if self.style.interactive {
             self.style
                 .note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.");
@@ -329,7 +306,7 @@ impl Chat {
     }
 
     /// Asks one question and shows its answer.
-    async fn turn(&mut self, question: &str) -> Result<(), ChatError> {
+    async fn turn(&mut self, question: &str) -> Result<(), CliError> {
         self.conversation.ask(question);
         let mut request = Request::new(self.conversation.messages());
         request.sampling = self.sampling.clone();
@@ -347,7 +324,7 @@ impl Chat {
 
     /// Tells the user why a question was refused. Returns errors that another question
     /// would not avoid.
-    fn refused(&self, error: SubmitError) -> Result<(), ChatError> {
+    fn refused(&self, error: SubmitError) -> Result<(), CliError> {
         match error {
             SubmitError::PromptTooLong { .. } => {
                 self.style
@@ -369,7 +346,7 @@ impl Chat {
 
     /// Shows an answer as it arrives, until it ends or Ctrl-C is pressed, and returns its
     /// text.
-    async fn answer(&mut self, mut stream: TokenStream) -> Result<String, ChatError> {
+    async fn answer(&mut self, mut stream: TokenStream) -> Result<String, CliError> {
         let mut answer = String::new();
         let mut pace = Pace::start();
         let mut interrupt = std::pin::pin!(tokio::signal::ctrl_c());
@@ -378,7 +355,7 @@ impl Chat {
             let chunk = tokio::select! {
                 biased;
                 interrupted = &mut interrupt => {
-                    interrupted.map_err(ChatError::Runtime)?;
+                    interrupted.map_err(CliError::Runtime)?;
                     break Some(stopped(stream).await?);
                 }
                 chunk = next => chunk,
@@ -405,7 +382,7 @@ impl Chat {
         Ok(answer)
     }
 
-    fn show_stats(&self) -> Result<(), ChatError> {
+    fn show_stats(&self) -> Result<(), CliError> {
         let stats = self.engine.stats()?;
         let (blocks, outcomes) = (stats.blocks, stats.outcomes);
         let last = self
@@ -433,7 +410,7 @@ impl Chat {
 }
 
 /// Cancels an answer and waits until its blocks are free.
-async fn stopped(stream: TokenStream) -> Result<String, ChatError> {
+async fn stopped(stream: TokenStream) -> Result<String, CliError> {
     match stream.cancel().await {
         Ok(receipt) => {
             let plural = if receipt.blocks_freed == 1 { "" } else { "s" };
@@ -442,23 +419,21 @@ async fn stopped(stream: TokenStream) -> Result<String, ChatError> {
                 receipt.blocks_freed
             ))
         }
-        Err(fault) => Err(ChatError::Closed(fault)),
+        Err(fault) => Err(CliError::Closed(fault)),
     }
 }
 
 /// Handles a failed answer. The next one may succeed unless the engine has closed.
-fn failed(error: GenerateError) -> Result<Option<Chunk>, ChatError> {
+fn failed(error: GenerateError) -> Result<Option<Chunk>, CliError> {
     match error {
-        GenerateError::Closed(fault) | GenerateError::Failed(fault) => {
-            Err(ChatError::Closed(fault))
-        }
+        GenerateError::Closed(fault) | GenerateError::Failed(fault) => Err(CliError::Closed(fault)),
         // The request was cancelled elsewhere. Keep the text that has arrived.
         _ => Ok(None),
     }
 }
 
 /// Writes the next piece of an answer. On a terminal, control characters are left out.
-fn show(chunk: &Chunk, terminal: bool) -> Result<(), ChatError> {
+fn show(chunk: &Chunk, terminal: bool) -> Result<(), CliError> {
     let text = if terminal {
         printable(&chunk.text)
     } else {
@@ -468,7 +443,7 @@ fn show(chunk: &Chunk, terminal: bool) -> Result<(), ChatError> {
     stdout
         .write_all(text.as_bytes())
         .and_then(|()| stdout.flush())
-        .map_err(ChatError::Output)
+        .map_err(CliError::Output)
 }
 
 fn printable(text: &str) -> Cow<'_, str> {
@@ -480,11 +455,11 @@ fn printable(text: &str) -> Cow<'_, str> {
     }
 }
 
-fn print(text: &str) -> Result<(), ChatError> {
+fn print(text: &str) -> Result<(), CliError> {
     let mut stdout = io::stdout().lock();
     writeln!(stdout, "{text}")
         .and_then(|()| stdout.flush())
-        .map_err(ChatError::Output)
+        .map_err(CliError::Output)
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! `quell generate`: continues a prompt or answers a message.
 
-use super::args::{CliError, Format, ModelArgs, SamplingArgs, resolve};
+use super::args::{Format, ModelArgs, SamplingArgs, resolve};
+use super::error::CliError;
 use crate::{Engine, Finish, Generation, Message, Prompt, Request, SamplingParams};
 #[cfg(feature = "grammar")]
 use crate::{Grammar, SubmitError};

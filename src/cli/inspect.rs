@@ -1,7 +1,8 @@
 //! `quell inspect`: shows what a model file holds and how much memory it needs, or
 //! describes a GPU.
 
-use super::args::{CliError, Format, RunArgs, resolve};
+use super::args::{Format, RunArgs, resolve};
+use super::error::CliError;
 use super::generate::println_json;
 use crate::GenerationConfig;
 use crate::cache::{CacheLayout, GroupKind};

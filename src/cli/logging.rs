@@ -6,7 +6,7 @@
 //! wait; see `lossy.rs`.
 
 #[cfg(feature = "server")]
-use super::args::CliError;
+use super::error::CliError;
 #[cfg(feature = "server")]
 use super::lossy::Lossy;
 use std::io::IsTerminal;

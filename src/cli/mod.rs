@@ -7,6 +7,7 @@
 mod args;
 mod bench;
 mod chat;
+mod error;
 mod generate;
 #[cfg(feature = "hub")]
 mod hub;
@@ -24,9 +25,9 @@ mod signals;
 mod tls;
 mod tokenize;
 
-use args::CliError;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use error::CliError;
 use std::io::Write as _;
 use std::process::ExitCode;
 use std::time::Duration;

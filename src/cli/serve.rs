@@ -1,6 +1,7 @@
 //! `quell serve`: serves the OpenAI API over HTTP.
 
-use super::args::{CliError, ModelArgs};
+use super::args::ModelArgs;
+use super::error::CliError;
 use super::logging;
 use super::signals::Signals;
 use crate::server::{ApiKeys, HalfClose, Metrics, Server, ServerOptions, TlsFiles};

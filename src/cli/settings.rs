@@ -5,7 +5,7 @@
 //! `QUELL_DRAIN_TIMEOUT`, `drain-timeout`. Both are added to clap's definition of the
 //! command, so that all settings are checked in one way and `--help` explains them all.
 
-use super::args::CliError;
+use super::error::CliError;
 use clap::{Arg, ArgAction, Command};
 use std::ffi::OsString;
 use std::path::PathBuf;

@@ -1,6 +1,7 @@
 //! `quell tokenize`: turns text into token ids.
 
-use super::args::{CliError, Format, resolve};
+use super::args::{Format, resolve};
+use super::error::CliError;
 use super::generate::{println_json, read_conversation};
 use crate::SubmitError;
 use crate::runner::ModelFiles;

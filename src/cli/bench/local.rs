@@ -3,7 +3,8 @@
 
 use super::BenchArgs;
 use super::percentiles::percentile;
-use crate::cli::args::{CliError, Format, resolve};
+use crate::cli::args::{Format, resolve};
+use crate::cli::error::CliError;
 use crate::cli::generate::{load_seconds, println_json};
 use crate::cli::progress;
 use crate::runner::ModelFiles;

@@ -5,9 +5,11 @@ use super::exchange::{End, Failure, Sample, Target, root_cause};
 use super::load::{Load, Work, start};
 use super::prompts::{Endpoint, Prompts};
 use super::report::Summary;
-use crate::cli::args::{CliError, Format};
+use crate::cli::args::Format;
+use crate::cli::error::CliError;
 use crate::cli::generate::println_json;
-use crate::cli::{progress, tls};
+use crate::cli::progress;
+use crate::cli::tls;
 use clap::Args;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use reqwest::{Client, Url, redirect};
@@ -95,7 +97,7 @@ pub struct ServerArgs {
 
 /// Why the measurement failed or is not valid.
 #[derive(Debug, Error)]
-pub enum ServerBenchError {
+enum ServerBenchError {
     #[error("{url} cannot be reached: {problem}")]
     Unreachable { url: Url, problem: String },
     #[error("{url} does not list its models ({problem}); name one with --model")]
@@ -110,8 +112,12 @@ pub enum ServerBenchError {
         total: usize,
         kinds: String,
     },
-    #[error("interrupted")]
-    Interrupted,
+}
+
+impl From<ServerBenchError> for CliError {
+    fn from(error: ServerBenchError) -> Self {
+        Self::Measurement(error.into())
+    }
 }
 
 /// The checked arguments.
@@ -264,7 +270,7 @@ async fn measure(plan: &Plan<'_>) -> Result<(), CliError> {
     let begin = SystemTime::now().duration_since(UNIX_EPOCH);
     let served = tokio::select! {
         served = served(plan, &client) => served?,
-        () = interrupt.pressed() => return Err(ServerBenchError::Interrupted.into()),
+        () = interrupt.pressed() => return Err(CliError::Interrupted),
     };
     let limit = served.vocabulary.unwrap_or(DEFAULT_VOCABULARY);
     let prompts = Prompts {
@@ -288,7 +294,7 @@ async fn measure(plan: &Plan<'_>) -> Result<(), CliError> {
         let work = work(WARM_UP, server.warm_up, 0.0);
         let warmed = point(Load::Concurrency(1), work, "warming up", &mut interrupt).await?;
         if warmed.interrupted {
-            return Err(ServerBenchError::Interrupted.into());
+            return Err(CliError::Interrupted);
         }
         for sample in warmed.samples {
             if let End::Failed(failure) = sample.end {
@@ -379,7 +385,7 @@ fn verdict(summaries: &[Summary], interrupted: bool) -> Result<(), CliError> {
         .into());
     }
     if interrupted {
-        return Err(ServerBenchError::Interrupted.into());
+        return Err(CliError::Interrupted);
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! Lines of user input, typed at a prompt or read from a file or a pipe.
 
-use super::ChatError;
+use crate::cli::error::CliError;
 use rustyline::completion::Completer;
 use rustyline::error::ReadlineError;
 use rustyline::highlight::Highlighter;
@@ -22,18 +22,18 @@ pub enum Lines {
 
 impl Lines {
     /// Returns the next line, or `None` when the user leaves.
-    pub async fn next(&mut self) -> Result<Option<String>, ChatError> {
+    pub async fn next(&mut self) -> Result<Option<String>, CliError> {
         match self {
             // This blocks the thread, but nothing else runs on it while the user types.
             Self::Terminal(editor) => match editor.readline("> ") {
                 Ok(line) => Ok(Some(line)),
                 Err(ReadlineError::Interrupted | ReadlineError::Eof) => Ok(None),
-                Err(error) => Err(ChatError::Input(io_error(error))),
+                Err(error) => Err(CliError::Input(io_error(error))),
             },
             Self::Stream(lines) => tokio::select! {
-                line = lines.recv() => line.transpose().map_err(ChatError::Input),
+                line = lines.recv() => line.transpose().map_err(CliError::Input),
                 interrupted = tokio::signal::ctrl_c() => {
-                    interrupted.map_err(ChatError::Runtime)?;
+                    interrupted.map_err(CliError::Runtime)?;
                     Ok(None)
                 }
             },
@@ -42,7 +42,7 @@ impl Lines {
 }
 
 /// Reads stdin on a separate thread, so that Ctrl-C is noticed in the meantime.
-pub fn stream_lines() -> Result<mpsc::Receiver<io::Result<String>>, ChatError> {
+pub fn stream_lines() -> Result<mpsc::Receiver<io::Result<String>>, CliError> {
     let (sender, lines) = mpsc::channel(1);
     let read = move || {
         for line in io::stdin().lock().lines() {
@@ -56,14 +56,14 @@ pub fn stream_lines() -> Result<mpsc::Receiver<io::Result<String>>, ChatError> {
     let thread = std::thread::Builder::new()
         .name("quell-stdin".to_owned())
         .spawn(read);
-    thread.map(|_| lines).map_err(ChatError::Input)
+    thread.map(|_| lines).map_err(CliError::Input)
 }
 
 /// Creates a line editor whose history covers only this run.
-pub fn terminal_editor(bold: bool) -> Result<Editor<PromptStyle, MemHistory>, ChatError> {
+pub fn terminal_editor(bold: bool) -> Result<Editor<PromptStyle, MemHistory>, CliError> {
     let config = Config::builder().auto_add_history(true).build();
     let mut editor = Editor::with_history(config.clone(), MemHistory::with_config(&config))
-        .map_err(|error| ChatError::Input(io_error(error)))?;
+        .map_err(|error| CliError::Input(io_error(error)))?;
     editor.set_helper(Some(PromptStyle { bold }));
     Ok(editor)
 }
