@@ -64,16 +64,16 @@ lint:
 ## per step. scripts/gpu/bench measures more of a GPU, and scripts/compare-llama-cpp compares
 ## with llama.cpp.
 bench: model
-	$(CARGO) bench --locked -p quell --bench cpu_linear
-	$(CARGO) bench --locked -p quell --bench cpu_step
-	$(CARGO) bench --locked -p quell --bench sampling
-	$(CARGO) bench --locked -p quell --bench schedule
-	$(CARGO) bench --locked -p quell --bench stream
-	$(CARGO) bench --locked -p quell --bench cancel
-	$(CARGO) bench --locked -p quell --bench prefix -- $(MODEL)
-	$(CARGO) bench --locked -p quell --bench grammar
-	$(CARGO) bench --locked -p quell --bench server
-	$(CARGO) bench --locked -p quell --bench kernels
+	$(CARGO) bench --locked -p quell --features internals --bench cpu_linear
+	$(CARGO) bench --locked -p quell --features internals --bench cpu_step
+	$(CARGO) bench --locked -p quell --features internals --bench sampling
+	$(CARGO) bench --locked -p quell --features internals --bench schedule
+	$(CARGO) bench --locked -p quell --features internals --bench stream
+	$(CARGO) bench --locked -p quell --features internals --bench cancel
+	$(CARGO) bench --locked -p quell --features internals --bench prefix -- $(MODEL)
+	$(CARGO) bench --locked -p quell --features internals --bench grammar
+	$(CARGO) bench --locked -p quell --features internals --bench server
+	$(CARGO) bench --locked -p quell --features internals --bench kernels
 	$(CARGO) build --release --locked -p quell
 	./target/release/quell bench --model $(MODEL) --mixed
 	$(PYTHON) scripts/count-instructions

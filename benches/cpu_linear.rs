@@ -4,9 +4,10 @@
 //!
 //! `cargo bench --bench cpu_linear [-- THREADS]`
 
-use quell::device::cpu::{CpuDevice, CpuLinear, CpuOptions};
-use quell::device::*;
-use quell::weights::DType;
+use quell::CpuOptions;
+use quell::internals::device::cpu::{CpuDevice, CpuLinear};
+use quell::internals::device::*;
+use quell::internals::weights::DType;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 

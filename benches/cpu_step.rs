@@ -3,10 +3,11 @@
 //!
 //! `cargo bench --bench cpu_step [-- THREADS]`
 
-use quell::device::cpu::*;
-use quell::device::*;
-use quell::sampling::{SampleRow, SamplingParams};
-use quell::weights::DType;
+use quell::SamplingParams;
+use quell::internals::device::cpu::*;
+use quell::internals::device::*;
+use quell::internals::sampling::SampleRow;
+use quell::internals::weights::DType;
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::sync::Arc;

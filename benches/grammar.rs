@@ -6,10 +6,10 @@
 //! The answers consist of random tokens that the mask allows, so that strings are long and
 //! masks allow many tokens.
 
-use quell::runner::ModelFiles;
-use quell::sampling::ConstraintState;
-use quell::text::{GgufVocabulary, Tokenizer};
-use quell::{Constraint, Grammar};
+use quell::internals::runner::ModelFiles;
+use quell::internals::sampling::ConstraintState;
+use quell::internals::text::GgufVocabulary;
+use quell::{Constraint, Grammar, Tokenizer};
 use serde_json::{Value, json};
 use std::error::Error;
 use std::path::Path;
@@ -60,7 +60,7 @@ fn random(vocabulary: usize) -> Result<Tokenizer, Box<dyn Error>> {
         token_types,
         ..GgufVocabulary::default()
     };
-    Ok(Tokenizer::from_gguf(vocabulary)?)
+    Ok(vocabulary.into_tokenizer()?)
 }
 
 fn schemas() -> [(&'static str, Value); 3] {

@@ -5,13 +5,13 @@
 //! sequences. `instructions decode STEPS`: a model of SmolLM2-135M's shape, but with six
 //! layers, decodes one sequence on one thread with AVX2, which callgrind supports.
 
-use quell::cache::BlockCache;
-use quell::device::cpu::{CpuDevice, CpuOptions, SimdLevel};
-use quell::model::ModelSource;
-use quell::runner::{ModelRunner, Runner};
-use quell::schedule::{Commit, Policy, Scheduler, SequenceSpec, StepPlan};
-use quell::weights::DType;
-use quell::{EngineConfig, RequestId};
+use quell::internals::cache::BlockCache;
+use quell::internals::device::cpu::CpuDevice;
+use quell::internals::model::ModelSource;
+use quell::internals::runner::{ModelRunner, Runner};
+use quell::internals::schedule::{Commit, Policy, Scheduler, SequenceSpec, StepPlan};
+use quell::internals::weights::DType;
+use quell::{CpuOptions, EngineConfig, RequestId, SimdLevel};
 use std::error::Error;
 use std::process::ExitCode;
 

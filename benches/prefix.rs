@@ -6,8 +6,8 @@
 //! alternation. For comparison, the same run measures a step of a real model on the CPU device
 //! with the same number of sequences; the cache's cost is given as a share of that step.
 
-use quell::cache::{BlockCache, BlockTable, Extent, Transfers};
-use quell::schedule::{Commit, Policy, Scheduler, SequenceSpec};
+use quell::internals::cache::{BlockCache, BlockTable, Extent, Transfers};
+use quell::internals::schedule::{Commit, Policy, Scheduler, SequenceSpec};
 use quell::{Engine, EngineConfig, LoadOptions, Request, RequestId, StepId};
 use std::error::Error;
 use std::hint::black_box;

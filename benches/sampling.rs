@@ -6,9 +6,10 @@
 #[path = "common/results.rs"]
 mod results;
 
-use quell::device::cpu::{CpuDevice, CpuOptions};
-use quell::device::*;
-use quell::sampling::{SampleRow, SamplingParams, sample};
+use quell::internals::device::cpu::CpuDevice;
+use quell::internals::device::*;
+use quell::internals::sampling::{SampleRow, sample};
+use quell::{CpuOptions, SamplingParams};
 use results::median;
 use serde_json::json;
 use std::error::Error;

@@ -12,11 +12,10 @@
 #[path = "common/results.rs"]
 mod results;
 
-use quell::cache::BlockCache;
-use quell::device::DeviceError;
-use quell::runner::{NullOptions, NullRunner, Runner, RunnerInfo, StepOutput};
-use quell::schedule::{Commit, Policy, Scheduler, SequenceSpec, Sequences, StepPlan};
-use quell::{Engine, EngineConfig, LoadError, Request, RequestId};
+use quell::internals::cache::BlockCache;
+use quell::internals::runner::{NullOptions, NullRunner, Runner, RunnerInfo, StepOutput};
+use quell::internals::schedule::{Commit, Policy, Scheduler, SequenceSpec, Sequences, StepPlan};
+use quell::{DeviceError, Engine, EngineConfig, LoadError, Request, RequestId};
 use results::median;
 use serde_json::{Value, json};
 use std::error::Error;

@@ -10,7 +10,7 @@
 mod results;
 
 use futures_util::StreamExt;
-use quell::runner::{NullOptions, NullRunner};
+use quell::internals::runner::{NullOptions, NullRunner};
 use quell::{Engine, EngineConfig, Request};
 use serde_json::json;
 use std::error::Error;

@@ -59,20 +59,10 @@
 //! the same engine. [`TokenStream`], [`Cancellation`] and the other futures are `Send`. A
 //! device need not be `Send`, because it is created on the scheduler thread and stays there.
 //!
-//! # Modules
+//! # Public API
 //!
-//! - [`engine`]: the handles that callers use, and the scheduler thread.
-//! - [`config`]: the engine's settings.
-//! - [`schedule`]: chooses what each step computes.
-//! - [`cache`]: tracks which KV cache block belongs to which sequence, and finds shared
-//!   prefixes.
-//! - [`runner`]: loads a model, and turns the scheduler's plans into device work.
-//! - [`model`]: the model families, written against the device interface.
-//! - [`device`]: the device interface and its two implementations, CPU and CUDA.
-//! - [`weights`]: reads GGUF files and Hugging Face folders.
-//! - [`sampling`]: chooses tokens from logits.
-//! - [`text`]: tokenizers, chat templates, stop strings, tool calls and grammars.
-//! - `server`: the OpenAI-compatible HTTP server (feature `server`).
+//! The public API is what is listed here and, with the feature `server`, the module `server`,
+//! the OpenAI-compatible HTTP server.
 //!
 //! # Cargo features
 //!
@@ -89,46 +79,64 @@
 //! - `otel`: `quell serve` exports its spans to an OpenTelemetry collector. Enables `server`.
 //! - `loom`, `shuttle`: for the model checkers in `tests/interleavings` only. Each replaces the
 //!   engine's threads, atomics and channels, and they exclude each other.
+//! - `internals`: the parts of the engine, for the tests and benches of the repository only.
+//!   They are not part of the public API and may change in any release.
 
 #![deny(missing_docs, unsafe_op_in_unsafe_fn)]
+// With `internals`, the tests reach what users do not.
+#![cfg_attr(not(any(test, feature = "internals")), warn(unnameable_types))]
 
 // Unit tests share the simulated device in `tests/sim`, which refers to this crate by name.
 #[cfg(test)]
 extern crate self as quell;
 
-pub mod cache;
+mod cache;
 #[cfg(feature = "cli")]
 #[doc(hidden)]
 pub mod cli;
-pub mod config;
-pub mod device;
-pub mod engine;
+mod config;
+mod device;
+mod engine;
 mod id;
-pub mod model;
-pub mod runner;
-pub mod sampling;
-pub mod schedule;
+#[cfg(any(test, feature = "internals"))]
+#[doc(hidden)]
+pub mod internals;
+mod model;
+mod runner;
+mod sampling;
+mod schedule;
 #[cfg(feature = "server")]
 pub mod server;
-pub mod text;
-pub mod weights;
+mod text;
+mod weights;
 
+pub use cache::{AccountingError, BlockCounts};
 pub use config::{EngineConfig, Preemption};
 pub use device::cpu::{Activations, CpuOptions, KvType, SimdLevel};
 #[cfg(feature = "cuda")]
 pub use device::cuda::{CudaActivations, CudaOptions};
+pub use device::{DeviceError, DeviceInfo};
 pub use engine::{
-    CancelReason, Cancellation, Chunk, Drained, EmbedRequest, Embedding, EmbeddingFuture, Engine,
-    EngineBuilder, EngineFault, EngineSnapshot, EngineStats, Finish, GenerateError, Generation,
-    Health, HealthStatus, Outcome, Pending, Prompt, Receipt, Request, RequestQuery, Session,
-    SessionOptions, Shutdown, Stop, SubmitError, Timing, TokenStream, Truncation,
+    BlockMap, BlockUse, Blocking, CancelReason, Cancellation, Chunk, Drained, EmbedRequest,
+    Embedding, EmbeddingFuture, Engine, EngineBuilder, EngineFault, EngineInfo, EngineSnapshot,
+    EngineStats, Finish, GenerateError, Generation, Health, HealthStatus, Outcome, Outcomes,
+    Pending, Prompt, Receipt, Request, RequestEnd, RequestPhase, RequestQuery, RequestState,
+    Session, SessionOptions, SessionState, Shutdown, Stop, SubmitError, Timing, TokenStream,
+    Truncation,
 };
 pub use id::{RequestId, SessionId, StepId};
-pub use runner::{DeviceChoice, GenerationConfig, LoadError, LoadOptions, RunnerInfo};
+pub use model::ModelError;
+pub use runner::{
+    DeviceChoice, GenerationConfig, LoadError, LoadOptions, MemoryPlan, ModelFiles, ModelInfo,
+};
 pub use sampling::{
-    Constraint, ConstraintError, SamplingDefaults, SamplingParams, Token, TokenLimits, TokenRun,
+    Constraint, ConstraintError, ParamError, SamplingDefaults, SamplingParams, Token, TokenLimits,
+    TokenRun,
 };
 pub use schedule::RetainedCache;
-pub use text::Message;
+pub use text::reasoning::{ReasoningFormat, ReasoningSplit, ReasoningSplitter};
+pub use text::tools::{ToolEvent, ToolFormat, ToolParser, UnknownToolFormat};
+pub use text::{ChatTemplate, EncodeOptions, Message, RenderOptions, TextError, Tokenizer};
 #[cfg(feature = "grammar")]
-pub use text::{Grammar, GrammarError};
+pub use text::{Grammar, GrammarCalls, GrammarError, GrammarForm, GrammarKind, SchemaKeywords};
+pub use weights::WeightsError;

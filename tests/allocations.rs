@@ -2,10 +2,11 @@
 //! What a reader of a stream allocates for its tokens is not counted.
 
 use common::model;
-use quell::device::DeviceError;
-use quell::runner::{ModelFiles, NullOptions, NullRunner, Runner, RunnerInfo, StepOutput};
-use quell::schedule::{Sequences, StepPlan};
-use quell::{Engine, EngineConfig, LoadError, LoadOptions, Request, SamplingParams};
+use quell::internals::runner::{
+    ModelFiles, NullOptions, NullRunner, Runner, RunnerInfo, StepOutput, build_runner,
+};
+use quell::internals::schedule::{Sequences, StepPlan};
+use quell::{DeviceError, Engine, EngineConfig, LoadError, LoadOptions, Request, SamplingParams};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::sync::Arc;
@@ -160,7 +161,7 @@ fn cpu(
 ) -> impl FnOnce(&EngineConfig) -> Result<(Box<dyn Runner>, RunnerInfo), LoadError> {
     let mut options = LoadOptions::cpu();
     options.cpu.threads = Some(threads);
-    move |config| ModelFiles::open(&model::smollm2())?.build_runner(config, options)
+    move |config| build_runner(ModelFiles::open(&model::smollm2())?, config, options)
 }
 
 /// There is one test in this file because the count covers the whole process.

@@ -5,8 +5,8 @@ use common::cpu::{Random, tensor};
 #[cfg(target_os = "linux")]
 use common::process;
 use common::refusals;
-use quell::device::cpu::*;
-use quell::device::*;
+use quell::internals::device::cpu::*;
+use quell::internals::device::*;
 
 const BLOCKS: usize = 6;
 const LAYERS: usize = 3;

@@ -2,10 +2,9 @@
 
 use common::model::smollm2;
 use common::requests::{idle, ids};
-use quell::text::Tokenizer;
 use quell::{
     Engine, EngineConfig, Generation, Grammar, LoadOptions, Message, Outcome, Request,
-    SamplingParams,
+    SamplingParams, Tokenizer,
 };
 use serde_json::{Value, json};
 use std::sync::{Arc, LazyLock};

@@ -70,7 +70,8 @@ fn files() -> Vec<(String, PathBuf, String)> {
                 .unwrap();
             let module = first.trim_end_matches(".rs").to_owned();
             let text = std::fs::read_to_string(&path).unwrap();
-            (!["lib", "main", "cli"].contains(&module.as_str())).then_some((module, path, text))
+            let outside = ["lib", "internals", "main", "cli"];
+            (!outside.contains(&module.as_str())).then_some((module, path, text))
         })
         .collect()
 }
@@ -110,6 +111,65 @@ fn modules_use_only_the_layers_they_may() {
         checked > 50,
         "only {checked} uses were found: the test reads nothing"
     );
+}
+
+/// The modules that files of the program use besides the public API: `inspect` shows how a model
+/// is built, and `bench` makes models without weights.
+const PROGRAM_MAY_USE: &[(&str, &[&str])] = &[
+    ("inspect.rs", &["cache", "model"]),
+    ("bench/local.rs", &["runner", "weights"]),
+];
+
+#[test]
+fn the_program_uses_the_public_api() {
+    let folder = source().join("cli");
+    let mut paths = Vec::new();
+    rust_files(&folder, &mut paths);
+    let mut exceptions = 0;
+    for path in paths {
+        let name = path.strip_prefix(&folder).unwrap();
+        let allowed = PROGRAM_MAY_USE
+            .iter()
+            .find(|(file, _)| name == Path::new(file));
+        let allowed = allowed.map_or(&[][..], |(_, modules)| modules);
+        let text = std::fs::read_to_string(&path).unwrap();
+        for module in used(&text) {
+            let is_private = MAY_USE.iter().any(|(name, _)| *name == module) && module != "server";
+            exceptions += usize::from(is_private);
+            assert!(
+                !is_private || allowed.contains(&module.as_str()),
+                "{} uses crate::{module}, which is not public",
+                path.display()
+            );
+        }
+    }
+    assert_eq!(exceptions, 4, "the list of exceptions is out of date");
+}
+
+/// The public API is what `lib.rs` re-exports, and the server.
+#[test]
+fn the_modules_of_the_library_are_private() {
+    let text = std::fs::read_to_string(source().join("lib.rs")).unwrap();
+    let public: Vec<&str> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'))
+        .collect();
+    assert_eq!(public, ["cli", "internals", "server"]);
+}
+
+#[test]
+fn examples_use_the_public_api() {
+    let mut paths = Vec::new();
+    rust_files(&common::root().join("examples"), &mut paths);
+    assert!(!paths.is_empty(), "no example was found");
+    for path in paths {
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(
+            !text.contains("internals"),
+            "{} uses internals",
+            path.display()
+        );
+    }
 }
 
 #[test]

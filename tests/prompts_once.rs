@@ -3,9 +3,8 @@
 //! There is one test in this file because the subscriber is global.
 
 use common::server::{TestServer, options};
-use quell::runner::{NullOptions, NullRunner};
-use quell::text::Tokenizer;
-use quell::{Engine, EngineConfig, Message, Prompt, Request};
+use quell::internals::runner::{NullOptions, NullRunner};
+use quell::{Engine, EngineConfig, Message, Prompt, Request, Tokenizer};
 use serde_json::{Value, json};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tracing::field::{Field, Visit};

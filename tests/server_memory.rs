@@ -8,7 +8,7 @@ use common::process::Process;
 use common::serve::Serve;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
-use quell::server::fields::{Route, request_fields};
+use quell::internals::server::{Route, request_fields};
 use serde_json::{Map, Value, json};
 use std::cell::Cell;
 use std::net::SocketAddr;

@@ -18,7 +18,7 @@ mod report;
 mod survivors;
 
 use paced::PacedRunner;
-use quell::runner::{NullOptions, NullRunner};
+use quell::internals::runner::{NullOptions, NullRunner};
 use quell::{DeviceChoice, Engine, EngineConfig, LoadError, LoadOptions, Request};
 use report::Report;
 use std::error::Error;

@@ -1,9 +1,8 @@
 //! A null device whose steps take time, either CPU time or only wall-clock time.
 
-use quell::LoadError;
-use quell::device::DeviceError;
-use quell::runner::{NullOptions, NullRunner, Runner, RunnerInfo, StepOutput};
-use quell::schedule::{Sequences, StepPlan};
+use quell::internals::runner::{NullOptions, NullRunner, Runner, RunnerInfo, StepOutput};
+use quell::internals::schedule::{Sequences, StepPlan};
+use quell::{DeviceError, LoadError};
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 

@@ -3,8 +3,8 @@
 use crate::report::Work;
 use crate::shapes::{BLOCK, Shape};
 use crate::{Bench, values};
-use quell::device::cuda::{CudaCache, CudaRope};
-use quell::device::*;
+use quell::internals::device::cuda::{CudaCache, CudaRope};
+use quell::internals::device::*;
 
 /// A KV cache of one or more layers whose sequences are full of random keys and values.
 struct Filled {

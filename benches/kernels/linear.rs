@@ -3,9 +3,9 @@
 use crate::report::Work;
 use crate::shapes::Shape;
 use crate::{Bench, values};
-use quell::device::cuda::CudaDevice;
-use quell::device::*;
-use quell::weights::{DType, RandomContent, RandomTensor, RandomWeights, WeightSource};
+use quell::internals::device::cuda::CudaDevice;
+use quell::internals::device::*;
+use quell::internals::weights::{DType, RandomContent, RandomTensor, RandomWeights, WeightSource};
 
 /// Quantised weights are measured up to this number of rows; beyond it, products are bound by
 /// arithmetic.

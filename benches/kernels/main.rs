@@ -17,8 +17,9 @@ mod rows;
 #[path = "shapes.rs"]
 mod shapes;
 
-use quell::device::cuda::{CudaDevice, CudaOptions};
-use quell::device::*;
+use quell::CudaOptions;
+use quell::internals::device::cuda::CudaDevice;
+use quell::internals::device::*;
 use report::{Report, Work};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};

@@ -1,6 +1,6 @@
 //! The measurements, printed as a table or as JSON.
 
-use quell::device::{DeviceError, DeviceInfo};
+use quell::{DeviceError, DeviceInfo};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 

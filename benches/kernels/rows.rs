@@ -3,8 +3,9 @@
 use crate::report::Work;
 use crate::shapes::Shape;
 use crate::{Bench, values};
-use quell::device::*;
-use quell::sampling::{SampleRow, SamplingParams};
+use quell::SamplingParams;
+use quell::internals::device::*;
+use quell::internals::sampling::SampleRow;
 use std::sync::Arc;
 
 pub fn run(bench: &mut Bench, shape: &Shape) -> Result<(), DeviceError> {

@@ -1,6 +1,6 @@
 //! Model shapes whose operations are measured.
 
-use quell::device::HeadShape;
+use quell::internals::device::HeadShape;
 
 /// Tokens per KV cache block.
 pub const BLOCK: usize = 16;

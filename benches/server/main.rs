@@ -21,10 +21,9 @@ mod usage;
 
 use client::{Clients, Seen};
 use paced::PacedRunner;
-use quell::runner::{ModelFiles, NullOptions};
+use quell::internals::runner::{ModelFiles, NullOptions};
 use quell::server::{Server, ServerOptions};
-use quell::text::Tokenizer;
-use quell::{Engine, EngineConfig, LoadOptions, Request};
+use quell::{Engine, EngineConfig, LoadOptions, Request, Tokenizer};
 use serde_json::{Value, json};
 use std::error::Error;
 use std::path::{Path, PathBuf};

@@ -3,8 +3,8 @@
 #![no_main]
 
 use libfuzzer_sys::{Corpus, fuzz_target};
-use quell::weights::quant::dequantize;
-use quell::weights::{Gguf, WeightSource};
+use quell::internals::weights::quant::dequantize;
+use quell::internals::weights::{Gguf, WeightSource};
 use std::path::Path;
 
 /// Number of weights to dequantise per tensor.
@@ -39,6 +39,6 @@ fuzz_target!(|bytes: &[u8]| -> Corpus {
             assert!(tensor.slice(index).is_some());
         }
     }
-    let _ = (file.parameters(), file.dominant_dtype(), file.file_type());
+    let _ = (file.count().main_format(), file.file_type());
     Corpus::Keep
 });

@@ -3,7 +3,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use quell::weights::{ModelFolder, WeightSource};
+use quell::internals::weights::{ModelFolder, WeightSource};
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
@@ -31,8 +31,8 @@ fuzz_target!(|bytes: &[u8]| {
         let _ = model.read(&tensor);
     }
     let _ = (
-        model.parameters(),
-        model.dominant_dtype(),
+        model.count().total,
+        model.count().main_format(),
         model.file_bytes(),
     );
 });

@@ -3,9 +3,9 @@
 #![no_main]
 
 use libfuzzer_sys::{Corpus, fuzz_target};
-use quell::text::GgufVocabulary;
-use quell::text::fuzz::check_vocabulary;
-use quell::weights::Gguf;
+use quell::internals::text::GgufVocabulary;
+use quell::internals::text::fuzz::check_vocabulary;
+use quell::internals::weights::Gguf;
 use std::path::Path;
 
 /// A text that contains something for every kind of tokenizer.

@@ -4,8 +4,8 @@
 
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
-use quell::text::GgufVocabulary;
-use quell::text::fuzz::check_vocabulary;
+use quell::internals::text::GgufVocabulary;
+use quell::internals::text::fuzz::check_vocabulary;
 use std::collections::HashSet;
 
 /// A tokenizer description that is mostly consistent. One made of independent parts would

@@ -18,16 +18,13 @@ pub enum GroupKind {
     Full,
     /// The last tokens: a token attends to itself and to the `window - 1` tokens before it.
     Window(usize),
-    /// No tokens, but one state per sequence, as recurrent layers have. No architecture uses it
-    /// yet.
-    State,
 }
 
 impl GroupKind {
     /// Returns the first position that a token at `position` attends to.
     pub fn first_position(self, position: usize) -> usize {
         match self {
-            Self::Full | Self::State => 0,
+            Self::Full => 0,
             Self::Window(window) => (position + 1).saturating_sub(window),
         }
     }
@@ -89,6 +86,7 @@ impl CacheLayout {
     }
 
     /// Creates the layout with one group, whose one layer needs all tokens.
+    #[cfg(any(test, feature = "internals"))]
     pub fn single() -> Self {
         Self::of_kinds(&[GroupKind::Full], 1)
     }
@@ -141,11 +139,6 @@ impl CacheLayout {
         self.places[layer]
     }
 
-    /// Returns the number of positions per span. Devices read a span as a whole.
-    pub fn span(&self) -> usize {
-        self.span
-    }
-
     /// Returns the index of the first block of `group` that a step needs whose first token for
     /// the sequence is at `position`.
     pub fn first_block(&self, group: usize, position: usize, block_tokens: usize) -> usize {
@@ -181,7 +174,6 @@ impl CacheLayout {
                 let most = kept.saturating_add(step_tokens.saturating_mul(2));
                 all.min(most.div_ceil(block_tokens).saturating_add(2))
             }
-            GroupKind::State => 0,
         }
     }
 

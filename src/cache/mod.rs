@@ -41,9 +41,8 @@ mod table;
 mod transfer;
 
 pub use fence::Fence;
-pub use layout::{CacheGroup, CacheLayout, EmptyWindow, GroupKind};
+pub use layout::{CacheLayout, EmptyWindow, GroupKind};
 pub use pool::{BlockId, BlockState, Pool};
-pub use reuse::PrefixHit;
 pub use table::{BlockTable, GroupBlocks};
 pub use transfer::{HostBlockId, HostBlocks, Transfers};
 
@@ -89,7 +88,7 @@ pub struct OutOfBlocks {
     pub free: usize,
 }
 
-/// The error of [`BlockCache::audit`] if the accounting is inconsistent, which is always a bug.
+/// The block accounting of the KV cache is inconsistent, which is always a bug in quell.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error("the block accounting of the KV cache is inconsistent: {0}")]
 pub struct AccountingError(pub(crate) String);
@@ -136,6 +135,7 @@ impl BlockCache {
     ///
     /// # Panics
     /// Panics if `block_tokens` is 0 or if there are more than 2³² − 2 blocks.
+    #[cfg(any(test, feature = "internals"))]
     pub fn new(blocks: usize, block_tokens: usize, prefixes: bool) -> Self {
         Self::with_layout(blocks, block_tokens, prefixes, CacheLayout::single())
     }
@@ -171,6 +171,7 @@ impl BlockCache {
     }
 
     /// Returns the groups of layers.
+    #[cfg(any(test, feature = "internals"))]
     pub fn layout(&self) -> &CacheLayout {
         &self.layout
     }
@@ -191,7 +192,6 @@ impl BlockCache {
         let tokens = match self.layout.groups()[group].kind {
             GroupKind::Full => extent.full,
             GroupKind::Window(_) => extent.windowed,
-            GroupKind::State => 0,
         };
         self.blocks_for(tokens)
     }

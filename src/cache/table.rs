@@ -124,6 +124,7 @@ impl BlockTable {
 
     /// Returns the number of blocks from the start of the sequence that were published in the
     /// prefix cache. Those that the table has given back may be gone.
+    #[cfg(any(test, feature = "internals"))]
     pub fn published(&self) -> usize {
         self.published
     }

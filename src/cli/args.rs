@@ -4,10 +4,9 @@ use super::error::CliError;
 #[cfg(feature = "hub")]
 use super::hub;
 use super::progress;
-use crate::runner::ModelFiles;
 use crate::{
     Activations, CpuOptions, DeviceChoice, Engine, EngineConfig, GenerationConfig, KvType,
-    LoadOptions, Preemption, SamplingParams, SimdLevel,
+    LoadOptions, ModelFiles, Preemption, SamplingParams, SimdLevel,
 };
 #[cfg(feature = "cuda")]
 use crate::{CudaActivations, CudaOptions};

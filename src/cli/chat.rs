@@ -8,10 +8,9 @@ mod lines;
 
 use super::args::{ModelArgs, SamplingArgs};
 use super::error::CliError;
-use crate::text::TextError;
 use crate::{
-    Chunk, Engine, EngineFault, GenerateError, Message, Outcome, Request, SamplingParams,
-    SubmitError, TokenStream,
+    Chunk, Engine, GenerateError, Message, Outcome, Request, SamplingParams, SubmitError,
+    TextError, TokenStream,
 };
 use clap::Args;
 use futures_core::Stream;

@@ -1,7 +1,6 @@
 //! Why a subcommand failed, and the program's exit code.
 
-use crate::runner::ModelFiles;
-use crate::{GenerateError, LoadError, SubmitError};
+use crate::{GenerateError, LoadError, ModelFiles, SubmitError, TextError};
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
@@ -18,7 +17,7 @@ pub enum CliError {
     #[error(transparent)]
     Generate(#[from] GenerateError),
     #[error(transparent)]
-    Text(#[from] crate::text::TextError),
+    Text(#[from] TextError),
     /// A chat was asked of a model without a chat template.
     #[error("the model has no chat template, which a chat requires; use `quell generate` instead")]
     NoTemplate,

@@ -4,11 +4,9 @@
 use super::args::{Format, RunArgs, resolve};
 use super::error::CliError;
 use super::generate::println_json;
-use crate::GenerationConfig;
 use crate::cache::{CacheLayout, GroupKind};
-use crate::device::DeviceInfo;
 use crate::model::ModelConfig;
-use crate::runner::{MemoryPlan, ModelFiles};
+use crate::{DeviceInfo, GenerationConfig, MemoryPlan, ModelFiles};
 use clap::Args;
 use serde_json::{Value, json};
 use std::io::Write;
@@ -172,7 +170,6 @@ fn groups(layout: &CacheLayout) -> Value {
         let (keeps, window) = match group.kind {
             GroupKind::Full => ("all tokens", None),
             GroupKind::Window(window) => ("window", Some(window)),
-            GroupKind::State => ("state", None),
         };
         json!({ "keeps": keeps, "window": window, "layers": group.layers })
     });

@@ -74,6 +74,7 @@ pub fn main() -> ExitCode {
     let cli = match parse() {
         Ok(cli) => cli,
         Err(Mistake::Arguments(error)) => return command_line_error(&error),
+        #[cfg(feature = "server")]
         Err(Mistake::Settings(error)) => return failure(&error),
     };
     let logging = match &cli.command {
@@ -124,6 +125,7 @@ fn failure(error: &CliError) -> ExitCode {
 /// An invalid command line or settings file.
 enum Mistake {
     Arguments(clap::Error),
+    #[cfg(feature = "server")]
     Settings(Box<CliError>),
 }
 

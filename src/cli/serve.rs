@@ -5,9 +5,7 @@ use super::error::CliError;
 use super::logging;
 use super::signals::Signals;
 use crate::server::{ApiKeys, HalfClose, Metrics, Server, ServerOptions, TlsFiles};
-use crate::text::Keywords;
-use crate::text::tools::ToolFormat;
-use crate::{Engine, EngineFault, HealthStatus, Shutdown};
+use crate::{Engine, EngineFault, HealthStatus, SchemaKeywords, Shutdown, ToolFormat};
 use clap::Args;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -375,7 +373,7 @@ impl HttpArgs {
         options.aliases = names.collect();
         options.tool_format = self.tool_format;
         if self.strict_schemas {
-            options.schema_keywords = Keywords::Strict;
+            options.schema_keywords = SchemaKeywords::Strict;
         }
         options.trust_request_chat_template = self.trust_request_chat_template;
         options.api_keys = self.api_keys()?;

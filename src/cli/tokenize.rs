@@ -3,9 +3,7 @@
 use super::args::{Format, resolve};
 use super::error::CliError;
 use super::generate::{println_json, read_conversation};
-use crate::SubmitError;
-use crate::runner::ModelFiles;
-use crate::text::{EncodeOptions, RenderOptions, Tokenizer};
+use crate::{EncodeOptions, ModelFiles, RenderOptions, SubmitError, Tokenizer};
 use clap::Args;
 use serde_json::{Value, json};
 use std::io::Write;

@@ -16,6 +16,7 @@ pub struct CacheLayer {
 
 impl CacheLayer {
     /// Returns the place of layer `index` if all layers are in one group.
+    #[cfg(any(test, feature = "internals"))]
     pub fn single_group(index: usize) -> Self {
         Self { group: 0, index }
     }

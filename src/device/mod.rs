@@ -7,7 +7,7 @@
 //! The operations are divided into parts, one trait and one file each, such as [`NormOps`] in
 //! `norm.rs`. Each device implements a part in a file of its own, such as `cpu/norm.rs` and
 //! `cuda/norm.rs`. Generic code only needs the bound `D: Device`. Code that calls operations of
-//! a concrete device imports the parts with `use quell::device::*`.
+//! a concrete device imports the parts with `use crate::device::*`.
 //!
 //! # Shapes
 //!
@@ -45,7 +45,7 @@ mod types;
 
 pub use activation::{Activation, ActivationOps};
 pub use attention::{ATTENTION_SPAN, AttentionOps, AttentionSpec, HeadShape};
-pub use batch::{Batch, BatchGroup, BatchSequence, BatchTable, Feedback};
+pub use batch::{Batch, BatchGroup, BatchSequence, Feedback};
 pub use cache::{CacheLayer, CacheOps, CacheShape};
 pub use embedding::EmbeddingOps;
 pub use error::DeviceError;

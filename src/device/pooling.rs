@@ -34,6 +34,7 @@ impl PooledRows {
     /// Wraps a sum that a device has computed. `rows` is the number of rows that were added,
     /// and `sums` has the sum of each column in units of 2⁻²⁸. A column in which a value is NaN
     /// or has a magnitude above 32,768 must be `i64::MIN`.
+    #[cfg(any(test, feature = "cuda", feature = "internals"))]
     pub fn of_device(rows: usize, sums: Vec<i64>) -> Self {
         Self { rows, sums }
     }
@@ -62,6 +63,7 @@ impl PooledRows {
     }
 
     /// Returns the number of rows that were added.
+    #[cfg(any(test, feature = "internals"))]
     pub fn rows(&self) -> usize {
         self.rows
     }

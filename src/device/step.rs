@@ -9,6 +9,7 @@ pub enum Staged {
     Enqueue,
     /// Only sample. The device had recorded the forward pass of a step of this size and has
     /// enqueued all of it.
+    #[cfg(any(test, feature = "cuda", feature = "internals"))]
     Replayed,
 }
 
@@ -19,6 +20,7 @@ pub enum Finished {
     Done,
     /// Enqueue the operations again, then call [`StepOps::finish`] again. The device tried to
     /// record the operations and failed, and computed none of them.
+    #[cfg(any(test, feature = "cuda", feature = "internals"))]
     Repeat,
 }
 

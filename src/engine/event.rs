@@ -102,21 +102,20 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    /// Returns the outcome of a request whose sequence ended by itself.
+    pub(super) fn of(reason: FinishReason) -> Self {
+        match reason {
+            FinishReason::Stop => Self::Stop,
+            FinishReason::Length => Self::Length,
+        }
+    }
+
     /// Returns `stop`, `length` or `cancelled`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Stop => "stop",
             Self::Length => "length",
             Self::Cancelled(_) => "cancelled",
-        }
-    }
-}
-
-impl From<FinishReason> for Outcome {
-    fn from(reason: FinishReason) -> Self {
-        match reason {
-            FinishReason::Stop => Self::Stop,
-            FinishReason::Length => Self::Length,
         }
     }
 }

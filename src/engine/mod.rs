@@ -9,6 +9,7 @@ mod caller;
 mod command;
 mod error;
 mod event;
+mod info;
 mod metrics;
 mod snapshot;
 mod stats;
@@ -24,10 +25,11 @@ pub use caller::handle::Engine;
 pub use caller::pending::{Cancellation, Pending};
 pub use caller::request::{Prompt, Request, Truncation};
 pub use caller::session::{Session, SessionOptions};
-pub use caller::stream::TokenStream;
+pub use caller::stream::{Blocking, TokenStream};
 pub use caller::turn::Stop;
 pub use error::{EngineFault, GenerateError, SubmitError};
 pub use event::{CancelReason, Outcome, Receipt};
+pub use info::EngineInfo;
 pub use snapshot::{
     BlockMap, BlockUse, EngineSnapshot, RequestEnd, RequestPhase, RequestQuery, RequestState,
     SessionState,

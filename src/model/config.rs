@@ -75,6 +75,7 @@ impl ModelConfig {
     }
 
     /// The sliding window of the layers that have one.
+    #[cfg(any(test, feature = "cli"))]
     pub fn window(&self) -> Option<usize> {
         let mut layers = self.layers.iter();
         layers.find_map(|layer| layer.attention().window)

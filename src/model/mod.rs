@@ -17,15 +17,14 @@ mod inventory;
 mod key_names;
 mod layer;
 mod names;
+#[cfg(any(test, feature = "cli", feature = "internals"))]
 mod random;
 mod rope;
 mod stored;
 mod tensors;
 
-pub use architectures::Architecture;
 pub use config::{Biases, ModelConfig};
 pub use decoder::{Decoder, StepLimits};
 pub use error::ModelError;
-pub use layer::{Attention, Experts, FeedForward, LayerSpec, Mixer, NormPlacement, QkNormKind};
 pub use rope::{RopeConfig, RopeScaling};
 pub use tensors::ModelSource;

@@ -2,9 +2,9 @@
 
 use super::names::{self, Part};
 use super::stored::{StoredLinear, StoredRows};
-use super::{ModelConfig, ModelError, gguf, huggingface, inventory, random};
+use super::{ModelConfig, ModelError, gguf, huggingface, inventory};
 use crate::device::RowOrder;
-use crate::weights::{DType, Gguf, ModelFolder, ParameterCount, TensorView, WeightSource, quant};
+use crate::weights::{Gguf, ModelFolder, ParameterCount, TensorView, WeightSource, quant};
 
 /// Who named the tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,13 +77,19 @@ impl ModelSource {
     ///
     /// # Errors
     /// What is wrong with the settings, or that the weights cannot be had in the format.
-    pub fn random(settings: &serde_json::Value, format: DType) -> Result<Self, ModelError> {
+    #[cfg(any(test, feature = "cli", feature = "internals"))]
+    pub fn random(
+        settings: &serde_json::Value,
+        format: crate::weights::DType,
+    ) -> Result<Self, ModelError> {
+        use super::random::{tensors, weights};
+
         let config = huggingface::read(settings)?;
         let tied = huggingface::ties_embeddings(settings)?;
         let prefix = "model.";
-        let tensors = random::tensors(&config, prefix, tied);
+        let tensors = tensors(&config, prefix, tied);
         Ok(Self {
-            weights: Box::new(random::weights(tensors, format)?),
+            weights: Box::new(weights(tensors, format)?),
             config,
             naming: Naming::HuggingFace { prefix },
             tied,

@@ -1,6 +1,5 @@
 //! Errors that prevent a model from being loaded.
 
-use crate::cache::EmptyWindow;
 use crate::device::DeviceError;
 use crate::model::ModelError;
 use crate::text::TextError;
@@ -24,9 +23,12 @@ pub enum LoadError {
     /// The device cannot hold or run the model.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// The model's KV cache cannot be laid out.
-    #[error(transparent)]
-    Layout(#[from] EmptyWindow),
+    /// A layer of the model attends to no tokens, so that the KV cache cannot be laid out.
+    #[error("the attention window of layer {layer} is 0 tokens; expected at least 1")]
+    EmptyWindow {
+        /// Index of the layer.
+        layer: usize,
+    },
     /// The model's own sampling settings are invalid.
     #[error(
         "{path}: {problem}; use --generation-config none to ignore the model's sampling settings"

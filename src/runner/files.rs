@@ -9,16 +9,18 @@ use crate::device::{Device, DeviceInfo};
 use crate::model::ModelSource;
 use crate::sampling::SamplingDefaults;
 use crate::text::{GgufVocabulary, Tokenizer};
-use crate::weights::{DType, Gguf, ModelFolder};
+#[cfg(any(test, feature = "cli", feature = "internals"))]
+use crate::weights::DType;
+use crate::weights::{Gguf, ModelFolder};
+#[cfg(any(test, feature = "cli", feature = "internals"))]
 use serde_json::Value;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 const TOKENIZER: &str = "tokenizer.json";
 
 /// The files of a model, opened and checked. Their weights have not been read yet.
 #[derive(Debug)]
 pub struct ModelFiles {
-    path: PathBuf,
     source: ModelSource,
     tokenizer: Option<Tokenizer>,
     /// Name of the recipe by which the file was quantised, if the file states it.
@@ -48,7 +50,6 @@ impl ModelFiles {
             (ModelSource::from_gguf(file)?, tokenizer, recipe, sampling)
         };
         Ok(Self {
-            path: path.to_owned(),
             source,
             tokenizer,
             recipe,
@@ -70,7 +71,8 @@ impl ModelFiles {
 
     /// Returns the name of a tokenizer file in a format that quell does not read, if the folder
     /// has one and no `tokenizer.json`.
-    pub fn unsupported_tokenizer(path: &Path) -> Option<&'static str> {
+    #[cfg(feature = "cli")]
+    pub(crate) fn unsupported_tokenizer(path: &Path) -> Option<&'static str> {
         const OTHERS: [&str; 6] = [
             "tokenizer.model",
             "spiece.model",
@@ -84,27 +86,6 @@ impl ModelFiles {
             .into_iter()
             .find(is_there)
             .filter(|_| !is_there(&TOKENIZER))
-    }
-
-    /// Creates a model with random weights in `format` instead of files, to measure its speed.
-    /// Its size is that of a Hugging Face `config.json`, given as `settings`. `name` stands for
-    /// its path.
-    ///
-    /// # Errors
-    /// Returns an error if `settings` describes no model that quell can run.
-    pub fn random(name: &str, settings: &Value, format: DType) -> Result<Self, LoadError> {
-        Ok(Self {
-            path: PathBuf::from(name),
-            source: ModelSource::random(settings, format)?,
-            tokenizer: None,
-            recipe: None,
-            sampling: Ok(SamplingDefaults::default()),
-        })
-    }
-
-    /// Returns the path of the file or folder.
-    pub fn path(&self) -> &Path {
-        &self.path
     }
 
     /// Returns the usual name of the format of the weights: the name of the recipe, such as
@@ -151,7 +132,8 @@ impl ModelFiles {
     }
 
     /// Returns the model's configuration and tensors.
-    pub fn source(&self) -> &ModelSource {
+    #[cfg(feature = "cli")]
+    pub(crate) fn source(&self) -> &ModelSource {
         &self.source
     }
 
@@ -164,32 +146,48 @@ impl ModelFiles {
     pub fn take_tokenizer(&mut self) -> Option<Tokenizer> {
         self.tokenizer.take()
     }
+}
 
-    /// Loads the model onto its device and allocates the KV cache.
-    ///
-    /// # Errors
-    /// Returns an error if the model's sampling settings are to be used and are invalid, if the
-    /// device cannot be used, or if loading the model fails.
-    pub fn build_runner(
-        mut self,
-        config: &EngineConfig,
-        mut options: LoadOptions,
-    ) -> Result<(Box<dyn Runner>, RunnerInfo), LoadError> {
-        let sampling = std::mem::replace(&mut self.sampling, Ok(SamplingDefaults::default()));
-        let sampling = match options.generation_config {
-            GenerationConfig::Model => sampling?,
-            GenerationConfig::None => SamplingDefaults::default(),
-        };
-        let progress = options.progress.take();
-        let mut progress = progress.unwrap_or_else(|| Box::new(|_, _| {}));
-        let load = Load {
-            source: &self.source,
-            config,
-            sampling,
-            progress: &mut progress,
-        };
-        on_device(&options, self.source.parameters().is_quantised(), load)
-    }
+/// Creates a model with random weights in `format` instead of files, to measure its speed. Its
+/// size is that of a Hugging Face `config.json`, given as `settings`.
+///
+/// # Errors
+/// Returns [`LoadError::Model`] if `settings` describes no model that quell can run, or if its
+/// weights cannot have this format.
+#[cfg(any(test, feature = "cli", feature = "internals"))]
+pub fn random_model(settings: &Value, format: DType) -> Result<ModelFiles, LoadError> {
+    Ok(ModelFiles {
+        source: ModelSource::random(settings, format)?,
+        tokenizer: None,
+        recipe: None,
+        sampling: Ok(SamplingDefaults::default()),
+    })
+}
+
+/// Loads a model onto its device and allocates the KV cache.
+///
+/// # Errors
+/// Returns an error if the model's sampling settings are to be used and are invalid, if the
+/// device cannot be used, or if loading the model fails.
+pub fn build_runner(
+    files: ModelFiles,
+    config: &EngineConfig,
+    mut options: LoadOptions,
+) -> Result<(Box<dyn Runner>, RunnerInfo), LoadError> {
+    let sampling = match options.generation_config {
+        GenerationConfig::Model => files.sampling?,
+        GenerationConfig::None => SamplingDefaults::default(),
+    };
+    let source = files.source;
+    let progress = options.progress.take();
+    let mut progress = progress.unwrap_or_else(|| Box::new(|_, _| {}));
+    let load = Load {
+        source: &source,
+        config,
+        sampling,
+        progress: &mut progress,
+    };
+    on_device(&options, source.parameters().is_quantised(), load)
 }
 
 /// Plans the memory of a model on a device.
@@ -252,9 +250,10 @@ fn gguf_tokenizer(file: &Gguf) -> Result<Option<Tokenizer>, LoadError> {
     // llama.cpp's converters write these names for a model without a tokenizer.
     let none = |name: &str| matches!(name, "none" | "no_vocab");
     match file.metadata("tokenizer.ggml.model") {
-        Some(model) if !model.as_str().is_some_and(none) => Ok(Some(Tokenizer::from_gguf(
-            GgufVocabulary::from_file(file)?,
-        )?)),
+        Some(model) if !model.as_str().is_some_and(none) => {
+            let vocabulary = GgufVocabulary::from_file(file)?;
+            Ok(Some(vocabulary.into_tokenizer()?))
+        }
         _ => Ok(None),
     }
 }

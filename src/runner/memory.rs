@@ -2,7 +2,7 @@
 
 use super::limits::context_tokens;
 use super::{LoadError, SwapInfo};
-use crate::cache::{CacheLayout, GroupKind};
+use crate::cache::{CacheLayout, EmptyWindow, GroupKind};
 use crate::config::EngineConfig;
 use crate::device::{ATTENTION_SPAN, CacheShape, Device};
 use crate::model::ModelConfig;
@@ -12,10 +12,11 @@ const MAX_BLOCKS: usize = u32::MAX as usize >> 8;
 
 /// Memory that a model takes on the device.
 ///
-/// A block of the KV cache holds the keys and values of [`CacheLayout::layers_per_block`] layers.
-/// A sequence has blocks in each group of layers, and a group with a sliding window gives back
-/// those that its layers no longer need.
+/// A block of the KV cache holds the keys and values of a fixed number of layers. A sequence has
+/// blocks in each group of layers, and a group with a sliding window gives back those that its
+/// layers no longer need.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct MemoryPlan {
     /// Size of the weights in bytes, in the device's format.
     pub weights: usize,
@@ -28,7 +29,7 @@ pub struct MemoryPlan {
     /// Tokens per KV cache block.
     pub block_tokens: usize,
     /// How the layers share blocks.
-    pub layout: CacheLayout,
+    pub(crate) layout: CacheLayout,
     /// Maximum number of tokens per sequence.
     pub context_tokens: usize,
 }
@@ -101,7 +102,6 @@ impl MemoryPlan {
             let tokens = match same[0].kind {
                 GroupKind::Full => "all tokens".to_owned(),
                 GroupKind::Window(window) => format!("the last {window} tokens"),
-                GroupKind::State => "one state".to_owned(),
             };
             let layers = match layers {
                 1 => "1 layer keeps".to_owned(),
@@ -124,7 +124,8 @@ pub(super) fn cache_layout(
     let layers = model.layers.iter();
     let windows: Vec<Option<usize>> = layers.map(|layer| layer.attention().window).collect();
     let context = context_tokens(model, config);
-    Ok(CacheLayout::new(&windows, context, ATTENTION_SPAN)?)
+    CacheLayout::new(&windows, context, ATTENTION_SPAN)
+        .map_err(|EmptyWindow { layer }| LoadError::EmptyWindow { layer })
 }
 
 /// Returns the size in bytes of a block of a cache of this shape.

@@ -13,22 +13,24 @@ mod inputs;
 pub(crate) mod limits;
 mod memory;
 mod model_runner;
+#[cfg(any(test, feature = "internals"))]
 mod null;
 mod options;
 
 pub use error::LoadError;
-pub use files::ModelFiles;
+#[cfg(any(test, feature = "cli", feature = "internals"))]
+pub use files::random_model;
+pub use files::{ModelFiles, build_runner};
 pub use memory::MemoryPlan;
 pub use model_runner::ModelRunner;
+#[cfg(any(test, feature = "internals"))]
 pub use null::{NullOptions, NullRunner};
 pub use options::{DeviceChoice, GenerationConfig, LoadOptions};
 
 use crate::cache::{BlockId, CacheLayout};
 use crate::device::{DeviceError, DeviceInfo, PooledRows};
-use crate::model::ModelConfig;
 use crate::sampling::{Samples, SamplingDefaults, Token};
 use crate::schedule::{Sequences, StepPlan};
-use crate::weights::ParameterCount;
 use std::time::Duration;
 
 /// Executes steps in the order in which they are launched.
@@ -82,6 +84,7 @@ pub struct StepOutput {
 
 impl StepOutput {
     /// Empties the output and keeps its allocations.
+    #[cfg(any(test, feature = "internals"))]
     pub fn clear(&mut self) {
         let Self {
             samples: Samples { tokens, not_finite },
@@ -138,11 +141,15 @@ pub struct SwapInfo {
 
 /// Description of a loaded model.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct ModelInfo {
-    /// The model's configuration.
-    pub config: ModelConfig,
-    /// Number and formats of the weights in the file.
-    pub parameters: ParameterCount,
+    /// Name of the model's architecture, such as `llama`.
+    pub architecture: &'static str,
+    /// Number of weights in the file.
+    pub parameters: usize,
+    /// Name of the format in which the file stores most weights, such as `Q4_K`; `None` if it
+    /// has no weights.
+    pub weights_format: Option<&'static str>,
     /// The device that runs the model.
     pub device: DeviceInfo,
     /// Memory that the model and its KV cache take on the device.
@@ -151,4 +158,32 @@ pub struct ModelInfo {
     pub sampling: SamplingDefaults,
     /// Time it took to read the weights and convert them for the device.
     pub load_time: Duration,
+}
+
+#[cfg(any(test, feature = "internals"))]
+impl ModelInfo {
+    /// Describes a model of which only the sampling settings are known.
+    pub fn of_sampling(sampling: SamplingDefaults) -> Self {
+        Self {
+            architecture: "none",
+            parameters: 0,
+            weights_format: None,
+            device: DeviceInfo {
+                name: "none".to_owned(),
+                description: String::new(),
+                details: Vec::new(),
+            },
+            memory: MemoryPlan {
+                weights: 0,
+                cache_per_token: 0,
+                cache_blocks: 0,
+                block_bytes: 0,
+                block_tokens: 1,
+                layout: CacheLayout::single(),
+                context_tokens: 1,
+            },
+            sampling,
+            load_time: Duration::ZERO,
+        }
+    }
 }

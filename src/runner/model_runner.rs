@@ -10,6 +10,7 @@ use crate::device::{CacheLayer, Device, DeviceError, DeviceLimits};
 use crate::model::{Decoder, ModelSource, StepLimits};
 use crate::sampling::SamplingDefaults;
 use crate::schedule::{Sequences, StepPlan};
+use crate::weights::DType;
 use std::collections::VecDeque;
 use std::time::Instant;
 
@@ -99,6 +100,7 @@ impl<D: Device> ModelRunner<D> {
             "allocated the KV cache"
         );
         let groups = layout.groups().len();
+        let parameters = source.parameters();
         let info = RunnerInfo {
             vocabulary: model.vocabulary,
             context_tokens: context,
@@ -109,8 +111,9 @@ impl<D: Device> ModelRunner<D> {
             layout,
             swap,
             model: Some(ModelInfo {
-                config: model.clone(),
-                parameters: source.parameters(),
+                architecture: model.architecture.name(),
+                parameters: parameters.total,
+                weights_format: parameters.main_format().map(DType::name),
                 device: device.info(),
                 memory,
                 sampling: SamplingDefaults::default(),

@@ -46,7 +46,7 @@ impl Default for NullOptions {
 /// [`NullOptions::hidden_state`]s, and log probabilities are those of [`NullOptions::sampled`].
 ///
 /// ```
-/// use quell::runner::{NullOptions, NullRunner};
+/// use quell::internals::runner::{NullOptions, NullRunner};
 /// use quell::{Engine, EngineConfig, Request};
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {

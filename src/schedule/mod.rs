@@ -37,9 +37,9 @@ mod sequence;
 mod tenants;
 
 pub use plan::{PlanItem, Report, StepPlan, TokenInput};
-pub use policy::{Policy, PreemptionCost};
+pub use policy::Policy;
 pub use retained::RetainedCache;
-pub use scheduler::{BlockDisposition, Commit, Counts, Scheduler};
+pub use scheduler::{BlockDisposition, Commit, Scheduler};
 pub use sequence::{
     FinishReason, Sequence, SequenceKey, SequenceSpec, SequenceState, Sequences, Task,
 };

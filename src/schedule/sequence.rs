@@ -27,16 +27,6 @@ pub enum FinishReason {
     Length,
 }
 
-impl FinishReason {
-    /// Returns `stop` or `length`, the names in the OpenAI API.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Stop => "stop",
-            Self::Length => "length",
-        }
-    }
-}
-
 /// What is computed for a sequence.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Task {
@@ -91,6 +81,7 @@ pub struct SequenceSpec {
 impl SequenceSpec {
     /// Describes a sequence that continues `prompt` greedily, up to `max_tokens` tokens of
     /// prompt and answer together.
+    #[cfg(any(test, feature = "internals"))]
     pub fn new(prompt: Vec<u32>, max_tokens: usize) -> Self {
         Self {
             prompt: prompt.into(),

@@ -41,7 +41,8 @@ mod submit;
 pub use error::ServeError;
 pub use http::auth::ApiKeys;
 pub use http::tls::TlsFiles;
-pub use openai::fields;
+#[cfg(any(test, feature = "internals"))]
+pub(crate) use openai::fields;
 pub use options::{HalfClose, ServerOptions};
 pub use routes::metrics::{Metrics, MetricsError};
 

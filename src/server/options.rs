@@ -1,7 +1,7 @@
 //! The options of a server.
 
 use super::{ApiKeys, Metrics, TlsFiles};
-use crate::text::Keywords;
+use crate::text::SchemaKeywords;
 use crate::text::tools::ToolFormat;
 use std::time::Duration;
 
@@ -70,7 +70,7 @@ pub struct ServerOptions {
     pub tls: Option<TlsFiles>,
     /// Whether a schema with keywords that cannot be enforced is refused, or accepted with
     /// these keywords named in the header `x-quell-unenforced`. Lenient by default.
-    pub schema_keywords: Keywords,
+    pub schema_keywords: SchemaKeywords,
 }
 
 impl ServerOptions {
@@ -100,7 +100,7 @@ impl ServerOptions {
             allowed_hosts: Vec::new(),
             max_priority: 0,
             tls: None,
-            schema_keywords: Keywords::Lenient,
+            schema_keywords: SchemaKeywords::Lenient,
         }
     }
 }

@@ -20,7 +20,7 @@ pub fn check_vocabulary(
     text: &str,
     ids: &[u32],
 ) -> Result<(), TextError> {
-    let tokenizer = Arc::new(Tokenizer::from_gguf(vocabulary)?);
+    let tokenizer = Arc::new(vocabulary.into_tokenizer()?);
     for (add_special, parse_special) in [(false, false), (true, true)] {
         let encoded = tokenizer.encode(
             text,

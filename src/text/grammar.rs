@@ -37,7 +37,7 @@ use vocabulary::Tokens;
 /// order of the schema.
 ///
 /// A schema keyword that cannot be enforced is rejected by name, or dropped and reported by
-/// [`Grammar::unenforced`], as [`Keywords`] says. The same holds for a `oneOf` whose
+/// [`Grammar::unenforced`], as [`SchemaKeywords`] says. The same holds for a `oneOf` whose
 /// schemas are not obviously exclusive; use `anyOf` instead. Unknown formats are
 /// annotations. The draft is the one that `$schema` names, or 2020-12 if it names none.
 /// References to other documents are not followed.
@@ -53,7 +53,7 @@ pub struct Grammar {
 
 /// Form that an answer must have.
 #[derive(Clone, Copy, Debug)]
-pub enum Form<'a> {
+pub enum GrammarForm<'a> {
     /// JSON that conforms to this schema.
     JsonSchema(&'a Value),
     /// Text that this regular expression matches as a whole.
@@ -66,7 +66,7 @@ pub enum Form<'a> {
 
 /// How to treat schema keywords that cannot be enforced.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Keywords {
+pub enum SchemaKeywords {
     /// The schema is rejected.
     #[default]
     Strict,
@@ -76,7 +76,7 @@ pub enum Keywords {
 
 /// Tools that the model may call instead of giving an answer of the required form.
 #[derive(Clone, Copy, Debug)]
-pub struct Calls<'a> {
+pub struct GrammarCalls<'a> {
     /// Format in which the model writes calls.
     pub format: ToolFormat,
     /// Names of the tools, each with the schema of its parameters.
@@ -286,25 +286,25 @@ struct Source {
 }
 
 impl Source {
-    fn new(form: Form<'_>, keywords: Keywords) -> Result<Self, GrammarError> {
+    fn new(form: GrammarForm<'_>, keywords: SchemaKeywords) -> Result<Self, GrammarError> {
         let (kind, grammar, unenforced) = match form {
-            Form::JsonSchema(schema) => {
+            GrammarForm::JsonSchema(schema) => {
                 let kind = GrammarKind::JsonSchema;
                 let (schema, unenforced) = prepare_schema(schema, keywords)?;
                 (kind, GrammarWithLexer::from_json_schema(schema), unenforced)
             }
-            Form::Regex(regex) => {
+            GrammarForm::Regex(regex) => {
                 let kind = GrammarKind::Regex;
                 require_text(kind, regex)?;
                 (kind, GrammarWithLexer::from_regex(regex), BTreeSet::new())
             }
-            Form::Lark(text) => {
+            GrammarForm::Lark(text) => {
                 let kind = GrammarKind::Lark;
                 require_text(kind, text)?;
                 let grammar = GrammarWithLexer::from_lark(text.to_owned());
                 (kind, grammar, BTreeSet::new())
             }
-            Form::Choice(choices) => {
+            GrammarForm::Choice(choices) => {
                 let kind = GrammarKind::Choice;
                 require_choices(choices)?;
                 let grammar = GrammarWithLexer::from_regex(&alternatives(choices));
@@ -348,7 +348,7 @@ impl Source {
 /// Returns the schema in a form that the compiler accepts, and the keywords dropped from it.
 fn prepare_schema(
     schema: &Value,
-    keywords: Keywords,
+    keywords: SchemaKeywords,
 ) -> Result<(Value, BTreeSet<String>), GrammarError> {
     let kind = GrammarKind::JsonSchema;
     require_shallow(kind, value_depth(schema))?;
@@ -357,7 +357,7 @@ fn prepare_schema(
         kind,
         reason: reason.to_owned(),
     };
-    let lenient = keywords == Keywords::Lenient;
+    let lenient = keywords == SchemaKeywords::Lenient;
     let mut rewriter = Rewriter::new(schema, lenient);
     let schema = match rewriter.rewrite() {
         schema @ Value::Object(_) => schema,
@@ -410,8 +410,8 @@ impl Grammar {
     /// limit.
     pub fn new(
         tokenizer: &Arc<Tokenizer>,
-        form: Form<'_>,
-        keywords: Keywords,
+        form: GrammarForm<'_>,
+        keywords: SchemaKeywords,
     ) -> Result<Self, GrammarError> {
         let mut source = Source::new(form, keywords)?;
         let compiler = Compiler::of(tokenizer)?;
@@ -421,7 +421,7 @@ impl Grammar {
         };
         let mut compiled = compile(&source);
         if let Err(error) = &compiled
-            && keywords == Keywords::Lenient
+            && keywords == SchemaKeywords::Lenient
             && source.relax(compiler, error)
         {
             compiled = compile(&source);
@@ -438,13 +438,13 @@ impl Grammar {
     /// Returns an error for the same reasons as [`Grammar::new`].
     pub fn or_calls(
         tokenizer: &Arc<Tokenizer>,
-        form: Form<'_>,
-        keywords: Keywords,
-        calls: Calls<'_>,
+        form: GrammarForm<'_>,
+        keywords: SchemaKeywords,
+        calls: GrammarCalls<'_>,
     ) -> Result<Self, GrammarError> {
         let mut source = Source::new(form, keywords)?;
         let compiler = Compiler::of(tokenizer)?;
-        let compile = |source: &Source, calls: Calls<'_>| {
+        let compile = |source: &Source, calls: GrammarCalls<'_>| {
             let mut unenforced = BTreeSet::new();
             let mark = |text: &str| mark(tokenizer, text);
             let rules = calls.format.call_rules(calls.tools, calls.several, mark);
@@ -473,12 +473,12 @@ impl Grammar {
         };
         let mut compiled = compile(&source, calls);
         if let Err(error) = &compiled
-            && keywords == Keywords::Lenient
+            && keywords == SchemaKeywords::Lenient
             && source.relax(compiler, error)
         {
             compiled = compile(&source, calls);
         }
-        if compiled.is_err() && keywords == Keywords::Lenient {
+        if compiled.is_err() && keywords == SchemaKeywords::Lenient {
             // The schemas of the tools may be what fails, so try again with arguments of
             // any kind.
             let any = json!({"type": "object"});
@@ -487,7 +487,7 @@ impl Grammar {
                 .iter()
                 .map(|(name, _)| (*name, Some(&any)))
                 .collect();
-            let calls = Calls {
+            let calls = GrammarCalls {
                 tools: &tools,
                 ..calls
             };
@@ -521,7 +521,11 @@ impl Grammar {
     /// Returns an error if the schema is invalid, uses an unsupported feature, or exceeds a
     /// limit.
     pub fn json_schema(tokenizer: &Arc<Tokenizer>, schema: &Value) -> Result<Self, GrammarError> {
-        Self::new(tokenizer, Form::JsonSchema(schema), Keywords::Strict)
+        Self::new(
+            tokenizer,
+            GrammarForm::JsonSchema(schema),
+            SchemaKeywords::Strict,
+        )
     }
 
     /// Compiles a grammar for any JSON object.
@@ -542,7 +546,7 @@ impl Grammar {
     /// Returns an error if the expression is invalid, uses an unsupported feature, or
     /// exceeds a limit.
     pub fn regex(tokenizer: &Arc<Tokenizer>, regex: &str) -> Result<Self, GrammarError> {
-        Self::new(tokenizer, Form::Regex(regex), Keywords::Strict)
+        Self::new(tokenizer, GrammarForm::Regex(regex), SchemaKeywords::Strict)
     }
 
     /// Compiles a grammar in
@@ -553,7 +557,11 @@ impl Grammar {
     /// Returns an error if the grammar is invalid, uses an unsupported feature, or exceeds
     /// a limit.
     pub fn lark(tokenizer: &Arc<Tokenizer>, grammar: &str) -> Result<Self, GrammarError> {
-        Self::new(tokenizer, Form::Lark(grammar), Keywords::Strict)
+        Self::new(
+            tokenizer,
+            GrammarForm::Lark(grammar),
+            SchemaKeywords::Strict,
+        )
     }
 
     /// Compiles a grammar for one of these texts. If one text begins with another, both are
@@ -567,7 +575,11 @@ impl Grammar {
         choices: &[T],
     ) -> Result<Self, GrammarError> {
         let choices: Vec<String> = choices.iter().map(|one| one.as_ref().to_owned()).collect();
-        Self::new(tokenizer, Form::Choice(&choices), Keywords::Strict)
+        Self::new(
+            tokenizer,
+            GrammarForm::Choice(&choices),
+            SchemaKeywords::Strict,
+        )
     }
 
     /// Prepares a tokenizer for grammars, which takes some hundred milliseconds, so that

@@ -13,6 +13,7 @@
 
 mod chat;
 mod error;
+#[cfg(any(test, feature = "internals"))]
 pub mod fuzz;
 #[cfg(feature = "grammar")]
 mod grammar;
@@ -22,6 +23,6 @@ mod tokenizer;
 pub use chat::{ChatTemplate, Message, RenderOptions, reasoning, tools};
 pub use error::TextError;
 #[cfg(feature = "grammar")]
-pub use grammar::{Calls, Form, Grammar, GrammarError, GrammarKind, Keywords};
+pub use grammar::{Grammar, GrammarCalls, GrammarError, GrammarForm, GrammarKind, SchemaKeywords};
 pub use stop::{StopMatcher, StopStep, StopStrings};
 pub use tokenizer::{Detokenizer, EncodeOptions, GgufVocabulary, Tokenizer};

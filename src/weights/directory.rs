@@ -18,6 +18,7 @@ const MOST_THREADS: usize = 8;
 #[derive(Debug)]
 pub(super) enum Contents {
     File(WeightFile),
+    #[cfg(any(test, feature = "internals"))]
     Owned(Vec<u8>),
 }
 
@@ -26,6 +27,7 @@ impl Contents {
     pub(super) fn len(&self) -> usize {
         match self {
             Self::File(file) => file.len(),
+            #[cfg(any(test, feature = "internals"))]
             Self::Owned(bytes) => bytes.len(),
         }
     }
@@ -38,6 +40,7 @@ impl Contents {
                 file.read(0, &mut bytes)?;
                 Ok(Cow::Owned(bytes))
             }
+            #[cfg(any(test, feature = "internals"))]
             Self::Owned(bytes) => Ok(Cow::Borrowed(&bytes[..count])),
         }
     }
@@ -120,6 +123,7 @@ impl Directory {
     }
 
     /// Returns the size of all files together, in bytes.
+    #[cfg(any(test, feature = "internals"))]
     pub(super) fn file_bytes(&self) -> u64 {
         let parts = self.parts.iter();
         parts.map(|part| part.contents.len() as u64).sum()
@@ -166,6 +170,7 @@ impl Directory {
             index: elements(view.dtype, view.bytes.start + first) + index,
         };
         match &part.contents {
+            #[cfg(any(test, feature = "internals"))]
             Contents::Owned(bytes) => {
                 let data = &bytes[range];
                 match quant::first_not_finite(view.dtype, data) {

@@ -21,7 +21,6 @@ const LARGEST_JSON: u64 = 64 << 20;
 /// An open model folder: its configuration and the location of its tensors.
 #[derive(Debug)]
 pub struct ModelFolder {
-    path: PathBuf,
     config: Value,
     directory: Directory,
 }
@@ -60,7 +59,6 @@ impl ModelFolder {
             });
         }
         Ok(Self {
-            path: path.to_owned(),
             config,
             directory: open_weights(path)?,
         })
@@ -71,12 +69,8 @@ impl ModelFolder {
         &self.config
     }
 
-    /// Returns the path of the folder.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// Returns the size of the weight files in bytes.
+    #[cfg(any(test, feature = "internals"))]
     pub fn file_bytes(&self) -> u64 {
         self.directory.file_bytes()
     }

@@ -10,6 +10,7 @@ pub mod folder;
 pub mod gguf;
 mod json;
 pub mod quant;
+#[cfg(any(test, feature = "cli", feature = "internals"))]
 mod random;
 mod safetensors;
 mod source;
@@ -18,6 +19,7 @@ pub use dtype::DType;
 pub use folder::ModelFolder;
 pub use gguf::Gguf;
 pub use json::from_python_json;
-pub use random::{RANDOM_DEVIATION, RandomContent, RandomTensor, RandomWeights, UnfitTensor};
+#[cfg(any(test, feature = "cli", feature = "internals"))]
+pub use random::{RandomContent, RandomTensor, RandomWeights};
 pub(crate) use source::is_lfs_pointer;
 pub use source::{ParameterCount, TensorView, WeightSource, WeightsError};

@@ -74,17 +74,6 @@ pub trait WeightSource: Send + Sync {
         }
         count
     }
-
-    /// Returns the number of weights in all tensors together.
-    fn parameters(&self) -> u64 {
-        self.count().total as u64
-    }
-
-    /// Returns the format that most weights are stored in, which is shown as the model's
-    /// quantisation. `None` if there are no weights.
-    fn dominant_dtype(&self) -> Option<DType> {
-        self.count().main_format()
-    }
 }
 
 /// Number of weights in a model, in total and by format.

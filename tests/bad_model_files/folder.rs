@@ -1,7 +1,8 @@
 //! Broken Hugging Face folders.
 
 use crate::memory::assert_little_was_allocated;
-use quell::weights::{ModelFolder, WeightSource, WeightsError};
+use quell::WeightsError;
+use quell::internals::weights::{ModelFolder, WeightSource};
 use serde_json::{Value, json};
 use std::path::Path;
 use tempfile::TempDir;

@@ -2,9 +2,10 @@
 
 use crate::memory::assert_little_was_allocated;
 use common::gguf_writer::{GgufWriter, Tensor};
-use quell::weights::gguf::{Array, Value};
-use quell::weights::quant::dequantize;
-use quell::weights::{DType, Gguf, WeightSource, WeightsError};
+use quell::WeightsError;
+use quell::internals::weights::gguf::{Array, Value};
+use quell::internals::weights::quant::dequantize;
+use quell::internals::weights::{DType, Gguf, WeightSource};
 use std::path::Path;
 
 const NAME: &str = "broken.gguf";

@@ -1,10 +1,9 @@
 //! Helpers for the tests of the CPU device: random numbers, operands and options.
 
-use quell::device::cpu::{
-    Activations, CpuDevice, CpuLinear, CpuOptions, CpuTensor, KvType, SimdLevel,
-};
-use quell::device::*;
-use quell::weights::{DType, quant};
+use quell::internals::device::cpu::{CpuDevice, CpuLinear, CpuTensor};
+use quell::internals::device::*;
+use quell::internals::weights::{DType, quant};
+use quell::{Activations, CpuOptions, KvType, SimdLevel};
 
 /// A xorshift generator, which gives the same numbers on every machine.
 pub struct Random(u64);

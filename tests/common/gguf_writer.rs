@@ -1,7 +1,7 @@
 //! Writes GGUF files for tests: valid ones, and invalid ones on request.
 
-use quell::weights::DType;
-use quell::weights::gguf::{Array, Value};
+use quell::internals::weights::DType;
+use quell::internals::weights::gguf::{Array, Value};
 
 /// A GGUF file under construction.
 #[derive(Clone, Debug)]

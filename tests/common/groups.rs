@@ -3,10 +3,10 @@
 //! All groups take their blocks from one cache. A block that a group gives back is overwritten
 //! with NaN, and the next one to need a block, in whatever group or sequence, gets it.
 
-use quell::device::cpu::{CpuDevice, CpuTensor};
+use quell::internals::device::cpu::{CpuDevice, CpuTensor};
+use quell::internals::device::cuda::{CudaDevice, CudaTensor};
 #[cfg(feature = "product")]
-use quell::device::cuda::{CudaDevice, CudaTensor};
-use quell::device::*;
+use quell::internals::device::*;
 use std::ops::Range;
 
 /// What these tests need of a device besides its operations.

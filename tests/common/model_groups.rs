@@ -1,10 +1,10 @@
 //! Whole models whose layers are in several groups, on any device.
 
 use crate::groups::TestDevice;
-use quell::cache::{CacheLayout, GroupKind};
-use quell::device::*;
-use quell::model::{Decoder, ModelSource, StepLimits};
-use quell::weights::ModelFolder;
+use quell::internals::cache::{CacheLayout, GroupKind};
+use quell::internals::device::*;
+use quell::internals::model::{Decoder, ModelSource, StepLimits};
+use quell::internals::weights::ModelFolder;
 
 /// Checks that a tiny checkpoint gives the same logits, bit for bit, whether its layers are in
 /// groups that give back blocks or all in one. Some of its layers have a window if `windows`.

@@ -1,14 +1,11 @@
 //! A model that says what its prompt tells it to say, so that a test decides what an answer is.
 
-use quell::cache::CacheLayout;
-use quell::config::EngineConfig;
-use quell::device::{DeviceError, DeviceInfo};
-use quell::runner::{MemoryPlan, ModelFiles, ModelInfo, Runner, RunnerInfo, StepOutput};
-use quell::sampling::{SamplingDefaults, Token};
-use quell::schedule::{PlanItem, Sequences, StepPlan};
-use quell::text::Tokenizer;
-use quell::{Engine, LoadError};
-use std::time::Duration;
+use quell::internals::cache::CacheLayout;
+use quell::internals::runner::{Runner, RunnerInfo, StepOutput};
+use quell::internals::schedule::{PlanItem, Sequences, StepPlan};
+use quell::{
+    DeviceError, Engine, EngineConfig, LoadError, ModelInfo, SamplingDefaults, Token, Tokenizer,
+};
 
 /// Special tokens of the fixture's tokenizer that mark where the text to say begins and ends.
 const BEGIN: (u32, &str) = (11, "<jupyter_start>");
@@ -41,32 +38,6 @@ pub fn engine_with_defaults(template: &str, defaults: SamplingDefaults) -> Engin
     start(template.into(), 1, Some(defaults))
 }
 
-/// Describes a model with these sampling settings. Only the settings matter.
-fn described(sampling: SamplingDefaults) -> ModelInfo {
-    let tiny = crate::root().join("tests/fixtures/golden/tiny/llama");
-    let files = ModelFiles::open(&tiny).unwrap();
-    ModelInfo {
-        config: files.source().config().clone(),
-        parameters: files.source().parameters(),
-        device: DeviceInfo {
-            name: "parrot".to_owned(),
-            description: String::new(),
-            details: Vec::new(),
-        },
-        memory: MemoryPlan {
-            weights: 0,
-            cache_per_token: 0,
-            cache_blocks: 4096,
-            block_bytes: 0,
-            block_tokens: 16,
-            layout: CacheLayout::single(),
-            context_tokens: 2048,
-        },
-        sampling,
-        load_time: Duration::ZERO,
-    }
-}
-
 fn start(template: serde_json::Value, run: usize, defaults: Option<SamplingDefaults>) -> Engine {
     let fixture = crate::root().join("tests/fixtures/text/folder");
     let folder = tempfile::tempdir().unwrap();
@@ -89,7 +60,7 @@ fn start(template: serde_json::Value, run: usize, defaults: Option<SamplingDefau
         block_tokens: 16,
         layout: CacheLayout::single(),
         swap: None,
-        model: defaults.map(described),
+        model: defaults.map(ModelInfo::of_sampling),
     };
     let config = EngineConfig {
         audit: true,

@@ -1,7 +1,7 @@
 //! Quantises float32 weights for test models, as ggml does.
 
 use half::f16;
-use quell::weights::DType;
+use quell::internals::weights::DType;
 
 /// Encodes `weights` as blocks of `dtype`: a floating-point format, Q4_0, Q4_1 or Q8_0.
 pub fn quantize(dtype: DType, weights: &[f32]) -> Vec<u8> {

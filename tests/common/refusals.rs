@@ -1,6 +1,7 @@
 //! Block transfers that every device must refuse, without transferring anything.
 
-use quell::device::{CacheShape, Device, DeviceError};
+use quell::DeviceError;
+use quell::internals::device::{CacheShape, Device};
 
 fn refused(outcome: Result<(), DeviceError>, complaint: &str) {
     let error = outcome.unwrap_err();

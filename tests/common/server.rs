@@ -1,9 +1,8 @@
 //! Runs a server inside the test's own process.
 
-use quell::runner::{ModelFiles, NullOptions, NullRunner};
+use quell::internals::runner::{ModelFiles, NullOptions, NullRunner};
 use quell::server::{Server, ServerOptions};
-use quell::text::Tokenizer;
-use quell::{Engine, EngineConfig};
+use quell::{Engine, EngineConfig, Tokenizer};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::thread::JoinHandle;

@@ -2,10 +2,9 @@
 //! of a row depends only on its own sequence.
 
 use common::cpu::*;
-use quell::device::cpu::{
-    Activations, CpuDevice, CpuOptions, CpuRope, CpuVector, KvType, SimdLevel,
-};
-use quell::device::*;
+use quell::internals::device::cpu::{CpuDevice, CpuRope, CpuVector};
+use quell::internals::device::*;
+use quell::{Activations, CpuOptions, KvType, SimdLevel};
 use std::ops::Range;
 
 const BLOCK: usize = 16;
@@ -13,7 +12,7 @@ const BLOCK: usize = 16;
 /// One layer: its cache, its settings and the device that computes it.
 struct Layer {
     device: CpuDevice,
-    cache: quell::device::cpu::CpuCache,
+    cache: quell::internals::device::cpu::CpuCache,
     rope: CpuRope,
     spec: AttentionSpec,
     norm: Option<(CpuVector, CpuVector, bool)>,

@@ -4,8 +4,9 @@ use crate::attention::{assert_near, heads, options, reference, rope_spec};
 use common::cpu::*;
 use common::groups::*;
 use common::model_groups::a_model_has_the_same_bits_in_groups;
-use quell::device::cpu::{CpuDevice, KvType, SimdLevel};
-use quell::device::*;
+use quell::internals::device::cpu::CpuDevice;
+use quell::internals::device::*;
+use quell::{KvType, SimdLevel};
 
 #[test]
 fn late_tables_change_no_bit_of_any_group() {

@@ -2,9 +2,10 @@
 //! set, the batch and the number of threads.
 
 use common::cpu::*;
-use quell::device::cpu::{Activations, CpuDevice, CpuOptions, SimdLevel};
-use quell::device::*;
-use quell::weights::DType;
+use quell::internals::device::cpu::CpuDevice;
+use quell::internals::device::*;
+use quell::internals::weights::DType;
+use quell::{Activations, CpuOptions, SimdLevel};
 
 const MODES: [Activations; 2] = [Activations::F32, Activations::Int8];
 

@@ -2,10 +2,10 @@
 //! and feedback.
 
 use common::cpu::*;
-use quell::device::cpu::{Activations, SimdLevel};
-use quell::device::*;
-use quell::sampling::{SampleRow, SamplingParams, sample};
-use quell::weights::DType;
+use quell::internals::device::*;
+use quell::internals::sampling::{SampleRow, sample};
+use quell::internals::weights::DType;
+use quell::{Activations, SamplingParams, SimdLevel};
 use std::sync::Arc;
 
 const SHAPES: [(usize, usize); 5] = [(1, 1), (3, 7), (1, 576), (40, 64), (65, 129)];

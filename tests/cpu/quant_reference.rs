@@ -5,8 +5,8 @@
 //! next to the fixtures). `QUELL_QUANT_FIXTURES` names another folder of such files to compare
 //! with.
 
-use quell::weights::DType;
-use quell::weights::quant::{affine, dequantize, unpack_row};
+use quell::internals::weights::DType;
+use quell::internals::weights::quant::{affine, dequantize, unpack_row};
 
 struct Fixture {
     blocks: Vec<u8>,

@@ -5,8 +5,9 @@ use crate::layer;
 use crate::layer::*;
 use common::cpu::{Random, bits};
 use common::gpu;
-use quell::device::cuda::{CudaActivations, CudaDevice};
-use quell::device::*;
+use quell::CudaActivations;
+use quell::internals::device::cuda::CudaDevice;
+use quell::internals::device::*;
 use std::ops::Range;
 
 /// The attention of a layer, and the block size of its cache.

@@ -6,8 +6,8 @@ use crate::layer::identity;
 use common::cpu::Random;
 use common::gpu::Gpu;
 use common::{gpu, refusals};
-use quell::device::cuda::*;
-use quell::device::*;
+use quell::internals::device::cuda::*;
+use quell::internals::device::*;
 
 const BLOCKS: usize = 6;
 const BLOCK: usize = 16;

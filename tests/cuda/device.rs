@@ -6,10 +6,10 @@ use common::cpu::Random;
 use common::gpu;
 use common::gpu::Gpu;
 use quell::SamplingParams;
-use quell::device::cuda::*;
-use quell::device::*;
-use quell::sampling::SampleRow;
-use quell::weights::DType;
+use quell::internals::device::cuda::*;
+use quell::internals::device::*;
+use quell::internals::sampling::SampleRow;
+use quell::internals::weights::DType;
 use std::sync::Arc;
 
 const HIDDEN: usize = 64;

@@ -4,9 +4,9 @@
 use common::cpu::{Random, bits, dequantized, weights};
 use common::gpu;
 use half::{bf16, f16};
-use quell::device::cuda::{CudaDevice, CudaExperts};
-use quell::device::*;
-use quell::weights::DType;
+use quell::internals::device::cuda::{CudaDevice, CudaExperts};
+use quell::internals::device::*;
+use quell::internals::weights::DType;
 use quell::{CudaActivations, CudaOptions};
 
 fn device(activations: CudaActivations) -> CudaDevice {

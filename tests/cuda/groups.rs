@@ -6,8 +6,9 @@ use common::cpu::{Random, bits};
 use common::gpu;
 use common::groups::*;
 use common::model_groups::a_model_has_the_same_bits_in_groups;
-use quell::device::cuda::{CudaActivations, CudaDevice, CudaTensor};
-use quell::device::*;
+use quell::CudaActivations;
+use quell::internals::device::cuda::{CudaDevice, CudaTensor};
+use quell::internals::device::*;
 
 const HEADS: HeadShape = HeadShape {
     q_heads: 4,

@@ -2,8 +2,8 @@
 #![allow(dead_code)] // each test file uses only part of this module
 
 use half::{bf16, f16};
-use quell::device::cuda::*;
-use quell::device::*;
+use quell::internals::device::cuda::*;
+use quell::internals::device::*;
 use std::ops::Range;
 
 pub const TYPES: [CudaActivations; 2] = [CudaActivations::Bf16, CudaActivations::F16];

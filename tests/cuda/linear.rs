@@ -4,9 +4,9 @@
 use common::cpu::{Random, bits, dequantized, weights};
 use common::gpu;
 use half::{bf16, f16};
-use quell::device::cuda::{CudaDevice, CudaLinear};
-use quell::device::*;
-use quell::weights::DType;
+use quell::internals::device::cuda::{CudaDevice, CudaLinear};
+use quell::internals::device::*;
+use quell::internals::weights::DType;
 use quell::{CudaActivations, CudaOptions};
 
 const TYPES: [CudaActivations; 2] = [CudaActivations::Bf16, CudaActivations::F16];
@@ -126,7 +126,7 @@ fn check(
     };
     let all: Vec<f32> = parts.iter().flat_map(|p| p.weights.clone()).collect();
     let with_minimum = |dtype| {
-        let view = quell::weights::quant::affine(dtype);
+        let view = quell::internals::weights::quant::affine(dtype);
         view.is_some_and(|view| view.has_min)
     };
     let approximate = parts.iter().any(|part| with_minimum(part.dtype));

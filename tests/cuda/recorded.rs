@@ -2,12 +2,11 @@
 //! with those of a real GPU where they were recorded.
 
 use common::{gpu, record};
-use quell::SamplingParams;
-use quell::device::cuda::{CudaDevice, CudaTensor};
-use quell::device::*;
-use quell::sampling::SampleRow;
-use quell::weights::{DType, RandomContent, RandomTensor, RandomWeights, WeightSource};
-use quell::{CudaActivations, CudaOptions};
+use quell::internals::device::cuda::{CudaDevice, CudaTensor};
+use quell::internals::device::*;
+use quell::internals::sampling::SampleRow;
+use quell::internals::weights::{DType, RandomContent, RandomTensor, RandomWeights, WeightSource};
+use quell::{CudaActivations, CudaOptions, SamplingParams};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 

@@ -4,8 +4,8 @@
 use crate::layer::*;
 use common::cpu::{Random, bits};
 use common::gpu;
-use quell::device::cuda::CudaActivations;
-use quell::device::*;
+use quell::CudaActivations;
+use quell::internals::device::*;
 
 const POSITIONS: usize = 5000;
 

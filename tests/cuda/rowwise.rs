@@ -4,10 +4,10 @@
 use common::cpu::{Random, bits};
 use common::gpu;
 use half::{bf16, f16};
-use quell::SamplingParams;
-use quell::device::cuda::{CudaActivations, CudaCache, CudaDevice, CudaOptions, CudaTensor};
-use quell::device::*;
-use quell::weights::DType;
+use quell::internals::device::cuda::{CudaCache, CudaDevice, CudaTensor};
+use quell::internals::device::*;
+use quell::internals::weights::DType;
+use quell::{CudaActivations, CudaOptions, SamplingParams};
 use std::sync::Arc;
 
 const TYPES: [CudaActivations; 2] = [CudaActivations::Bf16, CudaActivations::F16];
@@ -336,12 +336,12 @@ fn embeddings_are_scaled_table_rows_and_use_feedback() {
         let mut logits = vec![0.0; 2 * vocabulary];
         (logits[33], logits[vocabulary + 4]) = (1.0, 1.0);
         let logits = residual(&mut device, vocabulary, &logits);
-        let row = quell::sampling::SampleRow {
+        let row = quell::internals::sampling::SampleRow {
             params: Arc::new(SamplingParams::greedy()),
             position: 1,
             history: Vec::new(),
             prompt_tokens: 0,
-            ..quell::sampling::SampleRow::default()
+            ..quell::internals::sampling::SampleRow::default()
         };
         let pending = device.sample(&logits, &[row.clone(), row]).unwrap();
         let mut fed = batch(&[11, 0, 12, 0]);

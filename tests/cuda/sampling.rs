@@ -7,10 +7,10 @@
 
 use common::cpu::{Random, bits};
 use common::gpu;
-use quell::SamplingParams;
-use quell::device::cuda::{CudaDevice, CudaOptions};
-use quell::device::*;
-use quell::sampling::{SampleRow, Token, sample};
+use quell::internals::device::cuda::CudaDevice;
+use quell::internals::device::*;
+use quell::internals::sampling::{SampleRow, sample};
+use quell::{CudaOptions, SamplingParams, Token};
 use std::sync::Arc;
 
 const MAX_ROWS: usize = 64;
@@ -513,7 +513,7 @@ fn a_fed_back_token_counts_as_generated() {
     let linear = device
         .load_linear(&LinearSpec {
             parts: vec![WeightRows {
-                dtype: quell::weights::DType::F32,
+                dtype: quell::internals::weights::DType::F32,
                 rows: vocabulary,
                 columns: 8,
                 data: &table,

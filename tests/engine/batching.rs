@@ -2,11 +2,13 @@
 //! no token of a request, and no bit of a logit.
 
 use common::model::smollm2;
-use quell::device::cpu::{CpuDevice, CpuOptions, SimdLevel};
-use quell::device::*;
-use quell::model::{Decoder, ModelSource, StepLimits};
-use quell::weights::Gguf;
-use quell::{Engine, EngineConfig, LoadOptions, Request, SamplingParams, TokenStream};
+use quell::internals::device::cpu::CpuDevice;
+use quell::internals::device::*;
+use quell::internals::model::{Decoder, ModelSource, StepLimits};
+use quell::internals::weights::Gguf;
+use quell::{
+    CpuOptions, Engine, EngineConfig, LoadOptions, Request, SamplingParams, SimdLevel, TokenStream,
+};
 
 const REQUESTS: usize = 64;
 

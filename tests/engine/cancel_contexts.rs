@@ -5,12 +5,11 @@
 
 use common::requests::{idle, ids, prompt, request};
 use futures_util::{Stream, StreamExt};
-use quell::device::DeviceError;
-use quell::runner::{NullOptions, NullRunner, Runner, StepOutput};
-use quell::schedule::{Sequences, StepPlan};
+use quell::internals::runner::{NullOptions, NullRunner, Runner, StepOutput};
+use quell::internals::schedule::{Sequences, StepPlan};
 use quell::{
-    CancelReason, Cancellation, Engine, EngineConfig, EngineFault, GenerateError, Outcome,
-    Shutdown, Stop, TokenStream,
+    CancelReason, Cancellation, DeviceError, Engine, EngineConfig, EngineFault, GenerateError,
+    Outcome, Shutdown, Stop, TokenStream,
 };
 use sim::{Fault, SimOptions, expected};
 use std::future::Future;

@@ -3,7 +3,7 @@
 use common::golden::{tiny, tiny_cases};
 use common::requests::{idle, ids, prompt, request};
 use half::bf16;
-use quell::runner::{NullOptions, NullRunner};
+use quell::internals::runner::{NullOptions, NullRunner};
 use quell::{
     CancelReason, CpuOptions, EmbedRequest, EmbeddingFuture, Engine, EngineConfig, GenerateError,
     LoadOptions, Preemption, Request, SubmitError,

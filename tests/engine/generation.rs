@@ -1,10 +1,9 @@
 //! The engine's contract, tested on a simulated device.
 
 use common::requests::{idle, ids, prompt, request};
-use quell::text::Tokenizer;
 use quell::{
     Engine, EngineConfig, EngineFault, GenerateError, Outcome, Request, SamplingParams, Shutdown,
-    SubmitError,
+    SubmitError, Tokenizer,
 };
 use sim::{Fault, SimOptions, engine, engine_with_text, expected};
 use std::sync::mpsc;

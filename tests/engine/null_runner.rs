@@ -1,10 +1,9 @@
 //! The null runner, which has no model and is used to measure the host side.
 
-use quell::device::DeviceError;
-use quell::runner::{NullOptions, NullRunner, Runner, StepOutput};
-use quell::sampling::Samples;
-use quell::schedule::{Sequences, StepPlan};
-use quell::{Engine, EngineConfig, EngineFault, GenerateError, LoadError, Request};
+use quell::internals::runner::{NullOptions, NullRunner, Runner, StepOutput};
+use quell::internals::sampling::Samples;
+use quell::internals::schedule::{Sequences, StepPlan};
+use quell::{DeviceError, Engine, EngineConfig, EngineFault, GenerateError, LoadError, Request};
 use std::sync::mpsc::{Receiver, channel};
 
 /// A runner that waits for a signal before each step.

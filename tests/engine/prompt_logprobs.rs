@@ -2,7 +2,7 @@
 
 use common::golden::{tiny, tiny_cases};
 use common::requests::{idle, ids, prompt, request};
-use quell::runner::{NullOptions, NullRunner};
+use quell::internals::runner::{NullOptions, NullRunner};
 use quell::{
     Chunk, Engine, EngineConfig, LoadOptions, Outcome, Preemption, Request, SubmitError, Token,
 };

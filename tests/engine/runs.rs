@@ -2,15 +2,13 @@
 //! is counted.
 
 use common::requests::{idle, prompt, request};
-use quell::cache::CacheLayout;
-use quell::device::DeviceError;
-use quell::runner::{Runner, RunnerInfo, StepOutput};
-use quell::sampling::{Constraint, ConstraintError, Token};
-use quell::schedule::{Sequences, StepPlan};
-use quell::text::{EncodeOptions, Tokenizer};
+use quell::internals::cache::CacheLayout;
+use quell::internals::runner::{Runner, RunnerInfo, StepOutput};
+use quell::internals::schedule::{Sequences, StepPlan};
 use quell::{
-    Chunk, Engine, EngineConfig, EngineFault, GenerateError, LoadError, Outcome, Receipt, Request,
-    TokenStream,
+    Chunk, Constraint, ConstraintError, DeviceError, EncodeOptions, Engine, EngineConfig,
+    EngineFault, GenerateError, LoadError, Outcome, Receipt, Request, Token, TokenStream,
+    Tokenizer,
 };
 use std::collections::VecDeque;
 use std::sync::mpsc::{self, Receiver, Sender};

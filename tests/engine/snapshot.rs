@@ -1,10 +1,9 @@
 //! Snapshots of an engine's state, and cancelling requests by their ids.
 
 use common::requests::{idle, ids, prompt, request};
-use quell::engine::{BlockUse, RequestPhase};
 use quell::{
-    CancelReason, Engine, EngineConfig, EngineFault, EngineSnapshot, Outcome, RequestId,
-    RequestQuery, Shutdown, TokenStream,
+    BlockUse, CancelReason, Engine, EngineConfig, EngineFault, EngineSnapshot, Outcome, RequestId,
+    RequestPhase, RequestQuery, Shutdown, TokenStream,
 };
 use sim::{SimOptions, engine, expected};
 use std::collections::HashMap;
@@ -368,7 +367,7 @@ fn the_last_64_ends_are_remembered() {
     let shown: Vec<_> = snapshot.recent_ends.iter().map(|end| end.id).collect();
     let latest_first: Vec<_> = ended.into_iter().rev().take(64).collect();
     assert_eq!(shown, latest_first);
-    let length = |end: &quell::engine::RequestEnd| (end.outcome, end.generated_tokens);
+    let length = |end: &quell::RequestEnd| (end.outcome, end.generated_tokens);
     assert!(
         snapshot
             .recent_ends

@@ -2,8 +2,8 @@
 
 use common::gguf_writer::GgufWriter;
 use common::quantize::quantize;
-use quell::weights::gguf::{Array, Value};
-use quell::weights::{DType, Gguf, ModelFolder};
+use quell::internals::weights::gguf::{Array, Value};
+use quell::internals::weights::{DType, Gguf, ModelFolder};
 use std::path::PathBuf;
 
 fn seeds(target: &str) -> PathBuf {

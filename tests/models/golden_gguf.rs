@@ -4,8 +4,8 @@
 use common::gguf_writer::GgufWriter;
 use common::golden;
 use common::golden::{Tolerance, tiny, tiny_cases};
-use quell::weights::gguf::Value as Metadata;
-use quell::weights::{DType, ModelFolder, WeightSource, quant};
+use quell::internals::weights::gguf::Value as Metadata;
+use quell::internals::weights::{DType, ModelFolder, WeightSource, quant};
 use quell::{Engine, EngineConfig, LoadOptions};
 use serde_json::Value;
 

@@ -1,8 +1,8 @@
 //! Random weights in place of a checkpoint: the same tensors, without its file.
 
-use quell::model::ModelSource;
-use quell::runner::ModelFiles;
-use quell::weights::{DType, ModelFolder};
+use quell::internals::model::ModelSource;
+use quell::internals::runner::random_model;
+use quell::internals::weights::{DType, ModelFolder};
 use quell::{Engine, EngineConfig, LoadOptions, Request};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ fn settings(folder: &Path) -> Value {
 }
 
 fn engine(folder: &Path, format: DType) -> Engine {
-    let files = ModelFiles::random("random", &settings(folder), format).unwrap();
+    let files = random_model(&settings(folder), format).unwrap();
     let config = EngineConfig {
         kv_cache_bytes: Some(4 << 20),
         audit: true,
@@ -68,7 +68,7 @@ fn quantised_random_weights_run_if_their_rows_fit_the_format() {
         assert_eq!(tokens(&engine(llama, format)).len(), 6, "{format}");
     }
     // The model's rows have 64 columns, but a Q4_K block has 256 weights.
-    let error = ModelFiles::random("random", &settings(llama), DType::Q4K).unwrap_err();
+    let error = random_model(&settings(llama), DType::Q4K).unwrap_err();
     let text = error.to_string();
     assert!(text.contains("Q4_K") && text.contains("64"), "{text}");
 }

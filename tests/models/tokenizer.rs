@@ -3,8 +3,9 @@
 
 use common::clients::{installed, script};
 use common::{model, root};
-use quell::text::{ChatTemplate, EncodeOptions, GgufVocabulary, Message, RenderOptions, Tokenizer};
-use quell::weights::Gguf;
+use quell::internals::text::GgufVocabulary;
+use quell::internals::weights::Gguf;
+use quell::{ChatTemplate, EncodeOptions, Message, RenderOptions, Tokenizer};
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, UNIX_EPOCH};
@@ -20,7 +21,8 @@ const PLAIN: EncodeOptions = EncodeOptions {
 
 fn tokenizer() -> Tokenizer {
     let path = model::smollm2();
-    Tokenizer::from_gguf(GgufVocabulary::from_file(&Gguf::open(&path).unwrap()).unwrap()).unwrap()
+    let vocabulary = GgufVocabulary::from_file(&Gguf::open(&path).unwrap()).unwrap();
+    vocabulary.into_tokenizer().unwrap()
 }
 
 fn fixture(name: &str) -> Value {

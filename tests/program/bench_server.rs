@@ -1,10 +1,9 @@
 //! `quell bench --server`: its counts agree with the server's, and it reports servers that
 //! misbehave.
 
-use quell::runner::{NullOptions, NullRunner};
+use quell::internals::runner::{NullOptions, NullRunner};
 use quell::server::{Server, ServerOptions};
-use quell::text::Tokenizer;
-use quell::{Engine, EngineConfig, EngineStats};
+use quell::{Engine, EngineConfig, EngineStats, Tokenizer};
 use serde_json::Value;
 use sim::{SimOptions, engine};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -199,7 +198,7 @@ fn chat_can_be_measured_and_the_text_report_lists_every_latency() {
 /// Creates an engine with the fixture's tokenizer and its chat template.
 fn engine_that_chats() -> Engine {
     let engine = null_engine();
-    let messages = vec![quell::text::Message::new("user", "hello")];
+    let messages = vec![quell::Message::new("user", "hello")];
     let prompt = quell::Prompt::Chat(messages);
     assert!(engine.tokenize(prompt).is_ok(), "no chat template");
     engine

@@ -2,7 +2,7 @@
 
 use common::gguf_writer::GgufWriter;
 use common::model::smollm2;
-use quell::weights::gguf::{Array, Value as Metadata};
+use quell::internals::weights::gguf::{Array, Value as Metadata};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

@@ -7,7 +7,7 @@ use common::model;
 use common::requests::{idle, prompt};
 use common::server::{MODEL, TestServer, null_engine, options, tokenizer};
 use quell::EngineConfig;
-use quell::runner::{NullOptions, NullRunner};
+use quell::internals::runner::{NullOptions, NullRunner};
 use serde_json::{Value, json};
 use sim::{SimOptions, expected, expected_embedding, logprob};
 

@@ -7,7 +7,7 @@ use common::http::{exchange, post};
 use common::parrot::say;
 use common::server::{TestServer, null_engine, options, tokenizer};
 use common::{model, parrot, server};
-use quell::server::fields::{Neutral, RequestField, Route, Verdict, request_fields};
+use quell::internals::server::{Neutral, RequestField, Route, Verdict, request_fields};
 use quell::{Engine, EngineConfig, LoadOptions};
 use serde_json::{Value, json};
 use std::sync::LazyLock;

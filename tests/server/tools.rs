@@ -360,7 +360,7 @@ fn special_tokens_are_kept_if_requested() {
         let message = quell::Message::new("user", say("a<file_sep>b"));
         let mut request = Request::new(Prompt::Conversation {
             messages: vec![message],
-            options: quell::text::RenderOptions::default(),
+            options: quell::RenderOptions::default(),
         });
         request.keep_special = keep;
         let generation = engine.generate(request).unwrap().complete_blocking();
@@ -756,7 +756,7 @@ fn unenforced_schema_keywords_are_reported_or_refused() {
     assert_eq!(reply.header("x-quell-unenforced"), Some("not"));
 
     let mut strict = options();
-    strict.schema_keywords = quell::text::Keywords::Strict;
+    strict.schema_keywords = quell::SchemaKeywords::Strict;
     let strict = TestServer::start(parrot::engine(TEMPLATE), strict);
     let error = refused(strict.address, CHAT, &body, 400);
     assert_eq!(error["param"], "response_format");

@@ -7,13 +7,11 @@
 
 pub mod constraint;
 
-use quell::cache::{BlockId, BlockTable, CacheLayout, GroupKind, Transfers};
-use quell::device::{DeviceError, PooledRows};
-use quell::runner::{Runner, RunnerInfo, StepOutput, SwapInfo};
-use quell::sampling::Token;
-use quell::schedule::{Report, SequenceKey, Sequences, StepPlan, TokenInput};
-use quell::text::Tokenizer;
-use quell::{Engine, EngineConfig, LoadError, SessionId};
+use quell::internals::cache::{BlockId, BlockTable, CacheLayout, GroupKind, Transfers};
+use quell::internals::device::PooledRows;
+use quell::internals::runner::{Runner, RunnerInfo, StepOutput, SwapInfo};
+use quell::internals::schedule::{Report, SequenceKey, Sequences, StepPlan, TokenInput};
+use quell::{DeviceError, Engine, EngineConfig, LoadError, SessionId, Token, Tokenizer};
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Arc, mpsc};

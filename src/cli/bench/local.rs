@@ -7,9 +7,9 @@ use crate::cli::args::{Format, resolve};
 use crate::cli::error::CliError;
 use crate::cli::generate::{load_seconds, println_json};
 use crate::cli::progress;
-use crate::runner::ModelFiles;
+use crate::runner::random_model;
 use crate::weights::DType;
-use crate::{Engine, EngineConfig, GenerateError, Request, TokenStream};
+use crate::{Engine, EngineConfig, GenerateError, ModelFiles, Request, TokenStream};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 use std::io::Write;
@@ -81,10 +81,9 @@ impl WhichModel {
         if let Some(model) = &self.model {
             return Ok(ModelFiles::open(&resolve(model)?)?);
         }
-        let name = self.name();
-        let settings = random_settings(name)?;
+        let settings = random_settings(self.name())?;
         let format = self.weights_format.dtype();
-        Ok(ModelFiles::random(name, &settings, format)?)
+        Ok(random_model(&settings, format)?)
     }
 
     /// Returns the name that the user gave for the model.
@@ -316,8 +315,7 @@ fn median(sorted: &[f64]) -> f64 {
 
 fn report(engine: &Engine, args: &BenchArgs, rows: &[(&Figure, Vec<f64>)]) -> Result<(), CliError> {
     let model = engine.info().model.as_ref();
-    let format = model.and_then(|model| model.parameters.main_format());
-    let format = format.map(|format| format.name());
+    let format = model.and_then(|model| model.weights_format);
     let device = model.map(|model| format!("{}: {}", model.device.name, model.device.description));
     if args.format == Format::Json {
         let figures: Vec<Value> = rows

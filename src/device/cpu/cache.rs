@@ -101,6 +101,7 @@ impl CpuCache {
 
     /// Returns the bytes of a block of a layer, or `None` if the block or the layer does not
     /// exist. For tests.
+    #[cfg(any(test, feature = "internals"))]
     pub fn read(&self, layer: usize, block: usize) -> Option<&[u8]> {
         let exists = block < self.shape.blocks;
         let layer = self.layers.get(layer).filter(|_| exists)?;

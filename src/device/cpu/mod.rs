@@ -40,14 +40,11 @@ mod tensor;
 mod workers;
 
 pub use cache::CpuCache;
-pub use experts::CpuExperts;
 pub use linear::CpuLinear;
 pub use norm::CpuVector;
 pub use options::{Activations, CpuOptions, KvType, SimdLevel};
-pub use pooling::CpuPooling;
+#[cfg(any(test, feature = "internals"))]
 pub use rope::CpuRope;
-pub use sampling::CpuPending;
-pub use swap::CpuHostBlocks;
 pub use tensor::CpuTensor;
 
 use super::{Device, DeviceError, DeviceInfo, DeviceTypes};

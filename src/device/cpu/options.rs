@@ -2,8 +2,8 @@
 
 /// Options of the CPU device: threads, instruction set and number formats.
 ///
-/// The default is the fastest combination that the machine supports. Every combination keeps
-/// the determinism guarantee of [`crate::device`].
+/// The default is the fastest combination that the machine supports. With every
+/// combination, the tokens of a request do not depend on the other requests in the batch.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CpuOptions {
     /// Number of threads that compute, including the calling thread. `None` means one thread

@@ -71,6 +71,7 @@ impl CudaCache {
     ///
     /// # Errors
     /// Fails if the layer or the block does not exist, or if the driver fails.
+    #[cfg(any(test, feature = "internals"))]
     pub fn read(
         &self,
         device: &CudaDevice,

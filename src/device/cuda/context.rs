@@ -53,6 +53,7 @@ impl Context {
     }
 
     /// Blocks the host until all work in both streams has completed.
+    #[cfg(any(test, feature = "internals"))]
     pub(super) fn synchronize(&self) -> Result<(), DeviceError> {
         self.refuse_in_capture("synchronize")?;
         self.compute.synchronize("synchronize")?;
@@ -113,6 +114,7 @@ impl Context {
 
     /// Reads `count` values, after waiting for all enqueued work. For tests and benchmarks
     /// only, because a step must not wait.
+    #[cfg(any(test, feature = "internals"))]
     pub(super) fn read<T: Pod>(&self, ptr: Ptr, count: usize) -> Result<Vec<T>, DeviceError> {
         const OPERATION: &str = "read";
         self.refuse_in_capture(OPERATION)?;

@@ -150,6 +150,7 @@ impl ErrorState {
     }
 
     /// Returns the number of errors during clean-up so far.
+    #[cfg(any(test, feature = "internals"))]
     pub(super) fn cleanup_errors(&self) -> u64 {
         self.cleanup.get()
     }

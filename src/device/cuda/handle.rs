@@ -165,6 +165,7 @@ impl Event {
     }
 
     /// Creates an event that records the time at which it is reached.
+    #[cfg(any(test, feature = "internals"))]
     pub(super) fn with_time(handle: &Rc<Handle>) -> Result<Self, DeviceError> {
         Self::create(handle, sys::CUevent_flags::CU_EVENT_DEFAULT)
     }
@@ -202,6 +203,7 @@ impl Event {
     }
 }
 
+#[cfg(any(test, feature = "internals"))]
 impl Event {
     /// Waits until both events are reached and returns the seconds from `self` to `end`. Both
     /// must have been created with a time, and recorded.

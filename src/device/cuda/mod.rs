@@ -39,18 +39,20 @@ mod signature;
 mod step;
 mod swap;
 mod tensor;
+#[cfg(any(test, feature = "internals"))]
 mod timing;
 mod transfer;
 mod weights;
 
 pub use cache::CudaCache;
+#[cfg(any(test, feature = "internals"))]
 pub use experts::CudaExperts;
 pub use norm::CudaVector;
 pub use options::{CudaActivations, CudaOptions};
-pub use pooling::CudaPooling;
+#[cfg(any(test, feature = "internals"))]
 pub use rope::CudaRope;
+#[cfg(any(test, feature = "internals"))]
 pub use sampling::CudaPending;
-pub use swap::CudaHostBlocks;
 pub use tensor::CudaTensor;
 pub use weights::CudaLinear;
 
@@ -106,6 +108,7 @@ impl CudaDevice {
     ///
     /// # Errors
     /// [`DeviceError::Unavailable`], with a one-line reason, if the GPU cannot be used.
+    #[cfg(any(test, feature = "internals"))]
     pub fn available(index: usize) -> Result<(), DeviceError> {
         probe::find(index).map(|_| ())
     }
@@ -185,6 +188,7 @@ impl CudaDevice {
 
     /// Returns the number of driver errors during clean-up so far; each was logged when it
     /// occurred.
+    #[cfg(any(test, feature = "internals"))]
     pub fn cleanup_errors(&self) -> u64 {
         self.context.handle.errors.cleanup_errors()
     }

@@ -1,7 +1,5 @@
 //! Options of the CUDA device.
 
-use half::{bf16, f16};
-
 /// Which GPU to use, and how.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CudaOptions {
@@ -50,21 +48,24 @@ impl CudaActivations {
             Self::F16 => "f16",
         }
     }
+}
 
+#[cfg(any(test, feature = "internals"))]
+impl CudaActivations {
     /// Returns the bits of the nearest number of this type. float16 saturates.
     pub(super) fn encode(self, value: f32) -> u16 {
         match self {
-            Self::Bf16 => bf16::from_f32(value).to_bits(),
-            Self::F16 if value.is_nan() => f16::NAN.to_bits(),
-            Self::F16 => f16::from_f32(value.clamp(-65504.0, 65504.0)).to_bits(),
+            Self::Bf16 => half::bf16::from_f32(value).to_bits(),
+            Self::F16 if value.is_nan() => half::f16::NAN.to_bits(),
+            Self::F16 => half::f16::from_f32(value.clamp(-65504.0, 65504.0)).to_bits(),
         }
     }
 
     /// Returns the number that `bits` encode.
     pub(super) fn decode(self, bits: u16) -> f32 {
         match self {
-            Self::Bf16 => bf16::from_bits(bits).to_f32(),
-            Self::F16 => f16::from_bits(bits).to_f32(),
+            Self::Bf16 => half::bf16::from_bits(bits).to_f32(),
+            Self::F16 => half::f16::from_bits(bits).to_f32(),
         }
     }
 }

@@ -45,6 +45,7 @@ impl CudaTensor {
     }
 
     /// Returns the memory of all rows.
+    #[cfg(any(test, feature = "internals"))]
     pub(super) fn buffer(&self) -> &Buffer {
         &self.buffer
     }
@@ -120,9 +121,11 @@ impl TensorOps for CudaDevice {
     }
 }
 
+/// Matrices with given values, for tests and benches.
+#[cfg(any(test, feature = "internals"))]
 impl CudaDevice {
     /// Creates a matrix with `columns` columns from row-major `values`, rounded to `precision`.
-    /// Values beyond the last whole row are ignored. For tests and benchmarks.
+    /// Values beyond the last whole row are ignored.
     ///
     /// # Errors
     /// [`DeviceError::OutOfMemory`] if the matrix cannot be allocated, and other errors if the
@@ -148,8 +151,7 @@ impl CudaDevice {
         Ok(tensor)
     }
 
-    /// Reads the first `rows` rows of a matrix, after waiting for all enqueued work. For tests
-    /// and benchmarks.
+    /// Reads the first `rows` rows of a matrix, after waiting for all enqueued work.
     ///
     /// # Errors
     /// Fails if the driver fails, or if a decode step is being recorded as a graph.

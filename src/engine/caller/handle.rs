@@ -9,11 +9,11 @@ use crate::engine::event::{CancelReason, Receipt};
 use crate::engine::sync::atomic::Ordering;
 use crate::engine::sync::{Arc, Sender, bounded, spawn};
 use crate::engine::{
-    Drained, EngineBuilder, EngineSnapshot, EngineStats, Health, RequestQuery, Session,
+    Drained, EngineBuilder, EngineInfo, EngineSnapshot, EngineStats, Health, RequestQuery, Session,
     SessionOptions, Shutdown, SubmitError,
 };
 use crate::id::{RequestId, SessionId};
-use crate::runner::{LoadError, LoadOptions, ModelFiles, Runner, RunnerInfo, limits};
+use crate::runner::{LoadError, LoadOptions, ModelFiles, Runner, RunnerInfo, build_runner, limits};
 use crate::sampling::SamplingDefaults;
 use crate::text::Tokenizer;
 use std::path::Path;
@@ -82,19 +82,19 @@ impl Engine {
     ) -> Result<Self, LoadError> {
         let tokenizer = files.take_tokenizer();
         let limits = config.clone();
-        Self::with_runner(config, tokenizer, move || {
-            files.build_runner(&limits, options)
+        Self::start(config, tokenizer, move || {
+            build_runner(files, &limits, options)
         })
     }
 
-    /// Starts an engine with any [`Runner`]. Calls `make_runner` on the scheduler thread, which
-    /// then owns the runner. Blocks until the runner is ready.
+    /// Starts an engine. Calls `make_runner` on the scheduler thread, which then owns the
+    /// runner. Blocks until the runner is ready.
     ///
     /// # Errors
     ///
     /// Returns the error of `make_runner`, or an error if a setting is out of range or if a
     /// thread cannot be started.
-    pub fn with_runner(
+    fn start(
         config: EngineConfig,
         tokenizer: Option<Tokenizer>,
         make_runner: impl FnOnce() -> Result<(Box<dyn Runner>, RunnerInfo), LoadError> + Send + 'static,
@@ -133,8 +133,8 @@ impl Engine {
         model.map_or_else(SamplingDefaults::default, |model| model.sampling.clone())
     }
 
-    /// Returns the model, the device and the memory plan.
-    pub fn info(&self) -> &RunnerInfo {
+    /// Returns what the engine runs, on which device, and the size of its KV cache.
+    pub fn info(&self) -> &EngineInfo {
         &self.shared.info
     }
 
@@ -312,5 +312,24 @@ impl Engine {
 
     pub(super) fn closed(&self) -> SubmitError {
         SubmitError::Closed(self.shared.end.cause())
+    }
+}
+
+/// Engines over runners that tests and benches make.
+#[cfg(any(test, feature = "internals"))]
+impl Engine {
+    /// Starts an engine with any [`Runner`]. Calls `make_runner` on the scheduler thread, which
+    /// then owns the runner. Blocks until the runner is ready.
+    ///
+    /// # Errors
+    ///
+    /// Returns the error of `make_runner`, or an error if a setting is out of range or if a
+    /// thread cannot be started.
+    pub fn with_runner(
+        config: EngineConfig,
+        tokenizer: Option<Tokenizer>,
+        make_runner: impl FnOnce() -> Result<(Box<dyn Runner>, RunnerInfo), LoadError> + Send + 'static,
+    ) -> Result<Self, LoadError> {
+        Self::start(config, tokenizer, make_runner)
     }
 }

@@ -4,13 +4,13 @@ use super::handle::Engine;
 use super::waiting::{EngineEnd, Waiters};
 use crate::cache::BlockCache;
 use crate::config::EngineConfig;
-use crate::engine::EngineFault;
 use crate::engine::command::Command;
 use crate::engine::metrics::EngineMetrics;
 use crate::engine::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 use crate::engine::sync::{Arc, OnceLock, Receiver, Sender, unbounded};
 use crate::engine::thread::SchedulerThread;
 use crate::engine::watchdog::{Heartbeat, Pulse, watch};
+use crate::engine::{EngineFault, EngineInfo};
 use crate::runner::{Runner, RunnerInfo};
 use crate::schedule::{Policy, Scheduler};
 use crate::text::Tokenizer;
@@ -95,7 +95,7 @@ impl CallersSide {
         };
         let shared = Shared {
             config,
-            info,
+            info: EngineInfo::new(info),
             tokenizer: tokenizer.map(Arc::new),
             end: self.end,
             waiters: self.waiters,
@@ -133,7 +133,7 @@ impl Engine {
 /// What all handles of an engine share.
 pub(super) struct Shared {
     pub(super) config: EngineConfig,
-    pub(super) info: RunnerInfo,
+    pub(super) info: EngineInfo,
     pub(super) tokenizer: Option<Arc<Tokenizer>>,
     pub(super) end: EngineEnd,
     pub(super) waiters: Arc<Waiters>,

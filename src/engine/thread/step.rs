@@ -3,7 +3,7 @@
 use super::SchedulerThread;
 use crate::device::DeviceError;
 use crate::engine::EngineFault;
-use crate::engine::event::PromptReport;
+use crate::engine::event::{Outcome, PromptReport};
 use crate::engine::metrics::Phase;
 use crate::id::StepId;
 use crate::runner::StepOutput;
@@ -227,7 +227,7 @@ impl SchedulerThread {
             Commit::Continues => self.deliver(key, run, count),
             Commit::Finished { tokens, reason } => {
                 self.deliver(key, run, tokens);
-                self.end_request(key, Ok(reason.into()));
+                self.end_request(key, Ok(Outcome::of(reason)));
                 self.ledger.discarded(key, count - tokens);
             }
             Commit::Failed { tokens, error } => {
@@ -256,7 +256,7 @@ impl SchedulerThread {
         if self.apply_cancel(key).is_none()
             && let Commit::Finished { reason, .. } = self.scheduler.commit_end(key)
         {
-            self.end_request(key, Ok(reason.into()));
+            self.end_request(key, Ok(Outcome::of(reason)));
         }
     }
 

@@ -22,6 +22,7 @@ pub enum BlockDisposition {
 impl Scheduler {
     /// Adds a sequence to the queue. If its session keeps tokens, those after the common
     /// beginning with the prompt are dropped, and their blocks are released.
+    #[cfg(any(test, feature = "internals"))]
     pub fn add(&mut self, id: RequestId, spec: SequenceSpec) -> SequenceKey {
         self.add_follower(id, spec, None)
     }
@@ -112,6 +113,7 @@ impl Scheduler {
 
     /// Ends a sequence in any state and releases all its blocks, like [`Scheduler::close`] with
     /// [`BlockDisposition::Release`].
+    #[cfg(any(test, feature = "internals"))]
     pub fn remove(&mut self, key: SequenceKey) -> Option<(Sequence, usize)> {
         self.close(key, BlockDisposition::Release)
     }

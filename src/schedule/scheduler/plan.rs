@@ -13,6 +13,7 @@ pub(super) struct Budget {
 impl Scheduler {
     /// Chooses the rows of the next step and allocates their blocks. Returns `None` if there is
     /// nothing to do until a step completes or a command arrives.
+    #[cfg(any(test, feature = "internals"))]
     pub fn plan(&mut self) -> Option<StepPlan> {
         let mut plan = StepPlan::default();
         self.plan_into(&mut plan).then_some(plan)

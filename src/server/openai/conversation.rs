@@ -2,7 +2,7 @@
 
 use super::legacy_functions;
 use super::notices::Notices;
-use super::parts::{Calls as ReadCalls, Reading};
+use super::parts::{Calls, Reading};
 use super::rendering::Rendering;
 use super::structure::Structure;
 use super::tools::Tools;
@@ -13,7 +13,7 @@ use crate::server::error::ApiError;
 use crate::server::http::workers::{Job, Work};
 use crate::server::submit::{Length, Tokenization};
 use crate::text::reasoning::ReasoningFormat;
-use crate::text::{Calls, Grammar};
+use crate::text::{Grammar, GrammarCalls};
 use crate::text::{Message, RenderOptions, TextError, Tokenizer};
 use std::sync::Arc;
 
@@ -100,7 +100,7 @@ impl Conversation {
             (None, Some(structure)) => {
                 // The form applies to the answer; the model may call a tool instead.
                 let tools: Vec<_> = self.tools.schemas().collect();
-                let calls = self.tools.offered().then_some(Calls {
+                let calls = self.tools.offered().then_some(GrammarCalls {
                     format,
                     tools: &tools,
                     several: self.tools.parallel,
@@ -153,9 +153,9 @@ impl Conversation {
             reading.reasoning = None;
         }
         if forced.is_some() {
-            reading.calls = ReadCalls::Forced(format);
+            reading.calls = Calls::Forced(format);
         } else if self.tools.offered() {
-            reading.calls = ReadCalls::Allowed(format, self.tools.names().collect());
+            reading.calls = Calls::Allowed(format, self.tools.names().collect());
         }
         Ok(Prepared {
             prompt,
@@ -264,8 +264,8 @@ fn has_special_marks(reading: &Reading, tokenizer: &Tokenizer) -> bool {
     let reasoning = reading.reasoning.iter();
     let mut reasoning = reasoning.flat_map(|(marks, _)| [marks.open, marks.close]);
     let calls = match &reading.calls {
-        ReadCalls::Allowed(format, _) => format.tags(),
-        ReadCalls::None | ReadCalls::Forced(_) => &[],
+        Calls::Allowed(format, _) => format.tags(),
+        Calls::None | Calls::Forced(_) => &[],
     };
     reasoning.any(|mark| special(&mark)) || calls.iter().any(special)
 }

@@ -5,7 +5,7 @@ use crate::server::App;
 use crate::server::error::ApiError;
 use crate::server::http::body::object;
 use crate::server::http::workers::{Job, Work};
-use crate::text::{Calls, Form as TextForm, Grammar, GrammarError, Keywords, Tokenizer};
+use crate::text::{Grammar, GrammarCalls, GrammarError, GrammarForm, SchemaKeywords, Tokenizer};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -174,16 +174,16 @@ impl Structure {
     pub fn grammar(
         &self,
         tokenizer: &Arc<Tokenizer>,
-        keywords: Keywords,
-        calls: Option<Calls<'_>>,
+        keywords: SchemaKeywords,
+        calls: Option<GrammarCalls<'_>>,
     ) -> Result<Grammar, ApiError> {
         let any = json!({"type": "object"});
         let form = match &self.form {
-            Form::JsonObject => TextForm::JsonSchema(&any),
-            Form::Schema(schema) => TextForm::JsonSchema(schema),
-            Form::Regex(regex) => TextForm::Regex(regex),
-            Form::Choice(choices) => TextForm::Choice(choices),
-            Form::Lark(grammar) => TextForm::Lark(grammar),
+            Form::JsonObject => GrammarForm::JsonSchema(&any),
+            Form::Schema(schema) => GrammarForm::JsonSchema(schema),
+            Form::Regex(regex) => GrammarForm::Regex(regex),
+            Form::Choice(choices) => GrammarForm::Choice(choices),
+            Form::Lark(grammar) => GrammarForm::Lark(grammar),
         };
         let refused = |field: &str, error: GrammarError| {
             ApiError::invalid(format!("{field}: {error}")).param(field)

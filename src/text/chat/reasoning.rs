@@ -38,7 +38,7 @@ impl ReasoningFormat {
 
 /// Text that a piece of an answer contributes. The reasoning precedes the content.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Split {
+pub struct ReasoningSplit {
     /// Additional reasoning.
     pub reasoning: String,
     /// Additional content.
@@ -92,24 +92,14 @@ impl ReasoningSplitter {
         }
     }
 
-    /// Creates a splitter with [`inside`](Self::inside) if the prompt ends with the opening
-    /// mark, and with [`new`](Self::new) otherwise.
-    pub fn after(format: ReasoningFormat, prompt_end: &str) -> Self {
-        if format.is_open(prompt_end) {
-            Self::inside(format)
-        } else {
-            Self::new(format)
-        }
-    }
-
     /// Returns whether the next text is reasoning, as far as is known.
     pub fn in_reasoning(&self) -> bool {
         matches!(self.state, State::AfterOpen | State::Reasoning)
     }
 
     /// Processes the next piece of the answer.
-    pub fn push(&mut self, text: &str) -> Split {
-        let mut split = Split::default();
+    pub fn push(&mut self, text: &str) -> ReasoningSplit {
+        let mut split = ReasoningSplit::default();
         for (place, c) in text.char_indices() {
             if self.state == State::Content {
                 split.content.push_str(&text[place..]);
@@ -121,10 +111,10 @@ impl ReasoningSplitter {
     }
 
     /// Ends the answer and returns the text that was held back.
-    pub fn finish(&mut self) -> Split {
+    pub fn finish(&mut self) -> ReasoningSplit {
         let mut held = std::mem::take(&mut self.space);
         held.push_str(&std::mem::take(&mut self.mark));
-        let mut split = Split::default();
+        let mut split = ReasoningSplit::default();
         match self.state {
             State::Start => split.content = held,
             _ => split.reasoning = held,
@@ -132,7 +122,7 @@ impl ReasoningSplitter {
         split
     }
 
-    fn take(&mut self, c: char, split: &mut Split) {
+    fn take(&mut self, c: char, split: &mut ReasoningSplit) {
         match self.state {
             State::Start => self.take_start(c, split),
             State::AfterOpen | State::AfterClose if c == '\n' => {}
@@ -147,7 +137,7 @@ impl ReasoningSplitter {
         }
     }
 
-    fn take_start(&mut self, c: char, split: &mut Split) {
+    fn take_start(&mut self, c: char, split: &mut ReasoningSplit) {
         if self.mark.is_empty() && c.is_whitespace() {
             self.space.push(c);
             return;
@@ -163,7 +153,7 @@ impl ReasoningSplitter {
         }
     }
 
-    fn take_reasoning(&mut self, c: char, split: &mut Split) {
+    fn take_reasoning(&mut self, c: char, split: &mut ReasoningSplit) {
         self.mark.push(c);
         while !self.format.close.starts_with(&self.mark) {
             let c = self.mark.remove(0);
@@ -193,8 +183,8 @@ mod tests {
         mut splitter: ReasoningSplitter,
         pieces: impl IntoIterator<Item = &'a str>,
     ) -> (String, String) {
-        let mut whole = Split::default();
-        let mut add = |split: Split| {
+        let mut whole = ReasoningSplit::default();
+        let mut add = |split: ReasoningSplit| {
             whole.reasoning.push_str(&split.reasoning);
             whole.content.push_str(&split.content);
         };
@@ -240,7 +230,10 @@ mod tests {
 
     #[test]
     fn a_prompt_that_ends_with_the_mark_begins_the_reasoning() {
-        let after = |prompt| ReasoningSplitter::after(ReasoningFormat::THINK, prompt);
+        let after = |prompt| match ReasoningFormat::THINK.is_open(prompt) {
+            true => ReasoningSplitter::inside(ReasoningFormat::THINK),
+            false => think(),
+        };
         let open = "<|im_start|>assistant\n<think>\n";
         let expected = ("a".to_owned(), "b".to_owned());
         assert_eq!(split(after(open), ["a\n</think>\n\nb"]), expected);
@@ -252,7 +245,7 @@ mod tests {
     #[test]
     fn nothing_is_held_back_that_cannot_become_a_mark() {
         let mut splitter = think();
-        assert_eq!(splitter.push("<thi"), Split::default());
+        assert_eq!(splitter.push("<thi"), ReasoningSplit::default());
         assert_eq!(splitter.push("nk>a <").reasoning, "a ");
         assert_eq!(splitter.push("b").reasoning, "<b");
         assert_eq!(splitter.push("</think>c<").content, "c<");

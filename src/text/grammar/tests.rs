@@ -44,7 +44,7 @@ fn tokenizer() -> Arc<Tokenizer> {
         token_types,
         ..GgufVocabulary::default()
     };
-    Arc::new(Tokenizer::from_gguf(vocabulary).unwrap())
+    Arc::new(vocabulary.into_tokenizer().unwrap())
 }
 
 /// State of an answer whose text so far is given.
@@ -492,7 +492,7 @@ fn a_scored_tokenizer_with_bytes_and_unused_tokens_serves_grammars_too() {
         token_types,
         ..GgufVocabulary::default()
     };
-    let tokenizer = Arc::new(Tokenizer::from_gguf(vocabulary).unwrap());
+    let tokenizer = Arc::new(vocabulary.into_tokenizer().unwrap());
     let encoded = tokenizer.encode("ab", EncodeOptions::default()).unwrap();
     assert_eq!(encoded.len(), 1);
     let grammar = Grammar::regex(&tokenizer, "ab|x b").unwrap();
@@ -514,8 +514,8 @@ fn a_scored_tokenizer_with_bytes_and_unused_tokens_serves_grammars_too() {
 
 /// Compiles a grammar from a schema, and drops what cannot be enforced.
 fn lenient(schema: &Value) -> Grammar {
-    let form = Form::JsonSchema(schema);
-    Grammar::new(&tokenizer(), form, Keywords::Lenient)
+    let form = GrammarForm::JsonSchema(schema);
+    Grammar::new(&tokenizer(), form, SchemaKeywords::Lenient)
         .unwrap_or_else(|error| panic!("{schema}: {error}"))
 }
 
@@ -637,7 +637,11 @@ fn unenforceable_keywords_are_reported_or_rejected() {
         json!({"pattern": "("}),
         json!({"enum": []}),
     ] {
-        let refused = Grammar::new(&tokenizer, Form::JsonSchema(&wrong), Keywords::Lenient);
+        let refused = Grammar::new(
+            &tokenizer,
+            GrammarForm::JsonSchema(&wrong),
+            SchemaKeywords::Lenient,
+        );
         assert!(
             matches!(refused, Err(GrammarError::Refused { .. })),
             "{wrong}"
@@ -794,13 +798,13 @@ fn or_calls(format: ToolFormat, several: bool) -> (Arc<Tokenizer>, Grammar) {
         "type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"type": "integer"}},
         "required": ["city"],
     });
-    let calls = Calls {
+    let calls = GrammarCalls {
         format,
         tools: &[("weather", Some(&parameters)), ("now", None)],
         several,
     };
-    let form = Form::JsonSchema(&form);
-    let grammar = Grammar::or_calls(&tokenizer, form, Keywords::Strict, calls);
+    let form = GrammarForm::JsonSchema(&form);
+    let grammar = Grammar::or_calls(&tokenizer, form, SchemaKeywords::Strict, calls);
     (tokenizer, grammar.unwrap())
 }
 
@@ -914,26 +918,31 @@ fn a_tool_whose_schema_is_beyond_the_compiler_may_be_called_with_anything() {
     let beyond = json!({"type": "object", "properties": {"a": {"$ref": "https://example.org/x"}}});
     let form = json!({"type": "integer"});
     let with = |keywords| {
-        let calls = Calls {
+        let calls = GrammarCalls {
             format: ToolFormat::Hermes,
             tools: &[("f", Some(&beyond))],
             several: true,
         };
-        Grammar::or_calls(&tokenizer, Form::JsonSchema(&form), keywords, calls)
+        Grammar::or_calls(&tokenizer, GrammarForm::JsonSchema(&form), keywords, calls)
     };
-    assert!(with(Keywords::Strict).is_err());
-    let grammar = with(Keywords::Lenient).unwrap();
+    assert!(with(SchemaKeywords::Strict).is_err());
+    let grammar = with(SchemaKeywords::Lenient).unwrap();
     assert_eq!(all(&grammar), ["parameters"]);
     let call = "<tool_call>{\"name\":\"f\",\"arguments\":{\"a\": [1]}}</tool_call>";
     assert_eq!(answer(&tokenizer, &grammar, call), Answer::MayEnd);
     assert_eq!(answer(&tokenizer, &grammar, "12"), Answer::MayEnd);
     let bad = json!({"type": "strnig"});
-    let calls = Calls {
+    let calls = GrammarCalls {
         format: ToolFormat::Hermes,
         tools: &[("f", None)],
         several: true,
     };
-    let refused = Grammar::or_calls(&tokenizer, Form::JsonSchema(&bad), Keywords::Lenient, calls);
+    let refused = Grammar::or_calls(
+        &tokenizer,
+        GrammarForm::JsonSchema(&bad),
+        SchemaKeywords::Lenient,
+        calls,
+    );
     assert!(refused.unwrap_err().to_string().contains("strnig"));
 }
 
@@ -945,13 +954,13 @@ fn a_form_that_is_relaxed_leaves_the_schemas_of_the_tools_in_force() {
         "type": "object", "properties": {"a": {"type": "integer"}},
         "required": ["a"], "additionalProperties": false,
     });
-    let calls = Calls {
+    let calls = GrammarCalls {
         format: ToolFormat::Hermes,
         tools: &[("f", Some(&parameters))],
         several: true,
     };
-    let form = Form::JsonSchema(&form);
-    let grammar = Grammar::or_calls(&tokenizer, form, Keywords::Lenient, calls).unwrap();
+    let form = GrammarForm::JsonSchema(&form);
+    let grammar = Grammar::or_calls(&tokenizer, form, SchemaKeywords::Lenient, calls).unwrap();
     assert_eq!(all(&grammar), ["pattern"]);
     let call = |arguments: &str| {
         let call = format!("<tool_call>{{\"name\":\"f\",\"arguments\":{arguments}}}</tool_call>");

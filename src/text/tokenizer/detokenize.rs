@@ -28,6 +28,7 @@ impl fmt::Debug for Detokenizer {
 
 impl Detokenizer {
     /// Starts a new text. If `skip_special`, special tokens are left out.
+    #[cfg(any(test, feature = "internals", feature = "server"))]
     pub fn new(tokenizer: Arc<Tokenizer>, skip_special: bool) -> Self {
         Self::after(&[], tokenizer, skip_special)
     }

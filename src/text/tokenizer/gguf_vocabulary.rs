@@ -62,14 +62,14 @@ enum TokenizerKind {
     Unigram,
 }
 
-impl Tokenizer {
-    /// Builds the tokenizer that a GGUF file describes.
+impl GgufVocabulary {
+    /// Builds the tokenizer that the GGUF file describes.
     ///
     /// # Errors
     /// Returns an error if the description is inconsistent, if its chat template does not
     /// parse, or if its tokenizer model or pre-tokenizer is not supported.
-    pub fn from_gguf(gguf: GgufVocabulary) -> Result<Tokenizer, TextError> {
-        let tokenizer_kind = match gguf.model.as_str() {
+    pub fn into_tokenizer(self) -> Result<Tokenizer, TextError> {
+        let tokenizer_kind = match self.model.as_str() {
             "gpt2" => TokenizerKind::ByteLevel,
             "llama" => TokenizerKind::SentencePiece,
             "t5" => TokenizerKind::Unigram,
@@ -79,13 +79,13 @@ impl Tokenizer {
                 });
             }
         };
-        gguf.check_lists(tokenizer_kind)?;
-        let mut vocabulary = gguf.vocabulary(tokenizer_kind)?;
-        gguf.check_ids()?;
+        self.check_lists(tokenizer_kind)?;
+        let mut vocabulary = self.vocabulary(tokenizer_kind)?;
+        self.check_ids()?;
         let named =
             |id: Option<u32>, name| id.or_else(|| control(&vocabulary, tokenizer_kind, name));
-        let (bos, eos) = (named(gguf.bos, "<s>"), named(gguf.eos, "</s>"));
-        let unknown = gguf.unk.or_else(|| {
+        let (bos, eos) = (named(self.bos, "<s>"), named(self.eos, "</s>"));
+        let unknown = self.unk.or_else(|| {
             vocabulary
                 .iter()
                 .find(|(_, _, kind)| *kind == TokenKind::Unknown)
@@ -93,14 +93,14 @@ impl Tokenizer {
         });
         let ends = end_tokens(
             &mut vocabulary,
-            [eos, gguf.eot, gguf.eom].into_iter().flatten(),
+            [eos, self.eot, self.eom].into_iter().flatten(),
             false,
         );
-        let template = match gguf.chat_template.as_deref() {
+        let template = match self.chat_template.as_deref() {
             Some(source) => {
                 let text = |id: Option<u32>| id.and_then(|id| vocabulary.text(id));
                 let template = ChatTemplate::new(source, text(bos), text(eos))?;
-                Some(match &gguf.tool_use_template {
+                Some(match &self.tool_use_template {
                     Some(source) => template.with_tool_use(source)?,
                     None => template,
                 })
@@ -108,35 +108,35 @@ impl Tokenizer {
             None => None,
         };
         let mut add_bos = tokenizer_kind == TokenizerKind::SentencePiece;
-        let add_eos = gguf
+        let add_eos = self
             .add_eos
             .unwrap_or(tokenizer_kind == TokenizerKind::Unigram);
-        let space_prefix = gguf
+        let space_prefix = self
             .add_space_prefix
             .unwrap_or(tokenizer_kind != TokenizerKind::ByteLevel);
         let plain = match tokenizer_kind {
             TokenizerKind::ByteLevel => {
-                let rule = PreTokenizer::named(gguf.pre.as_deref().unwrap_or("default"))?;
+                let rule = PreTokenizer::named(self.pre.as_deref().unwrap_or("default"))?;
                 add_bos = rule.add_bos;
                 PlainModel::ByteLevel(Box::new(ByteLevelBpe::new(
                     &vocabulary,
-                    &gguf.merges,
+                    &self.merges,
                     rule,
                 )?))
             }
             TokenizerKind::SentencePiece => PlainModel::Scored {
-                model: ScoredBpe::new(&vocabulary, gguf.scores, unknown),
+                model: ScoredBpe::new(&vocabulary, self.scores, unknown),
                 space_prefix,
             },
             TokenizerKind::Unigram => PlainModel::Unigram {
-                model: Unigram::new(&vocabulary, gguf.scores, unknown),
+                model: Unigram::new(&vocabulary, self.scores, unknown),
                 space_prefix,
-                merge_spaces: gguf.remove_extra_whitespaces.unwrap_or(false),
+                merge_spaces: self.remove_extra_whitespaces.unwrap_or(false),
             },
         };
         let frame = Frame {
-            before: frame_token("bos", gguf.add_bos, add_bos, bos)?,
-            after: frame_token("eos", gguf.add_eos, add_eos, eos)?,
+            before: frame_token("bos", self.add_bos, add_bos, bos)?,
+            after: frame_token("eos", self.add_eos, add_eos, eos)?,
         };
         Ok(Tokenizer {
             model: Model::Fragments {

@@ -50,10 +50,10 @@ fn ids(value: &Value) -> Vec<u32> {
 }
 
 static BYTE_LEVEL: LazyLock<Arc<Tokenizer>> =
-    LazyLock::new(|| Arc::new(Tokenizer::from_gguf(vocabulary("byte_level_bpe.json")).unwrap()));
+    LazyLock::new(|| Arc::new(vocabulary("byte_level_bpe.json").into_tokenizer().unwrap()));
 
 static SCORED: LazyLock<Arc<Tokenizer>> =
-    LazyLock::new(|| Arc::new(Tokenizer::from_gguf(vocabulary("scored_bpe.json")).unwrap()));
+    LazyLock::new(|| Arc::new(vocabulary("scored_bpe.json").into_tokenizer().unwrap()));
 
 static FOLDER: LazyLock<Arc<Tokenizer>> =
     LazyLock::new(|| Arc::new(Tokenizer::from_folder(&fixtures().join("folder")).unwrap()));
@@ -84,7 +84,7 @@ fn byte_level_bpe_gives_the_references_ids_from_either_kind_of_file() {
 fn scored_bpe_gives_the_references_ids() {
     let mut bare = vocabulary("scored_bpe.json");
     bare.add_space_prefix = Some(false);
-    let bare = Tokenizer::from_gguf(bare).unwrap();
+    let bare = bare.into_tokenizer().unwrap();
     let mut decoded = 0;
     for case in fixture("scored_bpe.json")["cases"].as_array().unwrap() {
         let text = case["text"].as_str().unwrap();
@@ -124,7 +124,7 @@ fn bytes_tell_how_many_tokens_a_text_has_at_least() {
     let mut lacking = vocabulary("byte_level_bpe.json");
     let token = lacking.tokens.iter_mut().find(|token| *token == "\u{101}");
     *token.unwrap() = "<lacking>".to_owned();
-    let lacking = Tokenizer::from_gguf(lacking).unwrap();
+    let lacking = lacking.into_tokenizer().unwrap();
     assert!(lacking.encode("\u{1}", PLAIN).unwrap().is_empty());
     for tokenizer in [&lacking, &BYTE_LEVEL, &FOLDER, &SCORED] {
         for text in ["\u{1}", "word ", "\u{e9}\u{1}\n"].map(|text| text.repeat(500)) {
@@ -152,7 +152,8 @@ fn special_tokens_frame_a_text_as_the_model_wants() {
     let mut vocabulary = vocabulary("scored_bpe.json");
     vocabulary.add_bos = Some(false);
     vocabulary.add_eos = Some(true);
-    let encoded = Tokenizer::from_gguf(vocabulary)
+    let encoded = vocabulary
+        .into_tokenizer()
         .unwrap()
         .encode("", FRAMED)
         .unwrap();
@@ -261,7 +262,7 @@ fn the_template_for_tools_is_found_in_every_kind_of_file() {
     let mut gguf = vocabulary("byte_level_bpe.json");
     gguf.chat_template = Some("D".to_owned());
     gguf.tool_use_template = Some("U".to_owned());
-    let tokenizer = Tokenizer::from_gguf(gguf).unwrap();
+    let tokenizer = gguf.into_tokenizer().unwrap();
     assert_eq!(
         tokenizer.chat_template().unwrap().variant(true).source(),
         "U"
@@ -289,7 +290,7 @@ fn a_unigram_model_puts_its_space_before_words_only() {
     let mut description = vocabulary("scored_bpe.json");
     description.model = "t5".to_owned();
     let encode = |description: &GgufVocabulary, text: &str| {
-        let tokenizer = Tokenizer::from_gguf(description.clone()).unwrap();
+        let tokenizer = description.clone().into_tokenizer().unwrap();
         let encoded = tokenizer.encode(text, FRAMED).unwrap();
         assert_eq!(encoded.last(), Some(&2));
         let words: Vec<_> = encoded
@@ -319,7 +320,7 @@ fn long_texts_take_time_in_proportion() {
 fn refusal(fixture: &str, change: impl FnOnce(&mut GgufVocabulary)) -> String {
     let mut vocabulary = vocabulary(fixture);
     change(&mut vocabulary);
-    Tokenizer::from_gguf(vocabulary).unwrap_err().to_string()
+    vocabulary.into_tokenizer().unwrap_err().to_string()
 }
 
 #[test]

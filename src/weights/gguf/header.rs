@@ -22,7 +22,6 @@ const LONGEST_HEADER: usize = 1 << 30;
 /// The contents of a GGUF header.
 #[derive(Debug)]
 pub(super) struct Header {
-    pub(super) version: u32,
     pub(super) metadata: BTreeMap<String, Value>,
     /// The tensors in the file's order. No two names are equal and no two ranges overlap.
     pub(super) tensors: Vec<TensorEntry>,
@@ -51,7 +50,7 @@ impl Header {
     fn read(bytes: &[u8], size: usize) -> Result<Self, Problem> {
         let mut reader = Reader::new(bytes, size);
         check_magic(&mut reader)?;
-        let version = read_version(&mut reader)?;
+        require_version(&mut reader)?;
         let tensor_count = reader.count(SMALLEST_TENSOR, "the tensor count")?;
         let metadata_count = reader.count(SMALLEST_METADATA, "the metadata count")?;
         let metadata = read_metadata(&mut reader, metadata_count)?;
@@ -69,11 +68,7 @@ impl Header {
             .map(|info| data.place(info))
             .collect::<Result<Vec<_>, _>>()?;
         check_no_overlap(&tensors)?;
-        Ok(Self {
-            version,
-            metadata,
-            tensors,
-        })
+        Ok(Self { metadata, tensors })
     }
 }
 
@@ -94,10 +89,10 @@ fn check_magic(reader: &mut Reader<'_>) -> Result<(), Problem> {
     )))
 }
 
-fn read_version(reader: &mut Reader<'_>) -> Result<u32, Problem> {
+fn require_version(reader: &mut Reader<'_>) -> Result<(), Problem> {
     let version: u32 = reader.number("the version")?;
     match version {
-        2 | 3 => Ok(version),
+        2 | 3 => Ok(()),
         _ if matches!(version.swap_bytes(), 1..=3) => Err(Problem::Unsupported {
             what: format!("a big-endian GGUF file (version {})", version.swap_bytes()),
             expected: "expected a little-endian file of version 2 or 3".into(),

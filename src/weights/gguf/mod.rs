@@ -13,7 +13,9 @@ mod split;
 mod types;
 mod value;
 
-pub use value::{Array, Value};
+#[cfg(any(test, feature = "internals"))]
+pub use value::Array;
+pub use value::Value;
 
 use super::directory::{Contents, Directory, Repeated, TensorEntry};
 use super::file::WeightFile;
@@ -29,7 +31,6 @@ use std::path::{Path, PathBuf};
 pub struct Gguf {
     /// Path of the file, or of the first part of a split file.
     path: PathBuf,
-    version: u32,
     metadata: BTreeMap<String, Value>,
     directory: Directory,
 }
@@ -56,6 +57,7 @@ impl Gguf {
     /// # Errors
     /// Returns the same errors as [`Gguf::open`], and [`WeightsError::Unsupported`] for a
     /// part of a split file.
+    #[cfg(any(test, feature = "internals"))]
     pub fn from_bytes(bytes: Vec<u8>, path: &Path) -> Result<Self, WeightsError> {
         let file = Self::from_contents(path, Contents::Owned(bytes))?;
         file.refuse_parts()?;
@@ -67,7 +69,6 @@ impl Gguf {
         let header = Header::of(&contents, path)?;
         let mut file = Self {
             path: path.to_owned(),
-            version: header.version,
             metadata: header.metadata,
             directory: Directory::default(),
         };
@@ -88,17 +89,13 @@ impl Gguf {
         })
     }
 
-    /// Returns the version of the format: 2 or 3.
-    pub fn version(&self) -> u32 {
-        self.version
-    }
-
     /// Returns the value of metadata `key`, if the file has it.
     pub fn metadata(&self, key: &str) -> Option<&Value> {
         self.metadata.get(key)
     }
 
     /// Returns all metadata keys in alphabetical order.
+    #[cfg(any(test, feature = "internals"))]
     pub fn metadata_keys(&self) -> impl Iterator<Item = &str> {
         self.metadata.keys().map(String::as_str)
     }
@@ -109,6 +106,7 @@ impl Gguf {
     }
 
     /// Returns the size of all parts together, in bytes.
+    #[cfg(any(test, feature = "internals"))]
     pub fn file_bytes(&self) -> u64 {
         self.directory.file_bytes()
     }

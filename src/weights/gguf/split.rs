@@ -44,6 +44,7 @@ impl Gguf {
     }
 
     /// Fails if this is a part of a split file, where only whole files can be read.
+    #[cfg(any(test, feature = "internals"))]
     pub(super) fn refuse_parts(&self) -> Result<(), WeightsError> {
         match self.part_count()? {
             None => Ok(()),

@@ -93,6 +93,7 @@ impl Value {
     }
 
     /// Returns the value if it is an array of any type.
+    #[cfg(any(test, feature = "internals"))]
     pub fn as_array(&self) -> Option<&Array> {
         match self {
             Self::Array(array) => Some(array),
@@ -187,6 +188,7 @@ impl Value {
     }
 }
 
+#[cfg(any(test, feature = "internals"))]
 impl Array {
     /// Returns the number of values.
     pub fn len(&self) -> usize {
@@ -210,7 +212,9 @@ impl Array {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+}
 
+impl Array {
     /// Returns the type's name for messages: `array of f32`, …
     pub fn type_name(&self) -> &'static str {
         match self {

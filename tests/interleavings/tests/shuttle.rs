@@ -8,7 +8,7 @@
 //! deadlock, which is a lost wake-up or a thread that never ends, also counts as a failure,
 //! because an execution ends only when all its threads have ended.
 
-use quell::cache::CacheLayout;
+use quell::internals::cache::CacheLayout;
 use quell::{
     CancelReason, Cancellation, Engine, EngineConfig, EngineFault, EngineStats, GenerateError,
     Outcome, Preemption, Request, Session, Shutdown, Stop, SubmitError, TokenStream,

@@ -24,7 +24,7 @@ mod tests;
 use scan::TextScanner;
 use std::str::FromStr;
 use std::sync::Arc;
-pub use words::{describe_tools, in_words, with_described};
+pub use words::{in_words, with_described};
 
 /// Format in which a model writes tool calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -82,8 +82,8 @@ impl ToolFormat {
     }
 
     /// Detects the format that a chat template teaches, from the marks in it. Returns
-    /// [`ToolFormat::Hermes`] if there are none, because [`describe_tools`] asks for calls
-    /// in that format.
+    /// [`ToolFormat::Hermes`] if there are none, because calls are asked for in that
+    /// format where tools are described in words.
     pub fn detect(template_source: &str) -> Self {
         const MARKS: [(&str, ToolFormat); 9] = [
             ("<｜tool▁calls▁begin｜>", ToolFormat::DeepSeek),
@@ -341,6 +341,7 @@ impl ToolParser {
     }
 
     /// Returns the number of calls that have begun.
+    #[cfg(test)]
     pub fn calls(&self) -> usize {
         self.events.calls
     }

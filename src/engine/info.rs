@@ -1,0 +1,39 @@
+//! What an engine runs, and within which limits.
+
+use crate::runner::{ModelInfo, RunnerInfo};
+
+/// Description of an engine: what it runs, and how large its KV cache is.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct EngineInfo {
+    /// Number of tokens in the vocabulary.
+    pub vocabulary: usize,
+    /// Maximum number of tokens per sequence that the model and the settings allow.
+    /// [`Engine::max_sequence_tokens`](crate::Engine::max_sequence_tokens) also takes the size
+    /// of the KV cache into account.
+    pub context_tokens: usize,
+    /// Length of an embedding vector; `None` if the engine computes no embeddings.
+    pub embedding: Option<usize>,
+    /// Tokens that end an answer, according to the model's own settings.
+    pub end_tokens: Vec<u32>,
+    /// Number of blocks of the KV cache.
+    pub cache_blocks: usize,
+    /// Tokens per KV cache block.
+    pub block_tokens: usize,
+    /// The loaded model; `None` in tests that run without one.
+    pub model: Option<ModelInfo>,
+}
+
+impl EngineInfo {
+    pub(super) fn new(info: RunnerInfo) -> Self {
+        Self {
+            vocabulary: info.vocabulary,
+            context_tokens: info.context_tokens,
+            embedding: info.embedding,
+            end_tokens: info.end_tokens,
+            cache_blocks: info.cache_blocks,
+            block_tokens: info.block_tokens,
+            model: info.model,
+        }
+    }
+}
