@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 /// Limits and sizes of an engine; every field has a working default.
+///
+/// Construct it with `..EngineConfig::default()`: fields are added in minor releases.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EngineConfig {
     /// Maximum number of tokens (rows) per step: decodes first, then chunks of prompts in the
@@ -75,6 +77,7 @@ impl Default for EngineConfig {
 /// What happens to the KV cache of a sequence that is preempted, when its blocks are needed by
 /// others.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Preemption {
     /// Recompute or swap, whichever is estimated to take less time.
     #[default]

@@ -62,7 +62,9 @@
 //! # Public API
 //!
 //! The public API is what is listed here and, with the feature `server`, the module `server`,
-//! the OpenAI-compatible HTTP server.
+//! the OpenAI-compatible HTTP server. Settings such as [`EngineConfig`] are constructed with
+//! `..EngineConfig::default()`, because fields are added in minor releases. The structs that the
+//! engine returns, its errors and its reasons are `#[non_exhaustive]`.
 //!
 //! # Cargo features
 //!

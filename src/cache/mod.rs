@@ -57,6 +57,7 @@ use thiserror::Error;
 ///
 /// Invariant I3: `free + referenced + cached + deferred = total`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct BlockCounts {
     /// All blocks.
     pub total: usize,

@@ -62,6 +62,7 @@ pub use types::DeviceTypes;
 
 /// Description of a device, for `quell inspect` and the start-up log.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct DeviceInfo {
     /// `cpu` or `cuda:N`.
     pub name: String,

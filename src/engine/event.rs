@@ -92,6 +92,7 @@ impl CancelReason {
 
 /// How a request ended, for its caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Outcome {
     /// At a stop token, a stop string, the model's end of turn, or the end of its constraint.
     Stop,
@@ -158,6 +159,7 @@ pub(crate) struct Event {
 
 /// Proof that the resources of a request or a session are free.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Receipt {
     /// Blocks of the KV cache that were held and that nobody holds any more.
     pub blocks_freed: usize,

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 /// An engine at one moment between two steps.
 #[derive(Clone, Debug, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct EngineSnapshot {
     /// The engine's state in numbers at the same moment.
     pub stats: EngineStats,
@@ -29,6 +30,7 @@ pub struct EngineSnapshot {
 /// What an open request is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum RequestPhase {
     /// It has not been started yet.
     Waiting,
@@ -42,6 +44,7 @@ pub enum RequestPhase {
 
 /// One open request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct RequestState {
     /// Id of the request, for [`Engine::cancel_request`](crate::Engine::cancel_request).
     pub id: RequestId,
@@ -110,6 +113,7 @@ impl RequestQuery {
 
 /// What a session retains between its turns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct SessionState {
     /// Id of the session.
     pub id: SessionId,
@@ -120,6 +124,7 @@ pub struct SessionState {
 
 /// A request that has ended and whose blocks are free.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct RequestEnd {
     /// Id of the request.
     pub id: RequestId,
@@ -145,6 +150,7 @@ pub struct RequestEnd {
 
 /// Owner of one block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum BlockUse {
     /// No owner, and the contents are of no use.
     Free,

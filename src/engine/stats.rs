@@ -6,6 +6,7 @@ use serde::Serialize;
 
 /// Number of requests that were accepted since the start, and how they ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct Outcomes {
     /// Requests accepted by the scheduler thread.
     pub accepted: u64,
@@ -21,6 +22,7 @@ pub struct Outcomes {
 
 /// The state of an engine at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct EngineStats {
     /// Blocks of the KV cache, by state.
     pub blocks: BlockCounts,

@@ -5,6 +5,8 @@ use crate::device::cpu::CpuOptions;
 use crate::device::cuda::CudaOptions;
 
 /// How to load a model.
+///
+/// Construct it with `..LoadOptions::default()`: fields are added in minor releases.
 #[derive(Default)]
 pub struct LoadOptions {
     /// The device to run on.
@@ -45,6 +47,7 @@ impl std::fmt::Debug for LoadOptions {
 
 /// The device that a model runs on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum DeviceChoice {
     /// A CUDA device if one can be used, else the CPU.
     #[default]
@@ -57,6 +60,7 @@ pub enum DeviceChoice {
 
 /// Which sampling settings apply to requests that set none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum GenerationConfig {
     /// The model's own, from `generation_config.json` or `general.sampling` metadata.
     #[default]

@@ -4,6 +4,7 @@ use super::{ParamError, SamplingParams};
 
 /// A model's own sampling settings; `None` if the model does not set one.
 #[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
 pub struct SamplingDefaults {
     /// Default of [`SamplingParams::temperature`].
     pub temperature: Option<f32>,

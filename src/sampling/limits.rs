@@ -6,6 +6,8 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 /// Limits on the tokens of an answer, in addition to a [`Constraint`].
+///
+/// Construct it with `..TokenLimits::default()`: fields are added in minor releases.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TokenLimits {
     /// Minimum number of tokens before an end token may come or a stop string takes effect.

@@ -6,6 +6,8 @@ use thiserror::Error;
 ///
 /// The parameters are applied in this order: repetition, presence and frequency penalty,
 /// logit bias, temperature, top-k, top-p, min-p.
+///
+/// Construct it with `..SamplingParams::default()`: fields are added in minor releases.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplingParams {
     /// Divides the logits. 0 means greedy: the largest logit wins, and the lowest token id
@@ -56,6 +58,7 @@ impl Default for SamplingParams {
 /// A sampling parameter outside its range.
 #[derive(Clone, Debug, Error, PartialEq)]
 #[error("{name} is {value}, but must be {expected}")]
+#[non_exhaustive]
 pub struct ParamError {
     /// Name of the parameter.
     pub name: &'static str,

@@ -5,6 +5,7 @@ use std::ops::Deref;
 
 /// A generated token, or a token of the prompt whose log probability was requested.
 #[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
 pub struct Token {
     /// The token's id.
     pub id: u32,
@@ -21,6 +22,15 @@ impl Token {
         Self {
             id,
             ..Self::default()
+        }
+    }
+
+    /// Creates a token with its log probability.
+    #[cfg(any(test, feature = "internals"))]
+    pub fn with_logprob(id: u32, logprob: f32) -> Self {
+        Self {
+            logprob,
+            ..Self::new(id)
         }
     }
 }

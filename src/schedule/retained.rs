@@ -12,6 +12,7 @@ use std::time::Instant;
 
 /// Size of what a session keeps between its turns.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct RetainedCache {
     /// Number of tokens whose keys and values are retained.
     pub tokens: usize,

@@ -10,6 +10,7 @@ use thiserror::Error;
 
 /// An error that keeps a server from starting.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum ServeError {
     /// The server cannot listen on the address.
     #[error("cannot listen on {address}: {source}")]

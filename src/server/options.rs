@@ -6,6 +6,8 @@ use crate::text::tools::ToolFormat;
 use std::time::Duration;
 
 /// The configuration of a server.
+///
+/// Construct it with `..ServerOptions::new(name)`: fields are added in minor releases.
 #[derive(Clone, Debug)]
 pub struct ServerOptions {
     /// Name of the model in the API.

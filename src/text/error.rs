@@ -5,6 +5,7 @@ use thiserror::Error;
 
 /// Error from building or using a tokenizer or chat template.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum TextError {
     /// A tokenizer file cannot be read.
     #[error("cannot read {}: {source}", path.display())]

@@ -53,6 +53,7 @@ pub struct Grammar {
 
 /// Form that an answer must have.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub enum GrammarForm<'a> {
     /// JSON that conforms to this schema.
     JsonSchema(&'a Value),
@@ -66,6 +67,7 @@ pub enum GrammarForm<'a> {
 
 /// How to treat schema keywords that cannot be enforced.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum SchemaKeywords {
     /// The schema is rejected.
     #[default]
@@ -87,6 +89,7 @@ pub struct GrammarCalls<'a> {
 
 /// Kind of source that a grammar is compiled from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum GrammarKind {
     /// A JSON schema.
     JsonSchema,

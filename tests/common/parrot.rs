@@ -92,10 +92,7 @@ fn tokens(item: &PlanItem, sequences: &Sequences) -> impl Iterator<Item = Token>
     let place = item.start + item.count - prompt.len();
     let said = words.iter().skip(place).copied();
     let said = said.chain(std::iter::repeat(END_OF_ANSWER));
-    said.map(|id| Token {
-        logprob: -0.5,
-        ..Token::new(id)
-    })
+    said.map(|id| Token::with_logprob(id, -0.5))
 }
 
 impl Runner for Parrot {

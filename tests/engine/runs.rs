@@ -71,9 +71,9 @@ impl Runner for Scripted {
         let mut output = StepOutput::default();
         for item in plan.samples() {
             let next = item.sampled.start + 1 - sequences[item.key].prompt_tokens;
-            let tokens = (next..next + self.run).map(|index| Token {
-                logprob: -(index as f32),
-                ..Token::new(self.answer.get(index).copied().unwrap_or(0))
+            let tokens = (next..next + self.run).map(|index| {
+                let id = self.answer.get(index).copied().unwrap_or(0);
+                Token::with_logprob(id, -(index as f32))
             });
             output.samples.tokens.extend(tokens);
             output.runs.push(self.run);

@@ -65,6 +65,7 @@ fn check_owners(snapshot: &EngineSnapshot) {
             }
             // A session may be among the owners.
             BlockUse::Shared => assert!(holders.len() + snapshot.sessions.len() > 1),
+            other => panic!("block {block} is {other:?}"),
         }
     }
     for (session, kept) in snapshot.sessions.iter().zip(kept) {

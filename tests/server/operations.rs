@@ -746,10 +746,8 @@ fn sampling_defaults_of_the_model_apply_to_requests() {
 fn the_models_own_limit_on_new_tokens_applies_to_requests_that_set_none() {
     const TEMPLATE: &str = "{% for m in messages %}{{ m.content }}{% endfor %}";
     let start = |limit| {
-        let defaults = SamplingDefaults {
-            max_tokens: Some(limit),
-            ..SamplingDefaults::default()
-        };
+        let mut defaults = SamplingDefaults::default();
+        defaults.max_tokens = Some(limit);
         TestServer::start(parrot::engine_with_defaults(TEMPLATE, defaults), options())
     };
     let words = parrot::say("one two three four five six seven eight");

@@ -387,13 +387,9 @@ impl Runner for SimRunner {
         for item in &items {
             let up_to = |position: usize| self.seen(item, position);
             let scores = item.report.scored().zip(&item.next);
-            output
-                .samples
-                .tokens
-                .extend(scores.map(|(row, &token)| Token {
-                    logprob: logprob(up_to(row), token),
-                    ..Token::new(token)
-                }));
+            output.samples.tokens.extend(
+                scores.map(|(row, &token)| Token::with_logprob(token, logprob(up_to(row), token))),
+            );
             if let Report::Sum(rows) = &item.report {
                 let mut sum = PooledRows::new(HIDDEN);
                 rows.clone()

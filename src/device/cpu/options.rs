@@ -4,6 +4,8 @@
 ///
 /// The default is the fastest combination that the machine supports. With every
 /// combination, the tokens of a request do not depend on the other requests in the batch.
+///
+/// Construct it with `..CpuOptions::default()`: fields are added in minor releases.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CpuOptions {
     /// Number of threads that compute, including the calling thread. `None` means one thread
@@ -41,6 +43,7 @@ impl CpuOptions {
 
 /// Instruction set to compute with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum SimdLevel {
     /// The best one that the machine supports.
     #[default]
@@ -55,6 +58,7 @@ pub enum SimdLevel {
 
 /// Number format of activations in matrix products.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Activations {
     /// Int8 for quantised weights, float32 for floating-point weights.
     #[default]
@@ -68,6 +72,7 @@ pub enum Activations {
 
 /// Number format of cached keys and values.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum KvType {
     /// Float16 if quantised weights are multiplied in int8, otherwise float32. Weights count as
     /// quantised unless [`CpuOptions::for_weights`] resolves this.

@@ -1,6 +1,8 @@
 //! Options of the CUDA device.
 
 /// Which GPU to use, and how.
+///
+/// Construct it with `..CudaOptions::default()`: fields are added in minor releases.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CudaOptions {
     /// Index of the GPU in the driver's enumeration, from 0.

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 /// A piece of an answer.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Chunk {
     /// Text that became complete with this chunk: whole characters, and no part of a special
     /// token or a stop string unless the request asks for them. Empty if the model has no
@@ -41,6 +42,7 @@ impl Chunk {
 
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Finish {
     /// The reason.
     pub outcome: Outcome,
@@ -57,6 +59,7 @@ pub struct Finish {
 
 /// How long a request took, measured from its submission.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Timing {
     /// Time to the first token, if there was one.
     pub first_token: Option<Duration>,
@@ -75,6 +78,7 @@ impl Timing {
 
 /// A complete answer.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Generation {
     /// Tokens of the prompt.
     pub prompt_ids: Vec<u32>,

@@ -13,6 +13,8 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 /// A request to embed a prompt.
+///
+/// Create it with [`EmbedRequest::new`]: fields are added in minor releases.
 #[derive(Clone, Debug)]
 pub struct EmbedRequest {
     /// The prompt to embed.
@@ -48,6 +50,7 @@ impl EmbedRequest {
 
 /// The embedding of a prompt.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Embedding {
     /// Mean of the model's last hidden states, after the final norm, over all positions of the
     /// prompt. Not normalised. A value is NaN if a hidden state was not finite or exceeded

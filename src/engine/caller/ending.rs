@@ -13,6 +13,7 @@ pub enum Shutdown {
 
 /// What became of the requests that were open during a drain.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Drained {
     /// Requests that ended in time, for whatever reason.
     pub finished: u64,

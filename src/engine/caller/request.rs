@@ -8,6 +8,7 @@ use std::time::Duration;
 
 /// A prompt to continue.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub enum Prompt {
     /// Raw text. The names of special tokens in it are read as these tokens.
     Text(String),
@@ -81,6 +82,8 @@ impl From<Vec<Message>> for Prompt {
 }
 
 /// A request to generate an answer.
+///
+/// Create it with [`Request::new`]: fields are added in minor releases.
 #[derive(Clone, Debug)]
 pub struct Request {
     /// The prompt to continue.

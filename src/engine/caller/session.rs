@@ -11,6 +11,8 @@ use crate::schedule::RetainedCache;
 use std::time::{Duration, Instant};
 
 /// Settings of a session.
+///
+/// Construct it with `..SessionOptions::default()`: fields are added in minor releases.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SessionOptions {
     /// How long, after each turn, the session's keys and values are protected from being

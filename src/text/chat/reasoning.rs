@@ -38,6 +38,7 @@ impl ReasoningFormat {
 
 /// Text that a piece of an answer contributes. The reasoning precedes the content.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ReasoningSplit {
     /// Additional reasoning.
     pub reasoning: String,

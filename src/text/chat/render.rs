@@ -12,6 +12,8 @@ use std::borrow::Cow;
 use std::time::SystemTime;
 
 /// Inputs of a rendering other than the messages.
+///
+/// Construct it with `..RenderOptions::default()`: fields are added in minor releases.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RenderOptions {
     /// Whether to end the prompt with the beginning of an answer. True by default.

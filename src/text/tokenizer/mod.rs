@@ -34,6 +34,8 @@ use unigram::Unigram;
 use vocabulary::Vocabulary;
 
 /// Options of [`Tokenizer::encode`].
+///
+/// Construct it with `..EncodeOptions::default()`: fields are added in minor releases.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct EncodeOptions {
     /// Whether to put the tokens around the text that the model expects there, such as the

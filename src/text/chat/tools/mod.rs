@@ -28,6 +28,7 @@ pub use words::{in_words, with_described};
 
 /// Format in which a model writes tool calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum ToolFormat {
     /// `<tool_call>{"name": …, "arguments": {…}}</tool_call>`: Hermes, Qwen2.5, Qwen3.
     Hermes,
@@ -48,6 +49,7 @@ pub enum ToolFormat {
 /// Error for an unknown name of a tool format.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("tool format is {found:?}, expected one of {}", names(&ToolFormat::ALL))]
+#[non_exhaustive]
 pub struct UnknownToolFormat {
     /// The unknown name.
     pub found: String,
@@ -172,6 +174,7 @@ impl FromStr for ToolFormat {
 
 /// Event from parsing a piece of an answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ToolEvent {
     /// Text that is not part of a call.
     Text(String),
