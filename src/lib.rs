@@ -86,7 +86,11 @@
 
 #![deny(missing_docs, unsafe_op_in_unsafe_fn)]
 // With `internals`, the tests reach what users do not.
-#![cfg_attr(not(any(test, feature = "internals")), warn(unnameable_types))]
+#![cfg_attr(
+    not(any(test, feature = "internals")),
+    deny(clippy::missing_errors_doc),
+    warn(unnameable_types)
+)]
 
 // Unit tests share the simulated device in `tests/sim`, which refers to this crate by name.
 #[cfg(test)]

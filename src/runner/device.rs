@@ -77,7 +77,7 @@ impl LoadOptions {
     /// initialised for this and released again.
     ///
     /// # Errors
-    /// Returns an error if the device cannot be used.
+    /// Returns [`LoadError::Device`] if the device cannot be used.
     pub fn device_info(&self) -> Result<DeviceInfo, LoadError> {
         struct Describe;
 

@@ -33,8 +33,9 @@ impl ModelFiles {
     /// Opens a `.gguf` file or a Hugging Face folder.
     ///
     /// # Errors
-    /// Returns an error if the files cannot be read, or if the model or its tokenizer is not
-    /// supported.
+    /// Returns [`LoadError::Weights`] if a file is missing, cannot be read or is invalid,
+    /// [`LoadError::Model`] if quell cannot run the model, and [`LoadError::Text`] if the
+    /// tokenizer or the chat template is invalid or not supported.
     pub fn open(path: &Path) -> Result<Self, LoadError> {
         let (source, tokenizer, recipe, sampling) = if path.is_dir() {
             // Check the model first: if it is not supported, errors in other files are only
@@ -61,7 +62,8 @@ impl ModelFiles {
     /// Returns `None` if the model has no tokenizer.
     ///
     /// # Errors
-    /// Returns an error if the files cannot be read or the tokenizer is not supported.
+    /// Returns [`LoadError::Weights`] if a GGUF file cannot be read or is invalid, and
+    /// [`LoadError::Text`] if the tokenizer or the chat template is invalid or not supported.
     pub fn open_tokenizer(path: &Path) -> Result<Option<Tokenizer>, LoadError> {
         match path.is_dir() {
             true => folder_tokenizer(path),
@@ -116,8 +118,9 @@ impl ModelFiles {
     /// file.
     ///
     /// # Errors
-    /// Returns an error if a setting is out of range, if the device cannot be used, or if the
-    /// cache has no room for a single block.
+    /// Returns [`LoadError::Config`] if a setting is out of range or if the KV cache has no room
+    /// for a block of each group of layers, [`LoadError::EmptyWindow`] if a layer of the model
+    /// attends to no tokens, and [`LoadError::Device`] if the device cannot be used.
     pub fn plan(
         &self,
         config: &EngineConfig,

@@ -41,7 +41,7 @@ impl SamplingDefaults {
     /// Checks every setting against its range.
     ///
     /// # Errors
-    /// Returns the first setting that is out of range.
+    /// Returns [`ParamError`] with the first setting that is out of range.
     pub fn validate(&self) -> Result<(), ParamError> {
         self.params().validate(usize::MAX)
     }

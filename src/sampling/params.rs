@@ -90,7 +90,7 @@ impl SamplingParams {
     /// Checks every parameter against its range, for a vocabulary of `vocabulary` tokens.
     ///
     /// # Errors
-    /// Returns the first parameter that is out of range.
+    /// Returns [`ParamError`] with the first parameter that is out of range.
     pub fn validate(&self, vocabulary: usize) -> Result<(), ParamError> {
         let check = |ok: bool, name, value: f32, expected| {
             if ok {

@@ -81,8 +81,9 @@ impl Server {
     /// Binds to `address`. Connections wait in the backlog until [`Server::run`] is called.
     ///
     /// # Errors
-    /// Returns an error if an allowed host or origin is invalid, if the certificate or its key
-    /// cannot be used, or if the server cannot listen on `address`.
+    /// Returns [`ServeError::Host`] or [`ServeError::Origin`] if an allowed host or origin is
+    /// invalid, [`ServeError::Tls`] if the certificate or its key cannot be used, and
+    /// [`ServeError::Bind`] if the server cannot listen on `address`.
     pub async fn bind(
         engine: Engine,
         options: ServerOptions,

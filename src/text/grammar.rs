@@ -409,8 +409,10 @@ impl Grammar {
     /// Compiles a grammar for answers of this form.
     ///
     /// # Errors
-    /// Returns an error if the form is invalid, uses an unsupported feature, or exceeds a
-    /// limit.
+    /// Returns [`GrammarError::TooLong`] or [`GrammarError::TooDeep`] if the source exceeds a
+    /// limit on its size, [`GrammarError::Refused`] if it is invalid, uses an unsupported feature
+    /// or takes too much work, and [`GrammarError::Tokenizer`] if the tokenizer's vocabulary
+    /// cannot be prepared.
     pub fn new(
         tokenizer: &Arc<Tokenizer>,
         form: GrammarForm<'_>,
@@ -521,8 +523,7 @@ impl Grammar {
     /// JSON.
     ///
     /// # Errors
-    /// Returns an error if the schema is invalid, uses an unsupported feature, or exceeds a
-    /// limit.
+    /// Returns an error for the same reasons as [`Grammar::new`].
     pub fn json_schema(tokenizer: &Arc<Tokenizer>, schema: &Value) -> Result<Self, GrammarError> {
         Self::new(
             tokenizer,
@@ -534,7 +535,7 @@ impl Grammar {
     /// Compiles a grammar for any JSON object.
     ///
     /// # Errors
-    /// Returns an error if the tokenizer's vocabulary cannot be prepared.
+    /// Returns [`GrammarError::Tokenizer`] if the tokenizer's vocabulary cannot be prepared.
     pub fn json_object(tokenizer: &Arc<Tokenizer>) -> Result<Self, GrammarError> {
         Self::json_schema(tokenizer, &json!({"type": "object"}))
     }
@@ -546,8 +547,7 @@ impl Grammar {
     /// back-references are not supported.
     ///
     /// # Errors
-    /// Returns an error if the expression is invalid, uses an unsupported feature, or
-    /// exceeds a limit.
+    /// Returns an error for the same reasons as [`Grammar::new`].
     pub fn regex(tokenizer: &Arc<Tokenizer>, regex: &str) -> Result<Self, GrammarError> {
         Self::new(tokenizer, GrammarForm::Regex(regex), SchemaKeywords::Strict)
     }
@@ -557,8 +557,7 @@ impl Grammar {
     /// of Lark's syntax. The rule `start` matches the whole answer.
     ///
     /// # Errors
-    /// Returns an error if the grammar is invalid, uses an unsupported feature, or exceeds
-    /// a limit.
+    /// Returns an error for the same reasons as [`Grammar::new`].
     pub fn lark(tokenizer: &Arc<Tokenizer>, grammar: &str) -> Result<Self, GrammarError> {
         Self::new(
             tokenizer,
@@ -571,8 +570,8 @@ impl Grammar {
     /// possible.
     ///
     /// # Errors
-    /// Returns an error if there are no texts, if one of them is empty, or if their total
-    /// length exceeds the limit.
+    /// Returns [`GrammarError::Refused`] if there are no texts or one of them is empty, and
+    /// otherwise an error for the same reasons as [`Grammar::new`].
     pub fn choice<T: AsRef<str>>(
         tokenizer: &Arc<Tokenizer>,
         choices: &[T],
@@ -589,7 +588,7 @@ impl Grammar {
     /// its first grammar compiles as fast as later ones.
     ///
     /// # Errors
-    /// Returns an error if the tokenizer's vocabulary cannot be prepared.
+    /// Returns [`GrammarError::Tokenizer`] if the tokenizer's vocabulary cannot be prepared.
     pub fn prepare(tokenizer: &Arc<Tokenizer>) -> Result<(), GrammarError> {
         Compiler::of(tokenizer).map(drop)
     }

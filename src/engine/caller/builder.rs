@@ -155,8 +155,15 @@ impl EngineBuilder {
     ///
     /// # Errors
     ///
-    /// Returns an error if a setting is out of range, if the files cannot be read, if quell
-    /// cannot run the model, if the device cannot hold it, or if a thread cannot be started.
+    /// - [`LoadError::Config`] if a setting is out of range, or if the KV cache has no room for
+    ///   a block of each group of layers.
+    /// - [`LoadError::Weights`] if a file of the model is missing, cannot be read or is invalid.
+    /// - [`LoadError::Model`] or [`LoadError::EmptyWindow`] if quell cannot run the model.
+    /// - [`LoadError::Text`] if the tokenizer or the chat template is invalid or not supported.
+    /// - [`LoadError::GenerationConfig`] if the model's own sampling settings are invalid, unless
+    ///   [`EngineBuilder::generation_config`] excludes them.
+    /// - [`LoadError::Device`] if the device cannot be used or cannot hold the model.
+    /// - [`LoadError::Thread`] if a thread cannot be started.
     pub fn build(self) -> Result<Engine, LoadError> {
         Engine::load_with(self.path, self.config, self.options)
     }

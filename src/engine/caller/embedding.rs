@@ -98,8 +98,9 @@ impl EmbeddingFuture {
     ///
     /// # Errors
     ///
-    /// Returns an error if the request failed or was cancelled, or if the engine closed before
-    /// the embedding was computed.
+    /// Returns [`GenerateError::Failed`] if the request failed, alone or together with the
+    /// engine, [`GenerateError::Cancelled`] if it was cancelled, and [`GenerateError::Closed`] if
+    /// the engine closed before the embedding was computed.
     pub fn wait(mut self) -> Result<Embedding, GenerateError> {
         loop {
             let chunk = self.0.next_blocking();

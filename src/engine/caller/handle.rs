@@ -43,8 +43,7 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// Returns an error if the files cannot be read, if quell cannot run the model, if the
-    /// device cannot hold it, or if a thread cannot be started.
+    /// Returns an error in the same cases as [`EngineBuilder::build`].
     pub fn load(path: impl AsRef<Path>) -> Result<Self, LoadError> {
         Self::builder(path).build()
     }
@@ -92,8 +91,8 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// Returns the error of `make_runner`, or an error if a setting is out of range or if a
-    /// thread cannot be started.
+    /// Returns the error of `make_runner`, [`LoadError::Config`] if a setting is out of range,
+    /// and [`LoadError::Thread`] if a thread cannot be started.
     fn start(
         config: EngineConfig,
         tokenizer: Option<Tokenizer>,
@@ -323,8 +322,8 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// Returns the error of `make_runner`, or an error if a setting is out of range or if a
-    /// thread cannot be started.
+    /// Returns the error of `make_runner`, [`LoadError::Config`] if a setting is out of range,
+    /// and [`LoadError::Thread`] if a thread cannot be started.
     pub fn with_runner(
         config: EngineConfig,
         tokenizer: Option<Tokenizer>,

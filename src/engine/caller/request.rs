@@ -131,11 +131,9 @@ pub struct Request {
     /// neither the time to the first token nor the number of cached tokens reveals to one what
     /// another has sent. Requests whose salt is `None` share blocks with each other.
     pub cache_salt: Option<Arc<str>>,
-    /// Constrains which tokens the answer may consist of, for example with a [`Grammar`]
+    /// Constrains which tokens the answer may consist of, for example with a `Grammar`
     /// compiled for this engine's tokenizer. An answer that the constraint considers complete
     /// ends as a normal stop.
-    ///
-    /// [`Grammar`]: crate::text::Grammar
     pub constraint: Option<Box<dyn Constraint>>,
     /// Label that the caller chooses for the request. The request's span and
     /// [`Engine::snapshot`](crate::Engine::snapshot) show it, and

@@ -179,8 +179,10 @@ impl TokenStream {
     ///
     /// # Errors
     ///
-    /// Returns an error if the request failed or the engine closed; then no further chunk
-    /// follows.
+    /// Returns [`GenerateError::Failed`] if the request failed, alone or together with the
+    /// engine, and [`GenerateError::Closed`] if the engine closed before the request had ended. No
+    /// further chunk follows. The end of a request that was cancelled is no error: its last
+    /// chunk says so.
     pub fn next_blocking(&mut self) -> Option<Result<Chunk, GenerateError>> {
         if self.ended {
             return None;
@@ -199,7 +201,9 @@ impl TokenStream {
     ///
     /// # Errors
     ///
-    /// Returns an error if the request failed or was cancelled, or if the engine closed.
+    /// Returns [`GenerateError::Failed`] if the request failed, alone or together with the
+    /// engine, [`GenerateError::Cancelled`] if it was cancelled, and [`GenerateError::Closed`] if
+    /// the engine closed before the answer was complete.
     pub async fn complete(mut self) -> Result<Generation, GenerateError> {
         let mut collector = self.collector();
         loop {
@@ -214,7 +218,9 @@ impl TokenStream {
     ///
     /// # Errors
     ///
-    /// Returns an error if the request failed or was cancelled, or if the engine closed.
+    /// Returns [`GenerateError::Failed`] if the request failed, alone or together with the
+    /// engine, [`GenerateError::Cancelled`] if it was cancelled, and [`GenerateError::Closed`] if
+    /// the engine closed before the answer was complete.
     pub fn complete_blocking(mut self) -> Result<Generation, GenerateError> {
         let mut collector = self.collector();
         loop {

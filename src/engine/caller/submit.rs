@@ -43,8 +43,16 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// Returns an error if the request is invalid, if too many requests are open
-    /// ([`SubmitError::Overloaded`]), or if the engine is being drained or has closed.
+    /// - [`SubmitError::Params`], [`SubmitError::NoTokens`] or [`SubmitError::EmptyStop`] if a
+    ///   setting of the request is invalid.
+    /// - [`SubmitError::EmptyPrompt`], [`SubmitError::PromptTooLong`],
+    ///   [`SubmitError::InputTooLong`] or [`SubmitError::UnknownToken`] if the tokens of the
+    ///   prompt are.
+    /// - [`SubmitError::NoTokenizer`] or [`SubmitError::NoChatTemplate`] if the prompt or a stop
+    ///   string needs what the model does not have.
+    /// - [`SubmitError::Text`] if the prompt cannot be rendered or tokenized.
+    /// - [`SubmitError::Overloaded`] if too many requests are open.
+    /// - [`SubmitError::Draining`] or [`SubmitError::Closed`] if the engine accepts no more.
     pub fn generate(&self, request: Request) -> Result<TokenStream, SubmitError> {
         self.generate_turn(request, None)
     }

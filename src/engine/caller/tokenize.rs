@@ -42,8 +42,9 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// Returns an error if the prompt needs a tokenizer or a chat template that the model does
-    /// not have, or if it cannot be rendered or tokenized.
+    /// Returns [`SubmitError::NoTokenizer`] or [`SubmitError::NoChatTemplate`] if the prompt needs
+    /// what the model does not have, and [`SubmitError::Text`] if it cannot be rendered or
+    /// tokenized.
     pub fn tokenize(&self, prompt: impl Into<Prompt>) -> Result<Arc<[u32]>, SubmitError> {
         self.prompt_tokens(prompt.into(), true, None)
     }

@@ -46,6 +46,7 @@ impl Route {
     ];
 
     /// Returns the route's path.
+    #[cfg(any(test, feature = "internals"))]
     pub fn path(self) -> &'static str {
         match self {
             Self::Completions => "/v1/completions",

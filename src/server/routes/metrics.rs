@@ -32,7 +32,7 @@ impl Metrics {
     /// it finds then.
     ///
     /// # Errors
-    /// Returns an error if the process already has another recorder.
+    /// Returns [`MetricsError`] if the process already has another recorder.
     pub fn install() -> Result<Self, MetricsError> {
         static INSTALLED: OnceLock<Result<Metrics, String>> = OnceLock::new();
         let install = || {

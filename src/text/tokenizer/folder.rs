@@ -65,8 +65,9 @@ impl Tokenizer {
     /// `chat_template.json` are read if they exist.
     ///
     /// # Errors
-    /// Returns an error that names the file if one cannot be read or parsed. Also returns
-    /// an error if the contents are inconsistent or not supported.
+    /// Returns [`TextError::Read`] or [`TextError::File`] if a file cannot be read or parsed,
+    /// [`TextError::TemplateSyntax`] if the chat template does not parse, and another
+    /// [`TextError`] if the contents are inconsistent or not supported.
     pub fn from_folder(dir: &Path) -> Result<Tokenizer, TextError> {
         let files = Files::read(dir)?;
         let mut parsing = files.tokenizer;
