@@ -10,7 +10,8 @@ use quell::internals::device::cuda::*;
 use quell::internals::device::*;
 use quell::internals::sampling::SampleRow;
 use quell::internals::weights::DType;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::thread;
 
 const HIDDEN: usize = 64;
 const VOCABULARY: usize = 96;
@@ -30,6 +31,8 @@ const LIMITS: DeviceLimits = DeviceLimits {
 };
 /// Place of the model's only layer.
 const LAYER: CacheLayer = CacheLayer { group: 0, index: 0 };
+/// The driver's error for calls that a recording forbids.
+const STREAM_CAPTURE_UNSUPPORTED: i32 = 900;
 /// Lengths of the prompts.
 const PROMPTS: [usize; 3] = [5, 3, 1];
 
@@ -433,6 +436,62 @@ fn a_recorded_step_does_not_use_freed_memory() {
 }
 
 #[test]
+fn a_recording_that_failed_is_tried_again_later() {
+    const STEPS: usize = 56;
+    let gpu = gpu::lock();
+    if gpu::is_real() {
+        return;
+    }
+    let tokens = run(&options(), STEPS).unwrap();
+    assert_eq!(gpu.statistic("graph_launches"), STEPS as u64 - 2);
+    // Step 2 is recorded first. 16 steps after a failure it is tried again, and then after 32.
+    for (failures, recorded) in [(1, 2 + 17), (2, 2 + 17 + 33)] {
+        gpu.reset();
+        for nth in 1..=failures {
+            gpu.fail("cuStreamBeginCapture_v2", nth, STREAM_CAPTURE_UNSUPPORTED);
+        }
+        assert_eq!(run(&options(), STEPS).unwrap(), tokens);
+        assert_eq!(gpu.waiting_failures(), 0);
+        assert_eq!(gpu.statistic("graph_launches"), (STEPS - recorded) as u64);
+    }
+}
+
+#[test]
+fn a_second_device_on_the_gpu_does_not_disturb_a_recording() {
+    let gpu = gpu::lock();
+    let (go, wait) = mpsc::channel();
+    let (say, hear) = mpsc::channel();
+    let other = thread::spawn(move || {
+        let mut device = CudaDevice::new(&options()).unwrap();
+        let tensor = device.allocate(4, HIDDEN, Precision::Full).unwrap();
+        say.send(()).unwrap();
+        wait.recv().unwrap();
+        // Frees device memory, and waits for the work that may use it.
+        drop(tensor);
+        say.send(()).unwrap();
+    });
+    let mut device = CudaDevice::new(&options()).unwrap();
+    let mut model = Model::load(&mut device).unwrap();
+    for step in 0..2 {
+        let pending = model.launch(&mut device, &batch(step)).unwrap();
+        device.collect(pending).unwrap();
+    }
+    hear.recv().unwrap();
+    let third = batch(2);
+    assert_eq!(device.stage(&third).unwrap(), Staged::Enqueue);
+    let outcome = model.enqueue(&mut device, &third);
+    go.send(()).unwrap();
+    hear.recv().unwrap();
+    assert_eq!(device.finish(outcome).unwrap(), Finished::Done);
+    other.join().unwrap();
+    if !gpu::is_real() {
+        assert_eq!(gpu.statistic("graph_launches"), 1);
+    }
+    drop((model, device));
+    drop(gpu);
+}
+
+#[test]
 fn a_batch_beyond_the_cache_is_refused_with_and_without_recording() {
     let _gpu = gpu::lock();
     let mut device = CudaDevice::new(&options()).unwrap();
@@ -454,7 +513,6 @@ fn a_batch_beyond_the_cache_is_refused_with_and_without_recording() {
 
 /// Functions that only release something. Their failures are logged and counted.
 const CLEANUP: [&str; 10] = [
-    "cuCtxSynchronize",
     "cuDevicePrimaryCtxRelease_v2",
     "cuEventDestroy_v2",
     "cuGraphDestroy",
@@ -464,6 +522,8 @@ const CLEANUP: [&str; 10] = [
     "cuModuleUnload",
     "cuStreamDestroy_v2",
     "cuStreamIsCapturing",
+    // Before memory is released; a failure to wait for samples is an error.
+    "cuStreamSynchronize",
 ];
 /// Functions that may fail while a step is recorded: the step is enqueued instead.
 const RECORDING: [&str; 4] = [

@@ -3,7 +3,8 @@
 //! The first step of a size is enqueued as usual, which makes scratch memory grow to what that
 //! size needs. The second is recorded and launched as a graph. Later steps launch the graph
 //! again, which replaces hundreds of launches by one. If recording fails, the operations of the
-//! step are enqueued once more, and steps of that size are never recorded again.
+//! step are enqueued once more. What made it fail may pass, so that it is tried again later, after
+//! more steps each time.
 
 use super::capture::{self, Captured, Executable};
 use super::context::Context;
@@ -20,13 +21,22 @@ struct Graph {
     windows: Vec<usize>,
 }
 
+/// Number of steps of a size that run without recording after its recording has failed for the
+/// first time. The number doubles with every further failure.
+const STEPS_BEFORE_RETRY: u32 = 16;
+/// How often that number doubles at most.
+const MOST_DOUBLINGS: u32 = 12;
+
 /// State of the steps of one size.
 enum Record {
     /// A step of this size has run, so that the next one can be recorded.
     Warm,
     Recorded(Graph),
-    /// Recording failed and is not tried again.
-    Refused,
+    /// Recording failed `failures` times in a row. It is tried again after `wait` more steps.
+    Refused {
+        failures: u32,
+        wait: u32,
+    },
 }
 
 /// The recorded steps of a device.
@@ -58,7 +68,7 @@ impl Graphs {
         let Some(key) = self.current else {
             return Ok(Staged::Enqueue);
         };
-        match self.records.get(&key) {
+        match self.records.get_mut(&key) {
             Some(Record::Recorded(graph)) => {
                 self.current = None;
                 step.require_within(graph.bounds, "stage")?;
@@ -70,8 +80,9 @@ impl Graphs {
                 graph.executable.launch(context)?;
                 return Ok(Staged::Replayed);
             }
-            Some(Record::Warm) => self.record(context, key),
-            Some(Record::Refused) | None => {}
+            Some(Record::Refused { wait, .. }) if *wait > 0 => *wait -= 1,
+            Some(Record::Warm | Record::Refused { .. }) => self.record(context, key),
+            None => {}
         }
         Ok(Staged::Enqueue)
     }
@@ -84,12 +95,17 @@ impl Graphs {
     }
 
     fn refuse(&mut self, key: StepKey, error: &DeviceError) {
+        let failures = match self.records.get(&key) {
+            Some(Record::Refused { failures, .. }) => failures.saturating_add(1),
+            _ => 1,
+        };
+        let wait = STEPS_BEFORE_RETRY << (failures - 1).min(MOST_DOUBLINGS);
         let (rows, units) = (key.rows, key.units);
         tracing::warn!(
-            rows, units, %error,
-            "recording a graph failed; steps of this size run without one"
+            rows, units, failures, %error,
+            "recording a graph failed; the next {wait} steps of this size run without one"
         );
-        self.records.insert(key, Record::Refused);
+        self.records.insert(key, Record::Refused { failures, wait });
     }
 
     /// Adds the bounds of an operation's memory, which a replay must not exceed.
@@ -166,8 +182,13 @@ impl Graphs {
         }
         // Freed scratch memory may not have been replaced yet: each size must first run once
         // more without recording.
-        self.records
-            .retain(|_, record| matches!(record, Record::Refused));
+        self.records.retain(|_, record| match record {
+            Record::Refused { wait, .. } => {
+                *wait = (*wait).max(1);
+                true
+            }
+            Record::Warm | Record::Recorded(_) => false,
+        });
         Ok(())
     }
 }

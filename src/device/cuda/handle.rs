@@ -4,13 +4,15 @@ use super::error::{self, ErrorState, none_if_out_of_memory, out_of_memory};
 use crate::device::DeviceError;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 /// A retained primary context. Every resource holds one, because it is needed for the release.
 pub(super) struct Handle {
     device: sys::CUdevice,
     context: sys::CUcontext,
+    /// The streams that have been created and not destroyed.
+    streams: RefCell<Vec<sys::CUstream>>,
     pub(super) errors: ErrorState,
     /// Whether a graph is being recorded on the compute stream. Meanwhile nothing may be
     /// allocated or waited for.
@@ -33,6 +35,7 @@ impl Handle {
         Ok(Rc::new(Self {
             device,
             context,
+            streams: RefCell::default(),
             errors,
             capturing: Cell::new(false),
             allocated: Cell::new(0),
@@ -68,16 +71,21 @@ impl Handle {
         })
     }
 
-    /// Waits until the context is idle, so that memory can be released. The first failure may
-    /// stem from earlier work, so it is logged and the wait is retried once.
+    /// Waits until the streams are idle, so that memory can be released. Other users of the
+    /// context, such as a second engine in this process, are not waited for: a call that waits
+    /// for the whole context would invalidate what they record.
     pub(super) fn drain(&self) {
         self.errors.cleanup("binding the context", self.bind());
-        let first = result::ctx::synchronize();
-        let failed = first.is_err();
-        self.errors.cleanup("waiting before a release", first);
-        if failed && self.errors.check().is_ok() {
-            let again = result::ctx::synchronize();
-            self.errors.cleanup("waiting before a release", again);
+        for &stream in self.streams.borrow().iter() {
+            // SAFETY: a stream that is listed has not been destroyed.
+            let wait = || unsafe { result::stream::synchronize(stream) };
+            let first = wait();
+            let failed = first.is_err();
+            self.errors.cleanup("waiting before a release", first);
+            // The first failure may stem from earlier work.
+            if failed && self.errors.check().is_ok() {
+                self.errors.cleanup("waiting before a release", wait());
+            }
         }
     }
 
@@ -112,6 +120,7 @@ impl Stream {
     pub(super) fn new(handle: &Rc<Handle>) -> Result<Self, DeviceError> {
         let kind = result::stream::StreamKind::NonBlocking;
         let stream = handle.call("creating a stream", || result::stream::create(kind))?;
+        handle.streams.borrow_mut().push(stream);
         Ok(Self {
             stream,
             handle: Rc::clone(handle),
@@ -146,6 +155,9 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
+        let mut streams = self.handle.streams.borrow_mut();
+        streams.retain(|stream| *stream != self.stream);
+        drop(streams);
         // SAFETY: created by `new` and destroyed once.
         let destroy = || unsafe { result::stream::destroy(self.stream) };
         self.handle.cleanup("destroying a stream", destroy);
