@@ -193,6 +193,7 @@ impl BlockCache {
         let tokens = match self.layout.groups()[group].kind {
             GroupKind::Full => extent.full,
             GroupKind::Window(_) => extent.windowed,
+            GroupKind::State => 0,
         };
         self.blocks_for(tokens)
     }

@@ -102,6 +102,7 @@ impl MemoryPlan {
             let tokens = match same[0].kind {
                 GroupKind::Full => "all tokens".to_owned(),
                 GroupKind::Window(window) => format!("the last {window} tokens"),
+                GroupKind::State => "one state".to_owned(),
             };
             let layers = match layers {
                 1 => "1 layer keeps".to_owned(),
