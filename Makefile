@@ -16,9 +16,10 @@ check:
 	$(CARGO) test --locked -p quell --no-default-features --lib --config profile.test.package.quell.opt-level=0
 
 ## Runs all tests: unit, integration, golden and documentation tests, the CUDA device on the
-## virtual GPU, the server with third-party clients, the model checkers, and the examples.
+## virtual GPU, the server with third-party clients, the model checkers, and the examples. Like
+## `cargo test --workspace`, but several test programs run at a time.
 test: model clients templates models
-	$(CARGO) test --locked --workspace
+	$(PYTHON) scripts/run-tests
 	$(MAKE) check
 
 ## Runs the engine's threads under model checkers: loom explores every interleaving of a few
