@@ -3,8 +3,10 @@ machine that built it or on one that has a GPU but no Rust.
 """
 
 import datetime
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -99,16 +101,16 @@ def device(variables, virtual):
 
 
 class Clock:
-    """Measures the time spent and the time left."""
+    """Measures the time spent and the time left of `limit` seconds."""
 
-    def __init__(self):
-        self.begin = time.monotonic()
+    def __init__(self, limit=LIMIT_SECONDS):
+        self.begin, self.limit = time.monotonic(), limit
 
     def spent(self):
         return time.monotonic() - self.begin
 
     def left(self):
-        return LIMIT_SECONDS - self.spent()
+        return self.limit - self.spent()
 
 
 def run(command, variables, seconds):
@@ -124,6 +126,25 @@ def run(command, variables, seconds):
         text = lambda data: (data or b"").decode(errors="replace") if not isinstance(data, str) else data
         code, out, error = None, text(expired.stdout), text(expired.stderr)
     return code, out, error, time.monotonic() - begin
+
+
+def outcome(code, out, seconds):
+    """Returns the result of a module of tests, which must have run a test and failed none."""
+    counts = re.search(r"test result: \w+\. (\d+) passed; (\d+) failed; (\d+) ignored", out)
+    passed, failed, ignored = map(int, counts.groups()) if counts else (0, 0, 0)
+    if code is None:
+        state = "out of time"
+    else:
+        state = "passed" if code == 0 and passed > 0 and ignored == 0 else "failed"
+    return {"state": state, "passed": passed, "failed": failed, "seconds": round(seconds, 1)}
+
+
+def add_text(archive, name, text):
+    """Adds a file with this text to a tar archive."""
+    data = text.encode()
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    archive.addfile(member, io.BytesIO(data))
 
 
 def header(built, found):
