@@ -20,6 +20,8 @@ check:
 ## `cargo test --workspace`, but several test programs run at a time.
 test: model clients templates models
 	$(PYTHON) scripts/run-tests
+	$(PYTHON) scripts/gpu/pack --quick
+	$(PYTHON) scripts/gpu/first-hour --virtual --small
 	$(MAKE) check
 
 ## Runs the engine's threads under model checkers: loom explores every interleaving of a few
