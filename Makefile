@@ -11,7 +11,7 @@ demo: model
 	    --prompt "Give me three tips for staying healthy."
 
 ## The fast loop: the unit tests of the bare engine. The crate itself is not optimised, so that
-## it compiles faster; its dependencies are.
+## it compiles faster.
 check:
 	$(CARGO) test --locked -p quell --no-default-features --lib --config profile.test.package.quell.opt-level=0
 

@@ -81,7 +81,7 @@
 //! - `otel`: `quell serve` exports its spans to an OpenTelemetry collector. Enables `server`.
 //! - `loom`, `shuttle`: for the model checkers in `tests/interleavings` only. Each replaces the
 //!   engine's threads, atomics and channels, and they exclude each other.
-//! - `internals`: the parts of the engine, for the tests and benches of the repository only.
+//! - `internals`: the parts of the engine, for this repository's tests, benches and fuzzing only.
 //!   They are not part of the public API and may change in any release.
 
 #![deny(missing_docs, unsafe_op_in_unsafe_fn)]

@@ -78,6 +78,11 @@ fn files() -> Vec<(String, PathBuf, String)> {
 
 /// Returns the top-level modules that a text names with `crate::`.
 fn used(text: &str) -> BTreeSet<String> {
+    let modules_in_braces = text.split("crate::{").skip(1).any(|list| {
+        let list = list.split('}').next().unwrap_or_default();
+        list.split(',').any(|name| name.contains("::"))
+    });
+    assert!(!modules_in_braces, "name the modules in lines of their own");
     text.lines()
         .filter(|line| !line.trim_start().starts_with("//"))
         .flat_map(|line| line.split("crate::").skip(1))
@@ -357,9 +362,8 @@ fn uses_within(folder: &str) -> BTreeMap<String, BTreeSet<String>> {
         let code = text.split("#[cfg(test)]\nmod tests").next().unwrap();
         let uses = uses.entry(name.clone()).or_default();
         uses.extend(names_after(code, &absolute));
-        if relative == Path::new(first) {
-            uses.extend(names_after(code, "super::"));
-        }
+        let above = "super::".repeat(relative.components().count());
+        uses.extend(names_after(code, &above).filter(|name| name != "super"));
         uses.remove(&name);
     }
     uses

@@ -53,9 +53,9 @@ use serde::Serialize;
 use table::Group;
 use thiserror::Error;
 
-/// Number of blocks in each state at one moment.
-///
-/// Invariant I3: `free + referenced + cached + deferred = total`.
+/// Number of blocks in each state at one moment. Always
+/// `free + referenced + cached + deferred = total`.
+// Invariant I3.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct BlockCounts {

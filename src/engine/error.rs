@@ -59,8 +59,8 @@ pub enum SubmitError {
     /// The number of answers to generate is 0.
     #[error("samples is 0, but must be at least 1")]
     NoSamples,
-    /// The runner does not compute embeddings.
-    #[error("this engine does not support embeddings: its runner provides no hidden states")]
+    /// The model provides no hidden states.
+    #[error("this engine does not support embeddings: its model provides no hidden states")]
     NoEmbeddings,
     /// A stop string is empty.
     #[error("stop string {index} is empty, but must have at least one character")]

@@ -20,7 +20,7 @@ pub struct EngineInfo {
     pub cache_blocks: usize,
     /// Tokens per KV cache block.
     pub block_tokens: usize,
-    /// The loaded model; `None` in tests that run without one.
+    /// The loaded model. `None` only for an engine without a model, as tests have it.
     pub model: Option<ModelInfo>,
 }
 

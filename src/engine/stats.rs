@@ -68,8 +68,8 @@ pub struct EngineStats {
 }
 
 impl EngineStats {
-    /// Returns whether no request is open and no block is held (invariant I12). The prefix
-    /// cache may still hold the contents of blocks.
+    /// Returns whether no request is open and no block is held. The prefix cache may still hold
+    /// the contents of blocks.
     pub fn is_idle(&self) -> bool {
         self.open == 0
             && self.closing == 0

@@ -16,7 +16,7 @@ pub enum LoadError {
     Weights(#[from] WeightsError),
     /// The files hold no model that quell can run.
     #[error(transparent)]
-    Model(#[from] ModelError),
+    Model(ModelError),
     /// The tokenizer or the chat template is invalid.
     #[error(transparent)]
     Text(#[from] TextError),
@@ -52,4 +52,15 @@ pub enum LoadError {
     /// The scheduler thread could not be started.
     #[error("cannot start the scheduler thread: {0}")]
     Thread(String),
+}
+
+impl From<ModelError> for LoadError {
+    /// Keeps [`LoadError::Model`] for what the model's settings and tensors cause.
+    fn from(error: ModelError) -> Self {
+        match error {
+            ModelError::Device(error) => Self::Device(error),
+            ModelError::Weights(error) => Self::Weights(error),
+            error => Self::Model(error),
+        }
+    }
 }

@@ -22,12 +22,12 @@
 //! # Ok(())
 //! # }
 //! ```
-//!
-//! - `http`: what happens to a request before and after it is an API's: connections, TLS,
-//!   access, bodies.
-//! - `openai`: what several routes share to read requests and to write answers in the form of
-//!   OpenAI's API.
-//! - `routes`: one file per route.
+
+// - `http`: what happens to a request before and after it is an API's: connections, TLS, access,
+//   bodies.
+// - `openai`: what several routes share to read requests and to write answers in the form of
+//   OpenAI's API.
+// - `routes`: one file per route.
 
 mod app;
 mod error;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 /// Work and memory are proportional to the input.
 ///
 /// # Errors
-/// Returns an error for the same reasons as [`Tokenizer::from_gguf`] and
+/// Returns an error for the same reasons as [`GgufVocabulary::into_tokenizer`] and
 /// [`Tokenizer::encode`].
 ///
 /// # Panics

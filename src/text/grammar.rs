@@ -78,6 +78,7 @@ pub enum SchemaKeywords {
 
 /// Tools that the model may call instead of giving an answer of the required form.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct GrammarCalls<'a> {
     /// Format in which the model writes calls.
     pub format: ToolFormat,
@@ -85,6 +86,18 @@ pub struct GrammarCalls<'a> {
     pub tools: &'a [(&'a str, Option<&'a Value>)],
     /// Whether an answer may contain several calls.
     pub several: bool,
+}
+
+impl<'a> GrammarCalls<'a> {
+    /// Allows one call of any of `tools`, written in `format`. Each tool is its name, with the
+    /// schema of its parameters. Set `several` to allow more calls.
+    pub fn new(format: ToolFormat, tools: &'a [(&'a str, Option<&'a Value>)]) -> Self {
+        Self {
+            format,
+            tools,
+            several: false,
+        }
+    }
 }
 
 /// Kind of source that a grammar is compiled from.

@@ -28,6 +28,7 @@ pub mod requests;
 pub mod serve;
 #[cfg(feature = "product")]
 pub mod server;
+pub mod small_model;
 
 /// Path of the repository.
 pub fn root() -> PathBuf {

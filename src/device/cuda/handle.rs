@@ -75,17 +75,22 @@ impl Handle {
     /// context, such as a second engine in this process, are not waited for: a call that waits
     /// for the whole context would invalidate what they record.
     pub(super) fn drain(&self) {
-        self.errors.cleanup("binding the context", self.bind());
         for &stream in self.streams.borrow().iter() {
-            // SAFETY: a stream that is listed has not been destroyed.
-            let wait = || unsafe { result::stream::synchronize(stream) };
-            let first = wait();
-            let failed = first.is_err();
-            self.errors.cleanup("waiting before a release", first);
-            // The first failure may stem from earlier work.
-            if failed && self.errors.check().is_ok() {
-                self.errors.cleanup("waiting before a release", wait());
-            }
+            self.settle(stream);
+        }
+    }
+
+    /// Waits until a stream is idle. The first failure may stem from earlier work, so it is
+    /// logged and the wait is retried once.
+    fn settle(&self, stream: sys::CUstream) {
+        self.errors.cleanup("binding the context", self.bind());
+        // SAFETY: the callers pass streams that have not been destroyed.
+        let wait = || unsafe { result::stream::synchronize(stream) };
+        let first = wait();
+        let failed = first.is_err();
+        self.errors.cleanup("waiting before a release", first);
+        if failed && self.errors.check().is_ok() {
+            self.errors.cleanup("waiting before a release", wait());
         }
     }
 
@@ -155,6 +160,9 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
+        // The driver destroys a stream without waiting for its work, and `drain` does not wait
+        // for a stream that is gone.
+        self.handle.settle(self.stream);
         let mut streams = self.handle.streams.borrow_mut();
         streams.retain(|stream| *stream != self.stream);
         drop(streams);

@@ -918,11 +918,8 @@ fn a_tool_whose_schema_is_beyond_the_compiler_may_be_called_with_anything() {
     let beyond = json!({"type": "object", "properties": {"a": {"$ref": "https://example.org/x"}}});
     let form = json!({"type": "integer"});
     let with = |keywords| {
-        let calls = GrammarCalls {
-            format: ToolFormat::Hermes,
-            tools: &[("f", Some(&beyond))],
-            several: true,
-        };
+        let tools = [("f", Some(&beyond))];
+        let calls = GrammarCalls::new(ToolFormat::Hermes, &tools);
         Grammar::or_calls(&tokenizer, GrammarForm::JsonSchema(&form), keywords, calls)
     };
     assert!(with(SchemaKeywords::Strict).is_err());
