@@ -16,10 +16,9 @@ check:
 	$(CARGO) test --locked -p quell --no-default-features --lib --config profile.test.package.quell.opt-level=0
 
 ## Runs all tests: unit, integration, golden and documentation tests, the CUDA device on the
-## virtual GPU, the server with third-party clients, the model checkers, and the examples. Like
-## `cargo test --workspace`, but several test programs run at a time.
+## virtual GPU, the server with third-party clients, the model checkers, and the examples.
 test: model clients templates models
-	$(PYTHON) scripts/run-tests
+	$(CARGO) test --locked --workspace
 	$(PYTHON) scripts/gpu/pack --quick
 	$(PYTHON) scripts/gpu/first-hour --virtual --small
 	$(MAKE) check
