@@ -19,8 +19,6 @@ check:
 ## virtual GPU, the server with third-party clients, the model checkers, and the examples.
 test: model clients templates models
 	$(CARGO) test --locked --workspace
-	$(PYTHON) scripts/gpu/pack --quick
-	$(PYTHON) scripts/gpu/first-hour --virtual --small
 	$(MAKE) check
 
 ## Runs the engine's threads under model checkers: loom explores every interleaving of a few

@@ -565,8 +565,13 @@ const STEPS: usize = 5;
 /// Makes each call of `function` fail in turn, with `code`.
 fn fail_each(gpu: &Gpu, function: &str, count: u64, code: i32, expected: &[Vec<u32>]) {
     let sticky = code >= 700;
-    // The context is checked before every call, so testing some of these calls is enough.
-    let stride = if function == "cuCtxGetCurrent" { 7 } else { 1 };
+    // The context is checked before every call, and both streams are waited for before every
+    // release, so testing some of these calls is enough.
+    let stride = match function {
+        "cuCtxGetCurrent" => 13,
+        "cuStreamSynchronize" => 7,
+        _ => 1,
+    };
     for nth in (1..=count).step_by(stride) {
         gpu.reset();
         gpu.fail(function, nth, code);

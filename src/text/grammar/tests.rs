@@ -919,7 +919,10 @@ fn a_tool_whose_schema_is_beyond_the_compiler_may_be_called_with_anything() {
     let form = json!({"type": "integer"});
     let with = |keywords| {
         let tools = [("f", Some(&beyond))];
-        let calls = GrammarCalls::new(ToolFormat::Hermes, &tools);
+        let calls = GrammarCalls {
+            several: true,
+            ..GrammarCalls::new(ToolFormat::Hermes, &tools)
+        };
         Grammar::or_calls(&tokenizer, GrammarForm::JsonSchema(&form), keywords, calls)
     };
     assert!(with(SchemaKeywords::Strict).is_err());
