@@ -19,6 +19,8 @@ PACK = ROOT / "target" / "gpu"
 PROGRAMS = PACK / "bin"
 ARCHIVE = PACK / "pack.tar.xz"
 MANIFEST = PROGRAMS / "manifest.json"
+# Where the tests write the results of the kernels.
+RECORDED = PACK / "recorded"
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Size of the parts of the model, for transfers with a size limit.
 MODEL_PART = 32 << 20
@@ -137,6 +139,26 @@ def outcome(code, out, seconds):
     else:
         state = "passed" if code == 0 and passed > 0 and ignored == 0 else "failed"
     return {"state": state, "passed": passed, "failed": failed, "seconds": round(seconds, 1)}
+
+
+def pack_recorded(folder):
+    """Writes recorded.tar, the recorded results of the kernels, and returns their number."""
+    files = sorted(RECORDED.glob("*.f32"))
+    with tarfile.open(folder / "recorded.tar", "w") as archive:
+        for file in files:
+            archive.add(file, f"gpu/{file.name}")
+    return len(files)
+
+
+def bench_model(settings, weights, arguments, small, repetitions):
+    """Returns the command that measures a model with random weights. `settings` is a name that
+    `quell bench` knows, or a config.json of this checkout."""
+    model = ROOT / settings if settings.endswith(".json") else settings
+    command = [PROGRAMS / "quell", "bench", "--random-weights", model, "--weights-format", weights]
+    command += ["--device", "cuda", "--format", "json", *arguments]
+    if small:
+        return command + ["--repetitions", "1", "--max-batch-tokens", "64", "--context", "128", "--kv-cache-mib", "4"]
+    return command + ["--repetitions", str(repetitions), "--max-batch-tokens", "2048", "--context", "4096"]
 
 
 def add_text(archive, name, text):
