@@ -457,7 +457,7 @@ fn a_failure_to_wait_for_recorded_steps_is_reported() {
         .allocate(LIMITS.sequences, HIDDEN, Precision::Full)
         .unwrap();
     gpu.fail("cuStreamSynchronize", 1, INVALID_VALUE);
-    let error = device.stage(&batch(4)).err().expect("it cannot wait");
+    let error = device.stage(&batch(4)).expect_err("it cannot wait");
     assert!(matches!(error, DeviceError::Failed { .. }), "{error}");
 }
 
