@@ -1,6 +1,7 @@
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CARGO := cargo
 PYTHON := python3
+NOT_OPTIMISED := --config profile.test.package.quell.opt-level=0
 
 .PHONY: demo check test models soak mutations stalls lint bench kernels kernels-check model clients templates
 
@@ -13,12 +14,18 @@ demo: model
 ## The fast loop: the unit tests of the bare engine. The crate itself is not optimised, so that
 ## it compiles faster.
 check:
-	$(CARGO) test --locked -p quell --no-default-features --lib --config profile.test.package.quell.opt-level=0
+	$(CARGO) test --locked -p quell --no-default-features --lib $(NOT_OPTIMISED)
 
 ## Runs all tests: unit, integration, golden and documentation tests, the CUDA device on the
 ## virtual GPU, the server with third-party clients, the model checkers, and the examples.
+##
+## The unit tests do not optimise the crate, which would take longer than running them: most of
+## what is slow is in the integration tests, whose copy of the crate is optimised.
 test: model clients templates models
-	$(CARGO) test --locked --workspace
+	$(CARGO) build --locked --workspace --profile test --examples
+	$(CARGO) test --locked --workspace --test '*'
+	$(CARGO) test --locked --workspace --doc
+	$(CARGO) test --locked --workspace --lib $(NOT_OPTIMISED)
 	$(MAKE) check
 
 ## Runs the engine's threads under model checkers: loom explores every interleaving of a few
