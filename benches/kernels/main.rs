@@ -102,7 +102,7 @@ fn run() -> Result<bool, DeviceError> {
     let small = has("--small");
     let seconds = after("--seconds").and_then(|seconds| seconds.parse().ok());
     let options = CudaOptions {
-        graphs: false,
+        max_graphs: 0,
         ..CudaOptions::default()
     };
     let mut device = match CudaDevice::new(&options) {

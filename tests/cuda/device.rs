@@ -185,6 +185,17 @@ fn batch(step: usize) -> Batch {
     batch
 }
 
+/// Returns a decode step of the first `count` sequences. It needs no samples of another step.
+fn decode(count: usize) -> Batch {
+    let mut batch = Batch::new(1);
+    for (index, &prompt) in PROMPTS.iter().enumerate().take(count) {
+        let block = (4 * index) as u32;
+        batch.push(&[index as u32], prompt, BLOCK, [(0, [block])]);
+        batch.sample_rows.push(index);
+    }
+    batch
+}
+
 /// Loads the model and runs this many steps, with two in flight.
 fn run(options: &CudaOptions, steps: usize) -> Result<Vec<Vec<u32>>, DeviceError> {
     let mut device = CudaDevice::new(options)?;
@@ -363,7 +374,7 @@ fn recorded_and_enqueued_steps_give_the_same_tokens() {
     let gpu = gpu::lock();
     let recorded = run(&options(), 8).unwrap();
     let graphs = CudaOptions {
-        graphs: false,
+        max_graphs: 0,
         ..options()
     };
     if !gpu::is_real() {
@@ -479,6 +490,47 @@ fn a_recording_that_failed_is_tried_again_later() {
         assert_eq!(run(&options(), STEPS).unwrap(), tokens);
         assert_eq!(gpu.waiting_failures(), 0);
         assert_eq!(gpu.statistic("graph_launches"), (STEPS - recorded) as u64);
+    }
+}
+
+/// Runs a step, and returns whether it was a replay.
+fn replays(device: &mut CudaDevice, model: &mut Model, batch: &Batch) -> bool {
+    let staged = device.stage(batch).unwrap();
+    if staged == Staged::Enqueue {
+        let outcome = model.enqueue(device, batch);
+        assert_eq!(device.finish(outcome).unwrap(), Finished::Done);
+    }
+    let pending = model.sample(device, batch).unwrap();
+    device.collect(pending).unwrap();
+    staged == Staged::Replayed
+}
+
+#[test]
+fn the_least_recently_used_graph_makes_way_for_a_new_one() {
+    let gpu = gpu::lock();
+    let options = CudaOptions {
+        max_graphs: 2,
+        ..options()
+    };
+    let mut device = CudaDevice::new(&options).unwrap();
+    let mut model = Model::load(&mut device).unwrap();
+    let mut step = |count| replays(&mut device, &mut model, &decode(count));
+    // A step of a size is enqueued, the next one is recorded, and the third one is a replay.
+    assert_eq!(
+        [1, 1, 1, 2, 2, 2].map(&mut step),
+        [false, false, true, false, false, true]
+    );
+    for _ in 0..5 {
+        assert_eq!([2, 1].map(&mut step), [true, true], "two sizes fit");
+    }
+    // The step of two rows was used the longest time ago.
+    assert_eq!([3, 3, 3].map(&mut step), [false, false, true]);
+    assert_eq!([1, 3].map(&mut step), [true, true]);
+    assert_eq!([2, 2, 2].map(&mut step), [false, false, true]);
+    assert_eq!([3, 2, 1].map(&mut step), [true, true, false]);
+    drop((model, device));
+    if !gpu::is_real() {
+        assert_eq!(gpu.leaks(), [""; 0]);
     }
 }
 

@@ -153,7 +153,7 @@ fn constrained_and_free_requests_keep_their_tokens() {
 fn graphs_change_no_token() {
     let _gpu = gpu::lock();
     let without = CudaOptions {
-        graphs: false,
+        max_graphs: 0,
         ..CudaOptions::default()
     };
     let expected = alone(&engine("llama", without, 64));

@@ -78,7 +78,7 @@ impl Run {
     fn new(activations: CudaActivations) -> Self {
         let options = CudaOptions {
             activations,
-            graphs: false,
+            max_graphs: 0,
             ..CudaOptions::default()
         };
         let mut device = CudaDevice::new(&options).unwrap();

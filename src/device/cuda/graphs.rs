@@ -1,10 +1,13 @@
 //! Records decode steps as CUDA graphs, one per size, and replays them.
 //!
-//! The first step of a size is enqueued as usual, which makes scratch memory grow to what that
-//! size needs. The second is recorded and launched as a graph. Later steps launch the graph
-//! again, which replaces hundreds of launches by one. If recording fails, the operations of the
-//! step are enqueued once more. What made it fail may pass, so that it is tried again later, after
-//! more steps each time.
+//! The first step of a size is enqueued as usual, which loads the kernels that it needs, and makes
+//! scratch memory grow if none was reserved. The second is recorded and launched as a graph. Later
+//! steps launch the graph again, which replaces hundreds of launches by one. If recording fails,
+//! the operations of the step are enqueued once more. What made it fail may pass, so that it is
+//! tried again later, after more steps each time.
+//!
+//! The number of graphs is limited. If there are as many as that, the one that was launched the
+//! longest time ago is forgotten for a new one.
 
 use super::capture::{self, Captured, Executable};
 use super::context::Context;
@@ -19,6 +22,8 @@ struct Graph {
     bounds: Bounds,
     /// The longest window of the layers of each group.
     windows: Vec<usize>,
+    /// Value of [`Graphs::launches`] after its last launch.
+    launched: u64,
 }
 
 /// Number of steps of a size that run without recording after its recording has failed for the
@@ -40,9 +45,12 @@ enum Record {
 }
 
 /// The recorded steps of a device.
-#[derive(Default)]
 pub(super) struct Graphs {
     records: HashMap<StepKey, Record>,
+    /// Maximum number of graphs, at least 1.
+    most: usize,
+    /// Number of graph launches so far.
+    launches: u64,
     /// Value of `Handle::releases` when the graphs were recorded.
     releases: u64,
     /// The step that is being enqueued, if it may be recorded.
@@ -54,6 +62,19 @@ pub(super) struct Graphs {
 }
 
 impl Graphs {
+    /// Creates an empty set of at most `most` graphs, but at least one.
+    pub(super) fn new(most: usize) -> Self {
+        Self {
+            records: HashMap::new(),
+            most: most.max(1),
+            launches: 0,
+            releases: 0,
+            current: None,
+            bounds: None,
+            windows: Vec::new(),
+        }
+    }
+
     /// Replays a step of this size if one was recorded. Otherwise the caller must enqueue the
     /// operations, which are recorded if a step of this size has run before.
     pub(super) fn begin(
@@ -78,6 +99,8 @@ impl Graphs {
                 // The memory that it refers to has not been freed: otherwise `forget_stale` would
                 // have dropped it.
                 graph.executable.launch(context)?;
+                self.launches += 1;
+                graph.launched = self.launches;
                 return Ok(Staged::Replayed);
             }
             Some(Record::Refused { wait, .. }) if *wait > 0 => *wait -= 1,
@@ -142,12 +165,14 @@ impl Graphs {
         match (key, recorded) {
             (Some(key), Ok(executable)) => {
                 executable.launch(context)?;
-                let bounds = self.bounds.unwrap_or(Bounds::UNLIMITED);
+                self.launches += 1;
                 let graph = Graph {
                     executable,
-                    bounds,
+                    bounds: self.bounds.unwrap_or(Bounds::UNLIMITED),
                     windows: self.windows.clone(),
+                    launched: self.launches,
                 };
+                self.make_room();
                 self.records.insert(key, Record::Recorded(graph));
                 Ok(Finished::Done)
             }
@@ -157,6 +182,22 @@ impl Graphs {
                 Ok(Finished::Repeat)
             }
             (None, recorded) => recorded.map(|_| Finished::Repeat),
+        }
+    }
+
+    /// Forgets the graphs that were launched the longest time ago, until there is room for one
+    /// more. The driver destroys a graph that still runs when it has completed.
+    fn make_room(&mut self) {
+        let launched = |(key, record): (&StepKey, &Record)| match record {
+            Record::Recorded(graph) => Some((graph.launched, *key)),
+            Record::Warm | Record::Refused { .. } => None,
+        };
+        let mut graphs: Vec<(u64, StepKey)> = self.records.iter().filter_map(launched).collect();
+        graphs.sort_unstable_by_key(|(launched, _)| *launched);
+        let surplus = (graphs.len() + 1).saturating_sub(self.most);
+        for (_, key) in graphs.into_iter().take(surplus) {
+            tracing::debug!(rows = key.rows, units = key.units, "forgetting a graph");
+            self.records.remove(&key);
         }
     }
 

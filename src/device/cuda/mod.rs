@@ -143,7 +143,7 @@ impl CudaDevice {
             options.activations.name(),
         );
         Ok(Self {
-            graphs: Graphs::default(),
+            graphs: Graphs::new(options.max_graphs),
             info: DeviceInfo {
                 name: format!("cuda:{}", options.device),
                 description,

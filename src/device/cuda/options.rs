@@ -10,8 +10,9 @@ pub struct CudaOptions {
     /// Storage type of activations, cached keys and values, and floating-point weights. Sums
     /// are always float32.
     pub activations: CudaActivations,
-    /// Whether decode steps are recorded as CUDA graphs and replayed.
-    pub graphs: bool,
+    /// Maximum number of decode steps, of different sizes, that are kept as CUDA graphs and
+    /// replayed; 0 for none. The least recently used one makes way for a new one.
+    pub max_graphs: usize,
     /// Share of the GPU's memory that weights and KV cache together may use: above 0, at most
     /// 1.
     pub utilisation: f32,
@@ -25,7 +26,7 @@ impl Default for CudaOptions {
         Self {
             device: 0,
             activations: CudaActivations::default(),
-            graphs: true,
+            max_graphs: 128,
             utilisation: 0.9,
             blas: false,
         }

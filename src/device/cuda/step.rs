@@ -627,7 +627,8 @@ impl StepOps for CudaDevice {
 
     fn stage(&mut self, batch: &Batch) -> Result<Staged, DeviceError> {
         self.graphs.abandon(&self.context);
-        self.step.take(&self.context, batch, self.options.graphs)?;
+        let pad = self.options.max_graphs > 0;
+        self.step.take(&self.context, batch, pad)?;
         self.graphs.begin(&self.context, &self.step)
     }
 
