@@ -125,6 +125,7 @@ fn run() -> Result<bool, DeviceError> {
             .map(|shape| shape.vocabulary)
             .max()
             .unwrap_or(0),
+        model: ModelShape::default(),
     })?;
     let (bytes, samples) = if small {
         (1 << 16, 2)

@@ -84,6 +84,12 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
             "device_details": details(&device),
             "memory": {
                 "weights_bytes": plan.weights,
+                "activation_bytes": plan.activations,
+                "scratch_bytes": plan.scratch,
+                "graphs": plan.graphs,
+                "graph_bytes": plan.graph_bytes,
+                "pinned_bytes": plan.pinned,
+                "batch_tokens": plan.batch_tokens,
                 "kv_bytes_per_token": plan.cache_per_token,
                 "kv_blocks": plan.cache_blocks,
                 "kv_block_tokens": plan.block_tokens,
@@ -144,6 +150,7 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
         ("sampling", sampling),
         ("device", format!("{}: {}", device.name, device.description)),
         ("weights", mib(plan.weights)),
+        ("steps", of_steps(&plan)),
         ("KV per token", format!("{} bytes", plan.cache_per_token)),
         ("KV groups", plan.groups()),
         ("KV sequence", of_sequence(&plan)),
@@ -175,6 +182,26 @@ fn groups(layout: &CacheLayout) -> Value {
         json!({ "keeps": keeps, "window": window, "layers": group.layers })
     });
     groups.collect()
+}
+
+/// Describes the memory that steps take besides the weights and the KV cache.
+fn of_steps(plan: &MemoryPlan) -> String {
+    let mut text = format!(
+        "{} for activations of up to {} tokens",
+        mib(plan.activations),
+        plan.batch_tokens
+    );
+    if plan.scratch > 0 {
+        text += &format!(", {} of scratch memory", mib(plan.scratch));
+    }
+    if plan.graphs > 0 {
+        let bytes = mib(plan.graph_bytes);
+        text += &format!(", about {bytes} for up to {} graphs", plan.graphs);
+    }
+    if plan.pinned > 0 {
+        text += &format!("; {} pinned on the host", mib(plan.pinned));
+    }
+    text
 }
 
 /// Describes the memory that one sequence of the maximum length takes.

@@ -12,7 +12,7 @@ use super::{CacheLayer, DeviceError, DeviceTypes};
 pub const ATTENTION_SPAN: usize = 128;
 
 /// Head counts and head size of an attention layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct HeadShape {
     /// Number of query heads; a multiple of `kv_heads`.
     pub q_heads: usize,

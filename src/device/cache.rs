@@ -49,9 +49,13 @@ pub trait CacheOps: DeviceTypes {
     fn cache_bytes(&self, shape: &CacheShape) -> usize;
 
     /// Returns the number of bytes that the KV cache may take if the settings do not say.
-    /// `unloaded` is the number of bytes of weights that are yet to be loaded. Whatever else is
-    /// allocated later is not accounted for.
-    fn cache_budget(&self, unloaded: usize) -> Result<usize, DeviceError>;
+    /// `unallocated` is the number of bytes that are yet to be allocated for anything else.
+    fn cache_budget(&self, unallocated: usize) -> Result<usize, DeviceError>;
+
+    /// Returns the free bytes of the device's memory; `None` if it has none of its own.
+    fn free_memory(&self) -> Result<Option<usize>, DeviceError> {
+        Ok(None)
+    }
 
     /// Allocates the KV cache.
     fn allocate_cache(&mut self, shape: &CacheShape) -> Result<Self::Cache, DeviceError>;

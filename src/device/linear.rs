@@ -96,6 +96,12 @@ pub struct LinearSpec<'a> {
 
 /// The part of a [`Device`](super::Device) that loads linear layers and multiplies by them.
 pub trait LinearOps: DeviceTypes {
+    /// Returns about how many bytes this many weights take on this device, if they are stored as
+    /// `dtype`.
+    fn weight_size(&self, dtype: DType, weights: usize) -> usize {
+        dtype.bytes_for(weights).unwrap_or(usize::MAX)
+    }
+
     /// Loads a linear layer.
     fn load_linear(&mut self, spec: &LinearSpec<'_>) -> Result<Self::Linear, DeviceError>;
 

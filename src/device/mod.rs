@@ -55,7 +55,7 @@ pub use norm::NormOps;
 pub use pooling::{PooledRows, PoolingOps};
 pub use rope::{QkNorm, RopeOps, RopeSpec};
 pub use sampling::SamplingOps;
-pub use step::{DeviceLimits, Finished, Staged, StepOps};
+pub use step::{DeviceLimits, ExpertShape, Finished, ModelShape, Staged, StepMemory, StepOps};
 pub use swap::SwapOps;
 pub use tensor::{Precision, TensorOps};
 pub use types::DeviceTypes;

@@ -39,7 +39,13 @@ pub trait RopeOps: DeviceTypes {
     /// A loaded [`RopeSpec`].
     type Rope;
 
-    /// Loads a rotary embedding.
+    /// Returns the number of bytes that a rotary embedding takes on this device.
+    fn rope_bytes(&self, spec: &RopeSpec) -> usize {
+        let _ = spec;
+        0
+    }
+
+    /// Loads a rotary embedding. Equal ones share their memory.
     fn load_rope(&mut self, spec: &RopeSpec) -> Result<Self::Rope, DeviceError>;
 
     /// Normalises the queries and keys if `norm` is given, rotates both in place, and writes

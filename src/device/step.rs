@@ -1,6 +1,6 @@
-//! Steps: how large they get, and when their operations are enqueued.
+//! Steps: how large they get, what memory they need, and when their operations are enqueued.
 
-use super::{Batch, DeviceError, DeviceTypes};
+use super::{Batch, DeviceError, DeviceTypes, HeadShape};
 
 /// What the caller must do next after staging a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,7 +25,7 @@ pub enum Finished {
 }
 
 /// Upper limits on the size of a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DeviceLimits {
     /// Maximum number of tokens per step.
     pub rows: usize,
@@ -39,12 +39,63 @@ pub struct DeviceLimits {
     pub groups: usize,
     /// Number of logits per sampled row.
     pub vocabulary: usize,
+    /// The model that computes the steps.
+    pub model: ModelShape,
+}
+
+/// Sizes of a model on which the memory for intermediate results depends. A device that does not
+/// know them allocates that memory when it is first needed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ModelShape {
+    /// Number of layers.
+    pub layers: usize,
+    /// Heads of every attention layer.
+    pub heads: HeadShape,
+    /// Largest number of columns of a float32 matrix that is multiplied by weights; 0 if there
+    /// is none.
+    pub full_columns: usize,
+    /// The mixture-of-experts layers, if there are any.
+    pub experts: Option<ExpertShape>,
+}
+
+/// Sizes of a mixture-of-experts layer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ExpertShape {
+    /// Number of experts.
+    pub count: usize,
+    /// Number of experts per row.
+    pub top_k: usize,
+    /// Number of columns of the layer's input and output.
+    pub columns: usize,
+    /// Number of columns between the two products of an expert.
+    pub hidden: usize,
+}
+
+/// Memory that a device needs for steps, in bytes, in addition to the weights, the activations
+/// and the KV cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepMemory {
+    /// Inputs of steps, and intermediate results of single operations.
+    pub scratch: usize,
+    /// Maximum number of steps that are kept as recordings.
+    pub most_graphs: usize,
+    /// Size of that many recordings, as far as the device can tell in advance. They are made
+    /// after the KV cache is allocated.
+    pub graphs: usize,
+    /// Pinned memory of the host, through which inputs and results are copied.
+    pub pinned: usize,
 }
 
 /// The part of a [`Device`](super::Device) that begins and ends steps.
 pub trait StepOps: DeviceTypes {
-    /// Tells the device how large steps can get, so that it can reserve memory for their inputs
-    /// and intermediates. Must be called before anything is allocated.
+    /// Returns the memory that steps within `limits` need.
+    fn step_memory(&self, limits: &DeviceLimits) -> StepMemory {
+        let _ = limits;
+        StepMemory::default()
+    }
+
+    /// Tells the device how large steps can get. It allocates [`StepMemory::scratch`], so that
+    /// no step has to. Must be called before anything else is allocated.
     fn reserve(&mut self, limits: &DeviceLimits) -> Result<(), DeviceError> {
         let _ = limits;
         Ok(())

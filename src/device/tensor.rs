@@ -22,6 +22,10 @@ pub trait TensorOps: DeviceTypes {
         precision: Precision,
     ) -> Result<Self::Tensor, DeviceError>;
 
+    /// Returns the number of bytes that such a matrix takes on this device, or `usize::MAX` if
+    /// the number overflows.
+    fn tensor_bytes(&self, rows: usize, columns: usize, precision: Precision) -> usize;
+
     /// Copies the batch's sample rows of `x` to the leading rows of `out`.
     fn gather_samples(
         &mut self,

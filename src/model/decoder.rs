@@ -6,7 +6,7 @@ mod workspace;
 use super::layer::{LayerSpec, QkNormKind};
 use super::{ModelConfig, ModelError, ModelSource};
 use crate::device::{
-    AttentionSpec, Batch, CacheLayer, Device, DeviceError, Finished, QkNorm, Staged,
+    AttentionSpec, Batch, CacheLayer, Device, DeviceError, Finished, QkNorm, RopeSpec, Staged,
 };
 use std::ops::Range;
 use weights::{FeedForwardWeights, LayerWeights};
@@ -24,7 +24,7 @@ pub struct Decoder<D: Device> {
     output: Option<D::Linear>,
     /// The position embeddings that layers refer to by index.
     ropes: Vec<D::Rope>,
-    workspace: Workspace<D>,
+    workspace: Workspace<D::Tensor>,
 }
 
 /// The most rows of a step, and of them sampled.
@@ -79,6 +79,20 @@ impl<D: Device> Decoder<D> {
         })
     }
 
+    /// Returns the bytes that the activations of steps within `limits` and the tables of
+    /// positions take on `device`.
+    pub fn activation_bytes(config: &ModelConfig, device: &D, limits: StepLimits) -> usize {
+        let mut bytes = workspace::bytes(config, device, limits);
+        let specs = config.ropes.iter().map(|rope| rope.spec(limits.positions));
+        let specs: Vec<RopeSpec> = specs.collect();
+        for (index, spec) in specs.iter().enumerate() {
+            if !specs[..index].contains(spec) {
+                bytes = bytes.saturating_add(device.rope_bytes(spec));
+            }
+        }
+        bytes
+    }
+
     /// Enqueues one step: every row of `batch` through all layers, keys and values
     /// into `cache`, and the logits of the sampled rows, which are returned.
     pub fn forward(
@@ -89,7 +103,7 @@ impl<D: Device> Decoder<D> {
     ) -> Result<&D::Tensor, DeviceError> {
         if device.stage(batch)? == Staged::Enqueue {
             loop {
-                let outcome = self.enqueue(device, batch, cache);
+                let outcome = self.enqueue(device, batch.rows(), batch.sample_rows.len(), cache);
                 if device.finish(outcome)? == Finished::Done {
                     break;
                 }
@@ -98,14 +112,15 @@ impl<D: Device> Decoder<D> {
         Ok(&self.workspace.logits)
     }
 
-    /// Enqueues the operations of a staged step.
+    /// Enqueues the operations of a staged step with this number of rows, and of rows that are
+    /// sampled.
     fn enqueue(
         &mut self,
         device: &mut D,
-        batch: &Batch,
+        rows: usize,
+        samples: usize,
         cache: &mut D::Cache,
     ) -> Result<(), DeviceError> {
-        let rows = batch.rows();
         let scale = self.config.embedding_scale;
         device.embed(&self.embedding, scale, &mut self.workspace.residual)?;
         // Whether `delta` is still to be added to the residual stream.
@@ -132,7 +147,7 @@ impl<D: Device> Decoder<D> {
         if pending {
             device.add(&mut self.workspace.residual, &self.workspace.delta, rows)?;
         }
-        self.logits(device, batch.sample_rows.len())
+        self.logits(device, samples)
     }
 
     /// Enqueues the sums of the last hidden states, after the final norm, of some ranges
@@ -189,7 +204,7 @@ impl LayerStep<'_> {
     fn input<D: Device>(
         &self,
         device: &mut D,
-        workspace: &mut Workspace<D>,
+        workspace: &mut Workspace<D::Tensor>,
         norm: Option<&D::Vector>,
         pending: bool,
     ) -> Result<(), DeviceError> {
@@ -214,7 +229,7 @@ impl LayerStep<'_> {
     fn output<D: Device>(
         &self,
         device: &mut D,
-        workspace: &mut Workspace<D>,
+        workspace: &mut Workspace<D::Tensor>,
         norm: Option<&D::Vector>,
     ) -> Result<bool, DeviceError> {
         let Workspace {
@@ -232,7 +247,7 @@ impl LayerStep<'_> {
     fn attention<D: Device>(
         &self,
         device: &mut D,
-        workspace: &mut Workspace<D>,
+        workspace: &mut Workspace<D::Tensor>,
         layer: &LayerWeights<D>,
         rope: &D::Rope,
         cache: &mut D::Cache,
@@ -272,7 +287,7 @@ impl LayerStep<'_> {
     fn feed_forward<D: Device>(
         &self,
         device: &mut D,
-        workspace: &mut Workspace<D>,
+        workspace: &mut Workspace<D::Tensor>,
         layer: &LayerWeights<D>,
     ) -> Result<(), DeviceError> {
         let Workspace {

@@ -49,6 +49,23 @@ pub enum LoadError {
         /// The values that are accepted.
         expected: String,
     },
+    /// The device has too little memory for the model under the settings.
+    #[error(
+        "{device} has {usable} MiB of memory to use, but the model needs {needed} MiB ({parts}); \
+         {remedy}"
+    )]
+    Memory {
+        /// Name of the device, for example `cuda:0`.
+        device: String,
+        /// Memory that the model needs, in MiB.
+        needed: usize,
+        /// Memory that it may use, in MiB.
+        usable: usize,
+        /// What the memory is needed for, with sizes in MiB.
+        parts: String,
+        /// Settings that would fit, if there are any.
+        remedy: String,
+    },
     /// The scheduler thread could not be started.
     #[error("cannot start the scheduler thread: {0}")]
     Thread(String),

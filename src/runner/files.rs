@@ -1,7 +1,8 @@
 //! Opens the files of a model, plans its memory, and builds a runner.
 
+use super::demand::Demand;
 use super::device::{DeviceWork, on_device};
-use super::memory::{MemoryPlan, cache_layout, cache_shape};
+use super::memory::MemoryPlan;
 use super::options::{GenerationConfig, LoadOptions};
 use super::{LoadError, ModelRunner, Runner, RunnerInfo, generation_config, limits};
 use crate::config::EngineConfig;
@@ -114,12 +115,12 @@ impl ModelFiles {
     }
 
     /// Returns the device that the options choose and the memory that the model would take
-    /// there, without loading it. The weights are assumed to take as much memory as in the
-    /// file.
+    /// there, without loading it. The sizes of weights and graphs are estimates.
     ///
     /// # Errors
     /// Returns [`LoadError::Config`] if a setting is out of range or if the KV cache has no room
-    /// for a block of each group of layers, [`LoadError::EmptyWindow`] if a layer of the model
+    /// for a block of each group of layers, [`LoadError::Memory`] if the device has too little
+    /// memory, [`LoadError::EmptyWindow`] if a layer of the model
     /// attends to no tokens, and [`LoadError::Device`] if the device cannot be used.
     pub fn plan(
         &self,
@@ -204,14 +205,7 @@ impl DeviceWork for Plan<'_> {
 
     fn run<D: Device>(self, device: D) -> Result<Self::Output, LoadError> {
         let Self { source, config } = self;
-        let weights = source.parameters().bytes;
-        let budget = device.cache_budget(weights)?;
-        let budget = config.kv_cache_bytes.unwrap_or(budget);
-        let model = source.config();
-        let layout = cache_layout(model, config)?;
-        let shape = cache_shape(model, config, &layout, budget, &device)?;
-        let context = limits::context_tokens(model, config);
-        let plan = MemoryPlan::new(weights, &layout, context, &shape, &device);
+        let plan = Demand::new(source, config)?.plan(&device)?;
         Ok((device.info(), plan))
     }
 }

@@ -1,10 +1,11 @@
 //! The memory plan: how many blocks the KV cache gets.
 
+use super::demand::Needs;
 use super::limits::context_tokens;
 use super::{LoadError, SwapInfo};
 use crate::cache::{CacheLayout, EmptyWindow, GroupKind};
 use crate::config::EngineConfig;
-use crate::device::{ATTENTION_SPAN, CacheShape, Device};
+use crate::device::{ATTENTION_SPAN, CacheShape, Device, DeviceLimits};
 use crate::model::ModelConfig;
 
 /// Maximum number of blocks, on the device or on the host.
@@ -20,6 +21,20 @@ const MAX_BLOCKS: usize = u32::MAX as usize >> 8;
 pub struct MemoryPlan {
     /// Size of the weights in bytes, in the device's format.
     pub weights: usize,
+    /// Size in bytes of the activations of the largest step, and of the tables of positions.
+    pub activations: usize,
+    /// Size in bytes of the inputs of a step and of the intermediate results of its operations,
+    /// as far as the device reserves memory for them.
+    pub scratch: usize,
+    /// Maximum number of steps of different sizes that are kept as recordings (CUDA graphs).
+    pub graphs: usize,
+    /// Estimated size of that many recordings in bytes.
+    pub graph_bytes: usize,
+    /// Size in bytes of the pinned memory of the host through which inputs and results are
+    /// copied, without the memory for swapped-out blocks.
+    pub pinned: usize,
+    /// Maximum number of tokens per step.
+    pub batch_tokens: usize,
     /// Size of the KV cache in bytes per token that all layers keep.
     pub cache_per_token: usize,
     /// Number of blocks of the KV cache.
@@ -35,26 +50,37 @@ pub struct MemoryPlan {
 }
 
 impl MemoryPlan {
-    /// Creates the plan for `weights` bytes of weights, a cache of this shape, and sequences of
-    /// up to `context_tokens` tokens.
+    /// Creates the plan for a model with these needs, a cache of this shape, and steps within
+    /// `limits`.
     pub(super) fn new<D: Device>(
-        weights: usize,
+        needs: Needs,
         layout: &CacheLayout,
-        context_tokens: usize,
+        limits: &DeviceLimits,
         shape: &CacheShape,
         device: &D,
     ) -> Self {
         let block_bytes = block_bytes(shape, device);
         let layers: usize = layout.groups().iter().map(|group| group.layers.len()).sum();
         let of_layer = block_bytes / (shape.layers * shape.block_tokens);
+        let Needs {
+            weights,
+            activations,
+            steps,
+        } = needs;
         Self {
             weights,
+            activations,
+            scratch: steps.scratch,
+            graphs: steps.most_graphs,
+            graph_bytes: steps.graphs,
+            pinned: steps.pinned,
+            batch_tokens: limits.rows,
             cache_per_token: layers * of_layer,
             cache_blocks: shape.blocks,
             block_bytes,
             block_tokens: shape.block_tokens,
             layout: layout.clone(),
-            context_tokens,
+            context_tokens: limits.sequence_tokens,
         }
     }
 
@@ -137,42 +163,58 @@ fn block_bytes<D: Device>(shape: &CacheShape, device: &D) -> usize {
     })
 }
 
-/// Returns the shape of the largest useful cache that fits in `budget` bytes.
-pub(super) fn cache_shape<D: Device>(
-    model: &ModelConfig,
-    config: &EngineConfig,
-    layout: &CacheLayout,
-    budget: usize,
-    device: &D,
-) -> Result<CacheShape, LoadError> {
+/// Returns the shape of a cache of one block.
+fn one_block(model: &ModelConfig, config: &EngineConfig, layout: &CacheLayout) -> CacheShape {
     let heads = model.heads();
-    let block = CacheShape {
+    CacheShape {
         layers: layout.layers_per_block(),
         kv_heads: heads.kv_heads,
         head_dim: heads.head_dim,
         blocks: 1,
         block_tokens: config.block_tokens,
-    };
+    }
+}
+
+/// Returns the size in bytes of the smallest cache: every group needs a block for the first
+/// token.
+pub(super) fn least_cache<D: Device>(
+    model: &ModelConfig,
+    config: &EngineConfig,
+    layout: &CacheLayout,
+    device: &D,
+) -> usize {
+    let block = block_bytes(&one_block(model, config, layout), device);
+    block.saturating_mul(layout.groups().len())
+}
+
+/// Returns the shape of the largest useful cache that fits in `budget` bytes, for steps of up to
+/// `step` tokens.
+pub(super) fn cache_shape<D: Device>(
+    model: &ModelConfig,
+    config: &EngineConfig,
+    (layout, step): (&CacheLayout, usize),
+    budget: usize,
+    device: &D,
+) -> Result<CacheShape, LoadError> {
+    let block = one_block(model, config, layout);
     let block_bytes = block_bytes(&block, device).max(1);
     // All sequences at their full length hold no more at a time. What is beyond that would only
     // serve the prefix cache and sessions.
-    let (tokens, step) = (context_tokens(model, config), config.max_batch_tokens);
     let useful = layout
-        .most_blocks_of_all(tokens, step, config.block_tokens)
+        .most_blocks_of_all(context_tokens(model, config), step, config.block_tokens)
         .saturating_mul(config.max_sequences);
     let blocks = (budget / block_bytes).min(useful).min(MAX_BLOCKS);
-    // Every group needs a block for the first token.
     let least = layout.groups().len();
     if blocks < least {
+        let bytes = least.saturating_mul(block_bytes);
         return Err(LoadError::Config {
             name: "kv_cache_bytes",
             value: budget.to_string(),
             expected: match least {
-                1 => format!("at least {block_bytes} (one block of this model)"),
+                1 => format!("at least {bytes} (one block of this model)"),
                 least => format!(
-                    "at least {} (one block for each of the {least} groups of layers of this \
-                     model)",
-                    least.saturating_mul(block_bytes)
+                    "at least {bytes} (one block for each of the {least} groups of layers of this \
+                     model)"
                 ),
             },
         });
@@ -211,6 +253,12 @@ mod tests {
         let of_layer = 1024;
         MemoryPlan {
             weights: 0,
+            activations: 0,
+            scratch: 0,
+            graphs: 0,
+            graph_bytes: 0,
+            pinned: 0,
+            batch_tokens: 512,
             cache_per_token: 26 * of_layer,
             cache_blocks: 10_000,
             block_bytes: layout.layers_per_block() * 16 * of_layer,
@@ -265,10 +313,10 @@ mod tests {
         .unwrap();
         let layout = cache_layout(model, &config).unwrap();
         assert_eq!(layout.groups().len(), 6);
-        let shape = |budget| cache_shape(model, &config, &layout, budget, &device);
+        let step = 512;
+        let shape = |budget| cache_shape(model, &config, (&layout, step), budget, &device);
 
         let most = shape(usize::MAX).unwrap();
-        let step = config.max_batch_tokens;
         let of_sequence = layout.most_blocks_of_all(512, step, config.block_tokens);
         assert_eq!(most.blocks, of_sequence * config.max_sequences);
         assert_eq!(most.layers, 1);

@@ -5,6 +5,7 @@
 //! side. Tests have runners of their own, to reach states that a real device does not enter on
 //! demand.
 
+mod demand;
 mod device;
 mod error;
 mod files;
@@ -175,6 +176,12 @@ impl ModelInfo {
             },
             memory: MemoryPlan {
                 weights: 0,
+                activations: 0,
+                scratch: 0,
+                graphs: 0,
+                graph_bytes: 0,
+                pinned: 0,
+                batch_tokens: 1,
                 cache_per_token: 0,
                 cache_blocks: 0,
                 block_bytes: 0,

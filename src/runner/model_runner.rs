@@ -1,13 +1,13 @@
 //! [`ModelRunner`]: runs a decoder on a device.
 
+use super::demand::Demand;
 use super::inputs::Inputs;
-use super::limits::context_tokens;
-use super::memory::{MemoryPlan, cache_layout, cache_shape, swap_info};
+use super::memory::swap_info;
 use super::{LoadError, ModelInfo, Runner, RunnerInfo, StepOutput};
 use crate::cache::{BlockId, Transfers};
 use crate::config::EngineConfig;
-use crate::device::{CacheLayer, Device, DeviceError, DeviceLimits};
-use crate::model::{Decoder, ModelSource, StepLimits};
+use crate::device::{CacheLayer, Device, DeviceError};
+use crate::model::{Decoder, ModelSource};
 use crate::sampling::SamplingDefaults;
 use crate::schedule::{Sequences, StepPlan};
 use crate::weights::DType;
@@ -59,44 +59,31 @@ impl<D: Device> ModelRunner<D> {
     ) -> Result<(Self, RunnerInfo), LoadError> {
         let begin = Instant::now();
         let model = source.config();
-        let context = context_tokens(model, config);
-        let layout = cache_layout(model, config)?;
-        let limits = StepLimits {
-            rows: config.max_batch_tokens,
-            samples: config.max_sequences.min(config.max_batch_tokens),
-            positions: context,
-        };
-        device.reserve(&DeviceLimits {
-            rows: limits.rows,
-            sequences: limits.samples,
-            sequence_tokens: context,
-            block_tokens: config.block_tokens,
-            groups: layout.groups().len(),
-            vocabulary: model.vocabulary,
-        })?;
+        let demand = Demand::new(source, config)?;
+        demand.plan(&device)?;
+        device.reserve(demand.limits())?;
+        let layout = demand.layout().clone();
         let place = |layer| {
             let (group, index) = layout.place(layer);
             CacheLayer { group, index }
         };
+        let limits = demand.step_limits();
         let decoder = Decoder::load(source, &mut device, limits, place, progress)?;
         let load_time = begin.elapsed();
-        let budget = match config.kv_cache_bytes {
-            Some(bytes) => bytes,
-            None => device.cache_budget(0)?,
-        };
-        let shape = cache_shape(model, config, &layout, budget, &device)?;
+        let (memory, shape) = demand.plan_loaded(&device)?;
         let cache = device.allocate_cache(&shape)?;
         let swap = swap_info(config, &shape, &device);
         let host = match swap {
             Some(swap) => Some(device.allocate_host_blocks(&shape, swap.blocks)?),
             None => None,
         };
-        let memory = MemoryPlan::new(device.weight_bytes(), &layout, context, &shape, &device);
+        let context = memory.context_tokens;
         tracing::debug!(
             blocks = shape.blocks,
             bytes = memory.cache(),
             groups = memory.groups(),
             bytes_per_sequence = memory.sequence_bytes(context),
+            step_tokens = memory.batch_tokens,
             "allocated the KV cache"
         );
         let groups = layout.groups().len();

@@ -123,6 +123,7 @@ impl<D: TestDevice> Grouped<D> {
             block_tokens,
             groups: GROUPS,
             vocabulary: 32,
+            model: ModelShape::default(),
         };
         device.reserve(&limits).unwrap();
         let shape = CacheShape {

@@ -54,6 +54,7 @@ fn logits_of_steps<D: TestDevice>(
         block_tokens: BLOCK,
         groups: groups.len(),
         vocabulary: model.vocabulary,
+        model: ModelShape::default(),
     };
     device.reserve(&limits).unwrap();
     let limits = StepLimits {

@@ -21,6 +21,12 @@ const HEADS: HeadShape = HeadShape {
     kv_heads: 1,
     head_dim: 32,
 };
+const MODEL: ModelShape = ModelShape {
+    layers: 1,
+    heads: HEADS,
+    full_columns: 0,
+    experts: None,
+};
 const LIMITS: DeviceLimits = DeviceLimits {
     rows: 16,
     sequences: 8,
@@ -28,6 +34,7 @@ const LIMITS: DeviceLimits = DeviceLimits {
     block_tokens: BLOCK,
     groups: 1,
     vocabulary: VOCABULARY,
+    model: MODEL,
 };
 /// Place of the model's only layer.
 const LAYER: CacheLayer = CacheLayer { group: 0, index: 0 };
@@ -109,7 +116,15 @@ impl Model {
     }
 
     fn enqueue(&mut self, device: &mut CudaDevice, batch: &Batch) -> Result<(), DeviceError> {
-        let (rows, samples) = (batch.rows(), batch.sample_rows.len());
+        self.enqueue_rows(device, batch.rows(), batch.sample_rows.len())
+    }
+
+    fn enqueue_rows(
+        &mut self,
+        device: &mut CudaDevice,
+        rows: usize,
+        samples: usize,
+    ) -> Result<(), DeviceError> {
         let spec = AttentionSpec {
             heads: HEADS,
             scale: 0.2,
@@ -149,7 +164,16 @@ impl Model {
     }
 
     fn sample(&self, device: &mut CudaDevice, batch: &Batch) -> Result<CudaPending, DeviceError> {
-        let params = Arc::new(SamplingParams::greedy());
+        self.sample_with(device, batch, SamplingParams::greedy())
+    }
+
+    fn sample_with(
+        &self,
+        device: &mut CudaDevice,
+        batch: &Batch,
+        params: SamplingParams,
+    ) -> Result<CudaPending, DeviceError> {
+        let params = Arc::new(params);
         let row = |&row: &usize| SampleRow {
             params: Arc::clone(&params),
             position: batch.positions[row] + 1,
@@ -514,6 +538,7 @@ fn the_least_recently_used_graph_makes_way_for_a_new_one() {
     };
     let mut device = CudaDevice::new(&options).unwrap();
     let mut model = Model::load(&mut device).unwrap();
+    assert_eq!(device.step_memory(&LIMITS).most_graphs, 2);
     let mut step = |count| replays(&mut device, &mut model, &decode(count));
     // A step of a size is enqueued, the next one is recorded, and the third one is a replay.
     assert_eq!(
@@ -532,6 +557,88 @@ fn the_least_recently_used_graph_makes_way_for_a_new_one() {
     if !gpu::is_real() {
         assert_eq!(gpu.leaks(), [""; 0]);
     }
+}
+
+#[test]
+fn memory_for_steps_is_reserved_as_planned_and_does_not_grow() {
+    let _gpu = gpu::lock();
+    if gpu::is_real() {
+        return; // others may use its memory at the same time
+    }
+    let mut device = CudaDevice::new(&options()).unwrap();
+    let free = |device: &CudaDevice| device.free_memory().unwrap().unwrap();
+    for model in [
+        MODEL,
+        ModelShape {
+            full_columns: HIDDEN,
+            experts: Some(ExpertShape {
+                count: 8,
+                top_k: 2,
+                columns: HIDDEN,
+                hidden: 96,
+            }),
+            ..MODEL
+        },
+    ] {
+        let limits = DeviceLimits { model, ..LIMITS };
+        let mut device = CudaDevice::new(&options()).unwrap();
+        let before = free(&device);
+        device.reserve(&limits).unwrap();
+        let planned = device.step_memory(&limits);
+        let taken = before - free(&device);
+        // The driver rounds each of fewer than 20 allocations up.
+        let rounding = taken.checked_sub(planned.scratch);
+        assert!(
+            rounding.is_some_and(|bytes| bytes < 20 * 512),
+            "{taken} bytes are taken for {model:?}, and {} are planned",
+            planned.scratch
+        );
+    }
+    let mut model = Model::load(&mut device).unwrap();
+    let before = free(&device);
+    for step in 0..6 {
+        let batch = batch(step);
+        if device.stage(&batch).unwrap() == Staged::Enqueue {
+            let outcome = model.enqueue(&mut device, &batch);
+            device.finish(outcome).unwrap();
+        }
+        let params = SamplingParams {
+            temperature: 0.7,
+            top_k: 10,
+            top_p: 0.9,
+            repetition_penalty: 1.1,
+            logit_bias: vec![(3, 1.0)],
+            logprobs: Some(20),
+            ..SamplingParams::default()
+        };
+        let pending = model.sample_with(&mut device, &batch, params).unwrap();
+        device.collect(pending).unwrap();
+    }
+    assert_eq!(free(&device), before);
+}
+
+#[test]
+fn long_lists_of_sampling_parameters_do_not_invalidate_graphs() {
+    let _gpu = gpu::lock();
+    let mut device = CudaDevice::new(&options()).unwrap();
+    let mut model = Model::load(&mut device).unwrap();
+    let mut step = |device: &mut _, count| replays(device, &mut model, &decode(count));
+    assert_eq!(
+        [1, 1, 1].map(|count| step(&mut device, count)),
+        [false, false, true]
+    );
+    let before = device.free_memory().unwrap();
+    let biases = (0..20_000).map(|index| (index % VOCABULARY as u32, 0.5));
+    let params = SamplingParams {
+        logit_bias: biases.collect(),
+        ..SamplingParams::greedy()
+    };
+    let pending = model.sample_with(&mut device, &decode(1), params).unwrap();
+    device.collect(pending).unwrap();
+    if !gpu::is_real() {
+        assert!(device.free_memory().unwrap() < before, "nothing has grown");
+    }
+    assert!(replays(&mut device, &mut model, &decode(1)));
 }
 
 #[test]

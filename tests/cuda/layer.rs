@@ -17,6 +17,7 @@ pub fn limits(block_tokens: usize) -> DeviceLimits {
         block_tokens,
         groups: 1,
         vocabulary: 32,
+        model: ModelShape::default(),
     }
 }
 

@@ -371,6 +371,7 @@ fn embeddings_are_the_rows_of_the_table() {
                 block_tokens: 16,
                 groups: 1,
                 vocabulary,
+                model: ModelShape::default(),
             };
             device.reserve(&limits).unwrap();
             let parts = [Part::new(&mut random, dtype, (vocabulary, columns))];

@@ -10,6 +10,7 @@ mod experts;
 mod golden_models;
 mod groups;
 mod linear;
+mod memory;
 mod program;
 mod recorded;
 mod rope;

@@ -66,7 +66,32 @@ fn inspect_plans_a_models_memory_on_the_gpu() {
     assert_eq!(shown["device"], "cuda:0");
     // 2 layers, 2 heads of 16, and keys and values of 2 bytes.
     assert_eq!(shown["memory"]["kv_bytes_per_token"], 256);
-    assert!(shown["memory"]["kv_blocks"].as_u64().unwrap() > 0);
+    let memory = &shown["memory"];
+    for name in [
+        "kv_blocks",
+        "activation_bytes",
+        "scratch_bytes",
+        "graphs",
+        "graph_bytes",
+        "pinned_bytes",
+    ] {
+        assert!(memory[name].as_u64().unwrap() > 0, "{name}");
+    }
+    assert_eq!(memory["batch_tokens"], 512);
+    let text = quell(&["inspect", &model, "--device", "cuda"]);
+    let text = String::from_utf8(text.stdout).unwrap();
+    let line = text
+        .lines()
+        .find(|line| line.starts_with("steps "))
+        .unwrap();
+    for part in [
+        "up to 512 tokens",
+        "of scratch memory",
+        "graphs; ",
+        "pinned on the host",
+    ] {
+        assert!(line.contains(part), "{line}");
+    }
 }
 
 #[test]
@@ -95,6 +120,38 @@ fn bench_runs_random_weights_on_the_gpu() {
     for figure in report["figures"].as_array().unwrap() {
         assert!(figure["tokens_per_s"].as_f64().unwrap() > 0.0, "{figure}");
     }
+}
+
+#[test]
+fn a_model_that_is_too_large_for_the_gpu_is_refused_with_what_would_fit() {
+    if gpu::is_real() {
+        return; // its memory is not ours to choose
+    }
+    let model = tiny("");
+    let run = |tokens: &str| {
+        let folder = tempfile::tempdir().unwrap();
+        let mut command = command(&folder);
+        command.env("VGPU_MEMORY", "64M");
+        let prompt = ["generate", "--device", "cuda", "--prompt-ids", "5,6"];
+        command
+            .args(prompt)
+            .args(["--model", &model, "--max-tokens", "3"]);
+        command.args(["--max-batch-tokens", tokens]);
+        command.output().unwrap()
+    };
+    let refused = run("200000");
+    let problem = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success(), "{problem}");
+    let (_, tokens) = problem
+        .split_once("a max_batch_tokens of ")
+        .expect(&problem);
+    let (tokens, _) = tokens.split_once(' ').unwrap();
+    let fits = run(tokens);
+    assert!(
+        fits.status.success(),
+        "{}",
+        String::from_utf8_lossy(&fits.stderr)
+    );
 }
 
 /// systemd or Kubernetes restarts the server only once it has exited.

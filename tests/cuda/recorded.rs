@@ -89,6 +89,7 @@ impl Run {
             block_tokens: BLOCK,
             groups: 1,
             vocabulary: VOCABULARY,
+            model: ModelShape::default(),
         };
         device.reserve(&limits).unwrap();
         Self {

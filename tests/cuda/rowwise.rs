@@ -27,6 +27,7 @@ fn device(activations: CudaActivations) -> CudaDevice {
         block_tokens: 16,
         groups: 1,
         vocabulary: 512,
+        model: ModelShape::default(),
     };
     device.reserve(&limits).unwrap();
     device

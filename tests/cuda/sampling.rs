@@ -24,6 +24,7 @@ fn device() -> CudaDevice {
         block_tokens: 16,
         groups: 1,
         vocabulary: 1000,
+        model: ModelShape::default(),
     };
     device.reserve(&limits).unwrap();
     device

@@ -94,6 +94,11 @@ impl TensorOps for CpuDevice {
         CpuTensor::zeroed(rows, columns)
     }
 
+    fn tensor_bytes(&self, rows: usize, columns: usize, _: Precision) -> usize {
+        rows.saturating_mul(columns)
+            .saturating_mul(size_of::<f32>())
+    }
+
     fn gather_samples(&mut self, x: &CpuTensor, out: &mut CpuTensor) -> Result<(), DeviceError> {
         let (rows, samples) = (self.staged.rows(), self.staged.sample_rows.len());
         require_shape("gather_samples", "x", x, (rows, x.columns()))?;

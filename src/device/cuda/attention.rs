@@ -16,9 +16,11 @@ use super::memory::Ptr;
 use super::scratch::Scratch;
 #[cfg(test)]
 use super::signature::Signature;
-use super::step::{Bounds, MOST_UNITS, UNIT};
+use super::step::{Bounds, MOST_UNITS, UNIT, UnitSpread};
 use super::tensor::{CudaTensor, require_shape};
-use crate::device::{AttentionOps, AttentionSpec, CacheLayer, DeviceError, HeadShape, Precision};
+use crate::device::{
+    AttentionOps, AttentionSpec, CacheLayer, DeviceError, DeviceLimits, HeadShape, Precision,
+};
 
 kernels! {
     /// Kernels of `kernels/attention.cu`.
@@ -97,6 +99,58 @@ impl AttentionKernels {
             partial_stats: Scratch::default(),
         })
     }
+
+    /// Returns the memory for the partial results of this many units.
+    pub(super) fn partials(
+        &mut self,
+        context: &Context,
+        heads: HeadShape,
+        units: usize,
+    ) -> Result<Partials, DeviceError> {
+        let [out, stats] = partial_bytes(heads, units);
+        Ok(Partials {
+            out: self.partial_out.get(context, out)?,
+            stats: self.partial_stats.get(context, stats)?,
+        })
+    }
+}
+
+/// Returns the bytes of the partial outputs, and of the statistics, of this many units.
+pub(super) fn partial_bytes(heads: HeadShape, units: usize) -> [usize; 2] {
+    let partials = units.saturating_mul(heads.q_heads);
+    let out = partials.saturating_mul(heads.head_dim * size_of::<f32>());
+    [out, partials.saturating_mul(size_of::<[f32; 2]>())]
+}
+
+/// Returns the number of units to have scratch memory for: those of any step within `limits`,
+/// but at most [`MOST_UNITS`] and what fits in `bytes`, and at least those of one sequence. Steps
+/// with more units take several launches.
+pub(super) fn unit_room(limits: &DeviceLimits, bytes: usize) -> usize {
+    let longest = limits.sequence_tokens.div_ceil(UNIT).max(1);
+    let of_all = limits.sequences.saturating_mul(longest);
+    let of_one: usize = partial_bytes(limits.model.heads, 1).iter().sum();
+    let fit = bytes.checked_div(of_one).unwrap_or(MOST_UNITS);
+    of_all.min(MOST_UNITS).min(fit).max(longest)
+}
+
+/// Returns how the units of a step are spread over CUDA blocks.
+pub(super) fn unit_spread(heads: HeadShape) -> UnitSpread {
+    UnitSpread {
+        block_units: WARPS,
+        most_blocks: MOST_BLOCKS / blocks_of_heads(heads).max(1),
+    }
+}
+
+/// Returns the number of CUDA blocks to spread the units of the longest sequence over, if the
+/// launch has `others` blocks for each.
+fn blocks_of_units(units: usize, others: usize) -> usize {
+    units.div_ceil(WARPS).min((MOST_BLOCKS / others).max(1))
+}
+
+/// Returns the number of CUDA blocks of a decode launch per row and group of units.
+fn blocks_of_heads(heads: HeadShape) -> usize {
+    let group = heads.q_heads.checked_div(heads.kv_heads).unwrap_or(0);
+    heads.kv_heads * group.div_ceil(WARP_ROWS)
 }
 
 /// Returns the bytes of dynamic shared memory of a decode block: a ring of slots per warp, each
@@ -208,7 +262,7 @@ impl AttentionOps for CudaDevice {
             sequences: self.step.sequences(layer.group),
             out: out.ptr(),
         };
-        self.attend_single_rows(&operands, heads, &scalars, cache)?;
+        self.attend_single_rows(&operands, heads, &scalars)?;
         self.attend_many_rows(&operands, heads, &scalars)
     }
 }
@@ -220,22 +274,12 @@ impl CudaDevice {
         operands: &Operands,
         heads: HeadShape,
         scalars: &ScalarParameters,
-        cache: &CudaCache,
     ) -> Result<(), DeviceError> {
         if self.step.decodes().next().is_none() {
             return Ok(());
         }
-        let room = self.unit_room(cache);
-        let (context, attention) = (&self.context, &mut self.attention);
-        let partials = room * heads.q_heads;
-        let out = attention
-            .partial_out
-            .get(context, partials * heads.head_dim * size_of::<f32>())?;
-        let stats = attention
-            .partial_stats
-            .get(context, partials * size_of::<[f32; 2]>())?;
-        self.step.set_unit_room(room);
-        let partials = Partials { out, stats };
+        let room = self.step.unit_room();
+        let partials = self.attention.partials(&self.context, heads, room)?;
         for launch in self.step.decodes() {
             self.launch_single_rows(operands, &partials, heads, scalars, launch)?;
         }
@@ -252,11 +296,9 @@ impl CudaDevice {
         scalars: &ScalarParameters,
         (decode_list, decodes): (Ptr, usize),
     ) -> Result<(), DeviceError> {
-        let group = heads.q_heads / heads.kv_heads;
-        let (y, z) = (heads.kv_heads * group.div_ceil(WARP_ROWS), decodes);
+        let (y, z) = (blocks_of_heads(heads), decodes);
         let units = self.step.max_units().min(most_units(scalars.window));
-        let wanted = units.div_ceil(WARPS);
-        let x = wanted.min((MOST_BLOCKS / (y * z)).max(1));
+        let x = blocks_of_units(units, y * z);
         let threads = [32 * WARPS as u32, 1, 1];
         let grid = Grid::new([x as u32, y as u32, z as u32], threads)
             .shared(decode_shared(heads.head_dim) as u32);
@@ -295,21 +337,6 @@ impl CudaDevice {
         )
     }
 
-    /// Returns how many units the scratch memory must have room for. At first that is the
-    /// maximum of any step whose sequences share no blocks, at most [`MOST_UNITS`]. If
-    /// sequences share blocks, or a single sequence is longer, a launch may have more units:
-    /// the room then grows to a power of two, and it never shrinks.
-    fn unit_room(&self, cache: &CudaCache) -> usize {
-        let sequences = self.limits.map_or(0, |limits| limits.sequences);
-        let tokens = cache.shape().blocks * cache.shape().block_tokens;
-        let unshared = (tokens.div_ceil(UNIT) + sequences).min(MOST_UNITS);
-        let (room, needed) = (self.step.unit_room(), self.step.decode_units());
-        match needed <= room.max(unshared) {
-            true => room.max(unshared),
-            false => needed.next_power_of_two(),
-        }
-    }
-
     /// Enqueues attention for the sequences with several rows.
     fn attend_many_rows(
         &mut self,
@@ -345,7 +372,7 @@ impl CudaDevice {
 }
 
 /// Addresses of the partial results of units, until they are merged.
-struct Partials {
+pub(super) struct Partials {
     out: Ptr,
     stats: Ptr,
 }
@@ -363,6 +390,7 @@ struct Operands {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::ModelShape;
     use crate::device::cuda::cache::HEAD_DIMS;
 
     #[test]
@@ -373,6 +401,54 @@ mod tests {
             assert_eq!(units.max(), Some(most_units(window as u32)), "{window}");
         }
         assert_eq!(most_units(0), usize::MAX);
+    }
+
+    #[test]
+    fn launches_do_not_depend_on_how_units_are_rounded() {
+        for (q_heads, kv_heads) in [(32, 8), (9, 3), (64, 1), (16, 16)] {
+            let heads = HeadShape {
+                q_heads,
+                kv_heads,
+                head_dim: 64,
+            };
+            let spread = unit_spread(heads);
+            for rows in [1, 2, 7, 24, 100, 256, 5000] {
+                let others = blocks_of_heads(heads) * rows;
+                for (power, window) in (0..14).flat_map(|power| [(power, 0), (power, 700)]) {
+                    let units = 1 << power;
+                    let most = most_units(window);
+                    let rounded = spread.rounded(units, rows).min(most);
+                    assert_eq!(
+                        blocks_of_units(rounded, others),
+                        blocks_of_units(units.min(most), others),
+                        "{rows} rows, {units} units, window {window}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn scratch_memory_has_room_for_a_longest_sequence_and_is_limited_otherwise() {
+        let limits = |sequences, sequence_tokens| DeviceLimits {
+            sequences,
+            sequence_tokens,
+            model: ModelShape {
+                heads: HeadShape {
+                    q_heads: 32,
+                    kv_heads: 8,
+                    head_dim: 128,
+                },
+                ..ModelShape::default()
+            },
+            ..DeviceLimits::default()
+        };
+        let of_one: usize = partial_bytes(limits(1, 1).model.heads, 1).iter().sum();
+        assert_eq!(unit_room(&limits(4, 1000), usize::MAX), 4 * 8);
+        assert_eq!(unit_room(&limits(256, 131_072), usize::MAX), MOST_UNITS);
+        assert_eq!(unit_room(&limits(256, 131_072), 3000 * of_one), 3000);
+        assert_eq!(unit_room(&limits(256, 131_072), 0), 1024);
+        assert_eq!(unit_room(&limits(1, 1 << 22), usize::MAX), 1 << 15);
     }
 
     #[test]

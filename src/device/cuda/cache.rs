@@ -167,10 +167,14 @@ impl CacheOps for CudaDevice {
         bytes(shape).unwrap_or(usize::MAX)
     }
 
-    fn cache_budget(&self, unloaded: usize) -> Result<usize, DeviceError> {
+    fn cache_budget(&self, unallocated: usize) -> Result<usize, DeviceError> {
         let (free, total) = self.context.memory_info()?;
         let reserve = (total as f64 * f64::from(1.0 - self.options.utilisation)) as usize;
-        Ok(free.saturating_sub(reserve).saturating_sub(unloaded))
+        Ok(free.saturating_sub(reserve).saturating_sub(unallocated))
+    }
+
+    fn free_memory(&self) -> Result<Option<usize>, DeviceError> {
+        self.context.memory_info().map(|(free, _)| Some(free))
     }
 
     fn allocate_cache(&mut self, shape: &CacheShape) -> Result<CudaCache, DeviceError> {

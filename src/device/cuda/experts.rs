@@ -11,7 +11,9 @@ use super::memory::Ptr;
 use super::scratch::Scratch;
 use super::tensor::CudaTensor;
 use super::weights::CudaLinear;
-use crate::device::{Activation, DeviceError, ExpertOps, LinearSpec, Precision, RoutingSpec};
+use crate::device::{
+    Activation, DeviceError, ExpertOps, ExpertShape, LinearSpec, Precision, RoutingSpec,
+};
 
 kernels! {
     /// Kernels of `kernels/experts.cu`.
@@ -62,24 +64,45 @@ struct Pairs {
     out: Ptr,
 }
 
+/// Returns the bytes of the intermediate results of `rows` rows, in the order of [`Pairs`].
+fn pair_sizes(rows: usize, shape: ExpertShape) -> [usize; 8] {
+    let pairs = rows * shape.top_k;
+    let sizes = [
+        4 * pairs,
+        4 * pairs,
+        4 * (shape.count + 1),
+        4 * pairs,
+        4 * pairs,
+        2 * pairs * 2 * shape.hidden,
+        2 * pairs * shape.hidden,
+        2 * pairs * shape.columns,
+    ];
+    sizes.map(|size: usize| size.next_multiple_of(256))
+}
+
+/// Returns the bytes of the intermediate results of `rows` rows.
+pub(super) fn pair_bytes(rows: usize, shape: ExpertShape) -> usize {
+    pair_sizes(rows, shape).iter().sum()
+}
+
 impl ExpertScratch {
+    /// Makes room for `rows` rows.
+    pub(super) fn reserve(
+        &mut self,
+        context: &Context,
+        rows: usize,
+        shape: ExpertShape,
+    ) -> Result<(), DeviceError> {
+        self.pairs(context, rows, shape).map(|_| ())
+    }
+
     fn pairs(
         &mut self,
         context: &Context,
-        (pairs, experts): (usize, usize),
-        (hidden, columns): (usize, usize),
+        rows: usize,
+        shape: ExpertShape,
     ) -> Result<Pairs, DeviceError> {
-        let sizes = [
-            4 * pairs,
-            4 * pairs,
-            4 * (experts + 1),
-            4 * pairs,
-            4 * pairs,
-            2 * pairs * 2 * hidden,
-            2 * pairs * hidden,
-            2 * pairs * columns,
-        ];
-        let sizes = sizes.map(|size: usize| size.next_multiple_of(256));
+        let sizes = pair_sizes(rows, shape);
         let start = self.0.get(context, sizes.iter().sum())?;
         let mut offset = 0;
         let [
@@ -177,8 +200,13 @@ impl ExpertOps for CudaDevice {
         })?;
         let x = self.as_activations(x, rows)?;
         let pairs = rows * top_k;
-        let scratch = &mut self.expert_scratch;
-        let places = scratch.pairs(&self.context, (pairs, count), (hidden, columns))?;
+        let shape = ExpertShape {
+            count,
+            top_k,
+            columns,
+            hidden,
+        };
+        let places = self.expert_scratch.pairs(&self.context, rows, shape)?;
         self.route(&places, router, routing, (rows, count))?;
 
         let average = pairs.div_ceil(count);

@@ -75,6 +75,11 @@ impl Graphs {
         }
     }
 
+    /// Changes the maximum number of graphs. Those that there are already stay.
+    pub(super) fn set_most(&mut self, most: usize) {
+        self.most = most.max(1);
+    }
+
     /// Replays a step of this size if one was recorded. Otherwise the caller must enqueue the
     /// operations, which are recorded if a step of this size has run before.
     pub(super) fn begin(

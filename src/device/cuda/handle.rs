@@ -19,8 +19,8 @@ pub(super) struct Handle {
     pub(super) capturing: Cell<bool>,
     /// Bytes of device memory that are currently allocated.
     pub(super) allocated: Cell<usize>,
-    /// Number of releases of device memory so far. Addresses recorded before the last one may
-    /// be stale.
+    /// Number of releases so far of device memory that recorded steps may refer to. Addresses
+    /// recorded before the last one may be stale.
     pub(super) releases: Cell<u64>,
 }
 

@@ -12,6 +12,7 @@ use super::scratch::Scratch;
 use super::tensor::CudaTensor;
 use super::weights::{CudaLinear, Kind, Segment};
 use crate::device::{DeviceError, LinearOps, LinearSpec, Precision};
+use crate::weights::DType;
 
 kernels! {
     /// Kernels of `kernels/linear.cu`.
@@ -57,6 +58,20 @@ impl Products {
             blas: options.blas.then(blas).transpose()?,
         })
     }
+
+    /// Makes room to convert `numbers` float32 numbers of an operand.
+    pub(super) fn reserve(&mut self, context: &Context, numbers: usize) -> Result<(), DeviceError> {
+        self.converted(context, numbers).map(|_| ())
+    }
+
+    fn converted(&mut self, context: &Context, numbers: usize) -> Result<Ptr, DeviceError> {
+        self.converted.get(context, converted_bytes(numbers))
+    }
+}
+
+/// Returns the bytes of `numbers` numbers of an operand in the activation type.
+pub(super) fn converted_bytes(numbers: usize) -> usize {
+    2 * numbers
 }
 
 /// The operands of a product other than the weights.
@@ -135,6 +150,13 @@ impl Tile {
 }
 
 impl LinearOps for CudaDevice {
+    fn weight_size(&self, dtype: DType, weights: usize) -> usize {
+        match Kind::of(dtype) {
+            Kind::Dense => weights.saturating_mul(2),
+            Kind::Quantised(format, _) => format.bytes_for(weights),
+        }
+    }
+
     fn load_linear(&mut self, spec: &LinearSpec<'_>) -> Result<CudaLinear, DeviceError> {
         let activations = self.options.activations;
         self.weights(|context| load::load(context, activations, std::slice::from_ref(spec)))
@@ -184,7 +206,7 @@ impl CudaDevice {
             return Ok(x.ptr());
         }
         let count = rows * x.columns();
-        let converted = self.products.converted.get(&self.context, count * 2)?;
+        let converted = self.products.converted(&self.context, count)?;
         // Each thread converts eight numbers.
         let grid = Grid::new([count.div_ceil(8 * 256) as u32, 1, 1], [256, 1, 1]);
         self.norm

@@ -33,6 +33,8 @@ impl Ptr {
 pub(super) struct Buffer {
     ptr: Ptr,
     bytes: usize,
+    /// Whether recorded steps may refer to the memory.
+    recorded: bool,
     handle: Rc<Handle>,
 }
 
@@ -41,17 +43,32 @@ impl Buffer {
     pub(super) fn new(handle: &Rc<Handle>, bytes: usize, what: &str) -> Result<Self, DeviceError> {
         const OPERATION: &str = "allocating device memory";
         handle.refuse_in_capture(OPERATION)?;
-        let handle = Rc::clone(handle);
+        let (handle, recorded) = (Rc::clone(handle), true);
         if bytes == 0 {
-            let ptr = Ptr::NULL;
-            return Ok(Self { ptr, bytes, handle });
+            return Ok(Self {
+                ptr: Ptr::NULL,
+                bytes,
+                recorded,
+                handle,
+            });
         }
         // SAFETY: an allocation has no precondition.
         let allocate = || none_if_out_of_memory(unsafe { result::malloc_sync(bytes) });
         let address = handle.call(OPERATION, allocate)?;
         let ptr = Ptr(address.ok_or_else(|| out_of_memory(bytes, what))?);
         handle.allocated.set(handle.allocated.get() + bytes);
-        Ok(Self { ptr, bytes, handle })
+        Ok(Self {
+            ptr,
+            bytes,
+            recorded,
+            handle,
+        })
+    }
+
+    /// Promises that no recorded step refers to the memory, so that freeing it invalidates none.
+    pub(super) fn outside_graphs(mut self) -> Self {
+        self.recorded = false;
+        self
     }
 
     /// Returns the start address; [`Ptr::NULL`] if the size is 0.
@@ -72,7 +89,9 @@ impl Drop for Buffer {
         }
         let handle = &self.handle;
         handle.allocated.set(handle.allocated.get() - self.bytes);
-        handle.releases.set(handle.releases.get() + 1);
+        if self.recorded {
+            handle.releases.set(handle.releases.get() + 1);
+        }
         handle.drain();
         // SAFETY: the memory was allocated by `new`, is freed once, and is no
         // longer in use after the wait above.
@@ -187,6 +206,9 @@ impl Drop for Pinned {
 
 /// Maximum number of bytes per piece of an upload.
 const PIECE: usize = 16 << 20;
+
+/// Bytes of pinned memory that an [`Uploader`] takes at most.
+pub(super) const UPLOADER_BYTES: usize = 2 * PIECE;
 
 /// A staging buffer for one piece of an upload, with the event that follows its copy.
 struct Piece {

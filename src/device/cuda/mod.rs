@@ -37,6 +37,7 @@ mod sampling;
 mod scratch;
 mod signature;
 mod step;
+mod steps;
 mod swap;
 mod tensor;
 #[cfg(any(test, feature = "internals"))]
@@ -100,6 +101,8 @@ pub struct CudaDevice {
     step: StepInputs,
     limits: Option<DeviceLimits>,
     weight_bytes: usize,
+    /// Bytes of the GPU's memory.
+    memory: usize,
     context: Context,
 }
 
@@ -171,7 +174,7 @@ impl CudaDevice {
             expert_scratch: ExpertScratch::default(),
             experts: ExpertKernels::load(&modules)?,
             linear: LinearKernels::load(&modules)?,
-            lists: Uploads::new("a list"),
+            lists: Uploads::outside_graphs("a list"),
             norm: NormKernels::load(&modules)?,
             pooler: Pooler::new(),
             products: Products::new(&context, options)?,
@@ -182,6 +185,7 @@ impl CudaDevice {
             step: StepInputs::new(),
             limits: None,
             weight_bytes: 0,
+            memory: found.memory,
             context,
         })
     }

@@ -11,10 +11,12 @@ pub struct CudaOptions {
     /// are always float32.
     pub activations: CudaActivations,
     /// Maximum number of decode steps, of different sizes, that are kept as CUDA graphs and
-    /// replayed; 0 for none. The least recently used one makes way for a new one.
+    /// replayed; 0 for none. Fewer are kept if the steps within the engine's limits have fewer
+    /// sizes, or if so many would take more than 1/32 of the GPU's memory. The least recently
+    /// used one makes way for a new one.
     pub max_graphs: usize,
-    /// Share of the GPU's memory that weights and KV cache together may use: above 0, at most
-    /// 1.
+    /// Share of the GPU's memory that may be used: above 0, at most 1. The KV cache takes what
+    /// everything else in the memory plan leaves of it.
     pub utilisation: f32,
     /// Whether to multiply large floating-point matrices with cuBLASLt, which must be
     /// installed. A row's result may then depend on the other rows of the batch.

@@ -138,6 +138,13 @@ impl Format {
         inputs.div_ceil(RECORD_INPUTS) * self.record_bytes()
     }
 
+    /// Returns the bytes of the records of `weights` weights that fill their records.
+    pub(super) fn bytes_for(&self, weights: usize) -> usize {
+        weights
+            .div_ceil(RECORD_OUTPUTS * RECORD_INPUTS)
+            .saturating_mul(self.record_bytes())
+    }
+
     /// Returns the number of pipeline stages of the kernel with a tile of 16 rows.
     pub(super) fn stages(&self) -> usize {
         match self.bits {

@@ -19,7 +19,7 @@ pub(super) struct Pooler {
 impl Pooler {
     pub(super) fn new() -> Self {
         Self {
-            uploads: Uploads::new("the rows that are pooled"),
+            uploads: Uploads::outside_graphs("the rows that are pooled"),
             downloads: Downloads::default(),
         }
     }

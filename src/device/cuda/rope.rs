@@ -92,19 +92,31 @@ fn angles(spec: &RopeSpec, positions: std::ops::Range<usize>) -> Vec<[f32; 2]> {
         .collect()
 }
 
+/// Returns the bytes per position of the table of angles.
+fn row_bytes(spec: &RopeSpec) -> usize {
+    spec.inverse_frequencies.len() * size_of::<[f32; 2]>()
+}
+
+/// Returns the bytes of the table of angles.
+fn bytes(spec: &RopeSpec) -> usize {
+    spec.max_positions.saturating_mul(row_bytes(spec))
+}
+
 fn upload_angles(context: &Context, spec: &RopeSpec) -> Result<Buffer, DeviceError> {
-    let row_bytes = spec.inverse_frequencies.len() * size_of::<[f32; 2]>();
-    let bytes = spec.max_positions.saturating_mul(row_bytes);
-    let buffer = context.allocate(bytes, "the angles of positions")?;
+    let buffer = context.allocate(bytes(spec), "the angles of positions")?;
     for first in (0..spec.max_positions).step_by(POSITIONS_AT_ONCE) {
         let end = spec.max_positions.min(first + POSITIONS_AT_ONCE);
-        context.write(&buffer, first * row_bytes, &angles(spec, first..end))?;
+        context.write(&buffer, first * row_bytes(spec), &angles(spec, first..end))?;
     }
     Ok(buffer)
 }
 
 impl RopeOps for CudaDevice {
     type Rope = CudaRope;
+
+    fn rope_bytes(&self, spec: &RopeSpec) -> usize {
+        bytes(spec)
+    }
 
     fn load_rope(&mut self, spec: &RopeSpec) -> Result<CudaRope, DeviceError> {
         let rotary_dim = 2 * spec.inverse_frequencies.len();

@@ -64,6 +64,10 @@ const MAX_VOCABULARY: usize = (1 << 20) - 1;
 const ROW_WORDS: usize = 18;
 /// Index of the parameter word that holds the offset of the row's mask.
 const MASK_WORD: usize = 15;
+/// Entries of histories and biases per row that memory is reserved for, on average.
+const ENTRIES_PER_ROW: usize = 1024;
+/// Likeliest tokens per row that memory is reserved for: as many as OpenAI's API reports.
+const TOP_PER_ROW: usize = 20;
 /// Words of a row's result that precede its likeliest tokens.
 const RESULT_WORDS: usize = 4;
 /// Bit that is set in the token of a result if the row has logits that are not finite.
@@ -85,12 +89,12 @@ pub(super) struct Sampler {
 impl Sampler {
     pub(super) fn new() -> Self {
         Self {
-            uploads: Uploads::new("sampling parameters"),
+            uploads: Uploads::outside_graphs("sampling parameters"),
             downloads: Downloads::default(),
             row_parameters: RowParameters::default(),
-            partials: Scratch::default(),
-            saved: Scratch::default(),
-            filters: Scratch::default(),
+            partials: Scratch::outside_graphs(),
+            saved: Scratch::outside_graphs(),
+            filters: Scratch::outside_graphs(),
             spare_reports: Vec::new(),
             spare_samples: Samples::default(),
         }
@@ -249,6 +253,88 @@ impl Parts {
     }
 }
 
+/// Offsets of what the kernels pass on for each row and slice, and the bytes of all of it.
+struct PartialParts {
+    sums: usize,
+    best: usize,
+    winners: usize,
+    bytes: usize,
+}
+
+impl PartialParts {
+    fn new(rows: usize, slices: usize) -> Self {
+        let mut parts = Parts(0);
+        let [sums, best, winners] = [8 * rows * slices; 3].map(|bytes| parts.take(bytes));
+        Self {
+            sums,
+            best,
+            winners,
+            bytes: parts.0,
+        }
+    }
+}
+
+/// Offsets of what the kernels that filter pass on for each row, and the bytes of all of it.
+struct FilterParts {
+    counts: usize,
+    masses: usize,
+    filters: usize,
+    lists: usize,
+    bytes: usize,
+}
+
+impl FilterParts {
+    fn new(rows: usize) -> Self {
+        let mut parts = Parts(0);
+        let counts = parts.take(4 * rows * BINS);
+        let masses = parts.take(8 * rows * BINS);
+        let filters = parts.take(32 * rows);
+        let lists = parts.take(8 * rows * LIST);
+        Self {
+            counts,
+            masses,
+            filters,
+            lists,
+            bytes: parts.0,
+        }
+    }
+}
+
+/// Sizes of the memory to reserve for sampling steps.
+pub(super) struct SamplerSizes {
+    /// Words of parameters.
+    pub(super) parameters: usize,
+    /// Bytes of the results of a step.
+    pub(super) results: usize,
+    /// Bytes of scratch memory: what is passed on, saved logits, and filters.
+    pub(super) scratch: [usize; 3],
+}
+
+impl SamplerSizes {
+    /// Returns the sizes for steps of `rows` sampled rows. Rows with more entries than
+    /// [`ENTRIES_PER_ROW`] on average, or more likeliest tokens than [`TOP_PER_ROW`], take more
+    /// memory when they occur.
+    pub(super) fn new(rows: usize, vocabulary: usize) -> Self {
+        let entries = rows * ENTRIES_PER_ROW;
+        let slices = vocabulary.div_ceil(SLICE);
+        Self {
+            parameters: rows * (ROW_WORDS + vocabulary.div_ceil(32)) + 2 * entries,
+            results: 4 * rows * (RESULT_WORDS + 2 * TOP_PER_ROW.min(vocabulary)),
+            scratch: [
+                PartialParts::new(rows, slices).bytes,
+                saved_bytes(entries),
+                FilterParts::new(rows).bytes,
+            ],
+        }
+    }
+}
+
+/// Returns the bytes to save the logits of this many entries. Histories grow in every step;
+/// rounding up avoids reallocating in every step.
+fn saved_bytes(entries: usize) -> usize {
+    4 * entries.next_power_of_two().max(1024)
+}
+
 /// Addresses of the kernels' parameters and of the memory in which they pass on results.
 struct Addresses {
     rows: Ptr,
@@ -264,6 +350,21 @@ struct Addresses {
 }
 
 impl Sampler {
+    /// Makes room for steps of these sizes.
+    pub(super) fn reserve(
+        &mut self,
+        context: &Context,
+        sizes: &SamplerSizes,
+    ) -> Result<(), DeviceError> {
+        self.uploads.reserve(context, sizes.parameters)?;
+        self.downloads.reserve(context, sizes.results)?;
+        let [partials, saved, filters] = sizes.scratch;
+        self.partials.get(context, partials)?;
+        self.saved.get(context, saved)?;
+        self.filters.get(context, filters)?;
+        Ok(())
+    }
+
     /// Uploads the parameters of `rows` rows, and makes room for the kernels' memory for `room`
     /// rows.
     fn addresses(
@@ -274,32 +375,26 @@ impl Sampler {
     ) -> Result<Addresses, DeviceError> {
         let row_parameters = &self.row_parameters;
         let parameters = self.uploads.write(context, &row_parameters.words)?;
-        let mut parts = Parts(0);
-        let [sums, best, winners] = [8 * room * slices; 3].map(|bytes| parts.take(bytes));
-        let base = self.partials.get(context, parts.0)?;
-        // Histories grow in every step; rounding up avoids reallocating in every step.
-        let saved = 4 * row_parameters.entries.len().next_power_of_two().max(1024);
+        let passed = PartialParts::new(room, slices);
+        let base = self.partials.get(context, passed.bytes)?;
+        let saved = saved_bytes(row_parameters.entries.len());
         let saved = self.saved.get(context, saved)?;
-        let mut parts = Parts(0);
-        let counts = parts.take(4 * room * BINS);
-        let masses = parts.take(8 * room * BINS);
-        let filters = parts.take(32 * room);
-        let lists = parts.take(8 * room * LIST);
+        let filter = FilterParts::new(room);
         let filter_base = match row_parameters.filters {
-            true => self.filters.get(context, parts.0)?,
+            true => self.filters.get(context, filter.bytes)?,
             false => Ptr::NULL,
         };
         Ok(Addresses {
             rows: parameters,
             entries: parameters.offset_bytes(4 * ROW_WORDS * rows),
-            sums: base.offset_bytes(sums),
-            best: base.offset_bytes(best),
-            winners: base.offset_bytes(winners),
+            sums: base.offset_bytes(passed.sums),
+            best: base.offset_bytes(passed.best),
+            winners: base.offset_bytes(passed.winners),
             saved,
-            counts: filter_base.offset_bytes(counts),
-            masses: filter_base.offset_bytes(masses),
-            filters: filter_base.offset_bytes(filters),
-            lists: filter_base.offset_bytes(lists),
+            counts: filter_base.offset_bytes(filter.counts),
+            masses: filter_base.offset_bytes(filter.masses),
+            filters: filter_base.offset_bytes(filter.filters),
+            lists: filter_base.offset_bytes(filter.lists),
         })
     }
 }

@@ -4,15 +4,12 @@
 //! array starts depends only on the padded number of rows and on the number of groups of layers,
 //! so a replayed step finds its inputs where they were when it was recorded.
 
-use super::CudaDevice;
 use super::context::Context;
 use super::error;
 use super::memory::{Buffer, Ptr};
 use super::transfer::Uploads;
 use crate::device::attention::check_window;
-use crate::device::{
-    ATTENTION_SPAN, Batch, BatchSequence, DeviceError, DeviceLimits, Finished, Staged, StepOps,
-};
+use crate::device::{ATTENTION_SPAN, Batch, BatchSequence, DeviceError, DeviceLimits};
 use std::ops::Range;
 
 /// Sentinel: no row, no slot.
@@ -28,6 +25,10 @@ pub(super) const UNIT: usize = ATTENTION_SPAN;
 /// only one sequence. It bounds the memory for partial results, however many blocks sequences
 /// share: 260 MiB for 32 heads of 128 elements.
 pub(super) const MOST_UNITS: usize = 1 << 14;
+
+/// Maximum number of entries of the block tables that memory is reserved for. Many long
+/// sequences at once are rare; more room is made if they occur.
+const MOST_TABLE_ENTRIES: usize = 1 << 18;
 
 /// Alignment of each array, in words: 64 bytes.
 const ALIGNMENT: usize = 16;
@@ -90,10 +91,30 @@ impl Bounds {
 pub(super) struct StepKey {
     /// Number of rows, padded. Each row is a sequence of its own, and all are sampled in order.
     pub(super) rows: usize,
-    /// Units of the longest sequence, rounded up: [`StepInputs::max_units`].
+    /// Units of the longest sequence, as [`LaunchedUnits::of`] rounds them.
     pub(super) units: usize,
     /// Number of groups of layers, on which the offsets of the arrays depend.
     pub(super) groups: usize,
+}
+
+/// How the units of the longest sequence determine the launches of decode attention.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct UnitSpread {
+    /// Units that one CUDA block computes at a time. A power of two.
+    pub(super) block_units: usize,
+    /// Number of CUDA blocks that one key-value head of all rows is spread over at most. Beyond
+    /// it, blocks compute several units one after the other.
+    pub(super) most_blocks: usize,
+}
+
+impl UnitSpread {
+    /// Rounds the units of the longest sequence of a step so that few values occur. If two
+    /// steps of `rows` rows have the same value, they have the same launches.
+    pub(super) fn rounded(self, longest: usize, rows: usize) -> usize {
+        let blocks = (self.most_blocks / rows.max(1)).max(1);
+        let units = longest.next_power_of_two();
+        units.clamp(self.block_units, self.block_units * blocks)
+    }
 }
 
 /// The arrays that `stage` uploads, and what the host needs to know about them.
@@ -101,6 +122,7 @@ pub(super) struct StepKey {
 /// A step that only decodes may be *padded* to a bucket; see [`StepInputs::padded`].
 pub(super) struct StepInputs {
     limits: Option<DeviceLimits>,
+    spread: UnitSpread,
     uploads: Uploads,
     work_uploads: Uploads,
     base: Ptr,
@@ -115,8 +137,8 @@ pub(super) struct StepInputs {
     max_units: usize,
     /// Largest number of units in one launch.
     decode_units: usize,
-    /// Number of units that attention has scratch memory for; `None` before its first use.
-    unit_room: Option<usize>,
+    /// Number of units that attention has scratch memory for.
+    unit_room: usize,
     key: Option<StepKey>,
     bounds: Bounds,
     /// For each group of layers, the longest window for which the tables begin early enough.
@@ -152,6 +174,63 @@ fn bucket(rows: usize) -> usize {
     }
 }
 
+/// Returns the bucket of a decode step with `rows` rows, or `None` if such steps are not padded
+/// and recorded.
+fn bucket_within(limits: &DeviceLimits, rows: usize) -> Option<usize> {
+    let largest = limits.rows.min(limits.sequences);
+    (1..=largest)
+        .contains(&rows)
+        .then(|| bucket(rows).min(largest))
+}
+
+/// Returns the sizes of all decode steps within `limits`, those of short sequences first.
+pub(super) fn keys_within(limits: &DeviceLimits, spread: UnitSpread) -> Vec<StepKey> {
+    let buckets = (1..=limits.rows.min(limits.sequences)).filter_map(|rows| {
+        // Buckets are their own buckets.
+        bucket_within(limits, rows).filter(|bucket| *bucket == rows)
+    });
+    let longest = limits.sequence_tokens.div_ceil(UNIT).max(1);
+    let doublings = 0..=longest.next_power_of_two().trailing_zeros();
+    let mut keys: Vec<StepKey> = buckets
+        .flat_map(|rows| {
+            let units = doublings
+                .clone()
+                .map(|power| spread.rounded(1 << power, rows));
+            let key = |units| StepKey {
+                rows,
+                units,
+                groups: limits.groups,
+            };
+            units.map(key).collect::<Vec<_>>()
+        })
+        .collect();
+    keys.sort_by_key(|key| (key.units, key.rows));
+    keys.dedup();
+    keys
+}
+
+/// Returns the number of words to reserve for the inputs of a step.
+pub(super) fn input_words(limits: &DeviceLimits) -> usize {
+    let blocks = limits.sequence_tokens.div_ceil(limits.block_tokens.max(1));
+    let tables = limits.sequences.saturating_mul(blocks);
+    let tables = tables.saturating_mul(limits.groups).min(MOST_TABLE_ENTRIES);
+    let arrays = 4 * limits.rows + 3 * limits.sequences;
+    let of_groups = limits.groups * (limits.rows + 4 * limits.sequences + 2 * ALIGNMENT);
+    arrays + of_groups + tables + 7 * ALIGNMENT
+}
+
+/// Returns the maximum number of words of the work items of prefill attention.
+pub(super) fn work_words(limits: &DeviceLimits) -> usize {
+    let heads = limits.model.heads;
+    let group = heads.q_heads.checked_div(heads.kv_heads).unwrap_or(1);
+    2 * ((limits.rows * group).div_ceil(PREFILL_ROWS) + limits.rows.min(limits.sequences))
+}
+
+/// Returns the bytes of the token ids of a step that stay on the device.
+pub(super) fn token_bytes(limits: &DeviceLimits) -> usize {
+    4 * (limits.rows + limits.sequences)
+}
+
 /// Appends an aligned array and returns its offset.
 fn append(words: &mut Vec<u32>, array: impl IntoIterator<Item = u32>) -> usize {
     words.resize(words.len().next_multiple_of(ALIGNMENT), 0);
@@ -174,9 +253,10 @@ fn append_each<Array: IntoIterator<Item = u32>>(
     GroupArrays { first, stride }
 }
 
-/// The decode list, cut into launches of at most [`MOST_UNITS`] units.
-#[derive(Default)]
+/// The decode list, cut into launches.
 struct DecodeList {
+    /// Maximum number of units per launch, unless it has only one sequence.
+    room: usize,
     words: Vec<u32>,
     launches: Vec<Range<usize>>,
     /// Units in the last launch so far.
@@ -188,11 +268,22 @@ struct DecodeList {
 }
 
 impl DecodeList {
+    fn new(room: usize) -> Self {
+        Self {
+            room,
+            words: Vec::new(),
+            launches: Vec::new(),
+            units: 0,
+            longest: 0,
+            most: 0,
+        }
+    }
+
     /// Appends a sequence that has `units` units.
     fn push(&mut self, sequence: u32, units: usize) {
         let entry = self.words.len() / 2;
         match self.launches.last_mut() {
-            Some(launch) if self.units + units <= MOST_UNITS => launch.end = entry + 1,
+            Some(launch) if self.units + units <= self.room => launch.end = entry + 1,
             _ => {
                 self.launches.push(entry..entry + 1);
                 self.units = 0;
@@ -209,8 +300,13 @@ impl StepInputs {
     pub(super) fn new() -> Self {
         Self {
             limits: None,
+            spread: UnitSpread {
+                block_units: 1,
+                most_blocks: 1,
+            },
             uploads: Uploads::new("the inputs of a step"),
-            work_uploads: Uploads::new("the inputs of a step"),
+            // Only steps with prefill read them, which are not recorded.
+            work_uploads: Uploads::outside_graphs("the inputs of a step"),
             base: Ptr::NULL,
             layout: Layout::default(),
             words: Vec::new(),
@@ -221,7 +317,7 @@ impl StepInputs {
             decodes: Vec::new(),
             max_units: 0,
             decode_units: 0,
-            unit_room: None,
+            unit_room: MOST_UNITS,
             key: None,
             bounds: Bounds::UNLIMITED,
             windows: Vec::new(),
@@ -311,25 +407,16 @@ impl StepInputs {
     }
 
     /// Returns the number of units of the longest sequence in the decode list, rounded up to a
-    /// power of two so that few values occur.
+    /// power of two, and in a padded step as [`UnitSpread::rounded`] does it.
     pub(super) fn max_units(&self) -> usize {
         self.max_units
     }
 
-    /// Returns the largest number of units in one launch of decode attention.
-    pub(super) fn decode_units(&self) -> usize {
-        self.decode_units
-    }
-
-    /// Returns the number of units that attention has scratch memory for so far.
+    /// Returns the number of units that a launch of decode attention must have scratch memory
+    /// for. It is the same in all steps, except in one with a sequence longer than the limits
+    /// allow, which is not recorded.
     pub(super) fn unit_room(&self) -> usize {
-        self.unit_room.unwrap_or(0)
-    }
-
-    /// Sets the number of units that attention has scratch memory for. Steps with more units
-    /// are neither recorded nor replayed until the memory has grown.
-    pub(super) fn set_unit_room(&mut self, units: usize) {
-        self.unit_room = Some(units);
+        self.unit_room.max(self.decode_units)
     }
 
     /// Returns the address and the number of the work items of prefill attention, for `group`
@@ -424,21 +511,18 @@ impl StepInputs {
         self.sampled_count = count;
     }
 
-    /// Makes room for steps within `limits`.
+    /// Makes room for steps within `limits`, whose launches of decode attention have scratch
+    /// memory for `unit_room` units.
     pub(super) fn reserve(
         &mut self,
         context: &Context,
         limits: &DeviceLimits,
+        (spread, unit_room): (UnitSpread, usize),
     ) -> Result<(), DeviceError> {
-        let blocks = limits.sequence_tokens.div_ceil(limits.block_tokens.max(1));
-        // Many long sequences at once are rare. More room is made if they occur.
-        let tables = limits.sequences.saturating_mul(blocks);
-        let tables = tables.saturating_mul(limits.groups).min(1 << 18);
-        let arrays = 4 * limits.rows + 3 * limits.sequences;
-        let of_groups = limits.groups * (limits.rows + 4 * limits.sequences + 2 * ALIGNMENT);
-        self.uploads
-            .reserve(context, arrays + of_groups + tables + 7 * ALIGNMENT)?;
+        self.uploads.reserve(context, input_words(limits))?;
+        self.work_uploads.reserve(context, work_words(limits))?;
         self.make_room(context, limits.rows, limits.sequences)?;
+        (self.spread, self.unit_room) = (spread, unit_room);
         self.limits = Some(*limits);
         Ok(())
     }
@@ -481,11 +565,7 @@ impl StepInputs {
         pad: bool,
     ) -> Result<(), DeviceError> {
         // If the batch is refused, nothing may be computed from the previous one.
-        (self.rows, self.padded_rows, self.samples) = (0, 0, 0);
-        (self.key, self.work) = (None, None);
-        self.windows.clear();
-        self.decodes.clear();
-        self.prefills.clear();
+        self.clear();
         self.check(batch)
             .map_err(|reason| error::failed("stage", reason))?;
         let rows = batch.rows();
@@ -494,22 +574,20 @@ impl StepInputs {
             .iter()
             .all(|sequence| sequence.rows.len() == 1)
             && batch.sample_rows.iter().copied().eq(0..rows);
-        let largest = match self.limits {
-            Some(limits) if pad && decode => limits.rows.min(limits.sequences),
-            _ => 0,
+        let bucket = match &self.limits {
+            Some(limits) if pad && decode => bucket_within(limits, rows),
+            _ => None,
         };
-        let recorded = rows > 0 && rows <= largest;
-        let padded = if recorded {
-            bucket(rows).min(largest)
-        } else {
-            rows
-        };
+        let padded = bucket.unwrap_or(rows);
         self.make_room(
             context,
             padded,
             batch.sample_rows.len().max(self.sampled_count),
         )?;
         self.lay_out(batch, padded);
+        if let Some(rows) = bucket {
+            self.max_units = self.spread.rounded(self.max_units, rows);
+        }
         self.base = self.uploads.write(context, &self.words)?;
         (self.rows, self.padded_rows, self.samples) = (rows, padded, batch.sample_rows.len());
         let [positions, slots, blocks] = batch.ends();
@@ -518,14 +596,22 @@ impl StepInputs {
             slots,
             blocks,
         };
-        let fits =
-            self.unit_room.is_none_or(|room| self.decode_units <= room) && self.decodes.len() <= 1;
-        self.key = (recorded && fits).then_some(StepKey {
-            rows: padded,
+        let fits = self.decode_units <= self.unit_room && self.decodes.len() <= 1;
+        self.key = bucket.filter(|_| fits).map(|rows| StepKey {
+            rows,
             units: self.max_units,
             groups: batch.groups.len(),
         });
         Ok(())
+    }
+
+    /// Forgets the batch.
+    fn clear(&mut self) {
+        (self.rows, self.padded_rows, self.samples) = (0, 0, 0);
+        (self.key, self.work) = (None, None);
+        self.windows.clear();
+        self.decodes.clear();
+        self.prefills.clear();
     }
 
     /// Writes all arrays to `words`, padded to `padded` rows.
@@ -568,7 +654,7 @@ impl StepInputs {
             each.chain(padding).flatten()
         });
         let sequences = append_each(words, groups);
-        let mut decodes = DecodeList::default();
+        let mut decodes = DecodeList::new(self.unit_room);
         for (index, sequence) in batch.sequences.iter().enumerate() {
             let (_, count, length) = describe(sequence);
             match count {
@@ -615,32 +701,10 @@ impl StepInputs {
     }
 }
 
-impl StepOps for CudaDevice {
-    fn reserve(&mut self, limits: &DeviceLimits) -> Result<(), DeviceError> {
-        self.limits = Some(*limits);
-        self.step.reserve(&self.context, limits)
-    }
-
-    fn depth(&self) -> usize {
-        2
-    }
-
-    fn stage(&mut self, batch: &Batch) -> Result<Staged, DeviceError> {
-        self.graphs.abandon(&self.context);
-        let pad = self.options.max_graphs > 0;
-        self.step.take(&self.context, batch, pad)?;
-        self.graphs.begin(&self.context, &self.step)
-    }
-
-    fn finish(&mut self, outcome: Result<(), DeviceError>) -> Result<Finished, DeviceError> {
-        self.graphs.finish(&self.context, outcome)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::{BatchGroup, Feedback};
+    use crate::device::{BatchGroup, Feedback, ModelShape};
 
     /// Returns a batch of sequences, each given by its number of rows and the position of its
     /// last token. There is one group per entry of `firsts`, the first blocks of its tables.
@@ -684,6 +748,47 @@ mod tests {
         let all: std::collections::BTreeSet<_> = (1..=256).map(bucket).collect();
         let expected = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256];
         assert!(all.into_iter().eq(expected));
+    }
+
+    #[test]
+    fn every_decode_step_has_one_of_the_sizes_within_the_limits() {
+        // Llama 3.1 8B on a GPU, with the default limits.
+        let limits = DeviceLimits {
+            rows: 8192,
+            sequences: 256,
+            sequence_tokens: 131_072,
+            groups: 1,
+            ..DeviceLimits::default()
+        };
+        let spread = UnitSpread {
+            block_units: 4,
+            most_blocks: 4096 / 8,
+        };
+        let keys = keys_within(&limits, spread);
+        assert_eq!(keys.len(), 70);
+        assert!(keys.is_sorted_by_key(|key| key.units));
+        for rows in 1..=256 {
+            for units in [1, 4, 5, 16, 100, 1000, 1024] {
+                let rows = bucket_within(&limits, rows).unwrap();
+                let key = StepKey {
+                    rows,
+                    units: spread.rounded(units, rows),
+                    groups: 1,
+                };
+                assert!(keys.contains(&key), "{key:?}");
+            }
+        }
+        assert_eq!(bucket_within(&limits, 257), None);
+        let uneven = DeviceLimits {
+            sequences: 100,
+            ..limits
+        };
+        assert_eq!(bucket_within(&uneven, 97), Some(100));
+        let rows = keys_within(&uneven, spread)
+            .iter()
+            .map(|key| key.rows)
+            .max();
+        assert_eq!(rows, Some(100));
     }
 
     #[test]
@@ -761,6 +866,7 @@ mod tests {
             block_tokens: 16,
             groups: 2,
             vocabulary: 1,
+            model: ModelShape::default(),
         });
         step.check(&batch_of(&[0, 16], &[(1, 330)])).unwrap();
         assert_eq!(step.windows, [usize::MAX, 75]);

@@ -23,13 +23,7 @@ impl CudaTensor {
         columns: usize,
         precision: Precision,
     ) -> Result<Self, DeviceError> {
-        let element = match precision {
-            Precision::Activation => 2,
-            Precision::Full => 4,
-        };
-        let bytes = rows
-            .checked_mul(columns)
-            .and_then(|elements| elements.checked_mul(element))
+        let bytes = bytes(rows, columns, precision)
             .ok_or_else(|| out_of_memory(usize::MAX, "activations"))?;
         Ok(Self {
             buffer: context.allocate(bytes, "activations")?,
@@ -66,6 +60,15 @@ impl CudaTensor {
     }
 }
 
+/// Returns the bytes of a matrix, or `None` if the number overflows.
+fn bytes(rows: usize, columns: usize, precision: Precision) -> Option<usize> {
+    let element = match precision {
+        Precision::Activation => 2,
+        Precision::Full => 4,
+    };
+    rows.checked_mul(columns)?.checked_mul(element)
+}
+
 /// Returns [`DeviceError::Failed`] unless `tensor` has at least `rows` rows, exactly `columns`
 /// columns and this precision, `columns` is a multiple of eight, and the number of its elements
 /// fits 32 bits.
@@ -100,6 +103,10 @@ impl TensorOps for CudaDevice {
         precision: Precision,
     ) -> Result<CudaTensor, DeviceError> {
         CudaTensor::new(&self.context, rows, columns, precision)
+    }
+
+    fn tensor_bytes(&self, rows: usize, columns: usize, precision: Precision) -> usize {
+        bytes(rows, columns, precision).unwrap_or(usize::MAX)
     }
 
     fn gather_samples(&mut self, x: &CudaTensor, out: &mut CudaTensor) -> Result<(), DeviceError> {

@@ -12,11 +12,29 @@ use std::rc::Rc;
 /// prepared.
 const STAGING_BUFFERS: usize = 3;
 
+/// Number of downloads: one per step in flight (two), and one for the step that is being
+/// enqueued.
+const DOWNLOADS: usize = 3;
+
 /// Returns how many bytes to allocate for `bytes`. Rounding up to a power of two keeps data
-/// that grows in every step from reallocating in every step, which would wait for the device
-/// and invalidate recorded graphs.
+/// that grows in every step from reallocating in every step, which would wait for the device.
 fn room_for(bytes: usize) -> usize {
-    bytes.next_power_of_two().max(4096)
+    let power = bytes.checked_next_power_of_two();
+    power.unwrap_or(usize::MAX).max(4096)
+}
+
+/// Returns the bytes that [`Uploads::reserve`] allocates on the device for `words` words, and
+/// those of the staging buffers in pinned memory.
+pub(super) fn upload_bytes(words: usize) -> (usize, usize) {
+    let bytes = room_for(words.saturating_mul(4));
+    (bytes, bytes.saturating_mul(STAGING_BUFFERS))
+}
+
+/// Returns the bytes on the device, and in pinned memory, of the downloads of `bytes` bytes that
+/// [`Downloads::reserve`] allocates.
+pub(super) fn download_bytes(bytes: usize) -> (usize, usize) {
+    let bytes = room_for(bytes).saturating_mul(DOWNLOADS);
+    (bytes, bytes)
 }
 
 /// A staging buffer: pinned memory, with the event that follows its copy.
@@ -31,6 +49,8 @@ struct StagingBuffer {
 /// two steps in flight.
 pub(super) struct Uploads {
     what: &'static str,
+    /// Whether operations of recorded steps may read the device memory.
+    recorded: bool,
     device: Option<Buffer>,
     buffers: [Option<StagingBuffer>; STAGING_BUFFERS],
     next: usize,
@@ -41,9 +61,18 @@ impl Uploads {
     pub(super) fn new(what: &'static str) -> Self {
         Self {
             what,
+            recorded: true,
             device: None,
             buffers: [const { None }; STAGING_BUFFERS],
             next: 0,
+        }
+    }
+
+    /// Like [`Uploads::new`], for words that no operation of a recorded step reads.
+    pub(super) fn outside_graphs(what: &'static str) -> Self {
+        Self {
+            recorded: false,
+            ..Self::new(what)
         }
     }
 
@@ -57,6 +86,10 @@ impl Uploads {
                 self.device = None;
                 let bytes = room_for(bytes);
                 let device = context.allocate(bytes, self.what)?;
+                let device = match self.recorded {
+                    true => device,
+                    false => device.outside_graphs(),
+                };
                 let ptr = device.ptr();
                 self.device = Some(device);
                 Ok(ptr)
@@ -70,13 +103,15 @@ impl Uploads {
         const OPERATION: &str = "upload";
         context.refuse_in_capture(OPERATION)?;
         let ptr = self.reserve(context, words.len())?;
+        // As large as the device memory, so that it grows no more often than that.
+        let room = self.device.as_ref().map_or(0, Buffer::bytes);
         let bytes: &[u8] = bytemuck::cast_slice(words);
         let index = self.next;
         self.next = (self.next + 1) % STAGING_BUFFERS;
         let buffer = match self.buffers[index].take() {
             Some(buffer) if buffer.memory.bytes() >= bytes.len() => buffer,
             _ => StagingBuffer {
-                memory: Pinned::new(&context.handle, room_for(bytes.len()), PinnedUse::Upload)?,
+                memory: Pinned::new(&context.handle, room, PinnedUse::Upload)?,
                 copied: Event::new(&context.handle)?,
             },
         };
@@ -105,6 +140,16 @@ pub(super) struct Download {
 }
 
 impl Download {
+    fn new(context: &Context, bytes: usize) -> Result<Self, DeviceError> {
+        let (bytes, what) = (room_for(bytes), "the results of a step");
+        Ok(Self {
+            device: context.allocate(bytes, what)?.outside_graphs(),
+            host: RefCell::new(Pinned::new(&context.handle, bytes, PinnedUse::Download)?),
+            written: Event::new(&context.handle)?,
+            copied: Event::new(&context.handle)?,
+        })
+    }
+
     /// Returns the address to which kernels write the results.
     pub(super) fn ptr(&self) -> Ptr {
         self.device.ptr()
@@ -138,6 +183,14 @@ impl Download {
 pub(super) struct Downloads(Vec<Rc<Download>>);
 
 impl Downloads {
+    /// Allocates the downloads of `bytes` bytes that steady decoding needs.
+    pub(super) fn reserve(&mut self, context: &Context, bytes: usize) -> Result<(), DeviceError> {
+        while self.0.len() < DOWNLOADS {
+            self.0.push(Rc::new(Download::new(context, bytes)?));
+        }
+        Ok(())
+    }
+
     /// Returns a download that no step in flight holds, with room for `bytes` bytes. Kernels
     /// enqueued from now on wait, on the device, for its last copy to the host.
     pub(super) fn next(
@@ -150,15 +203,7 @@ impl Downloads {
         let reused = free.map(|index| self.0.remove(index));
         let download = match reused {
             Some(download) if download.device.bytes() >= bytes => download,
-            _ => {
-                let bytes = room_for(bytes);
-                Rc::new(Download {
-                    device: context.allocate(bytes, "the results of a step")?,
-                    host: RefCell::new(Pinned::new(&context.handle, bytes, PinnedUse::Download)?),
-                    written: Event::new(&context.handle)?,
-                    copied: Event::new(&context.handle)?,
-                })
-            }
+            _ => Rc::new(Download::new(context, bytes)?),
         };
         context.compute.wait(&download.copied)?;
         self.0.push(Rc::clone(&download));

@@ -162,7 +162,9 @@ impl EngineBuilder {
     /// - [`LoadError::Text`] if the tokenizer or the chat template is invalid or not supported.
     /// - [`LoadError::GenerationConfig`] if the model's own sampling settings are invalid, unless
     ///   [`EngineBuilder::generation_config`] excludes them.
-    /// - [`LoadError::Device`] if the device cannot be used or cannot hold the model.
+    /// - [`LoadError::Memory`] if the device has too little memory for the model under the
+    ///   settings.
+    /// - [`LoadError::Device`] if the device cannot be used or fails.
     /// - [`LoadError::Thread`] if a thread cannot be started.
     pub fn build(self) -> Result<Engine, LoadError> {
         Engine::load_with(self.path, self.config, self.options)

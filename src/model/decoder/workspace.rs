@@ -4,50 +4,73 @@ use super::StepLimits;
 use crate::device::{Device, DeviceError, Precision};
 use crate::model::ModelConfig;
 
-/// Activations of a step, allocated once and shared by all layers.
-pub(super) struct Workspace<D: Device> {
+/// Activations of a step, allocated once and shared by all layers. `T` is the device's tensor.
+pub(super) struct Workspace<T> {
     /// The residual stream.
-    pub(super) residual: D::Tensor,
+    pub(super) residual: T,
     /// Input of a part of a layer.
-    pub(super) normed: D::Tensor,
-    pub(super) qkv: D::Tensor,
-    pub(super) attention: D::Tensor,
+    pub(super) normed: T,
+    pub(super) qkv: T,
+    pub(super) attention: T,
     /// Output of a part of a layer.
-    pub(super) delta: D::Tensor,
-    pub(super) gate_up: Option<D::Tensor>,
-    pub(super) hidden: Option<D::Tensor>,
-    pub(super) router: Option<D::Tensor>,
+    pub(super) delta: T,
+    pub(super) gate_up: Option<T>,
+    pub(super) hidden: Option<T>,
+    pub(super) router: Option<T>,
     /// The rows that are sampled.
-    pub(super) gathered: D::Tensor,
-    pub(super) logits: D::Tensor,
+    pub(super) gathered: T,
+    pub(super) logits: T,
 }
 
-impl<D: Device> Workspace<D> {
-    pub(super) fn allocate(
+impl<T> Workspace<T> {
+    pub(super) fn allocate<D: Device<Tensor = T>>(
         config: &ModelConfig,
         device: &mut D,
         limits: StepLimits,
     ) -> Result<Self, DeviceError> {
+        Self::make(config, limits, |rows, columns, precision| {
+            device.allocate(rows, columns, precision)
+        })
+    }
+
+    /// Makes each matrix with `make`, from its rows, its columns and its precision.
+    fn make(
+        config: &ModelConfig,
+        limits: StepLimits,
+        mut make: impl FnMut(usize, usize, Precision) -> Result<T, DeviceError>,
+    ) -> Result<Self, DeviceError> {
         let StepLimits { rows, samples, .. } = limits;
         let (activation, full) = (Precision::Activation, Precision::Full);
         let (heads, dense) = (config.heads(), config.dense_width());
-        let optional = |device: &mut D, columns: Option<usize>, precision: Precision| {
+        let mut optional = |columns: Option<usize>, precision: Precision| {
             columns
-                .map(|columns| device.allocate(rows, columns, precision))
+                .map(|columns| make(rows, columns, precision))
                 .transpose()
         };
         let experts = config.experts().map(|experts| experts.count);
         Ok(Self {
-            gate_up: optional(device, dense.map(|width| 2 * width), activation)?,
-            hidden: optional(device, dense, activation)?,
-            router: optional(device, experts, full)?,
-            residual: device.allocate(rows, config.hidden, full)?,
-            normed: device.allocate(rows.max(samples), config.hidden, activation)?,
-            qkv: device.allocate(rows, heads.qkv_columns(), activation)?,
-            attention: device.allocate(rows, heads.q_columns(), activation)?,
-            delta: device.allocate(rows, config.hidden, activation)?,
-            gathered: device.allocate(samples, config.hidden, full)?,
-            logits: device.allocate(samples, config.vocabulary, full)?,
+            gate_up: optional(dense.map(|width| 2 * width), activation)?,
+            hidden: optional(dense, activation)?,
+            router: optional(experts, full)?,
+            residual: make(rows, config.hidden, full)?,
+            normed: make(rows.max(samples), config.hidden, activation)?,
+            qkv: make(rows, heads.qkv_columns(), activation)?,
+            attention: make(rows, heads.q_columns(), activation)?,
+            delta: make(rows, config.hidden, activation)?,
+            gathered: make(samples, config.hidden, full)?,
+            logits: make(samples, config.vocabulary, full)?,
         })
     }
+}
+
+/// Returns the bytes that the activations of steps within `limits` take on a device.
+pub(super) fn bytes<D: Device>(config: &ModelConfig, device: &D, limits: StepLimits) -> usize {
+    let mut bytes = 0usize;
+    let add = |rows, columns, precision| {
+        bytes = bytes.saturating_add(device.tensor_bytes(rows, columns, precision));
+        Ok(())
+    };
+    // Adding fails for no matrix.
+    let _ = Workspace::make(config, limits, add);
+    bytes
 }

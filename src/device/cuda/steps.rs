@@ -1,0 +1,111 @@
+//! Begins and ends steps, and reserves their memory.
+//!
+//! All memory that a step within the limits needs is reserved before anything else is allocated,
+//! so that it does not run out during service, and graphs stay valid. Exceptions are in no graph
+//! and small: lists of blocks to copy, sums of embeddings, and long lists of sampling parameters.
+//! They come out of the share of the GPU's memory that stays unused.
+
+use super::CudaDevice;
+use super::attention::{partial_bytes, unit_room, unit_spread};
+use super::experts::pair_bytes;
+use super::linear::converted_bytes;
+use super::memory::UPLOADER_BYTES;
+use super::sampling::SamplerSizes;
+use super::scratch::rounded;
+use super::step::{input_words, keys_within, token_bytes, work_words};
+use super::transfer::{download_bytes, upload_bytes};
+use crate::device::{
+    Batch, DeviceError, DeviceLimits, Finished, ModelShape, Staged, StepMemory, StepOps,
+};
+
+/// Share of the GPU's memory that partial results of attention may take, and another one for
+/// graphs, as divisors. A sequence of the maximum length may take more.
+const SHARE: usize = 32;
+
+/// Kernels per layer of a decode step, rounded up, and kernels outside of the layers.
+const LAYER_NODES: usize = 12;
+const OTHER_NODES: usize = 8;
+
+/// Device memory per kernel of a graph. Not measured; other engines report 5 to 8 MB for graphs
+/// of 300 to 500 kernels.
+const NODE_BYTES: usize = 16 << 10;
+
+/// Returns the approximate size of the graph of a decode step.
+fn graph_bytes(model: ModelShape) -> usize {
+    (model.layers * LAYER_NODES + OTHER_NODES) * NODE_BYTES
+}
+
+impl CudaDevice {
+    /// Returns the number of units that attention has scratch memory for.
+    fn unit_room(&self, limits: &DeviceLimits) -> usize {
+        unit_room(limits, self.memory / SHARE)
+    }
+
+    /// Returns how many graphs are kept at most; 0 if steps are not recorded.
+    fn most_graphs(&self, limits: &DeviceLimits) -> usize {
+        let sizes = keys_within(limits, unit_spread(limits.model.heads)).len();
+        let fit = (self.memory / SHARE / graph_bytes(limits.model)).max(1);
+        self.options.max_graphs.min(sizes).min(fit)
+    }
+}
+
+impl StepOps for CudaDevice {
+    fn step_memory(&self, limits: &DeviceLimits) -> StepMemory {
+        let DeviceLimits { rows, model, .. } = *limits;
+        let partials = partial_bytes(model.heads, self.unit_room(limits));
+        let sampler = SamplerSizes::new(limits.sequences, limits.vocabulary);
+        let uploads = [input_words(limits), work_words(limits), sampler.parameters];
+        let uploads = uploads.map(upload_bytes);
+        let downloads = download_bytes(sampler.results);
+        let scratch = [
+            converted_bytes(rows * model.full_columns),
+            model.experts.map_or(0, |shape| pair_bytes(rows, shape)),
+            token_bytes(limits),
+            downloads.0,
+        ];
+        let scratch = scratch.into_iter().chain(partials).chain(sampler.scratch);
+        let scratch = scratch
+            .map(rounded)
+            .chain(uploads.map(|(device, _)| device));
+        let most_graphs = self.most_graphs(limits);
+        let pinned = uploads.map(|(_, pinned)| pinned).into_iter().sum::<usize>();
+        StepMemory {
+            scratch: scratch.fold(0, usize::saturating_add),
+            most_graphs,
+            graphs: most_graphs * graph_bytes(model),
+            pinned: pinned + downloads.1 + UPLOADER_BYTES,
+        }
+    }
+
+    fn reserve(&mut self, limits: &DeviceLimits) -> Result<(), DeviceError> {
+        let DeviceLimits { rows, model, .. } = *limits;
+        let units = self.unit_room(limits);
+        self.limits = Some(*limits);
+        self.graphs.set_most(self.most_graphs(limits));
+        let context = &self.context;
+        let spread = unit_spread(model.heads);
+        self.step.reserve(context, limits, (spread, units))?;
+        self.attention.partials(context, model.heads, units)?;
+        self.products.reserve(context, rows * model.full_columns)?;
+        if let Some(shape) = model.experts {
+            self.expert_scratch.reserve(context, rows, shape)?;
+        }
+        let sizes = SamplerSizes::new(limits.sequences, limits.vocabulary);
+        self.sampler.reserve(context, &sizes)
+    }
+
+    fn depth(&self) -> usize {
+        2
+    }
+
+    fn stage(&mut self, batch: &Batch) -> Result<Staged, DeviceError> {
+        self.graphs.abandon(&self.context);
+        let pad = self.options.max_graphs > 0;
+        self.step.take(&self.context, batch, pad)?;
+        self.graphs.begin(&self.context, &self.step)
+    }
+
+    fn finish(&mut self, outcome: Result<(), DeviceError>) -> Result<Finished, DeviceError> {
+        self.graphs.finish(&self.context, outcome)
+    }
+}

@@ -1,0 +1,302 @@
+//! What a model needs of a device: the limits of its steps, and the memory that they take.
+
+use super::LoadError;
+use super::limits::context_tokens;
+use super::memory::{MemoryPlan, cache_layout, cache_shape, least_cache};
+use crate::cache::CacheLayout;
+use crate::config::EngineConfig;
+use crate::device::{CacheShape, Device, DeviceLimits, ExpertShape, ModelShape, StepMemory};
+use crate::model::{Decoder, ModelConfig, ModelSource, StepLimits};
+
+/// If memory is too small, limits are proposed that leave room for a sequence of this many tokens.
+const LEAST_SEQUENCE: usize = 1024;
+
+/// A model and the settings to run it with on a device.
+pub(super) struct Demand<'a> {
+    source: &'a ModelSource,
+    config: &'a EngineConfig,
+    layout: CacheLayout,
+    limits: DeviceLimits,
+}
+
+/// Bytes that a model takes on a device besides its KV cache.
+#[derive(Clone, Copy)]
+pub(super) struct Needs {
+    pub(super) weights: usize,
+    pub(super) activations: usize,
+    pub(super) steps: StepMemory,
+}
+
+impl Needs {
+    fn total(&self) -> usize {
+        let steps = self.steps.scratch.saturating_add(self.steps.graphs);
+        let rest = self.activations.saturating_add(steps);
+        self.weights.saturating_add(rest)
+    }
+}
+
+impl<'a> Demand<'a> {
+    /// Takes the limits of steps from the settings.
+    pub(super) fn new(
+        source: &'a ModelSource,
+        config: &'a EngineConfig,
+    ) -> Result<Self, LoadError> {
+        let model = source.config();
+        let layout = cache_layout(model, config)?;
+        let limits = DeviceLimits {
+            rows: config.max_batch_tokens,
+            sequences: config.max_sequences.min(config.max_batch_tokens),
+            sequence_tokens: context_tokens(model, config),
+            block_tokens: config.block_tokens,
+            groups: layout.groups().len(),
+            vocabulary: model.vocabulary,
+            model: shape(model),
+        };
+        Ok(Self {
+            source,
+            config,
+            layout,
+            limits,
+        })
+    }
+
+    /// Returns the limits of steps.
+    pub(super) fn limits(&self) -> &DeviceLimits {
+        &self.limits
+    }
+
+    /// Returns the limits of steps, as the decoder takes them.
+    pub(super) fn step_limits(&self) -> StepLimits {
+        step_limits(&self.limits)
+    }
+
+    /// Returns how the layers share the KV cache.
+    pub(super) fn layout(&self) -> &CacheLayout {
+        &self.layout
+    }
+
+    /// Returns the memory that steps within `limits` take, and an estimate for the weights.
+    fn needs<D: Device>(&self, device: &D, limits: &DeviceLimits) -> Needs {
+        let model = self.source.config();
+        let formats = self.source.parameters().by_format;
+        let weights = formats
+            .iter()
+            .map(|(&format, &count)| device.weight_size(format, count))
+            .fold(0, usize::saturating_add);
+        Needs {
+            weights,
+            activations: Decoder::activation_bytes(model, device, step_limits(limits)),
+            steps: device.step_memory(limits),
+        }
+    }
+
+    /// Plans the memory before anything is allocated. The sizes of weights and graphs are
+    /// estimates.
+    ///
+    /// # Errors
+    /// Returns [`LoadError::Memory`] if the device has too little memory for the plan, and
+    /// [`LoadError::Config`] if the KV cache that the settings ask for is too small.
+    pub(super) fn plan<D: Device>(&self, device: &D) -> Result<MemoryPlan, LoadError> {
+        let needs = self.needs(device, &self.limits);
+        if let (Some(cache), Some(free)) = (self.config.kv_cache_bytes, device.free_memory()?)
+            && needs.total().saturating_add(cache) > free
+        {
+            return Err(self.too_little(device, &needs, free));
+        }
+        let shape = self.shape(device, &needs, needs.total())?;
+        Ok(self.planned(device, needs, &shape))
+    }
+
+    /// Returns the plan, and the shape of the KV cache, after everything but the graphs and the
+    /// cache has been allocated.
+    ///
+    /// # Errors
+    /// Returns the same errors as [`Demand::plan`].
+    pub(super) fn plan_loaded<D: Device>(
+        &self,
+        device: &D,
+    ) -> Result<(MemoryPlan, CacheShape), LoadError> {
+        let needs = Needs {
+            weights: device.weight_bytes(),
+            ..self.needs(device, &self.limits)
+        };
+        let shape = self.shape(device, &needs, needs.steps.graphs)?;
+        Ok((self.planned(device, needs, &shape), shape))
+    }
+
+    /// Returns the shape of the KV cache. `unallocated` bytes are yet to be allocated for
+    /// anything else.
+    fn shape<D: Device>(
+        &self,
+        device: &D,
+        needs: &Needs,
+        unallocated: usize,
+    ) -> Result<CacheShape, LoadError> {
+        let (model, config, layout) = (self.source.config(), self.config, &self.layout);
+        let budget = match config.kv_cache_bytes {
+            Some(bytes) => bytes,
+            None => {
+                let budget = device.cache_budget(unallocated)?;
+                let least = least_cache(model, config, layout, device);
+                if device.free_memory()?.is_some() && budget < least {
+                    let allocated = needs.total().saturating_sub(unallocated);
+                    let usable = device.cache_budget(0)?.saturating_add(allocated);
+                    return Err(self.too_little(device, needs, usable));
+                }
+                budget
+            }
+        };
+        let step = self.limits.rows;
+        cache_shape(model, config, (layout, step), budget, device)
+    }
+
+    fn planned<D: Device>(&self, device: &D, needs: Needs, shape: &CacheShape) -> MemoryPlan {
+        MemoryPlan::new(needs, &self.layout, &self.limits, shape, device)
+    }
+
+    /// Returns the error for a device of which `usable` bytes may be used. It proposes settings
+    /// that fit.
+    fn too_little<D: Device>(&self, device: &D, needs: &Needs, usable: usize) -> LoadError {
+        let least = least_cache(self.source.config(), self.config, &self.layout, device);
+        let cache = self.config.kv_cache_bytes.unwrap_or(least);
+        LoadError::Memory {
+            device: device.info().name,
+            needed: mib(needs.total().saturating_add(cache)),
+            usable: usable >> 20,
+            parts: format!(
+                "weights {}, activations {}, scratch {}, graphs {}, KV cache {}{}",
+                mib(needs.weights),
+                mib(needs.activations),
+                mib(needs.steps.scratch),
+                mib(needs.steps.graphs),
+                if self.config.kv_cache_bytes.is_none() {
+                    "at least "
+                } else {
+                    ""
+                },
+                mib(cache)
+            ),
+            remedy: self.remedy(device, needs, usable),
+        }
+    }
+
+    /// Returns which settings would fit in `usable` bytes, with room for a sequence of
+    /// [`LEAST_SEQUENCE`] tokens.
+    fn remedy<D: Device>(&self, device: &D, needs: &Needs, usable: usize) -> String {
+        let left = usable.saturating_sub(needs.total());
+        if self.config.kv_cache_bytes.is_some() && left >= self.sequence(device, &self.limits) {
+            return format!("a kv_cache_bytes of {left} would fit");
+        }
+        let fits = |limits: &DeviceLimits| {
+            let needs = Needs {
+                weights: needs.weights,
+                ..self.needs(device, limits)
+            };
+            let sequence = self.sequence(device, limits);
+            needs.total().saturating_add(sequence) <= usable
+        };
+        let mut limits = self.limits;
+        let mut settings = Vec::new();
+        for setting in [Limit::BatchTokens, Limit::Sequences, Limit::Context] {
+            let before = *setting.of(&mut limits);
+            while !fits(&limits) && *setting.of(&mut limits) > setting.least() {
+                let value = setting.of(&mut limits);
+                *value = (*value / 2).max(setting.least());
+                limits.sequences = limits.sequences.min(limits.rows);
+            }
+            let after = *setting.of(&mut limits);
+            if after != before {
+                settings.push(format!("a {} of {after}", setting.name()));
+            }
+        }
+        match fits(&limits) {
+            true => format!("{} would fit", settings.join(" and ")),
+            false => format!(
+                "no limits leave room for a sequence of {} tokens; use a GPU with more free \
+                 memory, or weights of fewer bits",
+                limits.sequence_tokens.min(LEAST_SEQUENCE)
+            ),
+        }
+    }
+
+    /// Returns the bytes of the KV cache for one sequence of [`LEAST_SEQUENCE`] tokens, or of the
+    /// maximum length if that is less.
+    fn sequence<D: Device>(&self, device: &D, limits: &DeviceLimits) -> usize {
+        let (layout, block_tokens) = (&self.layout, self.config.block_tokens);
+        let tokens = limits.sequence_tokens.min(LEAST_SEQUENCE);
+        let blocks = layout.most_blocks_of_all(tokens, limits.rows, block_tokens);
+        let of_groups = least_cache(self.source.config(), self.config, layout, device);
+        let block_bytes = of_groups / layout.groups().len().max(1);
+        blocks.saturating_mul(block_bytes)
+    }
+}
+
+/// A limit that can be lowered if memory is too small.
+#[derive(Clone, Copy)]
+enum Limit {
+    BatchTokens,
+    Sequences,
+    Context,
+}
+
+impl Limit {
+    /// Returns the name of the setting.
+    fn name(self) -> &'static str {
+        match self {
+            Self::BatchTokens => "max_batch_tokens",
+            Self::Sequences => "max_sequences",
+            Self::Context => "max_context",
+        }
+    }
+
+    /// Returns the smallest value that is proposed.
+    fn least(self) -> usize {
+        match self {
+            Self::BatchTokens => 64,
+            Self::Sequences => 1,
+            Self::Context => 512,
+        }
+    }
+
+    /// Returns the limit.
+    fn of(self, limits: &mut DeviceLimits) -> &mut usize {
+        match self {
+            Self::BatchTokens => &mut limits.rows,
+            Self::Sequences => &mut limits.sequences,
+            Self::Context => &mut limits.sequence_tokens,
+        }
+    }
+}
+
+/// Returns a number of bytes in MiB, rounded up.
+fn mib(bytes: usize) -> usize {
+    bytes.div_ceil(1 << 20)
+}
+
+fn step_limits(limits: &DeviceLimits) -> StepLimits {
+    StepLimits {
+        rows: limits.rows,
+        samples: limits.sequences,
+        positions: limits.sequence_tokens,
+    }
+}
+
+/// Returns the sizes of a model that a device's scratch memory depends on.
+fn shape(model: &ModelConfig) -> ModelShape {
+    let normed = model
+        .layers
+        .iter()
+        .all(|layer| layer.mixer_norms.is_before() && layer.feed_forward_norms.is_before());
+    ModelShape {
+        layers: model.layers.len(),
+        heads: model.heads(),
+        // Without a norm, the residual stream itself is multiplied by weights.
+        full_columns: if normed { 0 } else { model.hidden },
+        experts: model.experts().map(|experts| ExpertShape {
+            count: experts.count,
+            top_k: experts.routing.top_k,
+            columns: model.hidden,
+            hidden: experts.width,
+        }),
+    }
+}

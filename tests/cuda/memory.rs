@@ -1,0 +1,264 @@
+//! The memory of a model on the GPU: what is planned is what is allocated, too little is a typed
+//! error that says what would fit.
+
+use common::golden::tiny;
+use common::gpu::{self, Gpu};
+use common::requests::idle;
+use quell::internals::device::CacheOps;
+use quell::internals::device::cuda::CudaDevice;
+use quell::{
+    CudaOptions, DeviceChoice, Engine, EngineConfig, LoadError, LoadOptions, MemoryPlan,
+    ModelFiles, Request, SamplingParams,
+};
+
+fn options() -> LoadOptions {
+    LoadOptions {
+        device: DeviceChoice::Cuda(0),
+        ..LoadOptions::default()
+    }
+}
+
+fn load(model: &str, config: &EngineConfig) -> Result<Engine, LoadError> {
+    Engine::load_with(tiny(model), config.clone(), options())
+}
+
+fn plan(model: &str, config: &EngineConfig) -> Result<MemoryPlan, LoadError> {
+    let files = ModelFiles::open(&tiny(model)).unwrap();
+    files.plan(config, &options()).map(|(_, plan)| plan)
+}
+
+/// Returns the virtual GPU with this much memory, or `None` if the tests' GPU is a real one.
+fn with_memory(memory: &str) -> Option<Gpu> {
+    let gpu = gpu::lock();
+    if gpu::is_real() {
+        return None;
+    }
+    gpu.set("memory", memory);
+    Some(gpu)
+}
+
+fn free() -> usize {
+    let device = CudaDevice::new(&CudaOptions::default()).unwrap();
+    device.free_memory().unwrap().unwrap()
+}
+
+fn request(index: usize) -> Request {
+    let prompt: Vec<u32> = (0..5 + index as u32).map(|i| 3 + i * 31 % 500).collect();
+    let mut request = Request::new(prompt).max_tokens(6);
+    request.ignore_eos = true;
+    request
+}
+
+/// Returns the answer to a request.
+fn answer(engine: &Engine) -> Vec<u32> {
+    let answer = engine.generate(request(0).greedy()).unwrap();
+    let answer = answer.complete_blocking().unwrap();
+    answer.tokens.iter().map(|token| token.id).collect()
+}
+
+/// Returns what an error about memory proposes for the setting `name`.
+fn proposed(error: &LoadError, name: &str) -> usize {
+    let LoadError::Memory { remedy, .. } = error else {
+        panic!("{error}");
+    };
+    let text = remedy.split_once(&format!("{name} of "));
+    let (_, text) = text.unwrap_or_else(|| panic!("{error}"));
+    let digits: String = text.chars().take_while(char::is_ascii_digit).collect();
+    digits.parse().unwrap()
+}
+
+#[test]
+fn a_loaded_model_takes_the_memory_that_was_planned() {
+    let Some(_gpu) = with_memory("1G") else {
+        return;
+    };
+    let config = EngineConfig {
+        max_batch_tokens: 256,
+        max_sequences: 16,
+        kv_cache_bytes: Some(1 << 20),
+        ..EngineConfig::default()
+    };
+    // Without a norm on their input, olmo2's layers multiply the residual stream itself.
+    for model in ["llama", "gemma3", "olmo2", "qwen3-moe"] {
+        let planned = plan(model, &config).unwrap();
+        let before = free();
+        let engine = load(model, &config).unwrap();
+        let taken = before - free();
+        let of = &engine.info().model.as_ref().unwrap().memory;
+        let loaded = |plan: &MemoryPlan| {
+            let MemoryPlan {
+                activations,
+                scratch,
+                graphs,
+                graph_bytes,
+                pinned,
+                batch_tokens,
+                cache_blocks,
+                ..
+            } = *plan;
+            let graphs = (graphs, graph_bytes);
+            (
+                activations,
+                scratch,
+                graphs,
+                pinned,
+                batch_tokens,
+                cache_blocks,
+            )
+        };
+        assert_eq!(loaded(of), loaded(&planned), "{model}");
+        assert!(
+            of.graphs > 0 && of.graph_bytes > 0 && of.pinned > 0,
+            "{model}"
+        );
+        let counted = of.weights + of.activations + of.scratch + of.cache();
+        // Only the weights of norms are not counted.
+        let rest = taken
+            .checked_sub(counted)
+            .expect("less is taken than counted");
+        assert!(rest < 16 << 10, "{model}: {rest} bytes are not counted");
+        // Biases, and the zeros that fill up records, are not in the estimate.
+        let estimate = planned.weights.abs_diff(of.weights);
+        assert!(
+            10 * estimate < of.weights,
+            "{model}: {estimate} of {}",
+            of.weights
+        );
+    }
+}
+
+#[test]
+fn nothing_is_allocated_while_requests_are_served() {
+    let Some(gpu) = with_memory("1G") else {
+        return;
+    };
+    let config = EngineConfig {
+        max_batch_tokens: 64,
+        max_sequences: 8,
+        kv_cache_bytes: Some(1 << 20),
+        prefix_cache: false,
+        audit: false,
+        ..EngineConfig::default()
+    };
+    let engine = load("llama", &config).unwrap();
+    let count = || {
+        let calls = gpu.calls();
+        let of = |name| calls.iter().find(|(function, _)| function == name);
+        ["cuMemAlloc_v2", "cuMemFree_v2"].map(|name| of(name).map_or(0, |(_, count)| *count))
+    };
+    let before = count();
+    let streams: Vec<_> = (0..24)
+        .map(|index| {
+            let sampling = SamplingParams {
+                temperature: 0.8,
+                top_k: 20,
+                repetition_penalty: 1.1,
+                logprobs: Some(5),
+                ..SamplingParams::default()
+            };
+            let request = request(3 * index);
+            let request = match index % 3 {
+                0 => request.greedy(),
+                _ => request.sampling(sampling),
+            };
+            engine.generate(request).unwrap()
+        })
+        .collect();
+    for stream in streams {
+        stream.complete_blocking().unwrap();
+    }
+    idle(&engine);
+    assert!(gpu.statistic("graph_launches") > 0);
+    assert_eq!(count(), before);
+}
+
+#[test]
+fn too_many_tokens_per_step_are_refused_with_a_number_that_fits() {
+    let Some(_gpu) = with_memory("64M") else {
+        return;
+    };
+    let config = EngineConfig {
+        max_batch_tokens: 1 << 18,
+        ..EngineConfig::default()
+    };
+    let error = load("llama", &config).unwrap_err();
+    let text = error.to_string();
+    for part in [
+        "cuda:0 has 57 MiB",
+        "weights 1,",
+        "activations",
+        "KV cache at least 1",
+    ] {
+        assert!(text.contains(part), "{text}");
+    }
+    assert_eq!(plan("llama", &config).unwrap_err().to_string(), text);
+    let tokens = proposed(&error, "max_batch_tokens");
+    assert!((512..1 << 18).contains(&tokens), "{text}");
+    let config = EngineConfig {
+        max_batch_tokens: tokens,
+        ..config
+    };
+    assert_eq!(answer(&load("llama", &config).unwrap()).len(), 6);
+}
+
+#[test]
+fn a_kv_cache_that_does_not_fit_is_refused_with_a_size_that_does() {
+    let Some(_gpu) = with_memory("64M") else {
+        return;
+    };
+    let config = EngineConfig {
+        max_batch_tokens: 64,
+        max_sequences: 512,
+        kv_cache_bytes: Some(1 << 30),
+        ..EngineConfig::default()
+    };
+    let error = load("llama", &config).unwrap_err();
+    let bytes = proposed(&error, "kv_cache_bytes");
+    let config = EngineConfig {
+        kv_cache_bytes: Some(bytes),
+        ..config
+    };
+    assert_eq!(answer(&load("llama", &config).unwrap()).len(), 6);
+}
+
+#[test]
+fn a_gpu_that_no_limits_suit_is_refused() {
+    let Some(_gpu) = with_memory("1M") else {
+        return;
+    };
+    let error = load("llama", &EngineConfig::default()).unwrap_err();
+    assert!(matches!(error, LoadError::Memory { .. }), "{error}");
+    let text = error.to_string();
+    assert!(
+        text.contains("no limits leave room for a sequence of 512 tokens"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_second_engine_gets_the_memory_that_the_first_one_leaves() {
+    let Some(_gpu) = with_memory("64M") else {
+        return;
+    };
+    let config = EngineConfig {
+        max_batch_tokens: 64,
+        kv_cache_bytes: Some(8 << 20),
+        ..EngineConfig::default()
+    };
+    let first = load("llama", &config).unwrap();
+    let expected = answer(&first);
+    // This one takes all that is left.
+    let rest = EngineConfig {
+        max_sequences: 4096,
+        kv_cache_bytes: None,
+        ..config.clone()
+    };
+    let second = load("llama", &rest).unwrap();
+    assert!(second.info().cache_blocks > first.info().cache_blocks);
+    let error = load("llama", &rest).unwrap_err();
+    assert!(matches!(error, LoadError::Memory { .. }), "{error}");
+    assert_eq!(answer(&second), expected);
+    drop(second);
+    assert_eq!(answer(&load("llama", &rest).unwrap()), expected);
+    assert_eq!(answer(&first), expected);
+}
