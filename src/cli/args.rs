@@ -176,6 +176,10 @@ struct CudaArgs {
     /// Fraction of the GPU's memory that may be used, from 0 to 1.
     #[arg(long, value_name = "SHARE", default_value_t = 0.9)]
     gpu_memory_utilization: f32,
+    /// Do not record CUDA graphs while the model is loaded. The first steps of each size are
+    /// then slower. generate records none in any case.
+    #[arg(long)]
+    no_warm_up: bool,
 }
 
 #[cfg(feature = "cuda")]
@@ -186,15 +190,17 @@ enum CudaActivationsArg {
 }
 
 impl ModelArgs {
-    /// Loads the model and starts its engine, with a progress bar on a terminal.
-    pub fn start(&self) -> Result<Engine, CliError> {
-        self.start_with(None, |_| ())
+    /// Loads the model and starts its engine, with a progress bar on a terminal. A GPU is warmed
+    /// up for steps of up to `warm_up` sequences.
+    pub fn start(&self, warm_up: usize) -> Result<Engine, CliError> {
+        self.start_with(warm_up, None, |_| ())
     }
 
     /// Like [`ModelArgs::start`], with a chat template in place of the model's own and with
     /// changes to settings that have no flag here.
     pub fn start_with(
         &self,
+        warm_up: usize,
         chat_template: Option<&str>,
         change: impl FnOnce(&mut EngineConfig),
     ) -> Result<Engine, CliError> {
@@ -209,22 +215,32 @@ impl ModelArgs {
             let missing = || CliError::no_tokenizer(&self.model, &path);
             tokenizer.ok_or_else(missing)?.set_chat_template(source)?;
         }
-        self.run.start_with(files, config)
+        self.run.start_with(files, config, warm_up)
     }
 }
 
 impl RunArgs {
-    /// Loads a model and starts its engine, with a progress bar on a terminal.
-    pub fn start_with(&self, files: ModelFiles, config: EngineConfig) -> Result<Engine, CliError> {
+    /// Loads a model and starts its engine, with a progress bar on a terminal. A GPU is warmed
+    /// up for steps of up to `warm_up` sequences, unless a flag forbids it.
+    pub fn start_with(
+        &self,
+        files: ModelFiles,
+        config: EngineConfig,
+        warm_up: usize,
+    ) -> Result<Engine, CliError> {
         let bar = progress::bar(0, "loading");
         let ticks = bar.clone();
-        let options = LoadOptions {
-            progress: Some(Box::new(move |done, total| {
-                ticks.set_length(total as u64);
-                ticks.set_position(done as u64);
-            })),
-            ..self.options()?
-        };
+        let mut options = self.options()?;
+        options.progress = Some(Box::new(move |done, total| {
+            ticks.set_length(total as u64);
+            ticks.set_position(done as u64);
+        }));
+        #[cfg(feature = "cuda")]
+        {
+            options.cuda.warm_up = options.cuda.warm_up.min(warm_up);
+        }
+        #[cfg(not(feature = "cuda"))]
+        let _ = warm_up;
         let engine = Engine::from_files(files, config, options);
         bar.finish_and_clear();
         Ok(engine?)
@@ -294,6 +310,7 @@ impl RunArgs {
                 CudaActivationsArg::F16 => CudaActivations::F16,
             },
             utilisation,
+            warm_up: if self.cuda.no_warm_up { 0 } else { usize::MAX },
             ..CudaOptions::default()
         })
     }

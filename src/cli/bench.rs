@@ -73,7 +73,7 @@ const LOCAL_FLAGS: [&str; 18] = [
     "kv_type",
 ];
 #[cfg(feature = "cuda")]
-const CUDA_FLAGS: [&str; 2] = ["cuda_activations", "gpu_memory_utilization"];
+const CUDA_FLAGS: [&str; 3] = ["cuda_activations", "gpu_memory_utilization", "no_warm_up"];
 
 /// Runs the subcommand.
 pub fn run(args: BenchArgs) -> Result<(), CliError> {

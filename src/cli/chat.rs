@@ -53,7 +53,8 @@ pub fn start(args: ChatArgs) -> Result<(), CliError> {
             "--max-tokens is 0, but must be at least 1".to_owned(),
         ));
     }
-    let engine = args.model.start()?;
+    // The conversation is the only sequence.
+    let engine = args.model.start(1)?;
     let mut defaults = engine.sampling_defaults();
     defaults.temperature = defaults.temperature.or(Some(0.7));
     let options = ChatOptions {

@@ -80,7 +80,9 @@ pub fn run(args: GenerateArgs) -> Result<(), CliError> {
         ignore_eos: args.ignore_eos,
         ..Request::new(prompt(&args)?)
     };
-    let engine = args.model.start()?;
+    // One answer has few steps of each size: recording them in advance would take longer than it
+    // saves.
+    let engine = args.model.start(0)?;
     if engine.tokenizer().is_none() && !matches!(request.prompt, Prompt::Tokens(_)) {
         let path = resolve(&args.model.model)?;
         return Err(CliError::no_tokenizer(&args.model.model, &path));

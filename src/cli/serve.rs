@@ -184,7 +184,8 @@ impl ServeArgs {
         options.metrics = Some(Metrics::install()?);
         logging::count_dropped();
         let template = self.server.chat_template()?;
-        let engine = self.model.start_with(template.as_deref(), |config| {
+        let template = template.as_deref();
+        let engine = self.model.start_with(usize::MAX, template, |config| {
             config.max_open_requests = self.server.max_open_requests;
         })?;
         Ok(Prepared {

@@ -101,6 +101,24 @@ pub trait StepOps: DeviceTypes {
         Ok(())
     }
 
+    /// Returns the number of steps to run once before the device is used, with
+    /// [`StepOps::warm_up`], so that later steps of the same size are fast from the start.
+    fn warm_up_steps(&self) -> usize {
+        0
+    }
+
+    /// Runs one of these steps, given by its index. It has no sequences, and changes nothing in
+    /// the cache. `enqueue` enqueues the forward pass of this number of rows, all of which are
+    /// sampled.
+    fn warm_up(
+        &mut self,
+        index: usize,
+        enqueue: &mut dyn FnMut(&mut Self, usize) -> Result<(), DeviceError>,
+    ) -> Result<(), DeviceError> {
+        let _ = (index, enqueue);
+        Ok(())
+    }
+
     /// Returns the maximum number of steps in flight, 1 or 2. With 2, a step is collected after
     /// the next one has been enqueued.
     fn depth(&self) -> usize {

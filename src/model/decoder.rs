@@ -112,6 +112,23 @@ impl<D: Device> Decoder<D> {
         Ok(&self.workspace.logits)
     }
 
+    /// Runs the steps that make later ones fast. `progress` is called after each of them with
+    /// the number of steps that have run.
+    pub fn warm_up(
+        &mut self,
+        device: &mut D,
+        cache: &mut D::Cache,
+        progress: &mut dyn FnMut(usize),
+    ) -> Result<(), DeviceError> {
+        for step in 0..device.warm_up_steps() {
+            device.warm_up(step, &mut |device, rows| {
+                self.enqueue(device, rows, rows, cache)
+            })?;
+            progress(step + 1);
+        }
+        Ok(())
+    }
+
     /// Enqueues the operations of a staged step with this number of rows, and of rows that are
     /// sampled.
     fn enqueue(

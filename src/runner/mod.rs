@@ -157,7 +157,7 @@ pub struct ModelInfo {
     pub memory: MemoryPlan,
     /// The model's own sampling settings, which apply if a request sets none.
     pub sampling: SamplingDefaults,
-    /// Time it took to read the weights and convert them for the device.
+    /// Time it took to read the weights, to convert them for the device, and to warm it up.
     pub load_time: Duration,
 }
 

@@ -46,7 +46,9 @@ struct InFlight<D: Device> {
 }
 
 impl<D: Device> ModelRunner<D> {
-    /// Loads `source` onto `device` and allocates the cache.
+    /// Loads `source` onto `device`, allocates the cache, and runs the steps that make later
+    /// ones fast. `progress` is called with the number of parts of the model and of those steps
+    /// that are done, and the number of all.
     ///
     /// # Errors
     /// Returns an error if the device cannot hold or run the model, or if a weight cannot be
@@ -67,11 +69,20 @@ impl<D: Device> ModelRunner<D> {
             let (group, index) = layout.place(layer);
             CacheLayer { group, index }
         };
+        let steps = device.warm_up_steps();
+        let mut parts = 0;
+        let mut loaded = |done, total| {
+            parts = total;
+            progress(done, total + steps);
+        };
         let limits = demand.step_limits();
-        let decoder = Decoder::load(source, &mut device, limits, place, progress)?;
-        let load_time = begin.elapsed();
+        let mut decoder = Decoder::load(source, &mut device, limits, place, &mut loaded)?;
         let (memory, shape) = demand.plan_loaded(&device)?;
-        let cache = device.allocate_cache(&shape)?;
+        let mut cache = device.allocate_cache(&shape)?;
+        decoder.warm_up(&mut device, &mut cache, &mut |done| {
+            progress(parts + done, parts + steps);
+        })?;
+        let load_time = begin.elapsed();
         let swap = swap_info(config, &shape, &device);
         let host = match swap {
             Some(swap) => Some(device.allocate_host_blocks(&shape, swap.blocks)?),
@@ -84,6 +95,7 @@ impl<D: Device> ModelRunner<D> {
             groups = memory.groups(),
             bytes_per_sequence = memory.sequence_bytes(context),
             step_tokens = memory.batch_tokens,
+            recorded_steps = steps,
             "allocated the KV cache"
         );
         let groups = layout.groups().len();

@@ -19,8 +19,8 @@ pub struct LoadOptions {
     /// Which sampling settings [`Engine::sampling_defaults`](crate::Engine::sampling_defaults)
     /// returns.
     pub generation_config: GenerationConfig,
-    /// Called after each part of the model that is loaded, with the number of parts loaded and
-    /// the number of all parts.
+    /// Called after each part of the model that is loaded, and after each step that is run to
+    /// warm up the device, with the number of these done and the number of all.
     pub progress: Option<Box<dyn FnMut(usize, usize) + Send>>,
 }
 

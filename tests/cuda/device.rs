@@ -560,6 +560,65 @@ fn the_least_recently_used_graph_makes_way_for_a_new_one() {
 }
 
 #[test]
+fn after_warming_up_the_first_step_of_each_size_is_a_replay() {
+    let gpu = gpu::lock();
+    let expected = run(&options(), 6).unwrap();
+    for most in [usize::MAX, 2, 0, 3] {
+        if !gpu::is_real() {
+            gpu.reset();
+        }
+        let options = CudaOptions {
+            warm_up: most,
+            ..options()
+        };
+        let mut device = CudaDevice::new(&options).unwrap();
+        let mut model = Model::load(&mut device).unwrap();
+        // Steps of 1, 2, 4 and 8 rows, of which sequences have one unit of keys.
+        let padded = if most == 3 { 4 } else { most };
+        let sizes = [1, 2, 4, 8].into_iter().filter(|rows| *rows <= padded);
+        assert_eq!(device.warm_up_steps(), sizes.clone().count());
+        let mut rows_seen = Vec::new();
+        for index in 0..device.warm_up_steps() {
+            let enqueue = &mut |device: &mut CudaDevice, rows: usize| {
+                rows_seen.push(rows);
+                model.enqueue_rows(device, rows, rows)
+            };
+            device.warm_up(index, enqueue).unwrap();
+        }
+        // Each is enqueued twice: first as usual, then to record it.
+        assert_eq!(
+            rows_seen,
+            sizes.flat_map(|rows| [rows; 2]).collect::<Vec<_>>()
+        );
+        let mut tokens = Vec::new();
+        for step in 0..6 {
+            let pending = model.launch(&mut device, &batch(step)).unwrap();
+            let samples = device.collect(pending).unwrap();
+            tokens.push(
+                samples
+                    .tokens
+                    .iter()
+                    .map(|token| token.id)
+                    .collect::<Vec<_>>(),
+            );
+        }
+        assert_eq!(tokens, expected, "warmed up to {most}");
+        for count in [1, 2, 3] {
+            let warm = count <= 2 && count <= most || count == 3;
+            let replayed = replays(&mut device, &mut model, &decode(count));
+            assert_eq!(replayed, warm, "{count} rows, warmed up to {most}");
+        }
+        if !gpu::is_real() {
+            let warm = device.warm_up_steps() as u64;
+            // Steps 1 to 5 have four padded rows.
+            let decodes = if most >= 3 { 5 } else { 4 };
+            let others = if most == 0 { 1 } else { 3 };
+            assert_eq!(gpu.statistic("graph_launches"), warm + decodes + others);
+        }
+    }
+}
+
+#[test]
 fn memory_for_steps_is_reserved_as_planned_and_does_not_grow() {
     let _gpu = gpu::lock();
     if gpu::is_real() {

@@ -22,7 +22,8 @@ fn engine(model: &str, cuda: CudaOptions, kv_blocks: usize) -> Engine {
 fn engine_with(model: &str, cuda: CudaOptions, kv_blocks: usize, config: EngineConfig) -> Engine {
     let options = LoadOptions {
         device: DeviceChoice::Cuda(0),
-        cuda,
+        // `memory.rs` tests the warm-up.
+        cuda: CudaOptions { warm_up: 0, ..cuda },
         ..LoadOptions::default()
     };
     // Two layers of two heads, and keys and values of two bytes.

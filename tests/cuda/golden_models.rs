@@ -11,6 +11,7 @@ fn check(name: &str, activations: CudaActivations, tolerance: Tolerance) {
         device: DeviceChoice::Cuda(0),
         cuda: CudaOptions {
             activations,
+            warm_up: 0,
             ..CudaOptions::default()
         },
         ..LoadOptions::default()

@@ -10,21 +10,26 @@ use quell::{
     CudaOptions, DeviceChoice, Engine, EngineConfig, LoadError, LoadOptions, MemoryPlan,
     ModelFiles, Request, SamplingParams,
 };
+use std::sync::{Arc, Mutex};
 
-fn options() -> LoadOptions {
+fn options(warm_up: usize) -> LoadOptions {
     LoadOptions {
         device: DeviceChoice::Cuda(0),
+        cuda: CudaOptions {
+            warm_up,
+            ..CudaOptions::default()
+        },
         ..LoadOptions::default()
     }
 }
 
 fn load(model: &str, config: &EngineConfig) -> Result<Engine, LoadError> {
-    Engine::load_with(tiny(model), config.clone(), options())
+    Engine::load_with(tiny(model), config.clone(), options(0))
 }
 
 fn plan(model: &str, config: &EngineConfig) -> Result<MemoryPlan, LoadError> {
     let files = ModelFiles::open(&tiny(model)).unwrap();
-    files.plan(config, &options()).map(|(_, plan)| plan)
+    files.plan(config, &options(0)).map(|(_, plan)| plan)
 }
 
 /// Returns the virtual GPU with this much memory, or `None` if the tests' GPU is a real one.
@@ -261,4 +266,52 @@ fn a_second_engine_gets_the_memory_that_the_first_one_leaves() {
     drop(second);
     assert_eq!(answer(&load("llama", &rest).unwrap()), expected);
     assert_eq!(answer(&first), expected);
+}
+
+#[test]
+fn a_model_is_warmed_up_while_it_is_loaded_unless_an_option_forbids_it() {
+    let gpu = gpu::lock();
+    let config = EngineConfig {
+        max_batch_tokens: 64,
+        max_sequences: 4,
+        kv_cache_bytes: Some(1 << 20),
+        audit: true,
+        ..EngineConfig::default()
+    };
+    for model in ["llama", "gemma3", "qwen3-moe"] {
+        let mut expected = None;
+        let mut parts = None;
+        // Steps of 1, 2 and 4 sequences.
+        for (warm_up, sizes) in [(0, 0), (1, 1), (usize::MAX, 3)] {
+            if !gpu::is_real() {
+                gpu.reset();
+            }
+            let seen = Arc::new(Mutex::new(Vec::new()));
+            let progress = Arc::clone(&seen);
+            let options = LoadOptions {
+                progress: Some(Box::new(move |done, total| {
+                    progress.lock().unwrap().push((done, total));
+                })),
+                ..options(warm_up)
+            };
+            let engine = Engine::load_with(tiny(model), config.clone(), options).unwrap();
+            let seen = seen.lock().unwrap();
+            let total = sizes + *parts.get_or_insert(seen.len() - 1);
+            let each = (0..=total).map(|done| (done, total));
+            assert!(each.eq(seen.iter().copied()), "{model}: {seen:?}");
+            let launches = || (!gpu::is_real()).then(|| gpu.statistic("graph_launches"));
+            let before = launches();
+            let tokens = answer(&engine);
+            if let Some((before, after)) = before.zip(launches()) {
+                assert_eq!(before, sizes as u64);
+                // The prompt gives the first of six tokens. Without a warm-up, the next step is
+                // enqueued. A further step may be in flight when the last token is known.
+                let replays = if warm_up == 0 { 4 } else { 5 };
+                let found = after - before;
+                assert!((replays..=replays + 1).contains(&found), "{model}: {found}");
+            }
+            idle(&engine);
+            assert_eq!(*expected.get_or_insert(tokens.clone()), tokens, "{model}");
+        }
+    }
 }

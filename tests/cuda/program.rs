@@ -166,7 +166,7 @@ fn a_server_that_loses_its_gpu_answers_open_requests_and_exits() {
     command.args([
         "serve", "--model", &model, "--device", "cuda", "--port", "0",
     ]);
-    command.args(["--kv-cache-mib", "4"]);
+    command.args(["--kv-cache-mib", "4", "--no-warm-up"]);
     // Fail in the middle of an answer.
     command.env("VGPU_FAIL", "cuGraphLaunch:5:LAUNCH_FAILED");
     let mut server = serve::Serve::spawn(&mut command);

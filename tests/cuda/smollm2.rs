@@ -24,6 +24,7 @@ fn check(activations: CudaActivations, steps: usize, mean_allowed: f32, max_allo
         device: DeviceChoice::Cuda(0),
         cuda: CudaOptions {
             activations,
+            warm_up: 0,
             ..CudaOptions::default()
         },
         ..LoadOptions::default()

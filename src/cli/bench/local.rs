@@ -163,7 +163,7 @@ pub fn run(args: &BenchArgs) -> Result<(), CliError> {
         prefix_cache: false,
         ..settings
     };
-    let engine = args.run.start_with(args.model.open()?, config)?;
+    let engine = args.run.start_with(args.model.open()?, config, most)?;
     let mut figures = Vec::new();
     if args.prompt > 0 {
         figures.push(Figure {

@@ -15,6 +15,11 @@ pub struct CudaOptions {
     /// sizes, or if so many would take more than 1/32 of the GPU's memory. The least recently
     /// used one makes way for a new one.
     pub max_graphs: usize,
+    /// The largest number of sequences for whose decode steps graphs are recorded while a model
+    /// is loaded, so that the first steps are as fast as later ones; 0 records none before they
+    /// are needed. Loading takes a moment longer for each graph. Numbers beyond the engine's
+    /// limits have no further effect.
+    pub warm_up: usize,
     /// Share of the GPU's memory that may be used: above 0, at most 1. The KV cache takes what
     /// everything else in the memory plan leaves of it.
     pub utilisation: f32,
@@ -29,6 +34,7 @@ impl Default for CudaOptions {
             device: 0,
             activations: CudaActivations::default(),
             max_graphs: 128,
+            warm_up: usize::MAX,
             utilisation: 0.9,
             blas: false,
         }

@@ -176,7 +176,7 @@ fn bucket(rows: usize) -> usize {
 
 /// Returns the bucket of a decode step with `rows` rows, or `None` if such steps are not padded
 /// and recorded.
-fn bucket_within(limits: &DeviceLimits, rows: usize) -> Option<usize> {
+pub(super) fn bucket_within(limits: &DeviceLimits, rows: usize) -> Option<usize> {
     let largest = limits.rows.min(limits.sequences);
     (1..=largest)
         .contains(&rows)
@@ -602,6 +602,29 @@ impl StepInputs {
             units: self.max_units,
             groups: batch.groups.len(),
         });
+        Ok(())
+    }
+
+    /// Enqueues the upload of a decode step of this size whose rows are all padding, so that it
+    /// touches no block of the cache.
+    pub(super) fn take_padding(
+        &mut self,
+        context: &Context,
+        key: StepKey,
+    ) -> Result<(), DeviceError> {
+        self.clear();
+        self.make_room(context, key.rows, key.rows.max(self.sampled_count))?;
+        self.lay_out(&Batch::new(key.groups), key.rows);
+        self.max_units = key.units;
+        self.base = self.uploads.write(context, &self.words)?;
+        (self.rows, self.padded_rows, self.samples) = (key.rows, key.rows, key.rows);
+        self.bounds = Bounds {
+            positions: 0,
+            slots: 0,
+            blocks: 0,
+        };
+        self.windows.resize(key.groups, usize::MAX);
+        self.key = Some(key);
         Ok(())
     }
 

@@ -1,4 +1,4 @@
-//! Begins and ends steps, and reserves their memory.
+//! Begins and ends steps, records their graphs in advance, and reserves their memory.
 //!
 //! All memory that a step within the limits needs is reserved before anything else is allocated,
 //! so that it does not run out during service, and graphs stay valid. Exceptions are in no graph
@@ -12,7 +12,7 @@ use super::linear::converted_bytes;
 use super::memory::UPLOADER_BYTES;
 use super::sampling::SamplerSizes;
 use super::scratch::rounded;
-use super::step::{input_words, keys_within, token_bytes, work_words};
+use super::step::{StepKey, bucket_within, input_words, keys_within, token_bytes, work_words};
 use super::transfer::{download_bytes, upload_bytes};
 use crate::device::{
     Batch, DeviceError, DeviceLimits, Finished, ModelShape, Staged, StepMemory, StepOps,
@@ -46,6 +46,20 @@ impl CudaDevice {
         let sizes = keys_within(limits, unit_spread(limits.model.heads)).len();
         let fit = (self.memory / SHARE / graph_bytes(limits.model)).max(1);
         self.options.max_graphs.min(sizes).min(fit)
+    }
+
+    /// Returns the sizes of the steps to record in advance. All of them fit.
+    fn warm_up_keys(&self) -> Vec<StepKey> {
+        let Some(limits) = &self.limits else {
+            return Vec::new();
+        };
+        let sequences = self.options.warm_up.min(limits.sequences);
+        let Some(rows) = bucket_within(limits, sequences.min(limits.rows)) else {
+            return Vec::new();
+        };
+        let keys = keys_within(limits, unit_spread(limits.model.heads)).into_iter();
+        let most = self.most_graphs(limits);
+        keys.filter(|key| key.rows <= rows).take(most).collect()
     }
 }
 
@@ -92,6 +106,36 @@ impl StepOps for CudaDevice {
         }
         let sizes = SamplerSizes::new(limits.sequences, limits.vocabulary);
         self.sampler.reserve(context, &sizes)
+    }
+
+    fn warm_up_steps(&self) -> usize {
+        self.warm_up_keys().len()
+    }
+
+    fn warm_up(
+        &mut self,
+        index: usize,
+        enqueue: &mut dyn FnMut(&mut Self, usize) -> Result<(), DeviceError>,
+    ) -> Result<(), DeviceError> {
+        let Some(&key) = self.warm_up_keys().get(index) else {
+            return Ok(());
+        };
+        // The first one is enqueued, and the second one is recorded.
+        for _ in 0..2 {
+            self.graphs.abandon(&self.context);
+            self.step.take_padding(&self.context, key)?;
+            if self.graphs.begin(&self.context, &self.step)? == Staged::Replayed {
+                break;
+            }
+            loop {
+                let outcome = enqueue(self, key.rows);
+                if self.finish(outcome)? == Finished::Done {
+                    break;
+                }
+            }
+        }
+        // A failure belongs to this step, not to the first one of a request.
+        self.context.compute.synchronize("warming up")
     }
 
     fn depth(&self) -> usize {

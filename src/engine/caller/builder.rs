@@ -82,8 +82,7 @@ impl EngineBuilder {
         self
     }
 
-    /// Calls `progress` after each part of the model with the number of parts that are loaded
-    /// and the number of all parts.
+    /// Calls `progress` as [`LoadOptions::progress`] says.
     pub fn progress(mut self, progress: impl FnMut(usize, usize) + Send + 'static) -> Self {
         self.options.progress = Some(Box::new(progress));
         self
