@@ -251,7 +251,7 @@ fn engine_turn(sequences: usize) -> Result<f64, Box<dyn Error>> {
         };
         let config = EngineConfig {
             max_sequences: sequences,
-            max_batch_tokens: sequences * 2 * BLOCK,
+            max_batch_tokens: Some(sequences * 2 * BLOCK),
             max_open_requests: sequences,
             stream_buffer: 2 * STEPS,
             audit: false,

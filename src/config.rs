@@ -8,8 +8,10 @@ use std::time::Duration;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EngineConfig {
     /// Maximum number of tokens (rows) per step: decodes first, then chunks of prompts in the
-    /// room that is left.
-    pub max_batch_tokens: usize,
+    /// room that is left. If `None`, the device decides: 512 on the CPU; on a GPU 8192, or less
+    /// if the activations of such a step would take more than a quarter of the memory that the
+    /// weights leave, or if the KV cache is smaller.
+    pub max_batch_tokens: Option<usize>,
     /// Maximum number of sequences that run at the same time.
     pub max_sequences: usize,
     /// Maximum number of open requests, including those that wait to start. Further requests
@@ -55,7 +57,7 @@ pub struct EngineConfig {
 impl Default for EngineConfig {
     fn default() -> Self {
         Self {
-            max_batch_tokens: 512,
+            max_batch_tokens: None,
             max_sequences: 256,
             max_open_requests: 4096,
             kv_cache_bytes: None,

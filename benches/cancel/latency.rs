@@ -130,7 +130,7 @@ impl Live {
             // All requests hold blocks, and their buffers soon fill with tokens.
             State::Asleep | State::Awake => EngineConfig {
                 max_sequences: case.live,
-                max_batch_tokens: 4096,
+                max_batch_tokens: Some(4096),
                 stream_buffer: 8,
                 ..EngineConfig::default()
             },

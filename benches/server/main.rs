@@ -121,7 +121,7 @@ fn null_engine(model: &Path, load: Load) -> Result<Engine, Failure> {
     };
     let config = EngineConfig {
         max_sequences: load.streams,
-        max_batch_tokens: load.streams + 512,
+        max_batch_tokens: Some(load.streams + 512),
         audit: false,
         ..EngineConfig::default()
     };

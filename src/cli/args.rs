@@ -123,9 +123,10 @@ pub struct RunArgs {
     /// leave].
     #[arg(long, value_name = "MIB")]
     kv_cache_mib: Option<usize>,
-    /// Maximum number of tokens per step, decode tokens and prompt chunks together.
-    #[arg(long, value_name = "N", default_value_t = 512)]
-    pub max_batch_tokens: usize,
+    /// Maximum number of tokens per step, decode tokens and prompt chunks together [default:
+    /// 512 on the CPU; on a GPU 8192, or less if memory is short].
+    #[arg(long, value_name = "N")]
+    max_batch_tokens: Option<usize>,
     /// Maximum length of a sequence in tokens, prompt and answer together [default: the
     /// model's own limit].
     #[arg(long, value_name = "N")]
@@ -250,7 +251,7 @@ impl RunArgs {
     pub fn config(&self) -> Result<EngineConfig, CliError> {
         for (flag, value) in [
             ("--kv-cache-mib", self.kv_cache_mib),
-            ("--max-batch-tokens", Some(self.max_batch_tokens)),
+            ("--max-batch-tokens", self.max_batch_tokens),
             ("--context", self.context),
             ("--threads", self.threads),
         ] {

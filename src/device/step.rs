@@ -101,6 +101,11 @@ pub trait StepOps: DeviceTypes {
         Ok(())
     }
 
+    /// Returns the maximum number of tokens per step that makes good use of this device.
+    fn default_step_tokens(&self) -> usize {
+        512
+    }
+
     /// Returns the number of steps to run once before the device is used, with
     /// [`StepOps::warm_up`], so that later steps of the same size are fast from the start.
     fn warm_up_steps(&self) -> usize {

@@ -12,6 +12,8 @@ pub struct EngineInfo {
     /// [`Engine::max_sequence_tokens`](crate::Engine::max_sequence_tokens) also takes the size
     /// of the KV cache into account.
     pub context_tokens: usize,
+    /// Maximum number of tokens per step.
+    pub max_batch_tokens: usize,
     /// Length of an embedding vector; `None` if the engine computes no embeddings.
     pub embedding: Option<usize>,
     /// Tokens that end an answer, according to the model's own settings.
@@ -29,6 +31,7 @@ impl EngineInfo {
         Self {
             vocabulary: info.vocabulary,
             context_tokens: info.context_tokens,
+            max_batch_tokens: info.max_batch_tokens,
             embedding: info.embedding,
             end_tokens: info.end_tokens,
             cache_blocks: info.cache_blocks,

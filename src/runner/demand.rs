@@ -8,6 +8,13 @@ use crate::config::EngineConfig;
 use crate::device::{CacheShape, Device, DeviceLimits, ExpertShape, ModelShape, StepMemory};
 use crate::model::{Decoder, ModelConfig, ModelSource, StepLimits};
 
+/// The smallest default of the number of tokens per step.
+const LEAST_STEP_TOKENS: usize = 512;
+
+/// By default, the number of tokens per step is chosen so that activations and scratch memory
+/// take at most this share of the memory that the weights leave, as a divisor.
+const STEP_SHARE: usize = 4;
+
 /// If memory is too small, limits are proposed that leave room for a sequence of this many tokens.
 const LEAST_SEQUENCE: usize = 1024;
 
@@ -17,6 +24,9 @@ pub(super) struct Demand<'a> {
     config: &'a EngineConfig,
     layout: CacheLayout,
     limits: DeviceLimits,
+    /// Bytes of the device's memory that may be used, before anything is allocated; `None` if it
+    /// has no memory of its own.
+    usable: Option<usize>,
 }
 
 /// Bytes that a model takes on a device besides its KV cache.
@@ -36,28 +46,40 @@ impl Needs {
 }
 
 impl<'a> Demand<'a> {
-    /// Takes the limits of steps from the settings.
-    pub(super) fn new(
+    /// Decides the limits of steps. Nothing may have been allocated on the device yet.
+    pub(super) fn new<D: Device>(
         source: &'a ModelSource,
         config: &'a EngineConfig,
+        device: &D,
     ) -> Result<Self, LoadError> {
         let model = source.config();
         let layout = cache_layout(model, config)?;
         let limits = DeviceLimits {
-            rows: config.max_batch_tokens,
-            sequences: config.max_sequences.min(config.max_batch_tokens),
+            rows: 1,
+            sequences: 1,
             sequence_tokens: context_tokens(model, config),
             block_tokens: config.block_tokens,
             groups: layout.groups().len(),
             vocabulary: model.vocabulary,
             model: shape(model),
         };
-        Ok(Self {
+        let usable = match device.free_memory()? {
+            Some(_) => Some(device.cache_budget(0)?),
+            None => None,
+        };
+        let mut demand = Self {
             source,
             config,
             layout,
             limits,
-        })
+            usable,
+        };
+        let rows = match config.max_batch_tokens {
+            Some(rows) => rows,
+            None => demand.default_rows(device),
+        };
+        demand.limits = demand.limits_of(rows);
+        Ok(demand)
     }
 
     /// Returns the limits of steps.
@@ -73,6 +95,39 @@ impl<'a> Demand<'a> {
     /// Returns how the layers share the KV cache.
     pub(super) fn layout(&self) -> &CacheLayout {
         &self.layout
+    }
+
+    fn limits_of(&self, rows: usize) -> DeviceLimits {
+        DeviceLimits {
+            rows,
+            sequences: self.config.max_sequences.min(rows),
+            ..self.limits
+        }
+    }
+
+    /// Returns the device's default number of tokens per step, or less if activations would take
+    /// too much memory, or if the KV cache holds fewer tokens.
+    fn default_rows<D: Device>(&self, device: &D) -> usize {
+        let mut rows = device.default_step_tokens();
+        // A block of each group.
+        let blocks = least_cache(self.source.config(), self.config, &self.layout, device);
+        let tokens = self.config.kv_cache_bytes.map_or(usize::MAX, |bytes| {
+            (bytes / blocks.max(1)).saturating_mul(self.config.block_tokens)
+        });
+        let suits = |rows: usize| {
+            let needs = self.needs(device, &self.limits_of(rows));
+            let steps = needs.activations.saturating_add(needs.steps.scratch);
+            let left = self.usable.map_or(usize::MAX, |usable| {
+                usable
+                    .saturating_sub(needs.weights)
+                    .saturating_sub(needs.steps.graphs)
+            });
+            steps <= left / STEP_SHARE && rows / 2 < tokens
+        };
+        while rows > LEAST_STEP_TOKENS && !suits(rows) {
+            rows = (rows / 2).max(LEAST_STEP_TOKENS);
+        }
+        rows
     }
 
     /// Returns the memory that steps within `limits` take, and an estimate for the weights.
@@ -138,7 +193,7 @@ impl<'a> Demand<'a> {
             None => {
                 let budget = device.cache_budget(unallocated)?;
                 let least = least_cache(model, config, layout, device);
-                if device.free_memory()?.is_some() && budget < least {
+                if self.usable.is_some() && budget < least {
                     let allocated = needs.total().saturating_sub(unallocated);
                     let usable = device.cache_budget(0)?.saturating_add(allocated);
                     return Err(self.too_little(device, needs, usable));

@@ -205,7 +205,7 @@ impl DeviceWork for Plan<'_> {
 
     fn run<D: Device>(self, device: D) -> Result<Self::Output, LoadError> {
         let Self { source, config } = self;
-        let plan = Demand::new(source, config)?.plan(&device)?;
+        let plan = Demand::new(source, config, &device)?.plan(&device)?;
         Ok((device.info(), plan))
     }
 }

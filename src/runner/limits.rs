@@ -16,7 +16,11 @@ pub(super) fn context_tokens(model: &ModelConfig, config: &EngineConfig) -> usiz
 /// Checks that all settings are in range. The error names the first that is not.
 pub(crate) fn validate(config: &EngineConfig) -> Result<(), LoadError> {
     for (name, value, limit) in [
-        ("max_batch_tokens", config.max_batch_tokens, 1 << 20),
+        (
+            "max_batch_tokens",
+            config.max_batch_tokens.unwrap_or(1),
+            1 << 20,
+        ),
         ("max_sequences", config.max_sequences, 1 << 20),
         ("max_open_requests", config.max_open_requests, usize::MAX),
         ("block_tokens", config.block_tokens, 1 << 16),

@@ -29,6 +29,7 @@ pub use null::{NullOptions, NullRunner};
 pub use options::{DeviceChoice, GenerationConfig, LoadOptions};
 
 use crate::cache::{BlockId, CacheLayout};
+use crate::config::EngineConfig;
 use crate::device::{DeviceError, DeviceInfo, PooledRows};
 use crate::sampling::{Samples, SamplingDefaults, Token};
 use crate::schedule::{Sequences, StepPlan};
@@ -115,6 +116,8 @@ pub struct RunnerInfo {
     pub vocabulary: usize,
     /// Maximum number of tokens per sequence that the model and the settings allow.
     pub context_tokens: usize,
+    /// Maximum number of tokens per step, unless the settings say otherwise.
+    pub max_batch_tokens: usize,
     /// Length of an embedding vector; `None` if the runner computes no embeddings.
     pub embedding: Option<usize>,
     /// Tokens that end a sequence, according to the model's own settings.
@@ -129,6 +132,16 @@ pub struct RunnerInfo {
     pub swap: Option<SwapInfo>,
     /// The loaded model; `None` for a runner without one.
     pub model: Option<ModelInfo>,
+}
+
+impl RunnerInfo {
+    /// Replaces what the settings decide.
+    pub(crate) fn with_settings(self, config: &EngineConfig) -> Self {
+        Self {
+            max_batch_tokens: config.max_batch_tokens.unwrap_or(self.max_batch_tokens),
+            ..self
+        }
+    }
 }
 
 /// Host memory for swapped-out blocks, and its speed.

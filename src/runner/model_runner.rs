@@ -61,7 +61,7 @@ impl<D: Device> ModelRunner<D> {
     ) -> Result<(Self, RunnerInfo), LoadError> {
         let begin = Instant::now();
         let model = source.config();
-        let demand = Demand::new(source, config)?;
+        let demand = Demand::new(source, config, &device)?;
         demand.plan(&device)?;
         device.reserve(demand.limits())?;
         let layout = demand.layout().clone();
@@ -103,6 +103,7 @@ impl<D: Device> ModelRunner<D> {
         let info = RunnerInfo {
             vocabulary: model.vocabulary,
             context_tokens: context,
+            max_batch_tokens: memory.batch_tokens,
             embedding: Some(model.hidden),
             end_tokens: model.end_tokens.clone(),
             cache_blocks: shape.blocks,
@@ -270,7 +271,7 @@ mod tests {
         };
         let block = device.cache_bytes(&block);
         let config = EngineConfig {
-            max_batch_tokens: 64,
+            max_batch_tokens: Some(64),
             max_sequences: 4,
             kv_cache_bytes: Some(BLOCKS * block),
             swap_bytes: swap_blocks * block,

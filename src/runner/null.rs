@@ -131,6 +131,7 @@ impl NullRunner {
         RunnerInfo {
             vocabulary: self.options.vocabulary,
             context_tokens: self.options.context_tokens,
+            max_batch_tokens: 512,
             embedding: (self.options.embedding > 0).then_some(self.options.embedding),
             end_tokens: Vec::new(),
             cache_blocks: self.options.cache_blocks,

@@ -54,6 +54,7 @@ fn start(template: serde_json::Value, run: usize, defaults: Option<SamplingDefau
     let info = RunnerInfo {
         vocabulary: tokenizer.vocabulary_size(),
         context_tokens: 4096,
+        max_batch_tokens: 512,
         embedding: None,
         end_tokens: vec![END_OF_ANSWER],
         cache_blocks: 4096,

@@ -30,7 +30,7 @@ fn engine_with(model: &str, cuda: CudaOptions, kv_blocks: usize, config: EngineC
     let head_dim = if model == "llama" { 16 } else { 32 };
     let block_bytes = 2 * 2 * 2 * 2 * head_dim * 16;
     let config = EngineConfig {
-        max_batch_tokens: 64,
+        max_batch_tokens: Some(64),
         max_sequences: REQUESTS,
         kv_cache_bytes: Some(kv_blocks * block_bytes),
         audit: true,

@@ -18,7 +18,7 @@ fn check(name: &str, activations: CudaActivations, tolerance: Tolerance) {
     };
     // Small steps, so that the longest prompt is prefilled in chunks.
     let config = EngineConfig {
-        max_batch_tokens: 64,
+        max_batch_tokens: Some(64),
         max_sequences: 16,
         kv_cache_bytes: Some(2 << 20),
         audit: true,

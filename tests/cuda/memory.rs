@@ -1,5 +1,5 @@
 //! The memory of a model on the GPU: what is planned is what is allocated, too little is a typed
-//! error that says what would fit.
+//! error that says what would fit, and the limits that nobody sets are those of a GPU.
 
 use common::golden::tiny;
 use common::gpu::{self, Gpu};
@@ -78,7 +78,7 @@ fn a_loaded_model_takes_the_memory_that_was_planned() {
         return;
     };
     let config = EngineConfig {
-        max_batch_tokens: 256,
+        max_batch_tokens: Some(256),
         max_sequences: 16,
         kv_cache_bytes: Some(1 << 20),
         ..EngineConfig::default()
@@ -138,7 +138,7 @@ fn nothing_is_allocated_while_requests_are_served() {
         return;
     };
     let config = EngineConfig {
-        max_batch_tokens: 64,
+        max_batch_tokens: Some(64),
         max_sequences: 8,
         kv_cache_bytes: Some(1 << 20),
         prefix_cache: false,
@@ -183,7 +183,7 @@ fn too_many_tokens_per_step_are_refused_with_a_number_that_fits() {
         return;
     };
     let config = EngineConfig {
-        max_batch_tokens: 1 << 18,
+        max_batch_tokens: Some(1 << 18),
         ..EngineConfig::default()
     };
     let error = load("llama", &config).unwrap_err();
@@ -200,7 +200,7 @@ fn too_many_tokens_per_step_are_refused_with_a_number_that_fits() {
     let tokens = proposed(&error, "max_batch_tokens");
     assert!((512..1 << 18).contains(&tokens), "{text}");
     let config = EngineConfig {
-        max_batch_tokens: tokens,
+        max_batch_tokens: Some(tokens),
         ..config
     };
     assert_eq!(answer(&load("llama", &config).unwrap()).len(), 6);
@@ -212,7 +212,7 @@ fn a_kv_cache_that_does_not_fit_is_refused_with_a_size_that_does() {
         return;
     };
     let config = EngineConfig {
-        max_batch_tokens: 64,
+        max_batch_tokens: Some(64),
         max_sequences: 512,
         kv_cache_bytes: Some(1 << 30),
         ..EngineConfig::default()
@@ -246,7 +246,7 @@ fn a_second_engine_gets_the_memory_that_the_first_one_leaves() {
         return;
     };
     let config = EngineConfig {
-        max_batch_tokens: 64,
+        max_batch_tokens: Some(64),
         kv_cache_bytes: Some(8 << 20),
         ..EngineConfig::default()
     };
@@ -269,10 +269,44 @@ fn a_second_engine_gets_the_memory_that_the_first_one_leaves() {
 }
 
 #[test]
+fn the_default_of_tokens_per_step_depends_on_the_gpu_and_settings_win() {
+    let default = EngineConfig::default();
+    let tokens = |config: &EngineConfig| plan("llama", config).unwrap().batch_tokens;
+    {
+        let Some(_gpu) = with_memory("8G") else {
+            return;
+        };
+        assert_eq!(tokens(&default), 8192);
+        let explicit = EngineConfig {
+            max_batch_tokens: Some(100),
+            ..default.clone()
+        };
+        assert_eq!(tokens(&explicit), 100);
+        // A step has no use for more tokens than the KV cache holds.
+        let small_cache = EngineConfig {
+            kv_cache_bytes: Some(2000 * 256),
+            ..default.clone()
+        };
+        assert_eq!(tokens(&small_cache), 2048);
+        let engine = load("llama", &small_cache).unwrap();
+        assert_eq!(engine.info().max_batch_tokens, 2048);
+    }
+    let Some(_gpu) = with_memory("64M") else {
+        return;
+    };
+    let less = tokens(&default);
+    assert!((512..8192).contains(&less), "{less}");
+    let cpu = LoadOptions::cpu();
+    let files = ModelFiles::open(&tiny("llama")).unwrap();
+    let (_, plan) = files.plan(&default, &cpu).unwrap();
+    assert_eq!((plan.batch_tokens, plan.graphs), (512, 0));
+}
+
+#[test]
 fn a_model_is_warmed_up_while_it_is_loaded_unless_an_option_forbids_it() {
     let gpu = gpu::lock();
     let config = EngineConfig {
-        max_batch_tokens: 64,
+        max_batch_tokens: Some(64),
         max_sequences: 4,
         kv_cache_bytes: Some(1 << 20),
         audit: true,

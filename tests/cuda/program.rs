@@ -77,7 +77,7 @@ fn inspect_plans_a_models_memory_on_the_gpu() {
     ] {
         assert!(memory[name].as_u64().unwrap() > 0, "{name}");
     }
-    assert_eq!(memory["batch_tokens"], 512);
+    assert_eq!(memory["batch_tokens"], 8192);
     let text = quell(&["inspect", &model, "--device", "cuda"]);
     let text = String::from_utf8(text.stdout).unwrap();
     let line = text
@@ -85,7 +85,7 @@ fn inspect_plans_a_models_memory_on_the_gpu() {
         .find(|line| line.starts_with("steps "))
         .unwrap();
     for part in [
-        "up to 512 tokens",
+        "up to 8192 tokens",
         "of scratch memory",
         "graphs; ",
         "pinned on the host",

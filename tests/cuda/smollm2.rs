@@ -14,7 +14,7 @@ use quell::{
 fn check(activations: CudaActivations, steps: usize, mean_allowed: f32, max_allowed: f32) {
     let _gpu = gpu::lock();
     let config = EngineConfig {
-        max_batch_tokens: 64,
+        max_batch_tokens: Some(64),
         max_sequences: 1,
         max_context: Some(64),
         kv_cache_bytes: Some(4 << 20),

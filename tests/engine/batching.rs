@@ -16,7 +16,7 @@ fn engine(kv_blocks: usize) -> Engine {
     // A block of 16 tokens takes 16 × 23,040 bytes with float16 keys and values.
     let config = EngineConfig {
         kv_cache_bytes: Some(kv_blocks * 16 * 23_040),
-        max_batch_tokens: 160,
+        max_batch_tokens: Some(160),
         audit: true,
         ..EngineConfig::default()
     };

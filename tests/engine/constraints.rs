@@ -37,7 +37,7 @@ fn constrained_and_free_requests_keep_their_tokens_in_a_batch() {
                 ..SimOptions::default()
             };
             let config = EngineConfig {
-                max_batch_tokens: 24,
+                max_batch_tokens: Some(24),
                 preemption,
                 ..EngineConfig::default()
             };

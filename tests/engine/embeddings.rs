@@ -47,7 +47,7 @@ fn prompts_are_embedded_under_load_and_with_few_blocks() {
             ..SimOptions::default()
         };
         let config = EngineConfig {
-            max_batch_tokens: 16,
+            max_batch_tokens: Some(16),
             preemption,
             ..EngineConfig::default()
         };
@@ -116,7 +116,7 @@ fn an_embedding_that_is_dropped_or_cancelled_frees_its_blocks() {
             ..SimOptions::default()
         };
         let config = EngineConfig {
-            max_batch_tokens: 8,
+            max_batch_tokens: Some(8),
             ..EngineConfig::default()
         };
         let engine = sim::engine(options, config);
@@ -149,7 +149,7 @@ fn a_failed_step_fails_its_embeddings() {
         ..SimOptions::default()
     };
     let config = EngineConfig {
-        max_batch_tokens: 8,
+        max_batch_tokens: Some(8),
         ..EngineConfig::default()
     };
     let engine = sim::engine(options, config);
@@ -225,7 +225,7 @@ fn the_null_runner_embeds_token_counts() {
         ..NullOptions::default()
     };
     let config = EngineConfig {
-        max_batch_tokens: 3,
+        max_batch_tokens: Some(3),
         ..EngineConfig::default()
     };
     let engine = Engine::with_runner(config, None, move || NullRunner::start(options)).unwrap();
@@ -345,7 +345,7 @@ fn chunking_batching_and_cached_prefixes_change_no_bit() {
             .unwrap());
         for max_batch_tokens in [1, 7, 16, 33] {
             let config = EngineConfig {
-                max_batch_tokens,
+                max_batch_tokens: Some(max_batch_tokens),
                 ..EngineConfig::default()
             };
             let engine = cpu(name, config);

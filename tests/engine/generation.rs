@@ -54,7 +54,7 @@ fn preempted_requests_keep_their_tokens() {
             ..SimOptions::default()
         };
         let config = EngineConfig {
-            max_batch_tokens: 128,
+            max_batch_tokens: Some(128),
             ..EngineConfig::default()
         };
         let engine = engine(options, config);
@@ -204,7 +204,7 @@ fn settings_out_of_range_are_refused() {
         ),
         (
             EngineConfig {
-                max_batch_tokens: 0,
+                max_batch_tokens: Some(0),
                 ..base()
             },
             "max_batch_tokens",
@@ -258,7 +258,7 @@ fn dropped_streams_free_their_blocks_and_change_no_other_answer() {
         let engine = engine(
             options,
             EngineConfig {
-                max_batch_tokens: 32,
+                max_batch_tokens: Some(32),
                 ..EngineConfig::default()
             },
         );

@@ -40,7 +40,7 @@ fn tokens_depend_only_on_the_requests_own_prompt() {
         };
         let config = EngineConfig {
             audit: true,
-            max_batch_tokens: 16,
+            max_batch_tokens: Some(16),
             ..EngineConfig::default()
         };
         let (told, begin) = channel();

@@ -39,7 +39,7 @@ fn prompts_are_scored_under_load_and_with_few_blocks() {
             ..SimOptions::default()
         };
         let config = EngineConfig {
-            max_batch_tokens: 16,
+            max_batch_tokens: Some(16),
             max_sequences: 6,
             preemption,
             ..EngineConfig::default()
@@ -74,7 +74,7 @@ fn prompts_are_scored_under_load_and_with_few_blocks() {
 #[test]
 fn the_scores_arrive_with_the_first_token() {
     let config = EngineConfig {
-        max_batch_tokens: 4,
+        max_batch_tokens: Some(4),
         ..EngineConfig::default()
     };
     let engine = sim::engine(SimOptions::default(), config);
@@ -117,7 +117,7 @@ fn a_prompt_that_is_only_scored_generates_nothing() {
 #[test]
 fn samples_and_turns_of_sessions_are_scored() {
     let config = EngineConfig {
-        max_batch_tokens: 8,
+        max_batch_tokens: Some(8),
         ..EngineConfig::default()
     };
     let engine = sim::engine(SimOptions::default(), config);
@@ -156,7 +156,7 @@ fn a_scored_request_that_is_dropped_or_cancelled_frees_its_blocks() {
             ..SimOptions::default()
         };
         let config = EngineConfig {
-            max_batch_tokens: 8,
+            max_batch_tokens: Some(8),
             ..EngineConfig::default()
         };
         let engine = sim::engine(options, config);
@@ -231,7 +231,7 @@ fn the_null_runner_scores_the_prompt() {
 fn prompt_scores_agree_with_transformers() {
     for name in ["llama", "gemma2", "qwen3", "mixtral"] {
         let config = EngineConfig {
-            max_batch_tokens: 32,
+            max_batch_tokens: Some(32),
             max_sequences: 9,
             kv_cache_bytes: Some(8 << 20),
             audit: true,

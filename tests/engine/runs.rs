@@ -45,6 +45,7 @@ impl Scripted {
         let info = RunnerInfo {
             vocabulary: 1000.max(tokenizer.as_ref().map_or(0, Tokenizer::vocabulary_size)),
             context_tokens: 400,
+            max_batch_tokens: 512,
             embedding: None,
             end_tokens: Vec::new(),
             cache_blocks: 200,

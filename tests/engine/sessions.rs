@@ -396,7 +396,7 @@ fn swapping_to_the_host_changes_no_answer() {
                 ..sim(depth)
             };
             let config = EngineConfig {
-                max_batch_tokens: 64,
+                max_batch_tokens: Some(64),
                 preemption,
                 ..EngineConfig::default()
             };

@@ -242,7 +242,7 @@ fn check(name: &str, architecture: &'static str) {
     let path = folder.path().join("model.gguf");
     std::fs::write(&path, conversion.file.build()).unwrap();
     let config = EngineConfig {
-        max_batch_tokens: 32,
+        max_batch_tokens: Some(32),
         kv_cache_bytes: Some(8 << 20),
         audit: true,
         ..EngineConfig::default()

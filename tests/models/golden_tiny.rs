@@ -22,7 +22,7 @@ fn check(name: &str) {
         };
         // Small steps, so that the longest prompt is prefilled in chunks.
         let config = EngineConfig {
-            max_batch_tokens: 32,
+            max_batch_tokens: Some(32),
             kv_cache_bytes: Some(8 << 20),
             audit: true,
             ..EngineConfig::default()

@@ -213,7 +213,7 @@ fn cancelled_requests_end_on_the_server_and_release_their_blocks() {
     };
     // No step has room for a whole prompt, and every step waits for the gate.
     let config = EngineConfig {
-        max_batch_tokens: 8,
+        max_batch_tokens: Some(8),
         ..EngineConfig::default()
     };
     let served = serve(engine(options, config));

@@ -511,6 +511,7 @@ pub fn info(options: &SimOptions) -> RunnerInfo {
     RunnerInfo {
         vocabulary: VOCABULARY as usize,
         context_tokens: options.context,
+        max_batch_tokens: 512,
         embedding: Some(HIDDEN),
         end_tokens: Vec::new(),
         cache_blocks: options.blocks,

@@ -77,7 +77,7 @@ fn engine(options: SimOptions) -> Engine {
         ..options
     };
     let config = EngineConfig {
-        max_batch_tokens: 20,
+        max_batch_tokens: Some(20),
         max_sequences: 16,
         max_open_requests: OPEN,
         stream_buffer: 8,

@@ -135,9 +135,10 @@ impl Phase {
 
 impl BenchArgs {
     /// Returns the number of tokens that the first of `streams` streams may decode before
-    /// the last one starts, or 0 if one step takes the prompts of all of them.
-    fn lead(&self, streams: usize) -> usize {
-        let steps = (streams * self.decode_prompt).div_ceil(self.run.max_batch_tokens);
+    /// the last one starts, or 0 if one step of `step_tokens` tokens takes the prompts of all of
+    /// them.
+    fn lead(&self, streams: usize, step_tokens: usize) -> usize {
+        let steps = (streams * self.decode_prompt).div_ceil(step_tokens);
         // Tokens of streams that already decode take up a part of each step.
         if steps <= 1 { 0 } else { 2 * steps + 4 }
     }
@@ -158,7 +159,7 @@ pub fn run(args: &BenchArgs) -> Result<(), CliError> {
     let most = args.concurrency.iter().max().copied().unwrap_or(1);
     let config = EngineConfig {
         // A stream must not be paused while other streams are being read.
-        stream_buffer: args.generate + args.lead(most),
+        stream_buffer: args.generate + args.lead(most, settings.max_batch_tokens.unwrap_or(512)),
         // Each repetition must compute its prompts.
         prefix_cache: false,
         ..settings
@@ -212,13 +213,11 @@ fn measure(
     round: u64,
 ) -> Result<f64, CliError> {
     let begin = Instant::now();
+    let lead = args.lead(figure.streams, engine.info().max_batch_tokens);
     let (prompt, tokens) = match figure.phase {
         Phase::Prefill => (args.prompt, 1),
         Phase::Mixed => (args.prompt, args.generate),
-        Phase::Decode => (
-            args.decode_prompt,
-            args.generate + args.lead(figure.streams),
-        ),
+        Phase::Decode => (args.decode_prompt, args.generate + lead),
     };
     let streams = (0..figure.streams)
         .map(|stream| {
@@ -228,7 +227,7 @@ fn measure(
             Ok(engine.generate(request)?)
         })
         .collect::<Result<Vec<_>, CliError>>()?;
-    if figure.phase == Phase::Decode && args.lead(figure.streams) > 0 {
+    if figure.phase == Phase::Decode && lead > 0 {
         return decode_rate(engine, streams, args.generate);
     }
     let mut first = 0.0f64;

@@ -108,6 +108,11 @@ impl StepOps for CudaDevice {
         self.sampler.reserve(context, &sizes)
     }
 
+    /// Returns what is enough to fill the tensor cores of a data centre GPU.
+    fn default_step_tokens(&self) -> usize {
+        8192
+    }
+
     fn warm_up_steps(&self) -> usize {
         self.warm_up_keys().len()
     }

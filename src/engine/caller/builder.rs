@@ -114,7 +114,7 @@ impl EngineBuilder {
 
     /// Sets the maximum number of tokens per step.
     pub fn max_batch_tokens(mut self, tokens: usize) -> Self {
-        self.config.max_batch_tokens = tokens;
+        self.config.max_batch_tokens = Some(tokens);
         self
     }
 

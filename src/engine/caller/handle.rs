@@ -105,7 +105,7 @@ impl Engine {
         let (callers, thread) = wired;
         spawn("quell-scheduler", move || {
             let (runner, info) = match make_runner() {
-                Ok(made) => made,
+                Ok((runner, info)) => (runner, info.with_settings(&settings)),
                 Err(error) => {
                     let _ = ready.send(Err(error));
                     return;

@@ -84,7 +84,7 @@ impl CallersSide {
     ) -> Engine {
         let cache_tokens = info.layout.longest_sequence(
             info.cache_blocks,
-            config.max_batch_tokens,
+            info.max_batch_tokens,
             info.block_tokens,
             info.context_tokens,
         );
@@ -123,6 +123,7 @@ impl Engine {
         runner: Box<dyn Runner>,
         info: RunnerInfo,
     ) -> (Self, SchedulerThread, Arc<OnceLock<EngineFault>>) {
+        let info = info.with_settings(&config);
         let (callers, thread) = wire(&config).expect("the watchdog starts");
         let fault = Arc::clone(&thread.fault);
         let thread = thread.with_runner(runner, &info, &config);
@@ -157,7 +158,7 @@ fn scheduler(config: &EngineConfig, info: &RunnerInfo) -> Scheduler {
         info.layout.clone(),
     );
     let policy = Policy {
-        max_batch_tokens: config.max_batch_tokens,
+        max_batch_tokens: info.max_batch_tokens,
         max_sequences: config.max_sequences,
         max_pinned_blocks: info.cache_blocks * usize::from(config.pinned_percent) / 100,
         preemption: config.preemption,

@@ -643,7 +643,7 @@ fn setup() -> impl Strategy<Value = Setup> {
             layout,
             swap_blocks: swap_blocks * groups,
             config: EngineConfig {
-                max_batch_tokens,
+                max_batch_tokens: Some(max_batch_tokens),
                 max_sequences,
                 max_open_requests: 12,
                 stream_buffer,
@@ -694,7 +694,7 @@ fn small(blocks: usize, block_tokens: usize) -> Setup {
         layout: CacheLayout::single(),
         swap_blocks: 4,
         config: EngineConfig {
-            max_batch_tokens: 7,
+            max_batch_tokens: Some(7),
             max_sequences: 2,
             stream_buffer: 1,
             prefix_cache: false,
@@ -745,7 +745,7 @@ fn what_a_failed_step_should_have_swapped_out_is_not_swapped_in() {
         ..ASK
     };
     let mut setup = small(12, 2);
-    setup.config.max_batch_tokens = 4;
+    setup.config.max_batch_tokens = Some(4);
     setup.config.prefix_cache = true;
     // The second request is paused, preempted by the third, and restarted at once.
     let mut events = vec![Event::Act(Act::Submit(ask(1, 1)))];

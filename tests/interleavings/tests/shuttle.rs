@@ -76,7 +76,7 @@ fn faulty_engine(config: EngineConfig, fault: Option<(u64, Fault)>) -> Engine {
         ..SimOptions::default()
     };
     let config = EngineConfig {
-        max_batch_tokens: 4,
+        max_batch_tokens: Some(4),
         max_sequences: 3,
         stream_buffer: 1 + choose(3),
         // Not `Auto`, which depends on the time that steps take.

@@ -323,7 +323,7 @@ fn a_disconnect_cancels_embeddings() {
     const LABEL: &str = "embeddings";
     // With one token per step, it would take minutes to compute all inputs.
     let config = EngineConfig {
-        max_batch_tokens: 1,
+        max_batch_tokens: Some(1),
         ..EngineConfig::default()
     };
     let (engine, slow) = slow_engine(config, LABEL);

@@ -127,7 +127,7 @@ fn config(stage: Stage) -> EngineConfig {
     match stage {
         Stage::Queued => config.max_sequences = 1,
         // It takes seconds until the first token.
-        Stage::Prompt => config.max_batch_tokens = 1,
+        Stage::Prompt => config.max_batch_tokens = Some(1),
         Stage::Tokens | Stage::HeldBack => {}
     }
     config
