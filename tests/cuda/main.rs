@@ -3,6 +3,7 @@
 mod layer;
 
 mod attention;
+mod blas;
 mod cache;
 mod device;
 mod engine;

@@ -4,11 +4,11 @@
 //! on the batch, and float16 results beyond 65504 become infinite, so it is off by default.
 
 use super::context::Context;
+use super::cublaslt::{self, CublasLt, Status};
 use super::error::failed;
 use super::memory::{Buffer, Ptr};
 use super::options::{CudaActivations, CudaOptions};
 use crate::device::DeviceError;
-use cudarc::cublaslt::{result, sys};
 use std::collections::HashMap;
 use std::ffi::c_void;
 
@@ -24,16 +24,17 @@ pub(super) struct Shape {
     pub(super) out_full: bool,
 }
 
-/// The loaded library, with the plans made so far.
+/// An instance of the library, with the plans made so far.
 pub(super) struct Blas {
-    handle: sys::cublasLtHandle_t,
+    library: &'static CublasLt,
+    handle: *mut cublaslt::Instance,
     activations: CudaActivations,
     workspace: Buffer,
     plans: HashMap<Shape, Plan>,
 }
 
 /// Bytes of scratch memory for cuBLASLt: what NVIDIA recommends for Hopper.
-const WORKSPACE: usize = 32 << 20;
+static WORKSPACE: usize = 32 << 20;
 
 impl Blas {
     /// Minimum number of rows. Smaller products use quell's own kernels.
@@ -41,17 +42,16 @@ impl Blas {
 
     /// Fails with [`DeviceError::Unavailable`] if the library is not installed.
     pub(super) fn new(context: &Context, options: &CudaOptions) -> Result<Self, DeviceError> {
-        // SAFETY: this only loads the library, if there is one.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(DeviceError::Unavailable {
-                device: format!("cuda:{}", options.device),
-                reason: "cuBLASLt was requested, but libcublasLt.so.12 is not on the library path"
-                    .to_owned(),
-            });
-        }
+        let library = CublasLt::get().map_err(|reason| DeviceError::Unavailable {
+            device: format!("cuda:{}", options.device),
+            reason: format!("cuBLASLt was requested, but cannot be loaded: {reason}"),
+        })?;
         let workspace = context.allocate(WORKSPACE, "cuBLASLt's workspace")?;
+        // SAFETY: the context is current, since memory was just allocated in it.
+        let handle = create(|to| unsafe { (library.create)(to) })?;
         Ok(Self {
-            handle: check(result::create_handle())?,
+            library,
+            handle,
             activations: options.activations,
             workspace,
             plans: HashMap::new(),
@@ -68,7 +68,7 @@ impl Blas {
         out: Ptr,
     ) -> Result<(), DeviceError> {
         if !self.plans.contains_key(&shape) {
-            let plan = Plan::new(self.handle, self.activations, shape)?;
+            let plan = Plan::new(self.library, self.handle, self.activations, shape)?;
             self.plans.insert(shape, plan);
         }
         let Some(plan) = self.plans.get(&shape) else {
@@ -80,16 +80,16 @@ impl Blas {
         // transpose, x is `inputs × rows`, and the result is `outputs × rows`.
         // SAFETY: the handle and the plan's descriptors are alive; the operands are as large as
         // the shape says; only this stream uses the workspace.
-        let outcome = unsafe {
-            result::matmul(
+        let status = unsafe {
+            (self.library.multiply)(
                 self.handle,
                 plan.product.raw,
                 (&raw const one).cast(),
-                (&raw const zero).cast(),
                 pointer(weight),
                 plan.weight.raw,
                 pointer(x),
                 plan.x.raw,
+                (&raw const zero).cast(),
                 pointer(out),
                 plan.out.raw,
                 pointer(out).cast_mut(),
@@ -100,7 +100,7 @@ impl Blas {
                 context.stream().cast(),
             )
         };
-        check(outcome)
+        check(status)
     }
 }
 
@@ -109,34 +109,34 @@ impl Drop for Blas {
         self.plans.clear();
         // SAFETY: the handle was created by `new` and is destroyed once, after everything that
         // was created with it.
-        if let Err(error) = unsafe { result::destroy_handle(self.handle) } {
+        if let Err(error) = unsafe { (self.library.destroy)(self.handle) }.result() {
             tracing::error!(%error, "could not destroy a cuBLASLt handle");
         }
     }
 }
 
 /// A descriptor, which is destroyed when this is dropped.
-struct Descriptor<T: Copy> {
-    raw: T,
-    destroy: unsafe fn(T) -> Result<(), result::CublasError>,
+struct Descriptor<T> {
+    raw: *mut T,
+    destroy: unsafe extern "C" fn(*mut T) -> Status,
 }
 
-impl<T: Copy> Descriptor<T> {
-    /// Takes over a descriptor that was just created, to be destroyed with `destroy`.
-    fn of(
-        created: Result<T, result::CublasError>,
-        destroy: unsafe fn(T) -> Result<(), result::CublasError>,
+impl<T> Descriptor<T> {
+    /// Creates a descriptor with `make`, to be destroyed with `destroy`.
+    fn new(
+        make: impl FnOnce(*mut *mut T) -> Status,
+        destroy: unsafe extern "C" fn(*mut T) -> Status,
     ) -> Result<Self, DeviceError> {
-        let raw = check(created)?;
+        let raw = create(make)?;
         Ok(Self { raw, destroy })
     }
 }
 
-impl<T: Copy> Drop for Descriptor<T> {
+impl<T> Drop for Descriptor<T> {
     fn drop(&mut self) {
-        // SAFETY: `of` has got the descriptor with the function for its kind; it is destroyed
+        // SAFETY: `new` was given the function for this kind of descriptor; it is destroyed
         // once, and the library has copied what work in progress needs.
-        if let Err(error) = unsafe { (self.destroy)(self.raw) } {
+        if let Err(error) = unsafe { (self.destroy)(self.raw) }.result() {
             tracing::error!(%error, "could not destroy a cuBLASLt descriptor");
         }
     }
@@ -144,58 +144,43 @@ impl<T: Copy> Drop for Descriptor<T> {
 
 /// Descriptors for one shape, and the algorithm that the library proposes for it.
 struct Plan {
-    product: Descriptor<sys::cublasLtMatmulDesc_t>,
-    weight: Descriptor<sys::cublasLtMatrixLayout_t>,
-    x: Descriptor<sys::cublasLtMatrixLayout_t>,
-    out: Descriptor<sys::cublasLtMatrixLayout_t>,
-    algorithm: sys::cublasLtMatmulAlgo_t,
+    product: Descriptor<cublaslt::Product>,
+    weight: Descriptor<cublaslt::Layout>,
+    x: Descriptor<cublaslt::Layout>,
+    out: Descriptor<cublaslt::Layout>,
+    algorithm: cublaslt::Algorithm,
 }
 
 impl Plan {
     fn new(
-        handle: sys::cublasLtHandle_t,
+        library: &CublasLt,
+        handle: *mut cublaslt::Instance,
         activations: CudaActivations,
         shape: Shape,
     ) -> Result<Self, DeviceError> {
         let activation = match activations {
-            CudaActivations::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
-            CudaActivations::F16 => sys::cudaDataType_t::CUDA_R_16F,
+            CudaActivations::Bf16 => cublaslt::BFLOAT16,
+            CudaActivations::F16 => cublaslt::FLOAT16,
         };
-        let float = sys::cudaDataType_t::CUDA_R_32F;
+        let float = cublaslt::FLOAT32;
         let result_type = if shape.out_full { float } else { activation };
         let (rows, outputs, inputs) =
             (shape.rows as u64, shape.outputs as u64, shape.inputs as u64);
         let layout = |kind, rows, columns, stride: usize| {
-            let created = result::create_matrix_layout(kind, rows, columns, stride as i64);
-            Descriptor::of(created, result::destroy_matrix_layout)
+            // SAFETY: the pointer is valid.
+            let make =
+                |to| unsafe { (library.create_layout)(to, kind, rows, columns, stride as i64) };
+            Descriptor::new(make, library.destroy_layout)
         };
-        let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
-        let product = Descriptor::of(
-            result::create_matmul_desc(compute, float),
-            result::destroy_matmul_desc,
-        )?;
+        let product = product(library)?;
         let weight = layout(activation, inputs, outputs, shape.inputs)?;
         let x = layout(activation, inputs, rows, shape.inputs)?;
         let out = layout(result_type, outputs, rows, shape.out_stride)?;
-        // CUBLAS_OP_T, from a header for which cudarc has no bindings here.
-        let transposed = 1i32;
-        let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
-        // SAFETY: the descriptor was just created, and the attribute is a 32-bit integer.
+        let preference = preference(library)?;
+        let (mut proposal, mut proposals) = (cublaslt::Proposal::EMPTY, 0);
+        // SAFETY: the handle and the descriptors are alive, and there is room for one result.
         check(unsafe {
-            let value = (&raw const transposed).cast();
-            result::set_matmul_desc_attribute(product.raw, attribute, value, size_of::<i32>())
-        })?;
-        let preference = Descriptor::of(result::create_matmul_pref(), result::destroy_matmul_pref)?;
-        let most =
-            sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-        // SAFETY: the descriptor was just created, and the attribute is a `size_t`.
-        check(unsafe {
-            let value = (&raw const WORKSPACE_BYTES).cast();
-            result::set_matmul_pref_attribute(preference.raw, most, value, size_of::<usize>())
-        })?;
-        // SAFETY: the handle and the descriptors are alive.
-        let heuristic = check(unsafe {
-            result::get_matmul_algo_heuristic(
+            (library.propose)(
                 handle,
                 product.raw,
                 weight.raw,
@@ -203,53 +188,58 @@ impl Plan {
                 out.raw,
                 out.raw,
                 preference.raw,
+                1,
+                &raw mut proposal,
+                &raw mut proposals,
             )
         })?;
+        if proposals == 0 {
+            proposal.state = Status::NOT_SUPPORTED;
+        }
+        check(proposal.state)?;
         Ok(Self {
             product,
             weight,
             x,
             out,
-            algorithm: heuristic.algo,
+            algorithm: proposal.algorithm,
         })
     }
 }
 
-static WORKSPACE_BYTES: usize = WORKSPACE;
-
-fn check<T>(outcome: Result<T, result::CublasError>) -> Result<T, DeviceError> {
-    outcome.map_err(|error| failed("linear", format!("cuBLASLt: {error}")))
+/// Describes a product in float32 whose first matrix is transposed.
+fn product(library: &CublasLt) -> Result<Descriptor<cublaslt::Product>, DeviceError> {
+    let (compute, float) = (cublaslt::COMPUTE_FLOAT32, cublaslt::FLOAT32);
+    // SAFETY: the pointer is valid.
+    let make = |to| unsafe { (library.create_product)(to, compute, float) };
+    let product = Descriptor::new(make, library.destroy_product)?;
+    let value = &raw const cublaslt::TRANSPOSED;
+    let (attribute, size) = (cublaslt::TRANSPOSE_FIRST, size_of::<i32>());
+    // SAFETY: the descriptor was just created, and the attribute is a 32-bit integer.
+    check(unsafe { (library.set_product)(product.raw, attribute, value.cast(), size) })?;
+    Ok(product)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::cell::Cell;
+/// Describes which algorithms may be proposed: those for which the workspace is large enough.
+fn preference(library: &CublasLt) -> Result<Descriptor<cublaslt::Preference>, DeviceError> {
+    // SAFETY: the pointer is valid.
+    let make = |to| unsafe { (library.create_preference)(to) };
+    let preference = Descriptor::new(make, library.destroy_preference)?;
+    let value = &raw const WORKSPACE;
+    let (attribute, size) = (cublaslt::MOST_WORKSPACE, size_of::<usize>());
+    // SAFETY: the descriptor was just created, and the attribute is a `size_t`.
+    check(unsafe { (library.set_preference)(preference.raw, attribute, value.cast(), size) })?;
+    Ok(preference)
+}
 
-    thread_local! {
-        static DESTROYED: Cell<u32> = const { Cell::new(0) };
-    }
+/// Creates an object of the library, which `make` stores through the pointer.
+fn create<T>(make: impl FnOnce(*mut *mut T) -> Status) -> Result<*mut T, DeviceError> {
+    let mut made = std::ptr::null_mut();
+    check(make(&raw mut made))?;
+    Ok(made)
+}
 
-    unsafe fn destroy(number: u32) -> Result<(), result::CublasError> {
-        DESTROYED.set(DESTROYED.get() + number);
-        Ok(())
-    }
-
-    #[test]
-    fn descriptors_are_destroyed_once_if_a_later_one_cannot_be_created() {
-        let make = |last: Result<u32, result::CublasError>| -> Result<_, DeviceError> {
-            let first = Descriptor::of(Ok(1), destroy)?;
-            let second = Descriptor::of(Ok(10), destroy)?;
-            let last = Descriptor::of(last, destroy)?;
-            Ok((first, second, last))
-        };
-        let failure = result::CublasError(sys::cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED);
-        let error = make(Err(failure)).err().expect("it is refused");
-        assert!(error.to_string().contains("cuBLASLt"), "{error}");
-        assert_eq!(DESTROYED.take(), 11);
-        let made = make(Ok(100)).expect("it is made");
-        assert_eq!(DESTROYED.get(), 0);
-        drop(made);
-        assert_eq!(DESTROYED.take(), 111);
-    }
+fn check(status: Status) -> Result<(), DeviceError> {
+    let refused = |status| failed("linear", format!("cuBLASLt: {status}"));
+    status.result().map_err(refused)
 }

@@ -17,6 +17,7 @@ mod blas;
 mod cache;
 mod capture;
 mod context;
+mod cublaslt;
 mod embedding;
 mod error;
 mod experts;

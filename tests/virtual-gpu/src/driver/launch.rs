@@ -14,7 +14,7 @@ const MAX_GRID: [u32; 3] = [i32::MAX as u32, 65535, 65535];
 
 /// A launch with everything that it needs, so that it does not depend on the module's handle.
 pub struct KernelLaunch {
-    /// Handle of the module that contains the kernel.
+    /// Handle of the module that contains the kernel, or 0 if a library contains it.
     pub module: u64,
     image: Arc<ptx::Module>,
     name: String,

@@ -183,7 +183,9 @@ impl Driver {
             return self.refuse(codes::NOT_SUPPORTED, "a graph within a graph");
         }
         for node in nodes.iter() {
+            // Kernels of the stand-in for cuBLASLt belong to no module.
             if let Op::Kernel(launch) = &node.op
+                && launch.module != 0
                 && self.modules.get(launch.module).is_none()
             {
                 let text = format!(
