@@ -17,7 +17,8 @@ check:
 	$(CARGO) test --locked -p quell --no-default-features --lib $(NOT_OPTIMISED)
 
 ## Runs all tests: unit, integration, golden and documentation tests, the CUDA device on the
-## virtual GPU, the server with third-party clients, the model checkers, and the examples.
+## virtual GPU, the server with third-party clients, the model checkers, the examples, and what
+## is run on a machine with a GPU, on the virtual one.
 ##
 ## The unit tests do not optimise the crate, which would take longer than running them: most of
 ## what is slow is in the integration tests, whose copy of the crate is optimised.
@@ -25,6 +26,8 @@ test: model clients templates models
 	$(CARGO) build --locked --workspace --profile test --examples
 	$(CARGO) test --locked --workspace --test '*'
 	$(CARGO) test --locked --workspace --doc
+	$(PYTHON) scripts/gpu/pack --quick --pack target/gpu-virtual
+	$(PYTHON) scripts/gpu/first-hour --virtual --small --pack target/gpu-virtual
 	$(CARGO) test --locked --workspace --lib $(NOT_OPTIMISED)
 	$(MAKE) check
 

@@ -6,7 +6,8 @@
 //! it, or if it fails, the NVIDIA driver compiles the PTX when the program starts.
 //!
 //! `QUELL_NATIVE_KERNELS=1` embeds machine code in debug builds as well; `0` disables it in
-//! every build.
+//! every build. A list such as `80,90` embeds it in every build, for these compute capabilities
+//! (8.0 and 9.0) only.
 
 use std::collections::VecDeque;
 use std::fmt::Write as _;
@@ -16,6 +17,9 @@ use std::sync::Mutex;
 use std::{env, fs, io};
 
 const IMAGES: &str = "kernels/ptx";
+
+/// Name of the variable that says which machine code to embed.
+const NATIVE: &str = "QUELL_NATIVE_KERNELS";
 
 /// Compute capabilities to embed machine code for, if the toolkit supports them: A100,
 /// RTX 30, RTX 40 and L4, H100, B200, RTX 50.
@@ -42,7 +46,7 @@ fn main() -> io::Result<()> {
         return Ok(());
     }
     println!("cargo:rerun-if-changed={IMAGES}");
-    for variable in ["QUELL_NATIVE_KERNELS", "NVCC", "CUDA_HOME", "CUDA_PATH"] {
+    for variable in [NATIVE, "NVCC", "CUDA_HOME", "CUDA_PATH"] {
         println!("cargo:rerun-if-env-changed={variable}");
     }
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or(io::ErrorKind::NotFound)?);
@@ -53,12 +57,13 @@ fn main() -> io::Result<()> {
         text.push(0);
         fs::write(out.join(format!("{}.ptx", image.stem())), text)?;
     }
-    let native = match assembler() {
-        Some(ptxas) => native_images(&ptxas, &portable, &out).unwrap_or_else(|problem| {
-            println!("cargo:warning=cannot embed machine code for GPUs: {problem}");
-            Vec::new()
-        }),
-        None => Vec::new(),
+    let native = match (architectures(), assembler()) {
+        (Some(wanted), Some(ptxas)) => native_images(&ptxas, &wanted, &portable, &out)
+            .unwrap_or_else(|problem| {
+                println!("cargo:warning=cannot embed machine code for GPUs: {problem}");
+                Vec::new()
+            }),
+        _ => Vec::new(),
     };
     fs::write(out.join("images.rs"), table(&portable, &native))
 }
@@ -93,18 +98,25 @@ fn portable_images(folder: &Path) -> io::Result<Vec<Portable>> {
     Ok(images)
 }
 
-/// Finds the toolkit's assembler, `ptxas`; returns `None` if machine code is not wanted or no
-/// toolkit is found. Looks next to `NVCC`, then in the `bin` folders of `CUDA_HOME` and
-/// `CUDA_PATH`, then on the search path.
-fn assembler() -> Option<PathBuf> {
-    let asked = env::var("QUELL_NATIVE_KERNELS").ok();
-    let release = env::var("PROFILE").is_ok_and(|profile| profile == "release");
-    match asked.as_deref() {
-        Some("0") => return None,
-        Some("1") => {}
-        _ if !release => return None,
-        _ => {}
+/// Returns the compute capabilities to embed machine code for; `None` if there are none.
+fn architectures() -> Option<Vec<u32>> {
+    match env::var(NATIVE).as_deref() {
+        Ok("0") => None,
+        Ok("1") => Some(ARCHITECTURES.to_vec()),
+        Ok(list) if !list.is_empty() => {
+            let parsed: Result<Vec<u32>, _> = list.split(',').map(str::parse).collect();
+            if parsed.is_err() {
+                println!("cargo:warning={NATIVE} is '{list}', but must be 0, 1 or such as 80,90");
+            }
+            parsed.ok()
+        }
+        _ => (env::var("PROFILE").as_deref() == Ok("release")).then(|| ARCHITECTURES.to_vec()),
     }
+}
+
+/// Finds the toolkit's assembler, `ptxas`; returns `None` if no toolkit is found. Looks next to
+/// `NVCC`, then in the `bin` folders of `CUDA_HOME` and `CUDA_PATH`, then on the search path.
+fn assembler() -> Option<PathBuf> {
     let nvcc = env::var_os("NVCC").map(PathBuf::from);
     let homes = ["CUDA_HOME", "CUDA_PATH"]
         .into_iter()
@@ -121,16 +133,16 @@ fn assembler() -> Option<PathBuf> {
     let found = folders
         .map(|folder| folder.join(&name))
         .find(|path| path.is_file());
-    if found.is_none() && asked.is_some() {
+    if found.is_none() && env::var_os(NATIVE).is_some_and(|asked| asked != "0") {
         println!("cargo:warning=no machine code for GPUs is embedded: there is no CUDA toolkit");
     }
     found
 }
 
-/// Assembles every image for each of [`ARCHITECTURES`] that `ptxas` supports, on `NUM_JOBS`
-/// threads.
+/// Assembles every image for each of `wanted` that `ptxas` supports, on `NUM_JOBS` threads.
 fn native_images<'a>(
     ptxas: &Path,
+    wanted: &[u32],
     portable: &'a [Portable],
     out: &Path,
 ) -> Result<Vec<Native<'a>>, String> {
@@ -139,14 +151,12 @@ fn native_images<'a>(
     let jobs: VecDeque<Native> = portable
         .iter()
         .flat_map(|portable| {
-            ARCHITECTURES
-                .into_iter()
-                .filter(known)
-                .map(move |architecture| Native {
-                    portable,
-                    architecture,
-                    file: format!("{}.sm_{architecture}.cubin", portable.stem()),
-                })
+            let supported = wanted.iter().copied().filter(known);
+            supported.map(move |architecture| Native {
+                portable,
+                architecture,
+                file: format!("{}.sm_{architecture}.cubin", portable.stem()),
+            })
         })
         .collect();
     let threads = env::var("NUM_JOBS")

@@ -43,6 +43,11 @@ fn spec(weights: &RandomWeights, rows: usize, columns: usize) -> LinearSpec<'_> 
 
 pub fn run(bench: &mut Bench, shape: &Shape) -> Result<(), DeviceError> {
     let (hidden, inner, heads) = (shape.hidden, shape.inner, shape.heads);
+    let formats: &[DType] = if bench.short {
+        &[DType::BF16, DType::Q4K]
+    } else {
+        &[DType::BF16, DType::Q8_0, DType::Q4_0, DType::Q4K]
+    };
     for (name, outputs, inputs) in [
         ("qkv", heads.qkv_columns(), hidden),
         ("attention out", hidden, heads.q_columns()),
@@ -50,7 +55,10 @@ pub fn run(bench: &mut Bench, shape: &Shape) -> Result<(), DeviceError> {
         ("down", hidden, inner),
         ("logits", shape.vocabulary, hidden),
     ] {
-        for dtype in [DType::BF16, DType::Q8_0, DType::Q4_0, DType::Q4K] {
+        if bench.short && ["qkv", "logits"].contains(&name) {
+            continue;
+        }
+        for &dtype in formats {
             let kernel = format!("linear {}", dtype.name());
             if bench.wants(&kernel) {
                 product(bench, shape, &kernel, name, (outputs, inputs), dtype)?;

@@ -1,13 +1,19 @@
 //! How close the CUDA kernels come to the GPU's limits: time by the GPU's clock, TB/s, TFLOP/s,
 //! and the share of the bandwidth that a copy reaches in the same run.
 //!
-//! `cargo bench --bench kernels [-- --format json] [--small] [--only KERNEL] [--seconds N]`
+//! `cargo bench --bench kernels -- [--format json] [--write FILE] [--short] [--small]
+//! [--only KERNEL] [--seconds N] [--peers] [--svg FILE]`
 //!
-//! After N seconds no new measurement is started. `--small` uses tiny shapes, to try out the
-//! program on the virtual GPU. Without a usable GPU, the program says so and exits.
+//! `--write` writes the JSON to a file after every measurement. `--peers` compares with PyTorch
+//! and `--svg` draws a roofline, both with the scripts in `scripts/gpu`. After N seconds no new
+//! measurement is started. `--short` measures what matters most, in a minute. `--small` uses
+//! tiny shapes, to try out the program on the virtual GPU. Without a usable GPU, the program
+//! says so and exits.
 
 #[path = "attention.rs"]
 mod attention;
+#[path = "comparison.rs"]
+mod comparison;
 #[path = "linear.rs"]
 mod linear;
 #[path = "report.rs"]
@@ -21,11 +27,15 @@ use quell::CudaOptions;
 use quell::internals::device::cuda::CudaDevice;
 use quell::internals::device::*;
 use report::{Report, Work};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 /// Larger than the L2 cache of any GPU, so that operands have to be read from memory.
 const WORKING_SET: usize = 512 << 20;
+
+/// How long an operation runs before it is measured: an idle GPU has slow clocks.
+const WARM_UP: Duration = Duration::from_millis(50);
 
 /// Launches per measurement.
 const SAMPLES: usize = 15;
@@ -35,6 +45,8 @@ pub struct Bench {
     pub device: CudaDevice,
     pub report: Report,
     pub small: bool,
+    /// Whether only what matters most is measured.
+    pub short: bool,
     only: Option<String>,
     end: Option<Instant>,
 }
@@ -62,10 +74,9 @@ impl Bench {
         &mut self,
         work: Work,
         repeats: usize,
-        run: impl FnMut(&mut CudaDevice) -> Result<(), DeviceError>,
+        mut run: impl FnMut(&mut CudaDevice) -> Result<(), DeviceError>,
     ) {
-        let samples = if self.small { 2 } else { SAMPLES };
-        let times = self.device.time(samples, run);
+        let times = self.sample(|device, samples| device.time(samples, &mut run));
         self.report.add(work, repeats, times);
     }
 
@@ -73,11 +84,22 @@ impl Bench {
     pub fn measure_unrecorded(
         &mut self,
         work: Work,
-        run: impl FnMut(&mut CudaDevice) -> Result<(), DeviceError>,
+        mut run: impl FnMut(&mut CudaDevice) -> Result<(), DeviceError>,
     ) {
-        let samples = if self.small { 2 } else { SAMPLES };
-        let times = self.device.time_unrecorded(samples, run);
+        let times = self.sample(|device, samples| device.time_unrecorded(samples, &mut run));
         self.report.add(work, 1, times);
+    }
+
+    /// Returns the times of several samples, after a warm-up.
+    fn sample(
+        &mut self,
+        mut time: impl FnMut(&mut CudaDevice, usize) -> Result<Vec<f64>, DeviceError>,
+    ) -> Result<Vec<f64>, DeviceError> {
+        let begin = Instant::now();
+        while begin.elapsed() < WARM_UP {
+            time(&mut self.device, 1)?;
+        }
+        time(&mut self.device, if self.small { 2 } else { SAMPLES })
     }
 }
 
@@ -99,7 +121,7 @@ fn run() -> Result<bool, DeviceError> {
         let at = arguments.iter().position(|argument| argument == flag)?;
         arguments.get(at + 1).cloned()
     };
-    let small = has("--small");
+    let (small, short) = (has("--small"), has("--short"));
     let seconds = after("--seconds").and_then(|seconds| seconds.parse().ok());
     let options = CudaOptions {
         max_graphs: 0,
@@ -113,7 +135,11 @@ fn run() -> Result<bool, DeviceError> {
         }
         Err(error) => return Err(error),
     };
-    let shapes = if small { shapes::SMALL } else { shapes::MODELS };
+    let shapes = match (small, short) {
+        (true, _) => shapes::SMALL,
+        (false, true) => shapes::SHORT,
+        (false, false) => shapes::MODELS,
+    };
     device.reserve(&DeviceLimits {
         rows: if small { 32 } else { 2048 },
         sequences: if small { 4 } else { 256 },
@@ -133,11 +159,14 @@ fn run() -> Result<bool, DeviceError> {
         (2 << 30, SAMPLES)
     };
     let bandwidth = device.copy_bandwidth(bytes, samples)?;
-    let report = Report::new(device.info(), bandwidth, after("--format").as_deref());
+    let file = after("--write").map(PathBuf::from);
+    let format = after("--format");
+    let report = Report::new(device.info(), bandwidth, format.as_deref(), file);
     let mut bench = Bench {
         device,
         report,
         small,
+        short,
         only: after("--only"),
         end: seconds.map(|seconds| begin + Duration::from_secs(seconds)),
     };
@@ -148,6 +177,12 @@ fn run() -> Result<bool, DeviceError> {
     }
     rows::sampling(&mut bench, &shapes[0])?;
     linear::experts(&mut bench)?;
+    if has("--peers") {
+        bench.report.compare();
+    }
+    if let Some(picture) = after("--svg") {
+        bench.report.draw(Path::new(&picture));
+    }
     Ok(bench.report.finish())
 }
 

@@ -1,8 +1,10 @@
 //! The measurements, printed as a table or as JSON.
 
+use crate::comparison;
 use quell::{DeviceError, DeviceInfo};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 
 /// An operation to measure, and the minimum work that it has to do.
 pub struct Work {
@@ -23,13 +25,22 @@ pub struct Report {
     /// Bytes per second that a copy moves.
     bandwidth: f64,
     json: bool,
+    /// Where the report is written after every measurement.
+    file: Option<PathBuf>,
     measured: Vec<Value>,
+    /// PyTorch's limits on this GPU.
+    pytorch: Option<Value>,
     failed: Vec<String>,
     left_out: BTreeSet<String>,
 }
 
 impl Report {
-    pub fn new(device: DeviceInfo, bandwidth: f64, format: Option<&str>) -> Self {
+    pub fn new(
+        device: DeviceInfo,
+        bandwidth: f64,
+        format: Option<&str>,
+        file: Option<PathBuf>,
+    ) -> Self {
         let json = format == Some("json");
         if !json {
             println!("{}: {}", device.name, device.description);
@@ -43,7 +54,9 @@ impl Report {
             device,
             bandwidth,
             json,
+            file,
             measured: Vec::new(),
+            pytorch: None,
             failed: Vec::new(),
             left_out: BTreeSet::new(),
         }
@@ -95,6 +108,58 @@ impl Report {
             "tflop_per_s": speed / 1e12,
             "share_of_copy": share,
         }));
+        self.write();
+    }
+
+    /// The report so far.
+    fn json(&self) -> Value {
+        let mut report = json!({
+            "device": self.device.name,
+            "description": self.device.description,
+            "copy_tb_per_s": self.bandwidth / 1e12,
+            "kernels": self.measured,
+            "failed": self.failed,
+            "left_out": self.left_out,
+        });
+        if let Some(pytorch) = &self.pytorch {
+            report["pytorch"] = pytorch.clone();
+        }
+        report
+    }
+
+    /// Adds what PyTorch takes for the same operations, and prints it.
+    pub fn compare(&mut self) {
+        let compared = match comparison::peers(&self.measured) {
+            Ok(compared) => compared,
+            Err(problem) => {
+                eprintln!("kernels: there is no comparison with PyTorch: {problem}");
+                return;
+            }
+        };
+        self.measured = compared.kernels;
+        if !self.json {
+            comparison::print(&compared.pytorch, &self.measured);
+        }
+        self.pytorch = Some(compared.pytorch);
+    }
+
+    /// Draws the kernels on the roofline of the GPU.
+    pub fn draw(&self, picture: &Path) {
+        match comparison::draw(&self.json(), picture) {
+            Ok(()) => eprintln!("kernels: the roofline is in {}", picture.display()),
+            Err(problem) => eprintln!("kernels: no roofline is drawn: {problem}"),
+        }
+    }
+
+    /// Writes the report so far to its file, so that it is there if the program is stopped.
+    fn write(&self) {
+        let Some(file) = &self.file else { return };
+        let new = file.with_extension("new");
+        let text = format!("{:#}\n", self.json());
+        let written = std::fs::write(&new, text).and_then(|()| std::fs::rename(&new, file));
+        if let Err(error) = written {
+            eprintln!("kernels: {}: {error}", file.display());
+        }
     }
 
     /// Records that there was no time left for a kernel.
@@ -107,16 +172,9 @@ impl Report {
     /// Prints the JSON report, if JSON was asked for. Returns whether every measurement
     /// succeeded.
     pub fn finish(self) -> bool {
+        self.write();
         if self.json {
-            let report = json!({
-                "device": self.device.name,
-                "description": self.device.description,
-                "copy_tb_per_s": self.bandwidth / 1e12,
-                "kernels": self.measured,
-                "failed": self.failed,
-                "left_out": self.left_out,
-            });
-            println!("{report:#}");
+            println!("{:#}", self.json());
         }
         self.failed.is_empty()
     }

@@ -55,6 +55,14 @@ pub const MODELS: &[Shape] = &[
     },
 ];
 
+/// The model and the batches that matter most, for a minute on a GPU.
+pub const SHORT: &[Shape] = &[Shape {
+    rows: &[1, 64, 2048],
+    decodes: &[(1, 8192), (64, 1024)],
+    prefills: &[(2048, 0)],
+    ..MODELS[0]
+}];
+
 /// Shapes that are small enough for an interpreter.
 pub const SMALL: &[Shape] = &[Shape {
     name: "small",

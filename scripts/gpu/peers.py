@@ -1,17 +1,21 @@
 """Measures PyTorch on the operations that benches/kernels has measured.
 
-    peers.py KERNELS.json      the list `kernels` of that bench's JSON
+    peers.py KERNELS.json [SECONDS]      the list `kernels` of that bench's JSON
 
-Prints JSON: for each entry, in order, the time of PyTorch's equivalent, or null.
+Prints JSON: the limits of the GPU in PyTorch, and the list, to which each operation's share of
+the limit of matrix products and the times of PyTorch's equivalents are added, fastest first.
+After SECONDS no further equivalent is measured.
 """
 
 import json
 import statistics
 import sys
+import time
 
 try:
     import torch
     import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 except ImportError:
     print(json.dumps({"left_out": "PyTorch is not installed"}))
     sys.exit()
@@ -22,6 +26,10 @@ if not torch.cuda.is_available():
 # Larger than the L2 cache, so that operands have to be read from memory.
 WORKING_SET = 512 << 20
 SAMPLES = 15
+# Seconds of work before the first sample: an idle GPU has slow clocks.
+WARM_UP = 0.05
+# FlashAttention-2, and NVIDIA's own kernels, which are faster on Hopper and later.
+ATTENTION = {"FlashAttention": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 
 
 def seconds(work, repeats=1):
@@ -40,7 +48,10 @@ def seconds(work, repeats=1):
             launch = graph.replay
         except RuntimeError:
             torch.cuda.synchronize()
-        launch()
+        begin = time.monotonic()
+        while time.monotonic() < begin + WARM_UP:
+            launch()
+            stream.synchronize()
         times = []
         for _ in range(SAMPLES):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -67,8 +78,8 @@ def linear(row):
         count = min(count, 4)
     weights = [random(outputs, inputs) for _ in range(count)]
     x, out = random(rows, inputs), torch.empty(rows, outputs, device="cuda", dtype=torch.bfloat16)
-    what = "torch.matmul in bfloat16" if "BF16" in row["kernel"] else "torch.matmul with bfloat16 weights"
-    return what, seconds(lambda: [torch.matmul(x, weight.T, out=out) for weight in weights], count)
+    what = "cuBLAS" if "BF16" in row["kernel"] else "cuBLAS with bfloat16 weights"
+    return {what: seconds(lambda: [torch.matmul(x, weight.T, out=out) for weight in weights], count)}
 
 
 def norm(row):
@@ -78,10 +89,10 @@ def norm(row):
     inputs = [random(rows, columns) for _ in range(count)]
     if row["kernel"] == "rms_norm":
         work = lambda: [F.rms_norm(x, (columns,), weight, 1e-5) for x in inputs]
-        return "F.rms_norm in bfloat16", seconds(work, count)
+        return {"F.rms_norm in bfloat16": seconds(work, count)}
     residuals = [random(rows, columns) for _ in range(count)]
     work = lambda: [F.rms_norm(r.add_(x), (columns,), weight, 1e-5) for r, x in zip(residuals, inputs)]
-    return "add_ and F.rms_norm in bfloat16", seconds(work, count)
+    return {"add_ and F.rms_norm in bfloat16": seconds(work, count)}
 
 
 def activation(row):
@@ -94,7 +105,7 @@ def activation(row):
             gate, up = x.chunk(2, dim=-1)
             F.silu(gate) * up
 
-    return "F.silu and a product", seconds(work, count)
+    return {"F.silu and a product": seconds(work, count)}
 
 
 def attention(row):
@@ -114,17 +125,26 @@ def attention(row):
         for k, v in caches:
             F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
 
-    return "F.scaled_dot_product_attention, not paged", seconds(work, count)
+    found = {}
+    for backend, which in ATTENTION.items():
+        try:
+            with sdpa_kernel(which):
+                found[f"{backend}, not paged"] = seconds(work, count)
+        except RuntimeError as error:
+            # It does not support this shape, mask or GPU.
+            print(f"{row['kernel']} {row['shape']}: {backend}: {error}", file=sys.stderr)
+            torch.cuda.synchronize()
+    return found or {"F.scaled_dot_product_attention, not paged": seconds(work, count)}
 
 
 def sampling(row):
     columns, rows = row["sizes"]["columns"], row["rows"]
     logits = random(rows, columns, dtype=torch.float32)
     if row["kernel"] == "sample greedy":
-        return "argmax", seconds(lambda: logits.argmax(-1))
+        return {"argmax": seconds(lambda: logits.argmax(-1))}
     if row["kernel"] == "sample plain":
         draw = lambda: (logits / 0.8).softmax(-1).div_(torch.empty_like(logits).exponential_()).argmax(-1)
-        return "softmax and exponential trick", seconds(draw)
+        return {"softmax and exponential trick": seconds(draw)}
 
     def nucleus():
         values, order = (logits / 0.8).sort(-1, descending=True)
@@ -133,10 +153,11 @@ def sampling(row):
         choice = probabilities.div_(torch.empty_like(probabilities).exponential_()).argmax(-1, keepdim=True)
         return order.gather(-1, choice)
 
-    return "sort, cumsum and exponential trick", seconds(nucleus)
+    return {"sort, cumsum and exponential trick": seconds(nucleus)}
 
 
-def peer(row):
+def peers(row):
+    """Returns the seconds of PyTorch's equivalents of an operation, by what they are."""
     kernel = row["kernel"]
     if kernel.startswith("linear"):
         return linear(row)
@@ -148,7 +169,7 @@ def peer(row):
         return attention(row)
     if kernel.startswith("sample"):
         return sampling(row)
-    return None
+    return {}
 
 
 def limits():
@@ -163,29 +184,30 @@ def limits():
 
 
 def main():
+    begin = time.monotonic()
     rows = json.load(open(sys.argv[1]))
+    end = begin + float(sys.argv[2]) if len(sys.argv) > 2 else float("inf")
     torch.manual_seed(1)
     matmul, copy = limits()
     torch.cuda.empty_cache()
-    measured, known = [], {}
+    known = {}
     for row in rows:
+        row["share_of_matmul"] = row["tflop_per_s"] / matmul
         # Products with quantised weights are compared with the same peer as those without.
-        key = json.dumps([row["kernel"].split()[0] if row["kernel"].startswith("linear") else row["kernel"], row["rows"], row["sizes"]])
-        if key not in known:
+        linear = row["kernel"].startswith("linear") and "BF16" not in row["kernel"]
+        kernel = "linear" if linear else row["kernel"]
+        key = json.dumps([kernel, row["rows"], row["sizes"]])
+        if key not in known and time.monotonic() < end:
             try:
-                known[key] = peer(row)
+                known[key] = peers(row)
             except (RuntimeError, TypeError) as error:
                 print(f"{row['kernel']}: {error}", file=sys.stderr)
-                known[key] = None
+                known[key] = {}
             torch.cuda.empty_cache()
-        found = known[key]
-        measured.append({"what": found[0], "microseconds": found[1] * 1e6} if found else None)
-    print(json.dumps({
-        "version": torch.__version__,
-        "matmul_tflop_per_s": matmul,
-        "copy_tb_per_s": copy,
-        "kernels": measured,
-    }))
+        found = sorted(known.get(key, {}).items(), key=lambda peer: peer[1])
+        row["peers"] = [{"what": what, "microseconds": taken * 1e6} for what, taken in found]
+    limit = {"version": torch.__version__, "matmul_tflop_per_s": matmul, "copy_tb_per_s": copy}
+    print(json.dumps({"pytorch": limit, "kernels": rows}))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 //! agree with.
 //!
 //! With `QUELL_RECORD=FOLDER`, outputs are written to that folder, one file per name. Outputs
-//! are compared with the recordings in `tests/fixtures/gpu`. `scripts/gpu/check` makes
-//! recordings.
+//! are compared with the recordings in `tests/fixtures/gpu`. `scripts/gpu/first-hour`
+//! makes recordings.
 
 use std::path::PathBuf;
 

@@ -343,6 +343,48 @@ fn bench_runs_on_random_weights_of_a_models_size() {
     assert_refused(&["bench", "--random-weights", &weights], 1, &[&weights]);
 }
 
+/// A small layer with the settings of Qwen3-30B-A3B, at as many streams as a GPU serves.
+#[test]
+fn bench_runs_the_built_in_mixture() {
+    let path = common::root().join("src/cli/bench/qwen3-30b-a3b.json");
+    let text = std::fs::read_to_string(path).unwrap();
+    let mut settings: Value = serde_json::from_str(&text).unwrap();
+    for (key, value) in [
+        ("num_hidden_layers", 1),
+        ("num_experts", 16),
+        ("hidden_size", 256),
+        ("moe_intermediate_size", 256),
+        ("num_attention_heads", 4),
+        ("vocab_size", 512),
+    ] {
+        settings[key] = value.into();
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("config.json");
+    std::fs::write(&config, settings.to_string()).unwrap();
+    let config = config.to_str().unwrap();
+    for (weights, streams) in [("q4_k", "1,16"), ("bf16", "64,256")] {
+        let mut command = vec!["bench", "--random-weights", config, "--device", "cpu"];
+        command.extend(["--weights-format", weights, "--concurrency", streams]);
+        command.extend(["--prompt", "0", "--decode-prompt", "1", "--generate", "2"]);
+        command.extend([
+            "--repetitions",
+            "1",
+            "--context",
+            "16",
+            "--kv-cache-mib",
+            "64",
+        ]);
+        command.extend(["--format", "json"]);
+        let report = json(&quell(&command));
+        let figures = report["figures"].as_array().unwrap();
+        assert_eq!(figures.len(), 2, "{report}");
+        for figure in figures {
+            assert!(figure["tokens_per_s"].as_f64().unwrap() > 0.0, "{figure}");
+        }
+    }
+}
+
 #[test]
 fn inspect_requires_a_path_unless_a_gpu_is_named() {
     assert_refused(&["inspect"], 2, &["PATH", "--device cuda"]);

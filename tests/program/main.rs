@@ -5,5 +5,6 @@ mod chat;
 mod cli;
 mod deploy;
 mod examples;
+mod gpu_scripts;
 mod hub_download;
 mod otlp;

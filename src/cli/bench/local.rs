@@ -29,7 +29,7 @@ pub struct WhichModel {
     )]
     pub model: Option<String>,
     /// Measure random weights of the size given by a Hugging Face config.json instead of a
-    /// model; llama-3.1-8b and llama-3.2-1b need no file.
+    /// model; llama-3.1-8b, llama-3.2-1b and qwen3-30b-a3b need no file.
     #[arg(long, value_name = "CONFIG", conflicts_with = "model")]
     random_weights: Option<String>,
     /// Storage format of random weights.
@@ -71,9 +71,10 @@ impl WeightsFormat {
 }
 
 /// The models whose `config.json` is built in.
-const BUILT_IN: [(&str, &str); 2] = [
+const BUILT_IN: [(&str, &str); 3] = [
     ("llama-3.1-8b", include_str!("llama-3.1-8b.json")),
     ("llama-3.2-1b", include_str!("llama-3.2-1b.json")),
+    ("qwen3-30b-a3b", include_str!("qwen3-30b-a3b.json")),
 ];
 
 impl WhichModel {
@@ -366,7 +367,22 @@ fn report(engine: &Engine, args: &BenchArgs, rows: &[(&Figure, Vec<f64>)]) -> Re
 
 #[cfg(test)]
 mod tests {
-    use super::median;
+    use super::*;
+
+    /// Parameters of the published models. In 4 bits, they fit into the memory of the tests.
+    #[test]
+    fn the_built_in_models_have_the_size_of_their_namesakes() {
+        for (name, parameters) in [
+            ("llama-3.1-8b", 8_030_261_248),
+            ("llama-3.2-1b", 1_235_814_400),
+            ("qwen3-30b-a3b", 30_532_122_624),
+        ] {
+            let settings = random_settings(name).expect(name);
+            let model = random_model(&settings, DType::Q4K).expect(name);
+            assert_eq!(model.source().parameters().total, parameters, "{name}");
+        }
+        assert_eq!(BUILT_IN.len(), 3);
+    }
 
     #[test]
     fn the_median_of_an_even_number_is_the_mean_of_the_middle_two() {
