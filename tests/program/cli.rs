@@ -334,6 +334,13 @@ fn bench_runs_on_random_weights_of_a_models_size() {
     ]));
     assert!(report["figures"][0]["tokens_per_s"].as_f64().unwrap() > 0.0);
 
+    // Prefill alone.
+    let mut prefill = vec!["bench", "--random-weights", &config, "--device", "cpu"];
+    prefill.extend(["--prompt", "8", "--generate", "0", "--concurrency", "1"]);
+    prefill.extend(["--repetitions", "1", "--format", "json"]);
+    let report = json(&quell(&prefill));
+    assert_eq!(report["figures"].as_array().unwrap().len(), 1, "{report}");
+
     assert_refused(&["bench"], 2, &["--model"]);
     let both = ["bench", "--model", &config, "--random-weights", &config];
     assert_refused(&both, 2, &["--random-weights"]);
@@ -349,22 +356,25 @@ fn bench_runs_the_built_in_mixture() {
     let path = common::root().join("src/cli/bench/qwen3-30b-a3b.json");
     let text = std::fs::read_to_string(path).unwrap();
     let mut settings: Value = serde_json::from_str(&text).unwrap();
-    for (key, value) in [
-        ("num_hidden_layers", 1),
-        ("num_experts", 16),
-        ("hidden_size", 256),
-        ("moe_intermediate_size", 256),
-        ("num_attention_heads", 4),
-        ("vocab_size", 512),
-    ] {
-        settings[key] = value.into();
-    }
     let folder = tempfile::tempdir().unwrap();
     let config = folder.path().join("config.json");
-    std::fs::write(&config, settings.to_string()).unwrap();
-    let config = config.to_str().unwrap();
-    for (weights, streams) in [("q4_k", "1,16"), ("bf16", "64,256")] {
-        let mut command = vec!["bench", "--random-weights", config, "--device", "cpu"];
+    let name = config.to_str().unwrap();
+    // Blocks of Q4_K have 256 weights.
+    for (weights, streams, width) in [("q4_k", "1", 256), ("bf16", "1,16,64,256", 64)] {
+        for (key, value) in [
+            ("num_hidden_layers", 1),
+            ("num_experts", 16),
+            ("num_attention_heads", 2),
+            ("num_key_value_heads", 1),
+            ("head_dim", width / 2),
+            ("hidden_size", width),
+            ("moe_intermediate_size", width),
+            ("vocab_size", 512),
+        ] {
+            settings[key] = value.into();
+        }
+        std::fs::write(&config, settings.to_string()).unwrap();
+        let mut command = vec!["bench", "--random-weights", name, "--device", "cpu"];
         command.extend(["--weights-format", weights, "--concurrency", streams]);
         command.extend(["--prompt", "0", "--decode-prompt", "1", "--generate", "2"]);
         command.extend([
@@ -378,7 +388,7 @@ fn bench_runs_the_built_in_mixture() {
         command.extend(["--format", "json"]);
         let report = json(&quell(&command));
         let figures = report["figures"].as_array().unwrap();
-        assert_eq!(figures.len(), 2, "{report}");
+        assert_eq!(figures.len(), streams.split(',').count(), "{report}");
         for figure in figures {
             assert!(figure["tokens_per_s"].as_f64().unwrap() > 0.0, "{figure}");
         }

@@ -160,7 +160,9 @@ pub fn run(args: &BenchArgs) -> Result<(), CliError> {
     let most = args.concurrency.iter().max().copied().unwrap_or(1);
     let config = EngineConfig {
         // A stream must not be paused while other streams are being read.
-        stream_buffer: args.generate + args.lead(most, settings.max_batch_tokens.unwrap_or(512)),
+        // Prefill alone generates one token.
+        stream_buffer: (args.generate + args.lead(most, settings.max_batch_tokens.unwrap_or(512)))
+            .max(1),
         // Each repetition must compute its prompts.
         prefix_cache: false,
         ..settings
