@@ -190,6 +190,8 @@ class Session:
         if self.folder is None:
             self.folder = self.pack.folder / "results"
         self.folder.mkdir(parents=True, exist_ok=True)
+        for old in ["logs.tar", "roofline.svg"]:
+            (self.folder / old).unlink(missing_ok=True)
         self.file = self.folder / f"{name()}.json"
         self.built = built
         self.variables = self.pack.environment(self.virtual)
