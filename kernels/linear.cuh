@@ -49,15 +49,6 @@ INLINE Tile tile_of_block(const u32* expert_offsets, u32 rows, u32 tile_rows) {
     return tile;
 }
 
-// Notes which row of x each row of the tile is; NONE beyond the last.
-template <int ROWS>
-INLINE void find_rows(u32* source, const Tile& tile, const u32* row_index) {
-    for (u32 i = threadIdx.x; i < ROWS; i += blockDim.x) {
-        u32 row = tile.row + i;
-        source[i] = row >= tile.row_end ? NONE : row_index ? row_index[row] : row;
-    }
-}
-
 // Where the 16 bytes `chunk` of row `row` lie in a tile in shared memory: eight rows of
 // the same chunk lie in eight different sets of banks. `CHUNKS`, those of a row, is 8 or
 // 16.
@@ -66,26 +57,53 @@ INLINE u32 swizzled(u32 row, u32 chunk) {
     return (row * CHUNKS + (chunk ^ (row & 7))) * 16;
 }
 
-// Starts to copy inputs `k .. k + DEPTH` of `ROWS` rows, zeros beyond the last input
-// and for rows that are not there.
+// How a block's `THREADS` threads copy `ROWS` rows of `inputs` elements to shared memory,
+// `DEPTH` elements of each row at a time. Which rows a thread copies does not change, so where
+// they begin is found once, and a step of the loop costs little more than the copies.
 template <int ROWS, int DEPTH, int THREADS>
-INLINE void copy_rows(u32 shared, const T* x, const u32* source, u32 k, u32 inputs) {
-    constexpr int CHUNKS = DEPTH / 8, ROWS_AT_ONCE = THREADS / CHUNKS;
-    static_assert(THREADS % (CHUNKS * 8) == 0 && ROWS % ROWS_AT_ONCE == 0, "each thread copies equally much");
-    // Rows of a thread are a multiple of eight apart: their chunks lie alike.
-    u32 row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
-    u32 column = k + chunk * 8;
-    bool inside = column < inputs;
-    // Where nothing is wanted, the address is another one of x, and nothing is read.
-    x += inside ? column : 0;
-    shared += swizzled<CHUNKS>(row, chunk);
+struct RowCopies {
+    static constexpr u32 CHUNKS = DEPTH / 8, AT_ONCE = THREADS / CHUNKS, EACH = ROWS / AT_ONCE;
+    // The rows of a thread are a multiple of eight apart: their chunks lie alike.
+    static_assert(THREADS % (CHUNKS * 8) == 0 && ROWS % AT_ONCE == 0, "each thread copies equally much");
+
+    // How many of the thread's rows exist: the first ones.
+    u32 existing;
+    // Where its first row lies in a tile.
+    u32 place;
+    // The thread's next chunk of each row, counted from `from`.
+    const uint4* from;
+    u32 chunks[EACH];
+
+    // The tile's row i is row `row_of(i)` of x, for i below `rows`.
+    template <class RowOf>
+    INLINE RowCopies(const T* x, u32 rows, u32 inputs, RowOf row_of) : from(reinterpret_cast<const uint4*>(x)) {
+        const u32 row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+        existing = row < rows ? (rows - row + AT_ONCE - 1) / AT_ONCE : 0;
+        place = swizzled<CHUNKS>(row, chunk);
 #pragma unroll
-    for (int i = 0; i < ROWS / ROWS_AT_ONCE; i++) {
-        u32 from = source[row + i * ROWS_AT_ONCE];
-        bool exists = from != NONE;
-        copy_to_shared(shared + i * ROWS_AT_ONCE * DEPTH * 2, x + (u64)(exists ? from : 0) * inputs, exists & inside);
+        for (u32 i = 0; i < EACH; i++) chunks[i] = i < existing ? row_of(row + i * AT_ONCE) * (inputs / 8) + chunk : 0;
     }
-}
+
+    // Starts to copy the next `DEPTH` elements of all rows; zeros for rows that do not exist,
+    // and unless the thread's chunk is `inside` the rows.
+    INLINE void start(u32 shared, bool inside) {
+        // Where nothing is wanted, nothing is read, wherever that would be.
+        const u32 wanted = inside ? existing : 0;
+#pragma unroll
+        for (u32 i = 0; i < EACH; i++) {
+            copy_to_shared(shared + place + i * AT_ONCE * DEPTH * 2, from + chunks[i], i < wanted);
+        }
+        from += CHUNKS;
+    }
+};
+
+// Which row of x a row of the tile is.
+struct RowOf {
+    const u32* index;
+    u32 first;
+
+    INLINE u32 operator()(u32 row) const { return index ? index[first + row] : first + row; }
+};
 
 // Where a lane of the warp finds its row of a 16 × 16 operand: the address in a tile is
 // `row + (chunk ^ step · 32)`.

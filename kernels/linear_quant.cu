@@ -176,12 +176,10 @@ INLINE void linear_quant(void* out, const T* x, const u8* weight, const float* b
     constexpr int M = ROWS / 16, OUTPUTS = 32 * N;
     constexpr int X_BYTES = ROWS * DEPTH * sizeof(T), STAGE = X_BYTES + 4 * N * F::BYTES;
     extern __shared__ __align__(128) u8 stages[];
-    __shared__ u32 source_rows[ROWS];
 
     Tile tile = tile_of_block(expert_offsets, rows, ROWS);
     if (tile.row >= tile.row_end) return;
-    find_rows<ROWS>(source_rows, tile, row_index);
-    __syncthreads();
+    RowCopies<ROWS, DEPTH, THREADS> x_copies(x, tile.row_end - tile.row, inputs, RowOf{row_index, tile.row});
 
     u32 chunks = (inputs + DEPTH - 1) / DEPTH, eights = (outputs + 7) / 8;
     u32 lane = lane_id(), first_eight = (tile.column * 4 + warp_id()) * N;
@@ -202,7 +200,7 @@ INLINE void linear_quant(void* out, const T* x, const u8* weight, const float* b
         }
         if (chunk < chunks) {
             u32 to = shared + writing * STAGE;
-            copy_rows<ROWS, DEPTH, THREADS>(to, x, source_rows, chunk * DEPTH, inputs);
+            x_copies.start(to, chunk * CHUNKS + threadIdx.x % CHUNKS < inputs / 8);
             to += own + lane * 16;
 #pragma unroll
             for (int n = 0; n < N; n++) {
@@ -290,7 +288,7 @@ INLINE void embed_quant(float* out, const u8* table, const u32* resolved, float 
 
 // Shared memory: `STAGES · (ROWS · 256 + 4 · N · BYTES)` bytes.
 #define LINEAR_QUANT(NAME, FORMAT, ROWS, N, STAGES)                                                                 \
-    extern "C" __global__ void __launch_bounds__(128)                                                               \
+    extern "C" __global__ void __launch_bounds__(128, 2)                                                            \
         NAME(void* out, const T* x, const u8* weight, const float* bias, const u32* row_index,                      \
              const u32* expert_offsets, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_full) {          \
         linear_quant<FORMAT, ROWS, N, STAGES>(out, x, weight, bias, row_index, expert_offsets, rows, outputs, inputs, \

@@ -43,6 +43,11 @@ PTXAS = [
     Wheel("nvidia-cuda-nvcc==13.0.88", "56fe502eb77625a12f25172caa3cdddb4e4c8ba2c8c17dba44b164761b380f03"),
 ]
 
+# The disassembler, which no other wheel has: counting instructions needs it.
+NVDISASM = [
+    Wheel("nvidia-cuda-nvdisasm==13.2.86", "53606e719ecae07a2335f95902d5a1393a0cc1c317499ee7ffcf628a44385f2c"),
+]
+
 # All of nvcc 13.0, as on a machine with a CUDA toolkit. It needs a host C++ compiler.
 NVCC = PTXAS + [
     Wheel("nvidia-cuda-crt==13.0.88", "2c8043c7c9e02492716426e9919fc78d2c5b3b2a7a768a88e952676b08aa55a4"),
@@ -96,6 +101,11 @@ def fetch(wheel, folder):
 def ptxas():
     """Returns the path of ptxas."""
     return unpacked(PTXAS, "nvcc") / "cu13" / "bin" / "ptxas"
+
+
+def nvdisasm():
+    """Returns the path of nvdisasm."""
+    return unpacked(NVDISASM, "nvdisasm") / "cu13" / "bin" / "nvdisasm"
 
 
 def nvcc():

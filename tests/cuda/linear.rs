@@ -205,6 +205,9 @@ fn float_weights_support_any_outputs_and_multiples_of_eight_inputs() {
         (17, 65, 136),
         (64, 5, 72),
         (70, 31, 24),
+        // More inputs than the stages hold.
+        (5, 33, 1928),
+        (20, 65, 648),
     ] {
         let parts = [Part::new(&mut random, DType::BF16, (outputs, inputs))];
         let bias = random.numbers(outputs);
@@ -312,12 +315,13 @@ fn other_rows_change_no_bit_of_a_row() {
     }
 }
 
-/// Enough outputs for many rows to be multiplied in the largest tile.
+/// Enough outputs for many rows to be multiplied in the largest tile, and more inputs than its
+/// stages hold.
 #[test]
 fn all_tiles_are_bit_identical() {
     let _gpu = gpu::lock();
     let mut random = Random::new(16);
-    let (outputs, columns) = (95 * 128 + 3, 40);
+    let (outputs, columns) = (95 * 128 + 3, 264);
     let mut device = device(CudaActivations::Bf16);
     let parts = [Part::new(&mut random, DType::BF16, (outputs, columns))];
     let weight = load(&mut device, &parts, None);

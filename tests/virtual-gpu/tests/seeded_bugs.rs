@@ -209,8 +209,8 @@ fn a_missing_barrier_after_waiting_for_copies_is_a_race() {
 
 #[test]
 fn a_missing_barrier_at_the_end_of_a_loop_is_a_race() {
-    // The third of four barriers: after the loop, before its memory is reused for the results.
-    let image = with_bug("linear", "linear_m16", 2, is_barrier, without);
+    // The second of three barriers: after the loop, before its memory is reused for the results.
+    let image = with_bug("linear", "linear_m16", 1, is_barrier, without);
     let fault = product(&image).unwrap_err();
     assert_eq!(fault.kind, FaultKind::SharedRace, "{fault}");
 }
@@ -266,13 +266,15 @@ fn swapped_operands_of_a_matrix_instruction_give_a_wrong_result() {
 }
 
 #[test]
-fn a_missing_row_bounds_check_reads_out_of_bounds() {
-    // Selects the row of x for a row of the tile, or NONE past the last row.
-    let is_guard = |_: &str, line: &str| line.starts_with("selp.b32") && line.contains(", -1, ");
+fn a_missing_bounds_check_reads_out_of_bounds() {
+    // Whether a thread copies anything: its chunk is inside the rows, and its first row exists.
+    let is_guard = |before: &str, line: &str| {
+        before.starts_with("shr.u32") && line.starts_with("and.pred")
+    };
+    // The first input is forgotten.
     let unguarded = |line: &str| {
-        let mut operands = line["selp.b32 ".len()..].split(',').map(str::trim);
-        let (to, from) = (operands.next().unwrap(), operands.next().unwrap());
-        format!("mov.b32 {to}, {from};")
+        let operands: Vec<&str> = line["and.pred ".len()..].split(", ").collect();
+        format!("mov.pred {}, {}", operands[0], operands[2])
     };
     let fault = product(&with_bug("linear", "linear_m16", 0, is_guard, unguarded)).unwrap_err();
     assert_eq!(fault.kind, FaultKind::OutOfBounds, "{fault}");
