@@ -6,7 +6,7 @@ INLINE float gate(float x, float z) { return __fdividef(x, 1.0f + __expf(-z)); }
 
 // out = activation(gate) · up, where a row of `gate_up` is [gate | up] and `columns` is a
 // multiple of eight. `gelu`: its tanh form, x/2 · (1 + tanh u) = x · sigmoid(2u); else SiLU.
-KERNEL gated_activation(T* out, const T* gate_up, u32 rows, u32 columns, u32 gelu) {
+KERNEL(256) gated_activation(T* out, const T* gate_up, u32 rows, u32 columns, u32 gelu) {
     u32 vectors = columns / 8;
     u32 index = blockIdx.x * blockDim.x + threadIdx.x;
     u32 row = index / vectors;
@@ -24,7 +24,7 @@ KERNEL gated_activation(T* out, const T* gate_up, u32 rows, u32 columns, u32 gel
 }
 
 // x → cap · tanh(x / cap), for `count` numbers.
-KERNEL softcap(float* x, float cap, u32 count) {
+KERNEL(256) softcap(float* x, float cap, u32 count) {
     u32 index = blockIdx.x * blockDim.x + threadIdx.x;
     if (index < count) x[index] = cap * tanhf(x[index] / cap);
 }

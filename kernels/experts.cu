@@ -10,7 +10,7 @@ constexpr u32 MAX_TOP_K = 32;
 
 // Softmax over a row's logits, the `top_k` largest (ties: the lower index), divided by
 // their sum if `normalize`. One warp a row; the sums run in a fixed order.
-KERNEL route(u32* pair_expert, float* pair_weight, const float* router, u32 rows, u32 experts, u32 top_k,
+KERNEL(32) route(u32* pair_expert, float* pair_weight, const float* router, u32 rows, u32 experts, u32 top_k,
              u32 normalize) {
     __shared__ float weights[MAX_EXPERTS];
     __shared__ u32 chosen[MAX_TOP_K];
@@ -69,7 +69,7 @@ KERNEL route(u32* pair_expert, float* pair_weight, const float* router, u32 rows
 //
 // Each warp counts the experts of its share of the pairs, the counts become the first
 // slot of each warp and expert, and each warp hands its slots out.
-KERNEL group_pairs(u32* expert_offsets, u32* row_index, u32* pair_slot, const u32* pair_expert, u32 rows, u32 experts,
+KERNEL(1024) group_pairs(u32* expert_offsets, u32* row_index, u32* pair_slot, const u32* pair_expert, u32 rows, u32 experts,
                    u32 top_k) {
     constexpr u32 WARPS = 32;
     __shared__ u32 next[MAX_EXPERTS][WARPS + 1];
@@ -130,7 +130,7 @@ KERNEL group_pairs(u32* expert_offsets, u32* row_index, u32* pair_slot, const u3
 
 // `out[row] = Σ weight · pair_out[slot]` over the row's experts by index.
 // Grid (ceil(columns / 256), rows).
-KERNEL combine_experts(T* out, const T* pair_out, const u32* pair_slot, const float* pair_weight, u32 rows,
+KERNEL(256) combine_experts(T* out, const T* pair_out, const u32* pair_slot, const float* pair_weight, u32 rows,
                        u32 columns, u32 top_k) {
     u32 row = blockIdx.y, column = blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= rows || column >= columns) return;

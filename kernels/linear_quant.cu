@@ -286,7 +286,7 @@ INLINE void embed_quant(float* out, const u8* table, const u32* resolved, float 
     }
 }
 
-// Shared memory: `STAGES · (ROWS · 256 + 4 · N · BYTES)` bytes.
+// Shared memory: `STAGES · (ROWS · 256 + 4 · N · BYTES)` bytes; see linear.cu for the two blocks.
 #define LINEAR_QUANT(NAME, FORMAT, ROWS, N, STAGES)                                                                 \
     extern "C" __global__ void __launch_bounds__(128, 2)                                                            \
         NAME(void* out, const T* x, const u8* weight, const float* bias, const u32* row_index,                      \
@@ -298,7 +298,8 @@ INLINE void embed_quant(float* out, const u8* table, const u32* resolved, float 
     using Format_##NAME = Format<__VA_ARGS__>;                                                                      \
     LINEAR_QUANT(linear_##NAME##_m16, Format_##NAME, 16, 1, Format_##NAME::STAGES)                                  \
     LINEAR_QUANT(linear_##NAME##_m64, Format_##NAME, 64, 2, 4)                                                      \
-    KERNEL embed_##NAME(float* out, const u8* table, const u32* resolved, float scale, u32 columns, u32 vocabulary) { \
+    KERNEL(128) embed_##NAME(float* out, const u8* table, const u32* resolved, float scale, u32 columns,            \
+                             u32 vocabulary) {                                                                      \
         embed_quant<Format_##NAME>(out, table, resolved, scale, columns, vocabulary);                               \
     }
 

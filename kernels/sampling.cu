@@ -202,7 +202,7 @@ INLINE void draw(Candidate& best, const Row& row, float score, u32 token) {
 constexpr Candidate NOTHING_DRAWN = {-2.86f, NONE};
 
 // {max, sum of e^(logit − max)} of each slice. Grid (slices, rows), 256 threads.
-KERNEL sample_sums(float2* sums, const float* logits, const Row* rows, u32 columns) {
+KERNEL(256) sample_sums(float2* sums, const float* logits, const Row* rows, u32 columns) {
     __shared__ float scratch[32];
     if (rows[blockIdx.y].logprobs == NONE) return;
     logits += u64(blockIdx.y) * columns;
@@ -338,8 +338,8 @@ INLINE u64 select(const Ranks& ranks, u64 lowest, u32 need, double target, Selec
 // their exponentials. A row of `result` has 4 + 2 · top_stride words: token, its
 // log-probability, how many tokens follow, the log of the sum; then ids with log-probabilities.
 // Grid rows, 1024 threads.
-KERNEL __launch_bounds__(1024)
-    sample_top(u32* result, const float* logits, const float2* sums, const Row* rows, u32 columns, u32 slices, u32 top_stride) {
+KERNEL(1024) sample_top(u32* result, const float* logits, const float2* sums, const Row* rows, u32 columns, u32 slices,
+                        u32 top_stride) {
     __shared__ SelectScratch scratch;
     __shared__ u64 sorted[MAX_TOP];
     __shared__ u32 length;
@@ -413,7 +413,7 @@ INLINE float penalised(float logit, const Row& row, u32 generated) {
 // Applies penalties and biases to the logits and keeps what they were in `saved`, entry by
 // entry. The token that was fed back in this step counts as generated once more; if the
 // history lacks it, it becomes the entry set aside. Grid rows, 256 threads.
-KERNEL sample_edit(float* logits, float* saved, uint2* entries, const Row* rows, const u32* feedback,
+KERNEL(256) sample_edit(float* logits, float* saved, uint2* entries, const Row* rows, const u32* feedback,
                    const u32* resolved, const u32* sample_rows, u32 columns) {
     __shared__ u32 known;
     const Row& row = rows[blockIdx.x];
@@ -458,7 +458,7 @@ KERNEL sample_edit(float* logits, float* saved, uint2* entries, const Row* rows,
 
 // The largest logit of each slice, and clean counters for rows with top-k or top-p.
 // Grid (slices, rows), 256 threads.
-KERNEL sample_best(uint2* best, u32* counts, u64* masses, Filter* filters, const float* logits, const Row* rows,
+KERNEL(256) sample_best(uint2* best, u32* counts, u64* masses, Filter* filters, const float* logits, const Row* rows,
                    u32 columns) {
     if (blockIdx.x == 0 && is_filtered(rows[blockIdx.y])) {
         for (u32 i = threadIdx.x; i < BINS; i += SLICE_THREADS) {
@@ -495,7 +495,7 @@ KERNEL sample_best(uint2* best, u32* counts, u64* masses, Filter* filters, const
 INLINE u32 bin_of(float score) { return u32(fminf(score * -16.0f, float(BINS - 1))); }
 
 // Counts, and for top-p weighs, the tokens of each bin of scores. Grid (slices, rows), 256 threads.
-KERNEL sample_histogram(u32* counts, u64* masses, const float* logits, const uint2* best, const Row* rows, u32 columns) {
+KERNEL(256) sample_histogram(u32* counts, u64* masses, const float* logits, const uint2* best, const Row* rows, u32 columns) {
     __shared__ u32 own_counts[BINS];
     __shared__ u64 own_masses[BINS];
     const Row& row = rows[blockIdx.y];
@@ -533,7 +533,7 @@ INLINE bool limits_count(const Row& row, u32 tokens) { return row.top_k != 0 && 
 
 // Lists the ranks of the tokens in the bins that top-k, or top-p, can reach into, in any
 // order; makes no list if they are too many. Grid (slices, rows), 256 threads.
-KERNEL sample_compact(u64* lists, Filter* filters, const u32* counts, const u64* masses, const float* logits,
+KERNEL(256) sample_compact(u64* lists, Filter* filters, const u32* counts, const u64* masses, const float* logits,
                       const uint2* best, const Row* rows, u32 columns) {
     constexpr u32 LANE_BINS = BINS / 32;
     __shared__ u32 last_bin;
@@ -622,9 +622,8 @@ KERNEL sample_compact(u64* lists, Filter* filters, const u32* counts, const u64*
 }
 
 // Top-k and top-p exactly, then min-p and the draw. Grid rows, 1024 threads.
-KERNEL __launch_bounds__(1024)
-    sample_filter(uint2* winners, const u64* lists, const Filter* filters, const float* logits, const uint2* best,
-                  const Row* rows, u32 columns, u32 slices) {
+KERNEL(1024) sample_filter(uint2* winners, const u64* lists, const Filter* filters, const float* logits,
+                           const uint2* best, const Row* rows, u32 columns, u32 slices) {
     __shared__ SelectScratch scratch;
     const Row& row = rows[blockIdx.x];
     if (!is_filtered(row)) return;
@@ -669,7 +668,7 @@ KERNEL __launch_bounds__(1024)
 }
 
 // The draw among all tokens of each slice. Grid (slices, rows), 256 threads.
-KERNEL sample_draw(uint2* winners, const float* logits, const uint2* best, const Row* rows, u32 columns) {
+KERNEL(256) sample_draw(uint2* winners, const float* logits, const uint2* best, const Row* rows, u32 columns) {
     Row row = rows[blockIdx.y];
     if (row.inverse_temperature == 0.0f || is_filtered(row)) return;
     float largest = best_of(best + u64(blockIdx.y) * gridDim.x, gridDim.x).value;
@@ -693,7 +692,7 @@ KERNEL sample_draw(uint2* winners, const float* logits, const uint2* best, const
 
 // The tokens, for the next step and for the host (rows of `result` as in sample_top); puts
 // back what sample_edit changed. Grid rows, 256 threads.
-KERNEL sample_finish(u32* sampled, u32* result, float* logits, const float* saved, const uint2* entries,
+KERNEL(256) sample_finish(u32* sampled, u32* result, float* logits, const float* saved, const uint2* entries,
                      const uint2* best, const uint2* winners, const Row* rows, u32 columns, u32 slices, u32 top_stride) {
     __shared__ u32 broken;
     const Row& row = rows[blockIdx.x];
