@@ -6,16 +6,16 @@
 // and many small blocks keep memory busy; 64 rows for large batches; 128 rows for
 // prompts, where the tensor cores are the limit.
 //
-// With `expert_offsets` it is one product an expert: expert e has weights
-// `weight + e · outputs · inputs` and computes the pairs `expert_offsets[e] ..
-// expert_offsets[e + 1]`; pair p reads row `row_index[p]` of x and writes row p.
+// With `expert_tiles` it is one product an expert: expert e has weights
+// `weight + e · outputs · inputs` and computes the pairs in the tiles that are listed for it;
+// pair p reads row `row_index[p]` of x and writes row p.
 #include "linear.cuh"
 
 // `ROWS × OUTPUTS` is the tile, `DEPTH` the inputs of a stage, `WARPS_M × WARPS_N` how
 // the warps divide the tile among them.
 template <int ROWS, int OUTPUTS, int DEPTH, int WARPS_M, int WARPS_N, int STAGES>
 INLINE void linear(void* out, const T* x, const T* weight, const float* bias, const u32* row_index,
-                   const u32* expert_offsets, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_full) {
+                   const uint4* expert_tiles, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_full) {
     constexpr int THREADS = WARPS_M * WARPS_N * 32;
     constexpr int CHUNKS = DEPTH / 8, STEPS = DEPTH / 16;
     // Sixteens of rows and eights of outputs that a warp computes.
@@ -24,12 +24,12 @@ INLINE void linear(void* out, const T* x, const T* weight, const float* bias, co
     static_assert(N == 1 || N % 2 == 0, "weights are read by one eight or by two");
     extern __shared__ __align__(128) u8 stages[];
 
-    Tile tile = tile_of_block(expert_offsets, rows, ROWS);
+    Tile tile = tile_of_block(expert_tiles, rows, ROWS);
     if (tile.row >= tile.row_end) return;
     const u32 first_output = tile.column * OUTPUTS;
     weight += ((u64)tile.expert * outputs + first_output) * inputs;
     if (bias) bias += (u64)tile.expert * outputs;
-    RowCopies<ROWS, DEPTH, THREADS> x_copies(x, tile.row_end - tile.row, inputs, RowOf{row_index, tile.row});
+    RowCopies<ROWS, DEPTH, THREADS> x_copies(x, tile.row_end - tile.row, inputs, RowOf{row_index, tile});
     RowCopies<OUTPUTS, DEPTH, THREADS> weight_copies(weight, outputs - first_output, inputs, [](u32 row) { return row; });
 
     u32 warp_row = warp_id() / WARPS_N * (M * 16), warp_output = warp_id() % WARPS_N * (N * 8);
@@ -125,10 +125,10 @@ INLINE void linear(void* out, const T* x, const T* weight, const float* bias, co
 // Shared memory: `STAGES · (ROWS + OUTPUTS) · DEPTH · 2` bytes, which lets `BLOCKS` blocks run on a
 // multiprocessor of compute capability 9.0. The compiler need not save registers for more.
 #define LINEAR(NAME, ROWS, OUTPUTS, DEPTH, WARPS_M, WARPS_N, STAGES, BLOCKS)                                         \
-    extern "C" __global__ void __launch_bounds__(WARPS_M * WARPS_N * 32, BLOCKS)                                        \
+    extern "C" __global__ void __launch_bounds__(WARPS_M * WARPS_N * 32, BLOCKS)                                     \
         NAME(void* out, const T* x, const T* weight, const float* bias, const u32* row_index,                        \
-             const u32* expert_offsets, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_full) {           \
-        linear<ROWS, OUTPUTS, DEPTH, WARPS_M, WARPS_N, STAGES>(out, x, weight, bias, row_index, expert_offsets, rows, \
+             const uint4* expert_tiles, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_full) {           \
+        linear<ROWS, OUTPUTS, DEPTH, WARPS_M, WARPS_N, STAGES>(out, x, weight, bias, row_index, expert_tiles, rows, \
                                                                outputs, inputs, out_stride, out_full);               \
     }
 

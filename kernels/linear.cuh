@@ -22,7 +22,8 @@ INLINE void load_matrices(u32 (&out)[4], u32 row) {
 
 // The part of the result that a block computes.
 struct Tile {
-    // The first row and the end of the rows of its expert (or of all rows).
+    // The first row and the end of the rows of its expert (or of all rows); nothing is to be
+    // done if the first is not below the end.
     u32 row, row_end;
     // Which tile of outputs.
     u32 column;
@@ -31,7 +32,10 @@ struct Tile {
 
 // Blocks that run at the same time share rows of x and outputs of the weights: up to
 // eight tiles of rows go together through the outputs.
-INLINE Tile tile_of_block(const u32* expert_offsets, u32 rows, u32 tile_rows) {
+//
+// `expert_tiles`, if not null, lists the tiles of rows, one for each blockIdx.y: {expert,
+// first row, end of the expert's rows, unused}; see group_pairs in experts.cu.
+INLINE Tile tile_of_block(const uint4* expert_tiles, u32 rows, u32 tile_rows) {
     constexpr u32 TOGETHER = 8;
     u32 index = blockIdx.y * gridDim.x + blockIdx.x;
     u32 first = index / (TOGETHER * gridDim.x) * TOGETHER;
@@ -39,12 +43,16 @@ INLINE Tile tile_of_block(const u32* expert_offsets, u32 rows, u32 tile_rows) {
     index -= first * gridDim.x;
     Tile tile;
     tile.column = index / together;
-    tile.expert = blockIdx.z;
-    tile.row = (first + index % together) * tile_rows;
-    tile.row_end = rows;
-    if (expert_offsets) {
-        tile.row += expert_offsets[tile.expert];
-        tile.row_end = expert_offsets[tile.expert + 1];
+    const u32 row_tile = first + index % together;
+    if (expert_tiles) {
+        const uint4 listed = expert_tiles[row_tile];
+        tile.expert = listed.x;
+        tile.row = listed.y;
+        tile.row_end = listed.z;
+    } else {
+        tile.expert = 0;
+        tile.row = row_tile * tile_rows;
+        tile.row_end = rows;
     }
     return tile;
 }
@@ -74,14 +82,14 @@ struct RowCopies {
     const uint4* from;
     u32 chunks[EACH];
 
-    // The tile's row i is row `row_of(i)` of x, for i below `rows`.
+    // The tile's row i is row `row_of(i)` of x, for i below `rows`; beyond, it may be any number.
     template <class RowOf>
     INLINE RowCopies(const T* x, u32 rows, u32 inputs, RowOf row_of) : from(reinterpret_cast<const uint4*>(x)) {
         const u32 row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
         existing = row < rows ? (rows - row + AT_ONCE - 1) / AT_ONCE : 0;
         place = swizzled<CHUNKS>(row, chunk);
 #pragma unroll
-        for (u32 i = 0; i < EACH; i++) chunks[i] = i < existing ? row_of(row + i * AT_ONCE) * (inputs / 8) + chunk : 0;
+        for (u32 i = 0; i < EACH; i++) chunks[i] = row_of(row + i * AT_ONCE) * (inputs / 8) + chunk;
     }
 
     // Starts to copy the next `DEPTH` elements of all rows; zeros for rows that do not exist,
@@ -100,9 +108,12 @@ struct RowCopies {
 // Which row of x a row of the tile is.
 struct RowOf {
     const u32* index;
-    u32 first;
+    const Tile& tile;
 
-    INLINE u32 operator()(u32 row) const { return index ? index[first + row] : first + row; }
+    INLINE u32 operator()(u32 row) const {
+        row += tile.row;
+        return index && row < tile.row_end ? index[row] : row;
+    }
 };
 
 // Where a lane of the warp finds its row of a 16 × 16 operand: the address in a tile is

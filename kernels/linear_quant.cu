@@ -171,15 +171,15 @@ struct Weights {
 // `8 · N` outputs.
 template <class F, int ROWS, int N, int STAGES>
 INLINE void linear_quant(void* out, const T* x, const u8* weight, const float* bias, const u32* row_index,
-                         const u32* expert_offsets, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_full) {
+                         const uint4* expert_tiles, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_full) {
     constexpr int DEPTH = 128, CHUNKS = DEPTH / 8, STEPS = DEPTH / 16, THREADS = 128;
     constexpr int M = ROWS / 16, OUTPUTS = 32 * N;
     constexpr int X_BYTES = ROWS * DEPTH * sizeof(T), STAGE = X_BYTES + 4 * N * F::BYTES;
     extern __shared__ __align__(128) u8 stages[];
 
-    Tile tile = tile_of_block(expert_offsets, rows, ROWS);
+    Tile tile = tile_of_block(expert_tiles, rows, ROWS);
     if (tile.row >= tile.row_end) return;
-    RowCopies<ROWS, DEPTH, THREADS> x_copies(x, tile.row_end - tile.row, inputs, RowOf{row_index, tile.row});
+    RowCopies<ROWS, DEPTH, THREADS> x_copies(x, tile.row_end - tile.row, inputs, RowOf{row_index, tile});
 
     u32 chunks = (inputs + DEPTH - 1) / DEPTH, eights = (outputs + 7) / 8;
     u32 lane = lane_id(), first_eight = (tile.column * 4 + warp_id()) * N;
@@ -290,8 +290,8 @@ INLINE void embed_quant(float* out, const u8* table, const u32* resolved, float 
 #define LINEAR_QUANT(NAME, FORMAT, ROWS, N, STAGES)                                                                 \
     extern "C" __global__ void __launch_bounds__(128, 2)                                                            \
         NAME(void* out, const T* x, const u8* weight, const float* bias, const u32* row_index,                      \
-             const u32* expert_offsets, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_full) {          \
-        linear_quant<FORMAT, ROWS, N, STAGES>(out, x, weight, bias, row_index, expert_offsets, rows, outputs, inputs, \
+             const uint4* expert_tiles, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_full) {          \
+        linear_quant<FORMAT, ROWS, N, STAGES>(out, x, weight, bias, row_index, expert_tiles, rows, outputs, inputs, \
                                               out_stride, out_full);                                                \
     }
 #define QUANT(NAME, ...)                                                                                            \

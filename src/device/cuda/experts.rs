@@ -5,7 +5,7 @@ use super::CudaDevice;
 use super::context::Context;
 use super::error::{failed, require, unsupported};
 use super::launch::{Grid, kernels};
-use super::linear::{Operands, Routed};
+use super::linear::{ExpertTiles, Operands, Routed, TILE_ROWS};
 use super::load;
 use super::memory::Ptr;
 use super::scratch::Scratch;
@@ -21,8 +21,8 @@ kernels! {
             normalize: u32
         );
         group_pairs(
-            expert_offsets: Ptr, row_index: Ptr, pair_slot: Ptr, pair_expert: Ptr, rows: u32,
-            experts: u32, top_k: u32
+            tiles: Ptr, row_index: Ptr, pair_slot: Ptr, pair_expert: Ptr, rows: u32, experts: u32,
+            top_k: u32, places_16: u32, places_64: u32, places_128: u32
         );
         combine_experts(
             out: Ptr, pair_out: Ptr, pair_slot: Ptr, pair_weight: Ptr, rows: u32, columns: u32,
@@ -50,9 +50,8 @@ pub(super) struct ExpertScratch(Scratch);
 struct Pairs {
     expert: Ptr,
     weight: Ptr,
-    /// Index of each expert's first pair, with pairs sorted by expert, then the number of
-    /// pairs.
-    offsets: Ptr,
+    /// The tiles of the pairs, which are sorted by expert.
+    tiles: ExpertTiles,
     /// Row of each sorted pair.
     row_index: Ptr,
     /// Index of each pair among the sorted pairs.
@@ -69,10 +68,11 @@ impl ExpertScratch {
         (pairs, experts): (usize, usize),
         (hidden, columns): (usize, usize),
     ) -> Result<Pairs, DeviceError> {
+        let places = TILE_ROWS.map(|rows| ExpertTiles::most(pairs, experts, rows));
         let sizes = [
             4 * pairs,
             4 * pairs,
-            4 * (experts + 1),
+            ExpertTiles::ENTRY_BYTES * places.iter().sum::<usize>(),
             4 * pairs,
             4 * pairs,
             2 * pairs * 2 * hidden,
@@ -82,16 +82,7 @@ impl ExpertScratch {
         let sizes = sizes.map(|size: usize| size.next_multiple_of(256));
         let start = self.0.get(context, sizes.iter().sum())?;
         let mut offset = 0;
-        let [
-            expert,
-            weight,
-            offsets,
-            row_index,
-            slot,
-            gate_up,
-            hidden,
-            out,
-        ] = sizes.map(|size| {
+        let [expert, weight, tiles, row_index, slot, gate_up, hidden, out] = sizes.map(|size| {
             let ptr = start.offset_bytes(offset);
             offset += size;
             ptr
@@ -99,7 +90,7 @@ impl ExpertScratch {
         Ok(Pairs {
             expert,
             weight,
-            offsets,
+            tiles: ExpertTiles::new(tiles, places),
             row_index,
             slot,
             gate_up,
@@ -188,7 +179,7 @@ impl ExpertOps for CudaDevice {
             precision: Precision::Activation,
             rows,
             experts: Some(Routed {
-                offsets: places.offsets,
+                tiles: places.tiles,
                 row_index: places.row_index,
                 average,
             }),
@@ -211,7 +202,7 @@ impl ExpertOps for CudaDevice {
         product.x = places.hidden;
         product.out = places.out;
         product.experts = Some(Routed {
-            offsets: places.offsets,
+            tiles: places.tiles,
             row_index: Ptr::NULL,
             average,
         });
@@ -253,16 +244,20 @@ impl CudaDevice {
             top_k,
             routing.normalize.into(),
         )?;
+        let [places_16, places_64, places_128] = places.tiles.places();
         self.experts.group_pairs(
             &self.context,
             Grid::new([1, 1, 1], [1024, 1, 1]),
-            places.offsets,
+            places.tiles.start(),
             places.row_index,
             places.slot,
             places.expert,
             rows,
             count,
             top_k,
+            places_16 as u32,
+            places_64 as u32,
+            places_128 as u32,
         )
     }
 }

@@ -17,7 +17,7 @@ kernels! {
     /// Kernels of `kernels/linear.cu`.
     pub(super) struct LinearKernels in "linear" {
         linear_[m16, m64, m128](
-            out: Ptr, x: Ptr, weight: Ptr, bias: Ptr, row_index: Ptr, expert_offsets: Ptr,
+            out: Ptr, x: Ptr, weight: Ptr, bias: Ptr, row_index: Ptr, expert_tiles: Ptr,
             rows: u32, outputs: u32, inputs: u32, out_stride: u32, out_full: u32
         );
     }
@@ -30,7 +30,7 @@ kernels! {
             q4_m16, q4_m64, q4m_m16, q4m_m64, q4k_m16, q4k_m64, q2k_m16, q2k_m64, q5_m16, q5_m64,
             q5m_m16, q5m_m64, q5k_m16, q5k_m64, q6k_m16, q6k_m64, q8_m16, q8_m64
         ](
-            out: Ptr, x: Ptr, weight: Ptr, bias: Ptr, row_index: Ptr, expert_offsets: Ptr,
+            out: Ptr, x: Ptr, weight: Ptr, bias: Ptr, row_index: Ptr, expert_tiles: Ptr,
             rows: u32, outputs: u32, inputs: u32, out_stride: u32, out_full: u32
         );
         embed_[q4, q4m, q4k, q2k, q5, q5m, q5k, q6k, q8](
@@ -67,7 +67,7 @@ pub(super) struct Operands {
     /// Rows of `weight.rows()` elements in `precision`.
     pub(super) out: Ptr,
     pub(super) precision: Precision,
-    /// Number of rows; with `experts`, the maximum per expert.
+    /// Number of rows. Without meaning if there are `experts`.
     pub(super) rows: usize,
     pub(super) experts: Option<Routed>,
 }
@@ -75,12 +75,57 @@ pub(super) struct Operands {
 /// How rows are distributed among experts.
 #[derive(Clone, Copy)]
 pub(super) struct Routed {
-    /// Index of the first pair of each expert, then the total number of pairs: `u32` each.
-    pub(super) offsets: Ptr,
+    pub(super) tiles: ExpertTiles,
     /// Row of x of each pair: `u32` per pair. NULL if pair `p` reads row `p`.
     pub(super) row_index: Ptr,
     /// Average number of rows per expert.
     pub(super) average: usize,
+}
+
+/// Rows of the tiles that the kernels have, as in `kernels/experts.cu`.
+pub(super) const TILE_ROWS: [usize; 3] = [16, 64, 128];
+
+/// Lists of the tiles of rows that the experts' pairs fall into, one list for each of
+/// [`TILE_ROWS`]. The device writes them, so only their maximum lengths are known here.
+#[derive(Clone, Copy)]
+pub(super) struct ExpertTiles {
+    start: Ptr,
+    places: [usize; 3],
+}
+
+impl ExpertTiles {
+    /// Bytes of an entry: expert, first pair, end of the expert's pairs, and zero.
+    pub(super) const ENTRY_BYTES: usize = 16;
+
+    /// Returns the maximum number of tiles of `rows` rows that `pairs` pairs of `experts`
+    /// experts can fall into: each expert that has a pair may have one tile that is not full.
+    pub(super) fn most(pairs: usize, experts: usize, rows: usize) -> usize {
+        let started = pairs.min(experts);
+        started + (pairs - started) / rows
+    }
+
+    /// Lists that begin at `start` and have room for `places` entries, one after the other.
+    pub(super) fn new(start: Ptr, places: [usize; 3]) -> Self {
+        Self { start, places }
+    }
+
+    pub(super) fn start(&self) -> Ptr {
+        self.start
+    }
+
+    pub(super) fn places(&self) -> [usize; 3] {
+        self.places
+    }
+
+    /// Returns the list of tiles of `rows` rows and its maximum length.
+    fn list(&self, rows: usize) -> (Ptr, usize) {
+        let sizes = TILE_ROWS.iter().zip(self.places);
+        let before = sizes.clone().take_while(|(size, _)| **size < rows);
+        let skipped: usize = before.map(|(_, places)| places).sum();
+        let places = sizes.filter(|(size, _)| **size == rows);
+        let start = self.start.offset_bytes(skipped * Self::ENTRY_BYTES);
+        (start, places.map(|(_, places)| places).sum())
+    }
 }
 
 /// Tile size of a kernel, and the kernel that has it.
@@ -233,17 +278,18 @@ impl CudaDevice {
         let bias = bias.map_or(Ptr::NULL, |bias| {
             bias.ptr().offset_bytes(segment.first_output * 4)
         });
-        let (row_index, offsets, average) = match operands.experts {
-            Some(routed) => (routed.row_index, routed.offsets, routed.average),
-            None => (Ptr::NULL, Ptr::NULL, operands.rows),
+        let average = match operands.experts {
+            Some(routed) => routed.average,
+            None => operands.rows,
         };
         let tile = Tile::choose(segment.kind, average, segment.outputs, weight.matrices);
-        let blocks = [
-            segment.outputs.div_ceil(tile.outputs) as u32,
-            operands.rows.div_ceil(tile.rows) as u32,
-            weight.matrices as u32,
-        ];
-        let grid = Grid::new(blocks, [128, 1, 1]).shared(tile.shared as u32);
+        let (row_index, (tiles, row_tiles)) = match operands.experts {
+            Some(routed) => (routed.row_index, routed.tiles.list(tile.rows)),
+            None => (Ptr::NULL, (Ptr::NULL, operands.rows.div_ceil(tile.rows))),
+        };
+        let column_tiles = segment.outputs.div_ceil(tile.outputs);
+        let grid = Grid::new([column_tiles as u32, row_tiles as u32, 1], [128, 1, 1])
+            .shared(tile.shared as u32);
         let (rows, outputs) = (operands.rows as u32, segment.outputs as u32);
         let (inputs, stride) = (weight.inputs as u32, weight.outputs as u32);
         let (context, weights) = (&self.context, segment.weights.ptr());
@@ -257,7 +303,7 @@ impl CudaDevice {
                 weights,
                 bias,
                 row_index,
-                offsets,
+                tiles,
                 rows,
                 outputs,
                 inputs,
@@ -273,7 +319,7 @@ impl CudaDevice {
                 weights,
                 bias,
                 row_index,
-                offsets,
+                tiles,
                 rows,
                 outputs,
                 inputs,
