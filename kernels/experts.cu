@@ -64,8 +64,8 @@ KERNEL(32) route(u32* pair_expert, float* pair_weight, const float* router, u32 
 }
 
 // Rows of the tiles that the matrix products have (linear.cu and linear_quant.cu).
-constexpr u32 TILE_SIZES = 3;
-INLINE u32 tile_rows(u32 size) { return size == 0 ? 16 : size == 1 ? 64 : 128; }
+constexpr u32 TILE_SIZES = 4;
+INLINE u32 tile_rows(u32 size) { return size == 0 ? 8 : size == 1 ? 16 : size == 2 ? 64 : 128; }
 
 // Where the experts' slots begin, and their tiles in the list of each size.
 struct Starts {
@@ -115,14 +115,14 @@ struct Starts {
 // the slot of each pair. One block of 1024 threads.
 //
 // For each size of tile, `tiles` lists the tiles that the experts' slots fall into, expert by
-// expert: {expert, first slot, end of the expert's slots, 0}. The list of size i has room for
-// `places.x`, `.y` or `.z` entries, which suffices for any choice of experts; those that are
-// left over are zeros.
+// expert: {expert, first slot, end of the expert's slots, 0}. The list of the tiles of 8 rows has
+// room for `places_8` entries, and so on, which suffices for any choice of experts; those that
+// are left over are zeros.
 //
 // Each warp counts the experts of its share of the pairs, the counts become the first
 // slot of each warp and expert, and each warp hands its slots out.
 KERNEL(1024) group_pairs(uint4* tiles, u32* row_index, u32* pair_slot, const u32* pair_expert, u32 rows, u32 experts,
-                         u32 top_k, u32 places_16, u32 places_64, u32 places_128) {
+                         u32 top_k, u32 places_8, u32 places_16, u32 places_64, u32 places_128) {
     constexpr u32 WARPS = 32;
     __shared__ u32 next[MAX_EXPERTS][WARPS + 1];
     __shared__ u32 totals[MAX_EXPERTS];
@@ -170,9 +170,12 @@ KERNEL(1024) group_pairs(uint4* tiles, u32* row_index, u32* pair_slot, const u32
         starts.add_up(totals, experts);
         __syncthreads();
         for (u32 e = warp; e < experts; e += WARPS) next[e][lane] += starts.slots[e];
-        starts.list(tiles, 0, experts, places_16);
-        starts.list(tiles + places_16, 1, experts, places_64);
-        starts.list(tiles + places_16 + places_64, 2, experts, places_128);
+        const u32 places[TILE_SIZES] = {places_8, places_16, places_64, places_128};
+#pragma unroll
+        for (u32 size = 0; size < TILE_SIZES; size++) {
+            starts.list(tiles, size, experts, places[size]);
+            tiles += places[size];
+        }
         __syncthreads();
     }
 }

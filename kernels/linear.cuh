@@ -58,8 +58,8 @@ INLINE Tile tile_of_block(const uint4* expert_tiles, u32 rows, u32 tile_rows) {
 }
 
 // Where the 16 bytes `chunk` of row `row` lie in a tile in shared memory: eight rows of
-// the same chunk lie in eight different sets of banks. `CHUNKS`, those of a row, is 8 or
-// 16.
+// the same chunk lie in eight different sets of banks. `CHUNKS`, those of a row, is a multiple of
+// eight.
 template <int CHUNKS>
 INLINE u32 swizzled(u32 row, u32 chunk) {
     return (row * CHUNKS + (chunk ^ (row & 7))) * 16;
@@ -71,8 +71,9 @@ INLINE u32 swizzled(u32 row, u32 chunk) {
 template <int ROWS, int DEPTH, int THREADS>
 struct RowCopies {
     static constexpr u32 CHUNKS = DEPTH / 8, AT_ONCE = THREADS / CHUNKS, EACH = ROWS / AT_ONCE;
-    // The rows of a thread are a multiple of eight apart: their chunks lie alike.
-    static_assert(THREADS % (CHUNKS * 8) == 0 && ROWS % AT_ONCE == 0, "each thread copies equally much");
+    static_assert(THREADS % CHUNKS == 0 && ROWS % AT_ONCE == 0, "each thread copies equally much");
+    // Then the chunks of a thread's rows lie alike, or in turn in two ways.
+    static_assert(AT_ONCE % 4 == 0, "the rows of a thread are a multiple of four apart");
 
     // How many of the thread's rows exist: the first ones.
     u32 existing;
@@ -99,7 +100,8 @@ struct RowCopies {
         const u32 wanted = inside ? existing : 0;
 #pragma unroll
         for (u32 i = 0; i < EACH; i++) {
-            copy_to_shared(shared + place + i * AT_ONCE * DEPTH * 2, from + chunks[i], i < wanted);
+            const u32 to = (place ^ (i * AT_ONCE % 8 * 16)) + i * AT_ONCE * DEPTH * 2;
+            copy_to_shared(shared + to, from + chunks[i], i < wanted);
         }
         from += CHUNKS;
     }

@@ -22,7 +22,7 @@ kernels! {
         );
         group_pairs(
             tiles: Ptr, row_index: Ptr, pair_slot: Ptr, pair_expert: Ptr, rows: u32, experts: u32,
-            top_k: u32, places_16: u32, places_64: u32, places_128: u32
+            top_k: u32, places_8: u32, places_16: u32, places_64: u32, places_128: u32
         );
         combine_experts(
             out: Ptr, pair_out: Ptr, pair_slot: Ptr, pair_weight: Ptr, rows: u32, columns: u32,
@@ -244,7 +244,7 @@ impl CudaDevice {
             top_k,
             routing.normalize.into(),
         )?;
-        let [places_16, places_64, places_128] = places.tiles.places();
+        let [places_8, places_16, places_64, places_128] = places.tiles.places();
         self.experts.group_pairs(
             &self.context,
             Grid::new([1, 1, 1], [1024, 1, 1]),
@@ -255,6 +255,7 @@ impl CudaDevice {
             rows,
             count,
             top_k,
+            places_8 as u32,
             places_16 as u32,
             places_64 as u32,
             places_128 as u32,

@@ -27,8 +27,9 @@ kernels! {
     /// Kernels of `kernels/linear_quant.cu`.
     pub(super) struct QuantKernels in "linear_quant" {
         linear_[
-            q4_m16, q4_m64, q4m_m16, q4m_m64, q4k_m16, q4k_m64, q2k_m16, q2k_m64, q5_m16, q5_m64,
-            q5m_m16, q5m_m64, q5k_m16, q5k_m64, q6k_m16, q6k_m64, q8_m16, q8_m64
+            q4_m8, q4_m16, q4_m64, q4m_m8, q4m_m16, q4m_m64, q4k_m8, q4k_m16, q4k_m64,
+            q2k_m8, q2k_m16, q2k_m64, q5_m8, q5_m16, q5_m64, q5m_m8, q5m_m16, q5m_m64,
+            q5k_m8, q5k_m16, q5k_m64, q6k_m8, q6k_m16, q6k_m64, q8_m8, q8_m16, q8_m64
         ](
             out: Ptr, x: Ptr, weight: Ptr, bias: Ptr, row_index: Ptr, expert_tiles: Ptr,
             rows: u32, outputs: u32, inputs: u32, out_stride: u32, out_full: u32
@@ -83,14 +84,14 @@ pub(super) struct Routed {
 }
 
 /// Rows of the tiles that the kernels have, as in `kernels/experts.cu`.
-pub(super) const TILE_ROWS: [usize; 3] = [16, 64, 128];
+pub(super) const TILE_ROWS: [usize; 4] = [8, 16, 64, 128];
 
 /// Lists of the tiles of rows that the experts' pairs fall into, one list for each of
 /// [`TILE_ROWS`]. The device writes them, so only their maximum lengths are known here.
 #[derive(Clone, Copy)]
 pub(super) struct ExpertTiles {
     start: Ptr,
-    places: [usize; 3],
+    places: [usize; 4],
 }
 
 impl ExpertTiles {
@@ -105,7 +106,7 @@ impl ExpertTiles {
     }
 
     /// Lists that begin at `start` and have room for `places` entries, one after the other.
-    pub(super) fn new(start: Ptr, places: [usize; 3]) -> Self {
+    pub(super) fn new(start: Ptr, places: [usize; 4]) -> Self {
         Self { start, places }
     }
 
@@ -113,7 +114,7 @@ impl ExpertTiles {
         self.start
     }
 
-    pub(super) fn places(&self) -> [usize; 3] {
+    pub(super) fn places(&self) -> [usize; 4] {
         self.places
     }
 
@@ -133,6 +134,8 @@ struct Tile {
     variant: &'static str,
     rows: usize,
     outputs: usize,
+    /// Threads per block.
+    threads: u32,
     /// Bytes of dynamic shared memory.
     shared: usize,
 }
@@ -143,11 +146,10 @@ impl Tile {
     fn choose(kind: Kind, rows: usize, outputs: usize, matrices: usize) -> Self {
         // Number of blocks that fills a GPU. With fewer, parts of it would be idle.
         const ENOUGH: usize = 96;
-        let few = rows <= 16;
         match kind {
             Kind::Dense => {
                 let large = rows.div_ceil(128) * outputs.div_ceil(128) * matrices;
-                let (variant, rows, outputs, depth, stages) = if few {
+                let (variant, rows, outputs, depth, stages) = if rows <= 16 {
                     ("m16", 16, 32, 128, 5)
                 } else if rows <= 64 || large < ENOUGH {
                     ("m64", 64, 64, 64, 4)
@@ -158,21 +160,24 @@ impl Tile {
                     variant,
                     rows,
                     outputs,
+                    threads: 128,
                     shared: stages * (rows + outputs) * depth * 2,
                 }
             }
             Kind::Quantised(format, _) => {
-                let (variant, rows, outputs, stages) = if few {
-                    (format.kernels[0], 16, 32, format.stages())
-                } else {
-                    (format.kernels[1], 64, 64, 4)
+                let [m8, m16, m64] = format.kernels;
+                // The tile, the number of its warps, and the records in a row of x.
+                let (variant, rows, outputs, warps, depth) = match rows {
+                    0..=8 => (m8, 8, 32, 8, 4),
+                    9..=16 => (m16, 16, 32, 8, 4),
+                    _ => (m64, 64, 64, 4, 1),
                 };
-                let records = outputs / 8 * format.record_bytes();
                 Self {
                     variant,
                     rows,
                     outputs,
-                    shared: stages * (rows * 256 + records),
+                    threads: 32 * warps as u32,
+                    shared: format.stages_bytes(rows * depth, warps),
                 }
             }
         }
@@ -288,8 +293,11 @@ impl CudaDevice {
             None => (Ptr::NULL, (Ptr::NULL, operands.rows.div_ceil(tile.rows))),
         };
         let column_tiles = segment.outputs.div_ceil(tile.outputs);
-        let grid = Grid::new([column_tiles as u32, row_tiles as u32, 1], [128, 1, 1])
-            .shared(tile.shared as u32);
+        let grid = Grid::new(
+            [column_tiles as u32, row_tiles as u32, 1],
+            [tile.threads, 1, 1],
+        )
+        .shared(tile.shared as u32);
         let (rows, outputs) = (operands.rows as u32, segment.outputs as u32);
         let (inputs, stride) = (weight.inputs as u32, weight.outputs as u32);
         let (context, weights) = (&self.context, segment.weights.ptr());

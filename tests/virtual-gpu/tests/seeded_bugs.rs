@@ -200,7 +200,7 @@ fn grouping(image: &str) -> Result<bool, Fault> {
         .flat_map(|row| [0, [1, 3, 4, 5][row as usize % 4]])
         .collect();
     let pairs = pair_expert.len();
-    let tile_rows = [16, 64, 128];
+    let tile_rows = [8, 16, 64, 128];
     let places = tile_rows.map(|tile| experts + (pairs - experts) / tile);
     let module = Module::parse(image).unwrap();
     let kernel = module.kernel("group_pairs").unwrap();
@@ -215,7 +215,7 @@ fn grouping(image: &str) -> Result<bool, Fault> {
         Argument::Pointer(pair_slot),
         Argument::Pointer(memory.alloc("pair_expert", &pair_expert)),
     ];
-    let numbers = [rows, experts, top_k, places[0], places[1], places[2]];
+    let numbers = [rows, experts, top_k].into_iter().chain(places);
     parameters.extend(numbers.map(|number| Argument::U32(number as u32)));
     let launch = Launch {
         grid: [1, 1, 1],
