@@ -1,6 +1,6 @@
 // y = W x + b with weights in the activation type, on tensor cores.
 //
-// W is `outputs × inputs`, x has one row a token; `inputs` is a multiple of 8. Tiles of
+// W is `outputs × inputs` (or has twice as many rows, see OutputOf in linear.cuh), x has one row a token; `inputs` is a multiple of 8. Tiles of
 // both stream through shared memory in a ring of stages, and every warp multiplies a
 // part of the tile. Three tiles: 16 rows for decoding, where reading W is all the work
 // and many small blocks keep memory busy; 64 rows for large batches; 128 rows for
@@ -15,7 +15,7 @@
 // the warps divide the tile among them.
 template <int ROWS, int OUTPUTS, int DEPTH, int WARPS_M, int WARPS_N, int STAGES>
 INLINE void linear(void* out, const T* x, const T* weight, const float* bias, const u32* row_index,
-                   const uint4* expert_tiles, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_full) {
+                   const uint4* expert_tiles, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_mode) {
     constexpr int THREADS = WARPS_M * WARPS_N * 32;
     constexpr int CHUNKS = DEPTH / 8, STEPS = DEPTH / 16;
     // Sixteens of rows and eights of outputs that a warp computes.
@@ -26,11 +26,12 @@ INLINE void linear(void* out, const T* x, const T* weight, const float* bias, co
 
     Tile tile = tile_of_block(expert_tiles, rows, ROWS);
     if (tile.row >= tile.row_end) return;
-    const u32 first_output = tile.column * OUTPUTS;
-    weight += ((u64)tile.expert * outputs + first_output) * inputs;
-    if (bias) bias += (u64)tile.expert * outputs;
+    const OutputOf output_of(OUTPUTS, outputs, out_mode);
+    const u32 first_output = tile.column * output_of.half, weight_rows = is_gated(out_mode) ? 2 * outputs : outputs;
+    weight += ((u64)tile.expert * weight_rows + first_output) * inputs;
+    if (bias) bias += (u64)tile.expert * weight_rows;
     RowCopies<ROWS, DEPTH, THREADS> x_copies(x, tile.row_end - tile.row, inputs, RowOf{row_index, tile});
-    RowCopies<OUTPUTS, DEPTH, THREADS> weight_copies(weight, outputs - first_output, inputs, [](u32 row) { return row; });
+    RowCopies<OUTPUTS, DEPTH, THREADS> weight_copies(weight, weight_rows - first_output, inputs, output_of);
 
     u32 warp_row = warp_id() / WARPS_N * (M * 16), warp_output = warp_id() % WARPS_N * (N * 8);
     u32 lane = lane_id(), shared = shared_address(stages);
@@ -118,8 +119,12 @@ INLINE void linear(void* out, const T* x, const T* weight, const float* bias, co
         }
     }
     __syncthreads();
-    Output to = {out, bias, outputs, out_stride, out_full};
-    write_tile<ROWS, OUTPUTS>(to, tile, results, first_output);
+    Output to = {out, bias, outputs, out_stride, out_mode};
+    if (is_gated(out_mode)) {
+        write_results(to, tile, {results, ROWS, OUTPUTS, 1});
+    } else {
+        write_tile<ROWS, OUTPUTS>(to, tile, results, first_output);
+    }
 }
 
 // Shared memory: `STAGES · (ROWS + OUTPUTS) · DEPTH · 2` bytes, which lets `BLOCKS` blocks run on a
@@ -127,9 +132,9 @@ INLINE void linear(void* out, const T* x, const T* weight, const float* bias, co
 #define LINEAR(NAME, ROWS, OUTPUTS, DEPTH, WARPS_M, WARPS_N, STAGES, BLOCKS)                                         \
     extern "C" __global__ void __launch_bounds__(WARPS_M * WARPS_N * 32, BLOCKS)                                     \
         NAME(void* out, const T* x, const T* weight, const float* bias, const u32* row_index,                        \
-             const uint4* expert_tiles, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_full) {           \
+             const uint4* expert_tiles, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_mode) {           \
         linear<ROWS, OUTPUTS, DEPTH, WARPS_M, WARPS_N, STAGES>(out, x, weight, bias, row_index, expert_tiles, rows, \
-                                                               outputs, inputs, out_stride, out_full);               \
+                                                               outputs, inputs, out_stride, out_mode);               \
     }
 
 LINEAR(linear_m16, 16, 32, 128, 1, 4, 5, 3)

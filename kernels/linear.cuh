@@ -1,11 +1,12 @@
 // What the matrix products share: which rows and outputs a block computes, how its
 // rows of x come to shared memory, and how results are written.
 //
-// All products keep one order of addition: an output has one accumulator that goes
-// through the inputs sixteen at a time, ascending, whatever the tile. So a row's
-// results do not depend on the tile, nor on the rows beside it.
+// All products keep one order of addition, whatever the tile: with weights in the activation
+// type, an output has one accumulator that goes through the inputs sixteen at a time,
+// ascending; for others see linear_quant.cu. So a row's results do not depend on the tile,
+// nor on the rows beside it.
 #pragma once
-#include "common.cuh"
+#include "gate.cuh"
 
 // As `copy_async` and `load_matrices` of common.cuh, for an address that is already one
 // of shared memory.
@@ -19,6 +20,9 @@ INLINE void load_matrices(u32 (&out)[4], u32 row) {
                  : "r"(row)
                  : "memory");
 }
+
+// Keeps the compiler from computing a value anew wherever it is used.
+INLINE void settle(u32& x) { asm volatile("" : "+r"(x)); }
 
 // The part of the result that a block computes.
 struct Tile {
@@ -90,7 +94,10 @@ struct RowCopies {
         existing = row < rows ? (rows - row + AT_ONCE - 1) / AT_ONCE : 0;
         place = swizzled<CHUNKS>(row, chunk);
 #pragma unroll
-        for (u32 i = 0; i < EACH; i++) chunks[i] = row_of(row + i * AT_ONCE) * (inputs / 8) + chunk;
+        for (u32 i = 0; i < EACH; i++) {
+            chunks[i] = row_of(row + i * AT_ONCE) * (inputs / 8) + chunk;
+            settle(chunks[i]);
+        }
     }
 
     // Starts to copy the next `DEPTH` elements of all rows; zeros for rows that do not exist,
@@ -137,12 +144,69 @@ INLINE LaneAddress rows_address(u32 row) {
     return lane_address<CHUNKS>(row + (lane & 15), lane >> 4);
 }
 
+// What becomes of the results.
+constexpr u32 AS_ACTIVATIONS = 0, AS_FLOATS = 1;
+// They are gates and, as many rows of W later, what the gates are multiplied with: the product of
+// the two is written, in the activation type.
+constexpr u32 SILU_GATED = 2, GELU_GATED = 3;
+INLINE bool is_gated(u32 mode) { return mode >= SILU_GATED; }
+
 // Where and how results are written.
 struct Output {
     void* out;
     const float* bias;
-    u32 outputs, stride, full;
+    u32 outputs, stride, mode;
 };
+
+// Which row of W output `i` of a tile is, counted from its first one. Half of the outputs of a
+// tile with gates are what they are multiplied with.
+struct OutputOf {
+    u32 half, apart;
+
+    INLINE OutputOf(u32 tile_outputs, u32 outputs, u32 mode)
+        : half(is_gated(mode) ? tile_outputs / 2 : tile_outputs), apart(outputs - half) {}
+    INLINE u32 operator()(u32 i) const { return i < half ? i : i + apart; }
+};
+
+// A tile's results in shared memory: `rows × columns`, in `parts` parts that are to be added up.
+struct Results {
+    const float* at;
+    u32 rows, columns, parts;
+
+    // Rows are eight further apart than they have columns; see keep_matrix.
+    INLINE float get(u32 row, u32 column) const {
+        const float* from = at + row * (columns + 8) + column;
+        float total = 0.0f;
+        for (u32 part = 0; part < parts; part++) total += from[part * rows * (columns + 8)];
+        return total;
+    }
+};
+
+// Writes a tile's results one by one, which is slower than write_tile. With gates, `to.outputs` is
+// a multiple of half the columns. Called, not inlined: every kernel of linear_quant.cu has it.
+__device__ __noinline__ void write_results(Output to, Tile tile, Results results) {
+    const bool is_product = is_gated(to.mode);
+    const u32 width = is_product ? results.columns / 2 : results.columns;
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < results.rows * width; i += blockDim.x) {
+        const u32 column = i % width, row = i / width, output = tile.column * width + column;
+        if (tile.row + row >= tile.row_end || output >= to.outputs) continue;
+        float x = results.get(row, column);
+        if (to.bias) x += to.bias[output];
+        if (is_product) {
+            float up = results.get(row, width + column);
+            if (to.bias) up += to.bias[to.outputs + output];
+            // Rounded as if they had been written.
+            x = gated(to_float(to_t(x)), to_float(to_t(up)), to.mode == GELU_GATED);
+        }
+        const u64 index = (u64)(tile.row + row) * to.stride + output;
+        if (to.mode == AS_FLOATS) {
+            static_cast<float*>(to.out)[index] = x;
+        } else {
+            static_cast<T*>(to.out)[index] = to_t(x);
+        }
+    }
+}
 
 // Puts the 16 × 8 results of an accumulator into a tile in shared memory; rows of the
 // tile are `columns + 8` apart, so that the lanes use all banks.
@@ -159,7 +223,7 @@ template <int ROWS, int COLUMNS>
 INLINE void write_tile(const Output& to, const Tile& tile, const float* shared, u32 first) {
     constexpr u32 WIDTH = 4;
     u64 start = reinterpret_cast<u64>(to.out);
-    u32 size = to.full ? 4 : 2;
+    u32 size = to.mode == AS_FLOATS ? 4 : 2;
     // Whether every group of four results lies where it can be written at once.
     bool aligned = (start + first * size) % (WIDTH * size) == 0 && to.stride % WIDTH == 0;
 #pragma unroll 1
@@ -179,7 +243,7 @@ INLINE void write_tile(const Output& to, const Tile& tile, const float* shared, 
                 value.z += to.bias[output + 2];
                 value.w += to.bias[output + 3];
             }
-            if (to.full) {
+            if (to.mode == AS_FLOATS) {
                 *reinterpret_cast<float4*>(out_full) = value;
             } else {
                 u32 low = bits(to_t2(value.x, value.y)), high = bits(to_t2(value.z, value.w));
@@ -191,7 +255,7 @@ INLINE void write_tile(const Output& to, const Tile& tile, const float* shared, 
         for (u32 c = 0; c < WIDTH && output + c < to.outputs; c++) {
             float value = from[c];
             if (to.bias) value += to.bias[output + c];
-            if (to.full) {
+            if (to.mode == AS_FLOATS) {
                 out_full[c] = value;
             } else {
                 out[c] = to_t(value);

@@ -30,9 +30,6 @@ constexpr u32 RECORD_OUTPUTS = 16, RECORD_INPUTS = 128;
 // Sums of an output, each over every fourth record.
 constexpr u32 CHAINS = 4;
 
-// Keeps the compiler from computing a value anew wherever it is used.
-INLINE void settle(u32& x) { asm volatile("" : "+r"(x)); }
-
 // a · b + c in both halves, rounded once.
 INLINE u32 multiply_add_pair(u32 a, u32 b, u32 c) {
     u32 d;
@@ -403,35 +400,12 @@ INLINE void copy_record(u32 shared, const u8* record, bool wanted) {
 __device__ constexpr int stages_of(int bytes) { return 101376 / bytes < 4 ? 101376 / bytes : 4; }
 __device__ constexpr int stage_bytes(int x_bytes, int record_bytes) { return (x_bytes + record_bytes + 255) / 256 * 256; }
 
-// Adds up the `PARTS` parts of a tile's results, adds the bias, and writes them. In shared memory,
-// the rows of a part are `COLUMNS + 8` apart.
-template <int ROWS, int COLUMNS, int PARTS>
-INLINE void write_results(const Output& to, const Tile& tile, const float* results) {
-    constexpr u32 PITCH = COLUMNS + 8;
-#pragma unroll 1
-    for (u32 i = threadIdx.x; i < ROWS * COLUMNS; i += blockDim.x) {
-        const u32 row = tile.row + i / COLUMNS, column = tile.column * COLUMNS + i % COLUMNS;
-        if (row >= tile.row_end || column >= to.outputs) continue;
-        const float* of = results + i / COLUMNS * PITCH + i % COLUMNS;
-        float total = 0.0f;
-#pragma unroll
-        for (u32 part = 0; part < PARTS; part++) total += of[part * (ROWS * PITCH)];
-        if (to.bias) total += to.bias[(u64)tile.expert * to.outputs + column];
-        const u64 index = (u64)row * to.stride + column;
-        if (to.full) {
-            static_cast<float*>(to.out)[index] = total;
-        } else {
-            static_cast<T*>(to.out)[index] = to_t(total);
-        }
-    }
-}
-
 // For up to `ROWS` rows, 8 or 16, and 32 outputs. Two warps, of sixteen outputs each, do every
 // fourth record, and four such pairs share a stage of four records.
 constexpr int FEW_OUTPUTS = 32, FEW_THREADS = 256;
 template <class F, int ROWS>
 INLINE void linear_quant_few(void* out, const T* x, const u8* weight, const float* bias, const u32* row_index,
-                             const uint4* expert_tiles, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_full) {
+                             const uint4* expert_tiles, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_mode) {
     constexpr int DEPTH = CHAINS * RECORD_INPUTS, CHUNKS = DEPTH / 8, RECORD_CHUNKS = RECORD_INPUTS / 8, EIGHTS = ROWS / 8;
     constexpr int X_BYTES = ROWS * DEPTH * sizeof(T), STAGE = stage_bytes(X_BYTES, FEW_THREADS / 32 * F::BYTES);
     constexpr int STAGES = stages_of(STAGE);
@@ -440,8 +414,11 @@ INLINE void linear_quant_few(void* out, const T* x, const u8* weight, const floa
     const Tile tile = tile_of_block(expert_tiles, rows, ROWS);
     if (tile.row >= tile.row_end) return;
     RowCopies<ROWS, DEPTH, FEW_THREADS> x_copies(x, tile.row_end - tile.row, inputs, RowOf{row_index, tile});
-    const u32 records = (inputs + RECORD_INPUTS - 1) / RECORD_INPUTS, sixteens = (outputs + 15) / 16;
-    const u32 chain = warp_id() / 2, sixteen = tile.column * 2 + warp_id() % 2;
+    const OutputOf output_of(FEW_OUTPUTS, outputs, out_mode);
+    const u32 weight_rows = is_gated(out_mode) ? 2 * outputs : outputs;
+    if (bias) bias += (u64)tile.expert * weight_rows;
+    const u32 records = (inputs + RECORD_INPUTS - 1) / RECORD_INPUTS, sixteens = (weight_rows + 15) / 16;
+    const u32 chain = warp_id() / 2, sixteen = (tile.column * output_of.half + output_of(warp_id() % 2 * 16)) / 16;
     const u8* next = weight + (((u64)tile.expert * sixteens + sixteen) * records + chain) * F::BYTES;
     // A stage begins with record `first`: it holds x for the thread, and a record for the warp, if
     // `first` is below these.
@@ -512,8 +489,8 @@ INLINE void linear_quant_few(void* out, const T* x, const u8* weight, const floa
         }
     }
     __syncthreads();
-    const Output to = {out, bias, outputs, out_stride, out_full};
-    write_results<ROWS, FEW_OUTPUTS, CHAINS>(to, tile, results);
+    const Output to = {out, bias, outputs, out_stride, out_mode};
+    write_results(to, tile, {results, ROWS, FEW_OUTPUTS, CHAINS});
 }
 
 // The order in which a block of `linear_quant_many` takes the records: every fourth one from the
@@ -534,7 +511,7 @@ struct RecordOrder {
 constexpr int MANY_ROWS = 64, MANY_OUTPUTS = 64, MANY_THREADS = 128;
 template <class F>
 INLINE void linear_quant_many(void* out, const T* x, const u8* weight, const float* bias, const u32* row_index,
-                              const uint4* expert_tiles, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_full) {
+                              const uint4* expert_tiles, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_mode) {
     constexpr int CHUNKS = RECORD_INPUTS / 8, EIGHTS = MANY_ROWS / 8, X_BYTES = MANY_ROWS * RECORD_INPUTS * sizeof(T);
     constexpr int STAGE = stage_bytes(X_BYTES, MANY_THREADS / 32 * F::BYTES), STAGES = stages_of(STAGE);
     constexpr int GROUPS = F::PARTS * F::PART_GROUPS;
@@ -544,8 +521,11 @@ INLINE void linear_quant_many(void* out, const T* x, const u8* weight, const flo
     const Tile tile = tile_of_block(expert_tiles, rows, MANY_ROWS);
     if (tile.row >= tile.row_end) return;
     RowCopies<MANY_ROWS, RECORD_INPUTS, MANY_THREADS> x_copies(x, tile.row_end - tile.row, inputs, RowOf{row_index, tile});
-    const u32 records = (inputs + RECORD_INPUTS - 1) / RECORD_INPUTS, sixteens = (outputs + 15) / 16;
-    const u32 sixteen = tile.column * 4 + warp_id();
+    const OutputOf output_of(MANY_OUTPUTS, outputs, out_mode);
+    const u32 weight_rows = is_gated(out_mode) ? 2 * outputs : outputs;
+    if (bias) bias += (u64)tile.expert * weight_rows;
+    const u32 records = (inputs + RECORD_INPUTS - 1) / RECORD_INPUTS, sixteens = (weight_rows + 15) / 16;
+    const u32 sixteen = (tile.column * output_of.half + output_of(warp_id() * 16)) / 16;
     const bool exists = sixteen < sixteens;
     weight += ((u64)tile.expert * sixteens + (exists ? sixteen : 0)) * records * F::BYTES;
 
@@ -633,8 +613,8 @@ INLINE void linear_quant_many(void* out, const T* x, const u8* weight, const flo
         for (int i = 0; i < 4; i++) results[(n * 8 + lane % 4 * 2 + i % 2) * PITCH + output + i / 2 * 8] = total.at[n][i];
     }
     __syncthreads();
-    const Output to = {out, bias, outputs, out_stride, out_full};
-    write_results<MANY_ROWS, MANY_OUTPUTS, 1>(to, tile, results);
+    const Output to = {out, bias, outputs, out_stride, out_mode};
+    write_results(to, tile, {results, MANY_ROWS, MANY_OUTPUTS, 1});
 }
 
 // `out[row] = scale · table[resolved[row]]`, not rounded; one block a row. An id beyond
@@ -684,8 +664,8 @@ INLINE void embed_quant(float* out, const u8* table, const u32* resolved, float 
 #define LINEAR_QUANT(NAME, THREADS, ...)                                                                            \
     extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                        \
         NAME(void* out, const T* x, const u8* weight, const float* bias, const u32* row_index,                      \
-             const uint4* expert_tiles, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_full) {          \
-        __VA_ARGS__(out, x, weight, bias, row_index, expert_tiles, rows, outputs, inputs, out_stride, out_full);    \
+             const uint4* expert_tiles, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_mode) {          \
+        __VA_ARGS__(out, x, weight, bias, row_index, expert_tiles, rows, outputs, inputs, out_stride, out_mode);    \
     }
 #define QUANT(NAME, ...)                                                                                            \
     using Format_##NAME = Format<__VA_ARGS__>;                                                                      \

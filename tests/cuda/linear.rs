@@ -321,6 +321,59 @@ fn other_rows_change_no_bit_of_a_row() {
     }
 }
 
+/// A product that applies the activation itself leaves the gates' own tensor alone.
+#[test]
+fn gates_within_the_product_change_no_bit() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(18);
+    for activations in TYPES {
+        let mut device = device(activations);
+        for (dtypes, hidden, within) in [
+            ([DType::BF16; 2], 64, true),
+            ([DType::Q4_0; 2], 192, true),
+            ([DType::Q4K; 2], 64, true),
+            ([DType::Q8_0; 2], 40, false),
+            ([DType::Q4_0, DType::Q8_0], 64, false),
+        ] {
+            let columns = inputs(dtypes[0]);
+            let parts = dtypes.map(|dtype| Part::new(&mut random, dtype, (hidden, columns)));
+            let bias = random.numbers(2 * hidden);
+            let weight = load(&mut device, &parts, Some(&bias));
+            for (rows, activation) in [
+                (1, Activation::Silu),
+                (12, Activation::GeluTanh),
+                (70, Activation::Silu),
+            ] {
+                let numbers = random.numbers(rows * columns);
+                let x = device.tensor(columns, Precision::Activation, &numbers);
+                let x = x.unwrap();
+                let nan = vec![f32::NAN; rows * 2 * hidden];
+                let mut empty = |width: usize| {
+                    let numbers = &nan[..rows * width];
+                    device
+                        .tensor(width, Precision::Activation, numbers)
+                        .unwrap()
+                };
+                let (mut gate_up, mut unused) = (empty(2 * hidden), empty(2 * hidden));
+                let (mut expected, mut found) = (empty(hidden), empty(hidden));
+                device.linear(&x, &weight, rows, &mut gate_up).unwrap();
+                device
+                    .gated_activation(&gate_up, activation, rows, &mut expected)
+                    .unwrap();
+                device
+                    .gated_linear(&x, &weight, activation, rows, &mut unused, &mut found)
+                    .unwrap();
+                let expected = device.values(&expected, rows).unwrap();
+                let found = device.values(&found, rows).unwrap();
+                assert_eq!(bits(&found), bits(&expected), "{dtypes:?}, {rows} rows");
+                let unused = device.values(&unused, rows).unwrap();
+                let is_unused = unused.iter().all(|value| value.is_nan());
+                assert_eq!(is_unused, within, "{dtypes:?}, {hidden} gates");
+            }
+        }
+    }
+}
+
 /// Enough outputs for many rows to be multiplied in the largest tile, and more inputs than its
 /// stages hold.
 #[test]

@@ -4,8 +4,8 @@
 use super::CudaDevice;
 use super::context::Context;
 use super::error::{failed, require, unsupported};
-use super::launch::{Grid, kernels};
-use super::linear::{ExpertTiles, Operands, Routed, TILE_ROWS};
+use super::launch::{Grid, kernels, vector_grid};
+use super::linear::{ExpertTiles, Operands, Routed, TILE_ROWS, Written};
 use super::load;
 use super::memory::Ptr;
 use super::scratch::Scratch;
@@ -175,8 +175,8 @@ impl ExpertOps for CudaDevice {
         let average = pairs.div_ceil(count);
         let mut product = Operands {
             x,
-            out: places.gate_up,
-            precision: Precision::Activation,
+            out: places.hidden,
+            written: Written::Gated(routing.activation),
             rows,
             experts: Some(Routed {
                 tiles: places.tiles,
@@ -184,23 +184,17 @@ impl ExpertOps for CudaDevice {
                 average,
             }),
         };
-        self.multiply(&experts.gate_up, &product)?;
-        let grid = Grid::new(
-            [(pairs * hidden / 8).div_ceil(256) as u32, 1, 1],
-            [256, 1, 1],
-        );
-        let gelu = u32::from(routing.activation == Activation::GeluTanh);
-        self.activation.gated_activation(
-            &self.context,
-            grid,
-            places.hidden,
-            places.gate_up,
-            pairs as u32,
-            hidden as u32,
-            gelu,
-        )?;
+        if self.products.can_gate(&experts.gate_up, rows) {
+            self.multiply(&experts.gate_up, &product)?;
+        } else {
+            product.out = places.gate_up;
+            product.written = Written::All(Precision::Activation);
+            self.multiply(&experts.gate_up, &product)?;
+            self.gate(&places, routing, (pairs, hidden))?;
+        }
         product.x = places.hidden;
         product.out = places.out;
+        product.written = Written::All(Precision::Activation);
         product.experts = Some(Routed {
             tiles: places.tiles,
             row_index: Ptr::NULL,
@@ -224,6 +218,24 @@ impl ExpertOps for CudaDevice {
 }
 
 impl CudaDevice {
+    /// Enqueues the gated activation of the pairs.
+    fn gate(
+        &mut self,
+        places: &Pairs,
+        routing: RoutingSpec,
+        (pairs, hidden): (usize, usize),
+    ) -> Result<(), DeviceError> {
+        self.activation.gated_activation(
+            &self.context,
+            vector_grid(pairs * hidden),
+            places.hidden,
+            places.gate_up,
+            pairs as u32,
+            hidden as u32,
+            u32::from(routing.activation == Activation::GeluTanh),
+        )
+    }
+
     /// Enqueues the choice of each row's experts and the sorting of the pairs by expert.
     fn route(
         &mut self,

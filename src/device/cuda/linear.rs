@@ -11,14 +11,14 @@ use super::options::CudaOptions;
 use super::scratch::Scratch;
 use super::tensor::CudaTensor;
 use super::weights::{CudaLinear, Kind, Segment};
-use crate::device::{DeviceError, LinearOps, LinearSpec, Precision};
+use crate::device::{Activation, DeviceError, LinearOps, LinearSpec, Precision};
 
 kernels! {
     /// Kernels of `kernels/linear.cu`.
     pub(super) struct LinearKernels in "linear" {
         linear_[m16, m64, m128](
             out: Ptr, x: Ptr, weight: Ptr, bias: Ptr, row_index: Ptr, expert_tiles: Ptr,
-            rows: u32, outputs: u32, inputs: u32, out_stride: u32, out_full: u32
+            rows: u32, outputs: u32, inputs: u32, out_stride: u32, out_mode: u32
         );
     }
 }
@@ -32,7 +32,7 @@ kernels! {
             q5k_m8, q5k_m16, q5k_m64, q6k_m8, q6k_m16, q6k_m64, q8_m8, q8_m16, q8_m64
         ](
             out: Ptr, x: Ptr, weight: Ptr, bias: Ptr, row_index: Ptr, expert_tiles: Ptr,
-            rows: u32, outputs: u32, inputs: u32, out_stride: u32, out_full: u32
+            rows: u32, outputs: u32, inputs: u32, out_stride: u32, out_mode: u32
         );
         embed_[q4, q4m, q4k, q2k, q5, q5m, q5k, q6k, q8](
             out: Ptr, table: Ptr, resolved: Ptr, scale: f32, columns: u32, vocabulary: u32
@@ -58,6 +58,16 @@ impl Products {
             blas: options.blas.then(blas).transpose()?,
         })
     }
+
+    /// Returns whether the product of `weight` and `rows` rows can be [`Written::Gated`]: one
+    /// kernel must have every gate and what it is multiplied with in one of its tiles.
+    pub(super) fn can_gate(&self, weight: &CudaLinear, rows: usize) -> bool {
+        /// Half of the outputs of the largest tile.
+        const HALF_TILE: usize = 64;
+        let in_blas = self.blas.is_some() && rows >= Blas::LEAST_ROWS;
+        let alike = weight.segments.len() == 1 && weight.outputs % (2 * HALF_TILE) == 0;
+        alike && !in_blas
+    }
 }
 
 /// The operands of a product other than the weights.
@@ -65,12 +75,42 @@ impl Products {
 pub(super) struct Operands {
     /// Rows of `weight.columns()` elements in the activation type.
     pub(super) x: Ptr,
-    /// Rows of `weight.rows()` elements in `precision`.
+    /// Rows of `weight.rows()` elements, or of half as many if they are `Gated`.
     pub(super) out: Ptr,
-    pub(super) precision: Precision,
+    pub(super) written: Written,
     /// Number of rows. Without meaning if there are `experts`.
     pub(super) rows: usize,
     pub(super) experts: Option<Routed>,
+}
+
+/// What is written of a product.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Written {
+    /// All of it, in this precision.
+    All(Precision),
+    /// The first half of the outputs are gates: the activation of each, times the output that is
+    /// half the outputs later, in the activation type. [`Products::can_gate`] must hold.
+    Gated(Activation),
+}
+
+impl Written {
+    /// Returns the number by which the kernels know it, as in `kernels/linear.cuh`.
+    fn mode(self) -> u32 {
+        match self {
+            Self::All(Precision::Activation) => 0,
+            Self::All(Precision::Full) => 1,
+            Self::Gated(Activation::Silu) => 2,
+            Self::Gated(Activation::GeluTanh) => 3,
+        }
+    }
+
+    /// Returns how many of `outputs` outputs are written.
+    fn outputs(self, outputs: usize) -> usize {
+        match self {
+            Self::All(_) => outputs,
+            Self::Gated(_) => outputs / 2,
+        }
+    }
 }
 
 /// How rows are distributed among experts.
@@ -214,7 +254,7 @@ impl LinearOps for CudaDevice {
         let operands = Operands {
             x: self.as_activations(x, rows)?,
             out: out.ptr(),
-            precision: out.precision(),
+            written: Written::All(out.precision()),
             rows,
             experts: None,
         };
@@ -260,7 +300,7 @@ impl CudaDevice {
         segment: &Segment,
         operands: &Operands,
     ) -> Result<(), DeviceError> {
-        let full = operands.precision == Precision::Full;
+        let full = operands.written == Written::All(Precision::Full);
         let size = if full { 4 } else { 2 };
         let out = operands.out.offset_bytes(segment.first_output * size);
         let bias = weight.bias.as_ref();
@@ -298,8 +338,10 @@ impl CudaDevice {
             [tile.threads, 1, 1],
         )
         .shared(tile.shared as u32);
-        let (rows, outputs) = (operands.rows as u32, segment.outputs as u32);
-        let (inputs, stride) = (weight.inputs as u32, weight.outputs as u32);
+        let written = operands.written;
+        let outputs = written.outputs(segment.outputs) as u32;
+        let stride = written.outputs(weight.outputs) as u32;
+        let (rows, inputs) = (operands.rows as u32, weight.inputs as u32);
         let (context, weights) = (&self.context, segment.weights.ptr());
         match segment.kind {
             Kind::Dense => self.linear.linear_(
@@ -316,7 +358,7 @@ impl CudaDevice {
                 outputs,
                 inputs,
                 stride,
-                full.into(),
+                written.mode(),
             ),
             Kind::Quantised(..) => self.quant.linear_(
                 tile.variant,
@@ -332,7 +374,7 @@ impl CudaDevice {
                 outputs,
                 inputs,
                 stride,
-                full.into(),
+                written.mode(),
             ),
         }
     }

@@ -192,6 +192,44 @@ fn norm(image: &str) -> Result<bool, Fault> {
     Ok(true)
 }
 
+/// Runs `linear_q4_m8` with three rows and weights that are all zero: two stages of x, and warps
+/// with two records, one and none.
+fn quantised(image: &str) -> Result<bool, Fault> {
+    let (rows, outputs, inputs) = (3usize, 40usize, 600usize);
+    let record_bytes = 1152;
+    let records = outputs.div_ceil(16) * inputs.div_ceil(128);
+    let module = Module::parse(image).unwrap();
+    let kernel = module.kernel("linear_q4_m8").unwrap();
+    for seed in [None, Some(1), Some(2), Some(3)] {
+        let mut memory = HostMemory::new();
+        let out = memory.alloc_uninitialised("out", rows * outputs * 4);
+        let weight = vec![0u8; records * record_bytes];
+        let mut parameters = vec![
+            Argument::Pointer(out),
+            Argument::Pointer(memory.alloc("x", &values(rows * inputs, 1))),
+            Argument::Pointer(memory.alloc("weight", &weight)),
+        ];
+        parameters.extend([Argument::Pointer(0); 3]);
+        parameters.extend([rows, outputs, inputs, outputs, 1].map(|n| Argument::U32(n as u32)));
+        let launch = Launch {
+            grid: [outputs.div_ceil(32) as u32, 1, 1],
+            block: [256, 1, 1],
+            dynamic_shared: 4 * (8 * 1024 + 8 * record_bytes),
+            parameters: arguments(kernel, &parameters),
+        };
+        let options = Options {
+            shuffle_seed: seed,
+            ..Options::default()
+        };
+        run(kernel, &launch, &memory.regions(), &options)?;
+        let found = memory.read::<f32>(out, rows * outputs);
+        if found.iter().any(|&found| found != 0.0) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// Runs `group_pairs` with 45 rows, each of which goes to two of six experts; the third one gets
 /// none, and the first one more than a tile of rows.
 fn grouping(image: &str) -> Result<bool, Fault> {
@@ -251,6 +289,7 @@ fn grouping(image: &str) -> Result<bool, Fault> {
 fn unmodified_kernels_pass() {
     assert_eq!(outcome(product(&image("linear"))), Ok(()));
     assert_eq!(outcome(grouping(&image("experts"))), Ok(()));
+    assert_eq!(outcome(quantised(&image("linear_quant"))), Ok(()));
     assert_eq!(outcome(norm(&image("norm"))), Ok(()));
 }
 
@@ -268,6 +307,14 @@ fn a_missing_barrier_at_the_end_of_a_loop_is_a_race() {
     // The second of three barriers: after the loop, before its memory is reused for the results.
     let image = with_bug("linear", "linear_m16", 1, is_barrier, without);
     let fault = product(&image).unwrap_err();
+    assert_eq!(fault.kind, FaultKind::SharedRace, "{fault}");
+}
+
+#[test]
+fn sums_of_several_warps_that_are_added_up_too_soon_are_a_race() {
+    // The last of three barriers: between writing the sums to shared memory and adding them up.
+    let image = with_bug("linear_quant", "linear_q4_m8", 2, is_barrier, without);
+    let fault = quantised(&image).unwrap_err();
     assert_eq!(fault.kind, FaultKind::SharedRace, "{fault}");
 }
 
