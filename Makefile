@@ -93,10 +93,12 @@ bench: model
 kernels:
 	$(PYTHON) scripts/compile-kernels
 
-## Fails if the images are out of date, or if a kernel wastes GPU resources.
+## Fails if the images are out of date, if a kernel wastes GPU resources or takes more
+## instructions than it should, or if its bits depend on the assembler.
 kernels-check:
 	$(PYTHON) scripts/compile-kernels --check
 	$(PYTHON) scripts/check-resources
+	$(PYTHON) scripts/count-gpu-instructions
 
 model:
 	@$(PYTHON) scripts/fetch-model

@@ -1,12 +1,10 @@
 // Non-linearities.
+#include "gate.cuh"
 #include "vector.cuh"
 
-// x · sigmoid(z); 0 where e^(−z) overflows.
-INLINE float gate(float x, float z) { return __fdividef(x, 1.0f + __expf(-z)); }
-
 // out = activation(gate) · up, where a row of `gate_up` is [gate | up] and `columns` is a
-// multiple of eight. `gelu`: its tanh form, x/2 · (1 + tanh u) = x · sigmoid(2u); else SiLU.
-KERNEL gated_activation(T* out, const T* gate_up, u32 rows, u32 columns, u32 gelu) {
+// multiple of eight.
+KERNEL(256) gated_activation(T* out, const T* gate_up, u32 rows, u32 columns, u32 gelu) {
     u32 vectors = columns / 8;
     u32 index = blockIdx.x * blockDim.x + threadIdx.x;
     u32 row = index / vectors;
@@ -16,15 +14,12 @@ KERNEL gated_activation(T* out, const T* gate_up, u32 rows, u32 columns, u32 gel
     load8(x, from);
     load8(up, from + columns);
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        float cubic = fmaf(x[i] * x[i] * x[i], 0.044715f, x[i]);
-        x[i] = gate(x[i], gelu ? cubic * 1.595769f : x[i]) * up[i];
-    }
+    for (int i = 0; i < 8; i++) x[i] = gated(x[i], up[i], gelu);
     store8(out + u64(index) * 8, x);
 }
 
 // x → cap · tanh(x / cap), for `count` numbers.
-KERNEL softcap(float* x, float cap, u32 count) {
+KERNEL(256) softcap(float* x, float cap, u32 count) {
     u32 index = blockIdx.x * blockDim.x + threadIdx.x;
     if (index < count) x[index] = cap * tanhf(x[index] / cap);
 }

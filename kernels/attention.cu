@@ -132,7 +132,7 @@ INLINE void attend_decode(
 
 // grid (q_heads, listed sequences), a thread an element of a head, whole warps. Merges a
 // sequence's units in ascending order; zeros for a sequence of length 0.
-KERNEL attend_combine(
+KERNEL(256) attend_combine(
     T* out, const float* partial_out, const float2* partial_stats, const uint4* sequences, const uint2* decode_list,
     u32 q_heads, u32 head_dim, u32 window
 ) {
@@ -398,7 +398,7 @@ INLINE void attend_prefill(
 // The kernels of each head dimension.
 
 #define ATTEND(HEAD)                                                                                                   \
-    KERNEL __launch_bounds__(128) attend_decode_hd##HEAD(                                                              \
+    KERNEL(128) attend_decode_hd##HEAD(                                                                                \
         float* partial_out, float2* partial_stats, const T* qkv, const T* k_cache, const T* v_cache,                  \
         const u32* tables, const uint4* sequences, const uint2* decode_list, u32 q_heads, u32 kv_heads,                 \
         u32 block_tokens, float scale, float softcap, u32 window                                                       \
@@ -406,7 +406,7 @@ INLINE void attend_prefill(
         attend_decode<HEAD>(partial_out, partial_stats, qkv, k_cache, v_cache, tables, sequences, decode_list,        \
                             q_heads, kv_heads, block_tokens, scale, softcap, window);                                  \
     }                                                                                                                  \
-    KERNEL __launch_bounds__(128) attend_prefill_hd##HEAD(                                                             \
+    KERNEL(128) attend_prefill_hd##HEAD(                                                                               \
         T* out, const T* qkv, const T* k_cache, const T* v_cache, const u32* tables, const uint4* sequences,          \
         const uint2* prefill_work, u32 q_heads, u32 kv_heads, u32 block_tokens, float scale, float softcap,           \
         u32 window                                                                                                     \

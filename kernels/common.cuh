@@ -21,7 +21,10 @@ typedef __nv_bfloat162 T2;
 constexpr u32 NONE = 0xffffffffu;
 constexpr u32 FULL_WARP = 0xffffffffu;
 
-#define KERNEL extern "C" __global__ void
+// A kernel that is launched with at most so many threads per block. Without the bound, a kernel
+// could come to use more registers than that many threads can have, and its launch would fail.
+// A second number says how many such blocks should have room on a multiprocessor.
+#define KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
 #define INLINE __device__ __forceinline__
 
 #if QUELL_F16

@@ -10,7 +10,7 @@ constexpr u32 MAX_TOP_K = 32;
 
 // Softmax over a row's logits, the `top_k` largest (ties: the lower index), divided by
 // their sum if `normalize`. One warp a row; the sums run in a fixed order.
-KERNEL route(u32* pair_expert, float* pair_weight, const float* router, u32 rows, u32 experts, u32 top_k,
+KERNEL(32) route(u32* pair_expert, float* pair_weight, const float* router, u32 rows, u32 experts, u32 top_k,
              u32 normalize) {
     __shared__ float weights[MAX_EXPERTS];
     __shared__ u32 chosen[MAX_TOP_K];
@@ -63,17 +63,70 @@ KERNEL route(u32* pair_expert, float* pair_weight, const float* router, u32 rows
     }
 }
 
+// Rows of the tiles that the matrix products have (linear.cu and linear_quant.cu).
+constexpr u32 TILE_SIZES = 4;
+INLINE u32 tile_rows(u32 size) { return size == 0 ? 8 : size == 1 ? 16 : size == 2 ? 64 : 128; }
+
+// Where the experts' slots begin, and their tiles in the list of each size.
+struct Starts {
+    u32 slots[MAX_EXPERTS + 1];
+    u32 tiles[TILE_SIZES][MAX_EXPERTS + 1];
+
+    // Adds up the slots, or the tiles of a size, that each expert takes; one warp for each.
+    INLINE void add_up(const u32* counts, u32 experts) {
+        constexpr u32 LANE_EXPERTS = MAX_EXPERTS / 32;
+        if (warp_id() > TILE_SIZES) return;
+        const u32 rows = warp_id() == 0 ? 1 : tile_rows(warp_id() - 1), lane = lane_id();
+        u32* const starts = warp_id() == 0 ? slots : tiles[warp_id() - 1];
+        u32 before[LANE_EXPERTS], own = 0;
+#pragma unroll
+        for (u32 i = 0; i < LANE_EXPERTS; i++) {
+            const u32 expert = lane * LANE_EXPERTS + i;
+            before[i] = own;
+            own += expert < experts ? (counts[expert] + rows - 1) / rows : 0;
+        }
+        u32 upto = own;
+#pragma unroll
+        for (u32 distance = 1; distance < 32; distance *= 2) {
+            const u32 other = __shfl_up_sync(FULL_WARP, upto, distance);
+            if (lane >= distance) upto += other;
+        }
+#pragma unroll
+        for (u32 i = 0; i < LANE_EXPERTS; i++) starts[lane * LANE_EXPERTS + i] = upto - own + before[i];
+        // With fewer experts, the places of those that do not exist hold it as well.
+        if (lane == 31) starts[MAX_EXPERTS] = upto;
+    }
+
+    // Writes the list of one size, which has room for `places` tiles.
+    INLINE void list(uint4* to, u32 size, u32 experts, u32 places) const {
+        const u32 rows = tile_rows(size), warps = blockDim.x / 32;
+        for (u32 expert = warp_id(); expert < experts; expert += warps) {
+            const u32 first = tiles[size][expert], count = tiles[size][expert + 1] - first;
+            for (u32 i = lane_id(); i < count; i += 32) {
+                to[first + i] = make_uint4(expert, slots[expert] + i * rows, slots[expert + 1], 0);
+            }
+        }
+        for (u32 i = tiles[size][experts] + threadIdx.x; i < places; i += blockDim.x) to[i] = make_uint4(0, 0, 0, 0);
+    }
+};
+
 // Sorts the pairs by expert, rows ascending within an expert: the pairs of expert e get
-// slots `expert_offsets[e] .. expert_offsets[e + 1]`; `row_index` is the row of each
-// slot, `pair_slot` the slot of each pair. One block of 1024 threads.
+// the slots after those of expert e − 1; `row_index` is the row of each slot, `pair_slot`
+// the slot of each pair. One block of 1024 threads.
+//
+// For each size of tile, `tiles` lists the tiles that the experts' slots fall into, expert by
+// expert: {expert, first slot, end of the expert's slots, 0}. The list of the tiles of 8 rows has
+// room for `places_8` entries, and so on, which suffices for any choice of experts; those that
+// are left over are zeros.
 //
 // Each warp counts the experts of its share of the pairs, the counts become the first
 // slot of each warp and expert, and each warp hands its slots out.
-KERNEL group_pairs(u32* expert_offsets, u32* row_index, u32* pair_slot, const u32* pair_expert, u32 rows, u32 experts,
-                   u32 top_k) {
+KERNEL(1024) group_pairs(uint4* tiles, u32* row_index, u32* pair_slot, const u32* pair_expert, u32 rows, u32 experts,
+                         u32 top_k, u32 places_8, u32 places_16, u32 places_64, u32 places_128) {
     constexpr u32 WARPS = 32;
     __shared__ u32 next[MAX_EXPERTS][WARPS + 1];
     __shared__ u32 totals[MAX_EXPERTS];
+    __shared__ Starts starts;
     u32 lane = lane_id(), warp = warp_id(), pairs = rows * top_k;
     u32 share = (pairs + WARPS * 32 - 1) / (WARPS * 32) * 32;
     u32 begin = min(warp * share, pairs), end = min(begin + share, pairs);
@@ -86,13 +139,8 @@ KERNEL group_pairs(u32* expert_offsets, u32* row_index, u32* pair_slot, const u3
             u32 pair = first + lane;
             u32 expert = pair < end ? pair_expert[pair] : NONE;
             // Pairs of the same expert in lower and in higher lanes.
-            u32 before = 0, after = 0;
-#pragma unroll 4
-            for (u32 other = 0; other < 32; other++) {
-                bool same = __shfl_sync(FULL_WARP, expert, other) == expert;
-                before += same && other < lane;
-                after += same && other > lane;
-            }
+            u32 same = __match_any_sync(FULL_WARP, expert);
+            u32 before = __popc(same & ((1u << lane) - 1)), after = __popc(same >> lane) - 1;
             u32 slot = expert != NONE ? next[expert][warp] + before : 0;
             __syncwarp();
             if (expert != NONE) {
@@ -106,23 +154,27 @@ KERNEL group_pairs(u32* expert_offsets, u32* row_index, u32* pair_slot, const u3
         }
         if (pass == 1) break;
         __syncthreads();
-        // An expert a thread: where its warps start, from the expert's first pair.
-        for (u32 e = threadIdx.x; e < experts; e += blockDim.x) {
-            u32 sum = 0;
-            for (u32 w = 0; w < WARPS; w++) {
-                u32 count = next[e][w];
-                next[e][w] = sum;
-                sum += count;
+        // An expert a warp: where each warp's slots start, from the expert's first one.
+        for (u32 e = warp; e < experts; e += WARPS) {
+            const u32 count = next[e][lane];
+            u32 upto = count;
+#pragma unroll
+            for (u32 distance = 1; distance < 32; distance *= 2) {
+                const u32 other = __shfl_up_sync(FULL_WARP, upto, distance);
+                if (lane >= distance) upto += other;
             }
-            totals[e] = sum;
+            next[e][lane] = upto - count;
+            if (lane == 31) totals[e] = upto;
         }
         __syncthreads();
-        for (u32 e = threadIdx.x; e < experts; e += blockDim.x) {
-            u32 offset = 0;
-            for (u32 i = 0; i < e; i++) offset += totals[i];
-            for (u32 w = 0; w < WARPS; w++) next[e][w] += offset;
-            expert_offsets[e] = offset;
-            if (e + 1 == experts) expert_offsets[experts] = offset + totals[e];
+        starts.add_up(totals, experts);
+        __syncthreads();
+        for (u32 e = warp; e < experts; e += WARPS) next[e][lane] += starts.slots[e];
+        const u32 places[TILE_SIZES] = {places_8, places_16, places_64, places_128};
+#pragma unroll
+        for (u32 size = 0; size < TILE_SIZES; size++) {
+            starts.list(tiles, size, experts, places[size]);
+            tiles += places[size];
         }
         __syncthreads();
     }
@@ -130,7 +182,7 @@ KERNEL group_pairs(u32* expert_offsets, u32* row_index, u32* pair_slot, const u3
 
 // `out[row] = Σ weight · pair_out[slot]` over the row's experts by index.
 // Grid (ceil(columns / 256), rows).
-KERNEL combine_experts(T* out, const T* pair_out, const u32* pair_slot, const float* pair_weight, u32 rows,
+KERNEL(256) combine_experts(T* out, const T* pair_out, const u32* pair_slot, const float* pair_weight, u32 rows,
                        u32 columns, u32 top_k) {
     u32 row = blockIdx.y, column = blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= rows || column >= columns) return;

@@ -1,21 +1,21 @@
 // y = W x + b with weights in the activation type, on tensor cores.
 //
-// W is `outputs × inputs`, x has one row a token; `inputs` is a multiple of 8. Tiles of
+// W is `outputs × inputs` (or has twice as many rows, see OutputOf in linear.cuh), x has one row a token; `inputs` is a multiple of 8. Tiles of
 // both stream through shared memory in a ring of stages, and every warp multiplies a
 // part of the tile. Three tiles: 16 rows for decoding, where reading W is all the work
 // and many small blocks keep memory busy; 64 rows for large batches; 128 rows for
 // prompts, where the tensor cores are the limit.
 //
-// With `expert_offsets` it is one product an expert: expert e has weights
-// `weight + e · outputs · inputs` and computes the pairs `expert_offsets[e] ..
-// expert_offsets[e + 1]`; pair p reads row `row_index[p]` of x and writes row p.
+// With `expert_tiles` it is one product an expert: expert e has weights
+// `weight + e · outputs · inputs` and computes the pairs in the tiles that are listed for it;
+// pair p reads row `row_index[p]` of x and writes row p.
 #include "linear.cuh"
 
 // `ROWS × OUTPUTS` is the tile, `DEPTH` the inputs of a stage, `WARPS_M × WARPS_N` how
 // the warps divide the tile among them.
 template <int ROWS, int OUTPUTS, int DEPTH, int WARPS_M, int WARPS_N, int STAGES>
 INLINE void linear(void* out, const T* x, const T* weight, const float* bias, const u32* row_index,
-                   const u32* expert_offsets, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_full) {
+                   const uint4* expert_tiles, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_mode) {
     constexpr int THREADS = WARPS_M * WARPS_N * 32;
     constexpr int CHUNKS = DEPTH / 8, STEPS = DEPTH / 16;
     // Sixteens of rows and eights of outputs that a warp computes.
@@ -23,20 +23,16 @@ INLINE void linear(void* out, const T* x, const T* weight, const float* bias, co
     constexpr int STAGE = (ROWS + OUTPUTS) * DEPTH * sizeof(T);
     static_assert(N == 1 || N % 2 == 0, "weights are read by one eight or by two");
     extern __shared__ __align__(128) u8 stages[];
-    __shared__ u32 source_rows[ROWS], source_outputs[OUTPUTS];
 
-    Tile tile = tile_of_block(expert_offsets, rows, ROWS);
+    Tile tile = tile_of_block(expert_tiles, rows, ROWS);
     if (tile.row >= tile.row_end) return;
-    weight += (u64)tile.expert * outputs * inputs;
-    if (bias) bias += (u64)tile.expert * outputs;
-    find_rows<ROWS>(source_rows, tile, row_index);
-    for (u32 i = threadIdx.x; i < OUTPUTS; i += THREADS) {
-        u32 output = tile.column * OUTPUTS + i;
-        source_outputs[i] = output < outputs ? output : NONE;
-    }
-    __syncthreads();
+    const OutputOf output_of(OUTPUTS, outputs, out_mode);
+    const u32 first_output = tile.column * output_of.half, weight_rows = is_gated(out_mode) ? 2 * outputs : outputs;
+    weight += ((u64)tile.expert * weight_rows + first_output) * inputs;
+    if (bias) bias += (u64)tile.expert * weight_rows;
+    RowCopies<ROWS, DEPTH, THREADS> x_copies(x, tile.row_end - tile.row, inputs, RowOf{row_index, tile});
+    RowCopies<OUTPUTS, DEPTH, THREADS> weight_copies(weight, weight_rows - first_output, inputs, output_of);
 
-    u32 chunks = (inputs + DEPTH - 1) / DEPTH;
     u32 warp_row = warp_id() / WARPS_N * (M * 16), warp_output = warp_id() % WARPS_N * (N * 8);
     u32 lane = lane_id(), shared = shared_address(stages);
     LaneAddress a_lane = rows_address<CHUNKS>(warp_row);
@@ -45,24 +41,29 @@ INLINE void linear(void* out, const T* x, const T* weight, const float* bias, co
                                 : lane_address<CHUNKS>(warp_output + (lane & 7) + (lane >> 4) * 8, lane >> 3 & 1);
     float sum[M][N][4] = {};
 
-    u32 reading = 0, writing = 0;
-#pragma unroll 1
-    for (u32 chunk = 0; chunk < chunks + STAGES - 1; chunk++) {
-        if (chunk >= STAGES - 1) {
-            // The oldest stage is there, of all threads, and none reads the one before.
-            copy_async_wait<STAGES - 2>();
-            __syncthreads();
-        }
-        if (chunk < chunks) {
-            u32 to = shared + writing * STAGE;
-            copy_rows<ROWS, DEPTH, THREADS>(to, x, source_rows, chunk * DEPTH, inputs);
-            copy_rows<OUTPUTS, DEPTH, THREADS>(to + ROWS * DEPTH * 2, weight, source_outputs, chunk * DEPTH, inputs);
+    const u32 chunks = (inputs + DEPTH - 1) / DEPTH, stages_end = shared + STAGES * STAGE;
+    u32 thread_chunk = threadIdx.x % CHUNKS;
+    auto start = [&](u32 stage, bool any) {
+        if (any) {
+            const bool inside = thread_chunk < inputs / 8;
+            x_copies.start(stage, inside);
+            weight_copies.start(stage + ROWS * DEPTH * 2, inside);
+            thread_chunk += CHUNKS;
         }
         copy_async_commit();
-        writing = writing + 1 == STAGES ? 0 : writing + 1;
-        if (chunk < STAGES - 1) continue;
+    };
+#pragma unroll 1
+    for (u32 stage = 0; stage < STAGES - 1; stage++) start(shared + stage * STAGE, stage < chunks);
+    // The stage that is free, and the one that is read next.
+    u32 empty = shared + (STAGES - 1) * STAGE, reading = shared;
+#pragma unroll 1
+    for (u32 chunk = 0; chunk < chunks; chunk++) {
+        // The oldest stage is there, of all threads, and none reads the one before.
+        copy_async_wait<STAGES - 2>();
+        __syncthreads();
+        start(empty, chunk + STAGES - 1 < chunks);
 
-        u32 a_stage = shared + reading * STAGE, b_stage = a_stage + ROWS * DEPTH * 2;
+        u32 a_stage = reading, b_stage = a_stage + ROWS * DEPTH * 2;
         if constexpr (N == 1) {
 #pragma unroll
             for (int step = 0; step < STEPS; step += 2) {
@@ -102,7 +103,8 @@ INLINE void linear(void* out, const T* x, const T* weight, const float* bias, co
                 }
             }
         }
-        reading = reading + 1 == STAGES ? 0 : reading + 1;
+        empty = reading;
+        reading = reading + STAGE == stages_end ? shared : reading + STAGE;
     }
 
     // The stages are read; their memory takes the results.
@@ -117,19 +119,24 @@ INLINE void linear(void* out, const T* x, const T* weight, const float* bias, co
         }
     }
     __syncthreads();
-    Output to = {out, bias, outputs, out_stride, out_full};
-    write_tile<ROWS, OUTPUTS>(to, tile, results, tile.column * OUTPUTS);
+    Output to = {out, bias, outputs, out_stride, out_mode};
+    if (is_gated(out_mode)) {
+        write_results(to, tile, {results, ROWS, OUTPUTS, 1});
+    } else {
+        write_tile<ROWS, OUTPUTS>(to, tile, results, first_output);
+    }
 }
 
-// Shared memory: `STAGES · (ROWS + OUTPUTS) · DEPTH · 2` bytes.
-#define LINEAR(NAME, ROWS, OUTPUTS, DEPTH, WARPS_M, WARPS_N, STAGES)                                                 \
-    extern "C" __global__ void __launch_bounds__(WARPS_M * WARPS_N * 32)                                             \
+// Shared memory: `STAGES · (ROWS + OUTPUTS) · DEPTH · 2` bytes, which lets `BLOCKS` blocks run on a
+// multiprocessor of compute capability 9.0. The compiler need not save registers for more.
+#define LINEAR(NAME, ROWS, OUTPUTS, DEPTH, WARPS_M, WARPS_N, STAGES, BLOCKS)                                         \
+    extern "C" __global__ void __launch_bounds__(WARPS_M * WARPS_N * 32, BLOCKS)                                     \
         NAME(void* out, const T* x, const T* weight, const float* bias, const u32* row_index,                        \
-             const u32* expert_offsets, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_full) {           \
-        linear<ROWS, OUTPUTS, DEPTH, WARPS_M, WARPS_N, STAGES>(out, x, weight, bias, row_index, expert_offsets, rows, \
-                                                               outputs, inputs, out_stride, out_full);               \
+             const uint4* expert_tiles, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_mode) {           \
+        linear<ROWS, OUTPUTS, DEPTH, WARPS_M, WARPS_N, STAGES>(out, x, weight, bias, row_index, expert_tiles, rows, \
+                                                               outputs, inputs, out_stride, out_mode);               \
     }
 
-LINEAR(linear_m16, 16, 32, 128, 1, 4, 5)
-LINEAR(linear_m64, 64, 64, 64, 2, 2, 4)
-LINEAR(linear_m128, 128, 128, 64, 2, 2, 3)
+LINEAR(linear_m16, 16, 32, 128, 1, 4, 5, 3)
+LINEAR(linear_m64, 64, 64, 64, 2, 2, 4, 3)
+LINEAR(linear_m128, 128, 128, 64, 2, 2, 3, 2)

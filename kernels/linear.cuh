@@ -1,11 +1,12 @@
 // What the matrix products share: which rows and outputs a block computes, how its
 // rows of x come to shared memory, and how results are written.
 //
-// All products keep one order of addition: an output has one accumulator that goes
-// through the inputs sixteen at a time, ascending, whatever the tile. So a row's
-// results do not depend on the tile, nor on the rows beside it.
+// All products keep one order of addition, whatever the tile: with weights in the activation
+// type, an output has one accumulator that goes through the inputs sixteen at a time,
+// ascending; for others see linear_quant.cu. So a row's results do not depend on the tile,
+// nor on the rows beside it.
 #pragma once
-#include "common.cuh"
+#include "gate.cuh"
 
 // As `copy_async` and `load_matrices` of common.cuh, for an address that is already one
 // of shared memory.
@@ -20,9 +21,13 @@ INLINE void load_matrices(u32 (&out)[4], u32 row) {
                  : "memory");
 }
 
+// Keeps the compiler from computing a value anew wherever it is used.
+INLINE void settle(u32& x) { asm volatile("" : "+r"(x)); }
+
 // The part of the result that a block computes.
 struct Tile {
-    // The first row and the end of the rows of its expert (or of all rows).
+    // The first row and the end of the rows of its expert (or of all rows); nothing is to be
+    // done if the first is not below the end.
     u32 row, row_end;
     // Which tile of outputs.
     u32 column;
@@ -31,7 +36,10 @@ struct Tile {
 
 // Blocks that run at the same time share rows of x and outputs of the weights: up to
 // eight tiles of rows go together through the outputs.
-INLINE Tile tile_of_block(const u32* expert_offsets, u32 rows, u32 tile_rows) {
+//
+// `expert_tiles`, if not null, lists the tiles of rows, one for each blockIdx.y: {expert,
+// first row, end of the expert's rows, unused}; see group_pairs in experts.cu.
+INLINE Tile tile_of_block(const uint4* expert_tiles, u32 rows, u32 tile_rows) {
     constexpr u32 TOGETHER = 8;
     u32 index = blockIdx.y * gridDim.x + blockIdx.x;
     u32 first = index / (TOGETHER * gridDim.x) * TOGETHER;
@@ -39,53 +47,83 @@ INLINE Tile tile_of_block(const u32* expert_offsets, u32 rows, u32 tile_rows) {
     index -= first * gridDim.x;
     Tile tile;
     tile.column = index / together;
-    tile.expert = blockIdx.z;
-    tile.row = (first + index % together) * tile_rows;
-    tile.row_end = rows;
-    if (expert_offsets) {
-        tile.row += expert_offsets[tile.expert];
-        tile.row_end = expert_offsets[tile.expert + 1];
+    const u32 row_tile = first + index % together;
+    if (expert_tiles) {
+        const uint4 listed = expert_tiles[row_tile];
+        tile.expert = listed.x;
+        tile.row = listed.y;
+        tile.row_end = listed.z;
+    } else {
+        tile.expert = 0;
+        tile.row = row_tile * tile_rows;
+        tile.row_end = rows;
     }
     return tile;
 }
 
-// Notes which row of x each row of the tile is; NONE beyond the last.
-template <int ROWS>
-INLINE void find_rows(u32* source, const Tile& tile, const u32* row_index) {
-    for (u32 i = threadIdx.x; i < ROWS; i += blockDim.x) {
-        u32 row = tile.row + i;
-        source[i] = row >= tile.row_end ? NONE : row_index ? row_index[row] : row;
-    }
-}
-
 // Where the 16 bytes `chunk` of row `row` lie in a tile in shared memory: eight rows of
-// the same chunk lie in eight different sets of banks. `CHUNKS`, those of a row, is 8 or
-// 16.
+// the same chunk lie in eight different sets of banks. `CHUNKS`, those of a row, is a multiple of
+// eight.
 template <int CHUNKS>
 INLINE u32 swizzled(u32 row, u32 chunk) {
     return (row * CHUNKS + (chunk ^ (row & 7))) * 16;
 }
 
-// Starts to copy inputs `k .. k + DEPTH` of `ROWS` rows, zeros beyond the last input
-// and for rows that are not there.
+// How a block's `THREADS` threads copy `ROWS` rows of `inputs` elements to shared memory,
+// `DEPTH` elements of each row at a time. Which rows a thread copies does not change, so where
+// they begin is found once, and a step of the loop costs little more than the copies.
 template <int ROWS, int DEPTH, int THREADS>
-INLINE void copy_rows(u32 shared, const T* x, const u32* source, u32 k, u32 inputs) {
-    constexpr int CHUNKS = DEPTH / 8, ROWS_AT_ONCE = THREADS / CHUNKS;
-    static_assert(THREADS % (CHUNKS * 8) == 0 && ROWS % ROWS_AT_ONCE == 0, "each thread copies equally much");
-    // Rows of a thread are a multiple of eight apart: their chunks lie alike.
-    u32 row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
-    u32 column = k + chunk * 8;
-    bool inside = column < inputs;
-    // Where nothing is wanted, the address is another one of x, and nothing is read.
-    x += inside ? column : 0;
-    shared += swizzled<CHUNKS>(row, chunk);
+struct RowCopies {
+    static constexpr u32 CHUNKS = DEPTH / 8, AT_ONCE = THREADS / CHUNKS, EACH = ROWS / AT_ONCE;
+    static_assert(THREADS % CHUNKS == 0 && ROWS % AT_ONCE == 0, "each thread copies equally much");
+    // Then the chunks of a thread's rows lie alike, or in turn in two ways.
+    static_assert(AT_ONCE % 4 == 0, "the rows of a thread are a multiple of four apart");
+
+    // How many of the thread's rows exist: the first ones.
+    u32 existing;
+    // Where its first row lies in a tile.
+    u32 place;
+    // The thread's next chunk of each row, counted from `from`.
+    const uint4* from;
+    u32 chunks[EACH];
+
+    // The tile's row i is row `row_of(i)` of x, for i below `rows`; beyond, it may be any number.
+    template <class RowOf>
+    INLINE RowCopies(const T* x, u32 rows, u32 inputs, RowOf row_of) : from(reinterpret_cast<const uint4*>(x)) {
+        const u32 row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+        existing = row < rows ? (rows - row + AT_ONCE - 1) / AT_ONCE : 0;
+        place = swizzled<CHUNKS>(row, chunk);
 #pragma unroll
-    for (int i = 0; i < ROWS / ROWS_AT_ONCE; i++) {
-        u32 from = source[row + i * ROWS_AT_ONCE];
-        bool exists = from != NONE;
-        copy_to_shared(shared + i * ROWS_AT_ONCE * DEPTH * 2, x + (u64)(exists ? from : 0) * inputs, exists & inside);
+        for (u32 i = 0; i < EACH; i++) {
+            chunks[i] = row_of(row + i * AT_ONCE) * (inputs / 8) + chunk;
+            settle(chunks[i]);
+        }
     }
-}
+
+    // Starts to copy the next `DEPTH` elements of all rows; zeros for rows that do not exist,
+    // and unless the thread's chunk is `inside` the rows.
+    INLINE void start(u32 shared, bool inside) {
+        // Where nothing is wanted, nothing is read, wherever that would be.
+        const u32 wanted = inside ? existing : 0;
+#pragma unroll
+        for (u32 i = 0; i < EACH; i++) {
+            const u32 to = (place ^ (i * AT_ONCE % 8 * 16)) + i * AT_ONCE * DEPTH * 2;
+            copy_to_shared(shared + to, from + chunks[i], i < wanted);
+        }
+        from += CHUNKS;
+    }
+};
+
+// Which row of x a row of the tile is.
+struct RowOf {
+    const u32* index;
+    const Tile& tile;
+
+    INLINE u32 operator()(u32 row) const {
+        row += tile.row;
+        return index && row < tile.row_end ? index[row] : row;
+    }
+};
 
 // Where a lane of the warp finds its row of a 16 × 16 operand: the address in a tile is
 // `row + (chunk ^ step · 32)`.
@@ -106,12 +144,69 @@ INLINE LaneAddress rows_address(u32 row) {
     return lane_address<CHUNKS>(row + (lane & 15), lane >> 4);
 }
 
+// What becomes of the results.
+constexpr u32 AS_ACTIVATIONS = 0, AS_FLOATS = 1;
+// They are gates and, as many rows of W later, what the gates are multiplied with: the product of
+// the two is written, in the activation type.
+constexpr u32 SILU_GATED = 2, GELU_GATED = 3;
+INLINE bool is_gated(u32 mode) { return mode >= SILU_GATED; }
+
 // Where and how results are written.
 struct Output {
     void* out;
     const float* bias;
-    u32 outputs, stride, full;
+    u32 outputs, stride, mode;
 };
+
+// Which row of W output `i` of a tile is, counted from its first one. Half of the outputs of a
+// tile with gates are what they are multiplied with.
+struct OutputOf {
+    u32 half, apart;
+
+    INLINE OutputOf(u32 tile_outputs, u32 outputs, u32 mode)
+        : half(is_gated(mode) ? tile_outputs / 2 : tile_outputs), apart(outputs - half) {}
+    INLINE u32 operator()(u32 i) const { return i < half ? i : i + apart; }
+};
+
+// A tile's results in shared memory: `rows × columns`, in `parts` parts that are to be added up.
+struct Results {
+    const float* at;
+    u32 rows, columns, parts;
+
+    // Rows are eight further apart than they have columns; see keep_matrix.
+    INLINE float get(u32 row, u32 column) const {
+        const float* from = at + row * (columns + 8) + column;
+        float total = 0.0f;
+        for (u32 part = 0; part < parts; part++) total += from[part * rows * (columns + 8)];
+        return total;
+    }
+};
+
+// Writes a tile's results one by one, which is slower than write_tile. With gates, `to.outputs` is
+// a multiple of half the columns. Called, not inlined: every kernel of linear_quant.cu has it.
+__device__ __noinline__ void write_results(Output to, Tile tile, Results results) {
+    const bool is_product = is_gated(to.mode);
+    const u32 width = is_product ? results.columns / 2 : results.columns;
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < results.rows * width; i += blockDim.x) {
+        const u32 column = i % width, row = i / width, output = tile.column * width + column;
+        if (tile.row + row >= tile.row_end || output >= to.outputs) continue;
+        float x = results.get(row, column);
+        if (to.bias) x += to.bias[output];
+        if (is_product) {
+            float up = results.get(row, width + column);
+            if (to.bias) up += to.bias[to.outputs + output];
+            // Rounded as if they had been written.
+            x = gated(to_float(to_t(x)), to_float(to_t(up)), to.mode == GELU_GATED);
+        }
+        const u64 index = (u64)(tile.row + row) * to.stride + output;
+        if (to.mode == AS_FLOATS) {
+            static_cast<float*>(to.out)[index] = x;
+        } else {
+            static_cast<T*>(to.out)[index] = to_t(x);
+        }
+    }
+}
 
 // Puts the 16 × 8 results of an accumulator into a tile in shared memory; rows of the
 // tile are `columns + 8` apart, so that the lanes use all banks.
@@ -128,7 +223,7 @@ template <int ROWS, int COLUMNS>
 INLINE void write_tile(const Output& to, const Tile& tile, const float* shared, u32 first) {
     constexpr u32 WIDTH = 4;
     u64 start = reinterpret_cast<u64>(to.out);
-    u32 size = to.full ? 4 : 2;
+    u32 size = to.mode == AS_FLOATS ? 4 : 2;
     // Whether every group of four results lies where it can be written at once.
     bool aligned = (start + first * size) % (WIDTH * size) == 0 && to.stride % WIDTH == 0;
 #pragma unroll 1
@@ -148,7 +243,7 @@ INLINE void write_tile(const Output& to, const Tile& tile, const float* shared, 
                 value.z += to.bias[output + 2];
                 value.w += to.bias[output + 3];
             }
-            if (to.full) {
+            if (to.mode == AS_FLOATS) {
                 *reinterpret_cast<float4*>(out_full) = value;
             } else {
                 u32 low = bits(to_t2(value.x, value.y)), high = bits(to_t2(value.z, value.w));
@@ -160,7 +255,7 @@ INLINE void write_tile(const Output& to, const Tile& tile, const float* shared, 
         for (u32 c = 0; c < WIDTH && output + c < to.outputs; c++) {
             float value = from[c];
             if (to.bias) value += to.bias[output + c];
-            if (to.full) {
+            if (to.mode == AS_FLOATS) {
                 out_full[c] = value;
             } else {
                 out[c] = to_t(value);

@@ -25,7 +25,7 @@ INLINE void scale8(float (&x)[8], float factor, const float* weight) {
 }
 
 // out = x / rms(x) · weight.
-KERNEL rms_norm(T* out, const float* x, const float* weight, float epsilon, u32 columns) {
+KERNEL(256) rms_norm(T* out, const float* x, const float* weight, float epsilon, u32 columns) {
     x += u64(blockIdx.x) * columns;
     out += u64(blockIdx.x) * columns;
     float sum = 0.0f;
@@ -43,7 +43,7 @@ KERNEL rms_norm(T* out, const float* x, const float* weight, float epsilon, u32 
 }
 
 // residual += x; out = residual / rms(residual) · weight.
-KERNEL add_rms_norm(T* out, float* residual, const T* x, const float* weight, float epsilon, u32 columns) {
+KERNEL(256) add_rms_norm(T* out, float* residual, const T* x, const float* weight, float epsilon, u32 columns) {
     x += u64(blockIdx.x) * columns;
     residual += u64(blockIdx.x) * columns;
     out += u64(blockIdx.x) * columns;
@@ -67,7 +67,7 @@ KERNEL add_rms_norm(T* out, float* residual, const T* x, const float* weight, fl
 }
 
 // residual += x / rms(x) · weight.
-KERNEL rms_norm_add(float* residual, const T* x, const float* weight, float epsilon, u32 columns) {
+KERNEL(256) rms_norm_add(float* residual, const T* x, const float* weight, float epsilon, u32 columns) {
     x += u64(blockIdx.x) * columns;
     residual += u64(blockIdx.x) * columns;
     float sum = 0.0f;
@@ -88,7 +88,7 @@ KERNEL rms_norm_add(float* residual, const T* x, const float* weight, float epsi
 }
 
 // residual += x, for `count` numbers, a multiple of eight.
-KERNEL add(float* residual, const T* x, u32 count) {
+KERNEL(256) add(float* residual, const T* x, u32 count) {
     u32 index = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (index >= count) return;
     float v[8], r[8];
@@ -100,7 +100,7 @@ KERNEL add(float* residual, const T* x, u32 count) {
 }
 
 // out = x, for `count` numbers, a multiple of eight.
-KERNEL convert(T* out, const float* x, u32 count) {
+KERNEL(256) convert(T* out, const float* x, u32 count) {
     u32 index = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (index >= count) return;
     float v[8];
@@ -109,7 +109,7 @@ KERNEL convert(T* out, const float* x, u32 count) {
 }
 
 // out[r] = x[indices[r]].
-KERNEL gather_rows(float* out, const float* x, const u32* indices, u32 columns) {
+KERNEL(256) gather_rows(float* out, const float* x, const u32* indices, u32 columns) {
     x += u64(indices[blockIdx.x]) * columns;
     out += u64(blockIdx.x) * columns;
     float v[8];
@@ -122,7 +122,7 @@ KERNEL gather_rows(float* out, const float* x, const u32* indices, u32 columns) 
 // out[i] = the sum of the rows ranges[i] = {first, count} of x, in units of 2⁻²⁸; the lowest
 // number there is in a column with a value that is no number or whose size is beyond 2¹⁵.
 // Sums of integers do not depend on their order. Grid (columns / 256, ranges), 256 threads.
-KERNEL pool_rows(long long* out, const T* x, const uint2* ranges, u32 columns) {
+KERNEL(256) pool_rows(long long* out, const T* x, const uint2* ranges, u32 columns) {
     u32 column = blockIdx.x * blockDim.x + threadIdx.x;
     if (column >= columns) return;
     uint2 range = ranges[blockIdx.y];

@@ -21,7 +21,7 @@
 // being written. sample_sums, sample_top and the log-probabilities do not look at it.
 //
 // A score is (logit − largest logit) / temperature. A token with the score s weighs e^s, in
-// units of 2⁻⁴⁴: sums of integers do not depend on their order. Where tokens are ranked, a rank
+// units of 2⁻³⁶: sums of integers do not depend on their order. Where tokens are ranked, a rank
 // is one number that no two tokens of a row share: it orders by score, then by lower id. Rank 0
 // is a token that cannot be chosen.
 #include "common.cuh"
@@ -152,7 +152,23 @@ INLINE void count_broken(u32& broken, bool finite) {
 
 INLINE float score_of(float logit, float largest, float inverse) { return __fmul_rn(__fsub_rn(logit, largest), inverse); }
 
-INLINE u64 mass_of(float score) { return __float2ull_rn(expf(score) * 0x1p44f); }
+// In the last bin, like all below it. Their weight rounds to zero.
+constexpr float LOWEST_SCORE = -float(BINS - 1) / 16.0f;
+
+// e^score · 2³⁶ for a score of at most zero.
+INLINE float scaled_weight(float score) {
+    constexpr float LOG2_E = 1.44269502f, REST = 1.92596303e-8f;
+    // 1.5 · 2²³, whose lowest bits the exponent of the result is rounded into, and the 36.
+    constexpr float CARRIER = 12582912.0f + 36.0f;
+    score = fmaxf(score, LOWEST_SCORE);
+    const float carried = __fmaf_rn(score, LOG2_E, CARRIER);
+    const float exponent = __fsub_rn(carried, CARRIER);
+    const float fraction = __fmaf_rn(score, REST, __fmaf_rn(score, LOG2_E, -exponent));
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(fraction));
+    return __uint_as_float(__float_as_uint(power) + (__float_as_uint(carried) << 23));
+}
+INLINE u64 mass_of(float score) { return __float2ull_rn(scaled_weight(score)); }
 
 // A score and a token as a rank: 32 bits in the order of the scores, 24 of the ids.
 INLINE u64 rank_of(float score, u32 token) {
@@ -202,7 +218,7 @@ INLINE void draw(Candidate& best, const Row& row, float score, u32 token) {
 constexpr Candidate NOTHING_DRAWN = {-2.86f, NONE};
 
 // {max, sum of e^(logit − max)} of each slice. Grid (slices, rows), 256 threads.
-KERNEL sample_sums(float2* sums, const float* logits, const Row* rows, u32 columns) {
+KERNEL(256) sample_sums(float2* sums, const float* logits, const Row* rows, u32 columns) {
     __shared__ float scratch[32];
     if (rows[blockIdx.y].logprobs == NONE) return;
     logits += u64(blockIdx.y) * columns;
@@ -338,8 +354,8 @@ INLINE u64 select(const Ranks& ranks, u64 lowest, u32 need, double target, Selec
 // their exponentials. A row of `result` has 4 + 2 · top_stride words: token, its
 // log-probability, how many tokens follow, the log of the sum; then ids with log-probabilities.
 // Grid rows, 1024 threads.
-KERNEL __launch_bounds__(1024)
-    sample_top(u32* result, const float* logits, const float2* sums, const Row* rows, u32 columns, u32 slices, u32 top_stride) {
+KERNEL(1024) sample_top(u32* result, const float* logits, const float2* sums, const Row* rows, u32 columns, u32 slices,
+                        u32 top_stride) {
     __shared__ SelectScratch scratch;
     __shared__ u64 sorted[MAX_TOP];
     __shared__ u32 length;
@@ -413,7 +429,7 @@ INLINE float penalised(float logit, const Row& row, u32 generated) {
 // Applies penalties and biases to the logits and keeps what they were in `saved`, entry by
 // entry. The token that was fed back in this step counts as generated once more; if the
 // history lacks it, it becomes the entry set aside. Grid rows, 256 threads.
-KERNEL sample_edit(float* logits, float* saved, uint2* entries, const Row* rows, const u32* feedback,
+KERNEL(256) sample_edit(float* logits, float* saved, uint2* entries, const Row* rows, const u32* feedback,
                    const u32* resolved, const u32* sample_rows, u32 columns) {
     __shared__ u32 known;
     const Row& row = rows[blockIdx.x];
@@ -458,7 +474,7 @@ KERNEL sample_edit(float* logits, float* saved, uint2* entries, const Row* rows,
 
 // The largest logit of each slice, and clean counters for rows with top-k or top-p.
 // Grid (slices, rows), 256 threads.
-KERNEL sample_best(uint2* best, u32* counts, u64* masses, Filter* filters, const float* logits, const Row* rows,
+KERNEL(256) sample_best(uint2* best, u32* counts, u64* masses, Filter* filters, const float* logits, const Row* rows,
                    u32 columns) {
     if (blockIdx.x == 0 && is_filtered(rows[blockIdx.y])) {
         for (u32 i = threadIdx.x; i < BINS; i += SLICE_THREADS) {
@@ -491,41 +507,96 @@ KERNEL sample_best(uint2* best, u32* counts, u64* masses, Filter* filters, const
     }
 }
 
-// Rises as the score falls.
-INLINE u32 bin_of(float score) { return u32(fminf(score * -16.0f, float(BINS - 1))); }
+// A score's bin is ⌊−16 · score⌋, at most the last one. This is the bin in the lowest bits of 2²³,
+// whose other bits are to be subtracted.
+constexpr u32 BIN_CARRIER = 0x4b000000u;
+INLINE u32 carried_bin_of(float score) {
+    return __float_as_uint(__fmaf_rz(fmaxf(score, LOWEST_SCORE), -16.0f, __uint_as_float(BIN_CARRIER)));
+}
+
+// Adds to a word of shared memory.
+INLINE void add_shared(u32 address, u32 value) {
+    asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+// Calls `visit(logit, token)` for the block's slice of a row, in all threads together; beyond the
+// row, and for tokens that the mask forbids, the logit is −∞.
+template <class Visit>
+INLINE void visit_slice(const Logits& logits, u32 columns, Visit visit) {
+    constexpr u32 AT_ONCE = 4;
+    const u32 first = blockIdx.x * SLICE + threadIdx.x;
+    if (logits.mask == nullptr && (blockIdx.x + 1) * SLICE <= columns) {
+        const float* values = logits.values + first;
+#pragma unroll 1
+        for (u32 i = 0; i < SLICE; i += AT_ONCE * SLICE_THREADS) {
+            float some[AT_ONCE];
+#pragma unroll
+            for (u32 j = 0; j < AT_ONCE; j++) some[j] = values[i + j * SLICE_THREADS];
+#pragma unroll
+            for (u32 j = 0; j < AT_ONCE; j++) visit(some[j], first + i + j * SLICE_THREADS);
+        }
+        return;
+    }
+#pragma unroll 1
+    for (u32 i = 0; i < SLICE; i += SLICE_THREADS) {
+        const u32 token = first + i;
+        visit(token < columns ? logits[token] : NEVER, token);
+    }
+}
 
 // Counts, and for top-p weighs, the tokens of each bin of scores. Grid (slices, rows), 256 threads.
-KERNEL sample_histogram(u32* counts, u64* masses, const float* logits, const uint2* best, const Row* rows, u32 columns) {
-    __shared__ u32 own_counts[BINS];
-    __shared__ u64 own_masses[BINS];
+//
+// Shared memory adds 64-bit numbers in a loop that tries again and again, so masses are added up
+// in two parts, of 20 and of up to 17 bits. The sum of a slice's 4096 parts fits into 32 bits. Most
+// tokens are so unlikely that they have the lower part only.
+KERNEL(256) sample_histogram(u32* counts, u64* masses, const float* logits, const uint2* best, const Row* rows, u32 columns) {
+    constexpr u32 PART_BITS = 20, PART = (1u << PART_BITS) - 1;
+    // Counts, and the lower and upper parts of the masses.
+    __shared__ u32 own[3][BINS];
     const Row& row = rows[blockIdx.y];
     if (!is_filtered(row)) return;
     float largest = best_of(best + u64(blockIdx.y) * gridDim.x, gridDim.x).value;
     if (!is_finite(largest)) return;
     for (u32 i = threadIdx.x; i < BINS; i += SLICE_THREADS) {
-        own_counts[i] = 0;
-        own_masses[i] = 0;
+#pragma unroll
+        for (u32 part = 0; part < 3; part++) own[part][i] = 0;
     }
     __syncthreads();
     float inverse = row.inverse_temperature;
     bool weigh = row.top_p < 1.0f;
-    Logits own(logits, rows, blockIdx.y, columns);
-    u32 first = blockIdx.x * SLICE + threadIdx.x;
-#pragma unroll 4
-    for (u32 i = 0; i < PER_THREAD; i++) {
-        u32 token = first + i * SLICE_THREADS;
-        float score = token < columns ? score_of(own[token], largest, inverse) : NEVER;
-        if (score > NEVER) {
-            u32 bin = bin_of(score);
-            atomicAdd(&own_counts[bin], 1);
-            if (weigh) atomicAdd(&own_masses[bin], mass_of(score));
+    Logits row_logits(logits, rows, blockIdx.y, columns);
+    // Where the first count would be if bins were not carried; kept in a register.
+    u32 first_place = shared_address(own) - BIN_CARRIER * 4;
+    asm volatile("" : "+r"(first_place));
+    // Tokens that cannot be chosen are in the last bin at first: that takes no branch.
+    u32 impossible = 0;
+    auto count = [&](float logit, bool weighs) {
+        float score = score_of(logit, largest, inverse);
+        u32 place = first_place + carried_bin_of(score) * 4;
+        add_shared(place, 1);
+        if (!(score > NEVER)) impossible++;
+        if (!weighs) return;
+        float scaled = scaled_weight(score);
+        u32 low = __float2uint_rn(scaled);
+        if (scaled >= float(PART / 2)) {
+            u64 mass = __float2ull_rn(scaled);
+            low = u32(mass) & PART;
+            add_shared(place + 8 * BINS, u32(mass >> PART_BITS));
         }
+        add_shared(place + 4 * BINS, low);
+    };
+    if (weigh) {
+        visit_slice(row_logits, columns, [&](float logit, u32) { count(logit, true); });
+    } else {
+        visit_slice(row_logits, columns, [&](float logit, u32) { count(logit, false); });
     }
+    if (impossible != 0) atomicSub(&own[0][BINS - 1], impossible);
     __syncthreads();
     for (u32 i = threadIdx.x; i < BINS; i += SLICE_THREADS) {
-        if (own_counts[i] == 0) continue;
-        atomicAdd(&counts[blockIdx.y * BINS + i], own_counts[i]);
-        if (weigh) atomicAdd(&masses[blockIdx.y * BINS + i], own_masses[i]);
+        if (own[0][i] == 0) continue;
+        atomicAdd(&counts[blockIdx.y * BINS + i], own[0][i]);
+        u64 mass = own[1][i] + (u64(own[2][i]) << PART_BITS);
+        if (weigh) atomicAdd(&masses[blockIdx.y * BINS + i], mass);
     }
 }
 
@@ -533,7 +604,7 @@ INLINE bool limits_count(const Row& row, u32 tokens) { return row.top_k != 0 && 
 
 // Lists the ranks of the tokens in the bins that top-k, or top-p, can reach into, in any
 // order; makes no list if they are too many. Grid (slices, rows), 256 threads.
-KERNEL sample_compact(u64* lists, Filter* filters, const u32* counts, const u64* masses, const float* logits,
+KERNEL(256, 2) sample_compact(u64* lists, Filter* filters, const u32* counts, const u64* masses, const float* logits,
                       const uint2* best, const Row* rows, u32 columns) {
     constexpr u32 LANE_BINS = BINS / 32;
     __shared__ u32 last_bin;
@@ -602,29 +673,26 @@ KERNEL sample_compact(u64* lists, Filter* filters, const u32* counts, const u64*
     }
     __syncthreads();
     if (listed > LIST) return;
-    u32 bins = last_bin;
+    // Below the scores that are listed: those whose bin is at most the last one.
+    float below = last_bin < BINS - 1 ? float(last_bin + 1) * (-1.0f / 16.0f) : NEVER;
     float inverse = row.inverse_temperature;
     Logits own(logits, rows, blockIdx.y, columns);
     lists += u64(blockIdx.y) * LIST;
-    u32 first = blockIdx.x * SLICE + threadIdx.x;
-#pragma unroll 4
-    for (u32 i = 0; i < PER_THREAD; i++) {
-        u32 token = first + i * SLICE_THREADS;
-        float score = token < columns ? score_of(own[token], largest, inverse) : NEVER;
-        bool wanted = score > NEVER && bin_of(score) <= bins;
+    visit_slice(own, columns, [&](float logit, u32 token) {
+        float score = score_of(logit, largest, inverse);
+        bool wanted = score > below;
         u32 ballot = __ballot_sync(FULL_WARP, wanted);
-        if (ballot == 0) continue;
+        if (ballot == 0) return;
         u32 start = 0;
         if (lane_id() == 0) start = atomicAdd(&filter.length, __popc(ballot));
         start = __shfl_sync(FULL_WARP, start, 0);
         if (wanted) lists[start + __popc(ballot & ((1u << lane_id()) - 1))] = rank_of(score, token);
-    }
+    });
 }
 
 // Top-k and top-p exactly, then min-p and the draw. Grid rows, 1024 threads.
-KERNEL __launch_bounds__(1024)
-    sample_filter(uint2* winners, const u64* lists, const Filter* filters, const float* logits, const uint2* best,
-                  const Row* rows, u32 columns, u32 slices) {
+KERNEL(1024) sample_filter(uint2* winners, const u64* lists, const Filter* filters, const float* logits,
+                           const uint2* best, const Row* rows, u32 columns, u32 slices) {
     __shared__ SelectScratch scratch;
     const Row& row = rows[blockIdx.x];
     if (!is_filtered(row)) return;
@@ -669,7 +737,7 @@ KERNEL __launch_bounds__(1024)
 }
 
 // The draw among all tokens of each slice. Grid (slices, rows), 256 threads.
-KERNEL sample_draw(uint2* winners, const float* logits, const uint2* best, const Row* rows, u32 columns) {
+KERNEL(256) sample_draw(uint2* winners, const float* logits, const uint2* best, const Row* rows, u32 columns) {
     Row row = rows[blockIdx.y];
     if (row.inverse_temperature == 0.0f || is_filtered(row)) return;
     float largest = best_of(best + u64(blockIdx.y) * gridDim.x, gridDim.x).value;
@@ -693,7 +761,7 @@ KERNEL sample_draw(uint2* winners, const float* logits, const uint2* best, const
 
 // The tokens, for the next step and for the host (rows of `result` as in sample_top); puts
 // back what sample_edit changed. Grid rows, 256 threads.
-KERNEL sample_finish(u32* sampled, u32* result, float* logits, const float* saved, const uint2* entries,
+KERNEL(256) sample_finish(u32* sampled, u32* result, float* logits, const float* saved, const uint2* entries,
                      const uint2* best, const uint2* winners, const Row* rows, u32 columns, u32 slices, u32 top_stride) {
     __shared__ u32 broken;
     const Row& row = rows[blockIdx.x];

@@ -7,6 +7,7 @@ again. Works on Linux on x86-64 only, for which the wheels below are built.
 
 import hashlib
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,12 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "target"
+
+# A floating-point sum, difference or product in PTX that names no rounding mode.
+UNROUNDED = re.compile(
+    r"^(?P<opcode>(?:@!?%\w+ )?(?:add|sub|mul))(?P<rest>(?:\.ftz)?(?:\.sat)?\.(?:f16x2|bf16x2|f16|bf16|f32|f64)\s)",
+    re.MULTILINE,
+)
 
 
 class Wheel(NamedTuple):
@@ -34,6 +41,11 @@ NVRTC = [
 # Only ptxas, the assembler.
 PTXAS = [
     Wheel("nvidia-cuda-nvcc==13.0.88", "56fe502eb77625a12f25172caa3cdddb4e4c8ba2c8c17dba44b164761b380f03"),
+]
+
+# The disassembler, which no other wheel has: counting instructions needs it.
+NVDISASM = [
+    Wheel("nvidia-cuda-nvdisasm==13.2.86", "53606e719ecae07a2335f95902d5a1393a0cc1c317499ee7ffcf628a44385f2c"),
 ]
 
 # All of nvcc 13.0, as on a machine with a CUDA toolkit. It needs a host C++ compiler.
@@ -89,6 +101,11 @@ def fetch(wheel, folder):
 def ptxas():
     """Returns the path of ptxas."""
     return unpacked(PTXAS, "nvcc") / "cu13" / "bin" / "ptxas"
+
+
+def nvdisasm():
+    """Returns the path of nvdisasm."""
+    return unpacked(NVDISASM, "nvdisasm") / "cu13" / "bin" / "nvdisasm"
 
 
 def nvcc():

@@ -1,6 +1,6 @@
 //! Element-wise non-linearities.
 
-use super::{DeviceError, DeviceTypes};
+use super::{DeviceError, LinearOps};
 
 /// Non-linearity of a gated feed-forward layer, `act(gate) · up`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,7 +12,23 @@ pub enum Activation {
 }
 
 /// The part of a [`Device`](super::Device) that computes element-wise non-linearities.
-pub trait ActivationOps: DeviceTypes {
+pub trait ActivationOps: LinearOps {
+    /// Computes `out = activation(gate) · up`, where `[gate | up]` is `weight` times `x`. Their
+    /// place is `gate_up`, whose contents are unspecified afterwards: a device may do without it.
+    /// The result has the same bits either way.
+    fn gated_linear(
+        &mut self,
+        x: &Self::Tensor,
+        weight: &Self::Linear,
+        activation: Activation,
+        rows: usize,
+        gate_up: &mut Self::Tensor,
+        out: &mut Self::Tensor,
+    ) -> Result<(), DeviceError> {
+        self.linear(x, weight, rows, gate_up)?;
+        self.gated_activation(gate_up, activation, rows, out)
+    }
+
     /// Computes `out = activation(gate) · up`, where a row of `gate_up` is `[gate | up]`.
     fn gated_activation(
         &mut self,

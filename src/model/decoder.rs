@@ -332,8 +332,7 @@ impl LayerStep<'_> {
                 Some(hidden),
                 _,
             ) => {
-                device.linear(input, weight, self.rows, gate_up)?;
-                device.gated_activation(gate_up, *activation, self.rows, hidden)?;
+                device.gated_linear(input, weight, *activation, self.rows, gate_up, hidden)?;
                 device.linear(hidden, down, self.rows, delta)
             }
             (

@@ -43,7 +43,12 @@ impl Matrix {
     ) -> Self {
         let data = weights(random, dtype, rows, columns);
         let stored = dequantized(dtype, &data, rows * columns);
-        let kept = stored.iter().map(|&w| rounded(activations, w.into()));
+        // Weights in block formats are never rounded.
+        let exact = dtype.block_elements() > 1;
+        let kept = stored.iter().map(|&w| match exact {
+            true => w.into(),
+            false => rounded(activations, w.into()),
+        });
         Self {
             dtype,
             columns,

@@ -3,9 +3,11 @@
 use super::CudaDevice;
 use super::error::require;
 use super::launch::{Grid, kernels, vector_grid};
+use super::linear::{Operands, Written};
 use super::memory::Ptr;
 use super::tensor::{CudaTensor, require_shape};
-use crate::device::{Activation, ActivationOps, DeviceError, Precision};
+use super::weights::CudaLinear;
+use crate::device::{Activation, ActivationOps, DeviceError, LinearOps, Precision};
 
 kernels! {
     /// Kernels of `kernels/activation.cu`.
@@ -16,6 +18,34 @@ kernels! {
 }
 
 impl ActivationOps for CudaDevice {
+    fn gated_linear(
+        &mut self,
+        x: &CudaTensor,
+        weight: &CudaLinear,
+        activation: Activation,
+        rows: usize,
+        gate_up: &mut CudaTensor,
+        out: &mut CudaTensor,
+    ) -> Result<(), DeviceError> {
+        let padded = self.step.padded(rows);
+        if !self.products.can_gate(weight, padded) {
+            self.linear(x, weight, rows, gate_up)?;
+            return self.gated_activation(gate_up, activation, rows, out);
+        }
+        const NAME: &str = "gated_linear";
+        let (wide, narrow) = ((padded, weight.inputs), (padded, weight.outputs / 2));
+        require_shape(NAME, "x", x, wide, x.precision())?;
+        require_shape(NAME, "the result", out, narrow, Precision::Activation)?;
+        let operands = Operands {
+            x: self.as_activations(x, padded)?,
+            out: out.ptr(),
+            written: Written::Gated(activation),
+            rows: padded,
+            experts: None,
+        };
+        self.multiply(weight, &operands)
+    }
+
     fn gated_activation(
         &mut self,
         gate_up: &CudaTensor,

@@ -4,8 +4,8 @@
 use super::CudaDevice;
 use super::context::Context;
 use super::error::{failed, require, unsupported};
-use super::launch::{Grid, kernels};
-use super::linear::{Operands, Routed};
+use super::launch::{Grid, kernels, vector_grid};
+use super::linear::{ExpertTiles, Operands, Routed, TILE_ROWS, Written};
 use super::load;
 use super::memory::Ptr;
 use super::scratch::Scratch;
@@ -23,8 +23,8 @@ kernels! {
             normalize: u32
         );
         group_pairs(
-            expert_offsets: Ptr, row_index: Ptr, pair_slot: Ptr, pair_expert: Ptr, rows: u32,
-            experts: u32, top_k: u32
+            tiles: Ptr, row_index: Ptr, pair_slot: Ptr, pair_expert: Ptr, rows: u32, experts: u32,
+            top_k: u32, places_8: u32, places_16: u32, places_64: u32, places_128: u32
         );
         combine_experts(
             out: Ptr, pair_out: Ptr, pair_slot: Ptr, pair_weight: Ptr, rows: u32, columns: u32,
@@ -52,9 +52,8 @@ pub(super) struct ExpertScratch(Scratch);
 struct Pairs {
     expert: Ptr,
     weight: Ptr,
-    /// Index of each expert's first pair, with pairs sorted by expert, then the number of
-    /// pairs.
-    offsets: Ptr,
+    /// The tiles of the pairs, which are sorted by expert.
+    tiles: ExpertTiles,
     /// Row of each sorted pair.
     row_index: Ptr,
     /// Index of each pair among the sorted pairs.
@@ -64,13 +63,21 @@ struct Pairs {
     out: Ptr,
 }
 
+/// Returns the maximum number of tiles of each of [`TILE_ROWS`] that the pairs of `rows` rows
+/// can fall into.
+fn tile_places(rows: usize, shape: ExpertShape) -> [usize; 4] {
+    let pairs = rows * shape.top_k;
+    TILE_ROWS.map(|rows| ExpertTiles::most(pairs, shape.count, rows))
+}
+
 /// Returns the bytes of the intermediate results of `rows` rows, in the order of [`Pairs`].
 fn pair_sizes(rows: usize, shape: ExpertShape) -> [usize; 8] {
     let pairs = rows * shape.top_k;
+    let tiles: usize = tile_places(rows, shape).iter().sum();
     let sizes = [
         4 * pairs,
         4 * pairs,
-        4 * (shape.count + 1),
+        ExpertTiles::ENTRY_BYTES * tiles,
         4 * pairs,
         4 * pairs,
         2 * pairs * 2 * shape.hidden,
@@ -102,19 +109,11 @@ impl ExpertScratch {
         rows: usize,
         shape: ExpertShape,
     ) -> Result<Pairs, DeviceError> {
+        let places = tile_places(rows, shape);
         let sizes = pair_sizes(rows, shape);
         let start = self.0.get(context, sizes.iter().sum())?;
         let mut offset = 0;
-        let [
-            expert,
-            weight,
-            offsets,
-            row_index,
-            slot,
-            gate_up,
-            hidden,
-            out,
-        ] = sizes.map(|size| {
+        let [expert, weight, tiles, row_index, slot, gate_up, hidden, out] = sizes.map(|size| {
             let ptr = start.offset_bytes(offset);
             offset += size;
             ptr
@@ -122,7 +121,7 @@ impl ExpertScratch {
         Ok(Pairs {
             expert,
             weight,
-            offsets,
+            tiles: ExpertTiles::new(tiles, places),
             row_index,
             slot,
             gate_up,
@@ -212,34 +211,28 @@ impl ExpertOps for CudaDevice {
         let average = pairs.div_ceil(count);
         let mut product = Operands {
             x,
-            out: places.gate_up,
-            precision: Precision::Activation,
+            out: places.hidden,
+            written: Written::Gated(routing.activation),
             rows,
             experts: Some(Routed {
-                offsets: places.offsets,
+                tiles: places.tiles,
                 row_index: places.row_index,
                 average,
             }),
         };
-        self.multiply(&experts.gate_up, &product)?;
-        let grid = Grid::new(
-            [(pairs * hidden / 8).div_ceil(256) as u32, 1, 1],
-            [256, 1, 1],
-        );
-        let gelu = u32::from(routing.activation == Activation::GeluTanh);
-        self.activation.gated_activation(
-            &self.context,
-            grid,
-            places.hidden,
-            places.gate_up,
-            pairs as u32,
-            hidden as u32,
-            gelu,
-        )?;
+        if self.products.can_gate(&experts.gate_up, rows) {
+            self.multiply(&experts.gate_up, &product)?;
+        } else {
+            product.out = places.gate_up;
+            product.written = Written::All(Precision::Activation);
+            self.multiply(&experts.gate_up, &product)?;
+            self.gate(&places, routing, (pairs, hidden))?;
+        }
         product.x = places.hidden;
         product.out = places.out;
+        product.written = Written::All(Precision::Activation);
         product.experts = Some(Routed {
-            offsets: places.offsets,
+            tiles: places.tiles,
             row_index: Ptr::NULL,
             average,
         });
@@ -261,6 +254,24 @@ impl ExpertOps for CudaDevice {
 }
 
 impl CudaDevice {
+    /// Enqueues the gated activation of the pairs.
+    fn gate(
+        &mut self,
+        places: &Pairs,
+        routing: RoutingSpec,
+        (pairs, hidden): (usize, usize),
+    ) -> Result<(), DeviceError> {
+        self.activation.gated_activation(
+            &self.context,
+            vector_grid(pairs * hidden),
+            places.hidden,
+            places.gate_up,
+            pairs as u32,
+            hidden as u32,
+            u32::from(routing.activation == Activation::GeluTanh),
+        )
+    }
+
     /// Enqueues the choice of each row's experts and the sorting of the pairs by expert.
     fn route(
         &mut self,
@@ -281,16 +292,21 @@ impl CudaDevice {
             top_k,
             routing.normalize.into(),
         )?;
+        let [places_8, places_16, places_64, places_128] = places.tiles.places();
         self.experts.group_pairs(
             &self.context,
             Grid::new([1, 1, 1], [1024, 1, 1]),
-            places.offsets,
+            places.tiles.start(),
             places.row_index,
             places.slot,
             places.expert,
             rows,
             count,
             top_k,
+            places_8 as u32,
+            places_16 as u32,
+            places_64 as u32,
+            places_128 as u32,
         )
     }
 }

@@ -353,17 +353,14 @@ mod tests {
     /// text.
     fn sources(text: &str) -> Vec<(Vec<String>, Vec<String>)> {
         let text = text.replace('\\', " ");
-        let starts = ["KERNEL ", "__global__ void "];
+        let starts = ["KERNEL(", "__global__ void __launch_bounds__("];
         let starts = starts.iter().flat_map(|start| {
             let found = text.match_indices(start);
             found.map(|(at, start)| &text[at + start.len()..])
         });
         let mut kernels = Vec::new();
         for rest in starts {
-            let mut rest = rest.trim_start();
-            if let Some(bounds) = rest.strip_prefix("__launch_bounds__(") {
-                rest = bounds.split_once(')').unwrap().1.trim_start();
-            }
+            let (_bounds, rest) = rest.split_once(')').unwrap();
             let Some((name, rest)) = rest.split_once('(') else {
                 continue;
             };

@@ -11,15 +11,15 @@ use super::options::CudaOptions;
 use super::scratch::Scratch;
 use super::tensor::CudaTensor;
 use super::weights::{CudaLinear, Kind, Segment};
-use crate::device::{DeviceError, LinearOps, LinearSpec, Precision};
+use crate::device::{Activation, DeviceError, LinearOps, LinearSpec, Precision};
 use crate::weights::DType;
 
 kernels! {
     /// Kernels of `kernels/linear.cu`.
     pub(super) struct LinearKernels in "linear" {
         linear_[m16, m64, m128](
-            out: Ptr, x: Ptr, weight: Ptr, bias: Ptr, row_index: Ptr, expert_offsets: Ptr,
-            rows: u32, outputs: u32, inputs: u32, out_stride: u32, out_full: u32
+            out: Ptr, x: Ptr, weight: Ptr, bias: Ptr, row_index: Ptr, expert_tiles: Ptr,
+            rows: u32, outputs: u32, inputs: u32, out_stride: u32, out_mode: u32
         );
     }
 }
@@ -28,11 +28,12 @@ kernels! {
     /// Kernels of `kernels/linear_quant.cu`.
     pub(super) struct QuantKernels in "linear_quant" {
         linear_[
-            q4_m16, q4_m64, q4m_m16, q4m_m64, q4k_m16, q4k_m64, q2k_m16, q2k_m64, q5_m16, q5_m64,
-            q5m_m16, q5m_m64, q5k_m16, q5k_m64, q6k_m16, q6k_m64, q8_m16, q8_m64
+            q4_m8, q4_m16, q4_m64, q4m_m8, q4m_m16, q4m_m64, q4k_m8, q4k_m16, q4k_m64,
+            q2k_m8, q2k_m16, q2k_m64, q5_m8, q5_m16, q5_m64, q5m_m8, q5m_m16, q5m_m64,
+            q5k_m8, q5k_m16, q5k_m64, q6k_m8, q6k_m16, q6k_m64, q8_m8, q8_m16, q8_m64
         ](
-            out: Ptr, x: Ptr, weight: Ptr, bias: Ptr, row_index: Ptr, expert_offsets: Ptr,
-            rows: u32, outputs: u32, inputs: u32, out_stride: u32, out_full: u32
+            out: Ptr, x: Ptr, weight: Ptr, bias: Ptr, row_index: Ptr, expert_tiles: Ptr,
+            rows: u32, outputs: u32, inputs: u32, out_stride: u32, out_mode: u32
         );
         embed_[q4, q4m, q4k, q2k, q5, q5m, q5k, q6k, q8](
             out: Ptr, table: Ptr, resolved: Ptr, scale: f32, columns: u32, vocabulary: u32
@@ -67,6 +68,16 @@ impl Products {
     fn converted(&mut self, context: &Context, numbers: usize) -> Result<Ptr, DeviceError> {
         self.converted.get(context, converted_bytes(numbers))
     }
+
+    /// Returns whether the product of `weight` and `rows` rows can be [`Written::Gated`]: one
+    /// kernel must have every gate and what it is multiplied with in one of its tiles.
+    pub(super) fn can_gate(&self, weight: &CudaLinear, rows: usize) -> bool {
+        /// Half of the outputs of the largest tile.
+        const HALF_TILE: usize = 64;
+        let in_blas = self.blas.is_some() && rows >= Blas::LEAST_ROWS;
+        let alike = weight.segments.len() == 1 && weight.outputs.is_multiple_of(2 * HALF_TILE);
+        alike && !in_blas
+    }
 }
 
 /// Returns the bytes of `numbers` numbers of an operand in the activation type.
@@ -79,23 +90,98 @@ pub(super) fn converted_bytes(numbers: usize) -> usize {
 pub(super) struct Operands {
     /// Rows of `weight.columns()` elements in the activation type.
     pub(super) x: Ptr,
-    /// Rows of `weight.rows()` elements in `precision`.
+    /// Rows of `weight.rows()` elements, or of half as many if they are `Gated`.
     pub(super) out: Ptr,
-    pub(super) precision: Precision,
-    /// Number of rows; with `experts`, the maximum per expert.
+    pub(super) written: Written,
+    /// Number of rows. Without meaning if there are `experts`.
     pub(super) rows: usize,
     pub(super) experts: Option<Routed>,
+}
+
+/// What is written of a product.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Written {
+    /// All of it, in this precision.
+    All(Precision),
+    /// The first half of the outputs are gates: the activation of each, times the output that is
+    /// half the outputs later, in the activation type. [`Products::can_gate`] must hold.
+    Gated(Activation),
+}
+
+impl Written {
+    /// Returns the number by which the kernels know it, as in `kernels/linear.cuh`.
+    fn mode(self) -> u32 {
+        match self {
+            Self::All(Precision::Activation) => 0,
+            Self::All(Precision::Full) => 1,
+            Self::Gated(Activation::Silu) => 2,
+            Self::Gated(Activation::GeluTanh) => 3,
+        }
+    }
+
+    /// Returns how many of `outputs` outputs are written.
+    fn outputs(self, outputs: usize) -> usize {
+        match self {
+            Self::All(_) => outputs,
+            Self::Gated(_) => outputs / 2,
+        }
+    }
 }
 
 /// How rows are distributed among experts.
 #[derive(Clone, Copy)]
 pub(super) struct Routed {
-    /// Index of the first pair of each expert, then the total number of pairs: `u32` each.
-    pub(super) offsets: Ptr,
+    pub(super) tiles: ExpertTiles,
     /// Row of x of each pair: `u32` per pair. NULL if pair `p` reads row `p`.
     pub(super) row_index: Ptr,
     /// Average number of rows per expert.
     pub(super) average: usize,
+}
+
+/// Rows of the tiles that the kernels have, as in `kernels/experts.cu`.
+pub(super) const TILE_ROWS: [usize; 4] = [8, 16, 64, 128];
+
+/// Lists of the tiles of rows that the experts' pairs fall into, one list for each of
+/// [`TILE_ROWS`]. The device writes them, so only their maximum lengths are known here.
+#[derive(Clone, Copy)]
+pub(super) struct ExpertTiles {
+    start: Ptr,
+    places: [usize; 4],
+}
+
+impl ExpertTiles {
+    /// Bytes of an entry: expert, first pair, end of the expert's pairs, and zero.
+    pub(super) const ENTRY_BYTES: usize = 16;
+
+    /// Returns the maximum number of tiles of `rows` rows that `pairs` pairs of `experts`
+    /// experts can fall into: each expert that has a pair may have one tile that is not full.
+    pub(super) fn most(pairs: usize, experts: usize, rows: usize) -> usize {
+        let started = pairs.min(experts);
+        started + (pairs - started) / rows
+    }
+
+    /// Lists that begin at `start` and have room for `places` entries, one after the other.
+    pub(super) fn new(start: Ptr, places: [usize; 4]) -> Self {
+        Self { start, places }
+    }
+
+    pub(super) fn start(&self) -> Ptr {
+        self.start
+    }
+
+    pub(super) fn places(&self) -> [usize; 4] {
+        self.places
+    }
+
+    /// Returns the list of tiles of `rows` rows and its maximum length.
+    fn list(&self, rows: usize) -> (Ptr, usize) {
+        let sizes = TILE_ROWS.iter().zip(self.places);
+        let before = sizes.clone().take_while(|(size, _)| **size < rows);
+        let skipped: usize = before.map(|(_, places)| places).sum();
+        let places = sizes.filter(|(size, _)| **size == rows);
+        let start = self.start.offset_bytes(skipped * Self::ENTRY_BYTES);
+        (start, places.map(|(_, places)| places).sum())
+    }
 }
 
 /// Tile size of a kernel, and the kernel that has it.
@@ -103,6 +189,8 @@ struct Tile {
     variant: &'static str,
     rows: usize,
     outputs: usize,
+    /// Threads per block.
+    threads: u32,
     /// Bytes of dynamic shared memory.
     shared: usize,
 }
@@ -113,11 +201,10 @@ impl Tile {
     fn choose(kind: Kind, rows: usize, outputs: usize, matrices: usize) -> Self {
         // Number of blocks that fills a GPU. With fewer, parts of it would be idle.
         const ENOUGH: usize = 96;
-        let few = rows <= 16;
         match kind {
             Kind::Dense => {
                 let large = rows.div_ceil(128) * outputs.div_ceil(128) * matrices;
-                let (variant, rows, outputs, depth, stages) = if few {
+                let (variant, rows, outputs, depth, stages) = if rows <= 16 {
                     ("m16", 16, 32, 128, 5)
                 } else if rows <= 64 || large < ENOUGH {
                     ("m64", 64, 64, 64, 4)
@@ -128,21 +215,24 @@ impl Tile {
                     variant,
                     rows,
                     outputs,
+                    threads: 128,
                     shared: stages * (rows + outputs) * depth * 2,
                 }
             }
             Kind::Quantised(format, _) => {
-                let (variant, rows, outputs, stages) = if few {
-                    (format.kernels[0], 16, 32, format.stages())
-                } else {
-                    (format.kernels[1], 64, 64, 4)
+                let [m8, m16, m64] = format.kernels;
+                // The tile, the number of its warps, and the records in a row of x.
+                let (variant, rows, outputs, warps, depth) = match rows {
+                    0..=8 => (m8, 8, 32, 8, 4),
+                    9..=16 => (m16, 16, 32, 8, 4),
+                    _ => (m64, 64, 64, 4, 1),
                 };
-                let records = outputs / 8 * format.record_bytes();
                 Self {
                     variant,
                     rows,
                     outputs,
-                    shared: stages * (rows * 256 + records),
+                    threads: 32 * warps as u32,
+                    shared: format.stages_bytes(rows * depth, warps),
                 }
             }
         }
@@ -186,7 +276,7 @@ impl LinearOps for CudaDevice {
         let operands = Operands {
             x: self.as_activations(x, rows)?,
             out: out.ptr(),
-            precision: out.precision(),
+            written: Written::All(out.precision()),
             rows,
             experts: None,
         };
@@ -232,7 +322,7 @@ impl CudaDevice {
         segment: &Segment,
         operands: &Operands,
     ) -> Result<(), DeviceError> {
-        let full = operands.precision == Precision::Full;
+        let full = operands.written == Written::All(Precision::Full);
         let size = if full { 4 } else { 2 };
         let out = operands.out.offset_bytes(segment.first_output * size);
         let bias = weight.bias.as_ref();
@@ -255,19 +345,25 @@ impl CudaDevice {
         let bias = bias.map_or(Ptr::NULL, |bias| {
             bias.ptr().offset_bytes(segment.first_output * 4)
         });
-        let (row_index, offsets, average) = match operands.experts {
-            Some(routed) => (routed.row_index, routed.offsets, routed.average),
-            None => (Ptr::NULL, Ptr::NULL, operands.rows),
+        let average = match operands.experts {
+            Some(routed) => routed.average,
+            None => operands.rows,
         };
         let tile = Tile::choose(segment.kind, average, segment.outputs, weight.matrices);
-        let blocks = [
-            segment.outputs.div_ceil(tile.outputs) as u32,
-            operands.rows.div_ceil(tile.rows) as u32,
-            weight.matrices as u32,
-        ];
-        let grid = Grid::new(blocks, [128, 1, 1]).shared(tile.shared as u32);
-        let (rows, outputs) = (operands.rows as u32, segment.outputs as u32);
-        let (inputs, stride) = (weight.inputs as u32, weight.outputs as u32);
+        let (row_index, (tiles, row_tiles)) = match operands.experts {
+            Some(routed) => (routed.row_index, routed.tiles.list(tile.rows)),
+            None => (Ptr::NULL, (Ptr::NULL, operands.rows.div_ceil(tile.rows))),
+        };
+        let column_tiles = segment.outputs.div_ceil(tile.outputs);
+        let grid = Grid::new(
+            [column_tiles as u32, row_tiles as u32, 1],
+            [tile.threads, 1, 1],
+        )
+        .shared(tile.shared as u32);
+        let written = operands.written;
+        let outputs = written.outputs(segment.outputs) as u32;
+        let stride = written.outputs(weight.outputs) as u32;
+        let (rows, inputs) = (operands.rows as u32, weight.inputs as u32);
         let (context, weights) = (&self.context, segment.weights.ptr());
         match segment.kind {
             Kind::Dense => self.linear.linear_(
@@ -279,12 +375,12 @@ impl CudaDevice {
                 weights,
                 bias,
                 row_index,
-                offsets,
+                tiles,
                 rows,
                 outputs,
                 inputs,
                 stride,
-                full.into(),
+                written.mode(),
             ),
             Kind::Quantised(..) => self.quant.linear_(
                 tile.variant,
@@ -295,12 +391,12 @@ impl CudaDevice {
                 weights,
                 bias,
                 row_index,
-                offsets,
+                tiles,
                 rows,
                 outputs,
                 inputs,
                 stride,
-                full.into(),
+                written.mode(),
             ),
         }
     }

@@ -127,7 +127,7 @@ impl Stack<'_> {
         // A unit: rows that are converted together, and the bytes that they become.
         let (unit_rows, unit_bytes) = match kind {
             Kind::Dense => (1, self.inputs * 2),
-            Kind::Quantised(format, _) => (RECORD_OUTPUTS, format.eight_bytes(self.inputs)),
+            Kind::Quantised(format, _) => (RECORD_OUTPUTS, format.records_bytes(self.inputs)),
         };
         let units_each = self.rows.div_ceil(unit_rows);
         let units = units_each * self.parts.len();

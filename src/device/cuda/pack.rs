@@ -1,22 +1,24 @@
 //! Repacks block formats into the records that `kernels/linear_quant.cu` streams.
 //!
-//! A record holds the weights of eight outputs and 128 inputs. A warp reads it as operand B of
-//! matrix instructions, in two halves of four steps each. In step `s` of half `h`, lane
-//! `4 · output + quarter` needs the inputs `64 h + 16 s + 2 · quarter +` 0, 1, 8 and 9: one
-//! code per byte of a word. In memory order, a record consists of:
+//! A record holds the weights of sixteen outputs and 128 inputs. A warp reads it as operand A of
+//! matrix instructions, in eight steps. In step `s`, lane `4 · g + quarter` needs, of the outputs
+//! `g` and `g + 8`, two pairs of inputs: `16 s + 2 · quarter +` 0 and 1, and 8 and 9. The codes of
+//! a pair lie sixteen bits apart in a word, so that each is in one half of it. In memory order, a
+//! record consists of:
 //!
-//! - The low four bits of the codes: two words per half and lane. Step `s` is in word `s / 2`,
-//!   in the low four bits of each byte if `s` is even, otherwise in the high four bits. Codes
-//!   of 8 bits take four words instead, with step `s` in word `s`.
-//! - The high bits of the codes. Codes of 5 bits: one word per lane, with step `s` of half `h`
-//!   in bit `4 h + s` of each byte. Codes of 6 bits: one word per half and lane, with step `s`
-//!   in bits `2 s` and `2 s + 1` of each byte.
+//! - The low four bits of the codes, first of the outputs 0 to 7 and then of 8 to 15: four words
+//!   per lane. Step `s` is in word `s / 2`; pair `p` begins at bit `8 (s mod 2) + 4 p`. Codes of 8
+//!   bits take eight words instead, four for the first four steps of all outputs and then four
+//!   for the others. Pair `p` of a step begins at bit `8 p` of its word.
+//! - The high bits of the codes, in the same order of outputs. Codes of 5 bits: one word per lane,
+//!   with pair `p` of step `s` at bit `2 s + p`. Codes of 6 bits: two words per lane, four steps
+//!   each, with pair `p` of step `s` at bit `4 (s mod 4) + 2 p`.
 //! - The scales: for each output, the scales of its groups in this record; see [`Scales`].
 //! - The shared scales: for each output, the values that the scales of its groups are multiples
 //!   of.
 //!
-//! The records of the same eight outputs follow each other in the order of their inputs.
-//! Outputs are padded with zeros to a multiple of eight, and inputs to a multiple of 128.
+//! The records of the same sixteen outputs follow each other in the order of their inputs.
+//! Outputs are padded with zeros to a multiple of sixteen, and inputs to a multiple of 128.
 
 use super::error::{failed, unsupported};
 use crate::device::{DeviceError, WeightRows};
@@ -24,7 +26,7 @@ use crate::weights::{DType, quant};
 use half::f16;
 
 /// Outputs per record.
-pub(super) const RECORD_OUTPUTS: usize = 8;
+pub(super) const RECORD_OUTPUTS: usize = 16;
 /// Inputs per record.
 pub(super) const RECORD_INPUTS: usize = 128;
 
@@ -47,8 +49,8 @@ pub(super) enum Scales {
 pub(super) struct Format {
     /// Suffix of the embedding kernel `embed_NAME`.
     pub(super) name: &'static str,
-    /// Suffixes of the `linear_…` kernels for few rows and for many rows.
-    pub(super) kernels: [&'static str; 2],
+    /// Suffixes of the `linear_…` kernels for up to 8 rows, for up to 16 and for more.
+    pub(super) kernels: [&'static str; 3],
     /// Bits per code.
     bits: usize,
     /// Weights per group.
@@ -61,7 +63,7 @@ pub(super) struct Format {
 impl Format {
     const fn new(
         name: &'static str,
-        kernels: [&'static str; 2],
+        kernels: [&'static str; 3],
         bits: usize,
         group: usize,
         scales: Scales,
@@ -82,25 +84,64 @@ impl Format {
         use Scales::*;
         Some(match dtype {
             DType::F32 | DType::F16 | DType::BF16 => return None,
-            DType::Q4_0 => Self::new("q4", ["q4_m16", "q4_m64"], 4, 32, Plain, 8),
-            DType::Q4_1 => Self::new("q4m", ["q4m_m16", "q4m_m64"], 4, 32, PlainMinimum, 0),
-            DType::Q4K => Self::new("q4k", ["q4k_m16", "q4k_m64"], 4, 32, NestedMinimum, 0),
-            DType::Q2K => Self::new("q2k", ["q2k_m16", "q2k_m64"], 4, 16, NestedMinimum, 0),
-            DType::Q5_0 => Self::new("q5", ["q5_m16", "q5_m64"], 5, 32, Plain, 16),
-            DType::Q5_1 => Self::new("q5m", ["q5m_m16", "q5m_m64"], 5, 32, PlainMinimum, 0),
-            DType::Q5K => Self::new("q5k", ["q5k_m16", "q5k_m64"], 5, 32, NestedMinimum, 0),
-            DType::Q6K | DType::Q3K => Self::new("q6k", ["q6k_m16", "q6k_m64"], 6, 16, Nested, 32),
-            DType::Q8_0 | DType::Iq4Nl => Self::new("q8", ["q8_m16", "q8_m64"], 8, 32, Plain, 128),
+            DType::Q4_0 => Self::new("q4", ["q4_m8", "q4_m16", "q4_m64"], 4, 32, Plain, 8),
+            DType::Q4_1 => Self::new(
+                "q4m",
+                ["q4m_m8", "q4m_m16", "q4m_m64"],
+                4,
+                32,
+                PlainMinimum,
+                0,
+            ),
+            DType::Q4K => Self::new(
+                "q4k",
+                ["q4k_m8", "q4k_m16", "q4k_m64"],
+                4,
+                32,
+                NestedMinimum,
+                0,
+            ),
+            DType::Q2K => Self::new(
+                "q2k",
+                ["q2k_m8", "q2k_m16", "q2k_m64"],
+                4,
+                16,
+                NestedMinimum,
+                0,
+            ),
+            DType::Q5_0 => Self::new("q5", ["q5_m8", "q5_m16", "q5_m64"], 5, 32, Plain, 16),
+            DType::Q5_1 => Self::new(
+                "q5m",
+                ["q5m_m8", "q5m_m16", "q5m_m64"],
+                5,
+                32,
+                PlainMinimum,
+                0,
+            ),
+            DType::Q5K => Self::new(
+                "q5k",
+                ["q5k_m8", "q5k_m16", "q5k_m64"],
+                5,
+                32,
+                NestedMinimum,
+                0,
+            ),
+            DType::Q6K | DType::Q3K => {
+                Self::new("q6k", ["q6k_m8", "q6k_m16", "q6k_m64"], 6, 16, Nested, 32)
+            }
+            DType::Q8_0 | DType::Iq4Nl => {
+                Self::new("q8", ["q8_m8", "q8_m16", "q8_m64"], 8, 32, Plain, 128)
+            }
         })
     }
 
     fn high_offset(&self) -> usize {
-        if self.bits == 8 { 1024 } else { 512 }
+        if self.bits == 8 { 2048 } else { 1024 }
     }
 
     fn scales_offset(&self) -> usize {
         let high_bits = if self.bits == 8 { 0 } else { self.bits - 4 };
-        self.high_offset() + high_bits * 128
+        self.high_offset() + high_bits * 256
     }
 
     fn group_bytes(&self) -> usize {
@@ -133,8 +174,8 @@ impl Format {
         self.shared_offset() + RECORD_OUTPUTS * self.shared_bytes()
     }
 
-    /// Returns the bytes of all records of eight outputs with `inputs` inputs.
-    pub(super) fn eight_bytes(&self, inputs: usize) -> usize {
+    /// Returns the bytes of all records of sixteen outputs with `inputs` inputs.
+    pub(super) fn records_bytes(&self, inputs: usize) -> usize {
         inputs.div_ceil(RECORD_INPUTS) * self.record_bytes()
     }
 
@@ -145,40 +186,57 @@ impl Format {
             .saturating_mul(self.record_bytes())
     }
 
-    /// Returns the number of pipeline stages of the kernel with a tile of 16 rows.
-    pub(super) fn stages(&self) -> usize {
-        match self.bits {
-            4 => 12,
-            8 => 8,
-            _ => 10,
-        }
+    /// Returns the bytes of shared memory for the stages of a kernel: each one holds x of `rows`
+    /// rows of a record's inputs, and a record per warp. There are as many stages as fit into
+    /// what every GPU has, four at most, as `stages_of` in `kernels/linear_quant.cu` says.
+    pub(super) fn stages_bytes(&self, rows: usize, warps: usize) -> usize {
+        const MOST: usize = 99 << 10;
+        let stage = rows * RECORD_INPUTS * 2 + warps * self.record_bytes();
+        let stage = stage.next_multiple_of(256);
+        stage * (MOST / stage).min(4)
     }
 
-    /// Writes the four codes that a lane needs in one step.
+    /// Writes the codes that lane `4 · g + quarter` needs of an output in a step: two pairs.
     fn put_codes(
         &self,
         record: &mut [u8],
-        lane: usize,
-        (half, step): (usize, usize),
+        (output, quarter): (usize, usize),
+        step: usize,
         codes: [u8; 4],
     ) {
-        let place = half * 32 + lane;
+        let (row, lane) = (output / 8, output % 8 * 4 + quarter);
+        let place = row * 32 + lane;
+        let mut put = |at: usize, bit: usize, codes: [u8; 4]| {
+            let word = &mut record[at..][..4];
+            let mut bits = u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
+            for (index, code) in codes.into_iter().enumerate() {
+                let (pair, half) = (index / 2, index % 2);
+                let apart = match self.bits {
+                    _ if at < self.high_offset() && self.bits == 8 => 8,
+                    _ if at < self.high_offset() => 4,
+                    bits => bits - 4,
+                };
+                bits |= u32::from(code) << (bit + pair * apart + half * 16);
+            }
+            word.copy_from_slice(&bits.to_le_bytes());
+        };
         if self.bits == 8 {
-            record[place * 16 + step * 4..][..4].copy_from_slice(&codes);
+            put((step / 4 * 64 + place) * 16 + step % 4 * 4, 0, codes);
             return;
         }
-        let low = &mut record[place * 8 + step / 2 * 4..][..4];
-        for (byte, code) in low.iter_mut().zip(codes) {
-            *byte |= (code & 15) << (step % 2 * 4);
-        }
-        let (at, shift) = match self.bits {
-            5 => (lane * 4, half * 4 + step),
-            6 => (place * 4, step * 2),
-            _ => return,
-        };
-        let high = &mut record[self.high_offset() + at..][..4];
-        for (byte, code) in high.iter_mut().zip(codes) {
-            *byte |= code >> 4 << shift;
+        put(
+            place * 16 + step / 2 * 4,
+            step % 2 * 8,
+            codes.map(|c| c & 15),
+        );
+        let high = codes.map(|code| code >> 4);
+        match self.bits {
+            5 => put(self.high_offset() + place * 4, step * 2, high),
+            6 => {
+                let at = self.high_offset() + place * 8 + step / 4 * 4;
+                put(at, step % 4 * 4, high);
+            }
+            _ => {}
         }
     }
 }
@@ -219,8 +277,8 @@ impl Packer {
         })
     }
 
-    /// Writes a stored row as output `output`, 0 to 7, of `records`. These are the records of
-    /// eight outputs and must be zeroed before the first row.
+    /// Writes a stored row as output `output`, 0 to 15, of `records`. These are the records of
+    /// sixteen outputs and must be zeroed before the first row.
     pub(super) fn put(
         &mut self,
         records: &mut [u8],
@@ -249,7 +307,7 @@ impl Packer {
                 for quarter in 0..4 {
                     let code = |within: usize| step[2 * quarter + within] + shift as u8;
                     let four = [code(0), code(1), code(8), code(9)];
-                    format.put_codes(record, output * 4 + quarter, (at / 4, at % 4), four);
+                    format.put_codes(record, (output, quarter), at, four);
                 }
             }
             self.put_scales(record, output, index, stored)?;
@@ -373,18 +431,24 @@ mod tests {
 
     /// Returns the float32 weight that the kernels compute from a record.
     fn weight(format: Format, record: &[u8], output: usize, input: usize) -> f32 {
-        let (half, step, within) = (input / 64, input / 16 % 4, input % 16);
-        let (quarter, byte) = (within % 8 / 2, within / 8 * 2 + within % 2);
-        let lane = output * 4 + quarter;
-        let place = half * 32 + lane;
+        let (step, within) = (input / 16, input % 16);
+        let (quarter, pair, half) = (within % 8 / 2, within / 8, within % 2);
+        let place = output / 8 * 32 + output % 8 * 4 + quarter;
+        let word = |at: usize| {
+            let bytes = &record[at..][..4];
+            u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]) >> (half * 16)
+        };
         let code = if format.bits == 8 {
-            record[place * 16 + step * 4 + byte]
+            word((step / 4 * 64 + place) * 16 + step % 4 * 4) >> (pair * 8) & 255
         } else {
-            let low = record[place * 8 + step / 2 * 4 + byte] >> (step % 2 * 4) & 15;
-            let high = &record[format.high_offset()..];
+            let low = word(place * 16 + step / 2 * 4) >> (step % 2 * 8 + pair * 4) & 15;
+            let high = format.high_offset();
             low | match format.bits {
-                5 => (high[lane * 4 + byte] >> (half * 4 + step) & 1) << 4,
-                6 => (high[place * 4 + byte] >> (step * 2) & 3) << 4,
+                5 => (word(high + place * 4) >> (step * 2 + pair) & 1) << 4,
+                6 => {
+                    let word = word(high + place * 8 + step / 4 * 4);
+                    (word >> (step % 4 * 4 + pair * 2) & 3) << 4
+                }
                 _ => 0,
             }
         };
@@ -402,7 +466,7 @@ mod tests {
                 -(float(&shared[2..]) * times(scales[1])),
             ),
         };
-        scale * (i32::from(code) - format.zero) as f32 + minimum
+        scale * (code as i32 - format.zero) as f32 + minimum
     }
 
     #[test]
@@ -422,9 +486,9 @@ mod tests {
                 224
             };
             let bytes = dtype.bytes_for(inputs).unwrap();
-            let mut records = vec![0; format.eight_bytes(inputs)];
+            let mut records = vec![0; format.records_bytes(inputs)];
             let mut packer = Packer::new(dtype, inputs, f32::MAX).unwrap();
-            let mut rows = vec![vec![0f32; inputs]; 7];
+            let mut rows = vec![vec![0f32; inputs]; 15];
             for (output, row) in rows.iter_mut().enumerate() {
                 let mut stored: Vec<u8> = (0..bytes).map(|_| random()).collect();
                 // No byte has all exponent bits set, so every float16 in the block is finite.
@@ -433,7 +497,7 @@ mod tests {
                 packer.put(&mut records, output, &stored).unwrap();
             }
             for (index, record) in records.chunks_exact(format.record_bytes()).enumerate() {
-                for (output, input) in (0..8).flat_map(|o| (0..128).map(move |i| (o, i))) {
+                for (output, input) in (0..16).flat_map(|o| (0..128).map(move |i| (o, i))) {
                     let column = index * 128 + input;
                     let row = rows.get(output);
                     let expected = row.and_then(|row| row.get(column)).copied();
@@ -451,7 +515,7 @@ mod tests {
         let mut stored = vec![0; 18];
         stored[..2].copy_from_slice(&f16::NAN.to_le_bytes());
         let mut packer = Packer::new(DType::Q4_0, 32, 65504.0).unwrap();
-        let mut records = vec![0; packer.format.eight_bytes(32)];
+        let mut records = vec![0; packer.format.records_bytes(32)];
         let error = packer.put(&mut records, 0, &stored).unwrap_err();
         assert!(error.to_string().contains("Q4_0 weights"), "{error}");
     }

@@ -192,9 +192,104 @@ fn norm(image: &str) -> Result<bool, Fault> {
     Ok(true)
 }
 
+/// Runs `linear_q4_m8` with three rows and weights that are all zero: two stages of x, and warps
+/// with two records, one and none.
+fn quantised(image: &str) -> Result<bool, Fault> {
+    let (rows, outputs, inputs) = (3usize, 40usize, 600usize);
+    let record_bytes = 1152;
+    let records = outputs.div_ceil(16) * inputs.div_ceil(128);
+    let module = Module::parse(image).unwrap();
+    let kernel = module.kernel("linear_q4_m8").unwrap();
+    for seed in [None, Some(1), Some(2), Some(3)] {
+        let mut memory = HostMemory::new();
+        let out = memory.alloc_uninitialised("out", rows * outputs * 4);
+        let weight = vec![0u8; records * record_bytes];
+        let mut parameters = vec![
+            Argument::Pointer(out),
+            Argument::Pointer(memory.alloc("x", &values(rows * inputs, 1))),
+            Argument::Pointer(memory.alloc("weight", &weight)),
+        ];
+        parameters.extend([Argument::Pointer(0); 3]);
+        parameters.extend([rows, outputs, inputs, outputs, 1].map(|n| Argument::U32(n as u32)));
+        let launch = Launch {
+            grid: [outputs.div_ceil(32) as u32, 1, 1],
+            block: [256, 1, 1],
+            dynamic_shared: 4 * (8 * 1024 + 8 * record_bytes),
+            parameters: arguments(kernel, &parameters),
+        };
+        let options = Options {
+            shuffle_seed: seed,
+            ..Options::default()
+        };
+        run(kernel, &launch, &memory.regions(), &options)?;
+        let found = memory.read::<f32>(out, rows * outputs);
+        if found.iter().any(|&found| found != 0.0) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Runs `group_pairs` with 45 rows, each of which goes to two of six experts; the third one gets
+/// none, and the first one more than a tile of rows.
+fn grouping(image: &str) -> Result<bool, Fault> {
+    let (rows, experts, top_k) = (45usize, 6usize, 2usize);
+    let pair_expert: Vec<u32> = (0..rows as u32)
+        .flat_map(|row| [0, [1, 3, 4, 5][row as usize % 4]])
+        .collect();
+    let pairs = pair_expert.len();
+    let tile_rows = [8, 16, 64, 128];
+    let places = tile_rows.map(|tile| experts + (pairs - experts) / tile);
+    let module = Module::parse(image).unwrap();
+    let kernel = module.kernel("group_pairs").unwrap();
+    let mut memory = HostMemory::new();
+    let count: usize = places.iter().sum();
+    let tiles = memory.alloc_uninitialised("tiles", count * 16);
+    let row_index = memory.alloc_uninitialised("row_index", pairs * 4);
+    let pair_slot = memory.alloc_uninitialised("pair_slot", pairs * 4);
+    let mut parameters = vec![
+        Argument::Pointer(tiles),
+        Argument::Pointer(row_index),
+        Argument::Pointer(pair_slot),
+        Argument::Pointer(memory.alloc("pair_expert", &pair_expert)),
+    ];
+    let numbers = [rows, experts, top_k].into_iter().chain(places);
+    parameters.extend(numbers.map(|number| Argument::U32(number as u32)));
+    let launch = Launch {
+        grid: [1, 1, 1],
+        block: [1024, 1, 1],
+        dynamic_shared: 0,
+        parameters: arguments(kernel, &parameters),
+    };
+    run(kernel, &launch, &memory.regions(), &Options::default())?;
+
+    let mut slots: Vec<usize> = (0..pairs).collect();
+    slots.sort_by_key(|&pair| pair_expert[pair]);
+    let mut expected = Vec::new();
+    for (tile, places) in tile_rows.into_iter().zip(places) {
+        let begin = expected.len();
+        for expert in 0..experts as u32 {
+            let before = |limit| pair_expert.iter().filter(|&&e| e < limit).count() as u32;
+            let (first, end) = (before(expert), before(expert + 1));
+            let starts = (first..end).step_by(tile);
+            expected.extend(starts.map(|start| [expert, start, end, 0]));
+        }
+        expected.resize(begin + places, [0; 4]);
+    }
+    let found = memory.read::<u32>(tiles, count * 4);
+    let rows_found = memory.read::<u32>(row_index, pairs);
+    let slots_found = memory.read::<u32>(pair_slot, pairs);
+    Ok(found == expected.concat()
+        && slots.iter().enumerate().all(|(slot, &pair)| {
+            rows_found[slot] as usize == pair / top_k && slots_found[pair] as usize == slot
+        }))
+}
+
 #[test]
 fn unmodified_kernels_pass() {
     assert_eq!(outcome(product(&image("linear"))), Ok(()));
+    assert_eq!(outcome(grouping(&image("experts"))), Ok(()));
+    assert_eq!(outcome(quantised(&image("linear_quant"))), Ok(()));
     assert_eq!(outcome(norm(&image("norm"))), Ok(()));
 }
 
@@ -209,9 +304,17 @@ fn a_missing_barrier_after_waiting_for_copies_is_a_race() {
 
 #[test]
 fn a_missing_barrier_at_the_end_of_a_loop_is_a_race() {
-    // The third of four barriers: after the loop, before its memory is reused for the results.
-    let image = with_bug("linear", "linear_m16", 2, is_barrier, without);
+    // The second of three barriers: after the loop, before its memory is reused for the results.
+    let image = with_bug("linear", "linear_m16", 1, is_barrier, without);
     let fault = product(&image).unwrap_err();
+    assert_eq!(fault.kind, FaultKind::SharedRace, "{fault}");
+}
+
+#[test]
+fn sums_of_several_warps_that_are_added_up_too_soon_are_a_race() {
+    // The last of three barriers: between writing the sums to shared memory and adding them up.
+    let image = with_bug("linear_quant", "linear_q4_m8", 2, is_barrier, without);
+    let fault = quantised(&image).unwrap_err();
     assert_eq!(fault.kind, FaultKind::SharedRace, "{fault}");
 }
 
@@ -266,16 +369,30 @@ fn swapped_operands_of_a_matrix_instruction_give_a_wrong_result() {
 }
 
 #[test]
-fn a_missing_row_bounds_check_reads_out_of_bounds() {
-    // Selects the row of x for a row of the tile, or NONE past the last row.
-    let is_guard = |_: &str, line: &str| line.starts_with("selp.b32") && line.contains(", -1, ");
+fn a_missing_bounds_check_reads_out_of_bounds() {
+    // Whether a thread copies anything: its chunk is inside the rows, and its first row exists.
+    let is_guard =
+        |before: &str, line: &str| before.starts_with("shr.u32") && line.starts_with("and.pred");
+    // The first input is forgotten.
     let unguarded = |line: &str| {
-        let mut operands = line["selp.b32 ".len()..].split(',').map(str::trim);
-        let (to, from) = (operands.next().unwrap(), operands.next().unwrap());
-        format!("mov.b32 {to}, {from};")
+        let operands: Vec<&str> = line["and.pred ".len()..].split(", ").collect();
+        format!("mov.pred {}, {}", operands[0], operands[2])
     };
     let fault = product(&with_bug("linear", "linear_m16", 0, is_guard, unguarded)).unwrap_err();
     assert_eq!(fault.kind, FaultKind::OutOfBounds, "{fault}");
+}
+
+#[test]
+fn a_list_of_tiles_that_is_off_by_one_expert_is_detected() {
+    let is_entry = |_: &str, line: &str| line.starts_with("st.global.v4.u32");
+    // {expert, first slot, end of the slots, 0}
+    let next_expert = |line: &str| {
+        let (_, operands) = line.split_once('{').unwrap();
+        let expert = operands.split(',').next().unwrap();
+        format!("add.s32 {expert}, {expert}, 1;\n{line}")
+    };
+    let image = with_bug("experts", "group_pairs", 0, is_entry, next_expert);
+    assert_eq!(outcome(grouping(&image)), Err("wrong result".to_owned()));
 }
 
 #[test]
