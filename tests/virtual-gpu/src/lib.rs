@@ -3,5 +3,6 @@
 //! As a dynamic library its name is `libcuda.so`. Load it by its path before the program looks
 //! for the driver; the program will then find it under that name.
 
+pub mod bounds;
 pub mod driver;
 pub mod ptx;
