@@ -23,7 +23,7 @@ const LLAMA: Shape = Shape {
 
 /// Row counts of which each uses another tile.
 const TILES: Shape = Shape {
-    rows: &[1, 64, 256],
+    rows: &[1, 64, 384],
     ..LLAMA
 };
 

@@ -100,7 +100,8 @@ impl Kind {
     /// The number of machine instructions is what ptxas 13.0 usually makes of the statement for
     /// compute capability 8.0 to 9.0: registers are renamed instead of moved, parameters are
     /// operands in constant memory, 64-bit integers take two instructions, and divisions and
-    /// accurate functions become short programs.
+    /// accurate functions become short programs. For the inner loops of seven kernels, the sums
+    /// are 16 % below to 14 % above the number of instructions in the disassembly.
     pub fn of(statement: &Statement) -> Kind {
         let form = Form::new(statement.opcode);
         let class = class(&form);
@@ -205,9 +206,12 @@ fn integers(form: &Form) -> u8 {
     let wide = is_wide(form) && !form.has("wide");
     match form.base {
         "div" | "rem" => 20 * (1 + 3 * u8::from(wide)),
-        "mul" | "mad" if wide => 4,
+        "mul" | "mad" if wide => 3,
         "mul" | "mad" if form.has("hi") => 2,
         "bfe" | "bfi" | "clz" | "bfind" => 2,
+        // Nearly always a part of an address, with a product or a shift beside it: two
+        // instructions for both.
+        "add" | "sub" | "shl" => 1,
         _ => 1 + u8::from(wide),
     }
 }
@@ -251,9 +255,10 @@ mod tests {
             ("ex2.approx.ftz.f32", Special, 1),
             ("ex2.approx.f32", Special, 4),
             ("add.s32", Integer, 1),
-            ("add.s64", Integer, 2),
+            ("add.s64", Integer, 1),
+            ("or.b64", Integer, 2),
             ("mul.wide.u32", Integer, 1),
-            ("mul.lo.s64", Integer, 4),
+            ("mul.lo.s64", Integer, 3),
             ("div.u32", Integer, 20),
             ("div.u64", Integer, 80),
             ("setp.lt.u32", Compare, 1),
