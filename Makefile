@@ -2,7 +2,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CARGO := cargo
 PYTHON := python3
 
-.PHONY: demo check test models soak mutations stalls lint bench kernels kernels-check model clients templates
+.PHONY: demo check test models soak mutations stalls lint bench kernels kernels-check kernel-counts model clients templates
 
 ## Fetches a small model if it is missing, builds quell, and answers a question.
 demo: model
@@ -16,9 +16,11 @@ check:
 	$(CARGO) test --locked -p quell --no-default-features --lib --config profile.test.package.quell.opt-level=0
 
 ## Runs all tests: unit, integration, golden and documentation tests, the CUDA device on the
-## virtual GPU, the server with third-party clients, the model checkers, and the examples.
+## virtual GPU, the server with third-party clients, the model checkers, and the examples. Also
+## fails if the kernels do not do what benches/results/kernel-counts.json says.
 test: model clients templates models
 	$(CARGO) test --locked --workspace
+	$(CARGO) test --locked --workspace --bench kernels -- --virtual --check
 	$(MAKE) check
 
 ## Runs the engine's threads under model checkers: loom explores every interleaving of a few
@@ -83,10 +85,17 @@ bench: model
 kernels:
 	$(PYTHON) scripts/compile-kernels
 
-## Fails if the images are out of date, or if a kernel wastes GPU resources.
+## Fails if the images are out of date, if a kernel wastes GPU resources, or if it takes others
+## than benches/results/kernel-resources.json says.
 kernels-check:
 	$(PYTHON) scripts/compile-kernels --check
-	$(PYTHON) scripts/check-resources
+	$(PYTHON) scripts/check-resources --check
+
+## Writes the resources and the counts of the kernels, and the bounds that follow, to
+## benches/results. Run it after `make kernels`.
+kernel-counts:
+	$(PYTHON) scripts/check-resources --write
+	$(CARGO) test --locked --workspace --bench kernels -- --virtual --write
 
 model:
 	@$(PYTHON) scripts/fetch-model

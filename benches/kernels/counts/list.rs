@@ -47,6 +47,6 @@ pub fn run(bench: &mut Bench) -> Result<(), DeviceError> {
     }
     rows::run(bench, &LLAMA)?;
     attention::run(bench, &LLAMA)?;
-    rows::sampling(bench, &LLAMA, &[1, 8])?;
+    rows::sampling(bench, &LLAMA, &[1, 4])?;
     linear::experts(bench, &EXPERTS, &[1])
 }
