@@ -3,7 +3,7 @@ CARGO := cargo
 PYTHON := python3
 NOT_OPTIMISED := --config profile.test.package.quell.opt-level=0
 
-.PHONY: demo check test models soak mutations stalls lint bench kernels kernels-check model clients templates
+.PHONY: demo check test models soak mutations stalls lint bench kernels kernels-check kernel-counts model clients templates
 
 ## Fetches a small model if it is missing, builds quell, and answers a question.
 demo: model
@@ -18,7 +18,8 @@ check:
 
 ## Runs all tests: unit, integration, golden and documentation tests, the CUDA device on the
 ## virtual GPU, the server with third-party clients, the model checkers, the examples, and what
-## is run on a machine with a GPU, on the virtual one.
+## is run on a machine with a GPU, on the virtual one. Also fails if the kernels do not do what
+## benches/results/kernel-counts.json says.
 ##
 ## The unit tests do not optimise the crate, which would take longer than running them: most of
 ## what is slow is in the integration tests, whose copy of the crate is optimised.
@@ -26,6 +27,7 @@ test: model clients templates models
 	$(CARGO) build --locked --workspace --profile test --examples
 	$(CARGO) test --locked --workspace --test '*'
 	$(CARGO) test --locked --workspace --doc
+	$(CARGO) test --locked --workspace --bench kernels -- --virtual --check
 	$(PYTHON) scripts/gpu/pack --quick --pack target/gpu-virtual
 	$(PYTHON) scripts/gpu/first-hour --virtual --small --pack target/gpu-virtual
 	$(CARGO) test --locked --workspace --lib $(NOT_OPTIMISED)
@@ -93,12 +95,19 @@ bench: model
 kernels:
 	$(PYTHON) scripts/compile-kernels
 
-## Fails if the images are out of date, if a kernel wastes GPU resources or takes more
-## instructions than it should, or if its bits depend on the assembler.
+## Fails if the images are out of date, if a kernel wastes GPU resources, takes others than
+## benches/results/kernel-resources.json says or more instructions than it should, or if its bits
+## depend on the assembler.
 kernels-check:
 	$(PYTHON) scripts/compile-kernels --check
-	$(PYTHON) scripts/check-resources
+	$(PYTHON) scripts/check-resources --check
 	$(PYTHON) scripts/count-gpu-instructions
+
+## Writes the resources and the counts of the kernels, and the bounds that follow, to
+## benches/results. Run it after `make kernels`.
+kernel-counts:
+	$(PYTHON) scripts/check-resources --write
+	$(CARGO) test --locked --workspace --bench kernels -- --virtual --write
 
 model:
 	@$(PYTHON) scripts/fetch-model

@@ -1,7 +1,7 @@
 //! Matrix products: the projections of a layer, the logits, and the experts.
 
 use crate::report::Work;
-use crate::shapes::Shape;
+use crate::shapes::{ExpertShape, Shape};
 use crate::{Bench, values};
 use quell::internals::device::cuda::CudaDevice;
 use quell::internals::device::*;
@@ -68,7 +68,8 @@ pub fn run(bench: &mut Bench, shape: &Shape) -> Result<(), DeviceError> {
     Ok(())
 }
 
-fn product(
+/// Measures one matrix product at all row counts of the shape.
+pub fn product(
     bench: &mut Bench,
     shape: &Shape,
     kernel: &str,
@@ -140,18 +141,18 @@ fn work(
     }
 }
 
-/// Measures an expert layer of Qwen3-30B-A3B: 128 experts, 8 per token.
-pub fn experts(bench: &mut Bench) -> Result<(), DeviceError> {
+/// Measures a layer of experts.
+pub fn experts(bench: &mut Bench, shape: &ExpertShape, rows: &[usize]) -> Result<(), DeviceError> {
     if !bench.wants("experts") {
         return Ok(());
     }
-    let small = bench.small;
-    let (hidden, width, count, top_k) = if small {
-        (64, 32, 4, 2)
-    } else {
-        (2048, 768, 128, 8)
-    };
-    let name = if small { "small" } else { "qwen3-30b-a3b" };
+    let &ExpertShape {
+        name,
+        hidden,
+        width,
+        count,
+        top_k,
+    } = shape;
     let gate_up = weights(2 * width, hidden, DType::BF16)?;
     let down = weights(hidden, width, DType::BF16)?;
     let gate_ups = vec![spec(&gate_up, 2 * width, hidden); count];
@@ -162,7 +163,7 @@ pub fn experts(bench: &mut Bench) -> Result<(), DeviceError> {
         normalize: true,
         activation: Activation::Silu,
     };
-    for rows in if small { [1, 4, 8] } else { [1, 64, 2048] } {
+    for &rows in rows {
         let x = values(rows * hidden);
         let x = bench.device.tensor(hidden, Precision::Activation, &x)?;
         let router = values(rows * count);

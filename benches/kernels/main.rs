@@ -9,11 +9,16 @@
 //! measurement is started. `--short` measures what matters most, in a minute. `--small` uses
 //! tiny shapes, to try out the program on the virtual GPU. Without a usable GPU, the program
 //! says so and exits.
+//!
+//! `cargo bench --bench kernels -- --virtual` measures nothing and needs no GPU: it counts what
+//! the kernels do, and prints the bounds that follow (`counts/`).
 
 #[path = "attention.rs"]
 mod attention;
 #[path = "comparison.rs"]
 mod comparison;
+#[path = "counts/mod.rs"]
+mod counts;
 #[path = "linear.rs"]
 mod linear;
 #[path = "report.rs"]
@@ -27,6 +32,7 @@ use quell::CudaOptions;
 use quell::internals::device::cuda::CudaDevice;
 use quell::internals::device::*;
 use report::{Report, Work};
+use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -49,12 +55,18 @@ pub struct Bench {
     pub short: bool,
     only: Option<String>,
     end: Option<Instant>,
+    /// Counts operations instead of timing them.
+    counts: Option<counts::Recorder>,
 }
 
 impl Bench {
     /// Returns how many operands of this size to use in turn, so that each is read from memory.
     pub fn copies(&self, bytes: usize) -> usize {
-        let set = if self.small { 1 } else { WORKING_SET };
+        let set = if self.small || self.counts.is_some() {
+            1
+        } else {
+            WORKING_SET
+        };
         set.div_ceil(bytes.max(1)).clamp(1, 64)
     }
 
@@ -76,6 +88,9 @@ impl Bench {
         repeats: usize,
         mut run: impl FnMut(&mut CudaDevice) -> Result<(), DeviceError>,
     ) {
+        if self.counts.is_some() {
+            return self.count(work, run);
+        }
         let times = self.sample(|device, samples| device.time(samples, &mut run));
         self.report.add(work, repeats, times);
     }
@@ -86,6 +101,9 @@ impl Bench {
         work: Work,
         mut run: impl FnMut(&mut CudaDevice) -> Result<(), DeviceError>,
     ) {
+        if self.counts.is_some() {
+            return self.count(work, run);
+        }
         let times = self.sample(|device, samples| device.time_unrecorded(samples, &mut run));
         self.report.add(work, 1, times);
     }
@@ -113,14 +131,19 @@ pub fn values(count: usize) -> Vec<f32> {
     (0..count).map(next).collect()
 }
 
-fn run() -> Result<bool, DeviceError> {
+/// Returns whether the program was given this flag.
+fn has(flag: &str) -> bool {
+    std::env::args().any(|argument| argument == flag)
+}
+
+/// Returns the argument after this flag.
+fn after(flag: &str) -> Option<String> {
+    let mut arguments = std::env::args().skip_while(|argument| argument != flag);
+    arguments.nth(1)
+}
+
+fn run() -> Result<bool, Box<dyn Error>> {
     let begin = Instant::now();
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let has = |flag: &str| arguments.iter().any(|argument| argument == flag);
-    let after = |flag: &str| {
-        let at = arguments.iter().position(|argument| argument == flag)?;
-        arguments.get(at + 1).cloned()
-    };
     let (small, short) = (has("--small"), has("--short"));
     let seconds = after("--seconds").and_then(|seconds| seconds.parse().ok());
     let options = CudaOptions {
@@ -133,7 +156,7 @@ fn run() -> Result<bool, DeviceError> {
             eprintln!("kernels: nothing is measured: {error}");
             return Ok(true);
         }
-        Err(error) => return Err(error),
+        Err(error) => return Err(error.into()),
     };
     let shapes = match (small, short) {
         (true, _) => shapes::SMALL,
@@ -169,14 +192,21 @@ fn run() -> Result<bool, DeviceError> {
         short,
         only: after("--only"),
         end: seconds.map(|seconds| begin + Duration::from_secs(seconds)),
+        counts: None,
     };
     for shape in shapes {
         linear::run(&mut bench, shape)?;
         rows::run(&mut bench, shape)?;
         attention::run(&mut bench, shape)?;
     }
-    rows::sampling(&mut bench, &shapes[0])?;
-    linear::experts(&mut bench)?;
+    let (experts, rows) = if small {
+        (shapes::SMALL_EXPERTS, [1, 4, 8])
+    } else {
+        (shapes::EXPERTS, [1, 64, 2048])
+    };
+    let sampled = if small { [1, 2, 4] } else { [1, 64, 256] };
+    rows::sampling(&mut bench, &shapes[0], &sampled)?;
+    linear::experts(&mut bench, &experts, &rows)?;
     if has("--peers") {
         bench.report.compare();
     }
@@ -187,7 +217,12 @@ fn run() -> Result<bool, DeviceError> {
 }
 
 fn main() -> ExitCode {
-    match run() {
+    let done = if has("--virtual") {
+        counts::run()
+    } else {
+        run()
+    };
+    match done {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {

@@ -62,6 +62,26 @@ impl Report {
         }
     }
 
+    /// Returns a report that prints no measurements and only collects failures.
+    pub fn failures(device: DeviceInfo) -> Self {
+        Self {
+            device,
+            bandwidth: 1.0,
+            json: true,
+            measured: Vec::new(),
+            failed: Vec::new(),
+            left_out: BTreeSet::new(),
+            file: None,
+            pytorch: None,
+        }
+    }
+
+    /// Records a failure.
+    pub fn fail(&mut self, error: &str) {
+        eprintln!("kernels: {error}");
+        self.failed.push(error.to_owned());
+    }
+
     /// Adds a measurement of launches that each run `repeats` operations.
     pub fn add(&mut self, work: Work, repeats: usize, times: Result<Vec<f64>, DeviceError>) {
         let Work {
@@ -169,13 +189,19 @@ impl Report {
         }
     }
 
+    /// Returns whether every measurement succeeded.
+    pub fn succeeded(&self) -> bool {
+        self.failed.is_empty()
+    }
+
     /// Prints the JSON report, if JSON was asked for. Returns whether every measurement
     /// succeeded.
     pub fn finish(self) -> bool {
         self.write();
+        let succeeded = self.succeeded();
         if self.json {
             println!("{:#}", self.json());
         }
-        self.failed.is_empty()
+        succeeded
     }
 }

@@ -8,6 +8,7 @@ use quell::internals::device::*;
 use quell::internals::sampling::SampleRow;
 use std::sync::Arc;
 
+/// Measures the norms and the activation of a layer.
 pub fn run(bench: &mut Bench, shape: &Shape) -> Result<(), DeviceError> {
     for &rows in shape.rows {
         norms(bench, shape, rows)?;
@@ -94,7 +95,7 @@ fn activation(bench: &mut Bench, shape: &Shape, rows: usize) -> Result<(), Devic
 }
 
 /// Measures sampling, including the copy of the results to the host.
-pub fn sampling(bench: &mut Bench, shape: &Shape) -> Result<(), DeviceError> {
+pub fn sampling(bench: &mut Bench, shape: &Shape, rows: &[usize]) -> Result<(), DeviceError> {
     let nucleus = SamplingParams {
         temperature: 0.8,
         top_p: 0.95,
@@ -109,7 +110,7 @@ pub fn sampling(bench: &mut Bench, shape: &Shape) -> Result<(), DeviceError> {
         ("sample plain", plain),
         ("sample top-p", nucleus),
     ];
-    for rows in if bench.small { [1, 2, 4] } else { [1, 64, 256] } {
+    for &rows in rows {
         let logits = values(rows * shape.vocabulary);
         let logits = bench
             .device

@@ -78,3 +78,31 @@ pub const SMALL: &[Shape] = &[Shape {
     decodes: &[(1, 24), (4, 40)],
     prefills: &[(24, 0), (8, 24)],
 }];
+
+/// Dimensions of a layer of experts.
+pub struct ExpertShape {
+    pub name: &'static str,
+    pub hidden: usize,
+    /// Width of an expert.
+    pub width: usize,
+    /// Number of experts.
+    pub count: usize,
+    /// Number of experts per row.
+    pub top_k: usize,
+}
+
+pub const EXPERTS: ExpertShape = ExpertShape {
+    name: "qwen3-30b-a3b",
+    hidden: 2048,
+    width: 768,
+    count: 128,
+    top_k: 8,
+};
+
+pub const SMALL_EXPERTS: ExpertShape = ExpertShape {
+    name: "small",
+    hidden: 64,
+    width: 32,
+    count: 4,
+    top_k: 2,
+};

@@ -16,6 +16,9 @@
 //! - `vgpu_call_count(function)`: number of calls of one driver function.
 //! - `vgpu_kernels(buffer, len)`: kernels that ran, with their launches and warp instructions,
 //!   one per line.
+//! - `vgpu_launches(buffer, len)`: launches that ran with the setting `count`, one line of JSON
+//!   each: grid, block, shared memory, and the counts that `Counts` in `ptx/count` describes.
+//! - `vgpu_forget_launches()`: empties that list.
 //! - `vgpu_statistic(name)`: one statistic, or `u64::MAX` if the name is unknown.
 //! - `vgpu_leaks(buffer, len)`: objects that are alive now in any context, one per line.
 //!   Returns the number of lines.
@@ -30,7 +33,8 @@
 //!
 //! Settings, see [`Settings`]: `name`, `compute_capability`,
 //! `memory`, `driver`, `devices`, `multiprocessors`, `shared_memory`, `memory_pools`,
-//! `schedule`, `threads`, `check_races`, `check_initialised`, `check_copies`, `backtrace`.
+//! `schedule`, `threads`, `check_races`, `check_initialised`, `check_copies`, `count`,
+//! `backtrace`.
 //! Statistics: `launches`, `warp_instructions`, `synchronisations` (calls that made the host
 //! wait), `graph_launches`, `queued`, `executed`, `injected`, `undefined_bytes` (copied to the
 //! host), `peak_memory`, `violations`.
@@ -206,6 +210,23 @@ pub unsafe extern "C" fn vgpu_kernels(buffer: *mut c_char, len: usize) -> usize 
     let text = guarded(String::new(), || lock().report.kernels());
     // SAFETY: guaranteed by the caller.
     unsafe { copy_text(&text, buffer, len) }
+}
+
+/// Copies the counted launches, one line of JSON each.
+///
+/// # Safety
+/// `buffer` must be null or have room for `len` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vgpu_launches(buffer: *mut c_char, len: usize) -> usize {
+    let text = guarded(String::new(), || lock().report.launches());
+    // SAFETY: guaranteed by the caller.
+    unsafe { copy_text(&text, buffer, len) }
+}
+
+/// Forgets the counted launches.
+#[unsafe(no_mangle)]
+pub extern "C" fn vgpu_forget_launches() {
+    guarded((), || lock().report.forget_launches());
 }
 
 /// Returns a statistic by name, or `u64::MAX` if the name is unknown.

@@ -75,7 +75,12 @@ impl Driver {
                     .or_default();
                 uses.launches += 1;
                 match ran {
-                    Ok(Ok(statistics)) => uses.warp_instructions += statistics.instructions,
+                    Ok(Ok(statistics)) => {
+                        uses.warp_instructions += statistics.instructions;
+                        if statistics.counts.is_some() {
+                            self.report.count(launch.counted(statistics));
+                        }
+                    }
                     Ok(Err((kind, text))) => {
                         return Err(Fault {
                             code: fault_code(kind),

@@ -1,5 +1,6 @@
 //! Kernel launches: their parameters as bytes, their limits, and running them.
 
+use super::counted::Counted;
 use super::objects::Function;
 use super::settings::{Schedule, Settings};
 use crate::ptx::{self, Kernel, Launch};
@@ -66,6 +67,13 @@ impl KernelLaunch {
         &self.name
     }
 
+    /// Describes what the launch did.
+    pub fn counted(&self, ran: ptx::Statistics) -> Counted {
+        let kernel = self.image.kernel(&self.name);
+        let declared = kernel.map_or(0, |kernel| kernel.static_shared);
+        Counted::new(&self.name, &self.launch, declared, ran)
+    }
+
     /// Iterates over the parameters that can be device pointers, with index and value.
     pub fn pointers(&self) -> impl Iterator<Item = (usize, u64)> {
         let parameters = self
@@ -108,6 +116,7 @@ impl KernelLaunch {
                 Schedule::Shuffle(seed) => Some(seed ^ salt.rotate_left(32)),
                 Schedule::Eager | Schedule::Late => None,
             },
+            count: settings.count,
         };
         match self.image.kernel(&self.name) {
             Some(kernel) => ptx::run(kernel, &self.launch, &ptx::Regions(regions), &options)

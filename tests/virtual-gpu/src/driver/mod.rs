@@ -9,6 +9,7 @@ pub mod api;
 pub mod capture;
 pub mod codes;
 pub mod control;
+pub mod counted;
 mod execute;
 pub mod handles;
 pub mod launch;

@@ -1,11 +1,14 @@
 //! Records for the tests: violations, calls, injected failures, statistics.
 
 use super::codes::{self, Code};
+use super::counted::Counted;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
 /// Number of violations whose text is kept; further ones are only counted.
 const KEPT: usize = 1000;
+/// Number of counted launches that are kept; further ones are dropped.
+const KEPT_LAUNCHES: usize = 10_000;
 
 /// A request to make calls of a function fail.
 #[derive(Clone, Debug)]
@@ -38,6 +41,7 @@ pub struct Report {
     injections: Vec<Injection>,
     /// Usage of each kernel.
     pub kernels: BTreeMap<String, KernelUse>,
+    counted: Vec<Counted>,
     /// Number of calls that made the host wait for the device.
     pub synchronisations: u64,
     /// Number of graphs launched.
@@ -135,6 +139,26 @@ impl Report {
         text
     }
 
+    /// Records a launch that was counted.
+    pub fn count(&mut self, launch: Counted) {
+        if self.counted.len() < KEPT_LAUNCHES {
+            self.counted.push(launch);
+        }
+    }
+
+    /// Lists the counted launches in the order in which they ran, one line of JSON each.
+    pub fn launches(&self) -> String {
+        self.counted
+            .iter()
+            .map(|launch| launch.json() + "\n")
+            .collect()
+    }
+
+    /// Forgets the counted launches.
+    pub fn forget_launches(&mut self) {
+        self.counted.clear();
+    }
+
     /// Returns a statistic by name.
     pub fn statistic(&self, name: &str) -> Option<u64> {
         Some(match name {
@@ -185,6 +209,9 @@ impl Report {
         }
         for line in self.kernels().lines() {
             let _ = writeln!(text, "kernel {line}");
+        }
+        for line in self.launches().lines() {
+            let _ = writeln!(text, "launch {line}");
         }
         for violation in &self.violations {
             let _ = writeln!(text, "violation {violation}");

@@ -45,6 +45,8 @@ pub struct Settings {
     pub check_initialised: bool,
     /// `check_copies`: copying memory that was never written to the host is a violation.
     pub check_copies: bool,
+    /// `count`: count what each kernel does (see `vgpu_launches`), for predictions of its speed.
+    pub count: bool,
     /// `backtrace`: print a backtrace with each violation.
     pub backtrace: bool,
 }
@@ -65,13 +67,14 @@ impl Default for Settings {
             check_races: true,
             check_initialised: true,
             check_copies: false,
+            count: false,
             backtrace: false,
         }
     }
 }
 
 /// The keys of all settings.
-pub const KEYS: [&str; 14] = [
+pub const KEYS: [&str; 15] = [
     "name",
     "compute_capability",
     "memory",
@@ -85,6 +88,7 @@ pub const KEYS: [&str; 14] = [
     "check_races",
     "check_initialised",
     "check_copies",
+    "count",
     "backtrace",
 ];
 
@@ -138,6 +142,7 @@ impl Settings {
             "check_races" => self.check_races = switch(value)?,
             "check_initialised" => self.check_initialised = switch(value)?,
             "check_copies" => self.check_copies = switch(value)?,
+            "count" => self.count = switch(value)?,
             "backtrace" => self.backtrace = switch(value)?,
             _ => {
                 return Err(format!(

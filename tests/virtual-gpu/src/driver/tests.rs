@@ -276,6 +276,40 @@ const SCHEDULES: [&str; 7] = [
     "shuffle:5",
 ];
 
+/// Counted launches, one line of JSON each.
+fn launches() -> Vec<String> {
+    let mut buffer = vec![0u8; 1 << 16];
+    let len = unsafe { vgpu_launches(buffer.as_mut_ptr().cast(), buffer.len()) };
+    let text = std::str::from_utf8(&buffer[..len]).unwrap();
+    text.lines().map(str::to_owned).collect()
+}
+
+#[test]
+fn launches_that_run_while_the_setting_asks_for_it_are_counted() {
+    let gpu = gpu(&[]);
+    let (s, k) = (stream(), kernels());
+    let x = device(&[1; 4]);
+    for counting in ["0", "1", "0"] {
+        assert_eq!(set("count", counting), 0);
+        assert_eq!(launch(k.add, s, x, 1), OK);
+        assert_eq!(unsafe { cuStreamSynchronize(s) }, OK);
+    }
+    let counted = launches();
+    assert_eq!(counted.len(), 1);
+    let begin = r#"{"kernel":"add","grid":[1, 1, 1],"block":[4, 1, 1],"static_shared":0,"#;
+    assert!(counted[0].starts_with(begin), "{}", counted[0]);
+    let load = r#""load":{"requests":1,"bytes":16,"sectors":1}"#;
+    assert!(counted[0].contains(load), "{}", counted[0]);
+    vgpu_forget_launches();
+    assert_eq!(launches(), [""; 0]);
+    free(x);
+    unsafe {
+        assert_eq!(cuModuleUnload(k.module), OK);
+        assert_eq!(cuStreamDestroy_v2(s), OK);
+    }
+    gpu.finish();
+}
+
 #[test]
 fn work_of_a_stream_runs_in_order_and_only_when_something_waits_for_it() {
     for schedule in SCHEDULES {

@@ -1,5 +1,6 @@
 //! A kernel that is ready to run, and the memory of its module.
 
+use super::count::Kind;
 use super::instruction::{Instruction, Place};
 use super::memory::Region;
 use super::types::{Class, Type};
@@ -56,6 +57,8 @@ pub struct Kernel {
     pub(super) code: Vec<Instruction>,
     /// One position per instruction.
     pub(super) places: Vec<Place>,
+    /// One kind per instruction; `None` for a further part of a PTX instruction.
+    pub(super) kinds: Vec<Option<Kind>>,
     pub(super) constants: Vec<(u16, Class, u64)>,
     pub(super) presets: Vec<(Preset, u16)>,
     /// Number of rows of 32 words for a warp's registers.

@@ -17,6 +17,7 @@
 //! Not detected: races between blocks, or between threads, on global memory; reads of local
 //! memory and registers before they are written; orderings that only fences would establish.
 
+mod count;
 mod decode;
 mod execute;
 mod fault;
@@ -30,6 +31,7 @@ mod shared;
 mod syntax;
 mod types;
 
+pub use count::{Accesses, Class, Counts, GlobalCounts, Requests, SharedCounts};
 pub use fault::{Fault, FaultKind};
 pub use kernel::{Kernel, Parameter};
 pub use memory::{Argument, HostMemory, Plain, Region, Regions, arguments};

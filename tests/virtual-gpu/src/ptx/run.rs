@@ -1,5 +1,6 @@
 //! Launches: runs all blocks of a grid on several host threads.
 
+use super::count::{Counter, Counts};
 use super::execute::{Block, Warp};
 use super::fault::{Fault, FaultKind, Stop};
 use super::kernel::Kernel;
@@ -34,6 +35,8 @@ pub struct Options {
     /// Seed of a random order of blocks, and of warps between barriers. `None` means ascending
     /// order.
     pub shuffle_seed: Option<u64>,
+    /// Whether to count what the warps do.
+    pub count: bool,
 }
 
 impl Default for Options {
@@ -44,6 +47,7 @@ impl Default for Options {
             check_races: true,
             check_initialised: true,
             shuffle_seed: None,
+            count: false,
         }
     }
 }
@@ -56,6 +60,8 @@ pub struct Statistics {
     pub instructions: u64,
     /// Number of barriers that blocks passed.
     pub barriers: u64,
+    /// What the warps did, if [`Options::count`] asked for it.
+    pub counts: Option<Counts>,
 }
 
 /// Number of instructions that a warp may execute before the launch is considered to hang.
@@ -107,6 +113,7 @@ pub fn run_within(
         failed: AtomicBool::new(false),
         fault: Mutex::new(None),
         total: Mutex::new(Statistics::default()),
+        counter: Mutex::new(options.count.then(Counter::default)),
     };
     let helpers = (options.threads.max(1) - 1).min(blocks.saturating_sub(1) as usize);
     work.run(if helpers == 0 {
@@ -123,9 +130,13 @@ pub fn run_within(
         });
     }
     let fault = work.fault.into_inner().unwrap_or_else(|e| e.into_inner());
+    let counter = work.counter.into_inner().unwrap_or_else(|e| e.into_inner());
     match fault {
         Some((_, fault)) => Err(*fault),
-        None => Ok(work.total.into_inner().unwrap_or_else(|e| e.into_inner())),
+        None => Ok(Statistics {
+            counts: counter.map(|counter| counter.counts()),
+            ..work.total.into_inner().unwrap_or_else(|e| e.into_inner())
+        }),
     }
 }
 
@@ -213,6 +224,7 @@ struct Work<'a> {
     /// The fault with its position in the order, so that the first one is kept.
     fault: Mutex<Option<(u64, Box<Fault>)>>,
     total: Mutex<Statistics>,
+    counter: Mutex<Option<Counter>>,
 }
 
 impl Work<'_> {
@@ -233,6 +245,7 @@ impl Work<'_> {
             check_initialised,
             self.budget,
         );
+        block.counter = self.options.count.then(Box::default);
         let count = block.threads.div_ceil(32);
         let mut warps: Vec<Warp> = (0..count).map(|id| Warp::new(self.kernel, id)).collect();
         let mut total = Statistics::default();
@@ -265,6 +278,10 @@ impl Work<'_> {
         all.blocks += total.blocks;
         all.instructions += total.instructions;
         all.barriers += block.barriers;
+        let mut all = self.counter.lock().unwrap_or_else(|e| e.into_inner());
+        if let (Some(all), Some(counter)) = (all.as_mut(), &block.counter) {
+            all.merge(counter);
+        }
     }
 
     fn run_block(

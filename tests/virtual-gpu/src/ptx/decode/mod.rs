@@ -11,6 +11,7 @@ mod statement;
 mod warp;
 
 use super::ParseError;
+use super::count::Kind;
 use super::execute::lanes::{Lanes, unary};
 use super::instruction::{Action, Instruction, OPERANDS, Place, UNGUARDED};
 use super::kernel::{Globals, Kernel, Parameter, Preset};
@@ -34,6 +35,8 @@ pub struct Draft {
     pub guard: Option<(Virtual, bool)>,
     pub offset: i32,
     pub place: Place,
+    /// `None` for a further part of a PTX instruction.
+    pub kind: Option<Kind>,
 }
 
 /// Location of a variable.
@@ -71,6 +74,8 @@ pub struct Assembler<'a> {
     returns: Vec<Vec<usize>>,
     last_label: Option<&'a str>,
     place: Place,
+    /// Kind of the PTX instruction, until its first part is emitted.
+    kind: Option<Kind>,
     guard: Option<(Virtual, bool)>,
     /// The carry flag, if it is used.
     carry: Option<Virtual>,
@@ -100,6 +105,7 @@ pub fn kernel<'a>(
         returns: Vec::new(),
         last_label: None,
         place: Place::default(),
+        kind: None,
         guard: None,
         carry: None,
         shared: 0,
@@ -169,6 +175,7 @@ impl<'a> Assembler<'a> {
             line: statement.line,
             location: statement.location,
         };
+        self.kind = Some(Kind::of(statement));
         self.guard = None;
         if let Some((name, negated)) = statement.guard {
             let register = self.register(name)?;
@@ -327,6 +334,7 @@ impl<'a> Assembler<'a> {
             guard: self.guard,
             offset,
             place: self.place,
+            kind: self.kind.take(),
         });
     }
 
@@ -524,6 +532,7 @@ impl<'a> Assembler<'a> {
             static_shared: self.shared,
             code,
             places: self.drafts.iter().map(|d| d.place).collect(),
+            kinds: self.drafts.iter().map(|d| d.kind).collect(),
             constants: constants.collect(),
             presets: self
                 .presets

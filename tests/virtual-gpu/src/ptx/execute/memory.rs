@@ -59,7 +59,8 @@ impl Warp {
         }
     }
 
-    fn addresses(&self, i: &Instruction, slot: u16, wide: bool) -> Addresses {
+    /// Returns the addresses of an access, whose address register is `slot`.
+    pub(super) fn addresses(&self, i: &Instruction, slot: u16, wide: bool) -> Addresses {
         let offset = i64::from(i.offset) as u64;
         let mut addresses = [0; LANES];
         if wide {

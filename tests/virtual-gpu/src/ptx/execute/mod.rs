@@ -9,6 +9,7 @@ mod barrier;
 mod cells;
 pub mod convert;
 mod copies;
+mod count;
 mod directed;
 pub mod float;
 mod global;
@@ -24,6 +25,7 @@ mod warp;
 
 pub(super) use warp::Warp;
 
+use super::count::Counter;
 use super::fault::{FaultKind, Stop};
 use super::instruction::{Action, Instruction, UNGUARDED};
 use super::kernel::Kernel;
@@ -59,6 +61,8 @@ pub struct Block<'a> {
     /// Maximum number of instructions per warp.
     pub budget: u64,
     pub barriers: u64,
+    /// Counts what the warps do, if that was asked for.
+    pub counter: Option<Box<Counter>>,
 }
 
 impl<'a> Block<'a> {
@@ -81,6 +85,7 @@ impl<'a> Block<'a> {
             arrivals: [0; 16],
             budget,
             barriers: 0,
+            counter: None,
         }
     }
 
@@ -101,13 +106,20 @@ impl<'a> Block<'a> {
                     None => Ok(()),
                 };
             };
-            self.run_group(warp, chosen)?;
+            match self.counter {
+                None => self.run_group::<false>(warp, chosen)?,
+                Some(_) => self.run_group::<true>(warp, chosen)?,
+            }
         }
     }
 
     /// Runs one group until it waits, meets another group, or no longer has the lowest
-    /// position.
-    fn run_group(&mut self, warp: &mut Warp, chosen: usize) -> Result<(), (usize, Box<Stop>)> {
+    /// position. `COUNTED` tells whether a counter exists.
+    fn run_group<const COUNTED: bool>(
+        &mut self,
+        warp: &mut Warp,
+        chosen: usize,
+    ) -> Result<(), (usize, Box<Stop>)> {
         let kernel = self.kernel;
         let Group { at, lanes, .. } = warp.groups[chosen];
         let mut at = at as usize;
@@ -131,6 +143,9 @@ impl<'a> Block<'a> {
                         }
                 }
             };
+            if COUNTED {
+                self.count(warp, instruction, at, lanes, active);
+            }
             warp.executed += 1;
             if warp.executed > self.budget {
                 let detail = format!("a warp executed more than {} instructions", self.budget);
@@ -188,6 +203,9 @@ impl<'a> Block<'a> {
                 {
                     Flow::Next => at += 1,
                     Flow::Lanes => {
+                        if COUNTED {
+                            self.take_back_count(at, active);
+                        }
                         warp.groups[chosen] = Group {
                             at: at as u32,
                             lanes,

@@ -2,6 +2,7 @@
 
 mod accesses;
 mod checks;
+mod counts;
 mod floats;
 mod matrices;
 mod opcodes;

@@ -1,0 +1,52 @@
+//! The operations that are counted: a few of each kind, so that all of them take less than a
+//! minute on the virtual GPU.
+
+use crate::shapes::{ExpertShape, Shape};
+use crate::{Bench, attention, linear, rows};
+use quell::internals::device::{DeviceError, HeadShape};
+use quell::internals::weights::DType;
+
+const LLAMA: Shape = Shape {
+    name: "llama-3.1-8b",
+    hidden: 4096,
+    inner: 14336,
+    heads: HeadShape {
+        q_heads: 32,
+        kv_heads: 8,
+        head_dim: 128,
+    },
+    vocabulary: 128_256,
+    rows: &[1, 64],
+    decodes: &[(1, 1024), (8, 512)],
+    prefills: &[(256, 0), (128, 384)],
+};
+
+/// Row counts of which each uses another tile.
+const TILES: Shape = Shape {
+    rows: &[1, 64, 384],
+    ..LLAMA
+};
+
+const EXPERTS: ExpertShape = ExpertShape {
+    name: "qwen3-30b-a3b, fewer experts,",
+    hidden: 2048,
+    width: 768,
+    count: 32,
+    top_k: 2,
+};
+
+pub fn run(bench: &mut Bench) -> Result<(), DeviceError> {
+    let name = "attention out";
+    let size = (LLAMA.hidden, LLAMA.heads.q_columns());
+    for dtype in [DType::BF16, DType::Q8_0, DType::Q4_0, DType::Q4K] {
+        let shape = if dtype == DType::BF16 { TILES } else { LLAMA };
+        let kernel = format!("linear {}", dtype.name());
+        if bench.wants(&kernel) {
+            linear::product(bench, &shape, &kernel, name, size, dtype)?;
+        }
+    }
+    rows::run(bench, &LLAMA)?;
+    attention::run(bench, &LLAMA)?;
+    rows::sampling(bench, &LLAMA, &[1, 4])?;
+    linear::experts(bench, &EXPERTS, &[1])
+}

@@ -1,0 +1,158 @@
+//! What the kernels do, counted on the virtual GPU, and the bounds on their speed that follow.
+//!
+//! `cargo bench --bench kernels -- --virtual [--only KERNEL] [--format json] [--write | --check]`
+//!
+//! Counts depend only on the kernels and on the shapes in `list.rs`, so they are the same on
+//! every machine. `--write` writes them to `benches/results/kernel-counts.json`, and `--check`
+//! fails if they differ from that file.
+
+mod gpu;
+mod list;
+mod report;
+
+use crate::report::{Report, Work};
+use crate::shapes::BLOCK;
+use crate::{Bench, after, has};
+use gpu::VirtualGpu;
+use quell::CudaOptions;
+use quell::internals::device::cuda::CudaDevice;
+use quell::internals::device::*;
+use report::{Operation, Resources};
+use serde_json::Value;
+use std::error::Error;
+use std::path::{Path, PathBuf};
+
+/// Counts operations and collects the results.
+pub struct Recorder {
+    gpu: VirtualGpu,
+    resources: Resources,
+    operations: Vec<Operation>,
+}
+
+impl Recorder {
+    /// Runs an operation once and returns what its launches did.
+    fn launches(
+        &self,
+        device: &mut CudaDevice,
+        run: impl FnMut(&mut CudaDevice) -> Result<(), DeviceError>,
+    ) -> Result<Vec<Value>, Box<dyn Error>> {
+        // What is queued runs now, and not when the operation is waited for.
+        device.time_unrecorded(0, |_| Ok(()))?;
+        self.gpu.set("count", "1")?;
+        let ran = device.time_unrecorded(0, run);
+        self.gpu.set("count", "0")?;
+        ran?;
+        self.gpu.take_launches()
+    }
+}
+
+impl Bench {
+    /// Counts an operation. A failure is reported.
+    pub fn count(
+        &mut self,
+        work: Work,
+        run: impl FnMut(&mut CudaDevice) -> Result<(), DeviceError>,
+    ) {
+        let Some(recorder) = &mut self.counts else {
+            return;
+        };
+        let launches = recorder.launches(&mut self.device, run);
+        let operation =
+            launches.and_then(|launches| Operation::new(work, launches, &recorder.resources));
+        match operation {
+            Ok(operation) => recorder.operations.push(operation),
+            Err(error) => self.report.fail(&error.to_string()),
+        }
+    }
+}
+
+/// Returns the path of a file with results.
+fn results(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("benches/results")
+        .join(name)
+}
+
+/// Counts all operations, and prints, writes or checks the results. Returns whether that
+/// succeeded.
+pub fn run() -> Result<bool, Box<dyn Error>> {
+    let gpu = VirtualGpu::load()?;
+    // One thread, so that no kernel's course depends on the order of its blocks. Kernels are
+    // checked by the tests.
+    for (key, value) in [
+        ("threads", "1"),
+        ("check_races", "0"),
+        ("check_initialised", "0"),
+    ] {
+        gpu.set(key, value)?;
+    }
+    let options = CudaOptions {
+        max_graphs: 0,
+        ..CudaOptions::default()
+    };
+    let mut device = CudaDevice::new(&options)?;
+    let info = device.info();
+    if !info.description.starts_with(gpu::NAME) {
+        let found = &info.description;
+        return Err(format!("counts need the {}; this is {found}", gpu::NAME).into());
+    }
+    device.reserve(&DeviceLimits {
+        rows: 2048,
+        sequences: 256,
+        sequence_tokens: 2048,
+        block_tokens: BLOCK,
+        groups: 1,
+        vocabulary: 128_256,
+        model: ModelShape::default(),
+    })?;
+    let mut bench = Bench {
+        device,
+        report: Report::failures(info),
+        small: false,
+        only: after("--only"),
+        end: None,
+        counts: Some(Recorder {
+            gpu,
+            resources: Resources::read(&results("kernel-resources.json"))?,
+            operations: Vec::new(),
+        }),
+    };
+    list::run(&mut bench)?;
+    let succeeded = bench.report.succeeded();
+    let operations = bench.counts.map_or(Vec::new(), |counts| counts.operations);
+    Ok(finish(&operations)? && succeeded)
+}
+
+/// Prints, writes or checks the results.
+fn finish(operations: &[Operation]) -> Result<bool, Box<dyn Error>> {
+    let path = results("kernel-counts.json");
+    let text = report::json(operations);
+    if (has("--write") || has("--check")) && has("--only") {
+        return Err("--write and --check concern all kernels".into());
+    }
+    if has("--write") {
+        std::fs::write(&path, text)?;
+        return Ok(true);
+    }
+    if has("--check") {
+        let committed = std::fs::read_to_string(&path)?;
+        let differences = report::differences(&committed, &text)?;
+        for difference in &differences {
+            eprintln!("kernels: {difference}");
+        }
+        if !differences.is_empty() {
+            eprintln!(
+                "kernels: the kernels do not do what {} says; if that is intended, run \
+                 `make kernel-counts`",
+                path.display()
+            );
+        }
+        return Ok(differences.is_empty());
+    }
+    if after("--format").as_deref() == Some("json") {
+        print!("{text}");
+    } else {
+        report::print(operations);
+    }
+    Ok(true)
+}
