@@ -24,66 +24,129 @@ INLINE void scale8(float (&x)[8], float factor, const float* weight) {
     for (int i = 0; i < 8; i++) x[i] = x[i] * factor * w[i];
 }
 
+// A thread's columns number 8 · (k · threads + thread) and the next seven, for k below KEPT, stay in
+// registers between the two passes over a row: all of them if there are at most 8192 columns. They
+// are read at once. The others are read again in the second pass.
+constexpr u32 KEPT = 4;
+INLINE u32 column_of(u32 k) { return (k * blockDim.x + threadIdx.x) * 8; }
+
+template <class E>
+INLINE void read_kept(float (&kept)[KEPT][8], const E* row, u32 columns) {
+#pragma unroll
+    for (u32 k = 0; k < KEPT; k++) {
+        if (column_of(k) < columns) load8(kept[k], row + column_of(k));
+    }
+}
+
+INLINE float add_kept_squares(const float (&kept)[KEPT][8], u32 columns) {
+    float sum = 0.0f;
+#pragma unroll
+    for (u32 k = 0; k < KEPT; k++) {
+        if (column_of(k) < columns) sum = add_squares(sum, kept[k]);
+    }
+    return sum;
+}
+
+INLINE void add8(float (&to)[8], const float (&x)[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) to[i] += x[i];
+}
+
+// out = kept · factor · weight.
+INLINE void write_kept(T* out, float (&kept)[KEPT][8], float factor, const float* weight, u32 columns) {
+#pragma unroll
+    for (u32 k = 0; k < KEPT; k++) {
+        if (column_of(k) >= columns) continue;
+        scale8(kept[k], factor, weight + column_of(k));
+        store8(out + column_of(k), kept[k]);
+    }
+}
+
 // out = x / rms(x) · weight.
 KERNEL(256) rms_norm(T* out, const float* x, const float* weight, float epsilon, u32 columns) {
     x += u64(blockIdx.x) * columns;
     out += u64(blockIdx.x) * columns;
-    float sum = 0.0f;
-    float v[8];
-    for (u32 column = threadIdx.x * 8; column < columns; column += blockDim.x * 8) {
-        load8(v, x + column);
+    float kept[KEPT][8], v[8];
+    read_kept(kept, x, columns);
+    float sum = add_kept_squares(kept, columns);
+#pragma unroll 1
+    for (u32 k = KEPT; column_of(k) < columns; k++) {
+        load8(v, x + column_of(k));
         sum = add_squares(sum, v);
     }
     float factor = inverse_rms(sum, epsilon, columns);
-    for (u32 column = threadIdx.x * 8; column < columns; column += blockDim.x * 8) {
-        load8(v, x + column);
-        scale8(v, factor, weight + column);
-        store8(out + column, v);
+    write_kept(out, kept, factor, weight, columns);
+#pragma unroll 1
+    for (u32 k = KEPT; column_of(k) < columns; k++) {
+        load8(v, x + column_of(k));
+        scale8(v, factor, weight + column_of(k));
+        store8(out + column_of(k), v);
     }
 }
 
 // residual += x; out = residual / rms(residual) · weight.
-KERNEL(256) add_rms_norm(T* out, float* residual, const T* x, const float* weight, float epsilon, u32 columns) {
+KERNEL(256, 2) add_rms_norm(T* out, float* residual, const T* x, const float* weight, float epsilon, u32 columns) {
     x += u64(blockIdx.x) * columns;
     residual += u64(blockIdx.x) * columns;
     out += u64(blockIdx.x) * columns;
-    float sum = 0.0f;
-    float v[8], r[8];
-    for (u32 column = threadIdx.x * 8; column < columns; column += blockDim.x * 8) {
-        load8(v, x + column);
-        load8(r, residual + column);
+    float kept[KEPT][8], added[KEPT][8], v[8], r[8];
+    read_kept(kept, residual, columns);
+    read_kept(added, x, columns);
 #pragma unroll
-        for (int i = 0; i < 8; i++) r[i] += v[i];
-        store8(residual + column, r);
+    for (u32 k = 0; k < KEPT; k++) {
+        if (column_of(k) >= columns) continue;
+        add8(kept[k], added[k]);
+        store8(residual + column_of(k), kept[k]);
+    }
+    float sum = add_kept_squares(kept, columns);
+#pragma unroll 1
+    for (u32 k = KEPT; column_of(k) < columns; k++) {
+        load8(v, x + column_of(k));
+        load8(r, residual + column_of(k));
+        add8(r, v);
+        store8(residual + column_of(k), r);
         sum = add_squares(sum, r);
     }
     float factor = inverse_rms(sum, epsilon, columns);
+    write_kept(out, kept, factor, weight, columns);
     // Each thread reads again what it has written itself.
-    for (u32 column = threadIdx.x * 8; column < columns; column += blockDim.x * 8) {
-        load8(r, residual + column);
-        scale8(r, factor, weight + column);
-        store8(out + column, r);
+#pragma unroll 1
+    for (u32 k = KEPT; column_of(k) < columns; k++) {
+        load8(r, residual + column_of(k));
+        scale8(r, factor, weight + column_of(k));
+        store8(out + column_of(k), r);
     }
 }
 
 // residual += x / rms(x) · weight.
-KERNEL(256) rms_norm_add(float* residual, const T* x, const float* weight, float epsilon, u32 columns) {
+KERNEL(256, 2) rms_norm_add(float* residual, const T* x, const float* weight, float epsilon, u32 columns) {
     x += u64(blockIdx.x) * columns;
     residual += u64(blockIdx.x) * columns;
-    float sum = 0.0f;
-    float v[8], r[8];
-    for (u32 column = threadIdx.x * 8; column < columns; column += blockDim.x * 8) {
-        load8(v, x + column);
+    float kept[KEPT][8], v[8], r[8];
+    read_kept(kept, x, columns);
+    float sum = add_kept_squares(kept, columns);
+#pragma unroll 1
+    for (u32 k = KEPT; column_of(k) < columns; k++) {
+        load8(v, x + column_of(k));
         sum = add_squares(sum, v);
     }
     float factor = inverse_rms(sum, epsilon, columns);
-    for (u32 column = threadIdx.x * 8; column < columns; column += blockDim.x * 8) {
-        load8(v, x + column);
-        load8(r, residual + column);
-        scale8(v, factor, weight + column);
+    float before[KEPT][8];
+    read_kept(before, residual, columns);
 #pragma unroll
-        for (int i = 0; i < 8; i++) r[i] += v[i];
-        store8(residual + column, r);
+    for (u32 k = 0; k < KEPT; k++) {
+        if (column_of(k) >= columns) continue;
+        scale8(kept[k], factor, weight + column_of(k));
+        add8(before[k], kept[k]);
+        store8(residual + column_of(k), before[k]);
+    }
+#pragma unroll 1
+    for (u32 k = KEPT; column_of(k) < columns; k++) {
+        load8(v, x + column_of(k));
+        load8(r, residual + column_of(k));
+        scale8(v, factor, weight + column_of(k));
+        add8(r, v);
+        store8(residual + column_of(k), r);
     }
 }
 
@@ -94,8 +157,7 @@ KERNEL(256) add(float* residual, const T* x, u32 count) {
     float v[8], r[8];
     load8(v, x + index);
     load8(r, residual + index);
-#pragma unroll
-    for (int i = 0; i < 8; i++) r[i] += v[i];
+    add8(r, v);
     store8(residual + index, r);
 }
 

@@ -37,7 +37,8 @@ INLINE void store_two(T* row, T* cached, u32 column, float2 x) {
     if (cached != nullptr) *reinterpret_cast<T2*>(cached + column) = rounded;
 }
 
-// grid rows, 256 threads; a warp a head. The pair (i, i + rotary_dim / 2) of a head is rotated
+// grid (rows, any), 256 threads; a warp a head. With a norm over whole rows there is one block per
+// row, since blocks that rotate heads would change what others add up. The pair (i, i + rotary_dim / 2) of a head is rotated
 // by the angle whose cosine and sine are angles[position][i]; the elements from rotary_dim on
 // are not. rotary_dim is a multiple of 4, head_dim of 2.
 KERNEL(256) rope_store(
@@ -60,7 +61,8 @@ KERNEL(256) rope_store(
         k_factor = rsqrtf(k / float(k_columns) + epsilon);
     }
 
-    for (u32 head = warp_id(); head < heads; head += blockDim.x / 32) {
+    const u32 warps = blockDim.x / 32;
+    for (u32 head = blockIdx.y * warps + warp_id(); head < heads; head += gridDim.y * warps) {
         T* row = qkv + head * head_dim;
         T* cached = nullptr;
         if (head >= q_heads && slot != NONE) {

@@ -187,9 +187,16 @@ impl RopeOps for CudaDevice {
                 (mode, norm.q.ptr(), norm.k.ptr(), norm.epsilon)
             }
         };
+        // A warp per head. A norm over whole rows needs all of a row in one block.
+        const WARPS: usize = 8;
+        let blocks = match mode {
+            norm_mode::ROW => 1,
+            _ => (heads.q_heads + 2 * heads.kv_heads).div_ceil(WARPS),
+        };
+        let grid = Grid::new([rows as u32, blocks as u32, 1], [32 * WARPS as u32, 1, 1]);
         self.rope.kernels.rope_store(
             &self.context,
-            Grid::new([rows as u32, 1, 1], [256, 1, 1]),
+            grid,
             qkv.ptr(),
             cache.keys(layer.index),
             cache.values(layer.index),
