@@ -2,6 +2,8 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CARGO := cargo
 PYTHON := python3
 NOT_OPTIMISED := --config profile.test.package.quell.opt-level=0
+# The model checkers' tests need features that exclude each other.
+ALL := --locked --workspace --exclude interleavings
 
 .PHONY: demo check test models soak mutations stalls lint bench kernels kernels-check kernel-counts model clients templates
 
@@ -24,13 +26,13 @@ check:
 ## The unit tests do not optimise the crate, which would take longer than running them: most of
 ## what is slow is in the integration tests, whose copy of the crate is optimised.
 test: model clients templates models
-	$(CARGO) build --locked --workspace --profile test --examples
-	$(CARGO) test --locked --workspace --test '*'
-	$(CARGO) test --locked --workspace --doc
-	$(CARGO) test --locked --workspace --bench kernels -- --virtual --check
+	$(CARGO) build $(ALL) --profile test --examples
+	$(CARGO) test $(ALL) --test '*'
+	$(CARGO) test $(ALL) --doc
+	$(CARGO) test $(ALL) --bench kernels -- --virtual --check
 	$(PYTHON) scripts/gpu/pack --quick --pack target/gpu-virtual
 	$(PYTHON) scripts/gpu/first-hour --virtual --small --pack target/gpu-virtual
-	$(CARGO) test --locked --workspace --lib $(NOT_OPTIMISED)
+	$(CARGO) test $(ALL) --lib $(NOT_OPTIMISED)
 	$(MAKE) check
 
 ## Runs the engine's threads under model checkers: loom explores every interleaving of a few

@@ -109,6 +109,7 @@ pub fn run() -> Result<bool, Box<dyn Error>> {
         device,
         report: Report::failures(info),
         small: false,
+        short: false,
         only: after("--only"),
         end: None,
         counts: Some(Recorder {
