@@ -106,7 +106,8 @@ impl<'a> Demand<'a> {
     }
 
     /// Returns the device's default number of tokens per step, or less if activations would take
-    /// too much memory, or if the KV cache holds fewer tokens.
+    /// too much of the memory that weights, graphs and the configured KV cache leave, or if that
+    /// cache holds fewer tokens.
     fn default_rows<D: Device>(&self, device: &D) -> usize {
         let mut rows = device.default_step_tokens();
         // A block of each group.
@@ -121,6 +122,7 @@ impl<'a> Demand<'a> {
                 usable
                     .saturating_sub(needs.weights)
                     .saturating_sub(needs.steps.graphs)
+                    .saturating_sub(self.config.kv_cache_bytes.unwrap_or(0))
             });
             steps <= left / STEP_SHARE && rows / 2 < tokens
         };
@@ -242,13 +244,15 @@ impl<'a> Demand<'a> {
         if self.config.kv_cache_bytes.is_some() && left >= self.sequence(device, &self.limits) {
             return format!("a kv_cache_bytes of {left} would fit");
         }
-        let fits = |limits: &DeviceLimits| {
+        let room = |limits: &DeviceLimits| {
             let needs = Needs {
                 weights: needs.weights,
                 ..self.needs(device, limits)
             };
-            let sequence = self.sequence(device, limits);
-            needs.total().saturating_add(sequence) <= usable
+            usable.checked_sub(needs.total())
+        };
+        let fits = |limits: &DeviceLimits| {
+            room(limits).is_some_and(|room| room >= self.sequence(device, limits))
         };
         let mut limits = self.limits;
         let mut settings = Vec::new();
@@ -263,6 +267,10 @@ impl<'a> Demand<'a> {
             if after != before {
                 settings.push(format!("a {} of {after}", setting.name()));
             }
+        }
+        let room = room(&limits).unwrap_or(0);
+        if self.config.kv_cache_bytes.is_some_and(|cache| cache > room) {
+            settings.push(format!("a kv_cache_bytes of {room}"));
         }
         match fits(&limits) {
             true => format!("{} would fit", settings.join(" and ")),

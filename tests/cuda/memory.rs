@@ -227,6 +227,53 @@ fn a_kv_cache_that_does_not_fit_is_refused_with_a_size_that_does() {
 }
 
 #[test]
+fn if_a_configured_kv_cache_fits_with_other_limits_the_error_says_so() {
+    let Some(_gpu) = with_memory("64M") else {
+        return;
+    };
+    let config = EngineConfig {
+        max_batch_tokens: Some(1 << 18),
+        kv_cache_bytes: Some(1 << 30),
+        ..EngineConfig::default()
+    };
+    let error = load("llama", &config).unwrap_err();
+    let config = EngineConfig {
+        max_batch_tokens: Some(proposed(&error, "max_batch_tokens")),
+        kv_cache_bytes: Some(proposed(&error, "kv_cache_bytes")),
+        ..config
+    };
+    assert_eq!(answer(&load("llama", &config).unwrap()).len(), 6);
+}
+
+#[test]
+fn a_configured_kv_cache_lowers_the_default_of_tokens_per_step() {
+    let Some(_gpu) = with_memory("1G") else {
+        return;
+    };
+    let small = EngineConfig {
+        kv_cache_bytes: Some(1 << 20),
+        ..EngineConfig::default()
+    };
+    let with = |tokens| {
+        let config = EngineConfig {
+            max_batch_tokens: Some(tokens),
+            ..small.clone()
+        };
+        let plan = plan("llama", &config).unwrap();
+        plan.weights + plan.activations + plan.scratch + plan.graph_bytes
+    };
+    // Room for what 512 tokens take, but not for what 8192 take.
+    let (least, most) = (with(512), with(8192));
+    let config = EngineConfig {
+        kv_cache_bytes: Some(free() - (least + most) / 2),
+        ..small.clone()
+    };
+    let default = plan("llama", &config).unwrap().batch_tokens;
+    assert!((512..8192).contains(&default), "{default}");
+    assert_eq!(answer(&load("llama", &config).unwrap()).len(), 6);
+}
+
+#[test]
 fn a_gpu_that_no_limits_suit_is_refused() {
     let Some(_gpu) = with_memory("1M") else {
         return;

@@ -166,7 +166,11 @@ impl Graphs {
             return Ok(Finished::Done);
         }
         let captured = capture::end(context);
-        let recorded = outcome.and(captured).and_then(Captured::instantiate);
+        let captured = outcome.and(captured);
+        if key.is_some() && captured.is_ok() {
+            self.make_room();
+        }
+        let recorded = captured.and_then(Captured::instantiate);
         match (key, recorded) {
             (Some(key), Ok(executable)) => {
                 executable.launch(context)?;
@@ -177,7 +181,6 @@ impl Graphs {
                     windows: self.windows.clone(),
                     launched: self.launches,
                 };
-                self.make_room();
                 self.records.insert(key, Record::Recorded(graph));
                 Ok(Finished::Done)
             }

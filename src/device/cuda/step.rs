@@ -28,7 +28,7 @@ pub(super) const MOST_UNITS: usize = 1 << 14;
 
 /// Maximum number of entries of the block tables that memory is reserved for. Many long
 /// sequences at once are rare; more room is made if they occur.
-const MOST_TABLE_ENTRIES: usize = 1 << 18;
+const MOST_TABLE_ENTRIES: usize = 1 << 21;
 
 /// Alignment of each array, in words: 64 bytes.
 const ALIGNMENT: usize = 16;
@@ -91,7 +91,7 @@ impl Bounds {
 pub(super) struct StepKey {
     /// Number of rows, padded. Each row is a sequence of its own, and all are sampled in order.
     pub(super) rows: usize,
-    /// Units of the longest sequence, as [`LaunchedUnits::of`] rounds them.
+    /// Units of the longest sequence, as [`UnitSpread::rounded`] rounds them.
     pub(super) units: usize,
     /// Number of groups of layers, on which the offsets of the arrays depend.
     pub(super) groups: usize,

@@ -3,7 +3,8 @@
 //! All memory that a step within the limits needs is reserved before anything else is allocated,
 //! so that it does not run out during service, and graphs stay valid. Exceptions are in no graph
 //! and small: lists of blocks to copy, sums of embeddings, and long lists of sampling parameters.
-//! They come out of the share of the GPU's memory that stays unused.
+//! They come out of the share of the GPU's memory that stays unused. Block tables of more than
+//! eight megabytes are an exception, too; when they grow, all graphs are recorded again.
 
 use super::CudaDevice;
 use super::attention::{partial_bytes, unit_room, unit_spread};
@@ -23,7 +24,7 @@ use crate::device::{
 const SHARE: usize = 32;
 
 /// Kernels per layer of a decode step, rounded up, and kernels outside of the layers.
-const LAYER_NODES: usize = 12;
+const LAYER_NODES: usize = 16;
 const OTHER_NODES: usize = 8;
 
 /// Device memory per kernel of a graph. Not measured; other engines report 5 to 8 MB for graphs
