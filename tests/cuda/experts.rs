@@ -221,6 +221,8 @@ fn experts_agree_with_float64() {
     let silu = |top_k, normalize| routing(top_k, normalize, Activation::Silu);
     let cases = [
         (DType::BF16, (6, 40, 24), silu(2, true), 11),
+        // The gate is applied within the product.
+        (DType::BF16, (4, 64, 40), silu(2, true), 30),
         (DType::F16, (3, 16, 48), silu(1, false), 5),
         (
             DType::F32,
@@ -278,7 +280,7 @@ fn other_rows_change_no_bit_of_a_row() {
     let mut random = Random::new(22);
     let routing = routing(2, true, Activation::Silu);
     for dtype in [DType::BF16, DType::Q4_0] {
-        let (experts, hidden, columns) = (3, 32, 64);
+        let (experts, hidden, columns) = (3, 64, 64);
         let mut device = device(CudaActivations::Bf16);
         let shape = (experts, hidden, columns);
         let layer = Layer::new(&mut random, CudaActivations::Bf16, dtype, shape);

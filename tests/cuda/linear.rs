@@ -330,6 +330,8 @@ fn gates_within_the_product_change_no_bit() {
         let mut device = device(activations);
         for (dtypes, hidden, within) in [
             ([DType::BF16; 2], 64, true),
+            // 70 rows are multiplied in the largest tile.
+            ([DType::BF16; 2], 96 * 64, true),
             ([DType::Q4_0; 2], 192, true),
             ([DType::Q4K; 2], 64, true),
             ([DType::Q8_0; 2], 40, false),
