@@ -1,13 +1,13 @@
 // y = W x + b with weights in the activation type, on tensor cores.
 //
-// W is `outputs × inputs` (or has twice as many rows, see OutputOf in linear.cuh), x has one row a token; `inputs` is a multiple of 8. Tiles of
-// both stream through shared memory in a ring of stages, and every warp multiplies a
+// W is `outputs × inputs` (or has twice as many rows, see OutputOf in linear.cuh), x has one row
+// per token; `inputs` is a multiple of 8. Tiles of both stream through shared memory in a ring of stages, and every warp multiplies a
 // part of the tile. Three tiles: 16 rows for decoding, where reading W is all the work
 // and many small blocks keep memory busy; 64 rows for large batches; 128 rows for
 // prompts, where the tensor cores are the limit.
 //
-// With `expert_tiles` it is one product an expert: expert e has weights
-// `weight + e · outputs · inputs` and computes the pairs in the tiles that are listed for it;
+// With `expert_tiles` it is one product per expert: the weights of the experts follow each other,
+// and expert e computes the pairs in the tiles that are listed for it;
 // pair p reads row `row_index[p]` of x and writes row p.
 #include "linear.cuh"
 

@@ -37,10 +37,11 @@ INLINE void store_two(T* row, T* cached, u32 column, float2 x) {
     if (cached != nullptr) *reinterpret_cast<T2*>(cached + column) = rounded;
 }
 
-// grid (rows, any), 256 threads; a warp a head. With a norm over whole rows there is one block per
-// row, since blocks that rotate heads would change what others add up. The pair (i, i + rotary_dim / 2) of a head is rotated
-// by the angle whose cosine and sine are angles[position][i]; the elements from rotary_dim on
-// are not. rotary_dim is a multiple of 4, head_dim of 2.
+// grid (rows, any), 256 threads; one warp per head. With a norm over whole rows there is one block
+// per row, since blocks that rotate heads would change what others add up. The pair
+// (i, i + rotary_dim / 2) of a head is rotated by the angle whose cosine and sine are
+// angles[position][i]; the elements from rotary_dim on are not. rotary_dim is a multiple of 4,
+// head_dim of 2.
 KERNEL(256) rope_store(
     T* qkv, T* k_cache, T* v_cache, const u32* positions, const u32* slots, const float2* angles, const float* q_norm,
     const float* k_norm, float epsilon, u32 norm_mode, u32 q_heads, u32 kv_heads, u32 head_dim, u32 rotary_dim,

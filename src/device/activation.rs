@@ -13,9 +13,9 @@ pub enum Activation {
 
 /// The part of a [`Device`](super::Device) that computes element-wise non-linearities.
 pub trait ActivationOps: LinearOps {
-    /// Computes `out = activation(gate) · up`, where `[gate | up]` is `weight` times `x`. Their
-    /// place is `gate_up`, whose contents are unspecified afterwards: a device may do without it.
-    /// The result has the same bits either way.
+    /// Computes `out = activation(gate) · up`, where `[gate | up]` is `weight` times `x`. `gate_up`
+    /// is scratch memory for `[gate | up]`: a device may leave it unused, and its contents are
+    /// unspecified afterwards. The result has the same bits either way.
     fn gated_linear(
         &mut self,
         x: &Self::Tensor,

@@ -109,7 +109,8 @@ fn says(list: &Value, start: &str, part: &str) -> bool {
     texts.any(|text| text.starts_with(start) && text.contains(part))
 }
 
-/// Checks what may be copied from a borrowed machine: at most 8 files of at most 16 MiB.
+/// Checks that little has to be copied from a machine that is paid for by the minute: at most 8
+/// files of at most 16 MiB.
 fn assert_small(folder: &Path) {
     let files: Vec<_> = fs::read_dir(folder)
         .unwrap()

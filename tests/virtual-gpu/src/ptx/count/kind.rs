@@ -100,8 +100,9 @@ impl Kind {
     /// The number of machine instructions is what ptxas 13.0 usually makes of the statement for
     /// compute capability 8.0 to 9.0: registers are renamed instead of moved, parameters are
     /// operands in constant memory, 64-bit integers take two instructions, and divisions and
-    /// accurate functions become short programs. For the inner loops of seven kernels, the sums
-    /// are 16 % below to 14 % above the number of instructions in the disassembly.
+    /// accurate functions become short programs. The estimate was
+    /// fitted to the inner loops of seven kernels, for which the sums are 16 % below to 14 % above
+    /// the number of instructions in the disassembly.
     pub fn of(statement: &Statement) -> Kind {
         let form = Form::new(statement.opcode);
         let class = class(&form);
