@@ -3,9 +3,9 @@
 #![cfg(target_os = "linux")]
 
 use common::http::{exchange, get, post};
-use common::model;
 use common::process::Process;
 use common::serve::Serve;
+use common::small_model::small_model;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use quell::internals::server::{Route, request_fields};
@@ -14,6 +14,7 @@ use std::cell::Cell;
 use std::net::SocketAddr;
 use std::thread;
 use std::time::{Duration, Instant};
+use tempfile::TempDir;
 
 /// Memory that a request may take in addition to four times its body, and that may remain
 /// afterwards.
@@ -228,10 +229,11 @@ fn any_large() -> impl Strategy<Value = Large> {
     )
 }
 
-/// A server with the demo model, and how much memory it takes at rest and while it computes as
+/// A server with a small model, and how much memory it takes at rest and while it computes as
 /// many sequences at once as it can.
 struct Loaded {
     server: Serve,
+    _model: TempDir,
     process: Process,
     at_work: usize,
     at_rest: usize,
@@ -240,7 +242,8 @@ struct Loaded {
 impl Loaded {
     fn start() -> Self {
         let arguments = ["--kv-cache-mib", "64", "--threads", "1"];
-        let mut command = Serve::command(&model::smollm2(), &arguments);
+        let model = small_model();
+        let mut command = Serve::command(model.path(), &arguments);
         let server = Serve::spawn(command.env("QUELL_LOG", "error"));
         let process = Process::with_id(server.id());
         process.forget_peak();
@@ -255,6 +258,7 @@ impl Loaded {
             at_rest: process.memory("VmRSS"),
             process,
             server,
+            _model: model,
         }
     }
 

@@ -24,7 +24,7 @@ pub fn small_model() -> TempDir {
         "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE,
         "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
         "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-        "max_position_embeddings": 2048, "tie_word_embeddings": true,
+        "max_position_embeddings": 8192, "tie_word_embeddings": true,
         "bos_token_id": 1, "eos_token_id": 2,
     });
     fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
