@@ -7,7 +7,6 @@ again. Works on Linux on x86-64 only, for which the wheels below are built.
 
 import hashlib
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -17,12 +16,6 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "target"
-
-# A floating-point sum, difference or product in PTX that names no rounding mode.
-UNROUNDED = re.compile(
-    r"^(?P<opcode>(?:@!?%\w+ )?(?:add|sub|mul))(?P<rest>(?:\.ftz)?(?:\.sat)?\.(?:f16x2|bf16x2|f16|bf16|f32|f64)\s)",
-    re.MULTILINE,
-)
 
 
 class Wheel(NamedTuple):
