@@ -240,10 +240,6 @@ impl<'a> Demand<'a> {
     /// Returns which settings would fit in `usable` bytes, with room for a sequence of
     /// [`LEAST_SEQUENCE`] tokens.
     fn remedy<D: Device>(&self, device: &D, needs: &Needs, usable: usize) -> String {
-        let left = usable.saturating_sub(needs.total());
-        if self.config.kv_cache_bytes.is_some() && left >= self.sequence(device, &self.limits) {
-            return format!("a kv_cache_bytes of {left} would fit");
-        }
         let room = |limits: &DeviceLimits| {
             let needs = Needs {
                 weights: needs.weights,
