@@ -1,24 +1,16 @@
 //! The operations that are counted: a few of each kind, so that all of them take less than a
 //! minute on the virtual GPU.
 
-use crate::shapes::{ExpertShape, Shape};
+use crate::shapes::{EXPERTS, ExpertShape, MODELS, Shape};
 use crate::{Bench, attention, linear, rows};
-use quell::internals::device::{DeviceError, HeadShape};
+use quell::internals::device::DeviceError;
 use quell::internals::weights::DType;
 
 const LLAMA: Shape = Shape {
-    name: "llama-3.1-8b",
-    hidden: 4096,
-    inner: 14336,
-    heads: HeadShape {
-        q_heads: 32,
-        kv_heads: 8,
-        head_dim: 128,
-    },
-    vocabulary: 128_256,
     rows: &[1, 64],
     decodes: &[(1, 1024), (8, 512)],
     prefills: &[(256, 0), (128, 384)],
+    ..MODELS[0]
 };
 
 /// Row counts of which each uses another tile.
@@ -27,12 +19,11 @@ const TILES: Shape = Shape {
     ..LLAMA
 };
 
-const EXPERTS: ExpertShape = ExpertShape {
+const FEWER_EXPERTS: ExpertShape = ExpertShape {
     name: "qwen3-30b-a3b, fewer experts,",
-    hidden: 2048,
-    width: 768,
     count: 32,
     top_k: 2,
+    ..EXPERTS
 };
 
 pub fn run(bench: &mut Bench) -> Result<(), DeviceError> {
@@ -48,5 +39,5 @@ pub fn run(bench: &mut Bench) -> Result<(), DeviceError> {
     rows::run(bench, &LLAMA)?;
     attention::run(bench, &LLAMA)?;
     rows::sampling(bench, &LLAMA, &[1, 4])?;
-    linear::experts(bench, &EXPERTS, &[1])
+    linear::experts(bench, &FEWER_EXPERTS, &[1])
 }
