@@ -319,9 +319,26 @@ fn no_request_takes_much_more_than_four_times_its_body() {
     loaded.assert_memory_is_released();
 }
 
+/// Sends eight equal requests at once, and checks how much memory the server takes.
+fn burst(loaded: &Loaded, path: &str, body: &Value) {
+    const AT_ONCE: usize = 8;
+    let sent = &post(path, body.to_string());
+    let (taken, ()) = loaded.peak_memory_of(|address| {
+        thread::scope(|scope| {
+            for _ in 0..AT_ONCE {
+                scope.spawn(|| exchange(address, sent).expect("it is answered"));
+            }
+        });
+    });
+    let limit = AT_ONCE * 4 * sent.len() + ALLOWANCE;
+    assert!(
+        taken <= limit,
+        "{path}: {taken} bytes taken, {limit} allowed"
+    );
+}
+
 #[test]
 fn memory_is_released_after_many_large_concurrent_requests() {
-    const AT_ONCE: usize = 8;
     let loaded = Loaded::start(&model::smollm2());
     let size = 13 << 20;
     let message = json!([{"role": "user", "content": words(size)}]);
@@ -338,19 +355,15 @@ fn memory_is_released_after_many_large_concurrent_requests() {
         ("/detokenize", json!({"tokens": vec![1234; size / 5]})),
     ];
     for (path, body) in &bursts {
-        let sent = &post(path, body.to_string());
-        let (taken, ()) = loaded.peak_memory_of(|address| {
-            thread::scope(|scope| {
-                for _ in 0..AT_ONCE {
-                    scope.spawn(|| exchange(address, sent).expect("it is answered"));
-                }
-            });
-        });
-        let limit = AT_ONCE * 4 * sent.len() + ALLOWANCE;
-        assert!(
-            taken <= limit,
-            "{path}: {taken} bytes taken, {limit} allowed"
-        );
+        burst(&loaded, path, body);
     }
+    loaded.assert_memory_is_released();
+}
+
+#[test]
+fn the_tokenizer_of_a_folder_takes_no_more_memory() {
+    let model = small_model();
+    let loaded = Loaded::start(model.path());
+    burst(&loaded, "/tokenize", &json!({"prompt": words(13 << 20)}));
     loaded.assert_memory_is_released();
 }

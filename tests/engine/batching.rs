@@ -10,7 +10,7 @@ use quell::{
     CpuOptions, Engine, EngineConfig, LoadOptions, Request, SamplingParams, SimdLevel, TokenStream,
 };
 
-const REQUESTS: usize = 64;
+const REQUESTS: usize = 24;
 
 fn engine(kv_blocks: usize) -> Engine {
     // A block of 16 tokens takes 16 × 23,040 bytes with float16 keys and values.
@@ -164,7 +164,7 @@ fn logits(simd: SimdLevel, size: usize) -> Vec<Vec<u32>> {
     .unwrap();
     let source = ModelSource::from_gguf(Gguf::open(&smollm2()).unwrap()).unwrap();
     let limits = StepLimits {
-        rows: 32 * 48,
+        rows: 32 * 16 + 40,
         samples: 32,
         positions: BLOCKS_EACH * BLOCK,
     };
@@ -196,7 +196,7 @@ fn logits(simd: SimdLevel, size: usize) -> Vec<Vec<u32>> {
             // start later.
             let (name, count) = match sequence == watched {
                 true => (1000, if step == 0 { 40 } else { 1 }),
-                false if sequence % 3 == step => (sequence, 3 + sequence % 29),
+                false if sequence % 3 == step => (sequence, 3 + sequence % 13),
                 false => (sequence, 1),
             };
             let start = lengths[sequence];

@@ -8,8 +8,10 @@ use super::merges::{Merger, Merges};
 use super::pre_tokenizer::PreTokenizer;
 use super::vocabulary::Vocabulary;
 use crate::text::TextError;
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::LazyLock;
+use unicode_normalization_alignments::UnicodeNormalization;
 
 /// Character that represents each byte, by byte value: the byte itself if it is visible,
 /// otherwise a character from U+0100 upwards.
@@ -63,6 +65,8 @@ pub(super) struct ByteLevelBpe {
     /// Words that are tokens themselves and are not merged. Empty unless the pre-tokenizer
     /// rule asks for them.
     whole_words: HashMap<Vec<u8>, u32>,
+    /// Whether characters are composed first (Unicode's form C).
+    composes: bool,
 }
 
 impl ByteLevelBpe {
@@ -74,12 +78,13 @@ impl ByteLevelBpe {
     /// needs a token that the vocabulary lacks.
     pub(super) fn new(
         vocabulary: &Vocabulary,
-        merges: &[String],
+        merges: &[impl AsRef<str>],
         pre_tokenizer: PreTokenizer,
+        composes: bool,
     ) -> Result<Self, TextError> {
         let mut pairs = HashMap::with_capacity(merges.len());
         for (index, merge) in merges.iter().enumerate() {
-            let (left, right, joined) = split_merge(vocabulary, index, merge)?;
+            let (left, right, joined) = split_merge(vocabulary, index, merge.as_ref())?;
             let rank = u32::try_from(index).map_err(|_| TextError::Build {
                 part: "merges",
                 message: format!("{} merges are too many to rank", merges.len()),
@@ -109,12 +114,16 @@ impl ByteLevelBpe {
             merges: Merges::new(pairs),
             bytes: Box::new(std::array::from_fn(token)),
             whole_words,
+            composes,
         })
     }
 
-    /// Returns the number of bytes of `text` that have tokens. The others are dropped: some
-    /// vocabularies lack control characters.
+    /// Returns a number of bytes of `text` that tokens represent at least. Bytes without a token
+    /// are dropped: some vocabularies lack control characters. Composing may shorten any text.
     pub(super) fn represented_bytes(&self, text: &str) -> usize {
+        if self.composes {
+            return 0;
+        }
         let has_token = |byte: &u8| self.bytes[usize::from(*byte)].is_some();
         text.as_bytes()
             .iter()
@@ -127,8 +136,12 @@ impl ByteLevelBpe {
     /// # Errors
     /// Returns an error if a word exceeds the length limit for merging.
     pub(super) fn encode(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), TextError> {
+        let text = match self.composes && !text.is_ascii() {
+            true => Cow::Owned(text.nfc().map(|(character, _)| character).collect()),
+            false => Cow::Borrowed(text),
+        };
         let mut merger = Merger::default();
-        self.pre_tokenizer.split(text, &mut |word| {
+        self.pre_tokenizer.split(&text, &mut |word| {
             if let Some(&id) = self.whole_words.get(word.as_bytes()) {
                 ids.push(id);
                 return Ok(());

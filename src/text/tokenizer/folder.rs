@@ -1,6 +1,7 @@
 //! Builds a tokenizer from a Hugging Face folder: `tokenizer.json` and its companion files.
 
 use super::byte_level::{byte_characters, token_bytes};
+use super::converted::{self, Description};
 use super::end_tokens::end_tokens;
 use super::gguf_vocabulary::named_byte;
 use super::vocabulary::{MAX_TOKENS, TokenKind, Vocabulary};
@@ -119,19 +120,27 @@ impl Tokenizer {
             .transpose()?;
         let explicit = explicit_frame(&files.config, bos, eos)?;
         let strip_leading_space = Decoding::of(&parsing)?.strip_leading_space;
-        let model = HuggingFace {
-            may_shrink: may_shrink(&parsing),
-            parsing,
-            plain: OnceLock::new(),
-            frames: explicit.is_none(),
+        let frame = explicit.or_else(|| converted::frame(&parsing));
+        let own = frame.and_then(|_| files.byte_level?.convert(&vocabulary));
+        let (model, frame) = match own {
+            Some(model) => (model, frame),
+            None => {
+                let model = HuggingFace {
+                    may_shrink: may_shrink(&parsing),
+                    parsing,
+                    plain: OnceLock::new(),
+                    frames: explicit.is_none(),
+                };
+                (Model::HuggingFace(Box::new(model)), explicit)
+            }
         };
         Ok(Tokenizer {
             vocabulary,
-            model: Model::HuggingFace(Box::new(model)),
+            model,
             bos,
             eos,
             ends,
-            frame: explicit.unwrap_or_default(),
+            frame: frame.unwrap_or_default(),
             strip_leading_space,
             template,
             #[cfg(feature = "grammar")]
@@ -158,6 +167,8 @@ fn may_shrink(tokenizer: &tokenizers::Tokenizer) -> bool {
 /// Contents of the folder's files. A JSON value is null if its file does not exist.
 struct Files {
     tokenizer: tokenizers::Tokenizer,
+    /// The tokenizer's description, if it is a byte-level BPE.
+    byte_level: Option<Description>,
     config: Value,
     special: Value,
     generation: Value,
@@ -194,6 +205,7 @@ impl Files {
         let config = json(dir, "tokenizer_config.json")?;
         Ok(Self {
             tokenizer,
+            byte_level: Description::read(&bytes),
             special: json(dir, "special_tokens_map.json")?,
             generation: json(dir, "generation_config.json")?,
             model: json(dir, "config.json")?,

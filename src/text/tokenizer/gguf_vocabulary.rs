@@ -122,6 +122,7 @@ impl GgufVocabulary {
                     &vocabulary,
                     &self.merges,
                     rule,
+                    false,
                 )?))
             }
             TokenizerKind::SentencePiece => PlainModel::Scored {
@@ -140,7 +141,7 @@ impl GgufVocabulary {
         };
         Ok(Tokenizer {
             model: Model::Fragments {
-                specials: Box::new(SpecialTokens::new(&vocabulary)?),
+                specials: Box::new(SpecialTokens::new(&vocabulary, |_| false)?),
                 plain,
             },
             strip_leading_space: space_prefix && tokenizer_kind != TokenizerKind::ByteLevel,

@@ -1,6 +1,7 @@
 //! Converts text to token ids and back, for every kind of tokenizer.
 
 mod byte_level;
+mod converted;
 mod detokenize;
 mod end_tokens;
 mod folder;
@@ -72,7 +73,8 @@ struct Frame {
 
 /// How a tokenizer turns text into tokens.
 enum Model {
-    /// A `tokenizer.json`, which finds its special tokens itself.
+    /// A `tokenizer.json` that is left to the `tokenizers` library, which finds the special
+    /// tokens itself.
     HuggingFace(Box<HuggingFace>),
     /// Special tokens are found first, and the text between them is encoded as plain text.
     Fragments {

@@ -1,7 +1,7 @@
 //! Splits text into the words within which byte pair encoding may merge.
 //!
 //! GGUF files only name the rule (`tokenizer.ggml.pre`) and leave its definition to the
-//! reader. The patterns are those of the models' own `tokenizer.json` files.
+//! reader. The patterns are those of the models' own `tokenizer.json` files, which contain them.
 //!
 //! Most patterns look ahead: a run of white space before a word matches without its last
 //! character, which belongs to the word. A regex engine with look-ahead has to backtrack,
@@ -10,6 +10,7 @@
 
 use crate::text::TextError;
 use regex::Regex;
+use serde_json::Value;
 
 /// Pattern of GPT-2.
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
@@ -228,22 +229,62 @@ enum Spaces {
     All,
 }
 
+fn compiled(pattern: &str) -> Result<Regex, TextError> {
+    Regex::new(pattern).map_err(|error| TextError::Build {
+        part: "pre-tokenizer",
+        message: error.to_string(),
+    })
+}
+
+/// Returns which runs of white space the alternatives of `rest` leave to the alternatives of
+/// [`WHITE_SPACE`] after them. Finds out by trying all short runs.
+fn runs_left_by(rest: &str) -> Result<Spaces, TextError> {
+    const LONGEST: u32 = 4;
+    let characters = [' ', '\t', '\n', '\r', '\u{a0}', '\u{2028}'];
+    let regex = compiled(&format!("^(?:{rest})"))?;
+    let (mut all, mut without_line_breaks) = (true, true);
+    for length in 1..=LONGEST {
+        for number in 0..characters.len().pow(length) {
+            let character =
+                |place| characters[number / characters.len().pow(place) % characters.len()];
+            let run: String = (0..length).map(character).collect();
+            let breaks = |text: &str| text.contains(['\r', '\n']);
+            let found = regex.find(&run).map(|found| breaks(found.as_str()));
+            all &= found.is_none();
+            without_line_breaks &= found == breaks(&run).then_some(true);
+        }
+    }
+    match (all, without_line_breaks) {
+        (true, _) => Ok(Spaces::All),
+        (_, true) => Ok(Spaces::WithoutLineBreaks),
+        _ => Err(TextError::Build {
+            part: "pre-tokenizer",
+            message: format!("{rest:?} matches some of the white space before {WHITE_SPACE:?}"),
+        }),
+    }
+}
+
 impl Pattern {
+    /// Compiles a pattern without look-around, except for the end of most patterns,
+    /// [`WHITE_SPACE`].
+    ///
+    /// # Errors
+    /// Returns an error if the pattern does not compile or matches the empty string, or if a
+    /// part before that end matches runs of white space in a way that
+    /// [`trailing_space_bytes`](Self::trailing_space_bytes) would not recognize.
     fn new(pattern: &str) -> Result<Self, TextError> {
         let (text, spaces) = match pattern.strip_suffix(WHITE_SPACE) {
             None => (pattern.to_owned(), Spaces::Whole),
-            Some(rest) => {
-                let spaces = match rest.contains(r"|\s*[\r\n]") {
-                    true => Spaces::WithoutLineBreaks,
-                    false => Spaces::All,
-                };
-                (format!(r"{rest}|\s+"), spaces)
-            }
+            Some(rest) => (format!(r"{rest}|\s+"), runs_left_by(rest)?),
         };
-        let regex = Regex::new(&text).map_err(|error| TextError::Build {
-            part: "pre-tokenizer",
-            message: error.to_string(),
-        })?;
+        let regex = compiled(&text)?;
+        let is_empty = |text| regex.find(text).is_some_and(|found| found.is_empty());
+        if ["", "a", " "].into_iter().any(is_empty) {
+            return Err(TextError::Build {
+                part: "pre-tokenizer",
+                message: format!("{text:?} matches the empty string"),
+            });
+        }
         Ok(Self { regex, spaces })
     }
 
@@ -319,6 +360,45 @@ impl PreTokenizer {
             patterns: patterns.collect::<Result<_, _>>()?,
             whole_words: rule.whole_words,
             add_bos: rule.add_bos,
+        })
+    }
+
+    /// Builds the rule that the `pre_tokenizer` of a `tokenizer.json` describes. Returns `None`
+    /// if it does anything else than to cut the text at the matches of patterns and to write
+    /// its bytes as characters at last.
+    pub(super) fn from_json(description: &Value, whole_words: bool) -> Option<Self> {
+        let steps = match &description["pretokenizers"] {
+            Value::Array(steps) if description["type"] == "Sequence" => steps.as_slice(),
+            _ => std::slice::from_ref(description),
+        };
+        let (last, steps) = steps.split_last()?;
+        if last["type"] != "ByteLevel" || last["add_prefix_space"] != false {
+            return None;
+        }
+        let mut patterns = Vec::new();
+        for step in steps {
+            let pattern = match step["type"].as_str()? {
+                "Split" if step["behavior"] == "Isolated" && step["invert"] == false => {
+                    let pattern = &step["pattern"];
+                    let text = pattern["String"].as_str().map(regex::escape);
+                    text.or_else(|| Some(pattern["Regex"].as_str()?.to_owned()))?
+                }
+                "Digits" => match step["individual_digits"].as_bool()? {
+                    true => r"\p{N}".to_owned(),
+                    false => r"\p{N}+".to_owned(),
+                },
+                _ => return None,
+            };
+            patterns.push(Pattern::new(&pattern).ok()?);
+        }
+        // The library's default is to use the pattern.
+        if last["use_regex"].as_bool().unwrap_or(true) {
+            patterns.push(Pattern::new(GPT2).ok()?);
+        }
+        Some(Self {
+            patterns,
+            whole_words,
+            add_bos: false,
         })
     }
 

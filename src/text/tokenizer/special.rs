@@ -19,9 +19,30 @@ pub(super) enum Fragment<'a> {
 #[derive(Debug)]
 pub(super) struct SpecialTokens {
     /// Control, unknown and user-defined tokens.
-    all: Finder,
+    all: Stages,
     /// User-defined tokens, which are recognized in plain text as well.
-    plain: Finder,
+    plain: Stages,
+}
+
+/// Tokens that are found first, and tokens that are found in the text between those.
+#[derive(Debug)]
+struct Stages {
+    first: Finder,
+    second: Finder,
+}
+
+impl Stages {
+    fn split<'a>(&self, text: &'a str) -> Vec<Fragment<'a>> {
+        let fragments = self.first.split(text);
+        if self.second.automaton.is_none() {
+            return fragments;
+        }
+        let finer = fragments.into_iter().flat_map(|fragment| match fragment {
+            Fragment::Text(text) => self.second.split(text),
+            token => vec![token],
+        });
+        finer.collect()
+    }
 }
 
 #[derive(Debug)]
@@ -74,19 +95,26 @@ impl Finder {
 }
 
 impl SpecialTokens {
-    pub(super) fn new(vocabulary: &Vocabulary) -> Result<Self, TextError> {
-        let select = |wanted: fn(TokenKind) -> bool| -> Vec<(u32, &str)> {
-            vocabulary
+    /// Prepares the special tokens of `vocabulary`. Those that are `late` are only searched
+    /// for between the others.
+    pub(super) fn new(
+        vocabulary: &Vocabulary,
+        late: impl Fn(u32) -> bool,
+    ) -> Result<Self, TextError> {
+        let stages = |wanted: fn(TokenKind) -> bool| -> Result<Stages, TextError> {
+            let (second, first): (Vec<_>, Vec<_>) = vocabulary
                 .iter()
                 .filter(|(_, text, kind)| !text.is_empty() && wanted(*kind))
                 .map(|(id, text, _)| (id, text))
-                .collect()
+                .partition(|(id, _)| late(*id));
+            Ok(Stages {
+                first: Finder::new(&first)?,
+                second: Finder::new(&second)?,
+            })
         };
         Ok(Self {
-            all: Finder::new(&select(|kind| {
-                kind.is_special() || kind == TokenKind::UserDefined
-            }))?,
-            plain: Finder::new(&select(|kind| kind == TokenKind::UserDefined))?,
+            all: stages(|kind| kind.is_special() || kind == TokenKind::UserDefined)?,
+            plain: stages(|kind| kind == TokenKind::UserDefined)?,
         })
     }
 
