@@ -69,7 +69,9 @@ lint:
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 	@# Without the tests: their dependencies enable features that the product itself needs.
 	$(CARGO) clippy --locked -p quell -- -D warnings
-	$(CARGO) clippy --locked -p quell --no-default-features -- -D warnings
+	$(CARGO) clippy --locked -p quell --no-default-features --lib -- -D warnings
+	@# The tests of the bare engine, as `make check`, `make soak` and `make mutations` build them.
+	$(CARGO) clippy --locked -p quell -p quell-tests --no-default-features --lib --tests -- -D warnings
 	$(CARGO) clippy --locked -p interleavings --features loom --test loom -- -D warnings
 	$(CARGO) clippy --locked -p interleavings --features shuttle --test shuttle -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked -p quell --no-deps

@@ -4,8 +4,8 @@
 //! with NaN, and the next one to need a block, in whatever group or sequence, gets it.
 
 use quell::internals::device::cpu::{CpuDevice, CpuTensor};
-use quell::internals::device::cuda::{CudaDevice, CudaTensor};
 #[cfg(feature = "product")]
+use quell::internals::device::cuda::{CudaDevice, CudaTensor};
 use quell::internals::device::*;
 use std::ops::Range;
 
