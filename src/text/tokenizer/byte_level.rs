@@ -70,28 +70,16 @@ pub(super) struct ByteLevelBpe {
 }
 
 impl ByteLevelBpe {
-    /// Builds the model from `merges`, a list of `"left right"` entries with the highest
-    /// priority first.
+    /// Builds the model. See [`Merges::read`] for `merges`.
     ///
     /// # Errors
-    /// Returns an error if an entry is not two tokens separated by one space, or if it
-    /// needs a token that the vocabulary lacks.
+    /// Returns an error if a merge is not one, or needs a token that the vocabulary lacks.
     pub(super) fn new(
         vocabulary: &Vocabulary,
         merges: &[impl AsRef<str>],
         pre_tokenizer: PreTokenizer,
         composes: bool,
     ) -> Result<Self, TextError> {
-        let mut pairs = HashMap::with_capacity(merges.len());
-        for (index, merge) in merges.iter().enumerate() {
-            let (left, right, joined) = split_merge(vocabulary, index, merge.as_ref())?;
-            let rank = u32::try_from(index).map_err(|_| TextError::Build {
-                part: "merges",
-                message: format!("{} merges are too many to rank", merges.len()),
-            })?;
-            // If a merge is listed twice, the later position counts.
-            pairs.insert((left, right), (rank, joined));
-        }
         let token = |byte: usize| {
             let mut text = [0; 4];
             vocabulary.id(ALPHABET[byte].encode_utf8(&mut text))
@@ -111,7 +99,7 @@ impl ByteLevelBpe {
         };
         Ok(Self {
             pre_tokenizer,
-            merges: Merges::new(pairs),
+            merges: Merges::read(vocabulary, merges)?,
             bytes: Box::new(std::array::from_fn(token)),
             whole_words,
             composes,
@@ -152,32 +140,6 @@ impl ByteLevelBpe {
             merger.merge(&self.merges, tokens, word.len(), ids)
         })
     }
-}
-
-fn split_merge(
-    vocabulary: &Vocabulary,
-    index: usize,
-    merge: &str,
-) -> Result<(u32, u32, u32), TextError> {
-    let (left, right) = match merge.split_once(' ') {
-        Some((left, right)) if !left.is_empty() && !right.is_empty() && !right.contains(' ') => {
-            (left, right)
-        }
-        _ => {
-            return Err(TextError::MergeShape {
-                index,
-                merge: merge.to_owned(),
-            });
-        }
-    };
-    let id = |text: &str| {
-        vocabulary.id(text).ok_or_else(|| TextError::MergeToken {
-            index,
-            merge: merge.to_owned(),
-            token: text.to_owned(),
-        })
-    };
-    Ok((id(left)?, id(right)?, id(&format!("{left}{right}"))?))
 }
 
 #[cfg(test)]

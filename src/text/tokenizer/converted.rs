@@ -1,4 +1,4 @@
-//! Converts the byte-level BPE of a `tokenizer.json` to quell's own, [`ByteLevelBpe`].
+//! Converts the BPE of a `tokenizer.json` to quell's own, [`ByteLevelBpe`] or [`RankedBpe`].
 //!
 //! The tokens are the same as those of the `tokenizers` library, which keeps about a hundred
 //! bytes per byte of text while it encodes. A tokenizer with any part that is not known here is
@@ -6,13 +6,15 @@
 
 use super::byte_level::{ByteLevelBpe, byte_characters};
 use super::pre_tokenizer::PreTokenizer;
-use super::special::SpecialTokens;
+use super::ranked::{RankedBpe, SpacePrefix};
+use super::sentencepiece::SPACE;
+use super::special::{Search, SpecialTokens};
 use super::vocabulary::Vocabulary;
 use super::{Frame, Model, PlainModel};
 use serde::Deserialize;
 use serde_json::Value;
 use std::borrow::Cow;
-use std::collections::HashSet;
+use std::collections::HashMap;
 
 /// The parts of a `tokenizer.json` that decide how text is encoded, except for the vocabulary
 /// and the post-processor.
@@ -37,6 +39,16 @@ struct AddedToken {
     normalized: bool,
 }
 
+impl AddedToken {
+    fn search(&self) -> Search {
+        Search {
+            late: self.normalized,
+            absorbs_before: self.lstrip,
+            absorbs_after: self.rstrip,
+        }
+    }
+}
+
 #[derive(Deserialize)]
 struct Bpe {
     #[serde(rename = "type")]
@@ -44,6 +56,9 @@ struct Bpe {
     dropout: Option<f32>,
     continuing_subword_prefix: Option<String>,
     end_of_word_suffix: Option<String>,
+    /// Whether characters without a token are written as bytes.
+    #[serde(default)]
+    byte_fallback: bool,
     #[serde(default)]
     ignore_merges: bool,
     merges: Vec<Merge>,
@@ -58,46 +73,93 @@ enum Merge {
 }
 
 impl Description {
-    /// Reads the description of a byte-level BPE. Returns `None` if the file describes something
-    /// else.
+    /// Reads the description of a BPE. Returns `None` if the file describes something else.
     pub(super) fn read(json: &[u8]) -> Option<Self> {
         serde_json::from_slice(json).ok()
     }
 
     /// Converts the model. Returns `None` if it does something that is not known here.
     pub(super) fn convert(self, vocabulary: &Vocabulary) -> Option<Model> {
-        let composes = composes(&self.normalizer)?;
-        let bpe = self.model;
+        // Late tokens are searched for in the normalized text, and their own text is normalized.
+        let known = |token: &AddedToken| {
+            !token.single_word && (!token.normalized || does_nothing(&self.normalizer))
+        };
+        if !self.added_tokens.iter().all(known) {
+            return None;
+        }
+        let added = self.added_tokens.iter();
+        let added: HashMap<_, _> = added.map(|token| (token.id, token.search())).collect();
+        let search = |id| added.get(&id).copied().unwrap_or_default();
+        Some(Model::Fragments {
+            specials: Box::new(SpecialTokens::new(vocabulary, search).ok()?),
+            plain: self.plain(vocabulary)?,
+        })
+    }
+
+    fn plain(&self, vocabulary: &Vocabulary) -> Option<PlainModel> {
+        let bpe = &self.model;
         let affix = |text: &Option<String>| text.as_deref().is_some_and(|text| !text.is_empty());
-        if bpe.kind.is_some_and(|kind| kind != "BPE")
+        if bpe.kind.as_deref().is_some_and(|kind| kind != "BPE")
             || bpe.dropout.is_some_and(|dropout| dropout > 0.0)
             || affix(&bpe.continuing_subword_prefix)
             || affix(&bpe.end_of_word_suffix)
         {
             return None;
         }
+        let merges: Vec<Cow<'_, str>> = bpe.merges.iter().map(Merge::joined).collect();
+        if bpe.byte_fallback && !bpe.ignore_merges {
+            let (prefix, splits_spaces) = self.spaces()?;
+            let model = RankedBpe::new(vocabulary, &merges, prefix, splits_spaces)?;
+            return Some(PlainModel::Ranked(Box::new(model)));
+        }
         // A byte without a token could become the unknown token.
         let has_token = |byte: char| vocabulary.id(byte.encode_utf8(&mut [0; 4])).is_some();
         if !byte_characters().all(has_token) {
             return None;
         }
-        let mut late = HashSet::new();
-        for token in &self.added_tokens {
-            if token.single_word || token.lstrip || token.rstrip || (token.normalized && composes) {
+        let composes = composes(&self.normalizer)?;
+        let pre_tokenizer = PreTokenizer::from_json(&self.pre_tokenizer, bpe.ignore_merges)?;
+        let model = ByteLevelBpe::new(vocabulary, &merges, pre_tokenizer, composes).ok()?;
+        Some(PlainModel::ByteLevel(Box::new(model)))
+    }
+
+    /// Returns where a SentencePiece model adds spaces, and whether each space begins a word.
+    fn spaces(&self) -> Option<(SpacePrefix, bool)> {
+        let before = &self.pre_tokenizer;
+        if does_nothing(&self.normalizer) {
+            if before["type"] != "Metaspace" || before["replacement"] != SPACE {
                 return None;
             }
-            if token.normalized {
-                late.insert(token.id);
-            }
+            let prefix = match before["prepend_scheme"].as_str() {
+                _ if before["add_prefix_space"] == false => SpacePrefix::Never,
+                Some("always") | None => SpacePrefix::Each,
+                Some("first") => SpacePrefix::First,
+                Some("never") => SpacePrefix::Never,
+                Some(_) => return None,
+            };
+            return Some((prefix, before["split"].as_bool().unwrap_or(true)));
         }
-        let specials = SpecialTokens::new(vocabulary, |id| late.contains(&id)).ok()?;
-        let pre_tokenizer = PreTokenizer::from_json(&self.pre_tokenizer, bpe.ignore_merges)?;
-        let merges: Vec<Cow<'_, str>> = bpe.merges.iter().map(Merge::joined).collect();
-        let model = ByteLevelBpe::new(vocabulary, &merges, pre_tokenizer, composes).ok()?;
-        Some(Model::Fragments {
-            specials: Box::new(specials),
-            plain: PlainModel::ByteLevel(Box::new(model)),
-        })
+        // Gemma's finds nothing, because the spaces have been replaced.
+        let finds_nothing = before["type"] == "Split" && before["pattern"]["String"] == " ";
+        if !before.is_null() && !finds_nothing {
+            return None;
+        }
+        let replaces = |step: &Value| {
+            step["type"] == "Replace"
+                && step["pattern"]["String"] == " "
+                && step["content"] == SPACE
+        };
+        let prefix = match self.normalizer["normalizers"].as_array().map(Vec::as_slice) {
+            None if replaces(&self.normalizer) => SpacePrefix::Never,
+            Some([step]) if replaces(step) => SpacePrefix::Never,
+            Some([first, step])
+                if first["type"] == "Prepend" && first["prepend"] == SPACE && replaces(step) =>
+            {
+                SpacePrefix::Always
+            }
+            _ => return None,
+        };
+        Some((prefix, false))
     }
 }
 
@@ -110,18 +172,24 @@ impl Merge {
     }
 }
 
+/// Returns whether there is no normalizer, or one without steps.
+fn does_nothing(normalizer: &Value) -> bool {
+    normalizer.is_null()
+        || normalizer["normalizers"]
+            .as_array()
+            .is_some_and(Vec::is_empty)
+}
+
 /// Returns whether a normalizer composes characters (Unicode's form C), or `None` if it does
 /// anything else.
 fn composes(normalizer: &Value) -> Option<bool> {
-    match normalizer["type"].as_str() {
-        None => normalizer.is_null().then_some(false),
-        Some("NFC") => Some(true),
-        Some("Sequence") => match normalizer["normalizers"].as_array()?.as_slice() {
-            [] => Some(false),
-            [only] => composes(only),
-            _ => None,
-        },
+    if does_nothing(normalizer) {
+        return Some(false);
+    }
+    match normalizer["normalizers"].as_array().map(Vec::as_slice) {
+        Some([only]) => composes(only),
         Some(_) => None,
+        None => (normalizer["type"] == "NFC").then_some(true),
     }
 }
 
@@ -167,7 +235,49 @@ mod tests {
 
     /// Builds the tokenizer of the fixture with some changes, in quell and in the library.
     fn both(change: impl FnOnce(&mut Value)) -> (Tokenizer, tokenizers::Tokenizer) {
+        built(fixture(), change)
+    }
+
+    /// Turns the fixture into a SentencePiece model, with the merges of the same words.
+    fn sentencepiece(change: impl FnOnce(&mut Value)) -> (Tokenizer, tokenizers::Tokenizer) {
         let mut description = fixture();
+        let added = description["added_tokens"].as_array().unwrap();
+        let mut tokens: Vec<String> = (added.iter())
+            .map(|token| token["content"].as_str().unwrap().to_owned())
+            .collect();
+        tokens.extend((0..256).map(|byte| format!("<0x{byte:02X}>")));
+        tokens.extend(('a'..='z').chain(['▁', 'é', '漢']).map(String::from));
+        let mut merges = vec![json!(["▁", "▁"]), json!(["▁▁", "▁▁"])];
+        tokens.extend(["▁▁", "▁▁▁▁"].map(String::from));
+        for merge in description["model"]["merges"].as_array().unwrap() {
+            let part = |index: usize| merge[index].as_str().unwrap().replace('Ġ', "▁");
+            let (left, right) = (part(0), part(1));
+            if tokens.contains(&left) && tokens.contains(&right) && !right.starts_with('▁') {
+                merges.push(json!([left, right]));
+                tokens.push(left + &right);
+            }
+        }
+        assert!(merges.len() > 100);
+        let model = &mut description["model"];
+        model["byte_fallback"] = true.into();
+        model["fuse_unk"] = true.into();
+        model["vocab"] = tokens.into_iter().zip(0..).collect::<Value>();
+        model["merges"] = merges.into();
+        description["decoder"] = json!({"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"}, {"type": "Fuse"}]});
+        description["pre_tokenizer"] = Value::Null;
+        built(description, change)
+    }
+
+    fn metaspace(scheme: &str, split: bool) -> Value {
+        json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split})
+    }
+
+    fn built(
+        mut description: Value,
+        change: impl FnOnce(&mut Value),
+    ) -> (Tokenizer, tokenizers::Tokenizer) {
         change(&mut description);
         let json = description.to_string();
         let folder = tempfile::tempdir().unwrap();
@@ -235,6 +345,33 @@ mod tests {
                 j["pre_tokenizer"] = sequence(&[digits, literal, byte_level(true)]);
             }),
             both(|j| j["pre_tokenizer"] = byte_level(true)),
+            // Tokens that absorb the white space next to them, as Phi 3's do.
+            both(|j| {
+                for (index, token) in j["added_tokens"]
+                    .as_array_mut()
+                    .unwrap()
+                    .iter_mut()
+                    .enumerate()
+                {
+                    token["rstrip"] = (index % 2 == 1).into();
+                    token["lstrip"] = (index % 3 == 1).into();
+                }
+            }),
+            // Llama 2's and Gemma's, and the newer form of the former.
+            sentencepiece(|j| {
+                j["normalizer"] = json!({"type": "Sequence", "normalizers": [
+                    {"type": "Prepend", "prepend": "▁"},
+                    {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]});
+            }),
+            sentencepiece(|j| {
+                j["normalizer"] =
+                    json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
+                j["pre_tokenizer"] = json!({"type": "Split", "pattern": {"String": " "},
+                    "behavior": "MergedWithPrevious", "invert": false});
+            }),
+            sentencepiece(|j| j["pre_tokenizer"] = metaspace("first", false)),
+            sentencepiece(|j| j["pre_tokenizer"] = metaspace("always", true)),
+            sentencepiece(|j| j["pre_tokenizer"] = metaspace("never", false)),
         ]
     });
 
@@ -243,7 +380,7 @@ mod tests {
 
         #[test]
         fn a_converted_tokenizer_gives_the_librarys_ids(
-            text in "(\\PC{0,4}|[ \t\r\n\u{a0}\u{3000}]{1,4}|[a-z ]{1,12}|e\u{301}\u{327}|가|ᄀ\u{1161}\u{11a8}|漢字|[0-9]{1,5}|\\.a|'(s|LL)|<\\|im_(start|end)\\|>|<tool>|<file_sep>|\\|>|<\\|){0,12}",
+            text in "(\\PC{0,4}|[ \t\r\n\u{a0}\u{3000}]{1,4}|[a-z ]{1,12}|( the| and| of){1,3}|▁{1,3}|e\u{301}\u{327}|가|ᄀ\u{1161}\u{11a8}|漢字|[0-9]{1,5}|\\.a|'(s|LL)|<\\|im_(start|end)\\|>|<tool>|<file_sep>|\\|>|<\\|){0,12}",
             add_special: bool,
             parse_special: bool,
         ) {
@@ -272,9 +409,8 @@ mod tests {
 
     #[test]
     fn what_is_not_known_is_left_to_the_library() {
-        let changes: [fn(&mut Value); 11] = [
+        let changes: [fn(&mut Value); 10] = [
             |j| j["normalizer"] = json!({"type": "NFKC"}),
-            |j| j["added_tokens"][1]["lstrip"] = true.into(),
             |j| j["added_tokens"][1]["single_word"] = true.into(),
             |j| {
                 j["normalizer"] = json!({"type": "NFC"});

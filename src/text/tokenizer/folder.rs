@@ -121,7 +121,7 @@ impl Tokenizer {
         let explicit = explicit_frame(&files.config, bos, eos)?;
         let strip_leading_space = Decoding::of(&parsing)?.strip_leading_space;
         let frame = explicit.or_else(|| converted::frame(&parsing));
-        let own = frame.and_then(|_| files.byte_level?.convert(&vocabulary));
+        let own = frame.and_then(|_| files.bpe?.convert(&vocabulary));
         let (model, frame) = match own {
             Some(model) => (model, frame),
             None => {
@@ -167,8 +167,8 @@ fn may_shrink(tokenizer: &tokenizers::Tokenizer) -> bool {
 /// Contents of the folder's files. A JSON value is null if its file does not exist.
 struct Files {
     tokenizer: tokenizers::Tokenizer,
-    /// The tokenizer's description, if it is a byte-level BPE.
-    byte_level: Option<Description>,
+    /// The tokenizer's description, if it is a BPE.
+    bpe: Option<Description>,
     config: Value,
     special: Value,
     generation: Value,
@@ -205,7 +205,7 @@ impl Files {
         let config = json(dir, "tokenizer_config.json")?;
         Ok(Self {
             tokenizer,
-            byte_level: Description::read(&bytes),
+            bpe: Description::read(&bytes),
             special: json(dir, "special_tokens_map.json")?,
             generation: json(dir, "generation_config.json")?,
             model: json(dir, "config.json")?,

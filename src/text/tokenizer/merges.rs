@@ -3,6 +3,7 @@
 //! Of all adjacent pairs that can be merged, the pair that is listed first is merged first,
 //! and the leftmost of equal ones, until no pair is left.
 
+use super::vocabulary::Vocabulary;
 use crate::text::TextError;
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -24,9 +25,57 @@ impl Merges {
         Self(pairs.into_iter().collect())
     }
 
+    /// Reads a list of `"left right"` entries, with the highest priority first.
+    ///
+    /// # Errors
+    /// Returns an error if an entry is not two tokens separated by one space, or if it
+    /// needs a token that the vocabulary lacks.
+    pub(super) fn read(
+        vocabulary: &Vocabulary,
+        merges: &[impl AsRef<str>],
+    ) -> Result<Self, TextError> {
+        let mut pairs = HashMap::with_capacity(merges.len());
+        for (index, merge) in merges.iter().enumerate() {
+            let (left, right, joined) = split_merge(vocabulary, index, merge.as_ref())?;
+            let rank = u32::try_from(index).map_err(|_| TextError::Build {
+                part: "merges",
+                message: format!("{} merges are too many to rank", merges.len()),
+            })?;
+            // If a merge is listed twice, the later position counts.
+            pairs.insert((left, right), (rank, joined));
+        }
+        Ok(Self::new(pairs))
+    }
+
     fn get(&self, left: u32, right: u32) -> Option<(u32, u32)> {
         self.0.get(&(left, right)).copied()
     }
+}
+
+fn split_merge(
+    vocabulary: &Vocabulary,
+    index: usize,
+    merge: &str,
+) -> Result<(u32, u32, u32), TextError> {
+    let (left, right) = match merge.split_once(' ') {
+        Some((left, right)) if !left.is_empty() && !right.is_empty() && !right.contains(' ') => {
+            (left, right)
+        }
+        _ => {
+            return Err(TextError::MergeShape {
+                index,
+                merge: merge.to_owned(),
+            });
+        }
+    };
+    let id = |text: &str| {
+        vocabulary.id(text).ok_or_else(|| TextError::MergeToken {
+            index,
+            merge: merge.to_owned(),
+            token: text.to_owned(),
+        })
+    };
+    Ok((id(left)?, id(right)?, id(&format!("{left}{right}"))?))
 }
 
 /// Merges one word after another and reuses its buffer.

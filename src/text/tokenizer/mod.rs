@@ -9,6 +9,7 @@ mod gguf_metadata;
 mod gguf_vocabulary;
 mod merges;
 mod pre_tokenizer;
+mod ranked;
 mod sentencepiece;
 mod special;
 mod unigram;
@@ -26,6 +27,7 @@ use crate::text::{ChatTemplate, TextError};
 use byte_level::ByteLevelBpe;
 use detokenize::Utf8Assembler;
 use folder::HuggingFace;
+use ranked::{Place, RankedBpe};
 use sentencepiece::{SPACE, ScoredBpe};
 use special::{Fragment, SpecialTokens};
 use std::fmt;
@@ -86,6 +88,7 @@ enum Model {
 /// How plain text is turned into tokens.
 enum PlainModel {
     ByteLevel(Box<ByteLevelBpe>),
+    Ranked(Box<RankedBpe>),
     Scored {
         model: ScoredBpe,
         space_prefix: bool,
@@ -126,15 +129,13 @@ impl Tokenizer {
         match &self.model {
             Model::HuggingFace(model) => model.encode(text, options, &mut ids)?,
             Model::Fragments { specials, plain } => {
-                let mut after_special = true;
+                let mut place = Place::Start;
                 for fragment in specials.split(text, options.parse_special) {
                     match fragment {
                         Fragment::Token(id) => ids.push(id),
-                        Fragment::Text(text) => {
-                            self.encode_plain(plain, text, after_special, &mut ids)?;
-                        }
+                        Fragment::Text(text) => self.encode_plain(plain, text, place, &mut ids)?,
                     }
-                    after_special = matches!(fragment, Fragment::Token(_));
+                    place = Place::AfterSpecial;
                 }
             }
         }
@@ -154,7 +155,9 @@ impl Tokenizer {
                 for fragment in specials.split(text, false) {
                     match fragment {
                         Fragment::Token(id) => ids.push(id),
-                        Fragment::Text(text) => self.encode_plain(plain, text, false, &mut ids)?,
+                        Fragment::Text(text) => {
+                            self.encode_plain(plain, text, Place::Inside, &mut ids)?;
+                        }
                     }
                 }
             }
@@ -162,22 +165,22 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// Appends the tokens of a text without special tokens. `after_special` says whether
-    /// the text begins the prompt or follows a special token.
+    /// Appends the tokens of a text without special tokens.
     fn encode_plain(
         &self,
         plain: &PlainModel,
         text: &str,
-        after_special: bool,
+        place: Place,
         ids: &mut Vec<u32>,
     ) -> Result<(), TextError> {
         match plain {
             PlainModel::ByteLevel(model) => model.encode(text, ids)?,
+            PlainModel::Ranked(model) => model.encode(text, place, ids)?,
             PlainModel::Scored {
                 model,
                 space_prefix,
             } => {
-                let prefix = if *space_prefix && after_special {
+                let prefix = if *space_prefix && place != Place::Inside {
                     SPACE
                 } else {
                     ""
@@ -273,8 +276,10 @@ impl Tokenizer {
         let bytes = parts.into_iter().map(|part| match &self.model {
             Model::HuggingFace(model) if model.may_shrink() => 0,
             Model::HuggingFace(_) => part.len(),
+            Model::Fragments { specials, .. } if specials.absorb_spaces() => 0,
             Model::Fragments { plain, .. } => match plain {
                 PlainModel::ByteLevel(model) => model.represented_bytes(part),
+                PlainModel::Ranked(_) => part.len(),
                 PlainModel::Scored { model, .. } if model.writes_every_byte() => part.len(),
                 PlainModel::Scored { .. } | PlainModel::Unigram { .. } => 0,
             },

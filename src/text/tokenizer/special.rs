@@ -45,31 +45,40 @@ impl Stages {
     }
 }
 
+/// How a special token is found, as a `tokenizer.json` says.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Search {
+    /// Only between the tokens that are found at once.
+    pub(super) late: bool,
+    /// Absorbs the white space before it.
+    pub(super) absorbs_before: bool,
+    /// Absorbs the white space after it.
+    pub(super) absorbs_after: bool,
+}
+
 #[derive(Debug)]
 struct Finder {
     automaton: Option<AhoCorasick>,
-    ids: Vec<u32>,
+    /// The tokens, in the order of the automaton's patterns.
+    tokens: Vec<(u32, Search)>,
 }
 
 impl Finder {
-    fn new(tokens: &[(u32, &str)]) -> Result<Self, TextError> {
-        let ids = tokens.iter().map(|(id, _)| *id).collect();
-        if tokens.is_empty() {
-            return Ok(Self {
-                automaton: None,
-                ids,
-            });
-        }
+    fn new(tokens: &[(u32, &str, Search)]) -> Result<Self, TextError> {
+        let texts = tokens.iter().map(|(_, text, _)| text);
         let automaton = AhoCorasick::builder()
             .match_kind(MatchKind::LeftmostLongest)
-            .build(tokens.iter().map(|(_, text)| text))
+            .build(texts)
             .map_err(|error| TextError::Build {
                 part: "special tokens",
                 message: error.to_string(),
             })?;
         Ok(Self {
-            automaton: Some(automaton),
-            ids,
+            automaton: (!tokens.is_empty()).then_some(automaton),
+            tokens: tokens
+                .iter()
+                .map(|(id, _, search)| (*id, *search))
+                .collect(),
         })
     }
 
@@ -81,11 +90,21 @@ impl Finder {
             .iter()
             .flat_map(|automaton| automaton.find_iter(text))
         {
-            if done < found.start() {
-                fragments.push(Fragment::Text(&text[done..found.start()]));
+            let (id, search) = self.tokens[found.pattern().as_usize()];
+            // White space that another token has absorbed may contain a token.
+            let start = match search.absorbs_before {
+                true => text[..found.start()].trim_end().len(),
+                false => found.start(),
+            };
+            let end = match search.absorbs_after {
+                true => text.len() - text[found.end()..].trim_start().len(),
+                false => found.end(),
+            };
+            if done < start {
+                fragments.push(Fragment::Text(&text[done..start]));
             }
-            fragments.push(Fragment::Token(self.ids[found.pattern().as_usize()]));
-            done = found.end();
+            fragments.push(Fragment::Token(id));
+            done = end;
         }
         if done < text.len() {
             fragments.push(Fragment::Text(&text[done..]));
@@ -95,18 +114,17 @@ impl Finder {
 }
 
 impl SpecialTokens {
-    /// Prepares the special tokens of `vocabulary`. Those that are `late` are only searched
-    /// for between the others.
+    /// Prepares the special tokens of `vocabulary`. `search` says how each is found.
     pub(super) fn new(
         vocabulary: &Vocabulary,
-        late: impl Fn(u32) -> bool,
+        search: impl Fn(u32) -> Search,
     ) -> Result<Self, TextError> {
         let stages = |wanted: fn(TokenKind) -> bool| -> Result<Stages, TextError> {
             let (second, first): (Vec<_>, Vec<_>) = vocabulary
                 .iter()
                 .filter(|(_, text, kind)| !text.is_empty() && wanted(*kind))
-                .map(|(id, text, _)| (id, text))
-                .partition(|(id, _)| late(*id));
+                .map(|(id, text, _)| (id, text, search(id)))
+                .partition(|(_, _, search)| search.late);
             Ok(Stages {
                 first: Finder::new(&first)?,
                 second: Finder::new(&second)?,
@@ -116,6 +134,13 @@ impl SpecialTokens {
             all: stages(|kind| kind.is_special() || kind == TokenKind::UserDefined)?,
             plain: stages(|kind| kind == TokenKind::UserDefined)?,
         })
+    }
+
+    /// Returns whether some tokens absorb the white space next to them.
+    pub(super) fn absorb_spaces(&self) -> bool {
+        let finders = [&self.all.first, &self.all.second];
+        let mut searches = finders.into_iter().flat_map(|finder| &finder.tokens);
+        searches.any(|(_, search)| search.absorbs_before || search.absorbs_after)
     }
 
     /// Splits `text` at special tokens. Without `parse_special`, splits at user-defined
