@@ -2,10 +2,11 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CARGO := cargo
 PYTHON := python3
 NOT_OPTIMISED := --config profile.test.package.quell.opt-level=0
+LESS_OPTIMISED := --config profile.test.package.quell.opt-level=1
 # The model checkers' tests need features that exclude each other.
 ALL := --locked --workspace --exclude interleavings
 
-.PHONY: demo check test test-cuda test-others models soak mutations stalls lint bench kernels kernels-check kernel-counts model clients templates
+.PHONY: demo check test test-cuda-and-models test-others models soak mutations stalls lint bench kernels kernels-check kernel-counts model clients templates
 
 ## Fetches a small model if it is missing, builds quell, and answers a question.
 demo: model
@@ -23,31 +24,32 @@ check:
 ## is run on a machine with a GPU, on the virtual one. Also fails if the kernels do not do what
 ## benches/results/kernel-counts.json says.
 ##
-## The tests of the CUDA device keep one core busy, because they share one virtual GPU, so the
-## others run at the same time. The unit tests do not optimise the crate, which would take longer
+## The tests of the CUDA device and the model checkers use one core most of the time, so the
+## other tests run beside them. The unit tests do not optimise the crate, which would take longer
 ## than running them: most of what is slow is in the integration tests, whose copy of the crate
 ## is optimised.
-test: model clients templates models
+test: model clients templates
 	$(CARGO) build $(ALL) --profile test --examples
 	$(CARGO) test $(ALL) --test '*' --bench kernels --no-run
-	$(MAKE) --jobs 2 test-cuda test-others
-	$(CARGO) test $(ALL) --lib $(NOT_OPTIMISED)
+	$(MAKE) --jobs 2 test-cuda-and-models test-others
 
-test-cuda:
+test-cuda-and-models:
 	$(CARGO) test $(ALL) --test 'cuda*'
 	$(CARGO) test $(ALL) --bench kernels -- --virtual --check
 	$(PYTHON) scripts/gpu/pack --quick --pack target/gpu-virtual
 	$(PYTHON) scripts/gpu/first-hour --virtual --small --pack target/gpu-virtual
+	$(MAKE) models
 
 test-others:
 	$(CARGO) test $(ALL) --test '[!c]*' --test 'cpu*'
 	$(CARGO) test $(ALL) --doc
+	$(CARGO) test $(ALL) --lib $(NOT_OPTIMISED)
 
 ## Runs the engine's threads under model checkers: loom explores every interleaving of a few
 ## threads, shuttle random interleavings of many. QUELL_SCHEDULES sets the number of the latter.
 models:
-	$(CARGO) test --locked -p interleavings --features loom --test loom
-	$(CARGO) test --locked -p interleavings --features shuttle --test shuttle
+	$(CARGO) test --locked -p interleavings --features loom --test loom $(LESS_OPTIMISED)
+	$(CARGO) test --locked -p interleavings --features shuttle --test shuttle $(LESS_OPTIMISED)
 
 ## Runs a million requests and cancels most of them; accounting, memory and open files must
 ## return to their initial state. Then runs 100,000 schedules per scenario of the model checker.
