@@ -1,7 +1,7 @@
 //! Everything about a model but its weights.
 
 use super::architectures::Architecture;
-use super::layer::{Experts, FeedForward, LayerSpec};
+use super::layer::{Experts, FeedForward, LayerSpec, NormKind};
 use super::{ModelError, RopeConfig};
 use crate::device::HeadShape;
 use std::fmt::Debug;
@@ -51,8 +51,12 @@ pub struct ModelConfig {
     pub context: usize,
     /// Factor on the token embeddings.
     pub embedding_scale: f32,
-    /// Added to the mean square in norms.
+    /// What the norms of the residual stream compute.
+    pub norm: NormKind,
+    /// Added to the mean square, or the variance, in norms.
     pub norm_epsilon: f32,
+    /// Factor on logits.
+    pub logit_scale: f32,
     /// Soft cap on logits.
     pub logit_softcap: Option<f32>,
     /// Which projections have a bias.
@@ -107,6 +111,17 @@ impl ModelConfig {
             let own = layer.attention().heads;
             if own != heads {
                 return Err(uneven(index, "heads", own, heads));
+            }
+            let has_norms_after =
+                layer.mixer_norms.is_after() || layer.feed_forward_norms.is_after();
+            if self.norm != NormKind::Rms && has_norms_after {
+                let expected = "Rms for norms on outputs";
+                let key = format!("layer {index}'s kind of norm");
+                return Err(ModelError::setting(
+                    key,
+                    format!("{:?}", self.norm),
+                    expected,
+                ));
             }
             match layer.feed_forward {
                 FeedForward::Dense { width, .. } => {

@@ -5,7 +5,7 @@ mod rope;
 use super::architectures::Architecture;
 use super::hyperparameters::Hyperparameters;
 use super::key_names::{self, KeyNames};
-use super::layer::Experts;
+use super::layer::{Experts, NormKind};
 use super::{Biases, ModelConfig, ModelError};
 use crate::device::{HeadShape, RoutingSpec};
 use crate::weights::WeightSource;
@@ -27,14 +27,14 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig, ModelError> {
     let name = name.ok_or_else(|| ModelError::MissingSetting {
         key: key.to_owned(),
     })?;
-    let (architecture, read) = Architecture::from_gguf_name(name)?;
+    let (architecture, format) = Architecture::from_gguf_name(name)?;
     let metadata = Metadata {
         file,
         name,
         architecture,
     };
-    metadata.refuse_unknown()?;
-    let numbers = read(&metadata)?;
+    metadata.refuse_unknown(format.settings)?;
+    let numbers = (format.read)(&metadata)?;
     if numbers.experts.is_none() {
         metadata.refuse_experts()?;
     }
@@ -65,7 +65,12 @@ impl<'a> Metadata<'a> {
     }
 
     /// The error for a setting with this value.
-    fn refused(&self, key: &str, value: impl ToString, expected: impl Into<String>) -> ModelError {
+    pub(super) fn refused(
+        &self,
+        key: &str,
+        value: impl ToString,
+        expected: impl Into<String>,
+    ) -> ModelError {
         ModelError::setting(self.key(key), value, expected)
     }
 
@@ -77,7 +82,7 @@ impl<'a> Metadata<'a> {
         })
     }
 
-    fn required_size(&self, key: &str) -> Result<usize, ModelError> {
+    pub(super) fn required_size(&self, key: &str) -> Result<usize, ModelError> {
         self.size(key)?.ok_or_else(|| self.missing(key))
     }
 
@@ -102,6 +107,21 @@ impl<'a> Metadata<'a> {
 
     pub(super) fn number(&self, key: &str) -> Result<Option<f32>, ModelError> {
         self.optional(key, "a number", Value::as_f32)
+    }
+
+    /// The number, which must be positive, or `None` where it is missing; 0 stands for none.
+    pub(super) fn positive(&self, key: &str) -> Result<Option<f32>, ModelError> {
+        let number = self.number(key)?.filter(|&number| number != 0.0);
+        match number {
+            Some(number) if !(number.is_finite() && number > 0.0) => {
+                Err(self.refused(key, number, "a positive number"))
+            }
+            number => Ok(number),
+        }
+    }
+
+    pub(super) fn flag(&self, key: &str) -> Result<Option<bool>, ModelError> {
+        self.optional(key, "true or false", Value::as_bool)
     }
 
     fn text(&self, key: &str) -> Result<Option<&'a str>, ModelError> {
@@ -139,10 +159,14 @@ impl<'a> Metadata<'a> {
             norm_epsilon: self
                 .number("attention.layer_norm_rms_epsilon")?
                 .unwrap_or(1e-6),
+            norm: NormKind::Rms,
             embedding_scale: 1.0,
             attention_scale: 1.0 / (heads.head_dim as f32).sqrt(),
             attention_softcap: None,
             logit_softcap: self.number("final_logit_softcapping")?,
+            logit_scale: 1.0,
+            unrotated: HashSet::new(),
+            query_scale: None,
             sliding_rope: rope.clone(),
             rope,
             windows: self.windows(self.window(None)?, 0)?,
@@ -262,12 +286,14 @@ impl<'a> Metadata<'a> {
         }
     }
 
-    /// Refuses settings that change the results and that no architecture here has.
-    fn refuse_unknown(&self) -> Result<(), ModelError> {
+    /// Refuses settings that change the results and that the architecture does not have;
+    /// `own` are those that it has.
+    fn refuse_unknown(&self, own: &[&str]) -> Result<(), ModelError> {
         for (key, neutral) in [
             ("attention.clamp_kqv", 0.0),
             ("attention.max_alibi_bias", 0.0),
             ("attention.scale", 0.0),
+            ("attention.temperature_scale", 0.0),
             ("embedding_scale", 1.0),
             ("expert_shared_count", 0.0),
             ("expert_weights_scale", 1.0),
@@ -276,6 +302,9 @@ impl<'a> Metadata<'a> {
             ("nextn_predict_layers", 0.0),
             ("residual_scale", 1.0),
         ] {
+            if own.contains(&key) {
+                continue;
+            }
             // A 0 stands for none.
             let value = self.number(key)?.filter(|&value| value != 0.0);
             if let Some(value) = value.filter(|&value| value != neutral) {
@@ -284,7 +313,7 @@ impl<'a> Metadata<'a> {
             }
         }
         let (key, expected) = ("attention.causal", "true: quell decodes causally");
-        match self.optional(key, "true or false", Value::as_bool)? {
+        match self.flag(key)? {
             Some(false) => Err(self.refused(key, false, expected)),
             _ => Ok(()),
         }

@@ -15,6 +15,7 @@ pub(super) use settings::Settings;
 use super::architectures::Architecture;
 use super::hyperparameters::Hyperparameters;
 use super::key_names::{self, KeyNames, Keys};
+use super::layer::NormKind;
 use super::{Biases, ModelConfig, ModelError};
 use crate::device::{Activation, HeadShape};
 use serde_json::Value;
@@ -51,10 +52,17 @@ impl<'a> Config<'a> {
         let root = Settings::new(config);
         let key = "model_type";
         let name = root.text(key)?.ok_or_else(|| root.missing(key))?;
+        let settings = root.part("text_config").unwrap_or(root);
+        // The name of a model with vision may stand for several text models.
+        let own = settings.text(key)?.map(Architecture::from_model_type);
+        let architecture = match own {
+            Some(Ok(architecture)) => architecture,
+            _ => Architecture::from_model_type(name)?,
+        };
         Ok(Self {
             root,
-            settings: root.part("text_config").unwrap_or(root),
-            architecture: Architecture::from_model_type(name)?,
+            settings,
+            architecture,
         })
     }
 
@@ -90,10 +98,14 @@ impl<'a> Config<'a> {
             norm_epsilon: settings
                 .number_or("rms_norm_eps", Some(class.norm_epsilon))?
                 .ok_or_else(|| settings.refused("rms_norm_eps", "null", "a number"))?,
+            norm: NormKind::Rms,
             embedding_scale: 1.0,
             attention_scale: 1.0 / query_scale.unwrap_or(heads.head_dim as f32).sqrt(),
             attention_softcap: None,
             logit_softcap: None,
+            logit_scale: 1.0,
+            unrotated: HashSet::new(),
+            query_scale: None,
             rope,
             sliding_rope,
             windows: self.same_windows(None)?,

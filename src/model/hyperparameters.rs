@@ -3,9 +3,9 @@
 
 use super::architectures::Architecture;
 use super::key_names::{KeyNames, Keys};
-use super::layer::{Attention, Experts, FeedForward, LayerSpec, Mixer, NormPlacement};
+use super::layer::{Attention, Experts, FeedForward, LayerSpec, Mixer, NormKind, NormPlacement};
 use super::{Biases, ModelConfig, ModelError, RopeConfig};
-use crate::device::{Activation, HeadShape};
+use crate::device::{Activation, HeadShape, QueryScale};
 use std::collections::HashSet;
 
 /// The numbers of a model, from `config.json` or GGUF metadata.
@@ -22,6 +22,7 @@ pub(super) struct Hyperparameters {
     pub(super) vocabulary: usize,
     /// Longest sequence that the model was made for.
     pub(super) context: usize,
+    pub(super) norm: NormKind,
     pub(super) norm_epsilon: f32,
     /// Factor on the token embeddings.
     pub(super) embedding_scale: f32,
@@ -29,10 +30,16 @@ pub(super) struct Hyperparameters {
     pub(super) attention_scale: f32,
     pub(super) attention_softcap: Option<f32>,
     pub(super) logit_softcap: Option<f32>,
+    /// Factor on logits.
+    pub(super) logit_scale: f32,
     /// Position embedding of the layers with full attention.
     pub(super) rope: RopeConfig,
     /// Position embedding of the layers with a sliding window.
     pub(super) sliding_rope: RopeConfig,
+    /// Layers whose queries and keys are not rotated.
+    pub(super) unrotated: HashSet<usize>,
+    /// Factor on the queries that depends on their position.
+    pub(super) query_scale: Option<QueryScale>,
     /// The sliding window of each layer; `None` for full attention.
     pub(super) windows: Vec<Option<usize>>,
     pub(super) experts: Option<Experts>,
@@ -69,6 +76,8 @@ impl Hyperparameters {
             vocabulary: self.vocabulary,
             context: self.context,
             embedding_scale: self.embedding_scale,
+            norm: self.norm,
+            logit_scale: self.logit_scale,
             norm_epsilon: self.norm_epsilon,
             logit_softcap: self.logit_softcap,
             biases: self.biases,
@@ -91,14 +100,24 @@ impl Hyperparameters {
     /// The attention of a layer as the numbers alone tell it.
     pub(super) fn attention(&self, index: usize) -> Attention {
         let window = self.windows[index];
+        let slides = window.is_some() && self.sliding_rope != self.rope;
+        let is_rotated = !self.unrotated.contains(&index);
         Attention {
             heads: self.heads,
             scale: self.attention_scale,
             window,
-            rope: usize::from(window.is_some() && self.sliding_rope != self.rope),
+            rope: is_rotated.then_some(usize::from(slides)),
+            query_scale: self.query_scale,
             qk_norm: None,
             softcap: self.attention_softcap,
         }
+    }
+
+    /// The layers with full attention.
+    pub(super) fn layers_without_window(&self) -> HashSet<usize> {
+        let layers = self.windows.iter().enumerate();
+        let full = layers.filter(|(_, window)| window.is_none());
+        full.map(|(layer, _)| layer).collect()
     }
 
     fn feed_forward(&self, index: usize) -> FeedForward {
@@ -192,7 +211,9 @@ impl Hyperparameters {
         let cap = self.attention_softcap.unwrap_or(1.0);
         positive(|keys| keys.attention_softcap, cap)?;
         let cap = self.logit_softcap.unwrap_or(1.0);
-        positive(|keys| keys.logit_softcap, cap)
+        positive(|keys| keys.logit_softcap, cap)?;
+        positive(|keys| keys.logit_scale, self.logit_scale)?;
+        positive(|keys| keys.embedding_scale, self.embedding_scale)
     }
 
     fn check_experts(&self, experts: Experts) -> Result<(), ModelError> {

@@ -149,7 +149,8 @@ impl Inventory<'_> {
                 Ok(())
             }
             FeedForward::Dense { .. } => {
-                let gate_up: &[Part] = match self.source.config().architecture.storage.is_fused {
+                let gate_up: &[Part] = match self.source.config().architecture.storage.fuses_gate_up
+                {
                     true => &[Part::FusedGateUp],
                     false => &[Part::Gate, Part::Up],
                 };

@@ -4,7 +4,7 @@
 //! them, the inventory and the random weights follow from them, and nothing else needs to
 //! know which architecture they came from.
 
-use crate::device::{Activation, HeadShape, RoutingSpec};
+use crate::device::{Activation, HeadShape, QueryScale, RoutingSpec};
 
 /// One layer: a mixer, which lets tokens see each other, and a feed-forward part, which
 /// works on each token alone. The output of each is added to the residual stream.
@@ -36,8 +36,11 @@ pub struct Attention {
     pub scale: f32,
     /// A token sees itself and the `window − 1` tokens before it; all when `None`.
     pub window: Option<usize>,
-    /// Index of its position embedding in [`ModelConfig::ropes`](super::ModelConfig::ropes).
-    pub rope: usize,
+    /// Index of its position embedding in [`ModelConfig::ropes`](super::ModelConfig::ropes);
+    /// `None` if queries and keys are not rotated.
+    pub rope: Option<usize>,
+    /// Factor on the queries that depends on their position, if there is one.
+    pub query_scale: Option<QueryScale>,
     /// How queries and keys are normalised before RoPE, if they are.
     pub qk_norm: Option<QkNormKind>,
     /// Soft cap on the scaled scores: `s → cap · tanh(s / cap)`.
@@ -69,6 +72,15 @@ pub struct Experts {
     pub routing: RoutingSpec,
 }
 
+/// What the norms of the residual stream compute. Those of queries and keys are RMSNorms.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormKind {
+    /// `x / rms(x) · weight`.
+    Rms,
+    /// `(x − mean(x)) / σ(x) · weight`, without a bias.
+    Layer,
+}
+
 /// Where the norms of a mixer or of a feed-forward part are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NormPlacement {
@@ -78,6 +90,9 @@ pub enum NormPlacement {
     After,
     /// On both.
     BeforeAndAfter,
+    /// Nowhere. A feed-forward part with this placement computes beside the mixer: it reads
+    /// the mixer's normalised input, and both outputs are added to the residual stream.
+    BesideMixer,
 }
 
 /// How queries and keys are normalised before RoPE.
@@ -112,6 +127,11 @@ impl NormPlacement {
     /// Whether there is a norm on the input.
     pub fn is_before(self) -> bool {
         matches!(self, Self::Before | Self::BeforeAndAfter)
+    }
+
+    /// Whether the input is the residual stream itself.
+    pub fn reads_residual(self) -> bool {
+        self == Self::After
     }
 
     /// Whether there is a norm on the output.

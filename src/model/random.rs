@@ -81,7 +81,7 @@ impl List<'_> {
             }
             FeedForward::Dense { width, .. } => {
                 let bias = config.biases.feed_forward;
-                if config.architecture.storage.is_fused {
+                if config.architecture.storage.fuses_gate_up {
                     self.part(layer, Part::FusedGateUp, 2 * width, hidden);
                 } else {
                     self.part(layer, Part::Gate, width, hidden);
@@ -100,7 +100,7 @@ impl List<'_> {
         let attention = config.layers[layer].attention();
         let heads = attention.heads;
         let (q, kv) = (heads.q_columns(), heads.kv_heads * heads.head_dim);
-        if config.architecture.storage.is_fused {
+        if config.architecture.storage.fuses_qkv {
             self.part(layer, Part::FusedQkv, q + 2 * kv, hidden);
         } else {
             for (part, rows) in [(Part::Query, q), (Part::Key, kv), (Part::Value, kv)] {

@@ -1,5 +1,6 @@
 //! Finds a model's tensors, whatever its file calls them.
 
+use super::architectures::RopeRows;
 use super::names::{self, Part};
 use super::stored::{StoredLinear, StoredRows};
 use super::{ModelConfig, ModelError, gguf, huggingface, inventory};
@@ -206,22 +207,32 @@ impl ModelSource {
         }
         let parts = [(Part::Query, q), (Part::Key, kv), (Part::Value, kv)];
         let mut qkv = self.linear(layer, &parts, hidden)?;
-        if self.interleaves() {
-            let head_dim = heads.head_dim;
-            qkv.order_first(2, RowOrder::RopeInterleaved { head_dim });
+        if let Some(order) = self.rope_order(layer) {
+            qkv.order_first(2, order);
         }
         Ok(qkv)
     }
 
-    /// Whether query and key rows are stored interleaved for RoPE.
-    fn interleaves(&self) -> bool {
-        self.naming == Naming::Gguf && self.config.architecture.storage.gguf_interleaves_rope
+    /// The order in which the rows of queries and keys of a layer are stored, unless it is that
+    /// in which they are used. It does not matter where they are not rotated.
+    fn rope_order(&self, layer: usize) -> Option<RowOrder> {
+        let attention = self.config.layers[layer].attention();
+        let rope = &self.config.ropes[attention.rope?];
+        let is_interleaved = match self.config.architecture.storage.rope_rows {
+            RopeRows::Halves => false,
+            RopeRows::InterleavedInGguf => self.naming == Naming::Gguf,
+            RopeRows::Interleaved => true,
+        };
+        is_interleaved.then_some(RowOrder::RopeInterleaved {
+            head_dim: attention.heads.head_dim,
+            rotary_dim: rope.rotary_dim,
+        })
     }
 
     /// Whether query, key and value of a layer are one tensor.
     pub(super) fn fuses_qkv(&self, layer: usize) -> bool {
         // Fused rows would have to be taken apart to undo an interleaving.
-        !self.interleaves() && self.holds(&self.name(layer, Part::FusedQkv))
+        self.rope_order(layer).is_none() && self.holds(&self.name(layer, Part::FusedQkv))
     }
 
     /// The attention's output projection.
@@ -237,7 +248,7 @@ impl ModelSource {
         width: usize,
     ) -> Result<StoredLinear<'_>, ModelError> {
         let hidden = self.config.hidden;
-        if self.config.architecture.storage.is_fused {
+        if self.config.architecture.storage.fuses_gate_up {
             return self.linear(layer, &[(Part::FusedGateUp, 2 * width)], hidden);
         }
         self.linear(layer, &[(Part::Gate, width), (Part::Up, width)], hidden)

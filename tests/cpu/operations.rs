@@ -38,6 +38,51 @@ fn normalized(x: &[f64], weight: &[f32]) -> Vec<f64> {
         .collect()
 }
 
+fn centred(x: &[f64], columns: usize) -> Vec<f64> {
+    let row = |row: &[f64]| {
+        let mean = row.iter().sum::<f64>() / columns as f64;
+        row.iter().map(|v| v - mean).collect::<Vec<_>>()
+    };
+    x.chunks(columns).flat_map(row).collect()
+}
+
+#[test]
+fn queries_are_scaled_in_stages_of_their_positions() {
+    let heads = HeadShape {
+        q_heads: 2,
+        kv_heads: 1,
+        head_dim: 4,
+    };
+    let columns = heads.qkv_columns();
+    let mut d = device(SimdLevel::Auto, 1, Activations::Auto);
+    let mut batch = Batch::new(1);
+    batch.push(&[0; 9], 6, 16, [(0, [0])]);
+    d.stage(&batch).unwrap();
+    let scale = |offset| QueryScale {
+        slope: 0.1,
+        interval: 4,
+        offset,
+    };
+    for offset in [0, 1] {
+        let mut qkv = tensor(&mut d, columns, &vec![1.0; 9 * columns]);
+        d.scale_queries(&mut qkv, heads, scale(offset)).unwrap();
+        for row in 0..9 {
+            let stage = (6 + row + offset as usize) / 4;
+            let factor = 0.1 * (stage as f32 + 1.0).ln() + 1.0;
+            let (queries, others) = qkv.row(row).split_at(heads.q_columns());
+            assert!(queries.iter().all(|query| *query == factor), "row {row}");
+            assert!(others.iter().all(|other| *other == 1.0), "row {row}");
+        }
+    }
+    let never = QueryScale {
+        interval: 0,
+        ..scale(0)
+    };
+    let mut qkv = tensor(&mut d, columns, &vec![1.0; 9 * columns]);
+    let error = d.scale_queries(&mut qkv, heads, never).unwrap_err();
+    assert!(error.to_string().contains("interval"), "{error}");
+}
+
 #[test]
 fn norms_agree_with_float64() {
     let mut random = Random::new(21);
@@ -78,6 +123,15 @@ fn norms_agree_with_float64() {
             let mut residual = tensor(&mut d, columns, &r);
             d.add(&mut residual, &x_tensor, rows).unwrap();
             assert_near(&values(&residual, rows), &sum, 1e-6, &what);
+
+            let mut residual = tensor(&mut d, columns, &r);
+            d.centre(&mut residual, rows).unwrap();
+            assert_near(
+                &values(&residual, rows),
+                &centred(&wide(&r), columns),
+                1e-5,
+                &what,
+            );
         }
     }
 }

@@ -21,6 +21,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     gguf: Some(GgufFormat {
         name: "qwen3moe",
         read: read_metadata,
+        settings: &[],
     }),
     storage: Storage::COMMON,
     layer: qwen3::layer,

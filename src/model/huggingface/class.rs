@@ -43,9 +43,9 @@ pub(in crate::model) struct ConfigClass {
 /// How a class understands the settings of the position embedding.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::model) struct RopeRules {
-    /// Whether `partial_rotary_factor` counts. Other classes rotate all of a head whatever
+    /// `partial_rotary_factor`, where it counts. Other classes rotate all of a head whatever
     /// it says, or fail.
-    pub(in crate::model) is_partial: bool,
+    pub(in crate::model) partial: Option<f32>,
     /// Other names of the RoPE type `longrope`.
     pub(in crate::model) longrope_aliases: &'static [&'static str],
     /// `original_max_position_embeddings`, which then counts beside the RoPE parameters
@@ -56,7 +56,7 @@ pub(in crate::model) struct RopeRules {
 impl RopeRules {
     /// The rules of most classes.
     pub(in crate::model) const COMMON: Self = Self {
-        is_partial: false,
+        partial: None,
         longrope_aliases: &[],
         original_context: None,
     };

@@ -58,6 +58,24 @@ impl Config<'_> {
         Ok(windows.collect())
     }
 
+    /// The windows of layers of which all but each `period`th slide, unless `layer_types` lists
+    /// them: `sliding_window_pattern` is the period, by default `default`.
+    pub(in crate::model) fn periodic_windows(
+        &self,
+        window: Option<usize>,
+        default: usize,
+    ) -> Result<Vec<Option<usize>>, ModelError> {
+        let key = "sliding_window_pattern";
+        let period = match self.settings.get("layer_types") {
+            Some(_) => default,
+            None => self.settings.size(key)?.unwrap_or(default),
+        };
+        if period == 0 {
+            return Err(self.settings.refused(key, period, "at least 1"));
+        }
+        self.mixed_windows(window, |layer| (layer + 1) % period != 0)
+    }
+
     /// `layer_types`: for each layer whether it slides.
     fn layer_types(&self) -> Result<Option<Vec<bool>>, ModelError> {
         let settings = self.settings;
