@@ -49,7 +49,7 @@ pub use batch::{Batch, BatchGroup, BatchSequence, Feedback};
 pub use cache::{CacheLayer, CacheOps, CacheShape};
 pub use embedding::EmbeddingOps;
 pub use error::DeviceError;
-pub use experts::{ExpertOps, RoutingSpec};
+pub use experts::{ExpertOps, RouterScore, RoutingSpec, SigmoidRouting};
 pub use linear::{LinearOps, LinearSpec, RowOrder, WeightRows};
 pub use norm::NormOps;
 pub use pooling::{PooledRows, PoolingOps};

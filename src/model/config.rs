@@ -1,7 +1,7 @@
 //! Everything about a model but its weights.
 
 use super::architectures::Architecture;
-use super::layer::{Experts, FeedForward, LayerSpec, NormKind};
+use super::layer::{Experts, FeedForward, LayerSpec, NormKind, NormPlacement};
 use super::{ModelError, RopeConfig};
 use crate::device::HeadShape;
 use std::fmt::Debug;
@@ -61,6 +61,8 @@ pub struct ModelConfig {
     pub logit_softcap: Option<f32>,
     /// Which projections have a bias.
     pub biases: Biases,
+    /// Layers that files hold after these, to predict further tokens. They are not computed.
+    pub prediction_layers: usize,
     /// Tokens that end a sequence, as far as the model's own settings say.
     pub end_tokens: Vec<u32>,
 }
@@ -103,6 +105,11 @@ impl ModelConfig {
         })
     }
 
+    /// The width of the dense parts beside the experts, if there are any.
+    pub fn shared_width(&self) -> Option<usize> {
+        self.experts()?.shared
+    }
+
     /// Checks that the layers fit the memory that they share: the cache has one shape for
     /// all of them, and so have the intermediates of a step.
     pub(super) fn check_layers(self) -> Result<Self, ModelError> {
@@ -134,6 +141,12 @@ impl ModelConfig {
                     let first = experts.unwrap_or(own);
                     if own != first {
                         return Err(uneven(index, "experts", own, first));
+                    }
+                    // Both are added to the residual stream, one after the other.
+                    if own.shared.is_some() && layer.feed_forward_norms != NormPlacement::Before {
+                        let key = format!("layer {index}'s norms beside shared experts");
+                        let found = format!("{:?}", layer.feed_forward_norms);
+                        return Err(ModelError::setting(key, found, "Before"));
                     }
                 }
             }

@@ -330,15 +330,15 @@ impl LayerStep<'_> {
             ..
         } = workspace;
         let input = match self.spec.mixer_norms.reads_residual() {
-            true => residual,
-            false => normed,
+            true => &*residual,
+            false => &*normed,
         };
         device.linear(input, &layer.qkv, self.rows, qkv)?;
         let norm = layer.qk_norm.as_ref().map(|(q, k)| QkNorm {
             q,
             k,
             epsilon: self.norm.epsilon,
-            per_head: spec.qk_norm == Some(QkNormKind::PerHead),
+            per_head: spec.qk_norm != Some(QkNormKind::WholeRow),
         });
         device.rope_store(qkv, spec.heads, norm.as_ref(), rope, cache, self.place)?;
         if let Some(scale) = spec.query_scale {
@@ -348,9 +348,11 @@ impl LayerStep<'_> {
             heads: spec.heads,
             scale: spec.scale,
             window: spec.window,
+            chunked: spec.is_chunked,
             softcap: spec.softcap,
         };
-        device.attend(qkv, &spec, cache, self.place, attention)?;
+        let sinks = layer.sinks.as_ref();
+        device.attend_with_sinks(qkv, &spec, sinks, cache, self.place, attention)?;
         device.linear(attention, &layer.attention_out, self.rows, delta)
     }
 
@@ -367,11 +369,13 @@ impl LayerStep<'_> {
             gate_up,
             hidden,
             router,
+            shared_gate_up,
+            shared_hidden,
             ..
         } = workspace;
         let input = match self.spec.feed_forward_norms.reads_residual() {
-            true => residual,
-            false => normed,
+            true => &*residual,
+            false => &*normed,
         };
         match (&layer.feed_forward, gate_up, hidden, router) {
             (
@@ -392,13 +396,24 @@ impl LayerStep<'_> {
                     router: weight,
                     experts,
                     routing,
+                    shared,
                 },
                 _,
                 _,
                 Some(router),
             ) => {
                 device.linear(input, weight, self.rows, router)?;
-                device.experts(input, router, *routing, experts, self.rows, delta)
+                device.experts(input, router, *routing, experts, self.rows, delta)?;
+                let shared = shared.as_ref().zip(shared_gate_up.as_mut());
+                let Some(((shared, gate_up), hidden)) = shared.zip(shared_hidden.as_mut()) else {
+                    return Ok(());
+                };
+                // `check_layers` allows shared experts only where `input` is not the residual
+                // stream, and nothing but `delta` is pending.
+                device.add(residual, delta, self.rows)?;
+                let (rows, activation) = (self.rows, routing.activation);
+                device.gated_linear(normed, &shared.gate_up, activation, rows, gate_up, hidden)?;
+                device.linear(hidden, &shared.down, rows, delta)
             }
             _ => unreachable!("the workspace is allocated for the layers that there are"),
         }

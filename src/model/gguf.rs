@@ -7,7 +7,7 @@ use super::hyperparameters::Hyperparameters;
 use super::key_names::{self, KeyNames};
 use super::layer::{Experts, NormKind};
 use super::{Biases, ModelConfig, ModelError};
-use crate::device::{HeadShape, RoutingSpec};
+use crate::device::{HeadShape, RouterScore, RoutingSpec, SigmoidRouting};
 use crate::weights::WeightSource;
 use crate::weights::gguf::{Gguf, Value};
 use std::collections::HashSet;
@@ -166,13 +166,16 @@ impl<'a> Metadata<'a> {
             logit_softcap: self.number("final_logit_softcapping")?,
             logit_scale: 1.0,
             unrotated: HashSet::new(),
+            has_qk_norm: false,
             query_scale: None,
             sliding_rope: rope.clone(),
             rope,
+            is_chunked: false,
             windows: self.windows(self.window(None)?, 0)?,
             experts: None,
             dense_layers: HashSet::new(),
             biases: Biases::AS_STORED,
+            prediction_layers: 0,
             end_tokens: Vec::new(),
             names: KeyNames {
                 keys: key_names::GGUF,
@@ -268,10 +271,46 @@ impl<'a> Metadata<'a> {
             width,
             routing: RoutingSpec {
                 top_k: self.required_size("expert_used_count")?,
+                score: RouterScore::Softmax,
                 normalize: true,
                 activation: self.architecture.class.activation,
             },
+            has_corrections: false,
+            shared: None,
         }))
+    }
+
+    /// The mixture of experts of an architecture whose weights are sigmoids, if there is one.
+    pub(super) fn sigmoid_experts(&self) -> Result<Option<Experts>, ModelError> {
+        let Some(experts) = self.experts()? else {
+            return Ok(None);
+        };
+        let key = "expert_gating_func";
+        if let Some(function) = self.size(key)?.filter(|&function| function != SIGMOID) {
+            return Err(self.refused(key, function, "2, the sigmoid"));
+        }
+        let shared = self.size("expert_shared_count")?.unwrap_or(0);
+        let size_or_1 = |key| Ok::<_, ModelError>(self.size(key)?.unwrap_or(1).max(1));
+        Ok(Some(Experts {
+            routing: RoutingSpec {
+                score: RouterScore::Sigmoid(SigmoidRouting {
+                    scale: self.positive("expert_weights_scale")?.unwrap_or(1.0),
+                    groups: size_or_1("expert_group_count")?,
+                    top_groups: size_or_1("expert_group_used_count")?,
+                    scales_input: false,
+                }),
+                normalize: self.flag("expert_weights_norm")?.unwrap_or(false),
+                ..experts.routing
+            },
+            has_corrections: true,
+            shared: (shared > 0).then_some(experts.width.saturating_mul(shared)),
+            ..experts
+        }))
+    }
+
+    /// Whether the file has a tensor of this name.
+    pub(super) fn holds(&self, name: &str) -> bool {
+        self.file.tensor(name).is_some()
     }
 
     /// Refuses experts of an architecture that is computed without.
@@ -295,6 +334,8 @@ impl<'a> Metadata<'a> {
             ("attention.scale", 0.0),
             ("attention.temperature_scale", 0.0),
             ("embedding_scale", 1.0),
+            ("expert_gating_func", 1.0),
+            ("expert_group_count", 1.0),
             ("expert_shared_count", 0.0),
             ("expert_weights_scale", 1.0),
             ("leading_dense_block_count", 0.0),
@@ -319,6 +360,9 @@ impl<'a> Metadata<'a> {
         }
     }
 }
+
+/// The value of `expert_gating_func` for sigmoids.
+const SIGMOID: usize = 2;
 
 /// How a file says which layers have a window.
 enum Pattern {

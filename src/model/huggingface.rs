@@ -105,13 +105,16 @@ impl<'a> Config<'a> {
             logit_softcap: None,
             logit_scale: 1.0,
             unrotated: HashSet::new(),
+            has_qk_norm: false,
             query_scale: None,
             rope,
             sliding_rope,
+            is_chunked: false,
             windows: self.same_windows(None)?,
             experts: None,
             dense_layers: HashSet::new(),
             biases: Biases::NONE,
+            prediction_layers: 0,
             end_tokens: self.end_tokens()?,
             names: self.names(),
         })
@@ -120,10 +123,9 @@ impl<'a> Config<'a> {
     /// What the file calls the numbers.
     fn names(&self) -> KeyNames {
         let settings = self.settings;
-        let experts = match settings.get("num_local_experts") {
-            Some(_) => "num_local_experts",
-            None => key_names::HUGGINGFACE.experts,
-        };
+        let names = ["num_local_experts", "n_routed_experts"];
+        let named = names.into_iter().find(|key| settings.get(key).is_some());
+        let experts = named.unwrap_or(key_names::HUGGINGFACE.experts);
         KeyNames {
             keys: Keys {
                 experts,
@@ -182,7 +184,7 @@ impl<'a> Config<'a> {
     fn check_activation(&self) -> Result<(), ModelError> {
         let activation = self.class().activation;
         let expected: &[&str] = match activation {
-            Activation::Silu => &["silu", "swish"],
+            Activation::Silu | Activation::ClampedSwiGlu { .. } => &["silu", "swish"],
             Activation::GeluTanh => &["gelu_pytorch_tanh", "gelu_fast", "gelu_new"],
         };
         let key = if self.settings.get("hidden_activation").is_some() {

@@ -5,7 +5,7 @@ use super::architectures::Architecture;
 use super::key_names::{KeyNames, Keys};
 use super::layer::{Attention, Experts, FeedForward, LayerSpec, Mixer, NormKind, NormPlacement};
 use super::{Biases, ModelConfig, ModelError, RopeConfig};
-use crate::device::{Activation, HeadShape, QueryScale};
+use crate::device::{Activation, HeadShape, QueryScale, RouterScore};
 use std::collections::HashSet;
 
 /// The numbers of a model, from `config.json` or GGUF metadata.
@@ -38,14 +38,20 @@ pub(super) struct Hyperparameters {
     pub(super) sliding_rope: RopeConfig,
     /// Layers whose queries and keys are not rotated.
     pub(super) unrotated: HashSet<usize>,
+    /// Whether queries and keys are normalised, in architectures whose models may do without.
+    pub(super) has_qk_norm: bool,
     /// Factor on the queries that depends on their position.
     pub(super) query_scale: Option<QueryScale>,
+    /// Whether the windows are chunks: a token sees those of its own chunk of that many.
+    pub(super) is_chunked: bool,
     /// The sliding window of each layer; `None` for full attention.
     pub(super) windows: Vec<Option<usize>>,
     pub(super) experts: Option<Experts>,
     /// Layers whose feed-forward part is dense although there are experts.
     pub(super) dense_layers: HashSet<usize>,
     pub(super) biases: Biases,
+    /// Layers after the others that predict further tokens, and are not computed.
+    pub(super) prediction_layers: usize,
     /// Tokens that end a sequence.
     pub(super) end_tokens: Vec<u32>,
     /// What the file calls the numbers.
@@ -81,6 +87,7 @@ impl Hyperparameters {
             norm_epsilon: self.norm_epsilon,
             logit_softcap: self.logit_softcap,
             biases: self.biases,
+            prediction_layers: self.prediction_layers,
             end_tokens: self.end_tokens,
         };
         model.check_layers()
@@ -106,6 +113,8 @@ impl Hyperparameters {
             heads: self.heads,
             scale: self.attention_scale,
             window,
+            is_chunked: self.is_chunked && window.is_some(),
+            has_sinks: false,
             rope: is_rotated.then_some(usize::from(slides)),
             query_scale: self.query_scale,
             qk_norm: None,
@@ -223,6 +232,21 @@ impl Hyperparameters {
         if top_k == 0 || top_k > count {
             let expected = format!("from 1 to the {count} experts");
             return Err(self.refused(|keys| keys.experts_per_token, top_k, expected));
+        }
+        if let Some(shared) = experts.shared {
+            self.check_size(|keys| keys.shared_experts, shared, 1 << 22)?;
+        }
+        let RouterScore::Sigmoid(sigmoid) = experts.routing.score else {
+            return Ok(());
+        };
+        if !(sigmoid.scale.is_finite() && sigmoid.scale > 0.0) {
+            let expected = "a positive number";
+            return Err(self.refused(|keys| keys.expert_scale, sigmoid.scale, expected));
+        }
+        if let Err(expected) = experts.routing.check(count) {
+            let found = format!("{} of {}", sigmoid.top_groups, sigmoid.groups);
+            let expected = format!("such that experts can be chosen: {expected}");
+            return Err(self.refused(|keys| keys.expert_groups, found, expected));
         }
         Ok(())
     }

@@ -36,6 +36,10 @@ pub struct Attention {
     pub scale: f32,
     /// A token sees itself and the `window − 1` tokens before it; all when `None`.
     pub window: Option<usize>,
+    /// Whether the window does not slide: a token sees those of its own chunk of that many.
+    pub is_chunked: bool,
+    /// Whether each head has a sink: a score that takes part in the softmax without a value.
+    pub has_sinks: bool,
     /// Index of its position embedding in [`ModelConfig::ropes`](super::ModelConfig::ropes);
     /// `None` if queries and keys are not rotated.
     pub rope: Option<usize>,
@@ -70,6 +74,11 @@ pub struct Experts {
     pub width: usize,
     /// How the router chooses, and the experts' non-linearity.
     pub routing: RoutingSpec,
+    /// Whether the choice of each expert is corrected by a number of its own.
+    pub has_corrections: bool,
+    /// Width of a dense part beside the experts, which computes every token; `None` if there is
+    /// none.
+    pub shared: Option<usize>,
 }
 
 /// What the norms of the residual stream compute. Those of queries and keys are RMSNorms.
@@ -100,6 +109,8 @@ pub enum NormPlacement {
 pub enum QkNormKind {
     /// Each head on its own.
     PerHead,
+    /// Each head on its own, with weights of 1 that are not stored.
+    PerHeadUnweighted,
     /// All heads of a row together.
     WholeRow,
 }
@@ -113,11 +124,12 @@ impl LayerSpec {
 }
 
 impl Attention {
-    /// Lengths of the weights of the query norm and of the key norm, if there are norms.
+    /// Lengths of the stored weights of the query norm and of the key norm, if there are some.
     pub fn qk_norm_lengths(&self) -> Option<(usize, usize)> {
         let heads = self.heads;
         Some(match self.qk_norm? {
             QkNormKind::PerHead => (heads.head_dim, heads.head_dim),
+            QkNormKind::PerHeadUnweighted => return None,
             QkNormKind::WholeRow => (heads.q_columns(), heads.kv_heads * heads.head_dim),
         })
     }

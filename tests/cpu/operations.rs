@@ -2,6 +2,8 @@
 //! and feedback.
 
 use common::cpu::*;
+use common::experts;
+use common::experts::{COLUMNS, EXPERTS, Mixture};
 use quell::internals::device::*;
 use quell::internals::sampling::{SampleRow, sample};
 use quell::internals::weights::DType;
@@ -163,6 +165,7 @@ fn activations_agree_with_float64_even_far_from_zero() {
                                     * (x + 0.044_715 * x * x * x);
                                 0.5 * x * (1.0 + inner.tanh())
                             }
+                            Activation::ClampedSwiGlu { .. } => unreachable!(),
                         });
                         activated.zip(up).map(|(a, up)| a * up).collect::<Vec<_>>()
                     })
@@ -232,6 +235,7 @@ fn experts_are_chosen_weighted_and_summed() {
     {
         let routing = RoutingSpec {
             top_k,
+            score: RouterScore::Softmax,
             normalize,
             activation: Activation::Silu,
         };
@@ -294,6 +298,72 @@ fn experts_are_chosen_weighted_and_summed() {
             assert_eq!(bits(alone.row(0)), all[row * width..][..width], "row {row}");
         }
     }
+}
+
+#[test]
+fn every_kind_of_router_and_expert_agrees_with_float64() {
+    let mut random = Random::new(26);
+    let rows = 9;
+    for options in experts::options() {
+        let mixture = Mixture::new(&mut random);
+        let x = random.numbers(rows * COLUMNS);
+        let logits: Vec<f32> = random.numbers(rows * EXPERTS);
+        let logits: Vec<f32> = logits.iter().map(|logit| logit * 3.0).collect();
+        let expected: Vec<f64> = (0..rows)
+            .flat_map(|row| {
+                let x = &x[row * COLUMNS..][..COLUMNS];
+                mixture.row(&options, x, &logits[row * EXPERTS..][..EXPERTS])
+            })
+            .collect();
+        for level in levels() {
+            let mut d = device(level, 2, Activations::F32);
+            let loaded = mixture.load(&mut d, &options);
+            let (x, router) = (
+                tensor(&mut d, COLUMNS, &x),
+                tensor(&mut d, EXPERTS, &logits),
+            );
+            let mut out = d.allocate(rows, COLUMNS, Precision::Full).unwrap();
+            d.experts(&x, &router, options.routing, &loaded, rows, &mut out)
+                .unwrap();
+            assert_near(
+                &values(&out, rows),
+                &expected,
+                1e-4,
+                &format!("{options:?}"),
+            );
+        }
+    }
+}
+
+#[test]
+fn experts_that_cannot_be_chosen_are_refused() {
+    let mut random = Random::new(27);
+    let mixture = Mixture::new(&mut random);
+    let options = experts::options()[2];
+    let mut d = device(SimdLevel::Auto, 1, Activations::F32);
+    let loaded = mixture.load(&mut d, &options);
+    let x = tensor(&mut d, COLUMNS, &[0.0; COLUMNS]);
+    let router = tensor(&mut d, EXPERTS, &[0.0; EXPERTS]);
+    let mut out = d.allocate(1, COLUMNS, Precision::Full).unwrap();
+    for (groups, top_groups, top_k) in [(3, 1, 1), (0, 1, 1), (8, 1, 1), (4, 5, 2), (4, 1, 3)] {
+        let RouterScore::Sigmoid(sigmoid) = options.routing.score else {
+            panic!("not a sigmoid");
+        };
+        let routing = RoutingSpec {
+            top_k,
+            score: RouterScore::Sigmoid(SigmoidRouting {
+                groups,
+                top_groups,
+                ..sigmoid
+            }),
+            ..options.routing
+        };
+        let error = d.experts(&x, &router, routing, &loaded, 1, &mut out);
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("experts"), "{error}");
+    }
+    let error = d.load_corrected_experts(&[], &[], Some(&[1.0]));
+    assert!(error.err().unwrap().to_string().contains("corrections"));
 }
 
 #[test]

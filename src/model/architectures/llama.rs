@@ -37,6 +37,7 @@ pub(super) const CLASS: ConfigClass = ConfigClass {
     head_dim: None,
     query_scale: None,
     window: None,
+    local_attention: "sliding_attention",
     context: 2048,
     norm_epsilon: 1e-6,
     rope_theta: 10_000.0,

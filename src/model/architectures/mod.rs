@@ -12,8 +12,12 @@ mod exaone4;
 mod gemma2;
 mod gemma3;
 mod glm4;
+mod glm4_moe;
+mod gpt_oss;
 mod granite;
 mod llama;
+mod llama4;
+mod minimax_m2;
 mod ministral3;
 mod mistral;
 mod mixtral;
@@ -56,6 +60,10 @@ static ALL: &[&Architecture] = &[
     &glm4::ARCHITECTURE,
     &cohere2::ARCHITECTURE,
     &ministral3::ARCHITECTURE,
+    &gpt_oss::ARCHITECTURE,
+    &glm4_moe::ARCHITECTURE,
+    &minimax_m2::ARCHITECTURE,
+    &llama4::ARCHITECTURE,
 ];
 
 /// An architecture: its names, how its files are read, and what its layers compute.
@@ -108,6 +116,21 @@ pub(super) struct Storage {
     pub(super) norm_weights_are_offsets: bool,
     /// How the rows of queries and keys are stored.
     pub(super) rope_rows: RopeRows,
+    /// The tensors in which Hugging Face checkpoints stack all experts of a layer; `None` if
+    /// each expert has its own.
+    pub(super) stacked_experts: Option<StackedExperts>,
+}
+
+/// Tensors of all experts of a layer, whose matrices are transposed. Biases, if there are some, are
+/// in tensors of these names with `_bias` behind them.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct StackedExperts {
+    /// Gates and ups, `[experts, hidden, 2 · width]`.
+    pub(super) gate_up: &'static str,
+    /// `[experts, width, hidden]`.
+    pub(super) down: &'static str,
+    /// Whether gates and ups alternate. Otherwise, all gates come first.
+    pub(super) alternates: bool,
 }
 
 /// Where the two halves that RoPE rotates are stored interleaved within each head. Their rows
@@ -132,6 +155,7 @@ impl Storage {
         fuses_gate_up: false,
         norm_weights_are_offsets: false,
         rope_rows: RopeRows::Halves,
+        stacked_experts: None,
     };
 }
 

@@ -14,6 +14,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
         norm_epsilon: 1e-5,
         rope: RopeRules {
             partial: Some(1.0),
+            dimension_key: None,
             // Early checkpoints use these names for LongRoPE.
             longrope_aliases: &["su", "yarn"],
             original_context: Some(4096),

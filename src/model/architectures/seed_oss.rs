@@ -47,7 +47,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     })
 }
 
-fn gguf_name(part: Part) -> String {
+pub(super) fn gguf_name(part: Part) -> String {
     match part {
         Part::FeedForwardNorm => "post_attention_norm".to_owned(),
         other => names::gguf(other),

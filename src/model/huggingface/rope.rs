@@ -105,6 +105,13 @@ impl<'a> Config<'a> {
     /// Elements of a head that are rotated.
     fn rotary_dim(&self, own: Settings<'_>) -> Result<usize, ModelError> {
         let key = "partial_rotary_factor";
+        let is_said = own.get(key).is_some() || self.settings.get(key).is_some();
+        if let Some(key) = self.class().rope.dimension_key
+            && let Some(dimension) = self.settings.size(key)?
+            && !is_said
+        {
+            return Ok(dimension);
+        }
         let (place, partial) = match own.number(key)? {
             Some(partial) => (own, partial),
             None => {

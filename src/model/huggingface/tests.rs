@@ -1,6 +1,7 @@
 //! Settings of `config.json`, read and refused.
 
 use super::*;
+use crate::device::RouterScore;
 use crate::model::{RopeConfig, RopeScaling};
 use serde_json::json;
 
@@ -304,6 +305,24 @@ fn what_a_configuration_leaves_out_is_as_in_the_configuration_class() {
             (32, 8, 128),
             (131_072, 262_144, None),
         ),
+        (
+            "gpt_oss",
+            (36, 2880, 2880),
+            (64, 8, 64),
+            (201_088, 131_072, Some(128)),
+        ),
+        (
+            "minimax_m2",
+            (62, 3072, 1536),
+            (48, 8, 128),
+            (200_064, 196_608, None),
+        ),
+        (
+            "llama4_text",
+            (48, 5120, 8192),
+            (40, 8, 128),
+            (202_048, 131_072, Some(8192)),
+        ),
     ];
     for (name, sizes, heads, rest) in expected {
         let config = bare(name);
@@ -311,6 +330,7 @@ fn what_a_configuration_leaves_out_is_as_in_the_configuration_class() {
         let epsilon = match name {
             "llama" | "mistral" | "qwen2" | "qwen3" | "qwen3_moe" => 1e-6,
             "gemma2" | "gemma3_text" | "granite" | "smollm3" | "seed_oss" => 1e-6,
+            "minimax_m2" => 1e-6,
             "glm4" => 1.5625e-7,
             _ => 1e-5,
         };
@@ -318,7 +338,9 @@ fn what_a_configuration_leaves_out_is_as_in_the_configuration_class() {
         let theta = match name {
             "mixtral" | "gemma3_text" | "ministral3" => 1e6,
             "smollm3" => 2e6,
-            "olmo3" | "ernie4_5" => 500_000.0,
+            "olmo3" | "ernie4_5" | "llama4_text" => 500_000.0,
+            "gpt_oss" => 150_000.0,
+            "minimax_m2" => 5e6,
             _ => 10_000.0,
         };
         assert_eq!(config.ropes[0].theta, theta, "{name}");
@@ -622,4 +644,115 @@ fn a_name_with_vision_is_read_as_the_text_model_that_it_holds() {
     let unknown = json!({"model_type": "llava9", "text_config": {"model_type": "other9"}});
     let error = read(&unknown).unwrap_err().to_string();
     assert!(error.contains("llava9"), "{error}");
+}
+
+#[test]
+fn mixtures_of_sigmoids_read_how_their_routers_choose() {
+    let sigmoid = |config: &ModelConfig| match config.experts().unwrap().routing.score {
+        RouterScore::Sigmoid(sigmoid) => sigmoid,
+        RouterScore::Softmax => panic!("not a sigmoid"),
+    };
+    let glm = |changes| {
+        read(&with(
+            json!({"model_type": "glm4_moe", "head_dim": 128}),
+            changes,
+        ))
+    };
+    let config = glm(json!({
+        "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "first_k_dense_replace": 3,
+        "n_shared_experts": 2, "num_nextn_predict_layers": 1,
+    }))
+    .unwrap();
+    let routing = sigmoid(&config);
+    assert_eq!((routing.groups, routing.top_groups), (8, 4));
+    assert_eq!(routing.scale, 2.5);
+    assert_eq!(config.shared_width(), Some(2 * 1408));
+    assert_eq!(config.prediction_layers, 1);
+    let is_dense = |layer: usize| {
+        matches!(
+            config.layers[layer].feed_forward,
+            crate::model::layer::FeedForward::Dense { .. }
+        )
+    };
+    assert_eq!([0, 2, 3, 45].map(is_dense), [true, true, false, false]);
+    assert_eq!(config.ropes[0].rotary_dim, 64);
+    for (changes, key) in [
+        (json!({"n_group": 7}), "topk_group"),
+        (json!({"n_group": 4, "topk_group": 5}), "topk_group"),
+        (json!({"n_group": 64, "topk_group": 1}), "topk_group"),
+        (json!({"routed_scaling_factor": 0}), "routed_scaling_factor"),
+        (json!({"n_routed_experts": 0}), "n_routed_experts"),
+        (json!({"num_experts_per_tok": 129}), "num_experts_per_tok"),
+    ] {
+        let error = glm(changes).unwrap_err().to_string();
+        assert!(error.contains(key), "{key}: {error}");
+    }
+    assert!(bare("minimax_m2").experts().unwrap().has_corrections);
+    let rotary = json!({"model_type": "minimax_m2", "rotary_dim": 64});
+    assert_eq!(read(&rotary).unwrap().ropes[0].rotary_dim, 64);
+}
+
+#[test]
+fn llama4_mixes_chunks_and_layers_without_rope() {
+    let llama = |changes| read(&with(json!({"model_type": "llama4_text"}), changes));
+    let config = llama(json!({"interleave_moe_layer_step": 2, "num_hidden_layers": 4})).unwrap();
+    let [first, last] = [0, 3].map(|layer: usize| *config.layers[layer].attention());
+    assert_eq!((first.window, first.is_chunked), (Some(8192), true));
+    assert_eq!((first.rope, first.query_scale), (Some(0), None));
+    assert!(first.qk_norm.is_some() && last.qk_norm.is_none());
+    assert_eq!(
+        (last.window, last.is_chunked, last.rope),
+        (None, false, None)
+    );
+    let scale = last.query_scale.unwrap();
+    assert_eq!((scale.slope, scale.interval, scale.offset), (0.1, 8192, 1));
+    assert_eq!(config.dense_width(), Some(16_384));
+    assert_eq!(config.shared_width(), Some(8192));
+    let plain = json!({"attn_temperature_tuning": false, "attention_chunk_size": null});
+    let config = llama(plain).unwrap();
+    let attentions = || config.layers.iter().map(|layer| layer.attention());
+    assert!(attentions().all(|one| one.query_scale.is_none() && one.window.is_none()));
+    for (changes, key) in [
+        (json!({"attention_chunk_size": 0}), "attention_chunk_size"),
+        (
+            json!({"interleave_moe_layer_step": 0}),
+            "interleave_moe_layer_step",
+        ),
+        (json!({"moe_layers": [0.5]}), "moe_layers"),
+        (json!({"floor_scale": 0}), "floor_scale"),
+        (json!({"attn_scale": null}), "attn_scale"),
+        (
+            json!({"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}),
+            "layer_types",
+        ),
+    ] {
+        let error = llama(changes).unwrap_err().to_string();
+        assert!(error.contains(key), "{key}: {error}");
+    }
+}
+
+#[test]
+fn gpt_oss_is_extended_by_default_and_limits_its_experts() {
+    let config = bare("gpt_oss");
+    let limits = Activation::ClampedSwiGlu {
+        slope: 1.702,
+        limit: 7.0,
+    };
+    assert_eq!(config.experts().unwrap().routing.activation, limits);
+    assert!(
+        config
+            .layers
+            .iter()
+            .all(|layer| layer.attention().has_sinks)
+    );
+    let windows = [0, 1].map(|layer: usize| config.layers[layer].attention().window);
+    assert_eq!(windows, [Some(128), None]);
+    match config.ropes[0].scaling {
+        RopeScaling::Yarn {
+            factor, truncate, ..
+        } => assert_eq!((factor, truncate), (32.0, false)),
+        ref other => panic!("not YaRN: {other:?}"),
+    }
+    let error = read(&json!({"model_type": "gpt_oss", "swiglu_limit": -7.0}));
+    assert!(error.unwrap_err().to_string().contains("swiglu_limit"));
 }
