@@ -66,13 +66,13 @@ template <int HEAD>
 INLINE void attend_decode(
     float* partial_out, float2* partial_stats, const T* qkv, const T* k_cache, const T* v_cache, const u32* tables,
     const uint4* sequences, const uint2* decode_list, u32 q_heads, u32 kv_heads, u32 block_tokens, float scale,
-    float softcap, u32 window
+    float softcap, u32 window, u32 chunks
 ) {
     extern __shared__ __align__(16) u8 shared[];
     const uint2 listed = decode_list[blockIdx.z];
     const uint4 sequence = sequences[listed.x];
     if (sequence.z == 0) return;
-    const Sight sight = Sight::of(sequence.z - 1, window);
+    const Sight sight = Sight::of(sequence.z - 1, window, chunks);
     const u32 first_unit = sight.begin / UNIT, units = (sight.end - 1) / UNIT + 1 - first_unit;
     u32 index = blockIdx.x * WARPS + warp_id();
     if (index >= units) return;
@@ -134,7 +134,7 @@ INLINE void attend_decode(
 // sequence's units in ascending order; zeros for a sequence of length 0.
 KERNEL(256) attend_combine(
     T* out, const float* partial_out, const float2* partial_stats, const uint4* sequences, const uint2* decode_list,
-    u32 q_heads, u32 head_dim, u32 window
+    const float* sinks, u32 q_heads, u32 head_dim, u32 window, u32 chunks
 ) {
     constexpr u32 AT_ONCE = 16;
     const uint2 listed = decode_list[blockIdx.y];
@@ -144,14 +144,15 @@ KERNEL(256) attend_combine(
     const u32 column = min(threadIdx.x, head_dim - 1);
     u32 units = 0;
     if (sequence.z != 0) {
-        const Sight sight = Sight::of(sequence.z - 1, window);
+        const Sight sight = Sight::of(sequence.z - 1, window, chunks);
         units = (sight.end - 1) / UNIT + 1 - sight.begin / UNIT;
     }
     const u64 partial = u64(listed.y) * q_heads + head;
     const u64 stride = u64(q_heads) * head_dim;
     partial_out += partial * head_dim + column;
     partial_stats += partial;
-    float largest = UNSEEN, sum = 0.0f, total = 0.0f;
+    float largest, sum, total = 0.0f;
+    begin_softmax(largest, sum, sinks, head);
     for (u32 first = 0; first < units; first += 32) {
         // Lane i prepares unit i: the largest score of all units before it, then the factors.
         float2 stats = make_float2(UNSEEN, 0.0f);
@@ -313,14 +314,15 @@ struct PrefillCopies {
 template <int HEAD>
 INLINE void attend_prefill(
     T* out, const T* qkv, const T* k_cache, const T* v_cache, const u32* tables, const uint4* sequences,
-    const uint2* prefill_work, u32 q_heads, u32 kv_heads, u32 block_tokens, float scale, float softcap, u32 window
+    const uint2* prefill_work, const float* sinks, u32 q_heads, u32 kv_heads, u32 block_tokens, float scale,
+    float softcap, u32 window, u32 chunks
 ) {
     extern __shared__ __align__(16) u8 shared[];
     const uint2 work = prefill_work[gridDim.x - 1 - blockIdx.x];
     const uint4 sequence = sequences[work.x];
     const u32 group = q_heads / kv_heads, kv_head = blockIdx.y, last = sequence.y * group - 1;
     const u32 first_position = sequence.z - sequence.y;
-    const auto sight_of = [&](u32 packed) { return Sight::of(first_position + packed / group, window); };
+    const auto sight_of = [&](u32 packed) { return Sight::of(first_position + packed / group, window, chunks); };
 
     // What the block, the warp and each of the lane's two rows see. Beyond the last row
     // are copies of it, which are not written.
@@ -345,7 +347,11 @@ INLINE void attend_prefill(
     Softmax<HEAD> unit;
     Total<HEAD> total;
     total.reset(shared + PREFILL_SLOTS<HEAD> * PREFILL_SLOT_BYTES<HEAD>);
-    float largest[2] = {UNSEEN, UNSEEN}, sum[2] = {0.0f, 0.0f};
+    float largest[2], sum[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        begin_softmax(largest[r], sum[r], sinks, kv_head * group + min(lane_row + 8 * r, last) % group);
+    }
     unit.reset();
 #pragma unroll 1
     for (u32 tile = copies.first_tile; tile < copies.end_tile; tile++) {
@@ -401,18 +407,18 @@ INLINE void attend_prefill(
     KERNEL(128) attend_decode_hd##HEAD(                                                                                \
         float* partial_out, float2* partial_stats, const T* qkv, const T* k_cache, const T* v_cache,                  \
         const u32* tables, const uint4* sequences, const uint2* decode_list, u32 q_heads, u32 kv_heads,                 \
-        u32 block_tokens, float scale, float softcap, u32 window                                                       \
+        u32 block_tokens, float scale, float softcap, u32 window, u32 chunks                                           \
     ) {                                                                                                                \
         attend_decode<HEAD>(partial_out, partial_stats, qkv, k_cache, v_cache, tables, sequences, decode_list,        \
-                            q_heads, kv_heads, block_tokens, scale, softcap, window);                                  \
+                            q_heads, kv_heads, block_tokens, scale, softcap, window, chunks);                          \
     }                                                                                                                  \
     KERNEL(128) attend_prefill_hd##HEAD(                                                                               \
         T* out, const T* qkv, const T* k_cache, const T* v_cache, const u32* tables, const uint4* sequences,          \
-        const uint2* prefill_work, u32 q_heads, u32 kv_heads, u32 block_tokens, float scale, float softcap,           \
-        u32 window                                                                                                     \
+        const uint2* prefill_work, const float* sinks, u32 q_heads, u32 kv_heads, u32 block_tokens, float scale,       \
+        float softcap, u32 window, u32 chunks                                                                          \
     ) {                                                                                                                \
-        attend_prefill<HEAD>(out, qkv, k_cache, v_cache, tables, sequences, prefill_work, q_heads, kv_heads,          \
-                             block_tokens, scale, softcap, window);                                                    \
+        attend_prefill<HEAD>(out, qkv, k_cache, v_cache, tables, sequences, prefill_work, sinks, q_heads, kv_heads,   \
+                             block_tokens, scale, softcap, window, chunks);                                            \
     }
 
 ATTEND(16)

@@ -77,6 +77,13 @@ INLINE T2 pair_of(float x, float y) {
 // A result, which lies among the values; adding zero makes a negative zero a positive one.
 INLINE float result(float total, float inverse_sum) { return __fmaf_rn(total, inverse_sum, 0.0f); }
 
+// A softmax's state before the first key, as far as it is no result: that of a key with the score
+// `sink` of its head and a value of zeros, if there are sinks.
+INLINE void begin_softmax(float& largest, float& sum, const float* sinks, u32 head) {
+    largest = sinks != nullptr ? sinks[head] * LOG2_E : UNSEEN;
+    sum = sinks != nullptr ? 1.0f : 0.0f;
+}
+
 // How scores are made of products: the factor with log2(e) in it, so that the softmax is
 // over powers of two, and the soft-cap.
 struct Scoring {
@@ -92,13 +99,14 @@ struct Scoring {
     }
 };
 
-// The keys that a row at `position` sees: `begin .. end`.
+// The keys that a row at `position` sees: `begin .. end`. It sees only keys of its own chunk, whose
+// beginning is what `chunks`, a mask, leaves of the position: 0 for a single chunk.
 struct Sight {
     u32 begin, end;
 
-    INLINE static Sight of(u32 position, u32 window) {
+    INLINE static Sight of(u32 position, u32 window, u32 chunks) {
         const u32 end = position + 1;
-        return {window != 0 && end > window ? end - window : 0, end};
+        return {max(window != 0 && end > window ? end - window : 0, position & chunks), end};
     }
     INLINE static Sight nothing() { return {0, 0}; }
     INLINE bool sees(u32 key) const { return key - begin < end - begin; }

@@ -63,6 +63,82 @@ KERNEL(32) route(u32* pair_expert, float* pair_weight, const float* router, u32 
     }
 }
 
+INLINE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// How many of `count` numbers are before number `index` when they are sorted, the largest first;
+// ties: the lower index.
+INLINE u32 place_of(const float* numbers, u32 count, u32 index) {
+    const float own = numbers[index];
+    u32 before = 0;
+#pragma unroll 1
+    for (u32 i = 0; i < count; i++) before += numbers[i] > own || (numbers[i] == own && i < index);
+    return before;
+}
+
+// The `top_k` experts of a row with the largest logits, or with the largest sum of the logit's
+// sigmoid and a bias. Their weights are the sigmoids, divided by their sum if `normalize`, times
+// `scale`; if there are `pair_input`, these are the weights, and the others are 1.
+//
+// With several groups of experts, only those of the `top_groups` groups whose two best experts are
+// best together take part. At most 32 groups. One warp a row.
+KERNEL(32) route_sigmoid(u32* pair_expert, float* pair_weight, float* pair_input, const float* router, const float* bias,
+                         u32 experts, u32 top_k, u32 normalize, float scale, u32 groups, u32 top_groups) {
+    constexpr float LEAST = -3.402823466e38f;
+    __shared__ float ranks[MAX_EXPERTS];
+    __shared__ float group_ranks[32];
+    const u32 row = blockIdx.x, lane = lane_id();
+    router += u64(row) * experts;
+#pragma unroll 1
+    for (u32 i = lane; i < experts; i += 32) {
+        float rank = router[i];
+        if (bias != nullptr) rank = sigmoid(rank) + bias[i];
+        // Something is chosen even of what is no number, and before what takes no part.
+        ranks[i] = rank > LEAST ? rank : LEAST;
+    }
+    __syncwarp();
+    if (groups > 1) {
+        const u32 size = experts / groups;
+        float first = LEAST, second = LEAST;
+#pragma unroll 1
+        for (u32 i = 0; i < size && lane < groups; i++) {
+            const float rank = ranks[lane * size + i];
+            second = fmaxf(second, fminf(first, rank));
+            first = fmaxf(first, rank);
+        }
+        group_ranks[lane] = first + second;
+        __syncwarp();
+        if (lane < groups && place_of(group_ranks, groups, lane) >= top_groups) {
+#pragma unroll 1
+            for (u32 i = 0; i < size; i++) ranks[lane * size + i] = __int_as_float(0xff800000);
+        }
+        __syncwarp();
+    }
+    // In two passes over the experts: the sum of the weights, then the pairs.
+    float sum = 0.0f;
+#pragma unroll 1
+    for (u32 pass = 0; pass < 2; pass++) {
+        u32 pair = row * top_k;
+#pragma unroll 1
+        for (u32 first = 0; first < experts; first += 32) {
+            const u32 expert = first + lane;
+            const bool chosen = expert < experts && place_of(ranks, experts, expert) < top_k;
+            float weight = chosen ? sigmoid(router[expert]) : 0.0f;
+            const u32 all = __ballot_sync(FULL_WARP, chosen);
+            if (pass == 0) {
+                sum += weight;
+            } else if (chosen) {
+                const u32 own = pair + __popc(all & ((1u << lane) - 1));
+                weight = normalize ? weight / (sum + 1e-20f) * scale : weight * scale;
+                pair_expert[own] = expert;
+                pair_weight[own] = pair_input != nullptr ? 1.0f : weight;
+                if (pair_input != nullptr) pair_input[own] = weight;
+            }
+            pair += __popc(all);
+        }
+        if (pass == 0) sum = warp_sum(sum);
+    }
+}
+
 // Rows of the tiles that the matrix products have (linear.cu and linear_quant.cu).
 constexpr u32 TILE_SIZES = 4;
 INLINE u32 tile_rows(u32 size) { return size == 0 ? 8 : size == 1 ? 16 : size == 2 ? 64 : 128; }
@@ -192,4 +268,32 @@ KERNEL(256) combine_experts(T* out, const T* pair_out, const u32* pair_slot, con
         sum = fmaf(pair_weight[pair], to_float(pair_out[(u64)pair_slot[pair] * columns + column]), sum);
     }
     out[(u64)row * columns + column] = to_t(sum);
+}
+
+// out = activation(gate) · up for each pair, whose gates and ups are at its slot of `gate_up`, plus
+// the bias of its expert if there is one, and times what its input is to be multiplied by. Without
+// slots, each row is a pair. With a limit, the activation is gate · sigmoid(slope · gate) and is
+// multiplied with up + 1; gates are at most the limit, and ups within it on both sides. Without one,
+// it is SiLU. Grid (ceil(columns / 256), pairs).
+KERNEL(256) gate_pairs(T* out, const T* gate_up, const u32* pair_slot, const u32* pair_expert, const float* pair_input,
+                       const float* bias, u32 columns, float slope, float limit) {
+    const u32 pair = blockIdx.y, column = blockIdx.x * blockDim.x + threadIdx.x;
+    if (column >= columns) return;
+    const u64 slot = pair_slot != nullptr ? pair_slot[pair] : pair;
+    float x = to_float(gate_up[slot * 2 * columns + column]), up = to_float(gate_up[slot * 2 * columns + columns + column]);
+    if (pair_input != nullptr) x *= pair_input[pair], up *= pair_input[pair];
+    if (bias != nullptr) {
+        bias += u64(pair_expert[pair]) * 2 * columns + column;
+        x += bias[0], up += bias[columns];
+    }
+    if (limit != 0.0f) x = fminf(x, limit), up = fmaxf(fminf(up, limit), -limit) + 1.0f;
+    out[slot * columns + column] = to_t(__fdividef(x, 1.0f + __expf(-slope * x)) * up);
+}
+
+// Adds to each pair's result the bias of its expert. Grid (ceil(columns / 256), pairs).
+KERNEL(256) add_pair_bias(T* pair_out, const u32* pair_slot, const u32* pair_expert, const float* bias, u32 columns) {
+    const u32 pair = blockIdx.y, column = blockIdx.x * blockDim.x + threadIdx.x;
+    if (column >= columns) return;
+    T& to = pair_out[u64(pair_slot[pair]) * columns + column];
+    to = to_t(to_float(to) + bias[u64(pair_expert[pair]) * columns + column]);
 }

@@ -118,6 +118,18 @@ KERNEL(256, 2) add_rms_norm(T* out, float* residual, const T* x, const float* we
     }
 }
 
+// x −= mean(x).
+KERNEL(256) centre(float* x, u32 columns) {
+    __shared__ float scratch[32];
+    x += u64(blockIdx.x) * columns;
+    float sum = 0.0f;
+#pragma unroll 1
+    for (u32 column = threadIdx.x; column < columns; column += blockDim.x) sum += x[column];
+    const float mean = block_sum(sum, scratch) / float(columns);
+#pragma unroll 1
+    for (u32 column = threadIdx.x; column < columns; column += blockDim.x) x[column] -= mean;
+}
+
 // residual += x / rms(x) · weight.
 KERNEL(256, 2) rms_norm_add(float* residual, const T* x, const float* weight, float epsilon, u32 columns) {
     x += u64(blockIdx.x) * columns;

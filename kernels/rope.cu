@@ -101,3 +101,18 @@ KERNEL(256) rope_store(
         }
     }
 }
+
+// The queries of a row times 1 + slope · ln(1 + ⌊(position + offset) / interval⌋). Grid (rows), 256
+// threads.
+KERNEL(256) scale_queries(
+    T* qkv, const u32* positions, float slope, u32 interval, u32 offset, u32 q_columns, u32 columns
+) {
+    const u32 stage = u32((u64(positions[blockIdx.x]) + offset) / interval);
+    if (stage == 0) return;
+    const float factor = fmaf(slope, __logf(float(stage) + 1.0f), 1.0f);
+    qkv += u64(blockIdx.x) * columns;
+#pragma unroll 1
+    for (u32 column = threadIdx.x; column < q_columns; column += blockDim.x) {
+        qkv[column] = to_t(to_float(qkv[column]) * factor);
+    }
+}

@@ -103,6 +103,7 @@ fn fill(
             heads,
             scale: 1.0 / (heads.head_dim as f32).sqrt(),
             window: None,
+            chunked: false,
             softcap: None,
         },
     })

@@ -160,6 +160,7 @@ pub fn experts(bench: &mut Bench, shape: &ExpertShape, rows: &[usize]) -> Result
     let layer = bench.device.load_experts(&gate_ups, &downs)?;
     let routing = RoutingSpec {
         top_k,
+        score: RouterScore::Softmax,
         normalize: true,
         activation: Activation::Silu,
     };

@@ -2,13 +2,21 @@
 
 use super::{DeviceError, LinearOps};
 
-/// Non-linearity of a gated feed-forward layer, `act(gate) · up`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Non-linearity of a gated feed-forward layer, `act(gate) · up` unless it says otherwise.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Activation {
     /// SiLU, `x · sigmoid(x)`.
     Silu,
     /// GELU in its tanh approximation.
     GeluTanh,
+    /// `gate · sigmoid(slope · gate) · (up + 1)`, where `gate` is at most `limit`, and `up` is
+    /// between `−limit` and `limit`.
+    ClampedSwiGlu {
+        /// Factor on the gate in the sigmoid.
+        slope: f32,
+        /// Positive.
+        limit: f32,
+    },
 }
 
 /// The part of a [`Device`](super::Device) that computes element-wise non-linearities.

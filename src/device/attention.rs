@@ -44,6 +44,9 @@ pub struct AttentionSpec {
     /// Sliding window: a token attends to itself and to the `window − 1` tokens before it.
     /// `None` means all tokens before it.
     pub window: Option<usize>,
+    /// Whether the window does not slide: the sequence is cut into chunks of that many tokens,
+    /// and a token attends to those of its own chunk. Without meaning if there is no window.
+    pub chunked: bool,
     /// Soft cap on the scaled scores, `s → cap · tanh(s / cap)` (Gemma 2).
     pub softcap: Option<f32>,
 }
@@ -59,6 +62,22 @@ pub trait AttentionOps: DeviceTypes {
         &mut self,
         qkv: &Self::Tensor,
         spec: &AttentionSpec,
+        cache: &Self::Cache,
+        layer: CacheLayer,
+        out: &mut Self::Tensor,
+    ) -> Result<(), DeviceError> {
+        self.attend_with_sinks(qkv, spec, None, cache, layer, out)
+    }
+
+    /// Computes [`AttentionOps::attend`] with sinks, if there are some. A sink is a score, one
+    /// per query head: the softmax is computed as if there were one more key with that score,
+    /// whose value is zero. Xiao et al., *Efficient Streaming Language Models with Attention
+    /// Sinks*, 2023.
+    fn attend_with_sinks(
+        &mut self,
+        qkv: &Self::Tensor,
+        spec: &AttentionSpec,
+        sinks: Option<&Self::Vector>,
         cache: &Self::Cache,
         layer: CacheLayer,
         out: &mut Self::Tensor,

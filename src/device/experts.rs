@@ -4,16 +4,73 @@ use super::{Activation, DeviceError, DeviceTypes, LinearSpec};
 
 /// How a mixture-of-experts layer chooses its experts.
 ///
-/// Takes the softmax over all experts and chooses the `top_k` experts with the largest weights;
-/// of equal weights, the lower index wins.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Of equal experts, the one with the lower index is chosen.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RoutingSpec {
     /// Number of experts per token.
     pub top_k: usize,
+    /// How experts are weighted, and which are chosen.
+    pub score: RouterScore,
     /// Whether the weights of the chosen experts are scaled to sum to 1.
     pub normalize: bool,
     /// Non-linearity of the experts.
     pub activation: Activation,
+}
+
+/// How the router's logits become weights of experts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum RouterScore {
+    /// The softmax over all experts. Those with the largest weights are chosen.
+    Softmax,
+    /// The sigmoid of each logit.
+    Sigmoid(SigmoidRouting),
+}
+
+/// A router whose weights are sigmoids. The experts with the largest logits are chosen or, if the
+/// layer has corrections, those with the largest sums of the weight and its correction.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SigmoidRouting {
+    /// Factor on the weights, after they are normalised.
+    pub scale: f32,
+    /// Number of groups of equally many experts; 1 if all are in one. With several groups, each
+    /// has at least two experts.
+    pub groups: usize,
+    /// Number of groups of which experts are chosen: those whose two best experts are best
+    /// together.
+    pub top_groups: usize,
+    /// Whether the weights multiply the inputs of the experts instead of their outputs.
+    pub scales_input: bool,
+}
+
+impl RoutingSpec {
+    /// Checks that experts can be chosen so out of `count`. The error says why not.
+    pub fn check(&self, count: usize) -> Result<(), String> {
+        let top_k = self.top_k;
+        if !(1..=count).contains(&top_k) {
+            return Err(format!(
+                "cannot choose {top_k} experts per token out of {count}"
+            ));
+        }
+        let RouterScore::Sigmoid(SigmoidRouting {
+            groups, top_groups, ..
+        }) = self.score
+        else {
+            return Ok(());
+        };
+        let even = groups > 0 && count.is_multiple_of(groups);
+        if !even || (groups > 1 && count / groups < 2) {
+            return Err(format!(
+                "{count} experts cannot be divided into {groups} groups of at least two"
+            ));
+        }
+        if !(1..=groups).contains(&top_groups) || top_k > top_groups * (count / groups) {
+            return Err(format!(
+                "cannot choose {top_k} experts per token out of {top_groups} of {groups} groups \
+                 of {count} experts"
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// The part of a [`Device`](super::Device) that computes mixture-of-experts layers.
@@ -27,6 +84,17 @@ pub trait ExpertOps: DeviceTypes {
         &mut self,
         gate_up: &[LinearSpec<'_>],
         down: &[LinearSpec<'_>],
+    ) -> Result<Self::Experts, DeviceError> {
+        self.load_corrected_experts(gate_up, down, None)
+    }
+
+    /// Loads the experts of one layer, with a correction for each if there are some: a number
+    /// that is added to its weight to choose experts, see [`SigmoidRouting`].
+    fn load_corrected_experts(
+        &mut self,
+        gate_up: &[LinearSpec<'_>],
+        down: &[LinearSpec<'_>],
+        corrections: Option<&[f32]>,
     ) -> Result<Self::Experts, DeviceError>;
 
     /// Computes a mixture-of-experts feed-forward layer. `router` has one logit per expert. The

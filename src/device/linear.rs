@@ -8,12 +8,15 @@ use crate::weights::DType;
 pub enum RowOrder {
     /// The stored order.
     AsStored,
-    /// The order of the query and key projections of llama-family GGUF files. Within each head,
-    /// the two halves that RoPE rotates are stored interleaved. Loading de-interleaves them, so
+    /// The order of the query and key projections of many checkpoints. Within each head, the two
+    /// halves that RoPE rotates are stored interleaved. Loading de-interleaves them, so
     /// that every model uses the same half-split RoPE.
     RopeInterleaved {
         /// Number of rows per head.
         head_dim: usize,
+        /// Number of leading rows of a head that are interleaved; the others are stored in
+        /// order.
+        rotary_dim: usize,
     },
 }
 
@@ -22,9 +25,15 @@ impl RowOrder {
     pub fn stored_row(self, row: usize) -> usize {
         match self {
             Self::AsStored => row,
-            Self::RopeInterleaved { head_dim } => {
+            Self::RopeInterleaved {
+                head_dim,
+                rotary_dim,
+            } => {
                 let (head, within) = (row / head_dim, row % head_dim);
-                let (half, pair) = (within / (head_dim / 2), within % (head_dim / 2));
+                if within >= rotary_dim {
+                    return row;
+                }
+                let (half, pair) = (within / (rotary_dim / 2), within % (rotary_dim / 2));
                 head * head_dim + 2 * pair + half
             }
         }
@@ -66,14 +75,17 @@ impl WeightRows<'_> {
             ));
         }
         match self.order {
-            RowOrder::RopeInterleaved { head_dim }
-                if head_dim == 0
-                    || !head_dim.is_multiple_of(2)
-                    || !rows.is_multiple_of(head_dim) =>
+            RowOrder::RopeInterleaved {
+                head_dim,
+                rotary_dim,
+            } if head_dim == 0
+                || rotary_dim > head_dim
+                || !rotary_dim.is_multiple_of(2)
+                || !rows.is_multiple_of(head_dim) =>
             {
                 Err(format!(
-                    "{rows} rows cannot be divided into heads of {head_dim} rows (which must be \
-                     even)"
+                    "{rows} rows cannot be divided into heads of {head_dim} rows, of which \
+                     {rotary_dim} (which must be even) are interleaved"
                 ))
             }
             _ => Ok(()),

@@ -28,6 +28,10 @@ pub trait NormOps: DeviceTypes {
         out: &mut Self::Tensor,
     ) -> Result<(), DeviceError>;
 
+    /// Subtracts the mean of each row, in place. An RMSNorm of the result is a layer norm without
+    /// a bias. Ba et al., *Layer Normalization*, 2016.
+    fn centre(&mut self, x: &mut Self::Tensor, rows: usize) -> Result<(), DeviceError>;
+
     /// Computes `residual += x / rms(x) · weight`, for post-norm layers.
     fn rms_norm_add(
         &mut self,

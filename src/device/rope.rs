@@ -9,12 +9,44 @@ use super::{CacheLayer, DeviceError, DeviceTypes, HeadShape};
 /// which is 1 except for YaRN and LongRoPE. Su et al., *RoFormer*, 2021.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeSpec {
-    /// Inverse frequency of each rotated pair; `rotary_dim / 2` entries.
+    /// Inverse frequency of each rotated pair; `rotary_dim / 2` entries. If there are none,
+    /// nothing is rotated.
     pub inverse_frequencies: Vec<f32>,
     /// Factor applied to the cosine and the sine.
     pub magnitude: f32,
     /// Exclusive upper bound of the positions.
     pub max_positions: usize,
+}
+
+impl RopeSpec {
+    /// Returns the specification of an embedding that rotates nothing.
+    pub fn nothing(max_positions: usize) -> Self {
+        Self {
+            inverse_frequencies: Vec::new(),
+            magnitude: 1.0,
+            max_positions,
+        }
+    }
+}
+
+/// A factor on queries that grows with their position, in stages of `interval` positions:
+/// `1 + slope · ln(1 + ⌊(position + offset) / interval⌋)`. Nakanishi, *Scalable-Softmax*, 2025.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct QueryScale {
+    /// Slope of the factor over the logarithm of the stage.
+    pub slope: f32,
+    /// Number of positions per stage; at least 1.
+    pub interval: u32,
+    /// Added to positions.
+    pub offset: u32,
+}
+
+impl QueryScale {
+    /// Returns the factor at a position.
+    pub fn factor(&self, position: u32) -> f32 {
+        let stage = (u64::from(position) + u64::from(self.offset)) / u64::from(self.interval);
+        self.slope * (stage as f32 + 1.0).ln() + 1.0
+    }
 }
 
 /// RMSNorm applied to queries and keys before RoPE.
@@ -59,5 +91,14 @@ pub trait RopeOps: DeviceTypes {
         rope: &Self::Rope,
         cache: &mut Self::Cache,
         layer: CacheLayer,
+    ) -> Result<(), DeviceError>;
+
+    /// Multiplies the queries of every row of the batch by the factor of their position. Comes
+    /// after [`RopeOps::rope_store`], since norms would undo it.
+    fn scale_queries(
+        &mut self,
+        qkv: &mut Self::Tensor,
+        heads: HeadShape,
+        scale: QueryScale,
     ) -> Result<(), DeviceError>;
 }

@@ -1,7 +1,7 @@
 //! Everything about a model but its weights.
 
 use super::architectures::Architecture;
-use super::layer::{Experts, FeedForward, LayerSpec};
+use super::layer::{Experts, FeedForward, LayerSpec, NormKind, NormPlacement};
 use super::{ModelError, RopeConfig};
 use crate::device::HeadShape;
 use std::fmt::Debug;
@@ -51,12 +51,18 @@ pub struct ModelConfig {
     pub context: usize,
     /// Factor on the token embeddings.
     pub embedding_scale: f32,
-    /// Added to the mean square in norms.
+    /// What the norms of the residual stream compute.
+    pub norm: NormKind,
+    /// Added to the mean square, or the variance, in norms.
     pub norm_epsilon: f32,
+    /// Factor on logits.
+    pub logit_scale: f32,
     /// Soft cap on logits.
     pub logit_softcap: Option<f32>,
     /// Which projections have a bias.
     pub biases: Biases,
+    /// Layers that files hold after these, to predict further tokens. They are not computed.
+    pub prediction_layers: usize,
     /// Tokens that end a sequence, as far as the model's own settings say.
     pub end_tokens: Vec<u32>,
 }
@@ -99,6 +105,11 @@ impl ModelConfig {
         })
     }
 
+    /// The width of the dense parts beside the experts, if there are any.
+    pub fn shared_width(&self) -> Option<usize> {
+        self.experts()?.shared
+    }
+
     /// Checks that the layers fit the memory that they share: the cache has one shape for
     /// all of them, and so have the intermediates of a step.
     pub(super) fn check_layers(self) -> Result<Self, ModelError> {
@@ -107,6 +118,17 @@ impl ModelConfig {
             let own = layer.attention().heads;
             if own != heads {
                 return Err(uneven(index, "heads", own, heads));
+            }
+            let has_norms_after =
+                layer.mixer_norms.is_after() || layer.feed_forward_norms.is_after();
+            if self.norm != NormKind::Rms && has_norms_after {
+                let expected = "Rms for norms on outputs";
+                let key = format!("layer {index}'s kind of norm");
+                return Err(ModelError::setting(
+                    key,
+                    format!("{:?}", self.norm),
+                    expected,
+                ));
             }
             match layer.feed_forward {
                 FeedForward::Dense { width, .. } => {
@@ -119,6 +141,12 @@ impl ModelConfig {
                     let first = experts.unwrap_or(own);
                     if own != first {
                         return Err(uneven(index, "experts", own, first));
+                    }
+                    // Both are added to the residual stream, one after the other.
+                    if own.shared.is_some() && layer.feed_forward_norms != NormPlacement::Before {
+                        let key = format!("layer {index}'s norms beside shared experts");
+                        let found = format!("{:?}", layer.feed_forward_norms);
+                        return Err(ModelError::setting(key, found, "Before"));
                     }
                 }
             }

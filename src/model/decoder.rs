@@ -3,7 +3,7 @@
 mod weights;
 mod workspace;
 
-use super::layer::{LayerSpec, QkNormKind};
+use super::layer::{LayerSpec, NormKind, QkNormKind};
 use super::{ModelConfig, ModelError, ModelSource};
 use crate::device::{
     AttentionSpec, Batch, CacheLayer, Device, DeviceError, Finished, QkNorm, RopeSpec, Staged,
@@ -20,9 +20,11 @@ pub struct Decoder<D: Device> {
     /// Where each layer's keys and values are in the KV cache.
     places: Vec<CacheLayer>,
     final_norm: D::Vector,
+    /// The weight of the final norm times the factor on logits, unless that is 1.
+    logit_norm: Option<D::Vector>,
     /// `None` when it is the embedding.
     output: Option<D::Linear>,
-    /// The position embeddings that layers refer to by index.
+    /// The position embeddings that layers refer to by index, and one that rotates nothing.
     ropes: Vec<D::Rope>,
     workspace: Workspace<D::Tensor>,
 }
@@ -62,9 +64,18 @@ impl<D: Device> Decoder<D> {
             layers.push(LayerWeights::load(source, device, layer)?);
             progress(layer + 2, total);
         }
-        let final_norm = device.load_vector(&source.final_norm()?)?;
-        let ropes = config.ropes.iter();
-        let ropes = ropes.map(|rope| device.load_rope(&rope.spec(limits.positions)));
+        let mut weight = source.final_norm()?;
+        let final_norm = device.load_vector(&weight)?;
+        let logit_norm = match config.logit_scale {
+            1.0 => None,
+            scale => {
+                weight.iter_mut().for_each(|weight| *weight *= scale);
+                Some(device.load_vector(&weight)?)
+            }
+        };
+        let ropes = config.ropes.iter().map(|rope| rope.spec(limits.positions));
+        let ropes = ropes.chain([RopeSpec::nothing(limits.positions)]);
+        let ropes = ropes.map(|spec| device.load_rope(&spec));
         let ropes = ropes.collect::<Result<Vec<_>, _>>()?;
         let workspace = Workspace::allocate(&config, device, limits)?;
         Ok(Self {
@@ -73,6 +84,7 @@ impl<D: Device> Decoder<D> {
             embedding,
             layers,
             final_norm,
+            logit_norm,
             output,
             ropes,
             workspace,
@@ -146,14 +158,15 @@ impl<D: Device> Decoder<D> {
         for ((spec, &place), layer) in specs.zip(&self.layers) {
             let step = LayerStep {
                 spec,
-                epsilon: self.config.norm_epsilon,
+                norm: Norm::of(&self.config),
                 place,
                 rows,
             };
             let workspace = &mut self.workspace;
             let norms = &layer.mixer_norms;
             step.input(device, workspace, norms.before.as_ref(), pending)?;
-            let rope = &self.ropes[spec.attention().rope];
+            let nothing = self.config.ropes.len();
+            let rope = &self.ropes[spec.attention().rope.unwrap_or(nothing)];
             step.attention(device, workspace, layer, rope, cache)?;
             pending = step.output(device, workspace, norms.after.as_ref())?;
             let norms = &layer.feed_forward_norms;
@@ -178,8 +191,8 @@ impl<D: Device> Decoder<D> {
         let Workspace {
             residual, normed, ..
         } = &mut self.workspace;
-        let epsilon = self.config.norm_epsilon;
-        device.rms_norm(residual, &self.final_norm, epsilon, rows, normed)?;
+        let norm = Norm::of(&self.config);
+        norm.compute(device, residual, &self.final_norm, rows, normed)?;
         device.pool(normed, ranges)
     }
 
@@ -196,8 +209,9 @@ impl<D: Device> Decoder<D> {
             ..
         } = &mut self.workspace;
         device.gather_samples(residual, gathered)?;
-        let epsilon = self.config.norm_epsilon;
-        device.rms_norm(gathered, &self.final_norm, epsilon, samples, normed)?;
+        let norm = Norm::of(&self.config);
+        let weight = self.logit_norm.as_ref().unwrap_or(&self.final_norm);
+        norm.compute(device, gathered, weight, samples, normed)?;
         let output = self.output.as_ref().unwrap_or(&self.embedding);
         device.linear(normed, output, samples, logits)?;
         match self.config.logit_softcap {
@@ -207,11 +221,43 @@ impl<D: Device> Decoder<D> {
     }
 }
 
+/// What the norms of the residual stream compute.
+#[derive(Clone, Copy)]
+struct Norm {
+    kind: NormKind,
+    /// Added to the mean square, or the variance.
+    epsilon: f32,
+}
+
+impl Norm {
+    fn of(config: &ModelConfig) -> Self {
+        Self {
+            kind: config.norm,
+            epsilon: config.norm_epsilon,
+        }
+    }
+
+    /// Normalises `x`. A layer norm also subtracts the mean of each row of `x` itself: nothing
+    /// that reads `x` later depends on it.
+    fn compute<D: Device>(
+        self,
+        device: &mut D,
+        x: &mut D::Tensor,
+        weight: &D::Vector,
+        rows: usize,
+        out: &mut D::Tensor,
+    ) -> Result<(), DeviceError> {
+        if self.kind == NormKind::Layer {
+            device.centre(x, rows)?;
+        }
+        device.rms_norm(x, weight, self.epsilon, rows, out)
+    }
+}
+
 /// One layer of one step.
 struct LayerStep<'a> {
     spec: &'a LayerSpec,
-    /// Added to the mean square in norms.
-    epsilon: f32,
+    norm: Norm,
     place: CacheLayer,
     rows: usize,
 }
@@ -231,12 +277,17 @@ impl LayerStep<'_> {
             delta,
             ..
         } = workspace;
-        let (epsilon, rows) = (self.epsilon, self.rows);
+        let (epsilon, rows) = (self.norm.epsilon, self.rows);
         match norm {
-            Some(weight) if pending => {
+            Some(weight) if pending && self.norm.kind == NormKind::Rms => {
                 device.add_rms_norm(residual, delta, weight, epsilon, rows, normed)
             }
-            Some(weight) => device.rms_norm(residual, weight, epsilon, rows, normed),
+            Some(weight) => {
+                if pending {
+                    device.add(residual, delta, rows)?;
+                }
+                self.norm.compute(device, residual, weight, rows, normed)
+            }
             None if pending => device.add(residual, delta, rows),
             None => Ok(()),
         }
@@ -254,7 +305,7 @@ impl LayerStep<'_> {
         } = workspace;
         match norm {
             Some(weight) => {
-                device.rms_norm_add(delta, weight, self.epsilon, self.rows, residual)?;
+                device.rms_norm_add(delta, weight, self.norm.epsilon, self.rows, residual)?;
                 Ok(false)
             }
             None => Ok(true),
@@ -278,26 +329,30 @@ impl LayerStep<'_> {
             delta,
             ..
         } = workspace;
-        let input = if layer.mixer_norms.before.is_some() {
-            normed
-        } else {
-            residual
+        let input = match self.spec.mixer_norms.reads_residual() {
+            true => &*residual,
+            false => &*normed,
         };
         device.linear(input, &layer.qkv, self.rows, qkv)?;
         let norm = layer.qk_norm.as_ref().map(|(q, k)| QkNorm {
             q,
             k,
-            epsilon: self.epsilon,
-            per_head: spec.qk_norm == Some(QkNormKind::PerHead),
+            epsilon: self.norm.epsilon,
+            per_head: spec.qk_norm != Some(QkNormKind::WholeRow),
         });
         device.rope_store(qkv, spec.heads, norm.as_ref(), rope, cache, self.place)?;
+        if let Some(scale) = spec.query_scale {
+            device.scale_queries(qkv, spec.heads, scale)?;
+        }
         let spec = AttentionSpec {
             heads: spec.heads,
             scale: spec.scale,
             window: spec.window,
+            chunked: spec.is_chunked,
             softcap: spec.softcap,
         };
-        device.attend(qkv, &spec, cache, self.place, attention)?;
+        let sinks = layer.sinks.as_ref();
+        device.attend_with_sinks(qkv, &spec, sinks, cache, self.place, attention)?;
         device.linear(attention, &layer.attention_out, self.rows, delta)
     }
 
@@ -314,12 +369,13 @@ impl LayerStep<'_> {
             gate_up,
             hidden,
             router,
+            shared_gate_up,
+            shared_hidden,
             ..
         } = workspace;
-        let input = if layer.feed_forward_norms.before.is_some() {
-            normed
-        } else {
-            residual
+        let input = match self.spec.feed_forward_norms.reads_residual() {
+            true => &*residual,
+            false => &*normed,
         };
         match (&layer.feed_forward, gate_up, hidden, router) {
             (
@@ -340,13 +396,24 @@ impl LayerStep<'_> {
                     router: weight,
                     experts,
                     routing,
+                    shared,
                 },
                 _,
                 _,
                 Some(router),
             ) => {
                 device.linear(input, weight, self.rows, router)?;
-                device.experts(input, router, *routing, experts, self.rows, delta)
+                device.experts(input, router, *routing, experts, self.rows, delta)?;
+                let shared = shared.as_ref().zip(shared_gate_up.as_mut());
+                let Some(((shared, gate_up), hidden)) = shared.zip(shared_hidden.as_mut()) else {
+                    return Ok(());
+                };
+                // `check_layers` allows shared experts only where `input` is not the residual
+                // stream, and nothing but `delta` is pending.
+                device.add(residual, delta, self.rows)?;
+                let (rows, activation) = (self.rows, routing.activation);
+                device.gated_linear(normed, &shared.gate_up, activation, rows, gate_up, hidden)?;
+                device.linear(hidden, &shared.down, rows, delta)
             }
             _ => unreachable!("the workspace is allocated for the layers that there are"),
         }

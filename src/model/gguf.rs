@@ -5,9 +5,9 @@ mod rope;
 use super::architectures::Architecture;
 use super::hyperparameters::Hyperparameters;
 use super::key_names::{self, KeyNames};
-use super::layer::Experts;
+use super::layer::{Experts, NormKind};
 use super::{Biases, ModelConfig, ModelError};
-use crate::device::{HeadShape, RoutingSpec};
+use crate::device::{HeadShape, RouterScore, RoutingSpec, SigmoidRouting};
 use crate::weights::WeightSource;
 use crate::weights::gguf::{Gguf, Value};
 use std::collections::HashSet;
@@ -27,14 +27,14 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig, ModelError> {
     let name = name.ok_or_else(|| ModelError::MissingSetting {
         key: key.to_owned(),
     })?;
-    let (architecture, read) = Architecture::from_gguf_name(name)?;
+    let (architecture, format) = Architecture::from_gguf_name(name)?;
     let metadata = Metadata {
         file,
         name,
         architecture,
     };
-    metadata.refuse_unknown()?;
-    let numbers = read(&metadata)?;
+    metadata.refuse_unknown(format.settings)?;
+    let numbers = (format.read)(&metadata)?;
     if numbers.experts.is_none() {
         metadata.refuse_experts()?;
     }
@@ -65,7 +65,12 @@ impl<'a> Metadata<'a> {
     }
 
     /// The error for a setting with this value.
-    fn refused(&self, key: &str, value: impl ToString, expected: impl Into<String>) -> ModelError {
+    pub(super) fn refused(
+        &self,
+        key: &str,
+        value: impl ToString,
+        expected: impl Into<String>,
+    ) -> ModelError {
         ModelError::setting(self.key(key), value, expected)
     }
 
@@ -77,7 +82,7 @@ impl<'a> Metadata<'a> {
         })
     }
 
-    fn required_size(&self, key: &str) -> Result<usize, ModelError> {
+    pub(super) fn required_size(&self, key: &str) -> Result<usize, ModelError> {
         self.size(key)?.ok_or_else(|| self.missing(key))
     }
 
@@ -102,6 +107,21 @@ impl<'a> Metadata<'a> {
 
     pub(super) fn number(&self, key: &str) -> Result<Option<f32>, ModelError> {
         self.optional(key, "a number", Value::as_f32)
+    }
+
+    /// The number, which must be positive, or `None` where it is missing; 0 stands for none.
+    pub(super) fn positive(&self, key: &str) -> Result<Option<f32>, ModelError> {
+        let number = self.number(key)?.filter(|&number| number != 0.0);
+        match number {
+            Some(number) if !(number.is_finite() && number > 0.0) => {
+                Err(self.refused(key, number, "a positive number"))
+            }
+            number => Ok(number),
+        }
+    }
+
+    pub(super) fn flag(&self, key: &str) -> Result<Option<bool>, ModelError> {
+        self.optional(key, "true or false", Value::as_bool)
     }
 
     fn text(&self, key: &str) -> Result<Option<&'a str>, ModelError> {
@@ -139,16 +159,23 @@ impl<'a> Metadata<'a> {
             norm_epsilon: self
                 .number("attention.layer_norm_rms_epsilon")?
                 .unwrap_or(1e-6),
+            norm: NormKind::Rms,
             embedding_scale: 1.0,
             attention_scale: 1.0 / (heads.head_dim as f32).sqrt(),
             attention_softcap: None,
             logit_softcap: self.number("final_logit_softcapping")?,
+            logit_scale: 1.0,
+            unrotated: HashSet::new(),
+            has_qk_norm: false,
+            query_scale: None,
             sliding_rope: rope.clone(),
             rope,
+            is_chunked: false,
             windows: self.windows(self.window(None)?, 0)?,
             experts: None,
             dense_layers: HashSet::new(),
             biases: Biases::AS_STORED,
+            prediction_layers: 0,
             end_tokens: Vec::new(),
             names: KeyNames {
                 keys: key_names::GGUF,
@@ -244,10 +271,46 @@ impl<'a> Metadata<'a> {
             width,
             routing: RoutingSpec {
                 top_k: self.required_size("expert_used_count")?,
+                score: RouterScore::Softmax,
                 normalize: true,
                 activation: self.architecture.class.activation,
             },
+            has_corrections: false,
+            shared: None,
         }))
+    }
+
+    /// The mixture of experts of an architecture whose weights are sigmoids, if there is one.
+    pub(super) fn sigmoid_experts(&self) -> Result<Option<Experts>, ModelError> {
+        let Some(experts) = self.experts()? else {
+            return Ok(None);
+        };
+        let key = "expert_gating_func";
+        if let Some(function) = self.size(key)?.filter(|&function| function != SIGMOID) {
+            return Err(self.refused(key, function, "2, the sigmoid"));
+        }
+        let shared = self.size("expert_shared_count")?.unwrap_or(0);
+        let size_or_1 = |key| Ok::<_, ModelError>(self.size(key)?.unwrap_or(1).max(1));
+        Ok(Some(Experts {
+            routing: RoutingSpec {
+                score: RouterScore::Sigmoid(SigmoidRouting {
+                    scale: self.positive("expert_weights_scale")?.unwrap_or(1.0),
+                    groups: size_or_1("expert_group_count")?,
+                    top_groups: size_or_1("expert_group_used_count")?,
+                    scales_input: false,
+                }),
+                normalize: self.flag("expert_weights_norm")?.unwrap_or(false),
+                ..experts.routing
+            },
+            has_corrections: true,
+            shared: (shared > 0).then_some(experts.width.saturating_mul(shared)),
+            ..experts
+        }))
+    }
+
+    /// Whether the file has a tensor of this name.
+    pub(super) fn holds(&self, name: &str) -> bool {
+        self.file.tensor(name).is_some()
     }
 
     /// Refuses experts of an architecture that is computed without.
@@ -262,13 +325,17 @@ impl<'a> Metadata<'a> {
         }
     }
 
-    /// Refuses settings that change the results and that no architecture here has.
-    fn refuse_unknown(&self) -> Result<(), ModelError> {
+    /// Refuses settings that change the results and that the architecture does not have;
+    /// `own` are those that it has.
+    fn refuse_unknown(&self, own: &[&str]) -> Result<(), ModelError> {
         for (key, neutral) in [
             ("attention.clamp_kqv", 0.0),
             ("attention.max_alibi_bias", 0.0),
             ("attention.scale", 0.0),
+            ("attention.temperature_scale", 0.0),
             ("embedding_scale", 1.0),
+            ("expert_gating_func", 1.0),
+            ("expert_group_count", 1.0),
             ("expert_shared_count", 0.0),
             ("expert_weights_scale", 1.0),
             ("leading_dense_block_count", 0.0),
@@ -276,6 +343,9 @@ impl<'a> Metadata<'a> {
             ("nextn_predict_layers", 0.0),
             ("residual_scale", 1.0),
         ] {
+            if own.contains(&key) {
+                continue;
+            }
             // A 0 stands for none.
             let value = self.number(key)?.filter(|&value| value != 0.0);
             if let Some(value) = value.filter(|&value| value != neutral) {
@@ -284,12 +354,15 @@ impl<'a> Metadata<'a> {
             }
         }
         let (key, expected) = ("attention.causal", "true: quell decodes causally");
-        match self.optional(key, "true or false", Value::as_bool)? {
+        match self.flag(key)? {
             Some(false) => Err(self.refused(key, false, expected)),
             _ => Ok(()),
         }
     }
 }
+
+/// The value of `expert_gating_func` for sigmoids.
+const SIGMOID: usize = 2;
 
 /// How a file says which layers have a window.
 enum Pattern {

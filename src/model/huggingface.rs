@@ -15,6 +15,7 @@ pub(super) use settings::Settings;
 use super::architectures::Architecture;
 use super::hyperparameters::Hyperparameters;
 use super::key_names::{self, KeyNames, Keys};
+use super::layer::NormKind;
 use super::{Biases, ModelConfig, ModelError};
 use crate::device::{Activation, HeadShape};
 use serde_json::Value;
@@ -51,10 +52,17 @@ impl<'a> Config<'a> {
         let root = Settings::new(config);
         let key = "model_type";
         let name = root.text(key)?.ok_or_else(|| root.missing(key))?;
+        let settings = root.part("text_config").unwrap_or(root);
+        // The name of a model with vision may stand for several text models.
+        let own = settings.text(key)?.map(Architecture::from_model_type);
+        let architecture = match own {
+            Some(Ok(architecture)) => architecture,
+            _ => Architecture::from_model_type(name)?,
+        };
         Ok(Self {
             root,
-            settings: root.part("text_config").unwrap_or(root),
-            architecture: Architecture::from_model_type(name)?,
+            settings,
+            architecture,
         })
     }
 
@@ -90,16 +98,23 @@ impl<'a> Config<'a> {
             norm_epsilon: settings
                 .number_or("rms_norm_eps", Some(class.norm_epsilon))?
                 .ok_or_else(|| settings.refused("rms_norm_eps", "null", "a number"))?,
+            norm: NormKind::Rms,
             embedding_scale: 1.0,
             attention_scale: 1.0 / query_scale.unwrap_or(heads.head_dim as f32).sqrt(),
             attention_softcap: None,
             logit_softcap: None,
+            logit_scale: 1.0,
+            unrotated: HashSet::new(),
+            has_qk_norm: false,
+            query_scale: None,
             rope,
             sliding_rope,
+            is_chunked: false,
             windows: self.same_windows(None)?,
             experts: None,
             dense_layers: HashSet::new(),
             biases: Biases::NONE,
+            prediction_layers: 0,
             end_tokens: self.end_tokens()?,
             names: self.names(),
         })
@@ -108,10 +123,9 @@ impl<'a> Config<'a> {
     /// What the file calls the numbers.
     fn names(&self) -> KeyNames {
         let settings = self.settings;
-        let experts = match settings.get("num_local_experts") {
-            Some(_) => "num_local_experts",
-            None => key_names::HUGGINGFACE.experts,
-        };
+        let names = ["num_local_experts", "n_routed_experts"];
+        let named = names.into_iter().find(|key| settings.get(key).is_some());
+        let experts = named.unwrap_or(key_names::HUGGINGFACE.experts);
         KeyNames {
             keys: Keys {
                 experts,
@@ -170,7 +184,7 @@ impl<'a> Config<'a> {
     fn check_activation(&self) -> Result<(), ModelError> {
         let activation = self.class().activation;
         let expected: &[&str] = match activation {
-            Activation::Silu => &["silu", "swish"],
+            Activation::Silu | Activation::ClampedSwiGlu { .. } => &["silu", "swish"],
             Activation::GeluTanh => &["gelu_pytorch_tanh", "gelu_fast", "gelu_new"],
         };
         let key = if self.settings.get("hidden_activation").is_some() {

@@ -3,9 +3,9 @@
 
 use super::architectures::Architecture;
 use super::key_names::{KeyNames, Keys};
-use super::layer::{Attention, Experts, FeedForward, LayerSpec, Mixer, NormPlacement};
+use super::layer::{Attention, Experts, FeedForward, LayerSpec, Mixer, NormKind, NormPlacement};
 use super::{Biases, ModelConfig, ModelError, RopeConfig};
-use crate::device::{Activation, HeadShape};
+use crate::device::{Activation, HeadShape, QueryScale, RouterScore};
 use std::collections::HashSet;
 
 /// The numbers of a model, from `config.json` or GGUF metadata.
@@ -22,6 +22,7 @@ pub(super) struct Hyperparameters {
     pub(super) vocabulary: usize,
     /// Longest sequence that the model was made for.
     pub(super) context: usize,
+    pub(super) norm: NormKind,
     pub(super) norm_epsilon: f32,
     /// Factor on the token embeddings.
     pub(super) embedding_scale: f32,
@@ -29,16 +30,28 @@ pub(super) struct Hyperparameters {
     pub(super) attention_scale: f32,
     pub(super) attention_softcap: Option<f32>,
     pub(super) logit_softcap: Option<f32>,
+    /// Factor on logits.
+    pub(super) logit_scale: f32,
     /// Position embedding of the layers with full attention.
     pub(super) rope: RopeConfig,
     /// Position embedding of the layers with a sliding window.
     pub(super) sliding_rope: RopeConfig,
+    /// Layers whose queries and keys are not rotated.
+    pub(super) unrotated: HashSet<usize>,
+    /// Whether queries and keys are normalised, in architectures whose models may do without.
+    pub(super) has_qk_norm: bool,
+    /// Factor on the queries that depends on their position.
+    pub(super) query_scale: Option<QueryScale>,
+    /// Whether the windows are chunks: a token sees those of its own chunk of that many.
+    pub(super) is_chunked: bool,
     /// The sliding window of each layer; `None` for full attention.
     pub(super) windows: Vec<Option<usize>>,
     pub(super) experts: Option<Experts>,
     /// Layers whose feed-forward part is dense although there are experts.
     pub(super) dense_layers: HashSet<usize>,
     pub(super) biases: Biases,
+    /// Layers after the others that predict further tokens, and are not computed.
+    pub(super) prediction_layers: usize,
     /// Tokens that end a sequence.
     pub(super) end_tokens: Vec<u32>,
     /// What the file calls the numbers.
@@ -69,9 +82,12 @@ impl Hyperparameters {
             vocabulary: self.vocabulary,
             context: self.context,
             embedding_scale: self.embedding_scale,
+            norm: self.norm,
+            logit_scale: self.logit_scale,
             norm_epsilon: self.norm_epsilon,
             logit_softcap: self.logit_softcap,
             biases: self.biases,
+            prediction_layers: self.prediction_layers,
             end_tokens: self.end_tokens,
         };
         model.check_layers()
@@ -91,14 +107,26 @@ impl Hyperparameters {
     /// The attention of a layer as the numbers alone tell it.
     pub(super) fn attention(&self, index: usize) -> Attention {
         let window = self.windows[index];
+        let slides = window.is_some() && self.sliding_rope != self.rope;
+        let is_rotated = !self.unrotated.contains(&index);
         Attention {
             heads: self.heads,
             scale: self.attention_scale,
             window,
-            rope: usize::from(window.is_some() && self.sliding_rope != self.rope),
+            is_chunked: self.is_chunked && window.is_some(),
+            has_sinks: false,
+            rope: is_rotated.then_some(usize::from(slides)),
+            query_scale: self.query_scale,
             qk_norm: None,
             softcap: self.attention_softcap,
         }
+    }
+
+    /// The layers with full attention.
+    pub(super) fn layers_without_window(&self) -> HashSet<usize> {
+        let layers = self.windows.iter().enumerate();
+        let full = layers.filter(|(_, window)| window.is_none());
+        full.map(|(layer, _)| layer).collect()
     }
 
     fn feed_forward(&self, index: usize) -> FeedForward {
@@ -192,7 +220,9 @@ impl Hyperparameters {
         let cap = self.attention_softcap.unwrap_or(1.0);
         positive(|keys| keys.attention_softcap, cap)?;
         let cap = self.logit_softcap.unwrap_or(1.0);
-        positive(|keys| keys.logit_softcap, cap)
+        positive(|keys| keys.logit_softcap, cap)?;
+        positive(|keys| keys.logit_scale, self.logit_scale)?;
+        positive(|keys| keys.embedding_scale, self.embedding_scale)
     }
 
     fn check_experts(&self, experts: Experts) -> Result<(), ModelError> {
@@ -202,6 +232,21 @@ impl Hyperparameters {
         if top_k == 0 || top_k > count {
             let expected = format!("from 1 to the {count} experts");
             return Err(self.refused(|keys| keys.experts_per_token, top_k, expected));
+        }
+        if let Some(shared) = experts.shared {
+            self.check_size(|keys| keys.shared_experts, shared, 1 << 22)?;
+        }
+        let RouterScore::Sigmoid(sigmoid) = experts.routing.score else {
+            return Ok(());
+        };
+        if !(sigmoid.scale.is_finite() && sigmoid.scale > 0.0) {
+            let expected = "a positive number";
+            return Err(self.refused(|keys| keys.expert_scale, sigmoid.scale, expected));
+        }
+        if let Err(expected) = experts.routing.check(count) {
+            let found = format!("{} of {}", sigmoid.top_groups, sigmoid.groups);
+            let expected = format!("such that experts can be chosen: {expected}");
+            return Err(self.refused(|keys| keys.expert_groups, found, expected));
         }
         Ok(())
     }

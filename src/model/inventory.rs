@@ -73,7 +73,9 @@ pub(super) fn check(source: &ModelSource) -> Result<(), ModelError> {
     }
     let used = inventory.used;
     let mut names = source.names().into_iter();
-    match names.find(|name| !used.contains(*name) && !is_harmless(name)) {
+    let skipped = source.prediction_layers();
+    let is_skipped = |name: &str| skipped.iter().any(|layer| name.starts_with(layer));
+    match names.find(|name| !used.contains(*name) && !is_harmless(name) && !is_skipped(name)) {
         None => Ok(()),
         Some(name) => Err(ModelError::UnusedTensor {
             name: name.to_owned(),
@@ -140,16 +142,28 @@ impl Inventory<'_> {
             }
         }
         self.linear(layer, Part::AttentionOut)?;
+        if spec.attention().has_sinks {
+            self.require(self.source.name(layer, Part::Sinks))?;
+        }
         match spec.feed_forward {
             FeedForward::Experts(experts) => {
                 self.linear(layer, Part::Router)?;
                 for part in [Part::ExpertGate, Part::ExpertUp, Part::ExpertDown] {
                     self.experts(layer, experts.count, part)?;
                 }
+                if experts.has_corrections {
+                    self.require(self.source.name(layer, Part::Corrections))?;
+                }
+                if experts.shared.is_some() {
+                    for part in [Part::SharedGate, Part::SharedUp, Part::SharedDown] {
+                        self.linear(layer, part)?;
+                    }
+                }
                 Ok(())
             }
             FeedForward::Dense { .. } => {
-                let gate_up: &[Part] = match self.source.config().architecture.storage.is_fused {
+                let gate_up: &[Part] = match self.source.config().architecture.storage.fuses_gate_up
+                {
                     true => &[Part::FusedGateUp],
                     false => &[Part::Gate, Part::Up],
                 };
@@ -179,18 +193,21 @@ impl Inventory<'_> {
         count: usize,
         part: fn(usize) -> Part,
     ) -> Result<(), ModelError> {
-        let stacked = self.source.stacked_name(layer, part(0));
-        if let Some(stacked) = stacked.filter(|name| self.source.holds(name)) {
-            return self.require(stacked);
+        for weight in self.source.expert_names(layer, count, part) {
+            let bias = self.source.expert_bias_name(&weight);
+            self.require(weight)?;
+            if self.source.has_bias(part(0), &bias) {
+                self.require(bias)?;
+            }
         }
-        (0..count).try_for_each(|expert| self.require(self.source.name(layer, part(expert))))
+        Ok(())
     }
 }
 
 /// The norms of a layer.
 fn norms(spec: &LayerSpec) -> impl Iterator<Item = Part> {
     let (mixer, feed_forward) = (spec.mixer_norms, spec.feed_forward_norms);
-    let has_qk_norm = spec.attention().qk_norm.is_some();
+    let has_qk_norm = spec.attention().qk_norm_lengths().is_some();
     let norms = [
         (Part::AttentionNorm, mixer.is_before()),
         (Part::PostAttentionNorm, mixer.is_after()),

@@ -4,7 +4,7 @@
 //! them, the inventory and the random weights follow from them, and nothing else needs to
 //! know which architecture they came from.
 
-use crate::device::{Activation, HeadShape, RoutingSpec};
+use crate::device::{Activation, HeadShape, QueryScale, RoutingSpec};
 
 /// One layer: a mixer, which lets tokens see each other, and a feed-forward part, which
 /// works on each token alone. The output of each is added to the residual stream.
@@ -36,8 +36,15 @@ pub struct Attention {
     pub scale: f32,
     /// A token sees itself and the `window − 1` tokens before it; all when `None`.
     pub window: Option<usize>,
-    /// Index of its position embedding in [`ModelConfig::ropes`](super::ModelConfig::ropes).
-    pub rope: usize,
+    /// Whether the window does not slide: a token sees those of its own chunk of that many.
+    pub is_chunked: bool,
+    /// Whether each head has a sink: a score that takes part in the softmax without a value.
+    pub has_sinks: bool,
+    /// Index of its position embedding in [`ModelConfig::ropes`](super::ModelConfig::ropes);
+    /// `None` if queries and keys are not rotated.
+    pub rope: Option<usize>,
+    /// Factor on the queries that depends on their position, if there is one.
+    pub query_scale: Option<QueryScale>,
     /// How queries and keys are normalised before RoPE, if they are.
     pub qk_norm: Option<QkNormKind>,
     /// Soft cap on the scaled scores: `s → cap · tanh(s / cap)`.
@@ -67,6 +74,20 @@ pub struct Experts {
     pub width: usize,
     /// How the router chooses, and the experts' non-linearity.
     pub routing: RoutingSpec,
+    /// Whether the choice of each expert is corrected by a number of its own.
+    pub has_corrections: bool,
+    /// Width of a dense part beside the experts, which computes every token; `None` if there is
+    /// none.
+    pub shared: Option<usize>,
+}
+
+/// What the norms of the residual stream compute. Those of queries and keys are RMSNorms.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormKind {
+    /// `x / rms(x) · weight`.
+    Rms,
+    /// `(x − mean(x)) / σ(x) · weight`, without a bias.
+    Layer,
 }
 
 /// Where the norms of a mixer or of a feed-forward part are.
@@ -78,6 +99,9 @@ pub enum NormPlacement {
     After,
     /// On both.
     BeforeAndAfter,
+    /// Nowhere. A feed-forward part with this placement computes beside the mixer: it reads
+    /// the mixer's normalised input, and both outputs are added to the residual stream.
+    BesideMixer,
 }
 
 /// How queries and keys are normalised before RoPE.
@@ -85,6 +109,8 @@ pub enum NormPlacement {
 pub enum QkNormKind {
     /// Each head on its own.
     PerHead,
+    /// Each head on its own, with weights of 1 that are not stored.
+    PerHeadUnweighted,
     /// All heads of a row together.
     WholeRow,
 }
@@ -98,11 +124,12 @@ impl LayerSpec {
 }
 
 impl Attention {
-    /// Lengths of the weights of the query norm and of the key norm, if there are norms.
+    /// Lengths of the stored weights of the query norm and of the key norm, if there are some.
     pub fn qk_norm_lengths(&self) -> Option<(usize, usize)> {
         let heads = self.heads;
         Some(match self.qk_norm? {
             QkNormKind::PerHead => (heads.head_dim, heads.head_dim),
+            QkNormKind::PerHeadUnweighted => return None,
             QkNormKind::WholeRow => (heads.q_columns(), heads.kv_heads * heads.head_dim),
         })
     }
@@ -112,6 +139,11 @@ impl NormPlacement {
     /// Whether there is a norm on the input.
     pub fn is_before(self) -> bool {
         matches!(self, Self::Before | Self::BeforeAndAfter)
+    }
+
+    /// Whether the input is the residual stream itself.
+    pub fn reads_residual(self) -> bool {
+        self == Self::After
     }
 
     /// Whether there is a norm on the output.

@@ -10,6 +10,7 @@ mod architectures;
 mod config;
 mod decoder;
 mod error;
+mod experts;
 mod gguf;
 mod huggingface;
 mod hyperparameters;

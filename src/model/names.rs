@@ -22,9 +22,32 @@ pub(super) enum Part {
     ExpertGate(usize),
     ExpertUp(usize),
     ExpertDown(usize),
+    /// What is added to the experts' weights to choose.
+    Corrections,
+    SharedGate,
+    SharedUp,
+    SharedDown,
+    /// The sinks of the attention's heads.
+    Sinks,
 }
 
-/// The name of a part in a GGUF file, between `blk.N.` and `.weight`.
+/// What follows the name of a part in a GGUF file.
+pub(super) fn gguf_suffix(part: Part) -> &'static str {
+    match part {
+        Part::Corrections => ".bias",
+        _ => ".weight",
+    }
+}
+
+/// What follows the name of a part in a Hugging Face checkpoint.
+pub(super) fn huggingface_suffix(part: Part) -> &'static str {
+    match part {
+        Part::Corrections | Part::Sinks => "",
+        _ => ".weight",
+    }
+}
+
+/// The name of a part in a GGUF file, between `blk.N.` and its suffix.
 pub(super) fn gguf(part: Part) -> String {
     let name = match part {
         Part::AttentionNorm => "attn_norm",
@@ -46,6 +69,11 @@ pub(super) fn gguf(part: Part) -> String {
         Part::ExpertGate(expert) => return format!("ffn_gate.{expert}"),
         Part::ExpertUp(expert) => return format!("ffn_up.{expert}"),
         Part::ExpertDown(expert) => return format!("ffn_down.{expert}"),
+        Part::Corrections => "exp_probs_b",
+        Part::SharedGate => "ffn_gate_shexp",
+        Part::SharedUp => "ffn_up_shexp",
+        Part::SharedDown => "ffn_down_shexp",
+        Part::Sinks => "attn_sinks",
     };
     name.to_owned()
 }
@@ -61,7 +89,8 @@ pub(super) fn gguf_stacked(part: Part) -> Option<&'static str> {
     }
 }
 
-/// The name of a part in a Hugging Face checkpoint, between `layers.N.` and `.weight`.
+/// The name of a part in a Hugging Face checkpoint, between `layers.N.` and its
+/// suffix.
 pub(super) fn huggingface(part: Part) -> String {
     let name = match part {
         Part::AttentionNorm => "input_layernorm",
@@ -83,6 +112,11 @@ pub(super) fn huggingface(part: Part) -> String {
         Part::ExpertGate(expert) => return format!("mlp.experts.{expert}.gate_proj"),
         Part::ExpertUp(expert) => return format!("mlp.experts.{expert}.up_proj"),
         Part::ExpertDown(expert) => return format!("mlp.experts.{expert}.down_proj"),
+        Part::Corrections => "mlp.gate.e_score_correction_bias",
+        Part::SharedGate => "mlp.shared_experts.gate_proj",
+        Part::SharedUp => "mlp.shared_experts.up_proj",
+        Part::SharedDown => "mlp.shared_experts.down_proj",
+        Part::Sinks => "self_attn.sinks",
     };
     name.to_owned()
 }

@@ -2,7 +2,7 @@
 //! not depend on what the weights are.
 
 use super::layer::FeedForward;
-use super::names::Part;
+use super::names::{self, Part};
 use super::{ModelConfig, ModelError};
 use crate::weights::{DType, RandomContent, RandomTensor, RandomWeights};
 
@@ -72,16 +72,35 @@ impl List<'_> {
         match spec.feed_forward {
             FeedForward::Experts(experts) => {
                 let width = experts.width;
+                let bias = config.biases.feed_forward;
                 self.part(layer, Part::Router, experts.count, hidden);
-                for expert in 0..experts.count {
-                    self.part(layer, Part::ExpertGate(expert), width, hidden);
-                    self.part(layer, Part::ExpertUp(expert), width, hidden);
-                    self.part(layer, Part::ExpertDown(expert), hidden, width);
+                self.bias(layer, Part::Router, experts.count, bias);
+                match config.architecture.storage.stacked_experts {
+                    Some(stacked) => {
+                        let gate_up = (stacked.gate_up, [hidden, 2 * width]);
+                        self.stacked(layer, experts.count, gate_up);
+                        self.stacked(layer, experts.count, (stacked.down, [width, hidden]));
+                    }
+                    None => {
+                        for expert in 0..experts.count {
+                            self.part(layer, Part::ExpertGate(expert), width, hidden);
+                            self.part(layer, Part::ExpertUp(expert), width, hidden);
+                            self.part(layer, Part::ExpertDown(expert), hidden, width);
+                        }
+                    }
+                }
+                if experts.has_corrections {
+                    self.vector(self.name(layer, Part::Corrections), experts.count, 0.0);
+                }
+                if let Some(shared) = experts.shared {
+                    self.part(layer, Part::SharedGate, shared, hidden);
+                    self.part(layer, Part::SharedUp, shared, hidden);
+                    self.part(layer, Part::SharedDown, hidden, shared);
                 }
             }
             FeedForward::Dense { width, .. } => {
                 let bias = config.biases.feed_forward;
-                if config.architecture.storage.is_fused {
+                if config.architecture.storage.fuses_gate_up {
                     self.part(layer, Part::FusedGateUp, 2 * width, hidden);
                 } else {
                     self.part(layer, Part::Gate, width, hidden);
@@ -100,7 +119,7 @@ impl List<'_> {
         let attention = config.layers[layer].attention();
         let heads = attention.heads;
         let (q, kv) = (heads.q_columns(), heads.kv_heads * heads.head_dim);
-        if config.architecture.storage.is_fused {
+        if config.architecture.storage.fuses_qkv {
             self.part(layer, Part::FusedQkv, q + 2 * kv, hidden);
         } else {
             for (part, rows) in [(Part::Query, q), (Part::Key, kv), (Part::Value, kv)] {
@@ -111,30 +130,52 @@ impl List<'_> {
         self.part(layer, Part::AttentionOut, hidden, q);
         let bias = config.biases.attention_out;
         self.bias(layer, Part::AttentionOut, hidden, bias);
+        if attention.has_sinks {
+            self.vector(self.name(layer, Part::Sinks), heads.q_heads, 0.0);
+        }
         if let Some((q, k)) = attention.qk_norm_lengths() {
             self.part_norm(layer, Part::QueryNorm, q);
             self.part_norm(layer, Part::KeyNorm, k);
         }
     }
 
-    fn name(&self, layer: usize, part: Part, kind: &str) -> String {
-        let part = (self.config.architecture.storage.huggingface_name)(part);
-        format!("{}layers.{layer}.{part}.{kind}", self.prefix)
+    fn name(&self, layer: usize, part: Part) -> String {
+        let name = (self.config.architecture.storage.huggingface_name)(part);
+        let suffix = names::huggingface_suffix(part);
+        format!("{}layers.{layer}.{name}{suffix}", self.prefix)
     }
 
     fn part(&mut self, layer: usize, part: Part, rows: usize, columns: usize) {
-        self.matrix(self.name(layer, part, "weight"), rows, columns);
+        self.matrix(self.name(layer, part), rows, columns);
+    }
+
+    /// A tensor of all experts, with a bias of 0 if the model has one there.
+    fn stacked(&mut self, layer: usize, count: usize, (name, shape): (&str, [usize; 2])) {
+        let name = format!("{}layers.{layer}.{name}", self.prefix);
+        let [inputs, outputs] = shape;
+        if self.config.biases.feed_forward == Some(true) {
+            self.tensors.push(RandomTensor {
+                name: format!("{name}_bias"),
+                shape: vec![count, outputs],
+                content: RandomContent::Constant(0.0),
+            });
+        }
+        self.tensors.push(RandomTensor {
+            name,
+            shape: vec![count, inputs, outputs],
+            content: RandomContent::Weights,
+        });
     }
 
     /// A bias of 0, if the model has one there.
     fn bias(&mut self, layer: usize, part: Part, length: usize, is_there: Option<bool>) {
         if is_there == Some(true) {
-            self.vector(self.name(layer, part, "bias"), length, 0.0);
+            self.vector(names::bias(&self.name(layer, part)), length, 0.0);
         }
     }
 
     fn part_norm(&mut self, layer: usize, part: Part, length: usize) {
-        self.norm(self.name(layer, part, "weight"), length);
+        self.norm(self.name(layer, part), length);
     }
 
     fn matrix(&mut self, name: String, rows: usize, columns: usize) {

@@ -1,10 +1,12 @@
 //! Finds a model's tensors, whatever its file calls them.
 
+use super::architectures::RopeRows;
 use super::names::{self, Part};
 use super::stored::{StoredLinear, StoredRows};
 use super::{ModelConfig, ModelError, gguf, huggingface, inventory};
 use crate::device::RowOrder;
 use crate::weights::{Gguf, ModelFolder, ParameterCount, TensorView, WeightSource, quant};
+use std::borrow::Cow;
 
 /// Who named the tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,6 +113,11 @@ impl ModelSource {
         self.weights.names()
     }
 
+    /// Reads the bytes of a tensor.
+    pub(super) fn read(&self, tensor: &TensorView<'_>) -> Result<Cow<'_, [u8]>, ModelError> {
+        Ok(self.weights.read(tensor)?)
+    }
+
     /// Whether the file has a tensor of this name.
     pub(super) fn holds(&self, name: &str) -> bool {
         self.weights.tensor(name).is_some()
@@ -119,6 +126,18 @@ impl ModelSource {
     /// Who named the tensors.
     pub(super) fn naming(&self) -> Naming {
         self.naming
+    }
+
+    /// Beginnings of the names of tensors of layers that predict further tokens, which are not
+    /// computed.
+    pub(super) fn prediction_layers(&self) -> Vec<String> {
+        let first = self.config.layers.len();
+        let layers = first..first + self.config.prediction_layers;
+        let name = |layer| match self.naming {
+            Naming::Gguf => format!("blk.{layer}."),
+            Naming::HuggingFace { prefix } => format!("{prefix}layers.{layer}."),
+        };
+        layers.map(name).collect()
     }
 
     /// The name of the token embedding.
@@ -206,22 +225,32 @@ impl ModelSource {
         }
         let parts = [(Part::Query, q), (Part::Key, kv), (Part::Value, kv)];
         let mut qkv = self.linear(layer, &parts, hidden)?;
-        if self.interleaves() {
-            let head_dim = heads.head_dim;
-            qkv.order_first(2, RowOrder::RopeInterleaved { head_dim });
+        if let Some(order) = self.rope_order(layer) {
+            qkv.order_first(2, order);
         }
         Ok(qkv)
     }
 
-    /// Whether query and key rows are stored interleaved for RoPE.
-    fn interleaves(&self) -> bool {
-        self.naming == Naming::Gguf && self.config.architecture.storage.gguf_interleaves_rope
+    /// The order in which the rows of queries and keys of a layer are stored, unless it is that
+    /// in which they are used. It does not matter where they are not rotated.
+    fn rope_order(&self, layer: usize) -> Option<RowOrder> {
+        let attention = self.config.layers[layer].attention();
+        let rope = &self.config.ropes[attention.rope?];
+        let is_interleaved = match self.config.architecture.storage.rope_rows {
+            RopeRows::Halves => false,
+            RopeRows::InterleavedInGguf => self.naming == Naming::Gguf,
+            RopeRows::Interleaved => true,
+        };
+        is_interleaved.then_some(RowOrder::RopeInterleaved {
+            head_dim: attention.heads.head_dim,
+            rotary_dim: rope.rotary_dim,
+        })
     }
 
     /// Whether query, key and value of a layer are one tensor.
     pub(super) fn fuses_qkv(&self, layer: usize) -> bool {
         // Fused rows would have to be taken apart to undo an interleaving.
-        !self.interleaves() && self.holds(&self.name(layer, Part::FusedQkv))
+        self.rope_order(layer).is_none() && self.holds(&self.name(layer, Part::FusedQkv))
     }
 
     /// The attention's output projection.
@@ -237,7 +266,7 @@ impl ModelSource {
         width: usize,
     ) -> Result<StoredLinear<'_>, ModelError> {
         let hidden = self.config.hidden;
-        if self.config.architecture.storage.is_fused {
+        if self.config.architecture.storage.fuses_gate_up {
             return self.linear(layer, &[(Part::FusedGateUp, 2 * width)], hidden);
         }
         self.linear(layer, &[(Part::Gate, width), (Part::Up, width)], hidden)
@@ -246,6 +275,12 @@ impl ModelSource {
     /// Down projection of a dense layer.
     pub(super) fn down(&self, layer: usize, width: usize) -> Result<StoredLinear<'_>, ModelError> {
         self.linear(layer, &[(Part::Down, self.config.hidden)], width)
+    }
+
+    /// The sinks of the attention's heads.
+    pub(super) fn sinks(&self, layer: usize) -> Result<Vec<f32>, ModelError> {
+        let heads = self.config.layers[layer].attention().heads;
+        self.vector(&self.name(layer, Part::Sinks), heads.q_heads)
     }
 
     /// The router of a mixture of experts.
@@ -257,36 +292,23 @@ impl ModelSource {
         self.linear(layer, &[(Part::Router, experts)], self.config.hidden)
     }
 
-    /// Gate and up projection of one expert, stacked, and its down projection.
-    pub(super) fn expert(
-        &self,
-        layer: usize,
-        expert: usize,
-        width: usize,
-    ) -> Result<(StoredLinear<'_>, StoredLinear<'_>), ModelError> {
-        let hidden = self.config.hidden;
-        let gate = self.expert_rows(layer, Part::ExpertGate(expert), expert, width, hidden)?;
-        let up = self.expert_rows(layer, Part::ExpertUp(expert), expert, width, hidden)?;
-        let down = self.expert_rows(layer, Part::ExpertDown(expert), expert, hidden, width)?;
-        Ok((
-            StoredLinear::new(vec![gate, up]),
-            StoredLinear::new(vec![down]),
-        ))
-    }
-
     /// The name of the weight of a part of a layer.
     pub(super) fn name(&self, layer: usize, part: Part) -> String {
         let storage = self.config.architecture.storage;
         match self.naming {
-            Naming::Gguf => format!("blk.{layer}.{}.weight", (storage.gguf_name)(part)),
+            Naming::Gguf => {
+                let suffix = names::gguf_suffix(part);
+                format!("blk.{layer}.{}{suffix}", (storage.gguf_name)(part))
+            }
             Naming::HuggingFace { prefix } => {
                 let name = (storage.huggingface_name)(part);
-                format!("{prefix}layers.{layer}.{name}.weight")
+                let suffix = names::huggingface_suffix(part);
+                format!("{prefix}layers.{layer}.{name}{suffix}")
             }
         }
     }
 
-    fn tensor(&self, name: &str) -> Result<TensorView<'_>, ModelError> {
+    pub(super) fn tensor(&self, name: &str) -> Result<TensorView<'_>, ModelError> {
         self.weights
             .tensor(name)
             .ok_or_else(|| ModelError::MissingTensor {
@@ -296,7 +318,7 @@ impl ModelSource {
 
     /// A linear layer of stacked parts, each of so many rows, with their biases if
     /// the file has any.
-    fn linear(
+    pub(super) fn linear(
         &self,
         layer: usize,
         parts: &[(Part, usize)],
@@ -331,7 +353,7 @@ impl ModelSource {
         said.unwrap_or_else(|| self.holds(name))
     }
 
-    fn matrix(
+    pub(super) fn matrix(
         &self,
         name: &str,
         rows: usize,
@@ -341,7 +363,7 @@ impl ModelSource {
     }
 
     /// Reads the rows of a matrix.
-    fn rows(
+    pub(super) fn rows(
         &self,
         tensor: &TensorView<'_>,
         rows: usize,
@@ -363,37 +385,6 @@ impl ModelSource {
         })
     }
 
-    /// An expert's matrix: a tensor of its own, or a slice of a stacked one.
-    fn expert_rows(
-        &self,
-        layer: usize,
-        part: Part,
-        expert: usize,
-        rows: usize,
-        columns: usize,
-    ) -> Result<StoredRows<'_>, ModelError> {
-        if let Some(name) = self.stacked_name(layer, part)
-            && let Some(tensor) = self.weights.tensor(&name)
-        {
-            let slice = tensor.slice(expert).ok_or_else(|| ModelError::WrongShape {
-                name: name.clone(),
-                found: tensor.shape.to_vec(),
-                expected: vec![expert + 1, rows, columns],
-            })?;
-            return self.rows(&slice, rows, columns);
-        }
-        self.matrix(&self.name(layer, part), rows, columns)
-    }
-
-    /// The name of the tensor that all experts of a layer are stacked in, if files have one.
-    pub(super) fn stacked_name(&self, layer: usize, part: Part) -> Option<String> {
-        let name = match self.naming {
-            Naming::Gguf => names::gguf_stacked(part)?,
-            Naming::HuggingFace { .. } => return None,
-        };
-        Some(format!("blk.{layer}.{name}.weight"))
-    }
-
     fn norm_weight(&self, name: &str, length: usize) -> Result<Vec<f32>, ModelError> {
         let mut values = self.vector(name, length)?;
         let are_offsets = self.config.architecture.storage.norm_weights_are_offsets;
@@ -403,8 +394,17 @@ impl ModelSource {
         Ok(values)
     }
 
-    fn vector(&self, name: &str, length: usize) -> Result<Vec<f32>, ModelError> {
-        let tensor = self.tensor(name)?;
+    pub(super) fn vector(&self, name: &str, length: usize) -> Result<Vec<f32>, ModelError> {
+        self.numbers(&self.tensor(name)?, length)
+    }
+
+    /// Reads a vector, as float32.
+    pub(super) fn numbers(
+        &self,
+        tensor: &TensorView<'_>,
+        length: usize,
+    ) -> Result<Vec<f32>, ModelError> {
+        let name = tensor.name;
         if tensor.shape != [length] {
             return Err(ModelError::WrongShape {
                 name: name.to_owned(),
@@ -420,7 +420,7 @@ impl ModelSource {
             });
         }
         let mut values = vec![0.0; length];
-        quant::dequantize(tensor.dtype, &self.weights.read(&tensor)?, &mut values);
+        quant::dequantize(tensor.dtype, &self.weights.read(tensor)?, &mut values);
         Ok(values)
     }
 }

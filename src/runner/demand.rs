@@ -342,10 +342,9 @@ fn step_limits(limits: &DeviceLimits) -> StepLimits {
 
 /// Returns the sizes of a model that a device's scratch memory depends on.
 fn shape(model: &ModelConfig) -> ModelShape {
-    let normed = model
-        .layers
-        .iter()
-        .all(|layer| layer.mixer_norms.is_before() && layer.feed_forward_norms.is_before());
+    let normed = model.layers.iter().all(|layer| {
+        !(layer.mixer_norms.reads_residual() || layer.feed_forward_norms.reads_residual())
+    });
     ModelShape {
         layers: model.layers.len(),
         heads: model.heads(),

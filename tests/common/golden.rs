@@ -31,6 +31,12 @@ pub fn tiny(name: &str) -> PathBuf {
     crate::root().join("tests/fixtures/golden/tiny").join(name)
 }
 
+/// Path of a tiny checkpoint as a GGUF file that llama.cpp's converter made.
+pub fn gguf(name: &str) -> PathBuf {
+    let folder = crate::root().join("tests/fixtures/golden/gguf");
+    folder.join(format!("{name}.gguf"))
+}
+
 /// Reads the token ids of a reference file.
 pub fn ids(value: &Value) -> Vec<u32> {
     let ids = value.as_array().unwrap().iter();

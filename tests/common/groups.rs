@@ -159,6 +159,7 @@ impl<D: TestDevice> Grouped<D> {
             heads: self.heads,
             scale: 2.0 / (self.heads.head_dim as f32).sqrt(),
             window: layer.window,
+            chunked: false,
             softcap: None,
         }
     }

@@ -8,6 +8,7 @@ pub mod api;
 pub mod browser;
 pub mod clients;
 pub mod cpu;
+pub mod experts;
 pub mod gguf_writer;
 pub mod golden;
 #[cfg(feature = "product")]

@@ -16,6 +16,7 @@ struct Layer {
     rope: CpuRope,
     spec: AttentionSpec,
     norm: Option<(CpuVector, CpuVector, bool)>,
+    sinks: Option<CpuVector>,
 }
 
 /// Tokens `range` of one sequence, whose blocks are `table`.
@@ -59,6 +60,7 @@ impl Layer {
             rope,
             spec,
             norm: None,
+            sinks: None,
         }
     }
 
@@ -88,6 +90,7 @@ impl Layer {
             per_head: *per_head,
         });
         let (heads, layer) = (self.spec.heads, CacheLayer::single_group(1));
+        let sinks = self.sinks.as_ref();
         self.device
             .rope_store(
                 &mut qkv,
@@ -99,7 +102,7 @@ impl Layer {
             )
             .unwrap();
         self.device
-            .attend(&qkv, &self.spec, &self.cache, layer, &mut out)
+            .attend_with_sinks(&qkv, &self.spec, sinks, &self.cache, layer, &mut out)
             .unwrap();
         let mut row = 0;
         parts
@@ -127,6 +130,18 @@ pub fn reference(
     spec: &AttentionSpec,
     rope: &RopeSpec,
     norm: Option<(&[f32], &[f32], bool)>,
+    qkv: &[f32],
+) -> Vec<f64> {
+    reference_with_sinks(spec, rope, norm, &[], qkv)
+}
+
+/// Computes norms, rotation and attention of all tokens in float64. There are no sinks if the list
+/// is empty.
+fn reference_with_sinks(
+    spec: &AttentionSpec,
+    rope: &RopeSpec,
+    norm: Option<(&[f32], &[f32], bool)>,
+    sinks: &[f32],
     qkv: &[f32],
 ) -> Vec<f64> {
     let HeadShape {
@@ -166,9 +181,10 @@ pub fn reference(
     let group = q_heads / kv_heads;
     let mut out = Vec::new();
     for (position, row) in rows.iter().enumerate() {
-        let first = spec
-            .window
-            .map_or(0, |window| (position + 1).saturating_sub(window));
+        let first = spec.window.map_or(0, |window| match spec.chunked {
+            true => position / window * window,
+            false => (position + 1).saturating_sub(window),
+        });
         for head in 0..q_heads {
             let q = &row[head * head_dim..][..head_dim];
             let k_at = (q_heads + head / group) * head_dim;
@@ -185,7 +201,9 @@ pub fn reference(
                 .collect();
             let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let weights: Vec<f64> = scores.iter().map(|s| (s - largest).exp()).collect();
-            let sum: f64 = weights.iter().sum();
+            let sink = sinks.get(head);
+            let sink = sink.map_or(0.0, |&sink| (f64::from(sink) - largest).exp());
+            let sum = sink + weights.iter().sum::<f64>();
             for d in 0..head_dim {
                 let value: f64 = weights
                     .iter()
@@ -212,6 +230,7 @@ fn specs() -> Vec<(AttentionSpec, usize)> {
         heads,
         scale: 1.5 / (heads.head_dim as f32).sqrt(),
         window,
+        chunked: false,
         softcap,
     };
     vec![
@@ -248,6 +267,44 @@ pub fn assert_near(out: &[f32], expected: &[f64], tolerance: f64, what: &str) {
             error <= tolerance,
             "{what}: {out} at {i} is {error} from {expected}"
         );
+    }
+}
+
+#[test]
+fn sinks_and_chunks_agree_with_float64_in_any_steps() {
+    let mut random = Random::new(16);
+    for (index, (spec, rotary)) in specs().into_iter().enumerate() {
+        let spec = AttentionSpec {
+            window: [None, Some(20), Some(150)][index % 3],
+            chunked: true,
+            ..spec
+        };
+        let sinks: Vec<f32> = random.numbers(spec.heads.q_heads);
+        let sinks: Vec<f32> = sinks.iter().map(|sink| sink * 4.0).collect();
+        let tokens = 200;
+        let qkv = random.numbers(tokens * spec.heads.qkv_columns());
+        let rope = rope_spec(rotary);
+        let expected = reference_with_sinks(&spec, &rope, None, &sinks, &qkv);
+        let mut whole: Option<Vec<f32>> = None;
+        for (chunk, threads) in [(tokens, 1), (1, 3), (7, 2), (64, 2)] {
+            let options = options(SimdLevel::Auto, threads, KvType::F32);
+            let mut layer = Layer::new(&options, spec, rotary, 16);
+            layer.sinks = Some(layer.device.load_vector(&sinks).unwrap());
+            let table = table(3, tokens.div_ceil(16));
+            let mut out = Vec::new();
+            for start in (0..tokens).step_by(chunk) {
+                let range = start..tokens.min(start + chunk);
+                let part = Part {
+                    qkv: &qkv,
+                    range,
+                    table: &table,
+                };
+                out.extend(layer.step(&[part]).remove(0));
+            }
+            assert_near(&out, &expected, 2e-5, &format!("{spec:?}"));
+            let whole = whole.get_or_insert_with(|| out.clone());
+            assert!(bits(&out) == bits(whole), "{spec:?} in steps of {chunk}");
+        }
     }
 }
 

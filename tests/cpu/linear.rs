@@ -226,7 +226,10 @@ fn interleaved_rope_rows_are_reordered_to_half_split() {
     let mut device = device(SimdLevel::Auto, 1, Activations::F32);
     let plain = linear(&mut device, DType::Q8_0, rows, columns, &data);
     let plain = multiply(&mut device, &plain, &x);
-    let order = RowOrder::RopeInterleaved { head_dim };
+    let order = RowOrder::RopeInterleaved {
+        head_dim,
+        rotary_dim: 16,
+    };
     let part = WeightRows {
         dtype: DType::Q8_0,
         rows,
@@ -244,6 +247,9 @@ fn interleaved_rope_rows_are_reordered_to_half_split() {
     for row in 0..rows {
         assert_eq!(out[row], plain[order.stored_row(row)]);
     }
+    let stored = (0..head_dim).map(|row| order.stored_row(row));
+    let halves = (0..16).step_by(2).chain((1..16).step_by(2));
+    assert!(stored.eq(halves.chain(16..24)));
 }
 
 #[test]
@@ -343,7 +349,10 @@ fn inconsistent_specifications_are_refused() {
         order,
     };
     static ZEROS: [u8; 64] = [0; 64];
-    let interleaved = RowOrder::RopeInterleaved { head_dim: 3 };
+    let interleaved = RowOrder::RopeInterleaved {
+        head_dim: 2,
+        rotary_dim: 1,
+    };
     for (parts, bias) in [
         (vec![part(4, 4, &ZEROS[..60], RowOrder::AsStored)], None),
         (

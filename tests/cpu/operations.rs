@@ -2,6 +2,8 @@
 //! and feedback.
 
 use common::cpu::*;
+use common::experts;
+use common::experts::{COLUMNS, EXPERTS, Mixture};
 use quell::internals::device::*;
 use quell::internals::sampling::{SampleRow, sample};
 use quell::internals::weights::DType;
@@ -36,6 +38,51 @@ fn normalized(x: &[f64], weight: &[f32]) -> Vec<f64> {
                 .map(move |(v, &w)| v * factor * f64::from(w))
         })
         .collect()
+}
+
+fn centred(x: &[f64], columns: usize) -> Vec<f64> {
+    let row = |row: &[f64]| {
+        let mean = row.iter().sum::<f64>() / columns as f64;
+        row.iter().map(|v| v - mean).collect::<Vec<_>>()
+    };
+    x.chunks(columns).flat_map(row).collect()
+}
+
+#[test]
+fn queries_are_scaled_in_stages_of_their_positions() {
+    let heads = HeadShape {
+        q_heads: 2,
+        kv_heads: 1,
+        head_dim: 4,
+    };
+    let columns = heads.qkv_columns();
+    let mut d = device(SimdLevel::Auto, 1, Activations::Auto);
+    let mut batch = Batch::new(1);
+    batch.push(&[0; 9], 6, 16, [(0, [0])]);
+    d.stage(&batch).unwrap();
+    let scale = |offset| QueryScale {
+        slope: 0.1,
+        interval: 4,
+        offset,
+    };
+    for offset in [0, 1] {
+        let mut qkv = tensor(&mut d, columns, &vec![1.0; 9 * columns]);
+        d.scale_queries(&mut qkv, heads, scale(offset)).unwrap();
+        for row in 0..9 {
+            let stage = (6 + row + offset as usize) / 4;
+            let factor = 0.1 * (stage as f32 + 1.0).ln() + 1.0;
+            let (queries, others) = qkv.row(row).split_at(heads.q_columns());
+            assert!(queries.iter().all(|query| *query == factor), "row {row}");
+            assert!(others.iter().all(|other| *other == 1.0), "row {row}");
+        }
+    }
+    let never = QueryScale {
+        interval: 0,
+        ..scale(0)
+    };
+    let mut qkv = tensor(&mut d, columns, &vec![1.0; 9 * columns]);
+    let error = d.scale_queries(&mut qkv, heads, never).unwrap_err();
+    assert!(error.to_string().contains("interval"), "{error}");
 }
 
 #[test]
@@ -78,6 +125,15 @@ fn norms_agree_with_float64() {
             let mut residual = tensor(&mut d, columns, &r);
             d.add(&mut residual, &x_tensor, rows).unwrap();
             assert_near(&values(&residual, rows), &sum, 1e-6, &what);
+
+            let mut residual = tensor(&mut d, columns, &r);
+            d.centre(&mut residual, rows).unwrap();
+            assert_near(
+                &values(&residual, rows),
+                &centred(&wide(&r), columns),
+                1e-5,
+                &what,
+            );
         }
     }
 }
@@ -109,6 +165,7 @@ fn activations_agree_with_float64_even_far_from_zero() {
                                     * (x + 0.044_715 * x * x * x);
                                 0.5 * x * (1.0 + inner.tanh())
                             }
+                            Activation::ClampedSwiGlu { .. } => unreachable!(),
                         });
                         activated.zip(up).map(|(a, up)| a * up).collect::<Vec<_>>()
                     })
@@ -178,6 +235,7 @@ fn experts_are_chosen_weighted_and_summed() {
     {
         let routing = RoutingSpec {
             top_k,
+            score: RouterScore::Softmax,
             normalize,
             activation: Activation::Silu,
         };
@@ -240,6 +298,72 @@ fn experts_are_chosen_weighted_and_summed() {
             assert_eq!(bits(alone.row(0)), all[row * width..][..width], "row {row}");
         }
     }
+}
+
+#[test]
+fn every_kind_of_router_and_expert_agrees_with_float64() {
+    let mut random = Random::new(26);
+    let rows = 9;
+    for options in experts::options() {
+        let mixture = Mixture::new(&mut random);
+        let x = random.numbers(rows * COLUMNS);
+        let logits: Vec<f32> = random.numbers(rows * EXPERTS);
+        let logits: Vec<f32> = logits.iter().map(|logit| logit * 3.0).collect();
+        let expected: Vec<f64> = (0..rows)
+            .flat_map(|row| {
+                let x = &x[row * COLUMNS..][..COLUMNS];
+                mixture.row(&options, x, &logits[row * EXPERTS..][..EXPERTS])
+            })
+            .collect();
+        for level in levels() {
+            let mut d = device(level, 2, Activations::F32);
+            let loaded = mixture.load(&mut d, &options);
+            let (x, router) = (
+                tensor(&mut d, COLUMNS, &x),
+                tensor(&mut d, EXPERTS, &logits),
+            );
+            let mut out = d.allocate(rows, COLUMNS, Precision::Full).unwrap();
+            d.experts(&x, &router, options.routing, &loaded, rows, &mut out)
+                .unwrap();
+            assert_near(
+                &values(&out, rows),
+                &expected,
+                1e-4,
+                &format!("{options:?}"),
+            );
+        }
+    }
+}
+
+#[test]
+fn experts_that_cannot_be_chosen_are_refused() {
+    let mut random = Random::new(27);
+    let mixture = Mixture::new(&mut random);
+    let options = experts::options()[2];
+    let mut d = device(SimdLevel::Auto, 1, Activations::F32);
+    let loaded = mixture.load(&mut d, &options);
+    let x = tensor(&mut d, COLUMNS, &[0.0; COLUMNS]);
+    let router = tensor(&mut d, EXPERTS, &[0.0; EXPERTS]);
+    let mut out = d.allocate(1, COLUMNS, Precision::Full).unwrap();
+    for (groups, top_groups, top_k) in [(3, 1, 1), (0, 1, 1), (8, 1, 1), (4, 5, 2), (4, 1, 3)] {
+        let RouterScore::Sigmoid(sigmoid) = options.routing.score else {
+            panic!("not a sigmoid");
+        };
+        let routing = RoutingSpec {
+            top_k,
+            score: RouterScore::Sigmoid(SigmoidRouting {
+                groups,
+                top_groups,
+                ..sigmoid
+            }),
+            ..options.routing
+        };
+        let error = d.experts(&x, &router, routing, &loaded, 1, &mut out);
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("experts"), "{error}");
+    }
+    let error = d.load_corrected_experts(&[], &[], Some(&[1.0]));
+    assert!(error.err().unwrap().to_string().contains("corrections"));
 }
 
 #[test]

@@ -35,6 +35,7 @@ fn case(
             heads,
             scale,
             window,
+            chunked: false,
             softcap,
         },
         block_tokens,
@@ -92,12 +93,25 @@ fn tables(random: &mut Random, lengths: &[usize], block_tokens: usize) -> (Vec<V
 
 /// Returns the first position that a token attends to.
 fn sees_from(spec: &AttentionSpec, position: usize) -> usize {
-    let from = |window| (position + 1).saturating_sub(window);
+    let from = |window| match spec.chunked {
+        true => position / window * window,
+        false => (position + 1).saturating_sub(window),
+    };
     spec.window.map_or(0, from)
 }
 
 /// Computes the attention of one token in float64.
 pub fn reference(spec: &AttentionSpec, qkv: &[f32], position: usize) -> Vec<f64> {
+    reference_with_sinks(spec, &[], qkv, position)
+}
+
+/// Computes the attention of one token in float64. There are no sinks if the list is empty.
+fn reference_with_sinks(
+    spec: &AttentionSpec,
+    sinks: &[f32],
+    qkv: &[f32],
+    position: usize,
+) -> Vec<f64> {
     let HeadShape {
         q_heads,
         kv_heads,
@@ -125,7 +139,9 @@ pub fn reference(spec: &AttentionSpec, qkv: &[f32], position: usize) -> Vec<f64>
             .collect();
         let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
-        let sum: f64 = weights.iter().sum();
+        let sink = sinks.get(head);
+        let sink = sink.map_or(0.0, |&sink| (f64::from(sink) - largest).exp());
+        let sum = sink + weights.iter().sum::<f64>();
         let mut result = vec![0.0; head_dim];
         for (weight, row) in weights.iter().zip(&seen) {
             for (result, &value) in result.iter_mut().zip(&row[v_at..]) {
@@ -674,5 +690,70 @@ fn invalid_attention_arguments_are_refused() {
         let error = attend(&spec, layer, columns, block).unwrap_err();
         assert!(matches!(error, DeviceError::Failed { .. }), "{error}");
         assert!(error.to_string().contains(complaint), "{error}");
+    }
+}
+
+#[test]
+fn sinks_and_chunks_agree_with_float64_in_any_steps() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(16);
+    let tokens_of_all = 200;
+    for kind in TYPES {
+        let mut device = layer::device(kind);
+        for (index, head_dim) in [32, 64, 128, 256].into_iter().enumerate() {
+            let window = [None, Some(32), Some(128)][index % 3];
+            let mut case = case((6, 2, head_dim), window, None, 16);
+            case.spec.chunked = true;
+            let spec = &case.spec;
+            let sinks: Vec<f32> = random.numbers(6).iter().map(|sink| sink * 4.0).collect();
+            let qkv = tokens(&mut random, kind, &case, tokens_of_all);
+            let (tables, blocks) = tables(&mut random, &[tokens_of_all], 16);
+            let mut steps = |range: Range<usize>, chunk: usize| -> Vec<f32> {
+                let mut layer = Layer::new(&mut device, spec.heads, &identity(2048), 16, blocks);
+                layer.sinks = Some(layer.device.load_vector(&sinks).unwrap());
+                let part = |range| Part {
+                    qkv: &qkv,
+                    range,
+                    table: &tables[0],
+                };
+                if range.start > 0 {
+                    layer.store(&[part(0..range.start)]);
+                }
+                let ends = range.clone().step_by(chunk);
+                let parts = ends.map(|start| part(start..range.end.min(start + chunk)));
+                parts
+                    .flat_map(|part| layer.step(spec, &[part]).remove(0))
+                    .collect()
+            };
+            let whole = steps(0..tokens_of_all, tokens_of_all);
+            let expected: Vec<f64> = (0..tokens_of_all)
+                .flat_map(|position| reference_with_sinks(spec, &sinks, &qkv, position))
+                .collect();
+            assert_near(kind, &whole, &expected, &format!("{spec:?}"));
+            let columns = spec.heads.q_columns();
+            let decoded = steps(120..135, 1);
+            assert!(
+                bits(&decoded) == bits(&whole[120 * columns..135 * columns]),
+                "{spec:?}"
+            );
+            let cut = steps(0..tokens_of_all, 77);
+            assert!(bits(&cut) == bits(&whole), "{spec:?}");
+        }
+        let mut uneven = case((2, 1, 64), Some(48), None, 16);
+        uneven.spec.chunked = true;
+        let mut layer = Layer::new(&mut device, uneven.spec.heads, &identity(64), 16, 1);
+        let rows = vec![0.5; uneven.spec.heads.qkv_columns()];
+        let (batch, _) = layer.batch(&[Part {
+            qkv: &rows,
+            range: 0..1,
+            table: &[0],
+        }]);
+        let qkv = layer.tensor(uneven.spec.heads.qkv_columns(), &rows);
+        let mut out = layer.tensor(uneven.spec.heads.q_columns(), &[0.0; 128]);
+        layer.stage(&batch);
+        let (device, cache) = (&mut layer.device, &layer.cache);
+        let error = device.attend(&qkv, &uneven.spec, cache, LAYER, &mut out);
+        layer.device.finish(Ok(())).unwrap();
+        assert!(error.unwrap_err().to_string().contains("48"));
     }
 }

@@ -129,6 +129,7 @@ impl Model {
             heads: HEADS,
             scale: 0.2,
             window: None,
+            chunked: false,
             softcap: None,
         };
         device.embed(&self.table, 1.0, &mut self.residual)?;

@@ -2,6 +2,8 @@
 //! depends only on that row.
 
 use common::cpu::{Random, bits, dequantized, weights};
+use common::experts;
+use common::experts::{COLUMNS, EXPERTS, Mixture};
 use common::gpu;
 use half::{bf16, f16};
 use quell::internals::device::cuda::{CudaDevice, CudaExperts};
@@ -147,6 +149,7 @@ impl Layer {
                         let inner = 0.797_884_560_802_865_4 * (gate + 0.044_715 * gate.powi(3));
                         0.5 * gate * (1.0 + inner.tanh())
                     }
+                    Activation::ClampedSwiGlu { .. } => unreachable!(),
                 };
                 round(activated * up)
             });
@@ -199,6 +202,7 @@ fn apply(
 fn routing(top_k: usize, normalize: bool, activation: Activation) -> RoutingSpec {
     RoutingSpec {
         top_k,
+        score: RouterScore::Softmax,
         normalize,
         activation,
     }
@@ -268,6 +272,44 @@ fn experts_agree_with_float64() {
                         "{activations:?} {dtype} row {row} column {column}: {found}, not {expected}"
                     );
                 }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_kind_of_router_and_expert_agrees_with_float64() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(26);
+    let rows = 20;
+    for activations in [CudaActivations::Bf16, CudaActivations::F16] {
+        // Four results are rounded on the way, of sums whose terms are below 1 in magnitude.
+        let tolerance = match activations {
+            CudaActivations::Bf16 => 0.25,
+            CudaActivations::F16 => 0.03,
+        };
+        let mut device = device(activations);
+        for options in experts::options() {
+            let mixture = Mixture::new(&mut random);
+            let loaded = mixture.load(&mut device, &options);
+            let x = experts::exact(&mut random, rows * COLUMNS);
+            let logits: Vec<f32> = random.numbers(rows * EXPERTS);
+            let logits: Vec<f32> = logits.iter().map(|logit| logit * 3.0).collect();
+            let shape = (rows, COLUMNS);
+            let out = apply(&mut device, &loaded, options.routing, (&x, &logits), shape);
+            for row in 0..rows {
+                let of_row = &x[row * COLUMNS..][..COLUMNS];
+                let own = &logits[row * EXPERTS..][..EXPERTS];
+                let expected = mixture.row(&options, of_row, own);
+                let found = &out[row * COLUMNS..][..COLUMNS];
+                for (found, expected) in found.iter().zip(expected) {
+                    let error = (f64::from(*found) - expected).abs();
+                    let what = format!("{activations:?} {options:?} row {row}");
+                    assert!(error <= tolerance, "{what}: {found}, not {expected}");
+                }
+                let alone = (of_row, own);
+                let alone = apply(&mut device, &loaded, options.routing, alone, (1, COLUMNS));
+                assert_eq!(bits(&alone), bits(found), "row {row}");
             }
         }
     }

@@ -78,6 +78,8 @@ pub struct Layer<'d> {
     pub heads: HeadShape,
     /// Weights for queries and for keys, and whether they apply per head.
     pub norm: Option<(CudaVector, CudaVector, bool)>,
+    /// The sinks of the heads.
+    pub sinks: Option<CudaVector>,
     block_tokens: usize,
 }
 
@@ -112,6 +114,7 @@ impl<'d> Layer<'d> {
             rope,
             heads,
             norm: None,
+            sinks: None,
             block_tokens,
         }
     }
@@ -170,8 +173,10 @@ impl<'d> Layer<'d> {
         let mut out = self.tensor(columns, &vec![f32::NAN; batch.rows() * columns]);
         self.stage(&batch);
         self.rope_store(&mut qkv).unwrap();
-        let (device, cache) = (&mut self.device, &self.cache);
-        device.attend(&qkv, spec, cache, LAYER, &mut out).unwrap();
+        let (device, cache, sinks) = (&mut self.device, &self.cache, self.sinks.as_ref());
+        device
+            .attend_with_sinks(&qkv, spec, sinks, cache, LAYER, &mut out)
+            .unwrap();
         device.finish(Ok(())).unwrap();
         let values = device.values(&out, batch.rows()).unwrap();
         let mut values = values.as_slice();

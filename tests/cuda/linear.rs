@@ -237,7 +237,10 @@ fn float_weights_support_any_outputs_and_multiples_of_eight_inputs() {
 fn parts_of_different_formats_and_orders_form_one_layer() {
     let _gpu = gpu::lock();
     let mut random = Random::new(13);
-    let heads = RowOrder::RopeInterleaved { head_dim: 16 };
+    let heads = RowOrder::RopeInterleaved {
+        head_dim: 16,
+        rotary_dim: 12,
+    };
     for activations in TYPES {
         let mut device = device(activations);
         let columns = 512;

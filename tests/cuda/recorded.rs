@@ -215,6 +215,7 @@ impl Run {
             heads,
             scale: 0.3,
             window,
+            chunked: false,
             softcap: window.map(|_| 5.0),
         };
         // A long and a short sequence in chunks, and then a step that decodes both.
@@ -243,6 +244,7 @@ impl Run {
         let experts = self.device.load_experts(&gate_ups, &downs).unwrap();
         let routing = RoutingSpec {
             top_k: 2,
+            score: RouterScore::Softmax,
             normalize: true,
             activation: Activation::Silu,
         };

@@ -244,6 +244,58 @@ fn other_rows_change_no_bit_of_a_row() {
 }
 
 #[test]
+fn queries_are_scaled_in_stages_of_their_positions() {
+    let _gpu = gpu::lock();
+    let heads = HeadShape {
+        q_heads: 2,
+        kv_heads: 1,
+        head_dim: 16,
+    };
+    let columns = heads.qkv_columns();
+    for kind in TYPES {
+        let mut device = device(kind);
+        let mut layer = Layer::new(&mut device, heads, &RopeSpec::nothing(64), 16, 2);
+        let rows: Vec<f32> = Random::new(43)
+            .numbers(30 * columns)
+            .into_iter()
+            .map(|value| kept(kind, value))
+            .collect();
+        let scale = |interval| QueryScale {
+            slope: 0.3,
+            interval,
+            offset: 1,
+        };
+        let (batch, values) = layer.batch(&[Part {
+            qkv: &rows,
+            range: 2..30,
+            table: &[1, 0],
+        }]);
+        let mut qkv = layer.tensor(columns, &values);
+        layer.stage(&batch);
+        layer.rope_store(&mut qkv).unwrap();
+        layer
+            .device
+            .scale_queries(&mut qkv, heads, scale(8))
+            .unwrap();
+        let error = layer.device.scale_queries(&mut qkv, heads, scale(0));
+        layer.device.finish(Ok(())).unwrap();
+        assert!(error.unwrap_err().to_string().contains("interval"));
+        let found = layer.device.values(&qkv, 28).unwrap();
+        for (index, (found, stored)) in found.iter().zip(&values).enumerate() {
+            let (row, column) = (index / columns, index % columns);
+            let factor = match column < heads.q_columns() {
+                true => scale(8).factor(2 + row as u32),
+                false => 1.0,
+            };
+            let expected = f64::from(stored * factor);
+            let error = (f64::from(*found) - expected).abs();
+            let bound = expected.abs() * rounding(kind);
+            assert!(error <= bound, "{found} at {row}, {column}, not {expected}");
+        }
+    }
+}
+
+#[test]
 fn invalid_rope_arguments_are_refused() {
     let _gpu = gpu::lock();
     let mut device = device(CudaActivations::Bf16);

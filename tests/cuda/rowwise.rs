@@ -107,7 +107,7 @@ fn activations(device: &mut CudaDevice, columns: usize, values: &[f32]) -> CudaT
 }
 
 /// Returns what each of the norms and sums of these operands wrote.
-fn norms(device: &mut CudaDevice, columns: usize, operands: &Operands) -> [Vec<f32>; 5] {
+fn norms(device: &mut CudaDevice, columns: usize, operands: &Operands) -> [Vec<f32>; 6] {
     let rows = operands.x.len() / columns;
     let weight = device.load_vector(&operands.weight).unwrap();
     let x = activations(device, columns, &operands.x);
@@ -131,13 +131,10 @@ fn norms(device: &mut CudaDevice, columns: usize, operands: &Operands) -> [Vec<f
     let added = device.values(&stream, rows).unwrap();
     let mut stream = residual(device, columns, &operands.residual);
     device.add(&mut stream, &x, rows).unwrap();
-    [
-        plain,
-        sum,
-        of_sum,
-        added,
-        device.values(&stream, rows).unwrap(),
-    ]
+    let plain_sum = device.values(&stream, rows).unwrap();
+    device.centre(&mut stream, rows).unwrap();
+    let centred = device.values(&stream, rows).unwrap();
+    [plain, sum, of_sum, added, plain_sum, centred]
 }
 
 #[test]
@@ -149,7 +146,8 @@ fn norms_and_sums_agree_with_float64() {
         for (rows, columns) in SHAPES {
             let what = format!("{rows} × {columns} in {activations:?}");
             let operands = Operands::new(&mut random, activations, rows, columns);
-            let [plain, sum, of_sum, added, plain_sum] = norms(&mut device, columns, &operands);
+            let [plain, sum, of_sum, added, plain_sum, centred] =
+                norms(&mut device, columns, &operands);
             let rounding = rounding(activations);
             let stream = wide(&operands.residual);
             let expected = normalized(&stream, &operands.weight);
@@ -165,6 +163,14 @@ fn norms_and_sums_agree_with_float64() {
             assert_eq!(bits(&plain_sum), bits(&exact), "{what}");
             let expected = normalized(&wide(&exact), &operands.weight);
             assert_near(&of_sum, &expected, rounding, 1e-6, &what);
+            let expected: Vec<f64> = wide(&exact)
+                .chunks(columns)
+                .flat_map(|row| {
+                    let mean = row.iter().sum::<f64>() / columns as f64;
+                    row.iter().map(|v| v - mean).collect::<Vec<_>>()
+                })
+                .collect();
+            assert_near(&centred, &expected, 1e-6, 1e-5, &what);
 
             let expected: Vec<f64> = normalized(&operands.x_kept, &operands.weight)
                 .iter()
@@ -246,6 +252,7 @@ fn activations_agree_with_float64_even_far_from_zero() {
                     let (gate, up) = row.split_at(columns);
                     let activated = gate.iter().map(|&x| match activation {
                         Activation::Silu => x / (1.0 + (-x).exp()),
+                        Activation::ClampedSwiGlu { .. } => unreachable!(),
                         Activation::GeluTanh => {
                             let inner =
                                 (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x * x * x);

@@ -1,13 +1,15 @@
-//! The tiny checkpoints as GGUF files, converted here by llama.cpp's conventions: names,
-//! metadata keys, stacked experts, and interleaved query and key rows.
+//! The tiny checkpoints as GGUF files. Those of the fixtures were made by llama.cpp's own
+//! converter. The others are converted here by its conventions: names, metadata keys, stacked
+//! experts, and interleaved query and key rows.
 
 use common::gguf_writer::GgufWriter;
 use common::golden;
-use common::golden::{Tolerance, tiny, tiny_cases};
+use common::golden::{Tolerance, gguf, tiny, tiny_cases};
 use quell::internals::weights::gguf::Value as Metadata;
 use quell::internals::weights::{DType, ModelFolder, WeightSource, quant};
 use quell::{Engine, EngineConfig, LoadOptions};
 use serde_json::Value;
+use std::path::Path;
 
 /// A checkpoint that is being converted to a GGUF file.
 struct Conversion {
@@ -174,7 +176,7 @@ impl Conversion {
     }
 
     fn gguf_name(&self, name: &str) -> String {
-        let post_norms = matches!(self.architecture, "gemma2" | "gemma3" | "olmo2");
+        let post_norms = matches!(self.architecture, "exaone4" | "gemma2" | "gemma3" | "olmo2");
         match name {
             "model.embed_tokens.weight" => return "token_embd.weight".to_owned(),
             "model.norm.weight" => return "output_norm.weight".to_owned(),
@@ -241,13 +243,18 @@ fn check(name: &str, architecture: &'static str) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
     std::fs::write(&path, conversion.file.build()).unwrap();
+    agrees(&path, name);
+}
+
+/// Checks a file against the reference of the checkpoint `name`.
+fn agrees(path: &Path, name: &str) {
     let config = EngineConfig {
         max_batch_tokens: Some(32),
         kv_cache_bytes: Some(8 << 20),
         audit: true,
         ..EngineConfig::default()
     };
-    let engine = Engine::load_with(&path, config, LoadOptions::cpu()).unwrap();
+    let engine = Engine::load_with(path, config, LoadOptions::cpu()).unwrap();
     let tolerance = Tolerance {
         max: 0.01,
         margin: 0.01,
@@ -255,6 +262,47 @@ fn check(name: &str, architecture: &'static str) {
     for case in tiny_cases(name) {
         golden::check(&engine, &case, 512, tolerance);
     }
+}
+
+/// Checks a file of the fixtures.
+fn check_converted(name: &str) {
+    agrees(&gguf(name), name);
+}
+
+macro_rules! converted {
+    ($($test:ident: $name:literal,)*) => {$(
+        #[test]
+        fn $test() {
+            check_converted($name);
+        }
+    )*};
+}
+
+converted! {
+    glm4_moe_as_converted_by_llama_cpp_agrees_with_transformers: "glm4-moe",
+    gpt_oss_as_converted_by_llama_cpp_agrees_with_transformers: "gpt-oss",
+    cohere2_as_converted_by_llama_cpp_agrees_with_transformers: "cohere2",
+    ernie4_5_as_converted_by_llama_cpp_agrees_with_transformers: "ernie4.5",
+    glm4_as_converted_by_llama_cpp_agrees_with_transformers: "glm4",
+    granite_as_converted_by_llama_cpp_agrees_with_transformers: "granite",
+    ministral3_as_converted_by_llama_cpp_agrees_with_transformers: "mistral4",
+    olmo3_as_converted_by_llama_cpp_agrees_with_transformers: "olmo3",
+    seed_oss_as_converted_by_llama_cpp_agrees_with_transformers: "seed-oss",
+    smollm3_as_converted_by_llama_cpp_agrees_with_transformers: "smollm3",
+}
+
+#[test]
+fn every_converted_file_of_the_fixtures_has_a_test() {
+    let own = include_str!("golden_gguf.rs");
+    let mut count = 0;
+    for file in std::fs::read_dir(gguf("").parent().unwrap()).unwrap() {
+        let file = file.unwrap().file_name().into_string().unwrap();
+        let name = file.trim_end_matches(".gguf");
+        let line = format!("_as_converted_by_llama_cpp_agrees_with_transformers: {name:?},");
+        assert!(own.contains(&line), "{file} has no test");
+        count += 1;
+    }
+    assert!(count > 0);
 }
 
 macro_rules! golden {
@@ -277,5 +325,6 @@ golden! {
     phi3_as_gguf_agrees_with_transformers: "phi3" as "phi3",
     qwen2_as_gguf_agrees_with_transformers: "qwen2" as "qwen2",
     qwen3_as_gguf_agrees_with_transformers: "qwen3" as "qwen3",
+    exaone4_as_gguf_agrees_with_transformers: "exaone4" as "exaone4",
     qwen3_moe_as_gguf_agrees_with_transformers: "qwen3-moe" as "qwen3moe",
 }

@@ -2,7 +2,7 @@
 
 use common::golden;
 use common::golden::{Tolerance, tiny, tiny_cases};
-use quell::{CpuOptions, Engine, EngineConfig, LoadOptions, SimdLevel};
+use quell::{CpuOptions, Engine, EngineConfig, LoadOptions, Request, SamplingParams, SimdLevel};
 
 fn check(name: &str) {
     // The rule for float32 activations must hold on every instruction set of the machine.
@@ -44,6 +44,45 @@ fn check(name: &str) {
     assert!(ran >= 2);
 }
 
+/// The log probabilities that an engine reports for a prompt and twelve greedy tokens after it.
+fn logprobs(name: &str, chunk: usize) -> Vec<(u32, u32)> {
+    let config = EngineConfig {
+        max_batch_tokens: Some(chunk),
+        kv_cache_bytes: Some(8 << 20),
+        audit: true,
+        ..EngineConfig::default()
+    };
+    let engine = Engine::load_with(tiny(name), config, LoadOptions::cpu()).unwrap();
+    let prompt = tiny_cases(name).pop().unwrap().prompt;
+    assert_eq!(prompt.len(), 70);
+    let sampling = SamplingParams {
+        logprobs: Some(8),
+        ..SamplingParams::greedy()
+    };
+    let mut request = Request::new(prompt).max_tokens(12).sampling(sampling);
+    request.ignore_eos = true;
+    let done = engine.generate(request).unwrap().complete_blocking();
+    let tokens = done.unwrap().tokens;
+    assert_eq!(tokens.len(), 12);
+    let top = tokens.iter().flat_map(|token| token.top.iter());
+    top.map(|(id, logprob)| (*id, logprob.to_bits())).collect()
+}
+
+#[test]
+fn chunks_of_a_prompt_change_no_bit_of_any_checkpoint() {
+    let folders = std::fs::read_dir(tiny("")).unwrap();
+    for folder in folders {
+        let name = folder.unwrap().file_name().into_string().unwrap();
+        let whole = logprobs(&name, 128);
+        for chunk in [1, 7, 16, 64] {
+            assert!(
+                logprobs(&name, chunk) == whole,
+                "{name} in chunks of {chunk}"
+            );
+        }
+    }
+}
+
 macro_rules! golden {
     ($($test:ident: $name:literal,)*) => {$(
         #[test]
@@ -54,17 +93,30 @@ macro_rules! golden {
 }
 
 golden! {
+    cohere2_agrees_with_transformers: "cohere2",
+    ernie4_5_agrees_with_transformers: "ernie4.5",
+    exaone4_agrees_with_transformers: "exaone4",
     gemma2_agrees_with_transformers: "gemma2",
     gemma3_agrees_with_transformers: "gemma3",
+    glm4_agrees_with_transformers: "glm4",
+    glm4_moe_agrees_with_transformers: "glm4-moe",
+    gpt_oss_agrees_with_transformers: "gpt-oss",
+    granite_agrees_with_transformers: "granite",
     llama_agrees_with_transformers: "llama",
     llama_with_tied_embeddings_agrees_with_transformers: "llama-tied",
+    llama4_agrees_with_transformers: "llama4",
+    minimax_m2_agrees_with_transformers: "minimax-m2",
     mistral_agrees_with_transformers: "mistral",
+    ministral3_agrees_with_transformers: "mistral4",
     mixtral_agrees_with_transformers: "mixtral",
     olmo2_agrees_with_transformers: "olmo2",
+    olmo3_agrees_with_transformers: "olmo3",
     phi3_agrees_with_transformers: "phi3",
     qwen2_agrees_with_transformers: "qwen2",
     qwen3_agrees_with_transformers: "qwen3",
     qwen3_moe_agrees_with_transformers: "qwen3-moe",
+    seed_oss_agrees_with_transformers: "seed-oss",
+    smollm3_agrees_with_transformers: "smollm3",
 }
 
 #[test]
@@ -75,17 +127,30 @@ fn every_checkpoint_of_the_fixtures_has_a_test() {
         .collect();
     found.sort();
     let tested = [
+        "cohere2",
+        "ernie4.5",
+        "exaone4",
         "gemma2",
         "gemma3",
+        "glm4",
+        "glm4-moe",
+        "gpt-oss",
+        "granite",
         "llama",
         "llama-tied",
+        "llama4",
+        "minimax-m2",
         "mistral",
+        "mistral4",
         "mixtral",
         "olmo2",
+        "olmo3",
         "phi3",
         "qwen2",
         "qwen3",
         "qwen3-moe",
+        "seed-oss",
+        "smollm3",
     ];
     assert_eq!(found, tested);
 }

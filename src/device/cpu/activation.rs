@@ -72,11 +72,14 @@ impl Kernel for Gate<'_> {
                 unsafe {
                     let gate = load(s, gate_up.as_ptr().add(at), count);
                     let up = load(s, gate_up.as_ptr().add(columns + at), count);
-                    let activated = match self.activation {
-                        Activation::Silu => silu(s, gate),
-                        Activation::GeluTanh => gelu_tanh(s, gate),
+                    let gated = match self.activation {
+                        Activation::Silu => s.mul(silu(s, gate), up),
+                        Activation::GeluTanh => s.mul(gelu_tanh(s, gate), up),
+                        Activation::ClampedSwiGlu { slope, limit } => {
+                            clamped_swiglu(s, gate, up, slope, limit)
+                        }
                     };
-                    store(s, out.as_mut_ptr().add(at), s.mul(activated, up), count);
+                    store(s, out.as_mut_ptr().add(at), gated, count);
                 }
             }
         }
@@ -87,6 +90,19 @@ impl Kernel for Gate<'_> {
 fn silu<S: Simd>(s: S, x: S::F) -> S::F {
     let e = s.exp(s.sub(s.splat(0.0), x));
     s.div(x, s.add(s.splat(1.0), e))
+}
+
+/// Returns `gate · sigmoid(slope · gate) · (up + 1)` of a limited gate and up.
+#[inline(always)]
+fn clamped_swiglu<S: Simd>(s: S, gate: S::F, up: S::F, slope: f32, limit: f32) -> S::F {
+    let zero = s.splat(0.0);
+    // There is no minimum: it is the negated maximum of negated numbers.
+    let at_most = |x: S::F| s.sub(zero, s.max(s.sub(zero, x), s.splat(-limit)));
+    let gate = at_most(gate);
+    let up = s.max(at_most(up), s.splat(-limit));
+    let e = s.exp(s.mul(gate, s.splat(-slope)));
+    let activated = s.div(gate, s.add(s.splat(1.0), e));
+    s.mul(activated, s.add(up, s.splat(1.0)))
 }
 
 /// Returns `x/2 · (1 + tanh u)`, computed as `x / (1 + e^(−2u))` to avoid cancellation.

@@ -20,6 +20,7 @@ use super::CpuDevice;
 use super::cache::{CpuCache, require_cache};
 use super::error::{require, require_ok};
 use super::memory::Disjoint;
+use super::norm::CpuVector;
 use super::simd::Isa;
 use super::tensor::{CpuTensor, require_shape};
 use super::workers::Workers;
@@ -32,10 +33,11 @@ use operands::{Attend, Item};
 const STATE: usize = 3072;
 
 impl AttentionOps for CpuDevice {
-    fn attend(
+    fn attend_with_sinks(
         &mut self,
         qkv: &CpuTensor,
         spec: &AttentionSpec,
+        sinks: Option<&CpuVector>,
         cache: &CpuCache,
         layer: CacheLayer,
         out: &mut CpuTensor,
@@ -63,10 +65,16 @@ impl AttentionOps for CpuDevice {
         let longest = group.longest_window(sequences, positions, block_tokens);
         let window = spec.window.unwrap_or(usize::MAX);
         require_ok(NAME, check_window(layer.group, window, longest))?;
+        let sinks = sinks.map(CpuVector::values);
+        let count = sinks.map_or(spec.heads.q_heads, <[f32]>::len);
+        require(count == spec.heads.q_heads, NAME, || {
+            format!("there are {count} sinks for {} heads", spec.heads.q_heads)
+        })?;
         let (qkv, out) = (qkv.leading(rows), out.leading_mut(rows));
         let attend = Attend {
             qkv,
             spec,
+            sinks,
             cache,
             layer: layer.index,
             batch: &self.staged,

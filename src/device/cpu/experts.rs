@@ -3,17 +3,21 @@
 
 use super::CpuDevice;
 use super::activation::Gate;
-use super::error::require;
+use super::error::{require, require_ok};
 use super::linear::{CpuLinear, Multiplier};
 use super::norm::Add;
 use super::tensor::{CpuTensor, require_shape};
 use super::workers::Workers;
-use crate::device::{DeviceError, ExpertOps, LinearOps, LinearSpec, RoutingSpec};
+use crate::device::{
+    DeviceError, ExpertOps, LinearOps, LinearSpec, RouterScore, RoutingSpec, SigmoidRouting,
+};
 
 /// The loaded experts of a layer.
 pub struct CpuExperts {
     gate_up: Vec<CpuLinear>,
     down: Vec<CpuLinear>,
+    /// What is added to the experts' weights to choose, if anything is.
+    corrections: Option<Vec<f32>>,
 }
 
 /// Buffers that are reused from call to call.
@@ -41,10 +45,11 @@ struct Operands<'a> {
 impl ExpertOps for CpuDevice {
     type Experts = CpuExperts;
 
-    fn load_experts(
+    fn load_corrected_experts(
         &mut self,
         gate_up: &[LinearSpec<'_>],
         down: &[LinearSpec<'_>],
+        corrections: Option<&[f32]>,
     ) -> Result<CpuExperts, DeviceError> {
         let count = (gate_up.len(), down.len());
         require(count.0 == count.1, "load_experts", || {
@@ -62,7 +67,12 @@ impl ExpertOps for CpuDevice {
         let experts = CpuExperts {
             gate_up: load(gate_up)?,
             down: load(down)?,
+            corrections: corrections.map(<[f32]>::to_vec),
         };
+        let found = corrections.map_or(count.0, <[f32]>::len);
+        require(found == count.0, "load_experts", || {
+            format!("there are {found} corrections for {} experts", count.0)
+        })?;
         for (gate_up, down) in experts.gate_up.iter().zip(&experts.down) {
             let fits = gate_up.rows() == 2 * down.columns() && gate_up.columns() == down.rows();
             let first = &experts.gate_up[0];
@@ -99,12 +109,7 @@ impl ExpertOps for CpuDevice {
         require_shape("experts", "x", x, (rows, width))?;
         require_shape("experts", "the router", router, (rows, count))?;
         require_shape("experts", "the result", out, (rows, result))?;
-        require((1..=count).contains(&routing.top_k), "experts", || {
-            format!(
-                "cannot choose {} experts per token out of {count}",
-                routing.top_k
-            )
-        })?;
+        require_ok("experts", routing.check(count))?;
         let (x, router) = (x.leading(rows), router.leading(rows));
         let operands = Operands {
             x,
@@ -136,7 +141,14 @@ impl CpuExperts {
     ) -> Result<(), DeviceError> {
         let isa = multiplier.isa;
         let columns = out.len() / operands.rows.max(1);
-        scratch.choose(operands, self.gate_up.len());
+        scratch.choose(operands, self.gate_up.len(), self.corrections.as_deref());
+        let scales_input = matches!(
+            operands.routing.score,
+            RouterScore::Sigmoid(SigmoidRouting {
+                scales_input: true,
+                ..
+            })
+        );
         out.fill(0.0);
         for (expert, (gate_up, down)) in self.gate_up.iter().zip(&self.down).enumerate() {
             let rows = std::mem::take(&mut scratch.chosen[expert]);
@@ -144,11 +156,13 @@ impl CpuExperts {
                 continue;
             }
             scratch.x.clear();
-            for &(row, _) in &rows {
+            for &(row, factor) in &rows {
                 let width = gate_up.columns();
-                scratch
-                    .x
-                    .extend_from_slice(&operands.x[row * width..][..width]);
+                let x = &operands.x[row * width..][..width];
+                match scales_input {
+                    true => scratch.x.extend(x.iter().map(|x| x * factor)),
+                    false => scratch.x.extend_from_slice(x),
+                }
             }
             let n = rows.len();
             scratch.gate_up.resize(n * gate_up.rows(), 0.0);
@@ -167,7 +181,7 @@ impl CpuExperts {
                 isa.dispatch(Add {
                     a: &mut out[row * columns..][..columns],
                     b: y,
-                    factor,
+                    factor: if scales_input { 1.0 } else { factor },
                 });
             }
             scratch.chosen[expert] = rows;
@@ -178,29 +192,81 @@ impl CpuExperts {
 
 impl Scratch {
     /// Fills `chosen` with the experts of each row.
-    fn choose(&mut self, operands: &Operands<'_>, experts: usize) {
+    fn choose(&mut self, operands: &Operands<'_>, experts: usize, corrections: Option<&[f32]>) {
         let routing = operands.routing;
         self.chosen
             .resize_with(self.chosen.len().max(experts), Vec::new);
         self.chosen.iter_mut().for_each(Vec::clear);
         for (row, logits) in operands.router.chunks_exact(experts).enumerate() {
-            let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            self.order.clear();
-            self.order.extend(
-                logits
-                    .iter()
-                    .map(|logit| (logit - largest).exp())
-                    .enumerate(),
-            );
-            let total: f32 = self.order.iter().map(|(_, weight)| weight).sum();
-            self.order
-                .sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+            let (total, scale) = match routing.score {
+                RouterScore::Softmax => (self.order_softmax(logits), 1.0),
+                RouterScore::Sigmoid(sigmoid) => {
+                    self.order_sigmoid(logits, corrections, sigmoid);
+                    (1.0, sigmoid.scale)
+                }
+            };
             self.order.truncate(routing.top_k);
             let kept: f32 = self.order.iter().map(|(_, weight)| weight).sum();
             let divisor = if routing.normalize { kept } else { total };
             for &(expert, weight) in &self.order {
-                self.chosen[expert].push((row, weight / divisor));
+                self.chosen[expert].push((row, weight / divisor * scale));
             }
+        }
+    }
+
+    /// Puts the experts in `order`, the best first, with weights that sum up to what is returned.
+    fn order_softmax(&mut self, logits: &[f32]) -> f32 {
+        let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        self.order.clear();
+        self.order.extend(
+            logits
+                .iter()
+                .map(|logit| (logit - largest).exp())
+                .enumerate(),
+        );
+        let total: f32 = self.order.iter().map(|(_, weight)| weight).sum();
+        self.order
+            .sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        total
+    }
+
+    /// Puts the experts that may be chosen in `order`, the best first, with the sigmoids of their
+    /// logits.
+    fn order_sigmoid(
+        &mut self,
+        logits: &[f32],
+        corrections: Option<&[f32]>,
+        routing: SigmoidRouting,
+    ) {
+        let sigmoid = |logit: f32| 1.0 / (1.0 + (-logit).exp());
+        let rank = |expert: usize| match corrections {
+            Some(corrections) => sigmoid(logits[expert]) + corrections[expert],
+            None => logits[expert],
+        };
+        let size = logits.len() / routing.groups;
+        // Which groups are open, by the sum of their two best experts.
+        let mut groups: Vec<(usize, f32)> = (0..routing.groups)
+            .map(|group| {
+                let mut best = [f32::NEG_INFINITY; 2];
+                for rank in (group * size..(group + 1) * size).map(rank) {
+                    best[1] = best[1].max(best[0].min(rank));
+                    best[0] = best[0].max(rank);
+                }
+                (group, best[0] + best[1])
+            })
+            .collect();
+        let by_rank = |a: &(usize, f32), b: &(usize, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+        groups.sort_by(by_rank);
+        groups.truncate(routing.top_groups);
+        self.order.clear();
+        for (group, _) in groups {
+            let experts = group * size..(group + 1) * size;
+            self.order
+                .extend(experts.map(|expert| (expert, rank(expert))));
+        }
+        self.order.sort_by(by_rank);
+        for (expert, weight) in &mut self.order {
+            *weight = sigmoid(logits[*expert]);
         }
     }
 }

@@ -63,6 +63,13 @@ impl NormOps for CpuDevice {
         self.rms_norm(residual, weight, epsilon, rows, out)
     }
 
+    fn centre(&mut self, x: &mut CpuTensor, rows: usize) -> Result<(), DeviceError> {
+        let columns = x.columns();
+        require_shape("centre", "x", x, (rows, columns))?;
+        let x = x.leading_mut(rows);
+        self.rowwise("centre", (rows, columns), x, |_, x| Centre { x, columns })
+    }
+
     fn rms_norm_add(
         &mut self,
         x: &CpuTensor,
@@ -174,6 +181,35 @@ impl Kernel for RmsNorm<'_> {
                         s.mul(s.mul(v, factor), w),
                         count,
                     );
+                }
+            }
+        }
+    }
+}
+
+/// `x −= mean(x)` for rows of `columns` columns.
+pub(crate) struct Centre<'a> {
+    pub(crate) x: &'a mut [f32],
+    pub(crate) columns: usize,
+}
+
+impl Kernel for Centre<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for x in self.x.chunks_exact_mut(self.columns) {
+            let mut sum = s.splat(0.0);
+            for (at, count) in vectors(x.len()) {
+                // SAFETY: `vectors` stays inside the row.
+                sum = s.add(sum, unsafe { load(s, x.as_ptr().add(at), count) });
+            }
+            let mean = s.splat(s.reduce_add(sum) / x.len() as f32);
+            for (at, count) in vectors(x.len()) {
+                // SAFETY: `vectors` stays inside the row.
+                unsafe {
+                    let v = load(s, x.as_ptr().add(at), count);
+                    store(s, x.as_mut_ptr().add(at), s.sub(v, mean), count);
                 }
             }
         }

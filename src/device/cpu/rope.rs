@@ -9,7 +9,7 @@ use super::simd::{Isa, Kernel, LANES, Simd};
 use super::step::StagedBatch;
 use super::tensor::{CpuTensor, require_shape};
 use super::workers::Workers;
-use crate::device::{CacheLayer, DeviceError, HeadShape, QkNorm, RopeOps, RopeSpec};
+use crate::device::{CacheLayer, DeviceError, HeadShape, QkNorm, QueryScale, RopeOps, RopeSpec};
 use std::ops::Range;
 
 /// A loaded [`RopeSpec`].
@@ -156,6 +156,26 @@ impl RopeOps for CpuDevice {
         let isa = self.multiplier.isa;
         let qkv = qkv.leading_mut(rows);
         store.all_rows(&mut self.workers, isa, qkv, cache, layer.index)
+    }
+
+    fn scale_queries(
+        &mut self,
+        qkv: &mut CpuTensor,
+        heads: HeadShape,
+        scale: QueryScale,
+    ) -> Result<(), DeviceError> {
+        const NAME: &str = "scale_queries";
+        let rows = self.staged.rows();
+        require_shape(NAME, "qkv", qkv, (rows, heads.qkv_columns()))?;
+        require(scale.interval > 0, NAME, || {
+            "the interval is 0, but must be at least 1".to_owned()
+        })?;
+        for row in 0..rows {
+            let factor = scale.factor(self.staged.positions[row]);
+            let queries = &mut qkv.row_mut(row)[..heads.q_columns()];
+            queries.iter_mut().for_each(|query| *query *= factor);
+        }
+        Ok(())
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::CudaDevice;
 use super::error::require;
+use super::experts::GatedPairs;
 use super::launch::{Grid, kernels, vector_grid};
 use super::linear::{Operands, Written};
 use super::memory::Ptr;
@@ -28,7 +29,7 @@ impl ActivationOps for CudaDevice {
         out: &mut CudaTensor,
     ) -> Result<(), DeviceError> {
         let padded = self.step.padded(rows);
-        if !self.products.can_gate(weight, padded) {
+        if !self.products.can_gate(weight, activation, padded) {
             self.linear(x, weight, rows, gate_up)?;
             return self.gated_activation(gate_up, activation, rows, out);
         }
@@ -59,6 +60,10 @@ impl ActivationOps for CudaDevice {
         let (wide, narrow) = ((rows, 2 * columns), (rows, columns));
         require_shape(NAME, "gate and up", gate_up, wide, Precision::Activation)?;
         require_shape(NAME, "the result", out, narrow, Precision::Activation)?;
+        if let Activation::ClampedSwiGlu { slope, limit } = activation {
+            let pairs = GatedPairs::of_rows(gate_up.ptr(), out.ptr(), (rows, columns));
+            return self.gate_pairs(&pairs, slope, limit);
+        }
         self.activation.gated_activation(
             &self.context,
             vector_grid(rows * columns),

@@ -13,6 +13,7 @@ use super::error::{require, unsupported};
 use super::images::Modules;
 use super::launch::{Grid, kernels};
 use super::memory::Ptr;
+use super::norm::CudaVector;
 use super::scratch::Scratch;
 #[cfg(test)]
 use super::signature::Signature;
@@ -40,6 +41,7 @@ kernels! {
             scale: f32,
             softcap: f32,
             window: u32,
+            chunks: u32,
         );
         attend_combine(
             out: Ptr,
@@ -47,9 +49,11 @@ kernels! {
             partial_stats: Ptr,
             sequences: Ptr,
             decode_list: Ptr,
+            sinks: Ptr,
             q_heads: u32,
             head_dim: u32,
             window: u32,
+            chunks: u32,
         );
         attend_prefill_hd[16, 32, 64, 80, 96, 128, 256](
             out: Ptr,
@@ -59,12 +63,14 @@ kernels! {
             tables: Ptr,
             sequences: Ptr,
             prefill_work: Ptr,
+            sinks: Ptr,
             q_heads: u32,
             kv_heads: u32,
             block_tokens: u32,
             scale: f32,
             softcap: f32,
             window: u32,
+            chunks: u32,
         );
     }
 }
@@ -191,6 +197,8 @@ struct ScalarParameters {
     scale: f32,
     softcap: f32,
     window: u32,
+    /// What of a position is the beginning of its chunk, as a mask.
+    chunks: u32,
 }
 
 impl ScalarParameters {
@@ -205,15 +213,21 @@ impl ScalarParameters {
             window: spec.window.map_or(0, |window| {
                 u32::try_from(window).map_or(0, |window| window.max(1))
             }),
+            chunks: match (spec.window, spec.chunked) {
+                // A chunk that exceeds `u32` is the only one.
+                (Some(chunk), true) => u32::try_from(chunk).map_or(0, |chunk| !(chunk - 1)),
+                _ => 0,
+            },
         }
     }
 }
 
 impl AttentionOps for CudaDevice {
-    fn attend(
+    fn attend_with_sinks(
         &mut self,
         qkv: &CudaTensor,
         spec: &AttentionSpec,
+        sinks: Option<&CudaVector>,
         cache: &CudaCache,
         layer: CacheLayer,
         out: &mut CudaTensor,
@@ -227,6 +241,18 @@ impl AttentionOps for CudaDevice {
             format!(
                 "the cache is {shape:?}, but the device was reserved for blocks of {known:?} tokens"
             )
+        })?;
+        if let (Some(chunk), true) = (spec.window, spec.chunked)
+            && !chunk.is_power_of_two()
+        {
+            return Err(unsupported(
+                format!("attention in chunks of {chunk} tokens"),
+                "the number must be a power of two",
+            ));
+        }
+        let count = sinks.map_or(heads.q_heads, CudaVector::length);
+        require(count == heads.q_heads, NAME, || {
+            format!("there are {count} sinks for {} heads", heads.q_heads)
         })?;
         let rows_of_heads = shape.kv_heads * shape.blocks * shape.block_tokens;
         if rows_of_heads > u32::MAX as usize {
@@ -260,6 +286,7 @@ impl AttentionOps for CudaDevice {
             keys: cache.keys(layer.index),
             values: cache.values(layer.index),
             sequences: self.step.sequences(layer.group),
+            sinks: sinks.map_or(Ptr::NULL, CudaVector::ptr),
             out: out.ptr(),
         };
         self.attend_single_rows(&operands, heads, &scalars)?;
@@ -321,6 +348,7 @@ impl CudaDevice {
             scalars.scale,
             scalars.softcap,
             scalars.window,
+            scalars.chunks,
         )?;
         let threads = heads.head_dim.next_multiple_of(32) as u32;
         kernels.attend_combine(
@@ -331,9 +359,11 @@ impl CudaDevice {
             partials.stats,
             operands.sequences,
             decode_list,
+            operands.sinks,
             scalars.q_heads,
             heads.head_dim as u32,
             scalars.window,
+            scalars.chunks,
         )
     }
 
@@ -361,12 +391,14 @@ impl CudaDevice {
             self.step.tables(),
             operands.sequences,
             work,
+            operands.sinks,
             scalars.q_heads,
             scalars.kv_heads,
             scalars.block_tokens,
             scalars.scale,
             scalars.softcap,
             scalars.window,
+            scalars.chunks,
         )
     }
 }
@@ -384,6 +416,8 @@ struct Operands {
     values: Ptr,
     /// The sequences as the layer's group sees them.
     sequences: Ptr,
+    /// NULL if there are none.
+    sinks: Ptr,
     out: Ptr,
 }
 

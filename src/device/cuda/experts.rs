@@ -3,16 +3,17 @@
 
 use super::CudaDevice;
 use super::context::Context;
-use super::error::{failed, require, unsupported};
+use super::error::{failed, require, require_ok, unsupported};
 use super::launch::{Grid, kernels, vector_grid};
 use super::linear::{ExpertTiles, Operands, Routed, TILE_ROWS, Written};
 use super::load;
-use super::memory::Ptr;
+use super::memory::{Buffer, Ptr};
 use super::scratch::Scratch;
 use super::tensor::CudaTensor;
 use super::weights::CudaLinear;
 use crate::device::{
-    Activation, DeviceError, ExpertOps, ExpertShape, LinearSpec, Precision, RoutingSpec,
+    Activation, DeviceError, ExpertOps, ExpertShape, LinearSpec, Precision, RouterScore,
+    RoutingSpec, SigmoidRouting,
 };
 
 kernels! {
@@ -26,6 +27,15 @@ kernels! {
             tiles: Ptr, row_index: Ptr, pair_slot: Ptr, pair_expert: Ptr, rows: u32, experts: u32,
             top_k: u32, places_8: u32, places_16: u32, places_64: u32, places_128: u32
         );
+        route_sigmoid(
+            pair_expert: Ptr, pair_weight: Ptr, pair_input: Ptr, router: Ptr, bias: Ptr,
+            experts: u32, top_k: u32, normalize: u32, scale: f32, groups: u32, top_groups: u32
+        );
+        gate_pairs(
+            out: Ptr, gate_up: Ptr, pair_slot: Ptr, pair_expert: Ptr, pair_input: Ptr, bias: Ptr,
+            columns: u32, slope: f32, limit: f32
+        );
+        add_pair_bias(pair_out: Ptr, pair_slot: Ptr, pair_expert: Ptr, bias: Ptr, columns: u32);
         combine_experts(
             out: Ptr, pair_out: Ptr, pair_slot: Ptr, pair_weight: Ptr, rows: u32, columns: u32,
             top_k: u32
@@ -37,11 +47,87 @@ kernels! {
 const MAX_EXPERTS: usize = 256;
 /// Maximum number of experts per row, as in `kernels/experts.cu`.
 const MAX_TOP_K: usize = 32;
+/// Maximum number of groups of experts, as in `kernels/experts.cu`.
+const MAX_GROUPS: usize = 32;
 
 /// The loaded experts of one layer.
 pub struct CudaExperts {
     gate_up: CudaLinear,
     down: CudaLinear,
+    /// The biases of all experts, one after the other, if they have some.
+    gate_up_bias: Option<Buffer>,
+    down_bias: Option<Buffer>,
+    /// What is added to the experts' weights to choose, if anything is.
+    corrections: Option<Buffer>,
+}
+
+/// Gates and ups of pairs that are not gated in the product itself.
+pub(super) struct GatedPairs {
+    gate_up: Ptr,
+    out: Ptr,
+    /// NULL if each row is a pair.
+    slot: Ptr,
+    expert: Ptr,
+    /// What the inputs of pairs are multiplied by; NULL for nothing.
+    input: Ptr,
+    /// NULL if there are none.
+    bias: Ptr,
+    count: usize,
+    columns: usize,
+}
+
+impl GatedPairs {
+    /// Rows of a dense layer.
+    pub(super) fn of_rows(gate_up: Ptr, out: Ptr, (count, columns): (usize, usize)) -> Self {
+        Self {
+            gate_up,
+            out,
+            slot: Ptr::NULL,
+            expert: Ptr::NULL,
+            input: Ptr::NULL,
+            bias: Ptr::NULL,
+            count,
+            columns,
+        }
+    }
+}
+
+/// Returns the address of a buffer, or NULL if there is none.
+fn address(buffer: Option<&Buffer>) -> Ptr {
+    buffer.map_or(Ptr::NULL, Buffer::ptr)
+}
+
+/// Uploads the biases of all experts, if they have some, and returns the experts without.
+fn split_biases<'a>(
+    context: &Context,
+    specs: &[LinearSpec<'a>],
+) -> Result<(Option<Buffer>, Vec<LinearSpec<'a>>), DeviceError> {
+    let plain = specs.iter().map(|spec| LinearSpec {
+        parts: spec.parts.clone(),
+        bias: None,
+    });
+    let biases: Option<Vec<&Vec<f32>>> = specs.iter().map(|spec| spec.bias.as_ref()).collect();
+    let some = specs.iter().any(|spec| spec.bias.is_some());
+    let bias = match biases {
+        None if some => {
+            return Err(unsupported(
+                "a bias in some experts",
+                "all experts of a layer must have one, or none",
+            ));
+        }
+        Some(biases) if some => {
+            for (spec, bias) in specs.iter().zip(&biases) {
+                let outputs: usize = spec.parts.iter().map(|part| part.rows).sum();
+                require(bias.len() == outputs, "load_experts", || {
+                    format!("a bias has {} values for {outputs} rows", bias.len())
+                })?;
+            }
+            let all: Vec<f32> = biases.into_iter().flatten().copied().collect();
+            Some(context.upload(&all, "a bias")?)
+        }
+        _ => None,
+    };
+    Ok((bias, plain.collect()))
 }
 
 /// Scratch memory for the pairs of rows and experts, kept between calls.
@@ -52,6 +138,8 @@ pub(super) struct ExpertScratch(Scratch);
 struct Pairs {
     expert: Ptr,
     weight: Ptr,
+    /// What the inputs of pairs are multiplied by, where that is not 1.
+    input: Ptr,
     /// The tiles of the pairs, which are sorted by expert.
     tiles: ExpertTiles,
     /// Row of each sorted pair.
@@ -71,10 +159,11 @@ fn tile_places(rows: usize, shape: ExpertShape) -> [usize; 4] {
 }
 
 /// Returns the bytes of the intermediate results of `rows` rows, in the order of [`Pairs`].
-fn pair_sizes(rows: usize, shape: ExpertShape) -> [usize; 8] {
+fn pair_sizes(rows: usize, shape: ExpertShape) -> [usize; 9] {
     let pairs = rows * shape.top_k;
     let tiles: usize = tile_places(rows, shape).iter().sum();
     let sizes = [
+        4 * pairs,
         4 * pairs,
         4 * pairs,
         ExpertTiles::ENTRY_BYTES * tiles,
@@ -113,7 +202,17 @@ impl ExpertScratch {
         let sizes = pair_sizes(rows, shape);
         let start = self.0.get(context, sizes.iter().sum())?;
         let mut offset = 0;
-        let [expert, weight, tiles, row_index, slot, gate_up, hidden, out] = sizes.map(|size| {
+        let [
+            expert,
+            weight,
+            input,
+            tiles,
+            row_index,
+            slot,
+            gate_up,
+            hidden,
+            out,
+        ] = sizes.map(|size| {
             let ptr = start.offset_bytes(offset);
             offset += size;
             ptr
@@ -121,6 +220,7 @@ impl ExpertScratch {
         Ok(Pairs {
             expert,
             weight,
+            input,
             tiles: ExpertTiles::new(tiles, places),
             row_index,
             slot,
@@ -134,10 +234,11 @@ impl ExpertScratch {
 impl ExpertOps for CudaDevice {
     type Experts = CudaExperts;
 
-    fn load_experts(
+    fn load_corrected_experts(
         &mut self,
         gate_up: &[LinearSpec<'_>],
         down: &[LinearSpec<'_>],
+        corrections: Option<&[f32]>,
     ) -> Result<CudaExperts, DeviceError> {
         let (gates, downs) = (gate_up.len(), down.len());
         if gates != downs {
@@ -151,10 +252,20 @@ impl ExpertOps for CudaDevice {
                 format!("at most {MAX_EXPERTS} are supported"),
             ));
         }
+        let found = corrections.map_or(gates, <[f32]>::len);
+        require(found == gates, "load_experts", || {
+            format!("there are {found} corrections for {gates} experts")
+        })?;
         let activations = self.options.activations;
         self.weights(|context| {
-            let gate_up = load::load(context, activations, gate_up)?;
-            let down = load::load(context, activations, down)?;
+            let (gate_up_bias, gate_up) = split_biases(context, gate_up)?;
+            let (down_bias, down) = split_biases(context, down)?;
+            let gate_up = load::load(context, activations, &gate_up)?;
+            let down = load::load(context, activations, &down)?;
+            let corrections = match corrections {
+                Some(corrections) => Some(context.upload(corrections, "corrections")?),
+                None => None,
+            };
             let fits = gate_up.outputs == 2 * down.inputs && gate_up.inputs == down.outputs;
             require(fits, "load_experts", || {
                 format!(
@@ -162,7 +273,13 @@ impl ExpertOps for CudaDevice {
                     gate_up.outputs, gate_up.inputs, down.outputs, down.inputs
                 )
             })?;
-            Ok(CudaExperts { gate_up, down })
+            Ok(CudaExperts {
+                gate_up,
+                down,
+                gate_up_bias,
+                down_bias,
+                corrections,
+            })
         })
     }
 
@@ -184,6 +301,7 @@ impl ExpertOps for CudaDevice {
                 format!("the number must be 1 to {}", MAX_TOP_K.min(count)),
             ));
         }
+        require_ok("experts", routing.check(count))?;
         let is = |tensor: &CudaTensor, width: usize, precision: Precision| {
             tensor.rows() >= rows && tensor.columns() == width && tensor.precision() == precision
         };
@@ -206,7 +324,15 @@ impl ExpertOps for CudaDevice {
             hidden,
         };
         let places = self.expert_scratch.pairs(&self.context, rows, shape)?;
-        self.route(&places, router, routing, (rows, count))?;
+        self.route(&places, router, routing, experts, (rows, count))?;
+        let scales_input = matches!(
+            routing.score,
+            RouterScore::Sigmoid(SigmoidRouting {
+                scales_input: true,
+                ..
+            })
+        );
+        let is_plain = experts.gate_up_bias.is_none() && !scales_input;
 
         let average = pairs.div_ceil(count);
         let mut product = Operands {
@@ -220,13 +346,40 @@ impl ExpertOps for CudaDevice {
                 average,
             }),
         };
-        if self.products.can_gate(&experts.gate_up, rows) {
+        let activation = routing.activation;
+        if is_plain && self.products.can_gate(&experts.gate_up, activation, rows) {
             self.multiply(&experts.gate_up, &product)?;
         } else {
             product.out = places.gate_up;
             product.written = Written::All(Precision::Activation);
             self.multiply(&experts.gate_up, &product)?;
-            self.gate(&places, routing, (pairs, hidden))?;
+            let of_pairs = GatedPairs {
+                gate_up: places.gate_up,
+                out: places.hidden,
+                slot: places.slot,
+                expert: places.expert,
+                input: if scales_input {
+                    places.input
+                } else {
+                    Ptr::NULL
+                },
+                bias: address(experts.gate_up_bias.as_ref()),
+                count: pairs,
+                columns: hidden,
+            };
+            match activation {
+                Activation::ClampedSwiGlu { slope, limit } => {
+                    self.gate_pairs(&of_pairs, slope, limit)?;
+                }
+                _ if is_plain => self.gate(&places, routing, (pairs, hidden))?,
+                Activation::Silu => self.gate_pairs(&of_pairs, 1.0, 0.0)?,
+                Activation::GeluTanh => {
+                    return Err(unsupported(
+                        "GELU in experts with biases or scaled inputs",
+                        "the activation must be another one",
+                    ));
+                }
+            }
         }
         product.x = places.hidden;
         product.out = places.out;
@@ -237,6 +390,17 @@ impl ExpertOps for CudaDevice {
             average,
         });
         self.multiply(&experts.down, &product)?;
+        if let Some(bias) = &experts.down_bias {
+            self.experts.add_pair_bias(
+                &self.context,
+                pair_grid(pairs, columns),
+                places.out,
+                places.slot,
+                places.expert,
+                bias.ptr(),
+                columns as u32,
+            )?;
+        }
 
         let grid = Grid::new([columns.div_ceil(256) as u32, rows as u32, 1], [256, 1, 1]);
         self.experts.combine_experts(
@@ -253,7 +417,35 @@ impl ExpertOps for CudaDevice {
     }
 }
 
+/// Returns a grid with one thread per element of each pair.
+fn pair_grid(pairs: usize, columns: usize) -> Grid {
+    Grid::new([columns.div_ceil(256) as u32, pairs as u32, 1], [256, 1, 1])
+}
+
 impl CudaDevice {
+    /// Enqueues the gated activation of pairs, with what the other kernels cannot add to it. A
+    /// `limit` of 0 stands for SiLU.
+    pub(super) fn gate_pairs(
+        &mut self,
+        pairs: &GatedPairs,
+        slope: f32,
+        limit: f32,
+    ) -> Result<(), DeviceError> {
+        self.experts.gate_pairs(
+            &self.context,
+            pair_grid(pairs.count, pairs.columns),
+            pairs.out,
+            pairs.gate_up,
+            pairs.slot,
+            pairs.expert,
+            pairs.input,
+            pairs.bias,
+            pairs.columns as u32,
+            slope,
+            limit,
+        )
+    }
+
     /// Enqueues the gated activation of the pairs.
     fn gate(
         &mut self,
@@ -278,20 +470,49 @@ impl CudaDevice {
         places: &Pairs,
         router: &CudaTensor,
         routing: RoutingSpec,
+        experts: &CudaExperts,
         (rows, count): (usize, usize),
     ) -> Result<(), DeviceError> {
         let (rows, count, top_k) = (rows as u32, count as u32, routing.top_k as u32);
-        self.experts.route(
-            &self.context,
-            Grid::new([rows, 1, 1], [32, 1, 1]),
-            places.expert,
-            places.weight,
-            router.ptr(),
-            rows,
-            count,
-            top_k,
-            routing.normalize.into(),
-        )?;
+        let grid = Grid::new([rows, 1, 1], [32, 1, 1]);
+        match routing.score {
+            RouterScore::Softmax => self.experts.route(
+                &self.context,
+                grid,
+                places.expert,
+                places.weight,
+                router.ptr(),
+                rows,
+                count,
+                top_k,
+                routing.normalize.into(),
+            )?,
+            RouterScore::Sigmoid(sigmoid) if sigmoid.groups > MAX_GROUPS => {
+                return Err(unsupported(
+                    format!("{} groups of experts", sigmoid.groups),
+                    format!("at most {MAX_GROUPS} are supported"),
+                ));
+            }
+            RouterScore::Sigmoid(sigmoid) => self.experts.route_sigmoid(
+                &self.context,
+                grid,
+                places.expert,
+                places.weight,
+                if sigmoid.scales_input {
+                    places.input
+                } else {
+                    Ptr::NULL
+                },
+                router.ptr(),
+                address(experts.corrections.as_ref()),
+                count,
+                top_k,
+                routing.normalize.into(),
+                sigmoid.scale,
+                sigmoid.groups as u32,
+                sigmoid.top_groups as u32,
+            )?,
+        }
         let [places_8, places_16, places_64, places_128] = places.tiles.places();
         self.experts.group_pairs(
             &self.context,

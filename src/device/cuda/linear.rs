@@ -70,13 +70,20 @@ impl Products {
     }
 
     /// Returns whether the product of `weight` and `rows` rows can be [`Written::Gated`]: one
-    /// kernel must have every gate and what it is multiplied with in one of its tiles.
-    pub(super) fn can_gate(&self, weight: &CudaLinear, rows: usize) -> bool {
+    /// kernel must have every gate and what it is multiplied with in one of its tiles, and know
+    /// the activation.
+    pub(super) fn can_gate(
+        &self,
+        weight: &CudaLinear,
+        activation: Activation,
+        rows: usize,
+    ) -> bool {
         /// Half of the outputs of the largest tile.
         const HALF_TILE: usize = 64;
         let in_blas = self.blas.is_some() && rows >= Blas::LEAST_ROWS;
         let alike = weight.segments.len() == 1 && weight.outputs.is_multiple_of(2 * HALF_TILE);
-        alike && !in_blas
+        let is_known = matches!(activation, Activation::Silu | Activation::GeluTanh);
+        alike && is_known && !in_blas
     }
 }
 
@@ -99,7 +106,7 @@ pub(super) struct Operands {
 }
 
 /// What is written of a product.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq)]
 pub(super) enum Written {
     /// All of it, in this precision.
     All(Precision),
@@ -116,6 +123,9 @@ impl Written {
             Self::All(Precision::Full) => 1,
             Self::Gated(Activation::Silu) => 2,
             Self::Gated(Activation::GeluTanh) => 3,
+            Self::Gated(Activation::ClampedSwiGlu { .. }) => {
+                unreachable!("`can_gate` refuses it")
+            }
         }
     }
 

@@ -11,6 +11,7 @@ kernels! {
     pub(super) struct NormKernels in "norm" {
         rms_norm(out: Ptr, x: Ptr, weight: Ptr, epsilon: f32, columns: u32);
         add_rms_norm(out: Ptr, residual: Ptr, x: Ptr, weight: Ptr, epsilon: f32, columns: u32);
+        centre(x: Ptr, columns: u32);
         rms_norm_add(residual: Ptr, x: Ptr, weight: Ptr, epsilon: f32, columns: u32);
         add(residual: Ptr, x: Ptr, count: u32);
         convert(out: Ptr, x: Ptr, count: u32);
@@ -98,6 +99,14 @@ impl NormOps for CudaDevice {
             epsilon,
             columns,
         )
+    }
+
+    fn centre(&mut self, x: &mut CudaTensor, rows: usize) -> Result<(), DeviceError> {
+        let (rows, columns) = (self.step.padded(rows), x.columns());
+        require_shape("centre", "x", x, (rows, columns), Precision::Full)?;
+        let grid = row_grid(rows);
+        self.norm
+            .centre(&self.context, grid, x.ptr(), columns as u32)
     }
 
     fn rms_norm_add(

@@ -5,13 +5,15 @@ use super::cache::{CudaCache, require_heads};
 use super::context::Context;
 use super::error::{require, unsupported};
 use super::images::Modules;
-use super::launch::{Grid, kernels};
+use super::launch::{Grid, kernels, row_grid};
 use super::memory::{Buffer, Ptr};
 #[cfg(test)]
 use super::signature::Signature;
 use super::step::Bounds;
 use super::tensor::{CudaTensor, require_shape};
-use crate::device::{CacheLayer, DeviceError, HeadShape, Precision, QkNorm, RopeOps, RopeSpec};
+use crate::device::{
+    CacheLayer, DeviceError, HeadShape, Precision, QkNorm, QueryScale, RopeOps, RopeSpec,
+};
 use std::rc::{Rc, Weak};
 
 kernels! {
@@ -33,6 +35,15 @@ kernels! {
             head_dim: u32,
             rotary_dim: u32,
             block_tokens: u32,
+        );
+        scale_queries(
+            qkv: Ptr,
+            positions: Ptr,
+            slope: f32,
+            interval: u32,
+            offset: u32,
+            q_columns: u32,
+            columns: u32,
         );
     }
 }
@@ -104,6 +115,9 @@ fn bytes(spec: &RopeSpec) -> usize {
 
 fn upload_angles(context: &Context, spec: &RopeSpec) -> Result<Buffer, DeviceError> {
     let buffer = context.allocate(bytes(spec), "the angles of positions")?;
+    if row_bytes(spec) == 0 {
+        return Ok(buffer);
+    }
     for first in (0..spec.max_positions).step_by(POSITIONS_AT_ONCE) {
         let end = spec.max_positions.min(first + POSITIONS_AT_ONCE);
         context.write(&buffer, first * row_bytes(spec), &angles(spec, first..end))?;
@@ -212,6 +226,32 @@ impl RopeOps for CudaDevice {
             heads.head_dim as u32,
             rope.rotary_dim as u32,
             shape.block_tokens as u32,
+        )
+    }
+
+    fn scale_queries(
+        &mut self,
+        qkv: &mut CudaTensor,
+        heads: HeadShape,
+        scale: QueryScale,
+    ) -> Result<(), DeviceError> {
+        const NAME: &str = "scale_queries";
+        let rows = self.step.padded(self.step.rows());
+        let columns = heads.qkv_columns();
+        require_shape(NAME, "qkv", qkv, (rows, columns), Precision::Activation)?;
+        require(scale.interval > 0, NAME, || {
+            "the interval is 0, but must be at least 1".to_owned()
+        })?;
+        self.rope.kernels.scale_queries(
+            &self.context,
+            row_grid(rows),
+            qkv.ptr(),
+            self.step.positions(),
+            scale.slope,
+            scale.interval,
+            scale.offset,
+            heads.q_columns() as u32,
+            columns as u32,
         )
     }
 }

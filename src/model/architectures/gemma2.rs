@@ -16,6 +16,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     gguf: Some(GgufFormat {
         name: "gemma2",
         read: read_metadata,
+        settings: &[],
     }),
     storage: STORAGE,
     layer,

@@ -22,6 +22,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     gguf: Some(GgufFormat {
         name: "gemma3",
         read: read_metadata,
+        settings: &[],
     }),
     storage: gemma2::STORAGE,
     layer,
@@ -39,16 +40,11 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     let settings = config.settings;
     let parameters = config.sliding_rope_parameters()?;
     let theta = settings.number("rope_local_base_freq")?;
-    let key = "sliding_window_pattern";
-    let period = settings.size(key)?.unwrap_or(PERIOD);
-    if period == 0 {
-        return Err(settings.refused(key, period, "at least 1"));
-    }
     Ok(Hyperparameters {
         embedding_scale: gemma2::embedding_scale(&common),
         logit_softcap: settings.number("final_logit_softcapping")?,
         sliding_rope: config.rope(parameters, theta.unwrap_or(SLIDING_THETA))?,
-        windows: config.mixed_windows(config.window()?, |layer| (layer + 1) % period != 0)?,
+        windows: config.periodic_windows(config.window()?, PERIOD)?,
         biases: config.attention_biases()?,
         ..common
     })

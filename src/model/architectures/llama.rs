@@ -3,7 +3,7 @@
 //! GGUF files call Mistral and Mixtral by this name, too: windows and experts are read
 //! from them here.
 
-use super::{Architecture, GgufFormat, Hyperparameters, ModelError, Storage};
+use super::{Architecture, GgufFormat, Hyperparameters, ModelError, RopeRows, Storage};
 use crate::device::Activation;
 use crate::model::Biases;
 use crate::model::gguf::Metadata;
@@ -17,9 +17,10 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     gguf: Some(GgufFormat {
         name: "llama",
         read: read_metadata,
+        settings: &[],
     }),
     storage: Storage {
-        gguf_interleaves_rope: true,
+        rope_rows: RopeRows::InterleavedInGguf,
         ..Storage::COMMON
     },
     layer: Hyperparameters::layer,
@@ -36,6 +37,7 @@ pub(super) const CLASS: ConfigClass = ConfigClass {
     head_dim: None,
     query_scale: None,
     window: None,
+    local_attention: "sliding_attention",
     context: 2048,
     norm_epsilon: 1e-6,
     rope_theta: 10_000.0,

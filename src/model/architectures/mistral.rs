@@ -5,7 +5,8 @@ use crate::model::huggingface::{Config, ConfigClass};
 
 pub(super) static ARCHITECTURE: Architecture = Architecture {
     name: "mistral",
-    aliases: &[],
+    // With vision, unless the text model says that it is another one.
+    aliases: &["mistral3"],
     class: CLASS,
     read_config,
     gguf: None,

@@ -1,7 +1,7 @@
 //! Mixtral: Mistral with a mixture of experts. GGUF files call it llama.
 
 use super::{Architecture, Hyperparameters, ModelError, Storage, mistral};
-use crate::device::RoutingSpec;
+use crate::device::{RouterScore, RoutingSpec};
 use crate::model::huggingface::{Config, ConfigClass};
 use crate::model::layer::Experts;
 use crate::model::names::{self, Part};
@@ -31,9 +31,12 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
         width: common.intermediate,
         routing: RoutingSpec {
             top_k: config.settings.size_or("num_experts_per_tok", 2)?,
+            score: RouterScore::Softmax,
             normalize: true,
             activation: common.activation,
         },
+        has_corrections: false,
+        shared: None,
     };
     let mut names = common.names.clone();
     names.keys.expert_width = names.keys.intermediate;
@@ -45,7 +48,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     })
 }
 
-fn huggingface_name(part: Part) -> String {
+pub(super) fn huggingface_name(part: Part) -> String {
     match part {
         Part::Router => "block_sparse_moe.gate".to_owned(),
         Part::ExpertGate(expert) => format!("block_sparse_moe.experts.{expert}.w1"),

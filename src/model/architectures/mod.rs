@@ -6,16 +6,29 @@
 //! [`Hyperparameters`], or in the file that needed it first. No other file names an
 //! architecture.
 
+mod cohere2;
+mod ernie4_5;
+mod exaone4;
 mod gemma2;
 mod gemma3;
+mod glm4;
+mod glm4_moe;
+mod gpt_oss;
+mod granite;
 mod llama;
+mod llama4;
+mod minimax_m2;
+mod ministral3;
 mod mistral;
 mod mixtral;
 mod olmo2;
+mod olmo3;
 mod phi3;
 mod qwen2;
 mod qwen3;
 mod qwen3_moe;
+mod seed_oss;
+mod smollm3;
 #[cfg(test)]
 mod tests;
 
@@ -38,6 +51,19 @@ static ALL: &[&Architecture] = &[
     &gemma3::ARCHITECTURE,
     &phi3::ARCHITECTURE,
     &olmo2::ARCHITECTURE,
+    &olmo3::ARCHITECTURE,
+    &granite::ARCHITECTURE,
+    &smollm3::ARCHITECTURE,
+    &seed_oss::ARCHITECTURE,
+    &ernie4_5::ARCHITECTURE,
+    &exaone4::ARCHITECTURE,
+    &glm4::ARCHITECTURE,
+    &cohere2::ARCHITECTURE,
+    &ministral3::ARCHITECTURE,
+    &gpt_oss::ARCHITECTURE,
+    &glm4_moe::ARCHITECTURE,
+    &minimax_m2::ARCHITECTURE,
+    &llama4::ARCHITECTURE,
 ];
 
 /// An architecture: its names, how its files are read, and what its layers compute.
@@ -64,11 +90,14 @@ type ReadConfig = fn(&Config<'_>) -> Result<Hyperparameters, ModelError>;
 pub(super) type ReadMetadata = fn(&Metadata<'_>) -> Result<Hyperparameters, ModelError>;
 
 /// How GGUF files hold an architecture.
-struct GgufFormat {
+#[derive(Debug)]
+pub(super) struct GgufFormat {
     /// `general.architecture`.
     name: &'static str,
     /// Reads the metadata.
-    read: ReadMetadata,
+    pub(super) read: ReadMetadata,
+    /// Keys that it reads and that would be refused otherwise, since they change the results.
+    pub(super) settings: &'static [&'static str],
 }
 
 /// How an architecture's tensors are stored.
@@ -78,13 +107,43 @@ pub(super) struct Storage {
     pub(super) huggingface_name: fn(Part) -> String,
     /// The name of a part of a layer in GGUF files, after `blk.N.`.
     pub(super) gguf_name: fn(Part) -> String,
-    /// Whether query, key and value are one tensor, and gate and up another.
-    pub(super) is_fused: bool,
+    /// Whether query, key and value are one tensor.
+    pub(super) fuses_qkv: bool,
+    /// Whether gate and up are one tensor.
+    pub(super) fuses_gate_up: bool,
     /// Whether Hugging Face checkpoints store norm weights as `weight − 1`. GGUF
     /// converters add the 1.
     pub(super) norm_weights_are_offsets: bool,
-    /// Whether GGUF files store query and key rows interleaved for RoPE.
-    pub(super) gguf_interleaves_rope: bool,
+    /// How the rows of queries and keys are stored.
+    pub(super) rope_rows: RopeRows,
+    /// The tensors in which Hugging Face checkpoints stack all experts of a layer; `None` if
+    /// each expert has its own.
+    pub(super) stacked_experts: Option<StackedExperts>,
+}
+
+/// Tensors of all experts of a layer, whose matrices are transposed. Biases, if there are some, are
+/// in tensors of these names with `_bias` behind them.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct StackedExperts {
+    /// Gates and ups, `[experts, hidden, 2 · width]`.
+    pub(super) gate_up: &'static str,
+    /// `[experts, width, hidden]`.
+    pub(super) down: &'static str,
+    /// Whether gates and ups alternate. Otherwise, all gates come first.
+    pub(super) alternates: bool,
+}
+
+/// Where the two halves that RoPE rotates are stored interleaved within each head. Their rows
+/// are put in order as they are loaded. Weights of norms on queries and keys are not: no
+/// architecture that has some is stored interleaved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum RopeRows {
+    /// Nowhere.
+    Halves,
+    /// In GGUF files.
+    InterleavedInGguf,
+    /// In both formats.
+    Interleaved,
 }
 
 impl Storage {
@@ -92,9 +151,11 @@ impl Storage {
     const COMMON: Self = Self {
         huggingface_name: names::huggingface,
         gguf_name: names::gguf,
-        is_fused: false,
+        fuses_qkv: false,
+        fuses_gate_up: false,
         norm_weights_are_offsets: false,
-        gguf_interleaves_rope: false,
+        rope_rows: RopeRows::Halves,
+        stacked_experts: None,
     };
 }
 
@@ -106,15 +167,17 @@ impl Architecture {
         found.ok_or_else(|| unknown(name, ALL.iter().map(|one| one.name)))
     }
 
-    /// Returns the architecture that a GGUF file names in `general.architecture`, and the
-    /// function that reads its metadata.
-    pub(super) fn from_gguf_name(name: &str) -> Result<(&'static Self, ReadMetadata), ModelError> {
+    /// Returns the architecture that a GGUF file names in `general.architecture`, and how such
+    /// files hold it.
+    pub(super) fn from_gguf_name(
+        name: &str,
+    ) -> Result<(&'static Self, &'static GgufFormat), ModelError> {
         let formats = || {
             ALL.iter()
                 .filter_map(|one| Some((*one, one.gguf.as_ref()?)))
         };
         match formats().find(|(_, format)| format.name == name) {
-            Some((architecture, format)) => Ok((architecture, format.read)),
+            Some(found) => Ok(found),
             None => Err(unknown(name, formats().map(|(_, format)| format.name))),
         }
     }

@@ -11,18 +11,21 @@ use crate::model::{RopeConfig, RopeScaling};
 pub(super) static ARCHITECTURE: Architecture = Architecture {
     name: "olmo2",
     aliases: &[],
-    class: ConfigClass {
-        vocabulary: 50_304,
-        norm_epsilon: 1e-5,
-        ..llama::CLASS
-    },
+    class: CLASS,
     read_config,
     gguf: Some(GgufFormat {
         name: "olmo2",
         read: read_metadata,
+        settings: &[],
     }),
     storage: Storage::COMMON,
     layer,
+};
+
+pub(super) const CLASS: ConfigClass = ConfigClass {
+    vocabulary: 50_304,
+    norm_epsilon: 1e-5,
+    ..llama::CLASS
 };
 
 fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
@@ -48,7 +51,7 @@ fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError>
     })
 }
 
-fn layer(numbers: &Hyperparameters, index: usize) -> LayerSpec {
+pub(super) fn layer(numbers: &Hyperparameters, index: usize) -> LayerSpec {
     LayerSpec {
         mixer: Mixer::Attention(Attention {
             qk_norm: Some(QkNormKind::WholeRow),

@@ -13,7 +13,8 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
         context: 4096,
         norm_epsilon: 1e-5,
         rope: RopeRules {
-            is_partial: true,
+            partial: Some(1.0),
+            dimension_key: None,
             // Early checkpoints use these names for LongRoPE.
             longrope_aliases: &["su", "yarn"],
             original_context: Some(4096),
@@ -24,9 +25,11 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     gguf: Some(GgufFormat {
         name: "phi3",
         read: |metadata| metadata.hyperparameters(),
+        settings: &[],
     }),
     storage: Storage {
-        is_fused: true,
+        fuses_qkv: true,
+        fuses_gate_up: true,
         ..Storage::COMMON
     },
     layer: Hyperparameters::layer,

@@ -13,6 +13,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     gguf: Some(GgufFormat {
         name: "qwen2",
         read: |metadata| metadata.hyperparameters(),
+        settings: &[],
     }),
     storage: Storage::COMMON,
     layer: Hyperparameters::layer,

@@ -15,6 +15,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     gguf: Some(GgufFormat {
         name: "qwen3",
         read: |metadata| metadata.hyperparameters(),
+        settings: &[],
     }),
     storage: Storage::COMMON,
     layer,

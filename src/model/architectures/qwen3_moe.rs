@@ -1,7 +1,7 @@
 //! Qwen 3 with a mixture of experts, some of whose layers may be dense.
 
 use super::{Architecture, GgufFormat, Hyperparameters, ModelError, Storage, qwen2, qwen3};
-use crate::device::RoutingSpec;
+use crate::device::{RouterScore, RoutingSpec};
 use crate::model::gguf::Metadata;
 use crate::model::huggingface::{Config, ConfigClass};
 use crate::model::layer::Experts;
@@ -21,6 +21,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     gguf: Some(GgufFormat {
         name: "qwen3moe",
         read: read_metadata,
+        settings: &[],
     }),
     storage: Storage::COMMON,
     layer: qwen3::layer,
@@ -34,9 +35,12 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
         width: settings.size_or("moe_intermediate_size", 768)?,
         routing: RoutingSpec {
             top_k: settings.size_or("num_experts_per_tok", 8)?,
+            score: RouterScore::Softmax,
             normalize: settings.flag("norm_topk_prob")?.unwrap_or(false),
             activation: common.activation,
         },
+        has_corrections: false,
+        shared: None,
     };
     Ok(Hyperparameters {
         windows: config.same_windows(qwen2::switched_window(config)?)?,

@@ -1,7 +1,7 @@
 //! A layer's weights on a device.
 
 use crate::device::{Activation, Device, LinearSpec, RoutingSpec};
-use crate::model::layer::{Experts, FeedForward, NormPlacement};
+use crate::model::layer::{Attention, Experts, FeedForward, NormPlacement, QkNormKind};
 use crate::model::names::Part;
 use crate::model::{ModelError, ModelSource};
 
@@ -11,6 +11,8 @@ pub(super) struct LayerWeights<D: Device> {
     pub(super) qkv: D::Linear,
     /// The norms of queries and of keys.
     pub(super) qk_norm: Option<(D::Vector, D::Vector)>,
+    /// The sinks of the attention's heads.
+    pub(super) sinks: Option<D::Vector>,
     pub(super) attention_out: D::Linear,
     pub(super) feed_forward_norms: Norms<D>,
     pub(super) feed_forward: FeedForwardWeights<D>,
@@ -33,7 +35,15 @@ pub(super) enum FeedForwardWeights<D: Device> {
         router: D::Linear,
         experts: D::Experts,
         routing: RoutingSpec,
+        /// The dense part beside the experts.
+        shared: Option<Shared<D>>,
     },
+}
+
+/// The weights of a dense part beside experts.
+pub(super) struct Shared<D: Device> {
+    pub(super) gate_up: D::Linear,
+    pub(super) down: D::Linear,
 }
 
 /// Loads the parts of one layer.
@@ -65,12 +75,10 @@ impl<D: Device> LayerWeights<D> {
             Part::FeedForwardNorm,
             Part::PostFeedForwardNorm,
         )?;
-        let qk_norm = match spec.attention().qk_norm_lengths() {
-            Some((q, k)) => Some((
-                loader.norm(Part::QueryNorm, q)?,
-                loader.norm(Part::KeyNorm, k)?,
-            )),
-            None => None,
+        let qk_norm = loader.qk_norm(spec.attention())?;
+        let sinks = match spec.attention().has_sinks {
+            true => Some(loader.device.load_vector(&source.sinks(layer)?)?),
+            false => None,
         };
         let qkv = loader.device.load_linear(&source.qkv(layer)?.spec())?;
         let attention_out = source.attention_out(layer)?;
@@ -79,6 +87,7 @@ impl<D: Device> LayerWeights<D> {
             mixer_norms,
             qkv,
             qk_norm,
+            sinks,
             attention_out,
             feed_forward_norms,
             feed_forward: loader.feed_forward(&spec.feed_forward)?,
@@ -103,6 +112,23 @@ impl<D: Device> Loader<'_, D> {
             before: norm(placement.is_before(), before)?,
             after: norm(placement.is_after(), after)?,
         })
+    }
+
+    /// The norms of queries and of keys, if there are some.
+    fn qk_norm(
+        &mut self,
+        attention: &Attention,
+    ) -> Result<Option<(D::Vector, D::Vector)>, ModelError> {
+        if attention.qk_norm == Some(QkNormKind::PerHeadUnweighted) {
+            let ones = vec![1.0; attention.heads.head_dim];
+            let mut load = || self.device.load_vector(&ones);
+            return Ok(Some((load()?, load()?)));
+        }
+        let Some((q, k)) = attention.qk_norm_lengths() else {
+            return Ok(None);
+        };
+        let q = self.norm(Part::QueryNorm, q)?;
+        Ok(Some((q, self.norm(Part::KeyNorm, k)?)))
     }
 
     fn norm(&mut self, part: Part, length: usize) -> Result<D::Vector, ModelError> {
@@ -136,10 +162,30 @@ impl<D: Device> Loader<'_, D> {
         let (gate_up, down): (Vec<LinearSpec<'_>>, Vec<LinearSpec<'_>>) = specs
             .map(|(gate_up, down)| (gate_up.spec(), down.spec()))
             .unzip();
+        let corrections = match spec.has_corrections {
+            true => Some(self.source.corrections(self.layer, spec.count)?),
+            false => None,
+        };
+        let corrections = corrections.as_deref();
+        let loaded = self
+            .device
+            .load_corrected_experts(&gate_up, &down, corrections)?;
         Ok(FeedForwardWeights::Experts {
             router,
-            experts: self.device.load_experts(&gate_up, &down)?,
+            experts: loaded,
             routing: spec.routing,
+            shared: match spec.shared {
+                Some(width) => Some(self.shared(width)?),
+                None => None,
+            },
+        })
+    }
+
+    fn shared(&mut self, width: usize) -> Result<Shared<D>, ModelError> {
+        let (gate_up, down) = self.source.shared_expert(self.layer, width)?;
+        Ok(Shared {
+            gate_up: self.device.load_linear(&gate_up.spec())?,
+            down: self.device.load_linear(&down.spec())?,
         })
     }
 }

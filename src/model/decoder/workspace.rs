@@ -17,6 +17,8 @@ pub(super) struct Workspace<T> {
     pub(super) gate_up: Option<T>,
     pub(super) hidden: Option<T>,
     pub(super) router: Option<T>,
+    pub(super) shared_gate_up: Option<T>,
+    pub(super) shared_hidden: Option<T>,
     /// The rows that are sampled.
     pub(super) gathered: T,
     pub(super) logits: T,
@@ -42,6 +44,7 @@ impl<T> Workspace<T> {
         let StepLimits { rows, samples, .. } = limits;
         let (activation, full) = (Precision::Activation, Precision::Full);
         let (heads, dense) = (config.heads(), config.dense_width());
+        let shared = config.shared_width();
         let mut optional = |columns: Option<usize>, precision: Precision| {
             columns
                 .map(|columns| make(rows, columns, precision))
@@ -52,6 +55,8 @@ impl<T> Workspace<T> {
             gate_up: optional(dense.map(|width| 2 * width), activation)?,
             hidden: optional(dense, activation)?,
             router: optional(experts, full)?,
+            shared_gate_up: optional(shared.map(|width| 2 * width), activation)?,
+            shared_hidden: optional(shared, activation)?,
             residual: make(rows, config.hidden, full)?,
             normed: make(rows.max(samples), config.hidden, activation)?,
             qkv: make(rows, heads.qkv_columns(), activation)?,

@@ -67,7 +67,7 @@ impl Metadata<'_> {
                 beta_slow: self.number("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
                 truncate: true,
                 // GGUF's factor comes on top of the derived one.
-                attention_factor: magnitude.map(|own| own * (0.1 * factor.ln() + 1.0)),
+                attention_factor: self.yarn_magnitude(magnitude, factor)?,
             },
             (Some(other), Some(_)) => {
                 let expected = "none, linear or yarn";
@@ -78,6 +78,23 @@ impl Metadata<'_> {
             theta,
             rotary_dim,
             scaling,
+        })
+    }
+
+    /// YaRN's factor on cosine and sine where the file has one of its own. A multiplier of its
+    /// logarithm stands for the quotient of the usual factor and that with the multiplier.
+    fn yarn_magnitude(&self, own: Option<f32>, factor: f32) -> Result<Option<f32>, ModelError> {
+        let magnitude = |multiplier: f32| match factor <= 1.0 {
+            true => 1.0,
+            false => 0.1 * multiplier * factor.ln() + 1.0,
+        };
+        let multiplier = self.number("rope.scaling.yarn_log_multiplier")?;
+        let divisor = multiplier
+            .filter(|&multiplier| multiplier != 0.0)
+            .map(magnitude);
+        Ok(match (own, divisor) {
+            (None, None) => None,
+            (own, divisor) => Some(own.unwrap_or(1.0) * magnitude(1.0) / divisor.unwrap_or(1.0)),
         })
     }
 }

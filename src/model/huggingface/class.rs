@@ -28,6 +28,8 @@ pub(in crate::model) struct ConfigClass {
     pub(in crate::model) query_scale: Option<f32>,
     /// `sliding_window`.
     pub(in crate::model) window: Option<usize>,
+    /// What `layer_types` calls the layers that do not have full attention.
+    pub(in crate::model) local_attention: &'static str,
     /// `max_position_embeddings`.
     pub(in crate::model) context: usize,
     /// `rms_norm_eps`.
@@ -43,9 +45,12 @@ pub(in crate::model) struct ConfigClass {
 /// How a class understands the settings of the position embedding.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::model) struct RopeRules {
-    /// Whether `partial_rotary_factor` counts. Other classes rotate all of a head whatever
+    /// `partial_rotary_factor`, where it counts. Other classes rotate all of a head whatever
     /// it says, or fail.
-    pub(in crate::model) is_partial: bool,
+    pub(in crate::model) partial: Option<f32>,
+    /// The key of the number of rotated elements, which counts where there is no
+    /// `partial_rotary_factor`.
+    pub(in crate::model) dimension_key: Option<&'static str>,
     /// Other names of the RoPE type `longrope`.
     pub(in crate::model) longrope_aliases: &'static [&'static str],
     /// `original_max_position_embeddings`, which then counts beside the RoPE parameters
@@ -56,7 +61,8 @@ pub(in crate::model) struct RopeRules {
 impl RopeRules {
     /// The rules of most classes.
     pub(in crate::model) const COMMON: Self = Self {
-        is_partial: false,
+        partial: None,
+        dimension_key: None,
         longrope_aliases: &[],
         original_context: None,
     };

@@ -26,7 +26,7 @@ impl<'a> Config<'a> {
     }
 
     /// The parameters of the position embedding, if there are any.
-    pub(super) fn rope_parameters(&self) -> Option<Settings<'a>> {
+    pub(in crate::model) fn rope_parameters(&self) -> Option<Settings<'a>> {
         let of = |key| self.settings.part(key);
         of("rope_scaling").or_else(|| of("rope_parameters"))
     }
@@ -105,11 +105,21 @@ impl<'a> Config<'a> {
     /// Elements of a head that are rotated.
     fn rotary_dim(&self, own: Settings<'_>) -> Result<usize, ModelError> {
         let key = "partial_rotary_factor";
+        let is_said = own.get(key).is_some() || self.settings.get(key).is_some();
+        if let Some(key) = self.class().rope.dimension_key
+            && let Some(dimension) = self.settings.size(key)?
+            && !is_said
+        {
+            return Ok(dimension);
+        }
         let (place, partial) = match own.number(key)? {
             Some(partial) => (own, partial),
-            None => (self.settings, self.settings.number(key)?.unwrap_or(1.0)),
+            None => {
+                let default = self.class().rope.partial.unwrap_or(1.0);
+                (self.settings, self.settings.number(key)?.unwrap_or(default))
+            }
         };
-        if partial != 1.0 && !self.class().rope.is_partial {
+        if partial != 1.0 && self.class().rope.partial.is_none() {
             let expected = format!("1 for {}", self.architecture.name());
             return Err(place.refused(key, partial, expected));
         }
@@ -117,7 +127,10 @@ impl<'a> Config<'a> {
     }
 
     /// The context that the model was trained on before it was extended.
-    fn original_context(&self, own: Settings<'_>) -> Result<usize, ModelError> {
+    pub(in crate::model) fn original_context(
+        &self,
+        own: Settings<'_>,
+    ) -> Result<usize, ModelError> {
         let key = "original_max_position_embeddings";
         // Beside the parameters it counts more than in them.
         let (place, original) = match (self.settings.size(key)?, own.size(key)?) {

@@ -128,6 +128,16 @@ impl<'a> Settings<'a> {
         }
     }
 
+    /// The number, which must be positive, or `default` where it is missing.
+    pub(in crate::model) fn positive_or(&self, key: &str, default: f32) -> Result<f32, ModelError> {
+        let number = self.number_or(key, Some(default))?;
+        match number {
+            Some(number) if number.is_finite() && number > 0.0 => Ok(number),
+            Some(number) => Err(self.refused(key, number, "a positive number")),
+            None => Err(self.refused(key, "null", "a positive number")),
+        }
+    }
+
     pub(in crate::model) fn flag(&self, key: &str) -> Result<Option<bool>, ModelError> {
         self.optional(key, "true or false", Value::as_bool)
     }

@@ -1,6 +1,7 @@
 //! Settings of `config.json`, read and refused.
 
 use super::*;
+use crate::device::RouterScore;
 use crate::model::{RopeConfig, RopeScaling};
 use serde_json::json;
 
@@ -46,8 +47,8 @@ fn gemma3_with_vision_gets_what_its_configuration_leaves_out() {
     assert_eq!(full.scaling, RopeScaling::Linear { factor: 8.0 });
     assert_eq!(sliding.scaling, RopeScaling::None);
     let [slides, sees_all] = [4, 5].map(|layer| *config.layers[layer].attention());
-    assert_eq!((slides.window, slides.rope), (Some(1024), 1));
-    assert_eq!((sees_all.window, sees_all.rope), (None, 0));
+    assert_eq!((slides.window, slides.rope), (Some(1024), Some(1)));
+    assert_eq!((sees_all.window, sees_all.rope), (None, Some(0)));
     assert_eq!(config.end_tokens, [1, 106]);
 }
 
@@ -250,17 +251,96 @@ fn what_a_configuration_leaves_out_is_as_in_the_configuration_class() {
             (32, 32, 128),
             (50_304, 2048, None),
         ),
+        (
+            "olmo3",
+            (32, 4096, 11_008),
+            (32, 32, 128),
+            (50_304, 2048, Some(4096)),
+        ),
+        (
+            "granite",
+            (32, 4096, 11_008),
+            (32, 32, 128),
+            (32_000, 2048, None),
+        ),
+        (
+            "smollm3",
+            (36, 2048, 11_008),
+            (16, 4, 128),
+            (128_256, 32_768, None),
+        ),
+        (
+            "seed_oss",
+            (64, 4096, 27_648),
+            (80, 8, 128),
+            (155_136, 524_288, None),
+        ),
+        (
+            "ernie4_5",
+            (18, 1024, 3072),
+            (16, 2, 128),
+            (103_424, 131_072, None),
+        ),
+        (
+            "exaone4",
+            (32, 4096, 16_384),
+            (32, 32, 128),
+            (102_400, 2048, Some(4096)),
+        ),
+        (
+            "glm4",
+            (40, 4096, 13_696),
+            (32, 2, 128),
+            (151_552, 131_072, None),
+        ),
+        (
+            "cohere2",
+            (40, 8192, 22_528),
+            (64, 64, 128),
+            (256_000, 8192, Some(4096)),
+        ),
+        (
+            "ministral3",
+            (34, 4096, 14_336),
+            (32, 8, 128),
+            (131_072, 262_144, None),
+        ),
+        (
+            "gpt_oss",
+            (36, 2880, 2880),
+            (64, 8, 64),
+            (201_088, 131_072, Some(128)),
+        ),
+        (
+            "minimax_m2",
+            (62, 3072, 1536),
+            (48, 8, 128),
+            (200_064, 196_608, None),
+        ),
+        (
+            "llama4_text",
+            (48, 5120, 8192),
+            (40, 8, 128),
+            (202_048, 131_072, Some(8192)),
+        ),
     ];
     for (name, sizes, heads, rest) in expected {
         let config = bare(name);
         assert_eq!(shape(&config), (sizes, heads, rest), "{name}");
         let epsilon = match name {
-            "mixtral" | "phi3" | "olmo2" => 1e-5,
-            _ => 1e-6,
+            "llama" | "mistral" | "qwen2" | "qwen3" | "qwen3_moe" => 1e-6,
+            "gemma2" | "gemma3_text" | "granite" | "smollm3" | "seed_oss" => 1e-6,
+            "minimax_m2" => 1e-6,
+            "glm4" => 1.5625e-7,
+            _ => 1e-5,
         };
         assert_eq!(config.norm_epsilon, epsilon, "{name}");
         let theta = match name {
-            "mixtral" | "gemma3_text" => 1e6,
+            "mixtral" | "gemma3_text" | "ministral3" => 1e6,
+            "smollm3" => 2e6,
+            "olmo3" | "ernie4_5" | "llama4_text" => 500_000.0,
+            "gpt_oss" => 150_000.0,
+            "minimax_m2" => 5e6,
             _ => 10_000.0,
         };
         assert_eq!(config.ropes[0].theta, theta, "{name}");
@@ -444,4 +524,235 @@ fn biases_are_those_that_the_settings_say() {
     assert_eq!(biases(json!({"model_type": "qwen2"})), [true, false, false]);
     let mistral = json!({"model_type": "mistral", "attention_bias": true});
     assert_eq!(biases(mistral), [false, false, false]);
+}
+
+#[test]
+fn granites_factor_on_the_residual_stream_is_moved_to_embeddings_and_norms() {
+    let config = read(&json!({
+        "model_type": "granite", "embedding_multiplier": 12.0, "residual_multiplier": 0.25,
+        "attention_multiplier": 0.5, "logits_scaling": 8.0, "rms_norm_eps": 1e-5,
+    }))
+    .unwrap();
+    assert_eq!(config.embedding_scale, 48.0);
+    assert_eq!(config.norm_epsilon, 1.6e-4);
+    assert_eq!(config.layers[0].attention().scale, 0.5);
+    assert_eq!(config.logit_scale, 0.125);
+    for key in [
+        "embedding_multiplier",
+        "residual_multiplier",
+        "attention_multiplier",
+        "logits_scaling",
+    ] {
+        for value in [json!(0), json!(-1.0), json!(null), json!("1")] {
+            let mut config = json!({"model_type": "granite"});
+            config[key] = value;
+            let error = read(&config).unwrap_err().to_string();
+            let start = format!("the model's {key} is ");
+            assert!(error.starts_with(&start), "{key}: {error}");
+        }
+    }
+}
+
+#[test]
+fn layers_without_rope_are_listed_or_come_at_an_interval() {
+    let rotated = |config: Value| {
+        let config = read(&config).unwrap();
+        let layers = config.layers.iter().map(|layer| layer.attention().rope);
+        layers.map(|rope| rope.is_some()).collect::<Vec<_>>()
+    };
+    let smollm = |changes| {
+        with(
+            json!({"model_type": "smollm3", "num_hidden_layers": 4}),
+            changes,
+        )
+    };
+    assert_eq!(rotated(smollm(json!({}))), [true, true, true, false]);
+    let listed = smollm(json!({"no_rope_layers": [0, 1, 1, 0]}));
+    assert_eq!(rotated(listed), [false, true, true, false]);
+    let pairs = smollm(json!({"no_rope_layer_interval": 2}));
+    assert_eq!(rotated(pairs), [true, false, true, false]);
+    let exaone = |changes| {
+        with(
+            json!({"model_type": "exaone4", "num_hidden_layers": 4}),
+            changes,
+        )
+    };
+    assert_eq!(rotated(exaone(json!({}))), [true, true, true, false]);
+    assert_eq!(rotated(exaone(json!({"sliding_window": null}))), [true; 4]);
+    let cohere = json!({
+        "model_type": "cohere2", "num_hidden_layers": 2,
+        "layer_types": ["full_attention", "sliding_attention"],
+    });
+    assert_eq!(rotated(cohere), [false, true]);
+    for (key, value) in [
+        ("no_rope_layers", json!([1, 1])),
+        ("no_rope_layers", json!([1, 1, 2, 1])),
+        ("no_rope_layer_interval", json!(0)),
+    ] {
+        let mut config = smollm(json!({}));
+        config[key] = value;
+        let error = read(&config).unwrap_err().to_string();
+        assert!(error.contains(key), "{key}: {error}");
+    }
+}
+
+#[test]
+fn cohere2_reads_its_own_epsilon_and_factor() {
+    let cohere = |changes| read(&with(json!({"model_type": "cohere2"}), changes));
+    let config = cohere(json!({"rms_norm_eps": 0.5})).unwrap();
+    assert_eq!((config.norm_epsilon, config.logit_scale), (1e-5, 0.0625));
+    assert_eq!(config.norm, NormKind::Layer);
+    for key in ["layer_norm_eps", "logit_scale"] {
+        let error = cohere(json!({ key: 0.0 })).unwrap_err().to_string();
+        assert!(error.contains(key), "{error}");
+    }
+}
+
+#[test]
+fn ministral3_is_extended_and_scales_its_queries_by_default() {
+    let config = bare("ministral3");
+    let scale = config.layers[0].attention().query_scale.unwrap();
+    assert_eq!(
+        (scale.slope, scale.interval, scale.offset),
+        (0.1, 16_384, 0)
+    );
+    match config.ropes[0].scaling {
+        RopeScaling::Yarn {
+            factor,
+            attention_factor,
+            ..
+        } => assert_eq!((factor, attention_factor), (16.0, Some(1.0))),
+        ref other => panic!("not YaRN: {other:?}"),
+    }
+    let rope = json!({"rope_type": "yarn", "factor": 2.0});
+    let config = json!({"model_type": "ministral3", "rope_parameters": rope});
+    let error = read(&config).unwrap_err().to_string();
+    assert!(
+        error.contains("rope_parameters.llama_4_scaling_beta"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_name_with_vision_is_read_as_the_text_model_that_it_holds() {
+    let name = |config: Value| read(&config).unwrap().architecture.name();
+    let mistral = |text: Value| json!({"model_type": "mistral3", "text_config": text});
+    assert_eq!(name(mistral(json!({}))), "mistral");
+    assert_eq!(name(mistral(json!({"model_type": "mistral"}))), "mistral");
+    let text = json!({"model_type": "ministral3"});
+    assert_eq!(name(mistral(text)), "ministral3");
+    let unknown = json!({"model_type": "llava9", "text_config": {"model_type": "other9"}});
+    let error = read(&unknown).unwrap_err().to_string();
+    assert!(error.contains("llava9"), "{error}");
+}
+
+#[test]
+fn mixtures_of_sigmoids_read_how_their_routers_choose() {
+    let sigmoid = |config: &ModelConfig| match config.experts().unwrap().routing.score {
+        RouterScore::Sigmoid(sigmoid) => sigmoid,
+        RouterScore::Softmax => panic!("not a sigmoid"),
+    };
+    let glm = |changes| {
+        read(&with(
+            json!({"model_type": "glm4_moe", "head_dim": 128}),
+            changes,
+        ))
+    };
+    let config = glm(json!({
+        "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "first_k_dense_replace": 3,
+        "n_shared_experts": 2, "num_nextn_predict_layers": 1,
+    }))
+    .unwrap();
+    let routing = sigmoid(&config);
+    assert_eq!((routing.groups, routing.top_groups), (8, 4));
+    assert_eq!(routing.scale, 2.5);
+    assert_eq!(config.shared_width(), Some(2 * 1408));
+    assert_eq!(config.prediction_layers, 1);
+    let is_dense = |layer: usize| {
+        matches!(
+            config.layers[layer].feed_forward,
+            crate::model::layer::FeedForward::Dense { .. }
+        )
+    };
+    assert_eq!([0, 2, 3, 45].map(is_dense), [true, true, false, false]);
+    assert_eq!(config.ropes[0].rotary_dim, 64);
+    for (changes, key) in [
+        (json!({"n_group": 7}), "topk_group"),
+        (json!({"n_group": 4, "topk_group": 5}), "topk_group"),
+        (json!({"n_group": 64, "topk_group": 1}), "topk_group"),
+        (json!({"routed_scaling_factor": 0}), "routed_scaling_factor"),
+        (json!({"n_routed_experts": 0}), "n_routed_experts"),
+        (json!({"num_experts_per_tok": 129}), "num_experts_per_tok"),
+    ] {
+        let error = glm(changes).unwrap_err().to_string();
+        assert!(error.contains(key), "{key}: {error}");
+    }
+    assert!(bare("minimax_m2").experts().unwrap().has_corrections);
+    let rotary = json!({"model_type": "minimax_m2", "rotary_dim": 64});
+    assert_eq!(read(&rotary).unwrap().ropes[0].rotary_dim, 64);
+}
+
+#[test]
+fn llama4_mixes_chunks_and_layers_without_rope() {
+    let llama = |changes| read(&with(json!({"model_type": "llama4_text"}), changes));
+    let config = llama(json!({"interleave_moe_layer_step": 2, "num_hidden_layers": 4})).unwrap();
+    let [first, last] = [0, 3].map(|layer: usize| *config.layers[layer].attention());
+    assert_eq!((first.window, first.is_chunked), (Some(8192), true));
+    assert_eq!((first.rope, first.query_scale), (Some(0), None));
+    assert!(first.qk_norm.is_some() && last.qk_norm.is_none());
+    assert_eq!(
+        (last.window, last.is_chunked, last.rope),
+        (None, false, None)
+    );
+    let scale = last.query_scale.unwrap();
+    assert_eq!((scale.slope, scale.interval, scale.offset), (0.1, 8192, 1));
+    assert_eq!(config.dense_width(), Some(16_384));
+    assert_eq!(config.shared_width(), Some(8192));
+    let plain = json!({"attn_temperature_tuning": false, "attention_chunk_size": null});
+    let config = llama(plain).unwrap();
+    let attentions = || config.layers.iter().map(|layer| layer.attention());
+    assert!(attentions().all(|one| one.query_scale.is_none() && one.window.is_none()));
+    for (changes, key) in [
+        (json!({"attention_chunk_size": 0}), "attention_chunk_size"),
+        (
+            json!({"interleave_moe_layer_step": 0}),
+            "interleave_moe_layer_step",
+        ),
+        (json!({"moe_layers": [0.5]}), "moe_layers"),
+        (json!({"floor_scale": 0}), "floor_scale"),
+        (json!({"attn_scale": null}), "attn_scale"),
+        (
+            json!({"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}),
+            "layer_types",
+        ),
+    ] {
+        let error = llama(changes).unwrap_err().to_string();
+        assert!(error.contains(key), "{key}: {error}");
+    }
+}
+
+#[test]
+fn gpt_oss_is_extended_by_default_and_limits_its_experts() {
+    let config = bare("gpt_oss");
+    let limits = Activation::ClampedSwiGlu {
+        slope: 1.702,
+        limit: 7.0,
+    };
+    assert_eq!(config.experts().unwrap().routing.activation, limits);
+    assert!(
+        config
+            .layers
+            .iter()
+            .all(|layer| layer.attention().has_sinks)
+    );
+    let windows = [0, 1].map(|layer: usize| config.layers[layer].attention().window);
+    assert_eq!(windows, [Some(128), None]);
+    match config.ropes[0].scaling {
+        RopeScaling::Yarn {
+            factor, truncate, ..
+        } => assert_eq!((factor, truncate), (32.0, false)),
+        ref other => panic!("not YaRN: {other:?}"),
+    }
+    let error = read(&json!({"model_type": "gpt_oss", "swiglu_limit": -7.0}));
+    assert!(error.unwrap_err().to_string().contains("swiglu_limit"));
 }

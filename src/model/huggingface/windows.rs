@@ -43,8 +43,8 @@ impl Config<'_> {
         Ok(vec![window; slides.len()])
     }
 
-    /// The windows of layers of two kinds: those with full attention, and those that slide,
-    /// as `layer_types` lists them or else as `slides` has it.
+    /// The windows of layers of two kinds: those with full attention, and those that slide or
+    /// see chunks, as `layer_types` lists them or else as `slides` has it.
     pub(in crate::model) fn mixed_windows(
         &self,
         window: Option<usize>,
@@ -58,16 +58,34 @@ impl Config<'_> {
         Ok(windows.collect())
     }
 
-    /// `layer_types`: for each layer whether it slides.
+    /// The windows of layers of which all but each `period`th slide, unless `layer_types` lists
+    /// them: `sliding_window_pattern` is the period, by default `default`.
+    pub(in crate::model) fn periodic_windows(
+        &self,
+        window: Option<usize>,
+        default: usize,
+    ) -> Result<Vec<Option<usize>>, ModelError> {
+        let key = "sliding_window_pattern";
+        let period = match self.settings.get("layer_types") {
+            Some(_) => default,
+            None => self.settings.size(key)?.unwrap_or(default),
+        };
+        if period == 0 {
+            return Err(self.settings.refused(key, period, "at least 1"));
+        }
+        self.mixed_windows(window, |layer| (layer + 1) % period != 0)
+    }
+
+    /// `layer_types`: for each layer whether it is of the class's other kind than full attention.
     fn layer_types(&self) -> Result<Option<Vec<bool>>, ModelError> {
-        let settings = self.settings;
+        let (settings, local) = (self.settings, self.class().local_attention);
         let types = settings.optional("layer_types", "a list of layer types", Value::as_array)?;
         let Some(types) = types else { return Ok(None) };
         let slides = types.iter().map(|kind| match kind.as_str() {
-            Some("sliding_attention") => Ok(true),
+            Some(kind) if kind == local => Ok(true),
             Some("full_attention") => Ok(false),
             _ => {
-                let expected = "sliding_attention or full_attention";
+                let expected = format!("{local} or full_attention");
                 Err(settings.refused(ENTRY, kind, expected))
             }
         });

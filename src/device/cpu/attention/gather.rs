@@ -126,7 +126,7 @@ impl<'p, P: Iterator<Item = &'p [f32]>> Kernel for Merge<'_, P> {
         let shape = self.attend.softmax_shape(self.item.rows.len());
         self.state.total.resize(shape.len(), 0.0);
         let mut total = Softmax::new(&mut self.state.total, shape);
-        total.reset();
+        self.attend.start(self.head, &mut total);
         for part in self.parts {
             total.merge(s, part);
         }
@@ -180,7 +180,11 @@ impl<E: KvElement> Kernel for GatherFrom<'_, E> {
             Target::Keep(memory) => (memory, None),
         };
         let mut total = Softmax::new(memory, shape);
-        total.reset();
+        match out {
+            Some(_) => attend.start(head, &mut total),
+            // The sinks come in when the spans are merged.
+            None => total.reset(),
+        }
         for span in spans {
             let mut softmax = Softmax::new(span_memory, shape);
             softmax.reset();
@@ -206,6 +210,17 @@ impl<E: KvElement> Kernel for GatherFrom<'_, E> {
 }
 
 impl Attend<'_> {
+    /// Resets the softmax of an item's queries to that before the first key.
+    #[inline(always)]
+    fn start(&self, head: usize, total: &mut Softmax<'_>) {
+        total.reset();
+        let Some(sinks) = self.sinks else { return };
+        let group = self.group();
+        for query in 0..total.largest.len() {
+            total.sink(query, sinks[head * group + query % group]);
+        }
+    }
+
     /// Copies the queries of an item that share a key-value head.
     fn copy_queries(
         &self,

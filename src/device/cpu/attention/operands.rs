@@ -31,6 +31,8 @@ impl Item {
 pub(super) struct Attend<'a> {
     pub(super) qkv: &'a [f32],
     pub(super) spec: &'a AttentionSpec,
+    /// One score per query head, if there are sinks.
+    pub(super) sinks: Option<&'a [f32]>,
     pub(super) cache: &'a CpuCache,
     /// Index of the layer in the blocks of its group.
     pub(super) layer: usize,
@@ -43,7 +45,10 @@ impl Attend<'_> {
     /// Returns the first and the last position that a row attends to.
     pub(super) fn visible(&self, row: usize) -> (usize, usize) {
         let position = self.batch.positions[row] as usize;
-        let before = |window| (position + 1).saturating_sub(window);
+        let before = |window| match self.spec.chunked {
+            true => position - position % window,
+            false => (position + 1).saturating_sub(window),
+        };
         (self.spec.window.map_or(0, before), position)
     }
 

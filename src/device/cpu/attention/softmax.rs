@@ -54,6 +54,13 @@ impl<'a> Softmax<'a> {
         self.results.fill(0.0);
     }
 
+    /// Sets the state of one query to that after a key with this score whose value is zero.
+    #[inline(always)]
+    pub(crate) fn sink(&mut self, query: usize, score: f32) {
+        self.largest[query] = score;
+        self.sums[query * LANES] = 1.0;
+    }
+
     /// Merges the state of another softmax of this shape, which processed later keys. A state
     /// that has attended to nothing changes nothing, bit for bit.
     #[inline(always)]

@@ -1,0 +1,64 @@
+//! EXAONE 4: norms on the output of each part of a layer only, queries and keys normalised by
+//! head, and, in models with a sliding window, full attention without RoPE in every fourth layer.
+
+use super::{Architecture, GgufFormat, Hyperparameters, ModelError, Storage, llama, qwen3};
+use crate::model::gguf::Metadata;
+use crate::model::huggingface::{Config, ConfigClass};
+use crate::model::layer::{LayerSpec, NormPlacement};
+
+pub(super) static ARCHITECTURE: Architecture = Architecture {
+    name: "exaone4",
+    aliases: &[],
+    class: ConfigClass {
+        vocabulary: 102_400,
+        intermediate: 16_384,
+        kv_heads: Some(32),
+        window: Some(4096),
+        norm_epsilon: 1e-5,
+        ..llama::CLASS
+    },
+    read_config,
+    gguf: Some(GgufFormat {
+        name: "exaone4",
+        read: read_metadata,
+        settings: &[],
+    }),
+    storage: Storage::COMMON,
+    layer,
+};
+
+/// One layer in so many has full attention.
+const PERIOD: usize = 4;
+
+fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
+    let common = config.hyperparameters()?;
+    let window = config.window()?;
+    let windows = match window {
+        Some(_) => config.periodic_windows(window, PERIOD)?,
+        None => config.mixed_windows(None, |_| false)?,
+    };
+    Ok(with_windows(common, windows))
+}
+
+fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError> {
+    let common = metadata.hyperparameters()?;
+    let windows = metadata.windows(metadata.window(None)?, PERIOD)?;
+    Ok(with_windows(common, windows))
+}
+
+/// A model with these windows. If there are some, the layers without do not rotate.
+fn with_windows(numbers: Hyperparameters, windows: Vec<Option<usize>>) -> Hyperparameters {
+    let mut numbers = Hyperparameters { windows, ..numbers };
+    if numbers.windows.iter().any(Option::is_some) {
+        numbers.unrotated = numbers.layers_without_window();
+    }
+    numbers
+}
+
+fn layer(numbers: &Hyperparameters, index: usize) -> LayerSpec {
+    LayerSpec {
+        mixer_norms: NormPlacement::After,
+        feed_forward_norms: NormPlacement::After,
+        ..qwen3::layer(numbers, index)
+    }
+}

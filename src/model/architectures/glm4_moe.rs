@@ -1,0 +1,114 @@
+//! GLM-4.5 to 4.7: a mixture of experts with a sigmoid router and a shared expert, after some dense
+//! layers; RoPE on half of each head.
+
+use super::{
+    Architecture, GgufFormat, Hyperparameters, ModelError, Storage, llama, qwen3, seed_oss,
+};
+use crate::device::{RouterScore, RoutingSpec, SigmoidRouting};
+use crate::model::Biases;
+use crate::model::gguf::Metadata;
+use crate::model::huggingface::{Config, ConfigClass, RopeRules};
+use crate::model::layer::{Experts, LayerSpec};
+
+pub(super) static ARCHITECTURE: Architecture = Architecture {
+    name: "glm4_moe",
+    aliases: &[],
+    class: ConfigClass {
+        vocabulary: 151_552,
+        intermediate: 10_944,
+        layers: 46,
+        q_heads: 96,
+        kv_heads: Some(8),
+        context: 131_072,
+        norm_epsilon: 1e-5,
+        rope: RopeRules {
+            partial: Some(0.5),
+            ..RopeRules::COMMON
+        },
+        ..llama::CLASS
+    },
+    read_config,
+    gguf: Some(GgufFormat {
+        name: "glm4moe",
+        read: read_metadata,
+        settings: &[
+            "expert_gating_func",
+            "expert_group_count",
+            "expert_shared_count",
+            "expert_weights_scale",
+            "leading_dense_block_count",
+            "nextn_predict_layers",
+        ],
+    }),
+    storage: Storage {
+        gguf_name: seed_oss::gguf_name,
+        ..Storage::COMMON
+    },
+    layer,
+};
+
+fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
+    let common = config.hyperparameters()?;
+    let settings = config.settings;
+    let width = settings.size_or("moe_intermediate_size", 1408)?;
+    let shared = settings.size_or("n_shared_experts", 1)?;
+    let experts = Experts {
+        count: settings.size_or("n_routed_experts", 128)?,
+        width,
+        routing: RoutingSpec {
+            top_k: settings.size_or("num_experts_per_tok", 8)?,
+            score: RouterScore::Sigmoid(SigmoidRouting {
+                scale: settings.positive_or("routed_scaling_factor", 1.0)?,
+                groups: settings.size_or("n_group", 1)?,
+                top_groups: settings.size_or("topk_group", 1)?,
+                scales_input: false,
+            }),
+            normalize: settings.flag("norm_topk_prob")?.unwrap_or(true),
+            activation: common.activation,
+        },
+        has_corrections: true,
+        shared: (shared > 0).then_some(width.saturating_mul(shared)),
+    };
+    let dense = settings.size_or("first_k_dense_replace", 1)?;
+    let qkv = settings.flag("attention_bias")?.unwrap_or(false);
+    Ok(Hyperparameters {
+        dense_layers: (0..dense.min(common.layers).min(1 << 16)).collect(),
+        experts: Some(experts),
+        has_qk_norm: settings.flag("use_qk_norm")?.unwrap_or(false),
+        prediction_layers: settings.size_or("num_nextn_predict_layers", 1)?.min(64),
+        biases: Biases {
+            qkv: Some(qkv),
+            ..Biases::NONE
+        },
+        ..common
+    })
+}
+
+fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError> {
+    let common = metadata.hyperparameters()?;
+    let key = "nextn_predict_layers";
+    let prediction_layers = metadata.size(key)?.unwrap_or(0);
+    // The layers that predict further tokens are counted with the others.
+    let layers = common.layers.checked_sub(prediction_layers);
+    let layers = layers.ok_or_else(|| {
+        let expected = format!("at most the {} layers", common.layers);
+        metadata.refused(key, prediction_layers, expected)
+    })?;
+    let dense = metadata.size("leading_dense_block_count")?.unwrap_or(0);
+    Ok(Hyperparameters {
+        layers,
+        windows: common.windows[..layers.min(common.windows.len())].to_vec(),
+        dense_layers: (0..dense.min(layers).min(1 << 16)).collect(),
+        experts: metadata.sigmoid_experts()?,
+        has_qk_norm: metadata.holds("blk.0.attn_q_norm.weight"),
+        prediction_layers,
+        ..common
+    })
+}
+
+fn layer(numbers: &Hyperparameters, index: usize) -> LayerSpec {
+    match numbers.has_qk_norm {
+        true => qwen3::layer(numbers, index),
+        false => numbers.layer(index),
+    }
+}

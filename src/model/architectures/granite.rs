@@ -1,0 +1,80 @@
+//! Granite 3 and 4 (dense): Llama with factors on the embeddings, the scores, the logits, and on
+//! what each part of a layer adds to the residual stream.
+
+use super::{Architecture, GgufFormat, Hyperparameters, ModelError, RopeRows, Storage, llama};
+use crate::model::Biases;
+use crate::model::gguf::Metadata;
+use crate::model::huggingface::{Config, ConfigClass};
+
+pub(super) static ARCHITECTURE: Architecture = Architecture {
+    name: "granite",
+    aliases: &[],
+    class: CLASS,
+    read_config,
+    gguf: Some(GgufFormat {
+        name: "granite",
+        read: read_metadata,
+        settings: &[
+            "attention.scale",
+            "embedding_scale",
+            "logit_scale",
+            "residual_scale",
+        ],
+    }),
+    storage: Storage {
+        rope_rows: RopeRows::InterleavedInGguf,
+        ..Storage::COMMON
+    },
+    layer: Hyperparameters::layer,
+};
+
+const CLASS: ConfigClass = llama::CLASS;
+
+fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
+    let common = config.hyperparameters()?;
+    let settings = config.settings;
+    let factor = |key| settings.positive_or(key, 1.0);
+    let feed_forward = settings.flag("mlp_bias")?.unwrap_or(false);
+    let mut numbers = Hyperparameters {
+        attention_scale: factor("attention_multiplier")?,
+        embedding_scale: factor("embedding_multiplier")?,
+        logit_scale: 1.0 / factor("logits_scaling")?,
+        biases: Biases {
+            feed_forward: Some(feed_forward),
+            ..config.attention_biases()?
+        },
+        ..common
+    };
+    numbers.names.keys.attention_scale = "attention_multiplier";
+    numbers.names.keys.logit_scale = "logits_scaling";
+    Ok(scale_residual(numbers, factor("residual_multiplier")?))
+}
+
+fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError> {
+    let common = metadata.hyperparameters()?;
+    let factor = |key| metadata.positive(key);
+    let mut numbers = Hyperparameters {
+        attention_scale: factor("attention.scale")?.unwrap_or(common.attention_scale),
+        embedding_scale: factor("embedding_scale")?.unwrap_or(1.0),
+        logit_scale: 1.0 / factor("logit_scale")?.unwrap_or(1.0),
+        ..common
+    };
+    numbers.names.keys.attention_scale = "attention.scale";
+    // A file that says that RoPE was not trained is of a model without it.
+    if metadata.flag("rope.scaling.finetuned")? == Some(false) {
+        numbers.unrotated.extend(0..numbers.layers.min(1 << 16));
+    }
+    let residual = factor("residual_scale")?.unwrap_or(1.0);
+    Ok(scale_residual(numbers, residual))
+}
+
+/// Applies a factor on all that is added to the residual stream. The decoder keeps the stream
+/// divided by the factor, so that what is added needs none: the embeddings are divided by it, and
+/// norms undo the division if their epsilon is divided by its square.
+fn scale_residual(numbers: Hyperparameters, factor: f32) -> Hyperparameters {
+    Hyperparameters {
+        embedding_scale: numbers.embedding_scale / factor,
+        norm_epsilon: numbers.norm_epsilon / (factor * factor),
+        ..numbers
+    }
+}

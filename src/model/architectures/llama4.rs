@@ -1,0 +1,169 @@
+//! Llama 4 (text): a mixture of experts with one expert per token and a shared one in some layers;
+//! attention within chunks in most layers, and without RoPE in the others, whose queries grow with
+//! their position.
+
+use super::smollm3::unrotated_layers;
+use super::{Architecture, Hyperparameters, ModelError, RopeRows, StackedExperts, Storage, llama};
+use crate::device::{QueryScale, RouterScore, RoutingSpec, SigmoidRouting};
+use crate::model::huggingface::{Config, ConfigClass};
+use crate::model::layer::{Attention, Experts, LayerSpec, Mixer, QkNormKind};
+use crate::model::names::{self, Part};
+use std::collections::HashSet;
+
+pub(super) static ARCHITECTURE: Architecture = Architecture {
+    name: "llama4_text",
+    // With vision.
+    aliases: &["llama4"],
+    class: ConfigClass {
+        vocabulary: 202_048,
+        hidden: 5120,
+        intermediate: 8192,
+        layers: 48,
+        q_heads: 40,
+        kv_heads: Some(8),
+        head_dim: Some(128),
+        local_attention: "chunked_attention",
+        context: 131_072,
+        norm_epsilon: 1e-5,
+        rope_theta: 500_000.0,
+        ..llama::CLASS
+    },
+    read_config,
+    gguf: None,
+    storage: Storage {
+        huggingface_name,
+        rope_rows: RopeRows::Interleaved,
+        stacked_experts: Some(StackedExperts {
+            gate_up: "feed_forward.experts.gate_up_proj",
+            down: "feed_forward.experts.down_proj",
+            alternates: false,
+        }),
+        ..Storage::COMMON
+    },
+    layer,
+};
+
+fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
+    let common = config.hyperparameters()?;
+    let settings = config.settings;
+    let unrotated = unrotated_layers(config, common.layers)?;
+    let key = "attention_chunk_size";
+    let chunk = match settings.size(key)? {
+        None if !settings.says(key) => Some(8192),
+        chunk => chunk,
+    };
+    let experts = Experts {
+        count: config.expert_count(16)?,
+        width: common.intermediate,
+        routing: RoutingSpec {
+            top_k: settings.size_or("num_experts_per_tok", 1)?,
+            score: RouterScore::Sigmoid(SigmoidRouting {
+                scale: 1.0,
+                groups: 1,
+                top_groups: 1,
+                scales_input: true,
+            }),
+            normalize: false,
+            activation: common.activation,
+        },
+        has_corrections: false,
+        shared: Some(common.intermediate),
+    };
+    let sparse = sparse_layers(config, common.layers)?;
+    let mut numbers = Hyperparameters {
+        intermediate: settings.size_or("intermediate_size_mlp", 16_384)?,
+        is_chunked: true,
+        windows: config.mixed_windows(chunk, |layer| !unrotated.contains(&layer))?,
+        unrotated,
+        has_qk_norm: settings.flag("use_qk_norm")?.unwrap_or(true),
+        query_scale: query_scale(config)?,
+        experts: Some(experts),
+        dense_layers: (0..common.layers.min(1 << 16))
+            .filter(|layer| !sparse.contains(layer))
+            .collect(),
+        biases: config.attention_biases()?,
+        ..common
+    };
+    let keys = &mut numbers.names.keys;
+    keys.expert_width = keys.intermediate;
+    keys.shared_experts = keys.intermediate;
+    keys.intermediate = "intermediate_size_mlp";
+    keys.window = "attention_chunk_size";
+    Ok(numbers)
+}
+
+/// The layers with experts: those that `moe_layers` lists, or the last of each
+/// `interleave_moe_layer_step`.
+fn sparse_layers(config: &Config<'_>, layers: usize) -> Result<HashSet<usize>, ModelError> {
+    let settings = config.settings;
+    let listed = settings.optional("moe_layers", "a list of layers", |value| {
+        let layers = value.as_array()?.iter();
+        let layers = layers.map(|layer| layer.as_u64().map(|layer| layer as usize));
+        layers.collect::<Option<HashSet<usize>>>()
+    })?;
+    if let Some(listed) = listed {
+        return Ok(listed);
+    }
+    let key = "interleave_moe_layer_step";
+    let step = settings.size_or(key, 1)?;
+    if step == 0 {
+        return Err(settings.refused(key, step, "at least 1"));
+    }
+    let layers = 0..layers.min(1 << 16);
+    Ok(layers.filter(|layer| (layer + 1) % step == 0).collect())
+}
+
+/// The factor on queries that are not rotated.
+fn query_scale(config: &Config<'_>) -> Result<Option<QueryScale>, ModelError> {
+    let settings = config.settings;
+    let is_on = settings.flag("attn_temperature_tuning")?.unwrap_or(true);
+    let slope = settings.number_or("attn_scale", Some(0.1))?;
+    let slope = slope.ok_or_else(|| settings.refused("attn_scale", "null", "a number"))?;
+    let key = "floor_scale";
+    let interval = settings.size_or(key, 8192)?;
+    let interval = u32::try_from(interval)
+        .ok()
+        .filter(|&interval| interval > 0);
+    let interval = interval.ok_or_else(|| {
+        let found = settings
+            .get(key)
+            .map_or("0".to_owned(), ToString::to_string);
+        settings.refused(key, found, "from 1 to 4294967295")
+    })?;
+    Ok(is_on.then_some(QueryScale {
+        slope,
+        interval,
+        offset: 1,
+    }))
+}
+
+fn layer(numbers: &Hyperparameters, index: usize) -> LayerSpec {
+    let attention = numbers.attention(index);
+    let attention = match attention.rope {
+        // The norm comes after the rotation, which changes no length: either order is the same.
+        Some(_) => Attention {
+            qk_norm: numbers.has_qk_norm.then_some(QkNormKind::PerHeadUnweighted),
+            query_scale: None,
+            ..attention
+        },
+        None => attention,
+    };
+    LayerSpec {
+        mixer: Mixer::Attention(attention),
+        ..numbers.layer(index)
+    }
+}
+
+fn huggingface_name(part: Part) -> String {
+    let name = match part {
+        Part::Gate => "feed_forward.gate_proj",
+        Part::Up => "feed_forward.up_proj",
+        Part::Down => "feed_forward.down_proj",
+        Part::Router => "feed_forward.router",
+        Part::SharedGate => "feed_forward.shared_expert.gate_proj",
+        Part::SharedUp => "feed_forward.shared_expert.up_proj",
+        Part::SharedDown => "feed_forward.shared_expert.down_proj",
+        other => return names::huggingface(other),
+    };
+    name.to_owned()
+}

@@ -1,0 +1,81 @@
+//! MiniMax M2: a mixture of experts with a sigmoid router in every layer, queries and keys
+//! normalised, all heads of a row together, and RoPE on a part of each head.
+
+use super::{Architecture, Hyperparameters, ModelError, Storage, llama, mixtral};
+use crate::device::{RouterScore, RoutingSpec, SigmoidRouting};
+use crate::model::huggingface::{Config, ConfigClass, RopeRules};
+use crate::model::layer::{Attention, Experts, LayerSpec, Mixer, QkNormKind};
+use crate::model::names::Part;
+
+pub(super) static ARCHITECTURE: Architecture = Architecture {
+    name: "minimax_m2",
+    aliases: &[],
+    class: ConfigClass {
+        vocabulary: 200_064,
+        hidden: 3072,
+        intermediate: 1536,
+        layers: 62,
+        q_heads: 48,
+        kv_heads: Some(8),
+        head_dim: Some(128),
+        context: 196_608,
+        rope_theta: 5e6,
+        rope: RopeRules {
+            partial: Some(1.0),
+            dimension_key: Some("rotary_dim"),
+            ..RopeRules::COMMON
+        },
+        ..llama::CLASS
+    },
+    read_config,
+    gguf: None,
+    storage: Storage {
+        huggingface_name,
+        ..Storage::COMMON
+    },
+    layer,
+};
+
+fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
+    let common = config.hyperparameters()?;
+    let experts = Experts {
+        count: config.expert_count(256)?,
+        width: common.intermediate,
+        routing: RoutingSpec {
+            top_k: config.settings.size_or("num_experts_per_tok", 8)?,
+            score: RouterScore::Sigmoid(SigmoidRouting {
+                scale: 1.0,
+                groups: 1,
+                top_groups: 1,
+                scales_input: false,
+            }),
+            normalize: true,
+            activation: common.activation,
+        },
+        has_corrections: true,
+        shared: None,
+    };
+    let mut numbers = Hyperparameters {
+        experts: Some(experts),
+        ..common
+    };
+    numbers.names.keys.expert_width = numbers.names.keys.intermediate;
+    Ok(numbers)
+}
+
+fn layer(numbers: &Hyperparameters, index: usize) -> LayerSpec {
+    LayerSpec {
+        mixer: Mixer::Attention(Attention {
+            qk_norm: Some(QkNormKind::WholeRow),
+            ..numbers.attention(index)
+        }),
+        ..numbers.layer(index)
+    }
+}
+
+fn huggingface_name(part: Part) -> String {
+    match part {
+        Part::Corrections => "block_sparse_moe.e_score_correction_bias".to_owned(),
+        other => mixtral::huggingface_name(other),
+    }
+}

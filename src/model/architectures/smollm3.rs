@@ -1,0 +1,108 @@
+//! SmolLM3: Llama without RoPE in every fourth layer.
+
+use super::{Architecture, GgufFormat, Hyperparameters, ModelError, RopeRows, Storage, llama};
+use crate::model::Biases;
+use crate::model::gguf::Metadata;
+use crate::model::huggingface::{Config, ConfigClass};
+use std::collections::HashSet;
+
+pub(super) static ARCHITECTURE: Architecture = Architecture {
+    name: "smollm3",
+    aliases: &[],
+    class: ConfigClass {
+        vocabulary: 128_256,
+        hidden: 2048,
+        layers: 36,
+        q_heads: 16,
+        kv_heads: Some(4),
+        context: 32_768,
+        rope_theta: 2e6,
+        ties_embeddings: true,
+        ..llama::CLASS
+    },
+    read_config,
+    gguf: Some(GgufFormat {
+        name: "smollm3",
+        read: read_metadata,
+        settings: &[],
+    }),
+    storage: Storage {
+        rope_rows: RopeRows::InterleavedInGguf,
+        ..Storage::COMMON
+    },
+    layer: Hyperparameters::layer,
+};
+
+/// One layer in so many does not rotate queries and keys.
+const PERIOD: usize = 4;
+
+fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
+    let common = config.hyperparameters()?;
+    let settings = config.settings;
+    let unrotated = unrotated_layers(config, common.layers)?;
+    let window = match settings.flag("use_sliding_window")?.unwrap_or(false) {
+        true => config.window()?,
+        false => None,
+    };
+    let feed_forward = settings.flag("mlp_bias")?.unwrap_or(false);
+    Ok(Hyperparameters {
+        windows: config.mixed_windows(window, |layer| unrotated.contains(&layer))?,
+        unrotated,
+        biases: Biases {
+            feed_forward: Some(feed_forward),
+            ..config.attention_biases()?
+        },
+        ..common
+    })
+}
+
+/// The layers whose queries and keys are not rotated: those with a 0 in `no_rope_layers`, or
+/// each `no_rope_layer_interval`th.
+pub(super) fn unrotated_layers(
+    config: &Config<'_>,
+    layers: usize,
+) -> Result<HashSet<usize>, ModelError> {
+    let settings = config.settings;
+    let key = "no_rope_layers";
+    let expected = "a list of 0 and 1, one for each layer";
+    let listed = settings.optional(key, expected, |value| {
+        let all = value.as_array()?.iter();
+        let all = all.map(|value| value.as_u64().filter(|&value| value <= 1));
+        all.collect::<Option<Vec<u64>>>()
+    })?;
+    match listed.filter(|listed| !listed.is_empty()) {
+        Some(listed) if listed.len() < layers => {
+            let found = format!("{} entries long", listed.len());
+            let expected = format!("one entry for each of the {layers} layers");
+            Err(settings.refused(key, found, expected))
+        }
+        Some(listed) => {
+            let layers = listed.iter().enumerate().take(layers);
+            let unrotated = layers.filter(|(_, rotates)| **rotates == 0);
+            Ok(unrotated.map(|(layer, _)| layer).collect())
+        }
+        None => {
+            let key = "no_rope_layer_interval";
+            let period = settings.size_or(key, PERIOD)?;
+            if period == 0 {
+                return Err(settings.refused(key, period, "at least 1"));
+            }
+            Ok(every(period, layers))
+        }
+    }
+}
+
+/// The last of every `period` layers.
+fn every(period: usize, layers: usize) -> HashSet<usize> {
+    let layers = 0..layers.min(1 << 16);
+    layers.filter(|layer| (layer + 1) % period == 0).collect()
+}
+
+fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError> {
+    let common = metadata.hyperparameters()?;
+    Ok(Hyperparameters {
+        // GGUF has no key for it.
+        unrotated: every(PERIOD, common.layers),
+        ..common
+    })
+}
