@@ -1,21 +1,47 @@
 // y = W x + b with weights in the activation type, on tensor cores.
 //
 // W is `outputs × inputs` (or has twice as many rows, see OutputOf in linear.cuh), x has one row
-// per token; `inputs` is a multiple of 8. Tiles of both stream through shared memory in a ring of stages, and every warp multiplies a
-// part of the tile. Three tiles: 16 rows for decoding, where reading W is all the work
-// and many small blocks keep memory busy; 64 rows for large batches; 128 rows for
-// prompts, where the tensor cores are the limit.
+// per token; `inputs` is a multiple of 8. Tiles of both stream through shared memory in a ring of
+// stages, and every warp multiplies a part of the tile. Three tiles: 16 rows for decoding, where
+// reading W is all the work and many small blocks keep memory busy; 64 rows for large batches; 128
+// rows for prompts, where the tensor cores are the limit.
+//
+// A unit is `unit` inputs, a multiple of 128. If there are few tiles, several blocks share the
+// units of each of the first two (gridDim.z); the last one to arrive adds up the sums. In the
+// largest tile, a thread has no registers for a second set of sums, so it keeps what it has added
+// up in memory, and as many blocks as there is memory for go through the tiles.
 //
 // With `expert_tiles` it is one product per expert: the weights of the experts follow each other,
 // and expert e computes the pairs in the tiles that are listed for it;
 // pair p reads row `row_index[p]` of x and writes row p.
 #include "linear.cuh"
 
-// `ROWS × OUTPUTS` is the tile, `DEPTH` the inputs of a stage, `WARPS_M × WARPS_N` how
-// the warps divide the tile among them.
-template <int ROWS, int OUTPUTS, int DEPTH, int WARPS_M, int WARPS_N, int STAGES>
-INLINE void linear(void* out, const T* x, const T* weight, const float* bias, const u32* row_index,
-                   const uint4* expert_tiles, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_mode) {
+// What a product is computed of, and where its results go.
+struct Product {
+    void* out;
+    const T *x, *weight;
+    const float* bias;
+    const u32* row_index;
+    const uint4* expert_tiles;
+    u32* sums;
+    u32 unit, rows, row_tiles, outputs, inputs, out_stride, out_mode;
+};
+
+// Calls `change` with the sums of each accumulator of a warp, and its number.
+template <int M, int N, class Change>
+INLINE void each_four(float (&sums)[M][N][4], Change change) {
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+#pragma unroll
+        for (int n = 0; n < N; n++) change(sums[m][n], m * N + n);
+    }
+}
+
+// Computes tile number `index`. `ROWS × OUTPUTS` is its size, `DEPTH` the inputs of a stage,
+// `WARPS_M × WARPS_N` how the warps divide the tile among them. `IN_MEMORY`: a thread adds up the
+// sums of the units in memory.
+template <int ROWS, int OUTPUTS, int DEPTH, int WARPS_M, int WARPS_N, int STAGES, bool IN_MEMORY>
+INLINE void linear_tile(const Product& product, u32 index) {
     constexpr int THREADS = WARPS_M * WARPS_N * 32;
     constexpr int CHUNKS = DEPTH / 8, STEPS = DEPTH / 16;
     // Sixteens of rows and eights of outputs that a warp computes.
@@ -24,13 +50,16 @@ INLINE void linear(void* out, const T* x, const T* weight, const float* bias, co
     static_assert(N == 1 || N % 2 == 0, "weights are read by one eight or by two");
     extern __shared__ __align__(128) u8 stages[];
 
-    Tile tile = tile_of_block(expert_tiles, rows, ROWS);
+    const u32 outputs = product.outputs, inputs = product.inputs;
+    const u32 weight_rows = is_gated(product.out_mode) ? 2 * outputs : outputs;
+    const u32 columns = (weight_rows + OUTPUTS - 1) / OUTPUTS;
+    const Tile tile = tile_of(index, columns, product.row_tiles, product.expert_tiles, product.rows, ROWS);
     if (tile.row >= tile.row_end) return;
-    const OutputOf output_of(OUTPUTS, outputs, out_mode);
-    const u32 first_output = tile.column * output_of.half, weight_rows = is_gated(out_mode) ? 2 * outputs : outputs;
-    weight += ((u64)tile.expert * weight_rows + first_output) * inputs;
-    if (bias) bias += (u64)tile.expert * weight_rows;
-    RowCopies<ROWS, DEPTH, THREADS> x_copies(x, tile.row_end - tile.row, inputs, RowOf{row_index, tile});
+    const OutputOf output_of(OUTPUTS, outputs, product.out_mode);
+    const u32 first_output = tile.column * output_of.half;
+    const T* weight = product.weight + ((u64)tile.expert * weight_rows + first_output) * inputs;
+    const float* bias = product.bias ? product.bias + (u64)tile.expert * weight_rows : nullptr;
+    RowCopies<ROWS, DEPTH, THREADS> x_copies(product.x, tile.row_end - tile.row, inputs, RowOf{product.row_index, tile});
     RowCopies<OUTPUTS, DEPTH, THREADS> weight_copies(weight, weight_rows - first_output, inputs, output_of);
 
     u32 warp_row = warp_id() / WARPS_N * (M * 16), warp_output = warp_id() % WARPS_N * (N * 8);
@@ -39,10 +68,20 @@ INLINE void linear(void* out, const T* x, const T* weight, const float* bias, co
     // Operand b: eight outputs and the inputs of two steps, or sixteen and those of one.
     LaneAddress b_lane = N == 1 ? lane_address<CHUNKS>(warp_output + (lane & 7), lane >> 3)
                                 : lane_address<CHUNKS>(warp_output + (lane & 7) + (lane >> 4) * 8, lane >> 3 & 1);
-    float sum[M][N][4] = {};
+    // The sums of the current unit, and of the units before it.
+    float sum[M][N][4] = {}, total[IN_MEMORY ? 1 : M * N][4] = {};
 
-    const u32 chunks = (inputs + DEPTH - 1) / DEPTH, stages_end = shared + STAGES * STAGE;
-    u32 thread_chunk = threadIdx.x % CHUNKS;
+    const u32 unit_chunks = product.unit / DEPTH, all_chunks = (inputs + DEPTH - 1) / DEPTH;
+    const Units units((all_chunks + unit_chunks - 1) / unit_chunks);
+    const u32 first_chunk = units.first * unit_chunks;
+    const u32 chunks = min(units.end * unit_chunks, all_chunks) - first_chunk, stages_end = shared + STAGES * STAGE;
+    x_copies.from += first_chunk * (DEPTH * 2);
+    weight_copies.from += first_chunk * (DEPTH * 2);
+    u32 thread_chunk = first_chunk * CHUNKS + threadIdx.x % CHUNKS;
+    // The sums of a tile as the threads hold them, four at a time.
+    constexpr u32 FOURS = M * N;
+    const SharedSums kept(product.sums, IN_MEMORY ? blockIdx.x : index, FOURS * THREADS * 4, 1 + units.all - units.first_end);
+    auto kept_at = [&](u32 place) { return reinterpret_cast<float4*>(kept.at) + place * (FOURS * THREADS) + threadIdx.x; };
     auto start = [&](u32 stage, bool any) {
         if (any) {
             const bool inside = thread_chunk < inputs / 8;
@@ -56,87 +95,154 @@ INLINE void linear(void* out, const T* x, const T* weight, const float* bias, co
     for (u32 stage = 0; stage < STAGES - 1; stage++) start(shared + stage * STAGE, stage < chunks);
     // The stage that is free, and the one that is read next.
     u32 empty = shared + (STAGES - 1) * STAGE, reading = shared;
+    u32 unit = units.first;
 #pragma unroll 1
-    for (u32 chunk = 0; chunk < chunks; chunk++) {
-        // The oldest stage is there, of all threads, and none reads the one before.
-        copy_async_wait<STAGES - 2>();
-        __syncthreads();
-        start(empty, chunk + STAGES - 1 < chunks);
+    for (u32 chunk = 0; chunk < chunks; unit++) {
+        const u32 unit_end = min(chunk + unit_chunks, chunks);
+#pragma unroll 1
+        for (; chunk < unit_end; chunk++) {
+            // The oldest stage is there, of all threads, and none reads the one before.
+            copy_async_wait<STAGES - 2>();
+            __syncthreads();
+            start(empty, chunk + STAGES - 1 < chunks);
 
-        u32 a_stage = reading, b_stage = a_stage + ROWS * DEPTH * 2;
-        if constexpr (N == 1) {
+            u32 a_stage = reading, b_stage = a_stage + ROWS * DEPTH * 2;
+            if constexpr (N == 1) {
 #pragma unroll
-            for (int step = 0; step < STEPS; step += 2) {
-                u32 b[4];
-                load_matrices(b, b_stage + b_lane.at(step));
+                for (int step = 0; step < STEPS; step += 2) {
+                    u32 b[4];
+                    load_matrices(b, b_stage + b_lane.at(step));
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
+                    for (int half = 0; half < 2; half++) {
+#pragma unroll
+                        for (int m = 0; m < M; m++) {
+                            u32 a[4];
+                            load_matrices(a, a_stage + a_lane.at(step + half) + m * 16 * DEPTH * 2);
+                            matrix_multiply(sum[m][0], a, b[half * 2], b[half * 2 + 1]);
+                        }
+                    }
+                }
+            } else {
+                u32 a[2][M][4], b[2][N / 2][4];
+                auto load = [&](int step) {
+                    u32 a_row = a_stage + a_lane.at(step), b_row = b_stage + b_lane.at(step);
+#pragma unroll
+                    for (int m = 0; m < M; m++) load_matrices(a[step & 1][m], a_row + m * 16 * DEPTH * 2);
+#pragma unroll
+                    for (int n = 0; n < N / 2; n++) load_matrices(b[step & 1][n], b_row + n * 16 * DEPTH * 2);
+                };
+                load(0);
+#pragma unroll
+                for (int step = 0; step < STEPS; step++) {
+                    // The next operands are on their way while these are multiplied.
+                    if (step + 1 < STEPS) load(step + 1);
 #pragma unroll
                     for (int m = 0; m < M; m++) {
-                        u32 a[4];
-                        load_matrices(a, a_stage + a_lane.at(step + half) + m * 16 * DEPTH * 2);
-                        matrix_multiply(sum[m][0], a, b[half * 2], b[half * 2 + 1]);
+#pragma unroll
+                        for (int n = 0; n < N; n++) {
+                            const u32(&pair)[4] = b[step & 1][n / 2];
+                            matrix_multiply(sum[m][n], a[step & 1][m], pair[n % 2 * 2], pair[n % 2 * 2 + 1]);
+                        }
                     }
                 }
             }
-        } else {
-            u32 a[2][M][4], b[2][N / 2][4];
-            auto load = [&](int step) {
-                u32 a_row = a_stage + a_lane.at(step), b_row = b_stage + b_lane.at(step);
-#pragma unroll
-                for (int m = 0; m < M; m++) load_matrices(a[step & 1][m], a_row + m * 16 * DEPTH * 2);
-#pragma unroll
-                for (int n = 0; n < N / 2; n++) load_matrices(b[step & 1][n], b_row + n * 16 * DEPTH * 2);
-            };
-            load(0);
-#pragma unroll
-            for (int step = 0; step < STEPS; step++) {
-                // The next operands are on their way while these are multiplied.
-                if (step + 1 < STEPS) load(step + 1);
-#pragma unroll
-                for (int m = 0; m < M; m++) {
-#pragma unroll
-                    for (int n = 0; n < N; n++) {
-                        const u32(&pair)[4] = b[step & 1][n / 2];
-                        matrix_multiply(sum[m][n], a[step & 1][m], pair[n % 2 * 2], pair[n % 2 * 2 + 1]);
-                    }
-                }
-            }
+            empty = reading;
+            reading = reading + STAGE == stages_end ? shared : reading + STAGE;
         }
-        empty = reading;
-        reading = reading + STAGE == stages_end ? shared : reading + STAGE;
+        // The sums of a unit are complete.
+        if constexpr (IN_MEMORY) {
+            float4* const to = kept_at(0);
+            if (unit > 0) {
+                each_four(sum, [&](float (&four)[4], u32 i) {
+                    const float4 before = to[i * THREADS];
+                    four[0] += before.x, four[1] += before.y, four[2] += before.z, four[3] += before.w;
+                });
+            }
+            if (chunk == chunks) break;
+            each_four(sum, [&](float (&four)[4], u32 i) {
+                to[i * THREADS] = make_float4(four[0], four[1], four[2], four[3]);
+                four[0] = four[1] = four[2] = four[3] = 0.0f;
+            });
+        } else {
+            float4* const to = kept_at(1 + unit - units.first_end);
+            each_four(sum, [&](float (&four)[4], u32 i) {
+                // If others add up, what this block adds up is not used.
+                if (!units.adds()) to[i * THREADS] = make_float4(four[0], four[1], four[2], four[3]);
+#pragma unroll
+                for (int j = 0; j < 4; j++) total[i][j] += four[j], four[j] = 0.0f;
+            });
+        }
     }
 
     // The stages are read; their memory takes the results.
     __syncthreads();
     float* results = reinterpret_cast<float*>(stages);
     static_assert(ROWS * (OUTPUTS + 8) * 4 <= STAGES * STAGE, "the results fit where the stages were");
+    const auto keep = [&](u32 i, const float (&four)[4]) {
+        keep_matrix(results, OUTPUTS, warp_row + i / N * 16, warp_output + i % N * 8, four);
+    };
+    if constexpr (IN_MEMORY) {
+        each_four(sum, [&](float (&four)[4], u32 i) { keep(i, four); });
+    } else if (!is_shared()) {
 #pragma unroll
-    for (int m = 0; m < M; m++) {
+        for (u32 i = 0; i < FOURS; i++) keep(i, total[i]);
+    } else {
+        if (units.adds()) {
 #pragma unroll
-        for (int n = 0; n < N; n++) {
-            keep_matrix(results, OUTPUTS, warp_row + m * 16, warp_output + n * 8, sum[m][n]);
+            for (u32 i = 0; i < FOURS; i++) {
+                kept_at(0)[i * THREADS] = make_float4(total[i][0], total[i][1], total[i][2], total[i][3]);
+            }
+        }
+        if (!is_last_to_arrive(kept.arrived, reinterpret_cast<u32*>(stages))) return;
+#pragma unroll 1
+        for (u32 i = 0; i < FOURS; i++) {
+            float four[4] = {};
+#pragma unroll 4
+            for (u32 place = 0; place < kept.count; place++) {
+                const float4 sums = __ldcg(kept_at(place) + i * THREADS);
+                four[0] += sums.x, four[1] += sums.y, four[2] += sums.z, four[3] += sums.w;
+            }
+            keep(i, four);
         }
     }
     __syncthreads();
-    Output to = {out, bias, outputs, out_stride, out_mode};
-    if (is_gated(out_mode)) {
-        write_results(to, tile, {results, ROWS, OUTPUTS, 1});
+    const Output to = {product.out, bias, outputs, product.out_stride, product.out_mode};
+    if (is_gated(to.mode)) {
+        write_gated(to, tile, results, ROWS, OUTPUTS);
     } else {
         write_tile<ROWS, OUTPUTS>(to, tile, results, first_output);
     }
 }
 
+// Computes the tiles of a product. gridDim.x is their number, or less with `IN_MEMORY`.
+template <int ROWS, int OUTPUTS, int DEPTH, int WARPS_M, int WARPS_N, int STAGES, bool IN_MEMORY>
+INLINE void linear(const Product& product) {
+    if constexpr (IN_MEMORY) {
+        const u32 weight_rows = is_gated(product.out_mode) ? 2 * product.outputs : product.outputs;
+        const u32 tiles = (weight_rows + OUTPUTS - 1) / OUTPUTS * product.row_tiles;
+#pragma unroll 1
+        for (u32 index = blockIdx.x; index < tiles; index += gridDim.x) {
+            linear_tile<ROWS, OUTPUTS, DEPTH, WARPS_M, WARPS_N, STAGES, IN_MEMORY>(product, index);
+            // The next tile takes the memory that the results were in.
+            __syncthreads();
+        }
+    } else {
+        linear_tile<ROWS, OUTPUTS, DEPTH, WARPS_M, WARPS_N, STAGES, IN_MEMORY>(product, blockIdx.x);
+    }
+}
+
 // Shared memory: `STAGES · (ROWS + OUTPUTS) · DEPTH · 2` bytes, which lets `BLOCKS` blocks run on a
 // multiprocessor of compute capability 9.0. The compiler need not save registers for more.
-#define LINEAR(NAME, ROWS, OUTPUTS, DEPTH, WARPS_M, WARPS_N, STAGES, BLOCKS)                                         \
+#define LINEAR(NAME, ROWS, OUTPUTS, DEPTH, WARPS_M, WARPS_N, STAGES, BLOCKS, IN_MEMORY)                              \
     extern "C" __global__ void __launch_bounds__(WARPS_M * WARPS_N * 32, BLOCKS)                                     \
         NAME(void* out, const T* x, const T* weight, const float* bias, const u32* row_index,                        \
-             const uint4* expert_tiles, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_mode) {           \
-        linear<ROWS, OUTPUTS, DEPTH, WARPS_M, WARPS_N, STAGES>(out, x, weight, bias, row_index, expert_tiles, rows, \
-                                                               outputs, inputs, out_stride, out_mode);               \
+             const uint4* expert_tiles, u32* sums, u32 unit, u32 rows, u32 row_tiles, u32 outputs, u32 inputs,       \
+             u32 out_stride, u32 out_mode) {                                                                         \
+        const Product product = {out,  x,    weight,    bias,    row_index, expert_tiles, sums,                      \
+                                 unit, rows, row_tiles, outputs, inputs,    out_stride,   out_mode};                 \
+        linear<ROWS, OUTPUTS, DEPTH, WARPS_M, WARPS_N, STAGES, IN_MEMORY>(product);                                  \
     }
 
-LINEAR(linear_m16, 16, 32, 128, 1, 4, 5, 3)
-LINEAR(linear_m64, 64, 64, 64, 2, 2, 4, 3)
-LINEAR(linear_m128, 128, 128, 64, 2, 2, 3, 2)
+LINEAR(linear_m16, 16, 32, 128, 1, 4, 5, 3, false)
+LINEAR(linear_m64, 64, 64, 64, 2, 2, 4, 3, false)
+LINEAR(linear_m128, 128, 128, 64, 2, 2, 3, 2, true)

@@ -1,10 +1,11 @@
 // What the matrix products share: which rows and outputs a block computes, how its
 // rows of x come to shared memory, and how results are written.
 //
-// All products keep one order of addition, whatever the tile: with weights in the activation
-// type, an output has one accumulator that goes through the inputs sixteen at a time,
-// ascending; for others see linear_quant.cu. So a row's results do not depend on the tile,
-// nor on the rows beside it.
+// All products keep one order of addition, whatever the tile. The inputs are divided into units,
+// which depend on nothing but their number. Within a unit, an output has one accumulator that goes
+// through the inputs sixteen at a time, ascending, and the units' sums are added in ascending
+// order. So a row's results do not depend on the tile, nor on the rows beside it, nor on how many
+// blocks share the units of a tile. See linear.cu and linear_quant.cu for the units.
 #pragma once
 #include "gate.cuh"
 
@@ -35,16 +36,16 @@ struct Tile {
 };
 
 // Blocks that run at the same time share rows of x and outputs of the weights: up to
-// eight tiles of rows go together through the outputs.
+// eight tiles of rows go together through the outputs. `index` counts the tiles, of which there
+// are `columns × row_tiles`.
 //
-// `expert_tiles`, if not null, lists the tiles of rows, one for each blockIdx.y: {expert,
-// first row, end of the expert's rows, unused}; see group_pairs in experts.cu.
-INLINE Tile tile_of_block(const uint4* expert_tiles, u32 rows, u32 tile_rows) {
+// `expert_tiles`, if not null, lists the tiles of rows: {expert, first row, end of the expert's
+// rows, unused}; see group_pairs in experts.cu.
+INLINE Tile tile_of(u32 index, u32 columns, u32 row_tiles, const uint4* expert_tiles, u32 rows, u32 tile_rows) {
     constexpr u32 TOGETHER = 8;
-    u32 index = blockIdx.y * gridDim.x + blockIdx.x;
-    u32 first = index / (TOGETHER * gridDim.x) * TOGETHER;
-    u32 together = min(TOGETHER, gridDim.y - first);
-    index -= first * gridDim.x;
+    u32 first = index / (TOGETHER * columns) * TOGETHER;
+    u32 together = min(TOGETHER, row_tiles - first);
+    index -= first * columns;
     Tile tile;
     tile.column = index / together;
     const u32 row_tile = first + index % together;
@@ -59,6 +60,73 @@ INLINE Tile tile_of_block(const uint4* expert_tiles, u32 rows, u32 tile_rows) {
         tile.row_end = rows;
     }
     return tile;
+}
+
+// The units of a tile that a block computes: gridDim.z blocks share all of them, in order.
+struct Units {
+    u32 first, end;
+    // The end of those of the first block, and of all.
+    u32 first_end, all;
+
+    INLINE explicit Units(u32 count)
+        : first(blockIdx.z * count / gridDim.z),
+          end((blockIdx.z + 1) * count / gridDim.z),
+          first_end(count / gridDim.z),
+          all(count) {}
+
+    // Whether the block adds its units up itself: it can if it has the first one. Otherwise it
+    // keeps the sum of each.
+    INLINE bool adds() const { return blockIdx.z == 0; }
+};
+
+// Whether several blocks share the units of each tile.
+INLINE bool is_shared() { return gridDim.z > 1; }
+
+// Where blocks that share the units of a tile keep sums, one after the other: what the first block
+// added up, and then the sum of each unit of the others.
+struct SharedSums {
+    // As many as there may be tiles whose units are shared (src/device/cuda/linear.rs).
+    static constexpr u32 COUNTERS = 1024;
+
+    u32* arrived;
+    float* at;
+    u32 count;
+
+    // `memory`: counters, which are zero between launches, and then the sums of all tiles, each
+    // of `size` floats. `index` is the tile's, and `sums` how many sums each tile has.
+    INLINE SharedSums(u32* memory, u32 index, u32 size, u32 sums) : arrived(memory + index), count(sums) {
+        at = reinterpret_cast<float*>(memory + COUNTERS) + (u64)index * sums * size;
+    }
+
+    // Adds up number `i` of the `size` floats of each sum, in order. The block must be the last
+    // one to arrive.
+    INLINE float total(u32 i, u32 size) const {
+        float total = 0.0f;
+#pragma unroll 4
+        for (u32 place = 0; place < count; place++) total += __ldcg(at + place * size + i);
+        return total;
+    }
+};
+
+// Returns whether all other blocks of the tile have called it, in every thread of the block.
+// What they wrote before is then visible, to loads that bypass the L1 cache. `shared`: shared memory
+// that nothing else is in. Called, not inlined: most kernels have it.
+__device__ __noinline__ bool is_last_to_arrive(u32* arrived, u32* shared) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        // Orders what the whole block wrote, since the barrier made it visible to this thread.
+        __threadfence();
+        const u32 before = atomicAdd(arrived, 1);
+        __threadfence();
+        // The next launch counts from zero again.
+        if (before == gridDim.z - 1) *arrived = 0;
+        *shared = before;
+    }
+    __syncthreads();
+    const u32 before = *shared;
+    // The memory may take something else.
+    __syncthreads();
+    return before == gridDim.z - 1;
 }
 
 // Where the 16 bytes `chunk` of row `row` lie in a tile in shared memory: eight rows of
@@ -84,15 +152,16 @@ struct RowCopies {
     // Where its first row lies in a tile.
     u32 place;
     // The thread's next chunk of each row, counted from `from`.
-    const uint4* from;
+    const u8* from;
     u32 chunks[EACH];
 
     // The tile's row i is row `row_of(i)` of x, for i below `rows`; beyond, it may be any number.
     template <class RowOf>
-    INLINE RowCopies(const T* x, u32 rows, u32 inputs, RowOf row_of) : from(reinterpret_cast<const uint4*>(x)) {
+    INLINE RowCopies(const T* x, u32 rows, u32 inputs, RowOf row_of) : from(reinterpret_cast<const u8*>(x)) {
         const u32 row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
         existing = row < rows ? (rows - row + AT_ONCE - 1) / AT_ONCE : 0;
         place = swizzled<CHUNKS>(row, chunk);
+        settle(existing), settle(place);
 #pragma unroll
         for (u32 i = 0; i < EACH; i++) {
             chunks[i] = row_of(row + i * AT_ONCE) * (inputs / 8) + chunk;
@@ -108,9 +177,9 @@ struct RowCopies {
 #pragma unroll
         for (u32 i = 0; i < EACH; i++) {
             const u32 to = (place ^ (i * AT_ONCE % 8 * 16)) + i * AT_ONCE * DEPTH * 2;
-            copy_to_shared(shared + to, from + chunks[i], i < wanted);
+            copy_to_shared(shared + to, from + (u64)chunks[i] * 16, i < wanted);
         }
-        from += CHUNKS;
+        from += DEPTH * 2;
     }
 };
 
@@ -129,7 +198,9 @@ struct RowOf {
 // `row + (chunk ^ step · 32)`.
 struct LaneAddress {
     u32 row, chunk;
-    INLINE u32 at(int step) const { return row + (chunk ^ (step * 32)); }
+    // Only the lowest three bits of a chunk's number depend on the row; from the fourth one on,
+    // steps are a constant offset.
+    INLINE u32 at(int step) const { return row + (chunk ^ (step % 4 * 32)) + step / 4 * 128; }
 };
 
 template <int CHUNKS>
@@ -168,43 +239,20 @@ struct OutputOf {
     INLINE u32 operator()(u32 i) const { return i < half ? i : i + apart; }
 };
 
-// A tile's results in shared memory: `rows × columns`, in `parts` parts that are to be added up.
-struct Results {
-    const float* at;
-    u32 rows, columns, parts;
-
-    // Rows are eight further apart than they have columns; see keep_matrix.
-    INLINE float get(u32 row, u32 column) const {
-        const float* from = at + row * (columns + 8) + column;
-        float total = 0.0f;
-        for (u32 part = 0; part < parts; part++) total += from[part * rows * (columns + 8)];
-        return total;
+// Writes a result, or the activation of `x` times `up`. `row` is counted from the tile's first one.
+INLINE void write_result(const Output& to, const Tile& tile, u32 row, u32 output, float x, float up) {
+    if (tile.row + row >= tile.row_end || output >= to.outputs) return;
+    if (to.bias) x += to.bias[output];
+    if (is_gated(to.mode)) {
+        if (to.bias) up += to.bias[to.outputs + output];
+        // Rounded as if they had been written.
+        x = gated(to_float(to_t(x)), to_float(to_t(up)), to.mode == GELU_GATED);
     }
-};
-
-// Writes a tile's results one by one, which is slower than write_tile. With gates, `to.outputs` is
-// a multiple of half the columns. Called, not inlined: every kernel of linear_quant.cu has it.
-__device__ __noinline__ void write_results(Output to, Tile tile, Results results) {
-    const bool is_product = is_gated(to.mode);
-    const u32 width = is_product ? results.columns / 2 : results.columns;
-#pragma unroll 1
-    for (u32 i = threadIdx.x; i < results.rows * width; i += blockDim.x) {
-        const u32 column = i % width, row = i / width, output = tile.column * width + column;
-        if (tile.row + row >= tile.row_end || output >= to.outputs) continue;
-        float x = results.get(row, column);
-        if (to.bias) x += to.bias[output];
-        if (is_product) {
-            float up = results.get(row, width + column);
-            if (to.bias) up += to.bias[to.outputs + output];
-            // Rounded as if they had been written.
-            x = gated(to_float(to_t(x)), to_float(to_t(up)), to.mode == GELU_GATED);
-        }
-        const u64 index = (u64)(tile.row + row) * to.stride + output;
-        if (to.mode == AS_FLOATS) {
-            static_cast<float*>(to.out)[index] = x;
-        } else {
-            static_cast<T*>(to.out)[index] = to_t(x);
-        }
+    const u64 index = (u64)(tile.row + row) * to.stride + output;
+    if (to.mode == AS_FLOATS) {
+        static_cast<float*>(to.out)[index] = x;
+    } else {
+        static_cast<T*>(to.out)[index] = to_t(x);
     }
 }
 
@@ -215,6 +263,18 @@ INLINE void keep_matrix(float* shared, u32 columns, u32 row, u32 column, const f
     float* to = shared + (row + lane / 4) * (columns + 8) + column + lane % 4 * 2;
     *reinterpret_cast<float2*>(to) = make_float2(sum[0], sum[1]);
     *reinterpret_cast<float2*>(to + 8 * (columns + 8)) = make_float2(sum[2], sum[3]);
+}
+
+// Writes the results of a tile with gates, which lie in shared memory as `keep_matrix` put them;
+// `to.outputs` is a multiple of half the columns.
+__device__ __noinline__ void write_gated(Output to, Tile tile, const float* shared, u32 rows, u32 columns) {
+    const u32 width = columns / 2;
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < rows * width; i += blockDim.x) {
+        const u32 column = i % width, row = i / width;
+        const float* from = shared + row * (columns + 8) + column;
+        write_result(to, tile, row, tile.column * width + column, from[0], from[width]);
+    }
 }
 
 // Adds the bias to the tile's results and writes them; `ROWS × COLUMNS` of them lie in

@@ -11,9 +11,10 @@
 // the scale is applied to the sum over a group, in float32, and the offset to the sum of the
 // group's x. So no weight is ever rounded.
 //
-// An output has four sums, for the records 0, 4, 8 …, 1, 5, 9 … and so on, which are added in
-// that order at the end. Several warps can thus work at one output, and every tile gives the
-// same bits.
+// The records of a row are divided into rounds, and a round has four units: its records 0, 4, 8 …
+// are the first one, 1, 5, 9 … the second, and so on. Within a block, several warps can thus work
+// at one output. If there are few tiles, several blocks share the rounds of each, or the units
+// (gridDim.z), and the last one to arrive adds up the sums.
 //
 // Beyond that it is linear.cu: x through shared memory, the same meaning of every parameter.
 #include "linear.cuh"
@@ -27,8 +28,11 @@ enum class Scales {
 };
 
 constexpr u32 RECORD_OUTPUTS = 16, RECORD_INPUTS = 128;
-// Sums of an output, each over every fourth record.
+// Units of a round.
 constexpr u32 CHAINS = 4;
+// Records of a round, of a row with so many: there are at most four rounds, so that not too many
+// sums pass through memory (as in src/device/cuda/units.rs).
+INLINE u32 round_of(u32 records) { return max(16, (records + 15) / 16 * 4); }
 
 // a · b + c in both halves, rounded once.
 INLINE u32 multiply_add_pair(u32 a, u32 b, u32 c) {
@@ -72,6 +76,16 @@ constexpr u32 ONES = 0x3f803f80u;
 constexpr u32 CARRIER = 0x43004300u, CARRIED = 128;
 #endif
 
+// 32768, in the mantissa of which a byte has its place, as a float.
+constexpr u32 BYTE_CARRIER = 0x47000000u;
+// The same, but an assembler takes it for a variable: as a constant, it would need an instruction
+// wherever it is used beside another one. A grid has fewer than 2³¹ blocks.
+INLINE u32 byte_carrier() {
+    u32 carrier = BYTE_CARRIER | gridDim.x >> 31;
+    settle(carrier);
+    return carrier;
+}
+
 // A record's parts, in this order: the low halves of the codes (whole codes if BITS is 8), the
 // plane of their higher bits, the groups' scales, output after output, and the scales that the
 // groups of an output share. Lane 4 g + t has, of the outputs g and g + 8 (`row` 0 and 1), in
@@ -81,9 +95,13 @@ template <int BITS, int GROUP, Scales SCALES, int ZERO_CODE>
 struct Format {
     static constexpr int ZERO = ZERO_CODE;
     // Whether the code for up to so many rows is unrolled: it is larger, and takes a tenth fewer
-    // instructions. For the formats that most models have.
-    static __device__ constexpr bool unrolled(int rows) { return rows == 8 ? COMMON : COMMON && BITS == 4; }
-    static constexpr bool COMMON = (BITS == 4 && GROUP == 32) || BITS == 6 || BITS == 8;
+    // instructions. For the formats that most models have, as far as there are registers.
+    static __device__ constexpr bool unrolled(int rows) {
+        if (BITS == 5) return rows == 8 && SCALES == Scales::NestedMinimum;
+        return BITS > 4 || GROUP == 32;
+    }
+    // Sixteens of outputs that a warp computes for many rows (as in src/device/cuda/pack.rs).
+    static constexpr int MANY_EACH = GROUP == 16 && SCALES == Scales::NestedMinimum ? 1 : 2;
     static constexpr bool MINIMUM = SCALES == Scales::PlainMinimum || SCALES == Scales::NestedMinimum;
     static constexpr int PARTS = RECORD_INPUTS / 32, PART_GROUPS = 32 / GROUP, GROUP_STEPS = GROUP / 16;
     // u32 words of a lane and row, of a part and of the record.
@@ -136,26 +154,26 @@ struct Format {
     struct Shared {
         float scale, minimum;
 
-        INLINE static Shared of(u32 bits) { return {half_of(bits) * 32768.0f, half_of(bits >> 16) * -32768.0f}; }
+        INLINE static Shared of(u32 bits) { return {half_of(bits), -half_of(bits >> 16)}; }
     };
-    // Byte `index` of a word minus 128, times the factor / 32768.
-    static INLINE float nested(u32 word, int index, float factor) {
-        // 1 + byte / 32768
-        const float byte = __uint_as_float(__byte_perm(word, 0x3f800000u, 0x7604u | index << 4));
-        return fmaf(byte, factor, factor * -(1.0f + 128.0f / 32768.0f));
+    // Byte `index` of a word minus 128, times a factor. `carrier` is BYTE_CARRIER.
+    static INLINE float nested(u32 word, int index, float factor, u32 carrier) {
+        // 32768 + byte
+        const float byte = __uint_as_float(__byte_perm(word, carrier, 0x7604u | index << 4));
+        return fmaf(byte, factor, factor * -(32768.0f + 128.0f));
     }
 
     // The scale and the offset of a group: number `index` of those that the word holds. All
     // products are exact: a scale has 11 bits, or 19 if nested.
-    static INLINE float scale_of(u32 word, const Shared& shared, int index) {
+    static INLINE float scale_of(u32 word, const Shared& shared, int index, u32 carrier) {
         if constexpr (SCALES == Scales::Plain) return half_of(word >> index * 16);
         if constexpr (SCALES == Scales::PlainMinimum) return half_of(word);
-        if constexpr (SCALES == Scales::Nested) return nested(word, index, shared.scale);
-        return nested(word, index * 2, shared.scale);
+        if constexpr (SCALES == Scales::Nested) return nested(word, index, shared.scale, carrier);
+        return nested(word, index * 2, shared.scale, carrier);
     }
-    static INLINE float offset_of(u32 word, const Shared& shared, int index) {
+    static INLINE float offset_of(u32 word, const Shared& shared, int index, u32 carrier) {
         if constexpr (SCALES == Scales::PlainMinimum) return half_of(word >> 16);
-        if constexpr (SCALES == Scales::NestedMinimum) return nested(word, index * 2 + 1, shared.minimum);
+        if constexpr (SCALES == Scales::NestedMinimum) return nested(word, index * 2 + 1, shared.minimum, carrier);
         return 0.0f;
     }
 };
@@ -201,10 +219,9 @@ struct Part {
     }
 };
 
-// What the groups of an output of the lane share.
+// What the groups of an output share; it begins at `from`.
 template <class F>
-INLINE typename F::Shared load_shared(u32 record, u32 row) {
-    const u32 from = record + F::SHARED + (lane_id() / 4 + row) * F::SHARED_BYTES;
+INLINE typename F::Shared load_shared(u32 from) {
     if constexpr (F::SHARED_BYTES == 2) return F::Shared::of(load_short(from));
     u32 word[1] = {0};
     if constexpr (F::SHARED_BYTES == 4) load_words(word, from);
@@ -291,18 +308,21 @@ struct Sums {
         for (int n = 0; n < EIGHTS; n++) at[n][0] = at[n][1] = at[n][2] = at[n][3] = 0.0f;
     }
 
-    // Adds the products of operand a with those of the rows.
-    INLINE void multiply(const u32 (&a)[4], const u32 (&b)[EIGHTS][2]) {
+    // Writes them, `apart` fours apart.
+    INLINE void store(float4* to, u32 apart) const {
 #pragma unroll
-        for (int n = 0; n < EIGHTS; n++) matrix_multiply(at[n], a, b[n][0], b[n][1]);
+        for (int n = 0; n < EIGHTS; n++) to[n * apart] = make_float4(at[n][0], at[n][1], at[n][2], at[n][3]);
     }
-
-    // Adds `other` times a factor for each of the two outputs.
-    INLINE void add(const Sums& other, float first, float second) {
+    // Adds numbers of the eight rows number `n` times a factor for each of the two outputs.
+    INLINE void add(int n, const float (&other)[4], const float (&factors)[2]) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) at[n][i] = fmaf(other[i], factors[i / 2], at[n][i]);
+    }
+    INLINE void add(const Sums& other) {
 #pragma unroll
         for (int n = 0; n < EIGHTS; n++) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) at[n][i] = fmaf(other.at[n][i], i < 2 ? first : second, at[n][i]);
+            for (int i = 0; i < 4; i++) at[n][i] += other.at[n][i];
         }
     }
 };
@@ -329,8 +349,11 @@ struct Rows {
     INLINE Operands operands(u32 part) const {
         Operands all;
         u32 four[4];
+        // A record's chunks are a multiple of sixteen, and only the lowest three bits of their
+        // numbers depend on the row: the fourth one is a constant offset.
+        const u32 of_part = (at ^ (part % 2 * 64)) + part / 2 * 128;
         if constexpr (EIGHTS == 1) {
-            load_matrices(four, at ^ (part * 64));
+            load_matrices(four, of_part);
 #pragma unroll
             for (int i = 0; i < 4; i++) all.b[i / 2][0][i % 2] = four[i];
         } else {
@@ -338,7 +361,7 @@ struct Rows {
             for (int step = 0; step < 2; step++) {
 #pragma unroll
                 for (int n = 0; n < EIGHTS; n += 2) {
-                    load_matrices(four, (at ^ (part * 64 + step * 32)) + n * (8 * CHUNKS * 16));
+                    load_matrices(four, (of_part ^ (step * 32)) + n * (8 * CHUNKS * 16));
 #pragma unroll
                     for (int i = 0; i < 4; i++) all.b[step][n + i / 2][i % 2] = four[i];
                 }
@@ -348,50 +371,59 @@ struct Rows {
     }
 };
 
-// The sums of x over group `group` of a part, as products with ones: all outputs have the same.
-template <class F, int EIGHTS, class Operands>
-INLINE void add_rows(Sums<EIGHTS>& sums, const Operands& rows, int group) {
+// The sums of x over group `group` of a part for the eight rows number `n`, as products with ones:
+// all outputs have the same.
+template <class F, class Operands>
+INLINE void add_rows(float (&sums)[4], const Operands& rows, int group, int n) {
     const u32 ones[4] = {ONES, ONES, ONES, ONES};
-    sums.reset();
+    sums[0] = sums[1] = sums[2] = sums[3] = 0.0f;
 #pragma unroll
-    for (int step = group * F::GROUP_STEPS; step < (group + 1) * F::GROUP_STEPS; step++) sums.multiply(ones, rows.b[step]);
+    for (int step = group * F::GROUP_STEPS; step < (group + 1) * F::GROUP_STEPS; step++) {
+        matrix_multiply(sums, ones, rows.b[step][n][0], rows.b[step][n][1]);
+    }
 }
 
-// Adds the products of a part of a record to `sums`; `row_sums(sums, rows, group)` gives the sums
-// of x over a group of the part.
+// Adds the products of a part of a record to `sums`; `row_sums(sums, rows, group, n)` gives the sums
+// of x over a group of the part for the eight rows number `n`.
 template <class F, int EIGHTS, class Operands, class RowSums>
 INLINE void multiply_part(Sums<EIGHTS>& sums, const Part<F>& part, const typename F::Shared (&shared)[2],
-                          const Operands& rows, RowSums row_sums) {
+                          const Operands& rows, u32 carrier, RowSums row_sums) {
 #pragma unroll
     for (int group = 0; group < F::PART_GROUPS; group++) {
-        Sums<EIGHTS> products;
-        products.reset();
+        u32 a[F::GROUP_STEPS][4];
 #pragma unroll
-        for (int step = group * F::GROUP_STEPS; step < (group + 1) * F::GROUP_STEPS; step++) {
-            u32 a[4];
-            part.operand(a, step);
-            products.multiply(a, rows.b[step]);
-        }
+        for (int step = 0; step < F::GROUP_STEPS; step++) part.operand(a[step], group * F::GROUP_STEPS + step);
         const int index = part.first_scale + group;
-        sums.add(products, F::scale_of(part.scales[0], shared[0], index), F::scale_of(part.scales[1], shared[1], index));
-        if constexpr (F::MINIMUM) {
-            row_sums(products, rows, group);
-            sums.add(products, F::offset_of(part.scales[0], shared[0], index), F::offset_of(part.scales[1], shared[1], index));
+        const float scales[2] = {F::scale_of(part.scales[0], shared[0], index, carrier),
+                                 F::scale_of(part.scales[1], shared[1], index, carrier)};
+        const float offsets[2] = {F::offset_of(part.scales[0], shared[0], index, carrier),
+                                  F::offset_of(part.scales[1], shared[1], index, carrier)};
+#pragma unroll
+        for (int n = 0; n < EIGHTS; n++) {
+            float products[4] = {};
+#pragma unroll
+            for (int step = 0; step < F::GROUP_STEPS; step++) {
+                const u32(&b)[2] = rows.b[group * F::GROUP_STEPS + step][n];
+                matrix_multiply(products, a[step], b[0], b[1]);
+            }
+            sums.add(n, products, scales);
+            if constexpr (F::MINIMUM) {
+                row_sums(products, rows, group, n);
+                sums.add(n, products, offsets);
+            }
         }
     }
 }
 
-// Starts to copy a record to the warp's place in shared memory, if it is `wanted`.
+// Starts to copy a record to shared memory, if it is `wanted`. The addresses are 16 bytes a lane
+// from the beginning.
 template <class F>
-INLINE void copy_record(u32 shared, const u8* record, bool wanted) {
-    const u32 at = lane_id() * 16;
+INLINE void copy_record(u32 lane_at, const u8* lane_from, bool wanted) {
 #pragma unroll
     for (u32 i = 0; i < F::BYTES; i += 512) {
-        const bool inside = i + 512 <= F::BYTES || at < F::BYTES - i;
-        asm volatile("{.reg .pred wanted; setp.ne.u32 wanted, %2, 0; @wanted cp.async.cg.shared.global [%0], [%1], 16;}" ::"r"(
-                         shared + i + at
-                     ),
-                     "l"(record + i + at), "r"(u32(wanted & inside))
+        const bool inside = i + 512 <= F::BYTES || lane_id() * 16 < F::BYTES - i;
+        asm volatile("{.reg .pred wanted; setp.ne.u32 wanted, %2, 0; @wanted cp.async.cg.shared.global [%0], [%1], 16;}" ::"r"(lane_at + i),
+                     "l"(lane_from + i), "r"(u32(wanted & inside))
                      : "memory");
     }
 }
@@ -400,162 +432,286 @@ INLINE void copy_record(u32 shared, const u8* record, bool wanted) {
 __device__ constexpr int stages_of(int bytes) { return 101376 / bytes < 4 ? 101376 / bytes : 4; }
 __device__ constexpr int stage_bytes(int x_bytes, int record_bytes) { return (x_bytes + record_bytes + 255) / 256 * 256; }
 
-// For up to `ROWS` rows, 8 or 16, and 32 outputs. Two warps, of sixteen outputs each, do every
-// fourth record, and four such pairs share a stage of four records.
+// What a product is computed of, and where its results go.
+struct Product {
+    void* out;
+    const T* x;
+    const u8* weight;
+    const float* bias;
+    const u32* row_index;
+    const uint4* expert_tiles;
+    u32* sums;
+    u32 rows, outputs, inputs, out_stride, out_mode;
+
+    // Which tile the block computes, counted from the first one.
+    static INLINE u32 index() { return blockIdx.y * gridDim.x + blockIdx.x; }
+    INLINE Tile tile(u32 tile_rows) const { return tile_of(index(), gridDim.x, gridDim.y, expert_tiles, rows, tile_rows); }
+    // Rows of the weights, a sixteenth of them, and the records of a row, all rounded up.
+    INLINE u32 weight_rows() const { return is_gated(out_mode) ? 2 * outputs : outputs; }
+    INLINE u32 sixteens() const { return (weight_rows() + 15) / 16; }
+    INLINE u32 records() const { return (inputs + RECORD_INPUTS - 1) / RECORD_INPUTS; }
+    INLINE Output output(const Tile& tile) const {
+        return {out, bias ? bias + (u64)tile.expert * weight_rows() : nullptr, outputs, out_stride, out_mode};
+    }
+};
+
 constexpr int FEW_OUTPUTS = 32, FEW_THREADS = 256;
+constexpr int MANY_ROWS = 64, MANY_THREADS = 128;
+
+// Where a result lies among those of a tile: row after row, or as the threads of
+// `linear_quant_many` have them, of which each warp has `each` sixteens of outputs.
+struct ResultPlace {
+    u32 columns, each;
+
+    INLINE u32 operator()(u32 row, u32 column) const {
+        if (each == 0) return row * columns + column;
+        // Which of the thread's fours, and its lane; see Sums.
+        const u32 four = column / 16 % each * (MANY_ROWS / 8) + row / 8, lane = column % 8 * 4 + row % 8 / 2;
+        return (four * MANY_THREADS + column / (each * 16) * 32 + lane) * 4 + column / 8 % 2 * 2 + row % 2;
+    }
+};
+
+// Writes the `size` results of a tile, which are in shared memory, or in `kept` if several blocks
+// have a part of them. With gates, `to.outputs` is a multiple of half the columns. Called, not
+// inlined: every kernel has it.
+__device__ __noinline__ void finish(Output to, Tile tile, SharedSums kept, u32 size, u32 each) {
+    extern __shared__ __align__(256) u8 stages[];
+    float* const results = reinterpret_cast<float*>(stages);
+    if (is_shared()) {
+        if (!is_last_to_arrive(kept.arrived, reinterpret_cast<u32*>(stages))) return;
+#pragma unroll 1
+        for (u32 i = threadIdx.x; i < size; i += blockDim.x) results[i] = kept.total(i, size);
+    }
+    __syncthreads();
+    const u32 columns = each ? each * (16 * MANY_THREADS / 32) : FEW_OUTPUTS;
+    const ResultPlace place = {columns, each};
+    const bool is_product = is_gated(to.mode);
+    const u32 width = is_product ? columns / 2 : columns;
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < size / columns * width; i += blockDim.x) {
+        const u32 column = i % width, row = i / width;
+        write_result(to, tile, row, tile.column * width + column, results[place(row, column)],
+                     is_product ? results[place(row, width + column)] : 0.0f);
+    }
+}
+
+// For up to `ROWS` rows, 8 or 16, and 32 outputs. Two warps, of sixteen outputs each, do every
+// fourth record, and four such pairs share a stage of four records. So each pair has a unit of a
+// round, and its sums go through shared memory at the end of the round.
 template <class F, int ROWS>
-INLINE void linear_quant_few(void* out, const T* x, const u8* weight, const float* bias, const u32* row_index,
-                             const uint4* expert_tiles, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_mode) {
+INLINE void linear_quant_few(const Product product) {
     constexpr int DEPTH = CHAINS * RECORD_INPUTS, CHUNKS = DEPTH / 8, RECORD_CHUNKS = RECORD_INPUTS / 8, EIGHTS = ROWS / 8;
     constexpr int X_BYTES = ROWS * DEPTH * sizeof(T), STAGE = stage_bytes(X_BYTES, FEW_THREADS / 32 * F::BYTES);
     constexpr int STAGES = stages_of(STAGE);
     extern __shared__ __align__(256) u8 stages[];
 
-    const Tile tile = tile_of_block(expert_tiles, rows, ROWS);
+    const Tile tile = product.tile(ROWS);
     if (tile.row >= tile.row_end) return;
-    RowCopies<ROWS, DEPTH, FEW_THREADS> x_copies(x, tile.row_end - tile.row, inputs, RowOf{row_index, tile});
-    const OutputOf output_of(FEW_OUTPUTS, outputs, out_mode);
-    const u32 weight_rows = is_gated(out_mode) ? 2 * outputs : outputs;
-    if (bias) bias += (u64)tile.expert * weight_rows;
-    const u32 records = (inputs + RECORD_INPUTS - 1) / RECORD_INPUTS, sixteens = (weight_rows + 15) / 16;
+    const u32 inputs = product.inputs, records = product.records(), sixteens = product.sixteens();
+    const u32 round = round_of(records);
+    const Units rounds((records + round - 1) / round);
+    const u32 begin = rounds.first * round, end = min(rounds.end * round, records);
+    RowCopies<ROWS, DEPTH, FEW_THREADS> x_copies(product.x, tile.row_end - tile.row, inputs, RowOf{product.row_index, tile});
+    x_copies.from += begin * (RECORD_INPUTS * 2);
+    const OutputOf output_of(FEW_OUTPUTS, product.outputs, product.out_mode);
     const u32 chain = warp_id() / 2, sixteen = (tile.column * output_of.half + output_of(warp_id() % 2 * 16)) / 16;
-    const u8* next = weight + (((u64)tile.expert * sixteens + sixteen) * records + chain) * F::BYTES;
+    const u8* next = product.weight + (((u64)tile.expert * sixteens + sixteen) * records + begin + chain) * F::BYTES + lane_id() * 16;
     // A stage begins with record `first`: it holds x for the thread, and a record for the warp, if
     // `first` is below these.
     const u32 thread_chunk = threadIdx.x % CHUNKS;
     u32 x_end = max(inputs / 8 + RECORD_CHUNKS - 1, thread_chunk) - thread_chunk;
-    x_end /= RECORD_CHUNKS;
-    u32 record_end = sixteen < sixteens ? max(records, chain) - chain : 0;
+    x_end = min(x_end / RECORD_CHUNKS, end);
+    u32 record_end = sixteen < sixteens ? max(end, chain) - chain : 0;
 
-    u32 shared = shared_address(stages), own = X_BYTES + warp_id() * F::BYTES;
-    settle(x_end), settle(record_end), settle(shared), settle(own);
+    const u32 shared = shared_address(stages);
+    const u32 own = X_BYTES + warp_id() * F::BYTES;
+    u32 lane_codes = own + lane_id() * 16, lane_scales = own + F::SCALE + lane_id() / 4 * (F::SCALE_WORDS * 4);
+    u32 lane_shared = own + F::SHARED + lane_id() / 4 * F::SHARED_BYTES;
+    settle(x_end), settle(record_end), settle(lane_codes), settle(lane_scales), settle(lane_shared);
     const u32 stages_end = shared + STAGES * STAGE;
     auto start = [&](u32 stage, u32 first) {
         x_copies.start(stage, first < x_end);
-        copy_record<F>(stage + own, next, first < record_end);
+        copy_record<F>(stage + lane_codes, next, first < record_end);
         next += CHAINS * F::BYTES;
         copy_async_commit();
     };
 #pragma unroll 1
-    for (u32 stage = 0; stage < STAGES - 1; stage++) start(shared + stage * STAGE, stage * CHAINS);
+    for (u32 stage = 0; stage < STAGES - 1; stage++) start(shared + stage * STAGE, begin + stage * CHAINS);
     u32 empty = shared + (STAGES - 1) * STAGE, reading = shared;
     using Operands = typename Rows<EIGHTS, CHUNKS>::Operands;
     Rows<EIGHTS, CHUNKS> x_rows(0, chain * RECORD_CHUNKS);
-    u32 lane_codes = own + lane_id() * 16, lane_scales = own + F::SCALE + lane_id() / 4 * (F::SCALE_WORDS * 4);
-    settle(x_rows.at), settle(lane_codes), settle(lane_scales);
+    const u32 carrier = byte_carrier();
+    settle(x_rows.at);
     Sums<EIGHTS> sums;
     sums.reset();
+
+    // A thread adds up some of the results.
+    constexpr u32 RESULTS = ROWS * FEW_OUTPUTS, EACH = RESULTS / FEW_THREADS;
+    constexpr u32 PITCH = FEW_OUTPUTS + 8, CHAIN = ROWS * PITCH;
+    static_assert(CHAINS * CHAIN * 4 <= STAGE, "the sums of a round fit in a stage");
+    float total[EACH] = {};
+    // Computed anew where they are needed, which takes fewer registers.
+    const auto records_again = [&] {
+        u32 records = product.records();
+        settle(records);
+        return records;
+    };
+    const auto rounds_of = [&](u32 records) { return Units((records + round_of(records) - 1) / round_of(records)); };
+    const auto kept = [&](const Units& rounds) {
+        return SharedSums(product.sums, Product::index(), RESULTS, 1 + (rounds.all - rounds.first_end) * CHAINS);
+    };
 #pragma unroll 1
-    for (u32 first = 0; first < records; first += CHAINS) {
-        // The oldest stage is there, of all threads, and none reads the one before.
-        copy_async_wait<STAGES - 2>();
-        __syncthreads();
-        start(empty, first + (STAGES - 1) * CHAINS);
-        if (first < record_end) {
-            const typename F::Shared shared_scales[2] = {load_shared<F>(reading + own, 0), load_shared<F>(reading + own, 8)};
-            Rows<EIGHTS, CHUNKS> rows_at = x_rows;
-            rows_at.at += reading;
-            const auto row_sums = [&](Sums<EIGHTS>& to, const Operands& operands, int group) { add_rows<F>(to, operands, group); };
-            if constexpr (F::unrolled(ROWS)) {
-                const Record<F> record(reading + lane_codes, reading + lane_scales);
+    for (u32 first = begin; first < end;) {
+        const u32 round_end = min(first + round_of(records_again()), end);
+#pragma unroll 1
+        for (; first < round_end; first += CHAINS) {
+            // The oldest stage is there, of all threads, and none reads the one before.
+            copy_async_wait<STAGES - 2>();
+            __syncthreads();
+            start(empty, first + (STAGES - 1) * CHAINS);
+            if (first < record_end) {
+                const u32 shared_at = reading + lane_shared;
+                const typename F::Shared shared_scales[2] = {load_shared<F>(shared_at), load_shared<F>(shared_at + 8 * F::SHARED_BYTES)};
+                Rows<EIGHTS, CHUNKS> rows_at = x_rows;
+                rows_at.at += reading;
+                const auto row_sums = [&](float(&to)[4], const Operands& operands, int group, int n) { add_rows<F>(to, operands, group, n); };
+                if constexpr (F::unrolled(ROWS)) {
+                    const Record<F> record(reading + lane_codes, reading + lane_scales);
 #pragma unroll
-                for (int part = 0; part < F::PARTS; part++) {
-                    multiply_part(sums, record.part(part), shared_scales, rows_at.operands(part), row_sums);
-                }
-            } else {
+                    for (int part = 0; part < F::PARTS; part++) {
+                        multiply_part(sums, record.part(part), shared_scales, rows_at.operands(part), carrier, row_sums);
+                    }
+                } else {
 #pragma unroll 1
-                for (u32 part = 0; part < F::PARTS; part++) {
-                    multiply_part(sums, load_part<F>(reading + lane_codes, reading + lane_scales, part), shared_scales,
-                                  rows_at.operands(part), row_sums);
+                    for (u32 part = 0; part < F::PARTS; part++) {
+                        multiply_part(sums, load_part<F>(reading + lane_codes, reading + lane_scales, part), shared_scales,
+                                      rows_at.operands(part), carrier, row_sums);
+                    }
                 }
             }
+            empty = reading;
+            reading = reading + STAGE == stages_end ? shared : reading + STAGE;
         }
-        empty = reading;
-        reading = reading + STAGE == stages_end ? shared : reading + STAGE;
+        // The stage that was read last takes the sums, unit by unit.
+        float* const results = reinterpret_cast<float*>(stages) + (empty - shared) / 4;
+        __syncthreads();
+        float* const own_results = results + chain * CHAIN + lane_id() % 4 * (2 * PITCH) + warp_id() % 2 * 16 + lane_id() / 4;
+#pragma unroll
+        for (int n = 0; n < EIGHTS; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) own_results[(n * 8 + i % 2) * PITCH + i / 2 * 8] = sums.at[n][i];
+        }
+        sums.reset();
+        __syncthreads();
+        float* const of_round = results + warp_id() * PITCH + lane_id();
+        // Not for the first block, which adds up.
+        const u32 again = records_again();
+        const Units units = rounds_of(again);
+        const u32 place = 1 + ((first - 1) / round_of(again) - units.first_end) * CHAINS;
+        float* const to = kept(units).at + (int)(place * RESULTS) + threadIdx.x;
+#pragma unroll
+        for (u32 i = 0; i < EACH; i++) {
+#pragma unroll
+            for (u32 unit = 0; unit < CHAINS; unit++) {
+                const float sum = of_round[unit * CHAIN + i * (FEW_THREADS / 32) * PITCH];
+                // If others add up, what this block adds up is not used.
+                total[i] += sum;
+                if (!units.adds()) to[unit * RESULTS + i * FEW_THREADS] = sum;
+            }
+        }
     }
     copy_async_wait<0>();
-
-    // The stages are read; their memory takes the sums, chain by chain.
+    // The stages are read; their memory takes the results, unless several blocks have a part of them.
     __syncthreads();
-    float* results = reinterpret_cast<float*>(stages);
-    constexpr u32 PITCH = FEW_OUTPUTS + 8, CHAIN = ROWS * PITCH;
-    static_assert(CHAINS * CHAIN * 4 <= STAGES * STAGE, "the results fit where the stages were");
-    const u32 lane = lane_id(), output = warp_id() % 2 * 16 + lane / 4;
+    const SharedSums sums_of_blocks = kept(rounds_of(records_again()));
+    float* const results = (is_shared() ? sums_of_blocks.at : reinterpret_cast<float*>(stages)) + threadIdx.x;
+    if (rounds.adds()) {
 #pragma unroll
-    for (int n = 0; n < EIGHTS; n++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            results[chain * CHAIN + (n * 8 + lane % 4 * 2 + i % 2) * PITCH + output + i / 2 * 8] = sums.at[n][i];
-        }
+        for (u32 i = 0; i < EACH; i++) results[i * FEW_THREADS] = total[i];
     }
-    __syncthreads();
-    const Output to = {out, bias, outputs, out_stride, out_mode};
-    write_results(to, tile, {results, ROWS, FEW_OUTPUTS, CHAINS});
+    finish(product.output(tile), tile, sums_of_blocks, RESULTS, 0);
 }
 
-// The order in which a block of `linear_quant_many` takes the records: every fourth one from the
-// first on, then every fourth one from the second on, and so on.
+// The records of a range of units, in the order in which a block of `linear_quant_many` takes them.
 struct RecordOrder {
-    u32 record = 0, chain = 0;
+    u32 records, round, unit, record, end;
 
-    // Steps to the next record; returns whether another chain begins.
-    INLINE bool advance(u32 records) {
+    INLINE RecordOrder(u32 first_unit, u32 records_) : records(records_), round(round_of(records_)) { begin(first_unit); }
+    // The first record of a unit, and the end of its records.
+    INLINE void begin(u32 number) {
+        unit = number;
+        const u32 first = unit / CHAINS * round;
+        record = first + unit % CHAINS;
+        end = min(first + round, records);
+    }
+    // Steps to the next record; returns whether another unit begins.
+    INLINE bool advance() {
         record += CHAINS;
-        if (record < records) return false;
-        record = ++chain;
+        if (record < end) return false;
+        begin(unit + 1);
         return true;
     }
 };
 
-// For many rows: 64 × 64 results, each warp all rows of sixteen outputs.
-constexpr int MANY_ROWS = 64, MANY_OUTPUTS = 64, MANY_THREADS = 128;
+// For many rows: each warp computes all 64 rows of 32 outputs, or of sixteen if the format takes too
+// many registers.
 template <class F>
-INLINE void linear_quant_many(void* out, const T* x, const u8* weight, const float* bias, const u32* row_index,
-                              const uint4* expert_tiles, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_mode) {
+INLINE void linear_quant_many(const Product product) {
+    constexpr int EACH = F::MANY_EACH, OUTPUTS = EACH * 16 * (MANY_THREADS / 32);
     constexpr int CHUNKS = RECORD_INPUTS / 8, EIGHTS = MANY_ROWS / 8, X_BYTES = MANY_ROWS * RECORD_INPUTS * sizeof(T);
-    constexpr int STAGE = stage_bytes(X_BYTES, MANY_THREADS / 32 * F::BYTES), STAGES = stages_of(STAGE);
+    constexpr int STAGE = stage_bytes(X_BYTES, OUTPUTS / 16 * F::BYTES), STAGES = stages_of(STAGE);
     constexpr int GROUPS = F::PARTS * F::PART_GROUPS;
     extern __shared__ __align__(256) u8 stages[];
     __shared__ float row_sums[F::MINIMUM ? GROUPS : 1][MANY_ROWS];
 
-    const Tile tile = tile_of_block(expert_tiles, rows, MANY_ROWS);
+    const Tile tile = product.tile(MANY_ROWS);
     if (tile.row >= tile.row_end) return;
-    RowCopies<MANY_ROWS, RECORD_INPUTS, MANY_THREADS> x_copies(x, tile.row_end - tile.row, inputs, RowOf{row_index, tile});
-    const OutputOf output_of(MANY_OUTPUTS, outputs, out_mode);
-    const u32 weight_rows = is_gated(out_mode) ? 2 * outputs : outputs;
-    if (bias) bias += (u64)tile.expert * weight_rows;
-    const u32 records = (inputs + RECORD_INPUTS - 1) / RECORD_INPUTS, sixteens = (weight_rows + 15) / 16;
-    const u32 sixteen = (tile.column * output_of.half + output_of(warp_id() * 16)) / 16;
-    const bool exists = sixteen < sixteens;
-    weight += ((u64)tile.expert * sixteens + (exists ? sixteen : 0)) * records * F::BYTES;
+    const u32 inputs = product.inputs, records = product.records(), sixteens = product.sixteens();
+    RowCopies<MANY_ROWS, RECORD_INPUTS, MANY_THREADS> x_copies(product.x, tile.row_end - tile.row, inputs, RowOf{product.row_index, tile});
+    const OutputOf output_of(OUTPUTS, product.outputs, product.out_mode);
+    const u32 sixteen = (tile.column * output_of.half + output_of(warp_id() * (EACH * 16))) / 16;
+    // How many of the warp's sixteens exist.
+    const u32 existing = sixteen < sixteens ? sixteens - sixteen : 0;
+    const u8* const lane_weight = product.weight + ((u64)tile.expert * sixteens + (existing ? sixteen : 0)) * records * F::BYTES + lane_id() * 16;
+    // Of a round that is not complete, some units may have no records.
+    const u32 round = round_of(records);
+    const Units units(records / round * CHAINS + min(records % round, CHAINS));
 
-    const u32 shared = shared_address(stages), own = X_BYTES + warp_id() * F::BYTES, stages_end = shared + STAGES * STAGE;
+    const u32 shared = shared_address(stages), own = X_BYTES + warp_id() * (EACH * F::BYTES), stages_end = shared + STAGES * STAGE;
     const auto after = [&](u32 stage) { return stage + STAGE == stages_end ? shared : stage + STAGE; };
-    const uint4* const x_begin = x_copies.from;
-    RecordOrder copying;
-    auto start = [&](u32 stage, bool any) {
-        if (any) {
-            x_copies.from = x_begin + copying.record * CHUNKS;
+    const u8* const x_begin = x_copies.from;
+    RecordOrder copying(units.first, records);
+    auto start = [&](u32 stage) {
+        if (copying.unit < units.end) {
+            x_copies.from = x_begin + copying.record * (RECORD_INPUTS * 2);
             x_copies.start(stage, copying.record * CHUNKS + threadIdx.x % CHUNKS < inputs / 8);
-            copy_record<F>(stage + own, weight + (u64)copying.record * F::BYTES, exists);
-            copying.advance(records);
+#pragma unroll
+            for (u32 i = 0; i < EACH; i++) {
+                const u8* record = lane_weight + (u64)(i * records + copying.record) * F::BYTES;
+                copy_record<F>(stage + own + i * F::BYTES + lane_id() * 16, record, i < existing);
+            }
+            copying.advance();
         }
         copy_async_commit();
     };
 #pragma unroll 1
-    for (u32 stage = 0; stage < STAGES - 1; stage++) start(shared + stage * STAGE, stage < records);
+    for (u32 stage = 0; stage < STAGES - 1; stage++) start(shared + stage * STAGE);
     u32 empty = shared + (STAGES - 1) * STAGE, reading = shared;
-    Sums<EIGHTS> sums, total;
-    sums.reset();
-    total.reset();
-    RecordOrder order;
+    Sums<EIGHTS> sums[EACH], total[EACH];
+#pragma unroll
+    for (u32 i = 0; i < EACH; i++) sums[i].reset(), total[i].reset();
+    // The sums of a tile as the threads hold them, four at a time.
+    constexpr u32 FOURS = EACH * EIGHTS;
+    const SharedSums kept(product.sums, Product::index(), FOURS * MANY_THREADS * 4, 1 + units.all - units.first_end);
+    const auto kept_at = [&](u32 place) { return reinterpret_cast<float4*>(kept.at) + place * (FOURS * MANY_THREADS) + threadIdx.x; };
+    const u32 carrier = byte_carrier();
     using Operands = typename Rows<EIGHTS, CHUNKS>::Operands;
 #pragma unroll 1
-    for (u32 index = 0; index < records; index++) {
+    for (RecordOrder order(units.first, records); order.unit < units.end;) {
         // The oldest stage is there, of all threads, and none reads the one before.
         copy_async_wait<STAGES - 2>();
         __syncthreads();
-        start(empty, index + STAGES - 1 < records);
+        start(empty);
         const Rows<EIGHTS, CHUNKS> x_rows(reading, 0);
         if constexpr (F::MINIMUM) {
             // The sums of x over the record's groups, for all warps: each finds those of a part.
@@ -563,58 +719,59 @@ INLINE void linear_quant_many(void* out, const T* x, const u8* weight, const flo
             const auto operands = x_rows.operands(warp_id());
 #pragma unroll
             for (int i = 0; i < F::PART_GROUPS; i++) {
-                Sums<EIGHTS> of_rows;
-                add_rows<F>(of_rows, operands, i);
                 float* to = row_sums[warp_id() * F::PART_GROUPS + i] + lane_id() * 2;
-                if (lane_id() >= 4) continue;
 #pragma unroll
                 for (int n = 0; n < EIGHTS; n++) {
-                    *reinterpret_cast<float2*>(to + n * 8) = make_float2(of_rows.at[n][0], of_rows.at[n][1]);
+                    float of_rows[4];
+                    add_rows<F>(of_rows, operands, i, n);
+                    if (lane_id() < 4) *reinterpret_cast<float2*>(to + n * 8) = make_float2(of_rows[0], of_rows[1]);
                 }
             }
             __syncthreads();
         }
-        if (exists) {
-            const u32 at = reading + own, lane_at = at + lane_id() * 16;
-            const u32 lane_scales = at + F::SCALE + lane_id() / 4 * (F::SCALE_WORDS * 4);
-            const typename F::Shared shared_scales[2] = {load_shared<F>(at, 0), load_shared<F>(at, 8)};
+        const u32 record = reading + own, lane_shared = record + F::SHARED + lane_id() / 4 * F::SHARED_BYTES;
+        const u32 lane_codes = record + lane_id() * 16, lane_scales = record + F::SCALE + lane_id() / 4 * (F::SCALE_WORDS * 4);
 #pragma unroll 1
-            for (u32 part = 0; part < F::PARTS; part++) {
-                multiply_part(sums, load_part<F>(lane_at, lane_scales, part), shared_scales, x_rows.operands(part),
-                              [&](Sums<EIGHTS>& to, const Operands&, int group) {
-                    const float* of = row_sums[part * F::PART_GROUPS + group] + lane_id() % 4 * 2;
+        for (u32 part = 0; part < F::PARTS; part++) {
+            const Operands operands = x_rows.operands(part);
 #pragma unroll
-                    for (int n = 0; n < EIGHTS; n++) {
-                        const float2 two = *reinterpret_cast<const float2*>(of + n * 8);
-                        to.at[n][0] = to.at[n][2] = two.x;
-                        to.at[n][1] = to.at[n][3] = two.y;
-                    }
+            for (u32 i = 0; i < EACH; i++) {
+                if (i >= existing) break;
+                const u32 shared_at = lane_shared + i * F::BYTES;
+                const typename F::Shared shared_scales[2] = {load_shared<F>(shared_at), load_shared<F>(shared_at + 8 * F::SHARED_BYTES)};
+                const Part<F> codes = load_part<F>(lane_codes + i * F::BYTES, lane_scales + i * F::BYTES, part);
+                multiply_part(sums[i], codes, shared_scales, operands, carrier, [&](float(&to)[4], const Operands&, int group, int n) {
+                    const float* of = row_sums[part * F::PART_GROUPS + group] + n * 8 + lane_id() % 4 * 2;
+                    const float2 two = *reinterpret_cast<const float2*>(of);
+                    to[0] = to[2] = two.x;
+                    to[1] = to[3] = two.y;
                 });
             }
         }
         empty = reading;
         reading = after(reading);
-        if (order.advance(records)) {
-            total.add(sums, 1.0f, 1.0f);
-            sums.reset();
+        const u32 unit = order.unit;
+        if (!order.advance()) continue;
+        // The sums of a unit are complete.
+        float4* const to = kept_at(1 + unit - units.first_end);
+#pragma unroll
+        for (u32 i = 0; i < EACH; i++) {
+            if (!units.adds()) sums[i].store(to + i * (EIGHTS * MANY_THREADS), MANY_THREADS);
+            // If others add up, what this block adds up is not used.
+            total[i].add(sums[i]);
+            sums[i].reset();
         }
     }
     copy_async_wait<0>();
-
-    // The stages are read; their memory takes the results.
+    // The stages are read; their memory takes the results, unless several blocks have a part of them.
     __syncthreads();
-    float* results = reinterpret_cast<float*>(stages);
-    constexpr u32 PITCH = MANY_OUTPUTS + 8;
-    static_assert(MANY_ROWS * PITCH * 4 <= STAGES * STAGE, "the results fit where the stages were");
-    const u32 lane = lane_id(), output = warp_id() * 16 + lane / 4;
+    float4* const results = is_shared() ? kept_at(0) : reinterpret_cast<float4*>(stages) + threadIdx.x;
+    static_assert(FOURS * MANY_THREADS * 16 <= STAGES * STAGE, "the results fit where the stages were");
+    if (units.adds()) {
 #pragma unroll
-    for (int n = 0; n < EIGHTS; n++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) results[(n * 8 + lane % 4 * 2 + i % 2) * PITCH + output + i / 2 * 8] = total.at[n][i];
+        for (u32 i = 0; i < EACH; i++) total[i].store(results + i * (EIGHTS * MANY_THREADS), MANY_THREADS);
     }
-    __syncthreads();
-    const Output to = {out, bias, outputs, out_stride, out_mode};
-    write_results(to, tile, {results, MANY_ROWS, MANY_OUTPUTS, 1});
+    finish(product.output(tile), tile, kept, MANY_ROWS * OUTPUTS, EACH);
 }
 
 // `out[row] = scale · table[resolved[row]]`, not rounded; one block a row. An id beyond
@@ -646,7 +803,7 @@ INLINE void embed_quant(float* out, const u8* table, const u32* resolved, float 
         if constexpr (F::SHARED_BYTES == 2) shared_bits = reinterpret_cast<const u16*>(record + F::SHARED)[output];
         if constexpr (F::SHARED_BYTES == 4) shared_bits = reinterpret_cast<const u32*>(record + F::SHARED)[output];
         const auto shared = F::Shared::of(shared_bits);
-        const float factor = F::scale_of(scale_word, shared, 0), offset = F::offset_of(scale_word, shared, 0);
+        const float factor = F::scale_of(scale_word, shared, 0, BYTE_CARRIER), offset = F::offset_of(scale_word, shared, 0, BYTE_CARRIER);
         u32 column = i / 4 * 16 + quarter * 2;
 #pragma unroll
         for (int pair = 0; pair < 2; pair++, column += 8) {
@@ -664,8 +821,9 @@ INLINE void embed_quant(float* out, const u8* table, const u32* resolved, float 
 #define LINEAR_QUANT(NAME, THREADS, ...)                                                                            \
     extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                        \
         NAME(void* out, const T* x, const u8* weight, const float* bias, const u32* row_index,                      \
-             const uint4* expert_tiles, u32 rows, u32 outputs, u32 inputs, u32 out_stride, u32 out_mode) {          \
-        __VA_ARGS__(out, x, weight, bias, row_index, expert_tiles, rows, outputs, inputs, out_stride, out_mode);    \
+             const uint4* expert_tiles, u32* sums, u32 rows, u32 outputs, u32 inputs, u32 out_stride,               \
+             u32 out_mode) {                                                                                        \
+        __VA_ARGS__({out, x, weight, bias, row_index, expert_tiles, sums, rows, outputs, inputs, out_stride, out_mode}); \
     }
 #define QUANT(NAME, ...)                                                                                            \
     using Format_##NAME = Format<__VA_ARGS__>;                                                                      \

@@ -157,6 +157,17 @@ impl Gpu {
         self.texts("vgpu_calls").iter().map(parse).collect()
     }
 
+    /// The launches that ran while the setting `count` was on: a line of JSON for each. Those
+    /// counted so far are forgotten.
+    pub fn take_launches(&self) -> Vec<String> {
+        let launches = self.texts("vgpu_launches");
+        // SAFETY: the virtual GPU declares the function with this type.
+        unsafe {
+            symbol::<unsafe extern "C" fn()>(self.library(), "vgpu_forget_launches")();
+        }
+        launches
+    }
+
     /// What the program did that a program must not do.
     pub fn violations(&self) -> Vec<String> {
         self.texts("vgpu_violations")

@@ -334,7 +334,7 @@ fn gates_within_the_product_change_no_bit() {
         for (dtypes, hidden, within) in [
             ([DType::BF16; 2], 64, true),
             // 70 rows are multiplied in the largest tile.
-            ([DType::BF16; 2], 96 * 64, true),
+            ([DType::BF16; 2], 99 * 64, true),
             ([DType::Q4_0; 2], 192, true),
             ([DType::Q4K; 2], 64, true),
             ([DType::Q8_0; 2], 40, false),
@@ -379,25 +379,92 @@ fn gates_within_the_product_change_no_bit() {
     }
 }
 
-/// Enough outputs for many rows to be multiplied in the largest tile, and more inputs than its
-/// stages hold.
+/// The inputs make three units. There are enough outputs for many rows to be multiplied in the
+/// largest tile, and on the virtual GPU more tiles than blocks.
 #[test]
 fn all_tiles_are_bit_identical() {
-    let _gpu = gpu::lock();
+    let gpu = gpu::lock();
+    let tiles = if gpu::is_real() { 132 } else { 2 };
+    gpu.set("multiprocessors", "1");
     let mut random = Random::new(16);
-    let (outputs, columns) = (95 * 128 + 3, 264);
+    let (outputs, columns) = (tiles * 128 + 3, 2056);
     let mut device = device(CudaActivations::Bf16);
     let parts = [Part::new(&mut random, DType::BF16, (outputs, columns))];
     let weight = load(&mut device, &parts, None);
     let x = random.numbers(67 * columns);
-    let kinds = (Precision::Activation, Precision::Activation);
+    let kinds = (Precision::Activation, Precision::Full);
     let many = multiply(&mut device, &weight, &x, 67, kinds);
     for (first, rows) in [(0, 2), (50, 17)] {
         let x = &x[first * columns..(first + rows) * columns];
         let few = multiply(&mut device, &weight, x, rows, kinds);
         assert_eq!(bits(&few), bits(&many[first * outputs..][..rows * outputs]));
-        let output = Precision::Activation;
+        let output = Precision::Full;
         check(CudaActivations::Bf16, &parts, None, x, (&few, output));
+    }
+}
+
+/// Returns the products of the first rows of `x`, for each number of rows: by a GPU that has no
+/// block to spare, and by one that lets as many blocks as possible share a tile. Each computes
+/// them twice.
+fn alone_and_shared(
+    gpu: &gpu::Gpu,
+    activations: CudaActivations,
+    parts: &[Part],
+    x: &[f32],
+    numbers: &[usize],
+) -> [Vec<Vec<f32>>; 2] {
+    // One multiprocessor with the least shared memory runs one block at once.
+    [("1", "99K"), ("132", "0")].map(|(multiprocessors, shared_memory)| {
+        gpu.set("multiprocessors", multiprocessors);
+        gpu.set("shared_memory", shared_memory);
+        let mut device = device(activations);
+        let weight = load(&mut device, parts, None);
+        let kinds = (Precision::Activation, Precision::Full);
+        let products = numbers.iter().map(|&rows| {
+            gpu.take_launches();
+            gpu.set("count", "1");
+            let once = multiply(&mut device, &weight, x, rows, kinds);
+            gpu.set("count", "0");
+            let launches = gpu.take_launches();
+            let launch = launches.iter().find(|launch| launch.contains("linear_"));
+            let launch: serde_json::Value = serde_json::from_str(launch.unwrap()).unwrap();
+            let sharing = launch["grid"][2].as_u64().unwrap();
+            assert_eq!(sharing > 1, multiprocessors == "132", "{launch}");
+            let again = multiply(&mut device, &weight, x, rows, kinds);
+            assert_eq!(bits(&once), bits(&again), "{rows} rows");
+            once
+        });
+        products.collect()
+    })
+}
+
+/// The inputs make several units, and the last one is not complete.
+#[test]
+fn blocks_that_share_a_tile_change_no_bit() {
+    let gpu = gpu::lock();
+    if gpu::is_real() {
+        return;
+    }
+    let mut random = Random::new(19);
+    let numbers = [1, 12, 20];
+    for (dtype, columns) in [
+        (DType::BF16, 3400),
+        // Rounds of more than sixteen records.
+        (DType::Q4_0, 8480),
+        (DType::Q8_0, 2464),
+        (DType::Q4K, 4608),
+        (DType::Q2K, 4608),
+        (DType::Q6K, 4352),
+    ] {
+        let activations = TYPES[random.below(2)];
+        let parts = [Part::new(&mut random, dtype, (41, columns))];
+        let x = random.numbers(20 * columns);
+        let [alone, shared] = alone_and_shared(&gpu, activations, &parts, &x, &numbers);
+        for ((alone, shared), rows) in alone.iter().zip(&shared).zip(numbers) {
+            assert_eq!(bits(alone), bits(shared), "{dtype}, {rows} rows");
+            let of_rows = (&alone[..], Precision::Full);
+            check(activations, &parts, None, &x[..rows * columns], of_rows);
+        }
     }
 }
 

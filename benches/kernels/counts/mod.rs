@@ -21,6 +21,7 @@ use report::{Operation, Resources};
 use serde_json::Value;
 use std::error::Error;
 use std::path::{Path, PathBuf};
+use virtual_gpu::bounds::GPUS;
 
 /// Counts operations and collects the results.
 pub struct Recorder {
@@ -79,8 +80,12 @@ pub fn run() -> Result<bool, Box<dyn Error>> {
     let gpu = VirtualGpu::load()?;
     // One thread, so that no kernel's course depends on the order of its blocks. Kernels are
     // checked by the tests.
+    // As many multiprocessors as the first GPU of the bounds has: the device divides work among
+    // them.
+    let multiprocessors = GPUS[0].multiprocessors.to_string();
     for (key, value) in [
         ("threads", "1"),
+        ("multiprocessors", &multiprocessors),
         ("check_races", "0"),
         ("check_initialised", "0"),
     ] {

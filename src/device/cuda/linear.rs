@@ -6,10 +6,12 @@ use super::context::Context;
 use super::error::{require, unsupported};
 use super::launch::{Grid, kernels};
 use super::load;
-use super::memory::Ptr;
+use super::memory::{Buffer, Ptr};
 use super::options::CudaOptions;
-use super::scratch::Scratch;
+use super::pack::{RECORD_INPUTS, RECORD_OUTPUTS};
+use super::scratch::{Scratch, rounded};
 use super::tensor::CudaTensor;
+use super::units::{Room, Tiles, round_records, unit_inputs};
 use super::weights::{CudaLinear, Kind, Segment};
 use crate::device::{Activation, DeviceError, LinearOps, LinearSpec, Precision};
 use crate::weights::DType;
@@ -19,7 +21,8 @@ kernels! {
     pub(super) struct LinearKernels in "linear" {
         linear_[m16, m64, m128](
             out: Ptr, x: Ptr, weight: Ptr, bias: Ptr, row_index: Ptr, expert_tiles: Ptr,
-            rows: u32, outputs: u32, inputs: u32, out_stride: u32, out_mode: u32
+            sums: Ptr, unit: u32, rows: u32, row_tiles: u32, outputs: u32, inputs: u32,
+            out_stride: u32, out_mode: u32
         );
     }
 }
@@ -33,7 +36,7 @@ kernels! {
             q5k_m8, q5k_m16, q5k_m64, q6k_m8, q6k_m16, q6k_m64, q8_m8, q8_m16, q8_m64
         ](
             out: Ptr, x: Ptr, weight: Ptr, bias: Ptr, row_index: Ptr, expert_tiles: Ptr,
-            rows: u32, outputs: u32, inputs: u32, out_stride: u32, out_mode: u32
+            sums: Ptr, rows: u32, outputs: u32, inputs: u32, out_stride: u32, out_mode: u32
         );
         embed_[q4, q4m, q4k, q2k, q5, q5m, q5k, q6k, q8](
             out: Ptr, table: Ptr, resolved: Ptr, scale: f32, columns: u32, vocabulary: u32
@@ -45,6 +48,10 @@ kernels! {
 pub(super) struct Products {
     /// Float32 operands, converted to the activation type.
     converted: Scratch,
+    /// Sums of units, which pass from block to block, after the counters of the blocks that have
+    /// arrived. Each launch leaves the counters at zero.
+    sums: Option<Buffer>,
+    room: Room,
     /// cuBLASLt, if the options request it.
     blas: Option<Blas>,
 }
@@ -52,17 +59,39 @@ pub(super) struct Products {
 impl Products {
     /// Fails with [`DeviceError::Unavailable`] if the options request cuBLASLt and it is not
     /// installed.
-    pub(super) fn new(context: &Context, options: &CudaOptions) -> Result<Self, DeviceError> {
+    pub(super) fn new(
+        context: &Context,
+        options: &CudaOptions,
+        room: Room,
+    ) -> Result<Self, DeviceError> {
         let blas = || Blas::new(context, options);
         Ok(Self {
             converted: Scratch::default(),
+            sums: None,
+            room,
             blas: options.blas.then(blas).transpose()?,
         })
     }
 
-    /// Makes room to convert `numbers` float32 numbers of an operand.
+    /// Makes room for sums, and to convert `numbers` float32 numbers of an operand.
     pub(super) fn reserve(&mut self, context: &Context, numbers: usize) -> Result<(), DeviceError> {
+        self.sums(context)?;
         self.converted(context, numbers).map(|_| ())
+    }
+
+    /// Returns the bytes of memory for sums.
+    pub(super) fn sum_bytes(&self) -> usize {
+        self.room.sum_bytes()
+    }
+
+    /// Returns the address of the memory for sums.
+    fn sums(&mut self, context: &Context) -> Result<Ptr, DeviceError> {
+        if let Some(sums) = &self.sums {
+            return Ok(sums.ptr());
+        }
+        context.refuse_in_capture("allocating memory for sums")?;
+        let sums = context.allocate_zeroed(rounded(self.room.sum_bytes()), "sums of products")?;
+        Ok(self.sums.insert(sums).ptr())
     }
 
     fn converted(&mut self, context: &Context, numbers: usize) -> Result<Ptr, DeviceError> {
@@ -203,23 +232,27 @@ struct Tile {
     threads: u32,
     /// Bytes of dynamic shared memory.
     shared: usize,
+    /// Blocks that a multiprocessor should run at once, if it has the shared memory.
+    blocks: usize,
+    /// Whether blocks go through the tiles, and keep what they have added up in memory.
+    in_memory: bool,
 }
 
 impl Tile {
     /// Chooses the tile for `rows` rows in each of `matrices` products. The choice affects only
     /// the speed; results are bit-identical for every tile.
-    fn choose(kind: Kind, rows: usize, outputs: usize, matrices: usize) -> Self {
-        // Number of blocks that fills a GPU. With fewer, parts of it would be idle.
-        const ENOUGH: usize = 96;
+    fn choose(kind: Kind, rows: usize, outputs: usize, matrices: usize, room: &Room) -> Self {
+        // With fewer blocks, too much of a GPU would be idle.
+        let enough = room.multiprocessors * 2 / 3;
         match kind {
             Kind::Dense => {
                 let large = rows.div_ceil(128) * outputs.div_ceil(128) * matrices;
-                let (variant, rows, outputs, depth, stages) = if rows <= 16 {
-                    ("m16", 16, 32, 128, 5)
-                } else if rows <= 64 || large < ENOUGH {
-                    ("m64", 64, 64, 64, 4)
+                let (variant, rows, outputs, depth, stages, blocks) = if rows <= 16 {
+                    ("m16", 16, 32, 128, 5, 3)
+                } else if rows <= 64 || large < enough {
+                    ("m64", 64, 64, 64, 4, 3)
                 } else {
-                    ("m128", 128, 128, 64, 3)
+                    ("m128", 128, 128, 64, 3, 2)
                 };
                 Self {
                     variant,
@@ -227,25 +260,62 @@ impl Tile {
                     outputs,
                     threads: 128,
                     shared: stages * (rows + outputs) * depth * 2,
+                    blocks,
+                    in_memory: variant == "m128",
                 }
             }
             Kind::Quantised(format, _) => {
                 let [m8, m16, m64] = format.kernels;
-                // The tile, the number of its warps, and the records in a row of x.
-                let (variant, rows, outputs, warps, depth) = match rows {
-                    0..=8 => (m8, 8, 32, 8, 4),
-                    9..=16 => (m16, 16, 32, 8, 4),
-                    _ => (m64, 64, 64, 4, 1),
+                let many = format.many_outputs();
+                // The tile, the number of its warps, and the records in a stage: in a row of x,
+                // and of weights.
+                let (variant, rows, outputs, warps, depth, records) = match rows {
+                    0..=8 => (m8, 8, 32, 8, 4, 8),
+                    9..=16 => (m16, 16, 32, 8, 4, 8),
+                    _ => (m64, 64, many, 4, 1, many / RECORD_OUTPUTS),
                 };
+                // With few rows, instructions are the limit, and a second block with half of a
+                // tile's inputs would take many for its beginning and its end.
+                let blocks = if rows <= 16 { 1 } else { 2 };
                 Self {
                     variant,
                     rows,
                     outputs,
-                    threads: 32 * warps as u32,
-                    shared: format.stages_bytes(rows * depth, warps),
+                    threads: 32 * warps,
+                    shared: format.stages_bytes(rows * depth, records),
+                    blocks,
+                    in_memory: false,
                 }
             }
         }
+    }
+
+    /// Returns how many blocks share each of `count` tiles of a product with `inputs` inputs.
+    fn sharing(&self, kind: Kind, count: usize, inputs: usize, room: &Room) -> usize {
+        if self.in_memory {
+            return 1;
+        }
+        // Parts that blocks can share, and units per part.
+        let (parts, units) = match kind {
+            Kind::Dense => (inputs.div_ceil(unit_inputs(inputs)), 1),
+            Kind::Quantised(..) => {
+                // Units of a round.
+                const CHAINS: usize = 4;
+                let records = inputs.div_ceil(RECORD_INPUTS);
+                let round = round_records(records);
+                match self.rows {
+                    0..=16 => (records.div_ceil(round), CHAINS),
+                    _ => (records / round * CHAINS + (records % round).min(CHAINS), 1),
+                }
+            }
+        };
+        let tiles = Tiles {
+            count,
+            size: self.rows * self.outputs,
+            parts,
+            units,
+        };
+        tiles.sharing(room.blocks(self.shared, self.blocks), room)
     }
 }
 
@@ -359,17 +429,28 @@ impl CudaDevice {
             Some(routed) => routed.average,
             None => operands.rows,
         };
-        let tile = Tile::choose(segment.kind, average, segment.outputs, weight.matrices);
+        let tile = Tile::choose(
+            segment.kind,
+            average,
+            segment.outputs,
+            weight.matrices,
+            &self.products.room,
+        );
         let (row_index, (tiles, row_tiles)) = match operands.experts {
             Some(routed) => (routed.row_index, routed.tiles.list(tile.rows)),
             None => (Ptr::NULL, (Ptr::NULL, operands.rows.div_ceil(tile.rows))),
         };
         let column_tiles = segment.outputs.div_ceil(tile.outputs);
-        let grid = Grid::new(
-            [column_tiles as u32, row_tiles as u32, 1],
-            [tile.threads, 1, 1],
-        )
-        .shared(tile.shared as u32);
+        let sums = self.products.sums(&self.context)?;
+        let room = &self.products.room;
+        let count = column_tiles * row_tiles;
+        let sharing = tile.sharing(segment.kind, count, weight.inputs, room) as u32;
+        let blocks = match segment.kind {
+            Kind::Dense if tile.in_memory => [count.min(room.large_blocks()) as u32, 1, 1],
+            Kind::Dense => [count as u32, 1, sharing],
+            Kind::Quantised(..) => [column_tiles as u32, row_tiles as u32, sharing],
+        };
+        let grid = Grid::new(blocks, [tile.threads, 1, 1]).shared(tile.shared as u32);
         let written = operands.written;
         let outputs = written.outputs(segment.outputs) as u32;
         let stride = written.outputs(weight.outputs) as u32;
@@ -386,7 +467,10 @@ impl CudaDevice {
                 bias,
                 row_index,
                 tiles,
+                sums,
+                unit_inputs(weight.inputs) as u32,
                 rows,
+                row_tiles as u32,
                 outputs,
                 inputs,
                 stride,
@@ -402,6 +486,7 @@ impl CudaDevice {
                 bias,
                 row_index,
                 tiles,
+                sums,
                 rows,
                 outputs,
                 inputs,

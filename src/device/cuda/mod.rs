@@ -44,6 +44,7 @@ mod tensor;
 #[cfg(any(test, feature = "internals"))]
 mod timing;
 mod transfer;
+mod units;
 mod weights;
 
 pub use cache::CudaCache;
@@ -178,7 +179,7 @@ impl CudaDevice {
             lists: Uploads::outside_graphs("a list"),
             norm: NormKernels::load(&modules)?,
             pooler: Pooler::new(),
-            products: Products::new(&context, options)?,
+            products: Products::new(&context, options, found.room())?,
             quant: QuantKernels::load(&modules)?,
             rope: RopeKernels::load(&modules)?,
             sampling: SamplingKernels::load(&modules)?,

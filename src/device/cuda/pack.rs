@@ -135,6 +135,14 @@ impl Format {
         })
     }
 
+    /// Returns how many outputs the tile of 64 rows has.
+    pub(super) fn many_outputs(&self) -> usize {
+        match (self.group, self.scales) {
+            (16, Scales::NestedMinimum) => 64,
+            _ => 128,
+        }
+    }
+
     fn high_offset(&self) -> usize {
         if self.bits == 8 { 2048 } else { 1024 }
     }
@@ -187,11 +195,11 @@ impl Format {
     }
 
     /// Returns the bytes of shared memory for the stages of a kernel: each one holds x of `rows`
-    /// rows of a record's inputs, and a record per warp. There are as many stages as fit into
+    /// rows of a record's inputs, and `records` records. There are as many stages as fit into
     /// what every GPU has, four at most, as `stages_of` in `kernels/linear_quant.cu` says.
-    pub(super) fn stages_bytes(&self, rows: usize, warps: usize) -> usize {
+    pub(super) fn stages_bytes(&self, rows: usize, records: usize) -> usize {
         const MOST: usize = 99 << 10;
-        let stage = rows * RECORD_INPUTS * 2 + warps * self.record_bytes();
+        let stage = rows * RECORD_INPUTS * 2 + records * self.record_bytes();
         let stage = stage.next_multiple_of(256);
         stage * (MOST / stage).min(4)
     }

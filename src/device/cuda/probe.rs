@@ -4,6 +4,7 @@
 //! first.
 
 use super::error;
+use super::units::Room;
 use crate::device::DeviceError;
 use cudarc::driver::result;
 use cudarc::driver::result::DriverError;
@@ -82,8 +83,20 @@ pub(super) struct Found {
     /// Bytes of device memory.
     pub(super) memory: usize,
     pub(super) multiprocessors: u32,
+    /// Bytes of shared memory per multiprocessor.
+    pub(super) shared: u32,
     /// The highest CUDA version that the driver supports: 12040 is 12.4.
     pub(super) driver: i32,
+}
+
+impl Found {
+    /// Returns what the GPU has room for.
+    pub(super) fn room(&self) -> Room {
+        Room {
+            multiprocessors: self.multiprocessors as usize,
+            shared: self.shared as usize,
+        }
+    }
 }
 
 /// Looks for GPU `index`, without creating a context on it.
@@ -194,6 +207,8 @@ fn describe(ordinal: i32) -> Result<Found, DriverError> {
     let major = positive(attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?);
     let minor = positive(attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?);
     let multiprocessors = positive(attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?);
+    let shared = CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR;
+    let shared = positive(attribute(shared)?);
     Ok(Found {
         device,
         name: result::device::get_name(device)?,
@@ -201,6 +216,7 @@ fn describe(ordinal: i32) -> Result<Found, DriverError> {
         // SAFETY: the driver returned `device`.
         memory: unsafe { result::device::total_mem(device) }?,
         multiprocessors,
+        shared,
         driver: version()?,
     })
 }

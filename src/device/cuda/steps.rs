@@ -74,6 +74,7 @@ impl StepOps for CudaDevice {
         let downloads = download_bytes(sampler.results);
         let scratch = [
             converted_bytes(rows * model.full_columns),
+            self.products.sum_bytes(),
             model.experts.map_or(0, |shape| pair_bytes(rows, shape)),
             token_bytes(limits),
             downloads.0,

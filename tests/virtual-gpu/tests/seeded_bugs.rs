@@ -16,13 +16,16 @@ fn image(family: &str) -> String {
     std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
-/// Returns the range of lines of an image that contains one kernel.
+/// Returns the range of lines of an image that contains one kernel, or a function that kernels
+/// call.
 fn kernel_lines(lines: &[String], kernel: &str) -> std::ops::Range<usize> {
+    let begins = |line: &String| line.contains(".entry ") || line.starts_with(".func ");
     let entry = format!(".entry {kernel}(");
-    let first = lines.iter().position(|line| line.contains(&entry));
+    let named = |line: &String| line.contains(&entry) || begins(line) && line.contains(kernel);
+    let first = lines.iter().position(named);
     let first = first.unwrap_or_else(|| panic!("there is no kernel {kernel}"));
     let rest = lines[first + 1..].iter();
-    let end = rest.clone().position(|line| line.contains(".entry "));
+    let end = rest.clone().position(begins);
     first..end.map_or(lines.len(), |end| first + 1 + end)
 }
 
@@ -42,7 +45,8 @@ fn with_bug(
     let mut before = String::new();
     let mut found = 0;
     for index in range {
-        let line = lines[index].trim().to_owned();
+        // The images have no spaces between operands.
+        let line = lines[index].trim().replace(',', ", ").replace(",  ", ", ");
         if line.is_empty() || line.starts_with(".loc") || line.starts_with("//") {
             continue;
         }
@@ -115,7 +119,10 @@ fn product(image: &str) -> Result<bool, Fault> {
                 Argument::Pointer(0),
                 Argument::Pointer(0),
                 Argument::Pointer(0),
+                Argument::Pointer(memory.alloc("sums", &[0u32; 1024])),
+                Argument::U32(2048),
                 Argument::U32(rows as u32),
+                Argument::U32(1),
                 Argument::U32(outputs as u32),
                 Argument::U32(inputs as u32),
                 Argument::U32(outputs as u32),
@@ -139,6 +146,66 @@ fn product(image: &str) -> Result<bool, Fault> {
             let pairs = (0..inputs).map(|i| (x[row * inputs + i], weight[output * inputs + i]));
             let sum: f32 = pairs.map(|(x, w)| from_bf16(x) * from_bf16(w)).sum();
             if found != sum {
+                return Ok(false);
+            }
+        }
+    }
+    Ok(true)
+}
+
+/// Runs `linear_m16` with three blocks that share a tile, one unit of the inputs each, in several
+/// orders, and twice with the same memory. The results must be those of a single block, bit for
+/// bit: they are not exact, so they depend on the order of addition.
+fn shared_product(image: &str) -> Result<bool, Fault> {
+    let (rows, outputs, inputs) = (3usize, 32usize, 2600usize);
+    let module = Module::parse(image).unwrap();
+    let kernel = module.kernel("linear_m16").unwrap();
+    // Of many magnitudes, so that sums are rounded.
+    let spread = |values: Vec<u16>| -> Vec<u16> {
+        let scaled = |(index, value): (usize, u16)| {
+            bf16(from_bf16(value) / 3.0 * 2f32.powi((index * 7 % 13) as i32 - 6))
+        };
+        values.into_iter().enumerate().map(scaled).collect()
+    };
+    let x = spread(values(rows * inputs, 1));
+    let weight = spread(values(outputs * inputs, 2));
+    let mut expected = None;
+    for (blocks, seed) in [
+        (1, None),
+        (3, None),
+        (3, Some(1)),
+        (3, Some(2)),
+        (3, Some(3)),
+    ] {
+        let mut memory = HostMemory::new();
+        let sum_bytes = 3 * 16 * outputs * 4;
+        let mut sums = vec![0u32; 1024 + sum_bytes / 4];
+        // What a product leaves there means nothing to the next one.
+        sums[1024..].fill(0x7fc0_0000);
+        let nan = vec![f32::NAN; rows * outputs];
+        let outs = ["first", "second"].map(|name| memory.alloc(name, &nan));
+        let (x, weight) = (memory.alloc("x", &x), memory.alloc("weight", &weight));
+        let sums = memory.alloc("sums", &sums);
+        for out in outs {
+            let mut parameters = [out, x, weight, 0, 0, 0, sums]
+                .map(Argument::Pointer)
+                .to_vec();
+            let numbers = [1024, rows, 1, outputs, inputs, outputs, 1];
+            parameters.extend(numbers.map(|number| Argument::U32(number as u32)));
+            let launch = Launch {
+                grid: [1, 1, blocks],
+                block: [128, 1, 1],
+                dynamic_shared: 5 * (16 + 32) * 128 * 2,
+                parameters: arguments(kernel, &parameters),
+            };
+            let options = Options {
+                shuffle_seed: seed,
+                check_initialised: false,
+                ..Options::default()
+            };
+            run(kernel, &launch, &memory.regions(), &options)?;
+            let found = memory.read::<u32>(out, rows * outputs);
+            if *expected.get_or_insert_with(|| found.clone()) != found {
                 return Ok(false);
             }
         }
@@ -210,6 +277,7 @@ fn quantised(image: &str) -> Result<bool, Fault> {
             Argument::Pointer(memory.alloc("weight", &weight)),
         ];
         parameters.extend([Argument::Pointer(0); 3]);
+        parameters.push(Argument::Pointer(memory.alloc("sums", &[0u32; 1024])));
         parameters.extend([rows, outputs, inputs, outputs, 1].map(|n| Argument::U32(n as u32)));
         let launch = Launch {
             grid: [outputs.div_ceil(32) as u32, 1, 1],
@@ -288,6 +356,7 @@ fn grouping(image: &str) -> Result<bool, Fault> {
 #[test]
 fn unmodified_kernels_pass() {
     assert_eq!(outcome(product(&image("linear"))), Ok(()));
+    assert_eq!(outcome(shared_product(&image("linear"))), Ok(()));
     assert_eq!(outcome(grouping(&image("experts"))), Ok(()));
     assert_eq!(outcome(quantised(&image("linear_quant"))), Ok(()));
     assert_eq!(outcome(norm(&image("norm"))), Ok(()));
@@ -370,15 +439,17 @@ fn swapped_operands_of_a_matrix_instruction_give_a_wrong_result() {
 
 #[test]
 fn a_missing_bounds_check_reads_out_of_bounds() {
-    // Whether a thread copies anything: its chunk is inside the rows, and its first row exists.
-    let is_guard =
-        |before: &str, line: &str| before.starts_with("shr.u32") && line.starts_with("and.pred");
-    // The first input is forgotten.
-    let unguarded = |line: &str| {
-        let operands: Vec<&str> = line["and.pred ".len()..].split(", ").collect();
-        format!("mov.pred {}, {}", operands[0], operands[2])
+    // How many rows a thread copies: none unless its chunk is inside the rows.
+    let is_guard = |before: &str, line: &str| {
+        let chooses = line.starts_with("selp.b32") && line.contains(", 0, %p");
+        before.starts_with("setp.lt.u32") && chooses
     };
-    let fault = product(&with_bug("linear", "linear_m16", 0, is_guard, unguarded)).unwrap_err();
+    let unguarded = |line: &str| {
+        let operands: Vec<&str> = line["selp.b32 ".len()..].split(", ").collect();
+        format!("mov.b32 {}, {};", operands[0], operands[1])
+    };
+    // In the loop; the first stages are always inside.
+    let fault = product(&with_bug("linear", "linear_m16", 1, is_guard, unguarded)).unwrap_err();
     assert_eq!(fault.kind, FaultKind::OutOfBounds, "{fault}");
 }
 
@@ -408,4 +479,49 @@ fn wrong_lanes_of_a_matrix_load_give_a_wrong_result() {
         wrong,
     )));
     assert!(found.is_err(), "nothing was found");
+}
+
+#[test]
+fn a_counter_that_is_not_reset_gives_a_wrong_result() {
+    let is_reset = |_: &str, line: &str| line.starts_with("st.global.u32");
+    let found = shared_product(&with_bug(
+        "linear",
+        "is_last_to_arrive",
+        0,
+        is_reset,
+        without,
+    ));
+    assert_eq!(outcome(found), Err("wrong result".to_owned()));
+}
+
+/// The block that arrives last begins with its own sum, instead of the first one.
+#[test]
+fn sums_that_are_added_in_the_order_of_arrival_give_a_wrong_result() {
+    let is_load = |_: &str, line: &str| line.starts_with("ld.global.cg.v4.f32");
+    // The sums of the only tile follow the counters, 2,048 bytes each.
+    let rotated = |line: &str| {
+        let (head, rest) = line.split_once('[').unwrap();
+        let (address, tail) = rest.split_once(']').unwrap();
+        format!(
+            "{{.reg .b32 number;\n.reg .b64 first, place, block, other;\n\
+             ld.param.u64 first, [linear_m16_param_6];\n\
+             add.s64 first, first, 4096;\n\
+             sub.s64 place, {address}, first;\n\
+             shr.u64 place, place, 11;\n\
+             mov.u32 number, %ctaid.z;\n\
+             cvt.u64.u32 block, number;\n\
+             add.s64 other, place, block;\n\
+             rem.u64 other, other, 3;\n\
+             sub.s64 other, other, place;\n\
+             shl.b64 other, other, 11;\n\
+             add.s64 other, other, {address};\n\
+             {head}[other]{tail}}}"
+        )
+    };
+    // The loop over the places that are left after whole fours of them.
+    let image = with_bug("linear", "linear_m16", 4, is_load, rotated);
+    assert_eq!(
+        outcome(shared_product(&image)),
+        Err("wrong result".to_owned())
+    );
 }
