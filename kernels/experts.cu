@@ -12,6 +12,7 @@ constexpr u32 MAX_TOP_K = 32;
 // their sum if `normalize`. One warp a row; the sums run in a fixed order.
 KERNEL(32) route(u32* pair_expert, float* pair_weight, const float* router, u32 rows, u32 experts, u32 top_k,
              u32 normalize) {
+    wait_for_kernels_before();
     __shared__ float weights[MAX_EXPERTS];
     __shared__ u32 chosen[MAX_TOP_K];
     __shared__ float chosen_weights[MAX_TOP_K];
@@ -123,6 +124,7 @@ struct Starts {
 // slot of each warp and expert, and each warp hands its slots out.
 KERNEL(1024) group_pairs(uint4* tiles, u32* row_index, u32* pair_slot, const u32* pair_expert, u32 rows, u32 experts,
                          u32 top_k, u32 places_8, u32 places_16, u32 places_64, u32 places_128) {
+    wait_for_kernels_before();
     constexpr u32 WARPS = 32;
     __shared__ u32 next[MAX_EXPERTS][WARPS + 1];
     __shared__ u32 totals[MAX_EXPERTS];
@@ -184,6 +186,7 @@ KERNEL(1024) group_pairs(uint4* tiles, u32* row_index, u32* pair_slot, const u32
 // Grid (ceil(columns / 256), rows).
 KERNEL(256) combine_experts(T* out, const T* pair_out, const u32* pair_slot, const float* pair_weight, u32 rows,
                        u32 columns, u32 top_k) {
+    wait_for_kernels_before();
     u32 row = blockIdx.y, column = blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= rows || column >= columns) return;
     float sum = 0.0f;

@@ -30,6 +30,9 @@ INLINE void linear(void* out, const T* x, const T* weight, const float* bias, co
     const u32 first_output = tile.column * output_of.half, weight_rows = is_gated(out_mode) ? 2 * outputs : outputs;
     weight += ((u64)tile.expert * weight_rows + first_output) * inputs;
     if (bias) bias += (u64)tile.expert * weight_rows;
+    const u32 early = threadIdx.x < OUTPUTS ? output_of(threadIdx.x) : NONE;
+    if (early < weight_rows - first_output) prefetch(weight + (u64)early * inputs, min(inputs, STAGES * DEPTH) * sizeof(T));
+    wait_for_kernels_before();
     RowCopies<ROWS, DEPTH, THREADS> x_copies(x, tile.row_end - tile.row, inputs, RowOf{row_index, tile});
     RowCopies<OUTPUTS, DEPTH, THREADS> weight_copies(weight, weight_rows - first_output, inputs, output_of);
 

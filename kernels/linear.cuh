@@ -49,6 +49,7 @@ INLINE Tile tile_of_block(const uint4* expert_tiles, u32 rows, u32 tile_rows) {
     tile.column = index / together;
     const u32 row_tile = first + index % together;
     if (expert_tiles) {
+        wait_for_kernels_before();
         const uint4 listed = expert_tiles[row_tile];
         tile.expert = listed.x;
         tile.row = listed.y;

@@ -420,6 +420,8 @@ INLINE void linear_quant_few(void* out, const T* x, const u8* weight, const floa
     const u32 records = (inputs + RECORD_INPUTS - 1) / RECORD_INPUTS, sixteens = (weight_rows + 15) / 16;
     const u32 chain = warp_id() / 2, sixteen = (tile.column * output_of.half + output_of(warp_id() % 2 * 16)) / 16;
     const u8* next = weight + (((u64)tile.expert * sixteens + sixteen) * records + chain) * F::BYTES;
+    if (chain == 0 && lane_id() == 0 && sixteen < sixteens) prefetch(next, min(records, STAGES * CHAINS) * F::BYTES);
+    wait_for_kernels_before();
     // A stage begins with record `first`: it holds x for the thread, and a record for the warp, if
     // `first` is below these.
     const u32 thread_chunk = threadIdx.x % CHUNKS;
@@ -528,6 +530,8 @@ INLINE void linear_quant_many(void* out, const T* x, const u8* weight, const flo
     const u32 sixteen = (tile.column * output_of.half + output_of(warp_id() * 16)) / 16;
     const bool exists = sixteen < sixteens;
     weight += ((u64)tile.expert * sixteens + (exists ? sixteen : 0)) * records * F::BYTES;
+    if (lane_id() == 0) prefetch(weight, min(records, STAGES * CHAINS) * F::BYTES);
+    wait_for_kernels_before();
 
     const u32 shared = shared_address(stages), own = X_BYTES + warp_id() * F::BYTES, stages_end = shared + STAGES * STAGE;
     const auto after = [&](u32 stage) { return stage + STAGE == stages_end ? shared : stage + STAGE; };
@@ -621,6 +625,7 @@ INLINE void linear_quant_many(void* out, const T* x, const u8* weight, const flo
 // the vocabulary reads row 0.
 template <class F>
 INLINE void embed_quant(float* out, const u8* table, const u32* resolved, float scale, u32 columns, u32 vocabulary) {
+    wait_for_kernels_before();
     u32 token = resolved[blockIdx.x];
     if (token >= vocabulary) token = 0;
     out += (u64)blockIdx.x * columns;

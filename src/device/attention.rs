@@ -1,6 +1,6 @@
 //! Attention over the paged KV cache.
 
-use super::{CacheLayer, DeviceError, DeviceTypes};
+use super::{CacheLayer, DeviceError, RopeOps, Rotary};
 
 /// Number of positions in a span of keys. Spans are counted from the start of the sequence. A
 /// multiple of 16.
@@ -49,7 +49,7 @@ pub struct AttentionSpec {
 }
 
 /// The part of a [`Device`](super::Device) that computes attention.
-pub trait AttentionOps: DeviceTypes {
+pub trait AttentionOps: RopeOps {
     /// Computes causal attention of every row over the cached tokens of its sequence, including
     /// its own. `out` has `heads.q_columns()` columns.
     ///
@@ -63,6 +63,22 @@ pub trait AttentionOps: DeviceTypes {
         layer: CacheLayer,
         out: &mut Self::Tensor,
     ) -> Result<(), DeviceError>;
+
+    /// Does what [`RopeOps::rope_store`] and then [`AttentionOps::attend`] do, in one kernel if the
+    /// device has one for the step. Leaves anything in `qkv`.
+    fn rope_attend(
+        &mut self,
+        qkv: &mut Self::Tensor,
+        rotary: &Rotary<'_, Self>,
+        spec: &AttentionSpec,
+        cache: &mut Self::Cache,
+        layer: CacheLayer,
+        out: &mut Self::Tensor,
+    ) -> Result<(), DeviceError> {
+        let Rotary { norm, rope } = rotary;
+        self.rope_store(qkv, spec.heads, norm.as_ref(), rope, cache, layer)?;
+        self.attend(qkv, spec, cache, layer, out)
+    }
 }
 
 /// Checks that the block tables of `group` begin early enough for `window`, where `longest` is the

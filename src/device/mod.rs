@@ -53,7 +53,7 @@ pub use experts::{ExpertOps, RoutingSpec};
 pub use linear::{LinearOps, LinearSpec, RowOrder, WeightRows};
 pub use norm::NormOps;
 pub use pooling::{PooledRows, PoolingOps};
-pub use rope::{QkNorm, RopeOps, RopeSpec};
+pub use rope::{QkNorm, RopeOps, RopeSpec, Rotary};
 pub use sampling::SamplingOps;
 pub use step::{DeviceLimits, ExpertShape, Finished, ModelShape, Staged, StepMemory, StepOps};
 pub use swap::SwapOps;

@@ -6,7 +6,8 @@ mod workspace;
 use super::layer::{LayerSpec, QkNormKind};
 use super::{ModelConfig, ModelError, ModelSource};
 use crate::device::{
-    AttentionSpec, Batch, CacheLayer, Device, DeviceError, Finished, QkNorm, RopeSpec, Staged,
+    AttentionSpec, Batch, CacheLayer, Device, DeviceError, Finished, QkNorm, RopeSpec, Rotary,
+    Staged,
 };
 use std::ops::Range;
 use weights::{FeedForwardWeights, LayerWeights};
@@ -290,14 +291,14 @@ impl LayerStep<'_> {
             epsilon: self.epsilon,
             per_head: spec.qk_norm == Some(QkNormKind::PerHead),
         });
-        device.rope_store(qkv, spec.heads, norm.as_ref(), rope, cache, self.place)?;
+        let rotary = Rotary { norm, rope };
         let spec = AttentionSpec {
             heads: spec.heads,
             scale: spec.scale,
             window: spec.window,
             softcap: spec.softcap,
         };
-        device.attend(qkv, &spec, cache, self.place, attention)?;
+        device.rope_attend(qkv, &rotary, &spec, cache, self.place, attention)?;
         device.linear(attention, &layer.attention_out, self.rows, delta)
     }
 

@@ -1,8 +1,9 @@
 //! Paged attention.
 //!
 //! Sequences with one row (decode) are spread over the GPU in units of 128 keys, whose partial
-//! results a second kernel merges. Sequences with several rows (prefill) have a kernel of their
-//! own. Both give a row the same bits; see `kernels/attention.cuh`. A step whose units exceed
+//! results the last block of a sequence merges. Sequences with several rows (prefill) have a
+//! kernel of their own. Both give a row the same bits; see `kernels/attention.cuh`. In a step that
+//! only decodes, the kernel also rotates and stores the rows. A step whose units exceed
 //! the limit on scratch memory takes several launches, which reuse that memory one after the
 //! other.
 
@@ -13,6 +14,7 @@ use super::error::{require, unsupported};
 use super::images::Modules;
 use super::launch::{Grid, kernels};
 use super::memory::Ptr;
+use super::rope::RopeParameters;
 use super::scratch::Scratch;
 #[cfg(test)]
 use super::signature::Signature;
@@ -20,35 +22,34 @@ use super::step::{Bounds, MOST_UNITS, UNIT, UnitSpread};
 use super::tensor::{CudaTensor, require_shape};
 use crate::device::{
     AttentionOps, AttentionSpec, CacheLayer, DeviceError, DeviceLimits, HeadShape, Precision,
+    RopeOps, Rotary,
 };
 
 kernels! {
     /// Kernels of `kernels/attention.cu`.
     pub(super) struct Kernels in "attention" {
         attend_decode_hd[16, 32, 64, 80, 96, 128, 256](
+            out: Ptr,
             partial_out: Ptr,
             partial_stats: Ptr,
+            arrivals: Ptr,
             qkv: Ptr,
             k_cache: Ptr,
             v_cache: Ptr,
             tables: Ptr,
             sequences: Ptr,
             decode_list: Ptr,
+            angles: Ptr,
+            q_norm: Ptr,
+            k_norm: Ptr,
+            epsilon: f32,
+            norm_mode: u32,
+            rotary_dim: u32,
             q_heads: u32,
             kv_heads: u32,
             block_tokens: u32,
             scale: f32,
             softcap: f32,
-            window: u32,
-        );
-        attend_combine(
-            out: Ptr,
-            partial_out: Ptr,
-            partial_stats: Ptr,
-            sequences: Ptr,
-            decode_list: Ptr,
-            q_heads: u32,
-            head_dim: u32,
             window: u32,
         );
         attend_prefill_hd[16, 32, 64, 80, 96, 128, 256](
@@ -84,6 +85,8 @@ pub(super) struct AttentionKernels {
     kernels: Kernels,
     partial_out: Scratch,
     partial_stats: Scratch,
+    /// For each sequence and group of heads, the number of blocks whose partial results are there.
+    arrivals: Scratch,
 }
 
 impl AttentionKernels {
@@ -97,22 +100,30 @@ impl AttentionKernels {
             kernels: Kernels::load(modules)?,
             partial_out: Scratch::default(),
             partial_stats: Scratch::default(),
+            arrivals: Scratch::zeroed(),
         })
     }
 
-    /// Returns the memory for the partial results of this many units.
+    /// Returns the memory for the partial results of this many units of this many sequences.
     pub(super) fn partials(
         &mut self,
         context: &Context,
         heads: HeadShape,
-        units: usize,
+        (units, sequences): (usize, usize),
     ) -> Result<Partials, DeviceError> {
         let [out, stats] = partial_bytes(heads, units);
+        let arrivals = arrival_bytes(heads, sequences);
         Ok(Partials {
             out: self.partial_out.get(context, out)?,
             stats: self.partial_stats.get(context, stats)?,
+            arrivals: self.arrivals.get(context, arrivals)?,
         })
     }
+}
+
+/// Returns the bytes of the counts of blocks of this many sequences.
+pub(super) fn arrival_bytes(heads: HeadShape, sequences: usize) -> usize {
+    sequences * blocks_of_heads(heads) * size_of::<u32>()
 }
 
 /// Returns the bytes of the partial outputs, and of the statistics, of this many units.
@@ -153,15 +164,15 @@ fn blocks_of_heads(heads: HeadShape) -> usize {
     heads.kv_heads * group.div_ceil(WARP_ROWS)
 }
 
-/// Returns the bytes of dynamic shared memory of a decode block: a ring of slots per warp, each
-/// slot for 16 keys or values padded by 16 bytes.
+/// Returns the bytes of dynamic shared memory of a decode block: 16 queries, and a ring of slots per
+/// warp, each slot for 16 keys or values; all of them are padded by 16 bytes.
 fn decode_shared(head_dim: usize) -> usize {
     let slots = match head_dim {
         0..=64 => 8,
         65..=128 => 4,
         _ => 2,
     };
-    WARPS * slots * 16 * (2 * head_dim + 16)
+    (1 + WARPS * slots) * WARP_ROWS * (2 * head_dim + 16)
 }
 
 /// Returns the bytes of dynamic shared memory of a prefill block: a ring of slots, each for 32
@@ -218,6 +229,42 @@ impl AttentionOps for CudaDevice {
         layer: CacheLayer,
         out: &mut CudaTensor,
     ) -> Result<(), DeviceError> {
+        self.attend_rows(qkv, None, spec, cache, layer, out)
+    }
+
+    fn rope_attend(
+        &mut self,
+        qkv: &mut CudaTensor,
+        rotary: &Rotary<'_, Self>,
+        spec: &AttentionSpec,
+        cache: &mut CudaCache,
+        layer: CacheLayer,
+        out: &mut CudaTensor,
+    ) -> Result<(), DeviceError> {
+        let Rotary { norm, rope } = rotary;
+        // A norm over a whole row needs all of its heads in one block.
+        let per_head = norm.as_ref().is_none_or(|norm| norm.per_head);
+        if self.step.has_prefills() || !per_head {
+            self.rope_store(qkv, spec.heads, norm.as_ref(), rope, cache, layer)?;
+            return self.attend(qkv, spec, cache, layer, out);
+        }
+        let parameters = self.rope_parameters(spec.heads, norm.as_ref(), rope, cache, layer)?;
+        self.attend_rows(qkv, Some(&parameters), spec, cache, layer, out)
+    }
+}
+
+impl CudaDevice {
+    /// Enqueues attention for all rows. Before that, rotates and stores them if `rotary` says how;
+    /// then every sequence must have one row.
+    fn attend_rows(
+        &mut self,
+        qkv: &CudaTensor,
+        rotary: Option<&RopeParameters>,
+        spec: &AttentionSpec,
+        cache: &CudaCache,
+        layer: CacheLayer,
+        out: &mut CudaTensor,
+    ) -> Result<(), DeviceError> {
         const NAME: &str = "attend";
         let (heads, shape) = (spec.heads, *cache.shape());
         require_head_dim(heads.head_dim)?;
@@ -262,26 +309,28 @@ impl AttentionOps for CudaDevice {
             sequences: self.step.sequences(layer.group),
             out: out.ptr(),
         };
-        self.attend_single_rows(&operands, heads, &scalars)?;
+        self.attend_single_rows(&operands, rotary, heads, &scalars)?;
         self.attend_many_rows(&operands, heads, &scalars)
     }
-}
 
-impl CudaDevice {
     /// Enqueues attention for the sequences with one row.
     fn attend_single_rows(
         &mut self,
         operands: &Operands,
+        rotary: Option<&RopeParameters>,
         heads: HeadShape,
         scalars: &ScalarParameters,
     ) -> Result<(), DeviceError> {
-        if self.step.decodes().next().is_none() {
+        let Some(most) = self.step.decodes().map(|(_, sequences)| sequences).max() else {
             return Ok(());
-        }
-        let room = self.step.unit_room();
+        };
+        let sequences = self.limits.map_or(0, |limits| limits.sequences).max(most);
+        let room = (self.step.unit_room(), sequences);
         let partials = self.attention.partials(&self.context, heads, room)?;
+        let none = RopeParameters::default();
+        let rotary = rotary.unwrap_or(&none);
         for launch in self.step.decodes() {
-            self.launch_single_rows(operands, &partials, heads, scalars, launch)?;
+            self.launch_single_rows(operands, rotary, &partials, heads, scalars, launch)?;
         }
         Ok(())
     }
@@ -291,6 +340,7 @@ impl CudaDevice {
     fn launch_single_rows(
         &self,
         operands: &Operands,
+        rotary: &RopeParameters,
         partials: &Partials,
         heads: HeadShape,
         scalars: &ScalarParameters,
@@ -302,37 +352,31 @@ impl CudaDevice {
         let threads = [32 * WARPS as u32, 1, 1];
         let grid = Grid::new([x as u32, y as u32, z as u32], threads)
             .shared(decode_shared(heads.head_dim) as u32);
-        let kernels = &self.attention.kernels;
-        kernels.attend_decode_hd(
+        self.attention.kernels.attend_decode_hd(
             heads.head_dim,
             &self.context,
             grid,
+            operands.out,
             partials.out,
             partials.stats,
+            partials.arrivals,
             operands.qkv,
             operands.keys,
             operands.values,
             self.step.tables(),
             operands.sequences,
             decode_list,
+            rotary.angles,
+            rotary.q_norm,
+            rotary.k_norm,
+            rotary.epsilon,
+            rotary.norm_mode,
+            rotary.rotary_dim,
             scalars.q_heads,
             scalars.kv_heads,
             scalars.block_tokens,
             scalars.scale,
             scalars.softcap,
-            scalars.window,
-        )?;
-        let threads = heads.head_dim.next_multiple_of(32) as u32;
-        kernels.attend_combine(
-            &self.context,
-            Grid::new([scalars.q_heads, decodes as u32, 1], [threads, 1, 1]),
-            operands.out,
-            partials.out,
-            partials.stats,
-            operands.sequences,
-            decode_list,
-            scalars.q_heads,
-            heads.head_dim as u32,
             scalars.window,
         )
     }
@@ -371,10 +415,12 @@ impl CudaDevice {
     }
 }
 
-/// Addresses of the partial results of units, until they are merged.
+/// Addresses of the partial results of units, until they are merged, and of the counts of the
+/// blocks that have written theirs.
 pub(super) struct Partials {
     out: Ptr,
     stats: Ptr,
+    arrivals: Ptr,
 }
 
 /// Addresses of the operands of a layer's attention.
